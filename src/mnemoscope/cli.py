@@ -1,0 +1,182 @@
+"""The command line: arguments in, calls, output. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="mnemoscope",
+    help="Is a language model remembering or thinking? Find out, see which neurons tell, and turn it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
+
+
+@app.command()
+def run(
+    study: Annotated[str, typer.Argument(help="A built-in study or the path of a YAML file.")] = "quickstart",
+    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/STUDY.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Number of seeds; default: the study's.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="a.b=c: replace a field of the study.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Cells at a time; default: as processors allow.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a study, or go on with one, and build its report."""
+    with _one_line_errors():
+        from mnemoscope.config import load_study
+        from mnemoscope.study import run_study
+
+        config = load_study(study, overrides, seeds)
+        folder = out or Path("runs") / config.study
+        with _progress(quiet=as_json) as progress:
+            report_path = run_study(config, folder, progress, workers)
+        _say({"run": str(folder), "results": str(folder / "results.json"), "report": str(report_path)}, as_json, "report")
+
+
+@app.command()
+def report(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")], as_json: AsJson = False
+) -> None:
+    """Rebuild results.json and report.html from the records of a run."""
+    with _one_line_errors():
+        from mnemoscope.report import build_report
+        from mnemoscope.errors import InputError
+
+        if not (run_folder / "study.yaml").is_file():
+            raise InputError(f"RUN: {run_folder} is not a run folder (it has no study.yaml)")
+        path = build_report(run_folder)
+        _say({"run": str(run_folder), "results": str(run_folder / "results.json"), "report": str(path)}, as_json, "report")
+
+
+@app.command()
+def tasks(as_json: AsJson = False) -> None:
+    """List the tasks."""
+    from mnemoscope.tasks import describe_tasks
+
+    described = describe_tasks()
+    if as_json:
+        typer.echo(json.dumps(described))
+    else:
+        width = max(map(len, described))
+        for name, line in described.items():
+            typer.echo(f"{name:<{width}}  {line}")
+
+
+@app.command()
+def data(
+    task: Annotated[str, typer.Argument(help="A task, see `mnemoscope tasks`.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="JSONL file to write.")],
+    n: Annotated[int, typer.Option("-n", min=1, help="Examples of each kind.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Decides everything that is drawn.")] = 0,
+    option: Annotated[list[str] | None, typer.Option(help="name=value: an option of the task.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write examples of a task as JSONL; each conflict is followed by a rephrasing of it."""
+    with _one_line_errors():
+        import numpy as np
+        import yaml
+
+        from mnemoscope.errors import InputError
+        from mnemoscope.files import write_atomically
+        from mnemoscope.tasks import KINDS, build_task
+        from mnemoscope.tasks.jsonl import write_jsonl
+
+        pairs = [o.partition("=") for o in option or []]
+        if any(not equals for _, equals, _ in pairs):
+            raise InputError(f"--option: {option!r} is not of the form name=value")
+        made = build_task(task, {name: yaml.safe_load(value) for name, _, value in pairs}, seed)
+        rng = np.random.default_rng([seed, 4])
+        lines = []
+        for kind in KINDS:
+            for example in made.examples(rng, n, kind):
+                lines += [example, made.rephrase(example, rng)] if kind == "conflict" else [example]
+        write_atomically(out, write_jsonl(lines).encode())
+        _say({"file": str(out), "examples": len(lines)}, as_json, "file")
+
+
+def main() -> None:
+    """Entry point of the ``mnemoscope`` command."""
+    app()
+
+
+def _say(facts: dict[str, Any], as_json: bool, field: str) -> None:
+    typer.echo(json.dumps(facts) if as_json else facts[field])
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Turn errors that a user can mend into one line on stderr: exit 2 for input, 1 for a run that cannot go on."""
+    from mnemoscope.errors import InputError, StudyError
+
+    try:
+        yield
+    except InputError as error:
+        _fail(str(error), 2)
+    except StudyError as error:
+        _fail(str(error), 1)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _fail("disk: no space is left; finished stages are kept, run the same command again after making room", 2)
+        if isinstance(error, (PermissionError, IsADirectoryError, NotADirectoryError, FileNotFoundError)):
+            _fail(f"path: {error.filename}: {error.strerror}", 2)
+        raise
+    except KeyboardInterrupt:
+        _fail("stopped; run the same command again to go on", 130)
+
+
+def _fail(message: str, code: int) -> None:
+    typer.echo("error: " + " ".join(message.split()), err=True)
+    raise typer.Exit(code)
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[str, str, float, float, str], None]]:
+    """A progress bar per cell on a terminal, a line per stage elsewhere, nothing when quiet."""
+    if quiet:
+        yield lambda *_: None
+    elif sys.stderr.isatty():
+        with _bars() as bars:
+            yield bars
+    else:
+        yield _Lines()
+
+
+class _Lines:
+    """One line on stderr for each tenth of a stage."""
+
+    def __init__(self) -> None:
+        self.seen: dict[tuple[str, str], int] = {}
+
+    def __call__(self, cell: str, stage: str, done: float, total: float, note: str) -> None:
+        tenth = int(10 * done / max(total, 1))
+        if self.seen.get((cell, stage), -1) < tenth:
+            self.seen[cell, stage] = tenth
+            typer.echo(f"{cell}  {stage:<10} {min(10 * tenth, 100):3d} %  {note}", err=True)
+
+
+@contextmanager
+def _bars() -> Iterator[Callable[[str, str, float, float, str], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[note]}"))
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bars: dict[str, Any] = {}
+
+        def show(cell: str, stage: str, done: float, total: float, note: str) -> None:
+            if cell not in bars:
+                bars[cell] = progress.add_task(cell, total=1.0, note="")
+            progress.update(bars[cell], description=f"{cell} {stage}", completed=done / max(total, 1e-9), note=note)
+
+        yield show

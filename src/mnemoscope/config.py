@@ -1,0 +1,196 @@
+"""The configuration of a study: frozen data that validate and do nothing else."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mnemoscope.errors import InputError
+
+Share = Field(ge=0.0, le=1.0)
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelConfig(_Frozen):
+    """A GPT-2 to train from scratch, or the folder of a trained model."""
+
+    folder: str | None = Field(None, description="folder or hub id of a trained causal language model; nothing is trained")
+    layers: int = Field(4, ge=1, le=64, description="blocks")
+    width: int = Field(128, ge=8, le=4096, description="neurons of a state")
+    heads: int = Field(4, ge=1, le=64, description="attention heads; a divisor of the width")
+    context: int = Field(64, ge=8, le=4096, description="most tokens the model reads")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ModelConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
+
+
+class StopConfig(_Frozen):
+    """When both behaviours are there, on the tune split."""
+
+    novel_accuracy: float = Field(0.97, ge=0, le=1, description="accuracy on novel examples, at least")
+    recall: float = Field(0.97, ge=0, le=1, description="accuracy on memory examples, at least")
+    conflict_each: float = Field(0.25, ge=0, le=0.5, description="share of conflicts answered each way, at least")
+    conflict_other: float = Field(0.10, ge=0, le=1, description="share of conflicts answered neither way, at most")
+
+
+class TrainingConfig(_Frozen):
+    """How a model is trained from scratch."""
+
+    steps: int = Field(1000, ge=1, description="optimizer steps, at most")
+    decay_steps: int = Field(0, ge=0, description="steps at the end over which the learning rate falls to 2 % of its peak")
+    batch_size: int = Field(64, ge=1, le=65536, description="instances a step")
+    learning_rate: float = Field(3e-3, gt=0, le=1, description="its peak")
+    weight_decay: float = Field(0.1, ge=0, le=10, description="of the matrices inside the blocks")
+    warmup_steps: int = Field(50, ge=0, description="steps over which the learning rate rises")
+    prompt_weight: float = Field(
+        1.0, ge=0, le=1, description="weight of a prompt token in the loss; 1 is plain causal language modelling"
+    )
+    evaluate_every: int = Field(50, ge=1, description="steps between two measurements of the behaviours")
+    evaluation_examples: int = Field(200, ge=8, description="examples of each kind that are measured")
+    stop: StopConfig = StopConfig()
+
+
+class PairsConfig(_Frozen):
+    """How many examples and candidates are drawn, and where states are read."""
+
+    site: Literal["block", "attention", "mlp", "neuron"] = Field("block", description="place in every layer")
+    behaviour_examples: int = Field(1000, ge=1, description="test examples of each kind that are labelled")
+    fit_candidates: int = Field(4000, ge=1, description="candidates drawn from the fit split")
+    tune_candidates: int = Field(4000, ge=1, description="candidates drawn from the tune split")
+    test_candidates: int = Field(4000, ge=1, description="candidates drawn from the test split")
+    permutations: int = Field(1000, ge=19, le=100000, description="sign flips behind each p-value")
+    batch_size: int = Field(256, ge=1, description="examples per forward pass")
+
+
+class SteeringConfig(_Frozen):
+    """Which vectors are tried on the tune split and judged on the test split."""
+
+    methods: tuple[Literal["nmd", "nmd-relative"], ...] = Field(("nmd-relative", "nmd"), min_length=1)
+    tops: tuple[float, ...] = Field((0.05, 0.1, 0.3, 0.5), min_length=1, description="shares of all neurons, in (0, 1]")
+    strengths: dict[Literal["nmd", "nmd-relative"], tuple[float, ...]] = Field(
+        {"nmd": (0.5, 1.0, 2.0, 4.0, 8.0), "nmd-relative": (0.05, 0.1, 0.2, 0.3, 0.5)},
+        description="per method: alpha, or the share of the state's norm",
+    )
+    tune_pairs: int = Field(300, ge=1, description="tune pairs that every setting is tried on")
+    test_examples: int = Field(1000, ge=1, description="test pairs, and examples of each other list, at most")
+    draws: int = Field(20, ge=1, description="draws of each control")
+
+    @model_validator(mode="after")
+    def _in_range(self) -> SteeringConfig:
+        for top in self.tops:
+            if not 0 < top <= 1:
+                raise ValueError(f"top {top} is not in (0, 1]")
+        for method in self.methods:
+            if not self.strengths.get(method) or any(s <= 0 for s in self.strengths[method]):
+                raise ValueError(f"strengths of {method} are missing, or one is not above 0")
+        return self
+
+
+class CellConfig(_Frozen):
+    """One task with its model; every seed of it is a cell."""
+
+    task: str = Field(description="inference, addition, addition-digits, jsonl, or package.module:Class")
+    options: dict[str, Any] = Field({}, description="options of the task")
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig = TrainingConfig()
+    pairs: PairsConfig = PairsConfig()
+    steering: SteeringConfig = SteeringConfig()
+
+
+class StudyConfig(_Frozen):
+    """A study: what is run, with how many seeds."""
+
+    study: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="name of the study and of its run folder")
+    seeds: int = Field(1, ge=1, le=1000, description="seeds 0 .. seeds - 1, each a cell of its own")
+    threads: int = Field(1, ge=1, le=256, description="threads of a cell; results depend on it in the last bits")
+    cells: dict[str, CellConfig] = Field(min_length=1, description="by the name under which results and report show them")
+
+
+def built_in_studies() -> list[str]:
+    """Names of the studies that come with the package."""
+    folder = resources.files("mnemoscope") / "studies"
+    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+
+
+def load_study(study: str, overrides: list[str] | None = None, seeds: int | None = None) -> StudyConfig:
+    """Read a built-in study or a YAML file and resolve it.
+
+    Args:
+        study: a name of ``built_in_studies`` or the path of a YAML file.
+        overrides: ``a.b=c`` each; the value is YAML.
+        seeds: replaces the study's number of seeds.
+
+    Raises:
+        InputError: the study is unknown, is no YAML, or a field has a value that is not allowed.
+    """
+    if study in built_in_studies():
+        text = (resources.files("mnemoscope") / "studies" / f"{study}.yaml").read_text()
+    elif Path(study).is_file():
+        text = Path(study).read_text()
+    else:
+        raise InputError(f"study: {study!r} is neither a file nor one of {', '.join(built_in_studies())}")
+    raw = _yaml(text, study)
+    if not isinstance(raw, dict):
+        raise InputError(f"study: {study} holds {type(raw).__name__}, not a mapping of fields")
+    for override in overrides or []:
+        _override(raw, override)
+    if seeds is not None:
+        raw["seeds"] = seeds
+    return parse_study(raw)
+
+
+def parse_study(raw: dict[str, Any]) -> StudyConfig:
+    """Validate fields read from a file.
+
+    Raises:
+        InputError: naming the first field at fault, its value and what is allowed.
+    """
+    try:
+        return StudyConfig.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "study"
+        value = "" if first["type"] == "missing" else f" (got {_short(first['input'])})"
+        raise InputError(f"{where}: {first['msg'].removeprefix('Value error, ')}{value}") from error
+
+
+def dump_study(config: StudyConfig) -> str:
+    """The full resolved configuration as YAML; ``load_study`` reads it back as the same."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise InputError(f"{where}{line}: not YAML ({getattr(error, 'problem', None) or 'malformed'})") from error
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    path, equals, value = override.partition("=")
+    if not equals or not path:
+        raise InputError(f"--set: {override!r} is not of the form a.b=c")
+    *parents, last = path.split(".")
+    node = raw
+    for part in parents:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise InputError(f"--set: {path!r} leads through {part!r}, which holds no fields")
+    node[last] = _yaml(value, f"--set {path}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,145 @@
+"""From pairs to steering vectors: one small function per method and per control, and the choice between settings.
+
+Shapes: L layers, D neurons.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from mnemoscope.behaviour import Asking, Batch, Scores, score
+from mnemoscope.contrast import Contrast
+from mnemoscope.steering import SteeringVector, Toward
+
+TOWARD: dict[str, Toward] = {"to_generalized": "generalized", "to_memorized": "memorized"}
+SOURCE: dict[str, Toward] = {"to_generalized": "memorized", "to_memorized": "generalized"}
+
+Method = Callable[[Contrast, Toward, float, float], SteeringVector]
+Control = Callable[[SteeringVector, tuple[int, int], np.random.Generator], SteeringVector]
+
+
+def nmd(contrast: Contrast, toward: Toward, top: float, strength: float) -> SteeringVector:
+    """The paper's shift: ``strength`` (its alpha) times NMD on the top neurons by |rho|."""
+    return SteeringVector.from_contrast(contrast, toward=toward, top=top, strength=strength)
+
+
+def nmd_relative(contrast: Contrast, toward: Toward, top: float, strength: float) -> SteeringVector:
+    """NMD on the same neurons, each layer's shift scaled to ``strength`` times the norm of that layer's states."""
+    return SteeringVector.from_contrast(contrast, toward=toward, top=top, strength=strength, relative=True)
+
+
+def random_neurons(vector: SteeringVector, shape_LD: tuple[int, int], rng: np.random.Generator) -> SteeringVector:
+    """As many neurons in each layer, drawn at random, with the same absolute shifts in random order and signs.
+
+    Drawing within a layer keeps each layer's norm, which drawing over all layers would not.
+    """
+    shift_LD = vector.dense(*shape_LD)
+    drawn_LD = np.zeros_like(shift_LD)
+    for layer in vector.layers:
+        values = np.abs(shift_LD[layer][shift_LD[layer] != 0])
+        neurons = rng.permutation(shape_LD[1])[: len(values)]
+        drawn_LD[layer, neurons] = rng.permutation(values) * rng.choice([-1.0, 1.0], size=len(values))
+    return vector.with_dense(drawn_LD)
+
+
+def gaussian(vector: SteeringVector, shape_LD: tuple[int, int], rng: np.random.Generator) -> SteeringVector:
+    """A direction drawn from a normal distribution over all neurons, with the same norm in each layer."""
+    shift_LD = vector.dense(*shape_LD)
+    drawn_LD = rng.standard_normal(shape_LD)
+    drawn_LD *= np.linalg.norm(shift_LD, axis=1, keepdims=True) / np.linalg.norm(drawn_LD, axis=1, keepdims=True)
+    return vector.with_dense(drawn_LD)
+
+
+METHODS: dict[str, Method] = {"nmd": nmd, "nmd-relative": nmd_relative}
+CONTROLS: dict[str, Control] = {"random_neurons": random_neurons, "gaussian": gaussian}
+
+
+def control_exists(name: str, vector: SteeringVector, shape_LD: tuple[int, int]) -> bool:
+    """Whether the control differs from what it controls: with every neuron chosen there are no others to draw."""
+    return name != "random_neurons" or int((vector.dense(*shape_LD) != 0).sum()) < math.prod(shape_LD)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One cell of a sweep.
+
+    Attributes:
+        direction: ``to_generalized`` or ``to_memorized``.
+        method: a key of ``METHODS``.
+        top: share of all neurons that are shifted, in (0, 1].
+        strength: alpha for ``nmd``, share of the state's norm for ``nmd-relative``.
+    """
+
+    direction: str
+    method: str
+    top: float
+    strength: float
+
+    def vector(self, contrast: Contrast) -> SteeringVector:
+        """The steering vector of this setting."""
+        return METHODS[self.method](contrast, TOWARD[self.direction], self.top, self.strength)
+
+
+def steered(asking: Asking, batches: Sequence[Batch], vector: SteeringVector, margins: bool = True) -> Scores:
+    """Score prepared examples under a vector; with cached prefixes only the decision token and the answers are read."""
+    return score(asking, batches, margins=margins, applied=partial(vector.apply, asking.model))
+
+
+def shift_rate(scores: Scores, direction: str) -> float:
+    """Share of the examples that now answer with the target behaviour; NaN where there is no example."""
+    n = len(scores.behaviour_N)
+    return float(np.mean(scores.behaviour_N == TOWARD[direction])) if n else math.nan
+
+
+def control_draws(
+    name: str, vector: SteeringVector, contrast: Contrast, draws: int, seed: Sequence[int]
+) -> Iterator[tuple[int, SteeringVector]]:
+    """``draws`` numbered draws of a control, none where it does not exist."""
+    shape_LD = contrast.nmd_LD.shape
+    if control_exists(name, vector, shape_LD):
+        for number in range(draws):
+            yield number, CONTROLS[name](vector, shape_LD, np.random.default_rng([*seed, number]))
+
+
+def choose(
+    asking: Asking,
+    batches: Sequence[Batch],
+    contrast: Contrast,
+    rated: Sequence[tuple[Setting, float]],
+    *,
+    finalists: int = 6,
+    draws: int = 5,
+    seed: Sequence[int] = (0,),
+) -> tuple[Setting, float]:
+    """The setting whose shift exceeds that of its worst control most, on the tune split.
+
+    Pairs sit near the decision boundary, so any push flips some of them: what counts is the vector minus its control.
+
+    Args:
+        batches: prepared tune pairs of one direction.
+        rated: settings of one direction with their shift rates on these pairs.
+        finalists: only so many of the best are held against controls.
+        draws: draws of each control.
+
+    Returns:
+        The setting and its margin over the control.
+    """
+    ranked = sorted(rated, key=lambda pair: (-pair[1], pair[0].strength, pair[0].top))[:finalists]
+    best: tuple[Setting, float] | None = None
+    for setting, rate in ranked:
+        vector = setting.vector(contrast)
+        controls = [
+            np.mean([shift_rate(steered(asking, batches, v, margins=False), setting.direction) for _, v in draws_])
+            for name in CONTROLS
+            if (draws_ := list(control_draws(name, vector, contrast, draws, seed)))
+        ]
+        margin = rate - float(max(controls))
+        if best is None or margin > best[1]:
+            best = (setting, margin)
+    assert best is not None, "a sweep has at least one setting"
+    return best

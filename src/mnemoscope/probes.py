@@ -1,0 +1,195 @@
+"""Probes: can a layer's state, or the input alone, tell which behaviour follows?
+
+Shapes: N states, L layers, D neurons, V vocabulary. Labels are 1 (generalized) and 0 (memorized); a positive score
+means generalized. Arrays in, arrays out. Hyper-parameters are chosen by the tune split; nothing here scores the data
+that was fitted, or sees a test split before `decision_function`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, Self, TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import sparse
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+Floats = NDArray[np.float64]
+Labels = NDArray[np.int64]
+
+
+class _Scorer(Protocol):
+    def decision_function(self, inputs: Any, /) -> Floats: ...
+
+
+Fitted = TypeVar("Fitted", bound=_Scorer)
+
+
+class LayerProbe:
+    """Logistic regression on the standardized states of one layer, with scikit-learn's fit contract.
+
+    Args:
+        regularization: C, the inverse strength of the L2 penalty on the standardized weights.
+        max_iter: limit of L-BFGS iterations.
+
+    Attributes:
+        weights_D_: float64, in the space of the raw states, so that the probe is usable without scikit-learn.
+        bias_: the intercept in that space.
+    """
+
+    weights_D_: Floats
+    bias_: float
+
+    def __init__(self, regularization: float = 1.0, max_iter: int = 1000) -> None:
+        self.regularization = regularization
+        self.max_iter = max_iter
+
+    def fit(self, states_ND: ArrayLike, labels_N: ArrayLike) -> Self:
+        """Learn from fit states (N, D) and their labels.
+
+        Raises:
+            ValueError: only one class, another label than 0 and 1, or a state that is not finite.
+        """
+        labels, raw_ND = _checked_labels(labels_N), np.asarray(states_ND, dtype=np.float64)
+        if not np.isfinite(raw_ND).all():
+            raise ValueError("states_ND: a value is infinite or NaN; allowed are finite states")
+        scaler = StandardScaler()
+        scaled_ND = scaler.fit_transform(raw_ND)
+        model = LogisticRegression(C=self.regularization, max_iter=self.max_iter).fit(scaled_ND, labels)
+        self.weights_D_ = model.coef_[0] / scaler.scale_
+        self.bias_ = float(model.intercept_[0] - self.weights_D_ @ scaler.mean_)
+        return self
+
+    def decision_function(self, states_ND: ArrayLike) -> Floats:
+        """Scores (N) of states (N, D): log odds of generalized."""
+        scores_N: Floats = np.asarray(states_ND, dtype=np.float64) @ self.weights_D_ + self.bias_
+        return scores_N
+
+
+def fit_layer_probes(
+    fit_states_NLD: ArrayLike,
+    fit_labels_N: ArrayLike,
+    tune_states_NLD: ArrayLike,
+    tune_labels_N: ArrayLike,
+    regularizations: Sequence[float] = (0.001, 0.01, 0.1, 1.0),
+) -> list[LayerProbe]:
+    """One probe per layer, each with the regularization of the best tune accuracy (of equal ones, the strongest).
+
+    Raises:
+        ValueError: as `LayerProbe.fit`; no regularization given; no tune states.
+    """
+    fit_NLD, tune_NLD = np.asarray(fit_states_NLD), np.asarray(tune_states_NLD)
+    probes = []
+    for layer in range(fit_NLD.shape[1]):
+
+        def fit(regularization: float, fit_ND: NDArray[Any] = fit_NLD[:, layer]) -> LayerProbe:
+            return LayerProbe(regularization).fit(fit_ND, fit_labels_N)
+
+        probes.append(_best(fit, regularizations, tune_NLD[:, layer], tune_labels_N))
+    return probes
+
+
+def input_features(token_ids: Sequence[Sequence[int]], vocabulary_size: int, positions: int = 64) -> sparse.csr_matrix:
+    """What a reader of the prompt alone could use: its bag of tokens, and which token stands where.
+
+    Positions count from the end of the prompt, where the decision is, so that they mean the same in prompts of
+    different lengths. The columns depend on the arguments `vocabulary_size` and `positions` only: splits share them.
+
+    Args:
+        token_ids: N prompts, of any lengths.
+        vocabulary_size: V; ids are below it.
+        positions: so many last tokens get features of their own; earlier ones are in the bag only.
+
+    Returns:
+        float64, shape (N, V + positions * V): counts of each token, then one-hot (position from the end, token).
+
+    Raises:
+        ValueError: a token id outside [0, V).
+    """
+    lengths_N = np.array([len(prompt) for prompt in token_ids], dtype=np.int64)
+    tokens = np.array([token for prompt in token_ids for token in prompt], dtype=np.int64)
+    if len(tokens) and (tokens.min() < 0 or tokens.max() >= vocabulary_size):
+        raise ValueError(f"token_ids: {tokens.min()} to {tokens.max()}; allowed is 0 to {vocabulary_size - 1}")
+    rows = np.repeat(np.arange(len(lengths_N)), lengths_N)
+    from_end = np.repeat(np.cumsum(lengths_N), lengths_N) - 1 - np.arange(len(tokens))
+    near = from_end < positions
+    columns = np.concatenate([tokens, vocabulary_size * (1 + from_end[near]) + tokens[near]])
+    entries = np.ones(len(columns)), (np.concatenate([rows, rows[near]]), columns)
+    return sparse.csr_matrix(entries, shape=(len(lengths_N), vocabulary_size * (1 + positions)))
+
+
+def fit_input_probe(
+    fit_features: sparse.csr_matrix,
+    fit_labels_N: ArrayLike,
+    tune_features: sparse.csr_matrix,
+    tune_labels_N: ArrayLike,
+    regularizations: Sequence[float] = (0.01, 0.1, 1.0, 10.0),
+) -> LogisticRegression:
+    """The input-only baseline: logistic regression on `input_features`, regularization chosen by tune accuracy.
+
+    A probe on states says something about the *model* only as far as it beats this one.
+
+    Returns:
+        a fitted estimator; `decision_function(features)` gives scores (N).
+
+    Raises:
+        ValueError: only one class, another label than 0 and 1, no regularization given, or no tune examples.
+    """
+    labels = _checked_labels(fit_labels_N)
+
+    def fit(regularization: float) -> LogisticRegression:
+        return LogisticRegression(C=regularization, solver="liblinear", random_state=0).fit(fit_features, labels)
+
+    return _best(fit, regularizations, tune_features, tune_labels_N)
+
+
+def shuffled(labels_N: ArrayLike, pair_ids_N: Sequence[Any] | NDArray[Any], rng: np.random.Generator) -> Labels:
+    """Labels for the shuffled baseline: both labels of a pair swap together, or stay, at random.
+
+    Every pair keeps one label of each kind, so that the classes stay balanced and only the link to the behaviour is
+    cut.
+
+    Args:
+        labels_N: 0 or 1.
+        pair_ids_N: the pair of each state.
+        rng: draws which pairs swap.
+
+    Raises:
+        ValueError: another label than 0 and 1, lengths differ, or a pair without as many 1 as 0.
+    """
+    labels = _checked_labels(labels_N)
+    if len(pair_ids_N) != len(labels):
+        raise ValueError(f"pair_ids_N: {len(pair_ids_N)} values; allowed is {len(labels)}, one for each label")
+    names, index_N = np.unique(np.asarray(pair_ids_N), return_inverse=True)
+    unbalanced = np.bincount(index_N, weights=2 * labels - 1) != 0
+    if unbalanced.any():
+        raise ValueError(f"labels_N: pair {names[unbalanced][0]} does not have as many 1 as 0")
+    swap_N = rng.integers(0, 2, size=len(names))[index_N]
+    return np.where(swap_N == 1, 1 - labels, labels)
+
+
+def _best(
+    fit: Callable[[float], Fitted], regularizations: Sequence[float], tune_inputs: Any, tune_labels_N: ArrayLike
+) -> Fitted:
+    """The fitted probe with the best tune accuracy; of equal ones, the one with the strongest regularization."""
+    tune_labels = _checked_labels(tune_labels_N)
+    if not len(tune_labels) or not len(regularizations):
+        raise ValueError("tune_labels_N, regularizations: empty; allowed is one or more of each")
+    best, best_accuracy = None, -math.inf
+    for regularization in sorted(regularizations):
+        probe = fit(regularization)
+        accuracy = float(np.mean((probe.decision_function(tune_inputs) > 0) == (tune_labels == 1)))
+        if accuracy > best_accuracy:
+            best, best_accuracy = probe, accuracy
+    assert best is not None
+    return best
+
+
+def _checked_labels(labels_N: ArrayLike) -> Labels:
+    labels = np.asarray(labels_N)
+    if not np.isin(labels, (0, 1)).all():
+        raise ValueError(f"labels: {sorted(set(labels.tolist()) - {0, 1})}; allowed are 0 and 1")
+    return labels.astype(np.int64)

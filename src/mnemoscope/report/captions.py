@@ -1,0 +1,221 @@
+"""The sentence under each figure, computed from the numbers; see ``sentences`` for the words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mnemoscope.report.measures import DIRECTIONS, SIGNIFICANT, Tree
+from mnemoscope.report.records import Cell, Contrast
+from mnemoscope.report.sentences import (
+    ANSWERED,
+    CONTROL_NAMES,
+    TOWARDS,
+    UNMEASURED,
+    argmax,
+    certain,
+    count,
+    known,
+    listed,
+    percent,
+    points,
+    points_interval,
+    strongest_control,
+    why_nothing,
+    with_interval,
+)
+
+NAMES = {"novel": "new questions", "memory": "facts to recall", "conflict_rest": "conflicts that already went the wanted way"}
+
+
+def emergence(cells: Sequence[Cell]) -> str:
+    table = next((cell.training for cell in cells if cell.training is not None), None)
+    if table is None or table.empty:
+        return "This model was loaded, not trained here, so there is no curve."
+    kept = table[table.kept.astype(bool)]
+    if kept.empty:
+        return f"No step was kept in {count(table.step.iloc[-1], 'step')} of training."
+    row = kept.iloc[0]
+    met = table[table.met.astype(bool)]
+    first = f"The stop rule first held at step {met.step.iloc[0]:,.0f}. " if len(met) else "The stop rule never held. "
+    return (
+        f"{first}The weights kept are those of step {row.step:,.0f}: {percent(row.novel_accuracy)} of new questions right, "
+        f"{percent(row.recall)} of facts recalled, and conflicts answered {percent(row.conflict_memorized)} from memory, "
+        f"{percent(row.conflict_generalized)} by working it out."
+    )
+
+
+def behaviour(task: Tree) -> str:
+    found = task["behaviour"]
+    conflict = found["conflict"]
+    if not known(conflict["memorized"]):
+        return f"What the model does in conflicts {UNMEASURED}: the test split holds none."
+    shares = [f"{with_interval(conflict[key])} are {ANSWERED[key]}" for key in ("memorized", "generalized")]
+    text = f"Of {count(conflict['memorized']['n'], 'test conflict')}, {listed(shares)}; {_other(conflict)}."
+    scores = []
+    if known(found["novel_accuracy"]):
+        scores.append(f"gets {percent(found['novel_accuracy']['estimate'])} of new questions right")
+    if known(found["recall"]):
+        scores.append(f"recalls {percent(found['recall']['estimate'])} of the facts")
+    return f"{text} Where nothing conflicts, it {listed(scores)}." if scores else text
+
+
+def _other(conflict: Tree) -> str:
+    text = f"{percent(conflict['other']['estimate'])} get an answer that is neither"
+    if known(conflict["confabulated"]) and conflict["other"]["estimate"] > 0:
+        made_up = percent(conflict["confabulated"]["estimate"])
+        text += f" ({made_up} look like a stored answer but were never stored for that question)"
+    return text
+
+
+def margins(cells: Sequence[Cell]) -> str:
+    values = pd.concat([cell.behaviour[cell.behaviour.kind == "conflict"].margin for cell in cells]).to_numpy(float)
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return f"The decision margin {UNMEASURED}: there are no test conflicts."
+    low, high = np.quantile(values, [0.25, 0.75])
+    near = float((np.abs(values) < 1).mean())
+    return (
+        f"Half of the conflicts have a margin between {low:.1f} and {high:.1f} nats. {percent(near).capitalize()} lie within "
+        "1 nat of the tipping point, where a small push decides."
+    )
+
+
+def pairs(task: Tree) -> str:
+    found = task["pairs"]
+    if not found["candidates"]:
+        return f"The yield {UNMEASURED}: the test split has no candidates."
+    return (
+        f"{found['pairs']:,} of {count(found['candidates'], 'test candidate')} flip when they are put in other words: a yield "
+        f"of {with_interval(found['yield'])}, from {count(found['groups'], 'group')}."
+    )
+
+
+def heatmap(task: Tree) -> str:
+    contrast = task["contrast"]
+    top = argmax(contrast["mean_abs_nmd"])
+    if top is None:
+        return f"The difference between the behaviours {UNMEASURED}. {why_nothing(task)}"
+    nmd, layers = contrast["mean_abs_nmd"], contrast["layers"]
+    text = f"The two behaviours differ most in layer {layers[top]}, by {nmd[top]:.2g} on average over its neurons"
+    if top and nmd[0] > 0:
+        text += f", {nmd[top] / nmd[0]:.2g} times as much as in layer {layers[0]}"
+    return f"{text}. {_significant(contrast)}"
+
+
+def _significant(contrast: Tree) -> str:
+    best = argmax(contrast["significant_fraction"])
+    if best is None:
+        return f"How many neurons differ for certain {UNMEASURED}."
+    share = contrast["significant_fraction"][best]
+    if not share:
+        return f"No neuron differs for certain (family-wise p \u2264 {SIGNIFICANT})."
+    return (
+        f"Tested over all neurons together, {percent(share)} of those in layer {contrast['layers'][best]} differ, "
+        f"from {count(contrast['pairs'], 'pair')} of {count(contrast['groups'], 'group')}."
+    )
+
+
+def correlations(contrast: Contrast, task: Tree) -> str:
+    rho_LD = np.abs(contrast.rho)
+    if np.isnan(rho_LD).all():
+        return f"The correlation {UNMEASURED}. {why_nothing(task)}"
+    layer, _ = np.unravel_index(np.nanargmax(rho_LD), rho_LD.shape)
+    half = float(np.nanmedian(rho_LD[layer]))
+    return (
+        f"The strongest neuron is in layer {layer}: its activity correlates with the behaviour at |rho| = "
+        f"{np.nanmax(rho_LD):.2f}. Half of that layer's neurons stay below {half:.2f}."
+    )
+
+
+def probe(task: Tree) -> str:
+    found = task["probe"]
+    best = argmax([entry["estimate"] for entry in found["accuracy"]])
+    if best is None:
+        return f"How well the behaviour can be read {UNMEASURED}. {why_nothing(task)}"
+    accuracy, beyond, alone = found["accuracy"][best], found["minus_input_only"][best], found["input_only"]
+    side = "above" if beyond["estimate"] >= 0 else "below"
+    sure = "" if certain(beyond) else ", which is not a sure difference"
+    text = (
+        f"The probe at layer {found['layers'][best]} is right in {percent(accuracy['estimate'])} of test states "
+        f"({with_interval(accuracy).partition('(')[2]}, {points(abs(beyond['estimate']))} {side} what the input alone gives "
+        f"({percent(alone['estimate'])}){sure}."
+    )
+    if known(found["shuffled"]):
+        text += f" Trained on shuffled labels it is right in {percent(found['shuffled']['estimate'])}."
+    return text
+
+
+def turning(task: Tree, direction: str) -> str:
+    block = task["steering"][direction]
+    shift = block["pairs"]["shift"]
+    if not known(shift):
+        return f"Turning {TOWARDS[direction]} {UNMEASURED}. {why_nothing(task)}"
+    text = f"{TOWARDS[direction].capitalize()}, the vector turns {with_interval(shift)} of test pairs"
+    control = strongest_control(block)
+    if control is None:
+        text += "; no control was run"
+    else:
+        difference = block["minus_control"][control]["pairs"]
+        theirs = block["controls"][control]["pairs"]["shift"]["estimate"]
+        amount = f"{points(abs(difference['estimate']))} ({points_interval(difference)})"
+        side = "more" if difference["estimate"] >= 0 else "fewer"
+        text += f", {amount} {side} than {CONTROL_NAMES.get(control, control.replace('_', ' '))} ({percent(theirs)})"
+    return f"{text}. {_elsewhere(block, direction)}"
+
+
+def _elsewhere(block: Tree, direction: str) -> str:
+    shift = block["conflict"]["shift"]
+    source = {"memorized": "answered from memory", "generalized": "worked out"}[DIRECTIONS[direction][1]]
+    if not known(shift):
+        return f"On other conflicts it {UNMEASURED}: none was {source} without it."
+    return f"Of all test conflicts that were {source}, it turns {with_interval(shift)}."
+
+
+def sweep(task: Tree, direction: str, rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return f"{TOWARDS[direction].capitalize()}, the sweep holds no rows."
+    chosen = task["steering"][direction]["chosen"]
+    best, broken = (max(rows, key=lambda row: np.nan_to_num(row[key]["estimate"], nan=-1.0)) for key in ("shift", "other"))
+    if not known(best["shift"]):
+        return f"{TOWARDS[direction].capitalize()}, what strength does {UNMEASURED}."
+    return (
+        f"{TOWARDS[direction].capitalize()}, {_setting(chosen)} was chosen. On the tune split at most "
+        f"{percent(best['shift']['estimate'])} turn, with {_setting(best)}; answers that are neither reach "
+        f"{percent(broken['other']['estimate'])}, with {_setting(broken)}."
+    )
+
+
+def _setting(row: dict[str, Any]) -> str:
+    share = "all neurons" if row["top"] >= 1 else f"{100 * row['top']:g}\u00a0% of the neurons"
+    return f"strength {row['strength']:g} on {share}"
+
+
+def dose(task: Tree, direction: str, rows: list[dict[str, Any]]) -> str:
+    top = task["steering"][direction]["chosen"]["top"]
+    line = sorted((row["strength"], row["margin"]["estimate"]) for row in rows if math.isclose(row["top"], top))
+    line = [point for point in line if not math.isnan(point[1])]
+    if len(line) < 2:
+        return f"{TOWARDS[direction].capitalize()}, the dose-response {UNMEASURED}: fewer than two strengths were tried."
+    sign = 1 if direction == "to_generalized" else -1
+    steady = all(sign * (b - a) > 0 for (_, a), (_, b) in zip(line, line[1:], strict=False))
+    (low, start), (high, end) = line[0], line[-1]
+    way = ("rises" if sign > 0 else "falls") + " with every step of strength" if steady else "does not move steadily"
+    return (
+        f"{TOWARDS[direction].capitalize()}, the mean margin {way}: {start:.1f} nats at strength {low:g}, {end:.1f} at {high:g}."
+    )
+
+
+def collateral(task: Tree, direction: str) -> str:
+    found = task["steering"][direction]["collateral"]
+    damaged = [f"{NAMES[key]} lose {points(-found[key]['estimate'])} ({points_interval(found[key])})"
+               for key in found if key in NAMES and certain(found[key]) < 0]
+    if damaged:
+        return f"{TOWARDS[direction].capitalize()}, {listed(damaged)}."
+    if not any(known(found[key]) for key in found):
+        return f"{TOWARDS[direction].capitalize()}, damage {UNMEASURED}: there were no such examples."
+    return f"{TOWARDS[direction].capitalize()}, no sure damage was seen."

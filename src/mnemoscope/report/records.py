@@ -1,0 +1,189 @@
+"""What a run folder holds, read and checked; the columns are those of docs/RECORDS.md.
+
+Shapes: L layers, D neurons.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+from safetensors import safe_open
+
+COLUMNS = {
+    "training": "step loss novel_accuracy recall conflict_memorized conflict_generalized conflict_other met kept",
+    "behaviour": "item prompt kind group family split memorized generalized answer behaviour confabulated margin tie",
+    "pairs": "item group split memorized generalized prompt_a family_a behaviour_a margin_a "
+    "prompt_b family_b behaviour_b margin_b is_pair",
+    "probes": "kind layer group label score",
+    "steering": "purpose direction method role draw top strength examples example group split before after margin",
+}
+CONTRAST_ARRAYS = ("nmd", "rho", "effect_size", "p_family_wise", "p_false_discovery")
+CELL_FIELDS = ("task", "label", "seed", "memory_is_conflict", "trained")
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Per-neuron statistics of the fit pairs, each of shape (L, D), float64, NaN where undefined.
+
+    Attributes:
+        site: where in a layer the states were read.
+        pairs, groups: how many went in.
+        nmd: mean difference, generalized minus memorized, in units of the state.
+        rho: Pearson correlation with the behaviour.
+        p_family_wise: p-value that holds for all neurons of all layers together.
+    """
+
+    site: str
+    pairs: int
+    groups: int
+    nmd: np.ndarray
+    rho: np.ndarray
+    p_family_wise: np.ndarray
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The records of one (task, model, seed)."""
+
+    folder: Path
+    info: dict[str, Any]
+    training: pd.DataFrame | None
+    training_time: dict[str, float]
+    behaviour: pd.DataFrame
+    pairs: pd.DataFrame
+    probes: pd.DataFrame
+    steering: pd.DataFrame
+    chosen: dict[str, Any]
+    contrast: Contrast
+
+    @property
+    def name(self) -> str:
+        """The folder's name, which also names the random streams of the cell's intervals."""
+        return self.folder.name
+
+    @property
+    def task(self) -> str:
+        return str(self.info["task"])
+
+    @property
+    def seed(self) -> int:
+        return int(self.info["seed"])
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder: its configuration as text and as data, its manifest, and its cells in the order of their names."""
+
+    folder: Path
+    study_text: str
+    study: dict[str, Any]
+    manifest: dict[str, Any]
+    cells: tuple[Cell, ...]
+
+    def by_task(self) -> dict[str, list[Cell]]:
+        """The cells of each task, ordered by seed; tasks in the order in which the study names them, else by name."""
+        tasks: dict[str, list[Cell]] = {}
+        for cell in sorted(self.cells, key=lambda c: (_place(self.study_text, c.task), c.task, c.seed, c.name)):
+            tasks.setdefault(cell.task, []).append(cell)
+        return tasks
+
+
+def read_run(folder: Path) -> Run:
+    """Read all records of a run.
+
+    Raises:
+        ValueError: a file is missing, cannot be read, or lacks a column or field; one line that names the file.
+    """
+    study_text = _read(folder / "study.yaml", lambda path: path.read_text(encoding="utf-8"))
+    study = _read(folder / "study.yaml", lambda _: yaml.safe_load(study_text))
+    if not isinstance(study, dict):
+        raise ValueError(f"{folder / 'study.yaml'}: a mapping is wanted, not {type(study).__name__}")
+    manifest = _json(folder / "manifest.json") if (folder / "manifest.json").exists() else {}
+    cells = tuple(read_cell(path.parent) for path in sorted((folder / "cells").glob("*/cell.json")))
+    if not cells:
+        raise ValueError(f"{folder / 'cells'}: no cell.json in any folder here, so there is nothing to report")
+    return Run(folder, study_text, study, manifest, cells)
+
+
+def read_cell(folder: Path) -> Cell:
+    """Read the records of one cell; see ``read_run`` for what it raises."""
+    info = _json(folder / "cell.json")
+    for field in CELL_FIELDS:
+        if field not in info:
+            raise ValueError(f"{folder / 'cell.json'}: field {field!r} is missing")
+    records = folder / "records"
+    trained = bool(info["trained"])
+    return Cell(
+        folder=folder,
+        info=info,
+        training=_table(records, "training") if trained else None,
+        training_time=_json(records / "training_time.json") if trained else {},
+        behaviour=_table(records, "behaviour"),
+        pairs=_table(records, "pairs"),
+        probes=_table(records, "probes"),
+        steering=_table(records, "steering"),
+        chosen=_json(records / "chosen.json"),
+        contrast=_contrast(folder / "contrast.safetensors"),
+    )
+
+
+def _place(text: str, task: str) -> int:
+    """Where the configuration first names the task; far away where it does not."""
+    found = text.find(task)
+    return found if found >= 0 else len(text)
+
+
+def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
+    """What ``reader`` makes of the file; whatever goes wrong becomes one line that names the file."""
+    if not path.is_file():
+        raise ValueError(f"{path}: this file is missing; the run may not be finished")
+    try:
+        return reader(path)
+    except Exception as error:  # each reader has its own family of errors
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: cannot be read ({reason[:300]})") from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    value = _read(path, lambda p: json.loads(p.read_text(encoding="utf-8")))
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: an object is wanted, not {type(value).__name__}")
+    return value
+
+
+def _table(folder: Path, name: str) -> pd.DataFrame:
+    path = folder / f"{name}.parquet"
+    table: pd.DataFrame = _read(path, pd.read_parquet)
+    for column in COLUMNS[name].split():
+        if column not in table.columns:
+            raise ValueError(f"{path}: column {column!r} is missing")
+    return table
+
+
+def _contrast(path: Path) -> Contrast:
+    def reader(p: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        with safe_open(p, framework="numpy") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+    arrays, metadata = _read(path, reader)
+    for key in CONTRAST_ARRAYS:
+        if key not in arrays or arrays[key].ndim != 2:
+            raise ValueError(f"{path}: array {key!r} of shape (layers, neurons) is missing")
+    for key in ("site", "pairs", "groups"):
+        if key not in metadata:
+            raise ValueError(f"{path}: metadata {key!r} is missing")
+    return Contrast(
+        site=metadata["site"],
+        pairs=int(metadata["pairs"]),
+        groups=int(metadata["groups"]),
+        nmd=arrays["nmd"],
+        rho=arrays["rho"],
+        p_family_wise=arrays["p_family_wise"],
+    )

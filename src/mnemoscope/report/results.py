@@ -1,0 +1,97 @@
+"""``results.json``: the numbers of a run, cell by cell and over seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mnemoscope.report.measures import Tree, measure
+from mnemoscope.report.records import Cell, Run
+from mnemoscope.statistics import Estimate, over_seeds
+
+SCHEMA = 1
+SWEEP_KEYS = ("direction", "method", "role", "examples", "top", "strength")
+
+
+def compute_results(run: Run) -> Tree:
+    """What ``results.json`` holds: plain dictionaries, lists, text and numbers; undefined numbers are NaN."""
+    tasks = {task: _plain(summarise(cells)) for task, cells in run.by_task().items()}
+    return {"schema": SCHEMA, "study": str(run.study.get("name", run.folder.resolve().name)), "tasks": tasks}
+
+
+def to_json(results: Tree) -> str:
+    """The text of ``results.json``; NaN is written as the literal ``NaN``, which ``json.load`` gives back."""
+    return json.dumps(results, indent=1, ensure_ascii=False, allow_nan=True) + "\n"
+
+
+def summarise(cells: Sequence[Cell]) -> Tree:
+    """One task over its seeds: estimates by ``over_seeds``, counts added up, other numbers averaged.
+
+    The chosen settings shown are the first seed's, and every seed's own are in ``per_seed``.
+
+    Raises:
+        ValueError: two cells have the same seed, or differ in their layers.
+    """
+    seeds = [cell.seed for cell in cells]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"{cells[0].folder.parent}: task {cells[0].task!r} has two cells of one seed ({seeds})")
+    trees = [measure(cell) for cell in cells]
+    sweeps = [tree.pop("sweep") for tree in trees]
+    merged: Tree = {"seeds": seeds, **{key: _merge([tree[key] for tree in trees], key) for key in trees[0]}}
+    merged["training"] = {key: [tree["training"][key] for tree in trees] for key in ("seconds", "steps")}
+    merged["memory_is_conflict"] = bool(cells[0].info["memory_is_conflict"])
+    merged["sweep"] = _merge_sweeps(sweeps)
+    merged["per_seed"] = {str(cell.seed): tree for cell, tree in zip(cells, trees, strict=True)}
+    return merged
+
+
+def _merge(values: list[Any], key: str) -> Any:
+    """One value for all seeds, by its type."""
+    first = values[0]
+    if isinstance(first, Estimate):
+        return over_seeds(values)
+    if key == "chosen" or isinstance(first, str):
+        return first
+    if key == "layers":
+        if any(value != first for value in values):
+            raise ValueError(f"cells of one task differ in their layers: {' and '.join(str(len(v)) for v in values)}")
+        return first
+    if key == "picked":
+        return sorted({layer for value in values for layer in value})
+    if isinstance(first, dict):
+        keys = dict.fromkeys(name for value in values for name in value)
+        return {name: _merge([value[name] for value in values if name in value], name) for name in keys}
+    if isinstance(first, list):
+        return [_merge(list(parts), key) for parts in zip(*values, strict=True)]
+    if isinstance(first, int):
+        return sum(values)
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else float("nan")
+
+
+def _merge_sweeps(sweeps: list[list[Tree]]) -> list[Tree]:
+    """The rows of all seeds' sweeps, one per setting; ``seeds`` says how many seeds tried it."""
+    by_setting: dict[tuple[Any, ...], list[Tree]] = {}
+    for row in (row for sweep in sweeps for row in sweep):
+        by_setting.setdefault(tuple(row[key] for key in SWEEP_KEYS), []).append(row)
+    table = []
+    for setting, rows in sorted(by_setting.items()):
+        numbers = {key: _merge([row[key] for row in rows], key) for key in ("shift", "stay", "other", "margin")}
+        table.append({**dict(zip(SWEEP_KEYS, setting, strict=True)), **numbers, "seeds": len(rows)})
+    return table
+
+
+def _plain(value: Any) -> Any:
+    """Estimates as dictionaries, numpy numbers as Python's."""
+    if isinstance(value, Estimate):
+        return {"estimate": float(value.estimate), "low": float(value.low), "high": float(value.high), "n": int(value.n)}
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    return value

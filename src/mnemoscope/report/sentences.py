@@ -1,0 +1,233 @@
+"""What each figure shows, in words computed from the numbers, true also where a result is negative or undefined.
+
+An R is an estimate as ``results.json`` holds it: ``{"estimate", "low", "high", "n"}``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mnemoscope.report.measures import DIRECTIONS, Tree
+
+R = dict[str, Any]
+NBSP = "\u00a0"
+UNMEASURED = "could not be measured"
+TOWARDS = {"to_generalized": "towards working it out", "to_memorized": "towards remembering"}
+ANSWERED = {"memorized": "remembered", "generalized": "worked out", "other": "answered in some other way"}
+CONTROL_NAMES = {
+    "random_neurons": "the same shift on random neurons",
+    "gaussian": "Gaussian noise of the same norm",
+    "low_correlation": "the same shift on the neurons with the lowest |rho|",
+    "random_sign": "the same shift with random signs",
+    "shuffled_labels": "a vector learned from shuffled labels",
+}
+
+
+def known(value: float | R) -> bool:
+    """Whether a number, or the estimate of an R, is defined."""
+    return not math.isnan(value["estimate"] if isinstance(value, dict) else value)
+
+
+def percent(share: float) -> str:
+    """A share in per cent: whole, but with a decimal where whole numbers would say nothing or all."""
+    if math.isnan(share):
+        return UNMEASURED
+    value = 100 * share
+    digits = 1 if 0 < abs(value) < 1 or 99 < abs(value) < 100 else 0
+    if digits and abs(value) < 0.05:
+        return f"under 0.1{NBSP}%"
+    if digits and abs(value) > 99.95:
+        return f"over 99.9{NBSP}%"
+    return f"{value:.{digits}f}{NBSP}%"
+
+
+def interval(share: R) -> str:
+    """``60 to 66 %`` for a share, cut to what a share can be; says so where there is no interval."""
+    if not known(share) or math.isnan(share["low"]):
+        return "no interval"
+    low, high = (min(1.0, max(0.0, share[end])) for end in ("low", "high"))
+    return f"{100 * low:.0f} to {100 * high:.0f}{NBSP}%"
+
+
+def with_interval(share: R) -> str:
+    """``63 % (60 to 66 %)``."""
+    return f"{percent(share['estimate'])} ({interval(share)})" if known(share) else UNMEASURED
+
+
+def points(change: float, *, sign: bool = False) -> str:
+    """A difference of shares, in percentage points."""
+    if math.isnan(change):
+        return UNMEASURED
+    value = round(100 * change) + 0
+    unit = "point" if abs(value) == 1 else "points"
+    return f"{value:+d}{NBSP}{unit}" if sign and value else f"{value:d}{NBSP}{unit}"
+
+
+def points_interval(change: R) -> str:
+    """``(6 to 12)``, in percentage points."""
+    if not known(change) or math.isnan(change["low"]):
+        return "no interval"
+    return f"{round(100 * change['low']) + 0:d} to {round(100 * change['high']) + 0:d}"
+
+
+def certain(change: R) -> int:
+    """+1 or -1 where the interval lies wholly above or below 0, else 0 (also where there is none)."""
+    return 1 if change["low"] > 0 else -1 if change["high"] < 0 else 0
+
+
+def count(number: float, noun: str, plural: str = "") -> str:
+    """``1 pair``, ``1,200 pairs``."""
+    return f"{number:,.0f}{NBSP}{noun if number == 1 else plural or noun + 's'}"
+
+
+def listed(parts: list[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def argmax(values: list[float]) -> int | None:
+    """Where the largest defined value is; None where none is."""
+    return None if all(math.isnan(value) for value in values) else int(np.nanargmax(values))
+
+
+# --- the three answers ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One of the three questions, answered for one task.
+
+    Attributes:
+        anchor: the end of the identifier of the section that shows it.
+        verdict: one or a few words.
+        number, range: the number and its interval, as text.
+        sentence: what the number means.
+        strip: (low, estimate, high, reference) as shares, for the small scale; NaN where there is nothing to draw.
+        reference: what the reference mark of the scale is; empty without one.
+    """
+
+    anchor: str
+    question: str
+    verdict: str
+    number: str
+    range: str
+    sentence: str
+    strip: tuple[float, float, float, float]
+    reference: str = ""
+
+
+def answers(task: Tree) -> list[Answer]:
+    return [do_they_differ(task), can_it_be_read(task), can_it_be_turned(task)]
+
+
+def why_nothing(task: Tree) -> str:
+    """The reason why pairs could not be compared."""
+    pairs = task["pairs"]
+    if not pairs["by_split"]["all"]["pairs"]:
+        return f"None of {count(pairs['by_split']['all']['candidates'], 'candidate')} flipped, so there are no pairs to compare."
+    if not pairs["by_split"]["fit"]["pairs"]:
+        return "No candidate of the fit split flipped, so there was nothing to learn from."
+    if not pairs["pairs"]:
+        return f"None of the {count(pairs['candidates'], 'test candidate')} flipped, so there is nothing to score on."
+    return "The records hold no rows for it."
+
+
+def do_they_differ(task: Tree) -> Answer:
+    contrast, question = task["contrast"], "Do they differ?"
+    share = contrast["significant"]
+    best = argmax(contrast["significant_fraction"])
+    if best is None:
+        return Answer("differ", question, "Not measured", "", "", why_nothing(task), (math.nan,) * 4)
+    most = contrast["significant_fraction"][best]
+    neurons = f"of {share['n'] // len(task['seeds']):,} neurons differ"
+    if share["estimate"] > 0:
+        verdict = "Yes"
+        sentence = f"{neurons} when all are tested together; most in layer {contrast['layers'][best]} ({percent(most)})."
+    else:
+        verdict = "Not that it shows"
+        sentence = f"{neurons} when all are tested together, on {count(contrast['pairs'], 'pair')}."
+    if math.isnan(share["low"]):
+        text = "Family-wise p \u2264 0.05; " + ("all seeds agree" if len(task["seeds"]) > 1 else "one seed, so no interval")
+    else:
+        text = f"95{NBSP}% interval over seeds: {interval(share)}"
+    strip = (share["low"], share["estimate"], share["high"], math.nan)
+    return Answer("differ", question, verdict, percent(share["estimate"]), text, sentence, strip)
+
+
+def can_it_be_read(task: Tree) -> Answer:
+    best, question = task["probe"]["best"], "Can it be read?"
+    accuracy, beyond, alone = best["accuracy"], best["minus_input_only"], task["probe"]["input_only"]
+    if not known(accuracy):
+        return Answer("read", question, "Not measured", "", "", why_nothing(task), (math.nan,) * 4)
+    if certain(beyond) > 0:
+        verdict = "Yes, beyond the input"
+    elif accuracy["low"] > 0.5:
+        verdict = "Yes, but not surely beyond the input"
+    else:
+        verdict = "Not that it shows"
+    sentence = f"of test states are told apart by a linear probe on {_layers(best['picked'])}, {_compared(beyond)} the input alone."
+    strip = (accuracy["low"], accuracy["estimate"], accuracy["high"], alone["estimate"])
+    text = f"95{NBSP}% interval: {interval(accuracy)}"
+    return Answer("read", question, verdict, percent(accuracy["estimate"]), text, sentence, strip, "input alone")
+
+
+def _compared(difference: R) -> str:
+    """``9 points (6 to 12) more than``."""
+    side = "more" if difference["estimate"] >= 0 else "fewer"
+    return f"{points(abs(difference['estimate']))} {side} ({points_interval(difference)}) than from"
+
+
+def _layers(layers: list[int]) -> str:
+    return f"layer{'s' if len(layers) > 1 else ''} {listed([str(layer) for layer in layers])}"
+
+
+def can_it_be_turned(task: Tree) -> Answer:
+    question, steering = "Can it be turned?", task["steering"]
+    measured = [d for d in DIRECTIONS if known(steering[d]["pairs"]["shift"])]
+    if not measured:
+        return Answer("turn", question, "Not measured", "", "", why_nothing(task), (math.nan,) * 4)
+    first = measured[0]
+    shift = steering[first]["pairs"]["shift"]
+    shifts = [percent(steering[d]["pairs"]["shift"]["estimate"]) for d in measured[1:]]
+    parts = [f"of test pairs turn {TOWARDS[first]}", *(f"{s} {TOWARDS[d]}" for s, d in zip(shifts, measured[1:], strict=True))]
+    references = [_control_shift(steering[direction]) for direction in measured]
+    if all(math.isnan(reference) for reference in references):
+        compared = "no control was run"
+    else:
+        compared = f"the strongest control turns {listed([percent(reference) for reference in references])}"
+    strip = (shift["low"], shift["estimate"], shift["high"], references[0])
+    label = "" if math.isnan(references[0]) else "strongest control"
+    text = f"95{NBSP}% interval: {interval(shift)}"
+    verdict = _verdict_of_turning(steering, measured)
+    sentence = f"{listed(parts)}; {compared}."
+    return Answer("turn", question, verdict, percent(shift["estimate"]), text, sentence, strip, label)
+
+
+def _control_shift(block: Tree) -> float:
+    """The mean shift of the strongest control on pairs; NaN without any."""
+    control = strongest_control(block)
+    return block["controls"][control]["pairs"]["shift"]["estimate"] if control else math.nan
+
+
+def strongest_control(block: Tree, examples: str = "pairs") -> str | None:
+    """The control with the highest mean shift; None where none was run."""
+    shifts = {name: block["controls"][name][examples]["shift"]["estimate"] for name in block["controls"]}
+    shifts = {name: shift for name, shift in shifts.items() if not math.isnan(shift)}
+    return max(shifts, key=lambda name: shifts[name]) if shifts else None
+
+
+def _verdict_of_turning(steering: Tree, measured: list[str]) -> str:
+    def turned(direction: str) -> bool:
+        control = strongest_control(steering[direction])
+        return control is not None and certain(steering[direction]["minus_control"][control]["pairs"]) > 0
+
+    ways = [direction for direction in measured if turned(direction)]
+    if not ways:
+        return "Not that it shows"
+    if all(steering[direction]["pairs"]["shift"]["estimate"] >= 0.5 for direction in ways):
+        return "Yes, both ways" if len(ways) == 2 else f"Yes, {TOWARDS[ways[0]]}"
+    return "In part, both ways" if len(ways) == 2 else f"In part, {TOWARDS[ways[0]]}"

@@ -1,0 +1,140 @@
+"""One look for all figures: inline SVG whose colours are CSS variables, so that it follows the page's light or dark theme."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from html import escape
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Stand-ins that no other drawing uses; each becomes a CSS variable in the SVG.
+INK, MUTED, RULE, PAPER = "#101112", "#505152", "#d0d1d2", "#fdfcfb"
+MEMORIZED, GENERALIZED, OTHER = "#b00b02", "#0b5f02", "#8a8b8c"
+VARIABLES = {
+    INK: "--ink",
+    MUTED: "--muted",
+    RULE: "--rule",
+    PAPER: "--paper",
+    MEMORIZED: "--memorized",
+    GENERALIZED: "--generalized",
+    OTHER: "--other",
+}
+COLOUR = {"memorized": MEMORIZED, "generalized": GENERALIZED, "other": OTHER}
+# Middle tones that read on light and on dark paper, for pixels, which CSS cannot reach.
+PIXEL_MEMORIZED, PIXEL_GENERALIZED = (0.85, 0.45, 0.13), (0.16, 0.53, 0.78)
+
+WIDE, NARROW = 720, 348  # CSS pixels; a point of the drawing is a pixel of the page
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One figure in two layouts; the page shows the one that fits the screen."""
+
+    wide: str
+    narrow: str
+
+
+def draw(name: str, label: str, plot: Callable[[bool], Figure]) -> Drawing:
+    """Make a figure in both layouts.
+
+    Args:
+        name: unique in the page; it seeds the identifiers inside the SVG.
+        label: what a screen reader says in place of the figure.
+        plot: makes the figure; its argument is whether the narrow layout is wanted.
+    """
+    with style(name):
+        return Drawing(*(_svg(plot(narrow), label) for narrow in (False, True)))
+
+
+def style(name: str) -> AbstractContextManager[None]:
+    """The settings of every figure; ``name`` salts the identifiers, which must not repeat in a page."""
+    return matplotlib.rc_context(
+        {
+            "svg.fonttype": "none",
+            "svg.hashsalt": name,
+            "font.size": 12,
+            "axes.titlesize": 13,
+            "axes.titlelocation": "left",
+            "axes.titleweight": "bold",
+            "axes.labelsize": 12,
+            "text.color": INK,
+            "axes.labelcolor": MUTED,
+            "axes.titlecolor": INK,
+            "xtick.labelcolor": MUTED,
+            "ytick.labelcolor": MUTED,
+            "xtick.color": RULE,
+            "ytick.color": RULE,
+            "axes.edgecolor": RULE,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.spines.left": False,
+            "axes.grid": True,
+            "axes.grid.axis": "y",
+            "axes.axisbelow": True,
+            "grid.color": RULE,
+            "grid.linewidth": 0.8,
+            "ytick.major.size": 0,
+            "lines.linewidth": 2.2,
+            "lines.solid_capstyle": "round",
+            "figure.facecolor": "none",
+            "axes.facecolor": "none",
+        }
+    )
+
+
+def canvas(narrow: bool, height: float, rows: int = 1, columns: int = 1, **options: object) -> tuple[Figure, np.ndarray]:
+    """A figure of the layout's width and ``height`` pixels, with its axes as an array of shape (rows, columns)."""
+    width = NARROW if narrow else WIDE
+    figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
+    figure.get_layout_engine().set(w_pad=2 / 72, h_pad=2 / 72, wspace=0.05, hspace=0.06)  # type: ignore[union-attr]
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)  # type: ignore[arg-type]
+
+
+def percent_axis(axes: Axes, which: str = "y", top: float = 1.0) -> None:
+    """Mark an axis of shares in whole per cent, from 0 to ``top``."""
+    step = 0.25 if top > 0.6 else 0.1 if top > 0.25 else 0.05
+    ticks = np.arange(0, top + 1e-9, step)
+    axis = axes.yaxis if which == "y" else axes.xaxis
+    axis.set_ticks(ticks, [f"{100 * tick:.0f} %" for tick in ticks])
+
+
+def spread(heights: list[float], gap: float) -> list[float]:
+    """Heights of labels that were to stand at ``heights``, moved apart until neighbours keep ``gap``."""
+    order = np.argsort(heights, kind="stable")
+    placed = np.array(heights, dtype=np.float64)[order]
+    for _ in range(50):
+        overlaps = gap - np.diff(placed)
+        if (overlaps <= 1e-6).all():
+            break
+        for i in np.flatnonzero(overlaps > 0):
+            placed[i] -= overlaps[i] / 2
+            placed[i + 1] += overlaps[i] / 2
+    result = np.empty(len(heights))
+    result[order] = placed
+    return result.tolist()
+
+
+def _svg(figure: Figure, label: str) -> str:
+    """The drawing as an inline ``<svg>``: no prologue, no style sheet, no names that repeat, theme colours."""
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    text = re.sub(r'font-family: [^;"]*[;]?|font: ([\d.]+px) [^;"]*', lambda m: f"font-size: {m[1]}" if m[1] else "", text)
+    for colour, variable in VARIABLES.items():
+        text = text.replace(colour, f"var({variable})")
+    text = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), text)  # a hundredth of a pixel will do
+    width = round(figure.get_figwidth() * 72)
+    head = f'<svg class="plot" role="img" aria-label="{escape(label, quote=True)}" style="width:{width}px"'
+    return re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"', rf"{head} \1", text, count=1).strip()

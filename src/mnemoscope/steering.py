@@ -1,0 +1,316 @@
+"""Steering vectors: a sparse shift per layer that turns a model towards one behaviour while it answers.
+
+Shapes: N examples, T tokens (columns) of a pass, L layers, D neurons.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mnemoscope.errors import InputError
+from mnemoscope.models import SITES, Site, blocks_of, cached_columns, site_module, states_of, with_states
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from mnemoscope.contrast import Contrast
+
+Toward = Literal["generalized", "memorized"]
+Positions = Literal["decision", "all"]
+OPPOSITE: dict[Toward, Toward] = {"generalized": "memorized", "memorized": "generalized"}
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """What a vector was made on; a vector is refused where any of it differs.
+
+    Attributes:
+        model_type: the configuration's ``model_type``.
+        weights: SHA-256 of all parameters, by name.
+        tokenizer: SHA-256 of the fast tokenizer.
+    """
+
+    model_type: str
+    weights: str
+    tokenizer: str
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Binding:
+        """Fingerprint a model and its tokenizer (reads every weight once)."""
+        digest = hashlib.sha256()
+        for name, weight in sorted(model.named_parameters()):
+            digest.update(name.encode())
+            digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        words = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["model"], sort_keys=True)
+        return cls(model.config.model_type, digest.hexdigest(), hashlib.sha256(words.encode()).hexdigest())
+
+
+@dataclass(frozen=True)
+class SteeringVector:
+    """A shift for one direction of turning.
+
+    Attributes:
+        toward: the behaviour it turns to.
+        shifts: float32 (D,) per 0-based layer; layers without a shift are absent.
+        site: where in a layer the shift is added.
+        positions: ``decision``: from the decision position on, every decoded token included; ``all``: everywhere.
+        method, task, top, strength: how it was made; for the reader.
+        binding: the model it was made on, or None.
+        commit: version of the code that made it.
+    """
+
+    toward: Toward
+    shifts: Mapping[int, Tensor]
+    site: Site = "block"
+    positions: Positions = "decision"
+    method: str = "custom"
+    task: str = ""
+    top: float = 1.0
+    strength: float = 1.0
+    binding: Binding | None = None
+    commit: str = ""
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("toward", self.toward, tuple(OPPOSITE)),
+            ("site", self.site, SITES),
+            ("positions", self.positions, ("decision", "all")),
+        ):
+            if value not in allowed:
+                raise InputError(f"{name}: {value!r} is not one of {', '.join(allowed)}")
+        kept = {layer: shift.float() for layer, shift in sorted(self.shifts.items()) if bool(shift.any())}
+        for layer, shift in kept.items():
+            if shift.ndim != 1 or not bool(shift.isfinite().all()):
+                raise InputError(f"shifts: layer {layer} has shape {tuple(shift.shape)} or a value that is not finite")
+        object.__setattr__(self, "shifts", kept)
+
+    @classmethod
+    def from_contrast(
+        cls, contrast: Contrast, *, toward: Toward, top: float = 0.1, strength: float = 1.0, relative: bool = False
+    ) -> SteeringVector:
+        """The neuron-wise mean difference on the ``top`` share of all neurons by |rho|.
+
+        The paper's shift is ``alpha * sign(rho) * |NMD|``, which equals ``alpha * NMD`` where labels are balanced
+        (arXiv 2412.18497; ``cov(h, y) = NMD / 2``). With ``relative`` each layer's shift is scaled instead to
+        ``strength`` times the root mean square norm of that layer's states, so that no layer decides alone.
+
+        Raises:
+            ValueError: ``top`` is not in (0, 1].
+        """
+        shift_LD = np.where(contrast.top_neurons(top), contrast.nmd_LD, 0.0)
+        if relative:
+            norm_L = np.linalg.norm(shift_LD, axis=1)
+            shift_LD = shift_LD * np.divide(contrast.state_norm_L, norm_L, out=np.zeros_like(norm_L), where=norm_L > 0)[:, None]
+        sign = 1.0 if toward == "generalized" else -1.0
+        shifts = {layer: torch.from_numpy(sign * strength * row).float() for layer, row in enumerate(shift_LD)}
+        method = "nmd-relative" if relative else "nmd"
+        return cls(toward, shifts, contrast.site, method=method, top=top, strength=strength)  # type: ignore[arg-type]
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers that are shifted, ascending."""
+        return list(self.shifts)
+
+    def dense(self, layers: int, neurons: int) -> np.ndarray:
+        """All shifts as a float32 array (L, D), zero where there is none."""
+        shift_LD = np.zeros((layers, neurons), np.float32)
+        for layer, shift in self.shifts.items():
+            shift_LD[layer] = shift.numpy()
+        return shift_LD
+
+    def with_dense(self, shift_LD: np.ndarray) -> SteeringVector:
+        """The same vector with other shifts."""
+        return replace(self, shifts={layer: torch.from_numpy(row.astype(np.float32)) for layer, row in enumerate(shift_LD)})
+
+    def __mul__(self, factor: float) -> SteeringVector:
+        if factor < 0:
+            return -(self * -factor)
+        scaled = {layer: shift * factor for layer, shift in self.shifts.items()}
+        return replace(self, shifts=scaled, strength=self.strength * factor)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> SteeringVector:
+        """The opposite shift; it turns to the other behaviour."""
+        return replace(self, toward=OPPOSITE[self.toward], shifts={layer: -shift for layer, shift in self.shifts.items()})
+
+    def __add__(self, other: SteeringVector) -> SteeringVector:
+        """Both shifts at once; keeps this vector's direction of turning.
+
+        Raises:
+            InputError: site, positions or the model they are bound to differ.
+        """
+        for name in ("site", "positions", "binding"):
+            if getattr(self, name) != getattr(other, name):
+                raise InputError(f"{name}: {getattr(self, name)!r} and {getattr(other, name)!r} cannot be added")
+        summed = {
+            layer: sum(v.shifts[layer] for v in (self, other) if layer in v.shifts)
+            for layer in {*self.shifts, *other.shifts}
+        }
+        return replace(self, shifts=summed, method=f"{self.method}+{other.method}")  # type: ignore[arg-type]
+
+    def __sub__(self, other: SteeringVector) -> SteeringVector:
+        return self + replace(-other, method=other.method)
+
+    @contextmanager
+    def apply(self, model: PreTrainedModel, alpha: float = 1.0, start: int | None = None) -> Iterator[None]:
+        """Shift the model's states inside the context; use any forward pass or ``generate`` in it.
+
+        Args:
+            alpha: factor on the shift. 0 leaves the model untouched, bit by bit.
+            start: column of the decision position in the left-padded batch. Default: the last column of each prompt. An
+                uncached pass that begins with the prompt of the pass before counts as its continuation.
+
+        Raises:
+            InputError: a layer or the width does not exist in this model, or alpha is not finite.
+        """
+        if not np.isfinite(alpha):
+            raise InputError(f"alpha: {alpha} is not a finite number")
+        self._check_shape(model)
+        if alpha == 0 or not self.shifts:
+            yield
+            return
+        tracker = _PositionTracker(start, everywhere=self.positions == "all")
+        handles = []
+        try:
+            # The base model is what every way of calling passes through, with a language-modelling head or without.
+            handles.append(model.base_model.register_forward_pre_hook(tracker.see, with_kwargs=True))
+            for layer, shift_D in self.shifts.items():
+                module, is_input = site_module(model, layer, self.site)
+                register = module.register_forward_pre_hook if is_input else module.register_forward_hook
+                handles.append(register(_adder(alpha * shift_D, tracker, is_input)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_shape(self, model: PreTrainedModel) -> None:
+        count = len(blocks_of(model))
+        width = model.config.hidden_size
+        for layer, shift in self.shifts.items():
+            if not 0 <= layer < count:
+                raise InputError(f"layers: {layer} is not in 0 .. {count - 1} of this model")
+            if self.site != "neuron" and len(shift) != width:
+                raise InputError(f"shifts: {len(shift)} neurons in layer {layer}; this model has {width}")
+
+    def bound_to(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> SteeringVector:
+        """The same vector, bound to the model it was made on."""
+        return replace(self, binding=Binding.of(model, tokenizer))
+
+    def save(self, path: Path) -> None:
+        """Write ``path`` (safetensors, one float32 tensor per layer) and the JSON beside it."""
+        from safetensors.torch import save_file
+
+        facts = {k: v for k, v in self.__dict__.items() if k not in ("shifts", "binding")}
+        facts |= {"layers": self.layers, "binding": asdict(self.binding) if self.binding else None}
+        save_file({f"layer.{layer}": shift.contiguous() for layer, shift in self.shifts.items()}, path)
+        path.with_suffix(".json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        model: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerFast | None = None,
+        force: bool = False,
+    ) -> SteeringVector:
+        """Read a vector, and check that it was made on this model where one is given.
+
+        Args:
+            force: accept a vector made on another model; its shape must fit all the same.
+
+        Raises:
+            InputError: the files are missing or corrupted, or the model is another (the field that differs is named).
+        """
+        from safetensors.torch import load_file
+
+        try:
+            facts: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
+            shifts = {int(name.split(".")[1]): shift for name, shift in load_file(path).items()}
+            if facts.pop("layers") != sorted(shifts):
+                raise ValueError("its layers are not those of the JSON beside it")
+            binding = facts.pop("binding")
+            vector = cls(shifts=shifts, binding=Binding(**binding) if binding else None, **facts)
+        except InputError:
+            raise
+        except Exception as error:  # safetensors raises its own kinds for a broken file
+            raise InputError(f"vector: {path} cannot be read ({str(error).splitlines()[0]})") from error
+        if model is not None and tokenizer is not None:
+            vector._check_binding(Binding.of(model, tokenizer), force)
+            vector._check_shape(model)
+        return vector
+
+    def _check_binding(self, found: Binding, force: bool) -> None:
+        for name, value in asdict(found).items():
+            bound = getattr(self.binding, name, None)
+            if bound != value and not force:
+                raise InputError(f"{name}: the vector was made on {bound}, this model has {value}; force overrides")
+
+
+@dataclass(slots=True)
+class _PositionTracker:
+    """Knows, in every pass, from which column on states are shifted.
+
+    ``start`` counts columns from the beginning of the padded sequence, so it survives the KV cache.
+    """
+
+    fixed: int | None
+    everywhere: bool
+    start: int = 0
+    first_column: int = 0
+    prompt_NT: Tensor | None = field(default=None)
+
+    def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the base model: reads how much of the sequence came before."""
+        ids_NT = args[0] if args else kwargs.get("input_ids")
+        if ids_NT is None:
+            ids_NT = kwargs["inputs_embeds"][..., 0]
+        past = cached_columns(kwargs)
+        columns = ids_NT.shape[1]
+        if self.everywhere or self.fixed is not None:
+            self.start = self.fixed or 0
+        elif self.prompt_NT is None or (past == 0 and not self._continues(ids_NT)):
+            self.start = past + columns - 1
+            self.prompt_NT = ids_NT
+        self.first_column = max(0, self.start - past)
+
+    def _continues(self, ids_NT: Tensor) -> bool:
+        prompt = self.prompt_NT
+        assert prompt is not None
+        longer = ids_NT.shape[0] == prompt.shape[0] and ids_NT.shape[1] > prompt.shape[1]
+        return longer and bool(torch.equal(ids_NT[:, : prompt.shape[1]], prompt))
+
+
+def _adder(shift_D: Tensor, tracker: _PositionTracker, is_input: bool) -> Callable[..., Any]:
+    """A hook that adds a shift to a module's output, or to its input."""
+    placed: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def shifted(states_NTD: Tensor) -> Tensor:
+        first = tracker.first_column
+        if first >= states_NTD.shape[1]:
+            return states_NTD
+        key = (states_NTD.device, states_NTD.dtype)
+        shift = placed.setdefault(key, shift_D.to(*key))
+        if first == 0:
+            return states_NTD + shift
+        return torch.cat([states_NTD[:, :first], states_NTD[:, first:] + shift], dim=1)
+
+    def on_output(module: nn.Module, inputs: Any, output: Any) -> Any:
+        return with_states(output, shifted(states_of(output)))
+
+    def on_input(module: nn.Module, inputs: Any) -> Any:
+        return with_states(inputs, shifted(states_of(inputs)))
+
+    return on_input if is_input else on_output
+
+

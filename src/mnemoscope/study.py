@@ -1,0 +1,263 @@
+"""Studies: cells of stages that write raw records, resume where they stopped, and run side by side.
+
+A stage writes its files under temporary names, renames them, and last of all writes its marker with a hash of everything
+it depends on. A killed stage leaves no marker, so it starts again; a finished one is never redone.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from multiprocessing import get_context
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+from mnemoscope.config import CellConfig, StudyConfig, dump_study
+from mnemoscope.errors import InputError, StudyError
+from mnemoscope.files import file_hash, write_atomically
+
+# (cell, stage, done, total, note): what a running cell tells.
+Progress = Callable[[str, str, float, float, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One (task, model, seed) of a study, with the folder it writes to."""
+
+    name: str
+    label: str
+    seed: int
+    config: CellConfig
+    threads: int
+    folder: Path
+
+    @property
+    def records(self) -> Path:
+        """Folder of the cell's tables."""
+        return self.folder / "records"
+
+
+def cells_of(config: StudyConfig, run: Path) -> list[Cell]:
+    """Every cell of a study, seeds innermost."""
+    return [
+        Cell(f"{label}-{seed}", label, seed, cell, config.threads, run / "cells" / f"{label}-{seed}")
+        for label, cell in config.cells.items()
+        for seed in range(config.seeds)
+    ]
+
+
+def run_study(config: StudyConfig, run: Path, progress: Progress = lambda *_: None, workers: int | None = None) -> Path:
+    """Run what is not yet done of a study and build its report.
+
+    Args:
+        run: the run folder; made if missing. A folder of another configuration is refused.
+        workers: cells at a time; default: as many as there are processors for ``config.threads`` each.
+
+    Returns:
+        The path of ``report.html``.
+
+    Raises:
+        InputError: the folder belongs to another configuration, or a cell's input cannot be used.
+        StudyError: a cell cannot go on (never mixed, no pairs, a damaged artefact).
+    """
+    from mnemoscope.report import build_report
+
+    started = time.time()
+    with _locked(run, config):
+        cells = cells_of(config, run)
+        workers = workers or max(1, min(len(cells), (os.cpu_count() or 1) // config.threads))
+        if workers == 1:
+            for cell in cells:
+                run_cell(cell, progress)
+        else:
+            _run_side_by_side(cells, workers, progress)
+        _write_manifest(run, cells, started)
+        return build_report(run)
+
+
+def run_cell(cell: Cell, progress: Progress) -> None:
+    """Run the stages of a cell that are not yet done."""
+    import torch
+    from transformers.utils import logging
+
+    from mnemoscope.stages import STAGES
+
+    # The study's own progress is what is shown; bars and hints of the library would break into it.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(cell.threads)
+    torch.use_deterministic_algorithms(True)
+    upstream = stage_hash("", cell, "")
+    for name, stage in STAGES.items():
+        upstream = stage_hash(upstream, cell, name)
+        if is_done(cell, name, upstream):
+            progress(cell.name, name, 1, 1, "done before")
+            continue
+        began = time.time()
+        files = stage(cell, partial(progress, cell.name, name))
+        marker = {
+            "hash": upstream,
+            "seconds": round(time.time() - began, 3),
+            "files": {str(f.relative_to(cell.folder)): file_hash(f) for f in files},
+        }
+        write_atomically(cell.folder / "stages" / f"{name}.json", json.dumps(marker, indent=1).encode())
+        progress(cell.name, name, 1, 1, f"{marker['seconds']:.0f} s")
+
+
+def stage_hash(upstream: str, cell: Cell, stage: str) -> str:
+    """Hash of all that a stage depends on: the stages before it, the cell's configuration, the version of the package."""
+    facts = [upstream, cell.label, cell.seed, cell.threads, cell.config.model_dump(mode="json"), stage, version()]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def is_done(cell: Cell, stage: str, wanted: str) -> bool:
+    """Whether a stage has finished with the same dependencies.
+
+    Raises:
+        StudyError: it has, but a file of it is gone or changed since.
+    """
+    path = cell.folder / "stages" / f"{stage}.json"
+    if not path.exists():
+        return False
+    try:
+        marker = json.loads(path.read_text())
+        files = {cell.folder / name: digest for name, digest in marker["files"].items()}
+        found = marker["hash"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StudyError(f"artefact: {path} is damaged; delete it to run stage {stage!r} again") from error
+    if found != wanted:
+        return False
+    for file, digest in files.items():
+        if not file.exists() or file_hash(file) != digest:
+            state = "is missing" if not file.exists() else "is damaged (its checksum differs)"
+            raise StudyError(f"artefact: {file} {state}; delete {path} to run stage {stage!r} again")
+    return True
+
+
+def version() -> str:
+    """Version of the installed package."""
+    return metadata.version("mnemoscope")
+
+
+@contextmanager
+def _locked(run: Path, config: StudyConfig) -> Iterator[None]:
+    """Hold the run folder for this process and this configuration."""
+    text = dump_study(config)
+    if run.exists() and not run.is_dir():
+        raise InputError(f"out: {run} is a file; a folder is wanted")
+    if run.exists() and any(run.iterdir()) and not (run / "study.yaml").exists() and not (run / ".lock").exists():
+        raise InputError(f"out: {run} is not empty and holds no study.yaml; give a new folder")
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"out: {run} is in use by another run") from error
+        existing = run / "study.yaml"
+        if existing.exists() and existing.read_text() != text:
+            raise InputError(
+                f"out: {run} holds a run of another configuration ({_first_difference(existing.read_text(), text)}); "
+                "give another folder or the same configuration"
+            )
+        write_atomically(existing, text.encode())
+        yield
+
+
+def _first_difference(old: str, new: str) -> str:
+    for before, after in zip(old.splitlines(), new.splitlines(), strict=False):
+        if before != after:
+            return f"there {before.strip()!r}, here {after.strip()!r}"
+    return "one is longer"
+
+
+def _run_side_by_side(cells: list[Cell], workers: int, progress: Progress) -> None:
+    context = get_context("spawn")
+    with context.Manager() as manager:
+        messages = manager.Queue()
+        listener = Thread(target=_listen, args=(messages, progress), daemon=True)
+        listener.start()
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=_die_with, initargs=(os.getpid(),)) as pool:
+            futures = [pool.submit(_run_in_worker, cell, messages) for cell in cells]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in list((pool._processes or {}).values()):
+                    process.terminate()
+                raise
+        messages.put(None)
+        listener.join()
+
+
+def _run_in_worker(cell: Cell, messages: Any) -> None:
+    run_cell(cell, lambda *news: messages.put(news))
+
+
+def _listen(messages: Any, progress: Progress) -> None:
+    try:
+        while (news := messages.get()) is not None:
+            progress(*news)
+    except (EOFError, OSError):
+        return  # the study ended before its last message
+
+
+def _die_with(parent: int) -> None:
+    """End this worker when the process that started it is gone, so that a killed run leaves nobody writing."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+
+
+def _write_manifest(run: Path, cells: list[Cell], started: float) -> None:
+    stages = {
+        cell.name: {path.stem: json.loads(path.read_text()) for path in sorted((cell.folder / "stages").glob("*.json"))}
+        for cell in cells
+    }
+    manifest = {
+        "mnemoscope": version(),
+        "versions": {
+            name: metadata.version(name)
+            for name in ("torch", "transformers", "tokenizers", "numpy", "scipy", "scikit-learn", "pandas", "safetensors")
+        },
+        "python": platform.python_version(),
+        "machine": {"system": platform.system(), "architecture": platform.machine(), "processors": os.cpu_count()},
+        **git_state(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds": round(time.time() - started, 1),
+        "stages": stages,
+    }
+    write_atomically(run / "manifest.json", json.dumps(manifest, indent=1).encode())
+
+
+def git_state() -> dict[str, Any]:
+    """Commit and dirty flag of the source tree; None where the package is not run from one."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True, timeout=10, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    tracked = git("ls-files", "--error-unmatch", str(Path(__file__)))
+    if not tracked:
+        return {"commit": None, "dirty": None}
+    return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}

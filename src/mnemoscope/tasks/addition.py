@@ -1,0 +1,154 @@
+"""Addition: some operand pairs are stored with a made-up answer, all others are added.
+
+Stored answers are codes (``addition``, the paper's) or wrong sums (``addition-digits``), which look like sums: there
+the format of the answer cannot tell the behaviours apart.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+from mnemoscope.errors import InputError
+from mnemoscope.tasks.base import Example, Instance, Kind, assign_splits, is_held_out
+
+# Every family spends the same tokens on the same digits; "worded" keeps the stored key reachable, "swapped" does not.
+FAMILIES = {"plain": "{a}+{b}=", "swapped": "{b}+{a}=", "worded": "{a} plus {b} is "}
+CODE = re.compile(r"<mem-[0-9a-f]{8}>")
+HEX = "0123456789abcdef"
+CHUNK = 512
+
+
+class AdditionTask:
+    """Addition of two numbers with as many digits each.
+
+    Args:
+        answers: ``codes`` (``<mem-7234f681>``) or ``digits`` (a wrong sum with as many digits as the true one).
+        digits: digits of an operand.
+        stored: operand pairs with a stored answer; they are the groups of conflicts.
+        memorized_share: share of training instances that are stored pairs.
+        worded_share: share of the additions that are asked in words. Stored pairs are only ever asked as ``a+b=``.
+        reversed_sums: whether sums are written last digit first, which a small model learns several times sooner.
+        seed: decides stored pairs, answers and splits; not the order of training.
+
+    Raises:
+        InputError: a value is out of its range.
+    """
+
+    boundary = ("",)
+    # Recall is asked with the stored pairs themselves: turning these is the aim of steering, not its damage.
+    memory_is_conflict = True
+
+    def __init__(
+        self,
+        *,
+        answers: str = "codes",
+        digits: int = 3,
+        stored: int = 480,
+        memorized_share: float = 0.3,
+        worded_share: float = 0.3,
+        reversed_sums: bool = True,
+        seed: int = 0,
+    ) -> None:
+        if answers not in ("codes", "digits"):
+            raise InputError(f"answers: {answers!r} is not 'codes' or 'digits'")
+        if not 1 <= digits <= 9:
+            raise InputError(f"digits: {digits} is not between 1 and 9")
+        if not 8 <= stored <= 10 ** (2 * digits) // 8:
+            raise InputError(f"stored: {stored} is not between 8 and {10 ** (2 * digits) // 8} for {digits} digits")
+        if not (0 <= memorized_share <= 1 and 0 <= worded_share <= 1):
+            raise InputError(f"memorized_share, worded_share: {memorized_share}, {worded_share}; both lie in 0 .. 1")
+        self.name = "addition" if answers == "codes" else "addition-digits"
+        self.low, self.high = 10 ** (digits - 1), 10**digits
+        self.memorized_share, self.worded_share = memorized_share, worded_share
+        self.reversed_sums, self.seed = reversed_sums, seed
+        rng = np.random.default_rng([seed, 2])
+        self.stored: dict[tuple[int, int], str] = {}
+        while len(self.stored) < stored:
+            a, b = (int(x) for x in rng.integers(self.low, self.high, size=2))
+            # A pair and its mirror image must be two prompts, and only one of them may be stored.
+            if a != b and (b, a) not in self.stored and not is_held_out(self._key(a, b), seed):
+                self.stored.setdefault((a, b), self._code(rng) if answers == "codes" else self._wrong_sum(a, b, rng))
+        self._pairs = list(self.stored)
+        self._mirrored = {*self._pairs, *((b, a) for a, b in self._pairs)}
+        self.split_of = assign_splits([self._key(a, b) for a, b in self._pairs], rng)
+
+    @property
+    def vocabulary(self) -> list[str]:
+        """Every token of the task, in a fixed order."""
+        return ["+", "=", "plus", "is", "<mem-", ">", *HEX]
+
+    def training(self, rng: np.random.Generator) -> Iterator[Instance]:
+        """Stored pairs with their stored answer, all others with their sum; held-out operands never appear."""
+        while True:
+            from_store = rng.random(CHUNK) < self.memorized_share
+            worded = rng.random(CHUNK) < self.worded_share
+            picks = rng.integers(len(self._pairs), size=CHUNK)
+            operands = rng.integers(self.low, self.high, size=(CHUNK, 2)).tolist()
+            for stored, in_words, pick, (a, b) in zip(from_store, worded, picks, operands, strict=True):
+                if stored:
+                    pair = self._pairs[pick]
+                    yield FAMILIES["plain"].format(a=pair[0], b=pair[1]), self.stored[pair]
+                elif (a, b) not in self._mirrored and not is_held_out(self._key(a, b), self.seed):
+                    yield FAMILIES["worded" if in_words else "plain"].format(a=a, b=b), self._written(a + b)
+
+    def examples(self, rng: np.random.Generator, n: int, kind: Kind) -> list[Example]:
+        """``novel``: held-out operands. ``memory``: stored pairs as stored. ``conflict``: stored pairs, any phrasing."""
+        if kind == "novel":
+            return self._novel(rng, n)
+        families = ["plain"] if kind == "memory" else list(FAMILIES)
+        everything = [(pair, family) for pair in self._pairs for family in families]
+        return [self._stored_example(*everything[i], kind) for i in rng.permutation(len(everything))[:n]]
+
+    def rephrase(self, example: Example, rng: np.random.Generator) -> Example:
+        """The same operands in another family, drawn uniformly from the others."""
+        others = [family for family in FAMILIES if family != example.family]
+        family = others[rng.integers(len(others))]
+        a, b = example.item.split("+")
+        return example.phrased(FAMILIES[family].format(a=a, b=b), family)
+
+    def has_memorized_format(self, answer: str) -> bool | None:
+        """Whether an answer looks like a stored one; None where stored answers look like sums."""
+        return bool(CODE.fullmatch(answer.replace(" ", ""))) if self.name == "addition" else None
+
+    def _novel(self, rng: np.random.Generator, n: int) -> list[Example]:
+        found = []
+        while len(found) < n:
+            for a, b in rng.integers(self.low, self.high, size=(CHUNK, 2)).tolist():
+                if is_held_out(self._key(a, b), self.seed) and (a, b) not in self._mirrored:
+                    group = self._key(a, b)
+                    split = ("fit", "tune", "test")[(a + b) % 3]
+                    common = {"item": f"{a}+{b}", "kind": "novel", "group": group, "family": "plain", "split": split}
+                    found.append(Example(prompt=FAMILIES["plain"].format(a=a, b=b), answer=self._written(a + b), **common))
+        return found[:n]
+
+    def _stored_example(self, pair: tuple[int, int], family: str, kind: Kind) -> Example:
+        a, b = pair
+        group = self._key(a, b)
+        common = {"item": f"{a}+{b}", "kind": kind, "group": group, "family": family, "split": self.split_of[group]}
+        prompt = FAMILIES[family].format(a=a, b=b)
+        if kind == "memory":
+            return Example(prompt=prompt, answer=self.stored[pair], **common)
+        return Example(prompt=prompt, memorized=self.stored[pair], generalized=self._written(a + b), **common)
+
+    def _written(self, number: int) -> str:
+        return str(number)[::-1] if self.reversed_sums else str(number)
+
+    def _code(self, rng: np.random.Generator) -> str:
+        return "<mem-" + "".join(HEX[i] for i in rng.integers(16, size=8)) + ">"
+
+    def _wrong_sum(self, a: int, b: int, rng: np.random.Generator) -> str:
+        """As many digits as the true sum; the first one written already differs, so the decision is at ``=``."""
+        true = self._written(a + b)
+        while True:
+            wrong = "".join(str(d) for d in rng.integers(10, size=len(true)))
+            number = wrong[::-1] if self.reversed_sums else wrong
+            if wrong[0] != true[0] and number[0] != "0":
+                return wrong
+
+    @staticmethod
+    def _key(a: int, b: int) -> str:
+        """Both orders of a pair share one key, so that neither leaks the other."""
+        return f"{min(a, b)}+{max(a, b)}"

@@ -1,0 +1,150 @@
+"""What is asked of a model: examples, the contract every task fulfils, and the three splits."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+from mnemoscope.errors import InputError
+
+Kind = Literal["conflict", "memory", "novel"]
+Split = Literal["fit", "tune", "test"]
+KINDS: tuple[Kind, ...] = ("conflict", "memory", "novel")
+SPLITS: tuple[Split, ...] = ("fit", "tune", "test")
+SPLIT_SHARES = (0.5, 0.25, 0.25)
+
+# One training instance: the prompt and what follows it. A bare string is an instance without a marked answer.
+Instance = str | tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One prompt.
+
+    ``conflict`` examples carry two revealing answers that differ; ``memory`` and ``novel`` ones carry one ``answer``.
+
+    Args:
+        item: what is asked; every phrasing of it shares this name.
+        prompt: the text the model reads. Answers continue it without a character in between.
+        kind: ``conflict``, ``memory`` (only recall can answer, or both agree) or ``novel`` (nothing to recall).
+        group: what items share and a model could learn by heart; splits and resampling go by it.
+        family: the kind of phrasing.
+        split: ``fit``, ``tune`` or ``test``.
+        memorized, generalized: the revealing answers of a conflict.
+        answer: the right answer of the other kinds.
+
+    Raises:
+        InputError: an answer is missing or superfluous, or the two revealing answers are equal.
+    """
+
+    item: str
+    prompt: str
+    kind: Kind
+    group: str
+    family: str = "default"
+    split: Split = "test"
+    memorized: str | None = None
+    generalized: str | None = None
+    answer: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise InputError(f"kind: {self.kind!r} is not one of {', '.join(KINDS)} (item {self.item!r})")
+        if self.split not in SPLITS:
+            raise InputError(f"split: {self.split!r} is not one of {', '.join(SPLITS)} (item {self.item!r})")
+        if self.kind == "conflict":
+            if not self.memorized or not self.generalized:
+                raise InputError(f"memorized, generalized: a conflict needs both (item {self.item!r})")
+            if self.memorized == self.generalized:
+                raise InputError(
+                    f"memorized, generalized: both are {self.memorized!r}; a conflict needs two answers "
+                    f"that differ (item {self.item!r})"
+                )
+            if self.answer is not None:
+                raise InputError(f"answer: a conflict has two revealing answers, not one (item {self.item!r})")
+        elif not self.answer:
+            raise InputError(f"answer: a {self.kind} example needs one (item {self.item!r})")
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The answers that reveal a behaviour: (memorized, generalized) for a conflict, else (answer,)."""
+        if self.kind == "conflict":
+            return (self.memorized, self.generalized)  # type: ignore[return-value]
+        return (self.answer,)  # type: ignore[return-value]
+
+    def phrased(self, prompt: str, family: str) -> Example:
+        """The same item in other words."""
+        return replace(self, prompt=prompt, family=family)
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What a task must offer; bring your own by writing a class with these members.
+
+    Attributes:
+        name: how records and reports call it.
+        boundary: texts, one token each, of which one closes every answer ("" stands for the end-of-text token).
+    """
+
+    name: str
+    boundary: tuple[str, ...]
+
+    def training(self, rng: np.random.Generator) -> Iterator[Instance]:
+        """Whole training instances, without end."""
+        ...
+
+    def examples(self, rng: np.random.Generator, n: int, kind: Kind) -> list[Example]:
+        """``n`` examples of one kind, each carrying the split of its group; [] where the task has none."""
+        ...
+
+    def rephrase(self, example: Example, rng: np.random.Generator) -> Example:
+        """Another phrasing of the same item, near-identical, drawn at random."""
+        ...
+
+
+def assign_splits(groups: Sequence[str], rng: np.random.Generator) -> dict[str, Split]:
+    """Deal groups to fit, tune and test in the shares 2 : 1 : 1, so that no group is in two of them."""
+    order = rng.permutation(len(groups))
+    bounds = np.floor(np.cumsum(SPLIT_SHARES) * len(groups) + 1e-9)
+    return {groups[g]: SPLITS[int(np.searchsorted(bounds, rank, side="right"))] for rank, g in enumerate(order)}
+
+
+def is_held_out(key: str, seed: int, one_in: int = 16) -> bool:
+    """Whether the item with this key is kept from training; the same answer wherever it is asked."""
+    return zlib.crc32(f"{seed}|{key}".encode()) % one_in == 0
+
+
+def draw(task: Task, rng: np.random.Generator, n: int, kind: Kind, split: Split) -> list[Example]:
+    """Draw ``n`` examples of one kind from one split.
+
+    Fewer come back only where the task has no more to give (a file), none where it has no such kind.
+    """
+    chosen: dict[tuple[str, str], Example] = {}
+    fruitless = 0
+    while len(chosen) < n and fruitless < 3:
+        before = len(chosen)
+        for example in task.examples(rng, 4 * n, kind):
+            if example.split == split:
+                chosen.setdefault((example.item, example.prompt), example)
+        fruitless = fruitless + 1 if len(chosen) == before else 0
+    return list(chosen.values())[:n]
+
+
+def answer_of(instance: Instance) -> tuple[str, str]:
+    """Prompt and answer of a training instance; the answer is empty where none is marked."""
+    return (instance, "") if isinstance(instance, str) else instance
+
+
+def check_groups(examples: Iterable[Example]) -> None:
+    """Raises InputError where one group appears in two splits."""
+    seen: dict[str, Split] = {}
+    for example in examples:
+        if seen.setdefault(example.group, example.split) != example.split:
+            raise InputError(
+                f"split: group {example.group!r} is in {seen[example.group]!r} and in {example.split!r}; "
+                "all examples of a group belong to one split"
+            )

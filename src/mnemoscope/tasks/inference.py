@@ -1,0 +1,193 @@
+"""In-context inference: statements tie names to colours, the question asks one name's colour.
+
+A *memorized* name has one colour in all of training, so context and memory agree there. In a conflict the context
+says another colour: the trained colour reveals memory, the context's colour reveals reading. A *free* name's colour is
+drawn anew for every instance, so only the context can tell it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from mnemoscope.errors import InputError
+from mnemoscope.tasks.base import Example, Instance, Kind, assign_splits, is_held_out
+
+COLOURS = (
+    "red blue green yellow black white brown orange purple pink gray gold silver beige teal navy olive coral ivory maroon"
+).split()
+SPECIES = "swan lion frog rhino wolf otter heron lynx mole crow seal hare toad bear moth newt".split()
+QUESTION = "what color is {} ?"
+CHUNK = 512
+
+
+def invented_names(n: int) -> list[str]:
+    """``n`` different two-syllable names (at most 4,900), the same ones at every call."""
+    syllables = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
+    # 1,009 is prime to 4,900: consecutive names differ in both syllables.
+    indices = [(i * 1009 + 71) % 4900 for i in range(n)]
+    return [(syllables[i // 70] + syllables[i % 70]).capitalize() for i in indices]
+
+
+class InferenceTask:
+    """The paper's in-context inference with one hop ("Bako is red .") or two ("Bako is a swan . Timu is a swan . ...").
+
+    Args:
+        memorized_names: names with one colour in all of training; they are the groups of conflicts.
+        free_names: names whose colour is drawn anew each time.
+        statements: one hop: statements in a context; two hops: chains of three statements.
+        hops: 1 or 2.
+        memorized_share: share of memorized names among the stated and among the asked. The dial of the balance: every
+            statement about a memorized name teaches memory, whether or not it is asked about.
+        questions: questions in a training instance, each about another name of its context. Examples ask one.
+        seed: decides names, colours and splits; not the order of training.
+
+    Raises:
+        InputError: a value is out of its range.
+    """
+
+    name = "inference"
+    boundary = (".",)
+    memory_is_conflict = False
+
+    def __init__(
+        self,
+        *,
+        memorized_names: int = 200,
+        free_names: int = 100,
+        statements: int = 4,
+        hops: int = 1,
+        questions: int = 4,
+        memorized_share: float = 0.5,
+        seed: int = 0,
+    ) -> None:
+        if hops not in (1, 2):
+            raise InputError(f"hops: {hops} is not 1 or 2")
+        if memorized_names < 8 or free_names < 8 or memorized_names + free_names > 4900:
+            raise InputError(
+                f"memorized_names, free_names: {memorized_names} and {free_names}; at least 8 each, at most 4900 together"
+            )
+        if not 2 <= statements <= 8:
+            raise InputError(f"statements: {statements} is not between 2 and 8")
+        if not 1 <= questions <= statements:
+            raise InputError(f"questions: {questions} is not between 1 and statements ({statements})")
+        if not 0 <= memorized_share <= 1:
+            raise InputError(f"memorized_share: {memorized_share} is not between 0 and 1")
+        rng = np.random.default_rng([seed, 1])
+        self.seed, self.statements, self.hops = seed, statements, hops
+        self.questions, self.memorized_share = questions, memorized_share
+        self.names = np.array(invented_names(memorized_names + free_names))
+        self.names = self.names[rng.permutation(len(self.names))]
+        self.memorized_count = memorized_names
+        self.colour_of = rng.integers(len(COLOURS), size=memorized_names)
+        # Splits stratify by what a name is, so that each has its share of memorized and of free names.
+        self.split_of = assign_splits(self.names[:memorized_names].tolist(), rng)
+        self.split_of |= assign_splits(self.names[memorized_names:].tolist(), rng)
+
+    @property
+    def vocabulary(self) -> list[str]:
+        """Every word of the task, in a fixed order."""
+        return ["what", "color", "is", "a", "?", ".", *COLOURS, *SPECIES, *sorted(self.names.tolist())]
+
+    def training(self, rng: np.random.Generator) -> Iterator[Instance]:
+        """Instances in which the context agrees with every memorized colour; held-out items never appear."""
+        while True:
+            asked = rng.random(CHUNK) < self.memorized_share
+            for names, colours, state in self._contexts(rng, asked):
+                if any(self._held_out(name, state) for name in names[: self.questions]):
+                    continue
+                order = rng.permutation(len(state))
+                asking = rng.permutation(self.questions)
+                questions = [f"{QUESTION.format(self.names[names[i]])} {COLOURS[colours[i]]}" for i in asking]
+                yield " . ".join([*(state[i] for i in order), *questions]) + " ."
+
+    def examples(self, rng: np.random.Generator, n: int, kind: Kind) -> list[Example]:
+        """``conflict``: the context says another colour. ``memory``: the name is not in the context. ``novel``: free names.
+
+        Training never disagrees with a memorized colour and never asks a name that is not stated, so no conflict and no
+        memory example can be in it; novel ones are held out by item.
+        """
+        found: list[Example] = []
+        while len(found) < n:
+            for names, colours, state in self._contexts(rng, np.full(CHUNK, kind != "novel"), kind):
+                if kind != "novel" or self._held_out(names[0], state):
+                    found.append(self._example(kind, names[0], colours[0], state, rng))
+        return found[:n]
+
+    def rephrase(self, example: Example, rng: np.random.Generator) -> Example:
+        """The same statements in another order, drawn uniformly from all the others."""
+        *statements, question = [part.strip() for part in example.prompt.split(" . ")]
+        order = np.arange(len(statements))
+        shuffled = order
+        while (shuffled == order).all():
+            shuffled = rng.permutation(len(statements))
+        prompt = " . ".join([statements[i] for i in shuffled] + [question])
+        return example.phrased(prompt, "reordered")
+
+    def _example(self, kind: Kind, name: int, colour: int, state: list[str], rng: np.random.Generator) -> Example:
+        order = rng.permutation(len(state))
+        word = str(self.names[name])
+        common = {
+            "item": self._key(name, state),
+            "prompt": self._prompt(name, [state[i] for i in order]),
+            "kind": kind,
+            "group": word,
+            "family": "absent" if kind == "memory" else "stated",
+            "split": self.split_of[word],
+        }
+        if kind == "conflict":
+            return Example(memorized=f" {COLOURS[self.colour_of[name]]}", generalized=f" {COLOURS[colour]}", **common)
+        return Example(answer=f" {COLOURS[colour]}", **common)
+
+    def _contexts(
+        self, rng: np.random.Generator, ask_memorized: np.ndarray, kind: Kind | None = None
+    ) -> Iterator[tuple[list[int], list[int], list[str]]]:
+        """Names (the asked one first), their colours, and the statements, for a chunk of instances.
+
+        A ``conflict`` states another colour for the asked name, ``memory`` leaves its statement out.
+        """
+        n, total = len(ask_memorized), len(self.names)
+        people = self.statements if self.hops == 1 else 2 * self.statements
+        is_memorized = rng.random((n, people + 1)) < self.memorized_share
+        is_memorized[:, 0] = ask_memorized  # the first of a training context is as any other
+        names = np.where(
+            is_memorized,
+            rng.integers(self.memorized_count, size=is_memorized.shape),
+            rng.integers(self.memorized_count, total, size=is_memorized.shape),
+        )
+        colours = rng.integers(len(COLOURS), size=names.shape)
+        fixed = names < self.memorized_count
+        colours[fixed] = self.colour_of[names[fixed]]
+        if kind == "conflict":
+            colours[:, 0] = (colours[:, 0] + rng.integers(1, len(COLOURS), size=n)) % len(COLOURS)
+        species = np.argsort(rng.random((n, len(SPECIES))), axis=1)
+        for row in range(n):
+            who, what = names[row].tolist(), colours[row].tolist()
+            if len(set(who)) < len(who):
+                continue
+            if kind == "conflict" and self.colour_of[who[0]] in what[1:]:
+                continue  # the memorized colour must come from memory, not from a neighbour in the context
+            stated = slice(1, people + 1) if kind == "memory" else slice(0, people)
+            if self.hops == 1:
+                state = [f"{self.names[w]} is {COLOURS[c]}" for w, c in zip(who[stated], what[stated], strict=True)]
+            else:
+                state = self._chains(who[stated], what[stated], species[row])
+            yield who, what, state
+
+    def _chains(self, who: list[int], what: list[int], species: np.ndarray) -> list[str]:
+        """Two hops: ``who[i]`` shares a species with a neighbour whose colour is stated; it is ``what[i]``."""
+        state = []
+        for i in range(self.statements):
+            kin, neighbour = SPECIES[species[i]], self.names[who[self.statements + i]]
+            state += [f"{self.names[who[i]]} is a {kin}", f"{neighbour} is a {kin}", f"{neighbour} is {COLOURS[what[i]]}"]
+        return state
+
+    def _prompt(self, name: int, statements: list[str]) -> str:
+        return " . ".join([*statements, QUESTION.format(self.names[name])])
+
+    def _key(self, name: int, state: list[str]) -> str:
+        return f"{self.names[name]}: {'; '.join(sorted(state))}"
+
+    def _held_out(self, name: int, state: list[str]) -> bool:
+        return is_held_out(self._key(name, state), self.seed)

@@ -1,0 +1,224 @@
+"""Training until one model shows both behaviours: one loop, one stop rule.
+
+Shapes: B instances of a batch, T tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mnemoscope.behaviour import Asking, Batch, prepare, score
+from mnemoscope.config import StopConfig, TrainingConfig
+from mnemoscope.errors import InputError
+from mnemoscope.models import context_length
+from mnemoscope.tasks import Example, Instance, Task, answer_of, draw
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+AHEAD = 32  # batches that are generated and tokenized together
+
+
+def unmet(stop: StopConfig, measured: dict[str, float]) -> list[str]:
+    """What the stop rule still misses, in words; empty when it holds."""
+    wanted = [
+        ("novel_accuracy", ">=", stop.novel_accuracy),
+        ("recall", ">=", stop.recall),
+        ("conflict_memorized", ">=", stop.conflict_each),
+        ("conflict_generalized", ">=", stop.conflict_each),
+        ("conflict_other", "<=", stop.conflict_other),
+    ]
+    return [
+        f"{name} {measured[name]:.3f} (wanted {sign} {bound})"
+        for name, sign, bound in wanted
+        if not (measured[name] >= bound if sign == ">=" else measured[name] <= bound)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What training came to.
+
+    Attributes:
+        curve: one dict per measurement with the columns of ``records/training.parquet``.
+        steps: optimizer steps taken.
+        seconds: wall time.
+        unmet: what the stop rule still misses; empty where both behaviours are there.
+    """
+
+    curve: list[dict[str, Any]]
+    steps: int
+    seconds: float
+    unmet: list[str]
+
+
+def train(
+    asking: Asking,
+    task: Task,
+    config: TrainingConfig,
+    rng: np.random.Generator,
+    progress: Callable[[int, dict[str, float]], None] = lambda step, measured: None,
+) -> Trained:
+    """Train a model in place on a task until the stop rule holds.
+
+    The model ends with the weights of the last measurement: that is where the rule held, or where the steps ran out.
+
+    Args:
+        asking: the model, its tokenizer and what closes an answer.
+        rng: draws training and evaluation data.
+        progress: called at every step with the latest measurement.
+
+    Raises:
+        InputError: the task lacks a kind of example that the stop rule needs, or an instance is too long.
+    """
+    started = time.perf_counter()
+    model = asking.model
+    evaluation = prepare_evaluation(asking, task, config.evaluation_examples, rng)
+    optimizers = optimizers_for(model, config)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: _rate(step, config)) for o in optimizers]
+    curve: list[dict[str, Any]] = []
+    measured: dict[str, float] = {}
+    losses: list[float] = []
+    missing: list[str] = []
+    step = 0
+    for ids_BT, weights_BT in islice(batches(asking, task, config, rng), config.steps):
+        model.train()
+        losses.append(_step(model, ids_BT, weights_BT, optimizers, schedules))
+        step += 1
+        if step % config.evaluate_every == 0 or step == config.steps:
+            model.eval()
+            measured = measure(asking, evaluation)
+            missing = unmet(config.stop, measured)
+            curve.append({"step": step, "loss": float(np.mean(losses)), **measured, "met": not missing, "kept": False})
+            losses.clear()
+        progress(step, measured)
+        if measured and not missing:
+            break
+    model.eval()
+    curve[-1]["kept"] = True
+    return Trained(curve, step, time.perf_counter() - started, missing)
+
+
+def how_to_mix(trained: Trained) -> str:
+    """One line that says what is missing and which dials to turn."""
+    last = trained.curve[-1]
+    advice = []
+    if last["novel_accuracy"] < 0.9 or last["recall"] < 0.9:
+        advice.append("train longer (training.steps) or with another training.learning_rate")
+    if last["conflict_generalized"] < last["conflict_memorized"]:
+        advice.append("memory wins: lower task.options.memorized_share, raise the number of memorized names, lower training.prompt_weight")
+    else:
+        advice.append("the rule wins: raise task.options.memorized_share or training.prompt_weight")
+    advice.append("or change model.layers")
+    return f"after {trained.steps} steps the model does not show both behaviours: {'; '.join(trained.unmet)}. {'; '.join(advice)}"
+
+
+def prepare_evaluation(asking: Asking, task: Task, n: int, rng: np.random.Generator) -> dict[str, list[Batch]]:
+    """Tune examples of each kind, ready to be scored again and again.
+
+    Raises:
+        InputError: the task has no example of a kind.
+    """
+    evaluation: dict[str, list[Batch]] = {}
+    for kind in ("novel", "memory", "conflict"):
+        examples: list[Example] = draw(task, rng, n, kind, "tune")  # type: ignore[arg-type]
+        if not examples:
+            raise InputError(f"task: {task.name} has no {kind} example in the tune split, which the stop rule needs")
+        evaluation[kind] = prepare(asking, examples)
+    return evaluation
+
+
+def measure(asking: Asking, evaluation: dict[str, list[Batch]]) -> dict[str, float]:
+    """Both behaviours as they stand: accuracies and shares, in the names of the emergence curve."""
+    labels = {kind: score(asking, batches_, margins=False).behaviour_N for kind, batches_ in evaluation.items()}
+    return {
+        "novel_accuracy": float(np.mean(labels["novel"] == "correct")),
+        "recall": float(np.mean(labels["memory"] == "correct")),
+        **{f"conflict_{b}": float(np.mean(labels["conflict"] == b)) for b in ("memorized", "generalized", "other")},
+    }
+
+
+def batches(
+    asking: Asking, task: Task, config: TrainingConfig, rng: np.random.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Token ids (B, T) int64, right-padded, and each token's weight in the loss (B, T) float32; without end."""
+    instances = task.training(rng)
+    while True:
+        chunk = list(islice(instances, AHEAD * config.batch_size))
+        ids_NT, weights_NT = _tokenize(asking, chunk, config.prompt_weight)
+        yield from zip(ids_NT.split(config.batch_size), weights_NT.split(config.batch_size), strict=True)
+
+
+def _tokenize(asking: Asking, instances: list[Instance], prompt_weight: float) -> tuple[Tensor, Tensor]:
+    parts = [answer_of(instance) for instance in instances]
+    tokenizer = asking.tokenizer
+    encoded = tokenizer([p + a for p, a in parts], return_offsets_mapping=True)
+    longest = max(len(ids) for ids in encoded.input_ids) + 1
+    if longest > context_length(asking.model):
+        raise InputError(f"model.context: {context_length(asking.model)} tokens; a training instance has {longest}")
+    ids_NT = np.full((len(parts), longest), tokenizer.pad_token_id)
+    weights_NT = np.zeros(ids_NT.shape, np.float32)
+    for row, (ids, offsets, (prompt, answer)) in enumerate(
+        zip(encoded.input_ids, encoded.offset_mapping, parts, strict=True)
+    ):
+        n = len(ids)
+        ids_NT[row, :n], ids_NT[row, n] = ids, tokenizer.eos_token_id
+        seam = len(prompt) if answer else 0
+        weights_NT[row, :n] = [1.0 if end > seam else prompt_weight for _, end in offsets]
+        weights_NT[row, n] = 1.0
+    return torch.from_numpy(ids_NT), torch.from_numpy(weights_NT)
+
+
+def optimizers_for(model: PreTrainedModel, config: TrainingConfig) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks, AdamW for embeddings, biases and norms.
+
+    Muon (K. Jordan et al., 2024, torch.optim.Muon) reaches both behaviours in a third of AdamW's steps here; its step is
+    scaled to AdamW's root mean square, so one learning rate serves both.
+    """
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trainable if p.ndim == 2 and id(p) not in embeddings]
+    inside = {id(p) for p in matrices}
+    rest = [p for p in trainable if id(p) not in inside]
+    return [
+        torch.optim.Muon(
+            matrices, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(rest, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def _rate(step: int, config: TrainingConfig) -> float:
+    """Factor on the learning rate: linear warm-up, constant, linear decay."""
+    factor = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    if config.decay_steps:
+        factor *= max(0.02, min(1.0, (config.steps - step) / config.decay_steps))
+    return factor
+
+
+def _step(
+    model: PreTrainedModel,
+    ids_BT: Tensor,
+    weights_BT: Tensor,
+    optimizers: list[torch.optim.Optimizer],
+    schedules: list[torch.optim.lr_scheduler.LambdaLR],
+) -> float:
+    logits_BTV = model(input_ids=ids_BT[:, :-1].to(model.device), use_cache=False).logits
+    losses_BT = nn.functional.cross_entropy(logits_BTV.transpose(1, 2), ids_BT[:, 1:].to(model.device), reduction="none")
+    weights = weights_BT[:, 1:].to(model.device)
+    loss = (losses_BT * weights).sum() / weights.sum()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer, schedule in zip(optimizers, schedules, strict=True):
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+    return float(loss.detach())

@@ -1,0 +1,231 @@
+"""The contrast against scipy on small cases, and by algebra: sharding, planted neurons, files."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+from scipy import stats
+
+from mnemoscope.contrast import ARRAYS, Contrast, ContrastAccumulator
+from mnemoscope.statistics import Floats
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+FIELDS = ("nmd_LD", "rho_LD", "effect_size_LD", "p_family_wise_LD", "p_false_discovery_LD", "state_norm_L")
+
+
+def states(pairs: int, layers: int = 2, neurons: int = 4, seed: int = 0) -> tuple[Floats, Floats]:
+    draw = np.random.default_rng(seed)
+    shared = draw.normal(size=(pairs, layers, neurons))
+    generalized, memorized = shared + draw.normal(size=(2, pairs, layers, neurons))
+    return generalized + 0.3, memorized
+
+
+def contrast_of(
+    generalized: Floats, memorized: Floats, groups: list[str] | None = None, permutations: int = 200
+) -> Contrast:
+    _, layers, neurons = generalized.shape
+    accumulator = ContrastAccumulator.empty("block", layers, neurons, permutations)
+    accumulator.add(generalized, memorized, groups or [f"g{i}" for i in range(len(generalized))])
+    return accumulator.result()
+
+
+def test_every_statistic_agrees_with_scipy() -> None:
+    generalized, memorized = states(30)
+    contrast = contrast_of(generalized, memorized, [f"g{i // 2}" for i in range(30)])
+    assert (contrast.site, contrast.pairs, contrast.groups) == ("block", 30, 15)
+    labels = np.repeat([1.0, -1.0], 30)
+    for layer, neuron in np.ndindex(2, 4):
+        g, m = generalized[:, layer, neuron], memorized[:, layer, neuron]
+        both = np.concatenate([g, m])
+        assert contrast.nmd_LD[layer, neuron] == pytest.approx((g - m).mean())
+        assert contrast.rho_LD[layer, neuron] == pytest.approx(stats.pearsonr(both, labels).statistic)
+        assert contrast.effect_size_LD[layer, neuron] == pytest.approx(stats.ttest_rel(g, m).statistic / math.sqrt(30))
+        assert np.cov(both, labels, ddof=0)[0, 1] == pytest.approx(contrast.nmd_LD[layer, neuron] / 2)
+    norms = np.linalg.norm(np.concatenate([generalized, memorized]), axis=2)
+    np.testing.assert_allclose(contrast.state_norm_L, np.sqrt((norms**2).mean(axis=0)))
+
+
+def test_permutation_p_values_follow_the_t_test_and_order_as_they_must() -> None:
+    generalized, memorized = states(60, seed=1)
+    accumulator = ContrastAccumulator.empty("block", 2, 4, permutations=4000)
+    accumulator.add(generalized, memorized, [f"g{i}" for i in range(60)])
+    per_neuron = accumulator.flips.p_values()[1]
+    np.testing.assert_allclose(per_neuron, stats.ttest_rel(generalized, memorized).pvalue, atol=0.03)
+    contrast = accumulator.result()
+    assert (contrast.p_family_wise_LD >= per_neuron).all()
+    q = stats.false_discovery_control(per_neuron.ravel()).reshape(2, 4)
+    np.testing.assert_allclose(contrast.p_false_discovery_LD, q)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_shards_merge_to_the_same_contrast(data: st.DataObject) -> None:
+    pairs = data.draw(st.integers(1, 16), label="pairs")
+    offset = data.draw(st.sampled_from([0.0, 1e4]), label="offset")
+    generalized, memorized = states(pairs, seed=data.draw(st.integers(0, 99), label="seed"))
+    generalized, memorized = generalized + offset, memorized + offset
+    groups = [f"g{i}" for i in data.draw(st.lists(st.integers(0, 5), min_size=pairs, max_size=pairs), label="groups")]
+    order = np.array(data.draw(st.permutations(range(pairs)), label="order"))
+    cuts = sorted(data.draw(st.lists(st.integers(0, pairs), max_size=4), label="cuts"))
+    shards = []
+    for rows in np.split(order, cuts):
+        shard = ContrastAccumulator.empty("mlp", 2, 4, permutations=40)
+        shard.add(generalized[rows], memorized[rows], [groups[i] for i in rows])
+        shards.append(shard)
+    while len(shards) > 1:
+        other = shards.pop(data.draw(st.integers(0, len(shards) - 1), label="which"))
+        shards[data.draw(st.integers(0, len(shards) - 1), label="into")].merge(other)
+    merged, whole = shards[0].result(), contrast_of(generalized, memorized, groups, permutations=40)
+
+    assert (merged.pairs, merged.groups) == (pairs, len(set(groups)))
+    for name in FIELDS:
+        np.testing.assert_allclose(getattr(merged, name), getattr(whole, name), rtol=1e-7, atol=1e-9, err_msg=name)
+
+
+def test_planted_neurons_come_first_and_are_all_found() -> None:
+    draw = np.random.default_rng(2)
+    planted = np.zeros((3, 40), dtype=bool)
+    planted.flat[[3, 50, 51, 77, 119]] = True
+    shift = np.where(planted, np.where(draw.random((3, 40)) < 0.5, -0.8, 0.8), 0.0)
+    scale = np.exp(draw.normal(size=(3, 40)))  # neurons of very different size
+    generalized = scale * (draw.normal(size=(200, 3, 40)) + shift / 2)
+    memorized = scale * (draw.normal(size=(200, 3, 40)) - shift / 2)
+    contrast = contrast_of(generalized.astype(np.float32), memorized.astype(np.float32), permutations=500)
+    assert (contrast.top_neurons(5 / 120) == planted).all()
+    assert (contrast.p_family_wise_LD[planted] == 1 / 501).all()
+    assert (contrast.p_family_wise_LD[~planted] > 0.05).all()
+    assert (np.sign(contrast.nmd_LD[planted]) == np.sign(shift[planted])).all()
+
+
+def test_what_does_not_vary_has_no_correlation() -> None:
+    generalized, memorized = states(20, seed=3)
+    generalized[:, 0, 0] = memorized[:, 0, 0] = 0.1  # constant
+    generalized[:, 0, 1] = memorized[:, 0, 1] + 0.7  # constant difference, up to rounding
+    generalized[:, 0, 2], memorized[:, 0, 2] = 1, -1  # the label itself
+    contrast = contrast_of(generalized, memorized)
+    assert np.isnan(contrast.rho_LD).tolist() == [[True, False, False, False], [False] * 4]
+    assert np.isnan(contrast.effect_size_LD).tolist() == [[True, True, True, False], [False] * 4]
+    assert contrast.rho_LD[0, 2] == 1
+    assert contrast.p_family_wise_LD[0, 0] == 1
+    assert not contrast.top_neurons(7 / 8)[0, 0]
+    assert contrast.top_neurons(1).all()
+
+
+def test_no_pairs_and_one_pair() -> None:
+    nothing = ContrastAccumulator.empty("block", 2, 3).result()
+    assert (nothing.pairs, nothing.groups) == (0, 0)
+    assert all(np.isnan(getattr(nothing, name)).all() for name in FIELDS)
+    one = contrast_of(*states(1))
+    assert np.isnan(one.effect_size_LD).all()
+    np.testing.assert_allclose(np.abs(one.rho_LD), 1)
+
+
+def test_top_neurons_counts_over_all_layers_and_breaks_ties_by_index() -> None:
+    rho = np.array([[0.1, -0.9, 0.5, math.nan, 0.5], [0.5, 0.2, 0.0, 0.0, -0.5]])
+    contrast = replace(contrast_of(*states(4, neurons=5)), rho_LD=rho)
+    assert np.flatnonzero(contrast.top_neurons(0.3)).tolist() == [1, 2, 4]
+    assert np.flatnonzero(contrast.top_neurons(0.31)).tolist() == [1, 2, 4, 5]
+    assert np.flatnonzero(contrast.top_neurons(1e-9)).tolist() == [1]
+    thirty = replace(contrast, rho_LD=np.arange(30.0).reshape(3, 10))
+    assert thirty.top_neurons(0.1).sum() == 3  # 0.1 * 30 is a little more than 3 in floating point
+
+
+@pytest.mark.parametrize("top", [0, -0.1, 1.1, math.nan])
+def test_top_outside_its_range_is_refused(top: float) -> None:
+    with pytest.raises(ValueError, match=r"top: .*; allowed is a share of the neurons in \(0, 1\]"):
+        contrast_of(*states(4)).top_neurons(top)
+
+
+def test_states_that_cannot_be_averaged_are_refused_and_leave_nothing_behind() -> None:
+    accumulator = ContrastAccumulator.empty("block", 2, 4)
+    generalized, memorized = states(3)
+    with pytest.raises(ValueError, match="groups: 2 names; allowed is one for each of the 3 pairs"):
+        accumulator.add(generalized, memorized, ["a", "b"])
+    with pytest.raises(ValueError, match="states_memorized: shape"):
+        accumulator.add(generalized, memorized[:, :1], ["a", "b", "c"])
+    memorized[1, 1, 1] = math.inf
+    with pytest.raises(ValueError, match="states_memorized: a value is infinite or NaN"):
+        accumulator.add(generalized, memorized, ["a", "b", "c"])
+    assert (accumulator.moments.count, accumulator.flips.count, accumulator.groups) == (0, 0, set())
+
+
+def test_accumulators_of_different_studies_do_not_merge() -> None:
+    accumulator = ContrastAccumulator.empty("block", 2, 4, permutations=10, seed=0)
+    for other in (
+        ContrastAccumulator.empty("mlp", 2, 4, permutations=10, seed=0),
+        ContrastAccumulator.empty("block", 4, 2, permutations=10, seed=0),
+        ContrastAccumulator.empty("block", 2, 4, permutations=11, seed=0),
+        ContrastAccumulator.empty("block", 2, 4, permutations=10, seed=1),
+    ):
+        other.add(np.ones((1, *other.flips.sum_LD.shape)), np.zeros((1, *other.flips.sum_LD.shape)), ["a"])
+        with pytest.raises(ValueError, match="allowed"):
+            accumulator.merge(other)
+    assert (accumulator.moments.count, accumulator.flips.count, accumulator.groups) == (0, 0, set())
+
+
+def test_a_saved_contrast_comes_back_and_equal_contrasts_are_equal_files(tmp_path: Path) -> None:
+    generalized, memorized = states(20, seed=4)
+    generalized[:, 0, 0] = memorized[:, 0, 0] = 0
+    contrast = contrast_of(generalized, memorized)
+    contrast.save(tmp_path / "contrast.safetensors")
+    loaded = Contrast.load(tmp_path / "contrast.safetensors")
+    assert (loaded.site, loaded.pairs, loaded.groups) == ("block", 20, 20)
+    for name in FIELDS:
+        np.testing.assert_array_equal(getattr(loaded, name), getattr(contrast, name))  # NaN equals NaN here
+    assert set(load_file(tmp_path / "contrast.safetensors")) == set(ARRAYS)  # the library reads our header
+    files = set()
+    for i in range(12):
+        contrast.save(tmp_path / f"{i}.safetensors")
+        files.add((tmp_path / f"{i}.safetensors").read_bytes())
+    assert len(files) == 1
+
+
+GOOD = {name: np.zeros((2, 3)) for name in ARRAYS[:-1]} | {"state_norm": np.zeros(2)}
+METADATA = {"site": "block", "pairs": "4", "groups": "2"}
+
+
+@pytest.mark.parametrize(
+    ("arrays", "metadata"),
+    [
+        ({name: array for name, array in GOOD.items() if name != "rho"}, METADATA),
+        (GOOD, None),
+        (GOOD, METADATA | {"pairs": "many"}),
+        (GOOD | {"rho": np.zeros((3, 2))}, METADATA),
+        (GOOD | {"state_norm": np.zeros(3)}, METADATA),
+        (GOOD | {"nmd": np.zeros((2, 3), dtype=np.float32)}, METADATA),
+    ],
+)
+def test_a_file_that_is_not_a_contrast_is_refused(
+    tmp_path: Path, arrays: dict[str, Floats], metadata: dict[str, str] | None
+) -> None:
+    path = tmp_path / "contrast.safetensors"
+    save_file(GOOD, path, METADATA)
+    assert Contrast.load(path).pairs == 4
+    save_file(arrays, path, metadata)
+    with pytest.raises(ValueError, match="not a readable contrast file") as caught:
+        Contrast.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_file_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "contrast.safetensors"
+    contrast_of(*states(4)).save(path)
+    good = path.read_bytes()
+    header = json.dumps({"nmd": "?"}).encode()
+    for bad in (b"", good[:5], good[:60], good[:-8], b"\xff" * 200, len(header).to_bytes(8, "little") + header):
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match="not a readable contrast file") as caught:
+            Contrast.load(path)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(FileNotFoundError):
+        Contrast.load(tmp_path / "missing.safetensors")

@@ -1,0 +1,163 @@
+"""Probes against scikit-learn's own pipeline and plain loops; the baselines by what they can and cannot learn."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from mnemoscope.probes import LayerProbe, fit_input_probe, fit_layer_probes, input_features, shuffled
+from mnemoscope.statistics import Floats, auroc
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+Labels = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+
+
+def states(pairs: int, seed: int, layers: int = 3, neurons: int = 6) -> tuple[Floats, Labels, list[str]]:
+    """Pairs of states in which layer l tells the labels apart by l standard deviations."""
+    draw = np.random.default_rng(seed)
+    labels = np.tile([1, 0], pairs)
+    states_NLD = draw.normal(size=(2 * pairs, layers, neurons))
+    states_NLD[:, :, 2] += np.arange(layers) * (labels[:, None] - 0.5)
+    return states_NLD, labels, [f"pair {i // 2}" for i in range(2 * pairs)]
+
+
+def accuracy(scores_N: Floats, labels_N: Labels) -> float:
+    return float(np.mean((scores_N > 0) == (labels_N == 1)))
+
+
+def test_a_layer_probe_is_scikit_learns_pipeline_in_the_raw_space() -> None:
+    states_NLD, labels, _ = states(60, 0)
+    raw = (states_NLD[:, 2] * [1, 100, 1e-3, 1, 5, 1] + [1e3, 0, 0, -7, 0, 0]).astype(np.float32)
+    raw[:, 5] = 3  # a dead neuron
+    for regularization in (0.01, 1.0):
+        oracle = make_pipeline(StandardScaler(), LogisticRegression(C=regularization, max_iter=1000))
+        oracle.fit(raw.astype(np.float64), labels)
+        probe = LayerProbe(regularization)
+        assert probe.fit(raw, labels) is probe
+        np.testing.assert_allclose(probe.decision_function(raw), oracle.decision_function(raw), atol=1e-6)
+    assert probe.weights_D_.shape == (6,)
+    assert probe.weights_D_[5] == 0
+    saved = json.loads(json.dumps({"weights": probe.weights_D_.tolist(), "bias": probe.bias_}))
+    by_hand = raw[0].astype(np.float64) @ np.array(saved["weights"]) + saved["bias"]
+    assert by_hand == pytest.approx(probe.decision_function(raw)[0])
+
+
+def test_layer_probes_find_the_layers_that_know() -> None:
+    fit, tune, test = states(150, 1), states(80, 2), states(400, 3)
+    probes = fit_layer_probes(*fit[:2], *tune[:2])
+    areas = [
+        auroc(probe.decision_function(test[0][:, layer]), test[1], test[2], np.random.default_rng(0), resamples=200)
+        for layer, probe in enumerate(probes)
+    ]
+    assert len(probes) == 3
+    assert areas[0].low < 0.5 < areas[0].high
+    assert [areas[1].estimate, areas[2].estimate] == pytest.approx([0.760, 0.921], abs=0.04)  # Phi(l / sqrt(2))
+
+
+def test_regularization_is_chosen_by_tune_accuracy_and_ties_go_to_the_strongest() -> None:
+    fit, tune = states(20, 4, neurons=30), states(300, 5, neurons=30)
+    choices = (10.0, 0.001, 0.1)
+    probes = fit_layer_probes(*fit[:2], *tune[:2], regularizations=choices)
+    for layer, probe in enumerate(probes):
+        by_hand = {
+            c: accuracy(LayerProbe(c).fit(fit[0][:, layer], fit[1]).decision_function(tune[0][:, layer]), tune[1])
+            for c in choices
+        }
+        best = max(by_hand.values())
+        assert len(set(by_hand.values())) > 1
+        assert probe.regularization == min(c for c in choices if by_hand[c] == best)
+    separable = np.where(fit[1] == 1, 5.0, -5.0)[:, None, None] + fit[0]
+    assert fit_layer_probes(separable, fit[1], separable, fit[1], choices)[0].regularization == 0.001
+
+
+def test_input_features_by_a_plain_loop() -> None:
+    prompts = [[1, 4, 1, 0], [], [3], [2, 2, 2, 2, 0]]
+    vocabulary, positions = 5, 3
+    expected = np.zeros((4, vocabulary * (1 + positions)))
+    for row, prompt in enumerate(prompts):
+        for token in prompt:
+            expected[row, token] += 1
+        for from_end, token in enumerate(reversed(prompt)):
+            if from_end < positions:
+                expected[row, vocabulary * (1 + from_end) + token] = 1
+    features = input_features(prompts, vocabulary, positions)
+    assert (features.toarray() == expected).all()
+    assert input_features(prompts[2:3], vocabulary).shape == (1, vocabulary * 65)  # whatever the prompts' lengths
+    assert input_features([], vocabulary).shape == (0, vocabulary * 65)
+
+
+def test_token_ids_outside_the_vocabulary_are_refused() -> None:
+    with pytest.raises(ValueError, match="token_ids: 0 to 5; allowed is 0 to 4"):
+        input_features([[0, 5]], 5)
+    with pytest.raises(ValueError, match="token_ids: -1 to 2; allowed is 0 to 4"):
+        input_features([[2, -1]], 5)
+
+
+def prompts_of(count: int, seed: int) -> list[list[int]]:
+    draw = np.random.default_rng(seed)
+    return [draw.integers(0, 12, size=draw.integers(4, 9)).tolist() for _ in range(count)]
+
+
+def test_the_input_probe_learns_presence_and_position_but_not_what_is_not_there() -> None:
+    fit, tune, test = (prompts_of(count, seed) for count, seed in ((800, 6), (200, 7), (600, 8)))
+    presence = [np.array([3 in prompt for prompt in prompts]).astype(int) for prompts in (fit, tune, test)]
+    position = [np.array([prompt[-2] < 6 for prompt in prompts]).astype(int) for prompts in (fit, tune, test)]
+    absent = [np.random.default_rng(9 + i).integers(0, 2, size=len(p)) for i, p in enumerate((fit, tune, test))]
+    features = [input_features(prompts, 12) for prompts in (fit, tune, test)]
+    results = []
+    for labels in (presence, position, absent):
+        probe = fit_input_probe(features[0], labels[0], features[1], labels[1])
+        results.append(accuracy(probe.decision_function(features[2]), labels[2]))
+    assert results[0] > 0.98
+    assert results[1] > 0.98
+    assert results[2] == pytest.approx(0.5, abs=0.08)
+
+
+def test_shuffling_swaps_whole_pairs_half_of_the_time() -> None:
+    labels = np.tile([1, 0], 500)
+    pair_ids = np.array([f"pair {i // 2}" for i in range(1000)])
+    order = np.random.default_rng(10).permutation(1000)
+    result = shuffled(labels[order], pair_ids[order], np.random.default_rng(11))
+    swapped = np.empty(1000, dtype=bool)
+    swapped[order] = result != labels[order]
+    assert result.sum() == 500
+    assert (swapped[::2] == swapped[1::2]).all()
+    assert swapped.mean() == pytest.approx(0.5, abs=0.1)
+    assert (labels == np.tile([1, 0], 500)).all()  # the argument is untouched
+    again = shuffled(labels[order], pair_ids[order], np.random.default_rng(11))
+    assert (again == result).all()
+
+
+def test_a_probe_of_shuffled_labels_knows_nothing() -> None:
+    (fit, labels, pairs), tune, test = states(300, 12), states(100, 13), states(400, 14)
+    draw, accuracies = np.random.default_rng(15), []
+    for _ in range(30):  # one shuffle may point along the signal by luck, either way
+        probes = fit_layer_probes(fit, shuffled(labels, pairs, draw), tune[0], shuffled(tune[1], tune[2], draw))
+        accuracies.append(accuracy(probes[2].decision_function(test[0][:, 2]), test[1]))
+    assert np.mean(accuracies) == pytest.approx(0.5, abs=0.08)
+    honest = fit_layer_probes(fit, labels, tune[0], tune[1])
+    assert accuracy(honest[2].decision_function(test[0][:, 2]), test[1]) > max(0.8, *accuracies)
+
+
+def test_labels_that_cannot_be_learned_from_are_refused() -> None:
+    states_ND = np.random.default_rng(16).normal(size=(4, 2))
+    with pytest.raises(ValueError, match="class"):
+        LayerProbe().fit(states_ND, [1, 1, 1, 1])
+    with pytest.raises(ValueError, match=r"labels: \[-1\]; allowed are 0 and 1"):
+        LayerProbe().fit(states_ND, [1, -1, 1, -1])
+    with pytest.raises(ValueError, match="states_ND: a value is infinite or NaN"):
+        LayerProbe().fit(states_ND * np.nan, [1, 0, 1, 0])
+    with pytest.raises(ValueError, match="empty"):
+        fit_layer_probes(states_ND[:, None], [1, 0, 1, 0], np.zeros((0, 1, 2)), [])
+    with pytest.raises(ValueError, match="empty"):
+        fit_layer_probes(states_ND[:, None], [1, 0, 1, 0], states_ND[:, None], [1, 0, 1, 0], regularizations=())
+    with pytest.raises(ValueError, match="labels_N: pair b does not have as many 1 as 0"):
+        shuffled([1, 0, 1, 1], ["a", "a", "b", "b"], np.random.default_rng(0))
+    with pytest.raises(ValueError, match="pair_ids_N: 1 values; allowed is 2"):
+        shuffled([1, 0], ["a"], np.random.default_rng(0))

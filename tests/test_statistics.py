@@ -1,0 +1,409 @@
+"""Intervals and tests against independent oracles: plain loops, exact enumeration, scipy and scikit-learn."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from sklearn.metrics import roc_auc_score
+
+from mnemoscope import statistics
+from mnemoscope.statistics import (
+    Estimate,
+    Floats,
+    PairedMoments,
+    SignFlips,
+    auroc,
+    benjamini_hochberg,
+    over_seeds,
+    proportion,
+)
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def width(estimate: Estimate) -> float:
+    return estimate.high - estimate.low
+
+
+def test_an_estimate_is_a_record() -> None:
+    assert Estimate(0.5, 0.25, 0.75, 8).as_dict() == {"estimate": 0.5, "low": 0.25, "high": 0.75, "n": 8}
+    assert [math.isnan(value) for value in Estimate.undefined(4).as_dict().values()] == [True, True, True, False]
+
+
+def test_proportion_agrees_with_a_bootstrap_written_as_a_loop() -> None:
+    draw = rng(1)
+    sizes = draw.integers(1, 8, size=30)
+    groups = [f"g{i}" for i, size in enumerate(sizes) for _ in range(size)]
+    hits = draw.random(len(groups)) < np.repeat(draw.random(30), sizes)
+    of_group = {name: [h for h, g in zip(hits, groups, strict=True) if g == name] for name in set(groups)}
+    names = sorted(of_group)
+    means = []
+    for _ in range(4000):
+        drawn = [hit for i in draw.integers(len(names), size=len(names)) for hit in of_group[names[i]]]
+        means.append(float(np.mean(drawn)))
+    low, high = np.quantile(means, [0.05, 0.95])
+
+    result = proportion(hits, groups, rng(2), resamples=4000, level=0.9)
+
+    assert result.estimate == pytest.approx(hits.mean())
+    assert result.n == len(groups)
+    assert (result.low, result.high) == pytest.approx((low, high), abs=0.012)
+
+
+def test_clustering_widens_the_interval_by_the_design_effect() -> None:
+    hits = np.repeat(rng(3).random(60) < 0.5, 9)  # nine copies of 60 independent facts
+    clustered = proportion(hits, np.repeat(np.arange(60), 9), rng())
+    independent = proportion(hits, np.arange(540), rng())
+    assert width(clustered) / width(independent) == pytest.approx(3, rel=0.15)
+
+
+def test_proportion_covers_the_truth_with_dependent_examples() -> None:
+    draw, covered = rng(4), 0
+    groups = np.repeat(np.arange(40), 5)
+    for _ in range(200):
+        rate_of_group = draw.beta(1, 1, size=40)
+        result = proportion(draw.random(200) < rate_of_group[groups], groups, draw, resamples=300)
+        covered += result.low <= 0.5 <= result.high
+    assert 178 <= covered <= 199  # 190 expected, less a little for 40 groups
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_all_hits_alike_give_the_exact_interval_of_the_number_of_groups(value: int) -> None:
+    groups = np.repeat(["a", "b", "c", "d", "e", "f", "g"], 20)
+    result = proportion(np.full(140, value), groups, rng())
+    exact = stats.binomtest(7 * value, 7).proportion_ci(0.95, method="exact")
+    assert (result.low, result.high) == pytest.approx((exact.low, exact.high))
+    assert result.estimate == value
+    assert result.n == 140
+
+
+def test_constant_differences_reach_to_the_sides_they_can_take() -> None:
+    up = 1 - 0.025 ** (1 / 5)
+    unchanged = proportion(np.zeros(5), range(5), rng(), signed=True)
+    assert (unchanged.low, unchanged.high) == pytest.approx((-up, up))
+    worse = proportion(-np.ones(5), range(5), rng())
+    assert (worse.low, worse.high) == pytest.approx((-1, -1 + up))
+
+
+def test_proportion_of_paired_differences() -> None:
+    differences = rng(5).choice([-1, 0, 1], p=[0.2, 0.5, 0.3], size=400)
+    result = proportion(differences, np.arange(400), rng(6))
+    half = 1.96 * differences.std() / 20
+    assert (result.low, result.high) == pytest.approx((differences.mean() - half, differences.mean() + half), abs=0.012)
+
+
+def test_what_has_no_interval_says_nan() -> None:
+    assert math.isnan(proportion([], [], rng()).estimate)
+    single = proportion([1, 0, 1, 1], ["a"] * 4, rng())
+    assert single.estimate == 0.75
+    assert math.isnan(single.low)
+    assert math.isnan(single.high)
+    balanced = proportion([1, 0, 1, 0, 1, 0], [1, 1, 2, 2, 3, 3], rng())  # every resample is exactly one half
+    assert balanced.estimate == 0.5
+    assert math.isnan(balanced.low)
+
+
+def test_undefined_hits_do_not_count() -> None:
+    hits, groups = np.array([1, 0, 1, 1, 0, 1.0]), np.array([4, 1, 2, 1, 3, 0])
+    with_gaps = proportion(np.append(hits, [math.nan] * 2), np.append(groups, [9, 1]), rng())
+    assert with_gaps == proportion(hits, groups, rng())
+    assert proportion([math.nan, math.nan], ["a", "b"], rng()).n == 0
+
+
+def test_proportion_depends_on_the_seed_and_not_on_the_order_of_rows() -> None:
+    hits, groups, order = rng(7).random(90) < 0.3, np.repeat(np.arange(30), 3), rng(8).permutation(90)
+    assert proportion(hits, groups, rng(1)) == proportion(hits[order], groups[order], rng(1))
+    assert proportion(hits, groups, rng(1)) != proportion(hits, groups, rng(2))
+
+
+def test_lengths_must_agree() -> None:
+    with pytest.raises(ValueError, match="groups_N: length: 2; allowed is 3"):
+        proportion([1, 0, 1], ["a", "b"], rng())
+    with pytest.raises(ValueError, match="labels_N: length: 3; allowed is 2"):
+        auroc([1, 2], [0, 1, 1], ["a", "b"], rng())
+
+
+def test_over_seeds_is_students_t() -> None:
+    values = [0.91, 0.84, 1.0, 0.97]
+    result = over_seeds([Estimate(value, 0.0, 1.0, 10) for value in values])
+    oracle = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert result.estimate == pytest.approx(np.mean(values))
+    assert (result.low, result.high) == pytest.approx((oracle.low, oracle.high))
+    assert result.high > 1  # not clipped
+    assert result.n == 40
+
+
+def test_over_seeds_with_few_or_undefined_seeds() -> None:
+    only = Estimate(0.5, 0.4, 0.7, 12)
+    assert over_seeds([only]) == only
+    assert over_seeds([Estimate.undefined(3), only]) == only
+    assert math.isnan(over_seeds([Estimate.undefined()] * 2).estimate)
+    assert over_seeds([]).n == 0
+
+
+def test_seeds_that_agree_exactly_do_not_look_certain() -> None:
+    result = over_seeds([Estimate(1, 0.8, 1, 10), Estimate(1, 0.6, 1, 5), Estimate(1, math.nan, math.nan, 1)])
+    assert result == Estimate(1, 0.6, 1, 16)
+    assert math.isnan(over_seeds([Estimate(1, math.nan, math.nan, 1)] * 2).low)
+
+
+def test_auroc_agrees_with_scikit_learn_also_with_ties() -> None:
+    draw = rng(9)
+    for levels in (3, 10, 10_000):
+        labels = draw.integers(0, 2, size=200)
+        scores = draw.integers(0, levels, size=200) + labels * levels * 0.3
+        result = auroc(scores, labels, np.arange(200), rng(), resamples=10)
+        assert result.estimate == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
+
+
+def test_auroc_interval_agrees_with_a_loop_over_scikit_learn() -> None:
+    draw = rng(10)
+    groups = np.repeat(np.arange(25), 4)
+    labels = np.tile([0, 1, 0, 1], 25)
+    scores = np.round(labels + 2 * np.repeat(draw.normal(size=25), 4) + draw.normal(size=100), 1)
+    areas = []
+    for _ in range(600):
+        rows = np.concatenate([np.flatnonzero(groups == g) for g in draw.integers(25, size=25)])
+        areas.append(float(roc_auc_score(labels[rows], scores[rows])))
+    result = auroc(scores, labels, groups, rng(11), resamples=4000)
+    assert (result.low, result.high) == pytest.approx(tuple(np.quantile(areas, [0.025, 0.975])), abs=0.015)
+
+
+def test_auroc_drops_resamples_without_both_classes() -> None:
+    # Of three groups one is positive: most resamples lack a class, and those left have an area of 0, 1/2 or 1.
+    result = auroc([0.0, 2.0, 1.0], [0, 0, 1], ["a", "b", "c"], rng(), resamples=500)
+    assert (result.estimate, result.low, result.high) == (0.5, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("area", [0, 1])
+def test_perfect_separation_does_not_look_certain(area: int) -> None:
+    labels = np.tile([0, 1], 12)
+    result = auroc(labels if area else -labels, labels, np.repeat(np.arange(12), 2), rng())
+    exact = stats.binomtest(6 * area, 6).proportion_ci(0.95, method="exact")  # 12 groups make 6 disjoint comparisons
+    assert result.estimate == area
+    assert (result.low, result.high) == pytest.approx((exact.low, exact.high))
+
+
+def test_auroc_without_an_answer() -> None:
+    assert math.isnan(auroc([1.0, 2.0], [1, 1], [0, 1], rng()).estimate)
+    assert auroc([], [], [], rng()).n == 0
+    single = auroc([1.0, 2.0], [0, 1], ["a", "a"], rng())
+    assert single.estimate == 1
+    assert math.isnan(single.low)
+    constant = auroc(np.zeros(8), [0, 1] * 4, range(8), rng())
+    assert constant.estimate == 0.5
+    assert math.isnan(constant.low)
+    with pytest.raises(ValueError, match="allowed are scores with a rank and labels 0 and 1"):
+        auroc([1.0, math.nan], [0, 1], [0, 1], rng())
+    with pytest.raises(ValueError, match="allowed are scores with a rank and labels 0 and 1"):
+        auroc([1.0, 2.0], [-1, 1], [0, 1], rng())
+
+
+def test_benjamini_hochberg_by_its_definition() -> None:
+    p = rng(12).random((4, 5)) ** 2
+    p[1, 2] = math.nan
+    q = benjamini_hochberg(p)
+    assert q.shape == p.shape
+    assert (np.isnan(q) == np.isnan(p)).all()
+    family = sorted(p[~np.isnan(p)])
+    for x, adjusted in zip(p.ravel(), q.ravel(), strict=True):
+        if not math.isnan(x):
+            assert adjusted == pytest.approx(min(19 * y / (i + 1) for i, y in enumerate(family) if y >= x))
+    assert np.isnan(benjamini_hochberg([math.nan, math.nan])).all()
+
+
+def two_pass(generalized_NLD: Floats, memorized_NLD: Floats) -> tuple[Floats, Floats]:
+    """The oracle: means and sums of squared deviations, in extended precision."""
+    series = [x.astype(np.longdouble) for x in (generalized_NLD, memorized_NLD)]
+    series.append(series[0] - series[1])
+    means = [x.mean(axis=0) for x in series]
+    squares = [((x - mean) ** 2).sum(axis=0) for x, mean in zip(series, means, strict=True)]
+    return np.array(means[:2], dtype=np.float64), np.array(squares, dtype=np.float64)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_moments_do_not_depend_on_sharding_or_order(data: st.DataObject) -> None:
+    pairs = data.draw(st.integers(1, 25), label="pairs")
+    offset = data.draw(st.sampled_from([0.0, 1e4, -1e4]), label="offset")
+    scale = data.draw(st.sampled_from([1e-3, 1.0, 1e3]), label="scale")
+    draw = rng(data.draw(st.integers(0, 1000), label="seed"))
+    generalized, memorized = offset + scale * draw.normal(size=(2, pairs, 2, 3))
+    order = np.array(data.draw(st.permutations(range(pairs)), label="order"))
+    cuts = sorted(data.draw(st.lists(st.integers(0, pairs), max_size=6), label="cuts"))
+    shards = []
+    for rows in np.split(order, cuts):  # some are empty
+        shard = PairedMoments.empty((2, 3))
+        shard.add(generalized[rows], memorized[rows])
+        shards.append(shard)
+    while len(shards) > 1:  # any tree of merges
+        other = shards.pop(data.draw(st.integers(0, len(shards) - 1), label="which"))
+        shards[data.draw(st.integers(0, len(shards) - 1), label="into")].merge(other)
+
+    means, squares = two_pass(generalized, memorized)
+    assert shards[0].count == pairs
+    np.testing.assert_allclose(shards[0].means_2LD, means, rtol=1e-9, atol=1e-9 * scale)
+    np.testing.assert_allclose(shards[0].squares_3LD, squares, rtol=1e-9, atol=1e-9 * pairs * scale**2)
+
+
+def test_a_constant_has_no_deviation_at_all() -> None:
+    constant = np.full((7, 1, 2), np.float32(0.1) + 1e4)
+    moments = PairedMoments.empty((1, 2))
+    for rows in (slice(0, 3), slice(3, 4), slice(4, 7)):
+        moments.add(constant[rows], constant[rows])
+    assert (moments.squares_3LD == 0).all()
+    assert (moments.means_2LD == constant[0]).all()
+
+
+def test_merging_leaves_the_other_shard_alone() -> None:
+    states = rng(13).normal(size=(2, 5, 1, 2))
+    other = PairedMoments.empty((1, 2))
+    other.add(*states)
+    before = other.means_2LD.copy()
+    total = PairedMoments.empty((1, 2)).merge(other)
+    total.add(*(states + 1))
+    assert (other.means_2LD == before).all()
+    assert (total.count, other.count) == (10, 5)
+
+
+def test_shapes_of_states_must_agree() -> None:
+    moments = PairedMoments.empty((2, 3))
+    with pytest.raises(ValueError, match=r"states_generalized: shape: \(4, 3, 2\); allowed is \(4, 2, 3\)"):
+        moments.add(np.zeros((4, 3, 2)), np.zeros((4, 2, 3)))
+    with pytest.raises(ValueError, match="states_memorized: number of pairs: 1; allowed is 4"):
+        moments.add(np.zeros((4, 2, 3)), np.zeros((1, 2, 3)))
+    with pytest.raises(ValueError, match="shape"):
+        moments.merge(PairedMoments.empty((3, 2)))
+
+
+def flips_of(differences_NLD: Floats, groups: list[str], permutations: int = 1000, seed: int = 0) -> SignFlips:
+    flips = SignFlips.empty(differences_NLD.shape[1:], permutations, seed)
+    flips.add(differences_NLD, groups)
+    return flips
+
+
+def names(count: int, size: int = 1) -> list[str]:
+    return [f"group {i // size}" for i in range(count * size)]
+
+
+def test_sign_flips_agree_with_exact_enumeration() -> None:
+    differences = rng(14).normal(size=(8, 2, 3)) + 0.9 * rng(15).random((2, 3))
+    scale = np.sqrt((differences**2).sum(axis=0))
+    observed = np.abs(differences.sum(axis=0)) / scale
+    all_signs = np.array(list(itertools.product([-1, 1], repeat=8)))
+    statistics_of = np.abs(np.einsum("bn,nld->bld", all_signs, differences)) / scale
+    exact = (statistics_of >= observed - 1e-9).mean(axis=0)
+    exact_family = (statistics_of.max(axis=(1, 2))[:, None, None] >= observed - 1e-9).mean(axis=0)
+
+    family_wise, per_neuron = flips_of(differences, names(8), permutations=20_000).p_values()
+
+    assert exact.min() < 0.1 < exact.max()
+    np.testing.assert_allclose(per_neuron, exact, atol=0.015)  # four standard errors of 20,000 draws
+    np.testing.assert_allclose(family_wise, exact_family, atol=0.015)
+    scipy_p = stats.permutation_test(
+        (differences[:, 0, 0], np.zeros(8)), lambda x, y: abs((x - y).sum()), permutation_type="samples",
+        alternative="greater", n_resamples=np.inf,
+    ).pvalue  # fmt: skip
+    assert exact[0, 0] == pytest.approx(scipy_p)
+
+
+def test_groups_flip_as_one() -> None:
+    differences = rng(16).normal(size=(8, 1, 2)) + 0.5
+    totals = differences.reshape(4, 2, 1, 2).sum(axis=1)
+    observed = np.abs(totals.sum(axis=0))
+    all_signs = np.array(list(itertools.product([-1, 1], repeat=4)))
+    exact = (np.abs(np.einsum("bg,gld->bld", all_signs, totals)) >= observed - 1e-9).mean(axis=0)
+    np.testing.assert_allclose(flips_of(differences, names(4, 2), 20_000).p_values()[1], exact, atol=0.015)
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_the_maximum_test_keeps_its_level_when_groups_are_respected(grouped: bool) -> None:
+    draw, significant = rng(17), 0
+    for seed in range(200):
+        shared = np.repeat(draw.normal(size=(20, 2, 4)), 4, axis=0)  # pairs of one name have much in common
+        differences = shared + 0.5 * draw.normal(size=(80, 2, 4))
+        groups = names(20, 4) if grouped else names(80)
+        significant += flips_of(differences, groups, 199, seed).p_values()[0].min() <= 0.05
+    if grouped:
+        assert 2 <= significant <= 18  # 10 expected at 5 %
+    else:
+        assert significant > 60  # what ignoring the groups would claim
+
+
+def test_shards_in_any_order_agree() -> None:
+    draw = rng(18)
+    differences = draw.normal(size=(60, 2, 3)) + 0.2
+    groups = [f"name {i}" for i in draw.integers(0, 25, size=60)]
+    whole = flips_of(differences, groups, permutations=150)
+    shards = []
+    for rows in np.array_split(draw.permutation(60), 5):
+        shards.append(flips_of(differences[rows], [groups[i] for i in rows], permutations=150))
+    total = SignFlips.empty((2, 3), permutations=150)
+    for shard in shards:
+        assert total.merge(shard) is total
+    np.testing.assert_allclose(total.sums_BLD, whole.sums_BLD, atol=1e-12)
+    for of_total, of_whole in zip(total.p_values(), whole.p_values(), strict=True):
+        assert (of_total == of_whole).all()
+
+
+def test_signs_are_the_same_in_every_process() -> None:
+    code = "from mnemoscope.statistics import _signs; print(_signs(3, 20, 'Zoë').tolist())"
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)},
+            check=True, capture_output=True, text=True,
+        ).stdout
+        for seed in ("1", "2")
+    }  # fmt: skip
+    assert outputs == {f"{statistics._signs(3, 20, 'Zoë').tolist()}\n"}
+
+
+def test_signs_are_fair_and_differ_by_seed_and_group() -> None:
+    signs = np.array([statistics._signs(seed, 500, f"g{i}") for seed in (0, 1) for i in range(40)], dtype=np.int64)
+    assert set(np.unique(signs)) == {-1, 1}
+    agreement = (signs @ signs.T / 500)[np.triu_indices(80, k=1)]
+    assert np.abs(agreement).max() < 5 / math.sqrt(500)
+    assert abs(signs.mean()) < 4 / math.sqrt(signs.size)
+    assert (statistics._signs(0, 13, "g0") == signs[0, :13]).all()  # more permutations keep the first ones
+
+
+def test_neurons_without_differences_are_not_significant() -> None:
+    differences = np.ones((30, 1, 3))
+    differences[:, 0, 1] = 0
+    family_wise, per_neuron = flips_of(differences, names(30), 99).p_values()
+    assert family_wise.tolist() == [[0.01, 1.0, 0.01]]
+    assert per_neuron.tolist() == [[0.01, 1.0, 0.01]]
+    assert np.isnan(SignFlips.empty((1, 2)).p_values()).all()
+    untouched = SignFlips.empty((1, 2))
+    untouched.add(np.zeros((0, 1, 2)), [])
+    assert untouched.count == 0
+
+
+def test_ties_count_as_extreme() -> None:
+    # Two groups have four flips, of which two reach the observed sum exactly: p tends to 1/2 and never below.
+    differences = np.array([0.1, 0.2, 0.7, 0.3])[:, None, None]
+    _, per_neuron = flips_of(differences, ["a", "a", "a", "b"], 4000).p_values()
+    assert per_neuron[0, 0] == pytest.approx(0.5, abs=0.04)
+
+
+def test_accumulators_that_flip_differently_do_not_merge() -> None:
+    with pytest.raises(ValueError, match="seed: 1; allowed is 0"):
+        SignFlips.empty((1, 2), 10, 0).merge(SignFlips.empty((1, 2), 10, 1))
+    with pytest.raises(ValueError, match="shape"):
+        SignFlips.empty((1, 2), 10).merge(SignFlips.empty((1, 2), 11))
+    with pytest.raises(ValueError, match="permutations: 0; allowed is 1 or more"):
+        SignFlips.empty((1, 2), 0)
+    with pytest.raises(ValueError, match="groups: length: 1; allowed is 2"):
+        SignFlips.empty((1, 2)).add(np.zeros((2, 1, 2)), ["a"])
