@@ -135,8 +135,8 @@ def test_top_neurons_counts_over_all_layers_and_breaks_ties_by_index() -> None:
     assert np.flatnonzero(contrast.top_neurons(0.3)).tolist() == [1, 2, 4]
     assert np.flatnonzero(contrast.top_neurons(0.31)).tolist() == [1, 2, 4, 5]
     assert np.flatnonzero(contrast.top_neurons(1e-9)).tolist() == [1]
-    thirty = replace(contrast, rho_LD=np.arange(30.0).reshape(3, 10))
-    assert thirty.top_neurons(0.1).sum() == 3  # 0.1 * 30 is a little more than 3 in floating point
+    hundred = replace(contrast, rho_LD=np.arange(100.0).reshape(4, 25))
+    assert hundred.top_neurons(0.07).sum() == 7  # 0.07 * 100 is a little more than 7 in floating point
 
 
 @pytest.mark.parametrize("top", [0, -0.1, 1.1, math.nan])

@@ -1,16 +1,20 @@
 """The report: numbers against independent computations, bytes, and the page itself.
 
-``write_run`` makes a run folder as the study would, without a model: behaviours come from a made-up decision margin.
+``write_run`` makes a run folder as a study would, without a model: behaviours come from made-up decision margins.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
+from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +22,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from mnemoscope.report import build_report
+from mnemoscope.report.examples import difference
+from mnemoscope.report.html import tint
+from mnemoscope.report.sentences import can_it_be_read, can_it_be_turned, interval, percent, points
 from mnemoscope.tasks import Example, build_task, draw
 
 LAYERS, WIDTH = 4, 48
@@ -35,10 +42,10 @@ TARGET = {"to_generalized": "generalized", "to_memorized": "memorized"}
 def write_run(folder: Path, tasks: dict[str, dict[str, Any]]) -> Path:
     """A run with, per task, ``seeds`` cells; see ``write_cell`` for the other options."""
     folder.mkdir(parents=True, exist_ok=True)
-    study = {"name": "made-up", "tasks": [{"kind": name, "options": {}} for name in tasks], "seeds": 1}
+    study = {"study": "made-up", "seeds": 1, "threads": 1, "cells": {name: {"task": name} for name in tasks}}
     (folder / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
-    versions = {"mnemoscope": "0.1.0", "numpy": np.__version__, "torch": "2.0"}
-    manifest = {"versions": versions, "commit": "0123abc", "dirty": False, "machine": {"cpus": 2}}
+    manifest = {"mnemoscope": "0.1.0", "versions": {"numpy": "2.0"}, "python": "3.11.2", "machine": {"processors": 2}}
+    manifest |= {"commit": "0123abc", "dirty": True, "finished": "2026-01-01T00:00:00Z", "seconds": 12.5, "stages": {}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     for name, options in tasks.items():
         for seed in range(options.get("seeds", 1)):
@@ -46,7 +53,9 @@ def write_run(folder: Path, tasks: dict[str, dict[str, Any]]) -> Path:
     return folder
 
 
-def write_cell(folder: Path, name: str, seed: int, *, effect: float = 1.0, size: int = 240, flips: bool = True, **_: Any):
+def write_cell(
+    folder: Path, name: str, seed: int, *, effect: float = 1.0, size: int = 240, flips: bool = True, **_: Any
+):
     """One cell. ``effect`` scales how far states and steering separate; without ``flips`` no candidate is a pair."""
     rng = np.random.default_rng([seed, len(name)])
     task = build_task(name, {}, seed)
@@ -97,10 +106,10 @@ def behaviour_rows(rng: np.random.Generator, task: Any, conflicts: list[Example]
             confabulated = math.nan if task.name == "inference" else confabulated
         else:
             behaviour = "correct" if rng.random() < 0.96 else "wrong"
-        given = {key: getattr(example, key) for key in "item prompt kind group family split".split()}
-        answers = {key: getattr(example, key) for key in ("memorized", "generalized", "answer")}
+        fields = ("item", "prompt", "kind", "group", "family", "split", "memorized", "generalized", "answer")
+        given = {field: getattr(example, field) for field in fields}
         found = {"behaviour": behaviour, "confabulated": confabulated, "margin": margin, "tie": rng.random() < 0.01}
-        rows.append({**given, **answers, **found})
+        rows.append({**given, **found})
     return pd.DataFrame(rows)
 
 
@@ -139,7 +148,9 @@ def probe_rows(rng: np.random.Generator, pairs: pd.DataFrame, effect: float) -> 
     return pd.concat(parts, ignore_index=True)
 
 
-def steering_rows(rng: np.random.Generator, pairs: pd.DataFrame, conflicts: list[Example], effect: float) -> pd.DataFrame:
+def steering_rows(
+    rng: np.random.Generator, pairs: pd.DataFrame, conflicts: list[Example], effect: float
+) -> pd.DataFrame:
     """Each list of examples has margins of its own; a shift of strength s moves them by s times the role's push."""
     rows: list[dict[str, Any]] = []
     for method, gain in (("nmd", 0.6), ("nmd-relative", 1.0)):
@@ -161,12 +172,7 @@ def steering_rows(rng: np.random.Generator, pairs: pd.DataFrame, conflicts: list
                     steer(rng, rows, lists, sign, effect * gain * share * 1.9, setting)
                     if role == "vector":
                         keep(rng, rows, names, setting)
-    return pd.DataFrame(rows, columns=STEERING_COLUMNS)
-
-
-STEERING_COLUMNS = (
-    "purpose direction method role draw top strength examples example group split before after margin".split()
-)
+    return pd.DataFrame(rows)
 
 
 def steer(rng: np.random.Generator, rows: list, lists: dict, sign: int, push: float, setting: dict) -> None:
@@ -207,3 +213,463 @@ def contrast_file(rng: np.random.Generator, folder: Path, effect: float, pairs: 
     arrays = {"nmd": nmd, "rho": rho, "effect_size": rho * 2, "p_family_wise": p, "p_false_discovery": p}
     arrays["state_norm"] = np.linspace(3, 9, LAYERS)
     save_file(arrays, folder / "contrast.safetensors", metadata={"site": "block", "pairs": str(pairs), "groups": "40"})
+
+
+# --- numbers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two seeds of one task, and one of another; reported."""
+    tasks = {"inference": {"seeds": 2, "size": 120}, "addition": {"effect": 2.5, "size": 120}}
+    folder = write_run(tmp_path_factory.mktemp("report") / "run", tasks)
+    assert build_report(folder) == folder / "report.html"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def nothing_flips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without a single pair; reported."""
+    folder = write_run(tmp_path_factory.mktemp("report") / "nothing", {"inference": {"flips": False, "size": 60}})
+    build_report(folder)
+    return folder
+
+
+def tasks_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "results.json").read_text())["tasks"]
+
+
+def rows_of(run: Path, cell: str, table: str) -> list[dict[str, Any]]:
+    return pd.read_parquet(run / "cells" / cell / "records" / f"{table}.parquet").to_dict("records")
+
+
+def share(rows: list[dict[str, Any]], test: Callable[[dict[str, Any]], bool]) -> float:
+    return sum(test(row) for row in rows) / len(rows)
+
+
+def agrees(entry: dict[str, Any], value: float, n: int) -> None:
+    """The estimate is ``value``, rests on ``n`` and lies within its interval."""
+    assert entry["estimate"] == pytest.approx(value, abs=1e-12)
+    assert entry["n"] == n
+    assert entry["low"] <= value <= entry["high"]
+
+
+def test_behaviour_and_pairs_are_counted_on_the_test_split(run: Path) -> None:
+    task, rows = tasks_of(run)["addition"], rows_of(run, "addition-0", "behaviour")
+    of_kind = {kind: [row for row in rows if row["kind"] == kind] for kind in ("conflict", "memory", "novel")}
+    for key, kind in (("recall", "memory"), ("novel_accuracy", "novel")):
+        agrees(task["behaviour"][key], share(of_kind[kind], lambda r: r["behaviour"] == "correct"), len(of_kind[kind]))
+    for behaviour in ("memorized", "generalized", "other"):
+        expected = share(of_kind["conflict"], lambda r, b=behaviour: r["behaviour"] == b)
+        agrees(task["behaviour"]["conflict"][behaviour], expected, len(of_kind["conflict"]))
+    confabulated = sum(row["confabulated"] for row in of_kind["conflict"]) / len(of_kind["conflict"])
+    agrees(task["behaviour"]["conflict"]["confabulated"], confabulated, len(of_kind["conflict"]))
+    pairs = rows_of(run, "addition-0", "pairs")
+    for split, counts in task["pairs"]["by_split"].items():
+        part = [row for row in pairs if split in ("all", row["split"])]
+        assert (counts["candidates"], counts["pairs"]) == (len(part), sum(row["is_pair"] for row in part))
+        assert counts["groups"] == len({row["group"] for row in part if row["is_pair"]})
+        agrees(counts["yield"], share(part, lambda r: r["is_pair"]), len(part))
+    assert (
+        task["pairs"]["pairs"] == task["pairs"]["by_split"]["test"]["pairs"] < task["pairs"]["by_split"]["all"]["pairs"]
+    )
+
+
+def test_contrast_and_probes_by_layer(run: Path) -> None:
+    task, arrays = tasks_of(run)["addition"], load_file(run / "cells" / "addition-0" / "contrast.safetensors")
+    for layer in range(LAYERS):
+        nmd = [abs(x) for x in arrays["nmd"][layer].tolist()]
+        assert task["contrast"]["mean_abs_nmd"][layer] == pytest.approx(sum(nmd) / len(nmd))
+        assert task["contrast"]["max_abs_rho"][layer] == max(abs(x) for x in arrays["rho"][layer].tolist())
+        passed = [p <= 0.05 for p in arrays["p_family_wise"][layer].tolist()]
+        assert task["contrast"]["significant_fraction"][layer] == pytest.approx(sum(passed) / len(passed))
+    rows = rows_of(run, "addition-0", "probes")
+    right = {
+        (kind, layer): [
+            (row["score"] > 0) == (row["label"] == 1) for row in rows if (row["kind"], row["layer"]) == (kind, layer)
+        ]
+        for kind, layer in {(row["kind"], row["layer"]) for row in rows}
+    }
+    alone, probe = right["input_only", -1], task["probe"]
+    agrees(probe["input_only"], sum(alone) / len(alone), len(alone))
+    blind = [hit for (kind, _), hits in right.items() if kind == "shuffled" for hit in hits]
+    agrees(probe["shuffled"], sum(blind) / len(blind), len(blind))
+    for layer in range(LAYERS):
+        state = right["state", layer]
+        agrees(probe["accuracy"][layer], sum(state) / len(state), len(state))
+        agrees(probe["minus_input_only"][layer], (sum(state) - sum(alone)) / len(state), len(state))
+        scored = [row for row in rows if row["kind"] == "state" and row["layer"] == layer]
+        above, below = ([row["score"] for row in scored if row["label"] == label] for label in (1, 0))
+        wins = sum((a > b) + (a == b) / 2 for a in above for b in below)
+        agrees(probe["auroc"][layer], wins / len(above) / len(below), len(scored))
+    assert set(probe["best"]["picked"]) <= set(range(LAYERS))
+
+
+def test_best_layer_is_not_chosen_on_what_it_is_scored_on(tmp_path: Path) -> None:
+    """With layers that are coins, the best of many is above one half, and the cross-fitted score is not."""
+    run = write_run(tmp_path / "coins", {"inference": {"size": 120}})
+    path = run / "cells" / "inference-0" / "records" / "probes.parquet"
+    table = pd.read_parquet(path)
+    table["score"] = np.random.default_rng(3).normal(size=len(table))
+    table.to_parquet(path)
+    build_report(run)
+    probe = tasks_of(run)["inference"]["probe"]
+    best = max(entry["estimate"] for entry in probe["accuracy"])
+    assert probe["best"]["accuracy"]["estimate"] < best
+    assert probe["best"]["accuracy"]["low"] < 0.5 < probe["best"]["accuracy"]["high"]
+
+
+@pytest.mark.parametrize("direction", list(SOURCE))
+@pytest.mark.parametrize("examples", ["pairs", "conflict"])
+def test_steering_shares_controls_and_differences(run: Path, direction: str, examples: str) -> None:
+    block = tasks_of(run)["addition"]["steering"][direction]
+    assert block["chosen"]["method"] == "nmd-relative"
+    wanted = {"purpose": "final", "method": "nmd-relative", "direction": direction, "examples": examples}
+    rows = [r for r in rows_of(run, "addition-0", "steering") if all(r[key] == value for key, value in wanted.items())]
+    by_role = {role: [row for row in rows if row["role"] == role] for role in ("vector", "random_neurons", "gaussian")}
+    for role, part in by_role.items():
+        shares = block[examples] if role == "vector" else block["controls"][role][examples]
+        for key, after in (("shift", TARGET[direction]), ("stay", SOURCE[direction]), ("other", "other")):
+            agrees(shares[key], share(part, lambda r, a=after: r["after"] == a), len(part))
+    shift = block[examples]["shift"]["estimate"]
+    for role in ("random_neurons", "gaussian"):
+        draws = [[row for row in by_role[role] if row["draw"] == draw_] for draw_ in range(5)]
+        each = [share(part, lambda r: r["after"] == TARGET[direction]) for part in draws]
+        control = block["controls"][role]
+        assert control["worst"][examples]["shift"]["estimate"] == pytest.approx(max(each))
+        agrees(block["minus_control"][role][examples], shift - sum(each) / 5, len(by_role["vector"]))
+
+
+def test_collateral_is_a_paired_change_and_undefined_where_memory_is_the_conflict(run: Path) -> None:
+    for name in ("inference", "addition"):
+        block = tasks_of(run)[name]["per_seed"]["0"]["steering"]["to_memorized"]["collateral"]
+        wanted = {"purpose": "final", "method": "nmd-relative", "direction": "to_memorized", "role": "vector"}
+        rows = [
+            r for r in rows_of(run, f"{name}-0", "steering") if all(r[key] == value for key, value in wanted.items())
+        ]
+        for examples, good in (("novel", "correct"), ("memory", "correct"), ("conflict_rest", "memorized")):
+            part = [row for row in rows if row["examples"] == examples]
+            change = share(part, lambda r, g=good: r["after"] == g) - share(part, lambda r, g=good: r["before"] == g)
+            if (name, examples) == ("addition", "memory"):
+                assert math.isnan(block[examples]["estimate"])
+            else:
+                agrees(block[examples], change, len(part))
+    assert "its memory examples are the conflicts themselves" in (run / "report.html").read_text()
+
+
+def test_seeds_are_averaged_and_their_counts_add_up(run: Path) -> None:
+    task = tasks_of(run)["inference"]
+    seeds = [task["per_seed"][str(seed)] for seed in task["seeds"]]
+    assert task["seeds"] == [0, 1]
+    assert task["training"] == {"seconds": [61.5, 62.5], "steps": [1200, 1200]}
+    for path in (
+        ("behaviour", "conflict", "memorized"),
+        ("pairs", "yield"),
+        ("steering", "to_memorized", "pairs", "shift"),
+    ):
+        whole, parts = task, seeds
+        for key in path:
+            whole, parts = whole[key], [part[key] for part in parts]
+        assert whole["estimate"] == pytest.approx(sum(part["estimate"] for part in parts) / 2)
+        assert whole["n"] == sum(part["n"] for part in parts)
+        half = 12.7062047 * abs(parts[0]["estimate"] - parts[1]["estimate"]) / 2  # t at 0.975, one degree of freedom
+        assert whole["high"] == pytest.approx(whole["estimate"] + half)
+    assert task["pairs"]["pairs"] == sum(part["pairs"]["pairs"] for part in seeds)
+    nmd = np.mean([part["contrast"]["mean_abs_nmd"] for part in seeds], axis=0)
+    assert task["contrast"]["mean_abs_nmd"] == pytest.approx(nmd.tolist())
+
+
+R, NUMBERS, TEXT = {"estimate", "low", "high", "n"}, (int, float), str
+S = {"shift": R, "stay": R, "other": R}
+D = {
+    "chosen": {"method": TEXT, "site": TEXT, "layers": list, "positions": TEXT, "top": float, "strength": float},
+    "pairs": S,
+    "conflict": S,
+    "controls": {name: {"pairs": S, "conflict": S} for name in ("random_neurons", "gaussian")},
+    "collateral": {"novel": R, "memory": R, "conflict_rest": R},
+}
+M = {"to_generalized": D, "to_memorized": D}
+SCHEMA = {
+    "seeds": [int],
+    "training": {"seconds": [NUMBERS], "steps": [NUMBERS]},
+    "behaviour": {
+        "recall": R,
+        "novel_accuracy": R,
+        "conflict": dict.fromkeys(("memorized", "generalized", "other", "confabulated"), R),
+    },
+    "pairs": {"candidates": int, "pairs": int, "yield": R, "groups": int},
+    "contrast": {
+        "site": TEXT,
+        "layers": [int],
+        **dict.fromkeys(("mean_abs_nmd", "max_abs_rho", "significant_fraction"), [float]),
+    },
+    "probe": {"site": TEXT, "layers": [int], "accuracy": [R], "auroc": [R], "input_only": R, "shuffled": R},
+    "steering": M,
+    "steering_by_method": {"nmd": M, "nmd-relative": M},
+}
+
+
+def conforms(value: Any, schema: Any, where: str) -> None:
+    if isinstance(schema, dict):
+        for key, inner in schema.items():
+            assert key in value, f"{where}.{key}"
+            conforms(value[key], inner, f"{where}.{key}")
+    elif isinstance(schema, set):
+        assert set(value) == schema, where
+        assert all(isinstance(value[key], NUMBERS) for key in schema), where
+        assert isinstance(value["n"], int), where
+    elif isinstance(schema, list):
+        assert value, where
+        for inner in value:
+            conforms(inner, schema[0], f"{where}[]")
+    else:
+        assert isinstance(value, schema), where
+
+
+def test_results_have_the_keys_that_checks_read(run: Path, nothing_flips: Path) -> None:
+    for folder in (run, nothing_flips):
+        results = json.loads((folder / "results.json").read_text())
+        assert (results["schema"], results["study"]) == (1, "made-up")
+        for name, task in results["tasks"].items():
+            conforms(task, SCHEMA, name)
+    assert list(tasks_of(run)) == ["inference", "addition"]  # as the study orders them
+
+
+# --- bytes, errors, imports ----------------------------------------------------------------------------------------
+
+
+def test_equal_records_give_equal_bytes(run: Path, tmp_path: Path) -> None:
+    again = shutil.copytree(run, tmp_path / "elsewhere" / "again")
+    before = [(again / name).read_bytes() for name in ("results.json", "report.html")]
+    manifest = json.loads((again / "manifest.json").read_text())
+    write_json(again / "manifest.json", manifest | {"finished": "2031-01-01T00:00:00Z", "seconds": 99.0})
+    for name in ("results.json", "report.html"):
+        (again / name).unlink()
+    build_report(again)
+    assert [(again / name).read_bytes() for name in ("results.json", "report.html")] == before
+    assert not list(again.glob(".*.tmp"))
+
+
+BROKEN = [f"records/{name}.parquet" for name in ("training", "behaviour", "pairs", "probes", "steering")]
+BROKEN += ["records/chosen.json", "records/training_time.json", "contrast.safetensors", "cell.json"]
+
+
+@pytest.mark.parametrize("file", BROKEN)
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_record_is_named_in_one_line(run: Path, tmp_path: Path, file: str, damage: str) -> None:
+    broken = shutil.copytree(run, tmp_path / "broken")
+    path = broken / "cells" / "addition-0" / file
+    before = (broken / "report.html").read_bytes()
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif file == "cell.json":
+        pytest.skip("a folder without cell.json is no cell")
+    else:
+        path.unlink()
+    with pytest.raises(ValueError, match=re.escape(file)) as error:
+        build_report(broken)
+    assert "\n" not in str(error.value)
+    assert (broken / "report.html").read_bytes() == before
+
+
+def test_a_missing_column_is_named(run: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(run, tmp_path / "broken")
+    path = broken / "cells" / "addition-0" / "records" / "pairs.parquet"
+    pd.read_parquet(path).drop(columns="margin_b").to_parquet(path)
+    with pytest.raises(ValueError, match=r"pairs\.parquet: column 'margin_b' is missing"):
+        build_report(broken)
+
+
+def test_probes_of_other_states_are_refused(run: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(run, tmp_path / "broken")
+    path = broken / "cells" / "addition-0" / "records" / "probes.parquet"
+    table = pd.read_parquet(path)
+    table.drop(index=table.index[table.layer == 2][0]).to_parquet(path)
+    with pytest.raises(ValueError, match=r"probes\.parquet: the states of layer 2 are not those of 'input_only'"):
+        build_report(broken)
+
+
+def test_nothing_of_torch_is_imported(run: Path) -> None:
+    code = (
+        "import sys, pathlib; from mnemoscope.report import build_report; build_report(pathlib.Path(sys.argv[1])); "
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# --- the page ------------------------------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """Every opening tag of a page with its attributes."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+
+@pytest.fixture(params=["run", "nothing_flips"])
+def page(request: pytest.FixtureRequest) -> tuple[str, Page]:
+    text = (request.getfixturevalue(request.param) / "report.html").read_text()
+    return text, Page(text)
+
+
+def test_the_page_loads_nothing(page: tuple[str, Page]) -> None:
+    text, parsed = page
+    for tag, attributes in parsed.tags:
+        assert tag not in ("script", "link", "iframe", "object")
+        for name in ("src", "href", "xlink:href", "srcset", "poster"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:image/png;base64,")), (tag, attributes)
+    assert re.findall(r"@import|url\((?!#)", text) == []
+
+
+def test_the_page_can_be_read_aloud_and_linked(page: tuple[str, Page]) -> None:
+    _, parsed = page
+    levels = [int(tag[1]) for tag, _ in parsed.tags if re.fullmatch(r"h[1-6]", tag)]
+    assert levels[0] == levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in pairwise(levels))
+    identifiers = [attributes["id"] for _, attributes in parsed.tags if attributes.get("id")]
+    assert len(identifiers) == len(set(identifiers))
+    links = {str(attributes["href"])[1:] for tag, attributes in parsed.tags if tag == "a"}
+    assert links
+    assert links <= set(identifiers)
+    drawings = [attributes for tag, attributes in parsed.tags if tag == "svg"]
+    assert drawings
+    assert all(a.get("role") == "img" and len(a.get("aria-label") or "") > 30 for a in drawings)
+    assert all(attributes.get("scope") for tag, attributes in parsed.tags if tag == "th")
+
+
+def test_undefined_numbers_say_why(nothing_flips: Path) -> None:
+    text = (nothing_flips / "report.html").read_text()
+    assert text.count("None of 360\u00a0candidates flipped, so there are no pairs to compare.") >= 3
+    assert not re.findall(r"\bnan\b", re.sub(r"<[^>]*>", " ", text), flags=re.IGNORECASE)
+
+
+def test_what_a_record_holds_is_text_and_never_markup(run: Path, tmp_path: Path) -> None:
+    hostile = shutil.copytree(run, tmp_path / "hostile")
+    path = hostile / "cells" / "addition-0" / "records" / "pairs.parquet"
+    table = pd.read_parquet(path)
+    table["prompt_a"] = "<script>alert(1)</script> " + table["prompt_a"]
+    table.to_parquet(path)
+    text = build_report(hostile).read_text()
+    assert "<script" not in text
+    assert "&lt;" in text
+    assert "<mem-" not in text
+    assert tint("<b> remembered") == '&lt;b&gt; <span class="memorized">remembered</span>'
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "moved"),
+    [
+        ("A is red . B is blue . who ?", "B is blue . A is red . who ?", ["A is red", "B is blue"]),
+        ("123+456=", "456+123=", ["123", "456"]),
+        ("12+34=", "12 plus 34 is ", ["+", "="]),
+    ],
+)
+def test_what_differs_between_two_phrasings(a: str, b: str, moved: list[str]) -> None:
+    first, second = difference(a, b)
+    assert ("".join(text for text, _ in first), "".join(text for text, _ in second)) == (a, b)
+    assert [text for text, what in first if what] == moved
+
+
+def estimate(middle: float, low: float, high: float, n: int = 100) -> dict[str, Any]:
+    return {"estimate": middle, "low": low, "high": high, "n": n}
+
+
+def test_numbers_in_words() -> None:
+    assert [percent(x) for x in (0.634, 0.004, 0.9961, 0.0001, 1.0)] == [
+        "63\u00a0%",
+        "0.4\u00a0%",
+        "99.6\u00a0%",
+        "under 0.1\u00a0%",
+        "100\u00a0%",
+    ]
+    assert percent(math.nan) == "could not be measured"
+    assert interval(estimate(0.9, 0.6, 1.2)) == "60 to 100\u00a0%"  # t over seeds may leave what a share can be
+    assert interval(estimate(0.9, math.nan, math.nan)) == "no interval"
+    assert [points(x) for x in (0.01, -0.004, 0.094)] == ["1\u00a0point", "0\u00a0points", "9\u00a0points"]
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "beyond", "verdict"),
+    [
+        ((0.63, 0.60, 0.66), (0.09, 0.06, 0.12), "Yes, beyond the input"),
+        ((0.63, 0.60, 0.66), (0.01, -0.02, 0.04), "Yes, but not surely beyond the input"),
+        ((0.51, 0.47, 0.55), (-0.09, -0.12, -0.06), "Not that it shows"),
+    ],
+)
+def test_verdict_of_reading(accuracy: tuple[float, ...], beyond: tuple[float, ...], verdict: str) -> None:
+    best = {"accuracy": estimate(*accuracy), "minus_input_only": estimate(*beyond), "picked": [3]}
+    answer = can_it_be_read({"probe": {"best": best, "input_only": estimate(0.54, 0.5, 0.58)}})
+    assert answer.verdict == verdict
+    assert ("more" if beyond[0] >= 0 else "fewer") in answer.sentence
+
+
+@pytest.mark.parametrize(
+    ("shifts", "beyond", "verdict"),
+    [
+        ((0.8, 0.7), ((0.5, 0.4, 0.6), (0.4, 0.3, 0.5)), "Yes, both ways"),
+        ((0.3, 0.7), ((0.1, 0.05, 0.2), (0.4, 0.3, 0.5)), "In part, both ways"),
+        ((0.3, 0.7), ((0.0, -0.1, 0.1), (0.4, 0.3, 0.5)), "Yes, towards remembering"),
+        ((0.9, 0.9), ((0.0, -0.1, 0.1), (0.1, -0.1, 0.3)), "Not that it shows"),
+    ],
+)
+def test_verdict_of_turning_is_held_against_the_control(shifts: tuple, beyond: tuple, verdict: str) -> None:
+    steering = {}
+    for direction, shift, difference_ in zip(SOURCE, shifts, beyond, strict=True):
+        control = {"pairs": {"shift": estimate(shift - difference_[0], 0, 1)}}
+        steering[direction] = {"pairs": {"shift": estimate(shift, shift - 0.05, shift + 0.05)}}
+        steering[direction] |= {
+            "controls": {"gaussian": control},
+            "minus_control": {"gaussian": {"pairs": estimate(*difference_)}},
+        }
+    assert can_it_be_turned({"steering": steering}).verdict == verdict
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_text_stands_out_in_both_themes() -> None:
+    """WCAG 2.1, 1.4.3: a ratio of at least 4.5."""
+    light, dark = re.findall(
+        r":root \{(.*?)\}", (files("mnemoscope.report") / "style.css").read_text(), flags=re.DOTALL
+    )
+    for theme in (light, dark):
+        colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", theme))
+        on_softened = [("generalized", "generalized-soft"), ("ink", "mark"), ("generalized", "mark")]
+        for text, ground in [
+            (t, g) for t in ("ink", "muted", "memorized", "generalized") for g in ("paper", "card")
+        ] + on_softened:
+            light_, dark_ = sorted((luminance(colours[text]), luminance(colours[ground])), reverse=True)
+            assert (light_ + 0.05) / (dark_ + 0.05) >= 4.5, (text, ground)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("no Chromium on this machine")
+    with sync_api.sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+
+
+@pytest.mark.parametrize("width", [390, 820, 1440])
+def test_the_page_fits_the_screen(run: Path, browser: Any, width: int) -> None:
+    tab = browser.new_page(viewport={"width": width, "height": 900})
+    requests: list[str] = []
+    tab.on("request", lambda request: requests.append(request.url))
+    tab.goto((run / "report.html").as_uri())
+    assert tab.evaluate("document.documentElement.scrollWidth") == width
+    assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
+    shown = tab.evaluate("[...document.querySelectorAll('svg.plot')].filter(s => s.getClientRects().length).length")
+    assert shown == tab.locator("svg.plot").count() / 2  # one of the two layouts of each figure
+    tab.close()

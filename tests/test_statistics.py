@@ -15,16 +15,7 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from mnemoscope import statistics
-from mnemoscope.statistics import (
-    Estimate,
-    Floats,
-    PairedMoments,
-    SignFlips,
-    auroc,
-    benjamini_hochberg,
-    over_seeds,
-    proportion,
-)
+from mnemoscope.statistics import Estimate, PairedMoments, SignFlips, auroc, benjamini_hochberg, over_seeds, proportion
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -107,9 +98,7 @@ def test_proportion_of_paired_differences() -> None:
 def test_what_has_no_interval_says_nan() -> None:
     assert math.isnan(proportion([], [], rng()).estimate)
     single = proportion([1, 0, 1, 1], ["a"] * 4, rng())
-    assert single.estimate == 0.75
-    assert math.isnan(single.low)
-    assert math.isnan(single.high)
+    assert (single.estimate, math.isnan(single.low), math.isnan(single.high)) == (0.75, True, True)
     balanced = proportion([1, 0, 1, 0, 1, 0], [1, 1, 2, 2, 3, 3], rng())  # every resample is exactly one half
     assert balanced.estimate == 0.5
     assert math.isnan(balanced.low)
@@ -200,8 +189,7 @@ def test_auroc_without_an_answer() -> None:
     assert math.isnan(auroc([1.0, 2.0], [1, 1], [0, 1], rng()).estimate)
     assert auroc([], [], [], rng()).n == 0
     single = auroc([1.0, 2.0], [0, 1], ["a", "a"], rng())
-    assert single.estimate == 1
-    assert math.isnan(single.low)
+    assert (single.estimate, math.isnan(single.low)) == (1, True)
     constant = auroc(np.zeros(8), [0, 1] * 4, range(8), rng())
     assert constant.estimate == 0.5
     assert math.isnan(constant.low)
@@ -224,7 +212,9 @@ def test_benjamini_hochberg_by_its_definition() -> None:
     assert np.isnan(benjamini_hochberg([math.nan, math.nan])).all()
 
 
-def two_pass(generalized_NLD: Floats, memorized_NLD: Floats) -> tuple[Floats, Floats]:
+def two_pass(
+    generalized_NLD: statistics.Floats, memorized_NLD: statistics.Floats
+) -> tuple[statistics.Floats, statistics.Floats]:
     """The oracle: means and sums of squared deviations, in extended precision."""
     series = [x.astype(np.longdouble) for x in (generalized_NLD, memorized_NLD)]
     series.append(series[0] - series[1])
@@ -288,7 +278,9 @@ def test_shapes_of_states_must_agree() -> None:
         moments.merge(PairedMoments.empty((3, 2)))
 
 
-def flips_of(differences_NLD: Floats, groups: list[str], permutations: int = 1000, seed: int = 0) -> SignFlips:
+def flips_of(
+    differences_NLD: statistics.Floats, groups: list[str], permutations: int = 1000, seed: int = 0
+) -> SignFlips:
     flips = SignFlips.empty(differences_NLD.shape[1:], permutations, seed)
     flips.add(differences_NLD, groups)
     return flips
@@ -347,15 +339,13 @@ def test_shards_in_any_order_agree() -> None:
     differences = draw.normal(size=(60, 2, 3)) + 0.2
     groups = [f"name {i}" for i in draw.integers(0, 25, size=60)]
     whole = flips_of(differences, groups, permutations=150)
-    shards = []
-    for rows in np.array_split(draw.permutation(60), 5):
-        shards.append(flips_of(differences[rows], [groups[i] for i in rows], permutations=150))
+    parts = np.array_split(draw.permutation(60), 5)
+    shards = [flips_of(differences[rows], [groups[i] for i in rows], permutations=150) for rows in parts]
     total = SignFlips.empty((2, 3), permutations=150)
     for shard in shards:
         assert total.merge(shard) is total
     np.testing.assert_allclose(total.sums_BLD, whole.sums_BLD, atol=1e-12)
-    for of_total, of_whole in zip(total.p_values(), whole.p_values(), strict=True):
-        assert (of_total == of_whole).all()
+    assert (np.array(total.p_values()) == np.array(whole.p_values())).all()
 
 
 def test_signs_are_the_same_in_every_process() -> None:

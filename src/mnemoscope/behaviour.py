@@ -127,7 +127,11 @@ class Asking:
         """
         ids = set()
         for text in self.boundary:
-            tokens = [self.tokenizer.eos_token_id] if text == "" else self.tokenizer(text, add_special_tokens=False).input_ids
+            tokens = (
+                [self.tokenizer.eos_token_id]
+                if text == ""
+                else self.tokenizer(text, add_special_tokens=False).input_ids
+            )
             if len(tokens) == 1 and tokens[0] not in (None, self.tokenizer.unk_token_id):
                 ids.add(tokens[0])
         if self.tokenizer.unk_token_id == self.tokenizer.eos_token_id and "" in self.boundary:
@@ -232,7 +236,12 @@ def cache_prefixes(asking: Asking, batches: Sequence[Batch]) -> None:
         keep = int(batch.shared_N.max())
         if ids_NT.shape[1] == 0:
             continue
-        inputs = {"input_ids": ids_NT, "attention_mask": mask_NT, "position_ids": position_ids(mask_NT), "use_cache": True}
+        inputs = {
+            "input_ids": ids_NT,
+            "attention_mask": mask_NT,
+            "position_ids": position_ids(mask_NT),
+            "use_cache": True,
+        }
         if keep:
             output = asking.model(**inputs, logits_to_keep=keep)
             batch.prefix_fits_N = _shared_fits(batch, output.logits)

@@ -41,7 +41,9 @@ def run(
         folder = out or Path("runs") / config.study
         with _progress(quiet=as_json) as progress:
             report_path = run_study(config, folder, progress, workers)
-        _say({"run": str(folder), "results": str(folder / "results.json"), "report": str(report_path)}, as_json, "report")
+        _say(
+            {"run": str(folder), "results": str(folder / "results.json"), "report": str(report_path)}, as_json, "report"
+        )
 
 
 @app.command()
@@ -56,7 +58,11 @@ def report(
         if not (run_folder / "study.yaml").is_file():
             raise InputError(f"RUN: {run_folder} is not a run folder (it has no study.yaml)")
         path = build_report(run_folder)
-        _say({"run": str(run_folder), "results": str(run_folder / "results.json"), "report": str(path)}, as_json, "report")
+        _say(
+            {"run": str(run_folder), "results": str(run_folder / "results.json"), "report": str(path)},
+            as_json,
+            "report",
+        )
 
 
 @app.command()

@@ -21,7 +21,9 @@ class _Frozen(BaseModel):
 class ModelConfig(_Frozen):
     """A GPT-2 to train from scratch, or the folder of a trained model."""
 
-    folder: str | None = Field(None, description="folder or hub id of a trained causal language model; nothing is trained")
+    folder: str | None = Field(
+        None, description="folder or hub id of a trained causal language model; nothing is trained"
+    )
     layers: int = Field(4, ge=1, le=64, description="blocks")
     width: int = Field(128, ge=8, le=4096, description="neurons of a state")
     heads: int = Field(4, ge=1, le=64, description="attention heads; a divisor of the width")
@@ -47,7 +49,9 @@ class TrainingConfig(_Frozen):
     """How a model is trained from scratch."""
 
     steps: int = Field(1000, ge=1, description="optimizer steps, at most")
-    decay_steps: int = Field(0, ge=0, description="steps at the end over which the learning rate falls to 2 % of its peak")
+    decay_steps: int = Field(
+        0, ge=0, description="steps at the end over which the learning rate falls to 2 % of its peak"
+    )
     batch_size: int = Field(64, ge=1, le=65536, description="instances a step")
     learning_rate: float = Field(3e-3, gt=0, le=1, description="its peak")
     weight_decay: float = Field(0.1, ge=0, le=10, description="of the matrices inside the blocks")
@@ -113,7 +117,9 @@ class StudyConfig(_Frozen):
     study: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="name of the study and of its run folder")
     seeds: int = Field(1, ge=1, le=1000, description="seeds 0 .. seeds - 1, each a cell of its own")
     threads: int = Field(1, ge=1, le=256, description="threads of a cell; results depend on it in the last bits")
-    cells: dict[str, CellConfig] = Field(min_length=1, description="by the name under which results and report show them")
+    cells: dict[str, CellConfig] = Field(
+        min_length=1, description="by the name under which results and report show them"
+    )
 
 
 def built_in_studies() -> list[str]:

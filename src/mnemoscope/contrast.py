@@ -72,7 +72,7 @@ class Contrast:
         if not 0 < top <= 1:
             raise ValueError(f"top: {top}; allowed is a share of the neurons in (0, 1]")
         strength = np.nan_to_num(np.abs(self.rho_LD), nan=0.0).ravel()
-        # 0.1 * 30 is 3.0000000000000004 in floating point, and must not be rounded up to 4.
+        # 0.07 * 100 is 7.000000000000001 in floating point, and must not be rounded up to 8.
         count = max(1, math.ceil(top * strength.size * (1 - 1e-12)))
         chosen = np.zeros(strength.size, dtype=np.bool_)
         chosen[np.argsort(-strength, kind="stable")[:count]] = True

@@ -29,7 +29,7 @@ from mnemoscope.directions import CONTROLS, SOURCE, TOWARD, Setting, choose, con
 from mnemoscope.errors import InputError, StudyError
 from mnemoscope.files import write_atomically
 from mnemoscope.models import blocks_of, build_gpt2, load_model, word_tokenizer
-from mnemoscope.probes import fit_input_probe, fit_layer_probes, input_features, shuffled
+from mnemoscope.probes import LayerProbe, fit_input_probe, fit_layer_probes, input_features, shuffled
 from mnemoscope.study import Cell, git_state
 from mnemoscope.tasks import KINDS, SPLITS, Example, Split, Task, build_task, draw
 from mnemoscope.training import how_to_mix, train
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 Tell = Callable[[float, float, str], None]
 Stage = Callable[[Cell, Tell], list[Path]]
 PROBED_PAIRS = 4000  # pairs of a split whose states are kept in memory for the probes
+SHUFFLES = 10  # of the labels, for the probe that has nothing to learn
 
 
 def train_stage(cell: Cell, tell: Tell) -> list[Path]:
@@ -133,7 +134,9 @@ def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
     commit = git_state()["commit"] or ""
     for number, direction in enumerate(TOWARD):
         tell(number, len(TOWARD), f"{direction}: choosing on the tune split")
-        settings = _swept(cell, asking, contrast, _sources(pairs, "tune", direction, config.tune_pairs), direction, tables)
+        settings = _swept(
+            cell, asking, contrast, _sources(pairs, "tune", direction, config.tune_pairs), direction, tables
+        )
         best[direction] = max(settings, key=lambda method: settings[method][1])
         lists = _test_lists(pairs, behaviour, direction, config.test_examples)
         prepared = {name: _with_prefixes(asking, examples) for name, (examples, _) in lists.items()}
@@ -190,7 +193,9 @@ def _untrained(cell: Cell, task: Task) -> Asking:
     shape = cell.config.model
     vocabulary = getattr(task, "vocabulary", None)
     if vocabulary is None:
-        raise InputError(f"model.folder: task {task.name!r} has no vocabulary to train on; give the folder of a trained model")
+        raise InputError(
+            f"model.folder: task {task.name!r} has no vocabulary to train on; give the folder of a trained model"
+        )
     tokenizer = word_tokenizer(vocabulary, shape.context)
     model = build_gpt2(
         tokenizer, layers=shape.layers, width=shape.width, heads=shape.heads, context=shape.context, seed=cell.seed
@@ -227,7 +232,8 @@ def _behaviour_table(examples: Sequence[Example], scores: Scores) -> pd.DataFram
 
 def _pairs_table(batch: PairBatch, split: str) -> pd.DataFrame:
     columns: dict[str, Any] = {
-        field: [getattr(a, field) for a, _ in batch.candidates] for field in ("item", "group", "memorized", "generalized")
+        field: [getattr(a, field) for a, _ in batch.candidates]
+        for field in ("item", "group", "memorized", "generalized")
     }
     columns["split"] = split
     for side, scores in enumerate((batch.scores_a, batch.scores_b)):
@@ -285,18 +291,25 @@ def _probe_files(cell: Cell, asking: Asking, kept: dict[str, _KeptPairs]) -> lis
     fit, tune, test = (kept[split] for split in SPLITS)
     states_NLD, labels_N = fit.states_NLD(), fit.labels_N()
     tune_NLD, test_NLD, tune_labels_N = tune.states_NLD(), test.states_NLD(), tune.labels_N()
-    mixed_N = shuffled(labels_N, np.repeat(np.arange(len(fit.pairs)), 2), rng_of(cell, "shuffle"))
     probes = fit_layer_probes(states_NLD, labels_N, tune_NLD, tune_labels_N)
-    blind = fit_layer_probes(states_NLD, mixed_N, tune_NLD, tune_labels_N)
     tokens = {split: asking.tokenizer(kept[split].prompts_N()).input_ids for split in SPLITS}
     features = {split: input_features(tokens[split], len(asking.tokenizer)) for split in SPLITS}
     input_probe = fit_input_probe(features["fit"], labels_N, features["tune"], tune_labels_N)
     common = {"group": test.groups_N(), "label": test.labels_N()}
-    tables = [pd.DataFrame({"kind": "input_only", "layer": -1, **common, "score": input_probe.decision_function(features["test"])})]
-    for kind, fitted in (("state", probes), ("shuffled", blind)):
-        for layer, probe in enumerate(fitted):
-            scores_N = probe.decision_function(test_NLD[:, layer])
-            tables.append(pd.DataFrame({"kind": kind, "layer": layer, **common, "score": scores_N}))
+    tables = [
+        pd.DataFrame(
+            {"kind": "input_only", "layer": -1, **common, "score": input_probe.decision_function(features["test"])}
+        )
+    ]
+    pair_N, rng = np.repeat(np.arange(len(fit.pairs)), 2), rng_of(cell, "shuffle")
+    for layer, probe in enumerate(probes):
+        scores_N = probe.decision_function(test_NLD[:, layer])
+        tables.append(pd.DataFrame({"kind": "state", "layer": layer, **common, "score": scores_N}))
+        # One shuffle says little: its accuracy scatters widely around one half.
+        for _ in range(SHUFFLES):
+            blind = LayerProbe(probe.regularization).fit(states_NLD[:, layer], shuffled(labels_N, pair_N, rng))
+            scores_N = blind.decision_function(test_NLD[:, layer])
+            tables.append(pd.DataFrame({"kind": "shuffled", "layer": layer, **common, "score": scores_N}))
     weights = {
         "site": cell.config.pairs.site,
         "positive": "generalized",
@@ -338,7 +351,10 @@ def _test_lists(
         "novel": behaviour[behaviour["kind"] == "novel"],
     }
     for name, part in parts.items():
-        lists[name] = ([_example_of(row) for row in part.head(limit).to_dict("records")], part["behaviour"].head(limit).tolist())
+        lists[name] = (
+            [_example_of(row) for row in part.head(limit).to_dict("records")],
+            part["behaviour"].head(limit).tolist(),
+        )
     return {name: entry for name, entry in lists.items() if entry[0]}
 
 
@@ -455,5 +471,3 @@ def _save_vector(
     for suffix in (".json", ".safetensors"):
         temporary.with_suffix(suffix).replace(path.with_suffix(suffix))
     return [path, path.with_suffix(".json")]
-
-

@@ -110,7 +110,10 @@ class SteeringVector:
         shift_LD = np.where(contrast.top_neurons(top), contrast.nmd_LD, 0.0)
         if relative:
             norm_L = np.linalg.norm(shift_LD, axis=1)
-            shift_LD = shift_LD * np.divide(contrast.state_norm_L, norm_L, out=np.zeros_like(norm_L), where=norm_L > 0)[:, None]
+            shift_LD = (
+                shift_LD
+                * np.divide(contrast.state_norm_L, norm_L, out=np.zeros_like(norm_L), where=norm_L > 0)[:, None]
+            )
         sign = 1.0 if toward == "generalized" else -1.0
         shifts = {layer: torch.from_numpy(sign * strength * row).float() for layer, row in enumerate(shift_LD)}
         method = "nmd-relative" if relative else "nmd"
@@ -130,7 +133,9 @@ class SteeringVector:
 
     def with_dense(self, shift_LD: np.ndarray) -> SteeringVector:
         """The same vector with other shifts."""
-        return replace(self, shifts={layer: torch.from_numpy(row.astype(np.float32)) for layer, row in enumerate(shift_LD)})
+        return replace(
+            self, shifts={layer: torch.from_numpy(row.astype(np.float32)) for layer, row in enumerate(shift_LD)}
+        )
 
     def __mul__(self, factor: float) -> SteeringVector:
         if factor < 0:
@@ -142,7 +147,9 @@ class SteeringVector:
 
     def __neg__(self) -> SteeringVector:
         """The opposite shift; it turns to the other behaviour."""
-        return replace(self, toward=OPPOSITE[self.toward], shifts={layer: -shift for layer, shift in self.shifts.items()})
+        return replace(
+            self, toward=OPPOSITE[self.toward], shifts={layer: -shift for layer, shift in self.shifts.items()}
+        )
 
     def __add__(self, other: SteeringVector) -> SteeringVector:
         """Both shifts at once; keeps this vector's direction of turning.
@@ -312,5 +319,3 @@ def _adder(shift_D: Tensor, tracker: _PositionTracker, is_input: bool) -> Callab
         return with_states(inputs, shifted(states_of(inputs)))
 
     return on_input if is_input else on_output
-
-

@@ -234,7 +234,16 @@ def _write_manifest(run: Path, cells: list[Cell], started: float) -> None:
         "mnemoscope": version(),
         "versions": {
             name: metadata.version(name)
-            for name in ("torch", "transformers", "tokenizers", "numpy", "scipy", "scikit-learn", "pandas", "safetensors")
+            for name in (
+                "torch",
+                "transformers",
+                "tokenizers",
+                "numpy",
+                "scipy",
+                "scikit-learn",
+                "pandas",
+                "safetensors",
+            )
         },
         "python": platform.python_version(),
         "machine": {"system": platform.system(), "architecture": platform.machine(), "processors": os.cpu_count()},
@@ -252,7 +261,9 @@ def git_state() -> dict[str, Any]:
 
     def git(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True, timeout=10, check=False)
+            done = subprocess.run(
+                ["git", "-C", here, *arguments], capture_output=True, text=True, timeout=10, check=False
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None

@@ -114,7 +114,9 @@ def how_to_mix(trained: Trained) -> str:
     if last["novel_accuracy"] < 0.9 or last["recall"] < 0.9:
         advice.append("train longer (training.steps) or with another training.learning_rate")
     if last["conflict_generalized"] < last["conflict_memorized"]:
-        advice.append("memory wins: lower task.options.memorized_share, raise the number of memorized names, lower training.prompt_weight")
+        advice.append(
+            "memory wins: lower task.options.memorized_share, raise the number of memorized names, lower training.prompt_weight"
+        )
     else:
         advice.append("the rule wins: raise task.options.memorized_share or training.prompt_weight")
     advice.append("or change model.layers")
@@ -212,7 +214,9 @@ def _step(
     schedules: list[torch.optim.lr_scheduler.LambdaLR],
 ) -> float:
     logits_BTV = model(input_ids=ids_BT[:, :-1].to(model.device), use_cache=False).logits
-    losses_BT = nn.functional.cross_entropy(logits_BTV.transpose(1, 2), ids_BT[:, 1:].to(model.device), reduction="none")
+    losses_BT = nn.functional.cross_entropy(
+        logits_BTV.transpose(1, 2), ids_BT[:, 1:].to(model.device), reduction="none"
+    )
     weights = weights_BT[:, 1:].to(model.device)
     loss = (losses_BT * weights).sum() / weights.sum()
     loss.backward()

@@ -22,7 +22,7 @@ def build_report(run: Path) -> Path:
         The path of ``report.html``.
 
     Raises:
-        ValueError: a record file is missing, cannot be read or lacks a column; the message is one line and names the file.
+        ValueError: a record file is missing, cannot be read or lacks a column; one line that names the file.
     """
     run = Path(run)
     records = read_run(run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,11 @@ from mnemoscope.report.sentences import (
     with_interval,
 )
 
-NAMES = {"novel": "new questions", "memory": "facts to recall", "conflict_rest": "conflicts that already went the wanted way"}
+NAMES = {
+    "novel": "new questions",
+    "memory": "facts to recall",
+    "conflict_rest": "conflicts that already went the wanted way",
+}
 
 
 def emergence(cells: Sequence[Cell]) -> str:
@@ -43,9 +48,9 @@ def emergence(cells: Sequence[Cell]) -> str:
     met = table[table.met.astype(bool)]
     first = f"The stop rule first held at step {met.step.iloc[0]:,.0f}. " if len(met) else "The stop rule never held. "
     return (
-        f"{first}The weights kept are those of step {row.step:,.0f}: {percent(row.novel_accuracy)} of new questions right, "
-        f"{percent(row.recall)} of facts recalled, and conflicts answered {percent(row.conflict_memorized)} from memory, "
-        f"{percent(row.conflict_generalized)} by working it out."
+        f"{first}The weights kept are those of step {row.step:,.0f}: {percent(row.novel_accuracy)} of new questions "
+        f"right, {percent(row.recall)} of facts recalled, and conflicts answered {percent(row.conflict_memorized)} "
+        f"from memory, {percent(row.conflict_generalized)} by working it out."
     )
 
 
@@ -80,8 +85,8 @@ def margins(cells: Sequence[Cell]) -> str:
     low, high = np.quantile(values, [0.25, 0.75])
     near = float((np.abs(values) < 1).mean())
     return (
-        f"Half of the conflicts have a margin between {low:.1f} and {high:.1f} nats. {percent(near).capitalize()} lie within "
-        "1 nat of the tipping point, where a small push decides."
+        f"Half of the conflicts have a margin between {low:.1f} and {high:.1f} nats. {percent(near).capitalize()} "
+        "lie within 1 nat of the tipping point, where a small push decides."
     )
 
 
@@ -90,8 +95,8 @@ def pairs(task: Tree) -> str:
     if not found["candidates"]:
         return f"The yield {UNMEASURED}: the test split has no candidates."
     return (
-        f"{found['pairs']:,} of {count(found['candidates'], 'test candidate')} flip when they are put in other words: a yield "
-        f"of {with_interval(found['yield'])}, from {count(found['groups'], 'group')}."
+        f"{found['pairs']:,} of {count(found['candidates'], 'test candidate')} flip when they are put in other "
+        f"words: a yield of {with_interval(found['yield'])}, from {count(found['groups'], 'group')}."
     )
 
 
@@ -142,20 +147,25 @@ def probe(task: Tree) -> str:
     sure = "" if certain(beyond) else ", which is not a sure difference"
     text = (
         f"The probe at layer {found['layers'][best]} is right in {percent(accuracy['estimate'])} of test states "
-        f"({with_interval(accuracy).partition('(')[2]}, {points(abs(beyond['estimate']))} {side} what the input alone gives "
-        f"({percent(alone['estimate'])}){sure}."
+        f"({with_interval(accuracy).partition('(')[2]}, {points(abs(beyond['estimate']))} {side} what the input "
+        f"alone gives ({percent(alone['estimate'])}){sure}."
     )
     if known(found["shuffled"]):
         text += f" Trained on shuffled labels it is right in {percent(found['shuffled']['estimate'])}."
     return text
 
 
+def _towards(direction: str) -> str:
+    return TOWARDS[direction].capitalize()
+
+
 def turning(task: Tree, direction: str) -> str:
     block = task["steering"][direction]
     shift = block["pairs"]["shift"]
     if not known(shift):
-        return f"Turning {TOWARDS[direction]} {UNMEASURED}. {why_nothing(task)}"
-    text = f"{TOWARDS[direction].capitalize()}, the vector turns {with_interval(shift)} of test pairs"
+        text = f"Turning pairs {TOWARDS[direction]} {UNMEASURED}. {why_nothing(task)}"
+        return f"{text} {_elsewhere(block, direction)}" if known(block["conflict"]["shift"]) else text
+    text = f"{_towards(direction)}, the vector turns {with_interval(shift)} of test pairs"
     control = strongest_control(block)
     if control is None:
         text += "; no control was run"
@@ -178,13 +188,15 @@ def _elsewhere(block: Tree, direction: str) -> str:
 
 def sweep(task: Tree, direction: str, rows: list[dict[str, Any]]) -> str:
     if not rows:
-        return f"{TOWARDS[direction].capitalize()}, the sweep holds no rows."
+        return f"{_towards(direction)}, no setting was swept: the tune split has no pairs for it."
     chosen = task["steering"][direction]["chosen"]
-    best, broken = (max(rows, key=lambda row: np.nan_to_num(row[key]["estimate"], nan=-1.0)) for key in ("shift", "other"))
+    best, broken = (
+        max(rows, key=lambda row: np.nan_to_num(row[key]["estimate"], nan=-1.0)) for key in ("shift", "other")
+    )
     if not known(best["shift"]):
-        return f"{TOWARDS[direction].capitalize()}, what strength does {UNMEASURED}."
+        return f"{_towards(direction)}, what strength does {UNMEASURED}."
     return (
-        f"{TOWARDS[direction].capitalize()}, {_setting(chosen)} was chosen. On the tune split at most "
+        f"{_towards(direction)}, {_setting(chosen)} was chosen. On the tune split at most "
         f"{percent(best['shift']['estimate'])} turn, with {_setting(best)}; answers that are neither reach "
         f"{percent(broken['other']['estimate'])}, with {_setting(broken)}."
     )
@@ -198,24 +210,29 @@ def _setting(row: dict[str, Any]) -> str:
 def dose(task: Tree, direction: str, rows: list[dict[str, Any]]) -> str:
     top = task["steering"][direction]["chosen"]["top"]
     line = sorted((row["strength"], row["margin"]["estimate"]) for row in rows if math.isclose(row["top"], top))
+    line = [(0.0, task["unsteered_margin"][direction]["estimate"]), *line]
     line = [point for point in line if not math.isnan(point[1])]
     if len(line) < 2:
-        return f"{TOWARDS[direction].capitalize()}, the dose-response {UNMEASURED}: fewer than two strengths were tried."
+        return f"{_towards(direction)}, the dose-response {UNMEASURED}: no strength was tried."
     sign = 1 if direction == "to_generalized" else -1
-    steady = all(sign * (b - a) > 0 for (_, a), (_, b) in zip(line, line[1:], strict=False))
+    steady = all(sign * (b - a) > 0 for (_, a), (_, b) in pairwise(line))
     (low, start), (high, end) = line[0], line[-1]
     way = ("rises" if sign > 0 else "falls") + " with every step of strength" if steady else "does not move steadily"
     return (
-        f"{TOWARDS[direction].capitalize()}, the mean margin {way}: {start:.1f} nats at strength {low:g}, {end:.1f} at {high:g}."
+        f"{_towards(direction)}, the mean margin {way}: {start:.1f} nats at strength {low:g}, "
+        f"{end:.1f} at strength {high:g}."
     )
 
 
 def collateral(task: Tree, direction: str) -> str:
     found = task["steering"][direction]["collateral"]
-    damaged = [f"{NAMES[key]} lose {points(-found[key]['estimate'])} ({points_interval(found[key])})"
-               for key in found if key in NAMES and certain(found[key]) < 0]
+    damaged = [
+        f"{NAMES[key]} lose {points(-found[key]['estimate'])} ({points_interval(found[key])})"
+        for key in found
+        if key in NAMES and certain(found[key]) < 0
+    ]
     if damaged:
-        return f"{TOWARDS[direction].capitalize()}, {listed(damaged)}."
+        return f"{_towards(direction)}, {listed(damaged)}."
     if not any(known(found[key]) for key in found):
-        return f"{TOWARDS[direction].capitalize()}, damage {UNMEASURED}: there were no such examples."
-    return f"{TOWARDS[direction].capitalize()}, no sure damage was seen."
+        return f"{_towards(direction)}, damage {UNMEASURED}: there were no such examples."
+    return f"{_towards(direction)}, no sure damage was seen."

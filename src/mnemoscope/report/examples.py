@@ -11,7 +11,7 @@ import pandas as pd
 
 from mnemoscope.report.records import Cell
 
-# (text, what it is): "" plain, "moved" differs between the two phrasings, "clue" spells out the answer to be worked out.
+# (text, what it is): "" plain, "moved" differs between two phrasings, "clue" spells out the answer to be worked out.
 Pieces = list[tuple[str, str]]
 
 # Splitting keeps what is between sentences, so that the parts join to the whole text again.
@@ -24,11 +24,13 @@ class Shown:
     """One prompt, and what the model makes of it.
 
     Attributes:
+        item: what is asked.
         pieces: the prompt.
         memorized, generalized: the two revealing answers.
         behaviour: which one the model gave.
     """
 
+    item: str
     pieces: Pieces
     memorized: str
     generalized: str
@@ -36,14 +38,24 @@ class Shown:
 
 
 def one_conflict(cells: Sequence[Cell]) -> Shown | None:
-    """The first test conflict of a middling margin, so that it is neither the easiest nor an accident."""
+    """A test conflict of a middling margin, so that it is neither the easiest nor an accident.
+
+    One whose answer reads the same backwards is passed over: it could not show how sums are written.
+    """
     rows = cells[0].behaviour
-    rows = rows[(rows.kind == "conflict") & rows.behaviour.isin(["memorized", "generalized"])]
+    rows = rows[(rows.kind == "conflict") & (rows.split == "test") & rows.behaviour.isin(["memorized", "generalized"])]
+    answers = rows.generalized.str.strip()
+    rows = rows[answers != answers.str[::-1]]
     if rows.empty:
         return None
     distance = rows.margin.astype(float).abs()
-    row = rows.loc[(distance - distance.median()).abs().idxmin()]
-    return Shown(_clues([(row.prompt, "")], row.generalized), row.memorized.strip(), row.generalized.strip(), row.behaviour)
+    row = rows.iloc[int((distance - distance.median()).abs().to_numpy().argmin())]
+    return _shown(row, [(row.prompt, "")], row.behaviour)
+
+
+def _shown(row: pd.Series, pieces: Pieces, behaviour: str) -> Shown:
+    generalized = row.generalized.strip()
+    return Shown(row["item"], _clues(pieces, generalized), row.memorized.strip(), generalized, behaviour)
 
 
 def some_pairs(cells: Sequence[Cell], most: int = 3) -> list[tuple[Shown, Shown]]:
@@ -55,22 +67,22 @@ def some_pairs(cells: Sequence[Cell], most: int = 3) -> list[tuple[Shown, Shown]
 
 def _pair(row: pd.Series) -> tuple[Shown, Shown]:
     a, b = difference(row.prompt_a, row.prompt_b)
-    shown = [
-        Shown(_clues(pieces, row.generalized), row.memorized.strip(), row.generalized.strip(), behaviour)
-        for pieces, behaviour in ((a, row.behaviour_a), (b, row.behaviour_b))
-    ]
+    shown = [_shown(row, pieces, behaviour) for pieces, behaviour in ((a, row.behaviour_a), (b, row.behaviour_b))]
     first, second = sorted(shown, key=lambda side: side.behaviour, reverse=True)  # "memorized" before "generalized"
     return first, second
 
 
 def difference(a: str, b: str) -> tuple[Pieces, Pieces]:
-    """Both texts with what differs marked: whole sentences where they only change places, else words."""
-    parts = [SENTENCE.split(text) for text in (a, b)]
-    if sorted(parts[0]) != sorted(parts[1]):
-        parts = [WORD.findall(text) for text in (a, b)]
-        matches = SequenceMatcher(None, *parts, autojunk=False).get_opcodes()
+    """Both texts with what differs marked: sentences or words that change places, else words that are not the same."""
+    first, second = SENTENCE.split(a), SENTENCE.split(b)
+    if sorted(first) != sorted(second):
+        first, second = WORD.findall(a), WORD.findall(b)
+    parts = (first, second)
+    matches: list[tuple[str, int, int, int, int]]
+    if sorted(first) == sorted(second):  # the same parts in another order: mark those that moved
+        matches = [("equal" if x == second[i] else "replace", i, i + 1, i, i + 1) for i, x in enumerate(first)]
     else:
-        matches = [("equal" if x == y else "replace", i, i + 1, i, i + 1) for i, (x, y) in enumerate(zip(*parts, strict=True))]
+        matches = [(match[0], *match[1:]) for match in SequenceMatcher(None, first, second, False).get_opcodes()]
     marked: tuple[Pieces, Pieces] = ([], [])
     for kind, *bounds in matches:
         for side, (start, end) in enumerate((bounds[:2], bounds[2:])):
@@ -80,22 +92,17 @@ def difference(a: str, b: str) -> tuple[Pieces, Pieces]:
     return marked
 
 
-def _clues(pieces: Pieces, generalized: str) -> Pieces:
+def _clues(pieces: Pieces, answer: str) -> Pieces:
     """The pieces with every place marked that spells out the answer to be worked out."""
-    word = re.compile(rf"(?<!\w)({re.escape(generalized.strip())})(?!\w)")
+    word = re.compile(rf"(?<!\w)({re.escape(answer)})(?!\w)")
     cut = [(part, what, number % 2) for text, what in pieces for number, part in enumerate(word.split(text)) if part]
     return [(part, f"{what} clue".strip() if is_clue else what) for part, what, is_clue in cut]
 
 
-def sums_are_reversed(cells: Sequence[Cell]) -> str | None:
-    """For sums written last digit first, an example such as ``123 + 456 = 579 is written 975``; else None."""
-    rows = cells[0].behaviour
-    for item, written in rows[rows.kind == "conflict"][["item", "generalized"]].itertuples(index=False):
-        operands = re.fullmatch(r"(\d+)\+(\d+)", item)
-        if operands is None:
-            return None
-        total = str(int(operands[1]) + int(operands[2]))
-        if total != total[::-1]:
-            is_reversed = written.strip() == total[::-1]
-            return f"{operands[1]} + {operands[2]} = {total} is written {written.strip()}" if is_reversed else None
-    return None
+def reversed_sum(shown: Shown) -> str:
+    """For a sum written last digit first, what it stands for: ``123 + 456 = 579 is written 975``; else empty."""
+    operands = re.fullmatch(r"(\d+)\+(\d+)", shown.item)
+    total = str(int(operands[1]) + int(operands[2])) if operands else ""
+    if operands is None or total == total[::-1] or shown.generalized != total[::-1]:
+        return ""
+    return f"{operands[1]} + {operands[2]} = {total} is written {shown.generalized}"

@@ -24,6 +24,7 @@ from mnemoscope.report.style import (
     PIXEL_GENERALIZED,
     PIXEL_MEMORIZED,
     RULE,
+    beside,
     canvas,
     percent_axis,
     spread,
@@ -69,11 +70,15 @@ def _mark_kept(ax: Axes, table: Any) -> None:
     met = table[table.met.astype(bool)]
     ax.plot(met.step, np.full(len(met), 1.1), "o", color=MUTED, markersize=3, linestyle="none")
     if len(met):
-        ax.annotate("stop rule met", (met.step.iloc[0], 1.1), (-8, 0), textcoords="offset points", ha="right", va="center")
+        ax.annotate(
+            "stop rule met", (met.step.iloc[0], 1.1), (-8, 0), textcoords="offset points", ha="right", va="center"
+        )
     kept = table[table.kept.astype(bool)]
     if len(kept):
         ax.plot([kept.step.iloc[0]] * 2, [0, 1.16], color=INK, linewidth=1)
-        ax.annotate("kept", (kept.step.iloc[0], 1.16), (0, 3), textcoords="offset points", ha="center", annotation_clip=False)
+        ax.annotate(
+            "kept", (kept.step.iloc[0], 1.16), (0, 3), textcoords="offset points", ha="center", annotation_clip=False
+        )
 
 
 def _label_ends(ax: Axes, table: Any, narrow: bool) -> None:
@@ -84,7 +89,7 @@ def _label_ends(ax: Axes, table: Any, narrow: bool) -> None:
     for (_, name, colour, _, _), height in zip(known, heights, strict=True):
         text = name.replace(": ", ":\n").replace(" questions", "\n") if narrow else name
         text = name.replace("conflict: ", "").replace("new questions right", "new right") if narrow else text
-        ax.annotate(text, (x, height), (8, 0), textcoords="offset points", va="center", color=colour, annotation_clip=False)
+        beside(ax, x, height, text, colour)
 
 
 def behaviour_bars(behaviour: dict[str, Any]) -> Plot:
@@ -128,8 +133,12 @@ def _stack(ax: Axes, row: float, parts: list[tuple[str, float, str]], narrow: bo
 
 def margins(cells: Sequence[Cell]) -> Plot:
     """How decided the model is on each conflict: log odds of the two answers, coloured by what it answered."""
-    conflict = [cell.behaviour[(cell.behaviour.kind == "conflict") & (cell.behaviour.split == "test")] for cell in cells]
-    parts = {key: np.concatenate([rows.margin[rows.behaviour == key].to_numpy(float) for rows in conflict]) for key in NAMES}
+    conflict = [
+        cell.behaviour[(cell.behaviour.kind == "conflict") & (cell.behaviour.split == "test")] for cell in cells
+    ]
+    parts = {
+        key: np.concatenate([rows.margin[rows.behaviour == key].to_numpy(float) for rows in conflict]) for key in NAMES
+    }
     everything = np.concatenate(list(parts.values()))
     everything = everything[np.isfinite(everything)]
 
@@ -139,7 +148,14 @@ def margins(cells: Sequence[Cell]) -> Plot:
         reach = max(float(np.quantile(np.abs(everything), 0.99)), 1e-6) if len(everything) else 1.0
         bins = np.linspace(-reach, reach, 25 if narrow else 45)  # an odd number of edges: one of them is 0
         values = [np.clip(part[np.isfinite(part)], -reach, reach) for part in parts.values()]
-        ax.hist(values, bins=bins, stacked=True, color=[COLOUR[key] for key in parts], edgecolor=PAPER, linewidth=0.6)
+        ax.hist(
+            values,
+            bins=bins.tolist(),
+            stacked=True,
+            color=[COLOUR[key] for key in parts],
+            edgecolor=PAPER,
+            linewidth=0.6,
+        )
         ax.axvline(0, color=INK, linewidth=1)
         ax.set_ylabel("conflicts")
         ax.set_xlabel("nats towards the answer worked out" if narrow else "log p(worked out) - log p(remembered), nats")
@@ -157,28 +173,32 @@ def heatmap(contrast: Contrast) -> Plot:
 
     def plot(narrow: bool) -> Figure:
         strip = min(34, max(9, 300 / layers))
-        figure, axes = canvas(
-            narrow, strip * layers + 96, 2, 1, gridspec_kw={"height_ratios": [strip * layers + 40, 14]}
-        )
+        figure, axes = canvas(narrow, strip * layers + 96, 2, 1, [strip * layers + 40, 14])
         ax, scale = axes[:, 0]
         for layer, row in enumerate(nmd_LD):
             ax.imshow(
-                diverging(row[None] / reach), aspect="auto", interpolation="none",
+                diverging(row[None] / reach),
+                aspect="auto",
+                interpolation="none",
                 extent=(0, neurons, layer + 0.42, layer - 0.42),
             )
-            ax.annotate(
-                f"{np.nanmean(np.abs(row)):.3f}", (neurons, layer), (6, 0), textcoords="offset points", va="center",
-                color=MUTED, annotation_clip=False,
-            )
-        ax.annotate("mean |NMD|", (1, 1), (6, 4), xycoords="axes fraction", textcoords="offset points", ha="center",
-                    color=MUTED, annotation_clip=False)
+            beside(ax, neurons, layer, f"{np.nanmean(np.abs(row)):.3f}", MUTED, 6)
+        ax.annotate(
+            "mean |NMD|",
+            (1, 1),
+            (6, 4),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            ha="center",
+            color=MUTED,
+            annotation_clip=False,
+        )
         every = int(np.ceil(layers / (strip * layers / 16)))
         ax.set_yticks(range(0, layers, every), [f"layer {n}" for n in range(0, layers, every)])
         ax.set_ylim(layers - 0.4, -0.6)
         ax.set_xlim(0, neurons)
         ax.set_xticks([0, neurons], ["lowest NMD", "highest NMD"])
-        for tick, side in zip(ax.get_xticklabels(), ("left", "right"), strict=True):
-            tick.set_ha(side)
+        _align_ends(ax)
         ax.grid(visible=False)
         ax.spines["bottom"].set_visible(False)
         _scale(scale, reach)
@@ -194,7 +214,7 @@ def heatmap_reach(contrast: Contrast) -> float:
 
 
 def diverging(values: np.ndarray) -> np.ndarray:
-    """RGBA of values in -1 .. 1: the remembering colour below 0, the working-out colour above, clear at 0 and for NaN."""
+    """RGBA of values in -1 .. 1: the colour of remembering below 0, of working out above, clear at 0 and for NaN."""
     values = np.clip(np.nan_to_num(values), -1, 1)
     pixels = np.empty((*values.shape, 4))
     pixels[..., :3] = np.where(values[..., None] < 0, PIXEL_MEMORIZED, PIXEL_GENERALIZED)
@@ -202,12 +222,18 @@ def diverging(values: np.ndarray) -> np.ndarray:
     return pixels
 
 
+def _align_ends(ax: Axes) -> None:
+    """Keep the outer labels of an axis within its width."""
+    labels = ax.get_xticklabels()
+    labels[0].set_horizontalalignment("left")
+    labels[-1].set_horizontalalignment("right")
+
+
 def _scale(ax: Axes, reach: float) -> None:
     ax.imshow(diverging(np.linspace(-1, 1, 101)[None]), aspect="auto", interpolation="none", extent=(-1, 1, 0, 1))
     ax.set_yticks([])
     ax.set_xticks([-1, 0, 1], [f"remembering {reach:.2g}", "0", f"{reach:.2g} working it out"])
-    for tick, side in zip(ax.get_xticklabels(), ("left", "center", "right"), strict=True):
-        tick.set_ha(side)
+    _align_ends(ax)
     ax.grid(visible=False)
 
 
@@ -233,8 +259,7 @@ def correlations(contrast: Contrast) -> Plot:
         for (_, name, colour, _), height in zip(lines, ends, strict=True):
             text = name.replace(" neuron", "") if narrow else name
             shade = MUTED if colour == OTHER else colour
-            ax.annotate(text, (layers[-1], height), (8, 0), textcoords="offset points", va="center", color=shade,
-                        annotation_clip=False)
+            beside(ax, layers[-1], height, text, shade)
         ax.set_ylim(0, float(top.max()) * 1.08)
         ax.set_ylabel("|rho|")
         layer_axis(ax, layers)
@@ -290,13 +315,27 @@ def _name_lines(ax: Axes, probe: dict[str, Any]) -> None:
     ]
     named = [entry for entry in named if not np.isnan(entry[1])]
     low, high = ax.get_ylim()
-    for (name, _, colour), height in zip(named, spread([entry[1] for entry in named], 0.07 * (high - low)), strict=True):
-        ax.annotate(name, (1, height), (6, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
-                    va="center", color=colour, annotation_clip=False)
+    for (name, _, colour), height in zip(
+        named, spread([entry[1] for entry in named], 0.07 * (high - low)), strict=True
+    ):
+        ax.annotate(
+            name,
+            (1, height),
+            (6, 0),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+            annotation_clip=False,
+        )
 
 
 def _limits(ax: Axes, probe: dict[str, Any]) -> None:
-    ends = [e[key] for e in [*probe["accuracy"], *probe["shuffled_by_layer"], probe["input_only"]] for key in ("low", "high")]
+    ends = [
+        e[key]
+        for e in [*probe["accuracy"], *probe["shuffled_by_layer"], probe["input_only"]]
+        for key in ("low", "high")
+    ]
     known = [end for end in ends if not np.isnan(end)] or [0.4, 1.0]
     low, high = max(0, min(known) - 0.03), min(1.0, max(known) + 0.03)
     ax.set_ylim(low, high + 0.005)

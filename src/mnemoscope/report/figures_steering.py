@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from mnemoscope.report.figures import Plot
 from mnemoscope.report.measures import DIRECTIONS, TURNED
-from mnemoscope.report.style import COLOUR, INK, MUTED, OTHER, PAPER, canvas, percent_axis, spread
+from mnemoscope.report.style import COLOUR, INK, MUTED, OTHER, PAPER, beside, canvas, percent_axis, spread
 
 TITLES = {"to_generalized": "towards working it out", "to_memorized": "towards remembering"}
 EXAMPLES = {"pairs": "Pairs", "conflict": "Any conflict"}
@@ -27,8 +27,9 @@ def control_name(name: str) -> str:
     return CONTROL_NAMES.get(name, name.replace("_", " "))
 
 
-def steering_bars(steering: dict[str, Any]) -> Plot:
+def steering_bars(task: dict[str, Any]) -> Plot:
     """Shift, other and stay as stacked bars: the vector, then its controls, on pairs and on any conflict."""
+    steering = task["steering"]
     blocks = [steering[direction] for direction in DIRECTIONS]
     names = [name for name in blocks[0]["controls"] if any(_is_known(block, name) for block in blocks)]
 
@@ -39,6 +40,8 @@ def steering_bars(steering: dict[str, Any]) -> Plot:
         for number, direction in enumerate(DIRECTIONS):
             ax = axes.ravel()[number]
             _turn(ax, direction, _rows(steering[direction], names))
+            if len(task["seeds"]) > 1:
+                _seed_dots(ax, [seed["steering"][direction] for seed in task["per_seed"].values()], len(names))
             if number and not narrow:
                 ax.set_yticklabels([])
         return figure
@@ -76,8 +79,14 @@ def _turn(ax: Axes, direction: str, rows: list[tuple[float, str, dict[str, Any]]
         low, high = (np.clip(shares["shift"][end], 0, 1) for end in ("low", "high"))
         ax.plot([low, high], [height, height], color=INK, linewidth=1.4)
         ax.annotate(
-            f"{100 * shift:.0f} %", (1, height), (8, 0), textcoords="offset points", va="center", color=INK,
-            fontweight="bold" if is_vector else "normal", annotation_clip=False,
+            f"{100 * shift:.0f} %",
+            (1, height),
+            (8, 0),
+            textcoords="offset points",
+            va="center",
+            color=INK,
+            fontweight="bold" if is_vector else "normal",
+            annotation_clip=False,
         )
     ax.set_yticks([height for height, *_ in rows], [name for _, name, _ in rows])
     for tick, (_, name, _) in zip(ax.get_yticklabels(), rows, strict=True):
@@ -88,6 +97,14 @@ def _turn(ax: Axes, direction: str, rows: list[tuple[float, str, dict[str, Any]]
     percent_axis(ax, "x")
     ax.set_title(TITLES[direction], color=COLOUR[target])
     ax.grid(visible=False)
+
+
+def _seed_dots(ax: Axes, blocks: list[dict[str, Any]], controls: int) -> None:
+    """Every seed's own shift under the vector, on the bars of pairs and of conflicts."""
+    for number, examples in enumerate(TURNED):
+        shifts = [block[examples]["shift"]["estimate"] for block in blocks]
+        height = number * (controls + 1.5)
+        ax.plot(shifts, [height] * len(shifts), "o", color=PAPER, markeredgecolor=INK, markersize=5, linestyle="none")
 
 
 def sweep_rows(task: dict[str, Any], direction: str, examples: str = "pairs") -> list[dict[str, Any]]:
@@ -102,10 +119,10 @@ def sweep(task: dict[str, Any]) -> Plot:
 
     def plot(narrow: bool) -> Figure:
         if narrow:
-            figure, axes = canvas(narrow, 760, 4, 1, height_ratios=[2, 1, 2, 1])
+            figure, axes = canvas(narrow, 760, 4, 1, [2, 1, 2, 1])
             grid = [(axes[0, 0], axes[1, 0]), (axes[2, 0], axes[3, 0])]
         else:
-            figure, axes = canvas(narrow, 400, 2, 2, height_ratios=[2, 1], sharey="row")
+            figure, axes = canvas(narrow, 400, 2, 2, [2, 1])
             grid = [(axes[0, 0], axes[1, 0]), (axes[0, 1], axes[1, 1])]
         for direction, (above, below) in zip(DIRECTIONS, grid, strict=True):
             _sweep_lines(above, task, direction, "shift")
@@ -130,16 +147,30 @@ def _sweep_lines(ax: Axes, task: dict[str, Any], direction: str, share: str) -> 
         line = sorted((row["strength"], row[share]["estimate"]) for row in rows if row["top"] == top)
         x = [strengths.index(strength) for strength, _ in line]
         y = [estimate for _, estimate in line]
-        ax.plot(x, y, color=colour, marker="o", markersize=3.5, alpha=0.35 + 0.65 * (number + 1) / len(tops),
-                linewidth=1 + 1.4 * (number + 1) / len(tops))
+        ax.plot(
+            x,
+            y,
+            color=colour,
+            marker="o",
+            markersize=3.5,
+            alpha=0.35 + 0.65 * (number + 1) / len(tops),
+            linewidth=1 + 1.4 * (number + 1) / len(tops),
+        )
         ends.append((x[-1], y[-1], f"{100 * top:g} %" if top < 1 else "all"))
         if np.isclose(top, chosen["top"]) and chosen["strength"] in strengths:
-            ax.plot(strengths.index(chosen["strength"]), dict(line)[chosen["strength"]], "o", markersize=11,
-                    markerfacecolor="none", markeredgecolor=INK, markeredgewidth=1.5)
+            ax.plot(
+                strengths.index(chosen["strength"]),
+                dict(line)[chosen["strength"]],
+                "o",
+                markersize=11,
+                markerfacecolor="none",
+                markeredgecolor=INK,
+                markeredgewidth=1.5,
+                clip_on=False,
+            )
     if share == "shift":
         for (x_end, _, text), height in zip(ends, spread([end[1] for end in ends], 0.09), strict=True):
-            ax.annotate(text, (x_end, height), (10, 0), textcoords="offset points", va="center", color=MUTED,
-                        annotation_clip=False)
+            beside(ax, x_end, height, text, MUTED, 10)
     ax.set_ylim(-0.03, 1.03)
     percent_axis(ax)
     ax.set_xticks(range(len(strengths)), [f"{strength:g}" for strength in strengths])
@@ -155,14 +186,14 @@ def dose(task: dict[str, Any]) -> Plot:
         ax.axhline(0, color=INK, linewidth=1)
         for direction, (target, _) in DIRECTIONS.items():
             top = task["steering"][direction]["chosen"]["top"]
-            rows = sorted((row["strength"], row) for row in sweep_rows(task, direction) if np.isclose(row["top"], top))
-            x = np.array([strength for strength, _ in rows])
-            middle, low, high = (np.array([row["margin"][key] for _, row in rows]) for key in ("estimate", "low", "high"))
+            rows = [row for row in sweep_rows(task, direction) if np.isclose(row["top"], top)]
+            line = {0.0: task["unsteered_margin"][direction], **{row["strength"]: row["margin"] for row in rows}}
+            x = np.array(sorted(line))
+            middle, low, high = (np.array([line[s][key] for s in x]) for key in ("estimate", "low", "high"))
             ax.fill_between(x, low, high, color=COLOUR[target], alpha=0.15, linewidth=0)
             ax.plot(x, middle, color=COLOUR[target], marker="o", markersize=4)
             text = TITLES[direction].replace("towards ", "towards\n") if narrow else TITLES[direction]
-            ax.annotate(text, (x[-1], middle[-1]), (8, 0), textcoords="offset points", va="center", color=COLOUR[target],
-                        annotation_clip=False)
+            beside(ax, x[-1], middle[-1], text, COLOUR[target])
         ax.set_xlabel("strength")
         ax.set_ylabel("mean margin, nats")
         ax.grid(axis="x", visible=False)

@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any
 
 import jinja2
 from markupsafe import Markup, escape
@@ -64,7 +63,7 @@ class TaskPage:
     facts: list[tuple[str, str]]
     answers: list[sentences.Answer]
     example: examples.Shown | None
-    reversed_sums: str | None
+    reversed_sums: str
     pairs: list[tuple[examples.Shown, examples.Shown]]
     pairs_sentence: str
     chapters: list[Chapter]
@@ -75,19 +74,21 @@ class TaskPage:
 
 def render(run: Run, results: Tree) -> str:
     """The text of ``report.html``."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters["tint"] = tint
     environment.globals["percent"] = _place
     folder = files("mnemoscope.report")
     template = environment.from_string((folder / "template.html").read_text(encoding="utf-8"))
-    tasks = [task_page(name, results["tasks"][name], cells) for name, cells in run.by_task().items()]
+    tasks = [task_page(name, results["tasks"][name], cells) for name, cells in run.by_label().items()]
     return template.render(
         study=results["study"],
         tasks=tasks,
         summary=_summary(results),
         css=Markup((folder / "style.css").read_text(encoding="utf-8")),
         configuration=run.study_text,
-        versions=_flat(run.manifest),
+        versions=_versions(run.manifest),
         glossary=GLOSSARY,
     )
 
@@ -113,15 +114,18 @@ def tint(text: str) -> Markup:
 
 def task_page(name: str, task: Tree, cells: Sequence[Cell]) -> TaskPage:
     """Compute all sentences and draw all figures of one task."""
-    title, intro = TASKS.get(name, (name, TASKS[""][1]))
+    title, intro = TASKS.get(cells[0].task, (name, TASKS[""][1]))
+    if name != cells[0].task and title != name:
+        title = f"{title}: {name}"
+    example = examples.one_conflict(cells)
     return TaskPage(
         name=name,
         title=title,
         intro=intro,
         facts=_facts(task, cells),
         answers=sentences.answers(task),
-        example=examples.one_conflict(cells),
-        reversed_sums=examples.sums_are_reversed(cells),
+        example=example,
+        reversed_sums=examples.reversed_sum(example) if example else "",
         pairs=examples.some_pairs(cells),
         pairs_sentence=captions.pairs(task),
         chapters=[_behaviour(name, task, cells), _differ(name, task, cells), _read(name, task), _turn(name, task)],
@@ -144,13 +148,18 @@ def _behaviour(name: str, task: Tree, cells: Sequence[Cell]) -> Chapter:
     stories = [
         _story(f"{name}-emergence", "How it came about", [captions.emergence(cells)], note, curve),
         _story(
-            f"{name}-behaviour", "What it answers", [captions.behaviour(task)], "Test split, no intervention.",
+            f"{name}-behaviour",
+            "What it answers",
+            [captions.behaviour(task)],
+            "Test split, no intervention.",
             figures.behaviour_bars(task["behaviour"]),
         ),
         _story(
-            f"{name}-margins", "How sure it is", [captions.margins(cells)],
-            "Right of 0 the answer to be worked out is the likelier of the two. Colour: what it answered. The ends hold "
-            "everything beyond.",
+            f"{name}-margins",
+            "How sure it is",
+            [captions.margins(cells)],
+            "Right of 0 the answer to be worked out is the likelier of the two. Colour: what it answered. The ends "
+            "hold everything beyond.",
             figures.margins(cells),
         ),
     ]
@@ -162,27 +171,36 @@ def _differ(name: str, task: Tree, cells: Sequence[Cell]) -> Chapter:
     seed = f" Seed {cells[0].seed} is drawn; the sentence averages all seeds." if len(cells) > 1 else ""
     stories = [
         _story(
-            f"{name}-nmd", "Neuron by neuron", [captions.heatmap(task)],
-            f"NMD: mean state when working it out minus mean state when remembering. One strip per layer, neurons sorted.{seed}",
+            f"{name}-nmd",
+            "Neuron by neuron",
+            [captions.heatmap(task)],
+            "NMD: mean state when working it out minus mean state when remembering. One strip per layer, neurons "
+            f"sorted.{seed}",
             figures.heatmap(contrast) if measured else None,
         ),
         _story(
-            f"{name}-rho", "How strong one neuron is", [captions.correlations(contrast, task)],
+            f"{name}-rho",
+            "How strong one neuron is",
+            [captions.correlations(contrast, task)],
             "|rho|: correlation of a neuron's activity with the behaviour, over the pairs of the fit split.",
             figures.correlations(contrast) if measured else None,
         ),
     ]
-    return Chapter(f"{name}-differ", "Do they differ?", stories)
+    return Chapter(f"{name}-differ", "Do they differ?", stories if measured else stories[:1])
 
 
 def _read(name: str, task: Tree) -> Chapter:
     measured = sentences.argmax([entry["estimate"] for entry in task["probe"]["accuracy"]]) is not None
     note = (
-        "A linear probe per layer, learned on the fit split, scored on the test split. Grey band: a probe that sees only the "
-        "input. Bars: 95\u00a0% intervals."
+        "A linear probe per layer, learned on the fit split, scored on the test split. Grey band: a probe that "
+        "sees only the input. Bars: 95\u00a0% intervals."
     )
     plot = figures.probes(task["probe"]) if measured else None
-    return Chapter(f"{name}-read", "Can it be read?", [_story(f"{name}-probe", "Layer by layer", [captions.probe(task)], note, plot)])
+    return Chapter(
+        f"{name}-read",
+        "Can it be read?",
+        [_story(f"{name}-probe", "Layer by layer", [captions.probe(task)], note, plot)],
+    )
 
 
 def _turn(name: str, task: Tree) -> Chapter:
@@ -191,30 +209,43 @@ def _turn(name: str, task: Tree) -> Chapter:
     swept = all(rows.values())
     stories = [
         _story(
-            f"{name}-steering", "The switch and its controls", [captions.turning(task, d) for d in DIRECTIONS],
-            "Strong colour: turned. Grey: neither answer. Pale: unmoved. Black line: 95\u00a0% interval of the turned share. Controls "
-            "have the same norm; the mean of all their draws is shown.",
-            figures_steering.steering_bars(task["steering"]) if measured else None,
+            f"{name}-steering",
+            "The switch and its controls",
+            [captions.turning(task, d) for d in DIRECTIONS],
+            "Strong colour: turned. Grey: neither answer. Pale: unmoved. Line: 95\u00a0% interval of the turned "
+            "share. Controls have the same norm; the mean of all their draws is shown."
+            + (" Dots: single seeds." if len(task["seeds"]) > 1 else ""),
+            figures_steering.steering_bars(task) if measured else None,
         ),
         _story(
-            f"{name}-sweep", "How hard to push", [captions.sweep(task, d, rows[d]) for d in DIRECTIONS],
+            f"{name}-sweep",
+            "How hard to push",
+            [captions.sweep(task, d, rows[d]) for d in DIRECTIONS],
             "Pairs of the tune split, on which the setting was chosen (ring). A line for each share of neurons.",
             figures_steering.sweep(task) if swept else None,
         ),
         _story(
-            f"{name}-dose", "A switch or a dial", [captions.dose(task, d, rows[d]) for d in DIRECTIONS],
-            "Mean margin of the tune pairs after the shift, at the chosen share of neurons. Above 0 the answer to be worked out is likelier.",
+            f"{name}-dose",
+            "A switch or a dial",
+            [captions.dose(task, d, rows[d]) for d in DIRECTIONS],
+            "Mean margin of the tune pairs after the shift, at the chosen share of neurons. Above 0 the answer to "
+            "be worked out is likelier.",
             figures_steering.dose(task) if swept else None,
         ),
     ]
-    return Chapter(f"{name}-turn", "Can it be turned?", stories)
+    return Chapter(f"{name}-turn", "Can it be turned?", stories if swept else stories[:2])
 
 
 def _facts(task: Tree, cells: Sequence[Cell]) -> list[tuple[str, str]]:
     info = cells[0].info
-    facts = [("model", f"{info.get('layers', '?')} layers of {info.get('width', '?')} neurons"), ("seeds", str(len(cells)))]
+    facts = [
+        ("model", f"{info.get('layers', '?')} layers of {info.get('width', '?')} neurons"),
+        ("seeds", str(len(cells))),
+    ]
     if all(cell.training is not None for cell in cells):
-        facts.append(("training", " and ".join(f"{seconds:,.0f} s" for seconds in task["training"]["seconds"])))
+        # Seconds differ between equal runs; they are in results.json.
+        steps = sentences.listed([f"{steps:,.0f}" for steps in task["training"]["steps"]])
+        facts.append(("training", f"{steps} steps"))
     facts.append(("conflicts", f"{task['behaviour']['conflict']['memorized']['n']:,}"))
     facts.append(("pairs", f"{task['pairs']['by_split']['all']['pairs']:,}"))
     return facts
@@ -224,8 +255,8 @@ def _notes(task: Tree, cells: Sequence[Cell]) -> list[str]:
     notes = [captions.collateral(task, direction) for direction in DIRECTIONS]
     if task["memory_is_conflict"]:
         notes.append(
-            "Damage to facts to recall is left out for this task: its memory examples are the conflicts themselves, and turning "
-            "them is the aim."
+            "Damage to facts to recall is left out for this task: its memory examples are the conflicts "
+            "themselves, and turning them is the aim."
         )
     return notes
 
@@ -240,7 +271,11 @@ def _steering_table(task: Tree) -> Table:
                 who = figures_steering.control_name(control) if control else "vector"
                 what = f"{sentences.TOWARDS[direction]}, {figures_steering.EXAMPLES[examples_].lower()}: {who}"
                 numbers = [sentences.with_interval(shares[key]) for key in ("shift", "stay", "other")]
-                worst = sentences.percent(block["controls"][control]["worst"][examples_]["shift"]["estimate"]) if control else ""
+                worst = (
+                    sentences.percent(block["controls"][control]["worst"][examples_]["shift"]["estimate"])
+                    if control
+                    else ""
+                )
                 rows.append([what.capitalize(), *numbers, worst, f"{shares['shift']['n']:,}"])
     return Table("Steering, test split", ["", "turned", "unmoved", "neither", "worst draw turns", "N"], rows)
 
@@ -282,13 +317,10 @@ def _summary(results: Tree) -> str:
     return sentences.listed(parts)
 
 
-def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
-    """A nested mapping as (dotted name, value) rows; long lists and hashes stay out of the page."""
-    rows: list[tuple[str, str]] = []
-    for key, item in value.items():
-        name = f"{prefix}{key}"
-        if isinstance(item, dict):
-            rows += _flat(item, f"{name}.") if key != "stages" else []
-        elif not isinstance(item, list):
-            rows.append((name, str(item)))
-    return rows
+def _versions(manifest: Tree) -> list[tuple[str, str]]:
+    """What the run was made with, as (name, value); times stay out, so that equal runs give equal pages."""
+    rows = [(name, manifest[name]) for name in ("mnemoscope", "commit", "python") if manifest.get(name)]
+    if manifest.get("dirty"):
+        rows.append(("changed since that commit", "yes"))
+    rows += [*manifest.get("versions", {}).items(), *manifest.get("machine", {}).items()]
+    return [(str(name), str(value)) for name, value in rows]

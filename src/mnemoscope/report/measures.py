@@ -63,6 +63,7 @@ def measure(cell: Cell) -> Tree:
         "probe": measure_probes(cell),
         "steering": {direction: by_method[best[direction]][direction] for direction in DIRECTIONS},
         "steering_by_method": by_method,
+        "unsteered_margin": {direction: _unsteered_margin(cell, direction) for direction in DIRECTIONS},
         "sweep": measure_sweep(cell),
     }
 
@@ -292,5 +293,14 @@ def measure_sweep(cell: Cell) -> list[Tree]:
         setting = dict(zip(keys, values, strict=True))
         name = f"{cell.name}/sweep/" + "/".join(str(value) for value in values)
         margin = mean(part.margin, part.group, f"{name}/margin")
-        table.append({**setting, **shares(part, setting["direction"], name), "margin": margin})
+        table.append({**setting, **shares(part, str(setting["direction"]), name), "margin": margin})
     return table
+
+
+def _unsteered_margin(cell: Cell, direction: str) -> Estimate:
+    """Where the sweep starts: the mean margin, without any shift, of the phrasings that it turns."""
+    sweep = cell.steering[(cell.steering.purpose == "sweep") & (cell.steering.direction == direction)]
+    swept = sweep[sweep.examples == "pairs"].example.nunique()
+    pairs = cell.pairs[(cell.pairs.split == "tune") & cell.pairs.is_pair.astype(bool)].head(swept)
+    margin = np.where(pairs.behaviour_a == DIRECTIONS[direction][1], pairs.margin_a, pairs.margin_b)
+    return mean(margin, pairs.group, f"{cell.name}/sweep/{direction}/unsteered")

@@ -69,7 +69,13 @@ class Cell:
         return self.folder.name
 
     @property
+    def label(self) -> str:
+        """The name under which results and report show the cell; a task's own name unless the study gives another."""
+        return str(self.info["label"])
+
+    @property
     def task(self) -> str:
+        """The kind of task."""
         return str(self.info["task"])
 
     @property
@@ -87,12 +93,14 @@ class Run:
     manifest: dict[str, Any]
     cells: tuple[Cell, ...]
 
-    def by_task(self) -> dict[str, list[Cell]]:
-        """The cells of each task, ordered by seed; tasks in the order in which the study names them, else by name."""
-        tasks: dict[str, list[Cell]] = {}
-        for cell in sorted(self.cells, key=lambda c: (_place(self.study_text, c.task), c.task, c.seed, c.name)):
-            tasks.setdefault(cell.task, []).append(cell)
-        return tasks
+    def by_label(self) -> dict[str, list[Cell]]:
+        """The cells of each label by seed; labels in the order of the study, else by name."""
+        order = list(self.study.get("cells") or [])
+        place = {label: number for number, label in enumerate(order)}
+        labels: dict[str, list[Cell]] = {}
+        for cell in sorted(self.cells, key=lambda c: (place.get(c.label, len(order)), c.label, c.seed, c.name)):
+            labels.setdefault(cell.label, []).append(cell)
+        return labels
 
 
 def read_run(folder: Path) -> Run:
@@ -132,12 +140,6 @@ def read_cell(folder: Path) -> Cell:
         chosen=_json(records / "chosen.json"),
         contrast=_contrast(folder / "contrast.safetensors"),
     )
-
-
-def _place(text: str, task: str) -> int:
-    """Where the configuration first names the task; far away where it does not."""
-    found = text.find(task)
-    return found if found >= 0 else len(text)
 
 
 def _read(path: Path, reader: Callable[[Path], Any]) -> Any:

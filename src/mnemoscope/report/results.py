@@ -18,8 +18,8 @@ SWEEP_KEYS = ("direction", "method", "role", "examples", "top", "strength")
 
 def compute_results(run: Run) -> Tree:
     """What ``results.json`` holds: plain dictionaries, lists, text and numbers; undefined numbers are NaN."""
-    tasks = {task: _plain(summarise(cells)) for task, cells in run.by_task().items()}
-    return {"schema": SCHEMA, "study": str(run.study.get("name", run.folder.resolve().name)), "tasks": tasks}
+    tasks = {label: _plain(summarise(cells)) for label, cells in run.by_label().items()}
+    return {"schema": SCHEMA, "study": str(run.study.get("study", "")), "tasks": tasks}
 
 
 def to_json(results: Tree) -> str:
@@ -37,7 +37,10 @@ def summarise(cells: Sequence[Cell]) -> Tree:
     """
     seeds = [cell.seed for cell in cells]
     if len(set(seeds)) < len(seeds):
-        raise ValueError(f"{cells[0].folder.parent}: task {cells[0].task!r} has two cells of one seed ({seeds})")
+        raise ValueError(f"{cells[0].folder.parent}: two cells of {cells[0].label!r} have the same seed ({seeds})")
+    depths = {cell.name: len(cell.contrast.nmd) for cell in cells}
+    if len(set(depths.values())) > 1:
+        raise ValueError(f"{cells[0].folder.parent}: cells of one name differ in their layers ({depths})")
     trees = [measure(cell) for cell in cells]
     sweeps = [tree.pop("sweep") for tree in trees]
     merged: Tree = {"seeds": seeds, **{key: _merge([tree[key] for tree in trees], key) for key in trees[0]}}
@@ -49,15 +52,11 @@ def summarise(cells: Sequence[Cell]) -> Tree:
 
 
 def _merge(values: list[Any], key: str) -> Any:
-    """One value for all seeds, by its type."""
+    """One value for all seeds, by its type; settings and layers are the first seed's."""
     first = values[0]
     if isinstance(first, Estimate):
         return over_seeds(values)
-    if key == "chosen" or isinstance(first, str):
-        return first
-    if key == "layers":
-        if any(value != first for value in values):
-            raise ValueError(f"cells of one task differ in their layers: {' and '.join(str(len(v)) for v in values)}")
+    if key in ("chosen", "layers") or isinstance(first, str):
         return first
     if key == "picked":
         return sorted({layer for value in values for layer in value})
@@ -87,7 +86,12 @@ def _merge_sweeps(sweeps: list[list[Tree]]) -> list[Tree]:
 def _plain(value: Any) -> Any:
     """Estimates as dictionaries, numpy numbers as Python's."""
     if isinstance(value, Estimate):
-        return {"estimate": float(value.estimate), "low": float(value.low), "high": float(value.high), "n": int(value.n)}
+        return {
+            "estimate": float(value.estimate),
+            "low": float(value.low),
+            "high": float(value.high),
+            "n": int(value.n),
+        }
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list):

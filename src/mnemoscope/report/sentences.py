@@ -128,7 +128,8 @@ def why_nothing(task: Tree) -> str:
     """The reason why pairs could not be compared."""
     pairs = task["pairs"]
     if not pairs["by_split"]["all"]["pairs"]:
-        return f"None of {count(pairs['by_split']['all']['candidates'], 'candidate')} flipped, so there are no pairs to compare."
+        candidates = count(pairs["by_split"]["all"]["candidates"], "candidate")
+        return f"None of {candidates} flipped, so there are no pairs to compare."
     if not pairs["by_split"]["fit"]["pairs"]:
         return "No candidate of the fit split flipped, so there was nothing to learn from."
     if not pairs["pairs"]:
@@ -146,12 +147,16 @@ def do_they_differ(task: Tree) -> Answer:
     neurons = f"of {share['n'] // len(task['seeds']):,} neurons differ"
     if share["estimate"] > 0:
         verdict = "Yes"
-        sentence = f"{neurons} when all are tested together; most in layer {contrast['layers'][best]} ({percent(most)})."
+        sentence = (
+            f"{neurons} when all are tested together; most in layer {contrast['layers'][best]} ({percent(most)})."
+        )
     else:
         verdict = "Not that it shows"
         sentence = f"{neurons} when all are tested together, on {count(contrast['pairs'], 'pair')}."
     if math.isnan(share["low"]):
-        text = "Family-wise p \u2264 0.05; " + ("all seeds agree" if len(task["seeds"]) > 1 else "one seed, so no interval")
+        text = "Family-wise p \u2264 0.05; " + (
+            "all seeds agree" if len(task["seeds"]) > 1 else "one seed, so no interval"
+        )
     else:
         text = f"95{NBSP}% interval over seeds: {interval(share)}"
     strip = (share["low"], share["estimate"], share["high"], math.nan)
@@ -169,7 +174,8 @@ def can_it_be_read(task: Tree) -> Answer:
         verdict = "Yes, but not surely beyond the input"
     else:
         verdict = "Not that it shows"
-    sentence = f"of test states are told apart by a linear probe on {_layers(best['picked'])}, {_compared(beyond)} the input alone."
+    where = f"a linear probe on {_layers(best['picked'])}"
+    sentence = f"of test states are told apart by {where}, {_compared(beyond)} the input alone."
     strip = (accuracy["low"], accuracy["estimate"], accuracy["high"], alone["estimate"])
     text = f"95{NBSP}% interval: {interval(accuracy)}"
     return Answer("read", question, verdict, percent(accuracy["estimate"]), text, sentence, strip, "input alone")
@@ -193,7 +199,10 @@ def can_it_be_turned(task: Tree) -> Answer:
     first = measured[0]
     shift = steering[first]["pairs"]["shift"]
     shifts = [percent(steering[d]["pairs"]["shift"]["estimate"]) for d in measured[1:]]
-    parts = [f"of test pairs turn {TOWARDS[first]}", *(f"{s} {TOWARDS[d]}" for s, d in zip(shifts, measured[1:], strict=True))]
+    parts = [
+        f"of test pairs turn {TOWARDS[first]}",
+        *(f"{s} {TOWARDS[d]}" for s, d in zip(shifts, measured[1:], strict=True)),
+    ]
     references = [_control_shift(steering[direction]) for direction in measured]
     if all(math.isnan(reference) for reference in references):
         compared = "no control was run"

@@ -1,10 +1,10 @@
-"""One look for all figures: inline SVG whose colours are CSS variables, so that it follows the page's light or dark theme."""
+"""One look for all figures: inline SVG whose colours are CSS variables, so that it follows the page's theme."""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from html import escape
@@ -13,6 +13,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 # Stand-ins that no other drawing uses; each becomes a CSS variable in the SVG.
 INK, MUTED, RULE, PAPER = "#101112", "#505152", "#d0d1d2", "#fdfcfb"
@@ -89,12 +90,18 @@ def style(name: str) -> AbstractContextManager[None]:
     )
 
 
-def canvas(narrow: bool, height: float, rows: int = 1, columns: int = 1, **options: object) -> tuple[Figure, np.ndarray]:
-    """A figure of the layout's width and ``height`` pixels, with its axes as an array of shape (rows, columns)."""
+def canvas(
+    narrow: bool, height: float, rows: int = 1, columns: int = 1, heights: Sequence[float] | None = None
+) -> tuple[Figure, np.ndarray]:
+    """A figure of the layout's width and ``height`` pixels, with its axes as an array of shape (rows, columns).
+
+    Args:
+        heights: of the rows, relative to each other; equal by default.
+    """
     width = NARROW if narrow else WIDE
-    figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
-    figure.get_layout_engine().set(w_pad=2 / 72, h_pad=2 / 72, wspace=0.05, hspace=0.06)  # type: ignore[union-attr]
-    return figure, figure.subplots(rows, columns, squeeze=False, **options)  # type: ignore[arg-type]
+    engine = ConstrainedLayoutEngine(w_pad=2 / 72, h_pad=2 / 72, wspace=0.05, hspace=0.06)
+    figure = Figure(figsize=(width / 72, height / 72), layout=engine)
+    return figure, figure.subplots(rows, columns, squeeze=False, height_ratios=heights)
 
 
 def percent_axis(axes: Axes, which: str = "y", top: float = 1.0) -> None:
@@ -103,6 +110,11 @@ def percent_axis(axes: Axes, which: str = "y", top: float = 1.0) -> None:
     ticks = np.arange(0, top + 1e-9, step)
     axis = axes.yaxis if which == "y" else axes.xaxis
     axis.set_ticks(ticks, [f"{100 * tick:.0f} %" for tick in ticks])
+
+
+def beside(ax: Axes, x: float, y: float, text: str, colour: str, gap: float = 8) -> None:
+    """Write ``text`` to the right of a point, also where that is outside the axes."""
+    ax.annotate(text, (x, y), (gap, 0), textcoords="offset points", va="center", color=colour, annotation_clip=False)
 
 
 def spread(heights: list[float], gap: float) -> list[float]:
@@ -131,7 +143,9 @@ def _svg(figure: Figure, label: str) -> str:
     text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.DOTALL)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text)
-    text = re.sub(r'font-family: [^;"]*[;]?|font: ([\d.]+px) [^;"]*', lambda m: f"font-size: {m[1]}" if m[1] else "", text)
+    text = re.sub(
+        r'font-family: [^;"]*[;]?|font: ([\d.]+px) [^;"]*', lambda m: f"font-size: {m[1]}" if m[1] else "", text
+    )
     for colour, variable in VARIABLES.items():
         text = text.replace(colour, f"var({variable})")
     text = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), text)  # a hundredth of a pixel will do

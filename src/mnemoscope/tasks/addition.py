@@ -121,7 +121,9 @@ class AdditionTask:
                     group = self._key(a, b)
                     split = ("fit", "tune", "test")[(a + b) % 3]
                     common = {"item": f"{a}+{b}", "kind": "novel", "group": group, "family": "plain", "split": split}
-                    found.append(Example(prompt=FAMILIES["plain"].format(a=a, b=b), answer=self._written(a + b), **common))
+                    found.append(
+                        Example(prompt=FAMILIES["plain"].format(a=a, b=b), answer=self._written(a + b), **common)
+                    )
         return found[:n]
 
     def _stored_example(self, pair: tuple[int, int], family: str, kind: Kind) -> Example:

@@ -180,7 +180,11 @@ class InferenceTask:
         state = []
         for i in range(self.statements):
             kin, neighbour = SPECIES[species[i]], self.names[who[self.statements + i]]
-            state += [f"{self.names[who[i]]} is a {kin}", f"{neighbour} is a {kin}", f"{neighbour} is {COLOURS[what[i]]}"]
+            state += [
+                f"{self.names[who[i]]} is a {kin}",
+                f"{neighbour} is a {kin}",
+                f"{neighbour} is {COLOURS[what[i]]}",
+            ]
         return state
 
     def _prompt(self, name: int, statements: list[str]) -> str:

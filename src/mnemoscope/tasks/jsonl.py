@@ -67,7 +67,9 @@ def read_jsonl(path: Path, seed: int) -> list[Example]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"file: {path} cannot be read ({error})") from error
-    parsed = [(number, _example(path, number, line)) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    parsed = [
+        (number, _example(path, number, line)) for number, line in enumerate(text.splitlines(), 1) if line.strip()
+    ]
     unsplit = sorted({example.group for _, (example, has_split) in parsed if not has_split})
     dealt = assign_splits(unsplit, np.random.default_rng([seed, 3]))
     examples = [ex if has_split else replace(ex, split=dealt[ex.group]) for _, (ex, has_split) in parsed]

@@ -1,0 +1,52 @@
+"""Small models that show both behaviours, trained once per test run and shared by the workers."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import MINI_TASKS, MINI_TRAINING
+
+from mnemoscope.behaviour import Asking
+from mnemoscope.models import build_gpt2, load_model, word_tokenizer
+from mnemoscope.tasks import build_task
+from mnemoscope.training import train
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of this test run share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if base.name.startswith("popen-") else base
+
+
+@pytest.fixture(scope="session")
+def mini(shared_folder: Path) -> Callable[[str], Asking]:
+    """Gives a small trained model of a task, ready to be asked; each is trained once, by whichever worker comes first."""
+    opened: dict[str, Asking] = {}
+
+    def get(name: str) -> Asking:
+        if name not in opened:
+            folder = shared_folder / f"mini-{name}"
+            with (shared_folder / f"mini-{name}.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not (folder / "done").exists():
+                    _train_mini(name, folder)
+            task = build_task(name, MINI_TASKS[name], seed=0)
+            opened[name] = Asking(*load_model(folder), task.boundary, batch_size=64)
+        return opened[name]
+
+    return get
+
+
+def _train_mini(name: str, folder: Path) -> None:
+    task = build_task(name, MINI_TASKS[name], seed=0)
+    tokenizer = word_tokenizer(task.vocabulary, 48)
+    model = build_gpt2(tokenizer, layers=3 if name == "inference" else 2, width=64, heads=4, context=48, seed=0)
+    train(Asking(model, tokenizer, task.boundary), task, MINI_TRAINING[name], np.random.default_rng(0))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "done").touch()

@@ -1,0 +1,63 @@
+"""What several test files share."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mnemoscope.behaviour import Asking, Scores, prepare, score
+from mnemoscope.config import StopConfig, TrainingConfig
+from mnemoscope.tasks import KINDS, Example, build_task
+
+MINI_TASKS = {
+    "inference": {"memorized_names": 24, "free_names": 24, "statements": 3, "questions": 3},
+    "addition": {"digits": 2, "stored": 96, "memorized_share": 0.4},
+    "addition-digits": {"digits": 2, "stored": 96, "memorized_share": 0.4},
+}
+_SOON = StopConfig(novel_accuracy=0.6, recall=0.8, conflict_each=0.05, conflict_other=0.6)
+MINI_TRAINING = {
+    "inference": TrainingConfig(
+        steps=250, learning_rate=0.004, weight_decay=0.5, evaluate_every=25, evaluation_examples=60, stop=_SOON
+    ),
+    "addition": TrainingConfig(steps=350, learning_rate=0.005, evaluate_every=25, evaluation_examples=60, stop=_SOON),
+    "addition-digits": TrainingConfig(
+        steps=350, learning_rate=0.005, evaluate_every=25, evaluation_examples=60, stop=_SOON
+    ),
+}
+
+MINI_STUDY = """
+study: mini
+seeds: 1
+cells:
+  addition:
+    task: addition
+    options: {digits: 2, stored: 96, memorized_share: 0.4}
+    model: {layers: 2, width: 64, heads: 4, context: 32}
+    training:
+      steps: 600
+      batch_size: 64
+      evaluate_every: 25
+      learning_rate: 0.005
+      evaluation_examples: 60
+      stop: {novel_accuracy: 0.6, recall: 0.8, conflict_each: 0.15, conflict_other: 0.5}
+    pairs: {behaviour_examples: 100, fit_candidates: 200, tune_candidates: 100, test_candidates: 100, permutations: 99}
+    steering: {tops: [0.1, 0.5], draws: 3, tune_pairs: 50, strengths: {nmd: [1.0, 2.0], nmd-relative: [0.1, 0.3]}}
+"""
+
+
+def mini_examples(name: str, n: int, seed: int = 0) -> list[Example]:
+    """``n`` examples of a miniature task, all kinds, and the rephrasings of its conflicts."""
+    task = build_task(name, MINI_TASKS[name], seed=0)
+    rng = np.random.default_rng(seed)
+    examples = [e for kind in KINDS for e in task.examples(rng, n, kind)]
+    examples += [task.rephrase(e, rng) for e in examples if e.kind == "conflict"]
+    return [examples[i] for i in rng.permutation(len(examples))[:n]]
+
+
+def label(asking: Asking, examples: list[Example], **options: object) -> Scores:
+    """Score examples in one call."""
+    return score(asking, prepare(asking, examples), **options)  # type: ignore[arg-type]
+
+
+def hook_count(model: object) -> int:
+    """How many hooks hang in a model."""
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())  # type: ignore[attr-defined]

@@ -1,0 +1,203 @@
+"""Labels, margins and states against plain transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers import hook_count, label, mini_examples
+
+from mnemoscope.behaviour import (
+    Asking,
+    cache_prefixes,
+    decode,
+    draw_candidates,
+    encode,
+    mark_confabulations,
+    mine_pairs,
+    prepare,
+    read_states,
+    score,
+)
+from mnemoscope.errors import InputError
+from mnemoscope.tasks import Example, build_task
+from mnemoscope.tasks.addition import CODE
+
+TASK_NAMES = ["inference", "addition", "addition-digits"]
+
+
+def generated_labels(asking: Asking, examples: list[Example], together: int) -> list[str]:
+    """The oracle: what ``generate`` answers, ``together`` examples at a time (1: no padding at all)."""
+    model, tokenizer = asking.model, asking.tokenizer
+    (closing,) = asking.boundary_ids()
+    labels = []
+    for start in range(0, len(examples), together):
+        part = examples[start : start + together]
+        inputs = tokenizer([e.prompt for e in part], return_tensors="pt", padding=True)
+        output = model.generate(**inputs, max_new_tokens=14, do_sample=False, eos_token_id=closing)
+        for example, row in zip(part, output[:, inputs.input_ids.shape[1] :].tolist(), strict=True):
+            answer = row[: row.index(closing)] if closing in row else None
+            wanted = [tokenizer(example.prompt + o).input_ids[len(tokenizer(example.prompt).input_ids) :] for o in example.options]
+            names = ("memorized", "generalized") if example.kind == "conflict" else ("correct",)
+            nothing = "other" if example.kind == "conflict" else "wrong"
+            labels.append(next((n for n, w in zip(names, wanted, strict=True) if w == answer), nothing))
+    return labels
+
+
+@pytest.mark.parametrize("name", TASK_NAMES)
+@pytest.mark.parametrize("together", [1, 100])
+def test_labels_equal_those_of_generate(mini: Callable[[str], Asking], name: str, together: int) -> None:
+    asking, examples = mini(name), mini_examples(name, 500)
+    ours = label(asking, examples)
+    theirs = np.array(generated_labels(asking, examples, together), dtype=object)
+    assert len(set(theirs)) >= 4, "a model that shows only one behaviour would make this test empty"
+    assert (ours.behaviour_N == theirs)[~ours.tie_N].all()
+    assert ours.tie_N.mean() < 0.01
+
+
+@pytest.mark.parametrize("name", TASK_NAMES)
+def test_no_label_depends_on_batch_size_order_margins_or_cache(mini: Callable[[str], Asking], name: str) -> None:
+    asking, examples = mini(name), mini_examples(name, 300)
+    first = label(asking, examples)
+    order = np.random.default_rng(0).permutation(len(examples))
+    single = label(replace(asking, batch_size=1), [examples[i] for i in order])
+    batches = prepare(asking, examples)
+    cache_prefixes(asking, batches)
+    cached = score(asking, batches)
+    again = score(asking, batches)
+    quick = score(asking, batches, margins=False)
+    settled = ~first.tie_N
+    assert (first.behaviour_N[order] == single.behaviour_N)[settled[order]].all()
+    for other in (cached, again, quick):
+        assert (first.behaviour_N == other.behaviour_N)[settled].all()
+    np.testing.assert_allclose(first.margin_N, cached.margin_N, atol=1e-4)
+    np.testing.assert_array_equal(cached.margin_N, again.margin_N)
+
+
+@pytest.mark.parametrize("name", TASK_NAMES)
+def test_margins_equal_a_plain_pass_over_prompt_and_answer(mini: Callable[[str], Asking], name: str) -> None:
+    asking = mini(name)
+    examples = [e for e in mini_examples(name, 120) if e.kind == "conflict"]
+    scores = label(asking, examples)
+    for example, margin in zip(examples, scores.margin_N, strict=True):
+        logp = []
+        start = len(asking.tokenizer(example.prompt).input_ids)
+        for option in example.options:
+            ids = torch.tensor([asking.tokenizer(example.prompt + option).input_ids])
+            with torch.no_grad():
+                logp_TV = asking.model(ids).logits[0].double().log_softmax(-1)
+            logp.append(sum(float(logp_TV[t - 1, ids[0, t]]) for t in range(start, ids.shape[1])))
+        assert margin == pytest.approx(logp[1] - logp[0], abs=1e-4)
+
+
+def test_states_are_those_of_the_last_prompt_token(mini: Callable[[str], Asking]) -> None:
+    asking = mini("inference")
+    examples = mini_examples("inference", 60)
+    scores = label(asking, examples, capture="block")
+    assert scores.states_NLD is not None
+    assert scores.states_NLD.shape == (60, 3, 64)
+    for example, state_LD in zip(examples, scores.states_NLD, strict=True):
+        ids = torch.tensor([asking.tokenizer(example.prompt).input_ids])
+        with torch.no_grad():
+            hidden = asking.model(ids, output_hidden_states=True).hidden_states
+        for layer in range(2):
+            np.testing.assert_allclose(state_LD[layer], hidden[layer + 1][0, -1].numpy(), atol=1e-5)
+
+
+def test_answers_that_share_a_beginning_are_decided_where_they_part(mini: Callable[[str], Asking]) -> None:
+    """The shared tokens move into the context, and the model must produce them itself to be labelled."""
+    asking = mini("addition")
+    rng = np.random.default_rng(0)
+    task = build_task("addition", {"digits": 2, "stored": 96, "memorized_share": 0.4}, 0)
+    examples = []
+    for e in task.examples(rng, 100, "memory"):
+        # The stored code, and the same code with another last symbol: eight shared tokens, one that differs.
+        assert e.answer
+        last = "0" if e.answer[-2] != "0" else "1"
+        examples.append(replace(e, kind="conflict", answer=None, memorized=e.answer, generalized=e.answer[:-2] + last + ">"))
+    encoded = encode(asking, examples)
+    assert all(len(x.context) - len(asking.tokenizer(e.prompt).input_ids) == x.shared == 8 for x, e in zip(encoded, examples, strict=True))
+    plain = label(asking, examples)
+    theirs = np.array(generated_labels(asking, examples, 50), dtype=object)
+    assert {"memorized", "other"} <= set(theirs)
+    assert (plain.behaviour_N == theirs)[~plain.tie_N].all()
+    batches = prepare(asking, examples)
+    cache_prefixes(asking, batches)
+    assert (score(asking, batches).behaviour_N == theirs)[~plain.tie_N].all()
+
+
+def test_confabulations_are_codes_that_were_not_stored_here(mini: Callable[[str], Asking]) -> None:
+    asking = mini("addition")
+    task = build_task("addition", {"digits": 2, "stored": 96, "memorized_share": 0.4}, 0)
+    examples = task.examples(np.random.default_rng(0), 200, "conflict")
+    scores = label(asking, examples)
+    mark_confabulations(asking, examples, scores, task.has_memorized_format)  # type: ignore[attr-defined]
+    texts = ["".join(text.split()) for text in decode(asking, examples)]
+    expected = [
+        float(b == "other" and bool(CODE.fullmatch(text))) for b, text in zip(scores.behaviour_N, texts, strict=True)
+    ]
+    assert scores.confabulated_N.tolist() == expected
+    digits = mini("addition-digits")
+    same_format = build_task("addition-digits", {"digits": 2, "stored": 96}, 0)
+    scores = label(digits, examples := same_format.examples(np.random.default_rng(0), 20, "conflict"))
+    mark_confabulations(digits, examples, scores, same_format.has_memorized_format)  # type: ignore[attr-defined]
+    assert np.isnan(scores.confabulated_N).all()
+
+
+def test_pairs_are_exactly_the_flips_and_their_states_match(mini: Callable[[str], Asking]) -> None:
+    asking = mini("addition")
+    task = build_task("addition", {"digits": 2, "stored": 96, "memorized_share": 0.4}, 0)
+    rng = np.random.default_rng(0)
+    candidates = draw_candidates(task, task.examples(rng, 150, "conflict"), rng)
+    mined = list(mine_pairs(asking, candidates, chunk=64))
+    assert sum(len(batch.candidates) for batch in mined) == len(candidates)
+    a, b = (label(asking, [pair[side] for pair in candidates]).behaviour_N for side in (0, 1))
+    expected = [{x, y} == {"memorized", "generalized"} for x, y in zip(a, b, strict=True)]
+    assert np.concatenate([batch.is_pair_N for batch in mined]).tolist() == expected
+    assert sum(expected) > 20
+    for batch in mined:
+        generalized, memorized = zip(*batch.pairs(), strict=True)
+        for side, behaviour, states in (
+            (generalized, "generalized", batch.states_generalized_PLD),
+            (memorized, "memorized", batch.states_memorized_PLD),
+        ):
+            scores = label(asking, list(side), capture="block")
+            assert set(scores.behaviour_N) == {behaviour}
+            np.testing.assert_allclose(scores.states_NLD, states, atol=1e-5)
+
+
+def test_reading_leaves_no_hook_even_after_an_error(mini: Callable[[str], Asking]) -> None:
+    model = mini("addition").model
+    before = hook_count(model)
+    with pytest.raises(RuntimeError, match="on purpose"), read_states(model, "neuron"):
+        assert hook_count(model) > before
+        raise RuntimeError("on purpose")
+    assert hook_count(model) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"memorized": "banana"}, "answer: the tokenizer cannot encode 'banana'"),
+        ({"prompt": "12+34~"}, "prompt: the tokenizer cannot encode"),
+        ({"prompt": "1" * 60 + "+1="}, "the model reads at most 47"),
+        ({"memorized": "12", "generalized": "123"}, "begins with the whole of the other"),
+        ({"prompt": "12+34=<mem", "memorized": "-1"}, "merges"),
+        ({"prompt": " "}, "has no token"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_by_name(
+    mini: Callable[[str], Asking], changes: dict[str, str], message: str
+) -> None:
+    example = replace(mini_examples("addition", 5)[0], kind="conflict", answer=None, memorized="12", generalized="34")
+    with pytest.raises(InputError, match="item") as error:
+        encode(mini("addition"), [replace(example, **changes)])
+    assert message in str(error.value)
+
+
+def test_a_boundary_must_be_one_token(mini: Callable[[str], Asking]) -> None:
+    with pytest.raises(InputError, match="boundary"):
+        replace(mini("addition"), boundary=("no such words",)).boundary_ids()

@@ -1,0 +1,125 @@
+"""Models and tokenizers: plain Hugging Face folders, one definition of layer, site and position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import mini_examples
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from mnemoscope.behaviour import Asking, read_states
+from mnemoscope.errors import InputError
+from mnemoscope.models import SITES, blocks_of, build_gpt2, load_model, position_ids, site_module, word_tokenizer
+from mnemoscope.tasks import build_task
+
+SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
+
+
+def tiny(family: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    if family == "gpt2":
+        tokenizer = word_tokenizer([f"w{i}" for i in range(37)], 32)
+        return build_gpt2(tokenizer, layers=3, width=16, heads=2, context=32, seed=0)
+    if family == "llama":
+        return LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2)).eval()
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL)).eval()
+
+
+@pytest.mark.parametrize("name", ["inference", "addition", "addition-digits"])
+def test_prompt_and_answer_survive_the_tokenizer(name: str) -> None:
+    tokenizer = word_tokenizer(build_task(name, {}, 0).vocabulary, 64)  # type: ignore[attr-defined]
+    for example in build_task(name, {}, 0).examples(np.random.default_rng(0), 50, "conflict"):
+        for option in example.options:
+            ids = tokenizer(example.prompt + option).input_ids
+            assert tokenizer.unk_token_id not in ids
+            assert "".join(tokenizer.decode(ids).split()) == "".join((example.prompt + option).split())
+
+
+def test_digits_and_codes_are_single_tokens() -> None:
+    tokenizer = word_tokenizer(build_task("addition", {}, 0).vocabulary, 64)  # type: ignore[attr-defined]
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer("123+456=<mem-7234f681>").input_ids)
+    assert tokens == [*"123+456=", "<mem-", *"7234f681", ">"]
+
+
+def test_what_was_trained_opens_with_plain_transformers(mini: Callable[[str], Asking], tmp_path: Path) -> None:
+    ours = mini("addition")
+    ours.model.save_pretrained(tmp_path)
+    ours.tokenizer.save_pretrained(tmp_path)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    prompts = [e.prompt for e in mini_examples("addition", 8)]
+    assert tokenizer(prompts).input_ids == ours.tokenizer(prompts).input_ids
+    ids = torch.tensor([tokenizer(prompts[0]).input_ids])
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, ours.model(ids).logits)
+
+
+def test_positions_of_left_padding_start_at_the_first_token() -> None:
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    assert position_ids(mask).tolist() == [[1, 1, 0, 1, 2], [0, 1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "neox"])
+def test_block_states_are_the_blocks_own_output(family: str) -> None:
+    """The library's hidden_states are the oracle; its last entry is after the final norm and is left out."""
+    model = tiny(family)
+    ids = torch.arange(12).reshape(2, 6) % 40
+    with torch.no_grad(), read_states(model, "block") as states:
+        output = model(input_ids=ids, output_hidden_states=True)
+    assert len(states) == len(blocks_of(model)) == 3
+    for layer in range(2):
+        assert torch.equal(states[layer], output.hidden_states[layer + 1][:, -1])
+    assert not torch.equal(states[2], output.hidden_states[3][:, -1])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_residual_blocks_add_up(family: str) -> None:
+    """Block output = block input + attention + MLP: the four sites are where we say they are."""
+    model = tiny(family)
+    ids = torch.arange(12).reshape(2, 6) % 40
+    read = {}
+    for site in SITES:
+        with torch.no_grad(), read_states(model, site) as states:
+            model(input_ids=ids)
+        read[site] = states
+    for layer in (1, 2):
+        total = read["block"][layer - 1] + read["attention"][layer] + read["mlp"][layer]
+        torch.testing.assert_close(total, read["block"][layer], rtol=1e-5, atol=1e-6)
+        down, is_input = site_module(model, layer, "neuron")
+        assert is_input
+        torch.testing.assert_close(down(read["neuron"][layer]), read["mlp"][layer], rtol=1e-5, atol=1e-6)
+
+
+def test_unknown_layers_sites_and_layouts_are_refused() -> None:
+    model = tiny("gpt2")
+    assert site_module(model, -1, "block") == site_module(model, 2, "block")
+    with pytest.raises(InputError, match="layer: 3"):
+        site_module(model, 3, "block")
+    with pytest.raises(InputError, match="site: 'head'"):
+        site_module(model, 0, "head")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="no known block layout"):
+        blocks_of(torch.nn.Linear(2, 2))
+
+
+def test_a_broken_folder_gives_one_line(tmp_path: Path, mini: Callable[[str], Asking]) -> None:
+    with pytest.raises(InputError, match="cannot be opened") as missing:
+        load_model(tmp_path / "absent")
+    assert "\n" not in str(missing.value)
+    ours = mini("addition")
+    ours.model.save_pretrained(tmp_path)
+    ours.tokenizer.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(InputError, match="cannot be opened") as truncated:
+        load_model(tmp_path)
+    assert "\n" not in str(truncated.value)

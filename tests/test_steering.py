@@ -1,0 +1,237 @@
+"""Steering vectors by algebra and against a shift that is added by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import hook_count, label, mini_examples
+
+from mnemoscope.behaviour import Asking, cache_prefixes, prepare, score
+from mnemoscope.contrast import ContrastAccumulator
+from mnemoscope.directions import CONTROLS, control_exists
+from mnemoscope.errors import InputError
+from mnemoscope.models import SITES
+from mnemoscope.steering import SteeringVector
+
+
+def random_vector(site: str = "block", scale: float = 2.0, seed: int = 0, **facts: object) -> SteeringVector:
+    generator = torch.Generator().manual_seed(seed)
+    width = 256 if site == "neuron" else 64
+    shifts = {layer: scale * torch.randn(width, generator=generator) for layer in (0, 1)}
+    return SteeringVector("generalized", shifts, site=site, **facts)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def asking(mini: Callable[[str], Asking]) -> Asking:
+    return mini("addition")
+
+
+def inputs_of(asking: Asking, n: int = 6) -> dict[str, torch.Tensor]:
+    prompts = [e.prompt for e in mini_examples("addition", n)]
+    prompts[0] = "1+2="  # shorter, so that the batch is padded
+    return dict(asking.tokenizer(prompts, return_tensors="pt", padding=True))
+
+
+def logits(asking: Asking, **options: object) -> torch.Tensor:
+    with torch.no_grad():
+        return asking.model(**inputs_of(asking), **options).logits
+
+
+def generated(asking: Asking, **options: object) -> list[list[int]]:
+    return asking.model.generate(**inputs_of(asking), max_new_tokens=8, do_sample=False, **options).tolist()
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_alpha_zero_and_nothing_are_bit_identical_to_no_hook(asking: Asking, site: str) -> None:
+    plain, text = logits(asking), generated(asking)
+    vector = random_vector(site)
+    with vector.apply(asking.model):
+        assert not torch.equal(logits(asking), plain)
+    for nothing, alpha in ((vector, 0.0), (vector - vector, 1.0), (vector * 0.0, 1.0), (vector + -vector, 3.0)):
+        with nothing.apply(asking.model, alpha=alpha):
+            assert hook_count(asking.model) == 0
+            assert torch.equal(logits(asking), plain)
+            assert generated(asking) == text
+    assert torch.equal(logits(asking), plain)
+
+
+def test_no_hook_is_left_after_an_error_and_nesting_adds_up(asking: Asking) -> None:
+    plain = logits(asking)
+    vector, other = random_vector(), random_vector(seed=1)
+    with pytest.raises(RuntimeError, match="on purpose"), vector.apply(asking.model):
+        raise RuntimeError("on purpose")
+    assert hook_count(asking.model) == 0
+    assert torch.equal(logits(asking), plain)
+    with vector.apply(asking.model), other.apply(asking.model):
+        nested = logits(asking)
+    with (vector + other).apply(asking.model):
+        torch.testing.assert_close(logits(asking), nested, rtol=1e-5, atol=1e-5)
+    assert hook_count(asking.model) == 0
+
+
+def test_algebra() -> None:
+    vector = random_vector()
+    twenty = 20 * vector
+    for layer in vector.layers:
+        assert torch.equal((-(vector * -20)).shifts[layer], twenty.shifts[layer])
+        assert torch.equal((vector + vector).shifts[layer], (2 * vector).shifts[layer])
+    assert (-vector).toward == "memorized"
+    assert (vector * -1).toward == "memorized"
+    assert (vector - vector).layers == []
+    with pytest.raises(InputError, match="site"):
+        vector + random_vector("mlp")
+
+
+def shifted_by_hand(asking: Asking, vector: SteeringVector, start: int) -> torch.Tensor:
+    """The oracle: plain transformers, with each block's output overwritten from a column on."""
+    handles = []
+    for layer, shift in vector.shifts.items():
+
+        def add(module: torch.nn.Module, args: object, output: object, shift: torch.Tensor = shift) -> object:
+            states = (output[0] if isinstance(output, tuple) else output).clone()  # type: ignore[index]
+            states[:, start:] += shift
+            return (states, *output[1:]) if isinstance(output, tuple) else states  # type: ignore[index]
+
+        handles.append(asking.model.transformer.h[layer].register_forward_hook(add))
+    try:
+        return logits(asking)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_a_whole_pass_equals_a_shift_added_by_hand(asking: Asking) -> None:
+    vector = random_vector()
+    last = inputs_of(asking)["input_ids"].shape[1] - 1
+    for start, options in ((last, {}), (3, {"start": 3})):
+        with vector.apply(asking.model, **options):  # type: ignore[arg-type]
+            ours = logits(asking)
+        assert torch.equal(ours, shifted_by_hand(asking, vector, start))
+    with replace(vector, positions="all").apply(asking.model):
+        ours = logits(asking)
+    assert torch.equal(ours, shifted_by_hand(asking, vector, 0))
+
+
+@pytest.mark.parametrize("positions", ["decision", "all"])
+@pytest.mark.parametrize("site", SITES)
+def test_cached_uncached_and_single_generation_agree(asking: Asking, site: str, positions: str) -> None:
+    vector = random_vector(site, scale=0.7, positions=positions)
+    with vector.apply(asking.model):
+        cached = generated(asking)
+        uncached = generated(asking, use_cache=False)
+        inputs = inputs_of(asking)
+        singles = []
+        for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
+            row = ids[mask.bool()][None]
+            out = asking.model.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=8, do_sample=False)
+            singles.append(out[0, row.shape[1] :].tolist())
+    assert cached == uncached
+    eos = asking.tokenizer.eos_token_id
+
+    def closed(row: list[int]) -> list[int]:
+        return row[: row.index(eos)] if eos in row else row
+
+    width = inputs["input_ids"].shape[1]
+    assert [closed(row[width:]) for row in cached] == [closed(row) for row in singles]
+    assert cached != generated(asking)
+
+
+def test_a_cached_prefix_gives_the_labels_of_whole_prompts(asking: Asking) -> None:
+    examples = mini_examples("addition", 200)
+    batches = prepare(asking, examples)
+    cache_prefixes(asking, batches)
+    vector = random_vector(scale=0.5)
+    plain = label(asking, examples)
+    whole = label(asking, examples, applied=lambda: vector.apply(asking.model))
+    cached = score(asking, batches, applied=lambda: vector.apply(asking.model))
+    settled = ~(whole.tie_N | cached.tie_N)
+    assert (whole.behaviour_N == cached.behaviour_N)[settled].all()
+    np.testing.assert_allclose(whole.margin_N, cached.margin_N, atol=1e-3)
+    assert (plain.behaviour_N != cached.behaviour_N).mean() > 0.1
+
+
+def contrast_of(seed: int = 0) -> object:
+    rng = np.random.default_rng(seed)
+    accumulator = ContrastAccumulator.empty("block", 2, 64, permutations=99, seed=0)
+    means_LD = rng.normal(size=(2, 64)) * np.array([[1.0], [10.0]])
+    states_NLD = rng.normal(size=(200, 2, 64)) + 3
+    accumulator.add(states_NLD + means_LD, states_NLD + rng.normal(size=states_NLD.shape), [str(i) for i in range(200)])
+    return accumulator.result()
+
+
+def test_the_vector_of_a_contrast_is_the_papers_formula() -> None:
+    contrast = contrast_of()
+    vector = SteeringVector.from_contrast(contrast, toward="generalized", top=0.1, strength=3.0)  # type: ignore[arg-type]
+    order = np.argsort(-np.abs(contrast.rho_LD).ravel())[:13]  # type: ignore[attr-defined]
+    expected = np.zeros(128)
+    expected[order] = 3.0 * (np.sign(contrast.rho_LD) * np.abs(contrast.nmd_LD)).ravel()[order]  # type: ignore[attr-defined]
+    np.testing.assert_allclose(vector.dense(2, 64).ravel(), expected, rtol=1e-6)
+    back = SteeringVector.from_contrast(contrast, toward="memorized", top=0.1, strength=3.0)  # type: ignore[arg-type]
+    assert (vector + back).layers == []
+
+
+def test_relative_strength_is_a_share_of_each_layers_state_norm() -> None:
+    contrast = contrast_of()
+    vector = SteeringVector.from_contrast(contrast, toward="generalized", top=1.0, strength=0.2, relative=True)  # type: ignore[arg-type]
+    np.testing.assert_allclose(np.linalg.norm(vector.dense(2, 64), axis=1), 0.2 * contrast.state_norm_L, rtol=1e-5)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_controls_keep_each_layers_norm_and_random_neurons_the_multiset(name: str) -> None:
+    contrast = contrast_of()
+    vector = SteeringVector.from_contrast(contrast, toward="generalized", top=0.3, strength=1.0)  # type: ignore[arg-type]
+    rng = np.random.default_rng(0)
+    first, second = (CONTROLS[name](vector, (2, 64), rng).dense(2, 64) for _ in range(2))
+    assert not np.array_equal(first, second)
+    original = vector.dense(2, 64)
+    np.testing.assert_allclose(np.linalg.norm(first, axis=1), np.linalg.norm(original, axis=1), rtol=1e-5)
+    if name == "random_neurons":
+        np.testing.assert_array_equal(np.sort(np.abs(first), axis=1), np.sort(np.abs(original), axis=1))
+    everything = SteeringVector.from_contrast(contrast, toward="generalized", top=1.0)  # type: ignore[arg-type]
+    assert control_exists(name, everything, (2, 64)) == (name != "random_neurons")
+
+
+def test_a_saved_vector_comes_back_and_is_bound_to_its_model(
+    asking: Asking, mini: Callable[[str], Asking], tmp_path: Path
+) -> None:
+    vector = replace(random_vector(), task="addition", method="nmd", strength=1.5).bound_to(asking.model, asking.tokenizer)
+    path = tmp_path / "vector.safetensors"
+    vector.save(path)
+    back = SteeringVector.load(path, asking.model, asking.tokenizer)
+    assert {k: v for k, v in vars(back).items() if k != "shifts"} == {k: v for k, v in vars(vector).items() if k != "shifts"}
+    assert all(torch.equal(back.shifts[layer], vector.shifts[layer]) for layer in vector.layers)
+    other = mini("addition-digits")
+    with pytest.raises(InputError, match="weights: the vector was made on"):
+        SteeringVector.load(path, other.model, other.tokenizer)
+    assert SteeringVector.load(path, other.model, other.tokenizer, force=True).layers == [0, 1]
+    narrow = replace(vector, shifts={0: torch.ones(3)})
+    narrow.save(path)
+    with pytest.raises(InputError, match="3 neurons in layer 0"):
+        SteeringVector.load(path, asking.model, asking.tokenizer, force=True)
+
+
+def test_damaged_vectors_are_refused_in_one_line(asking: Asking, tmp_path: Path) -> None:
+    path = tmp_path / "vector.safetensors"
+    with pytest.raises(InputError, match="cannot be read"):
+        SteeringVector.load(path)
+    random_vector().save(path)
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(InputError, match="cannot be read") as error:
+        SteeringVector.load(path)
+    assert "\n" not in str(error.value)
+
+
+def test_impossible_vectors_are_refused(asking: Asking) -> None:
+    with pytest.raises(InputError, match="layers: 7"), SteeringVector("generalized", {7: torch.ones(64)}).apply(asking.model):
+        pass
+    with pytest.raises(InputError, match="alpha"), random_vector().apply(asking.model, alpha=float("nan")):
+        pass
+    with pytest.raises(InputError, match="not finite"):
+        SteeringVector("generalized", {0: torch.tensor([float("inf")])})
+    with pytest.raises(InputError, match="toward"):
+        SteeringVector("both", {})  # type: ignore[arg-type]

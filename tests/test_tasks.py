@@ -1,0 +1,234 @@
+"""Tasks: seeded, split by group, and nothing of the test in the training."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mnemoscope.errors import InputError
+from mnemoscope.tasks import KINDS, SPLITS, Example, Task, answer_of, build_task, draw
+from mnemoscope.tasks.addition import FAMILIES
+from mnemoscope.tasks.inference import COLOURS
+from mnemoscope.tasks.jsonl import read_jsonl, write_jsonl
+
+DESIGNED = {
+    "inference": {},
+    "two-hop": {"hops": 2, "statements": 2, "questions": 2},
+    "addition": {},
+    "addition-digits": {},
+}
+
+
+def made(name: str, seed: int = 0) -> Task:
+    return build_task("inference" if name == "two-hop" else name, DESIGNED[name], seed)
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+@pytest.mark.parametrize("name", DESIGNED)
+def test_a_seed_decides_everything(name: str) -> None:
+    for kind in KINDS:
+        assert made(name).examples(rng(1), 30, kind) == made(name).examples(rng(1), 30, kind)
+    first = list(itertools.islice(made(name).training(rng(2)), 50))
+    assert first == list(itertools.islice(made(name).training(rng(2)), 50))
+    assert first != list(itertools.islice(made(name, seed=1).training(rng(2)), 50))
+
+
+@pytest.mark.parametrize("name", DESIGNED)
+def test_no_group_is_in_two_splits_and_every_split_has_each_kind(name: str) -> None:
+    task = made(name)
+    splits: dict[str, set[str]] = {}
+    for kind in KINDS:
+        for split in SPLITS:
+            examples = draw(task, rng(), 100, kind, split)
+            assert len(examples) == 100
+            for example in examples:
+                splits.setdefault(example.group, set()).add(example.split)
+    assert all(len(found) == 1 for found in splits.values())
+
+
+@pytest.mark.parametrize("name", DESIGNED)
+def test_no_evaluated_prompt_is_in_training_save_what_is_stored(name: str) -> None:
+    task = made(name)
+    trained = [prompt + answer for prompt, answer in map(answer_of, itertools.islice(task.training(rng(3)), 30_000))]
+    evaluated = {e.prompt for kind in ("conflict", "novel", "memory") for e in task.examples(rng(4), 400, kind)}
+    evaluated |= {task.rephrase(e, rng(5)).prompt for e in task.examples(rng(4), 400, "conflict")}
+    if name.startswith("addition"):
+        # Stored pairs are stored in the plain family only: that is what storing means.
+        stored = {FAMILIES["plain"].format(a=a, b=b) for a, b in task.stored}  # type: ignore[attr-defined]
+        evaluated -= stored
+    leaked = [text for text in trained if any(text.startswith(p) for p in evaluated & {text[: len(p)] for p in evaluated})]
+    assert not leaked[:3]
+
+
+def test_training_never_disagrees_with_a_memorized_colour() -> None:
+    task = made("inference")
+    colour = {str(n): COLOURS[c] for n, c in zip(task.names, task.colour_of, strict=False)}  # type: ignore[attr-defined]
+    seen: dict[str, set[str]] = {}
+    for text in itertools.islice(task.training(rng()), 5_000):
+        assert isinstance(text, str)
+        for name, said in re.findall(r"(\w+) is (\w+) \.", text):
+            seen.setdefault(name, set()).add(said)
+        for name, said in re.findall(r"what color is (\w+) \? (\w+) \.", text):
+            seen.setdefault(name, set()).add(said)
+    assert all(seen[name] == {said} for name, said in colour.items())
+    assert min(len(said) for name, said in seen.items() if name not in colour) > 5
+
+
+def test_held_out_operands_never_appear_in_training_in_either_order() -> None:
+    task = made("addition")
+    novel = {tuple(sorted(e.item.split("+"))) for e in task.examples(rng(), 2_000, "novel")}
+    stored = {tuple(sorted(map(str, pair))) for pair in task.stored}  # type: ignore[attr-defined]
+    for prompt, answer in itertools.islice(task.training(rng(1)), 30_000):
+        operands = tuple(sorted(re.findall(r"\d+", prompt)))
+        assert operands not in novel
+        assert (operands in stored) == answer.startswith("<mem-")
+
+
+@pytest.mark.parametrize("name", ["inference", "two-hop"])
+def test_the_context_of_a_conflict_implies_the_generalized_answer(name: str) -> None:
+    for example in made(name).examples(rng(), 200, "conflict"):
+        said = dict(re.findall(r"(\w+) is (\w+) \.", example.prompt))
+        asked = example.group
+        if name == "two-hop":
+            kin = dict(re.findall(r"(\w+) is a (\w+) \.", example.prompt))
+            (asked,) = [who for who in kin if kin[who] == kin[example.group] and who != example.group]
+        assert f" {said[asked]}" == example.generalized
+        assert example.memorized not in [f" {colour}" for colour in said.values()]
+
+
+def test_reordering_is_uniform_over_the_other_orders() -> None:
+    task = made("inference")
+    example = task.examples(rng(), 1, "conflict")[0]
+    generator = rng(1)
+    counts = Counter(task.rephrase(example, generator).prompt for _ in range(23 * 200))
+    assert len(counts) == 23
+    assert example.prompt not in counts
+    # Multinomial with p = 1/23: 200 +- 14 each; five standard deviations.
+    assert all(130 < count < 270 for count in counts.values())
+
+
+def test_rephrasings_keep_item_answers_and_split() -> None:
+    for name in DESIGNED:
+        task = made(name)
+        for example in task.examples(rng(), 50, "conflict"):
+            other = task.rephrase(example, rng(1))
+            assert other.prompt != example.prompt
+            assert (other.item, other.group, other.split, other.options) == (
+                example.item,
+                example.group,
+                example.split,
+                example.options,
+            )
+
+
+def test_wrong_sums_look_like_sums() -> None:
+    for example in made("addition-digits").examples(rng(), 300, "conflict"):
+        assert example.memorized and example.generalized
+        assert len(example.memorized) == len(example.generalized)
+        assert example.memorized[0] != example.generalized[0]
+        a, b = map(int, example.item.split("+"))
+        assert int(example.generalized[::-1]) == a + b != int(example.memorized[::-1])
+
+
+def test_an_example_refuses_what_it_cannot_mean() -> None:
+    with pytest.raises(InputError, match="both are 'red'"):
+        Example("i", "p", "conflict", "g", memorized="red", generalized="red")
+    with pytest.raises(InputError, match="needs both"):
+        Example("i", "p", "conflict", "g", memorized="red")
+    with pytest.raises(InputError, match="needs one"):
+        Example("i", "p", "novel", "g")
+    with pytest.raises(InputError, match="split"):
+        Example("i", "p", "novel", "g", split="train", answer="x")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("inferense", {}, "task: 'inferense' is unknown"),
+        ("inference", {"hops": 3}, "hops: 3"),
+        ("inference", {"colour": 3}, "no such option"),
+        ("inference", {"questions": 5}, "questions: 5"),
+        ("inference", {"memorized_names": "many"}, "task.options"),
+        ("addition", {"stored": 2}, "stored: 2"),
+        ("addition", {"memorized_share": 1.5}, "memorized_share"),
+        ("nowhere.at_all:Task", {}, "cannot be imported"),
+    ],
+)
+def test_bad_tasks_are_named(kind: str, options: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        build_task(kind, options, 0)
+
+
+def test_a_task_of_ones_own_is_imported() -> None:
+    task = build_task("mnemoscope.tasks.addition:AdditionTask", {"digits": 2, "stored": 40}, 5)
+    assert isinstance(task, Task)
+    assert len(task.stored) == 40  # type: ignore[attr-defined]
+
+
+def test_jsonl_reads_back_what_was_written(tmp_path: Path) -> None:
+    task = made("inference")
+    examples = [e for kind in KINDS for e in task.examples(rng(), 20, kind)]
+    path = tmp_path / "mine.jsonl"
+    path.write_text(write_jsonl(examples))
+    assert read_jsonl(path, 0) == examples
+
+
+def test_jsonl_deals_groups_and_finds_phrasings(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    rows = [
+        {"item": f"i{n}", "prompt": f"{word} {n} ?", "memorized": " a", "generalized": " b", "group": f"g{n % 8}"}
+        for n in range(40)
+        for word in ("what", "which")
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    task = build_task("jsonl", {"file": str(path)}, 0)
+    found = {split: draw(task, rng(), 100, "conflict", split) for split in SPLITS}
+    assert {split: len({e.group for e in es}) for split, es in found.items()} == {"fit": 4, "tune": 2, "test": 2}
+    example = found["fit"][0]
+    assert task.rephrase(example, rng()).item == example.item
+    assert task.rephrase(example, rng()).prompt != example.prompt
+
+
+GOOD = '{"item": "i", "prompt": "p", "memorized": " a", "generalized": " b"}'
+
+
+@pytest.mark.parametrize(
+    ("second_line", "message"),
+    [
+        ("{", "line 2: not JSON"),
+        ("[1]", "line 2: list"),
+        ('{"item": "i", "prompt": "q", "memorised": " a"}', "line 2: field 'memorised' is unknown"),
+        ('{"item": "i", "memorized": " a", "generalized": " b"}', "line 2: field 'prompt' is missing"),
+        ('{"item": "i", "prompt": "q", "memorized": " a", "generalized": " a"}', "line 2: memorized, generalized"),
+        ('{"item": "i", "prompt": "q", "memorized": 3, "generalized": " a"}', "line 2: memorized is 3"),
+        ('{"item": "i", "prompt": "q", "answer": " a", "split": "train"}', "line 2: split is 'train'"),
+        (
+            '{"item": "j", "prompt": "q", "answer": " a", "split": "fit", "group": "g"}\n'
+            '{"item": "k", "prompt": "r", "answer": " a", "split": "test", "group": "g"}',
+            "group 'g' is in 'fit' and in 'test'",
+        ),
+    ],
+)
+def test_a_malformed_file_is_named_with_its_line(tmp_path: Path, second_line: str, message: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(f"{GOOD}\n{second_line}\n")
+    with pytest.raises(InputError, match=re.escape(message)):
+        build_task("jsonl", {"file": str(path)}, 0)
+
+
+def test_a_file_without_conflicts_or_without_being_there_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "none.jsonl"
+    path.write_text('{"item": "i", "prompt": "p", "answer": " a"}\n')
+    with pytest.raises(InputError, match="has no conflict"):
+        build_task("jsonl", {"file": str(path)}, 0)
+    with pytest.raises(InputError, match="cannot be read"):
+        build_task("jsonl", {"file": str(tmp_path / "absent.jsonl")}, 0)
