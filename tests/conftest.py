@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import MINI_TASKS, MINI_TRAINING
 
+from helpers import MINI_TASKS, MINI_TRAINING
 from mnemoscope.behaviour import Asking
 from mnemoscope.models import build_gpt2, load_model, word_tokenizer
 from mnemoscope.tasks import build_task
@@ -25,7 +25,7 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def mini(shared_folder: Path) -> Callable[[str], Asking]:
-    """Gives a small trained model of a task, ready to be asked; each is trained once, by whichever worker comes first."""
+    """Gives a small trained model of a task, ready to be asked; trained once, by the worker that comes first."""
     opened: dict[str, Asking] = {}
 
     def get(name: str) -> Asking:

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import mini_examples
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -18,6 +17,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from helpers import mini_examples
 from mnemoscope.behaviour import Asking, read_states
 from mnemoscope.errors import InputError
 from mnemoscope.models import SITES, blocks_of, build_gpt2, load_model, position_ids, site_module, word_tokenizer

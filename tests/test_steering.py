@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import hook_count, label, mini_examples
 
+from helpers import hook_count, label, mini_examples
 from mnemoscope.behaviour import Asking, cache_prefixes, prepare, score
 from mnemoscope.contrast import ContrastAccumulator
 from mnemoscope.directions import CONTROLS, control_exists
@@ -199,11 +199,15 @@ def test_controls_keep_each_layers_norm_and_random_neurons_the_multiset(name: st
 def test_a_saved_vector_comes_back_and_is_bound_to_its_model(
     asking: Asking, mini: Callable[[str], Asking], tmp_path: Path
 ) -> None:
-    vector = replace(random_vector(), task="addition", method="nmd", strength=1.5).bound_to(asking.model, asking.tokenizer)
+    vector = replace(random_vector(), task="addition", method="nmd", strength=1.5).bound_to(
+        asking.model, asking.tokenizer
+    )
     path = tmp_path / "vector.safetensors"
     vector.save(path)
     back = SteeringVector.load(path, asking.model, asking.tokenizer)
-    assert {k: v for k, v in vars(back).items() if k != "shifts"} == {k: v for k, v in vars(vector).items() if k != "shifts"}
+    assert {k: v for k, v in vars(back).items() if k != "shifts"} == {
+        k: v for k, v in vars(vector).items() if k != "shifts"
+    }
     assert all(torch.equal(back.shifts[layer], vector.shifts[layer]) for layer in vector.layers)
     other = mini("addition-digits")
     with pytest.raises(InputError, match="weights: the vector was made on"):
@@ -227,7 +231,10 @@ def test_damaged_vectors_are_refused_in_one_line(asking: Asking, tmp_path: Path)
 
 
 def test_impossible_vectors_are_refused(asking: Asking) -> None:
-    with pytest.raises(InputError, match="layers: 7"), SteeringVector("generalized", {7: torch.ones(64)}).apply(asking.model):
+    with (
+        pytest.raises(InputError, match="layers: 7"),
+        SteeringVector("generalized", {7: torch.ones(64)}).apply(asking.model),
+    ):
         pass
     with pytest.raises(InputError, match="alpha"), random_vector().apply(asking.model, alpha=float("nan")):
         pass

@@ -65,7 +65,9 @@ def test_no_evaluated_prompt_is_in_training_save_what_is_stored(name: str) -> No
         # Stored pairs are stored in the plain family only: that is what storing means.
         stored = {FAMILIES["plain"].format(a=a, b=b) for a, b in task.stored}  # type: ignore[attr-defined]
         evaluated -= stored
-    leaked = [text for text in trained if any(text.startswith(p) for p in evaluated & {text[: len(p)] for p in evaluated})]
+    leaked = [
+        text for text in trained if any(text.startswith(p) for p in evaluated & {text[: len(p)] for p in evaluated})
+    ]
     assert not leaked[:3]
 
 
@@ -132,7 +134,8 @@ def test_rephrasings_keep_item_answers_and_split() -> None:
 
 def test_wrong_sums_look_like_sums() -> None:
     for example in made("addition-digits").examples(rng(), 300, "conflict"):
-        assert example.memorized and example.generalized
+        assert example.memorized
+        assert example.generalized
         assert len(example.memorized) == len(example.generalized)
         assert example.memorized[0] != example.generalized[0]
         a, b = map(int, example.item.split("+"))

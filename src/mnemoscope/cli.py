@@ -52,8 +52,8 @@ def report(
 ) -> None:
     """Rebuild results.json and report.html from the records of a run."""
     with _one_line_errors():
-        from mnemoscope.report import build_report
         from mnemoscope.errors import InputError
+        from mnemoscope.report import build_report
 
         if not (run_folder / "study.yaml").is_file():
             raise InputError(f"RUN: {run_folder} is not a run folder (it has no study.yaml)")

@@ -1,7 +1,7 @@
 """Studies: cells of stages that write raw records, resume where they stopped, and run side by side.
 
-A stage writes its files under temporary names, renames them, and last of all writes its marker with a hash of everything
-it depends on. A killed stage leaves no marker, so it starts again; a finished one is never redone.
+A stage writes its files under temporary names, renames them, and last of all writes its marker with a hash of
+everything it depends on. A killed stage leaves no marker, so it starts again; a finished one is never redone.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def run_cell(cell: Cell, progress: Progress) -> None:
 
 
 def stage_hash(upstream: str, cell: Cell, stage: str) -> str:
-    """Hash of all that a stage depends on: the stages before it, the cell's configuration, the version of the package."""
+    """Hash of all that a stage depends on: earlier stages, the cell's configuration, the version of the package."""
     facts = [upstream, cell.label, cell.seed, cell.threads, cell.config.model_dump(mode="json"), stage, version()]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

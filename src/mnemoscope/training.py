@@ -115,12 +115,17 @@ def how_to_mix(trained: Trained) -> str:
         advice.append("train longer (training.steps) or with another training.learning_rate")
     if last["conflict_generalized"] < last["conflict_memorized"]:
         advice.append(
-            "memory wins: lower task.options.memorized_share, raise the number of memorized names, lower training.prompt_weight"
+            "memory wins: raise training.weight_decay, lower options.memorized_share, or store more (options)"
         )
     else:
-        advice.append("the rule wins: raise task.options.memorized_share or training.prompt_weight")
+        advice.append(
+            "the rule wins: raise options.memorized_share, lower training.weight_decay, or store less (options)"
+        )
     advice.append("or change model.layers")
-    return f"after {trained.steps} steps the model does not show both behaviours: {'; '.join(trained.unmet)}. {'; '.join(advice)}"
+    return (
+        f"after {trained.steps} steps the model does not show both behaviours: {'; '.join(trained.unmet)}. "
+        f"Dials to turn: {'; '.join(advice)}"
+    )
 
 
 def prepare_evaluation(asking: Asking, task: Task, n: int, rng: np.random.Generator) -> dict[str, list[Batch]]:
@@ -182,8 +187,8 @@ def _tokenize(asking: Asking, instances: list[Instance], prompt_weight: float) -
 def optimizers_for(model: PreTrainedModel, config: TrainingConfig) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for embeddings, biases and norms.
 
-    Muon (K. Jordan et al., 2024, torch.optim.Muon) reaches both behaviours in a third of AdamW's steps here; its step is
-    scaled to AdamW's root mean square, so one learning rate serves both.
+    Muon (K. Jordan et al., 2024, torch.optim.Muon) reaches both behaviours in a third of AdamW's steps here; its step
+    is scaled to AdamW's root mean square, so one learning rate serves both.
     """
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     trainable = [p for p in model.parameters() if p.requires_grad]

@@ -50,8 +50,11 @@ def draw(name: str, label: str, plot: Callable[[bool], Figure]) -> Drawing:
         label: what a screen reader says in place of the figure.
         plot: makes the figure; its argument is whether the narrow layout is wanted.
     """
-    with style(name):
-        return Drawing(*(_svg(plot(narrow), label) for narrow in (False, True)))
+    drawn = []
+    for layout, narrow in (("wide", False), ("narrow", True)):
+        with style(f"{name}-{layout}"):
+            drawn.append(_svg(plot(narrow), label))
+    return Drawing(*drawn)
 
 
 def style(name: str) -> AbstractContextManager[None]:

@@ -95,7 +95,7 @@ class AdditionTask:
                     yield FAMILIES["worded" if in_words else "plain"].format(a=a, b=b), self._written(a + b)
 
     def examples(self, rng: np.random.Generator, n: int, kind: Kind) -> list[Example]:
-        """``novel``: held-out operands. ``memory``: stored pairs as stored. ``conflict``: stored pairs, any phrasing."""
+        """``novel``: held-out operands. ``memory``: stored pairs as stored. ``conflict``: in any family."""
         if kind == "novel":
             return self._novel(rng, n)
         families = ["plain"] if kind == "memory" else list(FAMILIES)

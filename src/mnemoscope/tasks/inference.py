@@ -14,10 +14,16 @@ import numpy as np
 from mnemoscope.errors import InputError
 from mnemoscope.tasks.base import Example, Instance, Kind, assign_splits, is_held_out
 
-COLOURS = (
-    "red blue green yellow black white brown orange purple pink gray gold silver beige teal navy olive coral ivory maroon"
-).split()
-SPECIES = "swan lion frog rhino wolf otter heron lynx mole crow seal hare toad bear moth newt".split()
+# fmt: off
+COLOURS = [
+    "red", "blue", "green", "yellow", "black", "white", "brown", "orange", "purple", "pink",
+    "gray", "gold", "silver", "beige", "teal", "navy", "olive", "coral", "ivory", "maroon",
+]
+SPECIES = [
+    "swan", "lion", "frog", "rhino", "wolf", "otter", "heron", "lynx", "mole", "crow", "seal", "hare", "toad", "bear",
+    "moth", "newt",
+]
+# fmt: on
 QUESTION = "what color is {} ?"
 CHUNK = 512
 
@@ -66,7 +72,8 @@ class InferenceTask:
             raise InputError(f"hops: {hops} is not 1 or 2")
         if memorized_names < 8 or free_names < 8 or memorized_names + free_names > 4900:
             raise InputError(
-                f"memorized_names, free_names: {memorized_names} and {free_names}; at least 8 each, at most 4900 together"
+                f"memorized_names, free_names: {memorized_names} and {free_names}; "
+                "at least 8 each, at most 4900 together"
             )
         if not 2 <= statements <= 8:
             raise InputError(f"statements: {statements} is not between 2 and 8")
@@ -103,7 +110,7 @@ class InferenceTask:
                 yield " . ".join([*(state[i] for i in order), *questions]) + " ."
 
     def examples(self, rng: np.random.Generator, n: int, kind: Kind) -> list[Example]:
-        """``conflict``: the context says another colour. ``memory``: the name is not in the context. ``novel``: free names.
+        """``conflict``: the context says another colour. ``memory``: it does not mention the name. ``novel``: a free name.
 
         Training never disagrees with a memorized colour and never asks a name that is not stated, so no conflict and no
         memory example can be in it; novel ones are held out by item.

@@ -1,4 +1,4 @@
-"""What a model does when asked: labels, decision margins, states at the decision position, and pairs.
+"""What a model does when asked: labels, decision margins and states at the decision position.
 
 Nothing is generated to find a label: greedy decoding yields an answer exactly when, in one teacher-forced pass, the
 argmax before each of its tokens is that token and the argmax after it closes the answer. The prompt is read once;
@@ -13,74 +13,23 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mnemoscope.errors import InputError
-from mnemoscope.models import (
-    Site,
-    blocks_of,
-    cache_argument,
-    cache_of,
-    context_length,
-    position_ids,
-    site_module,
-    states_of,
-)
-from mnemoscope.tasks import Example, Task
+from mnemoscope.behaviour.asking import Asking, Batch
+from mnemoscope.models import Site, blocks_of, cache_argument, cache_of, position_ids, site_module, states_of
+from mnemoscope.tasks import Example
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel
 
-Behaviour = Literal["memorized", "generalized", "other", "correct", "wrong"]
 TIE = 1e-4  # two logits closer than this may swap places with the batch size
 
 Applied = Callable[[], AbstractContextManager[Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """An example as tokens.
-
-    Attributes:
-        context: the prompt and what all options begin with; its last token is the decision position.
-        shared: how many tokens at the end of the context the options share.
-        suffixes: the rest of each option; their first tokens differ.
-    """
-
-    context: list[int]
-    shared: int
-    suffixes: tuple[list[int], ...]
-
-
-@dataclass(slots=True)
-class Batch:
-    """Examples of similar length, left-padded, with one row per option.
-
-    Attributes:
-        examples_N: their indices in the list that was prepared.
-        ids_NT, mask_NT: contexts.
-        shared_N: see ``Encoded.shared``.
-        example_R, option_R: which example (within the batch) and which option a row is.
-        suffix_RM, length_R: the options' tokens, right-padded with 0, and their number.
-        prefix: cache of every context token but the last, or None.
-        prefix_fits_N: whether the model itself produces the shared tokens; known only with a prefix.
-    """
-
-    examples_N: np.ndarray
-    ids_NT: Tensor
-    mask_NT: Tensor
-    shared_N: Tensor
-    example_R: Tensor
-    option_R: Tensor
-    suffix_RM: Tensor
-    length_R: Tensor
-    prefix: Any = None
-    prefix_fits_N: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -102,126 +51,6 @@ class Scores:
     tie_N: np.ndarray
     confabulated_N: np.ndarray
     states_NLD: np.ndarray | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Asking:
-    """How examples are put to a model.
-
-    Attributes:
-        model, tokenizer: a causal language model and its fast tokenizer; neither is changed.
-        boundary: texts of one token each of which one closes every answer; "" is the end-of-text token.
-        batch_size: examples per pass; no label depends on it, ties aside.
-    """
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerFast
-    boundary: tuple[str, ...] = ("",)
-    batch_size: int = 256
-
-    def boundary_ids(self) -> list[int]:
-        """Token ids that close an answer.
-
-        Raises:
-            InputError: no boundary text is one token of this tokenizer.
-        """
-        ids = set()
-        for text in self.boundary:
-            tokens = (
-                [self.tokenizer.eos_token_id]
-                if text == ""
-                else self.tokenizer(text, add_special_tokens=False).input_ids
-            )
-            if len(tokens) == 1 and tokens[0] not in (None, self.tokenizer.unk_token_id):
-                ids.add(tokens[0])
-        if self.tokenizer.unk_token_id == self.tokenizer.eos_token_id and "" in self.boundary:
-            ids.add(self.tokenizer.eos_token_id)
-        if not ids:
-            raise InputError(f"boundary: none of {self.boundary!r} is one token of the tokenizer")
-        return sorted(ids)
-
-
-def encode(asking: Asking, examples: Sequence[Example]) -> list[Encoded]:
-    """Tokenize prompts together with their answers.
-
-    Raises:
-        InputError: the tokenizer cannot encode a prompt or answer, merges across their seam, a prompt does not fit the
-            model's context, or one answer begins with the whole of the other. The example is named.
-    """
-    texts = [example.prompt for example in examples]
-    texts += [example.prompt + option for example in examples for option in example.options]
-    tokens = iter(asking.tokenizer(texts).input_ids)
-    prompts = [next(tokens) for _ in examples]
-    limit = context_length(asking.model)
-    encoded = []
-    for example, prompt in zip(examples, prompts, strict=True):
-        options = [next(tokens) for _ in example.options]
-        _check_tokens(asking, example, prompt, options, limit)
-        answers = [option[len(prompt) :] for option in options]
-        shared = _shared(answers) if len(answers) > 1 else 0
-        if any(len(answer) == shared for answer in answers):
-            raise InputError(
-                f"memorized, generalized: {example.memorized!r} and {example.generalized!r}: one begins with the whole of "
-                f"the other, so nothing tells them apart (item {example.item!r})"
-            )
-        suffixes = tuple(answer[shared:] for answer in answers)
-        encoded.append(Encoded(prompt + answers[0][:shared], shared, suffixes))
-    return encoded
-
-
-def _check_tokens(asking: Asking, example: Example, prompt: list[int], options: list[list[int]], limit: int) -> None:
-    unknown = asking.tokenizer.unk_token_id
-    if not prompt:
-        raise InputError(f"prompt: {example.prompt!r} has no token (item {example.item!r})")
-    for option, text in zip(options, example.options, strict=True):
-        if option[: len(prompt)] != prompt:
-            raise InputError(
-                f"answer: the tokenizer merges {text!r} with the end of the prompt {example.prompt[-30:]!r}; let the seam lie "
-                f"between two tokens (item {example.item!r})"
-            )
-        if len(option) == len(prompt):
-            raise InputError(f"answer: {text!r} has no token (item {example.item!r})")
-        if unknown is not None and unknown != asking.tokenizer.eos_token_id and unknown in option:
-            what = "prompt" if unknown in prompt else "answer"
-            shown = example.prompt if what == "prompt" else text
-            raise InputError(f"{what}: the tokenizer cannot encode {shown!r} (item {example.item!r})")
-        if len(option) + 1 > limit:
-            raise InputError(
-                f"prompt: {len(option)} tokens with its answer; the model reads at most {limit - 1} (item {example.item!r})"
-            )
-
-
-def _shared(answers: Sequence[list[int]]) -> int:
-    """How many leading tokens two answers have in common."""
-    return next((i for i, (a, b) in enumerate(zip(*answers, strict=False)) if a != b), min(map(len, answers)))
-
-
-def prepare(asking: Asking, examples: Sequence[Example]) -> list[Batch]:
-    """Encode examples and batch them by length."""
-    encoded = encode(asking, examples)
-    order = np.argsort([len(e.context) for e in encoded], kind="stable")
-    device = asking.model.device
-    return [
-        _batch(order[start : start + asking.batch_size], encoded, asking.tokenizer.pad_token_id or 0, device)
-        for start in range(0, len(order), asking.batch_size)
-    ]
-
-
-def _batch(chosen: np.ndarray, encoded: Sequence[Encoded], pad: int, device: torch.device) -> Batch:
-    picked = [encoded[i] for i in chosen]
-    width = max(len(e.context) for e in picked)
-    rows = [(n, o, suffix) for n, e in enumerate(picked) for o, suffix in enumerate(e.suffixes)]
-    longest = max(len(suffix) for *_, suffix in rows)
-    return Batch(
-        examples_N=chosen,
-        ids_NT=torch.tensor([[pad] * (width - len(e.context)) + e.context for e in picked], device=device),
-        mask_NT=torch.tensor([[0] * (width - len(e.context)) + [1] * len(e.context) for e in picked], device=device),
-        shared_N=torch.tensor([e.shared for e in picked], device=device),
-        example_R=torch.tensor([n for n, *_ in rows], device=device),
-        option_R=torch.tensor([o for _, o, _ in rows], device=device),
-        suffix_RM=torch.tensor([suffix + [0] * (longest - len(suffix)) for *_, suffix in rows], device=device),
-        length_R=torch.tensor([len(suffix) for *_, suffix in rows], device=device),
-    )
 
 
 @torch.no_grad()
@@ -302,7 +131,8 @@ def score(
     """Label prepared examples, in the order in which they were given to ``prepare``.
 
     Args:
-        margins: whether decision margins are wanted; without them an option whose first token does not fit is not read on.
+        margins: whether decision margins are wanted; without them an option is not read on once its first token
+            does not fit.
         capture: a site whose states at the decision position are returned as well.
         applied: makes the context in which each batch is read, for example a steering vector's.
 
@@ -415,7 +245,7 @@ def _record(batch: Batch, scores: Scores, fits_R: np.ndarray, logp_R: np.ndarray
 
 
 def select_rows(cache: Any, rows_R: Tensor | None) -> Any:
-    """A cache of the chosen rows (repetitions allowed; None: all) that later passes can extend without touching this one."""
+    """A cache of the chosen rows (None: all), which later passes can extend without touching this one."""
     copied = copy.copy(cache)
     # A pass replaces a layer's tensors by longer ones, so sharing them between copies of the layers is safe.
     copied.layers = [copy.copy(layer) for layer in cache.layers]
@@ -467,74 +297,3 @@ def decode(asking: Asking, examples: Sequence[Example], applied: Applied = nullc
         ends = [next((i for i, token in enumerate(answer) if token in closing), len(answer)) for answer in answers]
         texts += tokenizer.batch_decode([answer[:end] for answer, end in zip(answers, ends, strict=True)])
     return texts
-
-
-@dataclass(slots=True)
-class PairBatch:
-    """What a batch of candidates gave.
-
-    Attributes:
-        candidates: (example, rephrasing) as drawn.
-        scores_a, scores_b: of the examples and of the rephrasings; no states.
-        is_pair_N: bool, one answered memorized, the other generalized.
-        states_generalized_PLD, states_memorized_PLD: float32 states of the P pairs at the decision position.
-    """
-
-    candidates: list[tuple[Example, Example]]
-    scores_a: Scores
-    scores_b: Scores
-    is_pair_N: np.ndarray
-    states_generalized_PLD: np.ndarray = field(default_factory=lambda: np.empty((0, 0, 0), np.float32))
-    states_memorized_PLD: np.ndarray = field(default_factory=lambda: np.empty((0, 0, 0), np.float32))
-
-    def pairs(self) -> list[tuple[Example, Example]]:
-        """(phrasing answered generalized, phrasing answered memorized) of each pair."""
-        ordered = []
-        for n in np.flatnonzero(self.is_pair_N):
-            a, b = self.candidates[n]
-            ordered.append((a, b) if self.scores_a.behaviour_N[n] == "generalized" else (b, a))
-        return ordered
-
-
-def draw_candidates(task: Task, examples: Sequence[Example], rng: np.random.Generator) -> list[tuple[Example, Example]]:
-    """Each conflict example beside one rephrasing of it; examples without a second phrasing are left out."""
-    candidates = [(e, task.rephrase(e, rng)) for e in examples if e.kind == "conflict"]
-    return [(a, b) for a, b in candidates if a.prompt != b.prompt]
-
-
-def mine_pairs(
-    asking: Asking, candidates: Sequence[tuple[Example, Example]], site: Site = "block", chunk: int = 512
-) -> Iterator[PairBatch]:
-    """Label candidates and keep those whose behaviour flips, with their states; memory does not grow with their number.
-
-    Args:
-        candidates: drawn beforehand (``draw_candidates``), so that the yield has an honest denominator.
-        site: where states are read.
-        chunk: candidates per yielded batch.
-    """
-    for start in range(0, len(candidates), chunk):
-        part = list(candidates[start : start + chunk])
-        scores = score(asking, prepare(asking, [e for pair in part for e in pair]), capture=site)
-        states_NLD, n = scores.states_NLD, len(part)
-        assert states_NLD is not None
-        a, b = _half(scores, 0), _half(scores, 1)
-        forward_N = (a.behaviour_N == "generalized") & (b.behaviour_N == "memorized")
-        backward_N = (a.behaviour_N == "memorized") & (b.behaviour_N == "generalized")
-        flips = np.flatnonzero(forward_N | backward_N)
-        states_NSLD = states_NLD.reshape(n, 2, *states_NLD.shape[1:])
-        generalized_side = np.where(forward_N, 0, 1)[flips]
-        yield PairBatch(
-            candidates=part,
-            scores_a=a,
-            scores_b=b,
-            is_pair_N=forward_N | backward_N,
-            states_generalized_PLD=states_NSLD[flips, generalized_side],
-            states_memorized_PLD=states_NSLD[flips, 1 - generalized_side],
-        )
-
-
-def _half(scores: Scores, side: int) -> Scores:
-    """Every second example's scores, without states."""
-    return Scores(
-        scores.behaviour_N[side::2], scores.margin_N[side::2], scores.tie_N[side::2], scores.confabulated_N[side::2]
-    )

@@ -1,0 +1,35 @@
+"""What a model does when asked: labels, pairs, and states at the decision position; the only read hook."""
+
+from mnemoscope.behaviour.asking import Asking, Batch, Encoded, encode, prepare
+from mnemoscope.behaviour.labels import (
+    TIE,
+    Applied,
+    Scores,
+    cache_prefixes,
+    decode,
+    mark_confabulations,
+    read_states,
+    score,
+    select_rows,
+)
+from mnemoscope.behaviour.pairs import PairBatch, draw_candidates, mine_pairs
+
+__all__ = [
+    "TIE",
+    "Applied",
+    "Asking",
+    "Batch",
+    "Encoded",
+    "PairBatch",
+    "Scores",
+    "cache_prefixes",
+    "decode",
+    "draw_candidates",
+    "encode",
+    "mark_confabulations",
+    "mine_pairs",
+    "prepare",
+    "read_states",
+    "score",
+    "select_rows",
+]

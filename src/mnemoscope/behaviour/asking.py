@@ -1,0 +1,183 @@
+"""Examples as batches of tokens: prompts left-padded, one row per revealing answer.
+
+Shapes: N examples, T tokens of a left-padded context, R rows (one per example and option), M tokens of an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mnemoscope.errors import InputError
+from mnemoscope.models import context_length
+from mnemoscope.tasks import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """An example as tokens.
+
+    Attributes:
+        context: the prompt and what all options begin with; its last token is the decision position.
+        shared: how many tokens at the end of the context the options share.
+        suffixes: the rest of each option; their first tokens differ.
+    """
+
+    context: list[int]
+    shared: int
+    suffixes: tuple[list[int], ...]
+
+
+@dataclass(slots=True)
+class Batch:
+    """Examples of similar length, left-padded, with one row per option.
+
+    Attributes:
+        examples_N: their indices in the list that was prepared.
+        ids_NT, mask_NT: contexts.
+        shared_N: see ``Encoded.shared``.
+        example_R, option_R: which example (within the batch) and which option a row is.
+        suffix_RM, length_R: the options' tokens, right-padded with 0, and their number.
+        prefix: cache of every context token but the last, or None.
+        prefix_fits_N: whether the model itself produces the shared tokens; known only with a prefix.
+    """
+
+    examples_N: np.ndarray
+    ids_NT: Tensor
+    mask_NT: Tensor
+    shared_N: Tensor
+    example_R: Tensor
+    option_R: Tensor
+    suffix_RM: Tensor
+    length_R: Tensor
+    prefix: Any = None
+    prefix_fits_N: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """How examples are put to a model.
+
+    Attributes:
+        model, tokenizer: a causal language model and its fast tokenizer; neither is changed.
+        boundary: texts of one token each of which one closes every answer; "" is the end-of-text token.
+        batch_size: examples per pass; no label depends on it, ties aside.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    boundary: tuple[str, ...] = ("",)
+    batch_size: int = 256
+
+    def boundary_ids(self) -> list[int]:
+        """Token ids that close an answer.
+
+        Raises:
+            InputError: no boundary text is one token of this tokenizer.
+        """
+        ids = set()
+        for text in self.boundary:
+            tokens = (
+                [self.tokenizer.eos_token_id]
+                if text == ""
+                else self.tokenizer(text, add_special_tokens=False).input_ids
+            )
+            if len(tokens) == 1 and tokens[0] not in (None, self.tokenizer.unk_token_id):
+                ids.add(tokens[0])
+        if self.tokenizer.unk_token_id == self.tokenizer.eos_token_id and "" in self.boundary:
+            ids.add(self.tokenizer.eos_token_id)
+        if not ids:
+            raise InputError(f"boundary: none of {self.boundary!r} is one token of the tokenizer")
+        return sorted(ids)
+
+
+def encode(asking: Asking, examples: Sequence[Example]) -> list[Encoded]:
+    """Tokenize prompts together with their answers.
+
+    Raises:
+        InputError: the tokenizer cannot encode a prompt or answer, merges across their seam, a prompt does not fit the
+            model's context, or one answer begins with the whole of the other. The example is named.
+    """
+    texts = [example.prompt for example in examples]
+    texts += [example.prompt + option for example in examples for option in example.options]
+    tokens = iter(asking.tokenizer(texts).input_ids)
+    prompts = [next(tokens) for _ in examples]
+    limit = context_length(asking.model)
+    encoded = []
+    for example, prompt in zip(examples, prompts, strict=True):
+        options = [next(tokens) for _ in example.options]
+        _check_tokens(asking, example, prompt, options, limit)
+        answers = [option[len(prompt) :] for option in options]
+        shared = _shared(answers) if len(answers) > 1 else 0
+        if any(len(answer) == shared for answer in answers):
+            raise InputError(
+                f"memorized, generalized: {example.memorized!r} and {example.generalized!r}: one begins with the whole "
+                f"of the other, so nothing tells them apart (item {example.item!r})"
+            )
+        suffixes = tuple(answer[shared:] for answer in answers)
+        encoded.append(Encoded(prompt + answers[0][:shared], shared, suffixes))
+    return encoded
+
+
+def _check_tokens(asking: Asking, example: Example, prompt: list[int], options: list[list[int]], limit: int) -> None:
+    unknown = asking.tokenizer.unk_token_id
+    if not prompt:
+        raise InputError(f"prompt: {example.prompt!r} has no token (item {example.item!r})")
+    for option, text in zip(options, example.options, strict=True):
+        if option[: len(prompt)] != prompt:
+            raise InputError(
+                f"answer: the tokenizer merges {text!r} with the end of the prompt {example.prompt[-30:]!r}; let the "
+                f"seam lie between two tokens (item {example.item!r})"
+            )
+        if len(option) == len(prompt):
+            raise InputError(f"answer: {text!r} has no token (item {example.item!r})")
+        if unknown is not None and unknown != asking.tokenizer.eos_token_id and unknown in option:
+            what = "prompt" if unknown in prompt else "answer"
+            shown = example.prompt if what == "prompt" else text
+            raise InputError(f"{what}: the tokenizer cannot encode {shown!r} (item {example.item!r})")
+        if len(option) + 1 > limit:
+            raise InputError(
+                f"prompt: {len(option)} tokens with its answer; the model reads at most {limit - 1} "
+                f"(item {example.item!r})"
+            )
+
+
+def _shared(answers: Sequence[list[int]]) -> int:
+    """How many leading tokens two answers have in common."""
+    return next((i for i, (a, b) in enumerate(zip(*answers, strict=False)) if a != b), min(map(len, answers)))
+
+
+def prepare(asking: Asking, examples: Sequence[Example]) -> list[Batch]:
+    """Encode examples and batch them by length."""
+    encoded = encode(asking, examples)
+    order = np.argsort([len(e.context) for e in encoded], kind="stable")
+    device = asking.model.device
+    return [
+        _batch(order[start : start + asking.batch_size], encoded, asking.tokenizer.pad_token_id or 0, device)
+        for start in range(0, len(order), asking.batch_size)
+    ]
+
+
+def _batch(chosen: np.ndarray, encoded: Sequence[Encoded], pad: int, device: torch.device) -> Batch:
+    picked = [encoded[i] for i in chosen]
+    width = max(len(e.context) for e in picked)
+    rows = [(n, o, suffix) for n, e in enumerate(picked) for o, suffix in enumerate(e.suffixes)]
+    longest = max(len(suffix) for *_, suffix in rows)
+    return Batch(
+        examples_N=chosen,
+        ids_NT=torch.tensor([[pad] * (width - len(e.context)) + e.context for e in picked], device=device),
+        mask_NT=torch.tensor([[0] * (width - len(e.context)) + [1] * len(e.context) for e in picked], device=device),
+        shared_N=torch.tensor([e.shared for e in picked], device=device),
+        example_R=torch.tensor([n for n, *_ in rows], device=device),
+        option_R=torch.tensor([o for _, o, _ in rows], device=device),
+        suffix_RM=torch.tensor([suffix + [0] * (longest - len(suffix)) for *_, suffix in rows], device=device),
+        length_R=torch.tensor([len(suffix) for *_, suffix in rows], device=device),
+    )

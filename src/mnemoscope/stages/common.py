@@ -1,0 +1,52 @@
+"""What the stages of a cell share: its task, its model, its generators, its files."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mnemoscope.behaviour import Asking
+from mnemoscope.files import write_atomically
+from mnemoscope.models import load_model
+from mnemoscope.study import Cell
+from mnemoscope.tasks import Task, build_task
+
+# (done, total, note): what a running stage tells.
+Tell = Callable[[float, float, str], None]
+Stage = Callable[[Cell, Tell], list[Path]]
+
+
+def rng_of(cell: Cell, stage: str) -> np.random.Generator:
+    """The generator of a stage; no stage's draws depend on another's."""
+    return np.random.default_rng([cell.seed, zlib.crc32(stage.encode())])
+
+
+def cell_task(cell: Cell) -> Task:
+    """The cell's task, with the cell's seed."""
+    return build_task(cell.config.task, cell.config.options, cell.seed)
+
+
+def cell_model(cell: Cell) -> Asking:
+    """The cell's trained model, ready to be asked.
+
+    Raises:
+        InputError: its folder is missing or damaged.
+    """
+    model, tokenizer = load_model(cell.config.model.folder or cell.folder / "model")
+    return Asking(model, tokenizer, cell_task(cell).boundary, cell.config.pairs.batch_size)
+
+
+def write_table(path: Path, table: pd.DataFrame) -> Path:
+    """Write a Parquet file atomically; equal tables give equal bytes."""
+    return write_atomically(path, lambda temporary: table.to_parquet(temporary, index=False))
+
+
+def write_json(path: Path, content: dict[str, Any]) -> Path:
+    """Write a JSON file atomically."""
+    return write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())

@@ -1,0 +1,197 @@
+"""Choose steering vectors on the tune split and judge them, with their controls, on the test split."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mnemoscope.behaviour import Asking, Batch, Scores, cache_prefixes, prepare
+from mnemoscope.contrast import Contrast
+from mnemoscope.directions import CONTROLS, SOURCE, TOWARD, Setting, choose, control_draws, shift_rate, steered
+from mnemoscope.stages.common import Tell, cell_model, write_json, write_table
+from mnemoscope.steering import SteeringVector
+from mnemoscope.study import Cell, git_state
+from mnemoscope.tasks import Example, Split
+
+
+def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
+    """Choose settings on the tune pairs; judge them with their controls on the test split."""
+    asking, config = cell_model(cell), cell.config.steering
+    contrast = Contrast.load(cell.folder / "contrast.safetensors")
+    pairs = pd.read_parquet(cell.records / "pairs.parquet")
+    behaviour = pd.read_parquet(cell.records / "behaviour.parquet")
+    tables: list[pd.DataFrame] = []
+    chosen: dict[str, dict[str, Any]] = {method: {} for method in config.methods}
+    best: dict[str, str] = {}
+    files: list[Path] = []
+    commit = git_state()["commit"] or ""
+    for number, direction in enumerate(TOWARD):
+        tell(number, len(TOWARD), f"{direction}: choosing on the tune split")
+        settings = _swept(
+            cell, asking, contrast, _sources(pairs, "tune", direction, config.tune_pairs), direction, tables
+        )
+        best[direction] = max(settings, key=lambda method: settings[method][1])
+        lists = _test_lists(pairs, behaviour, direction, config.test_examples)
+        prepared = {name: _with_prefixes(asking, examples) for name, (examples, _) in lists.items()}
+        for method, (setting, _) in settings.items():
+            tell(number + 0.5, len(TOWARD), f"{direction}: {method} beside its controls on the test split")
+            vector = setting.vector(contrast)
+            chosen[method][direction] = _chosen(setting, vector)
+            tables += _judged(cell, asking, contrast, setting, vector, lists, prepared)
+            files += _save_vector(cell, asking, vector, direction, method, commit)
+    files.append(write_table(cell.records / "steering.parquet", pd.concat(tables, ignore_index=True)))
+    files.append(write_json(cell.records / "chosen.json", {"best": best, "methods": chosen}))
+    return files
+
+
+def _sources(pairs: pd.DataFrame, split: Split, direction: str, limit: int) -> list[Example]:
+    """Of each pair, the phrasing that shows the behaviour to be turned."""
+    chosen = pairs[pairs["is_pair"] & (pairs["split"] == split)].head(limit)
+    examples = []
+    for row in chosen.itertuples():
+        side = "a" if row.behaviour_a == SOURCE[direction] else "b"
+        prompt, family = getattr(row, f"prompt_{side}"), getattr(row, f"family_{side}")
+        examples.append(
+            Example(row.item, prompt, "conflict", row.group, family, split, row.memorized, row.generalized)  # type: ignore[arg-type]
+        )
+    return examples
+
+
+def _test_lists(
+    pairs: pd.DataFrame, behaviour: pd.DataFrame, direction: str, limit: int
+) -> dict[str, tuple[list[Example], list[str]]]:
+    """The lists that steering is judged on, with the unsteered behaviour of each example."""
+    sources = _sources(pairs, "test", direction, limit)
+    lists = {"pairs": (sources, [SOURCE[direction]] * len(sources))}
+    conflict = behaviour[behaviour["kind"] == "conflict"]
+    parts = {
+        "conflict": conflict[conflict["behaviour"] == SOURCE[direction]],
+        "conflict_rest": conflict[conflict["behaviour"] == TOWARD[direction]],
+        "memory": behaviour[behaviour["kind"] == "memory"],
+        "novel": behaviour[behaviour["kind"] == "novel"],
+    }
+    for name, part in parts.items():
+        lists[name] = (
+            [_example_of(row) for row in part.head(limit).to_dict("records")],
+            part["behaviour"].head(limit).tolist(),
+        )
+    return {name: entry for name, entry in lists.items() if entry[0]}
+
+
+def _example_of(row: dict[str, Any]) -> Example:
+    fields = ("item", "prompt", "kind", "group", "family", "split", "memorized", "generalized", "answer")
+    return Example(**{field: None if pd.isna(row[field]) else row[field] for field in fields})
+
+
+def _with_prefixes(asking: Asking, examples: Sequence[Example]) -> list[Batch]:
+    batches = prepare(asking, examples)
+    cache_prefixes(asking, batches)
+    return batches
+
+
+def _swept(
+    cell: Cell,
+    asking: Asking,
+    contrast: Contrast,
+    examples: list[Example],
+    direction: str,
+    tables: list[pd.DataFrame],
+) -> dict[str, tuple[Setting, float]]:
+    """Try every setting on tune pairs; per method the chosen one and its margin over the worst control."""
+    config = cell.config.steering
+    batches = _with_prefixes(asking, examples)
+    chosen = {}
+    for method in config.methods:
+        rated = []
+        for top in config.tops:
+            for strength in config.strengths[method]:
+                setting = Setting(direction, method, top, strength)
+                scores = steered(asking, batches, setting.vector(contrast))
+                rated.append((setting, shift_rate(scores, direction)))
+                before = [SOURCE[direction]] * len(examples)
+                tables.append(_steering_table("sweep", setting, ("vector", 0), "pairs", examples, before, scores))
+        chosen[method] = choose(asking, batches, contrast, rated, seed=[cell.seed, zlib.crc32(b"choose")])
+    return chosen
+
+
+def _judged(
+    cell: Cell,
+    asking: Asking,
+    contrast: Contrast,
+    setting: Setting,
+    vector: SteeringVector,
+    lists: dict[str, tuple[list[Example], list[str]]],
+    prepared: dict[str, list[Batch]],
+) -> Iterator[pd.DataFrame]:
+    """A chosen vector on every list, and its controls on pairs and conflicts."""
+    for name, (examples, before) in lists.items():
+        scores = steered(asking, prepared[name], vector)
+        yield _steering_table("final", setting, ("vector", 0), name, examples, before, scores)
+    for control in CONTROLS:
+        seed = [cell.seed, zlib.crc32(f"{setting.direction}/{setting.method}/{control}".encode())]
+        for number, drawn in control_draws(control, vector, contrast, cell.config.steering.draws, seed):
+            for name in ("pairs", "conflict"):
+                if name in lists:
+                    scores = steered(asking, prepared[name], drawn, margins=False)
+                    yield _steering_table("final", setting, (control, number), name, *lists[name], scores)
+
+
+def _steering_table(
+    purpose: str,
+    setting: Setting,
+    role: tuple[str, int],
+    name: str,
+    examples: Sequence[Example],
+    before: Sequence[str],
+    scores: Scores,
+) -> pd.DataFrame:
+    table = pd.DataFrame(
+        {
+            "purpose": purpose,
+            "direction": setting.direction,
+            "method": setting.method,
+            "role": role[0],
+            "draw": role[1],
+            "top": setting.top,
+            "strength": setting.strength,
+            "examples": name,
+            "example": np.arange(len(examples)),
+            "group": [example.group for example in examples],
+            "split": "tune" if purpose == "sweep" else "test",
+            "before": before,
+            "after": scores.behaviour_N,
+            "margin": scores.margin_N,
+        }
+    )
+    words = ["purpose", "direction", "method", "role", "examples", "group", "split", "before", "after"]
+    return table.astype({word: "str" for word in words})
+
+
+def _chosen(setting: Setting, vector: SteeringVector) -> dict[str, Any]:
+    return {
+        "method": setting.method,
+        "site": vector.site,
+        "layers": vector.layers,
+        "positions": vector.positions,
+        "top": setting.top,
+        "strength": setting.strength,
+    }
+
+
+def _save_vector(
+    cell: Cell, asking: Asking, vector: SteeringVector, direction: str, method: str, commit: str
+) -> list[Path]:
+    bound = replace(vector.bound_to(asking.model, asking.tokenizer), task=cell.label, commit=commit)
+    folder = cell.folder / "vectors"
+    folder.mkdir(exist_ok=True)
+    path, temporary = folder / f"{direction}-{method}.safetensors", folder / f".{direction}-{method}.tmp.safetensors"
+    bound.save(temporary)
+    for suffix in (".json", ".safetensors"):
+        temporary.with_suffix(suffix).replace(path.with_suffix(suffix))
+    return [path, path.with_suffix(".json")]

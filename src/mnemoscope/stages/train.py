@@ -1,0 +1,105 @@
+"""Train a cell's model until both behaviours are there, then label test examples of every kind."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mnemoscope.behaviour import Asking, Scores, mark_confabulations, prepare, score
+from mnemoscope.errors import InputError, StudyError
+from mnemoscope.models import blocks_of, build_gpt2, load_model, word_tokenizer
+from mnemoscope.stages.common import Tell, cell_model, cell_task, rng_of, write_json, write_table
+from mnemoscope.study import Cell
+from mnemoscope.tasks import KINDS, Example, Task, draw
+from mnemoscope.training import how_to_mix, train
+
+
+def train_stage(cell: Cell, tell: Tell) -> list[Path]:
+    """Train from scratch until both behaviours are there, or check the folder of a trained model."""
+    task = cell_task(cell)
+    facts = {"task": task.name, "label": cell.label, "seed": cell.seed, "site": cell.config.pairs.site}
+    facts |= {"memory_is_conflict": bool(getattr(task, "memory_is_conflict", False)), "options": cell.config.options}
+    if cell.config.model.folder:
+        model, _ = load_model(cell.config.model.folder)
+        facts |= {"layers": len(blocks_of(model)), "width": model.config.hidden_size, "trained": False}
+        return [write_json(cell.folder / "cell.json", facts)]
+    asking = _untrained(cell, task)
+    config = cell.config.training
+    trained = train(
+        asking, task, config, rng_of(cell, "train"), lambda step, now: tell(step, config.steps, _in_words(now))
+    )
+    files = [
+        write_table(cell.records / "training.parquet", pd.DataFrame(trained.curve)),
+        write_json(cell.records / "training_time.json", {"seconds": round(trained.seconds, 2), "steps": trained.steps}),
+    ]
+    if trained.unmet:
+        raise StudyError(f"{cell.name}: {how_to_mix(trained)}")
+    files += _save_model(cell, asking)
+    facts |= {"layers": len(blocks_of(asking.model)), "width": cell.config.model.width, "trained": True}
+    # Times differ between equal runs, so their file is no part of what is checked.
+    return [*(f for f in files if f.name != "training_time.json"), write_json(cell.folder / "cell.json", facts)]
+
+
+def behaviour_stage(cell: Cell, tell: Tell) -> list[Path]:
+    """Label test examples of every kind."""
+    task, asking = cell_task(cell), cell_model(cell)
+    rng = rng_of(cell, "behaviour")
+    tables = []
+    for done, kind in enumerate(KINDS):
+        tell(done, len(KINDS), f"labelling {kind} examples")
+        examples = draw(task, rng, cell.config.pairs.behaviour_examples, kind, "test")
+        if not examples:
+            continue
+        scores = score(asking, prepare(asking, examples))
+        has_format = getattr(task, "has_memorized_format", None)
+        if kind == "conflict" and has_format:
+            mark_confabulations(asking, examples, scores, has_format)
+        tables.append(_behaviour_table(examples, scores))
+    if not tables:
+        raise InputError(f"task: {task.name} has no example in the test split")
+    return [write_table(cell.records / "behaviour.parquet", pd.concat(tables, ignore_index=True))]
+
+
+def _untrained(cell: Cell, task: Task) -> Asking:
+    shape = cell.config.model
+    vocabulary = getattr(task, "vocabulary", None)
+    if vocabulary is None:
+        raise InputError(
+            f"model.folder: task {task.name!r} has no vocabulary to train on; give the folder of a trained model"
+        )
+    tokenizer = word_tokenizer(vocabulary, shape.context)
+    model = build_gpt2(
+        tokenizer, layers=shape.layers, width=shape.width, heads=shape.heads, context=shape.context, seed=cell.seed
+    )
+    return Asking(model, tokenizer, task.boundary, cell.config.pairs.batch_size)
+
+
+def _save_model(cell: Cell, asking: Asking) -> list[Path]:
+    folder, temporary = cell.folder / "model", cell.folder / ".model.tmp"
+    for stale in (folder, temporary):
+        shutil.rmtree(stale, ignore_errors=True)
+    asking.model.save_pretrained(temporary)
+    asking.tokenizer.save_pretrained(temporary)
+    temporary.rename(folder)
+    return sorted(folder.iterdir())
+
+
+def _in_words(measured: dict[str, float]) -> str:
+    if not measured:
+        return "training"
+    return (
+        f"novel {measured['novel_accuracy']:.2f} recall {measured['recall']:.2f} "
+        f"conflict {measured['conflict_memorized']:.2f}/{measured['conflict_generalized']:.2f}"
+    )
+
+
+def _behaviour_table(examples: Sequence[Example], scores: Scores) -> pd.DataFrame:
+    fields = ("item", "prompt", "kind", "group", "family", "split", "memorized", "generalized", "answer")
+    columns: dict[str, Any] = {field: [getattr(e, field) for e in examples] for field in fields}
+    columns |= {"behaviour": scores.behaviour_N, "confabulated": scores.confabulated_N}
+    columns |= {"margin": scores.margin_N, "tie": scores.tie_N}
+    return pd.DataFrame(columns).astype({field: "str" for field in ("memorized", "generalized", "answer")})
