@@ -25,9 +25,10 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 from mnemoscope.report import build_report
+from mnemoscope.report.captions import collateral
 from mnemoscope.report.examples import difference
 from mnemoscope.report.html import tint
-from mnemoscope.report.sentences import can_it_be_read, can_it_be_turned, interval, percent, points
+from mnemoscope.report.sentences import can_it_be_read, can_it_be_turned, interval, percent, points, with_interval
 from mnemoscope.tasks import Example, build_task, draw
 
 LAYERS, WIDTH = 4, 48
@@ -527,7 +528,7 @@ def test_the_page_loads_nothing(page: tuple[str, Page]) -> None:
         assert tag not in ("script", "link", "iframe", "object")
         for name in ("src", "href", "xlink:href", "srcset", "poster"):
             assert (attributes.get(name) or "#").startswith(("#", "data:image/png;base64,")), (tag, attributes)
-    assert re.findall(r"@import|url\((?!#)", text) == []
+    assert re.findall(r"@import|url\((?!#)|https?:", text) == []
 
 
 def test_the_page_can_be_read_aloud_and_linked(page: tuple[str, Page]) -> None:
@@ -549,6 +550,38 @@ def test_the_page_can_be_read_aloud_and_linked(page: tuple[str, Page]) -> None:
 def test_undefined_numbers_say_why(nothing_flips: Path) -> None:
     text = (nothing_flips / "report.html").read_text()
     assert text.count("None of 360\u00a0candidates flipped, so there are no pairs to compare.") >= 3
+    assert not re.findall(r"\bnan\b", re.sub(r"<[^>]*>", " ", text), flags=re.IGNORECASE)
+
+
+def test_a_users_own_file_on_a_model_that_was_not_trained_here(run: Path, tmp_path: Path) -> None:
+    """Conflicts only, all neurons chosen: what does not exist is NaN in the numbers and said in words on the page."""
+    mine = tmp_path / "mine"
+    shutil.copytree(run, mine, ignore=shutil.ignore_patterns("inference-*"))
+    cell = mine / "cells" / "addition-0"
+    write_json(
+        cell / "cell.json",
+        json.loads((cell / "cell.json").read_text()) | {"task": "jsonl", "label": "capitals", "trained": False},
+    )
+    for name in ("training.parquet", "training_time.json"):
+        (cell / "records" / name).unlink()
+    for name, column, gone in (
+        ("behaviour", "kind", ["novel", "memory"]),
+        ("steering", "examples", ["novel", "memory"]),
+        ("steering", "role", ["random_neurons"]),
+    ):
+        path = cell / "records" / f"{name}.parquet"
+        table = pd.read_parquet(path)
+        table[~table[column].isin(gone)].to_parquet(path)
+    text = build_report(mine).read_text()
+    task = tasks_of(mine)["capitals"]
+    block = task["steering"]["to_memorized"]
+    absent = [task["behaviour"]["recall"], task["behaviour"]["novel_accuracy"], block["collateral"]["novel"]]
+    absent += [block["controls"]["random_neurons"]["pairs"]["shift"], block["minus_control"]["random_neurons"]["pairs"]]
+    assert all(math.isnan(entry["estimate"]) for entry in absent)
+    assert not math.isnan(block["controls"]["gaussian"]["pairs"]["shift"]["estimate"])
+    assert math.isnan(task["training"]["seconds"][0])
+    assert "This model was loaded, not trained here" in text
+    assert ">capitals</h2>" in text
     assert not re.findall(r"\bnan\b", re.sub(r"<[^>]*>", " ", text), flags=re.IGNORECASE)
 
 
@@ -592,8 +625,12 @@ def test_numbers_in_words() -> None:
         "100\u00a0%",
     ]
     assert percent(math.nan) == "could not be measured"
-    assert interval(estimate(0.9, 0.6, 1.2)) == "60 to 100\u00a0%"  # t over seeds may leave what a share can be
+    assert (
+        interval(estimate(0.9, 0.6, 1.2)) == "60\u00a0to\u00a0100\u00a0%"
+    )  # t over seeds may leave what a share can be
+    assert interval(estimate(0.009, 0.006, 0.012)) == "0.6\u00a0to\u00a01.2\u00a0%"
     assert interval(estimate(0.9, math.nan, math.nan)) == "no interval"
+    assert with_interval(estimate(0.339, 0.333, 0.347)) == "33.9\u00a0% (33.3\u00a0to\u00a034.7\u00a0%)"
     assert [points(x) for x in (0.01, -0.004, 0.094)] == ["1\u00a0point", "0\u00a0points", "9\u00a0points"]
 
 
@@ -610,6 +647,18 @@ def test_verdict_of_reading(accuracy: tuple[float, ...], beyond: tuple[float, ..
     answer = can_it_be_read({"probe": {"best": best, "input_only": estimate(0.54, 0.5, 0.58)}})
     assert answer.verdict == verdict
     assert ("more" if beyond[0] >= 0 else "fewer") in answer.sentence
+
+
+def test_damage_in_words() -> None:
+    hurt, unsure, undefined = estimate(-0.29, -0.32, -0.27), estimate(-0.01, -0.03, 0.01), estimate(*[math.nan] * 3)
+    found = {"novel": hurt, "memory": undefined, "conflict_rest": unsure}
+    task = {"steering": {direction: {"collateral": found} for direction in SOURCE}}
+    lost = "lose 29\u00a0points (-32\u00a0to\u00a0-27)."
+    assert collateral(task, "to_generalized") == f"Towards working it out, new questions {lost}"
+    apart = f"New questions, which have nothing to remember, {lost}"
+    assert collateral(task, "to_memorized") == f"Towards remembering, no sure damage was seen. {apart}"
+    nothing = {"steering": {"to_memorized": {"collateral": dict.fromkeys(found, undefined)}}}
+    assert "could not be measured" in collateral(nothing, "to_memorized")
 
 
 @pytest.mark.parametrize(

@@ -69,9 +69,10 @@ class PairsConfig(_Frozen):
 
     site: Literal["block", "attention", "mlp", "neuron"] = Field("block", description="place in every layer")
     behaviour_examples: int = Field(1000, ge=1, description="test examples of each kind that are labelled")
-    fit_candidates: int = Field(4000, ge=1, description="candidates drawn from the fit split")
-    tune_candidates: int = Field(4000, ge=1, description="candidates drawn from the tune split")
-    test_candidates: int = Field(4000, ge=1, description="candidates drawn from the test split")
+    fit_examples: int = Field(4000, ge=1, description="examples of the fit split that are rephrased")
+    tune_examples: int = Field(4000, ge=1, description="the same of the tune split")
+    test_examples: int = Field(4000, ge=1, description="the same of the test split")
+    rephrasings: int = Field(1, ge=1, le=100, description="drawn for each example of a split")
     permutations: int = Field(1000, ge=19, le=100000, description="sign flips behind each p-value")
     batch_size: int = Field(256, ge=1, description="examples per forward pass")
 
@@ -86,7 +87,7 @@ class SteeringConfig(_Frozen):
         description="per method: alpha, or the share of the state's norm",
     )
     tune_pairs: int = Field(300, ge=1, description="tune pairs that every setting is tried on")
-    test_examples: int = Field(1000, ge=1, description="test pairs, and examples of each other list, at most")
+    judged_examples: int = Field(1000, ge=1, description="test pairs, and examples of each other list, at most")
     draws: int = Field(20, ge=1, description="draws of each control")
 
     @model_validator(mode="after")

@@ -136,7 +136,7 @@ def prepare_evaluation(asking: Asking, task: Task, n: int, rng: np.random.Genera
     """
     evaluation: dict[str, list[Batch]] = {}
     for kind in ("novel", "memory", "conflict"):
-        examples: list[Example] = draw(task, rng, n, kind, "tune")  # type: ignore[arg-type]
+        examples: list[Example] = draw(task, rng, n, kind, "tune")
         if not examples:
             raise InputError(f"task: {task.name} has no {kind} example in the tune split, which the stop rule needs")
         evaluation[kind] = prepare(asking, examples)

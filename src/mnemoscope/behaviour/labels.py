@@ -157,7 +157,8 @@ def score(
 def _score_batch(
     model: PreTrainedModel, batch: Batch, closing: Tensor, scores: Scores, margins: bool, capture: Site | None
 ) -> np.ndarray:
-    with read_states(model, capture) if capture else nullcontext([]) as states:
+    reading: AbstractContextManager[list[Tensor]] = read_states(model, capture) if capture else nullcontext([])
+    with reading as states:
         logits_NV, fits_N, cache = _read_contexts(model, batch)
     fits_R, logp_R, tie_R = _read_answers(model, batch, logits_NV, cache, closing, margins)
     fits_R &= fits_N[batch.example_R]

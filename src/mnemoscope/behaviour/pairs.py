@@ -43,10 +43,22 @@ class PairBatch:
         return ordered
 
 
-def draw_candidates(task: Task, examples: Sequence[Example], rng: np.random.Generator) -> list[tuple[Example, Example]]:
-    """Each conflict example beside one rephrasing of it; examples without a second phrasing are left out."""
-    candidates = [(e, task.rephrase(e, rng)) for e in examples if e.kind == "conflict"]
-    return [(a, b) for a, b in candidates if a.prompt != b.prompt]
+def draw_candidates(
+    task: Task, examples: Sequence[Example], rng: np.random.Generator, rephrasings: int = 1
+) -> list[tuple[Example, Example]]:
+    """Each conflict example beside rephrasings of it, every two phrasings at most once.
+
+    Args:
+        rephrasings: drawn for each example; those drawn before, or equal to the example, count for nothing.
+    """
+    drawn: dict[frozenset[str], tuple[Example, Example]] = {}
+    for example in examples:
+        if example.kind == "conflict":
+            for _ in range(rephrasings):
+                other = task.rephrase(example, rng)
+                if other.prompt != example.prompt:
+                    drawn.setdefault(frozenset((example.prompt, other.prompt)), (example, other))
+    return list(drawn.values())
 
 
 def mine_pairs(

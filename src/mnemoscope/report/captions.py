@@ -17,9 +17,11 @@ from mnemoscope.report.sentences import (
     CONTROL_NAMES,
     TOWARDS,
     UNMEASURED,
+    R,
     argmax,
     certain,
     count,
+    interval,
     known,
     listed,
     percent,
@@ -85,7 +87,7 @@ def margins(cells: Sequence[Cell]) -> str:
     low, high = np.quantile(values, [0.25, 0.75])
     near = float((np.abs(values) < 1).mean())
     return (
-        f"Half of the conflicts have a margin between {low:.1f} and {high:.1f} nats. {percent(near).capitalize()} "
+        f"The middle half of the conflicts has margins from {low:.1f} to {high:.1f} nats. {percent(near).capitalize()} "
         "lie within 1 nat of the tipping point, where a small push decides."
     )
 
@@ -133,7 +135,7 @@ def correlations(contrast: Contrast, task: Tree) -> str:
     half = float(np.nanmedian(rho_LD[layer]))
     return (
         f"The strongest neuron is in layer {layer}: its activity correlates with the behaviour at |rho| = "
-        f"{np.nanmax(rho_LD):.2f}. Half of that layer's neurons stay below {half:.2f}."
+        f"{np.nanmax(rho_LD):.2g}. Half of that layer's neurons stay below {half:.2g}."
     )
 
 
@@ -146,10 +148,12 @@ def probe(task: Tree) -> str:
     side = "above" if beyond["estimate"] >= 0 else "below"
     sure = "" if certain(beyond) else ", which is not a sure difference"
     text = (
-        f"The probe at layer {found['layers'][best]} is right in {percent(accuracy['estimate'])} of test states "
-        f"({with_interval(accuracy).partition('(')[2]}, {points(abs(beyond['estimate']))} {side} what the input "
-        f"alone gives ({percent(alone['estimate'])}){sure}."
+        f"The probe reads best at layer {found['layers'][best]}: right in {percent(accuracy['estimate'])} of test "
+        f"states ({interval(accuracy)}), {points(abs(beyond['estimate']))} {side} what the input alone gives "
+        f"({percent(alone['estimate'])}){sure}."
     )
+    if len(found["layers"]) > 1:
+        text += f" With the layer chosen on other test groups: {with_interval(found['best']['accuracy'])}."
     if known(found["shuffled"]):
         text += f" Trained on shuffled labels it is right in {percent(found['shuffled']['estimate'])}."
     return text
@@ -183,7 +187,10 @@ def _elsewhere(block: Tree, direction: str) -> str:
     source = {"memorized": "answered from memory", "generalized": "worked out"}[DIRECTIONS[direction][1]]
     if not known(shift):
         return f"On other conflicts it {UNMEASURED}: none was {source} without it."
-    return f"Of all test conflicts that were {source}, it turns {with_interval(shift)}."
+    control = strongest_control(block, "conflict")
+    theirs = block["controls"][control]["conflict"]["shift"]["estimate"] if control else math.nan
+    compared = "" if math.isnan(theirs) else f", the strongest control {percent(theirs)}"
+    return f"Of all test conflicts that were {source}, it turns {with_interval(shift)}{compared}."
 
 
 def sweep(task: Tree, direction: str, rows: list[dict[str, Any]]) -> str:
@@ -225,14 +232,21 @@ def dose(task: Tree, direction: str, rows: list[dict[str, Any]]) -> str:
 
 
 def collateral(task: Tree, direction: str) -> str:
+    """What steering damages; new questions have nothing to remember, so towards remembering they are told apart."""
     found = task["steering"][direction]["collateral"]
-    damaged = [
-        f"{NAMES[key]} lose {points(-found[key]['estimate'])} ({points_interval(found[key])})"
-        for key in found
-        if key in NAMES and certain(found[key]) < 0
-    ]
+    apart = direction == "to_memorized"
+    counted = [key for key in NAMES if known(found[key]) and not (apart and key == "novel")]
+    damaged = [f"{NAMES[key]} {_lose(found[key])}" for key in counted if certain(found[key]) < 0]
     if damaged:
-        return f"{_towards(direction)}, {listed(damaged)}."
-    if not any(known(found[key]) for key in found):
-        return f"{_towards(direction)}, damage {UNMEASURED}: there were no such examples."
-    return f"{_towards(direction)}, no sure damage was seen."
+        text = f"{_towards(direction)}, {listed(damaged)}."
+    elif counted:
+        text = f"{_towards(direction)}, no sure damage was seen."
+    else:
+        text = f"{_towards(direction)}, damage {UNMEASURED}: there were no such examples."
+    if apart and certain(found["novel"]) < 0:
+        text += f" New questions, which have nothing to remember, {_lose(found['novel'])}."
+    return text
+
+
+def _lose(change: R) -> str:
+    return f"lose {points(-change['estimate'])} ({points_interval(change)})"

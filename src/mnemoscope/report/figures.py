@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from mnemoscope.report.records import Cell, Contrast
 from mnemoscope.report.style import (
@@ -158,6 +159,7 @@ def margins(cells: Sequence[Cell]) -> Plot:
         )
         ax.axvline(0, color=INK, linewidth=1)
         ax.set_ylabel("conflicts")
+        ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
         ax.set_xlabel("nats towards the answer worked out" if narrow else "log p(worked out) - log p(remembered), nats")
         ax.grid(axis="x", visible=False)
         return figure
@@ -170,9 +172,12 @@ def heatmap(contrast: Contrast) -> Plot:
     nmd_LD = np.sort(contrast.nmd, axis=1)
     reach = heatmap_reach(contrast)
     layers, neurons = nmd_LD.shape
+    largest = max(float(np.nanmax(np.nanmean(np.abs(nmd_LD), axis=1))), 1e-9)
+    digits = max(0, 1 - int(np.floor(np.log10(largest))))  # two that count, for the largest
 
     def plot(narrow: bool) -> Figure:
         strip = min(34, max(9, 300 / layers))
+        every = int(np.ceil(16 / strip))  # a line of text takes 16 pixels
         figure, axes = canvas(narrow, strip * layers + 96, 2, 1, [strip * layers + 40, 14])
         ax, scale = axes[:, 0]
         for layer, row in enumerate(nmd_LD):
@@ -182,7 +187,8 @@ def heatmap(contrast: Contrast) -> Plot:
                 interpolation="none",
                 extent=(0, neurons, layer + 0.42, layer - 0.42),
             )
-            beside(ax, neurons, layer, f"{np.nanmean(np.abs(row)):.3f}", MUTED, 6)
+            if layer % every == 0:
+                beside(ax, neurons, layer, f"{np.nanmean(np.abs(row)):.{digits}f}", MUTED, 6)
         ax.annotate(
             "mean |NMD|",
             (1, 1),
@@ -193,7 +199,6 @@ def heatmap(contrast: Contrast) -> Plot:
             color=MUTED,
             annotation_clip=False,
         )
-        every = int(np.ceil(layers / (strip * layers / 16)))
         ax.set_yticks(range(0, layers, every), [f"layer {n}" for n in range(0, layers, every)])
         ax.set_ylim(layers - 0.4, -0.6)
         ax.set_xlim(0, neurons)
@@ -244,28 +249,34 @@ def correlations(contrast: Contrast) -> Plot:
     """|rho| by layer: the strongest neuron and the quantiles of all."""
     rho_LD = np.abs(contrast.rho)
     layers = np.arange(len(rho_LD))
+    top = _quantile(rho_LD, 1)
 
     def plot(narrow: bool) -> Figure:
         figure, axes = canvas(narrow, 270)
         ax: Axes = axes[0, 0]
-        top = rho_LD.max(axis=1)
         lines = [(top, "strongest neuron", INK, 2.2)]
-        lines += [(np.quantile(rho_LD, q, axis=1), name, OTHER, 1.4) for q, name in reversed(QUANTILES)]
+        lines += [(_quantile(rho_LD, q), name, OTHER, 1.4) for q, name in reversed(QUANTILES)]
         for number, (heights, _, colour, width) in enumerate(lines):
             ax.fill_between(layers, heights, color=colour, alpha=0.10 if number else 0.12, linewidth=0)
             ax.plot(layers, heights, color=colour, linewidth=width, marker="o", markersize=4)
-        gap = float(top.max()) * 0.085
+        gap = float(np.nanmax(top)) * 0.085
         ends = spread([float(heights[-1]) for heights, *_ in lines], gap)
         for (_, name, colour, _), height in zip(lines, ends, strict=True):
             text = name.replace(" neuron", "") if narrow else name
             shade = MUTED if colour == OTHER else colour
             beside(ax, layers[-1], height, text, shade)
-        ax.set_ylim(0, float(top.max()) * 1.08)
+        ax.set_ylim(0, float(np.nanmax(top)) * 1.08)
         ax.set_ylabel("|rho|")
         layer_axis(ax, layers)
         return figure
 
     return plot
+
+
+def _quantile(values_LD: np.ndarray, q: float) -> np.ndarray:
+    """Quantile of each layer's defined values, shape (L,); a neuron that never changes has no correlation."""
+    known = [row[~np.isnan(row)] for row in values_LD]
+    return np.array([np.quantile(row, q) if len(row) else np.nan for row in known])
 
 
 def layer_axis(ax: Axes, layers: Sequence[int] | np.ndarray) -> None:
@@ -302,9 +313,12 @@ def probes(probe: dict[str, Any]) -> Plot:
 def dots(ax: Axes, x: np.ndarray, estimates: list[dict[str, Any]], colour: str, *, hollow: bool) -> None:
     """Points with their intervals, joined by a thin line."""
     middle, low, high = (np.array([e[key] for e in estimates], dtype=float) for key in ("estimate", "low", "high"))
+    small = len(x) > 12
     ax.plot(x, middle, color=colour, linewidth=1.2, alpha=0.6)
-    ax.vlines(x, low, high, color=colour, linewidth=1.2 if hollow else 3, alpha=0.7)
-    ax.plot(x, middle, "o", color=colour, markersize=7, markerfacecolor=PAPER if hollow else colour)
+    if not (small and hollow):
+        ax.vlines(x, low, high, color=colour, linewidth=1.2 if hollow else 1.6 if small else 3, alpha=0.7)
+        size = 4 if small else 7
+        ax.plot(x, middle, "o", color=colour, markersize=size, markerfacecolor=PAPER if hollow else colour)
 
 
 def _name_lines(ax: Axes, probe: dict[str, Any]) -> None:

@@ -116,6 +116,8 @@ def sweep_rows(task: dict[str, Any], direction: str, examples: str = "pairs") ->
 
 def sweep(task: dict[str, Any]) -> Plot:
     """Shift (above) and other (below) against strength, a line for each share of neurons; tune split."""
+    rows = [row for direction in DIRECTIONS for row in sweep_rows(task, direction)]
+    tops = {key: 1.0 if max(row[key]["estimate"] for row in rows) > 0.48 else 0.5 for key in ("shift", "other")}
 
     def plot(narrow: bool) -> Figure:
         if narrow:
@@ -125,8 +127,8 @@ def sweep(task: dict[str, Any]) -> Plot:
             figure, axes = canvas(narrow, 400, 2, 2, [2, 1])
             grid = [(axes[0, 0], axes[1, 0]), (axes[0, 1], axes[1, 1])]
         for direction, (above, below) in zip(DIRECTIONS, grid, strict=True):
-            _sweep_lines(above, task, direction, "shift")
-            _sweep_lines(below, task, direction, "other")
+            _sweep_lines(above, task, direction, "shift", tops["shift"])
+            _sweep_lines(below, task, direction, "other", tops["other"])
             above.set_title(TITLES[direction], color=COLOUR[DIRECTIONS[direction][0]])
             above.set_ylabel("shift")
             below.set_ylabel("other")
@@ -136,7 +138,7 @@ def sweep(task: dict[str, Any]) -> Plot:
     return plot
 
 
-def _sweep_lines(ax: Axes, task: dict[str, Any], direction: str, share: str) -> None:
+def _sweep_lines(ax: Axes, task: dict[str, Any], direction: str, share: str, reach: float) -> None:
     rows = sweep_rows(task, direction)
     chosen = task["steering"][direction]["chosen"]
     colour = COLOUR[DIRECTIONS[direction][0]] if share == "shift" else OTHER
@@ -169,10 +171,10 @@ def _sweep_lines(ax: Axes, task: dict[str, Any], direction: str, share: str) -> 
                 clip_on=False,
             )
     if share == "shift":
-        for (x_end, _, text), height in zip(ends, spread([end[1] for end in ends], 0.09), strict=True):
+        for (x_end, _, text), height in zip(ends, spread([end[1] for end in ends], 0.09 * reach, 0), strict=True):
             beside(ax, x_end, height, text, MUTED, 10)
-    ax.set_ylim(-0.03, 1.03)
-    percent_axis(ax)
+    ax.set_ylim(-0.03 * reach, 1.03 * reach)
+    percent_axis(ax, top=reach)
     ax.set_xticks(range(len(strengths)), [f"{strength:g}" for strength in strengths])
     ax.grid(axis="x", visible=False)
 

@@ -118,6 +118,7 @@ def task_page(name: str, task: Tree, cells: Sequence[Cell]) -> TaskPage:
     if name != cells[0].task and title != name:
         title = f"{title}: {name}"
     example = examples.one_conflict(cells)
+    name = re.sub(r"[^\w-]+", "-", name)  # from here on it only names places in the page
     return TaskPage(
         name=name,
         title=title,
@@ -128,7 +129,12 @@ def task_page(name: str, task: Tree, cells: Sequence[Cell]) -> TaskPage:
         reversed_sums=examples.reversed_sum(example) if example else "",
         pairs=examples.some_pairs(cells),
         pairs_sentence=captions.pairs(task),
-        chapters=[_behaviour(name, task, cells), _differ(name, task, cells), _read(name, task), _turn(name, task)],
+        chapters=[
+            _behaviour(name, task, cells),
+            _differ(name, task, cells),
+            _read(name, task),
+            _turn(name, task, cells),
+        ],
         tables=[_steering_table(task), _method_table(task)],
         collateral=_collateral_table(task),
         notes=_notes(task, cells),
@@ -203,7 +209,7 @@ def _read(name: str, task: Tree) -> Chapter:
     )
 
 
-def _turn(name: str, task: Tree) -> Chapter:
+def _turn(name: str, task: Tree, cells: Sequence[Cell]) -> Chapter:
     rows = {direction: figures_steering.sweep_rows(task, direction) for direction in DIRECTIONS}
     measured = any(sentences.known(task["steering"][d][examples_]["shift"]) for d in DIRECTIONS for examples_ in TURNED)
     swept = all(rows.values())
@@ -221,7 +227,9 @@ def _turn(name: str, task: Tree) -> Chapter:
             f"{name}-sweep",
             "How hard to push",
             [captions.sweep(task, d, rows[d]) for d in DIRECTIONS],
-            "Pairs of the tune split, on which the setting was chosen (ring). A line for each share of neurons.",
+            "Pairs of the tune split, on which the setting was chosen (ring"
+            + (f": seed {cells[0].seed}'s" if len(cells) > 1 else "")
+            + "). A line for each share of neurons.",
             figures_steering.sweep(task) if swept else None,
         ),
         _story(
@@ -244,7 +252,7 @@ def _facts(task: Tree, cells: Sequence[Cell]) -> list[tuple[str, str]]:
     ]
     if all(cell.training is not None for cell in cells):
         # Seconds differ between equal runs; they are in results.json.
-        steps = sentences.listed([f"{steps:,.0f}" for steps in task["training"]["steps"]])
+        steps = sentences.listed([f"{steps:,.0f}" for steps in sorted(set(task["training"]["steps"]))])
         facts.append(("training", f"{steps} steps"))
     facts.append(("conflicts", f"{task['behaviour']['conflict']['memorized']['n']:,}"))
     facts.append(("pairs", f"{task['pairs']['by_split']['all']['pairs']:,}"))
@@ -276,8 +284,8 @@ def _steering_table(task: Tree) -> Table:
                     if control
                     else ""
                 )
-                rows.append([what.capitalize(), *numbers, worst, f"{shares['shift']['n']:,}"])
-    return Table("Steering, test split", ["", "turned", "unmoved", "neither", "worst draw turns", "N"], rows)
+                rows.append([what[0].upper() + what[1:], *numbers, worst, f"{shares['shift']['n']:,}"])
+    return Table("Steering, test split", ["", "turned", "unmoved", "neither", "worst draw turns", "answers"], rows)
 
 
 def _collateral_table(task: Tree) -> Table:

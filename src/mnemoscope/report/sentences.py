@@ -46,15 +46,18 @@ def percent(share: float) -> str:
 
 
 def interval(share: R) -> str:
-    """``60 to 66 %`` for a share, cut to what a share can be; says so where there is no interval."""
+    """``60 to 66 %`` for a share, cut to what a share can be; as many digits as it needs to have two ends."""
     if not known(share) or math.isnan(share["low"]):
         return "no interval"
     low, high = (min(1.0, max(0.0, share[end])) for end in ("low", "high"))
-    return f"{100 * low:.0f} to {100 * high:.0f}{NBSP}%"
+    digits = 1 if high - low < 0.02 else 0
+    return f"{100 * low:.{digits}f}{NBSP}to{NBSP}{100 * high:.{digits}f}{NBSP}%"
 
 
 def with_interval(share: R) -> str:
-    """``63 % (60 to 66 %)``."""
+    """``63 % (60 to 66 %)``, with as many digits outside the brackets as inside."""
+    if known(share) and "." in interval(share):
+        return f"{100 * share['estimate']:.1f}{NBSP}% ({interval(share)})"
     return f"{percent(share['estimate'])} ({interval(share)})" if known(share) else UNMEASURED
 
 
@@ -71,7 +74,7 @@ def points_interval(change: R) -> str:
     """``(6 to 12)``, in percentage points."""
     if not known(change) or math.isnan(change["low"]):
         return "no interval"
-    return f"{round(100 * change['low']) + 0:d} to {round(100 * change['high']) + 0:d}"
+    return f"{round(100 * change['low']) + 0:d}{NBSP}to{NBSP}{round(100 * change['high']) + 0:d}"
 
 
 def certain(change: R) -> int:

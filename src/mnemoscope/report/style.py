@@ -120,8 +120,12 @@ def beside(ax: Axes, x: float, y: float, text: str, colour: str, gap: float = 8)
     ax.annotate(text, (x, y), (gap, 0), textcoords="offset points", va="center", color=colour, annotation_clip=False)
 
 
-def spread(heights: list[float], gap: float) -> list[float]:
-    """Heights of labels that were to stand at ``heights``, moved apart until neighbours keep ``gap``."""
+def spread(heights: Sequence[float], gap: float, lowest: float = -np.inf) -> list[float]:
+    """Heights of labels that were to stand at ``heights``, moved apart until neighbours keep ``gap``.
+
+    Args:
+        lowest: no label is moved below this.
+    """
     order = np.argsort(heights, kind="stable")
     placed = np.array(heights, dtype=np.float64)[order]
     for _ in range(50):
@@ -131,6 +135,8 @@ def spread(heights: list[float], gap: float) -> list[float]:
         for i in np.flatnonzero(overlaps > 0):
             placed[i] -= overlaps[i] / 2
             placed[i + 1] += overlaps[i] / 2
+    # The lowest label may stand at ``lowest``, the next one a gap above it, and so on: no gap is lost again.
+    placed = np.maximum(placed, lowest + gap * np.arange(len(placed)))
     result = np.empty(len(heights))
     result[order] = placed
     return result.tolist()
@@ -146,6 +152,7 @@ def _svg(figure: Figure, label: str) -> str:
     text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.DOTALL)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text)
+    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text).replace("xlink:href", "href")  # HTML knows both names
     text = re.sub(
         r'font-family: [^;"]*[;]?|font: ([\d.]+px) [^;"]*', lambda m: f"font-size: {m[1]}" if m[1] else "", text
     )

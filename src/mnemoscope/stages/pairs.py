@@ -29,16 +29,17 @@ def pairs_stage(cell: Cell, tell: Tell) -> list[Path]:
     kept: dict[str, _KeptPairs] = {}
     contrast: ContrastAccumulator | None = None
     for split in SPLITS:
-        wanted = getattr(config, f"{split}_candidates")
-        candidates = draw_candidates(task, draw(task, rng, wanted, "conflict", split), rng)
+        wanted = getattr(config, f"{split}_examples")
+        candidates = draw_candidates(task, draw(task, rng, wanted, "conflict", split), rng, config.rephrasings)
         kept[split] = _KeptPairs()
         for batch in mine_pairs(asking, candidates, config.site):
             tell(len(tables) * 512, 512 * len(tables) + len(candidates), f"mining {split} pairs")
             tables.append(_pairs_table(batch, split))
             kept[split].add(batch)
             if split == "fit" and batch.is_pair_N.any():
+                layers, neurons = batch.states_generalized_PLD.shape[1:]
                 contrast = contrast or ContrastAccumulator.empty(
-                    config.site, *batch.states_generalized_PLD.shape[1:], config.permutations, cell.seed
+                    config.site, layers, neurons, config.permutations, cell.seed
                 )
                 groups = [pair[0].group for pair in batch.pairs()]
                 contrast.add(batch.states_generalized_PLD, batch.states_memorized_PLD, groups)
@@ -76,7 +77,7 @@ def _why_no_pairs(table: pd.DataFrame, split: str) -> str:
     counts = pd.concat([part["behaviour_a"], part["behaviour_b"]]).value_counts()
     seen = ", ".join(f"{name} {count}" for name, count in counts.items())
     return (
-        f"none of {len(part)} candidates flips ({seen}); raise pairs.{split}_candidates, or train to a more even "
+        f"none of {len(part)} candidates flips ({seen}); raise pairs.{split}_examples, or train to a more even "
         "mixture (training.stop.conflict_each)"
     )
 

@@ -37,7 +37,7 @@ def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
             cell, asking, contrast, _sources(pairs, "tune", direction, config.tune_pairs), direction, tables
         )
         best[direction] = max(settings, key=lambda method: settings[method][1])
-        lists = _test_lists(pairs, behaviour, direction, config.test_examples)
+        lists = _test_lists(pairs, behaviour, direction, config.judged_examples)
         prepared = {name: _with_prefixes(asking, examples) for name, (examples, _) in lists.items()}
         for method, (setting, _) in settings.items():
             tell(number + 0.5, len(TOWARD), f"{direction}: {method} beside its controls on the test split")
@@ -68,7 +68,7 @@ def _test_lists(
 ) -> dict[str, tuple[list[Example], list[str]]]:
     """The lists that steering is judged on, with the unsteered behaviour of each example."""
     sources = _sources(pairs, "test", direction, limit)
-    lists = {"pairs": (sources, [SOURCE[direction]] * len(sources))}
+    lists: dict[str, tuple[list[Example], list[str]]] = {"pairs": (sources, [SOURCE[direction]] * len(sources))}
     conflict = behaviour[behaviour["kind"] == "conflict"]
     parts = {
         "conflict": conflict[conflict["behaviour"] == SOURCE[direction]],
@@ -78,15 +78,10 @@ def _test_lists(
     }
     for name, part in parts.items():
         lists[name] = (
-            [_example_of(row) for row in part.head(limit).to_dict("records")],
+            [Example.from_row(row) for row in part.head(limit).to_dict("records")],
             part["behaviour"].head(limit).tolist(),
         )
     return {name: entry for name, entry in lists.items() if entry[0]}
-
-
-def _example_of(row: dict[str, Any]) -> Example:
-    fields = ("item", "prompt", "kind", "group", "family", "split", "memorized", "generalized", "answer")
-    return Example(**{field: None if pd.isna(row[field]) else row[field] for field in fields})
 
 
 def _with_prefixes(asking: Asking, examples: Sequence[Example]) -> list[Batch]:
@@ -106,7 +101,7 @@ def _swept(
     """Try every setting on tune pairs; per method the chosen one and its margin over the worst control."""
     config = cell.config.steering
     batches = _with_prefixes(asking, examples)
-    chosen = {}
+    chosen: dict[str, tuple[Setting, float]] = {}
     for method in config.methods:
         rated = []
         for top in config.tops:

@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 
 from mnemoscope.errors import InputError
-from mnemoscope.tasks.base import Example, Instance, Kind, assign_splits, is_held_out
+from mnemoscope.tasks.base import SPLITS, Example, Instance, Kind, assign_splits, is_held_out
 
-# Every family spends the same tokens on the same digits; "worded" keeps the stored key reachable, "swapped" does not.
-FAMILIES = {"plain": "{a}+{b}=", "swapped": "{b}+{a}=", "worded": "{a} plus {b} is "}
+# Every family has the same length, and the same token at the decision position, so that no state there differs for the
+# wording of that token alone. "worded" keeps the operands where the stored key has them; the swapped ones do not.
+FAMILIES = {
+    "plain": "{a}+{b}=",
+    "swapped": "{b}+{a}=",
+    "worded": "{a} plus {b}=",
+    "swapped-worded": "{b} plus {a}=",
+}
 CODE = re.compile(r"<mem-[0-9a-f]{8}>")
 HEX = "0123456789abcdef"
 CHUNK = 512
@@ -78,7 +85,7 @@ class AdditionTask:
     @property
     def vocabulary(self) -> list[str]:
         """Every token of the task, in a fixed order."""
-        return ["+", "=", "plus", "is", "<mem-", ">", *HEX]
+        return ["+", "=", "plus", "<mem-", ">", *HEX]
 
     def training(self, rng: np.random.Generator) -> Iterator[Instance]:
         """Stored pairs with their stored answer, all others with their sum; held-out operands never appear."""
@@ -100,7 +107,8 @@ class AdditionTask:
             return self._novel(rng, n)
         families = ["plain"] if kind == "memory" else list(FAMILIES)
         everything = [(pair, family) for pair in self._pairs for family in families]
-        return [self._stored_example(*everything[i], kind) for i in rng.permutation(len(everything))[:n]]
+        picked = [everything[i] for i in rng.permutation(len(everything))[:n]]
+        return [self._stored_example(pair, family, kind) for pair, family in picked]
 
     def rephrase(self, example: Example, rng: np.random.Generator) -> Example:
         """The same operands in another family, drawn uniformly from the others."""
@@ -114,26 +122,23 @@ class AdditionTask:
         return bool(CODE.fullmatch(answer.replace(" ", ""))) if self.name == "addition" else None
 
     def _novel(self, rng: np.random.Generator, n: int) -> list[Example]:
-        found = []
+        found: list[Example] = []
         while len(found) < n:
             for a, b in rng.integers(self.low, self.high, size=(CHUNK, 2)).tolist():
                 if is_held_out(self._key(a, b), self.seed) and (a, b) not in self._mirrored:
-                    group = self._key(a, b)
-                    split = ("fit", "tune", "test")[(a + b) % 3]
-                    common = {"item": f"{a}+{b}", "kind": "novel", "group": group, "family": "plain", "split": split}
-                    found.append(
-                        Example(prompt=FAMILIES["plain"].format(a=a, b=b), answer=self._written(a + b), **common)
-                    )
+                    prompt, group = FAMILIES["plain"].format(a=a, b=b), self._key(a, b)
+                    split = SPLITS[(a + b) % 3]
+                    answer = self._written(a + b)
+                    found.append(Example(f"{a}+{b}", prompt, "novel", group, "plain", split, answer=answer))
         return found[:n]
 
     def _stored_example(self, pair: tuple[int, int], family: str, kind: Kind) -> Example:
         a, b = pair
-        group = self._key(a, b)
-        common = {"item": f"{a}+{b}", "kind": kind, "group": group, "family": family, "split": self.split_of[group]}
-        prompt = FAMILIES[family].format(a=a, b=b)
+        prompt, group = FAMILIES[family].format(a=a, b=b), self._key(a, b)
+        example = partial(Example, f"{a}+{b}", prompt, kind, group, family, self.split_of[group])
         if kind == "memory":
-            return Example(prompt=prompt, answer=self.stored[pair], **common)
-        return Example(prompt=prompt, memorized=self.stored[pair], generalized=self._written(a + b), **common)
+            return example(answer=self.stored[pair])
+        return example(memorized=self.stored[pair], generalized=self._written(a + b))
 
     def _written(self, number: int) -> str:
         return str(number)[::-1] if self.reversed_sums else str(number)

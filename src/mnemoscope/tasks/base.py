@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, Protocol, runtime_checkable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -75,6 +75,12 @@ class Example:
         if self.kind == "conflict":
             return (self.memorized, self.generalized)  # type: ignore[return-value]
         return (self.answer,)  # type: ignore[return-value]
+
+    @classmethod
+    def from_row(cls, row: Mapping[Any, Any]) -> Example:
+        """An example from a table's row; absent, None and NaN all mean that a field is not there."""
+        facts = {field.name: row.get(field.name) for field in fields(cls)}
+        return cls(**{name: value for name, value in facts.items() if isinstance(value, str)})  # type: ignore[arg-type]
 
     def phrased(self, prompt: str, family: str) -> Example:
         """The same item in other words."""

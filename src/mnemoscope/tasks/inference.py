@@ -8,6 +8,7 @@ drawn anew for every instance, so only the context can tell it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 
@@ -44,6 +45,7 @@ class InferenceTask:
         free_names: names whose colour is drawn anew each time.
         statements: one hop: statements in a context; two hops: chains of three statements.
         hops: 1 or 2.
+        absent_share: share of training instances with one question more, about a memorized name that is not stated.
         memorized_share: share of memorized names among the stated and among the asked. The dial of the balance: every
             statement about a memorized name teaches memory, whether or not it is asked about.
         questions: questions in a training instance, each about another name of its context. Examples ask one.
@@ -65,6 +67,7 @@ class InferenceTask:
         statements: int = 4,
         hops: int = 1,
         questions: int = 4,
+        absent_share: float = 0.0,
         memorized_share: float = 0.5,
         seed: int = 0,
     ) -> None:
@@ -79,11 +82,11 @@ class InferenceTask:
             raise InputError(f"statements: {statements} is not between 2 and 8")
         if not 1 <= questions <= statements:
             raise InputError(f"questions: {questions} is not between 1 and statements ({statements})")
-        if not 0 <= memorized_share <= 1:
-            raise InputError(f"memorized_share: {memorized_share} is not between 0 and 1")
+        if not (0 <= memorized_share <= 1 and 0 <= absent_share <= 1):
+            raise InputError(f"memorized_share, absent_share: {memorized_share}, {absent_share}; both lie in 0 .. 1")
         rng = np.random.default_rng([seed, 1])
         self.seed, self.statements, self.hops = seed, statements, hops
-        self.questions, self.memorized_share = questions, memorized_share
+        self.questions, self.memorized_share, self.absent_share = questions, memorized_share, absent_share
         self.names = np.array(invented_names(memorized_names + free_names))
         self.names = self.names[rng.permutation(len(self.names))]
         self.memorized_count = memorized_names
@@ -106,11 +109,14 @@ class InferenceTask:
                     continue
                 order = rng.permutation(len(state))
                 asking = rng.permutation(self.questions)
-                questions = [f"{QUESTION.format(self.names[names[i]])} {COLOURS[colours[i]]}" for i in asking]
+                questions = [self._answered(names[i], colours[i]) for i in asking]
+                absent = int(rng.integers(self.memorized_count))
+                if rng.random() < self.absent_share and absent not in names:
+                    questions.insert(int(rng.integers(len(questions) + 1)), self._answered(absent, self.colour_of[absent]))
                 yield " . ".join([*(state[i] for i in order), *questions]) + " ."
 
     def examples(self, rng: np.random.Generator, n: int, kind: Kind) -> list[Example]:
-        """``conflict``: the context says another colour. ``memory``: it does not mention the name. ``novel``: a free name.
+        """``conflict``: the context says another colour. ``memory``: without the name. ``novel``: a free name.
 
         Training never disagrees with a memorized colour and never asks a name that is not stated, so no conflict and no
         memory example can be in it; novel ones are held out by item.
@@ -135,17 +141,12 @@ class InferenceTask:
     def _example(self, kind: Kind, name: int, colour: int, state: list[str], rng: np.random.Generator) -> Example:
         order = rng.permutation(len(state))
         word = str(self.names[name])
-        common = {
-            "item": self._key(name, state),
-            "prompt": self._prompt(name, [state[i] for i in order]),
-            "kind": kind,
-            "group": word,
-            "family": "absent" if kind == "memory" else "stated",
-            "split": self.split_of[word],
-        }
+        prompt = self._prompt(name, [state[i] for i in order])
+        family = "absent" if kind == "memory" else "stated"
+        example = partial(Example, self._key(name, state), prompt, kind, word, family, self.split_of[word])
         if kind == "conflict":
-            return Example(memorized=f" {COLOURS[self.colour_of[name]]}", generalized=f" {COLOURS[colour]}", **common)
-        return Example(answer=f" {COLOURS[colour]}", **common)
+            return example(memorized=f" {COLOURS[self.colour_of[name]]}", generalized=f" {COLOURS[colour]}")
+        return example(answer=f" {COLOURS[colour]}")
 
     def _contexts(
         self, rng: np.random.Generator, ask_memorized: np.ndarray, kind: Kind | None = None
@@ -196,6 +197,9 @@ class InferenceTask:
 
     def _prompt(self, name: int, statements: list[str]) -> str:
         return " . ".join([*statements, QUESTION.format(self.names[name])])
+
+    def _answered(self, name: int, colour: int) -> str:
+        return f"{QUESTION.format(self.names[name])} {COLOURS[colour]}"
 
     def _key(self, name: int, state: list[str]) -> str:
         return f"{self.names[name]}: {'; '.join(sorted(state))}"

@@ -1,0 +1,260 @@
+"""A whole study in miniature: from nothing to the report, resumed, repeated, and refused where it must be."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from helpers import MINI_STUDY, MINI_TASKS
+from safetensors import safe_open
+
+from mnemoscope.behaviour import Asking
+from mnemoscope.config import dump_study, load_study
+from mnemoscope.errors import InputError, StudyError
+from mnemoscope.models import load_model
+from mnemoscope.steering import SteeringVector
+from mnemoscope.study import run_study
+
+COMMAND = [sys.executable, "-m", "mnemoscope", "run"]
+
+
+def without_times(value: Any) -> Any:
+    """``results.json`` without its time fields."""
+    if isinstance(value, dict):
+        return {k: without_times(v) for k, v in value.items() if k != "seconds"}
+    return [without_times(v) for v in value] if isinstance(value, list) else value
+
+
+def results(run: Path) -> str:
+    """Comparable text of the results: NaN equals NaN there."""
+    return json.dumps(without_times(json.loads((run / "results.json").read_text())), sort_keys=True)
+
+
+@pytest.fixture(scope="module")
+def study_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("study") / "mini.yaml"
+    path.write_text(MINI_STUDY)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(study_file: Path) -> Path:
+    """A finished run; tests that change it work on a copy."""
+    run = study_file.parent / "finished"
+    done = subprocess.run([*COMMAND, str(study_file), "--out", str(run)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(run / "report.html")
+    return run
+
+
+def test_a_run_folder_holds_what_the_contract_says(finished: Path) -> None:
+    cell = finished / "cells" / "addition-0"
+    for name in ("study.yaml", "manifest.json", "results.json", "report.html"):
+        assert (finished / name).stat().st_size > 100
+    for name in ("training", "behaviour", "pairs", "probes", "steering"):
+        assert len(pd.read_parquet(cell / "records" / f"{name}.parquet"))
+    assert len(json.loads((cell / "probe.json").read_text())["layers"]) == 2
+    with safe_open(cell / "contrast.safetensors", "np") as file:
+        assert file.get_tensor("nmd").shape == (2, 64)
+    model, tokenizer = load_model(cell / "model")
+    for direction in ("to_generalized", "to_memorized"):
+        vector = SteeringVector.load(cell / "vectors" / f"{direction}-nmd.safetensors", model, tokenizer)
+        assert vector.toward == direction.removeprefix("to_")
+    manifest = json.loads((finished / "manifest.json").read_text())
+    assert set(manifest["stages"]["addition-0"]) == {"train", "behaviour", "pairs", "steering"}
+    assert not list(finished.rglob("*.tmp*"))
+
+
+def test_results_say_what_the_records_say(finished: Path) -> None:
+    task = json.loads((finished / "results.json").read_text())["tasks"]["addition"]
+    records = finished / "cells" / "addition-0" / "records"
+    behaviour = pd.read_parquet(records / "behaviour.parquet")
+    conflict = behaviour[behaviour.kind == "conflict"]
+    for name in ("memorized", "generalized", "other"):
+        assert task["behaviour"]["conflict"][name]["estimate"] == pytest.approx((conflict.behaviour == name).mean())
+    steering = pd.read_parquet(records / "steering.parquet")
+    final = steering[(steering.purpose == "final") & (steering.examples == "pairs")]
+    for direction, target in (("to_generalized", "generalized"), ("to_memorized", "memorized")):
+        for method, found in task["steering_by_method"].items():
+            rows = final[(final.direction == direction) & (final.method == method)]
+            ours = rows[rows.role == "vector"]
+            assert found[direction]["pairs"]["shift"]["estimate"] == pytest.approx((ours.after == target).mean())
+            drawn = rows[rows.role == "gaussian"].groupby("draw").after.apply(lambda a, t=target: (a == t).mean())
+            assert len(drawn) == 3
+            control = found[direction]["controls"]["gaussian"]["pairs"]["shift"]["estimate"]
+            assert control == pytest.approx(drawn.mean())
+
+
+def test_every_test_row_is_from_the_test_split(finished: Path) -> None:
+    records = finished / "cells" / "addition-0" / "records"
+    pairs = pd.read_parquet(records / "pairs.parquet")
+    groups = {split: set(part.group) for split, part in pairs.groupby("split")}
+    assert not groups["fit"] & groups["tune"]
+    assert not groups["test"] & (groups["fit"] | groups["tune"])
+    assert set(pd.read_parquet(records / "behaviour.parquet").split) == {"test"}
+    steering = pd.read_parquet(records / "steering.parquet")
+    assert set(steering[steering.purpose == "sweep"].split) == {"tune"}
+    assert set(steering[steering.purpose == "final"].split) == {"test"}
+    assert set(steering[steering.split == "tune"].group) <= groups["tune"]
+    assert set(pd.read_parquet(records / "probes.parquet").group) <= groups["test"]
+
+
+def test_a_second_call_does_nothing_again(finished: Path, study_file: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in (finished / "cells").rglob("*") if p.is_file()}
+    told: list[tuple[object, ...]] = []
+    run_study(load_study(str(study_file)), finished, lambda *news: told.append(news))
+    assert {news[-1] for news in told} == {"done before"}
+    assert before == {p: p.stat().st_mtime_ns for p in (finished / "cells").rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("stage", ["train", "pairs", "steering"])
+def test_a_run_killed_in_any_stage_goes_on_to_the_same_results(
+    stage: str, study_file: Path, finished: Path, tmp_path: Path
+) -> None:
+    """SIGKILL while the stage runs; what was finished before is not redone."""
+    run = tmp_path / "killed"
+    markers = run / "cells" / "addition-0" / "stages"
+    earlier = {"train": [], "pairs": ["train", "behaviour"], "steering": ["train", "behaviour", "pairs"]}[stage]
+    process = subprocess.Popen(
+        [*COMMAND, str(study_file), "--out", str(run)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 240
+    while not ((run / "study.yaml").exists() and all((markers / f"{name}.json").exists() for name in earlier)):
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (markers / f"{stage}.json").exists(), "the stage was over before the signal came"
+    stamps = {name: (markers / f"{name}.json").stat().st_mtime_ns for name in earlier}
+    subprocess.run([*COMMAND, str(study_file), "--out", str(run)], check=True, capture_output=True)
+    assert stamps == {name: (markers / f"{name}.json").stat().st_mtime_ns for name in earlier}
+    assert results(run) == results(finished)
+    for name in ("behaviour", "pairs", "probes", "steering"):
+        file = Path("cells") / "addition-0" / "records" / f"{name}.parquet"
+        assert (run / file).read_bytes() == (finished / file).read_bytes()
+
+
+def test_cells_side_by_side_give_what_they_give_one_by_one(study_file: Path, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "two"
+    config = load_study(str(study_file), seeds=2)
+    run_study(config, run, workers=2)
+    two = json.loads((run / "results.json").read_text())["tasks"]["addition"]
+    assert two["seeds"] == [0, 1]
+    file = Path("cells") / "addition-0" / "records" / "steering.parquet"
+    assert (run / file).read_bytes() == (finished / file).read_bytes()
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+def test_another_configuration_is_refused(copied: Path, study_file: Path) -> None:
+    with pytest.raises(InputError, match="another configuration.*steps"):
+        run_study(load_study(str(study_file), ["cells.addition.training.steps=601"]), copied)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, study_file: Path) -> None:
+    (tmp_path / "letter.txt").write_text("not a run")
+    with pytest.raises(InputError, match=r"not empty and holds no study\.yaml"):
+        run_study(load_study(str(study_file)), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["letter.txt"]
+
+
+@pytest.mark.parametrize(
+    "file", ["model/model.safetensors", "records/pairs.parquet", "contrast.safetensors", "stages/train.json"]
+)
+def test_a_damaged_artefact_is_named(copied: Path, study_file: Path, file: str) -> None:
+    path = copied / "cells" / "addition-0" / file
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(StudyError, match="is damaged") as error:
+        run_study(load_study(str(study_file)), copied)
+    assert path.name in str(error.value)
+
+
+def test_a_model_that_never_mixes_gives_no_report(study_file: Path, tmp_path: Path) -> None:
+    overrides = ["cells.addition.training.steps=25", "cells.addition.training.stop.recall=1.0"]
+    with pytest.raises(StudyError, match="after 25 steps the model does not show both behaviours"):
+        run_study(load_study(str(study_file), overrides), tmp_path / "run")
+    assert not (tmp_path / "run" / "report.html").exists()
+    assert len(pd.read_parquet(tmp_path / "run" / "cells" / "addition-0" / "records" / "training.parquet")) == 1
+
+
+def test_no_pairs_are_reported_with_what_was_seen(study_file: Path, tmp_path: Path) -> None:
+    overrides = ["cells.addition.training.steps=25", "cells.addition.training.stop.novel_accuracy=0"]
+    overrides += [f"cells.addition.training.stop.{name}=0" for name in ("recall", "conflict_each")]
+    overrides += ["cells.addition.training.stop.conflict_other=1"]
+    with pytest.raises(StudyError, match=r"no pairs found in the fit split: none of \d+ candidates flips \(other"):
+        run_study(load_study(str(study_file), overrides), tmp_path / "run")
+    assert not (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_full_disk_leaves_nothing_half_written(
+    study_file: Path, copied: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk fills up when the steering records are renamed into place."""
+    (copied / "cells" / "addition-0" / "stages" / "steering.json").unlink()
+    target = copied / "cells" / "addition-0" / "records" / "steering.parquet"
+    target.unlink()
+    rename = os.replace
+
+    def full(source: Path, destination: Path) -> None:
+        if Path(destination) == target:
+            raise OSError(errno.ENOSPC, "No space left on device", str(destination))
+        rename(source, destination)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        run_study(load_study(str(study_file)), copied)
+    assert not list(copied.rglob("*.tmp*"))
+    monkeypatch.undo()
+    run_study(load_study(str(study_file)), copied)
+    assert results(copied) == results(finished)
+
+
+def test_a_users_own_file_runs_on_a_trained_model(
+    mini: Callable[[str], Asking], tmp_path: Path, study_file: Path
+) -> None:
+    """The jsonl task on a model folder: nothing is trained, everything else is the same."""
+    asking = mini("addition")
+    asking.model.save_pretrained(tmp_path / "model")
+    asking.tokenizer.save_pretrained(tmp_path / "model")
+    data = tmp_path / "mine.jsonl"
+    options = [f"--option={name}={value}" for name, value in MINI_TASKS["addition"].items()]
+    subprocess.run(
+        [sys.executable, "-m", "mnemoscope", "data", "addition", "-n", "384", "-o", str(data), *options], check=True
+    )
+    raw = f"""
+study: mine
+cells:
+  mine:
+    task: jsonl
+    options: {{file: {data}}}
+    model: {{folder: {tmp_path / "model"}}}
+    pairs: {{permutations: 99}}
+    steering: {{tops: [0.5], draws: 2, tune_pairs: 50, strengths: {{nmd: [1.0], nmd-relative: [0.2]}}}}
+"""
+    (tmp_path / "mine.yaml").write_text(raw)
+    run_study(load_study(str(tmp_path / "mine.yaml")), tmp_path / "run")
+    found = json.loads((tmp_path / "run" / "results.json").read_text())["tasks"]["mine"]
+    assert found["pairs"]["pairs"] > 10
+    assert "report" in (tmp_path / "run" / "report.html").read_text().lower()
+
+
+def test_a_resolved_study_reads_back_as_itself(study_file: Path, tmp_path: Path) -> None:
+    config = load_study(str(study_file), ["cells.addition.pairs.site=mlp"], seeds=3)
+    (tmp_path / "again.yaml").write_text(dump_study(config))
+    assert load_study(str(tmp_path / "again.yaml")) == config

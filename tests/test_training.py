@@ -1,0 +1,141 @@
+"""Training: the loss is that of the whole instance, the stop rule is the stated one, a run that fails says why."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from helpers import MINI_TASKS
+
+from mnemoscope.behaviour import Asking
+from mnemoscope.config import StopConfig, TrainingConfig
+from mnemoscope.errors import InputError
+from mnemoscope.models import build_gpt2, word_tokenizer
+from mnemoscope.tasks import Task, answer_of, build_task
+from mnemoscope.training import Trained, batches, how_to_mix, optimizers_for, train, unmet
+
+QUICK = TrainingConfig(steps=30, batch_size=16, evaluate_every=10, evaluation_examples=24)
+NOTHING = StopConfig(novel_accuracy=0, recall=0, conflict_each=0, conflict_other=1)
+
+
+def untrained(task: Task, context: int = 48) -> Asking:
+    tokenizer = word_tokenizer(task.vocabulary, context)  # type: ignore[attr-defined]
+    model = build_gpt2(tokenizer, layers=2, width=32, heads=2, context=context, seed=0)
+    return Asking(model, tokenizer, task.boundary)
+
+
+@pytest.fixture
+def task() -> Task:
+    return build_task("addition", MINI_TASKS["addition"], 0)
+
+
+def test_batches_hold_whole_instances_and_weigh_prompt_and_answer(task: Task) -> None:
+    asking = untrained(task)
+    config = QUICK.model_copy(update={"prompt_weight": 0.25})
+    ids_BT, weights_BT = next(batches(asking, task, config, np.random.default_rng(3)))
+    instances = list(islice(task.training(np.random.default_rng(3)), 16))
+    for ids, weights, instance in zip(ids_BT, weights_BT, instances, strict=True):
+        prompt, answer = answer_of(instance)
+        expected = asking.tokenizer(prompt + answer).input_ids
+        n, p = len(expected), len(asking.tokenizer(prompt).input_ids)
+        assert ids[:n].tolist() == expected
+        assert ids[n] == asking.tokenizer.eos_token_id
+        assert weights[:p].tolist() == [0.25] * p
+        assert weights[p : n + 1].tolist() == [1.0] * (n - p + 1)
+        assert not weights[n + 1 :].any()
+
+
+def test_the_first_loss_is_plain_causal_language_modelling() -> None:
+    """Against the library's own loss on the same batch, pads ignored."""
+    task = build_task("inference", MINI_TASKS["inference"], 0)
+    asking = untrained(task)
+    config = QUICK.model_copy(update={"steps": 1, "evaluate_every": 1, "stop": NOTHING})
+    ids_BT, weights_BT = next(batches(asking, task, config, _training_rng(asking, task, config)))
+    labels_BT = ids_BT.masked_fill(weights_BT == 0, -100)
+    with torch.no_grad():
+        expected = float(asking.model(input_ids=ids_BT, labels=labels_BT).loss)
+    assert train(asking, task, config, np.random.default_rng(0)).curve[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def _training_rng(asking: Asking, task: Task, config: TrainingConfig) -> np.random.Generator:
+    """The generator as it stands after the evaluation examples are drawn."""
+    from mnemoscope.training import prepare_evaluation
+
+    rng = np.random.default_rng(0)
+    prepare_evaluation(asking, task, config.evaluation_examples, rng)
+    return rng
+
+
+def test_training_is_the_same_every_time(task: Task) -> None:
+    runs = []
+    for _ in range(2):
+        asking = untrained(task)
+        trained = train(asking, task, QUICK, np.random.default_rng(0))
+        runs.append((trained.curve, [p.detach().clone() for p in asking.model.parameters()]))
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
+
+
+def test_training_stops_where_the_rule_holds_and_keeps_that_row(task: Task) -> None:
+    trained = train(untrained(task), task, QUICK.model_copy(update={"stop": NOTHING}), np.random.default_rng(0))
+    assert (trained.steps, trained.unmet) == (10, [])
+    assert [row["kept"] for row in trained.curve] == [True]
+    unstopped = train(untrained(task), task, QUICK, np.random.default_rng(0))
+    assert unstopped.steps == 30
+    assert unstopped.unmet
+    assert [row["met"] for row in unstopped.curve] == [False] * 3
+
+
+def test_the_rule_names_what_is_missing() -> None:
+    measured = {
+        "novel_accuracy": 0.97,
+        "recall": 0.5,
+        "conflict_memorized": 0.25,
+        "conflict_generalized": 0.65,
+        "conflict_other": 0.11,
+    }
+    assert unmet(StopConfig(), measured) == ["recall 0.500 (wanted >= 0.97)", "conflict_other 0.110 (wanted <= 0.1)"]
+    assert unmet(StopConfig(), measured | {"recall": 0.97, "conflict_other": 0.1}) == []
+
+
+@pytest.mark.parametrize(("memorized", "advice"), [(0.9, "memory wins"), (0.1, "the rule wins")])
+def test_a_run_that_never_mixes_says_which_dials_to_turn(memorized: float, advice: str) -> None:
+    row = {"novel_accuracy": 0.99, "recall": 0.99, "conflict_memorized": memorized, "conflict_generalized": 1 - memorized}
+    text = how_to_mix(Trained([row], 500, 1.0, ["conflict_generalized 0.1 (wanted >= 0.25)"]))
+    assert advice in text
+    assert "memorized_share" in text
+    assert "wanted >= 0.25" in text
+    assert "\n" not in text
+
+
+def test_every_parameter_has_one_optimizer_and_embeddings_are_adams(task: Task) -> None:
+    model = untrained(task).model
+    muon, adam = optimizers_for(model, QUICK)
+    groups = [{id(p) for g in o.param_groups for p in g["params"]} for o in (muon, adam)]
+    assert not groups[0] & groups[1]
+    assert groups[0] | groups[1] == {id(p) for p in model.parameters()}
+    assert id(model.transformer.wte.weight) in groups[1]
+    assert len(groups[0]) == 2 * 4  # attention in and out, MLP up and down, in each of two blocks
+
+
+def test_an_instance_longer_than_the_context_is_refused(task: Task) -> None:
+    with pytest.raises(InputError, match=r"model\.context: 12 tokens; a training instance has 17"):
+        train(untrained(task, context=12), task, QUICK, np.random.default_rng(0))
+
+
+def test_a_task_without_a_kind_that_the_rule_needs_is_refused(task: Task) -> None:
+    class Forgetful:
+        name, boundary = "forgetful", ("",)
+        vocabulary = task.vocabulary  # type: ignore[attr-defined]
+        training = staticmethod(task.training)
+        rephrase = staticmethod(task.rephrase)
+
+        @staticmethod
+        def examples(rng: np.random.Generator, n: int, kind: str) -> list[object]:
+            return [] if kind == "memory" else task.examples(rng, n, kind)  # type: ignore[arg-type]
+
+    with pytest.raises(InputError, match="has no memory example"):
+        train(replace(untrained(task)), Forgetful(), QUICK, np.random.default_rng(0))  # type: ignore[arg-type]
