@@ -11,6 +11,7 @@ import pytest
 
 from helpers import MINI_TASKS, MINI_TRAINING
 from mnemoscope.behaviour import Asking
+from mnemoscope.config import ModelConfig
 from mnemoscope.models import build_gpt2, load_model, word_tokenizer
 from mnemoscope.tasks import build_task
 from mnemoscope.training import train
@@ -45,7 +46,7 @@ def mini(shared_folder: Path) -> Callable[[str], Asking]:
 def _train_mini(name: str, folder: Path) -> None:
     task = build_task(name, MINI_TASKS[name], seed=0)
     tokenizer = word_tokenizer(task.vocabulary, 48)
-    model = build_gpt2(tokenizer, layers=3 if name == "inference" else 2, width=64, heads=4, context=48, seed=0)
+    model = build_gpt2(tokenizer, ModelConfig(layers=3 if name == "inference" else 2, width=64, heads=4, context=48), 0)
     train(Asking(model, tokenizer, task.boundary), task, MINI_TRAINING[name], np.random.default_rng(0))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -19,6 +19,7 @@ from transformers import (
 
 from helpers import mini_examples
 from mnemoscope.behaviour import Asking, read_states
+from mnemoscope.config import ModelConfig
 from mnemoscope.errors import InputError
 from mnemoscope.models import SITES, blocks_of, build_gpt2, load_model, position_ids, site_module, word_tokenizer
 from mnemoscope.tasks import build_task
@@ -30,7 +31,7 @@ def tiny(family: str) -> torch.nn.Module:
     torch.manual_seed(0)
     if family == "gpt2":
         tokenizer = word_tokenizer([f"w{i}" for i in range(37)], 32)
-        return build_gpt2(tokenizer, layers=3, width=16, heads=2, context=32, seed=0)
+        return build_gpt2(tokenizer, ModelConfig(layers=3, width=16, heads=2, context=32), 0)
     if family == "llama":
         return LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2)).eval()
     return GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL)).eval()

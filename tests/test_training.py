@@ -11,7 +11,7 @@ import torch
 from helpers import MINI_TASKS
 
 from mnemoscope.behaviour import Asking
-from mnemoscope.config import StopConfig, TrainingConfig
+from mnemoscope.config import ModelConfig, StopConfig, TrainingConfig
 from mnemoscope.errors import InputError
 from mnemoscope.models import build_gpt2, word_tokenizer
 from mnemoscope.tasks import Task, answer_of, build_task
@@ -23,7 +23,7 @@ NOTHING = StopConfig(novel_accuracy=0, recall=0, conflict_each=0, conflict_other
 
 def untrained(task: Task, context: int = 48) -> Asking:
     tokenizer = word_tokenizer(task.vocabulary, context)  # type: ignore[attr-defined]
-    model = build_gpt2(tokenizer, layers=2, width=32, heads=2, context=context, seed=0)
+    model = build_gpt2(tokenizer, ModelConfig(layers=2, width=32, heads=2, context=context), 0)
     return Asking(model, tokenizer, task.boundary)
 
 
@@ -121,9 +121,11 @@ def test_every_parameter_has_one_optimizer_and_embeddings_are_adams(task: Task) 
     assert len(groups[0]) == 2 * 4  # attention in and out, MLP up and down, in each of two blocks
 
 
-def test_an_instance_longer_than_the_context_is_refused(task: Task) -> None:
-    with pytest.raises(InputError, match=r"model\.context: 12 tokens; a training instance has 17"):
-        train(untrained(task, context=12), task, QUICK, np.random.default_rng(0))
+def test_an_instance_longer_than_the_context_is_refused() -> None:
+    """Examples ask one question and fit; training instances ask three."""
+    task = build_task("inference", MINI_TASKS["inference"], 0)
+    with pytest.raises(InputError, match=r"model\.context: 24 tokens; a training instance has 34"):
+        train(untrained(task, context=24), task, QUICK, np.random.default_rng(0))
 
 
 def test_a_task_without_a_kind_that_the_rule_needs_is_refused(task: Task) -> None:

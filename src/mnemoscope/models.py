@@ -20,6 +20,8 @@ from mnemoscope.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+    from mnemoscope.config import ModelConfig
+
 Site = Literal["block", "attention", "mlp", "neuron"]
 SITES: tuple[Site, ...] = ("block", "attention", "mlp", "neuron")
 
@@ -126,23 +128,21 @@ def position_ids(mask_NT: Tensor) -> Tensor:
     return (mask_NT.long().cumsum(-1) - 1).masked_fill(mask_NT == 0, 1)
 
 
-def build_gpt2(
-    tokenizer: PreTrainedTokenizerFast, *, layers: int, width: int, heads: int, context: int, seed: int
-) -> PreTrainedModel:
-    """A GPT-2 with random weights for a tokenizer's vocabulary; float32, in evaluation mode, without dropout."""
+def build_gpt2(tokenizer: PreTrainedTokenizerFast, shape: ModelConfig, seed: int) -> PreTrainedModel:
+    """A GPT-2 with random weights for a tokenizer's vocabulary; float32, in evaluation mode."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
         vocab_size=len(tokenizer),
-        n_positions=context,
-        n_embd=width,
-        n_layer=layers,
-        n_head=heads,
+        n_positions=shape.context,
+        n_embd=shape.width,
+        n_layer=shape.layers,
+        n_head=shape.heads,
         # The same function as GPT-2's "gelu_new" in one fused kernel, several times faster on a CPU.
         activation_function="gelu_pytorch_tanh",
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
+        resid_pdrop=shape.dropout,
+        embd_pdrop=shape.dropout,
+        attn_pdrop=0.0,  # dropping attention weights would leave the fused kernel
         bos_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

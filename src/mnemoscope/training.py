@@ -81,6 +81,7 @@ def train(
     """
     started = time.perf_counter()
     model = asking.model
+    torch.manual_seed(int(rng.integers(2**31)))  # dropout draws from the global generator
     evaluation = prepare_evaluation(asking, task, config.evaluation_examples, rng)
     optimizers = optimizers_for(model, config)
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: _rate(step, config)) for o in optimizers]
@@ -195,6 +196,9 @@ def optimizers_for(model: PreTrainedModel, config: TrainingConfig) -> list[torch
     matrices = [p for p in trainable if p.ndim == 2 and id(p) not in embeddings]
     inside = {id(p) for p in matrices}
     rest = [p for p in trainable if id(p) not in inside]
+    if config.optimizer == "adamw":
+        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        return [torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))]
     return [
         torch.optim.Muon(
             matrices, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"

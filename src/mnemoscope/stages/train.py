@@ -72,9 +72,7 @@ def _untrained(cell: Cell, task: Task) -> Asking:
             f"model.folder: task {task.name!r} has no vocabulary to train on; give the folder of a trained model"
         )
     tokenizer = word_tokenizer(vocabulary, shape.context)
-    model = build_gpt2(
-        tokenizer, layers=shape.layers, width=shape.width, heads=shape.heads, context=shape.context, seed=cell.seed
-    )
+    model = build_gpt2(tokenizer, shape, cell.seed)
     return Asking(model, tokenizer, task.boundary, cell.config.pairs.batch_size)
 
 

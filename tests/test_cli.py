@@ -1,0 +1,126 @@
+"""The command line: contracts, bad input in one line with exit code 2, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import MINI_STUDY
+from typer.testing import CliRunner
+
+from mnemoscope.cli import app
+from mnemoscope.config import built_in_studies
+from mnemoscope.tasks.jsonl import read_jsonl
+
+RUNNER = CliRunner()
+
+
+def call(*arguments: str) -> tuple[int, str, str]:
+    result = RUNNER.invoke(app, list(arguments))
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from mnemoscope.cli import app;"
+        "r = CliRunner().invoke(app, ['--help']); assert r.exit_code == 0, r.output;"
+        "heavy = {'torch', 'transformers', 'pandas', 'sklearn', 'matplotlib', 'numpy', 'rich.progress'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_tasks_are_listed() -> None:
+    code, out, _ = call("tasks", "--json")
+    assert code == 0
+    assert set(json.loads(out)) == {"inference", "addition", "addition-digits", "jsonl"}
+    assert "inference" in call("tasks")[1]
+
+
+def test_data_is_seeded_jsonl_that_reads_back(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    code, out, _ = call("data", "inference", "-n", "20", "--seed", "3", "-o", str(first), "--json")
+    assert (code, json.loads(out)["examples"]) == (0, 80)
+    call("data", "inference", "-n", "20", "--seed", "3", "-o", str(second))
+    assert first.read_bytes() == second.read_bytes()
+    assert len(read_jsonl(first, 0)) == 80
+
+
+def test_built_in_studies_resolve() -> None:
+    assert "quickstart" in built_in_studies()
+
+
+def broken(change: dict[str, object]) -> str:
+    study = yaml.safe_load(MINI_STUDY)
+    for path, value in change.items():
+        *parents, last = path.split(".")
+        node = study
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[last] = value
+    return yaml.safe_dump(study)
+
+
+CELL = "cells.addition"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("study: [unclosed", "line 1: not YAML"),
+        ("just words", "not a mapping"),
+        (broken({f"{CELL}.task": "adition"}), "task: 'adition' is unknown"),
+        (broken({f"{CELL}.options.stored": 2}), "stored: 2"),
+        (broken({f"{CELL}.options.colour": 2}), "task.options.colour: task 'addition' has no such option"),
+        (broken({f"{CELL}.training.steps": 0}), f"{CELL}.training.steps: Input should be greater than or equal to 1 (got 0)"),
+        (broken({f"{CELL}.training.stepps": 5}), f"{CELL}.training.stepps: Extra inputs are not permitted"),
+        (broken({f"{CELL}.pairs.site": "head"}), f"{CELL}.pairs.site: Input should be 'block', 'attention', 'mlp' or"),
+        (broken({f"{CELL}.steering.tops": [0.5, 1.5]}), "top 1.5 is not in (0, 1]"),
+        (broken({f"{CELL}.model.heads": 5}), "width 64 is not a multiple of heads 5"),
+        (broken({f"{CELL}.model.context": 12}), "prompt: 16 tokens with its answer; the model reads at most 11"),
+        (broken({f"{CELL}.model.folder": "nowhere/at/all"}), "model: nowhere/at/all cannot be opened"),
+        (broken({f"{CELL}.task": "jsonl", f"{CELL}.options": {"file": "absent.jsonl"}}), "absent.jsonl cannot be read"),
+        (broken({"seeds": 0}), "seeds: Input should be greater than or equal to 1 (got 0)"),
+    ],
+)
+def test_a_bad_study_is_one_line_and_exit_code_2(tmp_path: Path, text: str, message: str) -> None:
+    file, out = tmp_path / "bad.yaml", tmp_path / "run"
+    file.write_text(text)
+    code, stdout, stderr = call("run", str(file), "--out", str(out), "--json")
+    assert code == 2
+    assert stdout == ""
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1
+    assert message in stderr
+    assert "Traceback" not in stderr
+    assert not list(out.rglob("*.parquet"))
+    assert not list(out.rglob("*.html"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "quickstrat"), "study: 'quickstrat' is neither a file nor one of quickstart"),
+        (("run", "quickstart", "--set", "seeds"), "--set: 'seeds' is not of the form a.b=c"),
+        (("run", "quickstart", "--set", "seeds.a=1"), "leads through 'seeds'"),
+        (("run", "quickstart", "--set", "cells.addition.model.layers=[1"), "not YAML"),
+        (("report", "nowhere"), "RUN: nowhere is not a run folder"),
+        (("data", "inferense", "-o", "x.jsonl"), "task: 'inferense' is unknown"),
+        (("data", "inference", "-o", "x.jsonl", "--option", "hops"), "not of the form name=value"),
+        (("data", "jsonl", "-o", "x.jsonl"), "task.options"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_exit_code_2(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, stdout, stderr = call(*arguments)
+    assert (code, stdout) == (2, "")
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1
+    assert message in stderr
+    assert not list(tmp_path.iterdir())
