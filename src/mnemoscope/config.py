@@ -27,7 +27,6 @@ class ModelConfig(_Frozen):
     layers: int = Field(4, ge=1, le=64, description="blocks")
     width: int = Field(128, ge=8, le=4096, description="neurons of a state")
     heads: int = Field(4, ge=1, le=64, description="attention heads; a divisor of the width")
-    dropout: float = Field(0.0, ge=0, lt=1, description="of embeddings and of what attention and MLP add, in training")
     context: int = Field(64, ge=8, le=4096, description="most tokens the model reads")
 
     @model_validator(mode="after")
@@ -57,6 +56,12 @@ class TrainingConfig(_Frozen):
     optimizer: Literal["muon", "adamw"] = Field("muon", description="of the matrices inside the blocks; AdamW of the rest")
     learning_rate: float = Field(3e-3, gt=0, le=1, description="its peak")
     weight_decay: float = Field(0.1, ge=0, le=10, description="of the matrices inside the blocks")
+    settle_steps: int = Field(
+        0, ge=0, description="steps after the stop rule first holds, over which the learning rate falls to 0"
+    )
+    settle_dropout: float = Field(
+        0.0, ge=0, lt=1, description="dropout of embeddings and of what attention and MLP add, in these steps"
+    )
     warmup_steps: int = Field(50, ge=0, description="steps over which the learning rate rises")
     prompt_weight: float = Field(
         1.0, ge=0, le=1, description="weight of a prompt token in the loss; 1 is plain causal language modelling"

@@ -140,9 +140,9 @@ def build_gpt2(tokenizer: PreTrainedTokenizerFast, shape: ModelConfig, seed: int
         n_head=shape.heads,
         # The same function as GPT-2's "gelu_new" in one fused kernel, several times faster on a CPU.
         activation_function="gelu_pytorch_tanh",
-        resid_pdrop=shape.dropout,
-        embd_pdrop=shape.dropout,
-        attn_pdrop=0.0,  # dropping attention weights would leave the fused kernel
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
         bos_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -69,7 +69,8 @@ def train(
 ) -> Trained:
     """Train a model in place on a task until the stop rule holds.
 
-    The model ends with the weights of the last measurement: that is where the rule held, or where the steps ran out.
+    Once the rule holds, training goes on for ``settle_steps`` while the learning rate falls to 0. The model ends with the
+    weights of the last measurement in which the rule held, or with the last ones where it never did.
 
     Args:
         asking: the model, its tokenizer and what closes an answer.
@@ -80,32 +81,88 @@ def train(
         InputError: the task lacks a kind of example that the stop rule needs, or an instance is too long.
     """
     started = time.perf_counter()
-    model = asking.model
     torch.manual_seed(int(rng.integers(2**31)))  # dropout draws from the global generator
     evaluation = prepare_evaluation(asking, task, config.evaluation_examples, rng)
-    optimizers = optimizers_for(model, config)
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: _rate(step, config)) for o in optimizers]
-    curve: list[dict[str, Any]] = []
-    measured: dict[str, float] = {}
-    losses: list[float] = []
-    missing: list[str] = []
-    step = 0
-    for ids_BT, weights_BT in islice(batches(asking, task, config, rng), config.steps):
-        model.train()
-        losses.append(_step(model, ids_BT, weights_BT, optimizers, schedules))
-        step += 1
-        if step % config.evaluate_every == 0 or step == config.steps:
-            model.eval()
-            measured = measure(asking, evaluation)
-            missing = unmet(config.stop, measured)
-            curve.append({"step": step, "loss": float(np.mean(losses)), **measured, "met": not missing, "kept": False})
-            losses.clear()
-        progress(step, measured)
-        if measured and not missing:
+    state = _State(asking.model, config)
+    for ids_BT, weights_BT in batches(asking, task, config, rng):
+        state.step(ids_BT, weights_BT)
+        if state.steps % config.evaluate_every == 0 or state.is_last():
+            state.note(measure(asking, evaluation))
+        progress(state.steps, state.measured)
+        if state.is_last():
             break
-    model.eval()
-    curve[-1]["kept"] = True
-    return Trained(curve, step, time.perf_counter() - started, missing)
+    state.finish()
+    return Trained(state.curve, state.steps, time.perf_counter() - started, unmet(config.stop, state.kept_row()))
+
+
+class _State:
+    """A training run as it goes: optimizers, curve, and the last weights with which the stop rule held."""
+
+    def __init__(self, model: PreTrainedModel, config: TrainingConfig) -> None:
+        self.model, self.config = model, config
+        self.optimizers = optimizers_for(model, config)
+        self.steps = 0
+        self.first_met: int | None = None
+        self.curve: list[dict[str, Any]] = []
+        self.measured: dict[str, float] = {}
+        self._losses: list[float] = []
+        self._mixed: dict[str, Tensor] | None = None
+        # One schedule for all: the rate of a step depends on when the rule first held, which only the run knows.
+        self._schedules = [torch.optim.lr_scheduler.LambdaLR(o, self._rate) for o in self.optimizers]
+
+    def step(self, ids_BT: Tensor, weights_BT: Tensor) -> None:
+        """One optimizer step."""
+        self.model.train()
+        self._losses.append(_step(self.model, ids_BT, weights_BT, self.optimizers, self._schedules))
+        self.steps += 1
+
+    def is_last(self) -> bool:
+        """Whether the steps have run out, before the rule held or after."""
+        if self.first_met is None:
+            return self.steps >= self.config.steps
+        return self.steps >= self.first_met + self.config.settle_steps
+
+    def note(self, measured: dict[str, float]) -> None:
+        """Add a row to the curve; remember the weights where the rule holds."""
+        met = not unmet(self.config.stop, measured)
+        row = {"step": self.steps, "loss": float(np.mean(self._losses)), **measured, "met": met, "kept": False}
+        self.curve.append(row)
+        self.measured = measured
+        self._losses.clear()
+        if met:
+            self._mixed = {name: value.clone() for name, value in self.model.state_dict().items()}
+            if self.first_met is None:
+                self.first_met = self.steps
+                _set_dropout(self.model, self.config.settle_dropout)
+
+    def kept_row(self) -> dict[str, Any]:
+        """The last row in which the rule held, else the last one."""
+        return next((row for row in reversed(self.curve) if row["met"]), self.curve[-1])
+
+    def finish(self) -> None:
+        """Put the kept weights back."""
+        if self._mixed is not None:
+            self.model.load_state_dict(self._mixed)
+        _set_dropout(self.model, 0.0)
+        self.model.eval()
+        self.kept_row()["kept"] = True
+
+    def _rate(self, step: int) -> float:
+        """Factor on the learning rate: warm-up, constant, linear decay at the end; then settling down to 0."""
+        config = self.config
+        factor = min(1.0, (step + 1) / max(1, config.warmup_steps))
+        if config.decay_steps:
+            factor *= max(0.02, min(1.0, (config.steps - step) / config.decay_steps))
+        if self.first_met is not None and config.settle_steps:
+            factor *= max(0.0, 1.0 - (step - self.first_met) / config.settle_steps)
+        return factor
+
+
+def _set_dropout(model: PreTrainedModel, share: float) -> None:
+    """Of every dropout layer, save that of attention weights, which would leave the fused kernel."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and not name.endswith("attn_dropout"):
+            module.p = share
 
 
 def how_to_mix(trained: Trained) -> str:
@@ -205,14 +262,6 @@ def optimizers_for(model: PreTrainedModel, config: TrainingConfig) -> list[torch
         ),
         torch.optim.AdamW(rest, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
     ]
-
-
-def _rate(step: int, config: TrainingConfig) -> float:
-    """Factor on the learning rate: linear warm-up, constant, linear decay."""
-    factor = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    if config.decay_steps:
-        factor *= max(0.02, min(1.0, (config.steps - step) / config.decay_steps))
-    return factor
 
 
 def _step(
