@@ -40,7 +40,12 @@ cells:
       evaluation_examples: 60
       stop: {novel_accuracy: 0.6, recall: 0.8, conflict_each: 0.15, conflict_other: 0.5}
     pairs: {behaviour_examples: 100, fit_examples: 200, tune_examples: 100, test_examples: 100, permutations: 99}
-    steering: {tops: [0.1, 0.5], draws: 3, tune_pairs: 50, strengths: {nmd: [1.0, 2.0], nmd-relative: [0.1, 0.3]}}
+    steering:
+      methods: [nmd, gradient]
+      strengths: {nmd: [1.0, 2.0], gradient: [0.1, 0.3]}
+      tops: [0.1, 0.5]
+      draws: 3
+      tune_pairs: 50
 """
 
 

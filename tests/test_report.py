@@ -187,7 +187,7 @@ def steer(rng: np.random.Generator, rows: list, lists: dict, sign: int, push: fl
             after = "other" if rng.random() < 0.02 + 0.01 * push**2 else target if inside > 0 else source
             rows.append(
                 {**setting, "examples": examples, "example": index, "group": group, "before": before, "after": after}
-                | {"margin": sign * inside}
+                | {"margin": sign * inside, "confabulated": math.nan}
             )
 
 
@@ -197,7 +197,7 @@ def keep(rng: np.random.Generator, rows: list, groups: pd.Series, setting: dict)
             before = "correct" if rng.random() < 0.96 else "wrong"
             after = "wrong" if rng.random() < 0.03 else before
             row = {"examples": examples, "example": index, "group": group, "before": before, "after": after}
-            rows.append({**setting, **row, "margin": math.nan})
+            rows.append({**setting, **row, "margin": math.nan, "confabulated": math.nan})
 
 
 def chosen_settings() -> dict[str, Any]:

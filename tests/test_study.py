@@ -16,9 +16,9 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from helpers import MINI_STUDY, MINI_TASKS
 from safetensors import safe_open
 
+from helpers import MINI_STUDY, MINI_TASKS
 from mnemoscope.behaviour import Asking
 from mnemoscope.config import dump_study, load_study
 from mnemoscope.errors import InputError, StudyError
@@ -163,7 +163,7 @@ def copied(finished: Path, tmp_path: Path) -> Path:
 
 
 def test_another_configuration_is_refused(copied: Path, study_file: Path) -> None:
-    with pytest.raises(InputError, match="another configuration.*steps"):
+    with pytest.raises(InputError, match=r"another configuration.*steps"):
         run_study(load_study(str(study_file), ["cells.addition.training.steps=601"]), copied)
 
 
@@ -245,7 +245,7 @@ cells:
     options: {{file: {data}}}
     model: {{folder: {tmp_path / "model"}}}
     pairs: {{permutations: 99}}
-    steering: {{tops: [0.5], draws: 2, tune_pairs: 50, strengths: {{nmd: [1.0], nmd-relative: [0.2]}}}}
+    steering: {{tops: [0.5], draws: 2, tune_pairs: 50, methods: [nmd], strengths: {{nmd: [1.0]}}}}
 """
     (tmp_path / "mine.yaml").write_text(raw)
     run_study(load_study(str(tmp_path / "mine.yaml")), tmp_path / "run")

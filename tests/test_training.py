@@ -8,8 +8,8 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from helpers import MINI_TASKS
 
+from helpers import MINI_TASKS
 from mnemoscope.behaviour import Asking
 from mnemoscope.config import ModelConfig, StopConfig, TrainingConfig
 from mnemoscope.errors import InputError
@@ -103,7 +103,12 @@ def test_the_rule_names_what_is_missing() -> None:
 
 @pytest.mark.parametrize(("memorized", "advice"), [(0.9, "memory wins"), (0.1, "the rule wins")])
 def test_a_run_that_never_mixes_says_which_dials_to_turn(memorized: float, advice: str) -> None:
-    row = {"novel_accuracy": 0.99, "recall": 0.99, "conflict_memorized": memorized, "conflict_generalized": 1 - memorized}
+    row = {
+        "novel_accuracy": 0.99,
+        "recall": 0.99,
+        "conflict_memorized": memorized,
+        "conflict_generalized": 1 - memorized,
+    }
     text = how_to_mix(Trained([row], 500, 1.0, ["conflict_generalized 0.1 (wanted >= 0.25)"]))
     assert advice in text
     assert "memorized_share" in text

@@ -14,6 +14,9 @@ from mnemoscope.errors import InputError
 Share = Field(ge=0.0, le=1.0)
 
 
+MethodName = Literal["nmd", "nmd-relative", "gradient"]
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -53,7 +56,7 @@ class TrainingConfig(_Frozen):
         0, ge=0, description="steps at the end over which the learning rate falls to 2 % of its peak"
     )
     batch_size: int = Field(64, ge=1, le=65536, description="instances a step")
-    optimizer: Literal["muon", "adamw"] = Field("muon", description="of the matrices inside the blocks; AdamW of the rest")
+    optimizer: Literal["muon", "adamw"] = Field("muon", description="of the matrices in blocks; AdamW of the rest")
     learning_rate: float = Field(3e-3, gt=0, le=1, description="its peak")
     weight_decay: float = Field(0.1, ge=0, le=10, description="of the matrices inside the blocks")
     settle_steps: int = Field(
@@ -87,12 +90,19 @@ class PairsConfig(_Frozen):
 class SteeringConfig(_Frozen):
     """Which vectors are tried on the tune split and judged on the test split."""
 
-    methods: tuple[Literal["nmd", "nmd-relative"], ...] = Field(("nmd-relative", "nmd"), min_length=1)
-    tops: tuple[float, ...] = Field((0.05, 0.1, 0.3, 0.5), min_length=1, description="shares of all neurons, in (0, 1]")
-    strengths: dict[Literal["nmd", "nmd-relative"], tuple[float, ...]] = Field(
-        {"nmd": (0.5, 1.0, 2.0, 4.0, 8.0), "nmd-relative": (0.05, 0.1, 0.2, 0.3, 0.5)},
+    methods: tuple[MethodName, ...] = Field(("gradient", "nmd-relative", "nmd"), min_length=1)
+    tops: tuple[float, ...] = Field(
+        (0.05, 0.1, 0.3, 0.5, 0.9), min_length=1, description="shares of all neurons, in (0, 1]"
+    )
+    strengths: dict[MethodName, tuple[float, ...]] = Field(
+        {
+            "nmd": (0.5, 1.0, 1.5, 2.0, 4.0, 8.0),
+            "nmd-relative": (0.05, 0.1, 0.15, 0.2, 0.3, 0.5),
+            "gradient": (0.02, 0.04, 0.06, 0.08, 0.1, 0.2),
+        },
         description="per method: alpha, or the share of the state's norm",
     )
+    gradient_pairs: int = Field(500, ge=1, description="fit pairs behind the mean gradient of the margin")
     tune_pairs: int = Field(300, ge=1, description="tune pairs that every setting is tried on")
     judged_examples: int = Field(1000, ge=1, description="test pairs, and examples of each other list, at most")
     draws: int = Field(20, ge=1, description="draws of each control")

@@ -11,26 +11,79 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import torch
 
-from mnemoscope.behaviour import Asking, Batch, Scores, score
+from mnemoscope.behaviour import Asking, Batch, Scores, margins_of, score
 from mnemoscope.contrast import Contrast
-from mnemoscope.steering import SteeringVector, Toward
+from mnemoscope.models import Site, blocks_of
+from mnemoscope.steering import SteeringVector, Toward, scaled_to, shifted
 
 TOWARD: dict[str, Toward] = {"to_generalized": "generalized", "to_memorized": "memorized"}
 SOURCE: dict[str, Toward] = {"to_generalized": "memorized", "to_memorized": "generalized"}
 
-Method = Callable[[Contrast, Toward, float, float], SteeringVector]
+
+@dataclass(frozen=True)
+class Sources:
+    """What directions are made from; all of it from the fit split.
+
+    Attributes:
+        contrast: of the fit pairs.
+        gradient_LD: float64, mean gradient of the decision margin by each layer's state (``margin_gradient``).
+    """
+
+    contrast: Contrast
+    gradient_LD: np.ndarray
+
+
+Method = Callable[[Sources, Toward, float, float], SteeringVector]
 Control = Callable[[SteeringVector, tuple[int, int], np.random.Generator], SteeringVector]
 
 
-def nmd(contrast: Contrast, toward: Toward, top: float, strength: float) -> SteeringVector:
+def nmd(sources: Sources, toward: Toward, top: float, strength: float) -> SteeringVector:
     """The paper's shift: ``strength`` (its alpha) times NMD on the top neurons by |rho|."""
-    return SteeringVector.from_contrast(contrast, toward=toward, top=top, strength=strength)
+    return SteeringVector.from_contrast(sources.contrast, toward=toward, top=top, strength=strength)
 
 
-def nmd_relative(contrast: Contrast, toward: Toward, top: float, strength: float) -> SteeringVector:
+def nmd_relative(sources: Sources, toward: Toward, top: float, strength: float) -> SteeringVector:
     """NMD on the same neurons, each layer's shift scaled to ``strength`` times the norm of that layer's states."""
-    return SteeringVector.from_contrast(contrast, toward=toward, top=top, strength=strength, relative=True)
+    return SteeringVector.from_contrast(sources.contrast, toward=toward, top=top, strength=strength, relative=True)
+
+
+def gradient(sources: Sources, toward: Toward, top: float, strength: float) -> SteeringVector:
+    """The mean gradient of the decision margin, on each layer's top neurons by size, scaled as ``nmd-relative``.
+
+    NMD says where the behaviours differ, the gradient where a change would act (attribution by gradient, as in
+    Simonyan et al. 2014, averaged over examples).
+    """
+    size_LD = np.abs(sources.gradient_LD)
+    kept = math.ceil(top * size_LD.shape[1])
+    threshold_L1 = np.sort(size_LD, axis=1)[:, -kept, None]
+    shift_LD = scaled_to(np.where(size_LD >= threshold_L1, sources.gradient_LD, 0.0), sources.contrast.state_norm_L)
+    sign = 1.0 if toward == "generalized" else -1.0
+    site: Site = sources.contrast.site  # type: ignore[assignment]
+    return SteeringVector(toward, {}, site, method="gradient", top=top, strength=strength).with_dense(
+        sign * strength * shift_LD
+    )
+
+
+def margin_gradient(asking: Asking, batches: Sequence[Batch], site: Site, neurons: int) -> np.ndarray:
+    """Mean over prepared conflicts of d(decision margin) / d(state from the decision position on), per layer.
+
+    Args:
+        batches: prepared conflicts; cached prefixes make it cheap.
+        neurons: width D of the site.
+
+    Returns:
+        float64 (L, D), in nats per unit of the state.
+    """
+    layers = len(blocks_of(asking.model))
+    total_LD = np.zeros((layers, neurons))
+    for batch in batches:
+        shifts = {i: torch.zeros(neurons, device=asking.model.device, requires_grad=True) for i in range(layers)}
+        with shifted(asking.model, shifts, site, "decision"):
+            margin = margins_of(asking, batch).sum()
+        total_LD += np.stack([g.double().cpu().numpy() for g in torch.autograd.grad(margin, list(shifts.values()))])
+    return total_LD / sum(len(batch.examples_N) for batch in batches)
 
 
 def random_neurons(vector: SteeringVector, shape_LD: tuple[int, int], rng: np.random.Generator) -> SteeringVector:
@@ -55,7 +108,7 @@ def gaussian(vector: SteeringVector, shape_LD: tuple[int, int], rng: np.random.G
     return vector.with_dense(drawn_LD)
 
 
-METHODS: dict[str, Method] = {"nmd": nmd, "nmd-relative": nmd_relative}
+METHODS: dict[str, Method] = {"nmd": nmd, "nmd-relative": nmd_relative, "gradient": gradient}
 CONTROLS: dict[str, Control] = {"random_neurons": random_neurons, "gaussian": gaussian}
 
 
@@ -72,7 +125,7 @@ class Setting:
         direction: ``to_generalized`` or ``to_memorized``.
         method: a key of ``METHODS``.
         top: share of all neurons that are shifted, in (0, 1].
-        strength: alpha for ``nmd``, share of the state's norm for ``nmd-relative``.
+        strength: alpha for ``nmd``, share of the state's norm for the others.
     """
 
     direction: str
@@ -80,9 +133,9 @@ class Setting:
     top: float
     strength: float
 
-    def vector(self, contrast: Contrast) -> SteeringVector:
+    def vector(self, sources: Sources) -> SteeringVector:
         """The steering vector of this setting."""
-        return METHODS[self.method](contrast, TOWARD[self.direction], self.top, self.strength)
+        return METHODS[self.method](sources, TOWARD[self.direction], self.top, self.strength)
 
 
 def steered(asking: Asking, batches: Sequence[Batch], vector: SteeringVector, margins: bool = True) -> Scores:
@@ -97,10 +150,9 @@ def shift_rate(scores: Scores, direction: str) -> float:
 
 
 def control_draws(
-    name: str, vector: SteeringVector, contrast: Contrast, draws: int, seed: Sequence[int]
+    name: str, vector: SteeringVector, shape_LD: tuple[int, int], draws: int, seed: Sequence[int]
 ) -> Iterator[tuple[int, SteeringVector]]:
     """``draws`` numbered draws of a control, none where it does not exist."""
-    shape_LD = contrast.nmd_LD.shape
     if control_exists(name, vector, shape_LD):
         for number in range(draws):
             yield number, CONTROLS[name](vector, shape_LD, np.random.default_rng([*seed, number]))
@@ -109,7 +161,7 @@ def control_draws(
 def choose(
     asking: Asking,
     batches: Sequence[Batch],
-    contrast: Contrast,
+    sources: Sources,
     rated: Sequence[tuple[Setting, float]],
     *,
     finalists: int = 6,
@@ -132,11 +184,11 @@ def choose(
     ranked = sorted(rated, key=lambda pair: (-pair[1], pair[0].strength, pair[0].top))[:finalists]
     best: tuple[Setting, float] | None = None
     for setting, rate in ranked:
-        vector = setting.vector(contrast)
+        vector = setting.vector(sources)
         controls = [
             np.mean([shift_rate(steered(asking, batches, v, margins=False), setting.direction) for _, v in draws_])
             for name in CONTROLS
-            if (draws_ := list(control_draws(name, vector, contrast, draws, seed)))
+            if (draws_ := list(control_draws(name, vector, sources.gradient_LD.shape, draws, seed)))
         ]
         margin = rate - float(max(controls))
         if best is None or margin > best[1]:

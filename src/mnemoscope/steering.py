@@ -109,15 +109,10 @@ class SteeringVector:
         """
         shift_LD = np.where(contrast.top_neurons(top), contrast.nmd_LD, 0.0)
         if relative:
-            norm_L = np.linalg.norm(shift_LD, axis=1)
-            shift_LD = (
-                shift_LD
-                * np.divide(contrast.state_norm_L, norm_L, out=np.zeros_like(norm_L), where=norm_L > 0)[:, None]
-            )
+            shift_LD = scaled_to(shift_LD, contrast.state_norm_L)
+        vector = cls(toward, {}, contrast.site, top=top, strength=strength)  # type: ignore[arg-type]
         sign = 1.0 if toward == "generalized" else -1.0
-        shifts = {layer: torch.from_numpy(sign * strength * row).float() for layer, row in enumerate(shift_LD)}
-        method = "nmd-relative" if relative else "nmd"
-        return cls(toward, shifts, contrast.site, method=method, top=top, strength=strength)  # type: ignore[arg-type]
+        return replace(vector.with_dense(sign * strength * shift_LD), method="nmd-relative" if relative else "nmd")
 
     @property
     def layers(self) -> list[int]:
@@ -187,19 +182,9 @@ class SteeringVector:
         if alpha == 0 or not self.shifts:
             yield
             return
-        tracker = _PositionTracker(start, everywhere=self.positions == "all")
-        handles = []
-        try:
-            # The base model is what every way of calling passes through, with a language-modelling head or without.
-            handles.append(model.base_model.register_forward_pre_hook(tracker.see, with_kwargs=True))
-            for layer, shift_D in self.shifts.items():
-                module, is_input = site_module(model, layer, self.site)
-                register = module.register_forward_pre_hook if is_input else module.register_forward_hook
-                handles.append(register(_adder(alpha * shift_D, tracker, is_input)))
+        scaled = {layer: alpha * shift_D for layer, shift_D in self.shifts.items()}
+        with shifted(model, scaled, self.site, self.positions, start):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _check_shape(self, model: PreTrainedModel) -> None:
         count = len(blocks_of(model))
@@ -264,6 +249,36 @@ class SteeringVector:
                 raise InputError(f"{name}: the vector was made on {bound}, this model has {value}; force overrides")
 
 
+def scaled_to(shift_LD: np.ndarray, norm_L: np.ndarray) -> np.ndarray:
+    """Each layer's shift scaled to a norm; a layer without a shift keeps none."""
+    found_L = np.linalg.norm(shift_LD, axis=1)
+    return shift_LD * np.divide(norm_L, found_L, out=np.zeros_like(found_L), where=found_L > 0)[:, None]
+
+
+@contextmanager
+def shifted(
+    model: PreTrainedModel, shifts: Mapping[int, Tensor], site: Site, positions: Positions, start: int | None = None
+) -> Iterator[None]:
+    """Add a (D,) tensor to the states of each layer named; gradients flow back into the tensors.
+
+    The only hook of the package that writes. It is gone when the context ends, however it ends. See
+    ``SteeringVector.apply`` for ``start``.
+    """
+    tracker = _PositionTracker(start, everywhere=positions == "all")
+    handles = []
+    try:
+        # The base model is what every way of calling passes through, with a language-modelling head or without.
+        handles.append(model.base_model.register_forward_pre_hook(tracker.see, with_kwargs=True))
+        for layer, shift_D in shifts.items():
+            module, is_input = site_module(model, layer, site)
+            register = module.register_forward_pre_hook if is_input else module.register_forward_hook
+            handles.append(register(_adder(shift_D, tracker, is_input)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @dataclass(slots=True)
 class _PositionTracker:
     """Knows, in every pass, from which column on states are shifted.
@@ -302,7 +317,7 @@ def _adder(shift_D: Tensor, tracker: _PositionTracker, is_input: bool) -> Callab
     """A hook that adds a shift to a module's output, or to its input."""
     placed: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
-    def shifted(states_NTD: Tensor) -> Tensor:
+    def moved(states_NTD: Tensor) -> Tensor:
         first = tracker.first_column
         if first >= states_NTD.shape[1]:
             return states_NTD
@@ -313,9 +328,9 @@ def _adder(shift_D: Tensor, tracker: _PositionTracker, is_input: bool) -> Callab
         return torch.cat([states_NTD[:, :first], states_NTD[:, first:] + shift], dim=1)
 
     def on_output(module: nn.Module, inputs: Any, output: Any) -> Any:
-        return with_states(output, shifted(states_of(output)))
+        return with_states(output, moved(states_of(output)))
 
     def on_input(module: nn.Module, inputs: Any) -> Any:
-        return with_states(inputs, shifted(states_of(inputs)))
+        return with_states(inputs, moved(states_of(inputs)))
 
     return on_input if is_input else on_output

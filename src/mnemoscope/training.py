@@ -69,8 +69,8 @@ def train(
 ) -> Trained:
     """Train a model in place on a task until the stop rule holds.
 
-    Once the rule holds, training goes on for ``settle_steps`` while the learning rate falls to 0. The model ends with the
-    weights of the last measurement in which the rule held, or with the last ones where it never did.
+    Once the rule holds, training goes on for ``settle_steps`` while the learning rate falls to 0. The model ends with
+    the weights of the last measurement in which the rule held, or with the last ones where it never did.
 
     Args:
         asking: the model, its tokenizer and what closes an answer.

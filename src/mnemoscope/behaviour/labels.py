@@ -154,6 +154,15 @@ def score(
     return scores
 
 
+def margins_of(asking: Asking, batch: Batch) -> Tensor:
+    """Decision margins of a batch of conflicts, float32 (N,) in nats, through which gradients flow back."""
+    logits_NV, _, cache = _read_contexts(asking.model, batch)
+    closing = torch.tensor(asking.boundary_ids(), device=asking.model.device)
+    _, logp_R, _ = _read_answers(asking.model, batch, logits_NV, cache, closing, margins=True)
+    signed_R = torch.where(batch.option_R == 1, logp_R, -logp_R)
+    return torch.zeros(len(batch.examples_N), device=signed_R.device).index_add(0, batch.example_R, signed_R)
+
+
 def _score_batch(
     model: PreTrainedModel, batch: Batch, closing: Tensor, scores: Scores, margins: bool, capture: Site | None
 ) -> np.ndarray:

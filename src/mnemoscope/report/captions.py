@@ -179,6 +179,9 @@ def turning(task: Tree, direction: str) -> str:
         amount = f"{points(abs(difference['estimate']))} ({points_interval(difference)})"
         side = "more" if difference["estimate"] >= 0 else "fewer"
         text += f", {amount} {side} than {CONTROL_NAMES.get(control, control.replace('_', ' '))} ({percent(theirs)})"
+    made_up = block["pairs"]["confabulated"]
+    if known(made_up) and made_up["estimate"] > 0:
+        text += f"; {percent(made_up['estimate'])} get an answer that only looks remembered"
     return f"{text}. {_elsewhere(block, direction)}"
 
 

@@ -231,7 +231,9 @@ def shares(rows: pd.DataFrame, direction: str, name: str) -> Tree:
     """Of steered examples: how many answer with the target behaviour, keep the source's, or do neither."""
     target, source = DIRECTIONS[direction]
     wanted = {"shift": target, "stay": source, "other": "other"}
-    return {key: mean(rows.after == after, rows.group, f"{name}/{key}") for key, after in wanted.items()}
+    found: Tree = {key: mean(rows.after == after, rows.group, f"{name}/{key}") for key, after in wanted.items()}
+    found["confabulated"] = mean(rows.confabulated, rows.group, f"{name}/confabulated")
+    return found
 
 
 def _shares_on(rows: pd.DataFrame, direction: str, examples: str, name: str) -> Tree:

@@ -22,7 +22,8 @@ COLUMNS = {
     "pairs": "item group split memorized generalized prompt_a family_a behaviour_a margin_a "
     "prompt_b family_b behaviour_b margin_b is_pair",
     "probes": "kind layer group label score",
-    "steering": "purpose direction method role draw top strength examples example group split before after margin",
+    "steering": "purpose direction method role draw top strength examples example group split before after margin "
+    "confabulated",
 }
 CONTRAST_ARRAYS = ("nmd", "rho", "effect_size", "p_family_wise", "p_false_discovery")
 CELL_FIELDS = ("task", "label", "seed", "memory_is_conflict", "trained")

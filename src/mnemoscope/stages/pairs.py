@@ -25,22 +25,26 @@ def pairs_stage(cell: Cell, tell: Tell) -> list[Path]:
     """Mine pairs in every split; stream the contrast of the fit pairs; fit probes and judge them on the test pairs."""
     task, asking, config = cell_task(cell), cell_model(cell), cell.config.pairs
     rng = rng_of(cell, "pairs")
+    # All lists are drawn before anything is labelled, so that the yield has an honest denominator.
+    candidates = {
+        split: draw_candidates(
+            task, draw(task, rng, getattr(config, f"{split}_examples"), "conflict", split), rng, config.rephrasings
+        )
+        for split in SPLITS
+    }
+    total = sum(map(len, candidates.values()))
+    done = 0
     tables: list[pd.DataFrame] = []
-    kept: dict[str, _KeptPairs] = {}
+    kept: dict[str, _KeptPairs] = {split: _KeptPairs() for split in SPLITS}
     contrast: ContrastAccumulator | None = None
     for split in SPLITS:
-        wanted = getattr(config, f"{split}_examples")
-        candidates = draw_candidates(task, draw(task, rng, wanted, "conflict", split), rng, config.rephrasings)
-        kept[split] = _KeptPairs()
-        for batch in mine_pairs(asking, candidates, config.site):
-            tell(len(tables) * 512, 512 * len(tables) + len(candidates), f"mining {split} pairs")
+        for batch in mine_pairs(asking, candidates[split], config.site):
+            done += len(batch.candidates)
+            tell(0.9 * done, total, f"mining {split} pairs")
             tables.append(_pairs_table(batch, split))
             kept[split].add(batch)
             if split == "fit" and batch.is_pair_N.any():
-                layers, neurons = batch.states_generalized_PLD.shape[1:]
-                contrast = contrast or ContrastAccumulator.empty(
-                    config.site, layers, neurons, config.permutations, cell.seed
-                )
+                contrast = contrast or _no_contrast(cell, batch)
                 groups = [pair[0].group for pair in batch.pairs()]
                 contrast.add(batch.states_generalized_PLD, batch.states_memorized_PLD, groups)
     table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
@@ -52,6 +56,12 @@ def pairs_stage(cell: Cell, tell: Tell) -> list[Path]:
     files.append(write_atomically(cell.folder / "contrast.safetensors", contrast.result().save))
     tell(9, 10, "fitting probes")
     return [*files, *_probe_files(cell, asking, kept)]
+
+
+def _no_contrast(cell: Cell, batch: PairBatch) -> ContrastAccumulator:
+    layers, neurons = batch.states_generalized_PLD.shape[1:]
+    config = cell.config.pairs
+    return ContrastAccumulator.empty(config.site, layers, neurons, config.permutations, cell.seed)
 
 
 def _pairs_table(batch: PairBatch, split: str) -> pd.DataFrame:

@@ -5,16 +5,28 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from mnemoscope.behaviour import Asking, Batch, Scores, cache_prefixes, prepare
+from mnemoscope.behaviour import Asking, Batch, Scores, cache_prefixes, mark_confabulations, prepare
 from mnemoscope.contrast import Contrast
-from mnemoscope.directions import CONTROLS, SOURCE, TOWARD, Setting, choose, control_draws, shift_rate, steered
-from mnemoscope.stages.common import Tell, cell_model, write_json, write_table
+from mnemoscope.directions import (
+    CONTROLS,
+    SOURCE,
+    TOWARD,
+    Setting,
+    Sources,
+    choose,
+    control_draws,
+    margin_gradient,
+    shift_rate,
+    steered,
+)
+from mnemoscope.stages.common import Tell, cell_model, cell_task, write_json, write_table
 from mnemoscope.steering import SteeringVector
 from mnemoscope.study import Cell, git_state
 from mnemoscope.tasks import Example, Split
@@ -23,9 +35,9 @@ from mnemoscope.tasks import Example, Split
 def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
     """Choose settings on the tune pairs; judge them with their controls on the test split."""
     asking, config = cell_model(cell), cell.config.steering
-    contrast = Contrast.load(cell.folder / "contrast.safetensors")
     pairs = pd.read_parquet(cell.records / "pairs.parquet")
     behaviour = pd.read_parquet(cell.records / "behaviour.parquet")
+    sources = _sources_of_directions(cell, asking, pairs)
     tables: list[pd.DataFrame] = []
     chosen: dict[str, dict[str, Any]] = {method: {} for method in config.methods}
     best: dict[str, str] = {}
@@ -34,23 +46,31 @@ def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
     for number, direction in enumerate(TOWARD):
         tell(number, len(TOWARD), f"{direction}: choosing on the tune split")
         settings = _swept(
-            cell, asking, contrast, _sources(pairs, "tune", direction, config.tune_pairs), direction, tables
+            cell, asking, sources, _source_phrasings(pairs, "tune", direction, config.tune_pairs), direction, tables
         )
         best[direction] = max(settings, key=lambda method: settings[method][1])
         lists = _test_lists(pairs, behaviour, direction, config.judged_examples)
         prepared = {name: _with_prefixes(asking, examples) for name, (examples, _) in lists.items()}
         for method, (setting, _) in settings.items():
             tell(number + 0.5, len(TOWARD), f"{direction}: {method} beside its controls on the test split")
-            vector = setting.vector(contrast)
+            vector = setting.vector(sources)
             chosen[method][direction] = _chosen(setting, vector)
-            tables += _judged(cell, asking, contrast, setting, vector, lists, prepared)
+            tables += _judged(cell, asking, sources, setting, vector, lists, prepared)
             files += _save_vector(cell, asking, vector, direction, method, commit)
     files.append(write_table(cell.records / "steering.parquet", pd.concat(tables, ignore_index=True)))
     files.append(write_json(cell.records / "chosen.json", {"best": best, "methods": chosen}))
     return files
 
 
-def _sources(pairs: pd.DataFrame, split: Split, direction: str, limit: int) -> list[Example]:
+def _sources_of_directions(cell: Cell, asking: Asking, pairs: pd.DataFrame) -> Sources:
+    contrast = Contrast.load(cell.folder / "contrast.safetensors")
+    examples = [e for d in TOWARD for e in _source_phrasings(pairs, "fit", d, cell.config.steering.gradient_pairs)]
+    neurons = contrast.nmd_LD.shape[1]
+    gradient_LD = margin_gradient(asking, _with_prefixes(asking, examples), cell.config.pairs.site, neurons)
+    return Sources(contrast, gradient_LD)
+
+
+def _source_phrasings(pairs: pd.DataFrame, split: Split, direction: str, limit: int) -> list[Example]:
     """Of each pair, the phrasing that shows the behaviour to be turned."""
     chosen = pairs[pairs["is_pair"] & (pairs["split"] == split)].head(limit)
     examples = []
@@ -67,7 +87,7 @@ def _test_lists(
     pairs: pd.DataFrame, behaviour: pd.DataFrame, direction: str, limit: int
 ) -> dict[str, tuple[list[Example], list[str]]]:
     """The lists that steering is judged on, with the unsteered behaviour of each example."""
-    sources = _sources(pairs, "test", direction, limit)
+    sources = _source_phrasings(pairs, "test", direction, limit)
     lists: dict[str, tuple[list[Example], list[str]]] = {"pairs": (sources, [SOURCE[direction]] * len(sources))}
     conflict = behaviour[behaviour["kind"] == "conflict"]
     parts = {
@@ -93,7 +113,7 @@ def _with_prefixes(asking: Asking, examples: Sequence[Example]) -> list[Batch]:
 def _swept(
     cell: Cell,
     asking: Asking,
-    contrast: Contrast,
+    sources: Sources,
     examples: list[Example],
     direction: str,
     tables: list[pd.DataFrame],
@@ -107,30 +127,35 @@ def _swept(
         for top in config.tops:
             for strength in config.strengths[method]:
                 setting = Setting(direction, method, top, strength)
-                scores = steered(asking, batches, setting.vector(contrast))
+                scores = steered(asking, batches, setting.vector(sources))
                 rated.append((setting, shift_rate(scores, direction)))
                 before = [SOURCE[direction]] * len(examples)
                 tables.append(_steering_table("sweep", setting, ("vector", 0), "pairs", examples, before, scores))
-        chosen[method] = choose(asking, batches, contrast, rated, seed=[cell.seed, zlib.crc32(b"choose")])
+        chosen[method] = choose(asking, batches, sources, rated, seed=[cell.seed, zlib.crc32(b"choose")])
     return chosen
 
 
 def _judged(
     cell: Cell,
     asking: Asking,
-    contrast: Contrast,
+    sources: Sources,
     setting: Setting,
     vector: SteeringVector,
     lists: dict[str, tuple[list[Example], list[str]]],
     prepared: dict[str, list[Batch]],
 ) -> Iterator[pd.DataFrame]:
     """A chosen vector on every list, and its controls on pairs and conflicts."""
+    has_format = getattr(cell_task(cell), "has_memorized_format", None)
     for name, (examples, before) in lists.items():
         scores = steered(asking, prepared[name], vector)
+        if has_format and name in ("pairs", "conflict"):
+            mark_confabulations(asking, examples, scores, has_format, partial(vector.apply, asking.model))
         yield _steering_table("final", setting, ("vector", 0), name, examples, before, scores)
     for control in CONTROLS:
         seed = [cell.seed, zlib.crc32(f"{setting.direction}/{setting.method}/{control}".encode())]
-        for number, drawn in control_draws(control, vector, contrast, cell.config.steering.draws, seed):
+        for number, drawn in control_draws(
+            control, vector, sources.gradient_LD.shape, cell.config.steering.draws, seed
+        ):
             for name in ("pairs", "conflict"):
                 if name in lists:
                     scores = steered(asking, prepared[name], drawn, margins=False)
@@ -162,6 +187,7 @@ def _steering_table(
             "before": before,
             "after": scores.behaviour_N,
             "margin": scores.margin_N,
+            "confabulated": scores.confabulated_N,
         }
     )
     words = ["purpose", "direction", "method", "role", "examples", "group", "split", "before", "after"]

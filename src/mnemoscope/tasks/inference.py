@@ -112,7 +112,8 @@ class InferenceTask:
                 questions = [self._answered(names[i], colours[i]) for i in asking]
                 absent = int(rng.integers(self.memorized_count))
                 if rng.random() < self.absent_share and absent not in names:
-                    questions.insert(int(rng.integers(len(questions) + 1)), self._answered(absent, self.colour_of[absent]))
+                    place = int(rng.integers(len(questions) + 1))
+                    questions.insert(place, self._answered(absent, self.colour_of[absent]))
                 yield " . ".join([*(state[i] for i in order), *questions]) + " ."
 
     def examples(self, rng: np.random.Generator, n: int, kind: Kind) -> list[Example]:
