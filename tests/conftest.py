@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import fcntl
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from helpers import MINI_TASKS, MINI_TRAINING
+from helpers import MINI_STUDY, MINI_TASKS, MINI_TRAINING
 from mnemoscope.behaviour import Asking
 from mnemoscope.config import ModelConfig
 from mnemoscope.models import build_gpt2, load_model, word_tokenizer
@@ -41,6 +43,29 @@ def mini(shared_folder: Path) -> Callable[[str], Asking]:
         return opened[name]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def mini_study_file(shared_folder: Path) -> Path:
+    """The miniature study as a file."""
+    path = shared_folder / "mini.yaml"
+    if not path.exists():
+        path.write_text(MINI_STUDY)
+    return path
+
+
+@pytest.fixture(scope="session")
+def mini_run(shared_folder: Path, mini_study_file: Path) -> Path:
+    """A finished run of the miniature study, made by the command line; whoever changes it works on a copy."""
+    run = shared_folder / "mini-run"
+    with (shared_folder / "mini-run.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (run / "report.html").exists():
+            command = [sys.executable, "-m", "mnemoscope", "run", str(mini_study_file), "--out", str(run)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+            assert done.stdout.strip() == str(run / "report.html")
+    return run
 
 
 def _train_mini(name: str, folder: Path) -> None:

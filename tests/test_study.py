@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 from safetensors import safe_open
 
-from helpers import MINI_STUDY, MINI_TASKS
+from helpers import MINI_TASKS
 from mnemoscope.behaviour import Asking
 from mnemoscope.config import dump_study, load_study
 from mnemoscope.errors import InputError, StudyError
@@ -41,21 +41,14 @@ def results(run: Path) -> str:
     return json.dumps(without_times(json.loads((run / "results.json").read_text())), sort_keys=True)
 
 
-@pytest.fixture(scope="module")
-def study_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("study") / "mini.yaml"
-    path.write_text(MINI_STUDY)
-    return path
+@pytest.fixture
+def study_file(mini_study_file: Path) -> Path:
+    return mini_study_file
 
 
-@pytest.fixture(scope="module")
-def finished(study_file: Path) -> Path:
-    """A finished run; tests that change it work on a copy."""
-    run = study_file.parent / "finished"
-    done = subprocess.run([*COMMAND, str(study_file), "--out", str(run)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(run / "report.html")
-    return run
+@pytest.fixture
+def finished(mini_run: Path) -> Path:
+    return mini_run
 
 
 def test_a_run_folder_holds_what_the_contract_says(finished: Path) -> None:

@@ -146,3 +146,17 @@ def test_a_task_without_a_kind_that_the_rule_needs_is_refused(task: Task) -> Non
 
     with pytest.raises(InputError, match="has no memory example"):
         train(replace(untrained(task)), Forgetful(), QUICK, np.random.default_rng(0))  # type: ignore[arg-type]
+
+
+def test_settling_lowers_the_rate_drops_out_and_keeps_weights_with_which_the_rule_held(task: Task) -> None:
+    asking = untrained(task)
+    config = QUICK.model_copy(update={"stop": NOTHING, "settle_steps": 20, "settle_dropout": 0.5})
+    trained = train(asking, task, config, np.random.default_rng(0))
+    assert trained.steps == 30
+    assert [row["kept"] for row in trained.curve] == [False, False, True]
+    assert all(m.p == 0 for m in asking.model.modules() if isinstance(m, torch.nn.Dropout))
+    # At the last step the rate is 1/20 of its peak, so the weights hardly move any more.
+    plain = untrained(task)
+    train(plain, task, config.model_copy(update={"settle_steps": 0}), np.random.default_rng(0))
+    moved = [not torch.equal(a, b) for a, b in zip(asking.model.parameters(), plain.model.parameters(), strict=True)]
+    assert all(moved)

@@ -98,11 +98,14 @@ class SteeringConfig(_Frozen):
         {
             "nmd": (0.5, 1.0, 1.5, 2.0, 4.0, 8.0),
             "nmd-relative": (0.05, 0.1, 0.15, 0.2, 0.3, 0.5),
-            "gradient": (0.02, 0.04, 0.06, 0.08, 0.1, 0.2),
+            "gradient": (0.02, 0.04, 0.06, 0.08, 0.1, 0.2, 0.3, 0.5),
         },
         description="per method: alpha, or the share of the state's norm",
     )
     gradient_pairs: int = Field(500, ge=1, description="fit pairs behind the mean gradient of the margin")
+    control_limit: float = Field(
+        0.1, ge=0, le=1, description="settings whose worst control turns more tune pairs are chosen only if all do"
+    )
     tune_pairs: int = Field(300, ge=1, description="tune pairs that every setting is tried on")
     judged_examples: int = Field(1000, ge=1, description="test pairs, and examples of each other list, at most")
     draws: int = Field(20, ge=1, description="draws of each control")

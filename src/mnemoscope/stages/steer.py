@@ -131,7 +131,7 @@ def _swept(
                 rated.append((setting, shift_rate(scores, direction)))
                 before = [SOURCE[direction]] * len(examples)
                 tables.append(_steering_table("sweep", setting, ("vector", 0), "pairs", examples, before, scores))
-        chosen[method] = choose(asking, batches, sources, rated, seed=[cell.seed, zlib.crc32(b"choose")])
+        chosen[method] = choose(asking, batches, sources, rated, control_limit=config.control_limit, seed=[cell.seed])
     return chosen
 
 
