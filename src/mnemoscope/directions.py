@@ -53,8 +53,8 @@ def gradient(sources: Sources, toward: Toward, top: float, strength: float) -> S
     """The mean gradient of the decision margin, on the top neurons of all layers by its size.
 
     NMD says where the behaviours differ, the gradient where a change acts. Layers are measured in units of the norm
-    of their states: with ``u_l = |h_l| g_l`` over all layers, the shift is ``strength * |h_l| * u_l / ||u||``, the steepest
-    ascent of the margin for that total relative norm. Most of it goes where the margin is most sensitive.
+    of their states: with ``u_l = |h_l| g_l`` over all layers the shift is ``strength * |h_l| * u_l / ||u||``, the
+    steepest ascent of the margin for that total relative norm. Most of it goes where the margin is most sensitive.
     """
     norm_L1 = sources.contrast.state_norm_L[:, None]
     steep_LD = norm_L1 * sources.gradient_LD

@@ -31,6 +31,8 @@ from mnemoscope.steering import SteeringVector
 from mnemoscope.study import Cell, git_state
 from mnemoscope.tasks import Example, Split
 
+CONTROLLED = ("pairs", "conflict")  # the lists on which controls are drawn
+
 
 def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
     """Choose settings on the tune pairs; judge them with their controls on the test split."""
@@ -50,7 +52,11 @@ def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
         )
         best[direction] = max(settings, key=lambda method: settings[method][1])
         lists = _test_lists(pairs, behaviour, direction, config.judged_examples)
-        prepared = {name: _with_prefixes(asking, examples) for name, (examples, _) in lists.items()}
+        # Only what is scored again for every control is worth the memory of its caches.
+        prepared = {
+            name: (_with_prefixes if name in CONTROLLED else prepare)(asking, examples)
+            for name, (examples, _) in lists.items()
+        }
         for method, (setting, _) in settings.items():
             tell(number + 0.5, len(TOWARD), f"{direction}: {method} beside its controls on the test split")
             vector = setting.vector(sources)
@@ -148,7 +154,7 @@ def _judged(
     has_format = getattr(cell_task(cell), "has_memorized_format", None)
     for name, (examples, before) in lists.items():
         scores = steered(asking, prepared[name], vector)
-        if has_format and name in ("pairs", "conflict"):
+        if has_format and name in CONTROLLED:
             mark_confabulations(asking, examples, scores, has_format, partial(vector.apply, asking.model))
         yield _steering_table("final", setting, ("vector", 0), name, examples, before, scores)
     for control in CONTROLS:
@@ -156,7 +162,7 @@ def _judged(
         for number, drawn in control_draws(
             control, vector, sources.gradient_LD.shape, cell.config.steering.draws, seed
         ):
-            for name in ("pairs", "conflict"):
+            for name in CONTROLLED:
                 if name in lists:
                     scores = steered(asking, prepared[name], drawn, margins=False)
                     yield _steering_table("final", setting, (control, number), name, *lists[name], scores)
