@@ -65,6 +65,7 @@ def _training_rng(asking: Asking, task: Task, config: TrainingConfig) -> np.rand
     from mnemoscope.training import prepare_evaluation
 
     rng = np.random.default_rng(0)
+    rng.integers(2**31)  # the seed of dropout
     prepare_evaluation(asking, task, config.evaluation_examples, rng)
     return rng
 

@@ -185,6 +185,21 @@ def turning(task: Tree, direction: str) -> str:
     return f"{text}. {_elsewhere(block, direction)}"
 
 
+def methods(task: Tree, direction: str) -> str:
+    """The chosen way of turning beside the paper's own; empty where only one was tried or nothing could be measured."""
+    chosen = task["steering"][direction]["chosen"]["method"]
+    found = {name: block[direction] for name, block in task["steering_by_method"].items() if direction in block}
+    shift = found[chosen]["pairs"]["shift"] if chosen in found else None
+    if shift is None or not known(shift):
+        return ""
+    turned = percent(shift["estimate"])
+    text = f"{_towards(direction)}, {chosen} was chosen on the tune split and turns {turned} of test pairs"
+    paper = found.get("nmd")
+    if chosen != "nmd" and paper and known(paper["pairs"]["shift"]):
+        text += f"; the paper's own shift, nmd, turns {percent(paper['pairs']['shift']['estimate'])}"
+    return f"{text}."
+
+
 def _elsewhere(block: Tree, direction: str) -> str:
     shift = block["conflict"]["shift"]
     source = {"memorized": "answered from memory", "generalized": "worked out"}[DIRECTIONS[direction][1]]

@@ -68,6 +68,8 @@ class TaskPage:
     pairs_sentence: str
     chapters: list[Chapter]
     tables: list[Table]
+    methods: Table
+    methods_says: list[str]
     collateral: Table
     notes: list[str]
 
@@ -135,7 +137,9 @@ def task_page(name: str, task: Tree, cells: Sequence[Cell]) -> TaskPage:
             _read(name, task),
             _turn(name, task, cells),
         ],
-        tables=[_steering_table(task), _method_table(task)],
+        tables=[_steering_table(task)],
+        methods=_method_table(task),
+        methods_says=[text for d in DIRECTIONS if (text := captions.methods(task, d))],
         collateral=_collateral_table(task),
         notes=_notes(task, cells),
     )
@@ -311,8 +315,14 @@ def _method_table(task: Tree) -> Table:
                 best = " (chosen)" if task["steering"][direction]["chosen"]["method"] == method else ""
                 settings = [f"{100 * chosen['top']:g}\u00a0%", f"{chosen['strength']:g}"]
                 numbers = [sentences.with_interval(part[examples_]["shift"]) for examples_ in TURNED]
-                rows.append([f"{method}, {sentences.TOWARDS[direction]}{best}", *settings, *numbers])
-    return Table("Methods, test split", ["", "neurons", "strength", "pairs turned", "conflicts turned"], rows)
+                control = sentences.strongest_control(part)
+                theirs = part["controls"][control]["pairs"]["shift"]["estimate"] if control else float("nan")
+                held = sentences.percent(theirs) if sentences.known(theirs) else "none"
+                rows.append(
+                    [f"{method}, {sentences.TOWARDS[direction]}{best}", *settings, numbers[0], held, numbers[1]]
+                )
+    head = ["", "neurons", "strength", "pairs turned", "by its control", "conflicts turned"]
+    return Table("Ways of turning, test split", head, rows)
 
 
 def _summary(results: Tree) -> str:
