@@ -313,15 +313,13 @@ def _method_table(task: Tree) -> Table:
                 part = block[direction]
                 chosen = part["chosen"]
                 best = " (chosen)" if task["steering"][direction]["chosen"]["method"] == method else ""
-                settings = [f"{100 * chosen['top']:g}\u00a0%", f"{chosen['strength']:g}"]
-                numbers = [sentences.with_interval(part[examples_]["shift"]) for examples_ in TURNED]
+                setting = f"{chosen['strength']:g} on {100 * chosen['top']:g}\u00a0%"
+                pairs, conflicts = (sentences.with_interval(part[examples_]["shift"]) for examples_ in TURNED)
                 control = sentences.strongest_control(part)
                 theirs = part["controls"][control]["pairs"]["shift"]["estimate"] if control else float("nan")
                 held = sentences.percent(theirs) if sentences.known(theirs) else "none"
-                rows.append(
-                    [f"{method}, {sentences.TOWARDS[direction]}{best}", *settings, numbers[0], held, numbers[1]]
-                )
-    head = ["", "neurons", "strength", "pairs turned", "by its control", "conflicts turned"]
+                rows.append([f"{method}, {sentences.TOWARDS[direction]}{best}", setting, pairs, held, conflicts])
+    head = ["", "strength", "pairs turned", "by its control", "conflicts turned"]
     return Table("Ways of turning, test split", head, rows)
 
 
