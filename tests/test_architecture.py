@@ -65,3 +65,11 @@ def test_the_report_and_the_statistics_never_import_torch() -> None:
 def test_only_two_files_hang_hooks_into_models() -> None:
     hooking = {p.relative_to(PACKAGE).as_posix() for _, p in files_by_module() if "register_forward" in p.read_text()}
     assert hooking == {"behaviour/labels.py", "steering.py"}
+
+
+def test_the_table_has_no_circle() -> None:
+    left = {name: imports - {name} for name, imports in allowed_imports().items() if name not in ("cli", "__main__")}
+    while left:
+        ground = {name for name, imports in left.items() if not imports & set(left)}
+        assert ground, f"these import each other in a circle: {sorted(left)}"
+        left = {name: imports for name, imports in left.items() if name not in ground}

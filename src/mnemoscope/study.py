@@ -11,12 +11,10 @@ import hashlib
 import json
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from multiprocessing import get_context
@@ -24,38 +22,13 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from mnemoscope.config import CellConfig, StudyConfig, dump_study
+from mnemoscope.cells import Cell, cells_of, git_state, version
+from mnemoscope.config import StudyConfig, dump_study
 from mnemoscope.errors import InputError, StudyError
 from mnemoscope.files import file_hash, write_atomically
 
 # (cell, stage, done, total, note): what a running cell tells.
 Progress = Callable[[str, str, float, float, str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One (task, model, seed) of a study, with the folder it writes to."""
-
-    name: str
-    label: str
-    seed: int
-    config: CellConfig
-    threads: int
-    folder: Path
-
-    @property
-    def records(self) -> Path:
-        """Folder of the cell's tables."""
-        return self.folder / "records"
-
-
-def cells_of(config: StudyConfig, run: Path) -> list[Cell]:
-    """Every cell of a study, seeds innermost."""
-    return [
-        Cell(f"{label}-{seed}", label, seed, cell, config.threads, run / "cells" / f"{label}-{seed}")
-        for label, cell in config.cells.items()
-        for seed in range(config.seeds)
-    ]
 
 
 def run_study(config: StudyConfig, run: Path, progress: Progress = lambda *_: None, workers: int | None = None) -> Path:
@@ -144,11 +117,6 @@ def is_done(cell: Cell, stage: str, wanted: str) -> bool:
             state = "is missing" if not file.exists() else "is damaged (its checksum differs)"
             raise StudyError(f"artefact: {file} {state}; delete {path} to run stage {stage!r} again")
     return True
-
-
-def version() -> str:
-    """Version of the installed package."""
-    return metadata.version("mnemoscope")
 
 
 @contextmanager
@@ -253,22 +221,3 @@ def _write_manifest(run: Path, cells: list[Cell], started: float) -> None:
         "stages": stages,
     }
     write_atomically(run / "manifest.json", json.dumps(manifest, indent=1).encode())
-
-
-def git_state() -> dict[str, Any]:
-    """Commit and dirty flag of the source tree; None where the package is not run from one."""
-    here = Path(__file__).parent
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", here, *arguments], capture_output=True, text=True, timeout=10, check=False
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    tracked = git("ls-files", "--error-unmatch", str(Path(__file__)))
-    if not tracked:
-        return {"commit": None, "dirty": None}
-    return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}

@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 
 from mnemoscope.behaviour import Asking
+from mnemoscope.cells import Cell
 from mnemoscope.files import write_atomically
 from mnemoscope.models import load_model
-from mnemoscope.study import Cell
 from mnemoscope.tasks import Task, build_task
 
 # (done, total, note): what a running stage tells.

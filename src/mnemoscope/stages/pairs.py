@@ -9,12 +9,12 @@ import numpy as np
 import pandas as pd
 
 from mnemoscope.behaviour import Asking, PairBatch, draw_candidates, mine_pairs
+from mnemoscope.cells import Cell
 from mnemoscope.contrast import ContrastAccumulator
 from mnemoscope.errors import StudyError
 from mnemoscope.files import write_atomically
 from mnemoscope.probes import LayerProbe, fit_input_probe, fit_layer_probes, input_features, shuffled
 from mnemoscope.stages.common import Tell, cell_model, cell_task, rng_of, write_json, write_table
-from mnemoscope.study import Cell
 from mnemoscope.tasks import SPLITS, Example, draw
 
 PROBED_PAIRS = 4000  # pairs of a split whose states are kept in memory for the probes

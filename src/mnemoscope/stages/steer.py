@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from mnemoscope.behaviour import Asking, Batch, Scores, cache_prefixes, mark_confabulations, prepare
+from mnemoscope.cells import Cell, git_state
 from mnemoscope.contrast import Contrast
 from mnemoscope.directions import (
     CONTROLS,
@@ -28,7 +29,6 @@ from mnemoscope.directions import (
 )
 from mnemoscope.stages.common import Tell, cell_model, cell_task, write_json, write_table
 from mnemoscope.steering import SteeringVector
-from mnemoscope.study import Cell, git_state
 from mnemoscope.tasks import Example, Split
 
 CONTROLLED = ("pairs", "conflict")  # the lists on which controls are drawn

@@ -10,10 +10,10 @@ from typing import Any
 import pandas as pd
 
 from mnemoscope.behaviour import Asking, Scores, mark_confabulations, prepare, score
+from mnemoscope.cells import Cell
 from mnemoscope.errors import InputError, StudyError
 from mnemoscope.models import blocks_of, build_gpt2, load_model, word_tokenizer
 from mnemoscope.stages.common import Tell, cell_model, cell_task, rng_of, write_json, write_table
-from mnemoscope.study import Cell
 from mnemoscope.tasks import KINDS, Example, Task, draw
 from mnemoscope.training import how_to_mix, train
 

@@ -1,0 +1,61 @@
+"""What a cell of a study is, and which version of the code runs it."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from mnemoscope.config import CellConfig, StudyConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One (task, model, seed) of a study, with the folder it writes to."""
+
+    name: str
+    label: str
+    seed: int
+    config: CellConfig
+    threads: int
+    folder: Path
+
+    @property
+    def records(self) -> Path:
+        """Folder of the cell's tables."""
+        return self.folder / "records"
+
+
+def cells_of(config: StudyConfig, run: Path) -> list[Cell]:
+    """Every cell of a study, seeds innermost."""
+    return [
+        Cell(f"{label}-{seed}", label, seed, cell, config.threads, run / "cells" / f"{label}-{seed}")
+        for label, cell in config.cells.items()
+        for seed in range(config.seeds)
+    ]
+
+
+def version() -> str:
+    """Version of the installed package."""
+    return metadata.version("mnemoscope")
+
+
+def git_state() -> dict[str, Any]:
+    """Commit and dirty flag of the source tree; None where the package is not run from one."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", here, *arguments], capture_output=True, text=True, timeout=10, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    tracked = git("ls-files", "--error-unmatch", str(Path(__file__)))
+    if not tracked:
+        return {"commit": None, "dirty": None}
+    return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
