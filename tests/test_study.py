@@ -251,3 +251,19 @@ def test_a_resolved_study_reads_back_as_itself(study_file: Path, tmp_path: Path)
     config = load_study(str(study_file), ["cells.addition.pairs.site=mlp"], seeds=3)
     (tmp_path / "again.yaml").write_text(dump_study(config))
     assert load_study(str(tmp_path / "again.yaml")) == config
+
+
+@pytest.mark.parametrize(
+    "file", ["records/steering.parquet", "records/chosen.json", "contrast.safetensors", "cell.json"]
+)
+def test_a_report_from_damaged_records_is_one_line_and_leaves_the_old_one(copied: Path, file: str) -> None:
+    before = (copied / "report.html").read_bytes()
+    path = copied / "cells" / "addition-0" / file
+    path.write_bytes(path.read_bytes()[:20])
+    command = [sys.executable, "-m", "mnemoscope", "report", str(copied)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert path.name in done.stderr
+    assert (copied / "report.html").read_bytes() == before

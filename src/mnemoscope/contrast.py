@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 
+from mnemoscope.errors import InputError
 from mnemoscope.statistics import Floats, PairedMoments, SignFlips, benjamini_hochberg
 
 # A standard deviation below this share of a neuron's root mean square is rounding: the neuron is constant.
@@ -91,7 +92,7 @@ class Contrast:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is damaged, or is not a contrast; one line says what is wrong.
+            InputError: the file is damaged, or is not a contrast; one line says what is wrong.
         """
         try:
             with safe_open(path, framework="numpy") as file:
@@ -101,14 +102,14 @@ class Contrast:
         except FileNotFoundError:
             raise
         except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise ValueError(f"{path}: not a readable contrast file ({error})") from error
+            raise InputError(f"{path}: not a readable contrast file ({error})") from error
         shapes = [array.shape for array in arrays]
         if len(shapes[0]) != 2 or shapes != [shapes[0]] * 5 + [shapes[0][:1]]:
-            raise ValueError(
+            raise InputError(
                 f"{path}: not a readable contrast file (shapes {shapes}; allowed are five (L, D) and (L,))"
             )
         if {array.dtype for array in arrays} != {np.dtype(np.float64)}:
-            raise ValueError(f"{path}: not a readable contrast file (allowed is float64)")
+            raise InputError(f"{path}: not a readable contrast file (allowed is float64)")
         return cls(site, pairs, groups, *arrays)
 
 

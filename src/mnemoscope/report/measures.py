@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mnemoscope.errors import InputError
 from mnemoscope.report.records import Cell, Contrast
 from mnemoscope.statistics import Estimate, auroc, proportion
 
@@ -157,7 +158,7 @@ def _by_layer(rows: pd.DataFrame, layers: list[int]) -> dict[int, pd.DataFrame]:
 def _check_same_states(cell: Cell, rows: pd.DataFrame, others: pd.DataFrame, layer: int) -> None:
     """Differences are taken state by state, so the two kinds must list the same states in the same order."""
     if not all(np.array_equal(rows[column], others[column]) for column in ("group", "label")):
-        raise ValueError(
+        raise InputError(
             f"{cell.folder / 'records' / 'probes.parquet'}: the states of layer {layer} are not those of 'input_only'"
         )
 
@@ -260,7 +261,7 @@ def _difference(cell: Cell, vector: pd.DataFrame, control: pd.DataFrame, directi
     if ours.empty or theirs.empty:
         return Estimate.undefined(len(ours))
     if set(ours.example) != set(theirs.example):
-        raise ValueError(
+        raise InputError(
             f"{cell.folder / 'records' / 'steering.parquet'}: {direction}, {examples}: the vector and the control "
             f"{theirs.role.iloc[0]!r} were not tried on the same examples"
         )

@@ -16,6 +16,8 @@ import pandas as pd
 import yaml
 from safetensors import safe_open
 
+from mnemoscope.errors import InputError
+
 COLUMNS = {
     "training": "step loss novel_accuracy recall conflict_memorized conflict_generalized conflict_other met kept",
     "behaviour": "item prompt kind group family split memorized generalized answer behaviour confabulated margin tie",
@@ -108,16 +110,16 @@ def read_run(folder: Path) -> Run:
     """Read all records of a run.
 
     Raises:
-        ValueError: a file is missing, cannot be read, or lacks a column or field; one line that names the file.
+        InputError: a file is missing, cannot be read, or lacks a column or field; one line that names the file.
     """
     study_text = _read(folder / "study.yaml", lambda path: path.read_text(encoding="utf-8"))
     study = _read(folder / "study.yaml", lambda _: yaml.safe_load(study_text))
     if not isinstance(study, dict):
-        raise ValueError(f"{folder / 'study.yaml'}: a mapping is wanted, not {type(study).__name__}")
+        raise InputError(f"{folder / 'study.yaml'}: a mapping is wanted, not {type(study).__name__}")
     manifest = _json(folder / "manifest.json") if (folder / "manifest.json").exists() else {}
     cells = tuple(read_cell(path.parent) for path in sorted((folder / "cells").glob("*/cell.json")))
     if not cells:
-        raise ValueError(f"{folder / 'cells'}: no cell.json in any folder here, so there is nothing to report")
+        raise InputError(f"{folder / 'cells'}: no cell.json in any folder here, so there is nothing to report")
     return Run(folder, study_text, study, manifest, cells)
 
 
@@ -126,7 +128,7 @@ def read_cell(folder: Path) -> Cell:
     info = _json(folder / "cell.json")
     for field in CELL_FIELDS:
         if field not in info:
-            raise ValueError(f"{folder / 'cell.json'}: field {field!r} is missing")
+            raise InputError(f"{folder / 'cell.json'}: field {field!r} is missing")
     records = folder / "records"
     trained = bool(info["trained"])
     return Cell(
@@ -146,18 +148,18 @@ def read_cell(folder: Path) -> Cell:
 def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
     """What ``reader`` makes of the file; whatever goes wrong becomes one line that names the file."""
     if not path.is_file():
-        raise ValueError(f"{path}: this file is missing; the run may not be finished")
+        raise InputError(f"{path}: this file is missing; the run may not be finished")
     try:
         return reader(path)
     except Exception as error:  # each reader has its own family of errors
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path}: cannot be read ({reason[:300]})") from error
+        raise InputError(f"{path}: cannot be read ({reason[:300]})") from error
 
 
 def _json(path: Path) -> dict[str, Any]:
     value = _read(path, lambda p: json.loads(p.read_text(encoding="utf-8")))
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: an object is wanted, not {type(value).__name__}")
+        raise InputError(f"{path}: an object is wanted, not {type(value).__name__}")
     return value
 
 
@@ -166,7 +168,7 @@ def _table(folder: Path, name: str) -> pd.DataFrame:
     table: pd.DataFrame = _read(path, pd.read_parquet)
     for column in COLUMNS[name].split():
         if column not in table.columns:
-            raise ValueError(f"{path}: column {column!r} is missing")
+            raise InputError(f"{path}: column {column!r} is missing")
     return table
 
 
@@ -178,10 +180,10 @@ def _contrast(path: Path) -> Contrast:
     arrays, metadata = _read(path, reader)
     for key in CONTRAST_ARRAYS:
         if key not in arrays or arrays[key].ndim != 2:
-            raise ValueError(f"{path}: array {key!r} of shape (layers, neurons) is missing")
+            raise InputError(f"{path}: array {key!r} of shape (layers, neurons) is missing")
     for key in ("site", "pairs", "groups"):
         if key not in metadata:
-            raise ValueError(f"{path}: metadata {key!r} is missing")
+            raise InputError(f"{path}: metadata {key!r} is missing")
     return Contrast(
         site=metadata["site"],
         pairs=int(metadata["pairs"]),

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mnemoscope.errors import InputError
 from mnemoscope.report.measures import Tree, measure
 from mnemoscope.report.records import Cell, Run
 from mnemoscope.statistics import Estimate, over_seeds
@@ -33,14 +34,14 @@ def summarise(cells: Sequence[Cell]) -> Tree:
     The chosen settings shown are the first seed's, and every seed's own are in ``per_seed``.
 
     Raises:
-        ValueError: two cells have the same seed, or differ in their layers.
+        InputError: two cells have the same seed, or differ in their layers.
     """
     seeds = [cell.seed for cell in cells]
     if len(set(seeds)) < len(seeds):
-        raise ValueError(f"{cells[0].folder.parent}: two cells of {cells[0].label!r} have the same seed ({seeds})")
+        raise InputError(f"{cells[0].folder.parent}: two cells of {cells[0].label!r} have the same seed ({seeds})")
     depths = {cell.name: len(cell.contrast.nmd) for cell in cells}
     if len(set(depths.values())) > 1:
-        raise ValueError(f"{cells[0].folder.parent}: cells of one name differ in their layers ({depths})")
+        raise InputError(f"{cells[0].folder.parent}: cells of one name differ in their layers ({depths})")
     trees = [measure(cell) for cell in cells]
     sweeps = [tree.pop("sweep") for tree in trees]
     merged: Tree = {"seeds": seeds, **{key: _merge([tree[key] for tree in trees], key) for key in trees[0]}}
