@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -131,14 +132,15 @@ def _one_line_errors() -> Iterator[None]:
         _fail(str(error), 2)
     except StudyError as error:
         _fail(str(error), 1)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except KeyboardInterrupt:
+        _fail("stopped; run the same command again to go on", 130)
+    except Exception as error:
+        # Libraries wrap the system's error in their own; its text is what they have in common.
+        if os.strerror(errno.ENOSPC) in str(error) or os.strerror(errno.EDQUOT) in str(error):
             _fail("disk: no space is left; finished stages are kept, run the same command again after making room", 2)
         if isinstance(error, (PermissionError, IsADirectoryError, NotADirectoryError, FileNotFoundError)):
             _fail(f"path: {error.filename}: {error.strerror}", 2)
         raise
-    except KeyboardInterrupt:
-        _fail("stopped; run the same command again to go on", 130)
 
 
 def _fail(message: str, code: int) -> None:

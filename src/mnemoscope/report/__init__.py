@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from mnemoscope.files import write_atomically
 from mnemoscope.report.html import render
 from mnemoscope.report.records import read_run
 from mnemoscope.report.results import compute_results, to_json
@@ -22,18 +22,11 @@ def build_report(run: Path) -> Path:
         The path of ``report.html``.
 
     Raises:
-        ValueError: a record file is missing, cannot be read or lacks a column; one line that names the file.
+        InputError: a record file is missing, cannot be read or lacks a column; one line that names the file.
     """
     run = Path(run)
     records = read_run(run)
     results = compute_results(records)
-    _write(run / "results.json", to_json(results))
-    _write(run / "report.html", render(records, results))
+    write_atomically(run / "results.json", to_json(results).encode())
+    write_atomically(run / "report.html", render(records, results).encode())
     return run / "report.html"
-
-
-def _write(path: Path, text: str) -> None:
-    """Under a temporary name first, so that a killed process leaves no half file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(temporary, path)

@@ -218,7 +218,11 @@ def _save_vector(
     folder = cell.folder / "vectors"
     folder.mkdir(exist_ok=True)
     path, temporary = folder / f"{direction}-{method}.safetensors", folder / f".{direction}-{method}.tmp.safetensors"
-    bound.save(temporary)
-    for suffix in (".json", ".safetensors"):
-        temporary.with_suffix(suffix).replace(path.with_suffix(suffix))
+    try:
+        bound.save(temporary)
+        for suffix in (".json", ".safetensors"):
+            temporary.with_suffix(suffix).replace(path.with_suffix(suffix))
+    finally:
+        for suffix in (".json", ".safetensors"):
+            temporary.with_suffix(suffix).unlink(missing_ok=True)
     return [path, path.with_suffix(".json")]

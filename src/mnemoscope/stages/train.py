@@ -80,9 +80,12 @@ def _save_model(cell: Cell, asking: Asking) -> list[Path]:
     folder, temporary = cell.folder / "model", cell.folder / ".model.tmp"
     for stale in (folder, temporary):
         shutil.rmtree(stale, ignore_errors=True)
-    asking.model.save_pretrained(temporary)
-    asking.tokenizer.save_pretrained(temporary)
-    temporary.rename(folder)
+    try:
+        asking.model.save_pretrained(temporary)
+        asking.tokenizer.save_pretrained(temporary)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return sorted(folder.iterdir())
 
 
