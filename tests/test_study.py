@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -267,3 +268,30 @@ def test_a_report_from_damaged_records_is_one_line_and_leaves_the_old_one(copied
     assert done.stderr.count("\n") == 1
     assert path.name in done.stderr
     assert (copied / "report.html").read_bytes() == before
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to see who is left")
+def test_a_killed_run_leaves_no_process_behind(study_file: Path, tmp_path: Path) -> None:
+    mark = f"MNEMOSCOPE_TEST={tmp_path}"
+
+    def alive() -> set[str]:
+        found = set()
+        for entry in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if mark.encode() in entry.read_bytes():
+                    found.add(entry.parent.name)
+        return found
+
+    command = [*COMMAND, str(study_file), "--seeds", "2", "--workers", "2", "--out", str(tmp_path / "run")]
+    environment = {**os.environ, "MNEMOSCOPE_TEST": str(tmp_path)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(alive()) < 5 and time.monotonic() < deadline:  # the run, its manager, a tracker, two workers
+        time.sleep(0.1)
+    assert len(alive()) >= 5
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while alive() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alive()

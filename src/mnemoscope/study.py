@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from functools import partial
 from importlib import metadata
 from multiprocessing import get_context
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -152,7 +153,9 @@ def _first_difference(old: str, new: str) -> str:
 
 def _run_side_by_side(cells: list[Cell], workers: int, progress: Progress) -> None:
     context = get_context("spawn")
-    with context.Manager() as manager:
+    manager = SyncManager(ctx=context)
+    manager.start(_die_with, (os.getpid(),))
+    with manager:
         messages = manager.Queue()
         listener = Thread(target=_listen, args=(messages, progress), daemon=True)
         listener.start()
@@ -183,7 +186,7 @@ def _listen(messages: Any, progress: Progress) -> None:
 
 
 def _die_with(parent: int) -> None:
-    """End this worker when the process that started it is gone, so that a killed run leaves nobody writing."""
+    """End this process when the one that started it is gone, so that a killed run leaves nobody behind."""
 
     def watch() -> None:
         while os.getppid() == parent:
