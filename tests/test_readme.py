@@ -53,8 +53,8 @@ def test_the_python_runs_on_a_run_folder(mini_run: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(mini_run.parent)
     space: dict[str, object] = {}
     for code in blocks("python"):
-        code = code.replace("runs/quickstart", mini_run.name).replace("layers=3, neurons=128", "layers=2, neurons=64")
-        code = code.replace('{"memorized_share": 0.4}', '{"memorized_share": 0.4, "digits": 2, "stored": 96}')
+        code = code.replace("runs/quickstart", mini_run.name).replace("layers=4, neurons=128", "layers=2, neurons=64")
+        code = code.replace('"addition", {}', '"addition", {"digits": 2, "stored": 96}')
         exec(compile(code.replace("347+268=", "34+26=").replace("901+155=", "91+55="), "README", "exec"), space)
     assert "34+26=" in capsys.readouterr().out
     assert space["vector"].toward == "memorized"  # type: ignore[attr-defined]
