@@ -245,8 +245,8 @@ def _tokenize(asking: Asking, instances: list[Instance], prompt_weight: float) -
 def optimizers_for(model: PreTrainedModel, config: TrainingConfig) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for embeddings, biases and norms.
 
-    Muon (K. Jordan et al., 2024, torch.optim.Muon) reaches both behaviours in a third of AdamW's steps here; its step
-    is scaled to AdamW's root mean square, so one learning rate serves both.
+    Muon (K. Jordan et al., 2024, torch.optim.Muon) learns sums and reading in a third of AdamW's steps or fewer here
+    (docs/LOG.md); its step is scaled to AdamW's root mean square, so one learning rate serves both.
     """
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     trainable = [p for p in model.parameters() if p.requires_grad]
