@@ -117,21 +117,12 @@ def test_a_run_killed_in_any_stage_goes_on_to_the_same_results(
     stage: str, study_file: Path, finished: Path, tmp_path: Path
 ) -> None:
     """SIGKILL while the stage runs; what was finished before is not redone."""
-    run = tmp_path / "killed"
-    markers = run / "cells" / "addition-0" / "stages"
     earlier = {"train": [], "pairs": ["train", "behaviour"], "steering": ["train", "behaviour", "pairs"]}[stage]
-    process = subprocess.Popen(
-        [*COMMAND, str(study_file), "--out", str(run)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 240
-    while not ((run / "study.yaml").exists() and all((markers / f"{name}.json").exists() for name in earlier)):
-        assert process.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    time.sleep(0.3)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (markers / f"{stage}.json").exists(), "the stage was over before the signal came"
+    # A stage of a tenth of a second may be over before a busy machine gets to send the signal: try again then.
+    attempts = (_killed_in(stage, earlier, study_file, tmp_path / f"killed-{n}") for n in range(5))
+    run = next((run for run in attempts if run is not None), None)
+    assert run is not None, "the stage was over before the signal came, five times"
+    markers = run / "cells" / "addition-0" / "stages"
     stamps = {name: (markers / f"{name}.json").stat().st_mtime_ns for name in earlier}
     subprocess.run([*COMMAND, str(study_file), "--out", str(run)], check=True, capture_output=True)
     assert stamps == {name: (markers / f"{name}.json").stat().st_mtime_ns for name in earlier}
@@ -139,6 +130,23 @@ def test_a_run_killed_in_any_stage_goes_on_to_the_same_results(
     for name in ("behaviour", "pairs", "probes", "steering"):
         file = Path("cells") / "addition-0" / "records" / f"{name}.parquet"
         assert (run / file).read_bytes() == (finished / file).read_bytes()
+
+
+def _killed_in(stage: str, earlier: list[str], study_file: Path, run: Path) -> Path | None:
+    """A run that was killed in the stage; None if the stage was over before."""
+    markers = run / "cells" / "addition-0" / "stages"
+    process = subprocess.Popen(
+        [*COMMAND, str(study_file), "--out", str(run)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 240
+    while not ((run / "study.yaml").exists() and all((markers / f"{name}.json").exists() for name in earlier)):
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    time.sleep(0.0 if stage == "pairs" else 0.3)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return None if (markers / f"{stage}.json").exists() else run
 
 
 def test_cells_side_by_side_give_what_they_give_one_by_one(study_file: Path, finished: Path, tmp_path: Path) -> None:
