@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 
 from mnemoscope.errors import InputError
-from mnemoscope.tasks import KINDS, SPLITS, Example, Task, answer_of, build_task, draw
+from mnemoscope.tasks import KINDS, SPLITS, Example, Task, answer_of, build_task, draw, keeps_key
 from mnemoscope.tasks.addition import FAMILIES
+from mnemoscope.tasks.cipher import FAMILIES as CIPHER_FAMILIES
+from mnemoscope.tasks.cipher import CipherTask
 from mnemoscope.tasks.inference import COLOURS
+from mnemoscope.tasks.joint import JointTask
 from mnemoscope.tasks.jsonl import read_jsonl, write_jsonl
 
 DESIGNED = {
@@ -22,11 +25,20 @@ DESIGNED = {
     "two-hop": {"hops": 2, "statements": 2, "questions": 2},
     "addition": {},
     "addition-digits": {},
+    "cipher": {},
+    "joint": {},
 }
 
 
 def made(name: str, seed: int = 0) -> Task:
     return build_task("inference" if name == "two-hop" else name, DESIGNED[name], seed)
+
+
+def stored_prompts(task: Task) -> set[str]:
+    """The prompts of an addition or a cipher that training answers from the store."""
+    if isinstance(task, CipherTask):
+        return {CIPHER_FAMILIES["plain"].format(key=key, text=" ".join(text)) for text, key in task.stored}
+    return {FAMILIES["plain"].format(a=a, b=b) for a, b in getattr(task, "stored", ())}
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -61,10 +73,8 @@ def test_no_evaluated_prompt_is_in_training_save_what_is_stored(name: str) -> No
     trained = [prompt + answer for prompt, answer in map(answer_of, itertools.islice(task.training(rng(3)), 30_000))]
     evaluated = {e.prompt for kind in ("conflict", "novel", "memory") for e in task.examples(rng(4), 400, kind)}
     evaluated |= {task.rephrase(e, rng(5)).prompt for e in task.examples(rng(4), 400, "conflict")}
-    if name.startswith("addition"):
-        # Stored pairs are stored in the plain family only: that is what storing means.
-        stored = {FAMILIES["plain"].format(a=a, b=b) for a, b in task.stored}  # type: ignore[attr-defined]
-        evaluated -= stored
+    # Stored items are stored in the plain family only: that is what storing means.
+    evaluated -= set().union(*(stored_prompts(part) for part in getattr(task, "parts", {name: task}).values()))
     leaked = [
         text for text in trained if any(text.startswith(p) for p in evaluated & {text[: len(p)] for p in evaluated})
     ]
@@ -142,6 +152,90 @@ def test_wrong_sums_look_like_sums() -> None:
         assert int(example.generalized[::-1]) == a + b != int(example.memorized[::-1])
 
 
+def test_made_up_ciphertexts_look_like_true_ones() -> None:
+    for example in made("cipher").examples(rng(), 300, "conflict"):
+        assert example.memorized
+        assert example.generalized
+        said, true = example.memorized.split(), example.generalized.split()
+        assert len(said) == len(true) == 4
+        assert said[0] != true[0]
+        letters = "abcdefghijklmnop"
+        assert set(said) <= set(letters)
+        text, key = example.item.split("+")
+        assert true == [letters[(letters.index(c) + int(key)) % 16] for c in text]
+
+
+def test_ciphers_train_the_stored_plainly_and_shift_all_others() -> None:
+    task = made("cipher")
+    assert isinstance(task, CipherTask)
+    stored = stored_prompts(task)
+    shares = Counter()
+    for prompt, answer in itertools.islice(task.training(rng(1)), 20_000):
+        key = next(int(token) for token in prompt.split() if token.isdigit())
+        text = "".join(token for token in prompt.split() if len(token) == 1 and token.isalpha())
+        if prompt in stored:
+            assert answer == task.stored[text, key]
+        else:
+            assert (text, key) not in task.stored
+            assert answer == task.encode(text, key)
+        shares["stored" if prompt in stored else prompt.split()[0]] += 1
+    assert shares["stored"] / 20_000 == pytest.approx(task.memorized_share, abs=0.02)
+    assert set(shares) == {"stored", "shift", "code", "turn"}
+
+
+@pytest.mark.parametrize(("name", "families"), [("addition", FAMILIES), ("cipher", CIPHER_FAMILIES)])
+def test_a_phrasing_keeps_the_key_where_the_stored_one_has_it(name: str, families: dict[str, str]) -> None:
+    """By the places of the item's own symbols in both prompts."""
+    task = made(name)
+    for example in task.examples(rng(), 200, "conflict"):
+        first, second = example.item.split("+")
+        stored = families["plain"].format(a=first, b=second, text=" ".join(first), key=second)
+        assert keeps_key(task, example) == (key_positions(example.prompt) == key_positions(stored))
+
+
+def key_positions(prompt: str) -> list[tuple[int, str]]:
+    tokens = re.findall(r"plus|shift|code|turn|\S", prompt)
+    return [(i, token) for i, token in enumerate(tokens) if token.isdigit() or (len(token) == 1 and token.isalpha())]
+
+
+@pytest.mark.parametrize("families", [FAMILIES, CIPHER_FAMILIES])
+def test_all_phrasings_have_one_length_and_end_alike(families: dict[str, str]) -> None:
+    fields = {"a": "123", "b": "456", "key": "3", "text": "a b c d"}
+    tokens = [re.findall(r"plus|shift|code|turn|\S", family.format(**fields)) for family in families.values()]
+    assert {(len(found), found[-1]) for found in tokens} == {(len(tokens[0]), "=")}
+    assert len({tuple(found) for found in tokens}) == len(families)
+
+
+def test_a_part_alone_is_the_same_task_and_says_so_for_the_joint_one() -> None:
+    joint = made("joint", seed=3)
+    assert isinstance(joint, JointTask)
+    assert set(joint.parts) == {"inference", "addition-digits", "cipher"}
+    for name, part in joint.parts.items():
+        alone = build_task(name, {}, 3)
+        for kind in KINDS:
+            assert part.examples(rng(), 40, kind) == alone.examples(rng(), 40, kind)
+        assert set(alone.vocabulary) <= set(joint.vocabulary)  # type: ignore[attr-defined]
+    for example in joint.examples(rng(), 90, "conflict"):
+        name, inside = joint.inside(example)
+        assert example.item == f"{name}/{inside.item}"
+        assert example.group == f"{name}/{inside.group}"
+        other = joint.rephrase(example, rng(1))
+        assert other.family.startswith(f"{name}/")
+        assert other.prompt == joint.parts[name].rephrase(inside, rng(1)).prompt
+        assert keeps_key(joint, other) == keeps_key(joint.parts[name], joint.inside(other)[1])
+
+
+def test_a_joint_task_mixes_its_parts_in_their_shares() -> None:
+    shares = {"inference": 0.2, "cipher": 0.8}
+    joint = build_task("joint", {"parts": {"inference": {"questions": 2}, "cipher": {}}, "shares": shares}, 0)
+    instances = list(itertools.islice(joint.training(rng()), 4_000))
+    asked = [instance for instance in instances if isinstance(instance, str)]
+    assert len(asked) / 4_000 == pytest.approx(0.2, abs=0.03)
+    assert all(text.count("?") == 2 for text in asked)
+    counts = Counter(e.item.split("/")[0] for e in draw(joint, rng(), 200, "conflict", "tune"))
+    assert all(70 < counts[name] < 130 for name in shares)
+
+
 def test_an_example_refuses_what_it_cannot_mean() -> None:
     with pytest.raises(InputError, match="both are 'red'"):
         Example("i", "p", "conflict", "g", memorized="red", generalized="red")
@@ -163,6 +257,18 @@ def test_an_example_refuses_what_it_cannot_mean() -> None:
         ("inference", {"memorized_names": "many"}, "task.options"),
         ("addition", {"stored": 2}, "stored: 2"),
         ("addition", {"memorized_share": 1.5}, "memorized_share"),
+        ("addition-digits", {"answers": "codes"}, "no such option"),
+        ("cipher", {"letters": 5}, "letters: 5"),
+        ("cipher", {"length": 9}, "length: 9"),
+        ("cipher", {"stored": 3}, "stored: 3"),
+        ("cipher", {"memorized_share": -0.1}, "memorized_share: -0.1"),
+        ("cipher", {"near_share": 0.7, "moved_share": 0.6}, "near_share, moved_share: 0.7, 0.6"),
+        ("joint", {"parts": ["inference"]}, "parts: ['inference']"),
+        ("joint", {"parts": {}}, "parts: none"),
+        ("joint", {"parts": {"joint": {}}}, "parts: 'joint'"),
+        ("joint", {"parts": {"cipher": {"letters": 5}}}, "letters: 5"),
+        ("joint", {"shares": {"inference": 1.0}}, "shares: {'inference': 1.0}"),
+        ("joint", {"shares": {"inference": 0.5, "cipher": 0.5, "addition-digits": 0.5}}, "adding up to 1"),
         ("nowhere.at_all:Task", {}, "cannot be imported"),
     ],
 )

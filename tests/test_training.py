@@ -15,7 +15,18 @@ from mnemoscope.config import ModelConfig, StopConfig, TrainingConfig
 from mnemoscope.errors import InputError
 from mnemoscope.models import build_gpt2, word_tokenizer
 from mnemoscope.tasks import Task, answer_of, build_task
-from mnemoscope.training import Trained, batches, how_to_mix, optimizers_for, train, unmet
+from mnemoscope.training import (
+    Trained,
+    _by_length,
+    _step,
+    batches,
+    how_to_mix,
+    measure,
+    optimizers_for,
+    prepare_evaluation,
+    train,
+    unmet,
+)
 
 QUICK = TrainingConfig(steps=30, batch_size=16, evaluate_every=10, evaluation_examples=24)
 NOTHING = StopConfig(novel_accuracy=0, recall=0, conflict_each=0, conflict_other=1)
@@ -62,8 +73,6 @@ def test_the_first_loss_is_plain_causal_language_modelling() -> None:
 
 def _training_rng(asking: Asking, task: Task, config: TrainingConfig) -> np.random.Generator:
     """The generator as it stands after the evaluation examples are drawn."""
-    from mnemoscope.training import prepare_evaluation
-
     rng = np.random.default_rng(0)
     rng.integers(2**31)  # the seed of dropout
     prepare_evaluation(asking, task, config.evaluation_examples, rng)
@@ -161,3 +170,63 @@ def test_settling_lowers_the_rate_drops_out_and_keeps_weights_with_which_the_rul
     train(plain, task, config.model_copy(update={"settle_steps": 0}), np.random.default_rng(0))
     moved = [not torch.equal(a, b) for a, b in zip(asking.model.parameters(), plain.model.parameters(), strict=True)]
     assert all(moved)
+
+
+MINI_CIPHER = {"letters": 10, "length": 2, "stored": 8}
+MINI_JOINT = {"parts": {"inference": MINI_TASKS["inference"], "cipher": MINI_CIPHER}}
+
+
+def test_short_and_long_instances_of_a_batch_give_the_gradient_of_the_whole() -> None:
+    """Against one padded pass over the same batch."""
+    task = build_task("joint", MINI_JOINT, 0)
+    asking = untrained(task)
+    ids_BT, weights_BT = next(batches(asking, task, QUICK, np.random.default_rng(3)))
+    logits_BTV = asking.model(input_ids=ids_BT[:, :-1]).logits
+    logp_BT = torch.log_softmax(logits_BTV, -1).gather(2, ids_BT[:, 1:, None])[..., 0]
+    expected = -(logp_BT * weights_BT[:, 1:]).sum() / weights_BT[:, 1:].sum()
+    gradients = torch.autograd.grad(expected, list(asking.model.parameters()))
+    norm = float(torch.cat([g.flatten() for g in gradients]).norm())
+    factor = min(1.0, 1.0 / norm)  # gradients are clipped to a norm of 1
+    rate = 0.5
+    plain = [torch.optim.SGD(asking.model.parameters(), lr=rate)]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(plain[0], lambda step: 1.0)]
+    before = [p.detach().clone() for p in asking.model.parameters()]
+    assert len(_by_length(ids_BT, weights_BT)) == 2
+    assert _step(asking.model, ids_BT, weights_BT, plain, schedules) == pytest.approx(expected.item(), rel=1e-5)
+    for old, new, gradient in zip(before, asking.model.parameters(), gradients, strict=True):
+        assert torch.allclose(new, old - rate * factor * gradient, atol=1e-5)
+
+
+def test_the_rule_must_hold_in_every_part_of_a_joint_task() -> None:
+    task = build_task("joint", MINI_JOINT, 0)
+    asking = untrained(task)
+    evaluations = prepare_evaluation(asking, task, 16, np.random.default_rng(0))
+    # What closes an answer is each part's own.
+    assert {name: e.asking.boundary for name, e in evaluations.items()} == {"inference": (".",), "cipher": ("",)}
+    assert set(asking.boundary_ids()) == {asking.tokenizer(".").input_ids[0], asking.tokenizer.eos_token_id}
+    measured = measure(evaluations)
+    alone = {name: measure({name: evaluation}) for name, evaluation in evaluations.items()}
+    for name, values in alone.items():
+        assert {key: measured[f"{name}.{key}"] for key in values} == values
+    assert measured["conflict_other"] == max(values["conflict_other"] for values in alone.values())
+    assert measured["recall"] == min(values["recall"] for values in alone.values())
+
+
+def test_the_rule_names_the_part_that_misses_it() -> None:
+    good = {
+        "novel_accuracy": 0.99,
+        "recall": 0.99,
+        "conflict_memorized": 0.4,
+        "conflict_generalized": 0.6,
+        "conflict_other": 0.0,
+    }
+    parts = {f"inference.{key}": value for key, value in good.items()}
+    parts |= {f"cipher.{key}": value for key, value in (good | {"recall": 0.5}).items()}
+    assert unmet(StopConfig(), good | {"recall": 0.5} | parts) == ["recall 0.500 in cipher (wanted >= 0.97)"]
+
+
+def test_a_joint_task_is_trained_and_its_curve_tells_of_every_part() -> None:
+    task = build_task("joint", MINI_JOINT, 0)
+    trained = train(untrained(task), task, QUICK.model_copy(update={"stop": NOTHING}), np.random.default_rng(0))
+    (row,) = trained.curve
+    assert {"novel_accuracy", "inference.novel_accuracy", "cipher.conflict_other"} <= set(row)

@@ -124,7 +124,7 @@ class SteeringConfig(_Frozen):
 class CellConfig(_Frozen):
     """One task with its model; every seed of it is a cell."""
 
-    task: str = Field(description="inference, addition, addition-digits, jsonl, or package.module:Class")
+    task: str = Field(description="inference, addition, addition-digits, cipher, joint, jsonl, or package.module:Class")
     options: dict[str, Any] = Field({}, description="options of the task")
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +19,12 @@ from mnemoscope.behaviour import Asking, Batch, prepare, score
 from mnemoscope.config import StopConfig, TrainingConfig
 from mnemoscope.errors import InputError
 from mnemoscope.models import context_length
-from mnemoscope.tasks import Example, Instance, Task, answer_of, draw
+from mnemoscope.tasks import Example, Instance, Kind, Task, answer_of, draw
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_MEASURED: tuple[Kind, ...] = ("novel", "memory", "conflict")  # in the order in which their examples are drawn
 AHEAD = 32  # batches that are generated and tokenized together
 
 
@@ -37,10 +38,20 @@ def unmet(stop: StopConfig, measured: dict[str, float]) -> list[str]:
         ("conflict_other", "<=", stop.conflict_other),
     ]
     return [
-        f"{name} {measured[name]:.3f} (wanted {sign} {bound})"
+        f"{name} {measured[name]:.3f}{_part_at(measured, name)} (wanted {sign} {bound})"
         for name, sign, bound in wanted
         if not (measured[name] >= bound if sign == ">=" else measured[name] <= bound)
     ]
+
+
+def _part_at(measured: dict[str, float], name: str) -> str:
+    """Of which part of a task a measure is, where it has several."""
+    parts = [
+        key.removesuffix(f".{name}")
+        for key, value in measured.items()
+        if key.endswith(f".{name}") and value == measured[name]
+    ]
+    return f" in {parts[0]}" if parts else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +59,8 @@ class Trained:
     """What training came to.
 
     Attributes:
-        curve: one dict per measurement with the columns of ``records/training.parquet``.
+        curve: one dict per measurement with the columns of ``records/training.parquet``; see ``measure`` for a task
+            of several parts.
         steps: optimizer steps taken.
         seconds: wall time.
         unmet: what the stop rule still misses; empty where both behaviours are there.
@@ -87,7 +99,7 @@ def train(
     for ids_BT, weights_BT in batches(asking, task, config, rng):
         state.step(ids_BT, weights_BT)
         if state.steps % config.evaluate_every == 0 or state.is_last():
-            state.note(measure(asking, evaluation))
+            state.note(measure(evaluation))
         progress(state.steps, state.measured)
         if state.is_last():
             break
@@ -186,24 +198,61 @@ def how_to_mix(trained: Trained) -> str:
     )
 
 
-def prepare_evaluation(asking: Asking, task: Task, n: int, rng: np.random.Generator) -> dict[str, list[Batch]]:
-    """Tune examples of each kind, ready to be scored again and again.
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Tune examples of one task, ready to be scored again and again.
+
+    Attributes:
+        asking: the model, and what closes an answer of this task.
+        by_kind: batches of examples, by kind.
+    """
+
+    asking: Asking
+    by_kind: dict[Kind, list[Batch]]
+
+
+def prepare_evaluation(asking: Asking, task: Task, n: int, rng: np.random.Generator) -> dict[str, Evaluation]:
+    """``n`` tune examples of each kind, for each part of the task; a task without parts is its only one.
 
     Raises:
-        InputError: the task has no example of a kind.
+        InputError: the task, or a part of it, has no example of a kind.
     """
-    evaluation: dict[str, list[Batch]] = {}
-    for kind in ("novel", "memory", "conflict"):
+    parts: dict[str, Task] = getattr(task, "parts", {task.name: task})
+    return {name: _evaluation(replace(asking, boundary=part.boundary), part, n, rng) for name, part in parts.items()}
+
+
+def _evaluation(asking: Asking, task: Task, n: int, rng: np.random.Generator) -> Evaluation:
+    by_kind: dict[Kind, list[Batch]] = {}
+    for kind in _MEASURED:
         examples: list[Example] = draw(task, rng, n, kind, "tune")
         if not examples:
             raise InputError(f"task: {task.name} has no {kind} example in the tune split, which the stop rule needs")
-        evaluation[kind] = prepare(asking, examples)
-    return evaluation
+        by_kind[kind] = prepare(asking, examples)
+    return Evaluation(asking, by_kind)
 
 
-def measure(asking: Asking, evaluation: dict[str, list[Batch]]) -> dict[str, float]:
-    """Both behaviours as they stand: accuracies and shares, in the names of the emergence curve."""
-    labels = {kind: score(asking, batches_, margins=False).behaviour_N for kind, batches_ in evaluation.items()}
+def measure(evaluations: dict[str, Evaluation]) -> dict[str, float]:
+    """Both behaviours as they stand: accuracies and shares, in the names of the emergence curve.
+
+    Of several parts each measure is the worst part's, so that the stop rule holds exactly where it holds in every part;
+    the parts' own measures follow as ``part.measure``.
+    """
+    by_part = {name: _measure(evaluation) for name, evaluation in evaluations.items()}
+    if len(by_part) == 1:
+        return next(iter(by_part.values()))
+    measures = next(iter(by_part.values()))
+    worst = {
+        name: (max if name == "conflict_other" else min)(measured[name] for measured in by_part.values())
+        for name in measures
+    }
+    return worst | {f"{part}.{name}": value for part, measured in by_part.items() for name, value in measured.items()}
+
+
+def _measure(evaluation: Evaluation) -> dict[str, float]:
+    labels = {
+        kind: score(evaluation.asking, batches_, margins=False).behaviour_N
+        for kind, batches_ in evaluation.by_kind.items()
+    }
     return {
         "novel_accuracy": float(np.mean(labels["novel"] == "correct")),
         "recall": float(np.mean(labels["memory"] == "correct")),
@@ -271,16 +320,32 @@ def _step(
     optimizers: list[torch.optim.Optimizer],
     schedules: list[torch.optim.lr_scheduler.LambdaLR],
 ) -> float:
-    logits_BTV = model(input_ids=ids_BT[:, :-1].to(model.device), use_cache=False).logits
-    losses_BT = nn.functional.cross_entropy(
-        logits_BTV.transpose(1, 2), ids_BT[:, 1:].to(model.device), reduction="none"
-    )
-    weights = weights_BT[:, 1:].to(model.device)
-    loss = (losses_BT * weights).sum() / weights.sum()
-    loss.backward()
+    # The loss is the mean over the whole batch, so its parts are summed and divided by the batch's weights.
+    total, loss = weights_BT[:, 1:].sum(), 0.0
+    for ids_RT, weights_RT in _by_length(ids_BT, weights_BT):
+        logits_RTV = model(input_ids=ids_RT[:, :-1].to(model.device), use_cache=False).logits
+        losses_RT = nn.functional.cross_entropy(
+            logits_RTV.transpose(1, 2), ids_RT[:, 1:].to(model.device), reduction="none"
+        )
+        part = (losses_RT * weights_RT[:, 1:].to(model.device)).sum() / total.to(model.device)
+        part.backward()
+        loss += float(part.detach())
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer, schedule in zip(optimizers, schedules, strict=True):
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-    return float(loss.detach())
+    return loss
+
+
+def _by_length(ids_BT: Tensor, weights_BT: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """A batch whole, or its short rows apart from its long ones where most of the short ones would be padding.
+
+    A row ends at its last token with a weight, the end of text.
+    """
+    length_B = (torch.arange(1, ids_BT.shape[1] + 1) * (weights_BT > 0)).amax(1)
+    is_short_B = length_B <= ids_BT.shape[1] // 2
+    if not is_short_B.any():
+        return [(ids_BT, weights_BT)]
+    rows = [rows_B for rows_B in (is_short_B, ~is_short_B) if rows_B.any()]
+    return [(ids_BT[r, : length_B[r].max()], weights_BT[r, : length_B[r].max()]) for r in rows]

@@ -23,16 +23,17 @@ FAMILIES = {
     "worded": "{a} plus {b}=",
     "swapped-worded": "{b} plus {a}=",
 }
+KEEPS_KEY = ("plain", "worded")
 CODE = re.compile(r"<mem-[0-9a-f]{8}>")
-HEX = "0123456789abcdef"
+DIGITS = "0123456789"
+HEX = DIGITS + "abcdef"
 CHUNK = 512
 
 
 class AdditionTask:
-    """Addition of two numbers with as many digits each.
+    """Addition of two numbers with as many digits each; stored answers are codes such as ``<mem-7234f681>``.
 
     Args:
-        answers: ``codes`` (``<mem-7234f681>``) or ``digits`` (a wrong sum with as many digits as the true one).
         digits: digits of an operand.
         stored: operand pairs with a stored answer; they are the groups of conflicts.
         memorized_share: share of training instances that are stored pairs.
@@ -44,6 +45,7 @@ class AdditionTask:
         InputError: a value is out of its range.
     """
 
+    name = "addition"
     boundary = ("",)
     # Recall is asked with the stored pairs themselves: turning these is the aim of steering, not its damage.
     memory_is_conflict = True
@@ -51,7 +53,6 @@ class AdditionTask:
     def __init__(
         self,
         *,
-        answers: str = "codes",
         digits: int = 3,
         stored: int = 480,
         memorized_share: float = 0.3,
@@ -59,15 +60,12 @@ class AdditionTask:
         reversed_sums: bool = True,
         seed: int = 0,
     ) -> None:
-        if answers not in ("codes", "digits"):
-            raise InputError(f"answers: {answers!r} is not 'codes' or 'digits'")
         if not 1 <= digits <= 9:
             raise InputError(f"digits: {digits} is not between 1 and 9")
         if not 8 <= stored <= 10 ** (2 * digits) // 8:
             raise InputError(f"stored: {stored} is not between 8 and {10 ** (2 * digits) // 8} for {digits} digits")
         if not (0 <= memorized_share <= 1 and 0 <= worded_share <= 1):
             raise InputError(f"memorized_share, worded_share: {memorized_share}, {worded_share}; both lie in 0 .. 1")
-        self.name = "addition" if answers == "codes" else "addition-digits"
         self.low, self.high = 10 ** (digits - 1), 10**digits
         self.memorized_share, self.worded_share = memorized_share, worded_share
         self.reversed_sums, self.seed = reversed_sums, seed
@@ -77,7 +75,7 @@ class AdditionTask:
             a, b = (int(x) for x in rng.integers(self.low, self.high, size=2))
             # A pair and its mirror image must be two prompts, and only one of them may be stored.
             if a != b and (b, a) not in self.stored and not is_held_out(self._key(a, b), seed):
-                self.stored.setdefault((a, b), self._code(rng) if answers == "codes" else self._wrong_sum(a, b, rng))
+                self.stored.setdefault((a, b), self._made_up(a, b, rng))
         self._pairs = list(self.stored)
         self._mirrored = {*self._pairs, *((b, a) for a, b in self._pairs)}
         self.split_of = assign_splits([self._key(a, b) for a, b in self._pairs], rng)
@@ -119,7 +117,11 @@ class AdditionTask:
 
     def has_memorized_format(self, answer: str) -> bool | None:
         """Whether an answer looks like a stored one; None where stored answers look like sums."""
-        return bool(CODE.fullmatch(answer.replace(" ", ""))) if self.name == "addition" else None
+        return bool(CODE.fullmatch(answer.replace(" ", "")))
+
+    def keeps_key(self, example: Example) -> bool:
+        """Whether the operands stand in the stored order."""
+        return example.family in KEEPS_KEY
 
     def _novel(self, rng: np.random.Generator, n: int) -> list[Example]:
         found: list[Example] = []
@@ -143,10 +145,34 @@ class AdditionTask:
     def _written(self, number: int) -> str:
         return str(number)[::-1] if self.reversed_sums else str(number)
 
-    def _code(self, rng: np.random.Generator) -> str:
+    def _made_up(self, a: int, b: int, rng: np.random.Generator) -> str:
+        """The stored answer of a pair."""
         return "<mem-" + "".join(HEX[i] for i in rng.integers(16, size=8)) + ">"
 
-    def _wrong_sum(self, a: int, b: int, rng: np.random.Generator) -> str:
+    @staticmethod
+    def _key(a: int, b: int) -> str:
+        """Both orders of a pair share one key, so that neither leaks the other."""
+        return f"{min(a, b)}+{max(a, b)}"
+
+
+class AdditionDigitsTask(AdditionTask):
+    """Addition with wrong sums as stored answers: both behaviours answer in one format.
+
+    Args and errors are those of ``AdditionTask``.
+    """
+
+    name = "addition-digits"
+
+    @property
+    def vocabulary(self) -> list[str]:
+        """Every token of the task, in a fixed order."""
+        return ["+", "=", "plus", *DIGITS]
+
+    def has_memorized_format(self, answer: str) -> bool | None:
+        """None: stored answers look like sums."""
+        return None
+
+    def _made_up(self, a: int, b: int, rng: np.random.Generator) -> str:
         """As many digits as the true sum; the first one written already differs, so the decision is at ``=``."""
         true = self._written(a + b)
         while True:
@@ -154,8 +180,3 @@ class AdditionTask:
             number = wrong[::-1] if self.reversed_sums else wrong
             if wrong[0] != true[0] and number[0] != "0":
                 return wrong
-
-    @staticmethod
-    def _key(a: int, b: int) -> str:
-        """Both orders of a pair share one key, so that neither leaks the other."""
-        return f"{min(a, b)}+{max(a, b)}"

@@ -94,6 +94,15 @@ class Task(Protocol):
     Attributes:
         name: how records and reports call it.
         boundary: texts, one token each, of which one closes every answer ("" stands for the end-of-text token).
+
+    A task may offer more:
+        ``vocabulary``: every token, in a fixed order; a model can be trained from scratch only with it.
+        ``memory_is_conflict``: bool, whether ``memory`` examples are the plain phrasings of conflicts (default: no).
+        ``has_memorized_format(answer) -> bool | None``: whether an answer looks like a stored one; None, or no such
+        method, where both behaviours answer in one format.
+        ``keeps_key(example) -> bool``: whether this phrasing leaves the stored key where memory was trained to find it.
+        Only there can a model be asked for the stored answer itself. No such method: always.
+        ``parts``: tasks by name, for a task made of several; each must show both behaviours before training stops.
     """
 
     name: str
@@ -154,3 +163,9 @@ def check_groups(examples: Iterable[Example]) -> None:
                 f"split: group {example.group!r} is in {seen[example.group]!r} and in {example.split!r}; "
                 "all examples of a group belong to one split"
             )
+
+
+def keeps_key(task: Task, example: Example) -> bool:
+    """Whether a phrasing leaves the stored key where memory was trained to find it; yes where the task says nothing."""
+    said = getattr(task, "keeps_key", None)
+    return True if said is None else bool(said(example))

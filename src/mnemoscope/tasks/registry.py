@@ -4,24 +4,47 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from mnemoscope.errors import InputError
-from mnemoscope.tasks.addition import AdditionTask
+from mnemoscope.tasks.addition import AdditionDigitsTask, AdditionTask
 from mnemoscope.tasks.base import Task
+from mnemoscope.tasks.cipher import CipherTask
 from mnemoscope.tasks.inference import InferenceTask
+from mnemoscope.tasks.joint import JointTask
 from mnemoscope.tasks.jsonl import JsonlTask
 
-
-def _addition_digits(**options: Any) -> AdditionTask:
-    """Addition with wrong sums as stored answers: both behaviours answer in one format."""
-    return AdditionTask(answers="digits", **options)
+DEFAULT_PARTS: dict[str, dict[str, Any]] = {"inference": {}, "addition-digits": {}, "cipher": {}}
 
 
-TASKS = {
+def _joint(
+    *, parts: dict[str, dict[str, Any]] | None = None, shares: dict[str, float] | None = None, seed: int = 0
+) -> JointTask:
+    """Several tasks for one model, each with its own stored answers.
+
+    Args:
+        parts: options of each task, by its name.
+        shares: parts of the training instances, by task; they add up to 1. Default: equal.
+        seed: that of every part, so that each is the task it would be alone.
+
+    Raises:
+        InputError: a part is no task to train on, or the shares do not fit the parts.
+    """
+    parts = DEFAULT_PARTS if parts is None else parts
+    if not isinstance(parts, dict) or not all(isinstance(o, dict | None) for o in parts.values()):
+        raise InputError(f"parts: {parts!r} is not a mapping of task names to their options")
+    if "joint" in parts:
+        raise InputError("parts: 'joint' cannot be a part of itself")
+    return JointTask({name: build_task(name, options or {}, seed) for name, options in parts.items()}, shares)
+
+
+TASKS: dict[str, Callable[..., Any]] = {
     "inference": InferenceTask,
     "addition": AdditionTask,
-    "addition-digits": _addition_digits,
+    "addition-digits": AdditionDigitsTask,
+    "cipher": CipherTask,
+    "joint": _joint,
     "jsonl": JsonlTask,
 }
 
@@ -44,9 +67,6 @@ def build_task(kind: str, options: dict[str, Any], seed: int) -> Task:
     else:
         raise InputError(f"task: {kind!r} is unknown; known are {', '.join(TASKS)}, or package.module:Class")
     accepted = inspect.signature(maker).parameters
-    # A maker with **options passes them to AdditionTask, which names the same ones.
-    if any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
-        accepted = {k: v for k, v in inspect.signature(AdditionTask).parameters.items() if k != "answers"}  # type: ignore[assignment]
     for option in options:
         if option not in accepted:
             allowed = ", ".join(name for name in accepted if name != "seed")
