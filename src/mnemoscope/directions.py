@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from mnemoscope.behaviour import Asking, Batch, Scores, margins_of, score
+from mnemoscope.behaviour import Asking, Batch, Scores, log_probabilities, score
 from mnemoscope.contrast import Contrast
 from mnemoscope.models import Site, blocks_of
 from mnemoscope.steering import SteeringVector, Toward, shifted
@@ -81,7 +81,8 @@ def margin_gradient(asking: Asking, batches: Sequence[Batch], site: Site, neuron
     for batch in batches:
         shifts = {i: torch.zeros(neurons, device=asking.model.device, requires_grad=True) for i in range(layers)}
         with shifted(asking.model, shifts, site, "decision"):
-            margin = margins_of(asking, batch).sum()
+            logp_N2 = log_probabilities(asking, batch)
+            margin = (logp_N2[:, 1] - logp_N2[:, 0]).sum()
         total_LD += np.stack([g.double().cpu().numpy() for g in torch.autograd.grad(margin, list(shifts.values()))])
     return total_LD / sum(len(batch.examples_N) for batch in batches)
 

@@ -154,13 +154,16 @@ def score(
     return scores
 
 
-def margins_of(asking: Asking, batch: Batch) -> Tensor:
-    """Decision margins of a batch of conflicts, float32 (N,) in nats, through which gradients flow back."""
+def log_probabilities(asking: Asking, batch: Batch) -> Tensor:
+    """Log probability of each example's options in nats, float32 (N, 2), through which gradients flow back.
+
+    Column 0 is the memorized answer, or the only one, column 1 the generalized one (NaN where there is one answer).
+    """
     logits_NV, _, cache = _read_contexts(asking.model, batch)
     closing = torch.tensor(asking.boundary_ids(), device=asking.model.device)
     _, logp_R, _ = _read_answers(asking.model, batch, logits_NV, cache, closing, margins=True)
-    signed_R = torch.where(batch.option_R == 1, logp_R, -logp_R)
-    return torch.zeros(len(batch.examples_N), device=signed_R.device).index_add(0, batch.example_R, signed_R)
+    empty_N2 = torch.full((len(batch.examples_N), 2), torch.nan, device=logp_R.device)
+    return empty_N2.index_put((batch.example_R, batch.option_R), logp_R)
 
 
 def _score_batch(
