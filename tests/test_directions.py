@@ -1,4 +1,4 @@
-"""Directions: the gradient against finite differences, and the choice of a setting by what exceeds its control."""
+"""Directions: every method at its norm, gradients against finite differences, controls, and the choice of a setting."""
 
 from __future__ import annotations
 
@@ -9,21 +9,32 @@ import pytest
 import torch
 
 from helpers import label, mini_examples
-from mnemoscope.behaviour import Asking, cache_prefixes, prepare
-from mnemoscope.contrast import Contrast, ContrastAccumulator
+from mnemoscope.behaviour import Asking, prepare
 from mnemoscope.directions import (
+    CONTROLS,
     METHODS,
-    TOWARD,
+    FitLists,
+    Limits,
     Setting,
     Sources,
-    _worst_control,
+    TuneLists,
+    alpha_of,
     choose,
-    margin_gradient,
-    shift_rate,
+    control_draws,
+    damage,
+    read_sources,
+    share_of,
     steered,
+    summed_gradient,
+    vector_of,
+    with_prefixes,
+    worst_control,
 )
 from mnemoscope.models import SITES
 from mnemoscope.steering import SteeringVector
+from mnemoscope.tasks import Example
+
+ALL = (0, 1)
 
 
 @pytest.fixture
@@ -31,22 +42,38 @@ def asking(mini: Callable[[str], Asking]) -> Asking:
     return mini("addition")
 
 
-def conflicts(n: int) -> list:
-    return [e for e in mini_examples("addition", 4 * n) if e.kind == "conflict"][:n]
+def conflicts(n: int) -> list[Example]:
+    return [e for e in mini_examples("addition", 6 * n) if e.kind == "conflict"][:n]
+
+
+@pytest.fixture
+def sources(asking: Asking) -> Sources:
+    return sources_at(asking, "block")
+
+
+def sources_at(asking: Asking, site: str) -> Sources:
+    """Sources of conflicts, whichever way they are answered; pairs are two different conflicts."""
+    examples = conflicts(60)
+    lists = {"generalized": with_prefixes(asking, examples[:40]), "memorized": with_prefixes(asking, examples[20:])}
+    kept = {t: with_prefixes(asking, [e for e in mini_examples("addition", 60) if e.kind == "novel"]) for t in lists}
+    pairs = list(zip(examples[:30], examples[30:], strict=True))
+    return read_sources(site, pairs, FitLists(asking, lists, lists, kept))  # type: ignore[arg-type]
+
+
+def setting(method: str, direction: str = "to_generalized", top: float = 1.0, **other: object) -> Setting:
+    facts = {"site": "block", "layers": ALL, "strength": 0.2} | other
+    return Setting(direction, method, top=top, **facts)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("cached", [False, True])
 def test_the_margin_gradient_equals_finite_differences(asking: Asking, site: str, cached: bool) -> None:
     examples = conflicts(12)
-    batches = prepare(asking, examples)
-    if cached:
-        cache_prefixes(asking, batches)
+    (batch,) = with_prefixes(asking, examples) if cached else prepare(asking, examples)
     width = 256 if site == "neuron" else 64
-    gradient_LD = margin_gradient(asking, batches, site, width)  # type: ignore[arg-type]
-    assert gradient_LD.shape == (2, width)
+    gradient_LD = summed_gradient(asking, batch, site, (2, width), torch.ones(12)) / 12  # type: ignore[arg-type]
     direction = torch.randn(width, generator=torch.Generator().manual_seed(0))
-    for layer in (0, 1):
+    for layer in ALL:
         vector = SteeringVector("generalized", {layer: direction}, site=site)  # type: ignore[arg-type]
         step = 2e-3
         up, down = (
@@ -57,57 +84,106 @@ def test_the_margin_gradient_equals_finite_differences(asking: Asking, site: str
         assert float(gradient_LD[layer] @ direction.numpy()) == pytest.approx(expected, rel=0.03, abs=0.02)
 
 
-def sources_of(asking: Asking, examples: list) -> Sources:
-    scores = label(asking, examples, capture="block")
-    states_NLD = scores.states_NLD
-    assert states_NLD is not None
-    half = len(examples) // 2
-    accumulator = ContrastAccumulator.empty("block", 2, 64, permutations=99, seed=0)
-    accumulator.add(states_NLD[:half], states_NLD[half : 2 * half], [e.group for e in examples[:half]])
-    return Sources(accumulator.result(), margin_gradient(asking, prepare(asking, examples), "block", 64))
-
-
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("top", [0.25, 1.0])
-def test_every_method_turns_both_ways_and_keeps_its_share_of_neurons(asking: Asking, method: str, top: float) -> None:
-    sources = sources_of(asking, conflicts(40))
-    forth, back = (Setting(d, method, top, 0.2).vector(sources) for d in TOWARD)
-    assert (forth.toward, back.toward) == ("generalized", "memorized")
-    assert (forth + back).layers == []
-    assert (forth.dense(2, 64) != 0).sum() <= np.ceil(top * 128)
-    relative_L = np.linalg.norm(forth.dense(2, 64), axis=1) / sources.contrast.state_norm_L
-    if method == "nmd-relative":
-        np.testing.assert_allclose(relative_L, 0.2, rtol=1e-5)
-    if method == "gradient":
-        assert np.linalg.norm(relative_L) == pytest.approx(0.2, rel=1e-5)
+@pytest.mark.parametrize("layers", [(0, 1), (1,)])
+def test_every_method_keeps_its_norm_layers_and_neurons(
+    sources: Sources, method: str, top: float, layers: tuple[int, ...]
+) -> None:
+    vector = vector_of(sources, setting(method, top=top, layers=layers))
+    shift_LD = vector.dense(2, 64)
+    assert set(vector.layers) <= set(layers)
+    assert 0 < (shift_LD != 0).sum() <= np.ceil(top * 64 * len(layers))
+    assert np.linalg.norm(shift_LD / sources.norm_L[:, None]) == pytest.approx(0.2, rel=1e-5)
+    if method != "learned":
+        back = vector_of(sources, setting(method, "to_memorized", top=top, layers=layers))
+        assert (vector + back).layers == []
 
 
-def test_the_gradient_moves_the_margin_where_it_points(asking: Asking) -> None:
+def test_nmd_is_the_papers_shift(sources: Sources) -> None:
+    """alpha * sign(rho) * |NMD| on the neurons with the highest |rho|, against a loop over neurons."""
+    chosen = setting("nmd", top=0.25)
+    generalized_PLD, memorized_PLD = (sources.states_P2LD[:, side].astype(np.float64) for side in (0, 1))
+    labels_N = np.repeat([1.0, -1.0], len(generalized_PLD))
+    expected_LD, rho_LD = np.zeros((2, 64)), np.zeros((2, 64))
+    for layer, neuron in np.ndindex(2, 64):
+        states_N = np.concatenate([generalized_PLD[:, layer, neuron], memorized_PLD[:, layer, neuron]])
+        rho_LD[layer, neuron] = np.corrcoef(states_N, labels_N)[0, 1]
+        difference = generalized_PLD[:, layer, neuron].mean() - memorized_PLD[:, layer, neuron].mean()
+        expected_LD[layer, neuron] = np.sign(rho_LD[layer, neuron]) * abs(difference)
+    expected_LD[np.abs(rho_LD) < np.sort(np.abs(rho_LD), axis=None)[-32]] = 0
+    found_LD = vector_of(sources, chosen).dense(2, 64)
+    np.testing.assert_allclose(found_LD, alpha_of(sources, chosen) * expected_LD, rtol=1e-4, atol=1e-9)
+    assert np.isnan(alpha_of(sources, setting("gradient")))
+
+
+@pytest.mark.parametrize("method", ["gradient", "learned"])
+def test_what_follows_the_margin_moves_it_where_it_should(asking: Asking, sources: Sources, method: str) -> None:
     examples = conflicts(60)
-    sources = sources_of(asking, examples)
     before = label(asking, examples).margin_N.mean()
     for direction, sign in (("to_generalized", 1), ("to_memorized", -1)):
-        vector = Setting(direction, "gradient", 1.0, 0.1).vector(sources)
+        vector = vector_of(sources, setting(method, direction, strength=0.1))
         after = steered(asking, prepare(asking, examples), vector).margin_N.mean()
         assert sign * (after - before) > 1.0
 
 
-def test_the_setting_is_chosen_that_exceeds_its_control(asking: Asking) -> None:
-    """Against every setting held against its controls one by one; the limit bounds what a control may do."""
-    examples = conflicts(60)
-    sources = sources_of(asking, examples)
-    batches = prepare(asking, examples)
-    settings = [Setting("to_generalized", "gradient", 0.5, strength) for strength in (0.01, 0.2, 50.0)]
-    rated = [(s, shift_rate(steered(asking, batches, s.vector(sources)), "to_generalized")) for s in settings]
-    chosen, margin = choose(asking, batches, sources, rated, draws=3, control_limit=1.0)
-    by_hand = {s: rate - _worst_control(asking, batches, sources, s, 3, (0,)) for s, rate in rated}
-    assert margin == max(by_hand.values())
-    assert by_hand[chosen] == margin
-    limited, _ = choose(asking, batches, sources, rated, draws=3, control_limit=0.02)
-    assert _worst_control(asking, batches, sources, limited, 3, (0,)) <= 0.02
+def test_a_learned_shift_does_more_than_any_other_of_its_norm(asking: Asking, sources: Sources) -> None:
+    """It optimizes the log probability of the wanted answer, so no other method may beat it there by much."""
+    batches = sources.lists.pairs["generalized"]
+    rates = {
+        m: steered(asking, batches, vector_of(sources, setting(m, strength=0.15))).margin_N.mean() for m in METHODS
+    }
+    assert rates["learned"] > max(rates[m] for m in ("nmd", "logistic", "whitened", "pca"))
 
 
-def test_contrast_and_gradient_have_the_shape_of_the_model(asking: Asking) -> None:
-    sources = sources_of(asking, conflicts(20))
-    assert isinstance(sources.contrast, Contrast)
-    assert sources.gradient_LD.shape == sources.contrast.nmd_LD.shape == (2, 64)
+@pytest.mark.parametrize("name", CONTROLS)
+def test_controls_keep_each_layers_norm(sources: Sources, name: str) -> None:
+    chosen = setting("nmd", top=0.3)
+    original = vector_of(sources, chosen).dense(2, 64)
+    (_, first), (_, second) = control_draws(name, sources, chosen, 2, (0,))
+    assert not np.array_equal(first, second)
+    np.testing.assert_allclose(np.linalg.norm(first, axis=1), np.linalg.norm(original, axis=1), rtol=1e-5)
+    if name in ("random_neurons", "low_correlation"):
+        np.testing.assert_allclose(np.sort(np.abs(first)), np.sort(np.abs(original)), rtol=1e-6)
+    if name == "random_sign":
+        np.testing.assert_allclose(np.abs(first), np.abs(original), rtol=1e-6)
+    if name == "low_correlation":
+        for layer in ALL:
+            used = first[layer] != 0
+            assert np.abs(sources.rho_LD[layer][used]).max() <= np.abs(sources.rho_LD[layer][~used]).min()
+    again = dict(control_draws(name, sources, chosen, 2, (0,)))
+    np.testing.assert_array_equal(again[1], second)
+    everything = list(control_draws(name, sources, setting("nmd"), 2, (0,)))
+    assert len(everything) == (0 if name in ("random_neurons", "low_correlation") else 2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_shuffled_labels_leave_little_of_a_method(sources: Sources, method: str) -> None:
+    """Over many shuffles a direction averages out; without a shuffle it is itself."""
+    chosen = setting(method, strength=0.1)
+    original = vector_of(sources, chosen).dense(2, 64)
+    shuffles = [vector_of(sources.shuffled(seed), chosen).dense(2, 64) for seed in range(6)]
+    assert all(not np.array_equal(s, original) for s in shuffles) or method == "pca"
+    mean = np.mean(shuffles, axis=0)
+    assert np.linalg.norm(mean) < 0.85 * np.linalg.norm(original)
+
+
+def test_the_setting_is_chosen_that_exceeds_its_control(asking: Asking, sources: Sources) -> None:
+    """Against every setting held against its controls one by one; the limits bound controls and collateral."""
+    lists = TuneLists(
+        with_prefixes(asking, conflicts(60)),
+        {"novel": (sources.lists.kept["generalized"], "correct")},
+    )
+    settings = [setting("gradient", top=0.5, strength=strength) for strength in (0.01, 0.2, 2.0)]
+    rated = [(s, share_of(steered(asking, lists.turned, vector_of(sources, s)), "generalized")) for s in settings]
+
+    def chosen(control: float, collateral: float) -> Setting:
+        return choose(asking, lists, {"block": sources}, rated, Limits(control, collateral, draws=3)).setting
+
+    free = Limits(1.0, 1.0, draws=3)
+    worst = {s: worst_control(asking, lists.turned, sources, s, free, (0,)) for s in settings}
+    harm = {s: damage(asking, lists, sources, s) for s in settings}
+    net = {s: rate - worst[s] for s, rate in rated}
+    assert chosen(1.0, 1.0) == max(settings, key=net.__getitem__)
+    assert worst[chosen(min(worst.values()), 1.0)] == min(worst.values())
+    assert harm[chosen(1.0, min(harm.values()))] == min(harm.values())

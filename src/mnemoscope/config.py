@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -12,9 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from mnemoscope.errors import InputError
 
 Share = Field(ge=0.0, le=1.0)
+Offset = Annotated[int, Field(ge=0)]
+PairCount = Annotated[int, Field(ge=1)]
 
 
-MethodName = Literal["nmd", "nmd-relative", "gradient"]
+MethodName = Literal["nmd", "standardized-nmd", "gradient", "logistic", "whitened", "pca", "learned"]
+SiteName = Literal["block", "attention", "mlp", "neuron"]
 
 
 class _Frozen(BaseModel):
@@ -77,7 +81,7 @@ class TrainingConfig(_Frozen):
 class PairsConfig(_Frozen):
     """How many examples and candidates are drawn, and where states are read."""
 
-    site: Literal["block", "attention", "mlp", "neuron"] = Field("block", description="place in every layer")
+    site: SiteName = Field("block", description="place in every layer")
     behaviour_examples: int = Field(1000, ge=1, description="test examples of each kind that are labelled")
     fit_examples: int = Field(4000, ge=1, description="examples of the fit split that are rephrased")
     tune_examples: int = Field(4000, ge=1, description="the same of the tune split")
@@ -87,38 +91,113 @@ class PairsConfig(_Frozen):
     batch_size: int = Field(256, ge=1, description="examples per forward pass")
 
 
-class SteeringConfig(_Frozen):
-    """Which vectors are tried on the tune split and judged on the test split."""
+class ProbesConfig(_Frozen):
+    """Which states are probed, and with how many pairs."""
 
-    methods: tuple[MethodName, ...] = Field(("gradient", "nmd-relative", "nmd"), min_length=1)
+    pairs: int = Field(2000, ge=2, description="pairs of a split whose states are read, at most")
+    offsets: tuple[Offset, ...] = Field(
+        (0, 1, 2, 4, 8, 16), min_length=1, description="tokens before the decision position; 0 is the position itself"
+    )
+    shuffles: int = Field(10, ge=1, description="of the labels, for the probe that has nothing to learn")
+    learning: tuple[PairCount, ...] = Field(
+        (25, 50, 100, 200, 400, 800), description="numbers of fit pairs of the learning curve; all of them come last"
+    )
+    learning_draws: int = Field(5, ge=1, description="draws of each number of pairs")
+    halvings: int = Field(20, ge=1, description="of the fit pairs, whose contrasts are compared")
     tops: tuple[float, ...] = Field(
-        (0.05, 0.1, 0.3, 0.5, 0.9), min_length=1, description="shares of all neurons, in (0, 1]"
+        (0.05, 0.1, 0.3), description="shares of all neurons, in (0, 1], whose overlap between halves is counted"
     )
-    strengths: dict[MethodName, tuple[float, ...]] = Field(
-        {
-            "nmd": (0.5, 1.0, 1.5, 2.0, 4.0, 8.0),
-            "nmd-relative": (0.05, 0.1, 0.15, 0.2, 0.3, 0.5),
-            "gradient": (0.02, 0.04, 0.06, 0.08, 0.1, 0.2, 0.3, 0.5),
-        },
-        description="per method: alpha, or the share of the state's norm",
-    )
-    gradient_pairs: int = Field(500, ge=1, description="fit pairs behind the mean gradient of the margin")
-    control_limit: float = Field(
-        0.1, ge=0, le=1, description="settings whose worst control turns more tune pairs are chosen only if all do"
-    )
-    tune_pairs: int = Field(300, ge=1, description="tune pairs that every setting is tried on")
-    judged_examples: int = Field(1000, ge=1, description="test pairs, and examples of each other list, at most")
-    draws: int = Field(20, ge=1, description="draws of each control")
 
     @model_validator(mode="after")
-    def _in_range(self) -> SteeringConfig:
+    def _in_range(self) -> ProbesConfig:
+        if 0 not in self.offsets or len(set(self.offsets)) < len(self.offsets):
+            raise ValueError(f"offsets {self.offsets} lack 0, or one is there twice")
         for top in self.tops:
             if not 0 < top <= 1:
                 raise ValueError(f"top {top} is not in (0, 1]")
-        for method in self.methods:
-            if not self.strengths.get(method) or any(s <= 0 for s in self.strengths[method]):
-                raise ValueError(f"strengths of {method} are missing, or one is not above 0")
         return self
+
+
+class SweepConfig(_Frozen):
+    """The settings of a method that are tried on the tune split: every combination."""
+
+    sites: tuple[SiteName, ...] = Field(("block",), min_length=1, description="places in every layer")
+    layers: tuple[str, ...] = Field(
+        ("all",), min_length=1, description='"all", "each" (every layer alone), a layer ("2") or a range ("0-1")'
+    )
+    tops: tuple[float, ...] = Field((0.1, 0.3, 0.9), min_length=1, description="shares of the neurons, in (0, 1]")
+    strengths: tuple[float, ...] = Field(
+        (0.05, 0.1, 0.2, 0.4), min_length=1, description="total relative norms: the shift over the norm of the states"
+    )
+
+    @model_validator(mode="after")
+    def _in_range(self) -> SweepConfig:
+        for top in self.tops:
+            if not 0 < top <= 1:
+                raise ValueError(f"top {top} is not in (0, 1]")
+        for strength in self.strengths:
+            if not 0 < strength < float("inf"):
+                raise ValueError(f"strength {strength} is not above 0 and finite")
+        for layers in self.layers:
+            if not re.fullmatch(r"all|each|\d+|\d+-\d+", layers):
+                raise ValueError(
+                    f"layers {layers!r} is not 'all', 'each', a layer such as '2' or a range such as '0-1'"
+                )
+        return self
+
+    def layer_sets(self, count: int) -> list[tuple[int, ...]]:
+        """The sets of layers that are tried in a model of ``count`` layers, each once.
+
+        Raises:
+            ValueError: a layer does not exist, or a range is empty.
+        """
+        sets: dict[tuple[int, ...], None] = {}
+        for layers in self.layers:
+            first, last = (layers.split("-") * 2)[:2] if layers[0].isdigit() else ("0", str(count - 1))
+            chosen = tuple(range(int(first), int(last) + 1))
+            if not chosen or chosen[-1] >= count:
+                raise ValueError(f"steering.sweeps: layers {layers!r} do not exist in a model of {count} layers")
+            sets |= dict.fromkeys(((layer,) for layer in chosen) if layers == "each" else [chosen])
+        return list(sets)
+
+
+class SteeringConfig(_Frozen):
+    """Which vectors are tried on the tune split and judged on the test split."""
+
+    sweeps: dict[MethodName, SweepConfig] = Field(
+        {"nmd": SweepConfig(), "gradient": SweepConfig(), "learned": SweepConfig(tops=(0.9,), strengths=(0.1, 0.2))},
+        min_length=1,
+        description="the methods, and what is tried of each",
+    )
+    mapped: tuple[MethodName, ...] = Field(
+        ("nmd",), description="methods whose whole sweep is measured on memory, novel and other conflict examples too"
+    )
+    fit_pairs: int = Field(600, ge=2, description="fit pairs whose states and gradients make the directions")
+    fit_others: int = Field(600, ge=1, description="fit examples of each other list that learned vectors are fitted on")
+    tune_pairs: int = Field(300, ge=1, description="tune pairs that every setting is tried on")
+    tune_others: int = Field(200, ge=1, description="tune examples of each other list")
+    judged_examples: int = Field(500, ge=1, description="test pairs, and examples of each other list, at most")
+    control_limit: float = Field(
+        0.15, ge=0, le=1, description="settings whose worst control turns more tune examples are chosen only if all do"
+    )
+    collateral_limit: float = Field(
+        0.03, ge=0, le=1, description="likewise settings that cost more of the memory and novel examples their answer"
+    )
+    conflict_collateral_limit: float = Field(
+        0.1, ge=0, le=1, description="the same where conflicts that are no pairs are turned, which takes larger norms"
+    )
+    draws: int = Field(20, ge=1, description="draws of each control")
+
+
+class EffectsConfig(_Frozen):
+    """What is measured of the chosen vectors on test pairs beyond the shift itself."""
+
+    pairs: int = Field(300, ge=1, description="test pairs")
+    doses: tuple[float, ...] = Field(
+        (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0), min_length=1, description="multiples of the chosen strength"
+    )
+    ablated: tuple[float, ...] = Field((0.05, 0.1, 0.3), description="shares of the neurons held at their mean")
+    draws: int = Field(5, ge=1, description="draws of as many neurons at random")
 
 
 class CellConfig(_Frozen):
@@ -129,7 +208,9 @@ class CellConfig(_Frozen):
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
     pairs: PairsConfig = PairsConfig()
+    probes: ProbesConfig = ProbesConfig()
     steering: SteeringConfig = SteeringConfig()
+    effects: EffectsConfig = EffectsConfig()
 
 
 class StudyConfig(_Frozen):

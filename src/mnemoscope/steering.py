@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 Toward = Literal["generalized", "memorized"]
 Positions = Literal["decision", "all"]
+_Edit = Callable[[Tensor], Tensor]  # states (N, T, D) from the decision position on -> other states
 OPPOSITE: dict[Toward, Toward] = {"generalized": "memorized", "memorized": "generalized"}
 
 
@@ -255,24 +256,65 @@ def scaled_to(shift_LD: np.ndarray, norm_L: np.ndarray) -> np.ndarray:
     return shift_LD * np.divide(norm_L, found_L, out=np.zeros_like(found_L), where=found_L > 0)[:, None]
 
 
-@contextmanager
 def shifted(
     model: PreTrainedModel, shifts: Mapping[int, Tensor], site: Site, positions: Positions, start: int | None = None
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Add a (D,) tensor to the states of each layer named; gradients flow back into the tensors.
 
-    The only hook of the package that writes. It is gone when the context ends, however it ends. See
-    ``SteeringVector.apply`` for ``start``.
+    See ``SteeringVector.apply`` for ``start``.
     """
     tracker = _PositionTracker(start, everywhere=positions == "all")
+    return _edited(model, site, tracker, {layer: _adding(shift_D) for layer, shift_D in shifts.items()})
+
+
+def ablated(
+    model: PreTrainedModel, means: Mapping[int, Tensor], chosen: Mapping[int, Tensor], site: Site
+) -> AbstractContextManager[None]:
+    """Hold the chosen neurons at their mean from the decision position on, so that they tell nothing any more.
+
+    Args:
+        means: float32 (D,) per layer.
+        chosen: bool (D,) for the same layers.
+    """
+
+    def holding(mean_D: Tensor, chosen_D: Tensor) -> _Edit:
+        return lambda states_NTD: torch.where(chosen_D, mean_D, states_NTD)
+
+    edits = {layer: holding(mean_D, chosen[layer]) for layer, mean_D in means.items()}
+    return _edited(model, site, _PositionTracker(None, everywhere=False), edits)
+
+
+def patched(model: PreTrainedModel, layer: int, states_ND: Tensor, site: Site) -> AbstractContextManager[None]:
+    """Put the states of another run in place of a layer's own at the decision position, row by row of the batch.
+
+    Later positions are left alone, so the patch is all that the answer can know of the other run.
+    """
+    tracker = _PositionTracker(None, everywhere=False)
+
+    def patch(states_NTD: Tensor) -> Tensor:
+        if not tracker.in_prompt:
+            return states_NTD
+        return torch.cat([states_ND[:, None], states_NTD[:, 1:]], dim=1)
+
+    return _edited(model, site, tracker, {layer: patch})
+
+
+@contextmanager
+def _edited(
+    model: PreTrainedModel, site: Site, tracker: _PositionTracker, edits: Mapping[int, _Edit]
+) -> Iterator[None]:
+    """Change the states of each layer named, from the tracked position on.
+
+    The only hook of the package that writes. It is gone when the context ends, however it ends.
+    """
     handles = []
     try:
         # The base model is what every way of calling passes through, with a language-modelling head or without.
         handles.append(model.base_model.register_forward_pre_hook(tracker.see, with_kwargs=True))
-        for layer, shift_D in shifts.items():
+        for layer, edit in edits.items():
             module, is_input = site_module(model, layer, site)
             register = module.register_forward_pre_hook if is_input else module.register_forward_hook
-            handles.append(register(_adder(shift_D, tracker, is_input)))
+            handles.append(register(_editor(edit, tracker, is_input)))
         yield
     finally:
         for handle in handles:
@@ -290,6 +332,7 @@ class _PositionTracker:
     everywhere: bool
     start: int = 0
     first_column: int = 0
+    in_prompt: bool = False  # whether this pass holds the decision position
     prompt_NT: Tensor | None = field(default=None)
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -305,6 +348,7 @@ class _PositionTracker:
             self.start = past + columns - 1
             self.prompt_NT = ids_NT
         self.first_column = max(0, self.start - past)
+        self.in_prompt = past <= self.start
 
     def _continues(self, ids_NT: Tensor) -> bool:
         prompt = self.prompt_NT
@@ -313,19 +357,26 @@ class _PositionTracker:
         return longer and bool(torch.equal(ids_NT[:, : prompt.shape[1]], prompt))
 
 
-def _adder(shift_D: Tensor, tracker: _PositionTracker, is_input: bool) -> Callable[..., Any]:
-    """A hook that adds a shift to a module's output, or to its input."""
+def _adding(shift_D: Tensor) -> _Edit:
     placed: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def add(states_NTD: Tensor) -> Tensor:
+        key = (states_NTD.device, states_NTD.dtype)
+        return states_NTD + placed.setdefault(key, shift_D.to(*key))
+
+    return add
+
+
+def _editor(edit: _Edit, tracker: _PositionTracker, is_input: bool) -> Callable[..., Any]:
+    """A hook that changes a module's output, or its input, from the tracked column on."""
 
     def moved(states_NTD: Tensor) -> Tensor:
         first = tracker.first_column
         if first >= states_NTD.shape[1]:
             return states_NTD
-        key = (states_NTD.device, states_NTD.dtype)
-        shift = placed.setdefault(key, shift_D.to(*key))
         if first == 0:
-            return states_NTD + shift
-        return torch.cat([states_NTD[:, :first], states_NTD[:, first:] + shift], dim=1)
+            return edit(states_NTD)
+        return torch.cat([states_NTD[:, :first], edit(states_NTD[:, first:])], dim=1)
 
     def on_output(module: nn.Module, inputs: Any, output: Any) -> Any:
         return with_states(output, moved(states_of(output)))

@@ -13,6 +13,7 @@ import pandas as pd
 
 from mnemoscope.behaviour import Asking
 from mnemoscope.cells import Cell
+from mnemoscope.directions import Setting
 from mnemoscope.files import write_atomically
 from mnemoscope.models import load_model
 from mnemoscope.tasks import Task, build_task
@@ -39,7 +40,20 @@ def cell_model(cell: Cell) -> Asking:
         InputError: its folder is missing or damaged.
     """
     model, tokenizer = load_model(cell.config.model.folder or cell.folder / "model")
+    model.requires_grad_(False)  # only shifts are ever fitted to it
     return Asking(model, tokenizer, cell_task(cell).boundary, cell.config.pairs.batch_size)
+
+
+def read_chosen(cell: Cell, aim: str) -> dict[tuple[str, str], Setting]:
+    """The settings that the steering stage chose for an aim, by direction and method."""
+    methods = json.loads((cell.records / "chosen.json").read_text())[aim]["methods"]
+    return {
+        (direction, method): Setting(
+            direction, method, facts["site"], tuple(facts["layers"]), facts["top"], facts["strength"]
+        )
+        for method, by_direction in methods.items()
+        for direction, facts in by_direction.items()
+    }
 
 
 def write_table(path: Path, table: pd.DataFrame) -> Path:

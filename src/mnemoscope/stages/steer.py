@@ -3,226 +3,248 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from mnemoscope.behaviour import Asking, Batch, Scores, cache_prefixes, mark_confabulations, prepare
+from mnemoscope.behaviour import Asking, Batch, Scores, mark_confabulations
 from mnemoscope.cells import Cell, git_state
-from mnemoscope.contrast import Contrast
+from mnemoscope.config import SweepConfig
 from mnemoscope.directions import (
     CONTROLS,
-    SOURCE,
     TOWARD,
+    Choice,
+    Limits,
     Setting,
     Sources,
+    TuneLists,
+    alpha_of,
     choose,
     control_draws,
-    margin_gradient,
-    shift_rate,
+    read_sources,
+    share_of,
     steered,
+    vector_of,
+    with_prefixes,
 )
-from mnemoscope.stages.common import Tell, cell_model, cell_task, write_json, write_table
+from mnemoscope.errors import InputError
+from mnemoscope.models import blocks_of
+from mnemoscope.stages.common import Tell, cell_model, write_json, write_table
+from mnemoscope.stages.lists import JudgedList, Records, fit_lists, judged_lists, tune_lists
 from mnemoscope.steering import SteeringVector
-from mnemoscope.tasks import Example, Split
 
-CONTROLLED = ("pairs", "conflict")  # the lists on which controls are drawn
+# What a setting is chosen for -> the lists that it is judged on; controls are drawn on the first.
+JUDGED_ON = {
+    "pairs": ("pairs", "pairs_unreachable", "conflict", "conflict_rest", "memory", "novel"),
+    "conflict": ("conflict", "conflict_rest", "memory", "novel"),
+}
 
 
 def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
-    """Choose settings on the tune pairs; judge them with their controls on the test split."""
-    asking, config = cell_model(cell), cell.config.steering
-    pairs = pd.read_parquet(cell.records / "pairs.parquet")
-    behaviour = pd.read_parquet(cell.records / "behaviour.parquet")
-    sources = _sources_of_directions(cell, asking, pairs)
-    tables: list[pd.DataFrame] = []
-    chosen: dict[str, dict[str, Any]] = {method: {} for method in config.methods}
-    best: dict[str, str] = {}
-    files: list[Path] = []
-    commit = git_state()["commit"] or ""
+    """Choose settings on the tune split, for pairs and for other conflicts; judge them on the test split."""
+    asking, records = cell_model(cell), Records.of(cell)
+    work = _Work(cell, asking, sources_of(cell, asking, records), tune_lists(cell, asking, records))
     for number, direction in enumerate(TOWARD):
-        tell(number, len(TOWARD), f"{direction}: choosing on the tune split")
-        settings = _swept(
-            cell, asking, sources, _source_phrasings(pairs, "tune", direction, config.tune_pairs), direction, tables
-        )
-        best[direction] = max(settings, key=lambda method: settings[method][1])
-        lists = _test_lists(pairs, behaviour, direction, config.judged_examples)
-        # Only what is scored again for every control is worth the memory of its caches.
-        prepared = {
-            name: (_with_prefixes if name in CONTROLLED else prepare)(asking, examples)
-            for name, (examples, _) in lists.items()
-        }
-        for method, (setting, _) in settings.items():
-            tell(number + 0.5, len(TOWARD), f"{direction}: {method} beside its controls on the test split")
-            vector = setting.vector(sources)
-            chosen[method][direction] = _chosen(setting, vector)
-            tables += _judged(cell, asking, sources, setting, vector, lists, prepared)
-            files += _save_vector(cell, asking, vector, direction, method, commit)
+        for done, method in enumerate(cell.config.steering.sweeps):
+            tell(number + done / len(cell.config.steering.sweeps), 3, f"{direction}: choosing {method} on tune")
+            work.choose(direction, method)
+    tables: list[pd.DataFrame] = []
+    files: list[Path] = []
+    for number, direction in enumerate(TOWARD):
+        lists = judged_lists(records, direction, cell.config.steering.judged_examples)
+        prepared = {name: with_prefixes(asking, entry.examples) for name, entry in lists.items()}
+        for method in cell.config.steering.sweeps:
+            tell(2 + number / 2, 3, f"{direction}: {method} beside its controls on test")
+            for aim in JUDGED_ON:
+                tables += work.judge(aim, direction, method, lists, prepared)
+                files += work.save(aim, direction, method)
     files.append(write_table(cell.records / "steering.parquet", pd.concat(tables, ignore_index=True)))
-    files.append(write_json(cell.records / "chosen.json", {"best": best, "methods": chosen}))
+    files.append(write_table(cell.records / "sweep.parquet", pd.DataFrame(work.swept)))
+    files.append(write_json(cell.records / "chosen.json", work.chosen()))
     return files
 
 
-def _sources_of_directions(cell: Cell, asking: Asking, pairs: pd.DataFrame) -> Sources:
-    contrast = Contrast.load(cell.folder / "contrast.safetensors")
-    examples = [e for d in TOWARD for e in _source_phrasings(pairs, "fit", d, cell.config.steering.gradient_pairs)]
-    neurons = contrast.nmd_LD.shape[1]
-    gradient_LD = margin_gradient(asking, _with_prefixes(asking, examples), cell.config.pairs.site, neurons)
-    return Sources(contrast, gradient_LD)
+def sources_of(cell: Cell, asking: Asking, records: Records) -> dict[str, Sources]:
+    """The sources of every site that a sweep of the cell names."""
+    lists = fit_lists(cell, asking, records)
+    pairs = records.both_sides("fit", cell.config.steering.fit_pairs)
+    sites = dict.fromkeys(site for sweep in cell.config.steering.sweeps.values() for site in sweep.sites)
+    return {site: read_sources(site, pairs, lists) for site in sites}
 
 
-def _source_phrasings(pairs: pd.DataFrame, split: Split, direction: str, limit: int) -> list[Example]:
-    """Of each pair, the phrasing that shows the behaviour to be turned."""
-    chosen = pairs[pairs["is_pair"] & (pairs["split"] == split)].head(limit)
-    examples = []
-    for row in chosen.itertuples():
-        side = "a" if row.behaviour_a == SOURCE[direction] else "b"
-        prompt, family = getattr(row, f"prompt_{side}"), getattr(row, f"family_{side}")
-        examples.append(
-            Example(row.item, prompt, "conflict", row.group, family, split, row.memorized, row.generalized)  # type: ignore[arg-type]
-        )
-    return examples
+def layers_name(layers: Sequence[int]) -> str:
+    """``0-3`` for a range, ``2`` for one layer, else the layers between commas."""
+    first, last = layers[0], layers[-1]
+    if list(layers) == list(range(first, last + 1)):
+        return str(first) if first == last else f"{first}-{last}"
+    return ",".join(map(str, layers))
 
 
-def _test_lists(
-    pairs: pd.DataFrame, behaviour: pd.DataFrame, direction: str, limit: int
-) -> dict[str, tuple[list[Example], list[str]]]:
-    """The lists that steering is judged on, with the unsteered behaviour of each example."""
-    sources = _source_phrasings(pairs, "test", direction, limit)
-    lists: dict[str, tuple[list[Example], list[str]]] = {"pairs": (sources, [SOURCE[direction]] * len(sources))}
-    conflict = behaviour[behaviour["kind"] == "conflict"]
-    parts = {
-        "conflict": conflict[conflict["behaviour"] == SOURCE[direction]],
-        "conflict_rest": conflict[conflict["behaviour"] == TOWARD[direction]],
-        "memory": behaviour[behaviour["kind"] == "memory"],
-        "novel": behaviour[behaviour["kind"] == "novel"],
-    }
-    for name, part in parts.items():
-        lists[name] = (
-            [Example.from_row(row) for row in part.head(limit).to_dict("records")],
-            part["behaviour"].head(limit).tolist(),
-        )
-    return {name: entry for name, entry in lists.items() if entry[0]}
+@dataclass
+class _Work:
+    """The steering of one cell as it goes."""
 
+    cell: Cell
+    asking: Asking
+    sources: Mapping[str, Sources]
+    tune: Mapping[str, Mapping[str, TuneLists]]
+    swept: list[dict[str, Any]] = field(default_factory=list)
+    choices: dict[tuple[str, str, str], Choice] = field(default_factory=dict)
 
-def _with_prefixes(asking: Asking, examples: Sequence[Example]) -> list[Batch]:
-    batches = prepare(asking, examples)
-    cache_prefixes(asking, batches)
-    return batches
+    def choose(self, direction: str, method: str) -> None:
+        """Choose a method's setting for pairs, and for conflicts its strength at the same place."""
+        config, count = self.cell.config.steering, len(blocks_of(self.asking.model))
+        limits = Limits(config.control_limit, config.collateral_limit)
+        settings = settings_of(direction, method, config.sweeps[method], count)  # type: ignore[index]
+        choice = self._choose("pairs", direction, settings, limits)
+        same_place = [s for s in settings if (s.site, s.layers, s.top) == _place(choice.setting)]
+        limits = replace(limits, collateral=config.conflict_collateral_limit)
+        self._choose("conflict", direction, same_place, limits)
 
-
-def _swept(
-    cell: Cell,
-    asking: Asking,
-    sources: Sources,
-    examples: list[Example],
-    direction: str,
-    tables: list[pd.DataFrame],
-) -> dict[str, tuple[Setting, float]]:
-    """Try every setting on tune pairs; per method the chosen one and its margin over the worst control."""
-    config = cell.config.steering
-    batches = _with_prefixes(asking, examples)
-    chosen: dict[str, tuple[Setting, float]] = {}
-    for method in config.methods:
+    def _choose(self, aim: str, direction: str, settings: Sequence[Setting], limits: Limits) -> Choice:
+        lists = self.tune[aim][direction]
         rated = []
-        for top in config.tops:
-            for strength in config.strengths[method]:
-                setting = Setting(direction, method, top, strength)
-                scores = steered(asking, batches, setting.vector(sources))
-                rated.append((setting, shift_rate(scores, direction)))
-                before = [SOURCE[direction]] * len(examples)
-                tables.append(_steering_table("sweep", setting, ("vector", 0), "pairs", examples, before, scores))
-        chosen[method] = choose(asking, batches, sources, rated, control_limit=config.control_limit, seed=[cell.seed])
-    return chosen
+        for setting in settings:
+            scores = self._sweep(aim, setting, lists.turned)
+            rated.append((setting, share_of(scores, TOWARD[direction])))
+            if setting.method in self.cell.config.steering.mapped:
+                for name, (batches, label) in lists.kept.items():
+                    self._sweep(name, setting, batches, label)
+        seed = [self.cell.seed, 1]
+        choice = choose(self.asking, lists, self.sources, rated, limits, seed)
+        self.choices[aim, direction, settings[0].method] = choice
+        return choice
+
+    def _sweep(self, name: str, setting: Setting, batches: Sequence[Batch], label: str | None = None) -> Scores:
+        """Try a setting on a list and note what became of it."""
+        turned = label is None
+        scores = steered(self.asking, batches, vector_of(self.sources[setting.site], setting), margins=turned)
+        row = {"examples": name, "n": len(scores.behaviour_N), **_facts(setting)}
+        if label is None:
+            target = TOWARD[setting.direction]
+            source = next(t for t in TOWARD.values() if t != target)
+            row |= {"shift": share_of(scores, target), "stay": share_of(scores, source)}
+            row |= {"other": share_of(scores, "other"), "kept": np.nan}
+            row |= {"margin": float(scores.margin_N.mean()), "margin_sd": float(scores.margin_N.std())}
+        else:
+            row |= dict.fromkeys(("shift", "stay", "other", "margin", "margin_sd"), np.nan)
+            row |= {"kept": share_of(scores, label)}
+        self.swept.append(row)
+        return scores
+
+    def judge(
+        self,
+        aim: str,
+        direction: str,
+        method: str,
+        lists: Mapping[str, JudgedList],
+        prepared: Mapping[str, Sequence[Batch]],
+    ) -> Iterator[pd.DataFrame]:
+        """A chosen vector on the lists of its aim, and its controls on the first of them."""
+        setting = self.choices[aim, direction, method].setting
+        sources, config = self.sources[setting.site], self.cell.config.steering
+        vector = vector_of(sources, setting)
+        has_format = getattr(Records.of(self.cell).task, "has_memorized_format", None)
+        for name in JUDGED_ON[aim]:
+            if name in lists:
+                scores = steered(self.asking, prepared[name], vector)
+                if has_format and lists[name].examples[0].kind == "conflict":
+                    applied = partial(vector.apply, self.asking.model)
+                    mark_confabulations(self.asking, lists[name].examples, scores, has_format, applied)
+                yield _table(aim, setting, ("vector", 0), name, lists[name], scores)
+        if aim not in lists:
+            return
+        for control in CONTROLS:
+            seed = [self.cell.seed, zlib.crc32(f"{aim}/{direction}/{method}/{control}".encode())]
+            for number, shift_LD in control_draws(control, sources, setting, config.draws, seed):
+                scores = steered(self.asking, prepared[aim], vector.with_dense(shift_LD), margins=False)
+                yield _table(aim, setting, (control, number), aim, lists[aim], scores)
+
+    def save(self, aim: str, direction: str, method: str) -> list[Path]:
+        """Write a chosen vector, bound to its model."""
+        setting = self.choices[aim, direction, method].setting
+        vector = vector_of(self.sources[setting.site], setting).bound_to(self.asking.model, self.asking.tokenizer)
+        bound = replace(vector, task=self.cell.label, commit=git_state()["commit"] or "")
+        name = f"{direction}-{method}" + ("" if aim == "pairs" else f"-{aim}")
+        return save_vector(self.cell.folder / "vectors", name, bound)
+
+    def chosen(self) -> dict[str, Any]:
+        """What was chosen, per aim, method and direction, and the best method of each by the tune split."""
+        chosen: dict[str, Any] = {}
+        for (aim, direction, method), choice in self.choices.items():
+            entry = chosen.setdefault(aim, {"best": {}, "methods": {}})
+            facts = _chosen(choice.setting, self.sources[choice.setting.site]) | {"within_limits": choice.within}
+            entry["methods"].setdefault(method, {})[direction] = facts
+        for aim, entry in chosen.items():
+            for direction in TOWARD:
+                methods = [m for a, d, m in self.choices if (a, d) == (aim, direction)]
+                ranked = [
+                    (self.choices[aim, direction, m].within, self.choices[aim, direction, m].net) for m in methods
+                ]
+                entry["best"][direction] = methods[max(range(len(methods)), key=ranked.__getitem__)]
+        return chosen
 
 
-def _judged(
-    cell: Cell,
-    asking: Asking,
-    sources: Sources,
-    setting: Setting,
-    vector: SteeringVector,
-    lists: dict[str, tuple[list[Example], list[str]]],
-    prepared: dict[str, list[Batch]],
-) -> Iterator[pd.DataFrame]:
-    """A chosen vector on every list, and its controls on pairs and conflicts."""
-    has_format = getattr(cell_task(cell), "has_memorized_format", None)
-    for name, (examples, before) in lists.items():
-        scores = steered(asking, prepared[name], vector)
-        if has_format and name in CONTROLLED:
-            mark_confabulations(asking, examples, scores, has_format, partial(vector.apply, asking.model))
-        yield _steering_table("final", setting, ("vector", 0), name, examples, before, scores)
-    for control in CONTROLS:
-        seed = [cell.seed, zlib.crc32(f"{setting.direction}/{setting.method}/{control}".encode())]
-        for number, drawn in control_draws(
-            control, vector, sources.gradient_LD.shape, cell.config.steering.draws, seed
-        ):
-            for name in CONTROLLED:
-                if name in lists:
-                    scores = steered(asking, prepared[name], drawn, margins=False)
-                    yield _steering_table("final", setting, (control, number), name, *lists[name], scores)
+def settings_of(direction: str, method: str, sweep: SweepConfig, count: int) -> list[Setting]:
+    """Every combination of a sweep in a model of ``count`` layers.
 
-
-def _steering_table(
-    purpose: str,
-    setting: Setting,
-    role: tuple[str, int],
-    name: str,
-    examples: Sequence[Example],
-    before: Sequence[str],
-    scores: Scores,
-) -> pd.DataFrame:
-    table = pd.DataFrame(
-        {
-            "purpose": purpose,
-            "direction": setting.direction,
-            "method": setting.method,
-            "role": role[0],
-            "draw": role[1],
-            "top": setting.top,
-            "strength": setting.strength,
-            "examples": name,
-            "example": np.arange(len(examples)),
-            "group": [example.group for example in examples],
-            "split": "tune" if purpose == "sweep" else "test",
-            "before": before,
-            "after": scores.behaviour_N,
-            "margin": scores.margin_N,
-            "confabulated": scores.confabulated_N,
-        }
-    )
-    words = ["purpose", "direction", "method", "role", "examples", "group", "split", "before", "after"]
-    return table.astype({word: "str" for word in words})
-
-
-def _chosen(setting: Setting, vector: SteeringVector) -> dict[str, Any]:
-    return {
-        "method": setting.method,
-        "site": vector.site,
-        "layers": vector.layers,
-        "positions": vector.positions,
-        "top": setting.top,
-        "strength": setting.strength,
-    }
-
-
-def _save_vector(
-    cell: Cell, asking: Asking, vector: SteeringVector, direction: str, method: str, commit: str
-) -> list[Path]:
-    bound = replace(vector.bound_to(asking.model, asking.tokenizer), task=cell.label, commit=commit)
-    folder = cell.folder / "vectors"
-    folder.mkdir(exist_ok=True)
-    path, temporary = folder / f"{direction}-{method}.safetensors", folder / f".{direction}-{method}.tmp.safetensors"
+    Raises:
+        InputError: the sweep names a layer that the model does not have.
+    """
     try:
-        bound.save(temporary)
+        layer_sets = sweep.layer_sets(count)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return [
+        Setting(direction, method, site, layers, top, strength)
+        for site, layers, top, strength in product(sweep.sites, layer_sets, sweep.tops, sweep.strengths)
+    ]
+
+
+def save_vector(folder: Path, name: str, vector: SteeringVector) -> list[Path]:
+    """Write a vector's two files under temporary names and rename them."""
+    folder.mkdir(exist_ok=True)
+    path, temporary = folder / f"{name}.safetensors", folder / f".{name}.tmp.safetensors"
+    try:
+        vector.save(temporary)
         for suffix in (".json", ".safetensors"):
             temporary.with_suffix(suffix).replace(path.with_suffix(suffix))
     finally:
         for suffix in (".json", ".safetensors"):
             temporary.with_suffix(suffix).unlink(missing_ok=True)
     return [path, path.with_suffix(".json")]
+
+
+def _place(setting: Setting) -> tuple[str, tuple[int, ...], float]:
+    return setting.site, setting.layers, setting.top
+
+
+def _facts(setting: Setting) -> dict[str, Any]:
+    """A setting in the columns of the records."""
+    facts = {name: getattr(setting, name) for name in ("direction", "method", "site", "layers", "top", "strength")}
+    return facts | {"layers": layers_name(setting.layers)}
+
+
+def _chosen(setting: Setting, sources: Sources) -> dict[str, Any]:
+    """A setting as ``results.json`` shows it."""
+    facts = {name: getattr(setting, name) for name in ("method", "site", "top", "strength")}
+    return facts | {"layers": list(setting.layers), "positions": "decision", "alpha": alpha_of(sources, setting)}
+
+
+def _table(
+    aim: str, setting: Setting, role: tuple[str, int], name: str, entry: JudgedList, scores: Scores
+) -> pd.DataFrame:
+    """One row per steered test example."""
+    columns: dict[str, Any] = {"aim": aim, **_facts(setting), "role": role[0], "draw": role[1], "examples": name}
+    columns |= {"example": np.arange(len(entry.examples)), "split": "test", "before": entry.before}
+    columns |= {key: [getattr(example, key) for example in entry.examples] for key in ("group", "family")}
+    columns |= {"after": scores.behaviour_N, "margin_before": entry.margin_N, "margin": scores.margin_N}
+    table = pd.DataFrame(columns | {"confabulated": scores.confabulated_N})
+    words = ("aim", "direction", "method", "site", "layers", "role", "examples", "split", "before", "group", "family")
+    return table.astype({word: "str" for word in (*words, "after")})

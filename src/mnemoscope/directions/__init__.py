@@ -1,0 +1,47 @@
+"""From pairs to steering vectors: methods, controls of the same norm, and the choice of a setting."""
+
+from mnemoscope.directions.choose import Choice, Limits, TuneLists, choose, damage, worst_control
+from mnemoscope.directions.controls import CONTROLS, control_draws, control_exists
+from mnemoscope.directions.learned import Budget, learn
+from mnemoscope.directions.methods import METHODS, Method, Wanted, summed_gradient
+from mnemoscope.directions.settings import (
+    SOURCE,
+    TOWARD,
+    Setting,
+    alpha_of,
+    ranked_neurons,
+    share_of,
+    steered,
+    vector_of,
+)
+from mnemoscope.directions.sources import FitLists, Sources, read_sources, with_prefixes
+
+__all__ = [
+    "CONTROLS",
+    "METHODS",
+    "SOURCE",
+    "TOWARD",
+    "Budget",
+    "Choice",
+    "FitLists",
+    "Limits",
+    "Method",
+    "Setting",
+    "Sources",
+    "TuneLists",
+    "Wanted",
+    "alpha_of",
+    "choose",
+    "control_draws",
+    "control_exists",
+    "damage",
+    "learn",
+    "ranked_neurons",
+    "read_sources",
+    "share_of",
+    "steered",
+    "summed_gradient",
+    "vector_of",
+    "with_prefixes",
+    "worst_control",
+]

@@ -1,0 +1,88 @@
+"""Controls: shifts of the same norm in each layer that should not work.
+
+Shapes: L layers, D neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from mnemoscope.directions.settings import Setting, vector_of
+from mnemoscope.directions.sources import Sources
+from mnemoscope.steering import scaled_to
+
+# (shift (L, D), the setting it is of, its sources, a generator) -> another shift of the same norm in each layer.
+Control = Callable[[np.ndarray, Setting, Sources, np.random.Generator], np.ndarray]
+
+
+def random_neurons(shift_LD: np.ndarray, setting: Setting, sources: Sources, rng: np.random.Generator) -> np.ndarray:
+    """As many neurons in each layer, drawn at random, with the same absolute shifts in random order and signs.
+
+    Drawing within a layer keeps each layer's norm, which drawing over all layers would not.
+    """
+    drawn_LD = np.zeros_like(shift_LD)
+    for layer, values in _shifts_of(shift_LD):
+        neurons = rng.permutation(shift_LD.shape[1])[: len(values)]
+        drawn_LD[layer, neurons] = rng.permutation(values) * rng.choice([-1.0, 1.0], size=len(values))
+    return drawn_LD
+
+
+def low_correlation(shift_LD: np.ndarray, setting: Setting, sources: Sources, rng: np.random.Generator) -> np.ndarray:
+    """The neurons of each layer with the lowest |rho|, with the same absolute shifts in random order and signs."""
+    drawn_LD = np.zeros_like(shift_LD)
+    for layer, values in _shifts_of(shift_LD):
+        neurons = np.argsort(np.abs(sources.rho_LD[layer]), kind="stable")[: len(values)]
+        drawn_LD[layer, neurons] = rng.permutation(values) * rng.choice([-1.0, 1.0], size=len(values))
+    return drawn_LD
+
+
+def random_sign(shift_LD: np.ndarray, setting: Setting, sources: Sources, rng: np.random.Generator) -> np.ndarray:
+    """The chosen neurons with their absolute shifts and random signs."""
+    return np.abs(shift_LD) * rng.choice([-1.0, 1.0], size=shift_LD.shape)
+
+
+def gaussian(shift_LD: np.ndarray, setting: Setting, sources: Sources, rng: np.random.Generator) -> np.ndarray:
+    """A direction drawn from a normal distribution over all neurons of the layers that are shifted."""
+    return scaled_to(rng.standard_normal(shift_LD.shape), np.linalg.norm(shift_LD, axis=1))
+
+
+def shuffled_labels(shift_LD: np.ndarray, setting: Setting, sources: Sources, rng: np.random.Generator) -> np.ndarray:
+    """What the same method makes of the same pairs when their labels are shuffled."""
+    drawn = vector_of(sources.shuffled(int(rng.integers(2**31))), setting).dense(*shift_LD.shape)
+    return scaled_to(drawn, np.linalg.norm(shift_LD, axis=1))
+
+
+CONTROLS: dict[str, Control] = {
+    "random_neurons": random_neurons,
+    "low_correlation": low_correlation,
+    "random_sign": random_sign,
+    "shuffled_labels": shuffled_labels,
+    "gaussian": gaussian,
+}
+CHEAP = ("random_neurons", "low_correlation", "random_sign", "gaussian")  # those that fit nothing anew
+
+
+def control_exists(name: str, shift_LD: np.ndarray) -> bool:
+    """Whether the control differs from what it controls: with every neuron of a layer chosen there are no others."""
+    shifted_L = (shift_LD != 0).sum(axis=1)
+    return name not in ("random_neurons", "low_correlation") or not (shifted_L == shift_LD.shape[1]).any()
+
+
+def control_draws(
+    name: str, sources: Sources, setting: Setting, draws: int, seed: Sequence[int]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """``draws`` numbered shifts (L, D) of a control, none where it does not exist; seeded each by its number."""
+    shift_LD = vector_of(sources, setting).dense(*sources.shape_LD).astype(np.float64)
+    if control_exists(name, shift_LD):
+        for number in range(draws):
+            yield number, CONTROLS[name](shift_LD, setting, sources, np.random.default_rng([*seed, number]))
+
+
+def _shifts_of(shift_LD: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Layers that are shifted, with the absolute shifts of their neurons that are."""
+    for layer, row_D in enumerate(shift_LD):
+        values = np.abs(row_D[row_D != 0])
+        if len(values):
+            yield layer, values

@@ -1,0 +1,173 @@
+"""What a chosen vector does by degrees, what its neurons are needed for, and the most that a site could do.
+
+Everything here is measured on test pairs; nothing is chosen by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from mnemoscope.behaviour import Asking, Batch, Scores, score
+from mnemoscope.cells import Cell
+from mnemoscope.directions import (
+    SOURCE,
+    TOWARD,
+    Setting,
+    Sources,
+    control_draws,
+    ranked_neurons,
+    read_sources,
+    steered,
+    vector_of,
+    with_prefixes,
+)
+from mnemoscope.models import SITES, Site, blocks_of
+from mnemoscope.stages.common import Tell, cell_model, read_chosen, write_table
+from mnemoscope.stages.lists import Records, fit_lists
+from mnemoscope.steering import ablated, patched
+from mnemoscope.tasks import Example
+
+Applied = Callable[[], AbstractContextManager[Any]]
+GAUSSIAN_DRAWS = 5  # of the dose-response curve's control
+
+
+def effects_stage(cell: Cell, tell: Tell) -> list[Path]:
+    """Dose-response, necessity, upper bounds by patching, and the same said in words."""
+    asking, records = cell_model(cell), Records.of(cell)
+    sides = _Sides.of(cell, asking, records)
+    chosen = read_chosen(cell, "pairs")
+    sources = _chosen_sources(cell, asking, records, chosen.values())
+    rows: list[pd.DataFrame] = []
+    for done, part in enumerate((_doses, _ablations)):
+        tell(done, 4, part.__name__.strip("_"))
+        rows += part(cell, sides, sources, chosen)
+    tell(2, 4, "patches")
+    rows += _patches(sides)
+    tell(3, 4, "prompts")
+    rows += _prompts(asking, records, sides)
+    return [write_table(cell.records / "effects.parquet", pd.concat(rows, ignore_index=True))]
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """Test pairs, both sides prepared with prefixes.
+
+    Attributes:
+        examples, batches: by behaviour shown; row n of both lists is one pair.
+        margin_N: unsteered decision margins in nats, by behaviour shown.
+    """
+
+    asking: Asking
+    examples: Mapping[str, Sequence[Example]]
+    batches: Mapping[str, Sequence[Batch]]
+    margin_N: Mapping[str, np.ndarray]
+
+    @classmethod
+    def of(cls, cell: Cell, asking: Asking, records: Records) -> _Sides:
+        pairs = records.both_sides("test", cell.config.effects.pairs)
+        examples = {"generalized": [a for a, _ in pairs], "memorized": [b for _, b in pairs]}
+        batches = {side: with_prefixes(asking, found) for side, found in examples.items()}
+        return cls(asking, examples, batches, {s: score(asking, b).margin_N for s, b in batches.items()})
+
+    def table(self, side: str, scores: Scores, **facts: Any) -> pd.DataFrame:
+        """One row per pair: what became of one side of it."""
+        columns: dict[str, Any] = {name: "" for name in ("direction", "method", "site", "layers", "role")}
+        columns |= {"dose": np.nan, "draw": 0, **facts, "side": side, "example": np.arange(len(self.examples[side]))}
+        columns |= {"group": [e.group for e in self.examples[side]], "after": scores.behaviour_N}
+        table = pd.DataFrame(columns | {"margin_before": self.margin_N[side], "margin": scores.margin_N})
+        words = ("what", "direction", "method", "site", "layers", "role", "side", "group", "after")
+        return table.astype({word: "str" for word in words} | {"dose": "float64"})
+
+
+def _chosen_sources(cell: Cell, asking: Asking, records: Records, settings: Iterable[Setting]) -> dict[Site, Sources]:
+    lists, pairs = fit_lists(cell, asking, records), records.both_sides("fit", cell.config.steering.fit_pairs)
+    return {site: read_sources(site, pairs, lists) for site in {setting.site for setting in settings}}
+
+
+def _doses(
+    cell: Cell, sides: _Sides, sources: Mapping[Site, Sources], chosen: Mapping[tuple[str, str], Setting]
+) -> Iterator[pd.DataFrame]:
+    """Chosen vectors from minus to plus twice their strength, and Gaussian shifts of the same norm."""
+    for (direction, method), setting in chosen.items():
+        found, side = sources[setting.site], SOURCE[direction]
+        vector = vector_of(found, setting)
+        facts = {"what": "dose", "direction": direction, "method": method, "site": setting.site}
+        seed = [cell.seed, 7]
+        draws = list(control_draws("gaussian", found, setting, GAUSSIAN_DRAWS, seed))
+        shifts = [("vector", 0, vector), *(("gaussian", n, vector.with_dense(shift_LD)) for n, shift_LD in draws)]
+        for dose in cell.config.effects.doses:
+            for role, draw, shift in shifts:
+                scores = steered(sides.asking, sides.batches[side], shift * dose)
+                yield sides.table(side, scores, **facts, dose=dose, role=role, draw=draw)
+
+
+def _ablations(
+    cell: Cell, sides: _Sides, sources: Mapping[Site, Sources], chosen: Mapping[tuple[str, str], Setting]
+) -> Iterator[pd.DataFrame]:
+    """The neurons that a method ranks highest, held at their mean, and as many at random in each layer."""
+    for (direction, method), setting in chosen.items():
+        found = sources[setting.site]
+        mean_LD = found.states_P2LD.mean((0, 1))
+        for top in cell.config.effects.ablated:
+            kept_LD = ranked_neurons(found, setting, top)
+            rng = np.random.default_rng([cell.seed, 8, int(1000 * top)])
+            drawn = [rng.permuted(kept_LD, axis=1) for _ in range(cell.config.effects.draws)]
+            for draw, chosen_LD in enumerate((kept_LD, *drawn)):
+                applied = _ablating(sides.asking, mean_LD, chosen_LD, setting.site)
+                role = "random_neurons" if draw else "vector"
+                facts = {"what": "ablation", "direction": direction, "method": method, "site": setting.site}
+                for side, batches in sides.batches.items():
+                    scores = score(sides.asking, batches, applied=applied)
+                    yield sides.table(side, scores, **facts, dose=top, role=role, draw=max(0, draw - 1))
+
+
+def _ablating(asking: Asking, mean_LD: np.ndarray, chosen_LD: np.ndarray, site: Site) -> Applied:
+    layers = np.flatnonzero(chosen_LD.any(axis=1)).tolist()
+    means = {layer: torch.from_numpy(mean_LD[layer]).float() for layer in layers}
+    return partial(ablated, asking.model, means, {i: torch.from_numpy(chosen_LD[i]) for i in layers}, site)
+
+
+def _patches(sides: _Sides) -> Iterator[pd.DataFrame]:
+    """Each layer's state at the decision position, put from one side of a pair into the other."""
+    model = sides.asking.model
+    for site in SITES:
+        states = {
+            side: score(sides.asking, batches, margins=False, capture=site).states_NLD
+            for side, batches in sides.batches.items()
+        }
+        for direction, toward in TOWARD.items():
+            side, donor_NLD = SOURCE[direction], states[toward]
+            assert donor_NLD is not None
+            for layer in range(len(blocks_of(model))):
+                # Batches are read in their order, each once.
+                donors = iter([torch.from_numpy(donor_NLD[b.examples_N, layer]) for b in sides.batches[side]])
+                applied = _patching(sides.asking, layer, donors, site)
+                scores = score(sides.asking, sides.batches[side], applied=applied)
+                facts = {"what": "patch", "direction": direction, "site": site, "layers": str(layer)}
+                yield sides.table(side, scores, **facts)
+
+
+def _patching(asking: Asking, layer: int, donors: Iterator[torch.Tensor], site: Site) -> Applied:
+    return lambda: patched(asking.model, layer, next(donors), site)
+
+
+def _prompts(asking: Asking, records: Records, sides: _Sides) -> Iterator[pd.DataFrame]:
+    """The behaviour asked for in words, where the task has a way to say it."""
+    said = getattr(records.task, "prompted", None)
+    if said is None:
+        return
+    for direction, toward in TOWARD.items():
+        side = SOURCE[direction]
+        examples = [said(example, toward) for example in sides.examples[side]]
+        if all(example is not None for example in examples):
+            scores = score(asking, with_prefixes(asking, examples))
+            yield sides.table(side, scores, what="prompt", direction=direction)

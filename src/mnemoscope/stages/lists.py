@@ -1,0 +1,177 @@
+"""The lists of examples that directions are made from, chosen on and judged on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mnemoscope.behaviour import Asking, prepare, score
+from mnemoscope.cells import Cell
+from mnemoscope.directions import SOURCE, TOWARD, FitLists, TuneLists, with_prefixes
+from mnemoscope.stages.common import cell_task, rng_of
+from mnemoscope.steering import Toward
+from mnemoscope.tasks import Example, Split, Task, draw, keeps_key
+
+
+@dataclass(frozen=True)
+class Records:
+    """What the stages before have written of a cell.
+
+    Attributes:
+        pairs: ``records/pairs.parquet``, every candidate of every split.
+        behaviour: ``records/behaviour.parquet``, test examples of every kind.
+    """
+
+    task: Task
+    pairs: pd.DataFrame
+    behaviour: pd.DataFrame
+
+    @classmethod
+    def of(cls, cell: Cell) -> Records:
+        """Read them."""
+        read = [pd.read_parquet(cell.records / f"{name}.parquet") for name in ("pairs", "behaviour")]
+        return cls(cell_task(cell), *read)
+
+    @property
+    def memory_is_conflict(self) -> bool:
+        """Whether memory examples are the conflicts themselves, which steering is to turn."""
+        return bool(getattr(self.task, "memory_is_conflict", False))
+
+    def both_sides(self, split: Split, limit: int) -> list[tuple[Example, Example]]:
+        """Pairs as (answered generalized, answered memorized)."""
+        return [(_phrasing(row, "generalized"), _phrasing(row, "memorized")) for row in self._pairs(split, limit)]
+
+    def turned(self, split: Split, direction: str, limit: int, reachable: bool = True) -> list[Example]:
+        """Of each pair, the phrasing that shows the behaviour to be turned.
+
+        Args:
+            reachable: turning to memory takes a phrasing that leaves the stored key where it was stored; False gives
+                the others, which are judged apart. Every phrasing can be turned to the rule.
+        """
+        found = []
+        for row in self._pairs(split, None):
+            example = _phrasing(row, SOURCE[direction])
+            if (direction == "to_generalized" or keeps_key(self.task, example)) == reachable:
+                found.append(example)
+                if len(found) == limit:
+                    break
+        return found
+
+    def conflicts(self, split: Split, behaviour: str, limit: int, reachable: bool = False) -> list[Example]:
+        """Examples as drawn, before any rephrasing, that are answered so; ``reachable``: that keep the key."""
+        rows = self.pairs[(self.pairs["split"] == split) & (self.pairs["behaviour_a"] == behaviour)].itertuples()
+        examples = (_example(row, "a") for row in rows)
+        return [e for e in examples if not reachable or keeps_key(self.task, e)][:limit]
+
+    def _pairs(self, split: Split, limit: int | None) -> Iterator[Any]:
+        chosen = self.pairs[self.pairs["is_pair"] & (self.pairs["split"] == split)]
+        return chosen.head(len(chosen) if limit is None else limit).itertuples()
+
+
+def fit_lists(cell: Cell, asking: Asking, records: Records) -> FitLists:
+    """What directions are fitted on, prepared with prefixes."""
+    config, right = cell.config.steering, _answered_right(cell, asking, records, "fit", cell.config.steering.fit_others)
+    pairs, conflicts, kept = {}, {}, {}
+    for direction, toward in TOWARD.items():
+        pairs[toward] = with_prefixes(asking, records.turned("fit", direction, config.fit_pairs))
+        reachable = direction == "to_memorized"
+        others = records.conflicts("fit", SOURCE[direction], config.fit_others, reachable)
+        conflicts[toward] = with_prefixes(asking, others)
+        kept[toward] = with_prefixes(asking, [e for name in _kept(records, toward) for e in right[name]])
+    return FitLists(asking, pairs, conflicts, kept)
+
+
+def tune_lists(cell: Cell, asking: Asking, records: Records) -> dict[str, dict[str, TuneLists]]:
+    """What settings are tried on, by aim (``pairs``, ``conflict``) and direction, prepared with prefixes."""
+    config = cell.config.steering
+    right = {
+        kind: with_prefixes(asking, examples)
+        for kind, examples in _answered_right(cell, asking, records, "tune", config.tune_others).items()
+    }
+    lists: dict[str, dict[str, TuneLists]] = {"pairs": {}, "conflict": {}}
+    for direction, toward in TOWARD.items():
+        kept = {kind: (right[kind], "correct") for kind in _kept(records, toward)}
+        turned = with_prefixes(asking, records.turned("tune", direction, config.tune_pairs))
+        lists["pairs"][direction] = TuneLists(turned, kept)
+        source = records.conflicts("tune", SOURCE[direction], config.tune_others, direction == "to_memorized")
+        rest = with_prefixes(asking, records.conflicts("tune", toward, config.tune_others))
+        lists["conflict"][direction] = TuneLists(
+            with_prefixes(asking, source), {**kept, "conflict_rest": (rest, toward)}
+        )
+    return lists
+
+
+@dataclass(frozen=True)
+class JudgedList:
+    """Test examples with what they answer without a shift.
+
+    Attributes:
+        margin_N: nats; NaN for memory and novel examples.
+    """
+
+    examples: Sequence[Example]
+    before: Sequence[str]
+    margin_N: np.ndarray
+
+
+def judged_lists(records: Records, direction: str, limit: int) -> dict[str, JudgedList]:
+    """The lists that steering is judged on; empty ones are left out."""
+    lists = {}
+    for name, reachable in (("pairs", True), ("pairs_unreachable", False)):
+        examples = records.turned("test", direction, limit, reachable)
+        margins = _margins(records.pairs)
+        lists[name] = JudgedList(
+            examples, [SOURCE[direction]] * len(examples), np.array([margins[e.item, e.prompt] for e in examples])
+        )
+    table = records.behaviour
+    conflict = table[table["kind"] == "conflict"]
+    parts = {
+        "conflict": conflict[conflict["behaviour"] == SOURCE[direction]],
+        "conflict_rest": conflict[conflict["behaviour"] == TOWARD[direction]],
+        "memory": table[table["kind"] == "memory"],
+        "novel": table[table["kind"] == "novel"],
+    }
+    for name, part in parts.items():
+        examples = [Example.from_row(row) for row in part.to_dict("records")]
+        if name == "conflict" and direction == "to_memorized":
+            part = part[[keeps_key(records.task, e) for e in examples]]
+        part = part.head(limit)
+        examples = [Example.from_row(row) for row in part.to_dict("records")]
+        lists[name] = JudgedList(examples, part["behaviour"].tolist(), part["margin"].to_numpy())
+    return {name: entry for name, entry in lists.items() if entry.examples}
+
+
+def _kept(records: Records, toward: Toward) -> list[str]:
+    """Kinds whose answers should stay: a model told to remember has nothing to remember of a novel example."""
+    memory = [] if records.memory_is_conflict and toward == "generalized" else ["memory"]
+    return [*memory, "novel"] if toward == "generalized" else memory
+
+
+def _answered_right(cell: Cell, asking: Asking, records: Records, split: Split, limit: int) -> dict[str, list[Example]]:
+    """Memory and novel examples of a split that the model answers right."""
+    rng, found = rng_of(cell, f"steering/{split}"), {}
+    for kind in ("memory", "novel"):
+        examples = draw(records.task, rng, limit, kind, split)
+        labels = score(asking, prepare(asking, examples), margins=False).behaviour_N
+        found[kind] = [e for e, label in zip(examples, labels, strict=True) if label == "correct"]
+    return found
+
+
+def _margins(pairs: pd.DataFrame) -> dict[tuple[str, str], float]:
+    """Margins by item and prompt, of both phrasings of every candidate."""
+    sides = [pairs[["item", f"prompt_{s}", f"margin_{s}"]].itertuples(index=False, name=None) for s in "ab"]
+    return {(item, prompt): margin for side in sides for item, prompt, margin in side}
+
+
+def _phrasing(row: Any, behaviour: str) -> Example:
+    """The phrasing of a pair that is answered so."""
+    return _example(row, "a" if row.behaviour_a == behaviour else "b")
+
+
+def _example(row: Any, side: str) -> Example:
+    prompt, family = getattr(row, f"prompt_{side}"), getattr(row, f"family_{side}")
+    return Example(row.item, prompt, "conflict", row.group, family, row.split, row.memorized, row.generalized)
