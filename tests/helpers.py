@@ -40,12 +40,18 @@ cells:
       evaluation_examples: 60
       stop: {novel_accuracy: 0.6, recall: 0.8, conflict_each: 0.15, conflict_other: 0.5}
     pairs: {behaviour_examples: 100, fit_examples: 200, tune_examples: 100, test_examples: 100, permutations: 99}
+    probes: {offsets: [0, 2]}
     steering:
-      methods: [nmd, gradient]
-      strengths: {nmd: [1.0, 2.0], gradient: [0.1, 0.3]}
-      tops: [0.1, 0.5]
+      sweeps:
+        nmd: {layers: [all, each], tops: [0.1, 0.5], strengths: [0.1, 0.3]}
+        gradient: {tops: [0.5], strengths: [0.1, 0.3]}
+        learned: {sites: [neuron], layers: ["0-1"], tops: [0.5], strengths: [0.3]}
       draws: 3
       tune_pairs: 50
+      tune_others: 40
+      fit_pairs: 60
+      fit_others: 60
+    effects: {pairs: 40, doses: [0, 1, 2], ablated: [0.1], draws: 2}
 """
 
 

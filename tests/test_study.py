@@ -66,7 +66,7 @@ def test_a_run_folder_holds_what_the_contract_says(finished: Path) -> None:
         vector = SteeringVector.load(cell / "vectors" / f"{direction}-nmd.safetensors", model, tokenizer)
         assert vector.toward == direction.removeprefix("to_")
     manifest = json.loads((finished / "manifest.json").read_text())
-    assert set(manifest["stages"]["addition-0"]) == {"train", "behaviour", "pairs", "steering"}
+    assert set(manifest["stages"]["addition-0"]) == {"train", "behaviour", "pairs", "probes", "steering", "effects"}
     assert not list(finished.rglob("*.tmp*"))
 
 
@@ -78,7 +78,7 @@ def test_results_say_what_the_records_say(finished: Path) -> None:
     for name in ("memorized", "generalized", "other"):
         assert task["behaviour"]["conflict"][name]["estimate"] == pytest.approx((conflict.behaviour == name).mean())
     steering = pd.read_parquet(records / "steering.parquet")
-    final = steering[(steering.purpose == "final") & (steering.examples == "pairs")]
+    final = steering[(steering.aim == "pairs") & (steering.examples == "pairs")]
     for direction, target in (("to_generalized", "generalized"), ("to_memorized", "memorized")):
         for method, found in task["steering_by_method"].items():
             rows = final[(final.direction == direction) & (final.method == method)]
@@ -98,9 +98,8 @@ def test_every_test_row_is_from_the_test_split(finished: Path) -> None:
     assert not groups["test"] & (groups["fit"] | groups["tune"])
     assert set(pd.read_parquet(records / "behaviour.parquet").split) == {"test"}
     steering = pd.read_parquet(records / "steering.parquet")
-    assert set(steering[steering.purpose == "sweep"].split) == {"tune"}
-    assert set(steering[steering.purpose == "final"].split) == {"test"}
-    assert set(steering[steering.split == "tune"].group) <= groups["tune"]
+    assert set(steering.split) == {"test"}
+    assert set(steering[steering.examples == "pairs"].group) <= groups["test"]
     assert set(pd.read_parquet(records / "probes.parquet").group) <= groups["test"]
 
 
@@ -247,7 +246,7 @@ cells:
     options: {{file: {data}}}
     model: {{folder: {tmp_path / "model"}}}
     pairs: {{permutations: 99}}
-    steering: {{tops: [0.5], draws: 2, tune_pairs: 50, methods: [nmd], strengths: {{nmd: [1.0]}}}}
+    steering: {{draws: 2, tune_pairs: 50, sweeps: {{nmd: {{tops: [0.5], strengths: [0.3]}}}}}}
 """
     (tmp_path / "mine.yaml").write_text(raw)
     run_study(load_study(str(tmp_path / "mine.yaml")), tmp_path / "run")

@@ -27,6 +27,15 @@ class Cell:
         """Folder of the cell's tables."""
         return self.folder / "records"
 
+    @property
+    def model_folder(self) -> Path:
+        """Where the cell's model is: its own folder, another cell's, or one that the study names."""
+        shape = self.config.model
+        if shape.folder:
+            return Path(shape.folder)
+        owner = self.folder.parent / f"{shape.cell}-{self.seed}" if shape.cell else self.folder
+        return owner / "model"
+
 
 def cells_of(config: StudyConfig, run: Path) -> list[Cell]:
     """Every cell of a study, seeds innermost."""

@@ -31,6 +31,12 @@ class ModelConfig(_Frozen):
     folder: str | None = Field(
         None, description="folder or hub id of a trained causal language model; nothing is trained"
     )
+    cell: str | None = Field(
+        None, description="another cell of the study: its model of the same seed is used; nothing is trained"
+    )
+    initialization: int | None = Field(
+        None, ge=0, description="seed of the first weights; default: the cell's seed. One number lets seeds share them"
+    )
     layers: int = Field(4, ge=1, le=64, description="blocks")
     width: int = Field(128, ge=8, le=4096, description="neurons of a state")
     heads: int = Field(4, ge=1, le=64, description="attention heads; a divisor of the width")
@@ -56,6 +62,9 @@ class TrainingConfig(_Frozen):
     """How a model is trained from scratch."""
 
     steps: int = Field(1000, ge=1, description="optimizer steps, at most")
+    attempts: int = Field(
+        1, ge=1, le=20, description="trainings, with new first weights and data, before it is given up"
+    )
     decay_steps: int = Field(
         0, ge=0, description="steps at the end over which the learning rate falls to 2 % of its peak"
     )
@@ -211,6 +220,7 @@ class CellConfig(_Frozen):
     probes: ProbesConfig = ProbesConfig()
     steering: SteeringConfig = SteeringConfig()
     effects: EffectsConfig = EffectsConfig()
+    analysed: bool = Field(True, description="False: a model for other cells (model.cell), which is only trained")
 
 
 class StudyConfig(_Frozen):
@@ -222,6 +232,19 @@ class StudyConfig(_Frozen):
     cells: dict[str, CellConfig] = Field(
         min_length=1, description="by the name under which results and report show them"
     )
+
+    @model_validator(mode="after")
+    def _cells_exist(self) -> StudyConfig:
+        for label, cell in self.cells.items():
+            donor = cell.model.cell
+            if donor is None:
+                continue
+            if cell.model.folder:
+                raise ValueError(f"cells.{label}.model: folder and cell are both given")
+            if donor not in self.cells or self.cells[donor].model.cell or donor == label:
+                owners = [name for name, other in self.cells.items() if not other.model.cell]
+                raise ValueError(f"cells.{label}.model.cell: {donor!r} is not one of {', '.join(owners)}")
+        return self
 
 
 def built_in_studies() -> list[str]:

@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -52,42 +52,70 @@ def run_study(config: StudyConfig, run: Path, progress: Progress = lambda *_: No
     with _locked(run, config):
         cells = cells_of(config, run)
         workers = workers or max(1, min(len(cells), (os.cpu_count() or 1) // config.threads))
-        if workers == 1:
-            for cell in cells:
-                run_cell(cell, progress)
-        else:
-            _run_side_by_side(cells, workers, progress)
+        # Cells that borrow a model come after those that train one.
+        for wave in ([c for c in cells if not c.config.model.cell], [c for c in cells if c.config.model.cell]):
+            _run_wave(wave, min(workers, len(wave)), progress)
+        compare_cells(cells, run, progress)
         _write_manifest(run, cells, started)
         return build_report(run)
 
 
 def run_cell(cell: Cell, progress: Progress) -> None:
     """Run the stages of a cell that are not yet done."""
+    from mnemoscope.stages import STAGES
+
+    _settle(cell.threads)
+    upstream = stage_hash("", cell, "")
+    for name, stage in STAGES.items():
+        if not cell.config.analysed and name not in ("train", "behaviour"):
+            continue
+        upstream = stage_hash(upstream, cell, name)
+        _run_stage(cell.name, cell.folder, name, upstream, partial(stage, cell), progress)
+
+
+def compare_cells(cells: Sequence[Cell], run: Path, progress: Progress) -> None:
+    """Compare seeds of one label and labels that share a model, unless it is done."""
+    from mnemoscope.stages import compare_stage
+
+    _settle(cells[0].threads)
+    markers = [(cell.folder / "stages" / "effects.json") for cell in cells if cell.config.analysed]
+    wanted = hashlib.sha256("".join(json.loads(m.read_text())["hash"] for m in markers).encode()).hexdigest()
+    analysed = [cell for cell in cells if cell.config.analysed]
+    _run_stage("study", run, "compare", wanted, partial(compare_stage, analysed, run), progress)
+
+
+def _settle(threads: int) -> None:
     import torch
     from transformers.utils import logging
-
-    from mnemoscope.stages import STAGES
 
     # The study's own progress is what is shown; bars and hints of the library would break into it.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    torch.set_num_threads(cell.threads)
+    torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
-    upstream = stage_hash("", cell, "")
-    for name, stage in STAGES.items():
-        upstream = stage_hash(upstream, cell, name)
-        if is_done(cell, name, upstream):
-            progress(cell.name, name, 1, 1, "done before")
-            continue
-        began = time.time()
-        files = stage(cell, partial(progress, cell.name, name))
-        marker = {
-            "hash": upstream,
-            "seconds": round(time.time() - began, 3),
-            "files": {str(f.relative_to(cell.folder)): file_hash(f) for f in files},
-        }
-        write_atomically(cell.folder / "stages" / f"{name}.json", json.dumps(marker, indent=1).encode())
-        progress(cell.name, name, 1, 1, f"{marker['seconds']:.0f} s")
+
+
+def _run_stage(
+    owner: str,
+    folder: Path,
+    name: str,
+    wanted: str,
+    stage: Callable[[Callable[[float, float, str], None]], list[Path]],
+    progress: Progress,
+) -> None:
+    """Run a stage unless it has finished with the same dependencies; its marker is written last."""
+    if is_done(folder, name, wanted):
+        progress(owner, name, 1, 1, "done before")
+        return
+    began = time.time()
+    files = stage(partial(progress, owner, name))
+    marker = {
+        "hash": wanted,
+        "seconds": round(time.time() - began, 3),
+        "files": {str(f.relative_to(folder)): file_hash(f) for f in files},
+    }
+    write_atomically(folder / "stages" / f"{name}.json", json.dumps(marker, indent=1).encode())
+    progress(owner, name, 1, 1, f"{marker['seconds']:.0f} s")
 
 
 def stage_hash(upstream: str, cell: Cell, stage: str) -> str:
@@ -96,18 +124,18 @@ def stage_hash(upstream: str, cell: Cell, stage: str) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def is_done(cell: Cell, stage: str, wanted: str) -> bool:
+def is_done(folder: Path, stage: str, wanted: str) -> bool:
     """Whether a stage has finished with the same dependencies.
 
     Raises:
         StudyError: it has, but a file of it is gone or changed since.
     """
-    path = cell.folder / "stages" / f"{stage}.json"
+    path = folder / "stages" / f"{stage}.json"
     if not path.exists():
         return False
     try:
         marker = json.loads(path.read_text())
-        files = {cell.folder / name: digest for name, digest in marker["files"].items()}
+        files = {folder / name: digest for name, digest in marker["files"].items()}
         found = marker["hash"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StudyError(f"artefact: {path} is damaged; delete it to run stage {stage!r} again") from error
@@ -151,7 +179,31 @@ def _first_difference(old: str, new: str) -> str:
     return "one is longer"
 
 
-def _run_side_by_side(cells: list[Cell], workers: int, progress: Progress) -> None:
+def _run_wave(cells: Sequence[Cell], workers: int, progress: Progress) -> None:
+    """Run cells that do not wait for each other.
+
+    Raises:
+        StudyError: a cell cannot go on. The others are finished first, so that hours of work are not lost with it.
+    """
+    if workers > 1:
+        _run_side_by_side(cells, workers, progress)
+        return
+    failed: list[StudyError] = []
+    for cell in cells:
+        try:
+            run_cell(cell, progress)
+        except StudyError as error:
+            failed.append(error)
+    _raise_first(failed)
+
+
+def _raise_first(failed: Sequence[StudyError]) -> None:
+    if failed:
+        more = f" ({len(failed) - 1} more cells failed)" if len(failed) > 1 else ""
+        raise StudyError(f"{failed[0]}{more}") from failed[0]
+
+
+def _run_side_by_side(cells: Sequence[Cell], workers: int, progress: Progress) -> None:
     context = get_context("spawn")
     manager = SyncManager(ctx=context)
     manager.start(_die_with, (os.getpid(),))
@@ -161,9 +213,13 @@ def _run_side_by_side(cells: list[Cell], workers: int, progress: Progress) -> No
         listener.start()
         with ProcessPoolExecutor(workers, mp_context=context, initializer=_die_with, initargs=(os.getpid(),)) as pool:
             futures = [pool.submit(_run_in_worker, cell, messages) for cell in cells]
+            failed: list[StudyError] = []
             try:
                 for future in futures:
-                    future.result()
+                    try:
+                        future.result()
+                    except StudyError as error:
+                        failed.append(error)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in list((pool._processes or {}).values()):
@@ -171,6 +227,7 @@ def _run_side_by_side(cells: list[Cell], workers: int, progress: Progress) -> No
                 raise
         messages.put(None)
         listener.join()
+    _raise_first(failed)
 
 
 def _run_in_worker(cell: Cell, messages: Any) -> None:
@@ -201,6 +258,7 @@ def _write_manifest(run: Path, cells: list[Cell], started: float) -> None:
         cell.name: {path.stem: json.loads(path.read_text()) for path in sorted((cell.folder / "stages").glob("*.json"))}
         for cell in cells
     }
+    stages["study"] = {"compare": json.loads((run / "stages" / "compare.json").read_text())}
     manifest = {
         "mnemoscope": version(),
         "versions": {

@@ -39,9 +39,14 @@ def cell_model(cell: Cell) -> Asking:
     Raises:
         InputError: its folder is missing or damaged.
     """
-    model, tokenizer = load_model(cell.config.model.folder or cell.folder / "model")
+    model, tokenizer = load_model(_model_source(cell))
     model.requires_grad_(False)  # only shifts are ever fitted to it
     return Asking(model, tokenizer, cell_task(cell).boundary, cell.config.pairs.batch_size)
+
+
+def _model_source(cell: Cell) -> str | Path:
+    """A hub id stays the text that it is."""
+    return cell.config.model.folder or cell.model_folder
 
 
 def read_chosen(cell: Cell, aim: str) -> dict[tuple[str, str], Setting]:

@@ -12,10 +12,10 @@ import pandas as pd
 from mnemoscope.behaviour import Asking, Scores, mark_confabulations, prepare, score
 from mnemoscope.cells import Cell
 from mnemoscope.errors import InputError, StudyError
-from mnemoscope.models import blocks_of, build_gpt2, load_model, word_tokenizer
+from mnemoscope.models import blocks_of, build_gpt2, word_tokenizer
 from mnemoscope.stages.common import Tell, cell_model, cell_task, rng_of, write_json, write_table
 from mnemoscope.tasks import KINDS, Example, Task, draw
-from mnemoscope.training import how_to_mix, train
+from mnemoscope.training import Trained, how_to_mix, train
 
 
 def train_stage(cell: Cell, tell: Tell) -> list[Path]:
@@ -23,15 +23,12 @@ def train_stage(cell: Cell, tell: Tell) -> list[Path]:
     task = cell_task(cell)
     facts = {"task": task.name, "label": cell.label, "seed": cell.seed, "site": cell.config.pairs.site}
     facts |= {"memory_is_conflict": bool(getattr(task, "memory_is_conflict", False)), "options": cell.config.options}
-    if cell.config.model.folder:
-        model, _ = load_model(cell.config.model.folder)
+    facts |= {"analysed": cell.config.analysed, "shared_initialization": cell.config.model.initialization is not None}
+    if cell.config.model.folder or cell.config.model.cell:
+        model = cell_model(cell).model
         facts |= {"layers": len(blocks_of(model)), "width": model.config.hidden_size, "trained": False}
         return [write_json(cell.folder / "cell.json", facts)]
-    asking = _untrained(cell, task)
-    config = cell.config.training
-    trained = train(
-        asking, task, config, rng_of(cell, "train"), lambda step, now: tell(step, config.steps, _in_words(now))
-    )
+    asking, trained = _trained(cell, task, tell)
     files = [
         write_table(cell.records / "training.parquet", pd.DataFrame(trained.curve)),
         write_json(cell.records / "training_time.json", {"seconds": round(trained.seconds, 2), "steps": trained.steps}),
@@ -42,6 +39,22 @@ def train_stage(cell: Cell, tell: Tell) -> list[Path]:
     facts |= {"layers": len(blocks_of(asking.model)), "width": cell.config.model.width, "trained": True}
     # Times differ between equal runs, so their file is no part of what is checked.
     return [*(f for f in files if f.name != "training_time.json"), write_json(cell.folder / "cell.json", facts)]
+
+
+def _trained(cell: Cell, task: Task, tell: Tell) -> tuple[Asking, Trained]:
+    """Train until both behaviours are there, from new weights where they did not come, as often as the study allows.
+
+    Only the tune split is looked at, so a model is not chosen by what is reported of it.
+    """
+    config = cell.config.training
+    for attempt in range(config.attempts):
+        asking = _untrained(cell, task, attempt)
+        rng = rng_of(cell, f"train/{attempt}" if attempt else "train")
+        again = f"attempt {attempt + 1}: " if attempt else ""
+        trained = train(asking, task, config, rng, lambda step, now: tell(step, config.steps, again + _in_words(now)))  # noqa: B023
+        if not trained.unmet:
+            break
+    return asking, trained
 
 
 def behaviour_stage(cell: Cell, tell: Tell) -> list[Path]:
@@ -64,7 +77,7 @@ def behaviour_stage(cell: Cell, tell: Tell) -> list[Path]:
     return [write_table(cell.records / "behaviour.parquet", pd.concat(tables, ignore_index=True))]
 
 
-def _untrained(cell: Cell, task: Task) -> Asking:
+def _untrained(cell: Cell, task: Task, attempt: int) -> Asking:
     shape = cell.config.model
     vocabulary = getattr(task, "vocabulary", None)
     if vocabulary is None:
@@ -72,7 +85,8 @@ def _untrained(cell: Cell, task: Task) -> Asking:
             f"model.folder: task {task.name!r} has no vocabulary to train on; give the folder of a trained model"
         )
     tokenizer = word_tokenizer(vocabulary, shape.context)
-    model = build_gpt2(tokenizer, shape, cell.seed)
+    first = cell.seed if shape.initialization is None else shape.initialization
+    model = build_gpt2(tokenizer, shape, first + 1000 * attempt)
     return Asking(model, tokenizer, task.boundary, cell.config.pairs.batch_size)
 
 

@@ -1,0 +1,190 @@
+"""What compares cells: seeds of one label, and labels that share one model.
+
+Shapes: N examples, L layers, D neurons.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import chain, combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.linalg import orthogonal_procrustes
+
+from mnemoscope.behaviour import Asking, Scores, prepare, score
+from mnemoscope.cells import Cell
+from mnemoscope.contrast import Contrast
+from mnemoscope.directions import SOURCE, steered, with_prefixes
+from mnemoscope.stages.common import Tell, cell_model, write_table
+from mnemoscope.stages.lists import Records
+from mnemoscope.statistics import cosine, overlap, overlap_by_chance, rank_correlation
+from mnemoscope.steering import SteeringVector, scaled_to
+from mnemoscope.tasks import Example
+
+TOPS = (0.05, 0.1, 0.3)
+ALIGNING_PROMPTS = 400  # on which the states of two models are laid over each other
+SHUFFLES = 20  # behind what an alignment or a rank correlation is by chance
+TRANSFERRED_PAIRS = 300
+GAUSSIAN_DRAWS = 5
+
+
+def compare_stage(cells: Sequence[Cell], run: Path, tell: Tell) -> list[Path]:
+    """Hold seeds and, where labels share a model, tasks against each other."""
+    tell(0, 2, "seeds")
+    files = []
+    seeds = list(_seeds(cells))
+    if seeds:
+        files.append(write_table(run / "records" / "seeds.parquet", pd.DataFrame(seeds)))
+    tell(1, 2, "tasks that share a model")
+    shared = [group for group in _sharing(cells) if len(group) > 1]
+    if shared:
+        steering = [table for group in shared for table in _transferred_steering(group)]
+        probes = [table for group in shared for table in _transferred_probes(group)]
+        for name, tables in (("transfer_steering", steering), ("transfer_probes", probes)):
+            files.append(write_table(run / "records" / f"{name}.parquet", pd.concat(tables, ignore_index=True)))
+    return files
+
+
+def _sharing(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """Cells that use one model."""
+    groups: dict[Path, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(cell.model_folder.resolve(), []).append(cell)
+    return list(groups.values())
+
+
+def _seeds(cells: Sequence[Cell]) -> Iterator[dict[str, Any]]:
+    labels: dict[str, list[Cell]] = {}
+    for cell in cells:
+        labels.setdefault(cell.label, []).append(cell)
+    for label, seeds in labels.items():
+        for a, b in combinations(seeds, 2):
+            first, second = (Contrast.load(cell.folder / "contrast.safetensors") for cell in (a, b))
+            shared = a.config.model.initialization is not None
+            common = {"label": label, "seed_a": a.seed, "seed_b": b.seed, "site": first.site}
+            common |= {"shared_initialization": shared}
+            rng = np.random.default_rng([a.seed, b.seed])
+            both = (first, second)
+            measured = (_overlaps(*both), _rank_correlations(first, second, rng), _alignments(a, b, both, rng))
+            for row in chain.from_iterable(measured):
+                yield {**common, "top": np.nan, **row}
+
+
+def _overlaps(a: Contrast, b: Contrast) -> Iterator[dict[str, Any]]:
+    for top in TOPS:
+        sets = [contrast.top_neurons(top).reshape(1, -1) for contrast in (a, b)]
+        chance = overlap_by_chance(*sets)
+        bounds = _by_chance(chance.low, chance.estimate, chance.high)
+        yield {"what": "overlap", "layer": -1, "top": top, "value": overlap(*sets), **bounds}
+
+
+def _rank_correlations(a: Contrast, b: Contrast, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
+    """Of rho: which neurons matter. Neurons are the same ones in two models only where they began alike."""
+    for layer in range(-1, len(a.rho_LD)):
+        first, second = (rho_LD if layer < 0 else rho_LD[layer] for rho_LD in (a.rho_LD, b.rho_LD))
+        drawn = [rank_correlation(rng.permuted(first, axis=-1), second) for _ in range(SHUFFLES)]
+        yield {"what": "rank_correlation", "layer": layer, "value": rank_correlation(first, second), **_spread(drawn)}
+
+
+def _alignments(a: Cell, b: Cell, contrasts: Sequence[Contrast], rng: np.random.Generator) -> Iterator[dict[str, Any]]:
+    """Cosine of two models' NMD after one model's states are rotated onto the other's on the same prompts.
+
+    Two models that began differently have no neuron in common, but the same prompts tell which rotation lays one's
+    states over the other's (orthogonal Procrustes, Schoenemann 1966). Chance: the rotation fitted to shuffled prompts.
+    """
+    examples = _common_examples(a, b)
+    if len(examples) < 2:
+        return
+    states = [_states(cell, examples, contrasts[0].site) for cell in (a, b)]
+    for layer in range(states[0].shape[1]):
+        first_ND, second_ND = (s[:, layer] - s[:, layer].mean(0) for s in states)
+        nmd = [contrast.nmd_LD[layer] for contrast in contrasts]
+        value = cosine(nmd[0] @ orthogonal_procrustes(first_ND, second_ND)[0], nmd[1])
+        drawn = [
+            cosine(nmd[0] @ orthogonal_procrustes(rng.permutation(first_ND), second_ND)[0], nmd[1])
+            for _ in range(SHUFFLES)
+        ]
+        yield {"what": "aligned_cosine", "layer": layer, "value": value, **_spread(drawn)}
+
+
+def _common_examples(a: Cell, b: Cell) -> list[Example]:
+    """Test conflicts of the first cell that the other's tokenizer can read."""
+    examples = [example for pair in Records.of(a).both_sides("test", ALIGNING_PROMPTS) for example in pair]
+    tokenizer = cell_model(b).tokenizer
+    unknown = tokenizer.unk_token_id
+    return [e for e in examples if unknown not in tokenizer(e.prompt).input_ids][:ALIGNING_PROMPTS]
+
+
+def _states(cell: Cell, examples: Sequence[Example], site: str) -> np.ndarray:
+    asking = cell_model(cell)
+    # Only prompts are read; the answers of another seed's items may be unknown words.
+    scores = score(asking, prepare(asking, examples), margins=False, capture=site)  # type: ignore[arg-type]
+    assert scores.states_NLD is not None
+    return scores.states_NLD.astype(np.float64)
+
+
+def _transferred_steering(group: Sequence[Cell]) -> Iterator[pd.DataFrame]:
+    """Every cell's vectors, paper's and best, on every cell's test pairs, beside Gaussian shifts of the same norm."""
+    for target in group:
+        asking, records = cell_model(target), Records.of(target)
+        for direction in SOURCE:
+            examples = records.turned("test", direction, TRANSFERRED_PAIRS)
+            if not examples:
+                continue
+            batches = with_prefixes(asking, examples)
+            for source in group:
+                for method, role, draw, vector in _vectors(source, direction, asking):
+                    scores = steered(asking, batches, vector, margins=False)
+                    facts = {"source": source.label, "target": target.label, "seed": source.seed}
+                    facts |= {"direction": direction, "method": method, "role": role, "draw": draw}
+                    yield _transferred(facts, examples, scores)
+
+
+def _vectors(source: Cell, direction: str, asking: Asking) -> Iterator[tuple[str, str, int, SteeringVector]]:
+    best = json.loads((source.records / "chosen.json").read_text())["pairs"]["best"][direction]
+    for method in dict.fromkeys((best, "nmd")):
+        path = source.folder / "vectors" / f"{direction}-{method}.safetensors"
+        if not path.exists():
+            continue
+        vector = SteeringVector.load(path, asking.model, asking.tokenizer)
+        yield ("best" if method == best else method), "vector", 0, vector
+        width = len(next(iter(vector.shifts.values())))
+        shift_LD = vector.dense(max(vector.layers) + 1, width)
+        for draw in range(GAUSSIAN_DRAWS):
+            rng = np.random.default_rng([source.seed, draw])
+            drawn_LD = scaled_to(rng.standard_normal(shift_LD.shape), np.linalg.norm(shift_LD, axis=1))
+            yield ("best" if method == best else method), "gaussian", draw, vector.with_dense(drawn_LD)
+
+
+def _transferred(facts: dict[str, Any], examples: Sequence[Example], scores: Scores) -> pd.DataFrame:
+    columns = {**facts, "example": np.arange(len(examples)), "group": [e.group for e in examples]}
+    table = pd.DataFrame({**columns, "after": scores.behaviour_N})
+    words = ("source", "target", "direction", "method", "role", "group", "after")
+    return table.astype({word: "str" for word in words})
+
+
+def _transferred_probes(group: Sequence[Cell]) -> Iterator[pd.DataFrame]:
+    """Every cell's probes on every cell's test states."""
+    for target in group:
+        examples = [e for pair in Records.of(target).both_sides("test", TRANSFERRED_PAIRS) for e in pair]
+        states_NLD = _states(target, examples, target.config.pairs.site)
+        for source in group:
+            for probe in json.loads((source.folder / "probe.json").read_text())["layers"]:
+                scores_N = states_NLD[:, probe["layer"]] @ np.array(probe["weights"]) + probe["bias"]
+                columns = {"source": source.label, "target": target.label, "seed": source.seed, "layer": probe["layer"]}
+                columns |= {"group": [e.group for e in examples], "label": np.tile([1, 0], len(examples) // 2)}
+                table = pd.DataFrame({**columns, "score": scores_N})
+                yield table.astype({word: "str" for word in ("source", "target", "group")})
+
+
+def _spread(drawn: Sequence[float]) -> dict[str, float]:
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return _by_chance(float(low), float(np.mean(drawn)), float(high))
+
+
+def _by_chance(low: float, mean: float, high: float) -> dict[str, float]:
+    return {"chance_low": low, "chance": mean, "chance_high": high}
