@@ -32,6 +32,7 @@ from mnemoscope.report.sentences import can_it_be_read, can_it_be_turned, interv
 from mnemoscope.tasks import Example, build_task, draw
 
 LAYERS, WIDTH = 4, 48
+OFFSETS, BY_LAYER = (0, 2, 8), ("rho_rank_correlation", "nmd_cosine")
 TOPS, STRENGTHS = (0.05, 0.2, 1.0), (0.1, 0.2, 0.4, 0.8)
 SOURCE = {"to_generalized": "memorized", "to_memorized": "generalized"}
 TARGET = {"to_generalized": "generalized", "to_memorized": "memorized"}
@@ -71,6 +72,9 @@ def write_cell(
     pairs.to_parquet(records / "pairs.parquet")
     test_pairs = pairs[pairs.is_pair & (pairs.split == "test")]
     probe_rows(rng, test_pairs, effect).to_parquet(records / "probes.parquet")
+    fit_pairs = int((pairs.is_pair & (pairs.split == "fit")).sum())
+    learning_rows(fit_pairs, effect).to_parquet(records / "learning.parquet")
+    halves_rows(fit_pairs, effect).to_parquet(records / "halves.parquet")
     steering_rows(rng, pairs, conflicts, effect).to_parquet(records / "steering.parquet")
     write_json(records / "chosen.json", chosen_settings())
     contrast_file(rng, folder, effect if flips else math.nan, len(pairs[pairs.is_pair & (pairs.split == "fit")]))
@@ -146,7 +150,44 @@ def probe_rows(rng: np.random.Generator, pairs: pd.DataFrame, effect: float) -> 
     for kind, layer, pull in kinds:
         score = rng.normal(size=len(label)) + pull * (2 * label - 1)
         parts.append(pd.DataFrame({"kind": kind, "layer": layer, "group": groups, "label": label, "score": score}))
-    return pd.concat(parts, ignore_index=True)
+    # What came later has a generator of its own, so that nothing else of the run changes with it.
+    rng = np.random.default_rng(len(label))
+    kinds = [("entropy", -1, 0, 0.1), ("top_gap", -1, 0, 0.05)]
+    kinds += [("state", n, k, effect * (0.2 + 0.25 * n) / (1 + k)) for k in OFFSETS[1:] for n in range(LAYERS)]
+    for kind, layer, offset, pull in kinds:
+        score = rng.normal(size=len(label)) + pull * (2 * label - 1)
+        columns = {"kind": kind, "layer": layer, "offset": offset, "group": groups, "label": label, "score": score}
+        parts.append(pd.DataFrame(columns))
+    return pd.concat(parts, ignore_index=True).fillna({"offset": 0}).astype({"offset": "int64"})
+
+
+def learning_rows(pairs: int, effect: float) -> pd.DataFrame:
+    """Draws that come nearer to the end of the curve as pairs are added; nothing without pairs."""
+    rng, rows = np.random.default_rng(pairs), []
+    for size, draws in [*((n, 5) for n in (25, 50, 100) if n < pairs), *([(pairs, 1)] if pairs else [])]:
+        for number in range(draws):
+            common = {"pairs": size, "draw": number, "groups": (size + 2) // 3}
+            missing = (1 - size / pairs) * rng.uniform(0.8, 1)
+            for what, layer, best in (("accuracy", 3, 0.5 + 0.1 * effect), ("nmd_cosine", 3, 1), ("nmd_cosine", -1, 1)):
+                value = best - missing * (best - 0.5)
+                rows.append({**common, "what": what, "layer": layer, "value": value, "n": size})
+    return pd.DataFrame(rows, columns=["pairs", "draw", "groups", "what", "layer", "value", "n"])
+
+
+def halves_rows(pairs: int, effect: float) -> pd.DataFrame:
+    rng, rows = np.random.default_rng(pairs), []
+    for halving in range(20 if pairs else 0):
+        near = lambda: min(1.0, 0.3 * effect + rng.normal(0, 0.05))  # noqa: E731
+        for layer in range(LAYERS):
+            rows += [(halving, what, layer, math.nan, near(), *[math.nan] * 3, WIDTH) for what in BY_LAYER]
+        rows.append((halving, "nmd_cosine", -1, math.nan, near(), *[math.nan] * 3, LAYERS * WIDTH))
+        for top in (0.05, 0.1, 0.3):
+            count = math.ceil(top * LAYERS * WIDTH)
+            for what, chance in (("overlap", top), ("overlap_in_layers", 1.2 * top)):
+                bounds = [max(0.0, chance - 0.1), chance + 0.1]
+                rows.append((halving, what, -1, top, max(top, near()), chance, *bounds, count))
+    columns = ["halving", "what", "layer", "top", "value", "chance", "chance_low", "chance_high", "n"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def steering_rows(
@@ -287,7 +328,9 @@ def test_contrast_and_probes_by_layer(run: Path) -> None:
     rows = rows_of(run, "addition-0", "probes")
     right = {
         (kind, layer): [
-            (row["score"] > 0) == (row["label"] == 1) for row in rows if (row["kind"], row["layer"]) == (kind, layer)
+            (row["score"] > 0) == (row["label"] == 1)
+            for row in rows
+            if (row["kind"], row["layer"], row["offset"]) == (kind, layer, 0)
         ]
         for kind, layer in {(row["kind"], row["layer"]) for row in rows}
     }
@@ -299,7 +342,7 @@ def test_contrast_and_probes_by_layer(run: Path) -> None:
         state = right["state", layer]
         agrees(probe["accuracy"][layer], sum(state) / len(state), len(state))
         agrees(probe["minus_input_only"][layer], (sum(state) - sum(alone)) / len(state), len(state))
-        scored = [row for row in rows if row["kind"] == "state" and row["layer"] == layer]
+        scored = [row for row in rows if (row["kind"], row["layer"], row["offset"]) == ("state", layer, 0)]
         above, below = ([row["score"] for row in scored if row["label"] == label] for label in (1, 0))
         wins = sum((a > b) + (a == b) / 2 for a in above for b in below)
         agrees(probe["auroc"][layer], wins / len(above) / len(below), len(scored))
@@ -453,7 +496,8 @@ def test_equal_records_give_equal_bytes(run: Path, tmp_path: Path) -> None:
     assert not list(again.glob(".*.tmp"))
 
 
-BROKEN = [f"records/{name}.parquet" for name in ("training", "behaviour", "pairs", "probes", "steering")]
+RECORDS = ("training", "behaviour", "pairs", "probes", "learning", "halves", "steering")
+BROKEN = [f"records/{name}.parquet" for name in RECORDS]
 BROKEN += ["records/chosen.json", "records/training_time.json", "contrast.safetensors", "cell.json"]
 
 
@@ -488,7 +532,7 @@ def test_probes_of_other_states_are_refused(run: Path, tmp_path: Path) -> None:
     path = broken / "cells" / "addition-0" / "records" / "probes.parquet"
     table = pd.read_parquet(path)
     table.drop(index=table.index[(table.kind == "state") & (table.layer == 2)][0]).to_parquet(path)
-    with pytest.raises(ValueError, match=r"probes\.parquet: the states of layer 2 are not those of 'input_only'"):
+    with pytest.raises(ValueError, match=r"probes\.parquet: the states of layer 2, offset 0 are not those of 'inp"):
         build_report(broken)
 
 

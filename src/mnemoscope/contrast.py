@@ -18,10 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 
 from mnemoscope.errors import InputError
-from mnemoscope.statistics import Floats, PairedMoments, SignFlips, benjamini_hochberg
+from mnemoscope.statistics import Floats, PairedMoments, SignFlips, benjamini_hochberg, top_by_magnitude
 
 # A standard deviation below this share of a neuron's root mean square is rounding: the neuron is constant.
 CONSTANT = 1e-12
+BLOCK_PAIRS = 256
 # Names in the file, in the order of the fields of `Contrast`.
 ARRAYS = ("nmd", "rho", "effect_size", "p_family_wise", "p_false_discovery", "state_norm")
 
@@ -70,14 +71,7 @@ class Contrast:
         Raises:
             ValueError: `top` outside (0, 1].
         """
-        if not 0 < top <= 1:
-            raise ValueError(f"top: {top}; allowed is a share of the neurons in (0, 1]")
-        strength = np.nan_to_num(np.abs(self.rho_LD), nan=0.0).ravel()
-        # 0.07 * 100 is 7.000000000000001 in floating point, and must not be rounded up to 8.
-        count = max(1, math.ceil(top * strength.size * (1 - 1e-12)))
-        chosen = np.zeros(strength.size, dtype=np.bool_)
-        chosen[np.argsort(-strength, kind="stable")[:count]] = True
-        return chosen.reshape(self.rho_LD.shape)
+        return top_by_magnitude(self.rho_LD, top)
 
     def save(self, path: str | Path) -> None:
         """Write `contrast.safetensors` as `docs/RECORDS.md` describes it; equal contrasts give equal bytes."""
@@ -181,13 +175,8 @@ class ContrastAccumulator:
         if not pairs:
             nan_LD = np.full_like(p_family_wise_LD, math.nan)
             return Contrast(self.site, 0, 0, nan_LD, nan_LD, nan_LD, nan_LD, nan_LD, nan_LD[:, 0])
-        mean_generalized_LD, mean_memorized_LD = self.moments.means_2LD
-        squares_LD = self.moments.squares_3LD[0] + self.moments.squares_3LD[1]
-        nmd_LD = mean_generalized_LD - mean_memorized_LD
-        mean_square_LD = squares_LD / (2 * pairs) + (mean_generalized_LD**2 + mean_memorized_LD**2) / 2
+        nmd_LD, sd_LD, mean_square_LD = _pooled(self.moments)
         floor_LD = CONSTANT * np.sqrt(mean_square_LD)
-        # Pooling two equal halves: deviations from their own means, plus those of the means from the common mean.
-        sd_LD = np.sqrt(squares_LD / (2 * pairs) + nmd_LD**2 / 4)
         sd_difference_LD = np.sqrt(self.moments.squares_3LD[2] / max(pairs - 1, 1))
         return Contrast(
             site=self.site,
@@ -200,6 +189,37 @@ class ContrastAccumulator:
             p_false_discovery_LD=benjamini_hochberg(p_per_neuron_LD),
             state_norm_L=np.sqrt(mean_square_LD.sum(axis=1)),
         )
+
+
+def nmd_and_rho(generalized_NLD: ArrayLike, memorized_NLD: ArrayLike) -> tuple[Floats, Floats]:
+    """`nmd_LD` and `rho_LD` of a `Contrast`, without the tests: cheap enough for many parts of the pairs.
+
+    Args:
+        generalized_NLD, memorized_NLD: states; row n of both is one pair.
+
+    Raises:
+        ValueError: the shapes differ, or there is no pair.
+    """
+    generalized, memorized = np.asarray(generalized_NLD), np.asarray(memorized_NLD)
+    if generalized.shape != memorized.shape or not len(generalized):
+        raise ValueError(
+            f"states: {generalized.shape} and {memorized.shape}; allowed are equal shapes, one pair or more"
+        )
+    moments = PairedMoments.empty(generalized.shape[1:])
+    for start in range(0, len(generalized), BLOCK_PAIRS):  # the float64 copies are of one block at a time
+        moments.add(generalized[start : start + BLOCK_PAIRS], memorized[start : start + BLOCK_PAIRS])
+    nmd_LD, sd_LD, mean_square_LD = _pooled(moments)
+    return nmd_LD, np.clip(_ratio(nmd_LD / 2, sd_LD, CONSTANT * np.sqrt(mean_square_LD)), -1, 1)
+
+
+def _pooled(moments: PairedMoments) -> tuple[Floats, Floats, Floats]:
+    """NMD, the standard deviation (ddof 0) and the mean square over the 2N states; each (L, D)."""
+    mean_generalized_LD, mean_memorized_LD = moments.means_2LD
+    squares_LD = (moments.squares_3LD[0] + moments.squares_3LD[1]) / (2 * moments.count)
+    nmd_LD = mean_generalized_LD - mean_memorized_LD
+    mean_square_LD = squares_LD + (mean_generalized_LD**2 + mean_memorized_LD**2) / 2
+    # Pooling two equal halves: deviations from their own means, plus those of the means from the common mean.
+    return nmd_LD, np.sqrt(squares_LD + nmd_LD**2 / 4), mean_square_LD
 
 
 def _ratio(numerator_LD: Floats, sd_LD: Floats, floor_LD: Floats) -> Floats:

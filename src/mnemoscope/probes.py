@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
@@ -26,6 +27,29 @@ class _Scorer(Protocol):
 
 
 Fitted = TypeVar("Fitted", bound=_Scorer)
+
+
+@dataclass(frozen=True, slots=True)
+class Standardized:
+    """States with mean 0 and variance 1 in each neuron (a dead neuron stays 0), and how to get back.
+
+    Attributes:
+        scaled_ND: float64.
+        mean_D, scale_D: raw = scaled * scale + mean.
+    """
+
+    scaled_ND: Floats
+    mean_D: Floats
+    scale_D: Floats
+
+    @classmethod
+    def of(cls, states_ND: ArrayLike) -> Standardized:
+        """Standardize fit states (N, D); ValueError if a state is not finite."""
+        raw_ND = np.asarray(states_ND, dtype=np.float64)
+        if not np.isfinite(raw_ND).all():
+            raise ValueError("states_ND: a value is infinite or NaN; allowed are finite states")
+        scaler = StandardScaler()
+        return cls(scaler.fit_transform(raw_ND), scaler.mean_, scaler.scale_)
 
 
 class LayerProbe:
@@ -53,14 +77,14 @@ class LayerProbe:
         Raises:
             ValueError: only one class, another label than 0 and 1, or a state that is not finite.
         """
-        labels, raw_ND = _checked_labels(labels_N), np.asarray(states_ND, dtype=np.float64)
-        if not np.isfinite(raw_ND).all():
-            raise ValueError("states_ND: a value is infinite or NaN; allowed are finite states")
-        scaler = StandardScaler()
-        scaled_ND = scaler.fit_transform(raw_ND)
-        model = LogisticRegression(C=self.regularization, max_iter=self.max_iter).fit(scaled_ND, labels)
-        self.weights_D_ = model.coef_[0] / scaler.scale_
-        self.bias_ = float(model.intercept_[0] - self.weights_D_ @ scaler.mean_)
+        return self.fit_standardized(Standardized.of(states_ND), labels_N)
+
+    def fit_standardized(self, states: Standardized, labels_N: ArrayLike) -> Self:
+        """`fit`, where several probes share the work of standardizing."""
+        model = LogisticRegression(C=self.regularization, max_iter=self.max_iter)
+        model.fit(states.scaled_ND, _checked_labels(labels_N))
+        self.weights_D_ = model.coef_[0] / states.scale_D
+        self.bias_ = float(model.intercept_[0] - self.weights_D_ @ states.mean_D)
         return self
 
     def decision_function(self, states_ND: ArrayLike) -> Floats:
@@ -84,9 +108,10 @@ def fit_layer_probes(
     fit_NLD, tune_NLD = np.asarray(fit_states_NLD), np.asarray(tune_states_NLD)
     probes = []
     for layer in range(fit_NLD.shape[1]):
+        standardized = Standardized.of(fit_NLD[:, layer])
 
-        def fit(regularization: float, fit_ND: NDArray[Any] = fit_NLD[:, layer]) -> LayerProbe:
-            return LayerProbe(regularization).fit(fit_ND, fit_labels_N)
+        def fit(regularization: float, states: Standardized = standardized) -> LayerProbe:
+            return LayerProbe(regularization).fit_standardized(states, fit_labels_N)
 
         probes.append(_best(fit, regularizations, tune_NLD[:, layer], tune_labels_N))
     return probes
@@ -146,6 +171,12 @@ def fit_input_probe(
     return _best(fit, regularizations, tune_features, tune_labels_N)
 
 
+def share_right(scores_N: ArrayLike, labels_N: ArrayLike) -> float:
+    """Share of the scores whose sign names the label; a score of 0 means memorized. NaN for no score."""
+    right_N = (np.asarray(scores_N) > 0) == (np.asarray(labels_N) == 1)
+    return float(right_N.mean()) if len(right_N) else math.nan
+
+
 def shuffled(labels_N: ArrayLike, pair_ids_N: Sequence[Any] | NDArray[Any], rng: np.random.Generator) -> Labels:
     """Labels for the shuffled baseline: both labels of a pair swap together, or stay, at random.
 
@@ -181,7 +212,7 @@ def _best(
     best, best_accuracy = None, -math.inf
     for regularization in sorted(regularizations):
         probe = fit(regularization)
-        accuracy = float(np.mean((probe.decision_function(tune_inputs) > 0) == (tune_labels == 1)))
+        accuracy = share_right(probe.decision_function(tune_inputs), tune_labels)
         if accuracy > best_accuracy:
             best, best_accuracy = probe, accuracy
     assert best is not None

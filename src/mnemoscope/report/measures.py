@@ -5,41 +5,22 @@ Shapes: N rows of a table, L layers, D neurons.
 
 from __future__ import annotations
 
-import zlib
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from mnemoscope.errors import InputError
+from mnemoscope.report.intervals import Tree, mean
+from mnemoscope.report.measures_detection import measure_consistency, measure_learning, measure_probes
 from mnemoscope.report.records import Cell, Contrast
-from mnemoscope.statistics import Estimate, auroc, proportion
-
-Tree = dict[str, Any]
+from mnemoscope.statistics import Estimate
 
 # direction of turning -> (the behaviour it aims at, the behaviour it starts from)
 DIRECTIONS = {"to_generalized": ("generalized", "memorized"), "to_memorized": ("memorized", "generalized")}
 TURNED = ("pairs", "conflict")
 CONTROLS = ("random_neurons", "gaussian")
 SIGNIFICANT = 0.05
-
-
-def rng_for(name: str) -> np.random.Generator:
-    """The random stream of one number: it depends on the number's name alone, so equal records give equal bytes."""
-    return np.random.default_rng(zlib.crc32(name.encode()))
-
-
-def mean(values_N: Any, groups_N: Any, name: str, *, signed: bool = False) -> Estimate:
-    """The mean of the values that are not NaN, with a bootstrap interval clustered by group.
-
-    Args:
-        values_N: 0/1 values, differences of such (then ``signed``), or margins.
-        groups_N: the group of each.
-        name: the number's name, which seeds its bootstrap.
-        signed: the values are differences, which could be negative.
-    """
-    values = np.asarray(values_N, dtype=np.float64)
-    return proportion(values, np.asarray(groups_N, dtype=str), rng_for(name), signed=signed)
 
 
 def measure(cell: Cell) -> Tree:
@@ -62,6 +43,8 @@ def measure(cell: Cell) -> Tree:
         "pairs": measure_pairs(cell),
         "contrast": measure_contrast(cell.contrast),
         "probe": measure_probes(cell),
+        "learning": measure_learning(cell),
+        "consistency": measure_consistency(cell),
         "steering": {direction: by_method[best[direction]][direction] for direction in DIRECTIONS},
         "steering_by_method": by_method,
         "unsteered_margin": {direction: _unsteered_margin(cell, direction) for direction in DIRECTIONS},
@@ -126,86 +109,6 @@ def measure_contrast(contrast: Contrast) -> Tree:
 def _nan_safe(function: Any, values: np.ndarray) -> float:
     known = values[~np.isnan(values)]
     return float(function(known)) if len(known) else float("nan")
-
-
-def measure_probes(cell: Cell) -> Tree:
-    """What a linear probe reads from each layer, beside what the input alone and shuffled labels give."""
-    name = f"{cell.name}/probe"
-    layers = list(range(len(cell.contrast.nmd)))
-    of_kind = {kind: cell.probes[cell.probes.kind == kind] for kind in ("state", "input_only", "shuffled")}
-    input_only = of_kind["input_only"]
-    state, shuffled = (_by_layer(of_kind[kind], layers) for kind in ("state", "shuffled"))
-    for layer in layers:
-        _check_same_states(cell, state[layer], input_only, layer)
-    return {
-        "site": cell.contrast.site,
-        "layers": layers,
-        "accuracy": [_accuracy(state[layer], f"{name}/{layer}") for layer in layers],
-        "auroc": [_auroc(state[layer], f"{name}/{layer}/auroc") for layer in layers],
-        "input_only": _accuracy(input_only, f"{name}/input_only"),
-        "input_only_auroc": _auroc(input_only, f"{name}/input_only/auroc"),
-        "shuffled": _accuracy(of_kind["shuffled"], f"{name}/shuffled"),
-        "shuffled_by_layer": [_accuracy(shuffled[layer], f"{name}/shuffled/{layer}") for layer in layers],
-        "minus_input_only": [_beyond(state[layer], input_only, f"{name}/{layer}/minus") for layer in layers],
-        "best": _cross_fitted(state, input_only, f"{name}/best"),
-    }
-
-
-def _by_layer(rows: pd.DataFrame, layers: list[int]) -> dict[int, pd.DataFrame]:
-    return {layer: rows[rows.layer == layer] for layer in layers}
-
-
-def _check_same_states(cell: Cell, rows: pd.DataFrame, others: pd.DataFrame, layer: int) -> None:
-    """Differences are taken state by state, so the two kinds must list the same states in the same order."""
-    if not all(np.array_equal(rows[column], others[column]) for column in ("group", "label")):
-        raise InputError(
-            f"{cell.folder / 'records' / 'probes.parquet'}: the states of layer {layer} are not those of 'input_only'"
-        )
-
-
-def _right(rows: pd.DataFrame) -> np.ndarray:
-    """1.0 where the sign of the score names the behaviour, else 0.0, shape (N,)."""
-    return ((rows.score.to_numpy() > 0) == (rows.label.to_numpy() == 1)).astype(np.float64)
-
-
-def _accuracy(rows: pd.DataFrame, name: str) -> Estimate:
-    return mean(_right(rows), rows.group, name)
-
-
-def _auroc(rows: pd.DataFrame, name: str) -> Estimate:
-    if rows.label.nunique() < 2:
-        return Estimate.undefined(len(rows))
-    return auroc(rows.score.to_numpy(), rows.label.to_numpy(), rows.group.to_numpy(dtype=str), rng_for(name))
-
-
-def _beyond(rows: pd.DataFrame, input_only: pd.DataFrame, name: str) -> Estimate:
-    """Accuracy of the probe minus that of the input alone, state by state."""
-    return mean(_right(rows) - _right(input_only), rows.group, name, signed=True)
-
-
-def _cross_fitted(states: dict[int, pd.DataFrame], input_only: pd.DataFrame, name: str) -> Tree:
-    """Accuracy at the best layer, without choosing it on what it is scored on.
-
-    The test groups are cut into two halves; each half is scored at the layer that is best in the other half.
-    """
-    layers = list(states)
-    if input_only.empty:
-        return {"picked": [], "accuracy": Estimate.undefined(0), "minus_input_only": Estimate.undefined(0)}
-    right_LN = np.stack([_right(rows) for rows in states.values()])
-    groups_N = input_only.group.to_numpy()
-    half_N = np.array([zlib.crc32(str(group).encode()) % 2 for group in groups_N])
-    scored_N, picked = np.full(len(groups_N), np.nan), []
-    for half in (0, 1):
-        elsewhere = half_N != half
-        if elsewhere.any():
-            pick = int(right_LN[:, elsewhere].mean(axis=1).argmax())
-            scored_N[half_N == half] = right_LN[pick, half_N == half]
-            picked.append(layers[pick])
-    return {
-        "picked": sorted(set(picked)),
-        "accuracy": mean(scored_N, groups_N, f"{name}/accuracy"),
-        "minus_input_only": mean(scored_N - _right(input_only), groups_N, f"{name}/minus", signed=True),
-    }
 
 
 def measure_steering(cell: Cell, method: str, direction: str, chosen: Tree) -> Tree:

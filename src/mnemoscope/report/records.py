@@ -23,7 +23,9 @@ COLUMNS = {
     "behaviour": "item prompt kind group family split memorized generalized answer behaviour confabulated margin tie",
     "pairs": "item group split memorized generalized prompt_a family_a behaviour_a margin_a "
     "prompt_b family_b behaviour_b margin_b is_pair",
-    "probes": "kind layer group label score",
+    "probes": "kind layer offset group label score",
+    "learning": "pairs draw groups what layer value n",
+    "halves": "halving what layer top value chance chance_low chance_high n",
     "steering": "purpose direction method role draw top strength examples example group split before after margin "
     "confabulated",
 }
@@ -62,6 +64,8 @@ class Cell:
     behaviour: pd.DataFrame
     pairs: pd.DataFrame
     probes: pd.DataFrame
+    learning: pd.DataFrame
+    halves: pd.DataFrame
     steering: pd.DataFrame
     chosen: dict[str, Any]
     contrast: Contrast
@@ -139,6 +143,8 @@ def read_cell(folder: Path) -> Cell:
         behaviour=_table(records, "behaviour"),
         pairs=_table(records, "pairs"),
         probes=_table(records, "probes"),
+        learning=_table(records, "learning"),
+        halves=_table(records, "halves"),
         steering=_table(records, "steering"),
         chosen=_json(records / "chosen.json"),
         contrast=_contrast(folder / "contrast.safetensors"),

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from mnemoscope.errors import InputError
-from mnemoscope.report.measures import Tree, measure
+from mnemoscope.report.intervals import Tree
+from mnemoscope.report.measures import measure
+from mnemoscope.report.measures_detection import statements
 from mnemoscope.report.records import Cell, Run
 from mnemoscope.statistics import Estimate, over_seeds
 
@@ -45,6 +47,7 @@ def summarise(cells: Sequence[Cell]) -> Tree:
     trees = [measure(cell) for cell in cells]
     sweeps = [tree.pop("sweep") for tree in trees]
     merged: Tree = {"seeds": seeds, **{key: _merge([tree[key] for tree in trees], key) for key in trees[0]}}
+    merged["probe"] |= statements(merged["probe"])  # words of the first seed say nothing about all
     merged["training"] = {key: [tree["training"][key] for tree in trees] for key in ("seconds", "steps")}
     merged["memory_is_conflict"] = bool(cells[0].info["memory_is_conflict"])
     merged["sweep"] = _merge_sweeps(sweeps)
@@ -59,8 +62,8 @@ def _merge(values: list[Any], key: str) -> Any:
         return over_seeds(values)
     if key in ("chosen", "layers") or isinstance(first, str):
         return first
-    if key == "picked":
-        return sorted({layer for value in values for layer in value})
+    if key in ("picked", "offsets"):
+        return sorted({number for value in values for number in value})
     if isinstance(first, dict):
         keys = dict.fromkeys(name for value in values for name in value)
         return {name: _merge([value[name] for value in values if name in value], name) for name in keys}

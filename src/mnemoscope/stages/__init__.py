@@ -1,7 +1,10 @@
 """The stages of a cell, in order. Each writes raw records and returns its files."""
 
 from mnemoscope.stages.common import Stage
+from mnemoscope.stages.compare import compare_stage
+from mnemoscope.stages.effects import effects_stage
 from mnemoscope.stages.pairs import pairs_stage
+from mnemoscope.stages.probe import probes_stage
 from mnemoscope.stages.steer import steering_stage
 from mnemoscope.stages.train import behaviour_stage, train_stage
 
@@ -9,7 +12,9 @@ STAGES: dict[str, Stage] = {
     "train": train_stage,
     "behaviour": behaviour_stage,
     "pairs": pairs_stage,
+    "probes": probes_stage,
     "steering": steering_stage,
+    "effects": effects_stage,
 }
 
-__all__ = ["STAGES"]
+__all__ = ["STAGES", "compare_stage"]
