@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from importlib.resources import files
-from itertools import pairwise
+from itertools import combinations, pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,15 @@ from mnemoscope.tasks import Example, build_task, draw
 
 LAYERS, WIDTH = 4, 48
 OFFSETS, BY_LAYER = (0, 2, 8), ("rho_rank_correlation", "nmd_cosine")
-TOPS, STRENGTHS = (0.05, 0.2, 1.0), (0.1, 0.2, 0.4, 0.8)
+TOPS, STRENGTHS, DOSES = (0.05, 0.2, 1.0), (0.1, 0.2, 0.4, 0.8), (-1.0, 0.0, 0.5, 1.0, 2.0)
+GAINS = {"nmd": 0.6, "gradient": 1.0}
+CONTROLS = ("random_neurons", "low_correlation", "random_sign", "shuffled_labels", "gaussian")
+ROLES = {"vector": 1.0, **dict(zip(CONTROLS, (0.05, 0.02, 0.1, 0.3, 0.12), strict=True))}
+SIDES = ("generalized", "memorized")
+TURNED_NUMBERS = ("shift", "stay", "other", "margin", "margin_sd")
+SWEPT = ["layers", "top", "strength", "examples", "n", *TURNED_NUMBERS, "kept"]
+STEERED = "aim direction method site layers top strength role draw examples example group family split".split()
+STEERED += "before after margin_before margin confabulated".split()
 SOURCE = {"to_generalized": "memorized", "to_memorized": "generalized"}
 TARGET = {"to_generalized": "generalized", "to_memorized": "memorized"}
 
@@ -52,6 +60,12 @@ def write_run(folder: Path, tasks: dict[str, dict[str, Any]]) -> Path:
     for name, options in tasks.items():
         for seed in range(options.get("seeds", 1)):
             write_cell(folder / "cells" / f"{name}-{seed}", name, seed, **options)
+    if len(tasks) > 1:
+        (folder / "records").mkdir()
+        seeds = {name: options.get("seeds", 1) for name, options in tasks.items()}
+        steered, read = transfer_rows(list(tasks))
+        for table, rows in (("seeds", seeds_rows(seeds)), ("transfer_steering", steered), ("transfer_probes", read)):
+            rows.to_parquet(folder / "records" / f"{table}.parquet")
     return folder
 
 
@@ -75,7 +89,9 @@ def write_cell(
     fit_pairs = int((pairs.is_pair & (pairs.split == "fit")).sum())
     learning_rows(fit_pairs, effect).to_parquet(records / "learning.parquet")
     halves_rows(fit_pairs, effect).to_parquet(records / "halves.parquet")
+    sweep_rows(rng, pairs, conflicts, effect).to_parquet(records / "sweep.parquet")
     steering_rows(rng, pairs, conflicts, effect).to_parquet(records / "steering.parquet")
+    effects_rows(rng, pairs, effect, prompted=name == "addition").to_parquet(records / "effects.parquet")
     write_json(records / "chosen.json", chosen_settings())
     contrast_file(rng, folder, effect if flips else math.nan, len(pairs[pairs.is_pair & (pairs.split == "fit")]))
 
@@ -152,7 +168,7 @@ def probe_rows(rng: np.random.Generator, pairs: pd.DataFrame, effect: float) -> 
         parts.append(pd.DataFrame({"kind": kind, "layer": layer, "group": groups, "label": label, "score": score}))
     # What came later has a generator of its own, so that nothing else of the run changes with it.
     rng = np.random.default_rng(len(label))
-    kinds = [("entropy", -1, 0, 0.1), ("top_gap", -1, 0, 0.05)]
+    kinds = [("input_repeats", -1, 0, 0.2), ("entropy", -1, 0, 0.1), ("top_gap", -1, 0, 0.05)]
     kinds += [("state", n, k, effect * (0.2 + 0.25 * n) / (1 + k)) for k in OFFSETS[1:] for n in range(LAYERS)]
     for kind, layer, offset, pull in kinds:
         score = rng.normal(size=len(label)) + pull * (2 * label - 1)
@@ -190,46 +206,79 @@ def halves_rows(pairs: int, effect: float) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
+def lists_of(pairs: pd.DataFrame, conflicts: list[Example], split: str) -> dict[str, tuple[pd.Series, float]]:
+    """List of examples -> (group of each, how far it is from turning)."""
+    paired = pairs[pairs.is_pair & (pairs.split == split)].group.reset_index(drop=True)
+    groups = pd.Series([example.group for example in conflicts[:80]], dtype=str)
+    return {"pairs": (paired, 1.0), "conflict": (groups, 2.5), "conflict_rest": (groups, -2.5)}
+
+
+def sweep_rows(rng: np.random.Generator, pairs: pd.DataFrame, conflicts: list[Example], effect: float) -> pd.DataFrame:
+    """Every method on all layers and on single ones; ``nmd`` is mapped."""
+    lists, rows = lists_of(pairs, conflicts, "tune"), []
+    layers = {"0-3": 1.0, **{str(n): 0.3 + 0.2 * n for n in range(LAYERS)}}
+    for direction, (method, gain) in product(SOURCE, GAINS.items()):
+        for (where, share_), top, strength in product(layers.items(), TOPS, STRENGTHS):
+            setting = {"direction": direction, "method": method, "site": "block", "layers": where, "top": top}
+            setting["strength"] = strength
+            push = effect * gain * 6 * strength * (0.4 + 0.6 * top) * share_
+            for examples, (groups, distance) in lists.items():
+                if len(groups) and (examples == "pairs" or method == "nmd"):
+                    rows.append({**setting, "examples": examples, **swept(rng, groups, distance, direction, push)})
+            for examples in ("memory", "novel") if method == "nmd" else ():
+                kept = {"n": 80, "kept": max(0.0, 1 - 0.1 * push), **dict.fromkeys(TURNED_NUMBERS, math.nan)}
+                rows += [{**setting, "examples": examples, **kept}] * (2 if where == "0-3" else 1)  # by both aims
+    return pd.DataFrame(rows, columns=["direction", "method", "site", *SWEPT])
+
+
+def swept(rng: np.random.Generator, groups: pd.Series, distance: float, direction: str, push: float) -> dict[str, Any]:
+    inside = push - distance * np.random.default_rng(len(groups)).gamma(2, 0.5, size=len(groups))
+    other = float((rng.random(len(groups)) < 0.02 * push).mean())
+    turned = float((inside > 0).mean()) * (1 - other)
+    if distance < 0:
+        return {"n": len(groups), "kept": turned, **dict.fromkeys(TURNED_NUMBERS, math.nan)}
+    sign = 1 if direction == "to_generalized" else -1
+    margins = {"margin": sign * float(inside.mean()), "margin_sd": float(inside.std())}
+    return {"n": len(groups), "shift": turned, "stay": 1 - turned - other, "other": other, "kept": math.nan, **margins}
+
+
 def steering_rows(
     rng: np.random.Generator, pairs: pd.DataFrame, conflicts: list[Example], effect: float
 ) -> pd.DataFrame:
     """Each list of examples has margins of its own; a shift of strength s moves them by s times the role's push."""
-    rows: list[dict[str, Any]] = []
-    for method, gain in (("nmd", 0.6), ("nmd-relative", 1.0)):
-        for direction in SOURCE:
-            sign = 1 if direction == "to_generalized" else -1
-            lists = {"pairs": (pairs[pairs.is_pair & (pairs.split == "tune")].group, 1.0)}
-            for top in TOPS:
-                for strength in STRENGTHS:
-                    setting = {"purpose": "sweep", "split": "tune", "method": method, "direction": direction}
-                    setting |= {"role": "vector", "draw": 0, "top": top, "strength": strength}
-                    steer(rng, rows, lists, sign, effect * gain * 6 * strength * (0.4 + 0.6 * top), setting)
-            test = pairs[pairs.is_pair & (pairs.split == "test")].group
-            names = pd.Series([example.group for example in conflicts[:80]], dtype=str)
-            lists = {"pairs": (test, 1.0), "conflict": (names, 2.5), "conflict_rest": (names, -2.5)}
-            for role, draws, share in (("vector", 1, 1.0), ("random_neurons", 5, 0.05), ("gaussian", 5, 0.12)):
-                for number in range(draws):
-                    setting = {"purpose": "final", "split": "test", "method": method, "direction": direction}
-                    setting |= {"role": role, "draw": number, "top": 0.2, "strength": 0.4}
-                    steer(rng, rows, lists, sign, effect * gain * share * 1.9, setting)
-                    if role == "vector":
-                        keep(rng, rows, names, setting)
-    return pd.DataFrame(rows)
+    lists, rows = lists_of(pairs, conflicts, "test"), []
+    everything = {**lists, "pairs_unreachable": (lists["pairs"][0][:9], 4.0), "kept": (lists["conflict"][0], 0.0)}
+    for (method, gain), direction, (aim, more) in product(GAINS.items(), SOURCE, (("pairs", 1.0), ("conflict", 2.0))):
+        for role, share_ in ROLES.items():
+            for number in range(1 if role == "vector" else 3):
+                setting = {"aim": aim, "direction": direction, "method": method, "site": "block", "layers": "0-3"}
+                setting |= {"top": 0.2, "strength": 0.4 * more, "role": role, "draw": number, "split": "test"}
+                judged = everything if role == "vector" else {aim: lists[aim]}
+                steer(rng, rows, judged, effect * gain * share_ * 1.9 * more, setting)
+    return pd.DataFrame(rows, columns=STEERED)
 
 
-def steer(rng: np.random.Generator, rows: list, lists: dict, sign: int, push: float, setting: dict) -> None:
+def steer(rng: np.random.Generator, rows: list, lists: dict, push: float, setting: dict) -> None:
+    source, target = SOURCE[setting["direction"]], TARGET[setting["direction"]]
+    sign = 1 if target == "generalized" else -1
     for examples, (groups, distance) in lists.items():
-        source, target = SOURCE[setting["direction"]], TARGET[setting["direction"]]
+        if examples == "kept":
+            keep(rng, rows, groups, setting)
+            continue
+        if examples == "pairs_unreachable" and (setting["direction"], setting["aim"]) != ("to_memorized", "pairs"):
+            continue
         before = target if examples == "conflict_rest" else source
         # Examples sit at the same place whatever is done to them, as real ones do.
-        place = np.random.default_rng(len(groups)).gamma(2, 0.5, size=len(groups))
+        place = -distance * np.random.default_rng(len(groups)).gamma(2, 0.5, size=len(groups))
         for index, group in enumerate(groups):
-            inside = -distance * place[index] + push + rng.normal(0, 0.3)
+            inside = place[index] + push + rng.normal(0, 0.3)
             after = "other" if rng.random() < 0.02 + 0.01 * push**2 else target if inside > 0 else source
-            rows.append(
-                {**setting, "examples": examples, "example": index, "group": group, "before": before, "after": after}
-                | {"margin": sign * inside, "confabulated": math.nan}
-            )
+            is_vector = setting["role"] == "vector"
+            row = {"examples": examples, "example": index, "group": group, "family": "a", "before": before}
+            row |= {"after": after, "margin_before": sign * place[index]}
+            row |= {"margin": sign * inside if is_vector else math.nan}
+            row |= {"confabulated": float(after == "other" and index % 2) if is_vector else math.nan}
+            rows.append({**setting, **row})
 
 
 def keep(rng: np.random.Generator, rows: list, groups: pd.Series, setting: dict) -> None:
@@ -237,14 +286,86 @@ def keep(rng: np.random.Generator, rows: list, groups: pd.Series, setting: dict)
         for index, group in enumerate(groups):
             before = "correct" if rng.random() < 0.96 else "wrong"
             after = "wrong" if rng.random() < 0.03 else before
-            row = {"examples": examples, "example": index, "group": group, "before": before, "after": after}
-            rows.append({**setting, **row, "margin": math.nan, "confabulated": math.nan})
+            row = {"examples": examples, "example": index, "group": group, "family": "a", "before": before}
+            row |= {"after": after, **dict.fromkeys(("margin_before", "margin", "confabulated"), math.nan)}
+            rows.append({**setting, **row})
+
+
+def effects_rows(rng: np.random.Generator, pairs: pd.DataFrame, effect: float, prompted: bool) -> pd.DataFrame:
+    """Interventions on both sides of the test pairs; only a task of its own asks in words."""
+    groups = pairs[pairs.is_pair & (pairs.split == "test")].group.to_numpy(dtype=str)
+    place = np.random.default_rng(len(groups)).gamma(2, 0.5, size=len(groups))
+    parts: list[pd.DataFrame] = []
+
+    def add(side: str, push: float, **facts: Any) -> None:
+        sign = 1 if side == "generalized" else -1
+        margin = sign * place + push + rng.normal(0, 0.2, size=len(groups))
+        columns = {**dict.fromkeys(("direction", "method", "site", "layers", "role"), ""), "dose": math.nan, "draw": 0}
+        columns |= {**facts, "side": side, "example": np.arange(len(groups)), "group": groups}
+        columns |= {"after": np.where(margin > 0, "generalized", "memorized"), "margin_before": sign * place}
+        parts.append(pd.DataFrame({**columns, "margin": margin}))
+
+    for direction in SOURCE:
+        side, sign = SOURCE[direction], 1 if direction == "to_generalized" else -1
+        for method, gain in GAINS.items():
+            facts = {"direction": direction, "method": method, "site": "block"}
+            for dose, (role, draws) in product(DOSES, (("vector", 1), ("gaussian", 2))):
+                for draw_ in range(draws):
+                    push = sign * effect * gain * dose * (1 if role == "vector" else 0.1)
+                    add(side, push, what="dose", **facts, dose=dose, role=role, draw=draw_)
+            for top, (role, draws), each in product((0.05, 0.3), (("vector", 1), ("random_neurons", 2)), SIDES):
+                for draw_ in range(draws):
+                    lost = (-1 if each == "generalized" else 1) * effect * gain * top * (3 if role == "vector" else 0.5)
+                    add(each, lost, what="ablation", **facts, dose=top, role=role, draw=draw_)
+        for site, layer in product(("block", "mlp"), range(LAYERS)):
+            add(side, sign * 0.8 * layer, what="patch", direction=direction, site=site, layers=str(layer))
+        if prompted:
+            add(side, sign * 0.4, what="prompt", direction=direction)
+    return pd.concat(parts, ignore_index=True)
 
 
 def chosen_settings() -> dict[str, Any]:
-    fixed = {"site": "block", "layers": list(range(LAYERS)), "positions": "decision", "top": 0.2, "strength": 0.4}
-    methods = {m: {d: {"method": m, **fixed} for d in SOURCE} for m in ("nmd", "nmd-relative")}
-    return {"best": dict.fromkeys(SOURCE, "nmd-relative"), "methods": methods}
+    """Conflicts are turned to memory by another method than pairs."""
+    fixed = {"site": "block", "layers": list(range(LAYERS)), "positions": "decision", "top": 0.2}
+    settings = {}
+    for aim, strength in (("pairs", 0.4), ("conflict", 0.8)):
+        facts = {**fixed, "strength": strength, "alpha": math.nan, "within_limits": aim == "pairs"}
+        methods = {method: {d: {"method": method, **facts} for d in SOURCE} for method in GAINS}
+        settings[aim] = {"best": dict.fromkeys(SOURCE, "gradient"), "methods": methods}
+    settings["conflict"]["best"]["to_memorized"] = "nmd"
+    return settings
+
+
+def seeds_rows(labels: dict[str, int]) -> pd.DataFrame:
+    rows = []
+    for label, count_ in labels.items():
+        for a, b in combinations(range(count_), 2):
+            common = {"label": label, "seed_a": a, "seed_b": b, "site": "block", "shared_initialization": a == 0}
+            by_chance = {"chance_low": -0.1, "chance": 0.0, "chance_high": 0.1}
+            for what, layer in product(("rank_correlation", "aligned_cosine"), range(-1, LAYERS)):
+                value = 0.3 + 0.1 * layer + 0.01 * b
+                rows.append({**common, "what": what, "layer": layer, "top": math.nan, "value": value, **by_chance})
+            for top in (0.05, 0.3):
+                rows.append({**common, "what": "overlap", "layer": -1, "top": top, "value": top + 0.2, **by_chance})
+    return pd.DataFrame(rows)
+
+
+def transfer_rows(labels: list[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    rng, steered, read = np.random.default_rng(5), [], []
+    for source, target, seed in product(labels, labels, range(2)):
+        near = 0.8 if source == target else 0.3
+        common = {"source": source, "target": target, "seed": seed}
+        groups = [f"g{n % 15}" for n in range(60)]
+        for direction, method, role in product(SOURCE, ("best", "nmd"), ("vector", "gaussian")):
+            hit = rng.random(60) < (near if role == "vector" else 0.05)
+            after = np.where(hit, TARGET[direction], SOURCE[direction])
+            facts = {**common, "direction": direction, "method": method, "role": role, "draw": 0}
+            steered.append(pd.DataFrame({**facts, "example": np.arange(60), "group": groups, "after": after}))
+        for layer in range(LAYERS):
+            label = np.tile([1, 0], 30)
+            score = rng.normal(size=60) + near * layer * (2 * label - 1)
+            read.append(pd.DataFrame({**common, "layer": layer, "group": groups, "label": label, "score": score}))
+    return pd.concat(steered, ignore_index=True), pd.concat(read, ignore_index=True)
 
 
 def contrast_file(rng: np.random.Generator, folder: Path, effect: float, pairs: int) -> None:
@@ -367,34 +488,39 @@ def test_best_layer_is_not_chosen_on_what_it_is_scored_on(tmp_path: Path) -> Non
 @pytest.mark.parametrize("examples", ["pairs", "conflict"])
 def test_steering_shares_controls_and_differences(run: Path, direction: str, examples: str) -> None:
     block = tasks_of(run)["addition"]["steering"][direction]
-    assert block["chosen"]["method"] == "nmd-relative"
-    wanted = {"purpose": "final", "method": "nmd-relative", "direction": direction, "examples": examples}
+    assert (block["chosen"]["method"], block["chosen"]["strength"]) == ("gradient", 0.4)
+    assert block["chosen_conflict"]["strength"] == 0.8
+    wanted = {"aim": examples, "method": "gradient", "direction": direction, "examples": examples}
     rows = [r for r in rows_of(run, "addition-0", "steering") if all(r[key] == value for key, value in wanted.items())]
-    by_role = {role: [row for row in rows if row["role"] == role] for role in ("vector", "random_neurons", "gaussian")}
+    by_role = {role: [row for row in rows if row["role"] == role] for role in ROLES}
     for role, part in by_role.items():
         shares = block[examples] if role == "vector" else block["controls"][role][examples]
         for key, after in (("shift", TARGET[direction]), ("stay", SOURCE[direction]), ("other", "other")):
             agrees(shares[key], share(part, lambda r, a=after: r["after"] == a), len(part))
     shift = block[examples]["shift"]["estimate"]
-    for role in ("random_neurons", "gaussian"):
-        draws = [[row for row in by_role[role] if row["draw"] == draw_] for draw_ in range(5)]
+    for role in CONTROLS:
+        draws = [[row for row in by_role[role] if row["draw"] == draw_] for draw_ in range(3)]
         each = [share(part, lambda r: r["after"] == TARGET[direction]) for part in draws]
         control = block["controls"][role]
         assert control["worst"][examples]["shift"]["estimate"] == pytest.approx(max(each))
-        agrees(block["minus_control"][role][examples], shift - sum(each) / 5, len(by_role["vector"]))
+        agrees(block["minus_control"][role][examples], shift - sum(each) / 3, len(by_role["vector"]))
 
 
-def test_collateral_is_a_paired_change_and_undefined_where_memory_is_the_conflict(run: Path) -> None:
+@pytest.mark.parametrize("direction", list(SOURCE))
+@pytest.mark.parametrize(("key", "aim"), [("collateral", "pairs"), ("collateral_conflict", "conflict")])
+def test_collateral_is_a_paired_change_and_undefined_where_memory_is_the_conflict(
+    run: Path, direction: str, key: str, aim: str
+) -> None:
     for name in ("inference", "addition"):
-        block = tasks_of(run)[name]["per_seed"]["0"]["steering"]["to_memorized"]["collateral"]
-        wanted = {"purpose": "final", "method": "nmd-relative", "direction": "to_memorized", "role": "vector"}
+        block = tasks_of(run)[name]["per_seed"]["0"]["steering"][direction][key]
+        wanted = {"aim": aim, "method": "gradient", "direction": direction, "role": "vector"}
         rows = [
             r for r in rows_of(run, f"{name}-0", "steering") if all(r[key] == value for key, value in wanted.items())
         ]
-        for examples, good in (("novel", "correct"), ("memory", "correct"), ("conflict_rest", "memorized")):
+        for examples, good in (("novel", "correct"), ("memory", "correct"), ("conflict_rest", TARGET[direction])):
             part = [row for row in rows if row["examples"] == examples]
             change = share(part, lambda r, g=good: r["after"] == g) - share(part, lambda r, g=good: r["before"] == g)
-            if (name, examples) == ("addition", "memory"):
+            if (name, examples, direction) == ("addition", "memory", "to_generalized"):
                 assert math.isnan(block[examples]["estimate"])
             else:
                 agrees(block[examples], change, len(part))
@@ -429,9 +555,14 @@ D = {
     "chosen": {"method": TEXT, "site": TEXT, "layers": list, "positions": TEXT, "top": float, "strength": float},
     "pairs": S,
     "conflict": S,
-    "controls": {name: {"pairs": S, "conflict": S} for name in ("random_neurons", "gaussian")},
-    "collateral": {"novel": R, "memory": R, "conflict_rest": R},
+    "controls": {name: {"pairs": S, "conflict": S, "worst": {"pairs": S, "conflict": S}} for name in CONTROLS},
+    "minus_control": {name: {"pairs": R, "conflict": R} for name in CONTROLS},
+    **dict.fromkeys(("collateral", "collateral_conflict"), {"novel": R, "memory": R, "conflict_rest": R}),
+    "pairs_unreachable": S,
+    "conflict_at_chosen": S,
+    "confabulated": R,
 }
+D["chosen_conflict"] = D["chosen"] = {**D["chosen"], "alpha": float, "within_limits": bool}
 M = {"to_generalized": D, "to_memorized": D}
 SCHEMA = {
     "seeds": [int],
@@ -451,7 +582,7 @@ SCHEMA = {
     },
     "probe": {"site": TEXT, "layers": [int], "accuracy": [R], "auroc": [R], "input_only": R, "shuffled": R},
     "steering": M,
-    "steering_by_method": {"nmd": M, "nmd-relative": M},
+    "steering_by_method": dict.fromkeys(GAINS, M),
 }
 
 
@@ -496,7 +627,7 @@ def test_equal_records_give_equal_bytes(run: Path, tmp_path: Path) -> None:
     assert not list(again.glob(".*.tmp"))
 
 
-RECORDS = ("training", "behaviour", "pairs", "probes", "learning", "halves", "steering")
+RECORDS = ("training", "behaviour", "pairs", "probes", "learning", "halves", "sweep", "steering", "effects")
 BROKEN = [f"records/{name}.parquet" for name in RECORDS]
 BROKEN += ["records/chosen.json", "records/training_time.json", "contrast.safetensors", "cell.json"]
 
@@ -621,6 +752,7 @@ def test_a_users_own_file_on_a_model_that_was_not_trained_here(run: Path, tmp_pa
     block = task["steering"]["to_memorized"]
     absent = [task["behaviour"]["recall"], task["behaviour"]["novel_accuracy"], block["collateral"]["novel"]]
     absent += [block["controls"]["random_neurons"]["pairs"]["shift"], block["minus_control"]["random_neurons"]["pairs"]]
+    absent += [block["controls"]["random_neurons"]["worst"]["conflict"]["other"]]
     assert all(math.isnan(entry["estimate"]) for entry in absent)
     assert not math.isnan(block["controls"]["gaussian"]["pairs"]["shift"]["estimate"])
     assert math.isnan(task["training"]["seconds"][0])

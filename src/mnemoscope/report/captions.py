@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mnemoscope.report.measures import DIRECTIONS, SIGNIFICANT, Tree
-from mnemoscope.report.records import Cell, Contrast
+from mnemoscope.report.intervals import Tree
+from mnemoscope.report.measures import SIGNIFICANT
+from mnemoscope.report.records import DIRECTIONS, Cell, Contrast
 from mnemoscope.report.sentences import (
     ANSWERED,
     CONTROL_NAMES,
@@ -209,44 +210,6 @@ def _elsewhere(block: Tree, direction: str) -> str:
     theirs = block["controls"][control]["conflict"]["shift"]["estimate"] if control else math.nan
     compared = "" if math.isnan(theirs) else f", the strongest control {percent(theirs)}"
     return f"Of all test conflicts that were {source}, it turns {with_interval(shift)}{compared}."
-
-
-def sweep(task: Tree, direction: str, rows: list[dict[str, Any]]) -> str:
-    if not rows:
-        return f"{_towards(direction)}, no setting was swept: the tune split has no pairs for it."
-    chosen = task["steering"][direction]["chosen"]
-    best, broken = (
-        max(rows, key=lambda row: np.nan_to_num(row[key]["estimate"], nan=-1.0)) for key in ("shift", "other")
-    )
-    if not known(best["shift"]):
-        return f"{_towards(direction)}, what strength does {UNMEASURED}."
-    return (
-        f"{_towards(direction)}, {_setting(chosen)} was chosen. On the tune split at most "
-        f"{percent(best['shift']['estimate'])} turn, with {_setting(best)}; answers that are neither reach "
-        f"{percent(broken['other']['estimate'])}, with {_setting(broken)}."
-    )
-
-
-def _setting(row: dict[str, Any]) -> str:
-    share = "all neurons" if row["top"] >= 1 else f"{100 * row['top']:g}\u00a0% of the neurons"
-    return f"strength {row['strength']:g} on {share}"
-
-
-def dose(task: Tree, direction: str, rows: list[dict[str, Any]]) -> str:
-    top = task["steering"][direction]["chosen"]["top"]
-    line = sorted((row["strength"], row["margin"]["estimate"]) for row in rows if math.isclose(row["top"], top))
-    line = [(0.0, task["unsteered_margin"][direction]["estimate"]), *line]
-    line = [point for point in line if not math.isnan(point[1])]
-    if len(line) < 2:
-        return f"{_towards(direction)}, the dose-response {UNMEASURED}: no strength was tried."
-    sign = 1 if direction == "to_generalized" else -1
-    steady = all(sign * (b - a) > 0 for (_, a), (_, b) in pairwise(line))
-    (low, start), (high, end) = line[0], line[-1]
-    way = ("rises" if sign > 0 else "falls") + " with every step of strength" if steady else "does not move steadily"
-    return (
-        f"{_towards(direction)}, the mean margin {way}: {start:.1f} nats at strength {low:g}, "
-        f"{end:.1f} at strength {high:g}."
-    )
 
 
 def collateral(task: Tree, direction: str) -> str:

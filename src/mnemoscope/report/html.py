@@ -12,8 +12,8 @@ from markupsafe import Markup, escape
 
 from mnemoscope.report import captions, examples, figures, figures_steering, sentences
 from mnemoscope.report.glossary import GLOSSARY, TASKS
-from mnemoscope.report.measures import DIRECTIONS, TURNED, Tree
-from mnemoscope.report.records import Cell, Run
+from mnemoscope.report.intervals import Tree
+from mnemoscope.report.records import AIMS, DIRECTIONS, Cell, Run
 from mnemoscope.report.style import Drawing, draw
 
 
@@ -214,9 +214,7 @@ def _read(name: str, task: Tree) -> Chapter:
 
 
 def _turn(name: str, task: Tree, cells: Sequence[Cell]) -> Chapter:
-    rows = {direction: figures_steering.sweep_rows(task, direction) for direction in DIRECTIONS}
-    measured = any(sentences.known(task["steering"][d][examples_]["shift"]) for d in DIRECTIONS for examples_ in TURNED)
-    swept = all(rows.values())
+    measured = any(sentences.known(task["steering"][d][examples_]["shift"]) for d in DIRECTIONS for examples_ in AIMS)
     stories = [
         _story(
             f"{name}-steering",
@@ -227,25 +225,8 @@ def _turn(name: str, task: Tree, cells: Sequence[Cell]) -> Chapter:
             + (" Dots: single seeds." if len(task["seeds"]) > 1 else ""),
             figures_steering.steering_bars(task) if measured else None,
         ),
-        _story(
-            f"{name}-sweep",
-            "How hard to push",
-            [captions.sweep(task, d, rows[d]) for d in DIRECTIONS],
-            "Pairs of the tune split, on which the setting was chosen (ring"
-            + (f": seed {cells[0].seed}'s" if len(cells) > 1 else "")
-            + "). A line for each share of neurons.",
-            figures_steering.sweep(task) if swept else None,
-        ),
-        _story(
-            f"{name}-dose",
-            "A switch or a dial",
-            [captions.dose(task, d, rows[d]) for d in DIRECTIONS],
-            "Mean margin of the tune pairs after the shift, at the chosen share of neurons. Above 0 the answer to "
-            "be worked out is likelier.",
-            figures_steering.dose(task) if swept else None,
-        ),
     ]
-    return Chapter(f"{name}-turn", "Can it be turned?", stories if swept else stories[:2])
+    return Chapter(f"{name}-turn", "Can it be turned?", stories)
 
 
 def _facts(task: Tree, cells: Sequence[Cell]) -> list[tuple[str, str]]:
@@ -277,7 +258,7 @@ def _steering_table(task: Tree) -> Table:
     rows = []
     for direction in DIRECTIONS:
         block = task["steering"][direction]
-        for examples_ in TURNED:
+        for examples_ in AIMS:
             for control in ("", *block["controls"]):
                 shares = (block["controls"][control] if control else block)[examples_]
                 who = figures_steering.control_name(control) if control else "vector"
@@ -314,7 +295,7 @@ def _method_table(task: Tree) -> Table:
                 chosen = part["chosen"]
                 best = " (chosen)" if task["steering"][direction]["chosen"]["method"] == method else ""
                 setting = f"{chosen['strength']:g} on {100 * chosen['top']:g}\u00a0%"
-                pairs, conflicts = (sentences.with_interval(part[examples_]["shift"]) for examples_ in TURNED)
+                pairs, conflicts = (sentences.with_interval(part[examples_]["shift"]) for examples_ in AIMS)
                 control = sentences.strongest_control(part)
                 theirs = part["controls"][control]["pairs"]["shift"]["estimate"] if control else float("nan")
                 held = sentences.percent(theirs) if sentences.known(theirs) else "none"

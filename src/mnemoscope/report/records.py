@@ -14,9 +14,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
+from pyarrow import parquet
 from safetensors import safe_open
 
 from mnemoscope.errors import InputError
+
+# direction of turning -> (the behaviour it aims at, the behaviour it starts from)
+DIRECTIONS = {"to_generalized": ("generalized", "memorized"), "to_memorized": ("memorized", "generalized")}
+# What a setting is chosen for, and the list of examples that it is to turn.
+AIMS = ("pairs", "conflict")
+CONTROLS = ("random_neurons", "low_correlation", "random_sign", "shuffled_labels", "gaussian")
 
 COLUMNS = {
     "training": "step loss novel_accuracy recall conflict_memorized conflict_generalized conflict_other met kept",
@@ -26,10 +33,19 @@ COLUMNS = {
     "probes": "kind layer offset group label score",
     "learning": "pairs draw groups what layer value n",
     "halves": "halving what layer top value chance chance_low chance_high n",
-    "steering": "purpose direction method role draw top strength examples example group split before after margin "
+    "sweep": "direction method site layers top strength examples n shift stay other margin margin_sd kept",
+    "steering": "aim direction method role draw examples example group split before after margin_before margin "
     "confabulated",
+    "effects": "what direction method site layers dose role draw side example group after margin_before margin",
+    "seeds": "label seed_a seed_b site what layer top shared_initialization value chance_low chance chance_high",
+    "transfer_steering": "source target seed direction method role draw example group after",
+    "transfer_probes": "source target seed layer group label score",
 }
+# Text columns of the large tables, which repeat few words: read as categories, they take a byte a row.
+LARGE = ("steering", "effects", "transfer_steering")
+WORDS = "aim direction method role examples group split before after what site layers side".split()
 CONTRAST_ARRAYS = ("nmd", "rho", "effect_size", "p_family_wise", "p_false_discovery")
+ACROSS = ("seeds", "transfer_steering", "transfer_probes")
 CELL_FIELDS = ("task", "label", "seed", "memory_is_conflict", "trained")
 
 
@@ -66,9 +82,14 @@ class Cell:
     probes: pd.DataFrame
     learning: pd.DataFrame
     halves: pd.DataFrame
-    steering: pd.DataFrame
+    sweep: pd.DataFrame
+    effects: pd.DataFrame
     chosen: dict[str, Any]
     contrast: Contrast
+
+    def read_steering(self) -> pd.DataFrame:
+        """The steering table, read anew: it is by far the largest, and one cell's at a time is enough."""
+        return _table(self.folder / "records", "steering")
 
     @property
     def name(self) -> str:
@@ -92,13 +113,20 @@ class Cell:
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder: its configuration as text and as data, its manifest, and its cells in the order of their names."""
+    """A run folder: its configuration as text and as data, its manifest, and its cells in the order of their names.
+
+    Attributes:
+        seeds, transfer_steering, transfer_probes: what compares cells; None where there was nothing to compare.
+    """
 
     folder: Path
     study_text: str
     study: dict[str, Any]
     manifest: dict[str, Any]
     cells: tuple[Cell, ...]
+    seeds: pd.DataFrame | None
+    transfer_steering: pd.DataFrame | None
+    transfer_probes: pd.DataFrame | None
 
     def by_label(self) -> dict[str, list[Cell]]:
         """The cells of each label by seed; labels in the order of the study, else by name."""
@@ -121,10 +149,12 @@ def read_run(folder: Path) -> Run:
     if not isinstance(study, dict):
         raise InputError(f"{folder / 'study.yaml'}: a mapping is wanted, not {type(study).__name__}")
     manifest = _json(folder / "manifest.json") if (folder / "manifest.json").exists() else {}
-    cells = tuple(read_cell(path.parent) for path in sorted((folder / "cells").glob("*/cell.json")))
+    folders = [path.parent for path in sorted((folder / "cells").glob("*/cell.json"))]
+    cells = tuple(read_cell(cell) for cell in folders if _json(cell / "cell.json").get("analysed", True))
     if not cells:
         raise InputError(f"{folder / 'cells'}: no cell.json in any folder here, so there is nothing to report")
-    return Run(folder, study_text, study, manifest, cells)
+    across = {name: _table_if_any(folder / "records", name) for name in ACROSS}
+    return Run(folder, study_text, study, manifest, cells, **across)
 
 
 def read_cell(folder: Path) -> Cell:
@@ -145,8 +175,9 @@ def read_cell(folder: Path) -> Cell:
         probes=_table(records, "probes"),
         learning=_table(records, "learning"),
         halves=_table(records, "halves"),
-        steering=_table(records, "steering"),
-        chosen=_json(records / "chosen.json"),
+        sweep=_table(records, "sweep"),
+        effects=_table(records, "effects"),
+        chosen=_chosen(records / "chosen.json"),
         contrast=_contrast(folder / "contrast.safetensors"),
     )
 
@@ -169,13 +200,33 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _chosen(path: Path) -> dict[str, Any]:
+    chosen = _json(path)
+    for aim in AIMS:
+        if not {"best", "methods"} <= set(chosen.get(aim) or ()):
+            raise InputError(f"{path}: field {aim!r} with 'best' and 'methods' is missing")
+    return chosen
+
+
 def _table(folder: Path, name: str) -> pd.DataFrame:
+    """A table with the columns that the report reads.
+
+    Raises:
+        InputError: it is missing, damaged or lacks a column.
+    """
     path = folder / f"{name}.parquet"
-    table: pd.DataFrame = _read(path, pd.read_parquet)
-    for column in COLUMNS[name].split():
-        if column not in table.columns:
+    wanted = COLUMNS[name].split()
+    present: list[str] = _read(path, lambda p: parquet.read_schema(p).names)
+    for column in wanted:
+        if column not in present:
             raise InputError(f"{path}: column {column!r} is missing")
+    words = WORDS if name in LARGE else None
+    table: pd.DataFrame = _read(path, lambda p: pd.read_parquet(p, columns=wanted, read_dictionary=words))
     return table
+
+
+def _table_if_any(folder: Path, name: str) -> pd.DataFrame | None:
+    return _table(folder, name) if (folder / f"{name}.parquet").exists() else None
 
 
 def _contrast(path: Path) -> Contrast:

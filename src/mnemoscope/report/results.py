@@ -11,18 +11,20 @@ import numpy as np
 from mnemoscope.errors import InputError
 from mnemoscope.report.intervals import Tree
 from mnemoscope.report.measures import measure
+from mnemoscope.report.measures_across import measure_seeds, measure_transfer
 from mnemoscope.report.measures_detection import statements
-from mnemoscope.report.records import Cell, Run
+from mnemoscope.report.measures_sweep import measure_layers, measure_sweep
+from mnemoscope.report.records import AIMS, Cell, Run
 from mnemoscope.statistics import Estimate, over_seeds
 
 SCHEMA = 1
-SWEEP_KEYS = ("direction", "method", "role", "examples", "top", "strength")
 
 
 def compute_results(run: Run) -> Tree:
     """What ``results.json`` holds: plain dictionaries, lists, text and numbers; undefined numbers are NaN."""
-    tasks = {label: _plain(summarise(cells)) for label, cells in run.by_label().items()}
-    return {"schema": SCHEMA, "study": str(run.study.get("study", "")), "tasks": tasks}
+    tasks = {label: summarise(cells) for label, cells in run.by_label().items()}
+    results = {"schema": SCHEMA, "study": str(run.study.get("study", "")), "tasks": tasks}
+    return dict(_plain({**results, "seeds": measure_seeds(run), "transfer": measure_transfer(run, tasks)}))
 
 
 def to_json(results: Tree) -> str:
@@ -33,7 +35,7 @@ def to_json(results: Tree) -> str:
 def summarise(cells: Sequence[Cell]) -> Tree:
     """One task over its seeds: estimates by ``over_seeds``, counts added up, other numbers averaged.
 
-    The chosen settings shown are the first seed's, and every seed's own are in ``per_seed``.
+    The chosen settings shown are the first seed's; ``chosen_by_seed`` names the methods, ``per_seed`` has the settings.
 
     Raises:
         InputError: two cells have the same seed, or differ in their layers.
@@ -45,14 +47,24 @@ def summarise(cells: Sequence[Cell]) -> Tree:
     if len(set(depths.values())) > 1:
         raise InputError(f"{cells[0].folder.parent}: cells of one name differ in their layers ({depths})")
     trees = [measure(cell) for cell in cells]
-    sweeps = [tree.pop("sweep") for tree in trees]
-    merged: Tree = {"seeds": seeds, **{key: _merge([tree[key] for tree in trees], key) for key in trees[0]}}
+    merged: Tree = {"seeds": seeds, **_merge(trees, "")}
     merged["probe"] |= statements(merged["probe"])  # words of the first seed say nothing about all
     merged["training"] = {key: [tree["training"][key] for tree in trees] for key in ("seconds", "steps")}
     merged["memory_is_conflict"] = bool(cells[0].info["memory_is_conflict"])
-    merged["sweep"] = _merge_sweeps(sweeps)
+    merged["sweep"] = measure_sweep(cells)
+    merged["by_layer"] = measure_layers(merged["sweep"], merged["contrast"])
+    merged["chosen_by_seed"] = {str(cell.seed): {aim: cell.chosen[aim]["best"] for aim in AIMS} for cell in cells}
     merged["per_seed"] = {str(cell.seed): tree for cell, tree in zip(cells, trees, strict=True)}
+    for tree in (merged, *trees):
+        _drop_same(tree["steering"], merged["chosen_by_seed"])
     return merged
+
+
+def _drop_same(steering: Tree, chosen_by_seed: Tree) -> None:
+    """Leave ``best_conflict`` only where some seed turns conflicts best with another method than pairs."""
+    for direction, block in steering.items():
+        if all(best["pairs"][direction] == best["conflict"][direction] for best in chosen_by_seed.values()):
+            del block["best_conflict"]
 
 
 def _merge(values: list[Any], key: str) -> Any:
@@ -60,7 +72,7 @@ def _merge(values: list[Any], key: str) -> Any:
     first = values[0]
     if isinstance(first, Estimate):
         return over_seeds(values)
-    if key in ("chosen", "layers") or isinstance(first, str):
+    if key in ("chosen", "chosen_conflict", "layers") or isinstance(first, str):
         return first
     if key in ("picked", "offsets"):
         return sorted({number for value in values for number in value})
@@ -73,18 +85,6 @@ def _merge(values: list[Any], key: str) -> Any:
         return sum(values)
     known = [value for value in values if not np.isnan(value)]
     return float(np.mean(known)) if known else float("nan")
-
-
-def _merge_sweeps(sweeps: list[list[Tree]]) -> list[Tree]:
-    """The rows of all seeds' sweeps, one per setting; ``seeds`` says how many seeds tried it."""
-    by_setting: dict[tuple[Any, ...], list[Tree]] = {}
-    for row in (row for sweep in sweeps for row in sweep):
-        by_setting.setdefault(tuple(row[key] for key in SWEEP_KEYS), []).append(row)
-    table = []
-    for setting, rows in sorted(by_setting.items()):
-        numbers = {key: _merge([row[key] for row in rows], key) for key in ("shift", "stay", "other", "margin")}
-        table.append({**dict(zip(SWEEP_KEYS, setting, strict=True)), **numbers, "seeds": len(rows)})
-    return table
 
 
 def _plain(value: Any) -> Any:

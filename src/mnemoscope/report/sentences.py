@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from mnemoscope.report.measures import DIRECTIONS, Tree
+from mnemoscope.report.intervals import Tree
+from mnemoscope.report.records import DIRECTIONS
 
 R = dict[str, Any]
 NBSP = "\u00a0"
