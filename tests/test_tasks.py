@@ -341,3 +341,22 @@ def test_a_file_without_conflicts_or_without_being_there_is_refused(tmp_path: Pa
         build_task("jsonl", {"file": str(path)}, 0)
     with pytest.raises(InputError, match="cannot be read"):
         build_task("jsonl", {"file": str(tmp_path / "absent.jsonl")}, 0)
+
+
+def test_a_behaviour_can_be_asked_for_in_words() -> None:
+    rng = np.random.default_rng(0)
+    for name in ("inference", "addition"):
+        task = build_task(name, {}, seed=0)
+        for example in task.examples(rng, 20, "conflict"):
+            said = task.prompted(example, "generalized")
+            assert (said.item, said.options) == (example.item, example.options)
+            if name == "inference":
+                *before, last, question = said.prompt.split(" . ")
+                assert " . ".join([*before, question]) == example.prompt
+                assert last in before
+                assert last.split()[0] == question.split()[-2]
+                assert task.prompted(example, "memorized") is None
+            else:
+                a, b = example.item.split("+")
+                assert said.prompt == f"{a} plus {b}="
+                assert task.prompted(example, "memorized").prompt == f"{a}+{b}="

@@ -73,11 +73,16 @@ def control_exists(name: str, shift_LD: np.ndarray) -> bool:
 def control_draws(
     name: str, sources: Sources, setting: Setting, draws: int, seed: Sequence[int]
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """``draws`` numbered shifts (L, D) of a control, none where it does not exist; seeded each by its number."""
+    """``draws`` numbered shifts (L, D) of a control, none where it does not exist; seeded each by its number.
+
+    Args:
+        seed: of the draws. Shuffles depend on its first number alone, so that one shuffle serves all settings.
+    """
     shift_LD = vector_of(sources, setting).dense(*sources.shape_LD).astype(np.float64)
     if control_exists(name, shift_LD):
         for number in range(draws):
-            yield number, CONTROLS[name](shift_LD, setting, sources, np.random.default_rng([*seed, number]))
+            stream = seed if name in CHEAP else seed[:1]
+            yield number, CONTROLS[name](shift_LD, setting, sources, np.random.default_rng([*stream, number]))
 
 
 def _shifts_of(shift_LD: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

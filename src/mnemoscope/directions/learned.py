@@ -35,7 +35,7 @@ class Budget:
     toward: Toward
     layers: tuple[int, ...]
     strength: float
-    steps: int = 60
+    steps: int = 30
     kept_weight: float = 1.0
 
 

@@ -44,6 +44,7 @@ class Sources:
         lists: what gradients are taken over, and what learned vectors are optimized on.
         shuffle: None, or the seed of a shuffle of the labels: in every pair both labels swap together or stay.
         found: directions that were computed before, by what they depend on.
+        shuffles: shuffled sources that were made before, by their seed.
     """
 
     site: Site
@@ -51,10 +52,13 @@ class Sources:
     lists: FitLists
     shuffle: int | None = None
     found: dict[Any, np.ndarray] = field(default_factory=dict)
+    shuffles: dict[int, Sources] = field(default_factory=dict)
 
     def shuffled(self, seed: int) -> Sources:
-        """The same pairs with their labels shuffled: what a method makes of nothing."""
-        return replace(self, shuffle=seed, found={})
+        """The same pairs with their labels shuffled: what a method makes of nothing. One seed gives one object."""
+        if seed not in self.shuffles:
+            self.shuffles[seed] = replace(self, shuffle=seed, found={}, shuffles={})
+        return self.shuffles[seed]
 
     def signs(self, n: int, *stream: int) -> np.ndarray:
         """float64 (n,): 1 where a label stays, -1 where the shuffle swaps it; all 1 without a shuffle."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,8 @@ from mnemoscope.directions import SOURCE, TOWARD, FitLists, TuneLists, with_pref
 from mnemoscope.stages.common import cell_task, rng_of
 from mnemoscope.steering import Toward
 from mnemoscope.tasks import Example, Split, Task, draw, keeps_key
+
+FIT_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class Records:
 
 def fit_lists(cell: Cell, asking: Asking, records: Records) -> FitLists:
     """What directions are fitted on, prepared with prefixes."""
+    # Small batches: a learned vector takes one of them a step.
+    asking = replace(asking, batch_size=FIT_BATCH)
     config, right = cell.config.steering, _answered_right(cell, asking, records, "fit", cell.config.steering.fit_others)
     pairs, conflicts, kept = {}, {}, {}
     for direction, toward in TOWARD.items():

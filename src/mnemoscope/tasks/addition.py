@@ -115,6 +115,12 @@ class AdditionTask:
         a, b = example.item.split("+")
         return example.phrased(FAMILIES[family].format(a=a, b=b), family)
 
+    def prompted(self, example: Example, toward: str) -> Example:
+        """To remember: asked exactly as stored. To add: in words, which no stored pair was ever asked in."""
+        family = "worded" if toward == "generalized" else "plain"
+        a, b = example.item.split("+")
+        return example.phrased(FAMILIES[family].format(a=a, b=b), family)
+
     def has_memorized_format(self, answer: str) -> bool | None:
         """Whether an answer looks like a stored one; None where stored answers look like sums."""
         return bool(CODE.fullmatch(answer.replace(" ", "")))

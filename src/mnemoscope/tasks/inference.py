@@ -139,6 +139,15 @@ class InferenceTask:
         prompt = " . ".join([statements[i] for i in shuffled] + [question])
         return example.phrased(prompt, "reordered")
 
+    def prompted(self, example: Example, toward: str) -> Example | None:
+        """To read: the asked name's statement once more, last. To remember: the vocabulary has no words for it."""
+        if toward != "generalized":
+            return None
+        *statements, question = [part.strip() for part in example.prompt.split(" . ")]
+        name = question.split()[-2]
+        stated = [statement for statement in statements if statement.split()[0] == name]
+        return example.phrased(" . ".join([*statements, *stated, question]), "repeated")
+
     def _example(self, kind: Kind, name: int, colour: int, state: list[str], rng: np.random.Generator) -> Example:
         order = rng.permutation(len(state))
         word = str(self.names[name])
