@@ -5,15 +5,18 @@ Shapes: N examples, T tokens (columns of a left-padded batch), L layers, D neuro
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
 
 from mnemoscope.errors import InputError
 
@@ -121,6 +124,140 @@ def cached_columns(kwargs: dict[str, Any]) -> int:
     """How many columns of the sequence came before a pass, from the keyword arguments of the pass."""
     cache = kwargs.get("cache") if kwargs.get("cache") is not None else kwargs.get("past_key_values")
     return 0 if cache is None else int(cache.get_seq_length())
+
+
+class RoomyLayer(DynamicLayer):
+    """One layer's keys and values, in storage with room for columns to come.
+
+    The library's layer copies all it holds to add a column. This one writes the column behind the others, into storage
+    that shallow copies of the layer share: each copy of a prefix starts again where the prefix ends. One copy can be in
+    use at a time. Under autograd it copies like the library's, since a graph may still need what it holds.
+    """
+
+    def __init__(self, layer: DynamicLayer, columns: int) -> None:
+        super().__init__()
+        self.device, self.is_initialized = layer.keys.device, True
+        self.room: tuple[Tensor, Tensor] | None = (_roomy(layer.keys, columns), _roomy(layer.values, columns))
+        self._hold(layer.get_seq_length())
+
+    def _hold(self, columns: int) -> None:
+        assert self.room is not None
+        self.keys, self.values = (storage_NHTW[:, :, :columns] for storage_NHTW in self.room)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add columns; see the library's ``DynamicLayer.update``."""
+        past = self.get_seq_length()
+        columns = past + key_states.shape[-2]
+        if self.room is None or torch.is_grad_enabled() or columns > self.room[0].shape[-2]:
+            self.room = None  # what is held from now on is no part of it
+            return super().update(key_states, value_states, *args, **kwargs)
+        self._hold(columns)
+        self.keys[:, :, past:] = key_states
+        self.values[:, :, past:] = value_states
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the chosen rows, in storage of their own with as much room."""
+        if self.room is None:
+            super().batch_select_indices(indices)
+            return
+        past = self.get_seq_length()
+        self.room = (self.room[0].index_select(0, indices), self.room[1].index_select(0, indices))
+        self._hold(past)
+
+
+def _roomy(states_NHTW: Tensor, columns: int) -> Tensor:
+    """The same states, followed by columns that hold nothing yet."""
+    rows, heads, past, width = states_NHTW.shape
+    storage = states_NHTW.new_empty((rows, heads, past + columns, width))
+    storage[:, :, :past] = states_NHTW
+    return storage
+
+
+def make_room(cache: Any, columns: int) -> bool:
+    """Give a cache, in place, room for columns to come.
+
+    Returns:
+        Whether every layer has room now; layers of special kinds, sliding windows for example, stay as they are.
+    """
+    cache.layers = [RoomyLayer(layer, columns) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return all(isinstance(layer, RoomyLayer) for layer in cache.layers)
+
+
+def select_rows(cache: Any, rows_R: Tensor | None) -> Any:
+    """A cache of the chosen rows (None: all) that later passes can extend; what this one holds stays as it is.
+
+    With all rows the two may share storage, so only the one taken last may be extended (see ``RoomyLayer``).
+    """
+    copied = copy.copy(cache)
+    # A pass replaces a layer's tensors or writes behind them, so copies of the layers can share them.
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    if rows_R is not None:
+        copied.batch_select_indices(rows_R)
+    return copied
+
+
+def untouched_blocks(model: PreTrainedModel) -> int:
+    """How many of the first blocks return, for one input, what they return without any hook.
+
+    A hook on a block's output changes only what comes after it. Hooks on the whole model are taken to look on.
+    """
+    blocks = blocks_of(model)
+    inside = {module for block in blocks for module in block.modules()}
+    around = (module for module in model.modules() if module not in inside | {model, model.base_model})
+    if any(_hooked(module) for module in around):
+        return 0
+    for number, block in enumerate(blocks):
+        if block._forward_pre_hooks or any(_hooked(module) for module in block.modules() if module is not block):
+            return number
+        if block._forward_hooks:
+            return number + 1
+    return len(blocks)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+@contextmanager
+def recorded_blocks(model: PreTrainedModel) -> Iterator[list[Any]]:
+    """Inside the context a pass appends what each untouched first block returns, before any hook on its output."""
+    returned: list[Any] = []
+
+    def recording(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            returned.append(forward(*args, **kwargs))
+            return returned[-1]
+
+        return recorded
+
+    with _replaced(blocks_of(model)[: untouched_blocks(model)], recording):
+        yield returned
+
+
+@contextmanager
+def replayed_blocks(model: PreTrainedModel, count: int, returned: Any) -> Iterator[None]:
+    """Inside the context the first ``count`` blocks are not run: a pass goes on from what the last of them returned.
+
+    Hooks on that block see it as usual. Keys and values of the blocks that are not run are not added to a cache.
+    """
+    with _replaced(blocks_of(model)[:count], lambda forward: lambda *args, **kwargs: returned):
+        yield
+
+
+@contextmanager
+def _replaced(blocks: Sequence[nn.Module], by: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Replace the forward of blocks; that of their class, or what stood in its place, is back when the context ends."""
+    before = [block.__dict__.get("forward") for block in blocks]
+    try:
+        for block in blocks:
+            block.__dict__["forward"] = by(block.forward)
+        yield
+    finally:
+        for block, forward in zip(blocks, before, strict=True):
+            block.__dict__.pop("forward", None)
+            if forward is not None:
+                block.__dict__["forward"] = forward
 
 
 def position_ids(mask_NT: Tensor) -> Tensor:

@@ -5,15 +5,14 @@ from mnemoscope.behaviour.labels import (
     TIE,
     Applied,
     Scores,
-    cache_prefixes,
     decode,
     log_probabilities,
     mark_confabulations,
     read_states,
     score,
-    select_rows,
 )
 from mnemoscope.behaviour.pairs import PairBatch, draw_candidates, mine_pairs
+from mnemoscope.behaviour.reading import cache_prefixes
 
 __all__ = [
     "TIE",
@@ -33,5 +32,4 @@ __all__ = [
     "prepare",
     "read_states",
     "score",
-    "select_rows",
 ]

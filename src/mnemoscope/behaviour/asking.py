@@ -48,6 +48,7 @@ class Batch:
         suffix_RM, length_R: the options' tokens, right-padded with 0, and their number.
         prefix: cache of every context token but the last, or None.
         prefix_fits_N: whether the model itself produces the shared tokens; known only with a prefix.
+        unshifted: what blocks below every shift give (``reading.Unshifted``); known only with a prefix.
     """
 
     examples_N: np.ndarray
@@ -60,6 +61,7 @@ class Batch:
     length_R: Tensor
     prefix: Any = None
     prefix_fits_N: Tensor | None = None
+    unshifted: Any = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,6 @@ V vocabulary, L layers, D neurons.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ import torch
 from torch import Tensor
 
 from mnemoscope.behaviour.asking import Asking, Batch
-from mnemoscope.models import Site, blocks_of, cache_argument, cache_of, position_ids, site_module, states_of
+from mnemoscope.behaviour.reading import Answers, read_answers, read_contexts
+from mnemoscope.models import Site, blocks_of, site_module, states_of
 from mnemoscope.tasks import Example
 
 if TYPE_CHECKING:
@@ -51,46 +51,6 @@ class Scores:
     tie_N: np.ndarray
     confabulated_N: np.ndarray
     states_NLD: np.ndarray | None = None
-
-
-@torch.no_grad()
-def cache_prefixes(asking: Asking, batches: Sequence[Batch]) -> None:
-    """Read every context up to, not including, its decision position, and keep the caches in the batches.
-
-    A shift that starts at the decision position leaves these keys and values as they are, so every later ``score`` of
-    the same batches costs the decision token and the answers only.
-    """
-    for batch in batches:
-        ids_NT, mask_NT = batch.ids_NT[:, :-1], batch.mask_NT[:, :-1]
-        keep = int(batch.shared_N.max())
-        if ids_NT.shape[1] == 0:
-            continue
-        inputs = {
-            "input_ids": ids_NT,
-            "attention_mask": mask_NT,
-            "position_ids": position_ids(mask_NT),
-            "use_cache": True,
-        }
-        if keep:
-            output = asking.model(**inputs, logits_to_keep=keep)
-            batch.prefix_fits_N = _shared_fits(batch, output.logits)
-        else:
-            output = asking.model.base_model(**inputs)  # no head where no logits are needed
-            batch.prefix_fits_N = torch.ones_like(batch.shared_N, dtype=torch.bool)
-        batch.prefix = cache_of(output)
-
-
-def _shared_fits(batch: Batch, logits_NKV: Tensor) -> Tensor:
-    """Whether the model produces the shared beginning of the options itself; bool (N,).
-
-    ``logits_NKV`` are those of the K context tokens before the last one.
-    """
-    keep = logits_NKV.shape[1]
-    if keep == 0:
-        return torch.ones_like(batch.shared_N, dtype=torch.bool)
-    matches_NK = logits_NKV.argmax(-1) == batch.ids_NT[:, -keep:]
-    counts_NK = torch.arange(keep, 0, -1, device=matches_NK.device) <= batch.shared_N[:, None]
-    return (matches_NK | ~counts_NK).all(1)
 
 
 @contextmanager
@@ -159,11 +119,9 @@ def log_probabilities(asking: Asking, batch: Batch) -> Tensor:
 
     Column 0 is the memorized answer, or the only one, column 1 the generalized one (NaN where there is one answer).
     """
-    logits_NV, _, cache = _read_contexts(asking.model, batch)
-    closing = torch.tensor(asking.boundary_ids(), device=asking.model.device)
-    _, logp_R, _ = _read_answers(asking.model, batch, logits_NV, cache, closing, margins=True)
-    empty_N2 = torch.full((len(batch.examples_N), 2), torch.nan, device=logp_R.device)
-    return empty_N2.index_put((batch.example_R, batch.option_R), logp_R)
+    logits_NV, _, cache = read_contexts(asking.model, batch)
+    answers = read_answers(asking.model, batch, cache, batch.length_R > 1)
+    return _by_option(batch, _log_p(batch, logits_NV, answers), torch.nan)
 
 
 def _score_batch(
@@ -171,100 +129,65 @@ def _score_batch(
 ) -> np.ndarray:
     reading: AbstractContextManager[list[Tensor]] = read_states(model, capture) if capture else nullcontext([])
     with reading as states:
-        logits_NV, fits_N, cache = _read_contexts(model, batch)
-    fits_R, logp_R, tie_R = _read_answers(model, batch, logits_NV, cache, closing, margins)
-    fits_R &= fits_N[batch.example_R]
-    top_N2 = logits_NV.topk(2).values
-    tie_N = (top_N2[:, 0] - top_N2[:, 1]) < TIE
-    tie_N = tie_N.index_put((batch.example_R[tie_R],), torch.tensor(True, device=tie_N.device))
-    _record(batch, scores, fits_R.cpu().numpy(), logp_R.double().cpu().numpy(), margins)
+        logits_NV, begins_N, cache = read_contexts(model, batch)
+    fits_R = begins_N[batch.example_R] & (logits_NV.argmax(1)[batch.example_R] == batch.suffix_RM[:, 0])
+    tie_N = _tied(logits_NV)
+    answers = read_answers(model, batch, cache, fits_R | ((batch.length_R > 1) & margins))
+    if answers:
+        ends_S, tie_S = _ends(answers, closing)
+        tie_N[batch.example_R[answers.rows_S[tie_S & fits_R[answers.rows_S]]]] = True
+        fits_R[answers.rows_S] &= ends_S
+    scores.behaviour_N[batch.examples_N] = _behaviour(batch, fits_R)
     scores.tie_N[batch.examples_N] = tie_N.cpu().numpy()
+    if margins:
+        logp_N2 = _by_option(batch, _log_p(batch, logits_NV, answers).double(), torch.nan)
+        scores.margin_N[batch.examples_N] = (logp_N2[:, 1] - logp_N2[:, 0]).cpu().numpy()
     return torch.stack(states, dim=1).float().cpu().numpy() if states else np.empty((len(batch.examples_N), 0, 0))
 
 
-def _read_contexts(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor, Any]:
-    """Logits (N, V) at the decision position, whether the shared beginning fits (N,), and the contexts' cache."""
-    positions_NT = position_ids(batch.mask_NT)
-    if batch.prefix is not None:
-        output = model(
-            input_ids=batch.ids_NT[:, -1:],
-            attention_mask=batch.mask_NT,
-            position_ids=positions_NT[:, -1:],
-            use_cache=True,
-            **{cache_argument(model): select_rows(batch.prefix, None)},
-        )
-        assert batch.prefix_fits_N is not None
-        return output.logits[:, -1], batch.prefix_fits_N, cache_of(output)
-    output = model(
-        input_ids=batch.ids_NT,
-        attention_mask=batch.mask_NT,
-        position_ids=positions_NT,
-        use_cache=True,
-        logits_to_keep=int(batch.shared_N.max()) + 1,
-    )
-    return output.logits[:, -1], _shared_fits(batch, output.logits[:, :-1]), cache_of(output)
+def _tied(logits_V: Tensor) -> Tensor:
+    """Whether the top two logits lie so close that they may swap places; (..., V) to (...)."""
+    top_2 = logits_V.topk(2).values
+    return (top_2[..., 0] - top_2[..., 1]) < TIE
 
 
-def _read_answers(
-    model: PreTrainedModel, batch: Batch, logits_NV: Tensor, cache: Any, closing: Tensor, margins: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Per option: whether greedy decoding gives it, its log probability (nats), whether a tie decided."""
-    first_R = batch.suffix_RM[:, 0]
-    logits_RV = logits_NV[batch.example_R]
-    logp_R = logits_RV.gather(1, first_R[:, None])[:, 0] - logits_RV.logsumexp(1)
-    fits_R = logits_RV.argmax(1) == first_R
-    tie_R = torch.zeros_like(fits_R)
-    wanted = torch.nonzero(fits_R | ((batch.length_R > 1) & margins))[:, 0]
-    if len(wanted) == 0:
-        return fits_R, logp_R, tie_R
-    longest = int(batch.length_R[wanted].max())
-    suffix_RM, length_R = batch.suffix_RM[wanted, :longest], batch.length_R[wanted]
-    example_R = batch.example_R[wanted]
-    mask_RT = torch.cat([batch.mask_NT[example_R], torch.ones_like(suffix_RM)], dim=1)
-    logits_RMV = model(
-        input_ids=suffix_RM,
-        attention_mask=mask_RT,
-        position_ids=position_ids(mask_RT)[:, -longest:],
-        use_cache=True,
-        **{cache_argument(model): select_rows(cache, example_R)},
-    ).logits
-    argmax_RM = logits_RMV.argmax(-1)
-    step_M = torch.arange(longest, device=argmax_RM.device)
-    inside_RM = step_M < length_R[:, None] - 1  # positions that predict a further token of the option
-    target_RM = torch.roll(suffix_RM, -1, dims=1)
-    right_RM = torch.where(inside_RM, argmax_RM == target_RM, torch.isin(argmax_RM, closing))
-    used_RM = step_M < length_R[:, None]
-    top_RM2 = logits_RMV.topk(2).values
-    token_logp_RM = logits_RMV.gather(2, target_RM[..., None])[..., 0] - logits_RMV.logsumexp(2)
-    tie_R[wanted] = fits_R[wanted] & (((top_RM2[..., 0] - top_RM2[..., 1]) < TIE) & used_RM).any(1)
-    fits_R[wanted] &= (right_RM | ~used_RM).all(1)
-    logp_R[wanted] += (token_logp_RM * inside_RM).sum(1)
-    return fits_R, logp_R, tie_R
+def _ends(answers: Answers, closing: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether greedy decoding goes on as each answer does and closes it, and whether a tie was met on the way; (S,)."""
+    argmax_SM = answers.logits_SMV.argmax(-1)
+    step_M = torch.arange(argmax_SM.shape[1], device=argmax_SM.device)
+    used_SM = step_M < answers.length_S[:, None]
+    inside_SM = step_M < answers.length_S[:, None] - 1  # tokens that are followed by a further token of the answer
+    goes_on_SM = argmax_SM == torch.roll(answers.suffix_SM, -1, dims=1)
+    right_SM = torch.where(inside_SM, goes_on_SM, torch.isin(argmax_SM, closing))
+    return (right_SM | ~used_SM).all(1), (_tied(answers.logits_SMV) & used_SM).any(1)
 
 
-def _record(batch: Batch, scores: Scores, fits_R: np.ndarray, logp_R: np.ndarray, margins: bool) -> None:
-    example_R, option_R = batch.example_R.cpu().numpy(), batch.option_R.cpu().numpy()
-    n = len(batch.examples_N)
-    options_N = np.bincount(example_R, minlength=n)
-    fits_NO = np.zeros((n, 2), bool)
-    logp_NO = np.full((n, 2), np.nan)
-    fits_NO[example_R, option_R], logp_NO[example_R, option_R] = fits_R, logp_R
-    conflict_N = options_N == 2
-    label_N = np.where(fits_NO[:, 0], "memorized", np.where(fits_NO[:, 1], "generalized", "other")).astype(object)
-    label_N[~conflict_N] = np.where(fits_NO[~conflict_N, 0], "correct", "wrong")
-    scores.behaviour_N[batch.examples_N] = label_N
-    if margins:
-        scores.margin_N[batch.examples_N] = logp_NO[:, 1] - logp_NO[:, 0]
+def _log_p(batch: Batch, logits_NV: Tensor, answers: Answers | None) -> Tensor:
+    """Log probability of each row's option without what closes it, in nats; (R,).
+
+    ``answers`` must hold every option of more than one token.
+    """
+    logp_R = logits_NV[batch.example_R, batch.suffix_RM[:, 0]] - logits_NV.logsumexp(1)[batch.example_R]
+    if answers is None or answers.suffix_SM.shape[1] == 1:
+        return logp_R
+    logits_SMV, next_SM = answers.logits_SMV[:, :-1], answers.suffix_SM[:, 1:]
+    logp_SM = logits_SMV.gather(2, next_SM[..., None])[..., 0] - logits_SMV.logsumexp(2)
+    inside_SM = torch.arange(1, next_SM.shape[1] + 1, device=next_SM.device) < answers.length_S[:, None]
+    return logp_R.index_add(0, answers.rows_S, logp_SM.masked_fill(~inside_SM, 0.0).sum(1))
 
 
-def select_rows(cache: Any, rows_R: Tensor | None) -> Any:
-    """A cache of the chosen rows (None: all), which later passes can extend without touching this one."""
-    copied = copy.copy(cache)
-    # A pass replaces a layer's tensors by longer ones, so sharing them between copies of the layers is safe.
-    copied.layers = [copy.copy(layer) for layer in cache.layers]
-    if rows_R is not None:
-        copied.batch_select_indices(rows_R)
-    return copied
+def _by_option(batch: Batch, values_R: Tensor, missing: float | bool) -> Tensor:
+    """Values of rows by example and option; (N, 2)."""
+    empty_N2 = torch.full((len(batch.examples_N), 2), missing, dtype=values_R.dtype, device=values_R.device)
+    return empty_N2.index_put((batch.example_R, batch.option_R), values_R)
+
+
+def _behaviour(batch: Batch, fits_R: Tensor) -> np.ndarray:
+    """Labels, see ``Scores``; object (N,)."""
+    fits_N2 = _by_option(batch, fits_R, False).cpu().numpy()
+    has_two_N = _by_option(batch, torch.ones_like(fits_R), False)[:, 1].cpu().numpy()
+    conflict_N = np.where(fits_N2[:, 0], "memorized", np.where(fits_N2[:, 1], "generalized", "other"))
+    return np.where(has_two_N, conflict_N, np.where(fits_N2[:, 0], "correct", "wrong")).astype(object)
 
 
 def mark_confabulations(

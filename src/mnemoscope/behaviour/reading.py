@@ -1,0 +1,209 @@
+"""The passes of a model over contexts and answers: what is the same for every vector is read once.
+
+A shift that starts at the decision position leaves everything before it as it was, and at the decision position and
+after it what the blocks below the first shift give. Both are kept with a batch, so that a cell of a sweep costs the
+decision token and the answers, and of these only the blocks above the first shift.
+
+Shapes: N examples, T tokens of a left-padded context, R rows (one per example and option), S rows that are read on,
+M tokens of an answer, V vocabulary, L layers, D neurons, H heads of W neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mnemoscope.behaviour.asking import Asking, Batch
+from mnemoscope.models import (
+    cache_argument,
+    cache_of,
+    make_room,
+    position_ids,
+    recorded_blocks,
+    replayed_blocks,
+    select_rows,
+    states_of,
+    untouched_blocks,
+    with_states,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Up to this share of rows read in vain is cheaper than copying the keys and values of the others.
+MOST_ROWS = 0.75
+
+
+@dataclass(frozen=True, slots=True)
+class Unshifted:
+    """What blocks give from the decision position on while nothing is shifted in them or below.
+
+    Attributes:
+        context_L: what each block returned at the decision position, states (N, 1, D).
+        answers_L: what each block returned over the options' tokens, states (R, M, D).
+        columns_L: each layer's key and value of the decision position, (N, H, 1, W) each.
+    """
+
+    context_L: list[Any]
+    answers_L: list[Any]
+    columns_L: list[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """Options that were read to their ends.
+
+    Attributes:
+        rows_S: which rows of the batch they are.
+        suffix_SM, length_S: their tokens and how many, as in ``Batch``.
+        logits_SMV: the model's at each of these tokens.
+    """
+
+    rows_S: Tensor
+    suffix_SM: Tensor
+    length_S: Tensor
+    logits_SMV: Tensor
+
+
+@torch.no_grad()
+def cache_prefixes(asking: Asking, batches: Sequence[Batch]) -> None:
+    """Read every context up to, not including, its decision position, and keep the caches in the batches.
+
+    A shift that starts at the decision position leaves these keys and values as they are, so every later ``score`` of
+    the same batches costs the decision token and the answers only. Batches can be scored again and again, but not two
+    at a time: what follows a prefix is written behind it.
+    """
+    for batch in batches:
+        ids_NT, mask_NT = batch.ids_NT[:, :-1], batch.mask_NT[:, :-1]
+        keep = int(batch.shared_N.max())
+        if ids_NT.shape[1] == 0:
+            continue
+        inputs = {
+            "input_ids": ids_NT,
+            "attention_mask": mask_NT,
+            "position_ids": position_ids(mask_NT),
+            "use_cache": True,
+        }
+        if keep:
+            output = asking.model(**inputs, logits_to_keep=keep)
+            batch.prefix_fits_N = _shared_fits(batch, output.logits)
+        else:
+            output = asking.model.base_model(**inputs)  # no head where no logits are needed
+            batch.prefix_fits_N = torch.ones_like(batch.shared_N, dtype=torch.bool)
+        batch.prefix = cache_of(output)
+        # Without room in every layer it is a kind of model of which we do not know what its blocks leave behind.
+        has_room = make_room(batch.prefix, 1 + batch.suffix_RM.shape[1])
+        batch.unshifted = _read_unshifted(asking.model, batch) if has_room else None
+
+
+def _read_unshifted(model: PreTrainedModel, batch: Batch) -> Unshifted:
+    with recorded_blocks(model) as context_L:
+        cache = cache_of(model.base_model(**_decision_inputs(model, batch)))
+    columns_L = [(layer.keys[:, :, -1:].clone(), layer.values[:, :, -1:].clone()) for layer in cache.layers]
+    with recorded_blocks(model) as answers_L:
+        model.base_model(**_answer_inputs(model, cache, batch.mask_NT, batch.suffix_RM, batch.example_R))
+    return Unshifted(context_L, answers_L, columns_L[: len(context_L)])
+
+
+def read_contexts(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor, Any]:
+    """Logits (N, V) at the decision position, whether the shared beginning fits (N,), and the contexts' cache."""
+    if batch.prefix is None:
+        output = model(
+            input_ids=batch.ids_NT,
+            attention_mask=batch.mask_NT,
+            position_ids=position_ids(batch.mask_NT),
+            use_cache=True,
+            logits_to_keep=int(batch.shared_N.max()) + 1,
+        )
+        return output.logits[:, -1], _shared_fits(batch, output.logits[:, :-1]), cache_of(output)
+    known = _known_blocks(model, batch)
+    with replayed_blocks(model, known, batch.unshifted.context_L[known - 1] if known else None):
+        output = model(**_decision_inputs(model, batch))
+    cache = cache_of(output)
+    for number in range(known):
+        cache.layers[number].update(*batch.unshifted.columns_L[number])
+    assert batch.prefix_fits_N is not None
+    return output.logits[:, -1], batch.prefix_fits_N, cache
+
+
+def read_answers(model: PreTrainedModel, batch: Batch, cache: Any, wanted_R: Tensor) -> Answers | None:
+    """Read the wanted options, and perhaps others, to their ends behind the contexts' cache; None if none is wanted."""
+    rows_S, example_S = _rows_to_read(batch, wanted_R)
+    if len(rows_S) == 0:
+        return None
+    length_S = batch.length_R[rows_S]
+    longest = int(length_S.max())
+    suffix_SM = batch.suffix_RM[rows_S, :longest]
+    with _replayed_answers(model, batch, rows_S, longest):
+        logits_SMV = model(**_answer_inputs(model, cache, batch.mask_NT, suffix_SM, example_S)).logits
+    return Answers(rows_S, suffix_SM, length_S, logits_SMV)
+
+
+def _rows_to_read(batch: Batch, wanted_R: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The rows to read on, and their examples (None: every example once, in order, whose cache needs no copy)."""
+    rows_S = torch.nonzero(wanted_R)[:, 0]
+    example_S, n = batch.example_R[rows_S], len(batch.examples_N)
+    once = bool((example_S[1:] != example_S[:-1]).all())
+    if not once or len(rows_S) < MOST_ROWS * n:
+        return rows_S, example_S
+    first_N = torch.searchsorted(batch.example_R, torch.arange(n, device=rows_S.device))
+    return first_N.index_put((example_S,), rows_S), None
+
+
+def _known_blocks(model: PreTrainedModel, batch: Batch) -> int:
+    """How many of the first blocks need not be run."""
+    return 0 if batch.unshifted is None else min(untouched_blocks(model), len(batch.unshifted.context_L))
+
+
+def _replayed_answers(
+    model: PreTrainedModel, batch: Batch, rows_S: Tensor, longest: int
+) -> AbstractContextManager[None]:
+    known = _known_blocks(model, batch)
+    if known == 0:
+        return replayed_blocks(model, 0, None)
+    returned = batch.unshifted.answers_L[known - 1]
+    return replayed_blocks(model, known, with_states(returned, states_of(returned)[rows_S, :longest]))
+
+
+def _decision_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+    """A pass over the decision tokens behind their prefixes."""
+    return {
+        "input_ids": batch.ids_NT[:, -1:],
+        "attention_mask": batch.mask_NT,
+        "position_ids": position_ids(batch.mask_NT)[:, -1:],
+        "use_cache": True,
+        cache_argument(model): select_rows(batch.prefix, None),
+    }
+
+
+def _answer_inputs(
+    model: PreTrainedModel, cache: Any, mask_NT: Tensor, suffix_SM: Tensor, example_S: Tensor | None
+) -> dict[str, Any]:
+    """A pass over answers behind the contexts of their examples (None: one answer for every example, in order)."""
+    mask_ST = mask_NT if example_S is None else mask_NT[example_S]
+    mask_ST = torch.cat([mask_ST, torch.ones_like(suffix_SM)], dim=1)
+    return {
+        "input_ids": suffix_SM,
+        "attention_mask": mask_ST,
+        "position_ids": position_ids(mask_ST)[:, -suffix_SM.shape[1] :],
+        "use_cache": True,
+        cache_argument(model): select_rows(cache, example_S),
+    }
+
+
+def _shared_fits(batch: Batch, logits_NKV: Tensor) -> Tensor:
+    """Whether the model produces the shared beginning of the options itself; bool (N,).
+
+    ``logits_NKV`` are those of the K context tokens before the last one.
+    """
+    keep = logits_NKV.shape[1]
+    if keep == 0:
+        return torch.ones_like(batch.shared_N, dtype=torch.bool)
+    matches_NK = logits_NKV.argmax(-1) == batch.ids_NT[:, -keep:]
+    counts_NK = torch.arange(keep, 0, -1, device=matches_NK.device) <= batch.shared_N[:, None]
+    return (matches_NK | ~counts_NK).all(1)
