@@ -9,12 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from scipy import stats
 
-from mnemoscope.contrast import ARRAYS, Contrast, ContrastAccumulator
+from mnemoscope.behaviour import read_states
+from mnemoscope.config import ModelConfig
+from mnemoscope.contrast import ARRAYS, Contrast, ContrastAccumulator, nmd_and_rho
+from mnemoscope.models import build_gpt2, position_ids, word_tokenizer
 from mnemoscope.statistics import Floats
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -89,6 +93,83 @@ def test_shards_merge_to_the_same_contrast(data: st.DataObject) -> None:
     assert (merged.pairs, merged.groups) == (pairs, len(set(groups)))
     for name in FIELDS:
         np.testing.assert_allclose(getattr(merged, name), getattr(whole, name), rtol=1e-7, atol=1e-9, err_msg=name)
+
+
+def test_nmd_and_rho_are_those_of_the_contrast() -> None:
+    generalized, memorized = states(300, seed=5)  # more than one block
+    generalized[:, 1, 2] = memorized[:, 1, 2] = 0.1
+    contrast, (nmd, rho) = contrast_of(generalized, memorized), nmd_and_rho(generalized, memorized)
+    np.testing.assert_allclose(nmd, contrast.nmd_LD, atol=1e-12)
+    np.testing.assert_allclose(rho, contrast.rho_LD, atol=1e-12)
+    assert math.isnan(rho[1, 2])
+    for bad in (memorized[:5], memorized[:, :1]):
+        with pytest.raises(ValueError, match="allowed are equal shapes, one pair or more"):
+            nmd_and_rho(generalized, bad)
+    with pytest.raises(ValueError, match="one pair or more"):
+        nmd_and_rho(generalized[:0], memorized[:0])
+
+
+def states_of_a_model(sizes_G: Floats) -> tuple[Floats, list[str]]:
+    """States (P, 2, L, D) of a random GPT-2 for both sides of P pairs, and their groups.
+
+    Both sides of all pairs of a group are one prompt with two words swapped, so that states and differences are
+    correlated across neurons and within groups, as those of real pairs are.
+    """
+    draw, tokenizer = np.random.default_rng(0), word_tokenizer([f"w{i}" for i in range(40)], 16)
+    model = build_gpt2(tokenizer, ModelConfig(layers=2, width=32, heads=4, context=16), 0)
+    prompts = []
+    for size in sizes_G:
+        prompt = draw.integers(3, len(tokenizer), size=8)
+        for _ in range(2 * size):
+            prompts.append(prompt.copy())
+            swapped = draw.integers(0, 7, size=2)
+            prompts[-1][swapped] = prompts[-1][swapped[::-1]]
+    ids = torch.tensor(np.array(prompts))
+    with torch.no_grad(), read_states(model, "block") as found:
+        model.base_model(input_ids=ids, position_ids=position_ids(torch.ones_like(ids)), use_cache=False)
+    states_NLD = torch.stack(found, dim=1).double().numpy()
+    groups = [f"g{group}" for group in np.repeat(np.arange(len(sizes_G)), sizes_G)]
+    return states_NLD.reshape(-1, 2, *states_NLD.shape[1:]), groups
+
+
+@pytest.mark.parametrize("shuffled", ["pairs", "groups"])
+@pytest.mark.parametrize("grouping", ["alone", "equal", "unequal", "few"])
+def test_shuffled_labels_rarely_have_a_significant_neuron(grouping: str, shuffled: str) -> None:
+    """At most 18 of 200 shuffles report any neuron: the 99.5th percentile of a test that holds its level of 5 %.
+
+    Labels are shuffled pair by pair, or for whole groups at once, where all pairs of a group err together.
+    """
+    draw = np.random.default_rng(20)
+    sizes = {"alone": [1] * 80, "equal": [3] * 40, "unequal": draw.geometric(0.15, size=25), "few": [6] * 8}[grouping]
+    states_PSLD, groups = states_of_a_model(np.asarray(sizes))
+    pair_P, group_P = np.arange(len(groups)), np.unique(groups, return_inverse=True)[1]
+    assert stats.binom.cdf(18, 200, 0.05) > 0.994
+    significant = 0
+    for shuffle in range(200):
+        side_P = draw.integers(0, 2, size=len(groups))[pair_P if shuffled == "pairs" else group_P]
+        accumulator = ContrastAccumulator.empty("block", 2, 32, permutations=199, seed=shuffle)
+        accumulator.add(states_PSLD[pair_P, side_P], states_PSLD[pair_P, 1 - side_P], groups)
+        significant += bool((accumulator.result().p_family_wise_LD <= 0.05).any())
+    assert significant <= 18
+    assert significant >= 2 or grouping == "few"  # a test that never speaks holds its level as well
+
+
+def test_ignoring_groups_would_find_neurons_in_shuffled_labels() -> None:
+    """The groups matter in these states: with every pair its own group the level is not held."""
+    draw = np.random.default_rng(21)
+    states_PSLD, groups = states_of_a_model(np.full(15, 8))
+    group_P = np.unique(groups, return_inverse=True)[1]
+    # What a group's pairs have in common: the first pair's states, a little of each pair's own.
+    states_PSLD = states_PSLD[8 * group_P] + 0.3 * states_PSLD
+    found = {"groups": 0, "pairs": 0}
+    for shuffle in range(60):
+        side_P, pair_P = draw.integers(0, 2, size=15)[group_P], np.arange(120)
+        for unit, names in (("groups", groups), ("pairs", [str(pair) for pair in pair_P])):
+            accumulator = ContrastAccumulator.empty("block", 2, 32, permutations=199, seed=shuffle)
+            accumulator.add(states_PSLD[pair_P, side_P], states_PSLD[pair_P, 1 - side_P], names)
+            found[unit] += bool((accumulator.result().p_family_wise_LD <= 0.05).any())
+    assert found["groups"] <= 8  # the 99.5th percentile of 60
+    assert found["pairs"] > 30
 
 
 def test_planted_neurons_come_first_and_are_all_found() -> None:

@@ -10,7 +10,16 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from mnemoscope.probes import LayerProbe, fit_input_probe, fit_layer_probes, input_features, shuffled
+from mnemoscope.probes import (
+    LayerProbe,
+    Standardized,
+    fit_input_probe,
+    fit_layer_probes,
+    input_features,
+    repeat_features,
+    share_right,
+    shuffled,
+)
 from mnemoscope.statistics import Floats, auroc
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -90,6 +99,51 @@ def test_input_features_by_a_plain_loop() -> None:
     assert (features.toarray() == expected).all()
     assert input_features(prompts[2:3], vocabulary).shape == (1, vocabulary * 65)  # whatever the prompts' lengths
     assert input_features([], vocabulary).shape == (0, vocabulary * 65)
+
+
+def test_repeat_features_by_a_plain_loop() -> None:
+    prompts = [[1, 4, 1, 0, 1], [], [3], [2, 2, 5, 6, 7, 8, 2], [9, 8, 9]]
+    positions = 4
+    expected = np.zeros((5, positions * positions))
+    for row, prompt in enumerate(prompts):
+        for place, token in enumerate(prompt):
+            from_end, before = len(prompt) - 1 - place, [p for p in range(place) if prompt[p] == token]
+            if before and from_end < positions:
+                expected[row, positions * from_end + min(place - before[-1], positions) - 1] = 1
+    assert (repeat_features(prompts, positions).toarray() == expected).all()
+    assert expected.sum() == 4
+    assert repeat_features([], 3).shape == (0, 9)
+    assert repeat_features([[], []]).shape == (2, 64 * 64)
+
+
+def test_only_repeats_tell_where_the_asked_name_stands_when_names_are_new() -> None:
+    """Two names, one is asked for again: whether it is the first or the second, names of the splits being different."""
+    draw, features, labels = np.random.default_rng(17), [], []
+    for split, count in enumerate((300, 100, 300)):
+        names = 100 * split + np.stack([draw.choice(100, size=2, replace=False) for _ in range(count)])
+        first = draw.integers(0, 2, size=count)
+        prompts = [[*pair, 300, pair[0] if is_first else pair[1]] for pair, is_first in zip(names, first, strict=True)]
+        features.append((input_features(prompts, 301), repeat_features(prompts)))
+        labels.append(first)
+    found = []
+    for kind in (0, 1):
+        probe = fit_input_probe(features[0][kind], labels[0], features[1][kind], labels[1])
+        found.append(share_right(probe.decision_function(features[2][kind]), labels[2]))
+    assert found[0] == pytest.approx(0.5, abs=0.1)
+    assert found[1] == 1
+
+
+def test_probes_that_share_the_work_of_standardizing_are_the_same() -> None:
+    states_NLD, labels, _ = states(50, 18)
+    alone, shared = LayerProbe(0.1).fit(states_NLD[:, 1], labels), LayerProbe(0.1)
+    shared.fit_standardized(Standardized.of(states_NLD[:, 1]), labels)
+    assert (alone.weights_D_ == shared.weights_D_).all()
+    assert alone.bias_ == shared.bias_
+
+
+def test_the_share_that_is_right() -> None:
+    assert share_right([2.0, -1.0, 0.0, -3.0], [1, 1, 0, 0]) == 0.75
+    assert np.isnan(share_right([], []))
 
 
 def test_token_ids_outside_the_vocabulary_are_refused() -> None:

@@ -11,11 +11,26 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import spatial, stats
 from sklearn.metrics import roc_auc_score
 
 from mnemoscope import statistics
-from mnemoscope.statistics import Estimate, PairedMoments, SignFlips, auroc, benjamini_hochberg, over_seeds, proportion
+from mnemoscope.statistics import (
+    Estimate,
+    PairedMoments,
+    SignFlips,
+    auroc,
+    benjamini_hochberg,
+    cosine,
+    half_of_groups,
+    in_group_order,
+    over_seeds,
+    overlap,
+    overlap_by_chance,
+    proportion,
+    rank_correlation,
+    top_by_magnitude,
+)
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -170,6 +185,17 @@ def test_auroc_interval_agrees_with_a_loop_over_scikit_learn() -> None:
     assert (result.low, result.high) == pytest.approx(tuple(np.quantile(areas, [0.025, 0.975])), abs=0.015)
 
 
+def test_auroc_goes_either_way_to_the_same_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = rng(19)
+    groups = draw.integers(0, 12, size=90)
+    labels = draw.integers(0, 2, size=90)
+    scores = np.round(draw.normal(size=90) + labels, 1)
+    by_group = auroc(scores, labels, groups, rng(20))
+    monkeypatch.setattr(statistics, "FEW_GROUPS", 0)
+    by_score = auroc(scores, labels, groups, rng(20))
+    assert by_group.as_dict() == pytest.approx(by_score.as_dict(), abs=1e-12)
+
+
 def test_auroc_drops_resamples_without_both_classes() -> None:
     # Of three groups one is positive: most resamples lack a class, and those left have an area of 0, 1/2 or 1.
     result = auroc([0.0, 2.0, 1.0], [0, 0, 1], ["a", "b", "c"], rng(), resamples=500)
@@ -197,6 +223,101 @@ def test_auroc_without_an_answer() -> None:
         auroc([1.0, math.nan], [0, 1], [0, 1], rng())
     with pytest.raises(ValueError, match="allowed are scores with a rank and labels 0 and 1"):
         auroc([1.0, 2.0], [-1, 1], [0, 1], rng())
+
+
+def test_cosine_and_rank_correlation_agree_with_scipy() -> None:
+    draw = rng(21)
+    first, second = draw.integers(0, 9, size=(2, 3, 20)).astype(float)  # with ties
+    assert cosine(first, second) == pytest.approx(1 - spatial.distance.cosine(first.ravel(), second.ravel()))
+    assert cosine(first, -2 * first) == -1
+    expected = stats.spearmanr(first.ravel(), second.ravel()).statistic
+    assert rank_correlation(first, second) == pytest.approx(expected)
+    gaps = first.copy()
+    gaps[0, :5] = math.nan
+    expected = stats.spearmanr(first.ravel()[5:], second.ravel()[5:]).statistic
+    assert rank_correlation(gaps, second) == pytest.approx(expected)
+    assert rank_correlation(first, np.exp(first)) == pytest.approx(1)
+
+
+def test_what_has_no_direction_or_order_says_nan() -> None:
+    assert math.isnan(cosine([0.0, 0.0], [1.0, 2.0]))
+    assert math.isnan(cosine([math.nan, 1.0], [1.0, 2.0]))
+    assert math.isnan(rank_correlation([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]))
+    assert math.isnan(rank_correlation([1.0, math.nan], [1.0, 2.0]))
+    for compare in (cosine, rank_correlation, overlap):
+        with pytest.raises(ValueError, match=r"second: shape: \(2,\); allowed is \(3,\)"):
+            compare([1, 0, 1], [1, 0])
+
+
+def test_overlap_counts_what_two_sets_share() -> None:
+    first, second = np.array([[1, 1, 0, 0], [0, 0, 1, 1]]), np.array([[0, 1, 0, 1], [0, 1, 1, 0]])
+    assert overlap(first, second) == 0.5
+    assert overlap(first, first) == 1
+    assert math.isnan(overlap(0 * first, 0 * first))
+    with pytest.raises(ValueError, match="second: members: 3; allowed is 4"):
+        overlap(first, second & [[1, 1, 1, 1], [1, 1, 0, 1]])
+
+
+def test_overlap_by_chance_is_what_permutations_give() -> None:
+    draw = rng(22)
+    first, second = np.zeros((2, 3, 40), dtype=bool)
+    for chosen, counts in ((first, (2, 8, 20)), (second, (4, 6, 20))):
+        for row, count in zip(chosen, counts, strict=True):
+            row[draw.choice(40, count, replace=False)] = True
+    within = [overlap(draw.permuted(first, axis=1), second) for _ in range(6000)]
+    anywhere = [overlap(draw.permuted(first.ravel()), second.ravel()) for _ in range(6000)]
+    for drawn, chance in (
+        (within, overlap_by_chance(first, second)),
+        (anywhere, overlap_by_chance(first.reshape(1, -1), second.reshape(1, -1))),
+    ):
+        assert chance.n == 30
+        assert chance.estimate == pytest.approx(np.mean(drawn), abs=0.005)
+        assert (chance.low, chance.high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])), abs=1 / 30 + 1e-9)
+    assert overlap_by_chance(first.reshape(1, -1), second.reshape(1, -1)).estimate == pytest.approx(30 / 120)
+    assert overlap_by_chance(first, second).estimate == pytest.approx((2 * 4 + 8 * 6 + 20 * 20) / 40 / 30)
+
+
+def test_an_overlap_that_cannot_vary_has_no_interval() -> None:
+    everything = overlap_by_chance(np.ones((2, 5)), np.ones((2, 5)))
+    assert (everything.estimate, math.isnan(everything.low), everything.n) == (1, True, 10)
+    assert math.isnan(overlap_by_chance(np.zeros((2, 5)), np.zeros((2, 5))).estimate)
+    with pytest.raises(ValueError, match="first_LD: 1 axes; allowed is 2"):
+        overlap_by_chance([1, 0], [0, 1])
+
+
+def test_the_top_entries_count_nan_as_nothing() -> None:
+    values = np.array([[0.1, -0.9, math.nan], [0.5, -0.5, 0.0]])
+    assert top_by_magnitude(values, 0.5).tolist() == [[False, True, False], [True, True, False]]
+    assert top_by_magnitude(values, 1).all()
+
+
+def test_group_order_keeps_groups_together_and_is_random() -> None:
+    groups = rng(23).integers(0, 10, size=60)
+    first_groups, first_members = set(), set()
+    for seed in range(40):
+        order = in_group_order(groups, rng(seed))
+        assert sorted(order) == list(range(60))
+        changes = np.flatnonzero(np.diff(groups[order]))
+        assert len(changes) == len(set(groups)) - 1
+        first_groups.add(groups[order[0]])
+        first_members.add(order[0])
+    assert len(first_groups) > 7
+    assert len(first_members) > len(first_groups)
+    assert len(in_group_order([], rng())) == 0
+
+
+def test_halves_have_half_of_the_groups_whole() -> None:
+    groups = [f"g{i}" for i in rng(24).integers(0, 9, size=50)]
+    chosen = np.zeros(50)
+    for seed in range(60):
+        half = half_of_groups(groups, rng(seed))
+        inside = {group for group, is_in in zip(groups, half, strict=True) if is_in}
+        outside = {group for group, is_in in zip(groups, half, strict=True) if not is_in}
+        assert not inside & outside
+        assert (len(inside), len(outside)) == (4, 5)
+        chosen += half
+    assert 10 < chosen.min() <= chosen.max() < 45
+    assert not half_of_groups(["one", "one"], rng()).any()
 
 
 def test_benjamini_hochberg_by_its_definition() -> None:

@@ -146,6 +146,34 @@ def input_features(token_ids: Sequence[Sequence[int]], vocabulary_size: int, pos
     return sparse.csr_matrix(entries, shape=(len(lengths_N), vocabulary_size * (1 + positions)))
 
 
+def repeat_features(token_ids: Sequence[Sequence[int]], positions: int = 64) -> sparse.csr_matrix:
+    """Which tokens of the prompt stood there before, and how far back: what attention can look up, a bag cannot.
+
+    Where the asked name stands in the context is not in the bag of tokens and positions: it takes the comparison of two
+    tokens, and names of another split.
+
+    Args:
+        token_ids: N prompts, of any lengths.
+        positions: so many last tokens are looked at; a distance counts as at most this.
+
+    Returns:
+        float64, shape (N, positions * positions): one-hot (position from the end, distance to the last same token).
+    """
+    lengths_N = np.array([len(prompt) for prompt in token_ids], dtype=np.int64)
+    tokens = np.array([token for prompt in token_ids for token in prompt], dtype=np.int64)
+    rows = np.repeat(np.arange(len(lengths_N)), lengths_N)
+    place = np.arange(len(tokens))
+    order = np.lexsort((place, tokens, rows))
+    earlier, later = order[:-1], order[1:]
+    again = (tokens[earlier] == tokens[later]) & (rows[earlier] == rows[later])
+    earlier, later = earlier[again], later[again]
+    from_end = (np.repeat(np.cumsum(lengths_N), lengths_N) - 1 - place)[later]
+    near = from_end < positions
+    distance = np.minimum(later - earlier, positions)[near]
+    entries = np.ones(len(distance)), (rows[later][near], positions * from_end[near] + distance - 1)
+    return sparse.csr_matrix(entries, shape=(len(lengths_N), positions * positions))
+
+
 def fit_input_probe(
     fit_features: sparse.csr_matrix,
     fit_labels_N: ArrayLike,

@@ -26,6 +26,8 @@ TIE = 1e-9
 # Resample weights are made in blocks of about this many numbers (16 MB), permutations in blocks of so many rows.
 BLOCK_NUMBERS = 2_000_000
 BLOCK_PERMUTATIONS = 64
+# An area under the ROC curve goes by pairs of groups where these are at most so many times the examples.
+FEW_GROUPS = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -454,7 +456,13 @@ def _mean_and_squares(values_NLD: Floats) -> tuple[Floats, Floats]:
 
 
 def _area(scores_N: Floats, positive_N: NDArray[np.bool_], index_N: NDArray[np.intp]) -> Callable[[Floats], Floats]:
-    """A function from group weights (R, G) to areas (R), NaN where a class has no weight: sorts once, then weighs."""
+    """A function from group weights (R, G) to areas (R), NaN where a class has no weight.
+
+    With few groups the comparisons are counted once for every two groups, else scores are sorted once and then weighed.
+    """
+    groups = int(index_N.max()) + 1
+    if groups**2 <= FEW_GROUPS * len(scores_N):
+        return _area_of_few(scores_N, positive_N, index_N, groups)
     order = np.argsort(scores_N, kind="stable")
     index_N, positive_N = index_N[order], positive_N[order]
     starts = np.unique(scores_N[order], return_index=True)[1]  # where each of the K distinct scores begins
@@ -466,6 +474,28 @@ def _area(scores_N: Floats, positive_N: NDArray[np.bool_], index_N: NDArray[np.i
         below_RK = np.cumsum(negative_RK, axis=1) - negative_RK / 2
         comparisons_R = positive_RK.sum(axis=1) * negative_RK.sum(axis=1)
         wins_R = (positive_RK * below_RK).sum(axis=1)
+        areas_R: Floats = np.divide(wins_R, comparisons_R, out=np.full(len(wins_R), math.nan), where=comparisons_R > 0)
+        return areas_R
+
+    return areas
+
+
+def _area_of_few(
+    scores_N: Floats, positive_N: NDArray[np.bool_], index_N: NDArray[np.intp], groups: int
+) -> Callable[[Floats], Floats]:
+    """As `_area`: entry (g, h) counts how often a positive of group g is above a negative of group h, ties half."""
+    positive, negative = scores_N[positive_N], scores_N[~positive_N]
+    of_positive, of_negative = index_N[positive_N], index_N[~positive_N]
+    wins_GG = np.empty((groups, groups))
+    for group in range(groups):
+        others = np.sort(negative[of_negative == group])
+        below = (np.searchsorted(others, positive, "left") + np.searchsorted(others, positive, "right")) / 2
+        wins_GG[:, group] = np.bincount(of_positive, weights=below, minlength=groups)
+    sizes_2G = [np.bincount(members, minlength=groups).astype(np.float64) for members in (of_positive, of_negative)]
+
+    def areas(weights_RG: Floats) -> Floats:
+        comparisons_R = (weights_RG @ sizes_2G[0]) * (weights_RG @ sizes_2G[1])
+        wins_R = ((weights_RG @ wins_GG) * weights_RG).sum(axis=1)
         areas_R: Floats = np.divide(wins_R, comparisons_R, out=np.full(len(wins_R), math.nan), where=comparisons_R > 0)
         return areas_R
 

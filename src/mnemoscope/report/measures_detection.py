@@ -17,6 +17,7 @@ from mnemoscope.report.intervals import Tree, mean, rng_for, spread
 from mnemoscope.report.records import Cell
 from mnemoscope.statistics import Estimate, auroc
 
+INPUTS = ("input_only", "input_repeats")
 UNCERTAINTIES = ("entropy", "top_gap")
 ALL = -1  # the layer of what belongs to none, or to all together
 
@@ -25,27 +26,29 @@ def measure_probes(cell: Cell) -> Tree:
     """What a linear probe reads from each layer and position, beside what it has to beat."""
     name, rows = f"{cell.name}/probe", cell.probes
     layers = list(range(len(cell.contrast.nmd)))
-    alone = {kind: rows[rows.kind == kind] for kind in ("input_only", *UNCERTAINTIES)}
+    alone = {kind: rows[rows.kind == kind] for kind in (*INPUTS, *UNCERTAINTIES)}
     input_only, shuffled = alone["input_only"], rows[rows.kind == "shuffled"]
     states = _states_by_offset(cell, input_only, layers)
-    for kind in UNCERTAINTIES:
-        _check_same_states(cell, alone[kind], input_only, kind)
-    state = states[0]
+    for kind, part in alone.items():
+        _check_same_states(cell, part, input_only, repr(kind))
+    by_offset = _by_offset(states, alone, name)
     tree: Tree = {
         "site": cell.contrast.site,
         "layers": layers,
-        "accuracy": [_accuracy(state[layer], f"{name}/{layer}") for layer in layers],
-        "auroc": [_auroc(state[layer], f"{name}/{layer}/auroc") for layer in layers],
-        "input_only": _accuracy(input_only, f"{name}/input_only"),
-        "input_only_auroc": _auroc(input_only, f"{name}/input_only/auroc"),
+        "accuracy": by_offset["accuracy_by_offset"]["0"],
+        "auroc": by_offset["auroc_by_offset"]["0"],
+        "best": by_offset["best_by_offset"]["0"],
+        **_told_by(INPUTS, alone, name),
+        "baselines": _told_by(UNCERTAINTIES, alone, name),
         "shuffled": _accuracy(shuffled, f"{name}/shuffled"),
         "shuffled_by_layer": [
             _accuracy(shuffled[shuffled.layer == layer], f"{name}/shuffled/{layer}") for layer in layers
         ],
-        "minus_input_only": [_beyond(state[layer], input_only, f"{name}/{layer}/minus") for layer in layers],
-        "best": _cross_fitted(state, alone, f"{name}/best"),
-        "baselines": _baselines(alone, name),
-        **_by_offset(states, alone, name),
+        **{
+            f"minus_{kind}": [_beyond(states[0][layer], alone[kind], f"{name}/{layer}/{minus}") for layer in layers]
+            for kind, minus in (("input_only", "minus"), ("input_repeats", "minus/input_repeats"))
+        },
+        **by_offset,
     }
     return {**tree, **statements(tree)}
 
@@ -57,31 +60,27 @@ def statements(probe: Tree) -> Tree:
         probe: with ``best`` and ``best_by_offset``, whose leaves are estimates.
 
     Returns:
-        ``beats_input_only``: "yes" or "no" where the interval of the cross-fitted difference to the input-only probe
-        lies above or below 0, else "unclear". ``known_from``: the earliest offset (tokens before the decision position)
-        from which on the interval of the cross-fitted accuracy stays above ``chance`` (one half), and that of its
-        difference to the ``input_only`` probe above 0; NaN where it is not even at the decision position.
+        ``beats_input_only``, ``beats_input_repeats``: "yes" or "no" where the interval of the cross-fitted difference
+        to a probe of the input lies above or below 0, else "unclear". ``known_from``: the earliest offset (tokens
+        before the decision position) at which the interval of the cross-fitted accuracy lies above ``chance`` (one
+        half), and that of its difference to either probe of the input above 0; NaN where none does.
     """
-    difference = probe["best"]["minus_input_only"]
-    verdict = "yes" if difference.low > 0 else "no" if difference.high < 0 else "unclear"
-    by_offset = probe["best_by_offset"]
+    by_offset = probe["best_by_offset"].items()
+    above = {kind: {offset: best[f"minus_{kind}"].low > 0 for offset, best in by_offset} for kind in INPUTS}
+    above["chance"] = {offset: best["accuracy"].low > 0.5 for offset, best in by_offset}
     return {
-        "beats_input_only": verdict,
-        "known_from": {
-            "chance": _earliest({offset: best["accuracy"].low > 0.5 for offset, best in by_offset.items()}),
-            "input_only": _earliest({offset: best["minus_input_only"].low > 0 for offset, best in by_offset.items()}),
-        },
+        **{f"beats_{kind}": _verdict(probe["best"][f"minus_{kind}"]) for kind in INPUTS},
+        "known_from": {what: _earliest(known) for what, known in above.items()},
     }
 
 
+def _verdict(difference: Estimate) -> str:
+    return "yes" if difference.low > 0 else "no" if difference.high < 0 else "unclear"
+
+
 def _earliest(known: dict[str, bool]) -> float:
-    """The largest offset up to which everything is known without a gap."""
-    earliest = math.nan
-    for offset in sorted(known, key=int):
-        if not known[offset]:
-            break
-        earliest = float(offset)
-    return earliest
+    """The largest offset at which it is known. Nothing is said of later ones: what a state held, others may not hold."""
+    return max((float(offset) for offset, is_known in known.items() if is_known), default=math.nan)
 
 
 def _states_by_offset(cell: Cell, input_only: pd.DataFrame, layers: list[int]) -> dict[int, dict[int, pd.DataFrame]]:
@@ -118,10 +117,10 @@ def _by_offset(states: dict[int, dict[int, pd.DataFrame]], alone: dict[str, pd.D
     return tree
 
 
-def _baselines(alone: dict[str, pd.DataFrame], name: str) -> Tree:
-    """What one number about the next token tells, its sign and threshold learned on the fit pairs."""
-    accuracy = {kind: _accuracy(alone[kind], f"{name}/{kind}") for kind in UNCERTAINTIES}
-    return {**accuracy, **{f"{kind}_auroc": _auroc(alone[kind], f"{name}/{kind}/auroc") for kind in UNCERTAINTIES}}
+def _told_by(kinds: tuple[str, ...], alone: dict[str, pd.DataFrame], name: str) -> Tree:
+    """What probes tell that see no state: accuracy and area under the ROC curve of each kind."""
+    accuracy = {kind: _accuracy(alone[kind], f"{name}/{kind}") for kind in kinds}
+    return {**accuracy, **{f"{kind}_auroc": _auroc(alone[kind], f"{name}/{kind}/auroc") for kind in kinds}}
 
 
 def _right(rows: pd.DataFrame) -> np.ndarray:

@@ -15,13 +15,22 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from scipy import sparse
 from torch import Tensor
 
 from mnemoscope.behaviour import Asking, Batch, prepare, read_states
 from mnemoscope.cells import Cell
 from mnemoscope.contrast import nmd_and_rho
 from mnemoscope.models import Site, blocks_of, cache_argument, cache_of, position_ids
-from mnemoscope.probes import LayerProbe, fit_input_probe, fit_layer_probes, input_features, share_right, shuffled
+from mnemoscope.probes import (
+    LayerProbe,
+    fit_input_probe,
+    fit_layer_probes,
+    input_features,
+    repeat_features,
+    share_right,
+    shuffled,
+)
 from mnemoscope.stages.common import Tell, cell_model, rng_of, write_json, write_table
 from mnemoscope.statistics import (
     cosine,
@@ -49,7 +58,7 @@ def probes_stage(cell: Cell, tell: Tell) -> list[Path]:
     parts = {split: Phrasings.of(table, split, config.pairs, rng) for split in SPLITS}
     batches = {split: prepare(asking, part.examples) for split, part in parts.items()}
     offsets = readable_offsets(config.offsets, [batch for split in SPLITS for batch in batches[split]])
-    rows, files = [_input_rows(asking, parts)], []
+    rows, files = _input_rows(asking, parts), []
     site, done = cell.config.pairs.site, 0
     for held in _that_fit(offsets, _bytes_per_offset(asking, parts)):
         tell(done, len(offsets), f"reading states {', '.join(map(str, held))} tokens before the decision")
@@ -202,16 +211,16 @@ def _state_rows(
     return [_rows(kind, layer, offset, test, scores_N) for layer, scores_N in enumerate(scores)]
 
 
-def _input_rows(asking: Asking, parts: Mapping[Split, Phrasings]) -> pd.DataFrame:
-    """What the tokens of the prompt and their places tell, without any state."""
-    features = {
-        split: input_features(
-            asking.tokenizer([example.prompt for example in part.examples]).input_ids, len(asking.tokenizer)
-        )
-        for split, part in parts.items()
-    }
-    probe = fit_input_probe(features["fit"], parts["fit"].labels_N, features["tune"], parts["tune"].labels_N)
-    return _rows("input_only", ALL, 0, parts["test"], probe.decision_function(features["test"]))
+def _input_rows(asking: Asking, parts: Mapping[Split, Phrasings]) -> list[pd.DataFrame]:
+    """What the prompt tells without any state: its tokens and their places, then which of them it repeats as well."""
+    tokens = {s: asking.tokenizer([example.prompt for example in part.examples]).input_ids for s, part in parts.items()}
+    bags = {split: input_features(tokens[split], len(asking.tokenizer)) for split in SPLITS}
+    both = {split: sparse.hstack([bags[split], repeat_features(tokens[split])], format="csr") for split in SPLITS}
+    rows = []
+    for kind, features in (("input_only", bags), ("input_repeats", both)):
+        probe = fit_input_probe(features["fit"], parts["fit"].labels_N, features["tune"], parts["tune"].labels_N)
+        rows.append(_rows(kind, ALL, 0, parts["test"], probe.decision_function(features["test"])))
+    return rows
 
 
 def _uncertainty_rows(uncertainty: States, parts: Mapping[Split, Phrasings]) -> list[pd.DataFrame]:
