@@ -79,7 +79,7 @@ def _verdict(difference: Estimate) -> str:
 
 
 def _earliest(known: dict[str, bool]) -> float:
-    """The largest offset at which it is known. Nothing is said of later ones: what a state held, others may not hold."""
+    """The largest offset at which it is known. Later ones may know less: what one state holds, others need not."""
     return max((float(offset) for offset, is_known in known.items() if is_known), default=math.nan)
 
 
