@@ -1,0 +1,345 @@
+"""Known answers: what every method must find, and must not, in a model whose switch was set by hand.
+
+Shapes: N states, P pairs, L layers, D neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from known_switch import (
+    CODE,
+    FILLER,
+    GATHERS,
+    LAYERS,
+    READERS,
+    READS,
+    SIGNS,
+    SWITCH,
+    VERDICT,
+    VOTES,
+    Decider,
+    KnownSwitch,
+    known_model,
+)
+from mnemoscope.behaviour import Asking, Batch, PairBatch, Scores, draw_candidates, mine_pairs, score
+from mnemoscope.contrast import Contrast, ContrastAccumulator
+from mnemoscope.directions import (
+    METHODS,
+    SOURCE,
+    TOWARD,
+    FitLists,
+    Setting,
+    Sources,
+    control_draws,
+    ranked_neurons,
+    read_sources,
+    share_of,
+    steered,
+    vector_of,
+    with_prefixes,
+)
+from mnemoscope.models import SITES, Site
+from mnemoscope.probes import fit_input_probe, fit_layer_probes, input_features, share_right
+from mnemoscope.steering import Toward, ablated, patched
+from mnemoscope.tasks import SPLITS, Split, draw
+
+SIDES: tuple[Toward, ...] = ("generalized", "memorized")  # of a pair, in this order
+PAIRS = 200  # fitted on
+USUAL, LOUD, QUIET = 1.0, 5.0, 0.05  # fillers
+WHERE_IT_ACTS = ("gradient", "learned")  # methods that ask what acts; the others ask what differs
+WHAT_DIFFERS = tuple(method for method in METHODS if method not in WHERE_IT_ACTS)
+# What tells the behaviours apart at each site: neurons by layer. Elsewhere nothing does.
+TELLS: dict[Site, dict[int, np.ndarray]] = {
+    "block": {GATHERS: SWITCH, READS: np.concatenate([SWITCH, VERDICT])},
+    "attention": {GATHERS: SWITCH},
+    "mlp": {READS: VERDICT},
+    "neuron": {READS: READERS},
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """Where the whole switch of a model is, at one site.
+
+    Attributes:
+        vote: how far one vote moves these neurons, as a norm.
+    """
+
+    decider: Decider
+    layer: int
+    neurons: np.ndarray
+    vote: float
+
+
+KNOWN: dict[Site, Known] = {
+    "block": Known("switch", GATHERS, SWITCH, 2.0),
+    "attention": Known("switch", GATHERS, SWITCH, 2.0),
+    "mlp": Known("verdict", READS, VERDICT, 2**0.5),
+    "neuron": Known("verdict", READS, READERS, 8**0.5),
+}
+
+
+@cache  # without defaults, so that one model has one key
+def model_of(decider: Decider, filler: float) -> Asking:
+    return known_model(decider, filler)
+
+
+@cache
+def mined(split: Split, candidates: int) -> PairBatch:
+    task, rng = KnownSwitch(), np.random.default_rng(SPLITS.index(split))
+    drawn = draw_candidates(task, draw(task, rng, candidates, "conflict", split), rng)
+    (batch,) = mine_pairs(model_of("switch", USUAL), drawn, chunk=candidates)
+    return batch
+
+
+@cache
+def sides(split: Split, decider: Decider, filler: float) -> dict[Toward, list[Batch]]:
+    """200 fit pairs or 100 test pairs, by the behaviour of their phrasings; row n of both is one pair."""
+    pairs = mined("fit", 500).pairs()[:PAIRS] if split == "fit" else mined(split, 250).pairs()[:100]
+    asking = model_of(decider, filler)
+    return {toward: with_prefixes(asking, [p[i] for p in pairs]) for i, toward in enumerate(SIDES)}
+
+
+@cache
+def sources_at(site: Site, filler: float = USUAL) -> Sources:
+    decider = KNOWN[site].decider
+    fit = sides("fit", decider, filler)
+    turned: dict[Toward, list[Batch]] = {"generalized": fit["memorized"], "memorized": fit["generalized"]}
+    nothing: dict[Toward, list[Batch]] = {"generalized": [], "memorized": []}
+    lists = FitLists(model_of(decider, filler), turned, nothing, nothing)
+    return read_sources(site, mined("fit", 500).pairs()[:PAIRS], lists)
+
+
+def fit_groups() -> list[str]:
+    return [pair[0].group for pair in mined("fit", 500).pairs()[:PAIRS]]
+
+
+def setting(sources: Sources, method: str, direction: str = "to_generalized", layer: int | None = None) -> Setting:
+    """As many neurons as the switch has, moved so far that they outvote the largest majority."""
+    known = KNOWN[sources.site]
+    layer = known.layer if layer is None else layer
+    strength = (VOTES + 2) * known.vote / sources.norm_L[layer]
+    return Setting(direction, method, sources.site, (layer,), len(known.neurons) / sources.shape_LD[1], strength)
+
+
+def found(sources: Sources, chosen: Setting) -> list[int]:
+    (layer,) = chosen.layers
+    return np.flatnonzero(ranked_neurons(sources, chosen, chosen.top)[layer]).tolist()
+
+
+def turned(sources: Sources, chosen: Setting, shift_LD: np.ndarray | None = None, filler: float = USUAL) -> float:
+    """Share of the test phrasings that a setting's vector turns, or another shift in its place."""
+    vector = vector_of(sources, chosen)
+    vector = vector if shift_LD is None else vector.with_dense(shift_LD)
+    batches = sides("test", KNOWN[sources.site].decider, filler)[SOURCE[chosen.direction]]
+    return share_of(steered(sources.lists.asking, batches, vector), TOWARD[chosen.direction])
+
+
+def scores_of(decider: Decider, side: Toward, filler: float = USUAL, **options: Any) -> Scores:
+    """What the model does with one side of the test pairs."""
+    return score(model_of(decider, filler), sides("test", decider, filler)[side], **options)
+
+
+def idle(site: Site) -> np.ndarray:
+    """As many neurons as the switch has, that vary between phrasings and do nothing."""
+    neurons = np.setdiff1d(np.arange(256), READERS) if site == "neuron" else FILLER
+    return neurons[:: len(neurons) // 4][: len(KNOWN[site].neurons)]
+
+
+def told_at(site: Site) -> np.ndarray:
+    """Where the behaviours differ, bool (L, D)."""
+    told_LD = np.zeros((LAYERS, 256 if site == "neuron" else 64), bool)
+    for layer, neurons in TELLS[site].items():
+        told_LD[layer, neurons] = True
+    return told_LD
+
+
+def contrast_of(site: Site, states_P2LD: np.ndarray, groups: Sequence[str]) -> Contrast:
+    accumulator = ContrastAccumulator.empty(site, *states_P2LD.shape[2:], permutations=999)
+    accumulator.add(states_P2LD[:, 0], states_P2LD[:, 1], groups)
+    return accumulator.result()
+
+
+def test_the_majority_decides_in_every_model() -> None:
+    """The premise of all the others: votes alone make the behaviour, 4 nats each, whatever the head reads it from."""
+    batch = mined("fit", 500)
+    for scores, place in ((batch.scores_a, 0), (batch.scores_b, 1)):
+        words_N = [pair[place].prompt.split() for pair in batch.candidates]
+        votes_N = np.array([sum(2 * (int(w[3:]) % 2) - 1 for w in ws if w.startswith("fit")) for ws in words_N])
+        np.testing.assert_array_equal(scores.behaviour_N, np.where(votes_N > 0, "generalized", "memorized"))
+        np.testing.assert_allclose(scores.margin_N, 4 * votes_N, atol=1e-3)
+        assert not scores.tie_N.any()
+    assert 0.4 < batch.is_pair_N.mean() < 0.6
+    others: tuple[tuple[Decider, float], ...] = (("switch", LOUD), ("switch", QUIET), ("verdict", USUAL))
+    for decider, filler in others:
+        for side in SIDES:
+            assert share_of(scores_of(decider, side, filler=filler), side) == 1.0
+
+
+def test_every_200_pairs_rank_the_named_neurons_first_and_find_no_others_significant() -> None:
+    batch = mined("fit", 1200)
+    states_P2LD = np.stack([batch.states_generalized_PLD, batch.states_memorized_PLD], axis=1)
+    groups_P = np.array([pair[0].group for pair in batch.pairs()])
+    told_LD, false_alarms = told_at("block"), 0
+    assert len(groups_P) > 3 * PAIRS
+    for seed in range(20):
+        rows = np.random.default_rng(seed).choice(len(groups_P), PAIRS, replace=False)
+        contrast = contrast_of("block", states_P2LD[rows], groups_P[rows].tolist())
+        assert (contrast.top_neurons(told_LD.mean()) == told_LD).all()
+        assert (contrast.p_family_wise_LD[told_LD] == 1 / 1000).all()  # the smallest there is: power 1
+        assert (np.sign(contrast.nmd_LD[1:, SWITCH]) == SIGNS).all()
+        assert np.sign(contrast.nmd_LD[READS, VERDICT]).tolist() == [1, -1]
+        false_alarms += (contrast.p_family_wise_LD[~told_LD] < 0.05).any()
+    assert false_alarms <= 4  # of 20 draws at the level of 0.05 more than 4 have a probability of 0.3 %
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_the_contrast_knows_layer_and_neurons_at_every_site(site: Site) -> None:
+    told_LD = told_at(site)
+    contrast = contrast_of(site, sources_at(site).states_P2LD, fit_groups())
+    np.testing.assert_array_equal(contrast.p_family_wise_LD == 1 / 1000, told_LD)
+    np.testing.assert_array_equal(contrast.top_neurons(told_LD.mean()), told_LD)
+    if site == "block":
+        assert not contrast.nmd_LD[:, CODE].any()  # both phrasings ask for the same answers
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_finds_the_switch_and_turns_it(site: Site, method: str) -> None:
+    sources, known = sources_at(site), KNOWN[site]
+    for direction in TOWARD:
+        chosen = setting(sources, method, direction)
+        assert found(sources, chosen) == sorted(known.neurons)
+        assert turned(sources, chosen) >= 0.95
+        shift_LD = vector_of(sources, chosen).dense(*sources.shape_LD)
+        elsewhere_LD = np.zeros_like(shift_LD)
+        elsewhere_LD[:, idle(site)] = shift_LD[:, known.neurons]
+        assert turned(sources, chosen, elsewhere_LD) == 0.0
+        draws = control_draws("gaussian", sources, chosen, 10, (0,))
+        assert np.mean([turned(sources, chosen, shift_LD) for _, shift_LD in draws]) <= 0.15
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_before_the_votes_are_gathered_nothing_differs_but_something_acts(method: str) -> None:
+    """A state of layer 0 says nothing of the behaviour; what is added to it still reaches the head by the residual."""
+    sources = sources_at("block")
+    for direction in TOWARD:
+        chosen = setting(sources, method, direction, layer=0)
+        acts = method in WHERE_IT_ACTS
+        assert (found(sources, chosen) == sorted(SWITCH)) == acts
+        assert turned(sources, chosen) == (1.0 if acts else 0.0)
+
+
+@pytest.mark.parametrize(("filler", "misled"), [(LOUD, {"pca"}), (QUIET, {"logistic", "whitened"})])
+def test_which_methods_are_misled_by_the_size_of_other_neurons(filler: float, misled: set[str]) -> None:
+    """A principal component follows variance; weights of unscaled neurons are the larger the less these vary."""
+    sources = sources_at("block", filler)
+    for method in METHODS:
+        chosen = setting(sources, method)
+        assert (found(sources, chosen) == sorted(SWITCH)) == (method not in misled)
+        assert turned(sources, chosen, filler=filler) == (0.0 if method in misled else 1.0)
+
+
+def ablated_scores(site: Site, decider: Decider, layer: int, neurons: np.ndarray) -> list[Scores]:
+    """Both sides of the test pairs with some neurons held at their mean over the fit pairs."""
+    asking, fit = model_of(decider, USUAL), sides("fit", decider, USUAL)
+    mean_LD = np.mean([score(asking, fit[side], capture=site).states_NLD for side in SIDES], axis=(0, 1))
+    chosen_D = torch.zeros(mean_LD.shape[1], dtype=torch.bool)
+    chosen_D[neurons] = True
+    means = {layer: torch.from_numpy(mean_LD[layer])}
+    applied = partial(ablated, asking.model, means, {layer: chosen_D}, site)
+    return [scores_of(decider, side, applied=applied) for side in SIDES]
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_without_the_switch_there_is_no_choice_and_without_others_all_of_it(site: Site) -> None:
+    known = KNOWN[site]
+    before = [scores_of(known.decider, side) for side in SIDES]
+    assert (before[0].margin_N - before[1].margin_N).min() > 7.9  # one vote against one: twice 4 nats
+    generalized, memorized = ablated_scores(site, known.decider, known.layer, known.neurons)
+    np.testing.assert_allclose(generalized.margin_N, memorized.margin_N, atol=1e-3)
+    np.testing.assert_array_equal(generalized.behaviour_N, memorized.behaviour_N)
+    for left, scores in zip(ablated_scores(site, known.decider, known.layer, idle(site)), before, strict=True):
+        np.testing.assert_allclose(left.margin_N, scores.margin_N, atol=1e-3)
+        np.testing.assert_array_equal(left.behaviour_N, scores.behaviour_N)
+
+
+def test_what_tells_the_behaviours_apart_best_need_not_decide_anything() -> None:
+    """The verdict correlates most of all; where the head reads the votes themselves, ablation shows that it is idle."""
+    sources = sources_at("block")
+    best = np.argsort(-np.abs(sources.rho_LD[READS]))[:2]
+    assert sorted(best) == sorted(VERDICT)
+    for side, scores in zip(SIDES, ablated_scores("block", "switch", READS, VERDICT), strict=True):
+        assert share_of(scores, side) == 1.0
+    generalized, memorized = ablated_scores("block", "verdict", READS, VERDICT)
+    np.testing.assert_allclose(generalized.margin_N, memorized.margin_N, atol=1e-3)
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("decider", ["switch", "verdict"])
+def test_a_patch_flips_every_pair_where_the_switch_passes_and_none_elsewhere(decider: Decider, site: Site) -> None:
+    passes: dict[Site, list[int]] = {"block": [GATHERS, READS], "attention": [GATHERS], "mlp": [], "neuron": []}
+    if decider == "verdict":
+        passes |= {"mlp": [READS], "neuron": [READS]}
+    model = model_of(decider, USUAL).model
+    states = {side: scores_of(decider, side, capture=site).states_NLD for side in SIDES}
+    for layer in range(LAYERS):
+        for side, donor in zip(SIDES, reversed(SIDES), strict=True):
+            donor_ND = torch.from_numpy(states[donor][:, layer])
+            scores = scores_of(decider, side, applied=partial(patched, model, layer, donor_ND, site))
+            assert share_of(scores, donor) == (1.0 if layer in passes[site] else 0.0)
+
+
+def labelled(split: Split) -> tuple[np.ndarray, list[str], np.ndarray]:
+    """States, prompts and labels of all pairs of a split, one side after the other."""
+    batch = mined(split, 500 if split == "fit" else 250)
+    states_NLD = np.concatenate([batch.states_generalized_PLD, batch.states_memorized_PLD])
+    prompts = [pair[side].prompt for side in (0, 1) for pair in batch.pairs()]
+    return states_NLD, prompts, np.repeat([1, 0], len(prompts) // 2)
+
+
+def test_probes_read_the_behaviour_from_where_the_votes_are_gathered() -> None:
+    (fit_NLD, _, fit_N), (tune_NLD, _, tune_N), (test_NLD, _, test_N) = (labelled(split) for split in SPLITS)
+    probes = fit_layer_probes(fit_NLD, fit_N, tune_NLD, tune_N)
+    right = [share_right(p.decision_function(test_NLD[:, layer]), test_N) for layer, p in enumerate(probes)]
+    assert 0.35 < right[0] < 0.65
+    assert right[GATHERS:] == [1.0, 1.0]
+
+
+def test_the_input_alone_tells_the_behaviour_only_where_its_words_are_known() -> None:
+    """A probe of the states carries over to cue words that it never saw, what reads the prompt does not."""
+    tokenizer = model_of("switch", USUAL).tokenizer
+    _, prompts, labels = zip(*(labelled(split) for split in SPLITS), strict=True)
+    fit, tune, test = (input_features(tokenizer(part).input_ids, len(tokenizer)) for part in prompts)
+    reader = fit_input_probe(fit, labels[0], tune, labels[1])
+    assert 0.35 < share_right(reader.decision_function(test), labels[2]) < 0.65
+    half = np.arange(len(labels[0])) % 2 == 0
+    reader = fit_input_probe(fit[half], labels[0][half], tune, labels[1])
+    assert share_right(reader.decision_function(fit[~half]), labels[0][~half]) > 0.85
+
+
+def test_shuffled_labels_find_nothing() -> None:
+    """Significance keeps its level, and no method names the switch but the one that has no use for labels.
+
+    The switch still comes up somewhat more often than by chance: the pairs were chosen for being on its two sides.
+    """
+    sources, alarms, named = sources_at("block"), 0, dict.fromkeys(WHAT_DIFFERS, 0)
+    for seed in range(20):
+        shuffled = sources.shuffled(seed)
+        swapped_P = shuffled.signs(PAIRS)[:, None, None, None] < 0
+        states_P2LD = np.where(swapped_P, sources.states_P2LD[:, ::-1], sources.states_P2LD)
+        alarms += (contrast_of("block", states_P2LD, fit_groups()).p_family_wise_LD < 0.05).any()
+        for method in WHAT_DIFFERS:
+            named[method] += len({*found(shuffled, setting(shuffled, method))} & {*SWITCH})
+    assert alarms <= 4
+    everywhere = 20 * len(SWITCH)
+    assert named.pop("pca") == everywhere
+    assert max(named.values()) < everywhere / 4  # 4 of the 48 neurons that vary would be 1 / 12
