@@ -236,6 +236,13 @@ def test_a_joint_task_mixes_its_parts_in_their_shares() -> None:
     assert all(70 < counts[name] < 130 for name in shares)
 
 
+def test_what_comes_first_comes_before_the_mixture() -> None:
+    joint = build_task("joint", {"first": {"inference": 300}}, 0)
+    is_read = [isinstance(instance, str) for instance in itertools.islice(joint.training(rng()), 1_200)]
+    assert all(is_read[:300])
+    assert sum(is_read[300:]) / 900 == pytest.approx(1 / 3, abs=0.06)
+
+
 def test_an_example_refuses_what_it_cannot_mean() -> None:
     with pytest.raises(InputError, match="both are 'red'"):
         Example("i", "p", "conflict", "g", memorized="red", generalized="red")
@@ -267,6 +274,7 @@ def test_an_example_refuses_what_it_cannot_mean() -> None:
         ("joint", {"parts": {}}, "parts: none"),
         ("joint", {"parts": {"joint": {}}}, "parts: 'joint'"),
         ("joint", {"parts": {"cipher": {"letters": 5}}}, "letters: 5"),
+        ("joint", {"first": {"addition": 10}}, "first: {'addition': 10}"),
         ("joint", {"shares": {"inference": 1.0}}, "shares: {'inference': 1.0}"),
         ("joint", {"shares": {"inference": 0.5, "cipher": 0.5, "addition-digits": 0.5}}, "adding up to 1"),
         ("nowhere.at_all:Task", {}, "cannot be imported"),

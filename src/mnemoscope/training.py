@@ -278,7 +278,8 @@ def _tokenize(asking: Asking, instances: list[Instance], prompt_weight: float) -
     longest = max(len(ids) for ids in encoded.input_ids) + 1
     if longest > context_length(asking.model):
         raise InputError(f"model.context: {context_length(asking.model)} tokens; a training instance has {longest}")
-    ids_NT = np.full((len(parts), longest), tokenizer.pad_token_id)
+    # What stands behind the end has no weight; the library would warn of pad tokens.
+    ids_NT = np.full((len(parts), longest), tokenizer.eos_token_id)
     weights_NT = np.zeros(ids_NT.shape, np.float32)
     for row, (ids, offsets, (prompt, answer)) in enumerate(
         zip(encoded.input_ids, encoded.offset_mapping, parts, strict=True)

@@ -102,8 +102,8 @@ class Task(Protocol):
         method, where both behaviours answer in one format.
         ``keeps_key(example) -> bool``: whether this phrasing leaves the stored key where memory was trained to find it.
         Only there can a model be asked for the stored answer itself. No such method: always.
-        ``prompted(example, toward) -> Example | None``: the same item with the behaviour asked for in words, the baseline
-        that steering is held against; None where the vocabulary has no words for it.
+        ``prompted(example, toward) -> Example | None``: the same item with the behaviour asked for in words, the
+        baseline that steering is held against; None where the vocabulary has no words for it.
         ``parts``: tasks by name, for a task made of several; each must show both behaviours before training stops.
     """
 

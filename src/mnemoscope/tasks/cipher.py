@@ -62,7 +62,7 @@ class CipherTask:
         length: int = 4,
         stored: int = 480,
         memorized_share: float = 0.35,
-        near_share: float = 0.01,
+        near_share: float = 0.04,
         moved_share: float = 0.1,
         seed: int = 0,
     ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 
@@ -22,14 +23,20 @@ class JointTask:
     Args:
         parts: the tasks, by name.
         shares: parts of the training instances, by name; they add up to 1. Default: equal.
+        first: by name, how many instances of a part come before all parts are mixed.
 
     Raises:
-        InputError: there are no parts, a part cannot be trained on, or the shares do not fit the parts.
+        InputError: there are no parts, a part cannot be trained on, or the shares or ``first`` do not fit the parts.
     """
 
     name = "joint"
 
-    def __init__(self, parts: Mapping[str, Task], shares: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        parts: Mapping[str, Task],
+        shares: Mapping[str, float] | None = None,
+        first: Mapping[str, int] | None = None,
+    ) -> None:
         if not parts:
             raise InputError("parts: none; at least one task is wanted")
         for name, part in parts.items():
@@ -37,6 +44,11 @@ class JointTask:
                 raise InputError(f"parts: task {name!r} has no vocabulary to train on")
         self.parts = dict(parts)
         self.shares = _checked(shares, self.parts)
+        self.first = dict(first or {})
+        if not set(self.first) <= set(self.parts) or any(n < 0 for n in self.first.values()):
+            raise InputError(
+                f"first: {first!r} is not a number of instances, 0 or more, for some of {', '.join(parts)}"
+            )
         # An answer closes as its part closes it: no part trains another's ending.
         self.boundary = tuple(dict.fromkeys(text for part in self.parts.values() for text in part.boundary))
         self.memory_is_conflict = any(getattr(part, "memory_is_conflict", False) for part in self.parts.values())
@@ -47,11 +59,14 @@ class JointTask:
         return list(dict.fromkeys(word for part in self.parts.values() for word in part.vocabulary))  # type: ignore[attr-defined]
 
     def training(self, rng: np.random.Generator) -> Iterator[Instance]:
-        """Instances of the parts, mixed in their shares."""
-        streams = [part.training(rng) for part in self.parts.values()]
+        """Instances of the parts, mixed in their shares; before that, what comes first."""
+        streams = {name: part.training(rng) for name, part in self.parts.items()}
+        for name, n in self.first.items():
+            yield from islice(streams[name], n)
+        names = list(streams)
         while True:
-            for pick in rng.choice(len(streams), size=CHUNK, p=self.shares):
-                yield next(streams[pick])
+            for pick in rng.choice(len(names), size=CHUNK, p=self.shares):
+                yield next(streams[names[pick]])
 
     def examples(self, rng: np.random.Generator, n: int, kind: Kind) -> list[Example]:
         """Equally many of each part, in random order; fewer of a part that has no more to give."""

@@ -19,24 +19,28 @@ DEFAULT_PARTS: dict[str, dict[str, Any]] = {"inference": {}, "addition-digits": 
 
 
 def _joint(
-    *, parts: dict[str, dict[str, Any]] | None = None, shares: dict[str, float] | None = None, seed: int = 0
+    *,
+    parts: dict[str, dict[str, Any]] | None = None,
+    shares: dict[str, float] | None = None,
+    first: dict[str, int] | None = None,
+    seed: int = 0,
 ) -> JointTask:
     """Several tasks for one model, each with its own stored answers.
 
     Args:
         parts: options of each task, by its name.
-        shares: parts of the training instances, by task; they add up to 1. Default: equal.
+        shares, first: see ``JointTask``.
         seed: that of every part, so that each is the task it would be alone.
 
     Raises:
-        InputError: a part is no task to train on, or the shares do not fit the parts.
+        InputError: a part is no task to train on, or ``shares`` or ``first`` do not fit the parts.
     """
     parts = DEFAULT_PARTS if parts is None else parts
     if not isinstance(parts, dict) or not all(isinstance(o, dict | None) for o in parts.values()):
         raise InputError(f"parts: {parts!r} is not a mapping of task names to their options")
     if "joint" in parts:
         raise InputError("parts: 'joint' cannot be a part of itself")
-    return JointTask({name: build_task(name, options or {}, seed) for name, options in parts.items()}, shares)
+    return JointTask({name: build_task(name, options or {}, seed) for name, options in parts.items()}, shares, first)
 
 
 TASKS: dict[str, Callable[..., Any]] = {
