@@ -21,7 +21,22 @@ from helpers import mini_examples
 from mnemoscope.behaviour import Asking, read_states
 from mnemoscope.config import ModelConfig
 from mnemoscope.errors import InputError
-from mnemoscope.models import SITES, blocks_of, build_gpt2, load_model, position_ids, site_module, word_tokenizer
+from mnemoscope.models import (
+    SITES,
+    blocks_of,
+    build_gpt2,
+    cache_argument,
+    cache_of,
+    load_model,
+    make_room,
+    position_ids,
+    recorded_blocks,
+    replayed_blocks,
+    select_rows,
+    site_module,
+    untouched_blocks,
+    word_tokenizer,
+)
 from mnemoscope.tasks import build_task
 
 SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
@@ -124,3 +139,64 @@ def test_a_broken_folder_gives_one_line(tmp_path: Path, mini: Callable[[str], As
     with pytest.raises(InputError, match="cannot be opened") as truncated:
         load_model(tmp_path)
     assert "\n" not in str(truncated.value)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "neox"])
+def test_a_cache_with_room_is_read_like_the_librarys_and_stays_as_it_is(family: str) -> None:
+    model = tiny(family)
+    ids = torch.arange(21).reshape(3, 7) % 40
+
+    def after(cache: object, ids: torch.Tensor) -> dict[str, object]:
+        with torch.no_grad():
+            return model(input_ids=ids, use_cache=True, **{cache_argument(model): cache})
+
+    prefix, rows = cache_of(after(None, ids[:, :5])), torch.tensor([2, 0])
+    some, every = (after(select_rows(prefix, x), ids[y, 5:]).logits for x, y in ((rows, rows), (None, slice(None))))
+    assert make_room(prefix, 2)
+    held = [layer.keys.clone() for layer in prefix.layers]
+    for _ in range(2):
+        first = cache_of(after(select_rows(prefix, None), ids[:, 5:6]))
+        assert first.get_seq_length() == 6
+        torch.testing.assert_close(after(first, ids[:, 6:]).logits, every[:, 1:], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(after(select_rows(prefix, rows), ids[rows, 5:]).logits, some, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(after(select_rows(prefix, None), ids[:, 5:]).logits, every, rtol=1e-5, atol=1e-6)
+    beyond = cache_of(after(select_rows(prefix, None), ids))
+    assert beyond.get_seq_length() == 12, "more columns than there is room for"
+    assert prefix.get_seq_length() == 5
+    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(prefix.layers, held, strict=True))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "neox"])
+def test_first_blocks_are_untouched_up_to_the_first_hook(family: str) -> None:
+    model = tiny(family)
+
+    def nothing(*args: object) -> None:
+        return None
+
+    attention, _ = site_module(model, 1, "attention")
+    for register, count in (
+        (blocks_of(model)[1].register_forward_hook, 2),
+        (blocks_of(model)[1].register_forward_pre_hook, 1),
+        (attention.register_forward_hook, 1),
+        (model.get_input_embeddings().register_forward_hook, 0),
+        (model.base_model.register_forward_pre_hook, 3),
+    ):
+        assert untouched_blocks(model) == 3
+        handle = register(nothing)
+        assert untouched_blocks(model) == count
+        handle.remove()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "neox"])
+def test_replayed_blocks_give_the_same_logits_and_are_back_afterwards(family: str) -> None:
+    model = tiny(family)
+    ids = torch.arange(12).reshape(2, 6) % 40
+    with torch.no_grad(), recorded_blocks(model) as returned:
+        logits = model(input_ids=ids).logits
+    for count in range(1, 4):
+        with torch.no_grad(), replayed_blocks(model, count, returned[count - 1]):
+            assert torch.equal(model(input_ids=ids).logits, logits)
+            with pytest.raises(RuntimeError, match="on purpose"), replayed_blocks(model, 1, None):
+                raise RuntimeError("on purpose")
+            assert torch.equal(model(input_ids=ids).logits, logits)
+    assert all("forward" not in vars(block) for block in blocks_of(model))

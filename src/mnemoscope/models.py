@@ -6,6 +6,7 @@ Shapes: N examples, T tokens (columns of a left-padded batch), L layers, D neuro
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -112,7 +113,12 @@ def with_states(value: Any, states_NTD: Tensor) -> Any:
 
 def cache_argument(model: nn.Module) -> str:
     """What a model's forward calls its key-value cache; the library renamed it."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return "cache" if "cache" in _arguments(type(model).forward) else "past_key_values"
+
+
+@functools.cache
+def _arguments(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def cache_of(output: Any) -> Any:
@@ -142,7 +148,7 @@ class RoomyLayer(DynamicLayer):
 
     def _hold(self, columns: int) -> None:
         assert self.room is not None
-        self.keys, self.values = (storage_NHTW[:, :, :columns] for storage_NHTW in self.room)
+        self.keys, self.values = self.room[0].narrow(2, 0, columns), self.room[1].narrow(2, 0, columns)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add columns; see the library's ``DynamicLayer.update``."""
@@ -152,8 +158,8 @@ class RoomyLayer(DynamicLayer):
             self.room = None  # what is held from now on is no part of it
             return super().update(key_states, value_states, *args, **kwargs)
         self._hold(columns)
-        self.keys[:, :, past:] = key_states
-        self.values[:, :, past:] = value_states
+        self.keys.narrow(2, past, columns - past).copy_(key_states)
+        self.values.narrow(2, past, columns - past).copy_(value_states)
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -202,13 +208,13 @@ def untouched_blocks(model: PreTrainedModel) -> int:
 
     A hook on a block's output changes only what comes after it. Hooks on the whole model are taken to look on.
     """
+    parent, _, _ = layout_of(model).blocks.rpartition(".")
     blocks = blocks_of(model)
-    inside = {module for block in blocks for module in block.modules()}
-    around = (module for module in model.modules() if module not in inside | {model, model.base_model})
-    if any(_hooked(module) for module in around):
+    beside = (child for child in model.get_submodule(parent).children() if child is not blocks)
+    if any(_hooked(module) for child in beside for module in child.modules()):
         return 0
     for number, block in enumerate(blocks):
-        if block._forward_pre_hooks or any(_hooked(module) for module in block.modules() if module is not block):
+        if block._forward_pre_hooks or any(_hooked(module) for child in block.children() for module in child.modules()):
             return number
         if block._forward_hooks:
             return number + 1

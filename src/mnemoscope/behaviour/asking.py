@@ -77,7 +77,7 @@ class Asking:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     boundary: tuple[str, ...] = ("",)
-    batch_size: int = 256
+    batch_size: int = 512
 
     def boundary_ids(self) -> list[int]:
         """Token ids that close an answer.

@@ -119,9 +119,9 @@ def log_probabilities(asking: Asking, batch: Batch) -> Tensor:
 
     Column 0 is the memorized answer, or the only one, column 1 the generalized one (NaN where there is one answer).
     """
-    logits_NV, _, cache = read_contexts(asking.model, batch)
-    answers = read_answers(asking.model, batch, cache, batch.length_R > 1)
-    return _by_option(batch, _log_p(batch, logits_NV, answers), torch.nan)
+    contexts = read_contexts(asking.model, batch)
+    answers = read_answers(asking.model, batch, contexts, batch.length_R > 1)
+    return _by_option(batch, _log_p(batch, contexts.logits_NV, answers), torch.nan)
 
 
 def _score_batch(
@@ -129,10 +129,10 @@ def _score_batch(
 ) -> np.ndarray:
     reading: AbstractContextManager[list[Tensor]] = read_states(model, capture) if capture else nullcontext([])
     with reading as states:
-        logits_NV, begins_N, cache = read_contexts(model, batch)
-    fits_R = begins_N[batch.example_R] & (logits_NV.argmax(1)[batch.example_R] == batch.suffix_RM[:, 0])
-    tie_N = _tied(logits_NV)
-    answers = read_answers(model, batch, cache, fits_R | ((batch.length_R > 1) & margins))
+        contexts = read_contexts(model, batch)
+    first_N, tie_N = _greedy(contexts.logits_NV)
+    fits_R = contexts.begins_N[batch.example_R] & (first_N[batch.example_R] == batch.suffix_RM[:, 0])
+    answers = read_answers(model, batch, contexts, fits_R | ((batch.length_R > 1) & margins))
     if answers:
         ends_S, tie_S = _ends(answers, closing)
         tie_N[batch.example_R[answers.rows_S[tie_S & fits_R[answers.rows_S]]]] = True
@@ -140,26 +140,27 @@ def _score_batch(
     scores.behaviour_N[batch.examples_N] = _behaviour(batch, fits_R)
     scores.tie_N[batch.examples_N] = tie_N.cpu().numpy()
     if margins:
-        logp_N2 = _by_option(batch, _log_p(batch, logits_NV, answers).double(), torch.nan)
+        logp_N2 = _by_option(batch, _log_p(batch, contexts.logits_NV, answers).double(), torch.nan)
         scores.margin_N[batch.examples_N] = (logp_N2[:, 1] - logp_N2[:, 0]).cpu().numpy()
     return torch.stack(states, dim=1).float().cpu().numpy() if states else np.empty((len(batch.examples_N), 0, 0))
 
 
-def _tied(logits_V: Tensor) -> Tensor:
-    """Whether the top two logits lie so close that they may swap places; (..., V) to (...)."""
-    top_2 = logits_V.topk(2).values
-    return (top_2[..., 0] - top_2[..., 1]) < TIE
+def _greedy(logits_V: Tensor) -> tuple[Tensor, Tensor]:
+    """The top token, and whether another is so close that they may swap places; (..., V) to (...) each."""
+    top = logits_V.argmax(-1)
+    near_V = logits_V > logits_V.gather(-1, top[..., None]) - TIE  # counting is cheaper than looking for the second
+    return top, near_V.sum(-1) > 1
 
 
 def _ends(answers: Answers, closing: Tensor) -> tuple[Tensor, Tensor]:
     """Whether greedy decoding goes on as each answer does and closes it, and whether a tie was met on the way; (S,)."""
-    argmax_SM = answers.logits_SMV.argmax(-1)
-    step_M = torch.arange(argmax_SM.shape[1], device=argmax_SM.device)
+    top_SM, tie_SM = _greedy(answers.logits_SMV)
+    step_M = torch.arange(top_SM.shape[1], device=top_SM.device)
     used_SM = step_M < answers.length_S[:, None]
     inside_SM = step_M < answers.length_S[:, None] - 1  # tokens that are followed by a further token of the answer
-    goes_on_SM = argmax_SM == torch.roll(answers.suffix_SM, -1, dims=1)
-    right_SM = torch.where(inside_SM, goes_on_SM, torch.isin(argmax_SM, closing))
-    return (right_SM | ~used_SM).all(1), (_tied(answers.logits_SMV) & used_SM).any(1)
+    goes_on_SM = top_SM == torch.roll(answers.suffix_SM, -1, dims=1)
+    right_SM = torch.where(inside_SM, goes_on_SM, torch.isin(top_SM, closing))
+    return (right_SM | ~used_SM).all(1), (tie_SM & used_SM).any(1)
 
 
 def _log_p(batch: Batch, logits_NV: Tensor, answers: Answers | None) -> Tensor:

@@ -11,7 +11,6 @@ M tokens of an answer, V vocabulary, L layers, D neurons, H heads of W neurons.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +51,23 @@ class Unshifted:
     context_L: list[Any]
     answers_L: list[Any]
     columns_L: list[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Contexts:
+    """Contexts that were read.
+
+    Attributes:
+        logits_NV: the model's at the decision position.
+        begins_N: whether the model itself produces the shared beginning of the options.
+        cache: keys and values of the contexts.
+        known: how many of the first blocks need not be run for the answers.
+    """
+
+    logits_NV: Tensor
+    begins_N: Tensor
+    cache: Any
+    known: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +126,8 @@ def _read_unshifted(model: PreTrainedModel, batch: Batch) -> Unshifted:
     return Unshifted(context_L, answers_L, columns_L[: len(context_L)])
 
 
-def read_contexts(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor, Any]:
-    """Logits (N, V) at the decision position, whether the shared beginning fits (N,), and the contexts' cache."""
+def read_contexts(model: PreTrainedModel, batch: Batch) -> Contexts:
+    """Read contexts up to and including their decision positions."""
     if batch.prefix is None:
         output = model(
             input_ids=batch.ids_NT,
@@ -120,27 +136,31 @@ def read_contexts(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor,
             use_cache=True,
             logits_to_keep=int(batch.shared_N.max()) + 1,
         )
-        return output.logits[:, -1], _shared_fits(batch, output.logits[:, :-1]), cache_of(output)
-    known = _known_blocks(model, batch)
+        return Contexts(output.logits[:, -1], _shared_fits(batch, output.logits[:, :-1]), cache_of(output))
+    known = min(untouched_blocks(model), len(batch.unshifted.context_L)) if batch.unshifted else 0
     with replayed_blocks(model, known, batch.unshifted.context_L[known - 1] if known else None):
         output = model(**_decision_inputs(model, batch))
     cache = cache_of(output)
     for number in range(known):
         cache.layers[number].update(*batch.unshifted.columns_L[number])
     assert batch.prefix_fits_N is not None
-    return output.logits[:, -1], batch.prefix_fits_N, cache
+    return Contexts(output.logits[:, -1], batch.prefix_fits_N, cache, known)
 
 
-def read_answers(model: PreTrainedModel, batch: Batch, cache: Any, wanted_R: Tensor) -> Answers | None:
-    """Read the wanted options, and perhaps others, to their ends behind the contexts' cache; None if none is wanted."""
+def read_answers(model: PreTrainedModel, batch: Batch, contexts: Contexts, wanted_R: Tensor) -> Answers | None:
+    """Read the wanted options, and perhaps others, to their ends; None where none is wanted."""
     rows_S, example_S = _rows_to_read(batch, wanted_R)
     if len(rows_S) == 0:
         return None
     length_S = batch.length_R[rows_S]
     longest = int(length_S.max())
     suffix_SM = batch.suffix_RM[rows_S, :longest]
-    with _replayed_answers(model, batch, rows_S, longest):
-        logits_SMV = model(**_answer_inputs(model, cache, batch.mask_NT, suffix_SM, example_S)).logits
+    returned = None
+    if contexts.known:
+        returned = batch.unshifted.answers_L[contexts.known - 1]
+        returned = with_states(returned, states_of(returned)[rows_S, :longest])
+    with replayed_blocks(model, contexts.known, returned):
+        logits_SMV = model(**_answer_inputs(model, contexts.cache, batch.mask_NT, suffix_SM, example_S)).logits
     return Answers(rows_S, suffix_SM, length_S, logits_SMV)
 
 
@@ -153,21 +173,6 @@ def _rows_to_read(batch: Batch, wanted_R: Tensor) -> tuple[Tensor, Tensor | None
         return rows_S, example_S
     first_N = torch.searchsorted(batch.example_R, torch.arange(n, device=rows_S.device))
     return first_N.index_put((example_S,), rows_S), None
-
-
-def _known_blocks(model: PreTrainedModel, batch: Batch) -> int:
-    """How many of the first blocks need not be run."""
-    return 0 if batch.unshifted is None else min(untouched_blocks(model), len(batch.unshifted.context_L))
-
-
-def _replayed_answers(
-    model: PreTrainedModel, batch: Batch, rows_S: Tensor, longest: int
-) -> AbstractContextManager[None]:
-    known = _known_blocks(model, batch)
-    if known == 0:
-        return replayed_blocks(model, 0, None)
-    returned = batch.unshifted.answers_L[known - 1]
-    return replayed_blocks(model, known, with_states(returned, states_of(returned)[rows_S, :longest]))
 
 
 def _decision_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
