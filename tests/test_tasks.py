@@ -225,6 +225,19 @@ def test_a_part_alone_is_the_same_task_and_says_so_for_the_joint_one() -> None:
         assert keeps_key(joint, other) == keeps_key(joint.parts[name], joint.inside(other)[1])
 
 
+def test_the_behaviour_is_asked_for_in_the_words_of_the_part() -> None:
+    joint = made("joint")
+    assert isinstance(joint, JointTask)
+    for example in joint.examples(rng(), 30, "conflict"):
+        name, inside = joint.inside(example)
+        for toward in ("memorized", "generalized"):
+            other = joint.prompted(example, toward)
+            alone = joint.parts[name].prompted(inside, toward)  # type: ignore[attr-defined]
+            assert (None if other is None else joint.inside(other)[1]) == alone
+            if name == "cipher":
+                assert (alone.prompt in stored_prompts(joint.parts[name])) == (toward == "memorized")
+
+
 def test_a_joint_task_mixes_its_parts_in_their_shares() -> None:
     shares = {"inference": 0.2, "cipher": 0.8}
     joint = build_task("joint", {"parts": {"inference": {"questions": 2}, "cipher": {}}, "shares": shares}, 0)

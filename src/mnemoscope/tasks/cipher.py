@@ -124,6 +124,12 @@ class CipherTask:
         text, _, key = example.item.partition("+")
         return example.phrased(_prompt((text, int(key)), family), family)
 
+    def prompted(self, example: Example, toward: str) -> Example:
+        """To remember: asked exactly as stored. To shift: with the key behind the letters, as no stored one was."""
+        family = "moved" if toward == "generalized" else "plain"
+        text, _, key = example.item.partition("+")
+        return example.phrased(_prompt((text, int(key)), family), family)
+
     def keeps_key(self, example: Example) -> bool:
         """Whether key and letters stand where the stored phrasing has them."""
         return example.family not in MOVED

@@ -83,6 +83,13 @@ class JointTask:
         name, inside = self.inside(example)
         return self._outside(name, self.parts[name].rephrase(inside, rng))
 
+    def prompted(self, example: Example, toward: str) -> Example | None:
+        """What the example's part has for it."""
+        name, inside = self.inside(example)
+        said = getattr(self.parts[name], "prompted", None)
+        other = None if said is None else said(inside, toward)
+        return None if other is None else self._outside(name, other)
+
     def keeps_key(self, example: Example) -> bool:
         """What the example's part says."""
         name, inside = self.inside(example)
