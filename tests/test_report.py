@@ -25,9 +25,13 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 from mnemoscope.report import build_report
-from mnemoscope.report.captions import collateral
+from mnemoscope.report.captions_steering import collateral
 from mnemoscope.report.examples import difference
 from mnemoscope.report.html import tint
+from mnemoscope.report.intervals import mean
+from mnemoscope.report.records import read_run
+from mnemoscope.report.resampling import shared_mean
+from mnemoscope.report.results import compute_results
 from mnemoscope.report.sentences import can_it_be_read, can_it_be_turned, interval, percent, points, with_interval
 from mnemoscope.tasks import Example, build_task, draw
 
@@ -40,8 +44,8 @@ ROLES = {"vector": 1.0, **dict(zip(CONTROLS, (0.05, 0.02, 0.1, 0.3, 0.12), stric
 SIDES = ("generalized", "memorized")
 TURNED_NUMBERS = ("shift", "stay", "other", "margin", "margin_sd")
 SWEPT = ["layers", "top", "strength", "examples", "n", *TURNED_NUMBERS, "kept"]
-STEERED = "aim direction method site layers top strength role draw examples example group family split".split()
-STEERED += "before after margin_before margin confabulated".split()
+STEERED = ["aim", "direction", "method", "site", "layers", "top", "strength", "role", "draw", "split", "examples"]
+STEERED += ["example", "group", "family", "before", "after", "margin_before", "margin", "confabulated"]
 SOURCE = {"to_generalized": "memorized", "to_memorized": "generalized"}
 TARGET = {"to_generalized": "generalized", "to_memorized": "memorized"}
 
@@ -477,8 +481,7 @@ def test_best_layer_is_not_chosen_on_what_it_is_scored_on(tmp_path: Path) -> Non
     table = pd.read_parquet(path)
     table["score"] = np.random.default_rng(3).normal(size=len(table))
     table.to_parquet(path)
-    build_report(run)
-    probe = tasks_of(run)["inference"]["probe"]
+    probe = compute_results(read_run(run))["tasks"]["inference"]["probe"]
     best = max(entry["estimate"] for entry in probe["accuracy"])
     assert probe["best"]["accuracy"]["estimate"] < best
     assert probe["best"]["accuracy"]["low"] < 0.5 < probe["best"]["accuracy"]["high"]
@@ -527,6 +530,138 @@ def test_collateral_is_a_paired_change_and_undefined_where_memory_is_the_conflic
     assert "its memory examples are the conflicts themselves" in (run / "report.html").read_text()
 
 
+def test_what_is_judged_apart(run: Path) -> None:
+    """Conflicts under the setting for pairs, phrasings that lost the stored key, and the best method for conflicts."""
+    steering = tasks_of(run)["addition"]["steering"]
+    rows = [row for row in rows_of(run, "addition-0", "steering") if row["role"] == "vector"]
+    for direction, block in steering.items():
+        ours = [r for r in rows if (r["aim"], r["method"], r["direction"]) == ("pairs", "gradient", direction)]
+        of_list = {
+            name: [r for r in ours if r["examples"] == name] for name in ("pairs", "conflict", "pairs_unreachable")
+        }
+        expected = share(of_list["conflict"], lambda r, d=direction: r["after"] == TARGET[d])
+        agrees(block["conflict_at_chosen"]["shift"], expected, len(of_list["conflict"]))
+        made_up = sum(row["confabulated"] for row in of_list["pairs"]) / len(of_list["pairs"])
+        agrees(block["confabulated"], made_up, len(of_list["pairs"]))
+        lost = block["pairs_unreachable"]["shift"]
+        assert lost["n"] == len(of_list["pairs_unreachable"]) == (9 if direction == "to_memorized" else 0)
+        assert math.isnan(lost["estimate"]) == (direction == "to_generalized")
+        other_best = block.get("best_conflict", {}).get("chosen_conflict", {}).get("method")
+        assert other_best == ("nmd" if direction == "to_memorized" else None)
+
+
+@pytest.mark.parametrize("direction", list(SOURCE))
+def test_a_uniform_push_is_the_mean_effect_given_to_every_pair(run: Path, direction: str) -> None:
+    found, sign = tasks_of(run)["addition"]["logit"][direction], 1 if direction == "to_generalized" else -1
+    wanted = {"aim": "pairs", "method": "gradient", "direction": direction, "role": "vector", "examples": "pairs"}
+    rows = [r for r in rows_of(run, "addition-0", "steering") if all(r[key] == value for key, value in wanted.items())]
+    push = sum(row["margin"] - row["margin_before"] for row in rows) / len(rows)
+    agrees(found["push"], push, len(rows))
+    agrees(found["shift"], share(rows, lambda r: sign * (r["margin_before"] + push) > 0), len(rows))
+    agrees(found["vector"], share(rows, lambda r: sign * r["margin"] > 0), len(rows))
+    beyond = found["vector"]["estimate"] - found["shift"]["estimate"]
+    assert found["vector_minus_logit"]["estimate"] == pytest.approx(beyond)
+
+
+@pytest.mark.parametrize("direction", list(SOURCE))
+def test_doses_patches_and_words(run: Path, direction: str) -> None:
+    task, rows = tasks_of(run)["addition"], pd.read_parquet(run / "cells/addition-0/records/effects.parquet")
+    rows = rows[rows.direction == direction]
+    for dose, role in product(DOSES, ("vector", "gaussian")):
+        part = rows[(rows.what == "dose") & (rows.method == "nmd") & (rows.dose == dose) & (rows.role == role)]
+        found = task["dose"]["nmd"][direction][role][f"{dose:g}"]
+        agrees(found["margin"], part.margin.mean(), len(part))
+        agrees(found["shift"], (part.after == TARGET[direction]).mean(), len(part))
+    for site, layer in product(("block", "mlp"), range(LAYERS)):
+        part = rows[(rows.what == "patch") & (rows.site == site) & (rows.layers == str(layer))]
+        shift = task["patch"][direction][site][layer]["shift"]
+        agrees(shift, (part.after == TARGET[direction]).mean(), len(part))
+    part = rows[rows.what == "prompt"]
+    agrees(task["prompt"][direction]["shift"], (part.after == TARGET[direction]).mean(), len(part))
+    assert tasks_of(run)["inference"]["prompt"] == {}
+
+
+def test_ablation_is_the_separation_lost_pair_by_pair(run: Path) -> None:
+    found = tasks_of(run)["addition"]["ablation"]["gradient"]["to_memorized"]["0.3"]
+    rows = pd.read_parquet(run / "cells/addition-0/records/effects.parquet")
+    rows = rows[(rows.what == "ablation") & (rows.method == "gradient") & (rows.direction == "to_memorized")]
+    rows = rows[rows.dose == 0.3]
+    lost = {}
+    for role in ("vector", "random_neurons"):
+        sides = {side: rows[(rows.role == role) & (rows.side == side)] for side in SIDES}
+        apart = {c: sides["generalized"][c].mean() - sides["memorized"][c].mean() for c in ("margin_before", "margin")}
+        lost[role] = apart["margin_before"] - apart["margin"]
+        pairs = sides["memorized"].example.nunique()
+        agrees(found[role]["before"], apart["margin_before"], pairs)
+        agrees(found[role]["after"], apart["margin"], pairs)
+        agrees(found[role]["lost"], lost[role], pairs)
+        for side, part in sides.items():
+            agrees(found[role]["kept"][side], (part.after == side).mean(), len(part))
+    assert found["minus_random"]["estimate"] == pytest.approx(lost["vector"] - lost["random_neurons"])
+
+
+def test_a_sweep_has_a_row_per_setting_and_list_and_the_seeds_that_tried_it(run: Path) -> None:
+    keys = ["direction", "method", "site", "layers", "top", "strength", "examples"]
+    rows = {tuple(row[key] for key in keys): row for row in tasks_of(run)["inference"]["sweep"]}
+    tables = [pd.read_parquet(run / f"cells/inference-{seed}/records/sweep.parquet") for seed in (0, 1)]
+    settings = {tuple(row[key] for key in keys) for table in tables for row in table.to_dict("records")}
+    assert set(rows) == settings
+    for examples, number in (("pairs", "margin"), ("memory", "kept")):
+        place = ("to_memorized", "nmd", "block", "0-3", 0.2, 0.8, examples)
+        each = [table[(table[keys] == list(place)).all(axis=1)].iloc[0] for table in tables]
+        found = rows[place]
+        assert found[number]["estimate"] == pytest.approx(sum(row[number] for row in each) / 2)
+        assert (found["seeds"], found[number]["n"]) == (2, sum(row["n"] for row in each))
+        assert ("shift" in found) != ("kept" in found)
+
+
+def test_layers_are_compared_at_one_strength(run: Path) -> None:
+    task = tasks_of(run)["addition"]
+    found = task["by_layer"]["shift"]["to_generalized"]
+    table = pd.read_parquet(run / "cells/addition-0/records/sweep.parquet")
+    table = table[
+        (table.direction == "to_generalized") & (table.examples == "pairs") & (table.strength == found["strength"])
+    ]
+    for method, layer in product(GAINS, range(LAYERS)):
+        best = table[(table.method == method) & (table.layers == str(layer))]["shift"].max()
+        assert found["methods"][method]["block"][layer]["estimate"] == best
+    assert task["by_layer"]["max_abs_rho"] == task["contrast"]["max_abs_rho"]
+
+
+def test_seeds_and_transfer_are_set_beside_chance(run: Path) -> None:
+    results = json.loads((run / "results.json").read_text())
+    rows = pd.read_parquet(run / "records" / "seeds.parquet")
+    assert list(results["seeds"]) == ["inference"]
+    for row in results["seeds"]["inference"]:
+        part = rows[(rows.what == row["what"]) & (rows.layer == row["layer"])]
+        part = part if math.isnan(row["top"]) else part[part.top == row["top"]]
+        assert row["value"]["estimate"] == pytest.approx(part.value.mean())
+        assert (row["chance"]["low"], row["chance"]["high"]) == pytest.approx((-0.1, 0.1))
+    rows = pd.read_parquet(run / "records" / "transfer_steering.parquet")
+    rows = rows[(rows.source == "inference") & (rows.target == "addition") & (rows.method == "best")]
+    found = results["transfer"]["inference"]["addition"]
+    for direction, (name, role) in product(SOURCE, (("shift", "vector"), ("gaussian", "gaussian"))):
+        part = rows[(rows.direction == direction) & (rows.role == role)]
+        assert found[direction]["best"][name]["estimate"] == pytest.approx((part.after == TARGET[direction]).mean())
+    states = pd.read_parquet(run / "records" / "transfer_probes.parquet")
+    at_home = results["tasks"]["inference"]["probe"]["accuracy"]
+    layer = max(
+        range(LAYERS), key=lambda n: at_home[n]["estimate"]
+    )  # where the probe comes from, not where it is tried
+    part = states[(states.source == "inference") & (states.target == "addition") & (states.layer == layer)]
+    assert found["probe"]["estimate"] == pytest.approx(((part.score > 0) == (part.label == 1)).mean())
+
+
+def test_means_that_share_resamples_have_the_intervals_of_those_that_do_not() -> None:
+    rng = np.random.default_rng(0)
+    groups, values = rng.integers(0, 40, 300), rng.random(300) < 0.3
+    ours, theirs = shared_mean(values, groups, "a"), mean(values, groups, "b")
+    assert (ours.estimate, ours.n) == (theirs.estimate, theirs.n)
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.01)
+    assert shared_mean(np.zeros(300), groups, "a") == mean(np.zeros(300), groups, "a")
+    assert math.isnan(shared_mean([], [], "a").estimate)
+
+
 def test_seeds_are_averaged_and_their_counts_add_up(run: Path) -> None:
     task = tasks_of(run)["inference"]
     seeds = [task["per_seed"][str(seed)] for seed in task["seeds"]]
@@ -557,7 +692,7 @@ D = {
     "conflict": S,
     "controls": {name: {"pairs": S, "conflict": S, "worst": {"pairs": S, "conflict": S}} for name in CONTROLS},
     "minus_control": {name: {"pairs": R, "conflict": R} for name in CONTROLS},
-    **dict.fromkeys(("collateral", "collateral_conflict"), {"novel": R, "memory": R, "conflict_rest": R}),
+    **{key: {"novel": R, "memory": R, "conflict_rest": R} for key in ("collateral", "collateral_conflict")},
     "pairs_unreachable": S,
     "conflict_at_chosen": S,
     "confabulated": R,
@@ -650,6 +785,16 @@ def test_a_damaged_record_is_named_in_one_line(run: Path, tmp_path: Path, file: 
     assert (broken / "report.html").read_bytes() == before
 
 
+def test_cells_that_are_only_trained_are_no_part_of_the_report(run: Path, tmp_path: Path) -> None:
+    mine = shutil.copytree(run, tmp_path / "mine", ignore=shutil.ignore_patterns("inference-1", "html"))
+    donor = mine / "cells" / "inference-0"
+    write_json(donor / "cell.json", json.loads((donor / "cell.json").read_text()) | {"analysed": False})
+    shutil.rmtree(donor / "records")
+    shutil.rmtree(mine / "records")
+    results = compute_results(read_run(mine))
+    assert (list(results["tasks"]), results["seeds"], results["transfer"]) == (["addition"], {}, {})
+
+
 def test_a_missing_column_is_named(run: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(run, tmp_path / "broken")
     path = broken / "cells" / "addition-0" / "records" / "pairs.parquet"
@@ -667,12 +812,12 @@ def test_probes_of_other_states_are_refused(run: Path, tmp_path: Path) -> None:
         build_report(broken)
 
 
-def test_nothing_of_torch_is_imported(run: Path) -> None:
+def test_nothing_of_torch_is_imported(nothing_flips: Path) -> None:
     code = (
         "import sys, pathlib; from mnemoscope.report import build_report; build_report(pathlib.Path(sys.argv[1])); "
         "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code, str(nothing_flips)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
@@ -762,7 +907,7 @@ def test_a_users_own_file_on_a_model_that_was_not_trained_here(run: Path, tmp_pa
 
 
 def test_what_a_record_holds_is_text_and_never_markup(run: Path, tmp_path: Path) -> None:
-    hostile = shutil.copytree(run, tmp_path / "hostile")
+    hostile = shutil.copytree(run, tmp_path / "hostile", ignore=shutil.ignore_patterns("inference-*"))
     path = hostile / "cells" / "addition-0" / "records" / "pairs.parquet"
     table = pd.read_parquet(path)
     table["prompt_a"] = "<script>alert(1)</script> " + table["prompt_a"]
@@ -851,11 +996,16 @@ def test_verdict_of_turning_is_held_against_the_control(shifts: tuple, beyond: t
     for direction, shift, difference_ in zip(SOURCE, shifts, beyond, strict=True):
         control = {"pairs": {"shift": estimate(shift - difference_[0], 0, 1)}}
         steering[direction] = {"pairs": {"shift": estimate(shift, shift - 0.05, shift + 0.05)}}
+        steering[direction]["collateral"] = {"memory": estimate(-0.02, -0.04, 0), "novel": estimate(-0.5, -0.6, -0.4)}
+        steering[direction]["collateral"]["conflict_rest"] = estimate(*[math.nan] * 3)
         steering[direction] |= {
             "controls": {"gaussian": control},
             "minus_control": {"gaussian": {"pairs": estimate(*difference_)}},
         }
-    assert can_it_be_turned({"steering": steering}).verdict == verdict
+    answer = can_it_be_turned({"steering": steering})
+    assert answer.verdict == verdict
+    # Towards remembering, new questions do not count.
+    assert answer.sentence.endswith("Cost: -50\u00a0points of new questions and -2\u00a0points of facts to recall.")
 
 
 def luminance(colour: str) -> float:
@@ -896,7 +1046,11 @@ def test_the_page_fits_the_screen(run: Path, browser: Any, width: int) -> None:
     tab.on("request", lambda request: requests.append(request.url))
     tab.goto((run / "report.html").as_uri())
     assert tab.evaluate("document.documentElement.scrollWidth") == width
+    tab.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert tab.evaluate("document.documentElement.scrollWidth") == width
     assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
-    shown = tab.evaluate("[...document.querySelectorAll('svg.plot')].filter(s => s.getClientRects().length).length")
-    assert shown == tab.locator("svg.plot").count() / 2  # one of the two layouts of each figure
+    for where, share_ in ((".panels svg.plot", 1), (".wide svg.plot, .narrow svg.plot", 1 / 2)):  # one of two layouts
+        found = f"[...document.querySelectorAll('{where}')]"
+        shown = tab.evaluate(f"{found}.filter(s => s.getClientRects().length).length")
+        assert shown == tab.locator(where).count() * share_ > 0
     tab.close()

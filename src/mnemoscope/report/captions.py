@@ -2,42 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from mnemoscope.report.intervals import Tree
 from mnemoscope.report.measures import SIGNIFICANT
-from mnemoscope.report.records import DIRECTIONS, Cell, Contrast
+from mnemoscope.report.records import Cell, Contrast
 from mnemoscope.report.sentences import (
     ANSWERED,
-    CONTROL_NAMES,
-    TOWARDS,
     UNMEASURED,
-    R,
     argmax,
-    certain,
     count,
-    interval,
     known,
     listed,
     percent,
-    points,
-    points_interval,
-    strongest_control,
     why_nothing,
     with_interval,
 )
-
-NAMES = {
-    "novel": "new questions",
-    "memory": "facts to recall",
-    "conflict_rest": "conflicts that already went the wanted way",
-}
 
 
 def emergence(cells: Sequence[Cell]) -> str:
@@ -138,96 +121,3 @@ def correlations(contrast: Contrast, task: Tree) -> str:
         f"The strongest neuron is in layer {layer}: its activity correlates with the behaviour at |rho| = "
         f"{np.nanmax(rho_LD):.2g}. Half of that layer's neurons stay below {half:.2g}."
     )
-
-
-def probe(task: Tree) -> str:
-    found = task["probe"]
-    best = argmax([entry["estimate"] for entry in found["accuracy"]])
-    if best is None:
-        return f"How well the behaviour can be read {UNMEASURED}. {why_nothing(task)}"
-    accuracy, beyond, alone = found["accuracy"][best], found["minus_input_only"][best], found["input_only"]
-    side = "above" if beyond["estimate"] >= 0 else "below"
-    sure = "" if certain(beyond) else ", which is not a sure difference"
-    text = (
-        f"The probe reads best at layer {found['layers'][best]}: right in {percent(accuracy['estimate'])} of test "
-        f"states ({interval(accuracy)}), {points(abs(beyond['estimate']))} {side} what the input alone gives "
-        f"({percent(alone['estimate'])}){sure}."
-    )
-    if len(found["layers"]) > 1:
-        text += f" With the layer chosen on other test groups: {with_interval(found['best']['accuracy'])}."
-    if known(found["shuffled"]):
-        text += f" Trained on shuffled labels it is right in {percent(found['shuffled']['estimate'])}."
-    return text
-
-
-def _towards(direction: str) -> str:
-    return TOWARDS[direction].capitalize()
-
-
-def turning(task: Tree, direction: str) -> str:
-    block = task["steering"][direction]
-    shift = block["pairs"]["shift"]
-    if not known(shift):
-        text = f"Turning pairs {TOWARDS[direction]} {UNMEASURED}. {why_nothing(task)}"
-        return f"{text} {_elsewhere(block, direction)}" if known(block["conflict"]["shift"]) else text
-    text = f"{_towards(direction)}, the vector turns {with_interval(shift)} of test pairs"
-    control = strongest_control(block)
-    if control is None:
-        text += "; no control was run"
-    else:
-        difference = block["minus_control"][control]["pairs"]
-        theirs = block["controls"][control]["pairs"]["shift"]["estimate"]
-        amount = f"{points(abs(difference['estimate']))} ({points_interval(difference)})"
-        side = "more" if difference["estimate"] >= 0 else "fewer"
-        text += f", {amount} {side} than {CONTROL_NAMES.get(control, control.replace('_', ' '))} ({percent(theirs)})"
-    made_up = block["pairs"]["confabulated"]
-    if known(made_up) and made_up["estimate"] > 0:
-        text += f"; {percent(made_up['estimate'])} get an answer that only looks remembered"
-    return f"{text}. {_elsewhere(block, direction)}"
-
-
-def methods(task: Tree, direction: str) -> str:
-    """The chosen way of turning beside the paper's own; empty where only one was tried or nothing could be measured."""
-    chosen = task["steering"][direction]["chosen"]["method"]
-    found = {name: block[direction] for name, block in task["steering_by_method"].items() if direction in block}
-    shift = found[chosen]["pairs"]["shift"] if chosen in found else None
-    if shift is None or not known(shift):
-        return ""
-    turned = percent(shift["estimate"])
-    text = f"{_towards(direction)}, {chosen} was chosen on the tune split and turns {turned} of test pairs"
-    paper = found.get("nmd")
-    if chosen != "nmd" and paper and known(paper["pairs"]["shift"]):
-        text += f"; the paper's own shift, nmd, turns {percent(paper['pairs']['shift']['estimate'])}"
-    return f"{text}."
-
-
-def _elsewhere(block: Tree, direction: str) -> str:
-    shift = block["conflict"]["shift"]
-    source = {"memorized": "answered from memory", "generalized": "worked out"}[DIRECTIONS[direction][1]]
-    if not known(shift):
-        return f"On other conflicts it {UNMEASURED}: none was {source} without it."
-    control = strongest_control(block, "conflict")
-    theirs = block["controls"][control]["conflict"]["shift"]["estimate"] if control else math.nan
-    compared = "" if math.isnan(theirs) else f", the strongest control {percent(theirs)}"
-    return f"Of all test conflicts that were {source}, it turns {with_interval(shift)}{compared}."
-
-
-def collateral(task: Tree, direction: str) -> str:
-    """What steering damages; new questions have nothing to remember, so towards remembering they are told apart."""
-    found = task["steering"][direction]["collateral"]
-    apart = direction == "to_memorized"
-    counted = [key for key in NAMES if known(found[key]) and not (apart and key == "novel")]
-    damaged = [f"{NAMES[key]} {_lose(found[key])}" for key in counted if certain(found[key]) < 0]
-    if damaged:
-        text = f"{_towards(direction)}, {listed(damaged)}."
-    elif counted:
-        text = f"{_towards(direction)}, no sure damage was seen."
-    else:
-        text = f"{_towards(direction)}, damage {UNMEASURED}: there were no such examples."
-    if apart and certain(found["novel"]) < 0:
-        text += f" New questions, which have nothing to remember, {_lose(found['novel'])}."
-    return text
-
-
-def _lose(change: R) -> str:
-    return f"lose {points(-change['estimate'])} ({points_interval(change)})"

@@ -60,7 +60,10 @@ def _rows(block: dict[str, Any], names: list[str]) -> list[tuple[float, str, dic
     for number, examples in enumerate(AIMS):
         top = number * (len(names) + 1.5)
         rows.append((top, EXAMPLES[examples], block[examples]))
-        rows += [(top + i, control_name(name), block["controls"][name][examples]) for i, name in enumerate(names, 1)]
+        for i, name in enumerate(names, 1):
+            control = block["controls"][name]
+            worst = control["worst"][examples]["shift"]["estimate"]
+            rows.append((top + i, control_name(name), {**control[examples], "worst": worst}))
     return rows
 
 
@@ -78,6 +81,7 @@ def _turn(ax: Axes, direction: str, rows: list[tuple[float, str, dict[str, Any]]
         ax.barh(height, stay, left=shift + other, height=0.74, color=COLOUR[source], alpha=0.22, linewidth=0)
         low, high = (np.clip(shares["shift"][end], 0, 1) for end in ("low", "high"))
         ax.plot([low, high], [height, height], color=INK, linewidth=1.4)
+        ax.plot(shares.get("worst", np.nan), height, "|", color=INK, markersize=12, markeredgewidth=1.6)
         ax.annotate(
             f"{100 * shift:.0f} %",
             (1, height),

@@ -92,10 +92,26 @@ GLOSSARY = (
     ),
     (
         "controls",
-        "Shifts of the same norm that should not work: the same amounts on random neurons, or Gaussian noise. The "
-        "mean over all draws is shown, and the worst draw in the table.",
+        "Shifts of the same norm that should not work: the same amounts on random neurons or on those of lowest "
+        "|rho|, the chosen neurons with random signs, the method learned from shuffled labels, and Gaussian noise. "
+        "The mean over all draws counts; the worst draw stands beside it. Where all neurons are shifted, the first two "
+        "do not exist.",
+    ),
+    (
+        "strength",
+        "The shift's norm over the norm of the states it is added to, over all shifted layers together. "
+        "are tried at the same strengths.",
     ),
     ("collateral", "Accuracy under the shift minus accuracy without it, on examples that steering should leave alone."),
+    (
+        "same push to all",
+        "The vector's mean effect on the margin, added to every pair's own margin: what a bias on the two answers "
+        "would turn.",
+    ),
+    (
+        "separation",
+        "Margin of a pair's side that is worked out minus that of its side that is remembered.",
+    ),
     (
         "interval",
         "95\u00a0%: a bootstrap that resamples whole groups within one seed; Student's t over seeds where there "

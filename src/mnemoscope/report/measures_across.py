@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mnemoscope.report.intervals import Tree, mean, spread
+from mnemoscope.report.intervals import Tree, spread
 from mnemoscope.report.records import DIRECTIONS, Run
 from mnemoscope.report.resampling import shared_mean
 from mnemoscope.statistics import Estimate, over_seeds

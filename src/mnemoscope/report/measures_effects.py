@@ -11,7 +11,6 @@ from mnemoscope.report.intervals import Tree
 from mnemoscope.report.measures_steering import shares
 from mnemoscope.report.records import DIRECTIONS, Cell
 from mnemoscope.report.resampling import shared_mean
-from mnemoscope.statistics import Estimate
 
 SIDES = ("generalized", "memorized")
 

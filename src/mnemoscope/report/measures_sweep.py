@@ -1,7 +1,7 @@
 """Every setting that was tried on the tune split, over the seeds that tried it, and where in depth turning works.
 
-A number over seeds is their mean with Student's t interval; of one seed it stands alone, for the records hold shares and
-not examples.
+A number over seeds is their mean with Student's t interval; of one seed it stands alone, for the records hold shares
+and not examples.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NUMBERS = {"turned": ("shift", "stay", "other", "margin", "margin_sd"), "kept": 
 
 
 def measure_sweep(cells: Sequence[Cell]) -> list[Tree]:
-    """A row per setting and list of examples; ``seeds`` says how many seeds tried it, each number's ``n`` on how many."""
+    """A row per setting and list of examples; ``seeds`` says how many tried it."""
     # A place that both aims try has one row for each; they are the same.
     tables = [cell.sweep.drop_duplicates([*SETTING, "examples"]) for cell in cells]
     rows: list[Tree] = []

@@ -43,7 +43,7 @@ COLUMNS = {
 }
 # Text columns of the large tables, which repeat few words: read as categories, they take a byte a row.
 LARGE = ("steering", "effects", "transfer_steering")
-WORDS = "aim direction method role examples group split before after what site layers side".split()
+WORDS = ["aim", "direction", "method", "role", "examples", "group", "split", "before", "after", "what", "site", "side"]
 CONTRAST_ARRAYS = ("nmd", "rho", "effect_size", "p_family_wise", "p_false_discovery")
 ACROSS = ("seeds", "transfer_steering", "transfer_probes")
 CELL_FIELDS = ("task", "label", "seed", "memory_is_conflict", "trained")

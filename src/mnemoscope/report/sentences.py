@@ -28,6 +28,14 @@ CONTROL_NAMES = {
 }
 
 
+NAMES = {
+    "novel": "new questions",
+    "memory": "facts to recall",
+    "conflict_rest": "conflicts that already went the wanted way",
+}
+SHORT_NAMES = {**NAMES, "conflict_rest": "other conflicts"}
+
+
 def known(value: float | R) -> bool:
     """Whether a number, or the estimate of an R, is defined."""
     return not math.isnan(value["estimate"] if isinstance(value, dict) else value)
@@ -72,10 +80,11 @@ def points(change: float, *, sign: bool = False) -> str:
 
 
 def points_interval(change: R) -> str:
-    """``(6 to 12)``, in percentage points."""
+    """``6 to 12``, in percentage points, cut to what a difference of shares can be."""
     if not known(change) or math.isnan(change["low"]):
         return "no interval"
-    return f"{round(100 * change['low']) + 0:d}{NBSP}to{NBSP}{round(100 * change['high']) + 0:d}"
+    low, high = (min(100, max(-100, round(100 * change[end]))) for end in ("low", "high"))
+    return f"{low + 0:d}{NBSP}to{NBSP}{high + 0:d}"
 
 
 def certain(change: R) -> int:
@@ -216,7 +225,8 @@ def can_it_be_turned(task: Tree) -> Answer:
     label = "" if math.isnan(references[0]) else "strongest control"
     text = f"95{NBSP}% interval: {interval(shift)}"
     verdict = _verdict_of_turning(steering, measured)
-    sentence = f"{listed(parts)}; {compared}."
+    costs = [worst_cost(steering[direction], direction) for direction in measured]
+    sentence = f"{listed(parts)}; {compared}. Cost: {listed(costs)}."
     return Answer("turn", question, verdict, percent(shift["estimate"]), text, sentence, strip, label)
 
 
@@ -231,6 +241,16 @@ def strongest_control(block: Tree, examples: str = "pairs") -> str | None:
     shifts = {name: block["controls"][name][examples]["shift"]["estimate"] for name in block["controls"]}
     shifts = {name: shift for name, shift in shifts.items() if not math.isnan(shift)}
     return max(shifts, key=lambda name: shifts[name]) if shifts else None
+
+
+def worst_cost(block: Tree, direction: str) -> str:
+    """The largest loss among what should stay; towards remembering, new questions have nothing to remember."""
+    counted = tuple(NAMES) if direction == "to_generalized" else ("memory", "conflict_rest")
+    losses = {key: block["collateral"][key] for key in counted if known(block["collateral"][key])}
+    if not losses:
+        return UNMEASURED
+    key = min(losses, key=lambda name: losses[name]["estimate"])
+    return f"{points(losses[key]['estimate'], sign=True)} of {SHORT_NAMES[key]}"
 
 
 def _verdict_of_turning(steering: Tree, measured: list[str]) -> str:

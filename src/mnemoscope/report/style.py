@@ -36,10 +36,11 @@ WIDE, NARROW = 720, 348  # CSS pixels; a point of the drawing is a pixel of the 
 
 @dataclass(frozen=True)
 class Drawing:
-    """One figure in two layouts; the page shows the one that fits the screen."""
+    """A figure, in two layouts of which the page shows the one that fits, or in panels that it sets in a grid."""
 
-    wide: str
-    narrow: str
+    wide: str = ""
+    narrow: str = ""
+    panels: tuple[str, ...] = ()
 
 
 def draw(name: str, label: str, plot: Callable[[bool], Figure]) -> Drawing:
@@ -54,7 +55,16 @@ def draw(name: str, label: str, plot: Callable[[bool], Figure]) -> Drawing:
     for layout, narrow in (("wide", False), ("narrow", True)):
         with style(f"{name}-{layout}"):
             drawn.append(_svg(plot(narrow), label))
-    return Drawing(*drawn)
+    return Drawing(wide=drawn[0], narrow=drawn[1])
+
+
+def draw_panels(name: str, label: str, plots: Sequence[Callable[[], Figure]]) -> Drawing:
+    """Make a figure of narrow panels, each drawn once; see ``draw`` for the arguments."""
+    drawn = []
+    for number, plot in enumerate(plots, 1):
+        with style(f"{name}-{number}"):
+            drawn.append(_svg(plot(), f"{label} (part {number} of {len(plots)})"))
+    return Drawing(panels=tuple(drawn))
 
 
 def style(name: str) -> AbstractContextManager[None]:
