@@ -30,7 +30,7 @@ class Limits:
 
     control: float
     collateral: float
-    draws: int = 5
+    draws: int = 10
 
 
 @dataclass(frozen=True)

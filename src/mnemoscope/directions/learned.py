@@ -6,9 +6,9 @@ Shapes: N examples, L layers, D neurons.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import chain, cycle, islice
+from itertools import cycle, islice
 
 import numpy as np
 import torch
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from mnemoscope.behaviour import Batch, log_probabilities
 from mnemoscope.directions.sources import Sources
-from mnemoscope.steering import Toward, shifted
+from mnemoscope.steering import OPPOSITE, Toward, shifted
+
+OPTION: dict[Toward, int] = {"memorized": 0, "generalized": 1}  # its column in log probabilities
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +44,7 @@ class Budget:
 def learn(sources: Sources, budget: Budget) -> np.ndarray:
     """The learned shift, float64 (L, D); zero in other layers.
 
-    Phrasings of pairs and other conflicts take turns. Adam's steps begin as long as the budget and fall to 0; after
-    each the shift is scaled back into the budget.
+    Adam's steps begin as long as the budget and fall to 0; after each the shift is scaled back into the budget.
     """
     if budget in sources.found:
         return sources.found[budget]
@@ -53,12 +54,14 @@ def learn(sources: Sources, budget: Budget) -> np.ndarray:
     rate = budget.strength / math.sqrt(neurons * len(units))
     adam = torch.optim.Adam(units.values(), lr=rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / budget.steps)
-    lists = sources.lists
-    turned = cycle(list(chain(*_alternating(lists.pairs[budget.toward], lists.conflicts[budget.toward]))))
-    kept = cycle(lists.kept[budget.toward]) if lists.kept[budget.toward] and budget.kept_weight else None
-    for number, batch in enumerate(islice(turned, budget.steps)):
+    turned = cycle(_turned(sources, budget.toward))
+    held = sources.lists.kept[budget.toward]
+    kept = cycle(held) if held and budget.kept_weight else None
+    for number, (batch, wanted, stream) in enumerate(islice(turned, budget.steps)):
         shifts = {layer: unit_D * norm_L[layer] for layer, unit_D in units.items()}
-        loss = -_wanted_logp(sources, budget.toward, batch, shifts).mean()
+        logp_N = _log_p(sources, batch, shifts)[:, OPTION[wanted]]
+        labelled_N = _labelled(sources, len(logp_N), wanted == budget.toward, stream)
+        loss = -logp_N[labelled_N].sum() / max(1, int(labelled_N.sum()))
         if kept and number % 2:  # every second step is enough to hold what should stay
             loss = loss - budget.kept_weight * _log_p(sources, next(kept), shifts)[:, 0].mean()
         # Not backward(): that would also fill the gradients of the model's own parameters.
@@ -74,18 +77,23 @@ def learn(sources: Sources, budget: Budget) -> np.ndarray:
     return found_LD
 
 
-def _alternating(first: Sequence[Batch], second: Sequence[Batch]) -> list[Sequence[Batch]]:
-    """Batches of both lists in turn; the longer one's rest follows."""
-    return [[*first[i : i + 1], *second[i : i + 1]] for i in range(max(len(first), len(second)))]
+def _turned(sources: Sources, toward: Toward) -> list[tuple[Batch, Toward, int]]:
+    """Batches to learn from, the answer that is wanted of each, and the random stream of its labels.
+
+    Phrasings of pairs and other conflicts take turns. A pair whose labels are swapped is turned the other way: the
+    phrasing that really generalizes towards the answer that is really memorized. So a shuffle adds the lists of the
+    other direction.
+    """
+    ways = (toward,) if sources.shuffle is None else (toward, OPPOSITE[toward])
+    lists = [(way, found[way]) for found in (sources.lists.pairs, sources.lists.conflicts) for way in ways]
+    longest = max(len(batches) for _, batches in lists)
+    return [(batches[place], way, place) for place in range(longest) for way, batches in lists if place < len(batches)]
 
 
-def _wanted_logp(sources: Sources, toward: Toward, batch: Batch, shifts: Mapping[int, Tensor]) -> Tensor:
-    """Log probability of the answer turned to, or where the labels are shuffled of either; (N,)."""
-    logp_N2 = _log_p(sources, batch, shifts)
-    # Batches are told apart by the examples in them, so that a shuffle treats each the same at every step.
-    stays_N = torch.from_numpy(sources.signs(len(logp_N2), int(batch.examples_N.sum()), len(logp_N2)) > 0)
-    wanted_N = stays_N.to(logp_N2.device) == (toward == "generalized")
-    return torch.where(wanted_N, logp_N2[:, 1], logp_N2[:, 0])
+def _labelled(sources: Sources, n: int, stays: bool, stream: int) -> Tensor:
+    """Which examples of a batch have the label that it is learned with: all without a shuffle, else half; bool (N,)."""
+    signs_N = torch.from_numpy(sources.signs(n, stream))
+    return signs_N > 0 if stays else signs_N < 0
 
 
 def _log_p(sources: Sources, batch: Batch, shifts: Mapping[int, Tensor]) -> Tensor:

@@ -61,10 +61,13 @@ class Sources:
         return self.shuffles[seed]
 
     def signs(self, n: int, *stream: int) -> np.ndarray:
-        """float64 (n,): 1 where a label stays, -1 where the shuffle swaps it; all 1 without a shuffle."""
+        """float64 (n,): 1 where a label stays, -1 where the shuffle swaps it; all 1 without a shuffle.
+
+        Half of the labels swap, to one: what is left of a direction is then not a matter of how many stayed by chance.
+        """
         if self.shuffle is None:
             return np.ones(n)
-        return np.random.default_rng([self.shuffle, *stream]).choice([-1.0, 1.0], size=n)
+        return np.random.default_rng([self.shuffle, *stream]).permutation(np.where(np.arange(n) % 2 == 0, 1.0, -1.0))
 
     @cached_property
     def differences_PLD(self) -> np.ndarray:
