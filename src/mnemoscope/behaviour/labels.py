@@ -94,7 +94,8 @@ def score(
         margins: whether decision margins are wanted; without them an option is not read on once its first token
             does not fit.
         capture: a site whose states at the decision position are returned as well.
-        applied: makes the context in which each batch is read, for example a steering vector's.
+        applied: makes the context in which each batch is read, for example a steering vector's. Where prefixes are
+            cached it may act by hooks only, and from the decision position on.
 
     Returns:
         Scores with N entries; ``confabulated_N`` is NaN (see ``mark_confabulations``).
