@@ -93,8 +93,8 @@ def known_model(decider: Decider, filler: float = 1.0) -> Asking:
     for parameter in model.parameters():
         parameter.data.zero_()
     for norm in (module for module in model.modules() if isinstance(module, nn.LayerNorm)):
-        # Next to such an epsilon any variance is 0: the norm takes away the mean, which is 0, and nothing else. A smaller
-        # one leaks gradient into idle neurons, and Adam's steps (method "learned") are as long there as at the switch.
+        # Next to such an epsilon any variance is 0: the norm takes away the mean, which is 0, and nothing else.
+        # A smaller one leaks gradient into idle neurons, where Adam (method "learned") steps as far as at the switch.
         norm.eps = 1e12
         norm.weight.data.fill_(1e6)
     ids = tokenizer.get_vocab()
