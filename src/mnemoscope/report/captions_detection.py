@@ -70,7 +70,7 @@ def _early(probe: Tree) -> str:
     if len(probe.get("best_by_offset", {})) < 2 or "known_from" not in probe:
         return ""
     chance, alone = (_from(probe["known_from"].get(what, math.nan)) for what in ("chance", "input_only"))
-    return f"It is surely above chance {chance}, and surely above the input alone {alone}."
+    return f"Surely above chance: {chance}. Surely above the input alone: {alone}."
 
 
 def _from(offset: float) -> str:

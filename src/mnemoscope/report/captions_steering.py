@@ -178,9 +178,13 @@ def ablation(task: Tree, direction: str) -> str:
     needed = {1: "more than", -1: "less than", 0: "not surely more than"}[certain(beyond)]
     return (
         f"{_towards(direction)}, holding the {100 * float(top):g}\u00a0% of neurons that {method} ranks highest at "
-        f"their mean takes {lost['estimate']:.1f} of the {before['estimate']:.1f} nats between the two sides: {needed} "
+        f"their mean {_taken(lost['estimate'])} the {before['estimate']:.1f} nats between the two sides: {needed} "
         f"as many random ones ({beyond['estimate']:+.1f}, {beyond['low']:.1f} to {beyond['high']:.1f})."
     )
+
+
+def _taken(lost: float) -> str:
+    return f"takes {lost:.1f} of" if lost >= 0 else f"adds {-lost:.1f} to"
 
 
 def patches(task: Tree, direction: str) -> str:

@@ -131,7 +131,7 @@ def _patch_panel(sites: dict[str, Any], direction: str) -> Panel:
         ends, layers = [], range(len(next(iter(sites.values()))))
         for (site, shares), (dash, width) in zip(sites.items(), looks, strict=False):
             shifts = [entry["shift"] for entry in shares]
-            line(ax, layers, shifts, COLOUR[target], dash=dash, width=width)
+            line(ax, layers, shifts, COLOUR[target], dash=dash, width=width, band=False)
             ends.append((site, last_known(shifts), COLOUR[target]))
         ax.set_ylim(-0.03, 1.03)
         percent_axis(ax)
