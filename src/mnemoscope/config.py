@@ -97,7 +97,7 @@ class PairsConfig(_Frozen):
     test_examples: int = Field(4000, ge=1, description="the same of the test split")
     rephrasings: int = Field(1, ge=1, le=100, description="drawn for each example of a split")
     permutations: int = Field(1000, ge=19, le=100000, description="sign flips behind each p-value")
-    batch_size: int = Field(256, ge=1, description="examples per forward pass")
+    batch_size: int = Field(512, ge=1, description="examples per forward pass")
 
 
 class ProbesConfig(_Frozen):

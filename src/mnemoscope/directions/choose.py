@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mnemoscope.behaviour import Asking, Batch
-from mnemoscope.directions.controls import CHEAP, control_draws
+from mnemoscope.directions.controls import CHEAP, CONTROLS, control_draws
 from mnemoscope.directions.settings import TOWARD, Setting, share_of, steered, vector_of
 from mnemoscope.directions.sources import Sources
 
@@ -97,11 +97,14 @@ def worst_control(
     limits: Limits,
     seed: Sequence[int],
 ) -> float:
-    """The highest mean shift rate of a control; of those that fit nothing anew, and no further once over the limit."""
+    """The highest mean shift rate of a control, and no further once over the limit.
+
+    What is fitted anew comes last and is drawn three times only.
+    """
     vector = vector_of(sources, setting)
     worst = 0.0
-    for name in reversed(CHEAP):
-        drawn = control_draws(name, sources, setting, limits.draws, seed)
+    for name in (*reversed(CHEAP), *(name for name in CONTROLS if name not in CHEAP)):
+        drawn = control_draws(name, sources, setting, limits.draws if name in CHEAP else 3, seed)
         rates = [
             share_of(steered(asking, batches, vector.with_dense(shift_LD), margins=False), TOWARD[setting.direction])
             for _, shift_LD in drawn

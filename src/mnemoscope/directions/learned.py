@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import cycle, islice, zip_longest
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from mnemoscope.behaviour import Batch, log_probabilities
 from mnemoscope.directions.sources import Sources
 from mnemoscope.steering import OPPOSITE, Toward, shifted
 
-OPTION: dict[Toward, int] = {"memorized": 0, "generalized": 1}  # its column in log probabilities
+MOMENTUM = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Budget:
         layers: the layers that may be shifted.
         strength: total relative norm that may be spent: the root of the summed squares of each layer's shift over the
             norm of its states.
-        steps: of Adam; each reads one batch of examples to be turned and one of those to be kept.
+        steps: of the ascent; each reads one batch of examples to be turned and one of those to be kept.
         kept_weight: weight of the examples to be kept, against the examples to be turned; 0 leaves them out.
     """
 
@@ -44,30 +44,30 @@ class Budget:
 def learn(sources: Sources, budget: Budget) -> np.ndarray:
     """The learned shift, float64 (L, D); zero in other layers.
 
-    Adam's steps begin as long as the budget and fall to 0; after each the shift is scaled back into the budget.
+    Steepest ascent with momentum: each gradient is scaled to norm 1, so that neurons without influence take nothing of
+    the budget (steps scaled neuron by neuron, as Adam's, would give it to them). Steps fall from the whole budget to 0;
+    after each the shift is scaled back into it.
     """
     if budget in sources.found:
         return sources.found[budget]
     layers, neurons = sources.shape_LD
     units = {layer: torch.zeros(neurons, requires_grad=True) for layer in budget.layers}
     norm_L = torch.from_numpy(sources.norm_L).float()
-    rate = budget.strength / math.sqrt(neurons * len(units))
-    adam = torch.optim.Adam(units.values(), lr=rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / budget.steps)
-    turned = cycle(_turned(sources, budget.toward))
+    ascent = torch.optim.SGD(units.values(), lr=budget.strength * (1 - MOMENTUM), momentum=MOMENTUM)
+    schedule = torch.optim.lr_scheduler.LambdaLR(ascent, lambda step: 1 - step / budget.steps)
     held = sources.lists.kept[budget.toward]
     kept = cycle(held) if held and budget.kept_weight else None
-    for number, (batch, wanted, stream) in enumerate(islice(turned, budget.steps)):
+    for number, (batch, option_N) in enumerate(islice(cycle(_wanted(sources, budget.toward)), budget.steps)):
         shifts = {layer: unit_D * norm_L[layer] for layer, unit_D in units.items()}
-        logp_N = _log_p(sources, batch, shifts)[:, OPTION[wanted]]
-        labelled_N = _labelled(sources, len(logp_N), wanted == budget.toward, stream)
-        loss = -logp_N[labelled_N].sum() / max(1, int(labelled_N.sum()))
+        loss = -_log_p(sources, batch, shifts).gather(1, option_N[:, None]).mean()
         if kept and number % 2:  # every second step is enough to hold what should stay
             loss = loss - budget.kept_weight * _log_p(sources, next(kept), shifts)[:, 0].mean()
         # Not backward(): that would also fill the gradients of the model's own parameters.
-        for unit_D, gradient_D in zip(units.values(), torch.autograd.grad(loss, list(units.values())), strict=True):
-            unit_D.grad = gradient_D
-        adam.step()
+        gradients = torch.autograd.grad(loss, list(units.values()))
+        norm = torch.stack([gradient_D.norm() for gradient_D in gradients]).norm()
+        for unit_D, gradient_D in zip(units.values(), gradients, strict=True):
+            unit_D.grad = gradient_D / norm if norm > 0 else gradient_D
+        ascent.step()
         schedule.step()
         _project(list(units.values()), budget.strength)
     found_LD = np.zeros((layers, neurons))
@@ -77,23 +77,21 @@ def learn(sources: Sources, budget: Budget) -> np.ndarray:
     return found_LD
 
 
-def _turned(sources: Sources, toward: Toward) -> list[tuple[Batch, Toward, int]]:
-    """Batches to learn from, the answer that is wanted of each, and the random stream of its labels.
+def _wanted(sources: Sources, toward: Toward) -> list[tuple[Batch, Tensor]]:
+    """Batches to learn from and which answer is wanted of each example: 0 memorized, 1 generalized; int64 (N,).
 
-    Phrasings of pairs and other conflicts take turns. A pair whose labels are swapped is turned the other way: the
-    phrasing that really generalizes towards the answer that is really memorized. So a shuffle adds the lists of the
-    other direction.
+    Phrasings of pairs and other conflicts take turns. Under a shuffle both sides of the pairs are asked for either
+    answer, half for each, so that nothing links what is wanted to what the model says.
     """
     ways = (toward,) if sources.shuffle is None else (toward, OPPOSITE[toward])
-    lists = [(way, found[way]) for found in (sources.lists.pairs, sources.lists.conflicts) for way in ways]
-    longest = max(len(batches) for _, batches in lists)
-    return [(batches[place], way, place) for place in range(longest) for way, batches in lists if place < len(batches)]
-
-
-def _labelled(sources: Sources, n: int, stays: bool, stream: int) -> Tensor:
-    """Which examples of a batch have the label that it is learned with: all without a shuffle, else half; bool (N,)."""
-    signs_N = torch.from_numpy(sources.signs(n, stream))
-    return signs_N > 0 if stays else signs_N < 0
+    lists = [found[way] for found in (sources.lists.pairs, sources.lists.conflicts) for way in ways]
+    in_turn = [batch for row in zip_longest(*lists) for batch in row if batch is not None]
+    option = 1 if toward == "generalized" else 0
+    wanted = []
+    for stream, batch in enumerate(in_turn):
+        stays_N = torch.from_numpy(sources.signs(len(batch.examples_N), stream) > 0)
+        wanted.append((batch, torch.where(stays_N, option, 1 - option).to(batch.ids_NT.device)))
+    return wanted
 
 
 def _log_p(sources: Sources, batch: Batch, shifts: Mapping[int, Tensor]) -> Tensor:

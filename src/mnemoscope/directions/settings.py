@@ -51,7 +51,7 @@ def vector_of(sources: Sources, setting: Setting) -> SteeringVector:
     """
     shift_LD = _direction(sources, setting)
     kept_LD = ranked_neurons(sources, setting, setting.top)
-    norm = np.linalg.norm((shift_LD / sources.norm_L[:, None])[kept_LD])
+    norm = np.linalg.norm(_relative(shift_LD, sources)[kept_LD])
     scale = setting.strength / norm if norm > 0 else 0.0
     vector = SteeringVector(
         TOWARD[setting.direction], {}, setting.site, method=setting.method, top=setting.top, strength=setting.strength
@@ -61,11 +61,17 @@ def vector_of(sources: Sources, setting: Setting) -> SteeringVector:
 
 def ranked_neurons(sources: Sources, setting: Setting, top: float) -> np.ndarray:
     """Where the share ``top`` of the neurons in a setting's layers is that its method ranks highest; bool (L, D)."""
-    relative_LD = _direction(sources, setting) / sources.norm_L[:, None]
+    relative_LD = _relative(_direction(sources, setting), sources)
     rank_LD = np.abs(sources.rho_LD if setting.method in RANKED_BY_RHO else relative_LD)
     kept_LD = np.zeros(rank_LD.shape, bool)
     kept_LD[list(setting.layers)] = _largest(rank_LD[list(setting.layers)], top)
     return kept_LD
+
+
+def _relative(shift_LD: np.ndarray, sources: Sources) -> np.ndarray:
+    """A shift in units of each layer's norm; 0 where a layer's states are all 0."""
+    norm_L1 = sources.norm_L[:, None]
+    return np.divide(shift_LD, norm_L1, out=np.zeros_like(shift_LD), where=norm_L1 > 0)
 
 
 def _direction(sources: Sources, setting: Setting) -> np.ndarray:
