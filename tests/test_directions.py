@@ -165,7 +165,18 @@ def test_shuffled_labels_leave_little_of_a_method(sources: Sources, method: str)
     shuffles = [vector_of(sources.shuffled(seed), chosen).dense(2, 64) for seed in range(6)]
     assert all(not np.array_equal(s, original) for s in shuffles) or method == "pca"
     mean = np.mean(shuffles, axis=0)
-    assert np.linalg.norm(mean) < 0.85 * np.linalg.norm(original)
+    along = (mean * original).sum() / (original**2).sum()
+    # A learned shift still learns to make the model less sure, which is a part of turning it.
+    assert along < (0.8 if method in ("learned", "pca") else 0.45)
+
+
+def test_half_of_the_labels_swap(sources: Sources) -> None:
+    """So that the mean difference itself is not left over with a random sign."""
+    shuffled = sources.shuffled(3)
+    assert shuffled.signs(30).sum() == 0
+    assert (sources.signs(30) == 1).all()
+    assert sources.shuffled(3) is shuffled
+    np.testing.assert_allclose(np.abs(shuffled.differences_PLD), np.abs(sources.differences_PLD))
 
 
 def test_the_setting_is_chosen_that_exceeds_its_control(asking: Asking, sources: Sources) -> None:
