@@ -17,11 +17,12 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import yaml
 from safetensors import safe_open
 
 from helpers import MINI_TASKS
 from mnemoscope.behaviour import Asking
-from mnemoscope.config import dump_study, load_study
+from mnemoscope.config import dump_study, load_study, parse_study
 from mnemoscope.errors import InputError, StudyError
 from mnemoscope.models import load_model
 from mnemoscope.steering import SteeringVector
@@ -253,6 +254,86 @@ cells:
     found = json.loads((tmp_path / "run" / "results.json").read_text())["tasks"]["mine"]
     assert found["pairs"]["pairs"] > 10
     assert "report" in (tmp_path / "run" / "report.html").read_text().lower()
+
+
+TWO_LABELS = """
+study: two
+seeds: 2
+cells:
+  donor:
+    task: addition-digits
+    options: {{digits: 2, stored: 96, memorized_share: 0.4, seed: 0}}
+    model: {{folder: {folder}}}
+    pairs: &pairs {{behaviour_examples: 60, fit_examples: 150, tune_examples: 60, test_examples: 60, permutations: 99}}
+    probes: &probes {{offsets: [0], learning_draws: 1, halvings: 2}}
+    steering: &steering
+      sweeps: {{nmd: {{tops: [0.5], strengths: [0.3]}}}}
+      draws: 2
+      tune_pairs: 20
+      tune_others: 20
+      fit_pairs: 40
+      fit_others: 20
+    effects: &effects {{pairs: 20, doses: [0, 1], ablated: [0.1], draws: 1}}
+  borrower:
+    task: addition-digits
+    options: {{digits: 2, stored: 96, memorized_share: 0.4, seed: 0}}
+    model: {{cell: donor}}
+    pairs: *pairs
+    probes: *probes
+    steering: *steering
+    effects: *effects
+"""
+
+
+def test_seeds_and_labels_that_share_a_model_are_compared(mini: Callable[[str], Asking], tmp_path: Path) -> None:
+    """A miniature of the study `paper`: cells that borrow a model, two seeds, transfer between labels."""
+    asking = mini("addition-digits")
+    asking.model.save_pretrained(tmp_path / "model")
+    asking.tokenizer.save_pretrained(tmp_path / "model")
+    text = TWO_LABELS.format(folder=tmp_path / "model").replace("{cell: donor}", f"{{folder: {tmp_path / 'model'}}}")
+    (tmp_path / "two.yaml").write_text(text)
+    run_study(load_study(str(tmp_path / "two.yaml")), tmp_path / "run", workers=2)
+    seeds = pd.read_parquet(tmp_path / "run" / "records" / "seeds.parquet")
+    assert set(seeds.label) == {"donor", "borrower"}
+    assert set(seeds.what) == {"overlap", "rank_correlation", "aligned_cosine"}
+    steering = pd.read_parquet(tmp_path / "run" / "records" / "transfer_steering.parquet")
+    probes = pd.read_parquet(tmp_path / "run" / "records" / "transfer_probes.parquet")
+    every = {(a, b) for a in ("donor", "borrower") for b in ("donor", "borrower")}
+    assert set(zip(steering.source, steering.target, strict=True)) == every
+    assert set(zip(probes.source, probes.target, strict=True)) == every
+    # A cell's vector on its own pairs does what it did when it was judged.
+    own = steering[(steering.source == "donor") & (steering.target == "donor") & (steering.seed == 0)]
+    judged = pd.read_parquet(tmp_path / "run" / "cells" / "donor-0" / "records" / "steering.parquet")
+    for direction in ("to_generalized", "to_memorized"):
+        first = own[(own.direction == direction) & (own.role == "vector")].after.tolist()
+        rows = judged[(judged.direction == direction) & (judged.role == "vector") & (judged.aim == "pairs")]
+        assert first == rows[rows.examples == "pairs"].after.tolist()[: len(first)]
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert set(results["transfer"]) == {"donor", "borrower"}
+    assert results["tasks"]["donor"]["seeds"] == [0, 1]
+
+
+def test_a_cell_borrows_the_model_of_another_and_all_that_fail_are_told(tmp_path: Path) -> None:
+    """Nothing flips after 5 steps, so both borrowers fail: after the donor was trained, and neither stops the other."""
+    raw = yaml.safe_load(TWO_LABELS.format(folder="none"))
+    stop = {"novel_accuracy": 0, "recall": 0, "conflict_each": 0, "conflict_other": 1}
+    training = {"steps": 5, "evaluate_every": 5, "evaluation_examples": 8, "stop": stop}
+    raw["cells"]["donor"] |= {"model": {"layers": 1, "width": 16}, "training": training, "analysed": False}
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(raw))
+    with pytest.raises(StudyError, match=r"borrower-0: no pairs found.*\(1 more cells failed\)"):
+        run_study(load_study(str(tmp_path / "two.yaml")), tmp_path / "run", workers=1)
+    cells = tmp_path / "run" / "cells"
+    assert (cells / "donor-1" / "model").is_dir()
+    assert not (cells / "donor-1" / "stages" / "pairs.json").exists()
+    assert (cells / "borrower-1" / "records" / "behaviour.parquet").exists()
+    assert not (cells / "borrower-1" / "model").exists()
+
+
+def test_a_model_is_borrowed_from_a_cell_that_has_one() -> None:
+    raw = yaml.safe_load(TWO_LABELS.format(folder="none"))
+    raw["cells"]["borrower"]["model"] = {"cell": "nobody"}
+    with pytest.raises(InputError, match=r"cells.borrower.model.cell: 'nobody' is not one of donor"):
+        parse_study(raw)
 
 
 def test_a_resolved_study_reads_back_as_itself(study_file: Path, tmp_path: Path) -> None:

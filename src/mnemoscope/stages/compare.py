@@ -50,10 +50,10 @@ def compare_stage(cells: Sequence[Cell], run: Path, tell: Tell) -> list[Path]:
 
 
 def _sharing(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """Cells that use one model."""
-    groups: dict[Path, list[Cell]] = {}
+    """Cells of one seed that use one model."""
+    groups: dict[tuple[Path, int], list[Cell]] = {}
     for cell in cells:
-        groups.setdefault(cell.model_folder.resolve(), []).append(cell)
+        groups.setdefault((cell.model_folder.resolve(), cell.seed), []).append(cell)
     return list(groups.values())
 
 

@@ -98,14 +98,13 @@ class _Work:
     choices: dict[tuple[str, str, str], Choice] = field(default_factory=dict)
 
     def choose(self, direction: str, method: str) -> None:
-        """Choose a method's setting for pairs, and for conflicts its strength at the same place."""
+        """Choose a method's setting for pairs, and for conflicts another one with the same share of neurons."""
         config, count = self.cell.config.steering, len(blocks_of(self.asking.model))
         limits = Limits(config.control_limit, config.collateral_limit)
         settings = settings_of(direction, method, config.sweeps[method], count)  # type: ignore[index]
         choice = self._choose("pairs", direction, settings, limits)
-        same_place = [s for s in settings if (s.site, s.layers, s.top) == _place(choice.setting)]
         limits = replace(limits, collateral=config.conflict_collateral_limit)
-        self._choose("conflict", direction, same_place, limits)
+        self._choose("conflict", direction, [s for s in settings if s.top == choice.setting.top], limits)
 
     def _choose(self, aim: str, direction: str, settings: Sequence[Setting], limits: Limits) -> Choice:
         lists = self.tune[aim][direction]
@@ -115,7 +114,8 @@ class _Work:
             rated.append((setting, share_of(scores, TOWARD[direction])))
             if setting.method in self.cell.config.steering.mapped:
                 for name, (batches, label) in lists.kept.items():
-                    self._sweep(name, setting, batches, label)
+                    if aim == "pairs" or name not in self.tune["pairs"][direction].kept:
+                        self._sweep(name, setting, batches, label)
         seed = [self.cell.seed, 1]
         choice = choose(self.asking, lists, self.sources, rated, limits, seed)
         self.choices[aim, direction, settings[0].method] = choice
@@ -219,10 +219,6 @@ def save_vector(folder: Path, name: str, vector: SteeringVector) -> list[Path]:
         for suffix in (".json", ".safetensors"):
             temporary.with_suffix(suffix).unlink(missing_ok=True)
     return [path, path.with_suffix(".json")]
-
-
-def _place(setting: Setting) -> tuple[str, tuple[int, ...], float]:
-    return setting.site, setting.layers, setting.top
 
 
 def _facts(setting: Setting) -> dict[str, Any]:
