@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -134,6 +135,18 @@ def test_a_learned_shift_does_more_than_any_other_of_its_norm(asking: Asking, so
         m: steered(asking, batches, vector_of(sources, setting(m, strength=0.15))).margin_N.mean() for m in METHODS
     }
     assert rates["learned"] > max(rates[m] for m in ("nmd", "logistic", "whitened", "pca"))
+
+
+def test_what_should_stay_can_be_left_out_of_the_objective(asking: Asking, sources: Sources) -> None:
+    """Weighed heavily, novel examples keep more of their right answers under a strong shift than left out."""
+    chosen = setting("learned", "to_memorized", strength=0.6)
+    right = sources.lists.kept["generalized"]
+    kept = []
+    for weight in (0.0, 20.0):
+        lists = replace(sources.lists, kept={"memorized": right}, kept_weight=weight)
+        vector = vector_of(replace(sources, lists=lists, found={}), chosen)
+        kept.append(share_of(steered(asking, right, vector), "correct"))
+    assert kept[1] > kept[0]
 
 
 @pytest.mark.parametrize("name", CONTROLS)

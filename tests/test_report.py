@@ -970,6 +970,16 @@ def test_verdict_of_reading(accuracy: tuple[float, ...], beyond: tuple[float, ..
     assert ("more" if beyond[0] >= 0 else "fewer") in answer.sentence
 
 
+def test_reading_is_held_against_the_stronger_view_of_the_input() -> None:
+    best = {"accuracy": estimate(0.6, 0.57, 0.63), "minus_input_only": estimate(0.05, 0.02, 0.08), "picked": [3]}
+    probe = {"best": best, "input_only": estimate(0.55, 0.5, 0.6), "input_repeats": estimate(0.7, 0.65, 0.75)}
+    assert can_it_be_read({"probe": probe}).verdict == "Yes, beyond the input"
+    best["minus_input_repeats"] = estimate(-0.1, -0.13, -0.07)
+    answer = can_it_be_read({"probe": probe})
+    assert answer.verdict == "Yes, but not surely beyond the input"
+    assert "10\u00a0points fewer" in answer.sentence
+
+
 def test_damage_in_words() -> None:
     hurt, unsure, undefined = estimate(-0.29, -0.32, -0.27), estimate(-0.01, -0.03, 0.01), estimate(*[math.nan] * 3)
     found = {"novel": hurt, "memory": undefined, "conflict_rest": unsure}

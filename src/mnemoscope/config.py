@@ -183,6 +183,9 @@ class SteeringConfig(_Frozen):
     )
     fit_pairs: int = Field(600, ge=2, description="fit pairs whose states and gradients make the directions")
     fit_others: int = Field(600, ge=1, description="fit examples of each other list that learned vectors are fitted on")
+    kept_weight: float = Field(
+        1.0, ge=0, le=100, description="of memory and novel examples in the objective of learned vectors; 0: left out"
+    )
     tune_pairs: int = Field(300, ge=1, description="tune pairs that every setting is tried on")
     tune_others: int = Field(200, ge=1, description="tune examples of each other list")
     judged_examples: int = Field(500, ge=1, description="test pairs, and examples of each other list, at most")

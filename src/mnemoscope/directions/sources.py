@@ -26,12 +26,14 @@ class FitLists:
         asking: how they are put to the model.
         pairs, conflicts: per behaviour turned to, phrasings of pairs, and other conflicts, that answer the other way.
         kept: per behaviour turned to, memory and novel examples whose answers should stay as they are.
+        kept_weight: of these in the objective of learned vectors; 0 leaves them out.
     """
 
     asking: Asking
     pairs: Mapping[Toward, Sequence[Batch]]
     conflicts: Mapping[Toward, Sequence[Batch]]
     kept: Mapping[Toward, Sequence[Batch]]
+    kept_weight: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)

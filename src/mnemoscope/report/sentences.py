@@ -178,7 +178,7 @@ def do_they_differ(task: Tree) -> Answer:
 
 def can_it_be_read(task: Tree) -> Answer:
     best, question = task["probe"]["best"], "Can it be read?"
-    accuracy, beyond, alone = best["accuracy"], best["minus_input_only"], task["probe"]["input_only"]
+    accuracy, (beyond, alone) = best["accuracy"], _strongest_input(task["probe"])
     if not known(accuracy):
         return Answer("read", question, "Not measured", "", "", why_nothing(task), (math.nan,) * 4)
     if certain(beyond) > 0:
@@ -192,6 +192,17 @@ def can_it_be_read(task: Tree) -> Answer:
     strip = (accuracy["low"], accuracy["estimate"], accuracy["high"], alone["estimate"])
     text = f"95{NBSP}% interval: {interval(accuracy)}"
     return Answer("read", question, verdict, percent(accuracy["estimate"]), text, sentence, strip, "input alone")
+
+
+def _strongest_input(probe: Tree) -> tuple[R, R]:
+    """Probe minus input alone, and the input alone: of the two ways to read the input, the one that leaves least."""
+    found = [
+        (probe["best"][f"minus_{kind}"], probe[kind])
+        for kind in ("input_only", "input_repeats")
+        if kind in probe and f"minus_{kind}" in probe["best"] and known(probe["best"][f"minus_{kind}"])
+    ]
+    undefined = {"estimate": math.nan, "low": math.nan, "high": math.nan, "n": 0}
+    return min(found, key=lambda pair: pair[0]["estimate"], default=(undefined, undefined))
 
 
 def _compared(difference: R) -> str:

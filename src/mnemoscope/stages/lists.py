@@ -86,7 +86,7 @@ def fit_lists(cell: Cell, asking: Asking, records: Records) -> FitLists:
         others = records.conflicts("fit", SOURCE[direction], config.fit_others, reachable)
         conflicts[toward] = with_prefixes(asking, others)
         kept[toward] = with_prefixes(asking, [e for name in _kept(records, toward) for e in right[name]])
-    return FitLists(asking, pairs, conflicts, kept)
+    return FitLists(asking, pairs, conflicts, kept, config.kept_weight)
 
 
 def tune_lists(cell: Cell, asking: Asking, records: Records) -> dict[str, dict[str, TuneLists]]:
