@@ -26,11 +26,13 @@ class Limits:
         control: the highest mean shift rate of a control.
         collateral: the largest drop of the share that keeps its answer, of any list that should.
         draws: of each control.
+        refits: draws of the controls that fit a method anew, which cost most; 0 leaves them out.
     """
 
     control: float
     collateral: float
     draws: int = 10
+    refits: int = 2
 
 
 @dataclass(frozen=True)
@@ -99,12 +101,12 @@ def worst_control(
 ) -> float:
     """The highest mean shift rate of a control, and no further once over the limit.
 
-    What is fitted anew comes last and is drawn three times only.
+    What is fitted anew comes last.
     """
     vector = vector_of(sources, setting)
     worst = 0.0
     for name in (*reversed(CHEAP), *(name for name in CONTROLS if name not in CHEAP)):
-        drawn = control_draws(name, sources, setting, limits.draws if name in CHEAP else 3, seed)
+        drawn = control_draws(name, sources, setting, limits.draws if name in CHEAP else limits.refits, seed)
         rates = [
             share_of(steered(asking, batches, vector.with_dense(shift_LD), margins=False), TOWARD[setting.direction])
             for _, shift_LD in drawn

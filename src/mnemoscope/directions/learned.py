@@ -37,7 +37,7 @@ class Budget:
     toward: Toward
     layers: tuple[int, ...]
     strength: float
-    steps: int = 30
+    steps: int = 20
     kept_weight: float = 1.0
 
 

@@ -103,7 +103,7 @@ class _Work:
         limits = Limits(config.control_limit, config.collateral_limit)
         settings = settings_of(direction, method, config.sweeps[method], count)  # type: ignore[index]
         choice = self._choose("pairs", direction, settings, limits)
-        limits = replace(limits, collateral=config.conflict_collateral_limit)
+        limits = replace(limits, collateral=config.conflict_collateral_limit, refits=0)
         self._choose("conflict", direction, [s for s in settings if s.top == choice.setting.top], limits)
 
     def _choose(self, aim: str, direction: str, settings: Sequence[Setting], limits: Limits) -> Choice:
@@ -146,7 +146,10 @@ class _Work:
         lists: Mapping[str, JudgedList],
         prepared: Mapping[str, Sequence[Batch]],
     ) -> Iterator[pd.DataFrame]:
-        """A chosen vector on the lists of its aim, and its controls on the first of them."""
+        """A chosen vector on the lists of its aim, and its controls on the first of them.
+
+        Conflicts get controls under the best method only.
+        """
         setting = self.choices[aim, direction, method].setting
         sources, config = self.sources[setting.site], self.cell.config.steering
         vector = vector_of(sources, setting)
@@ -158,7 +161,7 @@ class _Work:
                     applied = partial(vector.apply, self.asking.model)
                     mark_confabulations(self.asking, lists[name].examples, scores, has_format, applied)
                 yield _table(aim, setting, ("vector", 0), name, lists[name], scores)
-        if aim not in lists:
+        if aim not in lists or (aim == "conflict" and method != self.best(aim, direction)):
             return
         for control in CONTROLS:
             seed = [self.cell.seed, zlib.crc32(f"{aim}/{direction}/{method}/{control}".encode())]
