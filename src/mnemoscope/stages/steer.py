@@ -185,13 +185,13 @@ class _Work:
             facts = _chosen(choice.setting, self.sources[choice.setting.site]) | {"within_limits": choice.within}
             entry["methods"].setdefault(method, {})[direction] = facts
         for aim, entry in chosen.items():
-            for direction in TOWARD:
-                methods = [m for a, d, m in self.choices if (a, d) == (aim, direction)]
-                ranked = [
-                    (self.choices[aim, direction, m].within, self.choices[aim, direction, m].net) for m in methods
-                ]
-                entry["best"][direction] = methods[max(range(len(methods)), key=ranked.__getitem__)]
+            entry["best"] = {direction: self.best(aim, direction) for direction in TOWARD}
         return chosen
+
+    def best(self, aim: str, direction: str) -> str:
+        """The method that exceeds its worst control most on the tune split, within the limits if one is."""
+        found = {m: choice for (a, d, m), choice in self.choices.items() if (a, d) == (aim, direction)}
+        return max(found, key=lambda method: (found[method].within, found[method].net))
 
 
 def settings_of(direction: str, method: str, sweep: SweepConfig, count: int) -> list[Setting]:
