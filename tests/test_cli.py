@@ -37,7 +37,7 @@ def test_help_imports_nothing_heavy() -> None:
 def test_tasks_are_listed() -> None:
     code, out, _ = call("tasks", "--json")
     assert code == 0
-    assert set(json.loads(out)) == {"inference", "addition", "addition-digits", "jsonl"}
+    assert set(json.loads(out)) == {"inference", "addition", "addition-digits", "cipher", "joint", "jsonl"}
     assert "inference" in call("tasks")[1]
 
 
@@ -107,7 +107,7 @@ def test_a_bad_study_is_one_line_and_exit_code_2(tmp_path: Path, text: str, mess
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("run", "quickstrat"), "study: 'quickstrat' is neither a file nor one of quickstart"),
+        (("run", "quickstrat"), "study: 'quickstrat' is neither a file nor one of paper, quickstart"),
         (("run", "quickstart", "--set", "seeds"), "--set: 'seeds' is not of the form a.b=c"),
         (("run", "quickstart", "--set", "seeds.a=1"), "leads through 'seeds'"),
         (("run", "quickstart", "--set", "cells.addition.model.layers=[1"), "not YAML"),
