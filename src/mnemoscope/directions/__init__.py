@@ -1,7 +1,7 @@
 """From pairs to steering vectors: methods, controls of the same norm, and the choice of a setting."""
 
 from mnemoscope.directions.choose import Choice, Limits, TuneLists, choose, damage, worst_control
-from mnemoscope.directions.controls import CONTROLS, control_draws, control_exists
+from mnemoscope.directions.controls import CONTROLS, control_draws, control_exists, gaussian_like
 from mnemoscope.directions.learned import Budget, learn
 from mnemoscope.directions.methods import METHODS, Method, Wanted, summed_gradient
 from mnemoscope.directions.settings import (
@@ -35,6 +35,7 @@ __all__ = [
     "control_draws",
     "control_exists",
     "damage",
+    "gaussian_like",
     "learn",
     "ranked_neurons",
     "read_sources",

@@ -45,6 +45,11 @@ def random_sign(shift_LD: np.ndarray, setting: Setting, sources: Sources, rng: n
 
 def gaussian(shift_LD: np.ndarray, setting: Setting, sources: Sources, rng: np.random.Generator) -> np.ndarray:
     """A direction drawn from a normal distribution over all neurons of the layers that are shifted."""
+    return gaussian_like(shift_LD, rng)
+
+
+def gaussian_like(shift_LD: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Normally distributed shifts with the norm of each layer's; needs nothing but the shift."""
     return scaled_to(rng.standard_normal(shift_LD.shape), np.linalg.norm(shift_LD, axis=1))
 
 

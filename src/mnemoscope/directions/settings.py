@@ -16,6 +16,7 @@ from mnemoscope.behaviour import Asking, Batch, Scores, score
 from mnemoscope.directions.methods import METHODS, RANKED_BY_RHO, Wanted
 from mnemoscope.directions.sources import Sources
 from mnemoscope.models import Site
+from mnemoscope.statistics import top_by_magnitude
 from mnemoscope.steering import SteeringVector, Toward
 
 TOWARD: dict[str, Toward] = {"to_generalized": "generalized", "to_memorized": "memorized"}
@@ -62,9 +63,9 @@ def vector_of(sources: Sources, setting: Setting) -> SteeringVector:
 def ranked_neurons(sources: Sources, setting: Setting, top: float) -> np.ndarray:
     """Where the share ``top`` of the neurons in a setting's layers is that its method ranks highest; bool (L, D)."""
     relative_LD = _relative(_direction(sources, setting), sources)
-    rank_LD = np.abs(sources.rho_LD if setting.method in RANKED_BY_RHO else relative_LD)
+    rank_LD = sources.rho_LD if setting.method in RANKED_BY_RHO else relative_LD
     kept_LD = np.zeros(rank_LD.shape, bool)
-    kept_LD[list(setting.layers)] = _largest(rank_LD[list(setting.layers)], top)
+    kept_LD[list(setting.layers)] = top_by_magnitude(rank_LD[list(setting.layers)], top)
     return kept_LD
 
 
@@ -96,10 +97,3 @@ def share_of(scores: Scores, behaviour: str) -> float:
     """Share of the examples that answer so; NaN where there is no example."""
     n = len(scores.behaviour_N)
     return float(np.mean(scores.behaviour_N == behaviour)) if n else math.nan
-
-
-def _largest(values_LD: np.ndarray, top: float) -> np.ndarray:
-    """Where the largest share ``top`` of the values is, at least one; of equal ones the first."""
-    chosen = np.zeros(values_LD.size, bool)
-    chosen[np.argsort(-values_LD, axis=None, kind="stable")[: max(1, math.ceil(top * values_LD.size - 1e-9))]] = True
-    return chosen.reshape(values_LD.shape)

@@ -18,11 +18,11 @@ from scipy.linalg import orthogonal_procrustes
 from mnemoscope.behaviour import Asking, Scores, prepare, score
 from mnemoscope.cells import Cell
 from mnemoscope.contrast import Contrast
-from mnemoscope.directions import SOURCE, steered, with_prefixes
+from mnemoscope.directions import SOURCE, gaussian_like, steered, with_prefixes
 from mnemoscope.stages.common import Tell, cell_model, write_table
 from mnemoscope.stages.lists import Records
 from mnemoscope.statistics import cosine, overlap, overlap_by_chance, rank_correlation
-from mnemoscope.steering import SteeringVector, scaled_to
+from mnemoscope.steering import SteeringVector
 from mnemoscope.tasks import Example
 
 TOPS = (0.05, 0.1, 0.3)
@@ -62,6 +62,7 @@ def _seeds(cells: Sequence[Cell]) -> Iterator[dict[str, Any]]:
     for cell in cells:
         labels.setdefault(cell.label, []).append(cell)
     for label, seeds in labels.items():
+        opened = {cell.seed: cell_model(cell) for cell in seeds if len(seeds) > 1}
         for a, b in combinations(seeds, 2):
             first, second = (Contrast.load(cell.folder / "contrast.safetensors") for cell in (a, b))
             shared = a.config.model.initialization is not None
@@ -69,7 +70,9 @@ def _seeds(cells: Sequence[Cell]) -> Iterator[dict[str, Any]]:
             common |= {"shared_initialization": shared}
             rng = np.random.default_rng([a.seed, b.seed])
             both = (first, second)
-            measured = (_overlaps(*both), _rank_correlations(first, second, rng), _alignments(a, b, both, rng))
+            models = (opened[a.seed], opened[b.seed])
+            aligned = _alignments(_common_examples(a, models[1]), models, both, rng)
+            measured = (_overlaps(*both), _rank_correlations(first, second, rng), aligned)
             for row in chain.from_iterable(measured):
                 yield {**common, "top": np.nan, **row}
 
@@ -90,16 +93,17 @@ def _rank_correlations(a: Contrast, b: Contrast, rng: np.random.Generator) -> It
         yield {"what": "rank_correlation", "layer": layer, "value": rank_correlation(first, second), **_spread(drawn)}
 
 
-def _alignments(a: Cell, b: Cell, contrasts: Sequence[Contrast], rng: np.random.Generator) -> Iterator[dict[str, Any]]:
+def _alignments(
+    examples: Sequence[Example], models: Sequence[Asking], contrasts: Sequence[Contrast], rng: np.random.Generator
+) -> Iterator[dict[str, Any]]:
     """Cosine of two models' NMD after one model's states are rotated onto the other's on the same prompts.
 
     Two models that began differently have no neuron in common, but the same prompts tell which rotation lays one's
     states over the other's (orthogonal Procrustes, Schoenemann 1966). Chance: the rotation fitted to shuffled prompts.
     """
-    examples = _common_examples(a, b)
     if len(examples) < 2:
         return
-    states = [_states(cell, examples, contrasts[0].site) for cell in (a, b)]
+    states = [_states(asking, examples, contrasts[0].site) for asking in models]
     for layer in range(states[0].shape[1]):
         first_ND, second_ND = (s[:, layer] - s[:, layer].mean(0) for s in states)
         nmd = [contrast.nmd_LD[layer] for contrast in contrasts]
@@ -111,17 +115,15 @@ def _alignments(a: Cell, b: Cell, contrasts: Sequence[Contrast], rng: np.random.
         yield {"what": "aligned_cosine", "layer": layer, "value": value, **_spread(drawn)}
 
 
-def _common_examples(a: Cell, b: Cell) -> list[Example]:
-    """Test conflicts of the first cell that the other's tokenizer can read."""
-    examples = [example for pair in Records.of(a).both_sides("test", ALIGNING_PROMPTS) for example in pair]
-    tokenizer = cell_model(b).tokenizer
-    unknown = tokenizer.unk_token_id
+def _common_examples(cell: Cell, other: Asking) -> list[Example]:
+    """Test conflicts of a cell that another model's tokenizer can read."""
+    examples = [example for pair in Records.of(cell).both_sides("test", ALIGNING_PROMPTS) for example in pair]
+    tokenizer, unknown = other.tokenizer, other.tokenizer.unk_token_id
     return [e for e in examples if unknown not in tokenizer(e.prompt).input_ids][:ALIGNING_PROMPTS]
 
 
-def _states(cell: Cell, examples: Sequence[Example], site: str) -> np.ndarray:
-    asking = cell_model(cell)
-    # Only prompts are read; the answers of another seed's items may be unknown words.
+def _states(asking: Asking, examples: Sequence[Example], site: str) -> np.ndarray:
+    """States at the decision position, float64 (N, L, D)."""
     scores = score(asking, prepare(asking, examples), margins=False, capture=site)  # type: ignore[arg-type]
     assert scores.states_NLD is not None
     return scores.states_NLD.astype(np.float64)
@@ -151,13 +153,13 @@ def _vectors(source: Cell, direction: str, asking: Asking) -> Iterator[tuple[str
         if not path.exists():
             continue
         vector = SteeringVector.load(path, asking.model, asking.tokenizer)
-        yield ("best" if method == best else method), "vector", 0, vector
+        name = "best" if method == best else method
+        yield name, "vector", 0, vector
         width = len(next(iter(vector.shifts.values())))
         shift_LD = vector.dense(max(vector.layers) + 1, width)
         for draw in range(GAUSSIAN_DRAWS):
             rng = np.random.default_rng([source.seed, draw])
-            drawn_LD = scaled_to(rng.standard_normal(shift_LD.shape), np.linalg.norm(shift_LD, axis=1))
-            yield ("best" if method == best else method), "gaussian", draw, vector.with_dense(drawn_LD)
+            yield name, "gaussian", draw, vector.with_dense(gaussian_like(shift_LD, rng))
 
 
 def _transferred(facts: dict[str, Any], examples: Sequence[Example], scores: Scores) -> pd.DataFrame:
@@ -171,7 +173,7 @@ def _transferred_probes(group: Sequence[Cell]) -> Iterator[pd.DataFrame]:
     """Every cell's probes on every cell's test states."""
     for target in group:
         examples = [e for pair in Records.of(target).both_sides("test", TRANSFERRED_PAIRS) for e in pair]
-        states_NLD = _states(target, examples, target.config.pairs.site)
+        states_NLD = _states(cell_model(target), examples, target.config.pairs.site)
         for source in group:
             for probe in json.loads((source.folder / "probe.json").read_text())["layers"]:
                 scores_N = states_NLD[:, probe["layer"]] @ np.array(probe["weights"]) + probe["bias"]

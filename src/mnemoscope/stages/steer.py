@@ -35,7 +35,7 @@ from mnemoscope.directions import (
 )
 from mnemoscope.errors import InputError
 from mnemoscope.models import blocks_of
-from mnemoscope.stages.common import Tell, cell_model, write_json, write_table
+from mnemoscope.stages.common import Tell, cell_model, cell_task, write_json, write_table
 from mnemoscope.stages.lists import JudgedList, Records, fit_lists, judged_lists, tune_lists
 from mnemoscope.steering import SteeringVector
 
@@ -153,7 +153,7 @@ class _Work:
         setting = self.choices[aim, direction, method].setting
         sources, config = self.sources[setting.site], self.cell.config.steering
         vector = vector_of(sources, setting)
-        has_format = getattr(Records.of(self.cell).task, "has_memorized_format", None)
+        has_format = getattr(cell_task(self.cell), "has_memorized_format", None)
         for name in JUDGED_ON[aim]:
             if name in lists:
                 scores = steered(self.asking, prepared[name], vector)
