@@ -70,5 +70,6 @@ def label(asking: Asking, examples: list[Example], **options: object) -> Scores:
 
 
 def hook_count(model: object) -> int:
-    """How many hooks hang in a model."""
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())  # type: ignore[attr-defined]
+    """How many hooks hang in a model, but for those that transformers leaves once `output_hidden_states` was asked."""
+    hooks = [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]  # type: ignore[attr-defined]
+    return sum(hook.__module__ != "transformers.utils.output_capturing" for hook in hooks)
