@@ -22,6 +22,7 @@ from mnemoscope.directions import (
     alpha_of,
     choose,
     control_draws,
+    control_means,
     damage,
     read_sources,
     share_of,
@@ -29,7 +30,6 @@ from mnemoscope.directions import (
     summed_gradient,
     vector_of,
     with_prefixes,
-    worst_control,
 )
 from mnemoscope.models import SITES
 from mnemoscope.steering import SteeringVector
@@ -193,7 +193,7 @@ def test_half_of_the_labels_swap(sources: Sources) -> None:
 
 
 def test_the_setting_is_chosen_that_exceeds_its_control(asking: Asking, sources: Sources) -> None:
-    """Against every setting held against its controls one by one; the limits bound controls and collateral."""
+    """Against every setting held against its controls one by one; what a control exceeds its limit by costs thrice."""
     lists = TuneLists(
         with_prefixes(asking, conflicts(60)),
         {"novel": (sources.lists.kept["generalized"], "correct")},
@@ -204,10 +204,11 @@ def test_the_setting_is_chosen_that_exceeds_its_control(asking: Asking, sources:
     def chosen(control: float, collateral: float) -> Setting:
         return choose(asking, lists, {"block": sources}, rated, Limits(control, collateral, draws=3)).setting
 
-    free = Limits(1.0, 1.0, draws=3)
-    worst = {s: worst_control(asking, lists.turned, sources, s, free, (0,)) for s in settings}
+    drawn = Limits(1.0, 1.0, draws=3)
+    worst = {s: max(control_means(asking, lists.turned, sources, s, drawn, (0,))) for s in settings}
     harm = {s: damage(asking, lists, sources, s) for s in settings}
     net = {s: rate - worst[s] for s, rate in rated}
+    costly = {s: rate - 4.0 * worst[s] for s, rate in rated}
     assert chosen(1.0, 1.0) == max(settings, key=net.__getitem__)
-    assert worst[chosen(min(worst.values()), 1.0)] == min(worst.values())
+    assert chosen(0.0, 1.0) == max(settings, key=costly.__getitem__)
     assert harm[chosen(1.0, min(harm.values()))] == min(harm.values())

@@ -190,10 +190,10 @@ class SteeringConfig(_Frozen):
     tune_others: int = Field(200, ge=1, description="tune examples of each other list")
     judged_examples: int = Field(500, ge=1, description="test pairs, and examples of each other list, at most")
     control_limit: float = Field(
-        0.18, ge=0, le=1, description="settings whose worst control turns more tune examples are chosen only if all do"
+        0.18, ge=0, le=1, description="a setting whose worst control turns more tune examples pays thrice for the rest"
     )
     collateral_limit: float = Field(
-        0.03, ge=0, le=1, description="likewise settings that cost more of the memory and novel examples their answer"
+        0.03, ge=0, le=1, description="settings that cost more memory and novel examples are chosen only if all do"
     )
     conflict_collateral_limit: float = Field(
         0.1, ge=0, le=1, description="the same where conflicts that are no pairs are turned, which takes larger norms"

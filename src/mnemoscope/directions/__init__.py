@@ -1,6 +1,6 @@
 """From pairs to steering vectors: methods, controls of the same norm, and the choice of a setting."""
 
-from mnemoscope.directions.choose import Choice, Limits, TuneLists, choose, damage, worst_control
+from mnemoscope.directions.choose import Choice, Limits, TuneLists, choose, control_means, damage
 from mnemoscope.directions.controls import CONTROLS, control_draws, control_exists, gaussian_like
 from mnemoscope.directions.learned import Budget, learn
 from mnemoscope.directions.methods import METHODS, Method, Wanted, summed_gradient
@@ -34,6 +34,7 @@ __all__ = [
     "choose",
     "control_draws",
     "control_exists",
+    "control_means",
     "damage",
     "gaussian_like",
     "learn",
@@ -44,5 +45,4 @@ __all__ = [
     "summed_gradient",
     "vector_of",
     "with_prefixes",
-    "worst_control",
 ]

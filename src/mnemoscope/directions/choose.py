@@ -1,13 +1,15 @@
 """The choice between settings, on the tune split: targeted effect minus control, within limits.
 
 Pairs sit near the decision boundary, so any push flips some of them: what counts is the vector minus its worst control,
-small norms are the honest ones, and what should stay as it is must stay.
+small norms are the honest ones, and what should stay as it is must stay. A control over its limit costs more than it
+takes away, rather than everything: a limit that ends a setting would prefer one without any effect to one whose control
+exceeds it by the luck of its draws.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,13 +19,15 @@ from mnemoscope.directions.controls import CHEAP, CONTROLS, control_draws
 from mnemoscope.directions.settings import TOWARD, Setting, share_of, steered, vector_of
 from mnemoscope.directions.sources import Sources
 
+EXCESS_COST = 3.0  # what a control costs by each point over its limit, in points of the shift
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What a chosen setting may do besides turning.
 
     Attributes:
-        control: the highest mean shift rate of a control.
+        control: the mean shift rate of a control beyond which it costs more than itself.
         collateral: the largest drop of the share that keeps its answer, of any list that should.
         draws: of each control.
         refits: draws of the controls that fit a method anew, which cost most; 0 leaves them out.
@@ -53,12 +57,20 @@ class Choice:
     """A setting, and how far it exceeds its worst control on the tune split.
 
     Attributes:
-        within: whether it keeps all limits; a choice beyond them is made only where no setting keeps them.
+        net: shift rate less its worst control's mean, less `EXCESS_COST` times what that exceeds its limit by.
+        kept: whether its collateral keeps the limit; a choice beyond it is made only where no setting keeps it.
+        within: whether it keeps all limits.
     """
 
     setting: Setting
     net: float
+    kept: bool
     within: bool
+
+    @property
+    def rank(self) -> tuple[bool, float]:
+        """Higher is better."""
+        return self.kept, self.net
 
 
 def choose(
@@ -69,7 +81,7 @@ def choose(
     limits: Limits,
     seed: Sequence[int] = (0,),
 ) -> Choice:
-    """The setting that exceeds its worst control most, among those within the limits if there is one.
+    """The setting that exceeds its worst control most, among those that keep what should stay if there is one.
 
     Args:
         sources: by site.
@@ -78,43 +90,47 @@ def choose(
     """
     best: Choice | None = None
     for setting, rate in sorted(rated, key=lambda pair: (-pair[1], pair[0].strength, pair[0].top)):
-        if best and best.within and best.net >= rate:
+        if best and best.kept and best.net >= rate:
             break  # not even without any effect of its control could a lower rate be better
-        worst = worst_control(asking, lists.turned, sources[setting.site], setting, limits, seed)
-        within = worst <= limits.control
-        if within and (best is None or not best.within or rate - worst > best.net):
-            within = damage(asking, lists, sources[setting.site], setting) <= limits.collateral
-        candidate = Choice(setting, rate - worst, within)
-        if best is None or (candidate.within, candidate.net) > (best.within, best.net):
+        least = best.net if best and best.kept else -math.inf
+        worst = 0.0
+        for mean in control_means(asking, lists.turned, sources[setting.site], setting, limits, seed):
+            worst = max(worst, mean)
+            if _net(rate, worst, limits) <= least:
+                break
+        net = _net(rate, worst, limits)
+        if net <= least:
+            continue
+        kept = damage(asking, lists, sources[setting.site], setting) <= limits.collateral
+        candidate = Choice(setting, net, kept, kept and worst <= limits.control)
+        if best is None or candidate.rank > best.rank:
             best = candidate
     assert best is not None, "a sweep has at least one setting"
     return best
 
 
-def worst_control(
+def _net(rate: float, worst: float, limits: Limits) -> float:
+    return rate - worst - EXCESS_COST * max(0.0, worst - limits.control)
+
+
+def control_means(
     asking: Asking,
     batches: Sequence[Batch],
     sources: Sources,
     setting: Setting,
     limits: Limits,
     seed: Sequence[int],
-) -> float:
-    """The highest mean shift rate of a control, and no further once over the limit.
-
-    What is fitted anew comes last.
-    """
+) -> Iterator[float]:
+    """The mean shift rate of each control that exists, one after the other; what is fitted anew comes last."""
     vector = vector_of(sources, setting)
-    worst = 0.0
     for name in (*reversed(CHEAP), *(name for name in CONTROLS if name not in CHEAP)):
         drawn = control_draws(name, sources, setting, limits.draws if name in CHEAP else limits.refits, seed)
         rates = [
             share_of(steered(asking, batches, vector.with_dense(shift_LD), margins=False), TOWARD[setting.direction])
             for _, shift_LD in drawn
         ]
-        worst = max(worst, float(np.mean(rates))) if rates else worst
-        if worst > limits.control:
-            break
-    return worst
+        if rates:
+            yield float(np.mean(rates))
 
 
 def damage(asking: Asking, lists: TuneLists, sources: Sources, setting: Setting) -> float:

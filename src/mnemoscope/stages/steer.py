@@ -189,9 +189,9 @@ class _Work:
         return chosen
 
     def best(self, aim: str, direction: str) -> str:
-        """The method that exceeds its worst control most on the tune split, within the limits if one is."""
+        """The method that exceeds its worst control most on the tune split, of those that keep what should stay."""
         found = {m: choice for (a, d, m), choice in self.choices.items() if (a, d) == (aim, direction)}
-        return max(found, key=lambda method: (found[method].within, found[method].net))
+        return max(found, key=lambda method: found[method].rank)
 
 
 def settings_of(direction: str, method: str, sweep: SweepConfig, count: int) -> list[Setting]:
