@@ -42,7 +42,7 @@ def cells_of(config: StudyConfig, run: Path) -> list[Cell]:
     return [
         Cell(f"{label}-{seed}", label, seed, cell, config.threads, run / "cells" / f"{label}-{seed}")
         for label, cell in config.cells.items()
-        for seed in range(config.seeds)
+        for seed in range(config.seeds_of(label))
     ]
 
 

@@ -186,6 +186,9 @@ class SteeringConfig(_Frozen):
     kept_weight: float = Field(
         1.0, ge=0, le=100, description="of memory and novel examples in the objective of learned vectors; 0: left out"
     )
+    learned_steps: int = Field(
+        20, ge=1, le=10_000, description="of the ascent of learned vectors; more make its shuffled control cleaner"
+    )
     tune_pairs: int = Field(300, ge=1, description="tune pairs that every setting is tried on")
     tune_others: int = Field(200, ge=1, description="tune examples of each other list")
     judged_examples: int = Field(500, ge=1, description="test pairs, and examples of each other list, at most")
@@ -224,6 +227,7 @@ class CellConfig(_Frozen):
     steering: SteeringConfig = SteeringConfig()
     effects: EffectsConfig = EffectsConfig()
     analysed: bool = Field(True, description="False: a model for other cells (model.cell), which is only trained")
+    max_seeds: int | None = Field(None, ge=1, description="fewer seeds than the study, where a cell costs much")
 
 
 class StudyConfig(_Frozen):
@@ -247,7 +251,14 @@ class StudyConfig(_Frozen):
             if donor not in self.cells or self.cells[donor].model.cell or donor == label:
                 owners = [name for name, other in self.cells.items() if not other.model.cell]
                 raise ValueError(f"cells.{label}.model.cell: {donor!r} is not one of {', '.join(owners)}")
+            if self.seeds_of(label) > self.seeds_of(donor):
+                most = self.seeds_of(donor)
+                raise ValueError(f"cells.{label}.max_seeds: at most {most} are allowed, as many as {donor} has")
         return self
+
+    def seeds_of(self, label: str) -> int:
+        """How many seeds a cell has."""
+        return min(self.seeds, self.cells[label].max_seeds or self.seeds)
 
 
 def built_in_studies() -> list[str]:

@@ -14,7 +14,7 @@ from mnemoscope.directions.settings import (
     steered,
     vector_of,
 )
-from mnemoscope.directions.sources import FitLists, Sources, read_sources, with_prefixes
+from mnemoscope.directions.sources import FitLists, Sources, in_turn, read_sources, with_prefixes
 
 __all__ = [
     "CONTROLS",
@@ -37,6 +37,7 @@ __all__ = [
     "control_means",
     "damage",
     "gaussian_like",
+    "in_turn",
     "learn",
     "ranked_neurons",
     "read_sources",

@@ -35,7 +35,7 @@ class Limits:
 
     control: float
     collateral: float
-    draws: int = 10
+    draws: int = 4
     refits: int = 2
 
 
@@ -89,20 +89,20 @@ def choose(
         seed: of the controls' draws.
     """
     best: Choice | None = None
-    for setting, rate in sorted(rated, key=lambda pair: (-pair[1], pair[0].strength, pair[0].top)):
-        if best and best.kept and best.net >= rate:
-            break  # not even without any effect of its control could a lower rate be better
+    # Weak settings first: their controls do little, so that most strong ones are out after their first control.
+    for setting, rate in sorted(rated, key=lambda pair: (pair[0].strength, -pair[1], pair[0].top)):
         least = best.net if best and best.kept else -math.inf
+        if rate <= least:
+            continue  # not even without any effect of its controls could it be better
+        kept = damage(asking, lists, sources[setting.site], setting) <= limits.collateral
+        if best and best.kept and not kept:
+            continue
         worst = 0.0
         for mean in control_means(asking, lists.turned, sources[setting.site], setting, limits, seed):
             worst = max(worst, mean)
             if _net(rate, worst, limits) <= least:
                 break
-        net = _net(rate, worst, limits)
-        if net <= least:
-            continue
-        kept = damage(asking, lists, sources[setting.site], setting) <= limits.collateral
-        candidate = Choice(setting, net, kept, kept and worst <= limits.control)
+        candidate = Choice(setting, _net(rate, worst, limits), kept, kept and worst <= limits.control)
         if best is None or candidate.rank > best.rank:
             best = candidate
     assert best is not None, "a sweep has at least one setting"

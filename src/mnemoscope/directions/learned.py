@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import cycle, islice, zip_longest
+from itertools import cycle, islice
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mnemoscope.behaviour import Batch, log_probabilities
-from mnemoscope.directions.sources import Sources
+from mnemoscope.directions.sources import Sources, in_turn
 from mnemoscope.steering import OPPOSITE, Toward, shifted
 
 MOMENTUM = 0.5
@@ -85,10 +85,9 @@ def _wanted(sources: Sources, toward: Toward) -> list[tuple[Batch, Tensor]]:
     """
     ways = (toward,) if sources.shuffle is None else (toward, OPPOSITE[toward])
     lists = [found[way] for found in (sources.lists.pairs, sources.lists.conflicts) for way in ways]
-    in_turn = [batch for row in zip_longest(*lists) for batch in row if batch is not None]
     option = 1 if toward == "generalized" else 0
     wanted = []
-    for stream, batch in enumerate(in_turn):
+    for stream, batch in enumerate(in_turn(lists)):
         stays_N = torch.from_numpy(sources.signs(len(batch.examples_N), stream) > 0)
         wanted.append((batch, torch.where(stays_N, option, 1 - option).to(batch.ids_NT.device)))
     return wanted

@@ -102,8 +102,8 @@ def principal_component(sources: Sources) -> np.ndarray:
 
 def learned(sources: Sources, wanted: Wanted) -> np.ndarray:
     """Optimized on the fit split for the log probability of the wanted answer, under the setting's norm budget."""
-    weight = sources.lists.kept_weight
-    return learn(sources, Budget(wanted.toward, wanted.layers, wanted.strength, kept_weight=weight))
+    lists = sources.lists
+    return learn(sources, Budget(wanted.toward, wanted.layers, wanted.strength, lists.steps, lists.kept_weight))
 
 
 def two_way(direction: Callable[[Sources], np.ndarray]) -> Method:

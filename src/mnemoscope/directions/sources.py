@@ -5,9 +5,10 @@ Shapes: P pairs, N examples, L layers, D neurons. Side 0 of a pair answered gene
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ class FitLists:
         pairs, conflicts: per behaviour turned to, phrasings of pairs, and other conflicts, that answer the other way.
         kept: per behaviour turned to, memory and novel examples whose answers should stay as they are.
         kept_weight: of these in the objective of learned vectors; 0 leaves them out.
+        steps: of the ascent of learned vectors.
     """
 
     asking: Asking
@@ -34,6 +36,7 @@ class FitLists:
     conflicts: Mapping[Toward, Sequence[Batch]]
     kept: Mapping[Toward, Sequence[Batch]]
     kept_weight: float = 1.0
+    steps: int = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,9 +74,9 @@ class Sources:
             return np.ones(n)
         return np.random.default_rng([self.shuffle, *stream]).permutation(np.where(np.arange(n) % 2 == 0, 1.0, -1.0))
 
-    @cached_property
+    @property
     def differences_PLD(self) -> np.ndarray:
-        """float64, state of the side labelled generalized minus that of the other."""
+        """float64, state of the side labelled generalized minus that of the other; not kept, as shuffles are many."""
         differences_PLD = self.states_P2LD[:, 0].astype(np.float64) - self.states_P2LD[:, 1]
         return differences_PLD * self.signs(len(differences_PLD))[:, None, None]
 
@@ -101,6 +104,11 @@ class Sources:
     def shape_LD(self) -> tuple[int, int]:
         """Layers and neurons of the site."""
         return self.states_P2LD.shape[2], self.states_P2LD.shape[3]
+
+
+def in_turn(lists: Iterable[Sequence[Batch]]) -> list[Batch]:
+    """The first batch of every list, then the second of every list, and so on: whoever takes few has all kinds."""
+    return [batch for row in zip_longest(*lists) for batch in row if batch is not None]
 
 
 def with_prefixes(asking: Asking, examples: Sequence[Example]) -> list[Batch]:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from mnemoscope.behaviour import Asking, prepare, score
 from mnemoscope.cells import Cell
-from mnemoscope.directions import SOURCE, TOWARD, FitLists, TuneLists, with_prefixes
+from mnemoscope.directions import SOURCE, TOWARD, FitLists, TuneLists, in_turn, with_prefixes
 from mnemoscope.stages.common import cell_task, rng_of
 from mnemoscope.steering import Toward
 from mnemoscope.tasks import Example, Split, Task, draw, keeps_key
@@ -78,15 +78,19 @@ def fit_lists(cell: Cell, asking: Asking, records: Records) -> FitLists:
     """What directions are fitted on, prepared with prefixes."""
     # Small batches: a learned vector takes one of them a step.
     asking = replace(asking, batch_size=FIT_BATCH)
-    config, right = cell.config.steering, _answered_right(cell, asking, records, "fit", cell.config.steering.fit_others)
+    config = cell.config.steering
+    right = {
+        kind: with_prefixes(asking, examples)
+        for kind, examples in _answered_right(cell, asking, records, "fit", config.fit_others).items()
+    }
     pairs, conflicts, kept = {}, {}, {}
     for direction, toward in TOWARD.items():
         pairs[toward] = with_prefixes(asking, records.turned("fit", direction, config.fit_pairs))
         reachable = direction == "to_memorized"
         others = records.conflicts("fit", SOURCE[direction], config.fit_others, reachable)
         conflicts[toward] = with_prefixes(asking, others)
-        kept[toward] = with_prefixes(asking, [e for name in _kept(records, toward) for e in right[name]])
-    return FitLists(asking, pairs, conflicts, kept, config.kept_weight)
+        kept[toward] = in_turn(right[kind] for kind in _kept(records, toward))
+    return FitLists(asking, pairs, conflicts, kept, config.kept_weight, config.learned_steps)
 
 
 def tune_lists(cell: Cell, asking: Asking, records: Records) -> dict[str, dict[str, TuneLists]]:

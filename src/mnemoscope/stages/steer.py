@@ -55,15 +55,12 @@ def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
             tell(number + done / len(cell.config.steering.sweeps), 3, f"{direction}: choosing {method} on tune")
             work.choose(direction, method)
     tables: list[pd.DataFrame] = []
-    files: list[Path] = []
     for number, direction in enumerate(TOWARD):
         lists = judged_lists(records, direction, cell.config.steering.judged_examples)
-        prepared = {name: with_prefixes(asking, entry.examples) for name, entry in lists.items()}
-        for method in cell.config.steering.sweeps:
-            tell(2 + number / 2, 3, f"{direction}: {method} beside its controls on test")
-            for aim in JUDGED_ON:
-                tables += work.judge(aim, direction, method, lists, prepared)
-                files += work.save(aim, direction, method)
+        for done, (name, entry) in enumerate(lists.items()):
+            tell(2 + (number + done / len(lists)) / 2, 3, f"{direction}: {name} on test, vectors and controls")
+            tables += work.judge(direction, name, entry)
+    files = work.save()
     files.append(write_table(cell.records / "steering.parquet", pd.concat(tables, ignore_index=True)))
     files.append(write_table(cell.records / "sweep.parquet", pd.DataFrame(work.swept)))
     files.append(write_json(cell.records / "chosen.json", work.chosen()))
@@ -138,44 +135,43 @@ class _Work:
         self.swept.append(row)
         return scores
 
-    def judge(
-        self,
-        aim: str,
-        direction: str,
-        method: str,
-        lists: Mapping[str, JudgedList],
-        prepared: Mapping[str, Sequence[Batch]],
-    ) -> Iterator[pd.DataFrame]:
-        """A chosen vector on the lists of its aim, and its controls on the first of them.
+    def judge(self, direction: str, name: str, entry: JudgedList) -> Iterator[pd.DataFrame]:
+        """The chosen vectors on one list, and their controls where the list is what they were chosen for.
 
         Conflicts get controls under the best method only.
         """
-        setting = self.choices[aim, direction, method].setting
-        sources, config = self.sources[setting.site], self.cell.config.steering
-        vector = vector_of(sources, setting)
+        # One list at a time: the caches of a list's prompts are most of the memory that steering takes.
+        batches = with_prefixes(self.asking, entry.examples)
         has_format = getattr(cell_task(self.cell), "has_memorized_format", None)
-        for name in JUDGED_ON[aim]:
-            if name in lists:
-                scores = steered(self.asking, prepared[name], vector)
-                if has_format and lists[name].examples[0].kind == "conflict":
-                    applied = partial(vector.apply, self.asking.model)
-                    mark_confabulations(self.asking, lists[name].examples, scores, has_format, applied)
-                yield _table(aim, setting, ("vector", 0), name, lists[name], scores)
-        if aim not in lists or (aim == "conflict" and method != self.best(aim, direction)):
-            return
-        for control in CONTROLS:
-            seed = [self.cell.seed, zlib.crc32(f"{aim}/{direction}/{method}/{control}".encode())]
-            for number, shift_LD in control_draws(control, sources, setting, config.draws, seed):
-                scores = steered(self.asking, prepared[aim], vector.with_dense(shift_LD), margins=False)
-                yield _table(aim, setting, (control, number), aim, lists[aim], scores)
+        for aim, method in product(JUDGED_ON, self.cell.config.steering.sweeps):
+            if name not in JUDGED_ON[aim]:
+                continue
+            setting = self.choices[aim, direction, method].setting
+            sources = self.sources[setting.site]
+            vector = vector_of(sources, setting)
+            scores = steered(self.asking, batches, vector)
+            if has_format and entry.examples[0].kind == "conflict":
+                applied = partial(vector.apply, self.asking.model)
+                mark_confabulations(self.asking, entry.examples, scores, has_format, applied)
+            yield _table(aim, setting, ("vector", 0), name, entry, scores)
+            if name != aim or (aim == "conflict" and method != self.best(aim, direction)):
+                continue
+            for control in CONTROLS:
+                seed = [self.cell.seed, zlib.crc32(f"{aim}/{direction}/{method}/{control}".encode())]
+                for number, shift_LD in control_draws(control, sources, setting, self.cell.config.steering.draws, seed):
+                    scores = steered(self.asking, batches, vector.with_dense(shift_LD), margins=False)
+                    yield _table(aim, setting, (control, number), name, entry, scores)
 
-    def save(self, aim: str, direction: str, method: str) -> list[Path]:
-        """Write a chosen vector, bound to its model."""
-        setting = self.choices[aim, direction, method].setting
-        vector = vector_of(self.sources[setting.site], setting).bound_to(self.asking.model, self.asking.tokenizer)
-        bound = replace(vector, task=self.cell.label, commit=git_state()["commit"] or "")
-        name = f"{direction}-{method}" + ("" if aim == "pairs" else f"-{aim}")
-        return save_vector(self.cell.folder / "vectors", name, bound)
+    def save(self) -> list[Path]:
+        """Write the chosen vectors, bound to their model."""
+        files: list[Path] = []
+        for (aim, direction, method), choice in self.choices.items():
+            vector = vector_of(self.sources[choice.setting.site], choice.setting)
+            bound = vector.bound_to(self.asking.model, self.asking.tokenizer)
+            bound = replace(bound, task=self.cell.label, commit=git_state()["commit"] or "")
+            name = f"{direction}-{method}" + ("" if aim == "pairs" else f"-{aim}")
+            files += save_vector(self.cell.folder / "vectors", name, bound)
+        return files
 
     def chosen(self) -> dict[str, Any]:
         """What was chosen, per aim, method and direction, and the best method of each by the tune split."""
