@@ -24,6 +24,7 @@ from mnemoscope.behaviour import (
     prepare,
     read_states,
     score,
+    with_option,
 )
 from mnemoscope.errors import InputError
 from mnemoscope.models import blocks_of, word_tokenizer
@@ -375,3 +376,25 @@ def test_a_cell_runs_only_the_blocks_above_its_first_shift(monkeypatch: pytest.M
         runs.clear()
         score(asking, batches, applied=lambda v=vector: v.apply(asking.model))  # type: ignore[misc]
         assert {asking.model.transformer.h[n] for n in blocks_run} == set(runs)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_one_option_each_has_the_probability_that_it_has_beside_the_other(
+    mini: Callable[[str], Asking], cached: bool
+) -> None:
+    asking = mini("addition")
+    (batch,) = prepare(asking, [e for e in mini_examples("addition", 12) if e.kind == "conflict"])
+    if cached:
+        cache_prefixes(asking, [batch])
+    both_N2 = log_probabilities(asking, batch)
+    option_N = torch.arange(len(batch.examples_N)) % 2
+    chosen = with_option(batch, option_N)
+    assert chosen.option_R.tolist() == option_N.tolist()
+    found_N2 = log_probabilities(asking, chosen)
+    wanted_N = both_N2.gather(1, option_N[:, None])
+    torch.testing.assert_close(found_N2.gather(1, option_N[:, None]), wanted_N)
+    assert found_N2.gather(1, 1 - option_N[:, None]).isnan().all()
+    vector = {1: torch.full((64,), 0.3)}
+    with shifted(asking.model, vector, "block", "decision"):  # block 0 is not run again where its output is known
+        both_N2, found_N2 = log_probabilities(asking, batch), log_probabilities(asking, chosen)
+    torch.testing.assert_close(found_N2.gather(1, option_N[:, None]), both_N2.gather(1, option_N[:, None]))

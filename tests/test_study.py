@@ -22,6 +22,7 @@ from safetensors import safe_open
 
 from helpers import MINI_TASKS
 from mnemoscope.behaviour import Asking
+from mnemoscope.cells import cells_of
 from mnemoscope.config import dump_study, load_study, parse_study
 from mnemoscope.errors import InputError, StudyError
 from mnemoscope.models import load_model
@@ -333,6 +334,17 @@ def test_a_model_is_borrowed_from_a_cell_that_has_one() -> None:
     raw = yaml.safe_load(TWO_LABELS.format(folder="none"))
     raw["cells"]["borrower"]["model"] = {"cell": "nobody"}
     with pytest.raises(InputError, match=r"cells.borrower.model.cell: 'nobody' is not one of donor"):
+        parse_study(raw)
+
+
+def test_a_costly_cell_has_fewer_seeds_and_its_borrowers_no_more_than_it(tmp_path: Path) -> None:
+    raw = yaml.safe_load(TWO_LABELS.format(folder="none")) | {"seeds": 3}
+    for label in ("donor", "borrower"):
+        raw["cells"][label]["max_seeds"] = 2
+    names = [cell.name for cell in cells_of(parse_study(raw), tmp_path)]
+    assert names == ["donor-0", "donor-1", "borrower-0", "borrower-1"]
+    raw["cells"]["borrower"].pop("max_seeds")
+    with pytest.raises(InputError, match=r"cells.borrower.max_seeds: at most 2 are allowed, as many as donor has"):
         parse_study(raw)
 
 

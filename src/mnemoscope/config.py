@@ -198,9 +198,10 @@ class SteeringConfig(_Frozen):
     collateral_limit: float = Field(
         0.03, ge=0, le=1, description="settings that cost more memory and novel examples are chosen only if all do"
     )
-    conflict_collateral_limit: float = Field(
-        0.1, ge=0, le=1, description="the same where conflicts that are no pairs are turned, which takes larger norms"
+    conflict_control_limit: float = Field(
+        0.3, ge=0, le=1, description="the same where conflicts that are no pairs are turned, which takes larger norms"
     )
+    conflict_collateral_limit: float = Field(0.1, ge=0, le=1, description="likewise")
     draws: int = Field(20, ge=1, description="draws of each control")
 
 

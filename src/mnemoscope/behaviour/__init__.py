@@ -12,7 +12,7 @@ from mnemoscope.behaviour.labels import (
     score,
 )
 from mnemoscope.behaviour.pairs import PairBatch, draw_candidates, mine_pairs
-from mnemoscope.behaviour.reading import cache_prefixes
+from mnemoscope.behaviour.reading import cache_prefixes, with_option
 
 __all__ = [
     "TIE",
@@ -32,4 +32,5 @@ __all__ = [
     "prepare",
     "read_states",
     "score",
+    "with_option",
 ]

@@ -11,7 +11,7 @@ M tokens of an answer, V vocabulary, L layers, D neurons, H heads of W neurons.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -115,6 +115,17 @@ def cache_prefixes(asking: Asking, batches: Sequence[Batch]) -> None:
         # Without room in every layer it is a kind of model of which we do not know what its blocks leave behind.
         has_room = make_room(batch.prefix, 1 + batch.suffix_RM.shape[1])
         batch.unshifted = _read_unshifted(asking.model, batch) if has_room else None
+
+
+def with_option(batch: Batch, option_N: Tensor) -> Batch:
+    """The same contexts with one option each, by its number; shares the prefixes, so only one of them at a time."""
+    rows_N = torch.nonzero(batch.option_R == option_N[batch.example_R])[:, 0]
+    unshifted = batch.unshifted
+    if unshifted:
+        answers_L = [with_states(a, states_of(a)[rows_N]) for a in unshifted.answers_L]
+        unshifted = replace(unshifted, answers_L=answers_L)
+    rows = {name: getattr(batch, name)[rows_N] for name in ("example_R", "option_R", "suffix_RM", "length_R")}
+    return replace(batch, **rows, unshifted=unshifted)
 
 
 def _read_unshifted(model: PreTrainedModel, batch: Batch) -> Unshifted:

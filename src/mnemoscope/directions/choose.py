@@ -35,8 +35,8 @@ class Limits:
 
     control: float
     collateral: float
-    draws: int = 4
-    refits: int = 2
+    draws: int = 6
+    refits: int = 4
 
 
 @dataclass(frozen=True)

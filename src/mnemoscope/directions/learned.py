@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mnemoscope.behaviour import Batch, log_probabilities
+from mnemoscope.behaviour import Batch, log_probabilities, with_option
 from mnemoscope.directions.sources import Sources, in_turn
 from mnemoscope.steering import OPPOSITE, Toward, shifted
 
@@ -57,11 +57,11 @@ def learn(sources: Sources, budget: Budget) -> np.ndarray:
     schedule = torch.optim.lr_scheduler.LambdaLR(ascent, lambda step: 1 - step / budget.steps)
     held = sources.lists.kept[budget.toward]
     kept = cycle(held) if held and budget.kept_weight else None
-    for number, (batch, option_N) in enumerate(islice(cycle(_wanted(sources, budget.toward)), budget.steps)):
+    for number, batch in enumerate(islice(cycle(_wanted(sources, budget.toward)), budget.steps)):
         shifts = {layer: unit_D * norm_L[layer] for layer, unit_D in units.items()}
-        loss = -_log_p(sources, batch, shifts).gather(1, option_N[:, None]).mean()
+        loss = -_log_p(sources, batch, shifts)
         if kept and number % 2:  # every second step is enough to hold what should stay
-            loss = loss - budget.kept_weight * _log_p(sources, next(kept), shifts)[:, 0].mean()
+            loss = loss - budget.kept_weight * _log_p(sources, next(kept), shifts)
         # Not backward(): that would also fill the gradients of the model's own parameters.
         gradients = torch.autograd.grad(loss, list(units.values()))
         norm = torch.stack([gradient_D.norm() for gradient_D in gradients]).norm()
@@ -77,8 +77,8 @@ def learn(sources: Sources, budget: Budget) -> np.ndarray:
     return found_LD
 
 
-def _wanted(sources: Sources, toward: Toward) -> list[tuple[Batch, Tensor]]:
-    """Batches to learn from and which answer is wanted of each example: 0 memorized, 1 generalized; int64 (N,).
+def _wanted(sources: Sources, toward: Toward) -> list[Batch]:
+    """Batches to learn from, with the answer that is wanted of each example as its only one.
 
     Phrasings of pairs and other conflicts take turns. Under a shuffle both sides of the pairs are asked for either
     answer, half for each, so that nothing links what is wanted to what the model says.
@@ -89,14 +89,15 @@ def _wanted(sources: Sources, toward: Toward) -> list[tuple[Batch, Tensor]]:
     wanted = []
     for stream, batch in enumerate(in_turn(lists)):
         stays_N = torch.from_numpy(sources.signs(len(batch.examples_N), stream) > 0)
-        wanted.append((batch, torch.where(stays_N, option, 1 - option).to(batch.ids_NT.device)))
+        wanted.append(with_option(batch, torch.where(stays_N, option, 1 - option).to(batch.ids_NT.device)))
     return wanted
 
 
 def _log_p(sources: Sources, batch: Batch, shifts: Mapping[int, Tensor]) -> Tensor:
+    """Mean log probability of the only answers, in nats."""
     asking = sources.lists.asking
     with shifted(asking.model, shifts, sources.site, "decision"):
-        return log_probabilities(asking, batch)
+        return log_probabilities(asking, batch).gather(1, batch.option_R[:, None]).mean()
 
 
 @torch.no_grad()

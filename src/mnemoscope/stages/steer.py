@@ -49,11 +49,8 @@ JUDGED_ON = {
 def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
     """Choose settings on the tune split, for pairs and for other conflicts; judge them on the test split."""
     asking, records = cell_model(cell), Records.of(cell)
-    work = _Work(cell, asking, sources_of(cell, asking, records), tune_lists(cell, asking, records))
-    for number, direction in enumerate(TOWARD):
-        for done, method in enumerate(cell.config.steering.sweeps):
-            tell(number + done / len(cell.config.steering.sweeps), 3, f"{direction}: choosing {method} on tune")
-            work.choose(direction, method)
+    work = _Work(cell, asking, sources_of(cell, asking, records))
+    _choose(work, tune_lists(cell, asking, records), tell)
     tables: list[pd.DataFrame] = []
     for number, direction in enumerate(TOWARD):
         lists = judged_lists(records, direction, cell.config.steering.judged_examples)
@@ -65,6 +62,15 @@ def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
     files.append(write_table(cell.records / "sweep.parquet", pd.DataFrame(work.swept)))
     files.append(write_json(cell.records / "chosen.json", work.chosen()))
     return files
+
+
+def _choose(work: _Work, tune: Mapping[str, Mapping[str, TuneLists]], tell: Tell) -> None:
+    """Every choice; the tune lists and their caches are gone before the test lists come."""
+    sweeps = work.cell.config.steering.sweeps
+    for number, direction in enumerate(TOWARD):
+        for done, method in enumerate(sweeps):
+            tell(number + done / len(sweeps), 3, f"{direction}: choosing {method} on tune")
+            work.choose(direction, method, {aim: lists[direction] for aim, lists in tune.items()})
 
 
 def sources_of(cell: Cell, asking: Asking, records: Records) -> dict[str, Sources]:
@@ -90,32 +96,34 @@ class _Work:
     cell: Cell
     asking: Asking
     sources: Mapping[str, Sources]
-    tune: Mapping[str, Mapping[str, TuneLists]]
     swept: list[dict[str, Any]] = field(default_factory=list)
     choices: dict[tuple[str, str, str], Choice] = field(default_factory=dict)
 
-    def choose(self, direction: str, method: str) -> None:
-        """Choose a method's setting for pairs, and for conflicts another one with the same share of neurons."""
+    def choose(self, direction: str, method: str, tune: Mapping[str, TuneLists]) -> None:
+        """Choose a method's setting for pairs, and for conflicts another one with the same share of neurons.
+
+        Args:
+            tune: the tune lists of this direction, by aim.
+        """
         config, count = self.cell.config.steering, len(blocks_of(self.asking.model))
         limits = Limits(config.control_limit, config.collateral_limit)
         settings = settings_of(direction, method, config.sweeps[method], count)  # type: ignore[index]
-        choice = self._choose("pairs", direction, settings, limits)
-        limits = replace(limits, collateral=config.conflict_collateral_limit, refits=0)
-        self._choose("conflict", direction, [s for s in settings if s.top == choice.setting.top], limits)
+        choice = self._choose("pairs", tune, settings, limits)
+        limits = Limits(config.conflict_control_limit, config.conflict_collateral_limit, refits=0)
+        self._choose("conflict", tune, [s for s in settings if s.top == choice.setting.top], limits)
 
-    def _choose(self, aim: str, direction: str, settings: Sequence[Setting], limits: Limits) -> Choice:
-        lists = self.tune[aim][direction]
+    def _choose(self, aim: str, tune: Mapping[str, TuneLists], settings: Sequence[Setting], limits: Limits) -> Choice:
         rated = []
         for setting in settings:
-            scores = self._sweep(aim, setting, lists.turned)
-            rated.append((setting, share_of(scores, TOWARD[direction])))
+            scores = self._sweep(aim, setting, tune[aim].turned)
+            rated.append((setting, share_of(scores, TOWARD[setting.direction])))
             if setting.method in self.cell.config.steering.mapped:
-                for name, (batches, label) in lists.kept.items():
-                    if aim == "pairs" or name not in self.tune["pairs"][direction].kept:
+                for name, (batches, label) in tune[aim].kept.items():
+                    if aim == "pairs" or name not in tune["pairs"].kept:
                         self._sweep(name, setting, batches, label)
         seed = [self.cell.seed, 1]
-        choice = choose(self.asking, lists, self.sources, rated, limits, seed)
-        self.choices[aim, direction, settings[0].method] = choice
+        choice = choose(self.asking, tune[aim], self.sources, rated, limits, seed)
+        self.choices[aim, choice.setting.direction, choice.setting.method] = choice
         return choice
 
     def _sweep(self, name: str, setting: Setting, batches: Sequence[Batch], label: str | None = None) -> Scores:
