@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from scipy import spatial, stats
 from sklearn.metrics import roc_auc_score
 
-from mnemoscope import statistics
 from mnemoscope.statistics import (
     Estimate,
+    Floats,
     PairedMoments,
     SignFlips,
     auroc,
@@ -24,6 +24,7 @@ from mnemoscope.statistics import (
     cosine,
     half_of_groups,
     in_group_order,
+    intervals,
     over_seeds,
     overlap,
     overlap_by_chance,
@@ -31,6 +32,7 @@ from mnemoscope.statistics import (
     rank_correlation,
     top_by_magnitude,
 )
+from mnemoscope.statistics.moments import _signs
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -191,7 +193,7 @@ def test_auroc_goes_either_way_to_the_same_interval(monkeypatch: pytest.MonkeyPa
     labels = draw.integers(0, 2, size=90)
     scores = np.round(draw.normal(size=90) + labels, 1)
     by_group = auroc(scores, labels, groups, rng(20))
-    monkeypatch.setattr(statistics, "FEW_GROUPS", 0)
+    monkeypatch.setattr(intervals, "FEW_GROUPS", 0)
     by_score = auroc(scores, labels, groups, rng(20))
     assert by_group.as_dict() == pytest.approx(by_score.as_dict(), abs=1e-12)
 
@@ -333,9 +335,7 @@ def test_benjamini_hochberg_by_its_definition() -> None:
     assert np.isnan(benjamini_hochberg([math.nan, math.nan])).all()
 
 
-def two_pass(
-    generalized_NLD: statistics.Floats, memorized_NLD: statistics.Floats
-) -> tuple[statistics.Floats, statistics.Floats]:
+def two_pass(generalized_NLD: Floats, memorized_NLD: Floats) -> tuple[Floats, Floats]:
     """The oracle: means and sums of squared deviations, in extended precision."""
     series = [x.astype(np.longdouble) for x in (generalized_NLD, memorized_NLD)]
     series.append(series[0] - series[1])
@@ -399,9 +399,7 @@ def test_shapes_of_states_must_agree() -> None:
         moments.merge(PairedMoments.empty((3, 2)))
 
 
-def flips_of(
-    differences_NLD: statistics.Floats, groups: list[str], permutations: int = 1000, seed: int = 0
-) -> SignFlips:
+def flips_of(differences_NLD: Floats, groups: list[str], permutations: int = 1000, seed: int = 0) -> SignFlips:
     flips = SignFlips.empty(differences_NLD.shape[1:], permutations, seed)
     flips.add(differences_NLD, groups)
     return flips
@@ -470,7 +468,7 @@ def test_shards_in_any_order_agree() -> None:
 
 
 def test_signs_are_the_same_in_every_process() -> None:
-    code = "from mnemoscope.statistics import _signs; print(_signs(3, 20, 'Zoë').tolist())"
+    code = "from mnemoscope.statistics.moments import _signs; print(_signs(3, 20, 'Zoë').tolist())"
     outputs = {
         subprocess.run(
             [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)},
@@ -478,16 +476,16 @@ def test_signs_are_the_same_in_every_process() -> None:
         ).stdout
         for seed in ("1", "2")
     }  # fmt: skip
-    assert outputs == {f"{statistics._signs(3, 20, 'Zoë').tolist()}\n"}
+    assert outputs == {f"{_signs(3, 20, 'Zoë').tolist()}\n"}
 
 
 def test_signs_are_fair_and_differ_by_seed_and_group() -> None:
-    signs = np.array([statistics._signs(seed, 500, f"g{i}") for seed in (0, 1) for i in range(40)], dtype=np.int64)
+    signs = np.array([_signs(seed, 500, f"g{i}") for seed in (0, 1) for i in range(40)], dtype=np.int64)
     assert set(np.unique(signs)) == {-1, 1}
     agreement = (signs @ signs.T / 500)[np.triu_indices(80, k=1)]
     assert np.abs(agreement).max() < 5 / math.sqrt(500)
     assert abs(signs.mean()) < 4 / math.sqrt(signs.size)
-    assert (statistics._signs(0, 13, "g0") == signs[0, :13]).all()  # more permutations keep the first ones
+    assert (_signs(0, 13, "g0") == signs[0, :13]).all()  # more permutations keep the first ones
 
 
 def test_neurons_without_differences_are_not_significant() -> None:

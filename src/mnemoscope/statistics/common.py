@@ -1,0 +1,30 @@
+"""What the statistics share: names of arrays, groups, blocks of bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Groups = Sequence[Any] | NDArray[Any]  # names of groups: strings or integers
+
+# Two statistics that differ by rounding alone are a tie. In units of the statistic, which is at most sqrt(N).
+TIE = 1e-9
+
+
+def group_index(groups_N: Groups, n: int) -> NDArray[np.intp]:
+    """Number of the group of each example, in sorted order of the names."""
+    same("groups_N: length", n, len(groups_N))
+    return np.unique(np.asarray(groups_N), return_inverse=True)[1]
+
+
+def blocks(total: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+
+
+def same(name: str, allowed: object, value: object) -> None:
+    if value != allowed:
+        raise ValueError(f"{name}: {value}; allowed is {allowed}")

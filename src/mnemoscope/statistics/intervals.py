@@ -1,0 +1,235 @@
+"""Estimates with their intervals: shares, areas under the ROC curve, means over seeds.
+
+Shapes: N examples, G groups, R resamples, K distinct scores.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from mnemoscope.statistics.common import TIE, Floats, Groups, blocks, group_index, same
+
+BLOCK_NUMBERS = 2_000_000  # resample weights are made in blocks of about this many numbers (16 MB)
+# An area under the ROC curve goes by pairs of groups where these are at most so many times the examples.
+FEW_GROUPS = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """An estimate with its interval.
+
+    Attributes:
+        estimate: the value; NaN where it is undefined.
+        low, high: ends of the interval; NaN where no interval can be given.
+        n: how many examples, pairs or states the estimate rests on.
+    """
+
+    estimate: float
+    low: float
+    high: float
+    n: int
+
+    def as_dict(self) -> dict[str, float | int]:
+        """The form `results.json` holds."""
+        return {"estimate": self.estimate, "low": self.low, "high": self.high, "n": self.n}
+
+    @classmethod
+    def undefined(cls, n: int = 0) -> Estimate:
+        """An estimate that does not exist."""
+        return cls(math.nan, math.nan, math.nan, n)
+
+
+def proportion(
+    hits_N: ArrayLike,
+    groups_N: Groups,
+    rng: np.random.Generator,
+    *,
+    resamples: int = 2000,
+    level: float = 0.95,
+    signed: bool = False,
+) -> Estimate:
+    """The mean of hits, with a percentile bootstrap interval that resamples whole groups.
+
+    Examples of one group are not independent, so groups are drawn with replacement and keep all their examples
+    (Field & Welsh 2007, "Bootstrapping clustered data", JRSS B 69:369-390).
+
+    Where every group has the same mean, so has every resample, and the bootstrap interval has width 0: it looks certain
+    and is not. If all hits are 0 or all are 1, the exact interval of Clopper & Pearson (1934, Biometrika 26:404-413)
+    takes its place, with the number of *groups* as its N, for groups are what is independent; all -1 is its mirror
+    image. Otherwise its ends are NaN.
+
+    Args:
+        hits_N: bool or float, paired differences in {-1, 0, 1} too. An example whose hit is NaN does not count.
+        groups_N: the group of each hit, strings or integers.
+        rng, resamples, level: draws the resamples; how many; coverage of the interval.
+        signed: hits are differences and could be negative: where all are 0, the interval reaches to both sides.
+
+    Returns:
+        `n` is the number of hits that count. No hits: undefined. A single group: the mean, with NaN for the ends.
+
+    Raises:
+        ValueError: `hits_N` and `groups_N` differ in length.
+    """
+    values_N, index_N = np.asarray(hits_N, dtype=np.float64), group_index(groups_N, np.size(hits_N))
+    values_N, index_N = values_N[~np.isnan(values_N)], index_N[~np.isnan(values_N)]
+    if not len(values_N):
+        return Estimate.undefined()
+    mean, n = float(values_N.mean()), len(values_N)
+    _, index_N, counts_G = np.unique(index_N, return_inverse=True, return_counts=True)
+    if len(counts_G) == 1:
+        return Estimate(mean, math.nan, math.nan, n)
+    if np.ptp(values_N) == 0 and mean in (-1, 0, 1):
+        low, high = _clopper_pearson(abs(int(mean)), len(counts_G), level)
+        if mean == -1:
+            low, high = -high, -low
+        return Estimate(mean, -high if signed and mean == 0 else low, high, n)
+    sums_G = np.bincount(index_N, weights=values_N)
+
+    def mean_of(weights_RG: Floats) -> Floats:
+        return np.asarray((weights_RG @ sums_G) / (weights_RG @ counts_G))
+
+    return Estimate(mean, *_bootstrap(mean_of, (n, len(counts_G)), rng, resamples, level), n)
+
+
+def auroc(
+    scores_N: ArrayLike,
+    labels_N: ArrayLike,
+    groups_N: Groups,
+    rng: np.random.Generator,
+    *,
+    resamples: int = 2000,
+    level: float = 0.95,
+) -> Estimate:
+    """Area under the ROC curve, ties counted half (Mann-Whitney), with a percentile bootstrap by group.
+
+    Resamples without both classes are dropped. Where the scores separate the classes perfectly (area 1 or 0), so does
+    every resample. With P groups holding positives, Q negatives and G in all, k = min(P, Q, G // 2) positives and
+    negatives can then be matched with no group used twice: k independent comparisons that came out alike, for which
+    the exact Clopper-Pearson interval is given.
+
+    Args:
+        scores_N: float, no NaN; higher means positive.
+        labels_N: 1 (or True) positive, 0 negative.
+        groups_N, rng, resamples, level: as in `proportion`.
+
+    Returns:
+        Not both classes: undefined. A single group: the area, with NaN for the ends.
+
+    Raises:
+        ValueError: lengths differ, a score is NaN, or a label is neither 0 nor 1.
+    """
+    ranked_N, truth_N = np.asarray(scores_N, dtype=np.float64), np.asarray(labels_N, dtype=np.float64)
+    n, index_N = len(ranked_N), group_index(groups_N, len(ranked_N))
+    same("labels_N: length", n, len(truth_N))
+    if np.isnan(ranked_N).any() or not np.isin(truth_N, (0, 1)).all():
+        raise ValueError("scores_N, labels_N: NaN or another label; allowed are scores with a rank and labels 0 and 1")
+    if len(np.unique(truth_N)) < 2:
+        return Estimate.undefined(n)
+    area_of = _area(ranked_N, truth_N == 1, index_N)
+    groups = int(index_N.max()) + 1
+    area = float(area_of(np.ones((1, groups)))[0])
+    if groups == 1:
+        return Estimate(area, math.nan, math.nan, n)
+    if area in (0, 1):
+        positive, negative = (len(np.unique(index_N[truth_N == label])) for label in (1, 0))
+        return Estimate(area, *_clopper_pearson(int(area), min(positive, negative, groups // 2), level), n)
+    return Estimate(area, *_bootstrap(area_of, (n, groups), rng, resamples, level), n)
+
+
+def over_seeds(estimates: Sequence[Estimate], *, level: float = 0.95) -> Estimate:
+    """One estimate for several seeds: their mean with Student's t interval over the seeds, not clipped to any range.
+
+    Seeds whose estimate is NaN are dropped; none left is undefined, one is returned unchanged. If several agree exactly
+    t would give width 0, and the interval spans the seeds' own intervals instead. `n` is the sum over the seeds.
+    """
+    kept = [estimate for estimate in estimates if not math.isnan(estimate.estimate)]
+    if len(kept) < 2:
+        return kept[0] if kept else Estimate.undefined()
+    values_S = np.array([estimate.estimate for estimate in kept])
+    mean, n = float(values_S.mean()), sum(estimate.n for estimate in kept)
+    if np.ptp(values_S) == 0:
+        low = float(np.fmin.reduce([estimate.low for estimate in kept]))  # fmin and fmax pass over NaN
+        return Estimate(mean, low, float(np.fmax.reduce([estimate.high for estimate in kept])), n)
+    half = float(stats.t.ppf((1 + level) / 2, len(kept) - 1) * values_S.std(ddof=1) / math.sqrt(len(kept)))
+    return Estimate(mean, mean - half, mean + half, n)
+
+
+def _area(scores_N: Floats, positive_N: NDArray[np.bool_], index_N: NDArray[np.intp]) -> Callable[[Floats], Floats]:
+    """A function from group weights (R, G) to areas (R), NaN where a class has no weight.
+
+    With few groups the comparisons are counted once for every two groups, else scores are sorted once and then weighed.
+    """
+    groups = int(index_N.max()) + 1
+    if groups**2 <= FEW_GROUPS * len(scores_N):
+        return _area_of_few(scores_N, positive_N, index_N, groups)
+    order = np.argsort(scores_N, kind="stable")
+    index_N, positive_N = index_N[order], positive_N[order]
+    starts = np.unique(scores_N[order], return_index=True)[1]  # where each of the K distinct scores begins
+
+    def areas(weights_RG: Floats) -> Floats:
+        weights_RN = weights_RG[:, index_N]
+        positive_RK = np.add.reduceat(weights_RN * positive_N, starts, axis=1)
+        negative_RK = np.add.reduceat(weights_RN * ~positive_N, starts, axis=1)
+        below_RK = np.cumsum(negative_RK, axis=1) - negative_RK / 2
+        comparisons_R = positive_RK.sum(axis=1) * negative_RK.sum(axis=1)
+        wins_R = (positive_RK * below_RK).sum(axis=1)
+        areas_R: Floats = np.divide(wins_R, comparisons_R, out=np.full(len(wins_R), math.nan), where=comparisons_R > 0)
+        return areas_R
+
+    return areas
+
+
+def _area_of_few(
+    scores_N: Floats, positive_N: NDArray[np.bool_], index_N: NDArray[np.intp], groups: int
+) -> Callable[[Floats], Floats]:
+    """As `_area`: entry (g, h) counts how often a positive of group g is above a negative of group h, ties half."""
+    positive, negative = scores_N[positive_N], scores_N[~positive_N]
+    of_positive, of_negative = index_N[positive_N], index_N[~positive_N]
+    wins_GG = np.empty((groups, groups))
+    for group in range(groups):
+        others = np.sort(negative[of_negative == group])
+        below = (np.searchsorted(others, positive, "left") + np.searchsorted(others, positive, "right")) / 2
+        wins_GG[:, group] = np.bincount(of_positive, weights=below, minlength=groups)
+    sizes_2G = [np.bincount(members, minlength=groups).astype(np.float64) for members in (of_positive, of_negative)]
+
+    def areas(weights_RG: Floats) -> Floats:
+        comparisons_R = (weights_RG @ sizes_2G[0]) * (weights_RG @ sizes_2G[1])
+        wins_R = ((weights_RG @ wins_GG) * weights_RG).sum(axis=1)
+        areas_R: Floats = np.divide(wins_R, comparisons_R, out=np.full(len(wins_R), math.nan), where=comparisons_R > 0)
+        return areas_R
+
+    return areas
+
+
+def _bootstrap(
+    statistic: Callable[[Floats], Floats], size: tuple[int, int], rng: np.random.Generator, resamples: int, level: float
+) -> tuple[float, float]:
+    """Percentile interval of a statistic of group weights (R, G) -> (R), of `size` (N, G).
+
+    NaN resamples are dropped. NaN ends: none is left, or all are equal and the interval would have width 0.
+    """
+    groups, values = size[1], []
+    for block in blocks(resamples, max(1, BLOCK_NUMBERS // max(size))):
+        rows = block.stop - block.start
+        # Multinomial weights: how often each group is drawn in G draws with replacement.
+        drawn_RG = rng.integers(groups, size=(rows, groups)) + groups * np.arange(rows)[:, None]
+        weights_RG = np.bincount(drawn_RG.ravel(), minlength=rows * groups).reshape(rows, groups)
+        values.append(statistic(weights_RG.astype(np.float64)))
+    values_R = np.concatenate(values)
+    values_R = values_R[~np.isnan(values_R)]
+    if not len(values_R) or np.ptp(values_R) < TIE:
+        return math.nan, math.nan
+    low, high = np.quantile(values_R, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _clopper_pearson(value: int, n: int, level: float) -> tuple[float, float]:
+    """Exact interval of a proportion of which none (value 0) or all (value 1) of n trials were hits."""
+    tail = ((1 - level) / 2) ** (1 / n)  # the beta quantiles are closed forms at the ends
+    return (tail, 1.0) if value else (0.0, 1 - tail)

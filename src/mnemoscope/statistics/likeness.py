@@ -1,0 +1,145 @@
+"""How alike two sets of neurons or two directions are, beside chance; orders and halves of groups.
+
+Shapes: N examples, L layers, D neurons.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from mnemoscope.statistics.common import TIE, Groups, group_index, same
+from mnemoscope.statistics.intervals import Estimate
+
+
+def cosine(first: ArrayLike, second: ArrayLike) -> float:
+    """Cosine of the angle between two arrays of one shape; NaN where one is all 0 or holds a NaN.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    same("second: shape", a.shape, b.shape)
+    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(np.clip((a * b).sum() / norms, -1, 1)) if norms > 0 else math.nan
+
+
+def rank_correlation(first: ArrayLike, second: ArrayLike) -> float:
+    """Spearman's rank correlation over all entries of two arrays of one shape, ties at their mean rank.
+
+    An entry that is NaN in either array does not count. NaN where less than two are left, or all of an array are equal.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    a, b = np.asarray(first, dtype=np.float64).ravel(), np.asarray(second, dtype=np.float64).ravel()
+    same("second: shape", np.shape(first), np.shape(second))
+    known = ~np.isnan(a) & ~np.isnan(b)
+    if known.sum() < 2:
+        return math.nan
+    ranks_2N = np.stack([stats.rankdata(a[known]), stats.rankdata(b[known])])
+    ranks_2N -= ranks_2N.mean(axis=1, keepdims=True)
+    return cosine(*ranks_2N)
+
+
+def top_by_magnitude(values_LD: ArrayLike, top: float) -> NDArray[np.bool_]:
+    """The ceil(top * L * D) entries of largest magnitude, over all rows at once.
+
+    NaN counts as 0; of equal entries the one with the lower row, then index, is taken.
+
+    Args:
+        values_LD: any floats.
+        top: share of all entries, in (0, 1].
+
+    Returns:
+        bool, shape (L, D).
+
+    Raises:
+        ValueError: `top` outside (0, 1].
+    """
+    if not 0 < top <= 1:
+        raise ValueError(f"top: {top}; allowed is a share of the neurons in (0, 1]")
+    values = np.asarray(values_LD, dtype=np.float64)
+    strength = np.nan_to_num(np.abs(values), nan=0.0).ravel()
+    # 0.07 * 100 is 7.000000000000001 in floating point, and must not be rounded up to 8.
+    count = max(1, math.ceil(top * strength.size * (1 - 1e-12)))
+    chosen = np.zeros(strength.size, dtype=np.bool_)
+    chosen[np.argsort(-strength, kind="stable")[:count]] = True
+    return chosen.reshape(values.shape)
+
+
+def overlap(first: ArrayLike, second: ArrayLike) -> float:
+    """Share of one set that is in the other as well; NaN for empty sets.
+
+    Args:
+        first, second: bool arrays of one shape, True for the members; equally many in both.
+
+    Raises:
+        ValueError: the shapes or the numbers of members differ.
+    """
+    a, b = _two_sets(first, second)
+    return float((a & b).sum() / a.sum()) if a.any() else math.nan
+
+
+def overlap_by_chance(first_LD: ArrayLike, second_LD: ArrayLike, *, level: float = 0.95) -> Estimate:
+    """The permutation distribution of `overlap` where every row is permuted in itself: its mean and central interval.
+
+    So much would two sets share that know nothing of each other except how many members each row has. It is exact, with
+    no permutation drawn: what a row shares is hypergeometric, and rows are independent. One row of all L * D entries,
+    `first_LD.reshape(1, -1)`, gives the weaker null in which a set knows nothing of the rows either: its mean is the
+    share of members.
+
+    Args:
+        first_LD, second_LD: bool (L, D), as in `overlap`.
+        level: of the interval.
+
+    Returns:
+        `n` is the number of members. NaN ends where only one overlap is possible.
+
+    Raises:
+        ValueError: as `overlap`, or the arrays do not have two axes.
+    """
+    a, b = _two_sets(first_LD, second_LD)
+    if a.ndim != 2:
+        raise ValueError(f"first_LD: {a.ndim} axes; allowed is 2")
+    members = int(a.sum())
+    if not members:
+        return Estimate.undefined()
+    chances = np.ones(1)
+    for size_a, size_b in zip(a.sum(axis=1), b.sum(axis=1), strict=True):
+        shared = np.arange(min(size_a, size_b) + 1)
+        chances = np.convolve(chances, stats.hypergeom.pmf(shared, a.shape[1], size_a, size_b))
+    mean = float((a.sum(axis=1) / a.shape[1]) @ b.sum(axis=1)) / members
+    below = np.cumsum(chances) / chances.sum()
+    # Against rounding: a tail of exactly (1 - level) / 2 belongs to the interval's end.
+    low, high = (int(np.searchsorted(below, tail - TIE)) for tail in ((1 - level) / 2, (1 + level) / 2))
+    return Estimate(mean, *((low / members, high / members) if low < high else (math.nan, math.nan)), members)
+
+
+def in_group_order(groups_N: Groups, rng: np.random.Generator) -> NDArray[np.intp]:
+    """Indices of all examples: the groups in random order, each in one piece, its examples in random order.
+
+    The first n are what one has after collecting n examples group by group.
+    """
+    index_N = group_index(groups_N, len(groups_N))
+    place_G = rng.permutation(int(index_N.max()) + 1) if len(index_N) else np.zeros(0, dtype=np.intp)
+    return np.lexsort((rng.random(len(index_N)), place_G[index_N]))
+
+
+def half_of_groups(groups_N: Groups, rng: np.random.Generator) -> NDArray[np.bool_]:
+    """True for the examples of a random half of the groups, of an odd number the smaller half."""
+    index_N = group_index(groups_N, len(groups_N))
+    groups = int(index_N.max()) + 1 if len(index_N) else 0
+    chosen_G = np.zeros(groups, dtype=np.bool_)
+    chosen_G[rng.permutation(groups)[: groups // 2]] = True
+    return np.asarray(chosen_G[index_N])
+
+
+def _two_sets(first: ArrayLike, second: ArrayLike) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    a, b = np.asarray(first, dtype=np.bool_), np.asarray(second, dtype=np.bool_)
+    same("second: shape", a.shape, b.shape)
+    same("second: members", int(a.sum()), int(b.sum()))
+    return a, b
