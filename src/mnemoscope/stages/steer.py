@@ -146,7 +146,7 @@ class _Work:
     def judge(self, direction: str, name: str, entry: JudgedList) -> Iterator[pd.DataFrame]:
         """The chosen vectors on one list, and their controls where the list is what they were chosen for.
 
-        Conflicts get controls under the best method only.
+        Conflicts get controls under the methods that are best for them or for pairs only.
         """
         # One list at a time: the caches of a list's prompts are most of the memory that steering takes.
         batches = with_prefixes(self.asking, entry.examples)
@@ -162,7 +162,7 @@ class _Work:
                 applied = partial(vector.apply, self.asking.model)
                 mark_confabulations(self.asking, entry.examples, scores, has_format, applied)
             yield _table(aim, setting, ("vector", 0), name, entry, scores)
-            if name != aim or (aim == "conflict" and method != self.best(aim, direction)):
+            if name != aim or (aim == "conflict" and method not in {self.best(a, direction) for a in JUDGED_ON}):
                 continue
             for control in CONTROLS:
                 seed = [self.cell.seed, zlib.crc32(f"{aim}/{direction}/{method}/{control}".encode())]
