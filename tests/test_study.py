@@ -292,8 +292,14 @@ def test_seeds_and_labels_that_share_a_model_are_compared(mini: Callable[[str], 
     asking.model.save_pretrained(tmp_path / "model")
     asking.tokenizer.save_pretrained(tmp_path / "model")
     text = TWO_LABELS.format(folder=tmp_path / "model").replace("{cell: donor}", f"{{folder: {tmp_path / 'model'}}}")
-    (tmp_path / "two.yaml").write_text(text)
-    run_study(load_study(str(tmp_path / "two.yaml")), tmp_path / "run", workers=2)
+    raw = yaml.safe_load(text)
+    training = {"steps": 5, "evaluate_every": 5, "evaluation_examples": 8}
+    raw["cells"]["lost"] = {"task": "addition", "model": {"layers": 1, "width": 16}, "training": training}
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(raw))
+    # A cell that never shows both behaviours is told at the end, and takes nothing from the others.
+    lost = r"lost-0: after 5 steps .*\(1 more cells failed\); .*report.html is of the other cells"
+    with pytest.raises(StudyError, match=lost):
+        run_study(load_study(str(tmp_path / "two.yaml")), tmp_path / "run", workers=2)
     seeds = pd.read_parquet(tmp_path / "run" / "records" / "seeds.parquet")
     assert set(seeds.label) == {"donor", "borrower"}
     assert set(seeds.what) == {"overlap", "rank_correlation", "aligned_cosine"}
@@ -312,6 +318,8 @@ def test_seeds_and_labels_that_share_a_model_are_compared(mini: Callable[[str], 
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert set(results["transfer"]) == {"donor", "borrower"}
     assert results["tasks"]["donor"]["seeds"] == [0, 1]
+    assert set(results["failed"]) == {"lost-0", "lost-1"}
+    assert "lost-1: after 5 steps" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_a_cell_borrows_the_model_of_another_and_all_that_fail_are_told(tmp_path: Path) -> None:

@@ -44,7 +44,8 @@ def run_study(config: StudyConfig, run: Path, progress: Progress = lambda *_: No
 
     Raises:
         InputError: the folder belongs to another configuration, or a cell's input cannot be used.
-        StudyError: a cell cannot go on (never mixed, no pairs, a damaged artefact).
+        StudyError: a cell cannot go on (never mixed, no pairs, a damaged artefact). The others are finished first, and
+            the report is of them and names those that failed.
     """
     from mnemoscope.report import build_report
 
@@ -52,12 +53,33 @@ def run_study(config: StudyConfig, run: Path, progress: Progress = lambda *_: No
     with _locked(run, config):
         cells = cells_of(config, run)
         workers = workers or max(1, min(len(cells), (os.cpu_count() or 1) // config.threads))
-        # Cells that borrow a model come after those that train one.
-        for wave in ([c for c in cells if not c.config.model.cell], [c for c in cells if c.config.model.cell]):
-            _run_wave(wave, min(workers, len(wave)), progress)
-        compare_cells(cells, run, progress)
-        _write_manifest(run, cells, started)
-        return build_report(run)
+        failed = _run_cells(cells, workers, progress)
+        finished = [cell for cell in cells if cell.name not in failed]
+        write_atomically(run / "failed.json", json.dumps(failed, indent=1).encode())
+        report = None
+        if any(cell.config.analysed for cell in finished):
+            compare_cells(finished, run, progress)
+            _write_manifest(run, finished, started)
+            report = build_report(run)
+        if failed:
+            first, *others = failed.values()
+            more = f" ({len(others)} more cells failed)" if others else ""
+            raise StudyError(f"{first}{more}" + (f"; {report} is of the other cells" if report else ""))
+        assert report is not None, "a study has at least one cell that is analysed"
+        return report
+
+
+def _run_cells(cells: Sequence[Cell], workers: int, progress: Progress) -> dict[str, str]:
+    """Run all cells and return, by name, why some could not go on; hours of work are not lost with them."""
+    failed: dict[str, str] = {}
+    # Cells that borrow a model come after those that train one.
+    for wave in ([c for c in cells if not c.config.model.cell], [c for c in cells if c.config.model.cell]):
+        lenders = {cell.name: f"{cell.config.model.cell}-{cell.seed}" for cell in wave if cell.config.model.cell}
+        without = {name: f"{name}: {lender} has no model" for name, lender in lenders.items() if lender in failed}
+        failed |= without
+        ready = [cell for cell in wave if cell.name not in without]
+        failed |= _run_wave(ready, min(workers, len(ready)), progress)
+    return failed
 
 
 def run_cell(cell: Cell, progress: Progress) -> None:
@@ -179,31 +201,20 @@ def _first_difference(old: str, new: str) -> str:
     return "one is longer"
 
 
-def _run_wave(cells: Sequence[Cell], workers: int, progress: Progress) -> None:
-    """Run cells that do not wait for each other.
-
-    Raises:
-        StudyError: a cell cannot go on. The others are finished first, so that hours of work are not lost with it.
-    """
+def _run_wave(cells: Sequence[Cell], workers: int, progress: Progress) -> dict[str, str]:
+    """Run cells that do not wait for each other; returns why some could not go on, by name."""
     if workers > 1:
-        _run_side_by_side(cells, workers, progress)
-        return
-    failed: list[StudyError] = []
+        return _run_side_by_side(cells, workers, progress)
+    failed = {}
     for cell in cells:
         try:
             run_cell(cell, progress)
         except StudyError as error:
-            failed.append(error)
-    _raise_first(failed)
+            failed[cell.name] = str(error)
+    return failed
 
 
-def _raise_first(failed: Sequence[StudyError]) -> None:
-    if failed:
-        more = f" ({len(failed) - 1} more cells failed)" if len(failed) > 1 else ""
-        raise StudyError(f"{failed[0]}{more}") from failed[0]
-
-
-def _run_side_by_side(cells: Sequence[Cell], workers: int, progress: Progress) -> None:
+def _run_side_by_side(cells: Sequence[Cell], workers: int, progress: Progress) -> dict[str, str]:
     context = get_context("spawn")
     manager = SyncManager(ctx=context)
     manager.start(_die_with, (os.getpid(),))
@@ -213,13 +224,13 @@ def _run_side_by_side(cells: Sequence[Cell], workers: int, progress: Progress) -
         listener.start()
         with ProcessPoolExecutor(workers, mp_context=context, initializer=_die_with, initargs=(os.getpid(),)) as pool:
             futures = [pool.submit(_run_in_worker, cell, messages) for cell in cells]
-            failed: list[StudyError] = []
+            failed = {}
             try:
-                for future in futures:
+                for cell, future in zip(cells, futures, strict=True):
                     try:
                         future.result()
                     except StudyError as error:
-                        failed.append(error)
+                        failed[cell.name] = str(error)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in list((pool._processes or {}).values()):
@@ -227,7 +238,7 @@ def _run_side_by_side(cells: Sequence[Cell], workers: int, progress: Progress) -
                 raise
         messages.put(None)
         listener.join()
-    _raise_first(failed)
+    return failed
 
 
 def _run_in_worker(cell: Cell, messages: Any) -> None:

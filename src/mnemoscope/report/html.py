@@ -34,6 +34,7 @@ def render(run: Run, results: Tree) -> str:
         study=results["study"],
         tasks=tasks,
         summary=_summary(results),
+        failed=list(run.failed.values()),
         transfer=_transfer(results["transfer"]),
         css=Markup((folder / "style.css").read_text(encoding="utf-8")),
         configuration=run.study_text,

@@ -116,6 +116,7 @@ class Run:
     """A run folder: its configuration as text and as data, its manifest, and its cells in the order of their names.
 
     Attributes:
+        failed: why cells could not go on, by name; they are not among the cells.
         seeds, transfer_steering, transfer_probes: what compares cells; None where there was nothing to compare.
     """
 
@@ -124,6 +125,7 @@ class Run:
     study: dict[str, Any]
     manifest: dict[str, Any]
     cells: tuple[Cell, ...]
+    failed: dict[str, str]
     seeds: pd.DataFrame | None
     transfer_steering: pd.DataFrame | None
     transfer_probes: pd.DataFrame | None
@@ -149,12 +151,13 @@ def read_run(folder: Path) -> Run:
     if not isinstance(study, dict):
         raise InputError(f"{folder / 'study.yaml'}: a mapping is wanted, not {type(study).__name__}")
     manifest = _json(folder / "manifest.json") if (folder / "manifest.json").exists() else {}
-    folders = [path.parent for path in sorted((folder / "cells").glob("*/cell.json"))]
+    failed = _json(folder / "failed.json") if (folder / "failed.json").exists() else {}
+    folders = [path.parent for path in sorted((folder / "cells").glob("*/cell.json")) if path.parent.name not in failed]
     cells = tuple(read_cell(cell) for cell in folders if _json(cell / "cell.json").get("analysed", True))
     if not cells:
         raise InputError(f"{folder / 'cells'}: no cell.json in any folder here, so there is nothing to report")
     across = {name: _table_if_any(folder / "records", name) for name in ACROSS}
-    return Run(folder, study_text, study, manifest, cells, **across)
+    return Run(folder, study_text, study, manifest, cells, failed, **across)
 
 
 def read_cell(folder: Path) -> Cell:

@@ -23,7 +23,7 @@ SCHEMA = 1
 def compute_results(run: Run) -> Tree:
     """What ``results.json`` holds: plain dictionaries, lists, text and numbers; undefined numbers are NaN."""
     tasks = {label: summarise(cells) for label, cells in run.by_label().items()}
-    results = {"schema": SCHEMA, "study": str(run.study.get("study", "")), "tasks": tasks}
+    results = {"schema": SCHEMA, "study": str(run.study.get("study", "")), "tasks": tasks, "failed": run.failed}
     return dict(_plain({**results, "seeds": measure_seeds(run), "transfer": measure_transfer(run, tasks)}))
 
 
