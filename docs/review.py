@@ -181,6 +181,8 @@ def layers(tasks: dict[str, Any]) -> None:
             entry = by_layer["shift"][direction]
             for method, sites in entry["methods"].items():
                 for site, found in sites.items():
+                    if method not in ("nmd", "gradient", "learned"):
+                        continue
                     shifts = ", ".join(number(x["estimate"], 2) for x in found)
                     rows.append([name, target, f"{method} at {entry['strength']:g}", site, shifts])
             for site, found in task["patch"][direction].items():
@@ -191,7 +193,10 @@ def layers(tasks: dict[str, Any]) -> None:
     for name, task in tasks.items():
         for method, found in task["ablation"].items():
             for direction, target in DIRECTIONS.items():
+                best = task["steering"][direction]["chosen"]["method"]
                 for share, entry in found[direction].items():
+                    if method not in ("nmd", best) or share != "0.1":
+                        continue
                     lost = (entry["vector"]["lost"], entry["random_neurons"]["lost"], entry["minus_random"])
                     rows.append([name, method, target, share, *(ranged(x) for x in lost)])
     table(["task", "ranked by", "to", "share", "separation lost, nats", "random neurons", "difference"], rows)

@@ -193,7 +193,10 @@ class SteeringConfig(_Frozen):
     tune_others: int = Field(200, ge=1, description="tune examples of each other list")
     judged_examples: int = Field(500, ge=1, description="test pairs, and examples of each other list, at most")
     control_limit: float = Field(
-        0.18, ge=0, le=1, description="a setting whose worst control turns more tune examples pays thrice for the rest"
+        0.18,
+        ge=0,
+        le=1,
+        description="what a control turns of the tune examples beyond this costs thrice, the rest half",
     )
     collateral_limit: float = Field(
         0.03, ge=0, le=1, description="settings that cost more memory and novel examples are chosen only if all do"

@@ -1,9 +1,9 @@
-"""The choice between settings, on the tune split: targeted effect minus control, within limits.
+"""The choice between settings, on the tune split: targeted effect less what its controls cost, within limits.
 
-Pairs sit near the decision boundary, so any push flips some of them: what counts is the vector minus its worst control,
-small norms are the honest ones, and what should stay as it is must stay. A control over its limit costs more than it
-takes away, rather than everything: a limit that ends a setting would prefer one without any effect to one whose control
-exceeds it by the luck of its draws.
+Pairs sit near the decision boundary, so any push flips some of them: a control is paid for, little up to a limit and
+dearly beyond it, and what should stay as it is must stay. A limit that ended a setting would prefer one without any
+effect to one whose control exceeds it by the luck of its draws; a control that cost as much as the shift gains would
+prefer a weak vector to one that turns nearly all.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from mnemoscope.directions.controls import CHEAP, CONTROLS, control_draws
 from mnemoscope.directions.settings import TOWARD, Setting, share_of, steered, vector_of
 from mnemoscope.directions.sources import Sources
 
-EXCESS_COST = 3.0  # what a control costs by each point over its limit, in points of the shift
+# What a control costs, in points of the shift, by each point that it turns: up to its limit, and beyond.
+COST, EXCESS_COST = 0.5, 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class Limits:
     """What a chosen setting may do besides turning.
 
     Attributes:
-        control: the mean shift rate of a control beyond which it costs more than itself.
+        control: the mean shift rate of a control beyond which it costs dearly.
         collateral: the largest drop of the share that keeps its answer, of any list that should.
         draws: of each control.
         refits: draws of the controls that fit a method anew, which cost most; 0 leaves them out.
@@ -54,10 +55,10 @@ class TuneLists:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A setting, and how far it exceeds its worst control on the tune split.
+    """A setting, and what it gains on the tune split.
 
     Attributes:
-        net: shift rate less its worst control's mean, less `EXCESS_COST` times what that exceeds its limit by.
+        net: shift rate less what its worst control costs.
         kept: whether its collateral keeps the limit; a choice beyond it is made only where no setting keeps it.
         within: whether it keeps all limits.
     """
@@ -81,7 +82,7 @@ def choose(
     limits: Limits,
     seed: Sequence[int] = (0,),
 ) -> Choice:
-    """The setting that exceeds its worst control most, among those that keep what should stay if there is one.
+    """The setting that gains most, among those that keep what should stay if there is one.
 
     Args:
         sources: by site.
@@ -110,7 +111,7 @@ def choose(
 
 
 def _net(rate: float, worst: float, limits: Limits) -> float:
-    return rate - worst - EXCESS_COST * max(0.0, worst - limits.control)
+    return rate - COST * min(worst, limits.control) - EXCESS_COST * max(0.0, worst - limits.control)
 
 
 def control_means(

@@ -34,7 +34,7 @@ from mnemoscope.models import SITES, Site, blocks_of
 from mnemoscope.stages.common import Tell, cell_model, read_chosen, write_table
 from mnemoscope.stages.lists import Records, fit_lists
 from mnemoscope.steering import ablated, patched
-from mnemoscope.tasks import Example
+from mnemoscope.tasks import Example, keeps_key
 
 Applied = Callable[[], AbstractContextManager[Any]]
 GAUSSIAN_DRAWS = 5  # of the dose-response curve's control
@@ -64,26 +64,32 @@ class _Sides:
     Attributes:
         examples, batches: by behaviour shown; row n of both lists is one pair.
         margin_N: unsteered decision margins in nats, by behaviour shown.
+        reachable_N: bool, whether the side that is worked out leaves the stored key where it was stored.
     """
 
     asking: Asking
     examples: Mapping[str, Sequence[Example]]
     batches: Mapping[str, Sequence[Batch]]
     margin_N: Mapping[str, np.ndarray]
+    reachable_N: np.ndarray
 
     @classmethod
     def of(cls, cell: Cell, asking: Asking, records: Records) -> _Sides:
         pairs = records.both_sides("test", cell.config.effects.pairs)
         examples = {"generalized": [a for a, _ in pairs], "memorized": [b for _, b in pairs]}
         batches = {side: with_prefixes(asking, found) for side, found in examples.items()}
-        return cls(asking, examples, batches, {s: score(asking, b).margin_N for s, b in batches.items()})
+        reachable_N = np.array([keeps_key(records.task, example) for example in examples["generalized"]], bool)
+        margins = {side: score(asking, found).margin_N for side, found in batches.items()}
+        return cls(asking, examples, batches, margins, reachable_N)
 
     def table(self, side: str, scores: Scores, **facts: Any) -> pd.DataFrame:
-        """One row per pair: what became of one side of it."""
+        """One row per pair: what became of one side of it; turned to memory only what leaves the key where it was."""
         columns: dict[str, Any] = {name: "" for name in ("direction", "method", "site", "layers", "role")}
         columns |= {"dose": np.nan, "draw": 0, **facts, "side": side, "example": np.arange(len(self.examples[side]))}
         columns |= {"group": [e.group for e in self.examples[side]], "after": scores.behaviour_N}
         table = pd.DataFrame(columns | {"margin_before": self.margin_N[side], "margin": scores.margin_N})
+        if facts["what"] != "ablation" and facts["direction"] == "to_memorized":
+            table = table[self.reachable_N]
         words = ("what", "direction", "method", "site", "layers", "role", "side", "group", "after")
         return table.astype({word: "str" for word in words} | {"dose": "float64"})
 

@@ -193,7 +193,7 @@ class _Work:
         return chosen
 
     def best(self, aim: str, direction: str) -> str:
-        """The method that exceeds its worst control most on the tune split, of those that keep what should stay."""
+        """The method that gains most on the tune split, of those that keep what should stay."""
         found = {m: choice for (a, d, m), choice in self.choices.items() if (a, d) == (aim, direction)}
         return max(found, key=lambda method: found[method].rank)
 
