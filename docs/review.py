@@ -18,7 +18,6 @@ import pandas as pd
 
 DIRECTIONS = {"to_generalized": "generalized", "to_memorized": "memorized"}
 CONTROLS = ("random_neurons", "low_correlation", "random_sign", "shuffled_labels", "gaussian")
-ALIKE = {"joint-inference": "inference", "joint-addition-digits": "addition-digits", "joint-cipher": "cipher"}
 
 
 def number(value: Any, digits: int = 3) -> str:
@@ -49,12 +48,12 @@ def spread(values: Iterable[float]) -> str:
     return ", ".join(f"{value:g}" for value in sorted(set(values)))
 
 
-def setting(task: dict[str, Any], direction: str, method: str | None, aim: str = "chosen") -> str:
+def setting(task: dict[str, Any], direction: str, method: str | None) -> str:
     """Where and how strongly, over the seeds."""
     found = []
     for seed in task["per_seed"].values():
         entry = seed["steering_by_method"][method] if method else seed["steering"]
-        chosen = entry[direction][aim]
+        chosen = entry[direction]["chosen"]
         found.append((chosen["method"], chosen["site"], ",".join(map(str, chosen["layers"])), chosen["strength"]))
     places = sorted({f"{method} {site} {layers}" for method, site, layers, _ in found})
     return "; ".join(places) + " at " + spread(strength for *_, strength in found)
@@ -210,16 +209,15 @@ def transfer(results: dict[str, Any]) -> None:
             for direction, name in DIRECTIONS.items():
                 for method, entry in found[direction].items():
                     both = (ranged(entry["shift"]), number(entry["gaussian"]["estimate"]))
-                    rows.append([ALIKE[source], ALIKE[target], name, method, *both, ranged(found["probe"])])
+                    rows.append([source, target, name, method, *both, ranged(found["probe"])])
     table(["fitted on", "on pairs of", "to", "method", "shift", "Gaussian", "probe accuracy"], rows)
     rows = []
     for name, found in results["seeds"].items():
         for row in found:
-            if row["layer"] in (-1, "all") or row["what"] != "overlap":
-                place = "all" if row["layer"] == -1 else str(row["layer"])
-                share = "-" if row["top"] is None or math.isnan(row["top"]) else f"{row['top']:g}"
-                start = "same" if row["shared_initialization"] else "own"
-                rows.append([name, row["what"], place, share, start, ranged(row["value"]), ranged(row["chance"])])
+            place = "all" if row["layer"] == -1 else str(row["layer"])
+            start = "same" if row["shared_initialization"] else "own"
+            facts = [name, row["what"], place, number(row["top"], 2), start]
+            rows.append([*facts, ranged(row["value"]), ranged(row["chance"])])
     table(["task", "two seeds", "layer", "top", "first weights", "value (range)", "chance"], rows)
     rows = []
     for name, task in results["tasks"].items():
@@ -238,7 +236,7 @@ def doses(tasks: dict[str, Any]) -> None:
     rows = []
     for name, task in tasks.items():
         for direction, target in DIRECTIONS.items():
-            method = max(task["dose"], key=lambda m: m == task["steering"][direction]["chosen"]["method"])
+            method = task["steering"][direction]["chosen"]["method"]
             found = task["dose"][method][direction]["vector"]
             margins = ", ".join(f"{dose}: {number(entry['margin']['estimate'], 1)}" for dose, entry in found.items())
             shifts = ", ".join(f"{dose}: {number(entry['shift']['estimate'], 2)}" for dose, entry in found.items())

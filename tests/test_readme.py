@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,3 +60,15 @@ def test_the_python_runs_on_a_run_folder(mini_run: Path, monkeypatch: pytest.Mon
         exec(compile(code.replace("347+268=", "34+26=").replace("901+155=", "91+55="), "README", "exec"), space)
     assert "34+26=" in capsys.readouterr().out
     assert space["vector"].toward == "memorized"  # type: ignore[attr-defined]
+
+
+def test_the_tables_of_the_review_are_made_from_a_run(mini_run: Path) -> None:
+    """Every table is there, and a shift in it is the one of results.json."""
+    printed = subprocess.run(
+        [sys.executable, ROOT / "docs" / "review.py", mini_run], capture_output=True, text=True, check=True
+    ).stdout
+    headings = [line for line in printed.splitlines() if line.startswith("## ")]
+    assert [line.split()[1] for line in headings] == ["1.", "2.", "2.", "3", "4.", "5.", "6.", "8.", "9.", "10."]
+    task = json.loads((mini_run / "results.json").read_text())["tasks"]["addition"]
+    shift = task["steering"]["to_memorized"]["pairs"]["shift"]
+    assert f"| {shift['estimate']:.3f} [{shift['low']:.3f}, {shift['high']:.3f}] |" in printed.split("## 2.")[1]

@@ -204,7 +204,7 @@ class SteeringConfig(_Frozen):
     conflict_control_limit: float = Field(
         0.3, ge=0, le=1, description="the same where conflicts that are no pairs are turned, which takes larger norms"
     )
-    conflict_collateral_limit: float = Field(0.1, ge=0, le=1, description="likewise")
+    conflict_collateral_limit: float = Field(0.1, ge=0, le=1, description="of collateral, for those conflicts")
     draws: int = Field(20, ge=1, description="draws of each control")
 
 

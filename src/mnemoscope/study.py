@@ -75,7 +75,11 @@ def _run_cells(cells: Sequence[Cell], workers: int, progress: Progress) -> dict[
     # Cells that borrow a model come after those that train one.
     for wave in ([c for c in cells if not c.config.model.cell], [c for c in cells if c.config.model.cell]):
         lenders = {cell.name: f"{cell.config.model.cell}-{cell.seed}" for cell in wave if cell.config.model.cell}
-        without = {name: f"{name}: {lender} has no model" for name, lender in lenders.items() if lender in failed}
+        without = {
+            name: f"{name}: {lender}, whose model it takes, could not go on"
+            for name, lender in lenders.items()
+            if lender in failed
+        }
         failed |= without
         ready = [cell for cell in wave if cell.name not in without]
         failed |= _run_wave(ready, min(workers, len(ready)), progress)

@@ -50,7 +50,7 @@ def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
     """Choose settings on the tune split, for pairs and for other conflicts; judge them on the test split."""
     asking, records = cell_model(cell), Records.of(cell)
     work = _Work(cell, asking, sources_of(cell, asking, records))
-    _choose(work, tune_lists(cell, asking, records), tell)
+    _choose_all(work, tune_lists(cell, asking, records), tell)
     tables: list[pd.DataFrame] = []
     for number, direction in enumerate(TOWARD):
         lists = judged_lists(records, direction, cell.config.steering.judged_examples)
@@ -64,7 +64,7 @@ def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
     return files
 
 
-def _choose(work: _Work, tune: Mapping[str, Mapping[str, TuneLists]], tell: Tell) -> None:
+def _choose_all(work: _Work, tune: Mapping[str, Mapping[str, TuneLists]], tell: Tell) -> None:
     """Every choice; the tune lists and their caches are gone before the test lists come."""
     sweeps = work.cell.config.steering.sweeps
     for number, direction in enumerate(TOWARD):

@@ -22,9 +22,15 @@ def group_index(groups_N: Groups, n: int) -> NDArray[np.intp]:
 
 
 def blocks(total: int, size: int) -> Iterator[slice]:
+    """Slices of at most ``size`` that cover 0 to ``total``."""
     return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
 
 def same(name: str, allowed: object, value: object) -> None:
+    """Refuse a value that is not the allowed one.
+
+    Raises:
+        ValueError: naming what differs.
+    """
     if value != allowed:
         raise ValueError(f"{name}: {value}; allowed is {allowed}")
