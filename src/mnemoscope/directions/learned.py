@@ -81,16 +81,23 @@ def _wanted(sources: Sources, toward: Toward) -> list[Batch]:
     """Batches to learn from, with the answer that is wanted of each example as its only one.
 
     Phrasings of pairs and other conflicts take turns. Under a shuffle both sides of the pairs are asked for either
-    answer, half for each, so that nothing links what is wanted to what the model says.
+    answer, half for each and both equally often, so that nothing links what is wanted to what the model says: asked of
+    one side alone, either answer in half of the cases would still teach to leave that side.
     """
     ways = (toward,) if sources.shuffle is None else (toward, OPPOSITE[toward])
     lists = [found[way] for found in (sources.lists.pairs, sources.lists.conflicts) for way in ways]
     option = 1 if toward == "generalized" else 0
-    wanted = []
-    for stream, batch in enumerate(in_turn(lists)):
-        stays_N = torch.from_numpy(sources.signs(len(batch.examples_N), stream) > 0)
-        wanted.append(with_option(batch, torch.where(stays_N, option, 1 - option).to(batch.ids_NT.device)))
-    return wanted
+    asked: list[list[Batch]] = []
+    for stream, batches in enumerate(lists):
+        asked.append([])
+        for number, batch in enumerate(batches):
+            stays_N = torch.from_numpy(sources.signs(len(batch.examples_N), stream, number) > 0)
+            wanted_N = torch.where(stays_N, option, 1 - option).to(batch.ids_NT.device)
+            asked[-1].append(with_option(batch, wanted_N))
+    longest = max(map(len, asked))
+    if sources.shuffle is not None:
+        asked = [list(islice(cycle(batches), longest)) for batches in asked]
+    return in_turn(asked)
 
 
 def _log_p(sources: Sources, batch: Batch, shifts: Mapping[int, Tensor]) -> Tensor:
