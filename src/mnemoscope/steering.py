@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,7 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from mnemoscope.errors import InputError
-from mnemoscope.models import SITES, Site, blocks_of, cached_columns, site_module, states_of, with_states
+from mnemoscope.models import (
+    SITES,
+    Site,
+    backbone_of,
+    blocks_of,
+    cached_columns,
+    core_of,
+    rows_of,
+    site_module,
+    site_width,
+    states_of,
+    with_states,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -53,7 +65,7 @@ class Binding:
             digest.update(name.encode())
             digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         words = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["model"], sort_keys=True)
-        return cls(model.config.model_type, digest.hexdigest(), hashlib.sha256(words.encode()).hexdigest())
+        return cls(core_of(model).config.model_type, digest.hexdigest(), hashlib.sha256(words.encode()).hexdigest())
 
 
 @dataclass(frozen=True)
@@ -166,34 +178,38 @@ class SteeringVector:
         return self + replace(-other, method=other.method)
 
     @contextmanager
-    def apply(self, model: PreTrainedModel, alpha: float = 1.0, start: int | None = None) -> Iterator[None]:
+    def apply(
+        self, model: PreTrainedModel, alpha: float | Sequence[float] | Tensor = 1.0, start: int | None = None
+    ) -> Iterator[None]:
         """Shift the model's states inside the context; use any forward pass or ``generate`` in it.
 
         Args:
-            alpha: factor on the shift. 0 leaves the model untouched, bit by bit.
+            alpha: factor on the shift, or one for each prompt of the batch (N,); what ``generate`` makes of a prompt,
+                beams or several samples, shares its factor. 0 leaves the model untouched, bit by bit.
             start: column of the decision position in the left-padded batch. Default: the last column of each prompt. An
                 uncached pass that begins with the prompt of the pass before counts as its continuation.
 
         Raises:
             InputError: a layer or the width does not exist in this model, or alpha is not finite.
         """
-        if not np.isfinite(alpha):
-            raise InputError(f"alpha: {alpha} is not a finite number")
+        factor = torch.as_tensor(alpha, dtype=torch.float32)
+        if factor.ndim > 1 or not bool(factor.isfinite().all()):
+            raise InputError(f"alpha: {alpha} is neither a finite number nor one for each prompt")
         self._check_shape(model)
-        if alpha == 0 or not self.shifts:
+        if not factor.any() or not self.shifts:
             yield
             return
-        scaled = {layer: alpha * shift_D for layer, shift_D in self.shifts.items()}
+        scaled = {layer: factor[..., None] * shift_D for layer, shift_D in self.shifts.items()}
         with shifted(model, scaled, self.site, self.positions, start):
             yield
 
     def _check_shape(self, model: PreTrainedModel) -> None:
         count = len(blocks_of(model))
-        width = model.config.hidden_size
         for layer, shift in self.shifts.items():
             if not 0 <= layer < count:
                 raise InputError(f"layers: {layer} is not in 0 .. {count - 1} of this model")
-            if self.site != "neuron" and len(shift) != width:
+            width = site_width(model, layer, self.site)
+            if len(shift) != width:
                 raise InputError(f"shifts: {len(shift)} neurons in layer {layer}; this model has {width}")
 
     def bound_to(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> SteeringVector:
@@ -259,7 +275,9 @@ def scaled_to(shift_LD: np.ndarray, norm_L: np.ndarray) -> np.ndarray:
 def shifted(
     model: PreTrainedModel, shifts: Mapping[int, Tensor], site: Site, positions: Positions, start: int | None = None
 ) -> AbstractContextManager[None]:
-    """Add a (D,) tensor to the states of each layer named; gradients flow back into the tensors.
+    """Add a (D,) tensor, or one for each prompt (N, D), to the states of each layer named.
+
+    Gradients flow back into the tensors.
 
     See ``SteeringVector.apply`` for ``start``.
     """
@@ -278,7 +296,7 @@ def ablated(
     """
 
     def holding(mean_D: Tensor, chosen_D: Tensor) -> _Edit:
-        return lambda states_NTD: torch.where(chosen_D, mean_D, states_NTD)
+        return lambda states_NTD: torch.where(chosen_D.to(states_NTD.device), mean_D.to(states_NTD), states_NTD)
 
     edits = {layer: holding(mean_D, chosen[layer]) for layer, mean_D in means.items()}
     return _edited(model, site, _PositionTracker(None, everywhere=False), edits)
@@ -294,7 +312,7 @@ def patched(model: PreTrainedModel, layer: int, states_ND: Tensor, site: Site) -
     def patch(states_NTD: Tensor) -> Tensor:
         if not tracker.in_prompt:
             return states_NTD
-        return torch.cat([states_ND[:, None], states_NTD[:, 1:]], dim=1)
+        return torch.cat([states_ND[:, None].to(states_NTD), states_NTD[:, 1:]], dim=1)
 
     return _edited(model, site, tracker, {layer: patch})
 
@@ -310,7 +328,7 @@ def _edited(
     handles = []
     try:
         # The base model is what every way of calling passes through, with a language-modelling head or without.
-        handles.append(model.base_model.register_forward_pre_hook(tracker.see, with_kwargs=True))
+        handles.append(backbone_of(model).register_forward_pre_hook(tracker.see, with_kwargs=True))
         for layer, edit in edits.items():
             module, is_input = site_module(model, layer, site)
             register = module.register_forward_pre_hook if is_input else module.register_forward_hook
@@ -331,12 +349,14 @@ class _PositionTracker:
     fixed: int | None
     everywhere: bool
     start: int = 0
+    rows: int = 0  # of the batch of this pass
     first_column: int = 0
     in_prompt: bool = False  # whether this pass holds the decision position
     prompt_NT: Tensor | None = field(default=None)
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the base model: reads how much of the sequence came before."""
+        self.rows = rows_of(args, kwargs)
         ids_NT = args[0] if args else kwargs.get("input_ids")
         if ids_NT is None:
             ids_NT = kwargs["inputs_embeds"][..., 0]
@@ -357,12 +377,21 @@ class _PositionTracker:
         return longer and bool(torch.equal(ids_NT[:, : prompt.shape[1]], prompt))
 
 
-def _adding(shift_D: Tensor) -> _Edit:
+def _adding(shift: Tensor) -> _Edit:
+    """Add a shift (D,) to all rows, or (N, D) row by row; each prompt's rows follow one another."""
     placed: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def add(states_NTD: Tensor) -> Tensor:
         key = (states_NTD.device, states_NTD.dtype)
-        return states_NTD + placed.setdefault(key, shift_D.to(*key))
+        here = placed.get(key)
+        if here is None:
+            here = placed[key] = shift.to(*key)
+        if here.ndim == 1:
+            return states_NTD + here
+        copies, rest = divmod(len(states_NTD), len(here))
+        if rest:
+            raise InputError(f"alpha: {len(here)} factors for a batch of {len(states_NTD)} rows")
+        return states_NTD + here.repeat_interleave(copies, dim=0)[:, None]
 
     return add
 
@@ -379,9 +408,9 @@ def _editor(edit: _Edit, tracker: _PositionTracker, is_input: bool) -> Callable[
         return torch.cat([states_NTD[:, :first], edit(states_NTD[:, first:])], dim=1)
 
     def on_output(module: nn.Module, inputs: Any, output: Any) -> Any:
-        return with_states(output, moved(states_of(output)))
+        return with_states(output, moved(states_of(output, tracker.rows)))
 
     def on_input(module: nn.Module, inputs: Any) -> Any:
-        return with_states(inputs, moved(states_of(inputs)))
+        return with_states(inputs, moved(states_of(inputs, tracker.rows)))
 
     return on_input if is_input else on_output

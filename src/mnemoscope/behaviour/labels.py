@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mnemoscope.behaviour.asking import Asking, Batch
 from mnemoscope.behaviour.reading import Answers, read_answers, read_contexts
-from mnemoscope.models import Site, blocks_of, site_module, states_of
+from mnemoscope.models import Site, backbone_of, blocks_of, rows_of, site_module, states_of
 from mnemoscope.tasks import Example
 
 if TYPE_CHECKING:
@@ -62,14 +62,20 @@ def read_states(model: PreTrainedModel, site: Site) -> Iterator[list[Tensor]]:
     layers = len(blocks_of(model))
     states: list[Tensor] = [torch.empty(0)] * layers
     handles = []
+    rows = 0
+
+    def see(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        nonlocal rows
+        rows = rows_of(args, kwargs)
 
     def reader(layer: int, is_input: bool) -> Callable[..., None]:
         def read(module: torch.nn.Module, inputs: Any, output: Any = None) -> None:
-            states[layer] = states_of(inputs if is_input else output)[:, -1].detach()
+            states[layer] = states_of(inputs if is_input else output, rows)[:, -1].detach()
 
         return read
 
     try:
+        handles.append(backbone_of(model).register_forward_pre_hook(see, with_kwargs=True))
         for layer in range(layers):
             module, is_input = site_module(model, layer, site)
             register = module.register_forward_pre_hook if is_input else module.register_forward_hook
@@ -143,7 +149,9 @@ def _score_batch(
     if margins:
         logp_N2 = _by_option(batch, _log_p(batch, contexts.logits_NV, answers).double(), torch.nan)
         scores.margin_N[batch.examples_N] = (logp_N2[:, 1] - logp_N2[:, 0]).cpu().numpy()
-    return torch.stack(states, dim=1).float().cpu().numpy() if states else np.empty((len(batch.examples_N), 0, 0))
+    # Layers may lie on several devices.
+    read = [states_ND.float().cpu() for states_ND in states]
+    return torch.stack(read, dim=1).numpy() if read else np.empty((len(batch.examples_N), 0, 0))
 
 
 def _greedy(logits_V: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from mnemoscope.behaviour.asking import Asking, Batch
 from mnemoscope.models import (
-    cache_argument,
+    backbone_of,
     cache_of,
     make_room,
-    position_ids,
+    pass_inputs,
     recorded_blocks,
     replayed_blocks,
     select_rows,
@@ -99,17 +99,12 @@ def cache_prefixes(asking: Asking, batches: Sequence[Batch]) -> None:
         keep = int(batch.shared_N.max())
         if ids_NT.shape[1] == 0:
             continue
-        inputs = {
-            "input_ids": ids_NT,
-            "attention_mask": mask_NT,
-            "position_ids": position_ids(mask_NT),
-            "use_cache": True,
-        }
+        inputs = pass_inputs(asking.model, ids_NT, mask_NT)
         if keep:
             output = asking.model(**inputs, logits_to_keep=keep)
             batch.prefix_fits_N = _shared_fits(batch, output.logits)
         else:
-            output = asking.model.base_model(**inputs)  # no head where no logits are needed
+            output = backbone_of(asking.model)(**inputs)  # no head where no logits are needed
             batch.prefix_fits_N = torch.ones_like(batch.shared_N, dtype=torch.bool)
         batch.prefix = cache_of(output)
         # Without room in every layer it is a kind of model of which we do not know what its blocks leave behind.
@@ -130,24 +125,19 @@ def with_option(batch: Batch, option_N: Tensor) -> Batch:
 
 def _read_unshifted(model: PreTrainedModel, batch: Batch) -> Unshifted:
     with recorded_blocks(model) as context_L:
-        cache = cache_of(model.base_model(**_decision_inputs(model, batch)))
+        cache = cache_of(backbone_of(model)(**_decision_inputs(model, batch)))
     columns_L = [(layer.keys[:, :, -1:].clone(), layer.values[:, :, -1:].clone()) for layer in cache.layers]
     with recorded_blocks(model) as answers_L:
-        model.base_model(**_answer_inputs(model, cache, batch.mask_NT, batch.suffix_RM, batch.example_R))
+        backbone_of(model)(**_answer_inputs(model, cache, batch.mask_NT, batch.suffix_RM, batch.example_R))
     return Unshifted(context_L, answers_L, columns_L[: len(context_L)])
 
 
 def read_contexts(model: PreTrainedModel, batch: Batch) -> Contexts:
     """Read contexts up to and including their decision positions."""
     if batch.prefix is None:
-        output = model(
-            input_ids=batch.ids_NT,
-            attention_mask=batch.mask_NT,
-            position_ids=position_ids(batch.mask_NT),
-            use_cache=True,
-            logits_to_keep=int(batch.shared_N.max()) + 1,
-        )
-        return Contexts(output.logits[:, -1], _shared_fits(batch, output.logits[:, :-1]), cache_of(output))
+        inputs = pass_inputs(model, batch.ids_NT, batch.mask_NT)
+        output = model(**inputs, logits_to_keep=int(batch.shared_N.max()) + 1)
+        return Contexts(output.logits[:, -1].float(), _shared_fits(batch, output.logits[:, :-1]), cache_of(output))
     known = min(untouched_blocks(model), len(batch.unshifted.context_L)) if batch.unshifted else 0
     with replayed_blocks(model, known, batch.unshifted.context_L[known - 1] if known else None):
         output = model(**_decision_inputs(model, batch))
@@ -155,7 +145,7 @@ def read_contexts(model: PreTrainedModel, batch: Batch) -> Contexts:
     for number in range(known):
         cache.layers[number].update(*batch.unshifted.columns_L[number])
     assert batch.prefix_fits_N is not None
-    return Contexts(output.logits[:, -1], batch.prefix_fits_N, cache, known)
+    return Contexts(output.logits[:, -1].float(), batch.prefix_fits_N, cache, known)
 
 
 def read_answers(model: PreTrainedModel, batch: Batch, contexts: Contexts, wanted_R: Tensor) -> Answers | None:
@@ -171,7 +161,7 @@ def read_answers(model: PreTrainedModel, batch: Batch, contexts: Contexts, wante
         returned = batch.unshifted.answers_L[contexts.known - 1]
         returned = with_states(returned, states_of(returned)[rows_S, :longest])
     with replayed_blocks(model, contexts.known, returned):
-        logits_SMV = model(**_answer_inputs(model, contexts.cache, batch.mask_NT, suffix_SM, example_S)).logits
+        logits_SMV = model(**_answer_inputs(model, contexts.cache, batch.mask_NT, suffix_SM, example_S)).logits.float()
     return Answers(rows_S, suffix_SM, length_S, logits_SMV)
 
 
@@ -188,13 +178,7 @@ def _rows_to_read(batch: Batch, wanted_R: Tensor) -> tuple[Tensor, Tensor | None
 
 def _decision_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
     """A pass over the decision tokens behind their prefixes."""
-    return {
-        "input_ids": batch.ids_NT[:, -1:],
-        "attention_mask": batch.mask_NT,
-        "position_ids": position_ids(batch.mask_NT)[:, -1:],
-        "use_cache": True,
-        cache_argument(model): select_rows(batch.prefix, None),
-    }
+    return pass_inputs(model, batch.ids_NT[:, -1:], batch.mask_NT, select_rows(batch.prefix, None))
 
 
 def _answer_inputs(
@@ -203,13 +187,7 @@ def _answer_inputs(
     """A pass over answers behind the contexts of their examples (None: one answer for every example, in order)."""
     mask_ST = mask_NT if example_S is None else mask_NT[example_S]
     mask_ST = torch.cat([mask_ST, torch.ones_like(suffix_SM)], dim=1)
-    return {
-        "input_ids": suffix_SM,
-        "attention_mask": mask_ST,
-        "position_ids": position_ids(mask_ST)[:, -suffix_SM.shape[1] :],
-        "use_cache": True,
-        cache_argument(model): select_rows(cache, example_S),
-    }
+    return pass_inputs(model, suffix_SM, mask_ST, select_rows(cache, example_S))
 
 
 def _shared_fits(batch: Batch, logits_NKV: Tensor) -> Tensor:

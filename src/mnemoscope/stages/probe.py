@@ -21,7 +21,7 @@ from torch import Tensor
 from mnemoscope.behaviour import Asking, Batch, prepare, read_states
 from mnemoscope.cells import Cell
 from mnemoscope.contrast import nmd_and_rho
-from mnemoscope.models import Site, blocks_of, cache_argument, cache_of, position_ids
+from mnemoscope.models import Site, backbone_of, blocks_of, cache_of, pass_inputs, width_of
 from mnemoscope.probes import (
     LayerProbe,
     fit_input_probe,
@@ -121,12 +121,7 @@ def readable_offsets(offsets: Sequence[int], batches: Sequence[Batch]) -> list[i
 
 def _bytes_per_offset(asking: Asking, parts: Mapping[Split, Phrasings]) -> int:
     # The widest site, MLP activations, has four times the width of the states in the architectures we know.
-    return (
-        16
-        * asking.model.config.hidden_size
-        * len(blocks_of(asking.model))
-        * sum(len(p.examples) for p in parts.values())
-    )
+    return 16 * width_of(asking.model) * len(blocks_of(asking.model)) * sum(len(p.examples) for p in parts.values())
 
 
 def _that_fit(offsets: Sequence[int], each: int) -> Iterator[Sequence[int]]:
@@ -165,25 +160,19 @@ def read_back(
 def _read_batch(asking: Asking, batch: Batch, site: Site, offsets: Sequence[int]) -> tuple[Tensor, Tensor | None]:
     """States (O, L, N, D), and the logits (N, V) at the decision position if 0 is among the offsets."""
     model, width = asking.model, batch.ids_NT.shape[1]
-    positions_NT = position_ids(batch.mask_NT)
     found: dict[int, Tensor] = {}
     start, logits_NV = 0, None
-    known: dict[str, Any] = {}  # what was read before
+    known: Any = None  # what was read before
     with read_states(model, site) as states:
         for offset in sorted(set(offsets), reverse=True):
             stop = width - offset
-            inputs = {
-                "input_ids": batch.ids_NT[:, start:stop],
-                "attention_mask": batch.mask_NT[:, :stop],
-                "use_cache": True,
-            }
-            inputs |= {"position_ids": positions_NT[:, start:stop], **known}
+            inputs = pass_inputs(model, batch.ids_NT[:, start:stop], batch.mask_NT[:, :stop], known)
             if offset == 0:
                 output = model(**inputs, logits_to_keep=1)
                 logits_NV = output.logits[:, -1]
             else:
-                output = model.base_model(**inputs)  # no head where no logits are needed
-            found[offset], start, known = torch.stack(states), stop, {cache_argument(model): cache_of(output)}
+                output = backbone_of(model)(**inputs)  # no head where no logits are needed
+            found[offset], start, known = torch.stack([s.float().cpu() for s in states]), stop, cache_of(output)
     return torch.stack([found[offset] for offset in offsets]), logits_NV
 
 

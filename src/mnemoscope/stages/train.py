@@ -12,7 +12,7 @@ import pandas as pd
 from mnemoscope.behaviour import Asking, Scores, mark_confabulations, prepare, score
 from mnemoscope.cells import Cell
 from mnemoscope.errors import InputError, StudyError
-from mnemoscope.models import blocks_of, build_gpt2, word_tokenizer
+from mnemoscope.models import blocks_of, build_gpt2, width_of, word_tokenizer
 from mnemoscope.stages.common import Tell, cell_model, cell_task, rng_of, write_json, write_table
 from mnemoscope.tasks import KINDS, Example, Task, draw
 from mnemoscope.training import Trained, how_to_mix, train
@@ -26,7 +26,7 @@ def train_stage(cell: Cell, tell: Tell) -> list[Path]:
     facts |= {"analysed": cell.config.analysed, "shared_initialization": cell.config.model.initialization is not None}
     if cell.config.model.folder or cell.config.model.cell:
         model = cell_model(cell).model
-        facts |= {"layers": len(blocks_of(model)), "width": model.config.hidden_size, "trained": False}
+        facts |= {"layers": len(blocks_of(model)), "width": width_of(model), "trained": False}
         return [write_json(cell.folder / "cell.json", facts)]
     asking, trained = _trained(cell, task, tell)
     files = [

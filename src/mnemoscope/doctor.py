@@ -1,0 +1,194 @@
+"""The self-check: does this model give the same numbers in every way in which Mnemoscope reads and steers it?
+
+Shapes: N prompts, T tokens of a left-padded batch, V vocabulary, D neurons.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mnemoscope.behaviour import read_states
+from mnemoscope.errors import InputError
+from mnemoscope.models import SITES, Site, blocks_of, cache_of, layout_of, pass_inputs, site_width, states_of
+from mnemoscope.steering import SteeringVector
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+# Prompts of different lengths, so that a batch of them is padded.
+PROMPTS = (
+    "The capital of France is",
+    "Question: what color is the sky on a clear day? Answer:",
+    "2 + 2 =",
+    "Once upon a time there was a king who had three daughters, and the youngest of them",
+)
+# The largest difference of logits that counts as equal, in units of the logits' own size, by precision.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02, torch.float64: 1e-9}
+DECODED = 6  # tokens that are read on behind each prompt
+STRENGTH = 0.3  # of the random shift, relative to the norm of the states
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One property, and whether it holds.
+
+    Attributes:
+        name: what is compared.
+        difference: the largest absolute difference of logits or states that was found.
+        allowed: the largest that passes; 0 where bits must be equal.
+        flips: top tokens that differ although they lead by more than twice what is allowed.
+    """
+
+    name: str
+    difference: float
+    allowed: float
+    flips: int = 0
+
+    @property
+    def passed(self) -> bool:
+        """Whether it holds; a difference that is not a number is none that passes."""
+        return self.difference <= self.allowed and not self.flips
+
+
+def examine(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str] = PROMPTS
+) -> Iterator[Check]:
+    """Check a model, one property after the other.
+
+    Args:
+        prompts: at least two, of different lengths in tokens.
+
+    Raises:
+        InputError: the prompts have one length, or the model has no known layout.
+    """
+    layout_of(model)
+    patient = _Patient(model, tokenizer, [tokenizer(prompt).input_ids for prompt in prompts])
+    if len({len(ids) for ids in patient.prompts}) < 2:
+        raise InputError("prompts: all have one length; padding shows only where lengths differ")
+    plain = patient.read()
+    yield patient.compare("batched and padded = single", plain, patient.read(single=True))
+    yield patient.compare("cached = uncached", plain, patient.read(cached=True))
+    yield _same_states(patient)
+    for site in SITES:
+        if site == "neuron" and not layout_of(model).down:
+            continue
+        vector = patient.random_vector(site)
+        untouched = patient.read(lambda vector=vector: vector.apply(model, alpha=0.0))
+        yield patient.compare(f"{site}: alpha 0 = untouched", plain, untouched, exact=True)
+        steered = patient.read(lambda vector=vector: vector.apply(model))
+        moved = _difference(plain, steered)
+        yield Check(f"{site}: a shift arrives", 0.0 if moved > 0 else math.inf, 0.0)
+        for name, how in (("single", {"single": True}), ("cached", {"cached": True})):
+            other = patient.read(lambda vector=vector: vector.apply(model), **how)
+            yield patient.compare(f"{site}: steered batch = steered {name}", steered, other)
+        factors = torch.arange(len(prompts)) % 2
+        mixed = patient.read(lambda vector=vector, factors=factors: vector.apply(model, alpha=factors))
+        wanted = [(steered if on else plain)[row] for row, on in enumerate(factors)]
+        yield patient.compare(f"{site}: alpha row by row = each row alone", wanted, mixed)
+    yield patient.compare("afterwards = before", plain, patient.read(), exact=True)
+
+
+@dataclass(frozen=True)
+class _Patient:
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    prompts: list[list[int]]
+
+    @torch.no_grad()
+    def read(
+        self,
+        applied: Callable[[], AbstractContextManager[None]] = nullcontext,
+        single: bool = False,
+        cached: bool = False,
+    ) -> list[Tensor]:
+        """Logits from the decision position on, float32 (1 + DECODED, V) for every prompt.
+
+        What is read behind the prompts is the same for all: their own first tokens.
+        """
+        rows = [[i] for i in range(len(self.prompts))] if single else [list(range(len(self.prompts)))]
+        found: list[Tensor] = []
+        for chosen in rows:
+            ids_NT, mask_NT = self._padded([self.prompts[i] for i in chosen])
+            behind_NM = torch.tensor([(self.prompts[i] * DECODED)[:DECODED] for i in chosen], device=self.model.device)
+            all_NT = torch.cat([ids_NT, behind_NM], dim=1)
+            all_mask_NT = torch.cat([mask_NT, torch.ones_like(behind_NM)], dim=1)
+            with applied():
+                if cached:
+                    logits_NMV = self._step_by_step(all_NT, all_mask_NT, ids_NT.shape[1])
+                else:
+                    logits_NMV = self._at_once(all_NT, all_mask_NT, ids_NT.shape[1])
+            found += [logits_MV.float().cpu() for logits_MV in logits_NMV]
+        return found
+
+    def _at_once(self, ids_NT: Tensor, mask_NT: Tensor, prompt: int) -> Tensor:
+        # First the prompt alone, which tells a vector where the decision position is; then its uncached continuation.
+        self.model(**self._uncached(ids_NT[:, :prompt], mask_NT[:, :prompt]))
+        return self.model(**self._uncached(ids_NT, mask_NT)).logits[:, prompt - 1 :]
+
+    def _uncached(self, ids_NT: Tensor, mask_NT: Tensor) -> dict[str, object]:
+        return pass_inputs(self.model, ids_NT, mask_NT) | {"use_cache": False}
+
+    def _step_by_step(self, ids_NT: Tensor, mask_NT: Tensor, prompt: int) -> Tensor:
+        output = self.model(**pass_inputs(self.model, ids_NT[:, :prompt], mask_NT[:, :prompt]))
+        logits = [output.logits[:, -1]]
+        for column in range(prompt, ids_NT.shape[1]):
+            now = slice(column, column + 1)
+            output = self.model(**pass_inputs(self.model, ids_NT[:, now], mask_NT[:, : column + 1], cache_of(output)))
+            logits.append(output.logits[:, -1])
+        return torch.stack(logits, dim=1)
+
+    def _padded(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
+        longest = max(map(len, prompts))
+        pad = self.tokenizer.pad_token_id or 0
+        ids = [[pad] * (longest - len(ids)) + ids for ids in prompts]
+        mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
+        return torch.tensor(ids, device=self.model.device), torch.tensor(mask, device=self.model.device)
+
+    @torch.no_grad()
+    def random_vector(self, site: Site) -> SteeringVector:
+        """A shift of every layer, of a share of the norm of its states."""
+        generator = torch.Generator().manual_seed(0)
+        ids_NT, mask_NT = self._padded(self.prompts)
+        with read_states(self.model, site) as states:
+            self.model(**pass_inputs(self.model, ids_NT, mask_NT))
+        shifts = {}
+        for layer, states_ND in enumerate(states):
+            shift_D = torch.randn(site_width(self.model, layer, site), generator=generator)
+            norm = float(states_ND.float().norm(dim=-1).mean())
+            shifts[layer] = shift_D * STRENGTH * norm / float(shift_D.norm()) / math.sqrt(len(states))
+        return SteeringVector("generalized", shifts, site=site)
+
+    def compare(self, name: str, first: list[Tensor], second: list[Tensor], exact: bool = False) -> Check:
+        """Hold two readings of all prompts against each other."""
+        size = max(float(logits_MV.abs().max()) for logits_MV in first)
+        allowed = 0.0 if exact else TOLERANCE.get(self.model.dtype, 1e-4) * max(1.0, size / 10)
+        flips = 0
+        for a_MV, b_MV in zip(first, second, strict=True):
+            top_M2 = a_MV.topk(2).values
+            clear_M = top_M2[:, 0] - top_M2[:, 1] > 2 * allowed
+            flips += int((clear_M & (a_MV.argmax(-1) != b_MV.argmax(-1))).sum())
+        return Check(name, _difference(first, second), allowed, flips)
+
+
+def _difference(first: list[Tensor], second: list[Tensor]) -> float:
+    return max(float((a_MV - b_MV).abs().max()) for a_MV, b_MV in zip(first, second, strict=True))
+
+
+@torch.no_grad()
+def _same_states(patient: _Patient) -> Check:
+    """A block's own output is what the library calls the next hidden state; its last one is after the final norm."""
+    ids_NT, mask_NT = patient._padded(patient.prompts)
+    with read_states(patient.model, "block") as states:
+        output = patient.model(**pass_inputs(patient.model, ids_NT, mask_NT), output_hidden_states=True)
+    last = len(blocks_of(patient.model)) - 1
+    differences = [
+        float((states[layer] - states_of(output.hidden_states[layer + 1])[:, -1]).abs().max()) for layer in range(last)
+    ]
+    return Check("block output = the library's hidden state", max(differences, default=0.0), 0.0)

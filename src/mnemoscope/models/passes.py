@@ -1,0 +1,99 @@
+"""Passes that leave out what is known: blocks below the first hook return what they returned before.
+
+Shapes: N examples, T tokens (columns) of a left-padded batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from mnemoscope.models.caches import arguments_of, cache_argument
+from mnemoscope.models.layout import blocks_of, core_of, layout_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def position_ids(mask_NT: Tensor) -> Tensor:
+    """Positions of a left-padded batch: the first real token is at 0, pads are filled with 1. Shape (N, T), int64."""
+    return (mask_NT.long().cumsum(-1) - 1).masked_fill(mask_NT == 0, 1)
+
+
+def pass_inputs(model: nn.Module, ids_NT: Tensor, mask_NT: Tensor, cache: Any = None) -> dict[str, Any]:
+    """Arguments of a pass over the last columns of a left-padded batch, the cache holding those before.
+
+    Args:
+        ids_NT: token ids of the columns to be read.
+        mask_NT: of all columns, those that the cache holds included.
+    """
+    inputs = {"input_ids": ids_NT, "attention_mask": mask_NT, "use_cache": True}
+    if "position_ids" in arguments_of(model):  # models without it count the mask themselves
+        inputs["position_ids"] = position_ids(mask_NT)[:, -ids_NT.shape[1] :]
+    return inputs if cache is None else inputs | {cache_argument(model): cache}
+
+
+def untouched_blocks(model: PreTrainedModel) -> int:
+    """How many of the first blocks return, for one input, what they return without any hook.
+
+    A hook on a block's output changes only what comes after it. Hooks on the whole model are taken to look on.
+    """
+    parent, _, _ = layout_of(model).blocks.rpartition(".")
+    blocks = blocks_of(model)
+    beside = (child for child in core_of(model).get_submodule(parent).children() if child is not blocks)
+    if any(_hooked(module) for child in beside for module in child.modules()):
+        return 0
+    for number, block in enumerate(blocks):
+        if block._forward_pre_hooks or any(_hooked(module) for child in block.children() for module in child.modules()):
+            return number
+        if block._forward_hooks:
+            return number + 1
+    return len(blocks)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+@contextmanager
+def recorded_blocks(model: PreTrainedModel) -> Iterator[list[Any]]:
+    """Inside the context a pass appends what each untouched first block returns, before any hook on its output."""
+    returned: list[Any] = []
+
+    def recording(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            returned.append(forward(*args, **kwargs))
+            return returned[-1]
+
+        return recorded
+
+    with _replaced(blocks_of(model)[: untouched_blocks(model)], recording):
+        yield returned
+
+
+@contextmanager
+def replayed_blocks(model: PreTrainedModel, count: int, returned: Any) -> Iterator[None]:
+    """Inside the context the first ``count`` blocks are not run: a pass goes on from what the last of them returned.
+
+    Hooks on that block see it as usual. Keys and values of the blocks that are not run are not added to a cache.
+    """
+    with _replaced(blocks_of(model)[:count], lambda forward: lambda *args, **kwargs: returned):
+        yield
+
+
+@contextmanager
+def _replaced(blocks: Sequence[nn.Module], by: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Replace the forward of blocks; that of their class, or what stood in its place, is back when the context ends."""
+    before = [block.__dict__.get("forward") for block in blocks]
+    try:
+        for block in blocks:
+            block.__dict__["forward"] = by(block.forward)
+        yield
+    finally:
+        for block, forward in zip(blocks, before, strict=True):
+            block.__dict__.pop("forward", None)
+            if forward is not None:
+                block.__dict__["forward"] = forward

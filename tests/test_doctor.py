@@ -1,0 +1,90 @@
+"""The self-check on every family, and on models that are ill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from families import FAMILIES, prompts, tiny, tokenizer
+from helpers import hook_count
+from mnemoscope.behaviour import read_states
+from mnemoscope.doctor import Check, examine
+from mnemoscope.errors import InputError
+from mnemoscope.models import SITES, layout_of, site_module
+
+
+def checks(model: PreTrainedModel) -> dict[str, Check]:
+    return {check.name: check for check in examine(model, tokenizer(), prompts())}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_well(family: str) -> None:
+    found = checks(tiny(family))
+    assert len(found) == 24
+    assert [check for check in found.values() if not check.passed] == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_block_adds_is_attention_and_mlp(family: str) -> None:
+    """Block output = block input + attention + MLP, wherever norms stand; the MLP comes of its activations."""
+    model = tiny(family)
+    ids = torch.arange(12).reshape(2, 6) + 3
+    read = {}
+    for site in SITES:
+        with torch.no_grad(), read_states(model, site) as states:
+            model(input_ids=ids)
+        read[site] = states
+    for layer in (1, 2):
+        total = read["block"][layer - 1] + read["attention"][layer] + read["mlp"][layer]
+        torch.testing.assert_close(total, read["block"][layer], rtol=1e-5, atol=1e-5)
+        down, is_input = site_module(model, layer, "neuron")
+        assert is_input
+        if "norm" not in layout_of(model).mlp:
+            torch.testing.assert_close(down(read["neuron"][layer]), read["mlp"][layer], rtol=1e-5, atol=1e-6)
+
+
+def ill(change: Callable[[dict[str, Any]], dict[str, Any]]) -> PreTrainedModel:
+    model = tiny("llama")
+    healthy = model.forward
+    model.forward = lambda **kwargs: healthy(**change(kwargs))  # type: ignore[method-assign]
+    return model
+
+
+def test_a_model_that_counts_padding_is_found_out() -> None:
+    found = checks(ill(lambda kwargs: kwargs | {"attention_mask": torch.ones_like(kwargs["attention_mask"])}))
+    assert not found["batched and padded = single"].passed
+
+
+def test_a_model_that_forgets_its_cache_is_found_out() -> None:
+    found = checks(ill(lambda kwargs: {k: v for k, v in kwargs.items() if k != "past_key_values"}))
+    assert not found["cached = uncached"].passed
+    assert found["batched and padded = single"].passed
+
+
+def test_noise_is_found_out() -> None:
+    """What differs from pass to pass is no number to build on: dropout left on."""
+    model = tiny("gpt2").train()
+    found = checks(model)
+    assert not found["afterwards = before"].passed
+    assert not found["block: alpha 0 = untouched"].passed
+
+
+def test_half_precision_has_a_tolerance_of_its_own() -> None:
+    found = checks(tiny("llama").to(torch.bfloat16))
+    assert all(check.passed for check in found.values())
+    assert found["cached = uncached"].allowed > 0.01
+
+
+def test_prompts_of_one_length_are_refused() -> None:
+    with pytest.raises(InputError, match="prompts: all have one length"):
+        list(examine(tiny("gpt2"), tokenizer(), ["w1 w2", "w3 w4"]))
+
+
+def test_nothing_is_left_in_the_model() -> None:
+    model = tiny("llama")
+    checks(model)
+    assert hook_count(model) == 0
