@@ -70,7 +70,7 @@ def read_states(model: PreTrainedModel, site: Site) -> Iterator[list[Tensor]]:
 
     def reader(layer: int, is_input: bool) -> Callable[..., None]:
         def read(module: torch.nn.Module, inputs: Any, output: Any = None) -> None:
-            states[layer] = states_of(inputs if is_input else output, rows)[:, -1].detach()
+            states[layer] = states_of(inputs if is_input else output, rows)[:, -1].detach().clone()
 
         return read
 

@@ -115,8 +115,8 @@ def core_of(model: nn.Module) -> Any:
 
 
 def backbone_of(model: nn.Module) -> Any:
-    """The model without its language-modelling head; every way of calling a model passes through it."""
-    return core_of(model).base_model
+    """The part that holds the blocks, without the language-modelling head; every way of calling a model passes it."""
+    return core_of(model).get_submodule(layout_of(model).blocks.rpartition(".")[0])
 
 
 def width_of(model: nn.Module) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from mnemoscope.models.caches import arguments_of, cache_argument
-from mnemoscope.models.layout import blocks_of, core_of, layout_of
+from mnemoscope.models.layout import backbone_of, blocks_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,9 +41,8 @@ def untouched_blocks(model: PreTrainedModel) -> int:
 
     A hook on a block's output changes only what comes after it. Hooks on the whole model are taken to look on.
     """
-    parent, _, _ = layout_of(model).blocks.rpartition(".")
     blocks = blocks_of(model)
-    beside = (child for child in core_of(model).get_submodule(parent).children() if child is not blocks)
+    beside = (child for child in backbone_of(model).children() if child is not blocks)
     if any(_hooked(module) for child in beside for module in child.modules()):
         return 0
     for number, block in enumerate(blocks):

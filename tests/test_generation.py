@@ -1,0 +1,162 @@
+"""Steered generation in every way the library offers, on families that differ in cache and layout; adapters."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from families import prompts, tiny, tokenizer
+from mnemoscope.behaviour import read_states
+from mnemoscope.doctor import examine
+from mnemoscope.errors import InputError
+from mnemoscope.models import SITES, Layout, Site, blocks_of, layout_of, site_width, use_layout
+from mnemoscope.steering import SteeringVector
+
+SOME = ("gpt2", "llama", "gemma2", "opt")
+
+
+def random_vector(model: PreTrainedModel, site: Site = "block", scale: float = 1.0) -> SteeringVector:
+    generator = torch.Generator().manual_seed(1)
+    shifts = {layer: scale * torch.randn(site_width(model, layer, site), generator=generator) for layer in (0, 2)}
+    return SteeringVector("generalized", shifts, site=site)
+
+
+def generated(model: PreTrainedModel, texts: list[str], **options: Any) -> list[list[int]]:
+    """What follows the prompts, without the padding behind it."""
+    inputs = tokenizer()(texts, return_tensors="pt", padding=True)
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0} | options
+    return model.generate(**inputs, **options)[:, inputs.input_ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("family", SOME)
+@pytest.mark.parametrize("site", SITES)
+def test_beams_samples_and_static_caches_follow_each_prompts_factor(family: str, site: Site) -> None:
+    model, texts = tiny(family), prompts()
+    vector = random_vector(model, site)
+    factors = [1.0, 0.0, 1.0, 0.0]
+    with vector.apply(model):
+        alone = [generated(model, [text]) for text in texts]
+    plain = [generated(model, [text]) for text in texts]
+    assert alone != plain
+    wanted = [(a if factor else b)[0] for a, b, factor in zip(alone, plain, factors, strict=True)]
+    for options in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
+        with vector.apply(model, alpha=factors):
+            assert generated(model, texts, **options) == wanted, options
+    with vector.apply(model, alpha=factors):
+        beams = generated(model, texts, num_beams=3)
+    for text, factor, found in zip(texts, factors, beams, strict=True):
+        with vector.apply(model, alpha=factor):
+            assert generated(model, [text], num_beams=3) == [found]
+
+
+def test_samples_of_an_unsteered_row_are_what_they_were() -> None:
+    model, texts = tiny("llama"), prompts()
+
+    def sampled(alpha: list[float]) -> list[list[int]]:
+        torch.manual_seed(5)
+        with random_vector(model, scale=5.0).apply(model, alpha=alpha):
+            return generated(model, texts, do_sample=True, num_return_sequences=2)
+
+    plain, mixed = sampled([0.0] * 4), sampled([0.0, 1.0, 0.0, 1.0])
+    assert [mixed[i] for i in (0, 1, 4, 5)] == [plain[i] for i in (0, 1, 4, 5)]
+    assert mixed[2:4] != plain[2:4]
+
+
+def test_factors_that_do_not_fit_the_batch_are_refused() -> None:
+    model = tiny("gpt2")
+    with (
+        pytest.raises(InputError, match="3 factors for a batch of 4 rows"),
+        random_vector(model).apply(model, [1, 2, 3]),
+    ):
+        generated(model, prompts())
+    with pytest.raises(InputError, match="alpha"), vector.apply(model, [1.0, float("inf")]):
+        pass
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_vectors_follow_the_precision_of_a_layer(dtype: torch.dtype) -> None:
+    model = tiny("llama").to(dtype)
+    vector = random_vector(model)
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad(), vector.apply(model), read_states(model, "block") as states:
+        assert model(input_ids=ids).logits.dtype == dtype
+    assert all(state.dtype == dtype for state in states)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks the library by an old name
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_vectors_work_on_adapted_and_merged_models_alike(family: str) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny(family)
+    targets = ["c_attn", "c_proj"] if family == "gpt2" else ["q_proj", "down_proj"]
+    lora = LoraConfig(
+        r=2, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM", fan_in_fan_out=family == "gpt2"
+    )
+    adapted = get_peft_model(model, lora).eval()
+    assert len(blocks_of(adapted)) == 3
+    assert all(check.passed for check in examine(adapted, tokenizer(), prompts()))
+    vector = random_vector(adapted, "neuron")
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        plain = adapted(input_ids=ids).logits
+        with vector.apply(adapted):
+            steered, text = adapted(input_ids=ids).logits, generated(adapted, prompts())
+        merged = adapted.merge_and_unload()
+        with vector.apply(merged):
+            torch.testing.assert_close(merged(input_ids=ids).logits, steered, rtol=1e-4, atol=1e-5)
+            assert generated(merged, prompts()) == text
+    assert not torch.allclose(plain, steered, atol=1e-3)
+
+
+def test_block_outputs_are_those_that_nnsight_reads() -> None:
+    from nnsight import NNsight
+
+    for family in SOME:
+        model = tiny(family)
+        ids = torch.arange(3, 15).reshape(2, 6)
+        with torch.no_grad(), read_states(model, "block") as ours:
+            model(input_ids=ids)
+        watched = NNsight(model)
+        path = layout_of(model).blocks
+        for layer in range(3):
+            with torch.no_grad(), watched.trace(ids):
+                block = watched
+                for part in path.split("."):
+                    block = getattr(block, part)
+                theirs = block[layer].output.save()
+            theirs = theirs[0] if isinstance(theirs, tuple) else theirs
+            torch.testing.assert_close(ours[layer], theirs[:, -1], rtol=0, atol=1e-6)
+
+
+def test_a_model_of_no_known_family_says_where_its_parts_are() -> None:
+    model = tiny("gpt2")
+    known = layout_of(model)
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+    stranger = Wrapped()
+    with pytest.raises(InputError, match="no known block layout; say where"):
+        blocks_of(stranger)
+    with pytest.raises(InputError, match=r"layout\.mlp: a block of Wrapped has no part 'ffn'"):
+        use_layout(stranger, replace(known, blocks="inner.transformer.h", mlp="ffn"))
+    with pytest.raises(InputError, match=r"layout\.blocks: 'h' is no list"):
+        use_layout(stranger, replace(known, blocks="h"))
+    use_layout(stranger, replace(known, blocks="inner.transformer.h"))
+    assert len(blocks_of(stranger)) == 3
+
+
+def test_a_mixture_of_experts_has_no_single_down_projection() -> None:
+    layout = Layout("transformer.h", "attn", "mlp", "")
+    model = tiny("gpt2")
+    use_layout(model, layout)
+    with pytest.raises(InputError, match="'neuron' does not exist"):
+        site_width(model, 0, "neuron")
+    assert not [check for check in examine(model, tokenizer(), prompts()) if check.name.startswith("neuron")]
