@@ -68,10 +68,8 @@ def test_samples_of_an_unsteered_row_are_what_they_were() -> None:
 
 def test_factors_that_do_not_fit_the_batch_are_refused() -> None:
     model = tiny("gpt2")
-    with (
-        pytest.raises(InputError, match="3 factors for a batch of 4 rows"),
-        random_vector(model).apply(model, [1, 2, 3]),
-    ):
+    vector = random_vector(model)
+    with pytest.raises(InputError, match="3 factors for a batch of 4 rows"), vector.apply(model, [1, 2, 3]):
         generated(model, prompts())
     with pytest.raises(InputError, match="alpha"), vector.apply(model, [1.0, float("inf")]):
         pass
