@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -110,6 +111,47 @@ def data(
                 lines += [example, made.rephrase(example, rng)] if kind == "conflict" else [example]
         write_atomically(out, write_jsonl(lines).encode())
         _say({"file": str(out), "examples": len(lines)}, as_json, "file")
+
+
+@app.command()
+def doctor(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id of a causal model, or smollm2.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt to check with; at least two.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
+    layout: Annotated[str | None, typer.Option(help="blocks=..,attention=..,mlp=..,down=..: parts of a model.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Prove on a model of yours that batched = single, cached = uncached, alpha 0 = untouched; exit code 1 if not."""
+    with _one_line_errors():
+        from mnemoscope.doctor import PROMPTS, examine
+
+        opened, tokenizer = _open(model, dtype, layout)
+        checks = list(examine(opened, tokenizer, prompt or PROMPTS))
+        well = all(check.passed for check in checks)
+        if as_json:
+            rows = [asdict(check) | {"passed": check.passed} for check in checks]
+            typer.echo(json.dumps({"model": model, "passed": well, "checks": rows}))
+        else:
+            width = max(len(check.name) for check in checks)
+            for check in checks:
+                flips = f", {check.flips} top tokens flip" if check.flips else ""
+                found = f"largest difference {check.difference:.2g} (allowed {check.allowed:.2g}{flips})"
+                typer.echo(f"{'ok  ' if check.passed else 'FAIL'}  {check.name:<{width}}  {found}")
+    if not well:
+        raise typer.Exit(1)
+
+
+def _open(model: str, dtype: str, layout: str | None) -> tuple[Any, Any]:
+    """A user's model and tokenizer, from what the command line says of them."""
+    from mnemoscope.config import parse_model
+    from mnemoscope.models import Layout, load_model
+    from mnemoscope.study import quiet_library
+
+    quiet_library()
+    named = dict(part.partition("=")[::2] for part in layout.split(",")) if layout else None
+    shape = parse_model({"folder": model, "dtype": dtype, "layout": named})
+    where = Layout(**shape.layout.model_dump()) if shape.layout else None
+    return load_model(model, dtype=shape.dtype, layout=where)
 
 
 def main() -> None:

@@ -25,6 +25,15 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
+class LayoutConfig(_Frozen):
+    """Where a model keeps its parts, as attribute paths."""
+
+    blocks: str = Field(description="the list of blocks, from the model's root")
+    attention: str = Field(description="inside a block: what attention adds")
+    mlp: str = Field(description="inside a block: what the MLP adds")
+    down: str = Field("", description="inside a block: the down projection; empty where there is no single one")
+
+
 class ModelConfig(_Frozen):
     """A GPT-2 to train from scratch, or the folder of a trained model."""
 
@@ -34,6 +43,10 @@ class ModelConfig(_Frozen):
     cell: str | None = Field(
         None, description="another cell of the study: its model of the same seed is used; nothing is trained"
     )
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
+        "float32", description="precision of a trained model's weights; auto: as they were saved"
+    )
+    layout: LayoutConfig | None = Field(None, description="where the parts of a trained model of no known family are")
     initialization: int | None = Field(
         None, ge=0, description="seed of the first weights; default: the cell's seed. One number lets seeds share them"
     )
@@ -307,10 +320,26 @@ def parse_study(raw: dict[str, Any]) -> StudyConfig:
     try:
         return StudyConfig.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "study"
-        value = "" if first["type"] == "missing" else f" (got {_short(first['input'])})"
-        raise InputError(f"{where}: {first['msg'].removeprefix('Value error, ')}{value}") from error
+        raise _in_one_line(error, "study") from error
+
+
+def parse_model(raw: dict[str, Any]) -> ModelConfig:
+    """Validate what is said of a model.
+
+    Raises:
+        InputError: naming the first field at fault, its value and what is allowed.
+    """
+    try:
+        return ModelConfig.model_validate(raw)
+    except ValidationError as error:
+        raise _in_one_line(error, "model") from error
+
+
+def _in_one_line(error: ValidationError, root: str) -> InputError:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or root
+    value = "" if first["type"] == "missing" else f" (got {_short(first['input'])})"
+    return InputError(f"{where}: {first['msg'].removeprefix('Value error, ')}{value}")
 
 
 def dump_study(config: StudyConfig) -> str:

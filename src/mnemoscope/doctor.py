@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -77,22 +78,24 @@ def examine(
     yield patient.compare("cached = uncached", plain, patient.read(cached=True))
     yield _same_states(patient)
     for site in SITES:
-        if site == "neuron" and not layout_of(model).down:
-            continue
-        vector = patient.random_vector(site)
-        untouched = patient.read(lambda vector=vector: vector.apply(model, alpha=0.0))
-        yield patient.compare(f"{site}: alpha 0 = untouched", plain, untouched, exact=True)
-        steered = patient.read(lambda vector=vector: vector.apply(model))
-        moved = _difference(plain, steered)
-        yield Check(f"{site}: a shift arrives", 0.0 if moved > 0 else math.inf, 0.0)
-        for name, how in (("single", {"single": True}), ("cached", {"cached": True})):
-            other = patient.read(lambda vector=vector: vector.apply(model), **how)
-            yield patient.compare(f"{site}: steered batch = steered {name}", steered, other)
-        factors = torch.arange(len(prompts)) % 2
-        mixed = patient.read(lambda vector=vector, factors=factors: vector.apply(model, alpha=factors))
-        wanted = [(steered if on else plain)[row] for row, on in enumerate(factors)]
-        yield patient.compare(f"{site}: alpha row by row = each row alone", wanted, mixed)
+        if site != "neuron" or layout_of(model).down:
+            yield from _steered(patient, site, plain)
     yield patient.compare("afterwards = before", plain, patient.read(), exact=True)
+
+
+def _steered(patient: _Patient, site: Site, plain: list[Tensor]) -> Iterator[Check]:
+    """What must hold of a shift at a site."""
+    apply = partial(patient.random_vector(site).apply, patient.model)
+    untouched = patient.read(partial(apply, alpha=0.0))
+    yield patient.compare(f"{site}: alpha 0 = untouched", plain, untouched, exact=True)
+    steered = patient.read(apply)
+    yield Check(f"{site}: a shift arrives", 0.0 if _difference(plain, steered) > 0 else math.inf, 0.0)
+    yield patient.compare(f"{site}: steered batch = steered single", steered, patient.read(apply, single=True))
+    yield patient.compare(f"{site}: steered uncached = steered cached", steered, patient.read(apply, cached=True))
+    factors = [row % 2 for row in range(len(patient.prompts))]
+    wanted = [(steered if on else plain)[row] for row, on in enumerate(factors)]
+    mixed = patient.read(partial(apply, alpha=factors))
+    yield patient.compare(f"{site}: a factor for each prompt = each alone", wanted, mixed)
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class _Patient:
         rows = [[i] for i in range(len(self.prompts))] if single else [list(range(len(self.prompts)))]
         found: list[Tensor] = []
         for chosen in rows:
-            ids_NT, mask_NT = self._padded([self.prompts[i] for i in chosen])
+            ids_NT, mask_NT = self.padded([self.prompts[i] for i in chosen])
             behind_NM = torch.tensor([(self.prompts[i] * DECODED)[:DECODED] for i in chosen], device=self.model.device)
             all_NT = torch.cat([ids_NT, behind_NM], dim=1)
             all_mask_NT = torch.cat([mask_NT, torch.ones_like(behind_NM)], dim=1)
@@ -144,7 +147,7 @@ class _Patient:
             logits.append(output.logits[:, -1])
         return torch.stack(logits, dim=1)
 
-    def _padded(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
+    def padded(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
         longest = max(map(len, prompts))
         pad = self.tokenizer.pad_token_id or 0
         ids = [[pad] * (longest - len(ids)) + ids for ids in prompts]
@@ -155,7 +158,7 @@ class _Patient:
     def random_vector(self, site: Site) -> SteeringVector:
         """A shift of every layer, of a share of the norm of its states."""
         generator = torch.Generator().manual_seed(0)
-        ids_NT, mask_NT = self._padded(self.prompts)
+        ids_NT, mask_NT = self.padded(self.prompts)
         with read_states(self.model, site) as states:
             self.model(**pass_inputs(self.model, ids_NT, mask_NT))
         shifts = {}
@@ -184,7 +187,7 @@ def _difference(first: list[Tensor], second: list[Tensor]) -> float:
 @torch.no_grad()
 def _same_states(patient: _Patient) -> Check:
     """A block's own output is what the library calls the next hidden state; its last one is after the final norm."""
-    ids_NT, mask_NT = patient._padded(patient.prompts)
+    ids_NT, mask_NT = patient.padded(patient.prompts)
     with read_states(patient.model, "block") as states:
         output = patient.model(**pass_inputs(patient.model, ids_NT, mask_NT), output_hidden_states=True)
     last = len(blocks_of(patient.model)) - 1

@@ -112,13 +112,18 @@ def compare_cells(cells: Sequence[Cell], run: Path, progress: Progress) -> None:
 
 def _settle(threads: int) -> None:
     import torch
-    from transformers.utils import logging
 
-    # The study's own progress is what is shown; bars and hints of the library would break into it.
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_library()
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
+
+
+def quiet_library() -> None:
+    """Keep bars and hints of transformers out of what is shown of our own."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def _run_stage(

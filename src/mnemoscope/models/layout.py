@@ -63,7 +63,7 @@ def use_layout(model: nn.Module, layout: Layout) -> None:
     """
     core = core_of(model)
     try:
-        block = core.get_submodule(layout.blocks)[0]  # type: ignore[index]
+        block = core.get_submodule(layout.blocks)[0]
     except (AttributeError, TypeError, IndexError) as error:
         raise InputError(f"layout.blocks: {layout.blocks!r} is no list of blocks in {type(core).__name__}") from error
     for name in ("attention", "mlp", "down"):
@@ -165,7 +165,8 @@ def site_width(model: nn.Module, layer: int, site: Site) -> int:
     if not is_input:
         return width_of(model)
     # A linear layer names it; GPT-2's transposed one has it as the first size of its weight.
-    return int(getattr(module, "in_features", 0) or module.weight.shape[0])  # type: ignore[union-attr]
+    weight: Any = module.weight
+    return int(getattr(module, "in_features", 0) or weight.shape[0])
 
 
 def rows_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

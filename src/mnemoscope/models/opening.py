@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,7 +23,8 @@ def load_model(
     """Open a causal language model and its tokenizer.
 
     Args:
-        source: a folder, a hub id, or the name of a packaged model (``PACKAGED``).
+        source: a folder, a hub id, or the name of a packaged model (``PACKAGED``). The folder of an adapter (peft)
+            opens as the model that it adapts, with the adapter in it.
         dtype: of the weights; ``auto``: as they were saved.
         device_map: where the parts go, as the library takes it; needs ``accelerate``.
         layout: where its parts are, for a model of no known family.
@@ -32,9 +35,11 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = PACKAGED[str(source)]() if str(source) in PACKAGED else source
-    _check_causal(folder, source)
+    adapted = _adapted(folder, source)
+    _check_causal(adapted, source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+        words = adapted if adapted != folder and not (Path(folder) / "tokenizer_config.json").exists() else folder
+        tokenizer = AutoTokenizer.from_pretrained(words, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(
             folder, use_safetensors=True, trust_remote_code=False, dtype=dtype, device_map=device_map
         )
@@ -50,6 +55,19 @@ def load_model(
 def context_length(model: PreTrainedModel) -> int:
     """The most tokens that a model can read."""
     return int(getattr(core_of(model).config.get_text_config(), "max_position_embeddings", 2**31))
+
+
+def _adapted(folder: str | Path, source: str | Path) -> str | Path:
+    """What the adapter in a folder is of; the folder itself where it holds none."""
+    described = Path(folder) / "adapter_config.json"
+    if not described.is_file():
+        return folder
+    if find_spec("peft") is None:
+        raise InputError(f"model: {source} is an adapter, which needs peft: pip install 'mnemoscope[lora]'")
+    try:
+        return str(json.loads(described.read_text())["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError) as error:
+        raise _refused(source, error) from error
 
 
 def _check_causal(folder: str | Path, source: str | Path) -> None:

