@@ -31,6 +31,7 @@ from mnemoscope.directions import (
     vector_of,
     with_prefixes,
 )
+from mnemoscope.directions.learned import wanted_batches
 from mnemoscope.models import SITES
 from mnemoscope.steering import SteeringVector
 from mnemoscope.tasks import Example
@@ -190,6 +191,19 @@ def test_half_of_the_labels_swap(sources: Sources) -> None:
     assert (sources.signs(30) == 1).all()
     assert sources.shuffled(3) is shuffled
     np.testing.assert_allclose(np.abs(shuffled.differences_PLD), np.abs(sources.differences_PLD))
+
+
+def test_shuffled_labels_ask_both_sides_equally_often(asking: Asking) -> None:
+    """Asked mostly of one side, either answer in half of the cases would still teach to leave that side."""
+    small, examples = replace(asking, batch_size=8), conflicts(60)
+    many, few = with_prefixes(small, examples[:48]), with_prefixes(small, examples[48:])
+    lists = {"generalized": many, "memorized": few}
+    sources = read_sources("block", [(examples[0], examples[50])], FitLists(small, lists, lists, {}))  # type: ignore[arg-type]
+    asked = wanted_batches(sources.shuffled(0), "generalized")
+    of_few = [id(batch.ids_NT) in {id(f.ids_NT) for f in few} for batch in asked]
+    assert np.mean(of_few) == 0.5
+    assert all(abs(int((2 * batch.option_R - 1).sum())) <= 1 for batch in asked)
+    assert len(wanted_batches(sources, "generalized")) == 2 * len(many)
 
 
 def test_the_setting_is_chosen_that_exceeds_its_control(asking: Asking, sources: Sources) -> None:

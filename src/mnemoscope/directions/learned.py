@@ -57,7 +57,7 @@ def learn(sources: Sources, budget: Budget) -> np.ndarray:
     schedule = torch.optim.lr_scheduler.LambdaLR(ascent, lambda step: 1 - step / budget.steps)
     held = sources.lists.kept[budget.toward]
     kept = cycle(held) if held and budget.kept_weight else None
-    for number, batch in enumerate(islice(cycle(_wanted(sources, budget.toward)), budget.steps)):
+    for number, batch in enumerate(islice(cycle(wanted_batches(sources, budget.toward)), budget.steps)):
         shifts = {layer: unit_D * norm_L[layer] for layer, unit_D in units.items()}
         loss = -_log_p(sources, batch, shifts)
         if kept and number % 2:  # every second step is enough to hold what should stay
@@ -77,7 +77,7 @@ def learn(sources: Sources, budget: Budget) -> np.ndarray:
     return found_LD
 
 
-def _wanted(sources: Sources, toward: Toward) -> list[Batch]:
+def wanted_batches(sources: Sources, toward: Toward) -> list[Batch]:
     """Batches to learn from, with the answer that is wanted of each example as its only one.
 
     Phrasings of pairs and other conflicts take turns. Under a shuffle both sides of the pairs are asked for either
