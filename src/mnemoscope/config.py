@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from mnemoscope.errors import InputError
 
@@ -183,13 +183,24 @@ class SweepConfig(_Frozen):
         return list(sets)
 
 
+def _as_grids(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+Grids = Annotated[tuple[SweepConfig, ...], BeforeValidator(_as_grids), Field(min_length=1)]
+
+
 class SteeringConfig(_Frozen):
     """Which vectors are tried on the tune split and judged on the test split."""
 
-    sweeps: dict[MethodName, SweepConfig] = Field(
-        {"nmd": SweepConfig(), "gradient": SweepConfig(), "learned": SweepConfig(tops=(0.9,), strengths=(0.1, 0.2))},
+    sweeps: dict[MethodName, Grids] = Field(
+        {
+            "nmd": (SweepConfig(),),
+            "gradient": (SweepConfig(),),
+            "learned": (SweepConfig(tops=(0.9,), strengths=(0.1, 0.2)),),
+        },
         min_length=1,
-        description="the methods, and what is tried of each",
+        description="the methods, and what is tried of each: one grid or several",
     )
     mapped: tuple[MethodName, ...] = Field(
         ("nmd",), description="methods whose whole sweep is measured on memory, novel and other conflict examples too"

@@ -77,7 +77,8 @@ def sources_of(cell: Cell, asking: Asking, records: Records) -> dict[str, Source
     """The sources of every site that a sweep of the cell names."""
     lists = fit_lists(cell, asking, records)
     pairs = records.both_sides("fit", cell.config.steering.fit_pairs)
-    sites = dict.fromkeys(site for sweep in cell.config.steering.sweeps.values() for site in sweep.sites)
+    grids = [grid for grids in cell.config.steering.sweeps.values() for grid in grids]
+    sites = dict.fromkeys(site for grid in grids for site in grid.sites)
     return {site: read_sources(site, pairs, lists) for site in sites}
 
 
@@ -198,20 +199,22 @@ class _Work:
         return max(found, key=lambda method: found[method].rank)
 
 
-def settings_of(direction: str, method: str, sweep: SweepConfig, count: int) -> list[Setting]:
-    """Every combination of a sweep in a model of ``count`` layers.
+def settings_of(direction: str, method: str, grids: Sequence[SweepConfig], count: int) -> list[Setting]:
+    """Every combination of each grid in a model of ``count`` layers, once.
 
     Raises:
         InputError: the sweep names a layer that the model does not have.
     """
     try:
-        layer_sets = sweep.layer_sets(count)
+        layer_sets = [grid.layer_sets(count) for grid in grids]
     except ValueError as error:
         raise InputError(str(error)) from error
-    return [
+    settings = (
         Setting(direction, method, site, layers, top, strength)
-        for site, layers, top, strength in product(sweep.sites, layer_sets, sweep.tops, sweep.strengths)
-    ]
+        for grid, sets in zip(grids, layer_sets, strict=True)
+        for site, layers, top, strength in product(grid.sites, sets, grid.tops, grid.strengths)
+    )
+    return list(dict.fromkeys(settings))
 
 
 def save_vector(folder: Path, name: str, vector: SteeringVector) -> list[Path]:
