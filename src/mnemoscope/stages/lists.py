@@ -89,7 +89,9 @@ def fit_lists(cell: Cell, asking: Asking, records: Records) -> FitLists:
         reachable = direction == "to_memorized"
         others = records.conflicts("fit", SOURCE[direction], config.fit_others, reachable)
         conflicts[toward] = with_prefixes(asking, others)
-        kept[toward] = in_turn(right[kind] for kind in _kept(records, toward))
+        # Memory examples that are conflicts say which answer is the memorized one; shuffled labels must not know.
+        kinds = [kind for kind in _kept(records, toward) if kind == "novel" or not records.memory_is_conflict]
+        kept[toward] = in_turn(right[kind] for kind in kinds)
     return FitLists(asking, pairs, conflicts, kept, config.kept_weight, config.learned_steps)
 
 
