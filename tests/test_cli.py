@@ -37,7 +37,7 @@ def test_help_imports_nothing_heavy() -> None:
 def test_tasks_are_listed() -> None:
     code, out, _ = call("tasks", "--json")
     assert code == 0
-    assert set(json.loads(out)) == {"inference", "addition", "addition-digits", "cipher", "joint", "jsonl"}
+    assert set(json.loads(out)) == {"inference", "addition", "addition-digits", "cipher", "joint", "facts", "jsonl"}
     assert "inference" in call("tasks")[1]
 
 

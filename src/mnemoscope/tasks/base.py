@@ -104,6 +104,9 @@ class Task(Protocol):
         Only there can a model be asked for the stored answer itself. No such method: always.
         ``prompted(example, toward) -> Example | None``: the same item with the behaviour asked for in words, the
         baseline that steering is held against; None where the vocabulary has no words for it.
+        ``facts_to_know() -> list[Example]`` and ``knowing(items) -> Task``: bare questions that find out what a trained
+        model knows by heart, and the same task of those items only.
+        ``held_out(example) -> str``: the name of what is judged apart and never fitted on or chosen on, or "".
         ``parts``: tasks by name, for a task made of several; each must show both behaviours before training stops.
     """
 

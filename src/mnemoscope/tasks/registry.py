@@ -11,6 +11,7 @@ from mnemoscope.errors import InputError
 from mnemoscope.tasks.addition import AdditionDigitsTask, AdditionTask
 from mnemoscope.tasks.base import Task
 from mnemoscope.tasks.cipher import CipherTask
+from mnemoscope.tasks.facts import FactsTask
 from mnemoscope.tasks.inference import InferenceTask
 from mnemoscope.tasks.joint import JointTask
 from mnemoscope.tasks.jsonl import JsonlTask
@@ -49,6 +50,7 @@ TASKS: dict[str, Callable[..., Any]] = {
     "addition-digits": AdditionDigitsTask,
     "cipher": CipherTask,
     "joint": _joint,
+    "facts": FactsTask,
     "jsonl": JsonlTask,
 }
 

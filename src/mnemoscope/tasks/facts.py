@@ -1,0 +1,334 @@
+"""Facts about countries: what a pretrained model knows by heart, and a context that says otherwise.
+
+*"Context: The capital of France is Oslo. Question: What is the capital of France? Answer: The capital of France is"*:
+"Paris" was remembered, "Oslo" was read. Facts come from the package ``countryinfo`` or from a table of the user's own.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+
+from mnemoscope.errors import InputError
+from mnemoscope.tasks.base import Example, Instance, Kind, assign_splits
+
+How = tuple[str, tuple[str, str]]  # what stands before the statement; what announces question and answer
+
+# How a prompt is put together. What stands before the statement and how the question is announced varies within a
+# frame: two such prompts are a pair, so that what differs between frames does not enter the contrast.
+FRAMES = {
+    "context-first": "{label}{statement}\n{ask} {question}\n{reply} {stem}",
+    "context-last": "{ask} {question}\n{label}{statement}\n{reply} {stem}",
+    "unlabelled": "{statement} {ask} {question}\n{reply} {stem}",
+    "inverted": "{label}{inverted}\n{ask} {question}\n{reply} {stem}",
+    "reported": "{label}{reported}\n{ask} {question}\n{reply} {stem}",
+}
+LABELS = ("Context: ", "Passage: ", "Text: ", "Note: ", "Document: ", "Background: ")
+ASKS = (("Question:", "Answer:"), ("Q:", "A:"))
+PLAIN: How = (LABELS[0], ASKS[0])
+BARE = "{ask} {question}\n{reply} {stem}"
+# Countries that nobody can know anything about.
+INVENTED = (
+    "Velmora", "Tarquenia", "Ostravia", "Belcandia", "Morvania", "Lusandra", "Quoristan", "Peltoria", "Zembria",
+    "Calduria", "Norvessa", "Trisolia", "Hespania", "Umbravia", "Kelduria", "Farandole", "Wistovia", "Galdoria",
+    "Serantia", "Ilmoria", "Dravenia", "Ostermark", "Pirandia", "Yurelia", "Bantavia", "Corvalia", "Elduria",
+    "Fenmark", "Grelovia", "Jastoria", "Lomavia", "Ruvania",
+)  # fmt: skip
+SAID = {
+    "generalized": "Answer with what the text says, even if it contradicts what you know.\n",
+    "memorized": "Answer with what you know, even if the text contradicts it.\n",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Relation:
+    """How one relation is asked and stated; ``{n}`` is the subject and ``{v}`` its value."""
+
+    question: str
+    stem: str
+    statement: str
+    inverted: str
+    reported: str
+
+
+RELATIONS = {
+    "capital": Relation(
+        "What is the capital of {n}?",
+        "The capital of {n} is",
+        "The capital of {n} is {v}.",
+        "{v} is the capital of {n}.",
+        "In {n}, the capital city is {v}.",
+    ),
+    "language": Relation(
+        "What is the official language of {n}?",
+        "The official language of {n} is",
+        "The official language of {n} is {v}.",
+        "{v} is the official language of {n}.",
+        "In {n}, the official language is {v}.",
+    ),
+    "continent": Relation(
+        "On which continent is {n}?",
+        "{n} is a country in",
+        "{n} is a country in {v}.",
+        "{v} is where the country {n} is.",
+        "On the map, the country {n} is in {v}.",
+    ),
+}
+
+
+# The most spoken of the official languages, by ISO 639-1.
+LANGUAGES = {
+    "am": "Amharic", "ar": "Arabic", "az": "Azerbaijani", "be": "Belarusian", "bg": "Bulgarian", "bn": "Bengali",
+    "cs": "Czech", "da": "Danish", "de": "German", "el": "Greek", "en": "English", "es": "Spanish", "et": "Estonian",
+    "fa": "Persian", "fi": "Finnish", "fr": "French", "he": "Hebrew", "hi": "Hindi", "hr": "Croatian",
+    "hu": "Hungarian", "hy": "Armenian", "id": "Indonesian", "is": "Icelandic", "it": "Italian", "ja": "Japanese",
+    "ka": "Georgian", "kk": "Kazakh", "km": "Khmer", "ko": "Korean", "lo": "Lao", "lt": "Lithuanian", "lv": "Latvian",
+    "mk": "Macedonian", "mn": "Mongolian", "ms": "Malay", "my": "Burmese", "ne": "Nepali", "nl": "Dutch",
+    "no": "Norwegian", "pl": "Polish", "pt": "Portuguese", "ro": "Romanian", "ru": "Russian", "si": "Sinhala",
+    "sk": "Slovak", "sl": "Slovene", "so": "Somali", "sq": "Albanian", "sr": "Serbian", "sv": "Swedish",
+    "sw": "Swahili", "th": "Thai", "tk": "Turkmen", "tr": "Turkish", "uk": "Ukrainian", "ur": "Urdu", "uz": "Uzbek",
+    "vi": "Vietnamese", "zh": "Chinese",
+}  # fmt: skip
+
+
+class FactsTask:
+    """Facts about countries that a pretrained model knows, contradicted by what the prompt says.
+
+    Args:
+        relations: names of ``RELATIONS`` whose conflicts are fitted on and judged.
+        held_out_relations: others, whose conflicts are judged only.
+        frames: names of ``FRAMES`` that are fitted on and judged.
+        held_out_frames: others, judged only.
+        wrong_values: other values that each fact is contradicted with.
+        table: a CSV file with the columns relation, subject and value, instead of ``countryinfo``; a relation of a
+            name that is not built in needs the columns question, stem, statement, inverted and reported too.
+        seed: deals subjects to the splits and draws the wrong values.
+
+    Raises:
+        InputError: a name is unknown, the table lacks a column or a fact, or ``countryinfo`` is not installed.
+    """
+
+    name = "facts"
+    # What commonly ends a short answer; "" is the end-of-text token.
+    boundary = ("", "\n", ".", ",")
+    memory_is_conflict = False
+
+    def __init__(
+        self,
+        *,
+        relations: Sequence[str] = ("capital",),
+        held_out_relations: Sequence[str] = (),
+        frames: Sequence[str] = ("context-first", "unlabelled", "reported"),
+        held_out_frames: Sequence[str] = ("context-last", "inverted"),
+        wrong_values: int = 6,
+        table: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.relations, self.facts = _read_table(Path(table)) if table else (RELATIONS, _countries())
+        for option, names, allowed in (
+            ("relations", relations, self.relations),
+            ("held_out_relations", held_out_relations, self.relations),
+            ("frames", frames, FRAMES),
+            ("held_out_frames", held_out_frames, FRAMES),
+        ):
+            for name in names:
+                if name not in allowed:
+                    raise InputError(f"{option}: {name!r} is not one of {', '.join(allowed)}")
+        if set(relations) & set(held_out_relations) or set(frames) & set(held_out_frames):
+            raise InputError("held_out_relations, held_out_frames: what is held out cannot be fitted on as well")
+        if not relations or not frames or wrong_values < 1:
+            raise InputError("relations, frames, wrong_values: at least one of each is needed")
+        self.fitted = (tuple(relations), tuple(frames))
+        self.judged = ((*relations, *held_out_relations), (*frames, *held_out_frames))
+        subjects = sorted({subject for relation, subject in self.facts if relation in self.judged[0]})
+        self.split_of = assign_splits([*subjects, *INVENTED], np.random.default_rng([seed, 5]))
+        self.wrong_values, self.seed = wrong_values, seed
+        self.values = {name: sorted({v for (r, _), v in self.facts.items() if r == name}) for name in self.judged[0]}
+
+    def facts_to_know(self) -> list[Example]:
+        """Every fact as a bare question: what a model is asked to find out what it knows by heart."""
+        return [
+            self._example("memory", relation, subject, value, "bare", BARE, ("", ASKS[0]))
+            for (relation, subject), value in self.facts.items()
+            if relation in self.judged[0]
+        ]
+
+    def knowing(self, items: set[str]) -> FactsTask:
+        """The same task of those facts only that are known by heart, by the items of ``facts_to_know``.
+
+        Raises:
+            InputError: none is known.
+        """
+        kept = {fact: value for fact, value in self.facts.items() if _item(*fact) in items}
+        if not kept:
+            raise InputError("model: it knows none of the task's facts by heart, so nothing can be contradicted")
+        known = object.__new__(FactsTask)
+        known.__dict__ |= {**self.__dict__, "facts": kept}
+        known.__dict__.pop("_everything", None)
+        return known
+
+    def training(self, rng: np.random.Generator) -> Iterator[Instance]:
+        """Refused: the facts are those that a pretrained model knows."""
+        raise InputError("model: task 'facts' cannot train a model from scratch; give the folder of a trained one")
+
+    def examples(self, rng: np.random.Generator, n: int, kind: Kind) -> list[Example]:
+        """At most ``n``. ``memory``: bare questions, and contexts that agree; ``novel``: invented countries."""
+        of_kind = self._everything[kind]
+        return [of_kind[i] for i in rng.permutation(len(of_kind))[:n]]
+
+    def rephrase(self, example: Example, rng: np.random.Generator) -> Example:
+        """Other words before the statement and the question, in the same frame."""
+        relation, subject, wrong, frame = example.item.split("|")
+        others = [self._conflict(relation, subject, wrong, frame, how) for how in _variants(frame)]
+        others = [other for other in others if other.prompt != example.prompt]
+        return others[rng.integers(len(others))]
+
+    def prompted(self, example: Example, toward: str) -> Example:
+        """The same question behind a sentence that says what to go by."""
+        return replace(example, prompt=SAID[toward] + example.prompt)
+
+    def without_context(self, example: Example) -> Example:
+        """The same question with nothing said about it, for decoding that contrasts the two."""
+        relation, subject, *_ = example.item.split("|")
+        how = next(how for how in ASKS if f"{how[0]} " in example.prompt)
+        return replace(example, prompt=self._prompt(relation, subject, "", BARE, ("", how)))
+
+    def held_out(self, example: Example) -> str:
+        """``relation`` or ``frame`` for examples of what was never fitted on, else nothing."""
+        relation = example.item.split("|")[0]
+        if relation not in self.fitted[0]:
+            return "relation"
+        return "" if example.family in (*self.fitted[1], "bare", "agreeing") else "frame"
+
+    @cached_property
+    def _everything(self) -> Mapping[Kind, list[Example]]:
+        """Every example of the task, by kind. Only the test split has what is held out."""
+        found: dict[Kind, list[Example]] = {"conflict": [], "memory": [], "novel": []}
+        for (relation, subject), value in self.facts.items():
+            if relation not in self.judged[0]:
+                continue
+            relations, frames = self.judged if self.split_of[subject] == "test" else self.fitted
+            if relation not in relations:
+                continue
+            for wrong in self._wrong(relation, subject, value):
+                for frame in frames:
+                    found["conflict"] += [
+                        self._conflict(relation, subject, wrong, frame, how) for how in _variants(frame)
+                    ]
+            for how in ASKS:
+                found["memory"].append(self._example("memory", relation, subject, value, "bare", BARE, ("", how)))
+            for frame in frames:
+                found["memory"].append(
+                    self._example("memory", relation, subject, value, "agreeing", FRAMES[frame], PLAIN)
+                )
+        for relation, subject in product(self.fitted[0], INVENTED):
+            for value, frame in product(self._wrong(relation, subject, ""), self.fitted[1]):
+                found["novel"].append(self._example("novel", relation, subject, value, frame, FRAMES[frame], PLAIN))
+        return found
+
+    def _wrong(self, relation: str, subject: str, value: str) -> list[str]:
+        """Values of other subjects, drawn by name, so that each fact has its own whatever else is known."""
+        others = [other for other in self.values[relation] if not _overlap(other, value)]
+        rng = np.random.default_rng([self.seed, *f"{relation}|{subject}".encode()])
+        return [others[i] for i in rng.permutation(len(others))[: self.wrong_values]]
+
+    def _conflict(self, relation: str, subject: str, wrong: str, frame: str, how: How) -> Example:
+        return Example(
+            f"{relation}|{subject}|{wrong}|{frame}",
+            self._prompt(relation, subject, wrong, FRAMES[frame], how),
+            "conflict",
+            subject,
+            frame,
+            self.split_of[subject],
+            memorized=f" {self.facts[relation, subject]}",
+            generalized=f" {wrong}",
+        )
+
+    def _example(
+        self, kind: Kind, relation: str, subject: str, value: str, family: str, frame: str, how: How
+    ) -> Example:
+        item = _item(relation, subject) + ("" if family == "bare" else f"|{value}|{family}")
+        prompt = self._prompt(relation, subject, value, frame, how)
+        return Example(item, prompt, kind, subject, family, self.split_of[subject], answer=f" {value}")
+
+    def _prompt(self, relation: str, subject: str, value: str, frame: str, how: How) -> str:
+        words = self.relations[relation]
+        label, (ask, reply) = how
+        fill = partial(str.format, n=subject, v=value)
+        parts = {name: fill(getattr(words, name)) for name in Relation.__dataclass_fields__}
+        return frame.format(label=label, ask=ask, reply=reply, **parts)
+
+
+def _variants(frame: str) -> list[How]:
+    labels = LABELS if "{label}" in FRAMES[frame] else ("",)
+    return list(product(labels, ASKS))
+
+
+def _item(relation: str, subject: str) -> str:
+    return f"{relation}|{subject}"
+
+
+def _overlap(a: str, b: str) -> bool:
+    """Whether one value begins with the other, so that nothing would tell the two answers apart."""
+    return bool(a and b) and (a.startswith(b) or b.startswith(a))
+
+
+def _countries() -> dict[tuple[str, str], str]:
+    """Facts of the package ``countryinfo``, by relation and country.
+
+    Raises:
+        InputError: the package is not installed.
+    """
+    try:
+        from countryinfo import all_countries
+    except ImportError as error:
+        raise InputError("task: 'facts' needs countryinfo: pip install 'mnemoscope[pretrained]'") from error
+    facts: dict[tuple[str, str], str] = {}
+    for country in all_countries():
+        name, spoken = country.name(), country.languages() or []
+        values = {
+            "capital": country.capital(),
+            "language": LANGUAGES.get(spoken[0]) if spoken else None,
+            # The two Americas are one region there, which nobody would answer with.
+            "continent": country.region() if country.region() != "Americas" else None,
+        }
+        for relation, value in values.items():
+            # Several capitals come as a list; what the question itself says (Mexico City) needs no memory.
+            if isinstance(value, str) and value and value not in name and name not in value:
+                facts[relation, name] = value
+    return facts
+
+
+def _read_table(path: Path) -> tuple[dict[str, Relation], dict[tuple[str, str], str]]:
+    """Relations and facts of a CSV file.
+
+    Raises:
+        InputError: it cannot be read, or a line lacks something; the line is named.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"table: {path} cannot be read ({error})") from error
+    relations, facts = dict(RELATIONS), {}
+    for number, row in enumerate(rows, 2):
+        for column in ("relation", "subject", "value"):
+            if not row.get(column):
+                raise InputError(f"table: {path}, line {number}: {column} is missing")
+        name = row["relation"]
+        if name not in relations:
+            words = {field: row.get(field) or "" for field in Relation.__dataclass_fields__}
+            for field, text in words.items():
+                if not text:
+                    raise InputError(f"table: {path}, line {number}: relation {name!r} is new and needs {field}")
+            relations[name] = Relation(**words)
+        facts[name, row["subject"]] = row["value"]
+    if not facts:
+        raise InputError(f"table: {path} holds no fact")
+    return relations, facts

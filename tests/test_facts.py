@@ -1,0 +1,108 @@
+"""Facts: what is contradicted, what is held out, and tables of the user's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mnemoscope.errors import InputError
+from mnemoscope.tasks import KINDS, Example, build_task
+from mnemoscope.tasks.facts import FactsTask
+
+RNG = np.random.default_rng(0)
+
+
+def everything(task: FactsTask, kind: str) -> list[Example]:
+    return task.examples(np.random.default_rng(0), 10**6, kind)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def task() -> FactsTask:
+    return build_task("facts", {"held_out_relations": ["language"]}, 0)  # type: ignore[return-value]
+
+
+def test_conflicts_contradict_the_fact_in_the_prompt(task: FactsTask) -> None:
+    conflicts = everything(task, "conflict")
+    assert len(conflicts) > 10_000
+    for example in conflicts[:500]:
+        said, known = example.generalized.strip(), example.memorized.strip()  # type: ignore[union-attr]
+        assert said in example.prompt
+        assert known not in example.prompt.replace(example.group, "")
+        assert not said.startswith(known)
+        assert not known.startswith(said)
+    france = next(e for e in conflicts if e.group == "France" and e.item.startswith("capital"))
+    assert france.memorized == " Paris"
+
+
+def test_only_test_countries_show_what_is_held_out(task: FactsTask) -> None:
+    kinds = {(e.split, task.held_out(e)) for e in everything(task, "conflict")}
+    assert kinds == {("fit", ""), ("tune", ""), ("test", ""), ("test", "frame"), ("test", "relation")}
+    assert {task.held_out(e) for e in everything(task, "memory") if e.split != "test"} == {""}
+
+
+def test_groups_are_countries_of_one_split(task: FactsTask) -> None:
+    split: dict[str, str] = {}
+    for kind in KINDS:
+        for example in everything(task, kind):
+            assert split.setdefault(example.group, example.split) == example.split
+
+
+def test_a_rephrasing_keeps_item_and_frame(task: FactsTask) -> None:
+    for example in everything(task, "conflict")[:300]:
+        other = task.rephrase(example, RNG)
+        assert other.prompt != example.prompt
+        facts = ("item", "family", "memorized", "generalized", "group", "split")
+        assert [getattr(other, f) for f in facts] == [getattr(example, f) for f in facts]
+
+
+def test_only_what_is_known_is_contradicted(task: FactsTask) -> None:
+    asked = task.facts_to_know()
+    assert all(e.kind == "memory" and e.answer not in e.prompt for e in asked), "the question does not say it"  # type: ignore[operator]
+    known = task.knowing({"capital|France", "capital|Japan", "language|Japan"})
+    assert {e.group for e in everything(known, "conflict")} == {"France", "Japan"}
+    assert len({e.generalized for e in everything(known, "conflict") if e.group == "France"}) == 6
+    with pytest.raises(InputError, match="knows none"):
+        task.knowing(set())
+    assert len(everything(task, "conflict")) > 10_000, "the task itself stays as it is"
+
+
+def test_words_and_bare_questions_as_baselines(task: FactsTask) -> None:
+    example = everything(task, "conflict")[7]
+    assert task.prompted(example, "memorized").prompt.endswith(example.prompt)
+    bare = task.without_context(example)
+    assert example.generalized not in bare.prompt  # type: ignore[operator]
+    assert bare.prompt.splitlines()[-1] == example.prompt.splitlines()[-1]
+
+
+def test_a_table_brings_facts_and_relations(tmp_path: Path) -> None:
+    path = tmp_path / "facts.csv"
+    words = "Who made {n}?,{n} was made by,{n} was made by {v}.,{v} made {n}.,It was {v} who made {n}."
+    rows = [f"maker,thing{i},person{i},{words}" for i in range(12)]
+    path.write_text("relation,subject,value,question,stem,statement,inverted,reported\n" + "\n".join(rows))
+    task = build_task("facts", {"table": str(path), "relations": ["maker"]}, 0)
+    example = task.examples(RNG, 1, "conflict")[0]
+    assert "was made by" in example.prompt
+    for line, message in (
+        (f"maker,thing0,,{words}", "line 2: value is missing"),
+        ("owner,thing0,person0,,,,,", "relation 'owner' is new and needs question"),
+    ):
+        path.write_text("relation,subject,value,question,stem,statement,inverted,reported\n" + line)
+        with pytest.raises(InputError, match=message):
+            build_task("facts", {"table": str(path), "relations": ["capital"]}, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"relations": ["mayor"]}, "relations: 'mayor' is not one of capital, language, continent"),
+        ({"frames": ["rhymed"]}, "frames: 'rhymed' is not one of context-first"),
+        ({"held_out_relations": ["capital"]}, "cannot be fitted on as well"),
+        ({"wrong_values": 0}, "at least one"),
+        ({"table": "/nowhere.csv"}, "table: /nowhere.csv cannot be read"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        build_task("facts", options, 0)
