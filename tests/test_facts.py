@@ -36,10 +36,18 @@ def test_conflicts_contradict_the_fact_in_the_prompt(task: FactsTask) -> None:
     assert france.memorized == " Paris"
 
 
-def test_only_test_countries_show_what_is_held_out(task: FactsTask) -> None:
-    kinds = {(e.split, task.held_out(e)) for e in everything(task, "conflict")}
-    assert kinds == {("fit", ""), ("tune", ""), ("test", ""), ("test", "frame"), ("test", "relation")}
-    assert {task.held_out(e) for e in everything(task, "memory") if e.split != "test"} == {""}
+def test_what_is_held_out_shares_nothing_but_the_countries(task: FactsTask) -> None:
+    parts = task.held_out()
+    assert set(parts) == {"frame", "relation"}
+    mine = {e.prompt for e in everything(task, "conflict")}
+    for part in parts.values():
+        assert part.split_of == task.split_of  # type: ignore[attr-defined]
+        theirs = everything(part, "conflict")  # type: ignore[arg-type]
+        assert theirs
+        assert not mine & {e.prompt for e in theirs}
+    assert {e.item.split("|")[0] for e in everything(parts["relation"], "conflict")} == {"language"}  # type: ignore[arg-type]
+    assert {e.family for e in everything(parts["frame"], "conflict")} == {"context-last", "inverted"}  # type: ignore[arg-type]
+    assert set(build_task("facts", {}, 0).held_out()) == {"frame"}  # type: ignore[attr-defined]
 
 
 def test_groups_are_countries_of_one_split(task: FactsTask) -> None:

@@ -257,6 +257,43 @@ cells:
     assert "report" in (tmp_path / "run" / "report.html").read_text().lower()
 
 
+def test_only_what_is_known_is_asked_and_what_is_held_out_is_judged_apart(
+    mini: Callable[[str], Asking], tmp_path: Path
+) -> None:
+    ours = mini("addition-digits")
+    ours.model.save_pretrained(tmp_path / "model")
+    ours.tokenizer.save_pretrained(tmp_path / "model")
+    raw = f"""
+study: held
+cells:
+  held:
+    task: holding_out:HoldingOut
+    options: {{digits: 2, stored: 96, memorized_share: 0.4, seed: 0}}
+    model: {{folder: {tmp_path / "model"}}}
+    pairs: {{permutations: 99, rephrasings: 3}}
+    probes: {{offsets: [0], learning_draws: 1, halvings: 2}}
+    steering: {{draws: 2, tune_pairs: 20, sweeps: {{nmd: {{tops: [0.5], strengths: [0.3]}}}}}}
+    effects: {{pairs: 20, doses: [0, 1], ablated: [0.1], draws: 1}}
+"""
+    (tmp_path / "held.yaml").write_text(raw)
+    run_study(load_study(str(tmp_path / "held.yaml")), tmp_path / "run")
+    records = tmp_path / "run" / "cells" / "held-0" / "records"
+    known = json.loads((records / "known.json").read_text())
+    assert known["asked"] == 96
+    assert 0 < len(known["known"]) <= 96
+    asked = set(pd.read_parquet(records / "pairs.parquet")["item"])
+    apart = set(pd.read_parquet(records / "pairs_held_out.parquet")["item"])
+    assert asked <= {item for item in known["known"] if int(item.split("+")[0]) % 2}
+    assert apart
+    assert all(int(item.split("+")[0]) % 2 == 0 for item in apart)
+    found = json.loads((tmp_path / "run" / "results.json").read_text())["tasks"]["held"]["steering"]
+    rows = pd.read_parquet(records / "steering.parquet").query("examples == 'pairs_even' and role == 'vector'")
+    turned = rows[rows.direction == "to_generalized"]
+    shift = found["to_generalized"]["held_out"]["even"]["shift"]
+    assert shift["n"] == len(turned) > 0
+    assert shift["estimate"] == pytest.approx((turned.after == "generalized").mean())
+
+
 TWO_LABELS = """
 study: two
 seeds: 2

@@ -99,6 +99,13 @@ def test_training_stops_where_the_rule_holds_and_keeps_that_row(task: Task) -> N
     assert [row["met"] for row in unstopped.curve] == [False] * 3
 
 
+def test_an_attempt_without_a_rule_is_given_up(task: Task) -> None:
+    config = QUICK.model_copy(update={"give_up_at": 15})
+    given_up = train(untrained(task), task, config, np.random.default_rng(0))
+    assert (given_up.steps, [row["step"] for row in given_up.curve]) == (15, [10, 15])
+    assert given_up.unmet
+
+
 def test_the_rule_names_what_is_missing() -> None:
     measured = {
         "novel_accuracy": 0.97,

@@ -78,6 +78,9 @@ class TrainingConfig(_Frozen):
     attempts: int = Field(
         1, ge=1, le=20, description="trainings, with new first weights and data, before it is given up"
     )
+    give_up_at: int | None = Field(
+        None, ge=1, description="step at which an attempt that has learned no rule (novel accuracy below 0.7) ends"
+    )
     decay_steps: int = Field(
         0, ge=0, description="steps at the end over which the learning rate falls to 2 % of its peak"
     )

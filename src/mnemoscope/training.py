@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _MEASURED: tuple[Kind, ...] = ("novel", "memory", "conflict")  # in the order in which their examples are drawn
+HOPELESS = 0.7  # of novel accuracy, at `give_up_at` steps
 AHEAD = 32  # batches that are generated and tokenized together
 
 
@@ -131,8 +132,14 @@ class _State:
     def is_last(self) -> bool:
         """Whether the steps have run out, before the rule held or after."""
         if self.first_met is None:
-            return self.steps >= self.config.steps
+            return self.steps >= self.config.steps or self._is_hopeless()
         return self.steps >= self.first_met + self.config.settle_steps
+
+    def _is_hopeless(self) -> bool:
+        """Whether memory was there first and left nothing to learn from, which more steps do not change."""
+        measured = self.curve[-1] if self.curve else None
+        at = self.config.give_up_at
+        return at is not None and measured is not None and self.steps >= at and measured["novel_accuracy"] < HOPELESS
 
     def note(self, measured: dict[str, float]) -> None:
         """Add a row to the curve; remember the weights where the rule holds."""

@@ -20,8 +20,11 @@ PAPERS = "nmd"  # the paper's own method
 
 
 def dose(task: dict[str, Any]) -> list[Panel]:
-    """By direction: mean margin above and share turned below, against multiples of the chosen strength."""
-    return [_dose_panel(task, direction) for direction in DIRECTIONS]
+    """By direction: mean margin above and share turned below, against multiples of the chosen strength.
+
+    A direction without pairs to turn has no panel.
+    """
+    return [_dose_panel(task, direction) for direction in DIRECTIONS if any(dose_lines(task, direction).values())]
 
 
 def dose_lines(task: dict[str, Any], direction: str) -> dict[str, dict[str, Any]]:

@@ -32,6 +32,8 @@ class Steered:
         self.cell = cell
         self._table = cell.read_steering()
         self._places = self._table.groupby(KEYS, observed=True).indices
+        lists = self._table.examples.unique()
+        self.held_out = sorted(n for n in lists if n.startswith("pairs_") and n != "pairs_unreachable")
 
     def rows(self, aim: str, direction: str, method: str, role: str, examples: str) -> pd.DataFrame:
         """Test examples of one list under one setting and role; no rows where there are none."""
@@ -84,6 +86,9 @@ def measure_direction(steered: Steered, method: str, direction: str, chosen: dic
         "conflict": conflict,
         "confabulated": pairs["confabulated"],
         "pairs_unreachable": shares(vector("pairs", "pairs_unreachable"), direction, cell),
+        "held_out": {
+            name.removeprefix("pairs_"): shares(vector("pairs", name), direction, cell) for name in steered.held_out
+        },
         "conflict_at_chosen": shares(vector("pairs", "conflict"), direction, cell),
         "controls": {name: _control(parts, direction, cell) for name, parts in controls.items()},
         "minus_control": {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,17 +26,21 @@ class Records:
     Attributes:
         pairs: ``records/pairs.parquet``, every candidate of every split.
         behaviour: ``records/behaviour.parquet``, test examples of every kind.
+        held_out: by name, test candidates of what nothing was fitted on.
     """
 
     task: Task
     pairs: pd.DataFrame
     behaviour: pd.DataFrame
+    held_out: Mapping[str, pd.DataFrame]
 
     @classmethod
     def of(cls, cell: Cell) -> Records:
         """Read them."""
-        read = [pd.read_parquet(cell.records / f"{name}.parquet") for name in ("pairs", "behaviour")]
-        return cls(cell_task(cell), *read)
+        pairs, behaviour = (pd.read_parquet(cell.records / f"{name}.parquet") for name in ("pairs", "behaviour"))
+        path = cell.records / "pairs_held_out.parquet"
+        held_out = dict(iter(pd.read_parquet(path).groupby("held_out"))) if path.exists() else {}
+        return cls(cell_task(cell), pairs, behaviour, {str(name): table for name, table in held_out.items()})
 
     @property
     def memory_is_conflict(self) -> bool:
@@ -131,9 +135,10 @@ class JudgedList:
 def judged_lists(records: Records, direction: str, limit: int) -> dict[str, JudgedList]:
     """The lists that steering is judged on; empty ones are left out."""
     lists = {}
-    for name, reachable in (("pairs", True), ("pairs_unreachable", False)):
-        examples = records.turned("test", direction, limit, reachable)
-        margins = _margins(records.pairs)
+    others = {f"pairs_{name}": replace(records, pairs=table) for name, table in records.held_out.items()}
+    for name, found in {"pairs": records, "pairs_unreachable": records, **others}.items():
+        examples = found.turned("test", direction, limit, reachable=name != "pairs_unreachable")
+        margins = _margins(found.pairs)
         lists[name] = JudgedList(
             examples, [SOURCE[direction]] * len(examples), np.array([margins[e.item, e.prompt] for e in examples])
         )

@@ -7,13 +7,13 @@ from typing import Any
 
 import pandas as pd
 
-from mnemoscope.behaviour import PairBatch, draw_candidates, mine_pairs
+from mnemoscope.behaviour import Asking, PairBatch, draw_candidates, mine_pairs
 from mnemoscope.cells import Cell
 from mnemoscope.contrast import ContrastAccumulator
 from mnemoscope.errors import StudyError
 from mnemoscope.files import write_atomically
 from mnemoscope.stages.common import Tell, cell_model, cell_task, rng_of, write_table
-from mnemoscope.tasks import SPLITS, draw
+from mnemoscope.tasks import SPLITS, Task, draw
 
 
 def pairs_stage(cell: Cell, tell: Tell) -> list[Path]:
@@ -47,7 +47,22 @@ def pairs_stage(cell: Cell, tell: Tell) -> list[Path]:
         if split not in found:
             raise StudyError(f"{cell.name}: no pairs found in the {split} split: {_why_no_pairs(table, split)}")
     assert contrast is not None
+    files += _held_out_pairs(cell, task, asking, tell)
     return [*files, write_atomically(cell.folder / "contrast.safetensors", contrast.result().save)]
+
+
+def _held_out_pairs(cell: Cell, task: Task, asking: Asking, tell: Tell) -> list[Path]:
+    """Test pairs of what nothing is fitted on, where the task holds something out."""
+    config, tables = cell.config.pairs, []
+    for name, other in getattr(task, "held_out", dict)().items():
+        tell(1, 1, f"mining test pairs of another {name}")
+        rng = rng_of(cell, f"pairs/{name}")
+        examples = draw(other, rng, config.test_examples, "conflict", "test")
+        batches = mine_pairs(asking, draw_candidates(other, examples, rng, config.rephrasings), config.site)
+        tables += [_pairs_table(batch, "test").assign(held_out=name) for batch in batches]
+    if not tables:
+        return []
+    return [write_table(cell.records / "pairs_held_out.parquet", pd.concat(tables, ignore_index=True))]
 
 
 def _no_contrast(cell: Cell, batch: PairBatch) -> ContrastAccumulator:

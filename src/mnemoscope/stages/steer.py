@@ -39,11 +39,7 @@ from mnemoscope.stages.common import Tell, cell_model, cell_task, write_json, wr
 from mnemoscope.stages.lists import JudgedList, Records, fit_lists, judged_lists, tune_lists
 from mnemoscope.steering import SteeringVector
 
-# What a setting is chosen for -> the lists that it is judged on; controls are drawn on the first.
-JUDGED_ON = {
-    "pairs": ("pairs", "pairs_unreachable", "conflict", "conflict_rest", "memory", "novel"),
-    "conflict": ("conflict", "conflict_rest", "memory", "novel"),
-}
+AIMS = ("pairs", "conflict")  # what a setting is chosen for; controls are drawn on the list of that name
 
 
 def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
@@ -152,8 +148,8 @@ class _Work:
         # One list at a time: the caches of a list's prompts are most of the memory that steering takes.
         batches = with_prefixes(self.asking, entry.examples)
         has_format = getattr(cell_task(self.cell), "has_memorized_format", None)
-        for aim, method in product(JUDGED_ON, self.cell.config.steering.sweeps):
-            if name not in JUDGED_ON[aim]:
+        for aim, method in product(AIMS, self.cell.config.steering.sweeps):
+            if aim == "conflict" and name.startswith("pairs"):
                 continue
             setting = self.choices[aim, direction, method].setting
             sources = self.sources[setting.site]
@@ -163,7 +159,7 @@ class _Work:
                 applied = partial(vector.apply, self.asking.model)
                 mark_confabulations(self.asking, entry.examples, scores, has_format, applied)
             yield _table(aim, setting, ("vector", 0), name, entry, scores)
-            if name != aim or (aim == "conflict" and method not in {self.best(a, direction) for a in JUDGED_ON}):
+            if name != aim or (aim == "conflict" and method not in {self.best(a, direction) for a in AIMS}):
                 continue
             for control in CONTROLS:
                 seed = [self.cell.seed, zlib.crc32(f"{aim}/{direction}/{method}/{control}".encode())]

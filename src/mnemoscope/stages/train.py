@@ -19,15 +19,17 @@ from mnemoscope.training import Trained, how_to_mix, train
 
 
 def train_stage(cell: Cell, tell: Tell) -> list[Path]:
-    """Train from scratch until both behaviours are there, or check the folder of a trained model."""
+    """Train from scratch until both behaviours are there, or open a trained model and ask what it knows by heart."""
+    (cell.records / "known.json").unlink(missing_ok=True)
     task = cell_task(cell)
     facts = {"task": task.name, "label": cell.label, "seed": cell.seed, "site": cell.config.pairs.site}
     facts |= {"memory_is_conflict": bool(getattr(task, "memory_is_conflict", False)), "options": cell.config.options}
     facts |= {"analysed": cell.config.analysed, "shared_initialization": cell.config.model.initialization is not None}
     if cell.config.model.folder or cell.config.model.cell:
-        model = cell_model(cell).model
+        asking = cell_model(cell)
+        model = asking.model
         facts |= {"layers": len(blocks_of(model)), "width": width_of(model), "trained": False}
-        return [write_json(cell.folder / "cell.json", facts)]
+        return [*_known(cell, task, asking), write_json(cell.folder / "cell.json", facts)]
     asking, trained = _trained(cell, task, tell)
     files = [
         write_table(cell.records / "training.parquet", pd.DataFrame(trained.curve)),
@@ -39,6 +41,17 @@ def train_stage(cell: Cell, tell: Tell) -> list[Path]:
     facts |= {"layers": len(blocks_of(asking.model)), "width": cell.config.model.width, "trained": True}
     # Times differ between equal runs, so their file is no part of what is checked.
     return [*(f for f in files if f.name != "training_time.json"), write_json(cell.folder / "cell.json", facts)]
+
+
+def _known(cell: Cell, task: Task, asking: Asking) -> list[Path]:
+    """What the model answers right without being told, where the task wants to know it."""
+    if not hasattr(task, "knowing"):
+        return []
+    asked = task.facts_to_know()  # type: ignore[attr-defined]
+    labels = score(asking, prepare(asking, asked), margins=False).behaviour_N
+    known = [example.item for example, label in zip(asked, labels, strict=True) if label == "correct"]
+    task.knowing(set(known))  # an empty one is refused here, before anything is written
+    return [write_json(cell.records / "known.json", {"asked": len(asked), "known": known})]
 
 
 def _trained(cell: Cell, task: Task, tell: Tell) -> tuple[Asking, Trained]:

@@ -106,7 +106,8 @@ class Task(Protocol):
         baseline that steering is held against; None where the vocabulary has no words for it.
         ``facts_to_know() -> list[Example]`` and ``knowing(items) -> Task``: bare questions that find out what a trained
         model knows by heart, and the same task of those items only.
-        ``held_out(example) -> str``: the name of what is judged apart and never fitted on or chosen on, or "".
+        ``held_out() -> dict[str, Task]``: by name, tasks whose test pairs are judged too, apart, with vectors fitted on
+        this one.
         ``parts``: tasks by name, for a task made of several; each must show both behaviours before training stops.
     """
 

@@ -6,17 +6,19 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mnemoscope.errors import InputError
-from mnemoscope.tasks.base import Example, Instance, Kind, assign_splits
+from mnemoscope.tasks.base import Example, Instance, Kind, Task, assign_splits
 
 How = tuple[str, tuple[str, str]]  # what stands before the statement; what announces question and answer
 
@@ -116,7 +118,7 @@ class FactsTask:
 
     name = "facts"
     # What commonly ends a short answer; "" is the end-of-text token.
-    boundary = ("", "\n", ".", ",")
+    boundary: tuple[str, ...] = ("", "\n", ".", ",")
     memory_is_conflict = False
 
     def __init__(
@@ -144,19 +146,27 @@ class FactsTask:
             raise InputError("held_out_relations, held_out_frames: what is held out cannot be fitted on as well")
         if not relations or not frames or wrong_values < 1:
             raise InputError("relations, frames, wrong_values: at least one of each is needed")
-        self.fitted = (tuple(relations), tuple(frames))
-        self.judged = ((*relations, *held_out_relations), (*frames, *held_out_frames))
-        subjects = sorted({subject for relation, subject in self.facts if relation in self.judged[0]})
+        self.asked, self.frames = tuple(relations), tuple(frames)
+        self.others = {"relation": tuple(held_out_relations), "frame": tuple(held_out_frames)}
+        subjects = sorted(
+            {subject for relation, subject in self.facts if relation in (*relations, *held_out_relations)}
+        )
         self.split_of = assign_splits([*subjects, *INVENTED], np.random.default_rng([seed, 5]))
         self.wrong_values, self.seed = wrong_values, seed
-        self.values = {name: sorted({v for (r, _), v in self.facts.items() if r == name}) for name in self.judged[0]}
+        # Also of facts that a model does not know, so that what contradicts a fact is no matter of the model.
+        self.values = {name: sorted({v for (r, _), v in self.facts.items() if r == name}) for name in self.relations}
+
+    def held_out(self) -> dict[str, Task]:
+        """What is judged only: this task with other ``frame`` or other ``relation``; the splits are the same."""
+        parts = {"frame": {"frames": self.others["frame"]}, "relation": {"asked": self.others["relation"]}}
+        return {name: self._with(**part) for name, part in parts.items() if self.others[name]}
 
     def facts_to_know(self) -> list[Example]:
         """Every fact as a bare question: what a model is asked to find out what it knows by heart."""
         return [
             self._example("memory", relation, subject, value, "bare", BARE, ("", ASKS[0]))
             for (relation, subject), value in self.facts.items()
-            if relation in self.judged[0]
+            if relation in (*self.asked, *self.others["relation"])
         ]
 
     def knowing(self, items: set[str]) -> FactsTask:
@@ -168,10 +178,13 @@ class FactsTask:
         kept = {fact: value for fact, value in self.facts.items() if _item(*fact) in items}
         if not kept:
             raise InputError("model: it knows none of the task's facts by heart, so nothing can be contradicted")
-        known = object.__new__(FactsTask)
-        known.__dict__ |= {**self.__dict__, "facts": kept}
-        known.__dict__.pop("_everything", None)
-        return known
+        return self._with(facts=kept)
+
+    def _with(self, **changes: Any) -> FactsTask:
+        other = copy.copy(self)
+        other.__dict__ |= changes
+        other.__dict__.pop("_everything", None)
+        return other
 
     def training(self, rng: np.random.Generator) -> Iterator[Instance]:
         """Refused: the facts are those that a pretrained model knows."""
@@ -199,36 +212,26 @@ class FactsTask:
         how = next(how for how in ASKS if f"{how[0]} " in example.prompt)
         return replace(example, prompt=self._prompt(relation, subject, "", BARE, ("", how)))
 
-    def held_out(self, example: Example) -> str:
-        """``relation`` or ``frame`` for examples of what was never fitted on, else nothing."""
-        relation = example.item.split("|")[0]
-        if relation not in self.fitted[0]:
-            return "relation"
-        return "" if example.family in (*self.fitted[1], "bare", "agreeing") else "frame"
-
     @cached_property
     def _everything(self) -> Mapping[Kind, list[Example]]:
-        """Every example of the task, by kind. Only the test split has what is held out."""
+        """Every example of the task, by kind."""
         found: dict[Kind, list[Example]] = {"conflict": [], "memory": [], "novel": []}
         for (relation, subject), value in self.facts.items():
-            if relation not in self.judged[0]:
-                continue
-            relations, frames = self.judged if self.split_of[subject] == "test" else self.fitted
-            if relation not in relations:
+            if relation not in self.asked:
                 continue
             for wrong in self._wrong(relation, subject, value):
-                for frame in frames:
+                for frame in self.frames:
                     found["conflict"] += [
                         self._conflict(relation, subject, wrong, frame, how) for how in _variants(frame)
                     ]
             for how in ASKS:
                 found["memory"].append(self._example("memory", relation, subject, value, "bare", BARE, ("", how)))
-            for frame in frames:
+            for frame in self.frames:
                 found["memory"].append(
                     self._example("memory", relation, subject, value, "agreeing", FRAMES[frame], PLAIN)
                 )
-        for relation, subject in product(self.fitted[0], INVENTED):
-            for value, frame in product(self._wrong(relation, subject, ""), self.fitted[1]):
+        for relation, subject in product(self.asked, INVENTED):
+            for value, frame in product(self._wrong(relation, subject, ""), self.frames):
                 found["novel"].append(self._example("novel", relation, subject, value, frame, FRAMES[frame], PLAIN))
         return found
 

@@ -1,0 +1,28 @@
+"""A task that asks what a model knows and holds something out, on models of `addition-digits`."""
+
+from __future__ import annotations
+
+import copy
+
+from mnemoscope.tasks import Example, Task
+from mnemoscope.tasks.addition import AdditionDigitsTask
+
+
+class HoldingOut(AdditionDigitsTask):
+    """Held out: the stored pairs with an even first operand."""
+
+    name = "holding-out"
+
+    def held_out(self) -> dict[str, Task]:
+        return {"even": self._of([pair for pair in self.stored if pair[0] % 2 == 0])}  # type: ignore[dict-item]
+
+    def facts_to_know(self) -> list[Example]:
+        return [self._stored_example(pair, "plain", "memory") for pair in self.stored]
+
+    def knowing(self, items: set[str]) -> HoldingOut:
+        return self._of([(a, b) for a, b in self.stored if f"{a}+{b}" in items and a % 2])
+
+    def _of(self, pairs: list[tuple[int, int]]) -> HoldingOut:
+        other = copy.copy(self)
+        other._pairs = pairs
+        return other
