@@ -129,13 +129,14 @@ def doctor(
         checks = list(examine(opened, tokenizer, prompt or PROMPTS))
         well = all(check.passed for check in checks)
         if as_json:
-            rows = [asdict(check) | {"passed": check.passed} for check in checks]
+            rows = [{k: v for k, v in asdict(c).items() if v != float("inf")} | {"passed": c.passed} for c in checks]
             typer.echo(json.dumps({"model": model, "passed": well, "checks": rows}))
         else:
             width = max(len(check.name) for check in checks)
             for check in checks:
+                bound = f"at least {check.least:.2g}" if check.least else f"allowed {check.allowed:.2g}"
                 flips = f", {check.flips} top tokens flip" if check.flips else ""
-                found = f"largest difference {check.difference:.2g} (allowed {check.allowed:.2g}{flips})"
+                found = f"largest difference {check.difference:.2g} ({bound}{flips})"
                 typer.echo(f"{'ok  ' if check.passed else 'FAIL'}  {check.name:<{width}}  {found}")
     if not well:
         raise typer.Exit(1)

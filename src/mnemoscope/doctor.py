@@ -45,17 +45,19 @@ class Check:
         difference: the largest absolute difference of logits or states that was found.
         allowed: the largest that passes; 0 where bits must be equal.
         flips: top tokens that differ although they lead by more than twice what is allowed.
+        least: the smallest that passes, where a difference is wanted.
     """
 
     name: str
     difference: float
     allowed: float
     flips: int = 0
+    least: float = 0.0
 
     @property
     def passed(self) -> bool:
         """Whether it holds; a difference that is not a number is none that passes."""
-        return self.difference <= self.allowed and not self.flips
+        return self.least <= self.difference <= self.allowed and not self.flips
 
 
 def examine(
@@ -89,7 +91,7 @@ def _steered(patient: _Patient, site: Site, plain: list[Tensor]) -> Iterator[Che
     untouched = patient.read(partial(apply, alpha=0.0))
     yield patient.compare(f"{site}: alpha 0 = untouched", plain, untouched, exact=True)
     steered = patient.read(apply)
-    yield Check(f"{site}: a shift arrives", 0.0 if _difference(plain, steered) > 0 else math.inf, 0.0)
+    yield Check(f"{site}: a shift arrives", _difference(plain, steered), math.inf, least=TOLERANCE[torch.float32])
     yield patient.compare(f"{site}: steered batch = steered single", steered, patient.read(apply, single=True))
     yield patient.compare(f"{site}: steered uncached = steered cached", steered, patient.read(apply, cached=True))
     factors = [row % 2 for row in range(len(patient.prompts))]
