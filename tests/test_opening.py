@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, BertConfig, BertForMaskedLM, T5Config
@@ -12,6 +13,7 @@ from transformers import AutoModelForSeq2SeqLM, BertConfig, BertForMaskedLM, T5C
 from families import tiny, tokenizer
 from mnemoscope.errors import InputError
 from mnemoscope.models import PACKAGED, Layout, layout_of, load_model
+from mnemoscope.steering import SteeringVector
 from test_cli import call
 
 
@@ -120,3 +122,36 @@ def test_bad_input_to_doctor_is_one_line(tmp_path: Path, arguments: list[str], l
     assert code == 2
     assert line in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_steer_shows_both_answers(mini_run: Path, tmp_path: Path) -> None:
+    """From a run, a cell and a file; the steered answer is that of `generate` under the vector."""
+    cell = mini_run / "cells" / "addition-0"
+    model, words = load_model(cell / "model")
+    pairs = pd.read_parquet(cell / "records" / "pairs.parquet").query("is_pair and split == 'test'")
+    memorized = pairs.prompt_a.where(pairs.behaviour_a == "memorized", pairs.prompt_b).tolist()
+    asked = (str(cell / "model"), *memorized, "--toward", "generalized", "--max-new-tokens", "8", "--json", "--from")
+    method = json.loads((cell / "records" / "chosen.json").read_text())["pairs"]["best"]["to_generalized"]
+    file = cell / "vectors" / f"to_generalized-{method}.safetensors"
+    answers = [json.loads(call("steer", *asked, str(place))[1])["answers"] for place in (mini_run, cell, file)]
+    assert answers[0] == answers[1] == answers[2]
+    assert any(row["plain"] != row["steered"] for row in answers[0])
+    inputs = words(memorized, return_tensors="pt", padding=True)
+    with SteeringVector.load(file, model, words).apply(model):
+        ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)[:, inputs.input_ids.shape[1] :]
+    assert [row["steered"] for row in answers[0]] == words.batch_decode(ids, skip_special_tokens=True)
+    untouched = json.loads(call("steer", *asked, str(mini_run), "--alpha", "0")[1])["answers"]
+    assert all(row["plain"] == row["steered"] for row in untouched)
+    code, _, err = call("steer", str(saved(tmp_path)), "w1", "--toward", "memorized", "--from", str(mini_run))
+    assert code == 2
+    assert "the vector was made on" in err
+    for toward, source, line in (
+        ("both", mini_run, "toward: 'both'"),
+        ("memorized", file, "turns to generalized, not to memorized"),
+        ("memorized", tmp_path, "is neither a vector nor a folder of a run"),
+        ("memorized", tmp_path / "absent", "does not exist"),
+    ):
+        code, _, err = call("steer", str(cell / "model"), "1+2=", "--toward", toward, "--from", str(source))
+        assert code == 2
+        assert line in err
+        assert len(err.strip().splitlines()) == 1

@@ -142,6 +142,46 @@ def doctor(
         raise typer.Exit(1)
 
 
+@app.command()
+def steer(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id of the model, or smollm2.")],
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What is put to the model.")],
+    source: Annotated[Path, typer.Option("--from", help="A run, a cell of one, or the file of a vector.")],
+    toward: Annotated[str, typer.Option(help="generalized or memorized.")],
+    alpha: Annotated[float, typer.Option(min=0.0, help="Factor on the vector; 0 leaves the model as it is.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens behind each prompt, at most.")] = 20,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
+    force: Annotated[bool, typer.Option(help="Use a vector that was made on another model of the same shape.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a model answers by itself, and what it answers under a vector."""
+    with _one_line_errors():
+        from mnemoscope.errors import InputError
+        from mnemoscope.steering import OPPOSITE, complete, find_vector
+
+        if toward not in OPPOSITE:
+            raise InputError(f"toward: {toward!r} is not one of {', '.join(OPPOSITE)}")
+        if not source.exists():
+            raise InputError(f"from: {source} does not exist")
+        opened, tokenizer = _open(model, dtype, None)
+        vector = find_vector(source, toward, opened, tokenizer, force)
+        plain = complete(opened, tokenizer, prompts, max_new_tokens)
+        with vector.apply(opened, alpha=alpha):
+            steered = complete(opened, tokenizer, prompts, max_new_tokens)
+        rows = [
+            {"prompt": prompt, "plain": before, "steered": after}
+            for prompt, before, after in zip(prompts, plain, steered, strict=True)
+        ]
+        if as_json:
+            facts = {"method": vector.method, "site": vector.site, "layers": vector.layers, "alpha": alpha}
+            typer.echo(json.dumps({"model": model, "toward": toward, "vector": facts, "answers": rows}))
+        else:
+            for row in rows:
+                typer.echo(
+                    f"{row['prompt']}\n  by itself: {row['plain'].strip()}\n  {toward}: {row['steered'].strip()}"
+                )
+
+
 def _open(model: str, dtype: str, layout: str | None) -> tuple[Any, Any]:
     """A user's model and tokenizer, from what the command line says of them."""
     from mnemoscope.config import parse_model

@@ -266,6 +266,51 @@ class SteeringVector:
                 raise InputError(f"{name}: the vector was made on {bound}, this model has {value}; force overrides")
 
 
+def find_vector(
+    source: Path, toward: Toward, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, force: bool = False
+) -> SteeringVector:
+    """The vector of a file, of a cell's folder or of a run that was made on this model and turns to ``toward``.
+
+    Of a folder it is the one of the method that was best on the tune split for pairs.
+
+    Raises:
+        InputError: there is none, it turns the other way, or every one was made on another model.
+    """
+    if source.is_file():
+        vector = SteeringVector.load(source, model, tokenizer, force)
+        if vector.toward != toward:
+            raise InputError(f"toward: the vector in {source} turns to {vector.toward}, not to {toward}")
+        return vector
+    cells = [source] if (source / "vectors").is_dir() else sorted((source / "cells").glob("*/"))
+    refused: InputError | None = None
+    for cell in cells:
+        chosen = cell / "records" / "chosen.json"
+        if not chosen.is_file():
+            continue
+        method = json.loads(chosen.read_text())["pairs"]["best"][f"to_{toward}"]
+        try:
+            return SteeringVector.load(cell / "vectors" / f"to_{toward}-{method}.safetensors", model, tokenizer, force)
+        except InputError as error:
+            refused = error
+    raise refused or InputError(f"from: {source} is neither a vector nor a folder of a run that has chosen vectors")
+
+
+@torch.no_grad()
+def complete(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], max_new_tokens: int = 20
+) -> list[str]:
+    """What a model says behind each prompt, by plain greedy ``generate`` in one left-padded batch."""
+    inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left").to(model.device)
+    output = model.generate(
+        input_ids=inputs.input_ids,
+        attention_mask=inputs.attention_mask,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+
+
 def scaled_to(shift_LD: np.ndarray, norm_L: np.ndarray) -> np.ndarray:
     """Each layer's shift scaled to a norm; a layer without a shift keeps none."""
     found_L = np.linalg.norm(shift_LD, axis=1)
