@@ -251,7 +251,7 @@ class _Lines:
 
     def __call__(self, cell: str, stage: str, done: float, total: float, note: str) -> None:
         tenth = int(10 * done / max(total, 1))
-        if self.seen.get((cell, stage), -1) < tenth:
+        if self.seen.get((cell, stage)) != tenth:  # a further attempt starts again at 0
             self.seen[cell, stage] = tenth
             typer.echo(f"{cell}  {stage:<10} {min(10 * tenth, 100):3d} %  {note}", err=True)
 
