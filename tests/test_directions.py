@@ -31,6 +31,7 @@ from mnemoscope.directions import (
     vector_of,
     with_prefixes,
 )
+from mnemoscope.directions.choose import AGAIN
 from mnemoscope.directions.learned import wanted_batches
 from mnemoscope.models import SITES
 from mnemoscope.steering import SteeringVector
@@ -226,3 +227,8 @@ def test_the_setting_is_chosen_that_exceeds_its_control(asking: Asking, sources:
     assert chosen(1.0, 1.0) == max(settings, key=net.__getitem__)
     assert chosen(0.0, 1.0) == max(settings, key=costly.__getitem__)
     assert harm[chosen(1.0, min(harm.values()))] == min(harm.values())
+    limits = Limits(1.0, 1.0, draws=3)
+    best = choose(asking, lists, {"block": sources}, rated, limits)
+    more = replace(limits, draws=limits.again, refits=limits.again)
+    again = max(control_means(asking, lists.turned, sources, best.setting, more, (AGAIN,)))
+    assert best.net == pytest.approx(dict(rated)[best.setting] - 0.5 * again), "rated once more with other draws"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from mnemoscope.directions.sources import Sources
 
 # What a control costs, in points of the shift, by each point that it turns: up to its limit, and beyond.
 COST, EXCESS_COST = 0.5, 3.0
+AGAIN = 1_000_003  # added to a seed for the second rating
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +33,14 @@ class Limits:
         collateral: the largest drop of the share that keeps its answer, of any list that should.
         draws: of each control.
         refits: draws of the controls that fit a method anew, which cost most; 0 leaves them out.
+        again: draws of either kind with which a chosen setting is rated once more.
     """
 
     control: float
     collateral: float
     draws: int = 6
     refits: int = 4
+    again: int = 12
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,9 @@ def choose(
 ) -> Choice:
     """The setting that gains most, among those that keep what should stay if there is one.
 
+    Of many settings the one is chosen whose few draws happened to flatter it, so it is rated once more, with more and
+    other draws, before methods are held against each other by what their choices gain.
+
     Args:
         sources: by site.
         rated: settings of one direction with their shift rates on ``lists.turned``; at least one.
@@ -107,7 +113,13 @@ def choose(
         if best is None or candidate.rank > best.rank:
             best = candidate
     assert best is not None, "a sweep has at least one setting"
-    return best
+    # Shuffles go by the first number of the seed, and those that chose are to be no part of this.
+    again = [seed[0] + AGAIN, *seed[1:]]
+    more = replace(limits, draws=limits.again, refits=limits.again if limits.refits else 0)
+    means = control_means(asking, lists.turned, sources[best.setting.site], best.setting, more, again)
+    worst = max(means, default=0.0)
+    net = _net(dict(rated)[best.setting], worst, limits)
+    return replace(best, net=net, within=best.kept and worst <= limits.control)
 
 
 def _net(rate: float, worst: float, limits: Limits) -> float:
