@@ -223,7 +223,7 @@ class SteeringConfig(_Frozen):
         0.18,
         ge=0,
         le=1,
-        description="what a control turns of the tune examples beyond this costs thrice, the rest half",
+        description="what a control turns of the tune examples beyond this costs twice, the rest half",
     )
     collateral_limit: float = Field(
         0.03, ge=0, le=1, description="settings that cost more memory and novel examples are chosen only if all do"

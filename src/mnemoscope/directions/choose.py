@@ -20,7 +20,7 @@ from mnemoscope.directions.settings import TOWARD, Setting, share_of, steered, v
 from mnemoscope.directions.sources import Sources
 
 # What a control costs, in points of the shift, by each point that it turns: up to its limit, and beyond.
-COST, EXCESS_COST = 0.5, 3.0
+COST, EXCESS_COST = 0.5, 2.0
 AGAIN = 1_000_003  # added to a seed for the second rating
 
 
