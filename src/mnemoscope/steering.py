@@ -5,11 +5,13 @@ Shapes: N examples, T tokens (columns) of a pass, L layers, D neurons.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +25,7 @@ from mnemoscope.models import (
     Site,
     backbone_of,
     blocks_of,
+    cache_in,
     cached_columns,
     core_of,
     rows_of,
@@ -40,6 +43,9 @@ if TYPE_CHECKING:
 Toward = Literal["generalized", "memorized"]
 Positions = Literal["decision", "all"]
 _Edit = Callable[[Tensor], Tensor]  # states (N, T, D) from the decision position on -> other states
+# (model, ids (N, T), mask of all columns (N, .), cache of those before or None) -> bool (N,), whether to act; the last
+# column is the decision position. Whatever it asks the model is answered without a shift.
+Gate = Callable[["PreTrainedModel", Tensor, Tensor, Any], Tensor]
 OPPOSITE: dict[Toward, Toward] = {"generalized": "memorized", "memorized": "generalized"}
 
 
@@ -66,6 +72,14 @@ class Binding:
             digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         words = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["model"], sort_keys=True)
         return cls(core_of(model).config.model_type, digest.hexdigest(), hashlib.sha256(words.encode()).hexdigest())
+
+    @staticmethod
+    def check(bound: Binding | None, found: Binding, what: str) -> None:
+        """Raises InputError where a model is not the one that ``what`` was made on; the field that differs is named."""
+        for name, value in asdict(found).items():
+            made_on = getattr(bound, name, None)
+            if made_on != value:
+                raise InputError(f"{name}: the {what} was made on {made_on}, this model has {value}; force overrides")
 
 
 @dataclass(frozen=True)
@@ -179,7 +193,11 @@ class SteeringVector:
 
     @contextmanager
     def apply(
-        self, model: PreTrainedModel, alpha: float | Sequence[float] | Tensor = 1.0, start: int | None = None
+        self,
+        model: PreTrainedModel,
+        alpha: float | Sequence[float] | Tensor = 1.0,
+        start: int | None = None,
+        gate: Gate | None = None,
     ) -> Iterator[None]:
         """Shift the model's states inside the context; use any forward pass or ``generate`` in it.
 
@@ -188,6 +206,8 @@ class SteeringVector:
                 beams or several samples, shares its factor. 0 leaves the model untouched, bit by bit.
             start: column of the decision position in the left-padded batch. Default: the last column of each prompt. An
                 uncached pass that begins with the prompt of the pass before counts as its continuation.
+            gate: decides for every prompt, before it is answered, whether it is steered at all (see ``detect.Gate``);
+                costs one more pass over the prompts. What it lets through is untouched, bit by bit.
 
         Raises:
             InputError: a layer or the width does not exist in this model, or alpha is not finite.
@@ -200,7 +220,7 @@ class SteeringVector:
             yield
             return
         scaled = {layer: factor[..., None] * shift_D for layer, shift_D in self.shifts.items()}
-        with shifted(model, scaled, self.site, self.positions, start):
+        with shifted(model, scaled, self.site, self.positions, start, gate):
             yield
 
     def _check_shape(self, model: PreTrainedModel) -> None:
@@ -255,15 +275,10 @@ class SteeringVector:
         except Exception as error:  # safetensors raises its own kinds for a broken file
             raise InputError(f"vector: {path} cannot be read ({str(error).splitlines()[0]})") from error
         if model is not None and tokenizer is not None:
-            vector._check_binding(Binding.of(model, tokenizer), force)
+            if not force:
+                Binding.check(vector.binding, Binding.of(model, tokenizer), "vector")
             vector._check_shape(model)
         return vector
-
-    def _check_binding(self, found: Binding, force: bool) -> None:
-        for name, value in asdict(found).items():
-            bound = getattr(self.binding, name, None)
-            if bound != value and not force:
-                raise InputError(f"{name}: the vector was made on {bound}, this model has {value}; force overrides")
 
 
 def find_vector(
@@ -318,15 +333,20 @@ def scaled_to(shift_LD: np.ndarray, norm_L: np.ndarray) -> np.ndarray:
 
 
 def shifted(
-    model: PreTrainedModel, shifts: Mapping[int, Tensor], site: Site, positions: Positions, start: int | None = None
+    model: PreTrainedModel,
+    shifts: Mapping[int, Tensor],
+    site: Site,
+    positions: Positions,
+    start: int | None = None,
+    gate: Gate | None = None,
 ) -> AbstractContextManager[None]:
     """Add a (D,) tensor, or one for each prompt (N, D), to the states of each layer named.
 
     Gradients flow back into the tensors.
 
-    See ``SteeringVector.apply`` for ``start``.
+    See ``SteeringVector.apply`` for ``start`` and ``gate``.
     """
-    tracker = _PositionTracker(start, everywhere=positions == "all")
+    tracker = _PositionTracker(start, everywhere=positions == "all", gate=partial(gate, model) if gate else None)
     return _edited(model, site, tracker, {layer: _adding(shift_D) for layer, shift_D in shifts.items()})
 
 
@@ -393,6 +413,9 @@ class _PositionTracker:
 
     fixed: int | None
     everywhere: bool
+    gate: Callable[[Tensor, Tensor, Any], Tensor] | None = None
+    acts_N: Tensor | None = None  # what the gate says of the prompts that are being answered
+    asleep: bool = False  # while the gate asks the model
     start: int = 0
     rows: int = 0  # of the batch of this pass
     first_column: int = 0
@@ -401,19 +424,47 @@ class _PositionTracker:
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the base model: reads how much of the sequence came before."""
+        if self.asleep:
+            return
         self.rows = rows_of(args, kwargs)
         ids_NT = args[0] if args else kwargs.get("input_ids")
         if ids_NT is None:
             ids_NT = kwargs["inputs_embeds"][..., 0]
         past = cached_columns(kwargs)
         columns = ids_NT.shape[1]
+        fresh = self.prompt_NT is None or (past == 0 and not self._continues(ids_NT))
+        if fresh:
+            self.prompt_NT = ids_NT
         if self.everywhere or self.fixed is not None:
             self.start = self.fixed or 0
-        elif self.prompt_NT is None or (past == 0 and not self._continues(ids_NT)):
+        elif fresh:
             self.start = past + columns - 1
-            self.prompt_NT = ids_NT
         self.first_column = max(0, self.start - past)
         self.in_prompt = past <= self.start
+        if fresh and self.gate:
+            self._ask(self.gate, args, kwargs, past, columns)
+
+    def _ask(
+        self,
+        gate: Callable[[Tensor, Tensor, Any], Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        past: int,
+        columns: int,
+    ) -> None:
+        ids_NT, mask_NT = args[0] if args else kwargs.get("input_ids"), kwargs.get("attention_mask")
+        if ids_NT is None or (mask_NT is not None and mask_NT.ndim != 2):
+            raise InputError("gate: it reads prompts as token ids with a mask of two dimensions; this pass has neither")
+        if mask_NT is None:
+            mask_NT = ids_NT.new_ones(ids_NT.shape[0], past + columns)
+        last = past + columns if self.everywhere or self.fixed is None else self.fixed + 1
+        self.asleep = True
+        try:
+            # A pass adds to the cache it is given, and this one is to leave no trace.
+            known = copy.deepcopy(cache_in(kwargs)) if past else None
+            self.acts_N = gate(ids_NT[:, : last - past], mask_NT[:, :last], known).to(ids_NT.device)
+        finally:
+            self.asleep = False
 
     def _continues(self, ids_NT: Tensor) -> bool:
         prompt = self.prompt_NT
@@ -445,12 +496,16 @@ def _editor(edit: _Edit, tracker: _PositionTracker, is_input: bool) -> Callable[
     """A hook that changes a module's output, or its input, from the tracked column on."""
 
     def moved(states_NTD: Tensor) -> Tensor:
-        first = tracker.first_column
-        if first >= states_NTD.shape[1]:
+        first, acts_N = tracker.first_column, tracker.acts_N
+        if tracker.asleep or first >= states_NTD.shape[1] or (acts_N is not None and not acts_N.any()):
             return states_NTD
-        if first == 0:
-            return edit(states_NTD)
-        return torch.cat([states_NTD[:, :first], edit(states_NTD[:, first:])], dim=1)
+        edited = edit(states_NTD[:, first:])
+        if first:
+            edited = torch.cat([states_NTD[:, :first], edited], dim=1)
+        if acts_N is None:
+            return edited
+        acts_N = acts_N.to(states_NTD.device).repeat_interleave(len(states_NTD) // len(acts_N))
+        return torch.where(acts_N[:, None, None], edited, states_NTD)
 
     def on_output(module: nn.Module, inputs: Any, output: Any) -> Any:
         return with_states(output, moved(states_of(output, tracker.rows)))

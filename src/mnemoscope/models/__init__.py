@@ -3,6 +3,7 @@
 from mnemoscope.models.caches import (
     RoomyLayer,
     cache_argument,
+    cache_in,
     cache_of,
     cached_columns,
     make_room,
@@ -39,6 +40,7 @@ __all__ = [
     "blocks_of",
     "build_gpt2",
     "cache_argument",
+    "cache_in",
     "cache_of",
     "cached_columns",
     "context_length",

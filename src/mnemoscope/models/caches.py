@@ -40,8 +40,13 @@ def cache_of(output: Any) -> Any:
 
 def cached_columns(kwargs: dict[str, Any]) -> int:
     """How many columns of the sequence came before a pass, from the keyword arguments of the pass."""
-    cache = kwargs.get("cache") if kwargs.get("cache") is not None else kwargs.get("past_key_values")
+    cache = cache_in(kwargs)
     return 0 if cache is None else int(cache.get_seq_length())
+
+
+def cache_in(kwargs: dict[str, Any]) -> Any:
+    """The key-value cache that a pass is given, or None, from its keyword arguments."""
+    return kwargs.get("cache") if kwargs.get("cache") is not None else kwargs.get("past_key_values")
 
 
 class RoomyLayer(DynamicLayer):
