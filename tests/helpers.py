@@ -52,6 +52,7 @@ cells:
       fit_pairs: 60
       fit_others: 60
     effects: {pairs: 40, doses: [0, 1, 2], ablated: [0.1], draws: 2}
+    detection: {fitted: true, examples: 200, others: 60}
 """
 
 

@@ -149,6 +149,9 @@ def steer(
     source: Annotated[Path, typer.Option("--from", help="A run, a cell of one, or the file of a vector.")],
     toward: Annotated[str, typer.Option(help="generalized or memorized.")],
     alpha: Annotated[float, typer.Option(min=0.0, help="Factor on the vector; 0 leaves the model as it is.")] = 1.0,
+    gate: Annotated[
+        float | None, typer.Option(help="Steer only where the other behaviour is at least so probable, 0 to 1.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens behind each prompt, at most.")] = 20,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
     force: Annotated[bool, typer.Option(help="Use a vector that was made on another model of the same shape.")] = False,
@@ -166,7 +169,12 @@ def steer(
         opened, tokenizer = _open(model, dtype, None)
         vector = find_vector(source, toward, opened, tokenizer, force)
         plain = complete(opened, tokenizer, prompts, max_new_tokens)
-        with vector.apply(opened, alpha=alpha):
+        opens = None
+        if gate is not None:
+            from mnemoscope.detect import Gate, find_detector
+
+            opens = Gate(find_detector(source, opened, tokenizer, force), vector.toward, gate)
+        with vector.apply(opened, alpha=alpha, gate=opens):
             steered = complete(opened, tokenizer, prompts, max_new_tokens)
         rows = [
             {"prompt": prompt, "plain": before, "steered": after}
@@ -174,12 +182,67 @@ def steer(
         ]
         if as_json:
             facts = {"method": vector.method, "site": vector.site, "layers": vector.layers, "alpha": alpha}
-            typer.echo(json.dumps({"model": model, "toward": toward, "vector": facts, "answers": rows}))
+            acted = {"asked": opens.asked, "acted": opens.acted} if opens else None
+            typer.echo(json.dumps({"model": model, "toward": toward, "vector": facts, "gate": acted, "answers": rows}))
         else:
             for row in rows:
                 typer.echo(
                     f"{row['prompt']}\n  by itself: {row['plain'].strip()}\n  {toward}: {row['steered'].strip()}"
                 )
+            if opens:
+                typer.echo(f"the gate acted on {opens.acted} of {opens.asked} prompts")
+
+
+@app.command()
+def detect(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id of the model, or smollm2.")],
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What would be put to the model.")],
+    source: Annotated[Path, typer.Option("--from", help="A run, a cell of one, or the file of a detector.")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
+    force: Annotated[bool, typer.Option(help="Use a detector that was fitted on another model.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tell, before it answers, how probably a model will go by what it remembers, and where that becomes readable."""
+    with _one_line_errors():
+        from mnemoscope.detect import find_detector, read_prompts
+        from mnemoscope.errors import InputError
+
+        if not source.exists():
+            raise InputError(f"from: {source} does not exist")
+        opened, tokenizer = _open(model, dtype, None)
+        detector = find_detector(source, opened, tokenizer, force)
+        reading = read_prompts(detector, opened, tokenizer, prompts)
+        conflicts = [None if c != c else float(c) for c in reading.p_conflict_N]
+        rows = [
+            {
+                "prompt": prompt,
+                "p_memorized": float(reading.p_memorized_N[n]),
+                "p_conflict": conflicts[n],
+                "unlike": bool(reading.unlike_N[n]),
+                "distance": float(reading.distance_N[n]),
+                "readable_from": reading.readable_from_N[n],
+                "p_memorized_by_layer": reading.p_memorized_NL[n].tolist(),
+            }
+            for n, prompt in enumerate(prompts)
+        ]
+        if as_json:
+            typer.echo(json.dumps({"model": model, "layer": detector.layer, "site": detector.site, "prompts": rows}))
+        else:
+            for row in rows:
+                typer.echo(f"{row['prompt']}\n  {_verdict(row, detector.layer)}")
+
+
+def _verdict(row: dict[str, Any], layer: int) -> str:
+    text = f"P(memorized) {row['p_memorized']:.2f} at layer {layer}"
+    if row["readable_from"] is not None:
+        text += f", sure from layer {row['readable_from']} on"
+    if row["p_conflict"] is not None:
+        text += f"; P(memory and rule disagree) {row['p_conflict']:.2f}"
+    if row["unlike"]:
+        text += (
+            f"; unlike the prompts it was fitted on (distance {row['distance']:.1f}, up to 1 is like them): ignore this"
+        )
+    return text
 
 
 def _open(model: str, dtype: str, layout: str | None) -> tuple[Any, Any]:

@@ -246,6 +246,15 @@ class EffectsConfig(_Frozen):
     draws: int = Field(5, ge=1, description="draws of as many neurons at random")
 
 
+class DetectionConfig(_Frozen):
+    """Whether a detector of P(memorized) is fitted, and with how much."""
+
+    fitted: bool = Field(False, description="whether one is fitted and judged")
+    examples: int = Field(1500, ge=16, description="conflict prompts of a split whose states are read, at most")
+    others: int = Field(300, ge=1, description="memory and novel prompts of a split each, at most")
+    threshold: float = Field(0.5, ge=0, le=1, description="probability from which on a gate acts")
+
+
 class CellConfig(_Frozen):
     """One task with its model; every seed of it is a cell."""
 
@@ -257,6 +266,7 @@ class CellConfig(_Frozen):
     probes: ProbesConfig = ProbesConfig()
     steering: SteeringConfig = SteeringConfig()
     effects: EffectsConfig = EffectsConfig()
+    detection: DetectionConfig = DetectionConfig()
     analysed: bool = Field(True, description="False: a model for other cells (model.cell), which is only trained")
     max_seeds: int | None = Field(None, ge=1, description="fewer seeds than the study, where a cell costs much")
 

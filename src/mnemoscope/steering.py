@@ -452,9 +452,10 @@ class _PositionTracker:
         past: int,
         columns: int,
     ) -> None:
-        ids_NT, mask_NT = args[0] if args else kwargs.get("input_ids"), kwargs.get("attention_mask")
-        if ids_NT is None or (mask_NT is not None and mask_NT.ndim != 2):
-            raise InputError("gate: it reads prompts as token ids with a mask of two dimensions; this pass has neither")
+        ids_NT = args[0] if args else kwargs.get("input_ids")
+        if ids_NT is None:
+            raise InputError("gate: it reads prompts as token ids; this pass has embeddings only")
+        mask_NT = _mask_of_columns(kwargs.get("attention_mask"), past + columns)
         if mask_NT is None:
             mask_NT = ids_NT.new_ones(ids_NT.shape[0], past + columns)
         last = past + columns if self.everywhere or self.fixed is None else self.fixed + 1
@@ -471,6 +472,19 @@ class _PositionTracker:
         assert prompt is not None
         longer = ids_NT.shape[0] == prompt.shape[0] and ids_NT.shape[1] > prompt.shape[1]
         return longer and bool(torch.equal(ids_NT[:, : prompt.shape[1]], prompt))
+
+
+def _mask_of_columns(mask: Any, columns: int) -> Tensor | None:
+    """Which columns hold tokens, int64 (N, T), from whatever mask a pass is given; None where all do.
+
+    For caches of a fixed size the library makes masks of queries by keys beforehand; the last query sees every token.
+    """
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention")
+    if mask is None or mask.ndim == 2:
+        return mask
+    seen_NT = mask[:, 0, -1, :columns]
+    return (seen_NT if seen_NT.dtype == torch.bool else seen_NT == 0).long()
 
 
 def _adding(shift: Tensor) -> _Edit:

@@ -2,6 +2,7 @@
 
 from mnemoscope.stages.common import Stage
 from mnemoscope.stages.compare import compare_stage
+from mnemoscope.stages.detect import detection_stage
 from mnemoscope.stages.effects import effects_stage
 from mnemoscope.stages.pairs import pairs_stage
 from mnemoscope.stages.probe import probes_stage
@@ -15,6 +16,7 @@ STAGES: dict[str, Stage] = {
     "probes": probes_stage,
     "steering": steering_stage,
     "effects": effects_stage,
+    "detection": detection_stage,
 }
 
 __all__ = ["STAGES", "compare_stage"]

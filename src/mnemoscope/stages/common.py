@@ -13,9 +13,11 @@ import pandas as pd
 
 from mnemoscope.behaviour import Asking
 from mnemoscope.cells import Cell
+from mnemoscope.detect import Detector
 from mnemoscope.directions import Setting
 from mnemoscope.files import write_atomically
 from mnemoscope.models import Layout, load_model
+from mnemoscope.steering import SteeringVector
 from mnemoscope.tasks import Task, build_task
 
 # (done, total, note): what a running stage tells.
@@ -73,3 +75,17 @@ def write_table(path: Path, table: pd.DataFrame) -> Path:
 def write_json(path: Path, content: dict[str, Any]) -> Path:
     """Write a JSON file atomically."""
     return write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def save_bound(folder: Path, name: str, made: SteeringVector | Detector) -> list[Path]:
+    """Write the two files of a vector or a detector under temporary names and rename them."""
+    folder.mkdir(exist_ok=True)
+    path, temporary = folder / f"{name}.safetensors", folder / f".{name}.tmp.safetensors"
+    try:
+        made.save(temporary)
+        for suffix in (".json", ".safetensors"):
+            temporary.with_suffix(suffix).replace(path.with_suffix(suffix))
+    finally:
+        for suffix in (".json", ".safetensors"):
+            temporary.with_suffix(suffix).unlink(missing_ok=True)
+    return [path, path.with_suffix(".json")]

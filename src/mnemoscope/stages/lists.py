@@ -73,6 +73,10 @@ class Records:
         examples = (_example(row, "a") for row in rows)
         return [e for e in examples if not reachable or keeps_key(self.task, e)][:limit]
 
+    def phrasing(self, row: Any, side: str) -> Example:
+        """Phrasing ``a`` or ``b`` of a candidate."""
+        return _example(row, side)
+
     def _pairs(self, split: Split, limit: int | None) -> Iterator[Any]:
         chosen = self.pairs[self.pairs["is_pair"] & (self.pairs["split"] == split)]
         return chosen.head(len(chosen) if limit is None else limit).itertuples()

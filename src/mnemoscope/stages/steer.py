@@ -35,9 +35,8 @@ from mnemoscope.directions import (
 )
 from mnemoscope.errors import InputError
 from mnemoscope.models import blocks_of
-from mnemoscope.stages.common import Tell, cell_model, cell_task, write_json, write_table
+from mnemoscope.stages.common import Tell, cell_model, cell_task, save_bound, write_json, write_table
 from mnemoscope.stages.lists import JudgedList, Records, fit_lists, judged_lists, tune_lists
-from mnemoscope.steering import SteeringVector
 
 AIMS = ("pairs", "conflict")  # what a setting is chosen for; controls are drawn on the list of that name
 
@@ -175,7 +174,7 @@ class _Work:
             bound = vector.bound_to(self.asking.model, self.asking.tokenizer)
             bound = replace(bound, task=self.cell.label, commit=git_state()["commit"] or "")
             name = f"{direction}-{method}" + ("" if aim == "pairs" else f"-{aim}")
-            files += save_vector(self.cell.folder / "vectors", name, bound)
+            files += save_bound(self.cell.folder / "vectors", name, bound)
         return files
 
     def chosen(self) -> dict[str, Any]:
@@ -211,20 +210,6 @@ def settings_of(direction: str, method: str, grids: Sequence[SweepConfig], count
         for site, layers, top, strength in product(grid.sites, sets, grid.tops, grid.strengths)
     )
     return list(dict.fromkeys(settings))
-
-
-def save_vector(folder: Path, name: str, vector: SteeringVector) -> list[Path]:
-    """Write a vector's two files under temporary names and rename them."""
-    folder.mkdir(exist_ok=True)
-    path, temporary = folder / f"{name}.safetensors", folder / f".{name}.tmp.safetensors"
-    try:
-        vector.save(temporary)
-        for suffix in (".json", ".safetensors"):
-            temporary.with_suffix(suffix).replace(path.with_suffix(suffix))
-    finally:
-        for suffix in (".json", ".safetensors"):
-            temporary.with_suffix(suffix).unlink(missing_ok=True)
-    return [path, path.with_suffix(".json")]
 
 
 def _facts(setting: Setting) -> dict[str, Any]:

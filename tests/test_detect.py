@@ -1,0 +1,285 @@
+"""Detectors: calibrated where there is something to know, silent where there is nothing; gates inside generation."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from scipy.special import expit
+from typer.testing import CliRunner
+
+from families import prompts, tiny, tokenizer
+from helpers import hook_count
+from mnemoscope.behaviour import Asking, prepare, score
+from mnemoscope.cli import app
+from mnemoscope.detect import Detector, Gate, Observed, Reading, find_detector, read_prompts, states_at_the_end
+from mnemoscope.errors import InputError
+from mnemoscope.models import cache_of, load_model, pass_inputs, site_width
+from mnemoscope.steering import SteeringVector
+from mnemoscope.tasks import Example
+
+LAYERS, NEURONS = 3, 12
+
+
+def drawn(n: int, seed: int, strength: float = 1.5) -> Observed:
+    """Behaviours that follow the third neuron of layer 1 with known odds, and prompts without a conflict elsewhere."""
+    rng = np.random.default_rng(seed)
+    states_NLD = rng.standard_normal((n, LAYERS, NEURONS))
+    followed_N = np.where(rng.random(n) < expit(strength * states_NLD[:, 1, 2]), "memorized", "generalized")
+    followed_N = followed_N.astype(object)
+    bare_N = rng.random(n) < 0.2
+    states_NLD[bare_N, :, 5] += 6.0
+    followed_N[bare_N] = "neither"
+    return Observed(states_NLD, followed_N)
+
+
+@pytest.fixture(scope="module")
+def detector() -> Detector:
+    return Detector.fit(drawn(1500, 0), drawn(800, 1))
+
+
+def test_probabilities_are_those_that_the_behaviour_was_drawn_with(detector: Detector) -> None:
+    fresh = drawn(4000, 2)
+    reading = detector.read(fresh.states_NLD)
+    assert reading.layer == 1
+    conflict_N = fresh.followed_N != "neither"
+    true_N = expit(1.5 * fresh.states_NLD[:, 1, 2])
+    assert np.abs(reading.p_memorized_N - true_N)[conflict_N].mean() < 0.06
+    # Reliable: of those with about p, about p remembered.
+    memorized_N = fresh.followed_N == "memorized"
+    for low in np.arange(0.1, 0.9, 0.2):
+        inside_N = conflict_N & (reading.p_memorized_N >= low) & (reading.p_memorized_N < low + 0.2)
+        assert abs(memorized_N[inside_N].mean() - reading.p_memorized_N[inside_N].mean()) < 0.07
+
+
+def test_where_there_is_nothing_to_know_it_says_the_base_rate() -> None:
+    rng = np.random.default_rng(3)
+
+    def blind(n: int) -> Observed:
+        followed_N = np.where(rng.random(n) < 0.7, "memorized", "generalized").astype(object)
+        return Observed(rng.standard_normal((n, LAYERS, NEURONS)), followed_N)
+
+    reading = Detector.fit(blind(1000), blind(1000)).read(blind(500).states_NLD)
+    assert abs(reading.p_memorized_N.mean() - 0.7) < 0.05
+    assert reading.p_memorized_N.std() < 0.08
+    assert np.isnan(reading.p_conflict_N).all()  # no prompt without a conflict was seen
+
+
+def test_it_tells_conflicts_from_questions_without_one_and_says_what_is_unlike_both(detector: Detector) -> None:
+    fresh = drawn(1000, 4)
+    reading = detector.read(fresh.states_NLD)
+    assert ((reading.p_conflict_N > 0.5) == (fresh.followed_N != "neither")).mean() > 0.98
+    assert reading.unlike_N.mean() < 0.04
+    away_NLD = fresh.states_NLD.copy()
+    away_NLD[:, 1, 7] += 9.0
+    assert detector.read(away_NLD).unlike_N.mean() > 0.98
+
+
+def test_a_neuron_that_never_moved_makes_nobody_unlike_by_noise() -> None:
+    parts = [drawn(600, seed) for seed in (5, 6)]
+    for part in parts:
+        part.states_NLD[:, :, 9] = 3.0
+    reading = Detector.fit(*parts).read(parts[1].states_NLD)
+    assert np.isfinite(reading.distance_N).all()
+    assert reading.unlike_N.mean() < 0.02
+
+
+def test_a_gate_acts_on_the_other_behaviour_in_a_conflict_that_is_known() -> None:
+    p_NL = np.array([[0.9], [0.9], [0.9], [0.2], [0.6]])
+    reading = Reading(0, p_NL, np.array([0.9, 0.1, math.nan, 0.9, 0.9]), np.array([0.5, 0.5, 0.5, 0.5, 1.5]))
+    assert reading.acts("generalized", 0.5).tolist() == [True, False, True, False, False]
+    assert reading.acts("memorized", 0.5).tolist() == [False, False, False, True, False]
+    assert reading.acts("generalized", 0.95).tolist() == [False] * 5
+
+
+def test_readable_from_is_the_first_layer_that_stays_sure() -> None:
+    p_NL = np.array([[0.9, 0.6, 0.8, 0.9], [0.5, 0.2, 0.1, 0.05], [0.5, 0.5, 0.5, 0.6], [0.9, 0.9, 0.9, 0.9]])
+    reading = Reading(3, p_NL, np.zeros(4), np.zeros(4))
+    assert reading.readable_from_N == [2, 1, None, 0]
+
+
+def test_too_few_prompts_of_a_behaviour_are_refused() -> None:
+    few = Observed(np.zeros((9, 1, 2)), np.array(["memorized"] * 9, dtype=object))
+    with pytest.raises(InputError, match="fit: 0 prompts were answered generalized; at least 8 are needed"):
+        Detector.fit(few, few)
+
+
+def test_saved_and_loaded_it_reads_the_same(detector: Detector, tmp_path: Path) -> None:
+    model, words = tiny("gpt2"), tokenizer()
+    bound = detector.bound_to(model, words, "mine")
+    bound.save(tmp_path / "detector.safetensors")
+    found = find_detector(tmp_path, model, words)
+    states_NLD = drawn(20, 7).states_NLD
+    assert np.array_equal(found.read(states_NLD).p_memorized_NL, detector.read(states_NLD).p_memorized_NL)
+    assert found.task == "mine"
+    with pytest.raises(InputError, match="model_type: the detector was made on gpt2, this model has llama"):
+        find_detector(tmp_path, tiny("llama"), words)
+    (tmp_path / "detector.safetensors").write_bytes(b"nothing")
+    with pytest.raises(InputError, match="cannot be read"):
+        find_detector(tmp_path, model, words)
+    with pytest.raises(InputError, match="neither a detector nor a folder"):
+        find_detector(tmp_path / "elsewhere", model, words)
+
+
+def splitting(model: object, words: object, texts: list[str], site: str = "block") -> Detector:
+    """A detector that finds every second one of these prompts memorized, by the state itself."""
+    inputs = words(texts, return_tensors="pt", padding=True)  # type: ignore[operator]
+    states_NLD = states_at_the_end(model, inputs.input_ids, inputs.attention_mask, site)  # type: ignore[arg-type]
+    signs_N = np.where(np.arange(len(texts)) % 2 == 0, 1.0, -1.0)
+    layers, width = states_NLD.shape[1:]
+    last_ND = states_NLD[:, -1].astype(np.float64)
+    weights_LD = np.zeros((layers, width))
+    weights_LD[-1] = np.linalg.lstsq(np.c_[last_ND, np.ones(len(texts))], 20 * signs_N, rcond=None)[0][:-1]
+    bias = np.linalg.lstsq(np.c_[last_ND, np.ones(len(texts))], 20 * signs_N, rcond=None)[0][-1]
+    nothing_D = np.full(width, math.nan)
+    return Detector(
+        "block", layers - 1, weights_LD, np.full(layers, bias), nothing_D, math.nan, np.zeros(width),
+        np.zeros((width, width)),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "opt"])
+@pytest.mark.parametrize("positions", ["decision", "all"])
+def test_gated_generation_steers_the_chosen_prompts_and_leaves_the_others_untouched(
+    family: str, positions: str
+) -> None:
+    model, words, texts = tiny(family), tokenizer(), prompts()
+    detector = splitting(model, words, texts)
+    generator = torch.Generator().manual_seed(1)
+    shifts = {layer: torch.randn(site_width(model, layer, "block"), generator=generator) for layer in (0, 2)}
+    vector = SteeringVector("generalized", shifts, positions=positions)  # type: ignore[arg-type]
+    inputs = words(texts, return_tensors="pt", padding=True)
+    before = hook_count(model)
+    for options in ({}, {"use_cache": False}, {"cache_implementation": "static"}, {"num_beams": 2}):
+        options |= {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        gate = Gate(detector, "generalized")
+        with vector.apply(model, gate=gate):
+            found = model.generate(**inputs, **options)
+        with vector.apply(model, alpha=[1.0, 0.0] * (len(texts) // 2)):
+            assert torch.equal(found, model.generate(**inputs, **options)), options
+        rows = len(texts) * options.get("num_beams", 1)
+        assert (gate.asked, gate.acted) == (rows, rows // 2)
+    assert hook_count(model) == before
+    plain = model(**inputs).logits
+    with vector.apply(model, gate=Gate(detector, "generalized", 1.0)):
+        assert torch.equal(model(**inputs).logits, plain)
+
+
+def test_a_gate_reads_a_continued_cache_without_leaving_a_trace() -> None:
+    model, words, texts = tiny("llama"), tokenizer(), prompts()
+    detector = splitting(model, words, texts)
+    inputs = words(texts, return_tensors="pt", padding=True)
+    ids_NT, mask_NT = inputs.input_ids, inputs.attention_mask
+    cache = cache_of(model(**pass_inputs(model, ids_NT[:, :-1], mask_NT[:, :-1])))
+    gate = Gate(detector, "generalized")
+    vector = SteeringVector("generalized", {1: torch.ones(site_width(model, 1, "block"))})
+    with vector.apply(model, gate=gate):
+        model(**pass_inputs(model, ids_NT[:, -1:], mask_NT, cache))
+    assert gate.acted == len(texts) // 2
+    assert cache.get_seq_length() == ids_NT.shape[1]
+
+
+def test_a_gate_that_cannot_read_says_so() -> None:
+    model, words, texts = tiny("llama"), tokenizer(), prompts()
+    vector = SteeringVector("generalized", {1: torch.ones(site_width(model, 1, "block"))})
+    gate = Gate(splitting(model, words, texts), "generalized")
+    inputs = words(texts, return_tensors="pt", padding=True)
+    embedded = model.get_input_embeddings()(inputs.input_ids)
+    with (
+        vector.apply(model, gate=gate),
+        pytest.raises(InputError, match="gate: it reads prompts as token ids; this pass"),
+    ):
+        model(inputs_embeds=embedded, attention_mask=inputs.attention_mask)
+    with pytest.raises(InputError, match=r"gate: 1\.5 is not a probability"):
+        Gate(gate.detector, "generalized", 1.5)
+
+
+# --- in a study ----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_has_a_detector_that_reads_as_its_records_say(mini_run: Path) -> None:
+    cell = mini_run / "cells" / "addition-0"
+    model, words = load_model(cell / "model")
+    detector = find_detector(mini_run, model, words)
+    table = pd.read_parquet(cell / "records" / "detection.parquet")
+    assert set(table.examples) == {"conflict", "novel"}  # memory examples of sums are conflicts themselves
+    assert set(table.split) == {"test"}
+    rows = table[table.examples == "conflict"].head(20)
+    reading = read_prompts(detector, model, words, rows.prompt.tolist())
+    # Where both answers begin with one token the state is read behind it; in sums they never do.
+    np.testing.assert_allclose(reading.p_memorized_N, rows.p_memorized, atol=1e-4)
+    known = table[table.followed.isin(["memorized", "generalized"])]
+    mean = known.p_memorized.groupby(known.followed).mean()
+    assert mean["memorized"] > mean["generalized"] + 0.2
+
+
+def test_where_a_gate_would_act_is_where_it_acts(mini_run: Path, mini: Callable[[str], Asking]) -> None:
+    cell = mini_run / "cells" / "addition-0"
+    model, words = load_model(cell / "model")
+    gates = pd.read_parquet(cell / "records" / "gate.parquet")
+    steering = pd.read_parquet(cell / "records" / "steering.parquet")
+    lists = gates.groupby(["direction", "examples"]).size()
+    judged = steering[(steering.role == "vector") & (steering.aim == "conflict")]
+    judged = judged.drop_duplicates(["direction", "examples", "example"]).groupby(["direction", "examples"]).size()
+    assert {key: lists[key] for key in judged.index} == judged.to_dict()
+    pairs = pd.read_parquet(cell / "records" / "pairs.parquet")
+    table = pairs[pairs.is_pair & (pairs.split == "test")]
+    examples = [
+        Example(r.item, getattr(r, f"prompt_{s}"), "conflict", r.group, "", "test", r.memorized, r.generalized)
+        for r in table.itertuples()
+        for s in ["a" if r.behaviour_a == "memorized" else "b"]
+    ]
+    said = gates[(gates.direction == "to_generalized") & (gates.examples == "pairs")]
+    detector = find_detector(cell, model, words)
+    gate = Gate(detector, "generalized")
+    vector = SteeringVector("generalized", {0: torch.ones(64)})
+    asking = Asking(model, words, ("",), batch_size=64)
+    score(asking, prepare(asking, examples[: len(said)]), applied=lambda: vector.apply(model, gate=gate))
+    assert gate.acted == said.acts.sum()
+
+
+def test_detect_on_the_command_line(mini_run: Path) -> None:
+    model = str(mini_run / "cells" / "addition-0" / "model")
+    source = ["--from", str(mini_run)]
+    done = CliRunner().invoke(app, ["detect", model, *source, "--json", "12+34=", "zz"])
+    assert done.exit_code == 2 or json.loads(done.stdout)
+    done = CliRunner().invoke(app, ["detect", model, *source, "--json", "12+34=", "34+12="])
+    said = json.loads(done.stdout)
+    assert [row["prompt"] for row in said["prompts"]] == ["12+34=", "34+12="]
+    for row in said["prompts"]:
+        assert 0 <= row["p_memorized"] <= 1
+        assert row["p_memorized"] == row["p_memorized_by_layer"][said["layer"]]
+    done = CliRunner().invoke(app, ["detect", model, *source, "12+34="])
+    assert "P(memorized)" in done.stdout
+    done = CliRunner().invoke(
+        app, ["steer", model, *source, "--toward", "generalized", "--gate", "0.5", "--json", "12+34=", "34+12="]
+    )
+    assert json.loads(done.stdout)["gate"]["asked"] == 2
+    for arguments in (["--gate", "2"], ["--from", "nowhere"]):
+        done = CliRunner().invoke(app, ["steer", model, *source, "--toward", "generalized", *arguments, "12+34="])
+        assert done.exit_code == 2
+        assert done.stderr.startswith("error: ")
+
+
+def test_a_run_without_a_detector_says_how_to_get_one(mini_run: Path, tmp_path: Path) -> None:
+    model = str(mini_run / "cells" / "addition-0" / "model")
+    done = CliRunner().invoke(app, ["detect", model, "--from", str(tmp_path), "12+34="])
+    assert done.exit_code == 2
+    assert "detection.fitted: true" in done.stderr
+
+
+def test_a_damaged_shape_is_refused(detector: Detector, tmp_path: Path) -> None:
+    path = tmp_path / "d.safetensors"
+    detector.save(path)
+    arrays = load_file(path)
+    del arrays["weights_LD"]
+    save_file(arrays, path)
+    with pytest.raises(InputError, match="cannot be read"):
+        Detector.load(path)
