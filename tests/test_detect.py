@@ -194,7 +194,7 @@ def test_a_gate_that_cannot_read_says_so() -> None:
     embedded = model.get_input_embeddings()(inputs.input_ids)
     with (
         vector.apply(model, gate=gate),
-        pytest.raises(InputError, match="gate: it reads prompts as token ids; this pass"),
+        pytest.raises(InputError, match="gate: it reads prompts as token ids"),
     ):
         model(inputs_embeds=embedded, attention_mask=inputs.attention_mask)
     with pytest.raises(InputError, match=r"gate: 1\.5 is not a probability"):

@@ -5,7 +5,6 @@ Shapes: N examples, T tokens (columns) of a pass, L layers, D neurons.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from mnemoscope.models import (
     cache_in,
     cached_columns,
     core_of,
+    forked,
     rows_of,
     site_module,
     site_width,
@@ -462,7 +462,7 @@ class _PositionTracker:
         self.asleep = True
         try:
             # A pass adds to the cache it is given, and this one is to leave no trace.
-            known = copy.deepcopy(cache_in(kwargs)) if past else None
+            known = forked(cache_in(kwargs)) if past else None
             self.acts_N = gate(ids_NT[:, : last - past], mask_NT[:, :last], known).to(ids_NT.device)
         finally:
             self.asleep = False

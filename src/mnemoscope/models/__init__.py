@@ -6,6 +6,7 @@ from mnemoscope.models.caches import (
     cache_in,
     cache_of,
     cached_columns,
+    forked,
     make_room,
     select_rows,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "cached_columns",
     "context_length",
     "core_of",
+    "forked",
     "layout_of",
     "load_model",
     "make_room",

@@ -118,3 +118,10 @@ def select_rows(cache: Any, rows_R: Tensor | None) -> Any:
     if rows_R is not None:
         copied.batch_select_indices(rows_R)
     return copied
+
+
+def forked(cache: Any) -> Any:
+    """A cache that a pass may extend while this one stays as it is; what both hold is shared where it can be."""
+    if all(isinstance(layer, DynamicLayer) for layer in cache.layers):
+        return select_rows(cache, None)
+    return copy.deepcopy(cache)  # caches of a fixed size are written in place
