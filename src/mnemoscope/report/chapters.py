@@ -8,9 +8,11 @@ from typing import Any
 from mnemoscope.report import (
     captions,
     captions_detection,
+    captions_detector,
     captions_steering,
     figures,
     figures_detection,
+    figures_detector,
     figures_effects,
     figures_methods,
     figures_steering,
@@ -104,7 +106,20 @@ def read(name: str, task: Tree) -> Chapter:
         "many pairs: the band spans the draws.",
         figures_detection.reading(task),
     )
-    return Chapter(f"{name}-read", "Can it be read?", [layers, rivals])
+    found = [layers, rivals]
+    if "detection" in task:
+        found.append(_detector(name, task["detection"]))
+    return Chapter(f"{name}-read", "Can it be read?", found)
+
+
+def _detector(name: str, detection: Tree) -> Story:
+    return panels(
+        f"{name}-detector",
+        "Before it answers",
+        captions_detector.detector(detection),
+        "Test prompts, pairs or not. Dotted: chance, and perfect reliability. Bars: 95\u00a0% intervals.",
+        figures_detector.detector(detection),
+    )
 
 
 def turn(name: str, task: Tree, cells: Sequence[Cell]) -> Chapter:
@@ -125,6 +140,7 @@ def turn(name: str, task: Tree, cells: Sequence[Cell]) -> Chapter:
         switch,
         _methods(name, task),
         _cost(name, task),
+        _gated(name, task),
         _dose(name, task),
         _simpler(name, task),
         _depth(name, task),
@@ -159,6 +175,17 @@ def _cost(name: str, task: Tree) -> Story:
         )
     note = "Change in accuracy on test examples that should stay as they are. Grey: not counted as damage."
     return panels(f"{name}-cost", "What else changes", notes, note, figures_methods.cost(task))
+
+
+def _gated(name: str, task: Tree) -> Story:
+    return panels(
+        f"{name}-gated",
+        "Only where it is needed",
+        [captions_detector.gated(task, direction) for direction in DIRECTIONS],
+        "The chosen vector by itself (hollow) and behind a gate, which lets it act only where the detector expects the "
+        "other behaviour in a conflict like those it knows. In points.",
+        figures_detector.gated(task),
+    )
 
 
 def _dose(name: str, task: Tree) -> Story:

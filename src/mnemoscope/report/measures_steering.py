@@ -16,6 +16,7 @@ import pandas as pd
 
 from mnemoscope.errors import InputError
 from mnemoscope.report.intervals import Tree
+from mnemoscope.report.measures_detector import measure_gated
 from mnemoscope.report.records import AIMS, CONTROLS, DIRECTIONS, Cell
 from mnemoscope.report.resampling import shared_mean
 from mnemoscope.statistics import Estimate
@@ -32,8 +33,8 @@ class Steered:
         self.cell = cell
         self._table = cell.read_steering()
         self._places = self._table.groupby(KEYS, observed=True).indices
-        lists = self._table.examples.unique()
-        self.held_out = sorted(n for n in lists if n.startswith("pairs_") and n != "pairs_unreachable")
+        self.lists = sorted(self._table.examples.unique())
+        self.held_out = sorted(n for n in self.lists if n.startswith("pairs_") and n != "pairs_unreachable")
 
     def rows(self, aim: str, direction: str, method: str, role: str, examples: str) -> pd.DataFrame:
         """Test examples of one list under one setting and role; no rows where there are none."""
@@ -97,6 +98,7 @@ def measure_direction(steered: Steered, method: str, direction: str, chosen: dic
         },
         "collateral": _collateral(cell, direction, {name: vector("pairs", name) for name in KEPT}),
         "collateral_conflict": _collateral(cell, direction, {name: vector("conflict", name) for name in KEPT}),
+        **measure_gated(cell, direction, {name: vector("pairs", name) for name in steered.lists}),
     }
 
 

@@ -37,6 +37,9 @@ COLUMNS = {
     "steering": "aim direction method role draw examples example group split before after margin_before margin "
     "confabulated",
     "effects": "what direction method site layers dose role draw side example group after margin_before margin",
+    "detection": "examples followed prompt group family p_memorized p_conflict unlike input_only entropy top_gap "
+    "readable_from",
+    "gate": "direction examples example p_memorized unlike acts",
     "seeds": "label seed_a seed_b site what layer top shared_initialization value chance_low chance chance_high",
     "transfer_steering": "source target seed direction method role draw example group after",
     "transfer_probes": "source target seed layer group label score",
@@ -71,7 +74,12 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Cell:
-    """The records of one (task, model, seed)."""
+    """The records of one (task, model, seed).
+
+    Attributes:
+        training: None where the model was not trained by the study.
+        detection, gate: None where no detector was fitted.
+    """
 
     folder: Path
     info: dict[str, Any]
@@ -86,6 +94,8 @@ class Cell:
     effects: pd.DataFrame
     chosen: dict[str, Any]
     contrast: Contrast
+    detection: pd.DataFrame | None = None
+    gate: pd.DataFrame | None = None
 
     def read_steering(self) -> pd.DataFrame:
         """The steering table, read anew: it is by far the largest, and one cell's at a time is enough."""
@@ -182,6 +192,8 @@ def read_cell(folder: Path) -> Cell:
         effects=_table(records, "effects"),
         chosen=_chosen(records / "chosen.json"),
         contrast=_contrast(folder / "contrast.safetensors"),
+        detection=_table_if_any(records, "detection"),
+        gate=_table_if_any(records, "gate"),
     )
 
 

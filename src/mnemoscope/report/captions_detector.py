@@ -1,0 +1,60 @@
+"""What the figures of a detector show, in words computed from the numbers."""
+
+from __future__ import annotations
+
+from mnemoscope.report.figures_detector import ranked_families
+from mnemoscope.report.intervals import Tree
+from mnemoscope.report.sentences import (
+    TOWARDS,
+    UNMEASURED,
+    count,
+    interval,
+    known,
+    percent,
+    points,
+    with_interval,
+)
+
+
+def detector(detection: Tree) -> list[str]:
+    """How well prompts are ranked, beside what needs no state, family by family; whether it keeps its word."""
+    found = detection["auroc"]
+    if not known(found["p_memorized"]):
+        return [f"How well P(memorized) tells {UNMEASURED}: the test prompts show one behaviour only."]
+    rivals = {name: found[key] for key, name in (("input_only", "the input alone"), ("top_gap", "its own certainty"))}
+    beside = ", ".join(f"{name} {percent(value['estimate'])}" for name, value in rivals.items() if known(value))
+    texts = [
+        f"Of a prompt that will be remembered and one that will be worked out, the detector gives the first the higher "
+        f"probability in {percent(found['p_memorized']['estimate'])} of the cases "
+        f"({interval(found['p_memorized'])}); {beside}."
+    ]
+    families = [entry for entry in ranked_families(detection) if not entry[0].startswith("held out")]
+    if len(families) > 1:
+        worst = min(families, key=lambda entry: entry[1]["estimate"])
+        texts.append(f"Within one phrasing, at worst: {with_interval(worst[1])} ({worst[0]}).")
+    texts.append(f"Mean squared error of the probability: {detection['brier']['estimate']:.3f}.")
+    strange = {name: share for name, share in detection["unlike"].items() if known(share)}
+    if strange:
+        parts = ", ".join(f"{name.replace('_', ' ')} {percent(share['estimate'])}" for name, share in strange.items())
+        texts.append(f"Unlike what it was fitted on: {parts}.")
+    return texts
+
+
+def gated(task: Tree, direction: str) -> str:
+    """How often the gate acts, what is still turned, what is no longer damaged."""
+    block = task["steering"][direction]
+    if "gated" not in block or not known(block["gated"]["acted"].get("pairs", {"estimate": float("nan")})):
+        return ""
+    found = block["gated"]
+    text = (
+        f"{TOWARDS[direction].capitalize()}, the gate acts on {percent(found['acted']['pairs']['estimate'])} of "
+        f"{count(found['acted']['pairs']['n'], 'pair')}, and {percent(found['shift']['pairs']['estimate'])} are turned "
+        f"instead of {percent(block['pairs']['shift']['estimate'])}"
+    )
+    memory = found["collateral"].get("memory")
+    if memory and known(memory) and known(block["collateral"]["memory"]):
+        text += (
+            f"; facts to recall change by {points(memory['estimate'], sign=True)} instead of "
+            f"{points(block['collateral']['memory']['estimate'], sign=True)}"
+        )
+    return text + "."
