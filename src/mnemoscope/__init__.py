@@ -21,6 +21,7 @@ _PUBLIC = {
     "SteeringVector": "steering",
     "StudyError": "errors",
     "Task": "tasks",
+    "bake": "export",
     "build_report": "report",
     "build_task": "tasks",
     "draw_candidates": "behaviour",
@@ -30,6 +31,7 @@ _PUBLIC = {
     "prepare": "behaviour",
     "run_study": "study",
     "score": "behaviour",
+    "to_gguf": "export",
 }
 
 __all__ = sorted(_PUBLIC)

@@ -245,6 +245,51 @@ def _verdict(row: dict[str, Any], layer: int) -> str:
     return text
 
 
+@app.command()
+def export(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file of a vector (.safetensors).")],
+    to: Annotated[str, typer.Option(help="gguf: for llama.cpp; checkpoint: a model with it baked in.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="What to write: a new file, or a new or empty folder.")],
+    model: Annotated[str | None, typer.Option(help="The model it was made on; needed for a checkpoint.")] = None,
+    alpha: Annotated[float, typer.Option(min=0.0, help="Factor on the vector.")] = 1.0,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto; what is written has it.")] = "float32",
+    force: Annotated[bool, typer.Option(help="Use a vector that was made on another model of the same shape.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a vector for other programs; one with positions "all" only. Nothing that exists is overwritten."""
+    with _one_line_errors():
+        from mnemoscope.errors import InputError
+        from mnemoscope.export import bake, check_portable, to_gguf
+        from mnemoscope.steering import SteeringVector
+
+        vector = alpha * SteeringVector.load(file)
+        check_portable(vector, to)  # before a large model is opened for nothing
+        if out.exists() and (to == "gguf" or not out.is_dir() or any(out.iterdir())):
+            raise InputError(f"out: {out} exists; nothing is overwritten")
+        if to == "checkpoint" and model is None:
+            raise InputError("model: a checkpoint is made of a model; name the one that the vector was made on")
+        opened, tokenizer = _open(model, dtype, None) if model is not None else (None, None)
+        vector = alpha * SteeringVector.load(file, opened, tokenizer, force)
+        if to == "checkpoint":
+            bake(opened, tokenizer, vector, out)
+        else:
+            to_gguf(vector, out, _model_type(vector, opened))
+        facts = {"out": str(out), "to": to, "toward": vector.toward, "layers": vector.layers, "alpha": alpha}
+        _say(facts, as_json, "out")
+
+
+def _model_type(vector: Any, opened: Any) -> str:
+    """What kind of model a vector is for."""
+    from mnemoscope.errors import InputError
+    from mnemoscope.models import core_of
+
+    if opened is not None:
+        return str(core_of(opened).config.model_type)
+    if vector.binding is None:
+        raise InputError("model: the vector does not say which model it was made on; name it")
+    return str(vector.binding.model_type)
+
+
 def _open(model: str, dtype: str, layout: str | None) -> tuple[Any, Any]:
     """A user's model and tokenizer, from what the command line says of them."""
     from mnemoscope.config import parse_model

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from mnemoscope.errors import InputError
 
 
 def write_atomically(path: Path, content: bytes | Callable[[Path], Any]) -> Path:
@@ -26,6 +30,26 @@ def write_atomically(path: Path, content: bytes | Callable[[Path], Any]) -> Path
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder under a temporary name beside ``path``, which it gets when the context ends well; else it is gone.
+
+    Raises:
+        InputError: ``path`` exists and is not an empty folder.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise InputError(f"folder: {path} exists and is not empty; nothing is overwritten")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed and had the same number
+    temporary.mkdir()
+    try:
+        yield temporary
+        os.replace(temporary, path)  # takes the place of an empty folder
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def file_hash(path: Path) -> str:

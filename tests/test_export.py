@@ -1,0 +1,464 @@
+"""Vectors in other programs act as they do in ours; what would not is refused and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from typer.testing import CliRunner
+
+from families import FAMILIES, prompts, tiny, tokenizer
+from mnemoscope import export
+from mnemoscope.cli import app
+from mnemoscope.errors import InputError
+from mnemoscope.export import bake, fetch, push, read_gguf, to_gguf
+from mnemoscope.models import Layout, Site, layout_of, load_model, pass_inputs, use_layout
+from mnemoscope.steering import SteeringVector, complete
+
+NO_BIAS, NORM = "no option of its configuration gives it one", "has a norm"
+REFUSED = {
+    **dict.fromkeys(("mistral", "qwen2", "qwen3", "gemma", "phi3", "stablelm", "cohere"), NO_BIAS),
+    **dict.fromkeys(("gemma2", "gemma3_text", "olmo2"), NORM),
+}
+BAKED = [family for family in FAMILIES if family not in REFUSED]
+RUNNER = CliRunner()
+
+
+def some_vector(site: Site = "block", layers: tuple[int, ...] = (0, 2), **facts: Any) -> SteeringVector:
+    generator = torch.Generator().manual_seed(1)
+    shifts = {layer: 0.5 * torch.randn(32, generator=generator) for layer in layers}
+    return replace(SteeringVector("generalized", shifts, site=site, positions="all"), **facts)
+
+
+def granite() -> PreTrainedModel:
+    """Its blocks scale what their MLPs return before they add it."""
+    shape = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}
+    config = AutoConfig.for_model("granite", vocab_size=64, intermediate_size=48, residual_multiplier=0.5, **shape)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> Tensor:
+    """At every real token of a padded batch, (M, V)."""
+    batch = tokenizer()(prompts(), return_tensors="pt", padding=True)
+    found = model(**pass_inputs(model, batch.input_ids, batch.attention_mask)).logits
+    return found[batch.attention_mask.bool()]
+
+
+@pytest.mark.parametrize("site", ["block", "mlp"])
+@pytest.mark.parametrize("family", BAKED)
+def test_a_baked_folder_opened_by_the_library_alone_answers_as_the_steered_model(
+    family: str, site: Site, tmp_path: Path
+) -> None:
+    model, vector = tiny(family), 4 * some_vector(site)
+    plain = logits(model)
+    with vector.apply(model):
+        steered, said = logits(model), complete(model, tokenizer(), prompts(), 8)
+    assert said != complete(model, tokenizer(), prompts(), 8)
+    bake(model, tokenizer(), vector, tmp_path / "baked")
+    baked = AutoModelForCausalLM.from_pretrained(tmp_path / "baked").eval()
+    torch.testing.assert_close(logits(baked), steered, rtol=0, atol=1e-6)
+    assert float((steered - plain).abs().max()) > 0.1
+    assert complete(baked, AutoTokenizer.from_pretrained(tmp_path / "baked"), prompts(), 8) == said
+    assert [path.name for path in tmp_path.iterdir()] == ["baked"]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_model_of_the_user_stays_as_it_was(family: str, tmp_path: Path) -> None:
+    model = tiny(family)
+    weights = {name: (weight.data_ptr(), weight.clone()) for name, weight in model.state_dict().items()}
+    config, plain = model.config.to_dict(), logits(model)
+    bake(model, tokenizer(), some_vector(), tmp_path / "baked")
+    assert model.config.to_dict() == config
+    after = model.state_dict()
+    assert list(after) == list(weights)
+    assert all(after[n].data_ptr() == at and torch.equal(after[n], weight) for n, (at, weight) in weights.items())
+    assert torch.equal(logits(model), plain)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtype_tied_weights_and_generation_config_are_kept(tied: bool, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = tiny("llama", tie_word_embeddings=tied).to(dtype)
+    model.generation_config.max_new_tokens = 7
+    vector = some_vector(method="nmd", task="addition")
+    with vector.apply(model):
+        steered = logits(model)
+    bake(model, tokenizer(), vector, tmp_path)  # an empty folder is taken
+    baked = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert {weight.dtype for weight in baked.parameters()} == {dtype}
+    assert (baked.lm_head.weight.data_ptr() == baked.model.embed_tokens.weight.data_ptr()) is tied
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert ("lm_head.weight" in file.keys()) is not tied  # noqa: SIM118 (it is no mapping)
+    assert baked.generation_config.max_new_tokens == 7
+    torch.testing.assert_close(logits(baked), steered, rtol=0, atol=1e-6 if dtype == torch.float32 else 0.01)
+    said = json.loads((tmp_path / "mnemoscope.json").read_text())
+    assert (said["layers"], said["method"], said["task"], said["positions"]) == ([0, 2], "nmd", "addition", "all")
+
+
+def test_biases_that_come_with_the_option_are_zero_and_those_there_are_added_to(tmp_path: Path) -> None:
+    vector = some_vector(layers=(1,))
+    bake(tiny("llama"), tokenizer(), vector, tmp_path / "llama")
+    made = AutoModelForCausalLM.from_pretrained(tmp_path / "llama").state_dict()
+    biases = {name for name in made if name.endswith("bias")}
+    assert len(biases) == 9
+    for name in biases:
+        wanted = vector.shifts[1] if name == "model.layers.1.mlp.down_proj.bias" else torch.zeros_like(made[name])
+        assert torch.equal(made[name], wanted), name
+    model = tiny("gpt2")
+    torch.nn.init.normal_(model.transformer.h[1].mlp.c_proj.bias)
+    bake(model, tokenizer(), vector, tmp_path / "gpt2")
+    baked = AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2")
+    name = "transformer.h.1.mlp.c_proj.bias"
+    assert torch.equal(baked.state_dict()[name], model.state_dict()[name] + vector.shifts[1])
+
+
+def refused(model: PreTrainedModel, vector: SteeringVector, folder: Path, message: str) -> None:
+    """One clear line, and nothing in the folder above."""
+    before = sorted(folder.parent.rglob("*"))
+    with pytest.raises(InputError, match=message) as caught:
+        bake(model, tokenizer(), vector, folder)
+    assert "\n" not in str(caught.value)
+    assert sorted(folder.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_families_whose_checkpoints_cannot_hold_a_shift_are_refused(family: str, tmp_path: Path) -> None:
+    refused(tiny(family), some_vector(), tmp_path / "baked", f"^model: .*{REFUSED[family]}")
+
+
+@pytest.mark.parametrize(
+    ("vector", "message"),
+    [
+        (some_vector(positions="decision"), "^positions: 'decision' cannot be exported, only 'all'"),
+        (some_vector("attention"), "^site: 'attention' cannot be exported as a checkpoint, only block or mlp"),
+        (some_vector("neuron"), "^site: 'neuron' cannot"),
+        (some_vector(layers=()), "^shifts: the vector shifts nothing"),
+        (some_vector(layers=(3,)), r"^layers: 3 is not in 0 \.\. 2"),
+        (some_vector(shifts={0: torch.ones(31)}), "^shifts: 31 neurons in layer 0; this model has 32"),
+    ],
+)
+def test_vectors_that_cannot_be_baked_are_refused(vector: SteeringVector, message: str, tmp_path: Path) -> None:
+    refused(tiny("gpt2"), vector, tmp_path / "baked", message)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scaled_and_post_norm_blocks_are_found_by_measuring(dtype: torch.dtype, scale: float, tmp_path: Path) -> None:
+    """A shift of their block is not what its MLP adds; a shift of the MLP's own output is."""
+    for model in (granite().to(dtype), tiny("opt", do_layer_norm_before=False).to(dtype)):
+        refused(model, scale * some_vector("block"), tmp_path / "block", "straight to the residual stream")
+        bake(model, tokenizer(), scale * some_vector("mlp"), tmp_path / type(model).__name__)
+
+
+def test_a_model_that_answers_otherwise_than_the_steered_one_is_not_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "_shifted_bias", lambda bias_D, shift_D, layer: bias_D + 1.001 * shift_D)
+    refused(tiny("gpt2"), some_vector(), tmp_path / "baked", "logits .* away from the steered ones")
+
+
+def test_a_shift_that_rounding_swallows_is_refused(tmp_path: Path) -> None:
+    model = tiny("llama", mlp_bias=True).to(torch.bfloat16)
+    torch.nn.init.constant_(model.model.layers[2].mlp.down_proj.bias, 100.0)
+    refused(model, 0.1 * some_vector(), tmp_path / "baked", "^shifts: 100% of the one of layer 2 is lost in rounding")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks the library by an old name
+def test_models_that_are_not_plain_are_refused(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    folder = tmp_path / "baked"
+    refused(tiny("gpt2").train(), some_vector(), folder, "^model: it is in training mode")
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    refused(get_peft_model(tiny("llama"), lora).eval(), some_vector(), folder, "^model: it has an adapter")
+    several = tiny("gpt2")
+    use_layout(several, replace(layout_of(several), down=""))
+    refused(several, some_vector(), folder, "no single down projection")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").touch()
+    refused(tiny("gpt2"), some_vector(), tmp_path / "full", "^folder: .* is not empty; nothing is overwritten")
+
+
+def test_a_layout_of_ones_own_is_followed(tmp_path: Path) -> None:
+    model = tiny("llama").to(torch.bfloat16)
+    use_layout(model, Layout("model.layers", "self_attn", "mlp.down_proj", "mlp.down_proj"))
+    bake(model, tokenizer(), some_vector("mlp"), tmp_path / "baked")
+    assert (tmp_path / "baked" / "config.json").exists()
+
+
+def test_control_vectors_are_those_of_llama_cpp_and_read_back(tmp_path: Path) -> None:
+    """One float32 direction.k for every shifted 0-based block k, and the names of the fields."""
+    import gguf
+
+    vector = some_vector(layers=(1, 2, 7))
+    path = to_gguf(vector, tmp_path / "vector.gguf", "llama")
+    reader = gguf.GGUFReader(path)
+    assert {t.name: (t.tensor_type, list(t.shape)) for t in reader.tensors} == {
+        f"direction.{layer}": (gguf.GGMLQuantizationType.F32, [32]) for layer in (1, 2, 7)
+    }
+    fields = {key: field.contents() for key, field in reader.fields.items()}
+    assert fields["general.architecture"] == "controlvector"
+    assert fields["controlvector.model_hint"] == "llama"
+    assert fields["controlvector.layer_count"] == 3
+    shifts, hint = read_gguf(path)
+    assert (list(shifts), hint) == ([1, 2, 7], "llama")
+    for layer, shift in shifts.items():
+        assert shift.dtype == np.float32
+        assert np.array_equal(shift, vector.shifts[layer].numpy())
+    assert [path.name for path in tmp_path.iterdir()] == ["vector.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("vector", "message"),
+    [
+        (some_vector(layers=(0, 1)), "^layers: 0 cannot be exported as a gguf"),
+        (some_vector("mlp", layers=(1,)), "^site: 'mlp' cannot be exported as a gguf, only block"),
+        (some_vector(layers=(1,), positions="decision"), "^positions: 'decision'"),
+        (some_vector(layers=()), "^shifts"),
+    ],
+)
+def test_vectors_that_llama_cpp_cannot_apply_are_refused(vector: SteeringVector, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        to_gguf(vector, tmp_path / "vector.gguf", "llama")
+    assert not list(tmp_path.iterdir())
+
+
+def gguf_file(path: Path, kind: str, tensors: dict[str, np.ndarray]) -> Path:
+    import gguf
+
+    writer = gguf.GGUFWriter(path, kind)
+    for name, values in tensors.items():
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_files_that_are_no_control_vector_are_refused_in_one_line(tmp_path: Path) -> None:
+    row = np.ones(32, np.float32)
+    whole = to_gguf(some_vector(layers=(1,)), tmp_path / "whole.gguf", "gpt2").read_bytes()
+    for name, content in {"empty": b"", "text": b"hello, world", "cut": whole[:-40], "head": whole[:30]}.items():
+        (tmp_path / name).write_bytes(content)
+    cases = {
+        "absent": "cannot be read as a GGUF file",
+        **dict.fromkeys(("empty", "text", "cut", "head"), "cannot be read as a GGUF file"),
+        gguf_file(tmp_path / "model", "llama", {"direction.1": row}).name: "general.architecture is 'llama'",
+        gguf_file(tmp_path / "other", "controlvector", {"token_embd.weight": row}).name: "'token_embd.weight'",
+        gguf_file(tmp_path / "zero", "controlvector", {"direction.0": row}).name: "'direction.0'",
+        gguf_file(tmp_path / "half", "controlvector", {"direction.1": row.astype(np.float16)}).name: "in float32",
+        gguf_file(tmp_path / "square", "controlvector", {"direction.1": row.reshape(4, 8)}).name: "'direction.1'",
+        gguf_file(
+            tmp_path / "widths", "controlvector", {"direction.1": row, "direction.2": row[:8]}
+        ).name: "different widths",
+        gguf_file(tmp_path / "none", "controlvector", {}).name: "it has no directions",
+    }
+    for name, message in cases.items():
+        with pytest.raises(InputError, match=f"^gguf: .*{name} .*{re.escape(message)}") as caught:
+            read_gguf(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
+def test_without_the_gguf_package_one_line_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    for call in (lambda: to_gguf(some_vector(layers=(1,)), tmp_path / "v", "gpt2"), lambda: read_gguf(tmp_path / "v")):
+        with pytest.raises(InputError, match=r"^gguf: .*pip install 'mnemoscope\[pretrained\]'$"):
+            call()
+
+
+HUB_ERRORS = {"gated": (403, "GatedRepo"), "missing": (404, "RepoNotFound")}
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """Answers everything as the hub does of a repository whose name begins with the error."""
+
+    def answer(self) -> None:
+        # Every repository can be "made", as if it were there, so that push goes on to what is in it.
+        made = self.command == "POST" and self.path.endswith("/api/repos/create")
+        kind = next((known for known in HUB_ERRORS if f"/{known}-" in self.path), "missing")
+        status, code = (409, "") if made else HUB_ERRORS[kind]
+        body = json.dumps({"url": f"http://{self.headers['Host']}/owner/{kind}-one"}).encode()
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_GET = do_HEAD = do_POST = answer
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A hub on this machine, and a cache that goes with the test."""
+    server = HTTPServer(("127.0.0.1", 0), _Hub)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path_factory.mktemp("cache")))
+    yield address
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "message"),
+    [
+        ("owner/gated-one", "^repo_id: owner/gated-one is gated; ask for access"),
+        ("owner/missing-one", "^repo_id: owner/missing-one does not exist, or is not yours to see"),
+        ("no/such/form", "^repo_id: 'no/such/form' is not of the form owner/name"),
+    ],
+)
+def test_what_a_hub_refuses_is_one_line(hub: str, tmp_path: Path, repo_id: str, message: str) -> None:
+    some_vector().save(tmp_path / "v.safetensors")
+    for call in (lambda: fetch(repo_id, "v.safetensors"), lambda: push(tmp_path / "v.safetensors", repo_id)):
+        with pytest.raises(InputError, match=message) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+def test_without_a_network_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    for call in (lambda: fetch("owner/name", "v.safetensors"), lambda: push(tmp_path, "owner/name")):
+        with pytest.raises(InputError, match=r"^repo_id: owner/name cannot be reached on the hub") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=r"^path: .* does not exist"):
+        push(tmp_path / "absent", "owner/name")
+
+
+def test_a_pushed_vector_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub is a folder here; what is put there is what the patterns let through."""
+    import shutil
+
+    store = tmp_path / "store"
+    store.mkdir()
+
+    class Api:
+        def create_repo(self, repo_id: str, private: bool, exist_ok: bool) -> None:
+            assert (repo_id, private, exist_ok) == ("owner/name", True, True)
+
+        def upload_folder(self, repo_id: str, folder_path: Path, allow_patterns: list[str] | None) -> str:
+            for path in folder_path.iterdir():
+                if allow_patterns is None or path.name in allow_patterns:
+                    shutil.copy(path, store)
+            return f"hub/{repo_id}"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo_id, allow_patterns: str(store))
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    some_vector().save(mine / "v.safetensors")
+    (mine / "private.txt").touch()
+    assert push(mine / "v.safetensors", "owner/name") == "hub/owner/name"
+    assert sorted(path.name for path in store.iterdir()) == ["v.json", "v.safetensors"]
+    again = SteeringVector.load(fetch("owner/name", "v.safetensors"))
+    assert all(torch.equal(again.shifts[layer], shift) for layer, shift in some_vector().shifts.items())
+    with pytest.raises(InputError, match=r"^name: owner/name has no file w\.safetensors"):
+        fetch("owner/name", "w.safetensors")
+    push(mine, "owner/name")
+    assert (store / "private.txt").exists()
+
+
+def call(*arguments: object) -> tuple[int, str, str]:
+    result = RUNNER.invoke(app, ["export", *map(str, arguments)])
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    """A folder with a model, and vectors that were made on it."""
+    tiny("gpt2").save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    vector = some_vector(layers=(1, 2)).bound_to(*load_model(tmp_path / "model"))
+    vector.save(tmp_path / "v.safetensors")
+    replace(vector, positions="decision").save(tmp_path / "decision.safetensors")
+    replace(vector, binding=None).save(tmp_path / "unbound.safetensors")
+    return tmp_path
+
+
+def test_the_command_line_writes_both_kinds(made: Path) -> None:
+    vector = SteeringVector.load(made / "v.safetensors")
+    code, out, _ = call(made / "v.safetensors", "--to", "gguf", "-o", made / "v.gguf", "--json")
+    assert (code, json.loads(out)["layers"], json.loads(out)["out"]) == (0, [1, 2], str(made / "v.gguf"))
+    shifts, hint = read_gguf(made / "v.gguf")
+    assert hint == "gpt2"
+    assert all(np.array_equal(shifts[layer], shift.numpy()) for layer, shift in vector.shifts.items())
+    arguments = ("--to", "checkpoint", "--model", made / "model", "--alpha", "2", "-o", made / "new" / "baked")
+    code, out, _ = call(made / "v.safetensors", *arguments)
+    assert (code, out) == (0, f"{made / 'new' / 'baked'}\n")
+    model, _ = load_model(made / "model")
+    with vector.apply(model, alpha=2.0):
+        steered = logits(model)
+    baked = AutoModelForCausalLM.from_pretrained(made / "new" / "baked").eval()
+    torch.testing.assert_close(logits(baked), steered, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("v.safetensors", "--to", "onnx"), "to: 'onnx' is not one of checkpoint, gguf"),
+        (("decision.safetensors", "--to", "gguf"), "positions: 'decision' cannot be exported"),
+        (("v.safetensors", "--to", "checkpoint"), "model: a checkpoint is made of a model"),
+        (("absent.safetensors", "--to", "gguf"), "absent.safetensors cannot be read"),
+        (("unbound.safetensors", "--to", "gguf"), "model: the vector does not say which model it was made on"),
+        (("unbound.safetensors", "--to", "gguf", "--model", "model"), "model_type: the vector was made on None"),
+        (("v.safetensors", "--to", "checkpoint", "--model", "not/at/all"), "model: not/at/all cannot be opened"),
+        (("v.safetensors", "--to", "gguf", "--alpha", "0"), "shifts: the vector shifts nothing"),
+    ],
+)
+def test_what_cannot_be_exported_is_one_line_and_exit_code_2(
+    made: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.chdir(made)
+    before = sorted(made.rglob("*"))
+    code, stdout, stderr = call(*arguments, "-o", "out")
+    assert (code, stdout) == (2, "")
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1
+    assert message in stderr
+    assert sorted(made.rglob("*")) == before
+
+
+def test_what_exists_is_not_overwritten_and_force_is_for_another_model(made: Path) -> None:
+    (made / "there.gguf").write_text("mine")
+    code, _, stderr = call(made / "v.safetensors", "--to", "gguf", "-o", made / "there.gguf", "--force")
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert "nothing is overwritten" in stderr
+    code, _, stderr = call(
+        made / "v.safetensors", "--to", "checkpoint", "--model", made / "model", "-o", made / "model"
+    )
+    assert (code, "nothing is overwritten" in stderr) == (2, True)
+    assert (made / "there.gguf").read_text() == "mine"
+    assert not (made / "model" / "mnemoscope.json").exists()
+    bound = ("--to", "checkpoint", "--model", made / "model", "-o", made / "baked")
+    assert call(made / "unbound.safetensors", *bound)[0] == 2
+    assert not (made / "baked").exists()
+    assert call(made / "unbound.safetensors", *bound, "--force")[0] == 0
+    assert (made / "baked" / "config.json").exists()
