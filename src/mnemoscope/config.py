@@ -148,7 +148,9 @@ class SweepConfig(_Frozen):
 
     sites: tuple[SiteName, ...] = Field(("block",), min_length=1, description="places in every layer")
     layers: tuple[str, ...] = Field(
-        ("all",), min_length=1, description='"all", "each" (every layer alone), a layer ("2") or a range ("0-1")'
+        ("all",),
+        min_length=1,
+        description='"all", "each" (every layer alone), "spread-6" (six alone, evenly spaced), "2", or a range "0-1"',
     )
     tops: tuple[float, ...] = Field((0.1, 0.3, 0.9), min_length=1, description="shares of the neurons, in (0, 1]")
     strengths: tuple[float, ...] = Field(
@@ -164,9 +166,10 @@ class SweepConfig(_Frozen):
             if not 0 < strength < float("inf"):
                 raise ValueError(f"strength {strength} is not above 0 and finite")
         for layers in self.layers:
-            if not re.fullmatch(r"all|each|\d+|\d+-\d+", layers):
+            if not re.fullmatch(r"all|each|spread-[1-9]\d*|\d+|\d+-\d+", layers):
                 raise ValueError(
-                    f"layers {layers!r} is not 'all', 'each', a layer such as '2' or a range such as '0-1'"
+                    f"layers {layers!r} is not 'all', 'each', 'spread-' and a number, a layer such as '2' or a range "
+                    "such as '0-1'"
                 )
         return self
 
@@ -178,6 +181,12 @@ class SweepConfig(_Frozen):
         """
         sets: dict[tuple[int, ...], None] = {}
         for layers in self.layers:
+            if layers.startswith("spread-"):
+                # As many gaps as layers and one more, so that neither end is among them where there is a choice.
+                gap = count / (int(layers.removeprefix("spread-")) + 1)
+                places = (round(number * gap) for number in range(1, int(layers.removeprefix("spread-")) + 1))
+                sets |= dict.fromkeys((min(place, count - 1),) for place in places)
+                continue
             first, last = (layers.split("-") * 2)[:2] if layers[0].isdigit() else ("0", str(count - 1))
             chosen = tuple(range(int(first), int(last) + 1))
             if not chosen or chosen[-1] >= count:
@@ -216,6 +225,11 @@ class SteeringConfig(_Frozen):
     learned_steps: int = Field(
         20, ge=1, le=10_000, description="of the ascent of learned vectors; more make its shuffled control cleaner"
     )
+    fit_batch: int = Field(64, ge=1, description="fit examples a step of that ascent, and a pass of gradients")
+    tune_refits: int = Field(
+        4, ge=0, description="draws of the shuffled control of each setting on tune, fitted anew; 0 leaves it out"
+    )
+    tune_draws_again: int = Field(12, ge=1, description="of each control of a chosen setting, before methods compete")
     tune_pairs: int = Field(300, ge=1, description="tune pairs that every setting is tried on")
     tune_others: int = Field(200, ge=1, description="tune examples of each other list")
     judged_examples: int = Field(500, ge=1, description="test pairs, and examples of each other list, at most")

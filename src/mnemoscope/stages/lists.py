@@ -16,8 +16,6 @@ from mnemoscope.stages.common import cell_task, rng_of
 from mnemoscope.steering import Toward
 from mnemoscope.tasks import Example, Split, Task, draw, keeps_key
 
-FIT_BATCH = 64
-
 
 @dataclass(frozen=True)
 class Records:
@@ -85,8 +83,8 @@ class Records:
 def fit_lists(cell: Cell, asking: Asking, records: Records) -> FitLists:
     """What directions are fitted on, prepared with prefixes."""
     # Small batches: a learned vector takes one of them a step.
-    asking = replace(asking, batch_size=FIT_BATCH)
     config = cell.config.steering
+    asking = replace(asking, batch_size=config.fit_batch)
     right = {
         kind: with_prefixes(asking, examples)
         for kind, examples in _answered_right(cell, asking, records, "fit", config.fit_others).items()

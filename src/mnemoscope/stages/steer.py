@@ -102,10 +102,11 @@ class _Work:
             tune: the tune lists of this direction, by aim.
         """
         config, count = self.cell.config.steering, len(blocks_of(self.asking.model))
-        limits = Limits(config.control_limit, config.collateral_limit)
+        again = config.tune_draws_again
+        limits = Limits(config.control_limit, config.collateral_limit, refits=config.tune_refits, again=again)
         settings = settings_of(direction, method, config.sweeps[method], count)  # type: ignore[index]
         choice = self._choose("pairs", tune, settings, limits)
-        limits = Limits(config.conflict_control_limit, config.conflict_collateral_limit, refits=0)
+        limits = Limits(config.conflict_control_limit, config.conflict_collateral_limit, refits=0, again=again)
         self._choose("conflict", tune, [s for s in settings if s.top == choice.setting.top], limits)
 
     def _choose(self, aim: str, tune: Mapping[str, TuneLists], settings: Sequence[Setting], limits: Limits) -> Choice:
