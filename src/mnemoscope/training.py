@@ -102,7 +102,7 @@ def train(
     for ids_BT, weights_BT in batches(asking, task, config, rng):
         state.step(ids_BT, weights_BT)
         if state.steps % config.evaluate_every == 0 or state.is_last():
-            state.settle_down()
+            state.before_measuring()
             state.note(measure(evaluation))
         progress(state.steps, state.measured)
         if state.is_last():
@@ -132,10 +132,11 @@ class _State:
         self._losses.append(_step(self.model, ids_BT, weights_BT, self.optimizers, self._schedules))
         self.steps += 1
 
-    def settle_down(self) -> None:
-        """Before a measurement: no dropout in a model that was made with some, nor in its adapter.
+    def before_measuring(self) -> None:
+        """No dropout in an adapted model, which may have been made with some, nor in its adapter.
 
-        A small GPT-2 has none but what ``settle_dropout`` gives it, which stays while it is measured (docs/LOG.md).
+        A model from scratch has none but ``settle_dropout``, under which it has been measured from the beginning:
+        without it all its later steps, and the figures of docs/LOG.md, would be others.
         """
         if is_adapted(self.model):
             self.model.eval()

@@ -126,7 +126,8 @@ def _built(cell: Cell, task: Task, seed: int) -> Asking:
 
 def _adapted(cell: Cell, task: Task, seed: int) -> Asking:
     shape = cell.config.model
-    assert shape.folder and shape.lora, "the configuration lets neither go without the other"
+    assert shape.folder is not None, "no lora without it: the configuration sees to that"
+    assert shape.lora is not None
     next(task.training(rng_of(cell, "any")))  # a task that only asks says so, before a large model is opened
     asking = opened_model(cell, shape.folder, task)
     if asking.tokenizer.eos_token_id is None:
