@@ -24,6 +24,7 @@ from helpers import MINI_TASKS
 from mnemoscope import training
 from mnemoscope.behaviour import Asking, prepare, score
 from mnemoscope.behaviour.labels import decode
+from mnemoscope.cells import cells_of
 from mnemoscope.config import LoraConfig, StopConfig, TrainingConfig, parse_study
 from mnemoscope.errors import InputError
 from mnemoscope.models import adapt, blocks_of, is_adapted, load_model, merged, save_adapter, width_of
@@ -310,6 +311,10 @@ def test_only_what_is_adapted_is_trained_and_seeds_of_it_begin_alike(tmp_path: P
     ]
     assert [shape.is_trained for shape in shapes] == [True, False, True, True]
     assert [shape.shares_first_weights for shape in shapes] == [False, True, True, True]
+    raw = study({"folder": "x", "lora": {}})
+    raw["cells"]["borrower"] = {**CELL, "model": {"cell": "mine"}}  # type: ignore[index]
+    own = tmp_path / "cells" / "mine-0" / "model"
+    assert [cell.model_folder for cell in cells_of(parse_study(raw), tmp_path)] == [own, own]
     assert shapes[3].lora is not None
     assert shapes[3].lora.target_modules == ("q",)
 
@@ -343,6 +348,16 @@ def test_a_task_that_only_asks_is_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.jsonl").write_text(json.dumps(row))
     raw = study({"folder": str(folder), "lora": {}}, task="jsonl", options={"file": str(tmp_path / "mine.jsonl")})
     with pytest.raises(InputError, match=r"'jsonl' has nothing to train on; .* without lora"):
+        run_study(parse_study(raw), tmp_path / "run", workers=1)
+
+
+def test_a_tokenizer_without_an_end_of_text_is_refused(digits: Task, tmp_path: Path) -> None:
+    tokenizer = bpe(texts_of(digits))
+    new("llama", tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "model")
+    raw = study({"folder": str(tmp_path / "model"), "lora": {}})
+    with pytest.raises(InputError, match=r"model\.folder: .* has no end-of-text token"):
         run_study(parse_study(raw), tmp_path / "run", workers=1)
 
 
