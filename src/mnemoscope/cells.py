@@ -31,7 +31,7 @@ class Cell:
     def model_folder(self) -> Path:
         """Where the cell's model is: its own folder, another cell's, or one that the study names."""
         shape = self.config.model
-        if shape.folder:
+        if shape.folder and not shape.is_trained:
             return Path(shape.folder)
         owner = self.folder.parent / f"{shape.cell}-{self.seed}" if shape.cell else self.folder
         return owner / "model"

@@ -34,11 +34,31 @@ class LayoutConfig(_Frozen):
     down: str = Field("", description="inside a block: the down projection; empty where there is no single one")
 
 
+def _as_several(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+class LoraConfig(_Frozen):
+    """An adapter (LoRA) in which a trained model learns the task; its own weights stay as they are."""
+
+    rank: int = Field(16, ge=1, le=4096, description="of the product that is added to each weight matrix")
+    alpha: float = Field(32.0, gt=0, allow_inf_nan=False, description="the product counts alpha / rank times")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of what the adapter reads, while it is trained")
+    target_modules: Annotated[tuple[str, ...], BeforeValidator(_as_several)] = Field(
+        ("all-linear",),
+        min_length=1,
+        description="names of the layers that are adapted; all-linear: every linear layer but the head",
+    )
+
+
 class ModelConfig(_Frozen):
     """A GPT-2 to train from scratch, or the folder of a trained model."""
 
     folder: str | None = Field(
-        None, description="folder or hub id of a trained causal language model; nothing is trained"
+        None, description="folder or hub id of a trained causal language model; nothing is trained unless lora is given"
+    )
+    lora: LoraConfig | None = Field(
+        None, description="the adapter in which the model of folder learns the task; {}: with the usual settings"
     )
     cell: str | None = Field(
         None, description="another cell of the study: its model of the same seed is used; nothing is trained"
@@ -56,10 +76,22 @@ class ModelConfig(_Frozen):
     context: int = Field(64, ge=8, le=4096, description="most tokens the model reads")
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> ModelConfig:
+    def _fits_together(self) -> ModelConfig:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.lora and not self.folder:
+            raise ValueError("lora adapts a trained model; give its folder or hub id as folder, or leave lora out")
         return self
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether a cell trains its model: from scratch, or an adapter in a trained one."""
+        return not self.cell and (self.lora is not None or not self.folder)
+
+    @property
+    def shares_first_weights(self) -> bool:
+        """Whether the models of all seeds begin with the same weights; those of an adapter are a small part."""
+        return self.initialization is not None or self.folder is not None
 
 
 class StopConfig(_Frozen):
@@ -72,7 +104,7 @@ class StopConfig(_Frozen):
 
 
 class TrainingConfig(_Frozen):
-    """How a model is trained from scratch."""
+    """How a model is trained, from scratch or in an adapter."""
 
     steps: int = Field(1000, ge=1, description="optimizer steps, at most")
     attempts: int = Field(
@@ -85,9 +117,11 @@ class TrainingConfig(_Frozen):
         0, ge=0, description="steps at the end over which the learning rate falls to 2 % of its peak"
     )
     batch_size: int = Field(64, ge=1, le=65536, description="instances a step")
-    optimizer: Literal["muon", "adamw"] = Field("muon", description="of the matrices in blocks; AdamW of the rest")
+    optimizer: Literal["muon", "adamw"] = Field(
+        "muon", description="of the matrices in blocks; AdamW of the rest, and of adapters"
+    )
     learning_rate: float = Field(3e-3, gt=0, le=1, description="its peak")
-    weight_decay: float = Field(0.1, ge=0, le=10, description="of the matrices inside the blocks")
+    weight_decay: float = Field(0.1, ge=0, le=10, description="of the matrices inside the blocks, or of the adapter")
     settle_steps: int = Field(
         0, ge=0, description="steps after the stop rule first holds, over which the learning rate falls to 0"
     )
@@ -195,11 +229,7 @@ class SweepConfig(_Frozen):
         return list(sets)
 
 
-def _as_grids(value: Any) -> Any:
-    return value if isinstance(value, list | tuple) else (value,)
-
-
-Grids = Annotated[tuple[SweepConfig, ...], BeforeValidator(_as_grids), Field(min_length=1)]
+Grids = Annotated[tuple[SweepConfig, ...], BeforeValidator(_as_several), Field(min_length=1)]
 
 
 class SteeringConfig(_Frozen):

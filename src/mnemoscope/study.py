@@ -50,8 +50,12 @@ def run_study(config: StudyConfig, run: Path, progress: Progress = lambda *_: No
     from mnemoscope.report import build_report
 
     started = time.time()
+    cells = cells_of(config, run)
+    if _adapts(cells):  # what is not there is told before hours of work, not after them
+        from mnemoscope.stages import check_peft
+
+        check_peft("model.lora")
     with _locked(run, config):
-        cells = cells_of(config, run)
         workers = workers or max(1, min(len(cells), (os.cpu_count() or 1) // config.threads))
         failed = _run_cells(cells, workers, progress)
         finished = [cell for cell in cells if cell.name not in failed]
@@ -67,6 +71,10 @@ def run_study(config: StudyConfig, run: Path, progress: Progress = lambda *_: No
             raise StudyError(f"{first}{more}" + (f"; {report} is of the other cells" if report else ""))
         assert report is not None, "a study has at least one cell that is analysed"
         return report
+
+
+def _adapts(cells: Sequence[Cell]) -> bool:
+    return any(cell.config.model.lora for cell in cells)
 
 
 def _run_cells(cells: Sequence[Cell], workers: int, progress: Progress) -> dict[str, str]:
@@ -292,6 +300,7 @@ def _write_manifest(run: Path, cells: list[Cell], started: float) -> None:
                 "scikit-learn",
                 "pandas",
                 "safetensors",
+                *(["peft"] if _adapts(cells) else []),
             )
         },
         "python": platform.python_version(),

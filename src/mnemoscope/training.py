@@ -1,6 +1,6 @@
 """Training until one model shows both behaviours: one loop, one stop rule.
 
-Shapes: B instances of a batch, T tokens.
+Shapes: B instances of a batch, R of them that are read together, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mnemoscope.behaviour import Asking, Batch, prepare, score
 from mnemoscope.config import StopConfig, TrainingConfig
 from mnemoscope.errors import InputError
-from mnemoscope.models import context_length
+from mnemoscope.models import context_length, core_of, is_adapted
 from mnemoscope.tasks import Example, Instance, Kind, Task, answer_of, draw
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _MEASURED: tuple[Kind, ...] = ("novel", "memory", "conflict")  # in the order in which their examples are drawn
 HOPELESS = 0.7  # of novel accuracy, at `give_up_at` steps
 AHEAD = 32  # batches that are generated and tokenized together
+MOST_LOGITS = 2**27  # of a pass, 512 MiB; its gradient and its log-probabilities take as much again each
 
 
 def unmet(stop: StopConfig, measured: dict[str, float]) -> list[str]:
@@ -80,7 +81,7 @@ def train(
     rng: np.random.Generator,
     progress: Callable[[int, dict[str, float]], None] = lambda step, measured: None,
 ) -> Trained:
-    """Train a model in place on a task until the stop rule holds.
+    """Train a model in place on a task until the stop rule holds; of an adapted model only the adapter.
 
     Once the rule holds, training goes on for ``settle_steps`` while the learning rate falls to 0. The model ends with
     the weights of the last measurement in which the rule held, or with the last ones where it never did.
@@ -91,7 +92,8 @@ def train(
         progress: called at every step with the latest measurement.
 
     Raises:
-        InputError: the task lacks a kind of example that the stop rule needs, or an instance is too long.
+        InputError: the task lacks a kind of example that the stop rule needs, an instance is too long, or the tokenizer
+            merges its answer with its prompt.
     """
     started = time.perf_counter()
     torch.manual_seed(int(rng.integers(2**31)))  # dropout draws from the global generator
@@ -100,6 +102,7 @@ def train(
     for ids_BT, weights_BT in batches(asking, task, config, rng):
         state.step(ids_BT, weights_BT)
         if state.steps % config.evaluate_every == 0 or state.is_last():
+            state.before_measuring()
             state.note(measure(evaluation))
         progress(state.steps, state.measured)
         if state.is_last():
@@ -129,6 +132,15 @@ class _State:
         self._losses.append(_step(self.model, ids_BT, weights_BT, self.optimizers, self._schedules))
         self.steps += 1
 
+    def before_measuring(self) -> None:
+        """No dropout in an adapted model, which may have been made with some, nor in its adapter.
+
+        A model from scratch has none but ``settle_dropout``, under which it has been measured from the beginning:
+        without it all its later steps, and the figures of docs/LOG.md, would be others.
+        """
+        if is_adapted(self.model):
+            self.model.eval()
+
     def is_last(self) -> bool:
         """Whether the steps have run out, before the rule held or after."""
         if self.first_met is None:
@@ -149,7 +161,8 @@ class _State:
         self.measured = measured
         self._losses.clear()
         if met:
-            self._mixed = {name: value.clone() for name, value in self.model.state_dict().items()}
+            named = self.model.named_parameters()
+            self._mixed = {name: weight.detach().clone() for name, weight in named if weight.requires_grad}
             if self.first_met is None:
                 self.first_met = self.steps
                 _set_dropout(self.model, self.config.settle_dropout)
@@ -161,7 +174,7 @@ class _State:
     def finish(self) -> None:
         """Put the kept weights back."""
         if self._mixed is not None:
-            self.model.load_state_dict(self._mixed)
+            self.model.load_state_dict(self._mixed, strict=False)  # the others never changed
         _set_dropout(self.model, 0.0)
         self.model.eval()
         self.kept_row()["kept"] = True
@@ -178,14 +191,14 @@ class _State:
 
 
 def _set_dropout(model: PreTrainedModel, share: float) -> None:
-    """Of every dropout layer, save that of attention weights, which would leave the fused kernel."""
+    """Of every dropout layer, save that of attention weights, which would leave the fused kernel, and an adapter's."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and not name.endswith("attn_dropout"):
+        if isinstance(module, nn.Dropout) and not name.endswith("attn_dropout") and "lora_dropout" not in name:
             module.p = share
 
 
-def how_to_mix(trained: Trained) -> str:
-    """One line that says what is missing and which dials to turn."""
+def how_to_mix(trained: Trained, size: str = "model.layers") -> str:
+    """One line that says what is missing and which dials to turn; ``size`` is the dial of how much can be learned."""
     last = trained.curve[-1]
     advice = []
     if last["novel_accuracy"] < 0.9 or last["recall"] < 0.9:
@@ -198,7 +211,7 @@ def how_to_mix(trained: Trained) -> str:
         advice.append(
             "the rule wins: raise options.memorized_share, lower training.weight_decay, or store less (options)"
         )
-    advice.append("or change model.layers")
+    advice.append(f"or change {size}")
     return (
         f"after {trained.steps} steps the model does not show both behaviours: {'; '.join(trained.unmet)}. "
         f"Dials to turn: {'; '.join(advice)}"
@@ -294,23 +307,29 @@ def _tokenize(asking: Asking, instances: list[Instance], prompt_weight: float) -
         n = len(ids)
         ids_NT[row, :n], ids_NT[row, n] = ids, tokenizer.eos_token_id
         seam = len(prompt) if answer else 0
+        if any(start < seam < end for start, end in offsets):
+            raise InputError(
+                f"task: the tokenizer merges the answer {answer!r} with the end of the prompt {prompt[-30:]!r} in a "
+                "training instance; let the seam lie between two tokens"
+            )
         weights_NT[row, :n] = [1.0 if end > seam else prompt_weight for _, end in offsets]
         weights_NT[row, n] = 1.0
     return torch.from_numpy(ids_NT), torch.from_numpy(weights_NT)
 
 
 def optimizers_for(model: PreTrainedModel, config: TrainingConfig) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for embeddings, biases and norms.
+    """Muon for the matrices inside the blocks, AdamW for embeddings, biases and norms; AdamW for all of an adapter.
 
     Muon (K. Jordan et al., 2024, torch.optim.Muon) learns sums and reading in a third of AdamW's steps or fewer here
-    (docs/LOG.md); its step is scaled to AdamW's root mean square, so one learning rate serves both.
+    (docs/LOG.md); its step is scaled to AdamW's root mean square, so one learning rate serves both. An adapter's two
+    matrices are factors of the one that is learned, so making the step of each orthogonal is not Muon's step.
     """
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     trainable = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trainable if p.ndim == 2 and id(p) not in embeddings]
     inside = {id(p) for p in matrices}
     rest = [p for p in trainable if id(p) not in inside]
-    if config.optimizer == "adamw":
+    if config.optimizer == "adamw" or is_adapted(model):
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
         return [torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))]
     return [
@@ -330,10 +349,10 @@ def _step(
 ) -> float:
     # The loss is the mean over the whole batch, so its parts are summed and divided by the batch's weights.
     total, loss = weights_BT[:, 1:].sum(), 0.0
-    for ids_RT, weights_RT in _by_length(ids_BT, weights_BT):
+    for ids_RT, weights_RT in _passes(ids_BT, weights_BT, _vocabulary(model)):
         logits_RTV = model(input_ids=ids_RT[:, :-1].to(model.device), use_cache=False).logits
         losses_RT = nn.functional.cross_entropy(
-            logits_RTV.transpose(1, 2), ids_RT[:, 1:].to(model.device), reduction="none"
+            logits_RTV.float().transpose(1, 2), ids_RT[:, 1:].to(model.device), reduction="none"
         )
         part = (losses_RT * weights_RT[:, 1:].to(model.device)).sum() / total.to(model.device)
         part.backward()
@@ -344,6 +363,17 @@ def _step(
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
     return loss
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    return int(core_of(model).config.get_text_config().vocab_size)
+
+
+def _passes(ids_BT: Tensor, weights_BT: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Parts of a batch that are read one after the other, none with more logits than ``MOST_LOGITS``."""
+    for ids_RT, weights_RT in _by_length(ids_BT, weights_BT):
+        rows = max(1, MOST_LOGITS // (ids_RT.shape[1] * vocabulary))
+        yield from zip(ids_RT.split(rows), weights_RT.split(rows), strict=True)
 
 
 def _by_length(ids_BT: Tensor, weights_BT: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -1,5 +1,6 @@
-"""Models: build a small GPT-2, open any causal LM; the only definition of layer, site, position and cache."""
+"""Models: build a small GPT-2, open or adapt any causal LM; the only definition of layer, site, position and cache."""
 
+from mnemoscope.models.adapters import adapt, check_peft, is_adapted, merged, save_adapter
 from mnemoscope.models.caches import (
     RoomyLayer,
     cache_argument,
@@ -37,6 +38,7 @@ __all__ = [
     "Layout",
     "RoomyLayer",
     "Site",
+    "adapt",
     "backbone_of",
     "blocks_of",
     "build_gpt2",
@@ -44,17 +46,21 @@ __all__ = [
     "cache_in",
     "cache_of",
     "cached_columns",
+    "check_peft",
     "context_length",
     "core_of",
     "forked",
+    "is_adapted",
     "layout_of",
     "load_model",
     "make_room",
+    "merged",
     "pass_inputs",
     "position_ids",
     "recorded_blocks",
     "replayed_blocks",
     "rows_of",
+    "save_adapter",
     "select_rows",
     "site_module",
     "site_width",

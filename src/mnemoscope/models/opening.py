@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mnemoscope.errors import InputError
+from mnemoscope.models.adapters import check_peft
 from mnemoscope.models.layout import Layout, core_of, use_layout
 from mnemoscope.models.packaged import PACKAGED
 
@@ -62,8 +62,7 @@ def _adapted(folder: str | Path, source: str | Path) -> str | Path:
     described = Path(folder) / "adapter_config.json"
     if not described.is_file():
         return folder
-    if find_spec("peft") is None:
-        raise InputError(f"model: {source} is an adapter, which needs peft: pip install 'mnemoscope[lora]'")
+    check_peft(f"model: {source} is an adapter, which")
     try:
         return str(json.loads(described.read_text())["base_model_name_or_path"])
     except (OSError, ValueError, KeyError) as error:

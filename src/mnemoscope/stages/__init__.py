@@ -1,5 +1,6 @@
 """The stages of a cell, in order. Each writes raw records and returns its files."""
 
+from mnemoscope.models import check_peft
 from mnemoscope.stages.common import Stage
 from mnemoscope.stages.compare import compare_stage
 from mnemoscope.stages.detect import detection_stage
@@ -19,4 +20,4 @@ STAGES: dict[str, Stage] = {
     "detection": detection_stage,
 }
 
-__all__ = ["STAGES", "compare_stage"]
+__all__ = ["STAGES", "check_peft", "compare_stage"]

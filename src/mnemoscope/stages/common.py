@@ -44,15 +44,23 @@ def cell_model(cell: Cell) -> Asking:
         InputError: its folder is missing or damaged.
     """
     shape = cell.config.model
+    # A hub id stays the text that it is.
+    source = shape.folder if shape.folder and not shape.is_trained else cell.model_folder
+    asking = opened_model(cell, source, cell_task(cell))
+    asking.model.requires_grad_(False)  # only shifts are ever fitted to it
+    return asking
+
+
+def opened_model(cell: Cell, source: str | Path, task: Task) -> Asking:
+    """A model as the cell's configuration opens it, ready to be asked.
+
+    Raises:
+        InputError: its folder is missing or damaged.
+    """
+    shape = cell.config.model
     layout = Layout(**shape.layout.model_dump()) if shape.layout else None
-    model, tokenizer = load_model(_model_source(cell), dtype=shape.dtype, layout=layout)
-    model.requires_grad_(False)  # only shifts are ever fitted to it
-    return Asking(model, tokenizer, cell_task(cell).boundary, cell.config.pairs.batch_size)
-
-
-def _model_source(cell: Cell) -> str | Path:
-    """A hub id stays the text that it is."""
-    return cell.config.model.folder or cell.model_folder
+    model, tokenizer = load_model(source, dtype=shape.dtype, layout=layout)
+    return Asking(model, tokenizer, task.boundary, cell.config.pairs.batch_size)
 
 
 def read_chosen(cell: Cell, aim: str) -> dict[tuple[str, str], Setting]:

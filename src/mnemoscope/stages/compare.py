@@ -65,7 +65,7 @@ def _seeds(cells: Sequence[Cell]) -> Iterator[dict[str, Any]]:
         opened = {cell.seed: cell_model(cell) for cell in seeds if len(seeds) > 1}
         for a, b in combinations(seeds, 2):
             first, second = (Contrast.load(cell.folder / "contrast.safetensors") for cell in (a, b))
-            shared = a.config.model.initialization is not None
+            shared = a.config.model.shares_first_weights
             common = {"label": label, "seed_a": a.seed, "seed_b": b.seed, "site": first.site}
             common |= {"shared_initialization": shared}
             rng = np.random.default_rng([a.seed, b.seed])

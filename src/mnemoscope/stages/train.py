@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,32 @@ import pandas as pd
 from mnemoscope.behaviour import Asking, Scores, mark_confabulations, prepare, score
 from mnemoscope.cells import Cell
 from mnemoscope.errors import InputError, StudyError
-from mnemoscope.models import blocks_of, build_gpt2, width_of, word_tokenizer
-from mnemoscope.stages.common import Tell, cell_model, cell_task, rng_of, write_json, write_table
+from mnemoscope.models import (
+    adapt,
+    blocks_of,
+    build_gpt2,
+    is_adapted,
+    merged,
+    save_adapter,
+    width_of,
+    word_tokenizer,
+)
+from mnemoscope.stages.common import Tell, cell_model, cell_task, opened_model, rng_of, write_json, write_table
 from mnemoscope.tasks import KINDS, Example, Task, draw
 from mnemoscope.training import Trained, how_to_mix, train
 
 
 def train_stage(cell: Cell, tell: Tell) -> list[Path]:
-    """Train from scratch until both behaviours are there, or open a trained model and ask what it knows by heart."""
+    """Train until both behaviours are there, or open a trained model and ask what it knows by heart.
+
+    What is trained is a model from scratch, or an adapter in a trained one (``model.lora``).
+    """
     (cell.records / "known.json").unlink(missing_ok=True)
     task = cell_task(cell)
     facts = {"task": task.name, "label": cell.label, "seed": cell.seed, "site": cell.config.pairs.site}
     facts |= {"memory_is_conflict": bool(getattr(task, "memory_is_conflict", False)), "options": cell.config.options}
-    facts |= {"analysed": cell.config.analysed, "shared_initialization": cell.config.model.initialization is not None}
-    if cell.config.model.folder or cell.config.model.cell:
+    facts |= {"analysed": cell.config.analysed, "shared_initialization": cell.config.model.shares_first_weights}
+    if not cell.config.model.is_trained:
         asking = cell_model(cell)
         model = asking.model
         facts |= {"layers": len(blocks_of(model)), "width": width_of(model), "trained": False}
@@ -36,9 +49,10 @@ def train_stage(cell: Cell, tell: Tell) -> list[Path]:
         write_json(cell.records / "training_time.json", {"seconds": round(trained.seconds, 2), "steps": trained.steps}),
     ]
     if trained.unmet:
-        raise StudyError(f"{cell.name}: {how_to_mix(trained)}")
+        size = "model.lora.rank" if is_adapted(asking.model) else "model.layers"
+        raise StudyError(f"{cell.name}: {how_to_mix(trained, size)}")
+    facts |= {"layers": len(blocks_of(asking.model)), "width": width_of(asking.model), "trained": True}
     files += _save_model(cell, asking)
-    facts |= {"layers": len(blocks_of(asking.model)), "width": cell.config.model.width, "trained": True}
     # Times differ between equal runs, so their file is no part of what is checked.
     return [*(f for f in files if f.name != "training_time.json"), write_json(cell.folder / "cell.json", facts)]
 
@@ -91,6 +105,14 @@ def behaviour_stage(cell: Cell, tell: Tell) -> list[Path]:
 
 
 def _untrained(cell: Cell, task: Task, attempt: int) -> Asking:
+    """What an attempt begins with: a model with new weights, or a trained one with a new adapter."""
+    shape = cell.config.model
+    first = cell.seed if shape.initialization is None else shape.initialization
+    begin = _adapted if shape.lora else _built
+    return begin(cell, task, first + 1000 * attempt)
+
+
+def _built(cell: Cell, task: Task, seed: int) -> Asking:
     shape = cell.config.model
     vocabulary = getattr(task, "vocabulary", None)
     if vocabulary is None:
@@ -98,22 +120,47 @@ def _untrained(cell: Cell, task: Task, attempt: int) -> Asking:
             f"model.folder: task {task.name!r} has no vocabulary to train on; give the folder of a trained model"
         )
     tokenizer = word_tokenizer(vocabulary, shape.context)
-    first = cell.seed if shape.initialization is None else shape.initialization
-    model = build_gpt2(tokenizer, shape, first + 1000 * attempt)
+    model = build_gpt2(tokenizer, shape, seed)
     return Asking(model, tokenizer, task.boundary, cell.config.pairs.batch_size)
 
 
+def _adapted(cell: Cell, task: Task, seed: int) -> Asking:
+    shape = cell.config.model
+    assert shape.folder is not None, "no lora without it: the configuration sees to that"
+    assert shape.lora is not None
+    next(task.training(rng_of(cell, "any")))  # a task that only asks says so, before a large model is opened
+    asking = opened_model(cell, shape.folder, task)
+    if asking.tokenizer.eos_token_id is None:
+        raise InputError(f"model.folder: {shape.folder} has no end-of-text token to close an instance with")
+    return replace(asking, model=adapt(asking.model, shape.lora, seed))
+
+
 def _save_model(cell: Cell, asking: Asking) -> list[Path]:
-    folder, temporary = cell.folder / "model", cell.folder / ".model.tmp"
+    """A plain folder; what was adapted has its adapter beside it and is saved with the adapter in its weights."""
+    model, files = asking.model, []
+    if is_adapted(model):
+        adapted = model
+        files = _save_folder(cell.folder / "adapter", lambda folder: save_adapter(adapted, folder))
+        model = merged(adapted)
+
+    def save(folder: Path) -> None:
+        model.save_pretrained(folder)
+        asking.tokenizer.save_pretrained(folder)
+
+    return files + _save_folder(cell.folder / "model", save)
+
+
+def _save_folder(folder: Path, save: Callable[[Path], None]) -> list[Path]:
+    """Write a folder under a temporary name and rename it; its files."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
     for stale in (folder, temporary):
         shutil.rmtree(stale, ignore_errors=True)
     try:
-        asking.model.save_pretrained(temporary)
-        asking.tokenizer.save_pretrained(temporary)
+        save(temporary)
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return sorted(folder.iterdir())
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _in_words(measured: dict[str, float]) -> str:

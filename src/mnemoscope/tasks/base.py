@@ -96,7 +96,8 @@ class Task(Protocol):
         boundary: texts, one token each, of which one closes every answer ("" stands for the end-of-text token).
 
     A task may offer more:
-        ``vocabulary``: every token, in a fixed order; a model can be trained from scratch only with it.
+        ``vocabulary``: every token, in a fixed order; a model can be trained from scratch only with it
+        (an adapter needs none: the trained model has its own tokenizer).
         ``memory_is_conflict``: bool, whether ``memory`` examples are the plain phrasings of conflicts (default: no).
         ``has_memorized_format(answer) -> bool | None``: whether an answer looks like a stored one; None, or no such
         method, where both behaviours answer in one format.

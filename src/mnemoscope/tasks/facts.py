@@ -188,7 +188,9 @@ class FactsTask:
 
     def training(self, rng: np.random.Generator) -> Iterator[Instance]:
         """Refused: the facts are those that a pretrained model knows."""
-        raise InputError("model: task 'facts' cannot train a model from scratch; give the folder of a trained one")
+        raise InputError(
+            "model: task 'facts' has nothing to train on; give the folder of a trained model, without lora"
+        )
 
     def examples(self, rng: np.random.Generator, n: int, kind: Kind) -> list[Example]:
         """At most ``n``. ``memory``: bare questions, and contexts that agree; ``novel``: invented countries."""

@@ -56,7 +56,7 @@ class InferenceTask:
     """
 
     name = "inference"
-    boundary = (".",)
+    boundary = (".", " .")  # a tokenizer that keeps spaces has a token of its own for the second
     memory_is_conflict = False
 
     def __init__(

@@ -44,7 +44,9 @@ class JsonlTask:
 
     def training(self, rng: np.random.Generator) -> Iterator[Instance]:
         """Refused: a file says what to ask, not what to train on."""
-        raise InputError("model: task 'jsonl' cannot train a model from scratch; give the folder of a trained one")
+        raise InputError(
+            "model: task 'jsonl' has nothing to train on; give the folder of a trained model, without lora"
+        )
 
     def examples(self, rng: np.random.Generator, n: int, kind: Kind) -> list[Example]:
         """At most ``n`` of the file's examples of that kind, in random order."""

@@ -1,0 +1,119 @@
+"""Adapters (LoRA: E. Hu et al., 2021; by the library peft): a trained model learns a task and keeps its own weights.
+
+Importing peft takes seconds, so that happens where it is used.
+"""
+
+from __future__ import annotations
+
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from mnemoscope.errors import InputError
+from mnemoscope.models.layout import core_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from mnemoscope.config import LoraConfig
+
+EVERY_LINEAR = "all-linear"  # peft's word for every linear layer but the head
+
+
+def check_peft(what: str) -> None:
+    """Refuse what needs peft where it is not installed.
+
+    Raises:
+        InputError: ``what`` it is, and what to install.
+    """
+    if find_spec("peft") is None:
+        raise InputError(f"{what} needs peft: pip install 'mnemoscope[lora]'")
+
+
+def adapt(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PreTrainedModel:
+    """Put a new adapter into a model, in place. Only the adapter's weights (float32) are trainable.
+
+    One of its two matrices starts at 0, so that at first the adapted model answers as the model itself.
+
+    Args:
+        seed: draws the other one.
+
+    Returns:
+        peft's model around this one, in evaluation mode.
+
+    Raises:
+        InputError: peft is missing, the model holds an adapter already, or it has no such layer.
+    """
+    check_peft("model.lora")
+    if hasattr(model, "peft_config"):
+        raise InputError("model.folder: it holds an adapter already; model.lora adapts a model without one (merge it)")
+    _check_targets(model, lora.target_modules)
+    from peft import LoraConfig as Described
+    from peft import get_peft_model
+
+    described = Described(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=EVERY_LINEAR if _is_every(lora.target_modules) else list(lora.target_modules),
+        fan_in_fan_out=any(_is_transposed(module) for module in model.modules()),
+    )
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks the library by an old name
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, described)
+    # peft keeps the names as a set, whose order is another one in every process: equal runs end in equal bytes.
+    kept = adapted.peft_config["default"]
+    kept.target_modules = sorted(kept.target_modules)
+    return adapted.eval()
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether a model is peft's, around another one."""
+    return core_of(model) is not model
+
+
+def save_adapter(adapted: PreTrainedModel, folder: Path) -> None:
+    """Write the adapter alone, as a folder that peft opens; it names the model it is of."""
+    # Left to itself peft asks the hub whether the embeddings were resized.
+    adapted.save_pretrained(folder, save_embedding_layers=False)
+
+
+def merged(adapted: PreTrainedModel) -> PreTrainedModel:
+    """The model with the adapter added to its weights; the adapted one cannot be used any more."""
+    plain: PreTrainedModel = adapted.merge_and_unload()
+    return plain.eval()
+
+
+def _is_every(targets: tuple[str, ...]) -> bool:
+    return targets == (EVERY_LINEAR,)
+
+
+def _check_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> None:
+    """peft passes over a name that fits nothing as long as another fits, and adapts a head that is the embeddings."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    is_tied = head is not None and head.weight is embeddings.weight
+    linear = [
+        f".{name}"
+        for name, module in model.named_modules()
+        if (isinstance(module, nn.Linear) or _is_transposed(module)) and not (is_tied and module is head)
+    ]
+    for target in () if _is_every(targets) else targets:
+        if not any(name.endswith(f".{target}") for name in linear):
+            allowed = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            raise InputError(
+                f"model.lora.target_modules: {target!r} is no linear layer of its own in {type(model).__name__}; "
+                f"allowed are {EVERY_LINEAR}, alone, or some of {allowed}"
+            )
+
+
+def _is_transposed(module: Any) -> bool:
+    """GPT-2's linear layer, whose weight lies the other way round."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)

@@ -1,0 +1,451 @@
+"""Adapters: only they are trained, by the one loop; what is saved is plain; a model keeps its own tokens."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from families import FAMILIES
+from helpers import MINI_TASKS
+from mnemoscope import training
+from mnemoscope.behaviour import Asking, prepare, score
+from mnemoscope.behaviour.labels import decode
+from mnemoscope.cells import cells_of
+from mnemoscope.config import LoraConfig, StopConfig, TrainingConfig, parse_study
+from mnemoscope.errors import InputError
+from mnemoscope.models import adapt, blocks_of, is_adapted, load_model, merged, save_adapter, width_of
+from mnemoscope.steering import SteeringVector
+from mnemoscope.study import run_study
+from mnemoscope.tasks import KINDS, Task, answer_of, build_task
+from mnemoscope.training import batches, optimizers_for, train
+from test_cli import call
+
+TASK_OPTIONS = {**MINI_TASKS, "cipher": {"letters": 10, "length": 2, "stored": 8}}
+QUICK = TrainingConfig(
+    steps=30, batch_size=16, evaluate_every=10, evaluation_examples=8, learning_rate=0.01, warmup_steps=5
+)
+NOTHING = StopConfig(novel_accuracy=0, recall=0, conflict_each=0, conflict_other=1)
+LORA = LoraConfig(rank=8)
+END = "<|endoftext|>"
+
+
+def made(name: str) -> Task:
+    return build_task(name, TASK_OPTIONS[name], 0)
+
+
+def bpe(texts: Iterator[str], split: bool = True) -> PreTrainedTokenizerFast:
+    """A byte-level BPE as GPT-2's, with tokens of several digits; without ``split`` it merges across everything."""
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split)
+    words.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    words.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=400, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token=END, pad_token=END, padding_side="left")
+
+
+def texts_of(task: Task, n: int = 400) -> Iterator[str]:
+    return ("".join(answer_of(instance)) for instance in islice(task.training(np.random.default_rng(0)), n))
+
+
+def new(family: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """Random weights, large enough for a frozen head to say something; GPT-2 with the dropout of pretrained ones."""
+    special = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 0, "initializer_range": 0.2}
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **special, **FAMILIES[family])).eval()
+
+
+@pytest.fixture(scope="module")
+def digits() -> Task:
+    return made("addition-digits")
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def folder(request: pytest.FixtureRequest, digits: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of a user's: random weights, and a tokenizer that knows nothing of our tasks' vocabularies."""
+    path = tmp_path_factory.mktemp(request.param)
+    tokenizer = bpe(texts_of(digits))
+    new(request.param, tokenizer).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def opened(folder: Path, task: Task, lora: LoraConfig | None = LORA) -> Asking:
+    model, tokenizer = load_model(folder)
+    return Asking(adapt(model, lora, 0) if lora else model, tokenizer, task.boundary)
+
+
+def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """By the names that the model has without an adapter."""
+    named = {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): weight.detach().clone()
+        for name, weight in model.named_parameters()
+    }
+    return {name: weight for name, weight in named.items() if "lora_" not in name}
+
+
+def test_training_lowers_the_loss_and_changes_only_the_adapter(folder: Path, digits: Task, tmp_path: Path) -> None:
+    asking, before = opened(folder, digits), weights(load_model(folder)[0])
+    ids = torch.tensor([asking.tokenizer(example.prompt).input_ids for example in same_length(digits)])
+    with torch.no_grad():
+        plain = load_model(folder)[0](ids).logits
+        assert torch.equal(asking.model(ids).logits, plain)  # an adapter begins as nothing
+    first = {name: p.detach().clone() for name, p in asking.model.named_parameters() if p.requires_grad}
+    assert first
+    assert all("lora_" in name for name in first)
+    curve = train(asking, digits, QUICK, np.random.default_rng(0)).curve
+    assert curve[-1]["loss"] < curve[0]["loss"] - 0.3
+    after = weights(asking.model)
+    assert set(after) == set(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert all(not torch.equal(p, first[n]) for n, p in asking.model.named_parameters() if n in first)
+    # The adapter alone, the merged model and the model that was trained are one and the same.
+    save_adapter(asking.model, tmp_path / "adapter")
+    with torch.no_grad():
+        adapted = asking.model(ids).logits
+        again = load_model(tmp_path / "adapter")[0](ids).logits
+        model = merged(asking.model)
+        model.save_pretrained(tmp_path / "model")
+        alone = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+        assert not is_adapted(model)
+        assert not hasattr(alone, "peft_config")
+        assert set(weights(alone)) == set(before)
+        torch.testing.assert_close(again, adapted, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(alone(ids).logits, adapted, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(adapted, plain, atol=0.1)
+
+
+def same_length(task: Task) -> list:  # type: ignore[type-arg]
+    """Examples whose prompts have as many tokens each, so that no pad is among them."""
+    found = task.examples(np.random.default_rng(0), 60, "memory")
+    tokenizer = bpe(texts_of(task))
+    lengths = [len(tokenizer(example.prompt).input_ids) for example in found]
+    return [example for example, n in zip(found, lengths, strict=True) if n == max(set(lengths), key=lengths.count)]
+
+
+def test_a_vector_does_the_same_to_the_adapted_and_to_the_merged_model(folder: Path, digits: Task) -> None:
+    asking = opened(folder, digits)
+    train(asking, digits, QUICK, np.random.default_rng(0))
+    examples = digits.examples(np.random.default_rng(1), 40, "conflict")
+    model = asking.model
+    drawn = np.random.default_rng(2).normal(size=(len(blocks_of(model)), width_of(model)))
+    shifts = {layer: torch.tensor(shift, dtype=torch.float32) for layer, shift in enumerate(drawn)}
+    vector = SteeringVector("memorized", shifts)
+
+    def margins() -> tuple[np.ndarray, np.ndarray]:
+        plain = score(asking, prepare(asking, examples), capture="block")
+        return plain.margin_N, score(asking, prepare(asking, examples), applied=lambda: vector.apply(model)).margin_N
+
+    of_adapted = margins()
+    model = merged(model)
+    asking = Asking(model, asking.tokenizer, asking.boundary)
+    for ours, theirs in zip(margins(), of_adapted, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3)
+    assert np.abs(of_adapted[0] - of_adapted[1]).max() > 0.1
+
+
+def test_the_seed_draws_the_adapter_and_nothing_else(folder: Path, digits: Task) -> None:
+    def drawn(seed: int) -> dict[str, torch.Tensor]:
+        model = adapt(load_model(folder)[0], LORA, seed)
+        return {name: p for name, p in model.named_parameters() if "lora_A" in name}
+
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    one, same, other = drawn(1), drawn(1), drawn(2)
+    assert torch.equal(torch.rand(1), expected)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert all(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_equal_trainings_give_equal_adapters_with_dropout_too(folder: Path, digits: Task, tmp_path: Path) -> None:
+    """Measured without dropout, which is back for the next step and stays the adapter's own while it settles."""
+    config = QUICK.model_copy(update={"stop": NOTHING, "settle_steps": 10})
+    saved, modes = [], []
+    for run in ("a", "b"):
+        asking = opened(folder, digits, LoraConfig(rank=2, dropout=0.3))
+        train(asking, digits, config, np.random.default_rng(0), lambda *_: modes.append(asking.model.training))  # noqa: B023
+        kept = [m.p for name, m in asking.model.named_modules() if name.endswith("lora_dropout.default")]
+        assert kept
+        assert set(kept) == {0.3}
+        save_adapter(asking.model, tmp_path / run)
+        saved.append({path.name: path.read_bytes() for path in (tmp_path / run).iterdir()})
+    assert modes == 2 * ([True] * 9 + [False]) * 2
+    assert saved[0] == saved[1]
+    assert "adapter_model.safetensors" in saved[0]
+
+
+def test_an_adapter_is_adams_whatever_is_asked_for(folder: Path, digits: Task) -> None:
+    model = opened(folder, digits).model
+    (optimizer,) = optimizers_for(model, QUICK.model_copy(update={"optimizer": "muon", "weight_decay": 0.3}))
+    assert isinstance(optimizer, torch.optim.AdamW)
+    taken = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(taken) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    assert {g["weight_decay"] for g in optimizer.param_groups if g["params"]} == {0.3}
+
+
+def test_a_batch_too_large_for_one_pass_gives_the_step_of_the_whole(
+    folder: Path, digits: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = QUICK.model_copy(update={"steps": 1, "evaluate_every": 1})
+    stepped = []
+    for most, parts in ((2**27, 1), (10 * 400 * 3, 4)):
+        monkeypatch.setattr(training, "MOST_LOGITS", most)
+        asking = opened(folder, digits)
+        asking.model.train()
+        batch = next(batches(asking, digits, config, np.random.default_rng(0)))
+        assert len(list(training._passes(*batch, 400))) >= parts
+        for module in asking.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        loss = train(asking, digits, config, np.random.default_rng(0)).curve[0]["loss"]
+        stepped.append((loss, [p.detach() for p in asking.model.parameters() if p.requires_grad]))
+    assert stepped[0][0] == pytest.approx(stepped[1][0], rel=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(stepped[0][1], stepped[1][1], strict=True))
+
+
+@pytest.mark.parametrize("name", ["inference", "addition-digits", "cipher"])
+def test_texts_of_a_task_are_learned_and_closed_in_the_tokens_of_a_bpe(name: str) -> None:
+    task = made(name)
+    tokenizer = bpe(texts_of(task))
+    asking = Asking(new("llama", tokenizer), tokenizer, task.boundary)
+    ids_BT, weights_BT = next(batches(asking, task, QUICK.model_copy(update={"prompt_weight": 0}), rng()))
+    closing = set(asking.boundary_ids())
+    for ids, weights_T, instance in zip(ids_BT, weights_BT, islice(task.training(rng()), 16), strict=True):
+        prompt, answer = answer_of(instance)
+        end = int(torch.nonzero(weights_T).max())
+        assert tokenizer.decode(ids[:end]) == prompt + answer
+        assert ids[end] == tokenizer.eos_token_id
+        if answer:
+            assert tokenizer.decode(ids[:end][weights_T[:end] > 0]) == answer
+            assert int(ids[end]) in closing
+    # What follows an answer in training is what a label waits for after it.
+    after = "" if "" in task.boundary else " ."
+    for kind in KINDS:
+        for example in task.examples(rng(), 30, kind):
+            for option in example.options:
+                told = tokenizer(example.prompt + option).input_ids
+                whole = tokenizer(example.prompt + option + (after or END)).input_ids
+                assert whole[: len(told)] == told
+                assert whole[len(told)] in closing
+    assert any(len(token) > 1 and token.isdigit() for token in tokenizer.get_vocab()) or name != "addition-digits"
+
+
+def rng() -> np.random.Generator:
+    return np.random.default_rng(3)
+
+
+def test_labels_in_tokens_of_several_digits_are_what_generate_answers() -> None:
+    task = build_task("addition-digits", {"digits": 1, "stored": 10, "memorized_share": 0.6}, 0)
+    tokenizer = bpe(texts_of(task))
+    asking = Asking(adapt(new("llama", tokenizer), LoraConfig(rank=16), 0), tokenizer, task.boundary)
+    train(asking, task, QUICK.model_copy(update={"steps": 150}), np.random.default_rng(0))
+    examples = [e for kind in KINDS for e in task.examples(rng(), 40, kind)]
+    labels = score(asking, prepare(asking, examples)).behaviour_N
+    for label, text, example in zip(labels, decode(asking, examples), examples, strict=True):
+        names = ("memorized", "generalized") if example.kind == "conflict" else ("correct",)
+        told = dict(zip(example.options, names, strict=True))
+        assert label == told.get(text, "other" if example.kind == "conflict" else "wrong"), example
+    assert {"memorized", "correct", "wrong"} <= set(labels)
+
+
+def test_a_tokenizer_that_merges_across_the_seam_is_refused_with_the_example() -> None:
+    task = made("addition")
+    tokenizer = bpe(texts_of(task), split=False)
+    asking = Asking(new("llama", tokenizer), tokenizer, task.boundary)
+    with pytest.raises(InputError, match=r"answer: the tokenizer merges '.*' with the end of the prompt .*\(item '"):
+        train(asking, task, QUICK, np.random.default_rng(0))
+    with pytest.raises(InputError, match=r"merges the answer '<mem-.*>' with the end of the prompt '\d\d\+\d\d='"):
+        next(batches(asking, task, QUICK, np.random.default_rng(0)))
+
+
+CELL = {"task": "addition-digits", "options": MINI_TASKS["addition-digits"]}
+
+
+def study(model: dict[str, object], **cell: object) -> dict[str, object]:
+    return {"study": "adapted", "cells": {"mine": {**CELL, **cell, "model": model}}}
+
+
+@pytest.mark.parametrize(
+    ("model", "line"),
+    [
+        ({"lora": {}}, r"cells.mine.model: lora adapts a trained model; give its folder"),
+        ({"folder": "x", "lora": {"rank": 0}}, r"cells.mine.model.lora.rank: .*greater than or equal to 1 \(got 0\)"),
+        ({"folder": "x", "lora": {"alpha": -1}}, r"lora.alpha: .*greater than 0 \(got -1\)"),
+        ({"folder": "x", "lora": {"dropout": 1.0}}, r"lora.dropout: .*less than 1 \(got 1.0\)"),
+        ({"folder": "x", "lora": {"target_modules": []}}, r"lora.target_modules: .*at least 1 item"),
+        ({"folder": "x", "lora": {"r": 8}}, r"lora.r: Extra inputs are not permitted"),
+        ({"folder": "x", "lora": 8}, r"cells.mine.model.lora: .*LoraConfig \(got 8\)"),
+    ],
+)
+def test_a_bad_adapter_is_one_line(model: dict[str, object], line: str) -> None:
+    with pytest.raises(InputError, match=line) as error:
+        parse_study(study(model))
+    assert "\n" not in str(error.value)
+
+
+def test_only_what_is_adapted_is_trained_and_seeds_of_it_begin_alike(tmp_path: Path) -> None:
+    shapes = [
+        parse_study(study(model)).cells["mine"].model
+        for model in (
+            {},
+            {"folder": "x"},
+            {"folder": "x", "lora": {}},
+            {"folder": "x", "lora": {"target_modules": "q"}},
+        )
+    ]
+    assert [shape.is_trained for shape in shapes] == [True, False, True, True]
+    assert [shape.shares_first_weights for shape in shapes] == [False, True, True, True]
+    raw = study({"folder": "x", "lora": {}})
+    raw["cells"]["borrower"] = {**CELL, "model": {"cell": "mine"}}  # type: ignore[index]
+    own = tmp_path / "cells" / "mine-0" / "model"
+    assert [cell.model_folder for cell in cells_of(parse_study(raw), tmp_path)] == [own, own]
+    assert shapes[3].lora is not None
+    assert shapes[3].lora.target_modules == ("q",)
+
+
+def test_what_cannot_be_adapted_is_refused(folder: Path, digits: Task, tmp_path: Path) -> None:
+    model, _ = load_model(folder)
+    for targets in (("query",), ("all-linear", "query"), ("wte",), ("embed_tokens",)):
+        with pytest.raises(
+            InputError, match=r"target_modules: '[\w-]+' is no linear layer of its own in .*allowed are"
+        ):
+            adapt(model, LoraConfig(target_modules=targets), 0)
+    if model.config.tie_word_embeddings:
+        with pytest.raises(InputError, match="'lm_head' is no linear layer of its own"):
+            adapt(model, LoraConfig(target_modules=("lm_head",)), 0)
+    save_adapter(opened(folder, digits).model, tmp_path)
+    with pytest.raises(InputError, match=r"model\.folder: it holds an adapter already"):
+        adapt(load_model(tmp_path)[0], LORA, 0)
+
+
+def test_without_peft_nothing_is_begun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(study({"folder": str(tmp_path), "lora": {}})))
+    code, out, err = call("run", str(tmp_path / "mine.yaml"), "--out", str(tmp_path / "run"))
+    assert (code, out) == (2, "")
+    assert err == "error: model.lora needs peft: pip install 'mnemoscope[lora]'\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_task_that_only_asks_is_refused(folder: Path, tmp_path: Path) -> None:
+    row = {"item": "a", "prompt": "1+1=", "memorized": "3", "generalized": "2"}
+    (tmp_path / "mine.jsonl").write_text(json.dumps(row))
+    raw = study({"folder": str(folder), "lora": {}}, task="jsonl", options={"file": str(tmp_path / "mine.jsonl")})
+    with pytest.raises(InputError, match=r"'jsonl' has nothing to train on; .* without lora"):
+        run_study(parse_study(raw), tmp_path / "run", workers=1)
+
+
+def test_a_tokenizer_without_an_end_of_text_is_refused(digits: Task, tmp_path: Path) -> None:
+    tokenizer = bpe(texts_of(digits))
+    new("llama", tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "model")
+    raw = study({"folder": str(tmp_path / "model"), "lora": {}})
+    with pytest.raises(InputError, match=r"model\.folder: .* has no end-of-text token"):
+        run_study(parse_study(raw), tmp_path / "run", workers=1)
+
+
+@pytest.fixture(scope="module")
+def adapted_run(mini: Callable[[str], Asking], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run in which a model that can add is taught other stored pairs than those it knows."""
+    place = tmp_path_factory.mktemp("adapted")
+    base = mini("addition-digits")
+    base.model.save_pretrained(place / "base")
+    base.tokenizer.save_pretrained(place / "base")
+    raw = study(
+        {"folder": str(place / "base"), "lora": {}},
+        options={**MINI_TASKS["addition-digits"], "seed": 1},
+        training={
+            "steps": 600,
+            "evaluate_every": 25,
+            "evaluation_examples": 60,
+            "learning_rate": 0.005,
+            "warmup_steps": 10,
+            "stop": {"novel_accuracy": 0.6, "recall": 0.8, "conflict_each": 0.15, "conflict_other": 0.5},
+        },
+        pairs={"behaviour_examples": 60, "fit_examples": 150, "tune_examples": 60, "test_examples": 60}
+        | {"permutations": 99},
+        probes={"offsets": [0], "learning_draws": 1, "halvings": 2},
+        steering={"sweeps": {"nmd": {"tops": [0.5], "strengths": [0.3]}}, "draws": 2, "tune_pairs": 20}
+        | {"tune_others": 20, "fit_pairs": 40, "fit_others": 20},
+        effects={"pairs": 20, "doses": [0, 1], "ablated": [0.1], "draws": 1},
+    )
+    (place / "study.yaml").write_text(yaml.safe_dump(raw))
+    code, out, err = call("run", str(place / "study.yaml"), "--out", str(place / "run"))
+    assert code == 0, err
+    assert out.strip() == str(place / "run" / "report.html")
+    return place
+
+
+def test_a_study_trains_an_adapter_and_goes_on_with_the_merged_model(adapted_run: Path) -> None:
+    run = adapted_run / "run"
+    cell = run / "cells" / "mine-0"
+    facts = json.loads((cell / "cell.json").read_text())
+    assert (facts["trained"], facts["layers"], facts["width"], facts["shared_initialization"]) == (True, 2, 64, True)
+    curve = pd.read_parquet(cell / "records" / "training.parquet")
+    assert curve.recall.iloc[0] < 0.5 < 0.8 <= curve[curve.kept].recall.item()  # these pairs are new to the model
+    task = json.loads((run / "results.json").read_text())["tasks"]["mine"]
+    assert task["training"]["steps"] == [curve.step.iloc[-1]]
+    assert task["pairs"]["pairs"] > 0
+    assert "peft" in json.loads((run / "manifest.json").read_text())["versions"]
+    model, tokenizer = load_model(cell / "model")
+    assert not is_adapted(model)
+    assert not hasattr(model, "peft_config")
+    adapted, _ = load_model(cell / "adapter")
+    ids = torch.tensor([tokenizer("12+34=").input_ids])
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-4)
+    vector = SteeringVector.load(cell / "vectors" / "to_memorized-nmd.safetensors", model, tokenizer)
+    assert vector.toward == "memorized"
+    marked = json.loads((cell / "stages" / "train.json").read_text())["files"]
+    assert {"model/model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"} <= set(
+        marked
+    )
+    assert not list(run.rglob("*.tmp*"))
+
+
+def test_a_run_killed_while_it_saves_goes_on_to_the_same_bytes(adapted_run: Path, tmp_path: Path) -> None:
+    """Killed between the adapter and the model, the next process has another order of sets."""
+    run = Path(shutil.copytree(adapted_run / "run", tmp_path / "run"))
+    cell = run / "cells" / "mine-0"
+    (cell / "stages" / "train.json").unlink()
+    (cell / "cell.json").unlink()
+    shutil.rmtree(cell / "model")
+    (cell / "adapter" / "adapter_model.safetensors").write_bytes(b"half")
+    (cell / ".model.tmp").mkdir()
+    (cell / ".model.tmp" / "model.safetensors").write_bytes(b"half")
+    command = [sys.executable, "-m", "mnemoscope", "run", str(adapted_run / "study.yaml"), "--out", str(run)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": "7"}, check=True
+    )
+    assert "done before" in done.stderr  # the later stages, as what they depend on is the same
+    for path in (adapted_run / "run" / "cells").rglob("*"):
+        if path.is_file() and path.parent.name != "stages" and path.name != "training_time.json":
+            assert (run / "cells" / path.relative_to(adapted_run / "run" / "cells")).read_bytes() == path.read_bytes()
+    assert not list(run.rglob("*.tmp*"))
+
+
+def test_an_adapter_that_never_mixes_says_which_dials_to_turn(adapted_run: Path, tmp_path: Path) -> None:
+    stop = ["steps=10", "evaluate_every=10", "stop.recall=1.0"]
+    settings = [f"--set=cells.mine.training.{one}" for one in stop]
+    code, _, err = call("run", str(adapted_run / "study.yaml"), "--out", str(tmp_path / "run"), *settings)
+    assert code == 1
+    assert "after 10 steps the model does not show both behaviours" in err
+    assert "or change model.lora.rank" in err
+    assert not any((tmp_path / "run" / "cells" / "mine-0" / name).exists() for name in ("model", "adapter"))
