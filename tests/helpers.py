@@ -53,6 +53,7 @@ cells:
       fit_others: 60
     effects: {pairs: 40, doses: [0, 1, 2], ablated: [0.1], draws: 2}
     detection: {fitted: true, examples: 200, others: 60}
+    neutral: {cuts: 20, texts: 4, length: 28, following: 4, doses: [0, 1], batch_size: 8}
 """
 
 

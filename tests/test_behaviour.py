@@ -24,6 +24,7 @@ from mnemoscope.behaviour import (
     prepare,
     read_states,
     score,
+    score_contrasted,
     with_option,
 )
 from mnemoscope.errors import InputError
@@ -398,3 +399,29 @@ def test_one_option_each_has_the_probability_that_it_has_beside_the_other(
     with shifted(asking.model, vector, "block", "decision"):  # block 0 is not run again where its output is known
         both_N2, found_N2 = log_probabilities(asking, batch), log_probabilities(asking, chosen)
     torch.testing.assert_close(found_N2.gather(1, option_N[:, None]), both_N2.gather(1, option_N[:, None]))
+
+
+def test_contrasted_decoding_is_what_a_loop_over_tokens_gives(mini: Callable[[str], Asking]) -> None:
+    asking = mini("addition")
+    examples = [e for e in mini_examples("addition", 80) if e.kind == "conflict"]
+    others = [
+        replace(example, prompt=other.prompt)
+        for example, other in zip(examples, examples[1:] + examples[:1], strict=True)
+    ]
+    # No weight is the prompt itself, minus one the other prompt.
+    for weight, alone in ((0.0, examples), (-1.0, others)):
+        found, wanted = score_contrasted(asking, examples, others, weight), label(asking, alone)
+        assert found.behaviour_N.tolist() == wanted.behaviour_N.tolist()
+        np.testing.assert_allclose(found.margin_N, wanted.margin_N, atol=1e-3)
+    found = score_contrasted(replace(asking, batch_size=7), examples, others, 0.7)
+    for example, other, behaviour in zip(examples[:25], others, found.behaviour_N, strict=False):
+        ids = [asking.tokenizer(e.prompt, return_tensors="pt").input_ids for e in (example, other)]
+        answer: list[int] = []
+        while len(answer) < 12 and (not answer or answer[-1] not in asking.boundary_ids()):
+            tail = torch.tensor([answer], dtype=torch.long)
+            mine, theirs = (asking.model(torch.cat([i, tail], dim=1)).logits[0, -1] for i in ids)
+            answer.append(int((1.7 * mine - 0.7 * theirs).argmax()))
+        said = asking.tokenizer.decode(answer[:-1]).strip()
+        texts = {"memorized": example.memorized, "generalized": example.generalized}
+        plain = {b: asking.tokenizer.decode(asking.tokenizer(t).input_ids).strip() for b, t in texts.items()}
+        assert behaviour == next((b for b, text in plain.items() if text == said), "other")

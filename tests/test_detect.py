@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from mnemoscope.cli import app
 from mnemoscope.detect import Detector, Gate, Observed, Reading, find_detector, read_prompts, states_at_the_end
 from mnemoscope.errors import InputError
 from mnemoscope.models import cache_of, load_model, pass_inputs, site_width
+from mnemoscope.stages.neutral import written
 from mnemoscope.steering import SteeringVector
 from mnemoscope.tasks import Example
 
@@ -283,3 +285,32 @@ def test_a_damaged_shape_is_refused(detector: Detector, tmp_path: Path) -> None:
     save_file(arrays, path)
     with pytest.raises(InputError, match="cannot be read"):
         Detector.load(path)
+
+
+def test_divergence_on_neutral_text_is_that_of_whole_passes(mini_run: Path) -> None:
+    cell = mini_run / "cells" / "addition-0"
+    table = pd.read_parquet(cell / "records" / "neutral.parquet")
+    assert len(table) == 2 * 2 * 20
+    untouched = table[table.dose == 0]
+    assert (untouched.kl_first == 0).all()
+    assert (untouched.kl_next == 0).all()
+    assert untouched.same_top.all()
+    model, words = load_model(cell / "model")
+    best = json.loads((cell / "records" / "chosen.json").read_text())["pairs"]["best"]["to_memorized"]
+    vector = SteeringVector.load(cell / "vectors" / f"to_memorized-{best}.safetensors")
+    texts = written(Asking(model, words, ("",)), 4, 28, seed_of_neutral_text())
+    rows = table[(table.direction == "to_memorized") & (table.dose == 1)]
+    assert rows.kl_first.max() > 1e-4
+    for row in rows.itertuples():
+        ids = texts[row.text : row.text + 1, : row.place + 4]
+        with torch.no_grad():
+            plain = model(ids).logits[0, row.place - 1 :].log_softmax(-1)
+            with vector.apply(model, start=row.place - 1):
+                moved = model(ids).logits[0, row.place - 1 :].log_softmax(-1)
+        kl = (plain.exp() * (plain - moved)).sum(-1)
+        assert kl[0].item() == pytest.approx(row.kl_first, abs=1e-5)
+        assert kl[1:].mean().item() == pytest.approx(row.kl_next, abs=1e-5)
+
+
+def seed_of_neutral_text() -> int:
+    return int(np.random.default_rng([0, zlib.crc32(b"neutral")]).integers(2**31))

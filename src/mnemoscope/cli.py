@@ -68,6 +68,35 @@ def report(
 
 
 @app.command()
+def fit(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id of a causal model, or smollm2.")],
+    task: Annotated[str, typer.Option(help="A task, see `mnemoscope tasks`, or a JSONL file of your own.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Run folder: pairs, vectors, detector, report.")],
+    option: Annotated[list[str] | None, typer.Option(help="name=value: an option of the task.")] = None,
+    settings: Annotated[int, typer.Option(min=1, help="Settings tried in either direction, at most.")] = 42,
+    threads: Annotated[int, typer.Option(min=1, help="Threads; results depend on them in the last bits.")] = 1,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
+    layout: Annotated[str | None, typer.Option(help="blocks=..,attention=..,mlp=..,down=..: parts of a model.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find pairs, fit vectors and a detector for a model of yours on your data, and judge them; one run folder."""
+    with _one_line_errors():
+        from mnemoscope.fitting import fitting_study
+        from mnemoscope.report import brief_of, in_words
+        from mnemoscope.study import run_study
+
+        shape = {"folder": model, "dtype": dtype, "layout": _named_parts(layout)}
+        config = fitting_study(shape, task, _options(option), settings, threads)
+        with _progress(quiet=as_json) as progress:
+            report_path = run_study(config, out, progress)
+        if as_json:
+            typer.echo(json.dumps({"run": str(out), "report": str(report_path), "tasks": brief_of(out)}))
+        else:
+            for line in [*in_words(out), str(report_path)]:
+                typer.echo(line)
+
+
+@app.command()
 def tasks(as_json: AsJson = False) -> None:
     """List the tasks."""
     from mnemoscope.tasks import describe_tasks
@@ -93,17 +122,12 @@ def data(
     """Write examples of a task as JSONL; each conflict is followed by a rephrasing of it."""
     with _one_line_errors():
         import numpy as np
-        import yaml
 
-        from mnemoscope.errors import InputError
         from mnemoscope.files import write_atomically
         from mnemoscope.tasks import KINDS, build_task
         from mnemoscope.tasks.jsonl import write_jsonl
 
-        pairs = [o.partition("=") for o in option or []]
-        if any(not equals for _, equals, _ in pairs):
-            raise InputError(f"--option: {option!r} is not of the form name=value")
-        made = build_task(task, {name: yaml.safe_load(value) for name, _, value in pairs}, seed)
+        made = build_task(task, _options(option), seed)
         rng = np.random.default_rng([seed, 4])
         lines = []
         for kind in KINDS:
@@ -297,10 +321,25 @@ def _open(model: str, dtype: str, layout: str | None) -> tuple[Any, Any]:
     from mnemoscope.study import quiet_library
 
     quiet_library()
-    named = dict(part.partition("=")[::2] for part in layout.split(",")) if layout else None
-    shape = parse_model({"folder": model, "dtype": dtype, "layout": named})
+    shape = parse_model({"folder": model, "dtype": dtype, "layout": _named_parts(layout)})
     where = Layout(**shape.layout.model_dump()) if shape.layout else None
     return load_model(model, dtype=shape.dtype, layout=where)
+
+
+def _named_parts(layout: str | None) -> dict[str, str] | None:
+    return dict(part.partition("=")[::2] for part in layout.split(",")) if layout else None
+
+
+def _options(given: list[str] | None) -> dict[str, Any]:
+    """Options of a task, from ``name=value`` each; values are YAML."""
+    import yaml
+
+    from mnemoscope.errors import InputError
+
+    pairs = [o.partition("=") for o in given or []]
+    if any(not equals for _, equals, _ in pairs):
+        raise InputError(f"--option: {given!r} is not of the form name=value")
+    return {name: yaml.safe_load(value) for name, _, value in pairs}
 
 
 def main() -> None:

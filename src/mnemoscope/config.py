@@ -299,6 +299,18 @@ class DetectionConfig(_Frozen):
     threshold: float = Field(0.5, ge=0, le=1, description="probability from which on a gate acts")
 
 
+class NeutralConfig(_Frozen):
+    """How the divergence on neutral text, the model's own, is measured."""
+
+    cuts: int = Field(0, ge=0, description="random places at which steering sets in; 0 leaves it out")
+    texts: int = Field(64, ge=2, description="texts that the model writes")
+    length: int = Field(96, ge=26, description="tokens of a text")
+    following: int = Field(16, ge=1, le=16, description="tokens read behind the steered one")
+    doses: tuple[float, ...] = Field((0.25, 0.5, 1.0, 2.0), min_length=1, description="multiples of the strength")
+    threshold: float = Field(0.5, ge=0, le=1, description="probability from which on a gate acts")
+    batch_size: int = Field(32, ge=1, description="cuts per forward pass")
+
+
 class CellConfig(_Frozen):
     """One task with its model; every seed of it is a cell."""
 
@@ -311,6 +323,7 @@ class CellConfig(_Frozen):
     steering: SteeringConfig = SteeringConfig()
     effects: EffectsConfig = EffectsConfig()
     detection: DetectionConfig = DetectionConfig()
+    neutral: NeutralConfig = NeutralConfig()
     analysed: bool = Field(True, description="False: a model for other cells (model.cell), which is only trained")
     max_seeds: int | None = Field(None, ge=1, description="fewer seeds than the study, where a cell costs much")
 

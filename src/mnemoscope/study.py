@@ -112,7 +112,7 @@ def compare_cells(cells: Sequence[Cell], run: Path, progress: Progress) -> None:
     from mnemoscope.stages import compare_stage
 
     _settle(cells[0].threads)
-    markers = [(cell.folder / "stages" / "detection.json") for cell in cells if cell.config.analysed]
+    markers = [(cell.folder / "stages" / "neutral.json") for cell in cells if cell.config.analysed]
     wanted = hashlib.sha256("".join(json.loads(m.read_text())["hash"] for m in markers).encode()).hexdigest()
     analysed = [cell for cell in cells if cell.config.analysed]
     _run_stage("study", run, "compare", wanted, partial(compare_stage, analysed, run), progress)

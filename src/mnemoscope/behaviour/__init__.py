@@ -1,6 +1,7 @@
 """What a model does when asked: labels, pairs, and states at the decision position; the only read hook."""
 
 from mnemoscope.behaviour.asking import Asking, Batch, Encoded, encode, prepare
+from mnemoscope.behaviour.contrasting import score_contrasted
 from mnemoscope.behaviour.labels import (
     TIE,
     Applied,
@@ -32,5 +33,6 @@ __all__ = [
     "prepare",
     "read_states",
     "score",
+    "score_contrasted",
     "with_option",
 ]

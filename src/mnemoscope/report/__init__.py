@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from mnemoscope.files import write_atomically
+from mnemoscope.report.brief import brief_of, in_words
 from mnemoscope.report.html import render
 from mnemoscope.report.records import read_run
 from mnemoscope.report.results import compute_results, to_json
 
-__all__ = ["build_report"]
+__all__ = ["brief_of", "build_report", "in_words"]
 
 
 def build_report(run: Path) -> Path:

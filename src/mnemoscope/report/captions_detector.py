@@ -40,6 +40,24 @@ def detector(detection: Tree) -> list[str]:
     return texts
 
 
+def neutral(found: Tree, direction: str) -> str:
+    """What the chosen strength does to text in which nothing is asked, with the gate and without."""
+    entry = found.get(direction, {}).get("1")
+    if not entry or not known(entry["first"]):
+        return ""
+    text = (
+        f"{TOWARDS[direction].capitalize()}, the chosen vector moves the next token of neutral text by "
+        f"{entry['first']['estimate']:.2f} nats and each of the following by {entry['next']['estimate']:.2f}; the "
+        f"likeliest token stays in {percent(entry['same_top']['estimate'])}"
+    )
+    if known(entry["acted"]):
+        text += (
+            f". Behind the gate, which acts on {percent(entry['acted']['estimate'])}: "
+            f"{entry['first_gated']['estimate']:.2f} and {entry['next_gated']['estimate']:.2f}"
+        )
+    return text + "."
+
+
 def gated(task: Tree, direction: str) -> str:
     """How often the gate acts, what is still turned, what is no longer damaged."""
     block = task["steering"][direction]

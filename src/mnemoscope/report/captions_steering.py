@@ -126,6 +126,8 @@ def simpler(task: Tree, direction: str) -> str:
     )
     if direction in task["prompt"]:
         text += f" Asked for in words: {with_interval(task['prompt'][direction]['shift'])}."
+    for weight, shares in task.get("context_aware", {}).get(direction, {}).items():
+        text += f" Context-aware decoding at {float(weight):+g}: {with_interval(shares['shift'])}."
     bound = patch_bound(task, direction)
     if bound:
         text += f" The other phrasing's whole state, put in at layer {bound[1]}: {with_interval(bound[2])}."

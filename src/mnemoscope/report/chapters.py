@@ -141,6 +141,7 @@ def turn(name: str, task: Tree, cells: Sequence[Cell]) -> Chapter:
         _methods(name, task),
         _cost(name, task),
         _gated(name, task),
+        _neutral(name, task.get("neutral", {})),
         _dose(name, task),
         _simpler(name, task),
         _depth(name, task),
@@ -185,6 +186,16 @@ def _gated(name: str, task: Tree) -> Story:
         "The chosen vector by itself (hollow) and behind a gate, which lets it act only where the detector expects the "
         "other behaviour in a conflict like those it knows. In points.",
         figures_detector.gated(task),
+    )
+
+
+def _neutral(name: str, found: Tree) -> Story:
+    return panels(
+        f"{name}-neutral",
+        "Where nothing is asked",
+        [captions_detector.neutral(found, direction) for direction in DIRECTIONS],
+        "Kullback-Leibler divergence from the unsteered model, on text that it wrote itself, from a random token on.",
+        figures_detector.neutral(found),
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from mnemoscope.report.figures_parts import ROW, Dot, Panel, dot_rows, panel
+from mnemoscope.report.figures_parts import ROW, Dot, Panel, dot_rows, last_known, line, name_ends, panel
 from mnemoscope.report.figures_steering import TITLES
 from mnemoscope.report.records import DIRECTIONS
 from mnemoscope.report.sentences import known
@@ -78,6 +78,37 @@ def _reliability_panel(bins: list[dict[str, R]]) -> Panel:
         ax.set_ylim(-3, 103)
         ax.set_xlabel("P(memorized) that was said")
         ax.set_title("of those, remembered", color=COLOUR["memorized"])
+        return figure
+
+    return plot
+
+
+def neutral(found: dict[str, Any]) -> list[Panel]:
+    """By direction: divergence by dose, at the steered token and behind it, with the gate and without."""
+    return [_neutral_panel(found[direction], direction) for direction in DIRECTIONS if direction in found]
+
+
+def _neutral_panel(by_dose: dict[str, Any], direction: str) -> Panel:
+    colour = COLOUR[DIRECTIONS[direction][0]]
+    doses = sorted(by_dose, key=float)
+    lines = (
+        ("first", "steered token", colour, "-"),
+        ("next", "tokens behind it", colour, (0, (4, 2.5))),
+        ("first_gated", "gated", INK, "-"),
+    )
+
+    def plot() -> Figure:
+        figure, (ax,) = panel(230)
+        ends = []
+        for key, name, tone, dash in lines:
+            values = [by_dose[dose][key] for dose in doses]
+            if any(known(value) for value in values):
+                line(ax, [float(dose) for dose in doses], values, tone, dash=dash)
+                ends.append((name, last_known(values), tone))
+        ax.set_ylim(bottom=0)
+        ax.set_xlabel("multiples of the chosen strength")
+        ax.set_title("nats a token", color=colour)
+        name_ends(ax, float(doses[-1]), ends)
         return figure
 
     return plot

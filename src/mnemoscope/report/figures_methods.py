@@ -124,6 +124,8 @@ def ways(task: dict[str, Any], direction: str) -> list[tuple[str, dict[str, Any]
     found.append(("same push to all", task["logit"][direction]["shift"]))
     if direction in task["prompt"]:
         found.append(("asked in words", task["prompt"][direction]["shift"]))
+    for weight, shares in task.get("context_aware", {}).get(direction, {}).items():
+        found.append((f"context-aware, {float(weight):+g}", shares["shift"]))
     bound = patch_bound(task, direction)
     if bound:
         found.append(("whole state put in", bound[2]))

@@ -12,7 +12,7 @@ import pandas as pd
 
 from mnemoscope.report.intervals import Tree, mean
 from mnemoscope.report.measures_detection import measure_consistency, measure_learning, measure_probes
-from mnemoscope.report.measures_detector import measure_detector
+from mnemoscope.report.measures_detector import measure_detector, measure_neutral
 from mnemoscope.report.measures_effects import measure_effects
 from mnemoscope.report.measures_steering import measure_steering
 from mnemoscope.report.records import Cell, Contrast
@@ -37,6 +37,7 @@ def measure(cell: Cell) -> Tree:
         **measure_steering(cell),
         **measure_effects(cell),
         **measure_detector(cell),
+        **measure_neutral(cell),
     }
 
 

@@ -96,6 +96,28 @@ def measure_gated(cell: Cell, direction: str, lists: dict[str, pd.DataFrame]) ->
     return {"gated": found}
 
 
+def measure_neutral(cell: Cell) -> Tree:
+    """Divergence on neutral text by direction and dose, in nats a token; empty where it was not measured."""
+    if cell.neutral is None:
+        return {}
+    found: Tree = {}
+    for (direction, dose), rows in cell.neutral.groupby(["direction", "dose"]):
+        name, acts_N = f"{cell.name}/neutral/{direction}/{dose:g}", rows.acts.astype(float)
+        entry = {
+            key: mean(rows[column] * weight, rows.text, f"{name}/{key}")
+            for key, column, weight in (
+                ("first", "kl_first", 1.0),
+                ("next", "kl_next", 1.0),
+                ("first_gated", "kl_first", acts_N),
+                ("next_gated", "kl_next", acts_N),
+                ("same_top", "same_top", 1.0),
+                ("acted", "acts", 1.0),
+            )
+        }
+        found.setdefault(str(direction), {})[f"{dose:g}"] = entry
+    return {"neutral": found}
+
+
 def _acts(cell: Cell, gate: pd.DataFrame, rows: pd.DataFrame, name: str) -> Any:
     acts = gate.set_index("example").acts
     if not acts.index.is_unique or not set(rows.example) <= set(acts.index):

@@ -16,13 +16,15 @@ SIDES = ("generalized", "memorized")
 
 
 def measure_effects(cell: Cell) -> Tree:
-    """Dose-response, ablation, patching and asking in words; empty where the records have none of it."""
-    of_what = {what: cell.effects[cell.effects.what == what] for what in ("dose", "ablation", "patch", "prompt")}
+    """Dose-response, ablation, patching, words and other decoding; empty where the records have none of it."""
+    kinds = ("dose", "ablation", "patch", "prompt", "contrast")
+    of_what = {what: cell.effects[cell.effects.what == what] for what in kinds}
     return {
         "dose": _nested(of_what["dose"], ["method", "direction", "role", "dose"], cell, _dose),
         "ablation": _nested(of_what["ablation"], ["method", "direction", "dose"], cell, _ablation),
         "patch": _patches(of_what["patch"], cell),
         "prompt": _nested(of_what["prompt"], ["direction"], cell, _shares),
+        "context_aware": _nested(of_what["contrast"], ["direction", "dose"], cell, _shares),
     }
 
 

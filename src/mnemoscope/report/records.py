@@ -40,6 +40,7 @@ COLUMNS = {
     "detection": "examples followed prompt group family p_memorized p_conflict unlike input_only entropy top_gap "
     "readable_from",
     "gate": "direction examples example p_memorized unlike acts",
+    "neutral": "direction method dose text kl_first kl_next same_top acts",
     "seeds": "label seed_a seed_b site what layer top shared_initialization value chance_low chance chance_high",
     "transfer_steering": "source target seed direction method role draw example group after",
     "transfer_probes": "source target seed layer group label score",
@@ -79,6 +80,7 @@ class Cell:
     Attributes:
         training: None where the model was not trained by the study.
         detection, gate: None where no detector was fitted.
+        neutral: None where divergence on neutral text was not measured.
     """
 
     folder: Path
@@ -96,6 +98,7 @@ class Cell:
     contrast: Contrast
     detection: pd.DataFrame | None = None
     gate: pd.DataFrame | None = None
+    neutral: pd.DataFrame | None = None
 
     def read_steering(self) -> pd.DataFrame:
         """The steering table, read anew: it is by far the largest, and one cell's at a time is enough."""
@@ -194,6 +197,7 @@ def read_cell(folder: Path) -> Cell:
         contrast=_contrast(folder / "contrast.safetensors"),
         detection=_table_if_any(records, "detection"),
         gate=_table_if_any(records, "gate"),
+        neutral=_table_if_any(records, "neutral"),
     )
 
 

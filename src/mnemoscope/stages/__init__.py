@@ -5,6 +5,7 @@ from mnemoscope.stages.common import Stage
 from mnemoscope.stages.compare import compare_stage
 from mnemoscope.stages.detect import detection_stage
 from mnemoscope.stages.effects import effects_stage
+from mnemoscope.stages.neutral import neutral_stage
 from mnemoscope.stages.pairs import pairs_stage
 from mnemoscope.stages.probe import probes_stage
 from mnemoscope.stages.steer import steering_stage
@@ -18,6 +19,7 @@ STAGES: dict[str, Stage] = {
     "steering": steering_stage,
     "effects": effects_stage,
     "detection": detection_stage,
+    "neutral": neutral_stage,
 }
 
 __all__ = ["STAGES", "check_peft", "compare_stage"]

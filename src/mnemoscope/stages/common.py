@@ -75,6 +75,12 @@ def read_chosen(cell: Cell, aim: str) -> dict[tuple[str, str], Setting]:
     }
 
 
+def read_best(cell: Cell) -> dict[str, Path]:
+    """By direction, the file of the vector that was best for pairs on the tune split."""
+    best = json.loads((cell.records / "chosen.json").read_text())["pairs"]["best"]
+    return {d: cell.folder / "vectors" / f"{d}-{method}.safetensors" for d, method in best.items()}
+
+
 def write_table(path: Path, table: pd.DataFrame) -> Path:
     """Write a Parquet file atomically; equal tables give equal bytes."""
     return write_atomically(path, lambda temporary: table.to_parquet(temporary, index=False))

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from mnemoscope.behaviour import Asking, Batch, Scores, score
+from mnemoscope.behaviour import Asking, Batch, Scores, score, score_contrasted
 from mnemoscope.cells import Cell
 from mnemoscope.directions import (
     SOURCE,
@@ -38,6 +38,7 @@ from mnemoscope.tasks import Example, keeps_key
 
 Applied = Callable[[], AbstractContextManager[Any]]
 GAUSSIAN_DRAWS = 5  # of the dose-response curve's control
+CONTRASTS = {"to_generalized": (0.5, 1.0), "to_memorized": (-0.5, -1.0)}  # of context-aware decoding; -1: no context
 
 
 def effects_stage(cell: Cell, tell: Tell) -> list[Path]:
@@ -54,6 +55,7 @@ def effects_stage(cell: Cell, tell: Tell) -> list[Path]:
     rows += _patches(sides)
     tell(3, 4, "prompts")
     rows += _prompts(asking, records, sides)
+    rows += _contrasts(asking, records, sides)
     return [write_table(cell.records / "effects.parquet", pd.concat(rows, ignore_index=True))]
 
 
@@ -177,3 +179,16 @@ def _prompts(asking: Asking, records: Records, sides: _Sides) -> Iterator[pd.Dat
         if all(example is not None for example in examples):
             scores = score(asking, with_prefixes(asking, examples))
             yield sides.table(side, scores, what="prompt", direction=direction)
+
+
+def _contrasts(asking: Asking, records: Records, sides: _Sides) -> Iterator[pd.DataFrame]:
+    """Context-aware decoding, where the task can ask without saying anything about it."""
+    alone = getattr(records.task, "without_context", None)
+    if alone is None:
+        return
+    for direction, weights in CONTRASTS.items():
+        examples = sides.examples[SOURCE[direction]]
+        others = [alone(example) for example in examples]
+        for weight in weights:
+            scores = score_contrasted(asking, examples, others, weight)
+            yield sides.table(SOURCE[direction], scores, what="contrast", direction=direction, dose=weight)

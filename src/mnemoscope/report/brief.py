@@ -1,0 +1,52 @@
+"""The numbers of a task that somebody who fitted a vector looks at first."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mnemoscope.report.intervals import Tree
+from mnemoscope.report.sentences import TOWARDS, count, percent, strongest_control, with_interval, worst_cost
+
+
+def brief_of(run: Path) -> dict[str, Any]:
+    """By task, from ``results.json``: pairs, what the best vectors turn, their strongest control, what they cost."""
+    tasks = json.loads((run / "results.json").read_text())["tasks"]
+    return {name: _brief(task) for name, task in tasks.items()}
+
+
+def _brief(task: Tree) -> Tree:
+    found: Tree = {"pairs": task["pairs"]["by_split"]["all"]["pairs"], "test_pairs": task["pairs"]["pairs"]}
+    for direction, block in task["steering"].items():
+        control = strongest_control(block)
+        found[direction] = {
+            "chosen": block["chosen"],
+            "pairs": block["pairs"]["shift"],
+            "other": block["pairs"]["other"],
+            "strongest_control": control,
+            "control": block["controls"][control]["pairs"]["shift"] if control else None,
+            "collateral": block["collateral"],
+        }
+    if "detection" in task:
+        found["detect_auroc"] = task["detection"]["auroc"]["p_memorized"]
+    return found
+
+
+def in_words(run: Path) -> list[str]:
+    """The same in sentences."""
+    lines = []
+    for name, task in json.loads((run / "results.json").read_text())["tasks"].items():
+        lines.append(f"{name}: {count(task['pairs']['by_split']['all']['pairs'], 'pair')}")
+        for direction, block in task["steering"].items():
+            chosen, control = block["chosen"], strongest_control(block)
+            layers = ", ".join(map(str, chosen["layers"]))
+            theirs = percent(block["controls"][control]["pairs"]["shift"]["estimate"]) if control else "none"
+            lines.append(
+                f"  {TOWARDS[direction]}: {chosen['method']} at {chosen['site']} {layers}, strength "
+                f"{chosen['strength']:g}, turns {with_interval(block['pairs']['shift'])} of the test pairs; strongest "
+                f"control {theirs}; cost {worst_cost(block, direction)}"
+            )
+        if "detection" in task:
+            lines.append(f"  P(memorized) ranks {with_interval(task['detection']['auroc']['p_memorized'])} right")
+    return lines

@@ -1,0 +1,126 @@
+"""How far steering changes what a model writes when nothing is asked: divergence on neutral text, gated and not.
+
+The text is the model's own, sampled at temperature 1 without any prompt: there the divergence of one token after
+another adds up to that of whole texts.
+
+Shapes: N cuts, T tokens (columns), M read tokens (the steered one and those that follow), V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from mnemoscope.behaviour import Asking
+from mnemoscope.cells import Cell
+from mnemoscope.config import NeutralConfig
+from mnemoscope.detect import Detector, states_at_the_end
+from mnemoscope.directions import TOWARD
+from mnemoscope.errors import InputError
+from mnemoscope.models import backbone_of, cache_of, context_length, forked, pass_inputs
+from mnemoscope.stages.common import Tell, cell_model, read_best, rng_of, write_table
+from mnemoscope.steering import SteeringVector
+
+EARLIEST = 8  # tokens before a cut, at least
+
+
+def neutral_stage(cell: Cell, tell: Tell) -> list[Path]:
+    """Divergence of the best vectors at several doses behind random cuts of neutral text."""
+    config = cell.config.neutral
+    if not config.cuts:
+        return []
+    asking, rng = cell_model(cell), rng_of(cell, "neutral")
+    if config.length >= context_length(asking.model):
+        most = context_length(asking.model) - 1
+        raise InputError(f"neutral.length: {config.length} tokens do not fit; this model allows at most {most}")
+    tell(0, 1, "writing neutral text")
+    texts_NT = written(asking, config.texts, config.length, int(rng.integers(2**31)))
+    last = config.length - config.following
+    cuts = np.stack([rng.integers(0, config.texts, config.cuts), rng.integers(EARLIEST, last + 1, config.cuts)], axis=1)
+    cuts = cuts[np.argsort(cuts[:, 1], kind="stable")]  # neighbours are of similar length
+    vectors = {direction: SteeringVector.load(path) for direction, path in read_best(cell).items()}
+    path = cell.folder / "detector.safetensors"
+    detector = Detector.load(path) if path.exists() else None
+    rows = []
+    for start in range(0, len(cuts), config.batch_size):
+        tell(start, len(cuts), "reading on behind cuts")
+        part = cuts[start : start + config.batch_size]
+        rows += list(_measured(asking, texts_NT, part, vectors, detector, config))
+    return [write_table(cell.records / "neutral.parquet", pd.concat(rows, ignore_index=True))]
+
+
+@torch.no_grad()
+def written(asking: Asking, texts: int, length: int, seed: int) -> Tensor:
+    """What the model writes when it is asked nothing, int64 (N, T): plain sampling, as it would without any setting."""
+    model, tokenizer = asking.model, asking.tokenizer
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    ids_NT = torch.full((texts, 1), first, device=model.device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return model.generate(
+            input_ids=ids_NT,
+            attention_mask=torch.ones_like(ids_NT),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=length,
+            eos_token_id=None,
+            pad_token_id=first,
+        )[:, 1:]
+
+
+@torch.no_grad()
+def _measured(
+    asking: Asking,
+    texts_NT: Tensor,
+    cuts_N2: np.ndarray,
+    vectors: dict[str, SteeringVector],
+    detector: Detector | None,
+    config: NeutralConfig,
+) -> Iterator[pd.DataFrame]:
+    model = asking.model
+    width = int(cuts_N2[:, 1].max())
+    columns_N1 = torch.from_numpy(cuts_N2[:, 1:]) - width + torch.arange(width)
+    mask_NT = (columns_N1 >= 0).long().to(model.device)
+    own_NT = texts_NT[torch.from_numpy(cuts_N2[:, 0]).to(model.device)]
+    ids_NT = own_NT.gather(1, columns_N1.clamp(min=0).to(model.device))
+    after_NM = torch.from_numpy(cuts_N2[:, 1:]) + torch.arange(config.following)
+    read_NM = torch.cat([ids_NT[:, -1:], own_NT.gather(1, after_NM.to(model.device))], dim=1)
+    whole_NT = torch.cat([mask_NT, torch.ones_like(read_NM[:, 1:])], dim=1)
+    prefix = cache_of(backbone_of(model)(**pass_inputs(model, ids_NT[:, :-1], mask_NT[:, :-1])))
+
+    def logp(vector: SteeringVector | None, dose: float) -> Tensor:
+        inputs = pass_inputs(model, read_NM, whole_NT, forked(prefix))
+        with vector.apply(model, dose, start=width - 1) if vector else nullcontext():
+            return model(**inputs).logits.float().log_softmax(-1)
+
+    reading = detector.read(states_at_the_end(model, ids_NT, mask_NT, detector.site)) if detector else None
+    plain_NMV = logp(None, 0.0)
+    for direction, vector in vectors.items():
+        acts_N = np.ones(len(cuts_N2), bool)
+        if reading:
+            acts_N = reading.acts(TOWARD[direction], config.threshold)
+        for dose in config.doses:
+            steered_NMV = logp(vector, dose)
+            kl_NM = (plain_NMV.exp() * (plain_NMV - steered_NMV)).sum(-1)
+            same_N = plain_NMV[:, 0].argmax(-1) == steered_NMV[:, 0].argmax(-1)
+            yield pd.DataFrame(
+                {
+                    "direction": direction,
+                    "method": vector.method,
+                    "dose": dose,
+                    "text": cuts_N2[:, 0],
+                    "place": cuts_N2[:, 1],
+                    "kl_first": kl_NM[:, 0].double().cpu().numpy(),
+                    "kl_next": kl_NM[:, 1:].double().mean(1).cpu().numpy(),
+                    "same_top": same_N.cpu().numpy(),
+                    "acts": acts_N if reading else np.full(len(cuts_N2), np.nan),
+                }
+            )
