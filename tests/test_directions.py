@@ -130,6 +130,26 @@ def test_what_follows_the_margin_moves_it_where_it_should(asking: Asking, source
         assert sign * (after - before) > 1.0
 
 
+def test_a_shift_of_all_tokens_is_fitted_and_judged_on_all_tokens(asking: Asking, sources: Sources) -> None:
+    everywhere = {
+        d: vector_of(sources, setting("learned", d, strength=0.1, positions="all"))
+        for d in ("to_generalized", "to_memorized")
+    }
+    examples = conflicts(60)
+    for vector, sign in zip(everywhere.values(), (1, -1), strict=True):
+        assert vector.positions == "all"
+        # Prefixes that were cached without the shift must not be read on from.
+        cached, whole = (
+            steered(asking, batches, vector) for batches in (with_prefixes(asking, examples), prepare(asking, examples))
+        )
+        np.testing.assert_allclose(cached.margin_N, whole.margin_N, atol=1e-4)
+        by_hand = label(asking, examples, applied=lambda v=vector: v.apply(asking.model))
+        np.testing.assert_allclose(cached.margin_N, by_hand.margin_N, atol=1e-4)
+        assert sign * (cached.margin_N - label(asking, examples).margin_N).mean() > 0.5
+    here = vector_of(sources, setting("learned", strength=0.1))
+    assert not np.allclose(here.dense(2, 64), everywhere["to_generalized"].dense(2, 64))
+
+
 def test_a_learned_shift_does_more_than_any_other_of_its_norm(asking: Asking, sources: Sources) -> None:
     """It optimizes the log probability of the wanted answer, so no other method may beat it there by much."""
     batches = sources.lists.pairs["generalized"]

@@ -244,6 +244,9 @@ class SteeringConfig(_Frozen):
         min_length=1,
         description="the methods, and what is tried of each: one grid or several",
     )
+    positions: Literal["decision", "all"] = Field(
+        "decision", description="tokens that are shifted: from the decision on, or every one (what can be exported)"
+    )
     mapped: tuple[MethodName, ...] = Field(
         ("nmd",), description="methods whose whole sweep is measured on memory, novel and other conflict examples too"
     )

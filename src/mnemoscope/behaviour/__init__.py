@@ -13,7 +13,7 @@ from mnemoscope.behaviour.labels import (
     score,
 )
 from mnemoscope.behaviour.pairs import PairBatch, draw_candidates, mine_pairs
-from mnemoscope.behaviour.reading import cache_prefixes, with_option
+from mnemoscope.behaviour.reading import cache_prefixes, with_option, without_prefix
 
 __all__ = [
     "TIE",
@@ -35,4 +35,5 @@ __all__ = [
     "score",
     "score_contrasted",
     "with_option",
+    "without_prefix",
 ]

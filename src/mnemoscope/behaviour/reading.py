@@ -112,6 +112,11 @@ def cache_prefixes(asking: Asking, batches: Sequence[Batch]) -> None:
         batch.unshifted = _read_unshifted(asking.model, batch) if has_room else None
 
 
+def without_prefix(batch: Batch) -> Batch:
+    """The same contexts, to be read from their beginning: for shifts that act before the decision position."""
+    return replace(batch, prefix=None, prefix_fits_N=None, unshifted=None)
+
+
 def with_option(batch: Batch, option_N: Tensor) -> Batch:
     """The same contexts with one option each, by its number; shares the prefixes, so only one of them at a time."""
     rows_N = torch.nonzero(batch.option_R == option_N[batch.example_R])[:, 0]

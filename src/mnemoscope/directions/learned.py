@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mnemoscope.behaviour import Batch, log_probabilities, with_option
+from mnemoscope.behaviour import Batch, log_probabilities, with_option, without_prefix
 from mnemoscope.directions.sources import Sources, in_turn
-from mnemoscope.steering import OPPOSITE, Toward, shifted
+from mnemoscope.steering import OPPOSITE, Positions, Toward, shifted
 
 MOMENTUM = 0.5
 
@@ -32,6 +32,7 @@ class Budget:
             norm of its states.
         steps: of the ascent; each reads one batch of examples to be turned and one of those to be kept.
         kept_weight: weight of the examples to be kept, against the examples to be turned; 0 leaves them out.
+        positions: where it will be applied.
     """
 
     toward: Toward
@@ -39,6 +40,7 @@ class Budget:
     strength: float
     steps: int = 20
     kept_weight: float = 1.0
+    positions: Positions = "decision"
 
 
 def learn(sources: Sources, budget: Budget) -> np.ndarray:
@@ -59,9 +61,9 @@ def learn(sources: Sources, budget: Budget) -> np.ndarray:
     kept = cycle(held) if held and budget.kept_weight else None
     for number, batch in enumerate(islice(cycle(wanted_batches(sources, budget.toward)), budget.steps)):
         shifts = {layer: unit_D * norm_L[layer] for layer, unit_D in units.items()}
-        loss = -_log_p(sources, batch, shifts)
+        loss = -_log_p(sources, batch, shifts, budget.positions)
         if kept and number % 2:  # every second step is enough to hold what should stay
-            loss = loss - budget.kept_weight * _log_p(sources, next(kept), shifts)
+            loss = loss - budget.kept_weight * _log_p(sources, next(kept), shifts, budget.positions)
         # Not backward(): that would also fill the gradients of the model's own parameters.
         gradients = torch.autograd.grad(loss, list(units.values()))
         norm = torch.stack([gradient_D.norm() for gradient_D in gradients]).norm()
@@ -100,10 +102,12 @@ def wanted_batches(sources: Sources, toward: Toward) -> list[Batch]:
     return in_turn(asked)
 
 
-def _log_p(sources: Sources, batch: Batch, shifts: Mapping[int, Tensor]) -> Tensor:
+def _log_p(sources: Sources, batch: Batch, shifts: Mapping[int, Tensor], positions: Positions) -> Tensor:
     """Mean log probability of the only answers, in nats."""
     asking = sources.lists.asking
-    with shifted(asking.model, shifts, sources.site, "decision"):
+    if positions == "all":
+        batch = without_prefix(batch)
+    with shifted(asking.model, shifts, sources.site, positions):
         return log_probabilities(asking, batch).gather(1, batch.option_R[:, None]).mean()
 
 

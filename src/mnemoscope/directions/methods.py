@@ -20,7 +20,7 @@ from mnemoscope.directions.learned import Budget, learn
 from mnemoscope.directions.sources import Sources
 from mnemoscope.models import Site
 from mnemoscope.probes import LayerProbe
-from mnemoscope.steering import Toward, shifted
+from mnemoscope.steering import Positions, Toward, shifted
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,7 @@ class Wanted:
     toward: Toward
     layers: tuple[int, ...]
     strength: float
+    positions: Positions = "decision"
 
 
 Method = Callable[[Sources, Wanted], np.ndarray]
@@ -103,7 +104,10 @@ def principal_component(sources: Sources) -> np.ndarray:
 def learned(sources: Sources, wanted: Wanted) -> np.ndarray:
     """Optimized on the fit split for the log probability of the wanted answer, under the setting's norm budget."""
     lists = sources.lists
-    return learn(sources, Budget(wanted.toward, wanted.layers, wanted.strength, lists.steps, lists.kept_weight))
+    budget = Budget(
+        wanted.toward, wanted.layers, wanted.strength, lists.steps, lists.kept_weight, positions=wanted.positions
+    )
+    return learn(sources, budget)
 
 
 def two_way(direction: Callable[[Sources], np.ndarray]) -> Method:

@@ -12,12 +12,12 @@ from functools import partial
 
 import numpy as np
 
-from mnemoscope.behaviour import Asking, Batch, Scores, score
+from mnemoscope.behaviour import Asking, Batch, Scores, score, without_prefix
 from mnemoscope.directions.methods import METHODS, RANKED_BY_RHO, Wanted
 from mnemoscope.directions.sources import Sources
 from mnemoscope.models import Site
 from mnemoscope.statistics import top_by_magnitude
-from mnemoscope.steering import SteeringVector, Toward
+from mnemoscope.steering import Positions, SteeringVector, Toward
 
 TOWARD: dict[str, Toward] = {"to_generalized": "generalized", "to_memorized": "memorized"}
 SOURCE: dict[str, Toward] = {"to_generalized": "memorized", "to_memorized": "generalized"}
@@ -34,6 +34,7 @@ class Setting:
         layers: the layers that are shifted, 0-based.
         top: share of these layers' neurons that are shifted, in (0, 1].
         strength: total relative norm: the root of the summed squares of each layer's shift over its states' norm.
+        positions: ``decision``, or ``all`` tokens; norms and differences are those at the decision position either way.
     """
 
     direction: str
@@ -42,6 +43,7 @@ class Setting:
     layers: tuple[int, ...]
     top: float
     strength: float
+    positions: Positions = "decision"
 
 
 def vector_of(sources: Sources, setting: Setting) -> SteeringVector:
@@ -54,9 +56,8 @@ def vector_of(sources: Sources, setting: Setting) -> SteeringVector:
     kept_LD = ranked_neurons(sources, setting, setting.top)
     norm = np.linalg.norm(_relative(shift_LD, sources)[kept_LD])
     scale = setting.strength / norm if norm > 0 else 0.0
-    vector = SteeringVector(
-        TOWARD[setting.direction], {}, setting.site, method=setting.method, top=setting.top, strength=setting.strength
-    )
+    facts = {name: getattr(setting, name) for name in ("site", "positions", "method", "top", "strength")}
+    vector = SteeringVector(TOWARD[setting.direction], {}, **facts)
     return vector.with_dense(np.where(kept_LD, shift_LD, 0.0) * scale)
 
 
@@ -76,7 +77,7 @@ def _relative(shift_LD: np.ndarray, sources: Sources) -> np.ndarray:
 
 
 def _direction(sources: Sources, setting: Setting) -> np.ndarray:
-    wanted = Wanted(TOWARD[setting.direction], setting.layers, setting.strength)
+    wanted = Wanted(TOWARD[setting.direction], setting.layers, setting.strength, setting.positions)
     return METHODS[setting.method](sources, wanted)
 
 
@@ -89,7 +90,12 @@ def alpha_of(sources: Sources, setting: Setting) -> float:
 
 
 def steered(asking: Asking, batches: Sequence[Batch], vector: SteeringVector, margins: bool = True) -> Scores:
-    """Score prepared examples under a vector; with cached prefixes only the decision token and the answers are read."""
+    """Score prepared examples under a vector.
+
+    With cached prefixes only the decision token and the answers are read, unless the vector shifts what comes before.
+    """
+    if vector.positions == "all":
+        batches = [without_prefix(batch) for batch in batches]
     return score(asking, batches, margins=margins, applied=partial(vector.apply, asking.model))
 
 

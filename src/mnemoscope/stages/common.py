@@ -68,7 +68,13 @@ def read_chosen(cell: Cell, aim: str) -> dict[tuple[str, str], Setting]:
     methods = json.loads((cell.records / "chosen.json").read_text())[aim]["methods"]
     return {
         (direction, method): Setting(
-            direction, method, facts["site"], tuple(facts["layers"]), facts["top"], facts["strength"]
+            direction,
+            method,
+            facts["site"],
+            tuple(facts["layers"]),
+            facts["top"],
+            facts["strength"],
+            facts["positions"],
         )
         for method, by_direction in methods.items()
         for direction, facts in by_direction.items()

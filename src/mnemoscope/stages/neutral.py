@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -94,11 +95,16 @@ def _measured(
     after_NM = torch.from_numpy(cuts_N2[:, 1:]) + torch.arange(config.following)
     read_NM = torch.cat([ids_NT[:, -1:], own_NT.gather(1, after_NM.to(model.device))], dim=1)
     whole_NT = torch.cat([mask_NT, torch.ones_like(read_NM[:, 1:])], dim=1)
-    prefix = cache_of(backbone_of(model)(**pass_inputs(model, ids_NT[:, :-1], mask_NT[:, :-1])))
+    known: dict[tuple[str, float], Any] = {}
 
     def logp(vector: SteeringVector | None, dose: float) -> Tensor:
-        inputs = pass_inputs(model, read_NM, whole_NT, forked(prefix))
-        with vector.apply(model, dose, start=width - 1) if vector else nullcontext():
+        everywhere = vector is not None and vector.positions == "all"
+        which = (vector.toward, dose) if vector and everywhere else ("", 0.0)
+        with vector.apply(model, dose, start=0 if everywhere else width - 1) if vector else nullcontext():
+            if which not in known:
+                prefix = pass_inputs(model, ids_NT[:, :-1], mask_NT[:, :-1])
+                known[which] = cache_of(backbone_of(model)(**prefix))
+            inputs = pass_inputs(model, read_NM, whole_NT, forked(known[which]))
             return model(**inputs).logits.float().log_softmax(-1)
 
     reading = detector.read(states_at_the_end(model, ids_NT, mask_NT, detector.site)) if detector else None

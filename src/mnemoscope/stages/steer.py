@@ -37,6 +37,7 @@ from mnemoscope.errors import InputError
 from mnemoscope.models import blocks_of
 from mnemoscope.stages.common import Tell, cell_model, cell_task, save_bound, write_json, write_table
 from mnemoscope.stages.lists import JudgedList, Records, fit_lists, judged_lists, tune_lists
+from mnemoscope.steering import Positions
 
 AIMS = ("pairs", "conflict")  # what a setting is chosen for; controls are drawn on the list of that name
 
@@ -104,7 +105,8 @@ class _Work:
         config, count = self.cell.config.steering, len(blocks_of(self.asking.model))
         again = config.tune_draws_again
         limits = Limits(config.control_limit, config.collateral_limit, refits=config.tune_refits, again=again)
-        settings = settings_of(direction, method, config.sweeps[method], count)  # type: ignore[index]
+        grids = config.sweeps[method]  # type: ignore[index]
+        settings = settings_of(direction, method, grids, count, config.positions)
         choice = self._choose("pairs", tune, settings, limits)
         limits = Limits(config.conflict_control_limit, config.conflict_collateral_limit, refits=0, again=again)
         self._choose("conflict", tune, [s for s in settings if s.top == choice.setting.top], limits)
@@ -195,7 +197,9 @@ class _Work:
         return max(found, key=lambda method: found[method].rank)
 
 
-def settings_of(direction: str, method: str, grids: Sequence[SweepConfig], count: int) -> list[Setting]:
+def settings_of(
+    direction: str, method: str, grids: Sequence[SweepConfig], count: int, positions: Positions = "decision"
+) -> list[Setting]:
     """Every combination of each grid in a model of ``count`` layers, once.
 
     Raises:
@@ -206,7 +210,7 @@ def settings_of(direction: str, method: str, grids: Sequence[SweepConfig], count
     except ValueError as error:
         raise InputError(str(error)) from error
     settings = (
-        Setting(direction, method, site, layers, top, strength)
+        Setting(direction, method, site, layers, top, strength, positions)
         for grid, sets in zip(grids, layer_sets, strict=True)
         for site, layers, top, strength in product(grid.sites, sets, grid.tops, grid.strengths)
     )
@@ -221,8 +225,8 @@ def _facts(setting: Setting) -> dict[str, Any]:
 
 def _chosen(setting: Setting, sources: Sources) -> dict[str, Any]:
     """A setting as ``results.json`` shows it."""
-    facts = {name: getattr(setting, name) for name in ("method", "site", "top", "strength")}
-    return facts | {"layers": list(setting.layers), "positions": "decision", "alpha": alpha_of(sources, setting)}
+    facts = {name: getattr(setting, name) for name in ("method", "site", "positions", "top", "strength")}
+    return facts | {"layers": list(setting.layers), "alpha": alpha_of(sources, setting)}
 
 
 def _table(
