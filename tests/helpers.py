@@ -54,6 +54,7 @@ cells:
     effects: {pairs: 40, doses: [0, 1, 2], ablated: [0.1], draws: 2}
     detection: {fitted: true, examples: 200, others: 60}
     neutral: {cuts: 20, texts: 4, length: 28, following: 4, doses: [0, 1], batch_size: 8}
+    samples: {prompts: 3, tokens: 8}
 """
 
 

@@ -314,6 +314,13 @@ class NeutralConfig(_Frozen):
     batch_size: int = Field(32, ge=1, description="cuts per forward pass")
 
 
+class SamplesConfig(_Frozen):
+    """Prompts that the report shows with what the model says, by itself and steered."""
+
+    prompts: int = Field(0, ge=0, description="test prompts in either direction, of different groups; 0: none")
+    tokens: int = Field(32, ge=1, le=1024, description="that follow each prompt, at most")
+
+
 class CellConfig(_Frozen):
     """One task with its model; every seed of it is a cell."""
 
@@ -327,6 +334,7 @@ class CellConfig(_Frozen):
     effects: EffectsConfig = EffectsConfig()
     detection: DetectionConfig = DetectionConfig()
     neutral: NeutralConfig = NeutralConfig()
+    samples: SamplesConfig = SamplesConfig()
     analysed: bool = Field(True, description="False: a model for other cells (model.cell), which is only trained")
     max_seeds: int | None = Field(None, ge=1, description="fewer seeds than the study, where a cell costs much")
 

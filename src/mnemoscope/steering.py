@@ -310,11 +310,23 @@ def find_vector(
     raise refused or InputError(f"from: {source} is neither a vector nor a folder of a run that has chosen vectors")
 
 
-@torch.no_grad()
 def complete(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], max_new_tokens: int = 20
 ) -> list[str]:
     """What a model says behind each prompt, by plain greedy ``generate`` in one left-padded batch."""
+    ids_NT, _, width = continued(model, tokenizer, prompts, max_new_tokens)
+    return tokenizer.batch_decode(ids_NT[:, width:], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def continued(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], max_new_tokens: int
+) -> tuple[Tensor, Tensor, int]:
+    """Prompts with what a model says behind them, by plain greedy ``generate`` in one left-padded batch.
+
+    Returns:
+        ids (N, T), their mask (N, T), in which what follows an end of text is 0, and how many columns are the prompts.
+    """
     inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left").to(model.device)
     output = model.generate(
         input_ids=inputs.input_ids,
@@ -323,7 +335,11 @@ def complete(
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    width = inputs.input_ids.shape[1]
+    ended_NT = (output[:, width:] == tokenizer.eos_token_id).cumsum(1)
+    # The end itself belongs to what was said.
+    said_NT = (ended_NT - (output[:, width:] == tokenizer.eos_token_id).long()) == 0
+    return output, torch.cat([inputs.attention_mask, said_NT.long()], dim=1), width
 
 
 def scaled_to(shift_LD: np.ndarray, norm_L: np.ndarray) -> np.ndarray:

@@ -109,10 +109,11 @@ def run_cell(cell: Cell, progress: Progress) -> None:
 
 def compare_cells(cells: Sequence[Cell], run: Path, progress: Progress) -> None:
     """Compare seeds of one label and labels that share a model, unless it is done."""
-    from mnemoscope.stages import compare_stage
+    from mnemoscope.stages import STAGES, compare_stage
 
     _settle(cells[0].threads)
-    markers = [(cell.folder / "stages" / "neutral.json") for cell in cells if cell.config.analysed]
+    last = list(STAGES)[-1]
+    markers = [(cell.folder / "stages" / f"{last}.json") for cell in cells if cell.config.analysed]
     wanted = hashlib.sha256("".join(json.loads(m.read_text())["hash"] for m in markers).encode()).hexdigest()
     analysed = [cell for cell in cells if cell.config.analysed]
     _run_stage("study", run, "compare", wanted, partial(compare_stage, analysed, run), progress)

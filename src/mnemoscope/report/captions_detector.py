@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import pandas as pd
+
 from mnemoscope.report.figures_detector import ranked_families
 from mnemoscope.report.intervals import Tree
+from mnemoscope.report.records import Cell
 from mnemoscope.report.sentences import (
     TOWARDS,
     UNMEASURED,
@@ -56,6 +61,17 @@ def neutral(found: Tree, direction: str) -> str:
             f"{entry['first_gated']['estimate']:.2f} and {entry['next_gated']['estimate']:.2f}"
         )
     return text + "."
+
+
+def written(cells: Sequence[Cell]) -> str:
+    """How natural the unsteered model finds what it writes when it is steered; "" without samples."""
+    if cells[0].samples is None:
+        return ""
+    rows = pd.concat([cell.samples for cell in cells if cell.samples is not None])
+    return (
+        f"A token of what follows costs the unsteered model {rows.nats_steered.mean():.2f} nats when it was steered, "
+        f"{rows.nats_plain.mean():.2f} when it was not ({count(len(rows), 'prompt')})."
+    )
 
 
 def gated(task: Tree, direction: str) -> str:

@@ -9,7 +9,7 @@ from difflib import SequenceMatcher
 
 import pandas as pd
 
-from mnemoscope.report.records import Cell
+from mnemoscope.report.records import DIRECTIONS, Cell
 
 # (text, what it is): "" plain, "moved" differs between two phrasings, "clue" spells out the answer to be worked out.
 Pieces = list[tuple[str, str]]
@@ -70,6 +70,51 @@ def _pair(row: pd.Series) -> tuple[Shown, Shown]:
     shown = [_shown(row, pieces, behaviour) for pieces, behaviour in ((a, row.behaviour_a), (b, row.behaviour_b))]
     first, second = sorted(shown, key=lambda side: side.behaviour, reverse=True)  # "memorized" before "generalized"
     return first, second
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a model writes behind a prompt, by itself and steered.
+
+    Attributes:
+        toward: the behaviour steered to.
+        plain, steered: the texts, the two revealing answers marked where they stand.
+    """
+
+    prompt: str
+    toward: str
+    plain: Pieces
+    steered: Pieces
+
+
+def written(cells: Sequence[Cell]) -> list[Written]:
+    """Every sample of the first cell; none was picked by what came out."""
+    if cells[0].samples is None:
+        return []
+    rows = cells[0].samples.to_dict("records")
+    return [
+        Written(
+            str(row["prompt"]),
+            DIRECTIONS[str(row["direction"])][0],
+            *(
+                _answers(str(row[key]), row["memorized"].strip(), row["generalized"].strip())
+                for key in ("plain", "steered")
+            ),
+        )
+        for row in rows
+    ]
+
+
+def _answers(text: str, memorized: str, generalized: str) -> Pieces:
+    """The text with every place marked that spells out one of the answers."""
+    kinds = {memorized: "memorized", generalized: "generalized"}
+    word = re.compile("|".join(rf"(?<!\w){re.escape(answer)}(?!\w)" for answer in kinds))
+    pieces: Pieces = []
+    done = 0
+    for found in word.finditer(text):
+        pieces += [(text[done : found.start()], ""), (found[0], kinds[found[0]])]
+        done = found.end()
+    return [piece for piece in [*pieces, (text[done:], "")] if piece[0]]
 
 
 def difference(a: str, b: str) -> tuple[Pieces, Pieces]:

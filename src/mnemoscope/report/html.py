@@ -10,7 +10,15 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from mnemoscope.report import captions, captions_detection, chapters, examples, figures_detection, sentences
+from mnemoscope.report import (
+    captions,
+    captions_detection,
+    captions_detector,
+    chapters,
+    examples,
+    figures_detection,
+    sentences,
+)
 from mnemoscope.report.glossary import GLOSSARY, TASKS
 from mnemoscope.report.intervals import Tree
 from mnemoscope.report.page import Story, TaskPage, panels
@@ -83,6 +91,8 @@ def task_page(name: str, task: Tree, cells: Sequence[Cell], seeds: list[dict[str
         reversed_sums=examples.reversed_sum(example) if example else "",
         pairs=examples.some_pairs(cells),
         pairs_sentence=captions.pairs(task),
+        written=examples.written(cells),
+        written_sentence=captions_detector.written(cells),
         chapters=[
             chapters.behaviour(name, task, cells),
             chapters.differ(name, task, cells, seeds),

@@ -64,6 +64,8 @@ class TaskPage:
     reversed_sums: str
     pairs: list[tuple[examples.Shown, examples.Shown]]
     pairs_sentence: str
+    written: list[examples.Written]
+    written_sentence: str
     chapters: list[Chapter]
 
 

@@ -41,6 +41,7 @@ COLUMNS = {
     "readable_from",
     "gate": "direction examples example p_memorized unlike acts",
     "neutral": "direction method dose text kl_first kl_next same_top acts",
+    "samples": "direction prompt group memorized generalized plain steered nats_plain nats_steered",
     "seeds": "label seed_a seed_b site what layer top shared_initialization value chance_low chance chance_high",
     "transfer_steering": "source target seed direction method role draw example group after",
     "transfer_probes": "source target seed layer group label score",
@@ -80,7 +81,7 @@ class Cell:
     Attributes:
         training: None where the model was not trained by the study.
         detection, gate: None where no detector was fitted.
-        neutral: None where divergence on neutral text was not measured.
+        neutral, samples: None where the study asked for none.
     """
 
     folder: Path
@@ -99,6 +100,7 @@ class Cell:
     detection: pd.DataFrame | None = None
     gate: pd.DataFrame | None = None
     neutral: pd.DataFrame | None = None
+    samples: pd.DataFrame | None = None
 
     def read_steering(self) -> pd.DataFrame:
         """The steering table, read anew: it is by far the largest, and one cell's at a time is enough."""
@@ -198,6 +200,7 @@ def read_cell(folder: Path) -> Cell:
         detection=_table_if_any(records, "detection"),
         gate=_table_if_any(records, "gate"),
         neutral=_table_if_any(records, "neutral"),
+        samples=_table_if_any(records, "samples"),
     )
 
 

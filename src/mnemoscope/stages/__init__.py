@@ -8,6 +8,7 @@ from mnemoscope.stages.effects import effects_stage
 from mnemoscope.stages.neutral import neutral_stage
 from mnemoscope.stages.pairs import pairs_stage
 from mnemoscope.stages.probe import probes_stage
+from mnemoscope.stages.samples import samples_stage
 from mnemoscope.stages.steer import steering_stage
 from mnemoscope.stages.train import behaviour_stage, train_stage
 
@@ -20,6 +21,7 @@ STAGES: dict[str, Stage] = {
     "effects": effects_stage,
     "detection": detection_stage,
     "neutral": neutral_stage,
+    "samples": samples_stage,
 }
 
 __all__ = ["STAGES", "check_peft", "compare_stage"]
