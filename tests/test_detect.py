@@ -214,7 +214,7 @@ def test_a_run_has_a_detector_that_reads_as_its_records_say(mini_run: Path) -> N
     assert set(table.examples) == {"conflict", "novel"}  # memory examples of sums are conflicts themselves
     assert set(table.split) == {"test"}
     rows = table[table.examples == "conflict"].head(20)
-    reading = read_prompts(detector, model, words, rows.prompt.tolist())
+    reading = read_prompts(detector, Asking(model, words, batch_size=7), rows.prompt.tolist())
     # Where both answers begin with one token the state is read behind it; in sums they never do.
     np.testing.assert_allclose(reading.p_memorized_N, rows.p_memorized, atol=1e-4)
     known = table[table.followed.isin(["memorized", "generalized"])]

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from families import FAMILIES, prompts, tiny, tokenizer
@@ -51,6 +51,10 @@ def granite() -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
+def padded(words: PreTrainedTokenizerFast) -> Any:
+    return words(prompts(), return_tensors="pt", padding=True)
+
+
 @torch.no_grad()
 def logits(model: PreTrainedModel) -> Tensor:
     """At every real token of a padded batch, (M, V)."""
@@ -67,13 +71,14 @@ def test_a_baked_folder_opened_by_the_library_alone_answers_as_the_steered_model
     model, vector = tiny(family), 4 * some_vector(site)
     plain = logits(model)
     with vector.apply(model):
-        steered, said = logits(model), complete(model, tokenizer(), prompts(), 8)
-    assert said != complete(model, tokenizer(), prompts(), 8)
+        steered, said = logits(model), complete(model, tokenizer(), padded(tokenizer()), 8)
+    assert said != complete(model, tokenizer(), padded(tokenizer()), 8)
     bake(model, tokenizer(), vector, tmp_path / "baked")
     baked = AutoModelForCausalLM.from_pretrained(tmp_path / "baked").eval()
     torch.testing.assert_close(logits(baked), steered, rtol=0, atol=1e-6)
     assert float((steered - plain).abs().max()) > 0.1
-    assert complete(baked, AutoTokenizer.from_pretrained(tmp_path / "baked"), prompts(), 8) == said
+    again = AutoTokenizer.from_pretrained(tmp_path / "baked", padding_side="left")
+    assert complete(baked, again, padded(again), 8) == said
     assert [path.name for path in tmp_path.iterdir()] == ["baked"]
 
 

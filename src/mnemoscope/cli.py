@@ -22,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+AsChat = Annotated[bool, typer.Option("--chat", help="Put prompts by the chat template of the tokenizer.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
 
 
@@ -77,6 +78,7 @@ def fit(
     threads: Annotated[int, typer.Option(min=1, help="Threads; results depend on them in the last bits.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
     layout: Annotated[str | None, typer.Option(help="blocks=..,attention=..,mlp=..,down=..: parts of a model.")] = None,
+    chat: AsChat = False,
     as_json: AsJson = False,
 ) -> None:
     """Find pairs, fit vectors and a detector for a model of yours on your data, and judge them; one run folder."""
@@ -85,7 +87,7 @@ def fit(
         from mnemoscope.report import brief_of, in_words
         from mnemoscope.study import run_study
 
-        shape = {"folder": model, "dtype": dtype, "layout": _named_parts(layout)}
+        shape = {"folder": model, "dtype": dtype, "layout": _named_parts(layout), "chat": {} if chat else None}
         config = fitting_study(shape, task, _options(option), settings, threads)
         with _progress(quiet=as_json) as progress:
             report_path = run_study(config, out, progress)
@@ -177,12 +179,14 @@ def steer(
         float | None, typer.Option(help="Steer only where the other behaviour is at least so probable, 0 to 1.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens behind each prompt, at most.")] = 20,
+    chat: AsChat = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
     force: Annotated[bool, typer.Option(help="Use a vector that was made on another model of the same shape.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what a model answers by itself, and what it answers under a vector."""
     with _one_line_errors():
+        from mnemoscope.behaviour import Asking, Chat
         from mnemoscope.errors import InputError
         from mnemoscope.steering import OPPOSITE, complete, find_vector
 
@@ -192,14 +196,16 @@ def steer(
             raise InputError(f"from: {source} does not exist")
         opened, tokenizer = _open(model, dtype, None)
         vector = find_vector(source, toward, opened, tokenizer, force)
-        plain = complete(opened, tokenizer, prompts, max_new_tokens)
+        asking = Asking(opened, tokenizer, chat=Chat() if chat else None)
+        inputs = asking.padded([asking.text(prompt) for prompt in prompts])
+        plain = complete(opened, tokenizer, inputs, max_new_tokens)
         opens = None
         if gate is not None:
             from mnemoscope.detect import Gate, find_detector
 
             opens = Gate(find_detector(source, opened, tokenizer, force), vector.toward, gate)
         with vector.apply(opened, alpha=alpha, gate=opens):
-            steered = complete(opened, tokenizer, prompts, max_new_tokens)
+            steered = complete(opened, tokenizer, inputs, max_new_tokens)
         rows = [
             {"prompt": prompt, "plain": before, "steered": after}
             for prompt, before, after in zip(prompts, plain, steered, strict=True)
@@ -222,12 +228,14 @@ def detect(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id of the model, or smollm2.")],
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What would be put to the model.")],
     source: Annotated[Path, typer.Option("--from", help="A run, a cell of one, or the file of a detector.")],
+    chat: AsChat = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
     force: Annotated[bool, typer.Option(help="Use a detector that was fitted on another model.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Tell, before it answers, how probably a model will go by what it remembers, and where that becomes readable."""
     with _one_line_errors():
+        from mnemoscope.behaviour import Asking, Chat
         from mnemoscope.detect import find_detector, read_prompts
         from mnemoscope.errors import InputError
 
@@ -235,7 +243,8 @@ def detect(
             raise InputError(f"from: {source} does not exist")
         opened, tokenizer = _open(model, dtype, None)
         detector = find_detector(source, opened, tokenizer, force)
-        reading = read_prompts(detector, opened, tokenizer, prompts)
+        asking = Asking(opened, tokenizer, batch_size=32, chat=Chat() if chat else None)
+        reading = read_prompts(detector, asking, prompts)
         conflicts = [None if c != c else float(c) for c in reading.p_conflict_N]
         rows = [
             {

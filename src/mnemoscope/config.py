@@ -51,6 +51,12 @@ class LoraConfig(_Frozen):
     )
 
 
+class ChatConfig(_Frozen):
+    """Prompts are put by the chat template of the tokenizer."""
+
+    system: str | None = Field(None, description="what the system message says; null leaves it to the template")
+
+
 class ModelConfig(_Frozen):
     """A GPT-2 to train from scratch, or the folder of a trained model."""
 
@@ -67,6 +73,9 @@ class ModelConfig(_Frozen):
         "float32", description="precision of a trained model's weights; auto: as they were saved"
     )
     layout: LayoutConfig | None = Field(None, description="where the parts of a trained model of no known family are")
+    chat: ChatConfig | None = Field(
+        None, description="for a model that was tuned to talk: {} puts prompts by its chat template"
+    )
     initialization: int | None = Field(
         None, ge=0, description="seed of the first weights; default: the cell's seed. One number lets seeds share them"
     )
@@ -81,6 +90,8 @@ class ModelConfig(_Frozen):
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if self.lora and not self.folder:
             raise ValueError("lora adapts a trained model; give its folder or hub id as folder, or leave lora out")
+        if self.chat and (self.lora or not self.folder):
+            raise ValueError("chat puts prompts to a trained model as it is; give its folder, and no lora")
         return self
 
     @property

@@ -24,7 +24,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from torch import Tensor
 
-from mnemoscope.behaviour import read_states
+from mnemoscope.behaviour import Asking, read_states
 from mnemoscope.errors import InputError
 from mnemoscope.models import Site, backbone_of, pass_inputs
 from mnemoscope.probes import LayerProbe, Standardized, fit_layer_probes
@@ -255,25 +255,18 @@ def states_at_the_end(
     return torch.stack([states_ND.float().cpu() for states_ND in states], dim=1).numpy()
 
 
-def read_prompts(
-    detector: Detector,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    prompts: Sequence[str],
-    batch_size: int = 32,
-) -> Reading:
+def read_prompts(detector: Detector, asking: Asking, prompts: Sequence[str]) -> Reading:
     """What a detector says of prompts; their last token is the decision position.
 
     Raises:
         InputError: a prompt has no token.
     """
     parts = []
-    for start in range(0, len(prompts), batch_size):
-        chosen = list(prompts[start : start + batch_size])
-        inputs = tokenizer(chosen, return_tensors="pt", padding=True, padding_side="left").to(model.device)
+    for start in range(0, len(prompts), asking.batch_size):
+        inputs = asking.padded([asking.text(prompt) for prompt in prompts[start : start + asking.batch_size]])
         if not bool(inputs.attention_mask.any(1).all()) or not inputs.input_ids.shape[1]:
             raise InputError("prompt: an empty one has nothing to be read")
-        parts.append(states_at_the_end(model, inputs.input_ids, inputs.attention_mask, detector.site))
+        parts.append(states_at_the_end(asking.model, inputs.input_ids, inputs.attention_mask, detector.site))
     return detector.read(np.concatenate(parts))
 
 

@@ -311,23 +311,25 @@ def find_vector(
 
 
 def complete(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], max_new_tokens: int = 20
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, inputs: Any, max_new_tokens: int = 20
 ) -> list[str]:
-    """What a model says behind each prompt, by plain greedy ``generate`` in one left-padded batch."""
-    ids_NT, _, width = continued(model, tokenizer, prompts, max_new_tokens)
+    """What a model says behind each prompt, by plain greedy ``generate``; see ``continued``."""
+    ids_NT, _, width = continued(model, tokenizer, inputs, max_new_tokens)
     return tokenizer.batch_decode(ids_NT[:, width:], skip_special_tokens=True)
 
 
 @torch.no_grad()
 def continued(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], max_new_tokens: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, inputs: Any, max_new_tokens: int
 ) -> tuple[Tensor, Tensor, int]:
-    """Prompts with what a model says behind them, by plain greedy ``generate`` in one left-padded batch.
+    """Prompts with what a model says behind them, by plain greedy ``generate``.
+
+    Args:
+        inputs: prompts as a left-padded batch, ``input_ids`` and ``attention_mask`` (``Asking.padded``).
 
     Returns:
         ids (N, T), their mask (N, T), in which what follows an end of text is 0, and how many columns are the prompts.
     """
-    inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left").to(model.device)
     output = model.generate(
         input_ids=inputs.input_ids,
         attention_mask=inputs.attention_mask,

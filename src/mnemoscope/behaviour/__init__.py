@@ -1,6 +1,6 @@
 """What a model does when asked: labels, pairs, and states at the decision position; the only read hook."""
 
-from mnemoscope.behaviour.asking import Asking, Batch, Encoded, encode, prepare
+from mnemoscope.behaviour.asking import Asking, Batch, Chat, Encoded, all_said, encode, prepare
 from mnemoscope.behaviour.contrasting import score_contrasted
 from mnemoscope.behaviour.labels import (
     TIE,
@@ -20,9 +20,11 @@ __all__ = [
     "Applied",
     "Asking",
     "Batch",
+    "Chat",
     "Encoded",
     "PairBatch",
     "Scores",
+    "all_said",
     "cache_prefixes",
     "decode",
     "draw_candidates",

@@ -5,7 +5,7 @@ Shapes: N examples, T tokens of a left-padded context, R rows (one per example a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +64,25 @@ class Batch:
     unshifted: Any = None
 
 
+def all_said(prompt: str) -> tuple[str, str]:
+    """The user says all of it."""
+    return prompt, ""
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """How prompts are put to a model that was tuned to talk: by the chat template of its tokenizer.
+
+    Attributes:
+        system: what the system message says; None leaves it to the template.
+        parted: cuts a prompt into what the user says and how the reply begins. Where the reply is left to the model
+            alone, answers lose the space before them.
+    """
+
+    system: str | None = None
+    parted: Callable[[str], tuple[str, str]] = all_said
+
+
 @dataclass(frozen=True, slots=True)
 class Asking:
     """How examples are put to a model.
@@ -72,12 +91,48 @@ class Asking:
         model, tokenizer: a causal language model and its fast tokenizer; neither is changed.
         boundary: texts of one token each of which one closes every answer; "" is the end-of-text token.
         batch_size: examples per pass; no label depends on it, ties aside.
+        chat: None puts prompts as they are.
+
+    Raises:
+        InputError: ``chat`` is given and the tokenizer has no chat template.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     boundary: tuple[str, ...] = ("",)
     batch_size: int = 512
+    chat: Chat | None = None
+
+    def __post_init__(self) -> None:
+        if self.chat and not self.tokenizer.chat_template:
+            raise InputError("chat: the tokenizer of this model has no chat template; put prompts as they are")
+
+    def text(self, prompt: str) -> str:
+        """A prompt as the model reads it."""
+        if self.chat is None:
+            return prompt
+        said, begun = self.chat.parted(prompt)
+        messages = [{"role": "user", "content": said}]
+        if self.chat.system is not None:
+            messages.insert(0, {"role": "system", "content": self.chat.system})
+        rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return f"{rendered}{begun}"
+
+    def whole(self, example: Example, option: str) -> str:
+        """A prompt and one of its answers, as the model reads them."""
+        alone = self.chat is not None and not self.chat.parted(example.prompt)[1]
+        return self.text(example.prompt) + (option.lstrip() if alone else option)
+
+    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts as the model reads them; a chat template has put its special tokens in already."""
+        return self.tokenizer(list(texts), add_special_tokens=self.chat is None).input_ids
+
+    def padded(self, texts: Sequence[str]) -> Any:
+        """The same as a left-padded batch, ``input_ids`` and ``attention_mask`` (N, T), where the model is."""
+        encoded = self.tokenizer(
+            list(texts), return_tensors="pt", padding=True, padding_side="left", add_special_tokens=self.chat is None
+        )
+        return encoded.to(self.model.device)
 
     def boundary_ids(self) -> list[int]:
         """Token ids that close an answer.
@@ -108,9 +163,9 @@ def encode(asking: Asking, examples: Sequence[Example]) -> list[Encoded]:
         InputError: the tokenizer cannot encode a prompt or answer, merges across their seam, a prompt does not fit the
             model's context, or one answer begins with the whole of the other. The example is named.
     """
-    texts = [example.prompt for example in examples]
-    texts += [example.prompt + option for example in examples for option in example.options]
-    tokens = iter(asking.tokenizer(texts).input_ids)
+    texts = [asking.text(example.prompt) for example in examples]
+    texts += [asking.whole(example, option) for example in examples for option in example.options]
+    tokens = iter(asking.tokens(texts))
     prompts = [next(tokens) for _ in examples]
     limit = context_length(asking.model)
     encoded = []

@@ -55,9 +55,9 @@ def _read(
     for start in range(0, len(examples), asking.batch_size):
         chosen = np.arange(start, min(start + asking.batch_size, len(examples)))
         mine = examples[start : start + asking.batch_size]
-        texts = [e.prompt + answer for e, answer in zip(mine, answers[start:], strict=False)]
-        prompts = asking.tokenizer([example.prompt for example in mine]).input_ids
-        inputs = asking.tokenizer(texts, return_tensors="pt", padding=True, padding_side="left").to(device)
+        texts = [asking.whole(e, answer) for e, answer in zip(mine, answers[start:], strict=False)]
+        prompts = asking.tokens([asking.text(example.prompt) for example in mine])
+        inputs = asking.padded(texts)
         whole_N = inputs.attention_mask.sum(1)
         length_N = whole_N - torch.tensor([len(prompt) for prompt in prompts], device=device)
         longest = int(length_N.max())

@@ -228,8 +228,7 @@ def decode(asking: Asking, examples: Sequence[Example], applied: Applied = nullc
     longest = max(len(ids) for e in examples for ids in tokenizer(list(e.options), add_special_tokens=False).input_ids)
     texts: list[str] = []
     for start in range(0, len(examples), asking.batch_size):
-        prompts = [example.prompt for example in examples[start : start + asking.batch_size]]
-        inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(asking.model.device)
+        inputs = asking.padded([asking.text(e.prompt) for e in examples[start : start + asking.batch_size]])
         with torch.no_grad(), applied():
             output = asking.model.generate(
                 input_ids=inputs.input_ids,

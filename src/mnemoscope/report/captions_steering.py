@@ -134,6 +134,18 @@ def simpler(task: Tree, direction: str) -> str:
     return text
 
 
+def elsewhere(task: Tree, direction: str) -> str:
+    """What the same vector turns where nothing was fitted: the behaviour, or only one way of asking?"""
+    block = task["steering"][direction]
+    found = {name: shares["shift"] for name, shares in block.get("held_out", {}).items() if known(shares["shift"])}
+    if not found:
+        return ""
+    parts = [f"with another {name} {with_interval(shift)} of {shift['n']:,}" for name, shift in found.items()]
+    return (
+        f"{_towards(direction)}, the vector turns {percent(block['pairs']['shift']['estimate'])}, {', '.join(parts)}."
+    )
+
+
 def dose(task: Tree, direction: str) -> str:
     best = task["steering"][direction]["chosen"]["method"]
     by_dose = dose_lines(task, direction).get(best, {})

@@ -139,6 +139,7 @@ def turn(name: str, task: Tree, cells: Sequence[Cell]) -> Chapter:
     main = [
         switch,
         _methods(name, task),
+        _elsewhere(name, task),
         _cost(name, task),
         _gated(name, task),
         _neutral(name, task.get("neutral", {})),
@@ -164,6 +165,16 @@ def _methods(name: str, task: Tree) -> Story:
         "Share of test pairs turned. Each method beside five controls of its own norm, each the mean of its draws.",
         figures_methods.methods(task, "pairs"),
         tables.methods(task),
+    )
+
+
+def _elsewhere(name: str, task: Tree) -> Story:
+    return panels(
+        f"{name}-elsewhere",
+        "The behaviour, or one way of asking",
+        [captions_steering.elsewhere(task, d) for d in DIRECTIONS],
+        "Share of test pairs turned by the chosen vector. Hollow: pairs of what nothing was fitted, chosen or tried on.",
+        figures_methods.elsewhere(task),
     )
 
 

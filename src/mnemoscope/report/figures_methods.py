@@ -132,6 +132,32 @@ def ways(task: dict[str, Any], direction: str) -> list[tuple[str, dict[str, Any]
     return [(name, value) for name, value in found if known(value)]
 
 
+def elsewhere(task: dict[str, Any]) -> list[Panel]:
+    """By direction: test pairs turned beside those of what nothing was fitted on; nothing where nothing was held out."""
+    found = []
+    for direction, (target, _) in DIRECTIONS.items():
+        block = task["steering"][direction]
+        held_out = {
+            name: shares["shift"] for name, shares in block.get("held_out", {}).items() if known(shares["shift"])
+        }
+        if held_out:
+            dots = [Dot("as fitted", block["pairs"]["shift"], COLOUR[target])]
+            dots += [Dot(f"another {name}", shift, COLOUR[target], True) for name, shift in held_out.items()]
+            found.append(_elsewhere_panel(dots, direction))
+    return found
+
+
+def _elsewhere_panel(dots: list[Dot], direction: str) -> Panel:
+    def plot() -> Figure:
+        figure, (ax,) = panel(ROW * len(dots) + 58)
+        dot_rows(ax, dots)
+        _shares_axis(ax)
+        ax.set_title(TITLES[direction], color=COLOUR[DIRECTIONS[direction][0]])
+        return figure
+
+    return plot
+
+
 def patch_bound(task: dict[str, Any], direction: str) -> tuple[str, int, dict[str, Any]] | None:
     """(site, layer, shift) where putting in the other side's state turns most pairs; None where nothing was patched."""
     found = [

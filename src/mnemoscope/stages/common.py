@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mnemoscope.behaviour import Asking
+from mnemoscope.behaviour import Asking, Chat, all_said
 from mnemoscope.cells import Cell
 from mnemoscope.detect import Detector
 from mnemoscope.directions import Setting
@@ -60,7 +60,8 @@ def opened_model(cell: Cell, source: str | Path, task: Task) -> Asking:
     shape = cell.config.model
     layout = Layout(**shape.layout.model_dump()) if shape.layout else None
     model, tokenizer = load_model(source, dtype=shape.dtype, layout=layout)
-    return Asking(model, tokenizer, task.boundary, cell.config.pairs.batch_size)
+    chat = Chat(shape.chat.system, getattr(task, "parted", all_said)) if shape.chat else None
+    return Asking(model, tokenizer, task.boundary, cell.config.pairs.batch_size, chat)
 
 
 def read_chosen(cell: Cell, aim: str) -> dict[tuple[str, str], Setting]:

@@ -103,7 +103,7 @@ def _baselines(asking: Asking, parts: Mapping[Split, _Prompts]) -> dict[str, np.
     """Scores of test prompts from what needs no state: the input, and how sure the model is of its next token."""
     kept = {split: part.rows.followed.isin(("memorized", "generalized")).to_numpy() for split, part in parts.items()}
     labels = {s: (p.rows.followed[kept[s]] == "memorized").to_numpy().astype(np.int64) for s, p in parts.items()}
-    ids = {s: asking.tokenizer([e.prompt for e in part.examples]).input_ids for s, part in parts.items()}
+    ids = {s: asking.tokens([asking.text(e.prompt) for e in part.examples]) for s, part in parts.items()}
     bags = {split: input_features(tokens, len(asking.tokenizer)) for split, tokens in ids.items()}
     fitted = [bags["fit"][kept["fit"]], labels["fit"], bags["tune"][kept["tune"]], labels["tune"]]
     scores = {"input_only": np.asarray(fit_input_probe(*fitted).decision_function(bags["test"]))}

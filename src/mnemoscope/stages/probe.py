@@ -202,7 +202,7 @@ def _state_rows(
 
 def _input_rows(asking: Asking, parts: Mapping[Split, Phrasings]) -> list[pd.DataFrame]:
     """What the prompt tells without any state: its tokens and their places, then which of them it repeats as well."""
-    tokens = {s: asking.tokenizer([example.prompt for example in part.examples]).input_ids for s, part in parts.items()}
+    tokens = {s: asking.tokens([asking.text(e.prompt) for e in part.examples]) for s, part in parts.items()}
     bags = {split: input_features(tokens[split], len(asking.tokenizer)) for split in SPLITS}
     both = {split: sparse.hstack([bags[split], repeat_features(tokens[split])], format="csr") for split in SPLITS}
     rows = []

@@ -5,6 +5,7 @@ Shapes: N prompts, T tokens (columns).
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,9 @@ def said(
     model, tokenizer = asking.model, asking.tokenizer
     if not prompts:
         return [], np.empty(0)
-    if vector is None:
-        ids_NT, mask_NT, width = continued(model, tokenizer, prompts, tokens)
-    else:
-        with vector.apply(model):
-            ids_NT, mask_NT, width = continued(model, tokenizer, prompts, tokens)
+    inputs = asking.padded([asking.text(prompt) for prompt in prompts])
+    with vector.apply(model) if vector else nullcontext():
+        ids_NT, mask_NT, width = continued(model, tokenizer, inputs, tokens)
     texts = tokenizer.batch_decode(ids_NT[:, width:], skip_special_tokens=True)
     return texts, _cost(asking, ids_NT, mask_NT, width)
 

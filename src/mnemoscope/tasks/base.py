@@ -105,6 +105,8 @@ class Task(Protocol):
         Only there can a model be asked for the stored answer itself. No such method: always.
         ``prompted(example, toward) -> Example | None``: the same item with the behaviour asked for in words, the
         baseline that steering is held against; None where the vocabulary has no words for it.
+        ``parted(prompt) -> (said, begun)``: for models that talk, what the user says and how the reply begins; without
+        it the user says all.
         ``without_context(example) -> Example``: the same question and answers with nothing said about it, for the
         baseline of context-aware decoding.
         ``facts_to_know() -> list[Example]`` and ``knowing(items) -> Task``: bare questions that find out what a trained

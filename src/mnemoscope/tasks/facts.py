@@ -208,6 +208,11 @@ class FactsTask:
         """The same question behind a sentence that says what to go by."""
         return replace(example, prompt=SAID[toward] + example.prompt)
 
+    def parted(self, prompt: str) -> tuple[str, str]:
+        """For a model that talks: the user says all but the last line, and the reply begins with what that asks for."""
+        said, _, last = prompt.rpartition("\n")
+        return said, last.partition(" ")[2]
+
     def without_context(self, example: Example) -> Example:
         """The same question with nothing said about it, for decoding that contrasts the two."""
         relation, subject, *_ = example.item.split("|")
