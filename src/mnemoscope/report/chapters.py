@@ -173,7 +173,7 @@ def _elsewhere(name: str, task: Tree) -> Story:
         f"{name}-elsewhere",
         "The behaviour, or one way of asking",
         [captions_steering.elsewhere(task, d) for d in DIRECTIONS],
-        "Share of test pairs turned by the chosen vector. Hollow: pairs of what nothing was fitted, chosen or tried on.",
+        "Share of test pairs turned by the chosen vector. Hollow: of what nothing was fitted or chosen on.",
         figures_methods.elsewhere(task),
     )
 

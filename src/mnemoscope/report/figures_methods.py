@@ -133,7 +133,7 @@ def ways(task: dict[str, Any], direction: str) -> list[tuple[str, dict[str, Any]
 
 
 def elsewhere(task: dict[str, Any]) -> list[Panel]:
-    """By direction: test pairs turned beside those of what nothing was fitted on; nothing where nothing was held out."""
+    """By direction: test pairs turned, beside those of what was held out; no panel where nothing was."""
     found = []
     for direction, (target, _) in DIRECTIONS.items():
         block = task["steering"][direction]
