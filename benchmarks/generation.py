@@ -27,8 +27,6 @@ from mnemoscope.steering import SteeringVector
 
 PLAIN = "plain"
 WORDS = "The capital of a country is where its government sits, and most people have heard of it since they were "
-    "The capital of a country is where its government sits, and most of its people have heard of it since they were "
-)
 
 
 def main() -> None:
