@@ -6,6 +6,7 @@ import json
 import math
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,11 @@ from scipy.special import expit
 from typer.testing import CliRunner
 
 from families import prompts, tiny, tokenizer
-from helpers import hook_count
+from helpers import hook_count, mini_examples
 from mnemoscope.behaviour import Asking, prepare, score
 from mnemoscope.cli import app
 from mnemoscope.detect import Detector, Gate, Observed, Reading, find_detector, read_prompts, states_at_the_end
+from mnemoscope.directions import with_prefixes
 from mnemoscope.errors import InputError
 from mnemoscope.models import cache_of, load_model, pass_inputs, site_width
 from mnemoscope.stages.neutral import written
@@ -88,9 +90,11 @@ def test_a_neuron_that_never_moved_makes_nobody_unlike_by_noise() -> None:
     parts = [drawn(600, seed) for seed in (5, 6)]
     for part in parts:
         part.states_NLD[:, :, 9] = 3.0
-    reading = Detector.fit(*parts).read(parts[1].states_NLD)
-    assert np.isfinite(reading.distance_N).all()
-    assert reading.unlike_N.mean() < 0.02
+    detector = Detector.fit(*parts)
+    assert detector.read(parts[1].states_NLD).unlike_N.mean() < 0.02
+    moved_NLD = parts[1].states_NLD.copy()
+    moved_NLD[:, :, 9] += 0.5  # nothing is known of how far it may go
+    np.testing.assert_array_equal(detector.read(moved_NLD).distance_N, detector.read(parts[1].states_NLD).distance_N)
 
 
 def test_a_gate_acts_on_the_other_behaviour_in_a_conflict_that_is_known() -> None:
@@ -188,6 +192,55 @@ def test_a_gate_reads_a_continued_cache_without_leaving_a_trace() -> None:
     assert cache.get_seq_length() == ids_NT.shape[1]
 
 
+@pytest.mark.parametrize("site", ["block", "mlp"])
+def test_a_gate_decides_the_same_on_cached_prefixes_and_for_every_answer(
+    mini: Callable[[str], Asking], site: str
+) -> None:
+    """Blocks below the shift are replayed there, and the answers have rows of their own."""
+    asking = mini("addition")
+    examples = [e for e in mini_examples("addition", 90) if e.kind == "conflict"][:24]
+    (batch,) = prepare(asking, examples)
+    texts = [examples[i].prompt for i in batch.examples_N]
+    detector = splitting(asking.model, asking.tokenizer, texts, site)
+    detector = replace(
+        detector, site=site, layer=0, weights_LD=detector.weights_LD[::-1].copy()
+    )  # read below the shift
+    states_NLD = states_at_the_end(asking.model, batch.ids_NT, batch.mask_NT, site)  # type: ignore[arg-type]
+    acts_N = detector.read(states_NLD).acts("generalized", 0.5)
+    assert 0 < acts_N.sum() < len(acts_N)
+    strong = 3 * states_NLD.std()
+    width = site_width(asking.model, 1, "block")
+    vector = SteeringVector("generalized", {1: strong * torch.ones(width).cumsum(0).sin()})
+    by_hand = score(asking, [batch], applied=lambda: vector.apply(asking.model, alpha=acts_N.astype(float)))
+    for prepared in ([batch], with_prefixes(asking, examples)):
+        gate = Gate(detector, "generalized")
+        found = score(asking, prepared, applied=lambda g=gate: vector.apply(asking.model, gate=g))
+        assert (gate.asked, gate.acted) == (len(acts_N), acts_N.sum())
+        np.testing.assert_allclose(found.margin_N, by_hand.margin_N, atol=1e-4)
+        assert found.behaviour_N.tolist() == by_hand.behaviour_N.tolist()
+    plain, steered = score(asking, [batch]), score(asking, [batch], applied=lambda: vector.apply(asking.model))
+    changed_N = np.abs(by_hand.margin_N - plain.margin_N)[batch.examples_N] > 1e-3
+    assert changed_N.tolist() == acts_N.tolist()
+    assert np.abs(steered.margin_N - plain.margin_N).min() > 1e-3
+
+
+def test_a_gate_hears_the_model_without_any_vector_beside_it() -> None:
+    model, words, texts = tiny("llama"), tokenizer(), prompts()
+    inputs = words(texts, return_tensors="pt", padding=True)
+    detector = splitting(model, words, texts)
+    width = site_width(model, 0, "block")
+    loud = SteeringVector("memorized", {0: 50 * torch.ones(width).cumsum(0).sin()})
+    vector = SteeringVector("generalized", {1: torch.ones(width)})
+    first, second = Gate(detector, "memorized"), Gate(detector, "generalized")
+    with loud.apply(model, gate=first), vector.apply(model, gate=second):
+        model(**inputs)
+    assert (first.asked, first.acted, second.asked, second.acted) == (4, 2, 4, 2)
+    alone = Gate(detector, "generalized")
+    with loud.apply(model), vector.apply(model, gate=alone):
+        model(**inputs)
+    assert alone.acted == 2
+
+
 def test_a_gate_that_cannot_read_says_so() -> None:
     model, words, texts = tiny("llama"), tokenizer(), prompts()
     vector = SteeringVector("generalized", {1: torch.ones(site_width(model, 1, "block"))})
@@ -251,7 +304,10 @@ def test_detect_on_the_command_line(mini_run: Path) -> None:
     model = str(mini_run / "cells" / "addition-0" / "model")
     source = ["--from", str(mini_run)]
     done = CliRunner().invoke(app, ["detect", model, *source, "--json", "12+34=", "zz"])
-    assert done.exit_code == 2 or json.loads(done.stdout)
+    assert done.exit_code == 2
+    assert done.stderr == "error: prompt: the tokenizer cannot encode 'zz'\n"
+    done = CliRunner().invoke(app, ["detect", model, *source, "--chat", "12+34="])
+    assert done.stderr == "error: chat: the detector was made of prompts that were put as they are; leave out --chat\n"
     done = CliRunner().invoke(app, ["detect", model, *source, "--json", "12+34=", "34+12="])
     said = json.loads(done.stdout)
     assert [row["prompt"] for row in said["prompts"]] == ["12+34=", "34+12="]
@@ -302,7 +358,9 @@ def test_divergence_on_neutral_text_is_that_of_whole_passes(mini_run: Path) -> N
     rows = table[(table.direction == "to_memorized") & (table.dose == 1)]
     assert rows.kl_first.max() > 1e-4
     for row in rows.itertuples():
+        # The first token, behind which all is written, is part of what is read.
         ids = texts[row.text : row.text + 1, : row.place + 4]
+        assert row.place + 4 <= texts.shape[1] == 29
         with torch.no_grad():
             plain = model(ids).logits[0, row.place - 1 :].log_softmax(-1)
             with vector.apply(model, start=row.place - 1):

@@ -45,6 +45,26 @@ def test_a_file_and_a_folder_give_vectors_a_detector_and_a_report(
     assert "P(memorized) ranks" in done.stdout
 
 
+def test_a_file_of_conflicts_alone_is_enough(
+    mini: Callable[[str], Asking], shared_folder: Path, tmp_path: Path
+) -> None:
+    """And where one behaviour is too rare for a detector, the vectors are there all the same."""
+    mini("addition")
+    data, out = tmp_path / "sums.jsonl", tmp_path / "fitted"
+    options = [f"--option={name}={value}" for name, value in MINI_TASKS["addition"].items()]
+    runner = CliRunner()
+    done = runner.invoke(app, ["data", "addition", "-n", "150", *options, "-o", str(data)])
+    assert done.exit_code == 0, done.output
+    lines = [line for line in data.read_text().splitlines() if "memorized" in json.loads(line)]
+    data.write_text("\n".join(lines) + "\n")
+    model = str(shared_folder / "mini-addition")
+    done = runner.invoke(app, ["fit", model, "--task", str(data), "-o", str(out), "--settings", "7"])
+    assert done.exit_code == 0, done.output
+    task = json.loads((out / "results.json").read_text())["tasks"]["sums"]
+    assert task["steering"]["to_generalized"]["pairs"]["shift"]["n"] > 0
+    assert ("detection" in task) != ("no_detector" in task)
+
+
 @pytest.mark.parametrize(
     ("task", "settings", "message"),
     [

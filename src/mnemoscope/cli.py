@@ -196,6 +196,7 @@ def steer(
             raise InputError(f"from: {source} does not exist")
         opened, tokenizer = _open(model, dtype, None)
         vector = find_vector(source, toward, opened, tokenizer, force)
+        _check_put("vector", vector.chat, chat)
         asking = Asking(opened, tokenizer, chat=Chat() if chat else None)
         inputs = asking.padded([asking.text(prompt) for prompt in prompts])
         plain = complete(opened, tokenizer, inputs, max_new_tokens)
@@ -243,6 +244,7 @@ def detect(
             raise InputError(f"from: {source} does not exist")
         opened, tokenizer = _open(model, dtype, None)
         detector = find_detector(source, opened, tokenizer, force)
+        _check_put("detector", detector.chat, chat)
         asking = Asking(opened, tokenizer, batch_size=32, chat=Chat() if chat else None)
         reading = read_prompts(detector, asking, prompts)
         conflicts = [None if c != c else float(c) for c in reading.p_conflict_N]
@@ -263,6 +265,14 @@ def detect(
         else:
             for row in rows:
                 typer.echo(f"{row['prompt']}\n  {_verdict(row, detector.layer)}")
+
+
+def _check_put(what: str, fitted: bool, now: bool) -> None:
+    from mnemoscope.errors import InputError
+
+    if fitted != now:
+        how, do = ("by a chat template", "give") if fitted else ("as they are", "leave out")
+        raise InputError(f"chat: the {what} was made of prompts that were put {how}; {do} --chat")
 
 
 def _verdict(row: dict[str, Any], layer: int) -> str:

@@ -349,6 +349,16 @@ class CellConfig(_Frozen):
     analysed: bool = Field(True, description="False: a model for other cells (model.cell), which is only trained")
     max_seeds: int | None = Field(None, ge=1, description="fewer seeds than the study, where a cell costs much")
 
+    @model_validator(mode="after")
+    def _neutral_text_fits(self) -> CellConfig:
+        own = self.model.folder is None and self.model.cell is None
+        if own and self.neutral.cuts and self.neutral.length >= self.model.context:
+            most = self.model.context - 1
+            raise ValueError(
+                f"neutral.length {self.neutral.length} does not fit into model.context; at most {most} does"
+            )
+        return self
+
 
 class StudyConfig(_Frozen):
     """A study: what is run, with how many seeds."""

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mnemoscope.behaviour import Asking, read_states
 from mnemoscope.errors import InputError
-from mnemoscope.models import Site, backbone_of, pass_inputs
+from mnemoscope.models import Site, backbone_of, blocks_of, pass_inputs, site_width
 from mnemoscope.probes import LayerProbe, Standardized, fit_layer_probes
 from mnemoscope.steering import Binding, Toward
 
@@ -114,6 +114,7 @@ class Detector:
         conflict_D, conflict_bias: the same for P(conflict) at ``layer``; NaN where there was nothing to learn it from.
         mean_D, whitening_DD: the distance is ``|(state - mean) @ whitening|``, 1 at the edge of what is known.
         task, binding: what it was fitted on.
+        chat: whether the prompts were put by a chat template.
     """
 
     site: Site
@@ -126,6 +127,7 @@ class Detector:
     whitening_DD: np.ndarray
     task: str = ""
     binding: Binding | None = None
+    chat: bool = False
 
     @classmethod
     def fit(cls, fit: Observed, tune: Observed, site: Site = "block") -> Detector:
@@ -210,8 +212,14 @@ class Detector:
             detector = cls(**facts, **load_file(path))
         except Exception as error:  # safetensors raises its own kinds for a broken file
             raise InputError(f"detector: {path} cannot be read ({str(error).splitlines()[0]})") from error
-        if model is not None and tokenizer is not None and not force:
-            Binding.check(detector.binding, Binding.of(model, tokenizer), "detector")
+        if model is not None and tokenizer is not None:
+            if not force:
+                Binding.check(detector.binding, Binding.of(model, tokenizer), "detector")
+            found = len(blocks_of(model)), site_width(model, 0, detector.site)
+            if detector.weights_LD.shape != found:
+                raise InputError(
+                    f"detector: it reads {detector.weights_LD.shape} layers and neurons, this model has {found}"
+                )
         return detector
 
 
@@ -259,13 +267,15 @@ def read_prompts(detector: Detector, asking: Asking, prompts: Sequence[str]) -> 
     """What a detector says of prompts; their last token is the decision position.
 
     Raises:
-        InputError: a prompt has no token.
+        InputError: a prompt has no token, too many, or one that the tokenizer does not know.
     """
-    parts = []
+    parts, unknown = [], asking.tokenizer.unk_token_id
     for start in range(0, len(prompts), asking.batch_size):
         inputs = asking.padded([asking.text(prompt) for prompt in prompts[start : start + asking.batch_size]])
-        if not bool(inputs.attention_mask.any(1).all()) or not inputs.input_ids.shape[1]:
-            raise InputError("prompt: an empty one has nothing to be read")
+        strange_N = (inputs.input_ids == unknown).any(1) if unknown is not None else torch.zeros(1, dtype=torch.bool)
+        if unknown != asking.tokenizer.eos_token_id and bool(strange_N.any()):
+            shown = prompts[start + int(strange_N.nonzero()[0])]
+            raise InputError(f"prompt: the tokenizer cannot encode {shown!r}")
         parts.append(states_at_the_end(asking.model, inputs.input_ids, inputs.attention_mask, detector.site))
     return detector.read(np.concatenate(parts))
 
@@ -320,8 +330,8 @@ def _likeness(fit_ND: np.ndarray, tune_ND: np.ndarray) -> tuple[np.ndarray, np.n
     standardized = Standardized.of(fit_ND)
     covariance_DD, _ = ledoit_wolf(standardized.scaled_ND)
     values_D, vectors_DD = np.linalg.eigh(covariance_DD)
-    # A neuron that never moved on fit prompts has no variance; it is left out rather than divided by.
-    inverse_D = np.where(values_D > 1e-10, 1 / np.sqrt(np.maximum(values_D, 1e-10)), 0.0)
-    whitening_DD = vectors_DD * inverse_D / standardized.scale_D[:, None]
+    whitening_DD = vectors_DD / np.sqrt(np.maximum(values_D, 1e-10)) / standardized.scale_D[:, None]
+    # Of a neuron that never moved on fit prompts nothing is known, so it is left out.
+    whitening_DD[standardized.scaled_ND.std(axis=0) == 0] = 0.0
     distance_N = np.linalg.norm((tune_ND.astype(np.float64) - standardized.mean_D) @ whitening_DD, axis=1)
     return standardized.mean_D, whitening_DD / max(float(np.quantile(distance_N, LIKE)), 1e-12)

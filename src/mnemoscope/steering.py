@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,14 +21,18 @@ from torch import Tensor, nn
 
 from mnemoscope.errors import InputError
 from mnemoscope.models import (
+    PLAINLY,
     SITES,
     Site,
     backbone_of,
     blocks_of,
     cache_in,
     cached_columns,
+    context_length,
     core_of,
+    end_ids,
     forked,
+    prompts_of_rows,
     rows_of,
     site_module,
     site_width,
@@ -46,6 +51,8 @@ _Edit = Callable[[Tensor], Tensor]  # states (N, T, D) from the decision positio
 # (model, ids (N, T), mask of all columns (N, .), cache of those before or None) -> bool (N,), whether to act; the last
 # column is the decision position. Whatever it asks the model is answered without a shift.
 Gate = Callable[["PreTrainedModel", Tensor, Tensor, Any], Tensor]
+# True while a gate asks a model: what it hears then is answered without any shift, whoever applies it.
+_ASKING: ContextVar[bool] = ContextVar("asking", default=False)
 OPPOSITE: dict[Toward, Toward] = {"generalized": "memorized", "memorized": "generalized"}
 
 
@@ -94,6 +101,7 @@ class SteeringVector:
         method, task, top, strength: how it was made; for the reader.
         binding: the model it was made on, or None.
         commit: version of the code that made it.
+        chat: whether the prompts it was made of were put by a chat template.
     """
 
     toward: Toward
@@ -106,6 +114,7 @@ class SteeringVector:
     strength: float = 1.0
     binding: Binding | None = None
     commit: str = ""
+    chat: bool = False
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -329,18 +338,26 @@ def continued(
 
     Returns:
         ids (N, T), their mask (N, T), in which what follows an end of text is 0, and how many columns are the prompts.
+
+    Raises:
+        InputError: the prompts leave no room for another token in what the model reads.
     """
+    width, limit = inputs.input_ids.shape[1], context_length(model)
+    if width >= limit:
+        raise InputError(f"prompt: {width} tokens leave no room for an answer; the model reads at most {limit}")
+    ends = end_ids(model, tokenizer)
     output = model.generate(
         input_ids=inputs.input_ids,
         attention_mask=inputs.attention_mask,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=min(max_new_tokens, limit - width),
         do_sample=False,
+        **PLAINLY,
+        eos_token_id=ends or None,
         pad_token_id=tokenizer.pad_token_id,
     )
-    width = inputs.input_ids.shape[1]
-    ended_NT = (output[:, width:] == tokenizer.eos_token_id).cumsum(1)
+    ends_NT = torch.isin(output[:, width:], torch.tensor(ends, dtype=torch.long, device=output.device)).long()
     # The end itself belongs to what was said.
-    said_NT = (ended_NT - (output[:, width:] == tokenizer.eos_token_id).long()) == 0
+    said_NT = (ends_NT.cumsum(1) - ends_NT) == 0
     return output, torch.cat([inputs.attention_mask, said_NT.long()], dim=1), width
 
 
@@ -412,6 +429,9 @@ def _edited(
     try:
         # The base model is what every way of calling passes through, with a language-modelling head or without.
         handles.append(backbone_of(model).register_forward_pre_hook(tracker.see, with_kwargs=True))
+        if tracker.gate:
+            # What a gate asks goes through every block, so none may be left out as untouched.
+            handles.append(blocks_of(model)[0].register_forward_pre_hook(_look_on))
         for layer, edit in edits.items():
             module, is_input = site_module(model, layer, site)
             register = module.register_forward_pre_hook if is_input else module.register_forward_hook
@@ -433,7 +453,6 @@ class _PositionTracker:
     everywhere: bool
     gate: Callable[[Tensor, Tensor, Any], Tensor] | None = None
     acts_N: Tensor | None = None  # what the gate says of the prompts that are being answered
-    asleep: bool = False  # while the gate asks the model
     start: int = 0
     rows: int = 0  # of the batch of this pass
     first_column: int = 0
@@ -442,7 +461,7 @@ class _PositionTracker:
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the base model: reads how much of the sequence came before."""
-        if self.asleep:
+        if _ASKING.get():
             return
         self.rows = rows_of(args, kwargs)
         ids_NT = args[0] if args else kwargs.get("input_ids")
@@ -477,13 +496,15 @@ class _PositionTracker:
         if mask_NT is None:
             mask_NT = ids_NT.new_ones(ids_NT.shape[0], past + columns)
         last = past + columns if self.everywhere or self.fixed is None else self.fixed + 1
-        self.asleep = True
+        if last <= past:
+            raise InputError(f"start: {last - 1} lies before the columns that this pass reads, from {past} on")
+        token = _ASKING.set(True)
         try:
             # A pass adds to the cache it is given, and this one is to leave no trace.
             known = forked(cache_in(kwargs)) if past else None
             self.acts_N = gate(ids_NT[:, : last - past], mask_NT[:, :last], known).to(ids_NT.device)
         finally:
-            self.asleep = False
+            _ASKING.reset(token)
 
     def _continues(self, ids_NT: Tensor) -> bool:
         prompt = self.prompt_NT
@@ -492,13 +513,23 @@ class _PositionTracker:
         return longer and bool(torch.equal(ids_NT[:, : prompt.shape[1]], prompt))
 
 
+def _look_on(module: nn.Module, inputs: Any) -> None:
+    """A hook that changes nothing."""
+
+
 def _mask_of_columns(mask: Any, columns: int) -> Tensor | None:
     """Which columns hold tokens, int64 (N, T), from whatever mask a pass is given; None where all do.
 
-    For caches of a fixed size the library makes masks of queries by keys beforehand; the last query sees every token.
+    For caches of a fixed size the library makes masks of queries by keys beforehand; the last query sees every token
+    where attention is not confined to a window.
+
+    Raises:
+        InputError: every layer's attention is confined.
     """
     if isinstance(mask, dict):
-        mask = mask.get("full_attention")
+        if "full_attention" not in mask:
+            raise InputError("gate: no layer of this model attends to all tokens; use it with another kind of cache")
+        mask = mask["full_attention"]
     if mask is None or mask.ndim == 2:
         return mask
     seen_NT = mask[:, 0, -1, :columns]
@@ -516,10 +547,7 @@ def _adding(shift: Tensor) -> _Edit:
             here = placed[key] = shift.to(*key)
         if here.ndim == 1:
             return states_NTD + here
-        copies, rest = divmod(len(states_NTD), len(here))
-        if rest:
-            raise InputError(f"alpha: {len(here)} factors for a batch of {len(states_NTD)} rows")
-        return states_NTD + here.repeat_interleave(copies, dim=0)[:, None]
+        return states_NTD + here[prompts_of_rows(len(states_NTD), len(here)).to(here.device)][:, None]
 
     return add
 
@@ -529,15 +557,15 @@ def _editor(edit: _Edit, tracker: _PositionTracker, is_input: bool) -> Callable[
 
     def moved(states_NTD: Tensor) -> Tensor:
         first, acts_N = tracker.first_column, tracker.acts_N
-        if tracker.asleep or first >= states_NTD.shape[1] or (acts_N is not None and not acts_N.any()):
+        if _ASKING.get() or first >= states_NTD.shape[1] or (acts_N is not None and not acts_N.any()):
             return states_NTD
         edited = edit(states_NTD[:, first:])
         if first:
             edited = torch.cat([states_NTD[:, :first], edited], dim=1)
         if acts_N is None:
             return edited
-        acts_N = acts_N.to(states_NTD.device).repeat_interleave(len(states_NTD) // len(acts_N))
-        return torch.where(acts_N[:, None, None], edited, states_NTD)
+        acts_R = acts_N[prompts_of_rows(len(states_NTD), len(acts_N)).to(acts_N.device)].to(states_NTD.device)
+        return torch.where(acts_R[:, None, None], edited, states_NTD)
 
     def on_output(module: nn.Module, inputs: Any, output: Any) -> Any:
         return with_states(output, moved(states_of(output, tracker.rows)))

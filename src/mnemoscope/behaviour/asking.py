@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mnemoscope.errors import InputError
-from mnemoscope.models import context_length
+from mnemoscope.models import context_length, end_ids
 from mnemoscope.tasks import Example
 
 if TYPE_CHECKING:
@@ -128,10 +128,18 @@ class Asking:
         return self.tokenizer(list(texts), add_special_tokens=self.chat is None).input_ids
 
     def padded(self, texts: Sequence[str]) -> Any:
-        """The same as a left-padded batch, ``input_ids`` and ``attention_mask`` (N, T), where the model is."""
+        """The same as a left-padded batch, ``input_ids`` and ``attention_mask`` (N, T), where the model is.
+
+        Raises:
+            InputError: a text has no token, or more than the model reads.
+        """
         encoded = self.tokenizer(
             list(texts), return_tensors="pt", padding=True, padding_side="left", add_special_tokens=self.chat is None
         )
+        limit = context_length(self.model)
+        for text, count in zip(texts, encoded.attention_mask.sum(1).tolist(), strict=True):
+            if not 0 < count <= limit:
+                raise InputError(f"prompt: {text[:60]!r} has {count} tokens; allowed are 1 to {limit}")
         return encoded.to(self.model.device)
 
     def boundary_ids(self) -> list[int]:
@@ -142,12 +150,11 @@ class Asking:
         """
         ids = set()
         for text in self.boundary:
-            tokens = (
-                [self.tokenizer.eos_token_id]
-                if text == ""
-                else self.tokenizer(text, add_special_tokens=False).input_ids
-            )
-            if len(tokens) == 1 and tokens[0] not in (None, self.tokenizer.unk_token_id):
+            if text == "":
+                ids |= {end for end in end_ids(self.model, self.tokenizer) if end != self.tokenizer.unk_token_id}
+                continue
+            tokens = self.tokenizer(text, add_special_tokens=False).input_ids
+            if len(tokens) == 1 and tokens[0] != self.tokenizer.unk_token_id:
                 ids.add(tokens[0])
         if self.tokenizer.unk_token_id == self.tokenizer.eos_token_id and "" in self.boundary:
             ids.add(self.tokenizer.eos_token_id)
@@ -163,6 +170,8 @@ def encode(asking: Asking, examples: Sequence[Example]) -> list[Encoded]:
         InputError: the tokenizer cannot encode a prompt or answer, merges across their seam, a prompt does not fit the
             model's context, or one answer begins with the whole of the other. The example is named.
     """
+    if not examples:
+        return []
     texts = [asking.text(example.prompt) for example in examples]
     texts += [asking.whole(example, option) for example in examples for option in example.options]
     tokens = iter(asking.tokens(texts))

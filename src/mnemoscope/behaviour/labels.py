@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mnemoscope.behaviour.asking import Asking, Batch
 from mnemoscope.behaviour.reading import Answers, read_answers, read_contexts
-from mnemoscope.models import Site, backbone_of, blocks_of, rows_of, site_module, states_of
+from mnemoscope.models import PLAINLY, Site, backbone_of, blocks_of, rows_of, site_module, states_of
 from mnemoscope.tasks import Example
 
 if TYPE_CHECKING:
@@ -235,6 +235,7 @@ def decode(asking: Asking, examples: Sequence[Example], applied: Applied = nullc
                 attention_mask=inputs.attention_mask,
                 max_new_tokens=longest + 1,
                 do_sample=False,
+                **PLAINLY,
                 eos_token_id=closing,
                 pad_token_id=tokenizer.pad_token_id,
             )

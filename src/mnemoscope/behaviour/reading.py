@@ -25,6 +25,7 @@ from mnemoscope.models import (
     pass_inputs,
     recorded_blocks,
     replayed_blocks,
+    rows_of_prompts,
     select_rows,
     states_of,
     untouched_blocks,
@@ -165,7 +166,7 @@ def read_answers(model: PreTrainedModel, batch: Batch, contexts: Contexts, wante
     if contexts.known:
         returned = batch.unshifted.answers_L[contexts.known - 1]
         returned = with_states(returned, states_of(returned)[rows_S, :longest])
-    with replayed_blocks(model, contexts.known, returned):
+    with replayed_blocks(model, contexts.known, returned), rows_of_prompts(batch.example_R[rows_S]):
         logits_SMV = model(**_answer_inputs(model, contexts.cache, batch.mask_NT, suffix_SM, example_S)).logits.float()
     return Answers(rows_S, suffix_SM, length_S, logits_SMV)
 

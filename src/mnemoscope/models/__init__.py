@@ -27,13 +27,23 @@ from mnemoscope.models.layout import (
     width_of,
     with_states,
 )
-from mnemoscope.models.opening import context_length, load_model
+from mnemoscope.models.opening import context_length, end_ids, load_model
 from mnemoscope.models.packaged import PACKAGED
-from mnemoscope.models.passes import pass_inputs, position_ids, recorded_blocks, replayed_blocks, untouched_blocks
+from mnemoscope.models.passes import (
+    PLAINLY,
+    pass_inputs,
+    position_ids,
+    prompts_of_rows,
+    recorded_blocks,
+    replayed_blocks,
+    rows_of_prompts,
+    untouched_blocks,
+)
 from mnemoscope.models.scratch import build_gpt2, word_tokenizer
 
 __all__ = [
     "PACKAGED",
+    "PLAINLY",
     "SITES",
     "Layout",
     "RoomyLayer",
@@ -49,6 +59,7 @@ __all__ = [
     "check_peft",
     "context_length",
     "core_of",
+    "end_ids",
     "forked",
     "is_adapted",
     "layout_of",
@@ -57,9 +68,11 @@ __all__ = [
     "merged",
     "pass_inputs",
     "position_ids",
+    "prompts_of_rows",
     "recorded_blocks",
     "replayed_blocks",
     "rows_of",
+    "rows_of_prompts",
     "save_adapter",
     "select_rows",
     "site_module",

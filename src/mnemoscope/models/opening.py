@@ -57,6 +57,13 @@ def context_length(model: PreTrainedModel) -> int:
     return int(getattr(core_of(model).config.get_text_config(), "max_position_embeddings", 2**31))
 
 
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The tokens that end a text: the tokenizer's, and those at which the model stops writing (the end of a turn)."""
+    stops = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    stops = stops if isinstance(stops, list) else [stops]
+    return sorted({end for end in (tokenizer.eos_token_id, *stops) if end is not None})
+
+
 def _adapted(folder: str | Path, source: str | Path) -> str | Path:
     """What the adapter in a folder is of; the folder itself where it holds none."""
     described = Path(folder) / "adapter_config.json"

@@ -7,15 +7,49 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
+from mnemoscope.errors import InputError
 from mnemoscope.models.caches import arguments_of, cache_argument
 from mnemoscope.models.layout import backbone_of, blocks_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+# Settings of ``generate`` that a model's own defaults may change, so that a text is what its logits alone say.
+PLAINLY: dict[str, Any] = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+
+_PROMPTS: ContextVar[Tensor | None] = ContextVar("prompts", default=None)
+
+
+@contextmanager
+def rows_of_prompts(prompt_R: Tensor) -> Iterator[None]:
+    """Inside the context row r of a pass belongs to prompt ``prompt_R[r]``, for what acts prompt by prompt."""
+    token = _PROMPTS.set(prompt_R)
+    try:
+        yield
+    finally:
+        _PROMPTS.reset(token)
+
+
+def prompts_of_rows(rows: int, prompts: int) -> Tensor:
+    """The prompt that each row of a pass belongs to, int64 (rows,): as was said, else each prompt's rows in a run.
+
+    Raises:
+        InputError: nothing was said, and the rows are not so many for each prompt.
+    """
+    said_R = _PROMPTS.get()
+    if said_R is not None and len(said_R) == rows:
+        return said_R
+    copies, rest = divmod(rows, prompts)
+    if rest:
+        raise InputError(f"alpha, gate: {prompts} factors for a batch of {rows} rows")
+    return torch.arange(prompts).repeat_interleave(copies)
 
 
 def position_ids(mask_NT: Tensor) -> Tensor:

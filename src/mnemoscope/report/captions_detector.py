@@ -26,7 +26,8 @@ def detector(detection: Tree) -> list[str]:
     found = detection["auroc"]
     if not known(found["p_memorized"]):
         return [f"How well P(memorized) tells {UNMEASURED}: the test prompts show one behaviour only."]
-    rivals = {name: found[key] for key, name in (("input_only", "the input alone"), ("top_gap", "its own certainty"))}
+    inputs = max((found["input_only"], found["input_repeats"]), key=lambda rival: rival["estimate"])
+    rivals = {"the input alone": inputs, "its own certainty": found["top_gap"]}
     beside = ", ".join(f"{name} {percent(value['estimate'])}" for name, value in rivals.items() if known(value))
     texts = [
         f"Of a prompt that will be remembered and one that will be worked out, the detector gives the first the higher "

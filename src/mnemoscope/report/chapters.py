@@ -109,6 +109,9 @@ def read(name: str, task: Tree) -> Chapter:
     found = [layers, rivals]
     if "detection" in task:
         found.append(_detector(name, task["detection"]))
+    elif "no_detector" in task:
+        why = f"No detector could be fitted: {task['no_detector']}."
+        found.append(story(f"{name}-detector", "Before it answers", [why], "", None))
     return Chapter(f"{name}-read", "Can it be read?", found)
 
 

@@ -17,6 +17,7 @@ R = dict[str, Any]
 SCORES = {
     "p_memorized": "the detector",
     "input_only": "the input alone",
+    "input_repeats": "input, repeats",
     "entropy": "entropy",
     "top_gap": "gap of top two",
 }

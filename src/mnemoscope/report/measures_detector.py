@@ -16,7 +16,7 @@ from mnemoscope.report.records import DIRECTIONS, Cell
 from mnemoscope.report.resampling import shared_mean
 from mnemoscope.statistics import Estimate, auroc
 
-SCORES = ("p_memorized", "input_only", "entropy", "top_gap")
+SCORES = ("p_memorized", "input_only", "input_repeats", "entropy", "top_gap")
 LEAST = 30  # prompts of each behaviour in a family whose ranking is judged apart
 BINS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 # What a gated vector should leave alone, and what is right there.
@@ -24,9 +24,9 @@ KEPT = {"memory": "correct", "novel": "correct"}
 
 
 def measure_detector(cell: Cell) -> Tree:
-    """Empty where no detector was fitted."""
+    """Empty where no detector was asked for; the reason where none could be fitted."""
     if cell.detection is None:
-        return {}
+        return {"no_detector": cell.no_detector} if cell.no_detector else {}
     table, name = cell.detection, f"{cell.name}/detector"
     known = table[table.followed.isin(("memorized", "generalized"))]
     conflict = known[known.examples == "conflict"]

@@ -37,8 +37,8 @@ COLUMNS = {
     "steering": "aim direction method role draw examples example group split before after margin_before margin "
     "confabulated",
     "effects": "what direction method site layers dose role draw side example group after margin_before margin",
-    "detection": "examples followed prompt group family p_memorized p_conflict unlike input_only entropy top_gap "
-    "readable_from",
+    "detection": "examples followed prompt group family p_memorized p_conflict unlike input_only input_repeats "
+    "entropy top_gap readable_from",
     "gate": "direction examples example p_memorized unlike acts",
     "neutral": "direction method dose text kl_first kl_next same_top acts",
     "samples": "direction prompt group memorized generalized plain steered nats_plain nats_steered",
@@ -82,6 +82,7 @@ class Cell:
         training: None where the model was not trained by the study.
         detection, gate: None where no detector was fitted.
         neutral, samples: None where the study asked for none.
+        no_detector: why none could be fitted.
     """
 
     folder: Path
@@ -101,6 +102,7 @@ class Cell:
     gate: pd.DataFrame | None = None
     neutral: pd.DataFrame | None = None
     samples: pd.DataFrame | None = None
+    no_detector: str = ""
 
     def read_steering(self) -> pd.DataFrame:
         """The steering table, read anew: it is by far the largest, and one cell's at a time is enough."""
@@ -201,6 +203,7 @@ def read_cell(folder: Path) -> Cell:
         gate=_table_if_any(records, "gate"),
         neutral=_table_if_any(records, "neutral"),
         samples=_table_if_any(records, "samples"),
+        no_detector=_json(lacking)["why"] if (lacking := records / "no_detector.json").exists() else "",
     )
 
 

@@ -9,18 +9,21 @@ Shapes: N prompts, L layers, D neurons.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import sparse
 
 from mnemoscope.behaviour import Asking, prepare
 from mnemoscope.cells import Cell
 from mnemoscope.detect import Detector, Observed, Reading
 from mnemoscope.directions import TOWARD
-from mnemoscope.probes import fit_input_probe, fit_layer_probes, input_features
-from mnemoscope.stages.common import Tell, cell_model, rng_of, save_bound, write_table
+from mnemoscope.errors import InputError
+from mnemoscope.probes import fit_input_probe, fit_layer_probes, input_features, repeat_features
+from mnemoscope.stages.common import Tell, cell_model, rng_of, save_bound, write_json, write_table
 from mnemoscope.stages.lists import Records, judged_lists
 from mnemoscope.stages.probe import UNCERTAINTIES, read_back
 from mnemoscope.tasks import SPLITS, Example, Kind, Split, draw
@@ -39,8 +42,12 @@ def detection_stage(cell: Cell, tell: Tell) -> list[Path]:
         tell(done, 4, f"reading {split} prompts")
         parts[split] = _Prompts.of(cell, asking, records, split)
     observed = {split: parts[split].observed() for split in ("fit", "tune")}
-    detector = Detector.fit(observed["fit"], observed["tune"], site)
-    detector = detector.bound_to(asking.model, asking.tokenizer, cell.label)
+    try:
+        detector = Detector.fit(observed["fit"], observed["tune"], site)
+    except InputError as error:  # too few prompts of a behaviour, which is no reason to lose all else
+        tell(1, 1, f"no detector: {error}")
+        return [write_json(cell.records / "no_detector.json", {"why": str(error)})]
+    detector = replace(detector.bound_to(asking.model, asking.tokenizer, cell.label), chat=asking.chat is not None)
     tables = [_readings(detector, parts["test"], _baselines(asking, parts))]
     tell(3, 4, "where a gate acts")
     gates = list(_gates(cell, asking, records, detector))
@@ -107,6 +114,9 @@ def _baselines(asking: Asking, parts: Mapping[Split, _Prompts]) -> dict[str, np.
     bags = {split: input_features(tokens, len(asking.tokenizer)) for split, tokens in ids.items()}
     fitted = [bags["fit"][kept["fit"]], labels["fit"], bags["tune"][kept["tune"]], labels["tune"]]
     scores = {"input_only": np.asarray(fit_input_probe(*fitted).decision_function(bags["test"]))}
+    both = {s: sparse.hstack([bags[s], repeat_features(tokens)], format="csr") for s, tokens in ids.items()}
+    fitted = [both["fit"][kept["fit"]], labels["fit"], both["tune"][kept["tune"]], labels["tune"]]
+    scores["input_repeats"] = np.asarray(fit_input_probe(*fitted).decision_function(both["test"]))
     for column, kind in enumerate(UNCERTAINTIES):
         values = {split: part.uncertainty_N2[:, None, [column]] for split, part in parts.items()}
         probes = fit_layer_probes(

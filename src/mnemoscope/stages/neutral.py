@@ -23,12 +23,12 @@ from mnemoscope.cells import Cell
 from mnemoscope.config import NeutralConfig
 from mnemoscope.detect import Detector, states_at_the_end
 from mnemoscope.directions import TOWARD
-from mnemoscope.errors import InputError
-from mnemoscope.models import backbone_of, cache_of, context_length, forked, pass_inputs
+from mnemoscope.errors import StudyError
+from mnemoscope.models import PLAINLY, backbone_of, cache_of, context_length, forked, pass_inputs
 from mnemoscope.stages.common import Tell, cell_model, read_best, rng_of, write_table
 from mnemoscope.steering import SteeringVector
 
-EARLIEST = 8  # tokens before a cut, at least
+EARLIEST = 8  # tokens before a cut, at least, the first included
 
 
 def neutral_stage(cell: Cell, tell: Tell) -> list[Path]:
@@ -39,10 +39,10 @@ def neutral_stage(cell: Cell, tell: Tell) -> list[Path]:
     asking, rng = cell_model(cell), rng_of(cell, "neutral")
     if config.length >= context_length(asking.model):
         most = context_length(asking.model) - 1
-        raise InputError(f"neutral.length: {config.length} tokens do not fit; this model allows at most {most}")
+        raise StudyError(f"{cell.name}: neutral.length: {config.length} tokens do not fit, at most {most} do")
     tell(0, 1, "writing neutral text")
     texts_NT = written(asking, config.texts, config.length, int(rng.integers(2**31)))
-    last = config.length - config.following
+    last = 1 + config.length - config.following
     cuts = np.stack([rng.integers(0, config.texts, config.cuts), rng.integers(EARLIEST, last + 1, config.cuts)], axis=1)
     cuts = cuts[np.argsort(cuts[:, 1], kind="stable")]  # neighbours are of similar length
     vectors = {direction: SteeringVector.load(path) for direction, path in read_best(cell).items()}
@@ -58,7 +58,7 @@ def neutral_stage(cell: Cell, tell: Tell) -> list[Path]:
 
 @torch.no_grad()
 def written(asking: Asking, texts: int, length: int, seed: int) -> Tensor:
-    """What the model writes when it is asked nothing, int64 (N, T): plain sampling, as it would without any setting."""
+    """What the model writes when it is asked nothing, behind its first token: plain sampling; int64 (N, 1 + length)."""
     model, tokenizer = asking.model, asking.tokenizer
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     ids_NT = torch.full((texts, 1), first, device=model.device)
@@ -71,10 +71,13 @@ def written(asking: Asking, texts: int, length: int, seed: int) -> Tensor:
             temperature=1.0,
             top_k=0,
             top_p=1.0,
+            min_p=None,
+            typical_p=1.0,
+            **PLAINLY,
             max_new_tokens=length,
             eos_token_id=None,
             pad_token_id=first,
-        )[:, 1:]
+        )
 
 
 @torch.no_grad()

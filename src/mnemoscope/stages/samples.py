@@ -21,6 +21,7 @@ from mnemoscope.models import pass_inputs
 from mnemoscope.stages.common import Tell, cell_model, read_best, write_table
 from mnemoscope.stages.lists import Records
 from mnemoscope.steering import SteeringVector, continued
+from mnemoscope.tasks import Example
 
 
 def samples_stage(cell: Cell, tell: Tell) -> list[Path]:
@@ -32,7 +33,9 @@ def samples_stage(cell: Cell, tell: Tell) -> list[Path]:
     tables = []
     for done, (direction, path) in enumerate(read_best(cell).items()):
         tell(done, len(TOWARD), f"{direction}: writing on")
-        by_group = {example.group: example for example in records.turned("test", direction, len(records.pairs))}
+        by_group: dict[str, Example] = {}
+        for example in records.turned("test", direction, len(records.pairs)):
+            by_group.setdefault(example.group, example)
         examples = list(by_group.values())[: config.prompts]
         prompts = [example.prompt for example in examples]
         plain, natural_N = said(asking, prompts, config.tokens, None)

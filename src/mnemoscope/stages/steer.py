@@ -175,7 +175,9 @@ class _Work:
         for (aim, direction, method), choice in self.choices.items():
             vector = vector_of(self.sources[choice.setting.site], choice.setting)
             bound = vector.bound_to(self.asking.model, self.asking.tokenizer)
-            bound = replace(bound, task=self.cell.label, commit=git_state()["commit"] or "")
+            bound = replace(
+                bound, task=self.cell.label, commit=git_state()["commit"] or "", chat=self.asking.chat is not None
+            )
             name = f"{direction}-{method}" + ("" if aim == "pairs" else f"-{aim}")
             files += save_bound(self.cell.folder / "vectors", name, bound)
         return files
