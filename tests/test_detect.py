@@ -6,7 +6,6 @@ import json
 import math
 import zlib
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -134,21 +133,27 @@ def test_saved_and_loaded_it_reads_the_same(detector: Detector, tmp_path: Path) 
         find_detector(tmp_path / "elsewhere", model, words)
 
 
-def splitting(model: object, words: object, texts: list[str], site: str = "block") -> Detector:
-    """A detector that finds every second one of these prompts memorized, by the state itself."""
+def splitting(model: object, words: object, texts: list[str], site: str = "block", layer: int = -1) -> Detector:
+    """A detector that finds every second one of these prompts memorized, by the state of a layer itself."""
     inputs = words(texts, return_tensors="pt", padding=True)  # type: ignore[operator]
     states_NLD = states_at_the_end(model, inputs.input_ids, inputs.attention_mask, site)  # type: ignore[arg-type]
     signs_N = np.where(np.arange(len(texts)) % 2 == 0, 1.0, -1.0)
     layers, width = states_NLD.shape[1:]
-    last_ND = states_NLD[:, -1].astype(np.float64)
+    here_ND = np.c_[states_NLD[:, layer].astype(np.float64), np.ones(len(texts))]
+    *weights_D, bias = np.linalg.lstsq(here_ND, 20 * signs_N, rcond=None)[0]
     weights_LD = np.zeros((layers, width))
-    weights_LD[-1] = np.linalg.lstsq(np.c_[last_ND, np.ones(len(texts))], 20 * signs_N, rcond=None)[0][:-1]
-    bias = np.linalg.lstsq(np.c_[last_ND, np.ones(len(texts))], 20 * signs_N, rcond=None)[0][-1]
+    weights_LD[layer] = weights_D
     nothing_D = np.full(width, math.nan)
     return Detector(
-        "block", layers - 1, weights_LD, np.full(layers, bias), nothing_D, math.nan, np.zeros(width),
+        site,  # type: ignore[arg-type]
+        layer % layers,
+        weights_LD,
+        np.full(layers, bias),
+        nothing_D,
+        math.nan,
+        np.zeros(width),
         np.zeros((width, width)),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "opt"])
@@ -201,10 +206,7 @@ def test_a_gate_decides_the_same_on_cached_prefixes_and_for_every_answer(
     examples = [e for e in mini_examples("addition", 90) if e.kind == "conflict"][:24]
     (batch,) = prepare(asking, examples)
     texts = [examples[i].prompt for i in batch.examples_N]
-    detector = splitting(asking.model, asking.tokenizer, texts, site)
-    detector = replace(
-        detector, site=site, layer=0, weights_LD=detector.weights_LD[::-1].copy()
-    )  # read below the shift
+    detector = splitting(asking.model, asking.tokenizer, texts, site, layer=0)  # read below the shift
     states_NLD = states_at_the_end(asking.model, batch.ids_NT, batch.mask_NT, site)  # type: ignore[arg-type]
     acts_N = detector.read(states_NLD).acts("generalized", 0.5)
     assert 0 < acts_N.sum() < len(acts_N)
