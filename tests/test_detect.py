@@ -28,7 +28,7 @@ from mnemoscope.stages.neutral import written
 from mnemoscope.steering import SteeringVector
 from mnemoscope.tasks import Example
 
-LAYERS, NEURONS = 3, 12
+LAYERS, NEURONS = 3, 32  # those of the tiny models
 
 
 def drawn(n: int, seed: int, strength: float = 1.5) -> Observed:
@@ -126,6 +126,12 @@ def test_saved_and_loaded_it_reads_the_same(detector: Detector, tmp_path: Path) 
     assert found.task == "mine"
     with pytest.raises(InputError, match="model_type: the detector was made on gpt2, this model has llama"):
         find_detector(tmp_path, tiny("llama"), words)
+    narrow = Detector.fit(
+        *(Observed(part.states_NLD[..., :12], part.followed_N) for part in (drawn(300, 8), drawn(300, 9)))
+    )
+    narrow.save(tmp_path / "narrow.safetensors")
+    with pytest.raises(InputError, match=r"it reads \(3, 12\) layers and neurons, this model has \(3, 32\)"):
+        Detector.load(tmp_path / "narrow.safetensors", model, words, force=True)
     (tmp_path / "detector.safetensors").write_bytes(b"nothing")
     with pytest.raises(InputError, match="cannot be read"):
         find_detector(tmp_path, model, words)
