@@ -84,7 +84,11 @@ CELL = "cells.addition"
         (broken({f"{CELL}.pairs.site": "head"}), f"{CELL}.pairs.site: Input should be 'block', 'attention', 'mlp' or"),
         (broken({f"{CELL}.steering.sweeps.nmd.tops": [0.5, 1.5]}), "top 1.5 is not in (0, 1]"),
         (broken({f"{CELL}.model.heads": 5}), "width 64 is not a multiple of heads 5"),
-        (broken({f"{CELL}.model.context": 12}), "prompt: 16 tokens with its answer; the model reads at most 11"),
+        (
+            broken({f"{CELL}.model.context": 12, f"{CELL}.neutral.cuts": 0}),
+            "prompt: 16 tokens with its answer; the model reads at most 11",
+        ),
+        (broken({f"{CELL}.model.context": 28}), "neutral.length 28 does not fit into model.context; at most 27"),
         (broken({f"{CELL}.model.folder": "nowhere/at/all"}), "model: nowhere/at/all cannot be opened"),
         (broken({f"{CELL}.task": "jsonl", f"{CELL}.options": {"file": "absent.jsonl"}}), "absent.jsonl cannot be read"),
         (broken({"seeds": 0}), "seeds: Input should be greater than or equal to 1 (got 0)"),

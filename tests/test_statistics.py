@@ -366,7 +366,9 @@ def test_moments_do_not_depend_on_sharding_or_order(data: st.DataObject) -> None
     means, squares = two_pass(generalized, memorized)
     assert shards[0].count == pairs
     np.testing.assert_allclose(shards[0].means_2LD, means, rtol=1e-9, atol=1e-9 * scale)
-    np.testing.assert_allclose(shards[0].squares_3LD, squares, rtol=1e-9, atol=1e-9 * pairs * scale**2)
+    # A state of 1e4 and a bit holds the bit to 2e-12 only, whichever way its square is computed.
+    held = 1e-9 * pairs * scale**2 + 1e-15 * pairs * scale * abs(offset)
+    np.testing.assert_allclose(shards[0].squares_3LD, squares, rtol=1e-9, atol=4 * held)
 
 
 def test_a_constant_has_no_deviation_at_all() -> None:

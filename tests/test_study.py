@@ -26,6 +26,7 @@ from mnemoscope.cells import cells_of
 from mnemoscope.config import dump_study, load_study, parse_study
 from mnemoscope.errors import InputError, StudyError
 from mnemoscope.models import load_model
+from mnemoscope.stages import STAGES
 from mnemoscope.steering import SteeringVector
 from mnemoscope.study import run_study
 
@@ -68,7 +69,7 @@ def test_a_run_folder_holds_what_the_contract_says(finished: Path) -> None:
         vector = SteeringVector.load(cell / "vectors" / f"{direction}-nmd.safetensors", model, tokenizer)
         assert vector.toward == direction.removeprefix("to_")
     manifest = json.loads((finished / "manifest.json").read_text())
-    assert set(manifest["stages"]["addition-0"]) == {"train", "behaviour", "pairs", "probes", "steering", "effects"}
+    assert list(manifest["stages"]["addition-0"]) == sorted(STAGES)
     assert not list(finished.rglob("*.tmp*"))
 
 
