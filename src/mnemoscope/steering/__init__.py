@@ -1,0 +1,21 @@
+"""Steering vectors, the hooks that apply them, and what a model writes under them; the only write hook."""
+
+from mnemoscope.steering.hooks import Gate, Positions, ablated, patched, shifted
+from mnemoscope.steering.vector import OPPOSITE, Binding, SteeringVector, Toward, find_vector, scaled_to
+from mnemoscope.steering.writing import complete, continued
+
+__all__ = [
+    "OPPOSITE",
+    "Binding",
+    "Gate",
+    "Positions",
+    "SteeringVector",
+    "Toward",
+    "ablated",
+    "complete",
+    "continued",
+    "find_vector",
+    "patched",
+    "scaled_to",
+    "shifted",
+]

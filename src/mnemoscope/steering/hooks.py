@@ -1,0 +1,251 @@
+"""Changes of a model's states inside a context: shifts, held neurons, patches; the only hook that writes.
+
+Shapes: N examples, T tokens (columns) of a pass, L layers, D neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mnemoscope.errors import InputError
+from mnemoscope.models import (
+    Site,
+    backbone_of,
+    blocks_of,
+    cache_in,
+    cached_columns,
+    forked,
+    prompts_of_rows,
+    rows_of,
+    site_module,
+    states_of,
+    with_states,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Positions = Literal["decision", "all"]
+_Edit = Callable[[Tensor], Tensor]  # states (N, T, D) from the decision position on -> other states
+# (model, ids (N, T), mask of all columns (N, .), cache of those before or None) -> bool (N,), whether to act; the last
+# column is the decision position. Whatever it asks the model is answered without a shift.
+Gate = Callable[["PreTrainedModel", Tensor, Tensor, Any], Tensor]
+# True while a gate asks a model: what it hears then is answered without any shift, whoever applies it.
+_ASKING: ContextVar[bool] = ContextVar("asking", default=False)
+
+
+def shifted(
+    model: PreTrainedModel,
+    shifts: Mapping[int, Tensor],
+    site: Site,
+    positions: Positions,
+    start: int | None = None,
+    gate: Gate | None = None,
+) -> AbstractContextManager[None]:
+    """Add a (D,) tensor, or one for each prompt (N, D), to the states of each layer named.
+
+    Gradients flow back into the tensors.
+
+    See ``SteeringVector.apply`` for ``start`` and ``gate``.
+    """
+    tracker = _PositionTracker(start, everywhere=positions == "all", gate=partial(gate, model) if gate else None)
+    return _edited(model, site, tracker, {layer: _adding(shift_D) for layer, shift_D in shifts.items()})
+
+
+def ablated(
+    model: PreTrainedModel, means: Mapping[int, Tensor], chosen: Mapping[int, Tensor], site: Site
+) -> AbstractContextManager[None]:
+    """Hold the chosen neurons at their mean from the decision position on, so that they tell nothing any more.
+
+    Args:
+        means: float32 (D,) per layer.
+        chosen: bool (D,) for the same layers.
+    """
+
+    def holding(mean_D: Tensor, chosen_D: Tensor) -> _Edit:
+        return lambda states_NTD: torch.where(chosen_D.to(states_NTD.device), mean_D.to(states_NTD), states_NTD)
+
+    edits = {layer: holding(mean_D, chosen[layer]) for layer, mean_D in means.items()}
+    return _edited(model, site, _PositionTracker(None, everywhere=False), edits)
+
+
+def patched(model: PreTrainedModel, layer: int, states_ND: Tensor, site: Site) -> AbstractContextManager[None]:
+    """Put the states of another run in place of a layer's own at the decision position, row by row of the batch.
+
+    Later positions are left alone, so the patch is all that the answer can know of the other run.
+    """
+    tracker = _PositionTracker(None, everywhere=False)
+
+    def patch(states_NTD: Tensor) -> Tensor:
+        if not tracker.in_prompt:
+            return states_NTD
+        return torch.cat([states_ND[:, None].to(states_NTD), states_NTD[:, 1:]], dim=1)
+
+    return _edited(model, site, tracker, {layer: patch})
+
+
+@contextmanager
+def _edited(
+    model: PreTrainedModel, site: Site, tracker: _PositionTracker, edits: Mapping[int, _Edit]
+) -> Iterator[None]:
+    """Change the states of each layer named, from the tracked position on.
+
+    The only hook of the package that writes. It is gone when the context ends, however it ends.
+    """
+    handles = []
+    try:
+        # The base model is what every way of calling passes through, with a language-modelling head or without.
+        handles.append(backbone_of(model).register_forward_pre_hook(tracker.see, with_kwargs=True))
+        if tracker.gate:
+            # What a gate asks goes through every block, so none may be left out as untouched.
+            handles.append(blocks_of(model)[0].register_forward_pre_hook(_look_on))
+        for layer, edit in edits.items():
+            module, is_input = site_module(model, layer, site)
+            register = module.register_forward_pre_hook if is_input else module.register_forward_hook
+            handles.append(register(_editor(edit, tracker, is_input)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(slots=True)
+class _PositionTracker:
+    """Knows, in every pass, from which column on states are shifted.
+
+    ``start`` counts columns from the beginning of the padded sequence, so it survives the KV cache.
+    """
+
+    fixed: int | None
+    everywhere: bool
+    gate: Callable[[Tensor, Tensor, Any], Tensor] | None = None
+    acts_N: Tensor | None = None  # what the gate says of the prompts that are being answered
+    start: int = 0
+    rows: int = 0  # of the batch of this pass
+    first_column: int = 0
+    in_prompt: bool = False  # whether this pass holds the decision position
+    prompt_NT: Tensor | None = field(default=None)
+
+    def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the base model: reads how much of the sequence came before."""
+        if _ASKING.get():
+            return
+        self.rows = rows_of(args, kwargs)
+        ids_NT = args[0] if args else kwargs.get("input_ids")
+        if ids_NT is None:
+            ids_NT = kwargs["inputs_embeds"][..., 0]
+        past = cached_columns(kwargs)
+        columns = ids_NT.shape[1]
+        fresh = self.prompt_NT is None or (past == 0 and not self._continues(ids_NT))
+        if fresh:
+            self.prompt_NT = ids_NT
+        if self.everywhere or self.fixed is not None:
+            self.start = self.fixed or 0
+        elif fresh:
+            self.start = past + columns - 1
+        self.first_column = max(0, self.start - past)
+        self.in_prompt = past <= self.start
+        if fresh and self.gate:
+            self._ask(self.gate, args, kwargs, past, columns)
+
+    def _ask(
+        self,
+        gate: Callable[[Tensor, Tensor, Any], Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        past: int,
+        columns: int,
+    ) -> None:
+        ids_NT = args[0] if args else kwargs.get("input_ids")
+        if ids_NT is None:
+            raise InputError("gate: it reads prompts as token ids; this pass has embeddings only")
+        mask_NT = _mask_of_columns(kwargs.get("attention_mask"), past + columns)
+        if mask_NT is None:
+            mask_NT = ids_NT.new_ones(ids_NT.shape[0], past + columns)
+        last = past + columns if self.everywhere or self.fixed is None else self.fixed + 1
+        if last <= past:
+            raise InputError(f"start: {last - 1} lies before the columns that this pass reads, from {past} on")
+        token = _ASKING.set(True)
+        try:
+            # A pass adds to the cache it is given, and this one is to leave no trace.
+            known = forked(cache_in(kwargs)) if past else None
+            self.acts_N = gate(ids_NT[:, : last - past], mask_NT[:, :last], known).to(ids_NT.device)
+        finally:
+            _ASKING.reset(token)
+
+    def _continues(self, ids_NT: Tensor) -> bool:
+        prompt = self.prompt_NT
+        assert prompt is not None
+        longer = ids_NT.shape[0] == prompt.shape[0] and ids_NT.shape[1] > prompt.shape[1]
+        return longer and bool(torch.equal(ids_NT[:, : prompt.shape[1]], prompt))
+
+
+def _look_on(module: nn.Module, inputs: Any) -> None:
+    """A hook that changes nothing."""
+
+
+def _mask_of_columns(mask: Any, columns: int) -> Tensor | None:
+    """Which columns hold tokens, int64 (N, T), from whatever mask a pass is given; None where all do.
+
+    For caches of a fixed size the library makes masks of queries by keys beforehand; the last query sees every token
+    where attention is not confined to a window.
+
+    Raises:
+        InputError: every layer's attention is confined.
+    """
+    if isinstance(mask, dict):
+        if "full_attention" not in mask:
+            raise InputError("gate: no layer of this model attends to all tokens; use it with another kind of cache")
+        mask = mask["full_attention"]
+    if mask is None or mask.ndim == 2:
+        return mask
+    seen_NT = mask[:, 0, -1, :columns]
+    return (seen_NT if seen_NT.dtype == torch.bool else seen_NT == 0).long()
+
+
+def _adding(shift: Tensor) -> _Edit:
+    """Add a shift (D,) to all rows, or (N, D) row by row; each prompt's rows follow one another."""
+    placed: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def add(states_NTD: Tensor) -> Tensor:
+        key = (states_NTD.device, states_NTD.dtype)
+        here = placed.get(key)
+        if here is None:
+            here = placed[key] = shift.to(*key)
+        if here.ndim == 1:
+            return states_NTD + here
+        return states_NTD + here[prompts_of_rows(len(states_NTD), len(here)).to(here.device)][:, None]
+
+    return add
+
+
+def _editor(edit: _Edit, tracker: _PositionTracker, is_input: bool) -> Callable[..., Any]:
+    """A hook that changes a module's output, or its input, from the tracked column on."""
+
+    def moved(states_NTD: Tensor) -> Tensor:
+        first, acts_N = tracker.first_column, tracker.acts_N
+        if _ASKING.get() or first >= states_NTD.shape[1] or (acts_N is not None and not acts_N.any()):
+            return states_NTD
+        edited = edit(states_NTD[:, first:])
+        if first:
+            edited = torch.cat([states_NTD[:, :first], edited], dim=1)
+        if acts_N is None:
+            return edited
+        acts_R = acts_N[prompts_of_rows(len(states_NTD), len(acts_N)).to(acts_N.device)].to(states_NTD.device)
+        return torch.where(acts_R[:, None, None], edited, states_NTD)
+
+    def on_output(module: nn.Module, inputs: Any, output: Any) -> Any:
+        return with_states(output, moved(states_of(output, tracker.rows)))
+
+    def on_input(module: nn.Module, inputs: Any) -> Any:
+        return with_states(inputs, moved(states_of(inputs, tracker.rows)))
+
+    return on_input if is_input else on_output
