@@ -410,10 +410,10 @@ def test_contrasted_decoding_is_what_a_loop_over_tokens_gives(mini: Callable[[st
     ]
     # No weight is the prompt itself, minus one the other prompt.
     for weight, alone in ((0.0, examples), (-1.0, others)):
-        found, wanted = score_contrasted(asking, examples, others, weight), label(asking, alone)
+        (found,), wanted = score_contrasted(asking, examples, others, [weight]), label(asking, alone)
         assert found.behaviour_N.tolist() == wanted.behaviour_N.tolist()
         np.testing.assert_allclose(found.margin_N, wanted.margin_N, atol=1e-3)
-    found = score_contrasted(replace(asking, batch_size=7), examples, others, 0.7)
+    _, found = score_contrasted(replace(asking, batch_size=7), examples, others, [0.1, 0.7])
     for example, other, behaviour in zip(examples[:25], others, found.behaviour_N, strict=False):
         ids = [asking.tokenizer(e.prompt, return_tensors="pt").input_ids for e in (example, other)]
         answer: list[int] = []

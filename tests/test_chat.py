@@ -61,8 +61,8 @@ def test_what_is_read_is_what_was_rendered(talking: PreTrainedTokenizerFast) -> 
     np.testing.assert_allclose(found, wanted, atol=1e-6)
     assert decode(chatty, examples) == decode(plain, rendered)
     others = examples[::-1]
-    contrasted = score_contrasted(chatty, examples, others, 0.5).margin_N
-    by_hand = score_contrasted(plain, rendered, rendered[::-1], 0.5).margin_N
+    contrasted = score_contrasted(chatty, examples, others, [0.5])[0].margin_N
+    by_hand = score_contrasted(plain, rendered, rendered[::-1], [0.5])[0].margin_N
     np.testing.assert_allclose(contrasted, by_hand, atol=1e-6)
     batch = chatty.padded([chatty.text(e.prompt) for e in examples])
     assert torch.equal(batch.attention_mask.sum(1), torch.full((6,), 6))

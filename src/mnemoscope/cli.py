@@ -192,9 +192,7 @@ def steer(
 
         if toward not in OPPOSITE:
             raise InputError(f"toward: {toward!r} is not one of {', '.join(OPPOSITE)}")
-        if not source.exists():
-            raise InputError(f"from: {source} does not exist")
-        opened, tokenizer = _open(model, dtype, None)
+        opened, tokenizer = _open_with(source, model, dtype)
         vector = find_vector(source, toward, opened, tokenizer, force)
         _check_put("vector", vector.chat, chat)
         asking = Asking(opened, tokenizer, chat=Chat() if chat else None)
@@ -238,11 +236,8 @@ def detect(
     with _one_line_errors():
         from mnemoscope.behaviour import Asking, Chat
         from mnemoscope.detect import find_detector, read_prompts
-        from mnemoscope.errors import InputError
 
-        if not source.exists():
-            raise InputError(f"from: {source} does not exist")
-        opened, tokenizer = _open(model, dtype, None)
+        opened, tokenizer = _open_with(source, model, dtype)
         detector = find_detector(source, opened, tokenizer, force)
         _check_put("detector", detector.chat, chat)
         asking = Asking(opened, tokenizer, batch_size=32, chat=Chat() if chat else None)
@@ -331,6 +326,15 @@ def _model_type(vector: Any, opened: Any) -> str:
     if vector.binding is None:
         raise InputError("model: the vector does not say which model it was made on; name it")
     return str(vector.binding.model_type)
+
+
+def _open_with(source: Path, model: str, dtype: str) -> tuple[Any, Any]:
+    """A user's model, for what was made of it; a path that is not there is told before a large model is opened."""
+    from mnemoscope.errors import InputError
+
+    if not source.exists():
+        raise InputError(f"from: {source} does not exist")
+    return _open(model, dtype, None)
 
 
 def _open(model: str, dtype: str, layout: str | None) -> tuple[Any, Any]:

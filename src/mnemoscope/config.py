@@ -321,7 +321,6 @@ class NeutralConfig(_Frozen):
     length: int = Field(96, ge=26, description="tokens of a text")
     following: int = Field(16, ge=1, le=16, description="tokens read behind the steered one")
     doses: tuple[float, ...] = Field((0.25, 0.5, 1.0, 2.0), min_length=1, description="multiples of the strength")
-    threshold: float = Field(0.5, ge=0, le=1, description="probability from which on a gate acts")
     batch_size: int = Field(32, ge=1, description="cuts per forward pass")
 
 

@@ -1,6 +1,6 @@
 """Labels under context-aware decoding, a baseline: the logits of a prompt set against those of another prompt.
 
-Shapes: N examples, T tokens of a left-padded batch, M tokens of an answer, V vocabulary.
+Shapes: W weights, N examples, T tokens of a left-padded batch, M tokens of an answer, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from mnemoscope.tasks import Example
 
 
 @torch.no_grad()
-def score_contrasted(asking: Asking, examples: Sequence[Example], others: Sequence[Example], weight: float) -> Scores:
+def score_contrasted(
+    asking: Asking, examples: Sequence[Example], others: Sequence[Example], weights: Sequence[float]
+) -> list[Scores]:
     """What conflicts are answered when each token is chosen by ``(1 + weight) * logits - weight * other logits``.
 
     With a positive weight what the prompt says counts for more, with a negative one for less (Shi et al. 2023,
@@ -26,20 +28,29 @@ def score_contrasted(asking: Asking, examples: Sequence[Example], others: Sequen
 
     Args:
         others: the same questions without what is said about them, one for each example, with the same answers.
+        weights: both prompts are read once for all of them.
 
     Returns:
-        Scores of N examples; margins in nats, of whole answers without what closes them; no ties, no states.
+        Scores of N examples for each weight; margins in nats, of whole answers without what closes them; no ties, no
+        states.
     """
     total = len(examples)
     encode(asking, [*examples, *others])  # refuses what cannot be asked, by name
     closing = torch.tensor(asking.boundary_ids(), device=asking.model.device)
-    fits_2N, logp_2N = np.zeros((2, total), bool), np.zeros((2, total))
+    fits_W2N, logp_W2N = np.zeros((len(weights), 2, total), bool), np.zeros((len(weights), 2, total))
     for option in (0, 1):
         answers = [example.options[option] for example in examples]
-        for chosen, ids_NM, length_N, mine_NMV in _read(asking, examples, answers):
-            theirs_NMV = next(_read(asking, [others[int(i)] for i in chosen], [answers[int(i)] for i in chosen]))[3]
-            logits_NMV = (1 + weight) * mine_NMV - weight * theirs_NMV
-            fits_2N[option, chosen], logp_2N[option, chosen] = _judged(logits_NMV, ids_NM, length_N, closing)
+        read = zip(_read(asking, examples, answers), _read(asking, others, answers), strict=True)
+        for (chosen, ids_NM, length_N, mine_NMV), (*_, theirs_NMV) in read:
+            for number, weight in enumerate(weights):
+                logits_NMV = (1 + weight) * mine_NMV - weight * theirs_NMV
+                judged = _judged(logits_NMV, ids_NM, length_N, closing)
+                fits_W2N[number, option, chosen], logp_W2N[number, option, chosen] = judged
+    return [_scores(fits_2N, logp_2N) for fits_2N, logp_2N in zip(fits_W2N, logp_W2N, strict=True)]
+
+
+def _scores(fits_2N: np.ndarray, logp_2N: np.ndarray) -> Scores:
+    total = fits_2N.shape[1]
     behaviour_N = np.where(fits_2N[0], "memorized", np.where(fits_2N[1], "generalized", "other")).astype(object)
     return Scores(behaviour_N, logp_2N[1] - logp_2N[0], np.zeros(total, bool), np.full(total, np.nan))
 

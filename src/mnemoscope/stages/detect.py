@@ -15,17 +15,16 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import sparse
 
 from mnemoscope.behaviour import Asking, prepare
 from mnemoscope.cells import Cell
 from mnemoscope.detect import Detector, Observed, Reading
 from mnemoscope.directions import TOWARD
 from mnemoscope.errors import InputError
-from mnemoscope.probes import fit_input_probe, fit_layer_probes, input_features, repeat_features
+from mnemoscope.probes import fit_input_probe, fit_layer_probes
 from mnemoscope.stages.common import Tell, cell_model, rng_of, save_bound, write_json, write_table
 from mnemoscope.stages.lists import Records, judged_lists
-from mnemoscope.stages.probe import UNCERTAINTIES, read_back
+from mnemoscope.stages.probe import UNCERTAINTIES, features_of_input, read_back
 from mnemoscope.tasks import SPLITS, Example, Kind, Split, draw
 
 NEITHER: tuple[Kind, ...] = ("memory", "novel")
@@ -110,13 +109,10 @@ def _baselines(asking: Asking, parts: Mapping[Split, _Prompts]) -> dict[str, np.
     """Scores of test prompts from what needs no state: the input, and how sure the model is of its next token."""
     kept = {split: part.rows.followed.isin(("memorized", "generalized")).to_numpy() for split, part in parts.items()}
     labels = {s: (p.rows.followed[kept[s]] == "memorized").to_numpy().astype(np.int64) for s, p in parts.items()}
-    ids = {s: asking.tokens([asking.text(e.prompt) for e in part.examples]) for s, part in parts.items()}
-    bags = {split: input_features(tokens, len(asking.tokenizer)) for split, tokens in ids.items()}
-    fitted = [bags["fit"][kept["fit"]], labels["fit"], bags["tune"][kept["tune"]], labels["tune"]]
-    scores = {"input_only": np.asarray(fit_input_probe(*fitted).decision_function(bags["test"]))}
-    both = {s: sparse.hstack([bags[s], repeat_features(tokens)], format="csr") for s, tokens in ids.items()}
-    fitted = [both["fit"][kept["fit"]], labels["fit"], both["tune"][kept["tune"]], labels["tune"]]
-    scores["input_repeats"] = np.asarray(fit_input_probe(*fitted).decision_function(both["test"]))
+    scores = {}
+    for kind, found in features_of_input(asking, {split: part.examples for split, part in parts.items()}).items():
+        probe = fit_input_probe(found["fit"][kept["fit"]], labels["fit"], found["tune"][kept["tune"]], labels["tune"])
+        scores[kind] = np.asarray(probe.decision_function(found["test"]))
     for column, kind in enumerate(UNCERTAINTIES):
         values = {split: part.uncertainty_N2[:, None, [column]] for split, part in parts.items()}
         probes = fit_layer_probes(

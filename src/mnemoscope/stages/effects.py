@@ -189,6 +189,5 @@ def _contrasts(asking: Asking, records: Records, sides: _Sides) -> Iterator[pd.D
     for direction, weights in CONTRASTS.items():
         examples = sides.examples[SOURCE[direction]]
         others = [alone(example) for example in examples]
-        for weight in weights:
-            scores = score_contrasted(asking, examples, others, weight)
+        for weight, scores in zip(weights, score_contrasted(asking, examples, others, weights), strict=True):
             yield sides.table(SOURCE[direction], scores, what="contrast", direction=direction, dose=weight)

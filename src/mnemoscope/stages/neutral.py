@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mnemoscope.behaviour import Asking
 from mnemoscope.cells import Cell
-from mnemoscope.config import NeutralConfig
+from mnemoscope.config import CellConfig
 from mnemoscope.detect import Detector, states_at_the_end
 from mnemoscope.directions import TOWARD
 from mnemoscope.errors import StudyError
@@ -52,7 +52,7 @@ def neutral_stage(cell: Cell, tell: Tell) -> list[Path]:
     for start in range(0, len(cuts), config.batch_size):
         tell(start, len(cuts), "reading on behind cuts")
         part = cuts[start : start + config.batch_size]
-        rows += list(_measured(asking, texts_NT, part, vectors, detector, config))
+        rows += list(_measured(asking, texts_NT, part, vectors, detector, cell.config))
     return [write_table(cell.records / "neutral.parquet", pd.concat(rows, ignore_index=True))]
 
 
@@ -87,7 +87,7 @@ def _measured(
     cuts_N2: np.ndarray,
     vectors: dict[str, SteeringVector],
     detector: Detector | None,
-    config: NeutralConfig,
+    config: CellConfig,
 ) -> Iterator[pd.DataFrame]:
     model = asking.model
     width = int(cuts_N2[:, 1].max())
@@ -95,7 +95,7 @@ def _measured(
     mask_NT = (columns_N1 >= 0).long().to(model.device)
     own_NT = texts_NT[torch.from_numpy(cuts_N2[:, 0]).to(model.device)]
     ids_NT = own_NT.gather(1, columns_N1.clamp(min=0).to(model.device))
-    after_NM = torch.from_numpy(cuts_N2[:, 1:]) + torch.arange(config.following)
+    after_NM = torch.from_numpy(cuts_N2[:, 1:]) + torch.arange(config.neutral.following)
     read_NM = torch.cat([ids_NT[:, -1:], own_NT.gather(1, after_NM.to(model.device))], dim=1)
     whole_NT = torch.cat([mask_NT, torch.ones_like(read_NM[:, 1:])], dim=1)
     known: dict[tuple[str, float], Any] = {}
@@ -115,8 +115,8 @@ def _measured(
     for direction, vector in vectors.items():
         acts_N = np.ones(len(cuts_N2), bool)
         if reading:
-            acts_N = reading.acts(TOWARD[direction], config.threshold)
-        for dose in config.doses:
+            acts_N = reading.acts(TOWARD[direction], config.detection.threshold)
+        for dose in config.neutral.doses:
             steered_NMV = logp(vector, dose)
             kl_NM = (plain_NMV.exp() * (plain_NMV - steered_NMV)).sum(-1)
             same_N = plain_NMV[:, 0].argmax(-1) == steered_NMV[:, 0].argmax(-1)

@@ -202,14 +202,21 @@ def _state_rows(
 
 def _input_rows(asking: Asking, parts: Mapping[Split, Phrasings]) -> list[pd.DataFrame]:
     """What the prompt tells without any state: its tokens and their places, then which of them it repeats as well."""
-    tokens = {s: asking.tokens([asking.text(e.prompt) for e in part.examples]) for s, part in parts.items()}
-    bags = {split: input_features(tokens[split], len(asking.tokenizer)) for split in SPLITS}
-    both = {split: sparse.hstack([bags[split], repeat_features(tokens[split])], format="csr") for split in SPLITS}
     rows = []
-    for kind, features in (("input_only", bags), ("input_repeats", both)):
+    for kind, features in features_of_input(asking, {split: part.examples for split, part in parts.items()}).items():
         probe = fit_input_probe(features["fit"], parts["fit"].labels_N, features["tune"], parts["tune"].labels_N)
         rows.append(_rows(kind, ALL, 0, parts["test"], probe.decision_function(features["test"])))
     return rows
+
+
+def features_of_input(
+    asking: Asking, examples: Mapping[Split, Sequence[Example]]
+) -> dict[str, dict[Split, sparse.csr_matrix]]:
+    """By baseline and split, what prompts tell without any state: their tokens, then what they repeat as well."""
+    tokens = {split: asking.tokens([asking.text(e.prompt) for e in part]) for split, part in examples.items()}
+    bags = {split: input_features(ids, len(asking.tokenizer)) for split, ids in tokens.items()}
+    both = {s: sparse.hstack([bags[s], repeat_features(ids)], format="csr") for s, ids in tokens.items()}
+    return {"input_only": bags, "input_repeats": both}
 
 
 def _uncertainty_rows(uncertainty: States, parts: Mapping[Split, Phrasings]) -> list[pd.DataFrame]:
