@@ -199,6 +199,10 @@ def transferred(matrix: dict[str, Any], source: str, target: str, what: str) -> 
 def _matrix_panel(labels: list[str], matrix: dict[str, Any], what: str) -> Panel:
     colour = COLOUR[DIRECTIONS[what][0]] if what in DIRECTIONS else INK
     size = len(labels)
+    # What all names begin with (their one model) says nothing here, and long names would run into one another.
+    first = {label.partition("-")[0] + "-" for label in labels}
+    common = first.pop() if len(first) == 1 else ""
+    shown = [label.removeprefix(common).replace("-", "-\n") for label in labels]
     values, texts = np.full((size, size), np.nan), [[""] * size for _ in labels]
     for row, source in enumerate(labels):
         for column, target in enumerate(labels):
@@ -212,8 +216,8 @@ def _matrix_panel(labels: list[str], matrix: dict[str, Any], what: str) -> Panel
     def plot() -> Figure:
         figure, (ax,) = panel(52 * size + 76)
         cells(ax, values, colour if what in DIRECTIONS else OTHER, texts)
-        ax.set_xticks(range(size), labels)
-        ax.set_yticks(range(size), labels)
+        ax.set_xticks(range(size), shown)
+        ax.set_yticks(range(size), shown)
         ax.tick_params(labelcolor=INK)
         ax.set_ylabel("learned on")
         ax.set_xlabel("tried on")
