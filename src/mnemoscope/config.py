@@ -281,7 +281,10 @@ class SteeringConfig(_Frozen):
         0.18,
         ge=0,
         le=1,
-        description="what a control turns of the tune examples beyond this costs twice, the rest half",
+        description="what a control turns of the tune examples beyond this costs dearly, the rest half",
+    )
+    excess_cost: float = Field(
+        2.0, ge=0.5, le=100, description="points of the shift that each point of a control beyond its limit costs"
     )
     collateral_limit: float = Field(
         0.03, ge=0, le=1, description="settings that cost more memory and novel examples are chosen only if all do"

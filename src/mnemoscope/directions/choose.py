@@ -19,8 +19,8 @@ from mnemoscope.directions.controls import CHEAP, CONTROLS, control_draws
 from mnemoscope.directions.settings import TOWARD, Setting, share_of, steered, vector_of
 from mnemoscope.directions.sources import Sources
 
-# What a control costs, in points of the shift, by each point that it turns: up to its limit, and beyond.
-COST, EXCESS_COST = 0.5, 2.0
+COST = 0.5  # points of the shift that a control costs by each point that it turns, up to its limit
+FINALISTS = 3  # settings that are rated again at most
 AGAIN = 1_000_003  # added to a seed for the second rating
 
 
@@ -30,6 +30,7 @@ class Limits:
 
     Attributes:
         control: the mean shift rate of a control beyond which it costs dearly.
+        excess_cost: points of the shift that each point of a control beyond its limit costs.
         collateral: the largest drop of the share that keeps its answer, of any list that should.
         draws: of each control.
         refits: draws of the controls that fit a method anew, which cost most; 0 leaves them out.
@@ -41,6 +42,7 @@ class Limits:
     draws: int = 6
     refits: int = 4
     again: int = 12
+    excess_cost: float = 2.0
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,8 @@ def choose(
 ) -> Choice:
     """The setting that gains most, among those that keep what should stay if there is one.
 
-    Of many settings the one is chosen whose few draws happened to flatter it, so it is rated once more, with more and
-    other draws, before methods are held against each other by what their choices gain.
+    Of many settings the one comes first whose few draws happened to flatter it, so it is rated once more, with more and
+    other draws, and so is the next one if it seemed better than what is left of the first.
 
     Args:
         sources: by site.
@@ -96,6 +98,7 @@ def choose(
         seed: of the controls' draws.
     """
     best: Choice | None = None
+    leaders: list[Choice] = []
     # Weak settings first: their controls do little, so that most strong ones are out after their first control.
     for setting, rate in sorted(rated, key=lambda pair: (pair[0].strength, -pair[1], pair[0].top)):
         least = best.net if best and best.kept else -math.inf
@@ -112,18 +115,27 @@ def choose(
         candidate = Choice(setting, _net(rate, worst, limits), kept, kept and worst <= limits.control)
         if best is None or candidate.rank > best.rank:
             best = candidate
-    assert best is not None, "a sweep has at least one setting"
+            leaders.append(candidate)
     # Shuffles go by the first number of the seed, and those that chose are to be no part of this.
     again = [seed[0] + AGAIN, *seed[1:]]
     more = replace(limits, draws=limits.again, refits=limits.again if limits.refits else 0)
-    means = control_means(asking, lists.turned, sources[best.setting.site], best.setting, more, again)
-    worst = max(means, default=0.0)
-    net = _net(dict(rated)[best.setting], worst, limits)
-    return replace(best, net=net, within=best.kept and worst <= limits.control)
+    rates = dict(rated)
+    final: Choice | None = None
+    for leader in sorted(leaders, key=lambda leader: leader.rank, reverse=True)[:FINALISTS]:
+        if final and final.rank >= leader.rank:
+            break
+        means = control_means(asking, lists.turned, sources[leader.setting.site], leader.setting, more, again)
+        worst = max(means, default=0.0)
+        net = _net(rates[leader.setting], worst, limits)
+        rerated = replace(leader, net=net, within=leader.kept and worst <= limits.control)
+        if final is None or rerated.rank > final.rank:
+            final = rerated
+    assert final is not None, "a sweep has at least one setting"
+    return final
 
 
 def _net(rate: float, worst: float, limits: Limits) -> float:
-    return rate - COST * min(worst, limits.control) - EXCESS_COST * max(0.0, worst - limits.control)
+    return rate - COST * min(worst, limits.control) - limits.excess_cost * max(0.0, worst - limits.control)
 
 
 def control_means(

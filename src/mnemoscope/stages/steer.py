@@ -103,13 +103,20 @@ class _Work:
             tune: the tune lists of this direction, by aim.
         """
         config, count = self.cell.config.steering, len(blocks_of(self.asking.model))
-        again = config.tune_draws_again
-        limits = Limits(config.control_limit, config.collateral_limit, refits=config.tune_refits, again=again)
+        limits = Limits(
+            config.control_limit,
+            config.collateral_limit,
+            refits=config.tune_refits,
+            again=config.tune_draws_again,
+            excess_cost=config.excess_cost,
+        )
         grids = config.sweeps[method]  # type: ignore[index]
         settings = settings_of(direction, method, grids, count, config.positions)
         choice = self._choose("pairs", tune, settings, limits)
-        limits = Limits(config.conflict_control_limit, config.conflict_collateral_limit, refits=0, again=again)
-        self._choose("conflict", tune, [s for s in settings if s.top == choice.setting.top], limits)
+        of_conflicts = replace(
+            limits, control=config.conflict_control_limit, collateral=config.conflict_collateral_limit, refits=0
+        )
+        self._choose("conflict", tune, [s for s in settings if s.top == choice.setting.top], of_conflicts)
 
     def _choose(self, aim: str, tune: Mapping[str, TuneLists], settings: Sequence[Setting], limits: Limits) -> Choice:
         rated = []
