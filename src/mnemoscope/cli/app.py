@@ -1,0 +1,13 @@
+"""The command line itself, on which the commands are hung."""
+
+from __future__ import annotations
+
+import typer
+
+app = typer.Typer(
+    name="mnemoscope",
+    help="Is a language model remembering or thinking? Find out, see which neurons tell, and turn it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)

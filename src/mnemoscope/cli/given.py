@@ -1,0 +1,29 @@
+"""What several commands take, and what it means."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+AsChat = Annotated[bool, typer.Option("--chat", help="Put prompts by the chat template of the tokenizer.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
+Given = Annotated[list[str] | None, typer.Option(help="name=value: an option of the task.")]
+Parts = Annotated[str | None, typer.Option(help="blocks=..,attention=..,mlp=..,down=..: parts of a model.")]
+
+
+def named_parts(layout: str | None) -> dict[str, str] | None:
+    return dict(part.partition("=")[::2] for part in layout.split(",")) if layout else None
+
+
+def options(given: list[str] | None) -> dict[str, Any]:
+    """Options of a task, from ``name=value`` each; values are YAML."""
+    import yaml
+
+    from mnemoscope.errors import InputError
+
+    pairs = [o.partition("=") for o in given or []]
+    if any(not equals for _, equals, _ in pairs):
+        raise InputError(f"--option: {given!r} is not of the form name=value")
+    return {name: yaml.safe_load(value) for name, _, value in pairs}

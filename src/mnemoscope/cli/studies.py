@@ -1,0 +1,126 @@
+"""Commands for studies, their data and their reports."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mnemoscope.cli.app import app
+from mnemoscope.cli.given import AsChat, AsJson, Dtype, Given, Parts, named_parts, options
+from mnemoscope.cli.output import one_line_errors, progress, say
+
+
+@app.command()
+def run(
+    study: Annotated[str, typer.Argument(help="A built-in study or the path of a YAML file.")] = "quickstart",
+    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/STUDY.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Number of seeds; default: the study's.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="a.b=c: replace a field of the study.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Cells at a time; default: as processors allow.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a study, or go on with one, and build its report."""
+    with one_line_errors():
+        from mnemoscope.config import load_study
+        from mnemoscope.study import run_study
+
+        config = load_study(study, overrides, seeds)
+        folder = out or Path("runs") / config.study
+        with progress(quiet=as_json) as tell:
+            report_path = run_study(config, folder, tell, workers)
+        say(
+            {"run": str(folder), "results": str(folder / "results.json"), "report": str(report_path)}, as_json, "report"
+        )
+
+
+@app.command()
+def report(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")], as_json: AsJson = False
+) -> None:
+    """Rebuild results.json and report.html from the records of a run."""
+    with one_line_errors():
+        from mnemoscope.errors import InputError
+        from mnemoscope.report import build_report
+
+        if not (run_folder / "study.yaml").is_file():
+            raise InputError(f"RUN: {run_folder} is not a run folder (it has no study.yaml)")
+        path = build_report(run_folder)
+        say(
+            {"run": str(run_folder), "results": str(run_folder / "results.json"), "report": str(path)},
+            as_json,
+            "report",
+        )
+
+
+@app.command()
+def fit(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id of a causal model, or smollm2.")],
+    task: Annotated[str, typer.Option(help="A task, see `mnemoscope tasks`, or a JSONL file of your own.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Run folder: pairs, vectors, detector, report.")],
+    option: Given = None,
+    settings: Annotated[int, typer.Option(min=1, help="Settings tried in either direction, at most.")] = 42,
+    threads: Annotated[int, typer.Option(min=1, help="Threads; results depend on them in the last bits.")] = 1,
+    dtype: Dtype = "float32",
+    layout: Parts = None,
+    chat: AsChat = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find pairs, fit vectors and a detector for a model of yours on your data, and judge them; one run folder."""
+    with one_line_errors():
+        from mnemoscope.fitting import fitting_study
+        from mnemoscope.report import brief_of, in_words
+        from mnemoscope.study import run_study
+
+        shape = {"folder": model, "dtype": dtype, "layout": named_parts(layout), "chat": {} if chat else None}
+        config = fitting_study(shape, task, options(option), settings, threads)
+        with progress(quiet=as_json) as tell:
+            report_path = run_study(config, out, tell)
+        if as_json:
+            typer.echo(json.dumps({"run": str(out), "report": str(report_path), "tasks": brief_of(out)}))
+        else:
+            for line in [*in_words(out), str(report_path)]:
+                typer.echo(line)
+
+
+@app.command()
+def tasks(as_json: AsJson = False) -> None:
+    """List the tasks."""
+    from mnemoscope.tasks import describe_tasks
+
+    described = describe_tasks()
+    if as_json:
+        typer.echo(json.dumps(described))
+    else:
+        width = max(map(len, described))
+        for name, line in described.items():
+            typer.echo(f"{name:<{width}}  {line}")
+
+
+@app.command()
+def data(
+    task: Annotated[str, typer.Argument(help="A task, see `mnemoscope tasks`.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="JSONL file to write.")],
+    n: Annotated[int, typer.Option("-n", min=1, help="Examples of each kind.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Decides everything that is drawn.")] = 0,
+    option: Given = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write examples of a task as JSONL; each conflict is followed by a rephrasing of it."""
+    with one_line_errors():
+        import numpy as np
+
+        from mnemoscope.files import write_atomically
+        from mnemoscope.tasks import KINDS, build_task
+        from mnemoscope.tasks.jsonl import write_jsonl
+
+        made = build_task(task, options(option), seed)
+        rng = np.random.default_rng([seed, 4])
+        lines = []
+        for kind in KINDS:
+            for example in made.examples(rng, n, kind):
+                lines += [example, made.rephrase(example, rng)] if kind == "conflict" else [example]
+        write_atomically(out, write_jsonl(lines).encode())
+        say({"file": str(out), "examples": len(lines)}, as_json, "file")

@@ -1,0 +1,128 @@
+"""What a model is, and how it is trained."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from mnemoscope.config.fields import Frozen, as_several
+
+
+class LayoutConfig(Frozen):
+    """Where a model keeps its parts, as attribute paths."""
+
+    blocks: str = Field(description="the list of blocks, from the model's root")
+    attention: str = Field(description="inside a block: what attention adds")
+    mlp: str = Field(description="inside a block: what the MLP adds")
+    down: str = Field("", description="inside a block: the down projection; empty where there is no single one")
+
+
+class LoraConfig(Frozen):
+    """An adapter (LoRA) in which a trained model learns the task; its own weights stay as they are."""
+
+    rank: int = Field(16, ge=1, le=4096, description="of the product that is added to each weight matrix")
+    alpha: float = Field(32.0, gt=0, allow_inf_nan=False, description="the product counts alpha / rank times")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of what the adapter reads, while it is trained")
+    target_modules: Annotated[tuple[str, ...], BeforeValidator(as_several)] = Field(
+        ("all-linear",),
+        min_length=1,
+        description="names of the layers that are adapted; all-linear: every linear layer but the head",
+    )
+
+
+class ChatConfig(Frozen):
+    """Prompts are put by the chat template of the tokenizer."""
+
+    system: str | None = Field(None, description="what the system message says; null leaves it to the template")
+
+
+class ModelConfig(Frozen):
+    """A GPT-2 to train from scratch, or the folder of a trained model."""
+
+    folder: str | None = Field(
+        None, description="folder or hub id of a trained causal language model; nothing is trained unless lora is given"
+    )
+    lora: LoraConfig | None = Field(
+        None, description="the adapter in which the model of folder learns the task; {}: with the usual settings"
+    )
+    cell: str | None = Field(
+        None, description="another cell of the study: its model of the same seed is used; nothing is trained"
+    )
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
+        "float32", description="precision of a trained model's weights; auto: as they were saved"
+    )
+    layout: LayoutConfig | None = Field(None, description="where the parts of a trained model of no known family are")
+    chat: ChatConfig | None = Field(
+        None, description="for a model that was tuned to talk: {} puts prompts by its chat template"
+    )
+    initialization: int | None = Field(
+        None, ge=0, description="seed of the first weights; default: the cell's seed. One number lets seeds share them"
+    )
+    layers: int = Field(4, ge=1, le=64, description="blocks")
+    width: int = Field(128, ge=8, le=4096, description="neurons of a state")
+    heads: int = Field(4, ge=1, le=64, description="attention heads; a divisor of the width")
+    context: int = Field(64, ge=8, le=4096, description="most tokens the model reads")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ModelConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.lora and not self.folder:
+            raise ValueError("lora adapts a trained model; give its folder or hub id as folder, or leave lora out")
+        if self.chat and (self.lora or not self.folder):
+            raise ValueError("chat puts prompts to a trained model as it is; give its folder, and no lora")
+        return self
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether a cell trains its model: from scratch, or an adapter in a trained one."""
+        return not self.cell and (self.lora is not None or not self.folder)
+
+    @property
+    def shares_first_weights(self) -> bool:
+        """Whether the models of all seeds begin with the same weights; those of an adapter are a small part."""
+        return self.initialization is not None or self.folder is not None
+
+
+class StopConfig(Frozen):
+    """When both behaviours are there, on the tune split."""
+
+    novel_accuracy: float = Field(0.97, ge=0, le=1, description="accuracy on novel examples, at least")
+    recall: float = Field(0.97, ge=0, le=1, description="accuracy on memory examples, at least")
+    conflict_each: float = Field(0.25, ge=0, le=0.5, description="share of conflicts answered each way, at least")
+    conflict_other: float = Field(0.10, ge=0, le=1, description="share of conflicts answered neither way, at most")
+
+
+class TrainingConfig(Frozen):
+    """How a model is trained, from scratch or in an adapter."""
+
+    steps: int = Field(1000, ge=1, description="optimizer steps, at most")
+    attempts: int = Field(
+        1, ge=1, le=20, description="trainings, with new first weights and data, before it is given up"
+    )
+    give_up_at: int | None = Field(
+        None, ge=1, description="step at which an attempt that has learned no rule (novel accuracy below 0.7) ends"
+    )
+    decay_steps: int = Field(
+        0, ge=0, description="steps at the end over which the learning rate falls to 2 % of its peak"
+    )
+    batch_size: int = Field(64, ge=1, le=65536, description="instances a step")
+    optimizer: Literal["muon", "adamw"] = Field(
+        "muon", description="of the matrices in blocks; AdamW of the rest, and of adapters"
+    )
+    learning_rate: float = Field(3e-3, gt=0, le=1, description="its peak")
+    weight_decay: float = Field(0.1, ge=0, le=10, description="of the matrices inside the blocks, or of the adapter")
+    settle_steps: int = Field(
+        0, ge=0, description="steps after the stop rule first holds, over which the learning rate falls to 0"
+    )
+    settle_dropout: float = Field(
+        0.0, ge=0, lt=1, description="dropout of embeddings and of what attention and MLP add, in these steps"
+    )
+    warmup_steps: int = Field(50, ge=0, description="steps over which the learning rate rises")
+    prompt_weight: float = Field(
+        1.0, ge=0, le=1, description="weight of a prompt token in the loss; 1 is plain causal language modelling"
+    )
+    evaluate_every: int = Field(50, ge=1, description="steps between two measurements of the behaviours")
+    evaluation_examples: int = Field(200, ge=8, description="examples of each kind that are measured")
+    stop: StopConfig = StopConfig()

@@ -1,0 +1,110 @@
+"""Configurations from files and from what a command line says, with one line where a field is wrong."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from mnemoscope.config.model import ModelConfig
+from mnemoscope.config.study import StudyConfig
+from mnemoscope.errors import InputError
+
+
+def built_in_studies() -> list[str]:
+    """Names of the studies that come with the package."""
+    folder = resources.files("mnemoscope") / "studies"
+    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+
+
+def load_study(study: str, overrides: list[str] | None = None, seeds: int | None = None) -> StudyConfig:
+    """Read a built-in study or a YAML file and resolve it.
+
+    Args:
+        study: a name of ``built_in_studies`` or the path of a YAML file.
+        overrides: ``a.b=c`` each; the value is YAML.
+        seeds: replaces the study's number of seeds.
+
+    Raises:
+        InputError: the study is unknown, is no YAML, or a field has a value that is not allowed.
+    """
+    if study in built_in_studies():
+        text = (resources.files("mnemoscope") / "studies" / f"{study}.yaml").read_text()
+    elif Path(study).is_file():
+        text = Path(study).read_text()
+    else:
+        raise InputError(f"study: {study!r} is neither a file nor one of {', '.join(built_in_studies())}")
+    raw = _yaml(text, study)
+    if not isinstance(raw, dict):
+        raise InputError(f"study: {study} holds {type(raw).__name__}, not a mapping of fields")
+    for override in overrides or []:
+        _override(raw, override)
+    if seeds is not None:
+        raw["seeds"] = seeds
+    return parse_study(raw)
+
+
+def parse_study(raw: dict[str, Any]) -> StudyConfig:
+    """Validate fields read from a file.
+
+    Raises:
+        InputError: naming the first field at fault, its value and what is allowed.
+    """
+    try:
+        return StudyConfig.model_validate(raw)
+    except ValidationError as error:
+        raise _in_one_line(error, "study") from error
+
+
+def parse_model(raw: dict[str, Any]) -> ModelConfig:
+    """Validate what is said of a model.
+
+    Raises:
+        InputError: naming the first field at fault, its value and what is allowed.
+    """
+    try:
+        return ModelConfig.model_validate(raw)
+    except ValidationError as error:
+        raise _in_one_line(error, "model") from error
+
+
+def _in_one_line(error: ValidationError, root: str) -> InputError:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or root
+    value = "" if first["type"] == "missing" else f" (got {_short(first['input'])})"
+    return InputError(f"{where}: {first['msg'].removeprefix('Value error, ')}{value}")
+
+
+def dump_study(config: StudyConfig) -> str:
+    """The full resolved configuration as YAML; ``load_study`` reads it back as the same."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise InputError(f"{where}{line}: not YAML ({getattr(error, 'problem', None) or 'malformed'})") from error
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    path, equals, value = override.partition("=")
+    if not equals or not path:
+        raise InputError(f"--set: {override!r} is not of the form a.b=c")
+    *parents, last = path.split(".")
+    node = raw
+    for part in parents:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise InputError(f"--set: {path!r} leads through {part!r}, which holds no fields")
+    node[last] = _yaml(value, f"--set {path}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
