@@ -960,6 +960,7 @@ def test_numbers_in_words() -> None:
     [
         ((0.63, 0.60, 0.66), (0.09, 0.06, 0.12), "Yes, beyond the input"),
         ((0.63, 0.60, 0.66), (0.01, -0.02, 0.04), "Yes, but not surely beyond the input"),
+        ((0.63, 0.60, 0.66), (-0.04, -0.06, -0.02), "Yes, but better from the input alone"),
         ((0.51, 0.47, 0.55), (-0.09, -0.12, -0.06), "Not that it shows"),
     ],
 )
@@ -976,7 +977,7 @@ def test_reading_is_held_against_the_stronger_view_of_the_input() -> None:
     assert can_it_be_read({"probe": probe}).verdict == "Yes, beyond the input"
     best["minus_input_repeats"] = estimate(-0.1, -0.13, -0.07)
     answer = can_it_be_read({"probe": probe})
-    assert answer.verdict == "Yes, but not surely beyond the input"
+    assert answer.verdict == "Yes, but better from the input alone"
     assert "10\u00a0points fewer" in answer.sentence
 
 

@@ -183,6 +183,8 @@ def can_it_be_read(task: Tree) -> Answer:
         return Answer("read", question, "Not measured", "", "", why_nothing(task), (math.nan,) * 4)
     if certain(beyond) > 0:
         verdict = "Yes, beyond the input"
+    elif accuracy["low"] > 0.5 and certain(beyond) < 0:
+        verdict = "Yes, but better from the input alone"
     elif accuracy["low"] > 0.5:
         verdict = "Yes, but not surely beyond the input"
     else:
