@@ -28,7 +28,7 @@ from mnemoscope.behaviour import Asking, read_states
 from mnemoscope.errors import InputError
 from mnemoscope.models import Site, backbone_of, blocks_of, pass_inputs, site_width
 from mnemoscope.probes import LayerProbe, Standardized, fit_layer_probes
-from mnemoscope.steering import Binding, Toward
+from mnemoscope.steering import Binding, Toward, first_accepted, reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -205,13 +205,11 @@ class Detector:
         """
         from safetensors.numpy import load_file
 
-        try:
+        with reading("detector", path):
             facts: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
             facts["binding"] = Binding(**facts["binding"]) if facts["binding"] else None
             facts["conflict_bias"] = math.nan if facts["conflict_bias"] is None else facts["conflict_bias"]
             detector = cls(**facts, **load_file(path))
-        except Exception as error:  # safetensors raises its own kinds for a broken file
-            raise InputError(f"detector: {path} cannot be read ({str(error).splitlines()[0]})") from error
         if model is not None and tokenizer is not None:
             if not force:
                 Binding.check(detector.binding, Binding.of(model, tokenizer), "detector")
@@ -291,15 +289,10 @@ def find_detector(
     if source.is_file():
         return Detector.load(source, model, tokenizer, force)
     paths = [source / "detector.safetensors", *sorted((source / "cells").glob("*/detector.safetensors"))]
-    refused: InputError | None = None
-    for path in paths:
-        if path.is_file():
-            try:
-                return Detector.load(path, model, tokenizer, force)
-            except InputError as error:
-                refused = error
-    raise refused or InputError(
-        f"from: {source} is neither a detector nor a folder of a run with one (set detection.fitted: true)"
+    return first_accepted(
+        filter(Path.is_file, paths),
+        lambda path: Detector.load(path, model, tokenizer, force),
+        f"from: {source} is neither a detector nor a folder of a run with one (set detection.fitted: true)",
     )
 
 

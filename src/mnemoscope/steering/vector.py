@@ -5,7 +5,6 @@ Shapes: N examples, L layers, D neurons.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,13 +17,8 @@ import torch
 from torch import Tensor
 
 from mnemoscope.errors import InputError
-from mnemoscope.models import (
-    SITES,
-    Site,
-    blocks_of,
-    core_of,
-    site_width,
-)
+from mnemoscope.models import SITES, Site, blocks_of, site_width
+from mnemoscope.steering.binding import Binding, first_accepted, reading
 from mnemoscope.steering.hooks import Gate, Positions, shifted
 
 if TYPE_CHECKING:
@@ -34,39 +28,6 @@ if TYPE_CHECKING:
 
 Toward = Literal["generalized", "memorized"]
 OPPOSITE: dict[Toward, Toward] = {"generalized": "memorized", "memorized": "generalized"}
-
-
-@dataclass(frozen=True, slots=True)
-class Binding:
-    """What a vector was made on; a vector is refused where any of it differs.
-
-    Attributes:
-        model_type: the configuration's ``model_type``.
-        weights: SHA-256 of all parameters, by name.
-        tokenizer: SHA-256 of the fast tokenizer.
-    """
-
-    model_type: str
-    weights: str
-    tokenizer: str
-
-    @classmethod
-    def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Binding:
-        """Fingerprint a model and its tokenizer (reads every weight once)."""
-        digest = hashlib.sha256()
-        for name, weight in sorted(model.named_parameters()):
-            digest.update(name.encode())
-            digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-        words = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["model"], sort_keys=True)
-        return cls(core_of(model).config.model_type, digest.hexdigest(), hashlib.sha256(words.encode()).hexdigest())
-
-    @staticmethod
-    def check(bound: Binding | None, found: Binding, what: str) -> None:
-        """Raises InputError where a model is not the one that ``what`` was made on; the field that differs is named."""
-        for name, value in asdict(found).items():
-            made_on = getattr(bound, name, None)
-            if made_on != value:
-                raise InputError(f"{name}: the {what} was made on {made_on}, this model has {value}; force overrides")
 
 
 @dataclass(frozen=True)
@@ -252,17 +213,13 @@ class SteeringVector:
         """
         from safetensors.torch import load_file
 
-        try:
+        with reading("vector", path):
             facts: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
             shifts = {int(name.split(".")[1]): shift for name, shift in load_file(path).items()}
             if facts.pop("layers") != sorted(shifts):
                 raise ValueError("its layers are not those of the JSON beside it")
             binding = facts.pop("binding")
             vector = cls(shifts=shifts, binding=Binding(**binding) if binding else None, **facts)
-        except InputError:
-            raise
-        except Exception as error:  # safetensors raises its own kinds for a broken file
-            raise InputError(f"vector: {path} cannot be read ({str(error).splitlines()[0]})") from error
         if model is not None and tokenizer is not None:
             if not force:
                 Binding.check(vector.binding, Binding.of(model, tokenizer), "vector")
@@ -286,17 +243,17 @@ def find_vector(
             raise InputError(f"toward: the vector in {source} turns to {vector.toward}, not to {toward}")
         return vector
     cells = [source] if (source / "vectors").is_dir() else sorted((source / "cells").glob("*/"))
-    refused: InputError | None = None
+    paths = []
     for cell in cells:
         chosen = cell / "records" / "chosen.json"
-        if not chosen.is_file():
-            continue
-        method = json.loads(chosen.read_text())["pairs"]["best"][f"to_{toward}"]
-        try:
-            return SteeringVector.load(cell / "vectors" / f"to_{toward}-{method}.safetensors", model, tokenizer, force)
-        except InputError as error:
-            refused = error
-    raise refused or InputError(f"from: {source} is neither a vector nor a folder of a run that has chosen vectors")
+        if chosen.is_file():
+            method = json.loads(chosen.read_text())["pairs"]["best"][f"to_{toward}"]
+            paths.append(cell / "vectors" / f"to_{toward}-{method}.safetensors")
+    return first_accepted(
+        paths,
+        lambda path: SteeringVector.load(path, model, tokenizer, force),
+        f"from: {source} is neither a vector nor a folder of a run that has chosen vectors",
+    )
 
 
 def scaled_to(shift_LD: np.ndarray, norm_L: np.ndarray) -> np.ndarray:

@@ -1,0 +1,80 @@
+"""Which model something was made on, and files that are accepted for that model only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from mnemoscope.errors import InputError
+from mnemoscope.models import core_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """What a vector or a detector was made on; it is refused where any of this differs.
+
+    Attributes:
+        model_type: the configuration's ``model_type``.
+        weights: SHA-256 of all parameters, by name.
+        tokenizer: SHA-256 of the fast tokenizer.
+    """
+
+    model_type: str
+    weights: str
+    tokenizer: str
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Binding:
+        """Fingerprint a model and its tokenizer (reads every weight once)."""
+        digest = hashlib.sha256()
+        for name, weight in sorted(model.named_parameters()):
+            digest.update(name.encode())
+            digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        words = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["model"], sort_keys=True)
+        return cls(core_of(model).config.model_type, digest.hexdigest(), hashlib.sha256(words.encode()).hexdigest())
+
+    @staticmethod
+    def check(bound: Binding | None, found: Binding, what: str) -> None:
+        """Raises InputError where a model is not the one that ``what`` was made on; the field that differs is named."""
+        for name, value in asdict(found).items():
+            made_on = getattr(bound, name, None)
+            if made_on != value:
+                raise InputError(f"{name}: the {what} was made on {made_on}, this model has {value}; force overrides")
+
+
+@contextmanager
+def reading(what: str, path: Path) -> Iterator[None]:
+    """Turns whatever a missing or corrupted file raises into one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # safetensors raises its own kinds for a broken file
+        raise InputError(f"{what}: {path} cannot be read ({str(error).splitlines()[0]})") from error
+
+
+def first_accepted(paths: Iterable[Path], load: Callable[[Path], Made], otherwise: str) -> Made:
+    """What ``load`` makes of the first file that it accepts.
+
+    Raises:
+        InputError: it accepts none: what it said of the last one, or ``otherwise`` where there is none.
+    """
+    refused: InputError | None = None
+    for path in paths:
+        try:
+            return load(path)
+        except InputError as error:
+            refused = error
+    raise refused or InputError(otherwise)
