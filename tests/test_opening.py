@@ -98,6 +98,12 @@ def test_doctor_tells_in_words_and_for_machines(tmp_path: Path) -> None:
     assert (code, found["passed"], len(found["checks"])) == (0, True, 24)
 
 
+def test_the_places_of_layers_can_be_given(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    code, out, _ = call("doctor", str(folder), "--prompt", "w1 w2 w3", "--prompt", "w4", "--json", "--device-map", "cpu")
+    assert (code, json.loads(out)["passed"]) == (0, True)
+
+
 def test_a_layout_can_be_given(tmp_path: Path) -> None:
     known = layout_of(tiny("llama"))
     folder = saved(tmp_path)
@@ -115,6 +121,7 @@ def test_a_layout_can_be_given(tmp_path: Path) -> None:
         (["--prompt", "w1"], "prompts: all have one length"),
         (["--layout", "blocks=nowhere,attention=a,mlp=b"], "layout.blocks: 'nowhere' is no list of blocks"),
         (["--layout", "parts=x"], "layout.blocks: Field required"),
+        (["--device-map", "nowhere"], "cannot be opened as a causal language model"),
     ],
 )
 def test_bad_input_to_doctor_is_one_line(tmp_path: Path, arguments: list[str], line: str) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from mnemoscope.cli.app import app
-from mnemoscope.cli.given import AsChat, AsJson, Dtype, Parts, named_parts
+from mnemoscope.cli.given import AsChat, AsJson, DeviceMap, Dtype, Parts, named_parts
 from mnemoscope.cli.output import one_line_errors, say
 
 
@@ -19,6 +19,7 @@ def doctor(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id of a causal model, or smollm2.")],
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt to check with; at least two.")] = None,
     dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
     layout: Parts = None,
     as_json: AsJson = False,
 ) -> None:
@@ -26,7 +27,7 @@ def doctor(
     with one_line_errors():
         from mnemoscope.doctor import PROMPTS, examine
 
-        opened, tokenizer = _open(model, dtype, layout)
+        opened, tokenizer = _open(model, dtype, layout, device_map)
         checks = list(examine(opened, tokenizer, prompt or PROMPTS))
         well = all(check.passed for check in checks)
         if as_json:
@@ -56,6 +57,8 @@ def steer(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens behind each prompt, at most.")] = 20,
     chat: AsChat = False,
     dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
+    layout: Parts = None,
     force: Annotated[bool, typer.Option(help="Use a vector that was made on another model of the same shape.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -67,7 +70,7 @@ def steer(
 
         if toward not in OPPOSITE:
             raise InputError(f"toward: {toward!r} is not one of {', '.join(OPPOSITE)}")
-        opened, tokenizer = _open_with(source, model, dtype)
+        opened, tokenizer = _open_with(source, model, dtype, layout, device_map)
         vector = find_vector(source, toward, opened, tokenizer, force)
         _check_put("vector", vector.chat, chat)
         asking = Asking(opened, tokenizer, chat=Chat() if chat else None)
@@ -104,6 +107,8 @@ def detect(
     source: Annotated[Path, typer.Option("--from", help="A run, a cell of one, or the file of a detector.")],
     chat: AsChat = False,
     dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
+    layout: Parts = None,
     force: Annotated[bool, typer.Option(help="Use a detector that was fitted on another model.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -112,7 +117,7 @@ def detect(
         from mnemoscope.behaviour import Asking, Chat
         from mnemoscope.detect import find_detector, read_prompts
 
-        opened, tokenizer = _open_with(source, model, dtype)
+        opened, tokenizer = _open_with(source, model, dtype, layout, device_map)
         detector = find_detector(source, opened, tokenizer, force)
         _check_put("detector", detector.chat, chat)
         asking = Asking(opened, tokenizer, batch_size=32, chat=Chat() if chat else None)
@@ -166,6 +171,7 @@ def export(
     model: Annotated[str | None, typer.Option(help="The model it was made on; needed for a checkpoint.")] = None,
     alpha: Annotated[float, typer.Option(min=0.0, help="Factor on the vector.")] = 1.0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto; what is written has it.")] = "float32",
+    layout: Parts = None,
     force: Annotated[bool, typer.Option(help="Use a vector that was made on another model of the same shape.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -181,7 +187,7 @@ def export(
             raise InputError(f"out: {out} exists; nothing is overwritten")
         if to == "checkpoint" and model is None:
             raise InputError("model: a checkpoint is made of a model; name the one that the vector was made on")
-        opened, tokenizer = _open(model, dtype, None) if model is not None else (None, None)
+        opened, tokenizer = _open(model, dtype, layout) if model is not None else (None, None)
         vector = alpha * SteeringVector.load(file, opened, tokenizer, force)
         if to == "checkpoint":
             bake(opened, tokenizer, vector, out)
@@ -203,22 +209,23 @@ def _model_type(vector: Any, opened: Any) -> str:
     return str(vector.binding.model_type)
 
 
-def _open_with(source: Path, model: str, dtype: str) -> tuple[Any, Any]:
+def _open_with(source: Path, model: str, dtype: str, layout: str | None, device_map: str | None) -> tuple[Any, Any]:
     """A user's model, for what was made of it; a path that is not there is told before a large model is opened."""
     from mnemoscope.errors import InputError
 
     if not source.exists():
         raise InputError(f"from: {source} does not exist")
-    return _open(model, dtype, None)
+    return _open(model, dtype, layout, device_map)
 
 
-def _open(model: str, dtype: str, layout: str | None) -> tuple[Any, Any]:
+def _open(model: str, dtype: str, layout: str | None, device_map: str | None = None) -> tuple[Any, Any]:
     """A user's model and tokenizer, from what the command line says of them."""
     from mnemoscope.config import parse_model
     from mnemoscope.models import Layout, load_model
     from mnemoscope.study import quiet_library
 
     quiet_library()
-    shape = parse_model({"folder": model, "dtype": dtype, "layout": named_parts(layout)})
+    given = {"folder": model, "dtype": dtype, "device_map": device_map, "layout": named_parts(layout)}
+    shape = parse_model(given)
     where = Layout(**shape.layout.model_dump()) if shape.layout else None
-    return load_model(model, dtype=shape.dtype, layout=where)
+    return load_model(model, dtype=shape.dtype, device_map=shape.device_map, layout=where)

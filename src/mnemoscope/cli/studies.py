@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mnemoscope.cli.app import app
-from mnemoscope.cli.given import AsChat, AsJson, Dtype, Given, Parts, named_parts, options
+from mnemoscope.cli.given import AsChat, AsJson, DeviceMap, Dtype, Given, Parts, named_parts, options
 from mnemoscope.cli.output import one_line_errors, progress, say
 
 
@@ -64,6 +64,7 @@ def fit(
     settings: Annotated[int, typer.Option(min=1, help="Settings tried in either direction, at most.")] = 42,
     threads: Annotated[int, typer.Option(min=1, help="Threads; results depend on them in the last bits.")] = 1,
     dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
     layout: Parts = None,
     chat: AsChat = False,
     as_json: AsJson = False,
@@ -74,7 +75,8 @@ def fit(
         from mnemoscope.report import brief_of, in_words
         from mnemoscope.study import run_study
 
-        shape = {"folder": model, "dtype": dtype, "layout": named_parts(layout), "chat": {} if chat else None}
+        shape = {"folder": model, "dtype": dtype, "device_map": device_map, "layout": named_parts(layout)}
+        shape |= {"chat": {} if chat else None}
         config = fitting_study(shape, task, options(option), settings, threads)
         with progress(quiet=as_json) as tell:
             report_path = run_study(config, out, tell)

@@ -52,6 +52,10 @@ class ModelConfig(Frozen):
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
         "float32", description="precision of a trained model's weights; auto: as they were saved"
     )
+    device_map: str | None = Field(
+        None,
+        description="where a trained model's layers go, as transformers takes it: cpu, cuda, auto; needs accelerate",
+    )
     layout: LayoutConfig | None = Field(None, description="where the parts of a trained model of no known family are")
     chat: ChatConfig | None = Field(
         None, description="for a model that was tuned to talk: {} puts prompts by its chat template"
@@ -70,6 +74,8 @@ class ModelConfig(Frozen):
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if self.lora and not self.folder:
             raise ValueError("lora adapts a trained model; give its folder or hub id as folder, or leave lora out")
+        if self.device_map and not self.folder:
+            raise ValueError("device_map places a trained model; give its folder or hub id as folder, or leave it out")
         if self.chat and (self.lora or not self.folder):
             raise ValueError("chat puts prompts to a trained model as it is; give its folder, and no lora")
         return self

@@ -59,7 +59,7 @@ def opened_model(cell: Cell, source: str | Path, task: Task) -> Asking:
     """
     shape = cell.config.model
     layout = Layout(**shape.layout.model_dump()) if shape.layout else None
-    model, tokenizer = load_model(source, dtype=shape.dtype, layout=layout)
+    model, tokenizer = load_model(source, dtype=shape.dtype, device_map=shape.device_map, layout=layout)
     chat = Chat(shape.chat.system, getattr(task, "parted", all_said)) if shape.chat else None
     return Asking(model, tokenizer, task.boundary, cell.config.pairs.batch_size, chat)
 
