@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,17 +14,17 @@ from mnemoscope.behaviour import Asking, prepare
 from mnemoscope.directions import (
     CONTROLS,
     METHODS,
-    Choice,
     FitLists,
     Limits,
     Setting,
     Sources,
     TuneLists,
     alpha_of,
-    choose,
     control_draws,
     control_means,
     damage,
+    final,
+    ranked,
     read_sources,
     share_of,
     steered,
@@ -32,7 +32,7 @@ from mnemoscope.directions import (
     vector_of,
     with_prefixes,
 )
-from mnemoscope.directions.choose import AGAIN
+from mnemoscope.directions.choose import AGAIN, STANDING_IN
 from mnemoscope.directions.learned import wanted_batches
 from mnemoscope.models import SITES
 from mnemoscope.steering import SteeringVector
@@ -237,25 +237,25 @@ def test_the_setting_is_chosen_that_exceeds_its_control(asking: Asking, sources:
     settings = [setting("gradient", top=0.5, strength=strength) for strength in (0.01, 0.2, 2.0)]
     rated = [(s, share_of(steered(asking, lists.turned, vector_of(sources, s)), "generalized")) for s in settings]
 
-    def chosen(limits: Limits) -> Choice:
-        return choose(asking, lists, {"block": sources}, rated, limits)
-
-    def nets(limits: Limits, seed: int) -> dict[Setting, float]:
-        worst = {s: max(control_means(asking, lists.turned, sources, s, limits, (seed,))) for s in settings}
-        return {
-            s: rate - 0.5 * min(worst[s], limits.control) - limits.excess_cost * max(0.0, worst[s] - limits.control)
-            for s, rate in rated
-        }
+    def nets(limits: Limits, seed: int, names: Sequence[str]) -> dict[Setting, float]:
+        found = {s: control_means(asking, lists.turned, sources, s, limits, (seed,), names) for s in settings}
+        over = {s: max(0.0, max(means) - limits.control) for s, means in found.items()}
+        return {s: rate - 0.5 * min(max(found[s]), limits.control) - limits.excess_cost * over[s] for s, rate in rated}
 
     for control, excess_cost in ((1.0, 2.0), (0.0, 2.0), (0.0, 0.5), (0.02, 6.0)):
         limits = Limits(control, 1.0, draws=3, excess_cost=excess_cost)
-        first = nets(limits, 0)
-        again = nets(replace(limits, draws=limits.again, refits=limits.again), AGAIN)
-        best = chosen(limits)
+        first = nets(limits, 0, (*STANDING_IN, "shuffled_labels"))
+        again = nets(replace(limits, draws=limits.again, refits=limits.again), AGAIN, tuple(CONTROLS))
+        choices = ranked(asking, lists, {"block": sources}, rated, limits)
+        assert [c.net for c in choices] == pytest.approx([first[c.setting] for c in choices])
+        leading = choices[0]
+        assert leading.net == pytest.approx(max(first.values())), "what was left out had lost"
+        best = final(asking, lists, {"block": sources}, choices, limits)
         assert best.net == pytest.approx(again[best.setting]), "rated once more with other draws"
-        leading = max(settings, key=first.__getitem__)
-        assert best.net >= again[leading] - 1e-9
-        if best.setting != leading:
-            assert first[best.setting] > again[leading], "only what seemed better than the first one's second rating"
+        assert best.net >= again[leading.setting] - 1e-9
+        if best.setting != leading.setting:
+            assert first[best.setting] > again[leading.setting], "only what seemed better than what the first one keeps"
     harm = {s: damage(asking, lists, sources, s) for s in settings}
-    assert harm[chosen(Limits(1.0, min(harm.values()), draws=3)).setting] == min(harm.values())
+    hurting = ranked(asking, lists, {"block": sources}, rated, Limits(1.0, min(harm.values()), draws=3))
+    assert harm[hurting[0].setting] == min(harm.values())
+    assert hurting[0].kept

@@ -100,7 +100,9 @@ def test_doctor_tells_in_words_and_for_machines(tmp_path: Path) -> None:
 
 def test_the_places_of_layers_can_be_given(tmp_path: Path) -> None:
     folder = saved(tmp_path)
-    code, out, _ = call("doctor", str(folder), "--prompt", "w1 w2 w3", "--prompt", "w4", "--json", "--device-map", "cpu")
+    code, out, _ = call(
+        "doctor", str(folder), "--prompt", "w1 w2 w3", "--prompt", "w4", "--json", "--device-map", "cpu"
+    )
     assert (code, json.loads(out)["passed"]) == (0, True)
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _MEASURED: tuple[Kind, ...] = ("novel", "memory", "conflict")  # in the order in which their examples are drawn
 HOPELESS = 0.7  # of novel accuracy, at `give_up_at` steps
 AHEAD = 32  # batches that are generated and tokenized together
+MUCH_PADDING = 0.15  # share of a batch's columns that reading it in two passes must save
 MOST_LOGITS = 2**27  # of a pass, 512 MiB; its gradient and its log-probabilities take as much again each
 
 
@@ -377,13 +378,16 @@ def _passes(ids_BT: Tensor, weights_BT: Tensor, vocabulary: int) -> Iterator[tup
 
 
 def _by_length(ids_BT: Tensor, weights_BT: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """A batch whole, or its short rows apart from its long ones where most of the short ones would be padding.
+    """A batch whole, or its short rows apart from its long ones where padding is much of it.
 
     A row ends at its last token with a weight, the end of text.
     """
-    length_B = (torch.arange(1, ids_BT.shape[1] + 1) * (weights_BT > 0)).amax(1)
-    is_short_B = length_B <= ids_BT.shape[1] // 2
-    if not is_short_B.any():
+    rows, longest = ids_BT.shape
+    length_B = (torch.arange(1, longest + 1) * (weights_BT > 0)).amax(1)
+    lengths, counts = length_B.unique(return_counts=True)
+    read = counts.cumsum(0) * lengths + (rows - counts.cumsum(0)) * longest
+    short = lengths[read.argmin()]
+    if int(read.min()) > (1 - MUCH_PADDING) * rows * longest:
         return [(ids_BT, weights_BT)]
-    rows = [rows_B for rows_B in (is_short_B, ~is_short_B) if rows_B.any()]
-    return [(ids_BT[r, : length_B[r].max()], weights_BT[r, : length_B[r].max()]) for r in rows]
+    parts = [rows_B for rows_B in (length_B <= short, length_B > short) if rows_B.any()]
+    return [(ids_BT[r, : length_B[r].max()], weights_BT[r, : length_B[r].max()]) for r in parts]

@@ -1,6 +1,6 @@
 """From pairs to steering vectors: methods, controls of the same norm, and the choice of a setting."""
 
-from mnemoscope.directions.choose import Choice, Limits, TuneLists, choose, control_means, damage
+from mnemoscope.directions.choose import Choice, Limits, TuneLists, control_means, damage, final, ranked
 from mnemoscope.directions.controls import CONTROLS, control_draws, control_exists, gaussian_like
 from mnemoscope.directions.learned import Budget, learn
 from mnemoscope.directions.methods import METHODS, Method, Wanted, summed_gradient
@@ -31,14 +31,15 @@ __all__ = [
     "TuneLists",
     "Wanted",
     "alpha_of",
-    "choose",
     "control_draws",
     "control_exists",
     "control_means",
     "damage",
+    "final",
     "gaussian_like",
     "in_turn",
     "learn",
+    "ranked",
     "ranked_neurons",
     "read_sources",
     "share_of",

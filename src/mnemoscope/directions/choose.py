@@ -8,20 +8,24 @@ prefer a weak vector to one that turns nearly all.
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mnemoscope.behaviour import Asking, Batch
-from mnemoscope.directions.controls import CHEAP, CONTROLS, control_draws
+from mnemoscope.directions.controls import CHEAP, DEAR, control_draws
 from mnemoscope.directions.settings import TOWARD, Setting, share_of, steered, vector_of
 from mnemoscope.directions.sources import Sources
 
 COST = 0.5  # points of the shift that a control costs by each point that it turns, up to its limit
-FINALISTS = 3  # settings that are rated again at most
+FINALISTS = 4  # settings that are rated again at most
 AGAIN = 1_000_003  # added to a seed for the second rating
+# Shifts that are drawn at random turn about as many, whichever neurons they fall on: two of four stand for all of them
+# while settings are compared.
+STANDING_IN = ("random_sign", "gaussian")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +38,7 @@ class Limits:
         collateral: the largest drop of the share that keeps its answer, of any list that should.
         draws: of each control.
         refits: draws of the controls that fit a method anew, which cost most; 0 leaves them out.
-        again: draws of either kind with which a chosen setting is rated once more.
+        again: draws of either kind with which the best settings are rated once more.
     """
 
     control: float
@@ -63,12 +67,14 @@ class Choice:
     """A setting, and what it gains on the tune split.
 
     Attributes:
+        rate: the shift rate.
         net: shift rate less what its worst control costs.
         kept: whether its collateral keeps the limit; a choice beyond it is made only where no setting keeps it.
         within: whether it keeps all limits.
     """
 
     setting: Setting
+    rate: float
     net: float
     kept: bool
     within: bool
@@ -79,59 +85,80 @@ class Choice:
         return self.kept, self.net
 
 
-def choose(
+def ranked(
     asking: Asking,
     lists: TuneLists,
     sources: Mapping[str, Sources],
     rated: Sequence[tuple[Setting, float]],
     limits: Limits,
     seed: Sequence[int] = (0,),
-) -> Choice:
-    """The setting that gains most, among those that keep what should stay if there is one.
+) -> list[Choice]:
+    """Settings by what they gain, best first, those that keep what should stay before all others.
 
-    Of many settings the one comes first whose few draws happened to flatter it, so it is rated once more, with more and
-    other draws, and so is the next one if it seemed better than what is left of the first.
+    What a control costs is measured only of settings that could still be the best without it: the first is the best of
+    all; of the others those are left out that had lost before all was known of them.
 
     Args:
         sources: by site.
         rated: settings of one direction with their shift rates on ``lists.turned``; at least one.
         seed: of the controls' draws.
     """
-    best: Choice | None = None
-    leaders: list[Choice] = []
-    # Weak settings first: their controls do little, so that most strong ones are out after their first control.
-    for setting, rate in sorted(rated, key=lambda pair: (pair[0].strength, -pair[1], pair[0].top)):
-        least = best.net if best and best.kept else -math.inf
-        if rate <= least:
-            continue  # not even without any effect of its controls could it be better
-        kept = damage(asking, lists, sources[setting.site], setting) <= limits.collateral
-        if best and best.kept and not kept:
-            continue
-        worst = 0.0
-        for mean in control_means(asking, lists.turned, sources[setting.site], setting, limits, seed):
-            worst = max(worst, mean)
-            if _net(rate, worst, limits) <= least:
-                break
-        candidate = Choice(setting, _net(rate, worst, limits), kept, kept and worst <= limits.control)
-        if best is None or candidate.rank > best.rank:
-            best = candidate
-            leaders.append(candidate)
-    # Shuffles go by the first number of the seed, and those that chose are to be no part of this.
+    ordered = sorted(rated, key=lambda pair: (pair[0].strength, -pair[1], pair[0].top))
+    # By what is known of each so far: its shift, its collateral, one kind of control after the other.
+    waiting = [(-1, -rate, number, 0, 0.0) for number, (_, rate) in enumerate(ordered)]
+    heapq.heapify(waiting)
+    found: list[Choice] = []
+    while waiting:
+        kept, net, number, known, worst = heapq.heappop(waiting)
+        setting, rate = ordered[number]
+        if found and max(choice.rank for choice in found) >= (bool(kept), -net):
+            break
+        if known == 0:
+            kept = -int(damage(asking, lists, sources[setting.site], setting) <= limits.collateral)
+        else:
+            names = (STANDING_IN, DEAR)[known - 1]
+            means = control_means(asking, lists.turned, sources[setting.site], setting, limits, seed, names)
+            worst = max([worst, *means])
+        if known < 2:
+            heapq.heappush(waiting, (kept, -_net(rate, worst, limits), number, known + 1, worst))
+        else:
+            found.append(_choice(setting, rate, worst, bool(kept), limits))
+    return sorted(found, key=lambda choice: choice.rank, reverse=True)
+
+
+def final(
+    asking: Asking,
+    lists: TuneLists,
+    sources: Mapping[str, Sources],
+    candidates: Iterable[Choice],
+    limits: Limits,
+    seed: Sequence[int] = (0,),
+) -> Choice:
+    """The candidate that gains most when it is rated once more, with more and other draws of every control.
+
+    Of many settings the one comes first whose few draws happened to flatter it; the next one is rated again too, if it
+    seemed better than what is left of the first, and so on.
+
+    Args:
+        candidates: of one direction and any methods, as ``ranked`` gives them; at least one.
+    """
+    # Shuffles go by the first number of the seed, and those that ranked are to be no part of this.
     again = [seed[0] + AGAIN, *seed[1:]]
     more = replace(limits, draws=limits.again, refits=limits.again if limits.refits else 0)
-    rates = dict(rated)
-    final: Choice | None = None
-    for leader in sorted(leaders, key=lambda leader: leader.rank, reverse=True)[:FINALISTS]:
-        if final and final.rank >= leader.rank:
+    best: Choice | None = None
+    for candidate in sorted(candidates, key=lambda choice: choice.rank, reverse=True)[:FINALISTS]:
+        if best and best.rank >= candidate.rank:
             break
-        means = control_means(asking, lists.turned, sources[leader.setting.site], leader.setting, more, again)
-        worst = max(means, default=0.0)
-        net = _net(rates[leader.setting], worst, limits)
-        rerated = replace(leader, net=net, within=leader.kept and worst <= limits.control)
-        if final is None or rerated.rank > final.rank:
-            final = rerated
-    assert final is not None, "a sweep has at least one setting"
-    return final
+        setting = candidate.setting
+        worst = max(control_means(asking, lists.turned, sources[setting.site], setting, more, again), default=0.0)
+        rerated = _choice(setting, candidate.rate, worst, candidate.kept, limits)
+        best = rerated if best is None or rerated.rank > best.rank else best
+    assert best is not None, "there is a candidate"
+    return best
+
+
+def _choice(setting: Setting, rate: float, worst: float, kept: bool, limits: Limits) -> Choice:
+    return Choice(setting, rate, _net(rate, worst, limits), kept, kept and worst <= limits.control)
 
 
 def _net(rate: float, worst: float, limits: Limits) -> float:
@@ -145,17 +172,20 @@ def control_means(
     setting: Setting,
     limits: Limits,
     seed: Sequence[int],
-) -> Iterator[float]:
-    """The mean shift rate of each control that exists, one after the other; what is fitted anew comes last."""
+    names: Sequence[str] = (*CHEAP, *DEAR),
+) -> list[float]:
+    """The mean shift rate of each control that exists."""
     vector = vector_of(sources, setting)
-    for name in (*reversed(CHEAP), *(name for name in CONTROLS if name not in CHEAP)):
+    means = []
+    for name in names:
         drawn = control_draws(name, sources, setting, limits.draws if name in CHEAP else limits.refits, seed)
         rates = [
             share_of(steered(asking, batches, vector.with_dense(shift_LD), margins=False), TOWARD[setting.direction])
             for _, shift_LD in drawn
         ]
         if rates:
-            yield float(np.mean(rates))
+            means.append(float(np.mean(rates)))
+    return means
 
 
 def damage(asking: Asking, lists: TuneLists, sources: Sources, setting: Setting) -> float:

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ from mnemoscope.directions import (
     Sources,
     TuneLists,
     alpha_of,
-    choose,
     control_draws,
+    final,
+    ranked,
     read_sources,
     share_of,
     steered,
@@ -40,6 +41,7 @@ from mnemoscope.stages.lists import JudgedList, Records, fit_lists, judged_lists
 from mnemoscope.steering import Positions
 
 AIMS = ("pairs", "conflict")  # what a setting is chosen for; controls are drawn on the list of that name
+AIM_NAMES = {"pairs": "pairs", "conflict": "other conflicts"}
 
 
 def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
@@ -63,10 +65,13 @@ def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
 def _choose_all(work: _Work, tune: Mapping[str, Mapping[str, TuneLists]], tell: Tell) -> None:
     """Every choice; the tune lists and their caches are gone before the test lists come."""
     sweeps = work.cell.config.steering.sweeps
-    for number, direction in enumerate(TOWARD):
+    for number, (direction, aim) in enumerate(product(TOWARD, AIMS)):
+        lists = {name: of_aim[direction] for name, of_aim in tune.items()}
+        ranks: dict[str, list[Choice]] = {}
         for done, method in enumerate(sweeps):
-            tell(number + done / len(sweeps), 3, f"{direction}: choosing {method} on tune")
-            work.choose(direction, method, {aim: lists[direction] for aim, lists in tune.items()})
+            tell((number + done / len(sweeps)) / 2, 3, f"{direction}: choosing {method} for {AIM_NAMES[aim]} on tune")
+            ranks[method] = work.rank(aim, direction, method, lists)
+        work.choose(aim, direction, ranks, lists[aim])
 
 
 def sources_of(cell: Cell, asking: Asking, records: Records) -> dict[str, Sources]:
@@ -95,14 +100,44 @@ class _Work:
     sources: Mapping[str, Sources]
     swept: list[dict[str, Any]] = field(default_factory=list)
     choices: dict[tuple[str, str, str], Choice] = field(default_factory=dict)
+    best: dict[tuple[str, str], str] = field(default_factory=dict)  # the method that gains most, by aim and direction
 
-    def choose(self, direction: str, method: str, tune: Mapping[str, TuneLists]) -> None:
-        """Choose a method's setting for pairs, and for conflicts another one with the same share of neurons.
+    def rank(self, aim: str, direction: str, method: str, tune: Mapping[str, TuneLists]) -> list[Choice]:
+        """A method's settings, best first; for conflicts those with the share of neurons that was chosen for pairs.
 
         Args:
             tune: the tune lists of this direction, by aim.
         """
         config, count = self.cell.config.steering, len(blocks_of(self.asking.model))
+        grids = config.sweeps[method]  # type: ignore[index]
+        settings = settings_of(direction, method, grids, count, config.positions)
+        if aim == "conflict":
+            top = self.choices["pairs", direction, method].setting.top
+            settings = [setting for setting in settings if setting.top == top]
+        rated = []
+        for setting in settings:
+            scores = self._sweep(aim, setting, tune[aim].turned)
+            rated.append((setting, share_of(scores, TOWARD[setting.direction])))
+            if setting.method in config.mapped:
+                for name, (batches, label) in tune[aim].kept.items():
+                    if aim == "pairs" or name not in tune["pairs"].kept:
+                        self._sweep(name, setting, batches, label)
+        return ranked(self.asking, tune[aim], self.sources, rated, self._limits(aim), self._seed)
+
+    def choose(self, aim: str, direction: str, ranks: Mapping[str, Sequence[Choice]], tune: TuneLists) -> None:
+        """Choose a setting for each method, and the method that gains most."""
+        self.choices |= {(aim, direction, method): choices[0] for method, choices in ranks.items()}
+        candidates = chain.from_iterable(ranks.values())
+        choice = final(self.asking, tune, self.sources, candidates, self._limits(aim), self._seed)
+        self.choices[aim, direction, choice.setting.method] = choice
+        self.best[aim, direction] = choice.setting.method
+
+    @property
+    def _seed(self) -> list[int]:
+        return [self.cell.seed, 1]
+
+    def _limits(self, aim: str) -> Limits:
+        config = self.cell.config.steering
         limits = Limits(
             config.control_limit,
             config.collateral_limit,
@@ -110,27 +145,11 @@ class _Work:
             again=config.tune_draws_again,
             excess_cost=config.excess_cost,
         )
-        grids = config.sweeps[method]  # type: ignore[index]
-        settings = settings_of(direction, method, grids, count, config.positions)
-        choice = self._choose("pairs", tune, settings, limits)
-        of_conflicts = replace(
+        if aim == "pairs":
+            return limits
+        return replace(
             limits, control=config.conflict_control_limit, collateral=config.conflict_collateral_limit, refits=0
         )
-        self._choose("conflict", tune, [s for s in settings if s.top == choice.setting.top], of_conflicts)
-
-    def _choose(self, aim: str, tune: Mapping[str, TuneLists], settings: Sequence[Setting], limits: Limits) -> Choice:
-        rated = []
-        for setting in settings:
-            scores = self._sweep(aim, setting, tune[aim].turned)
-            rated.append((setting, share_of(scores, TOWARD[setting.direction])))
-            if setting.method in self.cell.config.steering.mapped:
-                for name, (batches, label) in tune[aim].kept.items():
-                    if aim == "pairs" or name not in tune["pairs"].kept:
-                        self._sweep(name, setting, batches, label)
-        seed = [self.cell.seed, 1]
-        choice = choose(self.asking, tune[aim], self.sources, rated, limits, seed)
-        self.choices[aim, choice.setting.direction, choice.setting.method] = choice
-        return choice
 
     def _sweep(self, name: str, setting: Setting, batches: Sequence[Batch], label: str | None = None) -> Scores:
         """Try a setting on a list and note what became of it."""
@@ -168,7 +187,7 @@ class _Work:
                 applied = partial(vector.apply, self.asking.model)
                 mark_confabulations(self.asking, entry.examples, scores, has_format, applied)
             yield _table(aim, setting, ("vector", 0), name, entry, scores)
-            if name != aim or (aim == "conflict" and method not in {self.best(a, direction) for a in AIMS}):
+            if name != aim or (aim == "conflict" and method not in {self.best[a, direction] for a in AIMS}):
                 continue
             for control in CONTROLS:
                 seed = [self.cell.seed, zlib.crc32(f"{aim}/{direction}/{method}/{control}".encode())]
@@ -197,13 +216,8 @@ class _Work:
             facts = _chosen(choice.setting, self.sources[choice.setting.site]) | {"within_limits": choice.within}
             entry["methods"].setdefault(method, {})[direction] = facts
         for aim, entry in chosen.items():
-            entry["best"] = {direction: self.best(aim, direction) for direction in TOWARD}
+            entry["best"] = {direction: self.best[aim, direction] for direction in TOWARD}
         return chosen
-
-    def best(self, aim: str, direction: str) -> str:
-        """The method that gains most on the tune split, of those that keep what should stay."""
-        found = {m: choice for (a, d, m), choice in self.choices.items() if (a, d) == (aim, direction)}
-        return max(found, key=lambda method: found[method].rank)
 
 
 def settings_of(
