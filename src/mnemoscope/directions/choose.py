@@ -21,7 +21,7 @@ from mnemoscope.directions.settings import TOWARD, Setting, share_of, steered, v
 from mnemoscope.directions.sources import Sources
 
 COST = 0.5  # points of the shift that a control costs by each point that it turns, up to its limit
-FINALISTS = 4  # settings that are rated again at most
+FINALISTS = 3  # settings that are rated again at most
 AGAIN = 1_000_003  # added to a seed for the second rating
 # Shifts that are drawn at random turn about as many, whichever neurons they fall on: two of four stand for all of them
 # while settings are compared.
