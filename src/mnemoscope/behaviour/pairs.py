@@ -73,27 +73,28 @@ def mine_pairs(
     """
     for start in range(0, len(candidates), chunk):
         part = list(candidates[start : start + chunk])
-        scores = score(asking, prepare(asking, [e for pair in part for e in pair]), capture=site)
-        states_NLD, n = scores.states_NLD, len(part)
-        assert states_NLD is not None
-        a, b = _half(scores, 0), _half(scores, 1)
+        # An example stands beside each of its rephrasings, but is asked once.
+        asked = {example.prompt: example for pair in part for example in pair}
+        number = {prompt: n for n, prompt in enumerate(asked)}
+        scores = score(asking, prepare(asking, list(asked.values())), capture=site)
+        side_N2 = np.array([[number[example.prompt] for example in pair] for pair in part])
+        a, b = _of(scores, side_N2[:, 0]), _of(scores, side_N2[:, 1])
         forward_N = (a.behaviour_N == "generalized") & (b.behaviour_N == "memorized")
         backward_N = (a.behaviour_N == "memorized") & (b.behaviour_N == "generalized")
         flips = np.flatnonzero(forward_N | backward_N)
-        states_NSLD = states_NLD.reshape(n, 2, *states_NLD.shape[1:])
-        generalized_side = np.where(forward_N, 0, 1)[flips]
+        generalized_P = np.where(forward_N[flips], side_N2[flips, 0], side_N2[flips, 1])
+        assert scores.states_NLD is not None
         yield PairBatch(
             candidates=part,
             scores_a=a,
             scores_b=b,
             is_pair_N=forward_N | backward_N,
-            states_generalized_PLD=states_NSLD[flips, generalized_side],
-            states_memorized_PLD=states_NSLD[flips, 1 - generalized_side],
+            states_generalized_PLD=scores.states_NLD[generalized_P],
+            states_memorized_PLD=scores.states_NLD[side_N2[flips].sum(axis=1) - generalized_P],
         )
 
 
-def _half(scores: Scores, side: int) -> Scores:
-    """Every second example's scores, without states."""
-    return Scores(
-        scores.behaviour_N[side::2], scores.margin_N[side::2], scores.tie_N[side::2], scores.confabulated_N[side::2]
-    )
+def _of(scores: Scores, chosen: np.ndarray) -> Scores:
+    """The scores of some examples, without states."""
+    arrays = (scores.behaviour_N, scores.margin_N, scores.tie_N, scores.confabulated_N)
+    return Scores(*(array_N[chosen] for array_N in arrays))

@@ -21,6 +21,9 @@ class PairsConfig(Frozen):
     fit_examples: int = Field(4000, ge=1, description="examples of the fit split that are rephrased")
     tune_examples: int = Field(4000, ge=1, description="the same of the tune split")
     test_examples: int = Field(4000, ge=1, description="the same of the test split")
+    held_out_examples: int | None = Field(
+        None, ge=1, description="the same of what the task holds out; default: as many as of the test split"
+    )
     rephrasings: int = Field(1, ge=1, le=100, description="drawn for each example of a split")
     permutations: int = Field(1000, ge=19, le=100000, description="sign flips behind each p-value")
     batch_size: int = Field(512, ge=1, description="examples per forward pass")
@@ -130,6 +133,10 @@ class SteeringConfig(Frozen):
     fit_others: int = Field(600, ge=1, description="fit examples of each other list that learned vectors are fitted on")
     kept_weight: float = Field(
         1.0, ge=0, le=100, description="of memory and novel examples in the objective of learned vectors; 0: left out"
+    )
+    kept_kinds: tuple[Literal["memory", "novel"], ...] = Field(
+        ("memory", "novel"),
+        description="which of them; novel examples that are read from the prompt also teach to read",
     )
     learned_steps: int = Field(
         20, ge=1, le=10_000, description="of the ascent of learned vectors; more make its shuffled control cleaner"

@@ -96,7 +96,8 @@ def fit_lists(cell: Cell, asking: Asking, records: Records) -> FitLists:
         others = records.conflicts("fit", SOURCE[direction], config.fit_others, reachable)
         conflicts[toward] = with_prefixes(asking, others)
         # Memory examples that are conflicts say which answer is the memorized one; shuffled labels must not know.
-        kinds = [kind for kind in _kept(records, toward) if kind == "novel" or not records.memory_is_conflict]
+        known = () if records.memory_is_conflict else ("memory",)
+        kinds = [k for k in _kept(records, toward) if k in ("novel", *known) and k in config.kept_kinds]
         kept[toward] = in_turn(right[kind] for kind in kinds)
     return FitLists(asking, pairs, conflicts, kept, config.kept_weight, config.learned_steps)
 

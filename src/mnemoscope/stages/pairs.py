@@ -57,7 +57,7 @@ def _held_out_pairs(cell: Cell, task: Task, asking: Asking, tell: Tell) -> list[
     for name, other in getattr(task, "held_out", dict)().items():
         tell(1, 1, f"mining test pairs of another {name}")
         rng = rng_of(cell, f"pairs/{name}")
-        examples = draw(other, rng, config.test_examples, "conflict", "test")
+        examples = draw(other, rng, config.held_out_examples or config.test_examples, "conflict", "test")
         batches = mine_pairs(asking, draw_candidates(other, examples, rng, config.rephrasings), config.site)
         tables += [_pairs_table(batch, "test").assign(held_out=name) for batch in batches]
     if not tables:
