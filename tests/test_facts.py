@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,13 @@ def test_a_rephrasing_keeps_item_and_frame(task: FactsTask) -> None:
         assert other.prompt != example.prompt
         facts = ("item", "family", "memorized", "generalized", "group", "split")
         assert [getattr(other, f) for f in facts] == [getattr(example, f) for f in facts]
+
+
+def test_no_country_weighs_more_for_being_known_better(task: FactsTask) -> None:
+    well, little = {f"{r}|Japan" for r in ("capital", "language")}, {"capital|France", "capital|Peru"}
+    both = build_task("facts", {"relations": ["capital", "language"]}, 0).knowing(well | little)  # type: ignore[attr-defined]
+    counts = Counter(example.group for example in both.examples(RNG, 90, "conflict"))
+    assert counts == {"Japan": 30, "France": 30, "Peru": 30}
 
 
 def test_only_what_is_known_is_contradicted(task: FactsTask) -> None:

@@ -21,7 +21,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from families import FAMILIES
 from helpers import MINI_TASKS
-from mnemoscope import training
 from mnemoscope.behaviour import Asking, prepare, score
 from mnemoscope.behaviour.labels import decode
 from mnemoscope.cells import cells_of
@@ -31,7 +30,7 @@ from mnemoscope.models import adapt, blocks_of, is_adapted, load_model, merged, 
 from mnemoscope.steering import SteeringVector
 from mnemoscope.study import run_study
 from mnemoscope.tasks import KINDS, Task, answer_of, build_task
-from mnemoscope.training import batches, optimizers_for, train
+from mnemoscope.training import batches, optimizers_for, reading, train
 from test_cli import call
 
 TASK_OPTIONS = {**MINI_TASKS, "cipher": {"letters": 10, "length": 2, "stored": 8}}
@@ -205,11 +204,11 @@ def test_a_batch_too_large_for_one_pass_gives_the_step_of_the_whole(
     config = QUICK.model_copy(update={"steps": 1, "evaluate_every": 1})
     stepped = []
     for most, parts in ((2**27, 1), (10 * 400 * 3, 4)):
-        monkeypatch.setattr(training, "MOST_LOGITS", most)
+        monkeypatch.setattr(reading, "MOST_LOGITS", most)
         asking = opened(folder, digits)
         asking.model.train()
         batch = next(batches(asking, digits, config, np.random.default_rng(0)))
-        assert len(list(training._passes(*batch, 400))) >= parts
+        assert len(list(reading.passes(*batch, 400))) >= parts
         for module in asking.model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0

@@ -8,6 +8,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from helpers import MINI_TASKS
 from mnemoscope.behaviour import Asking
@@ -16,9 +17,8 @@ from mnemoscope.errors import InputError
 from mnemoscope.models import build_gpt2, word_tokenizer
 from mnemoscope.tasks import Task, answer_of, build_task
 from mnemoscope.training import (
+    Float32Muon,
     Trained,
-    _by_length,
-    _step,
     batches,
     how_to_mix,
     measure,
@@ -27,6 +27,8 @@ from mnemoscope.training import (
     train,
     unmet,
 )
+from mnemoscope.training.loop import _step
+from mnemoscope.training.reading import by_length
 
 QUICK = TrainingConfig(steps=30, batch_size=16, evaluate_every=10, evaluation_examples=24)
 NOTHING = StopConfig(novel_accuracy=0, recall=0, conflict_each=0, conflict_other=1)
@@ -198,7 +200,7 @@ def test_short_and_long_instances_of_a_batch_give_the_gradient_of_the_whole() ->
     plain = [torch.optim.SGD(asking.model.parameters(), lr=rate)]
     schedules = [torch.optim.lr_scheduler.LambdaLR(plain[0], lambda step: 1.0)]
     before = [p.detach().clone() for p in asking.model.parameters()]
-    assert len(_by_length(ids_BT, weights_BT)) == 2
+    assert len(by_length(ids_BT, weights_BT)) == 2
     assert _step(asking.model, ids_BT, weights_BT, plain, schedules) == pytest.approx(expected.item(), rel=1e-5)
     for old, new, gradient in zip(before, asking.model.parameters(), gradients, strict=True):
         assert torch.allclose(new, old - rate * factor * gradient, atol=1e-5)
@@ -237,3 +239,22 @@ def test_a_joint_task_is_trained_and_its_curve_tells_of_every_part() -> None:
     trained = train(untrained(task), task, QUICK.model_copy(update={"stop": NOTHING}), np.random.default_rng(0))
     (row,) = trained.curve
     assert {"novel_accuracy", "inference.novel_accuracy", "cipher.conflict_other"} <= set(row)
+
+
+def test_muon_in_float32_steps_where_the_library_steps() -> None:
+    """Up to the bfloat16 of the library: one direction, one root mean square, the same decay and momentum."""
+    torch.manual_seed(0)
+    shapes = [(16, 48), (16, 16), (48, 16), (16, 48)]
+    first = [torch.randn(shape) for shape in shapes]
+    ours, theirs = ([nn.Parameter(weight.clone()) for weight in first] for _ in range(2))
+    options = {"lr": 0.1, "weight_decay": 0.3, "adjust_lr_fn": "match_rms_adamw"}
+    optimizers = Float32Muon(ours, **options), torch.optim.Muon(theirs, **options)
+    for _ in range(3):
+        gradients = [torch.randn(shape) for shape in shapes]
+        for optimizer, weights in zip(optimizers, (ours, theirs), strict=True):
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight.grad = gradient.clone()
+            optimizer.step()
+    for begun, our, their in zip(first, ours, theirs, strict=True):
+        step = their.detach() - begun
+        assert (our.detach() - their.detach()).norm() < 0.02 * step.norm()

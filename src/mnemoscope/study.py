@@ -6,11 +6,13 @@ everything it depends on. A killed stage leaves no marker, so it starts again; a
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -123,8 +125,23 @@ def _settle(threads: int) -> None:
     import torch
 
     quiet_library()
+    keep_freed_memory()
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what tensors free for the next ones.
+
+    It would give large blocks back to the system, which hands them out again page by page, at every step of a training:
+    a fifth of its time (docs/LOG.md). Another C library than glibc is left as it is.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # as malloc.h numbers them
+        mallopt(trim_threshold, 2**29)
+        mallopt(top_pad, 2**26)
+        mallopt(mmap_threshold, 2**25)  # the most it takes
 
 
 def quiet_library() -> None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import copy
 import csv
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -193,9 +195,17 @@ class FactsTask:
         )
 
     def examples(self, rng: np.random.Generator, n: int, kind: Kind) -> list[Example]:
-        """At most ``n``. ``memory``: bare questions, and contexts that agree; ``novel``: invented countries."""
+        """At most ``n``, of every country in turn, so that none weighs more for being known better.
+
+        ``memory``: bare questions, and contexts that agree; ``novel``: invented countries.
+        """
         of_kind = self._everything[kind]
-        return [of_kind[i] for i in rng.permutation(len(of_kind))[:n]]
+        seen: Counter[str] = Counter()
+        turns = []
+        for example in (of_kind[i] for i in rng.permutation(len(of_kind))):
+            turns.append((seen[example.group], example))
+            seen[example.group] += 1
+        return [example for _, example in sorted(turns, key=itemgetter(0))[:n]]
 
     def rephrase(self, example: Example, rng: np.random.Generator) -> Example:
         """Other words before the statement and the question, in the same frame."""

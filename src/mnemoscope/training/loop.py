@@ -6,9 +6,8 @@ Shapes: B instances of a batch, R of them that are read together, T tokens, V vo
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,17 +17,16 @@ from torch import Tensor, nn
 from mnemoscope.behaviour import Asking, Batch, prepare, score
 from mnemoscope.config import StopConfig, TrainingConfig
 from mnemoscope.errors import InputError
-from mnemoscope.models import context_length, core_of, is_adapted
-from mnemoscope.tasks import Example, Instance, Kind, Task, answer_of, draw
+from mnemoscope.models import core_of, is_adapted
+from mnemoscope.tasks import Example, Kind, Task, draw
+from mnemoscope.training.optimizers import optimizers_for
+from mnemoscope.training.reading import batches, passes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _MEASURED: tuple[Kind, ...] = ("novel", "memory", "conflict")  # in the order in which their examples are drawn
 HOPELESS = 0.7  # of novel accuracy, at `give_up_at` steps
-AHEAD = 32  # batches that are generated and tokenized together
-MUCH_PADDING = 0.15  # share of a batch's columns that reading it in two passes must save
-MOST_LOGITS = 2**27  # of a pass, 512 MiB; its gradient and its log-probabilities take as much again each
 
 
 def unmet(stop: StopConfig, measured: dict[str, float]) -> list[str]:
@@ -281,66 +279,6 @@ def _measure(evaluation: Evaluation) -> dict[str, float]:
     }
 
 
-def batches(
-    asking: Asking, task: Task, config: TrainingConfig, rng: np.random.Generator
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Token ids (B, T) int64, right-padded, and each token's weight in the loss (B, T) float32; without end."""
-    instances = task.training(rng)
-    while True:
-        chunk = list(islice(instances, AHEAD * config.batch_size))
-        ids_NT, weights_NT = _tokenize(asking, chunk, config.prompt_weight)
-        yield from zip(ids_NT.split(config.batch_size), weights_NT.split(config.batch_size), strict=True)
-
-
-def _tokenize(asking: Asking, instances: list[Instance], prompt_weight: float) -> tuple[Tensor, Tensor]:
-    parts = [answer_of(instance) for instance in instances]
-    tokenizer = asking.tokenizer
-    encoded = tokenizer([p + a for p, a in parts], return_offsets_mapping=True)
-    longest = max(len(ids) for ids in encoded.input_ids) + 1
-    if longest > context_length(asking.model):
-        raise InputError(f"model.context: {context_length(asking.model)} tokens; a training instance has {longest}")
-    # What stands behind the end has no weight; the library would warn of pad tokens.
-    ids_NT = np.full((len(parts), longest), tokenizer.eos_token_id)
-    weights_NT = np.zeros(ids_NT.shape, np.float32)
-    for row, (ids, offsets, (prompt, answer)) in enumerate(
-        zip(encoded.input_ids, encoded.offset_mapping, parts, strict=True)
-    ):
-        n = len(ids)
-        ids_NT[row, :n], ids_NT[row, n] = ids, tokenizer.eos_token_id
-        seam = len(prompt) if answer else 0
-        if any(start < seam < end for start, end in offsets):
-            raise InputError(
-                f"task: the tokenizer merges the answer {answer!r} with the end of the prompt {prompt[-30:]!r} in a "
-                "training instance; let the seam lie between two tokens"
-            )
-        weights_NT[row, :n] = [1.0 if end > seam else prompt_weight for _, end in offsets]
-        weights_NT[row, n] = 1.0
-    return torch.from_numpy(ids_NT), torch.from_numpy(weights_NT)
-
-
-def optimizers_for(model: PreTrainedModel, config: TrainingConfig) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for embeddings, biases and norms; AdamW for all of an adapter.
-
-    Muon (K. Jordan et al., 2024, torch.optim.Muon) learns sums and reading in a third of AdamW's steps or fewer here
-    (docs/LOG.md); its step is scaled to AdamW's root mean square, so one learning rate serves both. An adapter's two
-    matrices are factors of the one that is learned, so making the step of each orthogonal is not Muon's step.
-    """
-    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trainable if p.ndim == 2 and id(p) not in embeddings]
-    inside = {id(p) for p in matrices}
-    rest = [p for p in trainable if id(p) not in inside]
-    if config.optimizer == "adamw" or is_adapted(model):
-        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-        return [torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))]
-    return [
-        torch.optim.Muon(
-            matrices, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
-        ),
-        torch.optim.AdamW(rest, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
-
-
 def _step(
     model: PreTrainedModel,
     ids_BT: Tensor,
@@ -350,7 +288,7 @@ def _step(
 ) -> float:
     # The loss is the mean over the whole batch, so its parts are summed and divided by the batch's weights.
     total, loss = weights_BT[:, 1:].sum(), 0.0
-    for ids_RT, weights_RT in _passes(ids_BT, weights_BT, _vocabulary(model)):
+    for ids_RT, weights_RT in passes(ids_BT, weights_BT, _vocabulary(model)):
         logits_RTV = model(input_ids=ids_RT[:, :-1].to(model.device), use_cache=False).logits
         losses_RT = nn.functional.cross_entropy(
             logits_RTV.float().transpose(1, 2), ids_RT[:, 1:].to(model.device), reduction="none"
@@ -368,26 +306,3 @@ def _step(
 
 def _vocabulary(model: PreTrainedModel) -> int:
     return int(core_of(model).config.get_text_config().vocab_size)
-
-
-def _passes(ids_BT: Tensor, weights_BT: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Parts of a batch that are read one after the other, none with more logits than ``MOST_LOGITS``."""
-    for ids_RT, weights_RT in _by_length(ids_BT, weights_BT):
-        rows = max(1, MOST_LOGITS // (ids_RT.shape[1] * vocabulary))
-        yield from zip(ids_RT.split(rows), weights_RT.split(rows), strict=True)
-
-
-def _by_length(ids_BT: Tensor, weights_BT: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """A batch whole, or its short rows apart from its long ones where padding is much of it.
-
-    A row ends at its last token with a weight, the end of text.
-    """
-    rows, longest = ids_BT.shape
-    length_B = (torch.arange(1, longest + 1) * (weights_BT > 0)).amax(1)
-    lengths, counts = length_B.unique(return_counts=True)
-    read = counts.cumsum(0) * lengths + (rows - counts.cumsum(0)) * longest
-    short = lengths[read.argmin()]
-    if int(read.min()) > (1 - MUCH_PADDING) * rows * longest:
-        return [(ids_BT, weights_BT)]
-    parts = [rows_B for rows_B in (length_B <= short, length_B > short) if rows_B.any()]
-    return [(ids_BT[r, : length_B[r].max()], weights_BT[r, : length_B[r].max()]) for r in parts]

@@ -1,0 +1,90 @@
+"""Which optimizer turns which weights.
+
+Shapes: K matrices of one shape, M rows, N columns.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mnemoscope.config import TrainingConfig
+from mnemoscope.models import is_adapted
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def optimizers_for(model: PreTrainedModel, config: TrainingConfig) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks, AdamW for embeddings, biases and norms; AdamW for all of an adapter.
+
+    Muon (K. Jordan et al., 2024) learns sums and reading in a third of AdamW's steps or fewer here (docs/LOG.md); its step is scaled to AdamW's root mean square, so one learning rate serves both. An adapter's two
+    matrices are factors of the one that is learned, so making the step of each orthogonal is not Muon's step.
+    """
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trainable if p.ndim == 2 and id(p) not in embeddings]
+    inside = {id(p) for p in matrices}
+    rest = [p for p in trainable if id(p) not in inside]
+    if config.optimizer == "adamw" or is_adapted(model):
+        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        return [torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))]
+    return [
+        Float32Muon(
+            matrices, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(rest, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+class Float32Muon(torch.optim.Muon):
+    """``torch.optim.Muon`` with its Newton-Schulz steps in float32, for all matrices of one shape together.
+
+    The library takes them in bfloat16, which a processor without such instructions emulates: more than half of a
+    training step (docs/LOG.md).
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step; ``closure`` computes the loss anew, as in every optimizer of torch."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            momentum, rate = group["momentum"], group["lr"]
+            by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(weight.grad)
+                buffer = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
+                update = weight.grad.lerp(buffer, momentum) if group["nesterov"] else buffer
+                by_shape[tuple(weight.shape)].append((weight, update))
+            for shape, found in by_shape.items():
+                updates_KMN = torch.stack([update for _, update in found]).float()
+                updates_KMN = orthogonalized(updates_KMN, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                # AdamW's root mean square (J. Liu et al., 2025, "Muon is Scalable for LLM Training").
+                scaled = 0.2 * rate * max(shape) ** 0.5
+                for (weight, _), update in zip(found, updates_KMN, strict=True):
+                    weight.mul_(1 - rate * group["weight_decay"]).add_(update.to(weight.dtype), alpha=-scaled)
+        return loss
+
+
+def orthogonalized(matrices_KMN: Tensor, coefficients: Sequence[float], steps: int, eps: float) -> Tensor:
+    """Matrices with all singular values near 1, by a quintic Newton-Schulz iteration (K. Jordan et al., 2024)."""
+    a, b, c = coefficients
+    tall = matrices_KMN.shape[1] > matrices_KMN.shape[2]
+    x_KMN = matrices_KMN.mT if tall else matrices_KMN
+    x_KMN = x_KMN / x_KMN.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram_KMM = x_KMN @ x_KMN.mT
+        gram_KMM = torch.baddbmm(gram_KMM, gram_KMM, gram_KMM, beta=b, alpha=c)
+        x_KMN = torch.baddbmm(x_KMN, gram_KMM, x_KMN, beta=a)
+    return x_KMN.mT if tall else x_KMN
