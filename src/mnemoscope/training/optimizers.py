@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 def optimizers_for(model: PreTrainedModel, config: TrainingConfig) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for embeddings, biases and norms; AdamW for all of an adapter.
 
-    Muon (K. Jordan et al., 2024) learns sums and reading in a third of AdamW's steps or fewer here (docs/LOG.md); its step is scaled to AdamW's root mean square, so one learning rate serves both. An adapter's two
-    matrices are factors of the one that is learned, so making the step of each orthogonal is not Muon's step.
+    Muon (K. Jordan et al., 2024) learns sums and reading in a third of AdamW's steps or fewer here (docs/LOG.md); its
+    step is scaled to AdamW's root mean square, so one learning rate serves both. An adapter's two matrices are factors
+    of the one that is learned, so making the step of each orthogonal is not Muon's step.
     """
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     trainable = [p for p in model.parameters() if p.requires_grad]
