@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import fcntl
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from helpers import MINI_STUDY, MINI_TASKS, MINI_TRAINING
 from mnemoscope.behaviour import Asking
-from mnemoscope.config import ModelConfig
+from mnemoscope.config import ModelConfig, load_study
 from mnemoscope.models import build_gpt2, load_model, word_tokenizer
+from mnemoscope.study import run_study
 from mnemoscope.tasks import build_task
 from mnemoscope.training import train
 
@@ -66,6 +69,27 @@ def mini_run(shared_folder: Path, mini_study_file: Path) -> Path:
             assert done.returncode == 0, done.stderr
             assert done.stdout.strip() == str(run / "report.html")
     return run
+
+
+@pytest.fixture(scope="session")
+def two_seeds(shared_folder: Path, mini_study_file: Path) -> Path:
+    """A finished run of two seeds of the miniature study, side by side in two processes."""
+    run = shared_folder / "mini-two-seeds"
+    with (shared_folder / "mini-two-seeds.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (run / "report.html").exists():
+            run_study(load_study(str(mini_study_file), seeds=2), run, workers=2)
+    return run
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("no Chromium on this machine")
+    with sync_api.sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
 
 
 def _train_mini(name: str, folder: Path) -> None:

@@ -151,10 +151,8 @@ def _killed_in(stage: str, earlier: list[str], study_file: Path, run: Path) -> P
     return None if (markers / f"{stage}.json").exists() else run
 
 
-def test_cells_side_by_side_give_what_they_give_one_by_one(study_file: Path, finished: Path, tmp_path: Path) -> None:
-    run = tmp_path / "two"
-    config = load_study(str(study_file), seeds=2)
-    run_study(config, run, workers=2)
+def test_cells_side_by_side_give_what_they_give_one_by_one(two_seeds: Path, finished: Path) -> None:
+    run = two_seeds
     two = json.loads((run / "results.json").read_text())["tasks"]["addition"]
     assert two["seeds"] == [0, 1]
     file = Path("cells") / "addition-0" / "records" / "steering.parquet"

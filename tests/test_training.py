@@ -247,8 +247,8 @@ def test_muon_in_float32_steps_where_the_library_steps() -> None:
     shapes = [(16, 48), (16, 16), (48, 16), (16, 48)]
     first = [torch.randn(shape) for shape in shapes]
     ours, theirs = ([nn.Parameter(weight.clone()) for weight in first] for _ in range(2))
-    options = {"lr": 0.1, "weight_decay": 0.3, "adjust_lr_fn": "match_rms_adamw"}
-    optimizers = Float32Muon(ours, **options), torch.optim.Muon(theirs, **options)
+    options = {"lr": 0.1, "weight_decay": 0.3}
+    optimizers = Float32Muon(ours, **options), torch.optim.Muon(theirs, **options, adjust_lr_fn="match_rms_adamw")
     for _ in range(3):
         gradients = [torch.randn(shape) for shape in shapes]
         for optimizer, weights in zip(optimizers, (ours, theirs), strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -10,10 +11,22 @@ from typing import Any
 
 from mnemoscope.config import CellConfig, StudyConfig
 
+# Calls a function with parts of a list, in one place or several, and gives what it found for each, in their order.
+Spread = Callable[[Callable[[list[Any]], list[Any]], list[Any]], list[Any]]
+
+
+def in_one_place(function: Callable[[list[Any]], list[Any]], items: list[Any]) -> list[Any]:
+    """All of them here."""
+    return function(items)
+
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One (task, model, seed) of a study, with the folder it writes to."""
+    """One (task, model, seed) of a study, with the folder it writes to.
+
+    Attributes:
+        spread: how a stage takes what can be done in parts, side by side.
+    """
 
     name: str
     label: str
@@ -21,6 +34,7 @@ class Cell:
     config: CellConfig
     threads: int
     folder: Path
+    spread: Spread = in_one_place
 
     @property
     def records(self) -> Path:

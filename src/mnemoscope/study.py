@@ -1,4 +1,4 @@
-"""Studies: cells of stages that write raw records, resume where they stopped, and run side by side.
+"""Studies: cells of stages that write raw records and resume where they stopped.
 
 A stage writes its files under temporary names, renames them, and last of all writes its marker with a hash of
 everything it depends on. A killed stage leaves no marker, so it starts again; a finished one is never redone.
@@ -6,40 +6,46 @@ everything it depends on. A killed stage leaves no marker, so it starts again; a
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import hashlib
 import json
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from importlib import metadata
-from multiprocessing import get_context
-from multiprocessing.managers import SyncManager
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
+from mnemoscope import ranks
 from mnemoscope.cells import Cell, cells_of, git_state, version
 from mnemoscope.config import StudyConfig, dump_study
 from mnemoscope.errors import InputError, StudyError
+from mnemoscope.executors import Execute, Progress, by_name
 from mnemoscope.files import file_hash, write_atomically
+from mnemoscope.processes import settle
 
-# (cell, stage, done, total, note): what a running cell tells.
-Progress = Callable[[str, str, float, float, str], None]
+Tell = Callable[[float, float, str], None]  # (done, total, note): what a running stage tells
+TOGETHER = ("train", "behaviour", "pairs")  # stages that several processes share (torchrun); the others are the first's
 
 
-def run_study(config: StudyConfig, run: Path, progress: Progress = lambda *_: None, workers: int | None = None) -> Path:
+def run_study(
+    config: StudyConfig,
+    run: Path,
+    progress: Progress = lambda *_: None,
+    workers: int | None = None,
+    executor: str = "local",
+    address: str | None = None,
+) -> Path:
     """Run what is not yet done of a study and build its report.
 
     Args:
         run: the run folder; made if missing. A folder of another configuration is refused.
         workers: cells at a time; default: as many as there are processors for ``config.threads`` each.
+        executor: ``local``, or ``ray`` for a cluster whose nodes all see the run folder.
+        address: of the cluster; default: one of this machine alone.
 
     Returns:
         The path of ``report.html``.
@@ -52,14 +58,21 @@ def run_study(config: StudyConfig, run: Path, progress: Progress = lambda *_: No
     from mnemoscope.report import build_report
 
     started = time.time()
+    if ranks.started() and (executor != "local" or (workers or 1) > 1):
+        raise InputError("executor, workers: processes that torchrun has started share one cell; leave them out")
+    if executor != "local" and workers is not None:
+        raise InputError("workers: a cluster takes as many cells at a time as it has processors for; leave it out")
+    run = run.absolute()  # processes elsewhere have another working folder
     cells = cells_of(config, run)
     if _adapts(cells):  # what is not there is told before hours of work, not after them
         from mnemoscope.stages import check_peft
 
         check_peft("model.lora")
-    with _locked(run, config):
-        workers = workers or max(1, min(len(cells), (os.cpu_count() or 1) // config.threads))
-        failed = _run_cells(cells, workers, progress)
+    workers = 1 if ranks.started() else workers or max(1, min(len(cells), (os.cpu_count() or 1) // config.threads))
+    with ranks.joined(), _locked(run, config), by_name(executor, workers, address) as execute:
+        failed = _run_cells(cells, execute, progress)
+        if not ranks.first():
+            return run / "report.html"
         finished = [cell for cell in cells if cell.name not in failed]
         write_atomically(run / "failed.json", json.dumps(failed, indent=1).encode())
         report = None
@@ -79,7 +92,7 @@ def _adapts(cells: Sequence[Cell]) -> bool:
     return any(cell.config.model.lora for cell in cells)
 
 
-def _run_cells(cells: Sequence[Cell], workers: int, progress: Progress) -> dict[str, str]:
+def _run_cells(cells: Sequence[Cell], execute: Execute, progress: Progress) -> dict[str, str]:
     """Run all cells and return, by name, why some could not go on; hours of work are not lost with them."""
     failed: dict[str, str] = {}
     # Cells that borrow a model come after those that train one.
@@ -92,7 +105,8 @@ def _run_cells(cells: Sequence[Cell], workers: int, progress: Progress) -> dict[
         }
         failed |= without
         ready = [cell for cell in wave if cell.name not in without]
-        failed |= _run_wave(ready, min(workers, len(ready)), progress)
+        if ready:
+            failed |= execute(ready, run_cell, progress)
     return failed
 
 
@@ -100,20 +114,46 @@ def run_cell(cell: Cell, progress: Progress) -> None:
     """Run the stages of a cell that are not yet done."""
     from mnemoscope.stages import STAGES
 
-    _settle(cell.threads)
+    settle(cell.threads)
     upstream = stage_hash("", cell, "")
     for name, stage in STAGES.items():
         if not cell.config.analysed and name not in ("train", "behaviour"):
             continue
         upstream = stage_hash(upstream, cell, name)
-        _run_stage(cell.name, cell.folder, name, upstream, partial(stage, cell), progress)
+        run = partial(_run_stage, cell.name, cell.folder, name, upstream, partial(stage, cell), progress)
+        if ranks.world() == 1:
+            run()
+        else:
+            _with_helpers(name, run, partial(is_done, cell.folder, name, upstream), partial(stage, cell))
+
+
+def _with_helpers(name: str, run: Callable[[], None], done: Callable[[], bool], stage: Callable[[Tell], Any]) -> None:
+    """A stage of several processes: the others help the first one, or wait for it; all go on or none does."""
+    begin, failure = True, None
+    if ranks.first():
+        try:
+            begin = not done()
+        except StudyError as error:
+            failure = error
+    begin, failure = ranks.from_first((begin, failure))
+    if begin and not failure:
+        try:
+            if ranks.first():
+                run()
+            elif name in TOGETHER:
+                stage(lambda *_: None)
+        except StudyError as error:
+            failure = error
+        failure = ranks.from_first(failure)
+    if failure:
+        raise failure
 
 
 def compare_cells(cells: Sequence[Cell], run: Path, progress: Progress) -> None:
     """Compare seeds of one label and labels that share a model, unless it is done."""
     from mnemoscope.stages import STAGES, compare_stage
 
-    _settle(cells[0].threads)
+    settle(cells[0].threads)
     last = list(STAGES)[-1]
     markers = [(cell.folder / "stages" / f"{last}.json") for cell in cells if cell.config.analysed]
     wanted = hashlib.sha256("".join(json.loads(m.read_text())["hash"] for m in markers).encode()).hexdigest()
@@ -121,44 +161,8 @@ def compare_cells(cells: Sequence[Cell], run: Path, progress: Progress) -> None:
     _run_stage("study", run, "compare", wanted, partial(compare_stage, analysed, run), progress)
 
 
-def _settle(threads: int) -> None:
-    import torch
-
-    quiet_library()
-    keep_freed_memory()
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True)
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep what tensors free for the next ones.
-
-    It would give large blocks back to the system, which hands them out again page by page, at every step of a training:
-    a fifth of its time (docs/LOG.md). Another C library than glibc is left as it is.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # as malloc.h numbers them
-        mallopt(trim_threshold, 2**29)
-        mallopt(top_pad, 2**26)
-        mallopt(mmap_threshold, 2**25)  # the most it takes
-
-
-def quiet_library() -> None:
-    """Keep bars and hints of transformers out of what is shown of our own."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
 def _run_stage(
-    owner: str,
-    folder: Path,
-    name: str,
-    wanted: str,
-    stage: Callable[[Callable[[float, float, str], None]], list[Path]],
-    progress: Progress,
+    owner: str, folder: Path, name: str, wanted: str, stage: Callable[[Tell], list[Path]], progress: Progress
 ) -> None:
     """Run a stage unless it has finished with the same dependencies; its marker is written last."""
     if is_done(folder, name, wanted):
@@ -207,7 +211,10 @@ def is_done(folder: Path, stage: str, wanted: str) -> bool:
 
 @contextmanager
 def _locked(run: Path, config: StudyConfig) -> Iterator[None]:
-    """Hold the run folder for this process and this configuration."""
+    """Hold the run folder for this process, and those that help it, and this configuration."""
+    if not ranks.first():
+        yield
+        return
     text = dump_study(config)
     if run.exists() and not run.is_dir():
         raise InputError(f"out: {run} is a file; a folder is wanted")
@@ -234,69 +241,6 @@ def _first_difference(old: str, new: str) -> str:
         if before != after:
             return f"there {before.strip()!r}, here {after.strip()!r}"
     return "one is longer"
-
-
-def _run_wave(cells: Sequence[Cell], workers: int, progress: Progress) -> dict[str, str]:
-    """Run cells that do not wait for each other; returns why some could not go on, by name."""
-    if workers > 1:
-        return _run_side_by_side(cells, workers, progress)
-    failed = {}
-    for cell in cells:
-        try:
-            run_cell(cell, progress)
-        except StudyError as error:
-            failed[cell.name] = str(error)
-    return failed
-
-
-def _run_side_by_side(cells: Sequence[Cell], workers: int, progress: Progress) -> dict[str, str]:
-    context = get_context("spawn")
-    manager = SyncManager(ctx=context)
-    manager.start(_die_with, (os.getpid(),))
-    with manager:
-        messages = manager.Queue()
-        listener = Thread(target=_listen, args=(messages, progress), daemon=True)
-        listener.start()
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=_die_with, initargs=(os.getpid(),)) as pool:
-            futures = [pool.submit(_run_in_worker, cell, messages) for cell in cells]
-            failed = {}
-            try:
-                for cell, future in zip(cells, futures, strict=True):
-                    try:
-                        future.result()
-                    except StudyError as error:
-                        failed[cell.name] = str(error)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                for process in list((pool._processes or {}).values()):
-                    process.terminate()
-                raise
-        messages.put(None)
-        listener.join()
-    return failed
-
-
-def _run_in_worker(cell: Cell, messages: Any) -> None:
-    run_cell(cell, lambda *news: messages.put(news))
-
-
-def _listen(messages: Any, progress: Progress) -> None:
-    try:
-        while (news := messages.get()) is not None:
-            progress(*news)
-    except (EOFError, OSError):
-        return  # the study ended before its last message
-
-
-def _die_with(parent: int) -> None:
-    """End this process when the one that started it is gone, so that a killed run leaves nobody behind."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.2)
-        os._exit(1)
-
-    Thread(target=watch, daemon=True).start()
 
 
 def _write_manifest(run: Path, cells: list[Cell], started: float) -> None:

@@ -11,6 +11,7 @@ from mnemoscope.behaviour.labels import (
     mark_confabulations,
     read_states,
     score,
+    score_together,
 )
 from mnemoscope.behaviour.pairs import PairBatch, draw_candidates, mine_pairs
 from mnemoscope.behaviour.reading import cache_prefixes, with_option, without_prefix
@@ -36,6 +37,7 @@ __all__ = [
     "read_states",
     "score",
     "score_contrasted",
+    "score_together",
     "with_option",
     "without_prefix",
 ]

@@ -62,22 +62,29 @@ def draw_candidates(
 
 
 def mine_pairs(
-    asking: Asking, candidates: Sequence[tuple[Example, Example]], site: Site = "block", chunk: int = 512
+    asking: Asking,
+    candidates: Sequence[tuple[Example, Example]],
+    site: Site = "block",
+    chunk: int | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[PairBatch]:
     """Label candidates and keep those whose behaviour flips, with their states; memory does not grow with their number.
 
     Args:
         candidates: drawn beforehand (``draw_candidates``), so that the yield has an honest denominator.
         site: where states are read.
-        chunk: candidates per yielded batch.
+        chunk: candidates per yielded batch; default: as many as fill 16 passes, 512 at most.
+        part: (number, of how many), where several processes share the batches: number, number + how many, ...
     """
-    for start in range(0, len(candidates), chunk):
-        part = list(candidates[start : start + chunk])
+    number, parts = part
+    chunk = chunk or min(512, 16 * asking.batch_size)
+    for start in range(number * chunk, len(candidates), parts * chunk):
+        drawn = list(candidates[start : start + chunk])
         # An example stands beside each of its rephrasings, but is asked once.
-        asked = {example.prompt: example for pair in part for example in pair}
-        number = {prompt: n for n, prompt in enumerate(asked)}
+        asked = {example.prompt: example for pair in drawn for example in pair}
+        place = {prompt: n for n, prompt in enumerate(asked)}
         scores = score(asking, prepare(asking, list(asked.values())), capture=site)
-        side_N2 = np.array([[number[example.prompt] for example in pair] for pair in part])
+        side_N2 = np.array([[place[example.prompt] for example in pair] for pair in drawn])
         a, b = _of(scores, side_N2[:, 0]), _of(scores, side_N2[:, 1])
         forward_N = (a.behaviour_N == "generalized") & (b.behaviour_N == "memorized")
         backward_N = (a.behaviour_N == "memorized") & (b.behaviour_N == "generalized")
@@ -85,7 +92,7 @@ def mine_pairs(
         generalized_P = np.where(forward_N[flips], side_N2[flips, 0], side_N2[flips, 1])
         assert scores.states_NLD is not None
         yield PairBatch(
-            candidates=part,
+            candidates=drawn,
             scores_a=a,
             scores_b=b,
             is_pair_N=forward_N | backward_N,

@@ -222,7 +222,7 @@ def _open(model: str, dtype: str, layout: str | None, device_map: str | None = N
     """A user's model and tokenizer, from what the command line says of them."""
     from mnemoscope.config import parse_model
     from mnemoscope.models import Layout, load_model
-    from mnemoscope.study import quiet_library
+    from mnemoscope.processes import quiet_library
 
     quiet_library()
     given = {"folder": model, "dtype": dtype, "device_map": device_map, "layout": named_parts(layout)}

@@ -20,20 +20,24 @@ def run(
     seeds: Annotated[int | None, typer.Option(help="Number of seeds; default: the study's.")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="a.b=c: replace a field of the study.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Cells at a time; default: as processors allow.")] = None,
+    executor: Annotated[str, typer.Option(help="local, or ray: every cell is a task of a Ray cluster.")] = "local",
+    address: Annotated[str | None, typer.Option(help="Of the Ray cluster; default: this machine alone.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a study, or go on with one, and build its report."""
-    with one_line_errors():
+    from mnemoscope import ranks
+
+    with one_line_errors(), ranks.joined():
         from mnemoscope.config import load_study
         from mnemoscope.study import run_study
 
         config = load_study(study, overrides, seeds)
         folder = out or Path("runs") / config.study
-        with progress(quiet=as_json) as tell:
-            report_path = run_study(config, folder, tell, workers)
-        say(
-            {"run": str(folder), "results": str(folder / "results.json"), "report": str(report_path)}, as_json, "report"
-        )
+        with progress(quiet=as_json or not ranks.first()) as tell:
+            report_path = run_study(config, folder, tell, workers, executor, address)
+        if ranks.first():
+            facts = {"run": str(folder), "results": str(folder / "results.json"), "report": str(report_path)}
+            say(facts, as_json, "report")
 
 
 @app.command()
@@ -70,7 +74,9 @@ def fit(
     as_json: AsJson = False,
 ) -> None:
     """Find pairs, fit vectors and a detector for a model of yours on your data, and judge them; one run folder."""
-    with one_line_errors():
+    from mnemoscope import ranks
+
+    with one_line_errors(), ranks.joined():
         from mnemoscope.fitting import fitting_study
         from mnemoscope.report import brief_of, in_words
         from mnemoscope.study import run_study
@@ -78,8 +84,10 @@ def fit(
         shape = {"folder": model, "dtype": dtype, "device_map": device_map, "layout": named_parts(layout)}
         shape |= {"chat": {} if chat else None}
         config = fitting_study(shape, task, options(option), settings, threads)
-        with progress(quiet=as_json) as tell:
+        with progress(quiet=as_json or not ranks.first()) as tell:
             report_path = run_study(config, out, tell)
+        if not ranks.first():
+            return
         if as_json:
             typer.echo(json.dumps({"run": str(out), "report": str(report_path), "tasks": brief_of(out)}))
         else:

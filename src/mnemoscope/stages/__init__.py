@@ -1,10 +1,11 @@
 """The stages of a cell, in order. Each writes raw records and returns its files."""
 
 from mnemoscope.models import check_peft
-from mnemoscope.stages.common import Stage
+from mnemoscope.stages.common import Stage, cell_model
 from mnemoscope.stages.compare import compare_stage
 from mnemoscope.stages.detect import detection_stage
 from mnemoscope.stages.effects import effects_stage
+from mnemoscope.stages.lists import Records
 from mnemoscope.stages.neutral import neutral_stage
 from mnemoscope.stages.pairs import pairs_stage
 from mnemoscope.stages.probe import probes_stage
@@ -24,4 +25,4 @@ STAGES: dict[str, Stage] = {
     "samples": samples_stage,
 }
 
-__all__ = ["STAGES", "check_peft", "compare_stage"]
+__all__ = ["STAGES", "Records", "cell_model", "check_peft", "compare_stage"]

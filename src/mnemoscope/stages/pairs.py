@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from mnemoscope import ranks
 from mnemoscope.behaviour import Asking, PairBatch, draw_candidates, mine_pairs
 from mnemoscope.cells import Cell
 from mnemoscope.contrast import ContrastAccumulator
@@ -32,23 +35,27 @@ def pairs_stage(cell: Cell, tell: Tell) -> list[Path]:
     tables: list[pd.DataFrame] = []
     contrast: ContrastAccumulator | None = None
     for split in SPLITS:
-        for batch in mine_pairs(asking, candidates[split], config.site):
-            done += len(batch.candidates)
-            tell(done, total, f"mining {split} pairs")
-            tables.append(_pairs_table(batch, split))
+        found: list[pd.DataFrame] = []
+        for batch in mine_pairs(asking, candidates[split], config.site, part=(ranks.rank(), ranks.world())):
+            done += ranks.world() * len(batch.candidates)
+            tell(min(done, total), total, f"mining {split} pairs")
+            found.append(_pairs_table(batch, split))
             if split == "fit" and batch.is_pair_N.any():
                 contrast = contrast or _no_contrast(cell, batch)
                 groups = [pair[0].group for pair in batch.pairs()]
                 contrast.add(batch.states_generalized_PLD, batch.states_memorized_PLD, groups)
+        tables += _in_order(found)
+    contrast = _merged(contrast)
     table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
     files = [write_table(cell.records / "pairs.parquet", table)]
-    found = set(table["split"][table["is_pair"]]) if len(table) else set()
+    with_pairs = set(table["split"][table["is_pair"]]) if len(table) else set()
     for split in SPLITS:
-        if split not in found:
+        if split not in with_pairs:
             raise StudyError(f"{cell.name}: no pairs found in the {split} split: {_why_no_pairs(table, split)}")
-    assert contrast is not None
     files += _held_out_pairs(cell, task, asking, tell)
-    return [*files, write_atomically(cell.folder / "contrast.safetensors", contrast.result().save)]
+    if contrast is not None:
+        files.append(write_atomically(cell.folder / "contrast.safetensors", contrast.result().save))
+    return files
 
 
 def _held_out_pairs(cell: Cell, task: Task, asking: Asking, tell: Tell) -> list[Path]:
@@ -58,11 +65,24 @@ def _held_out_pairs(cell: Cell, task: Task, asking: Asking, tell: Tell) -> list[
         tell(1, 1, f"mining test pairs of another {name}")
         rng = rng_of(cell, f"pairs/{name}")
         examples = draw(other, rng, config.held_out_examples or config.test_examples, "conflict", "test")
-        batches = mine_pairs(asking, draw_candidates(other, examples, rng, config.rephrasings), config.site)
-        tables += [_pairs_table(batch, "test").assign(held_out=name) for batch in batches]
+        drawn = draw_candidates(other, examples, rng, config.rephrasings)
+        batches = mine_pairs(asking, drawn, config.site, part=(ranks.rank(), ranks.world()))
+        tables += _in_order([_pairs_table(batch, "test").assign(held_out=name) for batch in batches])
     if not tables:
         return []
     return [write_table(cell.records / "pairs_held_out.parquet", pd.concat(tables, ignore_index=True))]
+
+
+def _in_order(mine: list[pd.DataFrame]) -> list[pd.DataFrame]:
+    """The tables of all processes, in the order of the batches that they took in turn."""
+    rounds = zip_longest(*ranks.from_all(mine))
+    return [table for tables in rounds for table in tables if table is not None]
+
+
+def _merged(mine: ContrastAccumulator | None) -> ContrastAccumulator | None:
+    """The contrast of what all processes found, for the first one."""
+    parts = [part for part in ranks.to_first(mine) if part is not None]
+    return reduce(ContrastAccumulator.merge, parts) if parts else None
 
 
 def _no_contrast(cell: Cell, batch: PairBatch) -> ContrastAccumulator:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain, product
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -44,34 +45,48 @@ AIMS = ("pairs", "conflict")  # what a setting is chosen for; controls are drawn
 AIM_NAMES = {"pairs": "pairs", "conflict": "other conflicts"}
 
 
+# Aim, direction and method whose settings are to be ranked, and the share of neurons where that was chosen before.
+Asked = tuple[str, str, str, float | None]
+Ranked = tuple[list[Choice], list[dict[str, Any]]]  # settings, best first, and rows of the sweep
+Placed = tuple[tuple[int, ...], pd.DataFrame]  # a table, and its place among all tables
+
+
 def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
     """Choose settings on the tune split, for pairs and for other conflicts; judge them on the test split."""
-    asking, records = cell_model(cell), Records.of(cell)
-    work = _Work(cell, asking, sources_of(cell, asking, records))
-    _choose_all(work, tune_lists(cell, asking, records), tell)
-    tables: list[pd.DataFrame] = []
-    for number, direction in enumerate(TOWARD):
-        lists = judged_lists(records, direction, cell.config.steering.judged_examples)
-        for done, (name, entry) in enumerate(lists.items()):
-            tell(2 + (number + done / len(lists)) / 2, 3, f"{direction}: {name} on test, vectors and controls")
-            tables += work.judge(direction, name, entry)
-    files = work.save()
+    work = _Work(cell)
+    work.tell = tell
+    made = _Made()
+    for number, aim in enumerate(AIMS):
+        tell(number, len(AIMS) + 1, f"choosing for {AIM_NAMES[aim]} on tune")
+        _choose(work, made, aim)
+    work.forget_tune()  # the tune lists and their caches are gone before the test lists come
+    tell(len(AIMS), len(AIMS) + 1, "vectors and controls on test")
+    asked = list(product(TOWARD, cell.config.steering.sweeps))
+    judged = cell.spread(partial(work.judge_all, made), asked)
+    tables = [table for _, table in sorted((part for parts in judged for part in parts), key=itemgetter(0))]
+    files = work.save(made)
     files.append(write_table(cell.records / "steering.parquet", pd.concat(tables, ignore_index=True)))
-    files.append(write_table(cell.records / "sweep.parquet", pd.DataFrame(work.swept)))
-    files.append(write_json(cell.records / "chosen.json", work.chosen()))
+    rows = [row for _, of_one in sorted(made.swept, key=itemgetter(0)) for row in of_one]
+    files.append(write_table(cell.records / "sweep.parquet", pd.DataFrame(rows)))
+    files.append(write_json(cell.records / "chosen.json", work.chosen(made)))
     return files
 
 
-def _choose_all(work: _Work, tune: Mapping[str, Mapping[str, TuneLists]], tell: Tell) -> None:
-    """Every choice; the tune lists and their caches are gone before the test lists come."""
-    sweeps = work.cell.config.steering.sweeps
-    for number, (direction, aim) in enumerate(product(TOWARD, AIMS)):
-        lists = {name: of_aim[direction] for name, of_aim in tune.items()}
-        ranks: dict[str, list[Choice]] = {}
-        for done, method in enumerate(sweeps):
-            tell((number + done / len(sweeps)) / 2, 3, f"{direction}: choosing {method} for {AIM_NAMES[aim]} on tune")
-            ranks[method] = work.rank(aim, direction, method, lists)
-        work.choose(aim, direction, ranks, lists[aim])
+def _choose(work: _Work, made: _Made, aim: str) -> None:
+    """Choose a setting for each method and direction, and the method that gains most."""
+    asked: list[Asked] = []
+    for direction, method in product(TOWARD, list[str](work.cell.config.steering.sweeps)):
+        top = made.choices["pairs", direction, method].setting.top if aim == "conflict" else None
+        asked.append((aim, direction, method, top))
+    found = work.cell.spread(work.rank_all, asked)
+    for (_, direction, method, _), (choices, rows) in zip(asked, found, strict=True):
+        made.choices[aim, direction, method] = choices[0]
+        made.swept.append(((list(TOWARD).index(direction), AIMS.index(aim)), rows))
+    for direction in TOWARD:
+        of_methods = (choices for (_, d, *_), (choices, _) in zip(asked, found, strict=True) if d == direction)
+        choice = work.final(aim, direction, list(chain.from_iterable(of_methods)))
+        made.choices[aim, direction, choice.setting.method] = choice
+        made.best[aim, direction] = choice.setting.method
 
 
 def sources_of(cell: Cell, asking: Asking, records: Records) -> dict[str, Sources]:
@@ -92,45 +107,82 @@ def layers_name(layers: Sequence[int]) -> str:
 
 
 @dataclass
-class _Work:
-    """The steering of one cell as it goes."""
+class _Made:
+    """What the stage has come to so far.
 
-    cell: Cell
-    asking: Asking
-    sources: Mapping[str, Sources]
-    swept: list[dict[str, Any]] = field(default_factory=list)
+    Attributes:
+        choices: by aim, direction and method.
+        best: the method that gains most, by aim and direction.
+        swept: rows of ``records/sweep.parquet``, with the places of direction and aim.
+    """
+
     choices: dict[tuple[str, str, str], Choice] = field(default_factory=dict)
-    best: dict[tuple[str, str], str] = field(default_factory=dict)  # the method that gains most, by aim and direction
+    best: dict[tuple[str, str], str] = field(default_factory=dict)
+    swept: list[tuple[tuple[int, int], list[dict[str, Any]]]] = field(default_factory=list)
 
-    def rank(self, aim: str, direction: str, method: str, tune: Mapping[str, TuneLists]) -> list[Choice]:
-        """A method's settings, best first; for conflicts those with the share of neurons that was chosen for pairs.
 
-        Args:
-            tune: the tune lists of this direction, by aim.
-        """
+class _Work:
+    """The steering of one cell: what it needs is opened when it is first needed, and anew on another machine."""
+
+    def __init__(self, cell: Cell) -> None:
+        self.cell = cell
+        self.tell: Tell = lambda *_: None
+
+    def __reduce__(self) -> tuple[type[_Work], tuple[Cell]]:
+        return _Work, (self.cell,)
+
+    @cached_property
+    def asking(self) -> Asking:
+        return cell_model(self.cell)
+
+    @cached_property
+    def records(self) -> Records:
+        return Records.of(self.cell)
+
+    @cached_property
+    def sources(self) -> dict[str, Sources]:
+        """By site."""
+        return sources_of(self.cell, self.asking, self.records)
+
+    @cached_property
+    def tune(self) -> dict[str, dict[str, TuneLists]]:
+        """By aim and direction."""
+        return tune_lists(self.cell, self.asking, self.records)
+
+    def forget_tune(self) -> None:
+        self.__dict__.pop("tune", None)
+
+    def rank_all(self, asked: Sequence[Asked]) -> list[Ranked]:
+        """Of each: the settings, best first, and the rows of the sweep."""
+        found = []
+        for done, (aim, direction, method, top) in enumerate(asked):
+            note = f"{direction}: choosing {method} for {AIM_NAMES[aim]} on tune"
+            self.tell(AIMS.index(aim) + done / len(asked), len(AIMS) + 1, note)
+            found.append(self._rank(aim, direction, method, top))
+        return found
+
+    def _rank(self, aim: str, direction: str, method: str, top: float | None) -> Ranked:
         config, count = self.cell.config.steering, len(blocks_of(self.asking.model))
         grids = config.sweeps[method]  # type: ignore[index]
         settings = settings_of(direction, method, grids, count, config.positions)
-        if aim == "conflict":
-            top = self.choices["pairs", direction, method].setting.top
-            settings = [setting for setting in settings if setting.top == top]
-        rated = []
+        lists, of_pairs = (self.tune[name][direction] for name in (aim, "pairs"))
+        rated, rows = [], []
         for setting in settings:
-            scores = self._sweep(aim, setting, tune[aim].turned)
+            if top not in (None, setting.top):
+                continue
+            row, scores = self._swept(aim, setting, lists.turned)
+            rows.append(row)
             rated.append((setting, share_of(scores, TOWARD[setting.direction])))
             if setting.method in config.mapped:
-                for name, (batches, label) in tune[aim].kept.items():
-                    if aim == "pairs" or name not in tune["pairs"].kept:
-                        self._sweep(name, setting, batches, label)
-        return ranked(self.asking, tune[aim], self.sources, rated, self._limits(aim), self._seed)
+                for name, (batches, label) in lists.kept.items():
+                    if aim == "pairs" or name not in of_pairs.kept:
+                        rows.append(self._swept(name, setting, batches, label)[0])
+        return ranked(self.asking, lists, self.sources, rated, self._limits(aim), self._seed), rows
 
-    def choose(self, aim: str, direction: str, ranks: Mapping[str, Sequence[Choice]], tune: TuneLists) -> None:
-        """Choose a setting for each method, and the method that gains most."""
-        self.choices |= {(aim, direction, method): choices[0] for method, choices in ranks.items()}
-        candidates = chain.from_iterable(ranks.values())
-        choice = final(self.asking, tune, self.sources, candidates, self._limits(aim), self._seed)
-        self.choices[aim, direction, choice.setting.method] = choice
-        self.best[aim, direction] = choice.setting.method
+    def final(self, aim: str, direction: str, candidates: Sequence[Choice]) -> Choice:
+        """The best of all methods."""
+        lists = self.tune[aim][direction]
+        return final(self.asking, lists, self.sources, candidates, self._limits(aim), self._seed)
 
     @property
     def _seed(self) -> list[int]:
@@ -151,8 +203,10 @@ class _Work:
             limits, control=config.conflict_control_limit, collateral=config.conflict_collateral_limit, refits=0
         )
 
-    def _sweep(self, name: str, setting: Setting, batches: Sequence[Batch], label: str | None = None) -> Scores:
-        """Try a setting on a list and note what became of it."""
+    def _swept(
+        self, name: str, setting: Setting, batches: Sequence[Batch], label: str | None = None
+    ) -> tuple[dict[str, Any], Scores]:
+        """Try a setting on a list: a row that says what became of it, and the scores."""
         turned = label is None
         scores = steered(self.asking, batches, vector_of(self.sources[setting.site], setting), margins=turned)
         row = {"examples": name, "n": len(scores.behaviour_N), **_facts(setting)}
@@ -165,40 +219,57 @@ class _Work:
         else:
             row |= dict.fromkeys(("shift", "stay", "other", "margin", "margin_sd"), np.nan)
             row |= {"kept": share_of(scores, label)}
-        self.swept.append(row)
-        return scores
+        return row, scores
 
-    def judge(self, direction: str, name: str, entry: JudgedList) -> Iterator[pd.DataFrame]:
-        """The chosen vectors on one list, and their controls where the list is what they were chosen for.
+    def judge_all(self, made: _Made, asked: Sequence[tuple[str, str]]) -> list[list[Placed]]:
+        """Of each direction and method: its tables of all lists, with their places among all tables."""
+        methods = list[str](self.cell.config.steering.sweeps)
+        found: dict[tuple[str, str], list[Placed]] = {one: [] for one in asked}
+        for number, direction in enumerate(TOWARD):
+            mine = [method for d, method in asked if d == direction]
+            lists = judged_lists(self.records, direction, self.cell.config.steering.judged_examples) if mine else {}
+            for done, (name, entry) in enumerate(lists.items()):
+                note = f"{direction}: {name} on test, vectors and controls"
+                self.tell(len(AIMS) + (number + done / len(lists)) / 2, len(AIMS) + 1, note)
+                # One list at a time: the caches of a list's prompts are most of the memory that steering takes.
+                batches = with_prefixes(self.asking, entry.examples)
+                for aim, method in product(AIMS, mine):
+                    tables = self._judge(made, aim, direction, method, name, entry, batches)
+                    place = (number, done, AIMS.index(aim), methods.index(method))
+                    found[direction, method] += [((*place, n), table) for n, table in enumerate(tables)]
+                del batches  # before the next list's are made
+        return list(found.values())
+
+    def _judge(
+        self, made: _Made, aim: str, direction: str, method: str, name: str, entry: JudgedList, batches: Sequence[Batch]
+    ) -> Iterator[pd.DataFrame]:
+        """A chosen vector on one list, and its controls where the list is what it was chosen for.
 
         Conflicts get controls under the methods that are best for them or for pairs only.
         """
-        # One list at a time: the caches of a list's prompts are most of the memory that steering takes.
-        batches = with_prefixes(self.asking, entry.examples)
+        if aim == "conflict" and name.startswith("pairs"):
+            return
         has_format = getattr(cell_task(self.cell), "has_memorized_format", None)
-        for aim, method in product(AIMS, self.cell.config.steering.sweeps):
-            if aim == "conflict" and name.startswith("pairs"):
-                continue
-            setting = self.choices[aim, direction, method].setting
-            sources = self.sources[setting.site]
-            vector = vector_of(sources, setting)
-            scores = steered(self.asking, batches, vector)
-            if has_format and entry.examples[0].kind == "conflict":
-                applied = partial(vector.apply, self.asking.model)
-                mark_confabulations(self.asking, entry.examples, scores, has_format, applied)
-            yield _table(aim, setting, ("vector", 0), name, entry, scores)
-            if name != aim or (aim == "conflict" and method not in {self.best[a, direction] for a in AIMS}):
-                continue
-            for control in CONTROLS:
-                seed = [self.cell.seed, zlib.crc32(f"{aim}/{direction}/{method}/{control}".encode())]
-                for number, shift_LD in control_draws(control, sources, setting, self.cell.config.steering.draws, seed):
-                    scores = steered(self.asking, batches, vector.with_dense(shift_LD), margins=False)
-                    yield _table(aim, setting, (control, number), name, entry, scores)
+        setting = made.choices[aim, direction, method].setting
+        sources = self.sources[setting.site]
+        vector = vector_of(sources, setting)
+        scores = steered(self.asking, batches, vector)
+        if has_format and entry.examples[0].kind == "conflict":
+            applied = partial(vector.apply, self.asking.model)
+            mark_confabulations(self.asking, entry.examples, scores, has_format, applied)
+        yield _table(aim, setting, ("vector", 0), name, entry, scores)
+        if name != aim or (aim == "conflict" and method not in {made.best[a, direction] for a in AIMS}):
+            return
+        for control in CONTROLS:
+            seed = [self.cell.seed, zlib.crc32(f"{aim}/{direction}/{method}/{control}".encode())]
+            for number, shift_LD in control_draws(control, sources, setting, self.cell.config.steering.draws, seed):
+                scores = steered(self.asking, batches, vector.with_dense(shift_LD), margins=False)
+                yield _table(aim, setting, (control, number), name, entry, scores)
 
-    def save(self) -> list[Path]:
+    def save(self, made: _Made) -> list[Path]:
         """Write the chosen vectors, bound to their model."""
         files: list[Path] = []
-        for (aim, direction, method), choice in self.choices.items():
+        for (aim, direction, method), choice in made.choices.items():
             vector = vector_of(self.sources[choice.setting.site], choice.setting)
             bound = vector.bound_to(self.asking.model, self.asking.tokenizer)
             bound = replace(
@@ -208,15 +279,15 @@ class _Work:
             files += save_bound(self.cell.folder / "vectors", name, bound)
         return files
 
-    def chosen(self) -> dict[str, Any]:
+    def chosen(self, made: _Made) -> dict[str, Any]:
         """What was chosen, per aim, method and direction, and the best method of each by the tune split."""
         chosen: dict[str, Any] = {}
-        for (aim, direction, method), choice in self.choices.items():
+        for (aim, direction, method), choice in made.choices.items():
             entry = chosen.setdefault(aim, {"best": {}, "methods": {}})
             facts = _chosen(choice.setting, self.sources[choice.setting.site]) | {"within_limits": choice.within}
             entry["methods"].setdefault(method, {})[direction] = facts
         for aim, entry in chosen.items():
-            entry["best"] = {direction: self.best[aim, direction] for direction in TOWARD}
+            entry["best"] = {direction: made.best[aim, direction] for direction in TOWARD}
         return chosen
 
 

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mnemoscope.behaviour import Asking, Batch, prepare, score
+from mnemoscope import ranks
+from mnemoscope.behaviour import Asking, Batch, prepare, score_together
 from mnemoscope.config import StopConfig, TrainingConfig
 from mnemoscope.errors import InputError
 from mnemoscope.models import core_of, is_adapted
@@ -82,6 +83,8 @@ def train(
 ) -> Trained:
     """Train a model in place on a task until the stop rule holds; of an adapted model only the adapter.
 
+    Processes that work together read a share of each batch and step alike, from the sum of their gradients.
+
     Once the rule holds, training goes on for ``settle_steps`` while the learning rate falls to 0. The model ends with
     the weights of the last measurement in which the rule held, or with the last ones where it never did.
 
@@ -95,7 +98,7 @@ def train(
             merges its answer with its prompt.
     """
     started = time.perf_counter()
-    torch.manual_seed(int(rng.integers(2**31)))  # dropout draws from the global generator
+    torch.manual_seed(int(rng.integers(2**31)) + ranks.rank())  # dropout draws from the global generator
     evaluation = prepare_evaluation(asking, task, config.evaluation_examples, rng)
     state = _State(asking.model, config)
     for ids_BT, weights_BT in batches(asking, task, config, rng):
@@ -269,7 +272,7 @@ def measure(evaluations: dict[str, Evaluation]) -> dict[str, float]:
 
 def _measure(evaluation: Evaluation) -> dict[str, float]:
     labels = {
-        kind: score(evaluation.asking, batches_, margins=False).behaviour_N
+        kind: score_together(evaluation.asking, batches_, margins=False).behaviour_N
         for kind, batches_ in evaluation.by_kind.items()
     }
     return {
@@ -288,7 +291,8 @@ def _step(
 ) -> float:
     # The loss is the mean over the whole batch, so its parts are summed and divided by the batch's weights.
     total, loss = weights_BT[:, 1:].sum(), 0.0
-    for ids_RT, weights_RT in passes(ids_BT, weights_BT, _vocabulary(model)):
+    mine = slice(ranks.rank(), None, ranks.world())
+    for ids_RT, weights_RT in passes(ids_BT[mine], weights_BT[mine], _vocabulary(model)):
         logits_RTV = model(input_ids=ids_RT[:, :-1].to(model.device), use_cache=False).logits
         losses_RT = nn.functional.cross_entropy(
             logits_RTV.float().transpose(1, 2), ids_RT[:, 1:].to(model.device), reduction="none"
@@ -296,12 +300,24 @@ def _step(
         part = (losses_RT * weights_RT[:, 1:].to(model.device)).sum() / total.to(model.device)
         part.backward()
         loss += float(part.detach())
+    if ranks.world() > 1:
+        loss = _sum_over_ranks(model, loss)
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer, schedule in zip(optimizers, schedules, strict=True):
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
     return loss
+
+
+def _sum_over_ranks(model: PreTrainedModel, loss: float) -> float:
+    """Sum gradients and loss over all processes; one that had no row, or none for a weight, adds nothing to it."""
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    for weight in trained:
+        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+    told = torch.tensor([loss], device=trained[0].device, dtype=trained[0].dtype)
+    ranks.summed([*(weight.grad for weight in trained if weight.grad is not None), told])
+    return float(told)
 
 
 def _vocabulary(model: PreTrainedModel) -> int:

@@ -6,7 +6,7 @@ Shapes: K matrices of one shape, M rows, N columns.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,9 +35,7 @@ def optimizers_for(model: PreTrainedModel, config: TrainingConfig) -> list[torch
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
         return [torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))]
     return [
-        Float32Muon(
-            matrices, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
-        ),
+        Float32Muon(matrices, lr=config.learning_rate, weight_decay=config.weight_decay),
         torch.optim.AdamW(rest, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
@@ -46,11 +44,14 @@ class Float32Muon(torch.optim.Muon):
     """``torch.optim.Muon`` with its Newton-Schulz steps in float32, for all matrices of one shape together.
 
     The library takes them in bfloat16, which a processor without such instructions emulates: more than half of a
-    training step (docs/LOG.md).
+    training step (docs/LOG.md). It knows one way to scale its steps, ``match_rms_adamw``.
     """
 
+    def __init__(self, params: Iterable[nn.Parameter], **options: Any) -> None:
+        super().__init__(params, **options, adjust_lr_fn="match_rms_adamw")
+
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; ``closure`` computes the loss anew, as in every optimizer of torch."""
         loss = None
         if closure is not None:

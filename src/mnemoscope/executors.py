@@ -1,0 +1,219 @@
+"""Where the cells of a study run: in this process, in processes beside each other, or on a Ray cluster.
+
+An executor runs cells that do not wait for each other and says, by name, why some could not go on.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.managers import SyncManager
+from threading import Thread
+from typing import Any
+
+from mnemoscope.cells import Cell
+from mnemoscope.errors import InputError, StudyError
+
+# (cell, stage, done, total, note): what a running cell tells.
+Progress = Callable[[str, str, float, float, str], None]
+Run = Callable[[Cell, Progress], None]
+Execute = Callable[[Sequence[Cell], Run, Progress], dict[str, str]]
+
+EXECUTORS = ("local", "ray")
+RETRIES = 3  # of a cell whose worker is lost; its finished stages are not run again
+
+
+@contextmanager
+def by_name(name: str, workers: int, address: str | None = None) -> Iterator[Execute]:
+    """An executor, for as long as it is needed.
+
+    Args:
+        workers: cells at a time; a cluster takes as many as it has processors for.
+        address: of a Ray cluster.
+
+    Raises:
+        InputError: there is no such executor, Ray is not installed, or the cluster cannot be reached.
+    """
+    if name not in EXECUTORS:
+        raise InputError(f"executor: {name!r} is not one of {', '.join(EXECUTORS)}")
+    if name == "ray":
+        with _cluster(address) as ray:
+            yield partial(_on_cluster, ray)
+    elif address:
+        raise InputError("address: only the executor 'ray' goes to one")
+    else:
+        yield _one_by_one if workers == 1 else partial(_side_by_side, workers)
+
+
+def _one_by_one(cells: Sequence[Cell], run: Run, progress: Progress) -> dict[str, str]:
+    failed = {}
+    for cell in cells:
+        try:
+            run(cell, progress)
+        except StudyError as error:
+            failed[cell.name] = str(error)
+    return failed
+
+
+def _side_by_side(workers: int, cells: Sequence[Cell], run: Run, progress: Progress) -> dict[str, str]:
+    if len(cells) == 1:
+        return _one_by_one(cells, run, progress)
+    context = get_context("spawn")
+    manager = SyncManager(ctx=context)
+    manager.start(_die_with, (os.getpid(),))
+    with manager:
+        messages = manager.Queue()
+        listener = Thread(target=_listen, args=(messages, progress), daemon=True)
+        listener.start()
+        many = min(workers, len(cells))
+        with ProcessPoolExecutor(many, mp_context=context, initializer=_die_with, initargs=(os.getpid(),)) as pool:
+            futures = [pool.submit(_run_there, run, cell, messages) for cell in cells]
+            failed = {}
+            try:
+                for cell, future in zip(cells, futures, strict=True):
+                    try:
+                        future.result()
+                    except StudyError as error:
+                        failed[cell.name] = str(error)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in list((pool._processes or {}).values()):
+                    process.terminate()
+                raise
+        messages.put(None)
+        listener.join()
+    return failed
+
+
+@contextmanager
+def _cluster(address: str | None) -> Iterator[Any]:
+    """Ray, connected to a cluster, or to one of this machine alone that ends with the study."""
+    try:
+        import ray
+    except ImportError as error:
+        raise InputError("executor: 'ray' is not installed: pip install 'mnemoscope[ray]'") from error
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    alone = {} if address else {"include_dashboard": False}
+    try:
+        ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **alone)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"address: no Ray cluster answers at {address or 'this machine'} ({reason[0]})") from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _on_cluster(ray: Any, cells: Sequence[Cell], run: Run, progress: Progress) -> dict[str, str]:
+    """Each cell is a task that is tried again where its worker or its whole node is lost."""
+    from ray.util.queue import Queue
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    largest = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
+    for cell in cells:
+        if cell.threads > largest:
+            raise InputError(f"threads: {cell.threads}; the largest node of the cluster has {largest:g} processors")
+    # News are kept where the study was started: with them on a node that dies, every cell would fail.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    messages = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+    there, waiting, failed = ray.remote(_run_on_node), {}, {}
+    for cell in cells:
+        # Where there are more places than cells, a cell takes several.
+        places = int(ray.cluster_resources().get("CPU", 1)) // (cell.threads * len(cells))
+        spread = replace(cell, spread=_Spreading(places, cell.threads, _gpus(cell))) if places > 1 else cell
+        task = there.options(num_cpus=cell.threads, num_gpus=_gpus(cell), max_retries=RETRIES, name=cell.name)
+        waiting[task.remote(run, spread, messages.actor, os.getcwd())] = cell
+    while waiting:
+        done, _ = ray.wait(list(waiting), timeout=0.2)
+        for news in messages.get_nowait_batch(messages.qsize()):
+            progress(*news)
+        for task in done:
+            cell = waiting.pop(task)
+            try:
+                ray.get(task)
+            except ray.exceptions.RayTaskError as error:
+                if not isinstance(error.cause, StudyError):
+                    raise error.cause from error
+                failed[cell.name] = str(error.cause)
+            except ray.exceptions.RayError as error:
+                failed[cell.name] = f"{cell.name}: its worker was lost again and again ({type(error).__name__})"
+    messages.shutdown()
+    return failed
+
+
+def _gpus(cell: Cell) -> int:
+    """How many of a node's graphics processors a cell takes."""
+    return int(cell.config.model.device_map not in (None, "cpu"))
+
+
+def _run_on_node(run: Run, cell: Cell, messages: Any, folder: str) -> None:
+    """Run a cell where the cluster puts it, in the folder in which the study was started."""
+    os.chdir(folder)
+    told = 0.0
+
+    def tell(*news: Any) -> None:
+        # Nobody waits for a message: whoever waits gives its processors away meanwhile.
+        nonlocal told
+        if time.monotonic() - told > 0.2 or news[2] >= news[3]:
+            told = time.monotonic()
+            messages.put_nowait.remote(news)
+
+    run(cell, tell)
+
+
+@dataclass(frozen=True)
+class _Spreading:
+    """Parts of a list as tasks of the cluster, each tried again where its worker is lost."""
+
+    places: int
+    threads: int
+    gpus: int
+
+    def __call__(self, function: Callable[[list[Any]], list[Any]], items: list[Any]) -> list[Any]:
+        import ray
+
+        parts = [items[place :: self.places] for place in range(min(self.places, len(items)))]
+        task = ray.remote(_call).options(num_cpus=self.threads, num_gpus=self.gpus, max_retries=RETRIES)
+        tasks = [task.remote(function, self.threads, part, os.getcwd()) for part in parts]
+        found: list[Any] = [None] * len(items)
+        for place, part in enumerate(ray.get(tasks)):
+            found[place :: self.places] = part
+        return found
+
+
+def _call(function: Callable[[list[Any]], list[Any]], threads: int, part: list[Any], folder: str) -> list[Any]:
+    from mnemoscope.processes import settle
+
+    os.chdir(folder)
+    settle(threads)
+    return function(part)
+
+
+def _run_there(run: Run, cell: Cell, messages: Any) -> None:
+    run(cell, lambda *news: messages.put(news))
+
+
+def _listen(messages: Any, progress: Progress) -> None:
+    try:
+        while (news := messages.get()) is not None:
+            progress(*news)
+    except (EOFError, OSError):
+        return  # the study ended before its last message
+
+
+def _die_with(parent: int) -> None:
+    """End this process when the one that started it is gone, so that a killed run leaves nobody behind."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()

@@ -1,0 +1,134 @@
+"""A study on a Ray cluster of two nodes ends as it does in one process, also when a node is killed in the middle."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+
+from mnemoscope.config import load_study
+from mnemoscope.errors import InputError, StudyError
+from mnemoscope.study import run_study
+from test_study import results
+
+ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"
+)
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A head that runs nothing, to which nodes are added."""
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+def test_a_node_that_dies_costs_no_cell_and_no_finished_stage(
+    cluster: Any, mini_study_file: Path, two_seeds: Path, tmp_path: Path
+) -> None:
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    run, errors = tmp_path / "ray", []
+    config = load_study(str(mini_study_file), seeds=2)
+
+    def study() -> None:
+        try:
+            run_study(config, run, executor="ray", address=cluster.address)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = Thread(target=study, daemon=True)
+    thread.start()
+    stages = [run / "cells" / f"addition-{seed}" / "stages" for seed in range(2)]
+    deadline = time.monotonic() + 400
+    while not all((folder / "train.json").exists() for folder in stages):
+        assert thread.is_alive(), errors
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    stamps = [(folder / "train.json").stat().st_mtime_ns for folder in stages]
+    assert not any((folder / "samples.json").exists() for folder in stages), "each node has a cell to lose"
+    cluster.remove_node(nodes[0], allow_graceful=False)
+    thread.join(400)
+    assert not thread.is_alive()
+    assert not errors
+    assert stamps == [(folder / "train.json").stat().st_mtime_ns for folder in stages], "finished is not redone"
+    assert results(run) == results(two_seeds)
+    for seed in range(2):
+        file = Path("cells") / f"addition-{seed}" / "records" / "steering.parquet"
+        assert (run / file).read_bytes() == (two_seeds / file).read_bytes()
+    assert json.loads((run / "failed.json").read_text()) == {}
+
+
+def test_a_cell_takes_the_processors_that_are_left(
+    cluster: Any, mini_study_file: Path, mini_run: Path, tmp_path: Path
+) -> None:
+    """Parts of its steering run side by side and give the same bytes."""
+    cluster.add_node(num_cpus=3)
+    run = tmp_path / "run"
+    shutil.copytree(mini_run, run)
+    cell = run / "cells" / "addition-0"
+    names = ("chosen.json", "steering.parquet", "sweep.parquet")
+    before = {name: (cell / "records" / name).read_bytes() for name in names}
+    for name in (*names, "../stages/steering.json"):
+        (cell / "records" / name).unlink()
+    run_study(load_study(str(mini_study_file)), run, executor="ray", address=cluster.address)
+    assert {name: (cell / "records" / name).read_bytes() for name in names} == before
+
+
+def test_a_cell_that_cannot_go_on_is_named_in_one_line(cluster: Any, mini_study_file: Path, tmp_path: Path) -> None:
+    cluster.add_node(num_cpus=1)
+    overrides = ["cells.addition.training.steps=25", "cells.addition.training.stop.recall=1.0"]
+    told: list[tuple[object, ...]] = []
+    with pytest.raises(StudyError, match="after 25 steps the model does not show both behaviours") as caught:
+        run_study(
+            load_study(str(mini_study_file), overrides),
+            tmp_path / "run",
+            lambda *news: told.append(news),
+            executor="ray",
+            address=cluster.address,
+        )
+    assert "\n" not in str(caught.value)
+    assert json.loads((tmp_path / "run" / "failed.json").read_text()) == {"addition-0": str(caught.value)}
+    assert {news[0] for news in told} == {"addition-0"}
+
+
+def test_wrong_input_is_told_as_it_is_anywhere(cluster: Any, mini_study_file: Path, tmp_path: Path) -> None:
+    cluster.add_node(num_cpus=1)
+    config = load_study(str(mini_study_file), ["cells.addition.options.digits=0"])
+    with pytest.raises(InputError) as here:
+        run_study(config, tmp_path / "here", workers=1)
+    with pytest.raises(InputError) as there:
+        run_study(config, tmp_path / "there", executor="ray", address=cluster.address)
+    assert str(there.value) == str(here.value)
+    config = load_study(str(mini_study_file), ["threads=64"])
+    with pytest.raises(InputError, match="threads: 64; the largest node of the cluster has 1 processors"):
+        run_study(config, tmp_path / "wide", executor="ray", address=cluster.address)
+
+
+@pytest.mark.parametrize(
+    ("executor", "address", "message"),
+    [
+        ("slurm", None, "executor: 'slurm' is not one of local, ray"),
+        ("local", "127.0.0.1:1", "address: only the executor 'ray' goes to one"),
+        ("ray", "127.0.0.1:1", "address: no Ray cluster answers at 127.0.0.1:1"),
+    ],
+)
+def test_bad_executors_are_refused(
+    mini_study_file: Path, tmp_path: Path, executor: str, address: str | None, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        run_study(load_study(str(mini_study_file)), tmp_path / "run", executor=executor, address=address)
