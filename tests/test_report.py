@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from html.parser import HTMLParser
 from importlib.resources import files
 from itertools import combinations, pairwise, product
@@ -1038,16 +1038,6 @@ def test_text_stands_out_in_both_themes() -> None:
         ] + on_softened:
             light_, dark_ = sorted((luminance(colours[text]), luminance(colours[ground])), reverse=True)
             assert (light_ + 0.05) / (dark_ + 0.05) >= 4.5, (text, ground)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not chromium:
-        pytest.skip("no Chromium on this machine")
-    with sync_api.sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
 
 
 @pytest.mark.parametrize("width", [390, 820, 1440])

@@ -12,6 +12,7 @@ from typing import Any
 
 _PUBLIC = {
     "Asking": "behaviour",
+    "Bench": "bench",
     "Contrast": "contrast",
     "ContrastAccumulator": "contrast",
     "Detector": "detect",
@@ -21,6 +22,7 @@ _PUBLIC = {
     "SteeringVector": "steering",
     "StudyError": "errors",
     "Task": "tasks",
+    "Turning": "bench",
     "bake": "export",
     "build_report": "report",
     "build_task": "tasks",

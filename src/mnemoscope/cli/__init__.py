@@ -1,9 +1,9 @@
 """The command line: arguments in, calls, output. Heavy imports happen inside the commands."""
 
-from mnemoscope.cli import studies, models  # isort: skip - the order of the commands in the help
+from mnemoscope.cli import studies, models, playground  # isort: skip - the order of the commands in the help
 from mnemoscope.cli.app import app
 
-__all__ = ["app", "main", "models", "studies"]
+__all__ = ["app", "main", "models", "playground", "studies"]
 
 
 def main() -> None:

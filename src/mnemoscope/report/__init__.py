@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from mnemoscope.files import write_atomically
-from mnemoscope.report.brief import brief_of, in_words
-from mnemoscope.report.html import render
+from mnemoscope.report.brief import brief, brief_of, compare_briefs, in_words
+from mnemoscope.report.figures_neuron import draw_neuron
+from mnemoscope.report.html import page_style, render
 from mnemoscope.report.records import read_run
 from mnemoscope.report.results import compute_results, to_json
 
-__all__ = ["brief_of", "build_report", "in_words"]
+__all__ = ["brief", "brief_of", "build_report", "compare_briefs", "draw_neuron", "in_words", "page_style"]
 
 
 def build_report(run: Path) -> Path:

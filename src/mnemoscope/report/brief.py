@@ -11,9 +11,13 @@ from mnemoscope.report.sentences import TOWARDS, count, percent, strongest_contr
 
 
 def brief_of(run: Path) -> dict[str, Any]:
+    """The same of a run folder."""
+    return brief(json.loads((run / "results.json").read_text()))
+
+
+def brief(results: Tree) -> dict[str, Any]:
     """By task, from ``results.json``: pairs, what the best vectors turn, their strongest control, what they cost."""
-    tasks = json.loads((run / "results.json").read_text())["tasks"]
-    return {name: _brief(task) for name, task in tasks.items()}
+    return {name: _brief(task) for name, task in results.get("tasks", {}).items()}
 
 
 def _brief(task: Tree) -> Tree:
@@ -31,6 +35,29 @@ def _brief(task: Tree) -> Tree:
     if "detection" in task:
         found["detect_auroc"] = task["detection"]["auroc"]["p_memorized"]
     return found
+
+
+def compare_briefs(first: dict[str, Any], second: dict[str, Any]) -> list[dict[str, Any]]:
+    """Two runs side by side: a row for each number that either has, with ``first`` and ``second`` in words."""
+    rows = []
+    for task in {**first, **second}:
+        ours, theirs = (_in_rows(found[task]) if task in found else {} for found in (first, second))
+        for what in {**ours, **theirs}:
+            rows.append({"task": task, "what": what, "first": ours.get(what, "-"), "second": theirs.get(what, "-")})
+    return rows
+
+
+def _in_rows(task: Tree) -> dict[str, str]:
+    rows = {"pairs": f"{task['pairs']:,.0f}", "test pairs": f"{task['test_pairs']:,.0f}"}
+    for direction, name in TOWARDS.items():
+        block = task[direction]
+        chosen = block["chosen"]
+        rows[f"{name}: method"] = f"{chosen['method']}, {chosen['site']}, strength {chosen['strength']:g}"
+        rows[f"{name}: test pairs turned"] = with_interval(block["pairs"])
+        rows[f"{name}: strongest control"] = with_interval(block["control"]) if block["control"] else "none"
+    if "detect_auroc" in task:
+        rows["P(memorized) ranks right"] = with_interval(task["detect_auroc"])
+    return rows
 
 
 def in_words(run: Path) -> list[str]:

@@ -44,11 +44,16 @@ def render(run: Run, results: Tree) -> str:
         summary=_summary(results),
         failed=list(run.failed.values()),
         transfer=_transfer(results["transfer"]),
-        css=Markup((folder / "style.css").read_text(encoding="utf-8")),
+        css=Markup(page_style()),
         configuration=run.study_text,
         versions=_versions(run.manifest),
         glossary=GLOSSARY,
     )
+
+
+def page_style() -> str:
+    """The style sheet of the report, whose colours and type other pages share."""
+    return (files("mnemoscope.report") / "style.css").read_text(encoding="utf-8")
 
 
 def _place(share: float) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from html import escape
+from threading import Lock
 
 import matplotlib
 import numpy as np
@@ -33,6 +34,8 @@ PIXEL_MEMORIZED, PIXEL_GENERALIZED = (0.85, 0.45, 0.13), (0.16, 0.53, 0.78)
 
 WIDE, NARROW = 720, 348  # CSS pixels; a point of the drawing is a pixel of the page
 
+_ALONE = Lock()  # the library's settings are those of the whole process
+
 
 @dataclass(frozen=True)
 class Drawing:
@@ -53,7 +56,7 @@ def draw(name: str, label: str, plot: Callable[[bool], Figure]) -> Drawing:
     """
     drawn = []
     for layout, narrow in (("wide", False), ("narrow", True)):
-        with style(f"{name}-{layout}"):
+        with _ALONE, style(f"{name}-{layout}"):
             drawn.append(_svg(plot(narrow), label))
     return Drawing(wide=drawn[0], narrow=drawn[1])
 
@@ -62,7 +65,7 @@ def draw_panels(name: str, label: str, plots: Sequence[Callable[[], Figure]]) ->
     """Make a figure of narrow panels, each drawn once; see ``draw`` for the arguments."""
     drawn = []
     for number, plot in enumerate(plots, 1):
-        with style(f"{name}-{number}"):
+        with _ALONE, style(f"{name}-{number}"):
             drawn.append(_svg(plot(), f"{label} (part {number} of {len(plots)})"))
     return Drawing(panels=tuple(drawn))
 

@@ -1,0 +1,167 @@
+"""The JSON API: each call is one call of the library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request
+from fastapi.concurrency import run_in_threadpool
+
+from mnemoscope.bench import Bench
+from mnemoscope.report import compare_briefs, draw_neuron
+from mnemoscope.web import shapes
+from mnemoscope.web.jobs import Job, Jobs
+from mnemoscope.web.rooms import NAME, Rooms
+from mnemoscope.web.snippets import snippets
+
+Run = Annotated[str, Path(pattern=NAME)]
+CellName = Annotated[str, Path(max_length=200)]
+Index = Annotated[int, Path(ge=0, le=2**24)]
+JobName = Annotated[str, Path(max_length=64)]
+T = TypeVar("T")
+
+
+def _rooms(request: Request) -> Rooms:
+    return request.app.state.rooms
+
+
+def _jobs(request: Request) -> Jobs:
+    return request.app.state.jobs
+
+
+class AtBench:
+    """Calls of an opened cell, a few at a time; whoever waits holds no thread, so all else is answered meanwhile."""
+
+    def __init__(self, request: Request, run: Run, cell: CellName) -> None:
+        self.rooms, self.turns, self.run, self.cell = request.app.state.rooms, request.app.state.turns, run, cell
+
+    async def __call__(self, work: Callable[[Bench], T]) -> T:
+        """What the work finds."""
+        async with self.turns:
+            return await run_in_threadpool(lambda: work(self.rooms.bench(self.run, self.cell)))
+
+
+Opened = Annotated[Rooms, Depends(_rooms)]
+AtWork = Annotated[Jobs, Depends(_jobs)]
+Asks = Annotated[AtBench, Depends(AtBench)]
+CELL = "/runs/{run}/cells/{cell}"
+router = APIRouter(prefix="/api", responses={code: {"model": shapes.ErrorOut} for code in (401, 403, 404, 413, 422)})
+
+
+@router.get("/runs")
+def list_runs(rooms: Opened) -> list[dict[str, Any]]:
+    """The runs in the folder, with their studies, cells and first numbers."""
+    return [_run(rooms, name) for name in rooms.runs()]
+
+
+@router.get("/runs/{run}")
+def show_run(rooms: Opened, run: Run) -> dict[str, Any]:
+    """One run."""
+    return _run(rooms, run)
+
+
+@router.get("/compare")
+def compare(
+    rooms: Opened, first: Annotated[str, Query(pattern=NAME)], second: Annotated[str, Query(pattern=NAME)]
+) -> list[dict[str, Any]]:
+    """Two runs side by side, a row for each number that either has."""
+    return compare_briefs(rooms.brief(first), rooms.brief(second))
+
+
+@router.get(CELL)
+async def show_cell(asks: Asks) -> dict[str, Any]:
+    """An opened cell: what its model can be turned with."""
+
+    def facts(bench: Bench) -> dict[str, Any]:
+        named = {"run": asks.run, "cell": asks.cell, "layers": bench.layers}
+        return named | {"detects": bench.detects, "methods": bench.methods()}
+
+    return await asks(facts)
+
+
+@router.get(CELL + "/questions")
+async def list_questions(asks: Asks, n: Annotated[int, Query(ge=1, le=100)] = 12) -> list[shapes.PairOut]:
+    """Test pairs of different groups."""
+    return [
+        shapes.PairOut(memorized=shapes.QuestionOut.of(m), generalized=shapes.QuestionOut.of(g))
+        for m, g in await asks(lambda bench: bench.questions(n))
+    ]
+
+
+@router.post(CELL + "/rephrase")
+async def rephrase(asks: Asks, asked: shapes.RephraseIn) -> shapes.QuestionOut:
+    """An item of the run's own in other words."""
+    found = await asks(lambda bench: bench.rephrased(asked.item, asked.prompt, asked.seed))
+    return shapes.QuestionOut.of(found)
+
+
+@router.post(CELL + "/ask")
+async def ask(asks: Asks, asked: shapes.AskIn) -> shapes.AnswerOut:
+    """What the model makes of a prompt, by itself or turned."""
+    example = asked.question.example()
+    turning = asked.turning.turning() if asked.turning else None
+    if example is None:
+        return shapes.AnswerOut.of(await asks(lambda bench: bench.go_on(asked.question.prompt, turning)))
+    return shapes.AnswerOut.of(await asks(lambda bench: bench.ask(example, turning)))
+
+
+@router.post(CELL + "/snippets")
+async def show_snippets(asks: Asks, asked: shapes.AskIn) -> dict[str, str]:
+    """The lines of Python, and the command, that do what ``ask`` does."""
+    return await asks(lambda bench: snippets(bench, asks.rooms.run(asks.run), asked))
+
+
+@router.get(CELL + "/neurons")
+async def map_neurons(asks: Asks) -> shapes.NeuronsOut:
+    """How every neuron differs between the two behaviours, on the fit pairs."""
+    found = await asks(lambda bench: bench.contrast)
+    return shapes.NeuronsOut(
+        site=found.site,
+        pairs=found.pairs,
+        nmd=shapes.table(found.nmd_LD),
+        rho=shapes.table(found.rho_LD),
+        p_family_wise=shapes.table(found.p_family_wise_LD),
+    )
+
+
+@router.post(CELL + "/neurons/{layer}/{neuron}", status_code=202)
+async def watch_neuron(asks: Asks, jobs: AtWork, layer: Index, neuron: Index) -> shapes.JobOut:
+    """Look at one neuron; the job's result has its distributions, its ranks and what it does alone."""
+    bench = await asks(lambda bench: bench)
+
+    def work(tell: Callable[[float], None], wanted: Callable[[], bool]) -> dict[str, Any]:
+        seen = bench.watch(layer, neuron, tell, wanted)
+        label = f"Neuron {neuron} of layer {layer} where the model remembered and where it worked it out"
+        return shapes.watched(seen, draw_neuron(seen.generalized_P, seen.memorized_P, label), layer, neuron)
+
+    return _job(jobs.start(work))
+
+
+@router.get("/jobs/{job}")
+async def show_job(jobs: AtWork, job: JobName) -> shapes.JobOut:
+    """How far a job is, and its result once it is done."""
+    return _job(jobs.get(job))
+
+
+@router.delete("/jobs/{job}")
+async def cancel_job(jobs: AtWork, job: JobName) -> shapes.JobOut:
+    """Cancel a job."""
+    return _job(jobs.cancel(job))
+
+
+def _job(job: Job | None) -> shapes.JobOut:
+    if job is None:
+        raise HTTPException(404, "job: there is none of that name (any more)")
+    return shapes.JobOut(job=job.name, state=job.state, share=job.share, result=job.result, error=job.error)
+
+
+def _run(rooms: Rooms, name: str) -> dict[str, Any]:
+    results = rooms.results(name)
+    return {
+        "run": name,
+        "study": results.get("study"),
+        "finished": bool(results),
+        "cells": rooms.cells(name),
+        "tasks": shapes.plain(rooms.brief(name)),
+    }

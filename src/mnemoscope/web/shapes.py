@@ -1,0 +1,214 @@
+"""What the JSON API takes and gives."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from mnemoscope.bench import Answered, Turning, Watched
+from mnemoscope.tasks import Example
+
+LONGEST_PROMPT, LONGEST_ANSWER = 8000, 200  # characters
+STRONGEST = 8.0  # factor on a vector
+Toward = Literal["generalized", "memorized"]
+Text = Annotated[str, Field(max_length=LONGEST_ANSWER)]
+
+
+class _Shape(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class QuestionIn(_Shape):
+    """A prompt, with its two revealing answers where they are known; those of the run's own come with an item."""
+
+    prompt: str = Field(min_length=1, max_length=LONGEST_PROMPT)
+    memorized: Text | None = None
+    generalized: Text | None = None
+    item: Text = ""
+    family: Text = ""
+
+    def example(self) -> Example | None:
+        """As the library knows it; None without answers.
+
+        Raises:
+            InputError: only one answer is given, or both are the same.
+        """
+        if not self.memorized and not self.generalized:
+            return None
+        return Example(
+            self.item or "asked",
+            self.prompt,
+            "conflict",
+            self.item or "asked",
+            self.family or "asked",
+            memorized=self.memorized,
+            generalized=self.generalized,
+        )
+
+
+class TurningIn(_Shape):
+    """How the model is turned."""
+
+    toward: Toward
+    method: Text
+    alpha: float = Field(1.0, ge=0, le=STRONGEST)
+    layers: list[Annotated[int, Field(ge=0, le=4096)]] | None = Field(None, min_length=1, max_length=512)
+    neurons: int | None = Field(None, ge=1, le=2**24)
+
+    def turning(self) -> Turning:
+        """As the library knows it."""
+        layers = tuple(sorted(set(self.layers))) if self.layers is not None else None
+        return Turning(self.toward, self.method, self.alpha, layers, self.neurons)
+
+
+class AskIn(_Shape):
+    """A question, put to the model by itself or turned."""
+
+    question: QuestionIn
+    turning: TurningIn | None = None
+
+
+class RephraseIn(_Shape):
+    """An item of the run's own, to be put in other words than the prompt's."""
+
+    item: Text
+    prompt: str = Field("", max_length=LONGEST_PROMPT)
+    seed: int = Field(0, ge=0, le=2**31)
+
+
+class ReadingOut(_Shape):
+    """What the detector says; probabilities by layer, the first is layer 0."""
+
+    p_memorized: float | None
+    p_memorized_by_layer: list[float | None]
+    p_conflict: float | None
+    unlike: bool
+    layer: int
+
+
+class AnswerOut(_Shape):
+    """What the model makes of a prompt; probabilities are those of the whole answers, null without them."""
+
+    behaviour: Literal["memorized", "generalized", "other"] | None
+    said: str
+    p_memorized: float | None
+    p_generalized: float | None
+    reading: ReadingOut | None
+
+    @classmethod
+    def of(cls, answered: Answered) -> AnswerOut:
+        """For JSON."""
+        reading = answered.reading
+        return cls(
+            behaviour=answered.behaviour,
+            said=answered.said,
+            p_memorized=known(answered.p_memorized),
+            p_generalized=known(answered.p_generalized),
+            reading=ReadingOut(
+                p_memorized=known(float(reading.p_memorized_N[0])),
+                p_memorized_by_layer=[known(p) for p in reading.p_memorized_NL[0].tolist()],
+                p_conflict=known(float(reading.p_conflict_N[0])),
+                unlike=bool(reading.unlike_N[0]),
+                layer=reading.layer,
+            )
+            if reading
+            else None,
+        )
+
+
+class QuestionOut(_Shape):
+    """A phrasing of an item."""
+
+    prompt: str
+    memorized: str
+    generalized: str
+    item: str
+    family: str
+
+    @classmethod
+    def of(cls, example: Example) -> QuestionOut:
+        """For JSON."""
+        return cls(
+            prompt=example.prompt,
+            memorized=str(example.memorized),
+            generalized=str(example.generalized),
+            item=example.item,
+            family=example.family,
+        )
+
+
+class PairOut(_Shape):
+    """Two phrasings of one item, that answered from memory first."""
+
+    memorized: QuestionOut
+    generalized: QuestionOut
+
+
+class NeuronsOut(_Shape):
+    """Statistics of every neuron at a site, by layer; null where one is not defined."""
+
+    site: str
+    pairs: int
+    nmd: list[list[float | None]]
+    rho: list[list[float | None]]
+    p_family_wise: list[list[float | None]]
+
+
+class JobOut(_Shape):
+    """Work that takes a while."""
+
+    job: str
+    state: Literal["running", "done", "failed", "cancelled"]
+    share: float
+    result: Any = None
+    error: str = ""
+
+
+class Problem(BaseModel):
+    """What is wrong with a request."""
+
+    field: str
+    message: str
+
+
+class ErrorOut(BaseModel):
+    """The body of every error."""
+
+    error: Problem
+
+
+def watched(neuron: Watched, drawing: str, layer: int, number: int) -> dict[str, Any]:
+    """What is shown of a neuron."""
+    facts = {
+        "layer": layer,
+        "neuron": number,
+        "pairs": len(neuron.generalized_P),
+        "mean_generalized": float(neuron.generalized_P.mean()),
+        "mean_memorized": float(neuron.memorized_P.mean()),
+        "rank_nmd": neuron.rank_nmd,
+        "rank_rho": neuron.rank_rho,
+        "alone": [{"times": times, **turned} for times, turned in neuron.alone.items()],
+        "drawing": drawing,
+    }
+    return plain(facts)
+
+
+def known(value: float) -> float | None:
+    """A number for JSON, which has no NaN and no infinity."""
+    return value if math.isfinite(value) else None
+
+
+def plain(value: Any) -> Any:
+    """Nested dicts and lists for JSON, undefined numbers as null."""
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [plain(inner) for inner in value]
+    return known(value) if isinstance(value, float) else value
+
+
+def table(values: Any) -> list[list[float | None]]:
+    """An array (L, D) for JSON, to five digits."""
+    return [[known(float(f"{v:.5g}")) for v in row] for row in values.tolist()]

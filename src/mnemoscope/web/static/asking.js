@@ -1,0 +1,38 @@
+// Requests to the JSON API, and what is wrong in one line.
+
+export class Refused extends Error {}
+
+export async function call(path, body, options = {}) {
+  const init = { ...options };
+  if (body !== undefined) {
+    init.method = "POST";
+    init.headers = { "Content-Type": "application/json" };
+    init.body = JSON.stringify(body);
+  }
+  let answer;
+  try {
+    answer = await fetch(path, init);
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Refused("The server does not answer. Is it still running?");
+  }
+  const found = await answer.json().catch(() => ({}));
+  if (!answer.ok) {
+    const { field, message } = found.error ?? { field: "server", message: `error ${answer.status}` };
+    throw new Refused(`${field}: ${message}`);
+  }
+  return found;
+}
+
+export function showProblem(place, error) {
+  if (error && error.name === "AbortError") return;
+  place.hidden = !error;
+  place.textContent = error ? error.message : "";
+}
+
+export const percent = (share) => {
+  if (share === null || share === undefined) return "–";
+  const whole = 100 * share;
+  if (whole > 0 && whole < 0.1) return "< 0.1 %";
+  return `${whole < 10 || whole > 90 ? whole.toFixed(1) : whole.toFixed(0)} %`;
+};

@@ -1,0 +1,269 @@
+// The playground: a question, what the model makes of it, and the same while it is turned.
+import { call, percent, showProblem } from "./asking.js";
+
+const by = (id) => document.getElementById(id);
+const bench = by("bench");
+const path = `/api/runs/${bench.dataset.run}/cells/${bench.dataset.cell}`;
+const problem = by("problem");
+let facts, pairs = [], asked = null, phrasing = 0, plain = null, turn = 0;
+let answered = ""; // the question that `plain` is the answer to
+
+const wordOf = { memorized: "remembered", generalized: "worked out", other: "neither of the two" };
+
+function questionOnPage() {
+  const same = asked && ["prompt", "memorized", "generalized"].every((key) => by(key).value === asked[key]);
+  return {
+    prompt: by("prompt").value,
+    memorized: by("memorized").value || null,
+    generalized: by("generalized").value || null,
+    item: same ? asked.item : "",
+    family: same ? asked.family : "",
+  };
+}
+
+function put(question) {
+  asked = question;
+  for (const key of ["prompt", "memorized", "generalized"]) by(key).value = question[key];
+}
+
+const toward = () => (Number(by("slider").value) < 0 ? "memorized" : "generalized");
+
+function turningOnPage() {
+  const alpha = Math.abs(Number(by("slider").value));
+  const chosen = [...by("layers").querySelectorAll("input:checked")].map((box) => Number(box.value));
+  if (!chosen.length) throw new Error("layers: choose one at least");
+  const usual = vectorNow().layers;
+  const changed = chosen.length !== usual.length || chosen.some((layer) => !usual.includes(layer));
+  return {
+    toward: toward(),
+    method: by("method").value,
+    alpha,
+    layers: changed ? chosen : null,
+    neurons: by("neurons").value ? Number(by("neurons").value) : null,
+  };
+}
+
+const vectorNow = () => facts.methods.find((row) => row.method === by("method").value)[toward()];
+
+function show(side, answer) {
+  const card = by(side);
+  card.classList.remove("is-memorized", "is-generalized", "is-other", "waiting");
+  if (answer.behaviour) card.classList.add(`is-${answer.behaviour}`);
+  card.classList.toggle("long", answer.said.length > 24);
+  card.querySelector(".said").textContent = answer.said.trim() || "(nothing)";
+  card.querySelector(".kind").textContent = answer.behaviour ? wordOf[answer.behaviour] : "what follows the prompt";
+  for (const key of ["memorized", "generalized"]) {
+    const share = answer[`p_${key}`];
+    card.querySelector(`.${key}-bar`).style.setProperty("--share", share ?? 0);
+    card.querySelector(`[data-of="${key}"]`).textContent = percent(share);
+  }
+  const reading = answer.reading;
+  let line = "";
+  if (reading) {
+    line = `Before it answers, layer ${reading.layer} says: remembered with ${percent(reading.p_memorized)}.`;
+    if (reading.unlike) line += " The prompt is unlike those the detector knows: do not trust this.";
+    else if (reading.p_conflict !== null && reading.p_conflict < 0.5) line += " It sees nothing that memory and rule disagree about.";
+  }
+  card.querySelector(".verdict-line").textContent = line;
+  showLayers(side, reading);
+}
+
+function showLayers(side, reading) {
+  by("no-detector").hidden = facts.detects;
+  if (!reading) return;
+  const rows = by("layer-rows");
+  reading.p_memorized_by_layer.forEach((share, layer) => {
+    let row = rows.children[layer];
+    if (!row) {
+      row = rows.insertRow();
+      const head = document.createElement("th");
+      head.scope = "row";
+      head.textContent = layer;
+      row.append(head);
+      for (const name of ["plain", "steered"]) {
+        const cell = row.insertCell();
+        cell.dataset.of = name;
+        const bar = Object.assign(document.createElement("span"), { className: "bar memorized-bar" });
+        cell.append(bar, document.createElement("span"));
+      }
+    }
+    row.classList.toggle("decides", layer === reading.layer);
+    const cell = row.querySelector(`[data-of="${side}"]`);
+    cell.firstChild.style.setProperty("--share", share);
+    cell.lastChild.textContent = percent(share);
+  });
+}
+
+async function ask() {
+  showProblem(problem, null);
+  const mine = ++turn, question = questionOnPage();
+  by("plain").classList.add("waiting");
+  try {
+    const answer = await call(`${path}/ask`, { question });
+    if (mine !== turn) return;
+    [plain, answered] = [answer, JSON.stringify(question)];
+    show("plain", plain);
+    await steer();
+  } catch (error) {
+    if (mine !== turn) return;
+    showProblem(problem, error);
+    plain = null;
+    by("plain").classList.remove("waiting");
+    for (const side of ["plain", "steered"]) show(side, NOTHING);
+  }
+}
+
+const NOTHING = { behaviour: null, said: "–", p_memorized: null, p_generalized: null, reading: null };
+let running = false, again = false;
+
+async function steer() {
+  describe();
+  // The slider is quicker than the model: only its latest place is asked for.
+  again = true;
+  if (running) return;
+  running = true;
+  by("steered").classList.add("waiting");
+  try {
+    while (again) {
+      again = false;
+      const question = questionOnPage();
+      if (JSON.stringify(question) !== answered) {
+        running = false;
+        await ask(); // which comes back here
+        return;
+      }
+      const turning = turningOnPage();
+      const answer = turning.alpha === 0 ? plain : await call(`${path}/ask`, { question, turning });
+      if (again) continue;
+      show("steered", answer);
+      showProblem(problem, null);
+      say(answer);
+      await showSame();
+    }
+  } catch (error) {
+    showProblem(problem, error);
+  } finally {
+    running = false;
+    by("steered").classList.remove("waiting");
+    if (again) steer();
+  }
+}
+
+function say(steered) {
+  const told = (answer) => `${answer.said.trim() || "nothing"}${answer.behaviour ? `, ${wordOf[answer.behaviour]}` : ""}`;
+  by("status").textContent = `By itself: ${told(plain)}. Turned: ${told(steered)}.`;
+}
+
+function describe() {
+  const value = Number(by("slider").value), vector = vectorNow();
+  const way = value < 0 ? "towards remembering" : "towards working it out";
+  const words = value === 0 ? "As it is: nothing is shifted." : `${Math.abs(value).toFixed(2)} times the run's vector ${way}.`;
+  by("slid").textContent = words;
+  by("slider").setAttribute("aria-valuetext", words);
+  by("shifts").textContent = `The run's vector ${way}: ${vector.neurons} neurons at ${vector.site}, layers ${vector.layers.join(", ")}, strength ${vector.strength.toPrecision(2)}.`;
+}
+
+async function showSame() {
+  if (!by("same").open) return;
+  const turning = turningOnPage();
+  const found = await call(`${path}/snippets`, { question: questionOnPage(), turning: turning.alpha ? turning : null });
+  by("python").textContent = found.python || "Move the slider first.";
+  by("command").textContent = found.command;
+  by("command").hidden = by("command-label").hidden = !found.command;
+}
+
+function offerLayers() {
+  const vector = vectorNow();
+  by("layers").replaceChildren(
+    ...Array.from({ length: facts.layers }, (_, layer) => {
+      const label = document.createElement("label");
+      const box = Object.assign(document.createElement("input"), { type: "checkbox", value: layer });
+      box.checked = vector.layers.includes(layer);
+      box.disabled = !vector.free && !vector.layers.includes(layer);
+      label.append(box, String(layer));
+      return label;
+    }),
+  );
+}
+
+function offerPairs() {
+  by("example").replaceChildren(
+    ...pairs.map((pair, number) => {
+      const text = pair.memorized.prompt.replaceAll("\n", " ");
+      return new Option(`${number + 1}. ${text.length > 70 ? `${text.slice(0, 70)} …` : text}`, number);
+    }),
+  );
+}
+
+async function start() {
+  try {
+    facts = await call(path);
+    for (const row of facts.methods) by("method").append(new Option(row.method, row.method));
+    const best = facts.methods.find((row) => row.generalized.best) ?? facts.methods[0];
+    by("method").value = best.method;
+    offerLayers();
+    describe();
+    pairs = await call(`${path}/questions?n=24`);
+    offerPairs();
+    if (pairs.length) put(pairs[0].memorized);
+    bench.inert = false;
+    bench.removeAttribute("aria-busy");
+    if (pairs.length) await ask();
+  } catch (error) {
+    showProblem(problem, error);
+  }
+}
+
+by("example").addEventListener("change", () => {
+  phrasing = 0;
+  put(pairs[Number(by("example").value)].memorized);
+  ask();
+});
+by("ask").addEventListener("click", ask);
+for (const id of ["memorized", "generalized"])
+  by(id).addEventListener("keydown", (event) => event.key === "Enter" && ask());
+by("rephrase").addEventListener("click", async () => {
+  showProblem(problem, null);
+  const pair = pairs[Number(by("example").value)];
+  const onPage = questionOnPage();
+  try {
+    // The pair's other phrasing first, since the model is known to answer it the other way; then any others.
+    if (pair && onPage.prompt === pair.memorized.prompt) put(pair.generalized);
+    else put(await call(`${path}/rephrase`, { item: onPage.item, prompt: onPage.prompt, seed: ++phrasing }));
+    await ask();
+  } catch (error) {
+    showProblem(problem, error);
+  }
+});
+let side = toward();
+by("slider").addEventListener("input", () => {
+  if (toward() !== side) {
+    side = toward();
+    const best = facts.methods.find((row) => row[side].best);
+    if (best && !by("finer").open) by("method").value = best.method;
+    offerLayers();
+  }
+  steer();
+});
+by("method").addEventListener("change", () => {
+  offerLayers();
+  steer();
+});
+by("layers").addEventListener("change", steer);
+by("neurons").addEventListener("change", steer);
+by("same").addEventListener("toggle", () => showSame().catch((error) => showProblem(problem, error)));
+for (const button of document.querySelectorAll("[data-copies]")) {
+  const usual = button.textContent, lines = by(button.dataset.copies);
+  button.addEventListener("click", async () => {
+    try {
+      await navigator.clipboard.writeText(lines.textContent);
+      button.textContent = "Copied";
+    } catch {
+      // Browsers keep the clipboard from pages that are neither of this machine nor encrypted.
+      getSelection().selectAllChildren(lines);
+      button.textContent = "Selected: copy it with your keyboard";
+    }
+    setTimeout(() => (button.textContent = usual), 2000);
+  });
+}
+start();

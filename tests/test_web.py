@@ -1,0 +1,511 @@
+"""The playground: its API says what the library says, leaks nothing between requests, and its pages work."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Thread
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import pandas as pd
+import pytest
+import schemathesis
+import uvicorn
+from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, given, settings
+from playwright.sync_api import expect
+
+from mnemoscope.behaviour import prepare, score
+from mnemoscope.bench import Bench, Turning
+from mnemoscope.contrast import Contrast
+from mnemoscope.errors import InputError
+from mnemoscope.steering import SteeringVector
+from mnemoscope.tasks import Example
+from mnemoscope.web import build_app, check_reachable
+from mnemoscope.web.guards import LARGEST_BODY
+
+CELL = "/api/runs/first/cells/addition-0"
+
+
+@pytest.fixture(scope="module")
+def root(mini_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two finished runs, and one that has only begun."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name in ("first", "second"):
+        shutil.copytree(mini_run, folder / name)
+    (folder / "begun").mkdir()
+    shutil.copy(mini_run / "study.yaml", folder / "begun")
+    (folder / "letter.txt").write_text("not a run")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def client(root: Path) -> TestClient:
+    return TestClient(build_app(root), base_url="http://localhost", raise_server_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def bench(root: Path) -> Bench:
+    return Bench.of(root / "first", "addition-0")
+
+
+@pytest.fixture(scope="module")
+def pairs(client: TestClient) -> list[dict[str, Any]]:
+    return client.get(f"{CELL}/questions?n=20").json()  # type: ignore[no-any-return]
+
+
+def error_of(response: Any, status: int = 422) -> tuple[str, str]:
+    assert response.status_code == status, response.text
+    return response.json()["error"]["field"], response.json()["error"]["message"]
+
+
+def test_both_phrasings_of_a_pair_are_answered_as_the_records_say(client: TestClient, pairs: list[Any]) -> None:
+    assert len(pairs) == 20
+    for pair in pairs:
+        for behaviour, question in pair.items():
+            answer = client.post(f"{CELL}/ask", json={"question": question}).json()
+            assert answer["behaviour"] == behaviour
+            assert answer["said"] == question[behaviour]
+            assert min(answer["p_memorized"], answer["p_generalized"]) >= 0
+            assert answer["p_memorized"] + answer["p_generalized"] <= 1
+            assert len(answer["reading"]["p_memorized_by_layer"]) == 2
+
+
+def test_what_a_vector_turns_on_the_page_it_turned_in_the_study(root: Path, bench: Bench) -> None:
+    """The chosen vectors at alpha 1, example by example, against ``records/steering.parquet``."""
+    rows = pd.read_parquet(root / "first" / "cells" / "addition-0" / "records" / "steering.parquet")
+    rows = rows[(rows.aim == "pairs") & (rows.examples == "pairs") & (rows.role == "vector")]
+    found = pd.read_parquet(root / "first" / "cells" / "addition-0" / "records" / "pairs.parquet")
+    found = found[found.is_pair & (found.split == "test")]
+    for direction, toward, source in (
+        ("to_generalized", "generalized", "memorized"),
+        ("to_memorized", "memorized", "generalized"),
+    ):
+        for method in ("nmd", "gradient", "learned"):
+            after = rows[(rows.direction == direction) & (rows.method == method)].after.tolist()
+            asked = [
+                e for row in found.itertuples() if (e := phrasing(row, source)) and bench_keeps(bench, e, direction)
+            ]
+            asked = asked[: len(after)]
+            assert asked
+            now = [bench.ask(e, Turning(toward, method)).behaviour for e in asked]  # type: ignore[arg-type]
+            assert now == after
+
+
+def phrasing(row: Any, behaviour: str) -> Example:
+    side = "a" if row.behaviour_a == behaviour else "b"
+    words = getattr(row, f"prompt_{side}"), "conflict", row.group, getattr(row, f"family_{side}"), row.split
+    return Example(row.item, *words, row.memorized, row.generalized)
+
+
+def bench_keeps(bench: Bench, example: Example, direction: str) -> bool:
+    from mnemoscope.tasks import keeps_key
+
+    return direction == "to_generalized" or keeps_key(bench._records.task, example)
+
+
+def test_no_strength_is_no_turning(client: TestClient, pairs: list[Any]) -> None:
+    question = pairs[0]["memorized"]
+    plain = client.post(f"{CELL}/ask", json={"question": question}).json()
+    turning = {"toward": "generalized", "method": "nmd", "alpha": 0}
+    assert client.post(f"{CELL}/ask", json={"question": question, "turning": turning}).json() == plain
+
+
+def test_layers_and_neurons_of_a_vector_can_be_chosen(bench: Bench) -> None:
+    nmd = bench.vector(Turning("generalized", "nmd"))
+    own = {layer: int((shift != 0).sum()) for layer, shift in nmd.shifts.items()}
+    same = bench.vector(Turning("generalized", "nmd", layers=tuple(own), neurons=sum(own.values())))
+    for layer, shift in nmd.shifts.items():
+        np.testing.assert_allclose(same.shifts[layer].numpy(), shift.numpy(), rtol=1e-5)
+    one = bench.vector(Turning("memorized", "nmd", layers=(1,), neurons=3))
+    assert one.layers == [1]
+    assert int((one.shifts[1] != 0).sum()) == 3
+    strongest, shift_D = np.argsort(-np.abs(bench.contrast.rho_LD[1]))[:3], one.shifts[1].numpy()
+    assert set(np.flatnonzero(shift_D)) == set(strongest)
+    assert np.array_equal(np.sign(shift_D[strongest]), -np.sign(bench.contrast.nmd_LD[1, strongest]))
+    few = bench.vector(Turning("generalized", "learned", neurons=2))
+    whole = bench.vector(Turning("generalized", "learned"))
+    kept = {(layer, int(n)) for layer, shift in few.shifts.items() for n in np.flatnonzero(shift.numpy())}
+    assert len(kept) == 2
+    largest = max((float(abs(v)), layer, n) for layer, s in whole.shifts.items() for n, v in enumerate(s.tolist()))
+    assert largest[1:] in kept
+
+
+@pytest.mark.parametrize(
+    ("turning", "field"),
+    [
+        ({"method": "magic"}, "method"),
+        ({"layers": [9]}, "layers"),
+        ({"layers": []}, "turning.layers"),
+        ({"neurons": 10**6}, "neurons"),
+        ({"neurons": 0}, "turning.neurons"),
+        ({"alpha": -1}, "turning.alpha"),
+        ({"alpha": 1e9}, "turning.alpha"),
+        ({"toward": "sideways"}, "turning.toward"),
+        ({"toward": "generalized", "colour": "red"}, "turning.colour"),
+    ],
+)
+def test_a_turning_that_does_not_exist_is_named(
+    client: TestClient, pairs: list[Any], turning: dict[str, Any], field: str
+) -> None:
+    asked = {"question": pairs[0]["memorized"], "turning": {"toward": "generalized", "method": "nmd", **turning}}
+    assert error_of(client.post(f"{CELL}/ask", json=asked))[0] == field
+
+
+@pytest.mark.parametrize(
+    ("question", "field"),
+    [
+        ({"prompt": ""}, "question.prompt"),
+        ({"prompt": "12+34=" * 2000}, "question.prompt"),
+        ({"prompt": "12+34=" * 20}, "prompt"),
+        ({"prompt": "Who?", "memorized": "1", "generalized": "2"}, "prompt"),
+        ({"prompt": "12+34=", "memorized": "46", "generalized": "46"}, "memorized, generalized"),
+        ({"prompt": "12+34=", "memorized": "46"}, "memorized, generalized"),
+        ({"prompt": "12+34=", "memorized": "4", "generalized": "46"}, "memorized, generalized"),
+    ],
+)
+def test_a_question_that_cannot_be_read_is_named(client: TestClient, question: dict[str, str], field: str) -> None:
+    assert error_of(client.post(f"{CELL}/ask", json={"question": question}))[0] == field
+
+
+def test_a_prompt_without_answers_is_gone_on_with(client: TestClient, pairs: list[Any]) -> None:
+    prompt = pairs[0]["generalized"]["prompt"]
+    answer = client.post(f"{CELL}/ask", json={"question": {"prompt": prompt}}).json()
+    assert answer["behaviour"] is None
+    assert answer["p_memorized"] is None
+    assert answer["said"].startswith(pairs[0]["generalized"]["generalized"])
+    turning = {"toward": "memorized", "method": "learned", "alpha": 2}
+    assert client.post(f"{CELL}/ask", json={"question": {"prompt": prompt}, "turning": turning}).status_code == 200
+
+
+def test_other_words_for_the_same_item(client: TestClient, pairs: list[Any]) -> None:
+    question = pairs[0]["memorized"]
+    asked = {"item": question["item"], "prompt": question["prompt"], "seed": 3}
+    other = client.post(f"{CELL}/rephrase", json=asked).json()
+    assert other["prompt"] != question["prompt"]
+    assert {key: other[key] for key in ("item", "memorized", "generalized")} == {
+        key: question[key] for key in ("item", "memorized", "generalized")
+    }
+    assert error_of(client.post(f"{CELL}/rephrase", json={"item": "no such item"}))[0] == "item"
+
+
+def test_no_answer_sees_the_shift_of_another(client: TestClient, pairs: list[Any]) -> None:
+    """Many at once, each with a vector and a strength of its own, against the same ones asked quietly."""
+    turnings: list[dict[str, Any] | None] = [None]
+    for toward in ("generalized", "memorized"):
+        turnings += [
+            {"toward": toward, "method": method, "alpha": alpha}
+            for method in ("nmd", "learned")
+            for alpha in (0.5, 2.0)
+        ]
+    asked = [
+        {"question": question, "turning": turning}
+        for pair in pairs[:6]
+        for question in pair.values()
+        for turning in turnings
+    ]
+
+    def answer(number: int) -> Any:
+        return client.post(f"{CELL}/ask", json=asked[number]).json()
+
+    quiet = [answer(number) for number in range(len(asked))]
+    order = np.random.default_rng(0).permutation(np.tile(np.arange(len(asked)), 2))
+    with ThreadPoolExecutor(24) as crowd:
+        loud = list(crowd.map(answer, order))
+    assert all(found == quiet[number] for number, found in zip(order, loud, strict=True))
+    assert len({json.dumps(found) for found in quiet}) > len(asked) / 2, "they do differ"
+
+
+def finished(client: TestClient, job: dict[str, Any]) -> dict[str, Any]:
+    for _ in range(2000):
+        state: dict[str, Any] = client.get(f"/api/jobs/{job['job']}").json()
+        if state["state"] != "running":
+            return state
+    raise AssertionError("the job does not end")
+
+
+def test_a_neuron_is_shown_on_tune_pairs(client: TestClient, bench: Bench, root: Path) -> None:
+    cell = root / "first" / "cells" / "addition-0"
+    contrast = Contrast.load(cell / "contrast.safetensors")
+    layer, neuron = map(int, np.unravel_index(np.abs(contrast.rho_LD).argmax(), contrast.rho_LD.shape))
+    started = client.post(f"{CELL}/neurons/{layer}/{neuron}")
+    assert started.status_code == 202
+    seen = finished(client, started.json())["result"]
+    assert seen["rank_rho"] == 1
+    found = pd.read_parquet(cell / "records" / "pairs.parquet")
+    tune = found[found.is_pair & (found.split == "tune")].head(100)
+    asking = bench._asking
+    for behaviour in ("generalized", "memorized"):
+        examples = [phrasing(row, behaviour) for row in tune.itertuples()]
+        scores = score(asking, prepare(asking, examples), margins=False, capture="block")
+        assert scores.states_NLD is not None
+        expected = scores.states_NLD[:, layer, neuron].mean()
+        assert seen[f"mean_{behaviour}"] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert seen["pairs"] == len(tune)
+    assert seen["drawing"].startswith("<svg")
+    assert [row["times"] for row in seen["alone"]] == [1, 4, 16]
+    assert {key for row in seen["alone"] for key in row} == {"times", "generalized", "memorized"}
+    assert error_of(client.get("/api/jobs/none"), 404)[0] == "job"
+    failed = finished(client, client.post(f"{CELL}/neurons/0/9999").json())
+    assert (failed["state"], failed["error"]) == ("failed", "neuron: 9999 is not in 0 .. 63")
+
+
+def test_a_job_can_be_cancelled_while_it_waits_for_the_model(client: TestClient) -> None:
+    rooms = client.app.state.rooms  # type: ignore[attr-defined]
+    with rooms.bench("first", "addition-0")._lock:  # somebody is asking, for long
+        job = client.post(f"{CELL}/neurons/0/0").json()
+        assert job["state"] == "running"
+        assert client.delete(f"/api/jobs/{job['job']}").status_code == 200
+        assert finished(client, job)["state"] == "cancelled"
+    assert finished(client, client.post(f"{CELL}/neurons/0/0").json())["state"] == "done"
+
+
+def test_a_neuron_alone_does_what_a_vector_of_it_does(bench: Bench) -> None:
+    layer, neuron = map(int, np.unravel_index(np.abs(bench.contrast.nmd_LD).argmax(), bench.contrast.nmd_LD.shape))
+    alone = bench.watch(layer, neuron).alone
+    pairs = bench._records.both_sides("tune", 100)
+    shift_LD = np.zeros(bench.contrast.nmd_LD.shape)
+    shift_LD[layer, neuron] = 4 * bench.contrast.nmd_LD[layer, neuron]
+    vector = SteeringVector("generalized", {}).with_dense(shift_LD)
+    asking = bench._asking
+    with vector.apply(asking.model):
+        scores = score(asking, prepare(asking, [memorized for _, memorized in pairs]))
+    assert alone[4.0]["generalized"] == pytest.approx(np.mean(scores.behaviour_N == "generalized"))
+    assert any(share > 0 for turned in alone.values() for share in turned.values())
+
+
+def test_runs_are_listed_and_compared(client: TestClient) -> None:
+    runs = {row["run"]: row for row in client.get("/api/runs").json()}
+    assert {name: row["finished"] for name, row in runs.items()} == {"first": True, "second": True, "begun": False}
+    assert runs["first"]["cells"] == ["addition-0"]
+    rows = client.get("/api/compare?first=first&second=second").json()
+    assert rows
+    assert all(row["first"] == row["second"] for row in rows), "one is a copy of the other"
+    page = client.get("/runs?first=first&second=begun").text
+    assert "first beside begun" in page
+
+
+@pytest.mark.parametrize("name", ["..", "../runs", "letter.txt", "/etc", ".hidden", "no", "first/cells", ""])
+def test_names_do_not_lead_out_of_the_folder(client: TestClient, root: Path, name: str) -> None:
+    rooms = client.app.state.rooms  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match="run: "):
+        rooms.run(name)
+    with pytest.raises(InputError, match="cell: "):
+        rooms.bench("first", f"../{name}")
+    quoted = quote(name, safe="") or "-"
+    for path in (f"/api/runs/{quoted}", f"/runs/{quoted}/report", f"/?run={quoted}", f"/api/runs/first/cells/{quoted}"):
+        assert client.get(path).status_code in (404, 422), path
+
+
+def test_what_is_sent_is_limited(client: TestClient) -> None:
+    long = {"question": {"prompt": "1" * LARGEST_BODY}}
+    assert error_of(client.post(f"{CELL}/ask", json=long), 413)[0] == "body"
+
+    def padded() -> Iterator[bytes]:
+        yield b'{"question": {"prompt": "12+34="}'
+        for _ in range(100):
+            yield b" " * 1024
+        yield b"}"
+
+    headers = {"content-type": "application/json"}
+    assert error_of(client.post(f"{CELL}/ask", content=padded(), headers=headers), 413)[0] == "body"
+    assert error_of(client.post(f"{CELL}/ask", content=b"{", headers=headers))[0] == "body"
+
+
+def test_a_token_is_asked_for_where_there_is_one(root: Path) -> None:
+    token = "open; sesame, please"
+    app = build_app(root, token=token, host="0.0.0.0")
+    stranger = TestClient(app, base_url="http://any.example")
+    for path in ("/api/runs", "/openapi.json"):
+        assert error_of(stranger.get(path), 401)[0] == "token"
+    for path in ("/", "/static/playground.css"):
+        assert stranger.get(path).status_code == 401
+        assert "token" in stranger.get(path).text
+    for header in ({"Authorization": "Bearer open"}, {"Cookie": "a/b=1; path=/; mnemoscope-80="}):
+        assert stranger.get("/api/runs", headers=header).status_code == 401
+    assert stranger.get("/api/runs", headers={"Authorization": f"Bearer {token}"}).status_code == 200
+    assert stranger.get("/runs", params={"token": token}).status_code == 200
+    assert stranger.get("/runs").status_code == 200, "the browser was given a cookie"
+
+
+def test_pages_of_the_web_cannot_ask_through_the_browser(client: TestClient, root: Path) -> None:
+    elsewhere = TestClient(build_app(root), base_url="http://evil.example")
+    assert error_of(elsewhere.get("/api/runs"), 400)[0] == "host"
+    start = f"{CELL}/neurons/0/0"
+    for headers in ({"sec-fetch-site": "cross-site"}, {"origin": "http://evil.example"}, {"origin": "null"}):
+        assert error_of(client.post(start, headers=headers), 403)[0] == "origin"
+    link = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
+    assert client.get("/runs", headers=link).status_code == 200, "a link to a page may be followed"
+    assert (
+        client.post(start, headers={"origin": "http://localhost", "sec-fetch-site": "same-origin"}).status_code == 202
+    )
+
+
+def test_a_damaged_run_hides_no_other(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "first", tmp_path / "first")
+    shutil.copytree(root / "second", tmp_path / "second")
+    (tmp_path / "second" / "results.json").write_text('{"schema": 1, "study": "x", "tasks": {"addition": {}}}')
+    (tmp_path / "second" / "cells" / "addition-0" / "contrast.safetensors").unlink()
+    client = TestClient(build_app(tmp_path), base_url="http://localhost", raise_server_exceptions=False)
+    assert client.get("/runs").status_code == 200
+    assert [bool(run["tasks"]) for run in client.get("/api/runs").json()] == [True, False]
+    assert error_of(client.get("/api/runs/second/cells/addition-0"))[0] == "cell"
+    assert client.get(CELL).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "token", "run", "message"),
+    [("0.0.0.0", None, None, "token: others can reach 0.0.0.0"), ("127.0.0.1", None, "letter", "is not a run folder")],
+)
+def test_the_server_refuses_what_is_unsafe(
+    tmp_path: Path, host: str, token: str | None, run: str | None, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        check_reachable(tmp_path / run if run else None, host, 8000, token)
+
+
+def test_a_run_that_has_nothing_to_show_yet_is_refused(root: Path) -> None:
+    with pytest.raises(InputError, match=r"RUN: .*begun has no cell with steering vectors yet"):
+        check_reachable(root / "begun", "127.0.0.1", 8000, None)
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(InputError, match=r"port: .*give another one"):
+        check_reachable(root / "first", "127.0.0.1", taken.getsockname()[1], None)
+
+
+def test_without_a_run_the_page_says_which_command_makes_one(tmp_path: Path) -> None:
+    page = TestClient(build_app(tmp_path), base_url="http://localhost").get("/")
+    assert page.status_code == 200
+    assert "mnemoscope run quickstart" in page.text
+
+
+def test_the_lines_to_copy_do_the_same(client: TestClient, pairs: list[Any], capsys: Any) -> None:
+    for pair in pairs[:4]:
+        question = pair["memorized"]
+        for parts in ({}, {"layers": [1], "neurons": 8}):
+            turning = {"toward": "generalized", "method": "nmd", "alpha": 2.0, **parts}
+            asked = {"question": question, "turning": turning}
+            expected = client.post(f"{CELL}/ask", json=asked).json()["said"]
+            lines = client.post(f"{CELL}/snippets", json=asked).json()
+            assert bool(lines["command"]) == (not parts)
+            exec(lines["python"], {})
+            printed = capsys.readouterr().out.replace(" ", "").removeprefix(question["prompt"].replace(" ", ""))
+            assert printed.startswith(expected.replace(" ", ""))
+            if lines["command"]:
+                assert lines["command"].endswith(f"-- {shlex.quote(question['prompt'])}")
+
+
+@pytest.fixture(scope="module")
+def specification(root: Path) -> Any:
+    return schemathesis.openapi.from_asgi("/openapi.json", build_app(root))
+
+
+def test_nothing_that_can_be_sent_breaks_the_server(specification: Any) -> None:
+    """Requests drawn from the OpenAPI description, sensible ones and others; most of a cell that there is."""
+    operations = [found.ok() for found in specification.get_all_operations()]
+    assert len(operations) == 12
+    real = {"run": "first", "cell": "addition-0"}
+    reached = 0
+    for operation in operations:
+
+        @settings(max_examples=30, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @given(case=operation.as_strategy())
+        def check(case: Any) -> None:
+            nonlocal reached
+            places = case.path_parameters or {}
+            for name in set(places) & set(real):
+                places[name] = real[name]
+            response = case.call(base_url="http://localhost")
+            reached += response.status_code < 300
+            assert response.status_code < 500, (case.method, case.path, case.body, response.text)
+
+        check()
+    assert reached > 30
+
+
+# --- in a browser ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def address(root: Path) -> Iterator[str]:
+    server = uvicorn.Server(uvicorn.Config(build_app(root, "first"), port=0, log_level="error"))
+    thread = Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture(params=[(1280, "light"), (390, "dark")], ids=["wide", "phone"])
+def tab(browser: Any, request: pytest.FixtureRequest, address: str) -> Iterator[Any]:
+    """A page that may ask nobody but the server, and on which nothing goes wrong unnoticed."""
+    width, scheme = request.param
+    tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    wrong: list[str] = []
+    tab.on("pageerror", lambda error: wrong.append(str(error)))
+    tab.on("request", lambda r: wrong.append(r.url) if not r.url.startswith((address, "data:", "blob:")) else None)
+    yield tab
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    assert wrong == []
+    tab.close()
+
+
+def serious(tab: Any) -> list[str]:
+    from axe_playwright_python.sync_playwright import Axe
+
+    found = Axe().run(tab).response["violations"]
+    return [f"{v['id']}: {v['nodes'][0]['html']}" for v in found if v["impact"] in ("serious", "critical")]
+
+
+def test_the_playground_in_a_browser(tab: Any, address: str) -> None:
+    tab.goto(f"{address}/?run=first")
+    plain, steered = tab.locator("#plain output"), tab.locator("#steered output")
+    expect(tab.locator("#plain.is-memorized:not(.waiting)")).to_have_count(1)
+    remembered = plain.text_content()
+    expect(steered).to_have_text(remembered)
+    expect(tab.locator("#layer-rows tr")).to_have_count(2)
+    tab.locator("#rephrase").click()
+    expect(tab.locator("#plain.is-generalized:not(.waiting)")).to_have_count(1)
+    assert plain.text_content() != remembered
+    tab.locator("#slider").fill("-2")
+    expect(tab.locator("#slid")).to_contain_text("2.00 times the run's vector towards remembering")
+    expect(tab.locator(".waiting")).to_have_count(0)
+    tab.locator("#finer summary").click()
+    tab.locator("#same summary").click()
+    expect(tab.locator("#python")).to_contain_text("to_memorized")
+    assert serious(tab) == []
+    tab.locator("#prompt").fill("What is that?")
+    tab.locator("#ask").click()
+    expect(tab.locator("#problem")).to_contain_text("cannot encode")
+
+
+def test_a_neuron_in_a_browser(tab: Any, address: str) -> None:
+    tab.goto(f"{address}/neurons?run=first")
+    expect(tab.locator("#pointed")).to_contain_text("Layer")
+    tab.locator("#canvas").focus()
+    before = tab.locator("#pointed").text_content()
+    tab.keyboard.press("ArrowLeft" if "neuron 63" in before else "ArrowRight")
+    assert tab.locator("#pointed").text_content() != before
+    tab.keyboard.press("Enter")
+    expect(tab.locator("#found svg")).to_be_visible()
+    expect(tab.locator("#alone tr")).to_have_count(3)
+    assert serious(tab) == []
+
+
+def test_runs_side_by_side_in_a_browser(tab: Any, address: str) -> None:
+    tab.goto(f"{address}/runs")
+    tab.locator("[name=first][value=first]").check()
+    tab.locator("[name=second][value=second]").check()
+    tab.get_by_role("button", name="Compare").click()
+    assert tab.locator("h2.side-by-side").text_content() == "first beside second"
+    assert serious(tab) == []
+    tab.goto(f"{address}/?run=missing")
+    assert "missing" in tab.locator(".problem").text_content()
+    assert serious(tab) == []
