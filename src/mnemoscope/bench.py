@@ -271,9 +271,7 @@ class Bench:
             raise InputError(f"layers: {chosen} are not among {allowed}, which {turning.method} shifts")
         width = rank_LD.shape[1]
         most = int(np.count_nonzero(rank_LD[chosen]))
-        number = (
-            turning.neurons if turning.neurons is not None else sum(int((s != 0).sum()) for s in vector.shifts.values())
-        )
+        number = turning.neurons if turning.neurons is not None else _shifted(vector)
         if turning.neurons is not None and not 1 <= number <= most:
             raise InputError(f"neurons: {number} is not in 1 .. {most}, which {turning.method} shifts in these layers")
         kept_LD = np.zeros(rank_LD.shape, bool)
@@ -322,9 +320,8 @@ class Bench:
                 raise InputError(f"{field}: {value} is not in 0 .. {most - 1}")
         states = {}
         for number, behaviour in enumerate(TOWARD.values()):
-            states[behaviour] = np.concatenate(
-                [part for _, part in self._sides_of(behaviour, lambda share, n=number: tell(0.4 * (n + share)), wanted)]  # type: ignore[misc]
-            )
+            sides = self._sides_of(behaviour, lambda share, number=number: tell(0.4 * (number + share)), wanted)  # type: ignore[misc]
+            states[behaviour] = np.concatenate([part for _, part in sides])
         for done, times in enumerate(TIMES):
             tell(0.8 + 0.2 * done / len(TIMES))
             alone[times] = {
