@@ -47,8 +47,10 @@ def root(mini_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def client(root: Path) -> TestClient:
-    return TestClient(build_app(root), base_url="http://localhost", raise_server_exceptions=False)
+def client(root: Path) -> Iterator[TestClient]:
+    """One event loop for all requests, as a server has."""
+    with TestClient(build_app(root), base_url="http://localhost", raise_server_exceptions=False) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ An executor runs cells that do not wait for each other and says, by name, why so
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -98,6 +99,7 @@ def _cluster(address: str | None) -> Iterator[Any]:
         import ray
     except ImportError as error:
         raise InputError("executor: 'ray' is not installed: pip install 'mnemoscope[ray]'") from error
+    _check_answers(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     alone = {} if address else {"include_dashboard": False}
     try:
@@ -109,6 +111,16 @@ def _cluster(address: str | None) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str | None) -> None:
+    """Raises InputError where nobody listens at an address of the form host:port, which Ray would try for minutes."""
+    host, _, port = (address or "").rpartition(":")
+    if host and port.isdigit() and "//" not in host:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        except OSError as error:
+            raise InputError(f"address: no Ray cluster answers at {address} ({error.strerror or error})") from error
 
 
 def _on_cluster(ray: Any, cells: Sequence[Cell], run: Run, progress: Progress) -> dict[str, str]:
