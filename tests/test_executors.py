@@ -25,17 +25,28 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A head that runs nothing, to which nodes are added."""
+@pytest.fixture(scope="module")
+def head() -> Iterator[Any]:
+    """The head of a cluster, which runs nothing itself."""
     from ray.cluster_utils import Cluster
 
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    yield made
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_worker_niceness", "0")  # or the other tests would leave them nothing
+        patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        yield made
+        ray.shutdown()
+        made.shutdown()
+
+
+@pytest.fixture
+def cluster(head: Any) -> Iterator[Any]:
+    """The head, to which a test adds nodes; those that it leaves are removed."""
+    yield head
     ray.shutdown()
-    made.shutdown()
+    for node in [node for node in head.list_all_nodes() if node is not head.head_node]:
+        head.remove_node(node)
 
 
 def test_a_node_that_dies_costs_no_cell_and_no_finished_stage(
