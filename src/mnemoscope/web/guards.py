@@ -73,8 +73,8 @@ class Guard:
         if self.hosts is not None and host not in self.hosts:
             return 400, "host", f"{host!r} is not one of {', '.join(self.hosts)}"
         # A page of the web can make a browser ask; only following a link to a page of ours is as good as typing it.
-        origin = urlsplit(headers.get("origin", "")).hostname
-        elsewhere = headers.get("sec-fetch-site") == "cross-site" or (origin is not None and origin != host)
+        foreign = "origin" in headers and urlsplit(headers["origin"]).hostname != host  # "null" is nobody's
+        elsewhere = headers.get("sec-fetch-site") == "cross-site" or foreign
         if elsewhere and not (scope["method"] == "GET" and headers.get("sec-fetch-mode") == "navigate"):
             return 403, "origin", "pages of other sites may not ask"
         if self.token is not None and not self._knows(scope, headers):
