@@ -466,7 +466,7 @@ def serious(tab: Any) -> list[str]:
 
 def test_the_playground_in_a_browser(tab: Any, address: str) -> None:
     tab.goto(f"{address}/?run=first")
-    plain, steered = tab.locator("#plain output"), tab.locator("#steered output")
+    plain, steered = tab.locator("#plain .said"), tab.locator("#steered .said")
     expect(tab.locator("#plain.is-memorized:not(.waiting)")).to_have_count(1)
     remembered = plain.text_content()
     expect(steered).to_have_text(remembered)
