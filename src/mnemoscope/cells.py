@@ -11,6 +11,8 @@ from typing import Any
 
 from mnemoscope.config import CellConfig, StudyConfig
 
+# (done, total, note): what a running stage tells.
+Tell = Callable[[float, float, str], None]
 # Calls a function with parts of a list, in one place or several, and gives what it found for each, in their order.
 Spread = Callable[[Callable[[list[Any]], list[Any]], list[Any]], list[Any]]
 

@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from mnemoscope import ranks
-from mnemoscope.cells import Cell, cells_of, git_state, version
+from mnemoscope.cells import Cell, Tell, cells_of, git_state, version
 from mnemoscope.config import StudyConfig, dump_study
 from mnemoscope.errors import InputError, StudyError
 from mnemoscope.executors import Execute, Progress, by_name
 from mnemoscope.files import file_hash, write_atomically
 from mnemoscope.processes import settle
 
-Tell = Callable[[float, float, str], None]  # (done, total, note): what a running stage tells
 TOGETHER = ("train", "behaviour", "pairs")  # stages that several processes share (torchrun); the others are the first's
 
 

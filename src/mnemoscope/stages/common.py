@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from mnemoscope.behaviour import Asking, Chat, all_said
-from mnemoscope.cells import Cell
+from mnemoscope.cells import Cell, Tell
 from mnemoscope.detect import Detector
 from mnemoscope.directions import Setting
 from mnemoscope.files import write_atomically
@@ -20,8 +20,6 @@ from mnemoscope.models import Layout, load_model
 from mnemoscope.steering import SteeringVector
 from mnemoscope.tasks import Task, build_task
 
-# (done, total, note): what a running stage tells.
-Tell = Callable[[float, float, str], None]
 Stage = Callable[[Cell, Tell], list[Path]]
 
 
