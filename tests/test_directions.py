@@ -14,6 +14,7 @@ from mnemoscope.behaviour import Asking, prepare
 from mnemoscope.directions import (
     CONTROLS,
     METHODS,
+    Budget,
     FitLists,
     Limits,
     Setting,
@@ -24,6 +25,7 @@ from mnemoscope.directions import (
     control_means,
     damage,
     final,
+    learn,
     ranked,
     read_sources,
     share_of,
@@ -33,7 +35,7 @@ from mnemoscope.directions import (
     with_prefixes,
 )
 from mnemoscope.directions.choose import AGAIN, STANDING_IN
-from mnemoscope.directions.learned import wanted_batches
+from mnemoscope.directions.learned import learn_together, wanted_batches
 from mnemoscope.models import SITES
 from mnemoscope.steering import SteeringVector
 from mnemoscope.tasks import Example
@@ -226,6 +228,30 @@ def test_shuffled_labels_ask_both_sides_equally_often(asking: Asking) -> None:
     assert np.mean(of_few) == 0.5
     assert all(abs(int((2 * batch.option_R - 1).sum())) <= 1 for batch in asked)
     assert len(wanted_batches(sources, "generalized")) == 2 * len(many)
+
+
+@pytest.mark.parametrize("positions", ["decision", "all"])
+@pytest.mark.parametrize("site", SITES)
+def test_what_is_learned_together_is_what_is_learned_alone(asking: Asking, site: str, positions: str) -> None:
+    together, alone = (sources_at(replace(asking, batch_size=16), site) for _ in range(2))
+    budget = Budget("memorized", (1,), 0.3, steps=6, positions=positions)  # type: ignore[arg-type]
+    several = [together.shuffled(seed) for seed in range(3)]
+    learn_together(several, budget)
+    for seed, one in enumerate(several):
+        found_LD = learn(alone.shuffled(seed), budget)
+        assert np.linalg.norm(found_LD[1]) > 0
+        np.testing.assert_allclose(one.found[budget], found_LD, atol=1e-4 * np.abs(found_LD).max())
+    assert not np.allclose(several[0].found[budget], several[1].found[budget], rtol=0.1)
+
+
+def test_a_shuffled_label_draw_does_not_depend_on_how_many_are_drawn(asking: Asking) -> None:
+    few, many = (
+        dict(control_draws("shuffled_labels", sources_at(asking, "block"), setting("learned"), draws, (0,)))
+        for draws in (1, 6)
+    )
+    assert len(few) == 1
+    assert len(many) == 6
+    np.testing.assert_array_equal(few[0], many[0])
 
 
 def test_the_setting_is_chosen_that_exceeds_its_control(asking: Asking, sources: Sources) -> None:

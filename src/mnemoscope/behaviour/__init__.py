@@ -14,7 +14,7 @@ from mnemoscope.behaviour.labels import (
     score_together,
 )
 from mnemoscope.behaviour.pairs import PairBatch, draw_candidates, mine_pairs
-from mnemoscope.behaviour.reading import cache_prefixes, with_option, without_prefix
+from mnemoscope.behaviour.reading import cache_prefixes, stacked, with_option, without_prefix
 
 __all__ = [
     "TIE",
@@ -38,6 +38,7 @@ __all__ = [
     "score",
     "score_contrasted",
     "score_together",
+    "stacked",
     "with_option",
     "without_prefix",
 ]

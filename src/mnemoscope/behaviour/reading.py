@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -127,6 +128,36 @@ def with_option(batch: Batch, option_N: Tensor) -> Batch:
         unshifted = replace(unshifted, answers_L=answers_L)
     rows = {name: getattr(batch, name)[rows_N] for name in ("example_R", "option_R", "suffix_RM", "length_R")}
     return replace(batch, **rows, unshifted=unshifted)
+
+
+def stacked(batches: Sequence[Batch]) -> Batch:
+    """Batches of the same contexts, each with options of its own, as one: the rows of the first, then of the second."""
+    first, copies = batches[0], len(batches)
+    if copies == 1:
+        return first
+    n, device = len(first.examples_N), first.ids_NT.device
+    again_N = torch.arange(n, device=device).repeat(copies)
+    unshifted = first.unshifted
+    if unshifted:
+        of_all_L = zip(*(batch.unshifted.answers_L for batch in batches), strict=True)
+        unshifted = Unshifted(
+            [with_states(context, states_of(context)[again_N]) for context in unshifted.context_L],
+            [with_states(some[0], torch.cat([states_of(answer) for answer in some])) for some in of_all_L],
+            [(key[again_N], value[again_N]) for key, value in unshifted.columns_L],
+        )
+    return Batch(
+        examples_N=np.tile(first.examples_N, copies),
+        ids_NT=first.ids_NT[again_N],
+        mask_NT=first.mask_NT[again_N],
+        shared_N=first.shared_N[again_N],
+        example_R=torch.cat([batch.example_R + number * n for number, batch in enumerate(batches)]),
+        option_R=torch.cat([batch.option_R for batch in batches]),
+        suffix_RM=torch.cat([batch.suffix_RM for batch in batches]),
+        length_R=torch.cat([batch.length_R for batch in batches]),
+        prefix=None if first.prefix is None else select_rows(first.prefix, again_N),
+        prefix_fits_N=None if first.prefix_fits_N is None else first.prefix_fits_N[again_N],
+        unshifted=unshifted,
+    )
 
 
 def _read_unshifted(model: PreTrainedModel, batch: Batch) -> Unshifted:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from mnemoscope.directions.settings import Setting, vector_of
+from mnemoscope.directions.methods import refit
+from mnemoscope.directions.settings import Setting, vector_of, wanted_of
 from mnemoscope.directions.sources import Sources
 from mnemoscope.steering import scaled_to
 
@@ -55,7 +56,7 @@ def gaussian_like(shift_LD: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def shuffled_labels(shift_LD: np.ndarray, setting: Setting, sources: Sources, rng: np.random.Generator) -> np.ndarray:
     """What the same method makes of the same pairs when their labels are shuffled."""
-    drawn = vector_of(sources.shuffled(int(rng.integers(2**31))), setting).dense(*shift_LD.shape)
+    drawn = vector_of(sources.shuffled(_shuffle(rng)), setting).dense(*shift_LD.shape)
     return scaled_to(drawn, np.linalg.norm(shift_LD, axis=1))
 
 
@@ -67,6 +68,7 @@ CONTROLS: dict[str, Control] = {
     "gaussian": gaussian,
 }
 DEAR = ("shuffled_labels",)  # those that fit a method anew
+TOGETHER = 4  # draws of these that are fitted in one go
 CHEAP = tuple(name for name in CONTROLS if name not in DEAR)
 
 
@@ -85,10 +87,20 @@ def control_draws(
         seed: of the draws. Shuffles depend on its first number alone, so that one shuffle serves all settings.
     """
     shift_LD = vector_of(sources, setting).dense(*sources.shape_LD).astype(np.float64)
-    if control_exists(name, shift_LD):
-        for number in range(draws):
-            stream = seed if name in CHEAP else seed[:1]
-            yield number, CONTROLS[name](shift_LD, setting, sources, np.random.default_rng([*stream, number]))
+    if not control_exists(name, shift_LD):
+        return
+    stream = seed if name in CHEAP else seed[:1]
+    for number in range(draws):
+        if name in DEAR and number % TOGETHER == 0:
+            # Always as many, also where fewer are asked for: rounding must not depend on how many there are.
+            rngs = (np.random.default_rng([*stream, number + more]) for more in range(TOGETHER))
+            refit([sources.shuffled(_shuffle(rng)) for rng in rngs], setting.method, wanted_of(setting))
+        yield number, CONTROLS[name](shift_LD, setting, sources, np.random.default_rng([*stream, number]))
+
+
+def _shuffle(rng: np.random.Generator) -> int:
+    """The seed of the shuffle that a draw stands for."""
+    return int(rng.integers(2**31))
 
 
 def _shifts_of(shift_LD: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

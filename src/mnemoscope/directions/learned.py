@@ -1,12 +1,11 @@
 """A shift that is optimized: the log probability of the wanted answer, under a budget of norm.
 
-Shapes: N examples, L layers, D neurons.
+Shapes: N examples, L layers, D neurons, K shifts that are learned together.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mnemoscope.behaviour import Batch, log_probabilities, with_option, without_prefix
+from mnemoscope.behaviour import Batch, log_probabilities, stacked, with_option, without_prefix
 from mnemoscope.directions.sources import Sources, in_turn
 from mnemoscope.steering import OPPOSITE, Positions, Toward, shifted
 
@@ -50,33 +49,43 @@ def learn(sources: Sources, budget: Budget) -> np.ndarray:
     the budget (steps scaled neuron by neuron, as Adam's, would give it to them). Steps fall from the whole budget to 0;
     after each the shift is scaled back into it.
     """
-    if budget in sources.found:
-        return sources.found[budget]
-    layers, neurons = sources.shape_LD
-    units = {layer: torch.zeros(neurons, requires_grad=True) for layer in budget.layers}
-    norm_L = torch.from_numpy(sources.norm_L).float()
+    if budget not in sources.found:
+        learn_together([sources], budget)
+    return sources.found[budget]
+
+
+def learn_together(several: Sequence[Sources], budget: Budget) -> None:
+    """``learn`` for sources that differ in their shuffle only, in the same passes; each keeps what was found.
+
+    A pass over the rows of several costs much less than as many passes.
+    """
+    layers, neurons = several[0].shape_LD
+    units = {layer: torch.zeros(len(several), neurons, requires_grad=True) for layer in budget.layers}
+    norm_L = torch.from_numpy(several[0].norm_L).float()
     ascent = torch.optim.SGD(units.values(), lr=budget.strength * (1 - MOMENTUM), momentum=MOMENTUM)
     schedule = torch.optim.lr_scheduler.LambdaLR(ascent, lambda step: 1 - step / budget.steps)
-    held = sources.lists.kept[budget.toward]
+    held = several[0].lists.kept[budget.toward]
     kept = cycle(held) if held and budget.kept_weight else None
-    for number, batch in enumerate(islice(cycle(wanted_batches(sources, budget.toward)), budget.steps)):
-        shifts = {layer: unit_D * norm_L[layer] for layer, unit_D in units.items()}
-        loss = -_log_p(sources, batch, shifts, budget.positions)
+    wanted = cycle(zip(*(wanted_batches(sources, budget.toward) for sources in several), strict=True))
+    for number, batches in enumerate(islice(wanted, budget.steps)):
+        shifts = {layer: unit_KD * norm_L[layer] for layer, unit_KD in units.items()}
+        loss = -_log_p(several[0], batches, shifts, budget.positions)
         if kept and number % 2:  # every second step is enough to hold what should stay
-            loss = loss - budget.kept_weight * _log_p(sources, next(kept), shifts, budget.positions)
+            same = [next(kept)] * len(several)
+            loss = loss - budget.kept_weight * _log_p(several[0], same, shifts, budget.positions)
         # Not backward(): that would also fill the gradients of the model's own parameters.
         gradients = torch.autograd.grad(loss, list(units.values()))
-        norm = torch.stack([gradient_D.norm() for gradient_D in gradients]).norm()
-        for unit_D, gradient_D in zip(units.values(), gradients, strict=True):
-            unit_D.grad = gradient_D / norm if norm > 0 else gradient_D
+        norm_K1 = _norm(gradients)
+        for unit_KD, gradient_KD in zip(units.values(), gradients, strict=True):
+            unit_KD.grad = torch.where(norm_K1 > 0, gradient_KD / norm_K1, gradient_KD)
         ascent.step()
         schedule.step()
         _project(list(units.values()), budget.strength)
-    found_LD = np.zeros((layers, neurons))
-    for layer, unit_D in units.items():
-        found_LD[layer] = unit_D.detach().double().numpy() * sources.norm_L[layer]
-    sources.found[budget] = found_LD
-    return found_LD
+    for number, sources in enumerate(several):
+        found_LD = np.zeros((layers, neurons))
+        for layer, unit_KD in units.items():
+            found_LD[layer] = unit_KD[number].detach().double().numpy() * sources.norm_L[layer]
+        sources.found[budget] = found_LD
 
 
 def wanted_batches(sources: Sources, toward: Toward) -> list[Batch]:
@@ -102,18 +111,22 @@ def wanted_batches(sources: Sources, toward: Toward) -> list[Batch]:
     return in_turn(asked)
 
 
-def _log_p(sources: Sources, batch: Batch, shifts: Mapping[int, Tensor], positions: Positions) -> Tensor:
-    """Mean log probability of the only answers, in nats."""
-    asking = sources.lists.asking
-    if positions == "all":
-        batch = without_prefix(batch)
-    with shifted(asking.model, shifts, sources.site, positions):
-        return log_probabilities(asking, batch).gather(1, batch.option_R[:, None]).mean()
+def _log_p(sources: Sources, batches: Sequence[Batch], shifts: Mapping[int, Tensor], positions: Positions) -> Tensor:
+    """Mean log probability of the only answers, in nats, summed over the shifts; batch k is read under shift k."""
+    asking, n = sources.lists.asking, len(batches[0].examples_N)
+    batch = stacked([without_prefix(batch) for batch in batches] if positions == "all" else batches)
+    of_prompts = {layer: shift_KD.repeat_interleave(n, 0) for layer, shift_KD in shifts.items()}
+    with shifted(asking.model, of_prompts, sources.site, positions):
+        return log_probabilities(asking, batch).gather(1, batch.option_R[:, None]).sum() / n
+
+
+def _norm(parts: Sequence[Tensor]) -> Tensor:
+    """The norm of each row over all parts together, (K, 1)."""
+    return torch.stack([part_KD.norm(dim=1, keepdim=True) for part_KD in parts]).norm(dim=0)
 
 
 @torch.no_grad()
-def _project(units: list[Tensor], strength: float) -> None:
-    total = math.sqrt(sum(float((unit_D**2).sum()) for unit_D in units))
-    if total > strength:
-        for unit_D in units:
-            unit_D *= strength / total
+def _project(units: Sequence[Tensor], strength: float) -> None:
+    scale_K1 = (strength / _norm(units)).clamp(max=1.0)
+    for unit_KD in units:
+        unit_KD *= scale_K1

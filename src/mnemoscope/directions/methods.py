@@ -8,7 +8,7 @@ Shapes: P pairs, N examples, L layers, D neurons.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from sklearn.covariance import ledoit_wolf
 
 from mnemoscope.behaviour import Asking, Batch, log_probabilities
-from mnemoscope.directions.learned import Budget, learn
+from mnemoscope.directions.learned import Budget, learn, learn_together
 from mnemoscope.directions.sources import Sources
 from mnemoscope.models import Site
 from mnemoscope.probes import LayerProbe
@@ -103,11 +103,23 @@ def principal_component(sources: Sources) -> np.ndarray:
 
 def learned(sources: Sources, wanted: Wanted) -> np.ndarray:
     """Optimized on the fit split for the log probability of the wanted answer, under the setting's norm budget."""
+    return learn(sources, _budget(sources, wanted))
+
+
+def refit(several: Sequence[Sources], method: str, wanted: Wanted) -> None:
+    """Compute a method for sources that differ in their shuffle only, where that is cheaper together than one by one.
+
+    Each keeps what was found.
+    """
+    if method == "learned" and not all(_budget(sources, wanted) in sources.found for sources in several):
+        learn_together(several, _budget(several[0], wanted))
+
+
+def _budget(sources: Sources, wanted: Wanted) -> Budget:
     lists = sources.lists
-    budget = Budget(
+    return Budget(
         wanted.toward, wanted.layers, wanted.strength, lists.steps, lists.kept_weight, positions=wanted.positions
     )
-    return learn(sources, budget)
 
 
 def two_way(direction: Callable[[Sources], np.ndarray]) -> Method:

@@ -76,9 +76,13 @@ def _relative(shift_LD: np.ndarray, sources: Sources) -> np.ndarray:
     return np.divide(shift_LD, norm_L1, out=np.zeros_like(shift_LD), where=norm_L1 > 0)
 
 
+def wanted_of(setting: Setting) -> Wanted:
+    """What a setting asks of its method."""
+    return Wanted(TOWARD[setting.direction], setting.layers, setting.strength, setting.positions)
+
+
 def _direction(sources: Sources, setting: Setting) -> np.ndarray:
-    wanted = Wanted(TOWARD[setting.direction], setting.layers, setting.strength, setting.positions)
-    return METHODS[setting.method](sources, wanted)
+    return METHODS[setting.method](sources, wanted_of(setting))
 
 
 def alpha_of(sources: Sources, setting: Setting) -> float:
