@@ -62,6 +62,14 @@ def test_the_python_runs_on_a_run_folder(mini_run: Path, monkeypatch: pytest.Mon
     assert space["vector"].toward == "memorized"  # type: ignore[attr-defined]
 
 
+def test_the_page_of_fields_is_that_of_the_code() -> None:
+    command = [sys.executable, ROOT / "docs" / "study.py"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert printed == (ROOT / "docs" / "STUDY.md").read_text(), "python docs/study.py > docs/STUDY.md"
+    assert "| `learned_steps` | `20` |" in printed
+    assert "stored pairs" in printed
+
+
 def test_the_tables_of_the_review_are_made_from_a_run(mini_run: Path) -> None:
     """Every table is there, and a shift in it is the one of results.json."""
     printed = subprocess.run(

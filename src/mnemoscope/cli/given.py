@@ -9,8 +9,10 @@ import typer
 AsChat = Annotated[bool, typer.Option("--chat", help="Put prompts by the chat template of the tokenizer.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
-DeviceMap = Annotated[str | None, typer.Option(help="Where its layers go: cpu, cuda or auto; needs accelerate.")]
-Given = Annotated[list[str] | None, typer.Option(help="name=value: an option of the task.")]
+DeviceMap = Annotated[
+    str | None, typer.Option(help="Where it goes: cuda or auto (needs accelerate); default: the CPU.")
+]
+Given = Annotated[list[str] | None, typer.Option(help="NAME=VALUE: an option of the task, as 'relations=[capital]'.")]
 Parts = Annotated[str | None, typer.Option(help="blocks=..,attention=..,mlp=..,down=..: parts of a model.")]
 
 

@@ -17,7 +17,7 @@ def serve(
     run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run folder; default: those in runs/.")] = None,
     host: Annotated[str, typer.Option(help="Where to listen; others than this machine need --token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-    token: Annotated[str | None, typer.Option(help="What whoever asks must know.")] = None,
+    token: Annotated[str | None, typer.Option(help="A secret that whoever asks must know.")] = None,
 ) -> None:
     """Open the playground: watch a model decide, and turn it."""
     with one_line_errors():

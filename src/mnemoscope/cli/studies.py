@@ -15,10 +15,12 @@ from mnemoscope.cli.output import one_line_errors, progress, say
 
 @app.command()
 def run(
-    study: Annotated[str, typer.Argument(help="A built-in study or the path of a YAML file.")] = "quickstart",
-    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/STUDY.")] = None,
+    study: Annotated[
+        str, typer.Argument(help="quickstart, paper, smollm2, or the path of a YAML file.")
+    ] = "quickstart",
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Run folder; default runs/STUDY.")] = None,
     seeds: Annotated[int | None, typer.Option(help="Number of seeds; default: the study's.")] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="a.b=c: replace a field of the study.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="As cells.inference.model.layers=6.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Cells at a time; default: as processors allow.")] = None,
     executor: Annotated[str, typer.Option(help="local, or ray: every cell is a task of a Ray cluster.")] = "local",
     address: Annotated[str | None, typer.Option(help="Of the Ray cluster; default: this machine alone.")] = None,

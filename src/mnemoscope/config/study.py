@@ -22,7 +22,9 @@ from mnemoscope.config.model import ModelConfig, TrainingConfig
 class CellConfig(Frozen):
     """One task with its model; every seed of it is a cell."""
 
-    task: str = Field(description="inference, addition, addition-digits, cipher, joint, jsonl, or package.module:Class")
+    task: str = Field(
+        description="inference, addition, addition-digits, cipher, joint, facts, jsonl, or package.module:Class"
+    )
     options: dict[str, Any] = Field({}, description="options of the task")
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()

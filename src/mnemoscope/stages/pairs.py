@@ -51,7 +51,7 @@ def pairs_stage(cell: Cell, tell: Tell) -> list[Path]:
     with_pairs = set(table["split"][table["is_pair"]]) if len(table) else set()
     for split in SPLITS:
         if split not in with_pairs:
-            raise StudyError(f"{cell.name}: no pairs found in the {split} split: {_why_no_pairs(table, split)}")
+            raise StudyError(f"{cell.name}: no pairs found in the {split} split: {_why_no_pairs(cell, table, split)}")
     files += _held_out_pairs(cell, task, asking, tell)
     if contrast is not None:
         files.append(write_atomically(cell.folder / "contrast.safetensors", contrast.result().save))
@@ -107,13 +107,13 @@ def _pairs_table(batch: PairBatch, split: str) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def _why_no_pairs(table: pd.DataFrame, split: str) -> str:
+def _why_no_pairs(cell: Cell, table: pd.DataFrame, split: str) -> str:
     part = table[table["split"] == split] if len(table) else table
     if not len(part):
         return "the task gave no candidate; every item needs two phrasings, in each split"
     counts = pd.concat([part["behaviour_a"], part["behaviour_b"]]).value_counts()
     seen = ", ".join(f"{name} {count}" for name, count in counts.items())
-    return (
-        f"none of {len(part)} candidates flips ({seen}); raise pairs.{split}_examples, or train to a more even "
-        "mixture (training.stop.conflict_each)"
-    )
+    mend = f"raise pairs.{split}_examples, or train to a more even mixture (training.stop.conflict_each)"
+    if not (cell.config.model.is_trained or cell.config.model.cell):
+        mend = "ask more items in more phrasings, of which the model answers some either way"
+    return f"none of {len(part)} candidates flips ({seen}); {mend}"

@@ -41,9 +41,10 @@ class CipherTask:
         length: letters of a text.
         stored: texts, each with one key, that have a stored ciphertext; they are the groups of conflicts.
         memorized_share: share of training instances that are stored.
-        near_share, moved_share: shares of the others that are asked in a near and in a moved family. Stored ones are
-            only ever asked plainly. The dial of the balance: what is asked so is always shifted, and the more often a
-            model sees that, the less its memory answers there.
+        near_share: share of the others that are asked in a near family. Stored ones are only ever asked plainly. The
+            dial of the balance: what is asked so is always shifted, and the more often a model sees that, the less its
+            memory answers there.
+        moved_share: the same of a moved family.
         seed: decides stored texts, ciphertexts and splits; not the order of training.
 
     Raises:

@@ -30,7 +30,8 @@ def _joint(
 
     Args:
         parts: options of each task, by its name.
-        shares, first: see ``JointTask``.
+        shares: parts of the training instances, by name; they add up to 1. Default: equal.
+        first: by name, how many instances of a part come before all parts are mixed.
         seed: that of every part, so that each is the task it would be alone.
 
     Raises:
