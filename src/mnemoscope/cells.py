@@ -44,6 +44,11 @@ class Cell:
         return self.folder / "records"
 
     @property
+    def trains_within_study(self) -> bool:
+        """Whether its model is trained by this study: by the cell itself, or by the one that lends it."""
+        return self.config.model.is_trained or self.config.model.cell is not None
+
+    @property
     def model_folder(self) -> Path:
         """Where the cell's model is: its own folder, another cell's, or one that the study names."""
         shape = self.config.model
@@ -58,7 +63,7 @@ def cells_of(config: StudyConfig, run: Path) -> list[Cell]:
     return [
         Cell(f"{label}-{seed}", label, seed, cell, config.threads, run / "cells" / f"{label}-{seed}")
         for label, cell in config.cells.items()
-        for seed in range(config.seeds_of(label))
+        for seed in range(config.first_seed, config.first_seed + config.seeds_of(label))
     ]
 
 

@@ -55,7 +55,7 @@ def fitting_study(
             "control_limit": 0.15,
             "collateral_limit": 0.05,
             "sweeps": {
-                method: {"layers": layers, "tops": [0.9], "strengths": strengths}
+                method: {"layers": layers, "tops": [0.5], "strengths": strengths}
                 for method, strengths in STRENGTHS.items()
             },
         },

@@ -65,7 +65,11 @@ class SweepConfig(Frozen):
         min_length=1,
         description='"all", "each" (every layer alone), "spread-6" (six alone, evenly spaced), "2", or a range "0-1"',
     )
-    tops: tuple[float, ...] = Field((0.1, 0.3, 0.9), min_length=1, description="shares of the neurons, in (0, 1]")
+    tops: tuple[float, ...] = Field(
+        (0.1, 0.3, 0.5),
+        min_length=1,
+        description="shares of the neurons, in (0, 1]; above a half two of the five controls do not exist",
+    )
     strengths: tuple[float, ...] = Field(
         (0.05, 0.1, 0.2, 0.4), min_length=1, description="total relative norms: the shift over the norm of the states"
     )
@@ -118,7 +122,7 @@ class SteeringConfig(Frozen):
         {
             "nmd": (SweepConfig(),),
             "gradient": (SweepConfig(),),
-            "learned": (SweepConfig(tops=(0.9,), strengths=(0.1, 0.2)),),
+            "learned": (SweepConfig(tops=(0.5,), strengths=(0.1, 0.2)),),
         },
         min_length=1,
         description="the methods, and what is tried of each: one grid or several",

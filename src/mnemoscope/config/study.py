@@ -53,7 +53,13 @@ class StudyConfig(Frozen):
     """A study: what is run, with how many seeds."""
 
     study: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="name of the study and of its run folder")
-    seeds: int = Field(1, ge=1, le=1000, description="seeds 0 .. seeds - 1, each a cell of its own")
+    seeds: int = Field(1, ge=1, le=1000, description="how many, from first_seed on, each a cell of its own")
+    first_seed: int = Field(
+        0,
+        ge=0,
+        le=900,
+        description="the first of them, as for seeds on which no setting was developed",
+    )
     threads: int = Field(1, ge=1, le=256, description="threads of a cell; results depend on it in the last bits")
     cells: dict[str, CellConfig] = Field(
         min_length=1, description="by the name under which results and report show them"

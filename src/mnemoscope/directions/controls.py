@@ -73,9 +73,16 @@ CHEAP = tuple(name for name in CONTROLS if name not in DEAR)
 
 
 def control_exists(name: str, shift_LD: np.ndarray) -> bool:
-    """Whether the control differs from what it controls: with every neuron of a layer chosen there are no others."""
-    shifted_L = (shift_LD != 0).sum(axis=1)
-    return name not in ("random_neurons", "low_correlation") or not (shifted_L == shift_LD.shape[1]).any()
+    """Whether the control differs from what it controls.
+
+    Where more than half of the neurons are chosen, as many others are not there, and those with the lowest |rho| are
+    mostly the same ones with other signs.
+    """
+    if name not in ("random_neurons", "low_correlation"):
+        return True
+    chosen_L = (shift_LD != 0).sum(axis=1)
+    available = int((chosen_L > 0).sum()) * shift_LD.shape[1]
+    return 2 * int(chosen_L.sum()) <= available + 1 and not (chosen_L == shift_LD.shape[1]).any()
 
 
 def control_draws(

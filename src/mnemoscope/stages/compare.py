@@ -65,7 +65,8 @@ def _seeds(cells: Sequence[Cell]) -> Iterator[dict[str, Any]]:
         opened = {cell.seed: cell_model(cell) for cell in seeds if len(seeds) > 1}
         for a, b in combinations(seeds, 2):
             first, second = (Contrast.load(cell.folder / "contrast.safetensors") for cell in (a, b))
-            shared = a.config.model.shares_first_weights
+            # A further attempt begins with other weights.
+            shared = a.config.model.shares_first_weights and _attempt(a) == _attempt(b)
             common = {"label": label, "seed_a": a.seed, "seed_b": b.seed, "site": first.site}
             common |= {"shared_initialization": shared}
             rng = np.random.default_rng([a.seed, b.seed])
@@ -75,6 +76,12 @@ def _seeds(cells: Sequence[Cell]) -> Iterator[dict[str, Any]]:
             measured = (_overlaps(*both), _rank_correlations(first, second, rng), aligned)
             for row in chain.from_iterable(measured):
                 yield {**common, "top": np.nan, **row}
+
+
+def _attempt(cell: Cell) -> int:
+    """Which training of the cell's model, or of its lender's, was kept."""
+    facts = json.loads((cell.model_folder.parent / "cell.json").read_text()) if cell.trains_within_study else {}
+    return int(facts.get("attempt", 0))
 
 
 def _overlaps(a: Contrast, b: Contrast) -> Iterator[dict[str, Any]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -52,24 +53,21 @@ class Records:
     def turned(self, split: Split, direction: str, limit: int, reachable: bool = True) -> list[Example]:
         """Of each pair, the phrasing that shows the behaviour to be turned.
 
+        A phrasing that is part of several pairs comes once.
+
         Args:
             reachable: turning to memory takes a phrasing that leaves the stored key where it was stored; False gives
                 the others, which are judged apart. Every phrasing can be turned to the rule.
         """
-        found = []
-        for row in self._pairs(split, None):
-            example = _phrasing(row, SOURCE[direction])
-            if (direction == "to_generalized" or keeps_key(self.task, example)) == reachable:
-                found.append(example)
-                if len(found) == limit:
-                    break
-        return found
+        phrasings = (_phrasing(row, SOURCE[direction]) for row in self._pairs(split, None))
+        wanted = (e for e in phrasings if (direction == "to_generalized" or keeps_key(self.task, e)) == reachable)
+        return list(islice(_each_once(wanted), limit))
 
     def conflicts(self, split: Split, behaviour: str, limit: int, reachable: bool = False) -> list[Example]:
         """Examples as drawn, before any rephrasing, that are answered so; ``reachable``: that keep the key."""
         rows = self.pairs[(self.pairs["split"] == split) & (self.pairs["behaviour_a"] == behaviour)].itertuples()
         examples = (_example(row, "a") for row in rows)
-        return [e for e in examples if not reachable or keeps_key(self.task, e)][:limit]
+        return list(islice(_each_once(e for e in examples if not reachable or keeps_key(self.task, e)), limit))
 
     def phrasing(self, row: Any, side: str) -> Example:
         """Phrasing ``a`` or ``b`` of a candidate."""
@@ -177,6 +175,16 @@ def _answered_right(cell: Cell, asking: Asking, records: Records, split: Split, 
         labels = score(asking, prepare(asking, examples), margins=False).behaviour_N
         found[kind] = [e for e, label in zip(examples, labels, strict=True) if label == "correct"]
     return found
+
+
+def _each_once(examples: Iterable[Example]) -> Iterator[Example]:
+    """Examples in order, those left out that were there before."""
+    seen: set[tuple[str, str]] = set()
+    for example in examples:
+        key = (example.item, example.prompt)
+        if key not in seen:
+            seen.add(key)
+            yield example
 
 
 def _margins(pairs: pd.DataFrame) -> dict[tuple[str, str], float]:

@@ -42,6 +42,7 @@ from mnemoscope.stages.lists import JudgedList, Records, fit_lists, judged_lists
 from mnemoscope.steering import Positions
 
 AIMS = ("pairs", "conflict")  # what a setting is chosen for; controls are drawn on the list of that name
+JUDGED = 2_000_003  # added to the seed of controls on test
 AIM_NAMES = {"pairs": "pairs", "conflict": "other conflicts"}
 
 
@@ -261,7 +262,8 @@ class _Work:
         if name != aim or (aim == "conflict" and method not in {made.best[a, direction] for a in AIMS}):
             return
         for control in CONTROLS:
-            seed = [self.cell.seed, zlib.crc32(f"{aim}/{direction}/{method}/{control}".encode())]
+            # Shuffles go by the first number, and those that settings were ranked by are to be no part of this.
+            seed = [self.cell.seed + JUDGED, zlib.crc32(f"{aim}/{direction}/{method}/{control}".encode())]
             for number, shift_LD in control_draws(control, sources, setting, self.cell.config.steering.draws, seed):
                 scores = steered(self.asking, batches, vector.with_dense(shift_LD), margins=False)
                 yield _table(aim, setting, (control, number), name, entry, scores)

@@ -44,7 +44,7 @@ def train_stage(cell: Cell, tell: Tell) -> list[Path]:
         model = asking.model
         facts |= {"layers": len(blocks_of(model)), "width": width_of(model), "trained": False}
         return [*_known(cell, task, asking), write_json(cell.folder / "cell.json", facts)]
-    asking, trained = _trained(cell, task, tell)
+    asking, trained, attempt = _trained(cell, task, tell)
     files = [
         write_table(cell.records / "training.parquet", pd.DataFrame(trained.curve)),
         write_json(cell.records / "training_time.json", {"seconds": round(trained.seconds, 2), "steps": trained.steps}),
@@ -52,7 +52,8 @@ def train_stage(cell: Cell, tell: Tell) -> list[Path]:
     if trained.unmet:
         size = "model.lora.rank" if is_adapted(asking.model) else "model.layers"
         raise StudyError(f"{cell.name}: {how_to_mix(trained, size)}")
-    facts |= {"layers": len(blocks_of(asking.model)), "width": width_of(asking.model), "trained": True}
+    facts |= {"layers": len(blocks_of(asking.model)), "width": width_of(asking.model)}
+    facts |= {"trained": True, "attempt": attempt}
     files += _save_model(cell, asking)
     # Times differ between equal runs, so their file is no part of what is checked.
     return [*(f for f in files if f.name != "training_time.json"), write_json(cell.folder / "cell.json", facts)]
@@ -69,8 +70,10 @@ def _known(cell: Cell, task: Task, asking: Asking) -> list[Path]:
     return [write_json(cell.records / "known.json", {"asked": len(asked), "known": known})]
 
 
-def _trained(cell: Cell, task: Task, tell: Tell) -> tuple[Asking, Trained]:
+def _trained(cell: Cell, task: Task, tell: Tell) -> tuple[Asking, Trained, int]:
     """Train until both behaviours are there, from new weights where they did not come, as often as the study allows.
+
+    The attempt that was kept comes last, from 0.
 
     Only the tune split is looked at, so a model is not chosen by what is reported of it.
     """
@@ -88,7 +91,7 @@ def _trained(cell: Cell, task: Task, tell: Tell) -> tuple[Asking, Trained]:
         )
         if not trained.unmet:
             break
-    return asking, trained
+    return asking, trained, attempt
 
 
 def behaviour_stage(cell: Cell, tell: Tell) -> list[Path]:
