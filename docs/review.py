@@ -245,7 +245,7 @@ def doses(tasks: dict[str, Any]) -> None:
 
 
 def costs(tasks: dict[str, Any]) -> None:
-    """Point 9, and conflicts that are no pairs."""
+    """Point 9, and conflicts as they are drawn."""
     rows = []
     for name, task in tasks.items():
         for direction, target in DIRECTIONS.items():
@@ -256,20 +256,20 @@ def costs(tasks: dict[str, Any]) -> None:
                 [
                     name,
                     target,
-                    *(ranged(found["collateral"][kind]) for kind in ("memory", "novel")),
+                    *(ranged(found["collateral"][kind]) for kind in ("memory", "novel", "conflict_rest")),
                     ranged(unreachable) if not math.isnan(unreachable["estimate"]) else "-",
                     number(found["pairs"]["confabulated"]["estimate"]),
                     ranged(conflict["conflict"]["shift"]),
-                    *(ranged(conflict["collateral_conflict"][kind]) for kind in ("memory", "novel")),
+                    *(ranged(conflict["collateral_conflict"][kind]) for kind in ("memory", "novel", "conflict_rest")),
                 ]
             )
-    heads = ["task", "to", "memory", "novel", "pairs without the key", "confabulated", "other conflicts"]
-    table([*heads, "memory then", "novel then"], rows)
+    heads = ["task", "to", "memory", "novel", "already so", "pairs without the key", "confabulated"]
+    table([*heads, "conflicts as drawn", "memory then", "novel then", "already so then"], rows)
     rows = []
     for name, task in tasks.items():
         for direction, found in task["prompt"].items():
             rows.append([name, DIRECTIONS[direction], ranged(found["shift"]), ranged(found["other"])])
-    table(["task", "said in words, to", "shift", "other"], rows)
+    table(["task", "asked as the other behaviour is usually asked, to", "shift", "other"], rows)
 
 
 def sampled(run: Path, tasks: dict[str, Any]) -> None:
@@ -279,8 +279,9 @@ def sampled(run: Path, tasks: dict[str, Any]) -> None:
         shares, ties = [], 0
         for seed in task["seeds"]:
             read = pd.read_parquet(run / "cells" / f"{name}-{seed}" / "records" / "behaviour.parquet")
-            margins = read.loc[read["kind"] == "conflict", "margin"].abs()
-            shares.append(float((1 / (1 + np.exp(margins))).mean()))
+            either = read[read["behaviour"].isin(list(DIRECTIONS.values()))]
+            towards = np.where(either["behaviour"] == "generalized", either["margin"], -either["margin"])
+            shares.append(float((1 / (1 + np.exp(towards))).mean()))
             ties += int(read["tie"].sum())
         rows.append([name, f"{np.mean(shares):.3f} ({min(shares):.3f} to {max(shares):.3f})", str(ties)])
     table(["task", "chance that a draw between the two answers differs from greedy (range of seeds)", "ties"], rows)
@@ -299,7 +300,7 @@ def main(run: Path) -> None:
         ("5. Layers", lambda: layers(tasks)),
         ("6. Seeds, halves, tasks", lambda: transfer(results)),
         ("8. Doses", lambda: doses(tasks)),
-        ("9. Costs, other conflicts, words", lambda: costs(tasks)),
+        ("9. Costs, conflicts as drawn, wording", lambda: costs(tasks)),
         ("10. Sampling", lambda: sampled(run, tasks)),
     ]
     for title, part in parts:

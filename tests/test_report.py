@@ -97,6 +97,7 @@ def write_cell(
     steering_rows(rng, pairs, conflicts, effect).to_parquet(records / "steering.parquet")
     effects_rows(rng, pairs, effect, prompted=name == "addition").to_parquet(records / "effects.parquet")
     write_json(records / "chosen.json", chosen_settings())
+    write_json(folder / "probe.json", {"best_layer": 1})
     contrast_file(rng, folder, effect if flips else math.nan, len(pairs[pairs.is_pair & (pairs.split == "fit")]))
 
 
@@ -509,6 +510,17 @@ def test_steering_shares_controls_and_differences(run: Path, direction: str, exa
         agrees(block["minus_control"][role][examples], shift - sum(each) / 3, len(by_role["vector"]))
 
 
+def test_the_worst_draw_of_several_seeds_is_the_worst_of_all(run: Path) -> None:
+    task = tasks_of(run)["inference"]
+    assert len(task["seeds"]) > 1
+    for direction, control, aim in product(SOURCE, CONTROLS, ("pairs", "conflict")):
+        blocks = [task, *task["per_seed"].values()]
+        worst, *each = (
+            b["steering"][direction]["controls"][control]["worst"][aim]["shift"]["estimate"] for b in blocks
+        )
+        assert worst == max(each)
+
+
 @pytest.mark.parametrize("direction", list(SOURCE))
 @pytest.mark.parametrize(("key", "aim"), [("collateral", "pairs"), ("collateral_conflict", "conflict")])
 def test_collateral_is_a_paired_change_and_undefined_where_memory_is_the_conflict(
@@ -644,11 +656,9 @@ def test_seeds_and_transfer_are_set_beside_chance(run: Path) -> None:
         part = rows[(rows.direction == direction) & (rows.role == role)]
         assert found[direction]["best"][name]["estimate"] == pytest.approx((part.after == TARGET[direction]).mean())
     states = pd.read_parquet(run / "records" / "transfer_probes.parquet")
-    at_home = results["tasks"]["inference"]["probe"]["accuracy"]
-    layer = max(
-        range(LAYERS), key=lambda n: at_home[n]["estimate"]
-    )  # where the probe comes from, not where it is tried
-    part = states[(states.source == "inference") & (states.target == "addition") & (states.layer == layer)]
+    # The layer that the tune split chose where the probe comes from.
+    part = states[(states.source == "inference") & (states.target == "addition") & (states.layer == 1)]
+    assert found["probe_layer"] == 1
     assert found["probe"]["estimate"] == pytest.approx(((part.score > 0) == (part.label == 1)).mean())
 
 

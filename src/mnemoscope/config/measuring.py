@@ -131,7 +131,7 @@ class SteeringConfig(Frozen):
         "decision", description="tokens that are shifted: from the decision on, or every one (what can be exported)"
     )
     mapped: tuple[MethodName, ...] = Field(
-        ("nmd",), description="methods whose whole sweep is measured on memory, novel and other conflict examples too"
+        ("nmd",), description="methods whose whole sweep is measured on what should stay as it is too"
     )
     fit_pairs: int = Field(600, ge=2, description="fit pairs whose states and gradients make the directions")
     fit_others: int = Field(600, ge=1, description="fit examples of each other list that learned vectors are fitted on")
@@ -166,7 +166,7 @@ class SteeringConfig(Frozen):
         0.03, ge=0, le=1, description="settings that cost more memory and novel examples are chosen only if all do"
     )
     conflict_control_limit: float = Field(
-        0.3, ge=0, le=1, description="the same where conflicts that are no pairs are turned, which takes larger norms"
+        0.3, ge=0, le=1, description="the same where conflicts are turned as they are drawn, which takes larger norms"
     )
     conflict_collateral_limit: float = Field(0.1, ge=0, le=1, description="of collateral, for those conflicts")
     draws: int = Field(20, ge=1, description="draws of each control")

@@ -67,7 +67,7 @@ def _elsewhere(block: Tree, direction: str) -> str:
     shift = block["conflict"]["shift"]
     source = {"memorized": "answered from memory", "generalized": "worked out"}[DIRECTIONS[direction][1]]
     if not known(shift):
-        return f"On other conflicts it {UNMEASURED}: none was {source} without it."
+        return f"On conflicts as they are drawn it {UNMEASURED}: none was {source} without it."
     control = strongest_control(block, "conflict")
     theirs = block["controls"][control]["conflict"]["shift"]["estimate"] if control else math.nan
     compared = "" if math.isnan(theirs) else f", the strongest control {percent(theirs)}"

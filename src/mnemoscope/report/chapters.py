@@ -254,7 +254,10 @@ def _folded(name: str, task: Tree, cells: Sequence[Cell]) -> list[Story]:
         panels(
             f"{name}-methods-conflict",
             "Which way of turning, on any conflict",
-            ["Conflicts that are no pairs lie further from the tipping point and take a larger norm, chosen apart."],
+            [
+                "Conflicts as they are drawn, pairs among them: most lie further from the tipping point and take a "
+                "larger norm, chosen apart."
+            ],
             "Share of test conflicts turned, beside controls of the same norm.",
             figures_methods.methods(task, "conflict"),
         ),

@@ -32,11 +32,11 @@ def _alike(rows: pd.DataFrame) -> list[Tree]:
     return table
 
 
-def measure_transfer(run: Run, tasks: Tree) -> Tree:
+def measure_transfer(run: Run, layers: dict[tuple[str, int], int]) -> Tree:
     """By source and target: shift of the source's vectors on the target's pairs, and accuracy of its probes there.
 
     Args:
-        tasks: the finished numbers of each label; they tell which layer a source's probe reads best at home.
+        layers: by label and seed, the layer at which the source's probe reads the tune split best.
     """
     tree: Tree = {}
     if run.transfer_steering is not None:
@@ -47,7 +47,7 @@ def measure_transfer(run: Run, tasks: Tree) -> Tree:
     if run.transfer_probes is not None:
         for (source, target), rows in run.transfer_probes.groupby(["source", "target"], sort=True):
             place = tree.setdefault(str(source), {}).setdefault(str(target), {})
-            place |= _probes(rows, tasks.get(str(source), {}).get("probe"))
+            place |= _probes(rows, layers)
     return tree
 
 
@@ -62,17 +62,18 @@ def _vectors(rows: pd.DataFrame, direction: str) -> Tree:
     }
 
 
-def _probes(rows: pd.DataFrame, home: Tree | None) -> Tree:
-    """Accuracy by layer, and at the layer that is best where the probe comes from."""
-    layers = sorted(rows.layer.unique().tolist())
-    by_layer = [_over_seeds(rows[rows.layer == layer], lambda p: (p.score > 0) == (p.label == 1)) for layer in layers]
-    at_home = [entry.estimate for entry in home["accuracy"]] if home else []
-    known = bool(at_home) and not np.isnan(at_home).all()
-    best = layers.index(int(np.nanargmax(at_home))) if known else None
+def _probes(rows: pd.DataFrame, layers: dict[tuple[str, int], int]) -> Tree:
+    """Accuracy by layer, and at each seed's layer that reads best on tune where the probe comes from."""
+
+    def right(part: pd.DataFrame) -> Any:
+        return (part.score > 0) == (part.label == 1)
+
+    chosen_N = np.array([layers.get(key, -1) for key in zip(rows.source.astype(str), rows.seed, strict=True)])
+    best = rows[rows.layer.to_numpy() == chosen_N]
     return {
-        "probe": by_layer[best] if best is not None else Estimate.undefined(),
-        "probe_layer": float(layers[best]) if best is not None else float("nan"),
-        "probe_by_layer": by_layer,
+        "probe": _over_seeds(best, right) if len(best) else Estimate.undefined(),
+        "probe_layer": float(best.groupby("seed").layer.first().mean()) if len(best) else float("nan"),
+        "probe_by_layer": [_over_seeds(rows[rows.layer == layer], right) for layer in sorted(rows.layer.unique())],
     }
 
 

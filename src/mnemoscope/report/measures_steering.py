@@ -1,8 +1,8 @@
 """Does the turning work, beside which control, at what cost: one cell's steered test examples.
 
-Each method has two settings, chosen on the tune split: one for pairs, and at the same place a stronger one for
-conflicts that are no pairs. ``pairs`` and its controls are judged under the first, ``conflict`` and its own under the
-second.
+Each method has two settings, chosen on the tune split: one for pairs, and one, with the same share of neurons, for
+conflicts as they are drawn: pairs are among them, but most lie further from the tipping point. ``pairs`` and its
+controls are judged under the first, ``conflict`` and its own under the second.
 
 Shapes: N rows of a table.
 """

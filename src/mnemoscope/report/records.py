@@ -147,6 +147,11 @@ class Run:
     transfer_steering: pd.DataFrame | None
     transfer_probes: pd.DataFrame | None
 
+    def probe_layers(self) -> dict[tuple[str, int], int]:
+        """By label and seed, the layer whose probe reads the tune split best; cells without a probe are left out."""
+        files = {(cell.label, cell.seed): cell.folder / "probe.json" for cell in self.cells}
+        return {key: int(_json(path)["best_layer"]) for key, path in files.items() if path.exists()}
+
     def by_label(self) -> dict[str, list[Cell]]:
         """The cells of each label by seed; labels in the order of the study, else by name."""
         order = list(self.study.get("cells") or [])

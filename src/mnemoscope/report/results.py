@@ -24,7 +24,7 @@ def compute_results(run: Run) -> Tree:
     """What ``results.json`` holds: plain dictionaries, lists, text and numbers; undefined numbers are NaN."""
     tasks = {label: summarise(cells) for label, cells in run.by_label().items()}
     results = {"schema": SCHEMA, "study": str(run.study.get("study", "")), "tasks": tasks, "failed": run.failed}
-    return dict(_plain({**results, "seeds": measure_seeds(run), "transfer": measure_transfer(run, tasks)}))
+    return dict(_plain({**results, "seeds": measure_seeds(run), "transfer": measure_transfer(run, run.probe_layers())}))
 
 
 def to_json(results: Tree) -> str:
@@ -74,6 +74,9 @@ def _merge(values: list[Any], key: str) -> Any:
         return over_seeds(values)
     if key in ("chosen", "chosen_conflict", "layers") or isinstance(first, str):
         return first
+    if key == "worst":  # of all seeds, not their mean: by list, the draw that turned most
+        aims = dict.fromkeys(aim for value in values for aim in value)
+        return {aim: max((value[aim] for value in values if aim in value), key=_turned) for aim in aims}
     if key in ("picked", "offsets"):
         return sorted({number for value in values for number in value})
     if isinstance(first, dict):
@@ -85,6 +88,11 @@ def _merge(values: list[Any], key: str) -> Any:
         return sum(values)
     known = [value for value in values if not np.isnan(value)]
     return float(np.mean(known)) if known else float("nan")
+
+
+def _turned(shares: Tree) -> float:
+    shift = float(shares["shift"].estimate)
+    return -1.0 if np.isnan(shift) else shift
 
 
 def _plain(value: Any) -> Any:

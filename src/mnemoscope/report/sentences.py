@@ -33,7 +33,7 @@ NAMES = {
     "memory": "facts to recall",
     "conflict_rest": "conflicts that already went the wanted way",
 }
-SHORT_NAMES = {**NAMES, "conflict_rest": "other conflicts"}
+SHORT_NAMES = {**NAMES, "conflict_rest": "conflicts that already went so"}
 
 
 def known(value: float | R) -> bool:
@@ -166,6 +166,9 @@ def do_they_differ(task: Tree) -> Answer:
     else:
         verdict = "Not that it shows"
         sentence = f"{neurons} when all are tested together, on {count(contrast['pairs'], 'pair')}."
+    input_only = task["probe"]["input_only"]
+    if share["estimate"] > 0 and known(input_only) and input_only["low"] > 0.5:
+        sentence += f" So do their wordings: the input alone tells {percent(input_only['estimate'])} apart."
     if math.isnan(share["low"]):
         text = "Family-wise p \u2264 0.05; " + (
             "all seeds agree" if len(task["seeds"]) > 1 else "one seed, so no interval"

@@ -43,7 +43,7 @@ from mnemoscope.steering import Positions
 
 AIMS = ("pairs", "conflict")  # what a setting is chosen for; controls are drawn on the list of that name
 JUDGED = 2_000_003  # added to the seed of controls on test
-AIM_NAMES = {"pairs": "pairs", "conflict": "other conflicts"}
+AIM_NAMES = {"pairs": "pairs", "conflict": "conflicts as drawn"}
 
 
 # Aim, direction and method whose settings are to be ranked, and the share of neurons where that was chosen before.
@@ -53,7 +53,7 @@ Placed = tuple[tuple[int, ...], pd.DataFrame]  # a table, and its place among al
 
 
 def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
-    """Choose settings on the tune split, for pairs and for other conflicts; judge them on the test split."""
+    """Choose settings on the tune split, for pairs and for conflicts as drawn; judge them on the test split."""
     work = _Work(cell)
     work.tell = tell
     made = _Made()
