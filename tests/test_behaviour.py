@@ -220,6 +220,16 @@ def test_a_boundary_must_be_one_token(mini: Callable[[str], Asking]) -> None:
         replace(mini("addition"), boundary=("no such words",)).boundary_ids()
 
 
+def test_an_answer_may_be_closed_by_a_token_that_says_more_space(mini: Callable[[str], Asking]) -> None:
+    """Many tokenizers have a full stop and the line break behind it in one token; ".com" closes nothing."""
+    words = ["a", ".", ".\n", "\n\n", ".com", ". b", "..."]
+    tokenizer = word_tokenizer(words, 16)
+    asking = replace(mini("addition"), tokenizer=tokenizer, boundary=(".", "\n"))
+    assert tokenizer.convert_ids_to_tokens(asking.boundary_ids()) == [".", ".\n", "\n\n"]
+    tokenizer.add_tokens([".\t"])
+    assert ".\t" in tokenizer.convert_ids_to_tokens(asking.boundary_ids()), "not what was known before"
+
+
 def vector_on(layers: list[int], width: int, site: str = "block", scale: float = 1.0) -> SteeringVector:
     generator = torch.Generator().manual_seed(1)
     shifts = {layer: scale * torch.randn(width, generator=generator) for layer in layers}
@@ -347,7 +357,10 @@ def test_a_sweep_on_any_architecture_equals_plain_single_passes(family: str, lay
     cache_prefixes(asking, batches)
     wanted, margins = zip(*(expected(asking, vector, example) for example in examples), strict=True)
     assert len(set(wanted)) == 3
-    for reading in (batches, prepare(asking, examples)):
+    few = prepare(replace(asking, batch_size=8), examples)
+    cache_prefixes(asking, few, most_bytes=1)
+    assert [batch.prefix is None for batch in few] == [False, *[True] * (len(few) - 1)], "no more is kept than allowed"
+    for reading in (batches, few, prepare(asking, examples)):
         scores = score(asking, reading, applied=lambda: vector.apply(asking.model))
         assert (scores.behaviour_N == np.array(wanted, dtype=object))[~scores.tie_N].all()
         assert scores.tie_N.mean() < 0.1

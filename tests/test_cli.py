@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from helpers import MINI_STUDY
 from mnemoscope.cli import app
-from mnemoscope.config import built_in_studies
+from mnemoscope.config import built_in_studies, load_study
 from mnemoscope.tasks.jsonl import read_jsonl
 
 RUNNER = CliRunner()
@@ -51,7 +51,9 @@ def test_data_is_seeded_jsonl_that_reads_back(tmp_path: Path) -> None:
 
 
 def test_built_in_studies_resolve() -> None:
-    assert "quickstart" in built_in_studies()
+    assert set(built_in_studies()) == {"quickstart", "paper", "smollm2"}
+    for name in built_in_studies():
+        assert load_study(name).study == name
 
 
 def broken(change: dict[str, object]) -> str:

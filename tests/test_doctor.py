@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from families import FAMILIES, prompts, tiny, tokenizer
 from helpers import hook_count
 from mnemoscope.behaviour import read_states
-from mnemoscope.doctor import Check, examine
+from mnemoscope.doctor import Check, _difference, examine
 from mnemoscope.errors import InputError
 from mnemoscope.models import SITES, layout_of, site_module
 
@@ -71,6 +72,15 @@ def test_noise_is_found_out() -> None:
     found = checks(model)
     assert not found["afterwards = before"].passed
     assert not found["block: alpha 0 = untouched"].passed
+
+
+def test_what_is_no_number_does_not_pass() -> None:
+    """Also where another prompt's difference is one."""
+    good, bad = torch.zeros(2, 3), torch.full((2, 3), torch.nan)
+    for found in ([good, bad], [bad, good]):
+        check = Check("a name", _difference([good, good], found), allowed=1.0)
+        assert np.isnan(check.difference)
+        assert not check.passed
 
 
 def test_half_precision_has_a_tolerance_of_its_own() -> None:

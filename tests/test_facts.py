@@ -51,6 +51,13 @@ def test_what_is_held_out_shares_nothing_but_the_countries(task: FactsTask) -> N
     assert set(build_task("facts", {}, 0).held_out()) == {"frame"}  # type: ignore[attr-defined]
 
 
+def test_what_is_also_true_is_no_contradiction() -> None:
+    task = build_task("facts", {"relations": ["language"], "wrong_values": 60}, 0)
+    said = {e.generalized.strip() for e in everything(task, "conflict") if e.group == "Canada"}  # type: ignore[arg-type, union-attr]
+    assert "Spanish" in said
+    assert not {"English", "French"} & said
+
+
 def test_groups_are_countries_of_one_split(task: FactsTask) -> None:
     split: dict[str, str] = {}
     for kind in KINDS:
@@ -100,9 +107,16 @@ def test_a_table_brings_facts_and_relations(tmp_path: Path) -> None:
     task = build_task("facts", {"table": str(path), "relations": ["maker"]}, 0)
     example = task.examples(RNG, 1, "conflict")[0]
     assert "was made by" in example.prompt
+    path.write_text(f"{path.read_text()}\nmaker,thing0,person7,{words}", encoding="utf-8-sig")
+    task = build_task("facts", {"table": str(path), "relations": ["maker"], "wrong_values": 11}, 0)
+    of_first = [e for e in everything(task, "conflict") if e.group == "thing0"]  # type: ignore[arg-type]
+    assert {e.memorized for e in of_first} == {" person0"}
+    assert " person7" not in {e.generalized for e in of_first}
     for line, message in (
         (f"maker,thing0,,{words}", "line 2: value is missing"),
         ("owner,thing0,person0,,,,,", "relation 'owner' is new and needs question"),
+        (f"maker,thing|0,person0,{words}", "line 2: subject is 'thing|0'"),
+        (f"maker,thing0,person0,{words.replace('{v}', '{value}')}", "only {n} and {v} may stand in braces"),
     ):
         path.write_text("relation,subject,value,question,stem,statement,inverted,reported\n" + line)
         with pytest.raises(InputError, match=message):

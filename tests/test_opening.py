@@ -46,6 +46,29 @@ def test_the_folder_of_an_adapter_opens_as_the_adapted_model(tmp_path: Path) -> 
         assert not torch.allclose(opened(ids).logits, plain(ids).logits, atol=1e-3)
 
 
+def test_a_tokenizer_without_a_pad_token_gets_one(tmp_path: Path) -> None:
+    saved(tmp_path)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = tmp_path / name
+        if path.exists():
+            facts = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("pad_token", "eos_token")}
+            path.write_text(json.dumps(facts))
+    _, words = load_model(tmp_path)
+    assert words.eos_token is None
+    assert words(["w1", "w1 w2"], padding=True).attention_mask == [[0, 1], [1, 1]]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_an_adapter_in_another_format_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path / "base")
+    (tmp_path / "adapter").mkdir()
+    facts = {"base_model_name_or_path": str(tmp_path / "base"), "peft_type": "LORA"}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(facts))
+    (tmp_path / "adapter" / "adapter_model.bin").touch()
+    with pytest.raises(InputError, match=r"has no adapter_model\.safetensors"):
+        load_model(tmp_path / "adapter")
+
+
 def test_models_that_are_not_causal_are_refused(tmp_path: Path) -> None:
     small = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     BertForMaskedLM(BertConfig(**small, intermediate_size=16)).save_pretrained(tmp_path / "masked")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +16,8 @@ from helpers import hook_count, label, mini_examples
 from mnemoscope.behaviour import Asking, cache_prefixes, prepare, score
 from mnemoscope.contrast import ContrastAccumulator
 from mnemoscope.errors import InputError
-from mnemoscope.models import SITES
-from mnemoscope.steering import SteeringVector
+from mnemoscope.models import SITES, cache_of, forked, pass_inputs
+from mnemoscope.steering import Binding, SteeringVector
 
 
 def random_vector(site: str = "block", scale: float = 2.0, seed: int = 0, **facts: object) -> SteeringVector:
@@ -201,6 +203,40 @@ def test_a_saved_vector_comes_back_and_is_bound_to_its_model(
     narrow.save(path)
     with pytest.raises(InputError, match="3 neurons in layer 0"):
         SteeringVector.load(path, asking.model, asking.tokenizer, force=True)
+
+
+def test_a_binding_knows_the_model_in_half_precision_and_other_words_of_the_tokenizer(asking: Asking) -> None:
+    half, other = (copy.deepcopy(asking.model) for _ in range(2))
+    bound = Binding.of(asking.model, asking.tokenizer)
+    assert Binding.of(half.to(torch.bfloat16), asking.tokenizer) == bound
+    with torch.no_grad():
+        next(other.parameters())[0, 0] += 0.1
+    assert Binding.of(other, asking.tokenizer).weights != bound.weights
+    words = copy.deepcopy(asking.tokenizer)
+    words(["1+2=", "1="], padding=True, truncation=True, max_length=4)
+    assert Binding.of(asking.model, words) == bound, "padding is a matter of the call"
+    words.add_tokens(["never seen"])
+    assert Binding.of(asking.model, words).tokenizer != bound.tokenizer
+
+
+def test_a_second_question_behind_the_same_cache_has_a_decision_position_of_its_own(asking: Asking) -> None:
+    model, vector = asking.model, random_vector()
+    context = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        kept = cache_of(model(**pass_inputs(model, context, torch.ones_like(context))))
+        for_each = []
+        for together in (False, True):
+            found = []
+            outer = vector.apply(model) if together else nullcontext()
+            with outer:
+                for question in ([[7, 8]], [[8, 9, 7]]):
+                    ids = torch.tensor(question)
+                    inputs = pass_inputs(model, ids, torch.ones(1, 4 + ids.shape[1]), forked(kept))
+                    with nullcontext() if together else vector.apply(model):
+                        found.append(model(**inputs).logits)
+            for_each.append(found)
+    for alone, after_another in zip(*for_each, strict=True):
+        assert torch.equal(alone, after_another)
 
 
 def test_damaged_vectors_are_refused_in_one_line(asking: Asking, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -307,6 +308,7 @@ def test_a_task_of_ones_own_is_imported() -> None:
 def test_jsonl_reads_back_what_was_written(tmp_path: Path) -> None:
     task = made("inference")
     examples = [e for kind in KINDS for e in task.examples(rng(), 20, kind)]
+    examples.append(replace(examples[0], prompt="one line\u2028to JSON, two\x85to Python"))
     path = tmp_path / "mine.jsonl"
     path.write_text(write_jsonl(examples))
     assert read_jsonl(path, 0) == examples
@@ -328,6 +330,17 @@ def test_jsonl_deals_groups_and_finds_phrasings(tmp_path: Path) -> None:
     assert task.rephrase(example, rng()).prompt != example.prompt
 
 
+def test_jsonl_rephrases_conflicts_by_conflicts(tmp_path: Path) -> None:
+    """A question without a conflict may be about the same item; it is no phrasing of it."""
+    path = tmp_path / "mine.jsonl"
+    rows = [{"item": "i", "prompt": word, "memorized": " a", "generalized": " b", "split": "fit"} for word in "pq"]
+    rows += [{"item": "i", "prompt": f"bare {n}", "answer": " a", "split": "fit"} for n in range(20)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    task = build_task("jsonl", {"file": str(path)}, 0)
+    (first, _) = sorted(task.examples(rng(), 9, "conflict"), key=lambda e: e.prompt)
+    assert {task.rephrase(first, np.random.default_rng(seed)).prompt for seed in range(9)} == {"q"}
+
+
 GOOD = '{"item": "i", "prompt": "p", "memorized": " a", "generalized": " b"}'
 
 
@@ -341,6 +354,10 @@ GOOD = '{"item": "i", "prompt": "p", "memorized": " a", "generalized": " b"}'
         ('{"item": "i", "prompt": "q", "memorized": " a", "generalized": " a"}', "line 2: memorized, generalized"),
         ('{"item": "i", "prompt": "q", "memorized": 3, "generalized": " a"}', "line 2: memorized is 3"),
         ('{"item": "i", "prompt": "q", "answer": " a", "split": "train"}', "line 2: split is 'train'"),
+        (
+            '{"item": "i", "prompt": "q", "memorized": " a", "generalized": " c"}',
+            "line 2: item 'i' has the answers (' a', ' b') in line 1 and (' a', ' c') here",
+        ),
         (
             '{"item": "j", "prompt": "q", "answer": " a", "split": "fit", "group": "g"}\n'
             '{"item": "k", "prompt": "r", "answer": " a", "split": "test", "group": "g"}',

@@ -165,9 +165,12 @@ class Detector:
 
     def read(self, states_NLD: np.ndarray) -> Reading:
         """What states at the decision position (N, L, D) say."""
-        raw_NLD = np.asarray(states_NLD, dtype=np.float64)
-        logit_NL = np.einsum("nld,ld->nl", raw_NLD, self.weights_LD) + self.bias_L
-        here_ND = raw_NLD[:, self.layer]
+        # Layer by layer: all states in double precision would be many.
+        by_layer = [
+            states_NLD[:, layer].astype(np.float64) @ weights_D for layer, weights_D in enumerate(self.weights_LD)
+        ]
+        logit_NL = np.stack(by_layer, axis=1) + self.bias_L
+        here_ND = states_NLD[:, self.layer].astype(np.float64)
         distance_N = np.linalg.norm((here_ND - self.mean_D) @ self.whitening_DD, axis=1)
         conflict_N = expit(here_ND @ self.conflict_D + self.conflict_bias)
         return Reading(self.layer, expit(logit_NL), conflict_N, distance_N)

@@ -183,7 +183,9 @@ class _Patient:
 
 
 def _difference(first: list[Tensor], second: list[Tensor]) -> float:
-    return max(float((a_MV - b_MV).abs().max()) for a_MV, b_MV in zip(first, second, strict=True))
+    """The largest absolute difference; NaN where any is (Python's own ``max`` would pass over it)."""
+    largest = [(a_MV - b_MV).abs().max() for a_MV, b_MV in zip(first, second, strict=True)]
+    return float(torch.stack(largest).max()) if largest else 0.0
 
 
 @torch.no_grad()
@@ -193,7 +195,6 @@ def _same_states(patient: _Patient) -> Check:
     with read_states(patient.model, "block") as states:
         output = patient.model(**pass_inputs(patient.model, ids_NT, mask_NT), output_hidden_states=True)
     last = len(blocks_of(patient.model)) - 1
-    differences = [
-        float((states[layer] - states_of(output.hidden_states[layer + 1])[:, -1]).abs().max()) for layer in range(last)
-    ]
-    return Check("block output = the library's hidden state", max(differences, default=0.0), 0.0)
+    ours = [states[layer].float().cpu() for layer in range(last)]
+    theirs = [states_of(output.hidden_states[layer + 1])[:, -1].float().cpu() for layer in range(last)]
+    return Check("block output = the library's hidden state", _difference(ours, theirs), 0.0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -143,24 +144,39 @@ class Asking:
         return encoded.to(self.model.device)
 
     def boundary_ids(self) -> list[int]:
-        """Token ids that close an answer.
+        """Token ids that close an answer: those that say a boundary text, with or without white space behind it.
 
         Raises:
-            InputError: no boundary text is one token of this tokenizer.
+            InputError: no token says one.
         """
-        ids = set()
-        for text in self.boundary:
-            if text == "":
-                ids |= {end for end in end_ids(self.model, self.tokenizer) if end != self.tokenizer.unk_token_id}
-                continue
-            tokens = self.tokenizer(text, add_special_tokens=False).input_ids
-            if len(tokens) == 1 and tokens[0] != self.tokenizer.unk_token_id:
-                ids.add(tokens[0])
+        texts = [text for text in self.boundary if text]
+        ids = {number for text in texts for number in _saying(self.tokenizer, text)}
+        if "" in self.boundary:
+            ids |= {end for end in end_ids(self.model, self.tokenizer) if end != self.tokenizer.unk_token_id}
         if self.tokenizer.unk_token_id == self.tokenizer.eos_token_id and "" in self.boundary:
             ids.add(self.tokenizer.eos_token_id)
         if not ids:
             raise InputError(f"boundary: none of {self.boundary!r} is one token of the tokenizer")
         return sorted(ids)
+
+
+def _saying(tokenizer: PreTrainedTokenizerFast, text: str) -> set[int]:
+    """Tokens that say a text and nothing behind it but white space.
+
+    Asked alone, a text may become another token than behind a word ("." at the beginning of a Llama 2 text), and many
+    tokenizers have "." and the line breaks behind it in one.
+    """
+    known, size = _TOKEN_TEXTS.get(tokenizer, ([], 0))
+    if size != len(tokenizer):
+        known = tokenizer.batch_decode([[number] for number in range(len(tokenizer))])
+        _TOKEN_TEXTS[tokenizer] = (known, len(tokenizer))
+    found = {n for n, said in enumerate(known) if said.startswith(text) and not said[len(text) :].strip()}
+    alone = tokenizer(text, add_special_tokens=False).input_ids
+    return (found | set(alone if len(alone) == 1 else [])) - {tokenizer.unk_token_id}
+
+
+# What each token says; decoding all of them takes a moment, and every pass asks.
+_TOKEN_TEXTS: WeakKeyDictionary[PreTrainedTokenizerFast, tuple[list[str], int]] = WeakKeyDictionary()
 
 
 def encode(asking: Asking, examples: Sequence[Example]) -> list[Encoded]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from mnemoscope.behaviour.asking import Asking, Batch
 from mnemoscope.models import (
     backbone_of,
+    bytes_of,
     cache_of,
     make_room,
     pass_inputs,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 # Up to this share of rows read in vain is cheaper than copying the keys and values of the others.
 MOST_ROWS = 0.75
+MOST_BYTES = 2**30  # of keys and values that are kept of a list: small next to a model for which that is few prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +91,20 @@ class Answers:
 
 
 @torch.no_grad()
-def cache_prefixes(asking: Asking, batches: Sequence[Batch]) -> None:
+def cache_prefixes(asking: Asking, batches: Sequence[Batch], most_bytes: int = MOST_BYTES) -> None:
     """Read every context up to, not including, its decision position, and keep the caches in the batches.
+
+    Where keys and values would take more than ``most_bytes``, the batches that are left stay as they are and are read
+    anew each time.
 
     A shift that starts at the decision position leaves these keys and values as they are, so every later ``score`` of
     the same batches costs the decision token and the answers only. Batches can be scored again and again, but not two
     at a time: what follows a prefix is written behind it.
     """
+    kept = 0
     for batch in batches:
+        if kept > most_bytes:
+            return
         ids_NT, mask_NT = batch.ids_NT[:, :-1], batch.mask_NT[:, :-1]
         keep = int(batch.shared_N.max())
         if ids_NT.shape[1] == 0:
@@ -112,6 +120,7 @@ def cache_prefixes(asking: Asking, batches: Sequence[Batch]) -> None:
         # Without room in every layer it is a kind of model of which we do not know what its blocks leave behind.
         has_room = make_room(batch.prefix, 1 + batch.suffix_RM.shape[1])
         batch.unshifted = _read_unshifted(asking.model, batch) if has_room else None
+        kept += bytes_of(batch.prefix)
 
 
 def without_prefix(batch: Batch) -> Batch:

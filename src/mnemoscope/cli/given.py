@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 AsChat = Annotated[bool, typer.Option("--chat", help="Put prompts by the chat template of the tokenizer.")]
+Reply = Annotated[str, typer.Option(help="With --chat: how the reply begins; the model goes on from there.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
 DeviceMap = Annotated[

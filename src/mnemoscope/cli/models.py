@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from mnemoscope.cli.app import app
-from mnemoscope.cli.given import AsChat, AsJson, DeviceMap, Dtype, Parts, named_parts
+from mnemoscope.cli.given import AsChat, AsJson, DeviceMap, Dtype, Parts, Reply, named_parts
 from mnemoscope.cli.output import one_line_errors, say
 
 
@@ -60,6 +60,7 @@ def steer(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens behind each prompt, at most.")] = 20,
     chat: AsChat = False,
+    reply: Reply = "",
     dtype: Dtype = "float32",
     device_map: DeviceMap = None,
     layout: Parts = None,
@@ -68,7 +69,7 @@ def steer(
 ) -> None:
     """Show what a model answers by itself, and what it answers under a vector."""
     with one_line_errors():
-        from mnemoscope.behaviour import Asking, Chat
+        from mnemoscope.behaviour import Asking
         from mnemoscope.errors import InputError
         from mnemoscope.steering import OPPOSITE, complete, find_vector
 
@@ -77,7 +78,7 @@ def steer(
         opened, tokenizer = _open_with(source, model, dtype, layout, device_map)
         vector = find_vector(source, toward, opened, tokenizer, force)
         _check_put("vector", vector.chat, chat)
-        asking = Asking(opened, tokenizer, chat=Chat() if chat else None)
+        asking = Asking(opened, tokenizer, chat=_chat(chat, reply))
         inputs = asking.padded([asking.text(prompt) for prompt in prompts])
         plain = complete(opened, tokenizer, inputs, max_new_tokens)
         opens = None
@@ -110,6 +111,7 @@ def detect(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What would be put to the model.")],
     source: Annotated[Path, typer.Option("--from", help="A run, a cell of one, or the file of a detector.")],
     chat: AsChat = False,
+    reply: Reply = "",
     dtype: Dtype = "float32",
     device_map: DeviceMap = None,
     layout: Parts = None,
@@ -118,13 +120,13 @@ def detect(
 ) -> None:
     """Tell, before it answers, how probably a model will go by what it remembers, and where that becomes readable."""
     with one_line_errors():
-        from mnemoscope.behaviour import Asking, Chat
+        from mnemoscope.behaviour import Asking
         from mnemoscope.detect import find_detector, read_prompts
 
         opened, tokenizer = _open_with(source, model, dtype, layout, device_map)
         detector = find_detector(source, opened, tokenizer, force)
         _check_put("detector", detector.chat, chat)
-        asking = Asking(opened, tokenizer, batch_size=32, chat=Chat() if chat else None)
+        asking = Asking(opened, tokenizer, batch_size=32, chat=_chat(chat, reply))
         reading = read_prompts(detector, asking, prompts)
         conflicts = [None if c != c else float(c) for c in reading.p_conflict_N]
         rows = [
@@ -144,6 +146,16 @@ def detect(
         else:
             for row in rows:
                 typer.echo(f"{row['prompt']}\n  {_verdict(row, detector.layer)}")
+
+
+def _chat(chat: bool, reply: str) -> Any:
+    """How prompts are put, from what the command line says of it."""
+    from mnemoscope.behaviour import Chat
+    from mnemoscope.errors import InputError
+
+    if reply and not chat:
+        raise InputError("reply: it begins the reply in a chat; give --chat, or put it at the end of the prompt")
+    return Chat(parted=lambda prompt: (prompt, reply)) if chat else None
 
 
 def _check_put(what: str, fitted: bool, now: bool) -> None:
@@ -225,11 +237,13 @@ def _open_with(source: Path, model: str, dtype: str, layout: str | None, device_
 def _open(model: str, dtype: str, layout: str | None, device_map: str | None = None) -> tuple[Any, Any]:
     """A user's model and tokenizer, from what the command line says of them."""
     from mnemoscope.config import parse_model
-    from mnemoscope.models import Layout, load_model
+    from mnemoscope.models import PACKAGED, QUANTIZED, Layout, load_model
     from mnemoscope.processes import quiet_library
 
     quiet_library()
     given = {"folder": model, "dtype": dtype, "device_map": device_map, "layout": named_parts(layout)}
     shape = parse_model(given)
+    if model in PACKAGED:
+        typer.echo(f"{model}: weights are {QUANTIZED}", err=True)
     where = Layout(**shape.layout.model_dump()) if shape.layout else None
     return load_model(model, dtype=shape.dtype, device_map=shape.device_map, layout=where)

@@ -3,6 +3,8 @@
 from mnemoscope.models.adapters import adapt, check_peft, is_adapted, merged, save_adapter
 from mnemoscope.models.caches import (
     RoomyLayer,
+    arguments_of,
+    bytes_of,
     cache_argument,
     cache_in,
     cache_of,
@@ -28,7 +30,7 @@ from mnemoscope.models.layout import (
     with_states,
 )
 from mnemoscope.models.opening import context_length, end_ids, load_model
-from mnemoscope.models.packaged import PACKAGED
+from mnemoscope.models.packaged import PACKAGED, QUANTIZED
 from mnemoscope.models.passes import (
     PLAINLY,
     pass_inputs,
@@ -44,14 +46,17 @@ from mnemoscope.models.scratch import build_gpt2, word_tokenizer
 __all__ = [
     "PACKAGED",
     "PLAINLY",
+    "QUANTIZED",
     "SITES",
     "Layout",
     "RoomyLayer",
     "Site",
     "adapt",
+    "arguments_of",
     "backbone_of",
     "blocks_of",
     "build_gpt2",
+    "bytes_of",
     "cache_argument",
     "cache_in",
     "cache_of",

@@ -38,6 +38,12 @@ def cache_of(output: Any) -> Any:
     return output["cache"] if "cache" in output else output["past_key_values"]
 
 
+def bytes_of(cache: Any) -> int:
+    """What a cache's keys and values take."""
+    states = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
+    return sum(found.nbytes for found in states if found is not None)
+
+
 def cached_columns(kwargs: dict[str, Any]) -> int:
     """How many columns of the sequence came before a pass, from the keyword arguments of the pass."""
     cache = cache_in(kwargs)

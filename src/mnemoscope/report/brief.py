@@ -64,7 +64,8 @@ def in_words(run: Path) -> list[str]:
     """The same in sentences."""
     lines = []
     for name, task in json.loads((run / "results.json").read_text())["tasks"].items():
-        lines.append(f"{name}: {count(task['pairs']['by_split']['all']['pairs'], 'pair')}")
+        weights = f" ({task['weights']})" if "weights" in task else ""
+        lines.append(f"{name}{weights}: {count(task['pairs']['by_split']['all']['pairs'], 'pair')}")
         for direction, block in task["steering"].items():
             chosen, control = block["chosen"], strongest_control(block)
             layers = ", ".join(map(str, chosen["layers"]))

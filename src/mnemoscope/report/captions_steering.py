@@ -242,7 +242,12 @@ def collateral(task: Tree, direction: str) -> str:
         text = f"{_towards(direction)}, damage {UNMEASURED}: there were no such examples."
     if apart and certain(found["novel"]) < 0:
         text += f" New questions, which have nothing to remember, {_lose(found['novel'])}."
-    return text
+    families = task["steering"][direction].get("recall_by_family", {})
+    parts = [
+        f"{family} {percent(share['before']['estimate'])} right before, {percent(share['after']['estimate'])} after"
+        for family, share in families.items()
+    ]
+    return f"{text} Facts to recall by how they are asked: {listed(parts)}." if parts else text
 
 
 def _lose(change: R) -> str:

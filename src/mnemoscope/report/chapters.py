@@ -36,7 +36,7 @@ def behaviour(name: str, task: Tree, cells: Sequence[Cell]) -> Chapter:
             f"{name}-behaviour",
             "What it answers",
             [captions.behaviour(task)],
-            "Test split, no intervention.",
+            "Test split, no intervention." + (f" Weights: {task['weights']}." if "weights" in task else ""),
             figures.behaviour_bars(task["behaviour"]),
         ),
         story(

@@ -88,12 +88,28 @@ def measure_gated(cell: Cell, direction: str, lists: dict[str, pd.DataFrame]) ->
         acts_N = _acts(cell, gate[gate.examples == name], rows, name)
         after_N = np.where(acts_N, rows.after, rows.before)
         found["acted"][name] = shared_mean(acts_N.astype(float), rows.group, cell.name)
+        if name == "memory":
+            found |= recall_by_family(cell, rows.assign(after=after_N))
         if name in KEPT:
             change_N = (after_N == KEPT[name]).astype(float) - (rows.before == KEPT[name]).to_numpy(float)
             found["collateral"][name] = shared_mean(change_N, rows.group, cell.name, signed=True)
         elif (rows.before == source).all():
             found["shift"][name] = shared_mean((after_N == target).astype(float), rows.group, cell.name)
     return {"gated": found}
+
+
+def recall_by_family(cell: Cell, rows: pd.DataFrame) -> Tree:
+    """Where facts to recall are asked in several families: the share that is right, before and after, of each."""
+    if rows.family.nunique() < 2:
+        return {}
+    found = {
+        str(family): {
+            when: shared_mean((part[when] == "correct").astype(float), part.group, cell.name)
+            for when in ("before", "after")
+        }
+        for family, part in rows.groupby("family", observed=True, sort=True)
+    }
+    return {"recall_by_family": found}
 
 
 def measure_neutral(cell: Cell) -> Tree:

@@ -16,7 +16,7 @@ import pandas as pd
 
 from mnemoscope.errors import InputError
 from mnemoscope.report.intervals import Tree
-from mnemoscope.report.measures_detector import measure_gated
+from mnemoscope.report.measures_detector import measure_gated, recall_by_family
 from mnemoscope.report.records import AIMS, CONTROLS, DIRECTIONS, Cell
 from mnemoscope.report.resampling import shared_mean
 from mnemoscope.statistics import Estimate
@@ -98,6 +98,7 @@ def measure_direction(steered: Steered, method: str, direction: str, chosen: dic
         },
         "collateral": _collateral(cell, direction, {name: vector("pairs", name) for name in KEPT}),
         "collateral_conflict": _collateral(cell, direction, {name: vector("conflict", name) for name in KEPT}),
+        **recall_by_family(cell, vector("pairs", "memory")),
         **measure_gated(cell, direction, {name: vector("pairs", name) for name in steered.lists}),
     }
 

@@ -51,6 +51,8 @@ def summarise(cells: Sequence[Cell]) -> Tree:
     merged["probe"] |= statements(merged["probe"])  # words of the first seed say nothing about all
     merged["training"] = {key: [tree["training"][key] for tree in trees] for key in ("seconds", "steps")}
     merged["memory_is_conflict"] = bool(cells[0].info["memory_is_conflict"])
+    if "weights" in cells[0].info:
+        merged["weights"] = cells[0].info["weights"]
     merged["sweep"] = measure_sweep(cells)
     merged["by_layer"] = measure_layers(merged["sweep"], merged["contrast"])
     merged["chosen_by_seed"] = {str(cell.seed): {aim: cell.chosen[aim]["best"] for aim in AIMS} for cell in cells}

@@ -86,7 +86,7 @@ class _Prompts:
 
     def observed(self) -> Observed:
         """What a detector is fitted on: what was answered neither way is left out."""
-        kept_N = (self.rows.followed != "other").to_numpy()
+        kept_N = self.rows.followed.isin(("memorized", "generalized", "neither")).to_numpy()
         return Observed(self.states_NLD[kept_N], self.rows.followed.to_numpy(dtype=object)[kept_N])
 
 

@@ -15,6 +15,8 @@ from mnemoscope.behaviour import Asking, Scores, mark_confabulations, prepare, s
 from mnemoscope.cells import Cell
 from mnemoscope.errors import InputError, StudyError
 from mnemoscope.models import (
+    PACKAGED,
+    QUANTIZED,
     adapt,
     blocks_of,
     build_gpt2,
@@ -39,6 +41,8 @@ def train_stage(cell: Cell, tell: Tell) -> list[Path]:
     facts = {"task": task.name, "label": cell.label, "seed": cell.seed, "site": cell.config.pairs.site}
     facts |= {"memory_is_conflict": bool(getattr(task, "memory_is_conflict", False)), "options": cell.config.options}
     facts |= {"analysed": cell.config.analysed, "shared_initialization": cell.config.model.shares_first_weights}
+    if cell.config.model.folder in PACKAGED:
+        facts["weights"] = QUANTIZED
     if not cell.config.model.is_trained:
         asking = cell_model(cell)
         model = asking.model

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 Made = TypeVar("Made")
+# Not its padding and truncation, which every call may change.
+TOKENIZING = ("model", "added_tokens", "normalizer", "pre_tokenizer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +29,8 @@ class Binding:
 
     Attributes:
         model_type: the configuration's ``model_type``.
-        weights: SHA-256 of all parameters, by name.
-        tokenizer: SHA-256 of the fast tokenizer.
+        weights: SHA-256 of all parameters, by name, rounded to bfloat16: a model is the same in half precision.
+        tokenizer: SHA-256 of what decides the fast tokenizer's tokens.
     """
 
     model_type: str
@@ -37,12 +39,23 @@ class Binding:
 
     @classmethod
     def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Binding:
-        """Fingerprint a model and its tokenizer (reads every weight once)."""
+        """Fingerprint a model and its tokenizer (reads every weight once).
+
+        Raises:
+            InputError: some of the weights are not in memory.
+        """
         digest = hashlib.sha256()
         for name, weight in sorted(model.named_parameters()):
+            if weight.is_meta:
+                raise InputError(
+                    f"device_map: {name} is not in memory, so the model cannot be told from others; use devices that "
+                    "hold all of it"
+                )
             digest.update(name.encode())
-            digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-        words = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["model"], sort_keys=True)
+            rounded = weight.detach().to(torch.bfloat16).cpu().contiguous()
+            digest.update(rounded.view(torch.uint8).numpy().data)
+        parts = json.loads(tokenizer.backend_tokenizer.to_str())
+        words = json.dumps({part: parts.get(part) for part in TOKENIZING}, sort_keys=True)
         return cls(core_of(model).config.model_type, digest.hexdigest(), hashlib.sha256(words.encode()).hexdigest())
 
     @staticmethod

@@ -144,7 +144,10 @@ class _PositionTracker:
             ids_NT = kwargs["inputs_embeds"][..., 0]
         past = cached_columns(kwargs)
         columns = ids_NT.shape[1]
-        fresh = self.prompt_NT is None or (past == 0 and not self._continues(ids_NT))
+        # What follows a prompt stands behind its decision position: a pass that begins before it is another prompt, on
+        # a cache of what both begin with.
+        another = 0 < past <= self.start and self.fixed is None and not self.everywhere
+        fresh = self.prompt_NT is None or another or (past == 0 and not self._continues(ids_NT))
         if fresh:
             self.prompt_NT = ids_NT
         if self.everywhere or self.fixed is not None:

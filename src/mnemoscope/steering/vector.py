@@ -155,14 +155,15 @@ class SteeringVector:
             alpha: factor on the shift, or one for each prompt of the batch (N,); what ``generate`` makes of a prompt,
                 beams or several samples, shares its factor. 0 leaves the model untouched, bit by bit.
             start: column of the decision position in the left-padded batch. Default: the last column of each prompt. An
-                uncached pass that begins with the prompt of the pass before counts as its continuation.
+                uncached pass that begins with the prompt of the pass before counts as its continuation; a prompt that
+                is read in several passes (``prefill_chunk_size``) needs this said.
             gate: decides for every prompt, before it is answered, whether it is steered at all (see ``detect.Gate``);
                 costs one more pass over the prompts. What it lets through is untouched, bit by bit.
 
         Raises:
             InputError: a layer or the width does not exist in this model, or alpha is not finite.
         """
-        factor = torch.as_tensor(alpha, dtype=torch.float32)
+        factor = torch.as_tensor(alpha, dtype=torch.float32).cpu()  # as shifts are, until they meet their layer
         if factor.ndim > 1 or not bool(factor.isfinite().all()):
             raise InputError(f"alpha: {alpha} is neither a finite number nor one for each prompt")
         self._check_shape(model)

@@ -111,7 +111,8 @@ class FactsTask:
         held_out_frames: others, judged only.
         wrong_values: other values that each fact is contradicted with.
         table: a CSV file with the columns relation, subject and value, instead of ``countryinfo``; a relation of a
-            name that is not built in needs the columns question, stem, statement, inverted and reported too.
+            name that is not built in needs the columns question, stem, statement, inverted and reported too. Of
+            several values of one subject the first is asked for, and none of them is a contradiction.
         seed: deals subjects to the splits and draws the wrong values.
 
     Raises:
@@ -134,7 +135,9 @@ class FactsTask:
         table: str | None = None,
         seed: int = 0,
     ) -> None:
-        self.relations, self.facts = _read_table(Path(table)) if table else (RELATIONS, _countries())
+        self.relations, known = _read_table(Path(table)) if table else (RELATIONS, _countries())
+        self.facts = {fact: values[0] for fact, values in known.items()}
+        self.true = known  # all values that are no contradiction, as a country's other languages
         for option, names, allowed in (
             ("relations", relations, self.relations),
             ("held_out_relations", held_out_relations, self.relations),
@@ -254,7 +257,8 @@ class FactsTask:
 
     def _wrong(self, relation: str, subject: str, value: str) -> list[str]:
         """Values of other subjects, drawn by name, so that each fact has its own whatever else is known."""
-        others = [other for other in self.values[relation] if not _overlap(other, value)]
+        true = {value, *self.true.get((relation, subject), ())}
+        others = [other for other in self.values[relation] if not any(_overlap(other, one) for one in true)]
         rng = np.random.default_rng([self.seed, *f"{relation}|{subject}".encode()])
         return [others[i] for i in rng.permutation(len(others))[: self.wrong_values]]
 
@@ -299,8 +303,8 @@ def _overlap(a: str, b: str) -> bool:
     return bool(a and b) and (a.startswith(b) or b.startswith(a))
 
 
-def _countries() -> dict[tuple[str, str], str]:
-    """Facts of the package ``countryinfo``, by relation and country.
+def _countries() -> dict[tuple[str, str], list[str]]:
+    """Facts of the package ``countryinfo``, by relation and country: the value that is asked for, then others as true.
 
     Raises:
         InputError: the package is not installed.
@@ -309,7 +313,7 @@ def _countries() -> dict[tuple[str, str], str]:
         from countryinfo import all_countries
     except ImportError as error:
         raise InputError("task: 'facts' needs countryinfo: pip install 'mnemoscope[pretrained]'") from error
-    facts: dict[tuple[str, str], str] = {}
+    facts: dict[tuple[str, str], list[str]] = {}
     for country in all_countries():
         name, spoken = country.name(), country.languages() or []
         values = {
@@ -321,34 +325,44 @@ def _countries() -> dict[tuple[str, str], str]:
         for relation, value in values.items():
             # Several capitals come as a list; what the question itself says (Mexico City) needs no memory.
             if isinstance(value, str) and value and value not in name and name not in value:
-                facts[relation, name] = value
+                facts[relation, name] = [value]
+        if ("language", name) in facts:
+            facts["language", name] += [LANGUAGES[code] for code in spoken[1:] if code in LANGUAGES]
     return facts
 
 
-def _read_table(path: Path) -> tuple[dict[str, Relation], dict[tuple[str, str], str]]:
-    """Relations and facts of a CSV file.
+def _read_table(path: Path) -> tuple[dict[str, Relation], dict[tuple[str, str], list[str]]]:
+    """Relations and facts of a CSV file; of several values of one subject the first is asked for.
 
     Raises:
         InputError: it cannot be read, or a line lacks something; the line is named.
     """
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"table: {path} cannot be read ({error})") from error
-    relations, facts = dict(RELATIONS), {}
+    relations, facts = dict(RELATIONS), dict[tuple[str, str], list[str]]()
     for number, row in enumerate(rows, 2):
         for column in ("relation", "subject", "value"):
             if not row.get(column):
                 raise InputError(f"table: {path}, line {number}: {column} is missing")
+            if "|" in row[column]:
+                raise InputError(f"table: {path}, line {number}: {column} is {row[column]!r}; | is not allowed in it")
         name = row["relation"]
         if name not in relations:
             words = {field: row.get(field) or "" for field in Relation.__dataclass_fields__}
             for field, text in words.items():
                 if not text:
                     raise InputError(f"table: {path}, line {number}: relation {name!r} is new and needs {field}")
+                try:
+                    text.format(n="", v="")
+                except (KeyError, IndexError, ValueError, AttributeError) as error:
+                    raise InputError(
+                        f"table: {path}, line {number}: {field} is {text!r}; only {{n}} and {{v}} may stand in braces"
+                    ) from error
             relations[name] = Relation(**words)
-        facts[name, row["subject"]] = row["value"]
+        facts.setdefault((name, row["subject"]), []).append(row["value"])
     if not facts:
         raise InputError(f"table: {path} holds no fact")
     return relations, facts

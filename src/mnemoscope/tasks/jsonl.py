@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -26,7 +26,8 @@ class JsonlTask:
         seed: deals the groups to the splits.
 
     Raises:
-        InputError: a line is malformed (its number is named), a group is in two splits, or the file has no conflict.
+        InputError: a line is malformed or gives an item other answers (its number is named), a group is in two splits,
+            or the file has no conflict.
     """
 
     name = "jsonl"
@@ -37,9 +38,10 @@ class JsonlTask:
     def __init__(self, *, file: str, seed: int = 0) -> None:
         self.examples_read = read_jsonl(Path(file), seed)
         self._phrasings: dict[str, list[Example]] = defaultdict(list)
-        for example in self.examples_read:
+        conflicts = [example for example in self.examples_read if example.kind == "conflict"]
+        for example in conflicts:
             self._phrasings[example.item].append(example)
-        if not any(example.kind == "conflict" for example in self.examples_read):
+        if not conflicts:
             raise InputError(f"file: {file} has no conflict, that is no line with both 'memorized' and 'generalized'")
 
     def training(self, rng: np.random.Generator) -> Iterator[Instance]:
@@ -54,7 +56,7 @@ class JsonlTask:
         return [of_kind[i] for i in rng.permutation(len(of_kind))[:n]]
 
     def rephrase(self, example: Example, rng: np.random.Generator) -> Example:
-        """Another line with the same item; the example itself where there is none."""
+        """Another conflict with the same item; the example itself where there is none."""
         others = [other for other in self._phrasings[example.item] if other.prompt != example.prompt]
         return others[rng.integers(len(others))] if others else example
 
@@ -69,9 +71,8 @@ def read_jsonl(path: Path, seed: int) -> list[Example]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"file: {path} cannot be read ({error})") from error
-    parsed = [
-        (number, _example(path, number, line)) for number, line in enumerate(text.splitlines(), 1) if line.strip()
-    ]
+    parsed = [(number, _example(path, number, line)) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    _check_answers(path, [(number, example) for number, (example, _) in parsed])
     unsplit = sorted({example.group for _, (example, has_split) in parsed if not has_split})
     dealt = assign_splits(unsplit, np.random.default_rng([seed, 3]))
     examples = [ex if has_split else replace(ex, split=dealt[ex.group]) for _, (ex, has_split) in parsed]
@@ -83,6 +84,20 @@ def write_jsonl(examples: list[Example]) -> str:
     """The lines that ``read_jsonl`` reads back as the same examples."""
     rows = ({k: v for k, v in asdict(example).items() if v is not None} for example in examples)
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _check_answers(path: Path, numbered: Iterable[tuple[int, Example]]) -> None:
+    """Phrasings of one item are held against each other, so they must have the same two answers."""
+    first: dict[str, tuple[int, Example]] = {}
+    for number, example in numbered:
+        if example.kind != "conflict":
+            continue
+        before, known = first.setdefault(example.item, (number, example))
+        if known.options != example.options:
+            raise InputError(
+                f"{path}, line {number}: item {example.item!r} has the answers {known.options} in line {before} and "
+                f"{example.options} here; give it an item of its own (a 'group' keeps items in one split)"
+            )
 
 
 def _example(path: Path, number: int, line: str) -> tuple[Example, bool]:

@@ -294,10 +294,11 @@ def _step(
     mine = slice(ranks.rank(), None, ranks.world())
     for ids_RT, weights_RT in passes(ids_BT[mine], weights_BT[mine], _vocabulary(model)):
         logits_RTV = model(input_ids=ids_RT[:, :-1].to(model.device), use_cache=False).logits
-        losses_RT = nn.functional.cross_entropy(
-            logits_RTV.float().transpose(1, 2), ids_RT[:, 1:].to(model.device), reduction="none"
+        # Flat: over three dimensions CUDA has no deterministic form of it.
+        losses_R = nn.functional.cross_entropy(
+            logits_RTV.float().flatten(0, 1), ids_RT[:, 1:].flatten().to(model.device), reduction="none"
         )
-        part = (losses_RT * weights_RT[:, 1:].to(model.device)).sum() / total.to(model.device)
+        part = (losses_R * weights_RT[:, 1:].flatten().to(model.device)).sum() / total.to(model.device)
         part.backward()
         loss += float(part.detach())
     if ranks.world() > 1:
