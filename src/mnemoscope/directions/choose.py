@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -56,10 +56,12 @@ class TuneLists:
     Attributes:
         turned: those that a setting is to turn.
         kept: those that it should leave alone, by name, with the label that all of them have without a shift.
+        apart: parts of these that must be left alone each for itself.
     """
 
     turned: Sequence[Batch]
     kept: Mapping[str, tuple[Sequence[Batch], str]]
+    apart: Mapping[str, tuple[Sequence[Batch], str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +194,7 @@ def damage(asking: Asking, lists: TuneLists, sources: Sources, setting: Setting)
     """The largest share of a list of those to be kept that loses its answer under a setting; 0 without such lists."""
     vector = vector_of(sources, setting)
     drops = [
-        1.0 - share_of(steered(asking, batches, vector, margins=False), label) for batches, label in lists.kept.values()
+        1.0 - share_of(steered(asking, batches, vector, margins=False), label)
+        for batches, label in (*lists.kept.values(), *lists.apart.values())
     ]
     return max([drop for drop in drops if not math.isnan(drop)], default=0.0)

@@ -103,19 +103,22 @@ def fit_lists(cell: Cell, asking: Asking, records: Records) -> FitLists:
 def tune_lists(cell: Cell, asking: Asking, records: Records) -> dict[str, dict[str, TuneLists]]:
     """What settings are tried on, by aim (``pairs``, ``conflict``) and direction, prepared with prefixes."""
     config = cell.config.steering
-    right = {
-        kind: with_prefixes(asking, examples)
-        for kind, examples in _answered_right(cell, asking, records, "tune", config.tune_others).items()
-    }
+    known = _answered_right(cell, asking, records, "tune", config.tune_others)
+    right = {kind: with_prefixes(asking, examples) for kind, examples in known.items()}
+    # A fact that is asked for with nothing said and one that the prompt repeats are lost in different ways.
+    families = sorted({example.family for example in known["memory"]})
+    recalled = {name: [e for e in known["memory"] if e.family == name] for name in families if len(families) > 1}
+    recall = {name: (with_prefixes(asking, examples), "correct") for name, examples in recalled.items()}
     lists: dict[str, dict[str, TuneLists]] = {"pairs": {}, "conflict": {}}
     for direction, toward in TOWARD.items():
         kept = {kind: (right[kind], "correct") for kind in _kept(records, toward)}
+        apart = recall if "memory" in kept else {}
         turned = with_prefixes(asking, records.turned("tune", direction, config.tune_pairs))
-        lists["pairs"][direction] = TuneLists(turned, kept)
+        lists["pairs"][direction] = TuneLists(turned, kept, apart)
         source = records.conflicts("tune", SOURCE[direction], config.tune_others, direction == "to_memorized")
         rest = with_prefixes(asking, records.conflicts("tune", toward, config.tune_others))
         lists["conflict"][direction] = TuneLists(
-            with_prefixes(asking, source), {**kept, "conflict_rest": (rest, toward)}
+            with_prefixes(asking, source), {**kept, "conflict_rest": (rest, toward)}, apart
         )
     return lists
 
