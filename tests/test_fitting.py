@@ -13,7 +13,9 @@ from helpers import MINI_TASKS
 from mnemoscope.behaviour import Asking
 from mnemoscope.cli import app
 from mnemoscope.errors import InputError
-from mnemoscope.fitting import ONE_LAYER, fitting_study
+from mnemoscope.export import SITES_FOR
+from mnemoscope.fitting import ONE_LAYER, SETTINGS, fitting_study
+from mnemoscope.stages.steer import settings_of
 
 
 def test_a_file_and_a_folder_give_vectors_a_detector_and_a_report(
@@ -25,7 +27,9 @@ def test_a_file_and_a_folder_give_vectors_a_detector_and_a_report(
     runner = CliRunner()
     done = runner.invoke(app, ["data", "addition", "-n", "400", *options, "-o", str(data)])
     assert done.exit_code == 0, done.output
-    done = runner.invoke(app, ["fit", model, "--task", str(data), "-o", str(out), "--settings", "7", "--json"])
+    done = runner.invoke(
+        app, ["fit", model, "--task", str(data), "-o", str(out), "--settings", str(ONE_LAYER), "--json"]
+    )
     assert done.exit_code == 0, done.output
     said = json.loads(done.stdout)
     results = json.loads((out / "results.json").read_text())["tasks"]["sums"]
@@ -40,7 +44,7 @@ def test_a_file_and_a_folder_give_vectors_a_detector_and_a_report(
     for command in (["detect"], ["steer", "--toward", "generalized", "--gate", "0.5"]):
         done = runner.invoke(app, [command[0], model, "--from", str(out), *command[1:], "12+34="])
         assert done.exit_code == 0, done.output
-    done = runner.invoke(app, ["fit", model, "--task", str(data), "-o", str(out), "--settings", "7"])
+    done = runner.invoke(app, ["fit", model, "--task", str(data), "-o", str(out), "--settings", str(ONE_LAYER)])
     assert "towards working it out" in done.stdout
     assert "P(memorized) ranks" in done.stdout
 
@@ -58,7 +62,7 @@ def test_a_file_of_conflicts_alone_is_enough(
     lines = [line for line in data.read_text().splitlines() if "memorized" in json.loads(line)]
     data.write_text("\n".join(lines) + "\n")
     model = str(shared_folder / "mini-addition")
-    done = runner.invoke(app, ["fit", model, "--task", str(data), "-o", str(out), "--settings", "7"])
+    done = runner.invoke(app, ["fit", model, "--task", str(data), "-o", str(out), "--settings", str(ONE_LAYER)])
     assert done.exit_code == 0, done.output
     task = json.loads((out / "results.json").read_text())["tasks"]["sums"]
     assert task["steering"]["to_generalized"]["pairs"]["shift"]["n"] > 0
@@ -68,7 +72,7 @@ def test_a_file_of_conflicts_alone_is_enough(
 @pytest.mark.parametrize(
     ("task", "settings", "message"),
     [
-        ("nowhere.jsonl", 42, "task: the file nowhere.jsonl does not exist"),
+        ("nowhere.jsonl", SETTINGS, "task: the file nowhere.jsonl does not exist"),
         ("facts", ONE_LAYER - 1, f"settings: {ONE_LAYER - 1} is less than the {ONE_LAYER} that one layer takes"),
     ],
 )
@@ -84,9 +88,13 @@ def test_what_cannot_be_fitted_is_one_line(task: str, settings: int, message: st
 
 
 def test_the_budget_is_dealt_to_layers_all_over_the_model() -> None:
-    (cell,) = fitting_study({"folder": "x"}, "facts", {}, 42).cells.values()
-    grids = cell.steering.sweeps
-    assert sum(len(g.layer_sets(30)) * len(g.strengths) for (g,) in grids.values()) == 42
+    (cell,) = fitting_study({"folder": "x"}, "facts", {}, positions="all").cells.values()
+    grids, count = cell.steering.sweeps, 0
+    for method in grids:
+        count += len(settings_of("to_generalized", method, grids[method], 30))
+    assert count == SETTINGS == 66
+    assert {site for (grid,) in grids.values() for site in grid.sites} <= set(SITES_FOR["checkpoint"])
+    assert cell.steering.positions == "all"
     (learned,) = grids["learned"]
     assert learned.layer_sets(30) == [(4,), (9,), (13,), (17,), (21,), (26,)]
     assert learned.layer_sets(2) == [(0,), (1,)]

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from mnemoscope.config import StudyConfig, parse_study
 from mnemoscope.errors import InputError
 
-# Huge activations of a few neurons would decide plain NMD, so its standardized form is tried.
-STRENGTHS = {"standardized-nmd": [0.3, 0.6], "gradient": [0.1, 0.2, 0.4], "learned": [0.15, 0.3]}
-ONE_LAYER = sum(map(len, STRENGTHS.values()))
+# What is tried of each layer. Huge activations of a few neurons would decide plain NMD, so its standardized form is
+# tried; both sites are such that a vector for every token can be exported.
+TRIED: dict[str, dict[str, list[Any]]] = {
+    "standardized-nmd": {"sites": ["block"], "tops": [0.1, 0.5], "strengths": [0.3, 0.6]},
+    "gradient": {"sites": ["block"], "tops": [0.5], "strengths": [0.1, 0.2, 0.4]},
+    "learned": {"sites": ["block", "mlp"], "tops": [0.5], "strengths": [0.15, 0.3]},
+}
+ONE_LAYER = sum(math.prod(map(len, grid.values())) for grid in TRIED.values())
 SETTINGS = 6 * ONE_LAYER
 
 
 def fitting_study(
-    model: dict[str, Any], task: str, options: dict[str, Any], settings: int = SETTINGS, threads: int = 1
+    model: dict[str, Any],
+    task: str,
+    options: dict[str, Any],
+    settings: int = SETTINGS,
+    threads: int = 1,
+    positions: str = "decision",
 ) -> StudyConfig:
     """A study with one cell.
 
@@ -24,6 +35,7 @@ def fitting_study(
         task: a task's name, ``package.module:Class``, or the path of a JSONL file.
         options: of the task.
         settings: how many settings are tried at most in either direction, dealt evenly to layers: the budget.
+        positions: ``decision``, or ``all`` tokens, for vectors that are to be exported.
 
     Raises:
         InputError: the file does not exist, the budget is below one layer's, or a field is not allowed.
@@ -54,10 +66,8 @@ def fitting_study(
             "judged_examples": 200,
             "control_limit": 0.15,
             "collateral_limit": 0.05,
-            "sweeps": {
-                method: {"layers": layers, "tops": [0.5], "strengths": strengths}
-                for method, strengths in STRENGTHS.items()
-            },
+            "positions": positions,
+            "sweeps": {method: {"layers": layers, **grid} for method, grid in TRIED.items()},
         },
         "effects": {"pairs": 60, "draws": 1, "doses": [0.0, 0.5, 1.0, 2.0], "ablated": [0.1]},
         "detection": {"fitted": True},

@@ -67,7 +67,10 @@ def fit(
     task: Annotated[str, typer.Option(help="A task, see `mnemoscope tasks`, or a JSONL file of your own.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Run folder: pairs, vectors, detector, report.")],
     option: Given = None,
-    settings: Annotated[int, typer.Option(min=1, help="Settings tried in either direction, at most.")] = 42,
+    settings: Annotated[int, typer.Option(min=1, help="Settings tried in either direction, at most.")] = 66,
+    positions: Annotated[
+        str, typer.Option(help="decision, or all: every token, as what can be exported.")
+    ] = "decision",
     threads: Annotated[int, typer.Option(min=1, help="Threads; results depend on them in the last bits.")] = 1,
     dtype: Dtype = "float32",
     device_map: DeviceMap = None,
@@ -85,7 +88,7 @@ def fit(
 
         shape = {"folder": model, "dtype": dtype, "device_map": device_map, "layout": named_parts(layout)}
         shape |= {"chat": {} if chat else None}
-        config = fitting_study(shape, task, options(option), settings, threads)
+        config = fitting_study(shape, task, options(option), settings, threads, positions)
         with progress(quiet=as_json or not ranks.first()) as tell:
             report_path = run_study(config, out, tell)
         if not ranks.first():

@@ -42,13 +42,24 @@ def collateral(task: Tree) -> Table:
 
 
 def methods(task: Tree) -> Table:
-    """The setting of each method, chosen on the tune split, with what it turns, its strongest control and its cost."""
+    """The setting of each method, chosen on the tune split, with what it turns, its strongest control and its cost.
+
+    Behind them what a user would try first: words, and decoding that contrasts a prompt with its question alone.
+    """
     rows = [
         _method(task, method, block[direction], direction)
         for direction in DIRECTIONS
         for method, block in task["steering_by_method"].items()
         if direction in block
     ]
+    for direction in DIRECTIONS:
+        ways = {"asked for in words": task["prompt"].get(direction)}
+        for weight, shares in task.get("context_aware", {}).get(direction, {}).items():
+            ways[f"context-aware decoding at {float(weight):+g}"] = shares
+        for name, shares in ways.items():
+            if shares and sentences.known(shares["shift"]):
+                who = f"{name}, {sentences.TOWARDS[direction]}"
+                rows.append([who, "", "", "", sentences.with_interval(shares["shift"]), "", "", ""])
     head = ["", "where", "neurons", "strength", "pairs turned", "strongest control", "conflicts turned", "cost"]
     return Table("Settings chosen on the tune split, and what they do on the test split", head, rows)
 
