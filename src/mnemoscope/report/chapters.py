@@ -122,6 +122,7 @@ def _detector(name: str, detection: Tree) -> Story:
         captions_detector.detector(detection),
         "Test prompts, pairs or not. Dotted: chance, and perfect reliability. Bars: 95\u00a0% intervals.",
         figures_detector.detector(detection),
+        tables.detection(detection),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mnemoscope.report import figures_steering, sentences
+from mnemoscope.report import figures_detector, figures_steering, sentences
 from mnemoscope.report.intervals import Tree
 from mnemoscope.report.page import Table
 from mnemoscope.report.records import AIMS, DIRECTIONS
@@ -62,6 +62,23 @@ def methods(task: Tree) -> Table:
                 rows.append([who, "", "", "", sentences.with_interval(shares["shift"]), "", "", ""])
     head = ["", "where", "neurons", "strength", "pairs turned", "strongest control", "conflicts turned", "cost"]
     return Table("Settings chosen on the tune split, and what they do on the test split", head, rows)
+
+
+def detection(found: Tree) -> Table:
+    """Within each phrasing, how the detector ranks prompts, beside what needs no state: what a phrasing gives away."""
+    scores = figures_detector.SCORES
+    rows = [["all conflicts", *(_ranked(found["auroc"][score]) for score in scores), ""]]
+    for family, entry in found["by_family"].items():
+        counts = f"{entry['memorized']:,} / {entry['generalized']:,}"
+        rows.append([family, *(_ranked(entry[score]) for score in scores), counts])
+    for other, entry in found["held_out"].items():
+        rows.append([f"held out: {other}", *(_ranked(entry[score]) for score in scores), ""])
+    caption = "Share of (remembered, worked out) test prompts that a score ranks right, within each phrasing"
+    return Table(caption, ["", *scores.values(), "remembered / worked out"], rows)
+
+
+def _ranked(share: Tree) -> str:
+    return sentences.with_interval(share) if sentences.known(share) else "too few"
 
 
 def _method(task: Tree, method: str, block: Tree, direction: str) -> list[str]:
