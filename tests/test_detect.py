@@ -300,6 +300,7 @@ def test_where_a_gate_would_act_is_where_it_acts(mini_run: Path, mini: Callable[
         for r in table.itertuples()
         for s in ["a" if r.behaviour_a == "memorized" else "b"]
     ]
+    examples = list({(e.item, e.prompt): e for e in examples}.values())  # each is judged once
     said = gates[(gates.direction == "to_generalized") & (gates.examples == "pairs")]
     detector = find_detector(cell, model, words)
     gate = Gate(detector, "generalized")

@@ -205,7 +205,7 @@ def test_a_saved_vector_comes_back_and_is_bound_to_its_model(
         SteeringVector.load(path, asking.model, asking.tokenizer, force=True)
 
 
-def test_a_binding_knows_the_model_in_half_precision_and_other_words_of_the_tokenizer(asking: Asking) -> None:
+def test_a_binding_knows_the_model_in_bfloat16_and_other_words_of_the_tokenizer(asking: Asking) -> None:
     half, other = (copy.deepcopy(asking.model) for _ in range(2))
     bound = Binding.of(asking.model, asking.tokenizer)
     assert Binding.of(half.to(torch.bfloat16), asking.tokenizer) == bound

@@ -90,7 +90,7 @@ class Asking:
 
     Attributes:
         model, tokenizer: a causal language model and its fast tokenizer; neither is changed.
-        boundary: texts of one token each of which one closes every answer; "" is the end-of-text token.
+        boundary: texts of which one closes every answer, each a token; "" is the end-of-text token.
         batch_size: examples per pass; no label depends on it, ties aside.
         chat: None puts prompts as they are.
 
@@ -166,17 +166,18 @@ def _saying(tokenizer: PreTrainedTokenizerFast, text: str) -> set[int]:
     Asked alone, a text may become another token than behind a word ("." at the beginning of a Llama 2 text), and many
     tokenizers have "." and the line breaks behind it in one.
     """
-    known, size = _TOKEN_TEXTS.get(tokenizer, ([], 0))
-    if size != len(tokenizer):
-        known = tokenizer.batch_decode([[number] for number in range(len(tokenizer))])
-        _TOKEN_TEXTS[tokenizer] = (known, len(tokenizer))
-    found = {n for n, said in enumerate(known) if said.startswith(text) and not said[len(text) :].strip()}
-    alone = tokenizer(text, add_special_tokens=False).input_ids
-    return (found | set(alone if len(alone) == 1 else [])) - {tokenizer.unk_token_id}
+    known = _SAYING.setdefault(tokenizer, {})
+    key = (text, len(tokenizer))
+    if key not in known:
+        texts = tokenizer.batch_decode([[number] for number in range(len(tokenizer))])
+        found = {n for n, said in enumerate(texts) if said.startswith(text) and not said[len(text) :].strip()}
+        alone = tokenizer(text, add_special_tokens=False).input_ids
+        known[key] = (found | set(alone if len(alone) == 1 else [])) - {tokenizer.unk_token_id}
+    return known[key]
 
 
-# What each token says; decoding all of them takes a moment, and every pass asks.
-_TOKEN_TEXTS: WeakKeyDictionary[PreTrainedTokenizerFast, tuple[list[str], int]] = WeakKeyDictionary()
+# By tokenizer, text and size of the vocabulary: decoding all tokens takes a moment, and every pass asks.
+_SAYING: WeakKeyDictionary[PreTrainedTokenizerFast, dict[tuple[str, int], set[int]]] = WeakKeyDictionary()
 
 
 def encode(asking: Asking, examples: Sequence[Example]) -> list[Encoded]:

@@ -13,7 +13,7 @@ Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
 DeviceMap = Annotated[
     str | None, typer.Option(help="Where it goes: cuda or auto (needs accelerate); default: the CPU.")
 ]
-Given = Annotated[list[str] | None, typer.Option(help="NAME=VALUE: an option of the task, as 'relations=[capital]'.")]
+Given = Annotated[list[str] | None, typer.Option(help="NAME=VALUE: an option of the task, as hops=2.")]
 Parts = Annotated[str | None, typer.Option(help="blocks=..,attention=..,mlp=..,down=..: parts of a model.")]
 
 

@@ -68,7 +68,7 @@ class SweepConfig(Frozen):
     tops: tuple[float, ...] = Field(
         (0.1, 0.3, 0.5),
         min_length=1,
-        description="shares of the neurons, in (0, 1]; above a half two of the five controls do not exist",
+        description="shares of the neurons, in (0, 1]; above a half, or with all of one layer, two of the five controls do not exist",
     )
     strengths: tuple[float, ...] = Field(
         (0.05, 0.1, 0.2, 0.4), min_length=1, description="total relative norms: the shift over the norm of the states"
@@ -147,7 +147,7 @@ class SteeringConfig(Frozen):
     )
     fit_batch: int = Field(64, ge=1, description="fit examples a step of that ascent, and a pass of gradients")
     tune_refits: int = Field(
-        4, ge=0, description="draws of the shuffled control of each setting on tune, fitted anew; 0 leaves it out"
+        4, ge=0, description="draws of the shuffled control of each setting on tune, fitted four at a time; 0: left out"
     )
     tune_draws_again: int = Field(12, ge=1, description="of each control of a chosen setting, before methods compete")
     tune_pairs: int = Field(300, ge=1, description="tune pairs that every setting is tried on")

@@ -75,8 +75,8 @@ CHEAP = tuple(name for name in CONTROLS if name not in DEAR)
 def control_exists(name: str, shift_LD: np.ndarray) -> bool:
     """Whether the control differs from what it controls.
 
-    Where more than half of the neurons are chosen, as many others are not there, and those with the lowest |rho| are
-    mostly the same ones with other signs.
+    Where more than half of the neurons of its layers are chosen, or all of one layer, as many others are not there,
+    and those with the lowest |rho| are mostly the same ones with other signs.
     """
     if name not in ("random_neurons", "low_correlation"):
         return True

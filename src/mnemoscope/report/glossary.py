@@ -94,8 +94,8 @@ GLOSSARY = (
         "controls",
         "Shifts of the same norm that should not work: the same amounts on random neurons or on those of lowest "
         "|rho|, the chosen neurons with random signs, the method learned from shuffled labels, and Gaussian noise. "
-        "The mean over all draws counts; the worst draw stands beside it. Where all neurons are shifted, the first two "
-        "do not exist.",
+        "The mean over all draws counts; the worst draw stands beside it. Where more than half of the neurons are "
+        "shifted, or all of one layer, the first two do not exist.",
     ),
     (
         "strength",

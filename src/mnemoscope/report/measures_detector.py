@@ -100,7 +100,7 @@ def measure_gated(cell: Cell, direction: str, lists: dict[str, pd.DataFrame]) ->
 
 def recall_by_family(cell: Cell, rows: pd.DataFrame) -> Tree:
     """Where facts to recall are asked in several families: the share that is right, before and after, of each."""
-    if rows.family.nunique() < 2:
+    if cell.info["memory_is_conflict"] or rows.family.nunique() < 2:
         return {}
     found = {
         str(family): {

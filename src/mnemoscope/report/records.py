@@ -34,7 +34,7 @@ COLUMNS = {
     "learning": "pairs draw groups what layer value n",
     "halves": "halving what layer top value chance chance_low chance_high n",
     "sweep": "direction method site layers top strength examples n shift stay other margin margin_sd kept",
-    "steering": "aim direction method role draw examples example group split before after margin_before margin "
+    "steering": "aim direction method role draw examples example group family split before after margin_before margin "
     "confabulated",
     "effects": "what direction method site layers dose role draw side example group after margin_before margin",
     "detection": "examples followed prompt group family p_memorized p_conflict unlike input_only input_repeats "
@@ -48,7 +48,8 @@ COLUMNS = {
 }
 # Text columns of the large tables, which repeat few words: read as categories, they take a byte a row.
 LARGE = ("steering", "effects", "transfer_steering")
-WORDS = ["aim", "direction", "method", "role", "examples", "group", "split", "before", "after", "what", "site", "side"]
+WORDS = ["aim", "direction", "method", "role", "examples", "group", "family", "split", "before", "after"]
+WORDS += ["what", "site", "side"]
 CONTRAST_ARRAYS = ("nmd", "rho", "effect_size", "p_family_wise", "p_false_discovery")
 ACROSS = ("seeds", "transfer_steering", "transfer_probes")
 CELL_FIELDS = ("task", "label", "seed", "memory_is_conflict", "trained")

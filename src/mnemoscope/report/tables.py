@@ -73,7 +73,7 @@ def detection(found: Tree) -> Table:
         rows.append([family, *(_ranked(entry[score]) for score in scores), counts])
     for other, entry in found["held_out"].items():
         rows.append([f"held out: {other}", *(_ranked(entry[score]) for score in scores), ""])
-    caption = "Share of (remembered, worked out) test prompts that a score ranks right, within each phrasing"
+    caption = "Share of (remembered, worked out) test prompts that a score ranks right, of all and within each phrasing"
     return Table(caption, ["", *scores.values(), "remembered / worked out"], rows)
 
 

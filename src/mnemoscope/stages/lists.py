@@ -18,6 +18,9 @@ from mnemoscope.steering import Toward
 from mnemoscope.tasks import Example, Split, Task, draw, keeps_key
 
 
+LEAST_OF_A_FAMILY = 20  # examples, below which one of them that is lost would decide alone
+
+
 @dataclass(frozen=True)
 class Records:
     """What the stages before have written of a cell.
@@ -108,7 +111,11 @@ def tune_lists(cell: Cell, asking: Asking, records: Records) -> dict[str, dict[s
     # A fact that is asked for with nothing said and one that the prompt repeats are lost in different ways.
     families = sorted({example.family for example in known["memory"]})
     recalled = {name: [e for e in known["memory"] if e.family == name] for name in families if len(families) > 1}
-    recall = {name: (with_prefixes(asking, examples), "correct") for name, examples in recalled.items()}
+    recall = {
+        name: (with_prefixes(asking, examples), "correct")
+        for name, examples in recalled.items()
+        if len(examples) >= LEAST_OF_A_FAMILY
+    }
     lists: dict[str, dict[str, TuneLists]] = {"pairs": {}, "conflict": {}}
     for direction, toward in TOWARD.items():
         kept = {kind: (right[kind], "correct") for kind in _kept(records, toward)}

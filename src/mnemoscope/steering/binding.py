@@ -29,7 +29,7 @@ class Binding:
 
     Attributes:
         model_type: the configuration's ``model_type``.
-        weights: SHA-256 of all parameters, by name, rounded to bfloat16: a model is the same in half precision.
+        weights: SHA-256 of all parameters, by name, rounded to bfloat16: a model is the same when it is opened in that.
         tokenizer: SHA-256 of what decides the fast tokenizer's tokens.
     """
 
