@@ -68,7 +68,7 @@ class SweepConfig(Frozen):
     tops: tuple[float, ...] = Field(
         (0.1, 0.3, 0.5),
         min_length=1,
-        description="shares of the neurons, in (0, 1]; above a half, or with all of one layer, two of the five controls do not exist",
+        description="shares of the neurons, in (0, 1]; above a half, two of the five controls are left out",
     )
     strengths: tuple[float, ...] = Field(
         (0.05, 0.1, 0.2, 0.4), min_length=1, description="total relative norms: the shift over the norm of the states"
@@ -152,7 +152,9 @@ class SteeringConfig(Frozen):
     tune_draws_again: int = Field(12, ge=1, description="of each control of a chosen setting, before methods compete")
     tune_pairs: int = Field(300, ge=1, description="tune pairs that every setting is tried on")
     tune_others: int = Field(200, ge=1, description="tune examples of each other list")
-    judged_examples: int = Field(500, ge=1, description="test pairs, and examples of each other list, at most")
+    judged_examples: int = Field(
+        500, ge=1, description="phrasings of test pairs, and examples of each other list, at most"
+    )
     control_limit: float = Field(
         0.18,
         ge=0,

@@ -17,7 +17,6 @@ from mnemoscope.stages.common import cell_task, rng_of
 from mnemoscope.steering import Toward
 from mnemoscope.tasks import Example, Split, Task, draw, keeps_key
 
-
 LEAST_OF_A_FAMILY = 20  # examples, below which one of them that is lost would decide alone
 
 
