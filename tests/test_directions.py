@@ -26,11 +26,11 @@ from mnemoscope.directions import (
     damage,
     final,
     learn,
+    margin_gradients,
     ranked,
     read_sources,
     share_of,
     steered,
-    summed_gradient,
     vector_of,
     with_prefixes,
 )
@@ -77,7 +77,7 @@ def test_the_margin_gradient_equals_finite_differences(asking: Asking, site: str
     examples = conflicts(12)
     (batch,) = with_prefixes(asking, examples) if cached else prepare(asking, examples)
     width = 256 if site == "neuron" else 64
-    gradient_LD = summed_gradient(asking, batch, site, (2, width), torch.ones(12)) / 12  # type: ignore[arg-type]
+    gradient_LD = margin_gradients(asking, batch, site, (2, width)).mean(0)  # type: ignore[arg-type]
     direction = torch.randn(width, generator=torch.Generator().manual_seed(0))
     for layer in ALL:
         vector = SteeringVector("generalized", {layer: direction}, site=site)  # type: ignore[arg-type]
@@ -223,11 +223,11 @@ def test_shuffled_labels_ask_both_sides_equally_often(asking: Asking) -> None:
     many, few = with_prefixes(small, examples[:48]), with_prefixes(small, examples[48:])
     lists = {"generalized": many, "memorized": few}
     sources = read_sources("block", [(examples[0], examples[50])], FitLists(small, lists, lists, {}))  # type: ignore[arg-type]
-    asked = wanted_batches(sources.shuffled(0), "generalized")
+    asked = list(wanted_batches(sources.shuffled(0), "generalized"))
     of_few = [id(batch.ids_NT) in {id(f.ids_NT) for f in few} for batch in asked]
     assert np.mean(of_few) == 0.5
     assert all(abs(int((2 * batch.option_R - 1).sum())) <= 1 for batch in asked)
-    assert len(wanted_batches(sources, "generalized")) == 2 * len(many)
+    assert len(list(wanted_batches(sources, "generalized"))) == 2 * len(many)
 
 
 @pytest.mark.parametrize("positions", ["decision", "all"])

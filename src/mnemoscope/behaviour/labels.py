@@ -144,7 +144,7 @@ def log_probabilities(asking: Asking, batch: Batch) -> Tensor:
     Column 0 is the memorized answer, or the only one, column 1 the generalized one (NaN where there is one answer).
     """
     contexts = read_contexts(asking.model, batch)
-    answers = read_answers(asking.model, batch, contexts, batch.length_R > 1)
+    answers = read_answers(asking.model, batch, contexts, batch.length_R > 1, closed=False)
     return _by_option(batch, _log_p(batch, contexts.logits_NV, answers), torch.nan)
 
 
@@ -197,7 +197,8 @@ def _log_p(batch: Batch, logits_NV: Tensor, answers: Answers | None) -> Tensor:
     logp_R = logits_NV[batch.example_R, batch.suffix_RM[:, 0]] - logits_NV.logsumexp(1)[batch.example_R]
     if answers is None or answers.suffix_SM.shape[1] == 1:
         return logp_R
-    logits_SMV, next_SM = answers.logits_SMV[:, :-1], answers.suffix_SM[:, 1:]
+    next_SM = answers.suffix_SM[:, 1:]
+    logits_SMV = answers.logits_SMV[:, : next_SM.shape[1]]
     logp_SM = logits_SMV.gather(2, next_SM[..., None])[..., 0] - logits_SMV.logsumexp(2)
     inside_SM = torch.arange(1, next_SM.shape[1] + 1, device=next_SM.device) < answers.length_S[:, None]
     return logp_R.index_add(0, answers.rows_S, logp_SM.masked_fill(~inside_SM, 0.0).sum(1))

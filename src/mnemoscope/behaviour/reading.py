@@ -81,7 +81,7 @@ class Answers:
     Attributes:
         rows_S: which rows of the batch they are.
         suffix_SM, length_S: their tokens and how many, as in ``Batch``.
-        logits_SMV: the model's at each of these tokens.
+        logits_SMV: the model's at each of these tokens, or at each but the last column.
     """
 
     rows_S: Tensor
@@ -194,20 +194,29 @@ def read_contexts(model: PreTrainedModel, batch: Batch) -> Contexts:
     return Contexts(output.logits[:, -1].float(), batch.prefix_fits_N, cache, known)
 
 
-def read_answers(model: PreTrainedModel, batch: Batch, contexts: Contexts, wanted_R: Tensor) -> Answers | None:
-    """Read the wanted options, and perhaps others, to their ends; None where none is wanted."""
+def read_answers(
+    model: PreTrainedModel, batch: Batch, contexts: Contexts, wanted_R: Tensor, closed: bool = True
+) -> Answers | None:
+    """Read the wanted options, and perhaps others; None where none is wanted.
+
+    Args:
+        wanted_R: without ``closed`` only of options of several tokens.
+        closed: whether it is wanted to know what the model says behind an option. Without it, the last column is not
+            read.
+    """
     rows_S, example_S = _rows_to_read(batch, wanted_R)
     if len(rows_S) == 0:
         return None
     length_S = batch.length_R[rows_S]
     longest = int(length_S.max())
     suffix_SM = batch.suffix_RM[rows_S, :longest]
+    read_SM = suffix_SM if closed else suffix_SM[:, :-1]
     returned = None
     if contexts.known:
         returned = batch.unshifted.answers_L[contexts.known - 1]
-        returned = with_states(returned, states_of(returned)[rows_S, :longest])
+        returned = with_states(returned, states_of(returned)[rows_S, : read_SM.shape[1]])
     with replayed_blocks(model, contexts.known, returned), rows_of_prompts(batch.example_R[rows_S]):
-        logits_SMV = model(**_answer_inputs(model, contexts.cache, batch.mask_NT, suffix_SM, example_S)).logits.float()
+        logits_SMV = model(**_answer_inputs(model, contexts.cache, batch.mask_NT, read_SM, example_S)).logits.float()
     return Answers(rows_S, suffix_SM, length_S, logits_SMV)
 
 

@@ -145,7 +145,7 @@ class SteeringConfig(Frozen):
     learned_steps: int = Field(
         20, ge=1, le=10_000, description="of the ascent of learned vectors; more make its shuffled control cleaner"
     )
-    fit_batch: int = Field(64, ge=1, description="fit examples a step of that ascent, and a pass of gradients")
+    fit_batch: int = Field(16, ge=1, description="fit examples a step of that ascent, and a pass of gradients")
     tune_refits: int = Field(
         4, ge=0, description="draws of the shuffled control of each setting on tune, fitted four at a time; 0: left out"
     )

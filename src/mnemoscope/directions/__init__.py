@@ -3,7 +3,7 @@
 from mnemoscope.directions.choose import Choice, Limits, TuneLists, control_means, damage, final, ranked
 from mnemoscope.directions.controls import CONTROLS, control_draws, control_exists, gaussian_like
 from mnemoscope.directions.learned import Budget, learn
-from mnemoscope.directions.methods import METHODS, Method, Wanted, summed_gradient
+from mnemoscope.directions.methods import METHODS, Method, Wanted, margin_gradients
 from mnemoscope.directions.settings import (
     SOURCE,
     TOWARD,
@@ -39,12 +39,12 @@ __all__ = [
     "gaussian_like",
     "in_turn",
     "learn",
+    "margin_gradients",
     "ranked",
     "ranked_neurons",
     "read_sources",
     "share_of",
     "steered",
-    "summed_gradient",
     "vector_of",
     "with_prefixes",
 ]

@@ -5,7 +5,7 @@ Shapes: N examples, L layers, D neurons, K shifts that are learned together.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 
@@ -88,7 +88,7 @@ def learn_together(several: Sequence[Sources], budget: Budget) -> None:
         sources.found[budget] = found_LD
 
 
-def wanted_batches(sources: Sources, toward: Toward) -> list[Batch]:
+def wanted_batches(sources: Sources, toward: Toward) -> Iterator[Batch]:
     """Batches to learn from, with the answer that is wanted of each example as its only one.
 
     Phrasings of pairs and other conflicts take turns. Under a shuffle both sides of the pairs are asked for either
@@ -98,17 +98,15 @@ def wanted_batches(sources: Sources, toward: Toward) -> list[Batch]:
     ways = (toward,) if sources.shuffle is None else (toward, OPPOSITE[toward])
     lists = [found[way] for found in (sources.lists.pairs, sources.lists.conflicts) for way in ways]
     option = 1 if toward == "generalized" else 0
-    asked: list[list[Batch]] = []
-    for stream, batches in enumerate(lists):
-        asked.append([])
-        for number, batch in enumerate(batches):
-            stays_N = torch.from_numpy(sources.signs(len(batch.examples_N), stream, number) > 0)
-            wanted_N = torch.where(stays_N, option, 1 - option).to(batch.ids_NT.device)
-            asked[-1].append(with_option(batch, wanted_N))
-    longest = max(map(len, asked))
+    placed = [
+        [(stream, number, batch) for number, batch in enumerate(batches)] for stream, batches in enumerate(lists)
+    ]
+    longest = max(map(len, placed))
     if sources.shuffle is not None:
-        asked = [list(islice(cycle(batches), longest)) for batches in asked]
-    return in_turn(asked)
+        placed = [list(islice(cycle(batches), longest)) for batches in placed]
+    for stream, number, batch in in_turn(placed):
+        stays_N = torch.from_numpy(sources.signs(len(batch.examples_N), stream, number) > 0)
+        yield with_option(batch, torch.where(stays_N, option, 1 - option).to(batch.ids_NT.device))
 
 
 def _log_p(sources: Sources, batches: Sequence[Batch], shifts: Mapping[int, Tensor], positions: Positions) -> Tensor:

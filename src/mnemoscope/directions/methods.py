@@ -52,14 +52,10 @@ def gradient(sources: Sources) -> np.ndarray:
     NMD says where the behaviours differ, the gradient where a change acts. With layers in units of their states' norm,
     ``u = |h| g`` is the steepest direction, and ``|h| u`` the shift.
     """
-    total_LD = np.zeros(sources.shape_LD)
-    count = 0
-    for stream, toward in enumerate(("generalized", "memorized")):
-        for number, batch in enumerate(sources.lists.pairs[toward]):  # type: ignore[index]
-            n = len(batch.examples_N)
-            signs_N = torch.from_numpy(sources.signs(n, stream, number)).float()
-            total_LD += summed_gradient(sources.lists.asking, batch, sources.site, sources.shape_LD, signs_N)
-            count += n
+    total_LD, count = np.zeros(sources.shape_LD), 0
+    for (stream, number), gradients_NLD in _margin_gradients(sources).items():
+        total_LD += np.tensordot(sources.signs(len(gradients_NLD), stream, number), gradients_NLD, 1)
+        count += len(gradients_NLD)
     return sources.norm_L[:, None] ** 2 * total_LD / count
 
 
@@ -134,18 +130,30 @@ def two_way(direction: Callable[[Sources], np.ndarray]) -> Method:
     return method
 
 
-def summed_gradient(
-    asking: Asking, batch: Batch, site: Site, shape_LD: tuple[int, int], weights_N: torch.Tensor
-) -> np.ndarray:
-    """Sum over conflicts of weight * d(decision margin) / d(state from the decision position on), float64 (L, D).
+def _margin_gradients(sources: Sources) -> dict[tuple[int, int], np.ndarray]:
+    """``margin_gradients`` of every batch of pairs, by list and number; a shuffle only changes their signs."""
+    key = "margin_gradients"
+    if key not in sources.unlabelled:
+        lists = (sources.lists.pairs["generalized"], sources.lists.pairs["memorized"])
+        sources.unlabelled[key] = {
+            (stream, number): margin_gradients(sources.lists.asking, batch, sources.site, sources.shape_LD)
+            for stream, batches in enumerate(lists)
+            for number, batch in enumerate(batches)
+        }
+    return sources.unlabelled[key]
+
+
+def margin_gradients(asking: Asking, batch: Batch, site: Site, shape_LD: tuple[int, int]) -> np.ndarray:
+    """d(decision margin) / d(state from the decision position on) of each conflict, float32 (N, L, D).
 
     In nats per unit of the state; the model's own parameters get no gradient.
     """
-    shifts = {layer: torch.zeros(shape_LD[1], requires_grad=True) for layer in range(shape_LD[0])}
+    layers, neurons = shape_LD
+    shifts = {layer: torch.zeros(len(batch.examples_N), neurons, requires_grad=True) for layer in range(layers)}
     with shifted(asking.model, shifts, site, "decision"):
         logp_N2 = log_probabilities(asking, batch)
-        margin = ((logp_N2[:, 1] - logp_N2[:, 0]) * weights_N.to(logp_N2.device)).sum()
-    return np.stack([g.double().cpu().numpy() for g in torch.autograd.grad(margin, list(shifts.values()))])
+    gradients = torch.autograd.grad((logp_N2[:, 1] - logp_N2[:, 0]).sum(), list(shifts.values()))
+    return torch.stack([gradient_ND.float().cpu() for gradient_ND in gradients], dim=1).numpy()
 
 
 def _equal_layers(direction_LD: np.ndarray, sources: Sources) -> np.ndarray:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import zip_longest
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,6 +17,8 @@ from mnemoscope.behaviour import Asking, Batch, cache_prefixes, prepare, score
 from mnemoscope.models import Site
 from mnemoscope.steering import Toward
 from mnemoscope.tasks import Example
+
+Entry = TypeVar("Entry")
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Sources:
         shuffle: None, or the seed of a shuffle of the labels: in every pair both labels swap together or stay.
         found: directions that were computed before, by what they depend on.
         shuffles: shuffled sources that were made before, by their seed.
+        unlabelled: what was computed before and no label has a part in; one for all shuffles.
     """
 
     site: Site
@@ -58,6 +61,7 @@ class Sources:
     shuffle: int | None = None
     found: dict[Any, np.ndarray] = field(default_factory=dict)
     shuffles: dict[int, Sources] = field(default_factory=dict)
+    unlabelled: dict[str, Any] = field(default_factory=dict)
 
     def shuffled(self, seed: int) -> Sources:
         """The same pairs with their labels shuffled: what a method makes of nothing. One seed gives one object."""
@@ -106,9 +110,9 @@ class Sources:
         return self.states_P2LD.shape[2], self.states_P2LD.shape[3]
 
 
-def in_turn(lists: Iterable[Sequence[Batch]]) -> list[Batch]:
-    """The first batch of every list, then the second of every list, and so on: whoever takes few has all kinds."""
-    return [batch for row in zip_longest(*lists) for batch in row if batch is not None]
+def in_turn(lists: Iterable[Sequence[Entry]]) -> list[Entry]:
+    """The first entry of every list, then the second of every list, and so on: whoever takes few has all kinds."""
+    return [entry for row in zip_longest(*lists) for entry in row if entry is not None]
 
 
 def with_prefixes(asking: Asking, examples: Sequence[Example]) -> list[Batch]:

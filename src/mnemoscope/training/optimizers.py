@@ -80,13 +80,22 @@ class Float32Muon(torch.optim.Muon):
 
 
 def orthogonalized(matrices_KMN: Tensor, coefficients: Sequence[float], steps: int, eps: float) -> Tensor:
-    """Matrices with all singular values near 1, by a quintic Newton-Schulz iteration (K. Jordan et al., 2024)."""
+    """Matrices with all singular values near 1, by a quintic Newton-Schulz iteration (K. Jordan et al., 2024).
+
+    Each step multiplies X by a polynomial of X X^T, so X X^T itself is what is iterated, and the product of the
+    polynomials meets X once, at the end: of matrices that are wider than high that is much less to multiply. It needs
+    float32, as the smallest singular values enter by their squares.
+    """
     a, b, c = coefficients
     tall = matrices_KMN.shape[1] > matrices_KMN.shape[2]
     x_KMN = matrices_KMN.mT if tall else matrices_KMN
     x_KMN = x_KMN / x_KMN.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
-    for _ in range(steps):
-        gram_KMM = x_KMN @ x_KMN.mT
-        gram_KMM = torch.baddbmm(gram_KMM, gram_KMM, gram_KMM, beta=b, alpha=c)
-        x_KMN = torch.baddbmm(x_KMN, gram_KMM, x_KMN, beta=a)
+    gram_KMM, product_KMM = x_KMN @ x_KMN.mT, None
+    for step in range(steps):
+        factor_KMM = torch.baddbmm(gram_KMM, gram_KMM, gram_KMM, beta=b, alpha=c)
+        factor_KMM.diagonal(dim1=1, dim2=2).add_(a)
+        product_KMM = factor_KMM if product_KMM is None else factor_KMM @ product_KMM
+        if step + 1 < steps:
+            gram_KMM = factor_KMM @ gram_KMM @ factor_KMM
+    x_KMN = x_KMN if product_KMM is None else product_KMM @ x_KMN
     return x_KMN.mT if tall else x_KMN
