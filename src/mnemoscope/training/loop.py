@@ -150,10 +150,11 @@ class _State:
         return self.steps >= self.first_met + self.config.settle_steps
 
     def _is_hopeless(self) -> bool:
-        """Whether memory was there first and left nothing to learn from, which more steps do not change."""
-        measured = self.curve[-1] if self.curve else None
+        """Whether memory was there first and left nothing to learn from, in every part: more steps do not change it."""
         at = self.config.give_up_at
-        return at is not None and measured is not None and self.steps >= at and measured["novel_accuracy"] < HOPELESS
+        if at is None or self.steps < at or not self.curve:
+            return False
+        return max(value for name, value in self.curve[-1].items() if name.endswith("novel_accuracy")) < HOPELESS
 
     def note(self, measured: dict[str, float]) -> None:
         """Add a row to the curve; remember the weights where the rule holds."""
