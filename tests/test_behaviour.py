@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -21,6 +22,7 @@ from mnemoscope.behaviour import (
     log_probabilities,
     mark_confabulations,
     mine_pairs,
+    only_log_probability,
     prepare,
     read_states,
     score,
@@ -167,7 +169,7 @@ def test_pairs_are_exactly_the_flips_and_their_states_match(mini: Callable[[str]
     asking = mini("addition")
     task = build_task("addition", {"digits": 2, "stored": 96, "memorized_share": 0.4}, 0)
     rng = np.random.default_rng(0)
-    candidates = draw_candidates(task, task.examples(rng, 150, "conflict"), rng)
+    candidates = list(draw_candidates(task, task.examples(rng, 150, "conflict"), rng))
     mined = list(mine_pairs(asking, candidates, chunk=64))
     assert sum(len(batch.candidates) for batch in mined) == len(candidates)
     a, b = (label(asking, [pair[side] for pair in candidates]).behaviour_N for side in (0, 1))
@@ -412,6 +414,47 @@ def test_one_option_each_has_the_probability_that_it_has_beside_the_other(
     with shifted(asking.model, vector, "block", "decision"):  # block 0 is not run again where its output is known
         both_N2, found_N2 = log_probabilities(asking, batch), log_probabilities(asking, chosen)
     torch.testing.assert_close(found_N2.gather(1, option_N[:, None]), both_N2.gather(1, option_N[:, None]))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_an_only_option_is_read_in_one_pass_as_in_two(mini: Callable[[str], Asking], cached: bool, layer: int) -> None:
+    """With and without a shift for each prompt, whose gradient is the same too."""
+    asking = mini("addition")
+    (both,) = prepare(asking, [e for e in mini_examples("addition", 40) if e.kind == "conflict"])
+    if cached:
+        cache_prefixes(asking, [both])
+    n = len(both.examples_N)
+    batch = with_option(both, torch.arange(n) % 2)
+    assert len(set(batch.length_R.tolist())) > 1
+
+    def two(asking: Asking, batch: Batch) -> torch.Tensor:
+        return log_probabilities(asking, batch).gather(1, batch.option_R[:, None])[:, 0]
+
+    found = []
+    for read, start in ((two, None), (only_log_probability, both.ids_NT.shape[1] - 1)):
+        shift_ND = torch.randn(n, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        plain_N = read(asking, batch)
+        with shifted(asking.model, {layer: shift_ND}, "block", "decision", start=start):
+            logp_N = read(asking, batch)
+        found.append((plain_N, logp_N, torch.autograd.grad(logp_N.sum(), shift_ND)[0]))
+    assert not torch.allclose(found[0][0], found[0][1], atol=0.1)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_a_tokenizer_needs_no_pad_token(mini: Callable[[str], Asking]) -> None:
+    asking = mini("addition")
+    examples = mini_examples("addition", 40)
+    batch = asking.padded([e.prompt for e in examples])
+    theirs = asking.tokenizer([e.prompt for e in examples], return_tensors="pt", padding=True, padding_side="left")
+    assert torch.equal(batch.input_ids, theirs.input_ids)
+    assert torch.equal(batch.attention_mask, theirs.attention_mask)
+    without = copy.deepcopy(asking.tokenizer)
+    without.pad_token = None
+    bare = replace(asking, tokenizer=without)
+    assert decode(bare, examples) == decode(asking, examples)
+    assert label(bare, examples).behaviour_N.tolist() == label(asking, examples).behaviour_N.tolist()
 
 
 def test_contrasted_decoding_is_what_a_loop_over_tokens_gives(mini: Callable[[str], Asking]) -> None:

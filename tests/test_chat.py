@@ -48,6 +48,17 @@ def test_a_prompt_is_put_by_the_template_and_the_reply_begun(talking: PreTrained
     assert asking.whole(conflict("w3"), " w7").endswith("w53w7")
 
 
+def test_a_template_that_refuses_is_one_line(talking: PreTrainedTokenizerFast) -> None:
+    talking.chat_template = "{{ raise_exception('no system message here') }}"
+    with pytest.raises(InputError, match=r"^chat: the template of this tokenizer refuses .*no system message here"):
+        Asking(tiny("llama"), talking, chat=Chat("w1")).text("w3")
+
+
+def test_a_model_that_can_think_aloud_is_asked_to_answer(talking: PreTrainedTokenizerFast) -> None:
+    talking.chat_template = "{{ messages[0]['content'] }}{% if enable_thinking %} w9{% endif %}"
+    assert Asking(tiny("llama"), talking, chat=Chat()).text("w3") == "w3"
+
+
 def test_what_is_read_is_what_was_rendered(talking: PreTrainedTokenizerFast) -> None:
     """Everything that asks gives for a chat what it gives for the rendered text put plainly."""
     model = tiny("llama")
@@ -77,6 +88,7 @@ def test_facts_are_asked_by_the_user_and_begun_by_the_model() -> None:
     assert begun.startswith("The capital of")
     assert example.prompt.endswith(begun)
     assert not said.endswith("\n")
+    assert task.prompted(example, "memorized").prompt == f"{task.said('memorized')}\n{example.prompt}"  # type: ignore[attr-defined]
 
 
 def test_a_tokenizer_without_a_template_is_refused() -> None:

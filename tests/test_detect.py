@@ -189,6 +189,17 @@ def test_gated_generation_steers_the_chosen_prompts_and_leaves_the_others_untouc
         assert torch.equal(model(**inputs).logits, plain)
 
 
+def test_padding_is_no_word_that_the_tokenizer_does_not_know() -> None:
+    model, words, texts = tiny("llama"), tokenizer(), prompts()
+    detector = splitting(model, words, texts)
+    words.pad_token = words.unk_token
+    found = read_prompts(detector, Asking(model, words), texts)
+    alone = [read_prompts(detector, Asking(model, words), [text]) for text in texts]
+    np.testing.assert_allclose(found.p_memorized_NL, np.concatenate([a.p_memorized_NL for a in alone]), atol=1e-5)
+    with pytest.raises(InputError, match="cannot encode 'w1 nonsense'"):
+        read_prompts(detector, Asking(model, words), [*texts, "w1 nonsense"])
+
+
 def test_a_gate_reads_a_continued_cache_without_leaving_a_trace() -> None:
     model, words, texts = tiny("llama"), tokenizer(), prompts()
     detector = splitting(model, words, texts)

@@ -94,6 +94,12 @@ def test_prompts_of_one_length_are_refused() -> None:
         list(examine(tiny("gpt2"), tokenizer(), ["w1 w2", "w3 w4"]))
 
 
+@pytest.mark.parametrize(("prompt", "tokens"), [("", 0), ("w1 " * 80, 80)])
+def test_a_prompt_that_cannot_be_read_is_refused(prompt: str, tokens: int) -> None:
+    with pytest.raises(InputError, match=f"^prompts: .* has {tokens} tokens; allowed are 1 to"):
+        list(examine(tiny("gpt2"), tokenizer(), [prompt, "w3 w4"]))
+
+
 def test_nothing_is_left_in_the_model() -> None:
     model = tiny("llama")
     checks(model)

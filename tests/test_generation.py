@@ -53,6 +53,28 @@ def test_beams_samples_and_static_caches_follow_each_prompts_factor(family: str,
             assert generated(model, [text], num_beams=3) == [found]
 
 
+def test_nothing_is_compiled_while_a_vector_hangs_in_the_model() -> None:
+    """What was compiled before would not see the vector, and what is compiled now would keep it."""
+    model = tiny("llama")
+    before = model.generation_config.disable_compile
+    with random_vector(model).apply(model):
+        assert model.generation_config.disable_compile
+    assert model.generation_config.disable_compile == before
+
+
+def test_a_prompt_that_begins_with_the_one_before_is_another_prompt() -> None:
+    """In one context, as in a loop over prompts of more and more examples: with a cache each is answered for itself."""
+    model = tiny("llama")
+    vector, texts = random_vector(model), ["w1 w2", "w1 w2 w3 w4 w5", "w1 w2 w3 w4 w5 w6"]
+    wanted = []
+    for text in texts:
+        with vector.apply(model):
+            wanted.append(generated(model, [text]))
+    assert len({str(found) for found in wanted}) == 3
+    with vector.apply(model):
+        assert [generated(model, [text]) for text in texts] == wanted
+
+
 def test_samples_of_an_unsteered_row_are_what_they_were() -> None:
     model, texts = tiny("llama"), prompts()
 

@@ -177,6 +177,11 @@ def test_steer_shows_both_answers(mini_run: Path, tmp_path: Path) -> None:
     code, _, err = call("steer", str(saved(tmp_path)), "w1", "--toward", "memorized", "--from", str(mini_run))
     assert code == 2
     assert "the vector was made on" in err
+    code, _, err = call(
+        "steer", str(cell / "model"), "1+2=", "--toward", "generalized", "--from", str(file), "--gate", "0.5"
+    )
+    assert (code, err.count("\n")) == (2, 1)
+    assert "gate: needs a detector too" in err
     for toward, source, line in (
         ("both", mini_run, "toward: 'both'"),
         ("memorized", file, "turns to generalized, not to memorized"),

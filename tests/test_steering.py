@@ -205,10 +205,25 @@ def test_a_saved_vector_comes_back_and_is_bound_to_its_model(
         SteeringVector.load(path, asking.model, asking.tokenizer, force=True)
 
 
-def test_a_binding_knows_the_model_in_bfloat16_and_other_words_of_the_tokenizer(asking: Asking) -> None:
-    half, other = (copy.deepcopy(asking.model) for _ in range(2))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_file_follows_its_model_into_half_precision_and_back(
+    asking: Asking, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    half, path = copy.deepcopy(asking.model).to(dtype), tmp_path / "v.safetensors"
+    assert not torch.equal(next(half.parameters()).float(), next(asking.model.parameters()))
+    vector = SteeringVector("generalized", {0: torch.ones(64)})
+    for made_on, used_on in ((asking.model, half), (half, asking.model), (half, half)):
+        vector.bound_to(made_on, asking.tokenizer).save(path)
+        assert SteeringVector.load(path, used_on, asking.tokenizer).layers == [0]
+    with torch.no_grad():
+        next(half.parameters())[0, 0] += 0.1
+    with pytest.raises(InputError, match=r"^weights: the vector was made on"):
+        SteeringVector.load(path, half, asking.tokenizer)
+
+
+def test_a_binding_knows_other_words_of_the_tokenizer(asking: Asking) -> None:
+    other = copy.deepcopy(asking.model)
     bound = Binding.of(asking.model, asking.tokenizer)
-    assert Binding.of(half.to(torch.bfloat16), asking.tokenizer) == bound
     with torch.no_grad():
         next(other.parameters())[0, 0] += 0.1
     assert Binding.of(other, asking.tokenizer).weights != bound.weights

@@ -25,10 +25,11 @@ from mnemoscope.behaviour import Asking
 from mnemoscope.cells import cells_of
 from mnemoscope.config import dump_study, load_study, parse_study
 from mnemoscope.errors import InputError, StudyError
+from mnemoscope.files import ENDS
 from mnemoscope.models import load_model
 from mnemoscope.stages import STAGES
 from mnemoscope.steering import SteeringVector
-from mnemoscope.study import run_study
+from mnemoscope.study import _brought, run_study
 
 COMMAND = [sys.executable, "-m", "mnemoscope", "run"]
 
@@ -167,6 +168,37 @@ def copied(finished: Path, tmp_path: Path) -> Path:
 def test_another_configuration_is_refused(copied: Path, study_file: Path) -> None:
     with pytest.raises(InputError, match=r"another configuration.*steps"):
         run_study(load_study(str(study_file), ["cells.addition.training.steps=601"]), copied)
+
+
+def test_a_configuration_that_came_to_nothing_binds_nobody(tmp_path: Path, study_file: Path) -> None:
+    """A mistyped model leaves a folder that the right one can use."""
+    wrong = load_study(str(study_file), ["cells.addition.model={folder: no/such}"])
+    with pytest.raises(InputError, match="no/such cannot be opened"):
+        run_study(wrong, tmp_path / "run", workers=1)
+    right = ["cells.addition.training.steps=25", "cells.addition.training.stop.recall=1.0"]
+    with pytest.raises(StudyError, match="after 25 steps"):
+        run_study(load_study(str(study_file), right), tmp_path / "run")
+
+
+def test_what_a_cell_brings_along_is_known_by_what_is_in_it(tmp_path: Path) -> None:
+    data, model = tmp_path / "mine.jsonl", tmp_path / "model"
+    model.mkdir()
+    data.write_text("one")
+    weights = model / "model.safetensors"
+    weights.write_bytes(bytes(3 * ENDS))
+    (tmp_path / "mine.yaml").write_text(
+        f"study: mine\ncells: {{mine: {{task: jsonl, options: {{file: {data}}}, model: {{folder: {model}}}}}}}\n"
+    )
+    (cell,) = cells_of(load_study(str(tmp_path / "mine.yaml")), tmp_path / "run")
+    seen = {_brought(cell)}
+    assert _brought(cell) in seen
+    data.write_text("two")
+    seen.add(_brought(cell))
+    with weights.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"x")
+    seen.add(_brought(cell))
+    assert len(seen) == 3
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, study_file: Path) -> None:

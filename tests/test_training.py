@@ -27,7 +27,8 @@ from mnemoscope.training import (
     train,
     unmet,
 )
-from mnemoscope.training.loop import _step
+from mnemoscope.training.loop import _State, _step
+from mnemoscope.training.optimizers import orthogonalized
 from mnemoscope.training.reading import by_length
 
 QUICK = TrainingConfig(steps=30, batch_size=16, evaluate_every=10, evaluation_examples=24)
@@ -106,6 +107,16 @@ def test_an_attempt_without_a_rule_is_given_up(task: Task) -> None:
     given_up = train(untrained(task), task, config, np.random.default_rng(0))
     assert (given_up.steps, [row["step"] for row in given_up.curve]) == (15, [10, 15])
     assert given_up.unmet
+
+
+def test_an_attempt_is_given_up_where_no_part_has_learned_a_rule() -> None:
+    """A task of several parts learns one after the other; its worst part says nothing yet."""
+    state = _State(untrained(build_task("addition", MINI_TASKS["addition"], 0)).model, QUICK)
+    state.config, state.steps = QUICK.model_copy(update={"give_up_at": 15, "steps": 99}), 20
+    hopeless = {"novel_accuracy": 0.0, "a.novel_accuracy": 0.5, "b.novel_accuracy": 0.0}
+    for measured, over in ((hopeless, True), (hopeless | {"a.novel_accuracy": 0.9}, False)):
+        state.curve = [measured]
+        assert state.is_last() == over
 
 
 def test_the_rule_names_what_is_missing() -> None:
@@ -239,6 +250,22 @@ def test_a_joint_task_is_trained_and_its_curve_tells_of_every_part() -> None:
     trained = train(untrained(task), task, QUICK.model_copy(update={"stop": NOTHING}), np.random.default_rng(0))
     (row,) = trained.curve
     assert {"novel_accuracy", "inference.novel_accuracy", "cipher.conflict_other"} <= set(row)
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 96), (2, 96, 24), (2, 24, 24)])
+def test_orthogonalized_is_the_iteration_step_by_step(shape: tuple[int, ...]) -> None:
+    """Against the quintic iteration on X itself in float64, also for matrices of small singular values."""
+    generator = torch.Generator().manual_seed(0)
+    left, _, right = torch.linalg.svd(torch.randn(shape, generator=generator).double(), full_matrices=False)
+    matrices = left @ torch.diag_embed(torch.logspace(0, -4, 24).double().expand(2, -1)) @ right
+    a, b, c = coefficients = (3.4445, -4.775, 2.0315)
+    wanted = matrices / matrices.norm(dim=(1, 2), keepdim=True)
+    for _ in range(5):
+        gram = wanted @ wanted.mT
+        wanted = a * wanted + (b * gram + c * gram @ gram) @ wanted
+    found = orthogonalized(matrices.float(), coefficients, 5, 1e-7)
+    assert (found - wanted).norm() < 1e-3 * wanted.norm()
+    torch.testing.assert_close(orthogonalized(matrices.float(), coefficients, 0, 1e-7).norm(dim=(1, 2)), torch.ones(2))
 
 
 def test_muon_in_float32_steps_where_the_library_steps() -> None:

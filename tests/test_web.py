@@ -256,8 +256,7 @@ def test_a_neuron_is_shown_on_tune_pairs(client: TestClient, bench: Bench, root:
     assert [row["times"] for row in seen["alone"]] == [1, 4, 16]
     assert {key for row in seen["alone"] for key in row} == {"times", "generalized", "memorized"}
     assert error_of(client.get("/api/jobs/none"), 404)[0] == "job"
-    failed = finished(client, client.post(f"{CELL}/neurons/0/9999").json())
-    assert (failed["state"], failed["error"]) == ("failed", "neuron: 9999 is not in 0 .. 63")
+    assert error_of(client.post(f"{CELL}/neurons/0/9999"), 422) == ("neuron", "9999 is not in 0 .. 63")
 
 
 def test_a_job_can_be_cancelled_while_it_waits_for_the_model(client: TestClient) -> None:
@@ -343,8 +342,10 @@ def test_a_token_is_asked_for_where_there_is_one(root: Path) -> None:
 def test_pages_of_the_web_cannot_ask_through_the_browser(client: TestClient, root: Path) -> None:
     elsewhere = TestClient(build_app(root), base_url="http://evil.example")
     assert error_of(elsewhere.get("/api/runs"), 400)[0] == "host"
+    assert error_of(client.get("/api/runs", headers={"host": "["}), 400)[0] == "host"
     start = f"{CELL}/neurons/0/0"
-    for headers in ({"sec-fetch-site": "cross-site"}, {"origin": "http://evil.example"}, {"origin": "null"}):
+    origins = ({"origin": origin} for origin in ("http://evil.example", "null", "http://[", "http://localhost:81"))
+    for headers in ({"sec-fetch-site": "cross-site"}, *origins):
         assert error_of(client.post(start, headers=headers), 403)[0] == "origin"
     link = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
     assert client.get("/runs", headers=link).status_code == 200, "a link to a page may be followed"

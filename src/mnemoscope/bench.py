@@ -313,11 +313,8 @@ class Bench:
             InputError: there is no such neuron, or no tune pair.
             CancelledError: it is not wanted any more.
         """
-        layers, neurons = self.contrast.nmd_LD.shape
+        self.check_neuron(layer, neuron)
         alone: dict[float, dict[Toward, float]] = {}
-        for field, value, most in (("layer", layer, layers), ("neuron", neuron, neurons)):
-            if not 0 <= value < most:
-                raise InputError(f"{field}: {value} is not in 0 .. {most - 1}")
         states = {}
         for number, behaviour in enumerate(TOWARD.values()):
             sides = self._sides_of(behaviour, lambda share, number=number: tell(0.4 * (number + share)), wanted)  # type: ignore[misc]
@@ -336,6 +333,13 @@ class Bench:
             1 + int((rho_LD > rho_LD[layer, neuron]).sum()),
             alone,
         )
+
+    def check_neuron(self, layer: int, neuron: int) -> None:
+        """Raises InputError where the contrast has no such neuron."""
+        layers, neurons = self.contrast.nmd_LD.shape
+        for field, value, most in (("layer", layer, layers), ("neuron", neuron, neurons)):
+            if not 0 <= value < most:
+                raise InputError(f"{field}: {value} is not in 0 .. {most - 1}")
 
     @contextmanager
     def _turn(self, wanted: Callable[[], bool]) -> Iterator[None]:

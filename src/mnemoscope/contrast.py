@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 
 from mnemoscope.errors import InputError
+from mnemoscope.seen import Seen
 from mnemoscope.statistics import Floats, PairedMoments, SignFlips, benjamini_hochberg, top_by_magnitude
 
 # A standard deviation below this share of a neuron's root mean square is rounding: the neuron is constant.
@@ -116,13 +117,13 @@ class ContrastAccumulator:
     Attributes:
         site: where the states are taken.
         moments, flips: the streamed statistics.
-        groups: names of the groups seen.
+        groups: the groups seen.
     """
 
     site: str
     moments: PairedMoments
     flips: SignFlips
-    groups: set[str] = field(default_factory=set)
+    groups: Seen = field(default_factory=Seen)
 
     @classmethod
     def empty(
@@ -153,7 +154,8 @@ class ContrastAccumulator:
                 raise ValueError(f"states_{name}: a value is infinite or NaN; allowed are finite states")
         self.moments.add(generalized_NLD, memorized_NLD)
         self.flips.add(generalized_NLD - memorized_NLD, groups)
-        self.groups.update(groups)
+        for group in groups:
+            self.groups.add(group)
 
     def merge(self, other: ContrastAccumulator) -> Self:
         """Take in another shard in place, and return self.
@@ -165,7 +167,7 @@ class ContrastAccumulator:
             raise ValueError(f"site: {other.site!r}; allowed is {self.site!r}, as in the accumulator it is merged into")
         self.flips.merge(other.flips)  # first, for it checks seed and permutations besides the shape
         self.moments.merge(other.moments)
-        self.groups |= other.groups
+        self.groups.update(other.groups)
         return self
 
     def result(self) -> Contrast:

@@ -273,7 +273,8 @@ def read_prompts(detector: Detector, asking: Asking, prompts: Sequence[str]) -> 
     parts, unknown = [], asking.tokenizer.unk_token_id
     for start in range(0, len(prompts), asking.batch_size):
         inputs = asking.padded([asking.text(prompt) for prompt in prompts[start : start + asking.batch_size]])
-        strange_N = (inputs.input_ids == unknown).any(1) if unknown is not None else torch.zeros(1, dtype=torch.bool)
+        strange_NT = inputs.input_ids == (-1 if unknown is None else unknown)
+        strange_N = (strange_NT & inputs.attention_mask.bool()).any(1)
         if unknown != asking.tokenizer.eos_token_id and bool(strange_N.any()):
             shown = prompts[start + int(strange_N.nonzero()[0])]
             raise InputError(f"prompt: the tokenizer cannot encode {shown!r}")

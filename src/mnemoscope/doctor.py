@@ -15,9 +15,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mnemoscope.behaviour import read_states
+from mnemoscope.behaviour import left_padded, read_states
 from mnemoscope.errors import InputError
-from mnemoscope.models import SITES, Site, blocks_of, cache_of, layout_of, pass_inputs, site_width, states_of
+from mnemoscope.models import (
+    SITES,
+    Site,
+    blocks_of,
+    cache_of,
+    context_length,
+    layout_of,
+    pass_inputs,
+    site_width,
+    states_of,
+)
 from mnemoscope.steering import SteeringVector
 
 if TYPE_CHECKING:
@@ -73,6 +83,10 @@ def examine(
     """
     layout_of(model)
     patient = _Patient(model, tokenizer, [tokenizer(prompt).input_ids for prompt in prompts])
+    limit = context_length(model) - DECODED
+    for prompt, ids in zip(prompts, patient.prompts, strict=True):
+        if not 0 < len(ids) <= limit:
+            raise InputError(f"prompts: {prompt[:60]!r} has {len(ids)} tokens; allowed are 1 to {limit}")
     if len({len(ids) for ids in patient.prompts}) < 2:
         raise InputError("prompts: all have one length; padding shows only where lengths differ")
     plain = patient.read()
@@ -150,11 +164,8 @@ class _Patient:
         return torch.stack(logits, dim=1)
 
     def padded(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
-        longest = max(map(len, prompts))
-        pad = self.tokenizer.pad_token_id or 0
-        ids = [[pad] * (longest - len(ids)) + ids for ids in prompts]
-        mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
-        return torch.tensor(ids, device=self.model.device), torch.tensor(mask, device=self.model.device)
+        ids_NT, mask_NT = left_padded(prompts, self.tokenizer.pad_token_id or 0)
+        return ids_NT.to(self.model.device), mask_NT.to(self.model.device)
 
     @torch.no_grad()
     def random_vector(self, site: Site) -> SteeringVector:

@@ -24,7 +24,7 @@ from mnemoscope.cells import Cell, Tell, cells_of, git_state, version
 from mnemoscope.config import StudyConfig, dump_study
 from mnemoscope.errors import InputError, StudyError
 from mnemoscope.executors import Execute, Progress, by_name
-from mnemoscope.files import file_hash, write_atomically
+from mnemoscope.files import file_hash, fingerprint, write_atomically
 from mnemoscope.processes import settle
 
 TOGETHER = ("train", "behaviour", "pairs")  # stages that several processes share (torchrun); the others are the first's
@@ -114,7 +114,7 @@ def run_cell(cell: Cell, progress: Progress) -> None:
     from mnemoscope.stages import STAGES
 
     settle(cell.threads)
-    upstream = stage_hash("", cell, "")
+    upstream = stage_hash(_brought(cell), cell, "")
     for name, stage in STAGES.items():
         if not cell.config.analysed and name not in ("train", "behaviour"):
             continue
@@ -184,6 +184,16 @@ def stage_hash(upstream: str, cell: Cell, stage: str) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
+def _brought(cell: Cell) -> str:
+    """Hash of what a cell takes from outside the run: files that its options name, and the files of its model."""
+    named = [Path(value) for value in cell.config.options.values() if isinstance(value, str)]
+    folder = cell.config.model.folder
+    if folder and Path(folder).is_dir():
+        named += sorted(Path(folder).glob("*"))
+    found = {str(path): fingerprint(path) for path in named if path.is_file()}
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
 def is_done(folder: Path, stage: str, wanted: str) -> bool:
     """Whether a stage has finished with the same dependencies.
 
@@ -226,7 +236,9 @@ def _locked(run: Path, config: StudyConfig) -> Iterator[None]:
         except BlockingIOError as error:
             raise InputError(f"out: {run} is in use by another run") from error
         existing = run / "study.yaml"
-        if existing.exists() and existing.read_text() != text:
+        # What came to nothing, as with a model that could not be opened, binds nobody.
+        begun = any(run.glob("cells/*/stages/*.json"))
+        if begun and existing.exists() and existing.read_text() != text:
             raise InputError(
                 f"out: {run} holds a run of another configuration ({_first_difference(existing.read_text(), text)}); "
                 "give another folder or the same configuration"

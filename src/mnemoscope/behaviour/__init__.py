@@ -1,6 +1,6 @@
 """What a model does when asked: labels, pairs, and states at the decision position; the only read hook."""
 
-from mnemoscope.behaviour.asking import Asking, Batch, Chat, Encoded, all_said, encode, prepare
+from mnemoscope.behaviour.asking import Asking, Batch, Chat, Encoded, all_said, encode, left_padded, prepare
 from mnemoscope.behaviour.contrasting import score_contrasted
 from mnemoscope.behaviour.labels import (
     TIE,
@@ -9,6 +9,7 @@ from mnemoscope.behaviour.labels import (
     decode,
     log_probabilities,
     mark_confabulations,
+    only_log_probability,
     read_states,
     score,
     score_together,
@@ -30,9 +31,11 @@ __all__ = [
     "decode",
     "draw_candidates",
     "encode",
+    "left_padded",
     "log_probabilities",
     "mark_confabulations",
     "mine_pairs",
+    "only_log_probability",
     "prepare",
     "read_states",
     "score",

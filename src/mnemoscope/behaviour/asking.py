@@ -116,7 +116,14 @@ class Asking:
         messages = [{"role": "user", "content": said}]
         if self.chat.system is not None:
             messages.insert(0, {"role": "system", "content": self.chat.system})
-        rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            # Models that can think aloud first are to answer; templates of others do not know the word.
+            rendered = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+        except Exception as error:  # a template may raise what it likes, for example that it takes no system message
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"chat: the template of this tokenizer refuses the messages ({reason})") from error
         return f"{rendered}{begun}"
 
     def whole(self, example: Example, option: str) -> str:
@@ -134,14 +141,20 @@ class Asking:
         Raises:
             InputError: a text has no token, or more than the model reads.
         """
-        encoded = self.tokenizer(
-            list(texts), return_tensors="pt", padding=True, padding_side="left", add_special_tokens=self.chat is None
-        )
-        limit = context_length(self.model)
-        for text, count in zip(texts, encoded.attention_mask.sum(1).tolist(), strict=True):
-            if not 0 < count <= limit:
-                raise InputError(f"prompt: {text[:60]!r} has {count} tokens; allowed are 1 to {limit}")
-        return encoded.to(self.model.device)
+        from transformers import BatchEncoding
+
+        rows, limit = self.tokens(texts), context_length(self.model)
+        for text, row in zip(texts, rows, strict=True):
+            if not 0 < len(row) <= limit:
+                raise InputError(f"prompt: {text[:60]!r} has {len(row)} tokens; allowed are 1 to {limit}")
+        ids_NT, mask_NT = left_padded(rows, self.pad_id)
+        return BatchEncoding({"input_ids": ids_NT, "attention_mask": mask_NT}).to(self.model.device)
+
+    @property
+    def pad_id(self) -> int:
+        """What stands where nothing is read: not every tokenizer has a token for it, and any will do."""
+        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        return next((number for number in known if number is not None), 0)
 
     def boundary_ids(self) -> list[int]:
         """Token ids that close an answer: those that say a boundary text, with or without white space behind it.
@@ -178,6 +191,14 @@ def _saying(tokenizer: PreTrainedTokenizerFast, text: str) -> set[int]:
 
 # By tokenizer, text and size of the vocabulary: decoding all tokens takes a moment, and every pass asks.
 _SAYING: WeakKeyDictionary[PreTrainedTokenizerFast, dict[tuple[str, int], set[int]]] = WeakKeyDictionary()
+
+
+def left_padded(rows: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Rows of token ids as one batch, and its mask: int64 (N, T) each."""
+    width = max(map(len, rows), default=0)
+    ids_NT = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    mask_NT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids_NT, mask_NT
 
 
 def encode(asking: Asking, examples: Sequence[Example]) -> list[Encoded]:
@@ -244,20 +265,20 @@ def prepare(asking: Asking, examples: Sequence[Example]) -> list[Batch]:
     order = np.argsort([len(e.context) for e in encoded], kind="stable")
     device = asking.model.device
     return [
-        _batch(order[start : start + asking.batch_size], encoded, asking.tokenizer.pad_token_id or 0, device)
+        _batch(order[start : start + asking.batch_size], encoded, asking.pad_id, device)
         for start in range(0, len(order), asking.batch_size)
     ]
 
 
 def _batch(chosen: np.ndarray, encoded: Sequence[Encoded], pad: int, device: torch.device) -> Batch:
     picked = [encoded[i] for i in chosen]
-    width = max(len(e.context) for e in picked)
+    ids_NT, mask_NT = left_padded([e.context for e in picked], pad)
     rows = [(n, o, suffix) for n, e in enumerate(picked) for o, suffix in enumerate(e.suffixes)]
     longest = max(len(suffix) for *_, suffix in rows)
     return Batch(
         examples_N=chosen,
-        ids_NT=torch.tensor([[pad] * (width - len(e.context)) + e.context for e in picked], device=device),
-        mask_NT=torch.tensor([[0] * (width - len(e.context)) + [1] * len(e.context) for e in picked], device=device),
+        ids_NT=ids_NT.to(device),
+        mask_NT=mask_NT.to(device),
         shared_N=torch.tensor([e.shared for e in picked], device=device),
         example_R=torch.tensor([n for n, *_ in rows], device=device),
         option_R=torch.tensor([o for _, o, _ in rows], device=device),

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mnemoscope import ranks
 from mnemoscope.behaviour.asking import Asking, Batch
-from mnemoscope.behaviour.reading import Answers, read_answers, read_contexts
+from mnemoscope.behaviour.reading import Answers, read_answers, read_contexts, read_only_options
 from mnemoscope.models import PLAINLY, Site, backbone_of, blocks_of, rows_of, site_module, states_of
 from mnemoscope.tasks import Example
 
@@ -148,6 +148,18 @@ def log_probabilities(asking: Asking, batch: Batch) -> Tensor:
     return _by_option(batch, _log_p(batch, contexts.logits_NV, answers), torch.nan)
 
 
+def only_log_probability(asking: Asking, batch: Batch) -> Tensor:
+    """Log probability of each example's only option in nats, float32 (N,), through which gradients flow back.
+
+    What is applied meanwhile must be told the decision position; see ``reading.read_only_options``.
+    """
+    logits_NMV = read_only_options(asking.model, batch)
+    next_NM = batch.suffix_RM[:, : logits_NMV.shape[1]]
+    logp_NM = logits_NMV.gather(2, next_NM[..., None])[..., 0] - logits_NMV.logsumexp(2)
+    used_NM = torch.arange(next_NM.shape[1], device=next_NM.device) < batch.length_R[:, None]
+    return logp_NM.masked_fill(~used_NM, 0.0).sum(1)
+
+
 def _score_batch(
     model: PreTrainedModel, batch: Batch, closing: Tensor, scores: Scores, margins: bool, capture: Site | None
 ) -> np.ndarray:
@@ -255,7 +267,7 @@ def decode(asking: Asking, examples: Sequence[Example], applied: Applied = nullc
                 do_sample=False,
                 **PLAINLY,
                 eos_token_id=closing,
-                pad_token_id=tokenizer.pad_token_id,
+                pad_token_id=asking.pad_id,
             )
         answers = output[:, inputs.input_ids.shape[1] :].tolist()
         ends = [next((i for i, token in enumerate(answer) if token in closing), len(answer)) for answer in answers]

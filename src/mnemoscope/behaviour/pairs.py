@@ -5,14 +5,16 @@ Shapes: N candidates, P pairs, L layers, D neurons.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import count, islice
 
 import numpy as np
 
 from mnemoscope.behaviour.asking import Asking, prepare
 from mnemoscope.behaviour.labels import Scores, score
 from mnemoscope.models import Site
+from mnemoscope.seen import Seen
 from mnemoscope.tasks import Example, Task
 
 
@@ -44,26 +46,27 @@ class PairBatch:
 
 
 def draw_candidates(
-    task: Task, examples: Sequence[Example], rng: np.random.Generator, rephrasings: int = 1
-) -> list[tuple[Example, Example]]:
-    """Each conflict example beside rephrasings of it, every two phrasings at most once.
+    task: Task, examples: Iterable[Example], rng: np.random.Generator, rephrasings: int = 1
+) -> Iterator[tuple[Example, Example]]:
+    """Each conflict example beside rephrasings of it, every two phrasings at most once; memory hardly grows with them.
 
     Args:
+        rng: used as candidates are asked for; not the one that ``examples`` are drawn with, if these are drawn as they
+            are asked for too.
         rephrasings: drawn for each example; those drawn before, or equal to the example, count for nothing.
     """
-    drawn: dict[frozenset[str], tuple[Example, Example]] = {}
+    seen = Seen()
     for example in examples:
         if example.kind == "conflict":
             for _ in range(rephrasings):
                 other = task.rephrase(example, rng)
-                if other.prompt != example.prompt:
-                    drawn.setdefault(frozenset((example.prompt, other.prompt)), (example, other))
-    return list(drawn.values())
+                if other.prompt != example.prompt and seen.add(*sorted((example.prompt, other.prompt))):
+                    yield example, other
 
 
 def mine_pairs(
     asking: Asking,
-    candidates: Sequence[tuple[Example, Example]],
+    candidates: Iterable[tuple[Example, Example]],
     site: Site = "block",
     chunk: int | None = None,
     part: tuple[int, int] = (0, 1),
@@ -71,15 +74,21 @@ def mine_pairs(
     """Label candidates and keep those whose behaviour flips, with their states; memory does not grow with their number.
 
     Args:
-        candidates: drawn beforehand (``draw_candidates``), so that the yield has an honest denominator.
+        candidates: drawn without a look at any label (``draw_candidates``), so that the yield has an honest
+            denominator.
         site: where states are read.
         chunk: candidates per yielded batch; default: as many as fill 16 passes, 512 at most.
         part: (number, of how many), where several processes share the batches: number, number + how many, ...
     """
     number, parts = part
     chunk = chunk or min(512, 16 * asking.batch_size)
-    for start in range(number * chunk, len(candidates), parts * chunk):
-        drawn = list(candidates[start : start + chunk])
+    left = iter(candidates)
+    for place_of_batch in count():
+        drawn = list(islice(left, chunk))
+        if not drawn:
+            return
+        if place_of_batch % parts != number:
+            continue
         # An example stands beside each of its rephrasings, but is asked once.
         asked = {example.prompt: example for pair in drawn for example in pair}
         place = {prompt: n for n, prompt in enumerate(asked)}

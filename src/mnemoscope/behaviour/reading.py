@@ -133,7 +133,7 @@ def with_option(batch: Batch, option_N: Tensor) -> Batch:
     rows_N = torch.nonzero(batch.option_R == option_N[batch.example_R])[:, 0]
     unshifted = batch.unshifted
     if unshifted:
-        answers_L = [with_states(a, states_of(a)[rows_N]) for a in unshifted.answers_L]
+        answers_L = [with_states(a, _rows(states_of(a), rows_N)) for a in unshifted.answers_L]
         unshifted = replace(unshifted, answers_L=answers_L)
     rows = {name: getattr(batch, name)[rows_N] for name in ("example_R", "option_R", "suffix_RM", "length_R")}
     return replace(batch, **rows, unshifted=unshifted)
@@ -150,9 +150,9 @@ def stacked(batches: Sequence[Batch]) -> Batch:
     if unshifted:
         of_all_L = zip(*(batch.unshifted.answers_L for batch in batches), strict=True)
         unshifted = Unshifted(
-            [with_states(context, states_of(context)[again_N]) for context in unshifted.context_L],
+            [with_states(context, _rows(states_of(context), again_N)) for context in unshifted.context_L],
             [with_states(some[0], torch.cat([states_of(answer) for answer in some])) for some in of_all_L],
-            [(key[again_N], value[again_N]) for key, value in unshifted.columns_L],
+            [(_rows(key, again_N), _rows(value, again_N)) for key, value in unshifted.columns_L],
         )
     return Batch(
         examples_N=np.tile(first.examples_N, copies),
@@ -167,6 +167,11 @@ def stacked(batches: Sequence[Batch]) -> Batch:
         prefix_fits_N=None if first.prefix_fits_N is None else first.prefix_fits_N[again_N],
         unshifted=unshifted,
     )
+
+
+def _rows(states: Tensor, rows_R: Tensor) -> Tensor:
+    """Rows of what a layer gave, which may lie on another device than the batch."""
+    return states[rows_R.to(states.device)]
 
 
 def _read_unshifted(model: PreTrainedModel, batch: Batch) -> Unshifted:
@@ -214,10 +219,33 @@ def read_answers(
     returned = None
     if contexts.known:
         returned = batch.unshifted.answers_L[contexts.known - 1]
-        returned = with_states(returned, states_of(returned)[rows_S, : read_SM.shape[1]])
+        returned = with_states(returned, _rows(states_of(returned), rows_S)[:, : read_SM.shape[1]])
     with replayed_blocks(model, contexts.known, returned), rows_of_prompts(batch.example_R[rows_S]):
         logits_SMV = model(**_answer_inputs(model, contexts.cache, batch.mask_NT, read_SM, example_S)).logits.float()
     return Answers(rows_S, suffix_SM, length_S, logits_SMV)
+
+
+def read_only_options(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Logits that each example's only option is chosen by, token for token, float32 (N, M, V), in one pass.
+
+    The pass begins before the decision position ends, so whatever acts from there on must be told where it is: the last
+    column of ``batch.ids_NT``.
+    """
+    assert torch.equal(batch.example_R, torch.arange(len(batch.examples_N), device=batch.example_R.device))
+    behind_NM = batch.suffix_RM[:, : int(batch.length_R.max()) - 1]
+    mask_NT = torch.cat([batch.mask_NT, torch.ones_like(behind_NM)], dim=1)
+    if batch.prefix is None:
+        ids_NT = torch.cat([batch.ids_NT, behind_NM], dim=1)
+        return model(**pass_inputs(model, ids_NT, mask_NT), logits_to_keep=behind_NM.shape[1] + 1).logits.float()
+    known = min(untouched_blocks(model), len(batch.unshifted.context_L)) if batch.unshifted else 0
+    returned = None
+    if known:
+        context, answers = batch.unshifted.context_L[known - 1], batch.unshifted.answers_L[known - 1]
+        answers_NMD = states_of(answers)[:, : behind_NM.shape[1]]
+        returned = with_states(context, torch.cat([states_of(context), answers_NMD], dim=1))
+    ids_NM = torch.cat([batch.ids_NT[:, -1:], behind_NM], dim=1)
+    with replayed_blocks(model, known, returned):
+        return model(**pass_inputs(model, ids_NM, mask_NT, select_rows(batch.prefix, None))).logits.float()
 
 
 def _rows_to_read(batch: Batch, wanted_R: Tensor) -> tuple[Tensor, Tensor | None]:

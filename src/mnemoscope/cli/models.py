@@ -85,6 +85,8 @@ def steer(
         if gate is not None:
             from mnemoscope.detect import Gate, find_detector
 
+            if source.is_file():
+                raise InputError("gate: needs a detector too; give --from the run or the cell that has both")
             opens = Gate(find_detector(source, opened, tokenizer, force), vector.toward, gate)
         with vector.apply(opened, alpha=alpha, gate=opens):
             steered = complete(opened, tokenizer, inputs, max_new_tokens)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mnemoscope.behaviour import Batch, log_probabilities, stacked, with_option, without_prefix
+from mnemoscope.behaviour import Batch, only_log_probability, stacked, with_option, without_prefix
 from mnemoscope.directions.sources import Sources, in_turn
 from mnemoscope.steering import OPPOSITE, Positions, Toward, shifted
 
@@ -98,9 +98,7 @@ def wanted_batches(sources: Sources, toward: Toward) -> Iterator[Batch]:
     ways = (toward,) if sources.shuffle is None else (toward, OPPOSITE[toward])
     lists = [found[way] for found in (sources.lists.pairs, sources.lists.conflicts) for way in ways]
     option = 1 if toward == "generalized" else 0
-    placed = [
-        [(stream, number, batch) for number, batch in enumerate(batches)] for stream, batches in enumerate(lists)
-    ]
+    placed = [[(stream, number, batch) for number, batch in enumerate(batches)] for stream, batches in enumerate(lists)]
     longest = max(map(len, placed))
     if sources.shuffle is not None:
         placed = [list(islice(cycle(batches), longest)) for batches in placed]
@@ -114,8 +112,9 @@ def _log_p(sources: Sources, batches: Sequence[Batch], shifts: Mapping[int, Tens
     asking, n = sources.lists.asking, len(batches[0].examples_N)
     batch = stacked([without_prefix(batch) for batch in batches] if positions == "all" else batches)
     of_prompts = {layer: shift_KD.repeat_interleave(n, 0) for layer, shift_KD in shifts.items()}
-    with shifted(asking.model, of_prompts, sources.site, positions):
-        return log_probabilities(asking, batch).gather(1, batch.option_R[:, None]).sum() / n
+    start = None if positions == "all" else batch.ids_NT.shape[1] - 1
+    with shifted(asking.model, of_prompts, sources.site, positions, start):
+        return only_log_probability(asking, batch).sum() / n
 
 
 def _norm(parts: Sequence[Tensor]) -> Tensor:

@@ -122,7 +122,8 @@ def select_rows(cache: Any, rows_R: Tensor | None) -> Any:
     # A pass replaces a layer's tensors or writes behind them, so copies of the layers can share them.
     copied.layers = [copy.copy(layer) for layer in cache.layers]
     if rows_R is not None:
-        copied.batch_select_indices(rows_R)
+        for layer in copied.layers:  # which may lie on several devices
+            layer.batch_select_indices(rows_R.to(layer.keys.device))
     return copied
 
 

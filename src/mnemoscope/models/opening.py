@@ -40,7 +40,7 @@ def load_model(
     _check_causal(adapted, source)
     try:
         words = adapted if adapted != folder and not (Path(folder) / "tokenizer_config.json").exists() else folder
-        tokenizer = AutoTokenizer.from_pretrained(words, padding_side="left")
+        tokenizer = AutoTokenizer.from_pretrained(words, padding_side="left", trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
             folder, use_safetensors=True, trust_remote_code=False, dtype=dtype, device_map=device_map
         )

@@ -59,8 +59,9 @@ def methods(task: Tree) -> Table:
         for name, shares in ways.items():
             if shares and sentences.known(shares["shift"]):
                 who = f"{name}, {sentences.TOWARDS[direction]}"
-                rows.append([who, "", "", "", sentences.with_interval(shares["shift"]), "", "", ""])
-    head = ["", "where", "neurons", "strength", "pairs turned", "strongest control", "conflicts turned", "cost"]
+                turned = [sentences.with_interval(shares["shift"]), f"{shares['shift']['n']:,}"]
+                rows.append([who, "", "", "", *turned, "", "", ""])
+    head = ["", "where", "neurons", "strength", "pairs turned", "N", "strongest control", "conflicts turned", "cost"]
     return Table("Settings chosen on the tune split, and what they do on the test split", head, rows)
 
 
@@ -92,6 +93,7 @@ def _method(task: Tree, method: str, block: Tree, direction: str) -> list[str]:
         f"{100 * chosen['top']:g}\u00a0%",
         f"{chosen['strength']:g}{alpha}{'' if chosen['within_limits'] else ', beyond the limits'}",
         sentences.with_interval(block["pairs"]["shift"]),
+        f"{block['pairs']['shift']['n']:,}",
         f"{theirs} ({figures_steering.control_name(control)})" if control else theirs,
         sentences.with_interval(block["conflict"]["shift"]),
         sentences.worst_cost(block, direction),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
+from mnemoscope import ranks
 from mnemoscope.behaviour import Asking, Chat, all_said
 from mnemoscope.cells import Cell, Tell
 from mnemoscope.detect import Detector
@@ -89,6 +93,51 @@ def read_best(cell: Cell) -> dict[str, Path]:
 def write_table(path: Path, table: pd.DataFrame) -> Path:
     """Write a Parquet file atomically; equal tables give equal bytes."""
     return write_atomically(path, lambda temporary: table.to_parquet(temporary, index=False))
+
+
+class TableWriter:
+    """Writes a Parquet file from tables as they come, holding ``ROWS`` rows at most; equal rows give equal bytes.
+
+    The file is there when the context has ended well, and only then; of several processes only the first writes.
+
+    Args:
+        columns: the type of each column.
+    """
+
+    ROWS = 2**14
+
+    def __init__(self, path: Path, columns: dict[str, pa.DataType]) -> None:
+        self.path, self.schema = path, pa.schema(columns.items())
+        self._waiting: list[pa.Table] = []
+
+    def __enter__(self) -> TableWriter:
+        if ranks.first():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._temporary = self.path.with_name(f".{self.path.stem}.{os.getpid()}.tmp{self.path.suffix}")
+            self._file = pq.ParquetWriter(self._temporary, self.schema)
+        return self
+
+    def add(self, table: pd.DataFrame) -> None:
+        """Append rows."""
+        if not ranks.first():
+            return
+        self._waiting.append(pa.Table.from_pandas(table, self.schema, preserve_index=False).replace_schema_metadata())
+        while sum(map(len, self._waiting)) >= self.ROWS:
+            whole = pa.concat_tables(self._waiting).combine_chunks()
+            self._file.write_table(whole.slice(0, self.ROWS))
+            self._waiting = [whole.slice(self.ROWS)]
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if not ranks.first():
+            return
+        try:
+            if kind is None and any(map(len, self._waiting)):
+                self._file.write_table(pa.concat_tables(self._waiting).combine_chunks())
+            self._file.close()
+            if kind is None:
+                os.replace(self._temporary, self.path)
+        finally:
+            self._temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> Path:

@@ -95,14 +95,11 @@ def _phrasings(
 ) -> Iterator[tuple[Example, str]]:
     """At most ``limit`` different prompts of candidates, drawn at random, with what they were answered."""
     part = table[table["split"] == split]
-    found: dict[str, tuple[Any, str]] = {}
-    for side in "ab":
-        for row in part.itertuples():
-            found.setdefault(getattr(row, f"prompt_{side}"), (row, side))
-    chosen = list(found.values())
-    for number in rng.permutation(len(chosen))[:limit]:
-        row, side = chosen[number]
-        yield records.phrasing(row, side), getattr(row, f"behaviour_{side}")
+    first = np.flatnonzero(~pd.concat([part["prompt_a"], part["prompt_b"]]).duplicated())
+    for place in rng.permutation(first)[:limit]:
+        side, number = divmod(int(place), len(part))
+        (row,) = part.iloc[[number]].itertuples()
+        yield records.phrasing(row, "ab"[side]), getattr(row, f"behaviour_{'ab'[side]}")
 
 
 def _baselines(asking: Asking, parts: Mapping[Split, _Prompts]) -> dict[str, np.ndarray]:

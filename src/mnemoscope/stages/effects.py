@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -169,15 +169,20 @@ def _patching(asking: Asking, layer: int, donors: Iterator[torch.Tensor], site: 
 
 
 def _prompts(asking: Asking, records: Records, sides: _Sides) -> Iterator[pd.DataFrame]:
-    """The behaviour asked for in words, where the task has a way to say it."""
-    said = getattr(records.task, "prompted", None)
-    if said is None:
-        return
+    """The behaviour asked for in words, where the task has a way to say it: in the prompt, or in the system message."""
+    prompted, said = (getattr(records.task, name, None) for name in ("prompted", "said"))
     for direction, toward in TOWARD.items():
-        side = SOURCE[direction]
-        examples = [said(example, toward) for example in sides.examples[side]]
-        if all(example is not None for example in examples):
-            scores = score(asking, with_prefixes(asking, examples))
+        side, told = SOURCE[direction], asking
+        examples: list[Example | None] = list(sides.examples[side])
+        if asking.chat and said:
+            told = replace(asking, chat=replace(asking.chat, system=said(toward)))
+        elif prompted:
+            examples = [prompted(example, toward) for example in sides.examples[side]]
+        else:
+            return
+        wanted = [example for example in examples if example is not None]
+        if len(wanted) == len(examples):
+            scores = score(told, with_prefixes(told, wanted))
             yield sides.table(side, scores, what="prompt", direction=direction)
 
 

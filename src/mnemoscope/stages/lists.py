@@ -148,10 +148,7 @@ def judged_lists(records: Records, direction: str, limit: int) -> dict[str, Judg
     others = {f"pairs_{name}": replace(records, pairs=table) for name, table in records.held_out.items()}
     for name, found in {"pairs": records, "pairs_unreachable": records, **others}.items():
         examples = found.turned("test", direction, limit, reachable=name != "pairs_unreachable")
-        margins = _margins(found.pairs)
-        lists[name] = JudgedList(
-            examples, [SOURCE[direction]] * len(examples), np.array([margins[e.item, e.prompt] for e in examples])
-        )
+        lists[name] = JudgedList(examples, [SOURCE[direction]] * len(examples), _margins(found.pairs, examples))
     table = records.behaviour
     conflict = table[table["kind"] == "conflict"]
     parts = {
@@ -196,10 +193,13 @@ def _each_once(examples: Iterable[Example]) -> Iterator[Example]:
             yield example
 
 
-def _margins(pairs: pd.DataFrame) -> dict[tuple[str, str], float]:
-    """Margins by item and prompt, of both phrasings of every candidate."""
-    sides = [pairs[["item", f"prompt_{s}", f"margin_{s}"]].itertuples(index=False, name=None) for s in "ab"]
-    return {(item, prompt): margin for side in sides for item, prompt, margin in side}
+def _margins(pairs: pd.DataFrame, examples: Sequence[Example]) -> np.ndarray:
+    """Margins of phrasings that are among the candidates, either side, in nats; float64 (N,)."""
+    prompts, known = {example.prompt for example in examples}, {}
+    for side in "ab":
+        rows = pairs.loc[pairs[f"prompt_{side}"].isin(prompts), ["item", f"prompt_{side}", f"margin_{side}"]]
+        known |= {(item, prompt): margin for item, prompt, margin in rows.itertuples(index=False, name=None)}
+    return np.array([known[example.item, example.prompt] for example in examples], np.float64)
 
 
 def _phrasing(row: Any, behaviour: str) -> Example:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 
 from mnemoscope import ranks
 from mnemoscope.behaviour import Asking, PairBatch, draw_candidates, mine_pairs
@@ -15,68 +17,85 @@ from mnemoscope.cells import Cell
 from mnemoscope.contrast import ContrastAccumulator
 from mnemoscope.errors import StudyError
 from mnemoscope.files import write_atomically
-from mnemoscope.stages.common import Tell, cell_model, cell_task, rng_of, write_table
-from mnemoscope.tasks import SPLITS, Task, draw
+from mnemoscope.stages.common import TableWriter, Tell, cell_model, cell_task, rng_of
+from mnemoscope.tasks import SPLITS, Example, Split, Task, draws
+
+TEXTS = ("item", "group", "memorized", "generalized", "split")
+SIDES = {"prompt": pa.string(), "family": pa.string(), "behaviour": pa.string(), "margin": pa.float64()}
+COLUMNS = {
+    **dict.fromkeys(TEXTS, pa.string()),
+    **{f"{name}_{letter}": kind for letter in "ab" for name, kind in SIDES.items()},
+    "is_pair": pa.bool_(),
+}
 
 
 def pairs_stage(cell: Cell, tell: Tell) -> list[Path]:
-    """Mine pairs in every split; stream the contrast of the fit pairs."""
+    """Mine pairs in every split; stream the contrast of the fit pairs.
+
+    Candidates are drawn as they are asked, by generators that no label has a part in, so that the yield has an honest
+    denominator and neither they nor what became of them is ever held as a whole.
+    """
     task, asking, config = cell_task(cell), cell_model(cell), cell.config.pairs
-    rng = rng_of(cell, "pairs")
-    # All lists are drawn before anything is labelled, so that the yield has an honest denominator.
-    candidates = {
-        split: draw_candidates(
-            task, draw(task, rng, getattr(config, f"{split}_examples"), "conflict", split), rng, config.rephrasings
-        )
-        for split in SPLITS
-    }
-    total = sum(map(len, candidates.values()))
-    done = 0
-    tables: list[pd.DataFrame] = []
     contrast: ContrastAccumulator | None = None
-    for split in SPLITS:
-        found: list[pd.DataFrame] = []
-        for batch in mine_pairs(asking, candidates[split], config.site, part=(ranks.rank(), ranks.world())):
-            done += ranks.world() * len(batch.candidates)
-            tell(min(done, total), total, f"mining {split} pairs")
-            found.append(_pairs_table(batch, split))
-            if split == "fit" and batch.is_pair_N.any():
-                contrast = contrast or _no_contrast(cell, batch)
-                groups = [pair[0].group for pair in batch.pairs()]
-                contrast.add(batch.states_generalized_PLD, batch.states_memorized_PLD, groups)
-        tables += _in_order(found)
+    counts = {split: Counter[str]() for split in SPLITS}
+    wanted = {split: getattr(config, f"{split}_examples") for split in SPLITS}
+    before = 0
+    with TableWriter(cell.records / "pairs.parquet", COLUMNS) as writer:
+        for split in SPLITS:
+            drawn = draws(task, rng_of(cell, f"pairs/{split}"), wanted[split], "conflict", split)
+            for batch, tables in _mined(cell, asking, task, drawn, split):
+                if split == "fit" and batch and batch.is_pair_N.any():
+                    contrast = contrast or _no_contrast(cell, batch)
+                    groups = [pair[0].group for pair in batch.pairs()]
+                    contrast.add(batch.states_generalized_PLD, batch.states_memorized_PLD, groups)
+                for table in tables:
+                    writer.add(table)
+                    counts[split].update([*table["behaviour_a"], *table["behaviour_b"]])
+                    counts[split]["pairs"] += int(table["is_pair"].sum())
+                done = counts[split].total() - counts[split]["pairs"]
+                note = f"mining {split} pairs: {counts[split]['pairs']:,} in {done // 2:,} candidates"
+                tell(min(before + done / 2 / config.rephrasings, sum(wanted.values())), sum(wanted.values()), note)
+            before += wanted[split]
     contrast = _merged(contrast)
-    table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
-    files = [write_table(cell.records / "pairs.parquet", table)]
-    with_pairs = set(table["split"][table["is_pair"]]) if len(table) else set()
     for split in SPLITS:
-        if split not in with_pairs:
-            raise StudyError(f"{cell.name}: no pairs found in the {split} split: {_why_no_pairs(cell, table, split)}")
-    files += _held_out_pairs(cell, task, asking, tell)
+        if not counts[split]["pairs"]:
+            raise StudyError(f"{cell.name}: no pairs found in the {split} split: {_why_no_pairs(cell, counts, split)}")
+    files = [cell.records / "pairs.parquet", *_held_out_pairs(cell, task, asking, tell)]
     if contrast is not None:
         files.append(write_atomically(cell.folder / "contrast.safetensors", contrast.result().save))
     return files
 
 
+def _mined(
+    cell: Cell, asking: Asking, task: Task, examples: Iterable[Example], split: Split, held_out: str | None = None
+) -> Iterator[tuple[PairBatch | None, list[pd.DataFrame]]]:
+    """This process's next batch of candidates and the tables of all processes' batches, in the order of the batches."""
+    stream = f"pairs/{held_out or split}/rephrase"
+    candidates = draw_candidates(task, examples, rng_of(cell, stream), cell.config.pairs.rephrasings)
+    batches = mine_pairs(asking, candidates, cell.config.pairs.site, part=(ranks.rank(), ranks.world()))
+    while True:
+        batch = next(batches, None)
+        tables = [table for table in ranks.from_all(_pairs_table(batch, split) if batch else None) if table is not None]
+        if not tables:
+            return
+        yield batch, tables
+
+
 def _held_out_pairs(cell: Cell, task: Task, asking: Asking, tell: Tell) -> list[Path]:
     """Test pairs of what nothing is fitted on, where the task holds something out."""
-    config, tables = cell.config.pairs, []
-    for name, other in getattr(task, "held_out", dict)().items():
-        tell(1, 1, f"mining test pairs of another {name}")
-        rng = rng_of(cell, f"pairs/{name}")
-        examples = draw(other, rng, config.held_out_examples or config.test_examples, "conflict", "test")
-        drawn = draw_candidates(other, examples, rng, config.rephrasings)
-        batches = mine_pairs(asking, drawn, config.site, part=(ranks.rank(), ranks.world()))
-        tables += _in_order([_pairs_table(batch, "test").assign(held_out=name) for batch in batches])
-    if not tables:
+    config, held_out = cell.config.pairs, getattr(task, "held_out", dict)()
+    if not held_out:
         return []
-    return [write_table(cell.records / "pairs_held_out.parquet", pd.concat(tables, ignore_index=True))]
-
-
-def _in_order(mine: list[pd.DataFrame]) -> list[pd.DataFrame]:
-    """The tables of all processes, in the order of the batches that they took in turn."""
-    rounds = zip_longest(*ranks.from_all(mine))
-    return [table for tables in rounds for table in tables if table is not None]
+    path = cell.records / "pairs_held_out.parquet"
+    with TableWriter(path, {**COLUMNS, "held_out": pa.string()}) as writer:
+        for name, other in held_out.items():
+            tell(1, 1, f"mining test pairs of another {name}")
+            n = config.held_out_examples or config.test_examples
+            drawn = draws(other, rng_of(cell, f"pairs/{name}"), n, "conflict", "test")
+            for _, tables in _mined(cell, asking, other, drawn, "test", name):
+                for table in tables:
+                    writer.add(table.assign(held_out=name))
+    return [path]
 
 
 def _merged(mine: ContrastAccumulator | None) -> ContrastAccumulator | None:
@@ -93,8 +112,7 @@ def _no_contrast(cell: Cell, batch: PairBatch) -> ContrastAccumulator:
 
 def _pairs_table(batch: PairBatch, split: str) -> pd.DataFrame:
     columns: dict[str, Any] = {
-        field: [getattr(a, field) for a, _ in batch.candidates]
-        for field in ("item", "group", "memorized", "generalized")
+        field: [getattr(a, field) for a, _ in batch.candidates] for field in TEXTS if field != "split"
     }
     columns["split"] = split
     for side, scores in enumerate((batch.scores_a, batch.scores_b)):
@@ -107,13 +125,12 @@ def _pairs_table(batch: PairBatch, split: str) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def _why_no_pairs(cell: Cell, table: pd.DataFrame, split: str) -> str:
-    part = table[table["split"] == split] if len(table) else table
-    if not len(part):
+def _why_no_pairs(cell: Cell, counts: Mapping[str, Counter[str]], split: str) -> str:
+    found = {name: n for name, n in counts[split].most_common() if name != "pairs"}
+    if not found:
         return "the task gave no candidate; every item needs two phrasings, in each split"
-    counts = pd.concat([part["behaviour_a"], part["behaviour_b"]]).value_counts()
-    seen = ", ".join(f"{name} {count}" for name, count in counts.items())
+    seen = ", ".join(f"{name} {n}" for name, n in found.items())
     mend = f"raise pairs.{split}_examples, or train to a more even mixture (training.stop.conflict_each)"
     if not (cell.config.model.is_trained or cell.config.model.cell):
         mend = "ask more items in more phrasings, of which the model answers some either way"
-    return f"none of {len(part)} candidates flips ({seen}); {mend}"
+    return f"none of {sum(found.values()) // 2} candidates flips ({seen}); {mend}"

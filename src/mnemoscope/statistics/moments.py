@@ -165,7 +165,7 @@ def benjamini_hochberg(p: ArrayLike) -> Floats:
     return q
 
 
-@lru_cache(maxsize=65_536)
+@lru_cache(maxsize=2_048)  # of 1.1 kB each for a thousand permutations
 def _signs(seed: int, permutations: int, group: str) -> NDArray[np.int8]:
     """B signs of a group, from a hash that is the same in every process, machine and version (not Python's `hash`)."""
     digest = hashlib.shake_256(f"{seed}:{group}".encode()).digest((permutations + 7) // 8)

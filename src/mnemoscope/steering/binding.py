@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -31,11 +31,13 @@ class Binding:
         model_type: the configuration's ``model_type``.
         weights: SHA-256 of all parameters, by name, rounded to bfloat16: a model is the same when it is opened in that.
         tokenizer: SHA-256 of what decides the fast tokenizer's tokens.
+        half: that of the parameters rounded to float16 before, as they are where the model is opened in float16.
     """
 
     model_type: str
     weights: str
     tokenizer: str
+    half: str = ""
 
     @classmethod
     def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Binding:
@@ -44,25 +46,29 @@ class Binding:
         Raises:
             InputError: some of the weights are not in memory.
         """
-        digest = hashlib.sha256()
+        digest, half = hashlib.sha256(), hashlib.sha256()
         for name, weight in sorted(model.named_parameters()):
             if weight.is_meta:
                 raise InputError(
                     f"device_map: {name} is not in memory, so the model cannot be told from others; use devices that "
                     "hold all of it"
                 )
-            digest.update(name.encode())
-            rounded = weight.detach().to(torch.bfloat16).cpu().contiguous()
-            digest.update(rounded.view(torch.uint8).numpy().data)
+            for known, first in ((digest, weight.detach()), (half, weight.detach().to(torch.float16))):
+                known.update(name.encode())
+                rounded = first.to(torch.bfloat16).cpu().contiguous()
+                known.update(rounded.view(torch.uint8).numpy().data)
         parts = json.loads(tokenizer.backend_tokenizer.to_str())
         words = json.dumps({part: parts.get(part) for part in TOKENIZING}, sort_keys=True)
-        return cls(core_of(model).config.model_type, digest.hexdigest(), hashlib.sha256(words.encode()).hexdigest())
+        tokens = hashlib.sha256(words.encode()).hexdigest()
+        return cls(core_of(model).config.model_type, digest.hexdigest(), tokens, half.hexdigest())
 
     @staticmethod
     def check(bound: Binding | None, found: Binding, what: str) -> None:
         """Raises InputError where a model is not the one that ``what`` was made on; the field that differs is named."""
-        for name, value in asdict(found).items():
-            made_on = getattr(bound, name, None)
+        for name in ("model_type", "weights", "tokenizer"):
+            value, made_on = getattr(found, name), getattr(bound, name, None)
+            if name == "weights" and bound and {bound.weights, bound.half} & {found.weights, found.half}:
+                continue
             if made_on != value:
                 raise InputError(f"{name}: the {what} was made on {made_on}, this model has {value}; force overrides")
 

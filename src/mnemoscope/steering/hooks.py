@@ -100,8 +100,14 @@ def _edited(
 
     The only hook of the package that writes. It is gone when the context ends, however it ends.
     """
-    handles = []
+    handles: list[Any] = []
+    config = getattr(model, "generation_config", None)
+    compiles = getattr(config, "disable_compile", None)
     try:
+        if config is not None:
+            # With a cache of fixed size ``generate`` compiles its steps on a GPU, once, and what is compiled sees no
+            # hook that comes or goes.
+            config.disable_compile = True
         # The base model is what every way of calling passes through, with a language-modelling head or without.
         handles.append(backbone_of(model).register_forward_pre_hook(tracker.see, with_kwargs=True))
         if tracker.gate:
@@ -115,6 +121,8 @@ def _edited(
     finally:
         for handle in handles:
             handle.remove()
+        if config is not None:
+            config.disable_compile = compiles
 
 
 @dataclass(slots=True)
@@ -147,7 +155,9 @@ class _PositionTracker:
         # What follows a prompt stands behind its decision position: a pass that begins before it is another prompt, on
         # a cache of what both begin with.
         another = 0 < past <= self.start and self.fixed is None and not self.everywhere
-        fresh = self.prompt_NT is None or another or (past == 0 and not self._continues(ids_NT))
+        # A cache that is empty yet is the beginning of something, whatever it begins with.
+        alone = past == 0 and cache_in(kwargs) is None
+        fresh = self.prompt_NT is None or another or (past == 0 and not (alone and self._continues(ids_NT)))
         if fresh:
             self.prompt_NT = ids_NT
         if self.everywhere or self.fixed is not None:

@@ -155,8 +155,9 @@ class SteeringVector:
             alpha: factor on the shift, or one for each prompt of the batch (N,); what ``generate`` makes of a prompt,
                 beams or several samples, shares its factor. 0 leaves the model untouched, bit by bit.
             start: column of the decision position in the left-padded batch. Default: the last column of each prompt. An
-                uncached pass that begins with the prompt of the pass before counts as its continuation; a prompt that
-                is read in several passes (``prefill_chunk_size``) needs this said.
+                pass without any cache that begins with the prompt of the pass before counts as its continuation, and
+                so does whatever is read on a cache that holds the decision position (the next turn of a talk needs a
+                context of its own); a prompt that is read in several passes (``prefill_chunk_size``) needs this said.
             gate: decides for every prompt, before it is answered, whether it is steered at all (see ``detect.Gate``);
                 costs one more pass over the prompts. What it lets through is untouched, bit by bit.
 

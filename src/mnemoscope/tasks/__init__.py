@@ -12,6 +12,7 @@ from mnemoscope.tasks.base import (
     assign_splits,
     check_groups,
     draw,
+    draws,
     keeps_key,
 )
 from mnemoscope.tasks.registry import TASKS, build_task, describe_tasks
@@ -31,5 +32,6 @@ __all__ = [
     "check_groups",
     "describe_tasks",
     "draw",
+    "draws",
     "keeps_key",
 ]

@@ -10,12 +10,14 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 
 from mnemoscope.errors import InputError
+from mnemoscope.seen import Seen
 
 Kind = Literal["conflict", "memory", "novel"]
 Split = Literal["fit", "tune", "test"]
 KINDS: tuple[Kind, ...] = ("conflict", "memory", "novel")
 SPLITS: tuple[Split, ...] = ("fit", "tune", "test")
 SPLIT_SHARES = (0.5, 0.25, 0.25)
+MOST_AT_ONCE = 2**16  # examples of all splits that a task is asked for in one go
 
 # One training instance: the prompt and what follows it. A bare string is an instance without a marked answer.
 Instance = str | tuple[str, str]
@@ -105,6 +107,7 @@ class Task(Protocol):
         Only there can a model be asked for the stored answer itself. No such method: always.
         ``prompted(example, toward) -> Example | None``: the same item with the behaviour asked for in words, the
         baseline that steering is held against; None where the vocabulary has no words for it.
+        ``said(toward) -> str``: those words alone, which a model that talks gets as its system message instead.
         ``parted(prompt) -> (said, begun)``: for models that talk, what the user says and how the reply begins; without
         it the user says all.
         ``without_context(example) -> Example``: the same question and answers with nothing said about it, for the
@@ -145,19 +148,24 @@ def is_held_out(key: str, seed: int, one_in: int = 16) -> bool:
 
 
 def draw(task: Task, rng: np.random.Generator, n: int, kind: Kind, split: Split) -> list[Example]:
-    """Draw ``n`` examples of one kind from one split.
+    """``draws``, as a list."""
+    return list(draws(task, rng, n, kind, split))
 
-    Fewer come back only where the task has no more to give (a file), none where it has no such kind.
+
+def draws(task: Task, rng: np.random.Generator, n: int, kind: Kind, split: Split) -> Iterator[Example]:
+    """Draw ``n`` different examples of one kind from one split, one after the other; memory hardly grows with ``n``.
+
+    Fewer come only where the task has no more to give (a file), none where it has no such kind. The generator is used
+    as they are asked for.
     """
-    chosen: dict[tuple[str, str], Example] = {}
+    seen = Seen()
     fruitless = 0
-    while len(chosen) < n and fruitless < 3:
-        before = len(chosen)
-        for example in task.examples(rng, 4 * n, kind):
-            if example.split == split:
-                chosen.setdefault((example.item, example.prompt), example)
-        fruitless = fruitless + 1 if len(chosen) == before else 0
-    return list(chosen.values())[:n]
+    while len(seen) < n and fruitless < 3:
+        before = len(seen)
+        for example in task.examples(rng, min(4 * n, MOST_AT_ONCE), kind):
+            if example.split == split and len(seen) < n and seen.add(example.item, example.prompt):
+                yield example
+        fruitless = fruitless + 1 if len(seen) == before else 0
 
 
 def answer_of(instance: Instance) -> tuple[str, str]:

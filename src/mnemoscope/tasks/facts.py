@@ -33,8 +33,10 @@ FRAMES = {
     "inverted": "{label}{inverted}\n{ask} {question}\n{reply} {stem}",
     "reported": "{label}{reported}\n{ask} {question}\n{reply} {stem}",
 }
-LABELS = ("Context: ", "Passage: ", "Text: ", "Note: ", "Document: ", "Background: ")
-ASKS = (("Question:", "Answer:"), ("Q:", "A:"))
+# How far a text is believed depends on what it is called: such labels flip three times as many answers as six neutral
+# ones (docs/LOG.md).
+LABELS = ("Context: ", "Paragraph: ", "Story: ", "Note: ", "Hint: ", "Rumour: ", "Memo: ", "Wikipedia: ")
+ASKS = (("Question:", "Answer:"), ("Q:", "A:"), ("Task:", "Result:"), ("Quiz:", "Reply:"))
 PLAIN: How = (LABELS[0], ASKS[0])
 BARE = "{ask} {question}\n{reply} {stem}"
 # Countries that nobody can know anything about.
@@ -45,8 +47,8 @@ INVENTED = (
     "Fenmark", "Grelovia", "Jastoria", "Lomavia", "Ruvania",
 )  # fmt: skip
 SAID = {
-    "generalized": "Answer with what the text says, even if it contradicts what you know.\n",
-    "memorized": "Answer with what you know, even if the text contradicts it.\n",
+    "generalized": "Answer with what the text says, even if it contradicts what you know.",
+    "memorized": "Answer with what you know, even if the text contradicts it.",
 }
 
 
@@ -219,7 +221,11 @@ class FactsTask:
 
     def prompted(self, example: Example, toward: str) -> Example:
         """The same question behind a sentence that says what to go by."""
-        return replace(example, prompt=SAID[toward] + example.prompt)
+        return replace(example, prompt=f"{SAID[toward]}\n{example.prompt}")
+
+    def said(self, toward: str) -> str:
+        """That sentence, for a model that talks: its system message."""
+        return SAID[toward]
 
     def parted(self, prompt: str) -> tuple[str, str]:
         """For a model that talks: the user says all but the last line, and the reply begins with what that asks for."""

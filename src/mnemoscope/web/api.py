@@ -46,7 +46,8 @@ Opened = Annotated[Rooms, Depends(_rooms)]
 AtWork = Annotated[Jobs, Depends(_jobs)]
 Asks = Annotated[AtBench, Depends(AtBench)]
 CELL = "/runs/{run}/cells/{cell}"
-router = APIRouter(prefix="/api", responses={code: {"model": shapes.ErrorOut} for code in (401, 403, 404, 413, 422)})
+REFUSALS = (401, 403, 404, 413, 422, 429)
+router = APIRouter(prefix="/api", responses={code: {"model": shapes.ErrorOut} for code in REFUSALS})
 
 
 @router.get("/runs")
@@ -115,20 +116,18 @@ async def show_snippets(asks: Asks, asked: shapes.AskIn) -> dict[str, str]:
 @router.get(CELL + "/neurons")
 async def map_neurons(asks: Asks) -> shapes.NeuronsOut:
     """How every neuron differs between the two behaviours, on the fit pairs."""
-    found = await asks(lambda bench: bench.contrast)
-    return shapes.NeuronsOut(
-        site=found.site,
-        pairs=found.pairs,
-        nmd=shapes.table(found.nmd_LD),
-        rho=shapes.table(found.rho_LD),
-        p_family_wise=shapes.table(found.p_family_wise_LD),
-    )
+    return await asks(lambda bench: shapes.NeuronsOut.of(bench.contrast))
 
 
 @router.post(CELL + "/neurons/{layer}/{neuron}", status_code=202)
 async def watch_neuron(asks: Asks, jobs: AtWork, layer: Index, neuron: Index) -> shapes.JobOut:
     """Look at one neuron; the job's result has its distributions, its ranks and what it does alone."""
-    bench = await asks(lambda bench: bench)
+
+    def checked(bench: Bench) -> Bench:
+        bench.check_neuron(layer, neuron)
+        return bench
+
+    bench = await asks(checked)
 
     def work(tell: Callable[[float], None], wanted: Callable[[], bool]) -> dict[str, Any]:
         seen = bench.watch(layer, neuron, tell, wanted)

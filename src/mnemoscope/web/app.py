@@ -18,7 +18,7 @@ from mnemoscope.cells import version
 from mnemoscope.errors import InputError
 from mnemoscope.web import api, pages
 from mnemoscope.web.guards import Guard
-from mnemoscope.web.jobs import Jobs
+from mnemoscope.web.jobs import BusyError, Jobs
 from mnemoscope.web.rooms import Rooms
 
 TURNS = 4  # requests that are at a model, or wait for it in a thread, at a time
@@ -33,7 +33,12 @@ def build_app(root: Path, first: str | None = None, token: str | None = None, ho
         first: name of the run that is shown first.
         token: without it nothing is answered; None where only this machine can ask.
         host: where it listens; on loopback it answers to no other name, whoever has it point here.
+
+    Raises:
+        InputError: others can reach it, and there is no token.
     """
+    if not is_loopback(host) and not token:
+        raise InputError(f"token: others can reach {host}; give a token that they must know (--token)")
     app = FastAPI(title="Mnemoscope", version=version(), docs_url=None, redoc_url=None)
     app.state.rooms, app.state.jobs, app.state.first = Rooms(root), Jobs(), first
     app.state.turns = asyncio.Semaphore(TURNS)
@@ -46,7 +51,8 @@ def build_app(root: Path, first: str | None = None, token: str | None = None, ho
     @app.exception_handler(InputError)
     async def refuse_input(request: Request, error: InputError) -> Response:
         field, _, message = str(error).partition(": ")
-        return _refused(request.url.path, 422, field if message else "request", message or field)
+        status = 429 if isinstance(error, BusyError) else 422
+        return _refused(request.url.path, status, field if message else "request", message or field)
 
     @app.exception_handler(RequestValidationError)
     async def refuse_shape(request: Request, error: RequestValidationError) -> Response:
@@ -84,8 +90,7 @@ def is_loopback(host: str) -> bool:
 
 def check_reachable(run: Path | None, host: str, port: int, token: str | None) -> None:
     """Raises InputError where a network could ask without a token, the port is taken, or ``run`` is no run folder."""
-    if not is_loopback(host) and not token:
-        raise InputError(f"token: others can reach {host}; give a token that they must know (--token)")
+    build_app(Path(), token=token, host=host)
     if run is not None:
         if not (run / "study.yaml").is_file():
             raise InputError(f"RUN: {run} is not a run folder (it has no study.yaml)")

@@ -69,11 +69,12 @@ class Guard:
         await self.app(scope, limited, sending)
 
     def _what_is_wrong(self, scope: Message, headers: dict[str, str]) -> tuple[int, str, str] | None:
-        host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+        host = _host_of(f"//{headers.get('host', '')}")
         if self.hosts is not None and host not in self.hosts:
             return 400, "host", f"{host!r} is not one of {', '.join(self.hosts)}"
-        # A page of the web can make a browser ask; only following a link to a page of ours is as good as typing it.
-        foreign = "origin" in headers and urlsplit(headers["origin"]).hostname != host  # "null" is nobody's
+        # A page of the web, or of another server of this machine, can make a browser ask; only following a link to a
+        # page of ours is as good as typing it.
+        foreign = "origin" in headers and headers["origin"].partition("://")[2] != headers.get("host")
         elsewhere = headers.get("sec-fetch-site") == "cross-site" or foreign
         if elsewhere and not (scope["method"] == "GET" and headers.get("sec-fetch-mode") == "navigate"):
             return 403, "origin", "pages of other sites may not ask"
@@ -102,6 +103,14 @@ class Guard:
 
 
 _TOO_MUCH = 413, "body", f"at most {LARGEST_BODY} bytes are read"
+
+
+def _host_of(address: str) -> str:
+    """The name in an address; "" where it has none or cannot be read."""
+    try:
+        return urlsplit(address).hostname or ""
+    except ValueError:
+        return ""
 
 
 def _name(scope: Message) -> str:

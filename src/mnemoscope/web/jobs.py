@@ -19,6 +19,10 @@ RUNNING = 16  # at a time, at most
 Work = Callable[[Callable[[float], None], Callable[[], bool]], Any]
 
 
+class BusyError(InputError):
+    """There is too much to do already."""
+
+
 @dataclass
 class Job:
     """A piece of work.
@@ -48,12 +52,12 @@ class Jobs:
         """Start work.
 
         Raises:
-            InputError: too much is being worked on already.
+            BusyError: too much is being worked on already.
         """
         job = Job(secrets.token_urlsafe(12))
         with self._lock:
             if sum(other.state == "running" for other in self._jobs.values()) >= RUNNING:
-                raise InputError(f"job: {RUNNING} are being worked on already; wait for one or cancel it")
+                raise BusyError(f"job: {RUNNING} are being worked on already; wait for one or cancel it")
             self._jobs[job.name] = job
             for name in [n for n, other in self._jobs.items() if other.state != "running"][:-KEPT]:
                 del self._jobs[name]

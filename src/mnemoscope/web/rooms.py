@@ -23,7 +23,8 @@ class Rooms:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._open: OrderedDict[tuple[str, str, int], Bench] = OrderedDict()
+        self._open: OrderedDict[tuple[object, ...], Bench] = OrderedDict()
+        self._opening: dict[tuple[object, ...], Lock] = {}
         self._lock = Lock()
 
     def runs(self) -> list[str]:
@@ -56,16 +57,24 @@ class Rooms:
         run = self.run(name)
         if cell not in self.cells(name):
             raise InputError(f"cell: {cell!r} is not one of {', '.join(self.cells(name)) or 'none'}")
-        # A study that was run again has other vectors.
-        made = (run / "cells" / cell / "records" / "chosen.json").stat().st_mtime_ns
+        folder = run / "cells" / cell
+        # A study that was run again has other vectors, and one that is still running may have a detector by now.
+        made = [path for path in (folder / "records" / "chosen.json", folder / "detector.safetensors") if path.exists()]
+        key = (name, cell, *(path.stat().st_mtime_ns for path in made))
         with self._lock:
-            key = (name, cell, made)
-            if key not in self._open:
-                while len(self._open) >= OPEN:
+            opening = self._opening.setdefault(key, Lock())
+        with opening:  # whoever asks for another cell does not wait for this one to open
+            with self._lock:
+                if key in self._open:
+                    self._open.move_to_end(key)
+                    return self._open[key]
+            bench = Bench.of(run, cell)
+            with self._lock:
+                self._opening.pop(key, None)
+                self._open[key] = bench
+                while len(self._open) > OPEN:
                     self._open.popitem(last=False)
-                self._open[key] = Bench.of(run, cell)
-            self._open.move_to_end(key)
-            return self._open[key]
+            return bench
 
     def results(self, name: str) -> dict[str, Any]:
         """What ``results.json`` holds; nothing where the run has not come that far, or by another version."""

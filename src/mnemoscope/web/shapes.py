@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from mnemoscope.bench import Answered, Turning, Watched
 from mnemoscope.tasks import Example
+
+if TYPE_CHECKING:
+    from mnemoscope.contrast import Contrast
 
 LONGEST_PROMPT, LONGEST_ANSWER = 8000, 200  # characters
 STRONGEST = 8.0  # factor on a vector
@@ -154,6 +157,17 @@ class NeuronsOut(_Shape):
     nmd: list[list[float | None]]
     rho: list[list[float | None]]
     p_family_wise: list[list[float | None]]
+
+    @classmethod
+    def of(cls, found: Contrast) -> NeuronsOut:
+        """A contrast as JSON has it."""
+        return cls(
+            site=found.site,
+            pairs=found.pairs,
+            nmd=table(found.nmd_LD),
+            rho=table(found.rho_LD),
+            p_family_wise=table(found.p_family_wise_LD),
+        )
 
 
 class JobOut(_Shape):

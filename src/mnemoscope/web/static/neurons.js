@@ -83,8 +83,16 @@ function point(to) {
   by("pointed").textContent =
     `Layer ${place.layer}, neuron ${place.neuron}: mean difference ${number(at("nmd"))}, rho ${number(at("rho"))}, ` +
     `family-wise p ${number(at("p_family_wise"))}.`;
-  canvas.setAttribute("aria-description", by("pointed").textContent);
+  tell(by("pointed").textContent);
   draw();
+}
+
+let telling;
+
+// Who walks with the keys hears where the walk ends, not every neuron on the way.
+function tell(text) {
+  clearTimeout(telling);
+  telling = setTimeout(() => (by("told").textContent = text), 300);
 }
 
 function under(event) {

@@ -208,8 +208,10 @@ async function start() {
     if (pairs.length) put(pairs[0].memorized);
     bench.inert = false;
     bench.removeAttribute("aria-busy");
+    by("opening").hidden = true;
     if (pairs.length) await ask();
   } catch (error) {
+    by("opening").hidden = true;
     showProblem(problem, error);
   }
 }
