@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from families import prompts, tiny, tokenizer
 from mnemoscope.behaviour import read_states
 from mnemoscope.doctor import examine
 from mnemoscope.errors import InputError
 from mnemoscope.models import SITES, Layout, Site, blocks_of, layout_of, site_width, use_layout
+from mnemoscope.models.caches import cache_argument
 from mnemoscope.steering import SteeringVector
 
 SOME = ("gpt2", "llama", "gemma2", "opt")
@@ -62,17 +63,25 @@ def test_nothing_is_compiled_while_a_vector_hangs_in_the_model() -> None:
     assert model.generation_config.disable_compile == before
 
 
+@torch.no_grad()
 def test_a_prompt_that_begins_with_the_one_before_is_another_prompt() -> None:
     """In one context, as in a loop over prompts of more and more examples: with a cache each is answered for itself."""
-    model = tiny("llama")
-    vector, texts = random_vector(model), ["w1 w2", "w1 w2 w3 w4 w5", "w1 w2 w3 w4 w5 w6"]
+    model, words = tiny("llama"), tokenizer()
+    vector = random_vector(model)
+    asked = [words(text, return_tensors="pt").input_ids for text in ("w1 w2", "w1 w2 w3 w4 w5", "w1 w2 w3 w4 w5 w6")]
+
+    def last(ids_NT: torch.Tensor) -> torch.Tensor:
+        return model(ids_NT, **{cache_argument(model): DynamicCache()}).logits[:, -1]
+
     wanted = []
-    for text in texts:
+    for ids_NT in asked:
         with vector.apply(model):
-            wanted.append(generated(model, [text]))
-    assert len({str(found) for found in wanted}) == 3
+            wanted.append(last(ids_NT))
+    with vector.apply(model, start=1):
+        assert not torch.allclose(last(asked[1]), wanted[1], atol=1e-3)
     with vector.apply(model):
-        assert [generated(model, [text]) for text in texts] == wanted
+        for ids_NT, expected in zip(asked, wanted, strict=True):
+            assert torch.equal(last(ids_NT), expected)
 
 
 def test_samples_of_an_unsteered_row_are_what_they_were() -> None:
