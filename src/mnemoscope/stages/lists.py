@@ -195,7 +195,8 @@ def _each_once(examples: Iterable[Example]) -> Iterator[Example]:
 
 def _margins(pairs: pd.DataFrame, examples: Sequence[Example]) -> np.ndarray:
     """Margins of phrasings that are among the candidates, either side, in nats; float64 (N,)."""
-    prompts, known = {example.prompt for example in examples}, {}
+    prompts = {example.prompt for example in examples}
+    known: dict[tuple[str, str], float] = {}
     for side in "ab":
         rows = pairs.loc[pairs[f"prompt_{side}"].isin(prompts), ["item", f"prompt_{side}", f"margin_{side}"]]
         known |= {(item, prompt): margin for item, prompt, margin in rows.itertuples(index=False, name=None)}

@@ -37,7 +37,7 @@ def pairs_stage(cell: Cell, tell: Tell) -> list[Path]:
     """
     task, asking, config = cell_task(cell), cell_model(cell), cell.config.pairs
     contrast: ContrastAccumulator | None = None
-    counts = {split: Counter[str]() for split in SPLITS}
+    counts: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
     wanted = {split: getattr(config, f"{split}_examples") for split in SPLITS}
     before = 0
     with TableWriter(cell.records / "pairs.parquet", COLUMNS) as writer:
@@ -83,7 +83,8 @@ def _mined(
 
 def _held_out_pairs(cell: Cell, task: Task, asking: Asking, tell: Tell) -> list[Path]:
     """Test pairs of what nothing is fitted on, where the task holds something out."""
-    config, held_out = cell.config.pairs, getattr(task, "held_out", dict)()
+    config = cell.config.pairs
+    held_out: dict[str, Task] = getattr(task, "held_out", dict)()
     if not held_out:
         return []
     path = cell.records / "pairs_held_out.parquet"
