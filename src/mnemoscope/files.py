@@ -24,17 +24,24 @@ def write_atomically(path: Path, content: bytes | Callable[[Path], Any]) -> Path
     """
     if not ranks.first():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
+    with replacing(path) as temporary:
         if callable(content):
             content(temporary)
         else:
             temporary.write_bytes(content)
+    return path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file under a temporary name beside ``path``, which it gets when the context ends well; else it is gone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    return path
 
 
 @contextmanager

@@ -56,7 +56,6 @@ def fitting_study(
         "steering": {
             "fit_pairs": 300,
             "fit_others": 200,
-            "fit_batch": 16,
             "learned_steps": 40,
             "kept_weight": 1.0,
             "tune_pairs": 120,

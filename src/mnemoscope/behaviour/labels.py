@@ -155,7 +155,7 @@ def only_log_probability(asking: Asking, batch: Batch) -> Tensor:
     """
     logits_NMV = read_only_options(asking.model, batch)
     next_NM = batch.suffix_RM[:, : logits_NMV.shape[1]]
-    logp_NM = logits_NMV.gather(2, next_NM[..., None])[..., 0] - logits_NMV.logsumexp(2)
+    logp_NM = _of_tokens(logits_NMV, next_NM)
     used_NM = torch.arange(next_NM.shape[1], device=next_NM.device) < batch.length_R[:, None]
     return logp_NM.masked_fill(~used_NM, 0.0).sum(1)
 
@@ -211,9 +211,14 @@ def _log_p(batch: Batch, logits_NV: Tensor, answers: Answers | None) -> Tensor:
         return logp_R
     next_SM = answers.suffix_SM[:, 1:]
     logits_SMV = answers.logits_SMV[:, : next_SM.shape[1]]
-    logp_SM = logits_SMV.gather(2, next_SM[..., None])[..., 0] - logits_SMV.logsumexp(2)
+    logp_SM = _of_tokens(logits_SMV, next_SM)
     inside_SM = torch.arange(1, next_SM.shape[1] + 1, device=next_SM.device) < answers.length_S[:, None]
     return logp_R.index_add(0, answers.rows_S, logp_SM.masked_fill(~inside_SM, 0.0).sum(1))
+
+
+def _of_tokens(logits_SMV: Tensor, tokens_SM: Tensor) -> Tensor:
+    """Log probability of each token in nats, (S, M)."""
+    return logits_SMV.gather(2, tokens_SM[..., None])[..., 0] - logits_SMV.logsumexp(2)
 
 
 def _by_option(batch: Batch, values_R: Tensor, missing: float | bool) -> Tensor:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from mnemoscope.behaviour import Asking, Chat, all_said
 from mnemoscope.cells import Cell, Tell
 from mnemoscope.detect import Detector
 from mnemoscope.directions import Setting
-from mnemoscope.files import write_atomically
+from mnemoscope.files import replacing, write_atomically
 from mnemoscope.models import Layout, load_model
 from mnemoscope.steering import SteeringVector
 from mnemoscope.tasks import Task, build_task
@@ -112,9 +112,9 @@ class TableWriter:
 
     def __enter__(self) -> TableWriter:
         if ranks.first():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._temporary = self.path.with_name(f".{self.path.stem}.{os.getpid()}.tmp{self.path.suffix}")
-            self._file = pq.ParquetWriter(self._temporary, self.schema)
+            self._stack = ExitStack()
+            temporary = self._stack.enter_context(replacing(self.path))
+            self._file = self._stack.enter_context(pq.ParquetWriter(temporary, self.schema))
         return self
 
     def add(self, table: pd.DataFrame) -> None:
@@ -127,17 +127,15 @@ class TableWriter:
             self._file.write_table(whole.slice(0, self.ROWS))
             self._waiting = [whole.slice(self.ROWS)]
 
-    def __exit__(self, kind: Any, *_: Any) -> None:
+    def __exit__(self, *error: Any) -> None:
         if not ranks.first():
             return
-        try:
-            if kind is None and any(map(len, self._waiting)):
+        if error[0] is not None:
+            self._stack.__exit__(*error)  # so that the file does not take its name
+            return
+        with self._stack:
+            if any(map(len, self._waiting)):
                 self._file.write_table(pa.concat_tables(self._waiting).combine_chunks())
-            self._file.close()
-            if kind is None:
-                os.replace(self._temporary, self.path)
-        finally:
-            self._temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ def pairs_stage(cell: Cell, tell: Tell) -> list[Path]:
     task, asking, config = cell_task(cell), cell_model(cell), cell.config.pairs
     contrast: ContrastAccumulator | None = None
     counts: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
+    pairs: Counter[str] = Counter()
     wanted = {split: getattr(config, f"{split}_examples") for split in SPLITS}
     before = 0
     with TableWriter(cell.records / "pairs.parquet", COLUMNS) as writer:
@@ -51,15 +52,16 @@ def pairs_stage(cell: Cell, tell: Tell) -> list[Path]:
                 for table in tables:
                     writer.add(table)
                     counts[split].update([*table["behaviour_a"], *table["behaviour_b"]])
-                    counts[split]["pairs"] += int(table["is_pair"].sum())
-                done = counts[split].total() - counts[split]["pairs"]
-                note = f"mining {split} pairs: {counts[split]['pairs']:,} in {done // 2:,} candidates"
-                tell(min(before + done / 2 / config.rephrasings, sum(wanted.values())), sum(wanted.values()), note)
+                    pairs[split] += int(table["is_pair"].sum())
+                done = counts[split].total() // 2
+                note = f"mining {split} pairs: {pairs[split]:,} in {done:,} candidates"
+                tell(before + min(done / config.rephrasings, wanted[split]), sum(wanted.values()), note)
             before += wanted[split]
     contrast = _merged(contrast)
     for split in SPLITS:
-        if not counts[split]["pairs"]:
-            raise StudyError(f"{cell.name}: no pairs found in the {split} split: {_why_no_pairs(cell, counts, split)}")
+        if not pairs[split]:
+            why = _why_no_pairs(cell, counts[split], split)
+            raise StudyError(f"{cell.name}: no pairs found in the {split} split: {why}")
     files = [cell.records / "pairs.parquet", *_held_out_pairs(cell, task, asking, tell)]
     if contrast is not None:
         files.append(write_atomically(cell.folder / "contrast.safetensors", contrast.result().save))
@@ -126,12 +128,11 @@ def _pairs_table(batch: PairBatch, split: str) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def _why_no_pairs(cell: Cell, counts: Mapping[str, Counter[str]], split: str) -> str:
-    found = {name: n for name, n in counts[split].most_common() if name != "pairs"}
+def _why_no_pairs(cell: Cell, found: Counter[str], split: str) -> str:
     if not found:
         return "the task gave no candidate; every item needs two phrasings, in each split"
-    seen = ", ".join(f"{name} {n}" for name, n in found.items())
+    seen = ", ".join(f"{name} {n}" for name, n in found.most_common())
     mend = f"raise pairs.{split}_examples, or train to a more even mixture (training.stop.conflict_each)"
     if not (cell.config.model.is_trained or cell.config.model.cell):
         mend = "ask more items in more phrasings, of which the model answers some either way"
-    return f"none of {sum(found.values()) // 2} candidates flips ({seen}); {mend}"
+    return f"none of {found.total() // 2} candidates flips ({seen}); {mend}"

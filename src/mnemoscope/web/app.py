@@ -37,8 +37,7 @@ def build_app(root: Path, first: str | None = None, token: str | None = None, ho
     Raises:
         InputError: others can reach it, and there is no token.
     """
-    if not is_loopback(host) and not token:
-        raise InputError(f"token: others can reach {host}; give a token that they must know (--token)")
+    check_token(host, token)
     app = FastAPI(title="Mnemoscope", version=version(), docs_url=None, redoc_url=None)
     app.state.rooms, app.state.jobs, app.state.first = Rooms(root), Jobs(), first
     app.state.turns = asyncio.Semaphore(TURNS)
@@ -88,9 +87,15 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def check_token(host: str, token: str | None) -> None:
+    """Raises InputError where a network could ask without a token."""
+    if not is_loopback(host) and not token:
+        raise InputError(f"token: others can reach {host}; give a token that they must know (--token)")
+
+
 def check_reachable(run: Path | None, host: str, port: int, token: str | None) -> None:
     """Raises InputError where a network could ask without a token, the port is taken, or ``run`` is no run folder."""
-    build_app(Path(), token=token, host=host)
+    check_token(host, token)
     if run is not None:
         if not (run / "study.yaml").is_file():
             raise InputError(f"RUN: {run} is not a run folder (it has no study.yaml)")

@@ -68,9 +68,12 @@ class Rooms:
                 if key in self._open:
                     self._open.move_to_end(key)
                     return self._open[key]
-            bench = Bench.of(run, cell)
+            try:
+                bench = Bench.of(run, cell)
+            finally:
+                with self._lock:
+                    self._opening.pop(key, None)
             with self._lock:
-                self._opening.pop(key, None)
                 self._open[key] = bench
                 while len(self._open) > OPEN:
                     self._open.popitem(last=False)
