@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rounds import ratios, seconds_of
 
 from mnemoscope.detect import Detector, Gate
 from mnemoscope.errors import InputError
@@ -42,10 +42,11 @@ def main() -> None:
     model, tokenizer = load_model(arguments.model)
     with tempfile.TemporaryDirectory() as folder:
         ways = _ways(model, tokenizer, Path(folder) / "baked", arguments)
-        seconds = _seconds(ways, arguments.rounds)
+        seconds = seconds_of(ways, arguments.rounds)
+    of_plain = ratios(seconds, PLAIN)
     for name, values in seconds.items():
-        ratio = values / seconds[PLAIN]
-        print(f"{name:28}{np.median(values):7.2f} s   {np.median(ratio):.3f}   {ratio.min():.3f} .. {ratio.max():.3f}")
+        middle, least, most = of_plain[name]
+        print(f"{name:28}{np.median(values):7.2f} s   {middle:.3f}   {least:.3f} .. {most:.3f}")
 
 
 def _ways(model: Any, tokenizer: Any, folder: Path, arguments: argparse.Namespace) -> dict[str, Callable[[], Any]]:
@@ -88,17 +89,6 @@ def _ways(model: Any, tokenizer: Any, folder: Path, arguments: argparse.Namespac
     else:
         ways["baked, every block"] = generate(load_model(folder)[0])
     return ways
-
-
-def _seconds(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, np.ndarray]:
-    """Seconds of each way, one per round, measured in turn, the first round left out."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds + 1):
-        for name, run in ways.items():
-            started = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - started)
-    return {name: np.array(values[1:]) for name, values in seconds.items()}
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ import httpx
 import numpy as np
 
 PORT_TRIES = 200
+EARLY = 200  # requests after which memory should not grow any more
+SLID = 30  # prompts that are slid over
 
 
 def main() -> None:
@@ -44,33 +46,41 @@ def main() -> None:
 
 def _measure(client: httpx.Client, process: int, arguments: argparse.Namespace) -> None:
     cell = f"/api/runs/{arguments.run.resolve().name}/cells/{arguments.cell}"
-    asked = _questions(client, cell)
+    asked = _questions(client, cell, arguments.requests)
 
     def answer(number: int) -> tuple[float, Any]:
         began = time.perf_counter()
-        found = client.post(f"{cell}/ask", json=asked[number % len(asked)])
+        found = client.post(f"{cell}/ask", json=asked[number])
         found.raise_for_status()
         return time.perf_counter() - began, found.json()
 
-    quiet = [answer(number) for number in range(len(asked))]
-    alone = np.array([seconds for seconds, _ in (answer(number) for number in range(len(asked)))])
-    print(f"one client, slider to answer: median {1000 * np.median(alone):.0f} ms, p95 {_p95(alone):.0f} ms")
-    with ThreadPoolExecutor(20) as crowd:
-        twenty = np.array([seconds for seconds, _ in crowd.map(answer, range(400))])
-    print(f"20 clients: median {1000 * np.median(twenty):.0f} ms, p95 {_p95(twenty):.0f} ms")
-    order = np.random.default_rng(0).integers(len(asked), size=arguments.requests)
-    wrong, early = 0, 0.0
+    # The crowd first, on a server that has answered nobody: what it keeps by then is part of what is measured.
+    crowded, early = [], 0.0
     with ThreadPoolExecutor(arguments.clients) as crowd:
-        for number, (_, found) in enumerate(crowd.map(answer, order.tolist())):
-            wrong += found != quiet[order[number]][1]
-            early = _resident(process) if number == 200 else early
+        for number, (_, found) in enumerate(crowd.map(answer, range(len(asked)))):
+            crowded.append(found)
+            early = _resident(process) if number == EARLY else early
     late = _resident(process)
-    print(f"{arguments.clients} clients, {arguments.requests} requests: {wrong} answers differ from a quiet client's")
-    print(f"memory after 200: {early:.0f} MiB, at the end {late:.0f} MiB, ratio {late / early:.3f}")
+    told = f"{arguments.clients} clients, {len(asked)} requests"
+    print(f"{told}: memory after {EARLY} {early:.0f} MiB, at the end {late:.0f} MiB, ratio {late / early:.3f}")
+    quiet = [answer(number) for number in range(len(asked))]
+    wrong = sum(found != alone for found, (_, alone) in zip(crowded, quiet, strict=True))
+    print(f"{told}: {wrong} answers differ from a quiet client's")
+    slid = []
+    for first, *rest in _by_prompt(asked)[:SLID]:  # as a person does: one prompt, then other strengths
+        answer(first)
+        slid += [answer(number)[0] for number in rest]
+    sliding = np.array(slid)
+    print(f"one client, slider to answer: median {1000 * np.median(sliding):.0f} ms, p95 {_p95(sliding):.0f} ms")
+    fresh = np.array([seconds for seconds, _ in quiet])
+    print(f"one client, another prompt each time: median {1000 * np.median(fresh):.0f} ms, p95 {_p95(fresh):.0f} ms")
+    with ThreadPoolExecutor(20) as crowd:
+        twenty = np.array([seconds for seconds, _ in crowd.map(answer, range(min(400, len(asked))))])
+    print(f"20 clients: median {1000 * np.median(twenty):.0f} ms, p95 {_p95(twenty):.0f} ms")
 
 
-def _questions(client: httpx.Client, cell: str) -> list[dict[str, Any]]:
-    """Different prompts, vectors and strengths."""
+def _questions(client: httpx.Client, cell: str, n: int) -> list[dict[str, Any]]:
+    """``n`` requests, each with a strength of its own; prompts, vectors and directions are drawn."""
     for _ in range(PORT_TRIES):
         try:
             facts = client.get(cell).raise_for_status().json()
@@ -78,15 +88,25 @@ def _questions(client: httpx.Client, cell: str) -> list[dict[str, Any]]:
         except httpx.ConnectError:
             time.sleep(0.1)
     methods = [row["method"] for row in facts["methods"]]
-    pairs = client.get(f"{cell}/questions?n=24").json()
+    pairs = client.get(f"{cell}/questions?n=100").json()
+    prompts = [question for pair in pairs for question in pair.values()]
     rng, asked = np.random.default_rng(1), []
-    for pair in pairs:
-        for question in pair.values():
-            toward = str(rng.choice(["generalized", "memorized"]))
-            alpha = round(float(rng.uniform(0.1, 2.0)), 2)
-            turning = {"toward": toward, "method": str(rng.choice(methods)), "alpha": alpha}
-            asked.append({"question": question, "turning": turning})
+    for _ in range(n):
+        turning = {
+            "toward": str(rng.choice(["generalized", "memorized"])),
+            "method": str(rng.choice(methods)),
+            "alpha": float(rng.uniform(0.1, 2.0)),
+        }
+        asked.append({"question": prompts[rng.integers(len(prompts))], "turning": turning})
     return asked
+
+
+def _by_prompt(asked: list[dict[str, Any]]) -> list[list[int]]:
+    """The numbers of the requests about each prompt."""
+    found: dict[str, list[int]] = {}
+    for number, one in enumerate(asked):
+        found.setdefault(one["question"]["prompt"], []).append(number)
+    return list(found.values())
 
 
 def _p95(seconds: np.ndarray) -> float:

@@ -15,6 +15,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from rounds import ratios, seconds_of
 
 from mnemoscope.behaviour import Asking, Batch, Scores, cache_prefixes, prepare, score
 from mnemoscope.config import ModelConfig
@@ -142,13 +143,8 @@ def _seconds(
         for margins in (True, False):
             cells = partial(_cells, asking, batches, chosen, margins)
             runs[f"{name}, {'with' if margins else 'no'} margins"] = (cells, len(chosen))
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds + 1):
-        for name, (run, count) in runs.items():
-            started = time.perf_counter()
-            run()
-            seconds[name].append((time.perf_counter() - started) / count)
-    measured = {name: np.array(values[1:]) for name, values in seconds.items()}
+    seconds = seconds_of({name: run for name, (run, _) in runs.items()}, rounds)
+    measured = {name: values / runs[name][1] for name, values in seconds.items()}
     for margins in ("with margins", "no margins"):
         measured[f"mixed, {margins}"] = np.mean([measured[f"{name}, {margins}"] for name in vectors], axis=0)
     return measured
@@ -156,11 +152,12 @@ def _seconds(
 
 def _print_ratios(seconds: dict[str, np.ndarray]) -> None:
     print(f"{'':28}{'ms':>8}{'min':>8}{'max':>8}   {CELLS} cells / plain pass: median, min .. max over rounds")
+    of_plain = ratios(seconds, PLAIN)
     for name, values in seconds.items():
         line = f"{name:28}{1e3 * np.median(values):8.1f}{1e3 * values.min():8.1f}{1e3 * values.max():8.1f}"
         if "margins" in name:
-            ratio = CELLS * values / seconds[PLAIN]
-            line += f"   {np.median(ratio):5.2f}   {ratio.min():.2f} .. {ratio.max():.2f}"
+            middle, least, most = (CELLS * ratio for ratio in of_plain[name])
+            line += f"   {middle:5.2f}   {least:.2f} .. {most:.2f}"
         print(line)
 
 

@@ -124,6 +124,12 @@ def test_saved_and_loaded_it_reads_the_same(detector: Detector, tmp_path: Path) 
     states_NLD = drawn(20, 7).states_NLD
     assert np.array_equal(found.read(states_NLD).p_memorized_NL, detector.read(states_NLD).p_memorized_NL)
     assert found.task == "mine"
+    for cell in ("a", "b"):
+        (tmp_path / "run" / "cells" / cell).mkdir(parents=True)
+        bound.save(tmp_path / "run" / "cells" / cell / "detector.safetensors")
+    with pytest.raises(InputError, match=r"from: several cells of the run are of this model; name one of .*a, .*b$"):
+        find_detector(tmp_path / "run", model, words)
+    assert find_detector(tmp_path / "run" / "cells" / "b", model, words).task == "mine"
     with pytest.raises(InputError, match="model_type: the detector was made on gpt2, this model has llama"):
         find_detector(tmp_path, tiny("llama"), words)
     narrow = Detector.fit(

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mnemoscope.behaviour import Batch, decode, log_probabilities, prepare, score
+from mnemoscope.behaviour import Batch, decode, log_probabilities, score, without_prefix
 from mnemoscope.cells import Cell, cells_of
 from mnemoscope.config import load_study
 from mnemoscope.contrast import Contrast
@@ -33,6 +33,7 @@ from mnemoscope.steering import OPPOSITE, SteeringVector, Toward, complete, read
 from mnemoscope.tasks import Example
 
 REMEMBERED = 256  # questions whose unsteered answers are kept
+READ = 8  # questions whose prompts need not be read again: somebody moves a slider
 WATCHED = 100  # tune pairs whose states are shown of a neuron
 REPHRASINGS = 20  # draws in which other words must be found
 TIMES = (1.0, 4.0, 16.0)  # multiples of its mean difference by which a neuron alone is shifted
@@ -125,6 +126,7 @@ class Bench:
             }
             self._items = {pair[1].item: pair[1] for pair in self._records.both_sides("test", len(self._records.pairs))}
         self._plain: OrderedDict[Example, Answered] = OrderedDict()
+        self._read: OrderedDict[Example, list[Batch]] = OrderedDict()
         self._sides: dict[tuple[str, int], tuple[list[Batch], np.ndarray]] = {}
 
     @classmethod
@@ -213,9 +215,9 @@ class Bench:
         vector = self.vector(turning) if turning else None
         with self._lock:
             if vector is not None and turning is not None and turning.alpha:
-                return self._ask(example, partial(vector.apply, self._asking.model, turning.alpha))
+                return self._ask(example, vector, turning.alpha)
             if example not in self._plain:
-                self._plain[example] = self._ask(example, nullcontext)
+                self._plain[example] = self._ask(example)
                 while len(self._plain) > REMEMBERED:
                     self._plain.popitem(last=False)
             return self._plain[example]
@@ -238,8 +240,20 @@ class Bench:
                     reading = read_prompts(self._detector, self._asking, [prompt])
         return Answered(None, said, math.nan, math.nan, reading)
 
-    def _ask(self, example: Example, applied: Callable[[], Any]) -> Answered:
-        batches = prepare(self._asking, [example])
+    def _prompt(self, example: Example) -> list[Batch]:
+        """The question as a batch of one, its prompt read up to the decision position; the latest ones are kept."""
+        if example not in self._read:
+            self._read[example] = with_prefixes(self._asking, [example])
+            while len(self._read) > READ:
+                self._read.popitem(last=False)
+        self._read.move_to_end(example)
+        return self._read[example]
+
+    def _ask(self, example: Example, vector: SteeringVector | None = None, alpha: float = 1.0) -> Answered:
+        applied = partial(vector.apply, self._asking.model, alpha) if vector else nullcontext
+        batches = self._prompt(example)
+        if vector and vector.positions == "all":
+            batches = [without_prefix(batch) for batch in batches]
         site = self._detector.site if self._detector else None
         scores = score(self._asking, batches, margins=False, capture=site, applied=applied)
         with torch.no_grad(), applied():

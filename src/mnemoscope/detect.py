@@ -28,7 +28,7 @@ from mnemoscope.behaviour import Asking, read_states
 from mnemoscope.errors import InputError
 from mnemoscope.models import Site, backbone_of, blocks_of, pass_inputs, site_width
 from mnemoscope.probes import LayerProbe, Standardized, fit_layer_probes
-from mnemoscope.steering import Binding, Toward, first_accepted, reading
+from mnemoscope.steering import Binding, Toward, only_accepted, reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -260,7 +260,8 @@ def states_at_the_end(
 ) -> np.ndarray:
     """Float32 states (N, L, D) at the last column of a left-padded batch."""
     with read_states(model, site) as states:
-        backbone_of(model)(**pass_inputs(model, ids_NT, mask_NT, cache))
+        # Nothing is read behind these tokens: keys and values need not be kept.
+        backbone_of(model)(**pass_inputs(model, ids_NT, mask_NT, cache) | {"use_cache": cache is not None})
     return torch.stack([states_ND.float().cpu() for states_ND in states], dim=1).numpy()
 
 
@@ -288,13 +289,13 @@ def find_detector(
     """The detector of a file, of a cell's folder or of a run, that was fitted on this model.
 
     Raises:
-        InputError: there is none, or every one was fitted on another model.
+        InputError: there is none, every one was fitted on another model, or several cells have one for this model.
     """
     if source.is_file():
         return Detector.load(source, model, tokenizer, force)
     paths = [source / "detector.safetensors", *sorted((source / "cells").glob("*/detector.safetensors"))]
-    return first_accepted(
-        filter(Path.is_file, paths),
+    return only_accepted(
+        {path.parent: path for path in paths if path.is_file()},
         lambda path: Detector.load(path, model, tokenizer, force),
         f"from: {source} is neither a detector nor a folder of a run with one (set detection.fitted: true)",
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,16 +84,26 @@ def reading(what: str, path: Path) -> Iterator[None]:
         raise InputError(f"{what}: {path} cannot be read ({str(error).splitlines()[0]})") from error
 
 
-def first_accepted(paths: Iterable[Path], load: Callable[[Path], Made], otherwise: str) -> Made:
-    """What ``load`` makes of the first file that it accepts.
+def only_accepted(paths: Mapping[Path, Path], load: Callable[[Path], Made], otherwise: str) -> Made:
+    """What ``load`` makes of the one file that it accepts.
+
+    Args:
+        paths: files by the folder of the cell that they are of.
 
     Raises:
-        InputError: it accepts none: what it said of the last one, or ``otherwise`` where there is none.
+        InputError: it accepts none: what it said of the last one, or ``otherwise`` where there is none; or it accepts
+            those of several cells, and which of them is meant is for the user to say.
     """
+    accepted: dict[Path, Made] = {}
     refused: InputError | None = None
-    for path in paths:
+    for cell, path in paths.items():
         try:
-            return load(path)
+            accepted[cell] = load(path)
         except InputError as error:
             refused = error
-    raise refused or InputError(otherwise)
+    if len(accepted) > 1:
+        cells = ", ".join(str(cell) for cell in accepted)
+        raise InputError(f"from: several cells of the run are of this model; name one of {cells}")
+    if not accepted:
+        raise refused or InputError(otherwise)
+    return next(iter(accepted.values()))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mnemoscope.errors import InputError
 from mnemoscope.models import SITES, Site, blocks_of, site_width
-from mnemoscope.steering.binding import Binding, first_accepted, reading
+from mnemoscope.steering.binding import Binding, only_accepted, reading
 from mnemoscope.steering.hooks import Gate, Positions, shifted
 
 if TYPE_CHECKING:
@@ -237,7 +237,8 @@ def find_vector(
     Of a folder it is the one of the method that was best on the tune split for pairs.
 
     Raises:
-        InputError: there is none, it turns the other way, or every one was made on another model.
+        InputError: there is none, it turns the other way, or every one was made on another model, or several cells
+            have one for this model.
     """
     if source.is_file():
         vector = SteeringVector.load(source, model, tokenizer, force)
@@ -245,13 +246,13 @@ def find_vector(
             raise InputError(f"toward: the vector in {source} turns to {vector.toward}, not to {toward}")
         return vector
     cells = [source] if (source / "vectors").is_dir() else sorted((source / "cells").glob("*/"))
-    paths = []
+    paths: dict[Path, Path] = {}
     for cell in cells:
         chosen = cell / "records" / "chosen.json"
         if chosen.is_file():
             method = json.loads(chosen.read_text())["pairs"]["best"][f"to_{toward}"]
-            paths.append(cell / "vectors" / f"to_{toward}-{method}.safetensors")
-    return first_accepted(
+            paths[cell] = cell / "vectors" / f"to_{toward}-{method}.safetensors"
+    return only_accepted(
         paths,
         lambda path: SteeringVector.load(path, model, tokenizer, force),
         f"from: {source} is neither a vector nor a folder of a run that has chosen vectors",
