@@ -172,6 +172,9 @@ class SteeringConfig(Frozen):
     )
     conflict_collateral_limit: float = Field(0.1, ge=0, le=1, description="of collateral, for those conflicts")
     draws: int = Field(20, ge=1, description="draws of each control")
+    conflict_draws: int = Field(
+        20, ge=1, description="draws of each control where conflicts are turned as they are drawn"
+    )
 
 
 class EffectsConfig(Frozen):

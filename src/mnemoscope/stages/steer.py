@@ -261,10 +261,12 @@ class _Work:
         yield _table(aim, setting, ("vector", 0), name, entry, scores)
         if name != aim or (aim == "conflict" and method not in {made.best[a, direction] for a in AIMS}):
             return
+        config = self.cell.config.steering
+        draws = config.draws if aim == "pairs" else config.conflict_draws
         for control in CONTROLS:
             # Shuffles go by the first number, and those that settings were ranked by are to be no part of this.
             seed = [self.cell.seed + JUDGED, zlib.crc32(f"{aim}/{direction}/{method}/{control}".encode())]
-            for number, shift_LD in control_draws(control, sources, setting, self.cell.config.steering.draws, seed):
+            for number, shift_LD in control_draws(control, sources, setting, draws, seed):
                 scores = steered(self.asking, batches, vector.with_dense(shift_LD), margins=False)
                 yield _table(aim, setting, (control, number), name, entry, scores)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request
 from fastapi.concurrency import run_in_threadpool
@@ -51,13 +51,13 @@ router = APIRouter(prefix="/api", responses={code: {"model": shapes.ErrorOut} fo
 
 
 @router.get("/runs")
-def list_runs(rooms: Opened) -> list[dict[str, Any]]:
+def list_runs(rooms: Opened) -> list[shapes.RunOut]:
     """The runs in the folder, with their studies, cells and first numbers."""
     return [_run(rooms, name) for name in rooms.runs()]
 
 
 @router.get("/runs/{run}")
-def show_run(rooms: Opened, run: Run) -> dict[str, Any]:
+def show_run(rooms: Opened, run: Run) -> shapes.RunOut:
     """One run."""
     return _run(rooms, run)
 
@@ -65,18 +65,18 @@ def show_run(rooms: Opened, run: Run) -> dict[str, Any]:
 @router.get("/compare")
 def compare(
     rooms: Opened, first: Annotated[str, Query(pattern=NAME)], second: Annotated[str, Query(pattern=NAME)]
-) -> list[dict[str, Any]]:
+) -> list[shapes.RowOut]:
     """Two runs side by side, a row for each number that either has."""
-    return compare_briefs(rooms.brief(first), rooms.brief(second))
+    return [shapes.RowOut(**row) for row in compare_briefs(rooms.brief(first), rooms.brief(second))]
 
 
 @router.get(CELL)
-async def show_cell(asks: Asks) -> dict[str, Any]:
+async def show_cell(asks: Asks) -> shapes.CellOut:
     """An opened cell: what its model can be turned with."""
 
-    def facts(bench: Bench) -> dict[str, Any]:
-        named = {"run": asks.run, "cell": asks.cell, "layers": bench.layers}
-        return named | {"detects": bench.detects, "methods": bench.methods()}
+    def facts(bench: Bench) -> shapes.CellOut:
+        methods = [shapes.MethodOut.model_validate(row) for row in bench.methods()]
+        return shapes.CellOut(run=asks.run, cell=asks.cell, layers=bench.layers, detects=bench.detects, methods=methods)
 
     return await asks(facts)
 
@@ -129,10 +129,10 @@ async def watch_neuron(asks: Asks, jobs: AtWork, layer: Index, neuron: Index) ->
 
     bench = await asks(checked)
 
-    def work(tell: Callable[[float], None], wanted: Callable[[], bool]) -> dict[str, Any]:
+    def work(tell: Callable[[float], None], wanted: Callable[[], bool]) -> shapes.WatchedOut:
         seen = bench.watch(layer, neuron, tell, wanted)
         label = f"Neuron {neuron} of layer {layer} where the model remembered and where it worked it out"
-        return shapes.watched(seen, draw_neuron(seen.generalized_P, seen.memorized_P, label), layer, neuron)
+        return shapes.WatchedOut.of(seen, draw_neuron(seen.generalized_P, seen.memorized_P, label), layer, neuron)
 
     return _job(jobs.start(work))
 
@@ -155,12 +155,12 @@ def _job(job: Job | None) -> shapes.JobOut:
     return shapes.JobOut(job=job.name, state=job.state, share=job.share, result=job.result, error=job.error)
 
 
-def _run(rooms: Rooms, name: str) -> dict[str, Any]:
+def _run(rooms: Rooms, name: str) -> shapes.RunOut:
     results = rooms.results(name)
-    return {
-        "run": name,
-        "study": results.get("study"),
-        "finished": bool(results),
-        "cells": rooms.cells(name),
-        "tasks": shapes.plain(rooms.brief(name)),
-    }
+    return shapes.RunOut(
+        run=name,
+        study=results.get("study"),
+        finished=bool(results),
+        cells=rooms.cells(name),
+        tasks=shapes.first_numbers(rooms.brief(name)),
+    )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mnemoscope.bench import Answered, Turning, Watched
 from mnemoscope.tasks import Example
@@ -21,6 +22,12 @@ Text = Annotated[str, Field(max_length=LONGEST_ANSWER)]
 
 class _Shape(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class _Read(BaseModel):
+    """Read from files, which may hold more than is shown."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
 
 class QuestionIn(_Shape):
@@ -170,13 +177,143 @@ class NeuronsOut(_Shape):
         )
 
 
+class EstimateOut(_Read):
+    """A number with its 95 % interval; null where it is not defined."""
+
+    estimate: float | None
+    low: float | None
+    high: float | None
+    n: int
+
+
+class ChosenOut(_Read):
+    """The setting of a vector; ``alpha`` is the paper's, of method nmd only."""
+
+    method: str
+    site: str
+    layers: list[int]
+    positions: str
+    top: float
+    strength: float
+    alpha: float | None
+
+
+class TurnedOut(_Read):
+    """What the best vector of a direction does to test pairs, beside its strongest control."""
+
+    chosen: ChosenOut
+    pairs: EstimateOut
+    other: EstimateOut
+    strongest_control: str | None
+    control: EstimateOut | None
+    collateral: dict[str, EstimateOut]
+
+
+class TaskOut(_Read):
+    """The first numbers of a task."""
+
+    pairs: int
+    test_pairs: int
+    to_generalized: TurnedOut
+    to_memorized: TurnedOut
+    detect_auroc: EstimateOut | None = None
+
+
+class RunOut(_Read):
+    """A run: its study, the cells that can be opened, and its first numbers by task once it has come to its end."""
+
+    run: str
+    study: str | None
+    finished: bool
+    cells: list[str]
+    tasks: dict[str, TaskOut]
+
+
+class RowOut(_Read):
+    """A number of two runs, in words."""
+
+    task: str
+    what: str
+    first: str
+    second: str
+
+
+class VectorOut(_Read):
+    """A vector of a cell; ``free``: any layers and any number of neurons can be taken of it."""
+
+    site: str
+    layers: list[int]
+    neurons: int
+    strength: float
+    free: bool
+    best: bool
+
+
+class MethodOut(_Read):
+    """A method with its two vectors."""
+
+    method: str
+    generalized: VectorOut
+    memorized: VectorOut
+
+
+class CellOut(_Read):
+    """An opened cell: what its model can be turned with."""
+
+    run: str
+    cell: str
+    layers: int
+    detects: bool
+    methods: list[MethodOut]
+
+
+class AloneOut(_Read):
+    """Shares of the other phrasings that a neuron turns when it alone is shifted by so many times its difference."""
+
+    times: float
+    generalized: float | None
+    memorized: float | None
+
+
+class WatchedOut(_Read):
+    """What is shown of a neuron; the drawing is SVG."""
+
+    layer: int
+    neuron: int
+    pairs: int
+    mean_generalized: float | None
+    mean_memorized: float | None
+    rank_nmd: int
+    rank_rho: int
+    alone: list[AloneOut]
+    drawing: str
+
+    @classmethod
+    def of(cls, neuron: Watched, drawing: str, layer: int, number: int) -> WatchedOut:
+        """For JSON."""
+        return cls(
+            layer=layer,
+            neuron=number,
+            pairs=len(neuron.generalized_P),
+            mean_generalized=known(float(neuron.generalized_P.mean())),
+            mean_memorized=known(float(neuron.memorized_P.mean())),
+            rank_nmd=neuron.rank_nmd,
+            rank_rho=neuron.rank_rho,
+            alone=[
+                AloneOut(times=times, generalized=known(turned["generalized"]), memorized=known(turned["memorized"]))
+                for times, turned in neuron.alone.items()
+            ],
+            drawing=drawing,
+        )
+
+
 class JobOut(_Shape):
     """Work that takes a while."""
 
     job: str
     state: Literal["running", "done", "failed", "cancelled"]
     share: float
-    result: Any = None
+    result: WatchedOut | None = None
     error: str = ""
 
 
@@ -193,20 +330,13 @@ class ErrorOut(BaseModel):
     error: Problem
 
 
-def watched(neuron: Watched, drawing: str, layer: int, number: int) -> dict[str, Any]:
-    """What is shown of a neuron."""
-    facts = {
-        "layer": layer,
-        "neuron": number,
-        "pairs": len(neuron.generalized_P),
-        "mean_generalized": float(neuron.generalized_P.mean()),
-        "mean_memorized": float(neuron.memorized_P.mean()),
-        "rank_nmd": neuron.rank_nmd,
-        "rank_rho": neuron.rank_rho,
-        "alone": [{"times": times, **turned} for times, turned in neuron.alone.items()],
-        "drawing": drawing,
-    }
-    return plain(facts)
+def first_numbers(brief: dict[str, Any]) -> dict[str, TaskOut]:
+    """What ``report.brief`` says of each task; nothing of one that another version has written."""
+    found = {}
+    for name, task in brief.items():
+        with suppress(ValidationError):
+            found[name] = TaskOut.model_validate(plain(task))
+    return found
 
 
 def known(value: float) -> float | None:
