@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Mapping
 
@@ -13,8 +14,12 @@ Way = Callable[[], object]
 def seconds_of(ways: Mapping[str, Way], rounds: int) -> dict[str, np.ndarray]:
     """Seconds of each way, one per round; the first round, in which everything warms up, is left out."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds + 1):
-        for name, way in ways.items():
+    names = list(ways)
+    for number in range(rounds + 1):
+        # Each goes first in turn, and none pays for what another left behind.
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            way = ways[name]
+            gc.collect()
             began = time.perf_counter()
             way()
             seconds[name].append(time.perf_counter() - began)

@@ -32,6 +32,8 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--clients", type=int, default=50)
     arguments = parser.parse_args()
+    if arguments.requests <= EARLY:
+        parser.error(f"--requests: at least {EARLY + 1}")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "mnemoscope", "serve", str(arguments.run), "--port", str(port)]
@@ -67,7 +69,7 @@ def _measure(client: httpx.Client, process: int, arguments: argparse.Namespace) 
     wrong = sum(found != alone for found, (_, alone) in zip(crowded, quiet, strict=True))
     print(f"{told}: {wrong} answers differ from a quiet client's")
     slid = []
-    for first, *rest in _by_prompt(asked)[:SLID]:  # as a person does: one prompt, then other strengths
+    for first, *rest in _by_prompt(asked)[:SLID]:  # as a person does: one prompt, then other vectors and strengths
         answer(first)
         slid += [answer(number)[0] for number in rest]
     sliding = np.array(slid)
@@ -87,6 +89,8 @@ def _questions(client: httpx.Client, cell: str, n: int) -> list[dict[str, Any]]:
             break
         except httpx.ConnectError:
             time.sleep(0.1)
+    else:
+        raise SystemExit("the server does not answer")
     methods = [row["method"] for row in facts["methods"]]
     pairs = client.get(f"{cell}/questions?n=100").json()
     prompts = [question for pair in pairs for question in pair.values()]

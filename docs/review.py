@@ -84,7 +84,7 @@ def controls(tasks: dict[str, Any]) -> None:
             found = task["steering"][direction]
             beside = found["controls"]
             means = [beside[c]["pairs"]["shift"]["estimate"] for c in CONTROLS]
-            draws = {beside[c]["draws"] for c in CONTROLS}
+            draws = {beside[c]["draws"]["pairs"] for c in CONTROLS}
             rows.append(
                 [
                     name,

@@ -127,7 +127,9 @@ def test_saved_and_loaded_it_reads_the_same(detector: Detector, tmp_path: Path) 
     for cell in ("a", "b"):
         (tmp_path / "run" / "cells" / cell).mkdir(parents=True)
         bound.save(tmp_path / "run" / "cells" / cell / "detector.safetensors")
-    with pytest.raises(InputError, match=r"from: several cells of the run are of this model; name one of .*a, .*b$"):
+    with pytest.raises(
+        InputError, match=r"from: what several cells of the run made can be used with this model; name one of .*a, .*b$"
+    ):
         find_detector(tmp_path / "run", model, words)
     assert find_detector(tmp_path / "run" / "cells" / "b", model, words).task == "mine"
     with pytest.raises(InputError, match="model_type: the detector was made on gpt2, this model has llama"):

@@ -26,14 +26,14 @@ from mnemoscope.contrast import Contrast
 from mnemoscope.detect import Detector, Reading, read_prompts
 from mnemoscope.directions import TOWARD, steered, with_prefixes
 from mnemoscope.errors import InputError
-from mnemoscope.models import blocks_of
+from mnemoscope.models import blocks_of, bytes_of
 from mnemoscope.stages import Records, cell_model
 from mnemoscope.statistics import top_by_magnitude
 from mnemoscope.steering import OPPOSITE, SteeringVector, Toward, complete, reading
 from mnemoscope.tasks import Example
 
 REMEMBERED = 256  # questions whose unsteered answers are kept
-READ = 8  # questions whose prompts need not be read again: somebody moves a slider
+READ = 2**27  # bytes of prompts that need not be read again: somebody moves a slider
 WATCHED = 100  # tune pairs whose states are shown of a neuron
 REPHRASINGS = 20  # draws in which other words must be found
 TIMES = (1.0, 4.0, 16.0)  # multiples of its mean difference by which a neuron alone is shifted
@@ -244,10 +244,15 @@ class Bench:
         """The question as a batch of one, its prompt read up to the decision position; the latest ones are kept."""
         if example not in self._read:
             self._read[example] = with_prefixes(self._asking, [example])
-            while len(self._read) > READ:
+            while len(self._read) > 1 and self._kept() > READ:
                 self._read.popitem(last=False)
         self._read.move_to_end(example)
         return self._read[example]
+
+    def _kept(self) -> int:
+        """Bytes of the prompts that are kept."""
+        batches = (batch for several in self._read.values() for batch in several)
+        return sum(bytes_of(batch.prefix) for batch in batches if batch.prefix is not None)
 
     def _ask(self, example: Example, vector: SteeringVector | None = None, alpha: float = 1.0) -> Answered:
         applied = partial(vector.apply, self._asking.model, alpha) if vector else nullcontext

@@ -117,7 +117,7 @@ def _control(parts: dict[str, pd.DataFrame], direction: str, cell: Cell) -> Tree
     """All draws of a control pooled, and beside it the draw that shifts most."""
     bare = {aim: part.drop(columns="confabulated") for aim, part in parts.items()}
     tree: Tree = {aim: shares(part, direction, cell) for aim, part in bare.items()}
-    tree["draws"] = max(int(part.draw.nunique()) for part in bare.values())
+    tree["draws"] = {aim: int(part.draw.nunique()) for aim, part in bare.items()}
     tree["worst"] = {aim: shares(_worst_draw(part, direction), direction, cell) for aim, part in bare.items()}
     return tree
 

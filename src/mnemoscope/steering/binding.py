@@ -103,7 +103,7 @@ def only_accepted(paths: Mapping[Path, Path], load: Callable[[Path], Made], othe
             refused = error
     if len(accepted) > 1:
         cells = ", ".join(str(cell) for cell in accepted)
-        raise InputError(f"from: several cells of the run are of this model; name one of {cells}")
+        raise InputError(f"from: what several cells of the run made can be used with this model; name one of {cells}")
     if not accepted:
         raise refused or InputError(otherwise)
     return next(iter(accepted.values()))

@@ -12,6 +12,7 @@ from typing import Any
 from mnemoscope.bench import Bench
 from mnemoscope.errors import InputError
 from mnemoscope.report import brief
+from mnemoscope.web.shapes import first_numbers
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"
 OPEN = 2  # cells whose models are kept in memory, but for those that somebody is still asking
@@ -88,8 +89,10 @@ class Rooms:
         return found if isinstance(found, dict) and found.get("schema") == SCHEMA else {}
 
     def brief(self, name: str) -> dict[str, Any]:
-        """A run's first numbers by task; nothing where there are none yet."""
+        """A run's first numbers by task; nothing where there are none yet, or where they are another version's."""
         try:
-            return brief(self.results(name))
+            found = brief(self.results(name))
         except (KeyError, TypeError, AttributeError):
             return {}
+        known = first_numbers(found)
+        return {task: numbers for task, numbers in found.items() if task in known}
