@@ -51,7 +51,7 @@ def test_data_is_seeded_jsonl_that_reads_back(tmp_path: Path) -> None:
 
 
 def test_built_in_studies_resolve() -> None:
-    assert set(built_in_studies()) == {"quickstart", "paper", "smollm2"}
+    assert set(built_in_studies()) == {"quickstart", "paper", "portable", "smollm2"}
     for name in built_in_studies():
         assert load_study(name).study == name
 
@@ -113,7 +113,7 @@ def test_a_bad_study_is_one_line_and_exit_code_2(tmp_path: Path, text: str, mess
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("run", "quickstrat"), "study: 'quickstrat' is neither a file nor one of paper, quickstart"),
+        (("run", "quickstrat"), "study: 'quickstrat' is neither a file nor one of paper, portable, quickstart"),
         (("run", "quickstart", "--set", "seeds"), "--set: 'seeds' is not of the form a.b=c"),
         (("run", "quickstart", "--set", "seeds.a=1"), "leads through 'seeds'"),
         (("run", "quickstart", "--set", "cells.addition.model.layers=[1"), "not YAML"),

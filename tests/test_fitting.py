@@ -35,7 +35,7 @@ def test_a_file_and_a_folder_give_vectors_a_detector_and_a_report(
     results = json.loads((out / "results.json").read_text())["tasks"]["sums"]
     assert said["tasks"]["sums"]["to_generalized"]["pairs"] == results["steering"]["to_generalized"]["pairs"]["shift"]
     assert said["tasks"]["sums"]["detect_auroc"] == results["detection"]["auroc"]["p_memorized"]
-    assert results["steering"]["to_generalized"]["controls"]["gaussian"]["draws"] == 20
+    assert results["steering"]["to_generalized"]["controls"]["gaussian"]["draws"] == {"pairs": 20, "conflict": 20}
     assert Path(said["report"]).is_file()
     tried = {(row["method"], row["layers"]) for row in results["sweep"] if row["direction"] == "to_generalized"}
     assert {method for method, _ in tried} == {"standardized-nmd", "gradient", "learned"}

@@ -94,7 +94,7 @@ def heatmap(task: Tree) -> str:
     nmd, layers = contrast["mean_abs_nmd"], contrast["layers"]
     text = f"The two behaviours differ most in layer {layers[top]}, by {nmd[top]:.2g} on average over its neurons"
     if top and nmd[0] > 0:
-        text += f", {nmd[top] / nmd[0]:.2g} times as much as in layer {layers[0]}"
+        text += f", {_times(nmd[top] / nmd[0])} times as much as in layer {layers[0]}"
     return f"{text}. {_significant(contrast)}"
 
 
@@ -121,3 +121,8 @@ def correlations(contrast: Contrast, task: Tree) -> str:
         f"The strongest neuron is in layer {layer}: its activity correlates with the behaviour at |rho| = "
         f"{np.nanmax(rho_LD):.2g}. Half of that layer's neurons stay below {half:.2g}."
     )
+
+
+def _times(ratio: float) -> str:
+    """Two digits, and never a power of ten."""
+    return f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.2g}"
