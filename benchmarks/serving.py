@@ -12,7 +12,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,8 @@ import numpy as np
 PORT_TRIES = 200
 EARLY = 200  # requests after which memory should not grow any more
 SLID = 30  # prompts that are slid over
+WATCHED = 20  # neurons that are looked into meanwhile
+OTHER_WORDS = 5  # draws of other words for each question
 
 
 def main() -> None:
@@ -36,38 +41,83 @@ def main() -> None:
         parser.error(f"--requests: at least {EARLY + 1}")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mnemoscope", "serve", str(arguments.run), "--port", str(port)]
+    cell = f"/api/runs/{arguments.run.resolve().name}/cells/{arguments.cell}"
+    with _serving(arguments.run, port) as (client, _):
+        asked = _questions(client, cell, arguments.requests)
+        neurons = client.get(f"{cell}/neurons").raise_for_status().json()["nmd"]
+    # The crowd on a server that has answered nobody: what it keeps by then is part of what is measured.
+    with _serving(arguments.run, port) as (client, process):
+        answer, watch = partial(_answer, client, cell, asked), partial(_watch, client, cell, neurons)
+        crowded = _crowd(answer, process, arguments, watch)
+    # A quiet client of another server, which nothing can have leaked into.
+    with _serving(arguments.run, port) as (client, _):
+        _quiet(partial(_answer, client, cell, asked), asked, crowded)
+
+
+@contextmanager
+def _serving(run: Path, port: int) -> Iterator[tuple[httpx.Client, int]]:
+    """A client of a server that has just begun, and the number of its process."""
+    command = [sys.executable, "-m", "mnemoscope", "serve", str(run), "--port", str(port)]
     server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=600) as client:
-            _measure(client, server.pid, arguments)
+            for _ in range(PORT_TRIES):
+                try:
+                    client.get("/api/runs").raise_for_status()
+                    break
+                except httpx.ConnectError:
+                    time.sleep(0.1)
+            else:
+                raise SystemExit("the server does not answer")
+            yield client, server.pid
     finally:
         server.terminate()
         server.wait()
 
 
-def _measure(client: httpx.Client, process: int, arguments: argparse.Namespace) -> None:
-    cell = f"/api/runs/{arguments.run.resolve().name}/cells/{arguments.cell}"
-    asked = _questions(client, cell, arguments.requests)
+def _answer(client: httpx.Client, cell: str, asked: list[dict[str, Any]], number: int) -> tuple[float, Any]:
+    began = time.perf_counter()
+    found = client.post(f"{cell}/ask", json=asked[number])
+    found.raise_for_status()
+    return time.perf_counter() - began, found.json()
 
-    def answer(number: int) -> tuple[float, Any]:
-        began = time.perf_counter()
-        found = client.post(f"{cell}/ask", json=asked[number])
-        found.raise_for_status()
-        return time.perf_counter() - began, found.json()
 
-    # The crowd first, on a server that has answered nobody: what it keeps by then is part of what is measured.
-    crowded, early = [], 0.0
-    with ThreadPoolExecutor(arguments.clients) as crowd:
-        for number, (_, found) in enumerate(crowd.map(answer, range(len(asked)))):
+def _watch(client: httpx.Client, cell: str, neurons: list[Any], number: int) -> None:
+    """Look into a neuron, as somebody does while others slide."""
+    layer = number % len(neurons)
+    job = client.post(f"{cell}/neurons/{layer}/{number % len(neurons[0])}").raise_for_status().json()
+    while job["state"] == "running":
+        time.sleep(0.1)
+        job = client.get(f"/api/jobs/{job['job']}").raise_for_status().json()
+    assert job["state"] == "done", job
+
+
+def _crowd(
+    answer: Callable[[int], tuple[float, Any]],
+    process: int,
+    arguments: argparse.Namespace,
+    watch: Callable[[int], None],
+) -> list[Any]:
+    """What many are answered at once, two of whom look into neurons."""
+    crowded, early, numbers = [], 0.0, range(arguments.requests)
+    with ThreadPoolExecutor(arguments.clients) as crowd, ThreadPoolExecutor(2) as lookers:
+        looks = [lookers.submit(watch, number) for number in range(WATCHED)]
+        for number, (_, found) in enumerate(crowd.map(answer, numbers)):
             crowded.append(found)
             early = _resident(process) if number == EARLY else early
+        for look in looks:
+            look.result()
     late = _resident(process)
-    told = f"{arguments.clients} clients, {len(asked)} requests"
+    told = f"{arguments.clients} clients, {arguments.requests} requests, {WATCHED} neurons"
     print(f"{told}: memory after {EARLY} {early:.0f} MiB, at the end {late:.0f} MiB, ratio {late / early:.3f}")
+    return crowded
+
+
+def _quiet(answer: Callable[[int], tuple[float, Any]], asked: list[dict[str, Any]], crowded: list[Any]) -> None:
+    """The same for one alone, and how long it waits."""
     quiet = [answer(number) for number in range(len(asked))]
     wrong = sum(found != alone for found, (_, alone) in zip(crowded, quiet, strict=True))
-    print(f"{told}: {wrong} answers differ from a quiet client's")
+    print(f"{wrong} of {len(asked)} answers differ from those of a quiet client of another server")
     slid = []
     for first, *rest in _by_prompt(asked)[:SLID]:  # as a person does: one prompt, then other vectors and strengths
         answer(first)
@@ -82,26 +132,31 @@ def _measure(client: httpx.Client, process: int, arguments: argparse.Namespace) 
 
 
 def _questions(client: httpx.Client, cell: str, n: int) -> list[dict[str, Any]]:
-    """``n`` requests, each with a strength of its own; prompts, vectors and directions are drawn."""
-    for _ in range(PORT_TRIES):
-        try:
-            facts = client.get(cell).raise_for_status().json()
-            break
-        except httpx.ConnectError:
-            time.sleep(0.1)
-    else:
-        raise SystemExit("the server does not answer")
+    """``n`` requests, each with a strength of its own; prompts, vectors and directions are drawn.
+
+    A tenth is not turned, and a tenth comes without the two answers.
+    """
+    facts = client.get(cell).raise_for_status().json()
     methods = [row["method"] for row in facts["methods"]]
     pairs = client.get(f"{cell}/questions?n=100").json()
     prompts = [question for pair in pairs for question in pair.values()]
+    for seed in range(OTHER_WORDS):
+        for pair in pairs:
+            one = {"item": pair["memorized"]["item"], "prompt": pair["memorized"]["prompt"], "seed": seed}
+            other = client.post(f"{cell}/rephrase", json=one)
+            if other.status_code == 200:
+                prompts.append(other.json())
     rng, asked = np.random.default_rng(1), []
-    for _ in range(n):
+    for number in range(n):
         turning = {
             "toward": str(rng.choice(["generalized", "memorized"])),
             "method": str(rng.choice(methods)),
             "alpha": float(rng.uniform(0.1, 2.0)),
         }
-        asked.append({"question": prompts[rng.integers(len(prompts))], "turning": turning})
+        question = prompts[rng.integers(len(prompts))]
+        if number % 10 == 1:
+            question = {"prompt": question["prompt"]}
+        asked.append({"question": question, "turning": None if number % 10 == 0 else turning})
     return asked
 
 

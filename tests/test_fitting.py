@@ -31,7 +31,7 @@ def test_a_file_and_a_folder_give_vectors_a_detector_and_a_report(
         app, ["fit", model, "--task", str(data), "-o", str(out), "--settings", str(ONE_LAYER), "--json"]
     )
     assert done.exit_code == 0, done.output
-    said = json.loads(done.stdout)
+    said = json.loads(done.stdout, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
     results = json.loads((out / "results.json").read_text())["tasks"]["sums"]
     assert said["tasks"]["sums"]["to_generalized"]["pairs"] == results["steering"]["to_generalized"]["pairs"]["shift"]
     assert said["tasks"]["sums"]["detect_auroc"] == results["detection"]["auroc"]["p_memorized"]
@@ -88,13 +88,15 @@ def test_what_cannot_be_fitted_is_one_line(task: str, settings: int, message: st
 
 
 def test_the_budget_is_dealt_to_layers_all_over_the_model() -> None:
-    (cell,) = fitting_study({"folder": "x"}, "facts", {}, positions="all").cells.values()
+    (everywhere,) = fitting_study({"folder": "x"}, "facts", {}, positions="all").cells.values()
+    assert everywhere.steering.positions == "all"
+    sites = {site for grids in everywhere.steering.sweeps.values() for grid in grids for site in grid.sites}
+    assert sites <= set(SITES_FOR["gguf"]) & set(SITES_FOR["checkpoint"])
+    (cell,) = fitting_study({"folder": "x"}, "facts", {}).cells.values()
     grids, count = cell.steering.sweeps, 0
     for method in grids:
         count += len(settings_of("to_generalized", method, grids[method], 30))
     assert count == SETTINGS == 66
-    assert {site for (grid,) in grids.values() for site in grid.sites} <= set(SITES_FOR["checkpoint"])
-    assert cell.steering.positions == "all"
     (learned,) = grids["learned"]
     assert learned.layer_sets(30) == [(4,), (9,), (13,), (17,), (21,), (26,)]
     assert learned.layer_sets(2) == [(0,), (1,)]

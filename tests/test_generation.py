@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from families import prompts, tiny, tokenizer
+from families import FAMILIES, prompts, tiny, tokenizer
 from mnemoscope.behaviour import read_states
 from mnemoscope.doctor import examine
 from mnemoscope.errors import InputError
-from mnemoscope.models import SITES, Layout, Site, blocks_of, layout_of, site_width, use_layout
+from mnemoscope.models import (
+    SITES,
+    Layout,
+    Site,
+    blocks_of,
+    cache_of,
+    layout_of,
+    nothing_read_before,
+    pass_inputs,
+    site_width,
+    use_layout,
+)
 from mnemoscope.models.caches import cache_argument
-from mnemoscope.steering import SteeringVector
+from mnemoscope.steering import Binding, SteeringVector
 
 SOME = ("gpt2", "llama", "gemma2", "opt")
 
@@ -140,6 +152,83 @@ def test_vectors_work_on_adapted_and_merged_models_alike(family: str) -> None:
             torch.testing.assert_close(merged(input_ids=ids).logits, steered, rtol=1e-4, atol=1e-5)
             assert generated(merged, prompts()) == text
     assert not torch.allclose(plain, steered, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_an_adapted_model_is_known_as_the_merged_one(family: str) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    targets = ["c_attn", "c_proj"] if family == "gpt2" else ["q_proj", "down_proj"]
+    lora = LoraConfig(
+        r=2, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM", fan_in_fan_out=family == "gpt2"
+    )
+    adapted = get_peft_model(tiny(family), lora).eval()
+    before = {name: weight.clone() for name, weight in adapted.named_parameters()}
+    known = Binding.of(adapted, tokenizer())
+    assert all(torch.equal(weight, before[name]) for name, weight in adapted.named_parameters())
+    assert known != Binding.of(tiny(family), tokenizer())
+    assert known == Binding.of(adapted.merge_and_unload(), tokenizer())
+
+
+def test_a_batch_that_ends_in_padding_is_refused() -> None:
+    model, words = tiny("llama"), tokenizer()
+    words.padding_side = "right"
+    vector = random_vector(model)
+    inputs = words(["w1 w2 w3", "w4"], return_tensors="pt", padding=True)
+    for call in (model, partial(model.generate, max_new_tokens=2)):
+        with vector.apply(model), pytest.raises(InputError, match=r"padding: .* pad on the left"):
+            call(**inputs)
+    with vector.apply(model, start=0):  # whoever names the column knows where it is
+        model(**inputs)
+    with replace(vector, positions="all").apply(model):
+        model(**inputs)
+
+
+def test_guesses_behind_a_prompt_need_its_end_said() -> None:
+    model = tiny("llama")
+    vector = random_vector(model)
+    ids = torch.tensor([[5, 6, 7, 8, 5, 6, 7]])
+    guesses: list[dict[str, Any]] = [{"prompt_lookup_num_tokens": 3}, {"assistant_model": tiny("llama")}]
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    with vector.apply(model):
+        wanted = model.generate(input_ids=ids, **options)
+        for guessing in (*guesses, {"prefill_chunk_size": 2}):
+            with pytest.raises(InputError, match=f"start: with {next(iter(guessing))}"):
+                model.generate(input_ids=ids, **options, **guessing)
+    assert "generate" not in model.__dict__
+    with vector.apply(model, start=ids.shape[1] - 1):
+        for guessing in guesses:
+            assert model.generate(input_ids=ids, **options, **guessing).tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_nobody_reads_is_left_out_and_the_rest_is_as_it_was(family: str) -> None:
+    model, words = tiny(family), tokenizer()
+    inputs = words(prompts(), return_tensors="pt", padding=True)
+    inputs = pass_inputs(model, inputs.input_ids, inputs.attention_mask)
+    with torch.no_grad():
+        whole = model(**inputs)
+        for columns in (1, 2):
+            with nothing_read_before(model, columns):
+                short = model(**inputs, logits_to_keep=columns)
+            torch.testing.assert_close(short.logits, whole.logits[:, -columns:], rtol=1e-4, atol=1e-5)
+            for layer, kept in zip(cache_of(short).layers, cache_of(whole).layers, strict=True):
+                torch.testing.assert_close(layer.keys, kept.keys, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(layer.values, kept.values, rtol=1e-4, atol=1e-5)
+        assert torch.equal(model(**inputs).logits, whole.logits)
+
+
+def test_the_last_mlp_reads_one_column() -> None:
+    model = tiny("gpt2")
+    seen: list[int] = []
+    handle = blocks_of(model)[-1].mlp.register_forward_hook(lambda module, inputs, output: None)
+    forward = blocks_of(model)[-1].mlp.c_fc.forward
+    blocks_of(model)[-1].mlp.c_fc.forward = lambda states: seen.append(states.shape[1]) or forward(states)
+    with torch.no_grad(), nothing_read_before(model, 1):
+        model(torch.arange(3, 9)[None])
+    handle.remove()
+    assert seen == [1]
 
 
 def test_block_outputs_are_those_that_nnsight_reads() -> None:

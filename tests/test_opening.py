@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from transformers import AutoModelForSeq2SeqLM, BertConfig, BertForMaskedLM, T5Config
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    T5Config,
+)
 
 from families import tiny, tokenizer
 from mnemoscope.errors import InputError
-from mnemoscope.models import PACKAGED, Layout, layout_of, load_model
+from mnemoscope.models import PACKAGED, Layout, layout_of, load_model, save_adapter
 from mnemoscope.steering import SteeringVector
 from test_cli import call
 
@@ -67,6 +77,68 @@ def test_an_adapter_in_another_format_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter" / "adapter_model.bin").touch()
     with pytest.raises(InputError, match=r"has no adapter_model\.safetensors"):
         load_model(tmp_path / "adapter")
+
+
+HUB = """
+import sys, torch
+from mnemoscope.models import load_model
+for source in ("org/adapter", "org/pickled", "org/nothing"):
+    try:
+        model, words = load_model(source)
+        print(source, model(torch.tensor([words("w1 w2").input_ids])).logits.abs().sum().item())
+    except Exception as error:
+        print(source, type(error).__name__, error)
+"""
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_an_adapter_opens_by_its_hub_id(tmp_path: Path) -> None:
+    """From the hub's cache, as a machine without a network has it."""
+    from peft import LoraConfig, get_peft_model
+
+    def published(name: str) -> Path:
+        folder = tmp_path / "hub" / f"models--org--{name}"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / "main").write_text("0" * 40)
+        return folder / "snapshots" / ("0" * 40)
+
+    saved(published("base"))
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = get_peft_model(tiny("llama"), lora).eval()
+    adapted.peft_config["default"].base_model_name_or_path = "org/base"
+    for name in ("adapter", "pickled"):
+        save_adapter(adapted, folder := published(name))
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with torch.no_grad():
+        expected = adapted(torch.tensor([tokenizer()("w1 w2").input_ids])).logits.abs().sum().item()
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", HUB], env=environment, capture_output=True, text=True, check=True)
+    adapter, pickled, nothing = done.stdout.splitlines()
+    assert float(adapter.split()[1]) == pytest.approx(expected, rel=1e-4)
+    assert "InputError model: org/pickled has no adapter_model.safetensors" in pickled
+    assert "InputError model: org/nothing cannot be opened" in nothing
+
+
+def test_objects_that_are_not_causal_are_refused() -> None:
+    shape = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
+    config = BartConfig(**shape, decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, vocab_size=64)
+    vector = SteeringVector("generalized", {0: torch.ones(16)})
+    with (
+        pytest.raises(InputError, match="BartForConditionalGeneration is no causal language model"),
+        vector.apply(BartForConditionalGeneration(config)),
+    ):
+        pass
+
+
+def test_a_model_comes_with_its_tokenizer(tmp_path: Path) -> None:
+    model, vector = tiny("llama"), SteeringVector("generalized", {0: torch.ones(32)})
+    vector.bound_to(model, tokenizer()).save(tmp_path / "v.safetensors")
+    with pytest.raises(InputError, match="model, tokenizer: give both"):
+        SteeringVector.load(tmp_path / "v.safetensors", model)
+    assert SteeringVector.load(tmp_path / "v.safetensors", model, force=True).layers == [0]
+    SteeringVector("generalized", {0: torch.ones(16)}).save(tmp_path / "narrow.safetensors")
+    with pytest.raises(InputError, match="16 neurons in layer 0"):
+        SteeringVector.load(tmp_path / "narrow.safetensors", model, force=True)
 
 
 def test_models_that_are_not_causal_are_refused(tmp_path: Path) -> None:

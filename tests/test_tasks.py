@@ -330,6 +330,29 @@ def test_jsonl_deals_groups_and_finds_phrasings(tmp_path: Path) -> None:
     assert task.rephrase(example, rng()).prompt != example.prompt
 
 
+def test_jsonl_rephrases_within_a_family_and_knows_what_was_asked(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    rows = [
+        {"item": "i", "prompt": f"{family} {n}", "memorized": " a", "generalized": " b", "family": family}
+        for family, many in (("told", 3), ("asked", 3), ("alone", 1))
+        for n in range(many)
+    ]
+    rows[0]["bare"] = "only this"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    task = build_task("jsonl", {"file": str(path)}, 0)
+    by_prompt = {e.prompt: e for e in task.examples(rng(), 100, "conflict")}
+    for prompt, example in by_prompt.items():
+        others = {task.rephrase(example, rng(seed)).prompt for seed in range(40)}
+        if example.family == "alone":
+            assert others == set(by_prompt) - {prompt}
+        else:
+            assert others == {p for p, e in by_prompt.items() if e.family == example.family and p != prompt}
+    first, second = by_prompt["told 0"], by_prompt["told 1"]
+    assert task.without_context(first).prompt == "only this"  # type: ignore[attr-defined]
+    assert task.without_context(second) is None  # type: ignore[attr-defined]
+    assert task.prompted(first, "memorized").prompt.endswith("\ntold 0")  # type: ignore[attr-defined]
+
+
 def test_jsonl_rephrases_conflicts_by_conflicts(tmp_path: Path) -> None:
     """A question without a conflict may be about the same item; it is no phrasing of it."""
     path = tmp_path / "mine.jsonl"

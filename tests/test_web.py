@@ -8,6 +8,7 @@ import shutil
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -146,13 +147,13 @@ def test_layers_and_neurons_of_a_vector_can_be_chosen(bench: Bench) -> None:
     [
         ({"method": "magic"}, "method"),
         ({"layers": [9]}, "layers"),
-        ({"layers": []}, "turning.layers"),
+        ({"layers": []}, "layers"),
         ({"neurons": 10**6}, "neurons"),
-        ({"neurons": 0}, "turning.neurons"),
-        ({"alpha": -1}, "turning.alpha"),
-        ({"alpha": 1e9}, "turning.alpha"),
-        ({"toward": "sideways"}, "turning.toward"),
-        ({"toward": "generalized", "colour": "red"}, "turning.colour"),
+        ({"neurons": 0}, "neurons"),
+        ({"alpha": -1}, "alpha"),
+        ({"alpha": 1e9}, "alpha"),
+        ({"toward": "sideways"}, "toward"),
+        ({"toward": "generalized", "colour": "red"}, "colour"),
     ],
 )
 def test_a_turning_that_does_not_exist_is_named(
@@ -165,8 +166,8 @@ def test_a_turning_that_does_not_exist_is_named(
 @pytest.mark.parametrize(
     ("question", "field"),
     [
-        ({"prompt": ""}, "question.prompt"),
-        ({"prompt": "12+34=" * 2000}, "question.prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": "12+34=" * 2000}, "prompt"),
         ({"prompt": "12+34=" * 20}, "prompt"),
         ({"prompt": "Who?", "memorized": "1", "generalized": "2"}, "prompt"),
         ({"prompt": "12+34=", "memorized": "46", "generalized": "46"}, "memorized, generalized"),
@@ -199,8 +200,11 @@ def test_other_words_for_the_same_item(client: TestClient, pairs: list[Any]) -> 
     assert error_of(client.post(f"{CELL}/rephrase", json={"item": "no such item"}))[0] == "item"
 
 
-def test_no_answer_sees_the_shift_of_another(client: TestClient, pairs: list[Any]) -> None:
-    """Many at once, each with a vector and a strength of its own, against the same ones asked quietly."""
+def test_no_answer_sees_the_shift_of_another(root: Path, pairs: list[Any]) -> None:
+    """Many at once, each with a vector and a strength of its own, against the same ones asked quietly elsewhere.
+
+    Neither has answered anybody before, so what a shift could leak into is made while others are answered.
+    """
     turnings: list[dict[str, Any] | None] = [None]
     for toward in ("generalized", "memorized"):
         turnings += [
@@ -214,14 +218,17 @@ def test_no_answer_sees_the_shift_of_another(client: TestClient, pairs: list[Any
         for question in pair.values()
         for turning in turnings
     ]
+    asked += [{"question": {"prompt": one["question"]["prompt"]}, "turning": one["turning"]} for one in asked[::4]]
 
-    def answer(number: int) -> Any:
+    def answer(number: int, client: TestClient) -> Any:
         return client.post(f"{CELL}/ask", json=asked[number]).json()
 
-    quiet = [answer(number) for number in range(len(asked))]
     order = np.random.default_rng(0).permutation(np.tile(np.arange(len(asked)), 2))
-    with ThreadPoolExecutor(24) as crowd:
-        loud = list(crowd.map(answer, order))
+    # One event loop for all requests of a server.
+    with TestClient(build_app(root), base_url="http://localhost") as client, ThreadPoolExecutor(24) as crowd:
+        loud = list(crowd.map(partial(answer, client=client), order))
+    with TestClient(build_app(root), base_url="http://localhost") as client:
+        quiet = [answer(number, client) for number in range(len(asked))]
     assert all(found == quiet[number] for number, found in zip(order, loud, strict=True))
     assert len({json.dumps(found) for found in quiet}) > len(asked) / 2, "they do differ"
 
@@ -329,13 +336,15 @@ def test_a_token_is_asked_for_where_there_is_one(root: Path) -> None:
     stranger = TestClient(app, base_url="http://any.example")
     for path in ("/api/runs", "/openapi.json"):
         assert error_of(stranger.get(path), 401)[0] == "token"
-    for path in ("/", "/static/playground.css"):
+    for path in ("/", "/static/playground.js"):
         assert stranger.get(path).status_code == 401
         assert "token" in stranger.get(path).text
+    assert stranger.get("/static/playground.css").status_code == 200, "of the page that says so"
     for header in ({"Authorization": "Bearer open"}, {"Cookie": "a/b=1; path=/; mnemoscope-80="}):
         assert stranger.get("/api/runs", headers=header).status_code == 401
     assert stranger.get("/api/runs", headers={"Authorization": f"Bearer {token}"}).status_code == 200
-    assert stranger.get("/runs", params={"token": token}).status_code == 200
+    entered = stranger.get("/runs", params={"token": token, "first": "first"})
+    assert (entered.status_code, str(entered.url)) == (200, "http://any.example/runs?first=first")
     assert stranger.get("/runs").status_code == 200, "the browser was given a cookie"
 
 
@@ -476,6 +485,9 @@ def test_the_playground_in_a_browser(tab: Any, address: str) -> None:
     tab.locator("#rephrase").click()
     expect(tab.locator("#plain.is-generalized:not(.waiting)")).to_have_count(1)
     assert plain.text_content() != remembered
+    expect(tab.locator("#rephrase")).to_be_enabled()
+    tab.locator("#rephrase").click()  # other words, drawn by the server
+    expect(tab.locator(".waiting")).to_have_count(0)
     tab.locator("#slider").fill("-2")
     expect(tab.locator("#slid")).to_contain_text("2.00 times the run's vector towards remembering")
     expect(tab.locator(".waiting")).to_have_count(0)
@@ -484,8 +496,90 @@ def test_the_playground_in_a_browser(tab: Any, address: str) -> None:
     expect(tab.locator("#python")).to_contain_text("to_memorized")
     assert serious(tab) == []
     tab.locator("#prompt").fill("What is that?")
+    expect(tab.locator("#rephrase")).to_be_disabled()
     tab.locator("#ask").click()
     expect(tab.locator("#problem")).to_contain_text("cannot encode")
+    expect(tab.locator("#problem")).to_be_in_viewport()
+    assert serious(tab) == []
+    expect(steered).to_have_text("\u2013")
+    assert set(tab.locator("#layer-rows .bar + span").all_text_contents()) == {""}
+
+
+def answer_on(tab: Any, side: str) -> dict[str, str]:
+    """What a card shows, once nothing is waited for."""
+    expect(tab.locator(".waiting")).to_have_count(0)
+    card = tab.locator(f"#{side}")
+    shown = {key: card.locator(f'[data-of="{key}"]').text_content() for key in ("memorized", "generalized")}
+    layers = tab.locator(f'#layer-rows [data-of="{side}"]').all_text_contents()
+    return {"said": card.locator(".said").text_content(), "layers": layers, **shown}
+
+
+def as_shown(answer: dict[str, Any]) -> dict[str, Any]:
+    """What a card is to show of an answer of the API."""
+
+    def percent(share: float) -> str:
+        whole = 100 * share
+        if 0 < whole < 0.1:
+            return "< 0.1 %"
+        return f"{whole:.1f} %" if whole < 10 or whole > 90 else f"{whole:.0f} %"
+
+    shown = {key: percent(answer[f"p_{key}"]) for key in ("memorized", "generalized")}
+    layers = [percent(share) for share in answer["reading"]["p_memorized_by_layer"]]
+    return {"said": answer["said"].strip(), "layers": layers, **shown}
+
+
+def test_the_slider_shows_what_the_api_says(tab: Any, address: str, client: TestClient, pairs: list[Any]) -> None:
+    tab.goto(f"{address}/?run=first")
+    expect(tab.locator("#plain.is-memorized:not(.waiting)")).to_have_count(1)
+    question = client.get(f"{CELL}/questions?n=24").json()[0]["memorized"]
+    assert tab.locator("#prompt").input_value() == question["prompt"]
+    by_itself = answer_on(tab, "plain")
+    assert by_itself == as_shown(client.post(f"{CELL}/ask", json={"question": question}).json())
+    tab.locator("#finer summary").click()
+    for method, place in (("nmd", "1"), ("learned", "2"), ("learned", "-1.5")):
+        tab.locator("#method").select_option(method)
+        tab.locator("#slider").fill(place)
+        toward = "generalized" if float(place) > 0 else "memorized"
+        turning = {"toward": toward, "method": method, "alpha": abs(float(place))}
+        expected = client.post(f"{CELL}/ask", json={"question": question, "turning": turning}).json()
+        assert answer_on(tab, "steered") == as_shown(expected)
+        assert answer_on(tab, "plain") == by_itself
+    tab.locator("#method").select_option("nmd")
+    tab.locator("#slider").fill("1")
+    tab.locator("#neurons").fill("3")
+    tab.locator("#neurons").blur()
+    turning = {"toward": "generalized", "method": "nmd", "alpha": 1.0, "neurons": 3}
+    expected = client.post(f"{CELL}/ask", json={"question": question, "turning": turning}).json()
+    assert answer_on(tab, "steered") == as_shown(expected)
+    tab.locator("#neurons").fill("99999")
+    tab.locator("#neurons").blur()
+    expect(tab.locator("#problem")).to_contain_text("neurons: 99999")
+    expect(tab.locator("#steered .said")).to_have_text("\u2013")  # nothing stale beside what the page says now
+    tab.locator("#neurons").fill("")
+    tab.locator("#neurons").blur()
+    tab.locator("#slider").focus()
+    tab.keyboard.press("ArrowRight")
+    expect(tab.locator("#slid")).to_contain_text("1.05 times")
+    expect(tab.locator("#problem")).to_be_hidden()
+    tab.locator("#slider").fill("0")
+    assert answer_on(tab, "steered") == by_itself
+    tab.locator("#example").select_option("1")
+    expect(tab.locator("#prompt")).not_to_have_value(question["prompt"])
+    assert answer_on(tab, "plain") == answer_on(tab, "steered")
+
+
+def test_lines_are_copied(tab: Any, address: str) -> None:
+    tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    tab.goto(f"{address}/?run=first")
+    expect(tab.locator("#plain.is-memorized:not(.waiting)")).to_have_count(1)
+    tab.locator("#same summary").click()
+    copy = tab.get_by_role("button", name="Copy the Python")
+    expect(copy).to_be_disabled()  # nothing is turned yet
+    tab.locator("#slider").fill("1")
+    expect(copy).to_be_enabled()
+    copy.click()
+    expect(tab.locator("[data-copies=python]")).to_have_text("Copied")
+    assert tab.evaluate("navigator.clipboard.readText()") == tab.locator("#python").text_content()
 
 
 def test_a_neuron_in_a_browser(tab: Any, address: str) -> None:
@@ -499,6 +593,39 @@ def test_a_neuron_in_a_browser(tab: Any, address: str) -> None:
     expect(tab.locator("#found svg")).to_be_visible()
     expect(tab.locator("#alone tr")).to_have_count(3)
     assert serious(tab) == []
+    tab.get_by_label("correlation with the behaviour").check()
+    box = tab.locator("#canvas").bounding_box()
+    tab.locator("#canvas").click(position={"x": box["width"] * 0.5, "y": box["height"] * 0.25})
+    expect(tab.locator("#neuron-title")).to_have_text("Neuron 32 of layer 1")  # later layers stand higher
+    expect(tab.locator("#found svg")).to_be_visible()
+    tab.locator("#layer").fill("0")
+    tab.locator("#number").fill("7")
+    tab.get_by_role("button", name="Look into it").click()
+    expect(tab.locator("#neuron-title")).to_have_text("Neuron 7 of layer 0")
+    expect(tab.locator("#pointed")).to_contain_text("Layer 0, neuron 7:")
+    expect(tab.locator("#found svg")).to_be_visible()
+
+
+def test_looking_into_a_neuron_can_be_cancelled(tab: Any, address: str) -> None:
+    tab.goto(f"{address}/neurons?run=first")
+    expect(tab.locator("#pointed")).to_contain_text("Layer")
+    # The job is still running whenever the page asks.
+    running = {"job": "one", "state": "running", "share": 0.5, "result": None, "error": ""}
+    dropped: list[str] = []
+
+    def answer(route: Any) -> None:
+        dropped.append(route.request.method)
+        route.fulfill(json=running)
+
+    tab.route("**/api/jobs/one", answer)
+    tab.route("**/neurons/*/*", lambda route: route.fulfill(json=running))
+    tab.locator("#canvas").focus()
+    tab.keyboard.press("Enter")
+    expect(tab.locator("#progress")).to_have_js_property("value", 0.5)
+    assert serious(tab) == []
+    tab.get_by_role("button", name="Cancel").click()
+    expect(tab.locator("#neuron")).to_be_hidden()
+    assert "DELETE" in dropped
 
 
 def test_runs_side_by_side_in_a_browser(tab: Any, address: str) -> None:
@@ -507,6 +634,14 @@ def test_runs_side_by_side_in_a_browser(tab: Any, address: str) -> None:
     tab.locator("[name=second][value=second]").check()
     tab.get_by_role("button", name="Compare").click()
     assert tab.locator("h2.side-by-side").text_content() == "first beside second"
+    assert serious(tab) == []
+    lines = [row.split("\t") for row in tab.locator("table").nth(1).inner_text().split("\n")]
+    rows = {line[1]: line[2:] for line in lines if len(line) == 4}
+    assert {"pairs", "neurons that differ", "behaviours told apart by a probe"} < set(rows)
+    assert all(first == second for what, (first, second) in rows.items() if what != "What")
+    tab.get_by_role("link", name="report").first.click()
+    expect(tab.locator("h1")).to_be_visible()
+    assert tab.url.endswith("/report")
     assert serious(tab) == []
     tab.goto(f"{address}/?run=missing")
     assert "missing" in tab.locator(".problem").text_content()

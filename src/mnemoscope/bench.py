@@ -19,14 +19,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from mnemoscope.behaviour import Batch, decode, log_probabilities, score, without_prefix
+from mnemoscope.behaviour import (
+    Batch,
+    cache_prefixes,
+    check_known,
+    decode,
+    kept_bytes,
+    log_probabilities,
+    prepare,
+    score,
+    without_prefix,
+)
 from mnemoscope.cells import Cell, cells_of
 from mnemoscope.config import load_study
 from mnemoscope.contrast import Contrast
 from mnemoscope.detect import Detector, Reading, read_prompts
 from mnemoscope.directions import TOWARD, steered, with_prefixes
 from mnemoscope.errors import InputError
-from mnemoscope.models import blocks_of, bytes_of
+from mnemoscope.models import blocks_of
 from mnemoscope.stages import Records, cell_model
 from mnemoscope.statistics import top_by_magnitude
 from mnemoscope.steering import OPPOSITE, SteeringVector, Toward, complete, reading
@@ -34,6 +44,8 @@ from mnemoscope.tasks import Example
 
 REMEMBERED = 256  # questions whose unsteered answers are kept
 READ = 2**27  # bytes of prompts that need not be read again: somebody moves a slider
+LONGEST = 2048  # tokens of a prompt, at most: one request is not to keep a model for minutes
+SIDES = 2**28  # bytes of tune pairs that need not be read again: somebody looks at one neuron after the other
 WATCHED = 100  # tune pairs whose states are shown of a neuron
 REPHRASINGS = 20  # draws in which other words must be found
 TIMES = (1.0, 4.0, 16.0)  # multiples of its mean difference by which a neuron alone is shifted
@@ -214,6 +226,7 @@ class Bench:
         """
         vector = self.vector(turning) if turning else None
         with self._lock:
+            self._check_length(example.prompt)
             if vector is not None and turning is not None and turning.alpha:
                 return self._ask(example, vector, turning.alpha)
             if example not in self._plain:
@@ -231,6 +244,8 @@ class Bench:
         vector = self.vector(turning) if turning else None
         with self._lock:
             applied = partial(vector.apply, self._asking.model, turning.alpha) if vector and turning else nullcontext
+            self._check_length(prompt)
+            check_known(self._asking, [prompt])
             inputs = self._asking.padded([self._asking.text(prompt)])
             with applied():
                 said = complete(self._asking.model, self._asking.tokenizer, inputs, tokens)[0]
@@ -240,19 +255,23 @@ class Bench:
                     reading = read_prompts(self._detector, self._asking, [prompt])
         return Answered(None, said, math.nan, math.nan, reading)
 
+    def _check_length(self, prompt: str) -> None:
+        (tokens,) = self._asking.tokens([self._asking.text(prompt)])
+        if len(tokens) > LONGEST:
+            raise InputError(f"prompt: {len(tokens)} tokens; at most {LONGEST} are read here")
+
     def _prompt(self, example: Example) -> list[Batch]:
         """The question as a batch of one, its prompt read up to the decision position; the latest ones are kept."""
         if example not in self._read:
             self._read[example] = with_prefixes(self._asking, [example])
-            while len(self._read) > 1 and self._kept() > READ:
+            while len(self._read) > 1 and (len(self._read) > REMEMBERED or self._kept() > READ):
                 self._read.popitem(last=False)
         self._read.move_to_end(example)
         return self._read[example]
 
     def _kept(self) -> int:
         """Bytes of the prompts that are kept."""
-        batches = (batch for several in self._read.values() for batch in several)
-        return sum(bytes_of(batch.prefix) for batch in batches if batch.prefix is not None)
+        return sum(kept_bytes(batch) for several in self._read.values() for batch in several)
 
     def _ask(self, example: Example, vector: SteeringVector | None = None, alpha: float = 1.0) -> Answered:
         applied = partial(vector.apply, self._asking.model, alpha) if vector else nullcontext
@@ -384,7 +403,10 @@ class Bench:
             tell(start / len(examples))
             with self._turn(wanted):
                 if (behaviour, start) not in self._sides:
-                    batches = with_prefixes(self._asking, examples[start : start + self._asking.batch_size])
+                    batches = prepare(self._asking, examples[start : start + self._asking.batch_size])
+                    kept = sum(kept_bytes(batch) for several, _ in self._sides.values() for batch in several)
+                    if kept < SIDES:
+                        cache_prefixes(self._asking, batches, SIDES - kept)
                     scores = score(self._asking, batches, margins=False, capture=self.contrast.site)  # type: ignore[arg-type]
                     assert scores.states_NLD is not None
                     self._sides[behaviour, start] = batches, scores.states_NLD

@@ -24,11 +24,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from torch import Tensor
 
-from mnemoscope.behaviour import Asking, read_states
+from mnemoscope.behaviour import Asking, check_known, read_states
 from mnemoscope.errors import InputError
-from mnemoscope.models import Site, backbone_of, blocks_of, pass_inputs, site_width
+from mnemoscope.models import Site, backbone_of, blocks_of, nothing_read_before, pass_inputs, site_width
 from mnemoscope.probes import LayerProbe, Standardized, fit_layer_probes
-from mnemoscope.steering import Binding, Toward, only_accepted, reading
+from mnemoscope.steering import Binding, Toward, check_both, only_accepted, reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -114,7 +114,7 @@ class Detector:
         conflict_D, conflict_bias: the same for P(conflict) at ``layer``; NaN where there was nothing to learn it from.
         mean_D, whitening_DD: the distance is ``|(state - mean) @ whitening|``, 1 at the edge of what is known.
         task, binding: what it was fitted on.
-        chat: whether the prompts were put by a chat template.
+        chat, system, begun: how prompts were put, as in ``SteeringVector``.
     """
 
     site: Site
@@ -128,6 +128,8 @@ class Detector:
     task: str = ""
     binding: Binding | None = None
     chat: bool = False
+    system: str | None = None
+    begun: bool = False
 
     @classmethod
     def fit(cls, fit: Observed, tune: Observed, site: Site = "block") -> Detector:
@@ -204,17 +206,20 @@ class Detector:
         """Read a detector, and check that it was fitted on this model where one is given.
 
         Raises:
-            InputError: the files are missing or corrupted, or the model is another (the field that differs is named).
+            InputError: the files are missing or corrupted, the model is another (the field that differs is named), or
+                it is given without its tokenizer.
         """
         from safetensors.numpy import load_file
+
+        check_both(model, tokenizer, force)
 
         with reading("detector", path):
             facts: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
             facts["binding"] = Binding(**facts["binding"]) if facts["binding"] else None
             facts["conflict_bias"] = math.nan if facts["conflict_bias"] is None else facts["conflict_bias"]
             detector = cls(**facts, **load_file(path))
-        if model is not None and tokenizer is not None:
-            if not force:
+        if model is not None:
+            if tokenizer is not None and not force:
                 Binding.check(detector.binding, Binding.of(model, tokenizer), "detector")
             found = len(blocks_of(model)), site_width(model, 0, detector.site)
             if detector.weights_LD.shape != found:
@@ -259,7 +264,7 @@ def states_at_the_end(
     model: PreTrainedModel, ids_NT: Tensor, mask_NT: Tensor, site: Site, cache: Any = None
 ) -> np.ndarray:
     """Float32 states (N, L, D) at the last column of a left-padded batch."""
-    with read_states(model, site) as states:
+    with read_states(model, site) as states, nothing_read_before(model, 1):
         # Nothing is read behind these tokens: keys and values need not be kept.
         backbone_of(model)(**pass_inputs(model, ids_NT, mask_NT, cache) | {"use_cache": cache is not None})
     return torch.stack([states_ND.float().cpu() for states_ND in states], dim=1).numpy()
@@ -271,14 +276,10 @@ def read_prompts(detector: Detector, asking: Asking, prompts: Sequence[str]) -> 
     Raises:
         InputError: a prompt has no token, too many, or one that the tokenizer does not know.
     """
-    parts, unknown = [], asking.tokenizer.unk_token_id
+    check_known(asking, prompts)
+    parts = []
     for start in range(0, len(prompts), asking.batch_size):
         inputs = asking.padded([asking.text(prompt) for prompt in prompts[start : start + asking.batch_size]])
-        strange_NT = inputs.input_ids == (-1 if unknown is None else unknown)
-        strange_N = (strange_NT & inputs.attention_mask.bool()).any(1)
-        if unknown != asking.tokenizer.eos_token_id and bool(strange_N.any()):
-            shown = prompts[start + int(strange_N.nonzero()[0])]
-            raise InputError(f"prompt: the tokenizer cannot encode {shown!r}")
         parts.append(states_at_the_end(asking.model, inputs.input_ids, inputs.attention_mask, detector.site))
     return detector.read(np.concatenate(parts))
 
@@ -293,11 +294,15 @@ def find_detector(
     """
     if source.is_file():
         return Detector.load(source, model, tokenizer, force)
-    paths = [source / "detector.safetensors", *sorted((source / "cells").glob("*/detector.safetensors"))]
+    cells = [source, *sorted((source / "cells").glob("*"))]
+    paths = [cell / "detector.safetensors" for cell in cells]
+    lacking = [cell / "records" / "no_detector.json" for cell in cells]
+    reasons = [json.loads(path.read_text())["why"] for path in lacking if path.is_file()]
+    why = reasons[0] if reasons else "set detection.fitted: true"
     return only_accepted(
         {path.parent: path for path in paths if path.is_file()},
         lambda path: Detector.load(path, model, tokenizer, force),
-        f"from: {source} is neither a detector nor a folder of a run with one (set detection.fitted: true)",
+        f"from: {source} is neither a detector nor a folder of a run with one ({why})",
     )
 
 

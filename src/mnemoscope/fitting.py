@@ -10,7 +10,7 @@ from mnemoscope.config import StudyConfig, parse_study
 from mnemoscope.errors import InputError
 
 # What is tried of each layer. Huge activations of a few neurons would decide plain NMD, so its standardized form is
-# tried; both sites are such that a vector for every token can be exported.
+# tried.
 TRIED: dict[str, dict[str, list[Any]]] = {
     "standardized-nmd": {"sites": ["block"], "tops": [0.1, 0.5], "strengths": [0.3, 0.6]},
     "gradient": {"sites": ["block"], "tops": [0.5], "strengths": [0.1, 0.2, 0.4]},
@@ -46,6 +46,8 @@ def fitting_study(
     if settings < ONE_LAYER:
         raise InputError(f"settings: {settings} is less than the {ONE_LAYER} that one layer takes")
     layers = [f"spread-{settings // ONE_LAYER}"]
+    # What every program can take that a vector for all tokens is exported to.
+    everywhere = {"sites": ["block"]} if positions == "all" else {}
     cell = {
         "task": "jsonl" if is_file else task,
         "options": {"file": str(Path(task).resolve()), **options} if is_file else options,
@@ -66,10 +68,11 @@ def fitting_study(
             "control_limit": 0.15,
             "collateral_limit": 0.05,
             "positions": positions,
-            "sweeps": {method: {"layers": layers, **grid} for method, grid in TRIED.items()},
+            "sweeps": {method: {"layers": layers, **grid, **everywhere} for method, grid in TRIED.items()},
         },
         "effects": {"pairs": 60, "draws": 1, "doses": [0.0, 0.5, 1.0, 2.0], "ablated": [0.1]},
         "detection": {"fitted": True},
+        "neutral": {"cuts": 200, "texts": 32, "length": 64},
     }
     label = Path(task).stem if is_file else task.rpartition(":")[2]
     return parse_study({"study": "fit", "threads": threads, "cells": {label: cell}})

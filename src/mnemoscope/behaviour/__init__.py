@@ -1,6 +1,16 @@
 """What a model does when asked: labels, pairs, and states at the decision position; the only read hook."""
 
-from mnemoscope.behaviour.asking import Asking, Batch, Chat, Encoded, all_said, encode, left_padded, prepare
+from mnemoscope.behaviour.asking import (
+    Asking,
+    Batch,
+    Chat,
+    Encoded,
+    all_said,
+    check_known,
+    encode,
+    left_padded,
+    prepare,
+)
 from mnemoscope.behaviour.contrasting import score_contrasted
 from mnemoscope.behaviour.labels import (
     TIE,
@@ -15,7 +25,7 @@ from mnemoscope.behaviour.labels import (
     score_together,
 )
 from mnemoscope.behaviour.pairs import PairBatch, draw_candidates, mine_pairs
-from mnemoscope.behaviour.reading import cache_prefixes, stacked, with_option, without_prefix
+from mnemoscope.behaviour.reading import cache_prefixes, kept_bytes, stacked, with_option, without_prefix
 
 __all__ = [
     "TIE",
@@ -28,9 +38,11 @@ __all__ = [
     "Scores",
     "all_said",
     "cache_prefixes",
+    "check_known",
     "decode",
     "draw_candidates",
     "encode",
+    "kept_bytes",
     "left_padded",
     "log_probabilities",
     "mark_confabulations",

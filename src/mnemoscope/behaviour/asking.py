@@ -108,6 +108,16 @@ class Asking:
         if self.chat and not self.tokenizer.chat_template:
             raise InputError("chat: the tokenizer of this model has no chat template; put prompts as they are")
 
+    @property
+    def put(self) -> dict[str, Any]:
+        """How prompts are put, for what is made of them: ``chat``, ``system`` and ``begun``."""
+        chat = self.chat
+        return {
+            "chat": chat is not None,
+            "system": chat.system if chat else None,
+            "begun": chat is not None and chat.parted is not all_said,
+        }
+
     def text(self, prompt: str) -> str:
         """A prompt as the model reads it."""
         if self.chat is None:
@@ -191,6 +201,16 @@ def _saying(tokenizer: PreTrainedTokenizerFast, text: str) -> set[int]:
 
 # By tokenizer, text and size of the vocabulary: decoding all tokens takes a moment, and every pass asks.
 _SAYING: WeakKeyDictionary[PreTrainedTokenizerFast, dict[tuple[str, int], set[int]]] = WeakKeyDictionary()
+
+
+def check_known(asking: Asking, prompts: Sequence[str]) -> None:
+    """Raises InputError where a prompt has a token that the tokenizer does not know; the prompt is named."""
+    unknown = asking.tokenizer.unk_token_id
+    if unknown is None or unknown == asking.tokenizer.eos_token_id:
+        return
+    for prompt, row in zip(prompts, asking.tokens([asking.text(prompt) for prompt in prompts]), strict=True):
+        if unknown in row:
+            raise InputError(f"prompt: the tokenizer cannot encode {prompt!r}")
 
 
 def left_padded(rows: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from mnemoscope.models import (
     bytes_of,
     cache_of,
     make_room,
+    nothing_read_before,
     pass_inputs,
     recorded_blocks,
     replayed_blocks,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 # Up to this share of rows read in vain is cheaper than copying the keys and values of the others.
 MOST_ROWS = 0.75
-MOST_BYTES = 2**30  # of keys and values that are kept of a list: small next to a model for which that is few prompts
+MOST_BYTES = 2**30  # that are kept of a list: small next to a model for which that is few prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +95,8 @@ class Answers:
 def cache_prefixes(asking: Asking, batches: Sequence[Batch], most_bytes: int = MOST_BYTES) -> None:
     """Read every context up to, not including, its decision position, and keep the caches in the batches.
 
-    Where keys and values would take more than ``most_bytes``, the batches that are left stay as they are and are read
-    anew each time.
+    Where what is kept would take more than ``most_bytes``, the batches that are left stay as they are and are read anew
+    each time.
 
     A shift that starts at the decision position leaves these keys and values as they are, so every later ``score`` of
     the same batches costs the decision token and the answers only. Batches can be scored again and again, but not two
@@ -110,17 +111,28 @@ def cache_prefixes(asking: Asking, batches: Sequence[Batch], most_bytes: int = M
         if ids_NT.shape[1] == 0:
             continue
         inputs = pass_inputs(asking.model, ids_NT, mask_NT)
+        with nothing_read_before(asking.model, max(keep, 1)):
+            # No head where no logits are needed.
+            output = asking.model(**inputs, logits_to_keep=keep) if keep else backbone_of(asking.model)(**inputs)
         if keep:
-            output = asking.model(**inputs, logits_to_keep=keep)
             batch.prefix_fits_N = _shared_fits(batch, output.logits)
         else:
-            output = backbone_of(asking.model)(**inputs)  # no head where no logits are needed
             batch.prefix_fits_N = torch.ones_like(batch.shared_N, dtype=torch.bool)
         batch.prefix = cache_of(output)
         # Without room in every layer it is a kind of model of which we do not know what its blocks leave behind.
         has_room = make_room(batch.prefix, 1 + batch.suffix_RM.shape[1])
         batch.unshifted = _read_unshifted(asking.model, batch) if has_room else None
-        kept += bytes_of(batch.prefix)
+        kept += kept_bytes(batch)
+
+
+def kept_bytes(batch: Batch) -> int:
+    """Bytes that a batch keeps of what was read: keys and values, and what untouched blocks gave."""
+    found = bytes_of(batch.prefix) if batch.prefix is not None else 0
+    if batch.unshifted is None:
+        return found
+    states = map(states_of, (*batch.unshifted.context_L, *batch.unshifted.answers_L))
+    kept = (*states, *(part for column in batch.unshifted.columns_L for part in column))
+    return found + sum(part.numel() * part.element_size() for part in kept)
 
 
 def without_prefix(batch: Batch) -> Batch:
@@ -187,7 +199,9 @@ def read_contexts(model: PreTrainedModel, batch: Batch) -> Contexts:
     """Read contexts up to and including their decision positions."""
     if batch.prefix is None:
         inputs = pass_inputs(model, batch.ids_NT, batch.mask_NT)
-        output = model(**inputs, logits_to_keep=int(batch.shared_N.max()) + 1)
+        keep = int(batch.shared_N.max()) + 1
+        with nothing_read_before(model, keep):
+            output = model(**inputs, logits_to_keep=keep)
         return Contexts(output.logits[:, -1].float(), _shared_fits(batch, output.logits[:, :-1]), cache_of(output))
     known = min(untouched_blocks(model), len(batch.unshifted.context_L)) if batch.unshifted else 0
     with replayed_blocks(model, known, batch.unshifted.context_L[known - 1] if known else None):
@@ -236,7 +250,9 @@ def read_only_options(model: PreTrainedModel, batch: Batch) -> Tensor:
     mask_NT = torch.cat([batch.mask_NT, torch.ones_like(behind_NM)], dim=1)
     if batch.prefix is None:
         ids_NT = torch.cat([batch.ids_NT, behind_NM], dim=1)
-        return model(**pass_inputs(model, ids_NT, mask_NT), logits_to_keep=behind_NM.shape[1] + 1).logits.float()
+        keep = behind_NM.shape[1] + 1
+        with nothing_read_before(model, keep):
+            return model(**pass_inputs(model, ids_NT, mask_NT), logits_to_keep=keep).logits.float()
     known = min(untouched_blocks(model), len(batch.unshifted.context_L)) if batch.unshifted else 0
     returned = None
     if known:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,13 +25,14 @@ def doctor(
     """Prove on a model of yours that batched = single, cached = uncached, alpha 0 = untouched; exit code 1 if not."""
     with one_line_errors():
         from mnemoscope.doctor import PROMPTS, examine
+        from mnemoscope.plain import dumped
 
         opened, tokenizer = _open(model, dtype, layout, device_map)
         checks = list(examine(opened, tokenizer, prompt or PROMPTS))
         well = all(check.passed for check in checks)
         if as_json:
-            rows = [{k: v for k, v in asdict(c).items() if v != float("inf")} | {"passed": c.passed} for c in checks]
-            typer.echo(json.dumps({"model": model, "passed": well, "checks": rows}))
+            rows = [asdict(check) | {"passed": check.passed} for check in checks]
+            typer.echo(dumped({"model": model, "weights": _weights(model), "passed": well, "checks": rows}))
         else:
             width = max(len(check.name) for check in checks)
             for check in checks:
@@ -71,14 +71,16 @@ def steer(
     with one_line_errors():
         from mnemoscope.behaviour import Asking
         from mnemoscope.errors import InputError
+        from mnemoscope.plain import dumped
         from mnemoscope.steering import OPPOSITE, complete, find_vector
 
         if toward not in OPPOSITE:
             raise InputError(f"toward: {toward!r} is not one of {', '.join(OPPOSITE)}")
         opened, tokenizer = _open_with(source, model, dtype, layout, device_map)
         vector = find_vector(source, toward, opened, tokenizer, force)
-        _check_put("vector", vector.chat, chat)
-        asking = Asking(opened, tokenizer, chat=_chat(chat, reply))
+        asking = Asking(opened, tokenizer, chat=_chat("vector", vector, chat, reply))
+        if vector.begin_alike:
+            typer.echo(_alike(vector.begin_alike), err=True)
         inputs = asking.padded([asking.text(prompt) for prompt in prompts])
         plain = complete(opened, tokenizer, inputs, max_new_tokens)
         opens = None
@@ -97,7 +99,8 @@ def steer(
         if as_json:
             facts = {"method": vector.method, "site": vector.site, "layers": vector.layers, "alpha": alpha}
             acted = {"asked": opens.asked, "acted": opens.acted} if opens else None
-            typer.echo(json.dumps({"model": model, "toward": toward, "vector": facts, "gate": acted, "answers": rows}))
+            about = {"model": model, "weights": _weights(model), "toward": toward, "vector": facts, "gate": acted}
+            typer.echo(dumped(about | {"answers": rows}))
         else:
             for row in rows:
                 typer.echo(
@@ -124,11 +127,11 @@ def detect(
     with one_line_errors():
         from mnemoscope.behaviour import Asking
         from mnemoscope.detect import find_detector, read_prompts
+        from mnemoscope.plain import dumped
 
         opened, tokenizer = _open_with(source, model, dtype, layout, device_map)
         detector = find_detector(source, opened, tokenizer, force)
-        _check_put("detector", detector.chat, chat)
-        asking = Asking(opened, tokenizer, batch_size=32, chat=_chat(chat, reply))
+        asking = Asking(opened, tokenizer, batch_size=32, chat=_chat("detector", detector, chat, reply))
         reading = read_prompts(detector, asking, prompts)
         conflicts = [None if c != c else float(c) for c in reading.p_conflict_N]
         rows = [
@@ -144,28 +147,40 @@ def detect(
             for n, prompt in enumerate(prompts)
         ]
         if as_json:
-            typer.echo(json.dumps({"model": model, "layer": detector.layer, "site": detector.site, "prompts": rows}))
+            about = {"model": model, "weights": _weights(model), "layer": detector.layer, "site": detector.site}
+            typer.echo(dumped(about | {"prompts": rows}))
         else:
             for row in rows:
                 typer.echo(f"{row['prompt']}\n  {_verdict(row, detector.layer)}")
 
 
-def _chat(chat: bool, reply: str) -> Any:
-    """How prompts are put, from what the command line says of it."""
+def _chat(what: str, made: Any, chat: bool, reply: str) -> Any:
+    """How prompts are put: as those were that a vector or detector was made of, from what the command line says."""
     from mnemoscope.behaviour import Chat
     from mnemoscope.errors import InputError
 
     if reply and not chat:
         raise InputError("reply: it begins the reply in a chat; give --chat, or put it at the end of the prompt")
-    return Chat(parted=lambda prompt: (prompt, reply)) if chat else None
-
-
-def _check_put(what: str, fitted: bool, now: bool) -> None:
-    from mnemoscope.errors import InputError
-
-    if fitted != now:
-        how, do = ("by a chat template", "give") if fitted else ("as they are", "leave out")
+    if made.chat != chat:
+        how, do = ("by a chat template", "give") if made.chat else ("as they are", "leave out")
         raise InputError(f"chat: the {what} was made of prompts that were put {how}; {do} --chat")
+    if made.begun and not reply:
+        raise InputError(f"reply: the {what} was made where the beginning of the reply was given; give it with --reply")
+    return Chat(made.system, lambda prompt: (prompt, reply)) if chat else None
+
+
+def _weights(model: str) -> str | None:
+    """What is to be said of a packaged model's weights beside every number."""
+    from mnemoscope.models import PACKAGED, QUANTIZED
+
+    return QUANTIZED if model in PACKAGED else None
+
+
+def _alike(share: float) -> str:
+    return (
+        f"note: {share:.0%} of the prompts that the vector was made of have two answers that begin alike; it was "
+        "judged behind that beginning, so put it at the end of such a prompt"
+    )
 
 
 def _verdict(row: dict[str, Any], layer: int) -> str:
@@ -239,13 +254,13 @@ def _open_with(source: Path, model: str, dtype: str, layout: str | None, device_
 def _open(model: str, dtype: str, layout: str | None, device_map: str | None = None) -> tuple[Any, Any]:
     """A user's model and tokenizer, from what the command line says of them."""
     from mnemoscope.config import parse_model
-    from mnemoscope.models import PACKAGED, QUANTIZED, Layout, load_model
+    from mnemoscope.models import Layout, load_model
     from mnemoscope.processes import quiet_library
 
     quiet_library()
     given = {"folder": model, "dtype": dtype, "device_map": device_map, "layout": named_parts(layout)}
     shape = parse_model(given)
-    if model in PACKAGED:
-        typer.echo(f"{model}: weights are {QUANTIZED}", err=True)
+    if weights := _weights(model):
+        typer.echo(f"{model}: weights are {weights}", err=True)
     where = Layout(**shape.layout.model_dump()) if shape.layout else None
     return load_model(model, dtype=shape.dtype, device_map=shape.device_map, layout=where)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +13,9 @@ import typer
 
 
 def say(facts: dict[str, Any], as_json: bool, field: str) -> None:
-    typer.echo(json.dumps(facts) if as_json else facts[field])
+    from mnemoscope.plain import dumped
+
+    typer.echo(dumped(facts) if as_json else facts[field])
 
 
 @contextmanager

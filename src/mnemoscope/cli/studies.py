@@ -83,6 +83,7 @@ def fit(
 
     with one_line_errors(), ranks.joined():
         from mnemoscope.fitting import fitting_study
+        from mnemoscope.plain import dumped
         from mnemoscope.report import brief_of, in_words
         from mnemoscope.study import run_study
 
@@ -94,7 +95,7 @@ def fit(
         if not ranks.first():
             return
         if as_json:
-            typer.echo(json.dumps({"run": str(out), "report": str(report_path), "tasks": brief_of(out)}))
+            typer.echo(dumped({"run": str(out), "report": str(report_path), "tasks": brief_of(out)}))
         else:
             for line in [*in_words(out), str(report_path)]:
                 typer.echo(line)

@@ -1,6 +1,6 @@
 """Models: build a small GPT-2, open or adapt any causal LM; the only definition of layer, site, position and cache."""
 
-from mnemoscope.models.adapters import adapt, check_peft, is_adapted, merged, save_adapter
+from mnemoscope.models.adapters import adapt, check_peft, is_adapted, merged, merged_weights, save_adapter
 from mnemoscope.models.caches import (
     RoomyLayer,
     arguments_of,
@@ -33,6 +33,7 @@ from mnemoscope.models.opening import context_length, end_ids, load_model
 from mnemoscope.models.packaged import PACKAGED, QUANTIZED
 from mnemoscope.models.passes import (
     PLAINLY,
+    nothing_read_before,
     pass_inputs,
     position_ids,
     prompts_of_rows,
@@ -71,6 +72,8 @@ __all__ = [
     "load_model",
     "make_room",
     "merged",
+    "merged_weights",
+    "nothing_read_before",
     "pass_inputs",
     "position_ids",
     "prompts_of_rows",

@@ -6,12 +6,13 @@ Importing peft takes seconds, so that happens where it is used.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mnemoscope.errors import InputError
 from mnemoscope.models.layout import core_of
@@ -88,6 +89,33 @@ def merged(adapted: PreTrainedModel) -> PreTrainedModel:
     """The model with the adapter added to its weights; the adapted one cannot be used any more."""
     plain: PreTrainedModel = adapted.merge_and_unload()
     return plain.eval()
+
+
+def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and values of all weights, those of an adapter (LoRA) added to what they adapt; nothing is changed.
+
+    So an adapted model gives what the merged one gives. Adapters of other kinds give their own weights.
+    """
+    core = core_of(model)
+    if core is model and not hasattr(core, "peft_config"):
+        yield from model.named_parameters()
+        return
+    from peft.tuners.lora import Embedding, Linear, LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = {name: module for name, module in core.named_modules() if isinstance(module, BaseTunerLayer)}
+    plainly = all(isinstance(module, Linear | Embedding) and not module.lora_variant for module in adapted.values())
+    if not plainly:
+        yield from model.named_parameters()
+        return
+    for name, weight in core.named_parameters():
+        place, _, own = name.partition(".base_layer.")
+        module = adapted.get(place)
+        if own == "weight" and module is not None and not module.merged:
+            for adapter in module.active_adapters:
+                weight = weight + module.get_delta_weight(adapter)
+        if not set(name.split(".")) & set(LoraLayer.adapter_layer_names):
+            yield name.replace(".base_layer.", "."), weight
 
 
 def _is_every(targets: tuple[str, ...]) -> bool:

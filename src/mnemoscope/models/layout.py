@@ -77,7 +77,8 @@ def layout_of(model: nn.Module) -> Layout:
     """The layout of a model.
 
     Raises:
-        InputError: no known layout fits, and none was given to ``use_layout``.
+        InputError: no known layout fits, and none was given to ``use_layout``; or the model is masked, or encoder and
+            decoder.
     """
     core = core_of(model)
     if core not in _chosen:
@@ -86,6 +87,8 @@ def layout_of(model: nn.Module) -> Layout:
 
 
 def _found_layout(core: nn.Module) -> Layout:
+    if getattr(getattr(core, "config", None), "is_encoder_decoder", False) or "ForMaskedLM" in type(core).__name__:
+        raise InputError(f"model: {type(core).__name__} is no causal language model (decoder only); one is wanted")
     for path in _BLOCKS:
         try:
             block = core.get_submodule(path)[0]  # type: ignore[index]

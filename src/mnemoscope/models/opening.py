@@ -46,6 +46,8 @@ def load_model(
         )
     except Exception as error:  # the library raises many kinds for a broken folder
         raise _refused(source, error) from error
+    if not tokenizer.is_fast:
+        raise InputError(f"model: {source} has a slow tokenizer only; one of the library tokenizers is needed")
     if tokenizer.pad_token_id is None:  # masked wherever it stands, so any token will do
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     if not {"cache", "past_key_values"} & arguments_of(model):
@@ -70,17 +72,35 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> list[
 
 
 def _adapted(folder: str | Path, source: str | Path) -> str | Path:
-    """What the adapter in a folder is of; the folder itself where it holds none."""
-    described = Path(folder) / "adapter_config.json"
-    if not described.is_file():
+    """What the adapter in a folder or under a hub id is of; the folder or id itself where it holds none."""
+    described = _file_of(folder, "adapter_config.json")
+    if described is None:
         return folder
     check_peft(f"model: {source} is an adapter, which")
-    if not (Path(folder) / "adapter_model.safetensors").is_file():
+    if _file_of(folder, "adapter_model.safetensors") is None:
         raise InputError(f"model: {source} has no adapter_model.safetensors; other formats are not opened")
     try:
-        return str(json.loads(described.read_text())["base_model_name_or_path"])
+        return str(json.loads(Path(described).read_text())["base_model_name_or_path"])
     except (OSError, ValueError, KeyError) as error:
         raise _refused(source, error) from error
+
+
+def _file_of(folder: str | Path, name: str) -> str | None:
+    """Path of a file in a folder or under a hub id, fetched where it is not here yet; None where there is none."""
+    from transformers.utils import cached_file
+
+    if Path(folder).exists():
+        return str(Path(folder) / name) if (Path(folder) / name).is_file() else None
+    try:
+        return cached_file(
+            folder,
+            name,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except Exception:  # no such model, or none that may be read: opening its configuration says so
+        return None
 
 
 def _check_causal(folder: str | Path, source: str | Path) -> None:

@@ -118,15 +118,43 @@ def replayed_blocks(model: PreTrainedModel, count: int, returned: Any) -> Iterat
 
 
 @contextmanager
-def _replaced(blocks: Sequence[nn.Module], by: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """Replace the forward of blocks; that of their class, or what stood in its place, is back when the context ends."""
-    before = [block.__dict__.get("forward") for block in blocks]
+def nothing_read_before(model: PreTrainedModel, columns: int) -> Iterator[None]:
+    """Inside the context passes are read at their last ``columns`` only, keys and values apart.
+
+    What the last block's MLP would say of the others is left out: 0. Of four blocks that is a sixth of a pass.
+    Parts that are hooked, or that are called with more than states, are run as usual.
+    """
+    mlp = getattr(blocks_of(model)[-1], "mlp", None)
+    if not isinstance(mlp, nn.Module) or any(_hooked(part) for child in mlp.children() for part in child.modules()):
+        yield
+        return
+
+    def short(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def shortened(states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            before = states.shape[1] - columns
+            if args or kwargs or states.ndim != 3 or before <= 0:
+                return forward(states, *args, **kwargs)
+            found = forward(states[:, before:].contiguous())  # GPT-2 views it as rows
+            if not isinstance(found, Tensor):
+                return forward(states)
+            return nn.functional.pad(found, (0, 0, before, 0))
+
+        return shortened
+
+    with _replaced([mlp], short):
+        yield
+
+
+@contextmanager
+def _replaced(modules: Sequence[nn.Module], by: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Replace the forward of modules; that of their class, or what stood in its place, is back at the end."""
+    before = [module.__dict__.get("forward") for module in modules]
     try:
-        for block in blocks:
-            block.__dict__["forward"] = by(block.forward)
+        for module in modules:
+            module.__dict__["forward"] = by(module.forward)
         yield
     finally:
-        for block, forward in zip(blocks, before, strict=True):
-            block.__dict__.pop("forward", None)
+        for module, forward in zip(modules, before, strict=True):
+            module.__dict__.pop("forward", None)
             if forward is not None:
-                block.__dict__["forward"] = forward
+                module.__dict__["forward"] = forward

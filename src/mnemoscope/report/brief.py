@@ -21,7 +21,9 @@ def brief(results: Tree) -> dict[str, Any]:
 
 
 def _brief(task: Tree) -> Tree:
-    found: Tree = {"pairs": task["pairs"]["by_split"]["all"]["pairs"], "test_pairs": task["pairs"]["pairs"]}
+    found: Tree = {"weights": task["weights"]} if "weights" in task else {}
+    found |= {"differ": task["contrast"]["significant"], "read": task["probe"]["best"]["accuracy"]}
+    found |= {"pairs": task["pairs"]["by_split"]["all"]["pairs"], "test_pairs": task["pairs"]["pairs"]}
     for direction, block in task["steering"].items():
         control = strongest_control(block)
         found[direction] = {
@@ -49,12 +51,15 @@ def compare_briefs(first: dict[str, Any], second: dict[str, Any]) -> list[dict[s
 
 def _in_rows(task: Tree) -> dict[str, str]:
     rows = {"pairs": f"{task['pairs']:,.0f}", "test pairs": f"{task['test_pairs']:,.0f}"}
+    rows |= {"neurons that differ": with_interval(task["differ"])}
+    rows |= {"behaviours told apart by a probe": with_interval(task["read"])}
     for direction, name in TOWARDS.items():
         block = task[direction]
         chosen = block["chosen"]
         rows[f"{name}: method"] = f"{chosen['method']}, {chosen['site']}, strength {chosen['strength']:g}"
         rows[f"{name}: test pairs turned"] = with_interval(block["pairs"])
         rows[f"{name}: strongest control"] = with_interval(block["control"]) if block["control"] else "none"
+        rows[f"{name}: cost"] = worst_cost(block, direction)
     if "detect_auroc" in task:
         rows["P(memorized) ranks right"] = with_interval(task["detect_auroc"])
     return rows
@@ -74,6 +79,13 @@ def in_words(run: Path) -> list[str]:
                 f"  {TOWARDS[direction]}: {chosen['method']} at {chosen['site']} {layers}, strength "
                 f"{chosen['strength']:g}, turns {with_interval(block['pairs']['shift'])} of the test pairs; strongest "
                 f"control {theirs}; cost {worst_cost(block, direction)}"
+                f"{'' if chosen['within_limits'] else '; beyond the limits'}"
+            )
+        alike = max(block["chosen"].get("begin_alike", 0.0) for block in task["steering"].values())
+        if alike:
+            lines.append(
+                f"  {percent(alike)} of the prompts have two answers that begin alike: what is said of these holds "
+                "where that beginning stands at the end of the prompt"
             )
         if "detection" in task:
             lines.append(f"  P(memorized) ranks {with_interval(task['detection']['auroc']['p_memorized'])} right")

@@ -46,7 +46,7 @@ def detection_stage(cell: Cell, tell: Tell) -> list[Path]:
     except InputError as error:  # too few prompts of a behaviour, which is no reason to lose all else
         tell(1, 1, f"no detector: {error}")
         return [write_json(cell.records / "no_detector.json", {"why": str(error)})]
-    detector = replace(detector.bound_to(asking.model, asking.tokenizer, cell.label), chat=asking.chat is not None)
+    detector = replace(detector.bound_to(asking.model, asking.tokenizer, cell.label), **asking.put)
     tables = [_readings(detector, parts["test"], _baselines(asking, parts))]
     tell(3, 4, "where a gate acts")
     gates = list(_gates(cell, asking, records, detector))

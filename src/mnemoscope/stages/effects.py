@@ -30,6 +30,7 @@ from mnemoscope.directions import (
     vector_of,
     with_prefixes,
 )
+from mnemoscope.errors import InputError
 from mnemoscope.models import SITES, Site, blocks_of
 from mnemoscope.stages.common import Tell, cell_model, read_chosen, write_table
 from mnemoscope.stages.lists import Records, fit_lists
@@ -181,9 +182,13 @@ def _prompts(asking: Asking, records: Records, sides: _Sides) -> Iterator[pd.Dat
         else:
             return
         wanted = [example for example in examples if example is not None]
-        if len(wanted) == len(examples):
-            scores = score(told, with_prefixes(told, wanted))
-            yield sides.table(side, scores, what="prompt", direction=direction)
+        if len(wanted) < len(examples):
+            continue
+        try:
+            batches = with_prefixes(told, wanted)
+        except InputError:  # a model that knows no such words cannot be told
+            continue
+        yield sides.table(side, score(told, batches), what="prompt", direction=direction)
 
 
 def _contrasts(asking: Asking, records: Records, sides: _Sides) -> Iterator[pd.DataFrame]:
@@ -194,5 +199,7 @@ def _contrasts(asking: Asking, records: Records, sides: _Sides) -> Iterator[pd.D
     for direction, weights in CONTRASTS.items():
         examples = sides.examples[SOURCE[direction]]
         others = [alone(example) for example in examples]
+        if None in others:
+            return
         for weight, scores in zip(weights, score_contrasted(asking, examples, others, weights), strict=True):
             yield sides.table(SOURCE[direction], scores, what="contrast", direction=direction, dose=weight)

@@ -37,12 +37,14 @@ def neutral_stage(cell: Cell, tell: Tell) -> list[Path]:
     if not config.cuts:
         return []
     asking, rng = cell_model(cell), rng_of(cell, "neutral")
-    if config.length >= context_length(asking.model):
-        most = context_length(asking.model) - 1
-        raise StudyError(f"{cell.name}: neutral.length: {config.length} tokens do not fit, at most {most} do")
+    length = min(config.length, context_length(asking.model) - 1)
+    if length < EARLIEST + config.following:
+        raise StudyError(
+            f"{cell.name}: neutral: the model reads {length + 1} tokens; {1 + EARLIEST + config.following} are needed"
+        )
     tell(0, 1, "writing neutral text")
-    texts_NT = written(asking, config.texts, config.length, int(rng.integers(2**31)))
-    last = 1 + config.length - config.following
+    texts_NT = written(asking, config.texts, length, int(rng.integers(2**31)))
+    last = 1 + length - config.following
     cuts = np.stack([rng.integers(0, config.texts, config.cuts), rng.integers(EARLIEST, last + 1, config.cuts)], axis=1)
     cuts = cuts[np.argsort(cuts[:, 1], kind="stable")]  # neighbours are of similar length
     vectors = {direction: SteeringVector.load(path) for direction, path in read_best(cell).items()}

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mnemoscope.behaviour import Asking, Batch, Scores, mark_confabulations
+from mnemoscope.behaviour import Asking, Batch, Scores, encode, mark_confabulations
 from mnemoscope.cells import Cell, git_state
 from mnemoscope.config import SweepConfig
 from mnemoscope.directions import (
@@ -144,6 +144,13 @@ class _Work:
     def sources(self) -> dict[str, Sources]:
         """By site."""
         return sources_of(self.cell, self.asking, self.records)
+
+    @cached_property
+    def begin_alike(self) -> float:
+        """Share of the phrasings of fit pairs whose two answers begin with the same tokens."""
+        pairs = self.records.both_sides("fit", self.cell.config.steering.fit_pairs)
+        encoded = encode(self.asking, [example for pair in pairs for example in pair])
+        return float(np.mean([one.shared > 0 for one in encoded]))
 
     @cached_property
     def tune(self) -> dict[str, dict[str, TuneLists]]:
@@ -276,9 +283,8 @@ class _Work:
         for (aim, direction, method), choice in made.choices.items():
             vector = vector_of(self.sources[choice.setting.site], choice.setting)
             bound = vector.bound_to(self.asking.model, self.asking.tokenizer)
-            bound = replace(
-                bound, task=self.cell.label, commit=git_state()["commit"] or "", chat=self.asking.chat is not None
-            )
+            facts = self.asking.put | {"begin_alike": self.begin_alike}
+            bound = replace(bound, task=self.cell.label, commit=git_state()["commit"] or "", **facts)
             name = f"{direction}-{method}" + ("" if aim == "pairs" else f"-{aim}")
             files += save_bound(self.cell.folder / "vectors", name, bound)
         return files
@@ -288,7 +294,8 @@ class _Work:
         chosen: dict[str, Any] = {}
         for (aim, direction, method), choice in made.choices.items():
             entry = chosen.setdefault(aim, {"best": {}, "methods": {}})
-            facts = _chosen(choice.setting, self.sources[choice.setting.site]) | {"within_limits": choice.within}
+            facts = _chosen(choice.setting, self.sources[choice.setting.site])
+            facts |= {"within_limits": choice.within, "begin_alike": self.begin_alike}
             entry["methods"].setdefault(method, {})[direction] = facts
         for aim, entry in chosen.items():
             entry["best"] = {direction: made.best[aim, direction] for direction in TOWARD}

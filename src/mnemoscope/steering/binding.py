@@ -7,13 +7,14 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from mnemoscope.errors import InputError
-from mnemoscope.models import core_of
+from mnemoscope.models import core_of, merged_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -29,7 +30,8 @@ class Binding:
 
     Attributes:
         model_type: the configuration's ``model_type``.
-        weights: SHA-256 of all parameters, by name, rounded to bfloat16: a model is the same when it is opened in that.
+        weights: SHA-256 of all parameters, by name, rounded to bfloat16: a model is the same when it is opened in that,
+            and with an adapter (LoRA) beside its weights or added to them.
         tokenizer: SHA-256 of what decides the fast tokenizer's tokens.
         half: that of the parameters rounded to float16 before, as they are where the model is opened in float16.
     """
@@ -47,7 +49,7 @@ class Binding:
             InputError: some of the weights are not in memory.
         """
         digest, half = hashlib.sha256(), hashlib.sha256()
-        for name, weight in sorted(model.named_parameters()):
+        for name, weight in sorted(merged_weights(model), key=itemgetter(0)):
             if weight.is_meta:
                 raise InputError(
                     f"device_map: {name} is not in memory, so the model cannot be told from others; use devices that "
@@ -71,6 +73,12 @@ class Binding:
                 continue
             if made_on != value:
                 raise InputError(f"{name}: the {what} was made on {made_on}, this model has {value}; force overrides")
+
+
+def check_both(model: object | None, tokenizer: object | None, force: bool) -> None:
+    """Raises InputError where a model comes without its tokenizer, so that what it is given cannot be checked."""
+    if (model is None) != (tokenizer is None) and not force:
+        raise InputError("model, tokenizer: give both, or neither; force takes a model alone and checks its shape only")
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from mnemoscope.models import (
     blocks_of,
     cache_in,
     cached_columns,
+    core_of,
     forked,
     prompts_of_rows,
     rows_of,
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Positions = Literal["decision", "all"]
+# What makes ``generate`` read a prompt in parts, or with guesses behind it: no pass ends at the decision position.
+_UNTOLD = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")
 _Edit = Callable[[Tensor], Tensor]  # states (N, T, D) from the decision position on -> other states
 # (model, ids (N, T), mask of all columns (N, .), cache of those before or None) -> bool (N,), whether to act; the last
 # column is the decision position. Whatever it asks the model is answered without a shift.
@@ -101,8 +104,10 @@ def _edited(
     The only hook of the package that writes. It is gone when the context ends, however it ends.
     """
     handles: list[Any] = []
+    core = core_of(model)
     config = getattr(model, "generation_config", None)
     compiles = getattr(config, "disable_compile", None)
+    generating = core.__dict__.get("generate")
     try:
         if config is not None:
             # With a cache of fixed size ``generate`` compiles its steps on a GPU, once, and what is compiled sees no
@@ -110,7 +115,11 @@ def _edited(
             config.disable_compile = True
         # The base model is what every way of calling passes through, with a language-modelling head or without.
         handles.append(backbone_of(model).register_forward_pre_hook(tracker.see, with_kwargs=True))
+        if tracker.finds_start and hasattr(core, "generate"):
+            core.generate = _refusing(core)
         if tracker.gate:
+            # Models of text and pictures give their backbone embeddings only.
+            handles.append(core.register_forward_pre_hook(tracker.hear, with_kwargs=True))
             # What a gate asks goes through every block, so none may be left out as untouched.
             handles.append(blocks_of(model)[0].register_forward_pre_hook(_look_on))
         for layer, edit in edits.items():
@@ -121,8 +130,27 @@ def _edited(
     finally:
         for handle in handles:
             handle.remove()
+        if generating is None:
+            core.__dict__.pop("generate", None)
+        else:
+            core.generate = generating
         if config is not None:
             config.disable_compile = compiles
+
+
+def _refusing(core: Any) -> Callable[..., Any]:
+    """``core.generate`` without those of its options under which the decision position cannot be told from a pass."""
+
+    generate = core.generate
+
+    def refusing(*args: Any, **kwargs: Any) -> Any:
+        described = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or core.generation_config
+        for name in _UNTOLD:
+            if kwargs.get(name, getattr(described, name, None)):
+                raise InputError(f"start: with {name} say where the decision position is: apply(model, start=COLUMN)")
+        return generate(*args, **kwargs)
+
+    return refusing
 
 
 @dataclass(slots=True)
@@ -141,6 +169,17 @@ class _PositionTracker:
     first_column: int = 0
     in_prompt: bool = False  # whether this pass holds the decision position
     prompt_NT: Tensor | None = field(default=None)
+    told_NT: Tensor | None = None  # token ids that the whole model was given for this pass
+
+    @property
+    def finds_start(self) -> bool:
+        """Whether the last column of a prompt is what counts, as nobody said another."""
+        return self.fixed is None and (not self.everywhere or self.gate is not None)
+
+    def hear(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the whole model."""
+        if not _ASKING.get():
+            self.told_NT = args[0] if args else kwargs.get("input_ids")
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the base model: reads how much of the sequence came before."""
@@ -160,6 +199,7 @@ class _PositionTracker:
         fresh = self.prompt_NT is None or another or (past == 0 and not (alone and self._continues(ids_NT)))
         if fresh:
             self.prompt_NT = ids_NT
+            self._check_padding(kwargs.get("attention_mask"), past + columns)
         if self.everywhere or self.fixed is not None:
             self.start = self.fixed or 0
         elif fresh:
@@ -178,6 +218,8 @@ class _PositionTracker:
         columns: int,
     ) -> None:
         ids_NT = args[0] if args else kwargs.get("input_ids")
+        if ids_NT is None and self.told_NT is not None and self.told_NT.shape == (self.rows, columns):
+            ids_NT = self.told_NT
         if ids_NT is None:
             raise InputError("gate: it reads prompts as token ids; this pass has embeddings only")
         mask_NT = _mask_of_columns(kwargs.get("attention_mask"), past + columns)
@@ -193,6 +235,15 @@ class _PositionTracker:
             self.acts_N = gate(ids_NT[:, : last - past], mask_NT[:, :last], known).to(ids_NT.device)
         finally:
             _ASKING.reset(token)
+
+    def _check_padding(self, mask: Any, columns: int) -> None:
+        # A mask of other columns than those that were read belongs to a cache that we do not see.
+        known = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == columns
+        if self.finds_start and known and not bool(mask[:, -1].all()):
+            raise InputError(
+                "padding: a prompt of this batch ends in padding, so its last token is not where the others' are; pad "
+                "on the left (tokenizer.padding_side = 'left')"
+            )
 
     def _continues(self, ids_NT: Tensor) -> bool:
         prompt = self.prompt_NT

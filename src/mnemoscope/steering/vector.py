@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mnemoscope.errors import InputError
 from mnemoscope.models import SITES, Site, blocks_of, site_width
-from mnemoscope.steering.binding import Binding, only_accepted, reading
+from mnemoscope.steering.binding import Binding, check_both, only_accepted, reading
 from mnemoscope.steering.hooks import Gate, Positions, shifted
 
 if TYPE_CHECKING:
@@ -43,6 +43,10 @@ class SteeringVector:
         binding: the model it was made on, or None.
         commit: version of the code that made it.
         chat: whether the prompts it was made of were put by a chat template.
+        system: what the system message said there; None: what the template says.
+        begun: whether the beginning of the reply was given there.
+        begin_alike: share of the prompts it was made of whose two answers begin with the same tokens. These were taken
+            as given: the decision position is the last of them, where ``apply`` starts at the last token of the prompt.
     """
 
     toward: Toward
@@ -56,6 +60,9 @@ class SteeringVector:
     binding: Binding | None = None
     commit: str = ""
     chat: bool = False
+    system: str | None = None
+    begun: bool = False
+    begin_alike: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -157,12 +164,14 @@ class SteeringVector:
             start: column of the decision position in the left-padded batch. Default: the last column of each prompt. An
                 pass without any cache that begins with the prompt of the pass before counts as its continuation, and
                 so does whatever is read on a cache that holds the decision position (the next turn of a talk needs a
-                context of its own); a prompt that is read in several passes (``prefill_chunk_size``) needs this said.
+                context of its own); a prompt that is read in several passes (``prefill_chunk_size``) or with guesses
+                behind it (an assistant, prompt lookup) needs this said, and ``generate`` is refused without.
             gate: decides for every prompt, before it is answered, whether it is steered at all (see ``detect.Gate``);
                 costs one more pass over the prompts. What it lets through is untouched, bit by bit.
 
         Raises:
-            InputError: a layer or the width does not exist in this model, or alpha is not finite.
+            InputError: a layer or the width does not exist in this model, alpha is not finite, or, in a pass, a prompt
+                is padded on the right.
         """
         factor = torch.as_tensor(alpha, dtype=torch.float32).cpu()  # as shifts are, until they meet their layer
         if factor.ndim > 1 or not bool(factor.isfinite().all()):
@@ -211,9 +220,12 @@ class SteeringVector:
             force: accept a vector made on another model; its shape must fit all the same.
 
         Raises:
-            InputError: the files are missing or corrupted, or the model is another (the field that differs is named).
+            InputError: the files are missing or corrupted, the model is another (the field that differs is named), or
+                it is given without its tokenizer.
         """
         from safetensors.torch import load_file
+
+        check_both(model, tokenizer, force)
 
         with reading("vector", path):
             facts: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
@@ -222,8 +234,8 @@ class SteeringVector:
                 raise ValueError("its layers are not those of the JSON beside it")
             binding = facts.pop("binding")
             vector = cls(shifts=shifts, binding=Binding(**binding) if binding else None, **facts)
-        if model is not None and tokenizer is not None:
-            if not force:
+        if model is not None:
+            if tokenizer is not None and not force:
                 Binding.check(vector.binding, Binding.of(model, tokenizer), "vector")
             vector._check_shape(model)
         return vector

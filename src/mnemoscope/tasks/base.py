@@ -17,6 +17,11 @@ Split = Literal["fit", "tune", "test"]
 KINDS: tuple[Kind, ...] = ("conflict", "memory", "novel")
 SPLITS: tuple[Split, ...] = ("fit", "tune", "test")
 SPLIT_SHARES = (0.5, 0.25, 0.25)
+# What asks for a behaviour in words, of a model that understands them.
+SAID = {
+    "generalized": "Answer with what the text says, even if it contradicts what you know.",
+    "memorized": "Answer with what you know, even if the text contradicts it.",
+}
 MOST_AT_ONCE = 2**16  # examples of all splits that a task is asked for in one go
 
 # One training instance: the prompt and what follows it. A bare string is an instance without a marked answer.
@@ -110,8 +115,8 @@ class Task(Protocol):
         ``said(toward) -> str``: those words alone, which a model that talks gets as its system message instead.
         ``parted(prompt) -> (said, begun)``: for models that talk, what the user says and how the reply begins; without
         it the user says all.
-        ``without_context(example) -> Example``: the same question and answers with nothing said about it, for the
-        baseline of context-aware decoding.
+        ``without_context(example) -> Example | None``: the same question and answers with nothing said about it, for
+        the baseline of context-aware decoding; None where that is not known.
         ``facts_to_know() -> list[Example]`` and ``knowing(items) -> Task``: bare questions that find out what a trained
         model knows by heart, and the same task of those items only.
         ``held_out() -> dict[str, Task]``: by name, tasks whose test pairs are judged too, apart, with vectors fitted on

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from mnemoscope.errors import InputError
-from mnemoscope.tasks.base import Example, Instance, Kind, Task, assign_splits
+from mnemoscope.tasks.base import SAID, Example, Instance, Kind, Task, assign_splits
 
 How = tuple[str, tuple[str, str]]  # what stands before the statement; what announces question and answer
 
@@ -46,10 +46,6 @@ INVENTED = (
     "Serantia", "Ilmoria", "Dravenia", "Ostermark", "Pirandia", "Yurelia", "Bantavia", "Corvalia", "Elduria",
     "Fenmark", "Grelovia", "Jastoria", "Lomavia", "Ruvania",
 )  # fmt: skip
-SAID = {
-    "generalized": "Answer with what the text says, even if it contradicts what you know.",
-    "memorized": "Answer with what you know, even if the text contradicts it.",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +103,8 @@ class FactsTask:
     """Facts about countries that a pretrained model knows, contradicted by what the prompt says.
 
     Args:
-        relations: names of ``RELATIONS`` whose conflicts are fitted on and judged.
+        relations: names of ``RELATIONS``, or of the table's own, whose conflicts are fitted on and judged; default:
+            capital, of a table all that it has and that are not held out.
         held_out_relations: others, whose conflicts are judged only.
         frames: names of ``FRAMES`` that are fitted on and judged.
         held_out_frames: others, judged only.
@@ -129,7 +126,7 @@ class FactsTask:
     def __init__(
         self,
         *,
-        relations: Sequence[str] = ("capital",),
+        relations: Sequence[str] | None = None,
         held_out_relations: Sequence[str] = (),
         frames: Sequence[str] = ("context-first", "unlabelled", "reported"),
         held_out_frames: Sequence[str] = ("context-last", "inverted"),
@@ -139,10 +136,14 @@ class FactsTask:
     ) -> None:
         self.relations, known = _read_table(Path(table)) if table else (RELATIONS, _countries())
         self.facts = {fact: values[0] for fact, values in known.items()}
+        with_facts = {relation for relation, _ in self.facts}
+        stated = [name for name in self.relations if name in with_facts]
+        if relations is None:
+            relations = [name for name in stated if name not in held_out_relations] if table else ["capital"]
         self.true = known  # all values that are no contradiction, as a country's other languages
         for option, names, allowed in (
-            ("relations", relations, self.relations),
-            ("held_out_relations", held_out_relations, self.relations),
+            ("relations", relations, stated),
+            ("held_out_relations", held_out_relations, stated),
             ("frames", frames, FRAMES),
             ("held_out_frames", held_out_frames, FRAMES),
         ):

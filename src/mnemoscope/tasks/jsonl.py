@@ -7,13 +7,22 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from mnemoscope.errors import InputError
-from mnemoscope.tasks.base import SPLITS, Example, Instance, Kind, assign_splits, check_groups
+from mnemoscope.tasks.base import SAID, SPLITS, Example, Instance, Kind, assign_splits, check_groups
 
-FIELDS = ("item", "prompt", "memorized", "generalized", "answer", "kind", "group", "family", "split")
+FIELDS = ("item", "prompt", "memorized", "generalized", "answer", "kind", "group", "family", "split", "bare")
+
+
+class _Line(NamedTuple):
+    """A line of the file: its example, whether it names a split, and the question without what is said of it."""
+
+    example: Example
+    has_split: bool
+    bare: str | None
 
 
 class JsonlTask:
@@ -22,7 +31,8 @@ class JsonlTask:
     Args:
         file: path of the file. Each line has ``item``, ``prompt`` and either ``memorized`` and ``generalized`` or
             ``answer``; optionally ``kind`` (default: conflict with two answers, else memory), ``group`` (default: the
-            item), ``family`` and ``split`` (default: groups are dealt 2 : 1 : 1).
+            item), ``family``, ``split`` (default: groups are dealt 2 : 1 : 1) and, for context-aware decoding,
+            ``bare``: the prompt of a conflict without the text that contradicts memory.
         seed: deals the groups to the splits.
 
     Raises:
@@ -36,7 +46,9 @@ class JsonlTask:
     memory_is_conflict = False
 
     def __init__(self, *, file: str, seed: int = 0) -> None:
-        self.examples_read = read_jsonl(Path(file), seed)
+        lines = _read(Path(file), seed)
+        self.examples_read = [line.example for line in lines]
+        self._bare = {line.example.prompt: line.bare for line in lines if line.bare and line.example.kind == "conflict"}
         self._phrasings: dict[str, list[Example]] = defaultdict(list)
         conflicts = [example for example in self.examples_read if example.kind == "conflict"]
         for example in conflicts:
@@ -56,9 +68,26 @@ class JsonlTask:
         return [of_kind[i] for i in rng.permutation(len(of_kind))[:n]]
 
     def rephrase(self, example: Example, rng: np.random.Generator) -> Example:
-        """Another conflict with the same item; the example itself where there is none."""
+        """Another conflict with the same item, of the same family where there is one; the example itself without any.
+
+        Two phrasings of one family differ in less that has nothing to do with the behaviour.
+        """
         others = [other for other in self._phrasings[example.item] if other.prompt != example.prompt]
+        others = [other for other in others if other.family == example.family] or others
         return others[rng.integers(len(others))] if others else example
+
+    def prompted(self, example: Example, toward: str) -> Example:
+        """The same prompt behind a sentence that says what to go by."""
+        return replace(example, prompt=f"{SAID[toward]}\n{example.prompt}")
+
+    def said(self, toward: str) -> str:
+        """That sentence, for a model that talks: its system message."""
+        return SAID[toward]
+
+    def without_context(self, example: Example) -> Example | None:
+        """The same question with nothing said about it, where the file has it."""
+        bare = self._bare.get(example.prompt)
+        return replace(example, prompt=bare) if bare else None
 
 
 def read_jsonl(path: Path, seed: int) -> list[Example]:
@@ -67,17 +96,24 @@ def read_jsonl(path: Path, seed: int) -> list[Example]:
     Raises:
         InputError: see ``JsonlTask``.
     """
+    return [line.example for line in _read(path, seed)]
+
+
+def _read(path: Path, seed: int) -> list[_Line]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"file: {path} cannot be read ({error})") from error
     parsed = [(number, _example(path, number, line)) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    _check_answers(path, [(number, example) for number, (example, _) in parsed])
-    unsplit = sorted({example.group for _, (example, has_split) in parsed if not has_split})
+    _check_answers(path, [(number, line.example) for number, line in parsed])
+    unsplit = sorted({line.example.group for _, line in parsed if not line.has_split})
     dealt = assign_splits(unsplit, np.random.default_rng([seed, 3]))
-    examples = [ex if has_split else replace(ex, split=dealt[ex.group]) for _, (ex, has_split) in parsed]
-    check_groups(examples)
-    return examples
+    lines = [
+        line if line.has_split else line._replace(example=replace(line.example, split=dealt[line.example.group]))
+        for _, line in parsed
+    ]
+    check_groups(line.example for line in lines)
+    return lines
 
 
 def write_jsonl(examples: list[Example]) -> str:
@@ -100,8 +136,7 @@ def _check_answers(path: Path, numbered: Iterable[tuple[int, Example]]) -> None:
             )
 
 
-def _example(path: Path, number: int, line: str) -> tuple[Example, bool]:
-    """The example on a line, and whether the line names its split."""
+def _example(path: Path, number: int, line: str) -> _Line:
     where = f"{path}, line {number}"
     try:
         row = json.loads(line)
@@ -120,10 +155,10 @@ def _example(path: Path, number: int, line: str) -> tuple[Example, bool]:
     row = {field: value for field, value in row.items() if value is not None}
     row.setdefault("kind", "conflict" if "memorized" in row or "generalized" in row else "memory")
     row.setdefault("group", row["item"])
-    has_split = "split" in row
+    has_split, bare = "split" in row, row.pop("bare", None)
     if has_split and row["split"] not in SPLITS:
         raise InputError(f"{where}: split is {row['split']!r}; allowed are {', '.join(SPLITS)}")
     try:
-        return Example(**row), has_split
+        return _Line(Example(**row), has_split, bare)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error

@@ -46,7 +46,7 @@ Opened = Annotated[Rooms, Depends(_rooms)]
 AtWork = Annotated[Jobs, Depends(_jobs)]
 Asks = Annotated[AtBench, Depends(AtBench)]
 CELL = "/runs/{run}/cells/{cell}"
-REFUSALS = (401, 403, 404, 413, 422, 429)
+REFUSALS = (400, 401, 403, 404, 413, 422, 429)
 router = APIRouter(prefix="/api", responses={code: {"model": shapes.ErrorOut} for code in REFUSALS})
 
 

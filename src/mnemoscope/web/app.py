@@ -20,6 +20,7 @@ from mnemoscope.web import api, pages
 from mnemoscope.web.guards import Guard
 from mnemoscope.web.jobs import BusyError, Jobs
 from mnemoscope.web.rooms import Rooms
+from mnemoscope.web.shapes import NAMELESS
 
 TURNS = 4  # requests that are at a model, or wait for it in a thread, at a time
 HERE = ("localhost", "127.0.0.1", "::1")
@@ -51,13 +52,15 @@ def build_app(root: Path, first: str | None = None, token: str | None = None, ho
     async def refuse_input(request: Request, error: InputError) -> Response:
         field, _, message = str(error).partition(": ")
         status = 429 if isinstance(error, BusyError) else 422
+        message = message.removesuffix(f" (item {NAMELESS!r})")  # nobody gave it that name
         return _refused(request.url.path, status, field if message else "request", message or field)
 
     @app.exception_handler(RequestValidationError)
     async def refuse_shape(request: Request, error: RequestValidationError) -> Response:
         wrong = error.errors()[0]
         broken = wrong["type"] == "json_invalid"  # its place is a character
-        where = "" if broken else ".".join(str(part) for part in wrong["loc"] if part not in ("body", "path", "query"))
+        outer = ("body", "path", "query", "question", "turning")  # as the library names its fields
+        where = "" if broken else ".".join(str(part) for part in wrong["loc"] if part not in outer)
         return _refused(request.url.path, 422, where or "body", str(wrong["msg"]))
 
     @app.exception_handler(HTTPException)

@@ -6,11 +6,12 @@ import hashlib
 import hmac
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, parse_qsl, urlencode, urlsplit
 
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 
 LARGEST_BODY = 64 * 1024  # bytes
+LOOKS = ("/report.css", "/static/playground.css", "/static/icon.svg")  # of the page that asks for the token, too
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -47,6 +48,13 @@ class Guard:
         if wrong:
             await self.refused(scope["path"], *wrong)(scope, receive, send)
             return
+        if self._is_entering(scope):
+            # The cookie does from now on, and neither the address bar nor the history keeps the token.
+            rest = [pair for pair in parse_qsl(scope["query_string"].decode("latin-1")) if pair[0] != "token"]
+            entered = RedirectResponse(scope["path"] + (f"?{urlencode(rest)}" if rest else ""), 303)
+            entered.raw_headers += [*HEADERS, *self._cookie(scope)]
+            await entered(scope, receive, send)
+            return
         too_much = False
         read = 0
 
@@ -78,7 +86,7 @@ class Guard:
         elsewhere = headers.get("sec-fetch-site") == "cross-site" or foreign
         if elsewhere and not (scope["method"] == "GET" and headers.get("sec-fetch-mode") == "navigate"):
             return 403, "origin", "pages of other sites may not ask"
-        if self.token is not None and not self._knows(scope, headers):
+        if self.token is not None and scope["path"] not in LOOKS and not self._knows(scope, headers):
             return 401, "token", "missing or wrong; open the address that the server printed"
         length = headers.get("content-length", "0")
         return None if length.isdigit() and int(length) <= LARGEST_BODY else _TOO_MUCH
@@ -87,6 +95,11 @@ class Guard:
         cookies = dict(part.strip().partition("=")[::2] for part in headers.get("cookie", "").split(";"))
         given = headers.get("authorization", "").removeprefix("Bearer ").strip()
         return _same(given, self.token) or _same(cookies.get(_name(scope), ""), self._secret) or self._in_query(scope)
+
+    def _is_entering(self, scope: Message) -> bool:
+        """Whether a page is asked for with the token in its address."""
+        is_page = scope["method"] == "GET" and not scope["path"].startswith("/api")
+        return self.token is not None and is_page and self._in_query(scope)
 
     def _in_query(self, scope: Message) -> bool:
         return _same(parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0], self.token)

@@ -40,7 +40,9 @@ class Rooms:
         Raises:
             InputError: there is no run of that name.
         """
-        if not re.match(NAME, name) or name not in self.runs():
+        if not re.match(NAME, name):
+            raise InputError(f"run: {name!r} is no name: letters, digits, dots, dashes and underscores only")
+        if name not in self.runs():
             raise InputError(f"run: {name!r} is not one of {', '.join(self.runs()) or 'none'}")
         return self.root / name
 
@@ -64,21 +66,21 @@ class Rooms:
         key = (name, cell, *(path.stat().st_mtime_ns for path in made))
         with self._lock:
             opening = self._opening.setdefault(key, Lock())
-        with opening:  # whoever asks for another cell does not wait for this one to open
-            with self._lock:
-                if key in self._open:
-                    self._open.move_to_end(key)
-                    return self._open[key]
-            try:
-                bench = Bench.of(run, cell)
-            finally:
+        try:
+            with opening:  # whoever asks for another cell does not wait for this one to open
                 with self._lock:
-                    self._opening.pop(key, None)
+                    if key in self._open:
+                        self._open.move_to_end(key)
+                        return self._open[key]
+                bench = Bench.of(run, cell)
+                with self._lock:
+                    self._open[key] = bench
+                    while len(self._open) > OPEN:
+                        self._open.popitem(last=False)
+                return bench
+        finally:
             with self._lock:
-                self._open[key] = bench
-                while len(self._open) > OPEN:
-                    self._open.popitem(last=False)
-            return bench
+                self._opening.pop(key, None)
 
     def results(self, name: str) -> dict[str, Any]:
         """What ``results.json`` holds; nothing where the run has not come that far, or by another version."""

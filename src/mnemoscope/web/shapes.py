@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mnemoscope.bench import Answered, Turning, Watched
+from mnemoscope.plain import known, plain
 from mnemoscope.tasks import Example
 
 if TYPE_CHECKING:
     from mnemoscope.contrast import Contrast
 
 LONGEST_PROMPT, LONGEST_ANSWER = 8000, 200  # characters
+NAMELESS = "asked"  # item of a question that somebody typed
 STRONGEST = 8.0  # factor on a vector
 Toward = Literal["generalized", "memorized"]
 Text = Annotated[str, Field(max_length=LONGEST_ANSWER)]
@@ -48,11 +49,11 @@ class QuestionIn(_Shape):
         if not self.memorized and not self.generalized:
             return None
         return Example(
-            self.item or "asked",
+            self.item or NAMELESS,
             self.prompt,
             "conflict",
-            self.item or "asked",
-            self.family or "asked",
+            self.item or NAMELESS,
+            self.family or NAMELESS,
             memorized=self.memorized,
             generalized=self.generalized,
         )
@@ -216,6 +217,8 @@ class TaskOut(_Read):
     test_pairs: int
     to_generalized: TurnedOut
     to_memorized: TurnedOut
+    differ: EstimateOut
+    read: EstimateOut
     detect_auroc: EstimateOut | None = None
 
 
@@ -337,20 +340,6 @@ def first_numbers(brief: dict[str, Any]) -> dict[str, TaskOut]:
         with suppress(ValidationError):
             found[name] = TaskOut.model_validate(plain(task))
     return found
-
-
-def known(value: float) -> float | None:
-    """A number for JSON, which has no NaN and no infinity."""
-    return value if math.isfinite(value) else None
-
-
-def plain(value: Any) -> Any:
-    """Nested dicts and lists for JSON, undefined numbers as null."""
-    if isinstance(value, dict):
-        return {key: plain(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [plain(inner) for inner in value]
-    return known(value) if isinstance(value, float) else value
 
 
 def table(values: Any) -> list[list[float | None]]:

@@ -35,11 +35,12 @@ def snippets(bench: Bench, run: Path, asked: AskIn) -> dict[str, str]:
     turning, prompt = asked.turning, asked.question.prompt
     if turning is None:
         return {"python": "", "command": ""}
-    vector = bench.cell.folder / "vectors" / f"to_{turning.toward}-{turning.method}.safetensors"
+    bench.vector(turning.turning())  # refuses what there is none of
+    vector = (bench.cell.folder / "vectors" / f"to_{turning.toward}-{turning.method}.safetensors").resolve()
     if turning.layers is not None or turning.neurons is not None or not bench.opened_plainly:
         layers = tuple(turning.layers) if turning.layers is not None else None
         facts = {"toward": turning.toward, "method": turning.method, "alpha": turning.alpha, "neurons": turning.neurons}
-        python = PARTS.format(run=str(run), cell=bench.cell.name, prompt=prompt, layers=layers, **facts)
+        python = PARTS.format(run=str(run.resolve()), cell=bench.cell.name, prompt=prompt, layers=layers, **facts)
         return {"python": python, "command": ""}
     words = ["mnemoscope", "steer", bench.model_source, "--from", str(vector), "--toward", turning.toward]
     python = CHOSEN.format(model=bench.model_source, vector=str(vector), alpha=turning.alpha, prompt=prompt)

@@ -28,6 +28,7 @@ export function showProblem(place, error) {
   if (error && error.name === "AbortError") return;
   place.hidden = !error;
   place.textContent = error ? error.message : "";
+  if (error) place.scrollIntoView({ block: "nearest" });
 }
 
 export const percent = (share) => {

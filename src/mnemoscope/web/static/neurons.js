@@ -3,7 +3,7 @@ import { call, percent, showProblem } from "./asking.js";
 
 const by = (id) => document.getElementById(id);
 const map = by("map");
-const path = `/api/runs/${map.dataset.run}/cells/${map.dataset.cell}`;
+const path = `/api/runs/${map.dataset.run}/cells/${encodeURIComponent(map.dataset.cell)}`;
 const problem = by("problem"), canvas = by("canvas");
 let found, place = { layer: 0, neuron: 0 }, job = null;
 
@@ -84,6 +84,7 @@ function point(to) {
     `Layer ${place.layer}, neuron ${place.neuron}: mean difference ${number(at("nmd"))}, rho ${number(at("rho"))}, ` +
     `family-wise p ${number(at("p_family_wise"))}.`;
   tell(by("pointed").textContent);
+  [by("layer").value, by("number").value] = [place.layer, place.neuron];
   draw();
 }
 
@@ -149,10 +150,11 @@ function show(seen) {
   by("drawing").innerHTML = seen.drawing;
   const all = found.nmd.length * found.nmd[0].length;
   by("status").textContent = `${by("neuron-title").textContent} is shown below the map.`;
+  const number = (value) => (value === null ? "not defined" : value.toPrecision(3));
   by("ranks").textContent =
     `Of ${all.toLocaleString("en")} neurons it is number ${seen.rank_nmd} by mean difference and number ` +
-    `${seen.rank_rho} by correlation. On ${seen.pairs} tune pairs it is ${seen.mean_generalized.toPrecision(3)} where ` +
-    `the answer was worked out, ${seen.mean_memorized.toPrecision(3)} where it was remembered.`;
+    `${seen.rank_rho} by correlation. On ${seen.pairs} tune pairs it is ${number(seen.mean_generalized)} where ` +
+    `the answer was worked out, ${number(seen.mean_memorized)} where it was remembered.`;
   by("alone").replaceChildren(
     ...seen.alone.map((row) => {
       const line = document.createElement("tr");
@@ -186,6 +188,14 @@ canvas.addEventListener("keydown", (event) => {
   else return;
   event.preventDefault();
 });
+by("pick").addEventListener("submit", (event) => {
+  event.preventDefault();
+  if (!found) return;
+  point({ layer: Number(by("layer").value), neuron: Number(by("number").value) });
+  look();
+});
+// Whoever leaves does not wait for the answer any more, and it keeps the model from others.
+addEventListener("pagehide", () => job && fetch(`/api/jobs/${job}`, { method: "DELETE", keepalive: true }));
 for (const radio of document.querySelectorAll("[name=measure]")) radio.addEventListener("change", () => found && paint());
 by("cancel").addEventListener("click", () => {
   looks++;
@@ -207,9 +217,13 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => foun
         }
       }),
     );
+    by("layer").max = found.nmd.length - 1;
+    by("number").max = found.nmd[0].length - 1;
     point(place);
     paint();
+    by("opening").hidden = true;
   } catch (error) {
+    by("opening").hidden = true;
     showProblem(problem, error);
   }
 })();

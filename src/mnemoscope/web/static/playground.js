@@ -3,7 +3,7 @@ import { call, percent, showProblem } from "./asking.js";
 
 const by = (id) => document.getElementById(id);
 const bench = by("bench");
-const path = `/api/runs/${bench.dataset.run}/cells/${bench.dataset.cell}`;
+const path = `/api/runs/${bench.dataset.run}/cells/${encodeURIComponent(bench.dataset.cell)}`;
 const problem = by("problem");
 let facts, pairs = [], asked = null, phrasing = 0, plain = null, turn = 0;
 let answered = ""; // the question that `plain` is the answer to
@@ -69,9 +69,15 @@ function show(side, answer) {
 }
 
 function showLayers(side, reading) {
-  by("no-detector").hidden = facts.detects;
-  if (!reading) return;
   const rows = by("layer-rows");
+  if (!reading) {
+    for (const row of rows.children) {
+      const cell = row.querySelector(`[data-of="${side}"]`);
+      cell.firstChild.style.setProperty("--share", 0);
+      cell.lastChild.textContent = "";
+    }
+    return;
+  }
   reading.p_memorized_by_layer.forEach((share, layer) => {
     let row = rows.children[layer];
     if (!row) {
@@ -107,14 +113,14 @@ async function ask() {
   } catch (error) {
     if (mine !== turn) return;
     showProblem(problem, error);
-    plain = null;
+    [plain, answered] = [null, ""];
     by("plain").classList.remove("waiting");
     for (const side of ["plain", "steered"]) show(side, NOTHING);
   }
 }
 
 const NOTHING = { behaviour: null, said: "–", p_memorized: null, p_generalized: null, reading: null };
-let running = false, again = false;
+let running = false, again = false, ticksAreOwn = false;
 
 async function steer() {
   describe();
@@ -134,14 +140,20 @@ async function steer() {
       }
       const turning = turningOnPage();
       const answer = turning.alpha === 0 ? plain : await call(`${path}/ask`, { question, turning });
-      if (again) continue;
+      // While the slider moves on, what is known by now is shown, as long as it is of the question on the page.
+      if (JSON.stringify(questionOnPage()) !== answered) continue;
       show("steered", answer);
+      if (again) {
+        by("steered").classList.add("waiting");
+        continue;
+      }
       showProblem(problem, null);
       say(answer);
       await showSame();
     }
   } catch (error) {
     showProblem(problem, error);
+    show("steered", NOTHING); // the answer before is not that of what the page says now
   } finally {
     running = false;
     by("steered").classList.remove("waiting");
@@ -159,6 +171,7 @@ function describe() {
   const way = value < 0 ? "towards remembering" : "towards working it out";
   const words = value === 0 ? "As it is: nothing is shifted." : `${Math.abs(value).toFixed(2)} times the run's vector ${way}.`;
   by("slid").textContent = words;
+  by("rephrase").disabled = !questionOnPage().item;
   by("slider").setAttribute("aria-valuetext", words);
   by("shifts").textContent = `The run's vector ${way}: ${vector.neurons} neurons at ${vector.site}, layers ${vector.layers.join(", ")}, strength ${vector.strength.toPrecision(2)}.`;
 }
@@ -167,19 +180,21 @@ async function showSame() {
   if (!by("same").open) return;
   const turning = turningOnPage();
   const found = await call(`${path}/snippets`, { question: questionOnPage(), turning: turning.alpha ? turning : null });
-  by("python").textContent = found.python || "Move the slider first.";
-  by("command").textContent = found.command;
+  for (const name of ["python", "command"]) {
+    by(name).textContent = found[name] || (name === "python" ? "Move the slider first." : "");
+    document.querySelector(`[data-copies="${name}"]`).disabled = !found[name];
+  }
   by("command").hidden = by("command-label").hidden = !found.command;
 }
 
-function offerLayers() {
+function offerLayers(chosen = null) {
   const vector = vectorNow();
   by("layers").replaceChildren(
     ...Array.from({ length: facts.layers }, (_, layer) => {
       const label = document.createElement("label");
       const box = Object.assign(document.createElement("input"), { type: "checkbox", value: layer });
-      box.checked = vector.layers.includes(layer);
       box.disabled = !vector.free && !vector.layers.includes(layer);
+      box.checked = chosen ? chosen.has(layer) && !box.disabled : vector.layers.includes(layer);
       label.append(box, String(layer));
       return label;
     }),
@@ -198,6 +213,8 @@ function offerPairs() {
 async function start() {
   try {
     facts = await call(path);
+    by("no-detector").hidden = facts.detects;
+    by("by-layer").hidden = by("layer-table").hidden = !facts.detects;
     for (const row of facts.methods) by("method").append(new Option(row.method, row.method));
     const best = facts.methods.find((row) => row.generalized.best) ?? facts.methods[0];
     by("method").value = best.method;
@@ -222,6 +239,8 @@ by("example").addEventListener("change", () => {
   ask();
 });
 by("ask").addEventListener("click", ask);
+for (const id of ["prompt", "memorized", "generalized"])
+  by(id).addEventListener("input", () => (by("rephrase").disabled = !questionOnPage().item));
 for (const id of ["memorized", "generalized"])
   by(id).addEventListener("keydown", (event) => event.key === "Enter" && ask());
 by("rephrase").addEventListener("click", async () => {
@@ -241,17 +260,25 @@ let side = toward();
 by("slider").addEventListener("input", () => {
   if (toward() !== side) {
     side = toward();
-    const best = facts.methods.find((row) => row[side].best);
+    const best = facts.methods.find((row) => row[side].best), before = by("method").value;
     if (best && !by("finer").open) by("method").value = best.method;
-    offerLayers();
+    // Layers that somebody ticked stay ticked where this direction's vector has them too.
+    const ticked = [...by("layers").querySelectorAll("input:checked")].map((box) => Number(box.value));
+    const kept = ticksAreOwn && before === by("method").value ? new Set(ticked) : null;
+    offerLayers(kept);
+    if (!by("layers").querySelector("input:checked")) offerLayers();
   }
   steer();
 });
 by("method").addEventListener("change", () => {
+  ticksAreOwn = false;
   offerLayers();
   steer();
 });
-by("layers").addEventListener("change", steer);
+by("layers").addEventListener("change", () => {
+  ticksAreOwn = true;
+  steer();
+});
 by("neurons").addEventListener("change", steer);
 by("same").addEventListener("toggle", () => showSame().catch((error) => showProblem(problem, error)));
 for (const button of document.querySelectorAll("[data-copies]")) {
