@@ -3,9 +3,10 @@
     pip install '.[bench]'
     OMP_NUM_THREADS=1 python benchmarks/peers.py RUN CELL [--work capture label ...] [--write docs/BENCHMARKS.md]
 
-``CELL`` is one of task ``inference`` of a finished run, for example ``inference-0`` of the quickstart. A peer that is
-not installed, or that does not run with the other versions, is named with what it said. Before anything is timed, what
-a peer reads or answers is held against ours.
+``CELL`` is one of a finished run, for example ``inference-0`` of the quickstart (``sweep``: of that task). Each work
+has a section of its own in the file, which the next run of it replaces. A peer that is not installed, or that does not
+run with the other versions, is named with what it said. Before anything is timed, what a peer reads or answers is held
+against ours.
 
 Shapes: N prompts, T tokens, L layers, D neurons, P pairs.
 """
@@ -17,6 +18,7 @@ import copy
 import importlib.metadata
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -31,9 +33,10 @@ import torch
 from rounds import Way, ratios, seconds_of
 from torch import Tensor
 
-from mnemoscope.behaviour import Asking, cache_prefixes, decode, prepare, read_states, score
+from mnemoscope.behaviour import Asking, cache_prefixes, decode, prepare, score
 from mnemoscope.cells import cells_of, git_state
 from mnemoscope.config import load_study
+from mnemoscope.detect import states_at_the_end
 from mnemoscope.directions import steered
 from mnemoscope.models import backbone_of, blocks_of, load_model
 from mnemoscope.stages.common import cell_task
@@ -73,7 +76,7 @@ def main() -> None:
     """Measure, print, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of a finished run")
-    parser.add_argument("cell", help="one of its cells, of task inference")
+    parser.add_argument("cell", help="one of its cells")
     parser.add_argument("--work", nargs="+", choices=list(WORKS), default=list(WORKS))
     parser.add_argument("--rounds", type=int, default=7, help="how often everything is measured, in turn")
     parser.add_argument("--threads", type=int, default=1)
@@ -81,30 +84,40 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.set_grad_enabled(False)
-    lines = _heading(arguments)
-    print("\n".join(lines))
     for name in arguments.work:
-        part = _table(name, WORKS[name](arguments), arguments.rounds)
+        title = f"{name}, {arguments.cell.rsplit('-', 1)[0]}" if name == "label" else name
+        part = _table(title, WORKS[name](arguments), arguments.rounds, _origin(arguments))
         print("\n".join(part), flush=True)
-        lines += part
         if arguments.write:
-            arguments.write.write_text("\n".join(lines))
+            _put(arguments.write, title, part)
 
 
-def _heading(arguments: argparse.Namespace) -> list[str]:
-    versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
+HEAD = """# Benchmarks against other tools
+
+Written by `benchmarks/peers.py` (training: by `benchmarks/training.py`). All ways of a table take turns, round by
+round, so that a machine that is slow for a while is slow for all of them. Ratios are taken within a round: median
+(range).
+
+"""
+
+
+def _put(path: Path, title: str, part: list[str]) -> None:
+    """Replace the section of that title, or add it at the end."""
+    head, *sections = re.split(r"^(?=## )", path.read_text() if path.exists() else HEAD, flags=re.MULTILINE)
+    made, place = "\n".join(part) + "\n", f"## {title}\n"
+    found = [made if section.startswith(place) else section for section in sections]
+    path.write_text(head + "".join(found if made in found else [*found, made]))
+
+
+def _origin(arguments: argparse.Namespace) -> str:
+    """Which command, code and machine figures are of."""
+    versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES if _version(name) != "not installed")
     commit = git_state()
-    return [
-        "# Benchmarks against other tools",
-        "",
-        "Written by `benchmarks/peers.py`. All ways of a table take turns, round by round, so that a machine that is",
-        "slow for a while is slow for all of them. Ratios are taken within a round: median (range).",
-        "",
-        f"`{' '.join(['python', *sys.argv])}`, commit {commit['commit'] or 'unknown'}"
-        f"{' with changes' if commit['dirty'] else ''}; {arguments.rounds} rounds; {versions};",
-        f"Python {platform.python_version()}, {_processor()}, {os.cpu_count()} cores, {arguments.threads} thread(s).",
-        "",
-    ]
+    return (
+        f"`{' '.join(['python', *sys.argv])}`, commit {(commit['commit'] or 'unknown')[:7]}"
+        f"{' with changes' if commit['dirty'] else ''}; {arguments.rounds} rounds; {versions}; Python "
+        f"{platform.python_version()}, {_processor()}, {os.cpu_count()} cores, {arguments.threads} thread(s)."
+    )
 
 
 def _version(name: str) -> str:
@@ -122,7 +135,7 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def _table(name: str, work: Work, rounds: int) -> list[str]:
+def _table(name: str, work: Work, rounds: int, origin: str) -> list[str]:
     """A section: what was measured, seconds and ratios of each way, and who could not."""
     ways, failed, notes = dict(work.ways), dict(work.failed), {}
     first = ways[OURS]()
@@ -145,7 +158,7 @@ def _table(name: str, work: Work, rounds: int) -> list[str]:
         ratio = "1" if who == work.base else f"{middle:.2f} ({least:.2f} to {most:.2f})"
         lines.append(f"| {who} | {np.median(seconds[who]):.3f} | {ratio} | {notes.get(who, '-')} |")
     lines += [f"| {who} | could not: {why} | | |" for who, why in failed.items()]
-    return [*lines, ""]
+    return [*lines, "", origin, ""]
 
 
 # --- What the works share
@@ -217,9 +230,7 @@ def capture(arguments: argparse.Namespace) -> Work:
     def ours() -> np.ndarray:
         moments: PairedMoments | None = None
         for ids_NT in batches:
-            with read_states(asking.model, "block") as states:
-                backbone(input_ids=ids_NT, use_cache=False)
-            states_NLD = torch.stack(states, dim=1).numpy()
+            states_NLD = states_at_the_end(asking.model, ids_NT, torch.ones_like(ids_NT), "block")
             moments = moments or PairedMoments.empty(states_NLD.shape[1:])
             moments.add(states_NLD[0::2], states_NLD[1::2])
         assert moments

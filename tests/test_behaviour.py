@@ -30,7 +30,8 @@ from mnemoscope.behaviour import (
     with_option,
 )
 from mnemoscope.errors import InputError
-from mnemoscope.models import blocks_of, word_tokenizer
+from mnemoscope.models import blocks_of, bytes_of_prompt, word_tokenizer
+from mnemoscope.models.room import free_bytes
 from mnemoscope.steering import SteeringVector, shifted
 from mnemoscope.tasks import Example, build_task
 from mnemoscope.tasks.addition import CODE
@@ -481,3 +482,33 @@ def test_contrasted_decoding_is_what_a_loop_over_tokens_gives(mini: Callable[[st
         texts = {"memorized": example.memorized, "generalized": example.generalized}
         plain = {b: asking.tokenizer.decode(asking.tokenizer(t).input_ids).strip() for b, t in texts.items()}
         assert behaviour == next((b for b, text in plain.items() if text == said), "other")
+
+
+def test_batches_are_smaller_where_memory_is_short(
+    mini: Callable[[str], Asking], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asking, examples = mini("inference"), mini_examples("inference", 60)
+    (whole,) = prepare(asking, examples)
+    assert not caplog.records
+    tokens = whole.ids_NT.shape[1]
+    each = bytes_of_prompt(asking.model, tokens, 2)
+    config = asking.model.config
+    assert each > 4 * tokens * 6 * config.n_layer * config.n_embd  # keys and values, and copies of them
+    monkeypatch.setattr("mnemoscope.models.room.free_bytes", lambda device: 20 * each)
+    fewer = prepare(asking, examples)
+    assert [len(batch.examples_N) for batch in fewer] == [10] * 6  # half of what is free
+    prepare(asking, examples)
+    (said,) = caplog.records
+    assert f"pairs.batch_size: {asking.batch_size} prompts of {tokens} tokens" in said.message
+    assert said.message.endswith("10 at a time")
+    assert score(asking, fewer).behaviour_N.tolist() == score(asking, [whole]).behaviour_N.tolist()
+    monkeypatch.setattr("mnemoscope.models.room.free_bytes", lambda device: 1)
+    assert len(prepare(asking, examples[:3])) == 3  # one at a time, however little there is
+    monkeypatch.setattr("mnemoscope.models.room.free_bytes", lambda device: None)
+    assert len(prepare(asking, examples)) == 1
+
+
+def test_somebody_says_how_much_memory_is_free() -> None:
+    free = free_bytes(torch.device("cpu"))
+    assert free is None or 2**20 < free < 2**50
+    assert free_bytes(torch.device("meta")) is None

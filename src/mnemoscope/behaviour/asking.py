@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mnemoscope.errors import InputError
-from mnemoscope.models import context_length, end_ids
+from mnemoscope.models import batch_that_fits, context_length, end_ids
 from mnemoscope.tasks import Example
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Asking:
     Attributes:
         model, tokenizer: a causal language model and its fast tokenizer; neither is changed.
         boundary: texts of which one closes every answer, each a token; "" is the end-of-text token.
-        batch_size: examples per pass; no label depends on it, ties aside.
+        batch_size: examples per pass, at most: fewer where memory is short. No label depends on it, ties aside.
         chat: None puts prompts as they are.
 
     Raises:
@@ -280,13 +280,17 @@ def _shared(answers: Sequence[list[int]]) -> int:
 
 
 def prepare(asking: Asking, examples: Sequence[Example]) -> list[Batch]:
-    """Encode examples and batch them by length."""
+    """Encode examples and batch them by length, fewer at a time where memory is short."""
     encoded = encode(asking, examples)
+    if not encoded:
+        return []
     order = np.argsort([len(e.context) for e in encoded], kind="stable")
-    device = asking.model.device
+    longest = max(len(e.context) for e in encoded)
+    read_on = max(len(e.suffixes) * max(map(len, e.suffixes)) for e in encoded)
+    size = batch_that_fits(asking.model, asking.batch_size, longest, read_on)
     return [
-        _batch(order[start : start + asking.batch_size], encoded, asking.pad_id, device)
-        for start in range(0, len(order), asking.batch_size)
+        _batch(order[start : start + size], encoded, asking.pad_id, asking.model.device)
+        for start in range(0, len(order), size)
     ]
 
 

@@ -42,6 +42,7 @@ from mnemoscope.models.passes import (
     rows_of_prompts,
     untouched_blocks,
 )
+from mnemoscope.models.room import batch_that_fits, bytes_of_prompt
 from mnemoscope.models.scratch import build_gpt2, word_tokenizer
 
 __all__ = [
@@ -55,9 +56,11 @@ __all__ = [
     "adapt",
     "arguments_of",
     "backbone_of",
+    "batch_that_fits",
     "blocks_of",
     "build_gpt2",
     "bytes_of",
+    "bytes_of_prompt",
     "cache_argument",
     "cache_in",
     "cache_of",

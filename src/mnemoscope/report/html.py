@@ -113,6 +113,8 @@ def _facts(task: Tree, cells: Sequence[Cell]) -> list[tuple[str, str]]:
         ("model", f"{info.get('layers', '?')} layers of {info.get('width', '?')} neurons"),
         ("seeds", str(len(cells))),
     ]
+    if "weights" in task:
+        facts.append(("weights", task["weights"]))
     if all(cell.training is not None for cell in cells):
         # Seconds differ between equal runs; they are in results.json.
         steps = sentences.listed([f"{steps:,.0f}" for steps in sorted(set(task["training"]["steps"]))])

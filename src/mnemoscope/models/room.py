@@ -1,0 +1,85 @@
+"""How much memory reading prompts takes, and how much there is: an estimate, so that a large model ends no run."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mnemoscope.models.layout import blocks_of, core_of
+
+SHARE = 0.5  # of the memory that is free, which a pass may take: the estimate knows nothing of the allocator
+_INNER = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")  # what families call the width of an MLP
+
+
+def bytes_of_prompt(model: nn.Module, tokens: int, read_on: int) -> int:
+    """An estimate of what one prompt takes while it is read without gradients and answered.
+
+    Keys and values of all layers are counted three times, as each of two answers is read behind a copy; of states and
+    MLP activations those of one layer, as the others are gone by then; of logits float32 and what is made of them.
+
+    Args:
+        tokens: of the prompt.
+        read_on: tokens of all its answers, whose logits are wanted.
+    """
+    config: Any = core_of(model).config.get_text_config()
+    weight = next(model.parameters())
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    inner = max((getattr(config, name, None) or 0 for name in _INNER), default=0) or 4 * config.hidden_size
+    kept = 3 * 2 * len(blocks_of(model)) * heads * width
+    passing = 6 * config.hidden_size + 3 * inner
+    return tokens * (kept + passing) * weight.element_size() + (read_on + 1) * config.vocab_size * 8
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that can be had on a device; None where nobody says."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type != "cpu":
+        return None
+    found = [bytes_ for bytes_ in (_of_the_machine(), _of_the_group()) if bytes_ is not None]
+    return min(found, default=None)
+
+
+def batch_that_fits(model: nn.Module, wanted: int, tokens: int, read_on: int) -> int:
+    """How many prompts are read at a time: as many as are wanted, or fewer where memory is short, at least one.
+
+    Says so once, in a line of the log.
+    """
+    free, each = free_bytes(next(model.parameters()).device), bytes_of_prompt(model, tokens, read_on)
+    if free is None or wanted * each <= SHARE * free:
+        return wanted
+    fitting = max(1, int(SHARE * free // each))
+    if fitting < wanted:
+        _say(wanted, tokens, f"{wanted * each / 2**30:.1f}", f"{free / 2**30:.1f}", fitting)
+    return fitting
+
+
+@functools.cache
+def _say(wanted: int, tokens: int, needed: str, free: str, fitting: int) -> None:
+    logging.getLogger("mnemoscope").warning(
+        f"pairs.batch_size: {wanted} prompts of {tokens:,} tokens would take some {needed} GiB, and {free} are free; "
+        f"{fitting} at a time"
+    )
+
+
+def _of_the_machine() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return None
+
+
+def _of_the_group() -> int | None:
+    """What the control group of this process (a container's) leaves."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        return int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+    except (OSError, ValueError):  # there is none, or it is without a limit
+        return None
