@@ -43,7 +43,7 @@ from mnemoscope.steering import OPPOSITE, SteeringVector, Toward, complete, read
 from mnemoscope.tasks import Example
 
 REMEMBERED = 256  # questions whose unsteered answers are kept
-READ = 2**27  # bytes of prompts that need not be read again: somebody moves a slider
+READ = 2**25  # bytes of prompts that need not be read again: somebody moves a slider
 LONGEST = 2048  # tokens of a prompt, at most: one request is not to keep a model for minutes
 SIDES = 2**28  # bytes of tune pairs that need not be read again: somebody looks at one neuron after the other
 WATCHED = 100  # tune pairs whose states are shown of a neuron
