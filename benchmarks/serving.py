@@ -48,6 +48,7 @@ def main() -> None:
     # The crowd on a server that has answered nobody: what it keeps by then is part of what is measured.
     with _serving(arguments.run, port) as (client, process):
         answer, watch = partial(_answer, client, cell, asked), partial(_watch, client, cell, neurons)
+        watch(0)  # what the first look loads stays
         crowded = _crowd(answer, process, arguments, watch)
     # A quiet client of another server, which nothing can have leaked into.
     with _serving(arguments.run, port) as (client, _):
@@ -101,7 +102,7 @@ def _crowd(
     """What many are answered at once, two of whom look into neurons."""
     crowded, early, numbers = [], 0.0, range(arguments.requests)
     with ThreadPoolExecutor(arguments.clients) as crowd, ThreadPoolExecutor(2) as lookers:
-        looks = [lookers.submit(watch, number) for number in range(WATCHED)]
+        looks = [lookers.submit(watch, number) for number in range(1, WATCHED)]
         for number, (_, found) in enumerate(crowd.map(answer, numbers)):
             crowded.append(found)
             early = _resident(process) if number == EARLY else early

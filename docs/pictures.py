@@ -7,6 +7,7 @@ Both runs lie in one folder. Needs Debian's Chromium, or the one that Playwright
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from playwright.sync_api import expect, sync_playwright
 
 from mnemoscope.web import build_app
 
-FOLDER = Path(__file__).parent / "pictures"
+FOLDER = Path(__file__).resolve().parent / "pictures"
 SIZES = {"wide": (1280, 860, "light"), "phone": (390, 780, "dark")}
 
 
@@ -30,7 +31,8 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     with sync_playwright() as play, tempfile.TemporaryDirectory() as nothing:
         browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        address, empty = _served(run.parent, run.name), _served(Path(nothing), None)
+        os.chdir(nothing)
+        address, empty = _served(run.parent, run.name), _served(Path("runs"), None)
         pages: dict[str, tuple[str, Callable[[Any], None]]] = {
             "playground": (f"{address}/?run={run.name}&cell={cell}", _turned),
             "neurons": (f"{address}/neurons?run={run.name}&cell={cell}", _looked_into),
