@@ -27,7 +27,7 @@ from torch import nn
 from mnemoscope.behaviour import Asking
 from mnemoscope.config import CellConfig, TrainingConfig, load_study
 from mnemoscope.models import build_gpt2, word_tokenizer
-from mnemoscope.processes import quiet_library, settle
+from mnemoscope.processes import settle
 from mnemoscope.tasks import Task, answer_of, build_task
 from mnemoscope.training import measure, prepare_evaluation, train, unmet
 
@@ -64,7 +64,6 @@ def main() -> None:
     parser.add_argument("--ours-only", action="store_true")
     arguments = parser.parse_args()
     settle(arguments.threads)
-    quiet_library()
     study = load_study(arguments.study)
     print("| cell, seed | way | seconds to both | steps | to its end | times ours | |", flush=True)
     print("|---|---|---|---|---|---|---|")

@@ -39,7 +39,7 @@ def load_model(
     adapted = _adapted(folder, source)
     _check_causal(adapted, source)
     try:
-        words = adapted if adapted != folder and not (Path(folder) / "tokenizer_config.json").exists() else folder
+        words = adapted if adapted != folder and _file_of(folder, "tokenizer_config.json") is None else folder
         tokenizer = AutoTokenizer.from_pretrained(words, padding_side="left", trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
             folder, use_safetensors=True, trust_remote_code=False, dtype=dtype, device_map=device_map
