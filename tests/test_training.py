@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import islice
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import AttentionInterface
 
 from helpers import MINI_TASKS
 from mnemoscope.behaviour import Asking
 from mnemoscope.config import ModelConfig, StopConfig, TrainingConfig
 from mnemoscope.errors import InputError
-from mnemoscope.models import build_gpt2, word_tokenizer
+from mnemoscope.models import blocks_of, build_gpt2, in_bfloat16, word_tokenizer
 from mnemoscope.tasks import Task, answer_of, build_task
 from mnemoscope.training import (
     Float32Muon,
@@ -27,7 +29,7 @@ from mnemoscope.training import (
     train,
     unmet,
 )
-from mnemoscope.training.loop import _State, _step
+from mnemoscope.training.loop import _backward, _State, _update
 from mnemoscope.training.optimizers import orthogonalized
 from mnemoscope.training.reading import by_length
 
@@ -212,9 +214,47 @@ def test_short_and_long_instances_of_a_batch_give_the_gradient_of_the_whole() ->
     schedules = [torch.optim.lr_scheduler.LambdaLR(plain[0], lambda step: 1.0)]
     before = [p.detach().clone() for p in asking.model.parameters()]
     assert len(by_length(ids_BT, weights_BT)) == 2
-    assert _step(asking.model, ids_BT, weights_BT, plain, schedules) == pytest.approx(expected.item(), rel=1e-5)
+    assert _backward(asking.model, ids_BT, weights_BT) == pytest.approx(expected.item(), rel=1e-5)
+    _update(asking.model, plain, schedules)
     for old, new, gradient in zip(before, asking.model.parameters(), gradients, strict=True):
         assert torch.allclose(new, old - rate * factor * gradient, atol=1e-5)
+
+
+def gradient_of_a_step(precision: Literal["float32", "bfloat16"], task: Task) -> tuple[Tensor, set[torch.dtype]]:
+    """The gradient of a first step, flat, and what the matrices of the blocks gave."""
+    asking = untrained(task)
+    ids_BT, weights_BT = next(batches(asking, task, QUICK, np.random.default_rng(3)))
+    state = _State(asking.model, QUICK.model_copy(update={"precision": precision}))
+    state.optimizers, state._schedules, seen = [], [], set()
+    handles = [
+        block.mlp.c_fc.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+        for block in blocks_of(asking.model)
+    ]
+    state.step(ids_BT, weights_BT)
+    for handle in handles:
+        handle.remove()
+    assert asking.model.config._attn_implementation == "sdpa"
+    assert {p.dtype for p in asking.model.parameters()} == {torch.float32}
+    return torch.cat([p.grad.flatten() for p in asking.model.parameters() if p.grad is not None]), seen
+
+
+def test_passes_in_bfloat16_give_the_gradient_of_float32_but_for_rounding(task: Task) -> None:
+    exact, of_exact = gradient_of_a_step("float32", task)
+    rounded, of_rounded = gradient_of_a_step("bfloat16", task)
+    assert (of_exact, of_rounded) == ({torch.float32}, {torch.bfloat16})
+    assert 0 < float((rounded - exact).norm() / exact.norm()) < 0.02
+    assert exact.dtype == rounded.dtype == torch.float32
+
+
+def test_attention_stays_in_float32_where_passes_are_in_bfloat16(task: Task) -> None:
+    """Against the library's kernel on numbers that bfloat16 would round."""
+    asking = untrained(task)
+    with in_bfloat16(asking.model):
+        attention = AttentionInterface()[asking.model.config._attn_implementation]
+        query, key, value = torch.randn(3, 2, 2, 5, 4)
+        found, _ = attention(blocks_of(asking.model)[0].attn, query, key, value, None)
+    expected = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
+    torch.testing.assert_close(found, expected)
 
 
 def test_the_rule_must_hold_in_every_part_of_a_joint_task() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -65,6 +65,22 @@ def cells_of(config: StudyConfig, run: Path) -> list[Cell]:
         for label, cell in config.cells.items()
         for seed in range(config.first_seed, config.first_seed + config.seeds_of(label))
     ]
+
+
+def by_label(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """The seeds of each label."""
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(cell.label, []).append(cell)
+    return list(groups.values())
+
+
+def by_model(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """Cells of one seed that use one model."""
+    groups: dict[tuple[Path, int], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.model_folder.resolve(), cell.seed), []).append(cell)
+    return list(groups.values())
 
 
 def version() -> str:

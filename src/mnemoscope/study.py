@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mnemoscope import ranks
-from mnemoscope.cells import Cell, Tell, cells_of, git_state, version
+from mnemoscope.cells import Cell, Tell, by_label, by_model, cells_of, git_state, version
 from mnemoscope.config import StudyConfig, dump_study
 from mnemoscope.errors import InputError, StudyError
 from mnemoscope.executors import Execute, Progress, by_name
@@ -150,14 +150,19 @@ def _with_helpers(name: str, run: Callable[[], None], done: Callable[[], bool], 
 
 def compare_cells(cells: Sequence[Cell], run: Path, progress: Progress) -> None:
     """Compare seeds of one label and labels that share a model, unless it is done."""
-    from mnemoscope.stages import STAGES, compare_stage
-
     settle(cells[0].threads)
-    last = list(STAGES)[-1]
-    markers = [(cell.folder / "stages" / f"{last}.json") for cell in cells if cell.config.analysed]
-    wanted = hashlib.sha256("".join(json.loads(m.read_text())["hash"] for m in markers).encode()).hexdigest()
     analysed = [cell for cell in cells if cell.config.analysed]
-    _run_stage("study", run, "compare", wanted, partial(compare_stage, analysed, run), progress)
+    markers = [marker for cell in analysed for marker in sorted((cell.folder / "stages").glob("*.json"))]
+    wanted = hashlib.sha256("".join(json.loads(m.read_text())["hash"] for m in markers).encode()).hexdigest()
+    _run_stage("study", run, "compare", wanted, partial(_compared, analysed, run), progress)
+
+
+def _compared(cells: Sequence[Cell], run: Path, tell: Tell) -> list[Path]:
+    if all(len(group) == 1 for group in (*by_label(cells), *by_model(cells))):
+        return []  # and no model library is opened to find that out
+    from mnemoscope.stages import compare_stage
+
+    return compare_stage(cells, run, tell)
 
 
 def _run_stage(

@@ -117,6 +117,11 @@ class TrainingConfig(Frozen):
     optimizer: Literal["muon", "adamw"] = Field(
         "muon", description="of the matrices in blocks; AdamW of the rest, and of adapters"
     )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="of the passes; weights, optimizers and measurements stay as they are. auto: bfloat16 where the "
+        "hardware multiplies it, else float32",
+    )
     learning_rate: float = Field(3e-3, gt=0, le=1, description="its peak")
     weight_decay: float = Field(0.1, ge=0, le=10, description="of the matrices inside the blocks, or of the adapter")
     settle_steps: int = Field(

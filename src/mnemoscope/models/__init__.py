@@ -42,6 +42,7 @@ from mnemoscope.models.passes import (
     rows_of_prompts,
     untouched_blocks,
 )
+from mnemoscope.models.precision import in_bfloat16, multiplies_bfloat16
 from mnemoscope.models.room import batch_that_fits, bytes_of_prompt
 from mnemoscope.models.scratch import build_gpt2, word_tokenizer
 
@@ -70,12 +71,14 @@ __all__ = [
     "core_of",
     "end_ids",
     "forked",
+    "in_bfloat16",
     "is_adapted",
     "layout_of",
     "load_model",
     "make_room",
     "merged",
     "merged_weights",
+    "multiplies_bfloat16",
     "nothing_read_before",
     "pass_inputs",
     "position_ids",

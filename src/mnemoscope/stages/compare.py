@@ -16,7 +16,7 @@ import pandas as pd
 from scipy.linalg import orthogonal_procrustes
 
 from mnemoscope.behaviour import Asking, Scores, prepare, score
-from mnemoscope.cells import Cell
+from mnemoscope.cells import Cell, by_label, by_model
 from mnemoscope.contrast import Contrast
 from mnemoscope.directions import SOURCE, gaussian_like, steered, with_prefixes
 from mnemoscope.stages.common import Tell, cell_model, write_table
@@ -40,7 +40,7 @@ def compare_stage(cells: Sequence[Cell], run: Path, tell: Tell) -> list[Path]:
     if seeds:
         files.append(write_table(run / "records" / "seeds.parquet", pd.DataFrame(seeds)))
     tell(1, 2, "tasks that share a model")
-    shared = [group for group in _sharing(cells) if len(group) > 1]
+    shared = [group for group in by_model(cells) if len(group) > 1]
     if shared:
         steering = [table for group in shared for table in _transferred_steering(group)]
         probes = [table for group in shared for table in _transferred_probes(group)]
@@ -49,25 +49,14 @@ def compare_stage(cells: Sequence[Cell], run: Path, tell: Tell) -> list[Path]:
     return files
 
 
-def _sharing(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """Cells of one seed that use one model."""
-    groups: dict[tuple[Path, int], list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault((cell.model_folder.resolve(), cell.seed), []).append(cell)
-    return list(groups.values())
-
-
 def _seeds(cells: Sequence[Cell]) -> Iterator[dict[str, Any]]:
-    labels: dict[str, list[Cell]] = {}
-    for cell in cells:
-        labels.setdefault(cell.label, []).append(cell)
-    for label, seeds in labels.items():
+    for seeds in by_label(cells):
         opened = {cell.seed: cell_model(cell) for cell in seeds if len(seeds) > 1}
         for a, b in combinations(seeds, 2):
             first, second = (Contrast.load(cell.folder / "contrast.safetensors") for cell in (a, b))
             # A further attempt begins with other weights.
             shared = a.config.model.shares_first_weights and _attempt(a) == _attempt(b)
-            common = {"label": label, "seed_a": a.seed, "seed_b": b.seed, "site": first.site}
+            common = {"label": a.label, "seed_a": a.seed, "seed_b": b.seed, "site": first.site}
             common |= {"shared_initialization": shared}
             rng = np.random.default_rng([a.seed, b.seed])
             both = (first, second)

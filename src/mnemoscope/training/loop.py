@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from mnemoscope import ranks
 from mnemoscope.behaviour import Asking, Batch, prepare, score_together
 from mnemoscope.config import StopConfig, TrainingConfig
 from mnemoscope.errors import InputError
-from mnemoscope.models import core_of, is_adapted
+from mnemoscope.models import core_of, in_bfloat16, is_adapted, multiplies_bfloat16
 from mnemoscope.tasks import Example, Kind, Task, draw
 from mnemoscope.training.optimizers import optimizers_for
 from mnemoscope.training.reading import batches, passes
@@ -131,8 +132,16 @@ class _State:
     def step(self, ids_BT: Tensor, weights_BT: Tensor) -> None:
         """One optimizer step."""
         self.model.train()
-        self._losses.append(_step(self.model, ids_BT, weights_BT, self.optimizers, self._schedules))
+        with self._precision():
+            self._losses.append(_backward(self.model, ids_BT, weights_BT))
+        _update(self.model, self.optimizers, self._schedules)
         self.steps += 1
+
+    def _precision(self) -> AbstractContextManager[None]:
+        wanted = self.config.precision
+        single = self.model.dtype == torch.float32
+        lower = single and wanted == "auto" and multiplies_bfloat16(self.model.device)
+        return in_bfloat16(self.model) if lower or wanted == "bfloat16" else nullcontext()
 
     def before_measuring(self) -> None:
         """No dropout in an adapted model, which may have been made with some, nor in its adapter.
@@ -283,13 +292,8 @@ def _measure(evaluation: Evaluation) -> dict[str, float]:
     }
 
 
-def _step(
-    model: PreTrainedModel,
-    ids_BT: Tensor,
-    weights_BT: Tensor,
-    optimizers: list[torch.optim.Optimizer],
-    schedules: list[torch.optim.lr_scheduler.LambdaLR],
-) -> float:
+def _backward(model: PreTrainedModel, ids_BT: Tensor, weights_BT: Tensor) -> float:
+    """The loss of a batch, its gradients left in the weights."""
     # The loss is the mean over the whole batch, so its parts are summed and divided by the batch's weights.
     total, loss = weights_BT[:, 1:].sum(), 0.0
     mine = slice(ranks.rank(), None, ranks.world())
@@ -302,14 +306,19 @@ def _step(
         part = (losses_R * weights_RT[:, 1:].flatten().to(model.device)).sum() / total.to(model.device)
         part.backward()
         loss += float(part.detach())
-    if ranks.world() > 1:
-        loss = _sum_over_ranks(model, loss)
+    return _sum_over_ranks(model, loss) if ranks.world() > 1 else loss
+
+
+def _update(
+    model: PreTrainedModel,
+    optimizers: list[torch.optim.Optimizer],
+    schedules: list[torch.optim.lr_scheduler.LambdaLR],
+) -> None:
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer, schedule in zip(optimizers, schedules, strict=True):
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-    return loss
 
 
 def _sum_over_ranks(model: PreTrainedModel, loss: float) -> float:

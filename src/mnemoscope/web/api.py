@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Annotated, TypeVar
 
 from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request
-from fastapi.concurrency import run_in_threadpool
 
 from mnemoscope.bench import Bench
 from mnemoscope.report import compare_briefs, draw_neuron
@@ -31,15 +31,19 @@ def _jobs(request: Request) -> Jobs:
 
 
 class AtBench:
-    """Calls of an opened cell, a few at a time; whoever waits holds no thread, so all else is answered meanwhile."""
+    """Calls of an opened cell, a few at a time and always in the same threads.
+
+    Whoever waits holds no thread, so all else is answered meanwhile. Each thread that a model is asked in keeps memory
+    of its own, so there are few of them.
+    """
 
     def __init__(self, request: Request, run: Run, cell: CellName) -> None:
-        self.rooms, self.turns, self.run, self.cell = request.app.state.rooms, request.app.state.turns, run, cell
+        self.rooms, self.askers, self.run, self.cell = request.app.state.rooms, request.app.state.askers, run, cell
 
     async def __call__(self, work: Callable[[Bench], T]) -> T:
         """What the work finds."""
-        async with self.turns:
-            return await run_in_threadpool(lambda: work(self.rooms.bench(self.run, self.cell)))
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.askers, lambda: work(self.rooms.bench(self.run, self.cell)))
 
 
 Opened = Annotated[Rooms, Depends(_rooms)]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import ipaddress
 import socket
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from fastapi import FastAPI, Request
@@ -22,7 +24,7 @@ from mnemoscope.web.jobs import BusyError, Jobs
 from mnemoscope.web.rooms import Rooms
 from mnemoscope.web.shapes import NAMELESS
 
-TURNS = 4  # requests that are at a model, or wait for it in a thread, at a time
+ASKERS = 2  # threads that models are asked in: one is held while a cell is opened
 HERE = ("localhost", "127.0.0.1", "::1")
 
 
@@ -39,9 +41,9 @@ def build_app(root: Path, first: str | None = None, token: str | None = None, ho
         InputError: others can reach it, and there is no token.
     """
     check_token(host, token)
-    app = FastAPI(title="Mnemoscope", version=version(), docs_url=None, redoc_url=None)
+    app = FastAPI(title="Mnemoscope", version=version(), docs_url=None, redoc_url=None, lifespan=_until_stopped)
     app.state.rooms, app.state.jobs, app.state.first = Rooms(root), Jobs(), first
-    app.state.turns = asyncio.Semaphore(TURNS)
+    app.state.askers = ThreadPoolExecutor(ASKERS, thread_name_prefix="asker")
     app.include_router(api.router)
     app.include_router(pages.router)
     app.mount("/static", StaticFiles(directory=Path(__file__).parent / "static"), name="static")
@@ -73,6 +75,14 @@ def build_app(root: Path, first: str | None = None, token: str | None = None, ho
         return _refused(request.url.path, 500, "server", f"{type(error).__name__}; the log of the server has the rest")
 
     return app
+
+
+@asynccontextmanager
+async def _until_stopped(app: FastAPI) -> AsyncIterator[None]:
+    """Whoever stops the server does not wait for long work."""
+    yield
+    app.state.jobs.stop()
+    app.state.askers.shutdown(wait=False, cancel_futures=True)
 
 
 def _refused(path: str, status: int, field: str, message: str) -> Response:

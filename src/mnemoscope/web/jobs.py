@@ -5,15 +5,17 @@ from __future__ import annotations
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from threading import Lock, Thread
+from threading import Lock
 from typing import Any
 
 from mnemoscope.bench import CancelledError
 from mnemoscope.errors import InputError
 
 KEPT = 64  # jobs that are remembered after their end
-RUNNING = 16  # at a time, at most
+RUNNING = 16  # that are worked on or wait for it, at most
+WORKERS = 2  # threads; each keeps memory of its own
 
 # (tell how much is done, still wanted?) -> result
 Work = Callable[[Callable[[float], None], Callable[[], bool]], Any]
@@ -42,9 +44,10 @@ class Job:
 
 
 class Jobs:
-    """Each job in a thread of its own."""
+    """Work in a few threads, in the order in which it came."""
 
     def __init__(self) -> None:
+        self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="job")
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._lock = Lock()
 
@@ -61,7 +64,7 @@ class Jobs:
             self._jobs[job.name] = job
             for name in [n for n, other in self._jobs.items() if other.state != "running"][:-KEPT]:
                 del self._jobs[name]
-        Thread(target=self._run, args=(job, work), daemon=True).start()
+        self._workers.submit(self._run, job, work)
         return job
 
     def _run(self, job: Job, work: Work) -> None:
@@ -69,6 +72,8 @@ class Jobs:
             job.share = share
 
         try:
+            if not job.wanted:
+                raise CancelledError
             job.result = work(tell, lambda: job.wanted)
             job.share, job.state = 1.0, "done"
         except CancelledError:
@@ -88,3 +93,9 @@ class Jobs:
         if job is not None:
             job.wanted = False
         return job
+
+    def stop(self) -> None:
+        """Cancel all of them, and take no more."""
+        for job in self._jobs.values():
+            job.wanted = False
+        self._workers.shutdown(wait=False, cancel_futures=True)
