@@ -1026,7 +1026,10 @@ def test_verdict_of_turning_is_held_against_the_control(shifts: tuple, beyond: t
     answer = can_it_be_turned({"steering": steering})
     assert answer.verdict == verdict
     # Towards remembering, new questions do not count.
-    assert answer.sentence.endswith("Cost: -50\u00a0points of new questions and -2\u00a0points of facts to recall.")
+    assert answer.note.endswith("cost: -50\u00a0points of new questions and -2\u00a0points of facts to recall")
+    # Of both ways, the harder one is told first.
+    assert answer.number == f"{100 * min(shifts):.0f}\u00a0%"
+    assert "the harder way; the strongest control turns" in answer.sentence
 
 
 def luminance(colour: str) -> float:

@@ -117,8 +117,9 @@ class Answer:
     Attributes:
         anchor: the end of the identifier of the section that shows it.
         verdict: one or a few words.
-        number, range: the number and its interval, as text.
+        number: as text.
         sentence: what the number means.
+        note: its interval, and what else should be known beside it.
         strip: (low, estimate, high, reference) as shares, for the small scale; NaN where there is nothing to draw.
         reference: what the reference mark of the scale is; empty without one.
     """
@@ -127,8 +128,8 @@ class Answer:
     question: str
     verdict: str
     number: str
-    range: str
     sentence: str
+    note: str
     strip: tuple[float, float, float, float]
     reference: str = ""
 
@@ -155,35 +156,31 @@ def do_they_differ(task: Tree) -> Answer:
     share = contrast["significant"]
     best = argmax(contrast["significant_fraction"])
     if best is None:
-        return Answer("differ", question, "Not measured", "", "", why_nothing(task), (math.nan,) * 4)
+        return Answer("differ", question, "Not measured", "", why_nothing(task), "", (math.nan,) * 4)
     most = contrast["significant_fraction"][best]
-    neurons = f"of {share['n'] // len(task['seeds']):,} neurons differ"
-    if share["estimate"] > 0:
-        verdict = "Yes"
-        sentence = (
-            f"{neurons} when all are tested together; most in layer {contrast['layers'][best]} ({percent(most)})."
-        )
+    verdict = "Yes" if share["estimate"] > 0 else "Not that it shows"
+    sentence = f"of {share['n'] // len(task['seeds']):,} neurons differ when all are tested together."
+    if math.isnan(share["low"]):
+        seeds = "all seeds agree" if len(task["seeds"]) > 1 else "one seed, so no interval"
+        notes = ["Family-wise p \u2264 0.05", seeds]
     else:
-        verdict = "Not that it shows"
-        sentence = f"{neurons} when all are tested together, on {count(contrast['pairs'], 'pair')}."
+        notes = [f"95{NBSP}% interval over seeds: {interval(share)}"]
+    if share["estimate"] > 0:
+        notes.append(f"most in layer {contrast['layers'][best]} ({percent(most)})")
+    else:
+        notes.append(f"on {count(contrast['pairs'], 'pair')}")
     input_only = task["probe"]["input_only"]
     if share["estimate"] > 0 and known(input_only) and input_only["low"] > 0.5:
-        sentence += f" So do their wordings: the input alone tells {percent(input_only['estimate'])} apart."
-    if math.isnan(share["low"]):
-        text = "Family-wise p \u2264 0.05; " + (
-            "all seeds agree" if len(task["seeds"]) > 1 else "one seed, so no interval"
-        )
-    else:
-        text = f"95{NBSP}% interval over seeds: {interval(share)}"
+        notes.append(f"so do their wordings: the input alone tells {percent(input_only['estimate'])} apart")
     strip = (share["low"], share["estimate"], share["high"], math.nan)
-    return Answer("differ", question, verdict, percent(share["estimate"]), text, sentence, strip)
+    return Answer("differ", question, verdict, percent(share["estimate"]), sentence, "; ".join(notes), strip)
 
 
 def can_it_be_read(task: Tree) -> Answer:
     best, question = task["probe"]["best"], "Can it be read?"
     accuracy, (beyond, alone) = best["accuracy"], _strongest_input(task["probe"])
     if not known(accuracy):
-        return Answer("read", question, "Not measured", "", "", why_nothing(task), (math.nan,) * 4)
+        return Answer("read", question, "Not measured", "", why_nothing(task), "", (math.nan,) * 4)
     if certain(beyond) > 0:
         verdict = "Yes, beyond the input"
     elif accuracy["low"] > 0.5 and certain(beyond) < 0:
@@ -195,8 +192,8 @@ def can_it_be_read(task: Tree) -> Answer:
     where = f"a linear probe on {_layers(best['picked'])}"
     sentence = f"of test states are told apart by {where}, {_compared(beyond)} the input alone."
     strip = (accuracy["low"], accuracy["estimate"], accuracy["high"], alone["estimate"])
-    text = f"95{NBSP}% interval: {interval(accuracy)}"
-    return Answer("read", question, verdict, percent(accuracy["estimate"]), text, sentence, strip, "input alone")
+    note = f"95{NBSP}% interval: {interval(accuracy)}, of the difference {points_interval(beyond)}"
+    return Answer("read", question, verdict, percent(accuracy["estimate"]), sentence, note, strip, "input alone")
 
 
 def _strongest_input(probe: Tree) -> tuple[R, R]:
@@ -211,9 +208,9 @@ def _strongest_input(probe: Tree) -> tuple[R, R]:
 
 
 def _compared(difference: R) -> str:
-    """``9 points (6 to 12) more than``."""
+    """``9 points more than from``."""
     side = "more" if difference["estimate"] >= 0 else "fewer"
-    return f"{points(abs(difference['estimate']))} {side} ({points_interval(difference)}) than from"
+    return f"{points(abs(difference['estimate']))} {side} than from"
 
 
 def _layers(layers: list[int]) -> str:
@@ -221,29 +218,27 @@ def _layers(layers: list[int]) -> str:
 
 
 def can_it_be_turned(task: Tree) -> Answer:
+    """Of two ways, the number is that of the harder one."""
     question, steering = "Can it be turned?", task["steering"]
     measured = [d for d in DIRECTIONS if known(steering[d]["pairs"]["shift"])]
     if not measured:
-        return Answer("turn", question, "Not measured", "", "", why_nothing(task), (math.nan,) * 4)
-    first = measured[0]
-    shift = steering[first]["pairs"]["shift"]
-    shifts = [percent(steering[d]["pairs"]["shift"]["estimate"]) for d in measured[1:]]
-    parts = [
-        f"of test pairs turn {TOWARDS[first]}",
-        *(f"{s} {TOWARDS[d]}" for s, d in zip(shifts, measured[1:], strict=True)),
-    ]
-    references = [_control_shift(steering[direction]) for direction in measured]
-    if all(math.isnan(reference) for reference in references):
-        compared = "no control was run"
-    else:
-        compared = f"the strongest control turns {listed([percent(reference) for reference in references])}"
-    strip = (shift["low"], shift["estimate"], shift["high"], references[0])
-    label = "" if math.isnan(references[0]) else "strongest control"
-    text = f"95{NBSP}% interval: {interval(shift)}"
-    verdict = _verdict_of_turning(steering, measured)
-    costs = [worst_cost(steering[direction], direction) for direction in measured]
-    sentence = f"{listed(parts)}; {compared}. Cost: {listed(costs)}."
-    return Answer("turn", question, verdict, percent(shift["estimate"]), text, sentence, strip, label)
+        return Answer("turn", question, "Not measured", "", why_nothing(task), "", (math.nan,) * 4)
+    hard, *others = sorted(measured, key=lambda d: steering[d]["pairs"]["shift"]["estimate"])
+    shift, control = steering[hard]["pairs"]["shift"], _control_shift(steering[hard])
+    way = f"{TOWARDS[hard]}, the harder way" if others else TOWARDS[hard]
+    compared = "no control was run" if math.isnan(control) else f"the strongest control turns {percent(control)}"
+    notes = [f"95{NBSP}% interval: {interval(shift)}"]
+    for direction in others:
+        beside = _control_shift(steering[direction])
+        told = "" if math.isnan(beside) else f", control {percent(beside)}"
+        notes.append(f"{TOWARDS[direction]} {with_interval(steering[direction]['pairs']['shift'])}{told}")
+    notes.append(f"cost: {listed([worst_cost(steering[direction], direction) for direction in measured])}")
+    strip = (shift["low"], shift["estimate"], shift["high"], control)
+    label = "" if math.isnan(control) else "strongest control"
+    verdict, number = _verdict_of_turning(steering, measured), percent(shift["estimate"])
+    return Answer(
+        "turn", question, verdict, number, f"of test pairs turn {way}; {compared}.", "; ".join(notes), strip, label
+    )
 
 
 def _control_shift(block: Tree) -> float:
