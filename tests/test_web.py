@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -14,6 +17,7 @@ from threading import Thread
 from typing import Any
 from urllib.parse import quote
 
+import httpx
 import numpy as np
 import pandas as pd
 import pytest
@@ -348,6 +352,36 @@ def test_a_token_is_asked_for_where_there_is_one(root: Path) -> None:
     assert stranger.get("/runs").status_code == 200, "the browser was given a cookie"
 
 
+def test_the_description_says_that_there_is_a_token(root: Path) -> None:
+    def schemes(**options: Any) -> Any:
+        asker = TestClient(build_app(root, **options), headers={"authorization": "Bearer secret"})
+        return asker.get("/openapi.json", headers={"host": "localhost"}).json().get("components", {})
+
+    assert schemes(token="secret")["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"
+    assert "securitySchemes" not in schemes()
+
+
+def test_the_command_says_where_it_listens_and_stops_at_once(root: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "mnemoscope", "serve", str(root / "first"), "--port", port, "--token", "a b"]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert server.stderr is not None
+    try:
+        address = server.stderr.readline().strip()
+        assert address == f"http://localhost:{port}/?token=a%20b"
+        with httpx.Client(transport=httpx.HTTPTransport(retries=10), timeout=60) as asker:
+            assert asker.get(f"http://localhost:{port}/api/runs").status_code == 401
+            entered = asker.get(address, follow_redirects=True)
+            assert entered.status_code == 200
+            assert "token" not in str(entered.url)
+            assert {run["run"] for run in asker.get(f"http://localhost:{port}/api/runs").json()} >= {"first", "second"}
+    finally:
+        server.send_signal(signal.SIGINT)
+        assert server.wait(timeout=30) in (0, 130, -signal.SIGINT)
+        server.stderr.close()
+
+
 def test_pages_of_the_web_cannot_ask_through_the_browser(client: TestClient, root: Path) -> None:
     elsewhere = TestClient(build_app(root), base_url="http://evil.example")
     assert error_of(elsewhere.get("/api/runs"), 400)[0] == "host"
@@ -415,28 +449,34 @@ def test_the_lines_to_copy_do_the_same(client: TestClient, pairs: list[Any], cap
                 assert lines["command"].endswith(f"-- {shlex.quote(question['prompt'])}")
 
 
+def statuses(operation: Any, mode: schemathesis.GenerationMode) -> list[int]:
+    """What requests drawn from the description of an operation come to."""
+    seen: list[int] = []
+
+    @settings(max_examples=30, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def ask(case: Any) -> None:
+        if mode is schemathesis.GenerationMode.POSITIVE:  # of a cell that there is
+            places = case.path_parameters or {}
+            places |= {name: real for name, real in (("run", "first"), ("cell", "addition-0")) if name in places}
+        response = case.call()
+        seen.append(response.status_code)
+        assert response.status_code < 500, (case.method, case.path, case.body, response.text)
+
+    ask()
+    return seen
+
+
 def test_nothing_that_can_be_sent_breaks_the_server(address: str) -> None:
-    """Requests drawn from the OpenAPI description, sensible ones and others; most of a cell that there is."""
+    """Requests drawn from the OpenAPI description, some as it says and some not."""
     specification = schemathesis.openapi.from_url(f"{address}/openapi.json")
     operations = [found.ok() for found in specification.get_all_operations()]
     assert len(operations) == 12
-    real = {"run": "first", "cell": "addition-0"}
-    reached = 0
-    for operation in operations:
-
-        @settings(max_examples=30, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-        @given(case=operation.as_strategy())
-        def check(case: Any) -> None:
-            nonlocal reached
-            places = case.path_parameters or {}
-            for name in set(places) & set(real):
-                places[name] = real[name]
-            response = case.call()
-            reached += response.status_code < 300
-            assert response.status_code < 500, (case.method, case.path, case.body, response.text)
-
-        check()
-    assert reached > 30
+    right = [status for one in operations for status in statuses(one, schemathesis.GenerationMode.POSITIVE)]
+    assert sum(status < 300 for status in right) > 30
+    taking = [one for one in operations if one.path_parameters or one.query or one.body]
+    wrong = [status for one in taking for status in statuses(one, schemathesis.GenerationMode.NEGATIVE)]
+    assert sum(status >= 400 for status in wrong) > 100
 
 
 # --- in a browser ---------------------------------------------------------------------------------------------------

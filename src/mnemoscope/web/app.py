@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -44,7 +45,9 @@ def build_app(root: Path, first: str | None = None, token: str | None = None, ho
     app = FastAPI(title="Mnemoscope", version=version(), docs_url=None, redoc_url=None, lifespan=_until_stopped)
     app.state.rooms, app.state.jobs, app.state.first = Rooms(root), Jobs(), first
     app.state.askers = ThreadPoolExecutor(ASKERS, thread_name_prefix="asker")
-    app.include_router(api.router)
+    # The guard asks for the token; this says so in the description.
+    bearer = [Depends(HTTPBearer(auto_error=False, description="the token that the server was started with"))]
+    app.include_router(api.router, dependencies=bearer if token else [])
     app.include_router(pages.router)
     app.mount("/static", StaticFiles(directory=Path(__file__).parent / "static"), name="static")
     hosts = {*HERE, host} if is_loopback(host) else None
