@@ -94,7 +94,9 @@ found = {}
 with ranks.joined():
     for rows in (48, 1):  # one row: nothing is left for the second process
         model = build_gpt2(tokenizer, ModelConfig(layers=2, width=32, heads=2, context=32), 0)
-        config = TrainingConfig(steps=6, batch_size=rows, evaluate_every=3, evaluation_examples=20, stop=never)
+        config = TrainingConfig(
+            steps=6, batch_size=rows, precision="float32", evaluate_every=3, evaluation_examples=20, stop=never
+        )
         trained = train(Asking(model, tokenizer, task.boundary), task, config, np.random.default_rng(0))
         found |= {f"{rows}.{name}": weight.detach() for name, weight in model.named_parameters()}
         found[f"{rows}.loss"] = torch.tensor([row["loss"] for row in trained.curve])
