@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from tables import origin, put
 
 from mnemoscope.cells import Cell, cells_of
 from mnemoscope.config import load_study, parse_model
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("cell", help="name of one of its cells")
     parser.add_argument("--candidates", type=int, nargs="+", default=[10_000, 1_000_000])
+    parser.add_argument("--write", type=Path, help="file for the table, as peers.py writes it")
     parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     cells = cells_of(load_study(str(arguments.run / "study.yaml")), arguments.run)
@@ -40,13 +42,17 @@ def main() -> None:
     if arguments.once:
         _mine(cell, arguments.candidates[0])
         return
-    first = None
+    first, lines = None, ["| candidates | peak, MiB | times the first | seconds |", "|---|---|---|---|"]
     for n in arguments.candidates:
         command = [sys.executable, __file__, str(arguments.run), arguments.cell, "--once", "--candidates", str(n)]
         told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         peak, seconds = map(float, told.split()[-2:])
         first = first or peak
-        print(f"{n:12,} candidates   {peak / 1024:8.1f} MiB   {peak / first:6.3f}   {seconds:7.1f} s")
+        lines.append(f"| {n:,} | {peak / 1024:.1f} | {peak / first:.3f} | {seconds:.1f} |")
+        print(lines[-1], flush=True)
+    if arguments.write:
+        what = "Peak resident memory of mining, contrast and records, a process for each row. Bar: at most 1.1 times."
+        put(arguments.write, "memory", ["## memory", "", what, "", *lines, "", origin(1, cell.threads), ""])
 
 
 def _mine(cell: Cell, n: int) -> None:

@@ -15,11 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.metadata
-import os
-import platform
-import re
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,10 +26,11 @@ from typing import Any
 import numpy as np
 import torch
 from rounds import Way, ratios, seconds_of
+from tables import origin, put
 from torch import Tensor
 
 from mnemoscope.behaviour import Asking, cache_prefixes, decode, prepare, score
-from mnemoscope.cells import cells_of, git_state
+from mnemoscope.cells import cells_of
 from mnemoscope.config import load_study
 from mnemoscope.detect import states_at_the_end
 from mnemoscope.directions import steered
@@ -45,7 +41,6 @@ from mnemoscope.steering import SteeringVector
 from mnemoscope.tasks import Example, build_task, draw
 
 OURS = "Mnemoscope"
-PACKAGES = ("torch", "transformers", "numpy", "nnsight", "pyvene", "transformer-lens")
 CELLS = 60  # of the sweep
 STRENGTH = 0.2  # norm of a layer's shift over that of its states
 NEW_TOKENS = 24
@@ -86,53 +81,10 @@ def main() -> None:
     torch.set_grad_enabled(False)
     for name in arguments.work:
         title = f"{name}, {arguments.cell.rsplit('-', 1)[0]}" if name == "label" else name
-        part = _table(title, WORKS[name](arguments), arguments.rounds, _origin(arguments))
+        part = _table(title, WORKS[name](arguments), arguments.rounds, origin(arguments.rounds, arguments.threads))
         print("\n".join(part), flush=True)
         if arguments.write:
-            _put(arguments.write, title, part)
-
-
-HEAD = """# Benchmarks against other tools
-
-Written by `benchmarks/peers.py` (training: by `benchmarks/training.py`). All ways of a table take turns, round by
-round, so that a machine that is slow for a while is slow for all of them. Ratios are taken within a round: median
-(range).
-
-"""
-
-
-def _put(path: Path, title: str, part: list[str]) -> None:
-    """Replace the section of that title, or add it at the end."""
-    head, *sections = re.split(r"^(?=## )", path.read_text() if path.exists() else HEAD, flags=re.MULTILINE)
-    made, place = "\n".join(part) + "\n", f"## {title}\n"
-    found = [made if section.startswith(place) else section for section in sections]
-    path.write_text(head + "".join(found if made in found else [*found, made]))
-
-
-def _origin(arguments: argparse.Namespace) -> str:
-    """Which command, code and machine figures are of."""
-    versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES if _version(name) != "not installed")
-    commit = git_state()
-    return (
-        f"`{' '.join(['python', *sys.argv])}`, commit {(commit['commit'] or 'unknown')[:7]}"
-        f"{' with changes' if commit['dirty'] else ''}; {arguments.rounds} rounds; {versions}; Python "
-        f"{platform.python_version()}, {_processor()}, {os.cpu_count()} cores, {arguments.threads} thread(s)."
-    )
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+            put(arguments.write, title, part)
 
 
 def _table(name: str, work: Work, rounds: int, origin: str) -> list[str]:
@@ -149,7 +101,11 @@ def _table(name: str, work: Work, rounds: int, origin: str) -> list[str]:
             del ways[who]
             continue
         if work.agrees and found is not None and who != OURS:
-            notes[who] = "same" if work.agrees(first, found) else "DIFFERS"
+            if not work.agrees(first, found):  # it has done something else, so its time says nothing
+                failed[who] = "its result differs from ours"
+                del ways[who]
+                continue
+            notes[who] = "same"
     seconds = seconds_of(ways, rounds)
     of_base = ratios(seconds, work.base)
     lines = [f"## {name}", "", f"{work.what} {work.bar}", ""]
@@ -325,9 +281,8 @@ def contrast(arguments: argparse.Namespace) -> Work:
         return np.stack([nmd_LD, nmd_LD / 2 / np.sqrt(squares + nmd_LD**2 / 4)])
 
     def two_passes() -> np.ndarray:
-        wide = states_P2LD.astype(np.float64)
-        nmd_LD = wide[:, 0].mean(0) - wide[:, 1].mean(0)
-        return np.stack([nmd_LD, nmd_LD / 2 / wide.std((0, 1))])
+        nmd_LD = states_P2LD[:, 0].mean(0, dtype=np.float64) - states_P2LD[:, 1].mean(0, dtype=np.float64)
+        return np.stack([nmd_LD, nmd_LD / 2 / states_P2LD.std((0, 1), dtype=np.float64)])
 
     def tensors() -> np.ndarray:
         states = torch.from_numpy(states_P2LD)

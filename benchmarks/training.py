@@ -3,9 +3,10 @@
     OMP_NUM_THREADS=2 python benchmarks/training.py [--study quickstart] [--cells inference addition] [--seeds 2]
 
 Both train the same model on the same task and are measured by the same stop rule, on the same tune examples, as often;
-that time counts for both. Ours is the study's recipe. The Trainer's is the one that this project began with: AdamW, the
-library's schedule, instances tokenized one by one as it asks for them, collated by its own collator. It is given up
-after ``--most`` times our seconds.
+that time counts for both. Ours is the study's recipe. The Trainer's is the one that this project began with: AdamW and
+the library's schedule; its instances are tokenized many at a time and padded by the library's collator, and its passes
+are in bfloat16 where that is quicker for it (``--bf16``). It is given up after ``--most`` times our seconds. What the
+Trainer does with our optimizers is ours but for the loop, and is not measured.
 
 Shapes: B instances of a batch, T tokens.
 """
@@ -13,15 +14,18 @@ Shapes: B instances of a batch, T tokens.
 from __future__ import annotations
 
 import argparse
+import copy
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from tables import origin, put
 from torch import nn
 
 from mnemoscope.behaviour import Asking
@@ -62,27 +66,36 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--most", type=float, default=4.0, help="times our seconds for the Trainer")
     parser.add_argument("--ours-only", action="store_true")
+    parser.add_argument("--bf16", nargs="*", default=[], help="cells in which the Trainer's passes are in bfloat16")
+    parser.add_argument("--write", type=Path, help="file for the table, as peers.py writes it")
     arguments = parser.parse_args()
     settle(arguments.threads)
     study = load_study(arguments.study)
-    print("| cell, seed | way | seconds to both | steps | to its end | times ours | |", flush=True)
-    print("|---|---|---|---|---|---|---|")
+    lines = [
+        "| cell, seed | way | seconds to both | steps | to its end | times ours | |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    print("\n".join(lines), flush=True)
     for label in arguments.cells:
         cell = study.cells[label]
         for seed in range(arguments.seeds):
             mine = _ours(cell, seed)
-            _say(label, seed, "Mnemoscope", mine, mine)
+            lines.append(_said(label, seed, "Mnemoscope", mine, mine))
             if not arguments.ours_only:
-                _say(
-                    label, seed, "transformers.Trainer", _trainers(cell, label, seed, arguments.most * mine.whole), mine
-                )
+                theirs = _trainers(cell, label, seed, arguments.most * mine.whole, label in arguments.bf16)
+                lines.append(_said(label, seed, "transformers.Trainer, AdamW", theirs, mine))
+    if arguments.write:
+        what = "Seconds until both behaviours were there first (by the stop rule of the study), one after the other."
+        put(arguments.write, "training", ["## training", "", what, "", *lines, "", origin(1, arguments.threads), ""])
 
 
-def _say(label: str, seed: int, who: str, found: Found, mine: Found) -> None:
+def _said(label: str, seed: int, who: str, found: Found, mine: Found) -> str:
     missed = "; ".join(found.missed)
     times = f"{'more than ' if missed else ''}{found.seconds / mine.seconds:.2f}"
     steps = f"{found.seconds:.1f} | {found.steps} | {found.whole:.1f}"
-    print(f"| {label}, {seed} | {who} | {steps} | {times} | {missed or 'both behaviours'} |", flush=True)
+    line = f"| {label}, {seed} | {who} | {steps} | {times} | {missed or 'both behaviours'} |"
+    print(line, flush=True)
+    return line
 
 
 def _begun(cell: CellConfig, seed: int) -> tuple[Asking, Task]:
@@ -104,6 +117,9 @@ def _ours(cell: CellConfig, seed: int) -> Found:
     return Found(seconds, steps, trained.unmet, time.perf_counter() - began)
 
 
+AHEAD = 2048  # instances that are tokenized together for the Trainer
+
+
 class _Instances(torch.utils.data.IterableDataset[dict[str, list[int]]]):
     """Instances as they come, with labels on what the recipe learns from."""
 
@@ -111,19 +127,24 @@ class _Instances(torch.utils.data.IterableDataset[dict[str, list[int]]]):
         self.asking, self.task, self.answers_only, self.seed = asking, task, config.prompt_weight < 1, seed
 
     def __iter__(self) -> Iterator[dict[str, list[int]]]:
-        tokenizer = self.asking.tokenizer
-        for instance in self.task.training(np.random.default_rng(self.seed)):
-            prompt, answer = answer_of(instance)
-            given = len(tokenizer(prompt).input_ids) if answer and self.answers_only else 0
-            ids = [*tokenizer(prompt + answer).input_ids, tokenizer.eos_token_id]
-            yield {"input_ids": ids, "labels": [-100] * given + ids[given:]}
+        tokenizer, instances = self.asking.tokenizer, self.task.training(np.random.default_rng(self.seed))
+        while True:
+            parts = [answer_of(instance) for instance in islice(instances, AHEAD)]
+            prompts = tokenizer([prompt for prompt, _ in parts]).input_ids
+            texts = tokenizer([prompt + answer for prompt, answer in parts]).input_ids
+            for (_, answer), prompt_ids, text_ids in zip(parts, prompts, texts, strict=True):
+                given = len(prompt_ids) if answer and self.answers_only else 0
+                ids = [*text_ids, tokenizer.eos_token_id]
+                yield {"input_ids": ids, "labels": [-100] * given + ids[given:]}
 
 
-def _trainers(cell: CellConfig, label: str, seed: int, most: float) -> Found:
+def _trainers(cell: CellConfig, label: str, seed: int, most: float, bf16: bool) -> Found:
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
     asking, task = _begun(cell, seed)
     evaluation = prepare_evaluation(asking, task, cell.training.evaluation_examples, np.random.default_rng(seed))
+    to_the_right = copy.deepcopy(asking.tokenizer)
+    to_the_right.padding_side = "right"  # positions are counted from the first column
     measured: dict[str, float] = {}
     began = 0.0
 
@@ -150,6 +171,7 @@ def _trainers(cell: CellConfig, label: str, seed: int, most: float) -> Found:
             warmup_steps=50,
             seed=seed,
             use_cpu=True,
+            bf16=bf16,
             report_to=[],
             save_strategy="no",
             logging_strategy="no",
@@ -162,7 +184,7 @@ def _trainers(cell: CellConfig, label: str, seed: int, most: float) -> Found:
             model=asking.model,
             args=given,
             train_dataset=_Instances(asking, task, cell.training, seed),
-            data_collator=DataCollatorForSeq2Seq(asking.tokenizer, padding=True),
+            data_collator=DataCollatorForSeq2Seq(to_the_right, padding=True),
             callbacks=[Stop()],
         )
         began = time.perf_counter()

@@ -455,7 +455,10 @@ def test_the_maximum_test_keeps_its_level_when_groups_are_respected(grouped: boo
         assert significant > 60  # what ignoring the groups would claim
 
 
-def test_shards_in_any_order_agree() -> None:
+@pytest.mark.parametrize("held", [1, 7, 128])
+def test_shards_in_any_order_agree(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many groups wait to be flipped together."""
+    monkeypatch.setattr("mnemoscope.statistics.moments.HELD_GROUPS", held)
     draw = rng(18)
     differences = draw.normal(size=(60, 2, 3)) + 0.2
     groups = [f"name {i}" for i in draw.integers(0, 25, size=60)]
@@ -465,8 +468,11 @@ def test_shards_in_any_order_agree() -> None:
     total = SignFlips.empty((2, 3), permutations=150)
     for shard in shards:
         assert total.merge(shard) is total
+    np.testing.assert_allclose(total.p_values(), whole.p_values())
     np.testing.assert_allclose(total.sums_BLD, whole.sums_BLD, atol=1e-12)
     assert (np.array(total.p_values()) == np.array(whole.p_values())).all()
+    signs_BN = np.stack([_signs(whole.seed, 150, group) for group in groups], axis=1)
+    np.testing.assert_allclose(whole.sums_BLD, np.einsum("bn,nld->bld", signs_BN, differences), atol=1e-12)
 
 
 def test_signs_are_the_same_in_every_process() -> None:

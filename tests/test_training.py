@@ -141,7 +141,7 @@ def test_a_run_that_never_mixes_says_which_dials_to_turn(memorized: float, advic
         "conflict_memorized": memorized,
         "conflict_generalized": 1 - memorized,
     }
-    text = how_to_mix(Trained([row], 500, 1.0, ["conflict_generalized 0.1 (wanted >= 0.25)"]))
+    text = how_to_mix(Trained([row], 500, 1.0, ["conflict_generalized 0.1 (wanted >= 0.25)"], "float32"))
     assert advice in text
     assert "memorized_share" in text
     assert "wanted >= 0.25" in text

@@ -9,11 +9,12 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from threading import Thread
+from threading import Event, Lock, Thread, current_thread
 from typing import Any
 from urllib.parse import quote
 
@@ -35,6 +36,7 @@ from mnemoscope.steering import SteeringVector
 from mnemoscope.tasks import Example
 from mnemoscope.web import build_app, check_reachable
 from mnemoscope.web.guards import LARGEST_BODY
+from mnemoscope.web.jobs import RUNNING, WORKERS
 
 CELL = "/api/runs/first/cells/addition-0"
 
@@ -270,14 +272,94 @@ def test_a_neuron_is_shown_on_tune_pairs(client: TestClient, bench: Bench, root:
     assert error_of(client.post(f"{CELL}/neurons/0/9999"), 422) == ("neuron", "9999 is not in 0 .. 63")
 
 
+def opened_bench(client: TestClient) -> Bench:
+    """The server's own."""
+    client.get(CELL)
+    opened = client.app.state.opened  # type: ignore[attr-defined]
+    return list(opened._open.values())[-1].bench
+
+
 def test_a_job_can_be_cancelled_while_it_waits_for_the_model(client: TestClient) -> None:
-    rooms = client.app.state.rooms  # type: ignore[attr-defined]
-    with rooms.bench("first", "addition-0")._lock:  # somebody is asking, for long
+    with opened_bench(client)._lock:  # somebody is asking, for long
         job = client.post(f"{CELL}/neurons/0/0").json()
         assert job["state"] == "running"
         assert client.delete(f"/api/jobs/{job['job']}").status_code == 200
         assert finished(client, job)["state"] == "cancelled"
     assert finished(client, client.post(f"{CELL}/neurons/0/0").json())["state"] == "done"
+
+
+def test_jobs_that_nobody_wants_any_more_keep_nobody_out(client: TestClient) -> None:
+    with opened_bench(client)._lock:
+        jobs = [client.post(f"{CELL}/neurons/0/{neuron}").json() for neuron in range(RUNNING)]
+        assert error_of(client.post(f"{CELL}/neurons/1/0"), 429)[0] == "job"
+        ended = [client.delete(f"/api/jobs/{job['job']}").json()["state"] for job in jobs]
+        assert ended.count("cancelled") >= RUNNING - WORKERS  # at once, those that had not begun
+        later = client.post(f"{CELL}/neurons/1/0")
+        assert later.status_code == 202
+    assert finished(client, later.json())["state"] == "done"
+    assert {finished(client, job)["state"] for job in jobs} == {"cancelled"}
+
+
+class Noted:
+    """A lock that remembers which thread held it when."""
+
+    def __init__(self) -> None:
+        self._lock, self.holders = Lock(), []
+
+    def acquire(self, *given: Any, **named: Any) -> bool:
+        got = self._lock.acquire(*given, **named)
+        if got:
+            self.holders.append(current_thread().name)
+        return got
+
+    def release(self) -> None:
+        self._lock.release()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def test_long_work_lets_whoever_waits_go_first(root: Path) -> None:
+    bench, noted, asked = Bench.of(root / "first", "addition-0"), Noted(), []
+    bench._lock = noted  # type: ignore[assignment]
+    question = bench.questions(1)[0][0]
+
+    def wanted() -> bool:
+        """In the midst of the third step somebody asks."""
+        if len(noted.holders) == 3 and not asked:
+            asked.append(asker.submit(bench.ask, question))
+            while not bench._waiting:
+                time.sleep(0.001)
+        return True
+
+    with ThreadPoolExecutor(1, thread_name_prefix="asker") as asker:
+        bench.watch(0, 0, wanted=wanted)
+    me = current_thread().name
+    assert noted.holders[:4] == [me, me, me, "asker_0"]
+    assert set(noted.holders[4:]) == {me}
+
+
+def test_whoever_asks_a_cell_waits_for_no_other(root: Path, client: TestClient, pairs: list[Any]) -> None:
+    """Neither for its opening nor for what is asked of it."""
+    other = CELL.replace("first", "second")
+    held = Event()
+    real = Bench.of
+
+    def slowly(run: Path, cell: str) -> Bench:
+        assert held.wait(60)
+        return real(run, cell)
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(8) as crowd:
+        opened_bench(client)
+        patch.setattr(Bench, "of", slowly)
+        waiting = [crowd.submit(client.get, other) for _ in range(6)]
+        assert client.post(f"{CELL}/ask", json={"question": pairs[0]["memorized"]}).status_code == 200
+        assert not any(one.done() for one in waiting)
+        held.set()
+        assert {one.result().status_code for one in waiting} == {200}
 
 
 def test_a_neuron_alone_does_what_a_vector_of_it_does(bench: Bench) -> None:
@@ -301,6 +383,7 @@ def test_runs_are_listed_and_compared(client: TestClient) -> None:
     rows = client.get("/api/compare?first=first&second=second").json()
     assert rows
     assert all(row["first"] == row["second"] for row in rows), "one is a copy of the other"
+    assert error_of(client.get("/api/compare?first=first&second=none"), 422)[0] == "second"
     page = client.get("/runs?first=first&second=begun").text
     assert "first beside begun" in page
 
@@ -311,7 +394,7 @@ def test_names_do_not_lead_out_of_the_folder(client: TestClient, root: Path, nam
     with pytest.raises(InputError, match="run: "):
         rooms.run(name)
     with pytest.raises(InputError, match="cell: "):
-        rooms.bench("first", f"../{name}")
+        rooms.cell("first", f"../{name}")
     if name == "..":
         return  # a client takes it out of a path before it is sent
     quoted = quote(name, safe="") or "-"
@@ -670,6 +753,10 @@ def test_looking_into_a_neuron_can_be_cancelled(tab: Any, address: str) -> None:
 
 def test_runs_side_by_side_in_a_browser(tab: Any, address: str) -> None:
     tab.goto(f"{address}/runs")
+    width = tab.viewport_size["width"]
+    for shown in tab.locator("[name=second]").all():
+        box = shown.bounding_box()
+        assert box["x"] + box["width"] <= width  # a phone shows what one came for without scrolling sideways
     tab.locator("[name=first][value=first]").check()
     tab.locator("[name=second][value=second]").check()
     tab.get_by_role("button", name="Compare").click()
@@ -677,6 +764,7 @@ def test_runs_side_by_side_in_a_browser(tab: Any, address: str) -> None:
     assert serious(tab) == []
     lines = [row.split("\t") for row in tab.locator("table").nth(1).inner_text().split("\n")]
     rows = {line[1]: line[2:] for line in lines if len(line) == 4}
+    assert all(c["x"] + c["width"] <= width for c in (v.bounding_box() for v in tab.locator("td:last-child").all()))
     assert {"pairs", "neurons that differ", "behaviours told apart by a probe"} < set(rows)
     assert all(first == second for what, (first, second) in rows.items() if what != "What")
     tab.get_by_role("link", name="report").first.click()

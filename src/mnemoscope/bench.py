@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from threading import RLock
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -123,7 +124,9 @@ class Bench:
         if not chosen.is_file():
             raise InputError(f"cell: {cell.name} has no steering vectors yet; let its study run to its end first")
         self.cell = cell
-        self._lock = RLock()
+        self._lock = Lock()
+        self._counting = Lock()
+        self._waiting = self._answered = 0  # requests that are waiting or being answered; those that have been
         with reading("cell", cell.folder):
             self.chosen: dict[str, Any] = json.loads(chosen.read_text())["pairs"]
             self._asking = replace(cell_model(cell), batch_size=16)
@@ -225,7 +228,7 @@ class Bench:
             InputError: the tokenizer cannot read it, or there is no such vector.
         """
         vector = self.vector(turning) if turning else None
-        with self._lock:
+        with self._ahead():
             self._check_length(example.prompt)
             if vector is not None and turning is not None and turning.alpha:
                 return self._ask(example, vector, turning.alpha)
@@ -242,7 +245,7 @@ class Bench:
             InputError: it has no token, or more than the model reads together with what follows.
         """
         vector = self.vector(turning) if turning else None
-        with self._lock:
+        with self._ahead():
             applied = partial(vector.apply, self._asking.model, turning.alpha) if vector and turning else nullcontext
             self._check_length(prompt)
             check_known(self._asking, [prompt])
@@ -254,6 +257,19 @@ class Bench:
                 with applied():
                     reading = read_prompts(self._detector, self._asking, [prompt])
         return Answered(None, said, math.nan, math.nan, reading)
+
+    @contextmanager
+    def _ahead(self) -> Iterator[None]:
+        """The model, for one answer: long work lets it go first."""
+        with self._counting:
+            self._waiting += 1
+        try:
+            with self._lock:
+                yield
+        finally:
+            with self._counting:
+                self._waiting -= 1
+                self._answered += 1
 
     def _check_length(self, prompt: str) -> None:
         (tokens,) = self._asking.tokens([self._asking.text(prompt)])
@@ -381,9 +397,11 @@ class Bench:
 
     @contextmanager
     def _turn(self, wanted: Callable[[], bool]) -> Iterator[None]:
-        """The model, for one step of long work: others are answered between two steps."""
-        while not self._lock.acquire(timeout=0.1):
+        """The model, for one step of long work: of those who wait, one at least is answered before."""
+        answered = self._answered
+        while (self._waiting and self._answered == answered) or not self._lock.acquire(timeout=0.1):
             _check(wanted)
+            time.sleep(0.001)
         try:
             _check(wanted)
             yield

@@ -20,6 +20,7 @@ from typing import Any
 
 from mnemoscope.cells import Cell
 from mnemoscope.errors import InputError, StudyError
+from mnemoscope.processes import share_memory
 
 # (cell, stage, done, total, note): what a running cell tells.
 Progress = Callable[[str, str, float, float, str], None]
@@ -73,7 +74,7 @@ def _side_by_side(workers: int, cells: Sequence[Cell], run: Run, progress: Progr
         listener = Thread(target=_listen, args=(messages, progress), daemon=True)
         listener.start()
         many = min(workers, len(cells))
-        with ProcessPoolExecutor(many, mp_context=context, initializer=_die_with, initargs=(os.getpid(),)) as pool:
+        with ProcessPoolExecutor(many, context, _begin_worker, (os.getpid(), many)) as pool:
             futures = [pool.submit(_run_there, run, cell, messages) for cell in cells]
             failed = {}
             try:
@@ -132,6 +133,9 @@ def _on_cluster(ray: Any, cells: Sequence[Cell], run: Run, progress: Progress) -
     for cell in cells:
         if cell.threads > largest:
             raise InputError(f"threads: {cell.threads}; the largest node of the cluster has {largest:g} processors")
+    graphics = int(ray.cluster_resources().get("GPU", 0))
+    if any(map(_gpus, cells)) and not graphics:
+        raise InputError("model.device_map: no node of the cluster has a graphics processor (as Ray counts them)")
     # News are kept where the study was started: with them on a node that dies, every cell would fail.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     messages = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
@@ -139,6 +143,8 @@ def _on_cluster(ray: Any, cells: Sequence[Cell], run: Run, progress: Progress) -
     for cell in cells:
         # Where there are more places than cells, a cell takes several.
         places = int(ray.cluster_resources().get("CPU", 1)) // (cell.threads * len(cells))
+        if _gpus(cell):  # a cell that waits for its parts gives away its processors, but not what else it has
+            places = min(places, graphics // len(cells) - 1)
         spread = replace(cell, spread=_Spreading(places, cell.threads, _gpus(cell))) if places > 1 else cell
         task = there.options(num_cpus=cell.threads, num_gpus=_gpus(cell), max_retries=RETRIES, name=cell.name)
         waiting[task.remote(run, spread, messages.actor, os.getcwd())] = cell
@@ -218,6 +224,11 @@ def _listen(messages: Any, progress: Progress) -> None:
             progress(*news)
     except (EOFError, OSError):
         return  # the study ended before its last message
+
+
+def _begin_worker(parent: int, many: int) -> None:
+    share_memory(many)
+    _die_with(parent)
 
 
 def _die_with(parent: int) -> None:

@@ -5,6 +5,19 @@ from __future__ import annotations
 import ctypes
 import sys
 
+_beside = 1
+
+
+def share_memory(processes: int) -> None:
+    """Say how many processes like this one, itself included, take their memory from this machine at a time."""
+    global _beside
+    _beside = processes
+
+
+def beside() -> int:
+    """How many processes share this machine's memory."""
+    return _beside
+
 
 def settle(threads: int) -> None:
     """Make this process compute as every process does that runs a cell with so many threads."""

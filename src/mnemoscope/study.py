@@ -150,16 +150,21 @@ def _with_helpers(name: str, run: Callable[[], None], done: Callable[[], bool], 
 
 def compare_cells(cells: Sequence[Cell], run: Path, progress: Progress) -> None:
     """Compare seeds of one label and labels that share a model, unless it is done."""
-    settle(cells[0].threads)
     analysed = [cell for cell in cells if cell.config.analysed]
-    markers = [marker for cell in analysed for marker in sorted((cell.folder / "stages").glob("*.json"))]
+    markers = [marker for cell in analysed for marker in _markers(cell)]
     wanted = hashlib.sha256("".join(json.loads(m.read_text())["hash"] for m in markers).encode()).hexdigest()
     _run_stage("study", run, "compare", wanted, partial(_compared, analysed, run), progress)
+
+
+def _markers(cell: Cell) -> list[Path]:
+    """Of finished stages; a hidden file is one that was being written when its process was killed."""
+    return sorted((cell.folder / "stages").glob("[!.]*.json"))
 
 
 def _compared(cells: Sequence[Cell], run: Path, tell: Tell) -> list[Path]:
     if all(len(group) == 1 for group in (*by_label(cells), *by_model(cells))):
         return []  # and no model library is opened to find that out
+    settle(cells[0].threads)
     from mnemoscope.stages import compare_stage
 
     return compare_stage(cells, run, tell)
@@ -260,10 +265,7 @@ def _first_difference(old: str, new: str) -> str:
 
 
 def _write_manifest(run: Path, cells: list[Cell], started: float) -> None:
-    stages = {
-        cell.name: {path.stem: json.loads(path.read_text()) for path in sorted((cell.folder / "stages").glob("*.json"))}
-        for cell in cells
-    }
+    stages = {cell.name: {path.stem: json.loads(path.read_text()) for path in _markers(cell)} for cell in cells}
     stages["study"] = {"compare": json.loads((run / "stages" / "compare.json").read_text())}
     manifest = {
         "mnemoscope": version(),

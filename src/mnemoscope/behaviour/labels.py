@@ -123,7 +123,10 @@ def score(
 
 
 def score_together(asking: Asking, batches: Sequence[Batch], *, margins: bool = True) -> Scores:
-    """``score``, of which every process that works on the cell takes its share and gets all of it."""
+    """``score``, of which every process that works on the cell takes its share and gets all of it.
+
+    ``batches`` are those of ``prepare`` with ``together``.
+    """
     mine = ranks.share(batches)
     ends = np.cumsum([len(batch.examples_N) for batch in mine])
     numbered = [
@@ -133,7 +136,9 @@ def score_together(asking: Asking, batches: Sequence[Batch], *, margins: bool = 
     found = score(asking, numbered, margins=margins)
     places = np.concatenate([np.empty(0, int), *(batch.examples_N for batch in mine)])
     parts = ranks.from_all((places, found))
-    order_N = np.argsort(np.concatenate([at for at, _ in parts]))
+    places = np.concatenate([at for at, _ in parts])
+    order_N = np.argsort(places)
+    assert np.array_equal(places[order_N], np.arange(len(places))), "the processes have cut their batches differently"
     names = ("behaviour_N", "margin_N", "tie_N", "confabulated_N")
     return Scores(*(np.concatenate([getattr(part, name) for _, part in parts])[order_N] for name in names))
 

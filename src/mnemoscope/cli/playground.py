@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import quote
@@ -23,6 +24,8 @@ def serve(
     with one_line_errors():
         from mnemoscope.errors import InputError
 
+        # The pages say that nothing leaves this machine: what is not in the library's cache is not asked for.
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
         try:
             from mnemoscope.web import check_reachable, serve
         except ImportError as error:

@@ -120,7 +120,7 @@ class TrainingConfig(Frozen):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
         description="of the passes; weights, optimizers and measurements stay as they are. auto: bfloat16 where the "
-        "hardware multiplies it, else float32",
+        "hardware multiplies it, else float32, and for adapters; `cell.json` says which",
     )
     learning_rate: float = Field(3e-3, gt=0, le=1, description="its peak")
     weight_decay: float = Field(0.1, ge=0, le=10, description="of the matrices inside the blocks, or of the adapter")

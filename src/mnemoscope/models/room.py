@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,10 @@ import torch
 from torch import nn
 
 from mnemoscope.models.layout import blocks_of, core_of
+from mnemoscope.processes import beside
 
 SHARE = 0.5  # of the memory that is free, which a pass may take: the estimate knows nothing of the allocator
+_said: set[tuple[int, int]] = set()
 _INNER = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")  # what families call the width of an MLP
 
 
@@ -39,7 +40,8 @@ def bytes_of_prompt(model: nn.Module, tokens: int, read_on: int) -> int:
 def free_bytes(device: torch.device) -> int | None:
     """Memory that can be had on a device; None where nobody says."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + idle
     if device.type != "cpu":
         return None
     found = [bytes_ for bytes_ in (_of_the_machine(), _of_the_group()) if bytes_ is not None]
@@ -51,21 +53,20 @@ def batch_that_fits(model: nn.Module, wanted: int, tokens: int, read_on: int) ->
 
     Says so once, in a line of the log.
     """
-    free, each = free_bytes(next(model.parameters()).device), bytes_of_prompt(model, tokens, read_on)
+    device, each = next(model.parameters()).device, bytes_of_prompt(model, tokens, read_on)
+    free = free_bytes(device)
+    if free is not None and device.type == "cpu":
+        free //= beside()
     if free is None or wanted * each <= SHARE * free:
         return wanted
     fitting = max(1, int(SHARE * free // each))
-    if fitting < wanted:
-        _say(wanted, tokens, f"{wanted * each / 2**30:.1f}", f"{free / 2**30:.1f}", fitting)
+    if fitting < wanted and (wanted, tokens) not in _said:
+        _said.add((wanted, tokens))
+        logging.getLogger("mnemoscope").warning(
+            f"pairs.batch_size: {wanted} prompts of {tokens:,} tokens would take some {wanted * each / 2**30:.1f} GiB, "
+            f"and {free / 2**30:.1f} are free; {fitting} at a time"
+        )
     return fitting
-
-
-@functools.cache
-def _say(wanted: int, tokens: int, needed: str, free: str, fitting: int) -> None:
-    logging.getLogger("mnemoscope").warning(
-        f"pairs.batch_size: {wanted} prompts of {tokens:,} tokens would take some {needed} GiB, and {free} are free; "
-        f"{fitting} at a time"
-    )
 
 
 def _of_the_machine() -> int | None:
@@ -80,6 +81,9 @@ def _of_the_group() -> int | None:
     """What the control group of this process (a container's) leaves."""
     group = Path("/sys/fs/cgroup")
     try:
-        return int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        lines = (group / "memory.stat").read_text().splitlines()
+        # Pages of files that were read are counted as used, and given away where they are needed.
+        return limit - used + next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
     except (OSError, ValueError):  # there is none, or it is without a limit
         return None

@@ -53,7 +53,7 @@ States = dict[Split, np.ndarray]
 def probes_stage(cell: Cell, tell: Tell) -> list[Path]:
     """Fit probes on the fit pairs, choose on the tune pairs, score the test pairs; see how steady the contrast is."""
     asking, config = cell_model(cell), cell.config.probes
-    table = pd.read_parquet(cell.records / "pairs.parquet")
+    table = pd.read_parquet(cell.records / "pairs.parquet", filters=[("is_pair", "==", True)])
     rng = rng_of(cell, "probes")
     parts = {split: Phrasings.of(table, split, config.pairs, rng) for split in SPLITS}
     batches = {split: prepare(asking, part.examples) for split, part in parts.items()}

@@ -57,7 +57,7 @@ def train_stage(cell: Cell, tell: Tell) -> list[Path]:
         size = "model.lora.rank" if is_adapted(asking.model) else "model.layers"
         raise StudyError(f"{cell.name}: {how_to_mix(trained, size)}")
     facts |= {"layers": len(blocks_of(asking.model)), "width": width_of(asking.model)}
-    facts |= {"trained": True, "attempt": attempt}
+    facts |= {"trained": True, "attempt": attempt, "precision": trained.precision}
     files += _save_model(cell, asking)
     # Times differ between equal runs, so their file is no part of what is checked.
     return [*(f for f in files if f.name != "training_time.json"), write_json(cell.folder / "cell.json", facts)]
@@ -68,7 +68,7 @@ def _known(cell: Cell, task: Task, asking: Asking) -> list[Path]:
     if not hasattr(task, "knowing"):
         return []
     asked = task.facts_to_know()  # type: ignore[attr-defined]
-    labels = score_together(asking, prepare(asking, asked), margins=False).behaviour_N
+    labels = score_together(asking, prepare(asking, asked, together=True), margins=False).behaviour_N
     known = [example.item for example, label in zip(asked, labels, strict=True) if label == "correct"]
     task.knowing(set(known))  # an empty one is refused here, before anything is written
     return [write_json(cell.records / "known.json", {"asked": len(asked), "known": known})]
@@ -108,7 +108,7 @@ def behaviour_stage(cell: Cell, tell: Tell) -> list[Path]:
         examples = draw(task, rng, cell.config.pairs.behaviour_examples, kind, "test")
         if not examples:
             continue
-        scores = score_together(asking, prepare(asking, examples))
+        scores = score_together(asking, prepare(asking, examples, together=True))
         has_format = getattr(task, "has_memorized_format", None)
         if kind == "conflict" and has_format:
             mark_confabulations(asking, examples, scores, has_format)

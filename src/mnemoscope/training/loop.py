@@ -67,12 +67,14 @@ class Trained:
         steps: optimizer steps taken.
         seconds: wall time.
         unmet: what the stop rule still misses; empty where both behaviours are there.
+        precision: of the passes.
     """
 
     curve: list[dict[str, Any]]
     steps: int
     seconds: float
     unmet: list[str]
+    precision: str
 
 
 def train(
@@ -111,7 +113,8 @@ def train(
         if state.is_last():
             break
     state.finish()
-    return Trained(state.curve, state.steps, time.perf_counter() - started, unmet(config.stop, state.kept_row()))
+    seconds = time.perf_counter() - started
+    return Trained(state.curve, state.steps, seconds, unmet(config.stop, state.kept_row()), state.precision)
 
 
 class _State:
@@ -119,6 +122,8 @@ class _State:
 
     def __init__(self, model: PreTrainedModel, config: TrainingConfig) -> None:
         self.model, self.config = model, config
+        # One for all processes, whatever each could do.
+        self.precision = ranks.from_first(_precision(model, config.precision))
         self.optimizers = optimizers_for(model, config)
         self.steps = 0
         self.first_met: int | None = None
@@ -132,16 +137,13 @@ class _State:
     def step(self, ids_BT: Tensor, weights_BT: Tensor) -> None:
         """One optimizer step."""
         self.model.train()
-        with self._precision():
+        with self._passes():
             self._losses.append(_backward(self.model, ids_BT, weights_BT))
         _update(self.model, self.optimizers, self._schedules)
         self.steps += 1
 
-    def _precision(self) -> AbstractContextManager[None]:
-        wanted = self.config.precision
-        single = self.model.dtype == torch.float32
-        lower = single and wanted == "auto" and multiplies_bfloat16(self.model.device)
-        return in_bfloat16(self.model) if lower or wanted == "bfloat16" else nullcontext()
+    def _passes(self) -> AbstractContextManager[None]:
+        return in_bfloat16(self.model) if self.precision == "bfloat16" else nullcontext()
 
     def before_measuring(self) -> None:
         """No dropout in an adapted model, which may have been made with some, nor in its adapter.
@@ -202,6 +204,14 @@ class _State:
         return factor
 
 
+def _precision(model: PreTrainedModel, wanted: str) -> str:
+    """What passes are in; of adapters what the model is in, as each pass would hold all its weights once more."""
+    if wanted != "auto":
+        return wanted
+    lower = model.dtype == torch.float32 and not is_adapted(model) and multiplies_bfloat16(model.device)
+    return "bfloat16" if lower else "float32"
+
+
 def _set_dropout(model: PreTrainedModel, share: float) -> None:
     """Of every dropout layer, save that of attention weights, which would leave the fused kernel, and an adapter's."""
     for name, module in model.named_modules():
@@ -259,7 +269,7 @@ def _evaluation(asking: Asking, task: Task, n: int, rng: np.random.Generator) ->
         examples: list[Example] = draw(task, rng, n, kind, "tune")
         if not examples:
             raise InputError(f"task: {task.name} has no {kind} example in the tune split, which the stop rule needs")
-        by_kind[kind] = prepare(asking, examples)
+        by_kind[kind] = prepare(asking, examples, together=True)
     return Evaluation(asking, by_kind)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Annotated, TypeVar
 
 from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request
 
 from mnemoscope.bench import Bench
+from mnemoscope.errors import InputError
 from mnemoscope.report import compare_briefs, draw_neuron
 from mnemoscope.web import shapes
 from mnemoscope.web.jobs import Job, Jobs
@@ -31,19 +31,14 @@ def _jobs(request: Request) -> Jobs:
 
 
 class AtBench:
-    """Calls of an opened cell, a few at a time and always in the same threads.
-
-    Whoever waits holds no thread, so all else is answered meanwhile. Each thread that a model is asked in keeps memory
-    of its own, so there are few of them.
-    """
+    """Calls of one cell."""
 
     def __init__(self, request: Request, run: Run, cell: CellName) -> None:
-        self.rooms, self.askers, self.run, self.cell = request.app.state.rooms, request.app.state.askers, run, cell
+        self.request, self.run, self.cell = request, run, cell
 
     async def __call__(self, work: Callable[[Bench], T]) -> T:
         """What the work finds."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.askers, lambda: work(self.rooms.bench(self.run, self.cell)))
+        return await self.request.app.state.opened.ask(self.run, self.cell, work)
 
 
 Opened = Annotated[Rooms, Depends(_rooms)]
@@ -71,6 +66,9 @@ def compare(
     rooms: Opened, first: Annotated[str, Query(pattern=NAME)], second: Annotated[str, Query(pattern=NAME)]
 ) -> list[shapes.RowOut]:
     """Two runs side by side, a row for each number that either has."""
+    for field, name in (("first", first), ("second", second)):
+        if name not in rooms.runs():
+            raise InputError(f"{field}: {name!r} is not one of {', '.join(rooms.runs()) or 'none'}")
     return [shapes.RowOut(**row) for row in compare_briefs(rooms.brief(first), rooms.brief(second))]
 
 
@@ -114,7 +112,8 @@ async def ask(asks: Asks, asked: shapes.AskIn) -> shapes.AnswerOut:
 @router.post(CELL + "/snippets")
 async def show_snippets(asks: Asks, asked: shapes.AskIn) -> dict[str, str]:
     """The lines of Python, and the command, that do what ``ask`` does."""
-    return await asks(lambda bench: snippets(bench, asks.rooms.run(asks.run), asked))
+    run = _rooms(asks.request).run(asks.run)
+    return await asks(lambda bench: snippets(bench, run, asked))
 
 
 @router.get(CELL + "/neurons")
@@ -132,6 +131,8 @@ async def watch_neuron(asks: Asks, jobs: AtWork, layer: Index, neuron: Index) ->
         return bench
 
     bench = await asks(checked)
+    if await asks.request.is_disconnected():
+        raise HTTPException(499, "request: whoever asked has left")
 
     def work(tell: Callable[[float], None], wanted: Callable[[], bool]) -> shapes.WatchedOut:
         seen = bench.watch(layer, neuron, tell, wanted)

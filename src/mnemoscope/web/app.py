@@ -5,9 +5,9 @@ from __future__ import annotations
 import ipaddress
 import socket
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -21,11 +21,12 @@ from mnemoscope.cells import version
 from mnemoscope.errors import InputError
 from mnemoscope.web import api, pages
 from mnemoscope.web.guards import Guard
-from mnemoscope.web.jobs import BusyError, Jobs
+from mnemoscope.web.jobs import Jobs
+from mnemoscope.web.opened import BusyError, OpenedCells
 from mnemoscope.web.rooms import Rooms
 from mnemoscope.web.shapes import NAMELESS
 
-ASKERS = 2  # threads that models are asked in: one is held while a cell is opened
+PATIENCE = 2  # seconds in which what is being answered may end, once the server is told to stop
 HERE = ("localhost", "127.0.0.1", "::1")
 
 
@@ -44,7 +45,7 @@ def build_app(root: Path, first: str | None = None, token: str | None = None, ho
     check_token(host, token)
     app = FastAPI(title="Mnemoscope", version=version(), docs_url=None, redoc_url=None, lifespan=_until_stopped)
     app.state.rooms, app.state.jobs, app.state.first = Rooms(root), Jobs(), first
-    app.state.askers = ThreadPoolExecutor(ASKERS, thread_name_prefix="asker")
+    app.state.opened = OpenedCells(app.state.rooms)
     # The guard asks for the token; this says so in the description.
     bearer = [Depends(HTTPBearer(auto_error=False, description="the token that the server was started with"))]
     app.include_router(api.router, dependencies=bearer if token else [])
@@ -82,10 +83,14 @@ def build_app(root: Path, first: str | None = None, token: str | None = None, ho
 
 @asynccontextmanager
 async def _until_stopped(app: FastAPI) -> AsyncIterator[None]:
-    """Whoever stops the server does not wait for long work."""
     yield
+    _stop(app)
+
+
+def _stop(app: FastAPI) -> None:
+    """Whoever stops the server does not wait for long work."""
     app.state.jobs.stop()
-    app.state.askers.shutdown(wait=False, cancel_futures=True)
+    app.state.opened.close()
 
 
 def _refused(path: str, status: int, field: str, message: str) -> Response:
@@ -132,6 +137,10 @@ def serve(run: Path | None, host: str, port: int, token: str | None) -> None:
     """
     import uvicorn
 
-    root = run.resolve().parent if run is not None else Path("runs")
+    root = run.resolve().parent if run is not None else Path("runs").resolve()
     app = build_app(root, run.resolve().name if run is not None else None, token, host)
-    uvicorn.run(app, host=host, port=port, log_level="warning", server_header=False)
+    options: dict[str, Any] = {"log_level": "warning", "server_header": False, "timeout_graceful_shutdown": PATIENCE}
+    try:
+        uvicorn.run(app, host=host, port=port, **options)
+    finally:
+        _stop(app)  # whoever asks twice to stop is not waited for at all

@@ -5,13 +5,14 @@ from __future__ import annotations
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
 
 from mnemoscope.bench import CancelledError
 from mnemoscope.errors import InputError
+from mnemoscope.web.opened import BusyError
 
 KEPT = 64  # jobs that are remembered after their end
 RUNNING = 16  # that are worked on or wait for it, at most
@@ -19,10 +20,6 @@ WORKERS = 2  # threads; each keeps memory of its own
 
 # (tell how much is done, still wanted?) -> result
 Work = Callable[[Callable[[float], None], Callable[[], bool]], Any]
-
-
-class BusyError(InputError):
-    """There is too much to do already."""
 
 
 @dataclass
@@ -41,6 +38,7 @@ class Job:
     result: Any = None
     error: str = ""
     wanted: bool = field(default=True, repr=False)
+    future: Future[None] | None = field(default=None, repr=False)
 
 
 class Jobs:
@@ -59,12 +57,12 @@ class Jobs:
         """
         job = Job(secrets.token_urlsafe(12))
         with self._lock:
-            if sum(other.state == "running" for other in self._jobs.values()) >= RUNNING:
+            if sum(other.state == "running" and other.wanted for other in self._jobs.values()) >= RUNNING:
                 raise BusyError(f"job: {RUNNING} are being worked on already; wait for one or cancel it")
             self._jobs[job.name] = job
             for name in [n for n, other in self._jobs.items() if other.state != "running"][:-KEPT]:
                 del self._jobs[name]
-        self._workers.submit(self._run, job, work)
+        job.future = self._workers.submit(self._run, job, work)
         return job
 
     def _run(self, job: Job, work: Work) -> None:
@@ -72,8 +70,6 @@ class Jobs:
             job.share = share
 
         try:
-            if not job.wanted:
-                raise CancelledError
             job.result = work(tell, lambda: job.wanted)
             job.share, job.state = 1.0, "done"
         except CancelledError:
@@ -88,10 +84,12 @@ class Jobs:
         return self._jobs.get(name)
 
     def cancel(self, name: str) -> Job | None:
-        """Say that a job is not wanted any more; it ends at its next step."""
+        """Say that a job is not wanted any more; one that has begun ends at its next step."""
         job = self._jobs.get(name)
         if job is not None:
             job.wanted = False
+            if job.future and job.future.cancel():
+                job.state = "cancelled"
         return job
 
     def stop(self) -> None:

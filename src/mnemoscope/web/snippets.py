@@ -42,6 +42,9 @@ def snippets(bench: Bench, run: Path, asked: AskIn) -> dict[str, str]:
         facts = {"toward": turning.toward, "method": turning.method, "alpha": turning.alpha, "neurons": turning.neurons}
         python = PARTS.format(run=str(run.resolve()), cell=bench.cell.name, prompt=prompt, layers=layers, **facts)
         return {"python": python, "command": ""}
-    words = ["mnemoscope", "steer", bench.model_source, "--from", str(vector), "--toward", turning.toward]
-    python = CHOSEN.format(model=bench.model_source, vector=str(vector), alpha=turning.alpha, prompt=prompt)
+    model = bench.model_source
+    if Path(model).is_dir():  # from wherever it is pasted
+        model = str(Path(model).resolve())
+    words = ["mnemoscope", "steer", model, "--from", str(vector), "--toward", turning.toward]
+    python = CHOSEN.format(model=model, vector=str(vector), alpha=turning.alpha, prompt=prompt)
     return {"python": python, "command": shlex.join([*words, "--alpha", f"{turning.alpha:g}", "--", prompt])}

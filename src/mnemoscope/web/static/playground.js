@@ -120,7 +120,7 @@ async function ask() {
 }
 
 const NOTHING = { behaviour: null, said: "–", p_memorized: null, p_generalized: null, reading: null };
-let running = false, again = false, ticksAreOwn = false;
+let running = false, again = false, ticksAreOwn = false, methodIsOwn = false;
 
 async function steer() {
   describe();
@@ -141,7 +141,10 @@ async function steer() {
       const turning = turningOnPage();
       const answer = turning.alpha === 0 ? plain : await call(`${path}/ask`, { question, turning });
       // While the slider moves on, what is known by now is shown, as long as it is of the question on the page.
-      if (JSON.stringify(questionOnPage()) !== answered) continue;
+      if (JSON.stringify(question) !== answered || JSON.stringify(questionOnPage()) !== answered) {
+        if (!again) show("steered", NOTHING); // what stands there is of another place of the slider
+        continue;
+      }
       show("steered", answer);
       if (again) {
         by("steered").classList.add("waiting");
@@ -169,7 +172,7 @@ function say(steered) {
 function describe() {
   const value = Number(by("slider").value), vector = vectorNow();
   const way = value < 0 ? "towards remembering" : "towards working it out";
-  const words = value === 0 ? "As it is: nothing is shifted." : `${Math.abs(value).toFixed(2)} times the run's vector ${way}.`;
+  const words = value === 0 ? "As it is: nothing is shifted." : `${Math.abs(value).toFixed(2)} times the run's vector ${way} (${by("method").value}).`;
   by("slid").textContent = words;
   by("rephrase").disabled = !questionOnPage().item;
   by("slider").setAttribute("aria-valuetext", words);
@@ -261,7 +264,7 @@ by("slider").addEventListener("input", () => {
   if (toward() !== side) {
     side = toward();
     const best = facts.methods.find((row) => row[side].best), before = by("method").value;
-    if (best && !by("finer").open) by("method").value = best.method;
+    if (best && !methodIsOwn) by("method").value = best.method;
     // Layers that somebody ticked stay ticked where this direction's vector has them too.
     const ticked = [...by("layers").querySelectorAll("input:checked")].map((box) => Number(box.value));
     const kept = ticksAreOwn && before === by("method").value ? new Set(ticked) : null;
@@ -271,6 +274,7 @@ by("slider").addEventListener("input", () => {
   steer();
 });
 by("method").addEventListener("change", () => {
+  methodIsOwn = true;
   ticksAreOwn = false;
   offerLayers();
   steer();
