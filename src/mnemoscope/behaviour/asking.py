@@ -235,11 +235,12 @@ def encode(asking: Asking, examples: Sequence[Example]) -> list[Encoded]:
     texts += [asking.whole(example, option) for example in examples for option in example.options]
     tokens = iter(asking.tokens(texts))
     prompts = [next(tokens) for _ in examples]
-    limit = context_length(asking.model)
+    limit, tokenizer = context_length(asking.model), asking.tokenizer
+    unknown = None if tokenizer.unk_token_id == tokenizer.eos_token_id else tokenizer.unk_token_id
     encoded = []
     for example, prompt in zip(examples, prompts, strict=True):
         options = [next(tokens) for _ in example.options]
-        _check_tokens(asking, example, prompt, options, limit)
+        _check_tokens(example, prompt, options, limit, unknown)
         answers = [option[len(prompt) :] for option in options]
         shared = _shared(answers) if len(answers) > 1 else 0
         if any(len(answer) == shared for answer in answers):
@@ -252,8 +253,9 @@ def encode(asking: Asking, examples: Sequence[Example]) -> list[Encoded]:
     return encoded
 
 
-def _check_tokens(asking: Asking, example: Example, prompt: list[int], options: list[list[int]], limit: int) -> None:
-    unknown = asking.tokenizer.unk_token_id
+def _check_tokens(
+    example: Example, prompt: list[int], options: list[list[int]], limit: int, unknown: int | None
+) -> None:
     if not prompt:
         raise InputError(f"prompt: {example.prompt!r} has no token (item {example.item!r})")
     for option, text in zip(options, example.options, strict=True):
@@ -264,7 +266,7 @@ def _check_tokens(asking: Asking, example: Example, prompt: list[int], options: 
             )
         if len(option) == len(prompt):
             raise InputError(f"answer: {text!r} has no token (item {example.item!r})")
-        if unknown is not None and unknown != asking.tokenizer.eos_token_id and unknown in option:
+        if unknown is not None and unknown in option:
             what = "prompt" if unknown in prompt else "answer"
             shown = example.prompt if what == "prompt" else text
             raise InputError(f"{what}: the tokenizer cannot encode {shown!r} (item {example.item!r})")
