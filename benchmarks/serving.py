@@ -25,7 +25,6 @@ import numpy as np
 PORT_TRIES = 200
 EARLY = 200  # requests after which memory should not grow any more
 SLID = 30  # prompts that are slid over
-WATCHED = 20  # neurons that are looked into meanwhile
 OTHER_WORDS = 5  # draws of other words for each question
 
 
@@ -36,6 +35,7 @@ def main() -> None:
     parser.add_argument("cell")
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--clients", type=int, default=50)
+    parser.add_argument("--neurons", type=int, default=20, help="that are looked into meanwhile")
     arguments = parser.parse_args()
     if arguments.requests <= EARLY:
         parser.error(f"--requests: at least {EARLY + 1}")
@@ -102,14 +102,14 @@ def _crowd(
     """What many are answered at once, two of whom look into neurons."""
     crowded, early, numbers = [], 0.0, range(arguments.requests)
     with ThreadPoolExecutor(arguments.clients) as crowd, ThreadPoolExecutor(2) as lookers:
-        looks = [lookers.submit(watch, number) for number in range(1, WATCHED)]
+        looks = [lookers.submit(watch, number) for number in range(1, arguments.neurons)]
         for number, (_, found) in enumerate(crowd.map(answer, numbers)):
             crowded.append(found)
             early = _resident(process) if number == EARLY else early
         for look in looks:
             look.result()
     late = _resident(process)
-    told = f"{arguments.clients} clients, {arguments.requests} requests, {WATCHED} neurons"
+    told = f"{arguments.clients} clients, {arguments.requests} requests, {arguments.neurons} neurons"
     print(f"{told}: memory after {EARLY} {early:.0f} MiB, at the end {late:.0f} MiB, ratio {late / early:.3f}")
     return crowded
 
