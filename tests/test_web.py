@@ -763,7 +763,7 @@ def test_runs_side_by_side_in_a_browser(tab: Any, address: str) -> None:
     assert tab.locator("h2.side-by-side").text_content() == "first beside second"
     assert serious(tab) == []
     lines = [row.split("\t") for row in tab.locator("table").nth(1).inner_text().split("\n")]
-    rows = {line[1]: line[2:] for line in lines if len(line) == 4}
+    rows = {line[0]: line[1:] for line in lines if len(line) == 3}
     assert all(c["x"] + c["width"] <= width for c in (v.bounding_box() for v in tab.locator("td:last-child").all()))
     assert {"pairs", "neurons that differ", "behaviours told apart by a probe"} < set(rows)
     assert all(first == second for what, (first, second) in rows.items() if what != "What")
