@@ -129,19 +129,19 @@ def test_no_strength_is_no_turning(client: TestClient, pairs: list[Any]) -> None
 
 
 def test_layers_and_neurons_of_a_vector_can_be_chosen(bench: Bench) -> None:
-    nmd = bench.vector(Turning("generalized", "nmd"))
+    nmd = bench.vectors.meant(Turning("generalized", "nmd"))
     own = {layer: int((shift != 0).sum()) for layer, shift in nmd.shifts.items()}
-    same = bench.vector(Turning("generalized", "nmd", layers=tuple(own), neurons=sum(own.values())))
+    same = bench.vectors.meant(Turning("generalized", "nmd", layers=tuple(own), neurons=sum(own.values())))
     for layer, shift in nmd.shifts.items():
         np.testing.assert_allclose(same.shifts[layer].numpy(), shift.numpy(), rtol=1e-5)
-    one = bench.vector(Turning("memorized", "nmd", layers=(1,), neurons=3))
+    one = bench.vectors.meant(Turning("memorized", "nmd", layers=(1,), neurons=3))
     assert one.layers == [1]
     assert int((one.shifts[1] != 0).sum()) == 3
     strongest, shift_D = np.argsort(-np.abs(bench.contrast.rho_LD[1]))[:3], one.shifts[1].numpy()
     assert set(np.flatnonzero(shift_D)) == set(strongest)
     assert np.array_equal(np.sign(shift_D[strongest]), -np.sign(bench.contrast.nmd_LD[1, strongest]))
-    few = bench.vector(Turning("generalized", "learned", neurons=2))
-    whole = bench.vector(Turning("generalized", "learned"))
+    few = bench.vectors.meant(Turning("generalized", "learned", neurons=2))
+    whole = bench.vectors.meant(Turning("generalized", "learned"))
     kept = {(layer, int(n)) for layer, shift in few.shifts.items() for n in np.flatnonzero(shift.numpy())}
     assert len(kept) == 2
     largest = max((float(abs(v)), layer, n) for layer, s in whole.shifts.items() for n, v in enumerate(s.tolist()))
@@ -324,19 +324,19 @@ class Noted:
 
 def test_long_work_lets_whoever_waits_go_first(root: Path) -> None:
     bench, noted, asked = Bench.of(root / "first", "addition-0"), Noted(), []
-    bench._lock = noted  # type: ignore[assignment]
+    bench._turns._lock = noted  # type: ignore[assignment]
     question = bench.questions(1)[0][0]
 
     def wanted() -> bool:
         """In the midst of the third step somebody asks."""
         if len(noted.holders) == 3 and not asked:
             asked.append(asker.submit(bench.ask, question))
-            while not bench._waiting:
+            while not bench._turns._waiting:
                 time.sleep(0.001)
         return True
 
     with ThreadPoolExecutor(1, thread_name_prefix="asker") as asker:
-        bench.watch(0, 0, wanted=wanted)
+        bench.neurons.watch(0, 0, wanted=wanted)
     me = current_thread().name
     assert noted.holders[:4] == [me, me, me, "asker_0"]
     assert set(noted.holders[4:]) == {me}
@@ -364,7 +364,7 @@ def test_whoever_asks_a_cell_waits_for_no_other(root: Path, client: TestClient, 
 
 def test_a_neuron_alone_does_what_a_vector_of_it_does(bench: Bench) -> None:
     layer, neuron = map(int, np.unravel_index(np.abs(bench.contrast.nmd_LD).argmax(), bench.contrast.nmd_LD.shape))
-    alone = bench.watch(layer, neuron).alone
+    alone = bench.neurons.watch(layer, neuron).alone
     pairs = bench._records.both_sides("tune", 100)
     shift_LD = np.zeros(bench.contrast.nmd_LD.shape)
     shift_LD[layer, neuron] = 4 * bench.contrast.nmd_LD[layer, neuron]

@@ -77,7 +77,7 @@ async def show_cell(asks: Asks) -> shapes.CellOut:
     """An opened cell: what its model can be turned with."""
 
     def facts(bench: Bench) -> shapes.CellOut:
-        methods = [shapes.MethodOut.model_validate(row) for row in bench.methods()]
+        methods = [shapes.MethodOut.model_validate(row) for row in bench.vectors.methods()]
         return shapes.CellOut(run=asks.run, cell=asks.cell, layers=bench.layers, detects=bench.detects, methods=methods)
 
     return await asks(facts)
@@ -127,7 +127,7 @@ async def watch_neuron(asks: Asks, jobs: AtWork, layer: Index, neuron: Index) ->
     """Look at one neuron; the job's result has its distributions, its ranks and what it does alone."""
 
     def checked(bench: Bench) -> Bench:
-        bench.check_neuron(layer, neuron)
+        bench.neurons.check(layer, neuron)
         return bench
 
     bench = await asks(checked)
@@ -135,7 +135,7 @@ async def watch_neuron(asks: Asks, jobs: AtWork, layer: Index, neuron: Index) ->
         raise HTTPException(499, "request: whoever asked has left")
 
     def work(tell: Callable[[float], None], wanted: Callable[[], bool]) -> shapes.WatchedOut:
-        seen = bench.watch(layer, neuron, tell, wanted)
+        seen = bench.neurons.watch(layer, neuron, tell, wanted)
         label = f"Neuron {neuron} of layer {layer} where the model remembered and where it worked it out"
         return shapes.WatchedOut.of(seen, draw_neuron(seen.generalized_P, seen.memorized_P, label), layer, neuron)
 

@@ -20,9 +20,10 @@ from starlette.responses import Response
 from mnemoscope.cells import version
 from mnemoscope.errors import InputError
 from mnemoscope.web import api, pages
+from mnemoscope.web.busy import BusyError
 from mnemoscope.web.guards import Guard
 from mnemoscope.web.jobs import Jobs
-from mnemoscope.web.opened import BusyError, OpenedCells
+from mnemoscope.web.opened import OpenedCells
 from mnemoscope.web.rooms import Rooms
 from mnemoscope.web.shapes import NAMELESS
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from mnemoscope.bench import CancelledError
 from mnemoscope.errors import InputError
-from mnemoscope.web.opened import BusyError
+from mnemoscope.web.busy import BusyError
 
 KEPT = 64  # jobs that are remembered after their end
 RUNNING = 16  # that are worked on or wait for it, at most

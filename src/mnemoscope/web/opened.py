@@ -11,17 +11,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from mnemoscope.bench import Bench
-from mnemoscope.errors import InputError
+from mnemoscope.web.busy import BusyError
 from mnemoscope.web.rooms import Rooms
 
 OPEN = 2  # cells whose models are kept in memory, but for those that somebody is still asking
 MOST_WAITING = 256  # requests to one cell
 T = TypeVar("T")
 Key = tuple[object, ...]
-
-
-class BusyError(InputError):
-    """There is too much to do already."""
 
 
 @dataclass

@@ -35,7 +35,7 @@ def snippets(bench: Bench, run: Path, asked: AskIn) -> dict[str, str]:
     turning, prompt = asked.turning, asked.question.prompt
     if turning is None:
         return {"python": "", "command": ""}
-    bench.vector(turning.turning())  # refuses what there is none of
+    bench.vectors.meant(turning.turning())  # refuses what there is none of
     vector = (bench.cell.folder / "vectors" / f"to_{turning.toward}-{turning.method}.safetensors").resolve()
     if turning.layers is not None or turning.neurons is not None or not bench.opened_plainly:
         layers = tuple(turning.layers) if turning.layers is not None else None
