@@ -18,6 +18,7 @@ from mnemoscope.models import (
     SITES,
     Layout,
     Site,
+    backbone_of,
     blocks_of,
     cache_of,
     layout_of,
@@ -30,6 +31,7 @@ from mnemoscope.models.caches import cache_argument
 from mnemoscope.steering import Binding, SteeringVector
 
 SOME = ("gpt2", "llama", "gemma2", "opt")
+LAST_NORM = {"gpt2": "ln_f", "llama": "norm", "gpt_neo": "ln_f", "gemma2": "norm"}
 
 
 def random_vector(model: PreTrainedModel, site: Site = "block", scale: float = 1.0) -> SteeringVector:
@@ -219,16 +221,31 @@ def test_what_nobody_reads_is_left_out_and_the_rest_is_as_it_was(family: str) ->
         assert torch.equal(model(**inputs).logits, whole.logits)
 
 
-def test_the_last_mlp_reads_one_column() -> None:
-    model = tiny("gpt2")
+@pytest.mark.parametrize(
+    ("family", "parts"),
+    [
+        ("gpt2", ("mlp.c_fc", "attn.c_proj", "ln_2")),
+        ("llama", ("mlp.gate_proj", "self_attn.o_proj", "post_attention_layernorm")),
+        ("gpt_neo", ("mlp.c_fc", "attn.attention.out_proj", "ln_2")),
+        ("gemma2", ("mlp.gate_proj", "self_attn.o_proj", "post_attention_layernorm")),
+    ],
+)
+def test_behind_the_last_attention_one_column_is_read(family: str, parts: tuple[str, ...]) -> None:
+    model = tiny(family)
     seen: list[int] = []
-    handle = blocks_of(model)[-1].mlp.register_forward_hook(lambda module, inputs, output: None)
-    forward = blocks_of(model)[-1].mlp.c_fc.forward
-    blocks_of(model)[-1].mlp.c_fc.forward = lambda states: seen.append(states.shape[1]) or forward(states)
+    last = blocks_of(model)[-1]
+    handle = last.mlp.register_forward_hook(lambda module, inputs, output: None)
+    for part in (*map(last.get_submodule, parts), backbone_of(model).get_submodule(LAST_NORM[family])):
+        part.forward = lambda states, forward=part.forward: seen.append(states.shape[1]) or forward(states)
     with torch.no_grad(), nothing_read_before(model, 1):
         model(torch.arange(3, 9)[None])
+    assert seen == [1, 1, 1, 1]
+    hooked = last.get_submodule(parts[0]).register_forward_hook(lambda module, inputs, output: None)
+    with torch.no_grad(), nothing_read_before(model, 1):
+        model(torch.arange(3, 9)[None])
+    assert seen[4:] == [6, 6, 6, 6], "whoever looks into the MLP sees all of it"
     handle.remove()
-    assert seen == [1]
+    hooked.remove()
 
 
 def test_block_outputs_are_those_that_nnsight_reads() -> None:

@@ -280,7 +280,7 @@ def opened_bench(client: TestClient) -> Bench:
 
 
 def test_a_job_can_be_cancelled_while_it_waits_for_the_model(client: TestClient) -> None:
-    with opened_bench(client)._lock:  # somebody is asking, for long
+    with opened_bench(client)._turns._lock:  # somebody is asking, for long
         job = client.post(f"{CELL}/neurons/0/0").json()
         assert job["state"] == "running"
         assert client.delete(f"/api/jobs/{job['job']}").status_code == 200
@@ -289,7 +289,7 @@ def test_a_job_can_be_cancelled_while_it_waits_for_the_model(client: TestClient)
 
 
 def test_jobs_that_nobody_wants_any_more_keep_nobody_out(client: TestClient) -> None:
-    with opened_bench(client)._lock:
+    with opened_bench(client)._turns._lock:
         jobs = [client.post(f"{CELL}/neurons/0/{neuron}").json() for neuron in range(RUNNING)]
         assert error_of(client.post(f"{CELL}/neurons/1/0"), 429)[0] == "job"
         ended = [client.delete(f"/api/jobs/{job['job']}").json()["state"] for job in jobs]

@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 # Settings of ``generate`` that a model's own defaults may change, so that a text is what its logits alone say.
 PLAINLY: dict[str, Any] = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 
+# Where families keep what follows upon the last block's attention.
+ATTENTIONS = ("attn", "self_attn", "attention", "self_attention")
+PROJECTIONS = ("c_proj", "o_proj", "out_proj", "dense")
+MIDDLE_NORMS = ("ln_2", "post_attention_layernorm", "post_self_attn_layernorm")
+LAST_NORMS = ("ln_f", "norm", "final_layer_norm", "final_layernorm")
+
 _PROMPTS: ContextVar[Tensor | None] = ContextVar("prompts", default=None)
 
 
@@ -121,13 +127,9 @@ def replayed_blocks(model: PreTrainedModel, count: int, returned: Any) -> Iterat
 def nothing_read_before(model: PreTrainedModel, columns: int) -> Iterator[None]:
     """Inside the context passes are read at their last ``columns`` only, keys and values apart.
 
-    What the last block's MLP would say of the others is left out: 0. Of four blocks that is a sixth of a pass.
-    Parts that are hooked, or that are called with more than states, are run as usual.
+    What the last block would say of the others once its attention is done is left out: 0. Of four blocks that is a
+    fifth of a pass. Parts that are hooked inside, or that are called with more than states, are run as usual.
     """
-    mlp = getattr(blocks_of(model)[-1], "mlp", None)
-    if not isinstance(mlp, nn.Module) or any(_hooked(part) for child in mlp.children() for part in child.modules()):
-        yield
-        return
 
     def short(forward: Callable[..., Any]) -> Callable[..., Any]:
         def shortened(states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -141,8 +143,24 @@ def nothing_read_before(model: PreTrainedModel, columns: int) -> Iterator[None]:
 
         return shortened
 
-    with _replaced([mlp], short):
+    with _replaced(list(_behind_the_last_attention(model)), short):
         yield
+
+
+def _behind_the_last_attention(model: PreTrainedModel) -> Iterator[nn.Module]:
+    """Parts that treat tokens one by one, whose output no other token sees; none where the MLP is hooked inside."""
+    block = blocks_of(model)[-1]
+    mlp = getattr(block, "mlp", None)
+    if not isinstance(mlp, nn.Module) or any(_hooked(part) for child in mlp.children() for part in child.modules()):
+        return
+    yield mlp
+    named = [(name.split("."), part) for name, part in block.named_modules()]
+    parts = [part for path, part in named if path[0] in ATTENTIONS and path[-1] in PROJECTIONS]
+    parts += [part for path, part in named if len(path) == 1 and path[0] in MIDDLE_NORMS]
+    parts += [part for name, part in backbone_of(model).named_children() if name in LAST_NORMS]
+    for part in parts:
+        if not any(_hooked(inner) for child in part.children() for inner in child.modules()):
+            yield part
 
 
 @contextmanager
