@@ -185,7 +185,7 @@ class EffectsConfig(Frozen):
         (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0), min_length=1, description="multiples of the chosen strength"
     )
     ablated: tuple[float, ...] = Field((0.05, 0.1, 0.3), description="shares of the neurons held at their mean")
-    draws: int = Field(5, ge=1, description="draws of as many neurons at random")
+    draws: int = Field(5, ge=1, description="draws of as many neurons at random, and of Gaussian shifts at each dose")
 
 
 class DetectionConfig(Frozen):

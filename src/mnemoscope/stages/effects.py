@@ -38,7 +38,6 @@ from mnemoscope.steering import ablated, patched
 from mnemoscope.tasks import Example, keeps_key
 
 Applied = Callable[[], AbstractContextManager[Any]]
-GAUSSIAN_DRAWS = 5  # of the dose-response curve's control
 CONTRASTS = {"to_generalized": (0.5, 1.0), "to_memorized": (-0.5, -1.0)}  # of context-aware decoding; -1: no context
 
 
@@ -66,14 +65,14 @@ class _Sides:
 
     Attributes:
         examples, batches: by behaviour shown; row n of both lists is one pair.
-        margin_N: unsteered decision margins in nats, by behaviour shown.
+        unsteered: labels and margins without a shift, by behaviour shown.
         reachable_N: bool, whether the side that is worked out leaves the stored key where it was stored.
     """
 
     asking: Asking
     examples: Mapping[str, Sequence[Example]]
     batches: Mapping[str, Sequence[Batch]]
-    margin_N: Mapping[str, np.ndarray]
+    unsteered: Mapping[str, Scores]
     reachable_N: np.ndarray
 
     @classmethod
@@ -82,15 +81,15 @@ class _Sides:
         examples = {"generalized": [a for a, _ in pairs], "memorized": [b for _, b in pairs]}
         batches = {side: with_prefixes(asking, found) for side, found in examples.items()}
         reachable_N = np.array([keeps_key(records.task, example) for example in examples["generalized"]], bool)
-        margins = {side: score(asking, found).margin_N for side, found in batches.items()}
-        return cls(asking, examples, batches, margins, reachable_N)
+        unsteered = {side: score(asking, found) for side, found in batches.items()}
+        return cls(asking, examples, batches, unsteered, reachable_N)
 
     def table(self, side: str, scores: Scores, **facts: Any) -> pd.DataFrame:
         """One row per pair: what became of one side of it; turned to memory only what leaves the key where it was."""
         columns: dict[str, Any] = {name: "" for name in ("direction", "method", "site", "layers", "role")}
         columns |= {"dose": np.nan, "draw": 0, **facts, "side": side, "example": np.arange(len(self.examples[side]))}
         columns |= {"group": [e.group for e in self.examples[side]], "after": scores.behaviour_N}
-        table = pd.DataFrame(columns | {"margin_before": self.margin_N[side], "margin": scores.margin_N})
+        table = pd.DataFrame(columns | {"margin_before": self.unsteered[side].margin_N, "margin": scores.margin_N})
         if facts["what"] != "ablation" and facts["direction"] == "to_memorized":
             table = table[self.reachable_N]
         words = ("what", "direction", "method", "site", "layers", "role", "side", "group", "after")
@@ -111,11 +110,12 @@ def _doses(
         vector = vector_of(found, setting)
         facts = {"what": "dose", "direction": direction, "method": method, "site": setting.site}
         seed = [cell.seed, 7]
-        draws = list(control_draws("gaussian", found, setting, GAUSSIAN_DRAWS, seed))
+        draws = list(control_draws("gaussian", found, setting, cell.config.effects.draws, seed))
         shifts = [("vector", 0, vector), *(("gaussian", n, vector.with_dense(shift_LD)) for n, shift_LD in draws)]
         for dose in cell.config.effects.doses:
             for role, draw, shift in shifts:
-                scores = steered(sides.asking, sides.batches[side], shift * dose)
+                # A shift of nothing is bit for bit no shift.
+                scores = steered(sides.asking, sides.batches[side], shift * dose) if dose else sides.unsteered[side]
                 yield sides.table(side, scores, **facts, dose=dose, role=role, draw=draw)
 
 
