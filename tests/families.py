@@ -50,6 +50,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "stablelm": _GROUPED,
     "starcoder2": _GROUPED,
     "cohere": _GROUPED,
+    "nanochat": _GROUPED,  # its last norm comes before its blocks too
 }
 
 

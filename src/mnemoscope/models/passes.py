@@ -28,7 +28,6 @@ PLAINLY: dict[str, Any] = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat
 ATTENTIONS = ("attn", "self_attn", "attention", "self_attention")
 PROJECTIONS = ("c_proj", "o_proj", "out_proj", "dense")
 MIDDLE_NORMS = ("ln_2", "post_attention_layernorm", "post_self_attn_layernorm")
-LAST_NORMS = ("ln_f", "norm", "final_layer_norm", "final_layernorm")
 
 _PROMPTS: ContextVar[Tensor | None] = ContextVar("prompts", default=None)
 
@@ -128,7 +127,8 @@ def nothing_read_before(model: PreTrainedModel, columns: int) -> Iterator[None]:
     """Inside the context passes are read at their last ``columns`` only, keys and values apart.
 
     What the last block would say of the others once its attention is done is left out: 0. Of four blocks that is a
-    fifth of a pass. Parts that are hooked inside, or that are called with more than states, are run as usual.
+    fifth of a pass. Parts that are hooked inside, or that are called with more than states, are run as usual; a hook on
+    such a part itself sees 0 there. The norm behind the blocks is no part of this: some models use it before them too.
     """
 
     def short(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -157,7 +157,6 @@ def _behind_the_last_attention(model: PreTrainedModel) -> Iterator[nn.Module]:
     named = [(name.split("."), part) for name, part in block.named_modules()]
     parts = [part for path, part in named if path[0] in ATTENTIONS and path[-1] in PROJECTIONS]
     parts += [part for path, part in named if len(path) == 1 and path[0] in MIDDLE_NORMS]
-    parts += [part for name, part in backbone_of(model).named_children() if name in LAST_NORMS]
     for part in parts:
         if not any(_hooked(inner) for child in part.children() for inner in child.modules()):
             yield part

@@ -114,8 +114,9 @@ def _doses(
         shifts = [("vector", 0, vector), *(("gaussian", n, vector.with_dense(shift_LD)) for n, shift_LD in draws)]
         for dose in cell.config.effects.doses:
             for role, draw, shift in shifts:
-                # A shift of nothing is bit for bit no shift.
-                scores = steered(sides.asking, sides.batches[side], shift * dose) if dose else sides.unsteered[side]
+                # A shift of nothing is no shift; where all tokens are shifted, prompts are read in another way.
+                known = not dose and shift.positions == "decision"
+                scores = sides.unsteered[side] if known else steered(sides.asking, sides.batches[side], shift * dose)
                 yield sides.table(side, scores, **facts, dose=dose, role=role, draw=draw)
 
 
