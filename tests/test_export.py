@@ -30,7 +30,7 @@ from mnemoscope.steering import SteeringVector, complete
 
 NO_BIAS, NORM = "no option of its configuration gives it one", "has a norm"
 REFUSED = {
-    **dict.fromkeys(("mistral", "qwen2", "qwen3", "gemma", "phi3", "stablelm", "cohere"), NO_BIAS),
+    **dict.fromkeys(("mistral", "qwen2", "qwen3", "gemma", "phi3", "stablelm", "cohere", "nanochat"), NO_BIAS),
     **dict.fromkeys(("gemma2", "gemma3_text", "olmo2"), NORM),
 }
 BAKED = [family for family in FAMILIES if family not in REFUSED]
