@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mnemoscope.errors import InputError
 from mnemoscope.models.caches import arguments_of, cache_argument
-from mnemoscope.models.layout import backbone_of, blocks_of
+from mnemoscope.models.layout import backbone_of, blocks_of, parts_behind_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,11 +23,6 @@ if TYPE_CHECKING:
 
 # Settings of ``generate`` that a model's own defaults may change, so that a text is what its logits alone say.
 PLAINLY: dict[str, Any] = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-
-# Where families keep what follows upon the last block's attention.
-ATTENTIONS = ("attn", "self_attn", "attention", "self_attention")
-PROJECTIONS = ("c_proj", "o_proj", "out_proj", "dense")
-MIDDLE_NORMS = ("ln_2", "post_attention_layernorm", "post_self_attn_layernorm")
 
 _PROMPTS: ContextVar[Tensor | None] = ContextVar("prompts", default=None)
 
@@ -85,7 +80,7 @@ def untouched_blocks(model: PreTrainedModel) -> int:
     if any(_hooked(module) for child in beside for module in child.modules()):
         return 0
     for number, block in enumerate(blocks):
-        if block._forward_pre_hooks or any(_hooked(module) for child in block.children() for module in child.modules()):
+        if block._forward_pre_hooks or _hooked_inside(block):
             return number
         if block._forward_hooks:
             return number + 1
@@ -94,6 +89,11 @@ def untouched_blocks(model: PreTrainedModel) -> int:
 
 def _hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _hooked_inside(module: nn.Module) -> bool:
+    """Whether any part of it is hooked; hooks on the module itself do not count."""
+    return any(_hooked(part) for child in module.children() for part in child.modules())
 
 
 @contextmanager
@@ -151,15 +151,9 @@ def _behind_the_last_attention(model: PreTrainedModel) -> Iterator[nn.Module]:
     """Parts that treat tokens one by one, whose output no other token sees; none where the MLP is hooked inside."""
     block = blocks_of(model)[-1]
     mlp = getattr(block, "mlp", None)
-    if not isinstance(mlp, nn.Module) or any(_hooked(part) for child in mlp.children() for part in child.modules()):
-        return
-    yield mlp
-    named = [(name.split("."), part) for name, part in block.named_modules()]
-    parts = [part for path, part in named if path[0] in ATTENTIONS and path[-1] in PROJECTIONS]
-    parts += [part for path, part in named if len(path) == 1 and path[0] in MIDDLE_NORMS]
-    for part in parts:
-        if not any(_hooked(inner) for child in part.children() for inner in child.modules()):
-            yield part
+    if isinstance(mlp, nn.Module) and not _hooked_inside(mlp):
+        yield mlp
+        yield from (part for part in parts_behind_attention(block) if not _hooked_inside(part))
 
 
 @contextmanager
