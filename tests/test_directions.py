@@ -26,6 +26,7 @@ from mnemoscope.directions import (
     damage,
     final,
     learn,
+    learned,
     margin_gradients,
     ranked,
     read_sources,
@@ -242,6 +243,19 @@ def test_what_is_learned_together_is_what_is_learned_alone(asking: Asking, site:
         assert np.linalg.norm(found_LD[1]) > 0
         np.testing.assert_allclose(one.found[budget], found_LD, atol=1e-4 * np.abs(found_LD).max())
     assert not np.allclose(several[0].found[budget], several[1].found[budget], rtol=0.1)
+
+
+def test_what_is_learned_in_bfloat16_points_where_float32_points(
+    asking: Asking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        monkeypatch.setattr(learned, "quick_precision", lambda model, chosen=precision: chosen)
+        budget = Budget("generalized", (0, 1), 0.3, steps=10)
+        found[precision] = learn(sources_at(asking, "block"), budget).ravel()
+    exact, rounded = found["float32"], found["bfloat16"]
+    assert not np.array_equal(exact, rounded)
+    assert exact @ rounded / np.linalg.norm(exact) / np.linalg.norm(rounded) > 0.999
 
 
 def test_a_shuffled_label_draw_does_not_depend_on_how_many_are_drawn(asking: Asking) -> None:

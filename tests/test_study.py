@@ -22,9 +22,10 @@ from safetensors import safe_open
 
 from helpers import MINI_TASKS
 from mnemoscope.behaviour import Asking
-from mnemoscope.cells import cells_of
+from mnemoscope.cells import Cell, cells_of
 from mnemoscope.config import dump_study, load_study, parse_study
 from mnemoscope.errors import InputError, StudyError
+from mnemoscope.executors import Progress, by_name
 from mnemoscope.files import ENDS
 from mnemoscope.models import load_model
 from mnemoscope.stages import STAGES
@@ -404,6 +405,35 @@ def test_a_cell_borrows_the_model_of_another_and_all_that_fail_are_told(tmp_path
     assert not (cells / "donor-1" / "stages" / "pairs.json").exists()
     assert (cells / "borrower-1" / "records" / "behaviour.parquet").exists()
     assert not (cells / "borrower-1" / "model").exists()
+
+
+def notes_when(cell: Cell, progress: Progress) -> None:
+    """Stands in for a cell's stages: says when it began and ended; the second donor cannot go on."""
+    began = time.monotonic()
+    time.sleep(0.5 if cell.label == "donor" else 0.05)
+    cell.folder.mkdir(parents=True)
+    (cell.folder / "times.json").write_text(json.dumps([began, time.monotonic()]))
+    if cell.name == "donor-1":
+        raise StudyError("donor-1: never mixed")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_cell_begins_once_its_lender_has_ended_and_nobody_waits_for_all_lenders(workers: int, tmp_path: Path) -> None:
+    raw = yaml.safe_load(TWO_LABELS.format(folder=tmp_path))
+    raw["seeds"], raw["cells"] = 3, dict(reversed(raw["cells"].items()))  # borrowers are named first
+    cells = cells_of(parse_study(raw), tmp_path)
+    with by_name("local", workers) as execute:
+        failed = execute(cells, notes_when, lambda *_: None)
+    assert failed == {
+        "donor-1": "donor-1: never mixed",
+        "borrower-1": "borrower-1: donor-1, whose model it takes, could not go on",
+    }
+    times = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("cells/*/times.json")}
+    assert set(times) == {cell.name for cell in cells} - {"borrower-1"}
+    for seed in (0, 2):
+        assert times[f"borrower-{seed}"][0] >= times[f"donor-{seed}"][1]
+    if workers == 2:
+        assert times["borrower-0"][0] < times["donor-2"][1], "the last lender is still at work"
 
 
 def test_a_model_is_borrowed_from_a_cell_that_has_one() -> None:

@@ -10,16 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from mnemoscope.config import CellConfig, StudyConfig
+from mnemoscope.processes import Spread, in_one_place
 
 # (done, total, note): what a running stage tells.
 Tell = Callable[[float, float, str], None]
-# Calls a function with parts of a list, in one place or several, and gives what it found for each, in their order.
-Spread = Callable[[Callable[[list[Any]], list[Any]], list[Any]], list[Any]]
-
-
-def in_one_place(function: Callable[[list[Any]], list[Any]], items: list[Any]) -> list[Any]:
-    """All of them here."""
-    return function(items)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +43,18 @@ class Cell:
         return self.config.model.is_trained or self.config.model.cell is not None
 
     @property
+    def lender(self) -> str | None:
+        """The name of the cell whose model it takes."""
+        label = self.config.model.cell
+        return f"{label}-{self.seed}" if label else None
+
+    @property
     def model_folder(self) -> Path:
         """Where the cell's model is: its own folder, another cell's, or one that the study names."""
         shape = self.config.model
         if shape.folder and not shape.is_trained:
             return Path(shape.folder)
-        owner = self.folder.parent / f"{shape.cell}-{self.seed}" if shape.cell else self.folder
+        owner = self.folder.parent / self.lender if self.lender else self.folder
         return owner / "model"
 
 

@@ -1,6 +1,6 @@
 """Where the cells of a study run: in this process, in processes beside each other, or on a Ray cluster.
 
-An executor runs cells that do not wait for each other and says, by name, why some could not go on.
+An executor runs cells, each after the one whose model it takes, and says, by name, why some could not go on.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +21,7 @@ from typing import Any
 
 from mnemoscope.cells import Cell
 from mnemoscope.errors import InputError, StudyError
-from mnemoscope.processes import share_memory
+from mnemoscope.processes import begin_worker, die_with
 
 # (cell, stage, done, total, note): what a running cell tells.
 Progress = Callable[[str, str, float, float, str], None]
@@ -53,14 +54,45 @@ def by_name(name: str, workers: int, address: str | None = None) -> Iterator[Exe
         yield _one_by_one if workers == 1 else partial(_side_by_side, workers)
 
 
+class _Order:
+    """Which cells may begin, and why some never will.
+
+    Attributes:
+        first: those that wait for nobody.
+        failed: by name, why a cell could not go on.
+    """
+
+    def __init__(self, cells: Sequence[Cell]) -> None:
+        names = {cell.name for cell in cells}
+        self.first = [cell for cell in cells if cell.lender not in names]
+        self.failed: dict[str, str] = {}
+        self._borrowers: dict[str, list[Cell]] = defaultdict(list)
+        for cell in cells:
+            if cell.lender in names:
+                self._borrowers[str(cell.lender)].append(cell)
+
+    def after(self, cell: Cell, why: str | None = None) -> list[Cell]:
+        """The cells that may begin now that this one has ended, and ``why`` if it could not go on."""
+        borrowers = self._borrowers.pop(cell.name, [])
+        if why is None:
+            return borrowers
+        self.failed[cell.name] = why
+        for other in borrowers:
+            self.failed[other.name] = f"{other.name}: {cell.name}, whose model it takes, could not go on"
+        return []
+
+
 def _one_by_one(cells: Sequence[Cell], run: Run, progress: Progress) -> dict[str, str]:
-    failed = {}
-    for cell in cells:
+    order = _Order(cells)
+    waiting = deque(order.first)
+    while waiting:
+        cell, why = waiting.popleft(), None
         try:
             run(cell, progress)
         except StudyError as error:
-            failed[cell.name] = str(error)
-    return failed
+            why = str(error)
+        waiting += order.after(cell, why)
+    return order.failed
 
 
 def _side_by_side(workers: int, cells: Sequence[Cell], run: Run, progress: Progress) -> dict[str, str]:
@@ -68,21 +100,28 @@ def _side_by_side(workers: int, cells: Sequence[Cell], run: Run, progress: Progr
         return _one_by_one(cells, run, progress)
     context = get_context("spawn")
     manager = SyncManager(ctx=context)
-    manager.start(_die_with, (os.getpid(),))
+    manager.start(die_with, (os.getpid(),))
     with manager:
         messages = manager.Queue()
         listener = Thread(target=_listen, args=(messages, progress), daemon=True)
         listener.start()
-        many = min(workers, len(cells))
-        with ProcessPoolExecutor(many, context, _begin_worker, (os.getpid(), many)) as pool:
-            futures = [pool.submit(_run_there, run, cell, messages) for cell in cells]
-            failed = {}
+        many, order = min(workers, len(cells)), _Order(cells)
+        with ProcessPoolExecutor(many, context, begin_worker, (os.getpid(), many)) as pool:
             try:
-                for cell, future in zip(cells, futures, strict=True):
-                    try:
-                        future.result()
-                    except StudyError as error:
-                        failed[cell.name] = str(error)
+                running = {pool.submit(_run_there, run, cell, messages): cell for cell in order.first}
+                while running:
+                    done, _ = wait(running, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        cell, why = running.pop(future), None
+                        try:
+                            future.result()
+                        except StudyError as error:
+                            why = str(error)
+                        # Behind all that wait already, so that nobody is idle while a lender is at work.
+                        running |= {
+                            pool.submit(_run_there, run, next_one, messages): next_one
+                            for next_one in order.after(cell, why)
+                        }
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in list((pool._processes or {}).values()):
@@ -90,7 +129,7 @@ def _side_by_side(workers: int, cells: Sequence[Cell], run: Run, progress: Progr
                 raise
         messages.put(None)
         listener.join()
-    return failed
+    return order.failed
 
 
 @contextmanager
@@ -139,31 +178,42 @@ def _on_cluster(ray: Any, cells: Sequence[Cell], run: Run, progress: Progress) -
     # News are kept where the study was started: with them on a node that dies, every cell would fail.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     messages = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-    there, waiting, failed = ray.remote(_run_on_node), {}, {}
-    for cell in cells:
-        # Where there are more places than cells, a cell takes several.
-        places = int(ray.cluster_resources().get("CPU", 1)) // (cell.threads * len(cells))
-        if _gpus(cell):  # a cell that waits for its parts gives away its processors, but not what else it has
-            places = min(places, graphics // len(cells) - 1)
-        spread = replace(cell, spread=_Spreading(places, cell.threads, _gpus(cell))) if places > 1 else cell
-        task = there.options(num_cpus=cell.threads, num_gpus=_gpus(cell), max_retries=RETRIES, name=cell.name)
-        waiting[task.remote(run, spread, messages.actor, os.getcwd())] = cell
+    there, order = ray.remote(_run_on_node), _Order(cells)
+    waiting: dict[Any, Cell] = {}
+
+    def begin(some: Sequence[Cell]) -> None:
+        beside = len(waiting) + len(some)
+        for cell in some:
+            task = there.options(num_cpus=cell.threads, num_gpus=_gpus(cell), max_retries=RETRIES, name=cell.name)
+            spread = _spreading(ray, cell, beside, graphics)
+            waiting[task.remote(run, spread, messages.actor, os.getcwd())] = cell
+
+    begin(order.first)
     while waiting:
         done, _ = ray.wait(list(waiting), timeout=0.2)
         for news in messages.get_nowait_batch(messages.qsize()):
             progress(*news)
         for task in done:
-            cell = waiting.pop(task)
+            cell, why = waiting.pop(task), None
             try:
                 ray.get(task)
             except ray.exceptions.RayTaskError as error:
                 if not isinstance(error.cause, StudyError):
                     raise error.cause from error
-                failed[cell.name] = str(error.cause)
+                why = str(error.cause)
             except ray.exceptions.RayError as error:
-                failed[cell.name] = f"{cell.name}: its worker was lost again and again ({type(error).__name__})"
+                why = f"{cell.name}: its worker was lost again and again ({type(error).__name__})"
+            begin(order.after(cell, why))
     messages.shutdown()
-    return failed
+    return order.failed
+
+
+def _spreading(ray: Any, cell: Cell, beside: int, graphics: int) -> Cell:
+    """The cell, which takes several places where there are more than the ``beside`` cells that are at work."""
+    places = int(ray.cluster_resources().get("CPU", 1)) // (cell.threads * beside)
+    if _gpus(cell):  # a cell that waits for its parts gives away its processors, but not what else it has
+        places = min(places, graphics // beside - 1)
+    return replace(cell, spread=_Spreading(places, cell.threads, _gpus(cell))) if places > 1 else cell
 
 
 def _gpus(cell: Cell) -> int:
@@ -224,19 +274,3 @@ def _listen(messages: Any, progress: Progress) -> None:
             progress(*news)
     except (EOFError, OSError):
         return  # the study ended before its last message
-
-
-def _begin_worker(parent: int, many: int) -> None:
-    share_memory(many)
-    _die_with(parent)
-
-
-def _die_with(parent: int) -> None:
-    """End this process when the one that started it is gone, so that a killed run leaves nobody behind."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.2)
-        os._exit(1)
-
-    Thread(target=watch, daemon=True).start()

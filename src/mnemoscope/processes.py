@@ -1,11 +1,64 @@
-"""How a process that runs cells is set up, so that every one of them computes alike."""
+"""How a process that runs cells is set up, so that every one of them computes alike, and several beside each other."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from threading import Thread
+from typing import Any
+
+# Calls a function with parts of a list, in one place or several, and gives what it found for each, in their order.
+Spread = Callable[[Callable[[list[Any]], list[Any]], list[Any]], list[Any]]
 
 _beside = 1
+
+
+def in_one_place(function: Callable[[list[Any]], list[Any]], items: list[Any]) -> list[Any]:
+    """All of them here."""
+    return function(items)
+
+
+@contextmanager
+def side_by_side(many: int) -> Iterator[Spread]:
+    """Parts of a list in ``many`` processes of this machine, which begin when they are first needed."""
+    if many == 1:
+        yield in_one_place
+        return
+    with ProcessPoolExecutor(many, get_context("spawn"), begin_worker, (os.getpid(), many)) as pool:
+
+        def spread(function: Callable[[list[Any]], list[Any]], items: list[Any]) -> list[Any]:
+            if len(items) < 2:
+                return function(items)
+            found: list[Any] = [None] * len(items)
+            parts = [items[place::many] for place in range(min(many, len(items)))]
+            for place, part in enumerate(pool.map(function, parts)):
+                found[place::many] = part
+            return found
+
+        yield spread
+
+
+def begin_worker(parent: int, many: int) -> None:
+    """Begin a process that works for another one, beside ``many`` in all, itself included."""
+    share_memory(many)
+    die_with(parent)
+
+
+def die_with(parent: int) -> None:
+    """End this process when the one that started it is gone, so that a killed run leaves nobody behind."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def share_memory(processes: int) -> None:
@@ -29,6 +82,9 @@ def settle(threads: int) -> None:
     torch.set_num_threads(threads)
     threadpool_limits(threads)  # of numpy and scipy, which go by the environment of whoever started this
     torch.use_deterministic_algorithms(True)
+    # It would also fill all memory before anything is written there, which only a reader of nothing would notice: four
+    # per cent of a training step (docs/LOG.md).
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def keep_freed_memory() -> None:

@@ -25,7 +25,7 @@ from mnemoscope.config import StudyConfig, dump_study
 from mnemoscope.errors import InputError, StudyError
 from mnemoscope.executors import Execute, Progress, by_name
 from mnemoscope.files import file_hash, fingerprint, write_atomically
-from mnemoscope.processes import settle
+from mnemoscope.processes import Spread, settle, side_by_side
 
 TOGETHER = ("train", "behaviour", "pairs")  # stages that several processes share (torchrun); the others are the first's
 
@@ -76,9 +76,10 @@ def run_study(
         write_atomically(run / "failed.json", json.dumps(failed, indent=1).encode())
         report = None
         if any(cell.config.analysed for cell in finished):
-            compare_cells(finished, run, progress)
-            _write_manifest(run, finished, started)
-            report = build_report(run)
+            with side_by_side(workers) as spread:
+                compare_cells(finished, run, progress, spread)
+                _write_manifest(run, finished, started)
+                report = build_report(run, spread)
         if failed:
             first, *others = failed.values()
             more = f" ({len(others)} more cells failed)" if others else ""
@@ -93,20 +94,10 @@ def _adapts(cells: Sequence[Cell]) -> bool:
 
 def _run_cells(cells: Sequence[Cell], execute: Execute, progress: Progress) -> dict[str, str]:
     """Run all cells and return, by name, why some could not go on; hours of work are not lost with them."""
-    failed: dict[str, str] = {}
-    # Cells that borrow a model come after those that train one.
-    for wave in ([c for c in cells if not c.config.model.cell], [c for c in cells if c.config.model.cell]):
-        lenders = {cell.name: f"{cell.config.model.cell}-{cell.seed}" for cell in wave if cell.config.model.cell}
-        without = {
-            name: f"{name}: {lender}, whose model it takes, could not go on"
-            for name, lender in lenders.items()
-            if lender in failed
-        }
-        failed |= without
-        ready = [cell for cell in wave if cell.name not in without]
-        if ready:
-            failed |= execute(ready, run_cell, progress)
-    return failed
+    failed = execute(cells, run_cell, progress)
+    # Told first: what came to nothing by itself, not for want of a model.
+    ordered = sorted(cells, key=lambda cell: cell.lender in failed)
+    return {cell.name: failed[cell.name] for cell in ordered if cell.name in failed}
 
 
 def run_cell(cell: Cell, progress: Progress) -> None:
@@ -148,12 +139,12 @@ def _with_helpers(name: str, run: Callable[[], None], done: Callable[[], bool], 
         raise failure
 
 
-def compare_cells(cells: Sequence[Cell], run: Path, progress: Progress) -> None:
+def compare_cells(cells: Sequence[Cell], run: Path, progress: Progress, spread: Spread) -> None:
     """Compare seeds of one label and labels that share a model, unless it is done."""
     analysed = [cell for cell in cells if cell.config.analysed]
     markers = [marker for cell in analysed for marker in _markers(cell)]
     wanted = hashlib.sha256("".join(json.loads(m.read_text())["hash"] for m in markers).encode()).hexdigest()
-    _run_stage("study", run, "compare", wanted, partial(_compared, analysed, run), progress)
+    _run_stage("study", run, "compare", wanted, partial(_compared, analysed, run, spread), progress)
 
 
 def _markers(cell: Cell) -> list[Path]:
@@ -161,13 +152,12 @@ def _markers(cell: Cell) -> list[Path]:
     return sorted((cell.folder / "stages").glob("[!.]*.json"))
 
 
-def _compared(cells: Sequence[Cell], run: Path, tell: Tell) -> list[Path]:
+def _compared(cells: Sequence[Cell], run: Path, spread: Spread, tell: Tell) -> list[Path]:
     if all(len(group) == 1 for group in (*by_label(cells), *by_model(cells))):
         return []  # and no model library is opened to find that out
-    settle(cells[0].threads)
     from mnemoscope.stages import compare_stage
 
-    return compare_stage(cells, run, tell)
+    return compare_stage(cells, run, spread, tell)
 
 
 def _run_stage(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -49,11 +50,13 @@ def report(
     """Rebuild results.json and report.html from the records of a run."""
     with one_line_errors():
         from mnemoscope.errors import InputError
+        from mnemoscope.processes import side_by_side
         from mnemoscope.report import build_report
 
         if not (run_folder / "study.yaml").is_file():
             raise InputError(f"RUN: {run_folder} is not a run folder (it has no study.yaml)")
-        path = build_report(run_folder)
+        with side_by_side(os.cpu_count() or 1) as spread:
+            path = build_report(run_folder, spread)
         say(
             {"run": str(run_folder), "results": str(run_folder / "results.json"), "report": str(path)},
             as_json,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mnemoscope.behaviour import Batch, only_log_probability, stacked, with_option, without_prefix
 from mnemoscope.directions.sources import Sources, in_turn
+from mnemoscope.models import in_precision, quick_precision
 from mnemoscope.steering import OPPOSITE, Positions, Toward, shifted
 
 MOMENTUM = 0.5
@@ -57,8 +58,18 @@ def learn(sources: Sources, budget: Budget) -> np.ndarray:
 def learn_together(several: Sequence[Sources], budget: Budget) -> None:
     """``learn`` for sources that differ in their shuffle only, in the same passes; each keeps what was found.
 
-    A pass over the rows of several costs much less than as many passes.
+    A pass over the rows of several costs much less than as many passes. Passes are in bfloat16 where that is quicker:
+    what is found is all but parallel to what float32 finds, and is applied and judged in float32.
     """
+    model = several[0].lists.asking.model
+    with in_precision(model, quick_precision(model)):
+        found_KLD = _ascended(several, budget)
+    for sources, found_LD in zip(several, found_KLD, strict=True):
+        sources.found[budget] = found_LD
+
+
+def _ascended(several: Sequence[Sources], budget: Budget) -> np.ndarray:
+    """The shifts where the ascent ends, float64 (K, L, D)."""
     layers, neurons = several[0].shape_LD
     units = {layer: torch.zeros(len(several), neurons, requires_grad=True) for layer in budget.layers}
     norm_L = torch.from_numpy(several[0].norm_L).float()
@@ -81,11 +92,10 @@ def learn_together(several: Sequence[Sources], budget: Budget) -> None:
         ascent.step()
         schedule.step()
         _project(list(units.values()), budget.strength)
-    for number, sources in enumerate(several):
-        found_LD = np.zeros((layers, neurons))
-        for layer, unit_KD in units.items():
-            found_LD[layer] = unit_KD[number].detach().double().numpy() * sources.norm_L[layer]
-        sources.found[budget] = found_LD
+    found_KLD = np.zeros((len(several), layers, neurons))
+    for layer, unit_KD in units.items():
+        found_KLD[:, layer] = unit_KD.detach().double().numpy() * several[0].norm_L[layer]
+    return found_KLD
 
 
 def wanted_batches(sources: Sources, toward: Toward) -> Iterator[Batch]:

@@ -42,7 +42,7 @@ from mnemoscope.models.passes import (
     rows_of_prompts,
     untouched_blocks,
 )
-from mnemoscope.models.precision import in_bfloat16, multiplies_bfloat16
+from mnemoscope.models.precision import Precision, in_bfloat16, in_precision, quick_precision
 from mnemoscope.models.room import batch_that_fits, bytes_of_prompt
 from mnemoscope.models.scratch import build_gpt2, word_tokenizer
 
@@ -52,6 +52,7 @@ __all__ = [
     "QUANTIZED",
     "SITES",
     "Layout",
+    "Precision",
     "RoomyLayer",
     "Site",
     "adapt",
@@ -72,17 +73,18 @@ __all__ = [
     "end_ids",
     "forked",
     "in_bfloat16",
+    "in_precision",
     "is_adapted",
     "layout_of",
     "load_model",
     "make_room",
     "merged",
     "merged_weights",
-    "multiplies_bfloat16",
     "nothing_read_before",
     "pass_inputs",
     "position_ids",
     "prompts_of_rows",
+    "quick_precision",
     "recorded_blocks",
     "replayed_blocks",
     "rows_of",

@@ -6,16 +6,19 @@ Shapes: N prompts, H heads, T tokens, K numbers of a head.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
+from mnemoscope.models.adapters import is_adapted
 from mnemoscope.models.layout import core_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Precision = Literal["float32", "bfloat16"]
 
 _ATTENTION = "sdpa_in_float32"
 
@@ -26,6 +29,20 @@ def multiplies_bfloat16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     known = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in known)
+
+
+def quick_precision(model: PreTrainedModel) -> Precision:
+    """What passes that teach something are in, where nobody said; of adapters float32.
+
+    A pass in another precision would hold all weights of an adapted model once more.
+    """
+    lower = model.dtype == torch.float32 and not is_adapted(model) and multiplies_bfloat16(model.device)
+    return "bfloat16" if lower else "float32"
+
+
+def in_precision(model: PreTrainedModel, precision: Precision) -> AbstractContextManager[None]:
+    """Matrix products of a model's passes as ``quick_precision`` names it, while this is open."""
+    return in_bfloat16(model) if precision == "bfloat16" else nullcontext()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
+from mnemoscope.processes import Spread, in_one_place
 from mnemoscope.report import (
     captions,
     captions_detection,
@@ -25,7 +26,7 @@ from mnemoscope.report.page import Story, TaskPage, panels
 from mnemoscope.report.records import Cell, Run
 
 
-def render(run: Run, results: Tree) -> str:
+def render(run: Run, results: Tree, spread: Spread = in_one_place) -> str:
     """The text of ``report.html``."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -34,13 +35,12 @@ def render(run: Run, results: Tree) -> str:
     environment.globals["percent"] = _place
     folder = files("mnemoscope.report")
     template = environment.from_string((folder / "template.html").read_text(encoding="utf-8"))
-    tasks = [
-        task_page(name, results["tasks"][name], cells, results["seeds"].get(name, []))
-        for name, cells in run.by_label().items()
+    drawn = [
+        (name, results["tasks"][name], cells, results["seeds"].get(name, [])) for name, cells in run.by_label().items()
     ]
     return template.render(
         study=results["study"],
-        tasks=tasks,
+        tasks=spread(_task_pages, drawn),
         summary=_summary(results),
         failed=list(run.failed.values()),
         transfer=_transfer(results["transfer"]),
@@ -75,7 +75,11 @@ def tint(text: str) -> Markup:
     return Markup(safe)
 
 
-def task_page(name: str, task: Tree, cells: Sequence[Cell], seeds: list[dict[str, Any]]) -> TaskPage:
+def _task_pages(asked: Sequence[tuple[str, Tree, Sequence[Cell], list[dict[str, Any]]]]) -> list[TaskPage]:
+    return [_task_page(*one) for one in asked]
+
+
+def _task_page(name: str, task: Tree, cells: Sequence[Cell], seeds: list[dict[str, Any]]) -> TaskPage:
     """Compute all sentences and draw all figures of one task.
 
     Args:

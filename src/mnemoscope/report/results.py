@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from mnemoscope.errors import InputError
+from mnemoscope.processes import Spread, in_one_place
 from mnemoscope.report.intervals import Tree
 from mnemoscope.report.measures import measure
 from mnemoscope.report.measures_across import measure_seeds, measure_transfer
@@ -20,9 +22,13 @@ from mnemoscope.statistics import Estimate, over_seeds
 SCHEMA = 1
 
 
-def compute_results(run: Run) -> Tree:
+def compute_results(run: Run, spread: Spread = in_one_place) -> Tree:
     """What ``results.json`` holds: plain dictionaries, lists, text and numbers; undefined numbers are NaN."""
-    tasks = {label: summarise(cells) for label, cells in run.by_label().items()}
+    labels = run.by_label()
+    for cells in labels.values():
+        _check_alike(cells)
+    trees = iter(spread(_measured, [cell for cells in labels.values() for cell in cells]))
+    tasks = {label: _summarised(cells, list(islice(trees, len(cells)))) for label, cells in labels.items()}
     results = {"schema": SCHEMA, "study": str(run.study.get("study", "")), "tasks": tasks, "failed": run.failed}
     return dict(_plain({**results, "seeds": measure_seeds(run), "transfer": measure_transfer(run, run.probe_layers())}))
 
@@ -32,22 +38,29 @@ def to_json(results: Tree) -> str:
     return json.dumps(results, indent=1, ensure_ascii=False, allow_nan=True) + "\n"
 
 
-def summarise(cells: Sequence[Cell]) -> Tree:
-    """One task over its seeds: estimates by ``over_seeds``, counts added up, other numbers averaged.
-
-    The chosen settings shown are the first seed's; ``chosen_by_seed`` names the methods, ``per_seed`` has the settings.
-
-    Raises:
-        InputError: two cells have the same seed, or differ in their layers.
-    """
+def _check_alike(cells: Sequence[Cell]) -> None:
+    """Raises InputError where two cells of a task have the same seed, or differ in their layers."""
     seeds = [cell.seed for cell in cells]
     if len(set(seeds)) < len(seeds):
         raise InputError(f"{cells[0].folder.parent}: two cells of {cells[0].label!r} have the same seed ({seeds})")
     depths = {cell.name: len(cell.contrast.nmd) for cell in cells}
     if len(set(depths.values())) > 1:
         raise InputError(f"{cells[0].folder.parent}: cells of one name differ in their layers ({depths})")
-    trees = [measure(cell) for cell in cells]
-    merged: Tree = {"seeds": seeds, **_merge(trees, "")}
+
+
+def _measured(cells: Sequence[Cell]) -> list[Tree]:
+    return [measure(cell) for cell in cells]
+
+
+def _summarised(cells: Sequence[Cell], trees: list[Tree]) -> Tree:
+    """One task over its seeds: estimates by ``over_seeds``, counts added up, other numbers averaged.
+
+    The chosen settings shown are the first seed's; ``chosen_by_seed`` names the methods, ``per_seed`` has the settings.
+
+    Args:
+        trees: what was measured of each cell.
+    """
+    merged: Tree = {"seeds": [cell.seed for cell in cells], **_merge(trees, "")}
     merged["probe"] |= statements(merged["probe"])  # words of the first seed say nothing about all
     merged["training"] = {key: [tree["training"][key] for tree in trees] for key in ("seconds", "steps")}
     merged["memory_is_conflict"] = bool(cells[0].info["memory_is_conflict"])

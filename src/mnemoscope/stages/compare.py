@@ -19,6 +19,7 @@ from mnemoscope.behaviour import Asking, Scores, prepare, score
 from mnemoscope.cells import Cell, by_label, by_model
 from mnemoscope.contrast import Contrast
 from mnemoscope.directions import SOURCE, gaussian_like, steered, with_prefixes
+from mnemoscope.processes import Spread, settle
 from mnemoscope.stages.common import Tell, cell_model, write_table
 from mnemoscope.stages.lists import Records
 from mnemoscope.statistics import cosine, overlap, overlap_by_chance, rank_correlation
@@ -32,39 +33,43 @@ TRANSFERRED_PAIRS = 300
 GAUSSIAN_DRAWS = 5
 
 
-def compare_stage(cells: Sequence[Cell], run: Path, tell: Tell) -> list[Path]:
+def compare_stage(cells: Sequence[Cell], run: Path, spread: Spread, tell: Tell) -> list[Path]:
     """Hold seeds and, where labels share a model, tasks against each other."""
     tell(0, 2, "seeds")
     files = []
-    seeds = list(_seeds(cells))
-    if seeds:
+    twos = [two for seeds in by_label(cells) for two in combinations(seeds, 2)]
+    if twos:
+        seeds = list(chain.from_iterable(spread(_compared_seeds, twos)))
         files.append(write_table(run / "records" / "seeds.parquet", pd.DataFrame(seeds)))
     tell(1, 2, "tasks that share a model")
-    shared = [group for group in by_model(cells) if len(group) > 1]
-    if shared:
-        steering = [table for group in shared for table in _transferred_steering(group)]
-        probes = [table for group in shared for table in _transferred_probes(group)]
+    onto = [(target, group) for group in by_model(cells) if len(group) > 1 for target in group]
+    if onto:
+        steering, probes = zip(*spread(_transferred, onto), strict=True)
         for name, tables in (("transfer_steering", steering), ("transfer_probes", probes)):
             files.append(write_table(run / "records" / f"{name}.parquet", pd.concat(tables, ignore_index=True)))
     return files
 
 
-def _seeds(cells: Sequence[Cell]) -> Iterator[dict[str, Any]]:
-    for seeds in by_label(cells):
-        opened = {cell.seed: cell_model(cell) for cell in seeds if len(seeds) > 1}
-        for a, b in combinations(seeds, 2):
-            first, second = (Contrast.load(cell.folder / "contrast.safetensors") for cell in (a, b))
-            # A further attempt begins with other weights.
-            shared = a.config.model.shares_first_weights and _attempt(a) == _attempt(b)
-            common = {"label": a.label, "seed_a": a.seed, "seed_b": b.seed, "site": first.site}
-            common |= {"shared_initialization": shared}
-            rng = np.random.default_rng([a.seed, b.seed])
-            both = (first, second)
-            models = (opened[a.seed], opened[b.seed])
-            aligned = _alignments(_common_examples(a, models[1]), models, both, rng)
-            measured = (_overlaps(*both), _rank_correlations(first, second, rng), aligned)
-            for row in chain.from_iterable(measured):
-                yield {**common, "top": np.nan, **row}
+def _compared_seeds(twos: Sequence[tuple[Cell, Cell]]) -> list[list[dict[str, Any]]]:
+    """Of each two seeds of a label: the rows of ``records/seeds.parquet``."""
+    settle(twos[0][0].threads)
+    found, opened = [], dict[str, Asking]()
+    for two in twos:
+        opened = {cell.name: opened.get(cell.name) or cell_model(cell) for cell in two}  # two models at a time
+        found.append(list(_two_seeds(*two, *opened.values())))
+    return found
+
+
+def _two_seeds(a: Cell, b: Cell, asking_a: Asking, asking_b: Asking) -> Iterator[dict[str, Any]]:
+    both = first, second = tuple(Contrast.load(cell.folder / "contrast.safetensors") for cell in (a, b))
+    # A further attempt begins with other weights.
+    shared = a.config.model.shares_first_weights and _attempt(a) == _attempt(b)
+    common = {"label": a.label, "seed_a": a.seed, "seed_b": b.seed, "site": first.site}
+    common |= {"shared_initialization": shared, "top": np.nan}
+    rng = np.random.default_rng([a.seed, b.seed])
+    aligned = _alignments(_common_examples(a, asking_b), (asking_a, asking_b), both, rng)
+    for row in chain(_overlaps(first, second), _rank_correlations(first, second, rng), aligned):
+        yield common | row
 
 
 def _attempt(cell: Cell) -> int:
@@ -125,21 +130,33 @@ def _states(asking: Asking, examples: Sequence[Example], site: str) -> np.ndarra
     return scores.states_NLD.astype(np.float64)
 
 
-def _transferred_steering(group: Sequence[Cell]) -> Iterator[pd.DataFrame]:
-    """Every cell's vectors, paper's and best, on every cell's test pairs, beside Gaussian shifts of the same norm."""
-    for target in group:
+def _transferred(onto: Sequence[tuple[Cell, Sequence[Cell]]]) -> list[tuple[pd.DataFrame, pd.DataFrame]]:
+    """Of each target and the cells that share its model: what their vectors turn there, and what their probes read."""
+    settle(onto[0][0].threads)
+    found = []
+    for target, group in onto:
         asking, records = cell_model(target), Records.of(target)
-        for direction in SOURCE:
-            examples = records.turned("test", direction, TRANSFERRED_PAIRS)
-            if not examples:
-                continue
-            batches = with_prefixes(asking, examples)
-            for source in group:
-                for method, role, draw, vector in _vectors(source, direction, asking):
-                    scores = steered(asking, batches, vector, margins=False)
-                    facts = {"source": source.label, "target": target.label, "seed": source.seed}
-                    facts |= {"direction": direction, "method": method, "role": role, "draw": draw}
-                    yield _transferred(facts, examples, scores)
+        parts = (_transferred_steering, _transferred_probes)
+        steering, probes = (pd.concat(part(target, group, asking, records), ignore_index=True) for part in parts)
+        found.append((steering, probes))
+    return found
+
+
+def _transferred_steering(
+    target: Cell, group: Sequence[Cell], asking: Asking, records: Records
+) -> Iterator[pd.DataFrame]:
+    """Every cell's vectors, paper's and best, on a cell's test pairs, beside Gaussian shifts of the same norm."""
+    for direction in SOURCE:
+        examples = records.turned("test", direction, TRANSFERRED_PAIRS)
+        if not examples:
+            continue
+        batches = with_prefixes(asking, examples)
+        for source in group:
+            for method, role, draw, vector in _vectors(source, direction, asking):
+                scores = steered(asking, batches, vector, margins=False)
+                facts = {"source": source.label, "target": target.label, "seed": source.seed}
+                facts |= {"direction": direction, "method": method, "role": role, "draw": draw}
+                yield _after(facts, examples, scores)
 
 
 def _vectors(source: Cell, direction: str, asking: Asking) -> Iterator[tuple[str, str, int, SteeringVector]]:
@@ -158,25 +175,26 @@ def _vectors(source: Cell, direction: str, asking: Asking) -> Iterator[tuple[str
             yield name, "gaussian", draw, vector.with_dense(gaussian_like(shift_LD, rng))
 
 
-def _transferred(facts: dict[str, Any], examples: Sequence[Example], scores: Scores) -> pd.DataFrame:
+def _after(facts: dict[str, Any], examples: Sequence[Example], scores: Scores) -> pd.DataFrame:
     columns = {**facts, "example": np.arange(len(examples)), "group": [e.group for e in examples]}
     table = pd.DataFrame({**columns, "after": scores.behaviour_N})
     words = ("source", "target", "direction", "method", "role", "group", "after")
     return table.astype({word: "str" for word in words})
 
 
-def _transferred_probes(group: Sequence[Cell]) -> Iterator[pd.DataFrame]:
-    """Every cell's probes on every cell's test states."""
-    for target in group:
-        examples = [e for pair in Records.of(target).both_sides("test", TRANSFERRED_PAIRS) for e in pair]
-        states_NLD = _states(cell_model(target), examples, target.config.pairs.site)
-        for source in group:
-            for probe in json.loads((source.folder / "probe.json").read_text())["layers"]:
-                scores_N = states_NLD[:, probe["layer"]] @ np.array(probe["weights"]) + probe["bias"]
-                columns = {"source": source.label, "target": target.label, "seed": source.seed, "layer": probe["layer"]}
-                columns |= {"group": [e.group for e in examples], "label": np.tile([1, 0], len(examples) // 2)}
-                table = pd.DataFrame({**columns, "score": scores_N})
-                yield table.astype({word: "str" for word in ("source", "target", "group")})
+def _transferred_probes(
+    target: Cell, group: Sequence[Cell], asking: Asking, records: Records
+) -> Iterator[pd.DataFrame]:
+    """Every cell's probes on a cell's test states."""
+    examples = [e for pair in records.both_sides("test", TRANSFERRED_PAIRS) for e in pair]
+    states_NLD = _states(asking, examples, target.config.pairs.site)
+    for source in group:
+        for probe in json.loads((source.folder / "probe.json").read_text())["layers"]:
+            scores_N = states_NLD[:, probe["layer"]] @ np.array(probe["weights"]) + probe["bias"]
+            columns = {"source": source.label, "target": target.label, "seed": source.seed, "layer": probe["layer"]}
+            columns |= {"group": [e.group for e in examples], "label": np.tile([1, 0], len(examples) // 2)}
+            table = pd.DataFrame({**columns, "score": scores_N})
+            yield table.astype({word: "str" for word in ("source", "target", "group")})
 
 
 def _spread(drawn: Sequence[float]) -> dict[str, float]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from mnemoscope import ranks
 from mnemoscope.behaviour import Asking, Batch, prepare, score_together
 from mnemoscope.config import StopConfig, TrainingConfig
 from mnemoscope.errors import InputError
-from mnemoscope.models import core_of, in_bfloat16, is_adapted, multiplies_bfloat16
+from mnemoscope.models import core_of, in_precision, is_adapted, quick_precision
 from mnemoscope.tasks import Example, Kind, Task, draw
 from mnemoscope.training.optimizers import optimizers_for
 from mnemoscope.training.reading import batches, passes
@@ -123,7 +122,8 @@ class _State:
     def __init__(self, model: PreTrainedModel, config: TrainingConfig) -> None:
         self.model, self.config = model, config
         # One for all processes, whatever each could do.
-        self.precision = ranks.from_first(_precision(model, config.precision))
+        wanted = config.precision
+        self.precision = ranks.from_first(quick_precision(model) if wanted == "auto" else wanted)
         self.optimizers = optimizers_for(model, config)
         self.steps = 0
         self.first_met: int | None = None
@@ -137,13 +137,10 @@ class _State:
     def step(self, ids_BT: Tensor, weights_BT: Tensor) -> None:
         """One optimizer step."""
         self.model.train()
-        with self._passes():
+        with in_precision(self.model, self.precision):
             self._losses.append(_backward(self.model, ids_BT, weights_BT))
         _update(self.model, self.optimizers, self._schedules)
         self.steps += 1
-
-    def _passes(self) -> AbstractContextManager[None]:
-        return in_bfloat16(self.model) if self.precision == "bfloat16" else nullcontext()
 
     def before_measuring(self) -> None:
         """No dropout in an adapted model, which may have been made with some, nor in its adapter.
@@ -202,14 +199,6 @@ class _State:
         if self.first_met is not None and config.settle_steps:
             factor *= max(0.0, 1.0 - (step - self.first_met) / config.settle_steps)
         return factor
-
-
-def _precision(model: PreTrainedModel, wanted: str) -> str:
-    """What passes are in; of adapters what the model is in, as each pass would hold all its weights once more."""
-    if wanted != "auto":
-        return wanted
-    lower = model.dtype == torch.float32 and not is_adapted(model) and multiplies_bfloat16(model.device)
-    return "bfloat16" if lower else "float32"
 
 
 def _set_dropout(model: PreTrainedModel, share: float) -> None:
