@@ -28,6 +28,7 @@ from mnemoscope.errors import InputError, StudyError
 from mnemoscope.executors import Progress, by_name
 from mnemoscope.files import ENDS
 from mnemoscope.models import load_model
+from mnemoscope.processes import pool_of
 from mnemoscope.stages import STAGES
 from mnemoscope.steering import SteeringVector
 from mnemoscope.study import _brought, run_study
@@ -415,6 +416,16 @@ def notes_when(cell: Cell, progress: Progress) -> None:
     (cell.folder / "times.json").write_text(json.dumps([began, time.monotonic()]))
     if cell.name == "donor-1":
         raise StudyError("donor-1: never mixed")
+
+
+def test_whatever_goes_wrong_ends_processes_that_are_at_work() -> None:
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), pool_of(1) as pool:
+        future = pool.submit(time.sleep, 120)
+        while not future.running():
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+    assert time.monotonic() - began < 60, "nobody waited for it"
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -10,7 +10,7 @@ import socket
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +21,7 @@ from typing import Any
 
 from mnemoscope.cells import Cell
 from mnemoscope.errors import InputError, StudyError
-from mnemoscope.processes import begin_worker, die_with
+from mnemoscope.processes import die_with, pool_of
 
 # (cell, stage, done, total, note): what a running cell tells.
 Progress = Callable[[str, str, float, float, str], None]
@@ -72,7 +72,10 @@ class _Order:
                 self._borrowers[str(cell.lender)].append(cell)
 
     def after(self, cell: Cell, why: str | None = None) -> list[Cell]:
-        """The cells that may begin now that this one has ended, and ``why`` if it could not go on."""
+        """The cells that may begin now that this one has ended, and ``why`` if it could not go on.
+
+        Those borrow a model themselves and lend none.
+        """
         borrowers = self._borrowers.pop(cell.name, [])
         if why is None:
             return borrowers
@@ -106,27 +109,21 @@ def _side_by_side(workers: int, cells: Sequence[Cell], run: Run, progress: Progr
         listener = Thread(target=_listen, args=(messages, progress), daemon=True)
         listener.start()
         many, order = min(workers, len(cells)), _Order(cells)
-        with ProcessPoolExecutor(many, context, begin_worker, (os.getpid(), many)) as pool:
-            try:
-                running = {pool.submit(_run_there, run, cell, messages): cell for cell in order.first}
-                while running:
-                    done, _ = wait(running, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        cell, why = running.pop(future), None
-                        try:
-                            future.result()
-                        except StudyError as error:
-                            why = str(error)
-                        # Behind all that wait already, so that nobody is idle while a lender is at work.
-                        running |= {
-                            pool.submit(_run_there, run, next_one, messages): next_one
-                            for next_one in order.after(cell, why)
-                        }
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                for process in list((pool._processes or {}).values()):
-                    process.terminate()
-                raise
+        with pool_of(many) as pool:
+            running = {pool.submit(_run_there, run, cell, messages): cell for cell in order.first}
+            while running:
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    cell, why = running.pop(future), None
+                    try:
+                        future.result()
+                    except StudyError as error:
+                        why = str(error)
+                    # Behind all that wait already, so that nobody is idle while a lender is at work.
+                    running |= {
+                        pool.submit(_run_there, run, next_one, messages): next_one
+                        for next_one in order.after(cell, why)
+                    }
         messages.put(None)
         listener.join()
     return order.failed

@@ -30,7 +30,7 @@ def side_by_side(many: int) -> Iterator[Spread]:
     if many == 1:
         yield in_one_place
         return
-    with ProcessPoolExecutor(many, get_context("spawn"), begin_worker, (os.getpid(), many)) as pool:
+    with pool_of(many) as pool:
 
         def spread(function: Callable[[list[Any]], list[Any]], items: list[Any]) -> list[Any]:
             if len(items) < 2:
@@ -44,8 +44,21 @@ def side_by_side(many: int) -> Iterator[Spread]:
         yield spread
 
 
-def begin_worker(parent: int, many: int) -> None:
-    """Begin a process that works for another one, beside ``many`` in all, itself included."""
+@contextmanager
+def pool_of(many: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that work for this one; whatever goes wrong here ends them at once, whatever they are at."""
+    with ProcessPoolExecutor(many, get_context("spawn"), _begin_worker, (os.getpid(), many)) as pool:
+        try:
+            yield pool
+        except BaseException:
+            processes = list((pool._processes or {}).values())  # which a pool that is shut down no longer knows
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in processes:
+                process.terminate()
+            raise
+
+
+def _begin_worker(parent: int, many: int) -> None:
     share_memory(many)
     die_with(parent)
 

@@ -25,7 +25,7 @@ from mnemoscope.config import StudyConfig, dump_study
 from mnemoscope.errors import InputError, StudyError
 from mnemoscope.executors import Execute, Progress, by_name
 from mnemoscope.files import file_hash, fingerprint, write_atomically
-from mnemoscope.processes import Spread, settle, side_by_side
+from mnemoscope.processes import Spread, in_one_place, settle, side_by_side
 
 TOGETHER = ("train", "behaviour", "pairs")  # stages that several processes share (torchrun); the others are the first's
 
@@ -76,8 +76,10 @@ def run_study(
         write_atomically(run / "failed.json", json.dumps(failed, indent=1).encode())
         report = None
         if any(cell.config.analysed for cell in finished):
-            with side_by_side(workers) as spread:
-                compare_cells(finished, run, progress, spread)
+            # A cluster's cells had processors and graphics elsewhere; here is one process, as before.
+            with side_by_side(workers if executor == "local" else 1) as spread:
+                on_cpu = all(cell.config.model.device_map in (None, "cpu") for cell in finished)
+                compare_cells(finished, run, progress, spread if on_cpu else in_one_place)
                 _write_manifest(run, finished, started)
                 report = build_report(run, spread)
         if failed:

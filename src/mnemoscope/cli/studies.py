@@ -13,6 +13,8 @@ from mnemoscope.cli.app import app
 from mnemoscope.cli.given import AsChat, AsJson, DeviceMap, Dtype, Given, Parts, named_parts, options
 from mnemoscope.cli.output import one_line_errors, progress, say
 
+AT_A_TIME = 4  # processes of a report: each holds the largest table of a cell
+
 
 @app.command()
 def run(
@@ -55,7 +57,7 @@ def report(
 
         if not (run_folder / "study.yaml").is_file():
             raise InputError(f"RUN: {run_folder} is not a run folder (it has no study.yaml)")
-        with side_by_side(os.cpu_count() or 1) as spread:
+        with side_by_side(min(AT_A_TIME, os.cpu_count() or 1)) as spread:
             path = build_report(run_folder, spread)
         say(
             {"run": str(run_folder), "results": str(run_folder / "results.json"), "report": str(path)},

@@ -19,6 +19,8 @@ from mnemoscope.models import in_precision, quick_precision
 from mnemoscope.steering import OPPOSITE, Positions, Toward, shifted
 
 MOMENTUM = 0.5
+# Of a model that is read in bfloat16: weights that do not learn are cast anew in each pass and kept until its gradient.
+MOST_WEIGHTS = 2**24
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +60,12 @@ def learn(sources: Sources, budget: Budget) -> np.ndarray:
 def learn_together(several: Sequence[Sources], budget: Budget) -> None:
     """``learn`` for sources that differ in their shuffle only, in the same passes; each keeps what was found.
 
-    A pass over the rows of several costs much less than as many passes. Passes are in bfloat16 where that is quicker:
-    what is found is all but parallel to what float32 finds, and is applied and judged in float32.
+    A pass over the rows of several costs much less than as many passes. Passes of small models are in bfloat16 where
+    that is quicker: what is found is all but parallel to what float32 finds, and is applied and judged in float32.
     """
     model = several[0].lists.asking.model
-    with in_precision(model, quick_precision(model)):
+    small = sum(weight.numel() for weight in model.parameters()) <= MOST_WEIGHTS
+    with in_precision(model, quick_precision(model) if small else "float32"):
         found_KLD = _ascended(several, budget)
     for sources, found_LD in zip(several, found_KLD, strict=True):
         sources.found[budget] = found_LD

@@ -106,7 +106,7 @@ class Cell:
     no_detector: str = ""
 
     def read_steering(self) -> pd.DataFrame:
-        """The steering table, read anew: it is by far the largest, and one cell's at a time is enough."""
+        """The steering table, read anew: it is by far the largest, and one cell's at a time in a process is enough."""
         return _table(self.folder / "records", "steering")
 
     @property

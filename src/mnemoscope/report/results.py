@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from mnemoscope.errors import InputError
 from mnemoscope.processes import Spread, in_one_place
@@ -49,7 +50,8 @@ def _check_alike(cells: Sequence[Cell]) -> None:
 
 
 def _measured(cells: Sequence[Cell]) -> list[Tree]:
-    return [measure(cell) for cell in cells]
+    with threadpool_limits(1):  # processes beside each other have a processor each, and rounding is the same in all
+        return [measure(cell) for cell in cells]
 
 
 def _summarised(cells: Sequence[Cell], trees: list[Tree]) -> Tree:

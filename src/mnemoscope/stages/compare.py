@@ -55,8 +55,11 @@ def _compared_seeds(twos: Sequence[tuple[Cell, Cell]]) -> list[list[dict[str, An
     settle(twos[0][0].threads)
     found, opened = [], dict[str, Asking]()
     for two in twos:
-        opened = {cell.name: opened.get(cell.name) or cell_model(cell) for cell in two}  # two models at a time
-        found.append(list(_two_seeds(*two, *opened.values())))
+        opened = {cell.name: opened[cell.name] for cell in two if cell.name in opened}  # never more than two models
+        for cell in two:
+            if cell.name not in opened:
+                opened[cell.name] = cell_model(cell)
+        found.append(list(_two_seeds(*two, *(opened[cell.name] for cell in two))))
     return found
 
 
