@@ -419,12 +419,16 @@ def notes_when(cell: Cell, progress: Progress) -> None:
 
 
 def test_whatever_goes_wrong_ends_processes_that_are_at_work() -> None:
+    def interrupted() -> None:
+        with pool_of(1) as pool:
+            future = pool.submit(time.sleep, 120)
+            while not future.running():
+                time.sleep(0.01)
+            raise KeyboardInterrupt
+
     began = time.monotonic()
-    with pytest.raises(KeyboardInterrupt), pool_of(1) as pool:
-        future = pool.submit(time.sleep, 120)
-        while not future.running():
-            time.sleep(0.01)
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert time.monotonic() - began < 60, "nobody waited for it"
 
 
