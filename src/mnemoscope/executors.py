@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import contextmanager
@@ -66,17 +66,14 @@ class _Order:
         names = {cell.name for cell in cells}
         self.first = [cell for cell in cells if cell.lender not in names]
         self.failed: dict[str, str] = {}
-        self._borrowers: dict[str, list[Cell]] = defaultdict(list)
-        for cell in cells:
-            if cell.lender in names:
-                self._borrowers[str(cell.lender)].append(cell)
+        self._borrowers = [cell for cell in cells if cell.lender in names]
 
     def after(self, cell: Cell, why: str | None = None) -> list[Cell]:
         """The cells that may begin now that this one has ended, and ``why`` if it could not go on.
 
         Those borrow a model themselves and lend none.
         """
-        borrowers = self._borrowers.pop(cell.name, [])
+        borrowers = [other for other in self._borrowers if other.lender == cell.name]
         if why is None:
             return borrowers
         self.failed[cell.name] = why
@@ -182,8 +179,8 @@ def _on_cluster(ray: Any, cells: Sequence[Cell], run: Run, progress: Progress) -
         beside = len(waiting) + len(some)
         for cell in some:
             task = there.options(num_cpus=cell.threads, num_gpus=_gpus(cell), max_retries=RETRIES, name=cell.name)
-            spread = _spreading(ray, cell, beside, graphics)
-            waiting[task.remote(run, spread, messages.actor, os.getcwd())] = cell
+            placed = _with_places(ray, cell, beside, graphics)
+            waiting[task.remote(run, placed, messages.actor, os.getcwd())] = cell
 
     begin(order.first)
     while waiting:
@@ -205,7 +202,7 @@ def _on_cluster(ray: Any, cells: Sequence[Cell], run: Run, progress: Progress) -
     return order.failed
 
 
-def _spreading(ray: Any, cell: Cell, beside: int, graphics: int) -> Cell:
+def _with_places(ray: Any, cell: Cell, beside: int, graphics: int) -> Cell:
     """The cell, which takes several places where there are more than the ``beside`` cells that are at work."""
     places = int(ray.cluster_resources().get("CPU", 1)) // (cell.threads * beside)
     if _gpus(cell):  # a cell that waits for its parts gives away its processors, but not what else it has

@@ -76,7 +76,8 @@ def run_study(
         write_atomically(run / "failed.json", json.dumps(failed, indent=1).encode())
         report = None
         if any(cell.config.analysed for cell in finished):
-            # A cluster's cells had processors and graphics elsewhere; here is one process, as before.
+            # A cluster's cells were elsewhere: this machine was never asked for more than one process. Nor was its
+            # graphics processor asked for several models.
             with side_by_side(workers if executor == "local" else 1) as spread:
                 on_cpu = all(cell.config.model.device_map in (None, "cpu") for cell in finished)
                 compare_cells(finished, run, progress, spread if on_cpu else in_one_place)
