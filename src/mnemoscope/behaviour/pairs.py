@@ -94,7 +94,7 @@ def mine_pairs(
         place = {prompt: n for n, prompt in enumerate(asked)}
         scores = score(asking, prepare(asking, list(asked.values())), capture=site)
         side_N2 = np.array([[place[example.prompt] for example in pair] for pair in drawn])
-        a, b = _of(scores, side_N2[:, 0]), _of(scores, side_N2[:, 1])
+        a, b = scores.of(side_N2[:, 0]), scores.of(side_N2[:, 1])
         forward_N = (a.behaviour_N == "generalized") & (b.behaviour_N == "memorized")
         backward_N = (a.behaviour_N == "memorized") & (b.behaviour_N == "generalized")
         flips = np.flatnonzero(forward_N | backward_N)
@@ -108,9 +108,3 @@ def mine_pairs(
             states_generalized_PLD=scores.states_NLD[generalized_P],
             states_memorized_PLD=scores.states_NLD[side_N2[flips].sum(axis=1) - generalized_P],
         )
-
-
-def _of(scores: Scores, chosen: np.ndarray) -> Scores:
-    """The scores of some examples, without states."""
-    arrays = (scores.behaviour_N, scores.margin_N, scores.tie_N, scores.confabulated_N)
-    return Scores(*(array_N[chosen] for array_N in arrays))
