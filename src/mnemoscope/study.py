@@ -17,17 +17,13 @@ from contextlib import contextmanager
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
-from mnemoscope import ranks
 from mnemoscope.cells import Cell, Tell, by_label, by_model, cells_of, git_state, version
 from mnemoscope.config import StudyConfig, dump_study
 from mnemoscope.errors import InputError, StudyError
 from mnemoscope.executors import Execute, Progress, by_name
 from mnemoscope.files import file_hash, fingerprint, write_atomically
 from mnemoscope.processes import Spread, in_one_place, settle, side_by_side
-
-TOGETHER = ("train", "behaviour", "pairs")  # stages that several processes share (torchrun); the others are the first's
 
 
 def run_study(
@@ -57,8 +53,6 @@ def run_study(
     from mnemoscope.report import build_report
 
     started = time.time()
-    if ranks.started() and (executor != "local" or (workers or 1) > 1):
-        raise InputError("executor, workers: processes that torchrun has started share one cell; leave them out")
     if executor != "local" and workers is not None:
         raise InputError("workers: a cluster takes as many cells at a time as it has processors for; leave it out")
     run = run.absolute()  # processes elsewhere have another working folder
@@ -67,11 +61,9 @@ def run_study(
         from mnemoscope.stages import check_peft
 
         check_peft("model.lora")
-    workers = 1 if ranks.started() else workers or max(1, min(len(cells), (os.cpu_count() or 1) // config.threads))
-    with ranks.joined(), _locked(run, config), by_name(executor, workers, address) as execute:
+    workers = workers or max(1, min(len(cells), (os.cpu_count() or 1) // config.threads))
+    with _locked(run, config), by_name(executor, workers, address) as execute:
         failed = _run_cells(cells, execute, progress)
-        if not ranks.first():
-            return run / "report.html"
         finished = [cell for cell in cells if cell.name not in failed]
         write_atomically(run / "failed.json", json.dumps(failed, indent=1).encode())
         report = None
@@ -113,33 +105,7 @@ def run_cell(cell: Cell, progress: Progress) -> None:
         if not cell.config.analysed and name not in ("train", "behaviour"):
             continue
         upstream = stage_hash(upstream, cell, name)
-        run = partial(_run_stage, cell.name, cell.folder, name, upstream, partial(stage, cell), progress)
-        if ranks.world() == 1:
-            run()
-        else:
-            _with_helpers(name, run, partial(is_done, cell.folder, name, upstream), partial(stage, cell))
-
-
-def _with_helpers(name: str, run: Callable[[], None], done: Callable[[], bool], stage: Callable[[Tell], Any]) -> None:
-    """A stage of several processes: the others help the first one, or wait for it; all go on or none does."""
-    begin, failure = True, None
-    if ranks.first():
-        try:
-            begin = not done()
-        except StudyError as error:
-            failure = error
-    begin, failure = ranks.from_first((begin, failure))
-    if begin and not failure:
-        try:
-            if ranks.first():
-                run()
-            elif name in TOGETHER:
-                stage(lambda *_: None)
-        except StudyError as error:
-            failure = error
-        failure = ranks.from_first(failure)
-    if failure:
-        raise failure
+        _run_stage(cell.name, cell.folder, name, upstream, partial(stage, cell), progress)
 
 
 def compare_cells(cells: Sequence[Cell], run: Path, progress: Progress, spread: Spread) -> None:
@@ -223,10 +189,7 @@ def is_done(folder: Path, stage: str, wanted: str) -> bool:
 
 @contextmanager
 def _locked(run: Path, config: StudyConfig) -> Iterator[None]:
-    """Hold the run folder for this process, and those that help it, and this configuration."""
-    if not ranks.first():
-        yield
-        return
+    """Hold the run folder for this process and this configuration."""
     text = dump_study(config)
     if run.exists() and not run.is_dir():
         raise InputError(f"out: {run} is a file; a folder is wanted")

@@ -30,19 +30,16 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run a study, or go on with one, and build its report."""
-    from mnemoscope import ranks
-
-    with one_line_errors(), ranks.joined():
+    with one_line_errors():
         from mnemoscope.config import load_study
         from mnemoscope.study import run_study
 
         config = load_study(study, overrides, seeds)
         folder = out or Path("runs") / config.study
-        with progress(quiet=as_json or not ranks.first()) as tell:
+        with progress(quiet=as_json) as tell:
             report_path = run_study(config, folder, tell, workers, executor, address)
-        if ranks.first():
-            facts = {"run": str(folder), "results": str(folder / "results.json"), "report": str(report_path)}
-            say(facts, as_json, "report")
+        facts = {"run": str(folder), "results": str(folder / "results.json"), "report": str(report_path)}
+        say(facts, as_json, "report")
 
 
 @app.command()
@@ -84,9 +81,7 @@ def fit(
     as_json: AsJson = False,
 ) -> None:
     """Find pairs, fit vectors and a detector for a model of yours on your data, and judge them; one run folder."""
-    from mnemoscope import ranks
-
-    with one_line_errors(), ranks.joined():
+    with one_line_errors():
         from mnemoscope.fitting import fitting_study
         from mnemoscope.plain import dumped
         from mnemoscope.report import brief_of, in_words
@@ -95,10 +90,8 @@ def fit(
         shape = {"folder": model, "dtype": dtype, "device_map": device_map, "layout": named_parts(layout)}
         shape |= {"chat": {} if chat else None}
         config = fitting_study(shape, task, options(option), settings, threads, positions)
-        with progress(quiet=as_json or not ranks.first()) as tell:
+        with progress(quiet=as_json) as tell:
             report_path = run_study(config, out, tell)
-        if not ranks.first():
-            return
         if as_json:
             typer.echo(dumped({"run": str(out), "report": str(report_path), "tasks": brief_of(out)}))
         else:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pyarrow as pa
 
-from mnemoscope import ranks
 from mnemoscope.behaviour import Asking, PairBatch, draw_candidates, mine_pairs
 from mnemoscope.cells import Cell
 from mnemoscope.contrast import ContrastAccumulator
@@ -44,20 +42,18 @@ def pairs_stage(cell: Cell, tell: Tell) -> list[Path]:
     with TableWriter(cell.records / "pairs.parquet", COLUMNS) as writer:
         for split in SPLITS:
             drawn = draws(task, rng_of(cell, f"pairs/{split}"), wanted[split], "conflict", split)
-            for batch, tables in _mined(cell, asking, task, drawn, split):
-                if split == "fit" and batch and batch.is_pair_N.any():
+            for batch in _mined(cell, asking, task, drawn, split):
+                if split == "fit" and batch.is_pair_N.any():
                     contrast = contrast or _no_contrast(cell, batch)
                     groups = [pair[0].group for pair in batch.pairs()]
                     contrast.add(batch.states_generalized_PLD, batch.states_memorized_PLD, groups)
-                for table in tables:
-                    writer.add(table)
-                    counts[split].update([*table["behaviour_a"], *table["behaviour_b"]])
-                    pairs[split] += int(table["is_pair"].sum())
+                writer.add(_pairs_table(batch, split))
+                counts[split].update([*batch.scores_a.behaviour_N, *batch.scores_b.behaviour_N])
+                pairs[split] += int(batch.is_pair_N.sum())
                 done = counts[split].total() // 2
                 note = f"mining {split} pairs: {pairs[split]:,} in {done:,} candidates"
                 tell(before + min(done / config.rephrasings, wanted[split]), sum(wanted.values()), note)
             before += wanted[split]
-    contrast = _merged(contrast)
     for split in SPLITS:
         if not pairs[split]:
             why = _why_no_pairs(cell, counts[split], split)
@@ -70,17 +66,11 @@ def pairs_stage(cell: Cell, tell: Tell) -> list[Path]:
 
 def _mined(
     cell: Cell, asking: Asking, task: Task, examples: Iterable[Example], split: Split, held_out: str | None = None
-) -> Iterator[tuple[PairBatch | None, list[pd.DataFrame]]]:
-    """This process's next batch of candidates and the tables of all processes' batches, in the order of the batches."""
+) -> Iterator[PairBatch]:
+    """Labelled batches of candidates."""
     stream = f"pairs/{held_out or split}/rephrase"
     candidates = draw_candidates(task, examples, rng_of(cell, stream), cell.config.pairs.rephrasings)
-    batches = mine_pairs(asking, candidates, cell.config.pairs.site, part=(ranks.rank(), ranks.world()))
-    while True:
-        batch = next(batches, None)
-        tables = [table for table in ranks.from_all(_pairs_table(batch, split) if batch else None) if table is not None]
-        if not tables:
-            return
-        yield batch, tables
+    return mine_pairs(asking, candidates, cell.config.pairs.site)
 
 
 def _held_out_pairs(cell: Cell, task: Task, asking: Asking, tell: Tell) -> list[Path]:
@@ -95,16 +85,9 @@ def _held_out_pairs(cell: Cell, task: Task, asking: Asking, tell: Tell) -> list[
             tell(1, 1, f"mining test pairs of another {name}")
             n = config.held_out_examples or config.test_examples
             drawn = draws(other, rng_of(cell, f"pairs/{name}"), n, "conflict", "test")
-            for _, tables in _mined(cell, asking, other, drawn, "test", name):
-                for table in tables:
-                    writer.add(table.assign(held_out=name))
+            for batch in _mined(cell, asking, other, drawn, "test", name):
+                writer.add(_pairs_table(batch, "test").assign(held_out=name))
     return [path]
-
-
-def _merged(mine: ContrastAccumulator | None) -> ContrastAccumulator | None:
-    """The contrast of what all processes found, for the first one."""
-    parts = [part for part in ranks.to_first(mine) if part is not None]
-    return reduce(ContrastAccumulator.merge, parts) if parts else None
 
 
 def _no_contrast(cell: Cell, batch: PairBatch) -> ContrastAccumulator:
