@@ -17,11 +17,21 @@ Tell = Callable[[float, float, str], None]
 
 
 @dataclass(frozen=True, slots=True)
+class Opened:
+    """What was open before a study of it began; nothing is opened in its place."""
+
+    model: Any
+    tokenizer: Any
+    task: Any = None
+
+
+@dataclass(frozen=True, slots=True)
 class Cell:
     """One (task, model, seed) of a study, with the folder it writes to.
 
     Attributes:
         spread: how a stage takes what can be done in parts, side by side.
+        opened: a model that was open before the study began; stages use it as it is.
     """
 
     name: str
@@ -31,6 +41,7 @@ class Cell:
     threads: int
     folder: Path
     spread: Spread = in_one_place
+    opened: Opened | None = None
 
     @property
     def records(self) -> Path:

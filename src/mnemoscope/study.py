@@ -14,11 +14,12 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 
-from mnemoscope.cells import Cell, Tell, by_label, by_model, cells_of, git_state, version
+from mnemoscope.cells import Cell, Opened, Tell, by_label, by_model, cells_of, git_state, version
 from mnemoscope.config import StudyConfig, dump_study
 from mnemoscope.errors import InputError, StudyError
 from mnemoscope.executors import Execute, Progress, by_name
@@ -33,6 +34,7 @@ def run_study(
     workers: int | None = None,
     executor: str = "local",
     address: str | None = None,
+    opened: Opened | None = None,
 ) -> Path:
     """Run what is not yet done of a study and build its report.
 
@@ -41,6 +43,7 @@ def run_study(
         workers: cells at a time; default: as many as there are processors for ``config.threads`` each.
         executor: ``local``, or ``ray`` for a cluster whose nodes all see the run folder.
         address: of the cluster; default: one of this machine alone.
+        opened: the model of all cells whose configuration names an open one; such a study runs in this process.
 
     Returns:
         The path of ``report.html``.
@@ -56,7 +59,7 @@ def run_study(
     if executor != "local" and workers is not None:
         raise InputError("workers: a cluster takes as many cells at a time as it has processors for; leave it out")
     run = run.absolute()  # processes elsewhere have another working folder
-    cells = cells_of(config, run)
+    cells = [replace(cell, opened=opened) for cell in cells_of(config, run)]
     if _adapts(cells):  # what is not there is told before hours of work, not after them
         from mnemoscope.stages import check_peft
 

@@ -66,9 +66,8 @@ class Prompting:
         """Token ids with which every formatted prompt begins; [] where prompts are read as they are."""
         if not self.chat:
             return []
-        first, second = (
-            tokenizer(self._rendered(tokenizer, said), add_special_tokens=False).input_ids for said in "1x"
-        )
+        rendered = [self._rendered(tokenizer, said) for said in "1x"]
+        first, second = tokenizer(rendered, add_special_tokens=False).input_ids
         same = (number for number, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
         return first[: next(same, min(len(first), len(second)))]
 

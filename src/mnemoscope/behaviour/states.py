@@ -33,8 +33,8 @@ class States:
 
     Attributes:
         states_ONLD: float32, by offset: tokens before the decision position.
-        uncertainty_N2: float64, of the distribution of the next token at the decision position: its entropy in nats, and
-            the log probability of its first minus that of its second choice. NaN where offset 0 was not asked for.
+        uncertainty_N2: float64, of the distribution of the next token at the decision position: its entropy in nats,
+            and the log probability of its first minus that of its second choice. NaN where offset 0 was not asked for.
     """
 
     states_ONLD: np.ndarray

@@ -10,7 +10,19 @@ from typing import Annotated
 import typer
 
 from mnemoscope.cli.app import app
-from mnemoscope.cli.given import AsChat, AsJson, DeviceMap, Dtype, Given, Parts, named_parts, options
+from mnemoscope.cli.options import (
+    AsChat,
+    AsJson,
+    DeviceMap,
+    Dtype,
+    Given,
+    Model,
+    Parts,
+    Reply,
+    named_parts,
+    options,
+    prompting,
+)
 from mnemoscope.cli.output import one_line_errors, progress, say
 
 AT_A_TIME = 4  # processes of a report: each holds the largest table of a cell
@@ -65,38 +77,46 @@ def report(
 
 @app.command()
 def fit(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id of a causal model, or smollm2.")],
+    model: Model,
     task: Annotated[str, typer.Option(help="A task, see `mnemoscope tasks`, or a JSONL file of your own.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Run folder: pairs, vectors, detector, report.")],
     option: Given = None,
     settings: Annotated[int, typer.Option(min=1, help="Settings tried in either direction, at most.")] = 66,
-    positions: Annotated[
-        str, typer.Option(help="decision, or all: every token, as what can be exported.")
-    ] = "decision",
-    threads: Annotated[int, typer.Option(min=1, help="Threads; results depend on them in the last bits.")] = 1,
+    positions: Annotated[str, typer.Option(help="decision, or all: every token, for export.")] = "decision",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads; default: as many as there are cores.")] = None,
+    chat: AsChat = False,
+    reply: Reply = "",
     dtype: Dtype = "float32",
     device_map: DeviceMap = None,
     layout: Parts = None,
-    chat: AsChat = False,
     as_json: AsJson = False,
 ) -> None:
     """Find pairs, fit vectors and a detector for a model of yours on your data, and judge them; one run folder."""
     with one_line_errors():
-        from mnemoscope.fitting import fitting_study
+        from mnemoscope.face import fit as fit_model
         from mnemoscope.plain import dumped
-        from mnemoscope.report import brief_of, in_words
-        from mnemoscope.study import run_study
 
-        shape = {"folder": model, "dtype": dtype, "device_map": device_map, "layout": named_parts(layout)}
-        shape |= {"chat": {} if chat else None}
-        config = fitting_study(shape, task, options(option), settings, threads, positions)
+        parts = {"layout": named_parts(layout)} if layout else {}
         with progress(quiet=as_json) as tell:
-            report_path = run_study(config, out, tell)
+            fitted = fit_model(
+                model,
+                task=task,
+                out=out,
+                prompting=prompting(chat, reply),
+                options=options(option),
+                settings=settings,
+                positions=positions,
+                threads=threads,
+                progress=tell,
+                dtype=dtype,
+                device_map=device_map,
+                **parts,
+            )
+        summary, report_path = fitted.summary(), str(out / "report.html")
         if as_json:
-            typer.echo(dumped({"run": str(out), "report": str(report_path), "tasks": brief_of(out)}))
+            typer.echo(dumped({"run": str(out), "report": report_path, "tasks": summary.brief()}))
         else:
-            for line in [*in_words(out), str(report_path)]:
-                typer.echo(line)
+            typer.echo(f"{summary}\n{report_path}")
 
 
 @app.command()

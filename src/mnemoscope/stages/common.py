@@ -14,13 +14,13 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mnemoscope.behaviour import Asking, Chat, all_said
+from mnemoscope.behaviour import PLAIN, Asking, KeptStates, Prompting
 from mnemoscope.cells import Cell, Tell
-from mnemoscope.detect import Detector
 from mnemoscope.directions import Setting
 from mnemoscope.files import replacing, write_atomically
 from mnemoscope.models import Layout, load_model
-from mnemoscope.steering import SteeringVector
+from mnemoscope.errors import InputError
+from mnemoscope.steering import Binding
 from mnemoscope.tasks import Task, build_task
 
 Stage = Callable[[Cell, Tell], list[Path]]
@@ -44,8 +44,8 @@ def cell_model(cell: Cell) -> Asking:
     Raises:
         InputError: its folder is missing or damaged.
     """
-    shape = cell.config.model
     # A hub id stays the text that it is.
+    shape = cell.config.model
     source = shape.folder if shape.folder and not shape.is_trained else cell.model_folder
     asking = opened_model(cell, source, cell_task(cell))
     asking.model.requires_grad_(False)  # only shifts are ever fitted to it
@@ -59,10 +59,28 @@ def opened_model(cell: Cell, source: str | Path, task: Task) -> Asking:
         InputError: its folder is missing or damaged.
     """
     shape = cell.config.model
-    layout = Layout(**shape.layout.model_dump()) if shape.layout else None
-    model, tokenizer = load_model(source, dtype=shape.dtype, device_map=shape.device_map, layout=layout)
-    chat = Chat(shape.chat.system, getattr(task, "parted", all_said)) if shape.chat else None
-    return Asking(model, tokenizer, task.boundary, cell.config.pairs.batch_size, chat)
+    if shape.opened and cell.opened is None:
+        raise InputError("model.opened: this run is of a model that was open in Python; call mnemoscope.fit with it")
+    if cell.opened is not None:
+        model, tokenizer = cell.opened.model, cell.opened.tokenizer
+    else:
+        layout = Layout(**shape.layout.model_dump()) if shape.layout else None
+        model, tokenizer = load_model(source, dtype=shape.dtype, device_map=shape.device_map, layout=layout)
+    prompting = PLAIN
+    if shape.chat:
+        split = getattr(task, "parted", None)
+        prompting = Prompting(True, shape.chat.system, shape.chat.reply, split)
+    return Asking(model, tokenizer, task.boundary, cell.config.pairs.batch_size, prompting)
+
+
+def kept_states(cell: Cell) -> KeptStates:
+    """States that earlier stages of a cell have read."""
+    return KeptStates(cell.folder / "states")
+
+
+def read_binding(cell: Cell) -> Binding:
+    """The binding of the cell's model, computed once, by the train stage."""
+    return Binding(**json.loads((cell.folder / "cell.json").read_text())["binding"])
 
 
 def read_chosen(cell: Cell, aim: str) -> dict[tuple[str, str], Setting]:
@@ -135,17 +153,3 @@ class TableWriter:
 def write_json(path: Path, content: dict[str, Any]) -> Path:
     """Write a JSON file atomically."""
     return write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
-
-
-def save_bound(folder: Path, name: str, made: SteeringVector | Detector) -> list[Path]:
-    """Write the two files of a vector or a detector under temporary names and rename them."""
-    folder.mkdir(exist_ok=True)
-    path, temporary = folder / f"{name}.safetensors", folder / f".{name}.tmp.safetensors"
-    try:
-        made.save(temporary)
-        for suffix in (".json", ".safetensors"):
-            temporary.with_suffix(suffix).replace(path.with_suffix(suffix))
-    finally:
-        for suffix in (".json", ".safetensors"):
-            temporary.with_suffix(suffix).unlink(missing_ok=True)
-    return [path, path.with_suffix(".json")]

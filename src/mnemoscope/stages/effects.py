@@ -176,8 +176,8 @@ def _prompts(asking: Asking, records: Records, sides: _Sides) -> Iterator[pd.Dat
     for direction, toward in TOWARD.items():
         side, told = SOURCE[direction], asking
         examples: list[Example | None] = list(sides.examples[side])
-        if asking.chat and said:
-            told = replace(asking, chat=replace(asking.chat, system=said(toward)))
+        if asking.prompting.chat and said:
+            told = replace(asking, prompting=replace(asking.prompting, system=said(toward)))
         elif prompted:
             examples = [prompted(example, toward) for example in sides.examples[side]]
         else:

@@ -18,10 +18,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from mnemoscope.behaviour import Asking
+from mnemoscope.behaviour import Asking, states_at_the_end
 from mnemoscope.cells import Cell
 from mnemoscope.config import CellConfig
-from mnemoscope.detect import Detector, states_at_the_end
+from mnemoscope.detect import Detector
 from mnemoscope.directions import TOWARD
 from mnemoscope.errors import StudyError
 from mnemoscope.models import PLAINLY, backbone_of, cache_of, context_length, forked, pass_inputs

@@ -14,14 +14,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from scipy import sparse
-from torch import Tensor
 
-from mnemoscope.behaviour import Asking, Batch, prepare, read_states
+from mnemoscope.behaviour import Asking, encode, read_states
 from mnemoscope.cells import Cell
 from mnemoscope.contrast import nmd_and_rho
-from mnemoscope.models import Site, backbone_of, blocks_of, cache_of, pass_inputs, width_of
+from mnemoscope.models import blocks_of, width_of
 from mnemoscope.probes import (
     LayerProbe,
     fit_input_probe,
@@ -31,7 +29,7 @@ from mnemoscope.probes import (
     share_right,
     shuffled,
 )
-from mnemoscope.stages.common import Tell, cell_model, rng_of, write_json, write_table
+from mnemoscope.stages.common import Tell, cell_model, kept_states, rng_of, write_json, write_table
 from mnemoscope.statistics import (
     cosine,
     half_of_groups,
@@ -47,7 +45,7 @@ MEMORY = 2**30  # bytes of states that are held at once; one offset of all pairs
 UNCERTAINTIES = ("entropy", "top_gap")
 ALL = -1  # the layer of what belongs to none, or to all together
 
-States = dict[Split, np.ndarray]
+BySplit = dict[Split, np.ndarray]  # states (N, L, D)
 
 
 def probes_stage(cell: Cell, tell: Tell) -> list[Path]:
@@ -56,20 +54,19 @@ def probes_stage(cell: Cell, tell: Tell) -> list[Path]:
     table = pd.read_parquet(cell.records / "pairs.parquet", filters=[("is_pair", "==", True)])
     rng = rng_of(cell, "probes")
     parts = {split: Phrasings.of(table, split, config.pairs, rng) for split in SPLITS}
-    batches = {split: prepare(asking, part.examples) for split, part in parts.items()}
-    offsets = readable_offsets(config.offsets, [batch for split in SPLITS for batch in batches[split]])
+    offsets = readable_offsets(asking, config.offsets, [e for split in SPLITS for e in parts[split].examples])
     rows, files = _input_rows(asking, parts), []
     site, done = cell.config.pairs.site, 0
     for held in _that_fit(offsets, _bytes_per_offset(asking, parts)):
         tell(done, len(offsets), f"reading states {', '.join(map(str, held))} tokens before the decision")
-        read = {split: read_back(asking, batches[split], site, held) for split in SPLITS}
+        read = {split: read_states(asking, parts[split].examples, site, held, kept_states(cell)) for split in SPLITS}
         for place, offset in enumerate(held):
             tell(done, len(offsets), f"fitting probes {offset} tokens before the decision")
-            states: States = {split: read[split][0][place] for split in SPLITS}
+            states: BySplit = {split: read[split].states_ONLD[place] for split in SPLITS}
             probes = _fit(states, parts)
             rows += _state_rows(probes, states["test"], parts["test"], offset)
             if offset == 0:
-                rows += _uncertainty_rows({split: read[split][1] for split in SPLITS}, parts)
+                rows += _uncertainty_rows({split: read[split].uncertainty_N2 for split in SPLITS}, parts)
                 rows += _shuffled_rows(cell, probes, states, parts)
                 files += _files_at_the_decision(cell, probes, states, parts)
             done += 1
@@ -113,9 +110,9 @@ def _phrasing(row: Mapping[Any, Any], side: str) -> Example:
     return Example.from_row({**row, **told})
 
 
-def readable_offsets(offsets: Sequence[int], batches: Sequence[Batch]) -> list[int]:
+def readable_offsets(asking: Asking, offsets: Sequence[int], examples: Sequence[Example]) -> list[int]:
     """The offsets that exist in every context."""
-    shortest = min(int(batch.mask_NT.sum(1).min()) for batch in batches)
+    shortest = min(len(encoded.context) for encoded in encode(asking, examples))
     return [offset for offset in sorted(offsets) if offset < shortest]
 
 
@@ -125,65 +122,14 @@ def _bytes_per_offset(asking: Asking, parts: Mapping[Split, Phrasings]) -> int:
 
 
 def _that_fit(offsets: Sequence[int], each: int) -> Iterator[Sequence[int]]:
-    """Runs of offsets whose states fit in ``MEMORY``, at least one at a time."""
-    size = max(1, MEMORY // max(each, 1))
-    yield from (offsets[start : start + size] for start in range(0, len(offsets), size))
+    """Runs of offsets whose states fit in ``MEMORY``, at least one at a time; earlier stages have read the decision."""
+    if 0 in offsets:
+        yield [0]
+    others, size = [offset for offset in offsets if offset], max(1, MEMORY // max(each, 1))
+    yield from (others[start : start + size] for start in range(0, len(others), size))
 
 
-def read_back(
-    asking: Asking, batches: Sequence[Batch], site: Site, offsets: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """States at positions counted back from the decision position, in the order in which examples were prepared.
-
-    Each context is read once, in pieces that end at the offsets: a state depends on nothing that follows it.
-
-    Args:
-        offsets: tokens before the decision position, smaller than every context's length.
-
-    Returns:
-        float32 states (O, N, L, D), and float64 (N, 2): entropy in nats of the distribution of the next token at the
-        decision position, and the log probability of its first minus that of its second choice. NaN without offset 0.
-    """
-    total = sum(len(batch.examples_N) for batch in batches)
-    states_ONLD, uncertainty_N2 = np.empty((len(offsets), 0)), np.full((total, 2), np.nan)
-    for batch in batches:
-        read_OLND, logits_NV = _read_batch(asking, batch, site, offsets)
-        if not states_ONLD.size:
-            states_ONLD = np.empty((len(offsets), total, read_OLND.shape[1], read_OLND.shape[3]), dtype=np.float32)
-        states_ONLD[:, batch.examples_N] = read_OLND.float().cpu().numpy().swapaxes(1, 2)
-        if logits_NV is not None:
-            uncertainty_N2[batch.examples_N] = _uncertainty(logits_NV).cpu().numpy()
-    return states_ONLD, uncertainty_N2
-
-
-@torch.no_grad()
-def _read_batch(asking: Asking, batch: Batch, site: Site, offsets: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-    """States (O, L, N, D), and the logits (N, V) at the decision position if 0 is among the offsets."""
-    model, width = asking.model, batch.ids_NT.shape[1]
-    found: dict[int, Tensor] = {}
-    start, logits_NV = 0, None
-    known: Any = None  # what was read before
-    with read_states(model, site) as states:
-        for offset in sorted(set(offsets), reverse=True):
-            stop = width - offset
-            inputs = pass_inputs(model, batch.ids_NT[:, start:stop], batch.mask_NT[:, :stop], known)
-            if offset == 0:
-                output = model(**inputs, logits_to_keep=1)
-                logits_NV = output.logits[:, -1]
-            else:
-                output = backbone_of(model)(**inputs)  # no head where no logits are needed
-            found[offset], start, known = torch.stack([s.float().cpu() for s in states]), stop, cache_of(output)
-    return torch.stack([found[offset] for offset in offsets]), logits_NV
-
-
-def _uncertainty(logits_NV: Tensor) -> Tensor:
-    """Entropy and gap of the two likeliest tokens' log probabilities, in nats; float64 (N, 2)."""
-    logp_NV = logits_NV.float().log_softmax(-1)
-    top_N2 = logp_NV.topk(2).values.double()
-    return torch.stack([torch.special.entr(logp_NV.exp()).sum(-1).double(), top_N2[:, 0] - top_N2[:, 1]], dim=1)
-
-
-def _fit(states: States, parts: Mapping[Split, Phrasings]) -> list[LayerProbe]:
+def _fit(states: BySplit, parts: Mapping[Split, Phrasings]) -> list[LayerProbe]:
     fit, tune = parts["fit"].labels_N, parts["tune"].labels_N
     return fit_layer_probes(states["fit"], fit, states["tune"], tune)
 
@@ -219,18 +165,18 @@ def features_of_input(
     return {"input_only": bags, "input_repeats": both}
 
 
-def _uncertainty_rows(uncertainty: States, parts: Mapping[Split, Phrasings]) -> list[pd.DataFrame]:
+def _uncertainty_rows(uncertainty: BySplit, parts: Mapping[Split, Phrasings]) -> list[pd.DataFrame]:
     """How sure the model is of its next token: one number, whose sign and threshold are learned on the fit pairs."""
     rows = []
     for column, kind in enumerate(UNCERTAINTIES):
-        values: States = {split: uncertainty[split][:, None, [column]] for split in SPLITS}
+        values: BySplit = {split: uncertainty[split][:, None, [column]] for split in SPLITS}
         scores_N = _fit(values, parts)[0].decision_function(values["test"][:, 0])
         rows.append(_rows(kind, ALL, 0, parts["test"], scores_N))
     return rows
 
 
 def _shuffled_rows(
-    cell: Cell, probes: Sequence[LayerProbe], states: States, parts: Mapping[Split, Phrasings]
+    cell: Cell, probes: Sequence[LayerProbe], states: BySplit, parts: Mapping[Split, Phrasings]
 ) -> list[pd.DataFrame]:
     """Probes of shuffled labels. One shuffle says little: its accuracy scatters widely around one half."""
     fit, rng = parts["fit"], rng_of(cell, "shuffle")
@@ -247,7 +193,7 @@ def _shuffled_rows(
 
 
 def _files_at_the_decision(
-    cell: Cell, probes: Sequence[LayerProbe], states: States, parts: Mapping[Split, Phrasings]
+    cell: Cell, probes: Sequence[LayerProbe], states: BySplit, parts: Mapping[Split, Phrasings]
 ) -> list[Path]:
     """The probes themselves, the learning curve, and the halves of the fit pairs."""
     right_L = [
@@ -269,12 +215,12 @@ def _files_at_the_decision(
     ]
 
 
-def learning_rows(cell: Cell, states: States, parts: Mapping[Split, Phrasings], layer: int) -> Iterator[dict[str, Any]]:
+def learning_rows(cell: Cell, states: BySplit, parts: Mapping[Split, Phrasings], layer: int) -> Iterator[dict[str, Any]]:
     """What fewer fit pairs give: the probe's test accuracy at one layer, and how near their NMD is to that of all."""
     config, rng, groups_P = cell.config.probes, rng_of(cell, "learning"), parts["fit"].groups_P
     fit_PSLD = states["fit"].reshape(-1, 2, *states["fit"].shape[1:])
     whole_LD, _ = nmd_and_rho(fit_PSLD[:, 0], fit_PSLD[:, 1])
-    one_layer: States = {split: states[split][:, [layer]] for split in SPLITS}
+    one_layer: BySplit = {split: states[split][:, [layer]] for split in SPLITS}
     tune_N, test_N = parts["tune"].labels_N, parts["test"].labels_N
     sizes = [size for size in sorted(config.learning) if size < len(groups_P)]
     for size, draws in [*((size, config.learning_draws) for size in sizes), (len(groups_P), 1)]:

@@ -37,7 +37,7 @@ from mnemoscope.directions import (
 )
 from mnemoscope.errors import InputError
 from mnemoscope.models import blocks_of
-from mnemoscope.stages.common import Tell, cell_model, cell_task, save_bound, write_json, write_table
+from mnemoscope.stages.common import Tell, cell_model, cell_task, read_binding, write_json, write_table
 from mnemoscope.stages.lists import JudgedList, Records, fit_lists, judged_lists, tune_lists
 from mnemoscope.steering import Positions
 
@@ -280,13 +280,14 @@ class _Work:
     def save(self, made: _Made) -> list[Path]:
         """Write the chosen vectors, bound to their model."""
         files: list[Path] = []
+        prompting = self.asking.prompting
+        facts: dict[str, Any] = {"task": self.cell.label, "commit": git_state()["commit"] or ""}
+        facts |= {"binding": read_binding(self.cell), "begin_alike": self.begin_alike, "prompting": prompting}
+        facts["opening"] = tuple(prompting.opening(self.asking.tokenizer))
         for (aim, direction, method), choice in made.choices.items():
             vector = vector_of(self.sources[choice.setting.site], choice.setting)
-            bound = vector.bound_to(self.asking.model, self.asking.tokenizer)
-            facts = self.asking.put | {"begin_alike": self.begin_alike}
-            bound = replace(bound, task=self.cell.label, commit=git_state()["commit"] or "", **facts)
             name = f"{direction}-{method}" + ("" if aim == "pairs" else f"-{aim}")
-            files += save_bound(self.cell.folder / "vectors", name, bound)
+            files += replace(vector, **facts).save(self.cell.folder / "vectors" / f"{name}.safetensors")
         return files
 
     def chosen(self, made: _Made) -> dict[str, Any]:

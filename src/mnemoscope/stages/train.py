@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from mnemoscope.models import (
     word_tokenizer,
 )
 from mnemoscope.stages.common import Tell, cell_model, cell_task, opened_model, rng_of, write_json, write_table
+from mnemoscope.steering import Binding
 from mnemoscope.tasks import KINDS, Example, Task, draw
 from mnemoscope.training import Trained, how_to_mix, train
 
@@ -46,6 +47,7 @@ def train_stage(cell: Cell, tell: Tell) -> list[Path]:
         asking = cell_model(cell)
         model = asking.model
         facts |= {"layers": len(blocks_of(model)), "width": width_of(model), "trained": False}
+        facts["binding"] = asdict(Binding.of(model, asking.tokenizer))
         return [*_known(cell, task, asking), write_json(cell.folder / "cell.json", facts)]
     asking, trained, attempt = _trained(cell, task, tell)
     files = [
@@ -57,6 +59,7 @@ def train_stage(cell: Cell, tell: Tell) -> list[Path]:
         raise StudyError(f"{cell.name}: {how_to_mix(trained, size)}")
     facts |= {"layers": len(blocks_of(asking.model)), "width": width_of(asking.model)}
     facts |= {"trained": True, "attempt": attempt, "precision": trained.precision}
+    facts["binding"] = asdict(Binding.of(asking.model, asking.tokenizer))
     files += _save_model(cell, asking)
     # Times differ between equal runs, so their file is no part of what is checked.
     return [*(f for f in files if f.name != "training_time.json"), write_json(cell.folder / "cell.json", facts)]

@@ -1,4 +1,4 @@
-"""What vectors and detectors have in common: the model they were fitted on, how prompts were formatted, card and files."""
+"""The base of vectors and detectors: the model they were fitted on, how prompts were formatted, card and files."""
 
 from __future__ import annotations
 

@@ -245,8 +245,8 @@ class _PositionTracker:
             first = int(mask[row].argmax()) if known else 0
             if tuple(ids[first : first + len(self.opening)]) != self.opening:
                 raise InputError(
-                    f"chat: prompt {row} of the batch is not formatted by the chat template, as those were that this vector "
-                    "was fitted on; use Fitted.inputs, or tokenizer.apply_chat_template with the same system message"
+                    f"chat: prompt {row} of the batch is not formatted by the chat template, as those were that the "
+                    "vector was fitted on; use Fitted.inputs, or apply_chat_template with the same system message"
                 )
 
     def _continues(self, ids_NT: Tensor) -> bool:
