@@ -234,9 +234,7 @@ def _known(toward: Any) -> Toward:
     return toward  # type: ignore[no-any-return]
 
 
-def _artefacts(
-    source: Path, found: Binding
-) -> tuple[dict[Toward, SteeringVector], Detector | None, Detector | None]:
+def _artefacts(source: Path, found: Binding) -> tuple[dict[Toward, SteeringVector], Detector | None, Detector | None]:
     """The best vectors and the detectors of a file, a cell or a run."""
     if source.is_file():
         described = source.with_suffix(".json")

@@ -19,7 +19,8 @@ Parts = Annotated[
     typer.Option(help="blocks=..,attention=..,mlp=..,down=..: paths of its parts.", rich_help_panel=_MODEL),
 ]
 Force = Annotated[
-    bool, typer.Option("--force", help="Accept what was fitted on another model of the same shape.", rich_help_panel=_MODEL)
+    bool,
+    typer.Option("--force", help="Accept what was fitted on another model of the same shape.", rich_help_panel=_MODEL),
 ]
 AsChat = Annotated[
     bool, typer.Option("--chat", help="By the chat template of the tokenizer.", rich_help_panel=_PROMPTS)

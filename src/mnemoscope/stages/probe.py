@@ -215,7 +215,9 @@ def _files_at_the_decision(
     ]
 
 
-def learning_rows(cell: Cell, states: BySplit, parts: Mapping[Split, Phrasings], layer: int) -> Iterator[dict[str, Any]]:
+def learning_rows(
+    cell: Cell, states: BySplit, parts: Mapping[Split, Phrasings], layer: int
+) -> Iterator[dict[str, Any]]:
     """What fewer fit pairs give: the probe's test accuracy at one layer, and how near their NMD is to that of all."""
     config, rng, groups_P = cell.config.probes, rng_of(cell, "learning"), parts["fit"].groups_P
     fit_PSLD = states["fit"].reshape(-1, 2, *states["fit"].shape[1:])
