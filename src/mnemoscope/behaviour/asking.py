@@ -66,8 +66,7 @@ class Batch:
     unshifted: Any = None
 
 
-def all_said(prompt: str) -> tuple[str, str]:
-    """The user says all of it."""
+def _all_of_it(prompt: str) -> tuple[str, str]:
     return prompt, ""
 
 
@@ -77,12 +76,14 @@ class Chat:
 
     Attributes:
         system: what the system message says; None leaves it to the template.
-        parted: cuts a prompt into what the user says and how the reply begins. Where the reply is left to the model
-            alone, answers lose the space before them.
+        split_reply: splits a prompt into the user message and the beginning of the reply; default: all of it is the
+            message. Where the reply begins with nothing, answers lose the space before them.
+        begins_reply: whether ``split_reply`` returns beginnings of replies.
     """
 
     system: str | None = None
-    parted: Callable[[str], tuple[str, str]] = all_said
+    split_reply: Callable[[str], tuple[str, str]] = _all_of_it
+    begins_reply: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,14 +117,14 @@ class Asking:
         return {
             "chat": chat is not None,
             "system": chat.system if chat else None,
-            "begun": chat is not None and chat.parted is not all_said,
+            "begun": chat is not None and chat.begins_reply,
         }
 
     def text(self, prompt: str) -> str:
         """A prompt as the model reads it."""
         if self.chat is None:
             return prompt
-        said, begun = self.chat.parted(prompt)
+        said, begun = self.chat.split_reply(prompt)
         messages = [{"role": "user", "content": said}]
         if self.chat.system is not None:
             messages.insert(0, {"role": "system", "content": self.chat.system})
@@ -139,7 +140,7 @@ class Asking:
 
     def whole(self, example: Example, option: str) -> str:
         """A prompt and one of its answers, as the model reads them."""
-        alone = self.chat is not None and not self.chat.parted(example.prompt)[1]
+        alone = self.chat is not None and not self.chat.split_reply(example.prompt)[1]
         return self.text(example.prompt) + (option.lstrip() if alone else option)
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mnemoscope import ranks
-from mnemoscope.behaviour import Asking, Chat, all_said
+from mnemoscope.behaviour import Asking, Chat
 from mnemoscope.cells import Cell, Tell
 from mnemoscope.detect import Detector
 from mnemoscope.directions import Setting
@@ -36,7 +36,7 @@ def cell_task(cell: Cell) -> Task:
     """The cell's task, with the cell's seed; of what the model knows by heart, where the task asks for that."""
     task = build_task(cell.config.task, cell.config.options, cell.seed)
     known = cell.records / "known.json"
-    return task.knowing(set(json.loads(known.read_text())["known"])) if known.exists() else task  # type: ignore[attr-defined]
+    return task.knowing(set(json.loads(known.read_text())["known"])) if known.exists() else task
 
 
 def cell_model(cell: Cell) -> Asking:
@@ -62,7 +62,7 @@ def opened_model(cell: Cell, source: str | Path, task: Task) -> Asking:
     shape = cell.config.model
     layout = Layout(**shape.layout.model_dump()) if shape.layout else None
     model, tokenizer = load_model(source, dtype=shape.dtype, device_map=shape.device_map, layout=layout)
-    chat = Chat(shape.chat.system, getattr(task, "parted", all_said)) if shape.chat else None
+    chat = Chat(shape.chat.system, task.split_reply, task.begins_reply) if shape.chat else None
     return Asking(model, tokenizer, task.boundary, cell.config.pairs.batch_size, chat)
 
 

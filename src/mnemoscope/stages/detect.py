@@ -94,12 +94,12 @@ def _phrasings(
     records: Records, table: pd.DataFrame, split: Split, limit: int, rng: np.random.Generator
 ) -> Iterator[tuple[Example, str]]:
     """At most ``limit`` different prompts of candidates, drawn at random, with what they were answered."""
-    part = table[table["split"] == split]
+    part, sides = table[table["split"] == split], ("a", "b")
     first = np.flatnonzero(~pd.concat([part["prompt_a"], part["prompt_b"]]).duplicated())
     for place in rng.permutation(first)[:limit]:
         side, number = divmod(int(place), len(part))
-        (row,) = part.iloc[[number]].itertuples()
-        yield records.phrasing(row, "ab"[side]), getattr(row, f"behaviour_{'ab'[side]}")
+        row, letter = part.iloc[number], sides[side]
+        yield Example.from_row(row, letter), row[f"behaviour_{letter}"]
 
 
 def _baselines(asking: Asking, parts: Mapping[Split, _Prompts]) -> dict[str, np.ndarray]:

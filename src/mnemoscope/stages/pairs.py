@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import reduce
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -20,10 +19,9 @@ from mnemoscope.files import write_atomically
 from mnemoscope.stages.common import TableWriter, Tell, cell_model, cell_task, rng_of
 from mnemoscope.tasks import SPLITS, Example, Split, Task, draws
 
-TEXTS = ("item", "group", "memorized", "generalized", "split")
 SIDES = {"prompt": pa.string(), "family": pa.string(), "behaviour": pa.string(), "margin": pa.float64()}
 COLUMNS = {
-    **dict.fromkeys(TEXTS, pa.string()),
+    **dict.fromkeys(("item", "group", "memorized", "generalized", "split"), pa.string()),
     **{f"{name}_{letter}": kind for letter in "ab" for name, kind in SIDES.items()},
     "is_pair": pa.bool_(),
 }
@@ -77,7 +75,7 @@ def _mined(
     batches = mine_pairs(asking, candidates, cell.config.pairs.site, part=(ranks.rank(), ranks.world()))
     while True:
         batch = next(batches, None)
-        tables = [table for table in ranks.from_all(_pairs_table(batch, split) if batch else None) if table is not None]
+        tables = [table for table in ranks.from_all(_pairs_table(batch) if batch else None) if table is not None]
         if not tables:
             return
         yield batch, tables
@@ -86,7 +84,7 @@ def _mined(
 def _held_out_pairs(cell: Cell, task: Task, asking: Asking, tell: Tell) -> list[Path]:
     """Test pairs of what nothing is fitted on, where the task holds something out."""
     config = cell.config.pairs
-    held_out: dict[str, Task] = getattr(task, "held_out", dict)()
+    held_out = task.held_out()
     if not held_out:
         return []
     path = cell.records / "pairs_held_out.parquet"
@@ -113,19 +111,12 @@ def _no_contrast(cell: Cell, batch: PairBatch) -> ContrastAccumulator:
     return ContrastAccumulator.empty(config.site, layers, neurons, config.permutations, cell.seed)
 
 
-def _pairs_table(batch: PairBatch, split: str) -> pd.DataFrame:
-    columns: dict[str, Any] = {
-        field: [getattr(a, field) for a, _ in batch.candidates] for field in TEXTS if field != "split"
-    }
-    columns["split"] = split
-    for side, scores in enumerate((batch.scores_a, batch.scores_b)):
-        letter = "ab"[side]
-        columns[f"prompt_{letter}"] = [pair[side].prompt for pair in batch.candidates]
-        columns[f"family_{letter}"] = [pair[side].family for pair in batch.candidates]
-        columns[f"behaviour_{letter}"] = scores.behaviour_N
-        columns[f"margin_{letter}"] = scores.margin_N
-    columns["is_pair"] = batch.is_pair_N
-    return pd.DataFrame(columns)
+def _pairs_table(batch: PairBatch) -> pd.DataFrame:
+    table = pd.DataFrame([b.to_row("b") | a.to_row("a") for a, b in batch.candidates])
+    for side, scores in (("a", batch.scores_a), ("b", batch.scores_b)):
+        table[f"behaviour_{side}"] = scores.behaviour_N
+        table[f"margin_{side}"] = scores.margin_N
+    return table.assign(is_pair=batch.is_pair_N)[list(COLUMNS)]
 
 
 def _why_no_pairs(cell: Cell, found: Counter[str], split: str) -> str:
