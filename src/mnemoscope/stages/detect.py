@@ -25,8 +25,9 @@ from mnemoscope.probes import fit_input_probe, fit_layer_probes
 from mnemoscope.stages.common import Tell, cell_model, rng_of, save_bound, write_json, write_table
 from mnemoscope.stages.lists import Records, judged_lists
 from mnemoscope.stages.probe import UNCERTAINTIES, features_of_input, read_back
-from mnemoscope.tasks import SPLITS, Example, Kind, Split, draw
+from mnemoscope.tasks import SPLITS, Example, Kind, Side, Split, draw
 
+SIDES: tuple[Side, Side] = ("a", "b")
 NEITHER: tuple[Kind, ...] = ("memory", "novel")
 
 
@@ -94,11 +95,11 @@ def _phrasings(
     records: Records, table: pd.DataFrame, split: Split, limit: int, rng: np.random.Generator
 ) -> Iterator[tuple[Example, str]]:
     """At most ``limit`` different prompts of candidates, drawn at random, with what they were answered."""
-    part, sides = table[table["split"] == split], ("a", "b")
+    part = table[table["split"] == split]
     first = np.flatnonzero(~pd.concat([part["prompt_a"], part["prompt_b"]]).duplicated())
     for place in rng.permutation(first)[:limit]:
         side, number = divmod(int(place), len(part))
-        row, letter = part.iloc[number], sides[side]
+        row, letter = part.iloc[number].to_dict(), SIDES[side]
         yield Example.from_row(row, letter), row[f"behaviour_{letter}"]
 
 

@@ -194,8 +194,8 @@ def _contrasts(asking: Asking, records: Records, sides: _Sides) -> Iterator[pd.D
     """Context-aware decoding, where the task has the prompts without context."""
     for direction, weights in CONTRASTS.items():
         examples = sides.examples[SOURCE[direction]]
-        others = [records.task.without_context(example) for example in examples]
-        if None in others:
+        others = [other for example in examples if (other := records.task.without_context(example))]
+        if len(others) < len(examples):
             return
         for weight, scores in zip(weights, score_contrasted(asking, examples, others, weights), strict=True):
             yield sides.table(SOURCE[direction], scores, what="contrast", direction=direction, dose=weight)

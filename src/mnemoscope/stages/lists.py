@@ -67,13 +67,13 @@ class Records:
 
     def conflicts(self, split: Split, behaviour: str, limit: int, reachable: bool = False) -> list[Example]:
         """Examples as drawn, before any rephrasing, that are answered so; ``reachable``: that keep the key."""
-        rows = self.pairs[(self.pairs["split"] == split) & (self.pairs["behaviour_a"] == behaviour)].itertuples()
-        examples = (Example.from_row(row._asdict(), "a") for row in rows)
+        part = self.pairs[(self.pairs["split"] == split) & (self.pairs["behaviour_a"] == behaviour)]
+        examples = (Example.from_row(row, "a") for row in _rows(part))
         return list(islice(_each_once(e for e in examples if not reachable or self.task.keeps_key(e)), limit))
 
     def _pairs(self, split: Split, limit: int | None) -> Iterator[Mapping[str, Any]]:
         chosen = self.pairs[self.pairs["is_pair"] & (self.pairs["split"] == split)]
-        return (row._asdict() for row in chosen.head(len(chosen) if limit is None else limit).itertuples())
+        return _rows(chosen.head(len(chosen) if limit is None else limit))
 
 
 def fit_lists(cell: Cell, asking: Asking, records: Records) -> FitLists:
@@ -197,6 +197,11 @@ def _margins(pairs: pd.DataFrame, examples: Sequence[Example]) -> np.ndarray:
         rows = pairs.loc[pairs[f"prompt_{side}"].isin(prompts), ["item", f"prompt_{side}", f"margin_{side}"]]
         known |= {(item, prompt): margin for item, prompt, margin in rows.itertuples(index=False, name=None)}
     return np.array([known[example.item, example.prompt] for example in examples], np.float64)
+
+
+def _rows(table: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """The rows one by one: few of a long table may be wanted."""
+    return (dict(zip(map(str, table), row, strict=True)) for row in table.itertuples(index=False, name=None))
 
 
 def _phrasing(row: Mapping[str, Any], behaviour: str) -> Example:

@@ -45,7 +45,8 @@ class StoredTask(Task, Generic[Item]):
         if kind == "novel":
             return self._novel(rng, n)
         everything = list(product(self.items, ["plain"] if kind == "memory" else self.families))
-        return [self.stored_example(*everything[i], kind) for i in rng.permutation(len(everything))[:n]]
+        picked = (everything[i] for i in rng.permutation(len(everything))[:n])
+        return [self.stored_example(item, family, kind) for item, family in picked]
 
     def rephrase(self, example: Example, rng: np.random.Generator) -> Example:
         """The same item in another family, drawn uniformly."""
