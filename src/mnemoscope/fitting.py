@@ -48,8 +48,8 @@ def fit_run(
 
     Args:
         choices: ``settings`` tried in either direction at most; ``positions``, ``decision`` or ``all``; ``threads``
-            (default: as many as the machine has processors); ``progress``, called with (cell, stage, done, total, note);
-            and of a model that is given by name ``dtype``, ``device_map`` and ``layout``.
+            (default: as many as the machine has processors); ``progress``, called with (cell, stage, done, total,
+            note); and of a model that is given by name ``dtype``, ``device_map`` and ``layout``.
 
     Raises:
         InputError, StudyError: see ``mnemoscope.fit``.

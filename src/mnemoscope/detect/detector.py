@@ -32,8 +32,8 @@ class Reading:
     Attributes:
         layer: the one whose probability is the verdict.
         p_memorized_by_layer: float64 (N, L).
-        p_conflict: float64 (N,), probability that memory and the rule disagree; NaN where the fit had no prompts without
-            a conflict to learn it from.
+        p_conflict: float64 (N,), probability that memory and the rule disagree; NaN where the fit had no prompts
+            without a conflict to learn it from.
         distance: float64 (N,), from what the detector was fitted on; 1 is the farthest that still counts as like it.
     """
 

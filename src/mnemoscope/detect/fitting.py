@@ -48,8 +48,8 @@ def fit_detectors(
     """The detector of the best layer, and the one of the best layer up to ``below``, for gates that decide in one pass.
 
     Probes come from the fit split; regularization, calibration and the layer from the tune split. Calibration: logistic
-    regression of the behaviour on the score (Platt 1999, "Probabilistic outputs"). The layer is the one whose calibrated
-    probabilities have the smallest log loss.
+    regression of the behaviour on the score (Platt 1999, "Probabilistic outputs"). The layer is the one whose
+    calibrated probabilities have the smallest log loss.
 
     Args:
         below: the last layer that the second one may read; None or negative: there is no second one.

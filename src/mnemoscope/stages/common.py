@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 from mnemoscope.behaviour import PLAIN, Asking, KeptStates, Prompting
 from mnemoscope.cells import Cell, Tell
 from mnemoscope.directions import Setting
+from mnemoscope.errors import InputError
 from mnemoscope.files import replacing, write_atomically
 from mnemoscope.models import Layout, load_model
-from mnemoscope.errors import InputError
 from mnemoscope.steering import Binding
 from mnemoscope.tasks import Task, build_task
 
@@ -35,7 +35,7 @@ def cell_task(cell: Cell) -> Task:
     """The cell's task, with the cell's seed; of what the model knows by heart, where the task asks for that."""
     task = build_task(cell.config.task, cell.config.options, cell.seed)
     known = cell.records / "known.json"
-    return task.knowing(set(json.loads(known.read_text())["known"])) if known.exists() else task  # type: ignore[attr-defined]
+    return task.knowing(set(json.loads(known.read_text())["known"])) if known.exists() else task
 
 
 def cell_model(cell: Cell) -> Asking:
@@ -68,7 +68,7 @@ def opened_model(cell: Cell, source: str | Path, task: Task) -> Asking:
         model, tokenizer = load_model(source, dtype=shape.dtype, device_map=shape.device_map, layout=layout)
     prompting = PLAIN
     if shape.chat:
-        split = getattr(task, "parted", None)
+        split = task.split_reply if task.begins_reply else None
         prompting = Prompting(True, shape.chat.system, shape.chat.reply, split)
     return Asking(model, tokenizer, task.boundary, cell.config.pairs.batch_size, prompting)
 

@@ -35,8 +35,9 @@ from mnemoscope.stages.common import (
 from mnemoscope.stages.lists import Records, judged_lists
 from mnemoscope.stages.probe import UNCERTAINTIES, features_of_input
 from mnemoscope.steering import SteeringVector
-from mnemoscope.tasks import SPLITS, Example, Kind, Split, draw
+from mnemoscope.tasks import SPLITS, Example, Kind, Side, Split, draw
 
+SIDES: tuple[Side, Side] = ("a", "b")
 NEITHER: tuple[Kind, ...] = ("memory", "novel")
 
 
@@ -112,8 +113,8 @@ def _phrasings(
     first = np.flatnonzero(~pd.concat([part["prompt_a"], part["prompt_b"]]).duplicated())
     for place in rng.permutation(first)[:limit]:
         side, number = divmod(int(place), len(part))
-        (row,) = part.iloc[[number]].itertuples()
-        yield records.phrasing(row, "ab"[side]), getattr(row, f"behaviour_{'ab'[side]}")
+        row, letter = part.iloc[number].to_dict(), SIDES[side]
+        yield Example.from_row(row, letter), row[f"behaviour_{letter}"]
 
 
 def _baselines(asking: Asking, parts: Mapping[Split, _Prompts]) -> dict[str, np.ndarray]:

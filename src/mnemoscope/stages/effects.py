@@ -35,7 +35,7 @@ from mnemoscope.models import SITES, Site, blocks_of
 from mnemoscope.stages.common import Tell, cell_model, read_chosen, write_table
 from mnemoscope.stages.lists import Records, fit_lists
 from mnemoscope.steering import ablated, patched
-from mnemoscope.tasks import Example, keeps_key
+from mnemoscope.tasks import Example
 
 Applied = Callable[[], AbstractContextManager[Any]]
 CONTRASTS = {"to_generalized": (0.5, 1.0), "to_memorized": (-0.5, -1.0)}  # of context-aware decoding; -1: no context
@@ -80,7 +80,7 @@ class _Sides:
         pairs = records.both_sides("test", cell.config.effects.pairs)
         examples = {"generalized": [a for a, _ in pairs], "memorized": [b for _, b in pairs]}
         batches = {side: with_prefixes(asking, found) for side, found in examples.items()}
-        reachable_N = np.array([keeps_key(records.task, example) for example in examples["generalized"]], bool)
+        reachable_N = np.array([records.task.keeps_key(example) for example in examples["generalized"]], bool)
         unsteered = {side: score(asking, found) for side, found in batches.items()}
         return cls(asking, examples, batches, unsteered, reachable_N)
 
@@ -171,17 +171,15 @@ def _patching(asking: Asking, layer: int, donors: Iterator[torch.Tensor], site: 
 
 
 def _prompts(asking: Asking, records: Records, sides: _Sides) -> Iterator[pd.DataFrame]:
-    """The behaviour asked for in words, where the task has a way to say it: in the prompt, or in the system message."""
-    prompted, said = (getattr(records.task, name, None) for name in ("prompted", "said"))
+    """Prompts that ask for the behaviour, where the task has them: by the system message of a chat, or in the text."""
     for direction, toward in TOWARD.items():
         side, told = SOURCE[direction], asking
         examples: list[Example | None] = list(sides.examples[side])
-        if asking.prompting.chat and said:
-            told = replace(asking, prompting=replace(asking.prompting, system=said(toward)))
-        elif prompted:
-            examples = [prompted(example, toward) for example in sides.examples[side]]
+        instruction = records.task.instruction(toward)
+        if asking.prompting.chat and instruction:
+            told = replace(asking, prompting=replace(asking.prompting, system=instruction))
         else:
-            return
+            examples = [records.task.prompted(example, toward) for example in sides.examples[side]]
         wanted = [example for example in examples if example is not None]
         if len(wanted) < len(examples):
             continue
@@ -193,14 +191,11 @@ def _prompts(asking: Asking, records: Records, sides: _Sides) -> Iterator[pd.Dat
 
 
 def _contrasts(asking: Asking, records: Records, sides: _Sides) -> Iterator[pd.DataFrame]:
-    """Context-aware decoding, where the task can ask without saying anything about it."""
-    alone = getattr(records.task, "without_context", None)
-    if alone is None:
-        return
+    """Context-aware decoding, where the task has the prompts without context."""
     for direction, weights in CONTRASTS.items():
         examples = sides.examples[SOURCE[direction]]
-        others = [alone(example) for example in examples]
-        if None in others:
+        others = [other for example in examples if (other := records.task.without_context(example))]
+        if len(others) < len(examples):
             return
         for weight, scores in zip(weights, score_contrasted(asking, examples, others, weights), strict=True):
             yield sides.table(SOURCE[direction], scores, what="contrast", direction=direction, dose=weight)

@@ -15,7 +15,7 @@ from mnemoscope.cells import Cell
 from mnemoscope.directions import SOURCE, TOWARD, FitLists, TuneLists, in_turn, with_prefixes
 from mnemoscope.stages.common import cell_task, rng_of
 from mnemoscope.steering import Toward
-from mnemoscope.tasks import Example, Split, Task, draw, keeps_key
+from mnemoscope.tasks import Example, Split, Task, draw
 
 LEAST_OF_A_FAMILY = 20  # examples, below which one of them that is lost would decide alone
 
@@ -45,8 +45,8 @@ class Records:
 
     @property
     def memory_is_conflict(self) -> bool:
-        """Whether memory examples are the conflicts themselves, which steering is to turn."""
-        return bool(getattr(self.task, "memory_is_conflict", False))
+        """Whether memory examples are the conflicts themselves, which steering is meant to change."""
+        return self.task.memory_is_conflict
 
     def both_sides(self, split: Split, limit: int) -> list[tuple[Example, Example]]:
         """Pairs as (answered generalized, answered memorized)."""
@@ -62,22 +62,18 @@ class Records:
                 the others, which are judged apart. Every phrasing can be turned to the rule.
         """
         phrasings = (_phrasing(row, SOURCE[direction]) for row in self._pairs(split, None))
-        wanted = (e for e in phrasings if (direction == "to_generalized" or keeps_key(self.task, e)) == reachable)
+        wanted = (e for e in phrasings if (direction == "to_generalized" or self.task.keeps_key(e)) == reachable)
         return list(islice(_each_once(wanted), limit))
 
     def conflicts(self, split: Split, behaviour: str, limit: int, reachable: bool = False) -> list[Example]:
         """Examples as drawn, before any rephrasing, that are answered so; ``reachable``: that keep the key."""
-        rows = self.pairs[(self.pairs["split"] == split) & (self.pairs["behaviour_a"] == behaviour)].itertuples()
-        examples = (_example(row, "a") for row in rows)
-        return list(islice(_each_once(e for e in examples if not reachable or keeps_key(self.task, e)), limit))
+        part = self.pairs[(self.pairs["split"] == split) & (self.pairs["behaviour_a"] == behaviour)]
+        examples = (Example.from_row(row, "a") for row in _rows(part))
+        return list(islice(_each_once(e for e in examples if not reachable or self.task.keeps_key(e)), limit))
 
-    def phrasing(self, row: Any, side: str) -> Example:
-        """Phrasing ``a`` or ``b`` of a candidate."""
-        return _example(row, side)
-
-    def _pairs(self, split: Split, limit: int | None) -> Iterator[Any]:
+    def _pairs(self, split: Split, limit: int | None) -> Iterator[Mapping[str, Any]]:
         chosen = self.pairs[self.pairs["is_pair"] & (self.pairs["split"] == split)]
-        return chosen.head(len(chosen) if limit is None else limit).itertuples()
+        return _rows(chosen.head(len(chosen) if limit is None else limit))
 
 
 def fit_lists(cell: Cell, asking: Asking, records: Records) -> FitLists:
@@ -160,7 +156,7 @@ def judged_lists(records: Records, direction: str, limit: int) -> dict[str, Judg
     for name, part in parts.items():
         examples = [Example.from_row(row) for row in part.to_dict("records")]
         if name == "conflict" and direction == "to_memorized":
-            part = part[[keeps_key(records.task, e) for e in examples]]
+            part = part[[records.task.keeps_key(e) for e in examples]]
         part = part.head(limit)
         examples = [Example.from_row(row) for row in part.to_dict("records")]
         lists[name] = JudgedList(examples, part["behaviour"].tolist(), part["margin"].to_numpy())
@@ -203,11 +199,11 @@ def _margins(pairs: pd.DataFrame, examples: Sequence[Example]) -> np.ndarray:
     return np.array([known[example.item, example.prompt] for example in examples], np.float64)
 
 
-def _phrasing(row: Any, behaviour: str) -> Example:
-    """The phrasing of a pair that is answered so."""
-    return _example(row, "a" if row.behaviour_a == behaviour else "b")
+def _rows(table: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """The rows one by one: few of a long table may be wanted."""
+    return (dict(zip(map(str, table), row, strict=True)) for row in table.itertuples(index=False, name=None))
 
 
-def _example(row: Any, side: str) -> Example:
-    prompt, family = getattr(row, f"prompt_{side}"), getattr(row, f"family_{side}")
-    return Example(row.item, prompt, "conflict", row.group, family, row.split, row.memorized, row.generalized)
+def _phrasing(row: Mapping[str, Any], behaviour: str) -> Example:
+    """The phrasing of a pair that shows a behaviour."""
+    return Example.from_row(row, "a" if row["behaviour_a"] == behaviour else "b")

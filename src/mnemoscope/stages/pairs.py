@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -18,10 +17,9 @@ from mnemoscope.files import write_atomically
 from mnemoscope.stages.common import TableWriter, Tell, cell_model, cell_task, rng_of
 from mnemoscope.tasks import SPLITS, Example, Split, Task, draws
 
-TEXTS = ("item", "group", "memorized", "generalized", "split")
 SIDES = {"prompt": pa.string(), "family": pa.string(), "behaviour": pa.string(), "margin": pa.float64()}
 COLUMNS = {
-    **dict.fromkeys(TEXTS, pa.string()),
+    **dict.fromkeys(("item", "group", "memorized", "generalized", "split"), pa.string()),
     **{f"{name}_{letter}": kind for letter in "ab" for name, kind in SIDES.items()},
     "is_pair": pa.bool_(),
 }
@@ -47,7 +45,7 @@ def pairs_stage(cell: Cell, tell: Tell) -> list[Path]:
                     contrast = contrast or _no_contrast(cell, batch)
                     groups = [pair[0].group for pair in batch.pairs()]
                     contrast.add(batch.states_generalized_PLD, batch.states_memorized_PLD, groups)
-                writer.add(_pairs_table(batch, split))
+                writer.add(_pairs_table(batch))
                 counts[split].update([*batch.scores_a.behaviour_N, *batch.scores_b.behaviour_N])
                 pairs[split] += int(batch.is_pair_N.sum())
                 done = counts[split].total() // 2
@@ -76,7 +74,7 @@ def _mined(
 def _held_out_pairs(cell: Cell, task: Task, asking: Asking, tell: Tell) -> list[Path]:
     """Test pairs of what nothing is fitted on, where the task holds something out."""
     config = cell.config.pairs
-    held_out: dict[str, Task] = getattr(task, "held_out", dict)()
+    held_out = task.held_out()
     if not held_out:
         return []
     path = cell.records / "pairs_held_out.parquet"
@@ -86,7 +84,7 @@ def _held_out_pairs(cell: Cell, task: Task, asking: Asking, tell: Tell) -> list[
             n = config.held_out_examples or config.test_examples
             drawn = draws(other, rng_of(cell, f"pairs/{name}"), n, "conflict", "test")
             for batch in _mined(cell, asking, other, drawn, "test", name):
-                writer.add(_pairs_table(batch, "test").assign(held_out=name))
+                writer.add(_pairs_table(batch).assign(held_out=name))
     return [path]
 
 
@@ -96,19 +94,12 @@ def _no_contrast(cell: Cell, batch: PairBatch) -> ContrastAccumulator:
     return ContrastAccumulator.empty(config.site, layers, neurons, config.permutations, cell.seed)
 
 
-def _pairs_table(batch: PairBatch, split: str) -> pd.DataFrame:
-    columns: dict[str, Any] = {
-        field: [getattr(a, field) for a, _ in batch.candidates] for field in TEXTS if field != "split"
-    }
-    columns["split"] = split
-    for side, scores in enumerate((batch.scores_a, batch.scores_b)):
-        letter = "ab"[side]
-        columns[f"prompt_{letter}"] = [pair[side].prompt for pair in batch.candidates]
-        columns[f"family_{letter}"] = [pair[side].family for pair in batch.candidates]
-        columns[f"behaviour_{letter}"] = scores.behaviour_N
-        columns[f"margin_{letter}"] = scores.margin_N
-    columns["is_pair"] = batch.is_pair_N
-    return pd.DataFrame(columns)
+def _pairs_table(batch: PairBatch) -> pd.DataFrame:
+    table = pd.DataFrame([b.to_row("b") | a.to_row("a") for a, b in batch.candidates])
+    for side, scores in (("a", batch.scores_a), ("b", batch.scores_b)):
+        table[f"behaviour_{side}"] = scores.behaviour_N
+        table[f"margin_{side}"] = scores.margin_N
+    return table.assign(is_pair=batch.is_pair_N)[list(COLUMNS)]
 
 
 def _why_no_pairs(cell: Cell, found: Counter[str], split: str) -> str:

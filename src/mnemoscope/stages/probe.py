@@ -39,7 +39,7 @@ from mnemoscope.statistics import (
     rank_correlation,
     top_by_magnitude,
 )
-from mnemoscope.tasks import SPLITS, Example, Split
+from mnemoscope.tasks import SPLITS, Example, Side, Split
 
 MEMORY = 2**30  # bytes of states that are held at once; one offset of all pairs, if that is more
 UNCERTAINTIES = ("entropy", "top_gap")
@@ -85,7 +85,7 @@ class Phrasings:
         rows = table[table["is_pair"] & (table["split"] == split)]
         if len(rows) > limit:
             rows = rows.iloc[np.sort(rng.choice(len(rows), limit, replace=False))]
-        return cls([_phrasing(row, side) for row in rows.to_dict("records") for side in _sides(row)])
+        return cls([Example.from_row(row, side) for row in rows.to_dict("records") for side in _sides(row)])
 
     @cached_property
     def labels_N(self) -> np.ndarray:
@@ -101,13 +101,8 @@ class Phrasings:
         return self.groups_N[::2]
 
 
-def _sides(row: Mapping[Any, Any]) -> str:
-    return "ab" if row["behaviour_a"] == "generalized" else "ba"
-
-
-def _phrasing(row: Mapping[Any, Any], side: str) -> Example:
-    told = {"kind": "conflict", "prompt": row[f"prompt_{side}"], "family": row[f"family_{side}"]}
-    return Example.from_row({**row, **told})
+def _sides(row: Mapping[Any, Any]) -> tuple[Side, Side]:
+    return ("a", "b") if row["behaviour_a"] == "generalized" else ("b", "a")
 
 
 def readable_offsets(asking: Asking, offsets: Sequence[int], examples: Sequence[Example]) -> list[int]:

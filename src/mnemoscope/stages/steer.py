@@ -37,7 +37,7 @@ from mnemoscope.directions import (
 )
 from mnemoscope.errors import InputError
 from mnemoscope.models import blocks_of
-from mnemoscope.stages.common import Tell, cell_model, cell_task, read_binding, write_json, write_table
+from mnemoscope.stages.common import Tell, cell_model, read_binding, write_json, write_table
 from mnemoscope.stages.lists import JudgedList, Records, fit_lists, judged_lists, tune_lists
 from mnemoscope.steering import Positions
 
@@ -257,14 +257,13 @@ class _Work:
         """
         if aim == "conflict" and name.startswith("pairs"):
             return
-        has_format = getattr(cell_task(self.cell), "has_memorized_format", None)
         setting = made.choices[aim, direction, method].setting
         sources = self.sources[setting.site]
         vector = vector_of(sources, setting)
         scores = steered(self.asking, batches, vector)
-        if has_format and entry.examples[0].kind == "conflict":
+        if entry.examples[0].kind == "conflict":
             applied = partial(vector.apply, self.asking.model)
-            mark_confabulations(self.asking, entry.examples, scores, has_format, applied)
+            mark_confabulations(self.asking, entry.examples, scores, self.records.task.has_memorized_format, applied)
         yield _table(aim, setting, ("vector", 0), name, entry, scores)
         if name != aim or (aim == "conflict" and method not in {made.best[a, direction] for a in AIMS}):
             return

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -39,7 +38,7 @@ def train_stage(cell: Cell, tell: Tell) -> list[Path]:
     (cell.records / "known.json").unlink(missing_ok=True)
     task = cell_task(cell)
     facts = {"task": task.name, "label": cell.label, "seed": cell.seed, "site": cell.config.pairs.site}
-    facts |= {"memory_is_conflict": bool(getattr(task, "memory_is_conflict", False)), "options": cell.config.options}
+    facts |= {"memory_is_conflict": task.memory_is_conflict, "options": cell.config.options}
     facts |= {"analysed": cell.config.analysed, "shared_initialization": cell.config.model.shares_first_weights}
     if cell.config.model.folder in PACKAGED:
         facts["weights"] = QUANTIZED
@@ -66,10 +65,10 @@ def train_stage(cell: Cell, tell: Tell) -> list[Path]:
 
 
 def _known(cell: Cell, task: Task, asking: Asking) -> list[Path]:
-    """What the model answers right without being told, where the task wants to know it."""
-    if not hasattr(task, "knowing"):
+    """Which facts the model answers right when asked bare, where the task depends on them."""
+    asked = task.facts_to_know()
+    if not asked:
         return []
-    asked = task.facts_to_know()  # type: ignore[attr-defined]
     labels = score(asking, prepare(asking, asked), margins=False).behaviour_N
     known = [example.item for example, label in zip(asked, labels, strict=True) if label == "correct"]
     task.knowing(set(known))  # an empty one is refused here, before anything is written
@@ -111,9 +110,8 @@ def behaviour_stage(cell: Cell, tell: Tell) -> list[Path]:
         if not examples:
             continue
         scores = score(asking, prepare(asking, examples))
-        has_format = getattr(task, "has_memorized_format", None)
-        if kind == "conflict" and has_format:
-            mark_confabulations(asking, examples, scores, has_format)
+        if kind == "conflict":
+            mark_confabulations(asking, examples, scores, task.has_memorized_format)
         tables.append(_behaviour_table(examples, scores))
     if not tables:
         raise InputError(f"task: {task.name} has no example in the test split")
@@ -130,12 +128,11 @@ def _untrained(cell: Cell, task: Task, attempt: int) -> Asking:
 
 def _built(cell: Cell, task: Task, seed: int) -> Asking:
     shape = cell.config.model
-    vocabulary = getattr(task, "vocabulary", None)
-    if vocabulary is None:
+    if task.vocabulary is None:
         raise InputError(
             f"model.folder: task {task.name!r} has no vocabulary to train on; give the folder of a trained model"
         )
-    tokenizer = word_tokenizer(vocabulary, shape.context)
+    tokenizer = word_tokenizer(task.vocabulary, shape.context)
     model = build_gpt2(tokenizer, shape, seed)
     return Asking(model, tokenizer, task.boundary, cell.config.pairs.batch_size)
 
@@ -189,8 +186,8 @@ def _in_words(measured: dict[str, float]) -> str:
 
 
 def _behaviour_table(examples: Sequence[Example], scores: Scores) -> pd.DataFrame:
-    fields = ("item", "prompt", "kind", "group", "family", "split", "memorized", "generalized", "answer")
-    columns: dict[str, Any] = {field: [getattr(e, field) for e in examples] for field in fields}
-    columns |= {"behaviour": scores.behaviour_N, "confabulated": scores.confabulated_N}
-    columns |= {"margin": scores.margin_N, "tie": scores.tie_N}
-    return pd.DataFrame(columns).astype({field: "str" for field in ("memorized", "generalized", "answer")})
+    table = pd.DataFrame([example.to_row() for example in examples])
+    table = table.astype({field: "str" for field in ("memorized", "generalized", "answer")})
+    return table.assign(
+        behaviour=scores.behaviour_N, confabulated=scores.confabulated_N, margin=scores.margin_N, tie=scores.tie_N
+    )

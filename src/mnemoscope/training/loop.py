@@ -243,7 +243,7 @@ def prepare_evaluation(asking: Asking, task: Task, n: int, rng: np.random.Genera
     Raises:
         InputError: the task, or a part of it, has no example of a kind.
     """
-    parts: dict[str, Task] = getattr(task, "parts", {task.name: task})
+    parts = task.parts or {task.name: task}
     return {name: _evaluation(replace(asking, boundary=part.boundary), part, n, rng) for name, part in parts.items()}
 
 
