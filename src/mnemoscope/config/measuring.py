@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from mnemoscope.config.fields import Frozen, MethodName, SiteName, as_several
+from mnemoscope.errors import InputError
 
 Offset = Annotated[int, Field(ge=0)]
 PairCount = Annotated[int, Field(ge=1)]
@@ -94,7 +95,7 @@ class SweepConfig(Frozen):
         """The sets of layers that are tried in a model of ``count`` layers, each once.
 
         Raises:
-            ValueError: a layer does not exist, or a range is empty.
+            InputError: a layer does not exist, or a range is empty.
         """
         sets: dict[tuple[int, ...], None] = {}
         for layers in self.layers:
@@ -107,7 +108,7 @@ class SweepConfig(Frozen):
             first, last = (layers.split("-") * 2)[:2] if layers[0].isdigit() else ("0", str(count - 1))
             chosen = tuple(range(int(first), int(last) + 1))
             if not chosen or chosen[-1] >= count:
-                raise ValueError(f"steering.sweeps: layers {layers!r} do not exist in a model of {count} layers")
+                raise InputError(f"steering.sweeps: layers {layers!r} do not exist in a model of {count} layers")
             sets |= dict.fromkeys(((layer,) for layer in chosen) if layers == "each" else [chosen])
         return list(sets)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mnemoscope.behaviour import Asking, Batch, prepare, read_states
 from mnemoscope.cells import Cell
-from mnemoscope.contrast import nmd_and_rho
+from mnemoscope.contrast import PairedMoments
 from mnemoscope.models import Site, backbone_of, blocks_of, cache_of, pass_inputs, width_of
 from mnemoscope.probes import (
     LayerProbe,
@@ -273,7 +273,7 @@ def learning_rows(cell: Cell, states: States, parts: Mapping[Split, Phrasings], 
     """What fewer fit pairs give: the probe's test accuracy at one layer, and how near their NMD is to that of all."""
     config, rng, groups_P = cell.config.probes, rng_of(cell, "learning"), parts["fit"].groups_P
     fit_PSLD = states["fit"].reshape(-1, 2, *states["fit"].shape[1:])
-    whole_LD, _ = nmd_and_rho(fit_PSLD[:, 0], fit_PSLD[:, 1])
+    whole_LD = PairedMoments.of(fit_PSLD).nmd_LD
     one_layer: States = {split: states[split][:, [layer]] for split in SPLITS}
     tune_N, test_N = parts["tune"].labels_N, parts["test"].labels_N
     sizes = [size for size in sorted(config.learning) if size < len(groups_P)]
@@ -281,7 +281,7 @@ def learning_rows(cell: Cell, states: States, parts: Mapping[Split, Phrasings], 
         for draw in range(draws):
             # All pairs are taken in their own order: the curve ends exactly at the probe and the NMD of the study.
             chosen = in_group_order(groups_P, rng)[:size] if size < len(groups_P) else np.arange(size)
-            nmd_LD, _ = nmd_and_rho(fit_PSLD[chosen, 0], fit_PSLD[chosen, 1])
+            nmd_LD = PairedMoments.of(fit_PSLD[chosen]).nmd_LD
             states_NLD = one_layer["fit"][(2 * chosen[:, None] + [0, 1]).ravel()]
             probe = fit_layer_probes(states_NLD, np.tile([1, 0], size), one_layer["tune"], tune_N)[0]
             accuracy = share_right(probe.decision_function(one_layer["test"][:, 0]), test_N)
@@ -306,20 +306,14 @@ def halves_rows(cell: Cell, fit_NLD: np.ndarray, groups_P: Sequence[str]) -> Ite
     fit_PSLD = fit_NLD.reshape(-1, 2, *fit_NLD.shape[1:])
     for halving in range(config.halvings if len(set(groups_P)) > 1 else 0):
         half_P = half_of_groups(groups_P, rng)
-        nmd, rho = zip(*(nmd_and_rho(*fit_PSLD[rows].swapaxes(0, 1)) for rows in (half_P, ~half_P)), strict=True)
-        for row in compare_contrasts(nmd, rho, config.tops):
+        halves = [PairedMoments.of(fit_PSLD[rows]) for rows in (half_P, ~half_P)]
+        for row in compare_contrasts(halves, config.tops):
             yield {"halving": halving, **row}
 
 
-def compare_contrasts(
-    nmd: tuple[np.ndarray, np.ndarray], rho: tuple[np.ndarray, np.ndarray], tops: Sequence[float]
-) -> Iterator[dict[str, Any]]:
-    """Two contrasts of one model side by side.
-
-    Args:
-        nmd, rho: of either, each (L, D).
-        tops: shares of all neurons whose overlap is counted.
-    """
+def compare_contrasts(halves: Sequence[PairedMoments], tops: Sequence[float]) -> Iterator[dict[str, Any]]:
+    """How alike NMD and rho of two halves are; ``tops`` are shares of all neurons whose overlap is counted."""
+    nmd, rho = [half.nmd_LD for half in halves], [half.rho_LD for half in halves]
     none = {"top": np.nan, "chance": np.nan, "chance_low": np.nan, "chance_high": np.nan}
     layers, neurons = nmd[0].shape
     for layer in range(layers):

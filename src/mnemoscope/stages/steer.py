@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain, product
 from operator import itemgetter
@@ -16,121 +16,81 @@ import pandas as pd
 
 from mnemoscope.behaviour import Asking, Batch, Scores, encode, mark_confabulations
 from mnemoscope.cells import Cell, git_state
-from mnemoscope.config import SweepConfig
+from mnemoscope.config import MethodName, SteeringConfig
 from mnemoscope.directions import (
+    ANSWERED,
     CONTROLS,
+    SOURCE,
     TOWARD,
     Choice,
+    Directions,
+    Fit,
+    Labels,
     Limits,
     Setting,
     Sources,
     TuneLists,
-    alpha_of,
     control_draws,
     final,
+    learned_together,
     ranked,
-    read_sources,
     share_of,
+    shuffles,
     steered,
-    vector_of,
     with_prefixes,
 )
-from mnemoscope.errors import InputError
 from mnemoscope.models import blocks_of
 from mnemoscope.stages.common import Tell, cell_model, cell_task, save_bound, write_json, write_table
-from mnemoscope.stages.lists import JudgedList, Records, fit_lists, judged_lists, tune_lists
-from mnemoscope.steering import Positions
+from mnemoscope.stages.lists import JudgedList, Records, judged_lists, sources_of, tune_lists
 
-AIMS = ("pairs", "conflict")  # what a setting is chosen for; controls are drawn on the list of that name
+AIMS = {"pairs": "pairs", "conflict": "conflicts as drawn"}  # what a setting is chosen for: the list of that name
+PARTS = len(AIMS) + 1  # of the stage's progress
 JUDGED = 2_000_003  # added to the seed of controls on test
-AIM_NAMES = {"pairs": "pairs", "conflict": "conflicts as drawn"}
+MAPPED = ("nmd",)  # methods whose whole sweep is measured on what should stay as it is too
+# What conflicts as drawn may cost: steering them takes larger norms.
+CONFLICT_CONTROL, CONFLICT_COLLATERAL = 0.3, 0.1
 
-
-# Aim, direction and method whose settings are to be ranked, and the share of neurons where that was chosen before.
-Asked = tuple[str, str, str, float | None]
-Ranked = tuple[list[Choice], list[dict[str, Any]]]  # settings, best first, and rows of the sweep
+Plan = Mapping[tuple[str, str, str], tuple[Setting, int]]  # by aim, direction, method; with draws of each control
 Placed = tuple[tuple[int, ...], pd.DataFrame]  # a table, and its place among all tables
 
 
 def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
     """Choose settings on the tune split, for pairs and for conflicts as drawn; judge them on the test split."""
-    work = _Work(cell)
-    work.tell = tell
-    made = _Made()
-    for number, aim in enumerate(AIMS):
-        tell(number, len(AIMS) + 1, f"choosing for {AIM_NAMES[aim]} on tune")
-        _choose(work, made, aim)
-    work.forget_tune()  # the tune lists and their caches are gone before the test lists come
-    tell(len(AIMS), len(AIMS) + 1, "vectors and controls on test")
-    asked = list(product(TOWARD, cell.config.steering.sweeps))
-    judged = cell.spread(partial(work.judge_all, made), asked)
-    tables = [table for _, table in sorted((part for parts in judged for part in parts), key=itemgetter(0))]
-    files = work.save(made)
-    files.append(write_table(cell.records / "steering.parquet", pd.concat(tables, ignore_index=True)))
-    rows = [row for _, of_one in sorted(made.swept, key=itemgetter(0)) for row in of_one]
-    files.append(write_table(cell.records / "sweep.parquet", pd.DataFrame(rows)))
-    files.append(write_json(cell.records / "chosen.json", work.chosen(made)))
-    return files
+    opened, sweeps = _Opened(cell, {}, tell), cell.config.steering.sweeps
+    swept = (setting for key in product(TOWARD, sweeps) for setting in opened.settings(*key))
+    opened.fitted |= _fitted(opened, ((setting, (ANSWERED,)) for setting in swept))
+    chosen: dict[str, _Chosen] = {"pairs": _choose(opened, "pairs", {})}
+    # How many neurons a method takes is chosen once.
+    tops = {key: choice.setting.top for key, choice in chosen["pairs"].choices.items()}
+    chosen["conflict"] = _choose(opened, "conflict", tops)
+    opened.forget_tune()  # the tune lists and their caches are gone before the test lists come
+    plan = _plan(cell, chosen)
+    opened.fitted |= _fitted(
+        opened, ((setting, four) for setting, draws in plan.values() for four in shuffles(draws, cell.seed + JUDGED))
+    )
+    judged = cell.spread(partial(_judge_all, opened, plan), list(product(TOWARD, sweeps)))
+    tables = [table for _, table in sorted(chain.from_iterable(judged), key=itemgetter(0))]
+    rows = [row for direction, aim in product(TOWARD, AIMS) for row in chosen[aim].rows[direction]]
+    return [
+        *_save(opened, plan),
+        write_table(cell.records / "steering.parquet", pd.concat(tables, ignore_index=True)),
+        write_table(cell.records / "sweep.parquet", pd.DataFrame(rows)),
+        write_json(cell.records / "chosen.json", {aim: _facts_chosen(opened, found) for aim, found in chosen.items()}),
+    ]
 
 
-def _choose(work: _Work, made: _Made, aim: str) -> None:
-    """Choose a setting for each method and direction, and the method that gains most."""
-    asked: list[Asked] = []
-    for direction, method in product(TOWARD, list[str](work.cell.config.steering.sweeps)):
-        top = made.choices["pairs", direction, method].setting.top if aim == "conflict" else None
-        asked.append((aim, direction, method, top))
-    found = work.cell.spread(work.rank_all, asked)
-    for (_, direction, method, _), (choices, rows) in zip(asked, found, strict=True):
-        made.choices[aim, direction, method] = choices[0]
-        made.swept.append(((list(TOWARD).index(direction), AIMS.index(aim)), rows))
-    for direction in TOWARD:
-        of_methods = (choices for (_, d, *_), (choices, _) in zip(asked, found, strict=True) if d == direction)
-        choice = work.final(aim, direction, list(chain.from_iterable(of_methods)))
-        made.choices[aim, direction, choice.setting.method] = choice
-        made.best[aim, direction] = choice.setting.method
-
-
-def sources_of(cell: Cell, asking: Asking, records: Records) -> dict[str, Sources]:
-    """The sources of every site that a sweep of the cell names."""
-    lists = fit_lists(cell, asking, records)
-    pairs = records.both_sides("fit", cell.config.steering.fit_pairs)
-    grids = [grid for grids in cell.config.steering.sweeps.values() for grid in grids]
-    sites = dict.fromkeys(site for grid in grids for site in grid.sites)
-    return {site: read_sources(site, pairs, lists) for site in sites}
-
-
-def layers_name(layers: Sequence[int]) -> str:
-    """``0-3`` for a range, ``2`` for one layer, else the layers between commas."""
-    first, last = layers[0], layers[-1]
-    if list(layers) == list(range(first, last + 1)):
-        return str(first) if first == last else f"{first}-{last}"
-    return ",".join(map(str, layers))
-
-
-@dataclass
-class _Made:
-    """What the stage has come to so far.
+class _Opened:
+    """What the parts of the stage work with, opened when it is first needed, and anew in another process.
 
     Attributes:
-        choices: by aim, direction and method.
-        best: the method that gains most, by aim and direction.
-        swept: rows of ``records/sweep.parquet``, with the places of direction and aim.
+        fitted: the learned shifts so far.
     """
 
-    choices: dict[tuple[str, str, str], Choice] = field(default_factory=dict)
-    best: dict[tuple[str, str], str] = field(default_factory=dict)
-    swept: list[tuple[tuple[int, int], list[dict[str, Any]]]] = field(default_factory=list)
+    def __init__(self, cell: Cell, fitted: dict[Fit, np.ndarray], tell: Tell = lambda *_: None) -> None:
+        self.cell, self.fitted, self.tell = cell, fitted, tell
 
-
-class _Work:
-    """The steering of one cell: what it needs is opened when it is first needed, and anew on another machine."""
-
-    def __init__(self, cell: Cell) -> None:
-        self.cell = cell
-        self.tell: Tell = lambda *_: None
-
-    def __reduce__(self) -> tuple[type[_Work], tuple[Cell]]:
-        return _Work, (self.cell,)
+    def __reduce__(self) -> tuple[type[_Opened], tuple[Cell, dict[Fit, np.ndarray]]]:
+        return _Opened, (self.cell, self.fitted)
 
     @cached_property
     def asking(self) -> Asking:
@@ -143,14 +103,16 @@ class _Work:
     @cached_property
     def sources(self) -> dict[str, Sources]:
         """By site."""
-        return sources_of(self.cell, self.asking, self.records)
+        grids = chain.from_iterable(self.cell.config.steering.sweeps.values())
+        return sources_of(self.cell, self.asking, self.records, chain.from_iterable(grid.sites for grid in grids))
 
-    @cached_property
-    def begin_alike(self) -> float:
-        """Share of the phrasings of fit pairs whose two answers begin with the same tokens."""
-        pairs = self.records.both_sides("fit", self.cell.config.steering.fit_pairs)
-        encoded = encode(self.asking, [example for pair in pairs for example in pair])
-        return float(np.mean([one.shared > 0 for one in encoded]))
+    def directions(self) -> dict[str, Directions]:
+        """By site."""
+        return {site: Directions(sources, self.fitted) for site, sources in self.sources.items()}
+
+    def settings(self, direction: str, method: MethodName) -> list[Setting]:
+        """What is tried of a method."""
+        return settings_of(self.cell.config.steering, direction, method, len(blocks_of(self.asking.model)))
 
     @cached_property
     def tune(self) -> dict[str, dict[str, TuneLists]]:
@@ -160,185 +122,229 @@ class _Work:
     def forget_tune(self) -> None:
         self.__dict__.pop("tune", None)
 
-    def rank_all(self, asked: Sequence[Asked]) -> list[Ranked]:
-        """Of each: the settings, best first, and the rows of the sweep."""
-        found = []
-        for done, (aim, direction, method, top) in enumerate(asked):
-            note = f"{direction}: choosing {method} for {AIM_NAMES[aim]} on tune"
-            self.tell(AIMS.index(aim) + done / len(asked), len(AIMS) + 1, note)
-            found.append(self._rank(aim, direction, method, top))
-        return found
+    @cached_property
+    def begin_alike(self) -> float:
+        """Share of the phrasings of fit pairs whose two answers begin with the same tokens."""
+        pairs = self.records.both_sides("fit", self.cell.config.steering.fit_pairs)
+        encoded = encode(self.asking, [example for pair in pairs for example in pair])
+        return float(np.mean([one.shared > 0 for one in encoded]))
 
-    def _rank(self, aim: str, direction: str, method: str, top: float | None) -> Ranked:
-        config, count = self.cell.config.steering, len(blocks_of(self.asking.model))
-        grids = config.sweeps[method]  # type: ignore[index]
-        settings = settings_of(direction, method, grids, count, config.positions)
-        lists, of_pairs = (self.tune[name][direction] for name in (aim, "pairs"))
+
+def _fitted(opened: _Opened, wanted: Iterable[tuple[Setting, tuple[Labels, ...]]]) -> dict[Fit, np.ndarray]:
+    """The learned shifts among those that are wanted, fitted in parallel."""
+    fits = list(dict.fromkeys((s.same_direction()[0], several) for s, several in wanted if s.method == "learned"))
+    found = opened.cell.spread(partial(_fit_all, opened), fits)
+    return {
+        (setting, labels): shift_LD
+        for (setting, several), shifts in zip(fits, found, strict=True)
+        for labels, shift_LD in zip(several, shifts, strict=True)
+    }
+
+
+def _fit_all(opened: _Opened, fits: Sequence[tuple[Setting, tuple[Labels, ...]]]) -> list[list[np.ndarray]]:
+    return [learned_together(opened.sources[setting.site], setting, several) for setting, several in fits]
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """What was chosen for an aim.
+
+    Attributes:
+        choices: by direction and method.
+        best: by direction, the method that gains most.
+        rows: of ``records/sweep.parquet``, by direction.
+    """
+
+    choices: dict[tuple[str, str], Choice]
+    best: dict[str, str]
+    rows: dict[str, list[dict[str, Any]]]
+
+
+def _choose(opened: _Opened, aim: str, tops: Mapping[tuple[str, str], float]) -> _Chosen:
+    """Choose a setting for each method and direction, and the method that gains most.
+
+    Args:
+        tops: shares of neurons by direction and method, where only those are to be tried.
+    """
+    cell, directions = opened.cell, opened.directions()
+    asked = list(product(TOWARD, cell.config.steering.sweeps))
+    found = dict(zip(asked, cell.spread(partial(_rank_all, opened, aim, tops), asked), strict=True))
+    choices, best, rows = {key: candidates[0] for key, (candidates, _) in found.items()}, {}, {}
+    for direction in TOWARD:
+        mine = [entry for (d, _), entry in found.items() if d == direction]
+        candidates = chain.from_iterable(candidates for candidates, _ in mine)
+        lists = opened.tune[aim][direction]
+        choice = final(lists, directions, candidates, _limits(cell, aim), [cell.seed, 1])
+        best[direction] = choice.setting.method
+        choices[direction, choice.setting.method] = choice
+        rows[direction] = list(chain.from_iterable(found_rows for _, found_rows in mine))
+    return _Chosen(choices, best, rows)
+
+
+def _rank_all(
+    opened: _Opened, aim: str, tops: Mapping[tuple[str, str], float], asked: Sequence[tuple[str, str]]
+) -> list[tuple[list[Choice], list[dict[str, Any]]]]:
+    """Of each direction and method: the settings, best first, and the rows of the sweep."""
+    found, cell, directions = [], opened.cell, opened.directions()
+    for done, (direction, method) in enumerate(asked):
+        note = f"{direction}: choosing {method} for {AIMS[aim]} on tune"
+        opened.tell(list(AIMS).index(aim) + done / len(asked), PARTS, note)
         rated, rows = [], []
-        for setting in settings:
-            if top not in (None, setting.top):
+        lists, of_pairs = (opened.tune[name][direction] for name in (aim, "pairs"))
+        for setting in opened.settings(direction, method):
+            if setting.top != tops.get((direction, method), setting.top):
                 continue
-            row, scores = self._swept(aim, setting, lists.turned)
-            rows.append(row)
-            rated.append((setting, share_of(scores, TOWARD[setting.direction])))
-            if setting.method in config.mapped:
-                for name, (batches, label) in lists.kept.items():
-                    if aim == "pairs" or name not in of_pairs.kept:
-                        rows.append(self._swept(name, setting, batches, label)[0])
-        return ranked(self.asking, lists, self.sources, rated, self._limits(aim), self._seed), rows
-
-    def final(self, aim: str, direction: str, candidates: Sequence[Choice]) -> Choice:
-        """The best of all methods."""
-        lists = self.tune[aim][direction]
-        return final(self.asking, lists, self.sources, candidates, self._limits(aim), self._seed)
-
-    @property
-    def _seed(self) -> list[int]:
-        return [self.cell.seed, 1]
-
-    def _limits(self, aim: str) -> Limits:
-        config = self.cell.config.steering
-        limits = Limits(
-            config.control_limit,
-            config.collateral_limit,
-            refits=config.tune_refits,
-            again=config.tune_draws_again,
-            excess_cost=config.excess_cost,
-        )
-        if aim == "pairs":
-            return limits
-        return replace(
-            limits, control=config.conflict_control_limit, collateral=config.conflict_collateral_limit, refits=0
-        )
-
-    def _swept(
-        self, name: str, setting: Setting, batches: Sequence[Batch], label: str | None = None
-    ) -> tuple[dict[str, Any], Scores]:
-        """Try a setting on a list: a row that says what became of it, and the scores."""
-        turned = label is None
-        scores = steered(self.asking, batches, vector_of(self.sources[setting.site], setting), margins=turned)
-        row = {"examples": name, "n": len(scores.behaviour_N), **_facts(setting)}
-        if label is None:
-            target = TOWARD[setting.direction]
-            source = next(t for t in TOWARD.values() if t != target)
-            row |= {"shift": share_of(scores, target), "stay": share_of(scores, source)}
-            row |= {"other": share_of(scores, "other"), "kept": np.nan}
-            row |= {"margin": float(scores.margin_N.mean()), "margin_sd": float(scores.margin_N.std())}
-        else:
-            row |= dict.fromkeys(("shift", "stay", "other", "margin", "margin_sd"), np.nan)
-            row |= {"kept": share_of(scores, label)}
-        return row, scores
-
-    def judge_all(self, made: _Made, asked: Sequence[tuple[str, str]]) -> list[list[Placed]]:
-        """Of each direction and method: its tables of all lists, with their places among all tables."""
-        methods = list[str](self.cell.config.steering.sweeps)
-        found: dict[tuple[str, str], list[Placed]] = {one: [] for one in asked}
-        for number, direction in enumerate(TOWARD):
-            mine = [method for d, method in asked if d == direction]
-            lists = judged_lists(self.records, direction, self.cell.config.steering.judged_examples) if mine else {}
-            for done, (name, entry) in enumerate(lists.items()):
-                note = f"{direction}: {name} on test, vectors and controls"
-                self.tell(len(AIMS) + (number + done / len(lists)) / 2, len(AIMS) + 1, note)
-                # One list at a time: the caches of a list's prompts are most of the memory that steering takes.
-                batches = with_prefixes(self.asking, entry.examples)
-                for aim, method in product(AIMS, mine):
-                    tables = self._judge(made, aim, direction, method, name, entry, batches)
-                    place = (number, done, AIMS.index(aim), methods.index(method))
-                    found[direction, method] += [((*place, n), table) for n, table in enumerate(tables)]
-                del batches  # before the next list's are made
-        return list(found.values())
-
-    def _judge(
-        self, made: _Made, aim: str, direction: str, method: str, name: str, entry: JudgedList, batches: Sequence[Batch]
-    ) -> Iterator[pd.DataFrame]:
-        """A chosen vector on one list, and its controls where the list is what it was chosen for.
-
-        Conflicts get controls under the methods that are best for them or for pairs only.
-        """
-        if aim == "conflict" and name.startswith("pairs"):
-            return
-        has_format = getattr(cell_task(self.cell), "has_memorized_format", None)
-        setting = made.choices[aim, direction, method].setting
-        sources = self.sources[setting.site]
-        vector = vector_of(sources, setting)
-        scores = steered(self.asking, batches, vector)
-        if has_format and entry.examples[0].kind == "conflict":
-            applied = partial(vector.apply, self.asking.model)
-            mark_confabulations(self.asking, entry.examples, scores, has_format, applied)
-        yield _table(aim, setting, ("vector", 0), name, entry, scores)
-        if name != aim or (aim == "conflict" and method not in {made.best[a, direction] for a in AIMS}):
-            return
-        config = self.cell.config.steering
-        draws = config.draws if aim == "pairs" else config.conflict_draws
-        for control in CONTROLS:
-            # Shuffles go by the first number, and those that settings were ranked by are to be no part of this.
-            seed = [self.cell.seed + JUDGED, zlib.crc32(f"{aim}/{direction}/{method}/{control}".encode())]
-            for number, shift_LD in control_draws(control, sources, setting, draws, seed):
-                scores = steered(self.asking, batches, vector.with_dense(shift_LD), margins=False)
-                yield _table(aim, setting, (control, number), name, entry, scores)
-
-    def save(self, made: _Made) -> list[Path]:
-        """Write the chosen vectors, bound to their model."""
-        files: list[Path] = []
-        for (aim, direction, method), choice in made.choices.items():
-            vector = vector_of(self.sources[choice.setting.site], choice.setting)
-            bound = vector.bound_to(self.asking.model, self.asking.tokenizer)
-            facts = self.asking.put | {"begin_alike": self.begin_alike}
-            bound = replace(bound, task=self.cell.label, commit=git_state()["commit"] or "", **facts)
-            name = f"{direction}-{method}" + ("" if aim == "pairs" else f"-{aim}")
-            files += save_bound(self.cell.folder / "vectors", name, bound)
-        return files
-
-    def chosen(self, made: _Made) -> dict[str, Any]:
-        """What was chosen, per aim, method and direction, and the best method of each by the tune split."""
-        chosen: dict[str, Any] = {}
-        for (aim, direction, method), choice in made.choices.items():
-            entry = chosen.setdefault(aim, {"best": {}, "methods": {}})
-            facts = _chosen(choice.setting, self.sources[choice.setting.site])
-            facts |= {"within_limits": choice.within, "begin_alike": self.begin_alike}
-            entry["methods"].setdefault(method, {})[direction] = facts
-        for aim, entry in chosen.items():
-            entry["best"] = {direction: made.best[aim, direction] for direction in TOWARD}
-        return chosen
+            vector = directions[setting.site].vector(setting)
+            scores = steered(opened.asking, lists.targets, vector)
+            rated.append((setting, share_of(scores, setting.toward)))
+            rows.append(_row(aim, setting, scores))
+            for name, (batches, label) in lists.kept.items() if method in MAPPED else ():
+                if aim == "pairs" or name not in of_pairs.kept:
+                    rows.append(_row(name, setting, steered(opened.asking, batches, vector, margins=False), label))
+        found.append((ranked(lists, directions, rated, _limits(cell, aim), [cell.seed, 1]), rows))
+    return found
 
 
-def settings_of(
-    direction: str, method: str, grids: Sequence[SweepConfig], count: int, positions: Positions = "decision"
-) -> list[Setting]:
-    """Every combination of each grid in a model of ``count`` layers, once.
+def _limits(cell: Cell, aim: str) -> Limits:
+    config = cell.config.steering
+    facts = {"again": config.tune_draws_again, "excess_cost": config.excess_cost}
+    if aim == "conflict":
+        return Limits(CONFLICT_CONTROL, CONFLICT_COLLATERAL, refits=0, **facts)
+    return Limits(config.control_limit, config.collateral_limit, refits=config.tune_refits, **facts)
+
+
+def _row(name: str, setting: Setting, scores: Scores, label: str | None = None) -> dict[str, Any]:
+    """A row of the sweep: what became of examples that a setting is to steer, or how many keep their label."""
+    row = {"examples": name, "n": len(scores.behaviour_N), **_columns(setting)}
+    row |= dict.fromkeys(("shift", "stay", "other", "kept", "margin", "margin_sd"), np.nan)
+    if label is not None:
+        return row | {"kept": share_of(scores, label)}
+    shares = {"shift": setting.toward, "stay": SOURCE[setting.direction], "other": "other"}
+    row |= {"margin": float(scores.margin_N.mean()), "margin_sd": float(scores.margin_N.std())}
+    return row | {column: share_of(scores, behaviour) for column, behaviour in shares.items()}
+
+
+def _plan(cell: Cell, chosen: Mapping[str, _Chosen]) -> Plan:
+    """What is judged on test; conflicts get controls under the methods that are best for them or for pairs only."""
+    config, plan = cell.config.steering, {}
+    for aim, found in chosen.items():
+        for (direction, method), choice in found.choices.items():
+            draws = config.draws if aim == "pairs" else config.conflict_draws
+            judged = aim == "pairs" or method in {other.best[direction] for other in chosen.values()}
+            plan[aim, direction, method] = choice.setting, draws if judged else 0
+    return plan
+
+
+def _judge_all(opened: _Opened, plan: Plan, asked: Sequence[tuple[str, str]]) -> list[list[Placed]]:
+    """Of each direction and method: its tables of all lists, with their places among all tables."""
+    config, directions = opened.cell.config.steering, opened.directions()
+    found: dict[tuple[str, str], list[Placed]] = {one: [] for one in asked}
+    for number, direction in enumerate(TOWARD):
+        mine = [method for d, method in asked if d == direction]
+        lists = judged_lists(opened.records, direction, config.judged_examples) if mine else {}
+        for done, (name, entry) in enumerate(lists.items()):
+            note = f"{direction}: {name} on test, vectors and controls"
+            opened.tell(len(AIMS) + (number + done / len(lists)) / 2, PARTS, note)
+            # One list at a time: the caches of a list's prompts are most of the memory that steering takes.
+            batches = with_prefixes(opened.asking, entry.examples)
+            aims = [aim for aim in AIMS if aim == "pairs" or not name.startswith("pairs")]
+            for aim, method in product(aims, mine):
+                setting, draws = plan[aim, direction, method]
+                controls = (aim, draws if name == aim else 0)
+                place = (number, done, list(AIMS).index(aim), list(config.sweeps).index(method))
+                for n, (role, scores) in enumerate(_judge(opened, directions, setting, entry, batches, controls)):
+                    found[direction, method].append(((*place, n), _table(aim, setting, role, name, entry, scores)))
+            del batches  # before the next list's are made
+    return list(found.values())
+
+
+def _judge(
+    opened: _Opened,
+    directions: Mapping[str, Directions],
+    setting: Setting,
+    entry: JudgedList,
+    batches: Sequence[Batch],
+    controls: tuple[str, int],
+) -> Iterator[tuple[tuple[str, int], Scores]]:
+    """A vector on one list, then the draws of its controls: by role and draw, the scores.
+
+    Args:
+        controls: the aim, and how many draws of each there are.
+    """
+    cell, asking, (aim, draws) = opened.cell, opened.asking, controls
+    vector = directions[setting.site].vector(setting)
+    scores = steered(asking, batches, vector)
+    has_format = getattr(cell_task(cell), "has_memorized_format", None)
+    if has_format and entry.examples[0].kind == "conflict":
+        applied = partial(vector.apply, asking.model)
+        mark_confabulations(asking, entry.examples, scores, has_format, applied)
+    yield ("vector", 0), scores
+    for control in CONTROLS if draws else ():
+        # Shuffles go by the first number, and those that settings were ranked by are to be no part of this.
+        stream = zlib.crc32(f"{aim}/{setting.direction}/{setting.method}/{control}".encode())
+        drawn = control_draws(control, directions[setting.site], setting, draws, [cell.seed + JUDGED, stream])
+        for number, shift_LD in drawn:
+            yield (control, number), steered(asking, batches, vector.with_dense(shift_LD), margins=False)
+
+
+def _save(opened: _Opened, plan: Plan) -> list[Path]:
+    """Write the chosen vectors, bound to their model."""
+    files, directions = list[Path](), opened.directions()
+    for (aim, direction, method), (setting, _) in plan.items():
+        bound = directions[setting.site].vector(setting).bound_to(opened.asking.model, opened.asking.tokenizer)
+        facts = opened.asking.put | {"begin_alike": opened.begin_alike}
+        bound = replace(bound, task=opened.cell.label, commit=git_state()["commit"] or "", **facts)
+        name = f"{direction}-{method}" + ("" if aim == "pairs" else f"-{aim}")
+        files += save_bound(opened.cell.folder / "vectors", name, bound)
+    return files
+
+
+def _facts_chosen(opened: _Opened, chosen: _Chosen) -> dict[str, Any]:
+    """What was chosen, per method and direction, and the best method of each by the tune split."""
+    methods: dict[str, dict[str, Any]] = {}
+    directions = opened.directions()
+    for (direction, method), choice in chosen.choices.items():
+        setting = choice.setting
+        facts = {name: getattr(setting, name) for name in ("method", "site", "positions", "top", "strength")}
+        facts |= {"layers": list(setting.layers), "alpha": directions[setting.site].alpha(setting)}
+        facts |= {"within_limits": choice.within, "begin_alike": opened.begin_alike}
+        methods.setdefault(method, {})[direction] = facts
+    return {"best": chosen.best, "methods": methods}
+
+
+def settings_of(config: SteeringConfig, direction: str, method: MethodName, count: int) -> list[Setting]:
+    """Every combination of each grid of a method in a model of ``count`` layers, once.
 
     Raises:
-        InputError: the sweep names a layer that the model does not have.
+        InputError: a sweep names a layer that the model does not have.
     """
-    try:
-        layer_sets = [grid.layer_sets(count) for grid in grids]
-    except ValueError as error:
-        raise InputError(str(error)) from error
     settings = (
-        Setting(direction, method, site, layers, top, strength, positions)
-        for grid, sets in zip(grids, layer_sets, strict=True)
-        for site, layers, top, strength in product(grid.sites, sets, grid.tops, grid.strengths)
+        Setting(direction, method, site, layers, top, strength, config.positions)
+        for grid in config.sweeps[method]
+        for site, layers, top, strength in product(grid.sites, grid.layer_sets(count), grid.tops, grid.strengths)
     )
     return list(dict.fromkeys(settings))
 
 
-def _facts(setting: Setting) -> dict[str, Any]:
+def _columns(setting: Setting) -> dict[str, Any]:
     """A setting in the columns of the records."""
     facts = {name: getattr(setting, name) for name in ("direction", "method", "site", "layers", "top", "strength")}
     return facts | {"layers": layers_name(setting.layers)}
 
 
-def _chosen(setting: Setting, sources: Sources) -> dict[str, Any]:
-    """A setting as ``results.json`` shows it."""
-    facts = {name: getattr(setting, name) for name in ("method", "site", "positions", "top", "strength")}
-    return facts | {"layers": list(setting.layers), "alpha": alpha_of(sources, setting)}
+def layers_name(layers: Sequence[int]) -> str:
+    """``0-3`` for a range, ``2`` for one layer, else the layers between commas."""
+    first, last = layers[0], layers[-1]
+    if list(layers) == list(range(first, last + 1)):
+        return str(first) if first == last else f"{first}-{last}"
+    return ",".join(map(str, layers))
 
 
 def _table(
     aim: str, setting: Setting, role: tuple[str, int], name: str, entry: JudgedList, scores: Scores
 ) -> pd.DataFrame:
     """One row per steered test example."""
-    columns: dict[str, Any] = {"aim": aim, **_facts(setting), "role": role[0], "draw": role[1], "examples": name}
+    columns: dict[str, Any] = {"aim": aim, **_columns(setting), "role": role[0], "draw": role[1], "examples": name}
     columns |= {"example": np.arange(len(entry.examples)), "split": "test", "before": entry.before}
     columns |= {key: [getattr(example, key) for example in entry.examples] for key in ("group", "family")}
     columns |= {"after": scores.behaviour_N, "margin_before": entry.margin_N, "margin": scores.margin_N}
