@@ -22,7 +22,7 @@ from mnemoscope.detect import Detector, Observed, Reading
 from mnemoscope.directions import TOWARD
 from mnemoscope.errors import InputError
 from mnemoscope.probes import fit_input_probe, fit_layer_probes
-from mnemoscope.stages.common import Tell, cell_model, rng_of, save_bound, write_json, write_table
+from mnemoscope.stages.common import GATE, Tell, cell_model, rng_of, save_bound, write_json, write_table
 from mnemoscope.stages.lists import Records, judged_lists
 from mnemoscope.stages.probe import UNCERTAINTIES, features_of_input, read_back
 from mnemoscope.tasks import SPLITS, Example, Kind, Split, draw
@@ -144,4 +144,4 @@ def _gates(cell: Cell, asking: Asking, records: Records, detector: Detector) -> 
             states_ONLD, _ = read_back(asking, prepare(asking, entry.examples), config.pairs.site, [0])
             reading = detector.read(states_ONLD[0])
             columns: dict[str, Any] = {"direction": direction, "examples": name, "example": range(len(entry.examples))}
-            yield pd.DataFrame(columns | _said(reading) | {"acts": reading.acts(toward, config.detection.threshold)})
+            yield pd.DataFrame(columns | _said(reading) | {"acts": reading.acts(toward, GATE)})

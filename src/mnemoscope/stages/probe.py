@@ -45,6 +45,8 @@ from mnemoscope.tasks import SPLITS, Example, Split
 
 MEMORY = 2**30  # bytes of states that are held at once; one offset of all pairs, if that is more
 UNCERTAINTIES = ("entropy", "top_gap")
+SHUFFLES = 10  # of the labels, for probes that have nothing to learn
+TOPS = (0.05, 0.1, 0.3)  # shares of all neurons whose overlap between halves is counted
 ALL = -1  # the layer of what belongs to none, or to all together
 
 States = dict[Split, np.ndarray]
@@ -236,7 +238,7 @@ def _shuffled_rows(
     fit, rng = parts["fit"], rng_of(cell, "shuffle")
     pair_N = np.repeat(np.arange(len(fit.examples) // 2), 2)
     rows: list[pd.DataFrame] = []
-    for _ in range(cell.config.probes.shuffles):
+    for _ in range(SHUFFLES):
         labels_N = shuffled(fit.labels_N, pair_N, rng)
         blind = [
             LayerProbe(probe.regularization).fit(states["fit"][:, layer], labels_N)
@@ -307,12 +309,12 @@ def halves_rows(cell: Cell, fit_NLD: np.ndarray, groups_P: Sequence[str]) -> Ite
     for halving in range(config.halvings if len(set(groups_P)) > 1 else 0):
         half_P = half_of_groups(groups_P, rng)
         halves = [PairedMoments.of(fit_PSLD[rows]) for rows in (half_P, ~half_P)]
-        for row in compare_contrasts(halves, config.tops):
+        for row in compare_contrasts(halves):
             yield {"halving": halving, **row}
 
 
-def compare_contrasts(halves: Sequence[PairedMoments], tops: Sequence[float]) -> Iterator[dict[str, Any]]:
-    """How alike NMD and rho of two halves are; ``tops`` are shares of all neurons whose overlap is counted."""
+def compare_contrasts(halves: Sequence[PairedMoments]) -> Iterator[dict[str, Any]]:
+    """How alike NMD and rho of two halves are."""
     nmd, rho = [half.nmd_LD for half in halves], [half.rho_LD for half in halves]
     none = {"top": np.nan, "chance": np.nan, "chance_low": np.nan, "chance_high": np.nan}
     layers, neurons = nmd[0].shape
@@ -321,7 +323,7 @@ def compare_contrasts(halves: Sequence[PairedMoments], tops: Sequence[float]) ->
         yield {**common, "what": "rho_rank_correlation", "value": rank_correlation(rho[0][layer], rho[1][layer])}
         yield {**common, "what": "nmd_cosine", "value": cosine(nmd[0][layer], nmd[1][layer])}
     yield {**none, "what": "nmd_cosine", "layer": ALL, "value": cosine(*nmd), "n": layers * neurons}
-    for top in tops:
+    for top in TOPS:
         sets = [top_by_magnitude(rho_LD, top) for rho_LD in rho]
         # Permuted over all neurons, and within layers: the second null knows which layers have the large |rho|.
         nulls = {"overlap": [chosen.reshape(1, -1) for chosen in sets], "overlap_in_layers": sets}

@@ -47,35 +47,54 @@ AIMS = {"pairs": "pairs", "conflict": "conflicts as drawn"}  # what a setting is
 PARTS = len(AIMS) + 1  # of the stage's progress
 JUDGED = 2_000_003  # added to the seed of controls on test
 MAPPED = ("nmd",)  # methods whose whole sweep is measured on what should stay as it is too
-# What conflicts as drawn may cost: steering them takes larger norms.
-CONFLICT_CONTROL, CONFLICT_COLLATERAL = 0.3, 0.1
+CONFLICT_CONTROL, CONFLICT_COLLATERAL = 0.3, 0.1  # limits for conflicts as drawn: steering them takes larger norms
 
-Plan = Mapping[tuple[str, str, str], tuple[Setting, int]]  # by aim, direction, method; with draws of each control
+Row = dict[str, Any]
+Tops = Mapping[tuple[str, str], float]  # by direction and method, the share of neurons where no other is to be tried
 Placed = tuple[tuple[int, ...], pd.DataFrame]  # a table, and its place among all tables
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """The setting that was chosen for an aim, a direction and a method; ``best``: no method gains more."""
+
+    aim: str
+    choice: Choice
+    best: bool
+
+    @property
+    def setting(self) -> Setting:
+        return self.choice.setting
+
+    def draws(self, config: SteeringConfig, chosen: Sequence[_Chosen]) -> int:
+        """Of each control on test; of conflicts only under the methods that are best for them or for pairs."""
+        if self.aim == "pairs":
+            return config.draws
+        best = {(one.setting.direction, one.setting.method) for one in chosen if one.best}
+        return config.conflict_draws if (self.setting.direction, self.setting.method) in best else 0
 
 
 def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
     """Choose settings on the tune split, for pairs and for conflicts as drawn; judge them on the test split."""
-    opened, sweeps = _Opened(cell, {}, tell), cell.config.steering.sweeps
-    swept = (setting for key in product(TOWARD, sweeps) for setting in opened.settings(*key))
-    opened.fitted |= _fitted(opened, ((setting, (ANSWERED,)) for setting in swept))
-    chosen: dict[str, _Chosen] = {"pairs": _choose(opened, "pairs", {})}
+    opened, config = _Opened(cell, {}, tell), cell.config.steering
+    asked = list(product(TOWARD, config.sweeps))
+    opened.fitted |= _fitted(opened, ((s, (ANSWERED,)) for key in asked for s in opened.settings(*key)))
+    for_pairs, rows = _choose(opened, "pairs", {})
     # How many neurons a method takes is chosen once.
-    tops = {key: choice.setting.top for key, choice in chosen["pairs"].choices.items()}
-    chosen["conflict"] = _choose(opened, "conflict", tops)
+    tops = {(one.setting.direction, one.setting.method): one.setting.top for one in for_pairs}
+    for_conflicts, more = _choose(opened, "conflict", tops)
     opened.forget_tune()  # the tune lists and their caches are gone before the test lists come
-    plan = _plan(cell, chosen)
-    opened.fitted |= _fitted(
-        opened, ((setting, four) for setting, draws in plan.values() for four in shuffles(draws, cell.seed + JUDGED))
-    )
-    judged = cell.spread(partial(_judge_all, opened, plan), list(product(TOWARD, sweeps)))
+    chosen = [*for_pairs, *for_conflicts]
+    drawn = ((one, four) for one in chosen for four in shuffles(one.draws(config, chosen), cell.seed + JUDGED))
+    opened.fitted |= _fitted(opened, ((one.setting, four) for one, four in drawn))
+    judged = cell.spread(partial(_judge_all, opened, chosen), asked)
     tables = [table for _, table in sorted(chain.from_iterable(judged), key=itemgetter(0))]
-    rows = [row for direction, aim in product(TOWARD, AIMS) for row in chosen[aim].rows[direction]]
+    rows = sorted(rows + more, key=lambda row: list(TOWARD).index(row["direction"]))
     return [
-        *_save(opened, plan),
+        *_save(opened, chosen),
         write_table(cell.records / "steering.parquet", pd.concat(tables, ignore_index=True)),
         write_table(cell.records / "sweep.parquet", pd.DataFrame(rows)),
-        write_json(cell.records / "chosen.json", {aim: _facts_chosen(opened, found) for aim, found in chosen.items()}),
+        write_json(cell.records / "chosen.json", _facts_chosen(opened, chosen)),
     ]
 
 
@@ -103,16 +122,8 @@ class _Opened:
     @cached_property
     def sources(self) -> dict[str, Sources]:
         """By site."""
-        grids = chain.from_iterable(self.cell.config.steering.sweeps.values())
-        return sources_of(self.cell, self.asking, self.records, chain.from_iterable(grid.sites for grid in grids))
-
-    def directions(self) -> dict[str, Directions]:
-        """By site."""
-        return {site: Directions(sources, self.fitted) for site, sources in self.sources.items()}
-
-    def settings(self, direction: str, method: MethodName) -> list[Setting]:
-        """What is tried of a method."""
-        return settings_of(self.cell.config.steering, direction, method, len(blocks_of(self.asking.model)))
+        sites = (s for grids in self.cell.config.steering.sweeps.values() for grid in grids for s in grid.sites)
+        return sources_of(self.cell, self.asking, self.records, sites)
 
     @cached_property
     def tune(self) -> dict[str, dict[str, TuneLists]]:
@@ -128,6 +139,14 @@ class _Opened:
         pairs = self.records.both_sides("fit", self.cell.config.steering.fit_pairs)
         encoded = encode(self.asking, [example for pair in pairs for example in pair])
         return float(np.mean([one.shared > 0 for one in encoded]))
+
+    def directions(self) -> dict[str, Directions]:
+        """By site; what is computed anew is forgotten with them."""
+        return {site: Directions(sources, self.fitted) for site, sources in self.sources.items()}
+
+    def settings(self, direction: str, method: MethodName) -> list[Setting]:
+        """What is tried of a method."""
+        return settings_of(self.cell.config.steering, direction, method, len(blocks_of(self.asking.model)))
 
 
 def _fitted(opened: _Opened, wanted: Iterable[tuple[Setting, tuple[Labels, ...]]]) -> dict[Fit, np.ndarray]:
@@ -145,45 +164,24 @@ def _fit_all(opened: _Opened, fits: Sequence[tuple[Setting, tuple[Labels, ...]]]
     return [learned_together(opened.sources[setting.site], setting, several) for setting, several in fits]
 
 
-@dataclass(frozen=True)
-class _Chosen:
-    """What was chosen for an aim.
-
-    Attributes:
-        choices: by direction and method.
-        best: by direction, the method that gains most.
-        rows: of ``records/sweep.parquet``, by direction.
-    """
-
-    choices: dict[tuple[str, str], Choice]
-    best: dict[str, str]
-    rows: dict[str, list[dict[str, Any]]]
-
-
-def _choose(opened: _Opened, aim: str, tops: Mapping[tuple[str, str], float]) -> _Chosen:
-    """Choose a setting for each method and direction, and the method that gains most.
-
-    Args:
-        tops: shares of neurons by direction and method, where only those are to be tried.
-    """
-    cell, directions = opened.cell, opened.directions()
+def _choose(opened: _Opened, aim: str, tops: Tops) -> tuple[list[_Chosen], list[Row]]:
+    """A setting for each direction and method, and the rows of the sweep."""
+    cell, directions, chosen = opened.cell, opened.directions(), list[_Chosen]()
     asked = list(product(TOWARD, cell.config.steering.sweeps))
     found = dict(zip(asked, cell.spread(partial(_rank_all, opened, aim, tops), asked), strict=True))
-    choices, best, rows = {key: candidates[0] for key, (candidates, _) in found.items()}, {}, {}
     for direction in TOWARD:
-        mine = [entry for (d, _), entry in found.items() if d == direction]
-        candidates = chain.from_iterable(candidates for candidates, _ in mine)
-        lists = opened.tune[aim][direction]
-        choice = final(lists, directions, candidates, _limits(cell, aim), [cell.seed, 1])
-        best[direction] = choice.setting.method
-        choices[direction, choice.setting.method] = choice
-        rows[direction] = list(chain.from_iterable(found_rows for _, found_rows in mine))
-    return _Chosen(choices, best, rows)
+        mine = [choices for (d, _), (choices, _) in found.items() if d == direction]
+        candidates, lists = chain.from_iterable(mine), opened.tune[aim][direction]
+        best = final(lists, directions, candidates, _limits(cell, aim), [cell.seed, 1])
+        for choices in mine:
+            is_best = choices[0].setting.method == best.setting.method
+            chosen.append(_Chosen(aim, best if is_best else choices[0], is_best))
+    return chosen, [row for _, rows in found.values() for row in rows]
 
 
 def _rank_all(
-    opened: _Opened, aim: str, tops: Mapping[tuple[str, str], float], asked: Sequence[tuple[str, str]]
-) -> list[tuple[list[Choice], list[dict[str, Any]]]]:
+    opened: _Opened, aim: str, tops: Tops, asked: Sequence[tuple[str, MethodName]]
+) -> list[tuple[list[Choice], list[Row]]]:
     """Of each direction and method: the settings, best first, and the rows of the sweep."""
     found, cell, directions = [], opened.cell, opened.directions()
     for done, (direction, method) in enumerate(asked):
@@ -207,13 +205,14 @@ def _rank_all(
 
 def _limits(cell: Cell, aim: str) -> Limits:
     config = cell.config.steering
-    facts = {"again": config.tune_draws_again, "excess_cost": config.excess_cost}
+    again, excess_cost = config.tune_draws_again, config.excess_cost
     if aim == "conflict":
-        return Limits(CONFLICT_CONTROL, CONFLICT_COLLATERAL, refits=0, **facts)
-    return Limits(config.control_limit, config.collateral_limit, refits=config.tune_refits, **facts)
+        return Limits(CONFLICT_CONTROL, CONFLICT_COLLATERAL, refits=0, again=again, excess_cost=excess_cost)
+    limits = config.control_limit, config.collateral_limit
+    return Limits(*limits, refits=config.tune_refits, again=again, excess_cost=excess_cost)
 
 
-def _row(name: str, setting: Setting, scores: Scores, label: str | None = None) -> dict[str, Any]:
+def _row(name: str, setting: Setting, scores: Scores, label: str | None = None) -> Row:
     """A row of the sweep: what became of examples that a setting is to steer, or how many keep their label."""
     row = {"examples": name, "n": len(scores.behaviour_N), **_columns(setting)}
     row |= dict.fromkeys(("shift", "stay", "other", "kept", "margin", "margin_sd"), np.nan)
@@ -224,55 +223,41 @@ def _row(name: str, setting: Setting, scores: Scores, label: str | None = None) 
     return row | {column: share_of(scores, behaviour) for column, behaviour in shares.items()}
 
 
-def _plan(cell: Cell, chosen: Mapping[str, _Chosen]) -> Plan:
-    """What is judged on test; conflicts get controls under the methods that are best for them or for pairs only."""
-    config, plan = cell.config.steering, {}
-    for aim, found in chosen.items():
-        for (direction, method), choice in found.choices.items():
-            draws = config.draws if aim == "pairs" else config.conflict_draws
-            judged = aim == "pairs" or method in {other.best[direction] for other in chosen.values()}
-            plan[aim, direction, method] = choice.setting, draws if judged else 0
-    return plan
-
-
-def _judge_all(opened: _Opened, plan: Plan, asked: Sequence[tuple[str, str]]) -> list[list[Placed]]:
+def _judge_all(opened: _Opened, chosen: Sequence[_Chosen], asked: Sequence[tuple[str, str]]) -> list[list[Placed]]:
     """Of each direction and method: its tables of all lists, with their places among all tables."""
     config, directions = opened.cell.config.steering, opened.directions()
     found: dict[tuple[str, str], list[Placed]] = {one: [] for one in asked}
     for number, direction in enumerate(TOWARD):
-        mine = [method for d, method in asked if d == direction]
+        mine = [
+            (place, one)
+            for place, one in enumerate(chosen)
+            if one.setting.direction == direction and (direction, one.setting.method) in found
+        ]
         lists = judged_lists(opened.records, direction, config.judged_examples) if mine else {}
         for done, (name, entry) in enumerate(lists.items()):
             note = f"{direction}: {name} on test, vectors and controls"
             opened.tell(len(AIMS) + (number + done / len(lists)) / 2, PARTS, note)
             # One list at a time: the caches of a list's prompts are most of the memory that steering takes.
             batches = with_prefixes(opened.asking, entry.examples)
-            aims = [aim for aim in AIMS if aim == "pairs" or not name.startswith("pairs")]
-            for aim, method in product(aims, mine):
-                setting, draws = plan[aim, direction, method]
-                controls = (aim, draws if name == aim else 0)
-                place = (number, done, list(AIMS).index(aim), list(config.sweeps).index(method))
-                for n, (role, scores) in enumerate(_judge(opened, directions, setting, entry, batches, controls)):
-                    found[direction, method].append(((*place, n), _table(aim, setting, role, name, entry, scores)))
+            for place, one in mine:
+                if one.aim == "conflict" and name.startswith("pairs"):
+                    continue
+                draws = one.draws(config, chosen) if name == one.aim else 0
+                judged = _judge(opened, directions[one.setting.site], one, entry, batches, draws)
+                found[direction, one.setting.method] += [
+                    ((number, done, place, n), _table(one, role, name, entry, scores))
+                    for n, (role, scores) in enumerate(judged)
+                ]
             del batches  # before the next list's are made
     return list(found.values())
 
 
 def _judge(
-    opened: _Opened,
-    directions: Mapping[str, Directions],
-    setting: Setting,
-    entry: JudgedList,
-    batches: Sequence[Batch],
-    controls: tuple[str, int],
+    opened: _Opened, directions: Directions, one: _Chosen, entry: JudgedList, batches: Sequence[Batch], draws: int
 ) -> Iterator[tuple[tuple[str, int], Scores]]:
-    """A vector on one list, then the draws of its controls: by role and draw, the scores.
-
-    Args:
-        controls: the aim, and how many draws of each there are.
-    """
-    cell, asking, (aim, draws) = opened.cell, opened.asking, controls
-    vector = directions[setting.site].vector(setting)
+    """The scores of a vector on one list, then those of the draws of its controls, with role and draw."""
+    cell, asking, setting = opened.cell, opened.asking, one.setting
+    vector = directions.vector(setting)
     scores = steered(asking, batches, vector)
     has_format = getattr(cell_task(cell), "has_memorized_format", None)
     if has_format and entry.examples[0].kind == "conflict":
@@ -281,35 +266,37 @@ def _judge(
     yield ("vector", 0), scores
     for control in CONTROLS if draws else ():
         # Shuffles go by the first number, and those that settings were ranked by are to be no part of this.
-        stream = zlib.crc32(f"{aim}/{setting.direction}/{setting.method}/{control}".encode())
-        drawn = control_draws(control, directions[setting.site], setting, draws, [cell.seed + JUDGED, stream])
-        for number, shift_LD in drawn:
+        stream = zlib.crc32(f"{one.aim}/{setting.direction}/{setting.method}/{control}".encode())
+        for number, shift_LD in control_draws(control, directions, setting, draws, [cell.seed + JUDGED, stream]):
             yield (control, number), steered(asking, batches, vector.with_dense(shift_LD), margins=False)
 
 
-def _save(opened: _Opened, plan: Plan) -> list[Path]:
+def _save(opened: _Opened, chosen: Sequence[_Chosen]) -> list[Path]:
     """Write the chosen vectors, bound to their model."""
     files, directions = list[Path](), opened.directions()
-    for (aim, direction, method), (setting, _) in plan.items():
-        bound = directions[setting.site].vector(setting).bound_to(opened.asking.model, opened.asking.tokenizer)
+    for one in chosen:
+        vector = directions[one.setting.site].vector(one.setting)
+        bound = vector.bound_to(opened.asking.model, opened.asking.tokenizer)
         facts = opened.asking.put | {"begin_alike": opened.begin_alike}
         bound = replace(bound, task=opened.cell.label, commit=git_state()["commit"] or "", **facts)
-        name = f"{direction}-{method}" + ("" if aim == "pairs" else f"-{aim}")
+        name = f"{one.setting.direction}-{one.setting.method}" + ("" if one.aim == "pairs" else f"-{one.aim}")
         files += save_bound(opened.cell.folder / "vectors", name, bound)
     return files
 
 
-def _facts_chosen(opened: _Opened, chosen: _Chosen) -> dict[str, Any]:
-    """What was chosen, per method and direction, and the best method of each by the tune split."""
-    methods: dict[str, dict[str, Any]] = {}
+def _facts_chosen(opened: _Opened, chosen: Sequence[_Chosen]) -> dict[str, Any]:
+    """``chosen.json``: what was chosen, by aim, method and direction, and the best method of each on tune."""
+    found: dict[str, Any] = {aim: {"best": {}, "methods": {}} for aim in AIMS}
     directions = opened.directions()
-    for (direction, method), choice in chosen.choices.items():
-        setting = choice.setting
+    for one in chosen:
+        setting = one.setting
         facts = {name: getattr(setting, name) for name in ("method", "site", "positions", "top", "strength")}
         facts |= {"layers": list(setting.layers), "alpha": directions[setting.site].alpha(setting)}
-        facts |= {"within_limits": choice.within, "begin_alike": opened.begin_alike}
-        methods.setdefault(method, {})[direction] = facts
-    return {"best": chosen.best, "methods": methods}
+        facts |= {"within_limits": one.choice.within, "begin_alike": opened.begin_alike}
+        found[one.aim]["methods"].setdefault(setting.method, {})[setting.direction] = facts
+        if one.best:
+            found[one.aim]["best"][setting.direction] = setting.method
+    return found
 
 
 def settings_of(config: SteeringConfig, direction: str, method: MethodName, count: int) -> list[Setting]:
@@ -326,25 +313,18 @@ def settings_of(config: SteeringConfig, direction: str, method: MethodName, coun
     return list(dict.fromkeys(settings))
 
 
-def _columns(setting: Setting) -> dict[str, Any]:
-    """A setting in the columns of the records."""
-    facts = {name: getattr(setting, name) for name in ("direction", "method", "site", "layers", "top", "strength")}
-    return facts | {"layers": layers_name(setting.layers)}
+def _columns(setting: Setting) -> Row:
+    """A setting in the columns of the records; layers as ``0-3`` for a range, ``2`` for one, else between commas."""
+    row = {name: getattr(setting, name) for name in ("direction", "method", "site", "layers", "top", "strength")}
+    first, last = setting.layers[0], setting.layers[-1]
+    if setting.layers == tuple(range(first, last + 1)):
+        return row | {"layers": str(first) if first == last else f"{first}-{last}"}
+    return row | {"layers": ",".join(map(str, setting.layers))}
 
 
-def layers_name(layers: Sequence[int]) -> str:
-    """``0-3`` for a range, ``2`` for one layer, else the layers between commas."""
-    first, last = layers[0], layers[-1]
-    if list(layers) == list(range(first, last + 1)):
-        return str(first) if first == last else f"{first}-{last}"
-    return ",".join(map(str, layers))
-
-
-def _table(
-    aim: str, setting: Setting, role: tuple[str, int], name: str, entry: JudgedList, scores: Scores
-) -> pd.DataFrame:
+def _table(one: _Chosen, role: tuple[str, int], name: str, entry: JudgedList, scores: Scores) -> pd.DataFrame:
     """One row per steered test example."""
-    columns: dict[str, Any] = {"aim": aim, **_columns(setting), "role": role[0], "draw": role[1], "examples": name}
+    columns: Row = {"aim": one.aim, **_columns(one.setting), "role": role[0], "draw": role[1], "examples": name}
     columns |= {"example": np.arange(len(entry.examples)), "split": "test", "before": entry.before}
     columns |= {key: [getattr(example, key) for example in entry.examples] for key in ("group", "family")}
     columns |= {"after": scores.behaviour_N, "margin_before": entry.margin_N, "margin": scores.margin_N}
