@@ -25,6 +25,8 @@ from mnemoscope.tasks import Task, build_task
 
 Stage = Callable[[Cell, Tell], list[Path]]
 
+GATE = 0.5  # probability from which on a gate acts, where a study judges it
+
 
 def rng_of(cell: Cell, stage: str) -> np.random.Generator:
     """The generator of a stage; no stage's draws depend on another's."""

@@ -149,7 +149,7 @@ def _transferred_steering(
 ) -> Iterator[pd.DataFrame]:
     """Every cell's vectors, paper's and best, on a cell's test pairs, beside Gaussian shifts of the same norm."""
     for direction in SOURCE:
-        examples = records.turned("test", direction, TRANSFERRED_PAIRS)
+        examples = records.targets("test", direction, TRANSFERRED_PAIRS)
         if not examples:
             continue
         batches = with_prefixes(asking, examples)

@@ -23,6 +23,7 @@ from mnemoscope.directions import TOWARD
 from mnemoscope.errors import InputError
 from mnemoscope.probes import fit_input_probe, fit_layer_probes
 from mnemoscope.stages.common import (
+    GATE,
     Tell,
     cell_model,
     kept_states,
@@ -168,4 +169,4 @@ def _gates(cell: Cell, asking: Asking, records: Records, detector: Detector) -> 
             states = read_states(asking, entry.examples, config.pairs.site, kept=kept_states(cell))
             reading = detector.read(states.at_decision_NLD)
             columns: dict[str, Any] = {"direction": direction, "examples": name, "example": range(len(entry.examples))}
-            yield pd.DataFrame(columns | _said(reading) | {"acts": reading.acts(toward, config.detection.threshold)})
+            yield pd.DataFrame(columns | _said(reading) | {"acts": reading.acts(toward, GATE)})

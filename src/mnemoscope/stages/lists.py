@@ -12,7 +12,8 @@ import pandas as pd
 
 from mnemoscope.behaviour import Asking, prepare, score
 from mnemoscope.cells import Cell
-from mnemoscope.directions import SOURCE, TOWARD, FitLists, TuneLists, in_turn, with_prefixes
+from mnemoscope.directions import SOURCE, TOWARD, FitLists, Sources, TuneLists, in_turn, read_sources, with_prefixes
+from mnemoscope.models import Site
 from mnemoscope.stages.common import cell_task, rng_of
 from mnemoscope.steering import Toward
 from mnemoscope.tasks import Example, Split, Task, draw
@@ -52,14 +53,12 @@ class Records:
         """Pairs as (answered generalized, answered memorized)."""
         return [(_phrasing(row, "generalized"), _phrasing(row, "memorized")) for row in self._pairs(split, limit)]
 
-    def turned(self, split: Split, direction: str, limit: int, reachable: bool = True) -> list[Example]:
-        """Of each pair, the phrasing that shows the behaviour to be turned.
-
-        A phrasing that is part of several pairs comes once.
+    def targets(self, split: Split, direction: str, limit: int, reachable: bool = True) -> list[Example]:
+        """Of each pair, the phrasing that shows the behaviour to be steered away from, each phrasing once.
 
         Args:
-            reachable: turning to memory takes a phrasing that leaves the stored key where it was stored; False gives
-                the others, which are judged apart. Every phrasing can be turned to the rule.
+            reachable: steering to memory takes a phrasing that leaves the stored key where it was stored; False gives
+                the others, which are judged apart. Every phrasing can be steered to the rule.
         """
         phrasings = (_phrasing(row, SOURCE[direction]) for row in self._pairs(split, None))
         wanted = (e for e in phrasings if (direction == "to_generalized" or self.task.keeps_key(e)) == reachable)
@@ -76,36 +75,40 @@ class Records:
         return _rows(chosen.head(len(chosen) if limit is None else limit))
 
 
-def fit_lists(cell: Cell, asking: Asking, records: Records) -> FitLists:
+def sources_of(cell: Cell, asking: Asking, records: Records, sites: Iterable[Site]) -> dict[Site, Sources]:
+    """What directions are computed from, by site."""
+    lists, pairs = _fit_lists(cell, asking, records), records.both_sides("fit", cell.config.steering.fit_pairs)
+    return {site: read_sources(site, pairs, lists) for site in dict.fromkeys(sites)}
+
+
+def _fit_lists(cell: Cell, asking: Asking, records: Records) -> FitLists:
     """What directions are fitted on, prepared with prefixes."""
     # Small batches: a learned vector takes one of them a step.
     config = cell.config.steering
     asking = replace(asking, batch_size=config.fit_batch)
-    right = {
-        kind: with_prefixes(asking, examples)
-        for kind, examples in _answered_right(cell, asking, records, "fit", config.fit_others).items()
-    }
+    right = _answered_right(cell, asking, records, "fit", config.fit_others)
+    ready = {kind: with_prefixes(asking, examples) for kind, examples in right.items()}
     pairs, conflicts, kept = {}, {}, {}
     for direction, toward in TOWARD.items():
-        pairs[toward] = with_prefixes(asking, records.turned("fit", direction, config.fit_pairs))
+        pairs[toward] = with_prefixes(asking, records.targets("fit", direction, config.fit_pairs))
         reachable = direction == "to_memorized"
         others = records.conflicts("fit", SOURCE[direction], config.fit_others, reachable)
         conflicts[toward] = with_prefixes(asking, others)
-        # Memory examples that are conflicts say which answer is the memorized one; shuffled labels must not know.
+        # Memory examples that are conflicts give away the memorized answer, which shuffled labels must not know.
         known = () if records.memory_is_conflict else ("memory",)
         kinds = [k for k in _kept(records, toward) if k in ("novel", *known) and k in config.kept_kinds]
-        kept[toward] = in_turn(right[kind] for kind in kinds)
+        kept[toward] = in_turn(ready[kind] for kind in kinds)
     return FitLists(asking, pairs, conflicts, kept, config.kept_weight, config.learned_steps)
 
 
 def tune_lists(cell: Cell, asking: Asking, records: Records) -> dict[str, dict[str, TuneLists]]:
     """What settings are tried on, by aim (``pairs``, ``conflict``) and direction, prepared with prefixes."""
     config = cell.config.steering
-    known = _answered_right(cell, asking, records, "tune", config.tune_others)
-    right = {kind: with_prefixes(asking, examples) for kind, examples in known.items()}
-    # A fact that is asked for with nothing said and one that the prompt repeats are lost in different ways.
-    families = sorted({example.family for example in known["memory"]})
-    recalled = {name: [e for e in known["memory"] if e.family == name] for name in families if len(families) > 1}
+    right = _answered_right(cell, asking, records, "tune", config.tune_others)
+    ready = {kind: (with_prefixes(asking, examples), "correct") for kind, examples in right.items()}
+    # A fact that is asked for without context and one that the prompt repeats are lost in different ways.
+    families = sorted({example.family for example in right["memory"]})
+    recalled = {name: [e for e in right["memory"] if e.family == name] for name in families if len(families) > 1}
     recall = {
         name: (with_prefixes(asking, examples), "correct")
         for name, examples in recalled.items()
@@ -113,15 +116,14 @@ def tune_lists(cell: Cell, asking: Asking, records: Records) -> dict[str, dict[s
     }
     lists: dict[str, dict[str, TuneLists]] = {"pairs": {}, "conflict": {}}
     for direction, toward in TOWARD.items():
-        kept = {kind: (right[kind], "correct") for kind in _kept(records, toward)}
+        kept = {kind: ready[kind] for kind in _kept(records, toward)}
         apart = recall if "memory" in kept else {}
-        turned = with_prefixes(asking, records.turned("tune", direction, config.tune_pairs))
-        lists["pairs"][direction] = TuneLists(turned, kept, apart)
+        targets = with_prefixes(asking, records.targets("tune", direction, config.tune_pairs))
+        lists["pairs"][direction] = TuneLists(targets, kept, apart)
         source = records.conflicts("tune", SOURCE[direction], config.tune_others, direction == "to_memorized")
         rest = with_prefixes(asking, records.conflicts("tune", toward, config.tune_others))
-        lists["conflict"][direction] = TuneLists(
-            with_prefixes(asking, source), {**kept, "conflict_rest": (rest, toward)}, apart
-        )
+        kept = {**kept, "conflict_rest": (rest, toward)}
+        lists["conflict"][direction] = TuneLists(with_prefixes(asking, source), kept, apart)
     return lists
 
 
@@ -143,7 +145,7 @@ def judged_lists(records: Records, direction: str, limit: int) -> dict[str, Judg
     lists = {}
     others = {f"pairs_{name}": replace(records, pairs=table) for name, table in records.held_out.items()}
     for name, found in {"pairs": records, "pairs_unreachable": records, **others}.items():
-        examples = found.turned("test", direction, limit, reachable=name != "pairs_unreachable")
+        examples = found.targets("test", direction, limit, reachable=name != "pairs_unreachable")
         lists[name] = JudgedList(examples, [SOURCE[direction]] * len(examples), _margins(found.pairs, examples))
     table = records.behaviour
     conflict = table[table["kind"] == "conflict"]
@@ -164,7 +166,7 @@ def judged_lists(records: Records, direction: str, limit: int) -> dict[str, Judg
 
 
 def _kept(records: Records, toward: Toward) -> list[str]:
-    """Kinds whose answers should stay: a model told to remember has nothing to remember of a novel example."""
+    """Kinds whose answers should stay: a model steered to memory has nothing to remember of a novel example."""
     memory = [] if records.memory_is_conflict and toward == "generalized" else ["memory"]
     return [*memory, "novel"] if toward == "generalized" else memory
 

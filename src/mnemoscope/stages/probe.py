@@ -18,7 +18,7 @@ from scipy import sparse
 
 from mnemoscope.behaviour import Asking, encode, read_states
 from mnemoscope.cells import Cell
-from mnemoscope.contrast import nmd_and_rho
+from mnemoscope.contrast import PairedMoments
 from mnemoscope.models import blocks_of, width_of
 from mnemoscope.probes import (
     LayerProbe,
@@ -43,6 +43,8 @@ from mnemoscope.tasks import SPLITS, Example, Side, Split
 
 MEMORY = 2**30  # bytes of states that are held at once; one offset of all pairs, if that is more
 UNCERTAINTIES = ("entropy", "top_gap")
+SHUFFLES = 10  # of the labels, for probes that have nothing to learn
+TOPS = (0.05, 0.1, 0.3)  # shares of all neurons whose overlap between halves is counted
 ALL = -1  # the layer of what belongs to none, or to all together
 
 BySplit = dict[Split, np.ndarray]  # states (N, L, D)
@@ -177,7 +179,7 @@ def _shuffled_rows(
     fit, rng = parts["fit"], rng_of(cell, "shuffle")
     pair_N = np.repeat(np.arange(len(fit.examples) // 2), 2)
     rows: list[pd.DataFrame] = []
-    for _ in range(cell.config.probes.shuffles):
+    for _ in range(SHUFFLES):
         labels_N = shuffled(fit.labels_N, pair_N, rng)
         blind = [
             LayerProbe(probe.regularization).fit(states["fit"][:, layer], labels_N)
@@ -216,7 +218,7 @@ def learning_rows(
     """What fewer fit pairs give: the probe's test accuracy at one layer, and how near their NMD is to that of all."""
     config, rng, groups_P = cell.config.probes, rng_of(cell, "learning"), parts["fit"].groups_P
     fit_PSLD = states["fit"].reshape(-1, 2, *states["fit"].shape[1:])
-    whole_LD, _ = nmd_and_rho(fit_PSLD[:, 0], fit_PSLD[:, 1])
+    whole_LD = PairedMoments.of(fit_PSLD).nmd_LD
     one_layer: BySplit = {split: states[split][:, [layer]] for split in SPLITS}
     tune_N, test_N = parts["tune"].labels_N, parts["test"].labels_N
     sizes = [size for size in sorted(config.learning) if size < len(groups_P)]
@@ -224,7 +226,7 @@ def learning_rows(
         for draw in range(draws):
             # All pairs are taken in their own order: the curve ends exactly at the probe and the NMD of the study.
             chosen = in_group_order(groups_P, rng)[:size] if size < len(groups_P) else np.arange(size)
-            nmd_LD, _ = nmd_and_rho(fit_PSLD[chosen, 0], fit_PSLD[chosen, 1])
+            nmd_LD = PairedMoments.of(fit_PSLD[chosen]).nmd_LD
             states_NLD = one_layer["fit"][(2 * chosen[:, None] + [0, 1]).ravel()]
             probe = fit_layer_probes(states_NLD, np.tile([1, 0], size), one_layer["tune"], tune_N)[0]
             accuracy = share_right(probe.decision_function(one_layer["test"][:, 0]), test_N)
@@ -249,20 +251,14 @@ def halves_rows(cell: Cell, fit_NLD: np.ndarray, groups_P: Sequence[str]) -> Ite
     fit_PSLD = fit_NLD.reshape(-1, 2, *fit_NLD.shape[1:])
     for halving in range(config.halvings if len(set(groups_P)) > 1 else 0):
         half_P = half_of_groups(groups_P, rng)
-        nmd, rho = zip(*(nmd_and_rho(*fit_PSLD[rows].swapaxes(0, 1)) for rows in (half_P, ~half_P)), strict=True)
-        for row in compare_contrasts(nmd, rho, config.tops):
+        halves = [PairedMoments.of(fit_PSLD[rows]) for rows in (half_P, ~half_P)]
+        for row in compare_contrasts(halves):
             yield {"halving": halving, **row}
 
 
-def compare_contrasts(
-    nmd: tuple[np.ndarray, np.ndarray], rho: tuple[np.ndarray, np.ndarray], tops: Sequence[float]
-) -> Iterator[dict[str, Any]]:
-    """Two contrasts of one model side by side.
-
-    Args:
-        nmd, rho: of either, each (L, D).
-        tops: shares of all neurons whose overlap is counted.
-    """
+def compare_contrasts(halves: Sequence[PairedMoments]) -> Iterator[dict[str, Any]]:
+    """How alike NMD and rho of two halves are."""
+    nmd, rho = [half.nmd_LD for half in halves], [half.rho_LD for half in halves]
     none = {"top": np.nan, "chance": np.nan, "chance_low": np.nan, "chance_high": np.nan}
     layers, neurons = nmd[0].shape
     for layer in range(layers):
@@ -270,7 +266,7 @@ def compare_contrasts(
         yield {**common, "what": "rho_rank_correlation", "value": rank_correlation(rho[0][layer], rho[1][layer])}
         yield {**common, "what": "nmd_cosine", "value": cosine(nmd[0][layer], nmd[1][layer])}
     yield {**none, "what": "nmd_cosine", "layer": ALL, "value": cosine(*nmd), "n": layers * neurons}
-    for top in tops:
+    for top in TOPS:
         sets = [top_by_magnitude(rho_LD, top) for rho_LD in rho]
         # Permuted over all neurons, and within layers: the second null knows which layers have the large |rho|.
         nulls = {"overlap": [chosen.reshape(1, -1) for chosen in sets], "overlap_in_layers": sets}
