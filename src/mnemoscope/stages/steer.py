@@ -49,22 +49,20 @@ AIM_NAMES = {"pairs": "pairs", "conflict": "conflicts as drawn"}
 # Aim, direction and method whose settings are to be ranked, and the share of neurons where that was chosen before.
 Asked = tuple[str, str, str, float | None]
 Ranked = tuple[list[Choice], list[dict[str, Any]]]  # settings, best first, and rows of the sweep
-Placed = tuple[tuple[int, ...], pd.DataFrame]  # a table, and its place among all tables
+Judged = tuple[str, str, str, str]  # direction, list, aim and method
 
 
 def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
     """Choose settings on the tune split, for pairs and for conflicts as drawn; judge them on the test split."""
     work = _Work(cell)
-    work.tell = tell
     made = _Made()
-    for number, aim in enumerate(AIMS):
-        tell(number, len(AIMS) + 1, f"choosing for {AIM_NAMES[aim]} on tune")
-        _choose(work, made, aim)
+    for aim in AIMS:
+        _choose(work, made, aim, tell)
     work.forget_tune()  # the tune lists and their caches are gone before the test lists come
-    tell(len(AIMS), len(AIMS) + 1, "vectors and controls on test")
-    asked = list(product(TOWARD, cell.config.steering.sweeps))
-    judged = cell.spread(partial(work.judge_all, made), asked)
-    tables = [table for _, table in sorted((part for parts in judged for part in parts), key=itemgetter(0))]
+    judged, tables = work.judged(), list[pd.DataFrame]()
+    for done, found in enumerate(cell.map(partial(work.judge, made), judged)):
+        tell(len(AIMS) + done / len(judged), len(AIMS) + 1, "vectors and controls on test")
+        tables += found
     files = work.save(made)
     files.append(write_table(cell.records / "steering.parquet", pd.concat(tables, ignore_index=True)))
     rows = [row for _, of_one in sorted(made.swept, key=itemgetter(0)) for row in of_one]
@@ -73,13 +71,16 @@ def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
     return files
 
 
-def _choose(work: _Work, made: _Made, aim: str) -> None:
+def _choose(work: _Work, made: _Made, aim: str, tell: Tell) -> None:
     """Choose a setting for each method and direction, and the method that gains most."""
     asked: list[Asked] = []
     for direction, method in product(TOWARD, list[str](work.cell.config.steering.sweeps)):
         top = made.choices["pairs", direction, method].setting.top if aim == "conflict" else None
         asked.append((aim, direction, method, top))
-    found = work.cell.spread(work.rank_all, asked)
+    found: list[Ranked] = []
+    for one in work.cell.map(work.rank, asked):
+        found.append(one)
+        tell(AIMS.index(aim) + len(found) / len(asked), len(AIMS) + 1, f"choosing for {AIM_NAMES[aim]} on tune")
     for (_, direction, method, _), (choices, rows) in zip(asked, found, strict=True):
         made.choices[aim, direction, method] = choices[0]
         made.swept.append(((list(TOWARD).index(direction), AIMS.index(aim)), rows))
@@ -127,7 +128,7 @@ class _Work:
 
     def __init__(self, cell: Cell) -> None:
         self.cell = cell
-        self.tell: Tell = lambda *_: None
+        self._batches: tuple[tuple[str, str], list[Batch]] | None = None
 
     def __reduce__(self) -> tuple[type[_Work], tuple[Cell]]:
         return _Work, (self.cell,)
@@ -160,16 +161,9 @@ class _Work:
     def forget_tune(self) -> None:
         self.__dict__.pop("tune", None)
 
-    def rank_all(self, asked: Sequence[Asked]) -> list[Ranked]:
-        """Of each: the settings, best first, and the rows of the sweep."""
-        found = []
-        for done, (aim, direction, method, top) in enumerate(asked):
-            note = f"{direction}: choosing {method} for {AIM_NAMES[aim]} on tune"
-            self.tell(AIMS.index(aim) + done / len(asked), len(AIMS) + 1, note)
-            found.append(self._rank(aim, direction, method, top))
-        return found
-
-    def _rank(self, aim: str, direction: str, method: str, top: float | None) -> Ranked:
+    def rank(self, asked: Asked) -> Ranked:
+        """The settings, best first, and the rows of the sweep."""
+        aim, direction, method, top = asked
         config, count = self.cell.config.steering, len(blocks_of(self.asking.model))
         grids = config.sweeps[method]  # type: ignore[index]
         settings = settings_of(direction, method, grids, count, config.positions)
@@ -229,24 +223,30 @@ class _Work:
             row |= {"kept": share_of(scores, label)}
         return row, scores
 
-    def judge_all(self, made: _Made, asked: Sequence[tuple[str, str]]) -> list[list[Placed]]:
-        """Of each direction and method: its tables of all lists, with their places among all tables."""
+    @cached_property
+    def lists(self) -> dict[str, dict[str, JudgedList]]:
+        """By direction and name."""
+        limit = self.cell.config.steering.judged_examples
+        return {direction: judged_lists(self.records, direction, limit) for direction in TOWARD}
+
+    def judged(self) -> list[Judged]:
+        """What is judged, list by list."""
         methods = list[str](self.cell.config.steering.sweeps)
-        found: dict[tuple[str, str], list[Placed]] = {one: [] for one in asked}
-        for number, direction in enumerate(TOWARD):
-            mine = [method for d, method in asked if d == direction]
-            lists = judged_lists(self.records, direction, self.cell.config.steering.judged_examples) if mine else {}
-            for done, (name, entry) in enumerate(lists.items()):
-                note = f"{direction}: {name} on test, vectors and controls"
-                self.tell(len(AIMS) + (number + done / len(lists)) / 2, len(AIMS) + 1, note)
-                # One list at a time: the caches of a list's prompts are most of the memory that steering takes.
-                batches = with_prefixes(self.asking, entry.examples)
-                for aim, method in product(AIMS, mine):
-                    tables = self._judge(made, aim, direction, method, name, entry, batches)
-                    place = (number, done, AIMS.index(aim), methods.index(method))
-                    found[direction, method] += [((*place, n), table) for n, table in enumerate(tables)]
-                del batches  # before the next list's are made
-        return list(found.values())
+        return [
+            (direction, name, aim, method)
+            for direction, lists in self.lists.items()
+            for name, aim, method in product(lists, AIMS, methods)
+        ]
+
+    def judge(self, made: _Made, judged: Judged) -> list[pd.DataFrame]:
+        """The tables of a chosen vector on one list."""
+        direction, name, aim, method = judged
+        entry = self.lists[direction][name]
+        if self._batches is None or self._batches[0] != (direction, name):
+            # One list at a time: the caches of a list's prompts are most of the memory that steering takes.
+            self._batches = None
+            self._batches = (direction, name), with_prefixes(self.asking, entry.examples)
+        return list(self._judge(made, aim, direction, method, name, entry, self._batches[1]))
 
     def _judge(
         self, made: _Made, aim: str, direction: str, method: str, name: str, entry: JudgedList, batches: Sequence[Batch]
