@@ -22,9 +22,9 @@ from pathlib import Path
 from mnemoscope.cells import Cell, Opened, Tell, by_label, by_model, cells_of, git_state, version
 from mnemoscope.config import StudyConfig, dump_study
 from mnemoscope.errors import InputError, StudyError
-from mnemoscope.executors import Execute, Progress, by_name
+from mnemoscope.executors import Progress, in_processes, possible_workers, run_cells
 from mnemoscope.files import file_hash, fingerprint, write_atomically
-from mnemoscope.processes import Spread, in_one_place, settle, side_by_side
+from mnemoscope.processes import settle
 
 
 def run_study(
@@ -40,7 +40,8 @@ def run_study(
 
     Args:
         run: the run folder; made if missing. A folder of another configuration is refused.
-        workers: cells at a time; default: as many as there are processors for ``config.threads`` each.
+        workers: processes at a time, for cells and parts of cells; default: as many as there are processors for
+            ``config.threads`` each.
         executor: ``local``, or ``ray`` for a cluster whose nodes all see the run folder.
         address: of the cluster; default: one of this machine alone.
         opened: the model of all cells whose configuration names an open one; such a study runs in this process.
@@ -60,24 +61,23 @@ def run_study(
         raise InputError("workers: a cluster takes as many cells at a time as it has processors for; leave it out")
     run = run.absolute()  # processes elsewhere have another working folder
     cells = [replace(cell, opened=opened) for cell in cells_of(config, run)]
-    if _adapts(cells):  # what is not there is told before hours of work, not after them
+    if _adapts(cells):  # a missing package is reported now, not after hours of work
         from mnemoscope.stages import check_peft
 
         check_peft("model.lora")
-    workers = workers or max(1, min(len(cells), (os.cpu_count() or 1) // config.threads))
-    with _locked(run, config), by_name(executor, workers, address) as execute:
-        failed = _run_cells(cells, execute, progress)
+    workers = workers or max(1, (os.cpu_count() or 1) // config.threads)
+    with _locked(run, config):
+        failed = run_cells(cells, run_cell, progress, workers, executor, address)
         finished = [cell for cell in cells if cell.name not in failed]
         write_atomically(run / "failed.json", json.dumps(failed, indent=1).encode())
         report = None
         if any(cell.config.analysed for cell in finished):
-            # A cluster's cells were elsewhere: this machine was never asked for more than one process. Nor was its
-            # graphics processor asked for several models.
-            with side_by_side(workers if executor == "local" else 1) as spread:
-                on_cpu = all(cell.config.model.device_map in (None, "cpu") for cell in finished)
-                compare_cells(finished, run, progress, spread if on_cpu else in_one_place)
-                _write_manifest(run, finished, started)
-                report = build_report(run, spread)
+            # With a cluster, this machine was never asked for more than one process.
+            here = workers if executor == "local" else 1
+            compare_cells(finished, run, progress, here)
+            _write_manifest(run, finished, started)
+            with in_processes(here) as parallel:
+                report = build_report(run, parallel)
         if failed:
             first, *others = failed.values()
             more = f" ({len(others)} more cells failed)" if others else ""
@@ -88,14 +88,6 @@ def run_study(
 
 def _adapts(cells: Sequence[Cell]) -> bool:
     return any(cell.config.model.lora for cell in cells)
-
-
-def _run_cells(cells: Sequence[Cell], execute: Execute, progress: Progress) -> dict[str, str]:
-    """Run all cells and return, by name, why some could not go on; hours of work are not lost with them."""
-    failed = execute(cells, run_cell, progress)
-    # Told first: what came to nothing by itself, not for want of a model.
-    ordered = sorted(cells, key=lambda cell: cell.lender in failed)
-    return {cell.name: failed[cell.name] for cell in ordered if cell.name in failed}
 
 
 def run_cell(cell: Cell, progress: Progress) -> None:
@@ -111,12 +103,12 @@ def run_cell(cell: Cell, progress: Progress) -> None:
         _run_stage(cell.name, cell.folder, name, upstream, partial(stage, cell), progress)
 
 
-def compare_cells(cells: Sequence[Cell], run: Path, progress: Progress, spread: Spread) -> None:
+def compare_cells(cells: Sequence[Cell], run: Path, progress: Progress, workers: int = 1) -> None:
     """Compare seeds of one label and labels that share a model, unless it is done."""
     analysed = [cell for cell in cells if cell.config.analysed]
     markers = [marker for cell in analysed for marker in _markers(cell)]
     wanted = hashlib.sha256("".join(json.loads(m.read_text())["hash"] for m in markers).encode()).hexdigest()
-    _run_stage("study", run, "compare", wanted, partial(_compared, analysed, run, spread), progress)
+    _run_stage("study", run, "compare", wanted, partial(_compared, analysed, run, workers), progress)
 
 
 def _markers(cell: Cell) -> list[Path]:
@@ -124,12 +116,14 @@ def _markers(cell: Cell) -> list[Path]:
     return sorted((cell.folder / "stages").glob("[!.]*.json"))
 
 
-def _compared(cells: Sequence[Cell], run: Path, spread: Spread, tell: Tell) -> list[Path]:
+def _compared(cells: Sequence[Cell], run: Path, workers: int, tell: Tell) -> list[Path]:
     if all(len(group) == 1 for group in (*by_label(cells), *by_model(cells))):
         return []  # and no model library is opened to find that out
     from mnemoscope.stages import compare_stage
 
-    return compare_stage(cells, run, spread, tell)
+    settle(cells[0].threads)
+    with in_processes(min(possible_workers(cell, workers) for cell in cells), cells[0].threads) as parallel:
+        return compare_stage(cells, run, parallel, tell)
 
 
 def _run_stage(

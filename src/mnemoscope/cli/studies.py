@@ -36,7 +36,7 @@ def run(
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Run folder; default runs/STUDY.")] = None,
     seeds: Annotated[int | None, typer.Option(help="Number of seeds; default: the study's.")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="As cells.inference.model.layers=6.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Cells at a time; default: as processors allow.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: as processors allow.")] = None,
     executor: Annotated[str, typer.Option(help="local, or ray: every cell is a task of a Ray cluster.")] = "local",
     address: Annotated[str | None, typer.Option(help="Of the Ray cluster; default: this machine alone.")] = None,
     as_json: AsJson = False,
@@ -61,13 +61,13 @@ def report(
     """Rebuild results.json and report.html from the records of a run."""
     with one_line_errors():
         from mnemoscope.errors import InputError
-        from mnemoscope.processes import side_by_side
+        from mnemoscope.executors import in_processes
         from mnemoscope.report import build_report
 
         if not (run_folder / "study.yaml").is_file():
             raise InputError(f"RUN: {run_folder} is not a run folder (it has no study.yaml)")
-        with side_by_side(min(AT_A_TIME, os.cpu_count() or 1)) as spread:
-            path = build_report(run_folder, spread)
+        with in_processes(min(AT_A_TIME, os.cpu_count() or 1)) as parallel:
+            path = build_report(run_folder, parallel)
         say(
             {"run": str(run_folder), "results": str(run_folder / "results.json"), "report": str(path)},
             as_json,

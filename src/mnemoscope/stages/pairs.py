@@ -1,9 +1,11 @@
-"""Mine pairs in every split and stream the contrast of the fit pairs."""
+"""The mining stage: pairs of every split, and the contrast of the fit pairs."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 import pandas as pd
@@ -17,6 +19,7 @@ from mnemoscope.files import write_atomically
 from mnemoscope.stages.common import TableWriter, Tell, cell_model, cell_task, rng_of
 from mnemoscope.tasks import SPLITS, Example, Split, Task, draws
 
+Candidate = tuple[Example, Example]
 SIDES = {"prompt": pa.string(), "family": pa.string(), "behaviour": pa.string(), "margin": pa.float64()}
 COLUMNS = {
     **dict.fromkeys(("item", "group", "memorized", "generalized", "split"), pa.string()),
@@ -28,10 +31,11 @@ COLUMNS = {
 def pairs_stage(cell: Cell, tell: Tell) -> list[Path]:
     """Mine pairs in every split; stream the contrast of the fit pairs.
 
-    Candidates are drawn as they are asked, by generators that no label has a part in, so that the yield has an honest
-    denominator and neither they nor what became of them is ever held as a whole.
+    Candidates are drawn batch by batch, by generators that no label has a part in, so that the yield has an honest
+    denominator and memory does not grow with their number. Batches are labelled in parallel and taken in their order,
+    so that all sums are the same for any number of processes.
     """
-    task, asking, config = cell_task(cell), cell_model(cell), cell.config.pairs
+    task, miner, config = cell_task(cell), _Miner(cell), cell.config.pairs
     contrast: ContrastAccumulator | None = None
     counts: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
     pairs: Counter[str] = Counter()
@@ -39,8 +43,7 @@ def pairs_stage(cell: Cell, tell: Tell) -> list[Path]:
     before = 0
     with TableWriter(cell.records / "pairs.parquet", COLUMNS) as writer:
         for split in SPLITS:
-            drawn = draws(task, rng_of(cell, f"pairs/{split}"), wanted[split], "conflict", split)
-            for batch in _mined(cell, asking, task, drawn, split):
+            for batch in cell.map(miner, _batches(cell, task, split, wanted[split], split)):
                 if split == "fit" and batch.is_pair_N.any():
                     contrast = contrast or _no_contrast(cell, batch)
                     groups = [pair[0].group for pair in batch.pairs()]
@@ -56,22 +59,40 @@ def pairs_stage(cell: Cell, tell: Tell) -> list[Path]:
         if not pairs[split]:
             why = _why_no_pairs(cell, counts[split], split)
             raise StudyError(f"{cell.name}: no pairs found in the {split} split: {why}")
-    files = [cell.records / "pairs.parquet", *_held_out_pairs(cell, task, asking, tell)]
+    files = [cell.records / "pairs.parquet", *_held_out_pairs(cell, task, miner, tell)]
     if contrast is not None:
         files.append(write_atomically(cell.folder / "contrast.safetensors", contrast.result().save))
     return files
 
 
-def _mined(
-    cell: Cell, asking: Asking, task: Task, examples: Iterable[Example], split: Split, held_out: str | None = None
-) -> Iterator[PairBatch]:
-    """Labelled batches of candidates."""
-    stream = f"pairs/{held_out or split}/rephrase"
-    candidates = draw_candidates(task, examples, rng_of(cell, stream), cell.config.pairs.rephrasings)
-    return mine_pairs(asking, candidates, cell.config.pairs.site)
+class _Miner:
+    """Labels batches of candidates with the model of a cell, opened in whichever process the first batch comes to."""
+
+    def __init__(self, cell: Cell) -> None:
+        self.cell = cell
+
+    def __reduce__(self) -> tuple[type[_Miner], tuple[Cell]]:
+        return _Miner, (self.cell,)
+
+    @cached_property
+    def asking(self) -> Asking:
+        return cell_model(self.cell)
+
+    def __call__(self, candidates: list[Candidate]) -> PairBatch:
+        (batch,) = mine_pairs(self.asking, candidates, self.cell.config.pairs.site, len(candidates))
+        return batch
 
 
-def _held_out_pairs(cell: Cell, task: Task, asking: Asking, tell: Tell) -> list[Path]:
+def _batches(cell: Cell, task: Task, stream: str, n: int, split: Split) -> Iterator[list[Candidate]]:
+    """Candidates of ``n`` examples, as many at a time as fill 16 passes, 512 at most."""
+    config = cell.config.pairs
+    examples = draws(task, rng_of(cell, f"pairs/{stream}"), n, "conflict", split)
+    left = draw_candidates(task, examples, rng_of(cell, f"pairs/{stream}/rephrase"), config.rephrasings)
+    while drawn := list(islice(left, min(512, 16 * config.batch_size))):
+        yield drawn
+
+
+def _held_out_pairs(cell: Cell, task: Task, miner: _Miner, tell: Tell) -> list[Path]:
     """Test pairs of what nothing is fitted on, where the task holds something out."""
     config = cell.config.pairs
     held_out = task.held_out()
@@ -82,8 +103,7 @@ def _held_out_pairs(cell: Cell, task: Task, asking: Asking, tell: Tell) -> list[
         for name, other in held_out.items():
             tell(1, 1, f"mining test pairs of another {name}")
             n = config.held_out_examples or config.test_examples
-            drawn = draws(other, rng_of(cell, f"pairs/{name}"), n, "conflict", "test")
-            for batch in _mined(cell, asking, other, drawn, "test", name):
+            for batch in cell.map(miner, _batches(cell, other, name, n, "test")):
                 writer.add(_pairs_table(batch).assign(held_out=name))
     return [path]
 

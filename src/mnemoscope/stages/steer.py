@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain, product
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,6 @@ CONFLICT_CONTROL, CONFLICT_COLLATERAL = 0.3, 0.1  # limits for conflicts as draw
 
 Row = dict[str, Any]
 Tops = Mapping[tuple[str, str], float]  # by direction and method, the share of neurons where no other is to be tried
-Placed = tuple[tuple[int, ...], pd.DataFrame]  # a table, and its place among all tables
 
 
 @dataclass(frozen=True)
@@ -76,19 +74,21 @@ class _Chosen:
 
 def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
     """Choose settings on the tune split, for pairs and for conflicts as drawn; judge them on the test split."""
-    opened, config = _Opened(cell, {}, tell), cell.config.steering
+    opened, config = _Opened(cell, {}), cell.config.steering
     asked = list(product(TOWARD, config.sweeps))
     opened.fitted |= _fitted(opened, ((s, (ANSWERED,)) for key in asked for s in opened.settings(*key)))
-    for_pairs, rows = _choose(opened, "pairs", {})
+    for_pairs, rows = _choose(opened, "pairs", {}, tell)
     # How many neurons a method takes is chosen once.
     tops = {(one.setting.direction, one.setting.method): one.setting.top for one in for_pairs}
-    for_conflicts, more = _choose(opened, "conflict", tops)
+    for_conflicts, more = _choose(opened, "conflict", tops, tell)
     opened.forget_tune()  # the tune lists and their caches are gone before the test lists come
     chosen = [*for_pairs, *for_conflicts]
     drawn = ((one, four) for one in chosen for four in shuffles(one.draws(config, chosen), cell.seed + JUDGED))
     opened.fitted |= _fitted(opened, ((one.setting, four) for one, four in drawn))
-    judged = cell.spread(partial(_judge_all, opened, chosen), asked)
-    tables = [table for _, table in sorted(chain.from_iterable(judged), key=itemgetter(0))]
+    lists, tables = [(d, name) for d in TOWARD for name in opened.judged(d)], list[pd.DataFrame]()
+    for done, judged in enumerate(cell.map(partial(_judge_list, opened, chosen), lists)):
+        tell(len(AIMS) + (done + 1) / len(lists), PARTS, "vectors and controls on test")
+        tables += judged
     rows = sorted(rows + more, key=lambda row: list(TOWARD).index(row["direction"]))
     return [
         *_save(opened, chosen),
@@ -105,8 +105,8 @@ class _Opened:
         fitted: the learned shifts so far.
     """
 
-    def __init__(self, cell: Cell, fitted: dict[Fit, np.ndarray], tell: Tell = lambda *_: None) -> None:
-        self.cell, self.fitted, self.tell = cell, fitted, tell
+    def __init__(self, cell: Cell, fitted: dict[Fit, np.ndarray]) -> None:
+        self.cell, self.fitted = cell, fitted
 
     def __reduce__(self) -> tuple[type[_Opened], tuple[Cell, dict[Fit, np.ndarray]]]:
         return _Opened, (self.cell, self.fitted)
@@ -133,6 +133,10 @@ class _Opened:
     def forget_tune(self) -> None:
         self.__dict__.pop("tune", None)
 
+    def judged(self, direction: str) -> dict[str, JudgedList]:
+        """The test lists of a direction, by name."""
+        return judged_lists(self.records, direction, self.cell.config.steering.judged_examples)
+
     @cached_property
     def begin_alike(self) -> float:
         """Share of the phrasings of fit pairs whose two answers begin with the same tokens."""
@@ -152,7 +156,7 @@ class _Opened:
 def _fitted(opened: _Opened, wanted: Iterable[tuple[Setting, tuple[Labels, ...]]]) -> dict[Fit, np.ndarray]:
     """The learned shifts among those that are wanted, fitted in parallel."""
     fits = list(dict.fromkeys((s.same_direction()[0], several) for s, several in wanted if s.method == "learned"))
-    found = opened.cell.spread(partial(_fit_all, opened), fits)
+    found = opened.cell.map(partial(_fit, opened), fits)
     return {
         (setting, labels): shift_LD
         for (setting, several), shifts in zip(fits, found, strict=True)
@@ -160,15 +164,19 @@ def _fitted(opened: _Opened, wanted: Iterable[tuple[Setting, tuple[Labels, ...]]
     }
 
 
-def _fit_all(opened: _Opened, fits: Sequence[tuple[Setting, tuple[Labels, ...]]]) -> list[list[np.ndarray]]:
-    return [learned_together(opened.sources[setting.site], setting, several) for setting, several in fits]
+def _fit(opened: _Opened, fit: tuple[Setting, tuple[Labels, ...]]) -> list[np.ndarray]:
+    setting, several = fit
+    return learned_together(opened.sources[setting.site], setting, several)
 
 
-def _choose(opened: _Opened, aim: str, tops: Tops) -> tuple[list[_Chosen], list[Row]]:
+def _choose(opened: _Opened, aim: str, tops: Tops, tell: Tell) -> tuple[list[_Chosen], list[Row]]:
     """A setting for each direction and method, and the rows of the sweep."""
     cell, directions, chosen = opened.cell, opened.directions(), list[_Chosen]()
     asked = list(product(TOWARD, cell.config.steering.sweeps))
-    found = dict(zip(asked, cell.spread(partial(_rank_all, opened, aim, tops), asked), strict=True))
+    found: dict[tuple[str, MethodName], tuple[list[Choice], list[Row]]] = {}
+    for key, ranking in zip(asked, cell.map(partial(_rank, opened, aim, tops), asked), strict=True):
+        found[key] = ranking
+        tell(list(AIMS).index(aim) + len(found) / len(asked), PARTS, f"choosing for {AIMS[aim]} on tune")
     for direction in TOWARD:
         mine = [choices for (d, _), (choices, _) in found.items() if d == direction]
         candidates, lists = chain.from_iterable(mine), opened.tune[aim][direction]
@@ -179,28 +187,22 @@ def _choose(opened: _Opened, aim: str, tops: Tops) -> tuple[list[_Chosen], list[
     return chosen, [row for _, rows in found.values() for row in rows]
 
 
-def _rank_all(
-    opened: _Opened, aim: str, tops: Tops, asked: Sequence[tuple[str, MethodName]]
-) -> list[tuple[list[Choice], list[Row]]]:
-    """Of each direction and method: the settings, best first, and the rows of the sweep."""
-    found, cell, directions = [], opened.cell, opened.directions()
-    for done, (direction, method) in enumerate(asked):
-        note = f"{direction}: choosing {method} for {AIMS[aim]} on tune"
-        opened.tell(list(AIMS).index(aim) + done / len(asked), PARTS, note)
-        rated, rows = [], []
-        lists, of_pairs = (opened.tune[name][direction] for name in (aim, "pairs"))
-        for setting in opened.settings(direction, method):
-            if setting.top != tops.get((direction, method), setting.top):
-                continue
-            vector = directions[setting.site].vector(setting)
-            scores = steered(opened.asking, lists.targets, vector)
-            rated.append((setting, share_of(scores, setting.toward)))
-            rows.append(_row(aim, setting, scores))
-            for name, (batches, label) in lists.kept.items() if method in MAPPED else ():
-                if aim == "pairs" or name not in of_pairs.kept:
-                    rows.append(_row(name, setting, steered(opened.asking, batches, vector, margins=False), label))
-        found.append((ranked(lists, directions, rated, _limits(cell, aim), [cell.seed, 1]), rows))
-    return found
+def _rank(opened: _Opened, aim: str, tops: Tops, asked: tuple[str, MethodName]) -> tuple[list[Choice], list[Row]]:
+    """The settings of a direction and method, best first, and the rows of the sweep."""
+    cell, directions, (direction, _) = opened.cell, opened.directions(), asked
+    rated, rows = [], []
+    lists, of_pairs = (opened.tune[name][direction] for name in (aim, "pairs"))
+    for setting in opened.settings(*asked):
+        if setting.top != tops.get(asked, setting.top):
+            continue
+        vector = directions[setting.site].vector(setting)
+        scores = steered(opened.asking, lists.targets, vector)
+        rated.append((setting, share_of(scores, setting.toward)))
+        rows.append(_row(aim, setting, scores))
+        for name, (batches, label) in lists.kept.items() if setting.method in MAPPED else ():
+            if aim == "pairs" or name not in of_pairs.kept:
+                rows.append(_row(name, setting, steered(opened.asking, batches, vector, margins=False), label))
+    return ranked(lists, directions, rated, _limits(cell, aim), [cell.seed, 1]), rows
 
 
 def _limits(cell: Cell, aim: str) -> Limits:
@@ -223,33 +225,18 @@ def _row(name: str, setting: Setting, scores: Scores, label: str | None = None) 
     return row | {column: share_of(scores, behaviour) for column, behaviour in shares.items()}
 
 
-def _judge_all(opened: _Opened, chosen: Sequence[_Chosen], asked: Sequence[tuple[str, str]]) -> list[list[Placed]]:
-    """Of each direction and method: its tables of all lists, with their places among all tables."""
-    config, directions = opened.cell.config.steering, opened.directions()
-    found: dict[tuple[str, str], list[Placed]] = {one: [] for one in asked}
-    for number, direction in enumerate(TOWARD):
-        mine = [
-            (place, one)
-            for place, one in enumerate(chosen)
-            if one.setting.direction == direction and (direction, one.setting.method) in found
-        ]
-        lists = judged_lists(opened.records, direction, config.judged_examples) if mine else {}
-        for done, (name, entry) in enumerate(lists.items()):
-            note = f"{direction}: {name} on test, vectors and controls"
-            opened.tell(len(AIMS) + (number + done / len(lists)) / 2, PARTS, note)
-            # One list at a time: the caches of a list's prompts are most of the memory that steering takes.
-            batches = with_prefixes(opened.asking, entry.examples)
-            for place, one in mine:
-                if one.aim == "conflict" and name.startswith("pairs"):
-                    continue
-                draws = one.draws(config, chosen) if name == one.aim else 0
-                judged = _judge(opened, directions[one.setting.site], one, entry, batches, draws)
-                found[direction, one.setting.method] += [
-                    ((number, done, place, n), _table(one, role, name, entry, scores))
-                    for n, (role, scores) in enumerate(judged)
-                ]
-            del batches  # before the next list's are made
-    return list(found.values())
+def _judge_list(opened: _Opened, chosen: Sequence[_Chosen], asked: tuple[str, str]) -> list[pd.DataFrame]:
+    """Tables of all vectors of a direction on one list, and of the controls of those that were chosen for it."""
+    (direction, name), config, directions = asked, opened.cell.config.steering, opened.directions()
+    entry, tables = opened.judged(direction)[name], []
+    batches = with_prefixes(opened.asking, entry.examples)
+    for one in chosen:
+        if one.setting.direction != direction or (one.aim == "conflict" and name.startswith("pairs")):
+            continue
+        draws = one.draws(config, chosen) if name == one.aim else 0
+        judged = _judge(opened, directions[one.setting.site], one, entry, batches, draws)
+        tables += [_table(one, role, name, entry, scores) for role, scores in judged]
+    return tables
 
 
 def _judge(
