@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from mnemoscope.behaviour import Asking, Batch, cache_prefixes, log_probabilities, prepare, score
+from mnemoscope.behaviour import Asking, Batch, KeptStates, cache_prefixes, log_probabilities, prepare, read_states
 from mnemoscope.contrast import PairedMoments
 from mnemoscope.models import Site
 from mnemoscope.steering import Toward, shifted
@@ -111,11 +111,13 @@ class Sources:
         return [[margin_gradients(self.lists.asking, b, self.site, self.shape_LD) for b in found] for found in lists]
 
 
-def read_sources(site: Site, pairs: Sequence[tuple[Example, Example]], lists: FitLists) -> Sources:
-    """Read the states of fit pairs, (answered generalized, answered memorized) each, at a site."""
+def read_sources(
+    site: Site, pairs: Sequence[tuple[Example, Example]], lists: FitLists, kept: KeptStates | None = None
+) -> Sources:
+    """Sources of fit pairs, (answered generalized, answered memorized) each, at a site; states that are ``kept`` are
+    not read again."""
     examples = [example for pair in pairs for example in pair]
-    states_NLD = score(lists.asking, prepare(lists.asking, examples), margins=False, capture=site).states_NLD
-    assert states_NLD is not None
+    states_NLD = read_states(lists.asking, examples, site, kept=kept).at_decision_NLD
     return Sources(site, states_NLD.reshape(len(pairs), 2, *states_NLD.shape[1:]), lists)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -23,6 +24,7 @@ from mnemoscope.models import Layout, load_model
 from mnemoscope.steering import Binding
 from mnemoscope.tasks import Task, build_task
 
+STATES = "states"  # folder of a cell; gone when its study has ended
 Stage = Callable[[Cell, Tell], list[Path]]
 
 GATE = 0.5  # probability from which on a gate acts, where a study judges it
@@ -75,9 +77,12 @@ def opened_model(cell: Cell, source: str | Path, task: Task) -> Asking:
     return Asking(model, tokenizer, task.boundary, cell.config.pairs.batch_size, prompting)
 
 
-def kept_states(cell: Cell) -> KeptStates:
-    """States that earlier stages of a cell have read."""
-    return KeptStates(cell.folder / "states")
+def kept_states(cell: Cell, anew: bool = False) -> KeptStates:
+    """States that earlier stages of a cell have read, until its study ends; ``anew``: none of an earlier attempt."""
+    folder = cell.folder / STATES
+    if anew:
+        shutil.rmtree(folder, ignore_errors=True)
+    return KeptStates(folder)
 
 
 def read_binding(cell: Cell) -> Binding:

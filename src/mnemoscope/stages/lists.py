@@ -14,7 +14,7 @@ from mnemoscope.behaviour import Asking, prepare, score
 from mnemoscope.cells import Cell
 from mnemoscope.directions import SOURCE, TOWARD, FitLists, Sources, TuneLists, in_turn, read_sources, with_prefixes
 from mnemoscope.models import Site
-from mnemoscope.stages.common import cell_task, rng_of
+from mnemoscope.stages.common import cell_task, kept_states, rng_of
 from mnemoscope.steering import Toward
 from mnemoscope.tasks import Example, Split, Task, draw
 
@@ -78,7 +78,7 @@ class Records:
 def sources_of(cell: Cell, asking: Asking, records: Records, sites: Iterable[Site]) -> dict[Site, Sources]:
     """What directions are computed from, by site."""
     lists, pairs = _fit_lists(cell, asking, records), records.both_sides("fit", cell.config.steering.fit_pairs)
-    return {site: read_sources(site, pairs, lists) for site in dict.fromkeys(sites)}
+    return {site: read_sources(site, pairs, lists, kept_states(cell)) for site in dict.fromkeys(sites)}
 
 
 def _fit_lists(cell: Cell, asking: Asking, records: Records) -> FitLists:

@@ -11,12 +11,12 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 
-from mnemoscope.behaviour import Asking, PairBatch, draw_candidates, mine_pairs
+from mnemoscope.behaviour import Asking, KeptStates, PairBatch, draw_candidates, mine_pairs
 from mnemoscope.cells import Cell
 from mnemoscope.contrast import ContrastAccumulator
 from mnemoscope.errors import StudyError
 from mnemoscope.files import write_atomically
-from mnemoscope.stages.common import TableWriter, Tell, cell_model, cell_task, rng_of
+from mnemoscope.stages.common import TableWriter, Tell, cell_model, cell_task, kept_states, rng_of
 from mnemoscope.tasks import SPLITS, Example, Split, Task, draws
 
 Candidate = tuple[Example, Example]
@@ -40,7 +40,7 @@ def pairs_stage(cell: Cell, tell: Tell) -> list[Path]:
     counts: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
     pairs: Counter[str] = Counter()
     wanted = {split: getattr(config, f"{split}_examples") for split in SPLITS}
-    before = 0
+    kept, before = kept_states(cell, anew=True), 0
     with TableWriter(cell.records / "pairs.parquet", COLUMNS) as writer:
         for split in SPLITS:
             for batch in cell.map(miner, _batches(cell, task, split, wanted[split], split)):
@@ -48,6 +48,7 @@ def pairs_stage(cell: Cell, tell: Tell) -> list[Path]:
                     contrast = contrast or _no_contrast(cell, batch)
                     groups = [pair[0].group for pair in batch.pairs()]
                     contrast.add(batch.states_generalized_PLD, batch.states_memorized_PLD, groups)
+                batch.keep(kept, config.site, of_all=cell.config.detection.fitted)
                 writer.add(_pairs_table(batch))
                 counts[split].update([*batch.scores_a.behaviour_N, *batch.scores_b.behaviour_N])
                 pairs[split] += int(batch.is_pair_N.sum())
@@ -59,7 +60,7 @@ def pairs_stage(cell: Cell, tell: Tell) -> list[Path]:
         if not pairs[split]:
             why = _why_no_pairs(cell, counts[split], split)
             raise StudyError(f"{cell.name}: no pairs found in the {split} split: {why}")
-    files = [cell.records / "pairs.parquet", *_held_out_pairs(cell, task, miner, tell)]
+    files = [cell.records / "pairs.parquet", *_held_out_pairs(cell, task, miner, kept, tell)]
     if contrast is not None:
         files.append(write_atomically(cell.folder / "contrast.safetensors", contrast.result().save))
     return files
@@ -92,7 +93,7 @@ def _batches(cell: Cell, task: Task, stream: str, n: int, split: Split) -> Itera
         yield drawn
 
 
-def _held_out_pairs(cell: Cell, task: Task, miner: _Miner, tell: Tell) -> list[Path]:
+def _held_out_pairs(cell: Cell, task: Task, miner: _Miner, kept: KeptStates, tell: Tell) -> list[Path]:
     """Test pairs of what nothing is fitted on, where the task holds something out."""
     config = cell.config.pairs
     held_out = task.held_out()
@@ -104,6 +105,7 @@ def _held_out_pairs(cell: Cell, task: Task, miner: _Miner, tell: Tell) -> list[P
             tell(1, 1, f"mining test pairs of another {name}")
             n = config.held_out_examples or config.test_examples
             for batch in cell.map(miner, _batches(cell, other, name, n, "test")):
+                batch.keep(kept, config.site, of_all=cell.config.detection.fitted)
                 writer.add(_pairs_table(batch).assign(held_out=name))
     return [path]
 
