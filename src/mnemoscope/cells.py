@@ -16,6 +16,9 @@ from mnemoscope.processes import Map, in_order
 Tell = Callable[[float, float, str], None]
 
 
+STATES = "states"  # folder of a cell with what its stages have read; gone when its study has ended
+
+
 @dataclass(frozen=True, slots=True)
 class Opened:
     """What was open before a study of it began; nothing is opened in its place."""

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 
-from mnemoscope.cells import Cell, Opened, Tell, by_label, by_model, cells_of, git_state, version
+from mnemoscope.cells import STATES, Cell, Opened, Tell, by_label, by_model, cells_of, git_state, version
 from mnemoscope.config import StudyConfig, dump_study
 from mnemoscope.errors import InputError, StudyError
 from mnemoscope.executors import Progress, in_processes, possible_workers, run_cells
@@ -109,6 +110,8 @@ def compare_cells(cells: Sequence[Cell], run: Path, progress: Progress, workers:
     markers = [marker for cell in analysed for marker in _markers(cell)]
     wanted = hashlib.sha256("".join(json.loads(m.read_text())["hash"] for m in markers).encode()).hexdigest()
     _run_stage("study", run, "compare", wanted, partial(_compared, analysed, run, workers), progress)
+    for cell in analysed:  # whose stages will not read anything again
+        shutil.rmtree(cell.folder / STATES, ignore_errors=True)
 
 
 def _markers(cell: Cell) -> list[Path]:

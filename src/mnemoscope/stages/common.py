@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mnemoscope.behaviour import PLAIN, Asking, KeptStates, Prompting
-from mnemoscope.cells import Cell, Tell
+from mnemoscope.cells import STATES, Cell, Tell
 from mnemoscope.directions import Setting
 from mnemoscope.errors import InputError
 from mnemoscope.files import replacing, write_atomically
@@ -24,7 +24,6 @@ from mnemoscope.models import Layout, load_model
 from mnemoscope.steering import Binding
 from mnemoscope.tasks import Task, build_task
 
-STATES = "states"  # folder of a cell; gone when its study has ended
 Stage = Callable[[Cell, Tell], list[Path]]
 
 GATE = 0.5  # probability from which on a gate acts, where a study judges it

@@ -66,8 +66,9 @@ def detection_stage(cell: Cell, tell: Tell) -> list[Path]:
     tell(3, 4, "where a gate acts")
     gates = list(_gates(cell, asking, records, detector))
     return [
-        *detector.save(cell.folder / "detector.safetensors"),
-        *(lower.save(cell.folder / "detector_below.safetensors") if lower else []),
+        # The JSON beside each is written again once there is a card.
+        detector.save(cell.folder / "detector.safetensors")[0],
+        *(lower.save(cell.folder / "detector_below.safetensors")[:1] if lower else []),
         write_table(cell.records / "detection.parquet", table),
         write_table(cell.records / "gate.parquet", pd.concat(gates, ignore_index=True)),
     ]

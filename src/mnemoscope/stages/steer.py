@@ -267,7 +267,8 @@ def _save(opened: _Opened, chosen: Sequence[_Chosen]) -> list[Path]:
     for one in chosen:
         vector = directions[one.setting.site].vector(one.setting)
         name = f"{one.setting.direction}-{one.setting.method}" + ("" if one.aim == "pairs" else f"-{one.aim}")
-        files += replace(vector, **facts).save(opened.cell.folder / "vectors" / f"{name}.safetensors")
+        # The JSON beside it is written again once there is a card.
+        files.append(replace(vector, **facts).save(opened.cell.folder / "vectors" / f"{name}.safetensors")[0])
     return files
 
 
