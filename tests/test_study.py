@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -12,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +21,11 @@ from safetensors import safe_open
 
 from helpers import MINI_TASKS
 from mnemoscope.behaviour import Asking
-from mnemoscope.cells import Cell, cells_of
+from mnemoscope.cells import cells_of
 from mnemoscope.config import dump_study, load_study, parse_study
 from mnemoscope.errors import InputError, StudyError
-from mnemoscope.executors import Progress, by_name
 from mnemoscope.files import ENDS
 from mnemoscope.models import load_model
-from mnemoscope.processes import pool_of
 from mnemoscope.stages import STAGES
 from mnemoscope.steering import SteeringVector
 from mnemoscope.study import _brought, run_study
@@ -153,14 +149,6 @@ def _killed_in(stage: str, earlier: list[str], study_file: Path, run: Path) -> P
     process.send_signal(signal.SIGKILL)
     process.wait()
     return None if (markers / f"{stage}.json").exists() else run
-
-
-def test_cells_side_by_side_give_what_they_give_one_by_one(two_seeds: Path, finished: Path) -> None:
-    run = two_seeds
-    two = json.loads((run / "results.json").read_text())["tasks"]["addition"]
-    assert two["seeds"] == [0, 1]
-    file = Path("cells") / "addition-0" / "records" / "steering.parquet"
-    assert (run / file).read_bytes() == (finished / file).read_bytes()
 
 
 @pytest.fixture
@@ -409,55 +397,6 @@ def test_a_cell_borrows_the_model_of_another_and_all_that_fail_are_told(tmp_path
     assert not (cells / "borrower-1" / "model").exists()
 
 
-def notes_when(cell: Cell, progress: Progress, meeting: bool) -> None:
-    """Stands in for a cell's stages: says when it began and ended; the second donor cannot go on.
-
-    Args:
-        meeting: the last donor stays at work until the first borrower has been, or for a minute.
-    """
-    began = time.monotonic()
-    other = cell.folder.parent / "borrower-0" / "times.json"
-    while meeting and cell.name == "donor-2" and not other.exists() and time.monotonic() < began + 60:
-        time.sleep(0.05)
-    cell.folder.mkdir(parents=True)
-    (cell.folder / "times.json").write_text(json.dumps([began, time.monotonic()]))
-    if cell.name == "donor-1":
-        raise StudyError("donor-1: never mixed")
-
-
-def test_whatever_goes_wrong_ends_processes_that_are_at_work() -> None:
-    def interrupted() -> None:
-        with pool_of(1) as pool:
-            future = pool.submit(time.sleep, 120)
-            while not future.running():
-                time.sleep(0.01)
-            raise KeyboardInterrupt
-
-    began = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert time.monotonic() - began < 60, "nobody waited for it"
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_cell_begins_once_its_lender_has_ended_and_nobody_waits_for_all_lenders(workers: int, tmp_path: Path) -> None:
-    raw = yaml.safe_load(TWO_LABELS.format(folder=tmp_path))
-    raw["seeds"], raw["cells"] = 3, dict(reversed(raw["cells"].items()))  # borrowers are named first
-    cells = cells_of(parse_study(raw), tmp_path)
-    with by_name("local", workers) as execute:
-        failed = execute(cells, partial(notes_when, meeting=workers == 2), lambda *_: None)
-    assert failed == {
-        "donor-1": "donor-1: never mixed",
-        "borrower-1": "borrower-1: donor-1, whose model it takes, could not go on",
-    }
-    times = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("cells/*/times.json")}
-    assert set(times) == {cell.name for cell in cells} - {"borrower-1"}
-    for seed in (0, 2):
-        assert times[f"borrower-{seed}"][0] >= times[f"donor-{seed}"][1]
-    if workers == 2:
-        assert times["borrower-0"][0] < times["donor-2"][1], "the last lender is still at work"
-
-
 def test_a_model_is_borrowed_from_a_cell_that_has_one() -> None:
     raw = yaml.safe_load(TWO_LABELS.format(folder="none"))
     raw["cells"]["borrower"]["model"] = {"cell": "nobody"}
@@ -496,30 +435,3 @@ def test_a_report_from_damaged_records_is_one_line_and_leaves_the_old_one(copied
     assert done.stderr.count("\n") == 1
     assert path.name in done.stderr
     assert (copied / "report.html").read_bytes() == before
-
-
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to see who is left")
-def test_a_killed_run_leaves_no_process_behind(study_file: Path, tmp_path: Path) -> None:
-    mark = f"MNEMOSCOPE_TEST={tmp_path}"
-
-    def alive() -> set[str]:
-        found = set()
-        for entry in Path("/proc").glob("[0-9]*/environ"):
-            with contextlib.suppress(OSError):
-                if mark.encode() in entry.read_bytes():
-                    found.add(entry.parent.name)
-        return found
-
-    command = [*COMMAND, str(study_file), "--seeds", "2", "--workers", "2", "--out", str(tmp_path / "run")]
-    environment = {**os.environ, "MNEMOSCOPE_TEST": str(tmp_path)}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while len(alive()) < 5 and time.monotonic() < deadline:  # the run, its manager, a tracker, two workers
-        time.sleep(0.1)
-    assert len(alive()) >= 5
-    process.kill()
-    process.wait()
-    deadline = time.monotonic() + 20
-    while alive() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not alive()
