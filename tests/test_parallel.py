@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import subprocess
@@ -12,13 +13,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 
 from mnemoscope.cells import Cell, cells_of
 from mnemoscope.config import load_study, parse_study
-from mnemoscope.errors import StudyError
+from mnemoscope.errors import InputError, StudyError
 from mnemoscope.executors import AHEAD, Progress, in_processes, run_cells
 from mnemoscope.processes import pool_of
 from mnemoscope.stages.pairs import pairs_stage
@@ -134,7 +136,7 @@ def test_cells_and_parts_in_parallel_give_what_one_process_gives(two_seeds: Path
         assert (two_seeds / file).read_bytes() == (mini_run / file).read_bytes()
 
 
-LENDING = {
+LENDING: dict[str, Any] = {
     "study": "lending",
     "seeds": 3,
     "cells": {  # borrowers are named first
@@ -177,6 +179,24 @@ def test_a_cell_begins_once_its_lender_has_ended_and_nobody_waits_for_all_lender
         assert times[f"borrower-{seed}"][0] >= times[f"donor-{seed}"][1]
     if workers == 2:
         assert times["borrower-0"][0] < times["donor-2"][1], "the last lender is still at work"
+
+
+def test_a_model_is_borrowed_from_a_cell_that_has_one() -> None:
+    raw = copy.deepcopy(LENDING)
+    raw["cells"]["borrower"]["model"] = {"cell": "nobody"}
+    with pytest.raises(InputError, match=r"cells.borrower.model.cell: 'nobody' is not one of donor"):
+        parse_study(raw)
+
+
+def test_a_costly_cell_has_fewer_seeds_and_its_borrowers_no_more_than_it(tmp_path: Path) -> None:
+    raw = copy.deepcopy(LENDING)
+    for label in raw["cells"]:
+        raw["cells"][label]["max_seeds"] = 2
+    names = [cell.name for cell in cells_of(parse_study(raw), tmp_path)]
+    assert names == ["borrower-0", "borrower-1", "donor-0", "donor-1"]
+    raw["cells"]["borrower"].pop("max_seeds")
+    with pytest.raises(InputError, match=r"cells.borrower.max_seeds: at most 2 are allowed, as many as donor has"):
+        parse_study(raw)
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to see who is left")

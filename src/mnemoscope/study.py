@@ -92,7 +92,7 @@ def run_cell(cell: Cell, progress: Progress) -> None:
     from mnemoscope.stages import STAGES
 
     settle(cell.threads)
-    upstream = stage_hash(_brought(cell), cell, "")
+    upstream = stage_hash(inputs_hash(cell), cell, "")
     for name, stage in STAGES.items():
         if not cell.config.analysed and name not in ("train", "behaviour"):
             continue
@@ -147,8 +147,8 @@ def stage_hash(upstream: str, cell: Cell, stage: str) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _brought(cell: Cell) -> str:
-    """Hash of what a cell takes from outside the run: files that its options name, and the files of its model."""
+def inputs_hash(cell: Cell) -> str:
+    """Hash of what a cell reads from outside the run: files that its options name, and the files of its model."""
     named = [Path(value) for value in cell.config.options.values() if isinstance(value, str)]
     folder = cell.config.model.folder
     if folder and Path(folder).is_dir():
