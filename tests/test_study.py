@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
@@ -33,16 +32,11 @@ from mnemoscope.study import inputs_hash, run_study
 COMMAND = [sys.executable, "-m", "mnemoscope", "run"]
 
 
-def without_times(value: Any) -> Any:
-    """``results.json`` without its time fields."""
-    if isinstance(value, dict):
-        return {k: without_times(v) for k, v in value.items() if k != "seconds"}
-    return [without_times(v) for v in value] if isinstance(value, list) else value
-
-
 def results(run: Path) -> str:
-    """Comparable text of the results: NaN equals NaN there."""
-    return json.dumps(without_times(json.loads((run / "results.json").read_text())), sort_keys=True)
+    """Comparable text of ``results.json`` without its times: NaN equals NaN there."""
+    text = (run / "results.json").read_text()
+    found = json.loads(text, object_hook=lambda entry: {k: v for k, v in entry.items() if k != "seconds"})
+    return json.dumps(found, sort_keys=True)
 
 
 def test_a_run_folder_holds_what_the_contract_says(mini_run: Path) -> None:
@@ -243,9 +237,7 @@ def test_a_full_disk_leaves_nothing_half_written(
     assert results(copied) == results(mini_run)
 
 
-def test_a_users_own_file_runs_on_a_trained_model(
-    mini: Callable[[str], Asking], tmp_path: Path, mini_study_file: Path
-) -> None:
+def test_a_users_own_file_runs_on_a_trained_model(mini: Callable[[str], Asking], tmp_path: Path) -> None:
     """The jsonl task on a model folder: nothing is trained, everything else is the same."""
     asking = mini("addition")
     asking.model.save_pretrained(tmp_path / "model")
@@ -265,8 +257,7 @@ cells:
     pairs: {{permutations: 99}}
     steering: {{draws: 2, tune_pairs: 50, sweeps: {{nmd: {{tops: [0.5], strengths: [0.3]}}}}}}
 """
-    (tmp_path / "mine.yaml").write_text(raw)
-    run_study(load_study(str(tmp_path / "mine.yaml")), tmp_path / "run")
+    run_study(parse_study(yaml.safe_load(raw)), tmp_path / "run")
     found = json.loads((tmp_path / "run" / "results.json").read_text())["tasks"]["mine"]
     assert found["pairs"]["pairs"] > 10
     assert "report" in (tmp_path / "run" / "report.html").read_text().lower()
@@ -290,8 +281,7 @@ cells:
     steering: {{draws: 2, tune_pairs: 20, sweeps: {{nmd: {{tops: [0.5], strengths: [0.3]}}}}}}
     effects: {{pairs: 20, doses: [0, 1], ablated: [0.1], draws: 1}}
 """
-    (tmp_path / "held.yaml").write_text(raw)
-    run_study(load_study(str(tmp_path / "held.yaml")), tmp_path / "run")
+    run_study(parse_study(yaml.safe_load(raw)), tmp_path / "run")
     records = tmp_path / "run" / "cells" / "held-0" / "records"
     known = json.loads((records / "known.json").read_text())
     assert known["asked"] == 96
@@ -347,11 +337,10 @@ def test_seeds_and_labels_that_share_a_model_are_compared(mini: Callable[[str], 
     raw = yaml.safe_load(text)
     training = {"steps": 5, "evaluate_every": 5, "evaluation_examples": 8}
     raw["cells"]["lost"] = {"task": "addition", "model": {"layers": 1, "width": 16}, "training": training}
-    (tmp_path / "two.yaml").write_text(yaml.safe_dump(raw))
     # A cell that never shows both behaviours is told at the end, and takes nothing from the others.
     lost = r"lost-0: after 5 steps .*\(1 more cells failed\); .*report.html is of the other cells"
     with pytest.raises(StudyError, match=lost):
-        run_study(load_study(str(tmp_path / "two.yaml")), tmp_path / "run", workers=2)
+        run_study(parse_study(raw), tmp_path / "run", workers=2)
     seeds = pd.read_parquet(tmp_path / "run" / "records" / "seeds.parquet")
     assert set(seeds.label) == {"donor", "borrower"}
     assert set(seeds.what) == {"overlap", "rank_correlation", "aligned_cosine"}
@@ -380,9 +369,8 @@ def test_a_cell_borrows_the_model_of_another_and_all_that_fail_are_told(tmp_path
     stop = {"novel_accuracy": 0, "recall": 0, "conflict_each": 0, "conflict_other": 1}
     training = {"steps": 5, "evaluate_every": 5, "evaluation_examples": 8, "stop": stop}
     raw["cells"]["donor"] |= {"model": {"layers": 1, "width": 16}, "training": training, "analysed": False}
-    (tmp_path / "two.yaml").write_text(yaml.safe_dump(raw))
     with pytest.raises(StudyError, match=r"borrower-0: no pairs found.*\(1 more cells failed\)"):
-        run_study(load_study(str(tmp_path / "two.yaml")), tmp_path / "run", workers=1)
+        run_study(parse_study(raw), tmp_path / "run", workers=1)
     cells = tmp_path / "run" / "cells"
     assert (cells / "donor-1" / "model").is_dir()
     assert not (cells / "donor-1" / "stages" / "pairs.json").exists()
