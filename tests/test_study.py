@@ -21,7 +21,7 @@ from safetensors import safe_open
 from helpers import MINI_TASKS
 from mnemoscope.behaviour import Asking
 from mnemoscope.cells import cells_of
-from mnemoscope.config import dump_study, load_study
+from mnemoscope.config import dump_study, load_study, parse_study
 from mnemoscope.errors import InputError, StudyError
 from mnemoscope.files import ENDS
 from mnemoscope.models import load_model
