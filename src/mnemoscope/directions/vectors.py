@@ -42,7 +42,7 @@ class Directions:
             self._rho[labels] = self.sources.moments(labels).rho_LD
         return self._rho[labels]
 
-    def shifts(self, setting: Setting, several: Sequence[Labels]) -> list[np.ndarray]:
+    def shifts(self, setting: Setting, several: Sequence[Labels] = (ANSWERED,)) -> list[np.ndarray]:
         """What the setting's method gives under each labels, float64 (L, D); learned shifts are fitted together."""
         fixed, sign = setting.same_direction()
         if not all((fixed, labels) in self._shifts for labels in several):
@@ -50,7 +50,7 @@ class Directions:
                 found = learned_together(self.sources, fixed, several)
             else:
                 found = [METHODS[fixed.method](self.sources, fixed, labels) for labels in several]
-            self._shifts.update({(fixed, labels): shift for labels, shift in zip(several, found, strict=True)})
+            self._shifts |= {(fixed, labels): shift_LD for labels, shift_LD in zip(several, found, strict=True)}
         return [sign * self._shifts[fixed, labels] for labels in several]
 
     def vectors(self, setting: Setting, several: Sequence[Labels]) -> list[SteeringVector]:
@@ -74,13 +74,13 @@ class Directions:
 
     def top_neurons(self, setting: Setting, top: float) -> np.ndarray:
         """The share ``top`` of the neurons in a setting's layers that its method ranks highest; bool (L, D)."""
-        return self._top(setting, top, ANSWERED, self.shifts(setting, [ANSWERED])[0])
+        return self._top(setting, top, ANSWERED, self.shifts(setting)[0])
 
     def alpha(self, setting: Setting) -> float:
         """The paper's alpha: how many times NMD a vector of method ``nmd`` is; NaN for the other methods."""
         if setting.method != "nmd":
             return math.nan
-        shift_LD, (nmd_LD,) = self.dense(setting), self.shifts(setting, [ANSWERED])
+        shift_LD, (nmd_LD,) = self.dense(setting), self.shifts(setting)
         return float(np.linalg.norm(shift_LD) / np.linalg.norm(nmd_LD[shift_LD != 0]))
 
     def _scaled(self, setting: Setting, labels: Labels, shift_LD: np.ndarray) -> SteeringVector:

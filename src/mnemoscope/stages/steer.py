@@ -91,10 +91,9 @@ def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
     tables = [table for _, table in sorted(chain.from_iterable(judged), key=itemgetter(0))]
     rows = sorted(rows + more, key=lambda row: list(TOWARD).index(row["direction"]))
     return [
-        *_save(opened, chosen),
         write_table(cell.records / "steering.parquet", pd.concat(tables, ignore_index=True)),
         write_table(cell.records / "sweep.parquet", pd.DataFrame(rows)),
-        write_json(cell.records / "chosen.json", _facts_chosen(opened, chosen)),
+        *_write_chosen(opened, chosen),
     ]
 
 
@@ -133,7 +132,6 @@ class _Opened:
     def forget_tune(self) -> None:
         self.__dict__.pop("tune", None)
 
-    @cached_property
     def begin_alike(self) -> float:
         """Share of the phrasings of fit pairs whose two answers begin with the same tokens."""
         pairs = self.records.both_sides("fit", self.cell.config.steering.fit_pairs)
@@ -152,16 +150,14 @@ class _Opened:
 def _fitted(opened: _Opened, wanted: Iterable[tuple[Setting, tuple[Labels, ...]]]) -> dict[Fit, np.ndarray]:
     """The learned shifts among those that are wanted, fitted in parallel."""
     fits = list(dict.fromkeys((s.same_direction()[0], several) for s, several in wanted if s.method == "learned"))
-    found = opened.cell.spread(partial(_fit_all, opened), fits)
-    return {
-        (setting, labels): shift_LD
-        for (setting, several), shifts in zip(fits, found, strict=True)
-        for labels, shift_LD in zip(several, shifts, strict=True)
-    }
+    return dict(chain.from_iterable(opened.cell.spread(partial(_fit_all, opened), fits)))
 
 
-def _fit_all(opened: _Opened, fits: Sequence[tuple[Setting, tuple[Labels, ...]]]) -> list[list[np.ndarray]]:
-    return [learned_together(opened.sources[setting.site], setting, several) for setting, several in fits]
+def _fit_all(opened: _Opened, fits: Sequence[tuple[Setting, tuple[Labels, ...]]]) -> list[list[tuple[Fit, np.ndarray]]]:
+    return [
+        list(zip(product([s], several), learned_together(opened.sources[s.site], s, several), strict=True))
+        for s, several in fits
+    ]
 
 
 def _choose(opened: _Opened, aim: str, tops: Tops) -> tuple[list[_Chosen], list[Row]]:
@@ -271,32 +267,23 @@ def _judge(
             yield (control, number), steered(asking, batches, vector.with_dense(shift_LD), margins=False)
 
 
-def _save(opened: _Opened, chosen: Sequence[_Chosen]) -> list[Path]:
-    """Write the chosen vectors, bound to their model."""
-    files, directions = list[Path](), opened.directions()
-    for one in chosen:
-        vector = directions[one.setting.site].vector(one.setting)
-        bound = vector.bound_to(opened.asking.model, opened.asking.tokenizer)
-        facts = opened.asking.put | {"begin_alike": opened.begin_alike}
-        bound = replace(bound, task=opened.cell.label, commit=git_state()["commit"] or "", **facts)
-        name = f"{one.setting.direction}-{one.setting.method}" + ("" if one.aim == "pairs" else f"-{one.aim}")
-        files += save_bound(opened.cell.folder / "vectors", name, bound)
-    return files
-
-
-def _facts_chosen(opened: _Opened, chosen: Sequence[_Chosen]) -> dict[str, Any]:
-    """``chosen.json``: what was chosen, by aim, method and direction, and the best method of each on tune."""
+def _write_chosen(opened: _Opened, chosen: Sequence[_Chosen]) -> list[Path]:
+    """Write the chosen vectors, bound to their model, and ``chosen.json``: what was chosen for what, and the best."""
+    cell, asking, directions, files = opened.cell, opened.asking, opened.directions(), list[Path]()
     found: dict[str, Any] = {aim: {"best": {}, "methods": {}} for aim in AIMS}
-    directions = opened.directions()
+    begun = {"begin_alike": opened.begin_alike()}
     for one in chosen:
-        setting = one.setting
+        setting, site = one.setting, directions[one.setting.site]
+        name = f"{setting.direction}-{setting.method}" + ("" if one.aim == "pairs" else f"-{one.aim}")
+        bound = site.vector(setting).bound_to(asking.model, asking.tokenizer)
+        bound = replace(bound, task=cell.label, commit=git_state()["commit"] or "", **asking.put, **begun)
+        files += save_bound(cell.folder / "vectors", name, bound)
         facts = {name: getattr(setting, name) for name in ("method", "site", "positions", "top", "strength")}
-        facts |= {"layers": list(setting.layers), "alpha": directions[setting.site].alpha(setting)}
-        facts |= {"within_limits": one.choice.within, "begin_alike": opened.begin_alike}
-        found[one.aim]["methods"].setdefault(setting.method, {})[setting.direction] = facts
+        facts |= {"layers": list(setting.layers), "alpha": site.alpha(setting), "within_limits": one.choice.within}
+        found[one.aim]["methods"].setdefault(setting.method, {})[setting.direction] = facts | begun
         if one.best:
             found[one.aim]["best"][setting.direction] = setting.method
-    return found
+    return [*files, write_json(cell.records / "chosen.json", found)]
 
 
 def settings_of(config: SteeringConfig, direction: str, method: MethodName, count: int) -> list[Setting]:
