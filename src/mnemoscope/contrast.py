@@ -245,7 +245,7 @@ class ContrastAccumulator:
         p_family_wise_LD, p_per_neuron_LD = self.flips.p_values()
         if not self.moments.count:
             nan_LD = np.full_like(p_family_wise_LD, math.nan)
-            return Contrast(self.site, 0, 0, *[nan_LD] * 5, nan_LD[:, 0])
+            return Contrast(self.site, 0, 0, nan_LD, nan_LD, nan_LD, nan_LD, nan_LD, nan_LD[:, 0])
         return Contrast(
             site=self.site,
             pairs=self.moments.count,

@@ -19,6 +19,7 @@ from mnemoscope.behaviour import Batch
 from mnemoscope.directions.controls import CONTROLS, SHUFFLED, control_draws
 from mnemoscope.directions.settings import Setting
 from mnemoscope.directions.vectors import Directions, share_of, steered
+from mnemoscope.models import Site
 
 COST = 0.5  # points of the shift that a control costs by each point that it steers, up to its limit
 FINALISTS = 3  # settings that are rated again at most
@@ -97,7 +98,7 @@ class Choice:
 
 def ranked(
     lists: TuneLists,
-    directions: Mapping[str, Directions],
+    directions: Mapping[Site, Directions],
     rated: Sequence[tuple[Setting, float]],
     limits: Limits,
     seed: Sequence[int] = (0,),
@@ -137,7 +138,7 @@ def ranked(
 
 def final(
     lists: TuneLists,
-    directions: Mapping[str, Directions],
+    directions: Mapping[Site, Directions],
     candidates: Iterable[Choice],
     limits: Limits,
     seed: Sequence[int] = (0,),

@@ -39,7 +39,7 @@ from mnemoscope.directions import (
     steered,
     with_prefixes,
 )
-from mnemoscope.models import blocks_of
+from mnemoscope.models import Site, blocks_of
 from mnemoscope.stages.common import Tell, cell_model, cell_task, save_bound, write_json, write_table
 from mnemoscope.stages.lists import JudgedList, Records, judged_lists, sources_of, tune_lists
 
@@ -119,7 +119,7 @@ class _Opened:
         return Records.of(self.cell)
 
     @cached_property
-    def sources(self) -> dict[str, Sources]:
+    def sources(self) -> dict[Site, Sources]:
         """By site."""
         sites = (s for grids in self.cell.config.steering.sweeps.values() for grid in grids for s in grid.sites)
         return sources_of(self.cell, self.asking, self.records, sites)
@@ -138,7 +138,7 @@ class _Opened:
         encoded = encode(self.asking, [example for pair in pairs for example in pair])
         return float(np.mean([one.shared > 0 for one in encoded]))
 
-    def directions(self) -> dict[str, Directions]:
+    def directions(self) -> dict[Site, Directions]:
         """By site; what is computed anew is forgotten with them."""
         return {site: Directions(sources, self.fitted) for site, sources in self.sources.items()}
 
@@ -271,16 +271,19 @@ def _write_chosen(opened: _Opened, chosen: Sequence[_Chosen]) -> list[Path]:
     """Write the chosen vectors, bound to their model, and ``chosen.json``: what was chosen for what, and the best."""
     cell, asking, directions, files = opened.cell, opened.asking, opened.directions(), list[Path]()
     found: dict[str, Any] = {aim: {"best": {}, "methods": {}} for aim in AIMS}
-    begun = {"begin_alike": opened.begin_alike()}
+    begin_alike = opened.begin_alike()
     for one in chosen:
         setting, site = one.setting, directions[one.setting.site]
         name = f"{setting.direction}-{setting.method}" + ("" if one.aim == "pairs" else f"-{one.aim}")
         bound = site.vector(setting).bound_to(asking.model, asking.tokenizer)
-        bound = replace(bound, task=cell.label, commit=git_state()["commit"] or "", **asking.put, **begun)
+        commit = git_state()["commit"] or ""
+        bound = replace(bound, task=cell.label, commit=commit, begin_alike=begin_alike, **asking.put)
         files += save_bound(cell.folder / "vectors", name, bound)
         facts = {name: getattr(setting, name) for name in ("method", "site", "positions", "top", "strength")}
         facts |= {"layers": list(setting.layers), "alpha": site.alpha(setting), "within_limits": one.choice.within}
-        found[one.aim]["methods"].setdefault(setting.method, {})[setting.direction] = facts | begun
+        found[one.aim]["methods"].setdefault(setting.method, {})[setting.direction] = facts | {
+            "begin_alike": begin_alike
+        }
         if one.best:
             found[one.aim]["best"][setting.direction] = setting.method
     return [*files, write_json(cell.records / "chosen.json", found)]
