@@ -195,7 +195,7 @@ class NeutralConfig(Frozen):
 
 
 class SamplesConfig(Frozen):
-    """Prompts that the report shows with what the model says, by itself and steered."""
+    """Prompts that the report shows with what the model writes, unsteered and steered."""
 
     prompts: int = Field(0, ge=0, description="test prompts in either direction, of different groups; 0: none")
     tokens: int = Field(32, ge=1, le=1024, description="that follow each prompt, at most")

@@ -59,10 +59,14 @@ class Directions:
         Neurons are chosen over all of the setting's layers at once: by |rho| for NMD, as in the paper, by the size of
         their shift in units of their layer's norm for the other methods. What is left is scaled to the strength.
         """
-        return [
-            self._scaled(setting, labels, shift_LD)
-            for labels, shift_LD in zip(several, self.shifts(setting, several), strict=True)
-        ]
+        facts = {name: getattr(setting, name) for name in ("site", "positions", "method", "top", "strength")}
+        blank, found = SteeringVector(setting.toward, {}, **facts), []
+        for labels, shift_LD in zip(several, self.shifts(setting, several), strict=True):
+            kept_LD = self._top(setting, setting.top, labels, shift_LD)
+            norm = np.linalg.norm(self._relative(shift_LD)[kept_LD])
+            scale = setting.strength / norm if norm > 0 else 0.0
+            found.append(blank.with_dense(np.where(kept_LD, shift_LD, 0.0) * scale))
+        return found
 
     def vector(self, setting: Setting, labels: Labels = ANSWERED) -> SteeringVector:
         """A setting's steering vector."""
@@ -82,13 +86,6 @@ class Directions:
             return math.nan
         shift_LD, (nmd_LD,) = self.dense(setting), self.shifts(setting)
         return float(np.linalg.norm(shift_LD) / np.linalg.norm(nmd_LD[shift_LD != 0]))
-
-    def _scaled(self, setting: Setting, labels: Labels, shift_LD: np.ndarray) -> SteeringVector:
-        kept_LD = self._top(setting, setting.top, labels, shift_LD)
-        norm = np.linalg.norm(self._relative(shift_LD)[kept_LD])
-        scale = setting.strength / norm if norm > 0 else 0.0
-        facts = {name: getattr(setting, name) for name in ("site", "positions", "method", "top", "strength")}
-        return SteeringVector(setting.toward, {}, **facts).with_dense(np.where(kept_LD, shift_LD, 0.0) * scale)
 
     def _top(self, setting: Setting, top: float, labels: Labels, shift_LD: np.ndarray) -> np.ndarray:
         rank_LD = self.rho(labels) if setting.method in RANKED_BY_RHO else self._relative(shift_LD)

@@ -78,6 +78,7 @@ def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
     """Choose settings on the tune split, for pairs and for conflicts as drawn; judge them on the test split."""
     opened, config = _Opened(cell, {}, tell), cell.config.steering
     asked = list(product(TOWARD, config.sweeps))
+    tell(0, PARTS, "fitting learned vectors")
     opened.fitted |= _fitted(opened, ((s, (ANSWERED,)) for key in asked for s in opened.settings(*key)))
     for_pairs, rows = _choose(opened, "pairs", {})
     # How many neurons a method takes is chosen once.
@@ -85,6 +86,7 @@ def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
     for_conflicts, more = _choose(opened, "conflict", tops)
     opened.forget_tune()  # the tune lists and their caches are gone before the test lists come
     chosen = [*for_pairs, *for_conflicts]
+    tell(len(AIMS), PARTS, "fitting learned vectors to shuffled labels")
     drawn = ((one, four) for one in chosen for four in shuffles(one.draws(config, chosen), cell.seed + JUDGED))
     opened.fitted |= _fitted(opened, ((one.setting, four) for one, four in drawn))
     judged = cell.spread(partial(_judge_all, opened, chosen), asked)
