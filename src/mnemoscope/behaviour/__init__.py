@@ -22,7 +22,6 @@ from mnemoscope.behaviour.labels import (
     only_log_probability,
     read_states,
     score,
-    score_together,
 )
 from mnemoscope.behaviour.pairs import PairBatch, draw_candidates, mine_pairs
 from mnemoscope.behaviour.reading import cache_prefixes, kept_bytes, stacked, with_option, without_prefix
@@ -52,7 +51,6 @@ __all__ = [
     "read_states",
     "score",
     "score_contrasted",
-    "score_together",
     "stacked",
     "with_option",
     "without_prefix",

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mnemoscope import ranks
 from mnemoscope.errors import InputError
 from mnemoscope.models import batch_that_fits, context_length, end_ids
 from mnemoscope.tasks import Example
@@ -282,12 +281,8 @@ def _shared(answers: Sequence[list[int]]) -> int:
     return next((i for i, (a, b) in enumerate(zip(*answers, strict=False)) if a != b), min(map(len, answers)))
 
 
-def prepare(asking: Asking, examples: Sequence[Example], *, together: bool = False) -> list[Batch]:
-    """Encode examples and batch them by length, fewer at a time where memory is short.
-
-    Args:
-        together: every process that works on the cell makes these batches, and they are to be the same.
-    """
+def prepare(asking: Asking, examples: Sequence[Example]) -> list[Batch]:
+    """Encode examples and batch them by length, fewer at a time where memory is short."""
     encoded = encode(asking, examples)
     if not encoded:
         return []
@@ -295,8 +290,6 @@ def prepare(asking: Asking, examples: Sequence[Example], *, together: bool = Fal
     longest = max(len(e.context) for e in encoded)
     read_on = max(len(e.suffixes) * max(map(len, e.suffixes)) for e in encoded)
     size = batch_that_fits(asking.model, asking.batch_size, longest, read_on)
-    if together:  # each sees another amount of free memory
-        size = min(ranks.from_all(size))
     return [
         _batch(order[start : start + size], encoded, asking.pad_id, asking.model.device)
         for start in range(0, len(order), size)

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mnemoscope import ranks
 from mnemoscope.behaviour.asking import Asking, Batch
 from mnemoscope.behaviour.reading import Answers, read_answers, read_contexts, read_only_options
 from mnemoscope.models import PLAINLY, Site, backbone_of, blocks_of, rows_of, site_module, states_of
@@ -120,27 +119,6 @@ def score(
         if capture and scores.states_NLD is not None:
             scores.states_NLD[batch.examples_N] = states
     return scores
-
-
-def score_together(asking: Asking, batches: Sequence[Batch], *, margins: bool = True) -> Scores:
-    """``score``, of which every process that works on the cell takes its share and gets all of it.
-
-    ``batches`` are those of ``prepare`` with ``together``.
-    """
-    mine = ranks.share(batches)
-    ends = np.cumsum([len(batch.examples_N) for batch in mine])
-    numbered = [
-        replace(batch, examples_N=np.arange(end - len(batch.examples_N), end))
-        for batch, end in zip(mine, ends, strict=True)
-    ]
-    found = score(asking, numbered, margins=margins)
-    places = np.concatenate([np.empty(0, int), *(batch.examples_N for batch in mine)])
-    parts = ranks.from_all((places, found))
-    places = np.concatenate([at for at, _ in parts])
-    order_N = np.argsort(places)
-    assert np.array_equal(places[order_N], np.arange(len(places))), "the processes have cut their batches differently"
-    names = ("behaviour_N", "margin_N", "tie_N", "confabulated_N")
-    return Scores(*(np.concatenate([getattr(part, name) for _, part in parts])[order_N] for name in names))
 
 
 def log_probabilities(asking: Asking, batch: Batch) -> Tensor:

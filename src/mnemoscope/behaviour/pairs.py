@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import islice
 
 import numpy as np
 
@@ -69,7 +69,6 @@ def mine_pairs(
     candidates: Iterable[tuple[Example, Example]],
     site: Site = "block",
     chunk: int | None = None,
-    part: tuple[int, int] = (0, 1),
 ) -> Iterator[PairBatch]:
     """Label candidates and keep those whose behaviour flips, with their states; memory does not grow with their number.
 
@@ -78,17 +77,10 @@ def mine_pairs(
             denominator.
         site: where states are read.
         chunk: candidates per yielded batch; default: as many as fill 16 passes, 512 at most.
-        part: (number, of how many), where several processes share the batches: number, number + how many, ...
     """
-    number, parts = part
     chunk = chunk or min(512, 16 * asking.batch_size)
     left = iter(candidates)
-    for place_of_batch in count():
-        drawn = list(islice(left, chunk))
-        if not drawn:
-            return
-        if place_of_batch % parts != number:
-            continue
+    while drawn := list(islice(left, chunk)):
         # An example stands beside each of its rephrasings, but is asked once.
         asked = {example.prompt: example for pair in drawn for example in pair}
         place = {prompt: n for n, prompt in enumerate(asked)}

@@ -24,25 +24,22 @@ def run(
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Run folder; default runs/STUDY.")] = None,
     seeds: Annotated[int | None, typer.Option(help="Number of seeds; default: the study's.")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="As cells.inference.model.layers=6.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Cells at a time; default: as processors allow.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: as processors allow.")] = None,
     executor: Annotated[str, typer.Option(help="local, or ray: every cell is a task of a Ray cluster.")] = "local",
     address: Annotated[str | None, typer.Option(help="Of the Ray cluster; default: this machine alone.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a study, or go on with one, and build its report."""
-    from mnemoscope import ranks
-
-    with one_line_errors(), ranks.joined():
+    with one_line_errors():
         from mnemoscope.config import load_study
         from mnemoscope.study import run_study
 
         config = load_study(study, overrides, seeds)
         folder = out or Path("runs") / config.study
-        with progress(quiet=as_json or not ranks.first()) as tell:
+        with progress(quiet=as_json) as tell:
             report_path = run_study(config, folder, tell, workers, executor, address)
-        if ranks.first():
-            facts = {"run": str(folder), "results": str(folder / "results.json"), "report": str(report_path)}
-            say(facts, as_json, "report")
+        facts = {"run": str(folder), "results": str(folder / "results.json"), "report": str(report_path)}
+        say(facts, as_json, "report")
 
 
 @app.command()
@@ -52,13 +49,13 @@ def report(
     """Rebuild results.json and report.html from the records of a run."""
     with one_line_errors():
         from mnemoscope.errors import InputError
-        from mnemoscope.processes import side_by_side
+        from mnemoscope.executors import in_processes
         from mnemoscope.report import build_report
 
         if not (run_folder / "study.yaml").is_file():
             raise InputError(f"RUN: {run_folder} is not a run folder (it has no study.yaml)")
-        with side_by_side(min(AT_A_TIME, os.cpu_count() or 1)) as spread:
-            path = build_report(run_folder, spread)
+        with in_processes(min(AT_A_TIME, os.cpu_count() or 1)) as parallel:
+            path = build_report(run_folder, parallel)
         say(
             {"run": str(run_folder), "results": str(run_folder / "results.json"), "report": str(path)},
             as_json,
@@ -84,9 +81,7 @@ def fit(
     as_json: AsJson = False,
 ) -> None:
     """Find pairs, fit vectors and a detector for a model of yours on your data, and judge them; one run folder."""
-    from mnemoscope import ranks
-
-    with one_line_errors(), ranks.joined():
+    with one_line_errors():
         from mnemoscope.fitting import fitting_study
         from mnemoscope.plain import dumped
         from mnemoscope.report import brief_of, in_words
@@ -95,10 +90,8 @@ def fit(
         shape = {"folder": model, "dtype": dtype, "device_map": device_map, "layout": named_parts(layout)}
         shape |= {"chat": {} if chat else None}
         config = fitting_study(shape, task, options(option), settings, threads, positions)
-        with progress(quiet=as_json or not ranks.first()) as tell:
+        with progress(quiet=as_json) as tell:
             report_path = run_study(config, out, tell)
-        if not ranks.first():
-            return
         if as_json:
             typer.echo(dumped({"run": str(out), "report": str(report_path), "tasks": brief_of(out)}))
         else:

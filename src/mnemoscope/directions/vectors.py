@@ -6,7 +6,7 @@ Shapes: N examples, L layers, D neurons.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -19,7 +19,7 @@ from mnemoscope.directions.sources import ANSWERED, Labels, Sources
 from mnemoscope.statistics import top_by_magnitude
 from mnemoscope.steering import SteeringVector
 
-# What a learned shift is fitted to: a setting as ``Setting.same_direction`` gives it, and the labels.
+# What a shift depends on: a setting as ``Setting.same_direction`` gives it, and the labels.
 Fit = tuple[Setting, Labels]
 
 
@@ -28,12 +28,12 @@ class Directions:
 
     Args:
         sources: what they are computed from.
-        fitted: learned shifts of this or other sites that were fitted before, float64 (L, D).
+        shifts: the memory of what was computed, float64 (L, D) each; several sites may share one. It grows.
     """
 
-    def __init__(self, sources: Sources, fitted: Mapping[Fit, np.ndarray] | None = None) -> None:
+    def __init__(self, sources: Sources, shifts: dict[Fit, np.ndarray] | None = None) -> None:
         self.sources = sources
-        self._shifts: dict[Fit, np.ndarray] = dict(fitted or {})
+        self._shifts: dict[Fit, np.ndarray] = {} if shifts is None else shifts
         self._rho: dict[Labels, np.ndarray] = {}
 
     def rho(self, labels: Labels = ANSWERED) -> np.ndarray:
@@ -50,7 +50,7 @@ class Directions:
                 found = learned_together(self.sources, fixed, several)
             else:
                 found = [METHODS[fixed.method](self.sources, fixed, labels) for labels in several]
-            self._shifts |= {(fixed, labels): shift_LD for labels, shift_LD in zip(several, found, strict=True)}
+            self._shifts.update({(fixed, labels): shift_LD for labels, shift_LD in zip(several, found, strict=True)})
         return [sign * self._shifts[fixed, labels] for labels in several]
 
     def vectors(self, setting: Setting, several: Sequence[Labels]) -> list[SteeringVector]:

@@ -14,7 +14,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mnemoscope import ranks
 from mnemoscope.behaviour import Asking, Chat, all_said
 from mnemoscope.cells import Cell, Tell
 from mnemoscope.detect import Detector
@@ -100,7 +99,7 @@ def write_table(path: Path, table: pd.DataFrame) -> Path:
 class TableWriter:
     """Writes a Parquet file from tables as they come, holding ``ROWS`` rows at most; equal rows give equal bytes.
 
-    The file is there when the context has ended well, and only then; of several processes only the first writes.
+    The file is there when the context has ended well, and only then.
 
     Args:
         columns: the type of each column.
@@ -113,16 +112,13 @@ class TableWriter:
         self._waiting: list[pa.Table] = []
 
     def __enter__(self) -> TableWriter:
-        if ranks.first():
-            self._stack = ExitStack()
-            temporary = self._stack.enter_context(replacing(self.path))
-            self._file = self._stack.enter_context(pq.ParquetWriter(temporary, self.schema))
+        self._stack = ExitStack()
+        temporary = self._stack.enter_context(replacing(self.path))
+        self._file = self._stack.enter_context(pq.ParquetWriter(temporary, self.schema))
         return self
 
     def add(self, table: pd.DataFrame) -> None:
         """Append rows."""
-        if not ranks.first():
-            return
         self._waiting.append(pa.Table.from_pandas(table, self.schema, preserve_index=False).replace_schema_metadata())
         while sum(map(len, self._waiting)) >= self.ROWS:
             whole = pa.concat_tables(self._waiting).combine_chunks()
@@ -130,8 +126,6 @@ class TableWriter:
             self._waiting = [whole.slice(self.ROWS)]
 
     def __exit__(self, *error: Any) -> None:
-        if not ranks.first():
-            return
         if error[0] is not None:
             self._stack.__exit__(*error)  # so that the file does not take its name
             return

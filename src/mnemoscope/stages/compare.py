@@ -19,7 +19,7 @@ from mnemoscope.behaviour import Asking, Scores, prepare, score
 from mnemoscope.cells import Cell, by_label, by_model
 from mnemoscope.contrast import Contrast
 from mnemoscope.directions import SOURCE, gaussian, steered, with_prefixes
-from mnemoscope.processes import Spread, settle
+from mnemoscope.processes import Map
 from mnemoscope.stages.common import Tell, cell_model, write_table
 from mnemoscope.stages.lists import Records
 from mnemoscope.statistics import cosine, overlap, overlap_by_chance, rank_correlation
@@ -33,34 +33,26 @@ TRANSFERRED_PAIRS = 300
 GAUSSIAN_DRAWS = 5
 
 
-def compare_stage(cells: Sequence[Cell], run: Path, spread: Spread, tell: Tell) -> list[Path]:
+def compare_stage(cells: Sequence[Cell], run: Path, parallel: Map, tell: Tell) -> list[Path]:
     """Hold seeds and, where labels share a model, tasks against each other."""
     tell(0, 2, "seeds")
     files = []
     twos = [two for seeds in by_label(cells) for two in combinations(seeds, 2)]
     if twos:
-        seeds = list(chain.from_iterable(spread(_compared_seeds, twos)))
+        seeds = list(chain.from_iterable(parallel(_compared_seeds, twos)))
         files.append(write_table(run / "records" / "seeds.parquet", pd.DataFrame(seeds)))
     tell(1, 2, "tasks that share a model")
     onto = [(target, group) for group in by_model(cells) if len(group) > 1 for target in group]
     if onto:
-        steering, probes = zip(*spread(_transferred, onto), strict=True)
+        steering, probes = zip(*parallel(_transferred, onto), strict=True)
         for name, tables in (("transfer_steering", steering), ("transfer_probes", probes)):
             files.append(write_table(run / "records" / f"{name}.parquet", pd.concat(tables, ignore_index=True)))
     return files
 
 
-def _compared_seeds(twos: Sequence[tuple[Cell, Cell]]) -> list[list[dict[str, Any]]]:
-    """Of each two seeds of a label: the rows of ``records/seeds.parquet``."""
-    settle(twos[0][0].threads)
-    found, opened = [], dict[str, Asking]()
-    for two in twos:
-        opened = {cell.name: opened[cell.name] for cell in two if cell.name in opened}  # never more than two models
-        for cell in two:
-            if cell.name not in opened:
-                opened[cell.name] = cell_model(cell)
-        found.append(list(_two_seeds(*two, *(opened[cell.name] for cell in two))))
-    return found
+def _compared_seeds(two: tuple[Cell, Cell]) -> list[dict[str, Any]]:
+    """Two seeds of a label: rows of ``records/seeds.parquet``."""
+    return list(_two_seeds(*two, *map(cell_model, two)))
 
 
 def _two_seeds(a: Cell, b: Cell, asking_a: Asking, asking_b: Asking) -> Iterator[dict[str, Any]]:
@@ -133,16 +125,12 @@ def _states(asking: Asking, examples: Sequence[Example], site: str) -> np.ndarra
     return scores.states_NLD.astype(np.float64)
 
 
-def _transferred(onto: Sequence[tuple[Cell, Sequence[Cell]]]) -> list[tuple[pd.DataFrame, pd.DataFrame]]:
-    """Of each target and the cells that share its model: what their vectors turn there, and what their probes read."""
-    settle(onto[0][0].threads)
-    found = []
-    for target, group in onto:
-        asking, records = cell_model(target), Records.of(target)
-        parts = (_transferred_steering, _transferred_probes)
-        steering, probes = (pd.concat(part(target, group, asking, records), ignore_index=True) for part in parts)
-        found.append((steering, probes))
-    return found
+def _transferred(onto: tuple[Cell, Sequence[Cell]]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What the vectors of cells that share a target's model do there, and what their probes read."""
+    asking, records = cell_model(onto[0]), Records.of(onto[0])
+    parts = (_transferred_steering, _transferred_probes)
+    steering, probes = (pd.concat(part(*onto, asking, records), ignore_index=True) for part in parts)
+    return steering, probes
 
 
 def _transferred_steering(

@@ -10,8 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from mnemoscope import ranks
-from mnemoscope.behaviour import Asking, Scores, mark_confabulations, prepare, score_together
+from mnemoscope.behaviour import Asking, Scores, mark_confabulations, prepare, score
 from mnemoscope.cells import Cell
 from mnemoscope.errors import InputError, StudyError
 from mnemoscope.models import (
@@ -68,7 +67,7 @@ def _known(cell: Cell, task: Task, asking: Asking) -> list[Path]:
     if not hasattr(task, "knowing"):
         return []
     asked = task.facts_to_know()  # type: ignore[attr-defined]
-    labels = score_together(asking, prepare(asking, asked, together=True), margins=False).behaviour_N
+    labels = score(asking, prepare(asking, asked), margins=False).behaviour_N
     known = [example.item for example, label in zip(asked, labels, strict=True) if label == "correct"]
     task.knowing(set(known))  # an empty one is refused here, before anything is written
     return [write_json(cell.records / "known.json", {"asked": len(asked), "known": known})]
@@ -108,7 +107,7 @@ def behaviour_stage(cell: Cell, tell: Tell) -> list[Path]:
         examples = draw(task, rng, cell.config.pairs.behaviour_examples, kind, "test")
         if not examples:
             continue
-        scores = score_together(asking, prepare(asking, examples, together=True))
+        scores = score(asking, prepare(asking, examples))
         has_format = getattr(task, "has_memorized_format", None)
         if kind == "conflict" and has_format:
             mark_confabulations(asking, examples, scores, has_format)
@@ -165,9 +164,7 @@ def _save_model(cell: Cell, asking: Asking) -> list[Path]:
 
 
 def _save_folder(folder: Path, save: Callable[[Path], None]) -> list[Path]:
-    """Write a folder under a temporary name and rename it; its files. Only the first of several processes writes."""
-    if not ranks.first():
-        return []
+    """Write a folder under a temporary name and rename it; its files."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     for stale in (folder, temporary):
         shutil.rmtree(stale, ignore_errors=True)
