@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -78,8 +79,9 @@ class Records:
 
 def sources_of(cell: Cell, asking: Asking, records: Records, sites: Iterable[Site]) -> dict[Site, Sources]:
     """What directions are computed from, by site."""
-    lists, pairs = _fit_lists(cell, asking, records), records.both_sides("fit", cell.config.steering.fit_pairs)
-    return {site: read_sources(site, pairs, lists, kept_states(cell)) for site in dict.fromkeys(sites)}
+    pairs, kept = records.both_sides("fit", cell.config.steering.fit_pairs), kept_states(cell)
+    find_lists = cache(lambda: _fit_lists(cell, asking, records))  # one for all sites
+    return {site: read_sources(site, pairs, asking, find_lists, kept) for site in dict.fromkeys(sites)}
 
 
 def _fit_lists(cell: Cell, asking: Asking, records: Records) -> FitLists:

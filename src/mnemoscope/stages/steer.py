@@ -38,7 +38,7 @@ from mnemoscope.directions import (
     with_prefixes,
 )
 from mnemoscope.models import Site, blocks_of
-from mnemoscope.stages.common import Tell, cell_model, read_binding, write_json, write_table
+from mnemoscope.stages.common import Tell, cell_model, keep_shifts, read_binding, write_json, write_table
 from mnemoscope.stages.lists import JudgedList, Records, judged_lists, sources_of, tune_lists
 
 AIMS = {"pairs": "pairs", "conflict": "conflicts as drawn"}  # what a setting is chosen for: the list of that name
@@ -290,6 +290,8 @@ def _write_chosen(opened: _Opened, chosen: Sequence[_Chosen]) -> list[Path]:
     common: dict[str, Any] = {"task": cell.label, "commit": git_state()["commit"] or "", "prompting": asking.prompting}
     common |= {"binding": read_binding(cell), "begin_alike": begin_alike}
     common["opening"] = tuple(asking.prompting.opening(asking.tokenizer))
+    fixed = {one.setting.same_direction()[0] for one in chosen if one.aim == "pairs"}
+    keep_shifts(cell, {setting: directions[setting.site].shifts(setting)[0] for setting in fixed})
     for one in chosen:
         setting, site = one.setting, directions[one.setting.site]
         name = f"{setting.direction}-{setting.method}" + ("" if one.aim == "pairs" else f"-{one.aim}")
