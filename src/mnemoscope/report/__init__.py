@@ -6,16 +6,21 @@ from pathlib import Path
 
 from mnemoscope.files import write_atomically
 from mnemoscope.processes import Spread, in_one_place
-from mnemoscope.report.brief import brief, brief_of, compare_briefs, in_words
-from mnemoscope.report.figures_neuron import draw_neuron
-from mnemoscope.report.html import page_style, render
+from mnemoscope.report import behaviour, cost, detector, differ, holds, read, steer, where
+from mnemoscope.report.differ import draw_neuron
+from mnemoscope.report.page import page_style, render
 from mnemoscope.report.records import read_run
 from mnemoscope.report.results import compute_results, to_json
+from mnemoscope.report.summary import Summary, brief, brief_of, compare_briefs, in_words, summary_of
 
-__all__ = ["brief", "brief_of", "build_report", "compare_briefs", "draw_neuron", "in_words", "page_style"]
+__all__ = ["Summary", "brief", "brief_of", "build_report", "compare_briefs", "draw_neuron", "in_words", "page_style"]
+__all__ += ["summary_of"]
+
+# The stories of a task, in the order of the page.
+STORIES = [story.chapter for story in (behaviour, differ, read, steer, where, cost, holds, detector)]
 
 
-def build_report(run: Path, spread: Spread = in_one_place) -> Path:
+def build_report(run: str | Path, spread: Spread = in_one_place) -> Path:
     """Compute ``results.json`` and ``report.html`` from the records of a run folder; equal records give equal bytes.
 
     Args:
@@ -32,5 +37,6 @@ def build_report(run: Path, spread: Spread = in_one_place) -> Path:
     records = read_run(run)
     results = compute_results(records, spread)
     write_atomically(run / "results.json", to_json(results).encode())
-    write_atomically(run / "report.html", render(records, results, spread).encode())
+    page = render(records, results, STORIES, holds.transfer(results.transfer), spread)
+    write_atomically(run / "report.html", page.encode())
     return run / "report.html"
