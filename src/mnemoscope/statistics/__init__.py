@@ -6,7 +6,7 @@ Randomness enters through an explicit generator, or through a hash where shards 
 
 from mnemoscope.statistics.common import Floats, Groups
 from mnemoscope.statistics.flips import SignFlips, benjamini_hochberg
-from mnemoscope.statistics.intervals import Estimate, auroc, over_seeds, proportion
+from mnemoscope.statistics.intervals import Estimate, auroc, mean_with_range, named_rng, over_seeds, proportion
 from mnemoscope.statistics.likeness import (
     cosine,
     half_of_groups,
@@ -27,6 +27,8 @@ __all__ = [
     "cosine",
     "half_of_groups",
     "in_group_order",
+    "mean_with_range",
+    "named_rng",
     "over_seeds",
     "overlap",
     "overlap_by_chance",
