@@ -141,7 +141,7 @@ class FactsTask(Task):
         stated = [name for name in self.relations if name in with_facts]
         if relations is None:
             relations = [name for name in stated if name not in held_out_relations] if table else ["capital"]
-        self.true = known  # all values that are no contradiction, as a country's other languages
+        self.true = known  # all values that do not contradict a fact, such as a country's other languages
         for option, names, allowed in (
             ("relations", relations, stated),
             ("held_out_relations", held_out_relations, stated),
@@ -162,16 +162,16 @@ class FactsTask(Task):
         )
         self.split_of = assign_splits([*subjects, *INVENTED], np.random.default_rng([seed, 5]))
         self.wrong_values, self.seed = wrong_values, seed
-        # Also of facts that a model does not know, so that what contradicts a fact is no matter of the model.
+        # Of all facts, also those that a model does not know, so that contradictions do not depend on the model.
         self.values = {name: sorted({v for (r, _), v in self.facts.items() if r == name}) for name in self.relations}
 
     def held_out(self) -> dict[str, Task]:
-        """What is judged only: this task with other ``frame`` or other ``relation``; the splits are the same."""
+        """This task with the held-out ``frame`` or ``relation`` and the same splits."""
         parts = {"frame": {"frames": self.others["frame"]}, "relation": {"asked": self.others["relation"]}}
         return {name: self._with(**part) for name, part in parts.items() if self.others[name]}
 
     def facts_to_know(self) -> list[Example]:
-        """Every fact as a bare question: what a model is asked to find out what it knows by heart."""
+        """Every fact as a bare question."""
         return [
             self._example("memory", fact, value, "bare", how=("", ASKS[0]))
             for fact, value in self.facts.items()
@@ -179,11 +179,7 @@ class FactsTask(Task):
         ]
 
     def knowing(self, items: set[str]) -> FactsTask:
-        """The same task of those facts only that are known by heart, by the items of ``facts_to_know``.
-
-        Raises:
-            InputError: none is known.
-        """
+        """The same task restricted to known facts; raises InputError where none is known."""
         kept = {fact: value for fact, value in self.facts.items() if "|".join(fact) in items}
         if not kept:
             raise InputError("model: it knows none of the task's facts by heart, so nothing can be contradicted")
@@ -196,23 +192,23 @@ class FactsTask(Task):
         return other
 
     def examples(self, rng: np.random.Generator, n: int, kind: Kind) -> list[Example]:
-        """At most ``n``, of every country in turn, so that none weighs more for being known better.
+        """At most ``n``, as many of each country as possible, so that none weighs more for being known better.
 
         ``memory``: bare questions, and contexts that agree; ``novel``: invented countries.
         """
         of_kind = self._everything[kind]
-        seen: Counter[str] = Counter()
-        turns = []
+        rounds: Counter[str] = Counter()
+        ranked = []
         for example in (of_kind[i] for i in rng.permutation(len(of_kind))):
-            turns.append((seen[example.group], example))
-            seen[example.group] += 1
-        return [example for _, example in sorted(turns, key=itemgetter(0))[:n]]
+            ranked.append((rounds[example.group], example))
+            rounds[example.group] += 1
+        return [example for _, example in sorted(ranked, key=itemgetter(0))[:n]]
 
     def rephrase(self, example: Example, rng: np.random.Generator) -> Example:
-        """Other words before the statement and the question, in the same frame."""
+        """Other labels of statement and question, in the same frame."""
         relation, subject, wrong, frame = example.item.split("|")
-        others = [self._example("conflict", (relation, subject), wrong, frame, how=how) for how in _variants(frame)]
-        others = [other for other in others if other.prompt != example.prompt]
+        phrasings = self._conflicts((relation, subject), wrong, frame)
+        others = [other for other in phrasings if other.prompt != example.prompt]
         return others[rng.integers(len(others))]
 
     def instruction(self, toward: str) -> str:
@@ -238,9 +234,7 @@ class FactsTask(Task):
             if fact[0] not in self.asked:
                 continue
             for wrong, frame in product(self._wrong(fact, value), self.frames):
-                found["conflict"] += [
-                    self._example("conflict", fact, wrong, frame, how=how) for how in _variants(frame)
-                ]
+                found["conflict"] += self._conflicts(fact, wrong, frame)
             found["memory"] += [self._example("memory", fact, value, "bare", how=("", ask)) for ask in ASKS]
             found["memory"] += [self._example("memory", fact, value, "agreeing", frame) for frame in self.frames]
         for fact in product(self.asked, INVENTED):
@@ -254,6 +248,11 @@ class FactsTask(Task):
         others = [other for other in self.values[fact[0]] if not any(_overlap(other, one) for one in true)]
         rng = np.random.default_rng([self.seed, *"|".join(fact).encode()])
         return [others[i] for i in rng.permutation(len(others))[: self.wrong_values]]
+
+    def _conflicts(self, fact: Fact, wrong: str, frame: str) -> list[Example]:
+        """All phrasings of a conflict in a frame."""
+        labels = LABELS if "{label}" in FRAMES[frame] else ("",)
+        return [self._example("conflict", fact, wrong, frame, how=how) for how in product(labels, ASKS)]
 
     def _example(
         self, kind: Kind, fact: Fact, value: str, family: str, frame: str | None = None, how: How = PLAIN
@@ -270,11 +269,6 @@ class FactsTask(Task):
         label, (ask, reply) = how
         words = {name: text.format(n=fact[1], v=value) for name, text in asdict(self.relations[fact[0]]).items()}
         return TEMPLATES[frame].format(label=label, ask=ask, reply=reply, **words)
-
-
-def _variants(frame: str) -> list[How]:
-    labels = LABELS if "{label}" in FRAMES[frame] else ("",)
-    return list(product(labels, ASKS))
 
 
 def _overlap(a: str, b: str) -> bool:

@@ -25,7 +25,7 @@ class JointTask(Task):
 
     Args:
         parts: the tasks, by name.
-        shares, first: see ``registry._joint``.
+        shares, first: as in the options of the task ``joint``.
 
     Raises:
         InputError: there are no parts, a part cannot be trained on, or the shares or ``first`` do not fit the parts.
