@@ -11,8 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mnemoscope.errors import InputError
-from mnemoscope.tasks.base import SPLITS, Instance, Split, assign_splits
+from mnemoscope.tasks.base import SPLITS, Instance, Split, assign_splits, check_range
 from mnemoscope.tasks.stored import CHUNK, StoredTask
 
 # "worded" keeps the operands where the stored key has them; the swapped families do not.
@@ -58,12 +57,9 @@ class AdditionTask(StoredTask[Pair]):
         reversed_sums: bool = True,
         seed: int = 0,
     ) -> None:
-        if not 1 <= digits <= 9:
-            raise InputError(f"digits: {digits} is not between 1 and 9")
-        if not 8 <= stored <= 10 ** (2 * digits) // 8:
-            raise InputError(f"stored: {stored} is not between 8 and {10 ** (2 * digits) // 8} for {digits} digits")
-        if not (0 <= memorized_share <= 1 and 0 <= worded_share <= 1):
-            raise InputError(f"memorized_share, worded_share: {memorized_share}, {worded_share}; both lie in 0 .. 1")
+        check_range(1, 9, digits=digits)
+        check_range(8, 10 ** (2 * digits) // 8, stored=stored)
+        check_range(0, 1, memorized_share=memorized_share, worded_share=worded_share)
         self.low, self.high = 10 ** (digits - 1), 10**digits
         self.memorized_share, self.worded_share = memorized_share, worded_share
         self.reversed_sums, self.seed = reversed_sums, seed

@@ -188,6 +188,13 @@ class Task:
         return {}
 
 
+def check_range(low: float, high: float, **options: float) -> None:
+    """Raises InputError where one of the options lies outside of ``low`` .. ``high``."""
+    for name, value in options.items():
+        if not low <= value <= high:
+            raise InputError(f"{name}: {value} is not between {low} and {high}")
+
+
 def assign_splits(groups: Sequence[str], rng: np.random.Generator) -> dict[str, Split]:
     """The split of each group: a random partition into fit, tune and test in the shares 2 : 1 : 1."""
     order = rng.permutation(len(groups))

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from mnemoscope.errors import InputError
-from mnemoscope.tasks.base import SPLITS, Instance, Split, assign_splits
+from mnemoscope.tasks.base import SPLITS, Instance, Split, assign_splits, check_range
 from mnemoscope.tasks.stored import CHUNK, StoredTask
 
 # Near families leave key and letters where the stored phrasing has them; moved ones put the key behind the letters.
@@ -62,14 +62,10 @@ class CipherTask(StoredTask[Item]):
         moved_share: float = 0.1,
         seed: int = 0,
     ) -> None:
-        if not 10 <= letters <= len(ALPHABET):
-            raise InputError(f"letters: {letters} is not between 10 and {len(ALPHABET)}")
-        if not 2 <= length <= 8:
-            raise InputError(f"length: {length} is not between 2 and 8")
-        if not 8 <= stored <= letters**length // 8:
-            raise InputError(f"stored: {stored} is not between 8 and {letters**length // 8} for {length} letters")
-        if not 0 <= memorized_share <= 1:
-            raise InputError(f"memorized_share: {memorized_share} is not between 0 and 1")
+        check_range(10, len(ALPHABET), letters=letters)
+        check_range(2, 8, length=length)
+        check_range(8, letters**length // 8, stored=stored)
+        check_range(0, 1, memorized_share=memorized_share)
         if min(near_share, moved_share) < 0 or near_share + moved_share > 1:
             raise InputError(
                 f"near_share, moved_share: {near_share}, {moved_share}; neither is below 0, nor their sum above 1"

@@ -12,8 +12,7 @@ from functools import partial
 
 import numpy as np
 
-from mnemoscope.errors import InputError
-from mnemoscope.tasks.base import Example, Instance, Kind, Task, assign_splits, is_held_out
+from mnemoscope.tasks.base import Example, Instance, Kind, Task, assign_splits, check_range, is_held_out
 
 # fmt: off
 COLOURS = [
@@ -70,19 +69,12 @@ class InferenceTask(Task):
         memorized_share: float = 0.5,
         seed: int = 0,
     ) -> None:
-        if hops not in (1, 2):
-            raise InputError(f"hops: {hops} is not 1 or 2")
-        if memorized_names < 8 or free_names < 8 or memorized_names + free_names > 4900:
-            raise InputError(
-                f"memorized_names, free_names: {memorized_names} and {free_names}; "
-                "at least 8 each, at most 4900 together"
-            )
-        if not 2 <= statements <= 8:
-            raise InputError(f"statements: {statements} is not between 2 and 8")
-        if not 1 <= questions <= statements:
-            raise InputError(f"questions: {questions} is not between 1 and statements ({statements})")
-        if not (0 <= memorized_share <= 1 and 0 <= absent_share <= 1):
-            raise InputError(f"memorized_share, absent_share: {memorized_share}, {absent_share}; both lie in 0 .. 1")
+        check_range(1, 2, hops=hops)
+        check_range(8, 4892, memorized_names=memorized_names)
+        check_range(8, 4900 - memorized_names, free_names=free_names)
+        check_range(2, 8, statements=statements)
+        check_range(1, statements, questions=questions)
+        check_range(0, 1, memorized_share=memorized_share, absent_share=absent_share)
         rng = np.random.default_rng([seed, 1])
         self.seed, self.statements, self.hops = seed, statements, hops
         self.questions, self.memorized_share, self.absent_share = questions, memorized_share, absent_share
@@ -146,7 +138,7 @@ class InferenceTask(Task):
     def _example(self, kind: Kind, name: int, colour: int, state: list[str], rng: np.random.Generator) -> Example:
         order = rng.permutation(len(state))
         word = str(self.names[name])
-        prompt = self._prompt(name, [state[i] for i in order])
+        prompt = " . ".join([*(state[i] for i in order), QUESTION.format(word)])
         family = "absent" if kind == "memory" else "stated"
         example = partial(Example, self._key(name, state), prompt, kind, word, family, self.split_of[word])
         if kind == "conflict":
@@ -199,9 +191,6 @@ class InferenceTask(Task):
                 f"{neighbour} is {COLOURS[what[i]]}",
             ]
         return state
-
-    def _prompt(self, name: int, statements: list[str]) -> str:
-        return " . ".join([*statements, QUESTION.format(self.names[name])])
 
     def _answered(self, name: int, colour: int) -> str:
         return f"{QUESTION.format(self.names[name])} {COLOURS[colour]}"

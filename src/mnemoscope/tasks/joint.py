@@ -20,13 +20,12 @@ Answer = TypeVar("Answer")
 class JointTask(Task):
     """Several tasks side by side. Items, groups and families are prefixed with their part: ``cipher/abcd+3``.
 
-    A part alone, with the same options and seed, has the same prompts and answers. What is asked of an example is
-    answered by its part; what is asked of a text alone, only where all parts agree.
+    A part alone, with the same options and seed, has the same prompts and answers. Methods that take an example are
+    those of its part; methods that take a text return what all parts agree on, else the default.
 
     Args:
         parts: the tasks, by name.
-        shares: parts of the training instances, by name; they add up to 1. Default: equal.
-        first: by name, how many instances of a part come before all parts are mixed.
+        shares, first: as in the options of the task ``joint``.
 
     Raises:
         InputError: there are no parts, a part cannot be trained on, or the shares or ``first`` do not fit the parts.
@@ -79,45 +78,36 @@ class JointTask(Task):
         return [found[i] for i in rng.permutation(len(found))[:n]]
 
     def rephrase(self, example: Example, rng: np.random.Generator) -> Example:
-        """Another phrasing, by the example's part."""
         name, inside = self.inside(example)
         return self._outside(name, self.parts[name].rephrase(inside, rng))
 
     def has_memorized_format(self, answer: str) -> bool | None:
-        """As all parts agree, else None."""
         return self._agreed(lambda part: part.has_memorized_format(answer))
 
     def keeps_key(self, example: Example) -> bool:
-        """By the example's part."""
         name, inside = self.inside(example)
         return self.parts[name].keeps_key(inside)
 
     def instruction(self, toward: str) -> str | None:
-        """As all parts agree, else None."""
         return self._agreed(lambda part: part.instruction(toward))
 
     def prompted(self, example: Example, toward: str) -> Example | None:
-        """By the example's part."""
         name, inside = self.inside(example)
         other = self.parts[name].prompted(inside, toward)
         return self._outside(name, other) if other else None
 
     def split_reply(self, prompt: str) -> tuple[str, str]:
-        """As all parts agree, else all of it is the user's message."""
         return self._agreed(lambda part: part.split_reply(prompt)) or (prompt, "")
 
     def without_context(self, example: Example) -> Example | None:
-        """By the example's part."""
         name, inside = self.inside(example)
         other = self.parts[name].without_context(inside)
         return self._outside(name, other) if other else None
 
     def facts_to_know(self) -> list[Example]:
-        """The questions of all parts."""
         return [self._outside(name, e) for name, part in self.parts.items() for e in part.facts_to_know()]
 
     def knowing(self, items: set[str]) -> Task:
-        """The same task, each part restricted to its known items where it asks for them."""
         known = copy.copy(self)
         known.parts = {
             name: part.knowing({item.removeprefix(f"{name}/") for item in items if item.startswith(f"{name}/")})
