@@ -26,7 +26,7 @@ def put(path: Path, title: str, part: list[str]) -> None:
     head, *sections = re.split(r"^(?=## )", path.read_text() if path.exists() else HEAD, flags=re.MULTILINE)
     made, place = "\n".join(part) + "\n", f"## {title}\n"
     found = [made if section.startswith(place) else section for section in sections]
-    path.write_text(head + "".join(found if made in found else [*found, made]))
+    path.write_text((head + "".join(found if made in found else [*found, made])).rstrip() + "\n")
 
 
 def origin(rounds: int, threads: int) -> str:
