@@ -137,7 +137,8 @@ class ContrastAccumulator:
         """Take in N more pairs.
 
         Args:
-            states_generalized_NLD, states_memorized_NLD: float32 or float64; row n of both is one pair.
+            states_generalized_NLD: float32 or float64, of the generalized sides.
+            states_memorized_NLD: of the memorized sides; row n of both is one pair.
             groups: the group of each pair.
 
         Raises:

@@ -41,7 +41,8 @@ class Example:
         group: what items share and a model could learn by heart; splits and resampling go by it.
         family: the kind of phrasing.
         split: ``fit``, ``tune`` or ``test``.
-        memorized, generalized: the revealing answers of a conflict.
+        memorized: the revealing answer from memory, of a conflict.
+        generalized: the other one.
         answer: the right answer of the other kinds.
 
     Raises:
