@@ -116,9 +116,7 @@ def phrasing(row: Any, behaviour: str) -> Example:
 
 
 def bench_keeps(bench: Bench, example: Example, direction: str) -> bool:
-    from mnemoscope.tasks import keeps_key
-
-    return direction == "to_generalized" or keeps_key(bench._records.task, example)
+    return direction == "to_generalized" or bench._records.task.keeps_key(example)
 
 
 def test_no_strength_is_no_turning(client: TestClient, pairs: list[Any]) -> None:

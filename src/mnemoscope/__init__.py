@@ -1,8 +1,12 @@
-"""Mnemoscope: is a language model remembering or thinking when it answers, which neurons tell, and how to turn it.
+"""Mnemoscope: is a language model remembering or thinking when it answers, which neurons separate the two, and how to
+steer it.
 
 The public names are imported on first use, so that importing the package costs nothing::
 
-    from mnemoscope import Asking, SteeringVector, load_model, mine_pairs
+    import mnemoscope as ms
+
+    model, tokenizer = ms.load_model("smollm2")
+    fitted = ms.fit(model, tokenizer, "mine.jsonl", out="runs/mine")
 """
 
 from __future__ import annotations
@@ -12,25 +16,26 @@ from typing import Any
 
 _PUBLIC = {
     "Asking": "behaviour",
-    "Bench": "bench",
     "Contrast": "contrast",
     "ContrastAccumulator": "contrast",
     "Detector": "detect",
     "Example": "tasks",
-    "Gate": "detect",
+    "Fitted": "face",
     "InputError": "errors",
+    "Prompting": "behaviour",
     "SteeringVector": "steering",
     "StudyError": "errors",
     "Task": "tasks",
-    "Turning": "bench",
     "bake": "export",
     "build_report": "report",
     "build_task": "tasks",
     "draw_candidates": "behaviour",
+    "fit": "face",
     "load_model": "models",
     "load_study": "config",
     "mine_pairs": "behaviour",
     "prepare": "behaviour",
+    "read_states": "behaviour",
     "run_study": "study",
     "score": "behaviour",
     "to_gguf": "export",

@@ -10,20 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mnemoscope import ranks
 from mnemoscope.errors import InputError
 
 
 def write_atomically(path: Path, content: bytes | Callable[[Path], Any]) -> Path:
     """Write a file under a temporary name beside it and rename it; nothing half-written ever has the name.
 
-    Of processes that work together only the first writes.
-
     Args:
         content: the bytes, or a function that writes them to the path it is given.
     """
-    if not ranks.first():
-        return path
     with replacing(path) as temporary:
         if callable(content):
             content(temporary)

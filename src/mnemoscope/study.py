@@ -11,23 +11,21 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
-from mnemoscope import ranks
-from mnemoscope.cells import Cell, Tell, by_label, by_model, cells_of, git_state, version
+from mnemoscope.cells import STATES, Cell, Opened, Tell, by_label, by_model, cells_of, git_state, version
 from mnemoscope.config import StudyConfig, dump_study
 from mnemoscope.errors import InputError, StudyError
-from mnemoscope.executors import Execute, Progress, by_name
+from mnemoscope.executors import Progress, in_processes, possible_workers, run_cells
 from mnemoscope.files import file_hash, fingerprint, write_atomically
-from mnemoscope.processes import Spread, in_one_place, settle, side_by_side
-
-TOGETHER = ("train", "behaviour", "pairs")  # stages that several processes share (torchrun); the others are the first's
+from mnemoscope.processes import settle
 
 
 def run_study(
@@ -37,14 +35,17 @@ def run_study(
     workers: int | None = None,
     executor: str = "local",
     address: str | None = None,
+    opened: Opened | None = None,
 ) -> Path:
     """Run what is not yet done of a study and build its report.
 
     Args:
         run: the run folder; made if missing. A folder of another configuration is refused.
-        workers: cells at a time; default: as many as there are processors for ``config.threads`` each.
+        workers: processes at a time, for cells and parts of cells; default: as many as there are processors for
+            ``config.threads`` each.
         executor: ``local``, or ``ray`` for a cluster whose nodes all see the run folder.
         address: of the cluster; default: one of this machine alone.
+        opened: the model of all cells whose configuration names an open one; such a study runs in this process.
 
     Returns:
         The path of ``report.html``.
@@ -57,32 +58,27 @@ def run_study(
     from mnemoscope.report import build_report
 
     started = time.time()
-    if ranks.started() and (executor != "local" or (workers or 1) > 1):
-        raise InputError("executor, workers: processes that torchrun has started share one cell; leave them out")
     if executor != "local" and workers is not None:
         raise InputError("workers: a cluster takes as many cells at a time as it has processors for; leave it out")
     run = run.absolute()  # processes elsewhere have another working folder
-    cells = cells_of(config, run)
-    if _adapts(cells):  # what is not there is told before hours of work, not after them
+    cells = [replace(cell, opened=opened) for cell in cells_of(config, run)]
+    if _adapts(cells):  # a missing package is reported now, not after hours of work
         from mnemoscope.stages import check_peft
 
         check_peft("model.lora")
-    workers = 1 if ranks.started() else workers or max(1, min(len(cells), (os.cpu_count() or 1) // config.threads))
-    with ranks.joined(), _locked(run, config), by_name(executor, workers, address) as execute:
-        failed = _run_cells(cells, execute, progress)
-        if not ranks.first():
-            return run / "report.html"
+    workers = workers or max(1, (os.cpu_count() or 1) // config.threads)
+    with _locked(run, config):
+        failed = run_cells(cells, run_cell, progress, workers, executor, address)
         finished = [cell for cell in cells if cell.name not in failed]
         write_atomically(run / "failed.json", json.dumps(failed, indent=1).encode())
         report = None
         if any(cell.config.analysed for cell in finished):
-            # A cluster's cells were elsewhere: this machine was never asked for more than one process. Nor was its
-            # graphics processor asked for several models.
-            with side_by_side(workers if executor == "local" else 1) as spread:
-                on_cpu = all(cell.config.model.device_map in (None, "cpu") for cell in finished)
-                compare_cells(finished, run, progress, spread if on_cpu else in_one_place)
-                _write_manifest(run, finished, started)
-                report = build_report(run, spread)
+            # With a cluster, this machine was never asked for more than one process.
+            here = workers if executor == "local" else 1
+            compare_cells(finished, run, progress, here)
+            _write_manifest(run, finished, started)
+            with in_processes(here) as parallel:
+                report = build_report(run, parallel)
         if failed:
             first, *others = failed.values()
             more = f" ({len(others)} more cells failed)" if others else ""
@@ -95,14 +91,6 @@ def _adapts(cells: Sequence[Cell]) -> bool:
     return any(cell.config.model.lora for cell in cells)
 
 
-def _run_cells(cells: Sequence[Cell], execute: Execute, progress: Progress) -> dict[str, str]:
-    """Run all cells and return, by name, why some could not go on; hours of work are not lost with them."""
-    failed = execute(cells, run_cell, progress)
-    # Told first: what came to nothing by itself, not for want of a model.
-    ordered = sorted(cells, key=lambda cell: cell.lender in failed)
-    return {cell.name: failed[cell.name] for cell in ordered if cell.name in failed}
-
-
 def run_cell(cell: Cell, progress: Progress) -> None:
     """Run the stages of a cell that are not yet done."""
     from mnemoscope.stages import STAGES
@@ -113,41 +101,17 @@ def run_cell(cell: Cell, progress: Progress) -> None:
         if not cell.config.analysed and name not in ("train", "behaviour"):
             continue
         upstream = stage_hash(upstream, cell, name)
-        run = partial(_run_stage, cell.name, cell.folder, name, upstream, partial(stage, cell), progress)
-        if ranks.world() == 1:
-            run()
-        else:
-            _with_helpers(name, run, partial(is_done, cell.folder, name, upstream), partial(stage, cell))
+        _run_stage(cell.name, cell.folder, name, upstream, partial(stage, cell), progress)
 
 
-def _with_helpers(name: str, run: Callable[[], None], done: Callable[[], bool], stage: Callable[[Tell], Any]) -> None:
-    """A stage of several processes: the others help the first one, or wait for it; all go on or none does."""
-    begin, failure = True, None
-    if ranks.first():
-        try:
-            begin = not done()
-        except StudyError as error:
-            failure = error
-    begin, failure = ranks.from_first((begin, failure))
-    if begin and not failure:
-        try:
-            if ranks.first():
-                run()
-            elif name in TOGETHER:
-                stage(lambda *_: None)
-        except StudyError as error:
-            failure = error
-        failure = ranks.from_first(failure)
-    if failure:
-        raise failure
-
-
-def compare_cells(cells: Sequence[Cell], run: Path, progress: Progress, spread: Spread) -> None:
+def compare_cells(cells: Sequence[Cell], run: Path, progress: Progress, workers: int = 1) -> None:
     """Compare seeds of one label and labels that share a model, unless it is done."""
     analysed = [cell for cell in cells if cell.config.analysed]
     markers = [marker for cell in analysed for marker in _markers(cell)]
     wanted = hashlib.sha256("".join(json.loads(m.read_text())["hash"] for m in markers).encode()).hexdigest()
-    _run_stage("study", run, "compare", wanted, partial(_compared, analysed, run, spread), progress)
+    _run_stage("study", run, "compare", wanted, partial(_compared, analysed, run, workers), progress)
+    for cell in analysed:  # whose stages will not read anything again
+        shutil.rmtree(cell.folder / STATES, ignore_errors=True)
 
 
 def _markers(cell: Cell) -> list[Path]:
@@ -155,12 +119,14 @@ def _markers(cell: Cell) -> list[Path]:
     return sorted((cell.folder / "stages").glob("[!.]*.json"))
 
 
-def _compared(cells: Sequence[Cell], run: Path, spread: Spread, tell: Tell) -> list[Path]:
+def _compared(cells: Sequence[Cell], run: Path, workers: int, tell: Tell) -> list[Path]:
     if all(len(group) == 1 for group in (*by_label(cells), *by_model(cells))):
         return []  # and no model library is opened to find that out
     from mnemoscope.stages import compare_stage
 
-    return compare_stage(cells, run, spread, tell)
+    settle(cells[0].threads)
+    with in_processes(min(possible_workers(cell, workers) for cell in cells), cells[0].threads) as parallel:
+        return compare_stage(cells, run, parallel, tell)
 
 
 def _run_stage(
@@ -223,10 +189,7 @@ def is_done(folder: Path, stage: str, wanted: str) -> bool:
 
 @contextmanager
 def _locked(run: Path, config: StudyConfig) -> Iterator[None]:
-    """Hold the run folder for this process, and those that help it, and this configuration."""
-    if not ranks.first():
-        yield
-        return
+    """Hold the run folder for this process and this configuration."""
     text = dump_study(config)
     if run.exists() and not run.is_dir():
         raise InputError(f"out: {run} is a file; a folder is wanted")

@@ -3,9 +3,7 @@
 from mnemoscope.behaviour.asking import (
     Asking,
     Batch,
-    Chat,
     Encoded,
-    all_said,
     check_known,
     encode,
     left_padded,
@@ -20,24 +18,27 @@ from mnemoscope.behaviour.labels import (
     log_probabilities,
     mark_confabulations,
     only_log_probability,
-    read_states,
     score,
-    score_together,
 )
 from mnemoscope.behaviour.pairs import PairBatch, draw_candidates, mine_pairs
+from mnemoscope.behaviour.prompting import PLAIN, Prompting
 from mnemoscope.behaviour.reading import cache_prefixes, kept_bytes, stacked, with_option, without_prefix
+from mnemoscope.behaviour.states import KeptStates, States, capturing, read_states, states_at_the_end
 
 __all__ = [
+    "PLAIN",
     "TIE",
     "Applied",
     "Asking",
     "Batch",
-    "Chat",
     "Encoded",
+    "KeptStates",
     "PairBatch",
+    "Prompting",
     "Scores",
-    "all_said",
+    "States",
     "cache_prefixes",
+    "capturing",
     "check_known",
     "decode",
     "draw_candidates",
@@ -52,8 +53,8 @@ __all__ = [
     "read_states",
     "score",
     "score_contrasted",
-    "score_together",
     "stacked",
+    "states_at_the_end",
     "with_option",
     "without_prefix",
 ]

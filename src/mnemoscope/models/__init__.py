@@ -43,7 +43,7 @@ from mnemoscope.models.passes import (
     untouched_blocks,
 )
 from mnemoscope.models.precision import Precision, in_bfloat16, in_precision, quick_precision
-from mnemoscope.models.room import batch_that_fits, bytes_of_prompt
+from mnemoscope.models.room import batch_that_fits, bytes_of_prompt, models_that_fit
 from mnemoscope.models.scratch import build_gpt2, word_tokenizer
 
 __all__ = [
@@ -80,6 +80,7 @@ __all__ = [
     "make_room",
     "merged",
     "merged_weights",
+    "models_that_fit",
     "nothing_read_before",
     "pass_inputs",
     "position_ids",

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from mnemoscope.processes import Spread, in_one_place
+from mnemoscope.processes import Map, in_order
 from mnemoscope.report import (
     captions,
     captions_detection,
@@ -26,7 +26,7 @@ from mnemoscope.report.page import Story, TaskPage, panels
 from mnemoscope.report.records import Cell, Run
 
 
-def render(run: Run, results: Tree, spread: Spread = in_one_place) -> str:
+def render(run: Run, results: Tree, parallel: Map = in_order) -> str:
     """The text of ``report.html``."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -40,7 +40,7 @@ def render(run: Run, results: Tree, spread: Spread = in_one_place) -> str:
     ]
     return template.render(
         study=results["study"],
-        tasks=spread(_task_pages, drawn),
+        tasks=list(parallel(_task_page, drawn)),
         summary=_summary(results),
         failed=list(run.failed.values()),
         transfer=_transfer(results["transfer"]),
@@ -75,16 +75,13 @@ def tint(text: str) -> Markup:
     return Markup(safe)
 
 
-def _task_pages(asked: Sequence[tuple[str, Tree, Sequence[Cell], list[dict[str, Any]]]]) -> list[TaskPage]:
-    return [_task_page(*one) for one in asked]
-
-
-def _task_page(name: str, task: Tree, cells: Sequence[Cell], seeds: list[dict[str, Any]]) -> TaskPage:
-    """Compute all sentences and draw all figures of one task.
+def _task_page(asked: tuple[str, Tree, Sequence[Cell], list[dict[str, Any]]]) -> TaskPage:
+    """All sentences and figures of one task.
 
     Args:
-        seeds: rows of ``results["seeds"]`` for this label.
+        asked: its name, results and cells, and the rows of ``results["seeds"]`` for it.
     """
+    name, task, cells, seeds = asked
     title, intro = TASKS.get(cells[0].task, (name, TASKS[""][1]))
     if name != cells[0].task and title != name:
         title = f"{title}: {name}"

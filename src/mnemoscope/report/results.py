@@ -11,7 +11,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from mnemoscope.errors import InputError
-from mnemoscope.processes import Spread, in_one_place
+from mnemoscope.processes import Map, in_order
 from mnemoscope.report.intervals import Tree
 from mnemoscope.report.measures import measure
 from mnemoscope.report.measures_across import measure_seeds, measure_transfer
@@ -23,12 +23,12 @@ from mnemoscope.statistics import Estimate, over_seeds
 SCHEMA = 1
 
 
-def compute_results(run: Run, spread: Spread = in_one_place) -> Tree:
+def compute_results(run: Run, parallel: Map = in_order) -> Tree:
     """What ``results.json`` holds: plain dictionaries, lists, text and numbers; undefined numbers are NaN."""
     labels = run.by_label()
     for cells in labels.values():
         _check_alike(cells)
-    trees = iter(spread(_measured, [cell for cells in labels.values() for cell in cells]))
+    trees = iter(parallel(_measured, [cell for cells in labels.values() for cell in cells]))
     tasks = {label: _summarised(cells, list(islice(trees, len(cells)))) for label, cells in labels.items()}
     results = {"schema": SCHEMA, "study": str(run.study.get("study", "")), "tasks": tasks, "failed": run.failed}
     return dict(_plain({**results, "seeds": measure_seeds(run), "transfer": measure_transfer(run, run.probe_layers())}))
@@ -49,9 +49,9 @@ def _check_alike(cells: Sequence[Cell]) -> None:
         raise InputError(f"{cells[0].folder.parent}: cells of one name differ in their layers ({depths})")
 
 
-def _measured(cells: Sequence[Cell]) -> list[Tree]:
+def _measured(cell: Cell) -> Tree:
     with threadpool_limits(1):  # processes beside each other have a processor each, and rounding is the same in all
-        return [measure(cell) for cell in cells]
+        return measure(cell)
 
 
 def _summarised(cells: Sequence[Cell], trees: list[Tree]) -> Tree:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain, product
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,121 +15,101 @@ import pandas as pd
 
 from mnemoscope.behaviour import Asking, Batch, Scores, encode, mark_confabulations
 from mnemoscope.cells import Cell, git_state
-from mnemoscope.config import SweepConfig
+from mnemoscope.config import MethodName, SteeringConfig
 from mnemoscope.directions import (
+    ANSWERED,
     CONTROLS,
+    SOURCE,
     TOWARD,
     Choice,
+    Directions,
+    Fit,
+    Labels,
     Limits,
     Setting,
     Sources,
     TuneLists,
-    alpha_of,
     control_draws,
     final,
+    learned_together,
     ranked,
-    read_sources,
     share_of,
+    shuffles,
     steered,
-    vector_of,
     with_prefixes,
 )
-from mnemoscope.errors import InputError
 from mnemoscope.models import blocks_of
-from mnemoscope.stages.common import Tell, cell_model, cell_task, save_bound, write_json, write_table
-from mnemoscope.stages.lists import JudgedList, Records, fit_lists, judged_lists, tune_lists
-from mnemoscope.steering import Positions
+from mnemoscope.stages.common import Tell, cell_model, read_binding, write_json, write_table
+from mnemoscope.stages.lists import JudgedList, Records, judged_lists, sources_of, tune_lists
 
-AIMS = ("pairs", "conflict")  # what a setting is chosen for; controls are drawn on the list of that name
+AIMS = {"pairs": "pairs", "conflict": "conflicts as drawn"}  # what a setting is chosen for: the list of that name
+PARTS = len(AIMS) + 1  # of the stage's progress
 JUDGED = 2_000_003  # added to the seed of controls on test
-AIM_NAMES = {"pairs": "pairs", "conflict": "conflicts as drawn"}
+MAPPED = ("nmd",)  # methods whose whole sweep is measured on what should stay as it is too
+CONFLICT_CONTROL, CONFLICT_COLLATERAL = 0.3, 0.1  # limits for conflicts as drawn: steering them takes larger norms
+
+Row = dict[str, Any]
+Tops = Mapping[tuple[str, str], float]  # by direction and method, the share of neurons where no other is to be tried
 
 
-# Aim, direction and method whose settings are to be ranked, and the share of neurons where that was chosen before.
-Asked = tuple[str, str, str, float | None]
-Ranked = tuple[list[Choice], list[dict[str, Any]]]  # settings, best first, and rows of the sweep
-Placed = tuple[tuple[int, ...], pd.DataFrame]  # a table, and its place among all tables
+@dataclass(frozen=True)
+class _Chosen:
+    """The setting that was chosen for an aim, a direction and a method; ``best``: no method gains more."""
+
+    aim: str
+    choice: Choice
+    best: bool
+
+    @property
+    def setting(self) -> Setting:
+        return self.choice.setting
+
+    def draws(self, config: SteeringConfig, chosen: Sequence[_Chosen]) -> int:
+        """Of each control on test; of conflicts only under the methods that are best for them or for pairs."""
+        if self.aim == "pairs":
+            return config.draws
+        best = {(one.setting.direction, one.setting.method) for one in chosen if one.best}
+        return config.conflict_draws if (self.setting.direction, self.setting.method) in best else 0
 
 
 def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
     """Choose settings on the tune split, for pairs and for conflicts as drawn; judge them on the test split."""
-    work = _Work(cell)
-    work.tell = tell
-    made = _Made()
-    for number, aim in enumerate(AIMS):
-        tell(number, len(AIMS) + 1, f"choosing for {AIM_NAMES[aim]} on tune")
-        _choose(work, made, aim)
-    work.forget_tune()  # the tune lists and their caches are gone before the test lists come
-    tell(len(AIMS), len(AIMS) + 1, "vectors and controls on test")
-    asked = list(product(TOWARD, cell.config.steering.sweeps))
-    judged = cell.spread(partial(work.judge_all, made), asked)
-    tables = [table for _, table in sorted((part for parts in judged for part in parts), key=itemgetter(0))]
-    files = work.save(made)
-    files.append(write_table(cell.records / "steering.parquet", pd.concat(tables, ignore_index=True)))
-    rows = [row for _, of_one in sorted(made.swept, key=itemgetter(0)) for row in of_one]
-    files.append(write_table(cell.records / "sweep.parquet", pd.DataFrame(rows)))
-    files.append(write_json(cell.records / "chosen.json", work.chosen(made)))
-    return files
+    opened, config = _Opened(cell, {}), cell.config.steering
+    asked = list(product(TOWARD, config.sweeps))
+    opened.fitted |= _fitted(opened, ((s, (ANSWERED,)) for key in asked for s in opened.settings(*key)))
+    for_pairs, rows = _choose(opened, "pairs", {}, tell)
+    # How many neurons a method takes is chosen once.
+    tops = {(one.setting.direction, one.setting.method): one.setting.top for one in for_pairs}
+    for_conflicts, more = _choose(opened, "conflict", tops, tell)
+    opened.forget_tune()  # the tune lists and their caches are gone before the test lists come
+    chosen = [*for_pairs, *for_conflicts]
+    drawn = ((one, four) for one in chosen for four in shuffles(one.draws(config, chosen), cell.seed + JUDGED))
+    opened.fitted |= _fitted(opened, ((one.setting, four) for one, four in drawn))
+    lists, tables = [(d, name) for d in TOWARD for name in opened.judged(d)], list[pd.DataFrame]()
+    for done, judged in enumerate(cell.map(partial(_judge_list, opened, chosen), lists)):
+        tell(len(AIMS) + (done + 1) / len(lists), PARTS, "vectors and controls on test")
+        tables += judged
+    rows = sorted(rows + more, key=lambda row: list(TOWARD).index(row["direction"]))
+    return [
+        *_save(opened, chosen),
+        write_table(cell.records / "steering.parquet", pd.concat(tables, ignore_index=True)),
+        write_table(cell.records / "sweep.parquet", pd.DataFrame(rows)),
+        write_json(cell.records / "chosen.json", _facts_chosen(opened, chosen)),
+    ]
 
 
-def _choose(work: _Work, made: _Made, aim: str) -> None:
-    """Choose a setting for each method and direction, and the method that gains most."""
-    asked: list[Asked] = []
-    for direction, method in product(TOWARD, list[str](work.cell.config.steering.sweeps)):
-        top = made.choices["pairs", direction, method].setting.top if aim == "conflict" else None
-        asked.append((aim, direction, method, top))
-    found = work.cell.spread(work.rank_all, asked)
-    for (_, direction, method, _), (choices, rows) in zip(asked, found, strict=True):
-        made.choices[aim, direction, method] = choices[0]
-        made.swept.append(((list(TOWARD).index(direction), AIMS.index(aim)), rows))
-    for direction in TOWARD:
-        of_methods = (choices for (_, d, *_), (choices, _) in zip(asked, found, strict=True) if d == direction)
-        choice = work.final(aim, direction, list(chain.from_iterable(of_methods)))
-        made.choices[aim, direction, choice.setting.method] = choice
-        made.best[aim, direction] = choice.setting.method
-
-
-def sources_of(cell: Cell, asking: Asking, records: Records) -> dict[str, Sources]:
-    """The sources of every site that a sweep of the cell names."""
-    lists = fit_lists(cell, asking, records)
-    pairs = records.both_sides("fit", cell.config.steering.fit_pairs)
-    grids = [grid for grids in cell.config.steering.sweeps.values() for grid in grids]
-    sites = dict.fromkeys(site for grid in grids for site in grid.sites)
-    return {site: read_sources(site, pairs, lists) for site in sites}
-
-
-def layers_name(layers: Sequence[int]) -> str:
-    """``0-3`` for a range, ``2`` for one layer, else the layers between commas."""
-    first, last = layers[0], layers[-1]
-    if list(layers) == list(range(first, last + 1)):
-        return str(first) if first == last else f"{first}-{last}"
-    return ",".join(map(str, layers))
-
-
-@dataclass
-class _Made:
-    """What the stage has come to so far.
+class _Opened:
+    """What the parts of the stage work with, opened when it is first needed, and anew in another process.
 
     Attributes:
-        choices: by aim, direction and method.
-        best: the method that gains most, by aim and direction.
-        swept: rows of ``records/sweep.parquet``, with the places of direction and aim.
+        fitted: the learned shifts so far.
     """
 
-    choices: dict[tuple[str, str, str], Choice] = field(default_factory=dict)
-    best: dict[tuple[str, str], str] = field(default_factory=dict)
-    swept: list[tuple[tuple[int, int], list[dict[str, Any]]]] = field(default_factory=list)
+    def __init__(self, cell: Cell, fitted: dict[Fit, np.ndarray]) -> None:
+        self.cell, self.fitted = cell, fitted
 
-
-class _Work:
-    """The steering of one cell: what it needs is opened when it is first needed, and anew on another machine."""
-
-    def __init__(self, cell: Cell) -> None:
-        self.cell = cell
-        self.tell: Tell = lambda *_: None
-
-    def __reduce__(self) -> tuple[type[_Work], tuple[Cell]]:
-        return _Work, (self.cell,)
+    def __reduce__(self) -> tuple[type[_Opened], tuple[Cell, dict[Fit, np.ndarray]]]:
+        return _Opened, (self.cell, self.fitted)
 
     @cached_property
     def asking(self) -> Asking:
@@ -143,14 +122,8 @@ class _Work:
     @cached_property
     def sources(self) -> dict[str, Sources]:
         """By site."""
-        return sources_of(self.cell, self.asking, self.records)
-
-    @cached_property
-    def begin_alike(self) -> float:
-        """Share of the phrasings of fit pairs whose two answers begin with the same tokens."""
-        pairs = self.records.both_sides("fit", self.cell.config.steering.fit_pairs)
-        encoded = encode(self.asking, [example for pair in pairs for example in pair])
-        return float(np.mean([one.shared > 0 for one in encoded]))
+        sites = (s for grids in self.cell.config.steering.sweeps.values() for grid in grids for s in grid.sites)
+        return sources_of(self.cell, self.asking, self.records, sites)
 
     @cached_property
     def tune(self) -> dict[str, dict[str, TuneLists]]:
@@ -160,185 +133,186 @@ class _Work:
     def forget_tune(self) -> None:
         self.__dict__.pop("tune", None)
 
-    def rank_all(self, asked: Sequence[Asked]) -> list[Ranked]:
-        """Of each: the settings, best first, and the rows of the sweep."""
-        found = []
-        for done, (aim, direction, method, top) in enumerate(asked):
-            note = f"{direction}: choosing {method} for {AIM_NAMES[aim]} on tune"
-            self.tell(AIMS.index(aim) + done / len(asked), len(AIMS) + 1, note)
-            found.append(self._rank(aim, direction, method, top))
-        return found
+    def judged(self, direction: str) -> dict[str, JudgedList]:
+        """The test lists of a direction, by name."""
+        return judged_lists(self.records, direction, self.cell.config.steering.judged_examples)
 
-    def _rank(self, aim: str, direction: str, method: str, top: float | None) -> Ranked:
-        config, count = self.cell.config.steering, len(blocks_of(self.asking.model))
-        grids = config.sweeps[method]  # type: ignore[index]
-        settings = settings_of(direction, method, grids, count, config.positions)
-        lists, of_pairs = (self.tune[name][direction] for name in (aim, "pairs"))
-        rated, rows = [], []
-        for setting in settings:
-            if top not in (None, setting.top):
-                continue
-            row, scores = self._swept(aim, setting, lists.turned)
-            rows.append(row)
-            rated.append((setting, share_of(scores, TOWARD[setting.direction])))
-            if setting.method in config.mapped:
-                for name, (batches, label) in lists.kept.items():
-                    if aim == "pairs" or name not in of_pairs.kept:
-                        rows.append(self._swept(name, setting, batches, label)[0])
-        return ranked(self.asking, lists, self.sources, rated, self._limits(aim), self._seed), rows
+    @cached_property
+    def begin_alike(self) -> float:
+        """Share of the phrasings of fit pairs whose two answers begin with the same tokens."""
+        pairs = self.records.both_sides("fit", self.cell.config.steering.fit_pairs)
+        encoded = encode(self.asking, [example for pair in pairs for example in pair])
+        return float(np.mean([one.shared > 0 for one in encoded]))
 
-    def final(self, aim: str, direction: str, candidates: Sequence[Choice]) -> Choice:
-        """The best of all methods."""
-        lists = self.tune[aim][direction]
-        return final(self.asking, lists, self.sources, candidates, self._limits(aim), self._seed)
+    def directions(self) -> dict[str, Directions]:
+        """By site; what is computed anew is forgotten with them."""
+        return {site: Directions(sources, self.fitted) for site, sources in self.sources.items()}
 
-    @property
-    def _seed(self) -> list[int]:
-        return [self.cell.seed, 1]
-
-    def _limits(self, aim: str) -> Limits:
-        config = self.cell.config.steering
-        limits = Limits(
-            config.control_limit,
-            config.collateral_limit,
-            refits=config.tune_refits,
-            again=config.tune_draws_again,
-            excess_cost=config.excess_cost,
-        )
-        if aim == "pairs":
-            return limits
-        return replace(
-            limits, control=config.conflict_control_limit, collateral=config.conflict_collateral_limit, refits=0
-        )
-
-    def _swept(
-        self, name: str, setting: Setting, batches: Sequence[Batch], label: str | None = None
-    ) -> tuple[dict[str, Any], Scores]:
-        """Try a setting on a list: a row that says what became of it, and the scores."""
-        turned = label is None
-        scores = steered(self.asking, batches, vector_of(self.sources[setting.site], setting), margins=turned)
-        row = {"examples": name, "n": len(scores.behaviour_N), **_facts(setting)}
-        if label is None:
-            target = TOWARD[setting.direction]
-            source = next(t for t in TOWARD.values() if t != target)
-            row |= {"shift": share_of(scores, target), "stay": share_of(scores, source)}
-            row |= {"other": share_of(scores, "other"), "kept": np.nan}
-            row |= {"margin": float(scores.margin_N.mean()), "margin_sd": float(scores.margin_N.std())}
-        else:
-            row |= dict.fromkeys(("shift", "stay", "other", "margin", "margin_sd"), np.nan)
-            row |= {"kept": share_of(scores, label)}
-        return row, scores
-
-    def judge_all(self, made: _Made, asked: Sequence[tuple[str, str]]) -> list[list[Placed]]:
-        """Of each direction and method: its tables of all lists, with their places among all tables."""
-        methods = list[str](self.cell.config.steering.sweeps)
-        found: dict[tuple[str, str], list[Placed]] = {one: [] for one in asked}
-        for number, direction in enumerate(TOWARD):
-            mine = [method for d, method in asked if d == direction]
-            lists = judged_lists(self.records, direction, self.cell.config.steering.judged_examples) if mine else {}
-            for done, (name, entry) in enumerate(lists.items()):
-                note = f"{direction}: {name} on test, vectors and controls"
-                self.tell(len(AIMS) + (number + done / len(lists)) / 2, len(AIMS) + 1, note)
-                # One list at a time: the caches of a list's prompts are most of the memory that steering takes.
-                batches = with_prefixes(self.asking, entry.examples)
-                for aim, method in product(AIMS, mine):
-                    tables = self._judge(made, aim, direction, method, name, entry, batches)
-                    place = (number, done, AIMS.index(aim), methods.index(method))
-                    found[direction, method] += [((*place, n), table) for n, table in enumerate(tables)]
-                del batches  # before the next list's are made
-        return list(found.values())
-
-    def _judge(
-        self, made: _Made, aim: str, direction: str, method: str, name: str, entry: JudgedList, batches: Sequence[Batch]
-    ) -> Iterator[pd.DataFrame]:
-        """A chosen vector on one list, and its controls where the list is what it was chosen for.
-
-        Conflicts get controls under the methods that are best for them or for pairs only.
-        """
-        if aim == "conflict" and name.startswith("pairs"):
-            return
-        has_format = getattr(cell_task(self.cell), "has_memorized_format", None)
-        setting = made.choices[aim, direction, method].setting
-        sources = self.sources[setting.site]
-        vector = vector_of(sources, setting)
-        scores = steered(self.asking, batches, vector)
-        if has_format and entry.examples[0].kind == "conflict":
-            applied = partial(vector.apply, self.asking.model)
-            mark_confabulations(self.asking, entry.examples, scores, has_format, applied)
-        yield _table(aim, setting, ("vector", 0), name, entry, scores)
-        if name != aim or (aim == "conflict" and method not in {made.best[a, direction] for a in AIMS}):
-            return
-        config = self.cell.config.steering
-        draws = config.draws if aim == "pairs" else config.conflict_draws
-        for control in CONTROLS:
-            # Shuffles go by the first number, and those that settings were ranked by are to be no part of this.
-            seed = [self.cell.seed + JUDGED, zlib.crc32(f"{aim}/{direction}/{method}/{control}".encode())]
-            for number, shift_LD in control_draws(control, sources, setting, draws, seed):
-                scores = steered(self.asking, batches, vector.with_dense(shift_LD), margins=False)
-                yield _table(aim, setting, (control, number), name, entry, scores)
-
-    def save(self, made: _Made) -> list[Path]:
-        """Write the chosen vectors, bound to their model."""
-        files: list[Path] = []
-        for (aim, direction, method), choice in made.choices.items():
-            vector = vector_of(self.sources[choice.setting.site], choice.setting)
-            bound = vector.bound_to(self.asking.model, self.asking.tokenizer)
-            facts = self.asking.put | {"begin_alike": self.begin_alike}
-            bound = replace(bound, task=self.cell.label, commit=git_state()["commit"] or "", **facts)
-            name = f"{direction}-{method}" + ("" if aim == "pairs" else f"-{aim}")
-            files += save_bound(self.cell.folder / "vectors", name, bound)
-        return files
-
-    def chosen(self, made: _Made) -> dict[str, Any]:
-        """What was chosen, per aim, method and direction, and the best method of each by the tune split."""
-        chosen: dict[str, Any] = {}
-        for (aim, direction, method), choice in made.choices.items():
-            entry = chosen.setdefault(aim, {"best": {}, "methods": {}})
-            facts = _chosen(choice.setting, self.sources[choice.setting.site])
-            facts |= {"within_limits": choice.within, "begin_alike": self.begin_alike}
-            entry["methods"].setdefault(method, {})[direction] = facts
-        for aim, entry in chosen.items():
-            entry["best"] = {direction: made.best[aim, direction] for direction in TOWARD}
-        return chosen
+    def settings(self, direction: str, method: MethodName) -> list[Setting]:
+        """What is tried of a method."""
+        return settings_of(self.cell.config.steering, direction, method, len(blocks_of(self.asking.model)))
 
 
-def settings_of(
-    direction: str, method: str, grids: Sequence[SweepConfig], count: int, positions: Positions = "decision"
-) -> list[Setting]:
-    """Every combination of each grid in a model of ``count`` layers, once.
+def _fitted(opened: _Opened, wanted: Iterable[tuple[Setting, tuple[Labels, ...]]]) -> dict[Fit, np.ndarray]:
+    """The learned shifts among those that are wanted, fitted in parallel."""
+    fits = list(dict.fromkeys((s.same_direction()[0], several) for s, several in wanted if s.method == "learned"))
+    found = opened.cell.map(partial(_fit, opened), fits)
+    return {
+        (setting, labels): shift_LD
+        for (setting, several), shifts in zip(fits, found, strict=True)
+        for labels, shift_LD in zip(several, shifts, strict=True)
+    }
+
+
+def _fit(opened: _Opened, fit: tuple[Setting, tuple[Labels, ...]]) -> list[np.ndarray]:
+    setting, several = fit
+    return learned_together(opened.sources[setting.site], setting, several)
+
+
+def _choose(opened: _Opened, aim: str, tops: Tops, tell: Tell) -> tuple[list[_Chosen], list[Row]]:
+    """A setting for each direction and method, and the rows of the sweep."""
+    cell, directions, chosen = opened.cell, opened.directions(), list[_Chosen]()
+    asked = list(product(TOWARD, cell.config.steering.sweeps))
+    found: dict[tuple[str, MethodName], tuple[list[Choice], list[Row]]] = {}
+    for key, ranking in zip(asked, cell.map(partial(_rank, opened, aim, tops), asked), strict=True):
+        found[key] = ranking
+        tell(list(AIMS).index(aim) + len(found) / len(asked), PARTS, f"choosing for {AIMS[aim]} on tune")
+    for direction in TOWARD:
+        mine = [choices for (d, _), (choices, _) in found.items() if d == direction]
+        candidates, lists = chain.from_iterable(mine), opened.tune[aim][direction]
+        best = final(lists, directions, candidates, _limits(cell, aim), [cell.seed, 1])
+        for choices in mine:
+            is_best = choices[0].setting.method == best.setting.method
+            chosen.append(_Chosen(aim, best if is_best else choices[0], is_best))
+    return chosen, [row for _, rows in found.values() for row in rows]
+
+
+def _rank(opened: _Opened, aim: str, tops: Tops, asked: tuple[str, MethodName]) -> tuple[list[Choice], list[Row]]:
+    """The settings of a direction and method, best first, and the rows of the sweep."""
+    cell, directions, (direction, _) = opened.cell, opened.directions(), asked
+    rated, rows = [], []
+    lists, of_pairs = (opened.tune[name][direction] for name in (aim, "pairs"))
+    for setting in opened.settings(*asked):
+        if setting.top != tops.get(asked, setting.top):
+            continue
+        vector = directions[setting.site].vector(setting)
+        scores = steered(opened.asking, lists.targets, vector)
+        rated.append((setting, share_of(scores, setting.toward)))
+        rows.append(_row(aim, setting, scores))
+        for name, (batches, label) in lists.kept.items() if setting.method in MAPPED else ():
+            if aim == "pairs" or name not in of_pairs.kept:
+                rows.append(_row(name, setting, steered(opened.asking, batches, vector, margins=False), label))
+    return ranked(lists, directions, rated, _limits(cell, aim), [cell.seed, 1]), rows
+
+
+def _limits(cell: Cell, aim: str) -> Limits:
+    config = cell.config.steering
+    again, excess_cost = config.tune_draws_again, config.excess_cost
+    if aim == "conflict":
+        return Limits(CONFLICT_CONTROL, CONFLICT_COLLATERAL, refits=0, again=again, excess_cost=excess_cost)
+    limits = config.control_limit, config.collateral_limit
+    return Limits(*limits, refits=config.tune_refits, again=again, excess_cost=excess_cost)
+
+
+def _row(name: str, setting: Setting, scores: Scores, label: str | None = None) -> Row:
+    """A row of the sweep: what became of examples that a setting is to steer, or how many keep their label."""
+    row = {"examples": name, "n": len(scores.behaviour_N), **_columns(setting)}
+    row |= dict.fromkeys(("shift", "stay", "other", "kept", "margin", "margin_sd"), np.nan)
+    if label is not None:
+        return row | {"kept": share_of(scores, label)}
+    shares = {"shift": setting.toward, "stay": SOURCE[setting.direction], "other": "other"}
+    row |= {"margin": float(scores.margin_N.mean()), "margin_sd": float(scores.margin_N.std())}
+    return row | {column: share_of(scores, behaviour) for column, behaviour in shares.items()}
+
+
+def _judge_list(opened: _Opened, chosen: Sequence[_Chosen], asked: tuple[str, str]) -> list[pd.DataFrame]:
+    """Tables of all vectors of a direction on one list, and of the controls of those that were chosen for it."""
+    (direction, name), config, directions = asked, opened.cell.config.steering, opened.directions()
+    entry, tables = opened.judged(direction)[name], []
+    batches = with_prefixes(opened.asking, entry.examples)
+    for one in chosen:
+        if one.setting.direction != direction or (one.aim == "conflict" and name.startswith("pairs")):
+            continue
+        draws = one.draws(config, chosen) if name == one.aim else 0
+        judged = _judge(opened, directions[one.setting.site], one, entry, batches, draws)
+        tables += [_table(one, role, name, entry, scores) for role, scores in judged]
+    return tables
+
+
+def _judge(
+    opened: _Opened, directions: Directions, one: _Chosen, entry: JudgedList, batches: Sequence[Batch], draws: int
+) -> Iterator[tuple[tuple[str, int], Scores]]:
+    """The scores of a vector on one list, then those of the draws of its controls, with role and draw."""
+    cell, asking, setting = opened.cell, opened.asking, one.setting
+    vector = directions.vector(setting)
+    scores = steered(asking, batches, vector)
+    if entry.examples[0].kind == "conflict":
+        applied = partial(vector.apply, asking.model)
+        mark_confabulations(asking, entry.examples, scores, opened.records.task.has_memorized_format, applied)
+    yield ("vector", 0), scores
+    for control in CONTROLS if draws else ():
+        # Shuffles go by the first number, and those that settings were ranked by are to be no part of this.
+        stream = zlib.crc32(f"{one.aim}/{setting.direction}/{setting.method}/{control}".encode())
+        for number, shift_LD in control_draws(control, directions, setting, draws, [cell.seed + JUDGED, stream]):
+            yield (control, number), steered(asking, batches, vector.with_dense(shift_LD), margins=False)
+
+
+def _save(opened: _Opened, chosen: Sequence[_Chosen]) -> list[Path]:
+    """Write the chosen vectors, bound to their model."""
+    files, directions = list[Path](), opened.directions()
+    prompting = opened.asking.prompting
+    facts: dict[str, Any] = {"task": opened.cell.label, "commit": git_state()["commit"] or "", "prompting": prompting}
+    facts |= {"binding": read_binding(opened.cell), "begin_alike": opened.begin_alike}
+    facts["opening"] = tuple(prompting.opening(opened.asking.tokenizer))
+    for one in chosen:
+        vector = directions[one.setting.site].vector(one.setting)
+        name = f"{one.setting.direction}-{one.setting.method}" + ("" if one.aim == "pairs" else f"-{one.aim}")
+        # The JSON beside it is written again once there is a card.
+        files.append(replace(vector, **facts).save(opened.cell.folder / "vectors" / f"{name}.safetensors")[0])
+    return files
+
+
+def _facts_chosen(opened: _Opened, chosen: Sequence[_Chosen]) -> dict[str, Any]:
+    """``chosen.json``: what was chosen, by aim, method and direction, and the best method of each on tune."""
+    found: dict[str, Any] = {aim: {"best": {}, "methods": {}} for aim in AIMS}
+    directions = opened.directions()
+    for one in chosen:
+        setting = one.setting
+        facts = {name: getattr(setting, name) for name in ("method", "site", "positions", "top", "strength")}
+        facts |= {"layers": list(setting.layers), "alpha": directions[setting.site].alpha(setting)}
+        facts |= {"within_limits": one.choice.within, "begin_alike": opened.begin_alike}
+        found[one.aim]["methods"].setdefault(setting.method, {})[setting.direction] = facts
+        if one.best:
+            found[one.aim]["best"][setting.direction] = setting.method
+    return found
+
+
+def settings_of(config: SteeringConfig, direction: str, method: MethodName, count: int) -> list[Setting]:
+    """Every combination of each grid of a method in a model of ``count`` layers, once.
 
     Raises:
-        InputError: the sweep names a layer that the model does not have.
+        InputError: a sweep names a layer that the model does not have.
     """
-    try:
-        layer_sets = [grid.layer_sets(count) for grid in grids]
-    except ValueError as error:
-        raise InputError(str(error)) from error
     settings = (
-        Setting(direction, method, site, layers, top, strength, positions)
-        for grid, sets in zip(grids, layer_sets, strict=True)
-        for site, layers, top, strength in product(grid.sites, sets, grid.tops, grid.strengths)
+        Setting(direction, method, site, layers, top, strength, config.positions)
+        for grid in config.sweeps[method]
+        for site, layers, top, strength in product(grid.sites, grid.layer_sets(count), grid.tops, grid.strengths)
     )
     return list(dict.fromkeys(settings))
 
 
-def _facts(setting: Setting) -> dict[str, Any]:
-    """A setting in the columns of the records."""
-    facts = {name: getattr(setting, name) for name in ("direction", "method", "site", "layers", "top", "strength")}
-    return facts | {"layers": layers_name(setting.layers)}
+def _columns(setting: Setting) -> Row:
+    """A setting in the columns of the records; layers as ``0-3`` for a range, ``2`` for one, else between commas."""
+    row = {name: getattr(setting, name) for name in ("direction", "method", "site", "layers", "top", "strength")}
+    first, last = setting.layers[0], setting.layers[-1]
+    if setting.layers == tuple(range(first, last + 1)):
+        return row | {"layers": str(first) if first == last else f"{first}-{last}"}
+    return row | {"layers": ",".join(map(str, setting.layers))}
 
 
-def _chosen(setting: Setting, sources: Sources) -> dict[str, Any]:
-    """A setting as ``results.json`` shows it."""
-    facts = {name: getattr(setting, name) for name in ("method", "site", "positions", "top", "strength")}
-    return facts | {"layers": list(setting.layers), "alpha": alpha_of(sources, setting)}
-
-
-def _table(
-    aim: str, setting: Setting, role: tuple[str, int], name: str, entry: JudgedList, scores: Scores
-) -> pd.DataFrame:
+def _table(one: _Chosen, role: tuple[str, int], name: str, entry: JudgedList, scores: Scores) -> pd.DataFrame:
     """One row per steered test example."""
-    columns: dict[str, Any] = {"aim": aim, **_facts(setting), "role": role[0], "draw": role[1], "examples": name}
+    columns: Row = {"aim": one.aim, **_columns(one.setting), "role": role[0], "draw": role[1], "examples": name}
     columns |= {"example": np.arange(len(entry.examples)), "split": "test", "before": entry.before}
     columns |= {key: [getattr(example, key) for example in entry.examples] for key in ("group", "family")}
     columns |= {"after": scores.behaviour_N, "margin_before": entry.margin_N, "margin": scores.margin_N}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import csv
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import product
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from mnemoscope.errors import InputError
-from mnemoscope.tasks.base import SAID, Example, Instance, Kind, Task, assign_splits
+from mnemoscope.tasks.base import INSTRUCTIONS, Example, Kind, Task, assign_splits
 
 How = tuple[str, tuple[str, str]]  # what stands before the statement; what announces question and answer
 
@@ -99,7 +99,7 @@ LANGUAGES = {
 }  # fmt: skip
 
 
-class FactsTask:
+class FactsTask(Task):
     """Facts about countries that a pretrained model knows, contradicted by what the prompt says.
 
     Args:
@@ -120,8 +120,8 @@ class FactsTask:
 
     name = "facts"
     # What commonly ends a short answer; "" is the end-of-text token.
-    boundary: tuple[str, ...] = ("", "\n", ".", ",")
-    memory_is_conflict = False
+    boundary = ("", "\n", ".", ",")
+    begins_reply = True
 
     def __init__(
         self,
@@ -194,12 +194,6 @@ class FactsTask:
         other.__dict__.pop("_everything", None)
         return other
 
-    def training(self, rng: np.random.Generator) -> Iterator[Instance]:
-        """Refused: the facts are those that a pretrained model knows."""
-        raise InputError(
-            "model: task 'facts' has nothing to train on; give the folder of a trained model, without lora"
-        )
-
     def examples(self, rng: np.random.Generator, n: int, kind: Kind) -> list[Example]:
         """At most ``n``, of every country in turn, so that none weighs more for being known better.
 
@@ -220,21 +214,17 @@ class FactsTask:
         others = [other for other in others if other.prompt != example.prompt]
         return others[rng.integers(len(others))]
 
-    def prompted(self, example: Example, toward: str) -> Example:
-        """The same question behind a sentence that says what to go by."""
-        return replace(example, prompt=f"{SAID[toward]}\n{example.prompt}")
+    def instruction(self, toward: str) -> str:
+        """A sentence that says whether to follow the text or memory."""
+        return INSTRUCTIONS[toward]
 
-    def said(self, toward: str) -> str:
-        """That sentence, for a model that talks: its system message."""
-        return SAID[toward]
-
-    def parted(self, prompt: str) -> tuple[str, str]:
-        """For a model that talks: the user says all but the last line, and the reply begins with what that asks for."""
-        said, _, last = prompt.rpartition("\n")
-        return said, last.partition(" ")[2]
+    def split_reply(self, prompt: str) -> tuple[str, str]:
+        """All but the last line is the user's message; the reply begins with the stem of that line."""
+        message, _, last = prompt.rpartition("\n")
+        return message, last.partition(" ")[2]
 
     def without_context(self, example: Example) -> Example:
-        """The same question with nothing said about it, for decoding that contrasts the two."""
+        """The same question without the context."""
         relation, subject, *_ = example.item.split("|")
         how = next(how for how in ASKS if f"{how[0]} " in example.prompt)
         return replace(example, prompt=self._prompt(relation, subject, "", BARE, ("", how)))

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mnemoscope import ranks
-from mnemoscope.behaviour import Asking, Batch, prepare, score_together
+from mnemoscope.behaviour import Asking, Batch, prepare, score
 from mnemoscope.config import StopConfig, TrainingConfig
 from mnemoscope.errors import InputError
 from mnemoscope.models import core_of, in_precision, is_adapted, quick_precision
@@ -85,8 +84,6 @@ def train(
 ) -> Trained:
     """Train a model in place on a task until the stop rule holds; of an adapted model only the adapter.
 
-    Processes that work together read a share of each batch and step alike, from the sum of their gradients.
-
     Once the rule holds, training goes on for ``settle_steps`` while the learning rate falls to 0. The model ends with
     the weights of the last measurement in which the rule held, or with the last ones where it never did.
 
@@ -100,7 +97,7 @@ def train(
             merges its answer with its prompt.
     """
     started = time.perf_counter()
-    torch.manual_seed(int(rng.integers(2**31)) + ranks.rank())  # dropout draws from the global generator
+    torch.manual_seed(int(rng.integers(2**31)))  # dropout draws from the global generator
     evaluation = prepare_evaluation(asking, task, config.evaluation_examples, rng)
     state = _State(asking.model, config)
     for ids_BT, weights_BT in batches(asking, task, config, rng):
@@ -121,9 +118,7 @@ class _State:
 
     def __init__(self, model: PreTrainedModel, config: TrainingConfig) -> None:
         self.model, self.config = model, config
-        # One for all processes, whatever each could do.
-        wanted = config.precision
-        self.precision = ranks.from_first(quick_precision(model) if wanted == "auto" else wanted)
+        self.precision = quick_precision(model) if config.precision == "auto" else config.precision
         self.optimizers = optimizers_for(model, config)
         self.steps = 0
         self.first_met: int | None = None
@@ -248,7 +243,7 @@ def prepare_evaluation(asking: Asking, task: Task, n: int, rng: np.random.Genera
     Raises:
         InputError: the task, or a part of it, has no example of a kind.
     """
-    parts: dict[str, Task] = getattr(task, "parts", {task.name: task})
+    parts = task.parts or {task.name: task}
     return {name: _evaluation(replace(asking, boundary=part.boundary), part, n, rng) for name, part in parts.items()}
 
 
@@ -258,7 +253,7 @@ def _evaluation(asking: Asking, task: Task, n: int, rng: np.random.Generator) ->
         examples: list[Example] = draw(task, rng, n, kind, "tune")
         if not examples:
             raise InputError(f"task: {task.name} has no {kind} example in the tune split, which the stop rule needs")
-        by_kind[kind] = prepare(asking, examples, together=True)
+        by_kind[kind] = prepare(asking, examples)
     return Evaluation(asking, by_kind)
 
 
@@ -281,7 +276,7 @@ def measure(evaluations: dict[str, Evaluation]) -> dict[str, float]:
 
 def _measure(evaluation: Evaluation) -> dict[str, float]:
     labels = {
-        kind: score_together(evaluation.asking, batches_, margins=False).behaviour_N
+        kind: score(evaluation.asking, batches_, margins=False).behaviour_N
         for kind, batches_ in evaluation.by_kind.items()
     }
     return {
@@ -295,8 +290,7 @@ def _backward(model: PreTrainedModel, ids_BT: Tensor, weights_BT: Tensor) -> flo
     """The loss of a batch, its gradients left in the weights."""
     # The loss is the mean over the whole batch, so its parts are summed and divided by the batch's weights.
     total, loss = weights_BT[:, 1:].sum(), 0.0
-    mine = slice(ranks.rank(), None, ranks.world())
-    for ids_RT, weights_RT in passes(ids_BT[mine], weights_BT[mine], _vocabulary(model)):
+    for ids_RT, weights_RT in passes(ids_BT, weights_BT, _vocabulary(model)):
         logits_RTV = model(input_ids=ids_RT[:, :-1].to(model.device), use_cache=False).logits
         # Flat: over three dimensions CUDA has no deterministic form of it.
         losses_R = nn.functional.cross_entropy(
@@ -305,7 +299,7 @@ def _backward(model: PreTrainedModel, ids_BT: Tensor, weights_BT: Tensor) -> flo
         part = (losses_R * weights_RT[:, 1:].flatten().to(model.device)).sum() / total.to(model.device)
         part.backward()
         loss += float(part.detach())
-    return _sum_over_ranks(model, loss) if ranks.world() > 1 else loss
+    return loss
 
 
 def _update(
@@ -318,16 +312,6 @@ def _update(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-
-
-def _sum_over_ranks(model: PreTrainedModel, loss: float) -> float:
-    """Sum gradients and loss over all processes; one that had no row, or none for a weight, adds nothing to it."""
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    for weight in trained:
-        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-    told = torch.tensor([loss], device=trained[0].device, dtype=trained[0].dtype)
-    ranks.summed([*(weight.grad for weight in trained if weight.grad is not None), told])
-    return float(told)
 
 
 def _vocabulary(model: PreTrainedModel) -> int:

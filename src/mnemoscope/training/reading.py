@@ -62,8 +62,6 @@ def _tokenize(asking: Asking, instances: list[Instance], prompt_weight: float) -
 
 def passes(ids_BT: Tensor, weights_BT: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Parts of a batch that are read one after the other, none with more logits than ``MOST_LOGITS``."""
-    if not len(ids_BT):
-        return
     for ids_RT, weights_RT in by_length(ids_BT, weights_BT):
         rows = max(1, MOST_LOGITS // (ids_RT.shape[1] * vocabulary))
         yield from zip(ids_RT.split(rows), weights_RT.split(rows), strict=True)

@@ -1,4 +1,4 @@
-"""Streamed moments and sign flips of pairs, which merge over shards; false discovery rates.
+"""Sign-flip permutation tests of pairs, streamed and merged over shards; false discovery rates.
 
 Shapes: N pairs, B permutations, L layers, D neurons.
 """
@@ -16,66 +16,17 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import sparse, stats
 
-from mnemoscope.statistics.common import TIE, Floats, blocks, same
+from mnemoscope.statistics.common import TIE, Floats, as_batch, blocks, same
 
 BLOCK_PERMUTATIONS = 64  # permutations are made in blocks of so many rows
 HELD_GROUPS = 128  # whose totals wait to be flipped together
 
 
 @dataclass(slots=True, eq=False)
-class PairedMoments:
-    """Count, means and sums of squared deviations of paired states, streamed in float64.
-
-    A batch is summed in two passes around its first pair, so that a large common offset costs no digits. Batches are
-    joined by the pairwise update of Chan, Golub & LeVeque (1983, "Algorithms for computing the sample variance", The
-    American Statistician 37:242-247), for the difference of two series in the form of Pebay (2008, Sandia report
-    SAND2008-6212). Any sharding and any order agree up to rounding.
-
-    Attributes:
-        count: pairs so far. While it is 0 the arrays hold starting zeros, not estimates.
-        means_2LD: means of the states, generalized then memorized.
-        squares_3LD: sums of squared deviations from the mean: generalized, memorized, generalized - memorized.
-    """
-
-    count: int
-    means_2LD: Floats
-    squares_3LD: Floats
-
-    @classmethod
-    def empty(cls, shape: tuple[int, ...]) -> PairedMoments:
-        """Moments of no pairs; `shape` is that of one state, (L, D)."""
-        return cls(0, np.zeros((2, *shape)), np.zeros((3, *shape)))
-
-    def add(self, states_generalized_NLD: ArrayLike, states_memorized_NLD: ArrayLike) -> None:
-        """Take in N more pairs, row n of both arrays being one pair; ValueError unless both are (N, L, D)."""
-        generalized_NLD = _batch("states_generalized", states_generalized_NLD, self.means_2LD[0])
-        memorized_NLD = _batch("states_memorized", states_memorized_NLD, self.means_2LD[1])
-        same("states_memorized: number of pairs", len(generalized_NLD), len(memorized_NLD))
-        if not len(generalized_NLD):
-            return
-        series = generalized_NLD, memorized_NLD, generalized_NLD - memorized_NLD
-        means, squares = zip(*map(_mean_and_squares, series), strict=True)
-        self.merge(PairedMoments(len(generalized_NLD), np.stack(means[:2]), np.stack(squares)))
-
-    def merge(self, other: PairedMoments) -> Self:
-        """Take in another shard's moments in place, and return self; ValueError unless the shapes agree."""
-        same("shape", self.means_2LD.shape, other.means_2LD.shape)
-        if not other.count:
-            return self
-        count = self.count + other.count
-        steps_2LD = other.means_2LD - self.means_2LD
-        steps_3LD = np.concatenate([steps_2LD, steps_2LD[:1] - steps_2LD[1:]])
-        self.squares_3LD += other.squares_3LD + self.count * other.count / count * steps_3LD**2
-        self.means_2LD += other.count / count * steps_2LD
-        self.count = count
-        return self
-
-
-@dataclass(slots=True, eq=False)
 class SignFlips:
     """A paired sign-flip permutation test with the max statistic, streamed.
 
-    If a neuron does not tell the behaviours apart, the differences of a group are as likely to have the other sign.
+    If a neuron does not differ between the behaviours, the differences of a group are as likely to have the other sign.
     Whole groups flip, for the pairs of a group are not independent (exchangeability blocks: Winkler et al. 2014,
     NeuroImage 92:381-397). The statistic of a neuron is |sum of signed differences| / sqrt(sum of squared differences),
     whose denominator no flip changes. Sign b of a group is bit b of a hash of (seed, group), so that shards on
@@ -110,7 +61,7 @@ class SignFlips:
 
     def add(self, differences_NLD: ArrayLike, groups: Sequence[str]) -> None:
         """Take in N more differences (generalized - memorized) and their groups; ValueError unless (N, L, D) and N."""
-        values_NLD = _batch("differences", differences_NLD, self.sum_LD)
+        values_NLD = as_batch("differences", differences_NLD, self.sum_LD)
         same("groups: length", len(values_NLD), len(groups))
         if not len(values_NLD):
             return
@@ -194,19 +145,3 @@ def _signs(seed: int, permutations: int, group: str) -> NDArray[np.int8]:
     digest = hashlib.shake_256(f"{seed}:{group}".encode()).digest((permutations + 7) // 8)
     bits_B = np.unpackbits(np.frombuffer(digest, dtype=np.uint8), count=permutations)
     return 2 * bits_B.astype(np.int8) - 1
-
-
-def _mean_and_squares(values_NLD: Floats) -> tuple[Floats, Floats]:
-    """Mean and sum of squared deviations, around the first row so that an offset costs no digits."""
-    first_LD = values_NLD[0]
-    centered_NLD = values_NLD - first_LD
-    shift_LD = centered_NLD.mean(axis=0)
-    centered_NLD -= shift_LD
-    squares_LD: Floats = (centered_NLD**2).sum(axis=0)
-    return first_LD + shift_LD, squares_LD
-
-
-def _batch(name: str, values: ArrayLike, like_LD: Floats) -> Floats:
-    values_NLD = np.asarray(values, dtype=np.float64)
-    same(f"{name}: shape", (len(values_NLD), *like_LD.shape), values_NLD.shape)
-    return values_NLD
