@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -108,7 +109,7 @@ def _table(name: str, work: Work, rounds: int, origin: str) -> list[str]:
             notes[who] = "same"
     seconds = seconds_of(ways, rounds)
     of_base = ratios(seconds, work.base)
-    lines = [f"## {name}", "", f"{work.what} {work.bar}", ""]
+    lines = [f"## {name}", "", textwrap.fill(f"{work.what} {work.bar}", 150), ""]
     lines += [f"| | seconds | times {work.base} | result, against ours |", "|---|---|---|---|"]
     for who, (middle, least, most) in of_base.items():
         ratio = "1" if who == work.base else f"{middle:.2f} ({least:.2f} to {most:.2f})"

@@ -43,7 +43,8 @@ class Example:
         group: what items share and a model could learn by heart; the unit of splits and resampling.
         family: kind of phrasing.
         split: ``fit``, ``tune`` or ``test``.
-        memorized, generalized: the revealing answers of a conflict.
+        memorized: the revealing answer from memory, of a conflict.
+        generalized: the other one.
         answer: the right answer of the other kinds.
 
     Raises:
