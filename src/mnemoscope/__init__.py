@@ -12,7 +12,6 @@ from typing import Any
 
 _PUBLIC = {
     "Asking": "behaviour",
-    "Bench": "bench",
     "Contrast": "contrast",
     "ContrastAccumulator": "contrast",
     "Detector": "detect",
@@ -22,7 +21,6 @@ _PUBLIC = {
     "SteeringVector": "steering",
     "StudyError": "errors",
     "Task": "tasks",
-    "Turning": "bench",
     "bake": "export",
     "build_report": "report",
     "build_task": "tasks",
