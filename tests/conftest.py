@@ -95,6 +95,15 @@ def playground_runs(mini_run: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="module")
+def client(playground_runs: Path) -> Iterator[Any]:
+    """A program that knows the token of a playground over these runs."""
+    from playground import client_of
+
+    with client_of(playground_runs) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     sync_api = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -15,11 +15,10 @@ TOKEN = "token-of-the-tests"
 CELL = "/api/runs/first/cells/addition-0"
 
 
-def client_of(root: Path, host: str = "localhost", token: str = TOKEN) -> TestClient:
+def client_of(root: Path, host: str = "localhost") -> TestClient:
     """A program that knows the token; as a context it has one event loop for all requests, as a server has."""
-    headers = {"Authorization": f"Bearer {token}"}
-    app = build_app(root, TOKEN)
-    return TestClient(app, base_url=f"http://{host}", headers=headers, raise_server_exceptions=False)
+    known = {"Authorization": f"Bearer {TOKEN}"}
+    return TestClient(build_app(root, TOKEN), f"http://{host}", headers=known, raise_server_exceptions=False)
 
 
 def error_of(response: Any, status: int = 422) -> tuple[str, str]:

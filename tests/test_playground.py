@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -24,21 +25,12 @@ from mnemoscope.web.admission import LARGEST_BODY
 from mnemoscope.web.app import build_app, serve
 from playground import CELL, TOKEN, client_of, error_of
 
-
-@pytest.fixture(scope="module")
-def root(playground_runs: Path) -> Path:
-    return playground_runs
+KNOWN = {"Authorization": f"Bearer {TOKEN}"}
 
 
 @pytest.fixture(scope="module")
-def client(root: Path) -> Iterator[TestClient]:
-    with client_of(root) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def address(root: Path) -> Iterator[str]:
-    server = uvicorn.Server(uvicorn.Config(build_app(root, TOKEN, "first"), port=0, log_level="error"))
+def address(playground_runs: Path) -> Iterator[str]:
+    server = uvicorn.Server(uvicorn.Config(build_app(playground_runs, TOKEN, "first"), port=0, log_level="error"))
     thread = Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -51,8 +43,8 @@ def address(root: Path) -> Iterator[str]:
 # --- who is answered ------------------------------------------------------------------------------------------------
 
 
-def test_nobody_is_answered_without_the_token(root: Path) -> None:
-    stranger = TestClient(build_app(root, TOKEN), base_url="http://localhost")
+def test_nobody_is_answered_without_the_token(playground_runs: Path) -> None:
+    stranger = TestClient(build_app(playground_runs, TOKEN), base_url="http://localhost")
     for path in ("/api/runs", "/openapi.json", f"/api/runs?token={TOKEN}"):
         assert error_of(stranger.get(path), 401)[0] == "token"
     for path in ("/", "/?token=", "/?token=wrong", "/runs", f"/runs?token={TOKEN}", "/static/playground.js", "/none"):
@@ -64,11 +56,11 @@ def test_nobody_is_answered_without_the_token(root: Path) -> None:
     others = ("Bearer wrong", "Bearer", TOKEN, f"Basic {TOKEN}", "Bearer \u00e9")
     for header in (*({"Authorization": other.encode()} for other in others), {"Cookie": "a/b=1; mnemoscope-None="}):
         assert stranger.get("/api/runs", headers=header).status_code == 401
-    assert stranger.get("/api/runs", headers={"Authorization": f"Bearer {TOKEN}"}).status_code == 200
+    assert stranger.get("/api/runs", headers=KNOWN).status_code == 200
 
 
-def test_the_token_moves_from_the_address_into_a_cookie(root: Path) -> None:
-    browser = TestClient(build_app(root, TOKEN), base_url="http://localhost:8000")
+def test_the_token_moves_from_the_address_into_a_cookie(playground_runs: Path) -> None:
+    browser = TestClient(build_app(playground_runs, TOKEN), base_url="http://localhost:8000")
     entered = browser.get("/", params={"token": TOKEN, "run": "second"}, follow_redirects=False)
     assert (entered.status_code, entered.headers["location"]) == (303, "/?run=second")
     cookie = entered.headers["set-cookie"].lower()
@@ -82,9 +74,9 @@ def test_the_token_moves_from_the_address_into_a_cookie(root: Path) -> None:
     assert browser.get("/api/runs", headers=other_port).status_code == 401, "each port has a cookie of its own"
 
 
-def test_pages_of_other_sites_cannot_ask_through_the_browser(client: TestClient, root: Path) -> None:
+def test_pages_of_other_sites_cannot_ask_through_the_browser(client: TestClient, playground_runs: Path) -> None:
     for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "0.0.0.0", "[::1]:8000"):
-        assert client_of(root, host).get("/api/runs").status_code == 400
+        assert client_of(playground_runs, host).get("/api/runs").status_code == 400
     assert client.get("/api/runs", headers={"host": "["}).status_code == 400
     start = f"{CELL}/neurons/0/0"
     origins = ({"origin": origin} for origin in ("http://evil.example", "null", "http://[", "http://localhost:81"))
@@ -117,10 +109,10 @@ def test_every_answer_forbids_sniffing_framing_and_referrers(client: TestClient)
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
-def test_the_command_prints_an_address_with_a_token_and_stops_at_once(root: Path) -> None:
+def test_the_command_prints_an_address_with_a_token_and_stops_at_once(playground_runs: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "mnemoscope", "serve", str(root / "first"), "--port", port]
+    command = [sys.executable, "-m", "mnemoscope", "serve", str(playground_runs / "first"), "--port", port]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert server.stderr is not None
     try:
@@ -139,13 +131,13 @@ def test_the_command_prints_an_address_with_a_token_and_stops_at_once(root: Path
         server.stderr.close()
 
 
-def test_what_cannot_be_served_is_refused(root: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_served_is_refused(playground_runs: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         for run, message in (
             (tmp_path / "letter", r"RUN: .*letter is not a run folder"),
-            (root / "begun", r"RUN: .*begun has no cell with steering vectors yet"),
-            (root / "first", rf"port: {port} .*give another one"),
+            (playground_runs / "begun", r"RUN: .*begun has no cell with steering vectors yet"),
+            (playground_runs / "first", rf"port: {port} .*give another one"),
         ):
             with pytest.raises(InputError, match=message):
                 serve(run, port, print)
@@ -160,36 +152,35 @@ def test_without_a_run_the_page_names_the_command_that_makes_one(tmp_path: Path)
 # --- requests drawn from the description ----------------------------------------------------------------------------
 
 
-def statuses(operation: Any, mode: schemathesis.GenerationMode) -> list[int]:
-    """Statuses of requests drawn from the description of an operation."""
+def statuses(operations: list[Any], mode: schemathesis.GenerationMode) -> list[int]:
+    """Statuses of requests drawn from the description of each operation."""
     seen: list[int] = []
+    for operation in operations:
 
-    @settings(max_examples=30, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(case=operation.as_strategy(generation_mode=mode))
-    def ask(case: Any) -> None:
-        if mode is schemathesis.GenerationMode.POSITIVE:  # of a cell that there is
-            places = case.path_parameters or {}
-            places |= {name: real for name, real in (("run", "first"), ("cell", "addition-0")) if name in places}
-        response = case.call(headers={"Authorization": f"Bearer {TOKEN}"})
-        seen.append(response.status_code)
-        assert response.status_code < 500, (case.method, case.path, case.body, response.text)
+        @settings(max_examples=30, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @given(case=operation.as_strategy(generation_mode=mode))
+        def ask(case: Any) -> None:
+            if mode is schemathesis.GenerationMode.POSITIVE:  # of a cell that there is
+                places = case.path_parameters or {}
+                places |= {name: real for name, real in (("run", "first"), ("cell", "addition-0")) if name in places}
+            response = case.call(headers=KNOWN)
+            seen.append(response.status_code)
+            assert response.status_code < 500, (case.method, case.path, case.body, response.text)
 
-    ask()
+        ask()
     return seen
 
 
 def test_nothing_that_can_be_sent_breaks_the_server(address: str) -> None:
     """Requests drawn from the OpenAPI description, some as it says and some not."""
-    headers = {"Authorization": f"Bearer {TOKEN}"}
-    specification = schemathesis.openapi.from_url(f"{address}/openapi.json", headers=headers)
+    specification = schemathesis.openapi.from_url(f"{address}/openapi.json", headers=KNOWN)
     assert specification.raw_schema["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"
     operations = [found.ok() for found in specification.get_all_operations()]
     assert len(operations) == 12
-    right = [status for one in operations for status in statuses(one, schemathesis.GenerationMode.POSITIVE)]
+    right = statuses(operations, schemathesis.GenerationMode.POSITIVE)
     assert sum(status < 300 for status in right) > 30
     taking = [one for one in operations if one.path_parameters or one.query or one.body]
-    wrong = [status for one in taking for status in statuses(one, schemathesis.GenerationMode.NEGATIVE)]
-    assert sum(status >= 400 for status in wrong) > 100
+    assert sum(status >= 400 for status in statuses(taking, schemathesis.GenerationMode.NEGATIVE)) > 100
 
 
 # --- in a browser ---------------------------------------------------------------------------------------------------
@@ -233,9 +224,7 @@ def expected(client: TestClient, question: dict[str, Any], steering: dict[str, A
 
     def percent(share: float) -> str:
         whole = 100 * share
-        if 0 < whole < 0.1:
-            return "< 0.1 %"
-        return f"{whole:.1f} %" if whole < 10 or whole > 90 else f"{whole:.0f} %"
+        return "< 0.1 %" if 0 < whole < 0.1 else f"{whole:.{int(whole < 10 or whole > 90)}f} %"
 
     values = {key: percent(answer[f"p_{key}"]) for key in ("memorized", "generalized")}
     layers = [percent(share) for share in answer["reading"]["p_memorized_by_layer"]]
@@ -255,12 +244,16 @@ def test_a_question_is_asked_rephrased_and_steered(tab: Any) -> None:
     tab.locator("#rephrase").click()  # another phrasing, drawn by the server
     expect(tab.locator(".waiting")).to_have_count(0)
     tab.locator("#slider").fill("-2")
-    expect(tab.locator("#slid")).to_contain_text("2.00 × the run's vector towards remembering")
+    expect(tab.locator("#slid")).to_contain_text("2.00 \u00d7 the run's vector towards remembering")
     expect(tab.locator(".waiting")).to_have_count(0)
     tab.locator("#finer summary").click()
     tab.locator("#same summary").click()
     expect(tab.locator("#python")).to_contain_text("to_memorized")
     assert serious(tab) == []
+    tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    tab.get_by_role("button", name="Copy the Python").click()
+    expect(tab.locator("[data-copies=python]")).to_have_text("Copied")
+    assert tab.evaluate("navigator.clipboard.readText()") == tab.locator("#python").text_content()
     tab.locator("#prompt").fill("What is that?")
     expect(tab.locator("#rephrase")).to_be_disabled()
     tab.locator("#ask").click()
@@ -294,7 +287,7 @@ def test_the_slider_shows_what_the_api_says(tab: Any, client: TestClient) -> Non
     tab.locator("#neurons").blur()
     tab.locator("#slider").focus()
     tab.keyboard.press("ArrowRight")
-    expect(tab.locator("#slid")).to_contain_text("1.05 ×")
+    expect(tab.locator("#slid")).to_contain_text("1.05 \u00d7")
     expect(tab.locator("#problem")).to_be_hidden()
     tab.locator("#slider").fill("0")
     assert shown(tab, "steered") == unsteered
@@ -303,17 +296,31 @@ def test_the_slider_shows_what_the_api_says(tab: Any, client: TestClient) -> Non
     assert shown(tab, "plain") == shown(tab, "steered")
 
 
-def test_lines_are_copied(tab: Any) -> None:
-    tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    expect(tab.locator("#plain.is-memorized:not(.waiting)")).to_have_count(1)
+def test_many_layers_leave_no_holes_and_wide_lines_show_that_they_go_on(tab: Any, address: str) -> None:
+    """Of a model of 30 layers, by answers made for this."""
+    layers, question = 30, {"prompt": "1+1=", "memorized": "3", "generalized": "2", "item": "1+1", "family": "plain"}
+    vector = {"site": "block", "layers": [2, 5, 6, 7], "neurons": 9, "strength": 0.5, "free": True, "best": True}
+    reading = {"p_memorized": 0.5, "p_memorized_by_layer": [0.5] * layers, "p_conflict": 1, "unlike": False, "layer": 7}
+    methods = [{"method": "nmd", "generalized": vector, "memorized": vector}]
+    made = {
+        "": {"layers": layers, "detects": True, "methods": methods},
+        "/questions?n=24": [{"memorized": question, "generalized": question}],
+        "/ask": {"behaviour": "memorized", "said": "3", "p_memorized": 0.5, "p_generalized": 0.1, "reading": reading},
+        "/snippets": {"python": "x" * 400, "command": ""},
+    }
+    tab.route(f"{address}{CELL}**", lambda route: route.fulfill(json=made[route.request.url.partition(CELL)[2]]))
+    tab.reload()
+    expect(tab.locator("#layer-rows tr")).to_have_count(layers)
+    expect(tab.locator("#shifts")).to_contain_text("layers 2, 5 to 7")
+    below = ".more" if tab.viewport_size["width"] > 900 else ".answers"
+    boxes = [tab.locator(part).bounding_box() for part in (".asks", ".steering", below)]
+    for upper, lower in pairwise(boxes):
+        assert 0 < lower["y"] - upper["y"] - upper["height"] < 60
     tab.locator("#same summary").click()
-    copy = tab.get_by_role("button", name="Copy the Python")
-    expect(copy).to_be_disabled()  # nothing is steered yet
-    tab.locator("#slider").fill("1")
-    expect(copy).to_be_enabled()
-    copy.click()
-    expect(tab.locator("[data-copies=python]")).to_have_text("Copied")
-    assert tab.evaluate("navigator.clipboard.readText()") == tab.locator("#python").text_content()
+    expect(tab.locator("#python")).to_have_text("x" * 400)
+    assert tab.locator("#python").evaluate("box => box.scrollWidth > box.clientWidth")
+    shadow = tab.locator("#python").evaluate("box => getComputedStyle(box).backgroundImage")
+    assert shadow.count("gradient") == 4  # at each edge, one that stays and one that covers it at the end
 
 
 def test_a_neuron_is_chosen_by_keys_pointer_and_number(tab: Any, address: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request
 
@@ -11,18 +11,8 @@ from mnemoscope.errors import InputError
 from mnemoscope.report import compare_briefs
 from mnemoscope.web.cell import OpenedCell
 from mnemoscope.web.opened import Jobs
-from mnemoscope.web.runs import NAME, Comparison, RunFacts, Runs
-from mnemoscope.web.shapes import (
-    Answer,
-    Asked,
-    CellFacts,
-    Job,
-    NeuronMap,
-    Pair,
-    Question,
-    Refusal,
-    Rephrased,
-)
+from mnemoscope.web.runs import NAME, RunFacts, Runs
+from mnemoscope.web.shapes import Answer, Asked, CellFacts, Job, NeuronMap, Pair, Question, Refusal
 from mnemoscope.web.snippets import snippets
 
 Name = Annotated[str, Path(pattern=NAME)]
@@ -31,11 +21,11 @@ T = TypeVar("T")
 
 
 def _runs(request: Request) -> Runs:
-    return request.app.state.runs  # type: ignore[no-any-return]
+    return request.app.state.runs
 
 
 def _jobs(request: Request) -> Jobs:
-    return request.app.state.jobs  # type: ignore[no-any-return]
+    return request.app.state.jobs
 
 
 class AtCell:
@@ -46,7 +36,7 @@ class AtCell:
 
     async def __call__(self, work: Callable[[OpenedCell], T]) -> T:
         """The result of the work."""
-        return await self.request.app.state.opened.ask(self.run, self.cell, work)  # type: ignore[no-any-return]
+        return await self.request.app.state.opened.ask(self.run, self.cell, work)
 
 
 InRuns = Annotated[Runs, Depends(_runs)]
@@ -72,12 +62,12 @@ def show_run(runs: InRuns, run: Name) -> RunFacts:
 @router.get("/compare")
 def compare(
     runs: InRuns, first: Annotated[str, Query(pattern=NAME)], second: Annotated[str, Query(pattern=NAME)]
-) -> list[Comparison]:
-    """Two runs side by side, a row for each number that either has."""
+) -> list[dict[Literal["task", "what", "first", "second"], str]]:
+    """Two runs side by side, in words: a row for each number that either has."""
     for field, name in (("first", first), ("second", second)):
         if name not in runs.names():
             raise InputError(f"{field}: {name!r} is not one of {', '.join(runs.names()) or 'none'}")
-    return [Comparison(**row) for row in compare_briefs(runs.brief(first), runs.brief(second))]
+    return compare_briefs(runs.brief(first), runs.brief(second))  # type: ignore[return-value]
 
 
 @router.get(CELL)
@@ -93,9 +83,9 @@ async def list_questions(at: At, n: Annotated[int, Query(ge=1, le=100)] = 12) ->
 
 
 @router.post(CELL + "/rephrase")
-async def rephrase(at: At, asked: Rephrased) -> Question:
-    """Another phrasing of an item of the run."""
-    return await at(lambda cell: cell.rephrase(asked.item, asked.prompt, asked.seed))
+async def rephrase(at: At, question: Question, seed: Annotated[int, Query(ge=0, le=2**31)] = 0) -> Question:
+    """Another phrasing of a question of the run."""
+    return await at(lambda cell: cell.rephrase(question, seed))
 
 
 @router.post(CELL + "/ask")

@@ -55,7 +55,7 @@ def build_app(root: Path, token: str, first: str | None = None) -> FastAPI:
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", LOOPBACK], www_redirect=False)
     app.middleware("http")(_with_headers)
     for kind in (InputError, RequestValidationError, HTTPException, Exception):
-        app.add_exception_handler(kind, _explained)
+        app.add_exception_handler(kind, _refused)
     return app
 
 
@@ -70,10 +70,6 @@ async def _with_headers(request: Request, answer: Callable[[Request], Awaitable[
     response = await answer(request)
     response.headers.update(HEADERS)
     return response
-
-
-async def _explained(request: Request, error: Exception) -> Response:
-    return _refused(request, error)
 
 
 def _refused(conn: HTTPConnection, error: Exception) -> Response:

@@ -11,15 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mnemoscope.behaviour import (
-    Batch,
-    check_known,
-    decode,
-    kept_bytes,
-    log_probabilities,
-    score,
-    without_prefix,
-)
+from mnemoscope.behaviour import Batch, check_known, decode, kept_bytes, log_probabilities, score, without_prefix
 from mnemoscope.cells import cells_of
 from mnemoscope.config import load_study
 from mnemoscope.contrast import Contrast
@@ -83,23 +75,24 @@ class OpenedCell:
         seen: Counter[str] = Counter()
         ranked = []
         for generalized, memorized in self._records.both_sides("test", 20 * n):
-            pair = Pair(memorized=Question.of(memorized), generalized=Question.of(generalized))
+            pair: Pair = {"memorized": Question.of(memorized), "generalized": Question.of(generalized)}
             ranked.append((seen[memorized.group], pair))
             seen[memorized.group] += 1
         return [pair for _, pair in sorted(ranked, key=lambda both: both[0])[:n]]
 
-    def rephrase(self, item: str, prompt: str, seed: int) -> Question:
-        """Another phrasing of an item of the test pairs than ``prompt``.
+    def rephrase(self, question: Question, seed: int) -> Question:
+        """Another phrasing of a question of the test pairs.
 
         Raises:
-            InputError: the item is not one of theirs, or no other phrasing was drawn.
+            InputError: its item is not one of theirs, or no other phrasing was drawn.
         """
+        item = question.item
         if item not in self._items:
             raise InputError(f"item: {item!r} is not in the run's test pairs, so other phrasings of it are not known")
         rng = np.random.default_rng(seed)
         for _ in range(REPHRASINGS):
             other = self._records.task.rephrase(self._items[item], rng)
-            if other.prompt != prompt and other.kind == "conflict":
+            if other.prompt != question.prompt and other.kind == "conflict":
                 return Question.of(other)
         raise InputError(f"item: no other phrasing of {item!r} was found")
 

@@ -28,22 +28,10 @@ class Interval(BaseModel):
     n: int
 
 
-class Chosen(BaseModel):
-    """The setting of a vector; ``alpha`` is the paper's, of method nmd only."""
-
-    method: str
-    site: str
-    layers: list[int]
-    positions: str
-    top: float
-    strength: float
-    alpha: Number
-
-
 class Steered(BaseModel):
     """The share of test pairs that the best vector of a direction steers, beside its strongest control."""
 
-    chosen: Chosen
+    chosen: dict[str, Any]
     pairs: Interval
     other: Interval
     strongest_control: str | None
@@ -71,15 +59,6 @@ class RunFacts(BaseModel):
     finished: bool
     cells: list[str]
     tasks: dict[str, TaskNumbers]
-
-
-class Comparison(BaseModel):
-    """A number of two runs, in words."""
-
-    task: str
-    what: str
-    first: str
-    second: str
 
 
 class Runs:

@@ -49,9 +49,11 @@ class Question(Shape):
         """
         if not self.memorized and not self.generalized:
             return None
-        item, family = self.item or NAMELESS, self.family or NAMELESS
-        answers = {"memorized": self.memorized, "generalized": self.generalized}
-        return Example(item, self.prompt, "conflict", item, family, **answers)
+        item, family, both = self.item or NAMELESS, self.family or NAMELESS, (self.memorized, self.generalized)
+        return Example(item, self.prompt, "conflict", item, family, "test", *both)
+
+
+Pair = dict[Toward, Question]  # two phrasings of one item, by the behaviour that answers them
 
 
 class Steering(Shape):
@@ -76,14 +78,6 @@ class Asked(Shape):
 
     question: Question
     steering: Steering | None = None
-
-
-class Rephrased(Shape):
-    """An item of the run, to be phrased differently from the prompt."""
-
-    item: str
-    prompt: str = ""
-    seed: int = Field(0, ge=0, le=2**31)
 
 
 class DetectorReading(Shape):
@@ -111,13 +105,6 @@ class Answer(Shape):
     p_memorized: Number = None
     p_generalized: Number = None
     reading: DetectorReading | None = None
-
-
-class Pair(Shape):
-    """Two phrasings of one item, named by the behaviour that answers them."""
-
-    memorized: Question
-    generalized: Question
 
 
 class VectorFacts(Shape):
@@ -189,14 +176,7 @@ class Job(BaseModel):
     error: str = ""
 
 
-class Problem(Shape):
-    """What is wrong with a request."""
-
-    field: str
-    message: str
-
-
 class Refusal(Shape):
-    """The body of every error."""
+    """The body of every error: the field, and what is wrong with it."""
 
-    error: Problem
+    error: dict[Literal["field", "message"], str]

@@ -176,7 +176,19 @@ function describe() {
   by("slid").textContent = words;
   by("rephrase").disabled = !questionOnPage().item;
   by("slider").setAttribute("aria-valuetext", words);
-  by("shifts").textContent = `The run's vector ${way}: ${vector.neurons} neurons at ${vector.site}, layers ${vector.layers.join(", ")}, strength ${vector.strength.toPrecision(2)}.`;
+  by("shifts").textContent = `The run's vector ${way}: ${vector.neurons} neurons at ${vector.site}, ${ranges(vector.layers)}, strength ${vector.strength.toPrecision(2)}.`;
+}
+
+// "layers 3, 9 to 29"
+function ranges(layers) {
+  const runs = [];
+  for (const layer of layers) {
+    const last = runs.at(-1);
+    if (last && layer === last[1] + 1) last[1] = layer;
+    else runs.push([layer, layer]);
+  }
+  const words = runs.map(([first, end]) => (first === end ? first : `${first} to ${end}`)).join(", ");
+  return `${layers.length === 1 ? "layer" : "layers"} ${words}`;
 }
 
 async function showSame() {
@@ -218,6 +230,7 @@ async function start() {
     facts = await call(path);
     by("no-detector").hidden = facts.detects;
     by("by-layer").hidden = by("layer-table").hidden = !facts.detects;
+    by("layer-table").classList.toggle("many", facts.layers > 12);
     for (const row of facts.methods) by("method").append(new Option(row.method, row.method));
     const best = facts.methods.find((row) => row.generalized.best) ?? facts.methods[0];
     by("method").value = best.method;
@@ -253,7 +266,7 @@ by("rephrase").addEventListener("click", async () => {
   try {
     // The pair's other phrasing first, since the model is known to answer it the other way; then any others.
     if (pair && onPage.prompt === pair.memorized.prompt) fill(pair.generalized);
-    else fill(await call(`${path}/rephrase`, { item: onPage.item, prompt: onPage.prompt, seed: ++phrasing }));
+    else fill(await call(`${path}/rephrase?seed=${++phrasing}`, onPage));
     await ask();
   } catch (error) {
     showProblem(problem, error);
