@@ -1,4 +1,4 @@
-"""What the playground's server takes per answer, alone and among many, and whether its memory grows.
+"""Latency of the playground's server, alone and among many clients, and whether its memory grows.
 
     python benchmarks/serving.py RUN CELL [--requests 2000] [--clients 50]
 
@@ -17,59 +17,57 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import httpx
 import numpy as np
 
-PORT_TRIES = 200
 EARLY = 200  # requests after which memory should not grow any more
-SLID = 30  # prompts that are slid over
-OTHER_WORDS = 5  # draws of other words for each question
+SLID = 30  # prompts on which a slider is moved
+REPHRASINGS = 5  # draws of another phrasing for each question
 
 
 def main() -> None:
-    """Measure, and print what was found."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("cell")
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--clients", type=int, default=50)
-    parser.add_argument("--neurons", type=int, default=20, help="that are looked into meanwhile")
+    parser.add_argument("--neurons", type=int, default=20, help="that are shown meanwhile")
     arguments = parser.parse_args()
     if arguments.requests <= EARLY:
         parser.error(f"--requests: at least {EARLY + 1}")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     cell = f"/api/runs/{arguments.run.resolve().name}/cells/{arguments.cell}"
-    with _serving(arguments.run, port) as (client, _):
+    with _serving(arguments.run) as (client, _):
         asked = _questions(client, cell, arguments.requests)
         neurons = client.get(f"{cell}/neurons").raise_for_status().json()["nmd"]
-    # The crowd on a server that has answered nobody: what it keeps by then is part of what is measured.
-    with _serving(arguments.run, port) as (client, process):
+    # The crowd gets a new server: what that keeps in memory by then is part of the measurement.
+    with _serving(arguments.run) as (client, process):
         answer, watch = partial(_answer, client, cell, asked), partial(_watch, client, cell, neurons)
-        watch(0)  # what the first look loads stays
+        watch(0)  # what the first one loads stays
         crowded = _crowd(answer, process, arguments, watch)
-    # A quiet client of another server, which nothing can have leaked into.
-    with _serving(arguments.run, port) as (client, _):
+    # One quiet client of another server, into which nothing can have leaked.
+    with _serving(arguments.run) as (client, _):
         _quiet(partial(_answer, client, cell, asked), asked, crowded)
 
 
 @contextmanager
-def _serving(run: Path, port: int) -> Iterator[tuple[httpx.Client, int]]:
-    """A client of a server that has just begun, and the number of its process."""
+def _serving(run: Path) -> Iterator[tuple[httpx.Client, int]]:
+    """A client of a new server, and the number of its process."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     command = [sys.executable, "-m", "mnemoscope", "serve", str(run), "--port", str(port)]
-    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert server.stderr is not None
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=600) as client:
-            for _ in range(PORT_TRIES):
-                try:
-                    client.get("/api/runs").raise_for_status()
-                    break
-                except httpx.ConnectError:
-                    time.sleep(0.1)
-            else:
-                raise SystemExit("the server does not answer")
+        address, _, token = server.stderr.readline().strip().partition("/?token=")
+        if not token:
+            raise SystemExit(f"the server does not start: {address}")
+        Thread(target=server.stderr.read, daemon=True).start()
+        headers = {"Authorization": f"Bearer {token}"}
+        with httpx.Client(base_url=address, headers=headers, timeout=600) as client:
             yield client, server.pid
     finally:
         server.terminate()
@@ -84,7 +82,7 @@ def _answer(client: httpx.Client, cell: str, asked: list[dict[str, Any]], number
 
 
 def _watch(client: httpx.Client, cell: str, neurons: list[Any], number: int) -> None:
-    """Look into a neuron, as somebody does while others slide."""
+    """Look at a neuron while others move the slider."""
     layer = number % len(neurons)
     job = client.post(f"{cell}/neurons/{layer}/{number % len(neurons[0])}").raise_for_status().json()
     while job["state"] == "running":
@@ -99,7 +97,7 @@ def _crowd(
     arguments: argparse.Namespace,
     watch: Callable[[int], None],
 ) -> list[Any]:
-    """What many are answered at once, two of whom look into neurons."""
+    """Answers to many clients at once, two of which look at neurons."""
     crowded, early, numbers = [], 0.0, range(arguments.requests)
     with ThreadPoolExecutor(arguments.clients) as crowd, ThreadPoolExecutor(2) as lookers:
         looks = [lookers.submit(watch, number) for number in range(1, arguments.neurons)]
@@ -109,18 +107,18 @@ def _crowd(
         for look in looks:
             look.result()
     late = _resident(process)
-    told = f"{arguments.clients} clients, {arguments.requests} requests, {arguments.neurons} neurons"
-    print(f"{told}: memory after {EARLY} {early:.0f} MiB, at the end {late:.0f} MiB, ratio {late / early:.3f}")
+    clients = f"{arguments.clients} clients, {arguments.requests} requests, {arguments.neurons} neurons"
+    print(f"{clients}: memory after {EARLY} {early:.0f} MiB, at the end {late:.0f} MiB, ratio {late / early:.3f}")
     return crowded
 
 
 def _quiet(answer: Callable[[int], tuple[float, Any]], asked: list[dict[str, Any]], crowded: list[Any]) -> None:
-    """The same for one alone, and how long it waits."""
+    """Compare with the answers to one client alone, and time those."""
     quiet = [answer(number) for number in range(len(asked))]
     wrong = sum(found != alone for found, (_, alone) in zip(crowded, quiet, strict=True))
     print(f"{wrong} of {len(asked)} answers differ from those of a quiet client of another server")
     slid = []
-    for first, *rest in _by_prompt(asked)[:SLID]:  # as a person does: one prompt, then other vectors and strengths
+    for first, *rest in _by_prompt(asked)[:SLID]:  # as people do: one prompt, then other vectors and strengths
         answer(first)
         slid += [answer(number)[0] for number in rest]
     sliding = np.array(slid)
@@ -135,21 +133,20 @@ def _quiet(answer: Callable[[int], tuple[float, Any]], asked: list[dict[str, Any
 def _questions(client: httpx.Client, cell: str, n: int) -> list[dict[str, Any]]:
     """``n`` requests, each with a strength of its own; prompts, vectors and directions are drawn.
 
-    A tenth is not turned, and a tenth comes without the two answers.
+    A tenth is not steered, and a tenth comes without the two answers.
     """
     facts = client.get(cell).raise_for_status().json()
     methods = [row["method"] for row in facts["methods"]]
     pairs = client.get(f"{cell}/questions?n=100").json()
     prompts = [question for pair in pairs for question in pair.values()]
-    for seed in range(OTHER_WORDS):
+    for seed in range(REPHRASINGS):
         for pair in pairs:
-            one = {"item": pair["memorized"]["item"], "prompt": pair["memorized"]["prompt"], "seed": seed}
-            other = client.post(f"{cell}/rephrase", json=one)
+            other = client.post(f"{cell}/rephrase?seed={seed}", json=pair["memorized"])
             if other.status_code == 200:
                 prompts.append(other.json())
     rng, asked = np.random.default_rng(1), []
     for number in range(n):
-        turning = {
+        steering = {
             "toward": str(rng.choice(["generalized", "memorized"])),
             "method": str(rng.choice(methods)),
             "alpha": float(rng.uniform(0.1, 2.0)),
@@ -157,7 +154,7 @@ def _questions(client: httpx.Client, cell: str, n: int) -> list[dict[str, Any]]:
         question = prompts[rng.integers(len(prompts))]
         if number % 10 == 1:
             question = {"prompt": question["prompt"]}
-        asked.append({"question": question, "turning": None if number % 10 == 0 else turning})
+        asked.append({"question": question, "steering": None if number % 10 == 0 else steering})
     return asked
 
 

@@ -1,4 +1,4 @@
-"""Photograph every page of the playground into ``docs/pictures``: wide and light, narrow and dark.
+"""Take screenshots of every page of the playground into ``docs/pictures``: wide and light, narrow and dark.
 
     python docs/pictures.py RUN OTHER_RUN CELL
 
@@ -19,14 +19,15 @@ from typing import Any
 import uvicorn
 from playwright.sync_api import expect, sync_playwright
 
-from mnemoscope.web import build_app
+from mnemoscope.web.app import build_app
 
 FOLDER = Path(__file__).resolve().parent / "pictures"
-SIZES = {"wide": (1280, 860, "light"), "phone": (390, 780, "dark")}
+SIZES = {"wide": (1280, 860, "light"), "phone": (400, 780, "dark")}
+TOKEN = "shown-in-no-picture"
 
 
 def main() -> None:
-    """Take all of them."""
+    """Take all of them, and those of the report and of the page that asks for the token."""
     run, other, cell = Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve(), sys.argv[3]
     FOLDER.mkdir(exist_ok=True)
     with sync_playwright() as play, tempfile.TemporaryDirectory() as nothing:
@@ -34,40 +35,43 @@ def main() -> None:
         os.chdir(nothing)
         address, empty = _served(run.parent, run.name), _served(Path("runs"), None)
         pages: dict[str, tuple[str, Callable[[Any], None]]] = {
-            "playground": (f"{address}/?run={run.name}&cell={cell}", _turned),
-            "neurons": (f"{address}/neurons?run={run.name}&cell={cell}", _looked_into),
+            "playground": (f"{address}/?run={run.name}&cell={cell}", _steered),
+            "neurons": (f"{address}/neurons?run={run.name}&cell={cell}", _shown),
             "runs": (f"{address}/runs?first={run.name}&second={other.name}", lambda tab: None),
             "report": (f"{address}/runs/{run.name}/report", lambda tab: None),
-            "nothing": (f"{empty}/", lambda tab: None),
+            "nothing": (f"{empty}/?token={TOKEN}", lambda tab: None),
             "error": (f"{address}/?run=missing", lambda tab: None),
         }
         for size, (width, height, scheme) in SIZES.items():
+            tab = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+            tab.goto(address)
+            tab.screenshot(path=FOLDER / f"token-{size}.png", full_page=True)
+            tab.goto(f"{address}/?token={TOKEN}")
             for name, (place, act) in pages.items():
-                tab = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
                 tab.goto(place)
                 act(tab)
                 # A report is long; of the other pages all is shown.
                 tab.screenshot(path=FOLDER / f"{name}-{size}.png", full_page=name != "report")
-                tab.close()
+            tab.close()
         browser.close()
 
 
 def _served(root: Path, first: str | None) -> str:
-    server = uvicorn.Server(uvicorn.Config(build_app(root, first), port=0, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(build_app(root, TOKEN, first), port=0, log_level="error"))
     Thread(target=server.run, daemon=True).start()
     while not server.started:
         pass
     return f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
 
 
-def _turned(tab: Any) -> None:
+def _steered(tab: Any) -> None:
     expect(tab.locator("#plain:not(.waiting) .said")).not_to_be_empty(timeout=60_000)
     tab.locator("#slider").fill("1")
     tab.locator("#finer summary").click()
     expect(tab.locator(".waiting")).to_have_count(0)
 
 
-def _looked_into(tab: Any) -> None:
+def _shown(tab: Any) -> None:
     expect(tab.locator("#pointed")).to_contain_text("Layer", timeout=60_000)
     tab.locator("#canvas").focus()
     tab.keyboard.press("Enter")

@@ -92,6 +92,27 @@ def two_seeds(shared_folder: Path, mini_study_file: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
+def playground_runs(mini_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two finished runs, and one that has only begun."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name in ("first", "second"):
+        shutil.copytree(mini_run, folder / name)
+    (folder / "begun").mkdir()
+    shutil.copy(mini_run / "study.yaml", folder / "begun")
+    (folder / "letter.txt").write_text("not a run")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def client(playground_runs: Path) -> Iterator[Any]:
+    """A program that knows the token of a playground over these runs."""
+    from playground import client_of
+
+    with client_of(playground_runs) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     sync_api = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

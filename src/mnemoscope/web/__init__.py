@@ -1,5 +1,1 @@
-"""The playground: pages and a JSON API over what the library does; nothing is computed here."""
-
-from mnemoscope.web.app import build_app, check_reachable, serve
-
-__all__ = ["build_app", "check_reachable", "serve"]
+"""The playground: pages and a JSON API over one opened run; imports FastAPI only in ``app``, ``api`` and ``pages``."""

@@ -1,83 +1,148 @@
-"""The cells that are open, each with a thread of its own in which it is asked."""
+"""Cells that are open, each with a thread of its own, and long work on them in short steps."""
 
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
-from mnemoscope.bench import Bench
-from mnemoscope.web.busy import BusyError
-from mnemoscope.web.rooms import Rooms
+from fastapi import HTTPException
 
-OPEN = 2  # cells whose models are kept in memory, but for those that somebody is still asking
+from mnemoscope.errors import InputError
+from mnemoscope.web.cell import OpenedCell
+from mnemoscope.web.runs import Runs
+from mnemoscope.web.shapes import Job, Watched
+
+OPEN = 2  # cells whose models are kept in memory, apart from those with requests in progress
 MOST_WAITING = 256  # requests to one cell
+KEPT_JOBS = 64  # after their end
+MOST_JOBS = 16  # running or waiting
+WORKING_JOBS = 2  # that take their steps in turn with requests
+
 T = TypeVar("T")
-Key = tuple[object, ...]
 
 
-@dataclass
-class _Opened:
-    bench: Bench
-    thread: ThreadPoolExecutor
-    waiting: int = 0
+class _Entry:
+    """An opened cell and the one thread that uses its model, so that no answer sees another's shift."""
+
+    def __init__(self, cell: asyncio.Future[OpenedCell], name: str) -> None:
+        self.cell, self.waiting = cell, 0
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix=f"cell {name}")
 
 
 class OpenedCells:
-    """Cells, opened when they are first asked; the one that was asked longest ago is closed where too many are open.
+    """Cells, opened at their first request; the least recently used one is closed where too many are open.
 
-    Whoever waits holds no thread, and waits for nobody who asks another cell. Each thread that a model is asked in
-    keeps memory of its own, so there are few of them, and always the same. All of this but the work is done in the
-    event loop.
+    Requests wait in the event loop, not in threads, and only for requests to the same cell. All of this runs in the
+    event loop, except for the work on a model.
     """
 
-    def __init__(self, rooms: Rooms) -> None:
-        self._rooms = rooms
-        self._open: OrderedDict[Key, _Opened] = OrderedDict()
-        self._opening: dict[Key, asyncio.Task[None]] = {}
-        # One at a time: while the library opens a model it changes settings of the whole process, and puts them back.
+    def __init__(self, runs: Runs) -> None:
+        self._runs = runs
+        self._open: OrderedDict[tuple[object, ...], _Entry] = OrderedDict()
+        # One at a time: while the library opens a model it changes settings of the whole process, and restores them.
         self._opener = ThreadPoolExecutor(1, thread_name_prefix="opener")
 
-    async def ask(self, run: str, cell: str, work: Callable[[Bench], T]) -> T:
-        """What the work finds.
+    async def ask(self, run: str, cell: str, work: Callable[[OpenedCell], T]) -> T:
+        """Do work on a cell, in its thread.
 
         Raises:
             InputError: there is no such cell, or it cannot be opened.
-            BusyError: too many wait for it.
+            HTTPException: too many requests wait for it (429).
         """
-        folder = self._rooms.cell(run, cell)
+        folder, loop = self._runs.cell(run, cell), asyncio.get_running_loop()
         # A study that was run again has other vectors, and one that is still running may have a detector by now.
         made = [path for path in (folder / "records" / "chosen.json", folder / "detector.safetensors") if path.exists()]
         key = (run, cell, *(path.stat().st_mtime_ns for path in made))
-        while key not in self._open:
-            if key not in self._opening:
-                self._opening[key] = asyncio.create_task(self._open_cell(key, self._rooms.run(run), cell))
-            await asyncio.shield(self._opening[key])  # whoever leaves does not end it for the others
-        self._open.move_to_end(key)
-        opened = self._open[key]
-        if opened.waiting >= MOST_WAITING:
-            raise BusyError(f"cell: {MOST_WAITING} requests wait for {cell} already; ask again later")
-        opened.waiting += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(opened.thread, work, opened.bench)
-        finally:
-            opened.waiting -= 1
-
-    async def _open_cell(self, key: Key, run: Path, cell: str) -> None:
-        try:
-            bench = await asyncio.get_running_loop().run_in_executor(self._opener, Bench.of, run, cell)
-            self._open[key] = _Opened(bench, ThreadPoolExecutor(1, thread_name_prefix=f"asks {cell}"))
+        if key not in self._open:
+            opening = loop.run_in_executor(self._opener, OpenedCell, self._runs.folder(run), cell)
+            self._open[key] = _Entry(opening, cell)
             while len(self._open) > OPEN:
-                _, closed = self._open.popitem(last=False)
-                closed.thread.shutdown(wait=False)  # what waits there is still answered
+                self._open.popitem(last=False)  # its thread ends after the requests that still hold it
+        self._open.move_to_end(key)
+        entry = self._open[key]
+        if entry.waiting >= MOST_WAITING:
+            raise HTTPException(429, f"cell: {MOST_WAITING} requests wait for {cell} already; ask again later")
+        entry.waiting += 1
+        try:
+            opened = await asyncio.shield(entry.cell)  # a client that leaves does not end it for the others
+            return await loop.run_in_executor(entry.thread, work, opened)
         finally:
-            del self._opening[key]
+            entry.waiting -= 1
+            failed = entry.cell.done() and entry.cell.exception() is not None
+            if failed and self._open.get(key) is entry:
+                del self._open[key]
 
     def close(self) -> None:
-        """Answer nobody any more."""
-        for thread in (self._opener, *(opened.thread for opened in self._open.values())):
+        """Answer no further request."""
+        for thread in (self._opener, *(entry.thread for entry in self._open.values())):
             thread.shutdown(wait=False, cancel_futures=True)
+
+
+class Jobs:
+    """Long work behind a request, in steps, so that other requests are answered in between."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[str, Job] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._slots = asyncio.Semaphore(WORKING_JOBS)
+
+    def start(self, step: Callable[[], Awaitable[float | Watched]]) -> Job:
+        """Start work.
+
+        Args:
+            step: does one step; gives the share that is done, or the result once it is finished.
+
+        Raises:
+            HTTPException: too many jobs are running (429).
+        """
+        if len(self._tasks) >= MOST_JOBS:
+            raise HTTPException(429, f"job: {MOST_JOBS} are running already; wait for one or cancel it")
+        for name in [name for name in self._jobs if name not in self._tasks][:-KEPT_JOBS]:
+            del self._jobs[name]
+        job = Job(job=secrets.token_urlsafe(12))
+        self._jobs[job.job] = job
+        task = asyncio.create_task(self._run(job, step))
+        self._tasks[job.job] = task
+        task.add_done_callback(lambda _: self._tasks.pop(job.job))
+        return job
+
+    async def _run(self, job: Job, step: Callable[[], Awaitable[float | Watched]]) -> None:
+        try:
+            async with self._slots:
+                while job.result is None:
+                    found = await step()
+                    if isinstance(found, Watched):
+                        job.result = found
+                    else:
+                        job.share = found
+            job.share, job.state = 1.0, "done"
+        except Exception as error:  # the client reads it in the job; the server goes on
+            job.state = "failed"
+            job.error = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+
+    def get(self, name: str) -> Job:
+        """A job by its name.
+
+        Raises:
+            HTTPException: there is none (404).
+        """
+        if name not in self._jobs:
+            raise HTTPException(404, "job: there is none of that name (any more)")
+        return self._jobs[name]
+
+    def cancel(self, name: str) -> Job:
+        """End a job before its next step; see ``get``."""
+        job = self.get(name)
+        if job.state == "running":
+            job.state = "cancelled"
+            self._tasks[name].cancel()
+        return job
+
+    def stop(self) -> None:
+        """Cancel all of them."""
+        for name in list(self._tasks):
+            self.cancel(name)

@@ -1,247 +1,113 @@
-"""What the JSON API takes and gives."""
+"""What the JSON API takes and returns; undefined numbers are null."""
 
 from __future__ import annotations
 
-from contextlib import suppress
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+import math
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from mnemoscope.bench import Answered, Turning, Watched
-from mnemoscope.plain import known, plain
 from mnemoscope.tasks import Example
 
-if TYPE_CHECKING:
-    from mnemoscope.contrast import Contrast
-
-LONGEST_PROMPT, LONGEST_ANSWER = 8000, 200  # characters
 NAMELESS = "asked"  # item of a question that somebody typed
 STRONGEST = 8.0  # factor on a vector
 Toward = Literal["generalized", "memorized"]
-Text = Annotated[str, Field(max_length=LONGEST_ANSWER)]
 
 
-class _Shape(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+def _finite(value: float | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
 
 
-class _Read(BaseModel):
-    """Read from files, which may hold more than is shown."""
-
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+Number = Annotated[float | None, BeforeValidator(_finite)]
 
 
-class QuestionIn(_Shape):
-    """A prompt, with its two revealing answers where they are known; those of the run's own come with an item."""
+class Shape(BaseModel):
+    """Base of all: unknown fields are refused."""
 
-    prompt: str = Field(min_length=1, max_length=LONGEST_PROMPT)
-    memorized: Text | None = None
-    generalized: Text | None = None
-    item: Text = ""
-    family: Text = ""
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+
+
+class Question(Shape):
+    """A prompt, with its two revealing answers where they are known; ``item`` and ``family`` if it is of the run."""
+
+    prompt: str = Field(min_length=1)
+    memorized: str | None = None
+    generalized: str | None = None
+    item: str = ""
+    family: str = ""
+
+    @classmethod
+    def of(cls, example: Example) -> Question:
+        """The question that an example of kind ``conflict`` asks."""
+        return cls(**{name: getattr(example, name) for name in cls.model_fields})
 
     def example(self) -> Example | None:
-        """As the library knows it; None without answers.
+        """The question as an example of kind ``conflict``; None without answers.
 
         Raises:
             InputError: only one answer is given, or both are the same.
         """
         if not self.memorized and not self.generalized:
             return None
-        return Example(
-            self.item or NAMELESS,
-            self.prompt,
-            "conflict",
-            self.item or NAMELESS,
-            self.family or NAMELESS,
-            memorized=self.memorized,
-            generalized=self.generalized,
-        )
+        item, family, both = self.item or NAMELESS, self.family or NAMELESS, (self.memorized, self.generalized)
+        return Example(item, self.prompt, "conflict", item, family, "test", *both)
 
 
-class TurningIn(_Shape):
-    """How the model is turned."""
+Pair = dict[Toward, Question]  # two phrasings of one item, by the behaviour that answers them
+
+
+class Steering(Shape):
+    """Which vector steers the model, and how strongly.
+
+    Attributes:
+        method: one that the run has a vector of.
+        alpha: factor on that vector.
+        layers: those of its layers that are shifted; None: all of them.
+        neurons: how many are shifted, the highest ranked first; None: as many as the vector shifts.
+    """
 
     toward: Toward
-    method: Text
+    method: str
     alpha: float = Field(1.0, ge=0, le=STRONGEST)
     layers: list[Annotated[int, Field(ge=0, le=4096)]] | None = Field(None, min_length=1, max_length=512)
     neurons: int | None = Field(None, ge=1, le=2**24)
 
-    def turning(self) -> Turning:
-        """As the library knows it."""
-        layers = tuple(sorted(set(self.layers))) if self.layers is not None else None
-        return Turning(self.toward, self.method, self.alpha, layers, self.neurons)
+
+class Asked(Shape):
+    """A question, answered without steering or steered."""
+
+    question: Question
+    steering: Steering | None = None
 
 
-class AskIn(_Shape):
-    """A question, put to the model by itself or turned."""
+class DetectorReading(Shape):
+    """P(memorized) at the decision position: by layer from layer 0, and at ``layer``, which is the verdict."""
 
-    question: QuestionIn
-    turning: TurningIn | None = None
-
-
-class RephraseIn(_Shape):
-    """An item of the run's own, to be put in other words than the prompt's."""
-
-    item: Text
-    prompt: str = Field("", max_length=LONGEST_PROMPT)
-    seed: int = Field(0, ge=0, le=2**31)
-
-
-class ReadingOut(_Shape):
-    """What the detector says; probabilities by layer, the first is layer 0."""
-
-    p_memorized: float | None
-    p_memorized_by_layer: list[float | None]
-    p_conflict: float | None
+    p_memorized: Number
+    p_memorized_by_layer: list[Number]
+    p_conflict: Number
     unlike: bool
     layer: int
 
 
-class AnswerOut(_Shape):
-    """What the model makes of a prompt; probabilities are those of the whole answers, null without them."""
+class Answer(Shape):
+    """The model's answer to a prompt.
 
-    behaviour: Literal["memorized", "generalized", "other"] | None
+    Attributes:
+        behaviour: null where the prompt came without its two answers.
+        said: the text it answers with.
+        p_memorized, p_generalized: probabilities of the whole answers, without what closes them.
+        reading: null where the run has no detector.
+    """
+
+    behaviour: Literal["memorized", "generalized", "other"] | None = None
     said: str
-    p_memorized: float | None
-    p_generalized: float | None
-    reading: ReadingOut | None
-
-    @classmethod
-    def of(cls, answered: Answered) -> AnswerOut:
-        """For JSON."""
-        reading = answered.reading
-        return cls(
-            behaviour=answered.behaviour,
-            said=answered.said,
-            p_memorized=known(answered.p_memorized),
-            p_generalized=known(answered.p_generalized),
-            reading=ReadingOut(
-                p_memorized=known(float(reading.p_memorized_N[0])),
-                p_memorized_by_layer=[known(p) for p in reading.p_memorized_NL[0].tolist()],
-                p_conflict=known(float(reading.p_conflict_N[0])),
-                unlike=bool(reading.unlike_N[0]),
-                layer=reading.layer,
-            )
-            if reading
-            else None,
-        )
+    p_memorized: Number = None
+    p_generalized: Number = None
+    reading: DetectorReading | None = None
 
 
-class QuestionOut(_Shape):
-    """A phrasing of an item."""
-
-    prompt: str
-    memorized: str
-    generalized: str
-    item: str
-    family: str
-
-    @classmethod
-    def of(cls, example: Example) -> QuestionOut:
-        """For JSON."""
-        return cls(
-            prompt=example.prompt,
-            memorized=str(example.memorized),
-            generalized=str(example.generalized),
-            item=example.item,
-            family=example.family,
-        )
-
-
-class PairOut(_Shape):
-    """Two phrasings of one item, that answered from memory first."""
-
-    memorized: QuestionOut
-    generalized: QuestionOut
-
-
-class NeuronsOut(_Shape):
-    """Statistics of every neuron at a site, by layer; null where one is not defined."""
-
-    site: str
-    pairs: int
-    nmd: list[list[float | None]]
-    rho: list[list[float | None]]
-    p_family_wise: list[list[float | None]]
-
-    @classmethod
-    def of(cls, found: Contrast) -> NeuronsOut:
-        """A contrast as JSON has it."""
-        return cls(
-            site=found.site,
-            pairs=found.pairs,
-            nmd=table(found.nmd_LD),
-            rho=table(found.rho_LD),
-            p_family_wise=table(found.p_family_wise_LD),
-        )
-
-
-class EstimateOut(_Read):
-    """A number with its 95 % interval; null where it is not defined."""
-
-    estimate: float | None
-    low: float | None
-    high: float | None
-    n: int
-
-
-class ChosenOut(_Read):
-    """The setting of a vector; ``alpha`` is the paper's, of method nmd only."""
-
-    method: str
-    site: str
-    layers: list[int]
-    positions: str
-    top: float
-    strength: float
-    alpha: float | None
-
-
-class TurnedOut(_Read):
-    """What the best vector of a direction does to test pairs, beside its strongest control."""
-
-    chosen: ChosenOut
-    pairs: EstimateOut
-    other: EstimateOut
-    strongest_control: str | None
-    control: EstimateOut | None
-    collateral: dict[str, EstimateOut]
-
-
-class TaskOut(_Read):
-    """The first numbers of a task."""
-
-    pairs: int
-    test_pairs: int
-    to_generalized: TurnedOut
-    to_memorized: TurnedOut
-    differ: EstimateOut
-    read: EstimateOut
-    detect_auroc: EstimateOut | None = None
-
-
-class RunOut(_Read):
-    """A run: its study, the cells that can be opened, and its first numbers by task once it has come to its end."""
-
-    run: str
-    study: str | None
-    finished: bool
-    cells: list[str]
-    tasks: dict[str, TaskOut]
-
-
-class RowOut(_Read):
-    """A number of two runs, in words."""
-
-    task: str
-    what: str
-    first: str
-    second: str
-
-
-class VectorOut(_Read):
+class VectorFacts(Shape):
     """A vector of a cell; ``free``: any layers and any number of neurons can be taken of it."""
 
     site: str
@@ -252,96 +118,65 @@ class VectorOut(_Read):
     best: bool
 
 
-class MethodOut(_Read):
+class Method(Shape):
     """A method with its two vectors."""
 
     method: str
-    generalized: VectorOut
-    memorized: VectorOut
+    generalized: VectorFacts
+    memorized: VectorFacts
 
 
-class CellOut(_Read):
-    """An opened cell: what its model can be turned with."""
+class CellFacts(Shape):
+    """An opened cell: how many layers its model has, whether it has a detector, and its vectors."""
 
-    run: str
-    cell: str
     layers: int
     detects: bool
-    methods: list[MethodOut]
+    methods: list[Method]
 
 
-class AloneOut(_Read):
-    """Shares of the other phrasings that a neuron turns when it alone is shifted by so many times its difference."""
+class NeuronMap(Shape):
+    """Statistics of every neuron at the contrast's site, by layer, on the fit pairs."""
+
+    site: str
+    pairs: int
+    nmd: list[list[Number]]
+    rho: list[list[Number]]
+    p_family_wise: list[list[Number]]
+
+
+class Alone(Shape):
+    """Shares of phrasings steered to each behaviour by shifting one neuron by ``times`` its mean difference."""
 
     times: float
-    generalized: float | None
-    memorized: float | None
+    generalized: Number
+    memorized: Number
 
 
-class WatchedOut(_Read):
-    """What is shown of a neuron; the drawing is SVG."""
+class Watched(Shape):
+    """One neuron on tune pairs: means, ranks (1 is the largest magnitude), effect alone, and a drawing (SVG)."""
 
     layer: int
     neuron: int
     pairs: int
-    mean_generalized: float | None
-    mean_memorized: float | None
+    mean_generalized: Number
+    mean_memorized: Number
     rank_nmd: int
     rank_rho: int
-    alone: list[AloneOut]
+    alone: list[Alone]
     drawing: str
 
-    @classmethod
-    def of(cls, neuron: Watched, drawing: str, layer: int, number: int) -> WatchedOut:
-        """For JSON."""
-        return cls(
-            layer=layer,
-            neuron=number,
-            pairs=len(neuron.generalized_P),
-            mean_generalized=known(float(neuron.generalized_P.mean())),
-            mean_memorized=known(float(neuron.memorized_P.mean())),
-            rank_nmd=neuron.rank_nmd,
-            rank_rho=neuron.rank_rho,
-            alone=[
-                AloneOut(times=times, generalized=known(turned["generalized"]), memorized=known(turned["memorized"]))
-                for times, turned in neuron.alone.items()
-            ],
-            drawing=drawing,
-        )
 
-
-class JobOut(_Shape):
-    """Work that takes a while."""
+class Job(BaseModel):
+    """Work that takes a while; ``share`` of it is done, from 0 to 1."""
 
     job: str
-    state: Literal["running", "done", "failed", "cancelled"]
-    share: float
-    result: WatchedOut | None = None
+    state: Literal["running", "done", "failed", "cancelled"] = "running"
+    share: float = 0.0
+    result: Watched | None = None
     error: str = ""
 
 
-class Problem(BaseModel):
-    """What is wrong with a request."""
+class Refusal(Shape):
+    """The body of every error: the field, and what is wrong with it."""
 
-    field: str
-    message: str
-
-
-class ErrorOut(BaseModel):
-    """The body of every error."""
-
-    error: Problem
-
-
-def first_numbers(brief: dict[str, Any]) -> dict[str, TaskOut]:
-    """What ``report.brief`` says of each task; nothing of one that another version has written."""
-    found = {}
-    for name, task in brief.items():
-        with suppress(ValidationError):
-            found[name] = TaskOut.model_validate(plain(task))
-    return found
-
-
-def table(values: Any) -> list[list[float | None]]:
-    """An array (L, D) for JSON, to five digits."""
-    return [[known(float(f"{v:.5g}")) for v in row] for row in values.tolist()]
+    error: dict[Literal["field", "message"], str]

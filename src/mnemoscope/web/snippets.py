@@ -1,14 +1,14 @@
-"""The lines that do, without the page, what the page does."""
+"""Python and a command that give, without the page, the answer that the page shows."""
 
 from __future__ import annotations
 
 import shlex
 from pathlib import Path
 
-from mnemoscope.bench import Bench
-from mnemoscope.web.shapes import AskIn
+from mnemoscope.web.cell import OpenedCell
+from mnemoscope.web.shapes import Asked
 
-CHOSEN = """\
+WHOLE = """\
 from pathlib import Path
 
 from mnemoscope import SteeringVector, load_model
@@ -19,32 +19,37 @@ with vector.apply(model, alpha={alpha:g}):
     answer = model.generate(**tokenizer({prompt!r}, return_tensors="pt"), max_new_tokens=20, do_sample=False)
 print(tokenizer.decode(answer[0]))
 """
-PARTS = """\
-from pathlib import Path
+PART = """\
+from mnemoscope.web.cell import OpenedCell
+from mnemoscope.web.shapes import Question, Steering
 
-from mnemoscope import Bench, Turning
-
-bench = Bench.of(Path({run!r}), {cell!r})
-turning = Turning({toward!r}, {method!r}, alpha={alpha:g}, layers={layers}, neurons={neurons})
-print(bench.go_on({prompt!r}, turning).said)
+cell = OpenedCell({run!r}, {cell!r})
+steering = Steering({steering})
+print(cell.answer(Question(prompt={prompt!r}), steering).said)
 """
 
 
-def snippets(bench: Bench, run: Path, asked: AskIn) -> dict[str, str]:
-    """``python``, and ``command`` where the command line can do it."""
-    turning, prompt = asked.turning, asked.question.prompt
-    if turning is None:
+def snippets(opened: OpenedCell, run: Path, asked: Asked) -> dict[str, str]:
+    """``python``, and ``command`` where the command line can do it; both empty without steering."""
+    steering, prompt = asked.steering, asked.question.prompt
+    if steering is None:
         return {"python": "", "command": ""}
-    bench.vectors.meant(turning.turning())  # refuses what there is none of
-    vector = (bench.cell.folder / "vectors" / f"to_{turning.toward}-{turning.method}.safetensors").resolve()
-    if turning.layers is not None or turning.neurons is not None or not bench.opened_plainly:
-        layers = tuple(turning.layers) if turning.layers is not None else None
-        facts = {"toward": turning.toward, "method": turning.method, "alpha": turning.alpha, "neurons": turning.neurons}
-        python = PARTS.format(run=str(run.resolve()), cell=bench.cell.name, prompt=prompt, layers=layers, **facts)
-        return {"python": python, "command": ""}
-    model = bench.model_source
+    opened.vectors.part(steering)  # refuses what there is none of
+    cell, shape = opened.cell, opened.cell.config.model
+    vector = str((cell.folder / "vectors" / f"to_{steering.toward}-{steering.method}.safetensors").resolve())
+    # A chat template, a layout or another precision has no place in these lines.
+    is_plain = not (shape.chat or shape.layout or shape.device_map) and shape.dtype == "float32"
+    if steering.layers is not None or steering.neurons is not None or not is_plain:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in steering if value is not None)
+        return {
+            "python": PART.format(run=str(run.resolve()), cell=cell.name, prompt=prompt, steering=arguments),
+            "command": "",
+        }
+    model = shape.folder if shape.folder and not shape.is_trained else str(cell.model_folder)
     if Path(model).is_dir():  # from wherever it is pasted
         model = str(Path(model).resolve())
-    words = ["mnemoscope", "steer", model, "--from", str(vector), "--toward", turning.toward]
-    python = CHOSEN.format(model=model, vector=str(vector), alpha=turning.alpha, prompt=prompt)
-    return {"python": python, "command": shlex.join([*words, "--alpha", f"{turning.alpha:g}", "--", prompt])}
+    words = ["mnemoscope", "steer", model, "--from", vector, "--toward", steering.toward]
+    return {
+        "python": WHOLE.format(model=model, vector=vector, alpha=steering.alpha, prompt=prompt),
+        "command": shlex.join([*words, "--alpha", f"{steering.alpha:g}", "--", prompt]),
+    }

@@ -1,4 +1,4 @@
-// Requests to the JSON API, and what is wrong in one line.
+// Requests to the JSON API, and errors in one line.
 
 export class Refused extends Error {}
 

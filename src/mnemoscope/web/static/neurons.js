@@ -1,4 +1,4 @@
-// The map of neurons: layer by neuron, one pixel each; a neuron that is pointed at is looked into.
+// The map of neurons: layer by neuron, one pixel each; click one to see it on tune pairs.
 import { call, percent, showProblem } from "./asking.js";
 
 const by = (id) => document.getElementById(id);
@@ -83,17 +83,17 @@ function point(to) {
   by("pointed").textContent =
     `Layer ${place.layer}, neuron ${place.neuron}: mean difference ${number(at("nmd"))}, rho ${number(at("rho"))}, ` +
     `family-wise p ${number(at("p_family_wise"))}.`;
-  tell(by("pointed").textContent);
+  announce(by("pointed").textContent);
   [by("layer").value, by("number").value] = [place.layer, place.neuron];
   draw();
 }
 
-let telling;
+let announcing;
 
-// Who walks with the keys hears where the walk ends, not every neuron on the way.
-function tell(text) {
-  clearTimeout(telling);
-  telling = setTimeout(() => (by("told").textContent = text), 300);
+// Screen readers announce the neuron where the keys stop, not every one on the way.
+function announce(text) {
+  clearTimeout(announcing);
+  announcing = setTimeout(() => (by("announced").textContent = text), 300);
 }
 
 function under(event) {
@@ -194,7 +194,7 @@ by("pick").addEventListener("submit", (event) => {
   point({ layer: Number(by("layer").value), neuron: Number(by("number").value) });
   look();
 });
-// Whoever leaves does not wait for the answer any more, and it keeps the model from others.
+// A page that is left needs no result, and its job would delay others.
 addEventListener("pagehide", () => job && fetch(`/api/jobs/${job}`, { method: "DELETE", keepalive: true }));
 for (const radio of document.querySelectorAll("[name=measure]")) radio.addEventListener("change", () => found && paint());
 by("cancel").addEventListener("click", () => {

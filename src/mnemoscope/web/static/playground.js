@@ -1,11 +1,11 @@
-// The playground: a question, what the model makes of it, and the same while it is turned.
+// The playground: a question, and the model's answer to it, unsteered and steered.
 import { call, percent, showProblem } from "./asking.js";
 
 const by = (id) => document.getElementById(id);
 const bench = by("bench");
 const path = `/api/runs/${bench.dataset.run}/cells/${encodeURIComponent(bench.dataset.cell)}`;
 const problem = by("problem");
-let facts, pairs = [], asked = null, phrasing = 0, plain = null, turn = 0;
+let facts, pairs = [], asked = null, phrasing = 0, plain = null, asks = 0;
 let answered = ""; // the question that `plain` is the answer to
 
 const wordOf = { memorized: "remembered", generalized: "worked out", other: "neither of the two" };
@@ -21,14 +21,14 @@ function questionOnPage() {
   };
 }
 
-function put(question) {
+function fill(question) {
   asked = question;
   for (const key of ["prompt", "memorized", "generalized"]) by(key).value = question[key];
 }
 
 const toward = () => (Number(by("slider").value) < 0 ? "memorized" : "generalized");
 
-function turningOnPage() {
+function steeringOnPage() {
   const alpha = Math.abs(Number(by("slider").value));
   const chosen = [...by("layers").querySelectorAll("input:checked")].map((box) => Number(box.value));
   if (!chosen.length) throw new Error("layers: choose one at least");
@@ -51,7 +51,7 @@ function show(side, answer) {
   if (answer.behaviour) card.classList.add(`is-${answer.behaviour}`);
   card.classList.toggle("long", answer.said.length > 24);
   card.querySelector(".said").textContent = answer.said.trim() || "(nothing)";
-  card.querySelector(".kind").textContent = answer.behaviour ? wordOf[answer.behaviour] : "what follows the prompt";
+  card.querySelector(".kind").textContent = answer.behaviour ? wordOf[answer.behaviour] : "continuation of the prompt";
   for (const key of ["memorized", "generalized"]) {
     const share = answer[`p_${key}`];
     card.querySelector(`.${key}-bar`).style.setProperty("--share", share ?? 0);
@@ -60,9 +60,9 @@ function show(side, answer) {
   const reading = answer.reading;
   let line = "";
   if (reading) {
-    line = `Before it answers, layer ${reading.layer} says: remembered with ${percent(reading.p_memorized)}.`;
-    if (reading.unlike) line += " The prompt is unlike those the detector knows: do not trust this.";
-    else if (reading.p_conflict !== null && reading.p_conflict < 0.5) line += " It sees nothing that memory and rule disagree about.";
+    line = `P(remembered) at layer ${reading.layer}, before it answers: ${percent(reading.p_memorized)}.`;
+    if (reading.unlike) line += " The prompt is unlike those the detector was fitted on: do not rely on this.";
+    else if (reading.p_conflict !== null && reading.p_conflict < 0.5) line += " Memory and rule seem to agree on this prompt.";
   }
   card.querySelector(".verdict-line").textContent = line;
   showLayers(side, reading);
@@ -102,16 +102,16 @@ function showLayers(side, reading) {
 
 async function ask() {
   showProblem(problem, null);
-  const mine = ++turn, question = questionOnPage();
+  const mine = ++asks, question = questionOnPage();
   by("plain").classList.add("waiting");
   try {
     const answer = await call(`${path}/ask`, { question });
-    if (mine !== turn) return;
+    if (mine !== asks) return;
     [plain, answered] = [answer, JSON.stringify(question)];
     show("plain", plain);
     await steer();
   } catch (error) {
-    if (mine !== turn) return;
+    if (mine !== asks) return;
     showProblem(problem, error);
     [plain, answered] = [null, ""];
     by("plain").classList.remove("waiting");
@@ -124,7 +124,7 @@ let running = false, again = false, ticksAreOwn = false, methodIsOwn = false;
 
 async function steer() {
   describe();
-  // The slider is quicker than the model: only its latest place is asked for.
+  // The slider is quicker than the model: only its latest position is asked for.
   again = true;
   if (running) return;
   running = true;
@@ -138,11 +138,11 @@ async function steer() {
         await ask(); // which comes back here
         return;
       }
-      const turning = turningOnPage();
-      const answer = turning.alpha === 0 ? plain : await call(`${path}/ask`, { question, turning });
-      // While the slider moves on, what is known by now is shown, as long as it is of the question on the page.
+      const steering = steeringOnPage();
+      const answer = steering.alpha === 0 ? plain : await call(`${path}/ask`, { question, steering });
+      // While the slider moves on, the latest answer is shown, as long as it belongs to the question on the page.
       if (JSON.stringify(question) !== answered || JSON.stringify(questionOnPage()) !== answered) {
-        if (!again) show("steered", NOTHING); // what stands there is of another place of the slider
+        if (!again) show("steered", NOTHING); // the card shows another position of the slider
         continue;
       }
       show("steered", answer);
@@ -156,7 +156,7 @@ async function steer() {
     }
   } catch (error) {
     showProblem(problem, error);
-    show("steered", NOTHING); // the answer before is not that of what the page says now
+    show("steered", NOTHING); // the previous answer is of other settings
   } finally {
     running = false;
     by("steered").classList.remove("waiting");
@@ -165,24 +165,36 @@ async function steer() {
 }
 
 function say(steered) {
-  const told = (answer) => `${answer.said.trim() || "nothing"}${answer.behaviour ? `, ${wordOf[answer.behaviour]}` : ""}`;
-  by("status").textContent = `By itself: ${told(plain)}. Turned: ${told(steered)}.`;
+  const inWords = (answer) => `${answer.said.trim() || "nothing"}${answer.behaviour ? `, ${wordOf[answer.behaviour]}` : ""}`;
+  by("status").textContent = `Unsteered: ${inWords(plain)}. Steered: ${inWords(steered)}.`;
 }
 
 function describe() {
   const value = Number(by("slider").value), vector = vectorNow();
   const way = value < 0 ? "towards remembering" : "towards working it out";
-  const words = value === 0 ? "As it is: nothing is shifted." : `${Math.abs(value).toFixed(2)} times the run's vector ${way} (${by("method").value}).`;
+  const words = value === 0 ? "Unsteered." : `${Math.abs(value).toFixed(2)} × the run's vector ${way} (${by("method").value}).`;
   by("slid").textContent = words;
   by("rephrase").disabled = !questionOnPage().item;
   by("slider").setAttribute("aria-valuetext", words);
-  by("shifts").textContent = `The run's vector ${way}: ${vector.neurons} neurons at ${vector.site}, layers ${vector.layers.join(", ")}, strength ${vector.strength.toPrecision(2)}.`;
+  by("shifts").textContent = `The run's vector ${way}: ${vector.neurons} neurons at ${vector.site}, ${ranges(vector.layers)}, strength ${vector.strength.toPrecision(2)}.`;
+}
+
+// "layers 3, 9 to 29"
+function ranges(layers) {
+  const runs = [];
+  for (const layer of layers) {
+    const last = runs.at(-1);
+    if (last && layer === last[1] + 1) last[1] = layer;
+    else runs.push([layer, layer]);
+  }
+  const words = runs.map(([first, end]) => (first === end ? first : `${first} to ${end}`)).join(", ");
+  return `${layers.length === 1 ? "layer" : "layers"} ${words}`;
 }
 
 async function showSame() {
   if (!by("same").open) return;
-  const turning = turningOnPage();
-  const found = await call(`${path}/snippets`, { question: questionOnPage(), turning: turning.alpha ? turning : null });
+  const steering = steeringOnPage();
+  const found = await call(`${path}/snippets`, { question: questionOnPage(), steering: steering.alpha ? steering : null });
   for (const name of ["python", "command"]) {
     by(name).textContent = found[name] || (name === "python" ? "Move the slider first." : "");
     document.querySelector(`[data-copies="${name}"]`).disabled = !found[name];
@@ -218,6 +230,7 @@ async function start() {
     facts = await call(path);
     by("no-detector").hidden = facts.detects;
     by("by-layer").hidden = by("layer-table").hidden = !facts.detects;
+    by("layer-table").classList.toggle("many", facts.layers > 12);
     for (const row of facts.methods) by("method").append(new Option(row.method, row.method));
     const best = facts.methods.find((row) => row.generalized.best) ?? facts.methods[0];
     by("method").value = best.method;
@@ -225,7 +238,7 @@ async function start() {
     describe();
     pairs = await call(`${path}/questions?n=24`);
     offerPairs();
-    if (pairs.length) put(pairs[0].memorized);
+    if (pairs.length) fill(pairs[0].memorized);
     bench.inert = false;
     bench.removeAttribute("aria-busy");
     by("opening").hidden = true;
@@ -238,7 +251,7 @@ async function start() {
 
 by("example").addEventListener("change", () => {
   phrasing = 0;
-  put(pairs[Number(by("example").value)].memorized);
+  fill(pairs[Number(by("example").value)].memorized);
   ask();
 });
 by("ask").addEventListener("click", ask);
@@ -252,20 +265,20 @@ by("rephrase").addEventListener("click", async () => {
   const onPage = questionOnPage();
   try {
     // The pair's other phrasing first, since the model is known to answer it the other way; then any others.
-    if (pair && onPage.prompt === pair.memorized.prompt) put(pair.generalized);
-    else put(await call(`${path}/rephrase`, { item: onPage.item, prompt: onPage.prompt, seed: ++phrasing }));
+    if (pair && onPage.prompt === pair.memorized.prompt) fill(pair.generalized);
+    else fill(await call(`${path}/rephrase?seed=${++phrasing}`, onPage));
     await ask();
   } catch (error) {
     showProblem(problem, error);
   }
 });
-let side = toward();
+let direction = toward();
 by("slider").addEventListener("input", () => {
-  if (toward() !== side) {
-    side = toward();
-    const best = facts.methods.find((row) => row[side].best), before = by("method").value;
+  if (toward() !== direction) {
+    direction = toward();
+    const best = facts.methods.find((row) => row[direction].best), before = by("method").value;
     if (best && !methodIsOwn) by("method").value = best.method;
-    // Layers that somebody ticked stay ticked where this direction's vector has them too.
+    // Layers that the user ticked stay ticked where this direction's vector has them too.
     const ticked = [...by("layers").querySelectorAll("input:checked")].map((box) => Number(box.value));
     const kept = ticksAreOwn && before === by("method").value ? new Set(ticked) : null;
     offerLayers(kept);

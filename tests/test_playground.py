@@ -1,0 +1,381 @@
+"""The playground in a browser and as a server: its pages work, and it answers nobody without the token."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+import uvicorn
+from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, given, settings
+from playwright.sync_api import expect
+
+from mnemoscope.errors import InputError
+from mnemoscope.web.admission import LARGEST_BODY
+from mnemoscope.web.app import build_app, serve
+from playground import CELL, TOKEN, client_of, error_of
+
+KNOWN = {"Authorization": f"Bearer {TOKEN}"}
+
+
+@pytest.fixture(scope="module")
+def address(playground_runs: Path) -> Iterator[str]:
+    server = uvicorn.Server(uvicorn.Config(build_app(playground_runs, TOKEN, "first"), port=0, log_level="error"))
+    thread = Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+
+
+# --- who is answered ------------------------------------------------------------------------------------------------
+
+
+def test_nobody_is_answered_without_the_token(playground_runs: Path) -> None:
+    stranger = TestClient(build_app(playground_runs, TOKEN), base_url="http://localhost")
+    for path in ("/api/runs", "/openapi.json", f"/api/runs?token={TOKEN}"):
+        assert error_of(stranger.get(path), 401)[0] == "token"
+    for path in ("/", "/?token=", "/?token=wrong", "/runs", f"/runs?token={TOKEN}", "/static/playground.js", "/none"):
+        refused = stranger.get(path)
+        assert refused.status_code == 401
+        assert "mnemoscope serve" in refused.text
+        assert "ssh -L 80:127.0.0.1:80 " in refused.text
+    assert stranger.get("/static/playground.css").status_code == 200, "the page that says so needs it"
+    others = ("Bearer wrong", "Bearer", TOKEN, f"Basic {TOKEN}", "Bearer \u00e9")
+    for header in (*({"Authorization": other.encode()} for other in others), {"Cookie": "a/b=1; mnemoscope-None="}):
+        assert stranger.get("/api/runs", headers=header).status_code == 401
+    assert stranger.get("/api/runs", headers=KNOWN).status_code == 200
+
+
+def test_the_token_moves_from_the_address_into_a_cookie(playground_runs: Path) -> None:
+    browser = TestClient(build_app(playground_runs, TOKEN), base_url="http://localhost:8000")
+    entered = browser.get("/", params={"token": TOKEN, "run": "second"}, follow_redirects=False)
+    assert (entered.status_code, entered.headers["location"]) == (303, "/?run=second")
+    cookie = entered.headers["set-cookie"].lower()
+    assert "httponly" in cookie
+    assert "samesite=strict" in cookie
+    assert browser.get("/?run=second").status_code == 200
+    assert browser.get("/api/runs").status_code == 200
+    again = browser.get("/?token=old", follow_redirects=False)
+    assert (again.status_code, again.headers["location"]) == (303, "/"), "a bookmark of the last start"
+    other_port = {"host": "localhost:8001"}
+    assert browser.get("/api/runs", headers=other_port).status_code == 401, "each port has a cookie of its own"
+
+
+def test_pages_of_other_sites_cannot_ask_through_the_browser(client: TestClient, playground_runs: Path) -> None:
+    for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "0.0.0.0", "[::1]:8000"):
+        assert client_of(playground_runs, host).get("/api/runs").status_code == 400
+    assert client.get("/api/runs", headers={"host": "["}).status_code == 400
+    start = f"{CELL}/neurons/0/0"
+    origins = ({"origin": origin} for origin in ("http://evil.example", "null", "http://[", "http://localhost:81"))
+    for headers in ({"sec-fetch-site": "cross-site"}, {"sec-fetch-site": "same-site"}, *origins):
+        assert error_of(client.post(start, headers=headers), 403)[0] == "origin"
+    link = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
+    assert client.get("/runs", headers=link).status_code == 200, "a link to a page may be followed"
+    assert error_of(client.post(start, headers=link), 403)[0] == "origin"
+    own = {"origin": "http://localhost", "sec-fetch-site": "same-origin"}
+    assert client.post(start, headers=own).status_code == 202
+
+
+def test_a_request_body_is_limited(client: TestClient) -> None:
+    long = {"question": {"prompt": "1" * LARGEST_BODY}}
+    assert error_of(client.post(f"{CELL}/ask", json=long), 413)[0] == "body"
+    headers = {"content-type": "application/json"}
+    assert error_of(client.post(f"{CELL}/ask", content=iter([b"{}"]), headers=headers), 411)[0] == "body"
+    assert error_of(client.post(f"{CELL}/ask", content=b"{", headers=headers))[0] == "body"
+
+
+def test_every_answer_forbids_sniffing_framing_and_referrers(client: TestClient) -> None:
+    for path in ("/", "/api/runs", "/static/playground.js", "/runs/first/report", "/none"):
+        headers = client.get(path).headers
+        named = ("x-content-type-options", "x-frame-options", "referrer-policy")
+        assert [headers[name] for name in named] == ["nosniff", "DENY", "no-referrer"]
+    for path in ("/", "/runs/first/report"):
+        assert "default-src" in client.get(path).headers["content-security-policy"]
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_an_address_with_a_token_and_stops_at_once(playground_runs: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "mnemoscope", "serve", str(playground_runs / "first"), "--port", port]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert server.stderr is not None
+    try:
+        address = server.stderr.readline().strip()
+        start = f"http://127.0.0.1:{port}/?token="
+        assert address.startswith(start)
+        assert len(address) > len(start) + 40
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as asker:
+            assert asker.get("/api/runs").status_code == 401
+            entered = asker.get(address, follow_redirects=True)
+            assert (entered.status_code, str(entered.url)) == (200, f"http://127.0.0.1:{port}/")
+            assert {run["run"] for run in asker.get("/api/runs").json()} >= {"first", "second"}
+    finally:
+        server.send_signal(signal.SIGINT)
+        assert server.wait(timeout=30) in (0, 130, -signal.SIGINT)
+        server.stderr.close()
+
+
+def test_what_cannot_be_served_is_refused(playground_runs: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for run, message in (
+            (tmp_path / "letter", r"RUN: .*letter is not a run folder"),
+            (playground_runs / "begun", r"RUN: .*begun has no cell with steering vectors yet"),
+            (playground_runs / "first", rf"port: {port} .*give another one"),
+        ):
+            with pytest.raises(InputError, match=message):
+                serve(run, port, print)
+
+
+def test_without_a_run_the_page_names_the_command_that_makes_one(tmp_path: Path) -> None:
+    page = client_of(tmp_path).get("/")
+    assert page.status_code == 200
+    assert "mnemoscope run quickstart" in page.text
+
+
+# --- requests drawn from the description ----------------------------------------------------------------------------
+
+
+def statuses(operations: list[Any], mode: schemathesis.GenerationMode) -> list[int]:
+    """Statuses of requests drawn from the description of each operation."""
+    seen: list[int] = []
+    for operation in operations:
+
+        @settings(max_examples=30, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @given(case=operation.as_strategy(generation_mode=mode))
+        def ask(case: Any) -> None:
+            if mode is schemathesis.GenerationMode.POSITIVE:  # of a cell that there is
+                places = case.path_parameters or {}
+                places |= {name: real for name, real in (("run", "first"), ("cell", "addition-0")) if name in places}
+            response = case.call(headers=KNOWN)
+            seen.append(response.status_code)
+            assert response.status_code < 500, (case.method, case.path, case.body, response.text)
+
+        ask()
+    return seen
+
+
+def test_nothing_that_can_be_sent_breaks_the_server(address: str) -> None:
+    """Requests drawn from the OpenAPI description, some as it says and some not."""
+    specification = schemathesis.openapi.from_url(f"{address}/openapi.json", headers=KNOWN)
+    assert specification.raw_schema["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"
+    operations = [found.ok() for found in specification.get_all_operations()]
+    assert len(operations) == 12
+    right = statuses(operations, schemathesis.GenerationMode.POSITIVE)
+    assert sum(status < 300 for status in right) > 30
+    taking = [one for one in operations if one.path_parameters or one.query or one.body]
+    assert sum(status >= 400 for status in statuses(taking, schemathesis.GenerationMode.NEGATIVE)) > 100
+
+
+# --- in a browser ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[(1280, "light"), (390, "dark")], ids=["wide", "phone"])
+def tab(browser: Any, request: pytest.FixtureRequest, address: str) -> Iterator[Any]:
+    """A page that came in by the token, may ask nobody but the server, and on which nothing goes wrong unnoticed."""
+    width, scheme = request.param
+    tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    wrong: list[str] = []
+    tab.on("pageerror", lambda error: wrong.append(str(error)))
+    tab.on("request", lambda r: wrong.append(r.url) if not r.url.startswith((address, "data:", "blob:")) else None)
+    tab.goto(f"{address}/?token={TOKEN}&run=first")
+    assert tab.url == f"{address}/?run=first"
+    yield tab
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    assert wrong == []
+    tab.close()
+
+
+def serious(tab: Any) -> list[str]:
+    from axe_playwright_python.sync_playwright import Axe
+
+    found = Axe().run(tab).response["violations"]
+    return [f"{v['id']}: {v['nodes'][0]['html']}" for v in found if v["impact"] in ("serious", "critical")]
+
+
+def shown(tab: Any, side: str) -> dict[str, Any]:
+    """The content of an answer's card, once nothing is waited for."""
+    expect(tab.locator(".waiting")).to_have_count(0)
+    card = tab.locator(f"#{side}")
+    values = {key: card.locator(f'[data-of="{key}"]').text_content() for key in ("memorized", "generalized")}
+    layers = tab.locator(f'#layer-rows [data-of="{side}"]').all_text_contents()
+    return {"said": card.locator(".said").text_content(), "layers": layers, **values}
+
+
+def expected(client: TestClient, question: dict[str, Any], steering: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What a card is to show of the API's answer."""
+    answer = client.post(f"{CELL}/ask", json={"question": question, "steering": steering}).json()
+
+    def percent(share: float) -> str:
+        whole = 100 * share
+        return "< 0.1 %" if 0 < whole < 0.1 else f"{whole:.{int(whole < 10 or whole > 90)}f} %"
+
+    values = {key: percent(answer[f"p_{key}"]) for key in ("memorized", "generalized")}
+    layers = [percent(share) for share in answer["reading"]["p_memorized_by_layer"]]
+    return {"said": answer["said"].strip(), "layers": layers, **values}
+
+
+def test_a_question_is_asked_rephrased_and_steered(tab: Any) -> None:
+    plain, steered = tab.locator("#plain .said"), tab.locator("#steered .said")
+    expect(tab.locator("#plain.is-memorized:not(.waiting)")).to_have_count(1)
+    remembered = plain.text_content()
+    expect(steered).to_have_text(remembered)
+    expect(tab.locator("#layer-rows tr")).to_have_count(2)
+    tab.locator("#rephrase").click()
+    expect(tab.locator("#plain.is-generalized:not(.waiting)")).to_have_count(1)
+    assert plain.text_content() != remembered
+    expect(tab.locator("#rephrase")).to_be_enabled()
+    tab.locator("#rephrase").click()  # another phrasing, drawn by the server
+    expect(tab.locator(".waiting")).to_have_count(0)
+    tab.locator("#slider").fill("-2")
+    expect(tab.locator("#slid")).to_contain_text("2.00 \u00d7 the run's vector towards remembering")
+    expect(tab.locator(".waiting")).to_have_count(0)
+    tab.locator("#finer summary").click()
+    tab.locator("#same summary").click()
+    expect(tab.locator("#python")).to_contain_text("to_memorized")
+    assert serious(tab) == []
+    tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    tab.get_by_role("button", name="Copy the Python").click()
+    expect(tab.locator("[data-copies=python]")).to_have_text("Copied")
+    assert tab.evaluate("navigator.clipboard.readText()") == tab.locator("#python").text_content()
+    tab.locator("#prompt").fill("What is that?")
+    expect(tab.locator("#rephrase")).to_be_disabled()
+    tab.locator("#ask").click()
+    expect(tab.locator("#problem")).to_contain_text("cannot encode")
+    expect(tab.locator("#problem")).to_be_in_viewport()
+    assert serious(tab) == []
+    expect(steered).to_have_text("\u2013")
+    assert set(tab.locator("#layer-rows .bar + span").all_text_contents()) == {""}
+
+
+def test_the_slider_shows_what_the_api_says(tab: Any, client: TestClient) -> None:
+    expect(tab.locator("#plain.is-memorized:not(.waiting)")).to_have_count(1)
+    question = client.get(f"{CELL}/questions?n=24").json()[0]["memorized"]
+    assert tab.locator("#prompt").input_value() == question["prompt"]
+    unsteered = expected(client, question)
+    tab.locator("#finer summary").click()
+    for method, place, neurons in (("nmd", 1, None), ("learned", 2, None), ("learned", -1.5, None), ("nmd", 1, 3)):
+        tab.locator("#method").select_option(method)
+        tab.locator("#slider").fill(str(place))
+        tab.locator("#neurons").fill(str(neurons or ""))
+        tab.locator("#neurons").blur()
+        toward = "generalized" if place > 0 else "memorized"
+        steering = {"toward": toward, "method": method, "alpha": abs(place), "neurons": neurons}
+        assert shown(tab, "steered") == expected(client, question, steering)
+        assert shown(tab, "plain") == unsteered
+    tab.locator("#neurons").fill("99999")
+    tab.locator("#neurons").blur()
+    expect(tab.locator("#problem")).to_contain_text("neurons: 99999")
+    expect(tab.locator("#steered .said")).to_have_text("\u2013")  # nothing stale beside the new settings
+    tab.locator("#neurons").fill("")
+    tab.locator("#neurons").blur()
+    tab.locator("#slider").focus()
+    tab.keyboard.press("ArrowRight")
+    expect(tab.locator("#slid")).to_contain_text("1.05 \u00d7")
+    expect(tab.locator("#problem")).to_be_hidden()
+    tab.locator("#slider").fill("0")
+    assert shown(tab, "steered") == unsteered
+    tab.locator("#example").select_option("1")
+    expect(tab.locator("#prompt")).not_to_have_value(question["prompt"])
+    assert shown(tab, "plain") == shown(tab, "steered")
+
+
+def test_many_layers_leave_no_holes_and_wide_lines_show_that_they_go_on(tab: Any, address: str) -> None:
+    """Of a model of 30 layers, by answers made for this."""
+    layers, question = 30, {"prompt": "1+1=", "memorized": "3", "generalized": "2", "item": "1+1", "family": "plain"}
+    vector = {"site": "block", "layers": [2, 5, 6, 7], "neurons": 9, "strength": 0.5, "free": True, "best": True}
+    reading = {"p_memorized": 0.5, "p_memorized_by_layer": [0.5] * layers, "p_conflict": 1, "unlike": False, "layer": 7}
+    methods = [{"method": "nmd", "generalized": vector, "memorized": vector}]
+    made = {
+        "": {"layers": layers, "detects": True, "methods": methods},
+        "/questions?n=24": [{"memorized": question, "generalized": question}],
+        "/ask": {"behaviour": "memorized", "said": "3", "p_memorized": 0.5, "p_generalized": 0.1, "reading": reading},
+        "/snippets": {"python": "x" * 400, "command": ""},
+    }
+    tab.route(f"{address}{CELL}**", lambda route: route.fulfill(json=made[route.request.url.partition(CELL)[2]]))
+    tab.reload()
+    expect(tab.locator("#layer-rows tr")).to_have_count(layers)
+    expect(tab.locator("#shifts")).to_contain_text("layers 2, 5 to 7")
+    below = ".more" if tab.viewport_size["width"] > 900 else ".answers"
+    boxes = [tab.locator(part).bounding_box() for part in (".asks", ".steering", below)]
+    for upper, lower in pairwise(boxes):
+        assert 0 < lower["y"] - upper["y"] - upper["height"] < 60
+    tab.locator("#same summary").click()
+    expect(tab.locator("#python")).to_have_text("x" * 400)
+    assert tab.locator("#python").evaluate("box => box.scrollWidth > box.clientWidth")
+    shadow = tab.locator("#python").evaluate("box => getComputedStyle(box).backgroundImage")
+    assert shadow.count("gradient") == 4  # at each edge, one that stays and one that covers it at the end
+
+
+def test_a_neuron_is_chosen_by_keys_pointer_and_number(tab: Any, address: str) -> None:
+    tab.goto(f"{address}/neurons?run=first")
+    expect(tab.locator("#pointed")).to_contain_text("Layer")
+    tab.locator("#canvas").focus()
+    before = tab.locator("#pointed").text_content()
+    tab.keyboard.press("ArrowLeft" if "neuron 63" in before else "ArrowRight")
+    assert tab.locator("#pointed").text_content() != before
+    tab.keyboard.press("Enter")
+    expect(tab.locator("#found svg")).to_be_visible()
+    expect(tab.locator("#alone tr")).to_have_count(3)
+    assert serious(tab) == []
+    tab.get_by_label("correlation with the behaviour").check()
+    box = tab.locator("#canvas").bounding_box()
+    tab.locator("#canvas").click(position={"x": box["width"] * 0.5, "y": box["height"] * 0.25})
+    expect(tab.locator("#neuron-title")).to_have_text("Neuron 32 of layer 1")  # later layers stand higher
+    tab.locator("#layer").fill("0")
+    tab.locator("#number").fill("7")
+    tab.get_by_role("button", name="Show it").click()
+    expect(tab.locator("#neuron-title")).to_have_text("Neuron 7 of layer 0")
+    expect(tab.locator("#pointed")).to_contain_text("Layer 0, neuron 7:")
+    expect(tab.locator("#found svg")).to_be_visible()
+    # A job that is still running whenever the page asks can be cancelled.
+    running, methods = {"job": "one", "state": "running", "share": 0.5, "result": None, "error": ""}, []
+    tab.route("**/api/jobs/one", lambda route: (methods.append(route.request.method), route.fulfill(json=running)))
+    tab.route("**/neurons/*/*", lambda route: route.fulfill(json=running))
+    tab.get_by_role("button", name="Show it").click()
+    expect(tab.locator("#progress")).to_have_js_property("value", 0.5)
+    assert serious(tab) == []
+    tab.get_by_role("button", name="Cancel").click()
+    expect(tab.locator("#neuron")).to_be_hidden()
+    assert "DELETE" in methods
+
+
+def test_runs_are_compared(tab: Any, address: str) -> None:
+    tab.goto(f"{address}/runs")
+    width = tab.viewport_size["width"]
+    for radio in tab.locator("[name=second]").all():
+        box = radio.bounding_box()
+        assert box["x"] + box["width"] <= width  # a phone shows them without scrolling sideways
+    tab.locator("[name=first][value=first]").check()
+    tab.locator("[name=second][value=second]").check()
+    tab.get_by_role("button", name="Compare").click()
+    assert tab.locator("h2.side-by-side").text_content() == "first and second"
+    assert serious(tab) == []
+    lines = [row.split("\t") for row in tab.locator("table").nth(1).inner_text().split("\n")]
+    rows = {line[0]: line[1:] for line in lines if len(line) == 3}
+    assert all(c["x"] + c["width"] <= width for c in (v.bounding_box() for v in tab.locator("td:last-child").all()))
+    assert {"pairs", "neurons that differ"} < set(rows)
+    assert all(first == second for what, (first, second) in rows.items() if what != "What")
+    tab.get_by_role("link", name="report").first.click()
+    expect(tab.locator("h1")).to_be_visible()
+    assert tab.url.endswith("/report")
+    assert serious(tab) == []
+    tab.goto(f"{address}/?run=missing")
+    assert "missing" in tab.locator(".problem").text_content()
+    assert serious(tab) == []
