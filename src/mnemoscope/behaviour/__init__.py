@@ -24,37 +24,3 @@ from mnemoscope.behaviour.pairs import PairBatch, draw_candidates, mine_pairs
 from mnemoscope.behaviour.prompting import PLAIN, Prompting
 from mnemoscope.behaviour.reading import cache_prefixes, kept_bytes, stacked, with_option, without_prefix
 from mnemoscope.behaviour.states import KeptStates, States, capturing, read_states, states_at_the_end
-
-__all__ = [
-    "PLAIN",
-    "TIE",
-    "Applied",
-    "Asking",
-    "Batch",
-    "Encoded",
-    "KeptStates",
-    "PairBatch",
-    "Prompting",
-    "Scores",
-    "States",
-    "cache_prefixes",
-    "capturing",
-    "check_known",
-    "decode",
-    "draw_candidates",
-    "encode",
-    "kept_bytes",
-    "left_padded",
-    "log_probabilities",
-    "mark_confabulations",
-    "mine_pairs",
-    "only_log_probability",
-    "prepare",
-    "read_states",
-    "score",
-    "score_contrasted",
-    "stacked",
-    "states_at_the_end",
-    "with_option",
-    "without_prefix",
-]

@@ -5,21 +5,3 @@ from mnemoscope.config.measuring import ProbesConfig, SteeringConfig, SweepConfi
 from mnemoscope.config.model import LoraConfig, ModelConfig, StopConfig, TrainingConfig
 from mnemoscope.config.reading import built_in_studies, dump_study, load_study, parse_model, parse_study
 from mnemoscope.config.study import CellConfig, StudyConfig
-
-__all__ = [
-    "CellConfig",
-    "LoraConfig",
-    "MethodName",
-    "ModelConfig",
-    "ProbesConfig",
-    "SteeringConfig",
-    "StopConfig",
-    "StudyConfig",
-    "SweepConfig",
-    "TrainingConfig",
-    "built_in_studies",
-    "dump_study",
-    "load_study",
-    "parse_model",
-    "parse_study",
-]

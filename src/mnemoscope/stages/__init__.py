@@ -26,5 +26,3 @@ STAGES: dict[str, Stage] = {
     "samples": samples_stage,
     "cards": cards_stage,
 }
-
-__all__ = ["STAGES", "Records", "cell_model", "check_peft", "compare_stage"]

@@ -16,23 +16,3 @@ from mnemoscope.statistics.likeness import (
     rank_correlation,
     top_by_magnitude,
 )
-
-__all__ = [
-    "Estimate",
-    "Floats",
-    "Groups",
-    "SignFlips",
-    "auroc",
-    "benjamini_hochberg",
-    "cosine",
-    "half_of_groups",
-    "in_group_order",
-    "mean_with_range",
-    "named_rng",
-    "over_seeds",
-    "overlap",
-    "overlap_by_chance",
-    "proportion",
-    "rank_correlation",
-    "top_by_magnitude",
-]

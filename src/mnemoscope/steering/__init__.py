@@ -5,21 +5,3 @@ from mnemoscope.steering.card import Card
 from mnemoscope.steering.hooks import Gate, Positions, ablated, patched, shifted
 from mnemoscope.steering.vector import OPPOSITE, SteeringVector, Toward, scaled_to
 from mnemoscope.steering.writing import complete, continued
-
-__all__ = [
-    "OPPOSITE",
-    "Artefact",
-    "Binding",
-    "Card",
-    "Gate",
-    "Positions",
-    "SteeringVector",
-    "Toward",
-    "ablated",
-    "complete",
-    "continued",
-    "patched",
-    "readable",
-    "scaled_to",
-    "shifted",
-]

@@ -16,22 +16,3 @@ from mnemoscope.tasks.base import (
     draws,
 )
 from mnemoscope.tasks.registry import TASKS, build_task, describe_tasks
-
-__all__ = [
-    "KINDS",
-    "SPLITS",
-    "TASKS",
-    "Example",
-    "Instance",
-    "Kind",
-    "Side",
-    "Split",
-    "Task",
-    "answer_of",
-    "assign_splits",
-    "build_task",
-    "check_groups",
-    "describe_tasks",
-    "draw",
-    "draws",
-]
