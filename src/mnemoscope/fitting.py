@@ -132,6 +132,7 @@ def fitting_study(
         InputError: the file does not exist, the budget is below one layer's, or a field is not allowed.
     """
     if isinstance(task, Task):
+        # The options say which task it was; the task itself comes with the open model.
         name, options = f"{type(task).__module__}:{type(task).__name__}", {"digest": _digest(task)}
     else:
         name = str(task)

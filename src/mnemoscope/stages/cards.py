@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ def _of_vector(
     own = judged["role"] == "vector"
     shift = proportion(hits[own], judged["group"][own], np.random.default_rng(0))
     controls = hits[~own].groupby(judged["role"][~own]).mean()
-    facts: dict[str, Any] = {"shift": shift.as_dict()}
+    facts: dict[str, Any] = {"shift": asdict(shift)}
     if len(controls):
         facts["control"] = {"name": str(controls.idxmax()), "estimate": float(controls.max())}
     kept = mine[mine["examples"].isin(KEPT) & (mine["role"] == "vector")]
@@ -91,6 +91,6 @@ def _of_detector(detection: pd.DataFrame, column: str) -> dict[str, Any]:
     truth = test["followed"] == "memorized"
 
     def area(scores: pd.Series) -> dict[str, float | int]:
-        return auroc(scores, truth, test["group"], np.random.default_rng(0)).as_dict()
+        return asdict(auroc(scores, truth, test["group"], np.random.default_rng(0)))
 
     return {"auroc": area(test[column]) | {"input_only": area(test["input_only"])["estimate"]}}
