@@ -766,7 +766,7 @@ def test_runs_side_by_side_in_a_browser(tab: Any, address: str) -> None:
     lines = [row.split("\t") for row in tab.locator("table").nth(1).inner_text().split("\n")]
     rows = {line[0]: line[1:] for line in lines if len(line) == 3}
     assert all(c["x"] + c["width"] <= width for c in (v.bounding_box() for v in tab.locator("td:last-child").all()))
-    assert {"pairs", "neurons that differ", "behaviours told apart by a probe"} < set(rows)
+    assert {"pairs", "neurons that differ", "test states read right by a probe"} < set(rows)
     assert all(first == second for what, (first, second) in rows.items() if what != "What")
     tab.get_by_role("link", name="report").first.click()
     expect(tab.locator("h1")).to_be_visible()
