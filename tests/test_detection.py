@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,12 +20,12 @@ from mnemoscope.behaviour import Asking, prepare, score
 from mnemoscope.cells import Cell, cells_of
 from mnemoscope.config import ProbesConfig, load_study
 from mnemoscope.errors import InputError
-from mnemoscope.report.intervals import spread
-from mnemoscope.report.measures_detection import measure_consistency, measure_learning, measure_probes, statements
-from mnemoscope.report.results import _merge
+from mnemoscope.report.holds import measure_halves
+from mnemoscope.report.read import measure_learning, measure_probes
+from mnemoscope.report.results import merged
 from mnemoscope.stages import probe as stage
-from mnemoscope.stages.probe import SHUFFLES, TOPS, Phrasings, probes_stage, read_back, readable_offsets
-from mnemoscope.statistics import Estimate, over_seeds
+from mnemoscope.stages.probe import SHUFFLES, TOPS, Phrasings, probes_stage, readable_offsets
+from mnemoscope.statistics import Estimate, mean_with_range, over_seeds
 
 TABLES = ("probes", "learning", "halves")
 
@@ -299,32 +299,32 @@ PULLS = {
 def test_probes_are_measured_by_offset_and_beside_every_baseline() -> None:
     made = made_up(0, PULLS)
     found = measure_probes(made)
-    assert found["offsets"] == [0, 1, 4]
-    assert list(found["accuracy_by_offset"]) == list(found["auroc_by_offset"]) == ["0", "1", "4"]
-    assert found["accuracy"] == found["accuracy_by_offset"]["0"]
-    assert found["best"] == found["best_by_offset"]["0"]
+    assert found.offsets == [0, 1, 4]
+    assert list(found.accuracy_by_offset) == list(found.auroc_by_offset) == ["0", "1", "4"]
+    assert found.accuracy == found.accuracy_by_offset["0"]
+    assert found.best == found.best_by_offset["0"]
     right = {
         key: ((rows.score > 0) == (rows.label == 1)).to_numpy()
         for key, rows in made.probes.groupby(["kind", "layer", "offset"])
     }
-    assert found["accuracy_by_offset"]["1"][1].estimate == pytest.approx(right["state", 1, 1].mean())
-    assert found["baselines"]["entropy"].estimate == pytest.approx(right["entropy", -1, 0].mean())
-    assert found["input_repeats"].estimate == pytest.approx(right["input_repeats", -1, 0].mean())
-    assert set(found["baselines"]) == {"entropy", "entropy_auroc", "top_gap", "top_gap_auroc"}
-    assert found["best"]["picked"] == [1]
+    assert found.accuracy_by_offset["1"][1].estimate == pytest.approx(right["state", 1, 1].mean())
+    assert found.baselines["entropy"].estimate == pytest.approx(right["entropy", -1, 0].mean())
+    assert found.input_repeats.estimate == pytest.approx(right["input_repeats", -1, 0].mean())
+    assert set(found.baselines) == {"entropy", "entropy_auroc", "top_gap", "top_gap_auroc"}
+    assert found.best.picked == [1]
     for kind in ("input_only", "input_repeats", "entropy", "top_gap"):
         expected = right["state", 1, 0].mean() - right[kind, -1, 0].mean()
-        assert found["best"][f"minus_{kind}"].estimate == pytest.approx(expected)
-    assert (found["beats_input_only"], found["beats_input_repeats"]) == ("yes", "unclear")
-    assert found["known_from"]["chance"] == 1
-    assert found["known_from"]["input_only"] in (0, 1)
-    assert math.isnan(found["known_from"]["input_repeats"])
+        assert getattr(found.best, f"minus_{kind}").estimate == pytest.approx(expected)
+    assert (found.beats_input_only, found.beats_input_repeats) == ("yes", "unclear")
+    assert found.known_from["chance"] == 1
+    assert found.known_from["input_only"] in (0, 1)
+    assert math.isnan(found.known_from["input_repeats"])
 
 
 def test_a_probe_below_the_input_says_no() -> None:
     found = measure_probes(made_up(1, {**PULLS, (1, 0): 0.2, "input_only": 1.0}))
-    assert found["beats_input_only"] == "no"
-    assert math.isnan(found["known_from"]["input_only"])
+    assert found.beats_input_only == "no"
+    assert math.isnan(found.known_from["input_only"])
 
 
 def test_states_that_are_not_those_of_the_input_are_refused() -> None:
@@ -337,24 +337,22 @@ def test_states_that_are_not_those_of_the_input_are_refused() -> None:
 
 def test_the_learning_curve_has_means_and_ranges_over_draws() -> None:
     found = measure_learning(made_up(0, PULLS))
-    assert found["pairs"] == {"25": 25.0, "all": 90.0}
-    assert found["picked"] == [1]
-    assert found["accuracy"]["25"].as_dict() == pytest.approx({"estimate": 0.62, "low": 0.6, "high": 0.64, "n": 5})
-    assert found["accuracy"]["all"].estimate == 0.9
-    assert math.isnan(found["accuracy"]["all"].low)
-    assert math.isnan(found["nmd_cosine"]["25"].low)  # five equal draws have no range to show
-    assert set(found) == {"picked", "pairs", "accuracy", "nmd_cosine", "nmd_cosine_at_layer"}
+    assert found.pairs == {"25": 25.0, "all": 90.0}
+    assert found.picked == [1]
+    assert asdict(found.accuracy["25"]) == pytest.approx({"estimate": 0.62, "low": 0.6, "high": 0.64, "n": 5})
+    assert found.accuracy["all"].estimate == 0.9
+    assert math.isnan(found.accuracy["all"].low)
+    assert math.isnan(found.nmd_cosine["25"].low)  # five equal draws have no range to show
 
 
-def test_halves_are_told_beside_their_chance() -> None:
-    made = made_up(0, PULLS)
-    halves = measure_consistency(made)["halves"]
-    assert halves["halvings"] == 6
-    assert [entry.n for entry in halves["nmd_cosine"]] == [6, 6]
-    assert list(halves["overlap"]) == ["0.05", "0.1", "0.3"]
-    tenth = halves["overlap"]["0.1"]
+def test_halves_are_set_beside_their_chance() -> None:
+    halves = measure_halves(made_up(0, PULLS))
+    assert halves.halvings == 6
+    assert [entry.n for entry in halves.nmd_cosine] == [6, 6]
+    assert list(halves.overlap) == ["0.05", "0.1", "0.3"]
+    tenth = halves.overlap["0.1"]
     assert tenth["share"].estimate == 1
-    assert tenth["chance"].as_dict() == pytest.approx({"estimate": 0.1, "low": 0.0, "high": 0.3, "n": 10}, abs=0.1001)
+    assert asdict(tenth["chance"]) == pytest.approx({"estimate": 0.1, "low": 0.0, "high": 0.3, "n": 10}, abs=0.1001)
     assert tenth["chance"].estimate == pytest.approx(0.1)
     assert tenth["chance_in_layers"].estimate == pytest.approx(0.2)
 
@@ -363,40 +361,39 @@ def test_nothing_measured_is_undefined() -> None:
     made = made_up(0, PULLS)
     empty = SimpleNamespace(**{**vars(made), **{name: getattr(made, name).iloc[:0] for name in TABLES}})
     found = measure_probes(empty)
-    assert found["offsets"] == [0]
-    assert all(math.isnan(entry.estimate) for entry in found["accuracy"])
-    assert (found["beats_input_only"], found["beats_input_repeats"]) == ("unclear", "unclear")
-    assert measure_learning(empty)["accuracy"] == {}
-    halves = measure_consistency(empty)["halves"]
-    assert (halves["halvings"], halves["overlap"]) == (0, {})
-    assert all(math.isnan(entry.estimate) for entry in halves["nmd_cosine"])
+    assert found.offsets == [0]
+    assert not any(entry.known for entry in found.accuracy)
+    assert (found.beats_input_only, found.beats_input_repeats) == ("unclear", "unclear")
+    assert measure_learning(empty).accuracy == {}
+    halves = measure_halves(empty)
+    assert (halves.halvings, halves.overlap) == (0, {})
+    assert not any(entry.known for entry in halves.nmd_cosine)
 
 
-def test_two_seeds_merge_and_words_are_said_of_both() -> None:
+def test_two_seeds_merge_and_verdicts_are_of_both() -> None:
     """The first seed's verdict is yes; over two seeds that disagree it is not."""
     cells = [made_up(0, PULLS), made_up(1, {**PULLS, (1, 0): 0.1, "input_only": 1.0, (0, 2): 0.0, (1, 2): 0.0})]
-    trees = [measure_probes(made) for made in cells]
-    assert [tree["beats_input_only"] for tree in trees] == ["yes", "no"]
-    merged = _merge(trees, "probe")
-    merged |= statements(merged)
-    assert merged["beats_input_only"] == "unclear"
-    assert merged["offsets"] == [0, 1, 2, 4]
-    assert merged["layers"] == [0, 1]
+    probes = [measure_probes(made) for made in cells]
+    assert [probe.beats_input_only for probe in probes] == ["yes", "no"]
+    both = merged(probes)
+    assert both.beats_input_only == "unclear"
+    assert (both.offsets, both.layers) == ([0, 1, 2, 4], [0, 1])
     for key in ("accuracy_by_offset", "auroc_by_offset"):
-        assert merged[key]["1"] == [over_seeds([tree[key]["1"][layer] for tree in trees]) for layer in (0, 1)]
-        assert merged[key]["2"] == trees[1][key]["2"]  # only one seed has prompts that long
-    assert merged["baselines"]["top_gap"] == over_seeds([tree["baselines"]["top_gap"] for tree in trees])
-    learning = _merge([measure_learning(made) for made in cells], "learning")
-    assert learning["pairs"] == {"25": 25.0, "all": 90.5}
-    assert learning["picked"] == [1]
-    assert learning["accuracy"]["25"].estimate == pytest.approx(0.625)
-    halves = _merge([measure_consistency(made) for made in cells], "consistency")["halves"]
-    assert halves["halvings"] == 12
-    assert halves["overlap"]["0.1"]["chance"].estimate == pytest.approx(0.1)
-    assert len(halves["rho_rank_correlation"]) == 2
+        parts = [getattr(probe, key) for probe in probes]
+        assert getattr(both, key)["1"] == [over_seeds([part["1"][layer] for part in parts]) for layer in (0, 1)]
+        assert getattr(both, key)["2"] == parts[1]["2"]  # only one seed has prompts that long
+    assert both.baselines["top_gap"] == over_seeds([probe.baselines["top_gap"] for probe in probes])
+    learning = merged([measure_learning(made) for made in cells])
+    assert learning.pairs == {"25": 25.0, "all": 90.5}
+    assert learning.picked == [1]
+    assert learning.accuracy["25"].estimate == pytest.approx(0.625)
+    halves = merged([measure_halves(made) for made in cells])
+    assert halves.halvings == 12
+    assert halves.overlap["0.1"]["chance"].estimate == pytest.approx(0.1)
+    assert len(halves.rho_rank_correlation) == 2
 
 
-def test_a_spread_is_a_mean_with_its_range() -> None:
-    assert spread([0.2, math.nan, 0.6, 0.4]) == Estimate(pytest.approx(0.4), 0.2, 0.6, 3)
-    assert math.isnan(spread([0.5]).low)
-    assert spread([math.nan]).n == 0
+def test_a_mean_with_its_range() -> None:
+    assert mean_with_range([0.2, math.nan, 0.6, 0.4]) == Estimate(pytest.approx(0.4), 0.2, 0.6, 3)
+    assert math.isnan(mean_with_range([0.5]).low)
+    assert mean_with_range([math.nan]).n == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,15 +9,14 @@ import numpy as np
 import pandas as pd
 
 from mnemoscope.report import words
-from mnemoscope.report.drawing import DASHED, INK, OTHER, TONE, Dot, Frame, Line, Panel, dots_panel, lines_panel
+from mnemoscope.report.behaviour import Pieces, marked
+from mnemoscope.report.drawing import DASHED, INK, OTHER, TONE, Dot, Line, Panel, dots_panel, lines_panel
 from mnemoscope.report.intervals import mean, shared_mean
 from mnemoscope.report.page import Answer, Chapter, Exhibit, Table, View, not_measured
 from mnemoscope.report.records import Cell
 from mnemoscope.report.schema import AIMS, DIRECTIONS, Direction, Neutral, Steered, TaskResults
 from mnemoscope.report.words import CAPITAL, LISTS, counted, points, points_interval
 from mnemoscope.statistics import Estimate
-
-Pieces = list[tuple[str, str]]  # (text, what it is)
 
 
 def measure_collateral(cell: Cell, direction: Direction, lists: dict[str, pd.DataFrame]) -> dict[str, Estimate]:
@@ -116,8 +114,12 @@ def _collateral_panel(block: Steered, direction: Direction) -> Panel:
 def table(task: TaskResults) -> Table:
     """What changes that should not, under both settings."""
     rows = [
-        [f"{CAPITAL[direction]}, set for {LISTS[aim]}: {LISTS[name]}", points(change.estimate, sign=True)]
-        + [points_interval(change) if change.known else "", f"{change.n:,}"]
+        [
+            f"{CAPITAL[direction]}, set for {LISTS[aim]}: {LISTS[name]}",
+            points(change.estimate, sign=True),
+            points_interval(change) if change.known else "",
+            f"{change.n:,}",
+        ]
         for direction, block in task.steering.items()
         for aim, changes in zip(AIMS, (block.collateral, block.collateral_conflict), strict=True)
         for name, change in changes.items()
@@ -136,7 +138,7 @@ def _neutral_panel(doses: dict[str, dict[Neutral, Estimate]], direction: Directi
             ("first_gated", "gated", INK, "-"),
         )
     ]
-    return lines_panel(lines, Frame(direction, "times the chosen strength", "nats", floor=0))
+    return lines_panel(direction, lines, "times the chosen strength", "nats")
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,8 @@ def written(cells: Sequence[Cell]) -> list[Written]:
     """Every sample of the first cell; none was picked by what came out."""
     found = []
     for row in [] if cells[0].samples is None else cells[0].samples.itertuples():
-        texts = [_marked(text, row.memorized.strip(), row.generalized.strip()) for text in (row.plain, row.steered)]
+        kinds = {row.memorized.strip(): "memorized", row.generalized.strip(): "generalized"}
+        texts = [marked(text, kinds) for text in (row.plain, row.steered)]
         found.append(Written(row.prompt, words.TOWARDS[row.direction], *texts))
     return found
 
@@ -167,10 +170,3 @@ def written_sentence(cells: Sequence[Cell]) -> str:
         f"A token of what follows costs the unsteered model {rows.nats_steered.mean():.2f} nats when it was steered, "
         f"{rows.nats_plain.mean():.2f} when it was not ({words.count(len(rows), 'prompt')})."
     )
-
-
-def _marked(text: str, memorized: str, generalized: str) -> Pieces:
-    """The text with every place marked that spells out one of the answers."""
-    kinds = {memorized: "memorized", generalized: "generalized"}
-    word = re.compile("(" + "|".join(rf"(?<!\w){re.escape(answer)}(?!\w)" for answer in kinds) + ")")
-    return [(part, kinds.get(part, "") if number % 2 else "") for number, part in enumerate(word.split(text)) if part]

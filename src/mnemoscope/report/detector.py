@@ -11,21 +11,15 @@ import numpy as np
 import pandas as pd
 
 from mnemoscope.errors import InputError
-from mnemoscope.report.drawing import INK, MEMORIZED, OTHER, TONE, Dot, Frame, Line, Panel, dots_panel, lines_panel
+from mnemoscope.report.drawing import INK, MEMORIZED, OTHER, TONE, Dot, Line, Panel, dots_panel, lines_panel
 from mnemoscope.report.intervals import mean, ranking, shared_mean
 from mnemoscope.report.page import Answer, Chapter, Exhibit, Table, View
 from mnemoscope.report.records import Cell
 from mnemoscope.report.schema import DIRECTIONS, Detection, Direction, Gated, Steered, TaskResults
-from mnemoscope.report.words import LISTS, NBSP, interval, listed, percent, ranged
+from mnemoscope.report.words import LISTS, NBSP, RIVALS, interval, listed, percent, ranged
 from mnemoscope.statistics import Estimate
 
-SCORES = {
-    "p_memorized": "the detector",
-    "input_only": "the input alone",
-    "input_repeats": "input with repeats",
-    "entropy": "entropy",
-    "top_gap": "gap of top two",
-}
+SCORES: dict[str, str] = {"p_memorized": "the detector", **RIVALS}
 LEAST = 30  # prompts of each behaviour in a family whose ranking is judged apart
 BINS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 ANSWERED_RIGHT = ("memory", "novel")  # lists that a gated vector should leave alone
@@ -141,10 +135,10 @@ def answer(task: TaskResults) -> Answer:
         return Answer("detector", question, "Not measured", sentence="The test prompts show one behaviour only.")
     inputs = max(found.auroc["input_only"], found.auroc["input_repeats"], key=lambda rival: rival.estimate)
     rivals = {"The input alone": inputs, "the model's own certainty": found.auroc["top_gap"]}
-    verdict = "Not that it shows"
+    verdict = "It cannot surely be foreseen"
     if ours.low > 0.5:
         beaten = all(ours.low > rival.estimate for rival in rivals.values() if rival.known)
-        verdict = "Yes" if beaten else "Yes, but not surely better than without states"
+        verdict = "It can be foreseen" if beaten else "It can be foreseen, not surely better than without states"
     sentence = "of the cases, a prompt that will be remembered gets a higher P(memorized) than one worked out."
     beside = listed([f"{name} ranks {percent(rival.estimate)}" for name, rival in rivals.items() if rival.known])
     note = f"95{NBSP}% interval: {interval(ours)}. {beside}. Mean squared error: {found.brier.estimate:.3f}."
@@ -163,7 +157,7 @@ def _panels(found: Detection) -> list[Panel]:
     lines = [Line("perfect", [0, 1], [0.0, 1.0], OTHER, width=1)]
     lines.append(Line("", [b["said"].estimate for b in bins], [b["memorized"] for b in bins], MEMORIZED))
     ticks = {x: f"{100 * x:.0f} %" for x in BINS}
-    return [*panels, lines_panel(lines, Frame("of those, remembered", "P(memorized)", ticks=ticks, share=True), 250)]
+    return [*panels, lines_panel("of those, remembered", lines, "P(memorized)", ticks=ticks, axis="share")]
 
 
 def _parts(found: Detection) -> dict[str, dict[str, Any]]:
@@ -174,8 +168,11 @@ def _parts(found: Detection) -> dict[str, dict[str, Any]]:
 def table(found: Detection) -> Table:
     """Within each phrasing, how the detector ranks prompts, beside what needs no state."""
     rows = [
-        [name, *(ranged(part[score]) if part[score].known else "too few" for score in SCORES)]
-        + [f"{part['memorized']:,} / {part['generalized']:,}" if "memorized" in part else ""]
+        [
+            name,
+            *(ranged(part[score]) if part[score].known else "too few" for score in SCORES),
+            f"{part['memorized']:,} / {part['generalized']:,}" if "memorized" in part else "",
+        ]
         for name, part in {"all conflicts": found.auroc, **_parts(found)}.items()
     ]
     columns = ["", *SCORES.values(), "remembered / worked out"]

@@ -8,15 +8,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from mnemoscope.report import drawing
-from mnemoscope.report.drawing import DASHED, INK, MUTED, OTHER, TONE, Dot, Frame, Line, Panel, dots_panel
+from mnemoscope.report.drawing import DASHED, INK, MUTED, OTHER, TONE, Dot, Line, Panel, dots_panel
 from mnemoscope.report.intervals import shared_mean
 from mnemoscope.report.page import Answer, Chapter, Exhibit, View, not_measured
 from mnemoscope.report.records import Cell, Run
 from mnemoscope.report.schema import DIRECTIONS, Direction, Halves, SeedsRow, Steered, TaskResults, Transfer
-from mnemoscope.report.words import NBSP, TOWARDS, listed, percent
+from mnemoscope.report.words import NBSP, listed, percent
 from mnemoscope.statistics import Estimate, mean_with_range, over_seeds
 
 MEASURE = ["site", "shared_initialization", "what", "layer", "top"]
@@ -185,22 +184,14 @@ def _overlap_panel(task: TaskResults, seeds: list[SeedsRow]) -> Panel:
 
 def _likeness_panel(task: TaskResults, seeds: list[SeedsRow]) -> Panel:
     """Rank correlation of rho by layer, and what two seeds share beside chance."""
-    lines, bands = [Line("halves", task.contrast.layers, task.consistency["halves"].rho_rank_correlation)], []
+    lines = [Line("halves", task.contrast.layers, task.consistency["halves"].rho_rank_correlation)]
     for name, what, dash in (("seeds", "rank_correlation", DASHED), ("aligned", "aligned_cosine", drawing.DOTTED)):
         rows = sorted((row for row in seed_rows(seeds, what) if row.layer >= 0), key=lambda row: row.layer)
         layers = [row.layer for row in rows]
-        lines += [Line(name, layers, [row.value for row in rows], MUTED, dash)] if rows else []
-        bands.append((layers, [row.chance.low for row in rows], [row.chance.high for row in rows]))
-
-    def plot() -> Figure:
-        figure, (ax,) = drawing.canvas(230)
-        for layers, low, high in bands:
-            ax.fill_between(layers, low, high, color=OTHER, alpha=0.15, linewidth=0)
-        drawing.draw_lines(ax, lines, Frame("likeness by layer", chance=0, floor=-0.05))
-        ax.set_ylim(top=1.03)
-        return figure
-
-    return plot
+        if rows:
+            lines.append(Line(name, layers, [row.value for row in rows], MUTED, dash))
+            lines.append(Line("", layers, [row.chance for row in rows], OTHER, width=0))
+    return drawing.lines_panel("likeness by layer", lines, chance=0)
 
 
 # --- from task to task ---------------------------------------------------------------------------------------------
@@ -214,7 +205,7 @@ def transfer(matrix: Matrix) -> list[Exhibit]:
     kinds = (*DIRECTIONS, "probe")
     found = {k: np.array([[transferred(matrix, s, t, k) for t in labels] for s in labels]) for k in kinds}
     panels = [_matrix_panel(labels, found[kind], kind) for kind in kinds]
-    return [Exhibit("transfer", panels, [_carried(found[kind], kind) for kind in kinds])]
+    return [Exhibit("transfer", panels)]
 
 
 def transferred(matrix: Matrix, source: str, target: str, what: str) -> tuple[float, float]:
@@ -228,18 +219,6 @@ def transferred(matrix: Matrix, source: str, target: str, what: str) -> tuple[fl
     return carried["shift"].estimate, carried["gaussian"].estimate
 
 
-def _carried(found_SS2: np.ndarray, what: str) -> str:
-    """Own against foreign, on average over all twos of labels."""
-    own = np.eye(len(found_SS2), dtype=bool)
-    if np.isnan(found_SS2[~own][:, 0]).all():
-        return ""
-    parts = found_SS2[~own][:, 0], found_SS2[own][:, 0], found_SS2[~own][:, 1]
-    there, home, noise = (percent(float(np.nanmean(x))) if not np.isnan(x).all() else "unmeasured" for x in parts)
-    if what == "probe":
-        return f"A probe of another task is right in {there}, a task's own in {home}."
-    return f"Another task's vector steers {there} {TOWARDS[what]}, a task's own {home}, Gaussian shifts {noise}."
-
-
 def _matrix_panel(labels: list[str], found_SS2: np.ndarray, what: str) -> Panel:
     # What all names begin with (their one model) means nothing here, and long names would run into one another.
     first = {label.partition("-")[0] + "-" for label in labels}
@@ -247,15 +226,6 @@ def _matrix_panel(labels: list[str], found_SS2: np.ndarray, what: str) -> Panel:
     shown = [label.removeprefix(common).replace("-", "-\n") for label in labels]
     texts = [[f"{100 * share:.0f}\n({100 * by_chance:.0f})" for share, by_chance in row] for row in found_SS2]
     # A probe that guesses is right half the time, so its colour begins there.
-    values = found_SS2[..., 0] if what in DIRECTIONS else np.maximum(0.0, 2 * found_SS2[..., 0] - 1)
-
-    def plot() -> Figure:
-        figure, (ax,) = drawing.canvas(52 * len(labels) + 76)
-        drawing.draw_cells(ax, values, TONE.get(what, OTHER), texts)
-        ax.set_xticks(range(len(labels)), shown)
-        drawing.name_rows(ax, shown)
-        ax.set(xlabel="tried on", ylabel="learned on")
-        drawing.entitle(ax, what if what in DIRECTIONS else "probe, right")
-        return figure
-
-    return plot
+    shares = found_SS2[..., 0] if what in DIRECTIONS else np.maximum(0.0, 2 * found_SS2[..., 0] - 1)
+    title = what if what in DIRECTIONS else "probe, right"
+    return drawing.map_panel(title, shares, shown, shown, ("tried on", "learned on"), texts)

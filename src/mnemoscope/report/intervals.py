@@ -24,7 +24,7 @@ def mean(values_N: Any, groups_N: Any, name: str, *, signed: bool = False) -> Es
 
 
 def shared_mean(values_N: Any, groups_N: Any, stream: str, *, signed: bool = False) -> Estimate:
-    """As ``mean``, with the resamples of every other mean of the same stream (as a rule the cell) and number of groups."""
+    """As ``mean``, with the resamples of all means of the same stream (as a rule the cell) and number of groups."""
     values_N = np.asarray(values_N, float)
     known_N = ~np.isnan(values_N)
     codes_N = pd.factorize(pd.Series(groups_N)[known_N])[0]

@@ -18,7 +18,7 @@ from mnemoscope.processes import Map, in_order
 from mnemoscope.report.drawing import Panel, draw
 from mnemoscope.report.records import Cell, Run
 from mnemoscope.report.schema import Results, SeedsRow, TaskResults
-from mnemoscope.report.words import count, listed
+from mnemoscope.report.words import count, ranged
 from mnemoscope.statistics import Estimate
 
 
@@ -91,7 +91,7 @@ class Chapter:
         example: a prompt of the task, shown first.
         pairs: phrasings remembered and worked out, side by side.
         written: what follows prompts, unsteered and steered.
-        telling: a sentence above ``pairs`` or ``written``.
+        telling: a sentence above ``written``.
     """
 
     answer: Answer
@@ -140,7 +140,8 @@ class TaskPage:
     name: str
     title: str
     intro: str
-    facts: list[tuple[str, str]]
+    task: TaskResults
+    info: dict[str, Any]
     chapters: list[tuple[Chapter, list[Figure]]]
 
 
@@ -157,7 +158,7 @@ def render(run: Run, results: Results, stories: Stories, across: Sequence[Exhibi
     """
     looks: dict[str, Any] = {"autoescape": True, "undefined": jinja2.StrictUndefined}
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, **looks)
-    environment.filters |= {"tint": tint, "percent": lambda share: round(100 * min(1.0, max(0.0, share)), 2)}
+    environment.filters |= {"tint": tint, "ranged": ranged, "place": _place}
     template = environment.from_string((files("mnemoscope.report") / "template.html").read_text(encoding="utf-8"))
     asked = [
         (label, View(results.tasks[label], cells, results.seeds.get(label, [])), stories)
@@ -166,11 +167,10 @@ def render(run: Run, results: Results, stories: Stories, across: Sequence[Exhibi
     return template.render(
         results=results,
         tasks=list(parallel(_task_page, asked)),
-        summary=_summary(results),
         across=_figures("across", across),
         css=Markup(page_style()),
         configuration=run.study_text,
-        versions=_versions(run.manifest),
+        manifest=run.manifest,
         glossary=_fixed()["words"].items(),
     )
 
@@ -178,6 +178,11 @@ def render(run: Run, results: Results, stories: Stories, across: Sequence[Exhibi
 @cache
 def _fixed() -> dict[str, Any]:
     return dict(yaml.safe_load((files("mnemoscope.report") / "words.yaml").read_text(encoding="utf-8")))
+
+
+def _place(share: float) -> float:
+    """Where a share stands on a scale from 0 to 100, cut to its ends."""
+    return round(100 * min(1.0, max(0.0, share)), 2)
 
 
 def page_style() -> str:
@@ -203,7 +208,7 @@ def _task_page(asked: tuple[str, View, Stories]) -> TaskPage:
     name = re.sub(r"[^\w-]+", "-", label)  # which only names places in the page
     chapters = [chapter for story in stories if (chapter := story(view))]
     drawn = [(replace(chapter, exhibits=[]), _figures(name, chapter.exhibits)) for chapter in chapters]
-    return TaskPage(name, title, known.get(kind, known["own"])["text"], _facts(view), drawn)
+    return TaskPage(name, title, known.get(kind, known["own"])["text"], view.task, view.cells[0].info, drawn)
 
 
 def _figures(name: str, exhibits: Sequence[Exhibit]) -> list[Figure]:
@@ -215,34 +220,3 @@ def _figures(name: str, exhibits: Sequence[Exhibit]) -> list[Figure]:
         # Panels are functions, which do not travel between processes.
         found.append(Figure(caption["title"], caption["note"], replace(exhibit, panels=()), drawn))
     return found
-
-
-def _facts(view: View) -> list[tuple[str, str]]:
-    task, cells = view.task, view.cells
-    info = cells[0].info
-    facts = [
-        ("model", f"{info.get('layers', '?')} layers of {info.get('width', '?')} neurons"),
-        ("seeds", f"{len(cells)}"),
-    ]
-    facts += [("weights", task.weights)] if task.weights else []
-    if all(cell.training is not None for cell in cells) and isinstance(task.training.steps, list):
-        # Seconds differ between equal runs; they are in results.json.
-        facts.append(("training", f"{listed([f'{steps:,.0f}' for steps in sorted(set(task.training.steps))])} steps"))
-    facts.append(("conflicts", f"{task.behaviour.conflict['memorized'].n:,}"))
-    return [*facts, ("pairs", f"{task.pairs.by_split['all'].pairs:,}")]
-
-
-def _summary(results: Results) -> str:
-    tasks = results.tasks.values()
-    counts = {"task": len(tasks), "model": sum(len(task.seeds) for task in tasks)}
-    counts["test conflict"] = sum(task.behaviour.conflict["memorized"].n for task in tasks)
-    counts["pair"] = sum(task.pairs.by_split["all"].pairs for task in tasks)
-    return listed([count(number, noun) for noun, number in counts.items()])
-
-
-def _versions(manifest: dict[str, Any]) -> list[tuple[str, str]]:
-    """What the run was made with, as (name, value); times stay out, so that equal runs give equal pages."""
-    rows = [(name, manifest[name]) for name in ("mnemoscope", "commit", "python") if manifest.get(name)]
-    rows += [("changed since that commit", "yes")] if manifest.get("dirty") else []
-    rows += [*manifest.get("versions", {}).items(), *manifest.get("machine", {}).items()]
-    return [(str(name), str(value)) for name, value in rows]

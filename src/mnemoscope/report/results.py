@@ -81,7 +81,6 @@ def over_all(cells: Sequence[Cell], found: list[CellResults]) -> TaskResults:
         found: the results of each cell.
     """
     common = dict(merged(found))
-    read.judge(common["probe"])  # the verdict of a single seed holds for none of the others
     common["training"] = {key: [getattr(one.training, key) for one in found] for key in ("seconds", "steps")}
     sweep = where.measure_sweep(cells)
     task = TaskResults(

@@ -1,11 +1,12 @@
-"""The schema of ``results.json``. A number with an uncertainty is an ``Estimate``; a key without a value is left out."""
+"""The schema of ``results.json``. Numbers with an uncertainty are ``Estimate``; a key without a value is left out."""
 
 from __future__ import annotations
 
+import math
 from enum import Enum
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from mnemoscope.statistics import Estimate
 
@@ -19,6 +20,7 @@ Score = Literal["p_memorized", "input_only", "input_repeats", "entropy", "top_ga
 Neutral = Literal["first", "next", "first_gated", "next_gated", "same_top", "acted"]
 Bin = dict[Literal["said", "memorized"], Estimate]
 Verdict = Literal["yes", "no", "unclear"]
+VERDICTS: dict[int, Verdict] = {1: "yes", -1: "no", 0: "unclear"}
 # direction of steering -> (the behaviour it aims at, the behaviour it starts from)
 DIRECTIONS: dict[Direction, tuple[str, str]] = {
     "to_generalized": ("generalized", "memorized"),
@@ -189,9 +191,24 @@ class Probe(Result):
     accuracy_by_offset: dict[str, list[Estimate]]
     auroc_by_offset: dict[str, list[Estimate]]
     best_by_offset: dict[str, BestLayer]
-    beats_input_only: Verdict = Field(description="by the interval of `best.minus_input_only`")
-    beats_input_repeats: Verdict
-    known_from: dict[str, float] = Field(description="first offset surely above `chance` and either input; NaN: none")
+
+    @computed_field(description="by the interval of `best.minus_input_only`")
+    def beats_input_only(self) -> Verdict:
+        """ "yes" or "no" where the interval of the difference lies above or below 0, else "unclear"."""
+        return VERDICTS[self.best.minus_input_only.sign]
+
+    @computed_field(description="likewise")
+    def beats_input_repeats(self) -> Verdict:
+        """The same beside the input with its repeats."""
+        return VERDICTS[self.best.minus_input_repeats.sign]
+
+    @computed_field(description="first offset surely above `chance` and either input; NaN: none")
+    def known_from(self) -> dict[str, float]:
+        """The earliest offset at which the interval lies above; later ones may know less."""
+        above = {"chance": [offset for offset, best in self.best_by_offset.items() if best.accuracy.low > 0.5]}
+        for kind in ("input_only", "input_repeats"):
+            above[kind] = [k for k, best in self.best_by_offset.items() if getattr(best, f"minus_{kind}").low > 0]
+        return {what: max(map(float, offsets), default=math.nan) for what, offsets in above.items()}
 
 
 class Learning(Result):

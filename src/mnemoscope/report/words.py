@@ -18,6 +18,8 @@ ANSWERED = {"memorized": "remembered", "generalized": "worked out", "other": "ot
 LISTS = {"pairs": "pairs", "conflict": "any conflict", "memory": "facts to recall", "novel": "new questions"}
 LISTS |= {"conflict_rest": "conflicts already there"}
 KEPT = ("novel", "memory", "conflict_rest")  # what steering should leave alone
+RIVALS = {"input_only": "the input alone", "input_repeats": "input with repeats"}  # what sees no state
+RIVALS |= {"entropy": "entropy", "top_gap": "gap of top two"}
 CONTROLS = {"random_neurons": "random neurons", "gaussian": "Gaussian", "low_correlation": "low-|rho| neurons"}
 CONTROLS |= {"random_sign": "random signs", "shuffled_labels": "shuffled labels"}
 
