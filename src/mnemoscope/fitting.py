@@ -161,6 +161,7 @@ def fitting_study(
             # What indifference does is judged on test; while settings are compared it would take most of all tokens.
             "tune_refits": 0,
             "controls_of": "best",
+            "conflict_draws": 4,  # as the built-in studies have it: of these controls nothing is claimed
             "tune_draws_again": 8,
             "judged_examples": 200,
             "control_limit": 0.15,
@@ -168,7 +169,7 @@ def fitting_study(
             "positions": positions,
             "sweeps": {method: {"layers": layers, **grid, **everywhere} for method, grid in TRIED.items()},
         },
-        "effects": {"pairs": 60, "draws": 1, "doses": [0.0, 0.5, 1.0, 2.0], "ablated": [0.1]},
+        "effects": {"pairs": 40, "draws": 1, "doses": [0.0, 0.5, 1.0, 2.0], "ablated": [0.1]},
         "detection": {"fitted": True},
         "neutral": {"cuts": 200, "texts": 32, "length": 64},
     }
