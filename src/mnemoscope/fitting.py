@@ -162,7 +162,7 @@ def fitting_study(
             "tune_refits": 0,
             "controls_of": "best",
             "conflict_draws": 4,  # as the built-in studies have it: of these controls nothing is claimed
-            "tune_draws_again": 8,
+            "tune_draws_again": 6,
             "judged_examples": 200,
             "control_limit": 0.15,
             "collateral_limit": 0.05,
