@@ -99,7 +99,7 @@ def dots_panel(
         _span(ax, dots, reference)
         entitle(ax, title)
         for name, marker in legend:
-            ax.plot([], [], marker, color=OTHER, markersize=6, markeredgewidth=1.6 * (marker == "|"), label=name)
+            ax.plot([], [], marker, color=OTHER, markersize=6, markeredgewidth=1.5 * (marker in "x|"), label=name)
         if legend:
             figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=11, labelcolor=MUTED)
         return figure
@@ -125,7 +125,7 @@ def _dot(ax: Axes, height: float, dot: Dot, signed: bool) -> None:
     middle, low, high = (100 * end for end in (dot.value.estimate, dot.value.low, dot.value.high))
     ax.axhline(height, color=RULE, linewidth=0.8, zorder=0)
     for marker, x in dot.beside:
-        ax.plot(100 * x, height, marker, color=OTHER, markersize=5, alpha=0.9, markeredgewidth=0)
+        ax.plot(100 * x, height, marker, color=OTHER, markersize=5, alpha=0.9, markeredgewidth=1.4 * (marker == "x"))
     if math.isnan(middle):
         ax.annotate(UNMEASURED, (0.02, height), xycoords=("axes fraction", "data"), va="center", color=MUTED)
         return
@@ -250,38 +250,6 @@ def apart(heights: Sequence[float], gap: float) -> list[float]:
     for below, above in pairwise(order):
         placed[above] = max(placed[above], placed[below] + gap)
     return placed.tolist()
-
-
-# --- maps ----------------------------------------------------------------------------------------------------------
-
-
-def map_panel(
-    title: str, shares: np.ndarray, rows: Sequence[str], columns: Sequence[str], labels: tuple[str, str], texts: Any
-) -> Panel:
-    """A map of shares (rows, columns): the stronger the colour, the larger the share; NaN is left empty.
-
-    Args:
-        labels: of the x axis and the y axis.
-        texts: what stands in each cell.
-    """
-
-    def plot() -> Figure:
-        figure, ax = canvas(40 * len(rows) + 76)
-        for (y, x), share in np.ndenumerate(shares):
-            if not np.isnan(share):
-                colour, alpha = TONE.get(title, OTHER), 0.08 + 0.72 * float(np.clip(share, 0, 1))
-                ax.barh(y, 0.94, left=x - 0.47, height=0.94, linewidth=0, color=colour, alpha=alpha)
-                ax.text(x, y, texts[y][x], ha="center", va="center", fontsize=10, color=INK)
-        name_rows(ax, rows)
-        ax.set_xticks(range(len(columns)), list(columns))
-        ax.set_xlim(-0.5, len(columns) - 0.5)
-        ax.tick_params(length=0)
-        ax.spines["bottom"].set_visible(False)
-        ax.set(xlabel=labels[0], ylabel=labels[1])
-        entitle(ax, title)
-        return figure
-
-    return plot
 
 
 # --- SVG -----------------------------------------------------------------------------------------------------------

@@ -148,9 +148,7 @@ class TaskPage:
 Stories = Sequence[Callable[[View], Chapter | None]]
 
 
-def render(
-    run: Run, results: Results, stories: Stories, across: Sequence[Exhibit], spread: Spread = in_one_place
-) -> str:
+def render(run: Run, results: Results, stories: Stories, across: Table | None, spread: Spread = in_one_place) -> str:
     """The text of ``report.html``.
 
     Args:
@@ -169,7 +167,7 @@ def render(
     return template.render(
         results=results,
         tasks=spread(_task_pages, asked),
-        across=_figures("across", across),
+        across=across,
         css=Markup(page_style()),
         configuration=run.study_text,
         manifest=run.manifest,

@@ -57,7 +57,7 @@ def _measured(cells: Sequence[Cell]) -> list[CellResults]:
 def measure(cell: Cell) -> CellResults:
     """The results of one cell."""
     return CellResults(
-        training=behaviour.measure_training(cell),
+        training={key: cell.training_time.get(key, math.nan) for key in ("seconds", "steps")},
         behaviour=behaviour.measure_behaviour(cell),
         pairs=behaviour.measure_pairs(cell),
         contrast=differ.measure_contrast(cell.contrast),
@@ -81,7 +81,7 @@ def over_all(cells: Sequence[Cell], found: list[CellResults]) -> TaskResults:
         found: the results of each cell.
     """
     common = dict(merged(found))
-    common["training"] = {key: [getattr(one.training, key) for one in found] for key in ("seconds", "steps")}
+    common["training"] = {key: [one.training[key] for one in found] for key in ("seconds", "steps")}
     sweep = where.measure_sweep(cells)
     task = TaskResults(
         **common,
