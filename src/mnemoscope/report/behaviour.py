@@ -139,14 +139,7 @@ def _margins_panel(cells: Sequence[Cell]) -> Panel:
 
 @dataclass(frozen=True)
 class Shown:
-    """One prompt, and what the model makes of it.
-
-    Attributes:
-        pieces: the prompt.
-        memorized, generalized: the two revealing answers.
-        behaviour: which one the model gave.
-        note: how the answer is to be read, where that needs a word.
-    """
+    """A prompt, its two revealing answers, the behaviour that the model showed, and how the answer is to be read."""
 
     pieces: Pieces
     memorized: str

@@ -20,11 +20,7 @@ from mnemoscope.statistics import Estimate
 
 
 def measure_collateral(cell: Cell, direction: Direction, lists: dict[str, pd.DataFrame]) -> dict[str, Estimate]:
-    """Changes, after minus before, in what steering should leave alone; negative is damage.
-
-    Args:
-        lists: rows of the steering table under the vector: ``memory``, ``novel``, ``conflict_rest``.
-    """
+    """Changes, after minus before, in ``memory``, ``novel`` and ``conflict_rest``; negative is damage."""
     changes = {}
     for name, rows in lists.items():
         right = DIRECTIONS[direction][0] if name == "conflict_rest" else "correct"

@@ -70,11 +70,7 @@ def _reliability(rows: pd.DataFrame, name: str) -> list[dict[str, Estimate]]:
 
 
 def measure_gated(cell: Cell, direction: Direction, lists: dict[str, pd.DataFrame]) -> Gated | None:
-    """What a vector does behind the gate; None where no detector was fitted.
-
-    Args:
-        lists: rows of the steering table under the vector, by list.
-    """
+    """What a vector does behind the gate, from its rows by list; None where no detector was fitted."""
     if cell.gate is None:
         return None
     gate = cell.gate[cell.gate.direction == direction]

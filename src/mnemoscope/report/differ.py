@@ -92,7 +92,7 @@ def _heatmap_panel(contrast: Contrast) -> Panel:
             ax.imshow(row[None], cmap, aspect="auto", interpolation="none", extent=place, vmin=-reach, vmax=reach)
             if layer % every == 0:
                 drawing.beside(ax, layer, f"{_of_known(np.mean, np.abs(row)):.2g}", drawing.MUTED)
-        drawing.name_rows(ax, [f"layer {n}" for n in range(0, layers, every)], range(0, layers, every))
+        drawing.name_rows(ax, [f"layer {n}" for n in range(0, layers, every)], every)
         ax.set_ylim(layers - 0.4, -0.6)
         ax.set_xlim(0, neurons)
         ax.set_xticks([0, neurons], [f"remembering {reach:.2g}", f"{reach:.2g} working it out"])

@@ -69,10 +69,8 @@ def measure_seeds(run: Run) -> dict[str, list[SeedsRow]]:
 
 
 def measure_transfer(run: Run, layers: dict[tuple[str, int], int]) -> dict[str, dict[str, Transfer]]:
-    """By source and target: shift of the source's vectors on the target's pairs, and accuracy of its probes there.
-
-    Args:
-        layers: by label and seed, the layer at which the source's probe reads the tune split best.
+    """By source and target: shift of the source's vectors on the target's pairs, and accuracy of its probes there, by
+    label and seed at the layer that reads the tune split best (``layers``).
     """
     found: dict[tuple[str, str], dict[str, Any]] = {}
     if run.transfer_steering is not None:

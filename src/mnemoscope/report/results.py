@@ -15,7 +15,7 @@ from mnemoscope.errors import InputError
 from mnemoscope.processes import Spread, in_one_place
 from mnemoscope.report import behaviour, cost, detector, differ, holds, read, steer, where
 from mnemoscope.report.records import Cell, Run
-from mnemoscope.report.schema import AIMS, CellResults, OverSeeds, Result, Results, Shares, TaskResults
+from mnemoscope.report.schema import AIMS, CellResults, OverSeeds, Result, Results, TaskResults
 from mnemoscope.statistics import Estimate, over_seeds
 
 
@@ -101,11 +101,7 @@ def over_all(cells: Sequence[Cell], found: list[CellResults]) -> TaskResults:
 
 
 def merged(values: Sequence[Any]) -> Any:
-    """One value for all seeds, by its type; fields annotated with ``OverSeeds`` follow their own rule.
-
-    Args:
-        values: of the same field, one a seed that has it.
-    """
+    """One value for all seeds that have it, by its type; fields annotated with ``OverSeeds`` follow their own rule."""
     first = values[0]
     if isinstance(first, Estimate):
         return over_seeds(values)
@@ -133,10 +129,7 @@ def _field(name: str, values: Sequence[Result]) -> Any:
         return sorted({number for value in found for number in value})
     if rules == [OverSeeds.WORST]:
         return {
-            aim: max((value[aim] for value in found if aim in value), key=_shift) for aim in AIMS if aim in found[0]
+            aim: max((value[aim] for value in found), key=lambda s: np.nan_to_num(s.shift.estimate, nan=-1.0))
+            for aim in AIMS
         }
     return merged(found)
-
-
-def _shift(shares: Shares) -> float:
-    return shares.shift.estimate if shares.shift.known else -1.0

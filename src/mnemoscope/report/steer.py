@@ -69,11 +69,7 @@ def measure_steering(cell: Cell) -> dict[str, Any]:
 
 
 def measure_direction(examples: Examples, method: str, direction: Direction, chosen: dict[Aim, Any]) -> Steered:
-    """One method in one direction: shifts, controls, what is left of them, and collateral.
-
-    Args:
-        chosen: the method's settings by aim.
-    """
+    """One method in one direction, under its settings by aim: shifts, controls, what is left of them, collateral."""
     cell = examples.cell
 
     def vector(aim: str, name: str) -> pd.DataFrame:
