@@ -17,7 +17,7 @@ from mnemoscope.report.drawing import COLOUR, DASHED, GENERALIZED, INK, MEMORIZE
 from mnemoscope.report.intervals import mean
 from mnemoscope.report.page import Answer, Chapter, Exhibit, View
 from mnemoscope.report.records import Cell
-from mnemoscope.report.schema import Behaviour, Pairs, Training, Yield
+from mnemoscope.report.schema import Behaviour, Pairs, Yield
 from mnemoscope.report.words import ANSWERED, count, listed, percent
 
 CURVES = (
@@ -33,11 +33,6 @@ Pieces = list[tuple[str, str]]
 # Splitting keeps what is between sentences, so that the parts join to the whole text again.
 SENTENCE = re.compile(r"(\s*[.?!\n]+\s*)")
 WORD = re.compile(r"\d+|[^\W\d]+|\s+|.", re.DOTALL)
-
-
-def measure_training(cell: Cell) -> Training:
-    """Seconds and steps; NaN where nothing was trained here."""
-    return Training(**{key: cell.training_time.get(key, np.nan) for key in ("seconds", "steps")})
 
 
 def measure_behaviour(cell: Cell) -> Behaviour:
@@ -144,14 +139,7 @@ def _margins_panel(cells: Sequence[Cell]) -> Panel:
 
 @dataclass(frozen=True)
 class Shown:
-    """One prompt, and what the model makes of it.
-
-    Attributes:
-        pieces: the prompt.
-        memorized, generalized: the two revealing answers.
-        behaviour: which one the model gave.
-        note: how the answer is to be read, where that needs a word.
-    """
+    """A prompt, its two revealing answers, the behaviour that the model showed, and how the answer is to be read."""
 
     pieces: Pieces
     memorized: str

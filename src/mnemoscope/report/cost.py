@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from mnemoscope.report import words
-from mnemoscope.report.behaviour import Pieces, marked
+from mnemoscope.report.behaviour import marked
 from mnemoscope.report.drawing import DASHED, INK, OTHER, TONE, Dot, Line, Panel, dots_panel, lines_panel
 from mnemoscope.report.intervals import mean, shared_mean
 from mnemoscope.report.page import Answer, Chapter, Exhibit, Table, View, not_measured
@@ -20,11 +20,7 @@ from mnemoscope.statistics import Estimate
 
 
 def measure_collateral(cell: Cell, direction: Direction, lists: dict[str, pd.DataFrame]) -> dict[str, Estimate]:
-    """Changes, after minus before, in what steering should leave alone; negative is damage.
-
-    Args:
-        lists: rows of the steering table under the vector: ``memory``, ``novel``, ``conflict_rest``.
-    """
+    """Changes, after minus before, in ``memory``, ``novel`` and ``conflict_rest``; negative is damage."""
     changes = {}
     for name, rows in lists.items():
         right = DIRECTIONS[direction][0] if name == "conflict_rest" else "correct"
@@ -141,23 +137,13 @@ def _neutral_panel(doses: dict[str, dict[Neutral, Estimate]], direction: Directi
     return lines_panel(direction, lines, "times the chosen strength", "nats")
 
 
-@dataclass(frozen=True)
-class Written:
-    """What a model writes behind a prompt, unsteered and steered, with the two revealing answers marked."""
-
-    prompt: str
-    towards: str
-    plain: Pieces
-    steered: Pieces
-
-
-def written(cells: Sequence[Cell]) -> list[Written]:
-    """Every sample of the first cell; none was picked by what came out."""
+def written(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """What follows each sampled prompt of the first cell, unsteered and steered; none was picked by what came out."""
     found = []
     for row in [] if cells[0].samples is None else cells[0].samples.itertuples():
         kinds = {row.memorized.strip(): "memorized", row.generalized.strip(): "generalized"}
-        texts = [marked(text, kinds) for text in (row.plain, row.steered)]
-        found.append(Written(row.prompt, words.TOWARDS[row.direction], *texts))
+        texts = {key: marked(getattr(row, key), kinds) for key in ("plain", "steered")}
+        found.append({"prompt": row.prompt, "towards": words.TOWARDS[row.direction], **texts})
     return found
 
 

@@ -70,11 +70,7 @@ def _reliability(rows: pd.DataFrame, name: str) -> list[dict[str, Estimate]]:
 
 
 def measure_gated(cell: Cell, direction: Direction, lists: dict[str, pd.DataFrame]) -> Gated | None:
-    """What a vector does behind the gate; None where no detector was fitted.
-
-    Args:
-        lists: rows of the steering table under the vector, by list.
-    """
+    """What a vector does behind the gate, from its rows by list; None where no detector was fitted."""
     if cell.gate is None:
         return None
     gate = cell.gate[cell.gate.direction == direction]
@@ -147,17 +143,15 @@ def answer(task: TaskResults) -> Answer:
 
 
 def _panels(found: Detection) -> list[Panel]:
-    """All conflicts beside baselines, each phrasing and what was held out, and reliability."""
+    """All conflicts beside baselines, and reliability."""
     scores = [(name, found.auroc[score], score != "p_memorized") for score, name in SCORES.items()]
     dots = [Dot(name, value, OTHER if other else INK, other) for name, value, other in scores if value.known]
-    panels = [dots_panel("ranked right, all conflicts", dots, reference=50)]
-    families = [Dot(name, part["p_memorized"]) for name, part in _parts(found).items() if part["p_memorized"].known]
-    panels += [dots_panel("within one phrasing", families, reference=50)] if len(families) > 1 else []
+    ranking_panel = dots_panel("ranked right, all conflicts", dots, reference=50)
     bins = [entry for entry in found.reliability if entry["memorized"].known]
     lines = [Line("perfect", [0, 1], [0.0, 1.0], OTHER, width=1)]
     lines.append(Line("", [b["said"].estimate for b in bins], [b["memorized"] for b in bins], MEMORIZED))
     ticks = {x: f"{100 * x:.0f} %" for x in BINS}
-    return [*panels, lines_panel("of those, remembered", lines, "P(memorized)", ticks=ticks, axis="share")]
+    return [ranking_panel, lines_panel("of those, remembered", lines, "P(memorized)", ticks=ticks, axis="share")]
 
 
 def _parts(found: Detection) -> dict[str, dict[str, Any]]:

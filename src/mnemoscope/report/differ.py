@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from mnemoscope.report import drawing
@@ -79,6 +80,8 @@ def _heatmap_panel(contrast: Contrast) -> Panel:
     nmd_LD = np.sort(contrast.nmd, axis=1)
     reach = float(np.nanquantile(np.abs(nmd_LD), 0.995)) or 1.0  # where colour is full: 99.5 % of all neurons lie below
     layers, neurons = nmd_LD.shape
+    ends = [(*PIXEL_MEMORIZED, 1), (*PIXEL_MEMORIZED, 0), (*PIXEL_GENERALIZED, 0), (*PIXEL_GENERALIZED, 1)]
+    cmap = LinearSegmentedColormap.from_list("nmd", list(zip((0, 0.5, 0.5, 1), ends, strict=True)))
     strip = min(34, max(9, 300 / layers))
     every = int(np.ceil(16 / strip))  # a line of text takes 16 pixels
 
@@ -86,10 +89,10 @@ def _heatmap_panel(contrast: Contrast) -> Panel:
         figure, ax = drawing.canvas(strip * layers + 72)
         for layer, row in enumerate(nmd_LD):
             place = (0, neurons, layer + 0.42, layer - 0.42)
-            ax.imshow(_diverging(row[None] / reach), aspect="auto", interpolation="none", extent=place)
+            ax.imshow(row[None], cmap, aspect="auto", interpolation="none", extent=place, vmin=-reach, vmax=reach)
             if layer % every == 0:
                 drawing.beside(ax, layer, f"{_of_known(np.mean, np.abs(row)):.2g}", drawing.MUTED)
-        drawing.name_rows(ax, [f"layer {n}" for n in range(0, layers, every)], range(0, layers, every))
+        drawing.name_rows(ax, [f"layer {n}" for n in range(0, layers, every)], every)
         ax.set_ylim(layers - 0.4, -0.6)
         ax.set_xlim(0, neurons)
         ax.set_xticks([0, neurons], [f"remembering {reach:.2g}", f"{reach:.2g} working it out"])
@@ -100,15 +103,6 @@ def _heatmap_panel(contrast: Contrast) -> Panel:
         return figure
 
     return plot
-
-
-def _diverging(values: np.ndarray) -> np.ndarray:
-    """RGBA of values in -1 .. 1: the colour of remembering below 0, of working out above, clear at 0 and for NaN."""
-    values = np.clip(np.nan_to_num(values), -1, 1)
-    pixels = np.empty((*values.shape, 4))
-    pixels[..., :3] = np.where(values[..., None] < 0, PIXEL_MEMORIZED, PIXEL_GENERALIZED)
-    pixels[..., 3] = np.abs(values) ** 0.75
-    return pixels
 
 
 def _rho_panel(rho_LD: np.ndarray) -> Panel:

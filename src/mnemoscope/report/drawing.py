@@ -65,12 +65,7 @@ def canvas(height: float) -> tuple[Figure, Axes]:
 
 @dataclass(frozen=True)
 class Dot:
-    """One row: a name, an estimate with its interval, and how it looks.
-
-    Attributes:
-        mark: a second value on the row, such as the worst draw; NaN for none.
-        beside: (marker, value) of further points, such as controls.
-    """
+    """A row: an estimate with its interval; ``mark`` is a tick on it, ``beside`` has (marker, value) of others."""
 
     name: str
     value: Estimate
@@ -99,7 +94,7 @@ def dots_panel(
         _span(ax, dots, reference)
         entitle(ax, title)
         for name, marker in legend:
-            ax.plot([], [], marker, color=OTHER, markersize=6, markeredgewidth=1.6 * (marker == "|"), label=name)
+            ax.plot([], [], marker, color=OTHER, markersize=6, markeredgewidth=1.5 * (marker in "x|"), label=name)
         if legend:
             figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=11, labelcolor=MUTED)
         return figure
@@ -112,12 +107,11 @@ def entitle(ax: Axes, title: str) -> None:
     ax.set_title(TOWARDS.get(title, title), color=TONE.get(title, INK))
 
 
-def name_rows(ax: Axes, names: Sequence[str], heights: Sequence[float] | None = None) -> None:
-    """Names of rows from top to bottom, at 0, 1, ... unless ``heights`` are given."""
-    places = list(range(len(names))) if heights is None else list(heights)
-    ax.set_yticks(places, list(names))
+def name_rows(ax: Axes, names: Sequence[str], every: int = 1) -> None:
+    """Names of rows from top to bottom; one of ``every`` so many rows has a name."""
+    ax.set_yticks(range(0, every * len(names), every), list(names))
     ax.tick_params(axis="y", labelcolor=INK)
-    ax.set_ylim(max(places, default=0) + 0.6, -0.6)
+    ax.set_ylim(every * len(names) - 0.4, -0.6)
     ax.grid(visible=False)
 
 
@@ -125,7 +119,7 @@ def _dot(ax: Axes, height: float, dot: Dot, signed: bool) -> None:
     middle, low, high = (100 * end for end in (dot.value.estimate, dot.value.low, dot.value.high))
     ax.axhline(height, color=RULE, linewidth=0.8, zorder=0)
     for marker, x in dot.beside:
-        ax.plot(100 * x, height, marker, color=OTHER, markersize=5, alpha=0.9, markeredgewidth=0)
+        ax.plot(100 * x, height, marker, color=OTHER, markersize=5, alpha=0.9, markeredgewidth=1.4 * (marker == "x"))
     if math.isnan(middle):
         ax.annotate(UNMEASURED, (0.02, height), xycoords=("axes fraction", "data"), va="center", color=MUTED)
         return
@@ -143,7 +137,8 @@ def _span(ax: Axes, dots: Sequence[Dot], reference: float | None) -> None:
         return
     ends = [100 * x for dot in dots for x in (dot.value.low, dot.value.estimate, dot.value.high) if not math.isnan(x)]
     ax.axvline(reference, color=MUTED, linewidth=1, linestyle=FINE, zorder=0)
-    ax.set_xlim(min([*ends, reference - 5]) - 2, max([*ends, reference + 5]) + 2)
+    # Student's t over seeds may leave what a share, or a difference of shares, can be.
+    ax.set_xlim(max(reference - 102, min([*ends, reference - 5]) - 2), min(102, max([*ends, reference + 5]) + 2))
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:.0f} %" if reference else f"{x:.0f}")
 
 
@@ -152,12 +147,7 @@ def _span(ax: Axes, dots: Sequence[Dot], reference: float | None) -> None:
 
 @dataclass(frozen=True)
 class Line:
-    """A named line through estimates (with their intervals as a band) or plain numbers; undefined points are left out.
-
-    Attributes:
-        band: whether intervals are drawn.
-        fill: whether the area below is.
-    """
+    """A named line through estimates (with their intervals as a ``band``) or numbers; ``fill``: the area below."""
 
     name: str
     x: Sequence[float]
@@ -199,7 +189,10 @@ def lines_panel(
         if axis == "share":
             ax.set_ylim(-0.03, 1.03)
             ax.set_yticks([0, 0.25, 0.5, 0.75, 1])
-        elif axis == "plain" and ax.dataLim.y0 >= 0:
+        elif axis == "percent":
+            low, high = ax.get_ylim()
+            ax.set_ylim(max(-0.02, low), min(1.02, high))
+        elif ax.dataLim.y0 >= 0:
             ax.set_ylim(bottom=0)
         if axis != "plain":
             ax.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.0f} %")
@@ -250,38 +243,6 @@ def apart(heights: Sequence[float], gap: float) -> list[float]:
     for below, above in pairwise(order):
         placed[above] = max(placed[above], placed[below] + gap)
     return placed.tolist()
-
-
-# --- maps ----------------------------------------------------------------------------------------------------------
-
-
-def map_panel(
-    title: str, shares: np.ndarray, rows: Sequence[str], columns: Sequence[str], labels: tuple[str, str], texts: Any
-) -> Panel:
-    """A map of shares (rows, columns): the stronger the colour, the larger the share; NaN is left empty.
-
-    Args:
-        labels: of the x axis and the y axis.
-        texts: what stands in each cell.
-    """
-
-    def plot() -> Figure:
-        figure, ax = canvas(40 * len(rows) + 76)
-        for (y, x), share in np.ndenumerate(shares):
-            if not np.isnan(share):
-                colour, alpha = TONE.get(title, OTHER), 0.08 + 0.72 * float(np.clip(share, 0, 1))
-                ax.barh(y, 0.94, left=x - 0.47, height=0.94, linewidth=0, color=colour, alpha=alpha)
-                ax.text(x, y, texts[y][x], ha="center", va="center", fontsize=10, color=INK)
-        name_rows(ax, rows)
-        ax.set_xticks(range(len(columns)), list(columns))
-        ax.set_xlim(-0.5, len(columns) - 0.5)
-        ax.tick_params(length=0)
-        ax.spines["bottom"].set_visible(False)
-        ax.set(xlabel=labels[0], ylabel=labels[1])
-        entitle(ax, title)
-        return figure
-
-    return plot
 
 
 # --- SVG -----------------------------------------------------------------------------------------------------------

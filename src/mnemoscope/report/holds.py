@@ -12,10 +12,10 @@ import pandas as pd
 from mnemoscope.report import drawing
 from mnemoscope.report.drawing import DASHED, INK, MUTED, OTHER, TONE, Dot, Line, Panel, dots_panel
 from mnemoscope.report.intervals import shared_mean
-from mnemoscope.report.page import Answer, Chapter, Exhibit, View, not_measured
+from mnemoscope.report.page import Answer, Chapter, Exhibit, Table, View, not_measured
 from mnemoscope.report.records import Cell, Run
 from mnemoscope.report.schema import DIRECTIONS, Direction, Halves, SeedsRow, Steered, TaskResults, Transfer
-from mnemoscope.report.words import NBSP, listed, percent
+from mnemoscope.report.words import NBSP, TOWARDS, listed, percent, ranged
 from mnemoscope.statistics import Estimate, mean_with_range, over_seeds
 
 MEASURE = ["site", "shared_initialization", "what", "layer", "top"]
@@ -69,10 +69,8 @@ def measure_seeds(run: Run) -> dict[str, list[SeedsRow]]:
 
 
 def measure_transfer(run: Run, layers: dict[tuple[str, int], int]) -> dict[str, dict[str, Transfer]]:
-    """By source and target: shift of the source's vectors on the target's pairs, and accuracy of its probes there.
-
-    Args:
-        layers: by label and seed, the layer at which the source's probe reads the tune split best.
+    """By source and target: shift of the source's vectors on the target's pairs, and accuracy of its probes there, by
+    label and seed at the layer that reads the tune split best (``layers``).
     """
     found: dict[tuple[str, str], dict[str, Any]] = {}
     if run.transfer_steering is not None:
@@ -123,7 +121,6 @@ def _by_seed(rows: pd.DataFrame, hits: Callable[[pd.DataFrame], Any]) -> Estimat
 # --- the story -----------------------------------------------------------------------------------------------------
 
 Found = tuple[str, float, Estimate, Estimate]  # between what, share of neurons, overlap, overlap by chance
-Matrix = dict[str, dict[str, Transfer]]
 
 
 def chapter(view: View) -> Chapter:
@@ -197,35 +194,14 @@ def _likeness_panel(task: TaskResults, seeds: list[SeedsRow]) -> Panel:
 # --- from task to task ---------------------------------------------------------------------------------------------
 
 
-def transfer(matrix: Matrix) -> list[Exhibit]:
-    """Shift in each direction and accuracy of the probe, from each source on each target."""
-    if not matrix:
-        return []
-    labels = sorted({*matrix, *(target for targets in matrix.values() for target in targets)})
-    kinds = (*DIRECTIONS, "probe")
-    found = {k: np.array([[transferred(matrix, s, t, k) for t in labels] for s in labels]) for k in kinds}
-    panels = [_matrix_panel(labels, found[kind], kind) for kind in kinds]
-    return [Exhibit("transfer", panels)]
-
-
-def transferred(matrix: Matrix, source: str, target: str, what: str) -> tuple[float, float]:
-    """(share steered or accuracy, what it is by chance) in one cell of the matrix; NaN where it was not measured."""
-    entry = getattr(matrix.get(source, {}).get(target), what, None)
-    if not entry:
-        return math.nan, math.nan
-    if what == "probe":
-        return entry.estimate, 0.5
-    carried = entry["best" if "best" in entry else min(entry)]
-    return carried["shift"].estimate, carried["gaussian"].estimate
-
-
-def _matrix_panel(labels: list[str], found_SS2: np.ndarray, what: str) -> Panel:
-    # What all names begin with (their one model) means nothing here, and long names would run into one another.
-    first = {label.partition("-")[0] + "-" for label in labels}
-    common = first.pop() if len(first) == 1 else ""
-    shown = [label.removeprefix(common).replace("-", "-\n") for label in labels]
-    texts = [[f"{100 * share:.0f}\n({100 * by_chance:.0f})" for share, by_chance in row] for row in found_SS2]
-    # A probe that guesses is right half the time, so its colour begins there.
-    shares = found_SS2[..., 0] if what in DIRECTIONS else np.maximum(0.0, 2 * found_SS2[..., 0] - 1)
-    title = what if what in DIRECTIONS else "probe, right"
-    return drawing.map_panel(title, shares, shown, shown, ("tried on", "learned on"), texts)
+def transfer(matrix: dict[str, dict[str, Transfer]]) -> Table | None:
+    """What vectors and probes of each task do on pairs of each; None without a second task."""
+    rows = []
+    for source, target, found in ((s, t, found) for s, targets in matrix.items() for t, found in targets.items()):
+        row = [f"{source} on {target}"]
+        for by_method in (found.to_generalized, found.to_memorized):
+            carried = by_method["best" if "best" in by_method else min(by_method)] if by_method else {}
+            row.append(" / ".join(ranged(share) for share in carried.values()))
+        rows.append([*row, ranged(found.probe) if found.probe else ""])
+    columns = ["", *(f"steered {towards} / Gaussian" for towards in TOWARDS.values()), "probe right"]
+    return Table("Learned on one task, tried on another of the same model", columns, rows) if rows else None

@@ -11,6 +11,7 @@ from importlib.resources import files
 from typing import Any
 
 import jinja2
+import numpy as np
 import yaml
 from markupsafe import Markup, escape
 
@@ -84,14 +85,8 @@ class Exhibit:
 
 @dataclass(frozen=True)
 class Chapter:
-    """One story, for one task.
-
-    Attributes:
-        tables: shown on demand.
-        example: a prompt of the task, shown first.
-        pairs: phrasings remembered and worked out, side by side.
-        written: what follows prompts, unsteered and steered.
-        telling: a sentence above ``written``.
+    """One story, for one task; ``tables`` are shown on demand. The template shows three things beside figures: an example
+    of the task, pairs of phrasings, and what is written under steering, below a sentence (``telling``).
     """
 
     answer: Answer
@@ -138,9 +133,9 @@ class TaskPage:
     """All that the page shows of one task."""
 
     name: str
+    label: str
     title: str
     intro: str
-    task: TaskResults
     info: dict[str, Any]
     chapters: list[tuple[Chapter, list[Figure]]]
 
@@ -148,7 +143,7 @@ class TaskPage:
 Stories = Sequence[Callable[[View], Chapter | None]]
 
 
-def render(run: Run, results: Results, stories: Stories, across: Sequence[Exhibit], parallel: Map = in_order) -> str:
+def render(run: Run, results: Results, stories: Stories, across: Table | None, parallel: Map = in_order) -> str:
     """The text of ``report.html``.
 
     Args:
@@ -158,7 +153,8 @@ def render(run: Run, results: Results, stories: Stories, across: Sequence[Exhibi
     """
     looks: dict[str, Any] = {"autoescape": True, "undefined": jinja2.StrictUndefined}
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, **looks)
-    environment.filters |= {"tint": tint, "ranged": ranged, "place": _place}
+    environment.filters |= {"tint": tint, "ranged": ranged}
+    environment.filters["place"] = lambda share: round(100 * float(np.clip(share, 0, 1)), 2)  # cut to the scale
     template = environment.from_string((files("mnemoscope.report") / "template.html").read_text(encoding="utf-8"))
     asked = [
         (label, View(results.tasks[label], cells, results.seeds.get(label, [])), stories)
@@ -167,7 +163,7 @@ def render(run: Run, results: Results, stories: Stories, across: Sequence[Exhibi
     return template.render(
         results=results,
         tasks=list(parallel(_task_page, asked)),
-        across=_figures("across", across),
+        across=across,
         css=Markup(page_style()),
         configuration=run.study_text,
         manifest=run.manifest,
@@ -178,11 +174,6 @@ def render(run: Run, results: Results, stories: Stories, across: Sequence[Exhibi
 @cache
 def _fixed() -> dict[str, Any]:
     return dict(yaml.safe_load((files("mnemoscope.report") / "words.yaml").read_text(encoding="utf-8")))
-
-
-def _place(share: float) -> float:
-    """Where a share stands on a scale from 0 to 100, cut to its ends."""
-    return round(100 * min(1.0, max(0.0, share)), 2)
 
 
 def page_style() -> str:
@@ -208,7 +199,7 @@ def _task_page(asked: tuple[str, View, Stories]) -> TaskPage:
     name = re.sub(r"[^\w-]+", "-", label)  # which only names places in the page
     chapters = [chapter for story in stories if (chapter := story(view))]
     drawn = [(replace(chapter, exhibits=[]), _figures(name, chapter.exhibits)) for chapter in chapters]
-    return TaskPage(name, title, known.get(kind, known["own"])["text"], view.task, view.cells[0].info, drawn)
+    return TaskPage(name, label, title, known.get(kind, known["own"])["text"], view.cells[0].info, drawn)
 
 
 def _figures(name: str, exhibits: Sequence[Exhibit]) -> list[Figure]:

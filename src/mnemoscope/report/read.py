@@ -17,7 +17,7 @@ from mnemoscope.report.intervals import mean, ranking
 from mnemoscope.report.page import Answer, Chapter, Exhibit, View, not_measured
 from mnemoscope.report.records import Cell
 from mnemoscope.report.schema import BestLayer, Learning, Probe, TaskResults
-from mnemoscope.report.words import NBSP, RIVALS, argmax, beyond, interval, layers, listed, percent, points_interval
+from mnemoscope.report.words import NBSP, RIVALS, argmax, beyond, interval, layers, percent
 from mnemoscope.statistics import Estimate, mean_with_range
 
 INPUTS = ("input_only", "input_repeats")
@@ -159,14 +159,7 @@ def chapter(view: View) -> Chapter:
     panels = [_layers_panel(probe), _rivals_panel(probe)]
     panels += [_offsets_panel(probe)] if len(probe.best_by_offset) > 1 else []
     panels += [_learning_panel(learning)] if len(learning.accuracy) > 1 else []
-    rivals = {kind: getattr(probe.best, f"minus_{kind}") for kind in RIVALS}
-    verdicts = {1: "beats", -1: "loses to", 0: "is not surely apart from"}
-    parts = [f"{verdicts[minus.sign]} {RIVALS[kind]} ({points_interval(minus)})" for kind, minus in rivals.items()]
-    texts = [f"95{NBSP}% interval of the difference in points: the probe {listed(parts)}."]
-    if len(probe.best_by_offset) > 1:
-        chance, alone = (_from(probe.known_from.get(what, math.nan)) for what in ("chance", "input_only"))
-        texts.append(f"Surely above chance: {chance}. Surely above the input alone: {alone}.")
-    return Chapter(answer(view.task), [Exhibit("probe", panels, texts)])
+    return Chapter(answer(view.task), [Exhibit("probe", panels)])
 
 
 def answer(task: TaskResults) -> Answer:
@@ -190,13 +183,6 @@ def answer(task: TaskResults) -> Answer:
         note += f" That is {beyond(difference)} than from {RIVALS[kind]} ({percent(alone.estimate)})."
     shown = percent(accuracy.estimate)
     return Answer("read", question, verdict, shown, sentence, note, accuracy, (alone.estimate, RIVALS[kind]))
-
-
-def _from(offset: float) -> str:
-    """Where something is first known, as tokens before the decision; NaN where nowhere."""
-    if math.isnan(offset):
-        return "nowhere"
-    return f"{offset:.0f} token{'' if offset == 1 else 's'} before the decision" if offset else "only at the decision"
 
 
 def _layers_panel(probe: Probe) -> Panel:

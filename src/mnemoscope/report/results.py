@@ -15,7 +15,7 @@ from mnemoscope.errors import InputError
 from mnemoscope.processes import Map, in_order
 from mnemoscope.report import behaviour, cost, detector, differ, holds, read, steer, where
 from mnemoscope.report.records import Cell, Run
-from mnemoscope.report.schema import AIMS, CellResults, OverSeeds, Result, Results, Shares, TaskResults
+from mnemoscope.report.schema import AIMS, CellResults, OverSeeds, Result, Results, TaskResults
 from mnemoscope.statistics import Estimate, over_seeds
 
 
@@ -57,7 +57,7 @@ def _measured(cell: Cell) -> CellResults:
 def measure(cell: Cell) -> CellResults:
     """The results of one cell."""
     return CellResults(
-        training=behaviour.measure_training(cell),
+        training={key: cell.training_time.get(key, math.nan) for key in ("seconds", "steps")},
         behaviour=behaviour.measure_behaviour(cell),
         pairs=behaviour.measure_pairs(cell),
         contrast=differ.measure_contrast(cell.contrast),
@@ -81,7 +81,7 @@ def over_all(cells: Sequence[Cell], found: list[CellResults]) -> TaskResults:
         found: the results of each cell.
     """
     common = dict(merged(found))
-    common["training"] = {key: [getattr(one.training, key) for one in found] for key in ("seconds", "steps")}
+    common["training"] = {key: [one.training[key] for one in found] for key in ("seconds", "steps")}
     sweep = where.measure_sweep(cells)
     task = TaskResults(
         **common,
@@ -101,11 +101,7 @@ def over_all(cells: Sequence[Cell], found: list[CellResults]) -> TaskResults:
 
 
 def merged(values: Sequence[Any]) -> Any:
-    """One value for all seeds, by its type; fields annotated with ``OverSeeds`` follow their own rule.
-
-    Args:
-        values: of the same field, one a seed that has it.
-    """
+    """One value for all seeds that have it, by its type; fields annotated with ``OverSeeds`` follow their own rule."""
     first = values[0]
     if isinstance(first, Estimate):
         return over_seeds(values)
@@ -133,10 +129,7 @@ def _field(name: str, values: Sequence[Result]) -> Any:
         return sorted({number for value in found for number in value})
     if rules == [OverSeeds.WORST]:
         return {
-            aim: max((value[aim] for value in found if aim in value), key=_shift) for aim in AIMS if aim in found[0]
+            aim: max((value[aim] for value in found), key=lambda s: np.nan_to_num(s.shift.estimate, nan=-1.0))
+            for aim in AIMS
         }
     return merged(found)
-
-
-def _shift(shares: Shares) -> float:
-    return shares.shift.estimate if shares.shift.known else -1.0

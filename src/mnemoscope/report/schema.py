@@ -115,13 +115,6 @@ class Steered(Result):
         return max((n for n in shifts if shifts[n].known), key=lambda n: shifts[n].estimate, default=None)
 
 
-class Training(Result):
-    """One number, or one a seed."""
-
-    seconds: float | list[float]
-    steps: int | float | list[int | float]
-
-
 class Behaviour(Result):
     """Test examples without any intervention."""
 
@@ -273,7 +266,7 @@ class Detection(Result):
 class CellResults(Result):
     """One cell."""
 
-    training: Training
+    training: dict[Literal["seconds", "steps"], float | int | list[float | int]] = Field(description="or one a seed")
     behaviour: Behaviour
     pairs: Pairs
     contrast: Contrasts

@@ -36,11 +36,9 @@ class Examples:
     """The steering table of a cell, cut once into the parts that numbers are computed from."""
 
     def __init__(self, cell: Cell) -> None:
-        self.cell = cell
-        self._table = cell.read_steering()
+        self.cell, self._table = cell, cell.read_steering()
         self._places = self._table.groupby(KEYS, observed=True).indices
         self.lists = sorted(self._table.examples.unique())
-        self.held_out = [name for name in self.lists if name.startswith("pairs_") and name != "pairs_unreachable"]
 
     def rows(self, aim: str, direction: str, method: str, role: str, examples: str) -> pd.DataFrame:
         """Test examples of one list under one setting and role; no rows where there are none."""
@@ -71,11 +69,7 @@ def measure_steering(cell: Cell) -> dict[str, Any]:
 
 
 def measure_direction(examples: Examples, method: str, direction: Direction, chosen: dict[Aim, Any]) -> Steered:
-    """One method in one direction: shifts, controls, what is left of them, and collateral.
-
-    Args:
-        chosen: the method's settings by aim.
-    """
+    """One method in one direction, under its settings by aim: shifts, controls, what is left of them, collateral."""
     cell = examples.cell
 
     def vector(aim: str, name: str) -> pd.DataFrame:
@@ -84,6 +78,7 @@ def measure_direction(examples: Examples, method: str, direction: Direction, cho
     pairs, conflict = (shares(vector(aim, aim), direction, cell.name) for aim in AIMS)
     controls = {name: {aim: examples.rows(aim, direction, method, name, aim) for aim in AIMS} for name in CONTROLS}
     lists = {name: vector("pairs", name) for name in examples.lists}
+    held_out = [name for name in lists if name.startswith("pairs_") and name != "pairs_unreachable"]
     kept = {aim: {name: vector(aim, name) for name in ("memory", "novel", "conflict_rest")} for aim in AIMS}
     return Steered(
         chosen=chosen["pairs"],
@@ -92,7 +87,7 @@ def measure_direction(examples: Examples, method: str, direction: Direction, cho
         conflict=conflict,
         confabulated=pairs.confabulated,
         pairs_unreachable=shares(vector("pairs", "pairs_unreachable"), direction, cell.name),
-        held_out={n.removeprefix("pairs_"): shares(lists[n], direction, cell.name) for n in examples.held_out},
+        held_out={n.removeprefix("pairs_"): shares(lists[n], direction, cell.name) for n in held_out},
         conflict_at_chosen=shares(vector("pairs", "conflict"), direction, cell.name),
         controls={name: _control(parts, direction, cell) for name, parts in controls.items()},
         minus_control={
@@ -277,7 +272,7 @@ def methods_table(task: TaskResults) -> Table:
 
 
 def _dose_panels(task: TaskResults, direction: Direction) -> list[Panel]:
-    """Mean margin and share steered by dose: the best method, the paper's, and Gaussian shifts of the best one's norm."""
+    """Mean margin and share steered: the best method, the paper's, and Gaussian shifts of the norm of the best."""
     best, lines = task.steering[direction].chosen.method, {}
     for method in dict.fromkeys((best, PAPERS)):
         for role, doses in task.dose.get(method, {}).get(direction, {}).items():

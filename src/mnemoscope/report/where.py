@@ -1,8 +1,4 @@
-"""Where it acts: single layers, neurons that are needed, states put in, and every setting of the sweep.
-
-A number of the sweep over seeds is their mean with Student's t interval; of one seed it stands alone, for the records
-hold shares and not examples.
-"""
+"""Where it acts: single layers, neurons that are needed, and every setting of the sweep, over seeds if several."""
 
 from __future__ import annotations
 

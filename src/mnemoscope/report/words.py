@@ -110,6 +110,8 @@ def largest_loss(collateral: dict[str, Estimate], direction: Direction) -> str:
     if not losses:
         return UNMEASURED
     key = min(losses, key=lambda name: losses[name].estimate)
+    if losses[key].estimate >= 0:
+        return "none"
     return f"{points(losses[key].estimate, sign=True)} of {LISTS[key]}"
 
 
