@@ -464,10 +464,7 @@ def test_the_maximum_test_keeps_its_level_when_groups_are_respected(grouped: boo
         assert significant > 60  # what ignoring the groups would claim
 
 
-@pytest.mark.parametrize("held", [1, 7, 128])
-def test_shards_in_any_order_agree(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many groups wait to be flipped together."""
-    monkeypatch.setattr("mnemoscope.statistics.flips.HELD_GROUPS", held)
+def test_shards_in_any_order_agree() -> None:
     draw = rng(18)
     differences = draw.normal(size=(60, 2, 3)) + 0.2
     groups = [f"name {i}" for i in draw.integers(0, 25, size=60)]
