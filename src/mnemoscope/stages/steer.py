@@ -229,10 +229,7 @@ def _judge_all(opened: _Opened, chosen: Sequence[_Chosen], tell: Tell) -> list[p
 
     def draws(one: _Chosen) -> int:
         """Of each control; of conflicts only under the methods that are best for them or for pairs."""
-        if config.controls_of == "best":
-            drawn = one.best
-        else:
-            drawn = one.aim == "pairs" or one.key in best
+        drawn = one.best if config.controls_of == "best" else one.aim == "pairs" or one.key in best
         return (config.draws if one.aim == "pairs" else config.conflict_draws) if drawn else 0
 
     tell(len(AIMS), PARTS, "learning from shuffled labels")
