@@ -86,8 +86,7 @@ class Exhibit:
 @dataclass(frozen=True)
 class Chapter:
     """One story, for one task; ``tables`` are shown on demand. The template shows three things beside figures: an
-    example
-    of the task, pairs of phrasings, and what is written under steering, below a sentence (``telling``).
+    example of the task, pairs of phrasings, and what is written under steering, below a sentence (``telling``).
     """
 
     answer: Answer
