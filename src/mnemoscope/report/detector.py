@@ -156,18 +156,20 @@ def _panels(found: Detection) -> list[Panel]:
 
 def _parts(found: Detection) -> dict[str, dict[str, Any]]:
     """Each phrasing, and what was held out."""
-    return {**found.by_family, **{f"held out: {name}": entry for name, entry in found.held_out.items()}}
+    held: dict[str, dict[str, Any]] = {f"held out: {name}": entry for name, entry in found.held_out.items()}
+    return {**found.by_family, **held}
 
 
 def table(found: Detection) -> Table:
     """Within each phrasing, how the detector ranks prompts, beside what needs no state."""
+    parts: dict[str, dict[str, Any]] = {"all conflicts": found.auroc, **_parts(found)}
     rows = [
         [
             name,
             *(ranged(part[score]) if part[score].known else "too few" for score in SCORES),
             f"{part['memorized']:,} / {part['generalized']:,}" if "memorized" in part else "",
         ]
-        for name, part in {"all conflicts": found.auroc, **_parts(found)}.items()
+        for name, part in parts.items()
     ]
     columns = ["", *SCORES.values(), "remembered / worked out"]
     return Table("Share of (remembered, worked out) prompts that a score ranks right", columns, rows)
