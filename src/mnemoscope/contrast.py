@@ -156,19 +156,7 @@ class Contrast:
     state_norm_L: Floats
 
     def top_neurons(self, top: float) -> NDArray[np.bool_]:
-        """The ceil(top * L * D) neurons with the largest |rho|, over all layers at once.
-
-        A NaN rho counts as 0; of equal neurons the one with the lower layer, then index, is taken.
-
-        Args:
-            top: share of all neurons, in (0, 1].
-
-        Returns:
-            bool, shape (L, D).
-
-        Raises:
-            ValueError: `top` outside (0, 1].
-        """
+        """The share ``top`` of all neurons with the largest |rho|, bool (L, D); see ``top_by_magnitude``."""
         return top_by_magnitude(self.rho_LD, top)
 
     def save(self, path: str | Path) -> None:
@@ -180,29 +168,23 @@ class Contrast:
 
     @classmethod
     def load(cls, path: str | Path) -> Contrast:
-        """Read what `save` wrote.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            InputError: the file is damaged, or is not a contrast; one line says what is wrong.
-        """
+        """Read what `save` wrote; FileNotFoundError without a file, InputError where it is damaged or no contrast."""
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata: dict[str, Any] = file.metadata() or {}
                 arrays = [file.get_tensor(name) for name in ARRAYS]
-            pairs, groups, site = int(metadata["pairs"]), int(metadata["groups"]), metadata["site"]
+            facts = metadata["site"], int(metadata["pairs"]), int(metadata["groups"])
         except FileNotFoundError:
             raise
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise InputError(f"{path}: not a readable contrast file ({error})") from error
         shapes = [array.shape for array in arrays]
         if len(shapes[0]) != 2 or shapes != [shapes[0]] * 5 + [shapes[0][:1]]:
-            raise InputError(
-                f"{path}: not a readable contrast file (shapes {shapes}; allowed are five (L, D) and (L,))"
-            )
+            why = f"shapes {shapes}; allowed are five (L, D) and (L,)"
+            raise InputError(f"{path}: not a readable contrast file ({why})")
         if {array.dtype for array in arrays} != {np.dtype(np.float64)}:
             raise InputError(f"{path}: not a readable contrast file (allowed is float64)")
-        return cls(site, pairs, groups, *arrays)
+        return cls(*facts, *arrays)
 
 
 @dataclass(eq=False)
@@ -231,21 +213,16 @@ class ContrastAccumulator:
         return cls(site, PairedMoments.empty(shape), SignFlips.empty(shape, permutations, seed))
 
     def add(self, states_generalized_NLD: ArrayLike, states_memorized_NLD: ArrayLike, groups: Sequence[str]) -> None:
-        """Take in N more pairs.
-
-        Args:
-            states_generalized_NLD, states_memorized_NLD: float32 or float64; row n of both is one pair.
-            groups: the group of each pair.
+        """Take in N more pairs with their groups; row n of both arrays is one pair.
 
         Raises:
             ValueError: shapes not (N, L, D), not N groups, or a state that is not finite. Nothing is added then.
         """
         generalized_NLD = np.asarray(states_generalized_NLD, dtype=np.float64)
         memorized_NLD = np.asarray(states_memorized_NLD, dtype=np.float64)
-        if len(groups) != len(generalized_NLD):
-            raise ValueError(
-                f"groups: {len(groups)} names; allowed is one for each of the {len(generalized_NLD)} pairs"
-            )
+        pairs = len(generalized_NLD)
+        if len(groups) != pairs:
+            raise ValueError(f"groups: {len(groups)} names; allowed is one for each of the {pairs} pairs")
         for name, states_NLD in (("generalized", generalized_NLD), ("memorized", memorized_NLD)):
             if not np.isfinite(states_NLD).all():
                 raise ValueError(f"states_{name}: a value is infinite or NaN; allowed are finite states")
@@ -255,11 +232,7 @@ class ContrastAccumulator:
             self.groups.add(group)
 
     def merge(self, other: ContrastAccumulator) -> Self:
-        """Take in another shard in place, and return self.
-
-        Raises:
-            ValueError: site, shape, permutations or seed differ. Nothing is merged then.
-        """
+        """Take in another shard in place and return self; ValueError unless site, shape, permutations, seed agree."""
         if other.site != self.site:
             raise ValueError(f"site: {other.site!r}; allowed is {self.site!r}, as in the accumulator it is merged into")
         self.flips.merge(other.flips)  # first, for it checks seed and permutations besides the shape
@@ -272,7 +245,7 @@ class ContrastAccumulator:
         p_family_wise_LD, p_per_neuron_LD = self.flips.p_values()
         if not self.moments.count:
             nan_LD = np.full_like(p_family_wise_LD, math.nan)
-            return Contrast(self.site, 0, 0, *[nan_LD] * 5, nan_LD[:, 0])
+            return Contrast(self.site, 0, 0, nan_LD, nan_LD, nan_LD, nan_LD, nan_LD, nan_LD[:, 0])
         return Contrast(
             site=self.site,
             pairs=self.moments.count,

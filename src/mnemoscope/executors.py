@@ -137,8 +137,8 @@ class _Processes(_Parallel):
         return _Processes, (1, self.threads, None)
 
     def _sender(self, function: bytes) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
-        self.pool = self.pool or self.stack.enter_context(pool_of(self.places, self.threads))
-        return partial(self.pool.submit, _call, function), Future.result
+        pool = self.pool = self.pool or self.stack.enter_context(pool_of(self.places, self.threads))
+        return lambda item: pool.submit(_call, function, item), Future.result
 
 
 @dataclass(frozen=True)

@@ -157,7 +157,9 @@ def fitting_study(
             "kept_weight": 1.0,
             "tune_pairs": 120,
             "tune_others": 60,
-            "tune_refits": 4,
+            # What indifference does is judged on test; while settings are compared it would take most of all tokens.
+            "tune_refits": 0,
+            "controls_of": "best",
             "tune_draws_again": 8,
             "judged_examples": 200,
             "control_limit": 0.15,

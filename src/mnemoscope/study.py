@@ -1,7 +1,7 @@
-"""Studies: cells of stages that write raw records and resume where they stopped.
+"""Studies: cells of stages that write raw records, and resume where they stopped.
 
-A stage writes its files under temporary names, renames them, and last of all writes its marker with a hash of
-everything it depends on. A killed stage leaves no marker, so it starts again; a finished one is never redone.
+A stage writes its files under temporary names, renames them, and then writes its marker with a hash of everything it
+depends on. A killed stage leaves no marker and starts again; a finished stage is not run again.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from mnemoscope.executors import Progress, in_processes, possible_workers, run_c
 from mnemoscope.files import file_hash, fingerprint, write_atomically
 from mnemoscope.processes import settle
 
+LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "scikit-learn", "pandas", "safetensors")
+
 
 def run_study(
     config: StudyConfig,
@@ -37,7 +39,7 @@ def run_study(
     address: str | None = None,
     opened: Opened | None = None,
 ) -> Path:
-    """Run what is not yet done of a study and build its report.
+    """Run the unfinished stages of a study and build its report.
 
     Args:
         run: the run folder; made if missing. A folder of another configuration is refused.
@@ -52,8 +54,8 @@ def run_study(
 
     Raises:
         InputError: the folder belongs to another configuration, or a cell's input cannot be used.
-        StudyError: a cell cannot go on (never mixed, no pairs, a damaged artefact). The others are finished first, and
-            the report is of them and names those that failed.
+        StudyError: a cell failed (both behaviours never shown, no pairs, a damaged artefact). The other cells are
+            finished first; the report covers them and names those that failed.
     """
     from mnemoscope.report import build_report
 
@@ -62,7 +64,7 @@ def run_study(
         raise InputError("workers: a cluster takes as many cells at a time as it has processors for; leave it out")
     run = run.absolute()  # processes elsewhere have another working folder
     cells = [replace(cell, opened=opened) for cell in cells_of(config, run)]
-    if _adapts(cells):  # a missing package is reported now, not after hours of work
+    if any(cell.config.model.lora for cell in cells):  # a missing package is reported now, not after hours of work
         from mnemoscope.stages import check_peft
 
         check_peft("model.lora")
@@ -87,16 +89,12 @@ def run_study(
         return report
 
 
-def _adapts(cells: Sequence[Cell]) -> bool:
-    return any(cell.config.model.lora for cell in cells)
-
-
 def run_cell(cell: Cell, progress: Progress) -> None:
-    """Run the stages of a cell that are not yet done."""
+    """Run the unfinished stages of a cell."""
     from mnemoscope.stages import STAGES
 
     settle(cell.threads)
-    upstream = stage_hash(_brought(cell), cell, "")
+    upstream = stage_hash(inputs_hash(cell), cell, "")
     for name, stage in STAGES.items():
         if not cell.config.analysed and name not in ("train", "behaviour"):
             continue
@@ -105,7 +103,7 @@ def run_cell(cell: Cell, progress: Progress) -> None:
 
 
 def compare_cells(cells: Sequence[Cell], run: Path, progress: Progress, workers: int = 1) -> None:
-    """Compare seeds of one label and labels that share a model, unless it is done."""
+    """Run the comparison of seeds of one label and of labels that share a model, unless it is finished."""
     analysed = [cell for cell in cells if cell.config.analysed]
     markers = [marker for cell in analysed for marker in _markers(cell)]
     wanted = hashlib.sha256("".join(json.loads(m.read_text())["hash"] for m in markers).encode()).hexdigest()
@@ -115,13 +113,13 @@ def compare_cells(cells: Sequence[Cell], run: Path, progress: Progress, workers:
 
 
 def _markers(cell: Cell) -> list[Path]:
-    """Of finished stages; a hidden file is one that was being written when its process was killed."""
+    """Markers of finished stages; a hidden file is one whose writer was killed."""
     return sorted((cell.folder / "stages").glob("[!.]*.json"))
 
 
 def _compared(cells: Sequence[Cell], run: Path, workers: int, tell: Tell) -> list[Path]:
     if all(len(group) == 1 for group in (*by_label(cells), *by_model(cells))):
-        return []  # and no model library is opened to find that out
+        return []  # without importing a model library
     from mnemoscope.stages import compare_stage
 
     settle(cells[0].threads)
@@ -132,7 +130,7 @@ def _compared(cells: Sequence[Cell], run: Path, workers: int, tell: Tell) -> lis
 def _run_stage(
     owner: str, folder: Path, name: str, wanted: str, stage: Callable[[Tell], list[Path]], progress: Progress
 ) -> None:
-    """Run a stage unless it has finished with the same dependencies; its marker is written last."""
+    """Run a stage unless it has finished with the same dependencies; write its marker last."""
     if is_done(folder, name, wanted):
         progress(owner, name, 1, 1, "done before")
         return
@@ -148,13 +146,13 @@ def _run_stage(
 
 
 def stage_hash(upstream: str, cell: Cell, stage: str) -> str:
-    """Hash of all that a stage depends on: earlier stages, the cell's configuration, the version of the package."""
+    """Hash of everything a stage depends on: earlier stages, the configuration, the version of the package."""
     facts = [upstream, cell.label, cell.seed, cell.threads, cell.config.model_dump(mode="json"), stage, version()]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _brought(cell: Cell) -> str:
-    """Hash of what a cell takes from outside the run: files that its options name, and the files of its model."""
+def inputs_hash(cell: Cell) -> str:
+    """Hash of what a cell reads from outside the run: files that its options name, and the files of its model."""
     named = [Path(value) for value in cell.config.options.values() if isinstance(value, str)]
     folder = cell.config.model.folder
     if folder and Path(folder).is_dir():
@@ -167,7 +165,7 @@ def is_done(folder: Path, stage: str, wanted: str) -> bool:
     """Whether a stage has finished with the same dependencies.
 
     Raises:
-        StudyError: it has, but a file of it is gone or changed since.
+        StudyError: it has, but one of its files is missing or has changed.
     """
     path = folder / "stages" / f"{stage}.json"
     if not path.exists():
@@ -189,7 +187,7 @@ def is_done(folder: Path, stage: str, wanted: str) -> bool:
 
 @contextmanager
 def _locked(run: Path, config: StudyConfig) -> Iterator[None]:
-    """Hold the run folder for this process and this configuration."""
+    """Lock the run folder for this process and this configuration."""
     text = dump_study(config)
     if run.exists() and not run.is_dir():
         raise InputError(f"out: {run} is a file; a folder is wanted")
@@ -202,7 +200,7 @@ def _locked(run: Path, config: StudyConfig) -> Iterator[None]:
         except BlockingIOError as error:
             raise InputError(f"out: {run} is in use by another run") from error
         existing = run / "study.yaml"
-        # What came to nothing, as with a model that could not be opened, binds nobody.
+        # A run without a finished stage (a model that could not be opened) may change its configuration.
         begun = any(run.glob("cells/*/stages/*.json"))
         if begun and existing.exists() and existing.read_text() != text:
             raise InputError(
@@ -223,22 +221,10 @@ def _first_difference(old: str, new: str) -> str:
 def _write_manifest(run: Path, cells: list[Cell], started: float) -> None:
     stages = {cell.name: {path.stem: json.loads(path.read_text()) for path in _markers(cell)} for cell in cells}
     stages["study"] = {"compare": json.loads((run / "stages" / "compare.json").read_text())}
+    adapted = any(cell.config.model.lora for cell in cells)
     manifest = {
         "mnemoscope": version(),
-        "versions": {
-            name: metadata.version(name)
-            for name in (
-                "torch",
-                "transformers",
-                "tokenizers",
-                "numpy",
-                "scipy",
-                "scikit-learn",
-                "pandas",
-                "safetensors",
-                *(["peft"] if _adapts(cells) else []),
-            )
-        },
+        "versions": {name: metadata.version(name) for name in (*LIBRARIES, *(["peft"] if adapted else []))},
         "python": platform.python_version(),
         "machine": {"system": platform.system(), "architecture": platform.machine(), "processors": os.cpu_count()},
         **git_state(),

@@ -159,6 +159,9 @@ class SteeringConfig(Frozen):
         0.03, ge=0, le=1, description="settings that cost more memory and novel examples are chosen only if all do"
     )
     draws: int = Field(20, ge=1, description="draws of each control")
+    controls_of: Literal["all", "best"] = Field(
+        "all", description="methods whose controls are drawn on test pairs; best: those that are best for an aim"
+    )
     conflict_draws: int = Field(
         20, ge=1, description="draws of each control where conflicts are steered as they are drawn"
     )
@@ -195,7 +198,7 @@ class NeutralConfig(Frozen):
 
 
 class SamplesConfig(Frozen):
-    """Prompts that the report shows with what the model says, by itself and steered."""
+    """Prompts that the report shows with what the model writes, unsteered and steered."""
 
     prompts: int = Field(0, ge=0, description="test prompts in either direction, of different groups; 0: none")
     tokens: int = Field(32, ge=1, le=1024, description="that follow each prompt, at most")

@@ -1,9 +1,9 @@
 """From pairs to steering vectors: methods, controls of the same norm, and the choice of a setting."""
 
 from mnemoscope.directions.choose import Choice, Limits, TuneLists, control_means, damage, final, ranked
-from mnemoscope.directions.controls import CONTROLS, SHUFFLED, control_draws, control_exists, gaussian_like, shuffles
+from mnemoscope.directions.controls import CONTROLS, SHUFFLED, control_draws, gaussian, shuffles
 from mnemoscope.directions.learned import learned_together
-from mnemoscope.directions.methods import METHODS, Method
+from mnemoscope.directions.methods import METHODS
 from mnemoscope.directions.settings import SOURCE, TOWARD, Setting
 from mnemoscope.directions.sources import (
     ANSWERED,
@@ -30,16 +30,14 @@ __all__ = [
     "FitLists",
     "Labels",
     "Limits",
-    "Method",
     "Setting",
     "Sources",
     "TuneLists",
     "control_draws",
-    "control_exists",
     "control_means",
     "damage",
     "final",
-    "gaussian_like",
+    "gaussian",
     "in_turn",
     "learned_together",
     "margin_gradients",

@@ -19,6 +19,7 @@ from mnemoscope.behaviour import Batch
 from mnemoscope.directions.controls import CONTROLS, SHUFFLED, control_draws
 from mnemoscope.directions.settings import Setting
 from mnemoscope.directions.vectors import Directions, share_of, steered
+from mnemoscope.models import Site
 
 COST = 0.5  # points of the shift that a control costs by each point that it steers, up to its limit
 FINALISTS = 3  # settings that are rated again at most
@@ -51,6 +52,10 @@ class Limits:
     def net(self, rate: float, worst: float) -> float:
         """A shift rate less what the worst control costs."""
         return rate - COST * min(worst, self.control) - self.excess_cost * max(0.0, worst - self.control)
+
+    def choice(self, setting: Setting, rate: float, worst: float, kept: bool) -> Choice:
+        """A setting with its shift rate, its worst control's, and whether its collateral keeps the limit."""
+        return Choice(setting, rate, self.net(rate, worst), kept, kept and worst <= self.control)
 
 
 @dataclass(frozen=True)
@@ -85,11 +90,6 @@ class Choice:
     kept: bool
     within: bool
 
-    @classmethod
-    def of(cls, setting: Setting, rate: float, worst: float, kept: bool, limits: Limits) -> Choice:
-        """A setting with its shift rate, its worst control's, and whether its collateral keeps the limit."""
-        return cls(setting, rate, limits.net(rate, worst), kept, kept and worst <= limits.control)
-
     @property
     def rank(self) -> tuple[bool, float]:
         """Higher is better."""
@@ -98,15 +98,15 @@ class Choice:
 
 def ranked(
     lists: TuneLists,
-    directions: Mapping[str, Directions],
+    directions: Mapping[Site, Directions],
     rated: Sequence[tuple[Setting, float]],
     limits: Limits,
     seed: Sequence[int] = (0,),
 ) -> list[Choice]:
     """Settings by what they gain, best first, those that keep what should stay before all others.
 
-    What a control costs is measured only of settings that could still be the best without it: the first is the best of
-    all; of the others those are left out that had lost before all was known of them.
+    Controls are drawn only for settings that could still be the best without them: the first is the best of all; of the
+    others those are left out that had lost before all was known of them.
 
     Args:
         directions: by site.
@@ -132,13 +132,13 @@ def ranked(
         if known < 2:
             heapq.heappush(waiting, (kept, -limits.net(rate, worst), number, known + 1, worst))
         else:
-            found.append(Choice.of(setting, rate, worst, bool(kept), limits))
+            found.append(limits.choice(setting, rate, worst, bool(kept)))
     return sorted(found, key=lambda choice: choice.rank, reverse=True)
 
 
 def final(
     lists: TuneLists,
-    directions: Mapping[str, Directions],
+    directions: Mapping[Site, Directions],
     candidates: Iterable[Choice],
     limits: Limits,
     seed: Sequence[int] = (0,),
@@ -146,24 +146,19 @@ def final(
     """The candidate that gains most when it is rated once more, with more and other draws of every control.
 
     Of many settings the one comes first whose few draws happened to flatter it; the next one is rated again too, if it
-    seemed better than what is left of the first, and so on.
-
-    Args:
-        candidates: of one direction and any methods, as ``ranked`` gives them; at least one.
+    seemed better than what is left of the first, and so on. ``candidates`` are those of ``ranked``, at least one.
     """
     # Shuffles go by the first number of the seed, and those that ranked are to be no part of this.
     again = [seed[0] + AGAIN, *seed[1:]]
     more = replace(limits, draws=limits.again, refits=limits.again if limits.refits else 0)
-    best: Choice | None = None
+    found: list[Choice] = []
     for candidate in sorted(candidates, key=lambda choice: choice.rank, reverse=True)[:FINALISTS]:
-        if best and best.rank >= candidate.rank:
+        if found and max(choice.rank for choice in found) >= candidate.rank:
             break
         setting = candidate.setting
         worst = max(control_means(lists.targets, directions[setting.site], setting, more, again), default=0.0)
-        rerated = Choice.of(setting, candidate.rate, worst, candidate.kept, limits)
-        best = rerated if best is None or rerated.rank > best.rank else best
-    assert best is not None, "there is a candidate"
-    return best
+        found.append(more.choice(setting, candidate.rate, worst, candidate.kept))
+    return max(found, key=lambda choice: choice.rank)
 
 
 def control_means(
@@ -175,17 +170,14 @@ def control_means(
     names: Sequence[str] = CONTROLS,
 ) -> list[float]:
     """The mean shift rate of each control that exists."""
-    asking, vector = directions.sources.lists.asking, directions.vector(setting)
-    means = []
+    asking, vector, means = directions.sources.lists.asking, directions.vector(setting), []
     for name in names:
+        draws = limits.refits if name == SHUFFLED else limits.draws
         rates = [
             share_of(steered(asking, batches, vector.with_dense(shift_LD), margins=False), setting.toward)
-            for _, shift_LD in control_draws(
-                name, directions, setting, limits.refits if name == SHUFFLED else limits.draws, seed
-            )
+            for _, shift_LD in control_draws(name, directions, setting, draws, seed)
         ]
-        if rates:
-            means.append(float(np.mean(rates)))
+        means += [float(np.mean(rates))] if rates else []
     return means
 
 

@@ -14,11 +14,11 @@ from mnemoscope.directions.sources import Labels
 from mnemoscope.directions.vectors import Directions
 from mnemoscope.steering import scaled_to
 
-# (shift (L, D), correlations with the label (L, D), a generator) -> another shift of the same norm in each layer.
-Control = Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]
+# (shift (L, D), a generator, correlations with the label (L, D)) -> another shift of the same norm in each layer.
+Control = Callable[[np.ndarray, np.random.Generator, np.ndarray], np.ndarray]
 
 
-def random_neurons(shift_LD: np.ndarray, rho_LD: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def random_neurons(shift_LD: np.ndarray, rng: np.random.Generator, rho_LD: np.ndarray) -> np.ndarray:
     """As many neurons in each layer, drawn at random, with the same absolute shifts in random order and signs.
 
     Drawing within a layer keeps each layer's norm, which drawing over all layers would not.
@@ -26,24 +26,19 @@ def random_neurons(shift_LD: np.ndarray, rho_LD: np.ndarray, rng: np.random.Gene
     return _placed(shift_LD, rng, lambda layer: rng.permutation(shift_LD.shape[1]))
 
 
-def low_correlation(shift_LD: np.ndarray, rho_LD: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def low_correlation(shift_LD: np.ndarray, rng: np.random.Generator, rho_LD: np.ndarray) -> np.ndarray:
     """The neurons of each layer with the lowest |rho|, with the same absolute shifts in random order and signs."""
     rank_LD = np.nan_to_num(np.abs(rho_LD))
     return _placed(shift_LD, rng, lambda layer: np.argsort(rank_LD[layer], kind="stable"))
 
 
-def random_sign(shift_LD: np.ndarray, rho_LD: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def random_sign(shift_LD: np.ndarray, rng: np.random.Generator, rho_LD: np.ndarray) -> np.ndarray:
     """The chosen neurons with their absolute shifts and random signs."""
     return np.abs(shift_LD) * rng.choice([-1.0, 1.0], size=shift_LD.shape)
 
 
-def gaussian(shift_LD: np.ndarray, rho_LD: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def gaussian(shift_LD: np.ndarray, rng: np.random.Generator, rho_LD: np.ndarray | None = None) -> np.ndarray:
     """A direction drawn from a normal distribution over all neurons of the layers that are shifted."""
-    return gaussian_like(shift_LD, rng)
-
-
-def gaussian_like(shift_LD: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Normally distributed shifts with the norm of each layer's; needs nothing but the shift."""
     return scaled_to(rng.standard_normal(shift_LD.shape), np.linalg.norm(shift_LD, axis=1))
 
 
@@ -56,19 +51,6 @@ DRAWN: dict[str, Control] = {
 }
 CONTROLS = ("random_neurons", "low_correlation", "random_sign", SHUFFLED, "gaussian")
 TOGETHER = 4  # shuffles that are fitted in one go
-
-
-def control_exists(name: str, shift_LD: np.ndarray) -> bool:
-    """Whether the control differs from what it controls.
-
-    Where more than half of the neurons of its layers are chosen, or all of one layer, there are not as many others, and
-    those with the lowest |rho| are mostly the same ones with other signs.
-    """
-    if name not in ("random_neurons", "low_correlation"):
-        return True
-    chosen_L = (shift_LD != 0).sum(axis=1)
-    available = int((chosen_L > 0).sum()) * shift_LD.shape[1]
-    return 2 * int(chosen_L.sum()) <= available + 1 and not (chosen_L == shift_LD.shape[1]).any()
 
 
 def control_draws(
@@ -86,9 +68,9 @@ def control_draws(
             vectors = directions.vectors(setting, four)
             for number, vector in enumerate(vectors[: draws - first * TOGETHER], first * TOGETHER):
                 yield number, scaled_to(vector.dense(*shift_LD.shape), norm_L)
-    elif control_exists(name, shift_LD):
+    elif _exists(name, shift_LD):
         for number in range(draws):
-            yield number, DRAWN[name](shift_LD, directions.rho(), np.random.default_rng([*seed, number]))
+            yield number, DRAWN[name](shift_LD, np.random.default_rng([*seed, number]), directions.rho())
 
 
 def shuffles(draws: int, seed: int) -> list[tuple[Labels, ...]]:
@@ -99,6 +81,19 @@ def shuffles(draws: int, seed: int) -> list[tuple[Labels, ...]]:
     return [
         tuple(Labels.drawn([seed, first + more]) for more in range(TOGETHER)) for first in range(0, draws, TOGETHER)
     ]
+
+
+def _exists(name: str, shift_LD: np.ndarray) -> bool:
+    """Whether the control differs from what it controls.
+
+    Where more than half of the neurons of its layers are chosen, or all of one layer, there are not as many others, and
+    those with the lowest |rho| are mostly the same ones with other signs.
+    """
+    if name not in ("random_neurons", "low_correlation"):
+        return True
+    chosen_L = (shift_LD != 0).sum(axis=1)
+    available = int((chosen_L > 0).sum()) * shift_LD.shape[1]
+    return 2 * int(chosen_L.sum()) <= available + 1 and not (chosen_L == shift_LD.shape[1]).any()
 
 
 def _placed(shift_LD: np.ndarray, rng: np.random.Generator, neurons_of: Callable[[int], np.ndarray]) -> np.ndarray:

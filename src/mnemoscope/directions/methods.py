@@ -17,6 +17,7 @@ from mnemoscope.directions.learned import learned
 from mnemoscope.directions.settings import Setting
 from mnemoscope.directions.sources import Labels, Sources
 from mnemoscope.probes import LayerProbe
+from mnemoscope.steering import scaled_to
 
 Method = Callable[[Sources, Setting, Labels], np.ndarray]
 
@@ -55,7 +56,7 @@ def logistic(sources: Sources, labels: Labels) -> np.ndarray:
     labels_N = (np.stack([signs_P, -signs_P], axis=1).ravel() > 0).astype(np.int64)
     states_NLD = states_P2LD.reshape(-1, *sources.shape_LD)
     probes = [LayerProbe(0.01).fit(states_NLD[:, layer], labels_N) for layer in range(sources.shape_LD[0])]
-    return _equal_layers(np.stack([probe.weights_D_ for probe in probes]), sources)
+    return scaled_to(np.stack([probe.weights_D_ for probe in probes]), sources.norm_L)
 
 
 def whitened(sources: Sources, labels: Labels) -> np.ndarray:
@@ -68,7 +69,7 @@ def whitened(sources: Sources, labels: Labels) -> np.ndarray:
     for layer, nmd_D in enumerate(nmd(sources, labels)):
         covariance_DD, _ = ledoit_wolf(differences_PLD[:, layer])
         rows.append(np.linalg.lstsq(covariance_DD, nmd_D, rcond=1e-10)[0])
-    return _equal_layers(np.stack(rows), sources)
+    return scaled_to(np.stack(rows), sources.norm_L)
 
 
 def principal_component(sources: Sources, labels: Labels) -> np.ndarray:
@@ -82,7 +83,7 @@ def principal_component(sources: Sources, labels: Labels) -> np.ndarray:
         component_D = np.linalg.svd(differences_PD, full_matrices=False)[2][0]
         along = (differences_PD @ component_D > 0).mean() - 0.5
         rows.append(component_D if along >= 0 else -component_D)
-    return _equal_layers(np.stack(rows), sources)
+    return scaled_to(np.stack(rows), sources.norm_L)
 
 
 def two_way(direction: Callable[[Sources, Labels], np.ndarray]) -> Method:
@@ -93,13 +94,6 @@ def two_way(direction: Callable[[Sources, Labels], np.ndarray]) -> Method:
         return found_LD if setting.toward == "generalized" else -found_LD
 
     return method
-
-
-def _equal_layers(direction_LD: np.ndarray, sources: Sources) -> np.ndarray:
-    """Each layer's direction with the norm of its states, so that all have the same relative norm."""
-    found_L1 = np.linalg.norm(direction_LD, axis=1, keepdims=True)
-    unit_LD = np.divide(direction_LD, found_L1, out=np.zeros_like(direction_LD), where=found_L1 > 0)
-    return unit_LD * sources.norm_L[:, None]
 
 
 METHODS: dict[str, Method] = {

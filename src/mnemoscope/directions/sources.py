@@ -5,7 +5,7 @@ Shapes: P pairs, N examples, L layers, D neurons. Side 0 of a pair answered gene
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
@@ -78,12 +78,17 @@ class Sources:
     Attributes:
         site: where in a layer.
         states_P2LD: float32, states of the pairs at the decision position.
-        lists: what gradients are taken over, and what learned vectors are fitted on.
+        find_lists: reads what gradients are taken over, and what learned vectors are fitted on, when that is needed.
     """
 
     site: Site
     states_P2LD: np.ndarray
-    lists: FitLists
+    find_lists: Callable[[], FitLists]
+
+    @cached_property
+    def lists(self) -> FitLists:
+        """What gradients are taken over, and what learned vectors are fitted on."""
+        return self.find_lists()
 
     @property
     def shape_LD(self) -> tuple[int, int]:
@@ -112,13 +117,16 @@ class Sources:
 
 
 def read_sources(
-    site: Site, pairs: Sequence[tuple[Example, Example]], lists: FitLists, kept: KeptStates | None = None
+    site: Site,
+    pairs: Sequence[tuple[Example, Example]],
+    asking: Asking,
+    find_lists: Callable[[], FitLists],
+    kept: KeptStates | None = None,
 ) -> Sources:
-    """Sources of fit pairs, (answered generalized, answered memorized) each, at a site; states that are ``kept`` are
-    not read again."""
+    """Sources of fit pairs, (answered generalized, answered memorized) each; ``kept`` states are not read again."""
     examples = [example for pair in pairs for example in pair]
-    states_NLD = read_states(lists.asking, examples, site, kept=kept).at_decision_NLD
-    return Sources(site, states_NLD.reshape(len(pairs), 2, *states_NLD.shape[1:]), lists)
+    states_NLD = read_states(asking, examples, site, kept=kept).at_decision_NLD
+    return Sources(site, states_NLD.reshape(len(pairs), 2, *states_NLD.shape[1:]), find_lists)
 
 
 def margin_gradients(asking: Asking, batch: Batch, site: Site, shape_LD: tuple[int, int]) -> np.ndarray:

@@ -6,7 +6,7 @@ Shapes: N examples, L layers, D neurons.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -19,7 +19,7 @@ from mnemoscope.directions.sources import ANSWERED, Labels, Sources
 from mnemoscope.statistics import top_by_magnitude
 from mnemoscope.steering import SteeringVector
 
-# What a learned shift is fitted to: a setting as ``Setting.same_direction`` gives it, and the labels.
+# What a shift depends on: a setting as ``Setting.same_direction`` gives it, and the labels.
 Fit = tuple[Setting, Labels]
 
 
@@ -28,12 +28,12 @@ class Directions:
 
     Args:
         sources: what they are computed from.
-        fitted: learned shifts of this or other sites that were fitted before, float64 (L, D).
+        shifts: the memory of what was computed, float64 (L, D) each; several sites may share one. It grows.
     """
 
-    def __init__(self, sources: Sources, fitted: Mapping[Fit, np.ndarray] | None = None) -> None:
+    def __init__(self, sources: Sources, shifts: dict[Fit, np.ndarray] | None = None) -> None:
         self.sources = sources
-        self._shifts: dict[Fit, np.ndarray] = dict(fitted or {})
+        self._shifts: dict[Fit, np.ndarray] = {} if shifts is None else shifts
         self._rho: dict[Labels, np.ndarray] = {}
 
     def rho(self, labels: Labels = ANSWERED) -> np.ndarray:
@@ -42,7 +42,7 @@ class Directions:
             self._rho[labels] = self.sources.moments(labels).rho_LD
         return self._rho[labels]
 
-    def shifts(self, setting: Setting, several: Sequence[Labels]) -> list[np.ndarray]:
+    def shifts(self, setting: Setting, several: Sequence[Labels] = (ANSWERED,)) -> list[np.ndarray]:
         """What the setting's method gives under each labels, float64 (L, D); learned shifts are fitted together."""
         fixed, sign = setting.same_direction()
         if not all((fixed, labels) in self._shifts for labels in several):
@@ -50,7 +50,7 @@ class Directions:
                 found = learned_together(self.sources, fixed, several)
             else:
                 found = [METHODS[fixed.method](self.sources, fixed, labels) for labels in several]
-            self._shifts.update({(fixed, labels): shift for labels, shift in zip(several, found, strict=True)})
+            self._shifts.update({(fixed, labels): shift_LD for labels, shift_LD in zip(several, found, strict=True)})
         return [sign * self._shifts[fixed, labels] for labels in several]
 
     def vectors(self, setting: Setting, several: Sequence[Labels]) -> list[SteeringVector]:
@@ -59,10 +59,14 @@ class Directions:
         Neurons are chosen over all of the setting's layers at once: by |rho| for NMD, as in the paper, by the size of
         their shift in units of their layer's norm for the other methods. What is left is scaled to the strength.
         """
-        return [
-            self._scaled(setting, labels, shift_LD)
-            for labels, shift_LD in zip(several, self.shifts(setting, several), strict=True)
-        ]
+        facts = {name: getattr(setting, name) for name in ("site", "positions", "method", "top", "strength")}
+        blank, found = SteeringVector(setting.toward, {}, **facts), []
+        for labels, shift_LD in zip(several, self.shifts(setting, several), strict=True):
+            kept_LD = self._top(setting, setting.top, labels, shift_LD)
+            norm = np.linalg.norm(self._relative(shift_LD)[kept_LD])
+            scale = setting.strength / norm if norm > 0 else 0.0
+            found.append(blank.with_dense(np.where(kept_LD, shift_LD, 0.0) * scale))
+        return found
 
     def vector(self, setting: Setting, labels: Labels = ANSWERED) -> SteeringVector:
         """A setting's steering vector."""
@@ -74,21 +78,14 @@ class Directions:
 
     def top_neurons(self, setting: Setting, top: float) -> np.ndarray:
         """The share ``top`` of the neurons in a setting's layers that its method ranks highest; bool (L, D)."""
-        return self._top(setting, top, ANSWERED, self.shifts(setting, [ANSWERED])[0])
+        return self._top(setting, top, ANSWERED, self.shifts(setting)[0])
 
     def alpha(self, setting: Setting) -> float:
         """The paper's alpha: how many times NMD a vector of method ``nmd`` is; NaN for the other methods."""
         if setting.method != "nmd":
             return math.nan
-        shift_LD, (nmd_LD,) = self.dense(setting), self.shifts(setting, [ANSWERED])
+        shift_LD, (nmd_LD,) = self.dense(setting), self.shifts(setting)
         return float(np.linalg.norm(shift_LD) / np.linalg.norm(nmd_LD[shift_LD != 0]))
-
-    def _scaled(self, setting: Setting, labels: Labels, shift_LD: np.ndarray) -> SteeringVector:
-        kept_LD = self._top(setting, setting.top, labels, shift_LD)
-        norm = np.linalg.norm(self._relative(shift_LD)[kept_LD])
-        scale = setting.strength / norm if norm > 0 else 0.0
-        facts = {name: getattr(setting, name) for name in ("site", "positions", "method", "top", "strength")}
-        return SteeringVector(setting.toward, {}, **facts).with_dense(np.where(kept_LD, shift_LD, 0.0) * scale)
 
     def _top(self, setting: Setting, top: float, labels: Labels, shift_LD: np.ndarray) -> np.ndarray:
         rank_LD = self.rho(labels) if setting.method in RANKED_BY_RHO else self._relative(shift_LD)

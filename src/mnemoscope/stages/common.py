@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors.numpy import load_file, save
 
 from mnemoscope.behaviour import PLAIN, Asking, KeptStates, Prompting
 from mnemoscope.cells import STATES, Cell, Tell
-from mnemoscope.directions import Setting
+from mnemoscope.directions import ANSWERED, Labels, Setting
 from mnemoscope.errors import InputError
 from mnemoscope.files import replacing, write_atomically
 from mnemoscope.models import Layout, load_model
@@ -83,6 +85,20 @@ def kept_states(cell: Cell, anew: bool = False) -> KeptStates:
     if anew:
         shutil.rmtree(folder, ignore_errors=True)
     return KeptStates(folder)
+
+
+def keep_shifts(cell: Cell, shifts: Mapping[Setting, np.ndarray]) -> None:
+    """Keep directions, float64 (L, D), for later stages, by the setting that each depends on."""
+    tensors = {json.dumps(asdict(setting)): shift_LD for setting, shift_LD in shifts.items()}
+    write_atomically(cell.folder / STATES / "shifts" / "kept.safetensors", save(tensors))
+
+
+def kept_shifts(cell: Cell) -> dict[tuple[Setting, Labels], np.ndarray]:
+    """The memory of ``Directions`` that ``keep_shifts`` left; {} where there is none."""
+    path = cell.folder / STATES / "shifts" / "kept.safetensors"
+    stored = load_file(path) if path.is_file() else {}
+    facts = ((json.loads(name), shift_LD) for name, shift_LD in stored.items())
+    return {(Setting(**one | {"layers": tuple(one["layers"])}), ANSWERED): shift_LD for one, shift_LD in facts}
 
 
 def read_binding(cell: Cell) -> Binding:

@@ -18,7 +18,7 @@ from scipy.linalg import orthogonal_procrustes
 from mnemoscope.behaviour import Asking, Scores, read_states
 from mnemoscope.cells import Cell, by_label, by_model
 from mnemoscope.contrast import Contrast
-from mnemoscope.directions import SOURCE, gaussian_like, steered, with_prefixes
+from mnemoscope.directions import SOURCE, gaussian, steered, with_prefixes
 from mnemoscope.processes import Map
 from mnemoscope.stages.common import Tell, cell_model, kept_states, write_table
 from mnemoscope.stages.lists import Records
@@ -162,7 +162,7 @@ def _vectors(source: Cell, direction: str, asking: Asking) -> Iterator[tuple[str
         shift_LD = vector.dense(max(vector.layers) + 1, width)
         for draw in range(GAUSSIAN_DRAWS):
             rng = np.random.default_rng([source.seed, draw])
-            yield name, "gaussian", draw, vector.with_dense(gaussian_like(shift_LD, rng))
+            yield name, "gaussian", draw, vector.with_dense(gaussian(shift_LD, rng))
 
 
 def _after(facts: dict[str, Any], examples: Sequence[Example], scores: Scores) -> pd.DataFrame:

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from mnemoscope.behaviour import Asking, Batch, Scores, score, score_contrasted
+from mnemoscope.behaviour import Asking, Batch, Scores, read_states, score, score_contrasted
 from mnemoscope.cells import Cell
 from mnemoscope.directions import (
     SOURCE,
@@ -30,7 +30,7 @@ from mnemoscope.directions import (
 )
 from mnemoscope.errors import InputError
 from mnemoscope.models import SITES, Site, blocks_of
-from mnemoscope.stages.common import Tell, cell_model, read_chosen, write_table
+from mnemoscope.stages.common import Tell, cell_model, kept_shifts, kept_states, read_chosen, write_table
 from mnemoscope.stages.lists import Records, sources_of
 from mnemoscope.steering import ablated, patched
 from mnemoscope.tasks import Example
@@ -45,14 +45,15 @@ def effects_stage(cell: Cell, tell: Tell) -> list[Path]:
     sides = _Sides.of(cell, asking, records)
     settings = list(read_chosen(cell, "pairs").values())
     sources = sources_of(cell, asking, records, (setting.site for setting in settings))
-    directions = {site: Directions(found) for site, found in sources.items()}
+    shifts = kept_shifts(cell)
+    directions = {site: Directions(found, shifts) for site, found in sources.items()}
     rows: list[pd.DataFrame] = []
     for done, (name, part) in enumerate({"doses": _doses, "ablations": _ablations}.items()):
         tell(done, 4, name)
         for setting in settings:
             rows += part(cell, sides, directions[setting.site], setting)
     tell(2, 4, "patches")
-    rows += _patches(sides)
+    rows += _patches(cell, sides)
     tell(3, 4, "prompts")
     rows += _prompts(asking, records, sides)
     rows += _contrasts(asking, records, sides)
@@ -83,6 +84,14 @@ class _Sides:
         reachable_N = np.array([records.task.keeps_key(example) for example in examples["generalized"]], bool)
         unsteered = {side: score(asking, found) for side, found in batches.items()}
         return cls(asking, examples, batches, unsteered, reachable_N)
+
+    def states(self, cell: Cell, side: str, site: Site) -> np.ndarray:
+        """States of one side, float32 (N, L, D): those that mining kept, else read behind the cached prefixes."""
+        if site == cell.config.pairs.site:
+            return read_states(self.asking, self.examples[side], site, kept=kept_states(cell)).at_decision_NLD
+        found_NLD = score(self.asking, self.batches[side], margins=False, capture=site).states_NLD
+        assert found_NLD is not None
+        return found_NLD
 
     def table(self, side: str, scores: Scores, **facts: Any) -> pd.DataFrame:
         """One row per pair: what became of one side of it; steered to memory only what leaves the key where it was."""
@@ -134,17 +143,13 @@ def _ablating(asking: Asking, mean_LD: np.ndarray, chosen_LD: np.ndarray, site: 
     return partial(ablated, asking.model, means, {i: torch.from_numpy(chosen_LD[i]) for i in layers}, site)
 
 
-def _patches(sides: _Sides) -> Iterator[pd.DataFrame]:
+def _patches(cell: Cell, sides: _Sides) -> Iterator[pd.DataFrame]:
     """Each layer's state at the decision position, put from one side of a pair into the other."""
     model = sides.asking.model
     for site in SITES:
-        states = {
-            side: score(sides.asking, batches, margins=False, capture=site).states_NLD
-            for side, batches in sides.batches.items()
-        }
+        states = {side: sides.states(cell, side, site) for side in sides.batches}
         for direction, toward in TOWARD.items():
             side, donor_NLD = SOURCE[direction], states[toward]
-            assert donor_NLD is not None
             for layer in range(len(blocks_of(model))):
                 # Batches are read in their order, each once.
                 donors = iter([torch.from_numpy(donor_NLD[b.examples_N, layer]) for b in sides.batches[side]])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -77,16 +79,19 @@ class Records:
 
 def sources_of(cell: Cell, asking: Asking, records: Records, sites: Iterable[Site]) -> dict[Site, Sources]:
     """What directions are computed from, by site."""
-    lists, pairs = _fit_lists(cell, asking, records), records.both_sides("fit", cell.config.steering.fit_pairs)
-    return {site: read_sources(site, pairs, lists, kept_states(cell)) for site in dict.fromkeys(sites)}
+    pairs, kept = records.both_sides("fit", cell.config.steering.fit_pairs), kept_states(cell)
+    find_lists = cache(lambda: _fit_lists(cell, asking, records))  # one for all sites
+    return {site: read_sources(site, pairs, asking, find_lists, kept) for site in dict.fromkeys(sites)}
 
 
 def _fit_lists(cell: Cell, asking: Asking, records: Records) -> FitLists:
     """What directions are fitted on, prepared with prefixes."""
-    # Small batches: a learned vector takes one of them a step.
     config = cell.config.steering
-    asking = replace(asking, batch_size=config.fit_batch)
-    right = _answered_right(cell, asking, records, "fit", config.fit_others)
+    asking = replace(asking, batch_size=config.fit_batch)  # a learned vector takes one batch a step
+    # Memory examples that are conflicts give away the memorized answer, which shuffled labels must not know.
+    known = () if records.memory_is_conflict else ("memory",)
+    kinds = [kind for kind in (*known, "novel") if kind in config.kept_kinds]
+    right = _answered_right(cell, asking, records, "fit", config.fit_others, kinds)
     ready = {kind: with_prefixes(asking, examples) for kind, examples in right.items()}
     pairs, conflicts, kept = {}, {}, {}
     for direction, toward in TOWARD.items():
@@ -94,25 +99,21 @@ def _fit_lists(cell: Cell, asking: Asking, records: Records) -> FitLists:
         reachable = direction == "to_memorized"
         others = records.conflicts("fit", SOURCE[direction], config.fit_others, reachable)
         conflicts[toward] = with_prefixes(asking, others)
-        # Memory examples that are conflicts give away the memorized answer, which shuffled labels must not know.
-        known = () if records.memory_is_conflict else ("memory",)
-        kinds = [k for k in _kept(records, toward) if k in ("novel", *known) and k in config.kept_kinds]
-        kept[toward] = in_turn(ready[kind] for kind in kinds)
+        kept[toward] = in_turn(ready[kind] for kind in _kept(records, toward) if kind in ready)
     return FitLists(asking, pairs, conflicts, kept, config.kept_weight, config.learned_steps)
 
 
 def tune_lists(cell: Cell, asking: Asking, records: Records) -> dict[str, dict[str, TuneLists]]:
     """What settings are tried on, by aim (``pairs``, ``conflict``) and direction, prepared with prefixes."""
     config = cell.config.steering
-    right = _answered_right(cell, asking, records, "tune", config.tune_others)
+    right = _answered_right(cell, asking, records, "tune", config.tune_others, ("memory", "novel"))
     ready = {kind: (with_prefixes(asking, examples), "correct") for kind, examples in right.items()}
     # A fact that is asked for without context and one that the prompt repeats are lost in different ways.
-    families = sorted({example.family for example in right["memory"]})
-    recalled = {name: [e for e in right["memory"] if e.family == name] for name in families if len(families) > 1}
+    families = Counter(example.family for example in right["memory"])
     recall = {
-        name: (with_prefixes(asking, examples), "correct")
-        for name, examples in recalled.items()
-        if len(examples) >= LEAST_OF_A_FAMILY
+        name: (with_prefixes(asking, [e for e in right["memory"] if e.family == name]), "correct")
+        for name, count in sorted(families.items())
+        if len(families) > 1 and count >= LEAST_OF_A_FAMILY
     }
     lists: dict[str, dict[str, TuneLists]] = {"pairs": {}, "conflict": {}}
     for direction, toward in TOWARD.items():
@@ -171,13 +172,16 @@ def _kept(records: Records, toward: Toward) -> list[str]:
     return [*memory, "novel"] if toward == "generalized" else memory
 
 
-def _answered_right(cell: Cell, asking: Asking, records: Records, split: Split, limit: int) -> dict[str, list[Example]]:
-    """Memory and novel examples of a split that the model answers right."""
+def _answered_right(
+    cell: Cell, asking: Asking, records: Records, split: Split, limit: int, kinds: Sequence[str]
+) -> dict[str, list[Example]]:
+    """Memory and novel examples of a split that the model answers right, of the kinds that are needed."""
     rng, found = rng_of(cell, f"steering/{split}"), {}
     for kind in ("memory", "novel"):
-        examples = draw(records.task, rng, limit, kind, split)
-        labels = score(asking, prepare(asking, examples), margins=False).behaviour_N
-        found[kind] = [e for e, label in zip(examples, labels, strict=True) if label == "correct"]
+        examples = draw(records.task, rng, limit, kind, split)  # of all kinds: no list depends on which are needed
+        if kind in kinds:
+            labels = score(asking, prepare(asking, examples), margins=False).behaviour_N
+            found[kind] = [e for e, label in zip(examples, labels, strict=True) if label == "correct"]
     return found
 
 

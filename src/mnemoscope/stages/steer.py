@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain, product
@@ -27,7 +27,6 @@ from mnemoscope.directions import (
     Labels,
     Limits,
     Setting,
-    Sources,
     TuneLists,
     control_draws,
     final,
@@ -38,8 +37,8 @@ from mnemoscope.directions import (
     steered,
     with_prefixes,
 )
-from mnemoscope.models import blocks_of
-from mnemoscope.stages.common import Tell, cell_model, read_binding, write_json, write_table
+from mnemoscope.models import Site, blocks_of
+from mnemoscope.stages.common import Tell, cell_model, keep_shifts, read_binding, write_json, write_table
 from mnemoscope.stages.lists import JudgedList, Records, judged_lists, sources_of, tune_lists
 
 AIMS = {"pairs": "pairs", "conflict": "conflicts as drawn"}  # what a setting is chosen for: the list of that name
@@ -49,7 +48,6 @@ MAPPED = ("nmd",)  # methods whose whole sweep is measured on what should stay a
 CONFLICT_CONTROL, CONFLICT_COLLATERAL = 0.3, 0.1  # limits for conflicts as drawn: steering them takes larger norms
 
 Row = dict[str, Any]
-Tops = Mapping[tuple[str, str], float]  # by direction and method, the share of neurons where no other is to be tried
 
 
 @dataclass(frozen=True)
@@ -64,52 +62,60 @@ class _Chosen:
     def setting(self) -> Setting:
         return self.choice.setting
 
-    def draws(self, config: SteeringConfig, chosen: Sequence[_Chosen]) -> int:
-        """Of each control on test; of conflicts only under the methods that are best for them or for pairs."""
-        if self.aim == "pairs":
-            return config.draws
-        best = {(one.setting.direction, one.setting.method) for one in chosen if one.best}
-        return config.conflict_draws if (self.setting.direction, self.setting.method) in best else 0
+    @property
+    def key(self) -> tuple[str, str]:
+        """Direction and method."""
+        return self.setting.direction, self.setting.method
 
 
 def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
     """Choose settings on the tune split, for pairs and for conflicts as drawn; judge them on the test split."""
-    opened, config = _Opened(cell, {}), cell.config.steering
-    asked = list(product(TOWARD, config.sweeps))
-    opened.fitted |= _fitted(opened, ((s, (ANSWERED,)) for key in asked for s in opened.settings(*key)))
-    for_pairs, rows = _choose(opened, "pairs", {}, tell)
-    # How many neurons a method takes is chosen once.
-    tops = {(one.setting.direction, one.setting.method): one.setting.top for one in for_pairs}
-    for_conflicts, more = _choose(opened, "conflict", tops, tell)
-    opened.forget_tune()  # the tune lists and their caches are gone before the test lists come
+    opened, config = _Opened(cell), cell.config.steering
+    count = len(blocks_of(opened.asking.model))
+    tried: dict[tuple[str, str], list[Setting]] = {
+        key: settings_of(config, *key, count) for key in product(TOWARD, config.sweeps)
+    }
+    for_pairs, rows = _choose(opened, "pairs", tried, tell)
+    # What share of the neurons a method takes is chosen once.
+    tops = {one.key: one.setting.top for one in for_pairs}
+    again = {key: [setting for setting in some if setting.top == tops[key]] for key, some in tried.items()}
+    for_conflicts, more = _choose(opened, "conflict", again, tell)
     chosen = [*for_pairs, *for_conflicts]
-    drawn = ((one, four) for one in chosen for four in shuffles(one.draws(config, chosen), cell.seed + JUDGED))
-    opened.fitted |= _fitted(opened, ((one.setting, four) for one, four in drawn))
-    lists, tables = [(d, name) for d in TOWARD for name in opened.judged(d)], list[pd.DataFrame]()
-    for done, judged in enumerate(cell.map(partial(_judge_list, opened, chosen), lists)):
-        tell(len(AIMS) + (done + 1) / len(lists), PARTS, "vectors and controls on test")
-        tables += judged
+    tables = _judge_all(opened, chosen, tell)
     rows = sorted(rows + more, key=lambda row: list(TOWARD).index(row["direction"]))
     return [
-        *_save(opened, chosen),
         write_table(cell.records / "steering.parquet", pd.concat(tables, ignore_index=True)),
         write_table(cell.records / "sweep.parquet", pd.DataFrame(rows)),
-        write_json(cell.records / "chosen.json", _facts_chosen(opened, chosen)),
+        *_write_chosen(opened, chosen),
     ]
 
 
 class _Opened:
-    """What the parts of the stage work with, opened when it is first needed, and anew in another process.
+    """What the parts of the stage work with, opened when it is first needed, in each process once.
 
     Attributes:
-        fitted: the learned shifts so far.
+        shifts: the memory of all directions. The main process sends what was learned to the parts that need it.
     """
 
-    def __init__(self, cell: Cell, fitted: dict[Fit, np.ndarray]) -> None:
-        self.cell, self.fitted = cell, fitted
+    def __init__(self, cell: Cell) -> None:
+        self.cell, self.shifts = cell, dict[Fit, np.ndarray]()
+        self._batches: tuple[tuple[str, str], list[Batch]] | None = None
 
-    def __reduce__(self) -> tuple[type[_Opened], tuple[Cell, dict[Fit, np.ndarray]]]:
-        return _Opened, (self.cell, self.fitted)
+    def __reduce__(self) -> tuple[type[_Opened], tuple[Cell]]:
+        return _Opened, (self.cell,)
+
+    def map(
+        self, function: Callable[..., Any], items: Sequence[tuple[Any, ...]], settings: Iterable[Sequence[Setting]]
+    ) -> Iterable[Any]:
+        """``function(opened, *item)`` of each item, in parallel, with the learned shifts of its settings."""
+        keys = [{setting.same_direction()[0] for setting in some if setting.method == "learned"} for some in settings]
+        known = ({fit: shift_LD for fit, shift_LD in self.shifts.items() if fit[0] in some} for some in keys)
+        return self.cell.map(self, [(function, some, item) for some, item in zip(known, items, strict=True)])
+
+    def __call__(self, part: tuple[Callable[..., Any], dict[Fit, np.ndarray], tuple[Any, ...]]) -> Any:
+        function, shifts, item = part
+        self.shifts.update(shifts)
+        return function(self, *item)
 
     @cached_property
     def asking(self) -> Asking:
@@ -120,89 +126,81 @@ class _Opened:
         return Records.of(self.cell)
 
     @cached_property
-    def sources(self) -> dict[str, Sources]:
+    def directions(self) -> dict[Site, Directions]:
         """By site."""
         sites = (s for grids in self.cell.config.steering.sweeps.values() for grid in grids for s in grid.sites)
-        return sources_of(self.cell, self.asking, self.records, sites)
+        sources = sources_of(self.cell, self.asking, self.records, sites)
+        return {site: Directions(found, self.shifts) for site, found in sources.items()}
 
     @cached_property
     def tune(self) -> dict[str, dict[str, TuneLists]]:
         """By aim and direction."""
         return tune_lists(self.cell, self.asking, self.records)
 
+    @cached_property
+    def judged(self) -> dict[str, dict[str, JudgedList]]:
+        """By direction and name."""
+        limit = self.cell.config.steering.judged_examples
+        return {direction: judged_lists(self.records, direction, limit) for direction in TOWARD}
+
+    def batches(self, direction: str, name: str) -> list[Batch]:
+        """A list that vectors are judged on, prepared with prefixes.
+
+        One list at a time, and no tune lists beside it: the caches of prompts are most of the memory that steering
+        takes.
+        """
+        self.forget_tune()
+        if self._batches is None or self._batches[0] != (direction, name):
+            self._batches = None
+            self._batches = (direction, name), with_prefixes(self.asking, self.judged[direction][name].examples)
+        return self._batches[1]
+
     def forget_tune(self) -> None:
         self.__dict__.pop("tune", None)
 
-    def judged(self, direction: str) -> dict[str, JudgedList]:
-        """The test lists of a direction, by name."""
-        return judged_lists(self.records, direction, self.cell.config.steering.judged_examples)
 
-    @cached_property
-    def begin_alike(self) -> float:
-        """Share of the phrasings of fit pairs whose two answers begin with the same tokens."""
-        pairs = self.records.both_sides("fit", self.cell.config.steering.fit_pairs)
-        encoded = encode(self.asking, [example for pair in pairs for example in pair])
-        return float(np.mean([one.shared > 0 for one in encoded]))
-
-    def directions(self) -> dict[str, Directions]:
-        """By site; what is computed anew is forgotten with them."""
-        return {site: Directions(sources, self.fitted) for site, sources in self.sources.items()}
-
-    def settings(self, direction: str, method: MethodName) -> list[Setting]:
-        """What is tried of a method."""
-        return settings_of(self.cell.config.steering, direction, method, len(blocks_of(self.asking.model)))
-
-
-def _fitted(opened: _Opened, wanted: Iterable[tuple[Setting, tuple[Labels, ...]]]) -> dict[Fit, np.ndarray]:
-    """The learned shifts among those that are wanted, fitted in parallel."""
-    fits = list(dict.fromkeys((s.same_direction()[0], several) for s, several in wanted if s.method == "learned"))
-    found = opened.cell.map(partial(_fit, opened), fits)
-    return {
-        (setting, labels): shift_LD
-        for (setting, several), shifts in zip(fits, found, strict=True)
-        for labels, shift_LD in zip(several, shifts, strict=True)
-    }
+def _choose(
+    opened: _Opened, aim: str, tried: Mapping[tuple[str, str], Sequence[Setting]], tell: Tell
+) -> tuple[list[_Chosen], list[Row]]:
+    """Choose among the settings of each direction and method; the choices, and the rows of the sweep."""
+    settings, rows, rates = list(chain.from_iterable(tried.values())), list[Row](), dict[Setting, float]()
+    swept = opened.map(_sweep, [(aim, setting) for setting in settings], [[setting] for setting in settings])
+    for setting, (rates[setting], found, learned) in zip(settings, swept, strict=True):
+        rows += found
+        opened.shifts.update(learned)
+        note = f"{setting.direction}: trying {setting.method} for {AIMS[aim]} on tune"
+        tell(list(AIMS).index(aim) + len(rates) / (2 * len(settings)), PARTS, note)
+    tell(list(AIMS).index(aim) + 0.5, PARTS, f"choosing for {AIMS[aim]} on tune")
+    ordered = opened.map(_rank, [(aim, [(s, rates[s]) for s in some]) for some in tried.values()], tried.values())
+    ranks = dict(zip(tried, ordered, strict=True))
+    mine = [[choice for (d, _), found in ranks.items() if d == direction for choice in found] for direction in TOWARD]
+    finals = opened.map(_final, [(aim, found) for found in mine], [[choice.setting for choice in f] for f in mine])
+    best = {(choice.setting.direction, choice.setting.method): choice for choice in finals}
+    return [_Chosen(aim, best.get(key, found[0]), key in best) for key, found in ranks.items()], rows
 
 
-def _fit(opened: _Opened, fit: tuple[Setting, tuple[Labels, ...]]) -> list[np.ndarray]:
-    setting, several = fit
-    return learned_together(opened.sources[setting.site], setting, several)
+def _sweep(opened: _Opened, aim: str, setting: Setting) -> tuple[float, list[Row], dict[Fit, np.ndarray]]:
+    """Try a setting on tune: the shift rate, rows of the sweep, and what was learned."""
+    lists, of_pairs = (opened.tune[name][setting.direction] for name in (aim, "pairs"))
+    vector = opened.directions[setting.site].vector(setting)
+    scores = steered(opened.asking, lists.targets, vector)
+    rows = [_row(aim, setting, scores)]
+    for name, (batches, label) in lists.kept.items() if setting.method in MAPPED else ():
+        if aim == "pairs" or name not in of_pairs.kept:
+            rows.append(_row(name, setting, steered(opened.asking, batches, vector, margins=False), label))
+    fit = setting.same_direction()[0], ANSWERED
+    learned = {fit: opened.shifts[fit]} if setting.method == "learned" else {}
+    return share_of(scores, setting.toward), rows, learned
 
 
-def _choose(opened: _Opened, aim: str, tops: Tops, tell: Tell) -> tuple[list[_Chosen], list[Row]]:
-    """A setting for each direction and method, and the rows of the sweep."""
-    cell, directions, chosen = opened.cell, opened.directions(), list[_Chosen]()
-    asked = list(product(TOWARD, cell.config.steering.sweeps))
-    found: dict[tuple[str, MethodName], tuple[list[Choice], list[Row]]] = {}
-    for key, ranking in zip(asked, cell.map(partial(_rank, opened, aim, tops), asked), strict=True):
-        found[key] = ranking
-        tell(list(AIMS).index(aim) + len(found) / len(asked), PARTS, f"choosing for {AIMS[aim]} on tune")
-    for direction in TOWARD:
-        mine = [choices for (d, _), (choices, _) in found.items() if d == direction]
-        candidates, lists = chain.from_iterable(mine), opened.tune[aim][direction]
-        best = final(lists, directions, candidates, _limits(cell, aim), [cell.seed, 1])
-        for choices in mine:
-            is_best = choices[0].setting.method == best.setting.method
-            chosen.append(_Chosen(aim, best if is_best else choices[0], is_best))
-    return chosen, [row for _, rows in found.values() for row in rows]
+def _rank(opened: _Opened, aim: str, rated: list[tuple[Setting, float]]) -> list[Choice]:
+    lists = opened.tune[aim][rated[0][0].direction]
+    return ranked(lists, opened.directions, rated, _limits(opened.cell, aim), [opened.cell.seed, 1])
 
 
-def _rank(opened: _Opened, aim: str, tops: Tops, asked: tuple[str, MethodName]) -> tuple[list[Choice], list[Row]]:
-    """The settings of a direction and method, best first, and the rows of the sweep."""
-    cell, directions, (direction, _) = opened.cell, opened.directions(), asked
-    rated, rows = [], []
-    lists, of_pairs = (opened.tune[name][direction] for name in (aim, "pairs"))
-    for setting in opened.settings(*asked):
-        if setting.top != tops.get(asked, setting.top):
-            continue
-        vector = directions[setting.site].vector(setting)
-        scores = steered(opened.asking, lists.targets, vector)
-        rated.append((setting, share_of(scores, setting.toward)))
-        rows.append(_row(aim, setting, scores))
-        for name, (batches, label) in lists.kept.items() if setting.method in MAPPED else ():
-            if aim == "pairs" or name not in of_pairs.kept:
-                rows.append(_row(name, setting, steered(opened.asking, batches, vector, margins=False), label))
-    return ranked(lists, directions, rated, _limits(cell, aim), [cell.seed, 1]), rows
+def _final(opened: _Opened, aim: str, candidates: list[Choice]) -> Choice:
+    lists = opened.tune[aim][candidates[0].setting.direction]
+    return final(lists, opened.directions, candidates, _limits(opened.cell, aim), [opened.cell.seed, 1])
 
 
 def _limits(cell: Cell, aim: str) -> Limits:
@@ -225,66 +223,88 @@ def _row(name: str, setting: Setting, scores: Scores, label: str | None = None) 
     return row | {column: share_of(scores, behaviour) for column, behaviour in shares.items()}
 
 
-def _judge_list(opened: _Opened, chosen: Sequence[_Chosen], asked: tuple[str, str]) -> list[pd.DataFrame]:
-    """Tables of all vectors of a direction on one list, and of the controls of those that were chosen for it."""
-    (direction, name), config, directions = asked, opened.cell.config.steering, opened.directions()
-    entry, tables = opened.judged(direction)[name], []
-    batches = with_prefixes(opened.asking, entry.examples)
-    for one in chosen:
-        if one.setting.direction != direction or (one.aim == "conflict" and name.startswith("pairs")):
-            continue
-        draws = one.draws(config, chosen) if name == one.aim else 0
-        judged = _judge(opened, directions[one.setting.site], one, entry, batches, draws)
-        tables += [_table(one, role, name, entry, scores) for role, scores in judged]
+def _judge_all(opened: _Opened, chosen: Sequence[_Chosen], tell: Tell) -> list[pd.DataFrame]:
+    """The tables of all chosen vectors and their controls on every test list."""
+    config, best = opened.cell.config.steering, {one.key for one in chosen if one.best}
+
+    def draws(one: _Chosen) -> int:
+        """Of each control; of conflicts only under the methods that are best for them or for pairs."""
+        of_all = one.aim == "pairs" and config.controls_of == "all"
+        return (config.draws if one.aim == "pairs" else config.conflict_draws) if of_all or one.key in best else 0
+
+    tell(len(AIMS), PARTS, "learning from shuffled labels")
+    learned = [one for one in chosen if one.setting.method == "learned"]
+    drawn = ((one.setting, four) for one in learned for four in shuffles(draws(one), opened.cell.seed + JUDGED))
+    fits = list(dict.fromkeys((setting.same_direction()[0], four) for setting, four in drawn))
+    for found in opened.map(_fit, fits, [[] for _ in fits]):
+        opened.shifts.update(found)
+    parts = [
+        (one, name, draws(one) if name == one.aim else 0)
+        for direction, lists in opened.judged.items()
+        for name in lists
+        for one in chosen
+        if one.setting.direction == direction and not (one.aim == "conflict" and name.startswith("pairs"))
+    ]
+    tables = list[pd.DataFrame]()
+    judged = opened.map(_judge, parts, [[one.setting] for one, *_ in parts])
+    for done, ((one, name, _), found) in enumerate(zip(parts, judged, strict=True), 1):
+        tell(len(AIMS) + done / len(parts), PARTS, f"{one.setting.direction}: {name} on test, vectors and controls")
+        tables += found
     return tables
 
 
-def _judge(
-    opened: _Opened, directions: Directions, one: _Chosen, entry: JudgedList, batches: Sequence[Batch], draws: int
-) -> Iterator[tuple[tuple[str, int], Scores]]:
-    """The scores of a vector on one list, then those of the draws of its controls, with role and draw."""
+def _fit(opened: _Opened, setting: Setting, several: Sequence[Labels]) -> dict[Fit, np.ndarray]:
+    """Learned shifts under several labels."""
+    opened.forget_tune()
+    found = learned_together(opened.directions[setting.site].sources, setting, several)
+    return {(setting, labels): shift_LD for labels, shift_LD in zip(several, found, strict=True)}
+
+
+def _judge(opened: _Opened, one: _Chosen, name: str, draws: int) -> list[pd.DataFrame]:
+    """The table of a vector on one test list, then those of the draws of its controls."""
     cell, asking, setting = opened.cell, opened.asking, one.setting
+    entry, batches = opened.judged[setting.direction][name], opened.batches(setting.direction, name)
+    directions = opened.directions[setting.site]
     vector = directions.vector(setting)
     scores = steered(asking, batches, vector)
     if entry.examples[0].kind == "conflict":
         applied = partial(vector.apply, asking.model)
         mark_confabulations(asking, entry.examples, scores, opened.records.task.has_memorized_format, applied)
-    yield ("vector", 0), scores
+    tables = [_table(one, ("vector", 0), name, entry, scores)]
     for control in CONTROLS if draws else ():
         # Shuffles go by the first number, and those that settings were ranked by are to be no part of this.
         stream = zlib.crc32(f"{one.aim}/{setting.direction}/{setting.method}/{control}".encode())
         for number, shift_LD in control_draws(control, directions, setting, draws, [cell.seed + JUDGED, stream]):
-            yield (control, number), steered(asking, batches, vector.with_dense(shift_LD), margins=False)
+            scores = steered(asking, batches, vector.with_dense(shift_LD), margins=False)
+            tables.append(_table(one, (control, number), name, entry, scores))
+    return tables
 
 
-def _save(opened: _Opened, chosen: Sequence[_Chosen]) -> list[Path]:
-    """Write the chosen vectors, bound to their model."""
-    files, directions = list[Path](), opened.directions()
-    prompting = opened.asking.prompting
-    facts: dict[str, Any] = {"task": opened.cell.label, "commit": git_state()["commit"] or "", "prompting": prompting}
-    facts |= {"binding": read_binding(opened.cell), "begin_alike": opened.begin_alike}
-    facts["opening"] = tuple(prompting.opening(opened.asking.tokenizer))
-    for one in chosen:
-        vector = directions[one.setting.site].vector(one.setting)
-        name = f"{one.setting.direction}-{one.setting.method}" + ("" if one.aim == "pairs" else f"-{one.aim}")
-        # The JSON beside it is written again once there is a card.
-        files.append(replace(vector, **facts).save(opened.cell.folder / "vectors" / f"{name}.safetensors")[0])
-    return files
-
-
-def _facts_chosen(opened: _Opened, chosen: Sequence[_Chosen]) -> dict[str, Any]:
-    """``chosen.json``: what was chosen, by aim, method and direction, and the best method of each on tune."""
+def _write_chosen(opened: _Opened, chosen: Sequence[_Chosen]) -> list[Path]:
+    """Write the chosen vectors, bound to their model, and ``chosen.json``: what was chosen for what, and the best."""
+    cell, asking, directions, files = opened.cell, opened.asking, opened.directions, list[Path]()
     found: dict[str, Any] = {aim: {"best": {}, "methods": {}} for aim in AIMS}
-    directions = opened.directions()
+    pairs = opened.records.both_sides("fit", cell.config.steering.fit_pairs)
+    encoded = encode(asking, [example for pair in pairs for example in pair])
+    begin_alike = float(np.mean([one.shared > 0 for one in encoded]))
+    common: dict[str, Any] = {"task": cell.label, "commit": git_state()["commit"] or "", "prompting": asking.prompting}
+    common |= {"binding": read_binding(cell), "begin_alike": begin_alike}
+    common["opening"] = tuple(asking.prompting.opening(asking.tokenizer))
+    fixed = {one.setting.same_direction()[0] for one in chosen if one.aim == "pairs"}
+    keep_shifts(cell, {setting: directions[setting.site].shifts(setting)[0] for setting in fixed})
     for one in chosen:
-        setting = one.setting
+        setting, site = one.setting, directions[one.setting.site]
+        name = f"{setting.direction}-{setting.method}" + ("" if one.aim == "pairs" else f"-{one.aim}")
+        # The JSON beside it is written again once there is a card.
+        files.append(replace(site.vector(setting), **common).save(cell.folder / "vectors" / f"{name}.safetensors")[0])
         facts = {name: getattr(setting, name) for name in ("method", "site", "positions", "top", "strength")}
-        facts |= {"layers": list(setting.layers), "alpha": directions[setting.site].alpha(setting)}
-        facts |= {"within_limits": one.choice.within, "begin_alike": opened.begin_alike}
-        found[one.aim]["methods"].setdefault(setting.method, {})[setting.direction] = facts
+        facts |= {"layers": list(setting.layers), "alpha": site.alpha(setting), "within_limits": one.choice.within}
+        found[one.aim]["methods"].setdefault(setting.method, {})[setting.direction] = facts | {
+            "begin_alike": begin_alike
+        }
         if one.best:
             found[one.aim]["best"][setting.direction] = setting.method
-    return found
+    return [*files, write_json(cell.records / "chosen.json", found)]
 
 
 def settings_of(config: SteeringConfig, direction: str, method: MethodName, count: int) -> list[Setting]:
