@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from scipy import stats
 
-from mnemoscope.behaviour import read_states
+from mnemoscope.behaviour import states_at_the_end
 from mnemoscope.config import ModelConfig
 from mnemoscope.contrast import ARRAYS, Contrast, ContrastAccumulator, PairedMoments
-from mnemoscope.models import build_gpt2, position_ids, word_tokenizer
+from mnemoscope.models import build_gpt2, word_tokenizer
 from mnemoscope.statistics import Floats
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -125,9 +125,7 @@ def states_of_a_model(sizes_G: Floats) -> tuple[Floats, list[str]]:
             swapped = draw.integers(0, 7, size=2)
             prompts[-1][swapped] = prompts[-1][swapped[::-1]]
     ids = torch.tensor(np.array(prompts))
-    with torch.no_grad(), read_states(model, "block") as found:
-        model.base_model(input_ids=ids, position_ids=position_ids(torch.ones_like(ids)), use_cache=False)
-    states_NLD = torch.stack(found, dim=1).double().numpy()
+    states_NLD = states_at_the_end(model, ids, torch.ones_like(ids), "block").astype(np.float64)
     groups = [f"g{group}" for group in np.repeat(np.arange(len(sizes_G)), sizes_G)]
     return states_NLD.reshape(-1, 2, *states_NLD.shape[1:]), groups
 

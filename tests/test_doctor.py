@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from families import FAMILIES, prompts, tiny, tokenizer
 from helpers import hook_count
-from mnemoscope.behaviour import read_states
+from mnemoscope.behaviour import capturing
 from mnemoscope.doctor import Check, _difference, examine
 from mnemoscope.errors import InputError
 from mnemoscope.models import SITES, layout_of, site_module
@@ -36,7 +36,7 @@ def test_what_a_block_adds_is_attention_and_mlp(family: str) -> None:
     ids = torch.arange(12).reshape(2, 6) + 3
     read = {}
     for site in SITES:
-        with torch.no_grad(), read_states(model, site) as states:
+        with torch.no_grad(), capturing(model, site) as states:
             model(input_ids=ids)
         read[site] = states
     for layer in (1, 2):

@@ -18,11 +18,10 @@ from transformers import (
 )
 
 from helpers import mini_examples
-from mnemoscope.behaviour import Asking, read_states
+from mnemoscope.behaviour import Asking
 from mnemoscope.config import ModelConfig
 from mnemoscope.errors import InputError
 from mnemoscope.models import (
-    SITES,
     blocks_of,
     build_gpt2,
     cache_argument,
@@ -83,37 +82,6 @@ def test_what_was_trained_opens_with_plain_transformers(mini: Callable[[str], As
 def test_positions_of_left_padding_start_at_the_first_token() -> None:
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     assert position_ids(mask).tolist() == [[1, 1, 0, 1, 2], [0, 1, 2, 3, 4]]
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama", "neox"])
-def test_block_states_are_the_blocks_own_output(family: str) -> None:
-    """The library's hidden_states are the oracle; its last entry is after the final norm and is left out."""
-    model = tiny(family)
-    ids = torch.arange(12).reshape(2, 6) % 40
-    with torch.no_grad(), read_states(model, "block") as states:
-        output = model(input_ids=ids, output_hidden_states=True)
-    assert len(states) == len(blocks_of(model)) == 3
-    for layer in range(2):
-        assert torch.equal(states[layer], output.hidden_states[layer + 1][:, -1])
-    assert not torch.equal(states[2], output.hidden_states[3][:, -1])
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_residual_blocks_add_up(family: str) -> None:
-    """Block output = block input + attention + MLP: the four sites are where we say they are."""
-    model = tiny(family)
-    ids = torch.arange(12).reshape(2, 6) % 40
-    read = {}
-    for site in SITES:
-        with torch.no_grad(), read_states(model, site) as states:
-            model(input_ids=ids)
-        read[site] = states
-    for layer in (1, 2):
-        total = read["block"][layer - 1] + read["attention"][layer] + read["mlp"][layer]
-        torch.testing.assert_close(total, read["block"][layer], rtol=1e-5, atol=1e-6)
-        down, is_input = site_module(model, layer, "neuron")
-        assert is_input
-        torch.testing.assert_close(down(read["neuron"][layer]), read["mlp"][layer], rtol=1e-5, atol=1e-6)
 
 
 def test_unknown_layers_sites_and_layouts_are_refused() -> None:
