@@ -195,6 +195,7 @@ def test_a_gate_acts_where_the_records_say_and_in_generate_as_beforehand(user: U
         assert torch.equal(found, user.model.generate(**inputs, **options))
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks the library by an old name
 def test_an_adapted_model_is_fitted_on_a_task_object_of_conflicts_alone(user: User, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
