@@ -47,15 +47,17 @@ def generated(model: PreTrainedModel, texts: list[str], **options: Any) -> list[
 
 @pytest.mark.parametrize("family", SOME)
 @pytest.mark.parametrize("site", SITES)
-def test_beams_samples_and_static_caches_follow_each_prompts_factor(family: str, site: Site) -> None:
+@pytest.mark.parametrize("positions", ["decision", "all"])
+def test_beams_and_every_kind_of_cache_follow_each_prompts_factor(family: str, site: Site, positions: Any) -> None:
+    """What each prompt gives alone is the oracle: unpadded, cached, with one factor."""
     model, texts = tiny(family), prompts()
-    vector = random_vector(model, site)
+    vector = replace(random_vector(model, site), positions=positions)
     factors = [1.0, 0.0, 1.0, 0.0]
+    plain = [generated(model, [text])[0] for text in texts]
     with vector.apply(model):
-        alone = [generated(model, [text]) for text in texts]
-    plain = [generated(model, [text]) for text in texts]
+        alone = [generated(model, [text])[0] for text in texts]
     assert alone != plain
-    wanted = [(a if factor else b)[0] for a, b, factor in zip(alone, plain, factors, strict=True)]
+    wanted = [steered if factor else text for steered, text, factor in zip(alone, plain, factors, strict=True)]
     for options in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
         with vector.apply(model, alpha=factors):
             assert generated(model, texts, **options) == wanted, options

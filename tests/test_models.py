@@ -8,22 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from families import tiny
 from helpers import mini_examples
 from mnemoscope.behaviour import Asking
-from mnemoscope.config import ModelConfig
 from mnemoscope.errors import InputError
 from mnemoscope.models import (
     blocks_of,
-    build_gpt2,
     cache_argument,
     cache_of,
     load_model,
@@ -37,18 +29,6 @@ from mnemoscope.models import (
     word_tokenizer,
 )
 from mnemoscope.tasks import build_task
-
-SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
-
-
-def tiny(family: str) -> torch.nn.Module:
-    torch.manual_seed(0)
-    if family == "gpt2":
-        tokenizer = word_tokenizer([f"w{i}" for i in range(37)], 32)
-        return build_gpt2(tokenizer, ModelConfig(layers=3, width=16, heads=2, context=32), 0)
-    if family == "llama":
-        return LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2)).eval()
-    return GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL)).eval()
 
 
 @pytest.mark.parametrize("name", ["inference", "addition", "addition-digits"])
@@ -109,7 +89,7 @@ def test_a_broken_folder_gives_one_line(tmp_path: Path, mini: Callable[[str], As
     assert "\n" not in str(truncated.value)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "neox"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
 def test_a_cache_with_room_is_read_like_the_librarys_and_stays_as_it_is(family: str) -> None:
     model = tiny(family)
     ids = torch.arange(21).reshape(3, 7) % 40
@@ -134,7 +114,7 @@ def test_a_cache_with_room_is_read_like_the_librarys_and_stays_as_it_is(family: 
     assert all(torch.equal(layer.keys, keys) for layer, keys in zip(prefix.layers, held, strict=True))
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "neox"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
 def test_first_blocks_are_untouched_up_to_the_first_hook(family: str) -> None:
     model = tiny(family)
 
@@ -155,7 +135,7 @@ def test_first_blocks_are_untouched_up_to_the_first_hook(family: str) -> None:
         handle.remove()
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "neox"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
 def test_replayed_blocks_give_the_same_logits_and_are_back_afterwards(family: str) -> None:
     model = tiny(family)
     ids = torch.arange(12).reshape(2, 6) % 40

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from helpers import hook_count, label, mini_examples
+from helpers import hook_count, label, mini_examples, shifted_by_hand
 from mnemoscope.behaviour import Asking, cache_prefixes, prepare, score
 from mnemoscope.errors import InputError
 from mnemoscope.models import SITES, cache_of, forked, pass_inputs
@@ -90,58 +90,15 @@ def test_algebra() -> None:
         vector + random_vector("mlp")
 
 
-def shifted_by_hand(asking: Asking, vector: SteeringVector, start: int) -> torch.Tensor:
-    """The oracle: plain transformers, with each block's output overwritten from a column on."""
-    handles = []
-    for layer, shift in vector.shifts.items():
-
-        def add(module: torch.nn.Module, args: object, output: object, shift: torch.Tensor = shift) -> object:
-            states = (output[0] if isinstance(output, tuple) else output).clone()  # type: ignore[index]
-            states[:, start:] += shift
-            return (states, *output[1:]) if isinstance(output, tuple) else states  # type: ignore[index]
-
-        handles.append(asking.model.transformer.h[layer].register_forward_hook(add))
-    try:
-        return logits(asking)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def test_a_whole_pass_equals_a_shift_added_by_hand(asking: Asking) -> None:
     vector = random_vector()
     last = inputs_of(asking)["input_ids"].shape[1] - 1
-    for start, options in ((last, {}), (3, {"start": 3})):
-        with vector.apply(asking.model, **options):  # type: ignore[arg-type]
+    everywhere = replace(vector, positions="all")
+    for moved, first, options in ((vector, last, {}), (vector, 3, {"start": 3}), (everywhere, 0, {})):
+        with moved.apply(asking.model, **options):  # type: ignore[arg-type]
             ours = logits(asking)
-        assert torch.equal(ours, shifted_by_hand(asking, vector, start))
-    with replace(vector, positions="all").apply(asking.model):
-        ours = logits(asking)
-    assert torch.equal(ours, shifted_by_hand(asking, vector, 0))
-
-
-@pytest.mark.parametrize("positions", ["decision", "all"])
-@pytest.mark.parametrize("site", SITES)
-def test_cached_uncached_and_single_generation_agree(asking: Asking, site: str, positions: str) -> None:
-    vector = random_vector(site, scale=0.7, positions=positions)
-    with vector.apply(asking.model):
-        cached = generated(asking)
-        uncached = generated(asking, use_cache=False)
-        inputs = inputs_of(asking)
-        singles = []
-        for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
-            row = ids[mask.bool()][None]
-            out = asking.model.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=8, do_sample=False)
-            singles.append(out[0, row.shape[1] :].tolist())
-    assert cached == uncached
-    eos = asking.tokenizer.eos_token_id
-
-    def closed(row: list[int]) -> list[int]:
-        return row[: row.index(eos)] if eos in row else row
-
-    width = inputs["input_ids"].shape[1]
-    assert [closed(row[width:]) for row in cached] == [closed(row) for row in singles]
-    assert cached != generated(asking)
+        with shifted_by_hand(asking.model, vector.shifts, first):
+            assert torch.equal(ours, logits(asking))
 
 
 def test_a_cached_prefix_gives_the_labels_of_whole_prompts(asking: Asking) -> None:
