@@ -216,36 +216,31 @@ def test_top_neurons_counts_over_all_layers_and_breaks_ties_by_index() -> None:
     assert np.flatnonzero(contrast.top_neurons(1e-9)).tolist() == [1]
     hundred = replace(contrast, rho_LD=np.arange(100.0).reshape(4, 25))
     assert hundred.top_neurons(0.07).sum() == 7  # 0.07 * 100 is a little more than 7 in floating point
+    for top in (0, -0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match=r"top: .*; allowed is a share of the neurons in \(0, 1\]"):
+            contrast.top_neurons(top)
 
 
-@pytest.mark.parametrize("top", [0, -0.1, 1.1, math.nan])
-def test_top_outside_its_range_is_refused(top: float) -> None:
-    with pytest.raises(ValueError, match=r"top: .*; allowed is a share of the neurons in \(0, 1\]"):
-        contrast_of(*states(4)).top_neurons(top)
-
-
-def test_states_that_cannot_be_averaged_are_refused_and_leave_nothing_behind() -> None:
-    accumulator = ContrastAccumulator.empty("block", 2, 4)
-    generalized, memorized = states(3)
-    with pytest.raises(ValueError, match="groups: 2 names; allowed is one for each of the 3 pairs"):
-        accumulator.add(generalized, memorized, ["a", "b"])
-    with pytest.raises(ValueError, match="states_memorized: shape"):
-        accumulator.add(generalized, memorized[:, :1], ["a", "b", "c"])
-    memorized[1, 1, 1] = math.inf
-    with pytest.raises(ValueError, match="states_memorized: a value is infinite or NaN"):
-        accumulator.add(generalized, memorized, ["a", "b", "c"])
-    assert (accumulator.moments.count, accumulator.flips.count, len(accumulator.groups)) == (0, 0, 0)
-
-
-def test_accumulators_of_different_studies_do_not_merge() -> None:
+def test_what_cannot_be_averaged_or_merged_is_refused_and_leaves_nothing_behind() -> None:
     accumulator = ContrastAccumulator.empty("block", 2, 4, permutations=10, seed=0)
-    for other in (
-        ContrastAccumulator.empty("mlp", 2, 4, permutations=10, seed=0),
-        ContrastAccumulator.empty("block", 4, 2, permutations=10, seed=0),
-        ContrastAccumulator.empty("block", 2, 4, permutations=11, seed=0),
-        ContrastAccumulator.empty("block", 2, 4, permutations=10, seed=1),
+    generalized, memorized = states(3)
+    broken = memorized.copy()
+    broken[1, 1, 1] = math.inf
+    for states_PLD, groups, message in (
+        (memorized, ["a", "b"], "groups: 2 names; allowed is one for each of the 3 pairs"),
+        (memorized[:, :1], ["a", "b", "c"], "states_memorized: shape"),
+        (broken, ["a", "b", "c"], "states_memorized: a value is infinite or NaN"),
     ):
-        other.add(np.ones((1, *other.flips.sum_LD.shape)), np.zeros((1, *other.flips.sum_LD.shape)), ["a"])
+        with pytest.raises(ValueError, match=message):
+            accumulator.add(generalized, states_PLD, groups)
+    for site, layers, neurons, permutations, seed in (
+        ("mlp", 2, 4, 10, 0),
+        ("block", 4, 2, 10, 0),
+        ("block", 2, 4, 11, 0),
+        ("block", 2, 4, 10, 1),
+    ):
+        other = ContrastAccumulator.empty(site, layers, neurons, permutations, seed)
+        other.add(np.ones((1, layers, neurons)), np.zeros((1, layers, neurons)), ["a"])
         with pytest.raises(ValueError, match="allowed"):
             accumulator.merge(other)
     assert (accumulator.moments.count, accumulator.flips.count, len(accumulator.groups)) == (0, 0, 0)
@@ -272,39 +267,28 @@ GOOD = {name: np.zeros((2, 3)) for name in ARRAYS[:-1]} | {"state_norm": np.zero
 METADATA = {"site": "block", "pairs": "4", "groups": "2"}
 
 
-@pytest.mark.parametrize(
-    ("arrays", "metadata"),
-    [
+def test_a_file_that_is_no_contrast_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "contrast.safetensors"
+    with pytest.raises(FileNotFoundError):
+        Contrast.load(path)
+    save_file(GOOD, path, METADATA)
+    assert Contrast.load(path).pairs == 4
+    good, contents = path.read_bytes(), []
+    for arrays, metadata in (
         ({name: array for name, array in GOOD.items() if name != "rho"}, METADATA),
         (GOOD, None),
         (GOOD, METADATA | {"pairs": "many"}),
         (GOOD | {"rho": np.zeros((3, 2))}, METADATA),
         (GOOD | {"state_norm": np.zeros(3)}, METADATA),
         (GOOD | {"nmd": np.zeros((2, 3), dtype=np.float32)}, METADATA),
-    ],
-)
-def test_a_file_that_is_not_a_contrast_is_refused(
-    tmp_path: Path, arrays: dict[str, Floats], metadata: dict[str, str] | None
-) -> None:
-    path = tmp_path / "contrast.safetensors"
-    save_file(GOOD, path, METADATA)
-    assert Contrast.load(path).pairs == 4
-    save_file(arrays, path, metadata)
-    with pytest.raises(ValueError, match="not a readable contrast file") as caught:
-        Contrast.load(path)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_damaged_file_is_refused_in_one_line(tmp_path: Path) -> None:
-    path = tmp_path / "contrast.safetensors"
-    contrast_of(*states(4)).save(path)
-    good = path.read_bytes()
+    ):
+        save_file(arrays, path, metadata)
+        contents.append(path.read_bytes())
     header = json.dumps({"nmd": "?"}).encode()
-    for bad in (b"", good[:5], good[:60], good[:-8], b"\xff" * 200, len(header).to_bytes(8, "little") + header):
-        path.write_bytes(bad)
+    contents += [b"", good[:5], good[:60], good[:-8], b"\xff" * 200, len(header).to_bytes(8, "little") + header]
+    for content in contents:
+        path.write_bytes(content)
         with pytest.raises(ValueError, match="not a readable contrast file") as caught:
             Contrast.load(path)
         assert str(path) in str(caught.value)
         assert "\n" not in str(caught.value)
-    with pytest.raises(FileNotFoundError):
-        Contrast.load(tmp_path / "missing.safetensors")

@@ -210,7 +210,7 @@ def test_an_adapted_model_is_fitted_on_a_task_object_of_conflicts_alone(user: Us
     lines = [line for line in user.data.read_text().splitlines() if "memorized" in json.loads(line)][:300]
     (tmp_path / "sums.jsonl").write_text("\n".join(lines) + "\n")
     before = modes(model)
-    fitted = ms.fit(model, user.words, JsonlTask(str(tmp_path / "sums.jsonl")), tmp_path / "run", **QUICK)
+    fitted = ms.fit(model, user.words, JsonlTask(file=str(tmp_path / "sums.jsonl")), tmp_path / "run", **QUICK)
     assert modes(model) == before
     assert set(fitted.vectors) == {"generalized", "memorized"}
     ms.Fitted.open(tmp_path / "run", model.merge_and_unload(), user.words)

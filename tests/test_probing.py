@@ -20,6 +20,7 @@ from mnemoscope.behaviour import Asking, encode, read_states
 from mnemoscope.cells import Cell, cells_of
 from mnemoscope.config import ProbesConfig, load_study
 from mnemoscope.stages import probe as stage
+from mnemoscope.stages.common import cell_model
 from mnemoscope.stages.pairs import pairs_stage
 from mnemoscope.stages.probe import SHUFFLES, TOPS, Phrasings, probes_stage, readable_offsets
 
@@ -101,28 +102,23 @@ def test_every_kind_scores_the_same_test_states(cell: Cell, tables: dict[str, pd
     assert np.isfinite(probes.score).all()
 
 
-def test_a_baseline_of_one_number_is_monotone_in_it(cell: Cell, tables: dict[str, pd.DataFrame]) -> None:
-    """And its direction was learned elsewhere: the table holds scores, not the numbers turned the right way round."""
-    asking = stage.cell_model(cell)
-    test = Phrasings.of(tables["pairs"], "test", 10_000, np.random.default_rng(0))
-    uncertainty_N2 = read_states(asking, test.examples, "block").uncertainty_N2
-    for column, kind in enumerate(("entropy", "top_gap")):
-        scores_N = tables["probes"].score[tables["probes"].kind == kind].to_numpy()
-        slope, at_zero = np.polyfit(uncertainty_N2[:, column], scores_N, 1)
-        np.testing.assert_allclose(scores_N, at_zero + slope * uncertainty_N2[:, column], atol=1e-4)
-
-
-def test_saved_probes_give_the_scores_of_the_table(cell: Cell, tables: dict[str, pd.DataFrame]) -> None:
+def test_saved_probes_and_one_number_baselines_give_the_scores_of_the_table(
+    cell: Cell, tables: dict[str, pd.DataFrame]
+) -> None:
+    """A baseline's direction was learned elsewhere: its scores are no numbers that were turned the right way round."""
     saved = json.loads((cell.folder / "probe.json").read_text())
-    asking = stage.cell_model(cell)
     test = Phrasings.of(tables["pairs"], "test", 10_000, np.random.default_rng(0))
-    states_NLD = read_states(asking, test.examples, "block").at_decision_NLD
+    states, probes = read_states(cell_model(cell), test.examples, "block"), tables["probes"]
     for layer, probe in enumerate(saved["layers"]):
-        scores_N = states_NLD[:, layer] @ np.array(probe["weights"]) + probe["bias"]
-        recorded = tables["probes"].query("kind == 'state' and offset == 0 and layer == @layer").score
+        scores_N = states.at_decision_NLD[:, layer] @ np.array(probe["weights"]) + probe["bias"]
+        recorded = probes.query("kind == 'state' and offset == 0 and layer == @layer").score
         np.testing.assert_allclose(recorded, scores_N, atol=1e-4)
     accuracies = [probe["tune_accuracy"] for probe in saved["layers"]]
     assert saved["best_layer"] == int(np.argmax(accuracies))
+    for column, kind in enumerate(("entropy", "top_gap")):
+        number_N, scores_N = states.uncertainty_N2[:, column], probes.score[probes.kind == kind].to_numpy()
+        slope, at_zero = np.polyfit(number_N, scores_N, 1)
+        np.testing.assert_allclose(scores_N, at_zero + slope * number_N, atol=1e-4)
 
 
 def test_the_learning_curve_ends_at_the_probe_and_the_contrast(cell: Cell, tables: dict[str, pd.DataFrame]) -> None:
