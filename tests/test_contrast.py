@@ -152,24 +152,6 @@ def test_shuffled_labels_rarely_have_a_significant_neuron(grouping: str, shuffle
     assert significant >= 2 or grouping == "few"  # a test that never speaks holds its level as well
 
 
-def test_ignoring_groups_would_find_neurons_in_shuffled_labels() -> None:
-    """The groups matter in these states: with every pair its own group the level is not held."""
-    draw = np.random.default_rng(21)
-    states_PSLD, groups = states_of_a_model(np.full(15, 8))
-    group_P = np.unique(groups, return_inverse=True)[1]
-    # What a group's pairs have in common: the first pair's states, a little of each pair's own.
-    states_PSLD = states_PSLD[8 * group_P] + 0.3 * states_PSLD
-    found = {"groups": 0, "pairs": 0}
-    for shuffle in range(60):
-        side_P, pair_P = draw.integers(0, 2, size=15)[group_P], np.arange(120)
-        for unit, names in (("groups", groups), ("pairs", [str(pair) for pair in pair_P])):
-            accumulator = ContrastAccumulator.empty("block", 2, 32, permutations=199, seed=shuffle)
-            accumulator.add(states_PSLD[pair_P, side_P], states_PSLD[pair_P, 1 - side_P], names)
-            found[unit] += bool((accumulator.result().p_family_wise_LD <= 0.05).any())
-    assert found["groups"] <= 8  # the 99.5th percentile of 60
-    assert found["pairs"] > 30
-
-
 def test_planted_neurons_come_first_and_are_all_found() -> None:
     draw = np.random.default_rng(2)
     planted = np.zeros((3, 40), dtype=bool)

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from threadpoolctl import threadpool_info
 
 import mnemoscope as ms
 from families import tiny, tokenizer
@@ -33,7 +34,9 @@ QUICK: dict[str, Any] = {"settings": ONE_LAYER, "threads": 1}
 def modes(model: torch.nn.Module) -> list[object]:
     """What a fit must leave as it is: of the model, and of the process."""
     process = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.is_grad_enabled()
-    return [*(m.training for m in model.modules()), *(p.requires_grad for p in model.parameters()), *process]
+    numpy_threads = [library["num_threads"] for library in threadpool_info()]
+    others = torch.utils.deterministic.fill_uninitialized_memory, torch.get_rng_state().tolist(), numpy_threads
+    return [[m.training for m in model.modules()], [p.requires_grad for p in model.parameters()], process, *others]
 
 
 @dataclass

@@ -21,11 +21,8 @@ from mnemoscope.models import (
     load_model,
     make_room,
     position_ids,
-    recorded_blocks,
-    replayed_blocks,
     select_rows,
     site_module,
-    untouched_blocks,
     word_tokenizer,
 )
 from mnemoscope.tasks import build_task
@@ -112,39 +109,3 @@ def test_a_cache_with_room_is_read_like_the_librarys_and_stays_as_it_is(family: 
     assert beyond.get_seq_length() == 12, "more columns than there is room for"
     assert prefix.get_seq_length() == 5
     assert all(torch.equal(layer.keys, keys) for layer, keys in zip(prefix.layers, held, strict=True))
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
-def test_first_blocks_are_untouched_up_to_the_first_hook(family: str) -> None:
-    model = tiny(family)
-
-    def nothing(*args: object) -> None:
-        return None
-
-    attention, _ = site_module(model, 1, "attention")
-    for register, count in (
-        (blocks_of(model)[1].register_forward_hook, 2),
-        (blocks_of(model)[1].register_forward_pre_hook, 1),
-        (attention.register_forward_hook, 1),
-        (model.get_input_embeddings().register_forward_hook, 0),
-        (model.base_model.register_forward_pre_hook, 3),
-    ):
-        assert untouched_blocks(model) == 3
-        handle = register(nothing)
-        assert untouched_blocks(model) == count
-        handle.remove()
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
-def test_replayed_blocks_give_the_same_logits_and_are_back_afterwards(family: str) -> None:
-    model = tiny(family)
-    ids = torch.arange(12).reshape(2, 6) % 40
-    with torch.no_grad(), recorded_blocks(model) as returned:
-        logits = model(input_ids=ids).logits
-    for count in range(1, 4):
-        with torch.no_grad(), replayed_blocks(model, count, returned[count - 1]):
-            assert torch.equal(model(input_ids=ids).logits, logits)
-            with pytest.raises(RuntimeError, match="on purpose"), replayed_blocks(model, 1, None):
-                raise RuntimeError("on purpose")
-            assert torch.equal(model(input_ids=ids).logits, logits)
-    assert all("forward" not in vars(block) for block in blocks_of(model))
