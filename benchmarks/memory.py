@@ -17,7 +17,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from tables import origin, put
 
 from mnemoscope.cells import Cell, cells_of
@@ -57,7 +56,6 @@ def main() -> None:
 
 def _mine(cell: Cell, n: int) -> None:
     settle(cell.threads)
-    torch.set_num_threads(cell.threads)
     pairs = cell.config.pairs.model_copy(
         update={"fit_examples": n, "tune_examples": OTHERS, "test_examples": OTHERS, "rephrasings": 1}
     )

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,11 +33,11 @@ from torch import Tensor
 from mnemoscope.behaviour import Asking, cache_prefixes, decode, prepare, score
 from mnemoscope.cells import cells_of
 from mnemoscope.config import load_study
+from mnemoscope.contrast import PairedMoments
 from mnemoscope.detect import states_at_the_end
 from mnemoscope.directions import steered
 from mnemoscope.models import backbone_of, blocks_of, load_model
 from mnemoscope.stages.common import cell_task
-from mnemoscope.statistics import PairedMoments
 from mnemoscope.steering import SteeringVector
 from mnemoscope.tasks import Example, build_task, draw
 
@@ -108,7 +109,7 @@ def _table(name: str, work: Work, rounds: int, origin: str) -> list[str]:
             notes[who] = "same"
     seconds = seconds_of(ways, rounds)
     of_base = ratios(seconds, work.base)
-    lines = [f"## {name}", "", f"{work.what} {work.bar}", ""]
+    lines = [f"## {name}", "", textwrap.fill(f"{work.what} {work.bar}", 150), ""]
     lines += [f"| | seconds | times {work.base} | result, against ours |", "|---|---|---|---|"]
     for who, (middle, least, most) in of_base.items():
         ratio = "1" if who == work.base else f"{middle:.2f} ({least:.2f} to {most:.2f})"
@@ -272,13 +273,8 @@ def contrast(arguments: argparse.Namespace) -> Work:
     states_P2LD = rng.standard_normal((50_000, 2, 4, 128), dtype=np.float32) + np.float32(3)
 
     def ours() -> np.ndarray:
-        moments = PairedMoments.empty(states_P2LD.shape[2:])
-        for start in range(0, len(states_P2LD), 256):
-            block = states_P2LD[start : start + 256]
-            moments.add(block[:, 0], block[:, 1])
-        squares = (moments.squares_3LD[0] + moments.squares_3LD[1]) / (2 * moments.count)
-        nmd_LD = moments.means_2LD[0] - moments.means_2LD[1]
-        return np.stack([nmd_LD, nmd_LD / 2 / np.sqrt(squares + nmd_LD**2 / 4)])
+        moments = PairedMoments.of(states_P2LD)
+        return np.stack([moments.nmd_LD, moments.rho_LD])
 
     def two_passes() -> np.ndarray:
         nmd_LD = states_P2LD[:, 0].mean(0, dtype=np.float64) - states_P2LD[:, 1].mean(0, dtype=np.float64)

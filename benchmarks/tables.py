@@ -14,9 +14,9 @@ from mnemoscope.cells import git_state
 PACKAGES = ("torch", "transformers", "numpy", "nnsight", "pyvene", "transformer-lens")
 HEAD = """# Benchmarks against other tools
 
-Written by `benchmarks/peers.py` (training: by `benchmarks/training.py`). All ways of a table take turns, round by
-round, so that a machine that is slow for a while is slow for all of them. Ratios are taken within a round: median
-(range).
+Written by `benchmarks/peers.py`, `benchmarks/training.py` and `benchmarks/memory.py`. All rows of a table are measured
+in turn, round by round, so that a slow minute of the machine is slow for all of them. Ratios are taken within a round:
+median (range).
 
 """
 
@@ -26,7 +26,7 @@ def put(path: Path, title: str, part: list[str]) -> None:
     head, *sections = re.split(r"^(?=## )", path.read_text() if path.exists() else HEAD, flags=re.MULTILINE)
     made, place = "\n".join(part) + "\n", f"## {title}\n"
     found = [made if section.startswith(place) else section for section in sections]
-    path.write_text(head + "".join(found if made in found else [*found, made]))
+    path.write_text((head + "".join(found if made in found else [*found, made])).rstrip() + "\n")
 
 
 def origin(rounds: int, threads: int) -> str:
@@ -34,9 +34,9 @@ def origin(rounds: int, threads: int) -> str:
     versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES if _version(name) != "not installed")
     commit = git_state()
     return (
-        f"`{' '.join(['python', *sys.argv])}`, commit {(commit['commit'] or 'unknown')[:7]}"
-        f"{' with changes' if commit['dirty'] else ''}; {rounds} rounds; {versions}; Python "
-        f"{platform.python_version()}, {_processor()}, {os.cpu_count()} cores, {threads} thread(s)."
+        f"`{' '.join(['python', *sys.argv])}`:\ncommit {(commit['commit'] or 'unknown')[:7]}"
+        f"{' with changes' if commit['dirty'] else ''}, {rounds} rounds, Python {platform.python_version()}, "
+        f"{_processor()}, {os.cpu_count()} cores, {threads} thread(s);\n{versions}."
     )
 
 

@@ -100,7 +100,7 @@ def _said(label: str, seed: int, who: str, found: Found, mine: Found) -> str:
 
 def _begun(cell: CellConfig, seed: int) -> tuple[Asking, Task]:
     task = build_task(cell.task, cell.options, seed)
-    tokenizer = word_tokenizer(task.vocabulary, cell.model.context)  # type: ignore[attr-defined]
+    tokenizer = word_tokenizer(task.vocabulary or (), cell.model.context)
     return Asking(build_gpt2(tokenizer, cell.model, seed), tokenizer, task.boundary), task
 
 

@@ -29,16 +29,21 @@ PLACES = {"cells": "NAME", "sweeps": "METHOD"}
 
 def main() -> None:
     """Print the page."""
-    print(HEAD.format(studies=", ".join(f"`{name}`" for name in built_in_studies())))
+    print("\n".join(page()).rstrip())
+
+
+def page() -> Iterator[str]:
+    """The parts of the page: the study's sections, then the options of each task."""
+    yield HEAD.format(studies=", ".join(f"`{name}`" for name in built_in_studies()))
     for path, model in sections("", StudyConfig):
-        print(f"## {f'`{path}`' if path else 'The study'}\n\n{inspect.getdoc(model)}\n")
-        print("| field | default | meaning |\n|---|---|---|")
+        yield f"## {f'`{path}`' if path else 'The study'}\n\n{inspect.getdoc(model)}\n"
+        yield "| field | default | meaning |\n|---|---|---|"
         for name, field in model.model_fields.items():
-            print(f"| `{name}` | {default_of(field)} | {meaning_of(name, field)} |")
-        print()
-    print("# Options of the tasks\n\n`options` of a cell, `--option NAME=VALUE` of `mnemoscope data` and `fit`.\n")
+            yield f"| `{name}` | {default_of(field)} | {meaning_of(name, field)} |"
+        yield ""
+    yield "# Options of the tasks\n\n`options` of a cell, `--option NAME=VALUE` of `mnemoscope data` and `fit`.\n"
     for name, maker in TASKS.items():
-        print(f"## `{name}`\n\n{task_of(maker)}\n")
+        yield f"## `{name}`\n\n{task_of(maker)}\n"
 
 
 def sections(path: str, model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:

@@ -21,6 +21,15 @@ from mnemoscope.study import run_study
 from mnemoscope.tasks import build_task
 from mnemoscope.training import train
 
+SLOW_FIXTURES = {"mini_run", "two_seeds", "browser"}  # a finished study or a browser
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow whatever needs a slow fixture; other slow tests carry the marker themselves."""
+    for item in items:
+        if SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
+
 
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 from mnemoscope.tasks import Example, Task
-from mnemoscope.tasks.addition import AdditionDigitsTask
+from mnemoscope.tasks.addition import AdditionDigitsTask, Pair
 
 
 class HoldingOut(AdditionDigitsTask):
@@ -14,15 +14,15 @@ class HoldingOut(AdditionDigitsTask):
     name = "holding-out"
 
     def held_out(self) -> dict[str, Task]:
-        return {"even": self._of([pair for pair in self.stored if pair[0] % 2 == 0])}  # type: ignore[dict-item]
+        return {"even": self._of([pair for pair in self.stored if pair[0] % 2 == 0])}
 
     def facts_to_know(self) -> list[Example]:
-        return [self._stored_example(pair, "plain", "memory") for pair in self.stored]
+        return [self.stored_example(pair, "plain", "memory") for pair in self.stored]
 
     def knowing(self, items: set[str]) -> HoldingOut:
         return self._of([(a, b) for a, b in self.stored if f"{a}+{b}" in items and a % 2])
 
-    def _of(self, pairs: list[tuple[int, int]]) -> HoldingOut:
+    def _of(self, pairs: list[Pair]) -> HoldingOut:
         other = copy.copy(self)
-        other._pairs = pairs
+        other.items = pairs
         return other

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from mnemoscope.behaviour import Asking
 from mnemoscope.config import ModelConfig
 from mnemoscope.models import build_gpt2, word_tokenizer
-from mnemoscope.tasks import SPLITS, Example, Instance, Kind, assign_splits
+from mnemoscope.tasks import SPLITS, Example, Instance, Kind, Task, assign_splits
 
 LAYERS, WIDTH = 3, 64
 GATHERS, READS = 1, 2  # layers: before GATHERS no state at the decision position knows the votes
@@ -48,7 +48,7 @@ VOCABULARY = [*ITEMS, *MEMORIZED, *GENERALIZED, *(cue for split in SPLITS for cu
 Decider = Literal["switch", "verdict"]
 
 
-class KnownSwitch:
+class KnownSwitch(Task):
     """The task; all of it are conflicts, and nobody is trained on it."""
 
     name = "known-switch"

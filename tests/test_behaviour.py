@@ -153,7 +153,7 @@ def test_confabulations_are_codes_that_were_not_stored_here(mini: Callable[[str]
     task = build_task("addition", {"digits": 2, "stored": 96, "memorized_share": 0.4}, 0)
     examples = task.examples(np.random.default_rng(0), 200, "conflict")
     scores = label(asking, examples)
-    mark_confabulations(asking, examples, scores, task.has_memorized_format)  # type: ignore[attr-defined]
+    mark_confabulations(asking, examples, scores, task.has_memorized_format)
     texts = ["".join(text.split()) for text in decode(asking, examples)]
     expected = [
         float(b == "other" and bool(CODE.fullmatch(text))) for b, text in zip(scores.behaviour_N, texts, strict=True)
@@ -162,7 +162,7 @@ def test_confabulations_are_codes_that_were_not_stored_here(mini: Callable[[str]
     digits = mini("addition-digits")
     same_format = build_task("addition-digits", {"digits": 2, "stored": 96}, 0)
     scores = label(digits, examples := same_format.examples(np.random.default_rng(0), 20, "conflict"))
-    mark_confabulations(digits, examples, scores, same_format.has_memorized_format)  # type: ignore[attr-defined]
+    mark_confabulations(digits, examples, scores, same_format.has_memorized_format)
     assert np.isnan(scores.confabulated_N).all()
 
 

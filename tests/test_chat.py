@@ -62,7 +62,7 @@ def test_a_model_that_can_think_aloud_is_asked_to_answer(talking: PreTrainedToke
 def test_what_is_read_is_what_was_rendered(talking: PreTrainedTokenizerFast) -> None:
     """Everything that asks gives for a chat what it gives for the rendered text put plainly."""
     model = tiny("llama")
-    chatty = Asking(model, talking, ("w1", "w2"), 2, Chat(parted=halves))
+    chatty = Asking(model, talking, ("w1", "w2"), 2, Chat(split_reply=halves))
     plain = replace(chatty, chat=None)
     examples = [conflict(f"w{n} w{n + 1} | w{n + 2}") for n in range(3, 9)]
     rendered = [replace(example, prompt=chatty.text(example.prompt)) for example in examples]
@@ -82,13 +82,15 @@ def test_what_is_read_is_what_was_rendered(talking: PreTrainedTokenizerFast) -> 
 def test_facts_are_asked_by_the_user_and_begun_by_the_model() -> None:
     task = build_task("facts", {}, 0)
     (example,) = task.examples(np.random.default_rng(0), 1, "conflict")
-    said, begun = task.parted(example.prompt)  # type: ignore[attr-defined]
+    said, begun = task.split_reply(example.prompt)
     assert example.generalized
     assert example.generalized.strip() in said
     assert begun.startswith("The capital of")
     assert example.prompt.endswith(begun)
     assert not said.endswith("\n")
-    assert task.prompted(example, "memorized").prompt == f"{task.said('memorized')}\n{example.prompt}"  # type: ignore[attr-defined]
+    told = task.prompted(example, "memorized")
+    assert told
+    assert told.prompt == f"{task.instruction('memorized')}\n{example.prompt}"
 
 
 def test_a_tokenizer_without_a_template_is_refused() -> None:

@@ -17,7 +17,7 @@ from scipy import stats
 
 from mnemoscope.behaviour import read_states
 from mnemoscope.config import ModelConfig
-from mnemoscope.contrast import ARRAYS, Contrast, ContrastAccumulator, nmd_and_rho
+from mnemoscope.contrast import ARRAYS, Contrast, ContrastAccumulator, PairedMoments
 from mnemoscope.models import build_gpt2, position_ids, word_tokenizer
 from mnemoscope.statistics import Floats
 
@@ -95,18 +95,18 @@ def test_shards_merge_to_the_same_contrast(data: st.DataObject) -> None:
         np.testing.assert_allclose(getattr(merged, name), getattr(whole, name), rtol=1e-7, atol=1e-9, err_msg=name)
 
 
-def test_nmd_and_rho_are_those_of_the_contrast() -> None:
+def test_moments_of_many_pairs_are_those_of_the_contrast_and_signs_swap_labels() -> None:
     generalized, memorized = states(300, seed=5)  # more than one block
     generalized[:, 1, 2] = memorized[:, 1, 2] = 0.1
-    contrast, (nmd, rho) = contrast_of(generalized, memorized), nmd_and_rho(generalized, memorized)
-    np.testing.assert_allclose(nmd, contrast.nmd_LD, atol=1e-12)
-    np.testing.assert_allclose(rho, contrast.rho_LD, atol=1e-12)
-    assert math.isnan(rho[1, 2])
-    for bad in (memorized[:5], memorized[:, :1]):
-        with pytest.raises(ValueError, match="allowed are equal shapes, one pair or more"):
-            nmd_and_rho(generalized, bad)
-    with pytest.raises(ValueError, match="one pair or more"):
-        nmd_and_rho(generalized[:0], memorized[:0])
+    contrast, states_N2LD = contrast_of(generalized, memorized), np.stack([generalized, memorized], axis=1)
+    signs_N = np.random.default_rng(0).choice([-1.0, 1.0], 300)
+    swapped_N = (signs_N < 0)[:, None, None]
+    shuffled = contrast_of(np.where(swapped_N, memorized, generalized), np.where(swapped_N, generalized, memorized))
+    for signs, expected in ((None, contrast), (np.ones(300), contrast), (signs_N, shuffled)):
+        moments = PairedMoments.of(states_N2LD, signs)
+        for name in ("nmd_LD", "rho_LD", "effect_size_LD", "state_norm_L"):
+            np.testing.assert_allclose(getattr(moments, name), getattr(expected, name), atol=1e-12)
+        assert math.isnan(moments.rho_LD[1, 2])
 
 
 def states_of_a_model(sizes_G: Floats) -> tuple[Floats, list[str]]:

@@ -12,31 +12,33 @@ import torch
 from helpers import label, mini_examples
 from mnemoscope.behaviour import Asking, prepare
 from mnemoscope.directions import (
+    ANSWERED,
     CONTROLS,
     METHODS,
-    Budget,
+    SHUFFLED,
+    Directions,
     FitLists,
+    Labels,
     Limits,
     Setting,
     Sources,
     TuneLists,
-    alpha_of,
     control_draws,
     control_means,
     damage,
     final,
-    learn,
     learned,
+    learned_together,
     margin_gradients,
     ranked,
     read_sources,
     share_of,
+    shuffles,
     steered,
-    vector_of,
     with_prefixes,
 )
 from mnemoscope.directions.choose import AGAIN, STANDING_IN
-from mnemoscope.directions.learned import learn_together, wanted_batches
+from mnemoscope.directions.learned import wanted_batches
 from mnemoscope.models import SITES
 from mnemoscope.steering import SteeringVector
 from mnemoscope.tasks import Example
@@ -54,17 +56,17 @@ def conflicts(n: int) -> list[Example]:
 
 
 @pytest.fixture
-def sources(asking: Asking) -> Sources:
-    return sources_at(asking, "block")
+def directions(asking: Asking) -> Directions:
+    return Directions(sources_at(asking, "block"))
 
 
-def sources_at(asking: Asking, site: str) -> Sources:
+def sources_at(asking: Asking, site: str, steps: int = 20) -> Sources:
     """Sources of conflicts, whichever way they are answered; pairs are two different conflicts."""
     examples = conflicts(60)
     lists = {"generalized": with_prefixes(asking, examples[:40]), "memorized": with_prefixes(asking, examples[20:])}
     kept = {t: with_prefixes(asking, [e for e in mini_examples("addition", 60) if e.kind == "novel"]) for t in lists}
     pairs = list(zip(examples[:30], examples[30:], strict=True))
-    return read_sources(site, pairs, FitLists(asking, lists, lists, kept))  # type: ignore[arg-type]
+    return read_sources(site, pairs, FitLists(asking, lists, lists, kept, steps=steps))  # type: ignore[arg-type]
 
 
 def setting(method: str, direction: str = "to_generalized", top: float = 1.0, **other: object) -> Setting:
@@ -95,22 +97,38 @@ def test_the_margin_gradient_equals_finite_differences(asking: Asking, site: str
 @pytest.mark.parametrize("top", [0.25, 1.0])
 @pytest.mark.parametrize("layers", [(0, 1), (1,)])
 def test_every_method_keeps_its_norm_layers_and_neurons(
-    sources: Sources, method: str, top: float, layers: tuple[int, ...]
+    directions: Directions, method: str, top: float, layers: tuple[int, ...]
 ) -> None:
-    vector = vector_of(sources, setting(method, top=top, layers=layers))
+    vector = directions.vector(setting(method, top=top, layers=layers))
     shift_LD = vector.dense(2, 64)
     assert set(vector.layers) <= set(layers)
     assert 0 < (shift_LD != 0).sum() <= np.ceil(top * 64 * len(layers))
-    assert np.linalg.norm(shift_LD / sources.norm_L[:, None]) == pytest.approx(0.2, rel=1e-5)
+    assert np.linalg.norm(shift_LD / directions.sources.norm_L[:, None]) == pytest.approx(0.2, rel=1e-5)
     if method != "learned":
-        back = vector_of(sources, setting(method, "to_memorized", top=top, layers=layers))
+        back = directions.vector(setting(method, "to_memorized", top=top, layers=layers))
         assert (vector + back).layers == []
 
 
-def test_nmd_is_the_papers_shift(sources: Sources) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_are_pure_and_what_is_kept_of_them_changes_nothing(asking: Asking, method: str) -> None:
+    """In any order, and beside shuffles, a method gives the same numbers as when it is called alone."""
+    sources = sources_at(asking, "block", steps=3)
+    directions = Directions(sources)
+    for _ in range(2):
+        for direction in ("to_memorized", "to_generalized"):
+            for labels in (Labels(5), ANSWERED):
+                chosen = setting(method, direction, top=0.5)
+                (kept_LD,) = directions.shifts(chosen, [labels])
+                np.testing.assert_array_equal(kept_LD, METHODS[method](sources, chosen, labels))
+    fitted = {(chosen.same_direction()[0], ANSWERED): np.ones((2, 64))}
+    (elsewhere_LD,) = Directions(sources, fitted).shifts(chosen, [ANSWERED])
+    assert (elsewhere_LD == 1).all()  # what was fitted before is not fitted again
+
+
+def test_nmd_is_the_papers_shift(directions: Directions) -> None:
     """alpha * sign(rho) * |NMD| on the neurons with the highest |rho|, against a loop over neurons."""
     chosen = setting("nmd", top=0.25)
-    generalized_PLD, memorized_PLD = (sources.states_P2LD[:, side].astype(np.float64) for side in (0, 1))
+    generalized_PLD, memorized_PLD = (directions.sources.states_P2LD[:, side].astype(np.float64) for side in (0, 1))
     labels_N = np.repeat([1.0, -1.0], len(generalized_PLD))
     expected_LD, rho_LD = np.zeros((2, 64)), np.zeros((2, 64))
     for layer, neuron in np.ndindex(2, 64):
@@ -119,24 +137,24 @@ def test_nmd_is_the_papers_shift(sources: Sources) -> None:
         difference = generalized_PLD[:, layer, neuron].mean() - memorized_PLD[:, layer, neuron].mean()
         expected_LD[layer, neuron] = np.sign(rho_LD[layer, neuron]) * abs(difference)
     expected_LD[np.abs(rho_LD) < np.sort(np.abs(rho_LD), axis=None)[-32]] = 0
-    found_LD = vector_of(sources, chosen).dense(2, 64)
-    np.testing.assert_allclose(found_LD, alpha_of(sources, chosen) * expected_LD, rtol=1e-4, atol=1e-9)
-    assert np.isnan(alpha_of(sources, setting("gradient")))
+    found_LD = directions.dense(chosen)
+    np.testing.assert_allclose(found_LD, directions.alpha(chosen) * expected_LD, rtol=1e-4, atol=1e-9)
+    assert np.isnan(directions.alpha(setting("gradient")))
 
 
 @pytest.mark.parametrize("method", ["gradient", "learned"])
-def test_what_follows_the_margin_moves_it_where_it_should(asking: Asking, sources: Sources, method: str) -> None:
+def test_what_follows_the_margin_moves_it_where_it_should(asking: Asking, directions: Directions, method: str) -> None:
     examples = conflicts(60)
     before = label(asking, examples).margin_N.mean()
     for direction, sign in (("to_generalized", 1), ("to_memorized", -1)):
-        vector = vector_of(sources, setting(method, direction, strength=0.1))
+        vector = directions.vector(setting(method, direction, strength=0.1))
         after = steered(asking, prepare(asking, examples), vector).margin_N.mean()
         assert sign * (after - before) > 1.0
 
 
-def test_a_shift_of_all_tokens_is_fitted_and_judged_on_all_tokens(asking: Asking, sources: Sources) -> None:
+def test_a_shift_of_all_tokens_is_fitted_and_judged_on_all_tokens(asking: Asking, directions: Directions) -> None:
     everywhere = {
-        d: vector_of(sources, setting("learned", d, strength=0.1, positions="all"))
+        d: directions.vector(setting("learned", d, strength=0.1, positions="all"))
         for d in ("to_generalized", "to_memorized")
     }
     examples = conflicts(60)
@@ -150,36 +168,35 @@ def test_a_shift_of_all_tokens_is_fitted_and_judged_on_all_tokens(asking: Asking
         by_hand = label(asking, examples, applied=lambda v=vector: v.apply(asking.model))
         np.testing.assert_allclose(cached.margin_N, by_hand.margin_N, atol=1e-4)
         assert sign * (cached.margin_N - label(asking, examples).margin_N).mean() > 0.5
-    here = vector_of(sources, setting("learned", strength=0.1))
+    here = directions.vector(setting("learned", strength=0.1))
     assert not np.allclose(here.dense(2, 64), everywhere["to_generalized"].dense(2, 64))
 
 
-def test_a_learned_shift_does_more_than_any_other_of_its_norm(asking: Asking, sources: Sources) -> None:
+def test_a_learned_shift_does_more_than_any_other_of_its_norm(asking: Asking, directions: Directions) -> None:
     """It optimizes the log probability of the wanted answer, so no other method may beat it there by much."""
-    batches = sources.lists.pairs["generalized"]
-    rates = {
-        m: steered(asking, batches, vector_of(sources, setting(m, strength=0.15))).margin_N.mean() for m in METHODS
-    }
+    batches = directions.sources.lists.pairs["generalized"]
+    rates = {m: steered(asking, batches, directions.vector(setting(m, strength=0.15))).margin_N.mean() for m in METHODS}
     assert rates["learned"] > max(rates[m] for m in ("nmd", "logistic", "whitened", "pca"))
 
 
-def test_what_should_stay_can_be_left_out_of_the_objective(asking: Asking, sources: Sources) -> None:
+def test_what_should_stay_can_be_left_out_of_the_objective(asking: Asking, directions: Directions) -> None:
     """Weighed heavily, novel examples keep more of their right answers under a strong shift than left out."""
     chosen = setting("learned", "to_memorized", strength=0.6)
+    sources = directions.sources
     right = sources.lists.kept["generalized"]
     kept = []
     for weight in (0.0, 20.0):
         lists = replace(sources.lists, kept={"memorized": right}, kept_weight=weight)
-        vector = vector_of(replace(sources, lists=lists, found={}), chosen)
+        vector = Directions(replace(sources, lists=lists)).vector(chosen)
         kept.append(share_of(steered(asking, right, vector), "correct"))
     assert kept[1] > kept[0]
 
 
 @pytest.mark.parametrize("name", CONTROLS)
-def test_controls_keep_each_layers_norm(sources: Sources, name: str) -> None:
+def test_controls_keep_each_layers_norm(directions: Directions, name: str) -> None:
     chosen = setting("nmd", top=0.3)
-    original = vector_of(sources, chosen).dense(2, 64)
-    (_, first), (_, second) = control_draws(name, sources, chosen, 2, (0,))
+    original = directions.dense(chosen)
+    (_, first), (_, second) = control_draws(name, directions, chosen, 2, (0,))
     assert not np.array_equal(first, second)
     np.testing.assert_allclose(np.linalg.norm(first, axis=1), np.linalg.norm(original, axis=1), rtol=1e-5)
     if name in ("random_neurons", "low_correlation"):
@@ -189,33 +206,37 @@ def test_controls_keep_each_layers_norm(sources: Sources, name: str) -> None:
     if name == "low_correlation":
         for layer in ALL:
             used = first[layer] != 0
-            assert np.abs(sources.rho_LD[layer][used]).max() <= np.abs(sources.rho_LD[layer][~used]).min()
-    again = dict(control_draws(name, sources, chosen, 2, (0,)))
+            assert np.abs(directions.rho()[layer][used]).max() <= np.abs(directions.rho()[layer][~used]).min()
+    again = dict(control_draws(name, directions, chosen, 2, (0,)))
     np.testing.assert_array_equal(again[1], second)
-    everything = list(control_draws(name, sources, setting("nmd"), 2, (0,)))
+    everything = list(control_draws(name, directions, setting("nmd"), 2, (0,)))
     assert len(everything) == (0 if name in ("random_neurons", "low_correlation") else 2)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_shuffled_labels_leave_little_of_a_method(sources: Sources, method: str) -> None:
+def test_shuffled_labels_leave_little_of_a_method(directions: Directions, method: str) -> None:
     """Over many shuffles a direction averages out; without a shuffle it is itself."""
     chosen = setting(method, strength=0.1)
-    original = vector_of(sources, chosen).dense(2, 64)
-    shuffles = [vector_of(sources.shuffled(seed), chosen).dense(2, 64) for seed in range(6)]
-    assert all(not np.array_equal(s, original) for s in shuffles) or method == "pca"
-    mean = np.mean(shuffles, axis=0)
+    original = directions.vector(chosen).dense(2, 64)
+    shuffled = [directions.vector(chosen, Labels(seed)).dense(2, 64) for seed in range(6)]
+    assert all(not np.array_equal(s, original) for s in shuffled) or method == "pca"
+    mean = np.mean(shuffled, axis=0)
     along = (mean * original).sum() / (original**2).sum()
-    # A learned shift still learns to make the model less sure, which is a part of turning it.
+    # A learned shift still learns to make the model less sure, which is a part of steering it.
     assert along < (0.8 if method in ("learned", "pca") else 0.45)
 
 
-def test_half_of_the_labels_swap(sources: Sources) -> None:
+def test_half_of_the_labels_swap(directions: Directions) -> None:
     """So that the mean difference itself is not left over with a random sign."""
-    shuffled = sources.shuffled(3)
+    sources, shuffled = directions.sources, Labels(3)
     assert shuffled.signs(30).sum() == 0
-    assert (sources.signs(30) == 1).all()
-    assert sources.shuffled(3) is shuffled
-    np.testing.assert_allclose(np.abs(shuffled.differences_PLD), np.abs(sources.differences_PLD))
+    assert (ANSWERED.signs(30) == 1).all()
+    assert not np.array_equal(shuffled.signs(30), Labels(4).signs(30))
+    differences_PLD = sources.differences_PLD(shuffled)
+    np.testing.assert_array_equal(np.abs(differences_PLD), np.abs(sources.differences_PLD()))
+    moments = sources.moments(shuffled)
+    np.testing.assert_allclose(moments.nmd_LD, differences_PLD.mean(0), atol=1e-12)
+    np.testing.assert_allclose(moments.state_norm_L, sources.norm_L)
 
 
 def test_shuffled_labels_ask_both_sides_equally_often(asking: Asking) -> None:
@@ -223,26 +244,27 @@ def test_shuffled_labels_ask_both_sides_equally_often(asking: Asking) -> None:
     small, examples = replace(asking, batch_size=8), conflicts(60)
     many, few = with_prefixes(small, examples[:48]), with_prefixes(small, examples[48:])
     lists = {"generalized": many, "memorized": few}
-    sources = read_sources("block", [(examples[0], examples[50])], FitLists(small, lists, lists, {}))  # type: ignore[arg-type]
-    asked = list(wanted_batches(sources.shuffled(0), "generalized"))
+    found = FitLists(small, lists, lists, {})  # type: ignore[arg-type]
+    asked = list(wanted_batches(found, "generalized", Labels(0)))
     of_few = [id(batch.ids_NT) in {id(f.ids_NT) for f in few} for batch in asked]
     assert np.mean(of_few) == 0.5
     assert all(abs(int((2 * batch.option_R - 1).sum())) <= 1 for batch in asked)
-    assert len(list(wanted_batches(sources, "generalized"))) == 2 * len(many)
+    assert len(list(wanted_batches(found, "generalized", ANSWERED))) == 2 * len(many)
 
 
 @pytest.mark.parametrize("positions", ["decision", "all"])
 @pytest.mark.parametrize("site", SITES)
 def test_what_is_learned_together_is_what_is_learned_alone(asking: Asking, site: str, positions: str) -> None:
-    together, alone = (sources_at(replace(asking, batch_size=16), site) for _ in range(2))
-    budget = Budget("memorized", (1,), 0.3, steps=6, positions=positions)  # type: ignore[arg-type]
-    several = [together.shuffled(seed) for seed in range(3)]
-    learn_together(several, budget)
-    for seed, one in enumerate(several):
-        found_LD = learn(alone.shuffled(seed), budget)
-        assert np.linalg.norm(found_LD[1]) > 0
-        np.testing.assert_allclose(one.found[budget], found_LD, atol=1e-4 * np.abs(found_LD).max())
-    assert not np.allclose(several[0].found[budget], several[1].found[budget], rtol=0.1)
+    sources = sources_at(replace(asking, batch_size=16), site, steps=6)
+    facts = {"site": site, "layers": (1,), "strength": 0.3, "positions": positions}
+    chosen, several = setting("learned", "to_memorized", **facts), [Labels(seed) for seed in range(3)]
+    together = learned_together(sources, chosen, several)
+    for labels, found_LD in zip(several, together, strict=True):
+        (alone_LD,) = learned_together(sources, chosen, [labels])
+        assert np.linalg.norm(alone_LD[1]) > 0
+        assert not alone_LD[0].any()
+        np.testing.assert_allclose(found_LD, alone_LD, atol=1e-4 * np.abs(alone_LD).max())
+    assert not np.allclose(together[0], together[1], rtol=0.1)
 
 
 def test_what_is_learned_in_bfloat16_points_where_float32_points(
@@ -251,51 +273,58 @@ def test_what_is_learned_in_bfloat16_points_where_float32_points(
     found = {}
     for precision in ("float32", "bfloat16"):
         monkeypatch.setattr(learned, "quick_precision", lambda model, chosen=precision: chosen)
-        budget = Budget("generalized", (0, 1), 0.3, steps=10)
-        found[precision] = learn(sources_at(asking, "block"), budget).ravel()
+        sources = sources_at(asking, "block", steps=10)
+        found[precision] = METHODS["learned"](sources, setting("learned", strength=0.3), ANSWERED).ravel()
     exact, rounded = found["float32"], found["bfloat16"]
     assert not np.array_equal(exact, rounded)
     assert exact @ rounded / np.linalg.norm(exact) / np.linalg.norm(rounded) > 0.999
 
 
 def test_a_shuffled_label_draw_does_not_depend_on_how_many_are_drawn(asking: Asking) -> None:
-    few, many = (
-        dict(control_draws("shuffled_labels", sources_at(asking, "block"), setting("learned"), draws, (0,)))
-        for draws in (1, 6)
-    )
+    sources, chosen = sources_at(asking, "block", steps=5), setting("learned")
+    few, many = (dict(control_draws(SHUFFLED, Directions(sources), chosen, draws, (0,))) for draws in (1, 6))
     assert len(few) == 1
     assert len(many) == 6
     np.testing.assert_array_equal(few[0], many[0])
+    # Nor on where it was fitted.
+    fixed = chosen.same_direction()[0]
+    fitted = {
+        (fixed, labels): shift_LD
+        for four in shuffles(6, 0)
+        for labels, shift_LD in zip(four, learned_together(sources, fixed, four), strict=True)
+    }
+    elsewhere = dict(control_draws(SHUFFLED, Directions(sources, fitted), chosen, 6, (0,)))
+    np.testing.assert_array_equal(np.stack(list(elsewhere.values())), np.stack(list(many.values())))
 
 
-def test_the_setting_is_chosen_that_exceeds_its_control(asking: Asking, sources: Sources) -> None:
+def test_the_setting_is_chosen_that_exceeds_its_control(asking: Asking, directions: Directions) -> None:
     """Against every setting held against its controls one by one; controls cost half, beyond the limit what is said."""
     lists = TuneLists(
         with_prefixes(asking, conflicts(60)),
-        {"novel": (sources.lists.kept["generalized"], "correct")},
+        {"novel": (directions.sources.lists.kept["generalized"], "correct")},
     )
     settings = [setting("gradient", top=0.5, strength=strength) for strength in (0.01, 0.2, 2.0)]
-    rated = [(s, share_of(steered(asking, lists.turned, vector_of(sources, s)), "generalized")) for s in settings]
+    rated = [(s, share_of(steered(asking, lists.targets, directions.vector(s)), "generalized")) for s in settings]
 
     def nets(limits: Limits, seed: int, names: Sequence[str]) -> dict[Setting, float]:
-        found = {s: control_means(asking, lists.turned, sources, s, limits, (seed,), names) for s in settings}
+        found = {s: control_means(lists.targets, directions, s, limits, (seed,), names) for s in settings}
         over = {s: max(0.0, max(means) - limits.control) for s, means in found.items()}
         return {s: rate - 0.5 * min(max(found[s]), limits.control) - limits.excess_cost * over[s] for s, rate in rated}
 
     for control, excess_cost in ((1.0, 2.0), (0.0, 2.0), (0.0, 0.5), (0.02, 6.0)):
         limits = Limits(control, 1.0, draws=3, excess_cost=excess_cost)
-        first = nets(limits, 0, (*STANDING_IN, "shuffled_labels"))
-        again = nets(replace(limits, draws=limits.again, refits=limits.again), AGAIN, tuple(CONTROLS))
-        choices = ranked(asking, lists, {"block": sources}, rated, limits)
+        first = nets(limits, 0, (*STANDING_IN, SHUFFLED))
+        again = nets(replace(limits, draws=limits.again, refits=limits.again), AGAIN, CONTROLS)
+        choices = ranked(lists, {"block": directions}, rated, limits)
         assert [c.net for c in choices] == pytest.approx([first[c.setting] for c in choices])
         leading = choices[0]
         assert leading.net == pytest.approx(max(first.values())), "what was left out had lost"
-        best = final(asking, lists, {"block": sources}, choices, limits)
+        best = final(lists, {"block": directions}, choices, limits)
         assert best.net == pytest.approx(again[best.setting]), "rated once more with other draws"
         assert best.net >= again[leading.setting] - 1e-9
         if best.setting != leading.setting:
             assert first[best.setting] > again[leading.setting], "only what seemed better than what the first one keeps"
-    harm = {s: damage(asking, lists, sources, s) for s in settings}
-    hurting = ranked(asking, lists, {"block": sources}, rated, Limits(1.0, min(harm.values()), draws=3))
+    harm = {s: damage(lists, directions, s) for s in settings}
+    hurting = ranked(lists, {"block": directions}, rated, Limits(1.0, min(harm.values()), draws=3))
     assert harm[hurting[0].setting] == min(harm.values())
     assert hurting[0].kept

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from mnemoscope.errors import InputError
-from mnemoscope.tasks import KINDS, Example, build_task
+from mnemoscope.tasks import KINDS, Example, Kind, Task, build_task
 from mnemoscope.tasks.facts import FactsTask
 
 RNG = np.random.default_rng(0)
 
 
-def everything(task: FactsTask, kind: str) -> list[Example]:
-    return task.examples(np.random.default_rng(0), 10**6, kind)  # type: ignore[arg-type]
+def everything(task: Task, kind: Kind) -> list[Example]:
+    return task.examples(np.random.default_rng(0), 10**6, kind)
 
 
 @pytest.fixture(scope="module")
@@ -42,18 +42,19 @@ def test_what_is_held_out_shares_nothing_but_the_countries(task: FactsTask) -> N
     assert set(parts) == {"frame", "relation"}
     mine = {e.prompt for e in everything(task, "conflict")}
     for part in parts.values():
-        assert part.split_of == task.split_of  # type: ignore[attr-defined]
-        theirs = everything(part, "conflict")  # type: ignore[arg-type]
+        assert isinstance(part, FactsTask)
+        assert part.split_of == task.split_of
+        theirs = everything(part, "conflict")
         assert theirs
         assert not mine & {e.prompt for e in theirs}
-    assert {e.item.split("|")[0] for e in everything(parts["relation"], "conflict")} == {"language"}  # type: ignore[arg-type]
-    assert {e.family for e in everything(parts["frame"], "conflict")} == {"context-last", "inverted"}  # type: ignore[arg-type]
-    assert set(build_task("facts", {}, 0).held_out()) == {"frame"}  # type: ignore[attr-defined]
+    assert {e.item.split("|")[0] for e in everything(parts["relation"], "conflict")} == {"language"}
+    assert {e.family for e in everything(parts["frame"], "conflict")} == {"context-last", "inverted"}
+    assert set(build_task("facts", {}, 0).held_out()) == {"frame"}
 
 
 def test_what_is_also_true_is_no_contradiction() -> None:
     task = build_task("facts", {"relations": ["language"], "wrong_values": 60}, 0)
-    said = {e.generalized.strip() for e in everything(task, "conflict") if e.group == "Canada"}  # type: ignore[arg-type, union-attr]
+    said = {e.generalized.strip() for e in everything(task, "conflict") if e.group == "Canada"}  # type: ignore[union-attr]
     assert "Spanish" in said
     assert not {"English", "French"} & said
 
@@ -75,7 +76,7 @@ def test_a_rephrasing_keeps_item_and_frame(task: FactsTask) -> None:
 
 def test_no_country_weighs_more_for_being_known_better(task: FactsTask) -> None:
     well, little = {f"{r}|Japan" for r in ("capital", "language")}, {"capital|France", "capital|Peru"}
-    both = build_task("facts", {"relations": ["capital", "language"]}, 0).knowing(well | little)  # type: ignore[attr-defined]
+    both = build_task("facts", {"relations": ["capital", "language"]}, 0).knowing(well | little)
     counts = Counter(example.group for example in both.examples(RNG, 90, "conflict"))
     assert counts == {"Japan": 30, "France": 30, "Peru": 30}
 
@@ -109,7 +110,7 @@ def test_a_table_brings_facts_and_relations(tmp_path: Path) -> None:
     assert "was made by" in example.prompt
     path.write_text(f"{path.read_text()}\nmaker,thing0,person7,{words}", encoding="utf-8-sig")
     task = build_task("facts", {"table": str(path), "relations": ["maker"], "wrong_values": 11}, 0)
-    of_first = [e for e in everything(task, "conflict") if e.group == "thing0"]  # type: ignore[arg-type]
+    of_first = [e for e in everything(task, "conflict") if e.group == "thing0"]
     assert {e.memorized for e in of_first} == {" person0"}
     assert " person7" not in {e.generalized for e in of_first}
     for line, message in (

@@ -95,7 +95,7 @@ def test_the_budget_is_dealt_to_layers_all_over_the_model() -> None:
     (cell,) = fitting_study({"folder": "x"}, "facts", {}).cells.values()
     grids, count = cell.steering.sweeps, 0
     for method in grids:
-        count += len(settings_of("to_generalized", method, grids[method], 30))
+        count += len(settings_of(cell.steering, "to_generalized", method, 30))
     assert count == SETTINGS == 66
     (learned,) = grids["learned"]
     assert learned.layer_sets(30) == [(4,), (9,), (13,), (17,), (21,), (26,)]

@@ -32,18 +32,18 @@ from known_switch import (
 from mnemoscope.behaviour import Asking, Batch, PairBatch, Scores, draw_candidates, mine_pairs, score
 from mnemoscope.contrast import Contrast, ContrastAccumulator
 from mnemoscope.directions import (
+    ANSWERED,
     METHODS,
     SOURCE,
     TOWARD,
+    Directions,
     FitLists,
+    Labels,
     Setting,
-    Sources,
     control_draws,
-    ranked_neurons,
     read_sources,
     share_of,
     steered,
-    vector_of,
     with_prefixes,
 )
 from mnemoscope.models import SITES, Site
@@ -109,38 +109,43 @@ def sides(split: Split, decider: Decider, filler: float) -> dict[Toward, list[Ba
 
 
 @cache
-def sources_at(site: Site, filler: float = USUAL) -> Sources:
+def directions_at(site: Site, filler: float = USUAL) -> Directions:
     decider = KNOWN[site].decider
     fit = sides("fit", decider, filler)
-    turned: dict[Toward, list[Batch]] = {"generalized": fit["memorized"], "memorized": fit["generalized"]}
+    targets: dict[Toward, list[Batch]] = {"generalized": fit["memorized"], "memorized": fit["generalized"]}
     nothing: dict[Toward, list[Batch]] = {"generalized": [], "memorized": []}
-    lists = FitLists(model_of(decider, filler), turned, nothing, nothing)
-    return read_sources(site, mined("fit", 500).pairs()[:PAIRS], lists)
+    lists = FitLists(model_of(decider, filler), targets, nothing, nothing)
+    return Directions(read_sources(site, mined("fit", 500).pairs()[:PAIRS], lists))
 
 
 def fit_groups() -> list[str]:
     return [pair[0].group for pair in mined("fit", 500).pairs()[:PAIRS]]
 
 
-def setting(sources: Sources, method: str, direction: str = "to_generalized", layer: int | None = None) -> Setting:
+def setting(
+    directions: Directions, method: str, direction: str = "to_generalized", layer: int | None = None
+) -> Setting:
     """As many neurons as the switch has, moved so far that they outvote the largest majority."""
+    sources = directions.sources
     known = KNOWN[sources.site]
     layer = known.layer if layer is None else layer
     strength = (VOTES + 2) * known.vote / sources.norm_L[layer]
     return Setting(direction, method, sources.site, (layer,), len(known.neurons) / sources.shape_LD[1], strength)
 
 
-def found(sources: Sources, chosen: Setting) -> list[int]:
+def found(directions: Directions, chosen: Setting, labels: Labels = ANSWERED) -> list[int]:
     (layer,) = chosen.layers
-    return np.flatnonzero(ranked_neurons(sources, chosen, chosen.top)[layer]).tolist()
+    return np.flatnonzero(directions.vector(chosen, labels).shifts[layer].numpy()).tolist()
 
 
-def turned(sources: Sources, chosen: Setting, shift_LD: np.ndarray | None = None, filler: float = USUAL) -> float:
-    """Share of the test phrasings that a setting's vector turns, or another shift in its place."""
-    vector = vector_of(sources, chosen)
+def shift_rate(
+    directions: Directions, chosen: Setting, shift_LD: np.ndarray | None = None, filler: float = USUAL
+) -> float:
+    """Share of the test phrasings that a setting's vector steers, or another shift in its place."""
+    vector, sources = directions.vector(chosen), directions.sources
     vector = vector if shift_LD is None else vector.with_dense(shift_LD)
     batches = sides("test", KNOWN[sources.site].decider, filler)[SOURCE[chosen.direction]]
-    return share_of(steered(sources.lists.asking, batches, vector), TOWARD[chosen.direction])
+    return share_of(steered(sources.lists.asking, batches, vector), chosen.toward)
 
 
 def scores_of(decider: Decider, side: Toward, filler: float = USUAL, **options: Any) -> Scores:
@@ -204,7 +209,7 @@ def test_every_200_pairs_rank_the_named_neurons_first_and_find_no_others_signifi
 @pytest.mark.parametrize("site", SITES)
 def test_the_contrast_knows_layer_and_neurons_at_every_site(site: Site) -> None:
     told_LD = told_at(site)
-    contrast = contrast_of(site, sources_at(site).states_P2LD, fit_groups())
+    contrast = contrast_of(site, directions_at(site).sources.states_P2LD, fit_groups())
     np.testing.assert_array_equal(contrast.p_family_wise_LD == 1 / 1000, told_LD)
     np.testing.assert_array_equal(contrast.top_neurons(told_LD.mean()), told_LD)
     if site == "block":
@@ -213,39 +218,39 @@ def test_the_contrast_knows_layer_and_neurons_at_every_site(site: Site) -> None:
 
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_finds_the_switch_and_turns_it(site: Site, method: str) -> None:
-    sources, known = sources_at(site), KNOWN[site]
+def test_every_method_finds_the_switch_and_steers_by_it(site: Site, method: str) -> None:
+    directions, known = directions_at(site), KNOWN[site]
     for direction in TOWARD:
-        chosen = setting(sources, method, direction)
-        assert found(sources, chosen) == sorted(known.neurons)
-        assert turned(sources, chosen) >= 0.95
-        shift_LD = vector_of(sources, chosen).dense(*sources.shape_LD)
+        chosen = setting(directions, method, direction)
+        assert found(directions, chosen) == sorted(known.neurons)
+        assert shift_rate(directions, chosen) >= 0.95
+        shift_LD = directions.dense(chosen)
         elsewhere_LD = np.zeros_like(shift_LD)
         elsewhere_LD[:, idle(site)] = shift_LD[:, known.neurons]
-        assert turned(sources, chosen, elsewhere_LD) == 0.0
-        draws = control_draws("gaussian", sources, chosen, 10, (0,))
-        assert np.mean([turned(sources, chosen, shift_LD) for _, shift_LD in draws]) <= 0.15
+        assert shift_rate(directions, chosen, elsewhere_LD) == 0.0
+        draws = control_draws("gaussian", directions, chosen, 10, (0,))
+        assert np.mean([shift_rate(directions, chosen, shift_LD) for _, shift_LD in draws]) <= 0.15
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_before_the_votes_are_gathered_nothing_differs_but_something_acts(method: str) -> None:
-    """A state of layer 0 says nothing of the behaviour; what is added to it still reaches the head by the residual."""
-    sources = sources_at("block")
+    """A state of layer 0 holds nothing of the behaviour; what is added to it still reaches the head by the residual."""
+    directions = directions_at("block")
     for direction in TOWARD:
-        chosen = setting(sources, method, direction, layer=0)
+        chosen = setting(directions, method, direction, layer=0)
         acts = method in WHERE_IT_ACTS
-        assert (found(sources, chosen) == sorted(SWITCH)) == acts
-        assert turned(sources, chosen) == (1.0 if acts else 0.0)
+        assert (found(directions, chosen) == sorted(SWITCH)) == acts
+        assert shift_rate(directions, chosen) == (1.0 if acts else 0.0)
 
 
 @pytest.mark.parametrize(("filler", "misled"), [(LOUD, {"pca"}), (QUIET, {"logistic", "whitened"})])
 def test_which_methods_are_misled_by_the_size_of_other_neurons(filler: float, misled: set[str]) -> None:
     """A principal component follows variance; weights of unscaled neurons are the larger the less these vary."""
-    sources = sources_at("block", filler)
+    directions = directions_at("block", filler)
     for method in METHODS:
-        chosen = setting(sources, method)
-        assert (found(sources, chosen) == sorted(SWITCH)) == (method not in misled)
-        assert turned(sources, chosen, filler=filler) == (0.0 if method in misled else 1.0)
+        chosen = setting(directions, method)
+        assert (found(directions, chosen) == sorted(SWITCH)) == (method not in misled)
+        assert shift_rate(directions, chosen, filler=filler) == (0.0 if method in misled else 1.0)
 
 
 def ablated_scores(site: Site, decider: Decider, layer: int, neurons: np.ndarray) -> list[Scores]:
@@ -274,8 +279,8 @@ def test_without_the_switch_there_is_no_choice_and_without_others_all_of_it(site
 
 def test_what_tells_the_behaviours_apart_best_need_not_decide_anything() -> None:
     """The verdict correlates most of all; where the head reads the votes themselves, ablation shows that it is idle."""
-    sources = sources_at("block")
-    best = np.argsort(-np.abs(sources.rho_LD[READS]))[:2]
+    rho_LD = directions_at("block").rho()
+    best = np.argsort(-np.nan_to_num(np.abs(rho_LD[READS])))[:2]
     assert sorted(best) == sorted(VERDICT)
     for side, scores in zip(SIDES, ablated_scores("block", "switch", READS, VERDICT), strict=True):
         assert share_of(scores, side) == 1.0
@@ -331,14 +336,15 @@ def test_shuffled_labels_find_nothing() -> None:
 
     The switch still comes up somewhat more often than by chance: the pairs were chosen for being on its two sides.
     """
-    sources, alarms, named = sources_at("block"), 0, dict.fromkeys(WHAT_DIFFERS, 0)
+    directions, alarms, named = directions_at("block"), 0, dict.fromkeys(WHAT_DIFFERS, 0)
+    read_P2LD = directions.sources.states_P2LD
     for seed in range(20):
-        shuffled = sources.shuffled(seed)
-        swapped_P = shuffled.signs(PAIRS)[:, None, None, None] < 0
-        states_P2LD = np.where(swapped_P, sources.states_P2LD[:, ::-1], sources.states_P2LD)
+        labels = Labels(seed)
+        swapped_P = labels.signs(PAIRS)[:, None, None, None] < 0
+        states_P2LD = np.where(swapped_P, read_P2LD[:, ::-1], read_P2LD)
         alarms += (contrast_of("block", states_P2LD, fit_groups()).p_family_wise_LD < 0.05).any()
         for method in WHAT_DIFFERS:
-            named[method] += len({*found(shuffled, setting(shuffled, method))} & {*SWITCH})
+            named[method] += len({*found(directions, setting(directions, method), labels)} & {*SWITCH})
     assert alarms <= 4
     everywhere = 20 * len(SWITCH)
     assert named.pop("pca") == everywhere

@@ -1,34 +1,47 @@
-"""What the README says works: its Python runs, its commands exist, its files are there."""
+"""What README and the pages of the site say works: Python runs, commands exist, links lead somewhere."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import typer
+import yaml
 
+import mnemoscope
+from helpers import MINI_TASKS
+from mnemoscope.behaviour import Asking
 from mnemoscope.cli import app
 from mnemoscope.tasks.jsonl import read_jsonl
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+def commands() -> list[str]:
+    lines = [x for page in PAGES for block in blocks("sh", page.read_text()) for x in block.splitlines()]
+    return sorted({line for line in lines if line.startswith("mnemoscope ")})
 
 
-@pytest.mark.parametrize("line", [x for b in blocks("sh") for x in b.splitlines() if x.startswith("mnemoscope")])
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!http|#)([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("line", commands())
 def test_commands_and_options_exist(line: str) -> None:
     _, name, *arguments = shlex.split(line, comments=True)
     command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
@@ -36,30 +49,58 @@ def test_commands_and_options_exist(line: str) -> None:
     assert {a for a in arguments if a.startswith("-")} <= known
 
 
-def test_make_targets_exist() -> None:
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs" / "quickstart.md"])
+def test_make_targets_exist(page: Path) -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"^make (\w+)", README, flags=re.MULTILINE):
+    targets = re.findall(r"^make ([\w-]+)", page.read_text(), flags=re.MULTILINE)
+    assert targets
+    for target in targets:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
 
 
-def test_the_example_line_is_valid_jsonl(tmp_path: Path) -> None:
-    (line,) = blocks("json")
+@pytest.mark.parametrize("page", ["README.md", "docs/your-data.md"])
+def test_the_example_line_is_valid_jsonl(page: str, tmp_path: Path) -> None:
+    (line,) = blocks("json", (ROOT / page).read_text())
     (tmp_path / "one.jsonl").write_text(line)
     (example,) = read_jsonl(tmp_path / "one.jsonl", 0)
     assert example.kind == "conflict"
+    assert str(example.memorized).startswith(" ")
     assert set(json.loads(line)) == {"item", "group", "prompt", "memorized", "generalized"}
 
 
-def test_the_python_runs_on_a_run_folder(mini_run: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:  # type: ignore[no-untyped-def]
-    """On the miniature study instead of the quickstart: same folders, two-digit operands, two layers of 64."""
-    monkeypatch.chdir(mini_run.parent)
+def test_the_figures_of_the_readme_are_those_of_the_log() -> None:
+    log = (ROOT / "docs" / "LOG.md").read_text()
+    table = README.split("## Does it work?")[1].split("## ")[0]
+    figures = re.findall(r"\d\.\d{3}", table)
+    assert len(figures) >= 20
+    assert {figure for figure in figures if figure not in log and figure != "0.014"} == set()
+    assert "| bare questions that stay right (0.973 unsteered) | 0.959 | 0.959 |" in log  # 0.973 - 0.959 = 0.014
+
+
+@pytest.mark.slow
+def test_the_python_runs(
+    mini: Callable[[str], Asking],
+    shared_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """README, then the page on steering, on a miniature model and a file of its task instead of SmolLM2's."""
+    mini("addition")
+    monkeypatch.chdir(tmp_path)
+    options = [f"--option={name}={value}" for name, value in MINI_TASKS["addition"].items()]
+    typer.main.get_command(app).main(
+        ["data", "addition", "-n", "300", *options, "-o", "mine.jsonl"], standalone_mode=False
+    )
     space: dict[str, object] = {}
-    for code in blocks("python"):
-        code = code.replace("runs/quickstart", mini_run.name).replace("layers=4, neurons=128", "layers=2, neurons=64")
-        code = code.replace('"addition", {}', '"addition", {"digits": 2, "stored": 96}')
-        exec(compile(code.replace("347+268=", "34+26=").replace("901+155=", "91+55="), "README", "exec"), space)
-    assert "34+26=" in capsys.readouterr().out
-    assert space["vector"].toward == "memorized"  # type: ignore[attr-defined]
+    for page in ("README.md", "docs/steering.md"):
+        for code in blocks("python", (ROOT / page).read_text()):
+            code = code.replace('"smollm2"', repr(str(shared_folder / "mini-addition")))
+            code = re.sub(r"prompts = \[.*\]", 'prompts = ["34+26="]', code)
+            exec(compile(code, page, "exec"), space)
+    printed = capsys.readouterr().out
+    assert re.search(r"^generalized \['.+'\]$", printed, flags=re.MULTILINE)
+    assert Path("runs/mine/report.html").is_file()
 
 
 def test_the_page_of_fields_is_that_of_the_code() -> None:
@@ -80,3 +121,32 @@ def test_the_tables_of_the_review_are_made_from_a_run(mini_run: Path) -> None:
     task = json.loads((mini_run / "results.json").read_text())["tasks"]["addition"]
     shift = task["steering"]["to_memorized"]["pairs"]["shift"]
     assert f"| {shift['estimate']:.3f} [{shift['low']:.3f}, {shift['high']:.3f}] |" in printed.split("## 2.")[1]
+
+
+def test_prose_has_lines_that_can_be_read() -> None:
+    """README at most 150 lines; a line of prose at most 160 characters, tables and examples apart."""
+    assert len(README.splitlines()) <= 150
+    for page in PAGES:
+        if page.name in ("STUDY.md", "RECORDS.md"):  # printed from the code
+            continue
+        prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+        assert [x for x in prose.splitlines() if len(x) > 160 and not x.startswith("|")] == [], page
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert f'version = "{citation["version"]}"' in (ROOT / "pyproject.toml").read_text()
+    assert citation["references"][0]["url"] == "https://arxiv.org/abs/2412.18497"
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="the extra docs is not installed")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"]
+    quiet = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=quiet)
+    assert built.returncode == 0, built.stderr
+    assert "WARNING" not in built.stderr
+    page = (tmp_path / "site" / "api" / "index.html").read_text()
+    missing = [name for name in mnemoscope.__all__ if not re.search(rf'id="mnemoscope\.[\w.]*{name}"', page)]
+    assert missing == []

@@ -24,7 +24,7 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
-from mnemoscope.processes import side_by_side
+from mnemoscope.executors import in_processes
 from mnemoscope.report import build_report
 from mnemoscope.report.captions_steering import collateral
 from mnemoscope.report.examples import difference
@@ -773,12 +773,12 @@ def test_equal_records_give_equal_bytes(run: Path, tmp_path: Path) -> None:
     assert not list(again.glob(".*.tmp"))
 
 
-def test_processes_side_by_side_give_the_same_bytes(run: Path, tmp_path: Path) -> None:
+def test_processes_in_parallel_give_the_same_bytes(run: Path, tmp_path: Path) -> None:
     again = shutil.copytree(run, tmp_path / "again")
     for name in ("results.json", "report.html"):
         (again / name).unlink()
-    with side_by_side(2) as spread:
-        build_report(again, spread)
+    with in_processes(2) as parallel:
+        build_report(again, parallel)
     for name in ("results.json", "report.html"):
         assert (again / name).read_bytes() == (run / name).read_bytes()
 

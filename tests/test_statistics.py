@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from scipy import spatial, stats
 from sklearn.metrics import roc_auc_score
 
+from mnemoscope.contrast import PairedMoments
 from mnemoscope.statistics import (
     Estimate,
     Floats,
-    PairedMoments,
     SignFlips,
     auroc,
     benjamini_hochberg,
@@ -32,7 +32,7 @@ from mnemoscope.statistics import (
     rank_correlation,
     top_by_magnitude,
 )
-from mnemoscope.statistics.moments import _signs
+from mnemoscope.statistics.flips import _signs
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -458,7 +458,7 @@ def test_the_maximum_test_keeps_its_level_when_groups_are_respected(grouped: boo
 @pytest.mark.parametrize("held", [1, 7, 128])
 def test_shards_in_any_order_agree(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many groups wait to be flipped together."""
-    monkeypatch.setattr("mnemoscope.statistics.moments.HELD_GROUPS", held)
+    monkeypatch.setattr("mnemoscope.statistics.flips.HELD_GROUPS", held)
     draw = rng(18)
     differences = draw.normal(size=(60, 2, 3)) + 0.2
     groups = [f"name {i}" for i in draw.integers(0, 25, size=60)]
@@ -476,7 +476,7 @@ def test_shards_in_any_order_agree(held: int, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_signs_are_the_same_in_every_process() -> None:
-    code = "from mnemoscope.statistics.moments import _signs; print(_signs(3, 20, 'Zoë').tolist())"
+    code = "from mnemoscope.statistics.flips import _signs; print(_signs(3, 20, 'Zoë').tolist())"
     outputs = {
         subprocess.run(
             [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)},

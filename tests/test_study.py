@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -12,9 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
@@ -23,46 +20,29 @@ from safetensors import safe_open
 
 from helpers import MINI_TASKS
 from mnemoscope.behaviour import Asking
-from mnemoscope.cells import Cell, cells_of
+from mnemoscope.cells import cells_of
 from mnemoscope.config import dump_study, load_study, parse_study
 from mnemoscope.errors import InputError, StudyError
-from mnemoscope.executors import Progress, by_name
 from mnemoscope.files import ENDS
 from mnemoscope.models import load_model
-from mnemoscope.processes import pool_of
 from mnemoscope.stages import STAGES
 from mnemoscope.steering import SteeringVector
-from mnemoscope.study import _brought, run_study
+from mnemoscope.study import inputs_hash, run_study
 
 COMMAND = [sys.executable, "-m", "mnemoscope", "run"]
 
 
-def without_times(value: Any) -> Any:
-    """``results.json`` without its time fields."""
-    if isinstance(value, dict):
-        return {k: without_times(v) for k, v in value.items() if k != "seconds"}
-    return [without_times(v) for v in value] if isinstance(value, list) else value
-
-
 def results(run: Path) -> str:
-    """Comparable text of the results: NaN equals NaN there."""
-    return json.dumps(without_times(json.loads((run / "results.json").read_text())), sort_keys=True)
+    """Comparable text of ``results.json`` without its times: NaN equals NaN there."""
+    text = (run / "results.json").read_text()
+    found = json.loads(text, object_hook=lambda entry: {k: v for k, v in entry.items() if k != "seconds"})
+    return json.dumps(found, sort_keys=True)
 
 
-@pytest.fixture
-def study_file(mini_study_file: Path) -> Path:
-    return mini_study_file
-
-
-@pytest.fixture
-def finished(mini_run: Path) -> Path:
-    return mini_run
-
-
-def test_a_run_folder_holds_what_the_contract_says(finished: Path) -> None:
-    cell = finished / "cells" / "addition-0"
+def test_a_run_folder_holds_what_the_contract_says(mini_run: Path) -> None:
+    cell = mini_run / "cells" / "addition-0"
     for name in ("study.yaml", "manifest.json", "results.json", "report.html"):
-        assert (finished / name).stat().st_size > 100
+        assert (mini_run / name).stat().st_size > 100
     for name in ("training", "behaviour", "pairs", "probes", "steering"):
         assert len(pd.read_parquet(cell / "records" / f"{name}.parquet"))
     assert len(json.loads((cell / "probe.json").read_text())["layers"]) == 2
@@ -72,14 +52,14 @@ def test_a_run_folder_holds_what_the_contract_says(finished: Path) -> None:
     for direction in ("to_generalized", "to_memorized"):
         vector = SteeringVector.load(cell / "vectors" / f"{direction}-nmd.safetensors", model, tokenizer)
         assert vector.toward == direction.removeprefix("to_")
-    manifest = json.loads((finished / "manifest.json").read_text())
+    manifest = json.loads((mini_run / "manifest.json").read_text())
     assert list(manifest["stages"]["addition-0"]) == sorted(STAGES)
-    assert not list(finished.rglob("*.tmp*"))
+    assert not list(mini_run.rglob("*.tmp*"))
 
 
-def test_results_say_what_the_records_say(finished: Path) -> None:
-    task = json.loads((finished / "results.json").read_text())["tasks"]["addition"]
-    records = finished / "cells" / "addition-0" / "records"
+def test_results_say_what_the_records_say(mini_run: Path) -> None:
+    task = json.loads((mini_run / "results.json").read_text())["tasks"]["addition"]
+    records = mini_run / "cells" / "addition-0" / "records"
     behaviour = pd.read_parquet(records / "behaviour.parquet")
     conflict = behaviour[behaviour.kind == "conflict"]
     for name in ("memorized", "generalized", "other"):
@@ -97,8 +77,8 @@ def test_results_say_what_the_records_say(finished: Path) -> None:
             assert control == pytest.approx(drawn.mean())
 
 
-def test_every_test_row_is_from_the_test_split(finished: Path) -> None:
-    records = finished / "cells" / "addition-0" / "records"
+def test_every_test_row_is_from_the_test_split(mini_run: Path) -> None:
+    records = mini_run / "cells" / "addition-0" / "records"
     pairs = pd.read_parquet(records / "pairs.parquet")
     groups = {split: set(part.group) for split, part in pairs.groupby("split")}
     assert not groups["fit"] & groups["tune"]
@@ -110,39 +90,39 @@ def test_every_test_row_is_from_the_test_split(finished: Path) -> None:
     assert set(pd.read_parquet(records / "probes.parquet").group) <= groups["test"]
 
 
-def test_a_second_call_does_nothing_again(finished: Path, study_file: Path) -> None:
-    before = {p: p.stat().st_mtime_ns for p in (finished / "cells").rglob("*") if p.is_file()}
+def test_a_second_call_does_nothing_again(mini_run: Path, mini_study_file: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in (mini_run / "cells").rglob("*") if p.is_file()}
     told: list[tuple[object, ...]] = []
-    run_study(load_study(str(study_file)), finished, lambda *news: told.append(news))
+    run_study(load_study(str(mini_study_file)), mini_run, lambda *news: told.append(news))
     assert {news[-1] for news in told} == {"done before"}
-    assert before == {p: p.stat().st_mtime_ns for p in (finished / "cells").rglob("*") if p.is_file()}
+    assert before == {p: p.stat().st_mtime_ns for p in (mini_run / "cells").rglob("*") if p.is_file()}
 
 
 @pytest.mark.parametrize("stage", ["train", "pairs", "steering"])
 def test_a_run_killed_in_any_stage_goes_on_to_the_same_results(
-    stage: str, study_file: Path, finished: Path, tmp_path: Path
+    stage: str, mini_study_file: Path, mini_run: Path, tmp_path: Path
 ) -> None:
     """SIGKILL while the stage runs; what was finished before is not redone."""
     earlier = {"train": [], "pairs": ["train", "behaviour"], "steering": ["train", "behaviour", "pairs"]}[stage]
     # A stage of a tenth of a second may be over before a busy machine gets to send the signal: try again then.
-    attempts = (_killed_in(stage, earlier, study_file, tmp_path / f"killed-{n}") for n in range(5))
+    attempts = (_killed_in(stage, earlier, mini_study_file, tmp_path / f"killed-{n}") for n in range(5))
     run = next((run for run in attempts if run is not None), None)
     assert run is not None, "the stage was over before the signal came, five times"
     markers = run / "cells" / "addition-0" / "stages"
     stamps = {name: (markers / f"{name}.json").stat().st_mtime_ns for name in earlier}
-    subprocess.run([*COMMAND, str(study_file), "--out", str(run)], check=True, capture_output=True)
+    subprocess.run([*COMMAND, str(mini_study_file), "--out", str(run)], check=True, capture_output=True)
     assert stamps == {name: (markers / f"{name}.json").stat().st_mtime_ns for name in earlier}
-    assert results(run) == results(finished)
+    assert results(run) == results(mini_run)
     for name in ("behaviour", "pairs", "probes", "steering"):
         file = Path("cells") / "addition-0" / "records" / f"{name}.parquet"
-        assert (run / file).read_bytes() == (finished / file).read_bytes()
+        assert (run / file).read_bytes() == (mini_run / file).read_bytes()
 
 
-def _killed_in(stage: str, earlier: list[str], study_file: Path, run: Path) -> Path | None:
+def _killed_in(stage: str, earlier: list[str], mini_study_file: Path, run: Path) -> Path | None:
     """A run that was killed in the stage; None if the stage was over before."""
     markers = run / "cells" / "addition-0" / "stages"
     process = subprocess.Popen(
-        [*COMMAND, str(study_file), "--out", str(run)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        [*COMMAND, str(mini_study_file), "--out", str(run)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 240
     while not ((run / "study.yaml").exists() and all((markers / f"{name}.json").exists() for name in earlier)):
@@ -155,32 +135,24 @@ def _killed_in(stage: str, earlier: list[str], study_file: Path, run: Path) -> P
     return None if (markers / f"{stage}.json").exists() else run
 
 
-def test_cells_side_by_side_give_what_they_give_one_by_one(two_seeds: Path, finished: Path) -> None:
-    run = two_seeds
-    two = json.loads((run / "results.json").read_text())["tasks"]["addition"]
-    assert two["seeds"] == [0, 1]
-    file = Path("cells") / "addition-0" / "records" / "steering.parquet"
-    assert (run / file).read_bytes() == (finished / file).read_bytes()
-
-
 @pytest.fixture
-def copied(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "copy"))
+def copied(mini_run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(mini_run, tmp_path / "copy"))
 
 
-def test_another_configuration_is_refused(copied: Path, study_file: Path) -> None:
+def test_another_configuration_is_refused(copied: Path, mini_study_file: Path) -> None:
     with pytest.raises(InputError, match=r"another configuration.*steps"):
-        run_study(load_study(str(study_file), ["cells.addition.training.steps=601"]), copied)
+        run_study(load_study(str(mini_study_file), ["cells.addition.training.steps=601"]), copied)
 
 
-def test_a_configuration_that_came_to_nothing_binds_nobody(tmp_path: Path, study_file: Path) -> None:
+def test_a_configuration_that_came_to_nothing_binds_nobody(tmp_path: Path, mini_study_file: Path) -> None:
     """A mistyped model leaves a folder that the right one can use."""
-    wrong = load_study(str(study_file), ["cells.addition.model={folder: no/such}"])
+    wrong = load_study(str(mini_study_file), ["cells.addition.model={folder: no/such}"])
     with pytest.raises(InputError, match="no/such cannot be opened"):
         run_study(wrong, tmp_path / "run", workers=1)
     right = ["cells.addition.training.steps=25", "cells.addition.training.stop.recall=1.0"]
     with pytest.raises(StudyError, match="after 25 steps"):
-        run_study(load_study(str(study_file), right), tmp_path / "run")
+        run_study(load_study(str(mini_study_file), right), tmp_path / "run")
 
 
 def test_what_a_cell_brings_along_is_known_by_what_is_in_it(tmp_path: Path) -> None:
@@ -193,54 +165,57 @@ def test_what_a_cell_brings_along_is_known_by_what_is_in_it(tmp_path: Path) -> N
         f"study: mine\ncells: {{mine: {{task: jsonl, options: {{file: {data}}}, model: {{folder: {model}}}}}}}\n"
     )
     (cell,) = cells_of(load_study(str(tmp_path / "mine.yaml")), tmp_path / "run")
-    seen = {_brought(cell)}
-    assert _brought(cell) in seen
+    seen = {inputs_hash(cell)}
+    assert inputs_hash(cell) in seen
     data.write_text("two")
-    seen.add(_brought(cell))
+    seen.add(inputs_hash(cell))
     with weights.open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"x")
-    seen.add(_brought(cell))
+    seen.add(inputs_hash(cell))
     assert len(seen) == 3
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, study_file: Path) -> None:
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, mini_study_file: Path) -> None:
     (tmp_path / "letter.txt").write_text("not a run")
     with pytest.raises(InputError, match=r"not empty and holds no study\.yaml"):
-        run_study(load_study(str(study_file)), tmp_path)
+        run_study(load_study(str(mini_study_file)), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["letter.txt"]
 
 
 @pytest.mark.parametrize(
     "file", ["model/model.safetensors", "records/pairs.parquet", "contrast.safetensors", "stages/train.json"]
 )
-def test_a_damaged_artefact_is_named(copied: Path, study_file: Path, file: str) -> None:
+def test_a_damaged_artefact_is_named(copied: Path, mini_study_file: Path, file: str) -> None:
     path = copied / "cells" / "addition-0" / file
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(StudyError, match="is damaged") as error:
-        run_study(load_study(str(study_file)), copied)
+        run_study(load_study(str(mini_study_file)), copied)
     assert path.name in str(error.value)
 
 
-def test_a_model_that_never_mixes_gives_no_report(study_file: Path, tmp_path: Path) -> None:
-    overrides = ["cells.addition.training.steps=25", "cells.addition.training.stop.recall=1.0"]
-    with pytest.raises(StudyError, match="after 25 steps the model does not show both behaviours"):
-        run_study(load_study(str(study_file), overrides), tmp_path / "run")
+NO_RULE = ["novel_accuracy=0", "recall=0", "conflict_each=0", "conflict_other=1"]
+
+
+@pytest.mark.parametrize(
+    ("stop", "message"),
+    [
+        (["recall=1.0"], "after 25 steps the model does not show both behaviours"),
+        (NO_RULE, r"no pairs found in the fit split: none of \d+ candidates flips \(other"),
+    ],
+)
+def test_a_cell_that_cannot_go_on_gives_no_report(
+    mini_study_file: Path, tmp_path: Path, stop: list[str], message: str
+) -> None:
+    overrides = ["cells.addition.training.steps=25", *(f"cells.addition.training.stop.{field}" for field in stop)]
+    with pytest.raises(StudyError, match=message):
+        run_study(load_study(str(mini_study_file), overrides), tmp_path / "run")
     assert not (tmp_path / "run" / "report.html").exists()
     assert len(pd.read_parquet(tmp_path / "run" / "cells" / "addition-0" / "records" / "training.parquet")) == 1
 
 
-def test_no_pairs_are_reported_with_what_was_seen(study_file: Path, tmp_path: Path) -> None:
-    overrides = ["cells.addition.training.steps=25", "cells.addition.training.stop.novel_accuracy=0"]
-    overrides += [f"cells.addition.training.stop.{name}=0" for name in ("recall", "conflict_each")]
-    overrides += ["cells.addition.training.stop.conflict_other=1"]
-    with pytest.raises(StudyError, match=r"no pairs found in the fit split: none of \d+ candidates flips \(other"):
-        run_study(load_study(str(study_file), overrides), tmp_path / "run")
-    assert not (tmp_path / "run" / "report.html").exists()
-
-
 def test_a_full_disk_leaves_nothing_half_written(
-    study_file: Path, copied: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+    mini_study_file: Path, copied: Path, mini_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk fills up when the steering records are renamed into place."""
     (copied / "cells" / "addition-0" / "stages" / "steering.json").unlink()
@@ -255,16 +230,14 @@ def test_a_full_disk_leaves_nothing_half_written(
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space left"):
-        run_study(load_study(str(study_file)), copied)
+        run_study(load_study(str(mini_study_file)), copied)
     assert not list(copied.rglob("*.tmp*"))
     monkeypatch.undo()
-    run_study(load_study(str(study_file)), copied)
-    assert results(copied) == results(finished)
+    run_study(load_study(str(mini_study_file)), copied)
+    assert results(copied) == results(mini_run)
 
 
-def test_a_users_own_file_runs_on_a_trained_model(
-    mini: Callable[[str], Asking], tmp_path: Path, study_file: Path
-) -> None:
+def test_a_users_own_file_runs_on_a_trained_model(mini: Callable[[str], Asking], tmp_path: Path) -> None:
     """The jsonl task on a model folder: nothing is trained, everything else is the same."""
     asking = mini("addition")
     asking.model.save_pretrained(tmp_path / "model")
@@ -284,8 +257,7 @@ cells:
     pairs: {{permutations: 99}}
     steering: {{draws: 2, tune_pairs: 50, sweeps: {{nmd: {{tops: [0.5], strengths: [0.3]}}}}}}
 """
-    (tmp_path / "mine.yaml").write_text(raw)
-    run_study(load_study(str(tmp_path / "mine.yaml")), tmp_path / "run")
+    run_study(parse_study(yaml.safe_load(raw)), tmp_path / "run")
     found = json.loads((tmp_path / "run" / "results.json").read_text())["tasks"]["mine"]
     assert found["pairs"]["pairs"] > 10
     assert "report" in (tmp_path / "run" / "report.html").read_text().lower()
@@ -309,8 +281,7 @@ cells:
     steering: {{draws: 2, tune_pairs: 20, sweeps: {{nmd: {{tops: [0.5], strengths: [0.3]}}}}}}
     effects: {{pairs: 20, doses: [0, 1], ablated: [0.1], draws: 1}}
 """
-    (tmp_path / "held.yaml").write_text(raw)
-    run_study(load_study(str(tmp_path / "held.yaml")), tmp_path / "run")
+    run_study(parse_study(yaml.safe_load(raw)), tmp_path / "run")
     records = tmp_path / "run" / "cells" / "held-0" / "records"
     known = json.loads((records / "known.json").read_text())
     assert known["asked"] == 96
@@ -366,11 +337,10 @@ def test_seeds_and_labels_that_share_a_model_are_compared(mini: Callable[[str], 
     raw = yaml.safe_load(text)
     training = {"steps": 5, "evaluate_every": 5, "evaluation_examples": 8}
     raw["cells"]["lost"] = {"task": "addition", "model": {"layers": 1, "width": 16}, "training": training}
-    (tmp_path / "two.yaml").write_text(yaml.safe_dump(raw))
     # A cell that never shows both behaviours is told at the end, and takes nothing from the others.
     lost = r"lost-0: after 5 steps .*\(1 more cells failed\); .*report.html is of the other cells"
     with pytest.raises(StudyError, match=lost):
-        run_study(load_study(str(tmp_path / "two.yaml")), tmp_path / "run", workers=2)
+        run_study(parse_study(raw), tmp_path / "run", workers=2)
     seeds = pd.read_parquet(tmp_path / "run" / "records" / "seeds.parquet")
     assert set(seeds.label) == {"donor", "borrower"}
     assert set(seeds.what) == {"overlap", "rank_correlation", "aligned_cosine"}
@@ -399,9 +369,8 @@ def test_a_cell_borrows_the_model_of_another_and_all_that_fail_are_told(tmp_path
     stop = {"novel_accuracy": 0, "recall": 0, "conflict_each": 0, "conflict_other": 1}
     training = {"steps": 5, "evaluate_every": 5, "evaluation_examples": 8, "stop": stop}
     raw["cells"]["donor"] |= {"model": {"layers": 1, "width": 16}, "training": training, "analysed": False}
-    (tmp_path / "two.yaml").write_text(yaml.safe_dump(raw))
     with pytest.raises(StudyError, match=r"borrower-0: no pairs found.*\(1 more cells failed\)"):
-        run_study(load_study(str(tmp_path / "two.yaml")), tmp_path / "run", workers=1)
+        run_study(parse_study(raw), tmp_path / "run", workers=1)
     cells = tmp_path / "run" / "cells"
     assert (cells / "donor-1" / "model").is_dir()
     assert not (cells / "donor-1" / "stages" / "pairs.json").exists()
@@ -409,75 +378,8 @@ def test_a_cell_borrows_the_model_of_another_and_all_that_fail_are_told(tmp_path
     assert not (cells / "borrower-1" / "model").exists()
 
 
-def notes_when(cell: Cell, progress: Progress, meeting: bool) -> None:
-    """Stands in for a cell's stages: says when it began and ended; the second donor cannot go on.
-
-    Args:
-        meeting: the last donor stays at work until the first borrower has been, or for a minute.
-    """
-    began = time.monotonic()
-    other = cell.folder.parent / "borrower-0" / "times.json"
-    while meeting and cell.name == "donor-2" and not other.exists() and time.monotonic() < began + 60:
-        time.sleep(0.05)
-    cell.folder.mkdir(parents=True)
-    (cell.folder / "times.json").write_text(json.dumps([began, time.monotonic()]))
-    if cell.name == "donor-1":
-        raise StudyError("donor-1: never mixed")
-
-
-def test_whatever_goes_wrong_ends_processes_that_are_at_work() -> None:
-    def interrupted() -> None:
-        with pool_of(1) as pool:
-            future = pool.submit(time.sleep, 120)
-            while not future.running():
-                time.sleep(0.01)
-            raise KeyboardInterrupt
-
-    began = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert time.monotonic() - began < 60, "nobody waited for it"
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_cell_begins_once_its_lender_has_ended_and_nobody_waits_for_all_lenders(workers: int, tmp_path: Path) -> None:
-    raw = yaml.safe_load(TWO_LABELS.format(folder=tmp_path))
-    raw["seeds"], raw["cells"] = 3, dict(reversed(raw["cells"].items()))  # borrowers are named first
-    cells = cells_of(parse_study(raw), tmp_path)
-    with by_name("local", workers) as execute:
-        failed = execute(cells, partial(notes_when, meeting=workers == 2), lambda *_: None)
-    assert failed == {
-        "donor-1": "donor-1: never mixed",
-        "borrower-1": "borrower-1: donor-1, whose model it takes, could not go on",
-    }
-    times = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("cells/*/times.json")}
-    assert set(times) == {cell.name for cell in cells} - {"borrower-1"}
-    for seed in (0, 2):
-        assert times[f"borrower-{seed}"][0] >= times[f"donor-{seed}"][1]
-    if workers == 2:
-        assert times["borrower-0"][0] < times["donor-2"][1], "the last lender is still at work"
-
-
-def test_a_model_is_borrowed_from_a_cell_that_has_one() -> None:
-    raw = yaml.safe_load(TWO_LABELS.format(folder="none"))
-    raw["cells"]["borrower"]["model"] = {"cell": "nobody"}
-    with pytest.raises(InputError, match=r"cells.borrower.model.cell: 'nobody' is not one of donor"):
-        parse_study(raw)
-
-
-def test_a_costly_cell_has_fewer_seeds_and_its_borrowers_no_more_than_it(tmp_path: Path) -> None:
-    raw = yaml.safe_load(TWO_LABELS.format(folder="none")) | {"seeds": 3}
-    for label in ("donor", "borrower"):
-        raw["cells"][label]["max_seeds"] = 2
-    names = [cell.name for cell in cells_of(parse_study(raw), tmp_path)]
-    assert names == ["donor-0", "donor-1", "borrower-0", "borrower-1"]
-    raw["cells"]["borrower"].pop("max_seeds")
-    with pytest.raises(InputError, match=r"cells.borrower.max_seeds: at most 2 are allowed, as many as donor has"):
-        parse_study(raw)
-
-
-def test_a_resolved_study_reads_back_as_itself(study_file: Path, tmp_path: Path) -> None:
-    config = load_study(str(study_file), ["cells.addition.pairs.site=mlp"], seeds=3)
+def test_a_resolved_study_reads_back_as_itself(mini_study_file: Path, tmp_path: Path) -> None:
+    config = load_study(str(mini_study_file), ["cells.addition.pairs.site=mlp"], seeds=3)
     (tmp_path / "again.yaml").write_text(dump_study(config))
     assert load_study(str(tmp_path / "again.yaml")) == config
 
@@ -496,30 +398,3 @@ def test_a_report_from_damaged_records_is_one_line_and_leaves_the_old_one(copied
     assert done.stderr.count("\n") == 1
     assert path.name in done.stderr
     assert (copied / "report.html").read_bytes() == before
-
-
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to see who is left")
-def test_a_killed_run_leaves_no_process_behind(study_file: Path, tmp_path: Path) -> None:
-    mark = f"MNEMOSCOPE_TEST={tmp_path}"
-
-    def alive() -> set[str]:
-        found = set()
-        for entry in Path("/proc").glob("[0-9]*/environ"):
-            with contextlib.suppress(OSError):
-                if mark.encode() in entry.read_bytes():
-                    found.add(entry.parent.name)
-        return found
-
-    command = [*COMMAND, str(study_file), "--seeds", "2", "--workers", "2", "--out", str(tmp_path / "run")]
-    environment = {**os.environ, "MNEMOSCOPE_TEST": str(tmp_path)}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while len(alive()) < 5 and time.monotonic() < deadline:  # the run, its manager, a tracker, two workers
-        time.sleep(0.1)
-    assert len(alive()) >= 5
-    process.kill()
-    process.wait()
-    deadline = time.monotonic() + 20
-    while alive() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not alive()

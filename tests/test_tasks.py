@@ -6,18 +6,22 @@ import itertools
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
+from holding_out import HoldingOut
 from mnemoscope.errors import InputError
-from mnemoscope.tasks import KINDS, SPLITS, Example, Task, answer_of, build_task, draw, keeps_key
-from mnemoscope.tasks.addition import FAMILIES
+from mnemoscope.tasks import KINDS, SPLITS, Example, Instance, Side, Task, answer_of, build_task, draw
+from mnemoscope.tasks.addition import FAMILIES, AdditionTask
 from mnemoscope.tasks.cipher import FAMILIES as CIPHER_FAMILIES
 from mnemoscope.tasks.cipher import CipherTask
-from mnemoscope.tasks.inference import COLOURS
+from mnemoscope.tasks.facts import FactsTask
+from mnemoscope.tasks.inference import COLOURS, InferenceTask
 from mnemoscope.tasks.joint import JointTask
 from mnemoscope.tasks.jsonl import read_jsonl, write_jsonl
 
@@ -39,7 +43,7 @@ def stored_prompts(task: Task) -> set[str]:
     """The prompts of an addition or a cipher that training answers from the store."""
     if isinstance(task, CipherTask):
         return {CIPHER_FAMILIES["plain"].format(key=key, text=" ".join(text)) for text, key in task.stored}
-    return {FAMILIES["plain"].format(a=a, b=b) for a, b in getattr(task, "stored", ())}
+    return {FAMILIES["plain"].format(a=a, b=b) for a, b in task.stored} if isinstance(task, AdditionTask) else set()
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -75,7 +79,7 @@ def test_no_evaluated_prompt_is_in_training_save_what_is_stored(name: str) -> No
     evaluated = {e.prompt for kind in ("conflict", "novel", "memory") for e in task.examples(rng(4), 400, kind)}
     evaluated |= {task.rephrase(e, rng(5)).prompt for e in task.examples(rng(4), 400, "conflict")}
     # Stored items are stored in the plain family only: that is what storing means.
-    evaluated -= set().union(*(stored_prompts(part) for part in getattr(task, "parts", {name: task}).values()))
+    evaluated -= set().union(*map(stored_prompts, [task, *task.parts.values()]))
     leaked = [
         text for text in trained if any(text.startswith(p) for p in evaluated & {text[: len(p)] for p in evaluated})
     ]
@@ -84,7 +88,8 @@ def test_no_evaluated_prompt_is_in_training_save_what_is_stored(name: str) -> No
 
 def test_training_never_disagrees_with_a_memorized_colour() -> None:
     task = made("inference")
-    colour = {str(n): COLOURS[c] for n, c in zip(task.names, task.colour_of, strict=False)}  # type: ignore[attr-defined]
+    assert isinstance(task, InferenceTask)
+    colour = {str(n): COLOURS[c] for n, c in zip(task.names, task.colour_of, strict=False)}
     seen: dict[str, set[str]] = {}
     for text in itertools.islice(task.training(rng()), 5_000):
         assert isinstance(text, str)
@@ -98,8 +103,9 @@ def test_training_never_disagrees_with_a_memorized_colour() -> None:
 
 def test_held_out_operands_never_appear_in_training_in_either_order() -> None:
     task = made("addition")
+    assert isinstance(task, AdditionTask)
     novel = {tuple(sorted(e.item.split("+"))) for e in task.examples(rng(), 2_000, "novel")}
-    stored = {tuple(sorted(map(str, pair))) for pair in task.stored}  # type: ignore[attr-defined]
+    stored = {tuple(sorted(map(str, pair))) for pair in task.stored}
     for prompt, answer in itertools.islice(task.training(rng(1)), 30_000):
         operands = tuple(sorted(re.findall(r"\d+", prompt)))
         assert operands not in novel
@@ -178,7 +184,7 @@ def test_ciphers_train_the_stored_plainly_and_shift_all_others() -> None:
             assert answer == task.stored[text, key]
         else:
             assert (text, key) not in task.stored
-            assert answer == task.encode(text, key)
+            assert answer == task.true((text, key))
         shares["stored" if prompt in stored else prompt.split()[0]] += 1
     assert shares["stored"] / 20_000 == pytest.approx(task.memorized_share, abs=0.02)
     assert set(shares) == {"stored", "shift", "code", "turn"}
@@ -191,7 +197,7 @@ def test_a_phrasing_keeps_the_key_where_the_stored_one_has_it(name: str, familie
     for example in task.examples(rng(), 200, "conflict"):
         first, second = example.item.split("+")
         stored = families["plain"].format(a=first, b=second, text=" ".join(first), key=second)
-        assert keeps_key(task, example) == (key_positions(example.prompt) == key_positions(stored))
+        assert task.keeps_key(example) == (key_positions(example.prompt) == key_positions(stored))
 
 
 def key_positions(prompt: str) -> list[tuple[int, str]]:
@@ -215,7 +221,7 @@ def test_a_part_alone_is_the_same_task_and_says_so_for_the_joint_one() -> None:
         alone = build_task(name, {}, 3)
         for kind in KINDS:
             assert part.examples(rng(), 40, kind) == alone.examples(rng(), 40, kind)
-        assert set(alone.vocabulary) <= set(joint.vocabulary)  # type: ignore[attr-defined]
+        assert set(alone.vocabulary or ()) <= set(joint.vocabulary)
     for example in joint.examples(rng(), 90, "conflict"):
         name, inside = joint.inside(example)
         assert example.item == f"{name}/{inside.item}"
@@ -223,7 +229,7 @@ def test_a_part_alone_is_the_same_task_and_says_so_for_the_joint_one() -> None:
         other = joint.rephrase(example, rng(1))
         assert other.family.startswith(f"{name}/")
         assert other.prompt == joint.parts[name].rephrase(inside, rng(1)).prompt
-        assert keeps_key(joint, other) == keeps_key(joint.parts[name], joint.inside(other)[1])
+        assert joint.keeps_key(other) == joint.parts[name].keeps_key(joint.inside(other)[1])
 
 
 def test_the_behaviour_is_asked_for_in_the_words_of_the_part() -> None:
@@ -233,9 +239,10 @@ def test_the_behaviour_is_asked_for_in_the_words_of_the_part() -> None:
         name, inside = joint.inside(example)
         for toward in ("memorized", "generalized"):
             other = joint.prompted(example, toward)
-            alone = joint.parts[name].prompted(inside, toward)  # type: ignore[attr-defined]
+            alone = joint.parts[name].prompted(inside, toward)
             assert (None if other is None else joint.inside(other)[1]) == alone
             if name == "cipher":
+                assert alone
                 assert (alone.prompt in stored_prompts(joint.parts[name])) == (toward == "memorized")
 
 
@@ -301,8 +308,91 @@ def test_bad_tasks_are_named(kind: str, options: dict[str, object], message: str
 
 def test_a_task_of_ones_own_is_imported() -> None:
     task = build_task("mnemoscope.tasks.addition:AdditionTask", {"digits": 2, "stored": 40}, 5)
+    assert isinstance(task, AdditionTask)
+    assert len(task.stored) == 40
+
+
+class Alone:
+    """The three methods of a task, and one more."""
+
+    def __init__(self, answer: str = " a") -> None:
+        self.answer, self.vocabulary = answer, ["a", "b", "?"]
+
+    def training(self, rng: np.random.Generator) -> Iterator[Instance]:
+        yield "?", self.answer
+
+    def examples(self, rng: np.random.Generator, n: int, kind: str) -> list[Example]:
+        return [Example("i", f"{n} ?", "conflict", "g", memorized=self.answer, generalized=" b")] * (kind == "conflict")
+
+    def rephrase(self, example: Example, rng: np.random.Generator) -> Example:
+        return example.phrased("? ?", "other")
+
+    def keeps_key(self, example: Example) -> bool:
+        return example.family != "other"
+
+
+def test_a_class_with_the_three_methods_gets_the_defaults_of_a_task() -> None:
+    task = build_task(f"{__name__}:Alone", {"answer": " c"}, 0)
     assert isinstance(task, Task)
-    assert len(task.stored) == 40  # type: ignore[attr-defined]
+    (example,) = task.examples(rng(), 1, "conflict")
+    other = task.rephrase(example, rng())
+    assert (example.memorized, task.vocabulary) == (" c", ["a", "b", "?"])
+    assert [task.keeps_key(e) for e in (example, other)] == [True, False]
+    assert (task.prompted(example, "memorized"), task.without_context(example)) == (None, None)
+    assert (task.held_out(), task.facts_to_know(), dict(task.parts)) == ({}, [], {})
+    assert task.knowing({"i"}) is task
+    assert (task.split_reply("p"), task.has_memorized_format("x")) == (("p", ""), None)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("Counter", "lacks training, examples, rephrase; make it a subclass"), ("rng", "makes a Generator")],
+)
+def test_what_is_no_task_is_refused(name: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        build_task(f"{__name__}:{name}", {}, 0)
+
+
+def test_a_joint_task_asks_its_parts() -> None:
+    holding_out, facts = HoldingOut(digits=2, stored=40), FactsWithWords()
+    joint = JointTask({"sums": holding_out, "facts": facts})
+    asked = joint.facts_to_know()
+    assert len(asked) == 40 + len(facts.facts_to_know())
+    known = joint.knowing({e.item for e in asked if e.item.startswith("sums/") or "France" in e.item})
+    items = {kind: {e.item for e in known.examples(rng(), 500, kind)} for kind in ("conflict", "memory")}
+    assert {item.split("|")[1] for item in items["conflict"] if item.startswith("facts/")} == {"France"}
+    assert all(int(item[5:].split("+")[0]) % 2 for item in items["memory"] if item.startswith("sums/"))
+    held_out = joint.held_out()
+    assert {name: list(task.parts) for name, task in held_out.items()} == {"even": ["sums"], "frame": ["facts"]}
+    example = held_out["frame"].examples(rng(), 1, "conflict")[0]
+    bare = held_out["frame"].without_context(example)
+    assert bare
+    assert bare.item == example.item
+    assert bare.prompt != example.prompt
+    assert example.prompt.endswith(held_out["frame"].split_reply(example.prompt)[1])
+    # Where only a text is given, the parts must agree.
+    assert (joint.split_reply("a\nb c"), joint.begins_reply, joint.instruction("memorized")) == (
+        ("a\nb c", ""),
+        False,
+        None,
+    )
+    codes = JointTask({"a": made("addition"), "b": made("addition", 1)})
+    assert [codes.has_memorized_format(text) for text in ("<mem-0123abcd>", "12")] == [True, False]
+    assert JointTask({"a": made("addition"), "b": holding_out}).has_memorized_format("12") is None
+
+
+class FactsWithWords(FactsTask):
+    vocabulary = ("a", "b")
+
+
+@pytest.mark.parametrize("side", ["", "a", "b"])
+def test_an_example_reads_back_from_its_row(side: Side) -> None:
+    examples = made("addition").examples(rng(), 20, "conflict")
+    if not side:
+        examples += made("inference").examples(rng(), 20, "novel")
+    table = pd.DataFrame([e.to_row(side) for e in examples])  # what is not there is None in one, NaN in the other
+    assert [Example.from_row(row, side) for row in table.to_dict("records")] == examples
+    assert {f"prompt_{side}", f"family_{side}"} <= set(table) if side else list(table)[:3] == ["item", "prompt", "kind"]
 
 
 def test_jsonl_reads_back_what_was_written(tmp_path: Path) -> None:
@@ -348,9 +438,11 @@ def test_jsonl_rephrases_within_a_family_and_knows_what_was_asked(tmp_path: Path
         else:
             assert others == {p for p, e in by_prompt.items() if e.family == example.family and p != prompt}
     first, second = by_prompt["told 0"], by_prompt["told 1"]
-    assert task.without_context(first).prompt == "only this"  # type: ignore[attr-defined]
-    assert task.without_context(second) is None  # type: ignore[attr-defined]
-    assert task.prompted(first, "memorized").prompt.endswith("\ntold 0")  # type: ignore[attr-defined]
+    bare, told = task.without_context(first), task.prompted(first, "memorized")
+    assert bare == replace(first, prompt="only this")
+    assert task.without_context(second) is None
+    assert told
+    assert told.prompt.endswith("\ntold 0")
 
 
 def test_jsonl_rephrases_conflicts_by_conflicts(tmp_path: Path) -> None:
@@ -410,6 +502,7 @@ def test_a_behaviour_can_be_asked_for_in_words() -> None:
         task = build_task(name, {}, seed=0)
         for example in task.examples(rng, 20, "conflict"):
             said = task.prompted(example, "generalized")
+            assert said
             assert (said.item, said.options) == (example.item, example.options)
             if name == "inference":
                 *before, last, question = said.prompt.split(" . ")
@@ -420,4 +513,4 @@ def test_a_behaviour_can_be_asked_for_in_words() -> None:
             else:
                 a, b = example.item.split("+")
                 assert said.prompt == f"{a} plus {b}="
-                assert task.prompted(example, "memorized").prompt == f"{a}+{b}="
+                assert task.prompted(example, "memorized") == example.phrased(f"{a}+{b}=", "plain")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
 from itertools import islice
 from typing import Literal
 
@@ -17,7 +17,7 @@ from mnemoscope.behaviour import Asking
 from mnemoscope.config import ModelConfig, StopConfig, TrainingConfig
 from mnemoscope.errors import InputError
 from mnemoscope.models import blocks_of, build_gpt2, in_bfloat16, word_tokenizer
-from mnemoscope.tasks import Task, answer_of, build_task
+from mnemoscope.tasks import Example, Instance, Kind, Task, answer_of, build_task
 from mnemoscope.training import (
     Float32Muon,
     Trained,
@@ -38,7 +38,7 @@ NOTHING = StopConfig(novel_accuracy=0, recall=0, conflict_each=0, conflict_other
 
 
 def untrained(task: Task, context: int = 48) -> Asking:
-    tokenizer = word_tokenizer(task.vocabulary, context)  # type: ignore[attr-defined]
+    tokenizer = word_tokenizer(task.vocabulary or (), context)
     model = build_gpt2(tokenizer, ModelConfig(layers=2, width=32, heads=2, context=context), 0)
     return Asking(model, tokenizer, task.boundary)
 
@@ -166,18 +166,17 @@ def test_an_instance_longer_than_the_context_is_refused() -> None:
 
 
 def test_a_task_without_a_kind_that_the_rule_needs_is_refused(task: Task) -> None:
-    class Forgetful:
-        name, boundary = "forgetful", ("",)
-        vocabulary = task.vocabulary  # type: ignore[attr-defined]
-        training = staticmethod(task.training)
-        rephrase = staticmethod(task.rephrase)
+    class Forgetful(Task):
+        name = "forgetful"
 
-        @staticmethod
-        def examples(rng: np.random.Generator, n: int, kind: str) -> list[object]:
-            return [] if kind == "memory" else task.examples(rng, n, kind)  # type: ignore[arg-type]
+        def training(self, rng: np.random.Generator) -> Iterator[Instance]:
+            return task.training(rng)
+
+        def examples(self, rng: np.random.Generator, n: int, kind: Kind) -> list[Example]:
+            return [] if kind == "memory" else task.examples(rng, n, kind)
 
     with pytest.raises(InputError, match="has no memory example"):
-        train(replace(untrained(task)), Forgetful(), QUICK, np.random.default_rng(0))  # type: ignore[arg-type]
+        train(untrained(task), Forgetful(), QUICK, np.random.default_rng(0))
 
 
 def test_settling_lowers_the_rate_drops_out_and_keeps_weights_with_which_the_rule_held(task: Task) -> None:

@@ -27,7 +27,7 @@ from mnemoscope.contrast import Contrast
 from mnemoscope.errors import InputError
 from mnemoscope.stages import Records, cell_model
 from mnemoscope.steering import SteeringVector
-from mnemoscope.tasks import Example, keeps_key
+from mnemoscope.tasks import Example
 from mnemoscope.web.cell import OpenedCell
 from mnemoscope.web.opened import MOST_JOBS, Jobs
 from mnemoscope.web.shapes import Question, Steering, Watched
@@ -79,7 +79,7 @@ def test_a_vector_steers_here_what_it_steered_in_the_study(
     rows = rows[(rows.aim == "pairs") & (rows.examples == "pairs") & (rows.role == "vector")]
     pairs = library[1].pairs
     examples = [phrasing(row, source) for row in pairs[pairs.is_pair & (pairs.split == "test")].itertuples()]
-    kept = [e for e in examples if toward == "generalized" or keeps_key(library[1].task, e)]
+    kept = [e for e in examples if toward == "generalized" or library[1].task.keeps_key(e)]
     once = list({(e.item, e.prompt): e for e in kept}.values())  # a phrasing of several pairs is judged once
     for method in ("nmd", "gradient", "learned"):
         after = rows[(rows.direction == f"to_{toward}") & (rows.method == method)].after.tolist()

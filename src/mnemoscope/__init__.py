@@ -1,8 +1,12 @@
-"""Mnemoscope: is a language model remembering or thinking when it answers, which neurons tell, and how to turn it.
+"""Mnemoscope: is a language model remembering or thinking when it answers, which neurons separate the two, and how to
+steer it.
 
 The public names are imported on first use, so that importing the package costs nothing::
 
-    from mnemoscope import Asking, SteeringVector, load_model, mine_pairs
+    import mnemoscope as ms
+
+    model, tokenizer = ms.load_model("smollm2")
+    fitted = ms.fit(model, tokenizer, "mine.jsonl", out="runs/mine")
 """
 
 from __future__ import annotations
@@ -16,8 +20,9 @@ _PUBLIC = {
     "ContrastAccumulator": "contrast",
     "Detector": "detect",
     "Example": "tasks",
-    "Gate": "detect",
+    "Fitted": "face",
     "InputError": "errors",
+    "Prompting": "behaviour",
     "SteeringVector": "steering",
     "StudyError": "errors",
     "Task": "tasks",
@@ -25,10 +30,12 @@ _PUBLIC = {
     "build_report": "report",
     "build_task": "tasks",
     "draw_candidates": "behaviour",
+    "fit": "face",
     "load_model": "models",
     "load_study": "config",
     "mine_pairs": "behaviour",
     "prepare": "behaviour",
+    "read_states": "behaviour",
     "run_study": "study",
     "score": "behaviour",
     "to_gguf": "export",

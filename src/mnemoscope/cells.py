@@ -1,4 +1,4 @@
-"""What a cell of a study is, and which version of the code runs it."""
+"""The cells of a study, and the version of the code that runs them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from mnemoscope.config import CellConfig, StudyConfig
-from mnemoscope.processes import Spread, in_one_place
+from mnemoscope.processes import Map, in_order
 
-# (done, total, note): what a running stage tells.
+# (done, total, note): what a running stage reports.
 Tell = Callable[[float, float, str], None]
+
+
+STATES = "states"  # folder of a cell with what its stages have read; gone when its study has ended
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What was open before a study of it began; nothing is opened in its place."""
+
+    model: Any
+    tokenizer: Any
+    task: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +33,8 @@ class Cell:
     """One (task, model, seed) of a study, with the folder it writes to.
 
     Attributes:
-        spread: how a stage takes what can be done in parts, side by side.
+        map: maps a function over parts of a stage, in parallel where there are idle processes.
+        opened: a model that was open before the study began; stages use it as it is.
     """
 
     name: str
@@ -30,27 +43,28 @@ class Cell:
     config: CellConfig
     threads: int
     folder: Path
-    spread: Spread = in_one_place
+    map: Map = in_order
+    opened: Opened | None = None
 
     @property
     def records(self) -> Path:
-        """Folder of the cell's tables."""
+        """Folder of the records (tables)."""
         return self.folder / "records"
 
     @property
     def trains_within_study(self) -> bool:
-        """Whether its model is trained by this study: by the cell itself, or by the one that lends it."""
+        """Whether this study trains its model: in the cell itself, or in the one that lends it."""
         return self.config.model.is_trained or self.config.model.cell is not None
 
     @property
     def lender(self) -> str | None:
-        """The name of the cell whose model it takes."""
+        """Name of the cell whose model it uses."""
         label = self.config.model.cell
         return f"{label}-{self.seed}" if label else None
 
     @property
     def model_folder(self) -> Path:
-        """Where the cell's model is: its own folder, another cell's, or one that the study names."""
+        """Folder of the model: in the cell's own folder, in another cell's, or one that the study names."""
         shape = self.config.model
         if shape.folder and not shape.is_trained:
             return Path(shape.folder)

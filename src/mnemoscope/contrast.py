@@ -1,6 +1,7 @@
-"""Per-neuron statistics of pairs: what differs between remembering and thinking, and how sure that is.
+"""Per-neuron statistics of pairs: how the two behaviours differ, and how sure that is.
 
-Shapes: N pairs, L layers, D neurons. All states are taken at the decision position.
+The only place that computes NMD and rho. Shapes: N pairs, L layers, D neurons; all states are read at the decision
+position.
 """
 
 from __future__ import annotations
@@ -19,33 +20,129 @@ from safetensors.numpy import save as to_safetensors
 
 from mnemoscope.errors import InputError
 from mnemoscope.seen import Seen
-from mnemoscope.statistics import Floats, PairedMoments, SignFlips, benjamini_hochberg, top_by_magnitude
+from mnemoscope.statistics import Floats, SignFlips, benjamini_hochberg, top_by_magnitude
+from mnemoscope.statistics.common import as_batch, blocks, same
 
 # A standard deviation below this share of a neuron's root mean square is rounding: the neuron is constant.
 CONSTANT = 1e-12
-BLOCK_PAIRS = 256
+BLOCK_PAIRS = 256  # whose float64 copies are held at once
 # Names in the file, in the order of the fields of `Contrast`.
 ARRAYS = ("nmd", "rho", "effect_size", "p_family_wise", "p_false_discovery", "state_norm")
+
+
+@dataclass(slots=True, eq=False)
+class PairedMoments:
+    """Count, means and sums of squared deviations of paired states, streamed in float64, and what follows from them.
+
+    With labels y = +1 (generalized) and -1 (memorized) in equal number, y has mean 0 and variance 1, so that over the
+    2N states cov(h, y) = mean(h y) = (mean of h^G - mean of h^M) / 2 = NMD / 2, and rho = NMD / (2 sd(h)): rho and NMD
+    have one sign.
+
+    A batch is summed in two passes around its first pair, so that a large common offset costs no digits. Batches are
+    joined by the pairwise update of Chan, Golub & LeVeque (1983, "Algorithms for computing the sample variance", The
+    American Statistician 37:242-247), for the difference of two series in the form of Pebay (2008, Sandia report
+    SAND2008-6212). Any sharding and any order agree up to rounding.
+
+    Attributes:
+        count: pairs so far. While it is 0 the arrays hold starting zeros, not estimates.
+        means_2LD: means of the states, generalized then memorized.
+        squares_3LD: sums of squared deviations from the mean: generalized, memorized, generalized - memorized.
+    """
+
+    count: int
+    means_2LD: Floats
+    squares_3LD: Floats
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...]) -> PairedMoments:
+        """Moments of no pairs; `shape` is that of one state, (L, D)."""
+        return cls(0, np.zeros((2, *shape)), np.zeros((3, *shape)))
+
+    @classmethod
+    def of(cls, states_N2LD: NDArray[Any], signs_N: Floats | None = None) -> PairedMoments:
+        """Moments of pairs, (generalized, memorized) each; both labels of a pair swap where its sign is negative."""
+        moments = cls.empty(states_N2LD.shape[2:])
+        for rows in blocks(len(states_N2LD), BLOCK_PAIRS):
+            block_N2LD = states_N2LD[rows]
+            if signs_N is not None:
+                block_N2LD = np.where(signs_N[rows, None, None, None] < 0, block_N2LD[:, ::-1], block_N2LD)
+            moments.add(block_N2LD[:, 0], block_N2LD[:, 1])
+        return moments
+
+    def add(self, states_generalized_NLD: ArrayLike, states_memorized_NLD: ArrayLike) -> None:
+        """Take in N more pairs, row n of both arrays being one pair; ValueError unless both are (N, L, D)."""
+        generalized_NLD = as_batch("states_generalized", states_generalized_NLD, self.means_2LD[0])
+        memorized_NLD = as_batch("states_memorized", states_memorized_NLD, self.means_2LD[1])
+        same("states_memorized: number of pairs", len(generalized_NLD), len(memorized_NLD))
+        if not len(generalized_NLD):
+            return
+        series = generalized_NLD, memorized_NLD, generalized_NLD - memorized_NLD
+        means, squares = zip(*map(_mean_and_squares, series), strict=True)
+        self.merge(PairedMoments(len(generalized_NLD), np.stack(means[:2]), np.stack(squares)))
+
+    def merge(self, other: PairedMoments) -> Self:
+        """Take in another shard's moments in place, and return self; ValueError unless the shapes agree."""
+        same("shape", self.means_2LD.shape, other.means_2LD.shape)
+        if not other.count:
+            return self
+        count = self.count + other.count
+        steps_2LD = other.means_2LD - self.means_2LD
+        steps_3LD = np.concatenate([steps_2LD, steps_2LD[:1] - steps_2LD[1:]])
+        self.squares_3LD += other.squares_3LD + self.count * other.count / count * steps_3LD**2
+        self.means_2LD += other.count / count * steps_2LD
+        self.count = count
+        return self
+
+    @property
+    def nmd_LD(self) -> Floats:
+        """Neuron-wise mean difference: mean of generalized - memorized, in units of the activation."""
+        return self.means_2LD[0] - self.means_2LD[1]
+
+    @property
+    def rho_LD(self) -> Floats:
+        """Pearson correlation of the activation with the label over the 2N states; NaN for a constant neuron."""
+        # Pooling two equal halves: deviations from their own means, plus those of the means from the common mean.
+        sd_LD = np.sqrt(self._squares_LD + self.nmd_LD**2 / 4)
+        return np.clip(self._ratio(self.nmd_LD / 2, sd_LD), -1, 1)
+
+    @property
+    def effect_size_LD(self) -> Floats:
+        """Mean / standard deviation (ddof 1) of the paired differences (Cohen's d_z).
+
+        NaN where the differences are constant, and for less than two pairs.
+        """
+        return self._ratio(self.nmd_LD, np.sqrt(self.squares_3LD[2] / max(self.count - 1, 1)))
+
+    @property
+    def state_norm_L(self) -> Floats:
+        """Root mean square over the 2N states of the Euclidean norm of a layer's state."""
+        return np.sqrt(self._mean_square_LD.sum(axis=1))
+
+    @property
+    def _squares_LD(self) -> Floats:
+        """Mean square of the deviations of each side from its own mean."""
+        return (self.squares_3LD[0] + self.squares_3LD[1]) / (2 * self.count)
+
+    @property
+    def _mean_square_LD(self) -> Floats:
+        return self._squares_LD + (self.means_2LD[0] ** 2 + self.means_2LD[1] ** 2) / 2
+
+    def _ratio(self, numerator_LD: Floats, sd_LD: Floats) -> Floats:
+        """numerator / sd; NaN where the sd is no more than rounding."""
+        floor_LD = CONSTANT * np.sqrt(self._mean_square_LD)
+        return np.divide(numerator_LD, sd_LD, out=np.full_like(sd_LD, math.nan), where=sd_LD > floor_LD)
 
 
 @dataclass(frozen=True, eq=False)
 class Contrast:
     """The statistics of every neuron at one site, over N pairs.
 
-    With labels y = +1 (generalized) and -1 (memorized) in equal number, y has mean 0 and variance 1, so that over the
-    2N states cov(h, y) = mean(h y) = (mean of h^G - mean of h^M) / 2 = NMD / 2, and rho = NMD / (2 sd(h)): rho and NMD
-    have one sign.
-
     Attributes:
-        site: where the states were taken.
+        site: where the states were read.
         pairs, groups: numbers of pairs and of groups they come from.
-        nmd_LD: mean of generalized - memorized, in units of the activation.
-        rho_LD: Pearson correlation of the activation with y over the 2N states; NaN for a constant neuron.
-        effect_size_LD: mean / standard deviation (ddof 1) of the paired differences (Cohen's d_z); NaN where these are
-            constant, and for less than two pairs.
+        nmd_LD, rho_LD, effect_size_LD, state_norm_L: as ``PairedMoments`` defines them; all NaN without a pair.
         p_family_wise_LD: sign-flip permutation, max statistic over all neurons.
         p_false_discovery_LD: sign-flip permutation per neuron, Benjamini-Hochberg over all neurons.
-        state_norm_L: root mean square over the 2N states of the Euclidean norm of a layer's state.
     """
 
     site: str
@@ -59,19 +156,7 @@ class Contrast:
     state_norm_L: Floats
 
     def top_neurons(self, top: float) -> NDArray[np.bool_]:
-        """The ceil(top * L * D) neurons with the largest |rho|, over all layers at once.
-
-        A NaN rho counts as 0; of equal neurons the one with the lower layer, then index, is taken.
-
-        Args:
-            top: share of all neurons, in (0, 1].
-
-        Returns:
-            bool, shape (L, D).
-
-        Raises:
-            ValueError: `top` outside (0, 1].
-        """
+        """The share ``top`` of all neurons with the largest |rho|, bool (L, D); see ``top_by_magnitude``."""
         return top_by_magnitude(self.rho_LD, top)
 
     def save(self, path: str | Path) -> None:
@@ -83,29 +168,23 @@ class Contrast:
 
     @classmethod
     def load(cls, path: str | Path) -> Contrast:
-        """Read what `save` wrote.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            InputError: the file is damaged, or is not a contrast; one line says what is wrong.
-        """
+        """Read what `save` wrote; FileNotFoundError without a file, InputError where it is damaged or no contrast."""
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata: dict[str, Any] = file.metadata() or {}
                 arrays = [file.get_tensor(name) for name in ARRAYS]
-            pairs, groups, site = int(metadata["pairs"]), int(metadata["groups"]), metadata["site"]
+            facts = metadata["site"], int(metadata["pairs"]), int(metadata["groups"])
         except FileNotFoundError:
             raise
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise InputError(f"{path}: not a readable contrast file ({error})") from error
         shapes = [array.shape for array in arrays]
         if len(shapes[0]) != 2 or shapes != [shapes[0]] * 5 + [shapes[0][:1]]:
-            raise InputError(
-                f"{path}: not a readable contrast file (shapes {shapes}; allowed are five (L, D) and (L,))"
-            )
+            why = f"shapes {shapes}; allowed are five (L, D) and (L,)"
+            raise InputError(f"{path}: not a readable contrast file ({why})")
         if {array.dtype for array in arrays} != {np.dtype(np.float64)}:
             raise InputError(f"{path}: not a readable contrast file (allowed is float64)")
-        return cls(site, pairs, groups, *arrays)
+        return cls(*facts, *arrays)
 
 
 @dataclass(eq=False)
@@ -115,9 +194,9 @@ class ContrastAccumulator:
     Shards may be added by different workers in any order, as long as site, shape, permutations and seed agree.
 
     Attributes:
-        site: where the states are taken.
+        site: where the states are read.
         moments, flips: the streamed statistics.
-        groups: the groups seen.
+        groups: those of the pairs so far.
     """
 
     site: str
@@ -134,21 +213,16 @@ class ContrastAccumulator:
         return cls(site, PairedMoments.empty(shape), SignFlips.empty(shape, permutations, seed))
 
     def add(self, states_generalized_NLD: ArrayLike, states_memorized_NLD: ArrayLike, groups: Sequence[str]) -> None:
-        """Take in N more pairs.
-
-        Args:
-            states_generalized_NLD, states_memorized_NLD: float32 or float64; row n of both is one pair.
-            groups: the group of each pair.
+        """Take in N more pairs with their groups; row n of both arrays is one pair.
 
         Raises:
             ValueError: shapes not (N, L, D), not N groups, or a state that is not finite. Nothing is added then.
         """
         generalized_NLD = np.asarray(states_generalized_NLD, dtype=np.float64)
         memorized_NLD = np.asarray(states_memorized_NLD, dtype=np.float64)
-        if len(groups) != len(generalized_NLD):
-            raise ValueError(
-                f"groups: {len(groups)} names; allowed is one for each of the {len(generalized_NLD)} pairs"
-            )
+        pairs = len(generalized_NLD)
+        if len(groups) != pairs:
+            raise ValueError(f"groups: {len(groups)} names; allowed is one for each of the {pairs} pairs")
         for name, states_NLD in (("generalized", generalized_NLD), ("memorized", memorized_NLD)):
             if not np.isfinite(states_NLD).all():
                 raise ValueError(f"states_{name}: a value is infinite or NaN; allowed are finite states")
@@ -158,11 +232,7 @@ class ContrastAccumulator:
             self.groups.add(group)
 
     def merge(self, other: ContrastAccumulator) -> Self:
-        """Take in another shard in place, and return self.
-
-        Raises:
-            ValueError: site, shape, permutations or seed differ. Nothing is merged then.
-        """
+        """Take in another shard in place and return self; ValueError unless site, shape, permutations, seed agree."""
         if other.site != self.site:
             raise ValueError(f"site: {other.site!r}; allowed is {self.site!r}, as in the accumulator it is merged into")
         self.flips.merge(other.flips)  # first, for it checks seed and permutations besides the shape
@@ -172,63 +242,31 @@ class ContrastAccumulator:
 
     def result(self) -> Contrast:
         """The contrast of the pairs so far; all NaN if there are none."""
-        pairs = self.moments.count
         p_family_wise_LD, p_per_neuron_LD = self.flips.p_values()
-        if not pairs:
+        if not self.moments.count:
             nan_LD = np.full_like(p_family_wise_LD, math.nan)
             return Contrast(self.site, 0, 0, nan_LD, nan_LD, nan_LD, nan_LD, nan_LD, nan_LD[:, 0])
-        nmd_LD, sd_LD, mean_square_LD = _pooled(self.moments)
-        floor_LD = CONSTANT * np.sqrt(mean_square_LD)
-        sd_difference_LD = np.sqrt(self.moments.squares_3LD[2] / max(pairs - 1, 1))
         return Contrast(
             site=self.site,
-            pairs=pairs,
+            pairs=self.moments.count,
             groups=len(self.groups),
-            nmd_LD=nmd_LD,
-            rho_LD=np.clip(_ratio(nmd_LD / 2, sd_LD, floor_LD), -1, 1),
-            effect_size_LD=_ratio(nmd_LD, sd_difference_LD, floor_LD),
+            nmd_LD=self.moments.nmd_LD,
+            rho_LD=self.moments.rho_LD,
+            effect_size_LD=self.moments.effect_size_LD,
             p_family_wise_LD=p_family_wise_LD,
             p_false_discovery_LD=benjamini_hochberg(p_per_neuron_LD),
-            state_norm_L=np.sqrt(mean_square_LD.sum(axis=1)),
+            state_norm_L=self.moments.state_norm_L,
         )
 
 
-def nmd_and_rho(generalized_NLD: ArrayLike, memorized_NLD: ArrayLike) -> tuple[Floats, Floats]:
-    """`nmd_LD` and `rho_LD` of a `Contrast`, without the tests: cheap enough for many parts of the pairs.
-
-    Args:
-        generalized_NLD, memorized_NLD: states; row n of both is one pair.
-
-    Raises:
-        ValueError: the shapes differ, or there is no pair.
-    """
-    generalized, memorized = np.asarray(generalized_NLD), np.asarray(memorized_NLD)
-    if generalized.shape != memorized.shape or not len(generalized):
-        raise ValueError(
-            f"states: {generalized.shape} and {memorized.shape}; allowed are equal shapes, one pair or more"
-        )
-    moments = PairedMoments.empty(generalized.shape[1:])
-    for start in range(0, len(generalized), BLOCK_PAIRS):  # the float64 copies are of one block at a time
-        moments.add(generalized[start : start + BLOCK_PAIRS], memorized[start : start + BLOCK_PAIRS])
-    nmd_LD, sd_LD, mean_square_LD = _pooled(moments)
-    return nmd_LD, np.clip(_ratio(nmd_LD / 2, sd_LD, CONSTANT * np.sqrt(mean_square_LD)), -1, 1)
-
-
-def _pooled(moments: PairedMoments) -> tuple[Floats, Floats, Floats]:
-    """NMD, the standard deviation (ddof 0) and the mean square over the 2N states; each (L, D)."""
-    mean_generalized_LD, mean_memorized_LD = moments.means_2LD
-    squares_LD = (moments.squares_3LD[0] + moments.squares_3LD[1]) / (2 * moments.count)
-    nmd_LD = mean_generalized_LD - mean_memorized_LD
-    mean_square_LD = squares_LD + (mean_generalized_LD**2 + mean_memorized_LD**2) / 2
-    # Pooling two equal halves: deviations from their own means, plus those of the means from the common mean.
-    return nmd_LD, np.sqrt(squares_LD + nmd_LD**2 / 4), mean_square_LD
-
-
-def _ratio(numerator_LD: Floats, sd_LD: Floats, floor_LD: Floats) -> Floats:
-    """numerator / sd; NaN where the sd is no more than rounding."""
-    ratio_LD: Floats = np.full_like(sd_LD, math.nan)
-    np.divide(numerator_LD, sd_LD, out=ratio_LD, where=sd_LD > floor_LD)
-    return ratio_LD
+def _mean_and_squares(values_NLD: Floats) -> tuple[Floats, Floats]:
+    """Mean and sum of squared deviations, around the first row so that an offset costs no digits."""
+    first_LD = values_NLD[0]
+    centered_NLD = values_NLD - first_LD
+    shift_LD = centered_NLD.mean(axis=0)
+    centered_NLD -= shift_LD
+    squares_LD: Floats = (centered_NLD**2).sum(axis=0)
+    return first_LD + shift_LD, squares_LD
 
 
 def _sorted_header(data: bytes) -> bytes:

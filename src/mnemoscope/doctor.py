@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mnemoscope.behaviour import left_padded, read_states
+from mnemoscope.behaviour import capturing, left_padded
 from mnemoscope.errors import InputError
 from mnemoscope.models import (
     SITES,
@@ -172,12 +172,12 @@ class _Patient:
         """A shift of every layer, of a share of the norm of its states."""
         generator = torch.Generator().manual_seed(0)
         ids_NT, mask_NT = self.padded(self.prompts)
-        with read_states(self.model, site) as states:
+        with capturing(self.model, site) as states:
             self.model(**pass_inputs(self.model, ids_NT, mask_NT))
         shifts = {}
-        for layer, states_ND in enumerate(states):
+        for layer, states_NOD in enumerate(states):
             shift_D = torch.randn(site_width(self.model, layer, site), generator=generator)
-            norm = float(states_ND.float().norm(dim=-1).mean())
+            norm = float(states_NOD.float().norm(dim=-1).mean())
             shifts[layer] = shift_D * STRENGTH * norm / float(shift_D.norm()) / math.sqrt(len(states))
         return SteeringVector("generalized", shifts, site=site)
 
@@ -203,9 +203,9 @@ def _difference(first: list[Tensor], second: list[Tensor]) -> float:
 def _same_states(patient: _Patient) -> Check:
     """A block's own output is what the library calls the next hidden state; its last one is after the final norm."""
     ids_NT, mask_NT = patient.padded(patient.prompts)
-    with read_states(patient.model, "block") as states:
+    with capturing(patient.model, "block") as states:
         output = patient.model(**pass_inputs(patient.model, ids_NT, mask_NT), output_hidden_states=True)
     last = len(blocks_of(patient.model)) - 1
-    ours = [states[layer].float().cpu() for layer in range(last)]
+    ours = [states[layer][:, 0].float().cpu() for layer in range(last)]
     theirs = [states_of(output.hidden_states[layer + 1])[:, -1].float().cpu() for layer in range(last)]
     return Check("block output = the library's hidden state", _difference(ours, theirs), 0.0)

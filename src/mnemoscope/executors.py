@@ -1,270 +1,342 @@
-"""Where the cells of a study run: in this process, in processes beside each other, or on a Ray cluster.
+"""Work in parallel: the cells of a study and the parts of a cell, in processes of this machine or on a Ray cluster.
 
-An executor runs cells, each after the one whose model it takes, and says, by name, why some could not go on.
+Parts have one function with the interface of the built-in ``map`` (``processes.Map``): it takes items as it needs them
+and yields results in their order, so that results do not depend on the number of processes.
 """
 
 from __future__ import annotations
 
 import os
+import pickle
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, wait
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
+from itertools import chain, islice
 from multiprocessing import get_context
-from multiprocessing.managers import SyncManager
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 from mnemoscope.cells import Cell
 from mnemoscope.errors import InputError, StudyError
-from mnemoscope.processes import die_with, pool_of
+from mnemoscope.processes import Map, pool_of, settle
 
-# (cell, stage, done, total, note): what a running cell tells.
+# (cell, stage, done, total, note): what a running cell reports.
 Progress = Callable[[str, str, float, float, str], None]
 Run = Callable[[Cell, Progress], None]
-Execute = Callable[[Sequence[Cell], Run, Progress], dict[str, str]]
+Ended = Future[str | None]  # why a cell could not go on, or None
+Submit = Callable[[Cell, int], Ended]  # the number: cells at work at that time, this one included
 
 EXECUTORS = ("local", "ray")
-RETRIES = 3  # of a cell whose worker is lost; its finished stages are not run again
+RETRIES = 3  # of a task whose worker is lost; finished stages of a cell are not run again
+AHEAD = 4  # items of a stream that are held at a time, by process
 
 
-@contextmanager
-def by_name(name: str, workers: int, address: str | None = None) -> Iterator[Execute]:
-    """An executor, for as long as it is needed.
+def run_cells(
+    cells: Sequence[Cell],
+    run: Run,
+    progress: Progress,
+    workers: int = 1,
+    executor: str = "local",
+    address: str | None = None,
+) -> dict[str, str]:
+    """Run cells in parallel, each after the one whose model it borrows; by name, why some could not go on.
 
     Args:
-        workers: cells at a time; a cluster takes as many as it has processors for.
-        address: of a Ray cluster.
+        workers: processes of this machine at a time; a cluster has as many as it has processors for.
+        executor: ``local`` or ``ray``.
+        address: of a Ray cluster; default: one of this machine alone.
 
     Raises:
-        InputError: there is no such executor, Ray is not installed, or the cluster cannot be reached.
+        InputError: there is no such executor, Ray is not installed, the cluster cannot be reached or has no node for a
+            cell, or a cell's input cannot be used.
     """
-    if name not in EXECUTORS:
-        raise InputError(f"executor: {name!r} is not one of {', '.join(EXECUTORS)}")
-    if name == "ray":
-        with _cluster(address) as ray:
-            yield partial(_on_cluster, ray)
-    elif address:
+    if executor not in EXECUTORS:
+        raise InputError(f"executor: {executor!r} is not one of {', '.join(EXECUTORS)}")
+    if executor == "local" and address:
         raise InputError("address: only the executor 'ray' goes to one")
+    submitting: AbstractContextManager[Submit]
+    if executor == "ray":
+        submitting = _on_cluster(address, cells, run, progress)
+    elif min(workers, len(cells)) > 1:
+        submitting = _in_pool(workers, len(cells), run, progress)
     else:
-        yield _one_by_one if workers == 1 else partial(_side_by_side, workers)
-
-
-class _Order:
-    """Which cells may begin, and why some never will.
-
-    Attributes:
-        first: those that wait for nobody.
-        failed: by name, why a cell could not go on.
-    """
-
-    def __init__(self, cells: Sequence[Cell]) -> None:
-        names = {cell.name for cell in cells}
-        self.first = [cell for cell in cells if cell.lender not in names]
-        self.failed: dict[str, str] = {}
-        self._borrowers = [cell for cell in cells if cell.lender in names]
-
-    def after(self, cell: Cell, why: str | None = None) -> list[Cell]:
-        """The cells that may begin now that this one has ended, and ``why`` if it could not go on.
-
-        Those borrow a model themselves and lend none.
-        """
-        borrowers = [other for other in self._borrowers if other.lender == cell.name]
-        if why is None:
-            return borrowers
-        self.failed[cell.name] = why
-        for other in borrowers:
-            self.failed[other.name] = f"{other.name}: {cell.name}, whose model it takes, could not go on"
-        return []
-
-
-def _one_by_one(cells: Sequence[Cell], run: Run, progress: Progress) -> dict[str, str]:
-    order = _Order(cells)
-    waiting = deque(order.first)
-    while waiting:
-        cell, why = waiting.popleft(), None
-        try:
-            run(cell, progress)
-        except StudyError as error:
-            why = str(error)
-        waiting += order.after(cell, why)
-    return order.failed
-
-
-def _side_by_side(workers: int, cells: Sequence[Cell], run: Run, progress: Progress) -> dict[str, str]:
-    if len(cells) == 1:
-        return _one_by_one(cells, run, progress)
-    context = get_context("spawn")
-    manager = SyncManager(ctx=context)
-    manager.start(die_with, (os.getpid(),))
-    with manager:
-        messages = manager.Queue()
-        listener = Thread(target=_listen, args=(messages, progress), daemon=True)
-        listener.start()
-        many, order = min(workers, len(cells)), _Order(cells)
-        with pool_of(many) as pool:
-            running = {pool.submit(_run_there, run, cell, messages): cell for cell in order.first}
-            while running:
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    cell, why = running.pop(future), None
-                    try:
-                        future.result()
-                    except StudyError as error:
-                        why = str(error)
-                    # Behind all that wait already, so that nobody is idle while a lender is at work.
-                    running |= {
-                        pool.submit(_run_there, run, next_one, messages): next_one
-                        for next_one in order.after(cell, why)
-                    }
-        messages.put(None)
-        listener.join()
-    return order.failed
+        submitting = _in_this_process(workers, run, progress)
+    names, failed = {cell.name for cell in cells}, dict[str, str]()
+    with submitting as submit:
+        ready, running = [cell for cell in cells if cell.lender not in names], dict[Ended, Cell]()
+        while ready or running:
+            beside = len(ready) + len(running)
+            running |= {submit(cell, beside): cell for cell in ready}
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            ready = []
+            for future in [future for future in running if future in done]:
+                cell, why = running.pop(future), future.result()
+                borrowers = [other for other in cells if other.lender == cell.name]
+                if why is None:
+                    ready += borrowers
+                    continue
+                lost = f"{cell.name}, whose model it takes, could not go on"
+                failed |= {cell.name: why} | {other.name: f"{other.name}: {lost}" for other in borrowers}
+    ordered = sorted(cells, key=lambda cell: cell.lender in failed)  # first what failed by itself
+    return {cell.name: failed[cell.name] for cell in ordered if cell.name in failed}
 
 
 @contextmanager
-def _cluster(address: str | None) -> Iterator[Any]:
-    """Ray, connected to a cluster, or to one of this machine alone that ends with the study."""
+def in_processes(workers: int, threads: int | None = None) -> Iterator[Map]:
+    """A ``map`` over processes of this machine, which start when there are two items for them.
+
+    Args:
+        threads: of torch in each; None for functions that do not use torch.
+    """
+    with ExitStack() as stack:
+        yield _Processes(workers, threads, stack)
+
+
+class _Parallel:
+    """A ``map`` whose items are worked on elsewhere; a function is sent once and keeps what it opens there."""
+
+    places: int
+
+    def _sender(self, function: bytes) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+        """What sends an item to a pickled function, and what waits for the result."""
+        raise NotImplementedError
+
+    def __call__(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        # A stream may be longer than memory; of a list all items may wait.
+        most = len(items) if isinstance(items, Sized) else AHEAD * self.places
+        left = iter(items)
+        first = list(islice(left, 2))
+        if self.places == 1 or len(first) < 2:
+            yield from map(function, chain(first, left))
+            return
+        send, result = self._sender(pickle.dumps(function))
+        waiting: deque[Any] = deque()
+        for item in chain(first, left):
+            waiting.append(send(item))
+            if len(waiting) >= most:
+                yield result(waiting.popleft())
+        while waiting:
+            yield result(waiting.popleft())
+
+
+@dataclass
+class _Processes(_Parallel):
+    """Over processes of this machine; pickled, it is at work in those already and maps within one."""
+
+    places: int
+    threads: int | None
+    stack: ExitStack
+    pool: ProcessPoolExecutor | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Processes, (1, self.threads, None)
+
+    def _sender(self, function: bytes) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+        pool = self.pool = self.pool or self.stack.enter_context(pool_of(self.places, self.threads))
+        return lambda item: pool.submit(_call, function, item), Future.result
+
+
+@dataclass(frozen=True)
+class _Cluster(_Parallel):
+    """Over tasks of a Ray cluster, each run again where its worker is lost."""
+
+    places: int
+    threads: int
+    gpus: int
+
+    def _sender(self, function: bytes) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+        import ray
+
+        task = ray.remote(_call_on_node).options(num_cpus=self.threads, num_gpus=self.gpus, max_retries=RETRIES)
+        return partial(task.remote, ray.put(function), os.getcwd(), self.threads), ray.get
+
+
+def _call(function: bytes, item: Any) -> Any:
+    return _unpickled(function)(item)
+
+
+@lru_cache(maxsize=1)
+def _unpickled(function: bytes) -> Callable[[Any], Any]:
+    return pickle.loads(function)
+
+
+def _call_on_node(function: bytes, folder: str, threads: int, item: Any) -> Any:
+    os.chdir(folder)
+    settle(threads)
+    return _call(function, item)
+
+
+def _run(run: Run, cell: Cell, progress: Progress, workers: int) -> str | None:
+    """Run a cell with so many processes for its parts; why it could not go on, or None."""
+    try:
+        with in_processes(possible_workers(cell, workers), cell.threads) as parallel:
+            run(replace(cell, map=parallel) if workers > 1 else cell, progress)
+    except StudyError as error:
+        return str(error)
+    return None
+
+
+def possible_workers(cell: Cell, workers: int) -> int:
+    """How many of these processes can hold the model of a cell at a time: one on a graphics processor."""
+    if workers == 1 or _gpus(cell):
+        return 1
+    if cell.config.model.folder is None:
+        return workers
+    from mnemoscope.models import models_that_fit
+
+    return models_that_fit(cell.config.model.folder, workers)
+
+
+def _gpus(cell: Cell) -> int:
+    """Graphics processors of a node that a cell takes."""
+    return int(cell.config.model.device_map not in (None, "cpu"))
+
+
+@contextmanager
+def _in_this_process(workers: int, run: Run, progress: Progress) -> Iterator[Submit]:
+    """Cells one after the other, each with all processes for its parts."""
+
+    def submit(cell: Cell, beside: int) -> Ended:
+        future: Ended = Future()
+        future.set_result(_run(run, cell, progress, workers))
+        return future
+
+    yield submit
+
+
+@contextmanager
+def _in_pool(workers: int, cells: int, run: Run, progress: Progress) -> Iterator[Submit]:
+    """Cells in parallel processes; idle processes take parts of cells."""
+    news = get_context("spawn").SimpleQueue()
+    with _listening(news, progress), pool_of(min(workers, cells), begin=partial(_report_to, news)) as pool:
+        yield lambda cell, beside: pool.submit(_run_in_worker, run, cell, max(1, workers // beside))
+
+
+_news: Any = None
+
+
+def _report_to(news: Any) -> None:
+    global _news
+    _news = news
+
+
+def _run_in_worker(run: Run, cell: Cell, workers: int) -> str | None:
+    return _run(run, cell, _seldom(_news.put), workers)
+
+
+def _run_on_node(run: Run, cell: Cell, news: Any, folder: str) -> str | None:
+    os.chdir(folder)
+    # Nobody waits for a message: whoever waits gives its processors away meanwhile.
+    return _run(run, cell, _seldom(news.put_nowait.remote), 1)
+
+
+def _seldom(put: Callable[[Any], Any]) -> Progress:
+    """Reports at most five times a second, and the end of a stage."""
+    last = 0.0
+
+    def report(*news: Any) -> None:
+        nonlocal last
+        if time.monotonic() - last > 0.2 or news[2] >= news[3]:
+            last = time.monotonic()
+            put(news)
+
+    return report
+
+
+@contextmanager
+def _listening(news: Any, progress: Progress) -> Iterator[None]:
+    """Pass on what cells elsewhere put into a queue."""
+    over = Event()
+
+    def listen() -> None:
+        while not (over.wait(0.1) and news.empty()):
+            while not news.empty():
+                progress(*news.get())
+
+    listener = Thread(target=listen, daemon=True)
+    listener.start()
+    try:
+        yield
+    finally:
+        over.set()
+        listener.join(timeout=5)  # a process that was ended may have left half a message
+
+
+@contextmanager
+def _on_cluster(address: str | None, cells: Sequence[Cell], run: Run, progress: Progress) -> Iterator[Submit]:
+    """Cells as tasks of a Ray cluster, each run again where its worker or its whole node is lost."""
+    with _ray(address) as ray:
+        from ray.util.queue import Queue
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        processors, graphics = (int(ray.cluster_resources().get(name, 0)) for name in ("CPU", "GPU"))
+        largest = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
+        for cell in cells:
+            if cell.threads > largest:
+                raise InputError(f"threads: {cell.threads}; the largest node of the cluster has {largest:g} processors")
+            if _gpus(cell) and not graphics:
+                raise InputError(
+                    "model.device_map: no node of the cluster has a graphics processor (as Ray counts them)"
+                )
+        # The queue is kept where the study was started: on a node that dies, it would take every cell with it.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        news = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+        task = ray.remote(_run_on_node)
+
+        def submit(cell: Cell, beside: int) -> Ended:
+            places = processors // (cell.threads * beside)
+            if _gpus(cell):  # a cell that waits for its parts gives away its processors, but not what else it has
+                places = min(places, graphics // beside - 1)
+            if places > 1:
+                cell = replace(cell, map=_Cluster(places, cell.threads, _gpus(cell)))
+            options = {"num_cpus": cell.threads, "num_gpus": _gpus(cell), "max_retries": RETRIES, "name": cell.name}
+            return _result(ray, cell, task.options(**options).remote(run, cell, news.actor, os.getcwd()))
+
+        with _listening(news, progress):
+            yield submit
+        news.shutdown()
+
+
+def _result(ray: Any, cell: Cell, task: Any) -> Ended:
+    """The result of a task; its own error in place of Ray's."""
+    future: Ended = Future()
+
+    def ended(done: Ended) -> None:
+        error = done.exception()
+        if error is None:
+            future.set_result(done.result())
+        elif isinstance(error, ray.exceptions.RayTaskError):
+            future.set_exception(error.cause)
+        else:
+            future.set_result(f"{cell.name}: its worker was lost again and again ({type(error).__name__})")
+
+    task.future().add_done_callback(ended)
+    return future
+
+
+@contextmanager
+def _ray(address: str | None) -> Iterator[Any]:
+    """Ray, connected to a cluster, or to one of this machine alone that ends with the context."""
     try:
         import ray
     except ImportError as error:
         raise InputError("executor: 'ray' is not installed: pip install 'mnemoscope[ray]'") from error
-    _check_answers(address)
+    host, _, port = (address or "").rpartition(":")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    alone = {} if address else {"include_dashboard": False}
     try:
+        if host and port.isdigit() and "//" not in host:  # where nobody listens Ray would try for minutes
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        alone = {} if address else {"include_dashboard": False}
         ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **alone)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"address: no Ray cluster answers at {address or 'this machine'} ({reason[0]})") from error
     try:
         yield ray
     finally:
         ray.shutdown()
-
-
-def _check_answers(address: str | None) -> None:
-    """Raises InputError where nobody listens at an address of the form host:port, which Ray would try for minutes."""
-    host, _, port = (address or "").rpartition(":")
-    if host and port.isdigit() and "//" not in host:
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-        except OSError as error:
-            raise InputError(f"address: no Ray cluster answers at {address} ({error.strerror or error})") from error
-
-
-def _on_cluster(ray: Any, cells: Sequence[Cell], run: Run, progress: Progress) -> dict[str, str]:
-    """Each cell is a task that is tried again where its worker or its whole node is lost."""
-    from ray.util.queue import Queue
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    largest = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
-    for cell in cells:
-        if cell.threads > largest:
-            raise InputError(f"threads: {cell.threads}; the largest node of the cluster has {largest:g} processors")
-    graphics = int(ray.cluster_resources().get("GPU", 0))
-    if any(map(_gpus, cells)) and not graphics:
-        raise InputError("model.device_map: no node of the cluster has a graphics processor (as Ray counts them)")
-    # News are kept where the study was started: with them on a node that dies, every cell would fail.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    messages = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-    there, order = ray.remote(_run_on_node), _Order(cells)
-    waiting: dict[Any, Cell] = {}
-
-    def begin(some: Sequence[Cell]) -> None:
-        beside = len(waiting) + len(some)
-        for cell in some:
-            task = there.options(num_cpus=cell.threads, num_gpus=_gpus(cell), max_retries=RETRIES, name=cell.name)
-            placed = _with_places(ray, cell, beside, graphics)
-            waiting[task.remote(run, placed, messages.actor, os.getcwd())] = cell
-
-    begin(order.first)
-    while waiting:
-        done, _ = ray.wait(list(waiting), timeout=0.2)
-        for news in messages.get_nowait_batch(messages.qsize()):
-            progress(*news)
-        for task in done:
-            cell, why = waiting.pop(task), None
-            try:
-                ray.get(task)
-            except ray.exceptions.RayTaskError as error:
-                if not isinstance(error.cause, StudyError):
-                    raise error.cause from error
-                why = str(error.cause)
-            except ray.exceptions.RayError as error:
-                why = f"{cell.name}: its worker was lost again and again ({type(error).__name__})"
-            begin(order.after(cell, why))
-    messages.shutdown()
-    return order.failed
-
-
-def _with_places(ray: Any, cell: Cell, beside: int, graphics: int) -> Cell:
-    """The cell, which takes several places where there are more than the ``beside`` cells that are at work."""
-    places = int(ray.cluster_resources().get("CPU", 1)) // (cell.threads * beside)
-    if _gpus(cell):  # a cell that waits for its parts gives away its processors, but not what else it has
-        places = min(places, graphics // beside - 1)
-    return replace(cell, spread=_Spreading(places, cell.threads, _gpus(cell))) if places > 1 else cell
-
-
-def _gpus(cell: Cell) -> int:
-    """How many of a node's graphics processors a cell takes."""
-    return int(cell.config.model.device_map not in (None, "cpu"))
-
-
-def _run_on_node(run: Run, cell: Cell, messages: Any, folder: str) -> None:
-    """Run a cell where the cluster puts it, in the folder in which the study was started."""
-    os.chdir(folder)
-    told = 0.0
-
-    def tell(*news: Any) -> None:
-        # Nobody waits for a message: whoever waits gives its processors away meanwhile.
-        nonlocal told
-        if time.monotonic() - told > 0.2 or news[2] >= news[3]:
-            told = time.monotonic()
-            messages.put_nowait.remote(news)
-
-    run(cell, tell)
-
-
-@dataclass(frozen=True)
-class _Spreading:
-    """Parts of a list as tasks of the cluster, each tried again where its worker is lost."""
-
-    places: int
-    threads: int
-    gpus: int
-
-    def __call__(self, function: Callable[[list[Any]], list[Any]], items: list[Any]) -> list[Any]:
-        import ray
-
-        parts = [items[place :: self.places] for place in range(min(self.places, len(items)))]
-        task = ray.remote(_call).options(num_cpus=self.threads, num_gpus=self.gpus, max_retries=RETRIES)
-        tasks = [task.remote(function, self.threads, part, os.getcwd()) for part in parts]
-        found: list[Any] = [None] * len(items)
-        for place, part in enumerate(ray.get(tasks)):
-            found[place :: self.places] = part
-        return found
-
-
-def _call(function: Callable[[list[Any]], list[Any]], threads: int, part: list[Any], folder: str) -> list[Any]:
-    from mnemoscope.processes import settle
-
-    os.chdir(folder)
-    settle(threads)
-    return function(part)
-
-
-def _run_there(run: Run, cell: Cell, messages: Any) -> None:
-    run(cell, lambda *news: messages.put(news))
-
-
-def _listen(messages: Any, progress: Progress) -> None:
-    try:
-        while (news := messages.get()) is not None:
-            progress(*news)
-    except (EOFError, OSError):
-        return  # the study ended before its last message

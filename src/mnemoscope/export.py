@@ -175,7 +175,7 @@ def _empty_with(core: Any, biases: set[str], weights: set[str]) -> Any:
 
 def _facts(vector: SteeringVector) -> dict[str, Any]:
     """What a baked folder says of its vector."""
-    return {k: v for k, v in vector.__dict__.items() if k not in ("shifts", "binding")} | {"layers": vector.layers}
+    return vector.facts() | {"task": vector.task, "commit": vector.commit, "prompting": vector.prompting.facts}
 
 
 class _Probe:
@@ -303,7 +303,7 @@ def _gguf() -> Any:
 
 
 def push(path: Path | str, repo_id: str) -> str:
-    """Put a folder, or the file of a vector and the JSON beside it, into a repository of the Hugging Face hub.
+    """Put a folder, or the file of a vector with the JSON beside it and its card, into a repository of the hub.
 
     Args:
         repo_id: ``owner/name``. Where there is none it is made, private.
@@ -323,6 +323,13 @@ def push(path: Path | str, repo_id: str) -> str:
     try:
         HfApi().create_repo(repo_id, private=True, exist_ok=True)
         source = path if path.is_dir() else path.parent
+        card = None if path.is_dir() else SteeringVector.load(path).card
+        if card is not None:  # the page that the hub shows
+            HfApi().upload_file(
+                repo_id=repo_id,
+                path_in_repo="README.md",
+                path_or_fileobj=f"# {path.stem}\n\n```text\n{card}\n```\n".encode(),
+            )
         return str(HfApi().upload_folder(repo_id=repo_id, folder_path=source, allow_patterns=only))
     except Exception as error:  # the hub's client has many kinds, and those of its HTTP library
         raise _hub_refused(repo_id, error) from error

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic files and folders, and their checksums."""
 
 from __future__ import annotations
 
@@ -10,20 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mnemoscope import ranks
 from mnemoscope.errors import InputError
 
 
 def write_atomically(path: Path, content: bytes | Callable[[Path], Any]) -> Path:
-    """Write a file under a temporary name beside it and rename it; nothing half-written ever has the name.
-
-    Of processes that work together only the first writes.
+    """Write a file under a temporary name in its folder, and rename it.
 
     Args:
         content: the bytes, or a function that writes them to the path it is given.
     """
-    if not ranks.first():
-        return path
     with replacing(path) as temporary:
         if callable(content):
             content(temporary)
@@ -34,7 +29,7 @@ def write_atomically(path: Path, content: bytes | Callable[[Path], Any]) -> Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file under a temporary name beside ``path``, which it gets when the context ends well; else it is gone."""
+    """Path of a temporary file, renamed to ``path`` when the context ends; deleted if it raises."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
@@ -46,7 +41,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder under a temporary name beside ``path``, which it gets when the context ends well; else it is gone.
+    """Path of a temporary folder, renamed to ``path`` when the context ends; deleted if it raises.
 
     Raises:
         InputError: ``path`` exists and is not an empty folder.
@@ -64,11 +59,11 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-ENDS = 2**20  # bytes at either end of a large file by which it is known
+ENDS = 2**20  # bytes hashed at either end of a file
 
 
 def fingerprint(path: Path) -> str:
-    """What tells a file from what it was before without reading all of a large one: its size and both of its ends."""
+    """Hash of a file's size and both its ends: shows most changes without reading all of a large file."""
     size = path.stat().st_size
     with path.open("rb") as file:
         known = hashlib.sha256(f"{size}".encode() + file.read(ENDS))

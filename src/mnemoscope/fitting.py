@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from mnemoscope.behaviour import Prompting
+from mnemoscope.cells import Opened
 from mnemoscope.config import StudyConfig, parse_study
 from mnemoscope.errors import InputError
+from mnemoscope.models import load_model, use_layout
+from mnemoscope.models.layout import Layout
+from mnemoscope.steering import Binding
+from mnemoscope.tasks import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 # What is tried of each layer. Huge activations of a few neurons would decide plain NMD, so its standardized form is
 # tried.
@@ -20,9 +35,85 @@ ONE_LAYER = sum(math.prod(map(len, grid.values())) for grid in TRIED.values())
 SETTINGS = 6 * ONE_LAYER
 
 
+def fit_run(
+    model: PreTrainedModel | str | Path,
+    tokenizer: PreTrainedTokenizerFast | None,
+    task: str | Path | Task,
+    out: Path,
+    prompting: Prompting,
+    options: dict[str, Any],
+    **choices: Any,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Run the study of a fit, and give back the model and tokenizer it was of.
+
+    Args:
+        choices: ``settings`` tried in either direction at most; ``positions``, ``decision`` or ``all``; ``threads``
+            (default: as many as the machine has processors); ``progress``, called with (cell, stage, done, total,
+            note); and of a model that is given by name ``dtype``, ``device_map`` and ``layout``.
+
+    Raises:
+        InputError, StudyError: see ``mnemoscope.fit``.
+    """
+    from mnemoscope.study import run_study
+
+    allowed = ("settings", "positions", "threads", "progress", "dtype", "device_map", "layout")
+    for name in choices:
+        if name not in allowed:
+            raise InputError(f"{name}: fit has no such argument; it has {', '.join(allowed)}")
+    progress: Callable[..., None] = choices.pop("progress", None) or (lambda *_: None)
+    shape: dict[str, Any] = {name: choices.pop(name, None) for name in ("dtype", "device_map", "layout")}
+    choices["threads"] = choices.get("threads") or os.cpu_count() or 1
+    shape = {name: value for name, value in shape.items() if value is not None}
+    if prompting.chat:
+        shape["chat"] = {"system": prompting.system, "reply": prompting.reply}
+    if isinstance(model, str | Path):
+        config = fitting_study({"folder": str(model), **shape}, task, options, **choices)  # checked before it is opened
+        layout = Layout(**shape["layout"]) if "layout" in shape else None
+        model, opened_tokenizer = load_model(
+            model, dtype=shape.get("dtype", "float32"), device_map=shape.get("device_map"), layout=layout
+        )
+    else:
+        assert tokenizer is not None
+        opened_tokenizer = tokenizer
+        if "layout" in shape:
+            use_layout(model, Layout(**shape["layout"]))
+        described = Binding.of(model, tokenizer).weights
+        config = fitting_study({"opened": described, **shape}, task, options, **choices)
+    opened = Opened(model, opened_tokenizer, task if isinstance(task, Task) else None)
+    with _left_as_it_was(model):
+        run_study(config, out, progress, workers=1, opened=opened)
+    return model, opened_tokenizer
+
+
+@contextmanager
+def _left_as_it_was(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode inside the context; the model's own modes, and the process's settings, are back at its end."""
+    import torch
+
+    training = {name: module.training for name, module in model.named_modules()}
+    learning = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    model.eval()
+    try:
+        yield
+    finally:
+        for name, module in model.named_modules():
+            module.training = training[name]
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(learning[name])
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+
+
+def _digest(task: Task) -> str:
+    """Of what a task object asks, so that a run folder is continued with the same task only."""
+    examples = [e for kind in ("conflict", "memory") for e in task.examples(np.random.default_rng(0), 200, kind)]  # type: ignore[arg-type]
+    return hashlib.sha256("".join(f"{e.item}|{e.prompt}|{e.options}" for e in examples).encode()).hexdigest()[:16]
+
+
 def fitting_study(
     model: dict[str, Any],
-    task: str,
+    task: str | Path | Task,
     options: dict[str, Any],
     settings: int = SETTINGS,
     threads: int = 1,
@@ -32,7 +123,7 @@ def fitting_study(
 
     Args:
         model: fields of ``ModelConfig``.
-        task: a task's name, ``package.module:Class``, or the path of a JSONL file.
+        task: a task's name, ``package.module:Class``, the path of a JSONL file, or a task.
         options: of the task.
         settings: how many settings are tried at most in either direction, dealt evenly to layers: the budget.
         positions: ``decision``, or ``all`` tokens, for vectors that are to be exported.
@@ -40,17 +131,21 @@ def fitting_study(
     Raises:
         InputError: the file does not exist, the budget is below one layer's, or a field is not allowed.
     """
-    is_file = task.endswith(".jsonl")
-    if is_file and not Path(task).is_file():
-        raise InputError(f"task: the file {task} does not exist")
+    if isinstance(task, Task):
+        name, options = f"{type(task).__module__}:{type(task).__name__}", {"digest": _digest(task)}
+    else:
+        name = str(task)
+    is_file = name.endswith(".jsonl")
+    if is_file and not Path(name).is_file():
+        raise InputError(f"task: the file {name} does not exist")
     if settings < ONE_LAYER:
         raise InputError(f"settings: {settings} is less than the {ONE_LAYER} that one layer takes")
     layers = [f"spread-{settings // ONE_LAYER}"]
     # What every program can take that a vector for all tokens is exported to.
     everywhere = {"sites": ["block"]} if positions == "all" else {}
     cell = {
-        "task": "jsonl" if is_file else task,
-        "options": {"file": str(Path(task).resolve()), **options} if is_file else options,
+        "task": "jsonl" if is_file else name,
+        "options": {"file": str(Path(name).resolve()), **options} if is_file else options,
         "model": model,
         "pairs": {"batch_size": 64, "rephrasings": 4, "fit_examples": 2000, "tune_examples": 1000}
         | {"test_examples": 2000, "behaviour_examples": 500},
@@ -62,7 +157,9 @@ def fitting_study(
             "kept_weight": 1.0,
             "tune_pairs": 120,
             "tune_others": 60,
-            "tune_refits": 4,
+            # What indifference does is judged on test; while settings are compared it would take most of all tokens.
+            "tune_refits": 0,
+            "controls_of": "best",
             "tune_draws_again": 8,
             "judged_examples": 200,
             "control_limit": 0.15,
@@ -74,5 +171,5 @@ def fitting_study(
         "detection": {"fitted": True},
         "neutral": {"cuts": 200, "texts": 32, "length": 64},
     }
-    label = Path(task).stem if is_file else task.rpartition(":")[2]
+    label = Path(name).stem if is_file else name.rpartition(":")[2]
     return parse_study({"study": "fit", "threads": threads, "cells": {label: cell}})

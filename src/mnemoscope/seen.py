@@ -1,4 +1,4 @@
-"""What came before, in eight bytes each: for lists too long to be held."""
+"""64-bit hashes of texts seen so far, to drop duplicates in a stream."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import hashlib
 
 import numpy as np
 
-FRESH = 2**15  # hashes that wait in a set before they are sorted into the array
+FRESH = 2**15  # hashes held in a set before they are merged into the sorted array
 
 
 class Seen:
-    """Texts that were added, known by a hash of 64 bits: of a million, two share one with a chance of 3e-8."""
+    """A set of texts in eight bytes each; among a million, two share a hash with probability 3e-8."""
 
     def __init__(self) -> None:
         self._sorted = np.empty(0, np.uint64)
         self._fresh: set[int] = set()
 
     def add(self, *parts: str) -> bool:
-        """Add a text, given in parts; whether it is new."""
+        """Add a text, given in parts, and return whether it is new."""
         digest = hashlib.blake2b(digest_size=8)
         for part in parts:
             digest.update(f"{len(part)}:{part}".encode())
@@ -30,13 +30,13 @@ class Seen:
         return True
 
     def update(self, other: Seen) -> None:
-        """Add all that another has seen."""
+        """Add all texts of another set."""
         other._settle()
         self._settle()
         self._sorted = np.union1d(self._sorted, other._sorted)
 
     def __len__(self) -> int:
-        """How many different ones were added."""
+        """Number of different texts."""
         return len(self._sorted) + len(self._fresh)
 
     def _holds(self, number: int) -> bool:

@@ -1,7 +1,7 @@
-"""Studies: cells of stages that write raw records and resume where they stopped.
+"""Studies: cells of stages that write raw records, and resume where they stopped.
 
-A stage writes its files under temporary names, renames them, and last of all writes its marker with a hash of
-everything it depends on. A killed stage leaves no marker, so it starts again; a finished one is never redone.
+A stage writes its files under temporary names, renames them, and then writes its marker with a hash of everything it
+depends on. A killed stage leaves no marker and starts again; a finished stage is not run again.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
-from mnemoscope import ranks
-from mnemoscope.cells import Cell, Tell, by_label, by_model, cells_of, git_state, version
+from mnemoscope.cells import STATES, Cell, Opened, Tell, by_label, by_model, cells_of, git_state, version
 from mnemoscope.config import StudyConfig, dump_study
 from mnemoscope.errors import InputError, StudyError
-from mnemoscope.executors import Execute, Progress, by_name
+from mnemoscope.executors import Progress, in_processes, possible_workers, run_cells
 from mnemoscope.files import file_hash, fingerprint, write_atomically
-from mnemoscope.processes import Spread, in_one_place, settle, side_by_side
+from mnemoscope.processes import settle
 
-TOGETHER = ("train", "behaviour", "pairs")  # stages that several processes share (torchrun); the others are the first's
+LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "scikit-learn", "pandas", "safetensors")
 
 
 def run_study(
@@ -37,52 +37,50 @@ def run_study(
     workers: int | None = None,
     executor: str = "local",
     address: str | None = None,
+    opened: Opened | None = None,
 ) -> Path:
-    """Run what is not yet done of a study and build its report.
+    """Run the unfinished stages of a study and build its report.
 
     Args:
         run: the run folder; made if missing. A folder of another configuration is refused.
-        workers: cells at a time; default: as many as there are processors for ``config.threads`` each.
+        workers: processes at a time, for cells and parts of cells; default: as many as there are processors for
+            ``config.threads`` each.
         executor: ``local``, or ``ray`` for a cluster whose nodes all see the run folder.
         address: of the cluster; default: one of this machine alone.
+        opened: the model of all cells whose configuration names an open one; such a study runs in this process.
 
     Returns:
         The path of ``report.html``.
 
     Raises:
         InputError: the folder belongs to another configuration, or a cell's input cannot be used.
-        StudyError: a cell cannot go on (never mixed, no pairs, a damaged artefact). The others are finished first, and
-            the report is of them and names those that failed.
+        StudyError: a cell failed (both behaviours never shown, no pairs, a damaged artefact). The other cells are
+            finished first; the report covers them and names those that failed.
     """
     from mnemoscope.report import build_report
 
     started = time.time()
-    if ranks.started() and (executor != "local" or (workers or 1) > 1):
-        raise InputError("executor, workers: processes that torchrun has started share one cell; leave them out")
     if executor != "local" and workers is not None:
         raise InputError("workers: a cluster takes as many cells at a time as it has processors for; leave it out")
     run = run.absolute()  # processes elsewhere have another working folder
-    cells = cells_of(config, run)
-    if _adapts(cells):  # what is not there is told before hours of work, not after them
+    cells = [replace(cell, opened=opened) for cell in cells_of(config, run)]
+    if any(cell.config.model.lora for cell in cells):  # a missing package is reported now, not after hours of work
         from mnemoscope.stages import check_peft
 
         check_peft("model.lora")
-    workers = 1 if ranks.started() else workers or max(1, min(len(cells), (os.cpu_count() or 1) // config.threads))
-    with ranks.joined(), _locked(run, config), by_name(executor, workers, address) as execute:
-        failed = _run_cells(cells, execute, progress)
-        if not ranks.first():
-            return run / "report.html"
+    workers = workers or max(1, (os.cpu_count() or 1) // config.threads)
+    with _locked(run, config):
+        failed = run_cells(cells, run_cell, progress, workers, executor, address)
         finished = [cell for cell in cells if cell.name not in failed]
         write_atomically(run / "failed.json", json.dumps(failed, indent=1).encode())
         report = None
         if any(cell.config.analysed for cell in finished):
-            # A cluster's cells were elsewhere: this machine was never asked for more than one process. Nor was its
-            # graphics processor asked for several models.
-            with side_by_side(workers if executor == "local" else 1) as spread:
-                on_cpu = all(cell.config.model.device_map in (None, "cpu") for cell in finished)
-                compare_cells(finished, run, progress, spread if on_cpu else in_one_place)
-                _write_manifest(run, finished, started)
-                report = build_report(run, spread)
+            # With a cluster, this machine was never asked for more than one process.
+            here = workers if executor == "local" else 1
+            compare_cells(finished, run, progress, here)
+            _write_manifest(run, finished, started)
+            with in_processes(here) as parallel:
+                report = build_report(run, parallel)
         if failed:
             first, *others = failed.values()
             more = f" ({len(others)} more cells failed)" if others else ""
@@ -91,82 +89,48 @@ def run_study(
         return report
 
 
-def _adapts(cells: Sequence[Cell]) -> bool:
-    return any(cell.config.model.lora for cell in cells)
-
-
-def _run_cells(cells: Sequence[Cell], execute: Execute, progress: Progress) -> dict[str, str]:
-    """Run all cells and return, by name, why some could not go on; hours of work are not lost with them."""
-    failed = execute(cells, run_cell, progress)
-    # Told first: what came to nothing by itself, not for want of a model.
-    ordered = sorted(cells, key=lambda cell: cell.lender in failed)
-    return {cell.name: failed[cell.name] for cell in ordered if cell.name in failed}
-
-
 def run_cell(cell: Cell, progress: Progress) -> None:
-    """Run the stages of a cell that are not yet done."""
+    """Run the unfinished stages of a cell."""
     from mnemoscope.stages import STAGES
 
     settle(cell.threads)
-    upstream = stage_hash(_brought(cell), cell, "")
+    upstream = stage_hash(inputs_hash(cell), cell, "")
     for name, stage in STAGES.items():
         if not cell.config.analysed and name not in ("train", "behaviour"):
             continue
         upstream = stage_hash(upstream, cell, name)
-        run = partial(_run_stage, cell.name, cell.folder, name, upstream, partial(stage, cell), progress)
-        if ranks.world() == 1:
-            run()
-        else:
-            _with_helpers(name, run, partial(is_done, cell.folder, name, upstream), partial(stage, cell))
+        _run_stage(cell.name, cell.folder, name, upstream, partial(stage, cell), progress)
 
 
-def _with_helpers(name: str, run: Callable[[], None], done: Callable[[], bool], stage: Callable[[Tell], Any]) -> None:
-    """A stage of several processes: the others help the first one, or wait for it; all go on or none does."""
-    begin, failure = True, None
-    if ranks.first():
-        try:
-            begin = not done()
-        except StudyError as error:
-            failure = error
-    begin, failure = ranks.from_first((begin, failure))
-    if begin and not failure:
-        try:
-            if ranks.first():
-                run()
-            elif name in TOGETHER:
-                stage(lambda *_: None)
-        except StudyError as error:
-            failure = error
-        failure = ranks.from_first(failure)
-    if failure:
-        raise failure
-
-
-def compare_cells(cells: Sequence[Cell], run: Path, progress: Progress, spread: Spread) -> None:
-    """Compare seeds of one label and labels that share a model, unless it is done."""
+def compare_cells(cells: Sequence[Cell], run: Path, progress: Progress, workers: int = 1) -> None:
+    """Run the comparison of seeds of one label and of labels that share a model, unless it is finished."""
     analysed = [cell for cell in cells if cell.config.analysed]
     markers = [marker for cell in analysed for marker in _markers(cell)]
     wanted = hashlib.sha256("".join(json.loads(m.read_text())["hash"] for m in markers).encode()).hexdigest()
-    _run_stage("study", run, "compare", wanted, partial(_compared, analysed, run, spread), progress)
+    _run_stage("study", run, "compare", wanted, partial(_compared, analysed, run, workers), progress)
+    for cell in analysed:  # whose stages will not read anything again
+        shutil.rmtree(cell.folder / STATES, ignore_errors=True)
 
 
 def _markers(cell: Cell) -> list[Path]:
-    """Of finished stages; a hidden file is one that was being written when its process was killed."""
+    """Markers of finished stages; a hidden file is one whose writer was killed."""
     return sorted((cell.folder / "stages").glob("[!.]*.json"))
 
 
-def _compared(cells: Sequence[Cell], run: Path, spread: Spread, tell: Tell) -> list[Path]:
+def _compared(cells: Sequence[Cell], run: Path, workers: int, tell: Tell) -> list[Path]:
     if all(len(group) == 1 for group in (*by_label(cells), *by_model(cells))):
-        return []  # and no model library is opened to find that out
+        return []  # without importing a model library
     from mnemoscope.stages import compare_stage
 
-    return compare_stage(cells, run, spread, tell)
+    settle(cells[0].threads)
+    with in_processes(min(possible_workers(cell, workers) for cell in cells), cells[0].threads) as parallel:
+        return compare_stage(cells, run, parallel, tell)
 
 
 def _run_stage(
     owner: str, folder: Path, name: str, wanted: str, stage: Callable[[Tell], list[Path]], progress: Progress
 ) -> None:
-    """Run a stage unless it has finished with the same dependencies; its marker is written last."""
+    """Run a stage unless it has finished with the same dependencies; write its marker last."""
     if is_done(folder, name, wanted):
         progress(owner, name, 1, 1, "done before")
         return
@@ -182,13 +146,13 @@ def _run_stage(
 
 
 def stage_hash(upstream: str, cell: Cell, stage: str) -> str:
-    """Hash of all that a stage depends on: earlier stages, the cell's configuration, the version of the package."""
+    """Hash of everything a stage depends on: earlier stages, the configuration, the version of the package."""
     facts = [upstream, cell.label, cell.seed, cell.threads, cell.config.model_dump(mode="json"), stage, version()]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _brought(cell: Cell) -> str:
-    """Hash of what a cell takes from outside the run: files that its options name, and the files of its model."""
+def inputs_hash(cell: Cell) -> str:
+    """Hash of what a cell reads from outside the run: files that its options name, and the files of its model."""
     named = [Path(value) for value in cell.config.options.values() if isinstance(value, str)]
     folder = cell.config.model.folder
     if folder and Path(folder).is_dir():
@@ -201,7 +165,7 @@ def is_done(folder: Path, stage: str, wanted: str) -> bool:
     """Whether a stage has finished with the same dependencies.
 
     Raises:
-        StudyError: it has, but a file of it is gone or changed since.
+        StudyError: it has, but one of its files is missing or has changed.
     """
     path = folder / "stages" / f"{stage}.json"
     if not path.exists():
@@ -223,10 +187,7 @@ def is_done(folder: Path, stage: str, wanted: str) -> bool:
 
 @contextmanager
 def _locked(run: Path, config: StudyConfig) -> Iterator[None]:
-    """Hold the run folder for this process, and those that help it, and this configuration."""
-    if not ranks.first():
-        yield
-        return
+    """Lock the run folder for this process and this configuration."""
     text = dump_study(config)
     if run.exists() and not run.is_dir():
         raise InputError(f"out: {run} is a file; a folder is wanted")
@@ -239,7 +200,7 @@ def _locked(run: Path, config: StudyConfig) -> Iterator[None]:
         except BlockingIOError as error:
             raise InputError(f"out: {run} is in use by another run") from error
         existing = run / "study.yaml"
-        # What came to nothing, as with a model that could not be opened, binds nobody.
+        # A run without a finished stage (a model that could not be opened) may change its configuration.
         begun = any(run.glob("cells/*/stages/*.json"))
         if begun and existing.exists() and existing.read_text() != text:
             raise InputError(
@@ -260,22 +221,10 @@ def _first_difference(old: str, new: str) -> str:
 def _write_manifest(run: Path, cells: list[Cell], started: float) -> None:
     stages = {cell.name: {path.stem: json.loads(path.read_text()) for path in _markers(cell)} for cell in cells}
     stages["study"] = {"compare": json.loads((run / "stages" / "compare.json").read_text())}
+    adapted = any(cell.config.model.lora for cell in cells)
     manifest = {
         "mnemoscope": version(),
-        "versions": {
-            name: metadata.version(name)
-            for name in (
-                "torch",
-                "transformers",
-                "tokenizers",
-                "numpy",
-                "scipy",
-                "scikit-learn",
-                "pandas",
-                "safetensors",
-                *(["peft"] if _adapts(cells) else []),
-            )
-        },
+        "versions": {name: metadata.version(name) for name in (*LIBRARIES, *(["peft"] if adapted else []))},
         "python": platform.python_version(),
         "machine": {"system": platform.system(), "architecture": platform.machine(), "processors": os.cpu_count()},
         **git_state(),

@@ -3,9 +3,7 @@
 from mnemoscope.behaviour.asking import (
     Asking,
     Batch,
-    Chat,
     Encoded,
-    all_said,
     check_known,
     encode,
     left_padded,
@@ -20,40 +18,9 @@ from mnemoscope.behaviour.labels import (
     log_probabilities,
     mark_confabulations,
     only_log_probability,
-    read_states,
     score,
-    score_together,
 )
 from mnemoscope.behaviour.pairs import PairBatch, draw_candidates, mine_pairs
+from mnemoscope.behaviour.prompting import PLAIN, Prompting
 from mnemoscope.behaviour.reading import cache_prefixes, kept_bytes, stacked, with_option, without_prefix
-
-__all__ = [
-    "TIE",
-    "Applied",
-    "Asking",
-    "Batch",
-    "Chat",
-    "Encoded",
-    "PairBatch",
-    "Scores",
-    "all_said",
-    "cache_prefixes",
-    "check_known",
-    "decode",
-    "draw_candidates",
-    "encode",
-    "kept_bytes",
-    "left_padded",
-    "log_probabilities",
-    "mark_confabulations",
-    "mine_pairs",
-    "only_log_probability",
-    "prepare",
-    "read_states",
-    "score",
-    "score_contrasted",
-    "score_together",
-    "stacked",
-    "with_option",
-    "without_prefix",
-]
+from mnemoscope.behaviour.states import KeptStates, States, capturing, read_states, states_at_the_end

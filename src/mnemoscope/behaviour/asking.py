@@ -5,7 +5,7 @@ Shapes: N examples, T tokens of a left-padded context, R rows (one per example a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mnemoscope import ranks
+from mnemoscope.behaviour.prompting import PLAIN, Prompting
 from mnemoscope.errors import InputError
 from mnemoscope.models import batch_that_fits, context_length, end_ids
 from mnemoscope.tasks import Example
@@ -66,85 +66,42 @@ class Batch:
     unshifted: Any = None
 
 
-def all_said(prompt: str) -> tuple[str, str]:
-    """The user says all of it."""
-    return prompt, ""
-
-
-@dataclass(frozen=True, slots=True)
-class Chat:
-    """How prompts are put to a model that was tuned to talk: by the chat template of its tokenizer.
-
-    Attributes:
-        system: what the system message says; None leaves it to the template.
-        parted: cuts a prompt into what the user says and how the reply begins. Where the reply is left to the model
-            alone, answers lose the space before them.
-    """
-
-    system: str | None = None
-    parted: Callable[[str], tuple[str, str]] = all_said
-
-
 @dataclass(frozen=True, slots=True)
 class Asking:
-    """How examples are put to a model.
+    """A model with all that decides how examples are asked of it.
 
     Attributes:
         model, tokenizer: a causal language model and its fast tokenizer; neither is changed.
         boundary: texts of which one closes every answer, each a token; "" is the end-of-text token.
         batch_size: examples per pass, at most: fewer where memory is short. No label depends on it, ties aside.
-        chat: None puts prompts as they are.
+        prompting: how prompts are formatted.
 
     Raises:
-        InputError: ``chat`` is given and the tokenizer has no chat template.
+        InputError: prompts are to be a chat and the tokenizer has no chat template.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     boundary: tuple[str, ...] = ("",)
     batch_size: int = 512
-    chat: Chat | None = None
+    prompting: Prompting = PLAIN
 
     def __post_init__(self) -> None:
-        if self.chat and not self.tokenizer.chat_template:
-            raise InputError("chat: the tokenizer of this model has no chat template; put prompts as they are")
-
-    @property
-    def put(self) -> dict[str, Any]:
-        """How prompts are put, for what is made of them: ``chat``, ``system`` and ``begun``."""
-        chat = self.chat
-        return {
-            "chat": chat is not None,
-            "system": chat.system if chat else None,
-            "begun": chat is not None and chat.parted is not all_said,
-        }
+        self.prompting.check_template(self.tokenizer)
 
     def text(self, prompt: str) -> str:
         """A prompt as the model reads it."""
-        if self.chat is None:
-            return prompt
-        said, begun = self.chat.parted(prompt)
-        messages = [{"role": "user", "content": said}]
-        if self.chat.system is not None:
-            messages.insert(0, {"role": "system", "content": self.chat.system})
-        try:
-            # Models that can think aloud first are to answer; templates of others do not know the word.
-            rendered = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-            )
-        except Exception as error:  # a template may raise what it likes, for example that it takes no system message
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise InputError(f"chat: the template of this tokenizer refuses the messages ({reason})") from error
-        return f"{rendered}{begun}"
+        return self.prompting.format(self.tokenizer, prompt)
 
     def whole(self, example: Example, option: str) -> str:
         """A prompt and one of its answers, as the model reads them."""
-        alone = self.chat is not None and not self.chat.parted(example.prompt)[1]
+        # Where the reply is left to the model alone, answers lose the space before them.
+        alone = self.prompting.chat and not self.prompting.parts(example.prompt)[1]
         return self.text(example.prompt) + (option.lstrip() if alone else option)
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of texts as the model reads them; a chat template has put its special tokens in already."""
-        return self.tokenizer(list(texts), add_special_tokens=self.chat is None).input_ids
+        """Token ids of texts as the model reads them; a chat template has added its special tokens already."""
+        return self.tokenizer(list(texts), add_special_tokens=not self.prompting.chat).input_ids
 
     def padded(self, texts: Sequence[str]) -> Any:
         """The same as a left-padded batch, ``input_ids`` and ``attention_mask`` (N, T), where the model is.
@@ -163,7 +120,7 @@ class Asking:
 
     @property
     def pad_id(self) -> int:
-        """What stands where nothing is read: not every tokenizer has a token for it, and any will do."""
+        """The token under the mask: not every tokenizer has one for it, and any will do."""
         known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
         return next((number for number in known if number is not None), 0)
 
@@ -211,7 +168,15 @@ def check_known(asking: Asking, prompts: Sequence[str]) -> None:
         return
     for prompt, row in zip(prompts, asking.tokens([asking.text(prompt) for prompt in prompts]), strict=True):
         if unknown in row:
-            raise InputError(f"prompt: the tokenizer cannot encode {prompt!r}")
+            raise InputError(f"prompt: {_unknown_word(asking.tokenizer, prompt)}")
+
+
+def _unknown_word(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
+    """Which word of a text the tokenizer has no token for, in one sentence."""
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    places = zip(encoding.input_ids, encoding.offset_mapping, strict=True)
+    first, last = next((span for number, span in places if number == tokenizer.unk_token_id), (0, len(text)))
+    return f"the tokenizer has no token for {text[first:last]!r} in {text!r}"
 
 
 def left_padded(rows: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
@@ -236,17 +201,16 @@ def encode(asking: Asking, examples: Sequence[Example]) -> list[Encoded]:
     tokens = iter(asking.tokens(texts))
     prompts = [next(tokens) for _ in examples]
     limit, tokenizer = context_length(asking.model), asking.tokenizer
-    unknown = None if tokenizer.unk_token_id == tokenizer.eos_token_id else tokenizer.unk_token_id
     encoded = []
     for example, prompt in zip(examples, prompts, strict=True):
         options = [next(tokens) for _ in example.options]
-        _check_tokens(example, prompt, options, limit, unknown)
+        _check_tokens(example, prompt, options, limit, tokenizer)
         answers = [option[len(prompt) :] for option in options]
         shared = _shared(answers) if len(answers) > 1 else 0
         if any(len(answer) == shared for answer in answers):
             raise InputError(
                 f"memorized, generalized: {example.memorized!r} and {example.generalized!r}: one begins with the whole "
-                f"of the other, so nothing tells them apart (item {example.item!r})"
+                f"of the other, so nothing separates them (item {example.item!r})"
             )
         suffixes = tuple(answer[shared:] for answer in answers)
         encoded.append(Encoded(prompt + answers[0][:shared], shared, suffixes))
@@ -254,8 +218,9 @@ def encode(asking: Asking, examples: Sequence[Example]) -> list[Encoded]:
 
 
 def _check_tokens(
-    example: Example, prompt: list[int], options: list[list[int]], limit: int, unknown: int | None
+    example: Example, prompt: list[int], options: list[list[int]], limit: int, tokenizer: PreTrainedTokenizerFast
 ) -> None:
+    unknown = None if tokenizer.unk_token_id == tokenizer.eos_token_id else tokenizer.unk_token_id
     if not prompt:
         raise InputError(f"prompt: {example.prompt!r} has no token (item {example.item!r})")
     for option, text in zip(options, example.options, strict=True):
@@ -267,9 +232,8 @@ def _check_tokens(
         if len(option) == len(prompt):
             raise InputError(f"answer: {text!r} has no token (item {example.item!r})")
         if unknown is not None and unknown in option:
-            what = "prompt" if unknown in prompt else "answer"
-            shown = example.prompt if what == "prompt" else text
-            raise InputError(f"{what}: the tokenizer cannot encode {shown!r} (item {example.item!r})")
+            what, shown = ("prompt", example.prompt) if unknown in prompt else ("answer", text)
+            raise InputError(f"{what}: {_unknown_word(tokenizer, shown)} (item {example.item!r})")
         if len(option) + 1 > limit:
             raise InputError(
                 f"prompt: {len(option)} tokens with its answer; the model reads at most {limit - 1} "
@@ -282,12 +246,8 @@ def _shared(answers: Sequence[list[int]]) -> int:
     return next((i for i, (a, b) in enumerate(zip(*answers, strict=False)) if a != b), min(map(len, answers)))
 
 
-def prepare(asking: Asking, examples: Sequence[Example], *, together: bool = False) -> list[Batch]:
-    """Encode examples and batch them by length, fewer at a time where memory is short.
-
-    Args:
-        together: every process that works on the cell makes these batches, and they are to be the same.
-    """
+def prepare(asking: Asking, examples: Sequence[Example]) -> list[Batch]:
+    """Encode examples and batch them by length, fewer at a time where memory is short."""
     encoded = encode(asking, examples)
     if not encoded:
         return []
@@ -295,8 +255,6 @@ def prepare(asking: Asking, examples: Sequence[Example], *, together: bool = Fal
     longest = max(len(e.context) for e in encoded)
     read_on = max(len(e.suffixes) * max(map(len, e.suffixes)) for e in encoded)
     size = batch_that_fits(asking.model, asking.batch_size, longest, read_on)
-    if together:  # each sees another amount of free memory
-        size = min(ranks.from_all(size))
     return [
         _batch(order[start : start + size], encoded, asking.pad_id, asking.model.device)
         for start in range(0, len(order), size)

@@ -10,19 +10,19 @@ V vocabulary, L layers, D neurons.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mnemoscope import ranks
 from mnemoscope.behaviour.asking import Asking, Batch
-from mnemoscope.behaviour.reading import Answers, read_answers, read_contexts, read_only_options
-from mnemoscope.models import PLAINLY, Site, backbone_of, blocks_of, rows_of, site_module, states_of
+from mnemoscope.behaviour.reading import Answers, Contexts, read_answers, read_contexts, read_only_options
+from mnemoscope.behaviour.states import capturing, stacked_states, uncertainty_of
+from mnemoscope.models import PLAINLY, Site
 from mnemoscope.tasks import Example
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ class Scores:
         tie_N: bool, the top two logits lay within 1e-4 where it mattered.
         confabulated_N: float64, 1 where the behaviour is ``other`` and the answer has the memorized format, else 0; NaN
             where both formats are the same or where formats were not asked for.
-        states_NLD: float32 states at the decision position, or None.
+        states_NLD, uncertainty_N2: float32 states at the decision position and how sure the model is there
+            (``States``), or None.
     """
 
     behaviour_N: np.ndarray
@@ -52,39 +53,12 @@ class Scores:
     tie_N: np.ndarray
     confabulated_N: np.ndarray
     states_NLD: np.ndarray | None = None
+    uncertainty_N2: np.ndarray | None = None
 
-
-@contextmanager
-def read_states(model: PreTrainedModel, site: Site) -> Iterator[list[Tensor]]:
-    """Inside the context every pass fills the list with one (N, D) state per layer, at the last column.
-
-    The only hook of the package that reads. It is gone when the context ends, however it ends.
-    """
-    layers = len(blocks_of(model))
-    states: list[Tensor] = [torch.empty(0)] * layers
-    handles = []
-    rows = 0
-
-    def see(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        nonlocal rows
-        rows = rows_of(args, kwargs)
-
-    def reader(layer: int, is_input: bool) -> Callable[..., None]:
-        def read(module: torch.nn.Module, inputs: Any, output: Any = None) -> None:
-            states[layer] = states_of(inputs if is_input else output, rows)[:, -1].detach().clone()
-
-        return read
-
-    try:
-        handles.append(backbone_of(model).register_forward_pre_hook(see, with_kwargs=True))
-        for layer in range(layers):
-            module, is_input = site_module(model, layer, site)
-            register = module.register_forward_pre_hook if is_input else module.register_forward_hook
-            handles.append(register(reader(layer, is_input)))
-        yield states
-    finally:
-        for handle in handles:
-            handle.remove()
+    def of(self, chosen_N: np.ndarray) -> Scores:
+        """The scores of some examples, without states."""
+        arrays = (self.behaviour_N, self.margin_N, self.tie_N, self.confabulated_N)
+        return Scores(*(array_N[chosen_N] for array_N in arrays))
 
 
 def score(
@@ -100,7 +74,7 @@ def score(
     Args:
         margins: whether decision margins are wanted; without them an option is not read on once its first token
             does not fit.
-        capture: a site whose states at the decision position are returned as well.
+        capture: a site whose states at the decision position, and the uncertainty there, are returned as well.
         applied: makes the context in which each batch is read, for example a steering vector's. Where prefixes are
             cached it may act by hooks only, and from the decision position on.
 
@@ -114,33 +88,24 @@ def score(
     closing = torch.tensor(asking.boundary_ids(), device=asking.model.device)
     for batch in batches:
         with torch.no_grad(), applied():
-            states = _score_batch(asking.model, batch, closing, scores, margins, capture)
-        if capture and scores.states_NLD is None:
-            scores.states_NLD = np.empty((total, *states.shape[1:]), dtype=np.float32)
-        if capture and scores.states_NLD is not None:
-            scores.states_NLD[batch.examples_N] = states
+            contexts, states_NLD = _read_contexts(asking.model, batch, capture)
+            _score_batch(asking.model, batch, contexts, closing, scores, margins)
+        if states_NLD is not None:
+            if scores.states_NLD is None:
+                scores.states_NLD = np.empty((total, *states_NLD.shape[1:]), dtype=np.float32)
+                scores.uncertainty_N2 = np.empty((total, 2))
+            scores.states_NLD[batch.examples_N] = states_NLD
+            scores.uncertainty_N2[batch.examples_N] = uncertainty_of(contexts.logits_NV)
     return scores
 
 
-def score_together(asking: Asking, batches: Sequence[Batch], *, margins: bool = True) -> Scores:
-    """``score``, of which every process that works on the cell takes its share and gets all of it.
-
-    ``batches`` are those of ``prepare`` with ``together``.
-    """
-    mine = ranks.share(batches)
-    ends = np.cumsum([len(batch.examples_N) for batch in mine])
-    numbered = [
-        replace(batch, examples_N=np.arange(end - len(batch.examples_N), end))
-        for batch, end in zip(mine, ends, strict=True)
-    ]
-    found = score(asking, numbered, margins=margins)
-    places = np.concatenate([np.empty(0, int), *(batch.examples_N for batch in mine)])
-    parts = ranks.from_all((places, found))
-    places = np.concatenate([at for at, _ in parts])
-    order_N = np.argsort(places)
-    assert np.array_equal(places[order_N], np.arange(len(places))), "the processes have cut their batches differently"
-    names = ("behaviour_N", "margin_N", "tie_N", "confabulated_N")
-    return Scores(*(np.concatenate([getattr(part, name) for _, part in parts])[order_N] for name in names))
+def _read_contexts(model: PreTrainedModel, batch: Batch, capture: Site | None) -> tuple[Contexts, np.ndarray | None]:
+    """Contexts up to the decision position, and the states there, float32 (N, L, D)."""
+    if capture is None:
+        return read_contexts(model, batch), None
+    with capturing(model, capture) as states:
+        contexts = read_contexts(model, batch)
+    return contexts, stacked_states(states)[0]
 
 
 def log_probabilities(asking: Asking, batch: Batch) -> Tensor:
@@ -166,11 +131,8 @@ def only_log_probability(asking: Asking, batch: Batch) -> Tensor:
 
 
 def _score_batch(
-    model: PreTrainedModel, batch: Batch, closing: Tensor, scores: Scores, margins: bool, capture: Site | None
-) -> np.ndarray:
-    reading: AbstractContextManager[list[Tensor]] = read_states(model, capture) if capture else nullcontext([])
-    with reading as states:
-        contexts = read_contexts(model, batch)
+    model: PreTrainedModel, batch: Batch, contexts: Contexts, closing: Tensor, scores: Scores, margins: bool
+) -> None:
     first_N, tie_N = _greedy(contexts.logits_NV)
     fits_R = contexts.begins_N[batch.example_R] & (first_N[batch.example_R] == batch.suffix_RM[:, 0])
     answers = read_answers(model, batch, contexts, fits_R | ((batch.length_R > 1) & margins))
@@ -183,9 +145,6 @@ def _score_batch(
     if margins:
         logp_N2 = _by_option(batch, _log_p(batch, contexts.logits_NV, answers).double(), torch.nan)
         scores.margin_N[batch.examples_N] = (logp_N2[:, 1] - logp_N2[:, 0]).cpu().numpy()
-    # Layers may lie on several devices.
-    read = [states_ND.float().cpu() for states_ND in states]
-    return torch.stack(read, dim=1).numpy() if read else np.empty((len(batch.examples_N), 0, 0))
 
 
 def _greedy(logits_V: Tensor) -> tuple[Tensor, Tensor]:

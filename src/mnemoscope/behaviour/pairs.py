@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import islice
 
 import numpy as np
 
 from mnemoscope.behaviour.asking import Asking, prepare
 from mnemoscope.behaviour.labels import Scores, score
+from mnemoscope.behaviour.states import KeptStates
 from mnemoscope.models import Site
 from mnemoscope.seen import Seen
 from mnemoscope.tasks import Example, Task
@@ -26,15 +27,40 @@ class PairBatch:
         candidates: (example, rephrasing) as drawn.
         scores_a, scores_b: of the examples and of the rephrasings; no states.
         is_pair_N: bool, one answered memorized, the other generalized.
-        states_generalized_PLD, states_memorized_PLD: float32 states of the P pairs at the decision position.
+        asked, scores: the different phrasings among them, and their scores with states at the decision position.
+        generalized_P, memorized_P: the sides of the P pairs, as places in ``asked``.
     """
 
     candidates: list[tuple[Example, Example]]
     scores_a: Scores
     scores_b: Scores
     is_pair_N: np.ndarray
-    states_generalized_PLD: np.ndarray
-    states_memorized_PLD: np.ndarray
+    asked: list[Example]
+    scores: Scores
+    generalized_P: np.ndarray
+    memorized_P: np.ndarray
+
+    @property
+    def states_generalized_PLD(self) -> np.ndarray:
+        """float32 states of the sides that were answered generalized."""
+        return self._states_NLD[self.generalized_P]
+
+    @property
+    def states_memorized_PLD(self) -> np.ndarray:
+        """float32 states of the sides that were answered memorized."""
+        return self._states_NLD[self.memorized_P]
+
+    @property
+    def _states_NLD(self) -> np.ndarray:
+        assert self.scores.states_NLD is not None
+        return self.scores.states_NLD
+
+    def keep(self, kept: KeptStates, site: Site, of_all: bool) -> None:
+        """Keep the states for later stages: of all phrasings, or of those in pairs."""
+        chosen = np.arange(len(self.asked)) if of_all else np.unique([self.generalized_P, self.memorized_P])
+        assert self.scores.uncertainty_N2 is not None
+        examples = [self.asked[n] for n in chosen]
+        kept.add(site, examples, self._states_NLD[chosen], self.scores.uncertainty_N2[chosen])
 
     def pairs(self) -> list[tuple[Example, Example]]:
         """(phrasing answered generalized, phrasing answered memorized) of each pair."""
@@ -69,7 +95,6 @@ def mine_pairs(
     candidates: Iterable[tuple[Example, Example]],
     site: Site = "block",
     chunk: int | None = None,
-    part: tuple[int, int] = (0, 1),
 ) -> Iterator[PairBatch]:
     """Label candidates and keep those whose behaviour flips, with their states; memory does not grow with their number.
 
@@ -78,39 +103,20 @@ def mine_pairs(
             denominator.
         site: where states are read.
         chunk: candidates per yielded batch; default: as many as fill 16 passes, 512 at most.
-        part: (number, of how many), where several processes share the batches: number, number + how many, ...
     """
-    number, parts = part
     chunk = chunk or min(512, 16 * asking.batch_size)
     left = iter(candidates)
-    for place_of_batch in count():
-        drawn = list(islice(left, chunk))
-        if not drawn:
-            return
-        if place_of_batch % parts != number:
-            continue
+    while drawn := list(islice(left, chunk)):
         # An example stands beside each of its rephrasings, but is asked once.
         asked = {example.prompt: example for pair in drawn for example in pair}
         place = {prompt: n for n, prompt in enumerate(asked)}
         scores = score(asking, prepare(asking, list(asked.values())), capture=site)
         side_N2 = np.array([[place[example.prompt] for example in pair] for pair in drawn])
-        a, b = _of(scores, side_N2[:, 0]), _of(scores, side_N2[:, 1])
+        a, b = scores.of(side_N2[:, 0]), scores.of(side_N2[:, 1])
         forward_N = (a.behaviour_N == "generalized") & (b.behaviour_N == "memorized")
         backward_N = (a.behaviour_N == "memorized") & (b.behaviour_N == "generalized")
         flips = np.flatnonzero(forward_N | backward_N)
         generalized_P = np.where(forward_N[flips], side_N2[flips, 0], side_N2[flips, 1])
-        assert scores.states_NLD is not None
-        yield PairBatch(
-            candidates=drawn,
-            scores_a=a,
-            scores_b=b,
-            is_pair_N=forward_N | backward_N,
-            states_generalized_PLD=scores.states_NLD[generalized_P],
-            states_memorized_PLD=scores.states_NLD[side_N2[flips].sum(axis=1) - generalized_P],
-        )
-
-
-def _of(scores: Scores, chosen: np.ndarray) -> Scores:
-    """The scores of some examples, without states."""
-    arrays = (scores.behaviour_N, scores.margin_N, scores.tie_N, scores.confabulated_N)
-    return Scores(*(array_N[chosen] for array_N in arrays))
+        memorized_P = side_N2[flips].sum(axis=1) - generalized_P
+        is_pair_N, phrasings = forward_N | backward_N, list(asked.values())
+        yield PairBatch(drawn, a, b, is_pair_N, phrasings, scores, generalized_P, memorized_P)

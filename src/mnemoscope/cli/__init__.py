@@ -3,8 +3,6 @@
 from mnemoscope.cli import studies, models, playground  # isort: skip - the order of the commands in the help
 from mnemoscope.cli.app import app
 
-__all__ = ["app", "main", "models", "playground", "studies"]
-
 
 def main() -> None:
     """Entry point of the ``mnemoscope`` command."""

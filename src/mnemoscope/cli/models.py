@@ -1,4 +1,4 @@
-"""Commands for a model of yours: check it, ask it, turn it, take the vector elsewhere."""
+"""Commands for a model of yours: check it, read it, steer it, take the vector elsewhere."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Annotated, Any
 import typer
 
 from mnemoscope.cli.app import app
-from mnemoscope.cli.given import AsChat, AsJson, DeviceMap, Dtype, Parts, Reply, named_parts
+from mnemoscope.cli.options import AsChat, AsJson, DeviceMap, Dtype, Force, Model, Parts, Reply, named_parts, prompting
 from mnemoscope.cli.output import one_line_errors, say
 
 
 @app.command()
 def doctor(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id of a causal model, or smollm2.")],
+    model: Model,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt to check with; at least two.")] = None,
     dtype: Dtype = "float32",
     device_map: DeviceMap = None,
@@ -46,8 +46,8 @@ def doctor(
 
 @app.command()
 def steer(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id of the model, or smollm2.")],
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What is put to the model.")],
+    model: Model,
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="Prompts to answer.")],
     source: Annotated[Path, typer.Option("--from", help="A run, a cell of one, or the file of a vector.")],
     toward: Annotated[str, typer.Option(help="generalized or memorized.")],
     alpha: Annotated[float, typer.Option(min=0.0, help="Factor on the vector; 0 leaves the model as it is.")] = 1.0,
@@ -64,136 +64,67 @@ def steer(
     dtype: Dtype = "float32",
     device_map: DeviceMap = None,
     layout: Parts = None,
-    force: Annotated[bool, typer.Option(help="Use a vector that was made on another model of the same shape.")] = False,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a model answers by itself, and what it answers under a vector."""
+    """Generate with and without a steering vector."""
     with one_line_errors():
-        from mnemoscope.behaviour import Asking
-        from mnemoscope.errors import InputError
         from mnemoscope.plain import dumped
-        from mnemoscope.steering import OPPOSITE, complete, find_vector
 
-        if toward not in OPPOSITE:
-            raise InputError(f"toward: {toward!r} is not one of {', '.join(OPPOSITE)}")
-        opened, tokenizer = _open_with(source, model, dtype, layout, device_map)
-        vector = find_vector(source, toward, opened, tokenizer, force)
-        asking = Asking(opened, tokenizer, chat=_chat("vector", vector, chat, reply))
+        fitted = _fitted(source, model, (dtype, layout, device_map), prompting(chat, reply), force)
+        vector = fitted.vector(toward)
         if vector.begin_alike:
             typer.echo(_alike(vector.begin_alike), err=True)
-        inputs = asking.padded([asking.text(prompt) for prompt in prompts])
-        plain = complete(opened, tokenizer, inputs, max_new_tokens)
-        opens = None
-        if gate is not None:
-            from mnemoscope.detect import Gate, find_detector
-
-            if source.is_file():
-                raise InputError("gate: needs a detector too; give --from the run or the cell that has both")
-            opens = Gate(find_detector(source, opened, tokenizer, force), vector.toward, gate)
-        with vector.apply(opened, alpha=alpha, gate=opens):
-            steered = complete(opened, tokenizer, inputs, max_new_tokens)
-        rows = [
-            {"prompt": prompt, "plain": before, "steered": after}
-            for prompt, before, after in zip(prompts, plain, steered, strict=True)
-        ]
+        rows = fitted.answers(prompts, toward, alpha, gate, max_new_tokens)
+        acted = None if gate is None else {"asked": len(rows), "acted": sum(row["acted"] for row in rows)}
         if as_json:
             facts = {"method": vector.method, "site": vector.site, "layers": vector.layers, "alpha": alpha}
-            acted = {"asked": opens.asked, "acted": opens.acted} if opens else None
             about = {"model": model, "weights": _weights(model), "toward": toward, "vector": facts, "gate": acted}
             typer.echo(dumped(about | {"answers": rows}))
-        else:
-            for row in rows:
-                typer.echo(
-                    f"{row['prompt']}\n  by itself: {row['plain'].strip()}\n  {toward}: {row['steered'].strip()}"
-                )
-            if opens:
-                typer.echo(f"the gate acted on {opens.acted} of {opens.asked} prompts")
+            return
+        for row in rows:
+            typer.echo(f"{row['prompt']}\n  unsteered: {row['plain'].strip()}\n  {toward}: {row['steered'].strip()}")
+        if acted:
+            typer.echo(f"the gate acted on {acted['acted']} of {acted['asked']} prompts")
 
 
 @app.command()
 def detect(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id of the model, or smollm2.")],
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What would be put to the model.")],
+    model: Model,
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="Prompts to read.")],
     source: Annotated[Path, typer.Option("--from", help="A run, a cell of one, or the file of a detector.")],
     chat: AsChat = False,
     reply: Reply = "",
     dtype: Dtype = "float32",
     device_map: DeviceMap = None,
     layout: Parts = None,
-    force: Annotated[bool, typer.Option(help="Use a detector that was fitted on another model.")] = False,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Tell, before it answers, how probably a model will go by what it remembers, and where that becomes readable."""
+    """Estimate, before it answers, how probably a model will follow its memory, and where that becomes readable."""
     with one_line_errors():
-        from mnemoscope.behaviour import Asking
-        from mnemoscope.detect import find_detector, read_prompts
         from mnemoscope.plain import dumped
 
-        opened, tokenizer = _open_with(source, model, dtype, layout, device_map)
-        detector = find_detector(source, opened, tokenizer, force)
-        asking = Asking(opened, tokenizer, batch_size=32, chat=_chat("detector", detector, chat, reply))
-        reading = read_prompts(detector, asking, prompts)
-        conflicts = [None if c != c else float(c) for c in reading.p_conflict_N]
+        fitted = _fitted(source, model, (dtype, layout, device_map), prompting(chat, reply), force)
+        reading = fitted.detect(prompts)
         rows = [
             {
                 "prompt": prompt,
-                "p_memorized": float(reading.p_memorized_N[n]),
-                "p_conflict": conflicts[n],
-                "unlike": bool(reading.unlike_N[n]),
-                "distance": float(reading.distance_N[n]),
-                "readable_from": reading.readable_from_N[n],
-                "p_memorized_by_layer": reading.p_memorized_NL[n].tolist(),
+                "p_memorized": float(reading.p_memorized[n]),
+                "p_conflict": float(reading.p_conflict[n]),
+                "unlike": bool(reading.unlike[n]),
+                "distance": float(reading.distance[n]),
+                "readable_from": reading.readable_from[n],
+                "p_memorized_by_layer": reading.p_memorized_by_layer[n].tolist(),
             }
             for n, prompt in enumerate(prompts)
         ]
         if as_json:
-            about = {"model": model, "weights": _weights(model), "layer": detector.layer, "site": detector.site}
+            about = {"model": model, "weights": _weights(model), "layer": reading.layer, "site": fitted.detector.site}
             typer.echo(dumped(about | {"prompts": rows}))
         else:
             for row in rows:
-                typer.echo(f"{row['prompt']}\n  {_verdict(row, detector.layer)}")
-
-
-def _chat(what: str, made: Any, chat: bool, reply: str) -> Any:
-    """How prompts are put: as those were that a vector or detector was made of, from what the command line says."""
-    from mnemoscope.behaviour import Chat
-    from mnemoscope.errors import InputError
-
-    if reply and not chat:
-        raise InputError("reply: it begins the reply in a chat; give --chat, or put it at the end of the prompt")
-    if made.chat != chat:
-        how, do = ("by a chat template", "give") if made.chat else ("as they are", "leave out")
-        raise InputError(f"chat: the {what} was made of prompts that were put {how}; {do} --chat")
-    if made.begun and not reply:
-        raise InputError(f"reply: the {what} was made where the beginning of the reply was given; give it with --reply")
-    return Chat(made.system, lambda prompt: (prompt, reply)) if chat else None
-
-
-def _weights(model: str) -> str | None:
-    """What is to be said of a packaged model's weights beside every number."""
-    from mnemoscope.models import PACKAGED, QUANTIZED
-
-    return QUANTIZED if model in PACKAGED else None
-
-
-def _alike(share: float) -> str:
-    return (
-        f"note: {share:.0%} of the prompts that the vector was made of have two answers that begin alike; it was "
-        "judged behind that beginning, so put it at the end of such a prompt"
-    )
-
-
-def _verdict(row: dict[str, Any], layer: int) -> str:
-    text = f"P(memorized) {row['p_memorized']:.2f} at layer {layer}"
-    if row["readable_from"] is not None:
-        text += f", sure from layer {row['readable_from']} on"
-    if row["p_conflict"] is not None:
-        text += f"; P(memory and rule disagree) {row['p_conflict']:.2f}"
-    if row["unlike"]:
-        text += (
-            f"; unlike the prompts it was fitted on (distance {row['distance']:.1f}, up to 1 is like them): ignore this"
-        )
-    return text
+                typer.echo(f"{row['prompt']}\n  {_verdict(row, reading.layer)}")
 
 
 @app.command()
@@ -205,7 +136,7 @@ def export(
     alpha: Annotated[float, typer.Option(min=0.0, help="Factor on the vector.")] = 1.0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto; what is written has it.")] = "float32",
     layout: Parts = None,
-    force: Annotated[bool, typer.Option(help="Use a vector that was made on another model of the same shape.")] = False,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a vector for other programs; one with positions "all" only. Nothing that exists is overwritten."""
@@ -230,8 +161,35 @@ def export(
         say(facts, as_json, "out")
 
 
+def _alike(share: float) -> str:
+    return (
+        f"note: {share:.0%} of the prompts that the vector was made of have two answers that begin alike; it was "
+        "judged behind that beginning, so put it at the end of such a prompt"
+    )
+
+
+def _verdict(row: dict[str, Any], layer: int) -> str:
+    text = f"P(memorized) {row['p_memorized']:.2f} at layer {layer}"
+    if row["readable_from"] is not None:
+        text += f", sure from layer {row['readable_from']} on"
+    if row["p_conflict"] == row["p_conflict"]:
+        text += f"; P(memory and rule disagree) {row['p_conflict']:.2f}"
+    if row["unlike"]:
+        text += (
+            f"; unlike the prompts it was fitted on (distance {row['distance']:.1f}, up to 1 is like them): ignore this"
+        )
+    return text
+
+
+def _weights(model: str) -> str | None:
+    """What is said of a packaged model's weights beside every number."""
+    from mnemoscope.models import PACKAGED, QUANTIZED
+
+    return QUANTIZED if model in PACKAGED else None
+
+
 def _model_type(vector: Any, opened: Any) -> str:
-    """What kind of model a vector is for."""
+    """The architecture that a vector is for."""
     from mnemoscope.errors import InputError
     from mnemoscope.models import core_of
 
@@ -242,13 +200,14 @@ def _model_type(vector: Any, opened: Any) -> str:
     return str(vector.binding.model_type)
 
 
-def _open_with(source: Path, model: str, dtype: str, layout: str | None, device_map: str | None) -> tuple[Any, Any]:
-    """A user's model, for what was made of it; a path that is not there is told before a large model is opened."""
+def _fitted(source: Path, model: str, opening: tuple[Any, ...], asked: Any, force: bool) -> Any:
+    """What was fitted on a user's model; a path that is not there is refused before a large model is opened."""
     from mnemoscope.errors import InputError
+    from mnemoscope.face import Fitted
 
     if not source.exists():
         raise InputError(f"from: {source} does not exist")
-    return _open(model, dtype, layout, device_map)
+    return Fitted.open(source, *_open(model, *opening), prompting=asked, force=force)
 
 
 def _open(model: str, dtype: str, layout: str | None, device_map: str | None = None) -> tuple[Any, Any]:

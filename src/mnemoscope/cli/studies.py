@@ -10,7 +10,19 @@ from typing import Annotated
 import typer
 
 from mnemoscope.cli.app import app
-from mnemoscope.cli.given import AsChat, AsJson, DeviceMap, Dtype, Given, Parts, named_parts, options
+from mnemoscope.cli.options import (
+    AsChat,
+    AsJson,
+    DeviceMap,
+    Dtype,
+    Given,
+    Model,
+    Parts,
+    Reply,
+    named_parts,
+    options,
+    prompting,
+)
 from mnemoscope.cli.output import one_line_errors, progress, say
 
 AT_A_TIME = 4  # processes of a report: each holds the largest table of a cell
@@ -24,25 +36,22 @@ def run(
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Run folder; default runs/STUDY.")] = None,
     seeds: Annotated[int | None, typer.Option(help="Number of seeds; default: the study's.")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="As cells.inference.model.layers=6.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Cells at a time; default: as processors allow.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: as processors allow.")] = None,
     executor: Annotated[str, typer.Option(help="local, or ray: every cell is a task of a Ray cluster.")] = "local",
     address: Annotated[str | None, typer.Option(help="Of the Ray cluster; default: this machine alone.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a study, or go on with one, and build its report."""
-    from mnemoscope import ranks
-
-    with one_line_errors(), ranks.joined():
+    with one_line_errors():
         from mnemoscope.config import load_study
         from mnemoscope.study import run_study
 
         config = load_study(study, overrides, seeds)
         folder = out or Path("runs") / config.study
-        with progress(quiet=as_json or not ranks.first()) as tell:
+        with progress(quiet=as_json) as tell:
             report_path = run_study(config, folder, tell, workers, executor, address)
-        if ranks.first():
-            facts = {"run": str(folder), "results": str(folder / "results.json"), "report": str(report_path)}
-            say(facts, as_json, "report")
+        facts = {"run": str(folder), "results": str(folder / "results.json"), "report": str(report_path)}
+        say(facts, as_json, "report")
 
 
 @app.command()
@@ -52,13 +61,13 @@ def report(
     """Rebuild results.json and report.html from the records of a run."""
     with one_line_errors():
         from mnemoscope.errors import InputError
-        from mnemoscope.processes import side_by_side
+        from mnemoscope.executors import in_processes
         from mnemoscope.report import build_report
 
         if not (run_folder / "study.yaml").is_file():
             raise InputError(f"RUN: {run_folder} is not a run folder (it has no study.yaml)")
-        with side_by_side(min(AT_A_TIME, os.cpu_count() or 1)) as spread:
-            path = build_report(run_folder, spread)
+        with in_processes(min(AT_A_TIME, os.cpu_count() or 1)) as parallel:
+            path = build_report(run_folder, parallel)
         say(
             {"run": str(run_folder), "results": str(run_folder / "results.json"), "report": str(path)},
             as_json,
@@ -68,42 +77,46 @@ def report(
 
 @app.command()
 def fit(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id of a causal model, or smollm2.")],
+    model: Model,
     task: Annotated[str, typer.Option(help="A task, see `mnemoscope tasks`, or a JSONL file of your own.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Run folder: pairs, vectors, detector, report.")],
     option: Given = None,
     settings: Annotated[int, typer.Option(min=1, help="Settings tried in either direction, at most.")] = 66,
-    positions: Annotated[
-        str, typer.Option(help="decision, or all: every token, as what can be exported.")
-    ] = "decision",
-    threads: Annotated[int, typer.Option(min=1, help="Threads; results depend on them in the last bits.")] = 1,
+    positions: Annotated[str, typer.Option(help="decision, or all: every token, for export.")] = "decision",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads; default: as many as there are cores.")] = None,
+    chat: AsChat = False,
+    reply: Reply = "",
     dtype: Dtype = "float32",
     device_map: DeviceMap = None,
     layout: Parts = None,
-    chat: AsChat = False,
     as_json: AsJson = False,
 ) -> None:
     """Find pairs, fit vectors and a detector for a model of yours on your data, and judge them; one run folder."""
-    from mnemoscope import ranks
-
-    with one_line_errors(), ranks.joined():
-        from mnemoscope.fitting import fitting_study
+    with one_line_errors():
+        from mnemoscope.face import fit as fit_model
         from mnemoscope.plain import dumped
-        from mnemoscope.report import brief_of, in_words
-        from mnemoscope.study import run_study
 
-        shape = {"folder": model, "dtype": dtype, "device_map": device_map, "layout": named_parts(layout)}
-        shape |= {"chat": {} if chat else None}
-        config = fitting_study(shape, task, options(option), settings, threads, positions)
-        with progress(quiet=as_json or not ranks.first()) as tell:
-            report_path = run_study(config, out, tell)
-        if not ranks.first():
-            return
+        parts = {"layout": named_parts(layout)} if layout else {}
+        with progress(quiet=as_json) as tell:
+            fitted = fit_model(
+                model,
+                task=task,
+                out=out,
+                prompting=prompting(chat, reply),
+                options=options(option),
+                settings=settings,
+                positions=positions,
+                threads=threads,
+                progress=tell,
+                dtype=dtype,
+                device_map=device_map,
+                **parts,
+            )
+        summary, report_path = fitted.summary(), str(out / "report.html")
         if as_json:
-            typer.echo(dumped({"run": str(out), "report": str(report_path), "tasks": brief_of(out)}))
+            typer.echo(dumped({"run": str(out), "report": report_path, "tasks": summary.brief()}))
         else:
-            for line in [*in_words(out), str(report_path)]:
-                typer.echo(line)
+            typer.echo(f"{summary}\n{report_path}")
 
 
 @app.command()

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from mnemoscope.config.fields import Frozen, MethodName, SiteName, as_several
+from mnemoscope.errors import InputError
 
 Offset = Annotated[int, Field(ge=0)]
 PairCount = Annotated[int, Field(ge=1)]
@@ -36,23 +37,16 @@ class ProbesConfig(Frozen):
     offsets: tuple[Offset, ...] = Field(
         (0, 1, 2, 4, 8, 16), min_length=1, description="tokens before the decision position; 0 is the position itself"
     )
-    shuffles: int = Field(10, ge=1, description="of the labels, for the probe that has nothing to learn")
     learning: tuple[PairCount, ...] = Field(
         (25, 50, 100, 200, 400, 800), description="numbers of fit pairs of the learning curve; all of them come last"
     )
     learning_draws: int = Field(5, ge=1, description="draws of each number of pairs")
     halvings: int = Field(20, ge=1, description="of the fit pairs, whose contrasts are compared")
-    tops: tuple[float, ...] = Field(
-        (0.05, 0.1, 0.3), description="shares of all neurons, in (0, 1], whose overlap between halves is counted"
-    )
 
     @model_validator(mode="after")
     def _in_range(self) -> ProbesConfig:
         if 0 not in self.offsets or len(set(self.offsets)) < len(self.offsets):
             raise ValueError(f"offsets {self.offsets} lack 0, or one is there twice")
-        for top in self.tops:
-            if not 0 < top <= 1:
-                raise ValueError(f"top {top} is not in (0, 1]")
         return self
 
 
@@ -94,7 +88,7 @@ class SweepConfig(Frozen):
         """The sets of layers that are tried in a model of ``count`` layers, each once.
 
         Raises:
-            ValueError: a layer does not exist, or a range is empty.
+            InputError: a layer does not exist, or a range is empty.
         """
         sets: dict[tuple[int, ...], None] = {}
         for layers in self.layers:
@@ -107,7 +101,7 @@ class SweepConfig(Frozen):
             first, last = (layers.split("-") * 2)[:2] if layers[0].isdigit() else ("0", str(count - 1))
             chosen = tuple(range(int(first), int(last) + 1))
             if not chosen or chosen[-1] >= count:
-                raise ValueError(f"steering.sweeps: layers {layers!r} do not exist in a model of {count} layers")
+                raise InputError(f"steering.sweeps: layers {layers!r} do not exist in a model of {count} layers")
             sets |= dict.fromkeys(((layer,) for layer in chosen) if layers == "each" else [chosen])
         return list(sets)
 
@@ -129,9 +123,6 @@ class SteeringConfig(Frozen):
     )
     positions: Literal["decision", "all"] = Field(
         "decision", description="tokens that are shifted: from the decision on, or every one (what can be exported)"
-    )
-    mapped: tuple[MethodName, ...] = Field(
-        ("nmd",), description="methods whose whole sweep is measured on what should stay as it is too"
     )
     fit_pairs: int = Field(600, ge=2, description="fit pairs whose states and gradients make the directions")
     fit_others: int = Field(600, ge=1, description="fit examples of each other list that learned vectors are fitted on")
@@ -159,7 +150,7 @@ class SteeringConfig(Frozen):
         0.18,
         ge=0,
         le=1,
-        description="what a control turns of the tune examples beyond this costs dearly, the rest half",
+        description="what a control steers of the tune examples beyond this costs dearly, the rest half",
     )
     excess_cost: float = Field(
         2.0, ge=0.5, le=100, description="points of the shift that each point of a control beyond its limit costs"
@@ -167,13 +158,12 @@ class SteeringConfig(Frozen):
     collateral_limit: float = Field(
         0.03, ge=0, le=1, description="settings that cost more memory and novel examples are chosen only if all do"
     )
-    conflict_control_limit: float = Field(
-        0.3, ge=0, le=1, description="the same where conflicts are turned as they are drawn, which takes larger norms"
-    )
-    conflict_collateral_limit: float = Field(0.1, ge=0, le=1, description="of collateral, for those conflicts")
     draws: int = Field(20, ge=1, description="draws of each control")
+    controls_of: Literal["all", "best"] = Field(
+        "all", description="methods whose controls are drawn on test pairs; best: those that are best for an aim"
+    )
     conflict_draws: int = Field(
-        20, ge=1, description="draws of each control where conflicts are turned as they are drawn"
+        20, ge=1, description="draws of each control where conflicts are steered as they are drawn"
     )
 
 
@@ -194,7 +184,6 @@ class DetectionConfig(Frozen):
     fitted: bool = Field(False, description="whether one is fitted and judged")
     examples: int = Field(1500, ge=16, description="conflict prompts of a split whose states are read, at most")
     others: int = Field(300, ge=1, description="memory and novel prompts of a split each, at most")
-    threshold: float = Field(0.5, ge=0, le=1, description="probability from which on a gate acts")
 
 
 class NeutralConfig(Frozen):
@@ -209,7 +198,7 @@ class NeutralConfig(Frozen):
 
 
 class SamplesConfig(Frozen):
-    """Prompts that the report shows with what the model says, by itself and steered."""
+    """Prompts that the report shows with what the model writes, unsteered and steered."""
 
     prompts: int = Field(0, ge=0, description="test prompts in either direction, of different groups; 0: none")
     tokens: int = Field(32, ge=1, le=1024, description="that follow each prompt, at most")

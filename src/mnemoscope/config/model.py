@@ -32,9 +32,10 @@ class LoraConfig(Frozen):
 
 
 class ChatConfig(Frozen):
-    """Prompts are put by the chat template of the tokenizer."""
+    """Prompts are formatted by the chat template of the tokenizer."""
 
-    system: str | None = Field(None, description="what the system message says; null leaves it to the template")
+    system: str | None = Field(None, description="content of the system message; null leaves it to the template")
+    reply: str = Field("", description="how every reply begins; the model continues it")
 
 
 class ModelConfig(Frozen):
@@ -45,6 +46,9 @@ class ModelConfig(Frozen):
     )
     lora: LoraConfig | None = Field(
         None, description="the adapter in which the model of folder learns the task; {}: with the usual settings"
+    )
+    opened: str | None = Field(
+        None, description="digest of the weights of a model that was open in Python (`fit`); nobody else can give it"
     )
     cell: str | None = Field(
         None, description="another cell of the study: its model of the same seed is used; nothing is trained"
@@ -76,19 +80,19 @@ class ModelConfig(Frozen):
             raise ValueError("lora adapts a trained model; give its folder or hub id as folder, or leave lora out")
         if self.device_map and not self.folder:
             raise ValueError("device_map places a trained model; give its folder or hub id as folder, or leave it out")
-        if self.chat and (self.lora or not self.folder):
-            raise ValueError("chat puts prompts to a trained model as it is; give its folder, and no lora")
+        if self.chat and (self.lora or not (self.folder or self.opened)):
+            raise ValueError("chat formats prompts of a trained model as it is; give its folder, and no lora")
         return self
 
     @property
     def is_trained(self) -> bool:
         """Whether a cell trains its model: from scratch, or an adapter in a trained one."""
-        return not self.cell and (self.lora is not None or not self.folder)
+        return not (self.cell or self.opened) and (self.lora is not None or not self.folder)
 
     @property
     def shares_first_weights(self) -> bool:
         """Whether the models of all seeds begin with the same weights; those of an adapter are a small part."""
-        return self.initialization is not None or self.folder is not None
+        return self.initialization is not None or bool(self.folder or self.opened)
 
 
 class StopConfig(Frozen):

@@ -40,7 +40,7 @@ class CellConfig(Frozen):
 
     @model_validator(mode="after")
     def _neutral_text_fits(self) -> CellConfig:
-        own = self.model.folder is None and self.model.cell is None
+        own = not (self.model.folder or self.model.cell or self.model.opened)
         if own and self.neutral.cuts and self.neutral.length >= self.model.context:
             most = self.model.context - 1
             raise ValueError(

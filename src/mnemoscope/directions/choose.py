@@ -3,7 +3,7 @@
 Pairs sit near the decision boundary, so any push flips some of them: a control is paid for, little up to a limit and
 dearly beyond it, and what should stay as it is must stay. A limit that ended a setting would prefer one without any
 effect to one whose control exceeds it by the luck of its draws; a control that cost as much as the shift gains would
-prefer a weak vector to one that turns nearly all.
+prefer a weak vector to one that steers nearly all.
 """
 
 from __future__ import annotations
@@ -15,30 +15,31 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from mnemoscope.behaviour import Asking, Batch
-from mnemoscope.directions.controls import CHEAP, DEAR, control_draws
-from mnemoscope.directions.settings import TOWARD, Setting, share_of, steered, vector_of
-from mnemoscope.directions.sources import Sources
+from mnemoscope.behaviour import Batch
+from mnemoscope.directions.controls import CONTROLS, SHUFFLED, control_draws
+from mnemoscope.directions.settings import Setting
+from mnemoscope.directions.vectors import Directions, share_of, steered
+from mnemoscope.models import Site
 
-COST = 0.5  # points of the shift that a control costs by each point that it turns, up to its limit
+COST = 0.5  # points of the shift that a control costs by each point that it steers, up to its limit
 FINALISTS = 3  # settings that are rated again at most
 AGAIN = 1_000_003  # added to a seed for the second rating
-# Shifts that are drawn at random turn about as many, whichever neurons they fall on: two of four stand for all of them
+# Shifts that are drawn at random steer about as many, whichever neurons they fall on: two of four stand for all of them
 # while settings are compared.
 STANDING_IN = ("random_sign", "gaussian")
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a chosen setting may do besides turning.
+    """What a chosen setting may do besides steering.
 
     Attributes:
         control: the mean shift rate of a control beyond which it costs dearly.
-        excess_cost: points of the shift that each point of a control beyond its limit costs.
         collateral: the largest drop of the share that keeps its answer, of any list that should.
         draws: of each control.
-        refits: draws of the controls that fit a method anew, which cost most; 0 leaves them out.
+        refits: draws of shuffled labels, which cost most; 0 leaves them out.
         again: draws of either kind with which the best settings are rated once more.
+        excess_cost: points of the shift that each point of a control beyond its limit costs.
     """
 
     control: float
@@ -48,18 +49,26 @@ class Limits:
     again: int = 12
     excess_cost: float = 2.0
 
+    def net(self, rate: float, worst: float) -> float:
+        """A shift rate less what the worst control costs."""
+        return rate - COST * min(worst, self.control) - self.excess_cost * max(0.0, worst - self.control)
+
+    def choice(self, setting: Setting, rate: float, worst: float, kept: bool) -> Choice:
+        """A setting with its shift rate, its worst control's, and whether its collateral keeps the limit."""
+        return Choice(setting, rate, self.net(rate, worst), kept, kept and worst <= self.control)
+
 
 @dataclass(frozen=True)
 class TuneLists:
-    """Prepared tune examples of one direction of turning.
+    """Prepared tune examples of one direction.
 
     Attributes:
-        turned: those that a setting is to turn.
+        targets: those that a setting is to steer.
         kept: those that it should leave alone, by name, with the label that all of them have without a shift.
         apart: parts of these that must be left alone each for itself.
     """
 
-    turned: Sequence[Batch]
+    targets: Sequence[Batch]
     kept: Mapping[str, tuple[Sequence[Batch], str]]
     apart: Mapping[str, tuple[Sequence[Batch], str]] = field(default_factory=dict)
 
@@ -88,21 +97,20 @@ class Choice:
 
 
 def ranked(
-    asking: Asking,
     lists: TuneLists,
-    sources: Mapping[str, Sources],
+    directions: Mapping[Site, Directions],
     rated: Sequence[tuple[Setting, float]],
     limits: Limits,
     seed: Sequence[int] = (0,),
 ) -> list[Choice]:
     """Settings by what they gain, best first, those that keep what should stay before all others.
 
-    What a control costs is measured only of settings that could still be the best without it: the first is the best of
-    all; of the others those are left out that had lost before all was known of them.
+    Controls are drawn only for settings that could still be the best without them: the first is the best of all; of the
+    others those are left out that had lost before all was known of them.
 
     Args:
-        sources: by site.
-        rated: settings of one direction with their shift rates on ``lists.turned``; at least one.
+        directions: by site.
+        rated: settings of one direction with their shift rates on ``lists.targets``; at least one.
         seed: of the controls' draws.
     """
     ordered = sorted(rated, key=lambda pair: (pair[0].strength, -pair[1], pair[0].top))
@@ -115,23 +123,22 @@ def ranked(
         setting, rate = ordered[number]
         if found and max(choice.rank for choice in found) >= (bool(kept), -net):
             break
+        site = directions[setting.site]
         if known == 0:
-            kept = -int(damage(asking, lists, sources[setting.site], setting) <= limits.collateral)
+            kept = -int(damage(lists, site, setting) <= limits.collateral)
         else:
-            names = (STANDING_IN, DEAR)[known - 1]
-            means = control_means(asking, lists.turned, sources[setting.site], setting, limits, seed, names)
-            worst = max([worst, *means])
+            names = (STANDING_IN, (SHUFFLED,))[known - 1]
+            worst = max([worst, *control_means(lists.targets, site, setting, limits, seed, names)])
         if known < 2:
-            heapq.heappush(waiting, (kept, -_net(rate, worst, limits), number, known + 1, worst))
+            heapq.heappush(waiting, (kept, -limits.net(rate, worst), number, known + 1, worst))
         else:
-            found.append(_choice(setting, rate, worst, bool(kept), limits))
+            found.append(limits.choice(setting, rate, worst, bool(kept)))
     return sorted(found, key=lambda choice: choice.rank, reverse=True)
 
 
 def final(
-    asking: Asking,
     lists: TuneLists,
-    sources: Mapping[str, Sources],
+    directions: Mapping[Site, Directions],
     candidates: Iterable[Choice],
     limits: Limits,
     seed: Sequence[int] = (0,),
@@ -139,60 +146,44 @@ def final(
     """The candidate that gains most when it is rated once more, with more and other draws of every control.
 
     Of many settings the one comes first whose few draws happened to flatter it; the next one is rated again too, if it
-    seemed better than what is left of the first, and so on.
-
-    Args:
-        candidates: of one direction and any methods, as ``ranked`` gives them; at least one.
+    seemed better than what is left of the first, and so on. ``candidates`` are those of ``ranked``, at least one.
     """
     # Shuffles go by the first number of the seed, and those that ranked are to be no part of this.
     again = [seed[0] + AGAIN, *seed[1:]]
     more = replace(limits, draws=limits.again, refits=limits.again if limits.refits else 0)
-    best: Choice | None = None
+    found: list[Choice] = []
     for candidate in sorted(candidates, key=lambda choice: choice.rank, reverse=True)[:FINALISTS]:
-        if best and best.rank >= candidate.rank:
+        if found and max(choice.rank for choice in found) >= candidate.rank:
             break
         setting = candidate.setting
-        worst = max(control_means(asking, lists.turned, sources[setting.site], setting, more, again), default=0.0)
-        rerated = _choice(setting, candidate.rate, worst, candidate.kept, limits)
-        best = rerated if best is None or rerated.rank > best.rank else best
-    assert best is not None, "there is a candidate"
-    return best
-
-
-def _choice(setting: Setting, rate: float, worst: float, kept: bool, limits: Limits) -> Choice:
-    return Choice(setting, rate, _net(rate, worst, limits), kept, kept and worst <= limits.control)
-
-
-def _net(rate: float, worst: float, limits: Limits) -> float:
-    return rate - COST * min(worst, limits.control) - limits.excess_cost * max(0.0, worst - limits.control)
+        worst = max(control_means(lists.targets, directions[setting.site], setting, more, again), default=0.0)
+        found.append(more.choice(setting, candidate.rate, worst, candidate.kept))
+    return max(found, key=lambda choice: choice.rank)
 
 
 def control_means(
-    asking: Asking,
     batches: Sequence[Batch],
-    sources: Sources,
+    directions: Directions,
     setting: Setting,
     limits: Limits,
     seed: Sequence[int],
-    names: Sequence[str] = (*CHEAP, *DEAR),
+    names: Sequence[str] = CONTROLS,
 ) -> list[float]:
     """The mean shift rate of each control that exists."""
-    vector = vector_of(sources, setting)
-    means = []
+    asking, vector, means = directions.sources.lists.asking, directions.vector(setting), []
     for name in names:
-        drawn = control_draws(name, sources, setting, limits.draws if name in CHEAP else limits.refits, seed)
+        draws = limits.refits if name == SHUFFLED else limits.draws
         rates = [
-            share_of(steered(asking, batches, vector.with_dense(shift_LD), margins=False), TOWARD[setting.direction])
-            for _, shift_LD in drawn
+            share_of(steered(asking, batches, vector.with_dense(shift_LD), margins=False), setting.toward)
+            for _, shift_LD in control_draws(name, directions, setting, draws, seed)
         ]
-        if rates:
-            means.append(float(np.mean(rates)))
+        means += [float(np.mean(rates))] if rates else []
     return means
 
 
-def damage(asking: Asking, lists: TuneLists, sources: Sources, setting: Setting) -> float:
+def damage(lists: TuneLists, directions: Directions, setting: Setting) -> float:
     """The largest share of a list of those to be kept that loses its answer under a setting; 0 without such lists."""
-    vector = vector_of(sources, setting)
+    asking, vector = directions.sources.lists.asking, directions.vector(setting)
     drops = [
         1.0 - share_of(steered(asking, batches, vector, margins=False), label)
         for batches, label in (*lists.kept.values(), *lists.apart.values())

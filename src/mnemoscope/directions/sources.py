@@ -1,24 +1,54 @@
-"""What directions are made from: fit pairs with their states at one site, and the lists that a vector is fitted on.
+"""What directions are computed from: fit pairs with their states at one site, their labels, and lists to fit on.
 
 Shapes: P pairs, N examples, L layers, D neurons. Side 0 of a pair answered generalized, side 1 memorized.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
+import torch
 
-from mnemoscope.behaviour import Asking, Batch, cache_prefixes, prepare, score
+from mnemoscope.behaviour import Asking, Batch, KeptStates, cache_prefixes, log_probabilities, prepare, read_states
+from mnemoscope.contrast import PairedMoments
 from mnemoscope.models import Site
-from mnemoscope.steering import Toward
+from mnemoscope.steering import Toward, shifted
 from mnemoscope.tasks import Example
 
 Entry = TypeVar("Entry")
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """Labels of the fit pairs: as they were answered, or shuffled, where both labels of a pair swap together or stay.
+
+    Attributes:
+        shuffle: None, or the seed of the shuffle.
+    """
+
+    shuffle: int | None = None
+
+    @classmethod
+    def drawn(cls, seed: Sequence[int]) -> Labels:
+        """A shuffle drawn at random."""
+        return cls(int(np.random.default_rng(seed).integers(2**31)))
+
+    def signs(self, n: int, *stream: int) -> np.ndarray:
+        """float64 (n,): 1 where a label stays, -1 where it swaps; ``stream`` numbers the lists of one shuffle.
+
+        Half of the labels swap, to one: what is left of a direction is then not a matter of how many stayed by chance.
+        """
+        if self.shuffle is None:
+            return np.ones(n)
+        return np.random.default_rng([self.shuffle, *stream]).permutation(np.where(np.arange(n) % 2 == 0, 1.0, -1.0))
+
+
+ANSWERED = Labels()
 
 
 @dataclass(frozen=True)
@@ -26,9 +56,9 @@ class FitLists:
     """Examples of the fit split, prepared with their prefixes; shared by the sources of all sites.
 
     Attributes:
-        asking: how they are put to the model.
-        pairs, conflicts: per behaviour turned to, phrasings of pairs, and other conflicts, that answer the other way.
-        kept: per behaviour turned to, memory and novel examples whose answers should stay as they are.
+        asking: how they are given to the model.
+        pairs, conflicts: per behaviour steered to, phrasings of pairs, and other conflicts, that answer the other way.
+        kept: per behaviour steered to, memory and novel examples whose answers should stay as they are.
         kept_weight: of these in the objective of learned vectors; 0 leaves them out.
         steps: of the ascent of learned vectors.
     """
@@ -43,76 +73,73 @@ class FitLists:
 
 @dataclass(frozen=True, eq=False)
 class Sources:
-    """What the methods work from; all of it from the fit split.
+    """What the methods work from, all of it from the fit split; no label but the side of a state has a part in it.
 
     Attributes:
         site: where in a layer.
         states_P2LD: float32, states of the pairs at the decision position.
-        lists: what gradients are taken over, and what learned vectors are optimized on.
-        shuffle: None, or the seed of a shuffle of the labels: in every pair both labels swap together or stay.
-        found: directions that were computed before, by what they depend on.
-        shuffles: shuffled sources that were made before, by their seed.
-        unlabelled: what was computed before and no label has a part in; one for all shuffles.
+        find_lists: reads what gradients are taken over, and what learned vectors are fitted on, when that is needed.
     """
 
     site: Site
     states_P2LD: np.ndarray
-    lists: FitLists
-    shuffle: int | None = None
-    found: dict[Any, np.ndarray] = field(default_factory=dict)
-    shuffles: dict[int, Sources] = field(default_factory=dict)
-    unlabelled: dict[str, Any] = field(default_factory=dict)
-
-    def shuffled(self, seed: int) -> Sources:
-        """The same pairs with their labels shuffled: what a method makes of nothing. One seed gives one object."""
-        if seed not in self.shuffles:
-            self.shuffles[seed] = replace(self, shuffle=seed, found={}, shuffles={})
-        return self.shuffles[seed]
-
-    def signs(self, n: int, *stream: int) -> np.ndarray:
-        """float64 (n,): 1 where a label stays, -1 where the shuffle swaps it; all 1 without a shuffle.
-
-        Half of the labels swap, to one: what is left of a direction is then not a matter of how many stayed by chance.
-        """
-        if self.shuffle is None:
-            return np.ones(n)
-        return np.random.default_rng([self.shuffle, *stream]).permutation(np.where(np.arange(n) % 2 == 0, 1.0, -1.0))
-
-    @property
-    def differences_PLD(self) -> np.ndarray:
-        """float64, state of the side labelled generalized minus that of the other; not kept, as shuffles are many."""
-        differences_PLD = self.states_P2LD[:, 0].astype(np.float64) - self.states_P2LD[:, 1]
-        return differences_PLD * self.signs(len(differences_PLD))[:, None, None]
+    find_lists: Callable[[], FitLists]
 
     @cached_property
-    def nmd_LD(self) -> np.ndarray:
-        """float64, neuron-wise mean difference."""
-        return self.differences_PLD.mean(0)
-
-    @cached_property
-    def sd_LD(self) -> np.ndarray:
-        """float64, standard deviation of each neuron over all states; tiny instead of 0 for a constant one."""
-        return np.maximum(self.states_P2LD.astype(np.float64).std(axis=(0, 1)), 1e-12)
-
-    @cached_property
-    def rho_LD(self) -> np.ndarray:
-        """float64, Pearson correlation with the label; with balanced labels cov(h, y) = NMD / 2."""
-        return self.nmd_LD / 2 / self.sd_LD
-
-    @cached_property
-    def norm_L(self) -> np.ndarray:
-        """float64, root mean square norm of each layer's states: the unit of strength."""
-        return np.sqrt((self.states_P2LD.astype(np.float64) ** 2).sum(-1).mean((0, 1)))
+    def lists(self) -> FitLists:
+        """What gradients are taken over, and what learned vectors are fitted on."""
+        return self.find_lists()
 
     @property
     def shape_LD(self) -> tuple[int, int]:
         """Layers and neurons of the site."""
         return self.states_P2LD.shape[2], self.states_P2LD.shape[3]
 
+    def moments(self, labels: Labels = ANSWERED) -> PairedMoments:
+        """NMD and rho of the pairs."""
+        return PairedMoments.of(self.states_P2LD, labels.signs(len(self.states_P2LD)))
 
-def in_turn(lists: Iterable[Sequence[Entry]]) -> list[Entry]:
-    """The first entry of every list, then the second of every list, and so on: whoever takes few has all kinds."""
-    return [entry for row in zip_longest(*lists) for entry in row if entry is not None]
+    def differences_PLD(self, labels: Labels = ANSWERED) -> np.ndarray:
+        """State of the side labelled generalized minus that of the other, float64."""
+        differences_PLD = self.states_P2LD[:, 0].astype(np.float64) - self.states_P2LD[:, 1]
+        return differences_PLD * labels.signs(len(differences_PLD))[:, None, None]
+
+    @cached_property
+    def norm_L(self) -> np.ndarray:
+        """float64, root mean square norm of each layer's states: the unit of strength."""
+        return self.moments().state_norm_L
+
+    @cached_property
+    def margin_gradients(self) -> list[list[np.ndarray]]:
+        """``margin_gradients`` of each batch of pairs, of those answered memorized, then of those generalized."""
+        lists = (self.lists.pairs["generalized"], self.lists.pairs["memorized"])
+        return [[margin_gradients(self.lists.asking, b, self.site, self.shape_LD) for b in found] for found in lists]
+
+
+def read_sources(
+    site: Site,
+    pairs: Sequence[tuple[Example, Example]],
+    asking: Asking,
+    find_lists: Callable[[], FitLists],
+    kept: KeptStates | None = None,
+) -> Sources:
+    """Sources of fit pairs, (answered generalized, answered memorized) each; ``kept`` states are not read again."""
+    examples = [example for pair in pairs for example in pair]
+    states_NLD = read_states(asking, examples, site, kept=kept).at_decision_NLD
+    return Sources(site, states_NLD.reshape(len(pairs), 2, *states_NLD.shape[1:]), find_lists)
+
+
+def margin_gradients(asking: Asking, batch: Batch, site: Site, shape_LD: tuple[int, int]) -> np.ndarray:
+    """d(decision margin) / d(state from the decision position on) of each conflict, float32 (N, L, D).
+
+    In nats per unit of the state; the model's own parameters get no gradient.
+    """
+    layers, neurons = shape_LD
+    shifts = {layer: torch.zeros(len(batch.examples_N), neurons, requires_grad=True) for layer in range(layers)}
+    with shifted(asking.model, shifts, site, "decision"):
+        logp_N2 = log_probabilities(asking, batch)
+    gradients = torch.autograd.grad((logp_N2[:, 1] - logp_N2[:, 0]).sum(), list(shifts.values()))
+    return torch.stack([gradient_ND.float().cpu() for gradient_ND in gradients], dim=1).numpy()
 
 
 def with_prefixes(asking: Asking, examples: Sequence[Example]) -> list[Batch]:
@@ -122,9 +149,6 @@ def with_prefixes(asking: Asking, examples: Sequence[Example]) -> list[Batch]:
     return batches
 
 
-def read_sources(site: Site, pairs: Sequence[tuple[Example, Example]], lists: FitLists) -> Sources:
-    """Read the states of fit pairs, (answered generalized, answered memorized) each, at a site."""
-    asking = lists.asking
-    states_NLD = score(asking, prepare(asking, [e for pair in pairs for e in pair]), margins=False, capture=site)
-    assert states_NLD.states_NLD is not None
-    return Sources(site, states_NLD.states_NLD.reshape(len(pairs), 2, *states_NLD.states_NLD.shape[1:]), lists)
+def in_turn(lists: Iterable[Sequence[Entry]]) -> list[Entry]:
+    """The first entry of every list, then the second of every list, and so on: whoever takes few has all kinds."""
+    return [entry for row in zip_longest(*lists) for entry in row if entry is not None]

@@ -39,7 +39,7 @@ def load_model(
     adapted = _adapted(folder, source)
     _check_causal(adapted, source)
     try:
-        words = adapted if adapted != folder and _file_of(folder, "tokenizer_config.json") is None else folder
+        words = adapted if adapted != folder and file_of(folder, "tokenizer_config.json") is None else folder
         tokenizer = AutoTokenizer.from_pretrained(words, padding_side="left", trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
             folder, use_safetensors=True, trust_remote_code=False, dtype=dtype, device_map=device_map
@@ -73,11 +73,11 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> list[
 
 def _adapted(folder: str | Path, source: str | Path) -> str | Path:
     """What the adapter in a folder or under a hub id is of; the folder or id itself where it holds none."""
-    described = _file_of(folder, "adapter_config.json")
+    described = file_of(folder, "adapter_config.json")
     if described is None:
         return folder
     check_peft(f"model: {source} is an adapter, which")
-    if _file_of(folder, "adapter_model.safetensors") is None:
+    if file_of(folder, "adapter_model.safetensors") is None:
         raise InputError(f"model: {source} has no adapter_model.safetensors; other formats are not opened")
     try:
         return str(json.loads(Path(described).read_text())["base_model_name_or_path"])
@@ -85,7 +85,7 @@ def _adapted(folder: str | Path, source: str | Path) -> str | Path:
         raise _refused(source, error) from error
 
 
-def _file_of(folder: str | Path, name: str) -> str | None:
+def file_of(folder: str | Path, name: str) -> str | None:
     """Path of a file in a folder or under a hub id, fetched where it is not here yet; None where there is none."""
     from transformers.utils import cached_file
 

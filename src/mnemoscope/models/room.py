@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from torch import nn
 
 from mnemoscope.models.layout import blocks_of, core_of
+from mnemoscope.models.opening import file_of
+from mnemoscope.models.packaged import PACKAGED
 from mnemoscope.processes import beside
 
 SHARE = 0.5  # of the memory that is free, which a pass may take: the estimate knows nothing of the allocator
@@ -67,6 +70,23 @@ def batch_that_fits(model: nn.Module, wanted: int, tokens: int, read_on: int) ->
             f"and {free / 2**30:.1f} are free; {fitting} at a time"
         )
     return fitting
+
+
+def models_that_fit(source: str | Path, wanted: int) -> int:
+    """Number of processes, up to those wanted, that can each hold a model at a time; at least one.
+
+    Args:
+        source: the folder or hub id of the model.
+    """
+    folder = PACKAGED[str(source)]() if str(source) in PACKAGED else source
+    listed = file_of(folder, "model.safetensors.index.json")
+    whole = file_of(folder, "model.safetensors") if listed is None else None
+    saved = Path(whole).stat().st_size if whole else 0
+    if listed:
+        saved = int(json.loads(Path(listed).read_text()).get("metadata", {}).get("total_size", 0))
+    free = free_bytes(torch.device("cpu"))
+    # Weights of two bytes become four, and as much again passes through; the libraries themselves take half a GiB.
+    return wanted if free is None else max(1, min(wanted, int(free // beside() // (2**29 + 3 * saved))))
 
 
 def _of_the_machine() -> int | None:

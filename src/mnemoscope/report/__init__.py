@@ -5,22 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 
 from mnemoscope.files import write_atomically
-from mnemoscope.processes import Spread, in_one_place
-from mnemoscope.report.brief import brief, brief_of, compare_briefs, in_words
-from mnemoscope.report.figures_neuron import draw_neuron
-from mnemoscope.report.html import page_style, render
+from mnemoscope.processes import Map, in_order
+from mnemoscope.report import behaviour, cost, detector, differ, holds, read, steer, where
+from mnemoscope.report.differ import draw_neuron
+from mnemoscope.report.page import page_style, render
 from mnemoscope.report.records import read_run
 from mnemoscope.report.results import compute_results, to_json
+from mnemoscope.report.summary import Summary, brief, brief_of, compare_briefs, in_words, summary_of
 
-__all__ = ["brief", "brief_of", "build_report", "compare_briefs", "draw_neuron", "in_words", "page_style"]
+
+# The stories of a task, in the order of the page.
+STORIES = [story.chapter for story in (behaviour, differ, read, steer, where, cost, holds, detector)]
 
 
-def build_report(run: Path, spread: Spread = in_one_place) -> Path:
+def build_report(run: str | Path, parallel: Map = in_order) -> Path:
     """Compute ``results.json`` and ``report.html`` from the records of a run folder; equal records give equal bytes.
 
     Args:
         run: the folder, as docs/RECORDS.md describes it.
-        spread: where cells are measured and pages drawn; the bytes are the same everywhere.
+        parallel: where cells are measured and pages drawn; the bytes are the same everywhere.
 
     Returns:
         The path of ``report.html``.
@@ -30,7 +33,8 @@ def build_report(run: Path, spread: Spread = in_one_place) -> Path:
     """
     run = Path(run)
     records = read_run(run)
-    results = compute_results(records, spread)
+    results = compute_results(records, parallel)
     write_atomically(run / "results.json", to_json(results).encode())
-    write_atomically(run / "report.html", render(records, results, spread).encode())
+    page = render(records, results, STORIES, holds.transfer(results.transfer), parallel)
+    write_atomically(run / "report.html", page.encode())
     return run / "report.html"

@@ -1,44 +1,50 @@
-"""How a number in the report gets its interval: a bootstrap clustered by group, seeded by the number's own name."""
+"""How a number of the report gets its interval: the bootstrap of ``statistics``, by group, with named resamples."""
 
 from __future__ import annotations
 
-import zlib
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from mnemoscope.statistics import Estimate, proportion
-
-Tree = dict[str, Any]
-
-
-def rng_for(name: str) -> np.random.Generator:
-    """The random stream of one number: it depends on the number's name alone, so equal records give equal bytes."""
-    return np.random.default_rng(zlib.crc32(name.encode()))
+from mnemoscope.report.schema import DIRECTIONS, Direction, Shares
+from mnemoscope.statistics import Estimate, auroc, named_rng, proportion
 
 
 def mean(values_N: Any, groups_N: Any, name: str, *, signed: bool = False) -> Estimate:
-    """The mean of the values that are not NaN, with a bootstrap interval clustered by group.
+    """The mean of values that are not NaN, with resamples of its own.
 
     Args:
         values_N: 0/1 values, differences of such (then ``signed``), or margins.
         groups_N: the group of each.
-        name: the number's name, which seeds its bootstrap.
+        name: the number's name, which seeds its resamples.
         signed: the values are differences, which could be negative.
     """
-    values = np.asarray(values_N, dtype=np.float64)
-    return proportion(values, np.asarray(groups_N, dtype=str), rng_for(name), signed=signed)
+    return proportion(np.asarray(values_N, float), np.asarray(groups_N, str), named_rng(name), signed=signed)
 
 
-def spread(values: Any) -> Estimate:
-    """The mean of repeated draws, with their smallest and largest as ends; NaN ends for a single draw.
+def shared_mean(values_N: Any, groups_N: Any, stream: str, *, signed: bool = False) -> Estimate:
+    """As ``mean``, with the resamples of every other mean of the same stream (as a rule the cell) and number of groups."""
+    values_N = np.asarray(values_N, float)
+    known_N = ~np.isnan(values_N)
+    codes_N = pd.factorize(pd.Series(groups_N)[known_N])[0]
+    return proportion(values_N[known_N], codes_N, stream, signed=signed)
 
-    The ends say how much a number depends on the draw. They are no confidence interval: draws share their data.
-    ``n`` is the number of draws; a NaN does not count.
-    """
-    known = np.asarray(values, dtype=np.float64)
-    known = known[~np.isnan(known)]
-    if not len(known):
-        return Estimate.undefined()
-    low, high = (float(known.min()), float(known.max())) if np.ptp(known) > 0 else (np.nan, np.nan)
-    return Estimate(float(known.mean()), low, high, len(known))
+
+def ranking(scores_N: Any, labels_N: Any, groups_N: Any, name: str) -> Estimate:
+    """Area under the ROC curve; undefined with one class only."""
+    if len(np.unique(labels_N)) < 2:
+        return Estimate.undefined(len(labels_N))
+    return auroc(np.asarray(scores_N), np.asarray(labels_N), np.asarray(groups_N, str), named_rng(name))
+
+
+def shares(rows: pd.DataFrame, direction: Direction, stream: str, *, confabulated: bool = True) -> Shares:
+    """Shares of steered examples that answer with the target behaviour, keep the source's, or do neither."""
+    target, source = DIRECTIONS[direction]
+    found = {
+        key: shared_mean(rows.after == after, rows.group, stream)
+        for key, after in (("shift", target), ("stay", source), ("other", "other"))
+    }
+    if confabulated and "confabulated" in rows:
+        found["confabulated"] = shared_mean(rows.confabulated, rows.group, stream)
+    return Shares(**found)

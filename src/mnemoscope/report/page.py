@@ -1,13 +1,58 @@
-"""What the page is made of: stories (a figure with what it shows) in chapters, and tables."""
+"""What the page is made of: chapters, each with its answer, its exhibits and its tables."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from importlib.resources import files
+from typing import Any
 
-from mnemoscope.report import examples, figures, sentences
-from mnemoscope.report.figures_parts import Panel
-from mnemoscope.report.style import Drawing, draw, draw_panels
+import jinja2
+import yaml
+from markupsafe import Markup, escape
+
+from mnemoscope.processes import Map, in_order
+from mnemoscope.report.drawing import Panel, draw
+from mnemoscope.report.records import Cell, Run
+from mnemoscope.report.schema import Results, SeedsRow, TaskResults
+from mnemoscope.report.words import count, listed
+from mnemoscope.statistics import Estimate
+
+
+@dataclass(frozen=True)
+class View:
+    """What a story is of: one task, its cells, and how alike its seeds are."""
+
+    task: TaskResults
+    cells: Sequence[Cell]
+    seeds: list[SeedsRow]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The question of a chapter, answered.
+
+    Attributes:
+        anchor: the end of the chapter's identifier.
+        verdict: a title that one can scan.
+        number: as text; what stands first under the title.
+        sentence: what the number is of.
+        note: the caveat: its interval, and what else should be known beside it.
+        share: what the small scale shows.
+        mark: a second share on the scale, and what it is.
+    """
+
+    anchor: str
+    question: str
+    verdict: str
+    number: str = ""
+    sentence: str = ""
+    note: str = ""
+    share: Estimate | None = None
+    mark: tuple[float, str] = (math.nan, "")
 
 
 @dataclass(frozen=True)
@@ -20,65 +65,184 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Story:
-    """One figure of the page with what it shows.
+class Exhibit:
+    """One figure; left out where there is nothing to draw. Its title and caption are those of ``words.yaml``.
 
     Attributes:
-        kicker: the subject, as a heading.
-        sentences: computed; the first is set large.
-        note: how to read the figure.
-        drawing: None where there is nothing to draw.
-        table: numbers that belong right below the figure.
+        anchor: the name of its caption, and the end of the figure's identifier.
+        sentences: computed, where a verdict is needed; empty ones are left out.
+        table: numbers that belong right below it.
+        folded: shown on demand.
     """
 
     anchor: str
-    kicker: str
-    sentences: list[str]
-    note: str
-    drawing: Drawing | None
+    panels: Sequence[Panel]
+    sentences: Sequence[str] = ()
     table: Table | None = None
+    folded: bool = False
 
 
 @dataclass(frozen=True)
 class Chapter:
-    """One of the questions, for one task: the main story, and below it what is shown on demand."""
+    """One story, for one task.
 
-    anchor: str
-    title: str
-    stories: list[Story]
-    folded: list[Story] = field(default_factory=list)
-    folded_title: str = ""
+    Attributes:
+        tables: shown on demand.
+        example: a prompt of the task, shown first.
+        pairs: phrasings remembered and worked out, side by side.
+        written: what follows prompts, unsteered and steered.
+        telling: a sentence above ``pairs`` or ``written``.
+    """
+
+    answer: Answer
+    exhibits: list[Exhibit] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
+    example: Any = None
+    pairs: Sequence[Any] = ()
+    written: Sequence[Any] = ()
+    telling: str = ""
+
+
+def not_measured(anchor: str, question: str, task: TaskResults) -> Answer:
+    """The answer where there is none, with the reason: what pairs were lacking."""
+    pairs = task.pairs
+    if not pairs.by_split["all"].pairs:
+        candidates = count(pairs.by_split["all"].candidates, "candidate")
+        why = f"None of {candidates} flipped, so there are no pairs to compare."
+    elif not pairs.by_split["fit"].pairs:
+        why = "No candidate of the fit split flipped, so there was nothing to learn from."
+    elif not pairs.pairs:
+        why = f"None of the {count(pairs.candidates, 'test candidate')} flipped, so there is nothing to score on."
+    else:
+        why = "The records hold no rows for it."
+    return Answer(anchor, question, "Not measured", sentence=why)
+
+
+# --- the page ------------------------------------------------------------------------------------------------------
+
+TINTS = (("memorized", r"remember(?:ed|ing|s)?|from memory"), ("generalized", r"work(?:ed|ing|s)?(?: it)? out"))
+
+
+@dataclass(frozen=True)
+class Figure:
+    """An exhibit as the template shows it: with its caption, and its panels as SVG."""
+
+    title: str
+    note: str
+    exhibit: Exhibit
+    drawn: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class TaskPage:
-    """All that the page says about one task."""
+    """All that the page shows of one task."""
 
     name: str
     title: str
     intro: str
     facts: list[tuple[str, str]]
-    answers: list[sentences.Answer]
-    example: examples.Shown | None
-    reversed_sums: str
-    pairs: list[tuple[examples.Shown, examples.Shown]]
-    pairs_sentence: str
-    written: list[examples.Written]
-    written_sentence: str
-    chapters: list[Chapter]
+    chapters: list[tuple[Chapter, list[Figure]]]
 
 
-def story(anchor: str, kicker: str, text: list[str], note: str, plot: figures.Plot | None) -> Story:
-    """A story of one figure that has a wide and a narrow layout."""
-    drawing = draw(anchor, f"{kicker}. {text[0]}", plot) if plot else None
-    return Story(anchor, kicker, text, note, drawing)
+Stories = Sequence[Callable[[View], Chapter | None]]
 
 
-def panels(
-    anchor: str, kicker: str, text: list[str], note: str, plots: Sequence[Panel], table: Table | None = None
-) -> Story:
-    """A story of panels that stand side by side where there is room."""
-    text = [sentence for sentence in text if sentence]
-    drawing = draw_panels(anchor, f"{kicker}. {text[0] if text else note}", plots) if plots else None
-    return Story(anchor, kicker, text, note, drawing, table)
+def render(run: Run, results: Results, stories: Stories, across: Sequence[Exhibit], parallel: Map = in_order) -> str:
+    """The text of ``report.html``.
+
+    Args:
+        stories: what makes the chapters of a task, in their order.
+        across: what is shown of all tasks together.
+        parallel: where pages of tasks are drawn.
+    """
+    looks: dict[str, Any] = {"autoescape": True, "undefined": jinja2.StrictUndefined}
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, **looks)
+    environment.filters |= {"tint": tint, "percent": lambda share: round(100 * min(1.0, max(0.0, share)), 2)}
+    template = environment.from_string((files("mnemoscope.report") / "template.html").read_text(encoding="utf-8"))
+    asked = [
+        (label, View(results.tasks[label], cells, results.seeds.get(label, [])), stories)
+        for label, cells in run.by_label().items()
+    ]
+    return template.render(
+        results=results,
+        tasks=list(parallel(_task_page, asked)),
+        summary=_summary(results),
+        across=_figures("across", across),
+        css=Markup(page_style()),
+        configuration=run.study_text,
+        versions=_versions(run.manifest),
+        glossary=_fixed()["words"].items(),
+    )
+
+
+@cache
+def _fixed() -> dict[str, Any]:
+    return dict(yaml.safe_load((files("mnemoscope.report") / "words.yaml").read_text(encoding="utf-8")))
+
+
+def page_style() -> str:
+    """The style sheet of the report, whose colours and type other pages share."""
+    return (files("mnemoscope.report") / "style.css").read_text(encoding="utf-8")
+
+
+def tint(text: str) -> Markup:
+    """The text, escaped, with the words for the two behaviours in their colours."""
+    safe = str(escape(text))
+    for behaviour, words in TINTS:
+        safe = re.sub(rf"\b({words})\b", rf'<span class="{behaviour}">\1</span>', safe)
+    return Markup(safe)
+
+
+def _task_page(asked: tuple[str, View, Stories]) -> TaskPage:
+    """Compute all sentences and draw all figures of one task."""
+    label, view, stories = asked
+    kind, known = str(view.cells[0].info["task"]), _fixed()["tasks"]
+    title = known.get(kind, {}).get("title", label)
+    if label not in (kind, title):
+        title = f"{title}: {label}"
+    name = re.sub(r"[^\w-]+", "-", label)  # which only names places in the page
+    chapters = [chapter for story in stories if (chapter := story(view))]
+    drawn = [(replace(chapter, exhibits=[]), _figures(name, chapter.exhibits)) for chapter in chapters]
+    return TaskPage(name, title, known.get(kind, known["own"])["text"], _facts(view), drawn)
+
+
+def _figures(name: str, exhibits: Sequence[Exhibit]) -> list[Figure]:
+    found = []
+    for exhibit in (exhibit for exhibit in exhibits if exhibit.panels):
+        caption = _fixed()["captions"][exhibit.anchor]
+        label = f"{caption['title']}. {next(filter(None, exhibit.sentences), caption['note'])}"
+        drawn = draw(f"{name}-{exhibit.anchor}", label, exhibit.panels)
+        # Panels are functions, which do not travel between processes.
+        found.append(Figure(caption["title"], caption["note"], replace(exhibit, panels=()), drawn))
+    return found
+
+
+def _facts(view: View) -> list[tuple[str, str]]:
+    task, cells = view.task, view.cells
+    info = cells[0].info
+    facts = [
+        ("model", f"{info.get('layers', '?')} layers of {info.get('width', '?')} neurons"),
+        ("seeds", f"{len(cells)}"),
+    ]
+    facts += [("weights", task.weights)] if task.weights else []
+    if all(cell.training is not None for cell in cells) and isinstance(task.training.steps, list):
+        # Seconds differ between equal runs; they are in results.json.
+        facts.append(("training", f"{listed([f'{steps:,.0f}' for steps in sorted(set(task.training.steps))])} steps"))
+    facts.append(("conflicts", f"{task.behaviour.conflict['memorized'].n:,}"))
+    return [*facts, ("pairs", f"{task.pairs.by_split['all'].pairs:,}")]
+
+
+def _summary(results: Results) -> str:
+    tasks = results.tasks.values()
+    counts = {"task": len(tasks), "model": sum(len(task.seeds) for task in tasks)}
+    counts["test conflict"] = sum(task.behaviour.conflict["memorized"].n for task in tasks)
+    counts["pair"] = sum(task.pairs.by_split["all"].pairs for task in tasks)
+    return listed([count(number, noun) for noun, number in counts.items()])
+
+
+def _versions(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the run was made with, as (name, value); times stay out, so that equal runs give equal pages."""
+    rows = [(name, manifest[name]) for name in ("mnemoscope", "commit", "python") if manifest.get(name)]
+    rows += [("changed since that commit", "yes")] if manifest.get("dirty") else []
+    rows += [*manifest.get("versions", {}).items(), *manifest.get("machine", {}).items()]
+    return [(str(name), str(value)) for name, value in rows]

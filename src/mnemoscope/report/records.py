@@ -1,4 +1,4 @@
-"""What a run folder holds, read and checked; the columns are those of docs/RECORDS.md.
+"""What a run folder holds, read and checked; ``records.yaml`` declares the tables and their columns.
 
 Shapes: L layers, D neurons.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -18,41 +20,26 @@ from pyarrow import parquet
 from safetensors import safe_open
 
 from mnemoscope.errors import InputError
+from mnemoscope.report.schema import AIMS
 
-# direction of turning -> (the behaviour it aims at, the behaviour it starts from)
-DIRECTIONS = {"to_generalized": ("generalized", "memorized"), "to_memorized": ("memorized", "generalized")}
-# What a setting is chosen for, and the list of examples that it is to turn.
-AIMS = ("pairs", "conflict")
-CONTROLS = ("random_neurons", "low_correlation", "random_sign", "shuffled_labels", "gaussian")
-
-COLUMNS = {
-    "training": "step loss novel_accuracy recall conflict_memorized conflict_generalized conflict_other met kept",
-    "behaviour": "item prompt kind group family split memorized generalized answer behaviour confabulated margin tie",
-    "pairs": "item group split memorized generalized prompt_a family_a behaviour_a margin_a "
-    "prompt_b family_b behaviour_b margin_b is_pair",
-    "probes": "kind layer offset group label score",
-    "learning": "pairs draw groups what layer value n",
-    "halves": "halving what layer top value chance chance_low chance_high n",
-    "sweep": "direction method site layers top strength examples n shift stay other margin margin_sd kept",
-    "steering": "aim direction method role draw examples example group family split before after margin_before margin "
-    "confabulated",
-    "effects": "what direction method site layers dose role draw side example group after margin_before margin",
-    "detection": "examples followed prompt group family p_memorized p_conflict unlike input_only input_repeats "
-    "entropy top_gap readable_from",
-    "gate": "direction examples example p_memorized unlike acts",
-    "neutral": "direction method dose text kl_first kl_next same_top acts",
-    "samples": "direction prompt group memorized generalized plain steered nats_plain nats_steered",
-    "seeds": "label seed_a seed_b site what layer top shared_initialization value chance_low chance chance_high",
-    "transfer_steering": "source target seed direction method role draw example group after",
-    "transfer_probes": "source target seed layer group label score",
-}
 # Text columns of the large tables, which repeat few words: read as categories, they take a byte a row.
 LARGE = ("steering", "effects", "transfer_steering")
 WORDS = ["aim", "direction", "method", "role", "examples", "group", "family", "split", "before", "after"]
 WORDS += ["what", "site", "side"]
 CONTRAST_ARRAYS = ("nmd", "rho", "effect_size", "p_family_wise", "p_false_discovery")
-ACROSS = ("seeds", "transfer_steering", "transfer_probes")
 CELL_FIELDS = ("task", "label", "seed", "memory_is_conflict", "trained")
+
+
+@cache
+def declared_tables() -> dict[str, dict[str, Any]]:
+    """By table: ``about``, ``columns`` ({names: meaning}), and where there is something to add ``if`` and ``note``."""
+    text = (files("mnemoscope.report") / "records.yaml").read_text(encoding="utf-8")
+    return dict(yaml.safe_load(text))
+
+
+def columns_of(table: str) -> list[str]:
+    """Names of the columns of a table."""
+    return ", ".join(declared_tables()[table]["columns"]).split(", ")
 
 
 @dataclass(frozen=True)
@@ -88,8 +75,10 @@ class Cell:
 
     folder: Path
     info: dict[str, Any]
-    training: pd.DataFrame | None
     training_time: dict[str, float]
+    chosen: dict[str, Any]
+    contrast: Contrast
+    no_detector: str
     behaviour: pd.DataFrame
     pairs: pd.DataFrame
     probes: pd.DataFrame
@@ -97,13 +86,11 @@ class Cell:
     halves: pd.DataFrame
     sweep: pd.DataFrame
     effects: pd.DataFrame
-    chosen: dict[str, Any]
-    contrast: Contrast
+    training: pd.DataFrame | None = None
     detection: pd.DataFrame | None = None
     gate: pd.DataFrame | None = None
     neutral: pd.DataFrame | None = None
     samples: pd.DataFrame | None = None
-    no_detector: str = ""
 
     def read_steering(self) -> pd.DataFrame:
         """The steering table, read anew: it is by far the largest, and one cell's at a time in a process is enough."""
@@ -120,12 +107,8 @@ class Cell:
         return str(self.info["label"])
 
     @property
-    def task(self) -> str:
-        """The kind of task."""
-        return str(self.info["task"])
-
-    @property
     def seed(self) -> int:
+        """The seed of the cell."""
         return int(self.info["seed"])
 
 
@@ -138,7 +121,6 @@ class Run:
         seeds, transfer_steering, transfer_probes: what compares cells; None where there was nothing to compare.
     """
 
-    folder: Path
     study_text: str
     study: dict[str, Any]
     manifest: dict[str, Any]
@@ -150,8 +132,8 @@ class Run:
 
     def probe_layers(self) -> dict[tuple[str, int], int]:
         """By label and seed, the layer whose probe reads the tune split best; cells without a probe are left out."""
-        files = {(cell.label, cell.seed): cell.folder / "probe.json" for cell in self.cells}
-        return {key: int(_json(path)["best_layer"]) for key, path in files.items() if path.exists()}
+        found = {(cell.label, cell.seed): _json_if_any(cell.folder / "probe.json") for cell in self.cells}
+        return {key: int(probe["best_layer"]) for key, probe in found.items() if probe}
 
     def by_label(self) -> dict[str, list[Cell]]:
         """The cells of each label by seed; labels in the order of the study, else by name."""
@@ -173,43 +155,35 @@ def read_run(folder: Path) -> Run:
     study = _read(folder / "study.yaml", lambda _: yaml.safe_load(study_text))
     if not isinstance(study, dict):
         raise InputError(f"{folder / 'study.yaml'}: a mapping is wanted, not {type(study).__name__}")
-    manifest = _json(folder / "manifest.json") if (folder / "manifest.json").exists() else {}
-    failed = _json(folder / "failed.json") if (folder / "failed.json").exists() else {}
+    failed = _json_if_any(folder / "failed.json")
     folders = [path.parent for path in sorted((folder / "cells").glob("*/cell.json")) if path.parent.name not in failed]
     cells = tuple(read_cell(cell) for cell in folders if _json(cell / "cell.json").get("analysed", True))
     if not cells:
         raise InputError(f"{folder / 'cells'}: no cell.json in any folder here, so there is nothing to report")
-    across = {name: _table_if_any(folder / "records", name) for name in ACROSS}
-    return Run(folder, study_text, study, manifest, cells, failed, **across)
+    across = {
+        name: _table_if_any(folder / "records", name) for name in ("seeds", "transfer_steering", "transfer_probes")
+    }
+    return Run(study_text, study, _json_if_any(folder / "manifest.json"), cells, failed, **across)
 
 
 def read_cell(folder: Path) -> Cell:
     """Read the records of one cell; see ``read_run`` for what it raises."""
-    info = _json(folder / "cell.json")
+    info, records = _json(folder / "cell.json"), folder / "records"
     for field in CELL_FIELDS:
         if field not in info:
             raise InputError(f"{folder / 'cell.json'}: field {field!r} is missing")
-    records = folder / "records"
-    trained = bool(info["trained"])
+    tables = ["behaviour", "pairs", "probes", "learning", "halves", "sweep", "effects"]
+    if info["trained"]:
+        tables.append("training")
     return Cell(
         folder=folder,
         info=info,
-        training=_table(records, "training") if trained else None,
-        training_time=_json(records / "training_time.json") if trained else {},
-        behaviour=_table(records, "behaviour"),
-        pairs=_table(records, "pairs"),
-        probes=_table(records, "probes"),
-        learning=_table(records, "learning"),
-        halves=_table(records, "halves"),
-        sweep=_table(records, "sweep"),
-        effects=_table(records, "effects"),
+        training_time=_json(records / "training_time.json") if info["trained"] else {},
         chosen=_chosen(records / "chosen.json"),
         contrast=_contrast(folder / "contrast.safetensors"),
-        detection=_table_if_any(records, "detection"),
-        gate=_table_if_any(records, "gate"),
-        neutral=_table_if_any(records, "neutral"),
-        samples=_table_if_any(records, "samples"),
-        no_detector=_json(lacking)["why"] if (lacking := records / "no_detector.json").exists() else "",
+        no_detector=_json_if_any(records / "no_detector.json").get("why", ""),
+        **{name: _table(records, name) for name in tables},
+        **{name: _table_if_any(records, name) for name in ("detection", "gate", "neutral", "samples")},
     )
 
 
@@ -231,6 +205,10 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _json_if_any(path: Path) -> dict[str, Any]:
+    return _json(path) if path.exists() else {}
+
+
 def _chosen(path: Path) -> dict[str, Any]:
     chosen = _json(path)
     for aim in AIMS:
@@ -240,13 +218,12 @@ def _chosen(path: Path) -> dict[str, Any]:
 
 
 def _table(folder: Path, name: str) -> pd.DataFrame:
-    """A table with the columns that the report reads.
+    """A table with its declared columns.
 
     Raises:
         InputError: it is missing, damaged or lacks a column.
     """
-    path = folder / f"{name}.parquet"
-    wanted = COLUMNS[name].split()
+    path, wanted = folder / f"{name}.parquet", columns_of(name)
     present: list[str] = _read(path, lambda p: parquet.read_schema(p).names)
     for column in wanted:
         if column not in present:
@@ -272,11 +249,5 @@ def _contrast(path: Path) -> Contrast:
     for key in ("site", "pairs", "groups"):
         if key not in metadata:
             raise InputError(f"{path}: metadata {key!r} is missing")
-    return Contrast(
-        site=metadata["site"],
-        pairs=int(metadata["pairs"]),
-        groups=int(metadata["groups"]),
-        nmd=arrays["nmd"],
-        rho=arrays["rho"],
-        p_family_wise=arrays["p_family_wise"],
-    )
+    kept = {key: arrays[key] for key in ("nmd", "rho", "p_family_wise")}
+    return Contrast(metadata["site"], int(metadata["pairs"]), int(metadata["groups"]), **kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from itertools import islice
 from typing import Any
@@ -11,36 +12,35 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from mnemoscope.errors import InputError
-from mnemoscope.processes import Spread, in_one_place
-from mnemoscope.report.intervals import Tree
-from mnemoscope.report.measures import measure
-from mnemoscope.report.measures_across import measure_seeds, measure_transfer
-from mnemoscope.report.measures_detection import statements
-from mnemoscope.report.measures_sweep import measure_layers, measure_sweep
-from mnemoscope.report.records import AIMS, Cell, Run
+from mnemoscope.processes import Map, in_order
+from mnemoscope.report import behaviour, cost, detector, differ, holds, read, steer, where
+from mnemoscope.report.records import Cell, Run
+from mnemoscope.report.schema import AIMS, CellResults, OverSeeds, Result, Results, Shares, TaskResults
 from mnemoscope.statistics import Estimate, over_seeds
 
-SCHEMA = 1
 
+def compute_results(run: Run, parallel: Map = in_order) -> Results:
+    """The results of a run from its records; undefined numbers are NaN.
 
-def compute_results(run: Run, spread: Spread = in_one_place) -> Tree:
-    """What ``results.json`` holds: plain dictionaries, lists, text and numbers; undefined numbers are NaN."""
+    Raises:
+        InputError: cells of one label have the same seed or different layers, or their records contradict each other.
+    """
     labels = run.by_label()
     for cells in labels.values():
         _check_alike(cells)
-    trees = iter(spread(_measured, [cell for cells in labels.values() for cell in cells]))
-    tasks = {label: _summarised(cells, list(islice(trees, len(cells)))) for label, cells in labels.items()}
-    results = {"schema": SCHEMA, "study": str(run.study.get("study", "")), "tasks": tasks, "failed": run.failed}
-    return dict(_plain({**results, "seeds": measure_seeds(run), "transfer": measure_transfer(run, run.probe_layers())}))
+    measured = iter(parallel(_measured, [cell for cells in labels.values() for cell in cells]))
+    tasks = {label: over_all(cells, list(islice(measured, len(cells)))) for label, cells in labels.items()}
+    across = {"seeds": holds.measure_seeds(run), "transfer": holds.measure_transfer(run, run.probe_layers())}
+    return Results(study=str(run.study.get("study", "")), tasks=tasks, failed=run.failed, **across)
 
 
-def to_json(results: Tree) -> str:
+def to_json(results: Results) -> str:
     """The text of ``results.json``; NaN is written as the literal ``NaN``, which ``json.load`` gives back."""
-    return json.dumps(results, indent=1, ensure_ascii=False, allow_nan=True) + "\n"
+    found = results.model_dump(by_alias=True, exclude_none=True)
+    return json.dumps(found, indent=1, ensure_ascii=False, allow_nan=True) + "\n"
 
 
 def _check_alike(cells: Sequence[Cell]) -> None:
-    """Raises InputError where two cells of a task have the same seed, or differ in their layers."""
     seeds = [cell.seed for cell in cells]
     if len(set(seeds)) < len(seeds):
         raise InputError(f"{cells[0].folder.parent}: two cells of {cells[0].label!r} have the same seed ({seeds})")
@@ -49,82 +49,95 @@ def _check_alike(cells: Sequence[Cell]) -> None:
         raise InputError(f"{cells[0].folder.parent}: cells of one name differ in their layers ({depths})")
 
 
-def _measured(cells: Sequence[Cell]) -> list[Tree]:
+def _measured(cell: Cell) -> CellResults:
     with threadpool_limits(1):  # processes beside each other have a processor each, and rounding is the same in all
-        return [measure(cell) for cell in cells]
+        return measure(cell)
 
 
-def _summarised(cells: Sequence[Cell], trees: list[Tree]) -> Tree:
-    """One task over its seeds: estimates by ``over_seeds``, counts added up, other numbers averaged.
+def measure(cell: Cell) -> CellResults:
+    """The results of one cell."""
+    return CellResults(
+        training=behaviour.measure_training(cell),
+        behaviour=behaviour.measure_behaviour(cell),
+        pairs=behaviour.measure_pairs(cell),
+        contrast=differ.measure_contrast(cell.contrast),
+        probe=read.measure_probes(cell),
+        learning=read.measure_learning(cell),
+        consistency={"halves": holds.measure_halves(cell)},
+        **steer.measure_steering(cell),
+        **where.measure_effects(cell),
+        detection=detector.measure_detector(cell),
+        no_detector=cell.no_detector if cell.detection is None and cell.no_detector else None,
+        neutral=cost.measure_neutral(cell),
+    )
+
+
+def over_all(cells: Sequence[Cell], found: list[CellResults]) -> TaskResults:
+    """One label over its seeds.
 
     The chosen settings shown are the first seed's; ``chosen_by_seed`` names the methods, ``per_seed`` has the settings.
 
     Args:
-        trees: what was measured of each cell.
+        found: the results of each cell.
     """
-    merged: Tree = {"seeds": [cell.seed for cell in cells], **_merge(trees, "")}
-    merged["probe"] |= statements(merged["probe"])  # words of the first seed say nothing about all
-    merged["training"] = {key: [tree["training"][key] for tree in trees] for key in ("seconds", "steps")}
-    merged["memory_is_conflict"] = bool(cells[0].info["memory_is_conflict"])
-    if "weights" in cells[0].info:
-        merged["weights"] = cells[0].info["weights"]
-    merged["sweep"] = measure_sweep(cells)
-    merged["by_layer"] = measure_layers(merged["sweep"], merged["contrast"])
-    merged["chosen_by_seed"] = {str(cell.seed): {aim: cell.chosen[aim]["best"] for aim in AIMS} for cell in cells}
-    merged["per_seed"] = {str(cell.seed): tree for cell, tree in zip(cells, trees, strict=True)}
-    for tree in (merged, *trees):
-        _drop_same(tree["steering"], merged["chosen_by_seed"])
-    return merged
+    common = dict(merged(found))
+    read.judge(common["probe"])  # the verdict of a single seed holds for none of the others
+    common["training"] = {key: [getattr(one.training, key) for one in found] for key in ("seconds", "steps")}
+    sweep = where.measure_sweep(cells)
+    task = TaskResults(
+        **common,
+        seeds=[cell.seed for cell in cells],
+        memory_is_conflict=bool(cells[0].info["memory_is_conflict"]),
+        weights=cells[0].info.get("weights"),
+        sweep=sweep,
+        by_layer=where.measure_layers(sweep, common["contrast"]),
+        chosen_by_seed={str(cell.seed): {aim: cell.chosen[aim]["best"] for aim in AIMS} for cell in cells},
+        per_seed={str(cell.seed): one for cell, one in zip(cells, found, strict=True)},
+    )
+    for direction in task.steering:
+        if all(best["pairs"][direction] == best["conflict"][direction] for best in task.chosen_by_seed.values()):
+            for part in (task, *found):
+                part.steering[direction].best_conflict = None
+    return task
 
 
-def _drop_same(steering: Tree, chosen_by_seed: Tree) -> None:
-    """Leave ``best_conflict`` only where some seed turns conflicts best with another method than pairs."""
-    for direction, block in steering.items():
-        if all(best["pairs"][direction] == best["conflict"][direction] for best in chosen_by_seed.values()):
-            del block["best_conflict"]
+def merged(values: Sequence[Any]) -> Any:
+    """One value for all seeds, by its type; fields annotated with ``OverSeeds`` follow their own rule.
 
-
-def _merge(values: list[Any], key: str) -> Any:
-    """One value for all seeds, by its type; settings and layers are the first seed's."""
+    Args:
+        values: of the same field, one a seed that has it.
+    """
     first = values[0]
     if isinstance(first, Estimate):
         return over_seeds(values)
-    if key in ("chosen", "chosen_conflict", "layers") or isinstance(first, str):
-        return first
-    if key == "worst":  # of all seeds, not their mean: by list, the draw that turned most
-        aims = dict.fromkeys(aim for value in values for aim in value)
-        return {aim: max((value[aim] for value in values if aim in value), key=_turned) for aim in aims}
-    if key in ("picked", "offsets"):
-        return sorted({number for value in values for number in value})
+    if isinstance(first, Result):
+        return type(first).model_construct(**{name: _field(name, values) for name in type(first).model_fields})
     if isinstance(first, dict):
-        keys = dict.fromkeys(name for value in values for name in value)
-        return {name: _merge([value[name] for value in values if name in value], name) for name in keys}
+        keys = dict.fromkeys(key for value in values for key in value)
+        return {key: merged([value[key] for value in values if key in value]) for key in keys}
     if isinstance(first, list):
-        return [_merge(list(parts), key) for parts in zip(*values, strict=True)]
+        return [merged(parts) for parts in zip(*values, strict=True)]
+    if isinstance(first, str):
+        return first
     if isinstance(first, int):
         return sum(values)
-    known = [value for value in values if not np.isnan(value)]
-    return float(np.mean(known)) if known else float("nan")
+    known = [value for value in values if not math.isnan(value)]
+    return float(np.mean(known)) if known else math.nan
 
 
-def _turned(shares: Tree) -> float:
-    shift = float(shares["shift"].estimate)
-    return -1.0 if np.isnan(shift) else shift
-
-
-def _plain(value: Any) -> Any:
-    """Estimates as dictionaries, numpy numbers as Python's."""
-    if isinstance(value, Estimate):
+def _field(name: str, values: Sequence[Result]) -> Any:
+    found = [value for part in values if (value := getattr(part, name)) is not None]
+    rules = [rule for rule in type(values[0]).model_fields[name].metadata if isinstance(rule, OverSeeds)]
+    if not found or rules == [OverSeeds.FIRST]:
+        return found[0] if found else None
+    if rules == [OverSeeds.UNION]:
+        return sorted({number for value in found for number in value})
+    if rules == [OverSeeds.WORST]:
         return {
-            "estimate": float(value.estimate),
-            "low": float(value.low),
-            "high": float(value.high),
-            "n": int(value.n),
+            aim: max((value[aim] for value in found if aim in value), key=_shift) for aim in AIMS if aim in found[0]
         }
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        return value.item()
-    return value
+    return merged(found)
+
+
+def _shift(shares: Shares) -> float:
+    return shares.shift.estimate if shares.shift.known else -1.0

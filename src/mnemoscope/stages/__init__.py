@@ -1,6 +1,7 @@
 """The stages of a cell, in order. Each writes raw records and returns its files."""
 
 from mnemoscope.models import check_peft
+from mnemoscope.stages.cards import cards_stage
 from mnemoscope.stages.common import Stage, cell_model
 from mnemoscope.stages.compare import compare_stage
 from mnemoscope.stages.detect import detection_stage
@@ -23,6 +24,5 @@ STAGES: dict[str, Stage] = {
     "detection": detection_stage,
     "neutral": neutral_stage,
     "samples": samples_stage,
+    "cards": cards_stage,
 }
-
-__all__ = ["STAGES", "Records", "cell_model", "check_peft", "compare_stage"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +15,20 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors.numpy import load_file, save
 
-from mnemoscope import ranks
-from mnemoscope.behaviour import Asking, Chat, all_said
-from mnemoscope.cells import Cell, Tell
-from mnemoscope.detect import Detector
-from mnemoscope.directions import Setting
+from mnemoscope.behaviour import PLAIN, Asking, KeptStates, Prompting
+from mnemoscope.cells import STATES, Cell, Tell
+from mnemoscope.directions import ANSWERED, Labels, Setting
+from mnemoscope.errors import InputError
 from mnemoscope.files import replacing, write_atomically
 from mnemoscope.models import Layout, load_model
-from mnemoscope.steering import SteeringVector
+from mnemoscope.steering import Binding
 from mnemoscope.tasks import Task, build_task
 
 Stage = Callable[[Cell, Tell], list[Path]]
+
+GATE = 0.5  # probability from which on a gate acts, where a study judges it
 
 
 def rng_of(cell: Cell, stage: str) -> np.random.Generator:
@@ -36,7 +40,7 @@ def cell_task(cell: Cell) -> Task:
     """The cell's task, with the cell's seed; of what the model knows by heart, where the task asks for that."""
     task = build_task(cell.config.task, cell.config.options, cell.seed)
     known = cell.records / "known.json"
-    return task.knowing(set(json.loads(known.read_text())["known"])) if known.exists() else task  # type: ignore[attr-defined]
+    return task.knowing(set(json.loads(known.read_text())["known"])) if known.exists() else task
 
 
 def cell_model(cell: Cell) -> Asking:
@@ -45,8 +49,8 @@ def cell_model(cell: Cell) -> Asking:
     Raises:
         InputError: its folder is missing or damaged.
     """
-    shape = cell.config.model
     # A hub id stays the text that it is.
+    shape = cell.config.model
     source = shape.folder if shape.folder and not shape.is_trained else cell.model_folder
     asking = opened_model(cell, source, cell_task(cell))
     asking.model.requires_grad_(False)  # only shifts are ever fitted to it
@@ -60,10 +64,45 @@ def opened_model(cell: Cell, source: str | Path, task: Task) -> Asking:
         InputError: its folder is missing or damaged.
     """
     shape = cell.config.model
-    layout = Layout(**shape.layout.model_dump()) if shape.layout else None
-    model, tokenizer = load_model(source, dtype=shape.dtype, device_map=shape.device_map, layout=layout)
-    chat = Chat(shape.chat.system, getattr(task, "parted", all_said)) if shape.chat else None
-    return Asking(model, tokenizer, task.boundary, cell.config.pairs.batch_size, chat)
+    if shape.opened and cell.opened is None:
+        raise InputError("model.opened: this run is of a model that was open in Python; call mnemoscope.fit with it")
+    if cell.opened is not None:
+        model, tokenizer = cell.opened.model, cell.opened.tokenizer
+    else:
+        layout = Layout(**shape.layout.model_dump()) if shape.layout else None
+        model, tokenizer = load_model(source, dtype=shape.dtype, device_map=shape.device_map, layout=layout)
+    prompting = PLAIN
+    if shape.chat:
+        split = task.split_reply if task.begins_reply else None
+        prompting = Prompting(True, shape.chat.system, shape.chat.reply, split)
+    return Asking(model, tokenizer, task.boundary, cell.config.pairs.batch_size, prompting)
+
+
+def kept_states(cell: Cell, anew: bool = False) -> KeptStates:
+    """States that earlier stages of a cell have read, until its study ends; ``anew``: none of an earlier attempt."""
+    folder = cell.folder / STATES
+    if anew:
+        shutil.rmtree(folder, ignore_errors=True)
+    return KeptStates(folder)
+
+
+def keep_shifts(cell: Cell, shifts: Mapping[Setting, np.ndarray]) -> None:
+    """Keep directions, float64 (L, D), for later stages, by the setting that each depends on."""
+    tensors = {json.dumps(asdict(setting)): shift_LD for setting, shift_LD in shifts.items()}
+    write_atomically(cell.folder / STATES / "shifts" / "kept.safetensors", save(tensors))
+
+
+def kept_shifts(cell: Cell) -> dict[tuple[Setting, Labels], np.ndarray]:
+    """The memory of ``Directions`` that ``keep_shifts`` left; {} where there is none."""
+    path = cell.folder / STATES / "shifts" / "kept.safetensors"
+    stored = load_file(path) if path.is_file() else {}
+    facts = ((json.loads(name), shift_LD) for name, shift_LD in stored.items())
+    return {(Setting(**one | {"layers": tuple(one["layers"])}), ANSWERED): shift_LD for one, shift_LD in facts}
+
+
+def read_binding(cell: Cell) -> Binding:
+    """The binding of the cell's model, computed once, by the train stage."""
+    return Binding(**json.loads((cell.folder / "cell.json").read_text())["binding"])
 
 
 def read_chosen(cell: Cell, aim: str) -> dict[tuple[str, str], Setting]:
@@ -98,7 +137,7 @@ def write_table(path: Path, table: pd.DataFrame) -> Path:
 class TableWriter:
     """Writes a Parquet file from tables as they come, holding ``ROWS`` rows at most; equal rows give equal bytes.
 
-    The file is there when the context has ended well, and only then; of several processes only the first writes.
+    The file is there when the context has ended well, and only then.
 
     Args:
         columns: the type of each column.
@@ -111,16 +150,13 @@ class TableWriter:
         self._waiting: list[pa.Table] = []
 
     def __enter__(self) -> TableWriter:
-        if ranks.first():
-            self._stack = ExitStack()
-            temporary = self._stack.enter_context(replacing(self.path))
-            self._file = self._stack.enter_context(pq.ParquetWriter(temporary, self.schema))
+        self._stack = ExitStack()
+        temporary = self._stack.enter_context(replacing(self.path))
+        self._file = self._stack.enter_context(pq.ParquetWriter(temporary, self.schema))
         return self
 
     def add(self, table: pd.DataFrame) -> None:
         """Append rows."""
-        if not ranks.first():
-            return
         self._waiting.append(pa.Table.from_pandas(table, self.schema, preserve_index=False).replace_schema_metadata())
         while sum(map(len, self._waiting)) >= self.ROWS:
             whole = pa.concat_tables(self._waiting).combine_chunks()
@@ -128,8 +164,6 @@ class TableWriter:
             self._waiting = [whole.slice(self.ROWS)]
 
     def __exit__(self, *error: Any) -> None:
-        if not ranks.first():
-            return
         if error[0] is not None:
             self._stack.__exit__(*error)  # so that the file does not take its name
             return
@@ -141,17 +175,3 @@ class TableWriter:
 def write_json(path: Path, content: dict[str, Any]) -> Path:
     """Write a JSON file atomically."""
     return write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
-
-
-def save_bound(folder: Path, name: str, made: SteeringVector | Detector) -> list[Path]:
-    """Write the two files of a vector or a detector under temporary names and rename them."""
-    folder.mkdir(exist_ok=True)
-    path, temporary = folder / f"{name}.safetensors", folder / f".{name}.tmp.safetensors"
-    try:
-        made.save(temporary)
-        for suffix in (".json", ".safetensors"):
-            temporary.with_suffix(suffix).replace(path.with_suffix(suffix))
-    finally:
-        for suffix in (".json", ".safetensors"):
-            temporary.with_suffix(suffix).unlink(missing_ok=True)
-    return [path, path.with_suffix(".json")]

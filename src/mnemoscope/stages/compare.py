@@ -15,12 +15,12 @@ import numpy as np
 import pandas as pd
 from scipy.linalg import orthogonal_procrustes
 
-from mnemoscope.behaviour import Asking, Scores, prepare, score
+from mnemoscope.behaviour import Asking, Scores, read_states
 from mnemoscope.cells import Cell, by_label, by_model
 from mnemoscope.contrast import Contrast
-from mnemoscope.directions import SOURCE, gaussian_like, steered, with_prefixes
-from mnemoscope.processes import Spread, settle
-from mnemoscope.stages.common import Tell, cell_model, write_table
+from mnemoscope.directions import SOURCE, gaussian, steered, with_prefixes
+from mnemoscope.processes import Map
+from mnemoscope.stages.common import Tell, cell_model, kept_states, write_table
 from mnemoscope.stages.lists import Records
 from mnemoscope.statistics import cosine, overlap, overlap_by_chance, rank_correlation
 from mnemoscope.steering import SteeringVector
@@ -33,34 +33,26 @@ TRANSFERRED_PAIRS = 300
 GAUSSIAN_DRAWS = 5
 
 
-def compare_stage(cells: Sequence[Cell], run: Path, spread: Spread, tell: Tell) -> list[Path]:
+def compare_stage(cells: Sequence[Cell], run: Path, parallel: Map, tell: Tell) -> list[Path]:
     """Hold seeds and, where labels share a model, tasks against each other."""
     tell(0, 2, "seeds")
     files = []
     twos = [two for seeds in by_label(cells) for two in combinations(seeds, 2)]
     if twos:
-        seeds = list(chain.from_iterable(spread(_compared_seeds, twos)))
+        seeds = list(chain.from_iterable(parallel(_compared_seeds, twos)))
         files.append(write_table(run / "records" / "seeds.parquet", pd.DataFrame(seeds)))
     tell(1, 2, "tasks that share a model")
     onto = [(target, group) for group in by_model(cells) if len(group) > 1 for target in group]
     if onto:
-        steering, probes = zip(*spread(_transferred, onto), strict=True)
+        steering, probes = zip(*parallel(_transferred, onto), strict=True)
         for name, tables in (("transfer_steering", steering), ("transfer_probes", probes)):
             files.append(write_table(run / "records" / f"{name}.parquet", pd.concat(tables, ignore_index=True)))
     return files
 
 
-def _compared_seeds(twos: Sequence[tuple[Cell, Cell]]) -> list[list[dict[str, Any]]]:
-    """Of each two seeds of a label: the rows of ``records/seeds.parquet``."""
-    settle(twos[0][0].threads)
-    found, opened = [], dict[str, Asking]()
-    for two in twos:
-        opened = {cell.name: opened[cell.name] for cell in two if cell.name in opened}  # never more than two models
-        for cell in two:
-            if cell.name not in opened:
-                opened[cell.name] = cell_model(cell)
-        found.append(list(_two_seeds(*two, *(opened[cell.name] for cell in two))))
-    return found
+def _compared_seeds(two: tuple[Cell, Cell]) -> list[dict[str, Any]]:
+    """Two seeds of a label: rows of ``records/seeds.parquet``."""
+    return list(_two_seeds(*two, *map(cell_model, two)))
 
 
 def _two_seeds(a: Cell, b: Cell, asking_a: Asking, asking_b: Asking) -> Iterator[dict[str, Any]]:
@@ -70,7 +62,9 @@ def _two_seeds(a: Cell, b: Cell, asking_a: Asking, asking_b: Asking) -> Iterator
     common = {"label": a.label, "seed_a": a.seed, "seed_b": b.seed, "site": first.site}
     common |= {"shared_initialization": shared, "top": np.nan}
     rng = np.random.default_rng([a.seed, b.seed])
-    aligned = _alignments(_common_examples(a, asking_b), (asking_a, asking_b), both, rng)
+    examples = _common_examples(a, asking_b)
+    states = [_states(cell, asking, examples, first.site) for cell, asking in ((a, asking_a), (b, asking_b))]
+    aligned = _alignments(states, both, rng)
     for row in chain(_overlaps(first, second), _rank_correlations(first, second, rng), aligned):
         yield common | row
 
@@ -98,16 +92,15 @@ def _rank_correlations(a: Contrast, b: Contrast, rng: np.random.Generator) -> It
 
 
 def _alignments(
-    examples: Sequence[Example], models: Sequence[Asking], contrasts: Sequence[Contrast], rng: np.random.Generator
+    states: Sequence[np.ndarray], contrasts: Sequence[Contrast], rng: np.random.Generator
 ) -> Iterator[dict[str, Any]]:
     """Cosine of two models' NMD after one model's states are rotated onto the other's on the same prompts.
 
     Two models that began differently have no neuron in common, but the same prompts tell which rotation lays one's
     states over the other's (orthogonal Procrustes, Schoenemann 1966). Chance: the rotation fitted to shuffled prompts.
     """
-    if len(examples) < 2:
+    if len(states[0]) < 2:
         return
-    states = [_states(asking, examples, contrasts[0].site) for asking in models]
     for layer in range(states[0].shape[1]):
         first_ND, second_ND = (s[:, layer] - s[:, layer].mean(0) for s in states)
         nmd = [contrast.nmd_LD[layer] for contrast in contrasts]
@@ -126,23 +119,17 @@ def _common_examples(cell: Cell, other: Asking) -> list[Example]:
     return [e for e in examples if unknown not in tokenizer(e.prompt).input_ids][:ALIGNING_PROMPTS]
 
 
-def _states(asking: Asking, examples: Sequence[Example], site: str) -> np.ndarray:
-    """States at the decision position, float64 (N, L, D)."""
-    scores = score(asking, prepare(asking, examples), margins=False, capture=site)  # type: ignore[arg-type]
-    assert scores.states_NLD is not None
-    return scores.states_NLD.astype(np.float64)
+def _states(cell: Cell, asking: Asking, examples: Sequence[Example], site: Any) -> np.ndarray:
+    """States at the decision position in the cell's model, float64 (N, L, D)."""
+    return read_states(asking, examples, site, kept=kept_states(cell)).at_decision_NLD.astype(np.float64)
 
 
-def _transferred(onto: Sequence[tuple[Cell, Sequence[Cell]]]) -> list[tuple[pd.DataFrame, pd.DataFrame]]:
-    """Of each target and the cells that share its model: what their vectors turn there, and what their probes read."""
-    settle(onto[0][0].threads)
-    found = []
-    for target, group in onto:
-        asking, records = cell_model(target), Records.of(target)
-        parts = (_transferred_steering, _transferred_probes)
-        steering, probes = (pd.concat(part(target, group, asking, records), ignore_index=True) for part in parts)
-        found.append((steering, probes))
-    return found
+def _transferred(onto: tuple[Cell, Sequence[Cell]]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What the vectors of cells that share a target's model do there, and what their probes read."""
+    asking, records = cell_model(onto[0]), Records.of(onto[0])
+    parts = (_transferred_steering, _transferred_probes)
+    steering, probes = (pd.concat(part(*onto, asking, records), ignore_index=True) for part in parts)
+    return steering, probes
 
 
 def _transferred_steering(
@@ -150,7 +137,7 @@ def _transferred_steering(
 ) -> Iterator[pd.DataFrame]:
     """Every cell's vectors, paper's and best, on a cell's test pairs, beside Gaussian shifts of the same norm."""
     for direction in SOURCE:
-        examples = records.turned("test", direction, TRANSFERRED_PAIRS)
+        examples = records.targets("test", direction, TRANSFERRED_PAIRS)
         if not examples:
             continue
         batches = with_prefixes(asking, examples)
@@ -175,7 +162,7 @@ def _vectors(source: Cell, direction: str, asking: Asking) -> Iterator[tuple[str
         shift_LD = vector.dense(max(vector.layers) + 1, width)
         for draw in range(GAUSSIAN_DRAWS):
             rng = np.random.default_rng([source.seed, draw])
-            yield name, "gaussian", draw, vector.with_dense(gaussian_like(shift_LD, rng))
+            yield name, "gaussian", draw, vector.with_dense(gaussian(shift_LD, rng))
 
 
 def _after(facts: dict[str, Any], examples: Sequence[Example], scores: Scores) -> pd.DataFrame:
@@ -190,7 +177,7 @@ def _transferred_probes(
 ) -> Iterator[pd.DataFrame]:
     """Every cell's probes on a cell's test states."""
     examples = [e for pair in records.both_sides("test", TRANSFERRED_PAIRS) for e in pair]
-    states_NLD = _states(asking, examples, target.config.pairs.site)
+    states_NLD = _states(target, asking, examples, target.config.pairs.site)
     for source in group:
         for probe in json.loads((source.folder / "probe.json").read_text())["layers"]:
             scores_N = states_NLD[:, probe["layer"]] @ np.array(probe["weights"]) + probe["bias"]

@@ -16,17 +16,29 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mnemoscope.behaviour import Asking, prepare
-from mnemoscope.cells import Cell
-from mnemoscope.detect import Detector, Observed, Reading
+from mnemoscope.behaviour import Asking, read_states
+from mnemoscope.cells import Cell, git_state
+from mnemoscope.detect import Detector, Observed, Reading, fit_detectors
 from mnemoscope.directions import TOWARD
 from mnemoscope.errors import InputError
 from mnemoscope.probes import fit_input_probe, fit_layer_probes
-from mnemoscope.stages.common import Tell, cell_model, rng_of, save_bound, write_json, write_table
+from mnemoscope.stages.common import (
+    GATE,
+    Tell,
+    cell_model,
+    kept_states,
+    read_best,
+    read_binding,
+    rng_of,
+    write_json,
+    write_table,
+)
 from mnemoscope.stages.lists import Records, judged_lists
-from mnemoscope.stages.probe import UNCERTAINTIES, features_of_input, read_back
-from mnemoscope.tasks import SPLITS, Example, Kind, Split, draw
+from mnemoscope.stages.probe import UNCERTAINTIES, features_of_input
+from mnemoscope.steering import SteeringVector
+from mnemoscope.tasks import SPLITS, Example, Kind, Side, Split, draw
 
+SIDES: tuple[Side, Side] = ("a", "b")
 NEITHER: tuple[Kind, ...] = ("memory", "novel")
 
 
@@ -42,17 +54,22 @@ def detection_stage(cell: Cell, tell: Tell) -> list[Path]:
         parts[split] = _Prompts.of(cell, asking, records, split)
     observed = {split: parts[split].observed() for split in ("fit", "tune")}
     try:
-        detector = Detector.fit(observed["fit"], observed["tune"], site)
+        found = fit_detectors(observed["fit"], observed["tune"], site, _below(cell))
     except InputError as error:  # too few prompts of a behaviour, which is no reason to lose all else
         tell(1, 1, f"no detector: {error}")
         return [write_json(cell.records / "no_detector.json", {"why": str(error)})]
-    detector = replace(detector.bound_to(asking.model, asking.tokenizer, cell.label), **asking.put)
-    tables = [_readings(detector, parts["test"], _baselines(asking, parts))]
+    facts = {"task": cell.label, "binding": read_binding(cell), "prompting": asking.prompting}
+    facts["commit"] = git_state()["commit"] or ""
+    detector, lower = (one and replace(one, **facts) for one in found)
+    assert detector is not None
+    table = _readings(detector, lower, parts["test"], _baselines(asking, parts))
     tell(3, 4, "where a gate acts")
     gates = list(_gates(cell, asking, records, detector))
     return [
-        *save_bound(cell.folder, "detector", detector),
-        write_table(cell.records / "detection.parquet", pd.concat(tables, ignore_index=True)),
+        # The JSON beside each is written again once there is a card.
+        detector.save(cell.folder / "detector.safetensors")[0],
+        *(lower.save(cell.folder / "detector_below.safetensors")[:1] if lower else []),
+        write_table(cell.records / "detection.parquet", table),
         write_table(cell.records / "gate.parquet", pd.concat(gates, ignore_index=True)),
     ]
 
@@ -60,10 +77,10 @@ def detection_stage(cell: Cell, tell: Tell) -> list[Path]:
 class _Prompts:
     """Prompts of one split with their states at the decision position and what followed them."""
 
-    def __init__(self, asking: Asking, rows: pd.DataFrame, examples: Sequence[Example], site: Any) -> None:
+    def __init__(self, cell: Cell, asking: Asking, rows: pd.DataFrame, examples: Sequence[Example]) -> None:
         self.rows, self.examples = rows, examples
-        states_ONLD, self.uncertainty_N2 = read_back(asking, prepare(asking, examples), site, [0])
-        self.states_NLD = states_ONLD[0]
+        states = read_states(asking, examples, cell.config.pairs.site, kept=kept_states(cell))
+        self.states_NLD, self.uncertainty_N2 = states.at_decision_NLD, states.uncertainty_N2
 
     @classmethod
     def of(cls, cell: Cell, asking: Asking, records: Records, split: Split) -> _Prompts:
@@ -82,7 +99,7 @@ class _Prompts:
                 followed.append("neither")
                 lists.append(kind)
         rows = pd.DataFrame({"examples": lists, "followed": followed})
-        return cls(asking, rows, examples, cell.config.pairs.site)
+        return cls(cell, asking, rows, examples)
 
     def observed(self) -> Observed:
         """What a detector is fitted on: what was answered neither way is left out."""
@@ -98,8 +115,8 @@ def _phrasings(
     first = np.flatnonzero(~pd.concat([part["prompt_a"], part["prompt_b"]]).duplicated())
     for place in rng.permutation(first)[:limit]:
         side, number = divmod(int(place), len(part))
-        (row,) = part.iloc[[number]].itertuples()
-        yield records.phrasing(row, "ab"[side]), getattr(row, f"behaviour_{'ab'[side]}")
+        row, letter = part.iloc[number].to_dict(), SIDES[side]
+        yield Example.from_row(row, letter), row[f"behaviour_{letter}"]
 
 
 def _baselines(asking: Asking, parts: Mapping[Split, _Prompts]) -> dict[str, np.ndarray]:
@@ -119,20 +136,29 @@ def _baselines(asking: Asking, parts: Mapping[Split, _Prompts]) -> dict[str, np.
     return scores
 
 
-def _readings(detector: Detector, part: _Prompts, baselines: Mapping[str, np.ndarray]) -> pd.DataFrame:
+def _below(cell: Cell) -> int:
+    """The last block at whose output a gate can read before either of the best vectors shifts anything; -1: none."""
+    vectors = [SteeringVector.load(path) for path in read_best(cell).values()]
+    return min(v.layers[0] if v.site == "block" else v.layers[0] - 1 for v in vectors if v.layers)
+
+
+def _readings(
+    detector: Detector, lower: Detector | None, part: _Prompts, baselines: Mapping[str, np.ndarray]
+) -> pd.DataFrame:
     reading = detector.read(part.states_NLD)
     facts = {field: [getattr(e, field) for e in part.examples] for field in ("prompt", "group", "family", "split")}
-    readable = [np.nan if layer is None else float(layer) for layer in reading.readable_from_N]
+    readable = [np.nan if layer is None else float(layer) for layer in reading.readable_from]
     columns: dict[str, Any] = facts | _said(reading) | dict(baselines) | {"readable_from": readable}
+    columns["p_memorized_below"] = lower.read(part.states_NLD).p_memorized if lower else np.nan
     return part.rows.assign(**columns)
 
 
 def _said(reading: Reading) -> dict[str, np.ndarray]:
     return {
-        "p_memorized": reading.p_memorized_N,
-        "p_conflict": reading.p_conflict_N,
-        "distance": reading.distance_N,
-        "unlike": reading.unlike_N,
+        "p_memorized": reading.p_memorized,
+        "p_conflict": reading.p_conflict,
+        "distance": reading.distance,
+        "unlike": reading.unlike,
     }
 
 
@@ -141,7 +167,7 @@ def _gates(cell: Cell, asking: Asking, records: Records, detector: Detector) -> 
     config = cell.config
     for direction, toward in TOWARD.items():
         for name, entry in judged_lists(records, direction, config.steering.judged_examples).items():
-            states_ONLD, _ = read_back(asking, prepare(asking, entry.examples), config.pairs.site, [0])
-            reading = detector.read(states_ONLD[0])
+            states = read_states(asking, entry.examples, config.pairs.site, kept=kept_states(cell))
+            reading = detector.read(states.at_decision_NLD)
             columns: dict[str, Any] = {"direction": direction, "examples": name, "example": range(len(entry.examples))}
-            yield pd.DataFrame(columns | _said(reading) | {"acts": reading.acts(toward, config.detection.threshold)})
+            yield pd.DataFrame(columns | _said(reading) | {"acts": reading.acts(toward, GATE)})

@@ -5,10 +5,11 @@ Everything here is measured on test pairs; nothing is chosen by it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,43 +17,43 @@ import numpy as np
 import pandas as pd
 import torch
 
-from mnemoscope.behaviour import Asking, Batch, Scores, score, score_contrasted
+from mnemoscope.behaviour import Asking, Batch, Scores, read_states, score, score_contrasted
 from mnemoscope.cells import Cell
 from mnemoscope.directions import (
     SOURCE,
     TOWARD,
+    Directions,
     Setting,
-    Sources,
     control_draws,
-    ranked_neurons,
-    read_sources,
     steered,
-    vector_of,
     with_prefixes,
 )
 from mnemoscope.errors import InputError
 from mnemoscope.models import SITES, Site, blocks_of
-from mnemoscope.stages.common import Tell, cell_model, read_chosen, write_table
-from mnemoscope.stages.lists import Records, fit_lists
+from mnemoscope.stages.common import Tell, cell_model, kept_shifts, kept_states, read_chosen, write_table
+from mnemoscope.stages.lists import Records, sources_of
 from mnemoscope.steering import ablated, patched
-from mnemoscope.tasks import Example, keeps_key
+from mnemoscope.tasks import Example
 
 Applied = Callable[[], AbstractContextManager[Any]]
 CONTRASTS = {"to_generalized": (0.5, 1.0), "to_memorized": (-0.5, -1.0)}  # of context-aware decoding; -1: no context
 
 
 def effects_stage(cell: Cell, tell: Tell) -> list[Path]:
-    """Dose-response, necessity, upper bounds by patching, and the same said in words."""
+    """Dose-response, necessity, upper bounds by patching, and the behaviour asked for in words."""
     asking, records = cell_model(cell), Records.of(cell)
     sides = _Sides.of(cell, asking, records)
-    chosen = read_chosen(cell, "pairs")
-    sources = _chosen_sources(cell, asking, records, chosen.values())
+    settings = list(read_chosen(cell, "pairs").values())
+    sources = sources_of(cell, asking, records, (setting.site for setting in settings))
+    shifts = kept_shifts(cell)
+    directions = {site: Directions(found, shifts) for site, found in sources.items()}
     rows: list[pd.DataFrame] = []
-    for done, part in enumerate((_doses, _ablations)):
-        tell(done, 4, part.__name__.strip("_"))
-        rows += part(cell, sides, sources, chosen)
+    for done, (name, part) in enumerate({"doses": _doses, "ablations": _ablations}.items()):
+        tell(done, 4, name)
+        for setting in settings:
+            rows += part(cell, sides, directions[setting.site], setting)
     tell(2, 4, "patches")
-    rows += _patches(sides)
+    rows += _patches(cell, sides)
     tell(3, 4, "prompts")
     rows += _prompts(asking, records, sides)
     rows += _contrasts(asking, records, sides)
@@ -66,7 +67,7 @@ class _Sides:
     Attributes:
         examples, batches: by behaviour shown; row n of both lists is one pair.
         unsteered: labels and margins without a shift, by behaviour shown.
-        reachable_N: bool, whether the side that is worked out leaves the stored key where it was stored.
+        reachable_N: bool, whether the side answered generalized leaves the stored key where it was stored.
     """
 
     asking: Asking
@@ -80,12 +81,20 @@ class _Sides:
         pairs = records.both_sides("test", cell.config.effects.pairs)
         examples = {"generalized": [a for a, _ in pairs], "memorized": [b for _, b in pairs]}
         batches = {side: with_prefixes(asking, found) for side, found in examples.items()}
-        reachable_N = np.array([keeps_key(records.task, example) for example in examples["generalized"]], bool)
+        reachable_N = np.array([records.task.keeps_key(example) for example in examples["generalized"]], bool)
         unsteered = {side: score(asking, found) for side, found in batches.items()}
         return cls(asking, examples, batches, unsteered, reachable_N)
 
+    def states(self, cell: Cell, side: str, site: Site) -> np.ndarray:
+        """States of one side, float32 (N, L, D): those that mining kept, else read behind the cached prefixes."""
+        if site == cell.config.pairs.site:
+            return read_states(self.asking, self.examples[side], site, kept=kept_states(cell)).at_decision_NLD
+        found_NLD = score(self.asking, self.batches[side], margins=False, capture=site).states_NLD
+        assert found_NLD is not None
+        return found_NLD
+
     def table(self, side: str, scores: Scores, **facts: Any) -> pd.DataFrame:
-        """One row per pair: what became of one side of it; turned to memory only what leaves the key where it was."""
+        """One row per pair: what became of one side of it; steered to memory only what leaves the key where it was."""
         columns: dict[str, Any] = {name: "" for name in ("direction", "method", "site", "layers", "role")}
         columns |= {"dose": np.nan, "draw": 0, **facts, "side": side, "example": np.arange(len(self.examples[side]))}
         columns |= {"group": [e.group for e in self.examples[side]], "after": scores.behaviour_N}
@@ -96,48 +105,36 @@ class _Sides:
         return table.astype({word: "str" for word in words} | {"dose": "float64"})
 
 
-def _chosen_sources(cell: Cell, asking: Asking, records: Records, settings: Iterable[Setting]) -> dict[Site, Sources]:
-    lists, pairs = fit_lists(cell, asking, records), records.both_sides("fit", cell.config.steering.fit_pairs)
-    return {site: read_sources(site, pairs, lists) for site in {setting.site for setting in settings}}
+def _doses(cell: Cell, sides: _Sides, directions: Directions, setting: Setting) -> Iterator[pd.DataFrame]:
+    """A chosen vector from minus to plus twice its strength, and Gaussian shifts of the same norm."""
+    config, side, vector = cell.config.effects, SOURCE[setting.direction], directions.vector(setting)
+    draws = list(control_draws("gaussian", directions, setting, config.draws, [cell.seed, 7]))
+    shifts = [("vector", 0, vector), *(("gaussian", n, vector.with_dense(shift_LD)) for n, shift_LD in draws)]
+    for dose, (role, draw, shift) in product(config.doses, shifts):
+        # A shift of nothing is no shift; where all tokens are shifted, prompts are read in another way.
+        known = not dose and shift.positions == "decision"
+        scores = sides.unsteered[side] if known else steered(sides.asking, sides.batches[side], shift * dose)
+        yield sides.table(side, scores, **_facts("dose", setting), dose=dose, role=role, draw=draw)
 
 
-def _doses(
-    cell: Cell, sides: _Sides, sources: Mapping[Site, Sources], chosen: Mapping[tuple[str, str], Setting]
-) -> Iterator[pd.DataFrame]:
-    """Chosen vectors from minus to plus twice their strength, and Gaussian shifts of the same norm."""
-    for (direction, method), setting in chosen.items():
-        found, side = sources[setting.site], SOURCE[direction]
-        vector = vector_of(found, setting)
-        facts = {"what": "dose", "direction": direction, "method": method, "site": setting.site}
-        seed = [cell.seed, 7]
-        draws = list(control_draws("gaussian", found, setting, cell.config.effects.draws, seed))
-        shifts = [("vector", 0, vector), *(("gaussian", n, vector.with_dense(shift_LD)) for n, shift_LD in draws)]
-        for dose in cell.config.effects.doses:
-            for role, draw, shift in shifts:
-                # A shift of nothing is no shift; where all tokens are shifted, prompts are read in another way.
-                known = not dose and shift.positions == "decision"
-                scores = sides.unsteered[side] if known else steered(sides.asking, sides.batches[side], shift * dose)
-                yield sides.table(side, scores, **facts, dose=dose, role=role, draw=draw)
-
-
-def _ablations(
-    cell: Cell, sides: _Sides, sources: Mapping[Site, Sources], chosen: Mapping[tuple[str, str], Setting]
-) -> Iterator[pd.DataFrame]:
+def _ablations(cell: Cell, sides: _Sides, directions: Directions, setting: Setting) -> Iterator[pd.DataFrame]:
     """The neurons that a method ranks highest, held at their mean, and as many at random in each layer."""
-    for (direction, method), setting in chosen.items():
-        found = sources[setting.site]
-        mean_LD = found.states_P2LD.mean((0, 1))
-        for top in cell.config.effects.ablated:
-            kept_LD = ranked_neurons(found, setting, top)
-            rng = np.random.default_rng([cell.seed, 8, int(1000 * top)])
-            drawn = [rng.permuted(kept_LD, axis=1) for _ in range(cell.config.effects.draws)]
-            for draw, chosen_LD in enumerate((kept_LD, *drawn)):
-                applied = _ablating(sides.asking, mean_LD, chosen_LD, setting.site)
-                role = "random_neurons" if draw else "vector"
-                facts = {"what": "ablation", "direction": direction, "method": method, "site": setting.site}
-                for side, batches in sides.batches.items():
-                    scores = score(sides.asking, batches, applied=applied)
-                    yield sides.table(side, scores, **facts, dose=top, role=role, draw=max(0, draw - 1))
+    mean_LD = directions.sources.states_P2LD.mean((0, 1))
+    for top in cell.config.effects.ablated:
+        kept_LD = directions.top_neurons(setting, top)
+        rng = np.random.default_rng([cell.seed, 8, int(1000 * top)])
+        drawn = [rng.permuted(kept_LD, axis=1) for _ in range(cell.config.effects.draws)]
+        for draw, chosen_LD in enumerate((kept_LD, *drawn)):
+            applied = _ablating(sides.asking, mean_LD, chosen_LD, setting.site)
+            role = "random_neurons" if draw else "vector"
+            for side, batches in sides.batches.items():
+                scores = score(sides.asking, batches, applied=applied)
+                facts = _facts("ablation", setting)
+                yield sides.table(side, scores, **facts, dose=top, role=role, draw=max(0, draw - 1))
+
+
+def _facts(what: str, setting: Setting) -> dict[str, Any]:
+    return {"what": what, "direction": setting.direction, "method": setting.method, "site": setting.site}
 
 
 def _ablating(asking: Asking, mean_LD: np.ndarray, chosen_LD: np.ndarray, site: Site) -> Applied:
@@ -146,17 +143,13 @@ def _ablating(asking: Asking, mean_LD: np.ndarray, chosen_LD: np.ndarray, site: 
     return partial(ablated, asking.model, means, {i: torch.from_numpy(chosen_LD[i]) for i in layers}, site)
 
 
-def _patches(sides: _Sides) -> Iterator[pd.DataFrame]:
+def _patches(cell: Cell, sides: _Sides) -> Iterator[pd.DataFrame]:
     """Each layer's state at the decision position, put from one side of a pair into the other."""
     model = sides.asking.model
     for site in SITES:
-        states = {
-            side: score(sides.asking, batches, margins=False, capture=site).states_NLD
-            for side, batches in sides.batches.items()
-        }
+        states = {side: sides.states(cell, side, site) for side in sides.batches}
         for direction, toward in TOWARD.items():
             side, donor_NLD = SOURCE[direction], states[toward]
-            assert donor_NLD is not None
             for layer in range(len(blocks_of(model))):
                 # Batches are read in their order, each once.
                 donors = iter([torch.from_numpy(donor_NLD[b.examples_N, layer]) for b in sides.batches[side]])
@@ -171,36 +164,31 @@ def _patching(asking: Asking, layer: int, donors: Iterator[torch.Tensor], site: 
 
 
 def _prompts(asking: Asking, records: Records, sides: _Sides) -> Iterator[pd.DataFrame]:
-    """The behaviour asked for in words, where the task has a way to say it: in the prompt, or in the system message."""
-    prompted, said = (getattr(records.task, name, None) for name in ("prompted", "said"))
+    """Prompts that ask for the behaviour, where the task has them: by the system message of a chat, or in the text."""
     for direction, toward in TOWARD.items():
         side, told = SOURCE[direction], asking
         examples: list[Example | None] = list(sides.examples[side])
-        if asking.chat and said:
-            told = replace(asking, chat=replace(asking.chat, system=said(toward)))
-        elif prompted:
-            examples = [prompted(example, toward) for example in sides.examples[side]]
+        instruction = records.task.instruction(toward)
+        if asking.prompting.chat and instruction:
+            told = replace(asking, prompting=replace(asking.prompting, system=instruction))
         else:
-            return
+            examples = [records.task.prompted(example, toward) for example in sides.examples[side]]
         wanted = [example for example in examples if example is not None]
         if len(wanted) < len(examples):
             continue
         try:
             batches = with_prefixes(told, wanted)
-        except InputError:  # a model that knows no such words cannot be told
+        except InputError:  # a tokenizer without these words cannot ask so
             continue
         yield sides.table(side, score(told, batches), what="prompt", direction=direction)
 
 
 def _contrasts(asking: Asking, records: Records, sides: _Sides) -> Iterator[pd.DataFrame]:
-    """Context-aware decoding, where the task can ask without saying anything about it."""
-    alone = getattr(records.task, "without_context", None)
-    if alone is None:
-        return
+    """Context-aware decoding, where the task has the prompts without context."""
     for direction, weights in CONTRASTS.items():
         examples = sides.examples[SOURCE[direction]]
-        others = [alone(example) for example in examples]
-        if None in others:
+        others = [other for example in examples if (other := records.task.without_context(example))]
+        if len(others) < len(examples):
             return
         for weight, scores in zip(weights, score_contrasted(asking, examples, others, weights), strict=True):
             yield sides.table(SOURCE[direction], scores, what="contrast", direction=direction, dose=weight)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -12,10 +14,11 @@ import pandas as pd
 
 from mnemoscope.behaviour import Asking, prepare, score
 from mnemoscope.cells import Cell
-from mnemoscope.directions import SOURCE, TOWARD, FitLists, TuneLists, in_turn, with_prefixes
-from mnemoscope.stages.common import cell_task, rng_of
+from mnemoscope.directions import SOURCE, TOWARD, FitLists, Sources, TuneLists, in_turn, read_sources, with_prefixes
+from mnemoscope.models import Site
+from mnemoscope.stages.common import cell_task, kept_states, rng_of
 from mnemoscope.steering import Toward
-from mnemoscope.tasks import Example, Split, Task, draw, keeps_key
+from mnemoscope.tasks import Example, Split, Task, draw
 
 LEAST_OF_A_FAMILY = 20  # examples, below which one of them that is lost would decide alone
 
@@ -45,87 +48,83 @@ class Records:
 
     @property
     def memory_is_conflict(self) -> bool:
-        """Whether memory examples are the conflicts themselves, which steering is to turn."""
-        return bool(getattr(self.task, "memory_is_conflict", False))
+        """Whether memory examples are the conflicts themselves, which steering is meant to change."""
+        return self.task.memory_is_conflict
 
     def both_sides(self, split: Split, limit: int) -> list[tuple[Example, Example]]:
         """Pairs as (answered generalized, answered memorized)."""
         return [(_phrasing(row, "generalized"), _phrasing(row, "memorized")) for row in self._pairs(split, limit)]
 
-    def turned(self, split: Split, direction: str, limit: int, reachable: bool = True) -> list[Example]:
-        """Of each pair, the phrasing that shows the behaviour to be turned.
-
-        A phrasing that is part of several pairs comes once.
+    def targets(self, split: Split, direction: str, limit: int, reachable: bool = True) -> list[Example]:
+        """Of each pair, the phrasing that shows the behaviour to be steered away from, each phrasing once.
 
         Args:
-            reachable: turning to memory takes a phrasing that leaves the stored key where it was stored; False gives
-                the others, which are judged apart. Every phrasing can be turned to the rule.
+            reachable: steering to memory takes a phrasing that leaves the stored key where it was stored; False gives
+                the others, which are judged apart. Every phrasing can be steered to the rule.
         """
         phrasings = (_phrasing(row, SOURCE[direction]) for row in self._pairs(split, None))
-        wanted = (e for e in phrasings if (direction == "to_generalized" or keeps_key(self.task, e)) == reachable)
+        wanted = (e for e in phrasings if (direction == "to_generalized" or self.task.keeps_key(e)) == reachable)
         return list(islice(_each_once(wanted), limit))
 
     def conflicts(self, split: Split, behaviour: str, limit: int, reachable: bool = False) -> list[Example]:
         """Examples as drawn, before any rephrasing, that are answered so; ``reachable``: that keep the key."""
-        rows = self.pairs[(self.pairs["split"] == split) & (self.pairs["behaviour_a"] == behaviour)].itertuples()
-        examples = (_example(row, "a") for row in rows)
-        return list(islice(_each_once(e for e in examples if not reachable or keeps_key(self.task, e)), limit))
+        part = self.pairs[(self.pairs["split"] == split) & (self.pairs["behaviour_a"] == behaviour)]
+        examples = (Example.from_row(row, "a") for row in _rows(part))
+        return list(islice(_each_once(e for e in examples if not reachable or self.task.keeps_key(e)), limit))
 
-    def phrasing(self, row: Any, side: str) -> Example:
-        """Phrasing ``a`` or ``b`` of a candidate."""
-        return _example(row, side)
-
-    def _pairs(self, split: Split, limit: int | None) -> Iterator[Any]:
+    def _pairs(self, split: Split, limit: int | None) -> Iterator[Mapping[str, Any]]:
         chosen = self.pairs[self.pairs["is_pair"] & (self.pairs["split"] == split)]
-        return chosen.head(len(chosen) if limit is None else limit).itertuples()
+        return _rows(chosen.head(len(chosen) if limit is None else limit))
 
 
-def fit_lists(cell: Cell, asking: Asking, records: Records) -> FitLists:
+def sources_of(cell: Cell, asking: Asking, records: Records, sites: Iterable[Site]) -> dict[Site, Sources]:
+    """What directions are computed from, by site."""
+    pairs, kept = records.both_sides("fit", cell.config.steering.fit_pairs), kept_states(cell)
+    find_lists = cache(lambda: _fit_lists(cell, asking, records))  # one for all sites
+    return {site: read_sources(site, pairs, asking, find_lists, kept) for site in dict.fromkeys(sites)}
+
+
+def _fit_lists(cell: Cell, asking: Asking, records: Records) -> FitLists:
     """What directions are fitted on, prepared with prefixes."""
-    # Small batches: a learned vector takes one of them a step.
     config = cell.config.steering
-    asking = replace(asking, batch_size=config.fit_batch)
-    right = {
-        kind: with_prefixes(asking, examples)
-        for kind, examples in _answered_right(cell, asking, records, "fit", config.fit_others).items()
-    }
+    asking = replace(asking, batch_size=config.fit_batch)  # a learned vector takes one batch a step
+    # Memory examples that are conflicts give away the memorized answer, which shuffled labels must not know.
+    known = () if records.memory_is_conflict else ("memory",)
+    kinds = [kind for kind in (*known, "novel") if kind in config.kept_kinds]
+    right = _answered_right(cell, asking, records, "fit", config.fit_others, kinds)
+    ready = {kind: with_prefixes(asking, examples) for kind, examples in right.items()}
     pairs, conflicts, kept = {}, {}, {}
     for direction, toward in TOWARD.items():
-        pairs[toward] = with_prefixes(asking, records.turned("fit", direction, config.fit_pairs))
+        pairs[toward] = with_prefixes(asking, records.targets("fit", direction, config.fit_pairs))
         reachable = direction == "to_memorized"
         others = records.conflicts("fit", SOURCE[direction], config.fit_others, reachable)
         conflicts[toward] = with_prefixes(asking, others)
-        # Memory examples that are conflicts say which answer is the memorized one; shuffled labels must not know.
-        known = () if records.memory_is_conflict else ("memory",)
-        kinds = [k for k in _kept(records, toward) if k in ("novel", *known) and k in config.kept_kinds]
-        kept[toward] = in_turn(right[kind] for kind in kinds)
+        kept[toward] = in_turn(ready[kind] for kind in _kept(records, toward) if kind in ready)
     return FitLists(asking, pairs, conflicts, kept, config.kept_weight, config.learned_steps)
 
 
 def tune_lists(cell: Cell, asking: Asking, records: Records) -> dict[str, dict[str, TuneLists]]:
     """What settings are tried on, by aim (``pairs``, ``conflict``) and direction, prepared with prefixes."""
     config = cell.config.steering
-    known = _answered_right(cell, asking, records, "tune", config.tune_others)
-    right = {kind: with_prefixes(asking, examples) for kind, examples in known.items()}
-    # A fact that is asked for with nothing said and one that the prompt repeats are lost in different ways.
-    families = sorted({example.family for example in known["memory"]})
-    recalled = {name: [e for e in known["memory"] if e.family == name] for name in families if len(families) > 1}
+    right = _answered_right(cell, asking, records, "tune", config.tune_others, ("memory", "novel"))
+    ready = {kind: (with_prefixes(asking, examples), "correct") for kind, examples in right.items()}
+    # A fact that is asked for without context and one that the prompt repeats are lost in different ways.
+    families = Counter(example.family for example in right["memory"])
     recall = {
-        name: (with_prefixes(asking, examples), "correct")
-        for name, examples in recalled.items()
-        if len(examples) >= LEAST_OF_A_FAMILY
+        name: (with_prefixes(asking, [e for e in right["memory"] if e.family == name]), "correct")
+        for name, count in sorted(families.items())
+        if len(families) > 1 and count >= LEAST_OF_A_FAMILY
     }
     lists: dict[str, dict[str, TuneLists]] = {"pairs": {}, "conflict": {}}
     for direction, toward in TOWARD.items():
-        kept = {kind: (right[kind], "correct") for kind in _kept(records, toward)}
+        kept = {kind: ready[kind] for kind in _kept(records, toward)}
         apart = recall if "memory" in kept else {}
-        turned = with_prefixes(asking, records.turned("tune", direction, config.tune_pairs))
-        lists["pairs"][direction] = TuneLists(turned, kept, apart)
+        targets = with_prefixes(asking, records.targets("tune", direction, config.tune_pairs))
+        lists["pairs"][direction] = TuneLists(targets, kept, apart)
         source = records.conflicts("tune", SOURCE[direction], config.tune_others, direction == "to_memorized")
         rest = with_prefixes(asking, records.conflicts("tune", toward, config.tune_others))
-        lists["conflict"][direction] = TuneLists(
-            with_prefixes(asking, source), {**kept, "conflict_rest": (rest, toward)}, apart
-        )
+        kept = {**kept, "conflict_rest": (rest, toward)}
+        lists["conflict"][direction] = TuneLists(with_prefixes(asking, source), kept, apart)
     return lists
 
 
@@ -147,7 +146,7 @@ def judged_lists(records: Records, direction: str, limit: int) -> dict[str, Judg
     lists = {}
     others = {f"pairs_{name}": replace(records, pairs=table) for name, table in records.held_out.items()}
     for name, found in {"pairs": records, "pairs_unreachable": records, **others}.items():
-        examples = found.turned("test", direction, limit, reachable=name != "pairs_unreachable")
+        examples = found.targets("test", direction, limit, reachable=name != "pairs_unreachable")
         lists[name] = JudgedList(examples, [SOURCE[direction]] * len(examples), _margins(found.pairs, examples))
     table = records.behaviour
     conflict = table[table["kind"] == "conflict"]
@@ -160,7 +159,7 @@ def judged_lists(records: Records, direction: str, limit: int) -> dict[str, Judg
     for name, part in parts.items():
         examples = [Example.from_row(row) for row in part.to_dict("records")]
         if name == "conflict" and direction == "to_memorized":
-            part = part[[keeps_key(records.task, e) for e in examples]]
+            part = part[[records.task.keeps_key(e) for e in examples]]
         part = part.head(limit)
         examples = [Example.from_row(row) for row in part.to_dict("records")]
         lists[name] = JudgedList(examples, part["behaviour"].tolist(), part["margin"].to_numpy())
@@ -168,18 +167,21 @@ def judged_lists(records: Records, direction: str, limit: int) -> dict[str, Judg
 
 
 def _kept(records: Records, toward: Toward) -> list[str]:
-    """Kinds whose answers should stay: a model told to remember has nothing to remember of a novel example."""
+    """Kinds whose answers should stay: a model steered to memory has nothing to remember of a novel example."""
     memory = [] if records.memory_is_conflict and toward == "generalized" else ["memory"]
     return [*memory, "novel"] if toward == "generalized" else memory
 
 
-def _answered_right(cell: Cell, asking: Asking, records: Records, split: Split, limit: int) -> dict[str, list[Example]]:
-    """Memory and novel examples of a split that the model answers right."""
+def _answered_right(
+    cell: Cell, asking: Asking, records: Records, split: Split, limit: int, kinds: Sequence[str]
+) -> dict[str, list[Example]]:
+    """Memory and novel examples of a split that the model answers right, of the kinds that are needed."""
     rng, found = rng_of(cell, f"steering/{split}"), {}
     for kind in ("memory", "novel"):
-        examples = draw(records.task, rng, limit, kind, split)
-        labels = score(asking, prepare(asking, examples), margins=False).behaviour_N
-        found[kind] = [e for e, label in zip(examples, labels, strict=True) if label == "correct"]
+        examples = draw(records.task, rng, limit, kind, split)  # of all kinds: no list depends on which are needed
+        if kind in kinds:
+            labels = score(asking, prepare(asking, examples), margins=False).behaviour_N
+            found[kind] = [e for e, label in zip(examples, labels, strict=True) if label == "correct"]
     return found
 
 
@@ -203,11 +205,11 @@ def _margins(pairs: pd.DataFrame, examples: Sequence[Example]) -> np.ndarray:
     return np.array([known[example.item, example.prompt] for example in examples], np.float64)
 
 
-def _phrasing(row: Any, behaviour: str) -> Example:
-    """The phrasing of a pair that is answered so."""
-    return _example(row, "a" if row.behaviour_a == behaviour else "b")
+def _rows(table: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """The rows one by one: few of a long table may be wanted."""
+    return (dict(zip(map(str, table), row, strict=True)) for row in table.itertuples(index=False, name=None))
 
 
-def _example(row: Any, side: str) -> Example:
-    prompt, family = getattr(row, f"prompt_{side}"), getattr(row, f"family_{side}")
-    return Example(row.item, prompt, "conflict", row.group, family, row.split, row.memorized, row.generalized)
+def _phrasing(row: Mapping[str, Any], behaviour: str) -> Example:
+    """The phrasing of a pair that shows a behaviour."""
+    return Example.from_row(row, "a" if row["behaviour_a"] == behaviour else "b")

@@ -18,14 +18,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from mnemoscope.behaviour import Asking
+from mnemoscope.behaviour import Asking, states_at_the_end
 from mnemoscope.cells import Cell
 from mnemoscope.config import CellConfig
-from mnemoscope.detect import Detector, states_at_the_end
+from mnemoscope.detect import Detector
 from mnemoscope.directions import TOWARD
 from mnemoscope.errors import StudyError
 from mnemoscope.models import PLAINLY, backbone_of, cache_of, context_length, forked, pass_inputs
-from mnemoscope.stages.common import Tell, cell_model, read_best, rng_of, write_table
+from mnemoscope.stages.common import GATE, Tell, cell_model, read_best, rng_of, write_table
 from mnemoscope.steering import SteeringVector
 
 EARLIEST = 8  # tokens before a cut, at least, the first included
@@ -117,7 +117,7 @@ def _measured(
     for direction, vector in vectors.items():
         acts_N = np.ones(len(cuts_N2), bool)
         if reading:
-            acts_N = reading.acts(TOWARD[direction], config.detection.threshold)
+            acts_N = reading.acts(TOWARD[direction], GATE)
         for dose in config.neutral.doses:
             steered_NMV = logp(vector, dose)
             kl_NM = (plain_NMV.exp() * (plain_NMV - steered_NMV)).sum(-1)

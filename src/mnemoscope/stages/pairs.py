@@ -1,29 +1,28 @@
-"""Mine pairs in every split and stream the contrast of the fit pairs."""
+"""The mining stage: pairs of every split, and the contrast of the fit pairs."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from functools import reduce
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pyarrow as pa
 
-from mnemoscope import ranks
-from mnemoscope.behaviour import Asking, PairBatch, draw_candidates, mine_pairs
+from mnemoscope.behaviour import Asking, KeptStates, PairBatch, draw_candidates, mine_pairs
 from mnemoscope.cells import Cell
 from mnemoscope.contrast import ContrastAccumulator
 from mnemoscope.errors import StudyError
 from mnemoscope.files import write_atomically
-from mnemoscope.stages.common import TableWriter, Tell, cell_model, cell_task, rng_of
+from mnemoscope.stages.common import TableWriter, Tell, cell_model, cell_task, kept_states, rng_of
 from mnemoscope.tasks import SPLITS, Example, Split, Task, draws
 
-TEXTS = ("item", "group", "memorized", "generalized", "split")
+Candidate = tuple[Example, Example]
 SIDES = {"prompt": pa.string(), "family": pa.string(), "behaviour": pa.string(), "margin": pa.float64()}
 COLUMNS = {
-    **dict.fromkeys(TEXTS, pa.string()),
+    **dict.fromkeys(("item", "group", "memorized", "generalized", "split"), pa.string()),
     **{f"{name}_{letter}": kind for letter in "ab" for name, kind in SIDES.items()},
     "is_pair": pa.bool_(),
 }
@@ -32,61 +31,72 @@ COLUMNS = {
 def pairs_stage(cell: Cell, tell: Tell) -> list[Path]:
     """Mine pairs in every split; stream the contrast of the fit pairs.
 
-    Candidates are drawn as they are asked, by generators that no label has a part in, so that the yield has an honest
-    denominator and neither they nor what became of them is ever held as a whole.
+    Candidates are drawn batch by batch, by generators that no label has a part in, so that the yield has an honest
+    denominator and memory does not grow with their number. Batches are labelled in parallel and taken in their order,
+    so that all sums are the same for any number of processes.
     """
-    task, asking, config = cell_task(cell), cell_model(cell), cell.config.pairs
+    task, miner, config = cell_task(cell), _Miner(cell), cell.config.pairs
     contrast: ContrastAccumulator | None = None
     counts: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
     pairs: Counter[str] = Counter()
     wanted = {split: getattr(config, f"{split}_examples") for split in SPLITS}
-    before = 0
+    kept, before = kept_states(cell, anew=True), 0
     with TableWriter(cell.records / "pairs.parquet", COLUMNS) as writer:
         for split in SPLITS:
-            drawn = draws(task, rng_of(cell, f"pairs/{split}"), wanted[split], "conflict", split)
-            for batch, tables in _mined(cell, asking, task, drawn, split):
-                if split == "fit" and batch and batch.is_pair_N.any():
+            for batch in cell.map(miner, _batches(cell, task, split, wanted[split], split)):
+                if split == "fit" and batch.is_pair_N.any():
                     contrast = contrast or _no_contrast(cell, batch)
                     groups = [pair[0].group for pair in batch.pairs()]
                     contrast.add(batch.states_generalized_PLD, batch.states_memorized_PLD, groups)
-                for table in tables:
-                    writer.add(table)
-                    counts[split].update([*table["behaviour_a"], *table["behaviour_b"]])
-                    pairs[split] += int(table["is_pair"].sum())
+                batch.keep(kept, config.site, of_all=cell.config.detection.fitted)
+                writer.add(_pairs_table(batch))
+                counts[split].update([*batch.scores_a.behaviour_N, *batch.scores_b.behaviour_N])
+                pairs[split] += int(batch.is_pair_N.sum())
                 done = counts[split].total() // 2
                 note = f"mining {split} pairs: {pairs[split]:,} in {done:,} candidates"
                 tell(before + min(done / config.rephrasings, wanted[split]), sum(wanted.values()), note)
             before += wanted[split]
-    contrast = _merged(contrast)
     for split in SPLITS:
         if not pairs[split]:
             why = _why_no_pairs(cell, counts[split], split)
             raise StudyError(f"{cell.name}: no pairs found in the {split} split: {why}")
-    files = [cell.records / "pairs.parquet", *_held_out_pairs(cell, task, asking, tell)]
+    files = [cell.records / "pairs.parquet", *_held_out_pairs(cell, task, miner, kept, tell)]
     if contrast is not None:
         files.append(write_atomically(cell.folder / "contrast.safetensors", contrast.result().save))
     return files
 
 
-def _mined(
-    cell: Cell, asking: Asking, task: Task, examples: Iterable[Example], split: Split, held_out: str | None = None
-) -> Iterator[tuple[PairBatch | None, list[pd.DataFrame]]]:
-    """This process's next batch of candidates and the tables of all processes' batches, in the order of the batches."""
-    stream = f"pairs/{held_out or split}/rephrase"
-    candidates = draw_candidates(task, examples, rng_of(cell, stream), cell.config.pairs.rephrasings)
-    batches = mine_pairs(asking, candidates, cell.config.pairs.site, part=(ranks.rank(), ranks.world()))
-    while True:
-        batch = next(batches, None)
-        tables = [table for table in ranks.from_all(_pairs_table(batch, split) if batch else None) if table is not None]
-        if not tables:
-            return
-        yield batch, tables
+class _Miner:
+    """Labels batches of candidates with the model of a cell, opened in whichever process the first batch comes to."""
+
+    def __init__(self, cell: Cell) -> None:
+        self.cell = cell
+
+    def __reduce__(self) -> tuple[type[_Miner], tuple[Cell]]:
+        return _Miner, (self.cell,)
+
+    @cached_property
+    def asking(self) -> Asking:
+        return cell_model(self.cell)
+
+    def __call__(self, candidates: list[Candidate]) -> PairBatch:
+        (batch,) = mine_pairs(self.asking, candidates, self.cell.config.pairs.site, len(candidates))
+        return batch
 
 
-def _held_out_pairs(cell: Cell, task: Task, asking: Asking, tell: Tell) -> list[Path]:
+def _batches(cell: Cell, task: Task, stream: str, n: int, split: Split) -> Iterator[list[Candidate]]:
+    """Candidates of ``n`` examples, as many at a time as fill 16 passes, 512 at most."""
+    config = cell.config.pairs
+    examples = draws(task, rng_of(cell, f"pairs/{stream}"), n, "conflict", split)
+    left = draw_candidates(task, examples, rng_of(cell, f"pairs/{stream}/rephrase"), config.rephrasings)
+    while drawn := list(islice(left, min(512, 16 * config.batch_size))):
+        yield drawn
+
+
+def _held_out_pairs(cell: Cell, task: Task, miner: _Miner, kept: KeptStates, tell: Tell) -> list[Path]:
     """Test pairs of what nothing is fitted on, where the task holds something out."""
     config = cell.config.pairs
-    held_out: dict[str, Task] = getattr(task, "held_out", dict)()
+    held_out = task.held_out()
     if not held_out:
         return []
     path = cell.records / "pairs_held_out.parquet"
@@ -94,17 +104,10 @@ def _held_out_pairs(cell: Cell, task: Task, asking: Asking, tell: Tell) -> list[
         for name, other in held_out.items():
             tell(1, 1, f"mining test pairs of another {name}")
             n = config.held_out_examples or config.test_examples
-            drawn = draws(other, rng_of(cell, f"pairs/{name}"), n, "conflict", "test")
-            for _, tables in _mined(cell, asking, other, drawn, "test", name):
-                for table in tables:
-                    writer.add(table.assign(held_out=name))
+            for batch in cell.map(miner, _batches(cell, other, name, n, "test")):
+                batch.keep(kept, config.site, of_all=cell.config.detection.fitted)
+                writer.add(_pairs_table(batch).assign(held_out=name))
     return [path]
-
-
-def _merged(mine: ContrastAccumulator | None) -> ContrastAccumulator | None:
-    """The contrast of what all processes found, for the first one."""
-    parts = [part for part in ranks.to_first(mine) if part is not None]
-    return reduce(ContrastAccumulator.merge, parts) if parts else None
 
 
 def _no_contrast(cell: Cell, batch: PairBatch) -> ContrastAccumulator:
@@ -113,19 +116,12 @@ def _no_contrast(cell: Cell, batch: PairBatch) -> ContrastAccumulator:
     return ContrastAccumulator.empty(config.site, layers, neurons, config.permutations, cell.seed)
 
 
-def _pairs_table(batch: PairBatch, split: str) -> pd.DataFrame:
-    columns: dict[str, Any] = {
-        field: [getattr(a, field) for a, _ in batch.candidates] for field in TEXTS if field != "split"
-    }
-    columns["split"] = split
-    for side, scores in enumerate((batch.scores_a, batch.scores_b)):
-        letter = "ab"[side]
-        columns[f"prompt_{letter}"] = [pair[side].prompt for pair in batch.candidates]
-        columns[f"family_{letter}"] = [pair[side].family for pair in batch.candidates]
-        columns[f"behaviour_{letter}"] = scores.behaviour_N
-        columns[f"margin_{letter}"] = scores.margin_N
-    columns["is_pair"] = batch.is_pair_N
-    return pd.DataFrame(columns)
+def _pairs_table(batch: PairBatch) -> pd.DataFrame:
+    table = pd.DataFrame([b.to_row("b") | a.to_row("a") for a, b in batch.candidates])
+    for side, scores in (("a", batch.scores_a), ("b", batch.scores_b)):
+        table[f"behaviour_{side}"] = scores.behaviour_N
+        table[f"margin_{side}"] = scores.margin_N
+    return table.assign(is_pair=batch.is_pair_N)[list(COLUMNS)]
 
 
 def _why_no_pairs(cell: Cell, found: Counter[str], split: str) -> str:

@@ -14,14 +14,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from scipy import sparse
-from torch import Tensor
 
-from mnemoscope.behaviour import Asking, Batch, prepare, read_states
+from mnemoscope.behaviour import Asking, encode, read_states
 from mnemoscope.cells import Cell
-from mnemoscope.contrast import nmd_and_rho
-from mnemoscope.models import Site, backbone_of, blocks_of, cache_of, pass_inputs, width_of
+from mnemoscope.contrast import PairedMoments
+from mnemoscope.models import blocks_of, width_of
 from mnemoscope.probes import (
     LayerProbe,
     fit_input_probe,
@@ -31,7 +29,7 @@ from mnemoscope.probes import (
     share_right,
     shuffled,
 )
-from mnemoscope.stages.common import Tell, cell_model, rng_of, write_json, write_table
+from mnemoscope.stages.common import Tell, cell_model, kept_states, rng_of, write_json, write_table
 from mnemoscope.statistics import (
     cosine,
     half_of_groups,
@@ -41,13 +39,15 @@ from mnemoscope.statistics import (
     rank_correlation,
     top_by_magnitude,
 )
-from mnemoscope.tasks import SPLITS, Example, Split
+from mnemoscope.tasks import SPLITS, Example, Side, Split
 
 MEMORY = 2**30  # bytes of states that are held at once; one offset of all pairs, if that is more
 UNCERTAINTIES = ("entropy", "top_gap")
+SHUFFLES = 10  # of the labels, for probes that have nothing to learn
+TOPS = (0.05, 0.1, 0.3)  # shares of all neurons whose overlap between halves is counted
 ALL = -1  # the layer of what belongs to none, or to all together
 
-States = dict[Split, np.ndarray]
+BySplit = dict[Split, np.ndarray]  # states (N, L, D)
 
 
 def probes_stage(cell: Cell, tell: Tell) -> list[Path]:
@@ -56,20 +56,19 @@ def probes_stage(cell: Cell, tell: Tell) -> list[Path]:
     table = pd.read_parquet(cell.records / "pairs.parquet", filters=[("is_pair", "==", True)])
     rng = rng_of(cell, "probes")
     parts = {split: Phrasings.of(table, split, config.pairs, rng) for split in SPLITS}
-    batches = {split: prepare(asking, part.examples) for split, part in parts.items()}
-    offsets = readable_offsets(config.offsets, [batch for split in SPLITS for batch in batches[split]])
+    offsets = readable_offsets(asking, config.offsets, [e for split in SPLITS for e in parts[split].examples])
     rows, files = _input_rows(asking, parts), []
     site, done = cell.config.pairs.site, 0
     for held in _that_fit(offsets, _bytes_per_offset(asking, parts)):
         tell(done, len(offsets), f"reading states {', '.join(map(str, held))} tokens before the decision")
-        read = {split: read_back(asking, batches[split], site, held) for split in SPLITS}
+        read = {split: read_states(asking, parts[split].examples, site, held, kept_states(cell)) for split in SPLITS}
         for place, offset in enumerate(held):
             tell(done, len(offsets), f"fitting probes {offset} tokens before the decision")
-            states: States = {split: read[split][0][place] for split in SPLITS}
+            states: BySplit = {split: read[split].states_ONLD[place] for split in SPLITS}
             probes = _fit(states, parts)
             rows += _state_rows(probes, states["test"], parts["test"], offset)
             if offset == 0:
-                rows += _uncertainty_rows({split: read[split][1] for split in SPLITS}, parts)
+                rows += _uncertainty_rows({split: read[split].uncertainty_N2 for split in SPLITS}, parts)
                 rows += _shuffled_rows(cell, probes, states, parts)
                 files += _files_at_the_decision(cell, probes, states, parts)
             done += 1
@@ -88,7 +87,7 @@ class Phrasings:
         rows = table[table["is_pair"] & (table["split"] == split)]
         if len(rows) > limit:
             rows = rows.iloc[np.sort(rng.choice(len(rows), limit, replace=False))]
-        return cls([_phrasing(row, side) for row in rows.to_dict("records") for side in _sides(row)])
+        return cls([Example.from_row(row, side) for row in rows.to_dict("records") for side in _sides(row)])
 
     @cached_property
     def labels_N(self) -> np.ndarray:
@@ -104,18 +103,13 @@ class Phrasings:
         return self.groups_N[::2]
 
 
-def _sides(row: Mapping[Any, Any]) -> str:
-    return "ab" if row["behaviour_a"] == "generalized" else "ba"
+def _sides(row: Mapping[Any, Any]) -> tuple[Side, Side]:
+    return ("a", "b") if row["behaviour_a"] == "generalized" else ("b", "a")
 
 
-def _phrasing(row: Mapping[Any, Any], side: str) -> Example:
-    told = {"kind": "conflict", "prompt": row[f"prompt_{side}"], "family": row[f"family_{side}"]}
-    return Example.from_row({**row, **told})
-
-
-def readable_offsets(offsets: Sequence[int], batches: Sequence[Batch]) -> list[int]:
+def readable_offsets(asking: Asking, offsets: Sequence[int], examples: Sequence[Example]) -> list[int]:
     """The offsets that exist in every context."""
-    shortest = min(int(batch.mask_NT.sum(1).min()) for batch in batches)
+    shortest = min(len(encoded.context) for encoded in encode(asking, examples))
     return [offset for offset in sorted(offsets) if offset < shortest]
 
 
@@ -125,65 +119,14 @@ def _bytes_per_offset(asking: Asking, parts: Mapping[Split, Phrasings]) -> int:
 
 
 def _that_fit(offsets: Sequence[int], each: int) -> Iterator[Sequence[int]]:
-    """Runs of offsets whose states fit in ``MEMORY``, at least one at a time."""
-    size = max(1, MEMORY // max(each, 1))
-    yield from (offsets[start : start + size] for start in range(0, len(offsets), size))
+    """Runs of offsets whose states fit in ``MEMORY``, at least one at a time; earlier stages have read the decision."""
+    if 0 in offsets:
+        yield [0]
+    others, size = [offset for offset in offsets if offset], max(1, MEMORY // max(each, 1))
+    yield from (others[start : start + size] for start in range(0, len(others), size))
 
 
-def read_back(
-    asking: Asking, batches: Sequence[Batch], site: Site, offsets: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """States at positions counted back from the decision position, in the order in which examples were prepared.
-
-    Each context is read once, in pieces that end at the offsets: a state depends on nothing that follows it.
-
-    Args:
-        offsets: tokens before the decision position, smaller than every context's length.
-
-    Returns:
-        float32 states (O, N, L, D), and float64 (N, 2): entropy in nats of the distribution of the next token at the
-        decision position, and the log probability of its first minus that of its second choice. NaN without offset 0.
-    """
-    total = sum(len(batch.examples_N) for batch in batches)
-    states_ONLD, uncertainty_N2 = np.empty((len(offsets), 0)), np.full((total, 2), np.nan)
-    for batch in batches:
-        read_OLND, logits_NV = _read_batch(asking, batch, site, offsets)
-        if not states_ONLD.size:
-            states_ONLD = np.empty((len(offsets), total, read_OLND.shape[1], read_OLND.shape[3]), dtype=np.float32)
-        states_ONLD[:, batch.examples_N] = read_OLND.float().cpu().numpy().swapaxes(1, 2)
-        if logits_NV is not None:
-            uncertainty_N2[batch.examples_N] = _uncertainty(logits_NV).cpu().numpy()
-    return states_ONLD, uncertainty_N2
-
-
-@torch.no_grad()
-def _read_batch(asking: Asking, batch: Batch, site: Site, offsets: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-    """States (O, L, N, D), and the logits (N, V) at the decision position if 0 is among the offsets."""
-    model, width = asking.model, batch.ids_NT.shape[1]
-    found: dict[int, Tensor] = {}
-    start, logits_NV = 0, None
-    known: Any = None  # what was read before
-    with read_states(model, site) as states:
-        for offset in sorted(set(offsets), reverse=True):
-            stop = width - offset
-            inputs = pass_inputs(model, batch.ids_NT[:, start:stop], batch.mask_NT[:, :stop], known)
-            if offset == 0:
-                output = model(**inputs, logits_to_keep=1)
-                logits_NV = output.logits[:, -1]
-            else:
-                output = backbone_of(model)(**inputs)  # no head where no logits are needed
-            found[offset], start, known = torch.stack([s.float().cpu() for s in states]), stop, cache_of(output)
-    return torch.stack([found[offset] for offset in offsets]), logits_NV
-
-
-def _uncertainty(logits_NV: Tensor) -> Tensor:
-    """Entropy and gap of the two likeliest tokens' log probabilities, in nats; float64 (N, 2)."""
-    logp_NV = logits_NV.float().log_softmax(-1)
-    top_N2 = logp_NV.topk(2).values.double()
-    return torch.stack([torch.special.entr(logp_NV.exp()).sum(-1).double(), top_N2[:, 0] - top_N2[:, 1]], dim=1)
-
-
-def _fit(states: States, parts: Mapping[Split, Phrasings]) -> list[LayerProbe]:
+def _fit(states: BySplit, parts: Mapping[Split, Phrasings]) -> list[LayerProbe]:
     fit, tune = parts["fit"].labels_N, parts["tune"].labels_N
     return fit_layer_probes(states["fit"], fit, states["tune"], tune)
 
@@ -219,24 +162,24 @@ def features_of_input(
     return {"input_only": bags, "input_repeats": both}
 
 
-def _uncertainty_rows(uncertainty: States, parts: Mapping[Split, Phrasings]) -> list[pd.DataFrame]:
+def _uncertainty_rows(uncertainty: BySplit, parts: Mapping[Split, Phrasings]) -> list[pd.DataFrame]:
     """How sure the model is of its next token: one number, whose sign and threshold are learned on the fit pairs."""
     rows = []
     for column, kind in enumerate(UNCERTAINTIES):
-        values: States = {split: uncertainty[split][:, None, [column]] for split in SPLITS}
+        values: BySplit = {split: uncertainty[split][:, None, [column]] for split in SPLITS}
         scores_N = _fit(values, parts)[0].decision_function(values["test"][:, 0])
         rows.append(_rows(kind, ALL, 0, parts["test"], scores_N))
     return rows
 
 
 def _shuffled_rows(
-    cell: Cell, probes: Sequence[LayerProbe], states: States, parts: Mapping[Split, Phrasings]
+    cell: Cell, probes: Sequence[LayerProbe], states: BySplit, parts: Mapping[Split, Phrasings]
 ) -> list[pd.DataFrame]:
     """Probes of shuffled labels. One shuffle says little: its accuracy scatters widely around one half."""
     fit, rng = parts["fit"], rng_of(cell, "shuffle")
     pair_N = np.repeat(np.arange(len(fit.examples) // 2), 2)
     rows: list[pd.DataFrame] = []
-    for _ in range(cell.config.probes.shuffles):
+    for _ in range(SHUFFLES):
         labels_N = shuffled(fit.labels_N, pair_N, rng)
         blind = [
             LayerProbe(probe.regularization).fit(states["fit"][:, layer], labels_N)
@@ -247,7 +190,7 @@ def _shuffled_rows(
 
 
 def _files_at_the_decision(
-    cell: Cell, probes: Sequence[LayerProbe], states: States, parts: Mapping[Split, Phrasings]
+    cell: Cell, probes: Sequence[LayerProbe], states: BySplit, parts: Mapping[Split, Phrasings]
 ) -> list[Path]:
     """The probes themselves, the learning curve, and the halves of the fit pairs."""
     right_L = [
@@ -269,19 +212,21 @@ def _files_at_the_decision(
     ]
 
 
-def learning_rows(cell: Cell, states: States, parts: Mapping[Split, Phrasings], layer: int) -> Iterator[dict[str, Any]]:
+def learning_rows(
+    cell: Cell, states: BySplit, parts: Mapping[Split, Phrasings], layer: int
+) -> Iterator[dict[str, Any]]:
     """What fewer fit pairs give: the probe's test accuracy at one layer, and how near their NMD is to that of all."""
     config, rng, groups_P = cell.config.probes, rng_of(cell, "learning"), parts["fit"].groups_P
     fit_PSLD = states["fit"].reshape(-1, 2, *states["fit"].shape[1:])
-    whole_LD, _ = nmd_and_rho(fit_PSLD[:, 0], fit_PSLD[:, 1])
-    one_layer: States = {split: states[split][:, [layer]] for split in SPLITS}
+    whole_LD = PairedMoments.of(fit_PSLD).nmd_LD
+    one_layer: BySplit = {split: states[split][:, [layer]] for split in SPLITS}
     tune_N, test_N = parts["tune"].labels_N, parts["test"].labels_N
     sizes = [size for size in sorted(config.learning) if size < len(groups_P)]
     for size, draws in [*((size, config.learning_draws) for size in sizes), (len(groups_P), 1)]:
         for draw in range(draws):
             # All pairs are taken in their own order: the curve ends exactly at the probe and the NMD of the study.
             chosen = in_group_order(groups_P, rng)[:size] if size < len(groups_P) else np.arange(size)
-            nmd_LD, _ = nmd_and_rho(fit_PSLD[chosen, 0], fit_PSLD[chosen, 1])
+            nmd_LD = PairedMoments.of(fit_PSLD[chosen]).nmd_LD
             states_NLD = one_layer["fit"][(2 * chosen[:, None] + [0, 1]).ravel()]
             probe = fit_layer_probes(states_NLD, np.tile([1, 0], size), one_layer["tune"], tune_N)[0]
             accuracy = share_right(probe.decision_function(one_layer["test"][:, 0]), test_N)
@@ -306,20 +251,14 @@ def halves_rows(cell: Cell, fit_NLD: np.ndarray, groups_P: Sequence[str]) -> Ite
     fit_PSLD = fit_NLD.reshape(-1, 2, *fit_NLD.shape[1:])
     for halving in range(config.halvings if len(set(groups_P)) > 1 else 0):
         half_P = half_of_groups(groups_P, rng)
-        nmd, rho = zip(*(nmd_and_rho(*fit_PSLD[rows].swapaxes(0, 1)) for rows in (half_P, ~half_P)), strict=True)
-        for row in compare_contrasts(nmd, rho, config.tops):
+        halves = [PairedMoments.of(fit_PSLD[rows]) for rows in (half_P, ~half_P)]
+        for row in compare_contrasts(halves):
             yield {"halving": halving, **row}
 
 
-def compare_contrasts(
-    nmd: tuple[np.ndarray, np.ndarray], rho: tuple[np.ndarray, np.ndarray], tops: Sequence[float]
-) -> Iterator[dict[str, Any]]:
-    """Two contrasts of one model side by side.
-
-    Args:
-        nmd, rho: of either, each (L, D).
-        tops: shares of all neurons whose overlap is counted.
-    """
+def compare_contrasts(halves: Sequence[PairedMoments]) -> Iterator[dict[str, Any]]:
+    """How alike NMD and rho of two halves are."""
+    nmd, rho = [half.nmd_LD for half in halves], [half.rho_LD for half in halves]
     none = {"top": np.nan, "chance": np.nan, "chance_low": np.nan, "chance_high": np.nan}
     layers, neurons = nmd[0].shape
     for layer in range(layers):
@@ -327,7 +266,7 @@ def compare_contrasts(
         yield {**common, "what": "rho_rank_correlation", "value": rank_correlation(rho[0][layer], rho[1][layer])}
         yield {**common, "what": "nmd_cosine", "value": cosine(nmd[0][layer], nmd[1][layer])}
     yield {**none, "what": "nmd_cosine", "layer": ALL, "value": cosine(*nmd), "n": layers * neurons}
-    for top in tops:
+    for top in TOPS:
         sets = [top_by_magnitude(rho_LD, top) for rho_LD in rho]
         # Permuted over all neurons, and within layers: the second null knows which layers have the large |rho|.
         nulls = {"overlap": [chosen.reshape(1, -1) for chosen in sets], "overlap_in_layers": sets}

@@ -34,7 +34,7 @@ def samples_stage(cell: Cell, tell: Tell) -> list[Path]:
     for done, (direction, path) in enumerate(read_best(cell).items()):
         tell(done, len(TOWARD), f"{direction}: writing on")
         by_group: dict[str, Example] = {}
-        for example in records.turned("test", direction, len(records.pairs)):
+        for example in records.targets("test", direction, len(records.pairs)):
             by_group.setdefault(example.group, example)
         examples = list(by_group.values())[: config.prompts]
         prompts = [example.prompt for example in examples]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain, product
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,121 +15,107 @@ import pandas as pd
 
 from mnemoscope.behaviour import Asking, Batch, Scores, encode, mark_confabulations
 from mnemoscope.cells import Cell, git_state
-from mnemoscope.config import SweepConfig
+from mnemoscope.config import MethodName, SteeringConfig
 from mnemoscope.directions import (
+    ANSWERED,
     CONTROLS,
+    SOURCE,
     TOWARD,
     Choice,
+    Directions,
+    Fit,
+    Labels,
     Limits,
     Setting,
-    Sources,
     TuneLists,
-    alpha_of,
     control_draws,
     final,
+    learned_together,
     ranked,
-    read_sources,
     share_of,
+    shuffles,
     steered,
-    vector_of,
     with_prefixes,
 )
-from mnemoscope.errors import InputError
-from mnemoscope.models import blocks_of
-from mnemoscope.stages.common import Tell, cell_model, cell_task, save_bound, write_json, write_table
-from mnemoscope.stages.lists import JudgedList, Records, fit_lists, judged_lists, tune_lists
-from mnemoscope.steering import Positions
+from mnemoscope.models import Site, blocks_of
+from mnemoscope.stages.common import Tell, cell_model, keep_shifts, read_binding, write_json, write_table
+from mnemoscope.stages.lists import JudgedList, Records, judged_lists, sources_of, tune_lists
 
-AIMS = ("pairs", "conflict")  # what a setting is chosen for; controls are drawn on the list of that name
+AIMS = {"pairs": "pairs", "conflict": "conflicts as drawn"}  # what a setting is chosen for: the list of that name
+PARTS = len(AIMS) + 1  # of the stage's progress
 JUDGED = 2_000_003  # added to the seed of controls on test
-AIM_NAMES = {"pairs": "pairs", "conflict": "conflicts as drawn"}
+MAPPED = ("nmd",)  # methods whose whole sweep is measured on what should stay as it is too
+CONFLICT_CONTROL, CONFLICT_COLLATERAL = 0.3, 0.1  # limits for conflicts as drawn: steering them takes larger norms
+
+Row = dict[str, Any]
 
 
-# Aim, direction and method whose settings are to be ranked, and the share of neurons where that was chosen before.
-Asked = tuple[str, str, str, float | None]
-Ranked = tuple[list[Choice], list[dict[str, Any]]]  # settings, best first, and rows of the sweep
-Placed = tuple[tuple[int, ...], pd.DataFrame]  # a table, and its place among all tables
+@dataclass(frozen=True)
+class _Chosen:
+    """The setting that was chosen for an aim, a direction and a method; ``best``: no method gains more."""
+
+    aim: str
+    choice: Choice
+    best: bool
+
+    @property
+    def setting(self) -> Setting:
+        return self.choice.setting
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Direction and method."""
+        return self.setting.direction, self.setting.method
 
 
 def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
     """Choose settings on the tune split, for pairs and for conflicts as drawn; judge them on the test split."""
-    work = _Work(cell)
-    work.tell = tell
-    made = _Made()
-    for number, aim in enumerate(AIMS):
-        tell(number, len(AIMS) + 1, f"choosing for {AIM_NAMES[aim]} on tune")
-        _choose(work, made, aim)
-    work.forget_tune()  # the tune lists and their caches are gone before the test lists come
-    tell(len(AIMS), len(AIMS) + 1, "vectors and controls on test")
-    asked = list(product(TOWARD, cell.config.steering.sweeps))
-    judged = cell.spread(partial(work.judge_all, made), asked)
-    tables = [table for _, table in sorted((part for parts in judged for part in parts), key=itemgetter(0))]
-    files = work.save(made)
-    files.append(write_table(cell.records / "steering.parquet", pd.concat(tables, ignore_index=True)))
-    rows = [row for _, of_one in sorted(made.swept, key=itemgetter(0)) for row in of_one]
-    files.append(write_table(cell.records / "sweep.parquet", pd.DataFrame(rows)))
-    files.append(write_json(cell.records / "chosen.json", work.chosen(made)))
-    return files
+    opened, config = _Opened(cell), cell.config.steering
+    count = len(blocks_of(opened.asking.model))
+    tried: dict[tuple[str, str], list[Setting]] = {
+        key: settings_of(config, *key, count) for key in product(TOWARD, config.sweeps)
+    }
+    for_pairs, rows = _choose(opened, "pairs", tried, tell)
+    # What share of the neurons a method takes is chosen once.
+    tops = {one.key: one.setting.top for one in for_pairs}
+    again = {key: [setting for setting in some if setting.top == tops[key]] for key, some in tried.items()}
+    for_conflicts, more = _choose(opened, "conflict", again, tell)
+    chosen = [*for_pairs, *for_conflicts]
+    tables = _judge_all(opened, chosen, tell)
+    rows = sorted(rows + more, key=lambda row: list(TOWARD).index(row["direction"]))
+    return [
+        write_table(cell.records / "steering.parquet", pd.concat(tables, ignore_index=True)),
+        write_table(cell.records / "sweep.parquet", pd.DataFrame(rows)),
+        *_write_chosen(opened, chosen),
+    ]
 
 
-def _choose(work: _Work, made: _Made, aim: str) -> None:
-    """Choose a setting for each method and direction, and the method that gains most."""
-    asked: list[Asked] = []
-    for direction, method in product(TOWARD, list[str](work.cell.config.steering.sweeps)):
-        top = made.choices["pairs", direction, method].setting.top if aim == "conflict" else None
-        asked.append((aim, direction, method, top))
-    found = work.cell.spread(work.rank_all, asked)
-    for (_, direction, method, _), (choices, rows) in zip(asked, found, strict=True):
-        made.choices[aim, direction, method] = choices[0]
-        made.swept.append(((list(TOWARD).index(direction), AIMS.index(aim)), rows))
-    for direction in TOWARD:
-        of_methods = (choices for (_, d, *_), (choices, _) in zip(asked, found, strict=True) if d == direction)
-        choice = work.final(aim, direction, list(chain.from_iterable(of_methods)))
-        made.choices[aim, direction, choice.setting.method] = choice
-        made.best[aim, direction] = choice.setting.method
-
-
-def sources_of(cell: Cell, asking: Asking, records: Records) -> dict[str, Sources]:
-    """The sources of every site that a sweep of the cell names."""
-    lists = fit_lists(cell, asking, records)
-    pairs = records.both_sides("fit", cell.config.steering.fit_pairs)
-    grids = [grid for grids in cell.config.steering.sweeps.values() for grid in grids]
-    sites = dict.fromkeys(site for grid in grids for site in grid.sites)
-    return {site: read_sources(site, pairs, lists) for site in sites}
-
-
-def layers_name(layers: Sequence[int]) -> str:
-    """``0-3`` for a range, ``2`` for one layer, else the layers between commas."""
-    first, last = layers[0], layers[-1]
-    if list(layers) == list(range(first, last + 1)):
-        return str(first) if first == last else f"{first}-{last}"
-    return ",".join(map(str, layers))
-
-
-@dataclass
-class _Made:
-    """What the stage has come to so far.
+class _Opened:
+    """What the parts of the stage work with, opened when it is first needed, in each process once.
 
     Attributes:
-        choices: by aim, direction and method.
-        best: the method that gains most, by aim and direction.
-        swept: rows of ``records/sweep.parquet``, with the places of direction and aim.
+        shifts: the memory of all directions. The main process sends what was learned to the parts that need it.
     """
 
-    choices: dict[tuple[str, str, str], Choice] = field(default_factory=dict)
-    best: dict[tuple[str, str], str] = field(default_factory=dict)
-    swept: list[tuple[tuple[int, int], list[dict[str, Any]]]] = field(default_factory=list)
-
-
-class _Work:
-    """The steering of one cell: what it needs is opened when it is first needed, and anew on another machine."""
-
     def __init__(self, cell: Cell) -> None:
-        self.cell = cell
-        self.tell: Tell = lambda *_: None
+        self.cell, self.shifts = cell, dict[Fit, np.ndarray]()
+        self._batches: tuple[tuple[str, str], list[Batch]] | None = None
 
-    def __reduce__(self) -> tuple[type[_Work], tuple[Cell]]:
-        return _Work, (self.cell,)
+    def __reduce__(self) -> tuple[type[_Opened], tuple[Cell]]:
+        return _Opened, (self.cell,)
+
+    def map(
+        self, function: Callable[..., Any], items: Sequence[tuple[Any, ...]], settings: Iterable[Sequence[Setting]]
+    ) -> Iterable[Any]:
+        """``function(opened, *item)`` of each item, in parallel, with the learned shifts of its settings."""
+        keys = [{setting.same_direction()[0] for setting in some if setting.method == "learned"} for some in settings]
+        known = ({fit: shift_LD for fit, shift_LD in self.shifts.items() if fit[0] in some} for some in keys)
+        return self.cell.map(self, [(function, some, item) for some, item in zip(known, items, strict=True)])
+
+    def __call__(self, part: tuple[Callable[..., Any], dict[Fit, np.ndarray], tuple[Any, ...]]) -> Any:
+        function, shifts, item = part
+        self.shifts.update(shifts)
+        return function(self, *item)
 
     @cached_property
     def asking(self) -> Asking:
@@ -141,204 +126,213 @@ class _Work:
         return Records.of(self.cell)
 
     @cached_property
-    def sources(self) -> dict[str, Sources]:
+    def directions(self) -> dict[Site, Directions]:
         """By site."""
-        return sources_of(self.cell, self.asking, self.records)
-
-    @cached_property
-    def begin_alike(self) -> float:
-        """Share of the phrasings of fit pairs whose two answers begin with the same tokens."""
-        pairs = self.records.both_sides("fit", self.cell.config.steering.fit_pairs)
-        encoded = encode(self.asking, [example for pair in pairs for example in pair])
-        return float(np.mean([one.shared > 0 for one in encoded]))
+        sites = (s for grids in self.cell.config.steering.sweeps.values() for grid in grids for s in grid.sites)
+        sources = sources_of(self.cell, self.asking, self.records, sites)
+        return {site: Directions(found, self.shifts) for site, found in sources.items()}
 
     @cached_property
     def tune(self) -> dict[str, dict[str, TuneLists]]:
         """By aim and direction."""
         return tune_lists(self.cell, self.asking, self.records)
 
+    @cached_property
+    def judged(self) -> dict[str, dict[str, JudgedList]]:
+        """By direction and name."""
+        limit = self.cell.config.steering.judged_examples
+        return {direction: judged_lists(self.records, direction, limit) for direction in TOWARD}
+
+    def batches(self, direction: str, name: str) -> list[Batch]:
+        """A list that vectors are judged on, prepared with prefixes.
+
+        One list at a time, and no tune lists beside it: the caches of prompts are most of the memory that steering
+        takes.
+        """
+        self.forget_tune()
+        if self._batches is None or self._batches[0] != (direction, name):
+            self._batches = None
+            self._batches = (direction, name), with_prefixes(self.asking, self.judged[direction][name].examples)
+        return self._batches[1]
+
     def forget_tune(self) -> None:
         self.__dict__.pop("tune", None)
 
-    def rank_all(self, asked: Sequence[Asked]) -> list[Ranked]:
-        """Of each: the settings, best first, and the rows of the sweep."""
-        found = []
-        for done, (aim, direction, method, top) in enumerate(asked):
-            note = f"{direction}: choosing {method} for {AIM_NAMES[aim]} on tune"
-            self.tell(AIMS.index(aim) + done / len(asked), len(AIMS) + 1, note)
-            found.append(self._rank(aim, direction, method, top))
-        return found
 
-    def _rank(self, aim: str, direction: str, method: str, top: float | None) -> Ranked:
-        config, count = self.cell.config.steering, len(blocks_of(self.asking.model))
-        grids = config.sweeps[method]  # type: ignore[index]
-        settings = settings_of(direction, method, grids, count, config.positions)
-        lists, of_pairs = (self.tune[name][direction] for name in (aim, "pairs"))
-        rated, rows = [], []
-        for setting in settings:
-            if top not in (None, setting.top):
-                continue
-            row, scores = self._swept(aim, setting, lists.turned)
-            rows.append(row)
-            rated.append((setting, share_of(scores, TOWARD[setting.direction])))
-            if setting.method in config.mapped:
-                for name, (batches, label) in lists.kept.items():
-                    if aim == "pairs" or name not in of_pairs.kept:
-                        rows.append(self._swept(name, setting, batches, label)[0])
-        return ranked(self.asking, lists, self.sources, rated, self._limits(aim), self._seed), rows
-
-    def final(self, aim: str, direction: str, candidates: Sequence[Choice]) -> Choice:
-        """The best of all methods."""
-        lists = self.tune[aim][direction]
-        return final(self.asking, lists, self.sources, candidates, self._limits(aim), self._seed)
-
-    @property
-    def _seed(self) -> list[int]:
-        return [self.cell.seed, 1]
-
-    def _limits(self, aim: str) -> Limits:
-        config = self.cell.config.steering
-        limits = Limits(
-            config.control_limit,
-            config.collateral_limit,
-            refits=config.tune_refits,
-            again=config.tune_draws_again,
-            excess_cost=config.excess_cost,
-        )
-        if aim == "pairs":
-            return limits
-        return replace(
-            limits, control=config.conflict_control_limit, collateral=config.conflict_collateral_limit, refits=0
-        )
-
-    def _swept(
-        self, name: str, setting: Setting, batches: Sequence[Batch], label: str | None = None
-    ) -> tuple[dict[str, Any], Scores]:
-        """Try a setting on a list: a row that says what became of it, and the scores."""
-        turned = label is None
-        scores = steered(self.asking, batches, vector_of(self.sources[setting.site], setting), margins=turned)
-        row = {"examples": name, "n": len(scores.behaviour_N), **_facts(setting)}
-        if label is None:
-            target = TOWARD[setting.direction]
-            source = next(t for t in TOWARD.values() if t != target)
-            row |= {"shift": share_of(scores, target), "stay": share_of(scores, source)}
-            row |= {"other": share_of(scores, "other"), "kept": np.nan}
-            row |= {"margin": float(scores.margin_N.mean()), "margin_sd": float(scores.margin_N.std())}
-        else:
-            row |= dict.fromkeys(("shift", "stay", "other", "margin", "margin_sd"), np.nan)
-            row |= {"kept": share_of(scores, label)}
-        return row, scores
-
-    def judge_all(self, made: _Made, asked: Sequence[tuple[str, str]]) -> list[list[Placed]]:
-        """Of each direction and method: its tables of all lists, with their places among all tables."""
-        methods = list[str](self.cell.config.steering.sweeps)
-        found: dict[tuple[str, str], list[Placed]] = {one: [] for one in asked}
-        for number, direction in enumerate(TOWARD):
-            mine = [method for d, method in asked if d == direction]
-            lists = judged_lists(self.records, direction, self.cell.config.steering.judged_examples) if mine else {}
-            for done, (name, entry) in enumerate(lists.items()):
-                note = f"{direction}: {name} on test, vectors and controls"
-                self.tell(len(AIMS) + (number + done / len(lists)) / 2, len(AIMS) + 1, note)
-                # One list at a time: the caches of a list's prompts are most of the memory that steering takes.
-                batches = with_prefixes(self.asking, entry.examples)
-                for aim, method in product(AIMS, mine):
-                    tables = self._judge(made, aim, direction, method, name, entry, batches)
-                    place = (number, done, AIMS.index(aim), methods.index(method))
-                    found[direction, method] += [((*place, n), table) for n, table in enumerate(tables)]
-                del batches  # before the next list's are made
-        return list(found.values())
-
-    def _judge(
-        self, made: _Made, aim: str, direction: str, method: str, name: str, entry: JudgedList, batches: Sequence[Batch]
-    ) -> Iterator[pd.DataFrame]:
-        """A chosen vector on one list, and its controls where the list is what it was chosen for.
-
-        Conflicts get controls under the methods that are best for them or for pairs only.
-        """
-        if aim == "conflict" and name.startswith("pairs"):
-            return
-        has_format = getattr(cell_task(self.cell), "has_memorized_format", None)
-        setting = made.choices[aim, direction, method].setting
-        sources = self.sources[setting.site]
-        vector = vector_of(sources, setting)
-        scores = steered(self.asking, batches, vector)
-        if has_format and entry.examples[0].kind == "conflict":
-            applied = partial(vector.apply, self.asking.model)
-            mark_confabulations(self.asking, entry.examples, scores, has_format, applied)
-        yield _table(aim, setting, ("vector", 0), name, entry, scores)
-        if name != aim or (aim == "conflict" and method not in {made.best[a, direction] for a in AIMS}):
-            return
-        config = self.cell.config.steering
-        draws = config.draws if aim == "pairs" else config.conflict_draws
-        for control in CONTROLS:
-            # Shuffles go by the first number, and those that settings were ranked by are to be no part of this.
-            seed = [self.cell.seed + JUDGED, zlib.crc32(f"{aim}/{direction}/{method}/{control}".encode())]
-            for number, shift_LD in control_draws(control, sources, setting, draws, seed):
-                scores = steered(self.asking, batches, vector.with_dense(shift_LD), margins=False)
-                yield _table(aim, setting, (control, number), name, entry, scores)
-
-    def save(self, made: _Made) -> list[Path]:
-        """Write the chosen vectors, bound to their model."""
-        files: list[Path] = []
-        for (aim, direction, method), choice in made.choices.items():
-            vector = vector_of(self.sources[choice.setting.site], choice.setting)
-            bound = vector.bound_to(self.asking.model, self.asking.tokenizer)
-            facts = self.asking.put | {"begin_alike": self.begin_alike}
-            bound = replace(bound, task=self.cell.label, commit=git_state()["commit"] or "", **facts)
-            name = f"{direction}-{method}" + ("" if aim == "pairs" else f"-{aim}")
-            files += save_bound(self.cell.folder / "vectors", name, bound)
-        return files
-
-    def chosen(self, made: _Made) -> dict[str, Any]:
-        """What was chosen, per aim, method and direction, and the best method of each by the tune split."""
-        chosen: dict[str, Any] = {}
-        for (aim, direction, method), choice in made.choices.items():
-            entry = chosen.setdefault(aim, {"best": {}, "methods": {}})
-            facts = _chosen(choice.setting, self.sources[choice.setting.site])
-            facts |= {"within_limits": choice.within, "begin_alike": self.begin_alike}
-            entry["methods"].setdefault(method, {})[direction] = facts
-        for aim, entry in chosen.items():
-            entry["best"] = {direction: made.best[aim, direction] for direction in TOWARD}
-        return chosen
+def _choose(
+    opened: _Opened, aim: str, tried: Mapping[tuple[str, str], Sequence[Setting]], tell: Tell
+) -> tuple[list[_Chosen], list[Row]]:
+    """Choose among the settings of each direction and method; the choices, and the rows of the sweep."""
+    settings, rows, rates = list(chain.from_iterable(tried.values())), list[Row](), dict[Setting, float]()
+    swept = opened.map(_sweep, [(aim, setting) for setting in settings], [[setting] for setting in settings])
+    for setting, (rates[setting], found, learned) in zip(settings, swept, strict=True):
+        rows += found
+        opened.shifts.update(learned)
+        note = f"{setting.direction}: trying {setting.method} for {AIMS[aim]} on tune"
+        tell(list(AIMS).index(aim) + len(rates) / (2 * len(settings)), PARTS, note)
+    tell(list(AIMS).index(aim) + 0.5, PARTS, f"choosing for {AIMS[aim]} on tune")
+    ordered = opened.map(_rank, [(aim, [(s, rates[s]) for s in some]) for some in tried.values()], tried.values())
+    ranks = dict(zip(tried, ordered, strict=True))
+    mine = [[choice for (d, _), found in ranks.items() if d == direction for choice in found] for direction in TOWARD]
+    finals = opened.map(_final, [(aim, found) for found in mine], [[choice.setting for choice in f] for f in mine])
+    best = {(choice.setting.direction, choice.setting.method): choice for choice in finals}
+    return [_Chosen(aim, best.get(key, found[0]), key in best) for key, found in ranks.items()], rows
 
 
-def settings_of(
-    direction: str, method: str, grids: Sequence[SweepConfig], count: int, positions: Positions = "decision"
-) -> list[Setting]:
-    """Every combination of each grid in a model of ``count`` layers, once.
+def _sweep(opened: _Opened, aim: str, setting: Setting) -> tuple[float, list[Row], dict[Fit, np.ndarray]]:
+    """Try a setting on tune: the shift rate, rows of the sweep, and what was learned."""
+    lists, of_pairs = (opened.tune[name][setting.direction] for name in (aim, "pairs"))
+    vector = opened.directions[setting.site].vector(setting)
+    scores = steered(opened.asking, lists.targets, vector)
+    rows = [_row(aim, setting, scores)]
+    for name, (batches, label) in lists.kept.items() if setting.method in MAPPED else ():
+        if aim == "pairs" or name not in of_pairs.kept:
+            rows.append(_row(name, setting, steered(opened.asking, batches, vector, margins=False), label))
+    fit = setting.same_direction()[0], ANSWERED
+    learned = {fit: opened.shifts[fit]} if setting.method == "learned" else {}
+    return share_of(scores, setting.toward), rows, learned
+
+
+def _rank(opened: _Opened, aim: str, rated: list[tuple[Setting, float]]) -> list[Choice]:
+    lists = opened.tune[aim][rated[0][0].direction]
+    return ranked(lists, opened.directions, rated, _limits(opened.cell, aim), [opened.cell.seed, 1])
+
+
+def _final(opened: _Opened, aim: str, candidates: list[Choice]) -> Choice:
+    lists = opened.tune[aim][candidates[0].setting.direction]
+    return final(lists, opened.directions, candidates, _limits(opened.cell, aim), [opened.cell.seed, 1])
+
+
+def _limits(cell: Cell, aim: str) -> Limits:
+    config = cell.config.steering
+    again, excess_cost = config.tune_draws_again, config.excess_cost
+    if aim == "conflict":
+        return Limits(CONFLICT_CONTROL, CONFLICT_COLLATERAL, refits=0, again=again, excess_cost=excess_cost)
+    limits = config.control_limit, config.collateral_limit
+    return Limits(*limits, refits=config.tune_refits, again=again, excess_cost=excess_cost)
+
+
+def _row(name: str, setting: Setting, scores: Scores, label: str | None = None) -> Row:
+    """A row of the sweep: what became of examples that a setting is to steer, or how many keep their label."""
+    row = {"examples": name, "n": len(scores.behaviour_N), **_columns(setting)}
+    row |= dict.fromkeys(("shift", "stay", "other", "kept", "margin", "margin_sd"), np.nan)
+    if label is not None:
+        return row | {"kept": share_of(scores, label)}
+    shares = {"shift": setting.toward, "stay": SOURCE[setting.direction], "other": "other"}
+    row |= {"margin": float(scores.margin_N.mean()), "margin_sd": float(scores.margin_N.std())}
+    return row | {column: share_of(scores, behaviour) for column, behaviour in shares.items()}
+
+
+def _judge_all(opened: _Opened, chosen: Sequence[_Chosen], tell: Tell) -> list[pd.DataFrame]:
+    """The tables of all chosen vectors and their controls on every test list."""
+    config, best = opened.cell.config.steering, {one.key for one in chosen if one.best}
+
+    def draws(one: _Chosen) -> int:
+        """Of each control; of conflicts only under the methods that are best for them or for pairs."""
+        of_all = one.aim == "pairs" and config.controls_of == "all"
+        return (config.draws if one.aim == "pairs" else config.conflict_draws) if of_all or one.key in best else 0
+
+    tell(len(AIMS), PARTS, "learning from shuffled labels")
+    learned = [one for one in chosen if one.setting.method == "learned"]
+    drawn = ((one.setting, four) for one in learned for four in shuffles(draws(one), opened.cell.seed + JUDGED))
+    fits = list(dict.fromkeys((setting.same_direction()[0], four) for setting, four in drawn))
+    for found in opened.map(_fit, fits, [[] for _ in fits]):
+        opened.shifts.update(found)
+    parts = [
+        (one, name, draws(one) if name == one.aim else 0)
+        for direction, lists in opened.judged.items()
+        for name in lists
+        for one in chosen
+        if one.setting.direction == direction and not (one.aim == "conflict" and name.startswith("pairs"))
+    ]
+    tables = list[pd.DataFrame]()
+    judged = opened.map(_judge, parts, [[one.setting] for one, *_ in parts])
+    for done, ((one, name, _), found) in enumerate(zip(parts, judged, strict=True), 1):
+        tell(len(AIMS) + done / len(parts), PARTS, f"{one.setting.direction}: {name} on test, vectors and controls")
+        tables += found
+    return tables
+
+
+def _fit(opened: _Opened, setting: Setting, several: Sequence[Labels]) -> dict[Fit, np.ndarray]:
+    """Learned shifts under several labels."""
+    opened.forget_tune()
+    found = learned_together(opened.directions[setting.site].sources, setting, several)
+    return {(setting, labels): shift_LD for labels, shift_LD in zip(several, found, strict=True)}
+
+
+def _judge(opened: _Opened, one: _Chosen, name: str, draws: int) -> list[pd.DataFrame]:
+    """The table of a vector on one test list, then those of the draws of its controls."""
+    cell, asking, setting = opened.cell, opened.asking, one.setting
+    entry, batches = opened.judged[setting.direction][name], opened.batches(setting.direction, name)
+    directions = opened.directions[setting.site]
+    vector = directions.vector(setting)
+    scores = steered(asking, batches, vector)
+    if entry.examples[0].kind == "conflict":
+        applied = partial(vector.apply, asking.model)
+        mark_confabulations(asking, entry.examples, scores, opened.records.task.has_memorized_format, applied)
+    tables = [_table(one, ("vector", 0), name, entry, scores)]
+    for control in CONTROLS if draws else ():
+        # Shuffles go by the first number, and those that settings were ranked by are to be no part of this.
+        stream = zlib.crc32(f"{one.aim}/{setting.direction}/{setting.method}/{control}".encode())
+        for number, shift_LD in control_draws(control, directions, setting, draws, [cell.seed + JUDGED, stream]):
+            scores = steered(asking, batches, vector.with_dense(shift_LD), margins=False)
+            tables.append(_table(one, (control, number), name, entry, scores))
+    return tables
+
+
+def _write_chosen(opened: _Opened, chosen: Sequence[_Chosen]) -> list[Path]:
+    """Write the chosen vectors, bound to their model, and ``chosen.json``: what was chosen for what, and the best."""
+    cell, asking, directions, files = opened.cell, opened.asking, opened.directions, list[Path]()
+    found: dict[str, Any] = {aim: {"best": {}, "methods": {}} for aim in AIMS}
+    pairs = opened.records.both_sides("fit", cell.config.steering.fit_pairs)
+    encoded = encode(asking, [example for pair in pairs for example in pair])
+    begin_alike = float(np.mean([one.shared > 0 for one in encoded]))
+    common: dict[str, Any] = {"task": cell.label, "commit": git_state()["commit"] or "", "prompting": asking.prompting}
+    common |= {"binding": read_binding(cell), "begin_alike": begin_alike}
+    common["opening"] = tuple(asking.prompting.opening(asking.tokenizer))
+    fixed = {one.setting.same_direction()[0] for one in chosen if one.aim == "pairs"}
+    keep_shifts(cell, {setting: directions[setting.site].shifts(setting)[0] for setting in fixed})
+    for one in chosen:
+        setting, site = one.setting, directions[one.setting.site]
+        name = f"{setting.direction}-{setting.method}" + ("" if one.aim == "pairs" else f"-{one.aim}")
+        # The JSON beside it is written again once there is a card.
+        files.append(replace(site.vector(setting), **common).save(cell.folder / "vectors" / f"{name}.safetensors")[0])
+        facts = {name: getattr(setting, name) for name in ("method", "site", "positions", "top", "strength")}
+        facts |= {"layers": list(setting.layers), "alpha": site.alpha(setting), "within_limits": one.choice.within}
+        found[one.aim]["methods"].setdefault(setting.method, {})[setting.direction] = facts | {
+            "begin_alike": begin_alike
+        }
+        if one.best:
+            found[one.aim]["best"][setting.direction] = setting.method
+    return [*files, write_json(cell.records / "chosen.json", found)]
+
+
+def settings_of(config: SteeringConfig, direction: str, method: MethodName, count: int) -> list[Setting]:
+    """Every combination of each grid of a method in a model of ``count`` layers, once.
 
     Raises:
-        InputError: the sweep names a layer that the model does not have.
+        InputError: a sweep names a layer that the model does not have.
     """
-    try:
-        layer_sets = [grid.layer_sets(count) for grid in grids]
-    except ValueError as error:
-        raise InputError(str(error)) from error
     settings = (
-        Setting(direction, method, site, layers, top, strength, positions)
-        for grid, sets in zip(grids, layer_sets, strict=True)
-        for site, layers, top, strength in product(grid.sites, sets, grid.tops, grid.strengths)
+        Setting(direction, method, site, layers, top, strength, config.positions)
+        for grid in config.sweeps[method]
+        for site, layers, top, strength in product(grid.sites, grid.layer_sets(count), grid.tops, grid.strengths)
     )
     return list(dict.fromkeys(settings))
 
 
-def _facts(setting: Setting) -> dict[str, Any]:
-    """A setting in the columns of the records."""
-    facts = {name: getattr(setting, name) for name in ("direction", "method", "site", "layers", "top", "strength")}
-    return facts | {"layers": layers_name(setting.layers)}
+def _columns(setting: Setting) -> Row:
+    """A setting in the columns of the records; layers as ``0-3`` for a range, ``2`` for one, else between commas."""
+    row = {name: getattr(setting, name) for name in ("direction", "method", "site", "layers", "top", "strength")}
+    first, last = setting.layers[0], setting.layers[-1]
+    if setting.layers == tuple(range(first, last + 1)):
+        return row | {"layers": str(first) if first == last else f"{first}-{last}"}
+    return row | {"layers": ",".join(map(str, setting.layers))}
 
 
-def _chosen(setting: Setting, sources: Sources) -> dict[str, Any]:
-    """A setting as ``results.json`` shows it."""
-    facts = {name: getattr(setting, name) for name in ("method", "site", "positions", "top", "strength")}
-    return facts | {"layers": list(setting.layers), "alpha": alpha_of(sources, setting)}
-
-
-def _table(
-    aim: str, setting: Setting, role: tuple[str, int], name: str, entry: JudgedList, scores: Scores
-) -> pd.DataFrame:
+def _table(one: _Chosen, role: tuple[str, int], name: str, entry: JudgedList, scores: Scores) -> pd.DataFrame:
     """One row per steered test example."""
-    columns: dict[str, Any] = {"aim": aim, **_facts(setting), "role": role[0], "draw": role[1], "examples": name}
+    columns: Row = {"aim": one.aim, **_columns(one.setting), "role": role[0], "draw": role[1], "examples": name}
     columns |= {"example": np.arange(len(entry.examples)), "split": "test", "before": entry.before}
     columns |= {key: [getattr(example, key) for example in entry.examples] for key in ("group", "family")}
     columns |= {"after": scores.behaviour_N, "margin_before": entry.margin_N, "margin": scores.margin_N}

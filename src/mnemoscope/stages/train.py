@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
-from mnemoscope import ranks
-from mnemoscope.behaviour import Asking, Scores, mark_confabulations, prepare, score_together
+from mnemoscope.behaviour import Asking, Scores, mark_confabulations, prepare, score
 from mnemoscope.cells import Cell
 from mnemoscope.errors import InputError, StudyError
 from mnemoscope.models import (
@@ -27,6 +25,7 @@ from mnemoscope.models import (
     word_tokenizer,
 )
 from mnemoscope.stages.common import Tell, cell_model, cell_task, opened_model, rng_of, write_json, write_table
+from mnemoscope.steering import Binding
 from mnemoscope.tasks import KINDS, Example, Task, draw
 from mnemoscope.training import Trained, how_to_mix, train
 
@@ -39,7 +38,7 @@ def train_stage(cell: Cell, tell: Tell) -> list[Path]:
     (cell.records / "known.json").unlink(missing_ok=True)
     task = cell_task(cell)
     facts = {"task": task.name, "label": cell.label, "seed": cell.seed, "site": cell.config.pairs.site}
-    facts |= {"memory_is_conflict": bool(getattr(task, "memory_is_conflict", False)), "options": cell.config.options}
+    facts |= {"memory_is_conflict": task.memory_is_conflict, "options": cell.config.options}
     facts |= {"analysed": cell.config.analysed, "shared_initialization": cell.config.model.shares_first_weights}
     if cell.config.model.folder in PACKAGED:
         facts["weights"] = QUANTIZED
@@ -47,6 +46,7 @@ def train_stage(cell: Cell, tell: Tell) -> list[Path]:
         asking = cell_model(cell)
         model = asking.model
         facts |= {"layers": len(blocks_of(model)), "width": width_of(model), "trained": False}
+        facts["binding"] = asdict(Binding.of(model, asking.tokenizer))
         return [*_known(cell, task, asking), write_json(cell.folder / "cell.json", facts)]
     asking, trained, attempt = _trained(cell, task, tell)
     files = [
@@ -58,17 +58,18 @@ def train_stage(cell: Cell, tell: Tell) -> list[Path]:
         raise StudyError(f"{cell.name}: {how_to_mix(trained, size)}")
     facts |= {"layers": len(blocks_of(asking.model)), "width": width_of(asking.model)}
     facts |= {"trained": True, "attempt": attempt, "precision": trained.precision}
+    facts["binding"] = asdict(Binding.of(asking.model, asking.tokenizer))
     files += _save_model(cell, asking)
     # Times differ between equal runs, so their file is no part of what is checked.
     return [*(f for f in files if f.name != "training_time.json"), write_json(cell.folder / "cell.json", facts)]
 
 
 def _known(cell: Cell, task: Task, asking: Asking) -> list[Path]:
-    """What the model answers right without being told, where the task wants to know it."""
-    if not hasattr(task, "knowing"):
+    """Which facts the model answers right when asked bare, where the task depends on them."""
+    asked = task.facts_to_know()
+    if not asked:
         return []
-    asked = task.facts_to_know()  # type: ignore[attr-defined]
-    labels = score_together(asking, prepare(asking, asked, together=True), margins=False).behaviour_N
+    labels = score(asking, prepare(asking, asked), margins=False).behaviour_N
     known = [example.item for example, label in zip(asked, labels, strict=True) if label == "correct"]
     task.knowing(set(known))  # an empty one is refused here, before anything is written
     return [write_json(cell.records / "known.json", {"asked": len(asked), "known": known})]
@@ -108,10 +109,9 @@ def behaviour_stage(cell: Cell, tell: Tell) -> list[Path]:
         examples = draw(task, rng, cell.config.pairs.behaviour_examples, kind, "test")
         if not examples:
             continue
-        scores = score_together(asking, prepare(asking, examples, together=True))
-        has_format = getattr(task, "has_memorized_format", None)
-        if kind == "conflict" and has_format:
-            mark_confabulations(asking, examples, scores, has_format)
+        scores = score(asking, prepare(asking, examples))
+        if kind == "conflict":
+            mark_confabulations(asking, examples, scores, task.has_memorized_format)
         tables.append(_behaviour_table(examples, scores))
     if not tables:
         raise InputError(f"task: {task.name} has no example in the test split")
@@ -128,12 +128,11 @@ def _untrained(cell: Cell, task: Task, attempt: int) -> Asking:
 
 def _built(cell: Cell, task: Task, seed: int) -> Asking:
     shape = cell.config.model
-    vocabulary = getattr(task, "vocabulary", None)
-    if vocabulary is None:
+    if task.vocabulary is None:
         raise InputError(
             f"model.folder: task {task.name!r} has no vocabulary to train on; give the folder of a trained model"
         )
-    tokenizer = word_tokenizer(vocabulary, shape.context)
+    tokenizer = word_tokenizer(task.vocabulary, shape.context)
     model = build_gpt2(tokenizer, shape, seed)
     return Asking(model, tokenizer, task.boundary, cell.config.pairs.batch_size)
 
@@ -165,9 +164,7 @@ def _save_model(cell: Cell, asking: Asking) -> list[Path]:
 
 
 def _save_folder(folder: Path, save: Callable[[Path], None]) -> list[Path]:
-    """Write a folder under a temporary name and rename it; its files. Only the first of several processes writes."""
-    if not ranks.first():
-        return []
+    """Write a folder under a temporary name and rename it; its files."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     for stale in (folder, temporary):
         shutil.rmtree(stale, ignore_errors=True)
@@ -189,8 +186,8 @@ def _in_words(measured: dict[str, float]) -> str:
 
 
 def _behaviour_table(examples: Sequence[Example], scores: Scores) -> pd.DataFrame:
-    fields = ("item", "prompt", "kind", "group", "family", "split", "memorized", "generalized", "answer")
-    columns: dict[str, Any] = {field: [getattr(e, field) for e in examples] for field in fields}
-    columns |= {"behaviour": scores.behaviour_N, "confabulated": scores.confabulated_N}
-    columns |= {"margin": scores.margin_N, "tie": scores.tie_N}
-    return pd.DataFrame(columns).astype({field: "str" for field in ("memorized", "generalized", "answer")})
+    table = pd.DataFrame([example.to_row() for example in examples])
+    table = table.astype({field: "str" for field in ("memorized", "generalized", "answer")})
+    return table.assign(
+        behaviour=scores.behaviour_N, confabulated=scores.confabulated_N, margin=scores.margin_N, tie=scores.tie_N
+    )

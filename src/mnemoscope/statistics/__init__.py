@@ -1,11 +1,12 @@
-"""Intervals, tests and streamed moments: every number with an uncertainty comes from here.
+"""Intervals and tests: every number with an uncertainty comes from here.
 
 Undefined is NaN, never 0, and an interval of width 0 is never reported: it looks certain and is not.
 Randomness enters through an explicit generator, or through a hash where shards must agree.
 """
 
 from mnemoscope.statistics.common import Floats, Groups
-from mnemoscope.statistics.intervals import Estimate, auroc, over_seeds, proportion
+from mnemoscope.statistics.flips import SignFlips, benjamini_hochberg
+from mnemoscope.statistics.intervals import Estimate, auroc, mean_with_range, named_rng, over_seeds, proportion
 from mnemoscope.statistics.likeness import (
     cosine,
     half_of_groups,
@@ -15,23 +16,3 @@ from mnemoscope.statistics.likeness import (
     rank_correlation,
     top_by_magnitude,
 )
-from mnemoscope.statistics.moments import PairedMoments, SignFlips, benjamini_hochberg
-
-__all__ = [
-    "Estimate",
-    "Floats",
-    "Groups",
-    "PairedMoments",
-    "SignFlips",
-    "auroc",
-    "benjamini_hochberg",
-    "cosine",
-    "half_of_groups",
-    "in_group_order",
-    "over_seeds",
-    "overlap",
-    "overlap_by_chance",
-    "proportion",
-    "rank_correlation",
-    "top_by_magnitude",
-]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
 Groups = Sequence[Any] | NDArray[Any]  # names of groups: strings or integers
@@ -34,3 +34,10 @@ def same(name: str, allowed: object, value: object) -> None:
     """
     if value != allowed:
         raise ValueError(f"{name}: {value}; allowed is {allowed}")
+
+
+def as_batch(name: str, values: ArrayLike, like_LD: Floats) -> Floats:
+    """Values as float64 (N, L, D); ValueError unless each is of the shape of ``like_LD``."""
+    values_NLD = np.asarray(values, dtype=np.float64)
+    same(f"{name}: shape", (len(values_NLD), *like_LD.shape), values_NLD.shape)
+    return values_NLD

@@ -6,8 +6,10 @@ Shapes: N examples, G groups, R resamples, K distinct scores.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -35,9 +37,15 @@ class Estimate:
     high: float
     n: int
 
-    def as_dict(self) -> dict[str, float | int]:
-        """The form `results.json` holds."""
-        return {"estimate": self.estimate, "low": self.low, "high": self.high, "n": self.n}
+    @property
+    def known(self) -> bool:
+        """Whether the value is defined."""
+        return not math.isnan(self.estimate)
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 where the interval lies wholly above or below 0, else 0 (also where there is none)."""
+        return 1 if self.low > 0 else -1 if self.high < 0 else 0
 
     @classmethod
     def undefined(cls, n: int = 0) -> Estimate:
@@ -45,10 +53,15 @@ class Estimate:
         return cls(math.nan, math.nan, math.nan, n)
 
 
+def named_rng(name: str) -> np.random.Generator:
+    """The random stream of a name: it depends on nothing else, so equal records give equal intervals."""
+    return np.random.default_rng(zlib.crc32(name.encode()))
+
+
 def proportion(
     hits_N: ArrayLike,
     groups_N: Groups,
-    rng: np.random.Generator,
+    rng: np.random.Generator | str,
     *,
     resamples: int = 2000,
     level: float = 0.95,
@@ -67,7 +80,9 @@ def proportion(
     Args:
         hits_N: bool or float, paired differences in {-1, 0, 1} too. An example whose hit is NaN does not count.
         groups_N: the group of each hit, strings or integers.
-        rng, resamples, level: draws the resamples; how many; coverage of the interval.
+        rng: draws the resamples. A name stands for resamples that all numbers with this name and as many groups share:
+            a report has thousands of means, and drawing anew for each would take minutes.
+        resamples, level: how many; coverage of the interval.
         signed: hits are differences and could be negative: where all are 0, the interval reaches to both sides.
 
     Returns:
@@ -101,7 +116,7 @@ def auroc(
     scores_N: ArrayLike,
     labels_N: ArrayLike,
     groups_N: Groups,
-    rng: np.random.Generator,
+    rng: np.random.Generator | str,
     *,
     resamples: int = 2000,
     level: float = 0.95,
@@ -160,6 +175,20 @@ def over_seeds(estimates: Sequence[Estimate], *, level: float = 0.95) -> Estimat
     return Estimate(mean, mean - half, mean + half, n)
 
 
+def mean_with_range(values: ArrayLike) -> Estimate:
+    """The mean of repeated draws, with their smallest and largest as ends; NaN ends where they do not differ.
+
+    The ends show how much a number depends on the draw. They are no confidence interval: draws share their data.
+    `n` is the number of draws; a NaN does not count.
+    """
+    known = np.asarray(values, dtype=np.float64)
+    known = known[~np.isnan(known)]
+    if not len(known):
+        return Estimate.undefined()
+    low, high = (float(known.min()), float(known.max())) if np.ptp(known) > 0 else (math.nan, math.nan)
+    return Estimate(float(known.mean()), low, high, len(known))
+
+
 def _area(scores_N: Floats, positive_N: NDArray[np.bool_], index_N: NDArray[np.intp]) -> Callable[[Floats], Floats]:
     """A function from group weights (R, G) to areas (R), NaN where a class has no weight.
 
@@ -208,25 +237,42 @@ def _area_of_few(
 
 
 def _bootstrap(
-    statistic: Callable[[Floats], Floats], size: tuple[int, int], rng: np.random.Generator, resamples: int, level: float
+    statistic: Callable[[Floats], Floats],
+    size: tuple[int, int],
+    rng: np.random.Generator | str,
+    resamples: int,
+    level: float,
 ) -> tuple[float, float]:
     """Percentile interval of a statistic of group weights (R, G) -> (R), of `size` (N, G).
 
     NaN resamples are dropped. NaN ends: none is left, or all are equal and the interval would have width 0.
     """
-    groups, values = size[1], []
-    for block in blocks(resamples, max(1, BLOCK_NUMBERS // max(size))):
-        rows = block.stop - block.start
-        # Multinomial weights: how often each group is drawn in G draws with replacement.
-        drawn_RG = rng.integers(groups, size=(rows, groups)) + groups * np.arange(rows)[:, None]
-        weights_RG = np.bincount(drawn_RG.ravel(), minlength=rows * groups).reshape(rows, groups)
-        values.append(statistic(weights_RG.astype(np.float64)))
-    values_R = np.concatenate(values)
+    values_R = np.concatenate([statistic(weights_RG) for weights_RG in _weights(rng, size, resamples)])
     values_R = values_R[~np.isnan(values_R)]
     if not len(values_R) or np.ptp(values_R) < TIE:
         return math.nan, math.nan
     low, high = np.quantile(values_R, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def _weights(rng: np.random.Generator | str, size: tuple[int, int], resamples: int) -> Iterator[Floats]:
+    """Group weights of all resamples, in blocks of bounded memory; in one block where they are shared and kept."""
+    if isinstance(rng, str):
+        yield _shared_weights(rng, size[1], resamples)
+        return
+    for block in blocks(resamples, max(1, BLOCK_NUMBERS // max(size))):
+        yield _drawn(rng, block.stop - block.start, size[1])
+
+
+@lru_cache(maxsize=16)
+def _shared_weights(name: str, groups: int, resamples: int) -> Floats:
+    return _drawn(named_rng(f"{name}/{groups}"), resamples, groups)
+
+
+def _drawn(rng: np.random.Generator, rows: int, groups: int) -> Floats:
+    """How often each group is drawn in as many draws with replacement, shape (rows, G), float64."""
+    drawn_RG = rng.integers(groups, size=(rows, groups)) + groups * np.arange(rows)[:, None]
+    return np.bincount(drawn_RG.ravel(), minlength=rows * groups).reshape(rows, groups).astype(np.float64)
 
 
 def _clopper_pearson(value: int, n: int, level: float) -> tuple[float, float]:

@@ -1,15 +1,13 @@
 """Changes of a model's states inside a context: shifts, held neurons, patches; the only hook that writes.
 
-Shapes: N examples, T tokens (columns) of a pass, L layers, D neurons.
+Shapes: N examples, T tokens (columns) of a pass, L layers, D neurons, R rows of a pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -19,11 +17,9 @@ from mnemoscope.errors import InputError
 from mnemoscope.models import (
     Site,
     backbone_of,
-    blocks_of,
     cache_in,
     cached_columns,
     core_of,
-    forked,
     prompts_of_rows,
     rows_of,
     site_module,
@@ -38,11 +34,25 @@ Positions = Literal["decision", "all"]
 # What makes ``generate`` read a prompt in parts, or with guesses behind it: no pass ends at the decision position.
 _UNTOLD = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")
 _Edit = Callable[[Tensor], Tensor]  # states (N, T, D) from the decision position on -> other states
-# (model, ids (N, T), mask of all columns (N, .), cache of those before or None) -> bool (N,), whether to act; the last
-# column is the decision position. Whatever it asks the model is answered without a shift.
-Gate = Callable[["PreTrainedModel", Tensor, Tensor, Any], Tensor]
-# True while a gate asks a model: what it hears then is answered without any shift, whoever applies it.
-_ASKING: ContextVar[bool] = ContextVar("asking", default=False)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Decides in the pass that reads a prompt whether its shift acts.
+
+    Attributes:
+        site, layer: where it reads states, at or below the first shift.
+        acts: states at the decision position (N, D) -> bool (N,).
+    """
+
+    site: Site
+    layer: int
+    acts: Callable[[Tensor], Tensor]
+
+    def is_below(self, site: Site, layer: int) -> bool:
+        """Whether a shift there comes after what this gate reads."""
+        order: tuple[Site, ...] = ("attention", "neuron", "mlp", "block")  # within a layer, as a pass meets them
+        return (self.layer, order.index(self.site)) <= (layer, order.index(site))
 
 
 def shifted(
@@ -52,21 +62,22 @@ def shifted(
     positions: Positions,
     start: int | None = None,
     gate: Gate | None = None,
+    opening: Sequence[int] = (),
 ) -> AbstractContextManager[None]:
     """Add a (D,) tensor, or one for each prompt (N, D), to the states of each layer named.
 
-    Gradients flow back into the tensors.
+    Gradients flow back into the tensors. ``opening``: token ids with which every prompt has to begin.
 
     See ``SteeringVector.apply`` for ``start`` and ``gate``.
     """
-    tracker = _PositionTracker(start, everywhere=positions == "all", gate=partial(gate, model) if gate else None)
+    tracker = _PositionTracker(start, everywhere=positions == "all", gate=gate, opening=tuple(opening))
     return _edited(model, site, tracker, {layer: _adding(shift_D) for layer, shift_D in shifts.items()})
 
 
 def ablated(
     model: PreTrainedModel, means: Mapping[int, Tensor], chosen: Mapping[int, Tensor], site: Site
 ) -> AbstractContextManager[None]:
-    """Hold the chosen neurons at their mean from the decision position on, so that they tell nothing any more.
+    """Hold the chosen neurons at their mean from the decision position on, so that they carry nothing any more.
 
     Args:
         means: float32 (D,) per layer.
@@ -88,7 +99,7 @@ def patched(model: PreTrainedModel, layer: int, states_ND: Tensor, site: Site) -
     tracker = _PositionTracker(None, everywhere=False)
 
     def patch(states_NTD: Tensor) -> Tensor:
-        if not tracker.in_prompt:
+        if tracker.decision_column is None:
             return states_NTD
         return torch.cat([states_ND[:, None].to(states_NTD), states_NTD[:, 1:]], dim=1)
 
@@ -117,11 +128,10 @@ def _edited(
         handles.append(backbone_of(model).register_forward_pre_hook(tracker.see, with_kwargs=True))
         if tracker.finds_start and hasattr(core, "generate"):
             core.generate = _refusing(core)
-        if tracker.gate:
-            # Models of text and pictures give their backbone embeddings only.
-            handles.append(core.register_forward_pre_hook(tracker.hear, with_kwargs=True))
-            # What a gate asks goes through every block, so none may be left out as untouched.
-            handles.append(blocks_of(model)[0].register_forward_pre_hook(_look_on))
+        if tracker.gate:  # before all that writes, so that what it reads is not shifted
+            module, is_input = site_module(model, tracker.gate.layer, tracker.gate.site)
+            register = module.register_forward_pre_hook if is_input else module.register_forward_hook
+            handles.append(register(tracker.read))
         for layer, edit in edits.items():
             module, is_input = site_module(model, layer, site)
             register = module.register_forward_pre_hook if is_input else module.register_forward_hook
@@ -162,31 +172,25 @@ class _PositionTracker:
 
     fixed: int | None
     everywhere: bool
-    gate: Callable[[Tensor, Tensor, Any], Tensor] | None = None
-    acts_N: Tensor | None = None  # what the gate says of the prompts that are being answered
+    gate: Gate | None = None
+    opening: tuple[int, ...] = ()
+    acts_N: Tensor | None = None  # what the gate decided for the prompts that are being answered
     start: int = 0
     rows: int = 0  # of the batch of this pass
     first_column: int = 0
-    in_prompt: bool = False  # whether this pass holds the decision position
+    decision_column: int | None = None  # of this pass, where it holds the decision position
     prompt_NT: Tensor | None = field(default=None)
-    told_NT: Tensor | None = None  # token ids that the whole model was given for this pass
 
     @property
     def finds_start(self) -> bool:
-        """Whether the last column of a prompt is what counts, as nobody said another."""
+        """Whether the last column of a prompt is what counts, as nobody gave another."""
         return self.fixed is None and (not self.everywhere or self.gate is not None)
-
-    def hear(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the whole model."""
-        if not _ASKING.get():
-            self.told_NT = args[0] if args else kwargs.get("input_ids")
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the base model: reads how much of the sequence came before."""
-        if _ASKING.get():
-            return
         self.rows = rows_of(args, kwargs)
         ids_NT = args[0] if args else kwargs.get("input_ids")
+        is_text = ids_NT is not None
         if ids_NT is None:
             ids_NT = kwargs["inputs_embeds"][..., 0]
         past = cached_columns(kwargs)
@@ -199,42 +203,32 @@ class _PositionTracker:
         fresh = self.prompt_NT is None or another or (past == 0 and not (alone and self._continues(ids_NT)))
         if fresh:
             self.prompt_NT = ids_NT
-            self._check_padding(kwargs.get("attention_mask"), past + columns)
+            mask = kwargs.get("attention_mask")
+            self._check_padding(mask, past + columns)
+            if self.opening and is_text and past == 0:
+                self._check_opening(ids_NT, mask)
         if self.everywhere or self.fixed is not None:
             self.start = self.fixed or 0
         elif fresh:
             self.start = past + columns - 1
         self.first_column = max(0, self.start - past)
-        self.in_prompt = past <= self.start
+        decision = self.start
+        if self.everywhere and self.fixed is None:
+            decision = past + columns - 1 if fresh else -1
+        self.decision_column = decision - past if past <= decision < past + columns else None
         if fresh and self.gate:
-            self._ask(self.gate, args, kwargs, past, columns)
+            self.acts_N = None
+            if self.decision_column is None:
+                raise InputError(
+                    f"start: {decision} is not among the columns {past} .. {past + columns - 1} of this pass"
+                )
 
-    def _ask(
-        self,
-        gate: Callable[[Tensor, Tensor, Any], Tensor],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        past: int,
-        columns: int,
-    ) -> None:
-        ids_NT = args[0] if args else kwargs.get("input_ids")
-        if ids_NT is None and self.told_NT is not None and self.told_NT.shape == (self.rows, columns):
-            ids_NT = self.told_NT
-        if ids_NT is None:
-            raise InputError("gate: it reads prompts as token ids; this pass has embeddings only")
-        mask_NT = _mask_of_columns(kwargs.get("attention_mask"), past + columns)
-        if mask_NT is None:
-            mask_NT = ids_NT.new_ones(ids_NT.shape[0], past + columns)
-        last = past + columns if self.everywhere or self.fixed is None else self.fixed + 1
-        if last <= past:
-            raise InputError(f"start: {last - 1} lies before the columns that this pass reads, from {past} on")
-        token = _ASKING.set(True)
-        try:
-            # A pass adds to the cache it is given, and this one is to leave no trace.
-            known = forked(cache_in(kwargs)) if past else None
-            self.acts_N = gate(ids_NT[:, : last - past], mask_NT[:, :last], known).to(ids_NT.device)
-        finally:
-            _ASKING.reset(token)
+    def read(self, module: nn.Module, inputs: Any, output: Any = None) -> None:
+        """Hook of the part that the gate reads: decides where a pass holds the decision position."""
+        if self.gate is None or self.decision_column is None:
+            return
+        states_NTD = states_of(inputs if output is None else output, self.rows)
+        self.acts_N = self.gate.acts(states_NTD[:, self.decision_column].detach())
 
     def _check_padding(self, mask: Any, columns: int) -> None:
         # A mask of other columns than those that were read belongs to a cache that we do not see.
@@ -245,34 +239,21 @@ class _PositionTracker:
                 "on the left (tokenizer.padding_side = 'left')"
             )
 
+    def _check_opening(self, ids_NT: Tensor, mask: Any) -> None:
+        known = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape == ids_NT.shape
+        for row, ids in enumerate(ids_NT.tolist()):
+            first = int(mask[row].argmax()) if known else 0
+            if tuple(ids[first : first + len(self.opening)]) != self.opening:
+                raise InputError(
+                    f"chat: prompt {row} of the batch is not formatted by the chat template, as those were that the "
+                    "vector was fitted on; use Fitted.inputs, or apply_chat_template with the same system message"
+                )
+
     def _continues(self, ids_NT: Tensor) -> bool:
         prompt = self.prompt_NT
         assert prompt is not None
         longer = ids_NT.shape[0] == prompt.shape[0] and ids_NT.shape[1] > prompt.shape[1]
         return longer and bool(torch.equal(ids_NT[:, : prompt.shape[1]], prompt))
-
-
-def _look_on(module: nn.Module, inputs: Any) -> None:
-    """A hook that changes nothing."""
-
-
-def _mask_of_columns(mask: Any, columns: int) -> Tensor | None:
-    """Which columns hold tokens, int64 (N, T), from whatever mask a pass is given; None where all do.
-
-    For caches of a fixed size the library makes masks of queries by keys beforehand; the last query sees every token
-    where attention is not confined to a window.
-
-    Raises:
-        InputError: every layer's attention is confined.
-    """
-    if isinstance(mask, dict):
-        if "full_attention" not in mask:
-            raise InputError("gate: no layer of this model attends to all tokens; use it with another kind of cache")
-        mask = mask["full_attention"]
-    if mask is None or mask.ndim == 2:
-        return mask
-    seen_NT = mask[:, 0, -1, :columns]
-    return (seen_NT if seen_NT.dtype == torch.bool else seen_NT == 0).long()
 
 
 def _adding(shift: Tensor) -> _Edit:
@@ -296,7 +277,7 @@ def _editor(edit: _Edit, tracker: _PositionTracker, is_input: bool) -> Callable[
 
     def moved(states_NTD: Tensor) -> Tensor:
         first, acts_N = tracker.first_column, tracker.acts_N
-        if _ASKING.get() or first >= states_NTD.shape[1] or (acts_N is not None and not acts_N.any()):
+        if first >= states_NTD.shape[1] or (acts_N is not None and not acts_N.any()):
             return states_NTD
         edited = edit(states_NTD[:, first:])
         if first:

@@ -1,4 +1,4 @@
-"""Tasks: data on which the answer itself reveals whether a model remembered or generalized."""
+"""Tasks: data on which the answer reveals whether a model memorized or generalized."""
 
 from mnemoscope.tasks.base import (
     KINDS,
@@ -6,6 +6,7 @@ from mnemoscope.tasks.base import (
     Example,
     Instance,
     Kind,
+    Side,
     Split,
     Task,
     answer_of,
@@ -13,25 +14,5 @@ from mnemoscope.tasks.base import (
     check_groups,
     draw,
     draws,
-    keeps_key,
 )
 from mnemoscope.tasks.registry import TASKS, build_task, describe_tasks
-
-__all__ = [
-    "KINDS",
-    "SPLITS",
-    "TASKS",
-    "Example",
-    "Instance",
-    "Kind",
-    "Split",
-    "Task",
-    "answer_of",
-    "assign_splits",
-    "build_task",
-    "check_groups",
-    "describe_tasks",
-    "draw",
-    "draws",
-    "keeps_key",
-]

@@ -1,11 +1,12 @@
-"""What is asked of a model: examples, the contract every task fulfils, and the three splits."""
+"""Examples, the base class of tasks, and the splits fit, tune and test."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Protocol, runtime_checkable
+from types import MappingProxyType
+from typing import Any, Literal
 
 import numpy as np
 
@@ -14,15 +15,16 @@ from mnemoscope.seen import Seen
 
 Kind = Literal["conflict", "memory", "novel"]
 Split = Literal["fit", "tune", "test"]
+Side = Literal["", "a", "b"]
 KINDS: tuple[Kind, ...] = ("conflict", "memory", "novel")
 SPLITS: tuple[Split, ...] = ("fit", "tune", "test")
 SPLIT_SHARES = (0.5, 0.25, 0.25)
-# What asks for a behaviour in words, of a model that understands them.
-SAID = {
+# Sentences that ask a model that follows instructions for one of the behaviours.
+INSTRUCTIONS = {
     "generalized": "Answer with what the text says, even if it contradicts what you know.",
     "memorized": "Answer with what you know, even if the text contradicts it.",
 }
-MOST_AT_ONCE = 2**16  # examples of all splits that a task is asked for in one go
+MOST_AT_ONCE = 2**16  # examples of all splits requested from a task in one call
 
 # One training instance: the prompt and what follows it. A bare string is an instance without a marked answer.
 Instance = str | tuple[str, str]
@@ -35,13 +37,14 @@ class Example:
     ``conflict`` examples carry two revealing answers that differ; ``memory`` and ``novel`` ones carry one ``answer``.
 
     Args:
-        item: what is asked; every phrasing of it shares this name.
+        item: name of what is asked; all its phrasings share it.
         prompt: the text the model reads. Answers continue it without a character in between.
         kind: ``conflict``, ``memory`` (only recall can answer, or both agree) or ``novel`` (nothing to recall).
-        group: what items share and a model could learn by heart; splits and resampling go by it.
-        family: the kind of phrasing.
+        group: what items share and a model could learn by heart; the unit of splits and resampling.
+        family: kind of phrasing.
         split: ``fit``, ``tune`` or ``test``.
-        memorized, generalized: the revealing answers of a conflict.
+        memorized: the revealing answer from memory, of a conflict.
+        generalized: the other one.
         answer: the right answer of the other kinds.
 
     Raises:
@@ -83,85 +86,137 @@ class Example:
             return (self.memorized, self.generalized)  # type: ignore[return-value]
         return (self.answer,)  # type: ignore[return-value]
 
+    def to_row(self, side: Side = "") -> dict[str, str | None]:
+        """All fields by column name; ``a`` and ``b`` append ``_a`` and ``_b`` to the columns of the phrasing."""
+        return {column: getattr(self, field) for field, column in _COLUMNS[side].items()}
+
     @classmethod
-    def from_row(cls, row: Mapping[Any, Any]) -> Example:
-        """An example from a table's row; absent, None and NaN all mean that a field is not there."""
-        facts = {field.name: row.get(field.name) for field in fields(cls)}
-        return cls(**{name: value for name, value in facts.items() if isinstance(value, str)})  # type: ignore[arg-type]
+    def from_row(cls, row: Mapping[Any, Any], side: Side = "") -> Example:
+        """The inverse of ``to_row``; absent, None and NaN all mean no value. Both sides of a pair are conflicts."""
+        found = {field: row.get(column) for field, column in _COLUMNS[side].items()}
+        if side:
+            found["kind"] = "conflict"
+        return cls(**{field: value for field, value in found.items() if isinstance(value, str)})  # type: ignore[arg-type]
 
     def phrased(self, prompt: str, family: str) -> Example:
-        """The same item in other words."""
+        """The same item with another prompt."""
         return replace(self, prompt=prompt, family=family)
 
 
-@runtime_checkable
-class Task(Protocol):
-    """What a task must offer; bring your own by writing a class with these members.
+# Column of each field, by side; the two phrasings of a pair differ in prompt and family only.
+_COLUMNS: dict[Side, dict[str, str]] = {
+    side: {f.name: f"{f.name}_{side}" if side and f.name in ("prompt", "family") else f.name for f in fields(Example)}
+    for side in ("", "a", "b")
+}
+
+
+class Task:
+    """Base class of tasks: ``examples`` and ``rephrase`` are required, everything else has a default.
 
     Attributes:
-        name: how records and reports call it.
-        boundary: texts, one token each, of which one closes every answer ("" stands for the end-of-text token).
-
-    A task may offer more:
-        ``vocabulary``: every token, in a fixed order; a model can be trained from scratch only with it
-        (an adapter needs none: the trained model has its own tokenizer).
-        ``memory_is_conflict``: bool, whether ``memory`` examples are the plain phrasings of conflicts (default: no).
-        ``has_memorized_format(answer) -> bool | None``: whether an answer looks like a stored one; None, or no such
-        method, where both behaviours answer in one format.
-        ``keeps_key(example) -> bool``: whether this phrasing leaves the stored key where memory was trained to find it.
-        Only there can a model be asked for the stored answer itself. No such method: always.
-        ``prompted(example, toward) -> Example | None``: the same item with the behaviour asked for in words, the
-        baseline that steering is held against; None where the vocabulary has no words for it.
-        ``said(toward) -> str``: those words alone, which a model that talks gets as its system message instead.
-        ``parted(prompt) -> (said, begun)``: for models that talk, what the user says and how the reply begins; without
-        it the user says all.
-        ``without_context(example) -> Example | None``: the same question and answers with nothing said about it, for
-        the baseline of context-aware decoding; None where that is not known.
-        ``facts_to_know() -> list[Example]`` and ``knowing(items) -> Task``: bare questions that find out what a trained
-        model knows by heart, and the same task of those items only.
-        ``held_out() -> dict[str, Task]``: by name, tasks whose test pairs are judged too, apart, with vectors fitted on
-        this one.
-        ``parts``: tasks by name, for a task made of several; each must show both behaviours before training stops.
+        name: name of the task in records and reports.
+        boundary: texts of one token each, one of which closes every answer ("" stands for the end-of-text token).
+        vocabulary: every token, in a fixed order, to train a model from scratch; None where that is not possible.
+            Adapters use the tokenizer of their model.
+        memory_is_conflict: whether ``memory`` examples are the plain phrasings of conflicts.
+        begins_reply: whether ``split_reply`` returns beginnings of replies.
+        parts: tasks by name, of a task that consists of several; each must show both behaviours before training stops.
     """
 
-    name: str
-    boundary: tuple[str, ...]
+    name: str = "own"
+    boundary: tuple[str, ...] = ("",)
+    vocabulary: Sequence[str] | None = None
+    memory_is_conflict: bool = False
+    begins_reply: bool = False
+    parts: Mapping[str, Task] = MappingProxyType({})
 
     def training(self, rng: np.random.Generator) -> Iterator[Instance]:
-        """Whole training instances, without end."""
-        ...
+        """Endless stream of training instances.
+
+        Raises:
+            InputError: always, by default: there is nothing to train on.
+        """
+        raise InputError(
+            f"model: task {self.name!r} has nothing to train on; give the folder of a trained model, without lora"
+        )
 
     def examples(self, rng: np.random.Generator, n: int, kind: Kind) -> list[Example]:
-        """``n`` examples of one kind, each carrying the split of its group; [] where the task has none."""
-        ...
+        """``n`` examples of one kind, each with the split of its group; [] where the task has none."""
+        raise NotImplementedError
 
     def rephrase(self, example: Example, rng: np.random.Generator) -> Example:
-        """Another phrasing of the same item, near-identical, drawn at random."""
-        ...
+        """Another phrasing of the same item, as similar as possible, drawn at random."""
+        raise NotImplementedError
+
+    def has_memorized_format(self, answer: str) -> bool | None:
+        """Whether an answer looks like a stored one; None where both behaviours answer in the same format."""
+        return None
+
+    def keeps_key(self, example: Example) -> bool:
+        """Whether this phrasing leaves the stored key where memory was trained to find it.
+
+        Steering towards memory is possible on such phrasings only.
+        """
+        return True
+
+    def instruction(self, toward: str) -> str | None:
+        """A sentence that asks for a behaviour, used as the system message of chat models; None without one."""
+        return None
+
+    def prompted(self, example: Example, toward: str) -> Example | None:
+        """The same item in a prompt that asks for a behaviour, the baseline of steering; None where that cannot be."""
+        instruction = self.instruction(toward)
+        return replace(example, prompt=f"{instruction}\n{example.prompt}") if instruction else None
+
+    def split_reply(self, prompt: str) -> tuple[str, str]:
+        """A prompt as (user message, beginning of the reply), for chat models. Default: all of it is the message."""
+        return prompt, ""
+
+    def without_context(self, example: Example) -> Example | None:
+        """The same question and answers without the context, for context-aware decoding; None where unknown."""
+        return None
+
+    def facts_to_know(self) -> list[Example]:
+        """Bare questions that find out what a trained model knows by heart; [] where that does not matter."""
+        return []
+
+    def knowing(self, items: set[str]) -> Task:
+        """The same task restricted to known items, named as in ``facts_to_know``."""
+        return self
+
+    def held_out(self) -> dict[str, Task]:
+        """Tasks by name, on whose test pairs the vectors fitted on this one are judged too, separately."""
+        return {}
+
+
+def check_range(low: float, high: float, **options: float) -> None:
+    """Raises InputError where one of the options lies outside of ``low`` .. ``high``."""
+    for name, value in options.items():
+        if not low <= value <= high:
+            raise InputError(f"{name}: {value} is not between {low} and {high}")
 
 
 def assign_splits(groups: Sequence[str], rng: np.random.Generator) -> dict[str, Split]:
-    """Deal groups to fit, tune and test in the shares 2 : 1 : 1, so that no group is in two of them."""
+    """The split of each group: a random partition into fit, tune and test in the shares 2 : 1 : 1."""
     order = rng.permutation(len(groups))
     bounds = np.floor(np.cumsum(SPLIT_SHARES) * len(groups) + 1e-9)
     return {groups[g]: SPLITS[int(np.searchsorted(bounds, rank, side="right"))] for rank, g in enumerate(order)}
 
 
 def is_held_out(key: str, seed: int, one_in: int = 16) -> bool:
-    """Whether the item with this key is kept from training; the same answer wherever it is asked."""
+    """Whether the item with this key is kept from training; a hash of seed and key decides."""
     return zlib.crc32(f"{seed}|{key}".encode()) % one_in == 0
 
 
 def draw(task: Task, rng: np.random.Generator, n: int, kind: Kind, split: Split) -> list[Example]:
-    """``draws``, as a list."""
+    """``draws`` as a list."""
     return list(draws(task, rng, n, kind, split))
 
 
 def draws(task: Task, rng: np.random.Generator, n: int, kind: Kind, split: Split) -> Iterator[Example]:
-    """Draw ``n`` different examples of one kind from one split, one after the other; memory hardly grows with ``n``.
+    """Stream ``n`` distinct examples of one kind from one split, in memory that hardly grows with ``n``.
 
-    Fewer come only where the task has no more to give (a file), none where it has no such kind. The generator is used
-    as they are asked for.
+    Fewer where the task has no more (a file), none where it has no such kind. ``rng`` is consumed lazily.
     """
     seen = Seen()
     fruitless = 0
@@ -187,9 +242,3 @@ def check_groups(examples: Iterable[Example]) -> None:
                 f"split: group {example.group!r} is in {seen[example.group]!r} and in {example.split!r}; "
                 "all examples of a group belong to one split"
             )
-
-
-def keeps_key(task: Task, example: Example) -> bool:
-    """Whether a phrasing leaves the stored key where memory was trained to find it; yes where the task says nothing."""
-    said = getattr(task, "keeps_key", None)
-    return True if said is None else bool(said(example))

@@ -9,9 +9,9 @@ from __future__ import annotations
 import copy
 import csv
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from itertools import product
 from operator import itemgetter
 from pathlib import Path
@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 
 from mnemoscope.errors import InputError
-from mnemoscope.tasks.base import SAID, Example, Instance, Kind, Task, assign_splits
+from mnemoscope.tasks.base import INSTRUCTIONS, Example, Kind, Task, assign_splits
 
-How = tuple[str, tuple[str, str]]  # what stands before the statement; what announces question and answer
+Fact = tuple[str, str]  # a relation and its subject
+How = tuple[str, tuple[str, str]]  # the label before the statement; the labels of question and answer
 
-# How a prompt is put together. What stands before the statement and how the question is announced varies within a
-# frame: two such prompts are a pair, so that what differs between frames does not enter the contrast.
+# Templates of prompts. Labels vary within a frame: two such prompts make a pair, so that differences between frames do
+# not enter the contrast.
 FRAMES = {
     "context-first": "{label}{statement}\n{ask} {question}\n{reply} {stem}",
     "context-last": "{ask} {question}\n{label}{statement}\n{reply} {stem}",
@@ -38,7 +39,7 @@ FRAMES = {
 LABELS = ("Context: ", "Paragraph: ", "Story: ", "Note: ", "Hint: ", "Rumour: ", "Memo: ", "Wikipedia: ")
 ASKS = (("Question:", "Answer:"), ("Q:", "A:"), ("Task:", "Result:"), ("Quiz:", "Reply:"))
 PLAIN: How = (LABELS[0], ASKS[0])
-BARE = "{ask} {question}\n{reply} {stem}"
+TEMPLATES = {**FRAMES, "bare": "{ask} {question}\n{reply} {stem}"}
 # Countries that nobody can know anything about.
 INVENTED = (
     "Velmora", "Tarquenia", "Ostravia", "Belcandia", "Morvania", "Lusandra", "Quoristan", "Peltoria", "Zembria",
@@ -99,7 +100,7 @@ LANGUAGES = {
 }  # fmt: skip
 
 
-class FactsTask:
+class FactsTask(Task):
     """Facts about countries that a pretrained model knows, contradicted by what the prompt says.
 
     Args:
@@ -120,8 +121,8 @@ class FactsTask:
 
     name = "facts"
     # What commonly ends a short answer; "" is the end-of-text token.
-    boundary: tuple[str, ...] = ("", "\n", ".", ",")
-    memory_is_conflict = False
+    boundary = ("", "\n", ".", ",")
+    begins_reply = True
 
     def __init__(
         self,
@@ -140,7 +141,7 @@ class FactsTask:
         stated = [name for name in self.relations if name in with_facts]
         if relations is None:
             relations = [name for name in stated if name not in held_out_relations] if table else ["capital"]
-        self.true = known  # all values that are no contradiction, as a country's other languages
+        self.true = known  # all values that do not contradict a fact, such as a country's other languages
         for option, names, allowed in (
             ("relations", relations, stated),
             ("held_out_relations", held_out_relations, stated),
@@ -161,29 +162,25 @@ class FactsTask:
         )
         self.split_of = assign_splits([*subjects, *INVENTED], np.random.default_rng([seed, 5]))
         self.wrong_values, self.seed = wrong_values, seed
-        # Also of facts that a model does not know, so that what contradicts a fact is no matter of the model.
+        # Of all facts, also those that a model does not know, so that contradictions do not depend on the model.
         self.values = {name: sorted({v for (r, _), v in self.facts.items() if r == name}) for name in self.relations}
 
     def held_out(self) -> dict[str, Task]:
-        """What is judged only: this task with other ``frame`` or other ``relation``; the splits are the same."""
+        """This task with the held-out ``frame`` or ``relation`` and the same splits."""
         parts = {"frame": {"frames": self.others["frame"]}, "relation": {"asked": self.others["relation"]}}
         return {name: self._with(**part) for name, part in parts.items() if self.others[name]}
 
     def facts_to_know(self) -> list[Example]:
-        """Every fact as a bare question: what a model is asked to find out what it knows by heart."""
+        """Every fact as a bare question."""
         return [
-            self._example("memory", relation, subject, value, "bare", BARE, ("", ASKS[0]))
-            for (relation, subject), value in self.facts.items()
-            if relation in (*self.asked, *self.others["relation"])
+            self._example("memory", fact, value, "bare", how=("", ASKS[0]))
+            for fact, value in self.facts.items()
+            if fact[0] in (*self.asked, *self.others["relation"])
         ]
 
     def knowing(self, items: set[str]) -> FactsTask:
-        """The same task of those facts only that are known by heart, by the items of ``facts_to_know``.
-
-        Raises:
-            InputError: none is known.
-        """
-        kept = {fact: value for fact, value in self.facts.items() if _item(*fact) in items}
+        """The same task restricted to known facts; raises InputError where none is known."""
+        kept = {fact: value for fact, value in self.facts.items() if "|".join(fact) in items}
         if not kept:
             raise InputError("model: it knows none of the task's facts by heart, so nothing can be contradicted")
         return self._with(facts=kept)
@@ -194,115 +191,84 @@ class FactsTask:
         other.__dict__.pop("_everything", None)
         return other
 
-    def training(self, rng: np.random.Generator) -> Iterator[Instance]:
-        """Refused: the facts are those that a pretrained model knows."""
-        raise InputError(
-            "model: task 'facts' has nothing to train on; give the folder of a trained model, without lora"
-        )
-
     def examples(self, rng: np.random.Generator, n: int, kind: Kind) -> list[Example]:
-        """At most ``n``, of every country in turn, so that none weighs more for being known better.
+        """At most ``n``, as many of each country as possible, so that none weighs more for being known better.
 
         ``memory``: bare questions, and contexts that agree; ``novel``: invented countries.
         """
         of_kind = self._everything[kind]
-        seen: Counter[str] = Counter()
-        turns = []
+        rounds: Counter[str] = Counter()
+        ranked = []
         for example in (of_kind[i] for i in rng.permutation(len(of_kind))):
-            turns.append((seen[example.group], example))
-            seen[example.group] += 1
-        return [example for _, example in sorted(turns, key=itemgetter(0))[:n]]
+            ranked.append((rounds[example.group], example))
+            rounds[example.group] += 1
+        return [example for _, example in sorted(ranked, key=itemgetter(0))[:n]]
 
     def rephrase(self, example: Example, rng: np.random.Generator) -> Example:
-        """Other words before the statement and the question, in the same frame."""
+        """Other labels of statement and question, in the same frame."""
         relation, subject, wrong, frame = example.item.split("|")
-        others = [self._conflict(relation, subject, wrong, frame, how) for how in _variants(frame)]
-        others = [other for other in others if other.prompt != example.prompt]
+        phrasings = self._conflicts((relation, subject), wrong, frame)
+        others = [other for other in phrasings if other.prompt != example.prompt]
         return others[rng.integers(len(others))]
 
-    def prompted(self, example: Example, toward: str) -> Example:
-        """The same question behind a sentence that says what to go by."""
-        return replace(example, prompt=f"{SAID[toward]}\n{example.prompt}")
+    def instruction(self, toward: str) -> str:
+        """A sentence that says whether to follow the text or memory."""
+        return INSTRUCTIONS[toward]
 
-    def said(self, toward: str) -> str:
-        """That sentence, for a model that talks: its system message."""
-        return SAID[toward]
-
-    def parted(self, prompt: str) -> tuple[str, str]:
-        """For a model that talks: the user says all but the last line, and the reply begins with what that asks for."""
-        said, _, last = prompt.rpartition("\n")
-        return said, last.partition(" ")[2]
+    def split_reply(self, prompt: str) -> tuple[str, str]:
+        """All but the last line is the user's message; the reply begins with the stem of that line."""
+        message, _, last = prompt.rpartition("\n")
+        return message, last.partition(" ")[2]
 
     def without_context(self, example: Example) -> Example:
-        """The same question with nothing said about it, for decoding that contrasts the two."""
+        """The same question without the context."""
         relation, subject, *_ = example.item.split("|")
         how = next(how for how in ASKS if f"{how[0]} " in example.prompt)
-        return replace(example, prompt=self._prompt(relation, subject, "", BARE, ("", how)))
+        return replace(example, prompt=self._prompt((relation, subject), "", "bare", ("", how)))
 
     @cached_property
     def _everything(self) -> Mapping[Kind, list[Example]]:
         """Every example of the task, by kind."""
         found: dict[Kind, list[Example]] = {"conflict": [], "memory": [], "novel": []}
-        for (relation, subject), value in self.facts.items():
-            if relation not in self.asked:
+        for fact, value in self.facts.items():
+            if fact[0] not in self.asked:
                 continue
-            for wrong in self._wrong(relation, subject, value):
-                for frame in self.frames:
-                    found["conflict"] += [
-                        self._conflict(relation, subject, wrong, frame, how) for how in _variants(frame)
-                    ]
-            for how in ASKS:
-                found["memory"].append(self._example("memory", relation, subject, value, "bare", BARE, ("", how)))
-            for frame in self.frames:
-                found["memory"].append(
-                    self._example("memory", relation, subject, value, "agreeing", FRAMES[frame], PLAIN)
-                )
-        for relation, subject in product(self.asked, INVENTED):
-            for value, frame in product(self._wrong(relation, subject, ""), self.frames):
-                found["novel"].append(self._example("novel", relation, subject, value, frame, FRAMES[frame], PLAIN))
+            for wrong, frame in product(self._wrong(fact, value), self.frames):
+                found["conflict"] += self._conflicts(fact, wrong, frame)
+            found["memory"] += [self._example("memory", fact, value, "bare", how=("", ask)) for ask in ASKS]
+            found["memory"] += [self._example("memory", fact, value, "agreeing", frame) for frame in self.frames]
+        for fact in product(self.asked, INVENTED):
+            for value, frame in product(self._wrong(fact, ""), self.frames):
+                found["novel"].append(self._example("novel", fact, value, frame))
         return found
 
-    def _wrong(self, relation: str, subject: str, value: str) -> list[str]:
-        """Values of other subjects, drawn by name, so that each fact has its own whatever else is known."""
-        true = {value, *self.true.get((relation, subject), ())}
-        others = [other for other in self.values[relation] if not any(_overlap(other, one) for one in true)]
-        rng = np.random.default_rng([self.seed, *f"{relation}|{subject}".encode()])
+    def _wrong(self, fact: Fact, value: str) -> list[str]:
+        """Values of other subjects, drawn by name, so that those of a fact depend on no other fact."""
+        true = {value, *self.true.get(fact, ())}
+        others = [other for other in self.values[fact[0]] if not any(_overlap(other, one) for one in true)]
+        rng = np.random.default_rng([self.seed, *"|".join(fact).encode()])
         return [others[i] for i in rng.permutation(len(others))[: self.wrong_values]]
 
-    def _conflict(self, relation: str, subject: str, wrong: str, frame: str, how: How) -> Example:
-        return Example(
-            f"{relation}|{subject}|{wrong}|{frame}",
-            self._prompt(relation, subject, wrong, FRAMES[frame], how),
-            "conflict",
-            subject,
-            frame,
-            self.split_of[subject],
-            memorized=f" {self.facts[relation, subject]}",
-            generalized=f" {wrong}",
-        )
+    def _conflicts(self, fact: Fact, wrong: str, frame: str) -> list[Example]:
+        """All phrasings of a conflict in a frame."""
+        labels = LABELS if "{label}" in FRAMES[frame] else ("",)
+        return [self._example("conflict", fact, wrong, frame, how=how) for how in product(labels, ASKS)]
 
     def _example(
-        self, kind: Kind, relation: str, subject: str, value: str, family: str, frame: str, how: How
+        self, kind: Kind, fact: Fact, value: str, family: str, frame: str | None = None, how: How = PLAIN
     ) -> Example:
-        item = _item(relation, subject) + ("" if family == "bare" else f"|{value}|{family}")
-        prompt = self._prompt(relation, subject, value, frame, how)
-        return Example(item, prompt, kind, subject, family, self.split_of[subject], answer=f" {value}")
+        """An example whose prompt states ``value`` in a frame, by default that of its family."""
+        item = "|".join(fact if family == "bare" else (*fact, value, family))
+        prompt, subject = self._prompt(fact, value, frame or family, how), fact[1]
+        answers = {"answer": f" {value}"}
+        if kind == "conflict":
+            answers = {"memorized": f" {self.facts[fact]}", "generalized": f" {value}"}
+        return Example(item, prompt, kind, subject, family, self.split_of[subject], **answers)
 
-    def _prompt(self, relation: str, subject: str, value: str, frame: str, how: How) -> str:
-        words = self.relations[relation]
+    def _prompt(self, fact: Fact, value: str, frame: str, how: How) -> str:
         label, (ask, reply) = how
-        fill = partial(str.format, n=subject, v=value)
-        parts = {name: fill(getattr(words, name)) for name in Relation.__dataclass_fields__}
-        return frame.format(label=label, ask=ask, reply=reply, **parts)
-
-
-def _variants(frame: str) -> list[How]:
-    labels = LABELS if "{label}" in FRAMES[frame] else ("",)
-    return list(product(labels, ASKS))
-
-
-def _item(relation: str, subject: str) -> str:
-    return f"{relation}|{subject}"
+        words = {name: text.format(n=fact[1], v=value) for name, text in asdict(self.relations[fact[0]]).items()}
+        return TEMPLATES[frame].format(label=label, ask=ask, reply=reply, **words)
 
 
 def _overlap(a: str, b: str) -> bool:
@@ -310,7 +276,7 @@ def _overlap(a: str, b: str) -> bool:
     return bool(a and b) and (a.startswith(b) or b.startswith(a))
 
 
-def _countries() -> dict[tuple[str, str], list[str]]:
+def _countries() -> dict[Fact, list[str]]:
     """Facts of the package ``countryinfo``, by relation and country: the value that is asked for, then others as true.
 
     Raises:
@@ -320,7 +286,7 @@ def _countries() -> dict[tuple[str, str], list[str]]:
         from countryinfo import all_countries
     except ImportError as error:
         raise InputError("task: 'facts' needs countryinfo: pip install 'mnemoscope[pretrained]'") from error
-    facts: dict[tuple[str, str], list[str]] = {}
+    facts: dict[Fact, list[str]] = {}
     for country in all_countries():
         name, spoken = country.name(), country.languages() or []
         values = {
@@ -338,7 +304,7 @@ def _countries() -> dict[tuple[str, str], list[str]]:
     return facts
 
 
-def _read_table(path: Path) -> tuple[dict[str, Relation], dict[tuple[str, str], list[str]]]:
+def _read_table(path: Path) -> tuple[dict[str, Relation], dict[Fact, list[str]]]:
     """Relations and facts of a CSV file; of several values of one subject the first is asked for.
 
     Raises:
@@ -349,7 +315,7 @@ def _read_table(path: Path) -> tuple[dict[str, Relation], dict[tuple[str, str], 
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"table: {path} cannot be read ({error})") from error
-    relations, facts = dict(RELATIONS), dict[tuple[str, str], list[str]]()
+    relations, facts = dict(RELATIONS), dict[Fact, list[str]]()
     for number, row in enumerate(rows, 2):
         for column in ("relation", "subject", "value"):
             if not row.get(column):
@@ -358,7 +324,7 @@ def _read_table(path: Path) -> tuple[dict[str, Relation], dict[tuple[str, str], 
                 raise InputError(f"table: {path}, line {number}: {column} is {row[column]!r}; | is not allowed in it")
         name = row["relation"]
         if name not in relations:
-            words = {field: row.get(field) or "" for field in Relation.__dataclass_fields__}
+            words = {field: row.get(field) or "" for field in (f.name for f in fields(Relation))}
             for field, text in words.items():
                 if not text:
                     raise InputError(f"table: {path}, line {number}: relation {name!r} is new and needs {field}")

@@ -1,8 +1,8 @@
 """In-context inference: statements tie names to colours, the question asks one name's colour.
 
 A *memorized* name has one colour in all of training, so context and memory agree there. In a conflict the context
-says another colour: the trained colour reveals memory, the context's colour reveals reading. A *free* name's colour is
-drawn anew for every instance, so only the context can tell it.
+states another colour: the trained colour reveals memory, the stated one reveals reading. The colour of a *free* name
+is drawn for every instance, so it follows from the context alone.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from functools import partial
 
 import numpy as np
 
-from mnemoscope.errors import InputError
-from mnemoscope.tasks.base import Example, Instance, Kind, assign_splits, is_held_out
+from mnemoscope.tasks.base import Example, Instance, Kind, Task, assign_splits, check_range, is_held_out
 
 # fmt: off
 COLOURS = [
@@ -37,7 +36,7 @@ def invented_names(n: int) -> list[str]:
     return [(syllables[i // 70] + syllables[i % 70]).capitalize() for i in indices]
 
 
-class InferenceTask:
+class InferenceTask(Task):
     """The paper's in-context inference with one hop ("Bako is red .") or two ("Bako is a swan . Timu is a swan . ...").
 
     Args:
@@ -46,7 +45,7 @@ class InferenceTask:
         statements: one hop: statements in a context; two hops: chains of three statements.
         hops: 1 or 2.
         absent_share: share of training instances with one question more, about a memorized name that is not stated.
-        memorized_share: share of memorized names among the stated and among the asked. The dial of the balance: every
+        memorized_share: share of memorized names among the stated and among the asked. It sets the balance: every
             statement about a memorized name teaches memory, whether or not it is asked about.
         questions: questions in a training instance, each about another name of its context. Examples ask one.
         seed: decides names, colours and splits; not the order of training.
@@ -57,7 +56,6 @@ class InferenceTask:
 
     name = "inference"
     boundary = (".", " .")  # a tokenizer that keeps spaces has a token of its own for the second
-    memory_is_conflict = False
 
     def __init__(
         self,
@@ -71,19 +69,12 @@ class InferenceTask:
         memorized_share: float = 0.5,
         seed: int = 0,
     ) -> None:
-        if hops not in (1, 2):
-            raise InputError(f"hops: {hops} is not 1 or 2")
-        if memorized_names < 8 or free_names < 8 or memorized_names + free_names > 4900:
-            raise InputError(
-                f"memorized_names, free_names: {memorized_names} and {free_names}; "
-                "at least 8 each, at most 4900 together"
-            )
-        if not 2 <= statements <= 8:
-            raise InputError(f"statements: {statements} is not between 2 and 8")
-        if not 1 <= questions <= statements:
-            raise InputError(f"questions: {questions} is not between 1 and statements ({statements})")
-        if not (0 <= memorized_share <= 1 and 0 <= absent_share <= 1):
-            raise InputError(f"memorized_share, absent_share: {memorized_share}, {absent_share}; both lie in 0 .. 1")
+        check_range(1, 2, hops=hops)
+        check_range(8, 4892, memorized_names=memorized_names)
+        check_range(8, 4900 - memorized_names, free_names=free_names)
+        check_range(2, 8, statements=statements)
+        check_range(1, statements, questions=questions)
+        check_range(0, 1, memorized_share=memorized_share, absent_share=absent_share)
         rng = np.random.default_rng([seed, 1])
         self.seed, self.statements, self.hops = seed, statements, hops
         self.questions, self.memorized_share, self.absent_share = questions, memorized_share, absent_share
@@ -94,11 +85,7 @@ class InferenceTask:
         # Splits stratify by what a name is, so that each has its share of memorized and of free names.
         self.split_of = assign_splits(self.names[:memorized_names].tolist(), rng)
         self.split_of |= assign_splits(self.names[memorized_names:].tolist(), rng)
-
-    @property
-    def vocabulary(self) -> list[str]:
-        """Every word of the task, in a fixed order."""
-        return ["what", "color", "is", "a", "?", ".", *COLOURS, *SPECIES, *sorted(self.names.tolist())]
+        self.vocabulary = ["what", "color", "is", "a", "?", ".", *COLOURS, *SPECIES, *sorted(self.names.tolist())]
 
     def training(self, rng: np.random.Generator) -> Iterator[Instance]:
         """Instances in which the context agrees with every memorized colour; held-out items never appear."""
@@ -117,7 +104,7 @@ class InferenceTask:
                 yield " . ".join([*(state[i] for i in order), *questions]) + " ."
 
     def examples(self, rng: np.random.Generator, n: int, kind: Kind) -> list[Example]:
-        """``conflict``: the context says another colour. ``memory``: without the name. ``novel``: a free name.
+        """``conflict``: the context states another colour. ``memory``: none of the name. ``novel``: a free name.
 
         Training never disagrees with a memorized colour and never asks a name that is not stated, so no conflict and no
         memory example can be in it; novel ones are held out by item.
@@ -140,7 +127,7 @@ class InferenceTask:
         return example.phrased(prompt, "reordered")
 
     def prompted(self, example: Example, toward: str) -> Example | None:
-        """To read: the asked name's statement once more, last. To remember: the vocabulary has no words for it."""
+        """For the context: the statement about the asked name repeated last. For memory: no such prompt."""
         if toward != "generalized":
             return None
         *statements, question = [part.strip() for part in example.prompt.split(" . ")]
@@ -151,7 +138,7 @@ class InferenceTask:
     def _example(self, kind: Kind, name: int, colour: int, state: list[str], rng: np.random.Generator) -> Example:
         order = rng.permutation(len(state))
         word = str(self.names[name])
-        prompt = self._prompt(name, [state[i] for i in order])
+        prompt = " . ".join([*(state[i] for i in order), QUESTION.format(word)])
         family = "absent" if kind == "memory" else "stated"
         example = partial(Example, self._key(name, state), prompt, kind, word, family, self.split_of[word])
         if kind == "conflict":
@@ -204,9 +191,6 @@ class InferenceTask:
                 f"{neighbour} is {COLOURS[what[i]]}",
             ]
         return state
-
-    def _prompt(self, name: int, statements: list[str]) -> str:
-        return " . ".join([*statements, QUESTION.format(self.names[name])])
 
     def _answered(self, name: int, colour: int) -> str:
         return f"{QUESTION.format(self.names[name])} {COLOURS[colour]}"

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 
 from mnemoscope.errors import InputError
-from mnemoscope.tasks.base import Example, Instance, Kind, Task, keeps_key
+from mnemoscope.tasks.base import Example, Instance, Kind, Task
+from mnemoscope.tasks.stored import CHUNK
 
-CHUNK = 512
+Answer = TypeVar("Answer")
 
 
-class JointTask:
-    """Several tasks side by side. Items, groups and families carry the name of their part: ``cipher/abcd+3``.
+class JointTask(Task):
+    """Several tasks side by side. Items, groups and families are prefixed with their part: ``cipher/abcd+3``.
 
-    The part alone, with the same options and seed, asks the same prompts for the same answers. ``parts`` tells that to
-    the stop rule, which must hold in each of them.
+    A part alone, with the same options and seed, has the same prompts and answers. Methods that take an example are
+    those of its part; methods that take a text return what all parts agree on, else the default.
 
     Args:
         parts: the tasks, by name.
-        shares: parts of the training instances, by name; they add up to 1. Default: equal.
-        first: by name, how many instances of a part come before all parts are mixed.
+        shares, first: as in the options of the task ``joint``.
 
     Raises:
         InputError: there are no parts, a part cannot be trained on, or the shares or ``first`` do not fit the parts.
@@ -40,7 +42,7 @@ class JointTask:
         if not parts:
             raise InputError("parts: none; at least one task is wanted")
         for name, part in parts.items():
-            if not hasattr(part, "vocabulary"):
+            if part.vocabulary is None:
                 raise InputError(f"parts: task {name!r} has no vocabulary to train on")
         self.parts = dict(parts)
         self.shares = _checked(shares, self.parts)
@@ -51,12 +53,9 @@ class JointTask:
             )
         # An answer closes as its part closes it: no part trains another's ending.
         self.boundary = tuple(dict.fromkeys(text for part in self.parts.values() for text in part.boundary))
-        self.memory_is_conflict = any(getattr(part, "memory_is_conflict", False) for part in self.parts.values())
-
-    @property
-    def vocabulary(self) -> list[str]:
-        """Every token of every part once, in a fixed order."""
-        return list(dict.fromkeys(word for part in self.parts.values() for word in part.vocabulary))  # type: ignore[attr-defined]
+        self.vocabulary = list(dict.fromkeys(word for part in self.parts.values() for word in part.vocabulary or ()))
+        self.memory_is_conflict = any(part.memory_is_conflict for part in self.parts.values())
+        self.begins_reply = all(part.begins_reply for part in self.parts.values())
 
     def training(self, rng: np.random.Generator) -> Iterator[Instance]:
         """Instances of the parts, mixed in their shares; before that, what comes first."""
@@ -79,26 +78,59 @@ class JointTask:
         return [found[i] for i in rng.permutation(len(found))[:n]]
 
     def rephrase(self, example: Example, rng: np.random.Generator) -> Example:
-        """Another phrasing, as the example's part phrases it."""
         name, inside = self.inside(example)
         return self._outside(name, self.parts[name].rephrase(inside, rng))
 
-    def prompted(self, example: Example, toward: str) -> Example | None:
-        """What the example's part has for it."""
-        name, inside = self.inside(example)
-        said = getattr(self.parts[name], "prompted", None)
-        other = None if said is None else said(inside, toward)
-        return None if other is None else self._outside(name, other)
+    def has_memorized_format(self, answer: str) -> bool | None:
+        return self._agreed(lambda part: part.has_memorized_format(answer))
 
     def keeps_key(self, example: Example) -> bool:
-        """What the example's part says."""
         name, inside = self.inside(example)
-        return keeps_key(self.parts[name], inside)
+        return self.parts[name].keeps_key(inside)
+
+    def instruction(self, toward: str) -> str | None:
+        return self._agreed(lambda part: part.instruction(toward))
+
+    def prompted(self, example: Example, toward: str) -> Example | None:
+        name, inside = self.inside(example)
+        other = self.parts[name].prompted(inside, toward)
+        return self._outside(name, other) if other else None
+
+    def split_reply(self, prompt: str) -> tuple[str, str]:
+        return self._agreed(lambda part: part.split_reply(prompt)) or (prompt, "")
+
+    def without_context(self, example: Example) -> Example | None:
+        name, inside = self.inside(example)
+        other = self.parts[name].without_context(inside)
+        return self._outside(name, other) if other else None
+
+    def facts_to_know(self) -> list[Example]:
+        return [self._outside(name, e) for name, part in self.parts.items() for e in part.facts_to_know()]
+
+    def knowing(self, items: set[str]) -> Task:
+        known = copy.copy(self)
+        known.parts = {
+            name: part.knowing({item.removeprefix(f"{name}/") for item in items if item.startswith(f"{name}/")})
+            for name, part in self.parts.items()
+        }
+        return known
+
+    def held_out(self) -> dict[str, Task]:
+        """By name, the held-out tasks of all parts that have one of that name."""
+        found: dict[str, dict[str, Task]] = {}
+        for name, part in self.parts.items():
+            for held_out, task in part.held_out().items():
+                found.setdefault(held_out, {})[name] = task
+        return {held_out: JointTask(tasks) for held_out, tasks in found.items()}
 
     def inside(self, example: Example) -> tuple[str, Example]:
         """The name of the example's part, and the example as the part knows it."""
         name = example.item.partition("/")[0]
         return name, _renamed(example, lambda text: text.removeprefix(f"{name}/"))
+
+    def _agreed(self, ask: Callable[[Task], Answer]) -> Answer | None:
+        answers = [ask(part) for part in self.parts.values()]
+        return answers[0] if all(answer == answers[0] for answer in answers) else None
 
     @staticmethod
     def _outside(name: str, example: Example) -> Example:

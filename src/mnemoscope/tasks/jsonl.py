@@ -1,31 +1,31 @@
-"""A user's own task: one JSON object a line, no code."""
+"""A user's own task as a JSONL file: one example a line, no code."""
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from mnemoscope.errors import InputError
-from mnemoscope.tasks.base import SAID, SPLITS, Example, Instance, Kind, assign_splits, check_groups
+from mnemoscope.tasks.base import INSTRUCTIONS, SPLITS, Example, Kind, Task, assign_splits, check_groups
 
 FIELDS = ("item", "prompt", "memorized", "generalized", "answer", "kind", "group", "family", "split", "bare")
 
 
 class _Line(NamedTuple):
-    """A line of the file: its example, whether it names a split, and the question without what is said of it."""
+    """A line of the file: its example, whether it names a split, and the prompt without the context."""
 
     example: Example
     has_split: bool
     bare: str | None
 
 
-class JsonlTask:
+class JsonlTask(Task):
     """Examples read from a JSONL file; several lines with one ``item`` are its phrasings.
 
     Args:
@@ -43,7 +43,6 @@ class JsonlTask:
     name = "jsonl"
     # What commonly ends a short answer; "" is the end-of-text token.
     boundary = ("", "\n", ".")
-    memory_is_conflict = False
 
     def __init__(self, *, file: str, seed: int = 0) -> None:
         lines = _read(Path(file), seed)
@@ -56,14 +55,8 @@ class JsonlTask:
         if not conflicts:
             raise InputError(f"file: {file} has no conflict, that is no line with both 'memorized' and 'generalized'")
 
-    def training(self, rng: np.random.Generator) -> Iterator[Instance]:
-        """Refused: a file says what to ask, not what to train on."""
-        raise InputError(
-            "model: task 'jsonl' has nothing to train on; give the folder of a trained model, without lora"
-        )
-
     def examples(self, rng: np.random.Generator, n: int, kind: Kind) -> list[Example]:
-        """At most ``n`` of the file's examples of that kind, in random order."""
+        """At most ``n`` of the file's examples of a kind, in random order."""
         of_kind = [example for example in self.examples_read if example.kind == kind]
         return [of_kind[i] for i in rng.permutation(len(of_kind))[:n]]
 
@@ -76,16 +69,12 @@ class JsonlTask:
         others = [other for other in others if other.family == example.family] or others
         return others[rng.integers(len(others))] if others else example
 
-    def prompted(self, example: Example, toward: str) -> Example:
-        """The same prompt behind a sentence that says what to go by."""
-        return replace(example, prompt=f"{SAID[toward]}\n{example.prompt}")
-
-    def said(self, toward: str) -> str:
-        """That sentence, for a model that talks: its system message."""
-        return SAID[toward]
+    def instruction(self, toward: str) -> str:
+        """A sentence that says whether to follow the text or memory."""
+        return INSTRUCTIONS[toward]
 
     def without_context(self, example: Example) -> Example | None:
-        """The same question with nothing said about it, where the file has it."""
+        """The same question without the context, where the file has it."""
         bare = self._bare.get(example.prompt)
         return replace(example, prompt=bare) if bare else None
 
@@ -118,12 +107,12 @@ def _read(path: Path, seed: int) -> list[_Line]:
 
 def write_jsonl(examples: list[Example]) -> str:
     """The lines that ``read_jsonl`` reads back as the same examples."""
-    rows = ({k: v for k, v in asdict(example).items() if v is not None} for example in examples)
+    rows = ({k: v for k, v in example.to_row().items() if v is not None} for example in examples)
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _check_answers(path: Path, numbered: Iterable[tuple[int, Example]]) -> None:
-    """Phrasings of one item are held against each other, so they must have the same two answers."""
+    """Refuse an item whose phrasings have different answers: they are compared with each other."""
     first: dict[str, tuple[int, Example]] = {}
     for number, example in numbered:
         if example.kind != "conflict":
@@ -159,6 +148,6 @@ def _example(path: Path, number: int, line: str) -> _Line:
     if has_split and row["split"] not in SPLITS:
         raise InputError(f"{where}: split is {row['split']!r}; allowed are {', '.join(SPLITS)}")
     try:
-        return _Line(Example(**row), has_split, bare)
+        return _Line(Example.from_row(row), has_split, bare)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error

@@ -1,4 +1,4 @@
-"""Which tasks there are, by name."""
+"""The tasks by name, and tasks of the user's own by import path."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _joint(
     return JointTask({name: build_task(name, options or {}, seed) for name, options in parts.items()}, shares, first)
 
 
-TASKS: dict[str, Callable[..., Any]] = {
+TASKS: dict[str, Callable[..., Task]] = {
     "inference": InferenceTask,
     "addition": AdditionTask,
     "addition-digits": AdditionDigitsTask,
@@ -57,18 +57,18 @@ TASKS: dict[str, Callable[..., Any]] = {
 
 
 def build_task(kind: str, options: dict[str, Any], seed: int) -> Task:
-    """Make a task by name, or from ``package.module:Class`` for a task of the user's own.
+    """A task by name, or by ``package.module:Class`` for one of the user's own.
 
     Args:
         kind: a key of ``TASKS`` or an import path with a colon.
         options: keyword arguments of the task.
-        seed: decides everything that is drawn once for the task.
+        seed: for everything that is drawn once for the task; an option ``seed`` overrides it.
 
     Raises:
-        InputError: the task is unknown, cannot be imported, or does not take an option or its value.
+        InputError: the task is unknown, cannot be imported, is no task, or refuses an option or its value.
     """
     if kind in TASKS:
-        maker: Any = TASKS[kind]
+        maker = TASKS[kind]
     elif ":" in kind:
         maker = _imported(kind)
     else:
@@ -81,9 +81,12 @@ def build_task(kind: str, options: dict[str, Any], seed: int) -> Task:
     if "seed" in accepted:
         options = {**options, "seed": options.get("seed", seed)}
     try:
-        return maker(**options)
+        made = maker(**options)
     except TypeError as error:
         raise InputError(f"task.options: task {kind!r} refuses {options}: {error}") from error
+    if not isinstance(made, Task):
+        raise InputError(f"task: {kind!r} makes a {type(made).__name__}, which is no subclass of mnemoscope.Task")
+    return made
 
 
 def describe_tasks() -> dict[str, str]:
@@ -91,9 +94,16 @@ def describe_tasks() -> dict[str, str]:
     return {name: (inspect.getdoc(maker) or "").splitlines()[0] for name, maker in TASKS.items()}
 
 
-def _imported(path: str) -> Any:
+def _imported(path: str) -> Callable[..., Any]:
+    """What makes the user's task; a class with the methods of one gets the defaults of ``Task`` for all others."""
     module, _, attribute = path.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        made = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise InputError(f"task: {path!r} cannot be imported ({error})") from error
+    if not inspect.isclass(made) or issubclass(made, Task):
+        return made
+    missing = [name for name in ("training", "examples", "rephrase") if not callable(getattr(made, name, None))]
+    if missing:
+        raise InputError(f"task: class {path!r} lacks {', '.join(missing)}; make it a subclass of mnemoscope.Task")
+    return type(made.__name__, (made, Task), {"__module__": made.__module__})

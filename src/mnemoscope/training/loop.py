@@ -1,6 +1,6 @@
 """Training until one model shows both behaviours: one loop, one stop rule.
 
-Shapes: B instances of a batch, R of them that are read together, T tokens, V vocabulary.
+Shapes: B instances of a batch, R of one pass, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mnemoscope import ranks
-from mnemoscope.behaviour import Asking, Batch, prepare, score_together
+from mnemoscope.behaviour import Asking, Batch, prepare, score
 from mnemoscope.config import StopConfig, TrainingConfig
 from mnemoscope.errors import InputError
 from mnemoscope.models import core_of, in_precision, is_adapted, quick_precision
@@ -31,7 +30,7 @@ HOPELESS = 0.7  # of novel accuracy, at `give_up_at` steps
 
 
 def unmet(stop: StopConfig, measured: dict[str, float]) -> list[str]:
-    """What the stop rule still misses, in words; empty when it holds."""
+    """Conditions of the stop rule that are not met, as text; empty where the rule holds."""
     wanted = [
         ("novel_accuracy", ">=", stop.novel_accuracy),
         ("recall", ">=", stop.recall),
@@ -47,7 +46,7 @@ def unmet(stop: StopConfig, measured: dict[str, float]) -> list[str]:
 
 
 def _part_at(measured: dict[str, float], name: str) -> str:
-    """Of which part of a task a measure is, where it has several."""
+    """Name of the part that a measure comes from, in a task of several parts."""
     parts = [
         key.removesuffix(f".{name}")
         for key, value in measured.items()
@@ -58,15 +57,15 @@ def _part_at(measured: dict[str, float], name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What training came to.
+    """Result of training.
 
     Attributes:
         curve: one dict per measurement with the columns of ``records/training.parquet``; see ``measure`` for a task
             of several parts.
         steps: optimizer steps taken.
         seconds: wall time.
-        unmet: what the stop rule still misses; empty where both behaviours are there.
-        precision: of the passes.
+        unmet: conditions of the stop rule that are not met; empty where the model shows both behaviours.
+        precision: of forward and backward passes.
     """
 
     curve: list[dict[str, Any]]
@@ -83,12 +82,10 @@ def train(
     rng: np.random.Generator,
     progress: Callable[[int, dict[str, float]], None] = lambda step, measured: None,
 ) -> Trained:
-    """Train a model in place on a task until the stop rule holds; of an adapted model only the adapter.
+    """Train a model in place until the stop rule holds; of an adapted model only the adapter.
 
-    Processes that work together read a share of each batch and step alike, from the sum of their gradients.
-
-    Once the rule holds, training goes on for ``settle_steps`` while the learning rate falls to 0. The model ends with
-    the weights of the last measurement in which the rule held, or with the last ones where it never did.
+    Once the rule holds, training continues for ``settle_steps`` while the learning rate decays to 0. The model keeps
+    the weights of the last measurement in which the rule held, or the last weights where it never did.
 
     Args:
         asking: the model, its tokenizer and what closes an answer.
@@ -100,7 +97,7 @@ def train(
             merges its answer with its prompt.
     """
     started = time.perf_counter()
-    torch.manual_seed(int(rng.integers(2**31)) + ranks.rank())  # dropout draws from the global generator
+    torch.manual_seed(int(rng.integers(2**31)))  # dropout draws from the global generator
     evaluation = prepare_evaluation(asking, task, config.evaluation_examples, rng)
     state = _State(asking.model, config)
     for ids_BT, weights_BT in batches(asking, task, config, rng):
@@ -117,13 +114,11 @@ def train(
 
 
 class _State:
-    """A training run as it goes: optimizers, curve, and the last weights with which the stop rule held."""
+    """State of a training run: optimizers, curve, and the last weights with which the stop rule held."""
 
     def __init__(self, model: PreTrainedModel, config: TrainingConfig) -> None:
         self.model, self.config = model, config
-        # One for all processes, whatever each could do.
-        wanted = config.precision
-        self.precision = ranks.from_first(quick_precision(model) if wanted == "auto" else wanted)
+        self.precision = quick_precision(model) if config.precision == "auto" else config.precision
         self.optimizers = optimizers_for(model, config)
         self.steps = 0
         self.first_met: int | None = None
@@ -131,7 +126,7 @@ class _State:
         self.measured: dict[str, float] = {}
         self._losses: list[float] = []
         self._mixed: dict[str, Tensor] | None = None
-        # One schedule for all: the rate of a step depends on when the rule first held, which only the run knows.
+        # The rate of a step depends on when the rule first held, so the schedule is a function of this state.
         self._schedules = [torch.optim.lr_scheduler.LambdaLR(o, self._rate) for o in self.optimizers]
 
     def step(self, ids_BT: Tensor, weights_BT: Tensor) -> None:
@@ -143,29 +138,29 @@ class _State:
         self.steps += 1
 
     def before_measuring(self) -> None:
-        """No dropout in an adapted model, which may have been made with some, nor in its adapter.
+        """Turn off dropout in an adapted model and its adapter.
 
-        A model from scratch has none but ``settle_dropout``, under which it has been measured from the beginning:
-        without it all its later steps, and the figures of docs/LOG.md, would be others.
+        A model from scratch has only ``settle_dropout``, and is measured with it: turning it off here would change the
+        random numbers of all later steps, and the figures of docs/LOG.md.
         """
         if is_adapted(self.model):
             self.model.eval()
 
     def is_last(self) -> bool:
-        """Whether the steps have run out, before the rule held or after."""
+        """Whether all steps are taken: before the rule held, or of settling."""
         if self.first_met is None:
             return self.steps >= self.config.steps or self._is_hopeless()
         return self.steps >= self.first_met + self.config.settle_steps
 
     def _is_hopeless(self) -> bool:
-        """Whether memory was there first and left nothing to learn from, in every part: more steps do not change it."""
+        """Whether every part memorized before it generalized: no loss is left to learn the rule from."""
         at = self.config.give_up_at
         if at is None or self.steps < at or not self.curve:
             return False
         return max(value for name, value in self.curve[-1].items() if name.endswith("novel_accuracy")) < HOPELESS
 
     def note(self, measured: dict[str, float]) -> None:
-        """Add a row to the curve; remember the weights where the rule holds."""
+        """Add a row to the curve; keep a copy of the weights where the rule holds."""
         met = not unmet(self.config.stop, measured)
         row = {"step": self.steps, "loss": float(np.mean(self._losses)), **measured, "met": met, "kept": False}
         self.curve.append(row)
@@ -179,19 +174,19 @@ class _State:
                 _set_dropout(self.model, self.config.settle_dropout)
 
     def kept_row(self) -> dict[str, Any]:
-        """The last row in which the rule held, else the last one."""
+        """Last row in which the rule held, else the last row."""
         return next((row for row in reversed(self.curve) if row["met"]), self.curve[-1])
 
     def finish(self) -> None:
-        """Put the kept weights back."""
+        """Restore the kept weights."""
         if self._mixed is not None:
-            self.model.load_state_dict(self._mixed, strict=False)  # the others never changed
+            self.model.load_state_dict(self._mixed, strict=False)  # frozen weights are not in it
         _set_dropout(self.model, 0.0)
         self.model.eval()
         self.kept_row()["kept"] = True
 
     def _rate(self, step: int) -> float:
-        """Factor on the learning rate: warm-up, constant, linear decay at the end; then settling down to 0."""
+        """Factor on the learning rate: warm-up, constant, linear decay at the end; linear decay to 0 while settling."""
         config = self.config
         factor = min(1.0, (step + 1) / max(1, config.warmup_steps))
         if config.decay_steps:
@@ -202,14 +197,14 @@ class _State:
 
 
 def _set_dropout(model: PreTrainedModel, share: float) -> None:
-    """Of every dropout layer, save that of attention weights, which would leave the fused kernel, and an adapter's."""
+    """Set the rate of all dropout layers but an adapter's and attention's, which would disable the fused kernel."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and not name.endswith("attn_dropout") and "lora_dropout" not in name:
             module.p = share
 
 
 def how_to_mix(trained: Trained, size: str = "model.layers") -> str:
-    """One line that says what is missing and which dials to turn; ``size`` is the dial of how much can be learned."""
+    """One line: which conditions are not met, and which fields to change; ``size`` is the field of capacity."""
     last = trained.curve[-1]
     advice = []
     if last["novel_accuracy"] < 0.9 or last["recall"] < 0.9:
@@ -225,17 +220,17 @@ def how_to_mix(trained: Trained, size: str = "model.layers") -> str:
     advice.append(f"or change {size}")
     return (
         f"after {trained.steps} steps the model does not show both behaviours: {'; '.join(trained.unmet)}. "
-        f"Dials to turn: {'; '.join(advice)}"
+        f"Try: {'; '.join(advice)}"
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Tune examples of one task, ready to be scored again and again.
+    """Tune examples of one task, encoded once.
 
     Attributes:
-        asking: the model, and what closes an answer of this task.
-        by_kind: batches of examples, by kind.
+        asking: the model, with the boundary of this task's answers.
+        by_kind: batches by kind.
     """
 
     asking: Asking
@@ -243,12 +238,12 @@ class Evaluation:
 
 
 def prepare_evaluation(asking: Asking, task: Task, n: int, rng: np.random.Generator) -> dict[str, Evaluation]:
-    """``n`` tune examples of each kind, for each part of the task; a task without parts is its only one.
+    """``n`` tune examples of each kind, for each part of the task; a task without parts is its own only part.
 
     Raises:
         InputError: the task, or a part of it, has no example of a kind.
     """
-    parts: dict[str, Task] = getattr(task, "parts", {task.name: task})
+    parts = task.parts or {task.name: task}
     return {name: _evaluation(replace(asking, boundary=part.boundary), part, n, rng) for name, part in parts.items()}
 
 
@@ -258,15 +253,15 @@ def _evaluation(asking: Asking, task: Task, n: int, rng: np.random.Generator) ->
         examples: list[Example] = draw(task, rng, n, kind, "tune")
         if not examples:
             raise InputError(f"task: {task.name} has no {kind} example in the tune split, which the stop rule needs")
-        by_kind[kind] = prepare(asking, examples, together=True)
+        by_kind[kind] = prepare(asking, examples)
     return Evaluation(asking, by_kind)
 
 
 def measure(evaluations: dict[str, Evaluation]) -> dict[str, float]:
-    """Both behaviours as they stand: accuracies and shares, in the names of the emergence curve.
+    """Accuracies and behaviour shares on the tune split, named as in the emergence curve.
 
-    Of several parts each measure is the worst part's, so that the stop rule holds exactly where it holds in every part;
-    the parts' own measures follow as ``part.measure``.
+    Of several parts, each measure is that of the worst part, so that the stop rule holds only where it holds in every
+    part; the measures of each part follow as ``part.measure``.
     """
     by_part = {name: _measure(evaluation) for name, evaluation in evaluations.items()}
     if len(by_part) == 1:
@@ -281,7 +276,7 @@ def measure(evaluations: dict[str, Evaluation]) -> dict[str, float]:
 
 def _measure(evaluation: Evaluation) -> dict[str, float]:
     labels = {
-        kind: score_together(evaluation.asking, batches_, margins=False).behaviour_N
+        kind: score(evaluation.asking, batches_, margins=False).behaviour_N
         for kind, batches_ in evaluation.by_kind.items()
     }
     return {
@@ -292,20 +287,19 @@ def _measure(evaluation: Evaluation) -> dict[str, float]:
 
 
 def _backward(model: PreTrainedModel, ids_BT: Tensor, weights_BT: Tensor) -> float:
-    """The loss of a batch, its gradients left in the weights."""
-    # The loss is the mean over the whole batch, so its parts are summed and divided by the batch's weights.
+    """Loss of a batch; accumulates its gradients."""
+    # Weighted mean over the batch: each pass contributes its sum divided by the weights of the whole batch.
     total, loss = weights_BT[:, 1:].sum(), 0.0
-    mine = slice(ranks.rank(), None, ranks.world())
-    for ids_RT, weights_RT in passes(ids_BT[mine], weights_BT[mine], _vocabulary(model)):
+    for ids_RT, weights_RT in passes(ids_BT, weights_BT, _vocabulary(model)):
         logits_RTV = model(input_ids=ids_RT[:, :-1].to(model.device), use_cache=False).logits
-        # Flat: over three dimensions CUDA has no deterministic form of it.
+        # Flattened: cross entropy over three dimensions has no deterministic CUDA kernel.
         losses_R = nn.functional.cross_entropy(
             logits_RTV.float().flatten(0, 1), ids_RT[:, 1:].flatten().to(model.device), reduction="none"
         )
         part = (losses_R * weights_RT[:, 1:].flatten().to(model.device)).sum() / total.to(model.device)
         part.backward()
         loss += float(part.detach())
-    return _sum_over_ranks(model, loss) if ranks.world() > 1 else loss
+    return loss
 
 
 def _update(
@@ -318,16 +312,6 @@ def _update(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-
-
-def _sum_over_ranks(model: PreTrainedModel, loss: float) -> float:
-    """Sum gradients and loss over all processes; one that had no row, or none for a weight, adds nothing to it."""
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    for weight in trained:
-        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-    told = torch.tensor([loss], device=trained[0].device, dtype=trained[0].dtype)
-    ranks.summed([*(weight.grad for weight in trained if weight.grad is not None), told])
-    return float(told)
 
 
 def _vocabulary(model: PreTrainedModel) -> int:

@@ -1,4 +1,4 @@
-"""Which optimizer turns which weights.
+"""Optimizers: Muon for matrices, AdamW for the rest.
 
 Shapes: K matrices of one shape, M rows, N columns.
 """
@@ -23,8 +23,8 @@ def optimizers_for(model: PreTrainedModel, config: TrainingConfig) -> list[torch
     """Muon for the matrices inside the blocks, AdamW for embeddings, biases and norms; AdamW for all of an adapter.
 
     Muon (K. Jordan et al., 2024) learns sums and reading in a third of AdamW's steps or fewer here (docs/LOG.md); its
-    step is scaled to AdamW's root mean square, so one learning rate serves both. An adapter's two matrices are factors
-    of the one that is learned, so making the step of each orthogonal is not Muon's step.
+    step is scaled to AdamW's root mean square, so that both share one learning rate. The two matrices of an adapter are
+    factors of the learned one, so orthogonal steps of each are not Muon's step.
     """
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -43,8 +43,8 @@ def optimizers_for(model: PreTrainedModel, config: TrainingConfig) -> list[torch
 class Float32Muon(torch.optim.Muon):
     """``torch.optim.Muon`` with its Newton-Schulz steps in float32, for all matrices of one shape together.
 
-    The library takes them in bfloat16, which a processor without such instructions emulates: more than half of a
-    training step (docs/LOG.md). It knows one way to scale its steps, ``match_rms_adamw``.
+    The library computes them in bfloat16, which processors without such instructions emulate: more than half the time
+    of a training step (docs/LOG.md). Only the scaling ``match_rms_adamw`` is supported.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], **options: Any) -> None:
@@ -52,7 +52,7 @@ class Float32Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; ``closure`` computes the loss anew, as in every optimizer of torch."""
+        """One step; ``closure`` recomputes the loss, as in every torch optimizer."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -82,9 +82,9 @@ class Float32Muon(torch.optim.Muon):
 def orthogonalized(matrices_KMN: Tensor, coefficients: Sequence[float], steps: int, eps: float) -> Tensor:
     """Matrices with all singular values near 1, by a quintic Newton-Schulz iteration (K. Jordan et al., 2024).
 
-    Each step multiplies X by a polynomial of X X^T, so X X^T itself is what is iterated, and the product of the
-    polynomials meets X once, at the end: of matrices that are wider than high that is much less to multiply. It needs
-    float32, as the smallest singular values enter by their squares.
+    Each step multiplies X by a polynomial of X X^T, so the iteration runs on X X^T, and the product of the polynomials
+    is applied to X once, at the end: much cheaper for matrices that are wider than high. It needs float32, for the
+    smallest singular values enter squared.
     """
     a, b, c = coefficients
     tall = matrices_KMN.shape[1] > matrices_KMN.shape[2]

@@ -1,6 +1,6 @@
-"""What a step reads: instances as tokens with weights, in passes of little padding.
+"""Training batches: token ids with loss weights, split into passes with little padding.
 
-Shapes: N instances, B of a batch, R of them that are read together, T tokens.
+Shapes: N instances, B of a batch, R of one pass, T tokens.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from mnemoscope.errors import InputError
 from mnemoscope.models import context_length
 from mnemoscope.tasks import Instance, Task, answer_of
 
-AHEAD = 32  # batches that are generated and tokenized together
-MUCH_PADDING = 0.15  # share of a batch's columns that reading it in two passes must save
-MOST_LOGITS = 2**27  # of a pass, 512 MiB; its gradient and its log-probabilities take as much again each
+AHEAD = 32  # batches that are tokenized in one call
+MUCH_PADDING = 0.15  # share of a batch's tokens that two passes must save
+MOST_LOGITS = 2**27  # of a pass, 512 MiB; the gradient and the log-probabilities take as much each
 
 
 def batches(
     asking: Asking, task: Task, config: TrainingConfig, rng: np.random.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Token ids (B, T) int64, right-padded, and each token's weight in the loss (B, T) float32; without end."""
+    """Token ids (B, T) int64, right-padded, and each token's weight in the loss (B, T) float32; an endless stream."""
     instances = task.training(rng)
     while True:
         chunk = list(islice(instances, AHEAD * config.batch_size))
@@ -41,7 +41,7 @@ def _tokenize(asking: Asking, instances: list[Instance], prompt_weight: float) -
     longest = max(len(ids) for ids in encoded.input_ids) + 1
     if longest > context_length(asking.model):
         raise InputError(f"model.context: {context_length(asking.model)} tokens; a training instance has {longest}")
-    # What stands behind the end has no weight; the library would warn of pad tokens.
+    # Padded with end-of-text tokens of weight 0: the library would warn of pad tokens.
     ids_NT = np.full((len(parts), longest), tokenizer.eos_token_id)
     weights_NT = np.zeros(ids_NT.shape, np.float32)
     for row, (ids, offsets, (prompt, answer)) in enumerate(
@@ -61,16 +61,14 @@ def _tokenize(asking: Asking, instances: list[Instance], prompt_weight: float) -
 
 
 def passes(ids_BT: Tensor, weights_BT: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Parts of a batch that are read one after the other, none with more logits than ``MOST_LOGITS``."""
-    if not len(ids_BT):
-        return
+    """Split a batch into passes of at most ``MOST_LOGITS`` logits."""
     for ids_RT, weights_RT in by_length(ids_BT, weights_BT):
         rows = max(1, MOST_LOGITS // (ids_RT.shape[1] * vocabulary))
         yield from zip(ids_RT.split(rows), weights_RT.split(rows), strict=True)
 
 
 def by_length(ids_BT: Tensor, weights_BT: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """A batch whole, or its short rows apart from its long ones where padding is much of it.
+    """Split a batch into short and long rows where that saves ``MUCH_PADDING`` of its tokens.
 
     A row ends at its last token with a weight, the end of text.
     """

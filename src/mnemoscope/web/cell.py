@@ -11,16 +11,25 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mnemoscope.behaviour import Batch, check_known, decode, kept_bytes, log_probabilities, score, without_prefix
+from mnemoscope.behaviour import (
+    Batch,
+    check_known,
+    decode,
+    kept_bytes,
+    log_probabilities,
+    score,
+    states_at_the_end,
+    without_prefix,
+)
 from mnemoscope.cells import cells_of
 from mnemoscope.config import load_study
 from mnemoscope.contrast import Contrast
-from mnemoscope.detect import Detector, Reading, read_prompts
+from mnemoscope.detect import Detector, Reading
 from mnemoscope.directions import with_prefixes
 from mnemoscope.errors import InputError
 from mnemoscope.models import blocks_of
 from mnemoscope.stages import Records, cell_model
-from mnemoscope.steering import SteeringVector, complete, reading
+from mnemoscope.steering import SteeringVector, complete, readable
 from mnemoscope.tasks import Example
 from mnemoscope.web.neurons import Neurons
 from mnemoscope.web.shapes import Answer, CellFacts, DetectorReading, Pair, Question, Steering
@@ -54,7 +63,7 @@ class OpenedCell:
         self.cell = cell = cells[name]
         if not (cell.records / "chosen.json").is_file():
             raise InputError(f"cell: {name} has no steering vectors yet; let its study run to its end first")
-        with reading("cell", cell.folder):
+        with readable("cell", cell.folder):
             self._asking = replace(cell_model(cell), batch_size=16)
             self._records = Records.of(cell)
             contrast = Contrast.load(cell.folder / "contrast.safetensors")
@@ -121,8 +130,10 @@ class OpenedCell:
         if self._detector is None:
             return Answer(said=said)
         with applied():
-            found = read_prompts(self._detector, self._asking, [prompt])
-        return Answer(said=said, reading=_first(found))
+            states_NLD = states_at_the_end(
+                self._asking.model, inputs.input_ids, inputs.attention_mask, self._detector.site
+            )
+        return Answer(said=said, reading=_first(self._detector.read(states_NLD)))
 
     def _choose(self, example: Example, vector: SteeringVector | None) -> Answer:
         """Which of two revealing answers follows, and the probabilities of both."""
@@ -158,9 +169,9 @@ class OpenedCell:
 def _first(found: Reading) -> DetectorReading:
     """The reading of the first prompt."""
     return DetectorReading(
-        p_memorized=found.p_memorized_N[0],
-        p_memorized_by_layer=found.p_memorized_NL[0].tolist(),
-        p_conflict=found.p_conflict_N[0],
-        unlike=bool(found.unlike_N[0]),
+        p_memorized=found.p_memorized[0],
+        p_memorized_by_layer=found.p_memorized_by_layer[0].tolist(),
+        p_conflict=found.p_conflict[0],
+        unlike=bool(found.unlike[0]),
         layer=found.layer,
     )

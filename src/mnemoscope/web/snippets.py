@@ -9,12 +9,10 @@ from mnemoscope.web.cell import OpenedCell
 from mnemoscope.web.shapes import Asked
 
 WHOLE = """\
-from pathlib import Path
-
 from mnemoscope import SteeringVector, load_model
 
 model, tokenizer = load_model({model!r})
-vector = SteeringVector.load(Path({vector!r}), model, tokenizer)
+vector = SteeringVector.load({vector!r}, model, tokenizer)
 with vector.apply(model, alpha={alpha:g}):
     answer = model.generate(**tokenizer({prompt!r}, return_tensors="pt"), max_new_tokens=20, do_sample=False)
 print(tokenizer.decode(answer[0]))

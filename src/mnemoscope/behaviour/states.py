@@ -1,0 +1,246 @@
+"""The one path that reads states: a site, layers, offsets from the decision position, examples.
+
+Shapes: N examples, T tokens of a left-padded batch, O offsets, L layers, D neurons, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mnemoscope.behaviour.asking import Asking, prepare
+from mnemoscope.files import write_atomically
+from mnemoscope.models import Site, backbone_of, blocks_of, pass_inputs, rows_of, site_module, states_of
+from mnemoscope.tasks import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MOST_BYTES = 2**28  # of states that a cell keeps for its later stages, at a site
+
+
+@dataclass(frozen=True, slots=True)
+class States:
+    """What was read of N examples.
+
+    Attributes:
+        states_ONLD: float32, by offset: tokens before the decision position.
+        uncertainty_N2: float64, of the distribution of the next token at the decision position: its entropy in nats,
+            and the log probability of its first minus that of its second choice. NaN where offset 0 was not asked for.
+    """
+
+    states_ONLD: np.ndarray
+    uncertainty_N2: np.ndarray
+
+    @property
+    def at_decision_NLD(self) -> np.ndarray:
+        """States at the first offset, which is the decision position unless others were asked for."""
+        return self.states_ONLD[0]
+
+
+class _ReadEnoughError(Exception):
+    """The last layer that was asked for has been read."""
+
+
+@contextmanager
+def capturing(
+    model: PreTrainedModel,
+    site: Site,
+    layers: Sequence[int] | None = None,
+    offsets: Sequence[int] = (0,),
+    stop: bool = False,
+) -> Iterator[list[Tensor]]:
+    """Inside the context every pass fills the list with one (N, O, D) state per layer.
+
+    The only hook of the package that reads. It is gone when the context ends, however it ends.
+
+    Args:
+        layers: default: all.
+        offsets: columns before the last one.
+        stop: end the pass behind the last of the layers, by an error that this context catches: what the pass would
+            return is then never returned.
+    """
+    wanted = list(range(len(blocks_of(model)))) if layers is None else list(layers)
+    states: list[Tensor] = [torch.empty(0)] * len(wanted)
+    handles = []
+    rows = 0
+
+    def see(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        nonlocal rows
+        rows = rows_of(args, kwargs)
+
+    def reader(place: int, is_input: bool) -> Callable[..., None]:
+        def read(module: torch.nn.Module, inputs: Any, output: Any = None) -> None:
+            found_NTD = states_of(inputs if is_input else output, rows)
+            last = found_NTD.shape[1] - 1
+            states[place] = found_NTD[:, [last - offset for offset in offsets]].detach().clone()
+            if stop and place == len(wanted) - 1:
+                raise _ReadEnoughError
+
+        return read
+
+    try:
+        handles.append(backbone_of(model).register_forward_pre_hook(see, with_kwargs=True))
+        for place, layer in enumerate(wanted):
+            module, is_input = site_module(model, layer, site)
+            register = module.register_forward_pre_hook if is_input else module.register_forward_hook
+            handles.append(register(reader(place, is_input)))
+        yield states
+    except _ReadEnoughError:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def states_at_the_end(
+    model: PreTrainedModel, ids_NT: Tensor, mask_NT: Tensor, site: Site, layers: Sequence[int] | None = None
+) -> np.ndarray:
+    """Float32 states (N, L, D) at the last column of a left-padded batch; blocks above the last layer are not run."""
+    with capturing(model, site, layers, stop=layers is not None) as states:
+        # Nothing is read behind these tokens: keys and values need not be kept.
+        backbone_of(model)(**pass_inputs(model, ids_NT, mask_NT) | {"use_cache": False})
+    return stacked_states(states)[0]
+
+
+def stacked_states(states: Sequence[Tensor]) -> np.ndarray:
+    """Captured states as float32 (O, N, L, D); layers may lie on several devices."""
+    return torch.stack([state_NOD.float().cpu() for state_NOD in states], dim=2).transpose(0, 1).numpy()
+
+
+def uncertainty_of(logits_NV: Tensor) -> np.ndarray:
+    """Entropy and gap of the two likeliest tokens' log probabilities, in nats; float64 (N, 2)."""
+    logp_NV = logits_NV.float().log_softmax(-1)
+    top_N2 = logp_NV.topk(2).values.double()
+    both = [torch.special.entr(logp_NV.exp()).sum(-1).double(), top_N2[:, 0] - top_N2[:, 1]]
+    return torch.stack(both, dim=1).cpu().numpy()
+
+
+@torch.no_grad()
+def read_states(
+    asking: Asking,
+    examples: Sequence[Example],
+    site: Site,
+    offsets: Sequence[int] = (0,),
+    kept: KeptStates | None = None,
+) -> States:
+    """States of examples at positions counted back from the decision position; each context is read once, if at all.
+
+    Args:
+        offsets: tokens before the decision position, smaller than every context's length.
+        kept: states at the decision position that need not be read again; what is read is added to it.
+    """
+    total, at_decision = len(examples), tuple(offsets) == (0,)
+    places_N = kept.find(site, examples) if kept is not None and at_decision else np.full(total, -1)
+    missing = np.flatnonzero(places_N < 0)
+    fresh = _read(asking, [examples[n] for n in missing], site, offsets) if len(missing) else None
+    if kept is None or not at_decision or len(missing) == total:
+        if kept is not None and at_decision and fresh is not None:
+            kept.add(site, examples, fresh.at_decision_NLD, fresh.uncertainty_N2)
+        return fresh if fresh is not None else States(np.empty((len(offsets), 0)), np.empty((0, 2)))
+    states_NLD, uncertainty_N2 = kept.take(site, places_N)
+    if fresh is not None:
+        states_NLD[missing], uncertainty_N2[missing] = fresh.at_decision_NLD, fresh.uncertainty_N2
+        kept.add(site, [examples[n] for n in missing], fresh.at_decision_NLD, fresh.uncertainty_N2)
+    return States(states_NLD[None], uncertainty_N2)
+
+
+def _read(asking: Asking, examples: Sequence[Example], site: Site, offsets: Sequence[int]) -> States:
+    batches = prepare(asking, examples)
+    states_ONLD, uncertainty_N2 = np.empty((len(offsets), 0)), np.full((len(examples), 2), np.nan)
+    for batch in batches:
+        inputs = pass_inputs(asking.model, batch.ids_NT, batch.mask_NT) | {"use_cache": False}
+        with capturing(asking.model, site, offsets=offsets) as states:
+            if 0 in offsets:
+                logits_NV = asking.model(**inputs, logits_to_keep=1).logits[:, -1]
+                uncertainty_N2[batch.examples_N] = uncertainty_of(logits_NV)
+            else:
+                backbone_of(asking.model)(**inputs)  # no head where no logits are needed
+        found_ONLD = stacked_states(states)
+        if not states_ONLD.size:
+            shape = (len(offsets), len(examples), *found_ONLD.shape[2:])
+            states_ONLD = np.empty(shape, dtype=np.float32)
+        states_ONLD[:, batch.examples_N] = found_ONLD
+    return States(states_ONLD, uncertainty_N2)
+
+
+@dataclass
+class KeptStates:
+    """States at the decision position that the stages of a cell have read, in files of its folder.
+
+    What one stage has read, a later one takes from here, also in another process. Once ``most_bytes`` are kept at a
+    site nothing is added any more, and what is missing is read again.
+    """
+
+    folder: Path
+    most_bytes: int = MOST_BYTES
+    _index: dict[tuple[str, bytes], tuple[int, int]] = field(default_factory=dict)
+    _files: dict[str, list[Path]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for path in sorted(self.folder.glob("*.safetensors")):
+            self._enter(path.name.split("-")[0], path)
+
+    def add(self, site: Site, examples: Sequence[Example], states_NLD: np.ndarray, uncertainty_N2: np.ndarray) -> None:
+        """Keep states, float32, of examples that are not kept yet; one file for each call."""
+        from safetensors.numpy import save
+
+        keys = [_key(example) for example in examples]
+        fresh = [n for n, key in enumerate(keys) if (site, key) not in self._index]
+        files = self._files.setdefault(site, [])
+        room = self.most_bytes - sum(path.stat().st_size for path in files)
+        if not fresh or len(fresh) * states_NLD[0].nbytes > room:
+            return
+        arrays = {
+            "states": np.ascontiguousarray(states_NLD[fresh], np.float32),
+            "uncertainty": np.ascontiguousarray(uncertainty_N2[fresh], np.float64),
+            "keys": np.frombuffer(b"".join(keys[n] for n in fresh), np.uint8).reshape(len(fresh), -1).copy(),
+        }
+        path = write_atomically(self.folder / f"{site}-{len(files):05d}.safetensors", save(arrays))
+        self._enter(site, path)
+
+    def find(self, site: Site, examples: Sequence[Example]) -> np.ndarray:
+        """Where each example is kept, int64 (N,): a number for ``take``, -1 where it is not."""
+        found = (self._index.get((site, _key(example))) for example in examples)
+        return np.array([-1 if at is None else at[0] << 32 | at[1] for at in found], np.int64)
+
+    def take(self, site: Site, places_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """States (N, L, D) and uncertainty (N, 2) by what ``find`` gave; rows of -1 are left to be filled."""
+        from safetensors import safe_open
+
+        files_N, rows_N = places_N >> 32, places_N & 0xFFFFFFFF
+        states_NLD, uncertainty_N2 = np.empty(0, np.float32), np.empty((len(places_N), 2))
+        for number in np.unique(files_N[places_N >= 0]):
+            with safe_open(self._files[site][number], framework="numpy") as file:
+                here_N = np.flatnonzero((files_N == number) & (places_N >= 0))
+                found_NLD = file.get_tensor("states")[rows_N[here_N]]
+                if not states_NLD.size:
+                    states_NLD = np.empty((len(places_N), *found_NLD.shape[1:]), np.float32)
+                states_NLD[here_N] = found_NLD
+                uncertainty_N2[here_N] = file.get_tensor("uncertainty")[rows_N[here_N]]
+        return states_NLD, uncertainty_N2
+
+    def _enter(self, site: str, path: Path) -> None:
+        from safetensors import safe_open
+
+        files = self._files.setdefault(site, [])
+        with safe_open(path, framework="numpy") as file:
+            keys = file.get_tensor("keys")
+        for row, key in enumerate(keys):
+            self._index[site, key.tobytes()] = (len(files), row)
+        files.append(path)
+
+
+def _key(example: Example) -> bytes:
+    """What decides an example's context: its prompt, and answers that may begin alike."""
+    parts = (example.prompt, *example.options)
+    return hashlib.blake2b("".join(f"{len(part)}:{part}" for part in parts).encode(), digest_size=16).digest()

@@ -1,0 +1,160 @@
+"""Detectors: calibrated probes of every layer, and what the prompts they were fitted on look like.
+
+Shapes: N prompts, L layers, D neurons.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mnemoscope.errors import InputError
+from mnemoscope.models import Site, blocks_of, site_width
+from mnemoscope.steering import Artefact, Gate, Toward
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SURE = 0.75  # from this probability on a layer is said to be sure
+ARRAYS = ("weights_LD", "bias_L", "conflict_D", "mean_D", "whitening_DD")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a detector reads of N prompts.
+
+    Attributes:
+        layer: the one whose probability is the verdict.
+        p_memorized_by_layer: float64 (N, L).
+        p_conflict: float64 (N,), probability that memory and the rule disagree; NaN where the fit had no prompts
+            without a conflict to learn it from.
+        distance: float64 (N,), from what the detector was fitted on; 1 is the farthest that still counts as like it.
+    """
+
+    layer: int
+    p_memorized_by_layer: np.ndarray
+    p_conflict: np.ndarray
+    distance: np.ndarray
+
+    @property
+    def p_memorized(self) -> np.ndarray:
+        """The verdict, float64 (N,)."""
+        return self.p_memorized_by_layer[:, self.layer]
+
+    @property
+    def unlike(self) -> np.ndarray:
+        """Whether a prompt is unlike those that the detector was fitted on, bool (N,)."""
+        return self.distance > 1
+
+    @property
+    def readable_from(self) -> list[int | None]:
+        """The first layer from which on, up to the verdict's, every layer is sure of the verdict; None without one."""
+        found: list[int | None] = []
+        for p_L in self.p_memorized_by_layer[:, : self.layer + 1]:
+            toward_L = p_L if p_L[-1] >= 0.5 else 1 - p_L
+            doubts = np.flatnonzero(toward_L < SURE)
+            first = int(doubts[-1]) + 1 if len(doubts) else 0
+            found.append(first if first <= self.layer else None)
+        return found
+
+    def acts(self, toward: Toward, threshold: float) -> np.ndarray:
+        """Whether a gate that steers to ``toward`` acts, bool (N,).
+
+        It does where the other behaviour is expected with at least this probability, memory and the rule disagree, and
+        the prompt is like those that the detector was fitted on.
+
+        Raises:
+            InputError: the threshold is no probability.
+        """
+        if not 0 <= threshold <= 1:
+            raise InputError(f"gate: {threshold} is not a probability, in 0 .. 1")
+        expected = self.p_memorized if toward == "generalized" else 1 - self.p_memorized
+        conflict = np.isnan(self.p_conflict) | (self.p_conflict >= 0.5)
+        return (expected >= threshold) & conflict & ~self.unlike
+
+
+@dataclass(frozen=True)
+class Detector(Artefact):
+    """Calibrated probes.
+
+    Attributes:
+        site, layer: where states are read; the layer whose probability is the verdict.
+        weights_LD, bias_L: ``P(memorized) = sigmoid(states @ weights + bias)``, float64.
+        conflict_D, conflict_bias: the same for P(conflict) at ``layer``; NaN where there was nothing to learn it from.
+        mean_D, whitening_DD: the distance is ``|(state - mean) @ whitening|``, 1 at the edge of what is known.
+    """
+
+    site: Site
+    layer: int
+    weights_LD: np.ndarray = field(repr=False)
+    bias_L: np.ndarray = field(repr=False)
+    conflict_D: np.ndarray = field(repr=False)
+    conflict_bias: float
+    mean_D: np.ndarray = field(repr=False)
+    whitening_DD: np.ndarray = field(repr=False)
+
+    WHAT: ClassVar[str] = "detector"
+
+    def read(self, states_NLD: np.ndarray) -> Reading:
+        """Read states at the decision position (N, L, D)."""
+        # Layer by layer: all states in double precision would be many.
+        by_layer = [
+            states_NLD[:, layer].astype(np.float64) @ weights_D for layer, weights_D in enumerate(self.weights_LD)
+        ]
+        logit_NL = np.stack(by_layer, axis=1) + self.bias_L
+        here_ND = states_NLD[:, self.layer].astype(np.float64)
+        return Reading(self.layer, _sigmoid(logit_NL), *self._at_verdict(here_ND))
+
+    def read_verdict(self, states_ND: np.ndarray) -> Reading:
+        """Read states of the verdict's layer alone, (N, D); P(memorized) of the other layers is NaN."""
+        here_ND = states_ND.astype(np.float64)
+        p_NL = np.full((len(here_ND), len(self.weights_LD)), math.nan)
+        p_NL[:, self.layer] = _sigmoid(here_ND @ self.weights_LD[self.layer] + self.bias_L[self.layer])
+        return Reading(self.layer, p_NL, *self._at_verdict(here_ND))
+
+    def gate(self, toward: Toward, threshold: float) -> Gate:
+        """A gate for ``SteeringVector.apply`` that steers to ``toward`` where ``Reading.acts`` says so."""
+
+        def acts(states_ND: Tensor) -> Tensor:
+            acts_N = self.read_verdict(states_ND.float().cpu().numpy()).acts(toward, threshold)
+            return torch.from_numpy(acts_N).to(states_ND.device)
+
+        Reading(0, np.ones((1, 1)), np.ones(1), np.ones(1)).acts(toward, threshold)  # a wrong threshold raises here
+        return Gate(self.site, self.layer, acts)
+
+    def _at_verdict(self, here_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """P(conflict) and distance of states of the verdict's layer, (N,) each."""
+        distance_N = np.linalg.norm((here_ND - self.mean_D) @ self.whitening_DD, axis=1)
+        return _sigmoid(here_ND @ self.conflict_D + self.conflict_bias), distance_N
+
+    def check_shape(self, model: PreTrainedModel) -> None:
+        """Raises InputError where the model has other layers or another width."""
+        found = len(blocks_of(model)), site_width(model, 0, self.site)
+        if self.weights_LD.shape != found:
+            raise InputError(f"detector: it reads {self.weights_LD.shape} layers and neurons, this model has {found}")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its arrays, float64."""
+        return {name: torch.from_numpy(np.ascontiguousarray(getattr(self, name))) for name in ARRAYS}
+
+    def facts(self) -> dict[str, Any]:
+        """Where it reads."""
+        return {"site": self.site, "layer": self.layer, "conflict_bias": self.conflict_bias}
+
+    @classmethod
+    def with_tensors(cls, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> Self:
+        """A detector from what is stored of it."""
+        bias = facts.pop("conflict_bias")
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        return cls(**arrays, **facts, conflict_bias=math.nan if bias is None else bias)
+
+
+def _sigmoid(logit: np.ndarray) -> np.ndarray:
+    """Without overflow, and without scipy: a serving engine reads detectors too."""
+    return 0.5 * (1.0 + np.tanh(0.5 * logit))

@@ -1,0 +1,115 @@
+"""From directions to steering vectors, and what a vector does to a list of examples.
+
+Shapes: N examples, L layers, D neurons.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+
+from mnemoscope.behaviour import Asking, Batch, Scores, score, without_prefix
+from mnemoscope.directions.learned import learned_together
+from mnemoscope.directions.methods import METHODS, RANKED_BY_RHO
+from mnemoscope.directions.settings import Setting
+from mnemoscope.directions.sources import ANSWERED, Labels, Sources
+from mnemoscope.statistics import top_by_magnitude
+from mnemoscope.steering import SteeringVector
+
+# What a shift depends on: a setting as ``Setting.same_direction`` gives it, and the labels.
+Fit = tuple[Setting, Labels]
+
+
+class Directions:
+    """The directions of one site, each computed once, and the steering vectors that settings make of them.
+
+    Args:
+        sources: what they are computed from.
+        shifts: the memory of what was computed, float64 (L, D) each; several sites may share one. It grows.
+    """
+
+    def __init__(self, sources: Sources, shifts: dict[Fit, np.ndarray] | None = None) -> None:
+        self.sources = sources
+        self._shifts: dict[Fit, np.ndarray] = {} if shifts is None else shifts
+        self._rho: dict[Labels, np.ndarray] = {}
+
+    def rho(self, labels: Labels = ANSWERED) -> np.ndarray:
+        """Correlation of each neuron with the label, float64 (L, D); NaN for a constant one."""
+        if labels not in self._rho:
+            self._rho[labels] = self.sources.moments(labels).rho_LD
+        return self._rho[labels]
+
+    def shifts(self, setting: Setting, several: Sequence[Labels] = (ANSWERED,)) -> list[np.ndarray]:
+        """What the setting's method gives under each labels, float64 (L, D); learned shifts are fitted together."""
+        fixed, sign = setting.same_direction()
+        if not all((fixed, labels) in self._shifts for labels in several):
+            if fixed.method == "learned":
+                found = learned_together(self.sources, fixed, several)
+            else:
+                found = [METHODS[fixed.method](self.sources, fixed, labels) for labels in several]
+            self._shifts.update({(fixed, labels): shift_LD for labels, shift_LD in zip(several, found, strict=True)})
+        return [sign * self._shifts[fixed, labels] for labels in several]
+
+    def vectors(self, setting: Setting, several: Sequence[Labels]) -> list[SteeringVector]:
+        """A setting's steering vector under each labels.
+
+        Neurons are chosen over all of the setting's layers at once: by |rho| for NMD, as in the paper, by the size of
+        their shift in units of their layer's norm for the other methods. What is left is scaled to the strength.
+        """
+        facts = {name: getattr(setting, name) for name in ("site", "positions", "method", "top", "strength")}
+        blank, found = SteeringVector(setting.toward, {}, **facts), []
+        for labels, shift_LD in zip(several, self.shifts(setting, several), strict=True):
+            kept_LD = self._top(setting, setting.top, labels, shift_LD)
+            norm = np.linalg.norm(self._relative(shift_LD)[kept_LD])
+            scale = setting.strength / norm if norm > 0 else 0.0
+            found.append(blank.with_dense(np.where(kept_LD, shift_LD, 0.0) * scale))
+        return found
+
+    def vector(self, setting: Setting, labels: Labels = ANSWERED) -> SteeringVector:
+        """A setting's steering vector."""
+        return self.vectors(setting, [labels])[0]
+
+    def dense(self, setting: Setting) -> np.ndarray:
+        """The shifts of a setting's vector, float32 (L, D)."""
+        return self.vector(setting).dense(*self.sources.shape_LD)
+
+    def top_neurons(self, setting: Setting, top: float) -> np.ndarray:
+        """The share ``top`` of the neurons in a setting's layers that its method ranks highest; bool (L, D)."""
+        return self._top(setting, top, ANSWERED, self.shifts(setting)[0])
+
+    def alpha(self, setting: Setting) -> float:
+        """The paper's alpha: how many times NMD a vector of method ``nmd`` is; NaN for the other methods."""
+        if setting.method != "nmd":
+            return math.nan
+        shift_LD, (nmd_LD,) = self.dense(setting), self.shifts(setting)
+        return float(np.linalg.norm(shift_LD) / np.linalg.norm(nmd_LD[shift_LD != 0]))
+
+    def _top(self, setting: Setting, top: float, labels: Labels, shift_LD: np.ndarray) -> np.ndarray:
+        rank_LD = self.rho(labels) if setting.method in RANKED_BY_RHO else self._relative(shift_LD)
+        kept_LD, layers = np.zeros(rank_LD.shape, bool), list(setting.layers)
+        kept_LD[layers] = top_by_magnitude(rank_LD[layers], top)
+        return kept_LD
+
+    def _relative(self, shift_LD: np.ndarray) -> np.ndarray:
+        """A shift in units of each layer's norm; 0 where a layer's states are all 0."""
+        norm_L1 = self.sources.norm_L[:, None]
+        return np.divide(shift_LD, norm_L1, out=np.zeros_like(shift_LD), where=norm_L1 > 0)
+
+
+def steered(asking: Asking, batches: Sequence[Batch], vector: SteeringVector, margins: bool = True) -> Scores:
+    """Score prepared examples under a vector.
+
+    With cached prefixes only the decision token and the answers are read, unless the vector shifts what comes before.
+    """
+    if vector.positions == "all":
+        batches = [without_prefix(batch) for batch in batches]
+    return score(asking, batches, margins=margins, applied=partial(vector.apply, asking.model))
+
+
+def share_of(scores: Scores, behaviour: str) -> float:
+    """Share of the examples that answer so; NaN where there is no example."""
+    n = len(scores.behaviour_N)
+    return float(np.mean(scores.behaviour_N == behaviour)) if n else math.nan

@@ -1,0 +1,289 @@
+"""The face: ``fit`` finds pairs, vectors and a detector for a model and data, ``Fitted`` uses them.
+
+Shapes: N prompts, T tokens of a left-padded batch, L layers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mnemoscope.behaviour import PLAIN, Asking, Prompting, check_known, states_at_the_end
+from mnemoscope.detect import Detector, Reading
+from mnemoscope.errors import InputError
+from mnemoscope.steering import OPPOSITE, Binding, SteeringVector, Toward, complete
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from mnemoscope.report import Summary
+
+BATCH = 32  # prompts that are read at a time
+
+
+def fit(
+    model: PreTrainedModel | str | Path,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    task: str | Path | Any = None,
+    out: str | Path = "runs/fit",
+    *,
+    prompting: Prompting = PLAIN,
+    options: Mapping[str, Any] | None = None,
+    **choices: Any,
+) -> Fitted:
+    """Find pairs, fit vectors in both directions and a detector, and judge them on held-out groups.
+
+    Args:
+        model: an open causal language model, plain or with adapters, or what ``load_model`` opens by name. It is left
+            as it was.
+        tokenizer: of an open model.
+        task: a JSONL file, a task's name, ``package.module:Class``, or a ``Task``.
+        out: the run folder; a fit that was interrupted continues there.
+        prompting: how prompts are formatted.
+        options: of a task that is given by name.
+        choices: ``settings``, ``positions``, ``threads``, ``progress`` and, for a name, ``dtype``, ``device_map`` and
+            ``layout``; see ``mnemoscope.fitting.fit_run``.
+
+    Raises:
+        InputError: an argument cannot be used; the field, its value and what is allowed are named.
+        StudyError: nothing can be fitted, for example as no pair flips.
+    """
+    from mnemoscope.fitting import fit_run
+
+    if task is None:
+        raise InputError("task: None; give a JSONL file, the name of a task, package.module:Class, or a Task")
+    is_open = not isinstance(model, str | Path)
+    if is_open and tokenizer is None:
+        raise InputError("tokenizer: None; an open model needs its tokenizer (or give the model by name)")
+    if not is_open and tokenizer is not None:
+        raise InputError(f"tokenizer: a model that is given by name ({model}) brings its own; leave it out")
+    opened = fit_run(model, tokenizer, task, Path(out), prompting, dict(options or {}), **choices)
+    return Fitted.open(out, *opened, prompting=prompting)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What was fitted on a model, ready to be used with it.
+
+    Attributes:
+        source: the run folder, cell folder or file that it was opened from.
+        vectors: by the behaviour they steer to; the best ones by the tune split.
+        detector: None where none could be fitted; ``lower_detector`` reads at or below the first shifted layer.
+        prompting: how prompts are formatted.
+    """
+
+    source: Path
+    model: PreTrainedModel = field(repr=False)
+    tokenizer: PreTrainedTokenizerFast = field(repr=False)
+    vectors: Mapping[Toward, SteeringVector]
+    detector: Detector | None
+    lower_detector: Detector | None
+    prompting: Prompting = PLAIN
+
+    @classmethod
+    def open(
+        cls,
+        source: str | Path,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        prompting: Prompting | None = None,
+        force: bool = False,
+    ) -> Fitted:
+        """Open what a run has fitted on this model.
+
+        Args:
+            source: a run, a cell of one, or the file of one vector or detector.
+            prompting: how prompts will be formatted; default: as they were where it was fitted.
+            force: accept what was fitted on another model of the same shape.
+
+        Raises:
+            InputError: there is nothing, it is damaged, it was fitted on another model (the field that differs is
+                named) or on prompts of another format, or several cells of a run fit this model.
+        """
+        source = Path(source)
+        if not source.exists():
+            raise InputError(f"from: {source} does not exist")
+        found = Binding.of(model, tokenizer)
+        vectors, detector, lower = _artefacts(source, found)
+        for artefact in (*vectors.values(), detector, lower):
+            if artefact is not None:
+                artefact.check(model, tokenizer, force, found)
+        stored = next((a.prompting for a in (*vectors.values(), detector) if a is not None), PLAIN)
+        return cls(source, model, tokenizer, vectors, detector, lower, _agreed(stored, prompting))
+
+    def summary(self) -> Summary:
+        """The three answers (do they differ, can it be read, can it be steered), with controls, cost and counts."""
+        from mnemoscope.report import summary_of
+
+        run = next((p for p in (self.source, *self.source.parents) if (p / "results.json").is_file()), None)
+        if run is None:
+            raise InputError(f"from: {self.source} is no part of a finished run, so there is nothing to sum up")
+        return summary_of(run)
+
+    def inputs(self, prompts: Sequence[str]) -> Any:
+        """Prompts as the model reads them: formatted, left-padded ``input_ids`` and ``attention_mask`` (N, T).
+
+        Raises:
+            InputError: a prompt has no token, too many, or one that the tokenizer does not know.
+        """
+        return self._inputs(prompts)
+
+    def detect(self, prompts: Sequence[str]) -> Reading:
+        """P(memorized) of prompts before they are answered.
+
+        Raises:
+            InputError: there is no detector, or as ``inputs``.
+        """
+        detector = self._needed(self.detector)
+        import numpy as np
+
+        parts = []
+        for start in range(0, len(prompts), BATCH):
+            inputs = self._inputs(prompts[start : start + BATCH])
+            parts.append(states_at_the_end(self.model, inputs.input_ids, inputs.attention_mask, detector.site))
+        return detector.read(np.concatenate(parts) if parts else np.empty((0, *detector.weights_LD.shape)))
+
+    def steer(
+        self, toward: Toward, alpha: float | Sequence[float] | Tensor = 1.0, gate: float | None = None
+    ) -> AbstractContextManager[None]:
+        """Steer the model inside a context, in any forward pass or ``generate``; see ``SteeringVector.apply``.
+
+        Args:
+            toward: ``generalized`` or ``memorized``.
+            alpha: factor, or one for each prompt of the batch; 0 leaves the model untouched, bit by bit.
+            gate: steer only prompts of which the detector expects the other behaviour with at least this probability,
+                on which memory and the rule seem to disagree, and which are like those it was fitted on. It decides in
+                the same pass, by the detector at or below the first shifted layer.
+
+        Raises:
+            InputError: there is no such vector, no detector, or none that reads below the vector.
+        """
+        vector = self.vector(toward)
+        if gate is None:
+            return vector.apply(self.model, alpha)
+        detector = self.lower_detector or self._needed(self.detector)
+        return vector.apply(self.model, alpha, gate=detector.gate(toward, gate))
+
+    def gate(self, inputs: Any, threshold: float = 0.5, toward: Toward = "generalized") -> Tensor:
+        """Factors of a gate for each prompt of a batch, 0.0 or 1.0, float32 (N,): ``steer(toward, alpha=factors)``.
+
+        Reads the prompts as far as the layer of the detector, which may lie above the first shifted one.
+
+        Args:
+            inputs: what ``inputs`` gives, or any left-padded batch.
+        """
+        detector = self._needed(self.detector)
+        layers = [detector.layer]
+        states_NLD = states_at_the_end(self.model, inputs["input_ids"], inputs["attention_mask"], detector.site, layers)
+        acts_N = detector.read_verdict(states_NLD[:, 0]).acts(_known(toward), threshold)
+        return torch.from_numpy(acts_N).float()
+
+    def answers(
+        self,
+        prompts: Sequence[str],
+        toward: Toward,
+        alpha: float = 1.0,
+        gate: float | None = None,
+        max_new_tokens: int = 20,
+    ) -> list[dict[str, Any]]:
+        """Generate with and without the vector, greedily: ``prompt``, ``plain``, ``steered``, and ``acted`` (bool)."""
+        vector = self.vector(toward)
+        inputs = self._inputs(prompts)
+        factors = torch.ones(len(prompts)) if gate is None else self.gate(inputs, gate, toward)
+        plain = complete(self.model, self.tokenizer, inputs, max_new_tokens)
+        with vector.apply(self.model, alpha * factors):
+            steered = complete(self.model, self.tokenizer, inputs, max_new_tokens)
+        rows = zip(prompts, plain, steered, factors.bool().tolist(), strict=True)
+        return [dict(zip(("prompt", "plain", "steered", "acted"), row, strict=True)) for row in rows]
+
+    def vector(self, toward: Toward) -> SteeringVector:
+        """The vector that steers to a behaviour.
+
+        Raises:
+            InputError: it is no behaviour, or there is no such vector.
+        """
+        if _known(toward) not in self.vectors:
+            there = ", ".join(self.vectors) or "none"
+            raise InputError(f"toward: {self.source} has no vector to {toward}; it has {there}")
+        return self.vectors[toward]
+
+    def _inputs(self, prompts: Sequence[str]) -> Any:
+        asking = Asking(self.model, self.tokenizer, prompting=self.prompting)
+        check_known(asking, prompts)
+        return asking.padded([asking.text(prompt) for prompt in prompts])
+
+    def _needed(self, detector: Detector | None) -> Detector:
+        if detector is None:
+            reasons = [json.loads(p.read_text())["why"] for p in sorted(self.source.rglob("no_detector.json"))]
+            why = reasons[0] if reasons else "set detection.fitted: true, or open the run instead of one vector"
+            raise InputError(f"detector: {self.source} has none ({why})")
+        return detector
+
+
+def _known(toward: Any) -> Toward:
+    if toward not in OPPOSITE:
+        raise InputError(f"toward: {toward!r} is not one of {', '.join(OPPOSITE)}")
+    return toward  # type: ignore[no-any-return]
+
+
+def _artefacts(source: Path, found: Binding) -> tuple[dict[Toward, SteeringVector], Detector | None, Detector | None]:
+    """The best vectors and the detectors of a file, a cell or a run."""
+    if source.is_file():
+        described = source.with_suffix(".json")
+        if described.is_file() and '"toward"' in described.read_text():
+            vector = SteeringVector.load(source)
+            return {vector.toward: vector}, None, None
+        return {}, Detector.load(source), None
+    cell = _cell(source, found)
+    best = json.loads((cell / "records" / "chosen.json").read_text())["pairs"]["best"]
+    files = [cell / "vectors" / f"{direction}-{method}.safetensors" for direction, method in best.items()]
+    vectors = [SteeringVector.load(path) for path in files]
+    detector, lower = (
+        Detector.load(path) if path.is_file() else None
+        for path in (cell / "detector.safetensors", cell / "detector_below.safetensors")
+    )
+    return {vector.toward: vector for vector in vectors}, detector, lower
+
+
+def _cell(source: Path, found: Binding) -> Path:
+    """The cell of a run, or the folder itself, whose vectors were fitted on this model; the only one, if it is one."""
+    cells = [p.parent.parent for p in sorted(source.glob("records/chosen.json"))]
+    cells += [p.parent.parent for p in sorted(source.glob("cells/*/records/chosen.json"))]
+    if not cells:
+        raise InputError(f"from: {source} is neither a vector, a detector, nor a run that has chosen vectors")
+    if len(cells) == 1:
+        return cells[0]
+    fitting = [cell for cell in cells if found.weights in _weights_of(cell)]
+    if len(fitting) > 1:
+        names = ", ".join(map(str, fitting))
+        raise InputError(f"from: several cells of the run were fitted on this model; name one of {names}")
+    if not fitting:
+        raise InputError(f"weights: no cell of {source} was fitted on this model, which has {found.weights}")
+    return fitting[0]
+
+
+def _weights_of(cell: Path) -> set[str]:
+    described = json.loads((cell / "cell.json").read_text()).get("binding") or {}
+    return {described.get("weights", ""), described.get("half", "")}
+
+
+def _agreed(stored: Prompting, asked: Prompting | None) -> Prompting:
+    """How prompts are formatted: as those that an artefact was fitted on."""
+    if asked is None:
+        return stored
+    if asked.chat != stored.chat:
+        how = "by the chat template" if stored.chat else "as they are"
+        raise InputError(f"chat: {asked.chat}; allowed is {stored.chat}: it was fitted on prompts formatted {how}")
+    if asked.system is not None and asked.system != stored.system:
+        raise InputError(f"system: {asked.system!r}; this was fitted with {stored.system!r}")
+    if stored.begun and not asked.begun:
+        raise InputError("reply: this was fitted where the beginning of the reply was given; give it (reply, --reply)")
+    return Prompting(stored.chat, stored.system, asked.reply, asked.split)

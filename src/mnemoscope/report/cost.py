@@ -1,0 +1,176 @@
+"""What steering costs: answers that should stay, and text in which nothing is asked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from mnemoscope.report import words
+from mnemoscope.report.drawing import DASHED, INK, OTHER, TONE, Dot, Frame, Line, Panel, dots_panel, lines_panel
+from mnemoscope.report.intervals import mean, shared_mean
+from mnemoscope.report.page import Answer, Chapter, Exhibit, Table, View, not_measured
+from mnemoscope.report.records import Cell
+from mnemoscope.report.schema import AIMS, DIRECTIONS, Direction, Neutral, Steered, TaskResults
+from mnemoscope.report.words import CAPITAL, LISTS, counted, points, points_interval
+from mnemoscope.statistics import Estimate
+
+Pieces = list[tuple[str, str]]  # (text, what it is)
+
+
+def measure_collateral(cell: Cell, direction: Direction, lists: dict[str, pd.DataFrame]) -> dict[str, Estimate]:
+    """Changes, after minus before, in what steering should leave alone; negative is damage.
+
+    Args:
+        lists: rows of the steering table under the vector: ``memory``, ``novel``, ``conflict_rest``.
+    """
+    changes = {}
+    for name, rows in lists.items():
+        right = DIRECTIONS[direction][0] if name == "conflict_rest" else "correct"
+        change = (rows.after == right).astype(np.float64) - (rows.before == right).astype(np.float64)
+        changes[name] = shared_mean(change, rows.group, cell.name, signed=True)
+    if cell.info["memory_is_conflict"] and direction == "to_generalized":
+        # The memory examples are the conflicts themselves: steering them is the aim, not the damage.
+        changes["memory"] = Estimate.undefined()
+    return changes
+
+
+def measure_neutral(cell: Cell) -> dict[str, dict[str, dict[str, Estimate]]] | None:
+    """Divergence on neutral text by direction and dose, in nats a token; None where it was not measured."""
+    if cell.neutral is None:
+        return None
+    found: dict[str, dict[str, dict[str, Estimate]]] = {}
+    for (direction, dose), rows in cell.neutral.groupby(["direction", "dose"]):
+        name, acts_N = f"{cell.name}/neutral/{direction}/{dose:g}", rows.acts.astype(float)
+        measures = {"first": rows.kl_first, "next": rows.kl_next, "same_top": rows.same_top * 1.0, "acted": acts_N}
+        measures |= {"first_gated": rows.kl_first * acts_N, "next_gated": rows.kl_next * acts_N}
+        entry = {key: mean(values, rows.text, f"{name}/{key}") for key, values in measures.items()}
+        found.setdefault(str(direction), {})[f"{dose:g}"] = entry
+    return found
+
+
+def chapter(view: View) -> Chapter:
+    """What else changes, on questions, on neutral text, and in what it writes."""
+    task, shown = view.task, {"written": written(view.cells), "telling": written_sentence(view.cells)}
+    neutral = Exhibit("neutral", [_neutral_panel(doses, d) for d, doses in (task.neutral or {}).items()])
+    if not any(change.known for block in task.steering.values() for change in block.collateral.values()):
+        return Chapter(answer(task), [neutral], **shown)
+    notes = [damage(block, direction) for direction, block in task.steering.items()]
+    if task.memory_is_conflict:
+        notes.append("Towards working it out, facts to recall are left out: here they are the conflicts themselves.")
+    panels = [_collateral_panel(block, direction) for direction, block in task.steering.items()]
+    return Chapter(answer(task), [Exhibit("collateral", panels, notes), neutral], [table(task)], **shown)
+
+
+def answer(task: TaskResults) -> Answer:
+    """The largest loss among what should stay, and whether any loss is sure."""
+    question, losses = "What does it cost?", {}
+    for direction, block in task.steering.items():
+        losses |= {(direction, k): c for k, c in block.collateral.items() if c.known and k in counted(direction)}
+    if not losses:
+        return not_measured("cost", question, task)
+    sure = {place: change for place, change in losses.items() if change.sign < 0}
+    (direction, key), worst = min((sure or losses).items(), key=lambda found: found[1].estimate)
+    verdict = f"It damages {LISTS[key]}" if sure else "No sure damage"
+    sentence = f"in accuracy on {LISTS[key]}, {words.TOWARDS[direction]}{'' if sure else ', is the largest loss'}."
+    note = f"95{words.NBSP}% interval: {points_interval(worst)}, of {words.count(worst.n, 'answer')}."
+    others = [d for d in task.steering if d != direction and any(place[0] == d for place in losses)]
+    note += "".join(f" {CAPITAL[d]}: {words.largest_loss(task.steering[d].collateral, d)}." for d in others)
+    return Answer("cost", question, verdict, points(worst.estimate, sign=True), sentence, note)
+
+
+def damage(block: Steered, direction: Direction) -> str:
+    """What steering surely damages; what does not count as damage is named apart."""
+    found = block.collateral
+    damaged = [f"{LISTS[key]} lose {_loss(found[key])}" for key in counted(direction) if found[key].sign < 0]
+    text = words.listed(damaged) if damaged else "no sure damage"
+    if not any(found[key].known for key in counted(direction)):
+        text = f"damage {words.UNMEASURED}, for there were no such examples"
+    text = f"{CAPITAL[direction]}: {text}."
+    if direction == "to_memorized" and found["novel"].sign < 0:
+        text += f" New questions, which have nothing to remember, lose {_loss(found['novel'])}."
+    families = [
+        f"{family} {words.percent(share['before'].estimate)} before, {words.percent(share['after'].estimate)} after"
+        for family, share in (block.recall_by_family or {}).items()
+    ]
+    return f"{text} Facts to recall, right by phrasing: {words.listed(families)}." if families else text
+
+
+def _loss(change: Estimate) -> str:
+    return f"{points(-change.estimate)} ({points_interval(change)})"
+
+
+def _collateral_panel(block: Steered, direction: Direction) -> Panel:
+    """Change in what should stay, under the setting for pairs and under that for conflicts."""
+    dots = [
+        Dot(name, changes[key], INK if key in counted(direction) else OTHER, hollow)
+        for key in words.KEPT
+        for name, changes, hollow in ((LISTS[key], block.collateral, False), ("", block.collateral_conflict, True))
+    ]
+    return dots_panel(direction, dots, reference=0)
+
+
+def table(task: TaskResults) -> Table:
+    """What changes that should not, under both settings."""
+    rows = [
+        [f"{CAPITAL[direction]}, set for {LISTS[aim]}: {LISTS[name]}", points(change.estimate, sign=True)]
+        + [points_interval(change) if change.known else "", f"{change.n:,}"]
+        for direction, block in task.steering.items()
+        for aim, changes in zip(AIMS, (block.collateral, block.collateral_conflict), strict=True)
+        for name, change in changes.items()
+    ]
+    return Table("Collateral: change in accuracy, test split", ["", "change", f"95{words.NBSP}% interval", "N"], rows)
+
+
+def _neutral_panel(doses: dict[str, dict[Neutral, Estimate]], direction: Direction) -> Panel:
+    """Divergence at the steered token, behind it, and at it behind the gate."""
+    keys = sorted(doses, key=float)
+    lines = [
+        Line(name, [float(key) for key in keys], [doses[key][measure] for key in keys], tone, dash)
+        for measure, name, tone, dash in (
+            ("first", "steered token", TONE[direction], "-"),
+            ("next", "tokens after", TONE[direction], DASHED),
+            ("first_gated", "gated", INK, "-"),
+        )
+    ]
+    return lines_panel(lines, Frame(direction, "times the chosen strength", "nats", floor=0))
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a model writes behind a prompt, unsteered and steered, with the two revealing answers marked."""
+
+    prompt: str
+    towards: str
+    plain: Pieces
+    steered: Pieces
+
+
+def written(cells: Sequence[Cell]) -> list[Written]:
+    """Every sample of the first cell; none was picked by what came out."""
+    found = []
+    for row in [] if cells[0].samples is None else cells[0].samples.itertuples():
+        texts = [_marked(text, row.memorized.strip(), row.generalized.strip()) for text in (row.plain, row.steered)]
+        found.append(Written(row.prompt, words.TOWARDS[row.direction], *texts))
+    return found
+
+
+def written_sentence(cells: Sequence[Cell]) -> str:
+    """How natural the unsteered model finds what is written under steering; "" without samples."""
+    if cells[0].samples is None:
+        return ""
+    rows = pd.concat([cell.samples for cell in cells if cell.samples is not None])
+    return (
+        f"A token of what follows costs the unsteered model {rows.nats_steered.mean():.2f} nats when it was steered, "
+        f"{rows.nats_plain.mean():.2f} when it was not ({words.count(len(rows), 'prompt')})."
+    )
+
+
+def _marked(text: str, memorized: str, generalized: str) -> Pieces:
+    """The text with every place marked that spells out one of the answers."""
+    kinds = {memorized: "memorized", generalized: "generalized"}
+    word = re.compile("(" + "|".join(rf"(?<!\w){re.escape(answer)}(?!\w)" for answer in kinds) + ")")
+    return [(part, kinds.get(part, "") if number % 2 else "") for number, part in enumerate(word.split(text)) if part]

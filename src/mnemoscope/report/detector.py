@@ -1,0 +1,195 @@
+"""The detector: how it ranks prompts beside what needs no state, its reliability, and vectors behind its gate.
+
+Shapes: N rows of a table (test prompts).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mnemoscope.errors import InputError
+from mnemoscope.report.drawing import INK, MEMORIZED, OTHER, TONE, Dot, Frame, Line, Panel, dots_panel, lines_panel
+from mnemoscope.report.intervals import mean, ranking, shared_mean
+from mnemoscope.report.page import Answer, Chapter, Exhibit, Table, View
+from mnemoscope.report.records import Cell
+from mnemoscope.report.schema import DIRECTIONS, Detection, Direction, Gated, Steered, TaskResults
+from mnemoscope.report.words import LISTS, NBSP, interval, listed, percent, ranged
+from mnemoscope.statistics import Estimate
+
+SCORES = {
+    "p_memorized": "the detector",
+    "input_only": "the input alone",
+    "input_repeats": "input with repeats",
+    "entropy": "entropy",
+    "top_gap": "gap of top two",
+}
+LEAST = 30  # prompts of each behaviour in a family whose ranking is judged apart
+BINS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+ANSWERED_RIGHT = ("memory", "novel")  # lists that a gated vector should leave alone
+
+
+def measure_detector(cell: Cell) -> Detection | None:
+    """None where no detector was fitted."""
+    if cell.detection is None:
+        return None
+    table, name = cell.detection, f"{cell.name}/detector"
+    known = table[table.followed.isin(("memorized", "generalized"))]
+    conflict = known[known.examples == "conflict"]
+    others = sorted(set(table.examples) - {"conflict", *ANSWERED_RIGHT})
+    by_family = {
+        str(family): {key: int((rows.followed == key).sum()) for key in ("memorized", "generalized")}
+        | _rankings(rows, f"{name}/{family}", LEAST)
+        for family, rows in conflict.groupby("family")
+    }
+    error_N = (conflict.p_memorized - (conflict.followed == "memorized")) ** 2
+    return Detection(
+        auroc=_rankings(conflict, name),
+        by_family=by_family,
+        held_out={other: _rankings(known[known.examples == other], f"{name}/{other}") for other in others},
+        reliability=_reliability(conflict, name),
+        brier=mean(error_N, conflict.group, name),
+        unlike={str(k): mean(rows.unlike, rows.group, f"{name}/unlike/{k}") for k, rows in table.groupby("examples")},
+        readable_from=float(conflict.readable_from.median()),
+    )
+
+
+def _rankings(rows: pd.DataFrame, name: str, least: int = 1) -> dict[str, Any]:
+    """Area under the ROC curve of each score for ``memorized``; NaN with fewer than ``least`` of either behaviour."""
+    label_N = (rows.followed == "memorized").to_numpy().astype(int)
+    if min(label_N.sum(), (1 - label_N).sum()) < least:
+        return {score: Estimate.undefined(len(rows)) for score in SCORES}
+    return {score: ranking(rows[score], label_N, rows.group, f"{name}/auroc/{score}") for score in SCORES}
+
+
+def _reliability(rows: pd.DataFrame, name: str) -> list[dict[str, Estimate]]:
+    """By predicted probability: how many remembered."""
+    place_N = np.clip(np.digitize(rows.p_memorized, BINS) - 1, 0, len(BINS) - 2)
+    bins = []
+    for number in range(len(BINS) - 1):
+        part = rows[place_N == number]
+        said = mean(part.p_memorized, part.group, f"{name}/said/{number}")
+        bins.append({"said": said, "memorized": mean(part.followed == "memorized", part.group, f"{name}/bin/{number}")})
+    return bins
+
+
+def measure_gated(cell: Cell, direction: Direction, lists: dict[str, pd.DataFrame]) -> Gated | None:
+    """What a vector does behind the gate; None where no detector was fitted.
+
+    Args:
+        lists: rows of the steering table under the vector, by list.
+    """
+    if cell.gate is None:
+        return None
+    gate = cell.gate[cell.gate.direction == direction]
+    target, source = DIRECTIONS[direction]
+    found = Gated(acted={}, shift={}, collateral={})
+    for name, rows in lists.items():
+        acts_N = _acts(cell, gate[gate.examples == name], rows, name)
+        after_N = np.where(acts_N, rows.after, rows.before)
+        found.acted[name] = shared_mean(acts_N.astype(float), rows.group, cell.name)
+        if name == "memory":
+            found.recall_by_family = recall_by_family(cell, rows.assign(after=after_N))
+        if name in ANSWERED_RIGHT:
+            change_N = (after_N == "correct").astype(float) - (rows.before == "correct").to_numpy(float)
+            found.collateral[name] = shared_mean(change_N, rows.group, cell.name, signed=True)
+        elif (rows.before == source).all():
+            found.shift[name] = shared_mean((after_N == target).astype(float), rows.group, cell.name)
+    return found
+
+
+def recall_by_family(cell: Cell, rows: pd.DataFrame) -> dict[str, Any] | None:
+    """Where facts to recall are asked in several families: the share that is right, before and after, of each."""
+    if cell.info["memory_is_conflict"] or rows.family.nunique() < 2:
+        return None
+    return {
+        str(family): {
+            when: shared_mean((part[when] == "correct").astype(float), part.group, cell.name)
+            for when in ("before", "after")
+        }
+        for family, part in rows.groupby("family", observed=True, sort=True)
+    }
+
+
+def _acts(cell: Cell, gate: pd.DataFrame, rows: pd.DataFrame, name: str) -> Any:
+    acts = gate.set_index("example").acts
+    if not acts.index.is_unique or not set(rows.example) <= set(acts.index):
+        raise InputError(f"{cell.folder / 'records' / 'gate.parquet'}: examples of {name!r} are not those of steering")
+    return acts.loc[rows.example].to_numpy(bool)
+
+
+def chapter(view: View) -> Chapter | None:
+    """Rankings and reliability, then vectors behind the gate; None where no detector was asked for."""
+    task, found = view.task, view.task.detection
+    if found is None:
+        return Chapter(answer(task)) if task.no_detector else None
+    strange = [f"{percent(s.estimate)} of {LISTS.get(k, k)}" for k, s in found.unlike.items() if s.known]
+    texts = [f"Unlike what it was fitted on: {listed(strange)}."] if strange else []
+    gated = [_gated_panel(block, direction) for direction, block in task.steering.items() if block.gated]
+    return Chapter(answer(task), [Exhibit("ranking", _panels(found), texts, table(found)), Exhibit("gated", gated)])
+
+
+def answer(task: TaskResults) -> Answer:
+    """Whether the detector ranks prompts right before they are answered."""
+    question, found = "Can it be foreseen?", task.detection
+    if found is None:
+        return Answer("detector", question, "No detector", sentence=f"None could be fitted: {task.no_detector}.")
+    ours = found.auroc["p_memorized"]
+    if not ours.known:
+        return Answer("detector", question, "Not measured", sentence="The test prompts show one behaviour only.")
+    inputs = max(found.auroc["input_only"], found.auroc["input_repeats"], key=lambda rival: rival.estimate)
+    rivals = {"The input alone": inputs, "the model's own certainty": found.auroc["top_gap"]}
+    verdict = "Not that it shows"
+    if ours.low > 0.5:
+        beaten = all(ours.low > rival.estimate for rival in rivals.values() if rival.known)
+        verdict = "Yes" if beaten else "Yes, but not surely better than without states"
+    sentence = "of the cases, a prompt that will be remembered gets a higher P(memorized) than one worked out."
+    beside = listed([f"{name} ranks {percent(rival.estimate)}" for name, rival in rivals.items() if rival.known])
+    note = f"95{NBSP}% interval: {interval(ours)}. {beside}. Mean squared error: {found.brier.estimate:.3f}."
+    mark = (inputs.estimate, "the input alone")
+    return Answer("detector", question, verdict, percent(ours.estimate), sentence, note, ours, mark)
+
+
+def _panels(found: Detection) -> list[Panel]:
+    """All conflicts beside baselines, each phrasing and what was held out, and reliability."""
+    scores = [(name, found.auroc[score], score != "p_memorized") for score, name in SCORES.items()]
+    dots = [Dot(name, value, OTHER if other else INK, other) for name, value, other in scores if value.known]
+    panels = [dots_panel("ranked right, all conflicts", dots, reference=50)]
+    families = [Dot(name, part["p_memorized"]) for name, part in _parts(found).items() if part["p_memorized"].known]
+    panels += [dots_panel("within one phrasing", families, reference=50)] if len(families) > 1 else []
+    bins = [entry for entry in found.reliability if entry["memorized"].known]
+    lines = [Line("perfect", [0, 1], [0.0, 1.0], OTHER, width=1)]
+    lines.append(Line("", [b["said"].estimate for b in bins], [b["memorized"] for b in bins], MEMORIZED))
+    ticks = {x: f"{100 * x:.0f} %" for x in BINS}
+    return [*panels, lines_panel(lines, Frame("of those, remembered", "P(memorized)", ticks=ticks, share=True), 250)]
+
+
+def _parts(found: Detection) -> dict[str, dict[str, Any]]:
+    """Each phrasing, and what was held out."""
+    return {**found.by_family, **{f"held out: {name}": entry for name, entry in found.held_out.items()}}
+
+
+def table(found: Detection) -> Table:
+    """Within each phrasing, how the detector ranks prompts, beside what needs no state."""
+    rows = [
+        [name, *(ranged(part[score]) if part[score].known else "too few" for score in SCORES)]
+        + [f"{part['memorized']:,} / {part['generalized']:,}" if "memorized" in part else ""]
+        for name, part in {"all conflicts": found.auroc, **_parts(found)}.items()
+    ]
+    columns = ["", *SCORES.values(), "remembered / worked out"]
+    return Table("Share of (remembered, worked out) prompts that a score ranks right", columns, rows)
+
+
+def _gated_panel(block: Steered, direction: Direction) -> Panel:
+    """What the vector steers and costs by itself and behind the gate."""
+    assert block.gated
+    plain = {"pairs": block.pairs.shift, "conflict": block.conflict_at_chosen.shift}
+    dots = []
+    for name in (name for name in plain if name in block.gated.shift):
+        dots.append(Dot(f"{LISTS[name]}: steered", plain[name], TONE[direction], True))
+        dots.append(Dot("gated", block.gated.shift[name], TONE[direction]))
+    for name in (name for name in block.gated.collateral if block.collateral[name].known):
+        dots += [Dot(LISTS[name], block.collateral[name], INK, True), Dot("gated", block.gated.collateral[name], INK)]
+    return dots_panel(direction, dots, reference=0)

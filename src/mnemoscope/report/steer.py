@@ -1,0 +1,383 @@
+"""Can it be steered: the vector beside its controls, every method, doses, and simpler ways.
+
+Each method has two settings, chosen on the tune split: one for pairs, and one, with the same share of neurons, for
+conflicts as they are drawn: pairs are among them, but most lie further from the tipping point. ``pairs`` and its
+controls are judged under the first, ``conflict`` and its own under the second.
+
+Shapes: N rows of a table.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from mnemoscope.errors import InputError
+from mnemoscope.report import drawing, words
+from mnemoscope.report.cost import measure_collateral
+from mnemoscope.report.detector import measure_gated, recall_by_family
+from mnemoscope.report.drawing import COLOUR, DASHED, INK, OTHER, TONE, Dot, Frame, Line, Panel, dots_panel
+from mnemoscope.report.intervals import shared_mean, shares
+from mnemoscope.report.page import Answer, Chapter, Exhibit, Table, View, not_measured
+from mnemoscope.report.records import Cell
+from mnemoscope.report.schema import (
+    AIMS,
+    CONTROLS,
+    DIRECTIONS,
+    Aim,
+    Control,
+    Direction,
+    Dose,
+    Push,
+    Shares,
+    Steered,
+    TaskResults,
+)
+from mnemoscope.report.words import CAPITAL, LISTS, NBSP, TOWARDS, percent, ranged
+from mnemoscope.statistics import Estimate
+
+KEYS = ["aim", "direction", "method", "role", "examples"]
+MARKERS = dict(zip(CONTROLS, ("o", "v", "s", "^", "D"), strict=True))
+PAPERS = "nmd"  # the paper's own method
+
+
+class Examples:
+    """The steering table of a cell, cut once into the parts that numbers are computed from."""
+
+    def __init__(self, cell: Cell) -> None:
+        self.cell = cell
+        self._table = cell.read_steering()
+        self._places = self._table.groupby(KEYS, observed=True).indices
+        self.lists = sorted(self._table.examples.unique())
+        self.held_out = [name for name in self.lists if name.startswith("pairs_") and name != "pairs_unreachable"]
+
+    def rows(self, aim: str, direction: str, method: str, role: str, examples: str) -> pd.DataFrame:
+        """Test examples of one list under one setting and role; no rows where there are none."""
+        return self._table.iloc[self._places.get((aim, direction, method, role, examples), [])]
+
+
+def measure_steering(cell: Cell) -> dict[str, Any]:
+    """Every method in every direction, the best one of each by the tune split, and what a uniform push would do."""
+    examples = Examples(cell)
+    settings = {aim: cell.chosen[aim]["methods"] for aim in AIMS}
+    by_method = {
+        method: {
+            direction: measure_direction(examples, method, direction, {a: settings[a][method][direction] for a in AIMS})
+            for direction in DIRECTIONS
+            if direction in settings["pairs"][method]
+        }
+        for method in sorted(settings["pairs"])
+    }
+    best = {aim: cell.chosen[aim]["best"] for aim in AIMS}
+    steering = {
+        direction: by_method[best["pairs"][direction]][direction].model_copy(
+            update={"best_conflict": by_method[best["conflict"][direction]][direction]}
+        )
+        for direction in DIRECTIONS
+    }
+    logit = {direction: _logit(examples, best["pairs"][direction], direction) for direction in DIRECTIONS}
+    return {"steering": steering, "steering_by_method": by_method, "logit": logit}
+
+
+def measure_direction(examples: Examples, method: str, direction: Direction, chosen: dict[Aim, Any]) -> Steered:
+    """One method in one direction: shifts, controls, what is left of them, and collateral.
+
+    Args:
+        chosen: the method's settings by aim.
+    """
+    cell = examples.cell
+
+    def vector(aim: str, name: str) -> pd.DataFrame:
+        return examples.rows(aim, direction, method, "vector", name)
+
+    pairs, conflict = (shares(vector(aim, aim), direction, cell.name) for aim in AIMS)
+    controls = {name: {aim: examples.rows(aim, direction, method, name, aim) for aim in AIMS} for name in CONTROLS}
+    lists = {name: vector("pairs", name) for name in examples.lists}
+    kept = {aim: {name: vector(aim, name) for name in ("memory", "novel", "conflict_rest")} for aim in AIMS}
+    return Steered(
+        chosen=chosen["pairs"],
+        chosen_conflict=chosen["conflict"],
+        pairs=pairs,
+        conflict=conflict,
+        confabulated=pairs.confabulated,
+        pairs_unreachable=shares(vector("pairs", "pairs_unreachable"), direction, cell.name),
+        held_out={n.removeprefix("pairs_"): shares(lists[n], direction, cell.name) for n in examples.held_out},
+        conflict_at_chosen=shares(vector("pairs", "conflict"), direction, cell.name),
+        controls={name: _control(parts, direction, cell) for name, parts in controls.items()},
+        minus_control={
+            name: {aim: _difference(cell, vector(aim, aim), part, direction) for aim, part in parts.items()}
+            for name, parts in controls.items()
+        },
+        collateral=measure_collateral(cell, direction, kept["pairs"]),
+        collateral_conflict=measure_collateral(cell, direction, kept["conflict"]),
+        recall_by_family=recall_by_family(cell, vector("pairs", "memory")),
+        gated=measure_gated(cell, direction, lists),
+    )
+
+
+def _control(parts: dict[Aim, pd.DataFrame], direction: Direction, cell: Cell) -> Control:
+    """All draws of a control pooled, and beside it the draw that shifts most."""
+
+    def pooled(rows: pd.DataFrame) -> Shares:
+        return shares(rows, direction, cell.name, confabulated=False)
+
+    draws = {aim: int(part.draw.nunique()) for aim, part in parts.items()}
+    worst = {aim: pooled(_worst_draw(part, direction)) for aim, part in parts.items()}
+    return Control(pairs=pooled(parts["pairs"]), conflict=pooled(parts["conflict"]), draws=draws, worst=worst)
+
+
+def _worst_draw(rows: pd.DataFrame, direction: Direction) -> pd.DataFrame:
+    shift = (rows.after == DIRECTIONS[direction][0]).groupby(rows.draw).mean()
+    return rows[rows.draw == shift.idxmax()] if len(shift) else rows
+
+
+def _difference(cell: Cell, vector: pd.DataFrame, control: pd.DataFrame, direction: Direction) -> Estimate:
+    """Shift under the vector minus the mean shift under a control's draws, example by example."""
+    target = DIRECTIONS[direction][0]
+    if vector.empty or control.empty:
+        return Estimate.undefined()
+    if set(vector.example) != set(control.example):
+        raise InputError(
+            f"{cell.folder / 'records' / 'steering.parquet'}: {direction}, {vector.examples.iloc[0]}: the vector and "
+            f"the control {control.role.iloc[0]!r} were not tried on the same examples"
+        )
+    control_mean = (control.after == target).groupby(control.example).mean()
+    difference = (vector.after == target).astype(np.float64) - control_mean.loc[vector.example].to_numpy()
+    return shared_mean(difference, vector.group, cell.name, signed=True)
+
+
+def _logit(examples: Examples, method: str, direction: Direction) -> Push:
+    """What the vector's mean effect on the margin would shift if every pair got exactly that push, whatever it asks.
+
+    A shift that moves all margins alike is no more than a bias on the two answers.
+    """
+    name, sign = examples.cell.name, 1 if direction == "to_generalized" else -1
+    rows = examples.rows("pairs", direction, method, "vector", "pairs")
+    effect = rows.margin - rows.margin_before
+    pushed, shifted = (_crossed(sign * margin) for margin in (rows.margin_before + effect.mean(), rows.margin))
+    return Push(
+        method=method,
+        push=shared_mean(effect, rows.group, name, signed=True),
+        shift=shared_mean(pushed, rows.group, name),
+        vector=shared_mean(shifted, rows.group, name),
+        vector_minus_logit=shared_mean(shifted - pushed, rows.group, name, signed=True),
+    )
+
+
+def _crossed(towards_N: Any) -> np.ndarray:
+    """1.0 where the target's answer is the likelier one, NaN where that is not known."""
+    towards_N = np.asarray(towards_N, dtype=np.float64)
+    return np.where(np.isnan(towards_N), np.nan, towards_N > 0)
+
+
+# --- the story -----------------------------------------------------------------------------------------------------
+
+
+def chapter(view: View) -> Chapter:
+    """The vector beside its controls, methods, doses, simpler ways."""
+    task, steering = view.task, view.task.steering
+    if not any(getattr(block, aim).shift.known for block in steering.values() for aim in AIMS):
+        return Chapter(answer(task))
+    doses = [_dose_panel(task, direction) for direction in steering if any(dose_lines(task, direction).values())]
+    simpler = [_simpler_panel(task, direction) for direction in steering]
+    exhibits = [
+        Exhibit("switch", [_switch_panel(task, direction) for direction in steering]),
+        Exhibit("methods", [_methods_panel(task, d, "pairs") for d in steering], table=methods_table(task)),
+        Exhibit("dose", doses),
+        Exhibit("simpler", simpler, [_push_sentence(task.logit[direction], direction) for direction in steering]),
+        Exhibit("methods-conflict", [_methods_panel(task, d, "conflict") for d in steering], folded=True),
+    ]
+    return Chapter(answer(task), exhibits, [table(task)])
+
+
+def answer(task: TaskResults) -> Answer:
+    """Verdict and number are of the same directions: of two that work, the number is the smaller one."""
+    question, steering = "Can it be steered?", task.steering
+    shifts = {d: block.pairs.shift for d, block in steering.items() if block.pairs.shift.known}
+    measured = sorted(shifts, key=lambda d: shifts[d].estimate)
+    if not measured:
+        return not_measured("steer", question, task)
+    controls = {d: steering[d].strongest() for d in measured}
+    works = [d for d in measured if controls[d] and steering[d].minus_control[controls[d]]["pairs"].sign > 0]
+    verdict = "Not that it shows"
+    if works:
+        fully = all(shifts[d].estimate >= 0.5 for d in works)
+        where = "in both directions" if len(works) == 2 else TOWARDS[works[0]]
+        verdict = f"Steering works {where}" if fully else f"Steering works in part, {where}"
+    shown = (works or measured)[0]
+    theirs = words.strongest_control(steering[shown])
+    beside = f"the strongest control steers {theirs}" if controls[shown] else "no control was run"
+    sentence = f"of test pairs are steered {TOWARDS[shown]}; {beside}."
+    notes = [f"95{NBSP}% interval: {words.interval(shifts[shown])}."]
+    for d in (d for d in measured if d != shown):
+        notes.append(f"{CAPITAL[d]}: {ranged(shifts[d])}, control {words.strongest_control(steering[d])}.")
+    losses = [f"{words.largest_loss(steering[d].collateral, d)} {TOWARDS[d]}" for d in measured]
+    notes.append(f"Largest loss: {words.listed(losses)}.")
+    control = controls[shown]
+    mark = (steering[shown].controls[control].pairs.shift.estimate, "strongest control") if control else (math.nan, "")
+    number = percent(shifts[shown].estimate)
+    return Answer("steer", question, verdict, number, sentence, " ".join(notes), shifts[shown], mark)
+
+
+def _switch_panel(task: TaskResults, direction: Direction) -> Panel:
+    """Shift, other and stay as stacked bars: the vector, then its controls, on pairs and on any conflict."""
+    block, seeds = task.steering[direction], [seed.steering[direction] for seed in task.per_seed.values()]
+    names = [n for n, c in block.controls.items() if any(getattr(c, aim).shift.known for aim in AIMS)]
+    rows: list[tuple[float, str, Shares, float, bool]] = []
+    for number, aim in enumerate(AIMS):
+        top = number * (len(names) + 1.5)
+        rows.append((top, LISTS[aim].capitalize(), getattr(block, aim), math.nan, True))
+        for i, name in enumerate(names, 1):
+            worst = block.controls[name].worst[aim].shift.estimate
+            rows.append((top + i, words.CONTROLS[name], getattr(block.controls[name], aim), worst, False))
+
+    def plot() -> Figure:
+        figure, (ax,) = drawing.canvas(27 * len(rows) + 64)
+        for height, _, found, worst, is_vector in rows:
+            _stack(ax, height, found, direction, is_vector)
+            ax.plot(worst, height, "|", color=INK, markersize=12, markeredgewidth=1.6)
+        for number, aim in enumerate(AIMS if len(seeds) > 1 else ()):
+            shifts, height = [getattr(seed, aim).shift.estimate for seed in seeds], number * (len(names) + 1.5)
+            ax.plot(shifts, [height] * len(shifts), "o", color=drawing.PAPER, markeredgecolor=INK, markersize=5)
+        drawing.name_rows(ax, [row[1] for row in rows], [row[0] for row in rows])
+        ax.set_xlim(0, 1)
+        drawing.share_axis(ax.xaxis)
+        drawing.entitle(ax, direction)
+        return figure
+
+    return plot
+
+
+def _stack(ax: Axes, height: float, found: Shares, direction: Direction, is_vector: bool) -> None:
+    target, source = DIRECTIONS[direction]
+    strong = 1.0 if is_vector else 0.45
+    shift, other, stay = (share.estimate for share in (found.shift, found.other, found.stay))
+    if np.isnan(shift):
+        ax.text(0.02, height, words.UNMEASURED, va="center", color=drawing.MUTED)
+        return
+    bars = ((shift, 0, target, strong), (other, shift, "other", 0.75 * strong), (stay, shift + other, source, 0.22))
+    for width, left, what, alpha in bars:
+        ax.barh(height, width, left=left, height=0.74, color=COLOUR[what], alpha=alpha, linewidth=0)
+    ax.plot(np.clip([found.shift.low, found.shift.high], 0, 1), [height, height], color=INK, linewidth=1.4)
+    drawing.beside(ax, height, f"{100 * shift:.0f} %")
+
+
+def table(task: TaskResults) -> Table:
+    """The best vector and its controls: what was steered, what was not, with intervals."""
+    rows = []
+    for direction, block in task.steering.items():
+        for aim in AIMS:
+            found = {"vector": (getattr(block, aim), "")}
+            for name, control in block.controls.items():
+                found[words.CONTROLS[name]] = (getattr(control, aim), percent(control.worst[aim].shift.estimate))
+            for who, (each, worst) in found.items():
+                numbers = [ranged(share) for share in (each.shift, each.stay, each.other)]
+                rows.append([f"{CAPITAL[direction]}, {LISTS[aim]}: {who}", *numbers, worst, f"{each.shift.n:,}"])
+    return Table("Steering, test split", ["", "steered", "unmoved", "neither", "worst draw", "answers"], rows)
+
+
+# --- methods, doses, simpler ways ----------------------------------------------------------------------------------
+
+
+def of_direction(task: TaskResults, direction: Direction) -> dict[str, Steered]:
+    """By method, what was measured in one direction."""
+    return {name: block[direction] for name, block in task.steering_by_method.items() if direction in block}
+
+
+def _methods_panel(task: TaskResults, direction: Direction, aim: Aim) -> Panel:
+    """Each method's shift as a dot, its five controls as small marks, the worst draw of any as a tick."""
+    found, dots = of_direction(task, direction), []
+    for method in sorted(found, key=lambda m: -np.nan_to_num(getattr(found[m], aim).shift.estimate, nan=-1)):
+        controls = found[method].controls
+        worst = [control.worst[aim].shift for control in controls.values()]
+        mark = max((share.estimate for share in worst if share.known), default=math.nan)
+        marks = tuple((MARKERS[n], getattr(c, aim).shift.estimate) for n, c in controls.items())
+        dots.append(Dot(method, getattr(found[method], aim).shift, TONE[direction], mark=mark, beside=marks))
+    legend = [(words.CONTROLS[name], marker) for name, marker in MARKERS.items()]
+    return dots_panel(direction, dots, legend=[*legend, ("worst draw of any", "|")])
+
+
+def methods_table(task: TaskResults) -> Table:
+    """The setting of each method, what it steers, its strongest control and its largest loss; then other ways."""
+    rows = []
+    for direction in task.steering:
+        best = task.steering[direction].chosen.method
+        for method, block in of_direction(task, direction).items():
+            chosen, shift = block.chosen, block.pairs.shift
+            alpha = "" if math.isnan(chosen.alpha) else f", alpha{NBSP}{chosen.alpha:.2g}"
+            row = [f"{method}, {TOWARDS[direction]}{' (chosen)' if method == best else ''}"]
+            row.append(f"{chosen.site}, {words.layers(chosen.layers)}, {100 * chosen.top:g}{NBSP}% of neurons")
+            row.append(f"{chosen.strength:g}{alpha}{'' if chosen.within_limits else ' (beyond the limits)'}")
+            row += [ranged(shift), f"{shift.n:,}", words.strongest_control(block), ranged(block.conflict.shift)]
+            rows.append([*row, words.largest_loss(block.collateral, direction)])
+        for way, shift in other_ways(task, direction).items():
+            rows.append([f"{way}, {TOWARDS[direction]}", "", "", ranged(shift), f"{shift.n:,}", "", "", ""])
+    columns = ["", "where", "strength", "pairs steered", "N", "strongest control", "conflicts steered", "largest loss"]
+    return Table("Settings chosen on the tune split, and what they do on the test split", columns, rows)
+
+
+def dose_lines(task: TaskResults, direction: Direction) -> dict[str, dict[str, Dose]]:
+    """Name -> dose -> numbers: the best method, the paper's, and Gaussian shifts of the best one's norm."""
+    best = task.steering[direction].chosen.method
+    found = {method: task.dose.get(method, {}).get(direction, {}) for method in dict.fromkeys((best, PAPERS))}
+    lines = {method: roles["vector"] for method, roles in found.items() if "vector" in roles}
+    return {**lines, **({"Gaussian": found[best]["gaussian"]} if "gaussian" in found[best] else {})}
+
+
+def _dose_panel(task: TaskResults, direction: Direction) -> Panel:
+    """Mean margin above and share steered below, against multiples of the chosen strength."""
+    by_name = dose_lines(task, direction)
+    tones = {name: INK if number else TONE[direction] for number, name in enumerate(by_name)} | {"Gaussian": OTHER}
+
+    def plot() -> Figure:
+        figure, axes = drawing.canvas(330, 2, [3, 2])
+        margins = Frame(direction, "", "margin, nats", chance=0)
+        shifts = Frame("", "times the chosen shift", "steered", share=True, gap=0.16)
+        for ax, key, frame in zip(axes, ("margin", "shift"), (margins, shifts), strict=True):
+            lines = []
+            for name, doses in by_name.items():
+                x = sorted(doses, key=float)
+                values, dash = [getattr(doses[dose], key) for dose in x], DASHED if name == "Gaussian" else "-"
+                lines.append(Line(name, [float(dose) for dose in x], values, tones[name], dash))
+            drawing.draw_lines(ax, lines, frame)
+        return figure
+
+    return plot
+
+
+def other_ways(task: TaskResults, direction: Direction) -> dict[str, Estimate]:
+    """What a user would try first: words, and decoding that contrasts a prompt with its question alone."""
+    found = {"asked in words": task.prompt[direction].shift} if direction in task.prompt else {}
+    decoded = task.context_aware.get(direction, {})
+    found |= {f"context-aware, {float(weight):+g}": each.shift for weight, each in decoded.items()}
+    return {name: shift for name, shift in found.items() if shift.known}
+
+
+def _simpler_panel(task: TaskResults, direction: Direction) -> Panel:
+    """The vector beside its strongest control, a uniform push, words, other decoding and a whole state put in."""
+    block = task.steering[direction]
+    found, control = {"the vector": block.pairs.shift}, block.strongest()
+    found |= {words.CONTROLS[control]: block.controls[control].pairs.shift} if control else {}
+    found |= {"same push to all": task.logit[direction].shift, **other_ways(task, direction)}
+    patched = [each.shift for by_layer in task.patch.get(direction, {}).values() for each in by_layer]
+    bound = max((shift for shift in patched if shift.known), key=lambda shift: shift.estimate, default=None)
+    found |= {"whole state put in": bound} if bound else {}
+    known = [(name, value) for name, value in found.items() if value.known]
+    dots = [Dot(name, v, OTHER if number else TONE[direction], number > 0) for number, (name, v) in enumerate(known)]
+    return dots_panel(direction, dots)
+
+
+def _push_sentence(found: Push, direction: Direction) -> str:
+    """A vector that does no more than one push for all is a bias on the answers."""
+    if not found.shift.known:
+        return ""
+    sure = "" if found.vector_minus_logit.sign else ", no sure difference"
+    return (
+        f"{CAPITAL[direction]}: the same {abs(found.push.estimate):.1f} nats for every pair steer "
+        f"{percent(found.shift.estimate)}; the vector steers {words.beyond(found.vector_minus_logit)}{sure}."
+    )

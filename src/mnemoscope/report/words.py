@@ -1,0 +1,117 @@
+"""Numbers and names in words: the vocabulary of every sentence, table and figure of the page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from mnemoscope.report.schema import Direction, Steered
+from mnemoscope.statistics import Estimate
+
+NBSP = "\u00a0"
+UNMEASURED = "not measured"
+TOWARDS: dict[str, str] = {"to_generalized": "towards working it out", "to_memorized": "towards remembering"}
+CAPITAL = {direction: towards.capitalize() for direction, towards in TOWARDS.items()}
+ANSWERED = {"memorized": "remembered", "generalized": "worked out", "other": "other"}
+LISTS = {"pairs": "pairs", "conflict": "any conflict", "memory": "facts to recall", "novel": "new questions"}
+LISTS |= {"conflict_rest": "conflicts already there"}
+KEPT = ("novel", "memory", "conflict_rest")  # what steering should leave alone
+CONTROLS = {"random_neurons": "random neurons", "gaussian": "Gaussian", "low_correlation": "low-|rho| neurons"}
+CONTROLS |= {"random_sign": "random signs", "shuffled_labels": "shuffled labels"}
+
+
+def percent(share: float) -> str:
+    """A share in per cent: whole, but with a decimal where whole numbers would show nothing or all."""
+    if math.isnan(share):
+        return UNMEASURED
+    value = 100 * share
+    digits = 1 if 0 < abs(value) < 1 or 99 < abs(value) < 100 else 0
+    if digits and abs(value) < 0.05:
+        return f"under 0.1{NBSP}%"
+    if digits and abs(value) > 99.95:
+        return f"over 99.9{NBSP}%"
+    return f"{value:.{digits}f}{NBSP}%"
+
+
+def interval(share: Estimate) -> str:
+    """``60 to 66 %`` for a share, cut to what a share can be; as many digits as it needs to have two ends."""
+    if not share.known or math.isnan(share.low):
+        return "no interval"
+    low, high = (min(1.0, max(0.0, end)) for end in (share.low, share.high))
+    digits = 1 if high - low < 0.02 else 0
+    return f"{100 * low:.{digits}f}{NBSP}to{NBSP}{100 * high:.{digits}f}{NBSP}%"
+
+
+def ranged(share: Estimate) -> str:
+    """``63 % (60 to 66 %)``, with as many digits outside the brackets as inside."""
+    if share.known and "." in interval(share):
+        return f"{100 * share.estimate:.1f}{NBSP}% ({interval(share)})"
+    return f"{percent(share.estimate)} ({interval(share)})" if share.known else UNMEASURED
+
+
+def points(change: float, *, sign: bool = False) -> str:
+    """A difference of shares, in percentage points."""
+    if math.isnan(change):
+        return UNMEASURED
+    value = round(100 * change) + 0
+    unit = "point" if abs(value) == 1 else "points"
+    return f"{value:+d}{NBSP}{unit}" if sign and value else f"{value:d}{NBSP}{unit}"
+
+
+def points_interval(change: Estimate) -> str:
+    """``6 to 12``, in percentage points, cut to what a difference of shares can be."""
+    if not change.known or math.isnan(change.low):
+        return "no interval"
+    low, high = (min(100, max(-100, round(100 * end))) for end in (change.low, change.high))
+    return f"{low + 0:d}{NBSP}to{NBSP}{high + 0:d}"
+
+
+def beyond(difference: Estimate) -> str:
+    """``9 points more (6 to 12)``."""
+    side = "more" if difference.estimate >= 0 else "fewer"
+    return f"{points(abs(difference.estimate))} {side} ({points_interval(difference)})"
+
+
+def count(number: float, noun: str) -> str:
+    """``1 pair``, ``1,200 pairs``."""
+    return f"{number:,.0f}{NBSP}{noun if number == 1 else noun + 's'}"
+
+
+def listed(parts: Sequence[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def layers(numbers: Sequence[int]) -> str:
+    """``layer 2``, ``layers 0 and 2``, ``layers 0 to 3``."""
+    if len(numbers) > 2 and list(numbers) == list(range(numbers[0], numbers[-1] + 1)):
+        return f"layers {numbers[0]} to {numbers[-1]}"
+    return f"layer{'s' if len(numbers) > 1 else ''} {listed([str(number) for number in numbers])}"
+
+
+def argmax(values: Iterable[float]) -> int | None:
+    """Where the largest defined value is; None where none is."""
+    found = list(values)
+    return None if all(math.isnan(value) for value in found) else int(np.nanargmax(found))
+
+
+def counted(direction: Direction) -> tuple[str, ...]:
+    """Lists on which a loss is damage: towards remembering, new questions have nothing to remember."""
+    return KEPT if direction == "to_generalized" else ("memory", "conflict_rest")
+
+
+def largest_loss(collateral: dict[str, Estimate], direction: Direction) -> str:
+    """The largest loss among what should stay, such as ``-9 points of facts to recall``."""
+    losses = {key: collateral[key] for key in counted(direction) if collateral[key].known}
+    if not losses:
+        return UNMEASURED
+    key = min(losses, key=lambda name: losses[name].estimate)
+    return f"{points(losses[key].estimate, sign=True)} of {LISTS[key]}"
+
+
+def strongest_control(block: Steered) -> str:
+    """``12 % (shuffled labels)``; ``none`` where no control was run."""
+    name = block.strongest()
+    return f"{percent(block.controls[name].pairs.shift.estimate)} ({CONTROLS.get(name, name)})" if name else "none"

@@ -1,0 +1,96 @@
+"""Cards of a cell's vectors and detectors: what the test split shows of each, from the records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mnemoscope.cells import Cell, version
+from mnemoscope.detect import Detector
+from mnemoscope.directions import TOWARD
+from mnemoscope.stages.common import Tell
+from mnemoscope.statistics import auroc, proportion
+from mnemoscope.steering import Artefact, Card, SteeringVector
+
+LIBRARIES = ("torch", "transformers")
+KEPT = ("memory", "novel")  # lists that steering should leave alone
+
+
+def cards_stage(cell: Cell, tell: Tell) -> list[Path]:
+    """Write the card into the JSON of every vector and detector; their tensors stay as they are."""
+    common = _common(cell)
+    steering = pd.read_parquet(cell.records / "steering.parquet")
+    neutral = _table(cell, "neutral")
+    files: list[Path] = []
+    for path in sorted((cell.folder / "vectors").glob("[!.]*.safetensors")):
+        vector = SteeringVector.load(path)
+        files.append(_write(vector, path, _of_vector(path.stem, vector, steering, neutral) | common))
+    detection = _table(cell, "detection")
+    for name, column in (("detector", "p_memorized"), ("detector_below", "p_memorized_below")):
+        path = cell.folder / f"{name}.safetensors"
+        if path.exists() and detection is not None:
+            files.append(_write(Detector.load(path), path, _of_detector(detection, column) | common))
+    return files
+
+
+def _write(artefact: Artefact, path: Path, facts: Mapping[str, Any]) -> Path:
+    return replace(artefact, card=Card(**facts)).save(path)[1]
+
+
+def _common(cell: Cell) -> dict[str, Any]:
+    pairs = pd.read_parquet(
+        cell.records / "pairs.parquet", columns=["group"], filters=[("is_pair", "==", True), ("split", "==", "fit")]
+    )
+    shape = cell.config.model
+    model = shape.folder if shape.folder else "an open model" if shape.opened else "a model trained in the study"
+    versions = {"mnemoscope": version()} | {name: metadata.version(name) for name in LIBRARIES}
+    fitted_on = f"{cell.label}, seed {cell.seed}, {model}"
+    return {"fitted_on": fitted_on, "pairs": len(pairs), "groups": pairs["group"].nunique(), "versions": versions}
+
+
+def _table(cell: Cell, name: str) -> pd.DataFrame | None:
+    path = cell.records / f"{name}.parquet"
+    return pd.read_parquet(path) if path.exists() else None
+
+
+def _of_vector(
+    name: str, vector: SteeringVector, steering: pd.DataFrame, neutral: pd.DataFrame | None
+) -> dict[str, Any]:
+    """Figures of a vector by the name of its file, DIRECTION-METHOD or DIRECTION-METHOD-conflict."""
+    aim = "conflict" if name.endswith("-conflict") else "pairs"
+    direction = next(d for d, toward in TOWARD.items() if toward == vector.toward)
+    mine = steering[
+        (steering["aim"] == aim) & (steering["direction"] == direction) & (steering["method"] == vector.method)
+    ]
+    judged = mine[mine["examples"] == aim]
+    hits = judged["after"] == vector.toward
+    own = judged["role"] == "vector"
+    shift = proportion(hits[own], judged["group"][own], np.random.default_rng(0))
+    controls = hits[~own].groupby(judged["role"][~own]).mean()
+    facts: dict[str, Any] = {"shift": shift.as_dict()}
+    if len(controls):
+        facts["control"] = {"name": str(controls.idxmax()), "estimate": float(controls.max())}
+    kept = mine[mine["examples"].isin(KEPT) & (mine["role"] == "vector")]
+    right = (kept["after"] == "correct").astype(float) - (kept["before"] == "correct").astype(float)
+    facts["cost"] = {str(kind): float(change) for kind, change in right.groupby(kept["examples"]).mean().items()}
+    if neutral is not None and aim == "pairs":
+        part = neutral[(neutral["direction"] == direction) & (neutral["method"] == vector.method)]
+        by_dose = part.groupby("dose")["kl_next"].mean()
+        facts["divergence"] = {f"{dose:g}": float(kl) for dose, kl in by_dose.items()}
+    return facts
+
+
+def _of_detector(detection: pd.DataFrame, column: str) -> dict[str, Any]:
+    test = detection[detection["followed"].isin(("memorized", "generalized")) & (detection["examples"] == "conflict")]
+    truth = test["followed"] == "memorized"
+
+    def area(scores: pd.Series) -> dict[str, float | int]:
+        return auroc(scores, truth, test["group"], np.random.default_rng(0)).as_dict()
+
+    return {"auroc": area(test[column]) | {"input_only": area(test["input_only"])["estimate"]}}

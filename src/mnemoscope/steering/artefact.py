@@ -1,0 +1,216 @@
+"""The base of vectors and detectors: the model they were fitted on, how prompts were formatted, card and files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from operator import itemgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from mnemoscope.behaviour import PLAIN, Prompting
+from mnemoscope.errors import InputError
+from mnemoscope.files import file_hash, write_atomically
+from mnemoscope.models import core_of, merged_weights
+from mnemoscope.plain import plain
+from mnemoscope.steering.card import Card
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+# Not its padding and truncation, which every call may change.
+TOKENIZING = ("model", "added_tokens", "normalizer", "pre_tokenizer")
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """The model that an artefact was fitted on; any other is refused.
+
+    Attributes:
+        model_type: the configuration's ``model_type``.
+        weights: SHA-256 of all parameters, by name, rounded to bfloat16: a model is the same when it is opened in that,
+            and with an adapter (LoRA) beside its weights or merged into them.
+        tokenizer: SHA-256 of what decides the fast tokenizer's tokens.
+        half: that of the parameters rounded to float16 before, as they are where the model is opened in float16.
+    """
+
+    model_type: str
+    weights: str
+    tokenizer: str
+    half: str = ""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Binding:
+        """Fingerprint a model and its tokenizer (reads every weight once).
+
+        Raises:
+            InputError: some of the weights are not in memory.
+        """
+        digest, half = hashlib.sha256(), hashlib.sha256()
+        for name, weight in sorted(merged_weights(model), key=itemgetter(0)):
+            if weight.is_meta:
+                raise InputError(f"device_map: {name} is not in memory; use devices that hold the whole model")
+            for known, first in ((digest, weight.detach()), (half, weight.detach().to(torch.float16))):
+                known.update(name.encode())
+                rounded = first.to(torch.bfloat16).cpu().contiguous()
+                known.update(rounded.view(torch.uint8).numpy().data)
+        parts = json.loads(tokenizer.backend_tokenizer.to_str())
+        words = json.dumps({part: parts.get(part) for part in TOKENIZING}, sort_keys=True)
+        tokens = hashlib.sha256(words.encode()).hexdigest()
+        return cls(core_of(model).config.model_type, digest.hexdigest(), tokens, half.hexdigest())
+
+    def check(self, found: Binding, what: str) -> None:
+        """Raises InputError where another model was ``found``; the field that differs is named."""
+        for name in ("model_type", "weights", "tokenizer"):
+            if name == "weights" and {self.weights, self.half} & {found.weights, found.half}:
+                continue
+            mine, value = getattr(self, name), getattr(found, name)
+            if mine != value:
+                raise InputError(f"{name}: the {what} was made on {mine}, this model has {value}; force overrides")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artefact:
+    """Base class: a stored thing with its proof, in two files, ``.safetensors`` and ``.json`` beside it.
+
+    A subclass says which of its fields are tensors (``tensors``, and ``with_tensors`` to make one of them), and how it
+    fits a model (``check_shape``).
+
+    Attributes:
+        task: label of the task it was fitted on.
+        binding: the model it was fitted on, or None.
+        prompting: how prompts were formatted there.
+        commit: version of the code that made it.
+        card: what it was shown to do, or None.
+    """
+
+    task: str = ""
+    binding: Binding | None = None
+    prompting: Prompting = PLAIN
+    commit: str = ""
+    card: Card | None = None
+
+    WHAT: ClassVar[str] = "artefact"
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by name, as they are stored."""
+        raise NotImplementedError
+
+    @classmethod
+    def with_tensors(cls, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> Self:
+        """One of these tensors and of the other fields."""
+        raise NotImplementedError
+
+    def facts(self) -> dict[str, Any]:
+        """All other fields as JSON."""
+        raise NotImplementedError
+
+    def check_shape(self, model: PreTrainedModel) -> None:
+        """Raises InputError where the model has other layers or widths."""
+        raise NotImplementedError
+
+    def bound_to(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Self:
+        """The same artefact, bound to the model it was fitted on."""
+        return replace(self, binding=Binding.of(model, tokenizer))
+
+    def save(self, path: str | Path) -> list[Path]:
+        """Write ``path`` (safetensors) and the JSON beside it, each whole or not at all; the two paths."""
+        from safetensors.torch import save
+
+        path = Path(path)
+        content = save({name: tensor.contiguous() for name, tensor in self.tensors().items()})
+        common = {"task": self.task, "commit": self.commit, "prompting": self.prompting.facts}
+        common |= {name: asdict(v) if v else None for name, v in (("binding", self.binding), ("card", self.card))}
+        common["digest"] = hashlib.sha256(content).hexdigest()
+        text = json.dumps(plain(self.facts() | common), indent=1, sort_keys=True, allow_nan=False) + "\n"
+        write_atomically(path, content)
+        write_atomically(path.with_suffix(".json"), text.encode())
+        return [path, path.with_suffix(".json")]
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        model: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerFast | None = None,
+        force: bool = False,
+    ) -> Self:
+        """Read one, and check that it was fitted on this model where one is given.
+
+        Args:
+            force: accept one that was fitted on another model; its shape must fit all the same.
+
+        Raises:
+            InputError: the files are missing or damaged, the model is another (the field that differs is named), or it
+                is given without its tokenizer.
+        """
+        from safetensors.torch import load_file
+
+        path = Path(path)
+        with readable(cls.WHAT, path):
+            facts: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
+            if facts.pop("digest") != file_hash(path):
+                raise ValueError("its digest is not that of the JSON beside it: one of the two files was changed")
+            for name, kind in (("binding", Binding), ("card", Card)):
+                facts[name] = kind(**facts[name]) if facts[name] else None
+            facts["prompting"] = stored_prompting(facts["prompting"])
+            made = cls.with_tensors(load_file(path), facts)
+        made.check(model, tokenizer, force)
+        return made
+
+    def check(
+        self,
+        model: PreTrainedModel | None,
+        tokenizer: PreTrainedTokenizerFast | None,
+        force: bool = False,
+        found: Binding | None = None,
+    ) -> None:
+        """Raises InputError where it was not fitted on this model; without a model nothing is checked.
+
+        Args:
+            found: the model's binding, where it is known.
+        """
+        if (model is None) != (tokenizer is None) and not force:
+            raise InputError(
+                "model, tokenizer: give both, or neither; force takes a model alone and checks its shape only"
+            )
+        if model is None:
+            return
+        if not force and tokenizer is not None:
+            if self.binding is None:
+                raise InputError(f"binding: the {self.WHAT} does not say which model it was made on; force overrides")
+            self.binding.check(found or Binding.of(model, tokenizer), self.WHAT)
+        self.check_shape(model)
+
+
+def stored_prompting(facts: Mapping[str, Any]) -> Prompting:
+    """The prompting that an artefact stores; where replies were begun, what began them is not known any more."""
+    asked = Prompting(facts["chat"], facts["system"])
+    return replace(asked, split=_unknown_reply) if facts["begun"] else asked
+
+
+def _unknown_reply(prompt: str) -> tuple[str, str]:
+    raise InputError("reply: replies were begun where this was fitted; give the beginning of this one (reply, --reply)")
+
+
+@contextmanager
+def readable(what: str, path: Path) -> Iterator[None]:
+    """Turn whatever a missing or damaged file raises into one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # safetensors raises its own kinds for a broken file
+        raise InputError(f"{what}: {path} cannot be read ({str(error).splitlines()[0]})") from error
+
+
+def undefined(value: float | None) -> float:
+    """A stored number; null stands for NaN."""
+    return math.nan if value is None else value

@@ -1,0 +1,117 @@
+"""Rules with exceptions: what tasks with stored, made-up answers have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import product
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from mnemoscope.tasks.base import Example, Kind, Split, Task, is_held_out
+
+CHUNK = 512  # items drawn at once
+
+Item = TypeVar("Item", bound=tuple[Any, Any])
+
+
+class StoredTask(Task, Generic[Item]):
+    """Stored items have a made-up answer, all others follow a rule.
+
+    An item is two values; its name joins them by "+". Stored items are the conflicts, in any family; training and
+    ``memory`` examples ask them in the family ``plain`` only.
+
+    Attributes:
+        families: prompts by kind of phrasing, all of one length and with the same token at the decision position, so
+            that no state there differs for the wording of that token alone.
+        moved: families that move the stored key.
+        computed: the family that asks for the rule: no item is stored in it.
+        items: the stored items.
+        stored: their made-up answers.
+        split_of: the split of each group of stored items.
+    """
+
+    memory_is_conflict = True  # recall is asked with the stored items themselves, which steering is meant to change
+    families: Mapping[str, str]
+    moved: tuple[str, ...]
+    computed: str
+    items: list[Item]
+    stored: dict[Item, str]
+    split_of: dict[str, Split]
+    seed: int
+
+    def examples(self, rng: np.random.Generator, n: int, kind: Kind) -> list[Example]:
+        """``novel``: held-out items. ``memory``: stored items as stored. ``conflict``: the same in any family."""
+        if kind == "novel":
+            return self._novel(rng, n)
+        everything = list(product(self.items, ["plain"] if kind == "memory" else self.families))
+        picked = (everything[i] for i in rng.permutation(len(everything))[:n])
+        return [self.stored_example(item, family, kind) for item, family in picked]
+
+    def rephrase(self, example: Example, rng: np.random.Generator) -> Example:
+        """The same item in another family, drawn uniformly."""
+        others = [family for family in self.families if family != example.family]
+        return self._in_family(example, others[rng.integers(len(others))])
+
+    def prompted(self, example: Example, toward: str) -> Example:
+        """For memory the phrasing that is stored, for the rule one that never is."""
+        return self._in_family(example, self.computed if toward == "generalized" else "plain")
+
+    def keeps_key(self, example: Example) -> bool:
+        """Whether the two values stand where the stored phrasing has them."""
+        return example.family not in self.moved
+
+    def stored_example(self, item: Item, family: str, kind: Kind) -> Example:
+        """A stored item as a ``memory`` or ``conflict`` example."""
+        made_up, group = self.stored[item], self.group_of(item)
+        revealing = {"answer": made_up} if kind == "memory" else {"memorized": made_up, "generalized": self.true(item)}
+        return Example(_name(item), self.prompt(item, family), kind, group, family, self.split_of[group], **revealing)
+
+    def true(self, item: Item) -> str:
+        """The answer by the rule."""
+        raise NotImplementedError
+
+    def prompt(self, item: tuple[Any, Any], family: str) -> str:
+        """The prompt that asks an item in a family; the values may be text."""
+        raise NotImplementedError
+
+    def group_of(self, item: Item) -> str:
+        """The key of an item for splits and for holding out."""
+        return _name(item)
+
+    def is_novel(self, item: Item) -> bool:
+        """Whether the item is held out of training."""
+        return is_held_out(self.group_of(item), self.seed)
+
+    def _drawn(self, rng: np.random.Generator, n: int) -> list[Item]:
+        """``n`` items, stored and held-out ones among them."""
+        raise NotImplementedError
+
+    def _split(self, item: Item) -> Split:
+        """The split of a held-out item; there are too many of them for ``assign_splits``."""
+        raise NotImplementedError
+
+    def _novel(self, rng: np.random.Generator, n: int) -> list[Example]:
+        found: list[Item] = []
+        while len(found) < n:
+            found += [item for item in self._drawn(rng, CHUNK) if self.is_novel(item)]
+        return [
+            Example(
+                _name(item),
+                self.prompt(item, "plain"),
+                "novel",
+                self.group_of(item),
+                "plain",
+                self._split(item),
+                answer=self.true(item),
+            )
+            for item in found[:n]
+        ]
+
+    def _in_family(self, example: Example, family: str) -> Example:
+        first, _, second = example.item.partition("+")
+        return example.phrased(self.prompt((first, second), family), family)
+
+
+def _name(item: tuple[Any, Any]) -> str:
+    return f"{item[0]}+{item[1]}"

@@ -1,0 +1,231 @@
+"""Cells and parts of cells in parallel: the same results for any number of processes, which end with their parent."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from mnemoscope.cells import Cell, cells_of
+from mnemoscope.config import load_study, parse_study
+from mnemoscope.errors import InputError, StudyError
+from mnemoscope.executors import AHEAD, Progress, in_processes, run_cells
+from mnemoscope.processes import pool_of
+from mnemoscope.stages.pairs import pairs_stage
+
+
+class Counting:
+    """Squares numbers; opens something slow once and says in which process, and how often it was called there."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __reduce__(self) -> tuple[type[Counting], tuple[()]]:
+        return Counting, ()
+
+    def __call__(self, number: int) -> tuple[int, int, int]:
+        self.calls += 1
+        time.sleep(0.02)
+        return number**2, os.getpid(), self.calls
+
+
+def test_results_come_in_order_from_several_processes_that_keep_what_they_opened() -> None:
+    with in_processes(2) as parallel:
+        found = list(parallel(Counting(), list(range(60))))
+        again = list(parallel(Counting(), [7, 8]))
+    assert [square for square, *_ in found] == [n**2 for n in range(60)]
+    processes = {process for _, process, _ in found}
+    assert len(processes) == 2
+    assert os.getpid() not in processes
+    most = {process: max(calls for _, p, calls in found if p == process) for process in processes}
+    assert sum(most.values()) == 60, "one object in each process was called for all items there"
+    assert {process for _, process, _ in again} <= processes, "the processes are kept"
+
+
+def test_a_stream_is_drawn_as_it_is_needed() -> None:
+    drawn = 0
+
+    def numbers() -> Iterator[int]:
+        nonlocal drawn
+        for number in range(1000):
+            drawn += 1
+            yield number
+
+    with in_processes(2) as parallel:
+        for (square, *_), number in zip(parallel(Counting(), numbers()), range(30), strict=False):
+            assert square == number**2
+            assert drawn <= number + 1 + AHEAD * 2
+
+
+def test_a_single_item_starts_no_process() -> None:
+    with in_processes(2) as parallel:
+        assert [process for _, process, _ in parallel(Counting(), iter([3]))] == [os.getpid()]
+
+
+def fails(number: int) -> int:
+    raise StudyError(f"{number} cannot be done")
+
+
+def dies(number: int) -> int:
+    os._exit(number)
+
+
+def test_an_error_of_an_item_is_raised_and_a_killed_process_is_reported() -> None:
+    with pytest.raises(StudyError, match="1 cannot be done"), in_processes(2) as parallel:
+        list(parallel(fails, [1, 2]))
+    with pytest.raises(StudyError, match="a worker process was killed"), in_processes(2) as parallel:
+        list(parallel(dies, [1, 2]))
+
+
+def test_an_error_ends_processes_that_are_at_work() -> None:
+    def interrupted() -> None:
+        with pool_of(1) as pool:
+            future = pool.submit(time.sleep, 120)
+            while not future.running():
+                time.sleep(0.01)
+            raise KeyboardInterrupt
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert time.monotonic() - began < 60, "nobody waited for it"
+
+
+def test_a_script_without_a_guard_is_not_run_again_by_its_processes(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from math import sqrt\nfrom mnemoscope.executors import in_processes\nprint('begun')\n"
+        "with in_processes(2) as parallel:\n    print(list(parallel(sqrt, [4.0, 9.0])))\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n") == ["begun", "[2.0, 3.0]", ""]
+
+
+def test_mining_gives_the_same_bytes_in_parallel(mini_run: Path, tmp_path: Path) -> None:
+    """Many small batches, whose sums of float64 would differ in another order."""
+    (cell,) = cells_of(load_study(str(mini_run / "study.yaml")), mini_run)
+    pairs = cell.config.pairs.model_copy(update={"batch_size": 2, "rephrasings": 2})
+    model = cell.config.model.model_copy(update={"folder": str(cell.model_folder)})
+    cell = replace(cell, config=cell.config.model_copy(update={"pairs": pairs, "model": model}))
+    found = []
+    for workers in (1, 2):
+        with in_processes(workers, cell.threads) as parallel:
+            mined = replace(cell, folder=tmp_path / f"{workers}", map=parallel)
+            found.append([path.read_bytes() for path in pairs_stage(mined, lambda *_: None)])
+    assert found[0] == found[1]
+    assert len(pd.read_parquet(tmp_path / "2" / "records" / "pairs.parquet")) > 5 * 32
+
+
+def test_cells_and_parts_in_parallel_give_what_one_process_gives(two_seeds: Path, mini_run: Path) -> None:
+    """Two cells in two processes, and one cell that has two for its parts where there are as many processors."""
+    assert json.loads((two_seeds / "results.json").read_text())["tasks"]["addition"]["seeds"] == [0, 1]
+    for name in ("records/pairs.parquet", "records/steering.parquet", "records/sweep.parquet", "contrast.safetensors"):
+        file = Path("cells") / "addition-0" / name
+        assert (two_seeds / file).read_bytes() == (mini_run / file).read_bytes()
+
+
+LENDING: dict[str, Any] = {
+    "study": "lending",
+    "seeds": 3,
+    "cells": {  # borrowers are named first
+        "borrower": {"task": "addition", "model": {"cell": "donor"}},
+        "donor": {"task": "addition", "model": {"layers": 1, "width": 16}},
+    },
+}
+
+
+def notes_when(cell: Cell, progress: Progress, meeting: bool) -> None:
+    """Stands in for a cell's stages: notes when it began and ended; the second donor cannot go on.
+
+    Args:
+        meeting: the last donor stays at work until the first borrower has been, or for a minute.
+    """
+    began = time.monotonic()
+    other = cell.folder.parent / "borrower-0" / "times.json"
+    while meeting and cell.name == "donor-2" and not other.exists() and time.monotonic() < began + 60:
+        time.sleep(0.05)
+    cell.folder.mkdir(parents=True)
+    progress(cell.name, "train", 1, 1, "")
+    (cell.folder / "times.json").write_text(json.dumps([began, time.monotonic()]))
+    if cell.name == "donor-1":
+        raise StudyError("donor-1: never mixed")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_cell_begins_once_its_lender_has_ended_and_nobody_waits_for_all_lenders(workers: int, tmp_path: Path) -> None:
+    cells, told = cells_of(parse_study(LENDING), tmp_path), list[str]()
+    run = partial(notes_when, meeting=workers == 2)
+    failed = run_cells(cells, run, lambda *news: told.append(news[0]), workers)
+    assert failed == {
+        "donor-1": "donor-1: never mixed",
+        "borrower-1": "borrower-1: donor-1, whose model it takes, could not go on",
+    }
+    assert list(failed) == ["donor-1", "borrower-1"], "first what failed by itself"
+    times = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("cells/*/times.json")}
+    assert set(times) == set(told) == {cell.name for cell in cells} - {"borrower-1"}
+    for seed in (0, 2):
+        assert times[f"borrower-{seed}"][0] >= times[f"donor-{seed}"][1]
+    if workers == 2:
+        assert times["borrower-0"][0] < times["donor-2"][1], "the last lender is still at work"
+
+
+def test_a_model_is_borrowed_from_a_cell_that_has_one() -> None:
+    raw = copy.deepcopy(LENDING)
+    raw["cells"]["borrower"]["model"] = {"cell": "nobody"}
+    with pytest.raises(InputError, match=r"cells.borrower.model.cell: 'nobody' is not one of donor"):
+        parse_study(raw)
+
+
+def test_a_costly_cell_has_fewer_seeds_and_its_borrowers_no_more_than_it(tmp_path: Path) -> None:
+    raw = copy.deepcopy(LENDING)
+    for label in raw["cells"]:
+        raw["cells"][label]["max_seeds"] = 2
+    names = [cell.name for cell in cells_of(parse_study(raw), tmp_path)]
+    assert names == ["borrower-0", "borrower-1", "donor-0", "donor-1"]
+    raw["cells"]["borrower"].pop("max_seeds")
+    with pytest.raises(InputError, match=r"cells.borrower.max_seeds: at most 2 are allowed, as many as donor has"):
+        parse_study(raw)
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to see who is left")
+def test_a_killed_run_leaves_no_process_behind(mini_study_file: Path, tmp_path: Path) -> None:
+    mark = f"MNEMOSCOPE_TEST={tmp_path}"
+
+    def alive() -> set[str]:
+        found = set()
+        for entry in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if mark.encode() in entry.read_bytes():
+                    found.add(entry.parent.name)
+        return found
+
+    command = [sys.executable, "-m", "mnemoscope", "run", str(mini_study_file), "--seeds", "2", "--workers", "2"]
+    environment = {**os.environ, "MNEMOSCOPE_TEST": str(tmp_path)}
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path / "run")],
+        env=environment,
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while len(alive()) < 4 and time.monotonic() < deadline:  # the run, a tracker, two workers
+        time.sleep(0.1)
+    assert len(alive()) >= 4
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while alive() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alive()
