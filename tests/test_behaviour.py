@@ -169,7 +169,7 @@ def test_pairs_are_exactly_the_flips_and_their_states_match(mini: Callable[[str]
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"memorized": "banana"}, "answer: the tokenizer has no token for 'banana' in 'banana'"),
+        ({"memorized": "banana"}, "answer: the tokenizer has no token for 'n' in 'banana'"),
         ({"prompt": "12+34~"}, "prompt: the tokenizer has no token for '~' in '12+34~'"),
         ({"prompt": "1" * 60 + "+1="}, "the model reads at most 47"),
         ({"memorized": "12", "generalized": "123"}, "begins with the whole of the other"),

@@ -325,7 +325,10 @@ def test_the_command_line_writes_both_kinds(made: Path) -> None:
         (("v.safetensors", "--to", "checkpoint"), "model: a checkpoint is made of a model"),
         (("absent.safetensors", "--to", "gguf"), "absent.safetensors cannot be read"),
         (("unbound.safetensors", "--to", "gguf"), "model: the vector does not say which model it was made on"),
-        (("unbound.safetensors", "--to", "gguf", "--model", "model"), "model_type: the vector was made on None"),
+        (
+            ("unbound.safetensors", "--to", "gguf", "--model", "model"),
+            "binding: the vector does not say which model it was made on",
+        ),
         (("v.safetensors", "--to", "checkpoint", "--model", "not/at/all"), "model: not/at/all cannot be opened"),
         (("v.safetensors", "--to", "gguf", "--alpha", "0"), "shifts: the vector shifts nothing"),
     ],

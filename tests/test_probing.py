@@ -210,8 +210,8 @@ def test_memory_changes_nothing_in_the_records(
 def test_what_mining_has_read_probes_do_not_read_again(
     cell: Cell, tables: dict[str, pd.DataFrame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    at_decision = replace(cell.config, probes=cell.config.probes.model_copy(update={"offsets": (0,)}))
-    copy = replace(copied(cell, tmp_path / "cell"), config=at_decision)
+    probes = cell.config.probes.model_copy(update={"offsets": (0,)})
+    copy = replace(copied(cell, tmp_path / "cell"), config=cell.config.model_copy(update={"probes": probes}))
     passes: list[object] = []
     forward = GPT2LMHeadModel.forward
     monkeypatch.setattr(GPT2LMHeadModel, "forward", lambda *args, **kw: passes.append(args) or forward(*args, **kw))
