@@ -10,13 +10,12 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from helpers import hook_count, label, mini_examples, shifted_by_hand
-from mnemoscope.behaviour import Asking, cache_prefixes, prepare, score
+from helpers import hook_count, mini_examples, shifted_by_hand
+from mnemoscope.behaviour import Asking
 from mnemoscope.errors import InputError
 from mnemoscope.models import SITES, cache_of, forked, pass_inputs
 from mnemoscope.steering import Binding, Card, SteeringVector
@@ -99,20 +98,6 @@ def test_a_whole_pass_equals_a_shift_added_by_hand(asking: Asking) -> None:
             ours = logits(asking)
         with shifted_by_hand(asking.model, vector.shifts, first):
             assert torch.equal(ours, logits(asking))
-
-
-def test_a_cached_prefix_gives_the_labels_of_whole_prompts(asking: Asking) -> None:
-    examples = mini_examples("addition", 200)
-    batches = prepare(asking, examples)
-    cache_prefixes(asking, batches)
-    vector = random_vector(scale=0.5)
-    plain = label(asking, examples)
-    whole = label(asking, examples, applied=lambda: vector.apply(asking.model))
-    cached = score(asking, batches, applied=lambda: vector.apply(asking.model))
-    settled = ~(whole.tie_N | cached.tie_N)
-    assert (whole.behaviour_N == cached.behaviour_N)[settled].all()
-    np.testing.assert_allclose(whole.margin_N, cached.margin_N, atol=1e-3)
-    assert (plain.behaviour_N != cached.behaviour_N).mean() > 0.1
 
 
 def test_a_saved_vector_comes_back_and_is_bound_to_its_model(
