@@ -33,7 +33,6 @@ from mnemoscope.models.opening import context_length, end_ids, load_model
 from mnemoscope.models.packaged import PACKAGED, QUANTIZED
 from mnemoscope.models.passes import (
     PLAINLY,
-    nothing_read_before,
     pass_inputs,
     position_ids,
     prompts_of_rows,

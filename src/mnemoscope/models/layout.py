@@ -52,10 +52,6 @@ _PARTS = (
     ("self_attn", "fc2", "fc2"),  # OPT
     ("self_attn", "mlp", ""),  # mixtures of experts with the names of Llama
 )
-# What a block keeps behind its attention, before the MLP.
-_ATTENTIONS = ("attn", "self_attn", "attention", "self_attention")
-_PROJECTIONS = ("c_proj", "o_proj", "out_proj", "dense")
-_MIDDLE_NORMS = ("ln_2", "post_attention_layernorm", "post_self_attn_layernorm")
 _chosen: WeakKeyDictionary[nn.Module, Layout] = WeakKeyDictionary()
 
 
@@ -134,13 +130,6 @@ def width_of(model: nn.Module) -> int:
 def blocks_of(model: nn.Module) -> Sequence[nn.Module]:
     """The L blocks of a model, first to last."""
     return core_of(model).get_submodule(layout_of(model).blocks)
-
-
-def parts_behind_attention(block: nn.Module) -> list[nn.Module]:
-    """Projections and norms that treat tokens one by one once a block's attention is done; those of known names."""
-    named = [(name.split("."), part) for name, part in block.named_modules()]
-    projections = [part for path, part in named if path[0] in _ATTENTIONS and path[-1] in _PROJECTIONS]
-    return projections + [part for path, part in named if len(path) == 1 and path[0] in _MIDDLE_NORMS]
 
 
 def site_module(model: nn.Module, layer: int, site: Site) -> tuple[nn.Module, bool]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mnemoscope.errors import InputError
 from mnemoscope.models.caches import arguments_of, cache_argument
-from mnemoscope.models.layout import backbone_of, blocks_of, parts_behind_attention
+from mnemoscope.models.layout import backbone_of, blocks_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -120,40 +120,6 @@ def replayed_blocks(model: PreTrainedModel, count: int, returned: Any) -> Iterat
     """
     with _replaced(blocks_of(model)[:count], lambda forward: lambda *args, **kwargs: returned):
         yield
-
-
-@contextmanager
-def nothing_read_before(model: PreTrainedModel, columns: int) -> Iterator[None]:
-    """Inside the context passes are read at their last ``columns`` only, keys and values apart.
-
-    What the last block would say of the others once its attention is done is left out: 0. Of four blocks that is a
-    fifth of a pass. Parts that are hooked inside, or that are called with more than states, are run as usual; a hook on
-    such a part itself sees 0 there. The norm behind the blocks is no part of this: some models use it before them too.
-    """
-
-    def short(forward: Callable[..., Any]) -> Callable[..., Any]:
-        def shortened(states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            before = states.shape[1] - columns
-            if args or kwargs or states.ndim != 3 or before <= 0:
-                return forward(states, *args, **kwargs)
-            found = forward(states[:, before:].contiguous())  # GPT-2 views it as rows
-            if not isinstance(found, Tensor):
-                return forward(states)
-            return nn.functional.pad(found, (0, 0, before, 0))
-
-        return shortened
-
-    with _replaced(list(_behind_the_last_attention(model)), short):
-        yield
-
-
-def _behind_the_last_attention(model: PreTrainedModel) -> Iterator[nn.Module]:
-    """Parts that treat tokens one by one, whose output no other token sees; none where the MLP is hooked inside."""
-    block = blocks_of(model)[-1]
-    mlp = getattr(block, "mlp", None)
-    if isinstance(mlp, nn.Module) and not _hooked_inside(mlp):
-        yield mlp
-        yield from (part for part in parts_behind_attention(block) if not _hooked_inside(part))
 
 
 @contextmanager
