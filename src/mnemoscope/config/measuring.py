@@ -1,17 +1,17 @@
-"""What is measured of a model, with how much, and which vectors are tried on it."""
+"""Configuration of measurements and of the vectors that are tried."""
 
 from __future__ import annotations
 
 import re
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
-from mnemoscope.config.fields import Frozen, MethodName, SiteName, as_several
+from mnemoscope.config.model import Frozen, as_several
 from mnemoscope.errors import InputError
 
-Offset = Annotated[int, Field(ge=0)]
-PairCount = Annotated[int, Field(ge=1)]
+MethodName = Literal["nmd", "standardized-nmd", "gradient", "logistic", "whitened", "pca", "learned"]
+SiteName = Literal["block", "attention", "mlp", "neuron"]
 
 
 class PairsConfig(Frozen):
@@ -34,10 +34,10 @@ class ProbesConfig(Frozen):
     """Which states are probed, and with how many pairs."""
 
     pairs: int = Field(2000, ge=2, description="pairs of a split whose states are read, at most")
-    offsets: tuple[Offset, ...] = Field(
+    offsets: tuple[NonNegativeInt, ...] = Field(
         (0, 1, 2, 4, 8, 16), min_length=1, description="tokens before the decision position; 0 is the position itself"
     )
-    learning: tuple[PairCount, ...] = Field(
+    learning: tuple[PositiveInt, ...] = Field(
         (25, 50, 100, 200, 400, 800), description="numbers of fit pairs of the learning curve; all of them come last"
     )
     learning_draws: int = Field(5, ge=1, description="draws of each number of pairs")

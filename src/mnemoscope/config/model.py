@@ -1,12 +1,21 @@
-"""What a model is, and how it is trained."""
+"""Configuration of a model and of its training."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from mnemoscope.config.fields import Frozen, as_several
+
+class Frozen(BaseModel):
+    """Data that validate, do not change and know no other fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+def as_several(value: Any) -> Any:
+    """One value where several are allowed."""
+    return value if isinstance(value, list | tuple) else (value,)
 
 
 class LayoutConfig(Frozen):
@@ -22,12 +31,11 @@ class LoraConfig(Frozen):
     """An adapter (LoRA) in which a trained model learns the task; its own weights stay as they are."""
 
     rank: int = Field(16, ge=1, le=4096, description="of the product that is added to each weight matrix")
-    alpha: float = Field(32.0, gt=0, allow_inf_nan=False, description="the product counts alpha / rank times")
     dropout: float = Field(0.0, ge=0, lt=1, description="of what the adapter reads, while it is trained")
     target_modules: Annotated[tuple[str, ...], BeforeValidator(as_several)] = Field(
         ("all-linear",),
         min_length=1,
-        description="names of the layers that are adapted; all-linear: every linear layer but the head",
+        description="names of the adapted layers; all-linear: every linear layer but the head",
     )
 
 
@@ -48,7 +56,7 @@ class ModelConfig(Frozen):
         None, description="the adapter in which the model of folder learns the task; {}: with the usual settings"
     )
     opened: str | None = Field(
-        None, description="digest of the weights of a model that was open in Python (`fit`); nobody else can give it"
+        None, description="digest of the weights of a model that was open in Python; only `fit` sets it"
     )
     cell: str | None = Field(
         None, description="another cell of the study: its model of the same seed is used; nothing is trained"
@@ -61,9 +69,7 @@ class ModelConfig(Frozen):
         description="where a trained model's layers go, as transformers takes it: cpu, cuda, auto; needs accelerate",
     )
     layout: LayoutConfig | None = Field(None, description="where the parts of a trained model of no known family are")
-    chat: ChatConfig | None = Field(
-        None, description="for a model that was tuned to talk: {} puts prompts by its chat template"
-    )
+    chat: ChatConfig | None = Field(None, description="for a chat model: {} formats prompts by its chat template")
     initialization: int | None = Field(
         None, ge=0, description="seed of the first weights; default: the cell's seed. One number lets seeds share them"
     )
@@ -118,9 +124,6 @@ class TrainingConfig(Frozen):
         0, ge=0, description="steps at the end over which the learning rate falls to 2 % of its peak"
     )
     batch_size: int = Field(64, ge=1, le=65536, description="instances a step")
-    optimizer: Literal["muon", "adamw"] = Field(
-        "muon", description="of the matrices in blocks; AdamW of the rest, and of adapters"
-    )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
         description="of the passes; weights, optimizers and measurements stay as they are. auto: bfloat16 where the "

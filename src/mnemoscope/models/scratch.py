@@ -1,4 +1,4 @@
-"""Small models to train from scratch, with a tokenizer that knows a task's words."""
+"""Small GPT-2 models to train from scratch, and tokenizers of one token per word of a task."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def build_gpt2(tokenizer: PreTrainedTokenizerFast, shape: ModelConfig, seed: int
         n_embd=shape.width,
         n_layer=shape.layers,
         n_head=shape.heads,
-        # What GPT-2's "gelu_new" approximates, in one kernel; on a CPU several times faster than the approximation.
+        # GPT-2's "gelu_new" approximates it; on a CPU the exact one is several times faster.
         activation_function="gelu",
         resid_pdrop=0.0,
         embd_pdrop=0.0,
