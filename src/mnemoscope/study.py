@@ -1,7 +1,7 @@
-"""Studies: cells of stages that write raw records, and resume where they stopped.
+"""Run studies: cells of stages that write raw records, and resume where they stopped.
 
-A stage writes its files under temporary names, renames them, and then writes its marker with a hash of everything it
-depends on. A killed stage leaves no marker and starts again; a finished stage is not run again.
+A stage writes its files atomically and then its marker, with a hash of everything it depends on. A killed stage leaves
+no marker and starts again; a finished stage is skipped.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def run_study(
     started = time.time()
     if executor != "local" and workers is not None:
         raise InputError("workers: a cluster takes as many cells at a time as it has processors for; leave it out")
-    run = run.absolute()  # processes elsewhere have another working folder
+    run = run.absolute()  # other processes have another working folder
     cells = [replace(cell, opened=opened) for cell in cells_of(config, run)]
     if any(cell.config.model.lora for cell in cells):  # a missing package is reported now, not after hours of work
         from mnemoscope.stages import check_peft
@@ -75,8 +75,7 @@ def run_study(
         write_atomically(run / "failed.json", json.dumps(failed, indent=1).encode())
         report = None
         if any(cell.config.analysed for cell in finished):
-            # With a cluster, this machine was never asked for more than one process.
-            here = workers if executor == "local" else 1
+            here = workers if executor == "local" else 1  # a cluster says nothing of this machine
             compare_cells(finished, run, progress, here)
             _write_manifest(run, finished, started)
             with in_processes(here) as parallel:
@@ -108,12 +107,12 @@ def compare_cells(cells: Sequence[Cell], run: Path, progress: Progress, workers:
     markers = [marker for cell in analysed for marker in _markers(cell)]
     wanted = hashlib.sha256("".join(json.loads(m.read_text())["hash"] for m in markers).encode()).hexdigest()
     _run_stage("study", run, "compare", wanted, partial(_compared, analysed, run, workers), progress)
-    for cell in analysed:  # whose stages will not read anything again
+    for cell in analysed:
         shutil.rmtree(cell.folder / STATES, ignore_errors=True)
 
 
 def _markers(cell: Cell) -> list[Path]:
-    """Markers of finished stages; a hidden file is one whose writer was killed."""
+    """Markers of finished stages, without hidden files of killed writers."""
     return sorted((cell.folder / "stages").glob("[!.]*.json"))
 
 
@@ -152,7 +151,7 @@ def stage_hash(upstream: str, cell: Cell, stage: str) -> str:
 
 
 def inputs_hash(cell: Cell) -> str:
-    """Hash of what a cell reads from outside the run: files that its options name, and the files of its model."""
+    """Hash of the files outside the run that a cell reads: those that its options name, and those of its model."""
     named = [Path(value) for value in cell.config.options.values() if isinstance(value, str)]
     folder = cell.config.model.folder
     if folder and Path(folder).is_dir():

@@ -59,11 +59,7 @@ class SweepConfig(Frozen):
         min_length=1,
         description='"all", "each" (every layer alone), "spread-6" (six alone, evenly spaced), "2", or a range "0-1"',
     )
-    tops: tuple[float, ...] = Field(
-        (0.1, 0.3, 0.5),
-        min_length=1,
-        description="shares of the neurons, in (0, 1]; above a half, two of the five controls are left out",
-    )
+    tops: tuple[float, ...] = Field((0.1, 0.3, 0.5), min_length=1, description="shares of the neurons, in (0, 1]")
     strengths: tuple[float, ...] = Field(
         (0.05, 0.1, 0.2, 0.4), min_length=1, description="total relative norms: the shift over the norm of the states"
     )
@@ -121,9 +117,7 @@ class SteeringConfig(Frozen):
         min_length=1,
         description="the methods, and what is tried of each: one grid or several",
     )
-    positions: Literal["decision", "all"] = Field(
-        "decision", description="tokens that are shifted: from the decision on, or every one (what can be exported)"
-    )
+    positions: Literal["decision", "all"] = Field("decision", description="shifted tokens: from the decision on or all")
     fit_pairs: int = Field(600, ge=2, description="fit pairs whose states and gradients make the directions")
     fit_others: int = Field(600, ge=1, description="fit examples of each other list that learned vectors are fitted on")
     kept_weight: float = Field(
@@ -133,38 +127,21 @@ class SteeringConfig(Frozen):
         ("memory", "novel"),
         description="which of them; novel examples that are read from the prompt also teach to read",
     )
-    learned_steps: int = Field(
-        20, ge=1, le=10_000, description="of the ascent of learned vectors; more make its shuffled control cleaner"
-    )
+    learned_steps: int = Field(20, ge=1, le=10_000, description="of the ascent; more make the shuffled control cleaner")
     fit_batch: int = Field(16, ge=1, description="fit examples a step of that ascent, and a pass of gradients")
-    tune_refits: int = Field(
-        4, ge=0, description="draws of the shuffled control of each setting on tune, fitted four at a time; 0: left out"
-    )
+    tune_refits: int = Field(4, ge=0, description="draws of the shuffled control of each setting on tune; 0: left out")
     tune_draws_again: int = Field(12, ge=1, description="of each control of a chosen setting, before methods compete")
     tune_pairs: int = Field(300, ge=1, description="tune pairs that every setting is tried on")
     tune_others: int = Field(200, ge=1, description="tune examples of each other list")
-    judged_examples: int = Field(
-        500, ge=1, description="phrasings of test pairs, and examples of each other list, at most"
-    )
-    control_limit: float = Field(
-        0.18,
-        ge=0,
-        le=1,
-        description="what a control steers of the tune examples beyond this costs dearly, the rest half",
-    )
+    judged_examples: int = Field(500, ge=1, description="phrasings of test pairs, and examples of each other list")
+    control_limit: float = Field(0.18, ge=0, le=1, description="steered share beyond which a control costs dearly")
     excess_cost: float = Field(
         2.0, ge=0.5, le=100, description="points of the shift that each point of a control beyond its limit costs"
     )
-    collateral_limit: float = Field(
-        0.03, ge=0, le=1, description="settings that cost more memory and novel examples are chosen only if all do"
-    )
+    collateral_limit: float = Field(0.03, ge=0, le=1, description="settings that cost more of other lists come last")
     draws: int = Field(20, ge=1, description="draws of each control")
-    controls_of: Literal["all", "best"] = Field(
-        "all", description="methods whose controls are drawn on test; best: only the one that is best for a list"
-    )
-    conflict_draws: int = Field(
-        20, ge=1, description="draws of each control where conflicts are steered as they are drawn"
-    )
+    controls_of: Literal["all", "best"] = Field("all", description="methods whose controls are drawn on test")
+    conflict_draws: int = Field(20, ge=1, description="draws of each control where conflicts are steered as drawn")
 
 
 class EffectsConfig(Frozen):

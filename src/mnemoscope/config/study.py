@@ -54,9 +54,7 @@ class StudyConfig(Frozen):
     seeds: int = Field(1, ge=1, le=1000, description="how many, from first_seed on, each a cell of its own")
     first_seed: int = Field(0, ge=0, le=900, description="the first, as for seeds on which no setting was developed")
     threads: int = Field(1, ge=1, le=256, description="threads of a cell; results depend on it in the last bits")
-    cells: dict[str, CellConfig] = Field(
-        min_length=1, description="by the name under which results and report show them"
-    )
+    cells: dict[str, CellConfig] = Field(min_length=1, description="by the name shown in results and report")
 
     @model_validator(mode="after")
     def _cells_exist(self) -> StudyConfig:

@@ -25,8 +25,7 @@ from mnemoscope.tasks.base import INSTRUCTIONS, Example, Kind, Task, assign_spli
 Fact = tuple[str, str]  # a relation and its subject
 How = tuple[str, tuple[str, str]]  # the label before the statement; the labels of question and answer
 
-# Templates of prompts. Labels vary within a frame: two such prompts make a pair, so that differences between frames do
-# not enter the contrast.
+# Templates of prompts. The two prompts of a pair share a frame and differ in labels.
 FRAMES = {
     "context-first": "{label}{statement}\n{ask} {question}\n{reply} {stem}",
     "context-last": "{ask} {question}\n{label}{statement}\n{reply} {stem}",
@@ -34,13 +33,12 @@ FRAMES = {
     "inverted": "{label}{inverted}\n{ask} {question}\n{reply} {stem}",
     "reported": "{label}{reported}\n{ask} {question}\n{reply} {stem}",
 }
-# How far a text is believed depends on what it is called: such labels flip three times as many answers as six neutral
-# ones (docs/LOG.md).
+# These flip three times as many answers as six neutral labels (docs/LOG.md).
 LABELS = ("Context: ", "Paragraph: ", "Story: ", "Note: ", "Hint: ", "Rumour: ", "Memo: ", "Wikipedia: ")
 ASKS = (("Question:", "Answer:"), ("Q:", "A:"), ("Task:", "Result:"), ("Quiz:", "Reply:"))
 PLAIN: How = (LABELS[0], ASKS[0])
 TEMPLATES = {**FRAMES, "bare": "{ask} {question}\n{reply} {stem}"}
-# Countries that nobody can know anything about.
+# Countries that no model can know.
 INVENTED = (
     "Velmora", "Tarquenia", "Ostravia", "Belcandia", "Morvania", "Lusandra", "Quoristan", "Peltoria", "Zembria",
     "Calduria", "Norvessa", "Trisolia", "Hespania", "Umbravia", "Kelduria", "Farandole", "Wistovia", "Galdoria",
@@ -157,12 +155,11 @@ class FactsTask(Task):
             raise InputError("relations, frames, wrong_values: at least one of each is needed")
         self.asked, self.frames = tuple(relations), tuple(frames)
         self.others = {"relation": tuple(held_out_relations), "frame": tuple(held_out_frames)}
-        subjects = sorted(
-            {subject for relation, subject in self.facts if relation in (*relations, *held_out_relations)}
-        )
+        all_asked = (*relations, *held_out_relations)
+        subjects = sorted({subject for relation, subject in self.facts if relation in all_asked})
         self.split_of = assign_splits([*subjects, *INVENTED], np.random.default_rng([seed, 5]))
         self.wrong_values, self.seed = wrong_values, seed
-        # Of all facts, also those that a model does not know, so that contradictions do not depend on the model.
+        # Unknown facts count too, so that contradictions do not depend on the model.
         self.values = {name: sorted({v for (r, _), v in self.facts.items() if r == name}) for name in self.relations}
 
     def held_out(self) -> dict[str, Task]:
@@ -192,7 +189,7 @@ class FactsTask(Task):
         return other
 
     def examples(self, rng: np.random.Generator, n: int, kind: Kind) -> list[Example]:
-        """At most ``n``, as many of each country as possible, so that none weighs more for being known better.
+        """At most ``n``, as evenly by country as possible.
 
         ``memory``: bare questions, and contexts that agree; ``novel``: invented countries.
         """
@@ -243,7 +240,7 @@ class FactsTask(Task):
         return found
 
     def _wrong(self, fact: Fact, value: str) -> list[str]:
-        """Values of other subjects, drawn by name, so that those of a fact depend on no other fact."""
+        """Values of other subjects, drawn with a seed of the fact's own."""
         true = {value, *self.true.get(fact, ())}
         others = [other for other in self.values[fact[0]] if not any(_overlap(other, one) for one in true)]
         rng = np.random.default_rng([self.seed, *"|".join(fact).encode()])
@@ -272,16 +269,12 @@ class FactsTask(Task):
 
 
 def _overlap(a: str, b: str) -> bool:
-    """Whether one value begins with the other, so that nothing would tell the two answers apart."""
+    """Whether one value begins with the other, so that their answers would be confused."""
     return bool(a and b) and (a.startswith(b) or b.startswith(a))
 
 
 def _countries() -> dict[Fact, list[str]]:
-    """Facts of the package ``countryinfo``, by relation and country: the value that is asked for, then others as true.
-
-    Raises:
-        InputError: the package is not installed.
-    """
+    """Facts of the package ``countryinfo``, by relation and country; the first value is asked for."""
     try:
         from countryinfo import all_countries
     except ImportError as error:
@@ -305,11 +298,7 @@ def _countries() -> dict[Fact, list[str]]:
 
 
 def _read_table(path: Path) -> tuple[dict[str, Relation], dict[Fact, list[str]]]:
-    """Relations and facts of a CSV file; of several values of one subject the first is asked for.
-
-    Raises:
-        InputError: it cannot be read, or a line lacks something; the line is named.
-    """
+    """Relations and facts of a CSV file; InputError names the line at fault."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))

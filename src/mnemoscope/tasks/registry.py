@@ -1,4 +1,4 @@
-"""The tasks by name, and tasks of the user's own by import path."""
+"""Built-in tasks by name, and a user's own tasks by import path."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def build_task(kind: str, options: dict[str, Any], seed: int) -> Task:
 
 
 def describe_tasks() -> dict[str, str]:
-    """The first line of each task's documentation, by name."""
+    """The first line of each task's docstring, by name."""
     return {name: (inspect.getdoc(maker) or "").splitlines()[0] for name, maker in TASKS.items()}
 
 
