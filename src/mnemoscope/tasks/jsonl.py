@@ -49,10 +49,10 @@ class JsonlTask(Task):
         self.examples_read = [line.example for line in lines]
         self._bare = {line.example.prompt: line.bare for line in lines if line.bare and line.example.kind == "conflict"}
         self._phrasings: dict[str, list[Example]] = defaultdict(list)
-        conflicts = [example for example in self.examples_read if example.kind == "conflict"]
-        for example in conflicts:
-            self._phrasings[example.item].append(example)
-        if not conflicts:
+        for example in self.examples_read:
+            if example.kind == "conflict":
+                self._phrasings[example.item].append(example)
+        if not self._phrasings:
             raise InputError(f"file: {file} has no conflict, that is no line with both 'memorized' and 'generalized'")
 
     def examples(self, rng: np.random.Generator, n: int, kind: Kind) -> list[Example]:

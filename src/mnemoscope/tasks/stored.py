@@ -71,7 +71,7 @@ class StoredTask(Task, Generic[Item]):
         raise NotImplementedError
 
     def prompt(self, item: tuple[Any, Any], family: str) -> str:
-        """The prompt that asks an item in a family; the values may be text."""
+        """The prompt of an item in a family; the values may be text."""
         raise NotImplementedError
 
     def group_of(self, item: Item) -> str:

@@ -31,7 +31,7 @@ Evaluation = tuple[Asking, dict[Kind, list[Batch]]]  # the encoded tune examples
 
 
 def unmet(stop: StopConfig, measured: dict[str, float]) -> list[str]:
-    """Conditions of the stop rule that are not met, as text; empty where the rule holds."""
+    """Unmet conditions of the stop rule, as text; empty where the rule holds."""
     wanted = [
         ("novel_accuracy", ">=", stop.novel_accuracy),
         ("recall", ">=", stop.recall),
@@ -81,12 +81,8 @@ def train(
     """Train a model in place until the stop rule holds; of an adapted model only the adapter.
 
     Once the rule holds, training continues for ``settle_steps`` while the learning rate decays to 0. The model keeps
-    the weights of the last measurement in which the rule held, or the last weights where it never did.
-
-    Args:
-        asking: the model, its tokenizer and what closes an answer.
-        rng: draws training and evaluation data.
-        progress: called at every step with the latest measurement.
+    the weights of the last measurement in which the rule held, or the last weights. ``progress`` is called at every
+    step with the latest measurement.
 
     Raises:
         InputError: the task lacks a kind of example that the stop rule needs, an instance is too long, or the tokenizer
@@ -125,7 +121,7 @@ class _State:
         self.measured: dict[str, float] = {}
         self._losses: list[float] = []
         self._mixed: dict[str, Tensor] | None = None
-        # The rate of a step depends on when the rule first held, so the schedule is a function of this state.
+        # The rate of a step depends on when the rule first held.
         self._schedules = [torch.optim.lr_scheduler.LambdaLR(o, self._rate) for o in self.optimizers]
 
     def step(self, ids_BT: Tensor, weights_BT: Tensor) -> None:
@@ -193,7 +189,7 @@ def _set_dropout(model: PreTrainedModel, share: float) -> None:
 
 
 def how_to_mix(trained: Trained, size: str = "model.layers") -> str:
-    """One line: which conditions are not met, and which fields to change; ``size`` is the field of capacity."""
+    """One line with the unmet conditions and the fields to change; ``size`` is the field of capacity."""
     last = trained.curve[-1]
     advice = []
     if last["novel_accuracy"] < 0.9 or last["recall"] < 0.9:
@@ -207,10 +203,8 @@ def how_to_mix(trained: Trained, size: str = "model.layers") -> str:
             "the rule wins: raise options.memorized_share, lower training.weight_decay, or store less (options)"
         )
     advice.append(f"or change {size}")
-    return (
-        f"after {trained.steps} steps the model does not show both behaviours: {'; '.join(trained.unmet)}. "
-        f"Try: {'; '.join(advice)}"
-    )
+    reasons = "; ".join(trained.unmet)
+    return f"after {trained.steps} steps the model does not show both behaviours: {reasons}. Try: {'; '.join(advice)}"
 
 
 def prepare_evaluation(asking: Asking, task: Task, n: int, rng: np.random.Generator) -> dict[str, Evaluation]:
