@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from subprocess import DEVNULL
 from typing import Any
 
 from mnemoscope.config import CellConfig, StudyConfig
@@ -104,14 +105,12 @@ def git_state() -> dict[str, Any]:
 
     def git(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(
-                ["git", "-C", here, *arguments], capture_output=True, text=True, timeout=10, check=False
-            )
-        except (OSError, subprocess.TimeoutExpired):
+            return subprocess.check_output(
+                ["git", "-C", here, *arguments], stderr=DEVNULL, text=True, timeout=10
+            ).strip()
+        except (OSError, subprocess.SubprocessError):
             return None
-        return done.stdout.strip() if done.returncode == 0 else None
 
-    tracked = git("ls-files", "--error-unmatch", str(Path(__file__)))
-    if not tracked:
+    if not git("ls-files", "--error-unmatch", str(Path(__file__))):
         return {"commit": None, "dirty": None}
     return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}

@@ -59,7 +59,7 @@ ENDS = 2**20  # bytes hashed at either end of a file
 
 
 def fingerprint(path: Path) -> str:
-    """Hash of a file's size and both its ends: shows most changes without reading all of a large file."""
+    """Hash of a file's size and both its ends, which shows most changes of a large file."""
     size = path.stat().st_size
     with path.open("rb") as file:
         known = hashlib.sha256(f"{size}".encode() + file.read(ENDS))

@@ -103,7 +103,7 @@ def run_cell(cell: Cell, progress: Progress) -> None:
 
 
 def compare_cells(cells: Sequence[Cell], run: Path, progress: Progress, workers: int = 1) -> None:
-    """Run the comparison of seeds of one label and of labels that share a model, unless it is finished."""
+    """Compare seeds of one label and labels that share a model, unless that is finished."""
     analysed = [cell for cell in cells if cell.config.analysed]
     markers = [marker for cell in analysed for marker in _markers(cell)]
     wanted = hashlib.sha256("".join(json.loads(m.read_text())["hash"] for m in markers).encode()).hexdigest()
@@ -172,8 +172,7 @@ def is_done(folder: Path, stage: str, wanted: str) -> bool:
         return False
     try:
         marker = json.loads(path.read_text())
-        files = {folder / name: digest for name, digest in marker["files"].items()}
-        found = marker["hash"]
+        found, files = marker["hash"], {folder / name: digest for name, digest in marker["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StudyError(f"artefact: {path} is damaged; delete it to run stage {stage!r} again") from error
     if found != wanted:

@@ -23,12 +23,7 @@ def built_in_studies() -> list[str]:
 
 
 def load_study(study: str, overrides: list[str] | None = None, seeds: int | None = None) -> StudyConfig:
-    """Read a built-in study or a YAML file and resolve it.
-
-    Args:
-        study: a name of ``built_in_studies`` or the path of a YAML file.
-        overrides: ``a.b=c`` each; the value is YAML.
-        seeds: replaces the study's number of seeds.
+    """Read a built-in study or a YAML file; ``overrides`` are ``a.b=c`` each, with a YAML value.
 
     Raises:
         InputError: the study is unknown, is no YAML, or a field has a value that is not allowed.

@@ -20,14 +20,14 @@ SITES: tuple[Site, ...] = ("block", "attention", "mlp", "neuron")
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where an architecture keeps its parts, as attribute paths.
+    """Attribute paths of a model's parts.
 
     Attributes:
-        blocks: path of the list of blocks from the model's root.
-        attention, mlp: paths inside a block of the modules whose outputs are added to the residual stream. Where a norm
-            comes between a part and that sum, it is the norm that is meant.
-        down: path inside a block of the down projection, whose input are the MLP activations; "" where a block has no
-            single one (mixtures of experts), and site ``neuron`` does not exist.
+        blocks: the list of blocks, from the model's root.
+        attention, mlp: inside a block, the modules whose outputs are added to the residual stream: the norm where one
+            comes before that sum.
+        down: inside a block, the down projection, whose input are the MLP activations; "" where there is no single one
+            (mixtures of experts), and site ``neuron`` does not exist.
     """
 
     blocks: str
@@ -121,7 +121,7 @@ def core_of(model: nn.Module) -> Any:
 
 
 def backbone_of(model: nn.Module) -> Any:
-    """The part that holds the blocks, without the language-modelling head; every way of calling a model passes it."""
+    """The module that holds the blocks, without the language-modelling head."""
     return core_of(model).get_submodule(layout_of(model).blocks.rpartition(".")[0])
 
 

@@ -58,10 +58,9 @@ def batch_that_fits(model: nn.Module, wanted: int, tokens: int, read_on: int) ->
     fitting = max(1, int(SHARE * free // each))
     if fitting < wanted and (wanted, tokens) not in _logged:
         _logged.add((wanted, tokens))
-        logging.getLogger("mnemoscope").warning(
-            f"pairs.batch_size: {wanted} prompts of {tokens:,} tokens would take some {wanted * each / 2**30:.1f} GiB, "
-            f"and {free / 2**30:.1f} are free; {fitting} at a time"
-        )
+        takes = f"{wanted} prompts of {tokens:,} tokens would take some {wanted * each / 2**30:.1f} GiB"
+        message = f"pairs.batch_size: {takes}, and {free / 2**30:.1f} are free; {fitting} at a time"
+        logging.getLogger("mnemoscope").warning(message)
     return fitting
 
 

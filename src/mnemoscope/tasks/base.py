@@ -58,20 +58,21 @@ class Example:
     answer: str | None = None
 
     def __post_init__(self) -> None:
+        wrong, is_conflict = None, self.kind == "conflict"
         if self.kind not in KINDS:
-            raise InputError(f"kind: {self.kind!r} is not one of {', '.join(KINDS)} (item {self.item!r})")
-        if self.split not in SPLITS:
-            raise InputError(f"split: {self.split!r} is not one of {', '.join(SPLITS)} (item {self.item!r})")
-        if self.kind == "conflict":
-            if not self.memorized or not self.generalized:
-                raise InputError(f"memorized, generalized: a conflict needs both (item {self.item!r})")
-            if self.memorized == self.generalized:
-                both = f"both are {self.memorized!r}; a conflict needs two answers that differ"
-                raise InputError(f"memorized, generalized: {both} (item {self.item!r})")
-            if self.answer is not None:
-                raise InputError(f"answer: a conflict has two revealing answers, not one (item {self.item!r})")
-        elif not self.answer:
-            raise InputError(f"answer: a {self.kind} example needs one (item {self.item!r})")
+            wrong = f"kind: {self.kind!r} is not one of {', '.join(KINDS)}"
+        elif self.split not in SPLITS:
+            wrong = f"split: {self.split!r} is not one of {', '.join(SPLITS)}"
+        elif not is_conflict and not self.answer:
+            wrong = f"answer: a {self.kind} example needs one"
+        elif is_conflict and not (self.memorized and self.generalized):
+            wrong = "memorized, generalized: a conflict needs both"
+        elif is_conflict and self.memorized == self.generalized:
+            wrong = f"memorized, generalized: both are {self.memorized!r}; a conflict needs two answers that differ"
+        elif is_conflict and self.answer is not None:
+            wrong = "answer: a conflict has two revealing answers, not one"
+        if wrong:
+            raise InputError(f"{wrong} (item {self.item!r})")
 
     @property
     def options(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Training batches: token ids with loss weights, split into passes with little padding.
+"""Training batches of token ids with loss weights, split into passes with little padding.
 
 Shapes: N instances, B of a batch, R of one pass, T tokens.
 """
