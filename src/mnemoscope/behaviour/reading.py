@@ -24,7 +24,6 @@ from mnemoscope.models import (
     bytes_of,
     cache_of,
     make_room,
-    nothing_read_before,
     pass_inputs,
     recorded_blocks,
     replayed_blocks,
@@ -111,9 +110,8 @@ def cache_prefixes(asking: Asking, batches: Sequence[Batch], most_bytes: int = M
         if ids_NT.shape[1] == 0:
             continue
         inputs = pass_inputs(asking.model, ids_NT, mask_NT)
-        with nothing_read_before(asking.model, max(keep, 1)):
-            # No head where no logits are needed.
-            output = asking.model(**inputs, logits_to_keep=keep) if keep else backbone_of(asking.model)(**inputs)
+        # No head where no logits are needed.
+        output = asking.model(**inputs, logits_to_keep=keep) if keep else backbone_of(asking.model)(**inputs)
         if keep:
             batch.prefix_fits_N = _shared_fits(batch, output.logits)
         else:
@@ -200,8 +198,7 @@ def read_contexts(model: PreTrainedModel, batch: Batch) -> Contexts:
     if batch.prefix is None:
         inputs = pass_inputs(model, batch.ids_NT, batch.mask_NT)
         keep = int(batch.shared_N.max()) + 1
-        with nothing_read_before(model, keep):
-            output = model(**inputs, logits_to_keep=keep)
+        output = model(**inputs, logits_to_keep=keep)
         return Contexts(output.logits[:, -1].float(), _shared_fits(batch, output.logits[:, :-1]), cache_of(output))
     known = min(untouched_blocks(model), len(batch.unshifted.context_L)) if batch.unshifted else 0
     with replayed_blocks(model, known, batch.unshifted.context_L[known - 1] if known else None):
@@ -250,9 +247,8 @@ def read_only_options(model: PreTrainedModel, batch: Batch) -> Tensor:
     mask_NT = torch.cat([batch.mask_NT, torch.ones_like(behind_NM)], dim=1)
     if batch.prefix is None:
         ids_NT = torch.cat([batch.ids_NT, behind_NM], dim=1)
-        keep = behind_NM.shape[1] + 1
-        with nothing_read_before(model, keep):
-            return model(**pass_inputs(model, ids_NT, mask_NT), logits_to_keep=keep).logits.float()
+        inputs = pass_inputs(model, ids_NT, mask_NT)
+        return model(**inputs, logits_to_keep=behind_NM.shape[1] + 1).logits.float()
     known = min(untouched_blocks(model), len(batch.unshifted.context_L)) if batch.unshifted else 0
     returned = None
     if known:
