@@ -117,7 +117,7 @@ class _Patient:
         single: bool = False,
         cached: bool = False,
     ) -> list[Tensor]:
-        """Logits from the decision position on, float32 (1 + DECODED, V) for every prompt, followed by its own tokens."""
+        """Logits from the decision position on, float32 (1 + DECODED, V) for every prompt, repeated behind itself."""
         found: list[Tensor] = []
         for chosen in [[prompt] for prompt in self.prompts] if single else [self.prompts]:
             ids_NT, mask_NT = self.padded(chosen)
