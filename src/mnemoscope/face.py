@@ -239,10 +239,8 @@ def _artefacts(source: Path, found: Binding) -> tuple[dict[Toward, SteeringVecto
     best = json.loads((cell / "records" / "chosen.json").read_text())["pairs"]["best"]
     files = [cell / "vectors" / f"{direction}-{method}.safetensors" for direction, method in best.items()]
     vectors = [SteeringVector.load(path) for path in files]
-    detector, lower = (
-        Detector.load(path) if path.is_file() else None
-        for path in (cell / "detector.safetensors", cell / "detector_below.safetensors")
-    )
+    paths = [cell / f"{name}.safetensors" for name in ("detector", "detector_below")]
+    detector, lower = (Detector.load(path) if path.is_file() else None for path in paths)
     return {vector.toward: vector for vector in vectors}, detector, lower
 
 
@@ -254,18 +252,14 @@ def _cell(source: Path, found: Binding) -> Path:
         raise InputError(f"from: {source} is neither a vector, a detector, nor a run that has chosen vectors")
     if len(cells) == 1:
         return cells[0]
-    fitting = [cell for cell in cells if found.weights in _weights_of(cell)]
+    bound = [json.loads((cell / "cell.json").read_text()).get("binding") or {} for cell in cells]
+    fitting = [c for c, of in zip(cells, bound, strict=True) if found.weights in (of.get("weights"), of.get("half"))]
     if len(fitting) > 1:
         names = ", ".join(map(str, fitting))
         raise InputError(f"from: several cells of the run were fitted on this model; name one of {names}")
     if not fitting:
         raise InputError(f"weights: no cell of {source} was fitted on this model, which has {found.weights}")
     return fitting[0]
-
-
-def _weights_of(cell: Path) -> set[str]:
-    described = json.loads((cell / "cell.json").read_text()).get("binding") or {}
-    return {described.get("weights", ""), described.get("half", "")}
 
 
 def _agreed(stored: Prompting, asked: Prompting | None) -> Prompting:

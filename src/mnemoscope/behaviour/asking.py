@@ -49,8 +49,8 @@ class Batch:
         example_R, option_R: which example (within the batch) and which option a row is.
         suffix_RM, length_R: the options' tokens, right-padded with 0, and their number.
         prefix: cache of every context token but the last, or None.
-        prefix_fits_N: whether the model itself produces the shared tokens; known only with a prefix.
-        unshifted: what blocks below every shift give (``reading.Unshifted``); known only with a prefix.
+        prefix_fits_N: whether the model itself produces the shared tokens; only with a prefix.
+        unshifted: outputs of blocks below every shift (``reading.Unshifted``); only with a prefix.
     """
 
     examples_N: np.ndarray
@@ -196,45 +196,41 @@ def encode(asking: Asking, examples: Sequence[Example]) -> list[Encoded]:
     texts += [asking.whole(example, option) for example in examples for option in example.options]
     tokens = iter(asking.tokens(texts) if texts else [])
     prompts = [next(tokens) for _ in examples]
-    limit, tokenizer = context_length(asking.model), asking.tokenizer
-    encoded = []
+    limit, encoded = context_length(asking.model), []
     for example, prompt in zip(examples, prompts, strict=True):
         options = [next(tokens) for _ in example.options]
-        _check_tokens(example, prompt, options, limit, tokenizer)
         answers = [option[len(prompt) :] for option in options]
         shared = _shared(answers) if len(answers) > 1 else 0
-        if any(len(answer) == shared for answer in answers):
-            raise InputError(
-                f"memorized, generalized: {example.memorized!r} and {example.generalized!r}: one begins with the whole "
-                f"of the other, so nothing separates them (item {example.item!r})"
-            )
+        fault = _fault(example, prompt, options, limit, asking.tokenizer)
+        if not fault and any(len(answer) == shared for answer in answers):
+            both = f"memorized, generalized: {example.memorized!r} and {example.generalized!r}"
+            fault = f"{both}: one begins with the whole of the other, so nothing separates them"
+        if fault:
+            raise InputError(f"{fault} (item {example.item!r})")
         suffixes = tuple(answer[shared:] for answer in answers)
         encoded.append(Encoded(prompt + answers[0][:shared], shared, suffixes))
     return encoded
 
 
-def _check_tokens(
+def _fault(
     example: Example, prompt: list[int], options: list[list[int]], limit: int, tokenizer: PreTrainedTokenizerFast
-) -> None:
+) -> str:
+    """Why an example cannot be asked, or ""."""
     unknown = None if tokenizer.unk_token_id == tokenizer.eos_token_id else tokenizer.unk_token_id
     if not prompt:
-        raise InputError(f"prompt: {example.prompt!r} has no token (item {example.item!r})")
+        return f"prompt: {example.prompt!r} has no token"
     for option, text in zip(options, example.options, strict=True):
         if option[: len(prompt)] != prompt:
-            raise InputError(
-                f"answer: the tokenizer merges {text!r} with the end of the prompt {example.prompt[-30:]!r}; let the "
-                f"seam lie between two tokens (item {example.item!r})"
-            )
+            merged = f"{text!r} with the end of the prompt {example.prompt[-30:]!r}"
+            return f"answer: the tokenizer merges {merged}; let the seam lie between two tokens"
         if len(option) == len(prompt):
-            raise InputError(f"answer: {text!r} has no token (item {example.item!r})")
+            return f"answer: {text!r} has no token"
         if unknown is not None and unknown in option:
             what, shown = ("prompt", example.prompt) if unknown in prompt else ("answer", text)
-            raise InputError(f"{what}: {_unknown_word(tokenizer, shown)} (item {example.item!r})")
+            return f"{what}: {_unknown_word(tokenizer, shown)}"
         if len(option) + 1 > limit:
-            raise InputError(
-                f"prompt: {len(option)} tokens with its answer; the model reads at most {limit - 1} "
-                f"(item {example.item!r})"
-            )
+            return f"prompt: {len(option)} tokens with its answer; the model reads at most {limit - 1}"
+    return ""
 
 
 def _shared(answers: Sequence[list[int]]) -> int:

@@ -110,10 +110,7 @@ def cache_prefixes(asking: Asking, batches: Sequence[Batch], most_bytes: int = M
         with nothing_read_before(asking.model, max(keep, 1)):
             # No head where no logits are needed.
             output = asking.model(**inputs, logits_to_keep=keep) if keep else backbone_of(asking.model)(**inputs)
-        if keep:
-            batch.prefix_fits_N = _shared_fits(batch, output.logits)
-        else:
-            batch.prefix_fits_N = torch.ones_like(batch.shared_N, dtype=torch.bool)
+        batch.prefix_fits_N = _shared_fits(batch, output.logits if keep else None)
         batch.prefix = cache_of(output)
         # Without room in every layer it is a kind of model whose blocks may leave other things behind.
         has_room = make_room(batch.prefix, 1 + batch.suffix_RM.shape[1])
@@ -196,7 +193,7 @@ def read_contexts(model: PreTrainedModel, batch: Batch) -> Contexts:
         with nothing_read_before(model, keep):
             output = model(**inputs, logits_to_keep=keep)
         return Contexts(output.logits[:, -1].float(), _shared_fits(batch, output.logits[:, :-1]), cache_of(output))
-    known = min(untouched_blocks(model), len(batch.unshifted.context_L)) if batch.unshifted else 0
+    known = _known_blocks(model, batch)
     with replayed_blocks(model, known, batch.unshifted.context_L[known - 1] if known else None):
         output = model(**_decision_inputs(model, batch))
     cache = cache_of(output)
@@ -244,8 +241,7 @@ def read_only_options(model: PreTrainedModel, batch: Batch) -> Tensor:
         keep = behind_NM.shape[1] + 1
         with nothing_read_before(model, keep):
             return model(**pass_inputs(model, ids_NT, mask_NT), logits_to_keep=keep).logits.float()
-    known = min(untouched_blocks(model), len(batch.unshifted.context_L)) if batch.unshifted else 0
-    returned = None
+    known, returned = _known_blocks(model, batch), None
     if known:
         context, answers = batch.unshifted.context_L[known - 1], batch.unshifted.answers_L[known - 1]
         answers_NMD = states_of(answers)[:, : behind_NM.shape[1]]
@@ -253,6 +249,10 @@ def read_only_options(model: PreTrainedModel, batch: Batch) -> Tensor:
     ids_NM = torch.cat([batch.ids_NT[:, -1:], behind_NM], dim=1)
     with replayed_blocks(model, known, returned):
         return model(**pass_inputs(model, ids_NM, mask_NT, select_rows(batch.prefix, None))).logits.float()
+
+
+def _known_blocks(model: PreTrainedModel, batch: Batch) -> int:
+    return min(untouched_blocks(model), len(batch.unshifted.context_L)) if batch.unshifted else 0
 
 
 def _rows_to_read(batch: Batch, wanted_R: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -267,7 +267,6 @@ def _rows_to_read(batch: Batch, wanted_R: Tensor) -> tuple[Tensor, Tensor | None
 
 
 def _decision_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
-    """A pass over the decision tokens behind their prefixes."""
     return pass_inputs(model, batch.ids_NT[:, -1:], batch.mask_NT, select_rows(batch.prefix, None))
 
 
@@ -280,14 +279,11 @@ def _answer_inputs(
     return pass_inputs(model, suffix_SM, mask_ST, select_rows(cache, example_S))
 
 
-def _shared_fits(batch: Batch, logits_NKV: Tensor) -> Tensor:
-    """Whether the model produces the shared beginning of the options itself; bool (N,).
-
-    ``logits_NKV`` are those of the K context tokens before the last one.
-    """
-    keep = logits_NKV.shape[1]
-    if keep == 0:
+def _shared_fits(batch: Batch, logits_NKV: Tensor | None) -> Tensor:
+    """Whether the model itself produces the options' shared beginning, by logits before the last token; bool (N,)."""
+    if logits_NKV is None or logits_NKV.shape[1] == 0:
         return torch.ones_like(batch.shared_N, dtype=torch.bool)
+    keep = logits_NKV.shape[1]
     matches_NK = logits_NKV.argmax(-1) == batch.ids_NT[:, -keep:]
     counts_NK = torch.arange(keep, 0, -1, device=matches_NK.device) <= batch.shared_N[:, None]
     return (matches_NK | ~counts_NK).all(1)

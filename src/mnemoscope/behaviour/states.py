@@ -214,7 +214,7 @@ class KeptStates:
         states_NLD, uncertainty_N2 = np.empty(0, np.float32), np.empty((len(places_N), 2))
         for number in np.unique(files_N[places_N >= 0]):
             with safe_open(self._files[site][number], framework="numpy") as file:
-                here_N = np.flatnonzero((files_N == number) & (places_N >= 0))
+                here_N = np.flatnonzero(files_N == number)
                 found_NLD = file.get_tensor("states")[rows_N[here_N]]
                 if not states_NLD.size:
                     states_NLD = np.empty((len(places_N), *found_NLD.shape[1:]), np.float32)
