@@ -1,5 +1,4 @@
-"""Mnemoscope: measure whether a language model answers from memory or by a rule, find the neurons that separate the two,
-and steer it.
+"""Measure whether a language model answers from memory or by a rule, find the neurons that separate the two, and steer.
 
 Public names are imported on first use, so that importing the package costs nothing::
 
