@@ -93,7 +93,6 @@ def fit(
     from mnemoscope.plain import dumped
     from mnemoscope.report import brief_of
 
-    parts = {"layout": named_parts(layout)} if layout else {}
     with progress(quiet=as_json) as tell:
         fitted = fit_model(
             model,
@@ -107,7 +106,7 @@ def fit(
             progress=tell,
             dtype=dtype,
             device_map=device_map,
-            **parts,
+            layout=named_parts(layout),
         )
     summary, report_path = fitted.summary(), str(out / "report.html")
     if as_json:
@@ -122,12 +121,9 @@ def tasks(as_json: AsJson = False) -> None:
     from mnemoscope.tasks import describe_tasks
 
     described = describe_tasks()
-    if as_json:
-        typer.echo(json.dumps(described))
-    else:
-        width = max(map(len, described))
-        for name, line in described.items():
-            typer.echo(f"{name:<{width}}  {line}")
+    width = max(map(len, described))
+    lines = (f"{name:<{width}}  {line}" for name, line in described.items())
+    typer.echo(json.dumps(described) if as_json else "\n".join(lines))
 
 
 @app.command()

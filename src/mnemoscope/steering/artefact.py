@@ -151,7 +151,7 @@ class Artefact:
 
         path = Path(path)
         with readable(cls.WHAT, path):
-            facts: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
+            facts = json.loads(path.with_suffix(".json").read_text())
             if facts.pop("digest") != file_hash(path):
                 raise ValueError("its digest is not that of the JSON beside it: one of the two files was changed")
             for name, kind in (("binding", Binding), ("card", Card)):
