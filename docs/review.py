@@ -1,4 +1,4 @@
-"""Print the answers and tables of a run's report as Markdown, for docs/REVIEW.md: ``python docs/review.py runs/paper``."""
+"""Print a report as Markdown, its answers and tables, for docs/REVIEW.md: ``python docs/review.py runs/paper``."""
 
 from __future__ import annotations
 

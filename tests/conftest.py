@@ -21,7 +21,7 @@ from mnemoscope.study import run_study
 from mnemoscope.tasks import build_task
 from mnemoscope.training import train
 
-SLOW_FIXTURES = {"mini_run", "two_seeds", "browser"}  # a finished study or a browser
+SLOW_FIXTURES = {"mini_run", "two_seeds", "browser", "user", "adapted_run"}  # a finished study or a browser
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -131,7 +131,6 @@ def test_the_tables_of_the_review_are_those_of_the_report(mini_run: Path) -> Non
     assert f"| Towards remembering, pairs: vector | {ranged(shift)} |".replace("\u00a0", " ") in printed
 
 
-
 def test_prose_has_lines_that_can_be_read() -> None:
     """README at most 150 lines; a line of prose at most 160 characters, tables and examples apart."""
     assert len(README.splitlines()) <= 150

@@ -177,7 +177,7 @@ def test_a_users_own_file_on_a_model_that_was_not_trained_here(copy: Path) -> No
     absent = [task.behaviour.recall, block.collateral["novel"], control.pairs.shift, control.worst["conflict"].other]
     assert not any(entry.known for entry in [*absent, block.minus_control["random_neurons"]["pairs"]])
     assert block.controls["gaussian"].pairs.shift.known
-    assert math.isnan(task.training.seconds[0])
+    assert math.isnan(task.training["seconds"][0])
     assert "This model was loaded, not trained here" in text
     assert ">capitals</h2>" in text
     assert not re.findall(r"\bnan\b", re.sub(r"<[^>]*>", " ", text), flags=re.IGNORECASE)

@@ -22,7 +22,7 @@ from torch import Tensor
 from mnemoscope.errors import InputError
 from mnemoscope.files import new_folder, write_atomically
 from mnemoscope.models import Site, core_of, layout_of, load_model, pass_inputs
-from mnemoscope.steering import SteeringVector
+from mnemoscope.steering import Card, SteeringVector, readable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -281,28 +281,31 @@ def _gguf() -> Any:
 
 
 def push(path: Path | str, repo_id: str) -> str:
-    """Upload a folder, or the file of a vector with the JSON beside it and its card, to the hub; returns its address.
+    """Upload a folder, or the file of a vector or detector with its JSON and its card, to the hub; returns its address.
 
     Args:
         repo_id: ``owner/name``; made, private, where it does not exist.
 
     Raises:
-        InputError: the path does not exist, or the hub cannot be reached or refuses.
+        InputError: the path does not exist, the JSON is damaged, or the hub cannot be reached or refuses.
     """
     from huggingface_hub import HfApi
 
     path = Path(path)
     if not path.exists():
         raise InputError(f"path: {path} does not exist")
+    folder, described, card = path.is_dir(), path.with_suffix(".json"), None
+    if not folder and described.is_file():
+        with readable("card", described):
+            facts = json.loads(described.read_text()).get("card")
+            card = Card(**facts) if facts else None
     try:
         HfApi().create_repo(repo_id, private=True, exist_ok=True)
-        if path.is_dir():
-            return str(HfApi().upload_folder(repo_id=repo_id, folder_path=path, allow_patterns=None))
-        if card := SteeringVector.load(path).card:  # the page that the hub shows
+        if card is not None:  # the page that the hub shows
             page = f"# {path.stem}\n\n```text\n{card}\n```\n".encode()
             HfApi().upload_file(repo_id=repo_id, path_in_repo="README.md", path_or_fileobj=page)
-        files = [path.name, path.with_suffix(".json").name]
-        return str(HfApi().upload_folder(repo_id=repo_id, folder_path=path.parent, allow_patterns=files))
+        source, only = (path, None) if folder else (path.parent, [path.name, described.name])
+        return str(HfApi().upload_folder(repo_id=repo_id, folder_path=source, allow_patterns=only))
     except Exception as error:  # the hub's client has many kinds, and those of its HTTP library
         raise _hub_refused(repo_id, error) from error
 

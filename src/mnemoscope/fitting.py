@@ -84,22 +84,27 @@ def fit_run(
 
 @contextmanager
 def _left_as_it_was(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode inside the context; the model's own modes, and the process's settings, are back at its end."""
+    """Set evaluation mode inside the context; restore the modes of the model and the settings of the process."""
     import torch
+    from threadpoolctl import threadpool_limits
 
     training = {name: module.training for name, module in model.named_modules()}
     learning = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    threads, fill = torch.get_num_threads(), torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    only_warn = torch.is_deterministic_algorithms_warn_only_enabled()
     model.eval()
     try:
-        yield
+        with threadpool_limits(os.cpu_count() or 1):  # of numpy, whatever a study sets meanwhile
+            yield
     finally:
         for name, module in model.named_modules():
             module.training = training[name]
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(learning[name])
         torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic)
+        torch.use_deterministic_algorithms(deterministic, warn_only=only_warn)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
 
 
 def _digest(task: Task) -> str:

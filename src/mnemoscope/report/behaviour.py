@@ -72,8 +72,8 @@ def chapter(view: View) -> Chapter:
     task, cells = view.task, view.cells
     trained = [cell.training for cell in cells if cell.training is not None]
     panels = [_answers_panel(task.behaviour), _margins_panel(cells), *map(_training_panel, trained[:1])]
-    shown = {"example": one_conflict(cells), "pairs": some_pairs(cells)}
-    return Chapter(_answer(task.behaviour), [Exhibit("answers", panels)], **shown)
+    exhibits = [Exhibit("answers", panels)]
+    return Chapter(_answer(task.behaviour), exhibits, example=one_conflict(cells), pairs=some_pairs(cells))
 
 
 def _answer(found: Behaviour) -> Answer:
@@ -98,9 +98,10 @@ def _answer(found: Behaviour) -> Answer:
 
 def _training_panel(table: pd.DataFrame) -> Panel:
     """Accuracy, recall and shares of behaviours while the model trains."""
-    lines = [Line(name, table.step, table[key].to_numpy(float), colour, dash) for key, name, colour, dash in CURVES]
+    steps = table.step.astype(float).to_list()
+    lines = [Line(name, steps, table[key].astype(float).to_list(), colour, dash) for key, name, colour, dash in CURVES]
     kept = {float(step): f"{step:,.0f}\nkept" for step in table.step[table.kept.astype(bool)]}
-    ticks = {0.0: "0", **kept, float(table.step.iloc[-1]): f"{table.step.iloc[-1]:,.0f}", **kept}
+    ticks = {0.0: "0", steps[-1]: f"{steps[-1]:,.0f}", **kept}
     return drawing.lines_panel("while it trains", lines, "optimizer steps", ticks=ticks, axis="share")
 
 

@@ -14,7 +14,7 @@ from mnemoscope.report.drawing import DASHED, INK, OTHER, TONE, Dot, Line, Panel
 from mnemoscope.report.intervals import mean, shared_mean
 from mnemoscope.report.page import Answer, Chapter, Exhibit, Table, View, not_measured
 from mnemoscope.report.records import Cell
-from mnemoscope.report.schema import AIMS, DIRECTIONS, Direction, Neutral, Steered, TaskResults
+from mnemoscope.report.schema import AIMS, DIRECTIONS, Direction, Steered, TaskResults
 from mnemoscope.report.words import CAPITAL, LISTS, counted, points, points_interval
 from mnemoscope.statistics import Estimate
 
@@ -48,7 +48,8 @@ def measure_neutral(cell: Cell) -> dict[str, dict[str, dict[str, Estimate]]] | N
 
 def chapter(view: View) -> Chapter:
     """What else changes, on questions, on neutral text, and in what it writes."""
-    task, shown = view.task, {"written": written(view.cells), "telling": written_sentence(view.cells)}
+    task = view.task
+    shown: dict[str, Any] = {"written": written(view.cells), "telling": written_sentence(view.cells)}
     neutral = Exhibit("neutral", [_neutral_panel(doses, d) for d, doses in (task.neutral or {}).items()])
     if not any(change.known for block in task.steering.values() for change in block.collateral.values()):
         return Chapter(answer(task), [neutral], **shown)
@@ -61,7 +62,8 @@ def chapter(view: View) -> Chapter:
 
 def answer(task: TaskResults) -> Answer:
     """The largest loss among what should stay, and whether any loss is sure."""
-    question, losses = "What does it cost?", {}
+    question = "What does it cost?"
+    losses: dict[tuple[Direction, str], Estimate] = {}
     for direction, block in task.steering.items():
         losses |= {(direction, k): c for k, c in block.collateral.items() if c.known and k in counted(direction)}
     if not losses:
@@ -123,7 +125,7 @@ def table(task: TaskResults) -> Table:
     return Table("Collateral: change in accuracy, test split", ["", "change", f"95{words.NBSP}% interval", "N"], rows)
 
 
-def _neutral_panel(doses: dict[str, dict[Neutral, Estimate]], direction: Direction) -> Panel:
+def _neutral_panel(doses: dict[str, dict[str, Estimate]], direction: Direction) -> Panel:
     """Divergence at the steered token, behind it, and at it behind the gate."""
     keys = sorted(doses, key=float)
     lines = [
@@ -140,10 +142,10 @@ def _neutral_panel(doses: dict[str, dict[Neutral, Estimate]], direction: Directi
 def written(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """What follows each sampled prompt of the first cell, unsteered and steered; none was picked by what came out."""
     found = []
-    for row in [] if cells[0].samples is None else cells[0].samples.itertuples():
-        kinds = {row.memorized.strip(): "memorized", row.generalized.strip(): "generalized"}
-        texts = {key: marked(getattr(row, key), kinds) for key in ("plain", "steered")}
-        found.append({"prompt": row.prompt, "towards": words.TOWARDS[row.direction], **texts})
+    for row in [] if cells[0].samples is None else cells[0].samples.to_dict("records"):
+        kinds = {row["memorized"].strip(): "memorized", row["generalized"].strip(): "generalized"}
+        texts = {key: marked(row[key], kinds) for key in ("plain", "steered")}
+        found.append({"prompt": row["prompt"], "towards": words.TOWARDS[row["direction"]], **texts})
     return found
 
 

@@ -39,8 +39,14 @@ def measure_detector(cell: Cell) -> Detection | None:
         for family, rows in conflict.groupby("family")
     }
     error_N = (conflict.p_memorized - (conflict.followed == "memorized")) ** 2
+    auroc, gate = _rankings(conflict, name), None
+    if "p_memorized_below" in conflict and conflict.p_memorized_below.notna().any():
+        label_N = (conflict.followed == "memorized").to_numpy().astype(int)
+        gate = ranking(conflict.p_memorized_below, label_N, conflict.group, f"{name}/auroc/below")
     return Detection(
-        auroc=_rankings(conflict, name),
+        auroc=auroc,
+        gate=gate,
+        given_up=auroc["p_memorized"].estimate - gate.estimate if gate else None,
         by_family=by_family,
         held_out={other: _rankings(known[known.examples == other], f"{name}/{other}") for other in others},
         reliability=_reliability(conflict, name),
@@ -156,18 +162,20 @@ def _panels(found: Detection) -> list[Panel]:
 
 def _parts(found: Detection) -> dict[str, dict[str, Any]]:
     """Each phrasing, and what was held out."""
-    return {**found.by_family, **{f"held out: {name}": entry for name, entry in found.held_out.items()}}
+    held: dict[str, dict[str, Any]] = {f"held out: {name}": entry for name, entry in found.held_out.items()}
+    return {**found.by_family, **held}
 
 
 def table(found: Detection) -> Table:
     """Within each phrasing, how the detector ranks prompts, beside what needs no state."""
+    parts: dict[str, dict[str, Any]] = {"all conflicts": found.auroc, **_parts(found)}
     rows = [
         [
             name,
             *(ranged(part[score]) if part[score].known else "too few" for score in SCORES),
             f"{part['memorized']:,} / {part['generalized']:,}" if "memorized" in part else "",
         ]
-        for name, part in {"all conflicts": found.auroc, **_parts(found)}.items()
+        for name, part in parts.items()
     ]
     columns = ["", *SCORES.values(), "remembered / worked out"]
     return Table("Share of (remembered, worked out) prompts that a score ranks right", columns, rows)

@@ -96,8 +96,8 @@ def _heatmap_panel(contrast: Contrast) -> Panel:
         ax.set_ylim(layers - 0.4, -0.6)
         ax.set_xlim(0, neurons)
         ax.set_xticks([0, neurons], [f"remembering {reach:.2g}", f"{reach:.2g} working it out"])
-        for label, side in zip(ax.get_xticklabels(), ("left", "right"), strict=True):
-            label.set_horizontalalignment(side)
+        ax.get_xticklabels()[0].set_horizontalalignment("left")
+        ax.get_xticklabels()[1].set_horizontalalignment("right")
         ax.spines["bottom"].set_visible(False)
         ax.set_title("NMD by neuron, sorted")
         return figure

@@ -28,7 +28,7 @@ INK, MUTED, RULE, PAPER = "#101112", "#505152", "#d0d1d2", "#fdfcfb"
 MEMORIZED, GENERALIZED, OTHER = "#b00b02", "#0b5f02", "#8a8b8c"
 COLOUR = {"memorized": MEMORIZED, "generalized": GENERALIZED, "other": OTHER}
 VARIABLES = {"ink": INK, "muted": MUTED, "rule": RULE, "paper": PAPER, **COLOUR}
-TONE = {direction: COLOUR[target] for direction, (target, _) in DIRECTIONS.items()}
+TONE: dict[str, str] = {direction: COLOUR[target] for direction, (target, _) in DIRECTIONS.items()}
 DASHED, DOTTED, FINE = (0, (4, 2.5)), (0, (1, 2)), (0, (1, 3))
 WIDTH = 348  # CSS pixels of every panel; a point of the drawing is a pixel of the page
 ROW = 27  # pixels of a row of dots
@@ -255,10 +255,11 @@ def _style(name: str) -> AbstractContextManager[None]:
     colours |= dict.fromkeys(("xtick.color", "ytick.color", "axes.edgecolor", "grid.color"), RULE)
     colours |= dict.fromkeys(("text.color", "axes.titlecolor"), INK)
     colours |= dict.fromkeys(("figure.facecolor", "axes.facecolor"), "none")
-    axes = {f"axes.spines.{side}": False for side in ("top", "right", "left")}
+    axes: dict[str, Any] = {f"axes.spines.{side}": False for side in ("top", "right", "left")}
     axes |= {"axes.titlelocation": "left", "axes.titleweight": "bold", "axes.axisbelow": True}
     axes |= {"axes.grid": True, "axes.grid.axis": "y", "ytick.major.size": 0, "lines.solid_capstyle": "round"}
-    return matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, **sizes, **colours, **axes})
+    looks: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": name, **sizes, **colours, **axes}
+    return matplotlib.rc_context(looks)
 
 
 def _svg(figure: Figure, label: str) -> str:

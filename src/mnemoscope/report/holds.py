@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -59,11 +60,10 @@ def measure_seeds(run: Run) -> dict[str, list[SeedsRow]]:
     found: dict[str, list[SeedsRow]] = {}
     for label, rows in run.seeds.groupby("label", sort=True):
         for values, part in rows.groupby(MEASURE, dropna=False, sort=True):
-            site, shared, what, layer, top = values
-            facts = {"site": site, "shared_initialization": bool(shared), "what": what, "layer": int(layer)}
-            ends = (float(part[key].mean()) for key in ("chance", "chance_low", "chance_high"))
-            by_chance, value = Estimate(*ends, len(part)), mean_with_range(part.value)
-            row = SeedsRow(**facts, top=float(top), value=value, chance=by_chance, twos=len(part))
+            facts: dict[str, Any] = dict(zip(MEASURE, values, strict=True))
+            low, middle, high = (float(part[key].mean()) for key in ("chance_low", "chance", "chance_high"))
+            by_chance, value = Estimate(middle, low, high, len(part)), mean_with_range(part.value)
+            row = SeedsRow(**facts, value=value, chance=by_chance, twos=len(part))
             found.setdefault(str(label), []).append(row)
     return found
 
@@ -78,7 +78,7 @@ def measure_transfer(run: Run, layers: dict[tuple[str, int], int]) -> dict[str, 
             found[str(source), str(target)] = {
                 direction: {
                     str(method): {
-                        name: _by_seed(part[part.role == role], lambda p, d=direction: p.after == DIRECTIONS[d][0])
+                        name: _by_seed(part[part.role == role], partial(_hits, direction=direction))
                         for name, role in (("shift", "vector"), ("gaussian", "gaussian"))
                     }
                     for method, part in rows[rows.direction == direction].groupby("method", observed=True, sort=True)
@@ -107,6 +107,10 @@ def _probes(rows: pd.DataFrame, layers: dict[tuple[str, int], int]) -> dict[str,
         "probe_layer": float(best.groupby("seed").layer.first().mean()) if len(best) else math.nan,
         "probe_by_layer": [_by_seed(rows[rows.layer == layer], right) for layer in sorted(rows.layer.unique())],
     }
+
+
+def _hits(rows: pd.DataFrame, direction: Direction) -> Any:
+    return rows.after == DIRECTIONS[direction][0]
 
 
 def _by_seed(rows: pd.DataFrame, hits: Callable[[pd.DataFrame], Any]) -> Estimate:

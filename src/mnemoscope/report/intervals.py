@@ -15,10 +15,8 @@ def mean(values_N: Any, groups_N: Any, name: str, *, signed: bool = False) -> Es
     """The mean of values that are not NaN, with resamples of its own.
 
     Args:
-        values_N: 0/1 values, differences of such (then ``signed``), or margins.
-        groups_N: the group of each.
+        values_N: 0/1 values, differences of such (then ``signed``), or margins; ``groups_N``: the group of each.
         name: the number's name, which seeds its resamples.
-        signed: the values are differences, which could be negative.
     """
     return proportion(np.asarray(values_N, float), np.asarray(groups_N, str), named_rng(name), signed=signed)
 

@@ -85,9 +85,8 @@ class Exhibit:
 
 @dataclass(frozen=True)
 class Chapter:
-    """One story, for one task; ``tables`` are shown on demand. The template shows three things beside figures: an
-    example
-    of the task, pairs of phrasings, and what is written under steering, below a sentence (``telling``).
+    """One story, for one task; ``tables`` are shown on demand. Beside figures the template shows an example,
+    pairs of phrasings, and what is written under steering, below a sentence (``telling``).
     """
 
     answer: Answer

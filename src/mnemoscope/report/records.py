@@ -153,8 +153,10 @@ def read_cell(folder: Path) -> Cell:
         if field not in info:
             raise InputError(f"{folder / 'cell.json'}: field {field!r} is missing")
     tables = ["behaviour", "pairs", "probes", "learning", "halves", "sweep", "effects"]
-    if info["trained"]:
-        tables.append("training")
+    tables += ["training"] if info["trained"] else []
+    optional = ("detection", "gate", "neutral", "samples")
+    found: dict[str, Any] = {name: _table(records, name) for name in tables}
+    found |= {name: _table_if_any(records, name) for name in optional}
     return Cell(
         folder=folder,
         info=info,
@@ -162,8 +164,7 @@ def read_cell(folder: Path) -> Cell:
         chosen=_chosen(records / "chosen.json"),
         contrast=_contrast(folder / "contrast.safetensors"),
         no_detector=_json_if_any(records / "no_detector.json").get("why", ""),
-        **{name: _table(records, name) for name in tables},
-        **{name: _table_if_any(records, name) for name in ("detection", "gate", "neutral", "samples")},
+        **found,
     )
 
 

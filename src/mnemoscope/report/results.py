@@ -15,7 +15,7 @@ from mnemoscope.errors import InputError
 from mnemoscope.processes import Map, in_order
 from mnemoscope.report import behaviour, cost, detector, differ, holds, read, steer, where
 from mnemoscope.report.records import Cell, Run
-from mnemoscope.report.schema import AIMS, CellResults, OverSeeds, Result, Results, TaskResults
+from mnemoscope.report.schema import AIMS, CellResults, OverSeeds, Result, Results, Shares, TaskResults
 from mnemoscope.statistics import Estimate, over_seeds
 
 
@@ -128,8 +128,9 @@ def _field(name: str, values: Sequence[Result]) -> Any:
     if rules == [OverSeeds.UNION]:
         return sorted({number for value in found for number in value})
     if rules == [OverSeeds.WORST]:
-        return {
-            aim: max((value[aim] for value in found), key=lambda s: np.nan_to_num(s.shift.estimate, nan=-1.0))
-            for aim in AIMS
-        }
+        return {aim: max((value[aim] for value in found), key=_shift) for aim in AIMS}
     return merged(found)
+
+
+def _shift(shares: Shares) -> float:
+    return float(np.nan_to_num(shares.shift.estimate, nan=-1.0))

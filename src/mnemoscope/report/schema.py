@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from enum import Enum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
@@ -14,10 +14,7 @@ Direction = Literal["to_generalized", "to_memorized"]
 Aim = Literal["pairs", "conflict"]
 When = Literal["before", "after"]
 Carried = dict[Literal["shift", "gaussian"], Estimate]
-Answered = Literal["memorized", "generalized", "other", "confabulated"]
 Shared = Literal["share", "chance", "chance_in_layers"]
-Score = Literal["p_memorized", "input_only", "input_repeats", "entropy", "top_gap"]
-Neutral = Literal["first", "next", "first_gated", "next_gated", "same_top", "acted"]
 Bin = dict[Literal["said", "memorized"], Estimate]
 Verdict = Literal["yes", "no", "unclear"]
 VERDICTS: dict[int, Verdict] = {1: "yes", -1: "no", 0: "unclear"}
@@ -120,7 +117,7 @@ class Behaviour(Result):
 
     recall: Estimate = Field(description="accuracy on `memory` examples")
     novel_accuracy: Estimate = Field(description="accuracy on `novel` examples")
-    conflict: dict[Answered, Estimate] = Field(description="`confabulated`: NaN where both formats are the same")
+    conflict: dict[str, Estimate] = Field(description="`memorized`, `generalized`, `other`, `confabulated`")
     ties: int = Field(description="answers that hung on two logits within 1e-4")
 
 
@@ -254,13 +251,15 @@ class Ablation(Result):
 class Detection(Result):
     """The detector on test prompts."""
 
-    auroc: dict[Score, Estimate] = Field(description="of each score for `memorized`, on test conflicts")
-    by_family: dict[str, dict[str, Estimate | int]] = Field(description="with counts; NaN below 30 of either behaviour")
-    held_out: dict[str, dict[Score, Estimate]]
+    auroc: dict[str, Estimate] = Field(description="of `p_memorized` and its baselines, on test conflicts")
+    by_family: dict[str, dict[str, Any]] = Field(description="with counts; NaN below 30 of either behaviour")
+    held_out: dict[str, dict[str, Estimate]]
     reliability: list[Bin] = Field(description="five bins of P(memorized): its mean, the share memorized")
     brier: Estimate = Field(description="mean squared error of P(memorized)")
     unlike: dict[str, Estimate] = Field(description="share unlike the fit prompts, by list")
     readable_from: float = Field(description="median of the first layer that is sure of the verdict")
+    gate: Estimate | None = Field(None, description="AUROC of the detector at or below the first shifted layer")
+    given_up: float | None = Field(None, description="AUROC of the detector less that of `gate`")
 
 
 class CellResults(Result):
@@ -283,7 +282,7 @@ class CellResults(Result):
     context_aware: dict[Direction, dict[str, Shares]] = Field(description="context-aware decoding, by weight")
     detection: Detection | None = Field(None, description="only with a detector")
     no_detector: str | None = Field(None, description="why none could be fitted")
-    neutral: dict[Direction, dict[str, dict[Neutral, Estimate]]] | None = Field(None, description="by dose, nats")
+    neutral: dict[Direction, dict[str, dict[str, Estimate]]] | None = Field(None, description="by dose, nats a token")
 
 
 class SweepRow(Result):

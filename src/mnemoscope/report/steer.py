@@ -183,7 +183,7 @@ def answer(task: TaskResults) -> Answer:
     if not measured:
         return not_measured("steer", question, task)
     controls = {d: steering[d].strongest() for d in measured}
-    works = [d for d in measured if controls[d] and steering[d].minus_control[controls[d]]["pairs"].sign > 0]
+    works = [d for d, name in controls.items() if name and steering[d].minus_control[name]["pairs"].sign > 0]
     verdict = "Steering does not surely work"
     if works:
         where = "in both directions" if len(works) == 2 else TOWARDS[works[0]]
@@ -256,11 +256,11 @@ def methods_table(task: TaskResults) -> Table:
     """The setting of each method, what it steers, its strongest control and its largest loss; then other ways."""
     rows = []
     for direction in task.steering:
-        best = task.steering[direction].chosen.method
         for method, block in of_direction(task, direction).items():
+            best = method == task.steering[direction].chosen.method
             chosen, shift = block.chosen, block.pairs.shift
             alpha = "" if math.isnan(chosen.alpha) else f", alpha{NBSP}{chosen.alpha:.2g}"
-            row = [f"{method}, {TOWARDS[direction]}{' (chosen)' if method == best else ''}"]
+            row = [f"{method}, {TOWARDS[direction]}{' (chosen)' if best else ''}"]
             row.append(f"{chosen.site}, {words.layers(chosen.layers)}, {100 * chosen.top:g}{NBSP}% of neurons")
             row.append(f"{chosen.strength:g}{alpha}{'' if chosen.within_limits else ' (beyond the limits)'}")
             row += [ranged(shift), f"{shift.n:,}", words.strongest_control(block), ranged(block.conflict.shift)]
@@ -273,19 +273,19 @@ def methods_table(task: TaskResults) -> Table:
 
 def _dose_panels(task: TaskResults, direction: Direction) -> list[Panel]:
     """Mean margin and share steered: the best method, the paper's, and Gaussian shifts of the norm of the best."""
-    best, lines = task.steering[direction].chosen.method, {}
+    best = task.steering[direction].chosen.method
+    lines: dict[str, list[Line]] = {}
     for method in dict.fromkeys((best, PAPERS)):
         for role, doses in task.dose.get(method, {}).get(direction, {}).items():
-            if role == "vector" or method == best:
-                x = sorted(doses, key=float)
-                name, tone, dash = method, TONE[direction] if method == best else INK, "-"
-                if role != "vector":
-                    name, tone, dash = "Gaussian", OTHER, DASHED
-                for key in ("margin", "shift"):
-                    values = [getattr(doses[dose], key) for dose in x]
-                    lines.setdefault(key, []).append(Line(name, [float(dose) for dose in x], values, tone, dash))
-    looks: dict[str, dict[str, Any]] = {"margin": {"ylabel": "margin, nats", "chance": 0}, "shift": {"axis": "share"}}
-    return [drawing.lines_panel(direction, found, "dose", **looks[key]) for key, found in lines.items()]
+            if role != "vector" and method != best:
+                continue
+            x, tone = sorted(doses, key=float), TONE[direction] if method == best else INK
+            looks: tuple[str, str, Any] = (method, tone, "-") if role == "vector" else ("Gaussian", OTHER, DASHED)
+            for key in ("margin", "shift"):
+                values = [getattr(doses[dose], key) for dose in x]
+                lines.setdefault(key, []).append(Line(looks[0], [float(dose) for dose in x], values, *looks[1:]))
+    axes: dict[str, dict[str, Any]] = {"margin": {"ylabel": "margin, nats", "chance": 0}, "shift": {"axis": "share"}}
+    return [drawing.lines_panel(direction, found, "dose", **axes[key]) for key, found in lines.items()]
 
 
 def other_ways(task: TaskResults, direction: Direction) -> dict[str, Estimate]:

@@ -73,6 +73,7 @@ class TaskSummary(BaseModel):
     to_generalized: DirectionSummary
     to_memorized: DirectionSummary
     detect_auroc: Estimate | None = None
+    gate_auroc: Estimate | None = None
 
     @classmethod
     def of(cls, task: TaskResults) -> TaskSummary:
@@ -87,6 +88,7 @@ class TaskSummary(BaseModel):
             test_pairs=task.pairs.pairs,
             yield_=task.pairs.yield_,
             detect_auroc=detection.auroc["p_memorized"] if detection else None,
+            gate_auroc=detection.gate if detection else None,
             **{direction: DirectionSummary.of(block) for direction, block in task.steering.items()},
         )
 
@@ -101,6 +103,9 @@ class TaskSummary(BaseModel):
         }
         rows |= {"weights": self.weights} if self.weights else {}
         rows |= {"P(memorized) ranks right": ranged(self.detect_auroc)} if self.detect_auroc else {}
+        rows |= (
+            {"the same below the vectors, for gates in one pass": ranged(self.gate_auroc)} if self.gate_auroc else {}
+        )
         alike = max(block.chosen.begin_alike or 0.0 for block in (self.to_generalized, self.to_memorized))
         return rows | ({"prompts whose answers begin alike (judged behind that)": percent(alike)} if alike else {})
 

@@ -125,36 +125,35 @@ def measure_layers(sweep: Sequence[SweepRow], contrast: schema.Contrasts) -> sch
     for direction in DIRECTIONS:
         rows = single_layers(sweep, direction)
         strength = _common_strength(rows)
-        at_equal = [row for row in rows if row.strength == strength]
+        at_equal = [(row, share) for row, share in rows if row.strength == strength]
         by_method: dict[str, dict[str, list[Estimate]]] = {}
-        for method, site in dict.fromkeys((row.method, row.site) for row in at_equal):
-            part = [row for row in at_equal if (row.method, row.site) == (method, site)]
+        for method, site in dict.fromkeys((row.method, row.site) for row, _ in at_equal):
+            part = [(row, share) for row, share in at_equal if (row.method, row.site) == (method, site)]
             by_method.setdefault(method, {})[site] = [_best(part, layer) for layer in contrast.layers]
         shift[direction] = schema.OneLayer(strength=strength, methods=by_method)
     shown = {key: getattr(contrast, key) for key in ("layers", "mean_abs_nmd", "max_abs_rho")}
     return schema.ByLayer(**shown, shift=shift)
 
 
-def single_layers(sweep: Sequence[SweepRow], direction: Direction) -> list[SweepRow]:
-    """What single layers do to pairs of the tune split."""
-    return [r for r in sweep if (r.direction, r.examples) == (direction, "pairs") and r.layers.isdigit() and r.shift]
+def single_layers(sweep: Sequence[SweepRow], direction: Direction) -> list[tuple[SweepRow, Estimate]]:
+    """What single layers do to pairs of the tune split: the settings, and the shares that they shift."""
+    rows = [row for row in sweep if (row.direction, row.examples) == (direction, "pairs") and row.layers.isdigit()]
+    return [(row, row.shift) for row in rows if row.shift]
 
 
-def _common_strength(rows: Sequence[SweepRow]) -> float:
+def _common_strength(rows: Sequence[tuple[SweepRow, Estimate]]) -> float:
     """NaN where no strength was tried by all methods."""
-    methods = {row.method for row in rows}
-    tried: dict[float, list[SweepRow]] = {}
-    for row in rows:
-        tried.setdefault(row.strength, []).append(row)
-    common = {
-        k: [r.shift.estimate for r in found] for k, found in tried.items() if {r.method for r in found} == methods
-    }
-    return max(common, key=lambda strength: sum(common[strength]) / len(common[strength]), default=math.nan)
+    methods, tried = {row.method for row, _ in rows}, {}
+    for strength in dict.fromkeys(row.strength for row, _ in rows):
+        part = [(row, share.estimate) for row, share in rows if row.strength == strength]
+        if {row.method for row, _ in part} == methods:
+            tried[strength] = sum(share for _, share in part) / len(part)
+    return max(tried, key=lambda strength: tried[strength], default=math.nan)
 
 
-def _best(rows: Sequence[SweepRow], layer: int) -> Estimate:
-    found = [row.shift for row in rows if int(row.layers) == layer]
-    return max(found, key=lambda shift: shift.estimate, default=Estimate.undefined())
+def _best(rows: Sequence[tuple[SweepRow, Estimate]], layer: int) -> Estimate:
+    found = [share for row, share in rows if int(row.layers) == layer]
+    return max(found, key=lambda share: share.estimate, default=Estimate.undefined())
 
 
 # --- the story -----------------------------------------------------------------------------------------------------
@@ -177,19 +176,20 @@ def chapter(view: View) -> Chapter:
 
 def answer(task: TaskResults) -> Answer:
     """The layer that steers most pairs by itself, of all that were tried alone, beside where |rho| is largest."""
-    question, shows, best = "Where does it act?", argmax(task.by_layer.max_abs_rho), {}
+    question, shows = "Where does it act?", argmax(task.by_layer.max_abs_rho)
     if shows is None:
         return not_measured("where", question, task)
+    best: dict[Direction, tuple[SweepRow, Estimate]] = {}
     for direction in DIRECTIONS:
-        rows = [row for row in single_layers(task.sweep, direction) if row.shift.known]
-        best |= {direction: max(rows, key=lambda row: row.shift.estimate)} if rows else {}
+        rows = [(row, share) for row, share in single_layers(task.sweep, direction) if share.known]
+        best |= {direction: max(rows, key=lambda found: found[1].estimate)} if rows else {}
     if not best:
         return Answer("where", question, "In several layers together", sentence="No single layer was tried.")
     texts = [
         f"of tune pairs are steered {TOWARDS[d]} by layer {row.layers} alone ({row.method}, strength {row.strength:g})."
-        for d, row in best.items()
+        for d, (row, _) in best.items()
     ]
-    numbers, layers = [percent(row.shift.estimate) for row in best.values()], {row.layers for row in best.values()}
+    numbers, layers = [percent(share.estimate) for _, share in best.values()], {row.layers for row, _ in best.values()}
     verdict = f"Most in layer {layers.pop()}" if len(layers) == 1 else "In another layer for each direction"
     notes = [f"{number} {text}" for number, text in zip(numbers[1:], texts[1:], strict=True)]
     notes.append(f"|rho| is largest in layer {shows}.")

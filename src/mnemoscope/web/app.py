@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import secrets
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import uvicorn
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.authentication import AuthenticationMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import HTTPConnection
 from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mnemoscope.cells import version
 from mnemoscope.errors import InputError
@@ -53,7 +55,7 @@ def build_app(root: Path, token: str, first: str | None = None) -> FastAPI:
     # The last one added sees a request first.
     app.add_middleware(AuthenticationMiddleware, backend=Admission(token), on_error=_refused)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", LOOPBACK], www_redirect=False)
-    app.middleware("http")(_with_headers)
+    app.add_middleware(_with_headers)
     for kind in (InputError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _refused)
     return app
@@ -66,10 +68,16 @@ async def _until_stopped(app: FastAPI) -> AsyncIterator[None]:
     app.state.opened.close()
 
 
-async def _with_headers(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
-    response = await answer(request)
-    response.headers.update(HEADERS)
-    return response
+def _with_headers(app: ASGIApp) -> ASGIApp:
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(HEADERS)
+            await send(message)
+
+        await app(scope, receive, send_with_headers)
+
+    return answer
 
 
 def _refused(conn: HTTPConnection, error: Exception) -> Response:
