@@ -19,15 +19,7 @@ import torch
 
 from mnemoscope.behaviour import Asking, Batch, Scores, read_states, score, score_contrasted
 from mnemoscope.cells import Cell
-from mnemoscope.directions import (
-    SOURCE,
-    TOWARD,
-    Directions,
-    Setting,
-    control_draws,
-    steered,
-    with_prefixes,
-)
+from mnemoscope.directions import SOURCE, TOWARD, Directions, Setting, control_draws, steered, with_prefixes
 from mnemoscope.errors import InputError
 from mnemoscope.models import SITES, Site, blocks_of
 from mnemoscope.stages.common import Tell, cell_model, kept_shifts, kept_states, read_chosen, write_table
