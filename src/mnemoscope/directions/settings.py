@@ -1,4 +1,4 @@
-"""Settings: one cell of a sweep."""
+"""Settings: the cells of a sweep."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class Setting:
         return TOWARD[self.direction]
 
     def same_direction(self) -> tuple[Setting, int]:
-        """What the direction depends on, as a setting with all else fixed, and 1 or -1, its sign there.
+        """The setting with all fixed that the direction does not depend on, and its sign (1 or -1) there.
 
-        A learned direction is fitted to all but ``top``. The other methods give a direction for the whole site, whose
-        negative steers the other way.
+        A learned direction depends on all but ``top``; the others are one for the whole site, whose negative steers the
+        other way.
         """
         if self.method == "learned":
             return replace(self, top=1.0), 1
