@@ -1,4 +1,4 @@
-"""Cards of a cell's vectors and detectors: what the test split shows of each, from the records."""
+"""Cards of a cell's vectors and detectors, with their figures on the test split, from the records."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import pandas as pd
 
 from mnemoscope.cells import Cell, version
 from mnemoscope.detect import Detector
-from mnemoscope.directions import TOWARD
 from mnemoscope.stages.common import Tell
 from mnemoscope.statistics import auroc, proportion
 from mnemoscope.steering import Artefact, Card, SteeringVector
@@ -62,12 +61,11 @@ def _table(cell: Cell, name: str) -> pd.DataFrame | None:
 def _of_vector(
     name: str, vector: SteeringVector, steering: pd.DataFrame, neutral: pd.DataFrame | None
 ) -> dict[str, Any]:
-    """Figures of a vector by the name of its file, DIRECTION-METHOD or DIRECTION-METHOD-conflict."""
+    """Figures of a vector, whose file is named DIRECTION-METHOD or DIRECTION-METHOD-conflict."""
     aim = "conflict" if name.endswith("-conflict") else "pairs"
-    direction = next(d for d, toward in TOWARD.items() if toward == vector.toward)
-    mine = steering[
-        (steering["aim"] == aim) & (steering["direction"] == direction) & (steering["method"] == vector.method)
-    ]
+    direction = f"to_{vector.toward}"
+    is_mine = (steering["aim"] == aim) & (steering["direction"] == direction) & (steering["method"] == vector.method)
+    mine = steering[is_mine]
     judged = mine[mine["examples"] == aim]
     hits = judged["after"] == vector.toward
     own = judged["role"] == "vector"
