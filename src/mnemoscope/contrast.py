@@ -171,12 +171,10 @@ class Contrast:
             raise
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise InputError(f"{path}: not a readable contrast file ({error})") from error
-        shapes = [array.shape for array in arrays]
-        if len(shapes[0]) != 2 or shapes != [shapes[0]] * 5 + [shapes[0][:1]]:
-            why = f"shapes {shapes}; allowed are five (L, D) and (L,)"
+        shapes, types = [array.shape for array in arrays], {array.dtype for array in arrays}
+        if len(shapes[0]) != 2 or shapes != [shapes[0]] * 5 + [shapes[0][:1]] or types != {np.dtype(np.float64)}:
+            why = f"shapes {shapes}; allowed are five (L, D) and (L,), all of float64"
             raise InputError(f"{path}: not a readable contrast file ({why})")
-        if {array.dtype for array in arrays} != {np.dtype(np.float64)}:
-            raise InputError(f"{path}: not a readable contrast file (allowed is float64)")
         return cls(*facts, *arrays)
 
 

@@ -76,7 +76,7 @@ def _overlaps(a: Contrast, b: Contrast) -> Iterator[dict[str, Any]]:
     for top in TOPS:
         sets = [contrast.top_neurons(top).reshape(1, -1) for contrast in (a, b)]
         chance = overlap_by_chance(*sets)
-        bounds = _by_chance(chance.low, chance.estimate, chance.high)
+        bounds = {"chance_low": chance.low, "chance": chance.estimate, "chance_high": chance.high}
         yield {"what": "overlap", "layer": -1, "top": top, "value": overlap(*sets), **bounds}
 
 
@@ -85,7 +85,7 @@ def _rank_correlations(a: Contrast, b: Contrast, rng: np.random.Generator) -> It
     for layer in range(-1, len(a.rho_LD)):
         first, second = (rho_LD if layer < 0 else rho_LD[layer] for rho_LD in (a.rho_LD, b.rho_LD))
         drawn = [rank_correlation(rng.permuted(first, axis=-1), second) for _ in range(SHUFFLES)]
-        yield {"what": "rank_correlation", "layer": layer, "value": rank_correlation(first, second), **_spread(drawn)}
+        yield {"what": "rank_correlation", "layer": layer, "value": rank_correlation(first, second), **_range(drawn)}
 
 
 def _alignments(
@@ -99,13 +99,10 @@ def _alignments(
         return
     for layer in range(states[0].shape[1]):
         first_ND, second_ND = (s[:, layer] - s[:, layer].mean(0) for s in states)
-        nmd = [contrast.nmd_LD[layer] for contrast in contrasts]
-        value = cosine(nmd[0] @ orthogonal_procrustes(first_ND, second_ND)[0], nmd[1])
-        drawn = [
-            cosine(nmd[0] @ orthogonal_procrustes(rng.permutation(first_ND), second_ND)[0], nmd[1])
-            for _ in range(SHUFFLES)
-        ]
-        yield {"what": "aligned_cosine", "layer": layer, "value": value, **_spread(drawn)}
+        nmd_D, other_D = (contrast.nmd_LD[layer] for contrast in contrasts)
+        prompts = chain([first_ND], (rng.permutation(first_ND) for _ in range(SHUFFLES)))
+        value, *drawn = [cosine(nmd_D @ orthogonal_procrustes(ND, second_ND)[0], other_D) for ND in prompts]
+        yield {"what": "aligned_cosine", "layer": layer, "value": value, **_range(drawn)}
 
 
 def _common_examples(cell: Cell, other: Asking) -> list[Example]:
@@ -178,10 +175,6 @@ def _transferred_probes(
             yield table.astype({word: "str" for word in ("source", "target", "group")})
 
 
-def _spread(drawn: Sequence[float]) -> dict[str, float]:
+def _range(drawn: Sequence[float]) -> dict[str, float]:
     low, high = np.quantile(drawn, [0.025, 0.975])
-    return _by_chance(float(low), float(np.mean(drawn)), float(high))
-
-
-def _by_chance(low: float, mean: float, high: float) -> dict[str, float]:
-    return {"chance_low": low, "chance": mean, "chance_high": high}
+    return {"chance_low": float(low), "chance": float(np.mean(drawn)), "chance_high": float(high)}

@@ -21,7 +21,6 @@ from mnemoscope.cells import Cell, git_state
 from mnemoscope.detect import Detector, Observed, Reading, fit_detectors
 from mnemoscope.directions import TOWARD
 from mnemoscope.errors import InputError
-from mnemoscope.probes import fit_input_probe, fit_layer_probes
 from mnemoscope.stages.common import (
     GATE,
     Tell,
@@ -34,7 +33,7 @@ from mnemoscope.stages.common import (
     write_table,
 )
 from mnemoscope.stages.lists import Records, judged_lists
-from mnemoscope.stages.probe import UNCERTAINTIES, features_of_input
+from mnemoscope.stages.probe import input_scores, uncertainty_scores
 from mnemoscope.steering import SteeringVector
 from mnemoscope.tasks import SPLITS, Example, Kind, Side, Split, draw
 
@@ -117,22 +116,14 @@ def _phrasings(
 
 def _baselines(asking: Asking, parts: Mapping[Split, _Prompts]) -> dict[str, np.ndarray]:
     """Scores of test prompts without a state: from the input, and from how sure the model is of its next token."""
-    kept = {split: part.rows.followed.isin(("memorized", "generalized")).to_numpy() for split, part in parts.items()}
-    labels = {s: (p.rows.followed[kept[s]] == "memorized").to_numpy().astype(np.int64) for s, p in parts.items()}
-    scores = {}
-    for kind, found in features_of_input(asking, {split: part.examples for split, part in parts.items()}).items():
-        probe = fit_input_probe(found["fit"][kept["fit"]], labels["fit"], found["tune"][kept["tune"]], labels["tune"])
-        scores[kind] = np.asarray(probe.decision_function(found["test"]))
-    for column, kind in enumerate(UNCERTAINTIES):
-        values = {split: part.uncertainty_N2[:, None, [column]] for split, part in parts.items()}
-        fit_N1D, tune_N1D = (values[split][kept[split]] for split in ("fit", "tune"))
-        (probe,) = fit_layer_probes(fit_N1D, labels["fit"], tune_N1D, labels["tune"])
-        scores[kind] = probe.decision_function(values["test"][:, 0])
-    return scores
+    sides = {"memorized": 1, "generalized": 0}
+    labels = {split: part.rows.followed.map(sides).fillna(-1).to_numpy(np.int64) for split, part in parts.items()}
+    of_input = input_scores(asking, {split: part.examples for split, part in parts.items()}, labels)
+    return of_input | uncertainty_scores({split: part.uncertainty_N2 for split, part in parts.items()}, labels)
 
 
 def _below(cell: Cell) -> int:
-    """The last block at whose output a gate can read before either of the best vectors shifts anything; -1: none."""
+    """The last block whose output precedes all shifts of the best vectors; -1: none."""
     vectors = [SteeringVector.load(path) for path in read_best(cell).values()]
     return min(v.layers[0] if v.site == "block" else v.layers[0] - 1 for v in vectors if v.layers)
 

@@ -149,6 +149,7 @@ class _Opened:
         return self._batches[1]
 
     def forget_tune(self) -> None:
+        """Free the tune lists."""
         self.__dict__.pop("tune", None)
 
 

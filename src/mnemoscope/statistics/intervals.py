@@ -139,10 +139,10 @@ def auroc(
 
 
 def over_seeds(estimates: Sequence[Estimate], *, level: float = 0.95) -> Estimate:
-    """One estimate for several seeds: their mean with Student's t interval over the seeds, not clipped to any range.
+    """Mean over seeds with Student's t interval, not clipped; `n` is the sum over the seeds.
 
-    Seeds whose estimate is NaN are dropped; none left is undefined, one is returned unchanged. If several agree exactly
-    t would give width 0, and the interval spans the seeds' own intervals instead. `n` is the sum over the seeds.
+    NaN seeds are dropped; a single one is returned unchanged. If all agree exactly t would give width 0, and the
+    interval spans the seeds' own intervals instead.
     """
     kept = [estimate for estimate in estimates if not math.isnan(estimate.estimate)]
     if len(kept) < 2:
@@ -157,10 +157,9 @@ def over_seeds(estimates: Sequence[Estimate], *, level: float = 0.95) -> Estimat
 
 
 def mean_with_range(values: ArrayLike) -> Estimate:
-    """The mean of repeated draws, with their smallest and largest as ends; NaN ends where they do not differ.
+    """Mean of draws that are not NaN, with their range as ends, which is no confidence interval as draws share data.
 
-    The ends show how much a number depends on the draw. They are no confidence interval: draws share their data.
-    `n` is the number of draws; a NaN does not count.
+    NaN ends where the draws do not differ; `n` is the number of draws.
     """
     known = np.asarray(values, dtype=np.float64)
     known = known[~np.isnan(known)]
