@@ -67,7 +67,10 @@ def _ascended(sources: Sources, setting: Setting, several: Sequence[Labels]) -> 
             unit_KD.grad = torch.where(norm_K1 > 0, gradient_KD / norm_K1, gradient_KD)
         ascent.step()
         schedule.step()
-        _project(list(units.values()), setting.strength)
+        with torch.no_grad():
+            scale_K1 = (setting.strength / _norm(list(units.values()))).clamp(max=1.0)
+            for unit_KD in units.values():
+                unit_KD *= scale_K1
     return units
 
 
@@ -102,10 +105,3 @@ def _log_p(sources: Sources, batches: Sequence[Batch], shifts: Mapping[int, Tens
 def _norm(parts: Sequence[Tensor]) -> Tensor:
     """The norm of each row over all parts together, (K, 1)."""
     return torch.stack([part_KD.norm(dim=1, keepdim=True) for part_KD in parts]).norm(dim=0)
-
-
-@torch.no_grad()
-def _project(units: Sequence[Tensor], strength: float) -> None:
-    scale_K1 = (strength / _norm(units)).clamp(max=1.0)
-    for unit_KD in units:
-        unit_KD *= scale_K1

@@ -16,9 +16,8 @@ class Setting:
     """One cell of a sweep.
 
     Attributes:
-        direction: ``to_generalized`` or ``to_memorized``.
+        direction: a key of ``TOWARD``.
         method: a key of ``METHODS``.
-        site: where in a layer.
         layers: the layers that are shifted, 0-based.
         top: share of these layers' neurons that are shifted, in (0, 1].
         strength: total relative norm: the root of the summed squares of each layer's shift over its states' norm.
@@ -35,7 +34,7 @@ class Setting:
 
     @property
     def toward(self) -> Toward:
-        """The behaviour that is steered to."""
+        """The behaviour to steer to."""
         return TOWARD[self.direction]
 
     def same_direction(self) -> tuple[Setting, int]:

@@ -79,7 +79,7 @@ class Directions:
         return self._top(setting, top, ANSWERED, self.shifts(setting)[0])
 
     def alpha(self, setting: Setting) -> float:
-        """The paper's alpha: how many times NMD a vector of method ``nmd`` is; NaN for the other methods."""
+        """The paper's alpha: norm of a vector of method ``nmd`` over that of NMD; NaN for the other methods."""
         if setting.method != "nmd":
             return math.nan
         shift_LD, (nmd_LD,) = self.dense(setting), self.shifts(setting)

@@ -43,9 +43,8 @@ def _write(artefact: Artefact, path: Path, facts: Mapping[str, Any]) -> Path:
 
 
 def _common(cell: Cell) -> dict[str, Any]:
-    pairs = pd.read_parquet(
-        cell.records / "pairs.parquet", columns=["group"], filters=[("is_pair", "==", True), ("split", "==", "fit")]
-    )
+    fitted = [("is_pair", "==", True), ("split", "==", "fit")]
+    pairs = pd.read_parquet(cell.records / "pairs.parquet", columns=["group"], filters=fitted)
     shape = cell.config.model
     model = shape.folder if shape.folder else "an open model" if shape.opened else "a model trained in the study"
     versions = {"mnemoscope": version()} | {name: metadata.version(name) for name in LIBRARIES}
@@ -67,11 +66,9 @@ def _of_vector(
     is_mine = (steering["aim"] == aim) & (steering["direction"] == direction) & (steering["method"] == vector.method)
     mine = steering[is_mine]
     judged = mine[mine["examples"] == aim]
-    hits = judged["after"] == vector.toward
-    own = judged["role"] == "vector"
-    shift = proportion(hits[own], judged["group"][own], np.random.default_rng(0))
+    hits, own = judged["after"] == vector.toward, judged["role"] == "vector"
+    facts: dict[str, Any] = {"shift": asdict(proportion(hits[own], judged["group"][own], np.random.default_rng(0)))}
     controls = hits[~own].groupby(judged["role"][~own]).mean()
-    facts: dict[str, Any] = {"shift": asdict(shift)}
     if len(controls):
         facts["control"] = {"name": str(controls.idxmax()), "estimate": float(controls.max())}
     kept = mine[mine["examples"].isin(KEPT) & (mine["role"] == "vector")]

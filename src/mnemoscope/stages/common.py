@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,21 @@ def cell_task(cell: Cell) -> Task:
     task: Task = opened or build_task(cell.config.task, cell.config.options, cell.seed)
     known = cell.records / "known.json"
     return task.knowing(set(json.loads(known.read_text())["known"])) if known.exists() else task
+
+
+class PerProcess:
+    """A cell whose model each process opens once, when first needed; other processes are sent the cell alone."""
+
+    def __init__(self, cell: Cell) -> None:
+        self.cell = cell
+
+    def __reduce__(self) -> tuple[type[PerProcess], tuple[Cell]]:
+        return type(self), (self.cell,)
+
+    @cached_property
+    def asking(self) -> Asking:
+        """The cell's model."""
+        return cell_model(self.cell)
 
 
 def cell_model(cell: Cell) -> Asking:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
 
-from mnemoscope.behaviour import Asking, KeptStates, PairBatch, draw_candidates, mine_pairs
+from mnemoscope.behaviour import KeptStates, PairBatch, draw_candidates, mine_pairs
 from mnemoscope.cells import Cell
 from mnemoscope.contrast import ContrastAccumulator
 from mnemoscope.errors import StudyError
 from mnemoscope.files import write_atomically
-from mnemoscope.stages.common import TableWriter, Tell, cell_model, cell_task, kept_states, rng_of
+from mnemoscope.stages.common import PerProcess, TableWriter, Tell, cell_task, kept_states, rng_of
 from mnemoscope.tasks import SPLITS, Example, Split, Task, draws
 
 Candidate = tuple[Example, Example]
@@ -68,18 +67,8 @@ def pairs_stage(cell: Cell, tell: Tell) -> list[Path]:
     return files
 
 
-class _Miner:
-    """Labels batches of candidates with the model of a cell, opened in each process that gets one."""
-
-    def __init__(self, cell: Cell) -> None:
-        self.cell = cell
-
-    def __reduce__(self) -> tuple[type[_Miner], tuple[Cell]]:
-        return _Miner, (self.cell,)
-
-    @cached_property
-    def asking(self) -> Asking:
-        return cell_model(self.cell)
+class _Miner(PerProcess):
+    """Labels batches of candidates with the model of a cell."""
 
     def __call__(self, candidates: list[Candidate]) -> PairBatch:
         (batch,) = mine_pairs(self.asking, candidates, self.cell.config.pairs.site, len(candidates))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mnemoscope.behaviour import Asking, Batch, Scores, encode, mark_confabulations
+from mnemoscope.behaviour import Batch, Scores, encode, mark_confabulations
 from mnemoscope.cells import Cell, git_state
 from mnemoscope.config import MethodName, SteeringConfig
 from mnemoscope.directions import (
@@ -38,7 +38,7 @@ from mnemoscope.directions import (
     with_prefixes,
 )
 from mnemoscope.models import Site, blocks_of
-from mnemoscope.stages.common import Tell, cell_model, keep_shifts, read_binding, write_json, write_table
+from mnemoscope.stages.common import PerProcess, Tell, keep_shifts, read_binding, write_json, write_table
 from mnemoscope.stages.lists import JudgedList, Records, judged_lists, sources_of, tune_lists
 
 AIMS = {"pairs": "pairs", "conflict": "conflicts as drawn"}  # the lists that settings are chosen for
@@ -87,19 +87,17 @@ def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
     ]
 
 
-class _Opened:
-    """Model, records and lists of a cell, opened once per process when first needed.
+class _Opened(PerProcess):
+    """Records, lists and directions of a cell, beside its model.
 
     Attributes:
         shifts: cache of all directions. The main process sends learned ones to the parts that need them.
     """
 
     def __init__(self, cell: Cell) -> None:
-        self.cell, self.shifts = cell, dict[Fit, np.ndarray]()
+        super().__init__(cell)
+        self.shifts: dict[Fit, np.ndarray] = {}
         self._batches: tuple[tuple[str, str], list[Batch]] | None = None
-
-    def __reduce__(self) -> tuple[type[_Opened], tuple[Cell]]:
-        return _Opened, (self.cell,)
 
     def map(
         self, function: Callable[..., Any], items: Sequence[tuple[Any, ...]], settings: Iterable[Sequence[Setting]]
@@ -113,10 +111,6 @@ class _Opened:
         function, shifts, item = part
         self.shifts.update(shifts)
         return function(self, *item)
-
-    @cached_property
-    def asking(self) -> Asking:
-        return cell_model(self.cell)
 
     @cached_property
     def records(self) -> Records:
