@@ -107,7 +107,7 @@ def ranked(
         seed: of the controls' draws.
     """
     ordered = sorted(rated, key=lambda pair: (pair[0].strength, -pair[1], pair[0].top))
-    # By what is known of each so far: its shift, its collateral, its random controls.
+    # Ordered by the figures measured so far: shift rate, then collateral, then random controls.
     waiting = [(-1, -rate, number, 0, 0.0) for number, (_, rate) in enumerate(ordered)]
     heapq.heapify(waiting)
     found: list[Choice] = []

@@ -28,7 +28,7 @@ from mnemoscope.tasks import Example
 
 TOPS = (0.05, 0.1, 0.3)
 ALIGNING_PROMPTS = 400  # on which the states of one model are rotated onto those of another
-SHUFFLES = 20  # behind what an alignment or a rank correlation is by chance
+SHUFFLES = 20  # for the value of an alignment or a rank correlation by chance
 TRANSFERRED_PAIRS = 300
 GAUSSIAN_DRAWS = 5
 
@@ -127,7 +127,7 @@ def _transferred(onto: tuple[Cell, Sequence[Cell]]) -> tuple[pd.DataFrame, pd.Da
 def _transferred_steering(
     target: Cell, group: Sequence[Cell], asking: Asking, records: Records
 ) -> Iterator[pd.DataFrame]:
-    """Every cell's vectors, paper's and best, on a cell's test pairs, beside Gaussian shifts of the same norm."""
+    """Answers to a cell's test pairs under every cell's NMD and best vectors, and Gaussian shifts of the same norm."""
     for direction in SOURCE:
         examples = records.targets("test", direction, TRANSFERRED_PAIRS)
         if not examples:
@@ -163,7 +163,7 @@ def _vectors(source: Cell, direction: str, asking: Asking) -> Iterator[tuple[str
 def _transferred_probes(
     target: Cell, group: Sequence[Cell], asking: Asking, records: Records
 ) -> Iterator[pd.DataFrame]:
-    """Every cell's probes on a cell's test states."""
+    """Scores of every cell's probes on a cell's test states."""
     examples = [e for pair in records.both_sides("test", TRANSFERRED_PAIRS) for e in pair]
     states_NLD = _states(target, asking, examples, target.config.pairs.site)
     for source in group:

@@ -65,7 +65,7 @@ def detection_stage(cell: Cell, tell: Tell) -> list[Path]:
     tell(3, 4, "where a gate acts")
     gates = list(_gates(cell, asking, records, detector))
     return [
-        # The JSON beside each is written again once there is a card.
+        # Without their JSON, which the cards stage writes again.
         detector.save(cell.folder / "detector.safetensors")[0],
         *(lower.save(cell.folder / "detector_below.safetensors")[:1] if lower else []),
         write_table(cell.records / "detection.parquet", table),
@@ -74,7 +74,7 @@ def detection_stage(cell: Cell, tell: Tell) -> list[Path]:
 
 
 class _Prompts:
-    """Prompts of one split with their states at the decision position and what followed them."""
+    """Prompts of one split with their states at the decision position and the behaviour that followed."""
 
     def __init__(self, cell: Cell, asking: Asking, rows: pd.DataFrame, examples: Sequence[Example]) -> None:
         self.rows, self.examples = rows, examples
