@@ -111,11 +111,19 @@ class Counted:
         self.seen.clear()
 
     def show(self, cell: str, stage: str, done: float, total: float, note: str) -> None:
-        """Progress of the fit: which stage the next passes are of."""
-        self.stage = stage
+        """Print the progress of the fit now and then."""
         if time.monotonic() > self.shown + 30:
             self.shown = time.monotonic()
             print(f"{stage} {done / max(total, 1e-9):.2f} {note}: {self.tokens[stage]:,} tokens", flush=True)
+
+    def of(self, name: str, stage: Any) -> Any:
+        """The same stage; what passes meanwhile is counted as its."""
+
+        def counted(cell: Any, tell: Any) -> Any:
+            self.stage = name
+            return stage(cell, tell)
+
+        return counted
 
     def count(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """A forward pre-hook of the part that holds the blocks."""
@@ -143,6 +151,8 @@ def counting(model: Any) -> Iterator[Counted]:
             counted.site = ""
 
     handle = backbone_of(model).register_forward_pre_hook(counted.count, with_kwargs=True)
+    plain = dict(stages.STAGES)
+    stages.STAGES.update({name: counted.of(name, stage) for name, stage in plain.items()})
     places = [module for module in (states, *_importers()) if hasattr(module, "capturing")]
     try:
         for module in places:
@@ -150,6 +160,7 @@ def counting(model: Any) -> Iterator[Counted]:
         yield counted
     finally:
         handle.remove()
+        stages.STAGES.update(plain)
         for module in places:
             module.capturing = capturing
 

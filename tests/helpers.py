@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
 import numpy as np
+import torch
 
 from mnemoscope.behaviour import Asking, Scores, prepare, score
 from mnemoscope.config import StopConfig, TrainingConfig
+from mnemoscope.models import blocks_of
 from mnemoscope.tasks import KINDS, Example, build_task
 
 MINI_TASKS = {
@@ -76,3 +82,23 @@ def hook_count(model: object) -> int:
     """How many hooks hang in a model, but for those that transformers leaves once `output_hidden_states` was asked."""
     hooks = [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]  # type: ignore[attr-defined]
     return sum(hook.__module__ != "transformers.utils.output_capturing" for hook in hooks)
+
+
+@contextmanager
+def shifted_by_hand(model: Any, shifts: Mapping[int, torch.Tensor], start: int) -> Iterator[None]:
+    """The oracle of steering: plain transformers, with each block's output overwritten from a column on."""
+
+    def adder(shift_D: torch.Tensor) -> Callable[..., object]:
+        def add(module: torch.nn.Module, args: object, output: Any) -> object:
+            states = (output[0] if isinstance(output, tuple) else output).clone()
+            states[:, start:] += shift_D
+            return (states, *output[1:]) if isinstance(output, tuple) else states
+
+        return add
+
+    handles = [blocks_of(model)[layer].register_forward_hook(adder(shift)) for layer, shift in shifts.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,7 +67,7 @@ def test_the_report_and_the_statistics_never_import_torch() -> None:
 
 def test_only_two_files_hang_hooks_into_models() -> None:
     hooking = {p.relative_to(PACKAGE).as_posix() for _, p in files_by_module() if "register_forward" in p.read_text()}
-    assert hooking == {"behaviour/labels.py", "steering/hooks.py"}
+    assert hooking == {"behaviour/states.py", "steering/hooks.py"}
 
 
 def test_the_table_has_no_circle() -> None:
@@ -73,3 +76,45 @@ def test_the_table_has_no_circle() -> None:
         ground = {name for name, imports in left.items() if not imports & set(left)}
         assert ground, f"these import each other in a circle: {sorted(left)}"
         left = {name: imports for name, imports in left.items() if name not in ground}
+
+
+OPENING = """
+import json, sys
+for name in "pandas pyarrow scipy sklearn matplotlib pydantic typer jinja2 threadpoolctl rich".split():
+    sys.modules[name] = None  # as if it were not installed: what imports it fails, and transformers leaves it out
+import numpy, safetensors.torch, tokenizers, torch, transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+run, cell, vector = sys.argv[1:]
+inputs = {"input_ids": torch.tensor([[3, 4, 5]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+"""
+ALONE = """
+model = AutoModelForCausalLM.from_pretrained(cell + "/model")
+AutoTokenizer.from_pretrained(cell + "/model")
+safetensors.torch.load_file(vector)
+model.generate(**inputs, max_new_tokens=2, pad_token_id=0)
+"""
+WITH_US = """
+import mnemoscope as ms
+model, tokenizer = ms.load_model(cell + "/model")
+with ms.SteeringVector.load(vector, model, tokenizer).apply(model):
+    model.generate(**inputs, max_new_tokens=2, pad_token_id=0)
+ms.Detector.load(cell + "/detector.safetensors", model, tokenizer)
+fitted = ms.Fitted.open(run, model, tokenizer)
+assert 0 <= fitted.detect(["12+34="]).p_memorized[0] <= 1
+fitted.gate(fitted.inputs(["12+34="]))
+fitted.answers(["12+34="], "generalized", gate=0.5, max_new_tokens=2)
+"""
+LOADED = "print(json.dumps(sorted({name.split('.')[0] for name in sys.modules} - set(sys.stdlib_module_names))))"
+
+
+def test_what_uses_saved_artefacts_imports_five_libraries_and_what_these_import(mini_run: Path) -> None:
+    """That part lives inside serving engines."""
+    cell = mini_run / "cells" / "addition-0"
+    vector = next(iter(sorted((cell / "vectors").glob("to_generalized-*.safetensors"))))
+    loaded = []
+    for code in (ALONE, WITH_US):
+        command = [sys.executable, "-c", OPENING + code + LOADED, str(mini_run), str(cell), str(vector)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        loaded.append(set(json.loads(done.stdout)))
+    assert loaded[1] - loaded[0] == {"mnemoscope"}

@@ -99,15 +99,16 @@ CELL = "cells.addition"
 def test_a_bad_study_is_one_line_and_exit_code_2(tmp_path: Path, text: str, message: str) -> None:
     file, out = tmp_path / "bad.yaml", tmp_path / "run"
     file.write_text(text)
-    code, stdout, stderr = call("run", str(file), "--out", str(out), "--json")
-    assert code == 2
-    assert stdout == ""
-    assert stderr.startswith("error: ")
-    assert stderr.count("\n") == 1
-    assert message in stderr
-    assert "Traceback" not in stderr
+    refused("run", str(file), "--out", str(out), "--json", message=message)
     assert not list(out.rglob("*.parquet"))
     assert not list(out.rglob("*.html"))
+
+
+def refused(*arguments: str, message: str) -> None:
+    code, stdout, stderr = call(*arguments)
+    assert (code, stdout, stderr.count("\n")) == (2, "", 1)
+    assert stderr.startswith("error: ")
+    assert message in stderr
 
 
 @pytest.mark.parametrize(
@@ -127,9 +128,5 @@ def test_bad_arguments_are_one_line_and_exit_code_2(
     arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, stdout, stderr = call(*arguments)
-    assert (code, stdout) == (2, "")
-    assert stderr.startswith("error: ")
-    assert stderr.count("\n") == 1
-    assert message in stderr
+    refused(*arguments, message=message)
     assert not list(tmp_path.iterdir())

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from scipy import stats
 
-from mnemoscope.behaviour import read_states
+from mnemoscope.behaviour import states_at_the_end
 from mnemoscope.config import ModelConfig
 from mnemoscope.contrast import ARRAYS, Contrast, ContrastAccumulator, PairedMoments
-from mnemoscope.models import build_gpt2, position_ids, word_tokenizer
+from mnemoscope.models import build_gpt2, word_tokenizer
 from mnemoscope.statistics import Floats
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -125,9 +125,7 @@ def states_of_a_model(sizes_G: Floats) -> tuple[Floats, list[str]]:
             swapped = draw.integers(0, 7, size=2)
             prompts[-1][swapped] = prompts[-1][swapped[::-1]]
     ids = torch.tensor(np.array(prompts))
-    with torch.no_grad(), read_states(model, "block") as found:
-        model.base_model(input_ids=ids, position_ids=position_ids(torch.ones_like(ids)), use_cache=False)
-    states_NLD = torch.stack(found, dim=1).double().numpy()
+    states_NLD = states_at_the_end(model, ids, torch.ones_like(ids), "block").astype(np.float64)
     groups = [f"g{group}" for group in np.repeat(np.arange(len(sizes_G)), sizes_G)]
     return states_NLD.reshape(-1, 2, *states_NLD.shape[1:]), groups
 
@@ -152,24 +150,6 @@ def test_shuffled_labels_rarely_have_a_significant_neuron(grouping: str, shuffle
         significant += bool((accumulator.result().p_family_wise_LD <= 0.05).any())
     assert significant <= 18
     assert significant >= 2 or grouping == "few"  # a test that never speaks holds its level as well
-
-
-def test_ignoring_groups_would_find_neurons_in_shuffled_labels() -> None:
-    """The groups matter in these states: with every pair its own group the level is not held."""
-    draw = np.random.default_rng(21)
-    states_PSLD, groups = states_of_a_model(np.full(15, 8))
-    group_P = np.unique(groups, return_inverse=True)[1]
-    # What a group's pairs have in common: the first pair's states, a little of each pair's own.
-    states_PSLD = states_PSLD[8 * group_P] + 0.3 * states_PSLD
-    found = {"groups": 0, "pairs": 0}
-    for shuffle in range(60):
-        side_P, pair_P = draw.integers(0, 2, size=15)[group_P], np.arange(120)
-        for unit, names in (("groups", groups), ("pairs", [str(pair) for pair in pair_P])):
-            accumulator = ContrastAccumulator.empty("block", 2, 32, permutations=199, seed=shuffle)
-            accumulator.add(states_PSLD[pair_P, side_P], states_PSLD[pair_P, 1 - side_P], names)
-            found[unit] += bool((accumulator.result().p_family_wise_LD <= 0.05).any())
-    assert found["groups"] <= 8  # the 99.5th percentile of 60
-    assert found["pairs"] > 30
 
 
 def test_planted_neurons_come_first_and_are_all_found() -> None:
@@ -218,36 +198,31 @@ def test_top_neurons_counts_over_all_layers_and_breaks_ties_by_index() -> None:
     assert np.flatnonzero(contrast.top_neurons(1e-9)).tolist() == [1]
     hundred = replace(contrast, rho_LD=np.arange(100.0).reshape(4, 25))
     assert hundred.top_neurons(0.07).sum() == 7  # 0.07 * 100 is a little more than 7 in floating point
+    for top in (0, -0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match=r"top: .*; allowed is a share of the neurons in \(0, 1\]"):
+            contrast.top_neurons(top)
 
 
-@pytest.mark.parametrize("top", [0, -0.1, 1.1, math.nan])
-def test_top_outside_its_range_is_refused(top: float) -> None:
-    with pytest.raises(ValueError, match=r"top: .*; allowed is a share of the neurons in \(0, 1\]"):
-        contrast_of(*states(4)).top_neurons(top)
-
-
-def test_states_that_cannot_be_averaged_are_refused_and_leave_nothing_behind() -> None:
-    accumulator = ContrastAccumulator.empty("block", 2, 4)
-    generalized, memorized = states(3)
-    with pytest.raises(ValueError, match="groups: 2 names; allowed is one for each of the 3 pairs"):
-        accumulator.add(generalized, memorized, ["a", "b"])
-    with pytest.raises(ValueError, match="states_memorized: shape"):
-        accumulator.add(generalized, memorized[:, :1], ["a", "b", "c"])
-    memorized[1, 1, 1] = math.inf
-    with pytest.raises(ValueError, match="states_memorized: a value is infinite or NaN"):
-        accumulator.add(generalized, memorized, ["a", "b", "c"])
-    assert (accumulator.moments.count, accumulator.flips.count, len(accumulator.groups)) == (0, 0, 0)
-
-
-def test_accumulators_of_different_studies_do_not_merge() -> None:
+def test_what_cannot_be_averaged_or_merged_is_refused_and_leaves_nothing_behind() -> None:
     accumulator = ContrastAccumulator.empty("block", 2, 4, permutations=10, seed=0)
-    for other in (
-        ContrastAccumulator.empty("mlp", 2, 4, permutations=10, seed=0),
-        ContrastAccumulator.empty("block", 4, 2, permutations=10, seed=0),
-        ContrastAccumulator.empty("block", 2, 4, permutations=11, seed=0),
-        ContrastAccumulator.empty("block", 2, 4, permutations=10, seed=1),
+    generalized, memorized = states(3)
+    broken = memorized.copy()
+    broken[1, 1, 1] = math.inf
+    for states_PLD, groups, message in (
+        (memorized, ["a", "b"], "groups: 2 names; allowed is one for each of the 3 pairs"),
+        (memorized[:, :1], ["a", "b", "c"], "states_memorized: shape"),
+        (broken, ["a", "b", "c"], "states_memorized: a value is infinite or NaN"),
     ):
-        other.add(np.ones((1, *other.flips.sum_LD.shape)), np.zeros((1, *other.flips.sum_LD.shape)), ["a"])
+        with pytest.raises(ValueError, match=message):
+            accumulator.add(generalized, states_PLD, groups)
+    for site, layers, neurons, permutations, seed in (
+        ("mlp", 2, 4, 10, 0),
+        ("block", 4, 2, 10, 0),
+        ("block", 2, 4, 11, 0),
+        ("block", 2, 4, 10, 1),
+    ):
+        other = ContrastAccumulator.empty(site, layers, neurons, permutations, seed)
+        other.add(np.ones((1, layers, neurons)), np.zeros((1, layers, neurons)), ["a"])
         with pytest.raises(ValueError, match="allowed"):
             accumulator.merge(other)
     assert (accumulator.moments.count, accumulator.flips.count, len(accumulator.groups)) == (0, 0, 0)
@@ -274,39 +249,28 @@ GOOD = {name: np.zeros((2, 3)) for name in ARRAYS[:-1]} | {"state_norm": np.zero
 METADATA = {"site": "block", "pairs": "4", "groups": "2"}
 
 
-@pytest.mark.parametrize(
-    ("arrays", "metadata"),
-    [
+def test_a_file_that_is_no_contrast_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "contrast.safetensors"
+    with pytest.raises(FileNotFoundError):
+        Contrast.load(path)
+    save_file(GOOD, path, METADATA)
+    assert Contrast.load(path).pairs == 4
+    good, contents = path.read_bytes(), []
+    for arrays, metadata in (
         ({name: array for name, array in GOOD.items() if name != "rho"}, METADATA),
         (GOOD, None),
         (GOOD, METADATA | {"pairs": "many"}),
         (GOOD | {"rho": np.zeros((3, 2))}, METADATA),
         (GOOD | {"state_norm": np.zeros(3)}, METADATA),
         (GOOD | {"nmd": np.zeros((2, 3), dtype=np.float32)}, METADATA),
-    ],
-)
-def test_a_file_that_is_not_a_contrast_is_refused(
-    tmp_path: Path, arrays: dict[str, Floats], metadata: dict[str, str] | None
-) -> None:
-    path = tmp_path / "contrast.safetensors"
-    save_file(GOOD, path, METADATA)
-    assert Contrast.load(path).pairs == 4
-    save_file(arrays, path, metadata)
-    with pytest.raises(ValueError, match="not a readable contrast file") as caught:
-        Contrast.load(path)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_damaged_file_is_refused_in_one_line(tmp_path: Path) -> None:
-    path = tmp_path / "contrast.safetensors"
-    contrast_of(*states(4)).save(path)
-    good = path.read_bytes()
+    ):
+        save_file(arrays, path, metadata)
+        contents.append(path.read_bytes())
     header = json.dumps({"nmd": "?"}).encode()
-    for bad in (b"", good[:5], good[:60], good[:-8], b"\xff" * 200, len(header).to_bytes(8, "little") + header):
-        path.write_bytes(bad)
+    contents += [b"", good[:5], good[:60], good[:-8], b"\xff" * 200, len(header).to_bytes(8, "little") + header]
+    for content in contents:
+        path.write_bytes(content)
         with pytest.raises(ValueError, match="not a readable contrast file") as caught:
             Contrast.load(path)
         assert str(path) in str(caught.value)
         assert "\n" not in str(caught.value)
-    with pytest.raises(FileNotFoundError):
-        Contrast.load(tmp_path / "missing.safetensors")

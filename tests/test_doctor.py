@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from families import FAMILIES, prompts, tiny, tokenizer
 from helpers import hook_count
-from mnemoscope.behaviour import read_states
+from mnemoscope.behaviour import capturing
 from mnemoscope.doctor import Check, _difference, examine
 from mnemoscope.errors import InputError
 from mnemoscope.models import SITES, layout_of, site_module
@@ -36,7 +36,7 @@ def test_what_a_block_adds_is_attention_and_mlp(family: str) -> None:
     ids = torch.arange(12).reshape(2, 6) + 3
     read = {}
     for site in SITES:
-        with torch.no_grad(), read_states(model, site) as states:
+        with torch.no_grad(), capturing(model, site) as states:
             model(input_ids=ids)
         read[site] = states
     for layer in (1, 2):
@@ -55,21 +55,14 @@ def ill(change: Callable[[dict[str, Any]], dict[str, Any]]) -> PreTrainedModel:
     return model
 
 
-def test_a_model_that_counts_padding_is_found_out() -> None:
+def test_what_is_wrong_with_a_model_is_found_out() -> None:
+    """Padding that counts, a cache that is forgotten, dropout left on."""
     found = checks(ill(lambda kwargs: kwargs | {"attention_mask": torch.ones_like(kwargs["attention_mask"])}))
     assert not found["batched and padded = single"].passed
-
-
-def test_a_model_that_forgets_its_cache_is_found_out() -> None:
     found = checks(ill(lambda kwargs: {k: v for k, v in kwargs.items() if k not in ("cache", "past_key_values")}))
     assert not found["cached = uncached"].passed
     assert found["batched and padded = single"].passed
-
-
-def test_noise_is_found_out() -> None:
-    """What differs from pass to pass is no number to build on: dropout left on."""
-    model = tiny("gpt2").train()
-    found = checks(model)
+    found = checks(tiny("gpt2").train())
     assert not found["afterwards = before"].passed
     assert not found["block: alpha 0 = untouched"].passed
 
@@ -84,23 +77,17 @@ def test_what_is_no_number_does_not_pass() -> None:
 
 
 def test_half_precision_has_a_tolerance_of_its_own() -> None:
-    found = checks(tiny("llama").to(torch.bfloat16))
+    model = tiny("llama").to(torch.bfloat16)
+    found = checks(model)
     assert all(check.passed for check in found.values())
     assert found["cached = uncached"].allowed > 0.01
-
-
-def test_prompts_of_one_length_are_refused() -> None:
-    with pytest.raises(InputError, match="prompts: all have one length"):
-        list(examine(tiny("gpt2"), tokenizer(), ["w1 w2", "w3 w4"]))
-
-
-@pytest.mark.parametrize(("prompt", "tokens"), [("", 0), ("w1 " * 80, 80)])
-def test_a_prompt_that_cannot_be_read_is_refused(prompt: str, tokens: int) -> None:
-    with pytest.raises(InputError, match=f"^prompts: .* has {tokens} tokens; allowed are 1 to"):
-        list(examine(tiny("gpt2"), tokenizer(), [prompt, "w3 w4"]))
-
-
-def test_nothing_is_left_in_the_model() -> None:
-    model = tiny("llama")
-    checks(model)
     assert hook_count(model) == 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [("w1 w2", "all have one length"), ("", ".* has 0 tokens; allowed are 1 to"), ("w1 " * 80, ".* has 80 tokens")],
+)
+def test_prompts_that_show_nothing_are_refused(prompt: str, message: str) -> None:
+    with pytest.raises(InputError, match=f"^prompts: {message}"):
+        list(examine(tiny("gpt2"), tokenizer(), [prompt, "w3 w4"]))

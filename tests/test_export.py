@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-import threading
-from collections.abc import Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,7 @@ from families import FAMILIES, prompts, tiny, tokenizer
 from mnemoscope import export
 from mnemoscope.cli import app
 from mnemoscope.errors import InputError
-from mnemoscope.export import bake, fetch, push, read_gguf, to_gguf
+from mnemoscope.export import bake, read_gguf, to_gguf
 from mnemoscope.models import Layout, Site, layout_of, load_model, pass_inputs, use_layout
 from mnemoscope.steering import SteeringVector, complete
 
@@ -170,17 +167,14 @@ def test_scaled_and_post_norm_blocks_are_found_by_measuring(dtype: torch.dtype, 
         bake(model, tokenizer(), scale * some_vector("mlp"), tmp_path / type(model).__name__)
 
 
-def test_a_model_that_answers_otherwise_than_the_steered_one_is_not_left_behind(
+def test_a_checkpoint_that_would_not_answer_as_the_steered_model_is_not_left_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export, "_shifted_bias", lambda bias_D, shift_D, layer: bias_D + 1.001 * shift_D)
-    refused(tiny("gpt2"), some_vector(), tmp_path / "baked", "logits .* away from the steered ones")
-
-
-def test_a_shift_that_rounding_swallows_is_refused(tmp_path: Path) -> None:
     model = tiny("llama", mlp_bias=True).to(torch.bfloat16)
     torch.nn.init.constant_(model.model.layers[2].mlp.down_proj.bias, 100.0)
     refused(model, 0.1 * some_vector(), tmp_path / "baked", "^shifts: 100% of the one of layer 2 is lost in rounding")
+    monkeypatch.setattr(export, "_shifted_bias", lambda bias_D, shift_D, layer: bias_D + 1.001 * shift_D)
+    refused(tiny("gpt2"), some_vector(), tmp_path / "baked", "logits .* away from the steered ones")
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks the library by an old name
@@ -289,108 +283,6 @@ def test_without_the_gguf_package_one_line_says_what_to_install(
             call()
 
 
-HUB_ERRORS = {"gated": (403, "GatedRepo"), "missing": (404, "RepoNotFound")}
-
-
-class _Hub(BaseHTTPRequestHandler):
-    """Answers everything as the hub does of a repository whose name begins with the error."""
-
-    def answer(self) -> None:
-        # Every repository can be "made", as if it were there, so that push goes on to what is in it.
-        made = self.command == "POST" and self.path.endswith("/api/repos/create")
-        kind = next((known for known in HUB_ERRORS if f"/{known}-" in self.path), "missing")
-        status, code = (409, "") if made else HUB_ERRORS[kind]
-        body = json.dumps({"url": f"http://{self.headers['Host']}/owner/{kind}-one"}).encode()
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.send_response(status)
-        self.send_header("X-Error-Code", code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    do_GET = do_HEAD = do_POST = answer
-
-    def log_message(self, format: str, *arguments: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A hub on this machine, and a cache that goes with the test."""
-    server = HTTPServer(("127.0.0.1", 0), _Hub)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    address = f"http://127.0.0.1:{server.server_address[1]}"
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path_factory.mktemp("cache")))
-    yield address
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-@pytest.mark.parametrize(
-    ("repo_id", "message"),
-    [
-        ("owner/gated-one", "^repo_id: owner/gated-one is gated; ask for access"),
-        ("owner/missing-one", "^repo_id: owner/missing-one does not exist, or is not yours to see"),
-        ("no/such/form", "^repo_id: 'no/such/form' is not of the form owner/name"),
-    ],
-)
-def test_what_a_hub_refuses_is_one_line(hub: str, tmp_path: Path, repo_id: str, message: str) -> None:
-    some_vector().save(tmp_path / "v.safetensors")
-    for call in (lambda: fetch(repo_id, "v.safetensors"), lambda: push(tmp_path / "v.safetensors", repo_id)):
-        with pytest.raises(InputError, match=message) as caught:
-            call()
-        assert "\n" not in str(caught.value)
-
-
-def test_without_a_network_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    for call in (lambda: fetch("owner/name", "v.safetensors"), lambda: push(tmp_path, "owner/name")):
-        with pytest.raises(InputError, match=r"^repo_id: owner/name cannot be reached on the hub") as caught:
-            call()
-        assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match=r"^path: .* does not exist"):
-        push(tmp_path / "absent", "owner/name")
-
-
-def test_a_pushed_vector_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hub is a folder here; what is put there is what the patterns let through."""
-    import shutil
-
-    store = tmp_path / "store"
-    store.mkdir()
-
-    class Api:
-        def create_repo(self, repo_id: str, private: bool, exist_ok: bool) -> None:
-            assert (repo_id, private, exist_ok) == ("owner/name", True, True)
-
-        def upload_folder(self, repo_id: str, folder_path: Path, allow_patterns: list[str] | None) -> str:
-            for path in folder_path.iterdir():
-                if allow_patterns is None or path.name in allow_patterns:
-                    shutil.copy(path, store)
-            return f"hub/{repo_id}"
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo_id, allow_patterns: str(store))
-    mine = tmp_path / "mine"
-    mine.mkdir()
-    some_vector().save(mine / "v.safetensors")
-    (mine / "private.txt").touch()
-    assert push(mine / "v.safetensors", "owner/name") == "hub/owner/name"
-    assert sorted(path.name for path in store.iterdir()) == ["v.json", "v.safetensors"]
-    again = SteeringVector.load(fetch("owner/name", "v.safetensors"))
-    assert all(torch.equal(again.shifts[layer], shift) for layer, shift in some_vector().shifts.items())
-    with pytest.raises(InputError, match=r"^name: owner/name has no file w\.safetensors"):
-        fetch("owner/name", "w.safetensors")
-    push(mine, "owner/name")
-    assert (store / "private.txt").exists()
-
-
 def call(*arguments: object) -> tuple[int, str, str]:
     result = RUNNER.invoke(app, ["export", *map(str, arguments)])
     return result.exit_code, result.stdout, result.stderr
@@ -433,7 +325,10 @@ def test_the_command_line_writes_both_kinds(made: Path) -> None:
         (("v.safetensors", "--to", "checkpoint"), "model: a checkpoint is made of a model"),
         (("absent.safetensors", "--to", "gguf"), "absent.safetensors cannot be read"),
         (("unbound.safetensors", "--to", "gguf"), "model: the vector does not say which model it was made on"),
-        (("unbound.safetensors", "--to", "gguf", "--model", "model"), "model_type: the vector was made on None"),
+        (
+            ("unbound.safetensors", "--to", "gguf", "--model", "model"),
+            "binding: the vector does not say which model it was made on",
+        ),
         (("v.safetensors", "--to", "checkpoint", "--model", "not/at/all"), "model: not/at/all cannot be opened"),
         (("v.safetensors", "--to", "gguf", "--alpha", "0"), "shifts: the vector shifts nothing"),
     ],

@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from families import FAMILIES, prompts, tiny, tokenizer
-from mnemoscope.behaviour import read_states
+from mnemoscope.behaviour import capturing
 from mnemoscope.doctor import examine
 from mnemoscope.errors import InputError
 from mnemoscope.models import (
@@ -47,15 +47,17 @@ def generated(model: PreTrainedModel, texts: list[str], **options: Any) -> list[
 
 @pytest.mark.parametrize("family", SOME)
 @pytest.mark.parametrize("site", SITES)
-def test_beams_samples_and_static_caches_follow_each_prompts_factor(family: str, site: Site) -> None:
+@pytest.mark.parametrize("positions", ["decision", "all"])
+def test_beams_and_every_kind_of_cache_follow_each_prompts_factor(family: str, site: Site, positions: Any) -> None:
+    """What each prompt gives alone is the oracle: unpadded, cached, with one factor."""
     model, texts = tiny(family), prompts()
-    vector = random_vector(model, site)
+    vector = replace(random_vector(model, site), positions=positions)
     factors = [1.0, 0.0, 1.0, 0.0]
+    plain = [generated(model, [text])[0] for text in texts]
     with vector.apply(model):
-        alone = [generated(model, [text]) for text in texts]
-    plain = [generated(model, [text]) for text in texts]
+        alone = [generated(model, [text])[0] for text in texts]
     assert alone != plain
-    wanted = [(a if factor else b)[0] for a, b, factor in zip(alone, plain, factors, strict=True)]
+    wanted = [steered if factor else text for steered, text, factor in zip(alone, plain, factors, strict=True)]
     for options in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
         with vector.apply(model, alpha=factors):
             assert generated(model, texts, **options) == wanted, options
@@ -123,40 +125,14 @@ def test_vectors_follow_the_precision_of_a_layer(dtype: torch.dtype) -> None:
     model = tiny("llama").to(dtype)
     vector = random_vector(model)
     ids = torch.arange(3, 9)[None]
-    with torch.no_grad(), vector.apply(model), read_states(model, "block") as states:
+    with torch.no_grad(), vector.apply(model), capturing(model, "block") as states:
         assert model(input_ids=ids).logits.dtype == dtype
     assert all(state.dtype == dtype for state in states)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks the library by an old name
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_vectors_work_on_adapted_and_merged_models_alike(family: str) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    model = tiny(family)
-    targets = ["c_attn", "c_proj"] if family == "gpt2" else ["q_proj", "down_proj"]
-    lora = LoraConfig(
-        r=2, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM", fan_in_fan_out=family == "gpt2"
-    )
-    adapted = get_peft_model(model, lora).eval()
-    assert len(blocks_of(adapted)) == 3
-    assert all(check.passed for check in examine(adapted, tokenizer(), prompts()))
-    vector = random_vector(adapted, "neuron")
-    ids = torch.arange(3, 9)[None]
-    with torch.no_grad():
-        plain = adapted(input_ids=ids).logits
-        with vector.apply(adapted):
-            steered, text = adapted(input_ids=ids).logits, generated(adapted, prompts())
-        merged = adapted.merge_and_unload()
-        with vector.apply(merged):
-            torch.testing.assert_close(merged(input_ids=ids).logits, steered, rtol=1e-4, atol=1e-5)
-            assert generated(merged, prompts()) == text
-    assert not torch.allclose(plain, steered, atol=1e-3)
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_an_adapted_model_is_known_as_the_merged_one(family: str) -> None:
+def test_an_adapted_model_is_known_and_steered_as_the_merged_one(family: str) -> None:
     from peft import LoraConfig, get_peft_model
 
     targets = ["c_attn", "c_proj"] if family == "gpt2" else ["q_proj", "down_proj"]
@@ -164,11 +140,24 @@ def test_an_adapted_model_is_known_as_the_merged_one(family: str) -> None:
         r=2, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM", fan_in_fan_out=family == "gpt2"
     )
     adapted = get_peft_model(tiny(family), lora).eval()
+    assert len(blocks_of(adapted)) == 3
+    assert all(check.passed for check in examine(adapted, tokenizer(), prompts()))
     before = {name: weight.clone() for name, weight in adapted.named_parameters()}
     known = Binding.of(adapted, tokenizer())
     assert all(torch.equal(weight, before[name]) for name, weight in adapted.named_parameters())
     assert known != Binding.of(tiny(family), tokenizer())
-    assert known == Binding.of(adapted.merge_and_unload(), tokenizer())
+    vector = random_vector(adapted, "neuron")
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        plain = adapted(input_ids=ids).logits
+        with vector.apply(adapted):
+            steered, text = adapted(input_ids=ids).logits, generated(adapted, prompts())
+        merged = adapted.merge_and_unload()
+        assert known == Binding.of(merged, tokenizer())
+        with vector.apply(merged):
+            torch.testing.assert_close(merged(input_ids=ids).logits, steered, rtol=1e-4, atol=1e-5)
+            assert generated(merged, prompts()) == text
+    assert not torch.allclose(plain, steered, atol=1e-3)
 
 
 def test_a_batch_that_ends_in_padding_is_refused() -> None:
@@ -252,7 +241,7 @@ def test_block_outputs_are_those_that_nnsight_reads() -> None:
     for family in SOME:
         model = tiny(family)
         ids = torch.arange(3, 15).reshape(2, 6)
-        with torch.no_grad(), read_states(model, "block") as ours:
+        with torch.no_grad(), capturing(model, "block") as ours:
             model(input_ids=ids)
         watched = NNsight(model)
         path = layout_of(model).blocks
@@ -263,7 +252,7 @@ def test_block_outputs_are_those_that_nnsight_reads() -> None:
                     block = getattr(block, part)
                 theirs = block[layer].output.save()
             theirs = theirs[0] if isinstance(theirs, tuple) else theirs
-            torch.testing.assert_close(ours[layer], theirs[:, -1], rtol=0, atol=1e-6)
+            torch.testing.assert_close(ours[layer][:, 0], theirs[:, -1], rtol=0, atol=1e-6)
 
 
 def test_a_model_of_no_known_family_says_where_its_parts_are() -> None:

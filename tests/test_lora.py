@@ -26,7 +26,7 @@ from mnemoscope.behaviour.labels import decode
 from mnemoscope.cells import cells_of
 from mnemoscope.config import LoraConfig, StopConfig, TrainingConfig, parse_study
 from mnemoscope.errors import InputError
-from mnemoscope.models import adapt, blocks_of, is_adapted, load_model, merged, save_adapter, width_of
+from mnemoscope.models import adapt, is_adapted, load_model, merged, save_adapter
 from mnemoscope.steering import SteeringVector
 from mnemoscope.study import run_study
 from mnemoscope.tasks import KINDS, Task, answer_of, build_task
@@ -91,16 +91,13 @@ def opened(folder: Path, task: Task, lora: LoraConfig | None = LORA) -> Asking:
 
 def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """By the names that the model has without an adapter."""
-    named = {
-        name.removeprefix("base_model.model.").replace(".base_layer", ""): weight.detach().clone()
-        for name, weight in model.named_parameters()
-    }
-    return {name: weight for name, weight in named.items() if "lora_" not in name}
+    named = {name: weight.detach().clone() for name, weight in model.named_parameters() if "lora_" not in name}
+    return {name.removeprefix("base_model.model.").replace(".base_layer", ""): w for name, w in named.items()}
 
 
 def test_training_lowers_the_loss_and_changes_only_the_adapter(folder: Path, digits: Task, tmp_path: Path) -> None:
     asking, before = opened(folder, digits), weights(load_model(folder)[0])
-    ids = torch.tensor([asking.tokenizer(example.prompt).input_ids for example in same_length(digits)])
+    ids = torch.tensor([asking.tokenizer("12+34=56+78=90").input_ids])
     with torch.no_grad():
         plain = load_model(folder)[0](ids).logits
         assert torch.equal(asking.model(ids).logits, plain)  # an adapter begins as nothing
@@ -127,35 +124,6 @@ def test_training_lowers_the_loss_and_changes_only_the_adapter(folder: Path, dig
         torch.testing.assert_close(again, adapted, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(alone(ids).logits, adapted, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(adapted, plain, atol=0.1)
-
-
-def same_length(task: Task) -> list:  # type: ignore[type-arg]
-    """Examples whose prompts have as many tokens each, so that no pad is among them."""
-    found = task.examples(np.random.default_rng(0), 60, "memory")
-    tokenizer = bpe(texts_of(task))
-    lengths = [len(tokenizer(example.prompt).input_ids) for example in found]
-    return [example for example, n in zip(found, lengths, strict=True) if n == max(set(lengths), key=lengths.count)]
-
-
-def test_a_vector_does_the_same_to_the_adapted_and_to_the_merged_model(folder: Path, digits: Task) -> None:
-    asking = opened(folder, digits)
-    train(asking, digits, QUICK, np.random.default_rng(0))
-    examples = digits.examples(np.random.default_rng(1), 40, "conflict")
-    model = asking.model
-    drawn = np.random.default_rng(2).normal(size=(len(blocks_of(model)), width_of(model)))
-    shifts = {layer: torch.tensor(shift, dtype=torch.float32) for layer, shift in enumerate(drawn)}
-    vector = SteeringVector("memorized", shifts)
-
-    def margins() -> tuple[np.ndarray, np.ndarray]:
-        plain = score(asking, prepare(asking, examples), capture="block")
-        return plain.margin_N, score(asking, prepare(asking, examples), applied=lambda: vector.apply(model)).margin_N
-
-    of_adapted = margins()
-    model = merged(model)
-    asking = Asking(model, asking.tokenizer, asking.boundary)
-    for ours, theirs in zip(margins(), of_adapted, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3)
-    assert np.abs(of_adapted[0] - of_adapted[1]).max() > 0.1
 
 
 def test_the_seed_draws_the_adapter_and_nothing_else(folder: Path, digits: Task) -> None:
@@ -299,65 +267,47 @@ def test_a_bad_adapter_is_one_line(model: dict[str, object], line: str) -> None:
 
 
 def test_only_what_is_adapted_is_trained_and_seeds_of_it_begin_alike(tmp_path: Path) -> None:
-    shapes = [
-        parse_study(study(model)).cells["mine"].model
-        for model in (
-            {},
-            {"folder": "x"},
-            {"folder": "x", "lora": {}},
-            {"folder": "x", "lora": {"target_modules": "q"}},
-        )
-    ]
+    given = ({}, {"folder": "x"}, {"folder": "x", "lora": {}}, {"folder": "x", "lora": {"target_modules": "q"}})
+    shapes = [parse_study(study(model)).cells["mine"].model for model in given]
     assert [shape.is_trained for shape in shapes] == [True, False, True, True]
     assert [shape.shares_first_weights for shape in shapes] == [False, True, True, True]
     raw = study({"folder": "x", "lora": {}})
     raw["cells"]["borrower"] = {**CELL, "model": {"cell": "mine"}}  # type: ignore[index]
     own = tmp_path / "cells" / "mine-0" / "model"
     assert [cell.model_folder for cell in cells_of(parse_study(raw), tmp_path)] == [own, own]
-    assert shapes[3].lora is not None
-    assert shapes[3].lora.target_modules == ("q",)
+    assert shapes[3].lora == LoraConfig(target_modules=("q",))
 
 
 def test_what_cannot_be_adapted_is_refused(folder: Path, digits: Task, tmp_path: Path) -> None:
     model, _ = load_model(folder)
-    for targets in (("query",), ("all-linear", "query"), ("wte",), ("embed_tokens",)):
-        with pytest.raises(
-            InputError, match=r"target_modules: '[\w-]+' is no linear layer of its own in .*allowed are"
-        ):
+    tied = [("lm_head",)] if model.config.tie_word_embeddings else []
+    for targets in (("query",), ("all-linear", "query"), ("wte",), ("embed_tokens",), *tied):
+        with pytest.raises(InputError, match=r"target_modules: '[\w-]+' is no linear layer of its own in .*allowed"):
             adapt(model, LoraConfig(target_modules=targets), 0)
-    if model.config.tie_word_embeddings:
-        with pytest.raises(InputError, match="'lm_head' is no linear layer of its own"):
-            adapt(model, LoraConfig(target_modules=("lm_head",)), 0)
     save_adapter(opened(folder, digits).model, tmp_path)
     with pytest.raises(InputError, match=r"model\.folder: it holds an adapter already"):
         adapt(load_model(tmp_path)[0], LORA, 0)
 
 
-def test_without_peft_nothing_is_begun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "peft", None)
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(study({"folder": str(tmp_path), "lora": {}})))
-    code, out, err = call("run", str(tmp_path / "mine.yaml"), "--out", str(tmp_path / "run"))
-    assert (code, out) == (2, "")
-    assert err == "error: model.lora needs peft: pip install 'mnemoscope[lora]'\n"
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_task_that_only_asks_is_refused(folder: Path, tmp_path: Path) -> None:
-    row = {"item": "a", "prompt": "1+1=", "memorized": "3", "generalized": "2"}
-    (tmp_path / "mine.jsonl").write_text(json.dumps(row))
-    raw = study({"folder": str(folder), "lora": {}}, task="jsonl", options={"file": str(tmp_path / "mine.jsonl")})
+def test_what_cannot_be_trained_is_one_line(digits: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task that only asks, a tokenizer without an end of text, no peft."""
+    tokenizer, model, data, run = bpe(texts_of(digits)), tmp_path / "model", tmp_path / "mine.jsonl", tmp_path / "run"
+    new("llama", tokenizer).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    data.write_text(json.dumps({"item": "a", "prompt": "1+1=", "memorized": "3", "generalized": "2"}))
+    asking = study({"folder": str(model), "lora": {}}, task="jsonl", options={"file": str(data)})
     with pytest.raises(InputError, match=r"'jsonl' has nothing to train on; .* without lora"):
-        run_study(parse_study(raw), tmp_path / "run", workers=1)
-
-
-def test_a_tokenizer_without_an_end_of_text_is_refused(digits: Task, tmp_path: Path) -> None:
-    tokenizer = bpe(texts_of(digits))
-    new("llama", tokenizer).save_pretrained(tmp_path / "model")
+        run_study(parse_study(asking), run, workers=1)
     tokenizer.eos_token = None
-    tokenizer.save_pretrained(tmp_path / "model")
-    raw = study({"folder": str(tmp_path / "model"), "lora": {}})
+    tokenizer.save_pretrained(model)
+    training = study({"folder": str(model), "lora": {}})
     with pytest.raises(InputError, match=r"model\.folder: .* has no end-of-text token"):
-        run_study(parse_study(raw), tmp_path / "run", workers=1)
+        run_study(parse_study(training), run, workers=1)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(training))
+    line = "error: model.lora needs peft: pip install 'mnemoscope[lora]'\n"
+    assert call("run", str(tmp_path / "mine.yaml"), "--out", str(tmp_path / "other")) == (2, "", line)
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 from transformers import (
@@ -130,17 +129,6 @@ def test_objects_that_are_not_causal_are_refused() -> None:
         pass
 
 
-def test_a_model_comes_with_its_tokenizer(tmp_path: Path) -> None:
-    model, vector = tiny("llama"), SteeringVector("generalized", {0: torch.ones(32)})
-    vector.bound_to(model, tokenizer()).save(tmp_path / "v.safetensors")
-    with pytest.raises(InputError, match="model, tokenizer: give both"):
-        SteeringVector.load(tmp_path / "v.safetensors", model)
-    assert SteeringVector.load(tmp_path / "v.safetensors", model, force=True).layers == [0]
-    SteeringVector("generalized", {0: torch.ones(16)}).save(tmp_path / "narrow.safetensors")
-    with pytest.raises(InputError, match="16 neurons in layer 0"):
-        SteeringVector.load(tmp_path / "narrow.safetensors", model, force=True)
-
-
 def test_models_that_are_not_causal_are_refused(tmp_path: Path) -> None:
     small = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     BertForMaskedLM(BertConfig(**small, intermediate_size=16)).save_pretrained(tmp_path / "masked")
@@ -182,33 +170,28 @@ def test_a_packaged_model_without_its_package_says_what_to_install(
     assert not any(tmp_path.iterdir())
 
 
-def test_doctor_tells_in_words_and_for_machines(tmp_path: Path) -> None:
-    folder = saved(tmp_path)
-    asked = ("--prompt", "w1 w2 w3", "--prompt", "w4")
-    code, out, _ = call("doctor", str(folder), *asked)
+ASKED = ("--prompt", "w1 w2 w3", "--prompt", "w4")
+
+
+def test_doctor_reports_in_words_and_for_machines(tmp_path: Path) -> None:
+    folder = str(saved(tmp_path))
+    code, out, _ = call("doctor", folder, *ASKED)
     assert code == 0
     assert out.count("ok  ") == 24
-    code, out, _ = call("doctor", str(folder), *asked, "--dtype", "bfloat16", "--json")
-    found = json.loads(out)
-    assert (code, found["passed"], len(found["checks"])) == (0, True, 24)
-
-
-def test_the_places_of_layers_can_be_given(tmp_path: Path) -> None:
-    folder = saved(tmp_path)
-    code, out, _ = call(
-        "doctor", str(folder), "--prompt", "w1 w2 w3", "--prompt", "w4", "--json", "--device-map", "cpu"
-    )
-    assert (code, json.loads(out)["passed"]) == (0, True)
+    for options, checks in (
+        (("--dtype", "bfloat16"), 24),
+        (("--device-map", "cpu"), 24),
+        (("--layout", "blocks=model.layers,attention=self_attn,mlp=mlp"), 19),
+    ):
+        code, out, _ = call("doctor", folder, *ASKED, *options, "--json")
+        found = json.loads(out)
+        assert (code, found["passed"], len(found["checks"])) == (0, True, checks)
 
 
 def test_a_layout_can_be_given(tmp_path: Path) -> None:
     known = layout_of(tiny("llama"))
-    folder = saved(tmp_path)
     other = Layout(known.blocks, known.attention, known.mlp, "")
-    assert layout_of(load_model(folder, layout=other)[0]) == other
-    asked = ("--prompt", "w1 w2 w3", "--prompt", "w4", "--json", "--layout")
-    code, out, _ = call("doctor", str(folder), *asked, f"blocks={known.blocks},attention=self_attn,mlp=mlp")
-    assert (code, len(json.loads(out)["checks"])) == (0, 19)
+    assert layout_of(load_model(saved(tmp_path), layout=other)[0]) == other
 
 
 @pytest.mark.parametrize(
@@ -226,41 +209,3 @@ def test_bad_input_to_doctor_is_one_line(tmp_path: Path, arguments: list[str], l
     assert code == 2
     assert line in err
     assert len(err.strip().splitlines()) == 1
-
-
-def test_steer_shows_both_answers(mini_run: Path, tmp_path: Path) -> None:
-    """From a run, a cell and a file; the steered answer is that of `generate` under the vector."""
-    cell = mini_run / "cells" / "addition-0"
-    model, words = load_model(cell / "model")
-    pairs = pd.read_parquet(cell / "records" / "pairs.parquet").query("is_pair and split == 'test'")
-    memorized = pairs.prompt_a.where(pairs.behaviour_a == "memorized", pairs.prompt_b).tolist()
-    asked = (str(cell / "model"), *memorized, "--toward", "generalized", "--max-new-tokens", "8", "--json", "--from")
-    method = json.loads((cell / "records" / "chosen.json").read_text())["pairs"]["best"]["to_generalized"]
-    file = cell / "vectors" / f"to_generalized-{method}.safetensors"
-    answers = [json.loads(call("steer", *asked, str(place))[1])["answers"] for place in (mini_run, cell, file)]
-    assert answers[0] == answers[1] == answers[2]
-    assert any(row["plain"] != row["steered"] for row in answers[0])
-    inputs = words(memorized, return_tensors="pt", padding=True)
-    with SteeringVector.load(file, model, words).apply(model):
-        ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)[:, inputs.input_ids.shape[1] :]
-    assert [row["steered"] for row in answers[0]] == words.batch_decode(ids, skip_special_tokens=True)
-    untouched = json.loads(call("steer", *asked, str(mini_run), "--alpha", "0")[1])["answers"]
-    assert all(row["plain"] == row["steered"] for row in untouched)
-    code, _, err = call("steer", str(saved(tmp_path)), "w1", "--toward", "memorized", "--from", str(mini_run))
-    assert code == 2
-    assert "the vector was made on" in err
-    code, _, err = call(
-        "steer", str(cell / "model"), "1+2=", "--toward", "generalized", "--from", str(file), "--gate", "0.5"
-    )
-    assert (code, err.count("\n")) == (2, 1)
-    assert "gate: needs a detector too" in err
-    for toward, source, line in (
-        ("both", mini_run, "toward: 'both'"),
-        ("memorized", file, "turns to generalized, not to memorized"),
-        ("memorized", tmp_path, "is neither a vector nor a folder of a run"),
-        ("memorized", tmp_path / "absent", "does not exist"),
-    ):
-        code, _, err = call("steer", str(cell / "model"), "1+2=", "--toward", toward, "--from", str(source))
-        assert code == 2
-        assert line in err
-        assert len(err.strip().splitlines()) == 1

@@ -19,6 +19,9 @@ import mnemoscope
 from helpers import MINI_TASKS
 from mnemoscope.behaviour import Asking
 from mnemoscope.cli import app
+from mnemoscope.report import STORIES
+from mnemoscope.report.words import ranged
+from mnemoscope.statistics import Estimate
 from mnemoscope.tasks.jsonl import read_jsonl
 
 ROOT = Path(__file__).parents[1]
@@ -111,16 +114,21 @@ def test_the_page_of_fields_is_that_of_the_code() -> None:
     assert "stored pairs" in printed
 
 
-def test_the_tables_of_the_review_are_made_from_a_run(mini_run: Path) -> None:
-    """Every table is there, and a shift in it is the one of results.json."""
-    printed = subprocess.run(
-        [sys.executable, ROOT / "docs" / "review.py", mini_run], capture_output=True, text=True, check=True
-    ).stdout
-    headings = [line for line in printed.splitlines() if line.startswith("## ")]
-    assert [line.split()[1] for line in headings] == ["1.", "2.", "2.", "3", "4.", "5.", "6.", "8.", "9.", "10."]
+def test_the_page_of_records_is_that_of_the_code() -> None:
+    command = [sys.executable, ROOT / "docs" / "records.py"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert printed == (ROOT / "docs" / "RECORDS.md").read_text(), "python docs/records.py > docs/RECORDS.md"
+    assert "| `minus_control` | {str:" in printed
+
+
+def test_the_tables_of_the_review_are_those_of_the_report(mini_run: Path) -> None:
+    """Every story is there, and a shift in its table is the one of results.json."""
+    command = [sys.executable, ROOT / "docs" / "review.py", mini_run]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert len(re.findall("^### ", printed, flags=re.MULTILINE)) == len(STORIES)
     task = json.loads((mini_run / "results.json").read_text())["tasks"]["addition"]
-    shift = task["steering"]["to_memorized"]["pairs"]["shift"]
-    assert f"| {shift['estimate']:.3f} [{shift['low']:.3f}, {shift['high']:.3f}] |" in printed.split("## 2.")[1]
+    shift = Estimate(**task["steering"]["to_memorized"]["pairs"]["shift"])
+    assert f"| Towards remembering, pairs: vector | {ranged(shift)} |".replace("\u00a0", " ") in printed
 
 
 def test_prose_has_lines_that_can_be_read() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -11,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from helpers import hook_count, label, mini_examples
+from helpers import hook_count, label, mini_examples, shifted_by_hand
 from mnemoscope.behaviour import Asking, cache_prefixes, prepare, score
-from mnemoscope.contrast import ContrastAccumulator
 from mnemoscope.errors import InputError
 from mnemoscope.models import SITES, cache_of, forked, pass_inputs
-from mnemoscope.steering import Binding, SteeringVector
+from mnemoscope.steering import Binding, Card, SteeringVector
 
 
 def random_vector(site: str = "block", scale: float = 2.0, seed: int = 0, **facts: object) -> SteeringVector:
@@ -88,58 +90,15 @@ def test_algebra() -> None:
         vector + random_vector("mlp")
 
 
-def shifted_by_hand(asking: Asking, vector: SteeringVector, start: int) -> torch.Tensor:
-    """The oracle: plain transformers, with each block's output overwritten from a column on."""
-    handles = []
-    for layer, shift in vector.shifts.items():
-
-        def add(module: torch.nn.Module, args: object, output: object, shift: torch.Tensor = shift) -> object:
-            states = (output[0] if isinstance(output, tuple) else output).clone()  # type: ignore[index]
-            states[:, start:] += shift
-            return (states, *output[1:]) if isinstance(output, tuple) else states  # type: ignore[index]
-
-        handles.append(asking.model.transformer.h[layer].register_forward_hook(add))
-    try:
-        return logits(asking)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def test_a_whole_pass_equals_a_shift_added_by_hand(asking: Asking) -> None:
     vector = random_vector()
     last = inputs_of(asking)["input_ids"].shape[1] - 1
-    for start, options in ((last, {}), (3, {"start": 3})):
-        with vector.apply(asking.model, **options):  # type: ignore[arg-type]
+    everywhere = replace(vector, positions="all")
+    for moved, first, options in ((vector, last, {}), (vector, 3, {"start": 3}), (everywhere, 0, {})):
+        with moved.apply(asking.model, **options):  # type: ignore[arg-type]
             ours = logits(asking)
-        assert torch.equal(ours, shifted_by_hand(asking, vector, start))
-    with replace(vector, positions="all").apply(asking.model):
-        ours = logits(asking)
-    assert torch.equal(ours, shifted_by_hand(asking, vector, 0))
-
-
-@pytest.mark.parametrize("positions", ["decision", "all"])
-@pytest.mark.parametrize("site", SITES)
-def test_cached_uncached_and_single_generation_agree(asking: Asking, site: str, positions: str) -> None:
-    vector = random_vector(site, scale=0.7, positions=positions)
-    with vector.apply(asking.model):
-        cached = generated(asking)
-        uncached = generated(asking, use_cache=False)
-        inputs = inputs_of(asking)
-        singles = []
-        for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
-            row = ids[mask.bool()][None]
-            out = asking.model.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=8, do_sample=False)
-            singles.append(out[0, row.shape[1] :].tolist())
-    assert cached == uncached
-    eos = asking.tokenizer.eos_token_id
-
-    def closed(row: list[int]) -> list[int]:
-        return row[: row.index(eos)] if eos in row else row
-
-    width = inputs["input_ids"].shape[1]
-    assert [closed(row[width:]) for row in cached] == [closed(row) for row in singles]
-    assert cached != generated(asking)
+        with shifted_by_hand(asking.model, vector.shifts, first):
+            assert torch.equal(ours, logits(asking))
 
 
 def test_a_cached_prefix_gives_the_labels_of_whole_prompts(asking: Asking) -> None:
@@ -156,51 +115,32 @@ def test_a_cached_prefix_gives_the_labels_of_whole_prompts(asking: Asking) -> No
     assert (plain.behaviour_N != cached.behaviour_N).mean() > 0.1
 
 
-def contrast_of(seed: int = 0) -> object:
-    rng = np.random.default_rng(seed)
-    accumulator = ContrastAccumulator.empty("block", 2, 64, permutations=99, seed=0)
-    means_LD = rng.normal(size=(2, 64)) * np.array([[1.0], [10.0]])
-    states_NLD = rng.normal(size=(200, 2, 64)) + 3
-    accumulator.add(states_NLD + means_LD, states_NLD + rng.normal(size=states_NLD.shape), [str(i) for i in range(200)])
-    return accumulator.result()
-
-
-def test_the_vector_of_a_contrast_is_the_papers_formula() -> None:
-    contrast = contrast_of()
-    vector = SteeringVector.from_contrast(contrast, toward="generalized", top=0.1, strength=3.0)  # type: ignore[arg-type]
-    order = np.argsort(-np.abs(contrast.rho_LD).ravel())[:13]  # type: ignore[attr-defined]
-    expected = np.zeros(128)
-    expected[order] = 3.0 * (np.sign(contrast.rho_LD) * np.abs(contrast.nmd_LD)).ravel()[order]  # type: ignore[attr-defined]
-    np.testing.assert_allclose(vector.dense(2, 64).ravel(), expected, rtol=1e-6)
-    back = SteeringVector.from_contrast(contrast, toward="memorized", top=0.1, strength=3.0)  # type: ignore[arg-type]
-    assert (vector + back).layers == []
-
-
-def test_relative_strength_is_a_share_of_each_layers_state_norm() -> None:
-    contrast = contrast_of()
-    vector = SteeringVector.from_contrast(contrast, toward="generalized", top=1.0, strength=0.2, relative=True)  # type: ignore[arg-type]
-    np.testing.assert_allclose(np.linalg.norm(vector.dense(2, 64), axis=1), 0.2 * contrast.state_norm_L, rtol=1e-5)  # type: ignore[attr-defined]
-
-
 def test_a_saved_vector_comes_back_and_is_bound_to_its_model(
     asking: Asking, mini: Callable[[str], Asking], tmp_path: Path
 ) -> None:
-    vector = replace(random_vector(), task="addition", method="nmd", strength=1.5).bound_to(
-        asking.model, asking.tokenizer
-    )
-    path = tmp_path / "vector.safetensors"
-    vector.save(path)
+    card = Card("addition, seed 0", {"estimate": 0.5, "low": 0.4, "high": 0.6, "n": 10}, cost={"novel": -0.01})
+    facts = {"task": "addition", "method": "nmd", "strength": 1.5, "card": card, "opening": (3, 4)}
+    vector = replace(random_vector(), **facts).bound_to(asking.model, asking.tokenizer)
+    path = str(tmp_path / "vector.safetensors")
+    assert [str(file) for file in vector.save(path)] == [path, str(tmp_path / "vector.json")]
     back = SteeringVector.load(path, asking.model, asking.tokenizer)
-    assert {k: v for k, v in vars(back).items() if k != "shifts"} == {
-        k: v for k, v in vars(vector).items() if k != "shifts"
-    }
+    assert replace(back, shifts={}) == replace(vector, shifts={})
     assert all(torch.equal(back.shifts[layer], vector.shifts[layer]) for layer in vector.layers)
+    assert str(back.card) == (
+        "fitted on addition, seed 0: 0 pairs of 0 groups\ntest shift 0.500 [0.400, 0.600], n = 10\n"
+        "cost, change in accuracy: novel -0.010"
+    )
     other = mini("addition-digits")
     with pytest.raises(InputError, match="weights: the vector was made on"):
         SteeringVector.load(path, other.model, other.tokenizer)
     assert SteeringVector.load(path, other.model, other.tokenizer, force=True).layers == [0, 1]
-    narrow = replace(vector, shifts={0: torch.ones(3)})
-    narrow.save(path)
+    with pytest.raises(InputError, match="model, tokenizer: give both"):
+        SteeringVector.load(path, asking.model)
+    assert SteeringVector.load(path, asking.model, force=True).layers == [0, 1]
+    random_vector().save(path)
+    with pytest.raises(InputError, match=r"^binding: the vector does not say which model it was made on"):
+        SteeringVector.load(path, asking.model, asking.tokenizer)
+    replace(vector, shifts={0: torch.ones(3)}).save(path)
     with pytest.raises(InputError, match="3 neurons in layer 0"):
         SteeringVector.load(path, asking.model, asking.tokenizer, force=True)
 
@@ -254,14 +194,32 @@ def test_a_second_question_behind_the_same_cache_has_a_decision_position_of_its_
         assert torch.equal(alone, after_another)
 
 
-def test_damaged_vectors_are_refused_in_one_line(asking: Asking, tmp_path: Path) -> None:
-    path = tmp_path / "vector.safetensors"
-    with pytest.raises(InputError, match="cannot be read"):
-        SteeringVector.load(path)
-    random_vector().save(path)
-    path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(InputError, match="cannot be read") as error:
-        SteeringVector.load(path)
+def changed_json(path: Path, **facts: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda file, facts: file.write_bytes(file.read_bytes()[:50]), "its digest is not that of the JSON beside it"),
+        (lambda file, facts: save_file({"layer.0": torch.ones(64)}, file), "its digest is not that of the JSON"),
+        (lambda file, facts: file.unlink(), "No such file"),
+        (lambda file, facts: facts.unlink(), "No such file"),
+        (lambda file, facts: facts.write_text("{"), "Expecting property name"),
+        (lambda file, facts: facts.write_text("{}"), "digest"),
+        (lambda file, facts: changed_json(facts, layers=[0, 2]), "its layers are not those of the JSON beside it"),
+        (lambda file, facts: changed_json(facts, colour=1), "colour"),
+        (lambda file, facts: changed_json(facts, card={"shift": 1}), "fitted_on"),
+    ],
+)
+def test_a_damaged_artefact_is_refused_by_name(
+    damage: Callable[[Path, Path], object], message: str, tmp_path: Path
+) -> None:
+    file, facts = random_vector().save(tmp_path / "vector.safetensors")
+    assert SteeringVector.load(file).layers == [0, 1]
+    damage(file, facts)
+    with pytest.raises(InputError, match=rf"^vector: {re.escape(str(file))} cannot be read \(.*{message}") as error:
+        SteeringVector.load(str(file))
     assert "\n" not in str(error.value)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from mnemoscope.errors import InputError
 from mnemoscope.files import new_folder, write_atomically
 from mnemoscope.models import Site, core_of, layout_of, load_model, pass_inputs
-from mnemoscope.steering import SteeringVector
+from mnemoscope.steering import Card, SteeringVector, readable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -303,7 +303,7 @@ def _gguf() -> Any:
 
 
 def push(path: Path | str, repo_id: str) -> str:
-    """Put a folder, or the file of a vector with the JSON beside it and its card, into a repository of the hub.
+    """Put a folder, or the file of a vector or detector with its JSON and its card, into a repository of the hub.
 
     Args:
         repo_id: ``owner/name``. Where there is none it is made, private.
@@ -312,18 +312,23 @@ def push(path: Path | str, repo_id: str) -> str:
         The address of what was put there.
 
     Raises:
-        InputError: the path does not exist, or the hub cannot be reached or refuses.
+        InputError: the path does not exist, the JSON is damaged, or the hub cannot be reached or refuses.
     """
     from huggingface_hub import HfApi
 
     path = Path(path)
     if not path.exists():
         raise InputError(f"path: {path} does not exist")
-    only = None if path.is_dir() else [path.name, path.with_suffix(".json").name]
+    described = path.with_suffix(".json")
+    only = None if path.is_dir() else [path.name, described.name]
+    card = None
+    if only and described.is_file():
+        with readable("card", described):
+            facts = json.loads(described.read_text()).get("card")
+            card = Card(**facts) if facts else None
     try:
         HfApi().create_repo(repo_id, private=True, exist_ok=True)
         source = path if path.is_dir() else path.parent
-        card = None if path.is_dir() else SteeringVector.load(path).card
         if card is not None:  # the page that the hub shows
             HfApi().upload_file(
                 repo_id=repo_id,

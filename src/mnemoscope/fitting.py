@@ -89,20 +89,25 @@ def fit_run(
 def _left_as_it_was(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode inside the context; the model's own modes, and the process's settings, are back at its end."""
     import torch
+    from threadpoolctl import threadpool_limits
 
     training = {name: module.training for name, module in model.named_modules()}
     learning = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    threads, fill = torch.get_num_threads(), torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    only_warn = torch.is_deterministic_algorithms_warn_only_enabled()
     model.eval()
     try:
-        yield
+        with threadpool_limits(os.cpu_count() or 1):  # of numpy, whatever a study sets meanwhile
+            yield
     finally:
         for name, module in model.named_modules():
             module.training = training[name]
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(learning[name])
         torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic)
+        torch.use_deterministic_algorithms(deterministic, warn_only=only_warn)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
 
 
 def _digest(task: Task) -> str:
@@ -132,6 +137,7 @@ def fitting_study(
         InputError: the file does not exist, the budget is below one layer's, or a field is not allowed.
     """
     if isinstance(task, Task):
+        # The options say which task it was; the task itself comes with the open model.
         name, options = f"{type(task).__module__}:{type(task).__name__}", {"digest": _digest(task)}
     else:
         name = str(task)
@@ -160,14 +166,15 @@ def fitting_study(
             # What indifference does is judged on test; while settings are compared it would take most of all tokens.
             "tune_refits": 0,
             "controls_of": "best",
-            "tune_draws_again": 8,
+            "conflict_draws": 4,  # as the built-in studies have it: of these controls nothing is claimed
+            "tune_draws_again": 6,
             "judged_examples": 200,
             "control_limit": 0.15,
             "collateral_limit": 0.05,
             "positions": positions,
             "sweeps": {method: {"layers": layers, **grid, **everywhere} for method, grid in TRIED.items()},
         },
-        "effects": {"pairs": 60, "draws": 1, "doses": [0.0, 0.5, 1.0, 2.0], "ablated": [0.1]},
+        "effects": {"pairs": 40, "draws": 1, "doses": [0.0, 0.5, 1.0, 2.0], "ablated": [0.1]},
         "detection": {"fitted": True},
         "neutral": {"cuts": 200, "texts": 32, "length": 64},
     }

@@ -68,8 +68,9 @@ class Prompting:
             return []
         rendered = [self._rendered(tokenizer, said) for said in "1x"]
         first, second = tokenizer(rendered, add_special_tokens=False).input_ids
-        same = (number for number, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
-        return first[: next(same, min(len(first), len(second)))]
+        unknown = tokenizer.unk_token_id  # may stand for what is said in both
+        apart = (n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b or a == unknown)
+        return first[: next(apart, min(len(first), len(second)))]
 
     def check_template(self, tokenizer: PreTrainedTokenizerFast) -> None:
         """Raises InputError where a chat is wanted and the tokenizer has no chat template."""

@@ -205,8 +205,9 @@ class KeptStates:
             "uncertainty": np.ascontiguousarray(uncertainty_N2[fresh], np.float64),
             "keys": np.frombuffer(b"".join(keys[n] for n in fresh), np.uint8).reshape(len(fresh), -1).copy(),
         }
-        path = write_atomically(self.folder / f"{site}-{len(files):05d}.safetensors", save(arrays))
-        self._enter(site, path)
+        content = save(arrays)
+        if len(content) <= room:
+            self._enter(site, write_atomically(self.folder / f"{site}-{len(files):05d}.safetensors", content))
 
     def find(self, site: Site, examples: Sequence[Example]) -> np.ndarray:
         """Where each example is kept, int64 (N,): a number for ``take``, -1 where it is not."""

@@ -95,6 +95,7 @@ def fit(
     with one_line_errors():
         from mnemoscope.face import fit as fit_model
         from mnemoscope.plain import dumped
+        from mnemoscope.report import brief_of
 
         parts = {"layout": named_parts(layout)} if layout else {}
         with progress(quiet=as_json) as tell:
@@ -114,7 +115,7 @@ def fit(
             )
         summary, report_path = fitted.summary(), str(out / "report.html")
         if as_json:
-            typer.echo(dumped({"run": str(out), "report": report_path, "tasks": summary.brief()}))
+            typer.echo(dumped({"run": str(out), "report": report_path, "tasks": brief_of(out)}))
         else:
             typer.echo(f"{summary}\n{report_path}")
 

@@ -160,7 +160,7 @@ class SteeringConfig(Frozen):
     )
     draws: int = Field(20, ge=1, description="draws of each control")
     controls_of: Literal["all", "best"] = Field(
-        "all", description="methods whose controls are drawn on test pairs; best: those that are best for an aim"
+        "all", description="methods whose controls are drawn on test; best: only the one that is best for a list"
     )
     conflict_draws: int = Field(
         20, ge=1, description="draws of each control where conflicts are steered as they are drawn"

@@ -13,7 +13,6 @@ from mnemoscope.report.records import read_run
 from mnemoscope.report.results import compute_results, to_json
 from mnemoscope.report.summary import Summary, brief, brief_of, compare_briefs, in_words, summary_of
 
-
 # The stories of a task, in the order of the page.
 STORIES = [story.chapter for story in (behaviour, differ, read, steer, where, cost, holds, detector)]
 

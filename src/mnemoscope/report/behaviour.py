@@ -9,32 +9,16 @@ from difflib import SequenceMatcher
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mnemoscope.report.drawing import (
-    COLOUR,
-    DASHED,
-    GENERALIZED,
-    INK,
-    MEMORIZED,
-    OTHER,
-    PAPER,
-    RULE,
-    Frame,
-    Line,
-    Panel,
-    canvas,
-    draw_lines,
-    name_rows,
-    share_axis,
-)
+from mnemoscope.report import drawing
+from mnemoscope.report.drawing import COLOUR, DASHED, GENERALIZED, INK, MEMORIZED, OTHER, PAPER, Dot, Line, Panel
 from mnemoscope.report.intervals import mean
 from mnemoscope.report.page import Answer, Chapter, Exhibit, View
 from mnemoscope.report.records import Cell
-from mnemoscope.report.schema import Behaviour, Pairs, Training, Yield
-from mnemoscope.report.words import ANSWERED, UNMEASURED, count, listed, percent, ranged
+from mnemoscope.report.schema import Behaviour, Pairs, Yield
+from mnemoscope.report.words import ANSWERED, count, listed, percent
 
 CURVES = (
     ("novel_accuracy", "new right", GENERALIZED, DASHED),
@@ -49,11 +33,6 @@ Pieces = list[tuple[str, str]]
 # Splitting keeps what is between sentences, so that the parts join to the whole text again.
 SENTENCE = re.compile(r"(\s*[.?!\n]+\s*)")
 WORD = re.compile(r"\d+|[^\W\d]+|\s+|.", re.DOTALL)
-
-
-def measure_training(cell: Cell) -> Training:
-    """Seconds and steps; NaN where nothing was trained here."""
-    return Training(**{key: cell.training_time.get(key, np.nan) for key in ("seconds", "steps")})
 
 
 def measure_behaviour(cell: Cell) -> Behaviour:
@@ -92,17 +71,9 @@ def chapter(view: View) -> Chapter:
     """Training, answers and margins, and the pairs."""
     task, cells = view.task, view.cells
     trained = [cell.training for cell in cells if cell.training is not None]
-    panels = [*([_training_panel(trained)] if trained else []), _answers_panel(task.behaviour), _margins_panel(cells)]
-    sentences = [_training_sentence(trained), f"The weights are those of {task.weights}." if task.weights else ""]
-    pairs = task.pairs
-    telling = "The test split has no candidates, so there is no yield."
-    if pairs.candidates:
-        telling = (
-            f"{pairs.pairs:,} of {count(pairs.candidates, 'test candidate')} flip when rephrased: a yield of "
-            f"{ranged(pairs.yield_)}, from {count(pairs.groups, 'group')}."
-        )
-    shown = {"example": one_conflict(cells), "pairs": some_pairs(cells), "telling": telling}
-    return Chapter(_answer(task.behaviour), [Exhibit("answers", panels, sentences)], **shown)
+    panels = [_answers_panel(task.behaviour), _margins_panel(cells), *map(_training_panel, trained[:1])]
+    exhibits = [Exhibit("answers", panels)]
+    return Chapter(_answer(task.behaviour), exhibits, example=one_conflict(cells), pairs=some_pairs(cells))
 
 
 def _answer(found: Behaviour) -> Answer:
@@ -125,67 +96,21 @@ def _answer(found: Behaviour) -> Answer:
     return Answer("does", question, verdict, percent(most.estimate), sentence, note)
 
 
-def _training_sentence(trained: list[pd.DataFrame]) -> str:
-    if not trained or trained[0].empty:
-        return "This model was loaded, not trained here, so there is no training curve."
-    kept, met = (trained[0][trained[0][column].astype(bool)] for column in ("kept", "met"))
-    first = f"The stop rule first held at step {met.step.iloc[0]:,.0f}" if len(met) else "The stop rule never held"
-    return f"{first}; the weights kept are those of step {kept.step.iloc[0]:,.0f}." if len(kept) else f"{first}."
-
-
-def _training_panel(trained: list[pd.DataFrame]) -> Panel:
-    """The first cell bold, other seeds faint."""
-    first = trained[0]
-
-    def plot() -> Figure:
-        figure, (ax,) = canvas(300)
-        for table in trained[1:]:
-            for column, _, colour, dash in CURVES:
-                ax.plot(table.step, table[column], color=colour, linestyle=dash, linewidth=1, alpha=0.35)
-        lines = [Line(name, first.step, first[column].to_numpy(float), c, dash) for column, name, c, dash in CURVES]
-        draw_lines(ax, lines, Frame("while it trains", xlabel="optimizer steps", share=True, ticks={}))
-        kept = first[first.kept.astype(bool)]
-        if len(kept):
-            ax.axvline(kept.step.iloc[0], color=INK, linewidth=1)
-            ax.annotate("kept", (kept.step.iloc[0], 1.03), (-4, -12), textcoords="offset points", ha="right")
-        return figure
-
-    return plot
+def _training_panel(table: pd.DataFrame) -> Panel:
+    """Accuracy, recall and shares of behaviours while the model trains."""
+    steps = table.step.astype(float).to_list()
+    lines = [Line(name, steps, table[key].astype(float).to_list(), colour, dash) for key, name, colour, dash in CURVES]
+    kept = {float(step): f"{step:,.0f}\nkept" for step in table.step[table.kept.astype(bool)]}
+    ticks = {0.0: "0", steps[-1]: f"{steps[-1]:,.0f}", **kept}
+    return drawing.lines_panel("while it trains", lines, "optimizer steps", ticks=ticks, axis="share")
 
 
 def _answers_panel(found: Behaviour) -> Panel:
-    rows = (
-        ("new questions", [("right", found.novel_accuracy, GENERALIZED)]),
-        ("facts to recall", [("right", found.recall, MEMORIZED)]),
-        ("conflicts", [(name, found.conflict[key], COLOUR[key]) for key, name in ANSWERED.items()]),
-    )
-
-    def plot() -> Figure:
-        figure, (ax,) = canvas(200)
-        for row, (_, parts) in enumerate(rows):
-            ax.barh(row, 1, height=0.62, color=RULE, alpha=0.45)
-            _stack(ax, row, [(name, share.estimate, colour) for name, share, colour in parts])
-        name_rows(ax, [name for name, _ in rows])
-        ax.set_xlim(0, 1)
-        share_axis(ax.xaxis)
-        ax.set_title("what it answers")
-        return figure
-
-    return plot
-
-
-def _stack(ax: Axes, row: float, parts: list[tuple[str, float, str]]) -> None:
-    """One stacked bar; a part is labelled where it is long enough for the words."""
-    start = 0.0
-    for name, share, colour in parts:
-        if np.isnan(share):
-            ax.text(0.02, row, UNMEASURED, va="center", color=INK)
-            return
-        ax.barh(row, share, left=start, height=0.62, color=colour, edgecolor=PAPER, linewidth=1)
-        text = f"{name} {100 * share:.0f} %"
-        if share * 230 > 7 * len(text):
-            ax.text(start + share / 2, row, text, ha="center", va="center", color=PAPER)
-        start += share
+    """What is right where nothing conflicts, and what conflicts are answered with."""
+    dots = [Dot("new questions right", found.novel_accuracy, GENERALIZED, True)]
+    dots += [Dot("facts recalled", found.recall, MEMORIZED, True)]
+    dots += [Dot(f"conflicts: {name}", found.conflict[key], COLOUR[key]) for key, name in ANSWERED.items()]
+    return drawing.dots_panel("what it answers", dots)
 
 
 def _margins_panel(cells: Sequence[Cell]) -> Panel:
@@ -196,7 +121,7 @@ def _margins_panel(cells: Sequence[Cell]) -> Panel:
     reach = max(float(np.quantile(np.abs(rows.margin.astype(float)), 0.99)), 1e-6) if len(rows) else 1.0
 
     def plot() -> Figure:
-        figure, (ax,) = canvas(230)
+        figure, ax = drawing.canvas(230)
         bins = np.linspace(-reach, reach, 25)  # an odd number of edges: one of them is 0
         values, colours = [np.clip(part, -reach, reach) for part in parts.values()], [COLOUR[key] for key in parts]
         ax.hist(values, bins=bins.tolist(), stacked=True, color=colours, edgecolor=PAPER, linewidth=0.6)
@@ -215,14 +140,7 @@ def _margins_panel(cells: Sequence[Cell]) -> Panel:
 
 @dataclass(frozen=True)
 class Shown:
-    """One prompt, and what the model makes of it.
-
-    Attributes:
-        pieces: the prompt.
-        memorized, generalized: the two revealing answers.
-        behaviour: which one the model gave.
-        note: how the answer is to be read, where that needs a word.
-    """
+    """A prompt, its two revealing answers, the behaviour that the model showed, and how the answer is to be read."""
 
     pieces: Pieces
     memorized: str
@@ -250,10 +168,15 @@ def one_conflict(cells: Sequence[Cell]) -> Shown | None:
 def _shown(row: pd.Series, pieces: Pieces, behaviour: str) -> Shown:
     """A prompt with every place marked that spells out the answer to be worked out."""
     generalized = row.generalized.strip()
-    word = re.compile(rf"(?<!\w)({re.escape(generalized)})(?!\w)")
-    cut = [(part, what, number % 2) for text, what in pieces for number, part in enumerate(word.split(text)) if part]
-    marked = [(part, f"{what} clue".strip() if is_clue else what) for part, what, is_clue in cut]
-    return Shown(marked, row.memorized.strip(), generalized, behaviour, reversed_sum(row["item"], generalized))
+    clue = {generalized: "clue"}
+    shown = [(part, f"{what} {kind}".strip()) for text, what in pieces for part, kind in marked(text, clue)]
+    return Shown(shown, row.memorized.strip(), generalized, behaviour, reversed_sum(row["item"], generalized))
+
+
+def marked(text: str, kinds: dict[str, str]) -> Pieces:
+    """The text with every place marked that spells out one of the answers, by its kind."""
+    word = re.compile("(" + "|".join(rf"(?<!\w){re.escape(answer)}(?!\w)" for answer in kinds) + ")")
+    return [(part, kinds.get(part, "") if number % 2 else "") for number, part in enumerate(word.split(text)) if part]
 
 
 def some_pairs(cells: Sequence[Cell], most: int = 3) -> list[tuple[Shown, Shown]]:

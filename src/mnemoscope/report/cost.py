@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from mnemoscope.report import words
-from mnemoscope.report.drawing import DASHED, INK, OTHER, TONE, Dot, Frame, Line, Panel, dots_panel, lines_panel
+from mnemoscope.report.behaviour import marked
+from mnemoscope.report.drawing import DASHED, INK, OTHER, TONE, Dot, Line, Panel, dots_panel, lines_panel
 from mnemoscope.report.intervals import mean, shared_mean
 from mnemoscope.report.page import Answer, Chapter, Exhibit, Table, View, not_measured
 from mnemoscope.report.records import Cell
-from mnemoscope.report.schema import AIMS, DIRECTIONS, Direction, Neutral, Steered, TaskResults
+from mnemoscope.report.schema import AIMS, DIRECTIONS, Direction, Steered, TaskResults
 from mnemoscope.report.words import CAPITAL, LISTS, counted, points, points_interval
 from mnemoscope.statistics import Estimate
 
-Pieces = list[tuple[str, str]]  # (text, what it is)
-
 
 def measure_collateral(cell: Cell, direction: Direction, lists: dict[str, pd.DataFrame]) -> dict[str, Estimate]:
-    """Changes, after minus before, in what steering should leave alone; negative is damage.
-
-    Args:
-        lists: rows of the steering table under the vector: ``memory``, ``novel``, ``conflict_rest``.
-    """
+    """Changes, after minus before, in ``memory``, ``novel`` and ``conflict_rest``; negative is damage."""
     changes = {}
     for name, rows in lists.items():
         right = DIRECTIONS[direction][0] if name == "conflict_rest" else "correct"
@@ -54,7 +48,8 @@ def measure_neutral(cell: Cell) -> dict[str, dict[str, dict[str, Estimate]]] | N
 
 def chapter(view: View) -> Chapter:
     """What else changes, on questions, on neutral text, and in what it writes."""
-    task, shown = view.task, {"written": written(view.cells), "telling": written_sentence(view.cells)}
+    task = view.task
+    shown: dict[str, Any] = {"written": written(view.cells), "telling": written_sentence(view.cells)}
     neutral = Exhibit("neutral", [_neutral_panel(doses, d) for d, doses in (task.neutral or {}).items()])
     if not any(change.known for block in task.steering.values() for change in block.collateral.values()):
         return Chapter(answer(task), [neutral], **shown)
@@ -67,7 +62,8 @@ def chapter(view: View) -> Chapter:
 
 def answer(task: TaskResults) -> Answer:
     """The largest loss among what should stay, and whether any loss is sure."""
-    question, losses = "What does it cost?", {}
+    question = "What does it cost?"
+    losses: dict[tuple[Direction, str], Estimate] = {}
     for direction, block in task.steering.items():
         losses |= {(direction, k): c for k, c in block.collateral.items() if c.known and k in counted(direction)}
     if not losses:
@@ -116,8 +112,12 @@ def _collateral_panel(block: Steered, direction: Direction) -> Panel:
 def table(task: TaskResults) -> Table:
     """What changes that should not, under both settings."""
     rows = [
-        [f"{CAPITAL[direction]}, set for {LISTS[aim]}: {LISTS[name]}", points(change.estimate, sign=True)]
-        + [points_interval(change) if change.known else "", f"{change.n:,}"]
+        [
+            f"{CAPITAL[direction]}, set for {LISTS[aim]}: {LISTS[name]}",
+            points(change.estimate, sign=True),
+            points_interval(change) if change.known else "",
+            f"{change.n:,}",
+        ]
         for direction, block in task.steering.items()
         for aim, changes in zip(AIMS, (block.collateral, block.collateral_conflict), strict=True)
         for name, change in changes.items()
@@ -125,7 +125,7 @@ def table(task: TaskResults) -> Table:
     return Table("Collateral: change in accuracy, test split", ["", "change", f"95{words.NBSP}% interval", "N"], rows)
 
 
-def _neutral_panel(doses: dict[str, dict[Neutral, Estimate]], direction: Direction) -> Panel:
+def _neutral_panel(doses: dict[str, dict[str, Estimate]], direction: Direction) -> Panel:
     """Divergence at the steered token, behind it, and at it behind the gate."""
     keys = sorted(doses, key=float)
     lines = [
@@ -136,25 +136,16 @@ def _neutral_panel(doses: dict[str, dict[Neutral, Estimate]], direction: Directi
             ("first_gated", "gated", INK, "-"),
         )
     ]
-    return lines_panel(lines, Frame(direction, "times the chosen strength", "nats", floor=0))
+    return lines_panel(direction, lines, "times the chosen strength", "nats")
 
 
-@dataclass(frozen=True)
-class Written:
-    """What a model writes behind a prompt, unsteered and steered, with the two revealing answers marked."""
-
-    prompt: str
-    towards: str
-    plain: Pieces
-    steered: Pieces
-
-
-def written(cells: Sequence[Cell]) -> list[Written]:
-    """Every sample of the first cell; none was picked by what came out."""
+def written(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """What follows each sampled prompt of the first cell, unsteered and steered; none was picked by what came out."""
     found = []
-    for row in [] if cells[0].samples is None else cells[0].samples.itertuples():
-        texts = [_marked(text, row.memorized.strip(), row.generalized.strip()) for text in (row.plain, row.steered)]
-        found.append(Written(row.prompt, words.TOWARDS[row.direction], *texts))
+    for row in [] if cells[0].samples is None else cells[0].samples.to_dict("records"):
+        kinds = {row["memorized"].strip(): "memorized", row["generalized"].strip(): "generalized"}
+        texts = {key: marked(row[key], kinds) for key in ("plain", "steered")}
+        found.append({"prompt": row["prompt"], "towards": words.TOWARDS[row["direction"]], **texts})
     return found
 
 
@@ -167,10 +158,3 @@ def written_sentence(cells: Sequence[Cell]) -> str:
         f"A token of what follows costs the unsteered model {rows.nats_steered.mean():.2f} nats when it was steered, "
         f"{rows.nats_plain.mean():.2f} when it was not ({words.count(len(rows), 'prompt')})."
     )
-
-
-def _marked(text: str, memorized: str, generalized: str) -> Pieces:
-    """The text with every place marked that spells out one of the answers."""
-    kinds = {memorized: "memorized", generalized: "generalized"}
-    word = re.compile("(" + "|".join(rf"(?<!\w){re.escape(answer)}(?!\w)" for answer in kinds) + ")")
-    return [(part, kinds.get(part, "") if number % 2 else "") for number, part in enumerate(word.split(text)) if part]

@@ -11,21 +11,15 @@ import numpy as np
 import pandas as pd
 
 from mnemoscope.errors import InputError
-from mnemoscope.report.drawing import INK, MEMORIZED, OTHER, TONE, Dot, Frame, Line, Panel, dots_panel, lines_panel
+from mnemoscope.report.drawing import INK, MEMORIZED, OTHER, TONE, Dot, Line, Panel, dots_panel, lines_panel
 from mnemoscope.report.intervals import mean, ranking, shared_mean
 from mnemoscope.report.page import Answer, Chapter, Exhibit, Table, View
 from mnemoscope.report.records import Cell
 from mnemoscope.report.schema import DIRECTIONS, Detection, Direction, Gated, Steered, TaskResults
-from mnemoscope.report.words import LISTS, NBSP, interval, listed, percent, ranged
+from mnemoscope.report.words import LISTS, NBSP, RIVALS, interval, listed, percent, ranged
 from mnemoscope.statistics import Estimate
 
-SCORES = {
-    "p_memorized": "the detector",
-    "input_only": "the input alone",
-    "input_repeats": "input with repeats",
-    "entropy": "entropy",
-    "top_gap": "gap of top two",
-}
+SCORES: dict[str, str] = {"p_memorized": "the detector", **RIVALS}
 LEAST = 30  # prompts of each behaviour in a family whose ranking is judged apart
 BINS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 ANSWERED_RIGHT = ("memory", "novel")  # lists that a gated vector should leave alone
@@ -45,8 +39,14 @@ def measure_detector(cell: Cell) -> Detection | None:
         for family, rows in conflict.groupby("family")
     }
     error_N = (conflict.p_memorized - (conflict.followed == "memorized")) ** 2
+    auroc, gate = _rankings(conflict, name), None
+    if "p_memorized_below" in conflict and conflict.p_memorized_below.notna().any():
+        label_N = (conflict.followed == "memorized").to_numpy().astype(int)
+        gate = ranking(conflict.p_memorized_below, label_N, conflict.group, f"{name}/auroc/below")
     return Detection(
-        auroc=_rankings(conflict, name),
+        auroc=auroc,
+        gate=gate,
+        given_up=auroc["p_memorized"].estimate - gate.estimate if gate else None,
         by_family=by_family,
         held_out={other: _rankings(known[known.examples == other], f"{name}/{other}") for other in others},
         reliability=_reliability(conflict, name),
@@ -76,11 +76,7 @@ def _reliability(rows: pd.DataFrame, name: str) -> list[dict[str, Estimate]]:
 
 
 def measure_gated(cell: Cell, direction: Direction, lists: dict[str, pd.DataFrame]) -> Gated | None:
-    """What a vector does behind the gate; None where no detector was fitted.
-
-    Args:
-        lists: rows of the steering table under the vector, by list.
-    """
+    """What a vector does behind the gate, from its rows by list; None where no detector was fitted."""
     if cell.gate is None:
         return None
     gate = cell.gate[cell.gate.direction == direction]
@@ -141,10 +137,10 @@ def answer(task: TaskResults) -> Answer:
         return Answer("detector", question, "Not measured", sentence="The test prompts show one behaviour only.")
     inputs = max(found.auroc["input_only"], found.auroc["input_repeats"], key=lambda rival: rival.estimate)
     rivals = {"The input alone": inputs, "the model's own certainty": found.auroc["top_gap"]}
-    verdict = "Not that it shows"
+    verdict = "It cannot surely be foreseen"
     if ours.low > 0.5:
         beaten = all(ours.low > rival.estimate for rival in rivals.values() if rival.known)
-        verdict = "Yes" if beaten else "Yes, but not surely better than without states"
+        verdict = "It can be foreseen" if beaten else "It can be foreseen, not surely better than without states"
     sentence = "of the cases, a prompt that will be remembered gets a higher P(memorized) than one worked out."
     beside = listed([f"{name} ranks {percent(rival.estimate)}" for name, rival in rivals.items() if rival.known])
     note = f"95{NBSP}% interval: {interval(ours)}. {beside}. Mean squared error: {found.brier.estimate:.3f}."
@@ -153,30 +149,33 @@ def answer(task: TaskResults) -> Answer:
 
 
 def _panels(found: Detection) -> list[Panel]:
-    """All conflicts beside baselines, each phrasing and what was held out, and reliability."""
+    """All conflicts beside baselines, and reliability."""
     scores = [(name, found.auroc[score], score != "p_memorized") for score, name in SCORES.items()]
     dots = [Dot(name, value, OTHER if other else INK, other) for name, value, other in scores if value.known]
-    panels = [dots_panel("ranked right, all conflicts", dots, reference=50)]
-    families = [Dot(name, part["p_memorized"]) for name, part in _parts(found).items() if part["p_memorized"].known]
-    panels += [dots_panel("within one phrasing", families, reference=50)] if len(families) > 1 else []
+    ranking_panel = dots_panel("ranked right, all conflicts", dots, reference=50)
     bins = [entry for entry in found.reliability if entry["memorized"].known]
     lines = [Line("perfect", [0, 1], [0.0, 1.0], OTHER, width=1)]
     lines.append(Line("", [b["said"].estimate for b in bins], [b["memorized"] for b in bins], MEMORIZED))
     ticks = {x: f"{100 * x:.0f} %" for x in BINS}
-    return [*panels, lines_panel(lines, Frame("of those, remembered", "P(memorized)", ticks=ticks, share=True), 250)]
+    return [ranking_panel, lines_panel("of those, remembered", lines, "P(memorized)", ticks=ticks, axis="share")]
 
 
 def _parts(found: Detection) -> dict[str, dict[str, Any]]:
     """Each phrasing, and what was held out."""
-    return {**found.by_family, **{f"held out: {name}": entry for name, entry in found.held_out.items()}}
+    held: dict[str, dict[str, Any]] = {f"held out: {name}": entry for name, entry in found.held_out.items()}
+    return {**found.by_family, **held}
 
 
 def table(found: Detection) -> Table:
     """Within each phrasing, how the detector ranks prompts, beside what needs no state."""
+    parts: dict[str, dict[str, Any]] = {"all conflicts": found.auroc, **_parts(found)}
     rows = [
-        [name, *(ranged(part[score]) if part[score].known else "too few" for score in SCORES)]
-        + [f"{part['memorized']:,} / {part['generalized']:,}" if "memorized" in part else ""]
-        for name, part in {"all conflicts": found.auroc, **_parts(found)}.items()
+        [
+            name,
+            *(ranged(part[score]) if part[score].known else "too few" for score in SCORES),
+            f"{part['memorized']:,} / {part['generalized']:,}" if "memorized" in part else "",
+        ]
+        for name, part in parts.items()
     ]
     columns = ["", *SCORES.values(), "remembered / worked out"]
     return Table("Share of (remembered, worked out) prompts that a score ranks right", columns, rows)

@@ -6,27 +6,15 @@ import math
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from mnemoscope.report.drawing import (
-    GENERALIZED,
-    INK,
-    MEMORIZED,
-    MUTED,
-    OTHER,
-    Frame,
-    Line,
-    Panel,
-    beside,
-    canvas,
-    draw,
-    lines_panel,
-)
+from mnemoscope.report import drawing
+from mnemoscope.report.drawing import INK, OTHER, Line, Panel
 from mnemoscope.report.page import Answer, Chapter, Exhibit, View, not_measured
 from mnemoscope.report.records import Contrast
 from mnemoscope.report.schema import Contrasts, TaskResults
-from mnemoscope.report.words import NBSP, argmax, count, interval, percent
+from mnemoscope.report.words import ANSWERED, NBSP, argmax, count, interval, percent
 from mnemoscope.statistics import Estimate
 
 SIGNIFICANT = 0.05
@@ -82,7 +70,7 @@ def answer(task: TaskResults) -> Answer:
         notes.append(f"Most in layer {contrast.layers[best]}: {percent(contrast.significant_fraction[best])}.")
         if task.probe.input_only.low > 0.5:
             notes.append(f"The wordings differ too: the input alone gives {percent(task.probe.input_only.estimate)}.")
-    verdict = "Yes, neurons differ" if share.estimate > 0 else "Not that it shows"
+    verdict = "Neurons differ" if share.estimate > 0 else "No neuron surely differs"
     sentence = f"of {share.n // len(task.seeds):,} neurons differ when all are tested together."
     return Answer("differ", question, verdict, percent(share.estimate), sentence, " ".join(notes), share)
 
@@ -90,51 +78,31 @@ def answer(task: TaskResults) -> Answer:
 def _heatmap_panel(contrast: Contrast) -> Panel:
     """NMD, one strip per layer, neurons sorted within the layer; colour is transparent at 0."""
     nmd_LD = np.sort(contrast.nmd, axis=1)
-    known = np.abs(contrast.nmd[~np.isnan(contrast.nmd)])
-    reach = max(float(np.quantile(known, 0.995)), 1e-12)  # where colour is full: 99.5 % of all neurons lie below
+    reach = float(np.nanquantile(np.abs(nmd_LD), 0.995)) or 1.0  # where colour is full: 99.5 % of all neurons lie below
     layers, neurons = nmd_LD.shape
-    means_L = [_of_known(np.mean, np.abs(row)) for row in nmd_LD]
-    digits = max(0, 1 - int(np.floor(np.log10(np.nanmax([*means_L, 1e-9])))))  # two that count, for the largest
+    ends = [(*PIXEL_MEMORIZED, 1), (*PIXEL_MEMORIZED, 0), (*PIXEL_GENERALIZED, 0), (*PIXEL_GENERALIZED, 1)]
+    cmap = LinearSegmentedColormap.from_list("nmd", list(zip((0, 0.5, 0.5, 1), ends, strict=True)))
+    strip = min(34, max(9, 300 / layers))
+    every = int(np.ceil(16 / strip))  # a line of text takes 16 pixels
 
     def plot() -> Figure:
-        height = min(34, max(9, 300 / layers))
-        every = int(np.ceil(16 / height))  # a line of text takes 16 pixels
-        figure, (ax, scale) = canvas(height * layers + 116, 2, [height * layers + 40, 14])
+        figure, ax = drawing.canvas(strip * layers + 72)
         for layer, row in enumerate(nmd_LD):
             place = (0, neurons, layer + 0.42, layer - 0.42)
-            ax.imshow(_diverging(row[None] / reach), aspect="auto", interpolation="none", extent=place)
+            ax.imshow(row[None], cmap, aspect="auto", interpolation="none", extent=place, vmin=-reach, vmax=reach)
             if layer % every == 0:
-                beside(ax, layer, f"{means_L[layer]:.{digits}f}", MUTED)
-        ax.set_yticks(range(0, layers, every), [f"layer {n}" for n in range(0, layers, every)])
+                drawing.beside(ax, layer, f"{_of_known(np.mean, np.abs(row)):.2g}", drawing.MUTED)
+        drawing.name_rows(ax, [f"layer {n}" for n in range(0, layers, every)], every)
         ax.set_ylim(layers - 0.4, -0.6)
         ax.set_xlim(0, neurons)
-        _ends(ax, [0, neurons], ["lowest NMD", "highest NMD"])
+        ax.set_xticks([0, neurons], [f"remembering {reach:.2g}", f"{reach:.2g} working it out"])
+        ax.get_xticklabels()[0].set_horizontalalignment("left")
+        ax.get_xticklabels()[1].set_horizontalalignment("right")
         ax.spines["bottom"].set_visible(False)
-        ax.set_title("NMD by neuron")
-        ramp = _diverging(np.linspace(-1, 1, 101)[None])
-        scale.imshow(ramp, aspect="auto", interpolation="none", extent=(-1, 1, 0, 1))
-        scale.set_yticks([])
-        _ends(scale, [-1, 0, 1], [f"remembering {reach:.2g}", "0", f"{reach:.2g} working it out"])
+        ax.set_title("NMD by neuron, sorted")
         return figure
 
     return plot
-
-
-def _ends(ax: Axes, places: list[float], names: list[str]) -> None:
-    """Ticks whose outer labels keep within the axis."""
-    ax.set_xticks(places, names)
-    ax.get_xticklabels()[0].set_horizontalalignment("left")
-    ax.get_xticklabels()[-1].set_horizontalalignment("right")
-    ax.grid(visible=False)
-
-
-def _diverging(values: np.ndarray) -> np.ndarray:
-    """RGBA of values in -1 .. 1: the colour of remembering below 0, of working out above, clear at 0 and for NaN."""
-    values = np.clip(np.nan_to_num(values), -1, 1)
-    pixels = np.empty((*values.shape, 4))
-    pixels[..., :3] = np.where(values[..., None] < 0, PIXEL_MEMORIZED, PIXEL_GENERALIZED)
-    pixels[..., 3] = np.abs(values) ** 0.75
-    return pixels
 
 
 def _rho_panel(rho_LD: np.ndarray) -> Panel:
@@ -144,7 +112,7 @@ def _rho_panel(rho_LD: np.ndarray) -> Panel:
         Line(name, layers, [_of_known(lambda row, q=q: np.quantile(row, q), row) for row in rho_LD], colour, fill=True)
         for (q, name), colour in zip(QUANTILES, (INK, OTHER, OTHER, OTHER), strict=True)
     ]
-    return lines_panel(lines, Frame("|rho| by layer", floor=0))
+    return drawing.lines_panel("|rho| by layer", lines)
 
 
 def draw_neuron(generalized_P: np.ndarray, memorized_P: np.ndarray, label: str) -> str:
@@ -156,24 +124,18 @@ def draw_neuron(generalized_P: np.ndarray, memorized_P: np.ndarray, label: str) 
     """
 
     def plot() -> Figure:
-        figure, (ax,) = canvas(220)
+        figure, ax = drawing.canvas(220)
         both = np.concatenate([generalized_P, memorized_P])
         edges = np.histogram_bin_edges(both, BINS)
-        for values_P, colour, name in (
-            (memorized_P, MEMORIZED, "remembered"),
-            (generalized_P, GENERALIZED, "worked out"),
-        ):
-            counts, _ = np.histogram(values_P, edges)
-            ax.stairs(counts, edges, color=colour, fill=True, alpha=0.28)
-            ax.stairs(counts, edges, color=colour, linewidth=2)
-            mean = values_P.mean()
-            ax.axvline(mean, color=colour, linestyle=(0, (4, 3)), linewidth=1.5)
+        for values_P, behaviour in ((memorized_P, "memorized"), (generalized_P, "generalized")):
+            colour, mean = drawing.COLOUR[behaviour], values_P.mean()
+            ax.hist(values_P, edges.tolist(), histtype="stepfilled", color=colour, alpha=0.28)
+            ax.hist(values_P, edges.tolist(), histtype="step", color=colour, linewidth=2)
+            ax.axvline(mean, color=colour, linestyle=drawing.DASHED, linewidth=1.5)
             # Above its mean, on the side where the other one is not.
-            place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
             side = "right" if mean < both.mean() else "left"
-            ax.annotate(name, (mean, 1), (0, 5), ha=side, color=colour, annotation_clip=False, **place)
+            ax.text(mean, 1.02, ANSWERED[behaviour], ha=side, color=colour, transform=ax.get_xaxis_transform())
         ax.set(xlabel="activation", ylabel="phrasings")
-        ax.set_ylim(bottom=0)
         return figure
 
-    return draw("neuron", label, [plot])[0]
+    return drawing.draw("neuron", label, [plot])[0]

@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 from threading import Lock
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -27,7 +28,7 @@ INK, MUTED, RULE, PAPER = "#101112", "#505152", "#d0d1d2", "#fdfcfb"
 MEMORIZED, GENERALIZED, OTHER = "#b00b02", "#0b5f02", "#8a8b8c"
 COLOUR = {"memorized": MEMORIZED, "generalized": GENERALIZED, "other": OTHER}
 VARIABLES = {"ink": INK, "muted": MUTED, "rule": RULE, "paper": PAPER, **COLOUR}
-TONE = {direction: COLOUR[target] for direction, (target, _) in DIRECTIONS.items()}
+TONE: dict[str, str] = {direction: COLOUR[target] for direction, (target, _) in DIRECTIONS.items()}
 DASHED, DOTTED, FINE = (0, (4, 2.5)), (0, (1, 2)), (0, (1, 3))
 WIDTH = 348  # CSS pixels of every panel; a point of the drawing is a pixel of the page
 ROW = 27  # pixels of a row of dots
@@ -52,11 +53,11 @@ def draw(name: str, label: str, panels: Sequence[Panel]) -> tuple[str, ...]:
     return tuple(drawn)
 
 
-def canvas(height: float, rows: int = 1, heights: Sequence[float] | None = None) -> tuple[Figure, list[Axes]]:
-    """An empty panel of ``height`` pixels with its axes from top to bottom; ``heights`` are relative."""
+def canvas(height: float) -> tuple[Figure, Axes]:
+    """An empty panel of ``height`` pixels."""
     engine = ConstrainedLayoutEngine(w_pad=2 / 72, h_pad=2 / 72, wspace=0.05, hspace=0.06)
     figure = Figure(figsize=(WIDTH / 72, height / 72), layout=engine)
-    return figure, list(figure.subplots(rows, 1, squeeze=False, height_ratios=heights)[:, 0])
+    return figure, figure.subplots()
 
 
 # --- rows of dots --------------------------------------------------------------------------------------------------
@@ -64,12 +65,7 @@ def canvas(height: float, rows: int = 1, heights: Sequence[float] | None = None)
 
 @dataclass(frozen=True)
 class Dot:
-    """One row: a name, an estimate with its interval, and how it looks.
-
-    Attributes:
-        mark: a second value on the row, such as the worst draw; NaN for none.
-        beside: (marker, value) of further points, such as controls.
-    """
+    """A row: an estimate with its interval; ``mark`` is a tick on it, ``beside`` has (marker, value) of others."""
 
     name: str
     value: Estimate
@@ -86,19 +82,19 @@ def dots_panel(
 
     Args:
         title: or a direction, which has its own name and colour.
-        reference: near what the axis is fitted to the data, with a line there; None: 0 to 100. At 0, numbers are changes.
+        reference: what the axis is fitted around, with a line there; None: 0 to 100. Around 0, numbers are changes.
         legend: (name, marker).
     """
 
     def plot() -> Figure:
-        figure, (ax,) = canvas(ROW * max(1, len(dots)) + 58 + (17 * math.ceil(len(legend) / 2) + 8 if legend else 0))
+        figure, ax = canvas(ROW * max(1, len(dots)) + 58 + (17 * math.ceil(len(legend) / 2) + 8 if legend else 0))
         for height, dot in enumerate(dots):
             _dot(ax, height, dot, signed=reference == 0)
         name_rows(ax, [dot.name for dot in dots])
         _span(ax, dots, reference)
         entitle(ax, title)
         for name, marker in legend:
-            ax.plot([], [], marker, color=OTHER, markersize=6, markeredgewidth=1.6 * (marker == "|"), label=name)
+            ax.plot([], [], marker, color=OTHER, markersize=6, markeredgewidth=1.5 * (marker in "x|"), label=name)
         if legend:
             figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=11, labelcolor=MUTED)
         return figure
@@ -111,12 +107,11 @@ def entitle(ax: Axes, title: str) -> None:
     ax.set_title(TOWARDS.get(title, title), color=TONE.get(title, INK))
 
 
-def name_rows(ax: Axes, names: Sequence[str], heights: Sequence[float] | None = None) -> None:
-    """Names of rows from top to bottom, at 0, 1, ... unless ``heights`` are given."""
-    places = list(range(len(names))) if heights is None else list(heights)
-    ax.set_yticks(places, list(names))
+def name_rows(ax: Axes, names: Sequence[str], every: int = 1) -> None:
+    """Names of rows from top to bottom; one of ``every`` so many rows has a name."""
+    ax.set_yticks(range(0, every * len(names), every), list(names))
     ax.tick_params(axis="y", labelcolor=INK)
-    ax.set_ylim(max(places, default=0) + 0.6, -0.6)
+    ax.set_ylim(every * len(names) - 0.4, -0.6)
     ax.grid(visible=False)
 
 
@@ -124,7 +119,7 @@ def _dot(ax: Axes, height: float, dot: Dot, signed: bool) -> None:
     middle, low, high = (100 * end for end in (dot.value.estimate, dot.value.low, dot.value.high))
     ax.axhline(height, color=RULE, linewidth=0.8, zorder=0)
     for marker, x in dot.beside:
-        ax.plot(100 * x, height, marker, color=OTHER, markersize=5, alpha=0.9, markeredgewidth=0)
+        ax.plot(100 * x, height, marker, color=OTHER, markersize=5, alpha=0.9, markeredgewidth=1.4 * (marker == "x"))
     if math.isnan(middle):
         ax.annotate(UNMEASURED, (0.02, height), xycoords=("axes fraction", "data"), va="center", color=MUTED)
         return
@@ -142,7 +137,8 @@ def _span(ax: Axes, dots: Sequence[Dot], reference: float | None) -> None:
         return
     ends = [100 * x for dot in dots for x in (dot.value.low, dot.value.estimate, dot.value.high) if not math.isnan(x)]
     ax.axvline(reference, color=MUTED, linewidth=1, linestyle=FINE, zorder=0)
-    ax.set_xlim(min([*ends, reference - 5]) - 2, max([*ends, reference + 5]) + 2)
+    # Student's t over seeds may leave what a share, or a difference of shares, can be.
+    ax.set_xlim(max(reference - 102, min([*ends, reference - 5]) - 2), min(102, max([*ends, reference + 5]) + 2))
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:.0f} %" if reference else f"{x:.0f}")
 
 
@@ -151,12 +147,7 @@ def _span(ax: Axes, dots: Sequence[Dot], reference: float | None) -> None:
 
 @dataclass(frozen=True)
 class Line:
-    """A named line through estimates (with their intervals as a band) or plain numbers; undefined points are left out.
-
-    Attributes:
-        band: whether intervals are drawn.
-        fill: whether the area below is.
-    """
+    """A named line through estimates (with their intervals as a ``band``) or numbers; ``fill``: the area below."""
 
     name: str
     x: Sequence[float]
@@ -173,79 +164,69 @@ class Line:
         return np.array([v.estimate if isinstance(v, Estimate) else v for v in self.values], dtype=float)
 
 
-@dataclass(frozen=True)
-class Frame:
-    """What surrounds lines: titles and axes.
+def lines_panel(
+    title: str,
+    lines: Sequence[Line],
+    xlabel: str = "layer",
+    ylabel: str = "",
+    ticks: dict[float, str] | None = None,
+    chance: float | None = None,
+    axis: Literal["plain", "percent", "share"] = "plain",
+) -> Panel:
+    """A panel of lines whose names stand at their right ends.
 
-    Attributes:
+    Args:
         title: or a direction, which has its own name and colour.
-        ticks: of the x axis, by place; by default the layers.
-        share: the y axis goes from 0 to 100 %.
-        percent: the y axis is in per cent, fitted to the lines.
+        ticks: of the x axis, by place.
         chance: where a dotted horizontal line stands.
-        gap: between two names at the ends of lines, as a share of the axis.
+        axis: ``percent`` fits per cent to the lines, ``share`` goes from 0 to 100 %; else it begins at 0 where it can.
     """
 
-    title: str = ""
-    xlabel: str = "layer"
-    ylabel: str = ""
-    ticks: dict[float, str] | None = None
-    share: bool = False
-    percent: bool = False
-    chance: float | None = None
-    floor: float | None = None
-    gap: float = 0.085
-
-
-def lines_panel(lines: Sequence[Line], frame: Frame, height: float = 230) -> Panel:
-    """A panel of lines whose names stand at their right ends."""
-
     def plot() -> Figure:
-        figure, (ax,) = canvas(height)
-        draw_lines(ax, lines, frame)
+        figure, ax = canvas(230)
+        for line in lines:
+            _line(ax, line)
+        if axis == "share":
+            ax.set_ylim(-0.03, 1.03)
+            ax.set_yticks([0, 0.25, 0.5, 0.75, 1])
+        elif axis == "percent":
+            low, high = ax.get_ylim()
+            ax.set_ylim(max(-0.02, low), min(1.02, high))
+        elif ax.dataLim.y0 >= 0:
+            ax.set_ylim(bottom=0)
+        if axis != "plain":
+            ax.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.0f} %")
+        if chance is not None:
+            ax.axhline(chance, color=MUTED, linewidth=1, linestyle=FINE, zorder=0)
+        x = list(lines[0].x)
+        places = ticks or {place: f"{place:g}" for place in x[:: math.ceil(len(x) / 8)]}
+        ax.set_xticks(list(places), list(places.values()))
+        _name_ends(ax, lines)
+        ax.set(xlabel=xlabel, ylabel=ylabel)
+        ax.grid(axis="x", visible=False)
+        entitle(ax, title)
         return figure
 
     return plot
 
 
-def draw_lines(ax: Axes, lines: Sequence[Line], frame: Frame) -> None:
-    """The lines of a panel, on axes of its own."""
-    for line in lines:
-        x, known_N = np.asarray(line.x, dtype=float), ~np.isnan(line.heights)
-        if line.band and known_N.any() and isinstance(line.values[0], Estimate):
-            ends = np.array([(v.low, v.high) for v in line.values if isinstance(v, Estimate)])[known_N]
-            ax.fill_between(x[known_N], ends[:, 0], ends[:, 1], color=line.colour, alpha=0.15, linewidth=0)
-        if line.fill:
-            ax.fill_between(x, line.heights, color=line.colour, alpha=0.1, linewidth=0)
-        looks: dict[str, Any] = {"color": line.colour, "linestyle": line.dash, "linewidth": line.width}
-        ax.plot(x[known_N], line.heights[known_N], **looks, marker="o", markersize=3.5 if len(x) < 40 else 0)
-    if frame.share:
-        ax.set_ylim(-0.03, 1.03)
-        share_axis(ax.yaxis)
-    if frame.percent:
-        ax.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.0f} %")
-    if frame.floor is not None:
-        ax.set_ylim(bottom=frame.floor if ax.dataLim.y0 >= frame.floor else None)
-    if frame.chance is not None:
-        ax.axhline(frame.chance, color=MUTED, linewidth=1, linestyle=FINE, zorder=0)
-    ticks = frame.ticks
-    if ticks is None and lines:
-        every = math.ceil(len(lines[0].x) / 8)
-        ticks = {x: f"{x:.0f}" for x in list(lines[0].x)[::every]}
-    if ticks:
-        ax.set_xticks(list(ticks), list(ticks.values()))
-    _name_ends(ax, lines, frame.gap)
-    ax.set(xlabel=frame.xlabel, ylabel=frame.ylabel)
-    ax.grid(axis="x", visible=False)
-    entitle(ax, frame.title)
+def _line(ax: Axes, line: Line) -> None:
+    x, known_N = np.asarray(line.x, dtype=float), ~np.isnan(line.heights)
+    if line.band and known_N.any() and isinstance(line.values[0], Estimate):
+        ends = np.array([(v.low, v.high) for v in line.values if isinstance(v, Estimate)])[known_N]
+        ax.fill_between(x[known_N], ends[:, 0], ends[:, 1], color=line.colour, alpha=0.15, linewidth=0)
+    if line.fill:
+        ax.fill_between(x, line.heights, color=line.colour, alpha=0.1, linewidth=0)
+    looks: dict[str, Any] = {"color": line.colour, "linestyle": line.dash, "linewidth": line.width}
+    ax.plot(x[known_N], line.heights[known_N], **looks, marker="o", markersize=3.5 if line.width else 0)
 
 
-def _name_ends(ax: Axes, lines: Sequence[Line], gap: float) -> None:
-    named = [(line, line.heights[~np.isnan(line.heights)][-1]) for line in lines if not np.isnan(line.heights).all()]
-    named = [entry for entry in named if entry[0].name]
+def _name_ends(ax: Axes, lines: Sequence[Line]) -> None:
+    """Names right of the last known points, moved apart where they would overlap."""
+    named = [line for line in lines if line.name and not np.isnan(line.heights).all()]
+    ends = [float(line.heights[~np.isnan(line.heights)][-1]) for line in named]
     low, high = ax.get_ylim()
-    heights = apart([float(end) for _, end in named], gap * (high - low), low)
-    for (line, _), height in zip(named, heights, strict=True):
+    for line, height in zip(named, apart(ends, 15 / 180 * (high - low)), strict=True):
         beside(ax, height, line.name, MUTED if line.colour == OTHER else line.colour)
 
 
@@ -255,54 +236,13 @@ def beside(ax: Axes, height: float, text: str, colour: str = INK) -> None:
     ax.annotate(text, (1, height), (6, 0), va="center", color=colour, annotation_clip=False, **place)
 
 
-def share_axis(axis: Any) -> None:
-    """Mark an axis of shares in whole per cent."""
-    axis.set_ticks(np.arange(0, 1.01, 0.25), [f"{25 * quarter} %" for quarter in range(5)])
-
-
-def apart(heights: Sequence[float], gap: float, lowest: float = -np.inf) -> list[float]:
-    """Heights of labels that were to stand at ``heights``, moved until neighbours keep ``gap``, none below ``lowest``."""
-    order = np.argsort(heights, kind="stable")
-    placed = np.array(heights, dtype=np.float64)[order]
-    for _ in range(50):
-        overlaps = gap - np.diff(placed)
-        if (overlaps <= 1e-6).all():
-            break
-        for i in np.flatnonzero(overlaps > 0):
-            placed[i] -= overlaps[i] / 2
-            placed[i + 1] += overlaps[i] / 2
-    # The lowest label may stand at ``lowest``, the next one a gap above it, and so on: no gap is lost again.
-    placed = np.maximum(placed, lowest + gap * np.arange(len(placed)))
-    result = np.empty(len(heights))
-    result[order] = placed
-    return result.tolist()
-
-
-# --- maps ----------------------------------------------------------------------------------------------------------
-
-
-def draw_cells(
-    ax: Axes, values: np.ndarray, colour: str, texts: Any = None, at: tuple[float, float] = (0.0, 0.0)
-) -> None:
-    """A map of shares: the stronger the colour, the larger the share; NaN is left empty.
-
-    Args:
-        texts: what stands in each cell; by default the share in per cent.
-        at: row and column of the first cell, so that several maps fit one axes.
-    """
-    size = 10 if values.shape[1] < 5 else 8
-    for (row, column), value in np.ndenumerate(values):
-        if np.isnan(value):
-            continue
-        y, x, share = at[0] + row, at[1] + column, float(np.clip(value, 0, 1))
-        ax.barh(y, 0.94, left=x - 0.47, height=0.94, color=colour, alpha=0.08 + 0.72 * share, linewidth=0)
-        text = texts[row][column] if texts else f"{100 * value:.0f}"
-        ax.text(x, y, text, ha="center", va="center", fontsize=size, color=INK)
-    ax.set_xlim(-0.5, values.shape[1] - 0.5)
-    ax.set_ylim(values.shape[0] - 0.5, -0.5)
-    ax.grid(visible=False)
-    ax.tick_params(length=0)
-    ax.spines["bottom"].set_visible(False)
+def apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Heights of labels that were to stand at ``heights``, moved up until neighbours keep ``gap``."""
+    placed = np.array(heights, dtype=np.float64)
+    order = np.argsort(placed, kind="stable")
+    for below, above in pairwise(order):
+        placed[above] = max(placed[above], placed[below] + gap)
+    return placed.tolist()
 
 
 # --- SVG -----------------------------------------------------------------------------------------------------------
@@ -315,10 +255,11 @@ def _style(name: str) -> AbstractContextManager[None]:
     colours |= dict.fromkeys(("xtick.color", "ytick.color", "axes.edgecolor", "grid.color"), RULE)
     colours |= dict.fromkeys(("text.color", "axes.titlecolor"), INK)
     colours |= dict.fromkeys(("figure.facecolor", "axes.facecolor"), "none")
-    axes = {f"axes.spines.{side}": False for side in ("top", "right", "left")}
+    axes: dict[str, Any] = {f"axes.spines.{side}": False for side in ("top", "right", "left")}
     axes |= {"axes.titlelocation": "left", "axes.titleweight": "bold", "axes.axisbelow": True}
     axes |= {"axes.grid": True, "axes.grid.axis": "y", "ytick.major.size": 0, "lines.solid_capstyle": "round"}
-    return matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, **sizes, **colours, **axes})
+    looks: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": name, **sizes, **colours, **axes}
+    return matplotlib.rc_context(looks)
 
 
 def _svg(figure: Figure, label: str) -> str:
@@ -328,13 +269,10 @@ def _svg(figure: Figure, label: str) -> str:
     figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.DOTALL)
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    nothing_new = r"<defs>\s*<style.*?</style>\s*</defs>|<metadata>.*?</metadata>| xmlns(?::xlink)?=\"[^\"]*\""
+    text = re.sub(nothing_new, "", text, flags=re.DOTALL).replace("xlink:href", "href")  # HTML knows both names
     text = re.sub(r'<g id="[^"]*"', "<g", text)
-    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text).replace("xlink:href", "href")  # HTML knows both names
-    text = re.sub(
-        r'font-family: [^;"]*[;]?|font: ([\d.]+px) [^;"]*', lambda m: f"font-size: {m[1]}" if m[1] else "", text
-    )
+    text = re.sub(r"font-family: [^;\"]*;?", "", re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text))
     for variable, colour in VARIABLES.items():
         text = text.replace(colour, f"var(--{variable})")
     text = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), text)  # a hundredth of a pixel will do

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from mnemoscope.report import drawing
-from mnemoscope.report.drawing import DASHED, INK, MUTED, OTHER, TONE, Dot, Frame, Line, Panel, dots_panel
+from mnemoscope.report.drawing import DASHED, INK, MUTED, OTHER, TONE, Dot, Line, Panel, dots_panel
 from mnemoscope.report.intervals import shared_mean
-from mnemoscope.report.page import Answer, Chapter, Exhibit, View, not_measured
+from mnemoscope.report.page import Answer, Chapter, Exhibit, Table, View, not_measured
 from mnemoscope.report.records import Cell, Run
 from mnemoscope.report.schema import DIRECTIONS, Direction, Halves, SeedsRow, Steered, TaskResults, Transfer
-from mnemoscope.report.words import NBSP, TOWARDS, listed, percent
+from mnemoscope.report.words import NBSP, TOWARDS, listed, percent, ranged
 from mnemoscope.statistics import Estimate, mean_with_range, over_seeds
 
 MEASURE = ["site", "shared_initialization", "what", "layer", "top"]
@@ -60,20 +60,17 @@ def measure_seeds(run: Run) -> dict[str, list[SeedsRow]]:
     found: dict[str, list[SeedsRow]] = {}
     for label, rows in run.seeds.groupby("label", sort=True):
         for values, part in rows.groupby(MEASURE, dropna=False, sort=True):
-            site, shared, what, layer, top = values
-            facts = {"site": site, "shared_initialization": bool(shared), "what": what, "layer": int(layer)}
-            ends = (float(part[key].mean()) for key in ("chance", "chance_low", "chance_high"))
-            by_chance, value = Estimate(*ends, len(part)), mean_with_range(part.value)
-            row = SeedsRow(**facts, top=float(top), value=value, chance=by_chance, twos=len(part))
+            facts: dict[str, Any] = dict(zip(MEASURE, values, strict=True))
+            low, middle, high = (float(part[key].mean()) for key in ("chance_low", "chance", "chance_high"))
+            by_chance, value = Estimate(middle, low, high, len(part)), mean_with_range(part.value)
+            row = SeedsRow(**facts, value=value, chance=by_chance, twos=len(part))
             found.setdefault(str(label), []).append(row)
     return found
 
 
 def measure_transfer(run: Run, layers: dict[tuple[str, int], int]) -> dict[str, dict[str, Transfer]]:
-    """By source and target: shift of the source's vectors on the target's pairs, and accuracy of its probes there.
-
-    Args:
-        layers: by label and seed, the layer at which the source's probe reads the tune split best.
+    """By source and target: shift of the source's vectors on the target's pairs, and accuracy of its probes there, by
+    label and seed at the layer that reads the tune split best (``layers``).
     """
     found: dict[tuple[str, str], dict[str, Any]] = {}
     if run.transfer_steering is not None:
@@ -81,7 +78,7 @@ def measure_transfer(run: Run, layers: dict[tuple[str, int], int]) -> dict[str, 
             found[str(source), str(target)] = {
                 direction: {
                     str(method): {
-                        name: _by_seed(part[part.role == role], lambda p, d=direction: p.after == DIRECTIONS[d][0])
+                        name: _by_seed(part[part.role == role], partial(_hits, direction=direction))
                         for name, role in (("shift", "vector"), ("gaussian", "gaussian"))
                     }
                     for method, part in rows[rows.direction == direction].groupby("method", observed=True, sort=True)
@@ -112,6 +109,10 @@ def _probes(rows: pd.DataFrame, layers: dict[tuple[str, int], int]) -> dict[str,
     }
 
 
+def _hits(rows: pd.DataFrame, direction: Direction) -> Any:
+    return rows.after == DIRECTIONS[direction][0]
+
+
 def _by_seed(rows: pd.DataFrame, hits: Callable[[pd.DataFrame], Any]) -> Estimate:
     return over_seeds(
         [
@@ -124,7 +125,6 @@ def _by_seed(rows: pd.DataFrame, hits: Callable[[pd.DataFrame], Any]) -> Estimat
 # --- the story -----------------------------------------------------------------------------------------------------
 
 Found = tuple[str, float, Estimate, Estimate]  # between what, share of neurons, overlap, overlap by chance
-Matrix = dict[str, dict[str, Transfer]]
 
 
 def chapter(view: View) -> Chapter:
@@ -185,77 +185,27 @@ def _overlap_panel(task: TaskResults, seeds: list[SeedsRow]) -> Panel:
 
 def _likeness_panel(task: TaskResults, seeds: list[SeedsRow]) -> Panel:
     """Rank correlation of rho by layer, and what two seeds share beside chance."""
-    lines, bands = [Line("halves", task.contrast.layers, task.consistency["halves"].rho_rank_correlation)], []
+    lines = [Line("halves", task.contrast.layers, task.consistency["halves"].rho_rank_correlation)]
     for name, what, dash in (("seeds", "rank_correlation", DASHED), ("aligned", "aligned_cosine", drawing.DOTTED)):
         rows = sorted((row for row in seed_rows(seeds, what) if row.layer >= 0), key=lambda row: row.layer)
         layers = [row.layer for row in rows]
-        lines += [Line(name, layers, [row.value for row in rows], MUTED, dash)] if rows else []
-        bands.append((layers, [row.chance.low for row in rows], [row.chance.high for row in rows]))
-
-    def plot() -> Figure:
-        figure, (ax,) = drawing.canvas(230)
-        for layers, low, high in bands:
-            ax.fill_between(layers, low, high, color=OTHER, alpha=0.15, linewidth=0)
-        drawing.draw_lines(ax, lines, Frame("likeness by layer", chance=0, floor=-0.05))
-        ax.set_ylim(top=1.03)
-        return figure
-
-    return plot
+        if rows:
+            lines.append(Line(name, layers, [row.value for row in rows], MUTED, dash))
+            lines.append(Line("", layers, [row.chance for row in rows], OTHER, width=0))
+    return drawing.lines_panel("likeness by layer", lines, chance=0)
 
 
 # --- from task to task ---------------------------------------------------------------------------------------------
 
 
-def transfer(matrix: Matrix) -> list[Exhibit]:
-    """Shift in each direction and accuracy of the probe, from each source on each target."""
-    if not matrix:
-        return []
-    labels = sorted({*matrix, *(target for targets in matrix.values() for target in targets)})
-    kinds = (*DIRECTIONS, "probe")
-    found = {k: np.array([[transferred(matrix, s, t, k) for t in labels] for s in labels]) for k in kinds}
-    panels = [_matrix_panel(labels, found[kind], kind) for kind in kinds]
-    return [Exhibit("transfer", panels, [_carried(found[kind], kind) for kind in kinds])]
-
-
-def transferred(matrix: Matrix, source: str, target: str, what: str) -> tuple[float, float]:
-    """(share steered or accuracy, what it is by chance) in one cell of the matrix; NaN where it was not measured."""
-    entry = getattr(matrix.get(source, {}).get(target), what, None)
-    if not entry:
-        return math.nan, math.nan
-    if what == "probe":
-        return entry.estimate, 0.5
-    carried = entry["best" if "best" in entry else min(entry)]
-    return carried["shift"].estimate, carried["gaussian"].estimate
-
-
-def _carried(found_SS2: np.ndarray, what: str) -> str:
-    """Own against foreign, on average over all twos of labels."""
-    own = np.eye(len(found_SS2), dtype=bool)
-    if np.isnan(found_SS2[~own][:, 0]).all():
-        return ""
-    parts = found_SS2[~own][:, 0], found_SS2[own][:, 0], found_SS2[~own][:, 1]
-    there, home, noise = (percent(float(np.nanmean(x))) if not np.isnan(x).all() else "unmeasured" for x in parts)
-    if what == "probe":
-        return f"A probe of another task is right in {there}, a task's own in {home}."
-    return f"Another task's vector steers {there} {TOWARDS[what]}, a task's own {home}, Gaussian shifts {noise}."
-
-
-def _matrix_panel(labels: list[str], found_SS2: np.ndarray, what: str) -> Panel:
-    # What all names begin with (their one model) means nothing here, and long names would run into one another.
-    first = {label.partition("-")[0] + "-" for label in labels}
-    common = first.pop() if len(first) == 1 else ""
-    shown = [label.removeprefix(common).replace("-", "-\n") for label in labels]
-    texts = [[f"{100 * share:.0f}\n({100 * by_chance:.0f})" for share, by_chance in row] for row in found_SS2]
-    # A probe that guesses is right half the time, so its colour begins there.
-    values = found_SS2[..., 0] if what in DIRECTIONS else np.maximum(0.0, 2 * found_SS2[..., 0] - 1)
-
-    def plot() -> Figure:
-        figure, (ax,) = drawing.canvas(52 * len(labels) + 76)
-        drawing.draw_cells(ax, values, TONE.get(what, OTHER), texts)
-        ax.set_xticks(range(len(labels)), shown)
-        drawing.name_rows(ax, shown)
-        ax.set(xlabel="tried on", ylabel="learned on")
-        drawing.entitle(ax, what if what in DIRECTIONS else "probe, right")
-        return figure
-
-    return plot
+def transfer(matrix: dict[str, dict[str, Transfer]]) -> Table | None:
+    """What vectors and probes of each task do on pairs of each; None without a second task."""
+    rows = []
+    for source, target, found in ((s, t, found) for s, targets in matrix.items() for t, found in targets.items()):
+        row = [f"{source} on {target}"]
+        for by_method in (found.to_generalized, found.to_memorized):
+            carried = by_method["best" if "best" in by_method else min(by_method)] if by_method else {}
+            row.append(" / ".join(ranged(share) for share in carried.values()))
+        rows.append([*row, ranged(found.probe) if found.probe else ""])
+    columns = ["", *(f"steered {towards} / Gaussian" for towards in TOWARDS.values()), "probe right"]
+    return Table("Learned on one task, tried on another of the same model", columns, rows) if rows else None

@@ -15,16 +15,14 @@ def mean(values_N: Any, groups_N: Any, name: str, *, signed: bool = False) -> Es
     """The mean of values that are not NaN, with resamples of its own.
 
     Args:
-        values_N: 0/1 values, differences of such (then ``signed``), or margins.
-        groups_N: the group of each.
+        values_N: 0/1 values, differences of such (then ``signed``), or margins; ``groups_N``: the group of each.
         name: the number's name, which seeds its resamples.
-        signed: the values are differences, which could be negative.
     """
     return proportion(np.asarray(values_N, float), np.asarray(groups_N, str), named_rng(name), signed=signed)
 
 
 def shared_mean(values_N: Any, groups_N: Any, stream: str, *, signed: bool = False) -> Estimate:
-    """As ``mean``, with the resamples of every other mean of the same stream (as a rule the cell) and number of groups."""
+    """As ``mean``, with the resamples of all means of the same stream (as a rule the cell) and number of groups."""
     values_N = np.asarray(values_N, float)
     known_N = ~np.isnan(values_N)
     codes_N = pd.factorize(pd.Series(groups_N)[known_N])[0]

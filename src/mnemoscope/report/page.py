@@ -11,6 +11,7 @@ from importlib.resources import files
 from typing import Any
 
 import jinja2
+import numpy as np
 import yaml
 from markupsafe import Markup, escape
 
@@ -18,7 +19,7 @@ from mnemoscope.processes import Map, in_order
 from mnemoscope.report.drawing import Panel, draw
 from mnemoscope.report.records import Cell, Run
 from mnemoscope.report.schema import Results, SeedsRow, TaskResults
-from mnemoscope.report.words import count, listed
+from mnemoscope.report.words import count, ranged
 from mnemoscope.statistics import Estimate
 
 
@@ -84,14 +85,8 @@ class Exhibit:
 
 @dataclass(frozen=True)
 class Chapter:
-    """One story, for one task.
-
-    Attributes:
-        tables: shown on demand.
-        example: a prompt of the task, shown first.
-        pairs: phrasings remembered and worked out, side by side.
-        written: what follows prompts, unsteered and steered.
-        telling: a sentence above ``pairs`` or ``written``.
+    """One story, for one task; ``tables`` are shown on demand. Beside figures the template shows an example,
+    pairs of phrasings, and what is written under steering, below a sentence (``telling``).
     """
 
     answer: Answer
@@ -138,16 +133,17 @@ class TaskPage:
     """All that the page shows of one task."""
 
     name: str
+    label: str
     title: str
     intro: str
-    facts: list[tuple[str, str]]
+    info: dict[str, Any]
     chapters: list[tuple[Chapter, list[Figure]]]
 
 
 Stories = Sequence[Callable[[View], Chapter | None]]
 
 
-def render(run: Run, results: Results, stories: Stories, across: Sequence[Exhibit], parallel: Map = in_order) -> str:
+def render(run: Run, results: Results, stories: Stories, across: Table | None, parallel: Map = in_order) -> str:
     """The text of ``report.html``.
 
     Args:
@@ -157,7 +153,8 @@ def render(run: Run, results: Results, stories: Stories, across: Sequence[Exhibi
     """
     looks: dict[str, Any] = {"autoescape": True, "undefined": jinja2.StrictUndefined}
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, **looks)
-    environment.filters |= {"tint": tint, "percent": lambda share: round(100 * min(1.0, max(0.0, share)), 2)}
+    environment.filters |= {"tint": tint, "ranged": ranged}
+    environment.filters["place"] = lambda share: round(100 * float(np.clip(share, 0, 1)), 2)  # cut to the scale
     template = environment.from_string((files("mnemoscope.report") / "template.html").read_text(encoding="utf-8"))
     asked = [
         (label, View(results.tasks[label], cells, results.seeds.get(label, [])), stories)
@@ -166,11 +163,10 @@ def render(run: Run, results: Results, stories: Stories, across: Sequence[Exhibi
     return template.render(
         results=results,
         tasks=list(parallel(_task_page, asked)),
-        summary=_summary(results),
-        across=_figures("across", across),
+        across=across,
         css=Markup(page_style()),
         configuration=run.study_text,
-        versions=_versions(run.manifest),
+        manifest=run.manifest,
         glossary=_fixed()["words"].items(),
     )
 
@@ -203,7 +199,7 @@ def _task_page(asked: tuple[str, View, Stories]) -> TaskPage:
     name = re.sub(r"[^\w-]+", "-", label)  # which only names places in the page
     chapters = [chapter for story in stories if (chapter := story(view))]
     drawn = [(replace(chapter, exhibits=[]), _figures(name, chapter.exhibits)) for chapter in chapters]
-    return TaskPage(name, title, known.get(kind, known["own"])["text"], _facts(view), drawn)
+    return TaskPage(name, label, title, known.get(kind, known["own"])["text"], view.cells[0].info, drawn)
 
 
 def _figures(name: str, exhibits: Sequence[Exhibit]) -> list[Figure]:
@@ -215,34 +211,3 @@ def _figures(name: str, exhibits: Sequence[Exhibit]) -> list[Figure]:
         # Panels are functions, which do not travel between processes.
         found.append(Figure(caption["title"], caption["note"], replace(exhibit, panels=()), drawn))
     return found
-
-
-def _facts(view: View) -> list[tuple[str, str]]:
-    task, cells = view.task, view.cells
-    info = cells[0].info
-    facts = [
-        ("model", f"{info.get('layers', '?')} layers of {info.get('width', '?')} neurons"),
-        ("seeds", f"{len(cells)}"),
-    ]
-    facts += [("weights", task.weights)] if task.weights else []
-    if all(cell.training is not None for cell in cells) and isinstance(task.training.steps, list):
-        # Seconds differ between equal runs; they are in results.json.
-        facts.append(("training", f"{listed([f'{steps:,.0f}' for steps in sorted(set(task.training.steps))])} steps"))
-    facts.append(("conflicts", f"{task.behaviour.conflict['memorized'].n:,}"))
-    return [*facts, ("pairs", f"{task.pairs.by_split['all'].pairs:,}")]
-
-
-def _summary(results: Results) -> str:
-    tasks = results.tasks.values()
-    counts = {"task": len(tasks), "model": sum(len(task.seeds) for task in tasks)}
-    counts["test conflict"] = sum(task.behaviour.conflict["memorized"].n for task in tasks)
-    counts["pair"] = sum(task.pairs.by_split["all"].pairs for task in tasks)
-    return listed([count(number, noun) for noun, number in counts.items()])
-
-
-def _versions(manifest: dict[str, Any]) -> list[tuple[str, str]]:
-    """What the run was made with, as (name, value); times stay out, so that equal runs give equal pages."""
-    rows = [(name, manifest[name]) for name in ("mnemoscope", "commit", "python") if manifest.get(name)]
-    rows += [("changed since that commit", "yes")] if manifest.get("dirty") else []
-    rows += [*manifest.get("versions", {}).items(), *manifest.get("machine", {}).items()]
-    return [(str(name), str(value)) for name, value in rows]

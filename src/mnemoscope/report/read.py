@@ -12,31 +12,16 @@ import numpy as np
 import pandas as pd
 
 from mnemoscope.errors import InputError
-from mnemoscope.report.drawing import DASHED, INK, OTHER, Dot, Frame, Line, Panel, dots_panel, lines_panel
+from mnemoscope.report.drawing import DASHED, INK, OTHER, Dot, Line, Panel, dots_panel, lines_panel
 from mnemoscope.report.intervals import mean, ranking
 from mnemoscope.report.page import Answer, Chapter, Exhibit, View, not_measured
 from mnemoscope.report.records import Cell
-from mnemoscope.report.schema import BestLayer, Learning, Probe, TaskResults, Verdict
-from mnemoscope.report.words import (
-    NBSP,
-    argmax,
-    beyond,
-    interval,
-    layers,
-    listed,
-    percent,
-    points_interval,
-)
+from mnemoscope.report.schema import BestLayer, Learning, Probe, TaskResults
+from mnemoscope.report.words import NBSP, RIVALS, argmax, beyond, interval, layers, percent
 from mnemoscope.statistics import Estimate, mean_with_range
 
 INPUTS = ("input_only", "input_repeats")
 UNCERTAINTIES = ("entropy", "top_gap")
-RIVALS = {  # what a probe has to beat -> how the page calls it
-    "input_only": "the input alone",
-    "input_repeats": "input with repeats",
-    "entropy": "entropy",
-    "top_gap": "gap of top two",
-}
 ALL = -1  # the layer of what belongs to none, or to all together
 
 
@@ -60,7 +45,7 @@ def measure_probes(cell: Cell) -> Probe:
         kind: [_minus(states[0][layer], alone[kind], f"{name}/{layer}/{end}") for layer in layers_L]
         for kind, end in (("input_only", "minus"), ("input_repeats", "minus/input_repeats"))
     }
-    probe = Probe(
+    return Probe(
         site=cell.contrast.site,
         layers=layers_L,
         accuracy=accuracy["0"],
@@ -76,31 +61,7 @@ def measure_probes(cell: Cell) -> Probe:
         accuracy_by_offset=accuracy,
         auroc_by_offset=auroc,
         best_by_offset=best,
-        beats_input_only="unclear",
-        beats_input_repeats="unclear",
-        known_from={},
     )
-    judge(probe)
-    return probe
-
-
-def judge(probe: Probe) -> None:
-    """Set the verdicts of a probe from its numbers.
-
-    ``beats_...``: "yes" or "no" where the interval of the cross-fitted difference to a probe of the input lies above or
-    below 0, else "unclear". ``known_from``: the earliest offset (tokens before the decision position; later ones may
-    know less, for what one state holds others need not) at which the interval of the cross-fitted accuracy lies above
-    ``chance``, and that of its difference to either probe of the input above 0; NaN where none does.
-    """
-    verdicts: dict[int, Verdict] = {1: "yes", -1: "no", 0: "unclear"}
-    probe.beats_input_only = verdicts[probe.best.minus_input_only.sign]
-    probe.beats_input_repeats = verdicts[probe.best.minus_input_repeats.sign]
-    above = {kind: lambda best, kind=kind: getattr(best, f"minus_{kind}").low > 0 for kind in INPUTS}
-    above["chance"] = lambda best: best.accuracy.low > 0.5
-    probe.known_from = {
-        what: max((float(k) for k, best in probe.best_by_offset.items() if test(best)), default=math.nan)
-        for what, test in above.items()
-    }
 
 
 def _states_by_offset(cell: Cell, input_only: pd.DataFrame, layers_L: list[int]) -> dict[int, dict[int, pd.DataFrame]]:
@@ -198,14 +159,7 @@ def chapter(view: View) -> Chapter:
     panels = [_layers_panel(probe), _rivals_panel(probe)]
     panels += [_offsets_panel(probe)] if len(probe.best_by_offset) > 1 else []
     panels += [_learning_panel(learning)] if len(learning.accuracy) > 1 else []
-    rivals = {kind: getattr(probe.best, f"minus_{kind}") for kind in RIVALS}
-    verdicts = {1: "beats", -1: "loses to", 0: "is not surely apart from"}
-    parts = [f"{verdicts[minus.sign]} {RIVALS[kind]} ({points_interval(minus)})" for kind, minus in rivals.items()]
-    texts = [f"95{NBSP}% interval of the difference in points: the probe {listed(parts)}."]
-    if len(probe.best_by_offset) > 1:
-        chance, alone = (_from(probe.known_from.get(what, math.nan)) for what in ("chance", "input_only"))
-        texts.append(f"Surely above chance: {chance}. Surely above the input alone: {alone}.")
-    return Chapter(answer(view.task), [Exhibit("probe", panels, texts)])
+    return Chapter(answer(view.task), [Exhibit("probe", panels)])
 
 
 def answer(task: TaskResults) -> Answer:
@@ -216,11 +170,13 @@ def answer(task: TaskResults) -> Answer:
     # Of the two ways to read the input, the one that leaves least.
     kind = min(INPUTS, key=lambda k: np.nan_to_num(getattr(probe.best, f"minus_{k}").estimate, nan=math.inf))
     difference, alone = getattr(probe.best, f"minus_{kind}"), getattr(probe, kind)
-    verdict = "Not that it shows"
+    verdict = "A probe does not surely read it"
     if difference.sign > 0:
-        verdict = "Yes, beyond the input"
+        verdict = "A probe reads it, beyond the input"
     elif accuracy.low > 0.5:
-        verdict = f"Yes, but {'better from the input alone' if difference.sign else 'not surely beyond the input'}"
+        verdict = (
+            f"A probe reads it, {'but the input alone is better' if difference.sign else 'not surely beyond the input'}"
+        )
     sentence = f"of test states are read right by a linear probe on {layers(probe.best.picked)}."
     note = f"95{NBSP}% interval: {interval(accuracy)}."
     if difference.known:
@@ -229,20 +185,13 @@ def answer(task: TaskResults) -> Answer:
     return Answer("read", question, verdict, shown, sentence, note, accuracy, (alone.estimate, RIVALS[kind]))
 
 
-def _from(offset: float) -> str:
-    """Where something is first known, as tokens before the decision; NaN where nowhere."""
-    if math.isnan(offset):
-        return "nowhere"
-    return f"{offset:.0f} token{'' if offset == 1 else 's'} before the decision" if offset else "only at the decision"
-
-
 def _layers_panel(probe: Probe) -> Panel:
     lines = [
         Line("the state", probe.layers, probe.accuracy),
         Line("shuffled", probe.layers, probe.shuffled_by_layer, OTHER, DASHED, band=False, width=1.4),
         Line("input alone", probe.layers, [probe.input_only] * len(probe.layers), OTHER, width=1.4),
     ]
-    return lines_panel(lines, Frame("right, by layer", chance=0.5, percent=True), 250)
+    return lines_panel("right, by layer", lines, chance=0.5, axis="percent")
 
 
 def _rivals_panel(probe: Probe) -> Panel:
@@ -261,12 +210,11 @@ def _offsets_panel(probe: Probe) -> Panel:
     for name, alone, dash in (("input alone", probe.input_only, "-"), ("repeats", probe.input_repeats, DASHED)):
         lines.append(Line(name, places, [alone] * len(offsets), OTHER, dash, width=1.4, band=False))
     ticks = {float(place): f"{-int(offset)}" for place, offset in enumerate(offsets)}
-    frame = Frame("how early", "tokens from the decision", ticks=ticks, chance=0.5, percent=True)
-    return lines_panel(lines, frame)
+    return lines_panel("how early", lines, "tokens from the decision", ticks=ticks, chance=0.5, axis="percent")
 
 
 def _learning_panel(learning: Learning) -> Panel:
     keys = sorted(learning.accuracy, key=lambda key: learning.pairs[key])
     lines = [Line("", range(len(keys)), [learning.accuracy[key] for key in keys])]
     ticks = {float(place): f"{learning.pairs[key]:.0f}" for place, key in enumerate(keys)}
-    return lines_panel(lines, Frame("from how many pairs", "fit pairs", ticks=ticks, chance=0.5, percent=True))
+    return lines_panel("from how many pairs", lines, "fit pairs", ticks=ticks, chance=0.5, axis="percent")

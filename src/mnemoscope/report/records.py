@@ -44,15 +44,7 @@ def columns_of(table: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Contrast:
-    """Per-neuron statistics of the fit pairs, each of shape (L, D), float64, NaN where undefined.
-
-    Attributes:
-        site: where in a layer the states were read.
-        pairs, groups: how many went in.
-        nmd: mean difference, generalized minus memorized, in units of the state.
-        rho: Pearson correlation with the behaviour.
-        p_family_wise: p-value that holds for all neurons of all layers together.
-    """
+    """Per-neuron statistics of the fit pairs, each of shape (L, D), float64, NaN where undefined."""
 
     site: str
     pairs: int
@@ -64,14 +56,7 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Cell:
-    """The records of one (task, model, seed).
-
-    Attributes:
-        training: None where the model was not trained by the study.
-        detection, gate: None where no detector was fitted.
-        neutral, samples: None where the study asked for none.
-        no_detector: why none could be fitted.
-    """
+    """The records of one (task, model, seed); None where the study made none."""
 
     folder: Path
     info: dict[str, Any]
@@ -114,12 +99,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder: its configuration as text and as data, its manifest, and its cells in the order of their names.
-
-    Attributes:
-        failed: why cells could not go on, by name; they are not among the cells.
-        seeds, transfer_steering, transfer_probes: what compares cells; None where there was nothing to compare.
-    """
+    """A run folder; ``failed`` cells are not among its cells, and None where there was nothing to compare."""
 
     study_text: str
     study: dict[str, Any]
@@ -173,8 +153,10 @@ def read_cell(folder: Path) -> Cell:
         if field not in info:
             raise InputError(f"{folder / 'cell.json'}: field {field!r} is missing")
     tables = ["behaviour", "pairs", "probes", "learning", "halves", "sweep", "effects"]
-    if info["trained"]:
-        tables.append("training")
+    tables += ["training"] if info["trained"] else []
+    optional = ("detection", "gate", "neutral", "samples")
+    found: dict[str, Any] = {name: _table(records, name) for name in tables}
+    found |= {name: _table_if_any(records, name) for name in optional}
     return Cell(
         folder=folder,
         info=info,
@@ -182,8 +164,7 @@ def read_cell(folder: Path) -> Cell:
         chosen=_chosen(records / "chosen.json"),
         contrast=_contrast(folder / "contrast.safetensors"),
         no_detector=_json_if_any(records / "no_detector.json").get("why", ""),
-        **{name: _table(records, name) for name in tables},
-        **{name: _table_if_any(records, name) for name in ("detection", "gate", "neutral", "samples")},
+        **found,
     )
 
 

@@ -57,7 +57,7 @@ def _measured(cell: Cell) -> CellResults:
 def measure(cell: Cell) -> CellResults:
     """The results of one cell."""
     return CellResults(
-        training=behaviour.measure_training(cell),
+        training={key: cell.training_time.get(key, math.nan) for key in ("seconds", "steps")},
         behaviour=behaviour.measure_behaviour(cell),
         pairs=behaviour.measure_pairs(cell),
         contrast=differ.measure_contrast(cell.contrast),
@@ -81,8 +81,7 @@ def over_all(cells: Sequence[Cell], found: list[CellResults]) -> TaskResults:
         found: the results of each cell.
     """
     common = dict(merged(found))
-    read.judge(common["probe"])  # the verdict of a single seed holds for none of the others
-    common["training"] = {key: [getattr(one.training, key) for one in found] for key in ("seconds", "steps")}
+    common["training"] = {key: [one.training[key] for one in found] for key in ("seconds", "steps")}
     sweep = where.measure_sweep(cells)
     task = TaskResults(
         **common,
@@ -102,11 +101,7 @@ def over_all(cells: Sequence[Cell], found: list[CellResults]) -> TaskResults:
 
 
 def merged(values: Sequence[Any]) -> Any:
-    """One value for all seeds, by its type; fields annotated with ``OverSeeds`` follow their own rule.
-
-    Args:
-        values: of the same field, one a seed that has it.
-    """
+    """One value for all seeds that have it, by its type; fields annotated with ``OverSeeds`` follow their own rule."""
     first = values[0]
     if isinstance(first, Estimate):
         return over_seeds(values)
@@ -133,11 +128,9 @@ def _field(name: str, values: Sequence[Result]) -> Any:
     if rules == [OverSeeds.UNION]:
         return sorted({number for value in found for number in value})
     if rules == [OverSeeds.WORST]:
-        return {
-            aim: max((value[aim] for value in found if aim in value), key=_shift) for aim in AIMS if aim in found[0]
-        }
+        return {aim: max((value[aim] for value in found), key=_shift) for aim in AIMS}
     return merged(found)
 
 
 def _shift(shares: Shares) -> float:
-    return shares.shift.estimate if shares.shift.known else -1.0
+    return float(np.nan_to_num(shares.shift.estimate, nan=-1.0))

@@ -1,11 +1,12 @@
-"""The schema of ``results.json``. A number with an uncertainty is an ``Estimate``; a key without a value is left out."""
+"""The schema of ``results.json``. Numbers with an uncertainty are ``Estimate``; a key without a value is left out."""
 
 from __future__ import annotations
 
+import math
 from enum import Enum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from mnemoscope.statistics import Estimate
 
@@ -13,12 +14,10 @@ Direction = Literal["to_generalized", "to_memorized"]
 Aim = Literal["pairs", "conflict"]
 When = Literal["before", "after"]
 Carried = dict[Literal["shift", "gaussian"], Estimate]
-Answered = Literal["memorized", "generalized", "other", "confabulated"]
 Shared = Literal["share", "chance", "chance_in_layers"]
-Score = Literal["p_memorized", "input_only", "input_repeats", "entropy", "top_gap"]
-Neutral = Literal["first", "next", "first_gated", "next_gated", "same_top", "acted"]
 Bin = dict[Literal["said", "memorized"], Estimate]
 Verdict = Literal["yes", "no", "unclear"]
+VERDICTS: dict[int, Verdict] = {1: "yes", -1: "no", 0: "unclear"}
 # direction of steering -> (the behaviour it aims at, the behaviour it starts from)
 DIRECTIONS: dict[Direction, tuple[str, str]] = {
     "to_generalized": ("generalized", "memorized"),
@@ -113,19 +112,12 @@ class Steered(Result):
         return max((n for n in shifts if shifts[n].known), key=lambda n: shifts[n].estimate, default=None)
 
 
-class Training(Result):
-    """One number, or one a seed."""
-
-    seconds: float | list[float]
-    steps: int | float | list[int | float]
-
-
 class Behaviour(Result):
     """Test examples without any intervention."""
 
     recall: Estimate = Field(description="accuracy on `memory` examples")
     novel_accuracy: Estimate = Field(description="accuracy on `novel` examples")
-    conflict: dict[Answered, Estimate] = Field(description="`confabulated`: NaN where both formats are the same")
+    conflict: dict[str, Estimate] = Field(description="`memorized`, `generalized`, `other`, `confabulated`")
     ties: int = Field(description="answers that hung on two logits within 1e-4")
 
 
@@ -189,9 +181,24 @@ class Probe(Result):
     accuracy_by_offset: dict[str, list[Estimate]]
     auroc_by_offset: dict[str, list[Estimate]]
     best_by_offset: dict[str, BestLayer]
-    beats_input_only: Verdict = Field(description="by the interval of `best.minus_input_only`")
-    beats_input_repeats: Verdict
-    known_from: dict[str, float] = Field(description="first offset surely above `chance` and either input; NaN: none")
+
+    @computed_field(description="by the interval of `best.minus_input_only`")
+    def beats_input_only(self) -> Verdict:
+        """ "yes" or "no" where the interval of the difference lies above or below 0, else "unclear"."""
+        return VERDICTS[self.best.minus_input_only.sign]
+
+    @computed_field(description="likewise")
+    def beats_input_repeats(self) -> Verdict:
+        """The same beside the input with its repeats."""
+        return VERDICTS[self.best.minus_input_repeats.sign]
+
+    @computed_field(description="first offset surely above `chance` and either input; NaN: none")
+    def known_from(self) -> dict[str, float]:
+        """The earliest offset at which the interval lies above; later ones may know less."""
+        above = {"chance": [offset for offset, best in self.best_by_offset.items() if best.accuracy.low > 0.5]}
+        for kind in ("input_only", "input_repeats"):
+            above[kind] = [k for k, best in self.best_by_offset.items() if getattr(best, f"minus_{kind}").low > 0]
+        return {what: max(map(float, offsets), default=math.nan) for what, offsets in above.items()}
 
 
 class Learning(Result):
@@ -244,19 +251,21 @@ class Ablation(Result):
 class Detection(Result):
     """The detector on test prompts."""
 
-    auroc: dict[Score, Estimate] = Field(description="of each score for `memorized`, on test conflicts")
-    by_family: dict[str, dict[str, Estimate | int]] = Field(description="with counts; NaN below 30 of either behaviour")
-    held_out: dict[str, dict[Score, Estimate]]
+    auroc: dict[str, Estimate] = Field(description="of `p_memorized` and its baselines, on test conflicts")
+    by_family: dict[str, dict[str, Any]] = Field(description="with counts; NaN below 30 of either behaviour")
+    held_out: dict[str, dict[str, Estimate]]
     reliability: list[Bin] = Field(description="five bins of P(memorized): its mean, the share memorized")
     brier: Estimate = Field(description="mean squared error of P(memorized)")
     unlike: dict[str, Estimate] = Field(description="share unlike the fit prompts, by list")
     readable_from: float = Field(description="median of the first layer that is sure of the verdict")
+    gate: Estimate | None = Field(None, description="AUROC of the detector at or below the first shifted layer")
+    given_up: float | None = Field(None, description="AUROC of the detector less that of `gate`")
 
 
 class CellResults(Result):
     """One cell."""
 
-    training: Training
+    training: dict[Literal["seconds", "steps"], float | int | list[float | int]] = Field(description="or one a seed")
     behaviour: Behaviour
     pairs: Pairs
     contrast: Contrasts
@@ -273,7 +282,7 @@ class CellResults(Result):
     context_aware: dict[Direction, dict[str, Shares]] = Field(description="context-aware decoding, by weight")
     detection: Detection | None = Field(None, description="only with a detector")
     no_detector: str | None = Field(None, description="why none could be fitted")
-    neutral: dict[Direction, dict[str, dict[Neutral, Estimate]]] | None = Field(None, description="by dose, nats")
+    neutral: dict[Direction, dict[str, dict[str, Estimate]]] | None = Field(None, description="by dose, nats a token")
 
 
 class SweepRow(Result):

@@ -14,30 +14,16 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from mnemoscope.errors import InputError
-from mnemoscope.report import drawing, words
+from mnemoscope.report import drawing, schema, words
 from mnemoscope.report.cost import measure_collateral
 from mnemoscope.report.detector import measure_gated, recall_by_family
-from mnemoscope.report.drawing import COLOUR, DASHED, INK, OTHER, TONE, Dot, Frame, Line, Panel, dots_panel
+from mnemoscope.report.drawing import DASHED, INK, OTHER, TONE, Dot, Line, Panel, dots_panel
 from mnemoscope.report.intervals import shared_mean, shares
 from mnemoscope.report.page import Answer, Chapter, Exhibit, Table, View, not_measured
 from mnemoscope.report.records import Cell
-from mnemoscope.report.schema import (
-    AIMS,
-    CONTROLS,
-    DIRECTIONS,
-    Aim,
-    Control,
-    Direction,
-    Dose,
-    Push,
-    Shares,
-    Steered,
-    TaskResults,
-)
+from mnemoscope.report.schema import AIMS, CONTROLS, DIRECTIONS, Aim, Direction, Steered, TaskResults
 from mnemoscope.report.words import CAPITAL, LISTS, NBSP, TOWARDS, percent, ranged
 from mnemoscope.statistics import Estimate
 
@@ -50,11 +36,9 @@ class Examples:
     """The steering table of a cell, cut once into the parts that numbers are computed from."""
 
     def __init__(self, cell: Cell) -> None:
-        self.cell = cell
-        self._table = cell.read_steering()
+        self.cell, self._table = cell, cell.read_steering()
         self._places = self._table.groupby(KEYS, observed=True).indices
         self.lists = sorted(self._table.examples.unique())
-        self.held_out = [name for name in self.lists if name.startswith("pairs_") and name != "pairs_unreachable"]
 
     def rows(self, aim: str, direction: str, method: str, role: str, examples: str) -> pd.DataFrame:
         """Test examples of one list under one setting and role; no rows where there are none."""
@@ -85,11 +69,7 @@ def measure_steering(cell: Cell) -> dict[str, Any]:
 
 
 def measure_direction(examples: Examples, method: str, direction: Direction, chosen: dict[Aim, Any]) -> Steered:
-    """One method in one direction: shifts, controls, what is left of them, and collateral.
-
-    Args:
-        chosen: the method's settings by aim.
-    """
+    """One method in one direction, under its settings by aim: shifts, controls, what is left of them, collateral."""
     cell = examples.cell
 
     def vector(aim: str, name: str) -> pd.DataFrame:
@@ -98,6 +78,7 @@ def measure_direction(examples: Examples, method: str, direction: Direction, cho
     pairs, conflict = (shares(vector(aim, aim), direction, cell.name) for aim in AIMS)
     controls = {name: {aim: examples.rows(aim, direction, method, name, aim) for aim in AIMS} for name in CONTROLS}
     lists = {name: vector("pairs", name) for name in examples.lists}
+    held_out = [name for name in lists if name.startswith("pairs_") and name != "pairs_unreachable"]
     kept = {aim: {name: vector(aim, name) for name in ("memory", "novel", "conflict_rest")} for aim in AIMS}
     return Steered(
         chosen=chosen["pairs"],
@@ -106,7 +87,7 @@ def measure_direction(examples: Examples, method: str, direction: Direction, cho
         conflict=conflict,
         confabulated=pairs.confabulated,
         pairs_unreachable=shares(vector("pairs", "pairs_unreachable"), direction, cell.name),
-        held_out={n.removeprefix("pairs_"): shares(lists[n], direction, cell.name) for n in examples.held_out},
+        held_out={n.removeprefix("pairs_"): shares(lists[n], direction, cell.name) for n in held_out},
         conflict_at_chosen=shares(vector("pairs", "conflict"), direction, cell.name),
         controls={name: _control(parts, direction, cell) for name, parts in controls.items()},
         minus_control={
@@ -120,15 +101,15 @@ def measure_direction(examples: Examples, method: str, direction: Direction, cho
     )
 
 
-def _control(parts: dict[Aim, pd.DataFrame], direction: Direction, cell: Cell) -> Control:
+def _control(parts: dict[Aim, pd.DataFrame], direction: Direction, cell: Cell) -> schema.Control:
     """All draws of a control pooled, and beside it the draw that shifts most."""
 
-    def pooled(rows: pd.DataFrame) -> Shares:
+    def pooled(rows: pd.DataFrame) -> schema.Shares:
         return shares(rows, direction, cell.name, confabulated=False)
 
     draws = {aim: int(part.draw.nunique()) for aim, part in parts.items()}
     worst = {aim: pooled(_worst_draw(part, direction)) for aim, part in parts.items()}
-    return Control(pairs=pooled(parts["pairs"]), conflict=pooled(parts["conflict"]), draws=draws, worst=worst)
+    return schema.Control(pairs=pooled(parts["pairs"]), conflict=pooled(parts["conflict"]), draws=draws, worst=worst)
 
 
 def _worst_draw(rows: pd.DataFrame, direction: Direction) -> pd.DataFrame:
@@ -151,7 +132,7 @@ def _difference(cell: Cell, vector: pd.DataFrame, control: pd.DataFrame, directi
     return shared_mean(difference, vector.group, cell.name, signed=True)
 
 
-def _logit(examples: Examples, method: str, direction: Direction) -> Push:
+def _logit(examples: Examples, method: str, direction: Direction) -> schema.Push:
     """What the vector's mean effect on the margin would shift if every pair got exactly that push, whatever it asks.
 
     A shift that moves all margins alike is no more than a bias on the two answers.
@@ -160,7 +141,7 @@ def _logit(examples: Examples, method: str, direction: Direction) -> Push:
     rows = examples.rows("pairs", direction, method, "vector", "pairs")
     effect = rows.margin - rows.margin_before
     pushed, shifted = (_crossed(sign * margin) for margin in (rows.margin_before + effect.mean(), rows.margin))
-    return Push(
+    return schema.Push(
         method=method,
         push=shared_mean(effect, rows.group, name, signed=True),
         shift=shared_mean(pushed, rows.group, name),
@@ -183,12 +164,11 @@ def chapter(view: View) -> Chapter:
     task, steering = view.task, view.task.steering
     if not any(getattr(block, aim).shift.known for block in steering.values() for aim in AIMS):
         return Chapter(answer(task))
-    doses = [_dose_panel(task, direction) for direction in steering if any(dose_lines(task, direction).values())]
     simpler = [_simpler_panel(task, direction) for direction in steering]
     exhibits = [
         Exhibit("switch", [_switch_panel(task, direction) for direction in steering]),
         Exhibit("methods", [_methods_panel(task, d, "pairs") for d in steering], table=methods_table(task)),
-        Exhibit("dose", doses),
+        Exhibit("dose", [panel for d in steering for panel in _dose_panels(task, d)]),
         Exhibit("simpler", simpler, [_push_sentence(task.logit[direction], direction) for direction in steering]),
         Exhibit("methods-conflict", [_methods_panel(task, d, "conflict") for d in steering], folded=True),
     ]
@@ -203,19 +183,16 @@ def answer(task: TaskResults) -> Answer:
     if not measured:
         return not_measured("steer", question, task)
     controls = {d: steering[d].strongest() for d in measured}
-    works = [d for d in measured if controls[d] and steering[d].minus_control[controls[d]]["pairs"].sign > 0]
-    verdict = "Not that it shows"
+    works = [d for d, name in controls.items() if name and steering[d].minus_control[name]["pairs"].sign > 0]
+    verdict = "Steering does not surely work"
     if works:
-        fully = all(shifts[d].estimate >= 0.5 for d in works)
         where = "in both directions" if len(works) == 2 else TOWARDS[works[0]]
-        verdict = f"Steering works {where}" if fully else f"Steering works in part, {where}"
-    shown = (works or measured)[0]
-    theirs = words.strongest_control(steering[shown])
-    beside = f"the strongest control steers {theirs}" if controls[shown] else "no control was run"
-    sentence = f"of test pairs are steered {TOWARDS[shown]}; {beside}."
+        verdict = f"Steering works{'' if all(shifts[d].estimate >= 0.5 for d in works) else ' in part,'} {where}"
+    shown, *others = dict.fromkeys([*works, *measured])
+    beside = {d: f"the strongest control {words.strongest_control(steering[d])}" for d in measured}
+    sentence = f"of test pairs are steered {TOWARDS[shown]}, by {beside[shown]}."
     notes = [f"95{NBSP}% interval: {words.interval(shifts[shown])}."]
-    for d in (d for d in measured if d != shown):
-        notes.append(f"{CAPITAL[d]}: {ranged(shifts[d])}, control {words.strongest_control(steering[d])}.")
+    notes += [f"{CAPITAL[d]}: {ranged(shifts[d])}, {beside[d]}." for d in others]
     losses = [f"{words.largest_loss(steering[d].collateral, d)} {TOWARDS[d]}" for d in measured]
     notes.append(f"Largest loss: {words.listed(losses)}.")
     control = controls[shown]
@@ -225,46 +202,19 @@ def answer(task: TaskResults) -> Answer:
 
 
 def _switch_panel(task: TaskResults, direction: Direction) -> Panel:
-    """Shift, other and stay as stacked bars: the vector, then its controls, on pairs and on any conflict."""
-    block, seeds = task.steering[direction], [seed.steering[direction] for seed in task.per_seed.values()]
-    names = [n for n, c in block.controls.items() if any(getattr(c, aim).shift.known for aim in AIMS)]
-    rows: list[tuple[float, str, Shares, float, bool]] = []
-    for number, aim in enumerate(AIMS):
-        top = number * (len(names) + 1.5)
-        rows.append((top, LISTS[aim].capitalize(), getattr(block, aim), math.nan, True))
-        for i, name in enumerate(names, 1):
-            worst = block.controls[name].worst[aim].shift.estimate
-            rows.append((top + i, words.CONTROLS[name], getattr(block.controls[name], aim), worst, False))
-
-    def plot() -> Figure:
-        figure, (ax,) = drawing.canvas(27 * len(rows) + 64)
-        for height, _, found, worst, is_vector in rows:
-            _stack(ax, height, found, direction, is_vector)
-            ax.plot(worst, height, "|", color=INK, markersize=12, markeredgewidth=1.6)
-        for number, aim in enumerate(AIMS if len(seeds) > 1 else ()):
-            shifts, height = [getattr(seed, aim).shift.estimate for seed in seeds], number * (len(names) + 1.5)
-            ax.plot(shifts, [height] * len(shifts), "o", color=drawing.PAPER, markeredgecolor=INK, markersize=5)
-        drawing.name_rows(ax, [row[1] for row in rows], [row[0] for row in rows])
-        ax.set_xlim(0, 1)
-        drawing.share_axis(ax.xaxis)
-        drawing.entitle(ax, direction)
-        return figure
-
-    return plot
-
-
-def _stack(ax: Axes, height: float, found: Shares, direction: Direction, is_vector: bool) -> None:
-    target, source = DIRECTIONS[direction]
-    strong = 1.0 if is_vector else 0.45
-    shift, other, stay = (share.estimate for share in (found.shift, found.other, found.stay))
-    if np.isnan(shift):
-        ax.text(0.02, height, words.UNMEASURED, va="center", color=drawing.MUTED)
-        return
-    bars = ((shift, 0, target, strong), (other, shift, "other", 0.75 * strong), (stay, shift + other, source, 0.22))
-    for width, left, what, alpha in bars:
-        ax.barh(height, width, left=left, height=0.74, color=COLOUR[what], alpha=alpha, linewidth=0)
-    ax.plot(np.clip([found.shift.low, found.shift.high], 0, 1), [height, height], color=INK, linewidth=1.4)
-    drawing.beside(ax, height, f"{100 * shift:.0f} %")
+    """The vector, then its controls, on pairs and on any conflict: shift, and the share that gives neither answer."""
+    block, seeds, dots = task.steering[direction], [seed.steering[direction] for seed in task.per_seed.values()], []
+    for aim in AIMS:
+        found = getattr(block, aim)
+        single = [(".", getattr(seed, aim).shift.estimate) for seed in seeds] if len(seeds) > 1 else []
+        neither = ("x", found.other.estimate)
+        dots.append(Dot(LISTS[aim].capitalize(), found.shift, TONE[direction], beside=(neither, *single)))
+        for name, control in block.controls.items():
+            found, worst = getattr(control, aim), control.worst[aim].shift.estimate
+            if found.shift.known:
+                neither = ("x", found.other.estimate)
+                dots.append(Dot(words.CONTROLS[name], found.shift, OTHER, True, mark=worst, beside=(neither,)))
+    return dots_panel(direction, dots, legend=[("neither answer", "x"), ("worst draw", "|"), ("single seeds", ".")])
 
 
 def table(task: TaskResults) -> Table:
@@ -306,11 +256,11 @@ def methods_table(task: TaskResults) -> Table:
     """The setting of each method, what it steers, its strongest control and its largest loss; then other ways."""
     rows = []
     for direction in task.steering:
-        best = task.steering[direction].chosen.method
         for method, block in of_direction(task, direction).items():
+            best = method == task.steering[direction].chosen.method
             chosen, shift = block.chosen, block.pairs.shift
             alpha = "" if math.isnan(chosen.alpha) else f", alpha{NBSP}{chosen.alpha:.2g}"
-            row = [f"{method}, {TOWARDS[direction]}{' (chosen)' if method == best else ''}"]
+            row = [f"{method}, {TOWARDS[direction]}{' (chosen)' if best else ''}"]
             row.append(f"{chosen.site}, {words.layers(chosen.layers)}, {100 * chosen.top:g}{NBSP}% of neurons")
             row.append(f"{chosen.strength:g}{alpha}{'' if chosen.within_limits else ' (beyond the limits)'}")
             row += [ranged(shift), f"{shift.n:,}", words.strongest_control(block), ranged(block.conflict.shift)]
@@ -321,33 +271,21 @@ def methods_table(task: TaskResults) -> Table:
     return Table("Settings chosen on the tune split, and what they do on the test split", columns, rows)
 
 
-def dose_lines(task: TaskResults, direction: Direction) -> dict[str, dict[str, Dose]]:
-    """Name -> dose -> numbers: the best method, the paper's, and Gaussian shifts of the best one's norm."""
+def _dose_panels(task: TaskResults, direction: Direction) -> list[Panel]:
+    """Mean margin and share steered: the best method, the paper's, and Gaussian shifts of the norm of the best."""
     best = task.steering[direction].chosen.method
-    found = {method: task.dose.get(method, {}).get(direction, {}) for method in dict.fromkeys((best, PAPERS))}
-    lines = {method: roles["vector"] for method, roles in found.items() if "vector" in roles}
-    return {**lines, **({"Gaussian": found[best]["gaussian"]} if "gaussian" in found[best] else {})}
-
-
-def _dose_panel(task: TaskResults, direction: Direction) -> Panel:
-    """Mean margin above and share steered below, against multiples of the chosen strength."""
-    by_name = dose_lines(task, direction)
-    tones = {name: INK if number else TONE[direction] for number, name in enumerate(by_name)} | {"Gaussian": OTHER}
-
-    def plot() -> Figure:
-        figure, axes = drawing.canvas(330, 2, [3, 2])
-        margins = Frame(direction, "", "margin, nats", chance=0)
-        shifts = Frame("", "times the chosen shift", "steered", share=True, gap=0.16)
-        for ax, key, frame in zip(axes, ("margin", "shift"), (margins, shifts), strict=True):
-            lines = []
-            for name, doses in by_name.items():
-                x = sorted(doses, key=float)
-                values, dash = [getattr(doses[dose], key) for dose in x], DASHED if name == "Gaussian" else "-"
-                lines.append(Line(name, [float(dose) for dose in x], values, tones[name], dash))
-            drawing.draw_lines(ax, lines, frame)
-        return figure
-
-    return plot
+    lines: dict[str, list[Line]] = {}
+    for method in dict.fromkeys((best, PAPERS)):
+        for role, doses in task.dose.get(method, {}).get(direction, {}).items():
+            if role != "vector" and method != best:
+                continue
+            x, tone = sorted(doses, key=float), TONE[direction] if method == best else INK
+            looks: tuple[str, str, Any] = (method, tone, "-") if role == "vector" else ("Gaussian", OTHER, DASHED)
+            for key in ("margin", "shift"):
+                values = [getattr(doses[dose], key) for dose in x]
+                lines.setdefault(key, []).append(Line(looks[0], [float(dose) for dose in x], values, *looks[1:]))
+    axes: dict[str, dict[str, Any]] = {"margin": {"ylabel": "margin, nats", "chance": 0}, "shift": {"axis": "share"}}
+    return [drawing.lines_panel(direction, found, "dose", **axes[key]) for key, found in lines.items()]
 
 
 def other_ways(task: TaskResults, direction: Direction) -> dict[str, Estimate]:
@@ -372,7 +310,7 @@ def _simpler_panel(task: TaskResults, direction: Direction) -> Panel:
     return dots_panel(direction, dots)
 
 
-def _push_sentence(found: Push, direction: Direction) -> str:
+def _push_sentence(found: schema.Push, direction: Direction) -> str:
     """A vector that does no more than one push for all is a bias on the answers."""
     if not found.shift.known:
         return ""

@@ -1,46 +1,27 @@
-"""Where it acts: single layers, neurons that are needed, states put in, and every setting of the sweep.
-
-A number of the sweep over seeds is their mean with Student's t interval; of one seed it stands alone, for the records
-hold shares and not examples.
-"""
+"""Where it acts: single layers, neurons that are needed, and every setting of the sweep, over seeds if several."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
-from mnemoscope.report import drawing
-from mnemoscope.report.drawing import DASHED, INK, MUTED, OTHER, TONE, Frame, Line, Panel, lines_panel
+from mnemoscope.report import schema
+from mnemoscope.report.drawing import DASHED, INK, MUTED, OTHER, TONE, Line, Panel, lines_panel
 from mnemoscope.report.intervals import shared_mean, shares
 from mnemoscope.report.page import Answer, Chapter, Exhibit, View, not_measured
 from mnemoscope.report.records import Cell
-from mnemoscope.report.schema import (
-    AIMS,
-    DIRECTIONS,
-    Ablated,
-    Ablation,
-    ByLayer,
-    Chosen,
-    Contrasts,
-    Direction,
-    Dose,
-    OneLayer,
-    Shares,
-    SweepRow,
-    TaskResults,
-)
+from mnemoscope.report.schema import DIRECTIONS, Ablation, Direction, Shares, SweepRow, TaskResults
 from mnemoscope.report.words import CAPITAL, TOWARDS, argmax, percent
 from mnemoscope.statistics import Estimate, over_seeds
 
 PAPERS = "nmd"  # the paper's own method
 SETTING = ["direction", "method", "site", "layers", "top", "strength"]
 STEERED, KEPT = ("shift", "stay", "other", "margin", "margin_sd"), ("kept",)
-MAPS = (("shift", "steered"), ("other", "neither"), ("lost", "lost"))
 
 
 def measure_effects(cell: Cell) -> dict[str, Any]:
@@ -49,8 +30,8 @@ def measure_effects(cell: Cell) -> dict[str, Any]:
     def measured(rows: pd.DataFrame) -> Shares:
         return shares(rows, rows.direction.iloc[0], cell.name)
 
-    def dose(rows: pd.DataFrame) -> Dose:
-        return Dose(margin=shared_mean(rows.margin, rows.group, cell.name), **dict(measured(rows)))
+    def dose(rows: pd.DataFrame) -> schema.Dose:
+        return schema.Dose(margin=shared_mean(rows.margin, rows.group, cell.name), **dict(measured(rows)))
 
     kinds = ("dose", "prompt", "contrast", "ablation", "patch")
     of_what = {what: cell.effects[cell.effects.what == what] for what in kinds}
@@ -67,7 +48,7 @@ def measure_effects(cell: Cell) -> dict[str, Any]:
         "dose": _nested(of_what["dose"], ["method", "direction", "role", "dose"], dose),
         "prompt": _nested(of_what["prompt"], ["direction"], measured),
         "context_aware": _nested(of_what["contrast"], ["direction", "dose"], measured),
-        "ablation": _nested(of_what["ablation"], ["method", "direction", "dose"], lambda r: _ablation(r, cell.name)),
+        "ablation": _nested(of_what["ablation"], ["method", "direction", "dose"], partial(_ablation, stream=cell.name)),
         "patch": patch,
     }
 
@@ -93,7 +74,7 @@ def _ablation(rows: pd.DataFrame, stream: str) -> Ablation:
         numbers = {
             key: shared_mean(table[key], table.group, stream, signed=True) for key in ("before", "after", "lost")
         }
-        found[role] = Ablated(**numbers, kept=kept)
+        found[role] = schema.Ablated(**numbers, kept=kept)
     ours = tables["vector"]
     beyond = ours.lost - tables["random_neurons"].lost.reindex(ours.index)
     return Ablation(**found, minus_random=shared_mean(beyond, ours.group, stream, signed=True))
@@ -124,7 +105,7 @@ def measure_sweep(cells: Sequence[Cell]) -> list[SweepRow]:
     rows = []
     for values, part in pd.concat(tables).groupby([*SETTING, "examples"], sort=True, observed=True):
         row: dict[str, Any] = dict(zip([*SETTING, "examples"], values, strict=True))
-        for key in STEERED if row["examples"] in AIMS else KEPT:
+        for key in STEERED if row["examples"] in schema.AIMS else KEPT:
             row[key] = over_seeds([_alone(x, n) for x, n in zip(part[key], part.n, strict=True)])
         rows.append(SweepRow(**row, seeds=len(part)))
     return rows
@@ -134,46 +115,45 @@ def _alone(value: float, n: int) -> Estimate:
     return Estimate.undefined() if math.isnan(value) else Estimate(float(value), math.nan, math.nan, int(n))
 
 
-def measure_layers(sweep: Sequence[SweepRow], contrast: Contrasts) -> ByLayer:
+def measure_layers(sweep: Sequence[SweepRow], contrast: schema.Contrasts) -> schema.ByLayer:
     """Where the difference is, layer by layer, beside where a shift of one layer acts, at one strength for all.
 
-    Of the strengths that every method tried on single layers, the one is shown that steers most pairs on average; of the
-    shares of neurons, for each layer the one that steers most.
+    Of the strengths that every method tried on single layers, that which steers most pairs on average is shown; of the
+    shares of neurons, for each layer that which steers most.
     """
     shift = {}
     for direction in DIRECTIONS:
         rows = single_layers(sweep, direction)
         strength = _common_strength(rows)
-        at_equal = [row for row in rows if row.strength == strength]
+        at_equal = [(row, share) for row, share in rows if row.strength == strength]
         by_method: dict[str, dict[str, list[Estimate]]] = {}
-        for method, site in dict.fromkeys((row.method, row.site) for row in at_equal):
-            part = [row for row in at_equal if (row.method, row.site) == (method, site)]
+        for method, site in dict.fromkeys((row.method, row.site) for row, _ in at_equal):
+            part = [(row, share) for row, share in at_equal if (row.method, row.site) == (method, site)]
             by_method.setdefault(method, {})[site] = [_best(part, layer) for layer in contrast.layers]
-        shift[direction] = OneLayer(strength=strength, methods=by_method)
+        shift[direction] = schema.OneLayer(strength=strength, methods=by_method)
     shown = {key: getattr(contrast, key) for key in ("layers", "mean_abs_nmd", "max_abs_rho")}
-    return ByLayer(**shown, shift=shift)
+    return schema.ByLayer(**shown, shift=shift)
 
 
-def single_layers(sweep: Sequence[SweepRow], direction: Direction) -> list[SweepRow]:
-    """What single layers do to pairs of the tune split."""
-    return [r for r in sweep if (r.direction, r.examples) == (direction, "pairs") and r.layers.isdigit() and r.shift]
+def single_layers(sweep: Sequence[SweepRow], direction: Direction) -> list[tuple[SweepRow, Estimate]]:
+    """What single layers do to pairs of the tune split: the settings, and the shares that they shift."""
+    rows = [row for row in sweep if (row.direction, row.examples) == (direction, "pairs") and row.layers.isdigit()]
+    return [(row, row.shift) for row in rows if row.shift]
 
 
-def _common_strength(rows: Sequence[SweepRow]) -> float:
+def _common_strength(rows: Sequence[tuple[SweepRow, Estimate]]) -> float:
     """NaN where no strength was tried by all methods."""
-    methods = {row.method for row in rows}
-    tried: dict[float, list[SweepRow]] = {}
-    for row in rows:
-        tried.setdefault(row.strength, []).append(row)
-    common = {
-        k: [r.shift.estimate for r in found] for k, found in tried.items() if {r.method for r in found} == methods
-    }
-    return max(common, key=lambda strength: sum(common[strength]) / len(common[strength]), default=math.nan)
+    methods, tried = {row.method for row, _ in rows}, {}
+    for strength in dict.fromkeys(row.strength for row, _ in rows):
+        part = [(row, share.estimate) for row, share in rows if row.strength == strength]
+        if {row.method for row, _ in part} == methods:
+            tried[strength] = sum(share for _, share in part) / len(part)
+    return max(tried, key=lambda strength: tried[strength], default=math.nan)
 
 
-def _best(rows: Sequence[SweepRow], layer: int) -> Estimate:
-    found = [row.shift for row in rows if int(row.layers) == layer]
-    return max(found, key=lambda shift: shift.estimate, default=Estimate.undefined())
+def _best(rows: Sequence[tuple[SweepRow, Estimate]], layer: int) -> Estimate:
+    found = [share for row, share in rows if int(row.layers) == layer]
+    return max(found, key=lambda share: share.estimate, default=Estimate.undefined())
 
 
 # --- the story -----------------------------------------------------------------------------------------------------
@@ -185,39 +165,35 @@ def chapter(view: View) -> Chapter:
     if argmax(by_layer.max_abs_rho) is None:
         return Chapter(answer(task))
     differs = {"strongest |rho|": by_layer.max_abs_rho, "mean |NMD|": by_layer.mean_abs_nmd}
-    panels = [
-        lines_panel([Line("", by_layer.layers, values, fill=True)], Frame(f"differs: {name}", floor=0), 190)
-        for name, values in differs.items()
-    ]
+    panels = [lines_panel(name, [Line("", by_layer.layers, values, fill=True)]) for name, values in differs.items()]
     acts = [d for d in DIRECTIONS if by_layer.shift[d].methods or task.patch.get(d, {}).get("block")]
     panels += [_acts_panel(task, direction) for direction in acts]
     held = {d: task.ablation.get(block.chosen.method, {}).get(d) for d, block in task.steering.items()}
     texts = [_needed(found, direction) for direction, found in held.items() if found]
     ablated = [_ablation_panel(found, direction) for direction, found in held.items() if found]
-    exhibits = [Exhibit("depth", panels), Exhibit("ablation", ablated, texts)]
-    return Chapter(answer(task), [*exhibits, Exhibit("sweep", _sweep_panels(task), folded=True)])
+    return Chapter(answer(task), [Exhibit("depth", panels), Exhibit("ablation", ablated, texts)])
 
 
 def answer(task: TaskResults) -> Answer:
     """The layer that steers most pairs by itself, of all that were tried alone, beside where |rho| is largest."""
-    question, shows, best = "Where does it act?", argmax(task.by_layer.max_abs_rho), {}
+    question, shows = "Where does it act?", argmax(task.by_layer.max_abs_rho)
     if shows is None:
         return not_measured("where", question, task)
+    best: dict[Direction, tuple[SweepRow, Estimate]] = {}
     for direction in DIRECTIONS:
-        rows = [row for row in single_layers(task.sweep, direction) if row.shift.known]
-        best |= {direction: max(rows, key=lambda row: row.shift.estimate)} if rows else {}
+        rows = [(row, share) for row, share in single_layers(task.sweep, direction) if share.known]
+        best |= {direction: max(rows, key=lambda found: found[1].estimate)} if rows else {}
     if not best:
         return Answer("where", question, "In several layers together", sentence="No single layer was tried.")
-    found = [
+    texts = [
         f"of tune pairs are steered {TOWARDS[d]} by layer {row.layers} alone ({row.method}, strength {row.strength:g})."
-        for d, row in best.items()
+        for d, (row, _) in best.items()
     ]
-    numbers, layers = [percent(row.shift.estimate) for row in best.values()], {row.layers for row in best.values()}
+    numbers, layers = [percent(share.estimate) for _, share in best.values()], {row.layers for row, _ in best.values()}
     verdict = f"Most in layer {layers.pop()}" if len(layers) == 1 else "In another layer for each direction"
-    notes = [f"{number} {text}" for number, text in zip(numbers[1:], found[1:], strict=True)]
-    return Answer(
-        "where", question, verdict, numbers[0], found[0], " ".join([*notes, f"|rho| is largest in layer {shows}."])
-    )
+    notes = [f"{number} {text}" for number, text in zip(numbers[1:], texts[1:], strict=True)]
+    notes.append(f"|rho| is largest in layer {shows}.")
+    return Answer("where", question, verdict, numbers[0], texts[0], " ".join(notes))
 
 
 def _acts_panel(task: TaskResults, direction: Direction) -> Panel:
@@ -225,13 +201,12 @@ def _acts_panel(task: TaskResults, direction: Direction) -> Panel:
     layers, lines = task.by_layer.layers, []
     for method, sites in task.by_layer.shift[direction].methods.items():
         site = max(sites, key=lambda s: max(np.nan_to_num(shift.estimate, nan=-1.0) for shift in sites[s]))
-        tone = (
-            TONE[direction] if method == task.steering[direction].chosen.method else INK if method == PAPERS else OTHER
-        )
+        tone = INK if method == PAPERS else OTHER
+        tone = TONE[direction] if method == task.steering[direction].chosen.method else tone
         lines.append(Line(method if len(sites) == 1 else f"{method}, {site}", layers, sites[site], tone, band=False))
     if patched := task.patch.get(direction, {}).get("block"):
         lines.append(Line("state put in", layers, [s.shift for s in patched], MUTED, DASHED, 1.4, band=False))
-    return lines_panel(lines, Frame(direction, "acts: layer", share=True))
+    return lines_panel(direction, lines, "acts: layer", axis="share")
 
 
 def _needed(found: dict[str, Ablation], direction: Direction) -> str:
@@ -257,57 +232,4 @@ def _ablation_panel(found: dict[str, Ablation], direction: Direction) -> Panel:
         for name, role, tone in (("its neurons", "vector", TONE[direction]), ("random", "random_neurons", OTHER))
     ]
     ticks = {place: f"{place:g} %" for place in places}
-    return lines_panel(lines, Frame(direction, "neurons held", "separation, nats", ticks, chance=0, floor=0))
-
-
-def mapped_method(sweep: Sequence[SweepRow]) -> str | None:
-    """The method whose whole sweep was measured on what should stay; the paper's before others."""
-    return min({r.method for r in sweep if r.examples not in AIMS}, key=lambda m: (m != PAPERS, m), default=None)
-
-
-def _sweep_panels(task: TaskResults) -> list[Panel]:
-    """By direction: maps of the mapped method where its chosen setting acts."""
-    method, panels = mapped_method(task.sweep), []
-    for direction in DIRECTIONS if method else ():
-        chosen = task.steering_by_method[method][direction].chosen
-        rows = [r for r in task.sweep if (r.method, r.direction, r.site) == (method, direction, chosen.site)]
-        rows = [row for row in rows if layers_of(row.layers) == sorted(chosen.layers)]
-        panels += [_map_panel(rows, direction, chosen)] if any(row.examples == "pairs" for row in rows) else []
-    return panels
-
-
-def layers_of(text: str) -> list[int]:
-    """Layers of a row of the sweep, whose text is such as ``0-3``, ``2`` or ``0,2``."""
-    parts = [[int(end) for end in part.split("-")] for part in text.split(",")]
-    return [layer for ends in parts for layer in range(ends[0], ends[-1] + 1)]
-
-
-def _map_panel(rows: Sequence[SweepRow], direction: Direction, chosen: Chosen) -> Panel:
-    """Three maps side by side: shares by top and strength."""
-    tops, strengths = (sorted({getattr(row, key) for row in rows}) for key in ("top", "strength"))
-    across = len(strengths) + 0.6
-    values = {key: np.full((len(tops), len(strengths)), np.nan) for key, _ in MAPS}
-    for row in rows:
-        at = tops.index(row.top), strengths.index(row.strength)
-        if row.kept and row.examples in ("memory", "novel"):
-            values["lost"][at] = np.fmax(values["lost"][at], 1 - row.kept.estimate)
-        elif row.shift and row.other and row.examples == "pairs":
-            values["shift"][at], values["other"][at] = row.shift.estimate, row.other.estimate
-
-    def plot() -> Figure:
-        figure, (ax,) = drawing.canvas(24 * len(tops) + 100)
-        for column, (key, name) in enumerate(MAPS):
-            tone, left = TONE[direction] if key == "shift" else OTHER, column * across
-            drawing.draw_cells(ax, values[key], tone, at=(0, left))
-            ax.text(left - 0.5, -0.8, name, color=INK, va="center")
-            y, x = tops.index(chosen.top), left + strengths.index(chosen.strength)
-            ax.barh(y, 0.94, left=x - 0.47, height=0.94, fill=False, edgecolor=INK, linewidth=1.6)
-        drawing.name_rows(ax, [f"{100 * top:g} %" for top in tops])
-        places = [column * across + n for column in range(len(MAPS)) for n in range(len(strengths))]
-        ax.set_xticks(places, [f"{s:g}".lstrip("0") for s in strengths] * len(MAPS), fontsize=9)
-        ax.set_xlim(-0.6, 2 * across + len(strengths) - 0.4)
-        ax.set_ylim(len(tops) - 0.4, -1.3)
-        drawing.entitle(ax, direction)
-        return figure
-
-    return plot
+    return lines_panel(direction, lines, "neurons held", "separation, nats", ticks, chance=0)

@@ -18,6 +18,8 @@ ANSWERED = {"memorized": "remembered", "generalized": "worked out", "other": "ot
 LISTS = {"pairs": "pairs", "conflict": "any conflict", "memory": "facts to recall", "novel": "new questions"}
 LISTS |= {"conflict_rest": "conflicts already there"}
 KEPT = ("novel", "memory", "conflict_rest")  # what steering should leave alone
+RIVALS = {"input_only": "the input alone", "input_repeats": "input with repeats"}  # what sees no state
+RIVALS |= {"entropy": "entropy", "top_gap": "gap of top two"}
 CONTROLS = {"random_neurons": "random neurons", "gaussian": "Gaussian", "low_correlation": "low-|rho| neurons"}
 CONTROLS |= {"random_sign": "random signs", "shuffled_labels": "shuffled labels"}
 
@@ -108,6 +110,8 @@ def largest_loss(collateral: dict[str, Estimate], direction: Direction) -> str:
     if not losses:
         return UNMEASURED
     key = min(losses, key=lambda name: losses[name].estimate)
+    if losses[key].estimate >= 0:
+        return "none"
     return f"{points(losses[key].estimate, sign=True)} of {LISTS[key]}"
 
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from mnemoscope.cells import Cell, version
 from mnemoscope.detect import Detector
 from mnemoscope.directions import TOWARD
 from mnemoscope.stages.common import Tell
-from mnemoscope.statistics import auroc, proportion
+from mnemoscope.statistics import auroc, named_rng, proportion
 from mnemoscope.steering import Artefact, Card, SteeringVector
 
 LIBRARIES = ("torch", "transformers")
@@ -30,12 +29,12 @@ def cards_stage(cell: Cell, tell: Tell) -> list[Path]:
     files: list[Path] = []
     for path in sorted((cell.folder / "vectors").glob("[!.]*.safetensors")):
         vector = SteeringVector.load(path)
-        files.append(_write(vector, path, _of_vector(path.stem, vector, steering, neutral) | common))
+        files.append(_write(vector, path, _of_vector(cell, path.stem, vector, steering, neutral) | common))
     detection = _table(cell, "detection")
-    for name, column in (("detector", "p_memorized"), ("detector_below", "p_memorized_below")):
+    for name, score in (("detector", "p_memorized"), ("detector_below", "below")):
         path = cell.folder / f"{name}.safetensors"
         if path.exists() and detection is not None:
-            files.append(_write(Detector.load(path), path, _of_detector(detection, column) | common))
+            files.append(_write(Detector.load(path), path, _of_detector(cell, detection, score) | common))
     return files
 
 
@@ -60,9 +59,12 @@ def _table(cell: Cell, name: str) -> pd.DataFrame | None:
 
 
 def _of_vector(
-    name: str, vector: SteeringVector, steering: pd.DataFrame, neutral: pd.DataFrame | None
+    cell: Cell, name: str, vector: SteeringVector, steering: pd.DataFrame, neutral: pd.DataFrame | None
 ) -> dict[str, Any]:
-    """Figures of a vector by the name of its file, DIRECTION-METHOD or DIRECTION-METHOD-conflict."""
+    """Figures of a vector by the name of its file, DIRECTION-METHOD or DIRECTION-METHOD-conflict.
+
+    Resamples are those of the report, which names them so: intervals are the same there.
+    """
     aim = "conflict" if name.endswith("-conflict") else "pairs"
     direction = next(d for d, toward in TOWARD.items() if toward == vector.toward)
     mine = steering[
@@ -71,9 +73,9 @@ def _of_vector(
     judged = mine[mine["examples"] == aim]
     hits = judged["after"] == vector.toward
     own = judged["role"] == "vector"
-    shift = proportion(hits[own], judged["group"][own], np.random.default_rng(0))
+    shift = proportion(hits[own], pd.factorize(judged["group"][own])[0], cell.name)
     controls = hits[~own].groupby(judged["role"][~own]).mean()
-    facts: dict[str, Any] = {"shift": shift.as_dict()}
+    facts: dict[str, Any] = {"shift": asdict(shift)}
     if len(controls):
         facts["control"] = {"name": str(controls.idxmax()), "estimate": float(controls.max())}
     kept = mine[mine["examples"].isin(KEPT) & (mine["role"] == "vector")]
@@ -86,11 +88,12 @@ def _of_vector(
     return facts
 
 
-def _of_detector(detection: pd.DataFrame, column: str) -> dict[str, Any]:
+def _of_detector(cell: Cell, detection: pd.DataFrame, score: str) -> dict[str, Any]:
     test = detection[detection["followed"].isin(("memorized", "generalized")) & (detection["examples"] == "conflict")]
     truth = test["followed"] == "memorized"
 
-    def area(scores: pd.Series) -> dict[str, float | int]:
-        return auroc(scores, truth, test["group"], np.random.default_rng(0)).as_dict()
+    def area(column: str, name: str) -> dict[str, float | int]:
+        return asdict(auroc(test[column], truth, test["group"], named_rng(f"{cell.name}/detector/auroc/{name}")))
 
-    return {"auroc": area(test[column]) | {"input_only": area(test["input_only"])["estimate"]}}
+    column = "p_memorized_below" if score == "below" else score
+    return {"auroc": area(column, score) | {"input_only": area("input_only", "input_only")["estimate"]}}

@@ -38,7 +38,8 @@ def rng_of(cell: Cell, stage: str) -> np.random.Generator:
 
 def cell_task(cell: Cell) -> Task:
     """The cell's task, with the cell's seed; of what the model knows by heart, where the task asks for that."""
-    task = build_task(cell.config.task, cell.config.options, cell.seed)
+    given = cell.opened.task if cell.opened else None
+    task = build_task(cell.config.task, cell.config.options, cell.seed) if given is None else given
     known = cell.records / "known.json"
     return task.knowing(set(json.loads(known.read_text())["known"])) if known.exists() else task
 

@@ -229,8 +229,8 @@ def _judge_all(opened: _Opened, chosen: Sequence[_Chosen], tell: Tell) -> list[p
 
     def draws(one: _Chosen) -> int:
         """Of each control; of conflicts only under the methods that are best for them or for pairs."""
-        of_all = one.aim == "pairs" and config.controls_of == "all"
-        return (config.draws if one.aim == "pairs" else config.conflict_draws) if of_all or one.key in best else 0
+        drawn = one.best if config.controls_of == "best" else one.aim == "pairs" or one.key in best
+        return (config.draws if one.aim == "pairs" else config.conflict_draws) if drawn else 0
 
     tell(len(AIMS), PARTS, "learning from shuffled labels")
     learned = [one for one in chosen if one.setting.method == "learned"]

@@ -12,6 +12,7 @@ import pandas as pd
 from mnemoscope.behaviour import Asking, Scores, mark_confabulations, prepare, score
 from mnemoscope.cells import Cell
 from mnemoscope.errors import InputError, StudyError
+from mnemoscope.files import new_folder
 from mnemoscope.models import (
     PACKAGED,
     QUANTIZED,
@@ -165,14 +166,10 @@ def _save_model(cell: Cell, asking: Asking) -> list[Path]:
 
 def _save_folder(folder: Path, save: Callable[[Path], None]) -> list[Path]:
     """Write a folder under a temporary name and rename it; its files."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    for stale in (folder, temporary):
+    for stale in (folder, *folder.parent.glob(f".{folder.name}.*.tmp")):
         shutil.rmtree(stale, ignore_errors=True)
-    try:
+    with new_folder(folder) as temporary:
         save(temporary)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 

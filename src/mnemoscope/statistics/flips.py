@@ -19,7 +19,6 @@ from scipy import sparse, stats
 from mnemoscope.statistics.common import TIE, Floats, as_batch, blocks, same
 
 BLOCK_PERMUTATIONS = 64  # permutations are made in blocks of so many rows
-HELD_GROUPS = 128  # whose totals wait to be flipped together
 
 
 @dataclass(slots=True, eq=False)
@@ -32,14 +31,13 @@ class SignFlips:
     whose denominator no flip changes. Sign b of a group is bit b of a hash of (seed, group), so that shards on
     different workers, and different runs, flip alike and their sums add up.
 
-    Flipping a group costs B * L * D, so its differences are summed first; of many groups some come again, and are
-    flipped again. Memory is (B + 130) * L * D * 8 bytes at most, whatever N is: 28 MB for 6 layers of 512 at B = 1000.
+    Flipping costs B * L * D for each group of a batch, whose differences are summed first. Memory is B * L * D * 8
+    bytes, whatever N is: 25 MB for 6 layers of 512 at B = 1000.
 
     Attributes:
         seed, count: picks the flips, the same in all shards; differences so far.
         sum_LD, squares_LD: sum of the differences and of their squares.
-        sums_BLD: the sum of the differences with the signs of permutation b, but for those that are held.
-        held: by group, the sum of differences that are not flipped yet.
+        sums_BLD: the sum of the differences with the signs of permutation b.
     """
 
     seed: int
@@ -47,7 +45,6 @@ class SignFlips:
     sum_LD: Floats
     squares_LD: Floats
     sums_BLD: Floats = field(repr=False)
-    held: dict[str, Floats] = field(default_factory=dict, repr=False)
 
     @classmethod
     def empty(cls, shape: tuple[int, ...], permutations: int = 1000, seed: int = 0) -> SignFlips:
@@ -68,30 +65,13 @@ class SignFlips:
         names_G, index_N = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
         members_GN = sparse.csr_array((np.ones(len(index_N)), (index_N, np.arange(len(index_N)))))
         totals_GD = members_GN @ values_NLD.reshape(len(index_N), -1)
-        for name, total_D in zip(names_G, totals_GD, strict=True):
-            self._hold(str(name), total_D.reshape(self.sum_LD.shape))
+        permutations = len(self.sums_BLD)
+        signs_BG = np.stack([_signs(self.seed, permutations, str(name)) for name in names_G], axis=1).astype(np.float64)
+        for rows in blocks(permutations, BLOCK_PERMUTATIONS):  # in blocks, for a second array of B sums may not fit
+            self.sums_BLD[rows] += (signs_BG[rows] @ totals_GD).reshape(-1, *self.sum_LD.shape)
         self.count += len(index_N)
         self.sum_LD += values_NLD.sum(axis=0)
         self.squares_LD += (values_NLD**2).sum(axis=0)
-
-    def _hold(self, group: str, total_LD: Floats) -> None:
-        if group in self.held:
-            self.held[group] += total_LD
-            return
-        if len(self.held) == HELD_GROUPS:
-            self._flip()
-        self.held[group] = total_LD.copy()
-
-    def _flip(self) -> None:
-        """Add what is held, with the signs of every permutation."""
-        if not self.held:
-            return
-        permutations = len(self.sums_BLD)
-        signs_BG = np.stack([_signs(self.seed, permutations, name) for name in self.held], axis=1).astype(np.float64)
-        totals_GD = np.stack([total_LD.ravel() for total_LD in self.held.values()])
-        for rows in blocks(permutations, BLOCK_PERMUTATIONS):  # in blocks, for a second array of B sums may not fit
-            self.sums_BLD[rows] += (signs_BG[rows] @ totals_GD).reshape(-1, *self.sum_LD.shape)
-        self.held.clear()
 
     def merge(self, other: SignFlips) -> Self:
         """Take in another shard's sums in place, and return self; ValueError unless seed, B and shape agree."""
@@ -101,8 +81,6 @@ class SignFlips:
         self.sum_LD += other.sum_LD
         self.squares_LD += other.squares_LD
         self.sums_BLD += other.sums_BLD
-        for group, total_LD in other.held.items():
-            self._hold(group, total_LD)
         return self
 
     def p_values(self) -> tuple[Floats, Floats]:
@@ -115,7 +93,6 @@ class SignFlips:
         shape, permutations = self.sum_LD.shape, len(self.sums_BLD)
         if not self.count:
             return np.full(shape, math.nan), np.full(shape, math.nan)
-        self._flip()
         # Where all differences are 0 the statistic is 0 for every flip: never the maximum, and always a tie, so p = 1.
         scale_LD = np.sqrt(np.where(self.squares_LD > 0, self.squares_LD, 1.0))
         threshold_LD = np.abs(self.sum_LD) / scale_LD - TIE

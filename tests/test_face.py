@@ -1,0 +1,318 @@
+"""The face: a model of a user's and a file of examples; the command line gives what Python gives."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from threadpoolctl import threadpool_info
+
+import mnemoscope as ms
+from families import tiny, tokenizer
+from helpers import MINI_TASKS, hook_count
+from mnemoscope.behaviour import Asking, states_at_the_end
+from mnemoscope.errors import InputError
+from mnemoscope.export import SITES_FOR
+from mnemoscope.fitting import ONE_LAYER, SETTINGS, fitting_study
+from mnemoscope.models import load_model
+from mnemoscope.stages.steer import settings_of
+from mnemoscope.tasks.jsonl import JsonlTask
+from test_cli import call
+
+OPTIONS = [f"--option={name}={value}" for name, value in MINI_TASKS["addition"].items()]
+QUICK: dict[str, Any] = {"settings": ONE_LAYER, "threads": 1}
+
+
+def modes(model: torch.nn.Module) -> list[object]:
+    """What a fit must leave as it is: of the model, and of the process."""
+    process = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.is_grad_enabled()
+    numpy_threads = [library["num_threads"] for library in threadpool_info()]
+    others = torch.utils.deterministic.fill_uninitialized_memory, torch.get_rng_state().tolist(), numpy_threads
+    return [[m.training for m in model.modules()], [p.requires_grad for p in model.parameters()], process, *others]
+
+
+@dataclass
+class User:
+    """A model in training mode, data, and what was fitted on them."""
+
+    folder: str
+    model: Any
+    words: Any
+    data: Path
+    out: Path
+    fitted: ms.Fitted
+
+    @property
+    def cell(self) -> Path:
+        return self.out / "cells" / "sums-0"
+
+    @property
+    def prompts(self) -> list[str]:
+        rows = pd.read_parquet(self.cell / "records" / "detection.parquet").query("examples == 'conflict'")
+        return [str(prompt) for prompt in rows.prompt.head(20)]
+
+    def json(self, command: str, *arguments: str) -> Any:
+        code, out, err = call(command, self.folder, *arguments, "--json")
+        assert code == 0, err
+        return json.loads(out, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+
+
+@pytest.fixture(scope="module")
+def user(mini: Callable[[str], Asking], shared_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> User:
+    mini("addition")
+    place, folder = tmp_path_factory.mktemp("user"), str(shared_folder / "mini-addition")
+    data, out = place / "sums.jsonl", place / "run"
+    assert call("data", "addition", "-n", "400", *OPTIONS, "-o", str(data))[0] == 0
+    model, words = ms.load_model(folder)
+    model.train()
+    model.lm_head.requires_grad_(False)
+    before = modes(model)
+    fitted = ms.fit(model, words, str(data), out=str(out), **QUICK)
+    assert modes(model) == before
+    assert hook_count(model) == 0
+    model.eval()
+    return User(folder, model, words, data, out, fitted)
+
+
+def test_a_fit_gives_vectors_in_both_directions_a_detector_and_controls(user: User) -> None:
+    assert {toward: vector.toward for toward, vector in user.fitted.vectors.items()} == {
+        "generalized": "generalized",
+        "memorized": "memorized",
+    }
+    assert user.fitted.detector is not None
+    results = json.loads((user.out / "results.json").read_text())["tasks"]["sums"]
+    tried = {(row["method"], row["layers"]) for row in results["sweep"] if row["direction"] == "to_generalized"}
+    assert {method for method, _ in tried} == {"standardized-nmd", "gradient", "learned"}
+    assert {layers for _, layers in tried} == {"1"}  # one of two layers, as the budget says
+    for direction, vector in (("to_generalized", "generalized"), ("to_memorized", "memorized")):
+        shift, card = results["steering"][direction]["pairs"]["shift"], user.fitted.vectors[vector].card
+        assert shift["n"] > 0
+        assert card is not None
+        assert card.shift == shift
+        assert card.control is not None
+        controls = results["steering"][direction]["controls"]
+        strongest = max(control["pairs"]["shift"]["estimate"] for control in controls.values())
+        assert card.control["estimate"] == pytest.approx(strongest)
+        assert f"test shift {shift['estimate']:.3f} [{shift['low']:.3f}, {shift['high']:.3f}], n = " in str(card)
+        assert f"strongest control of the same norm: {card.control['name']}" in str(card)
+        assert set(card.divergence) == {"0.25", "0.5", "1", "2"}
+    for detector, auroc in (
+        (user.fitted.detector, results["detection"]["auroc"]["p_memorized"]),
+        (user.fitted.lower_detector, results["detection"]["gate"]),
+    ):
+        assert detector is not None
+        assert detector.card is not None
+        assert detector.card.auroc == auroc | {"input_only": results["detection"]["auroc"]["input_only"]["estimate"]}
+        assert f"test AUROC {auroc['estimate']:.3f}" in str(detector.card)
+
+
+def test_the_command_line_fits_the_same_by_name(user: User, tmp_path: Path) -> None:
+    arguments = ("--task", str(user.data), "-o", str(tmp_path / "run"), "--settings", str(ONE_LAYER), "--threads", "1")
+    said = user.json("fit", *arguments)
+    assert Path(said["report"]).is_file()
+    mine, theirs = (json.loads((run / "results.json").read_text())["tasks"] for run in (user.out, tmp_path / "run"))
+    assert (
+        said["tasks"]["sums"]["to_generalized"]["pairs"]
+        == theirs["sums"]["steering"]["to_generalized"]["pairs"]["shift"]
+    )
+    for part in ("pairs", "contrast", "probe", "steering", "detection"):
+        assert mine["sums"][part] == theirs["sums"][part]
+    for path in sorted(user.cell.rglob("*.safetensors")):
+        assert path.read_bytes() == (tmp_path / "run" / path.relative_to(user.out)).read_bytes(), path.name
+    assert str(user.fitted.summary()).startswith("sums")
+
+
+def test_what_was_fitted_opens_again_and_detects_as_its_records_say(user: User) -> None:
+    again = ms.Fitted.open(user.out, user.model, user.words)
+    rows = pd.read_parquet(user.cell / "records" / "detection.parquet").query("examples == 'conflict'").head(20)
+    for fitted in (user.fitted, again, ms.Fitted.open(user.cell, user.model, user.words)):
+        reading = fitted.detect(user.prompts)
+        np.testing.assert_allclose(reading.p_memorized, rows.p_memorized, atol=1e-4)
+        np.testing.assert_array_equal(reading.unlike, rows.unlike)
+        assert all(
+            torch.equal(fitted.vectors[toward].shifts[layer], shift)
+            for toward, vector in user.fitted.vectors.items()
+            for layer, shift in vector.shifts.items()
+        )
+    said = user.json("detect", *user.prompts, "--from", str(user.out))
+    found = [row["p_memorized"] for row in said["prompts"]]
+    np.testing.assert_allclose(found, user.fitted.detect(user.prompts).p_memorized, rtol=1e-9)
+    assert said["layer"] == again.detect(user.prompts).layer
+    assert len(again.detect([]).p_memorized) == 0
+
+
+@torch.no_grad()
+def test_steering_is_that_of_the_vector_and_alpha_zero_of_nothing(user: User) -> None:
+    fitted, prompts = user.fitted, user.prompts
+    inputs = fitted.inputs(prompts)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": user.words.pad_token_id}
+    plain, said = user.model(**inputs).logits, user.model.generate(**inputs, **options)
+    with fitted.steer("generalized", alpha=0):
+        assert hook_count(user.model) == 0
+        assert torch.equal(user.model(**inputs).logits, plain)
+        assert torch.equal(user.model.generate(**inputs, **options), said)
+    width = inputs.input_ids.shape[1]
+    with fitted.steer("generalized"):
+        steered = user.words.batch_decode(user.model.generate(**inputs, **options)[:, width:], skip_special_tokens=True)
+    answers = fitted.answers(prompts, "generalized", max_new_tokens=8)
+    assert [row["steered"] for row in answers] == steered
+    assert any(row["plain"] != row["steered"] for row in answers)
+    best = json.loads((user.cell / "records" / "chosen.json").read_text())["pairs"]["best"]["to_generalized"]
+    file = user.cell / "vectors" / f"to_generalized-{best}.safetensors"
+    for source in (user.out, user.cell, file):
+        asked = (*prompts, "--toward", "generalized", "--max-new-tokens", "8", "--from", str(source))
+        assert user.json("steer", *asked)["answers"] == answers
+    code, out, _ = call("steer", user.folder, prompts[0], "--toward", "generalized", "--from", str(file))
+    assert code == 0
+    assert out.startswith(f"{prompts[0]}\n  unsteered: ")
+
+
+@torch.no_grad()
+def test_a_gate_acts_where_the_records_say_and_in_generate_as_beforehand(user: User) -> None:
+    fitted = user.fitted
+    assert fitted.detector is not None
+    said = pd.read_parquet(user.cell / "records" / "gate.parquet")
+    said = said[(said.direction == "to_generalized") & (said.examples == "pairs")].sort_values("example")
+    pairs = pd.read_parquet(user.cell / "records" / "pairs.parquet").query("is_pair and split == 'test'")
+    asked = pairs.prompt_a.where(pairs.behaviour_a == "memorized", pairs.prompt_b).drop_duplicates().head(len(said))
+    factors = fitted.gate(fitted.inputs(asked.tolist()), 0.5)
+    assert factors.tolist() == said.acts.astype(float).tolist()
+    gated = user.json("steer", *asked, "--toward", "generalized", "--gate", "0.5", "--from", str(user.out))
+    assert gated["gate"] == {"asked": len(said), "acted": said.acts.sum()}
+    assert [row["acted"] for row in gated["answers"]] == said.acts.tolist()
+    lower, inputs = fitted.lower_detector, fitted.inputs(asked.tolist())
+    assert lower is not None
+    acts_N = lower.read(states_at_the_end(user.model, *inputs.values(), lower.site)).acts("generalized", 0.5)
+    assert 0 < acts_N.sum() < len(acts_N)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": user.words.pad_token_id}
+    with fitted.steer("generalized", gate=0.5):
+        found = user.model.generate(**inputs, **options)
+    with fitted.steer("generalized", alpha=acts_N.astype(float).tolist()):
+        assert torch.equal(found, user.model.generate(**inputs, **options))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks the library by an old name
+def test_an_adapted_model_is_fitted_on_a_task_object_of_conflicts_alone(user: User, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(
+        r=2, target_modules=["c_proj"], init_lora_weights=True, task_type="CAUSAL_LM", fan_in_fan_out=True
+    )
+    model = get_peft_model(load_model(user.folder)[0], lora)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
+    lines = [line for line in user.data.read_text().splitlines() if "memorized" in json.loads(line)][:300]
+    (tmp_path / "sums.jsonl").write_text("\n".join(lines) + "\n")
+    before = modes(model)
+    fitted = ms.fit(model, user.words, JsonlTask(file=str(tmp_path / "sums.jsonl")), tmp_path / "run", **QUICK)
+    assert modes(model) == before
+    assert set(fitted.vectors) == {"generalized", "memorized"}
+    ms.Fitted.open(tmp_path / "run", model.merge_and_unload(), user.words)
+    with pytest.raises(InputError, match=r"^weights: the vector was made on"):
+        ms.Fitted.open(tmp_path / "run", user.model, user.words)
+    if fitted.detector is None:
+        with pytest.raises(InputError, match=r"^detector: .* has none \((fit|tune): \d prompts"):
+            fitted.detect(["12+34="])
+
+
+def test_what_a_fit_cannot_take_is_one_line(user: User, tmp_path: Path) -> None:
+    out, model, words = tmp_path / "out", user.model, user.words
+    absent = "task: the file nowhere.jsonl does not exist"
+    few = f"settings: {ONE_LAYER - 1} is less than the {ONE_LAYER} that one layer takes"
+    cases: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
+        ((model, None, "x.jsonl"), {}, "tokenizer: None; an open model needs its tokenizer"),
+        ((user.folder, words, "x.jsonl"), {}, "tokenizer: a model that is given by name"),
+        ((model, words), {}, "task: None; give a JSONL file"),
+        ((model, words, "facts"), {"colour": 1}, "colour: fit has no such argument; it has settings, positions"),
+        ((model, words, "nowhere.jsonl"), {}, absent),
+        ((user.folder, None, "nowhere.jsonl"), {}, absent),
+        ((user.folder, None, "facts"), {"settings": ONE_LAYER - 1}, few),
+        ((model, words, "adition"), {}, "task: 'adition' is unknown"),
+        ((model, words, "facts"), {"prompting": ms.Prompting(True)}, "chat: the tokenizer of this model has no chat"),
+    ]
+    for arguments, choices, message in cases:
+        with pytest.raises(InputError) as error:
+            ms.fit(*arguments, out=out, **choices)
+        assert str(error.value).startswith(message)
+        assert "\n" not in str(error.value)
+    assert not list(out.rglob("*.parquet"))
+    for task, settings, message in (("nowhere.jsonl", SETTINGS, absent), ("facts", ONE_LAYER - 1, few)):
+        arguments = ("--task", task, "--settings", str(settings), "-o", str(out))
+        assert call("fit", "x", *arguments) == (2, "", f"error: {message}\n")
+
+
+def test_what_fitted_cannot_do_is_one_line_in_python_and_on_the_command_line(user: User, tmp_path: Path) -> None:
+    fitted, out = user.fitted, str(user.out)
+    best = json.loads((user.cell / "records" / "chosen.json").read_text())["pairs"]["best"]["to_generalized"]
+    file = str(user.cell / "vectors" / f"to_generalized-{best}.safetensors")
+    other, words = tiny("llama"), tokenizer()
+    for call_, message in (
+        (
+            lambda: ms.Fitted.open(user.out, other, words),
+            "model_type: the vector was made on gpt2, this model has llama",
+        ),
+        (lambda: ms.Fitted.open(tmp_path / "absent", other, words), "from: .* does not exist"),
+        (lambda: ms.Fitted.open(tmp_path, other, words), "from: .* is neither a vector, a detector, nor a run"),
+        (lambda: fitted.vector("both"), "toward: 'both' is not one of generalized, memorized"),
+        (lambda: fitted.gate(fitted.inputs(["1+2="]), 2.0), "gate: 2.0 is not a probability"),
+        (lambda: fitted.detect(["12+34=", "zz"]), "prompt: the tokenizer has no token for 'zz' in 'zz'"),
+        (lambda: fitted.detect([""]), "prompt: '' has 0 tokens"),
+        (lambda: ms.Fitted.open(file, user.model, user.words).vector("memorized"), "toward: .* it has generalized"),
+        (lambda: ms.Fitted.open(file, user.model, user.words).detect(["1+2="]), "detector: .* has none"),
+    ):
+        with pytest.raises(InputError, match=f"^{message}") as error:
+            call_()
+        assert "\n" not in str(error.value)
+    chat = "chat: True; allowed is False: it was fitted on prompts formatted as they are"
+    for arguments, message in (
+        (("detect", "zz", "--from", out), "prompt: the tokenizer has no token for 'zz' in 'zz'"),
+        (("detect", "1+2=", "--from", out, "--chat"), chat),
+        (("detect", "1+2=", "--from", file), "set detection.fitted: true"),
+        (("steer", "1+2=", "--from", out, "--toward", "both"), "toward: 'both'"),
+        (("steer", "1+2=", "--from", file, "--toward", "memorized"), "has no vector to memorized; it has generalized"),
+        (("steer", "1+2=", "--from", file, "--toward", "generalized", "--gate", "0.5"), "detector: "),
+        (("steer", "1+2=", "--from", out, "--toward", "generalized", "--gate", "2"), "gate: 2.0 is not a probability"),
+        (("steer", "1+2=", "--from", str(tmp_path / "absent"), "--toward", "memorized"), "does not exist"),
+    ):
+        code, stdout, stderr = call(arguments[0], user.folder, *arguments[1:])
+        assert (code, stdout, stderr.count("\n")) == (2, "", 1), arguments
+        assert stderr.startswith("error: ")
+        assert message in stderr
+
+
+def test_of_several_cells_the_one_of_the_model_is_opened(user: User, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for name in ("a", "b"):
+        shutil.copytree(user.cell, run / "cells" / name)
+    with pytest.raises(InputError, match=r"^from: several cells .* name one of .*a, .*b$"):
+        ms.Fitted.open(run, user.model, user.words)
+    assert ms.Fitted.open(run / "cells" / "b", user.model, user.words).detector is not None
+    facts = json.loads((run / "cells" / "a" / "cell.json").read_text())
+    facts["binding"] |= {"weights": "another", "half": "another"}
+    (run / "cells" / "a" / "cell.json").write_text(json.dumps(facts))
+    assert ms.Fitted.open(run, user.model, user.words).vectors.keys() == user.fitted.vectors.keys()
+    with pytest.raises(InputError, match=r"^weights: no cell of .* was fitted on this model"):
+        ms.Fitted.open(run, tiny("gpt2"), tokenizer())
+
+
+def test_the_budget_is_dealt_to_layers_all_over_the_model() -> None:
+    (everywhere,) = fitting_study({"folder": "x"}, "facts", {}, positions="all").cells.values()
+    assert everywhere.steering.positions == "all"
+    sites = {site for grids in everywhere.steering.sweeps.values() for grid in grids for site in grid.sites}
+    assert sites <= set(SITES_FOR["gguf"]) & set(SITES_FOR["checkpoint"])
+    (cell,) = fitting_study({"folder": "x"}, "facts", {}).cells.values()
+    grids = cell.steering.sweeps
+    assert sum(len(settings_of(cell.steering, "to_generalized", method, 30)) for method in grids) == SETTINGS == 66
+    (learned,) = grids["learned"]
+    assert learned.layer_sets(30) == [(4,), (9,), (13,), (17,), (21,), (26,)]
+    assert learned.layer_sets(2) == [(0,), (1,)]

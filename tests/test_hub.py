@@ -1,0 +1,128 @@
+"""Vectors on a model hub: what is put there, what comes back, what a hub refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mnemoscope.errors import InputError
+from mnemoscope.export import fetch, push
+from mnemoscope.steering import Card, SteeringVector
+
+VECTOR = SteeringVector("generalized", {1: torch.ones(32)})
+HUB_ERRORS = {"gated": (403, "GatedRepo"), "missing": (404, "RepoNotFound")}
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """Answers everything as the hub does of a repository whose name begins with the error."""
+
+    def answer(self) -> None:
+        # Every repository can be "made", as if it were there, so that push goes on to what is in it.
+        made = self.command == "POST" and self.path.endswith("/api/repos/create")
+        kind = next((known for known in HUB_ERRORS if f"/{known}-" in self.path), "missing")
+        status, code = (409, "") if made else HUB_ERRORS[kind]
+        body = json.dumps({"url": f"http://{self.headers['Host']}/owner/{kind}-one"}).encode()
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_GET = do_HEAD = do_POST = answer
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A hub on this machine, and a cache that goes with the test."""
+    server = HTTPServer(("127.0.0.1", 0), _Hub)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path_factory.mktemp("cache")))
+    yield address
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "message"),
+    [
+        ("owner/gated-one", "^repo_id: owner/gated-one is gated; ask for access"),
+        ("owner/missing-one", "^repo_id: owner/missing-one does not exist, or is not yours to see"),
+        ("no/such/form", "^repo_id: 'no/such/form' is not of the form owner/name"),
+    ],
+)
+def test_what_a_hub_refuses_is_one_line(hub: str, tmp_path: Path, repo_id: str, message: str) -> None:
+    VECTOR.save(tmp_path / "v.safetensors")
+    for call in (lambda: fetch(repo_id, "v.safetensors"), lambda: push(tmp_path / "v.safetensors", repo_id)):
+        with pytest.raises(InputError, match=message) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+def test_without_a_network_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    for call in (lambda: fetch("owner/name", "v.safetensors"), lambda: push(tmp_path, "owner/name")):
+        with pytest.raises(InputError, match=r"^repo_id: owner/name cannot be reached on the hub") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=r"^path: .* does not exist"):
+        push(tmp_path / "absent", "owner/name")
+
+
+def test_what_is_pushed_comes_back_and_its_page_shows_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub is a folder here; what is put there is what the patterns let through."""
+    store, mine = tmp_path / "store", tmp_path / "mine"
+    for folder in (store, mine):
+        folder.mkdir()
+
+    class Api:
+        def create_repo(self, repo_id: str, private: bool, exist_ok: bool) -> None:
+            assert (repo_id, private, exist_ok) == ("owner/name", True, True)
+
+        def upload_file(self, repo_id: str, path_in_repo: str, path_or_fileobj: bytes) -> None:
+            (store / path_in_repo).write_bytes(path_or_fileobj)
+
+        def upload_folder(self, repo_id: str, folder_path: Path, allow_patterns: list[str] | None) -> str:
+            for path in folder_path.iterdir():
+                if allow_patterns is None or path.name in allow_patterns:
+                    shutil.copy(path, store)
+            return f"hub/{repo_id}"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo_id, allow_patterns: str(store))
+    (mine / "private.txt").touch()
+    file, described = VECTOR.save(mine / "v.safetensors")
+    assert push(file, "owner/name") == "hub/owner/name"
+    assert sorted(path.name for path in store.iterdir()) == ["v.json", "v.safetensors"]
+    again = SteeringVector.load(fetch("owner/name", "v.safetensors"))
+    assert torch.equal(again.shifts[1], VECTOR.shifts[1])
+    card = Card("sums, seed 0, smollm2", {"estimate": 0.5, "low": 0.4, "high": 0.6, "n": 20}, pairs=30, groups=10)
+    replace(VECTOR, card=card).save(file)
+    push(str(file), "owner/name")
+    assert (store / "README.md").read_text() == f"# v\n\n```text\n{card}\n```\n"
+    with pytest.raises(InputError, match=r"^name: owner/name has no file w\.safetensors"):
+        fetch("owner/name", "w.safetensors")
+    push(mine, "owner/name")
+    assert (store / "private.txt").exists()
+    described.write_text("{")
+    with pytest.raises(InputError, match=r"^card: .*v\.json cannot be read"):
+        push(file, "owner/name")

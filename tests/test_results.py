@@ -1,0 +1,315 @@
+"""The numbers of ``results.json`` against independent computations from the records."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from safetensors.numpy import load_file
+
+from made_up import CONTROLS, DOSES, GAINS, LAYERS, ROLES, SIDES, SOURCE, TARGET, write_run
+from mnemoscope.report import build_report
+from mnemoscope.report.intervals import mean, shared_mean
+from mnemoscope.report.records import columns_of, declared_tables, read_run
+from mnemoscope.report.results import compute_results
+from mnemoscope.report.schema import Results, Steered, TaskResults
+from mnemoscope.statistics import Estimate
+
+DIRECTION = pytest.mark.parametrize("direction", list(SOURCE))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two seeds of one task, and one of another; reported."""
+    tasks = {"inference": {"seeds": 2, "size": 120}, "addition": {"effect": 2.5, "size": 120}}
+    folder = write_run(tmp_path_factory.mktemp("results") / "run", tasks)
+    build_report(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(run: Path) -> Results:
+    """What the file holds, as its schema reads it."""
+    return Results.model_validate(json.loads((run / "results.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def task(results: Results) -> TaskResults:
+    return results.tasks["addition"]
+
+
+def table(run: Path, name: str, cell: str = "addition-0", **wanted: Any) -> pd.DataFrame:
+    """Rows of a record that have the wanted values."""
+    rows = pd.read_parquet(run / "cells" / cell / "records" / f"{name}.parquet")
+    for column, value in wanted.items():
+        rows = rows[rows[column] == value]
+    return rows
+
+
+def agrees(entry: Estimate, values: Any) -> None:
+    """The estimate is the mean of the values, rests on all of them and lies within its interval."""
+    assert entry.estimate == pytest.approx(float(np.mean(values)), abs=1e-12)
+    assert entry.n == len(values)
+    assert entry.low <= entry.estimate <= entry.high
+
+
+def test_behaviour_and_pairs_are_counted_on_the_test_split(run: Path, task: TaskResults) -> None:
+    for kind, entry in (("memory", task.behaviour.recall), ("novel", task.behaviour.novel_accuracy)):
+        agrees(entry, table(run, "behaviour", kind=kind).behaviour == "correct")
+    conflict = table(run, "behaviour", kind="conflict")
+    for behaviour in ("memorized", "generalized", "other"):
+        agrees(task.behaviour.conflict[behaviour], conflict.behaviour == behaviour)
+    agrees(task.behaviour.conflict["confabulated"], conflict.confabulated)
+    pairs = table(run, "pairs")
+    for split, counts in task.pairs.by_split.items():
+        part = pairs[(pairs.split == split) | (split == "all")]
+        assert (counts.candidates, counts.pairs) == (len(part), part.is_pair.sum())
+        assert counts.groups == part[part.is_pair].group.nunique()
+        agrees(counts.yield_, part.is_pair)
+    assert task.pairs.pairs == task.pairs.by_split["test"].pairs < task.pairs.by_split["all"].pairs
+
+
+def test_contrast_and_probes_by_layer(run: Path, task: TaskResults) -> None:
+    arrays, probe = load_file(run / "cells" / "addition-0" / "contrast.safetensors"), task.probe
+    right = {}
+    for (kind, layer), rows in table(run, "probes", offset=0).groupby(["kind", "layer"]):
+        right[kind, layer] = (rows.score > 0).to_numpy() == (rows.label == 1).to_numpy()
+    agrees(probe.input_only, right["input_only", -1])
+    agrees(probe.shuffled, np.concatenate([right["shuffled", layer] for layer in range(LAYERS)]))
+    for layer in range(LAYERS):
+        assert task.contrast.mean_abs_nmd[layer] == pytest.approx(np.abs(arrays["nmd"][layer]).mean())
+        assert task.contrast.max_abs_rho[layer] == np.abs(arrays["rho"][layer]).max()
+        assert task.contrast.significant_fraction[layer] == (arrays["p_family_wise"][layer] <= 0.05).mean()
+        agrees(probe.accuracy[layer], right["state", layer])
+        agrees(probe.minus_input_only[layer], right["state", layer].astype(float) - right["input_only", -1])
+        scored = table(run, "probes", kind="state", layer=layer, offset=0)
+        above, below = (scored.score[scored.label == label].to_numpy() for label in (1, 0))
+        assert probe.auroc[layer].estimate == pytest.approx((above[:, None] > below).mean())
+    assert set(probe.best.picked) <= set(range(LAYERS))
+
+
+def test_best_layer_is_not_chosen_on_what_it_is_scored_on(tmp_path: Path) -> None:
+    """With layers that are coins, the best of many is above one half, and the cross-fitted score is not."""
+    run = write_run(tmp_path / "coins", {"inference": {"size": 120}})
+    path = run / "cells" / "inference-0" / "records" / "probes.parquet"
+    rows = pd.read_parquet(path)
+    rows.assign(score=np.random.default_rng(3).normal(size=len(rows))).to_parquet(path)
+    probe = compute_results(read_run(run)).tasks["inference"].probe
+    assert probe.best.accuracy.estimate < max(entry.estimate for entry in probe.accuracy)
+    assert probe.best.accuracy.low < 0.5 < probe.best.accuracy.high
+
+
+@DIRECTION
+@pytest.mark.parametrize("examples", ["pairs", "conflict"])
+def test_steering_shares_controls_and_differences(run: Path, task: TaskResults, direction: str, examples: str) -> None:
+    block = task.steering[direction]
+    assert (block.chosen.method, block.chosen.strength, block.chosen_conflict.strength) == ("gradient", 0.4, 0.8)
+    rows = table(run, "steering", aim=examples, method="gradient", direction=direction, examples=examples)
+    for role in ROLES:
+        part = rows[rows.role == role]
+        shares = getattr(block if role == "vector" else block.controls[role], examples)
+        for key, after in (("shift", TARGET[direction]), ("stay", SOURCE[direction]), ("other", "other")):
+            agrees(getattr(shares, key), part.after == after)
+    hits = rows.assign(hit=rows.after == TARGET[direction])
+    for role in CONTROLS:
+        by_draw = hits[hits.role == role].groupby("draw").hit.mean()
+        assert block.controls[role].worst[examples].shift.estimate == pytest.approx(by_draw.max())
+        difference = block.minus_control[role][examples]
+        assert difference.estimate == pytest.approx(hits[hits.role == "vector"].hit.mean() - by_draw.mean())
+        assert difference.low <= difference.estimate <= difference.high
+
+
+def test_the_worst_draw_of_several_seeds_is_the_worst_of_all(results: Results) -> None:
+    task = results.tasks["inference"]
+    for direction, control, aim in product(SOURCE, CONTROLS, ("pairs", "conflict")):
+        blocks = [task, *task.per_seed.values()]
+        worst, *each = (b.steering[direction].controls[control].worst[aim].shift.estimate for b in blocks)
+        assert len(each) == 2
+        assert worst == max(each)
+
+
+@DIRECTION
+@pytest.mark.parametrize(("key", "aim"), [("collateral", "pairs"), ("collateral_conflict", "conflict")])
+def test_collateral_is_a_paired_change_and_undefined_where_memory_is_the_conflict(
+    run: Path, results: Results, direction: str, key: str, aim: str
+) -> None:
+    for name in ("inference", "addition"):
+        found = getattr(results.tasks[name].per_seed["0"].steering[direction], key)
+        wanted = {"aim": aim, "method": "gradient", "direction": direction, "role": "vector"}
+        for examples, good in (("novel", "correct"), ("memory", "correct"), ("conflict_rest", TARGET[direction])):
+            part = table(run, "steering", f"{name}-0", examples=examples, **wanted)
+            if (name, examples, direction) == ("addition", "memory", "to_generalized"):
+                assert not found[examples].known
+            else:
+                agrees(found[examples], (part.after == good).astype(float) - (part.before == good))
+
+
+def test_what_is_judged_apart(run: Path, task: TaskResults) -> None:
+    """Conflicts under the setting for pairs, phrasings that lost the stored key, and the best method for conflicts."""
+    for direction, block in task.steering.items():
+        rows = table(run, "steering", role="vector", aim="pairs", method="gradient", direction=direction)
+        agrees(block.conflict_at_chosen.shift, rows[rows.examples == "conflict"].after == TARGET[direction])
+        agrees(block.confabulated, rows[rows.examples == "pairs"].confabulated)
+        assert block.pairs_unreachable.shift.n == (9 if direction == "to_memorized" else 0)
+        assert block.pairs_unreachable.shift.known == (direction == "to_memorized")
+        assert (block.best_conflict is not None) == (direction == "to_memorized")
+    assert task.steering["to_memorized"].best_conflict.chosen_conflict.method == "nmd"
+
+
+@DIRECTION
+def test_a_uniform_push_is_the_mean_effect_given_to_every_pair(run: Path, task: TaskResults, direction: str) -> None:
+    found, sign = task.logit[direction], 1 if direction == "to_generalized" else -1
+    wanted = {"aim": "pairs", "method": "gradient", "direction": direction, "role": "vector", "examples": "pairs"}
+    rows = table(run, "steering", **wanted)
+    push = rows.margin - rows.margin_before
+    agrees(found.push, push)
+    agrees(found.shift, sign * (rows.margin_before + push.mean()) > 0)
+    agrees(found.vector, sign * rows.margin > 0)
+    assert found.vector_minus_logit.estimate == pytest.approx(found.vector.estimate - found.shift.estimate)
+
+
+@DIRECTION
+def test_doses_patches_and_words(run: Path, results: Results, task: TaskResults, direction: str) -> None:
+    rows = table(run, "effects", direction=direction)
+    for dose, role in product(DOSES, ("vector", "gaussian")):
+        part = rows[(rows.what == "dose") & (rows.method == "nmd") & (rows.dose == dose) & (rows.role == role)]
+        found = task.dose["nmd"][direction][role][f"{dose:g}"]
+        agrees(found.margin, part.margin)
+        agrees(found.shift, part.after == TARGET[direction])
+    for site, layer in product(("block", "mlp"), range(LAYERS)):
+        part = rows[(rows.what == "patch") & (rows.site == site) & (rows.layers == str(layer))]
+        agrees(task.patch[direction][site][layer].shift, part.after == TARGET[direction])
+    agrees(task.prompt[direction].shift, rows[rows.what == "prompt"].after == TARGET[direction])
+    assert results.tasks["inference"].prompt == {}
+
+
+def test_ablation_is_the_separation_lost_pair_by_pair(run: Path, task: TaskResults) -> None:
+    found, lost = task.ablation["gradient"]["to_memorized"]["0.3"], {}
+    rows = table(run, "effects", what="ablation", method="gradient", direction="to_memorized", dose=0.3)
+    for role in ("vector", "random_neurons"):
+        entry = getattr(found, role)
+        sides = {side: rows[(rows.role == role) & (rows.side == side)] for side in SIDES}
+        before, after = (
+            sides["generalized"][c].mean() - sides["memorized"][c].mean() for c in ("margin_before", "margin")
+        )
+        lost[role] = before - after
+        estimates = (entry.before.estimate, entry.after.estimate, entry.lost.estimate)
+        assert estimates == pytest.approx((before, after, before - after))
+        assert entry.lost.n == sides["memorized"].example.nunique()
+        for side, part in sides.items():
+            agrees(entry.kept[side], part.after == side)
+    assert found.minus_random.estimate == pytest.approx(lost["vector"] - lost["random_neurons"])
+
+
+def test_a_sweep_has_a_row_per_setting_and_list_and_the_seeds_that_tried_it(run: Path, results: Results) -> None:
+    keys = ["direction", "method", "site", "layers", "top", "strength", "examples"]
+    rows = {tuple(getattr(row, key) for key in keys): row for row in results.tasks["inference"].sweep}
+    tables = [table(run, "sweep", f"inference-{seed}").drop_duplicates(keys) for seed in (0, 1)]
+    assert set(rows) == {tuple(row[key] for key in keys) for one in tables for row in one.to_dict("records")}
+    for examples, number in (("pairs", "margin"), ("memory", "kept")):
+        place = ("to_memorized", "nmd", "block", "0-3", 0.2, 0.8, examples)
+        each = [one[(one[keys] == list(place)).all(axis=1)].iloc[0] for one in tables]
+        found = getattr(rows[place], number)
+        assert found.estimate == pytest.approx(sum(row[number] for row in each) / 2)
+        assert (rows[place].seeds, found.n) == (2, sum(row["n"] for row in each))
+        assert (rows[place].shift is None) == (rows[place].kept is not None)
+
+
+def test_layers_are_compared_at_one_strength(run: Path, task: TaskResults) -> None:
+    found = task.by_layer.shift["to_generalized"]
+    rows = table(run, "sweep", direction="to_generalized", examples="pairs", strength=found.strength)
+    for method, layer in product(GAINS, range(LAYERS)):
+        best = rows[(rows.method == method) & (rows.layers == str(layer))]["shift"].max()
+        assert found.methods[method]["block"][layer].estimate == best
+    assert task.by_layer.max_abs_rho == task.contrast.max_abs_rho
+
+
+def test_seeds_and_transfer_are_set_beside_chance(run: Path, results: Results) -> None:
+    rows = pd.read_parquet(run / "records" / "seeds.parquet")
+    assert list(results.seeds) == ["inference"]
+    for row in results.seeds["inference"]:
+        part = rows[(rows.what == row.what) & (rows.layer == row.layer) & (math.isnan(row.top) | (rows.top == row.top))]
+        assert row.value.estimate == pytest.approx(part.value.mean())
+        assert (row.chance.low, row.chance.high) == pytest.approx((-0.1, 0.1))
+    found = results.transfer["inference"]["addition"]
+    rows = pd.read_parquet(run / "records" / "transfer_steering.parquet").query("source == 'inference'")
+    for direction, (name, role) in product(SOURCE, (("shift", "vector"), ("gaussian", "gaussian"))):
+        part = rows[(rows.target == "addition") & (rows.method == "best") & (rows.role == role)]
+        hits = part[part.direction == direction].after == TARGET[direction]
+        assert getattr(found, direction)["best"][name].estimate == pytest.approx(hits.mean())
+    # The layer that the tune split chose where the probe comes from.
+    states = pd.read_parquet(run / "records" / "transfer_probes.parquet").query("source == 'inference' and layer == 1")
+    part = states[states.target == "addition"]
+    assert found.probe_layer == 1
+    assert found.probe.estimate == pytest.approx(((part.score > 0) == (part.label == 1)).mean())
+
+
+def test_means_that_share_resamples_have_the_intervals_of_those_that_do_not() -> None:
+    rng = np.random.default_rng(0)
+    groups, values = rng.integers(0, 40, 300), rng.random(300) < 0.3
+    ours, theirs = shared_mean(values, groups, "a"), mean(values, groups, "b")
+    assert (ours.estimate, ours.n) == (theirs.estimate, theirs.n)
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.01)
+    assert shared_mean(values, groups, "a") == ours != shared_mean(values, groups, "c")
+    assert shared_mean(np.zeros(300), groups, "a") == mean(np.zeros(300), groups, "a")
+    assert not shared_mean([], [], "a").known
+
+
+def test_seeds_are_averaged_and_their_counts_add_up(results: Results) -> None:
+    task = results.tasks["inference"]
+    seeds = [task.per_seed[str(seed)] for seed in task.seeds]
+    assert task.seeds == [0, 1]
+    assert task.training == {"seconds": [61.5, 62.5], "steps": [1200, 1200]}
+    for get in (
+        lambda one: one.behaviour.conflict["memorized"],
+        lambda one: one.pairs.yield_,
+        lambda one: one.steering["to_memorized"].pairs.shift,
+    ):
+        whole, (a, b) = get(task), map(get, seeds)
+        assert whole.estimate == pytest.approx((a.estimate + b.estimate) / 2)
+        assert whole.n == a.n + b.n
+        half = 12.7062047 * abs(a.estimate - b.estimate) / 2  # t at 0.975, one degree of freedom
+        assert whole.high == pytest.approx(whole.estimate + half)
+    assert task.pairs.pairs == sum(one.pairs.pairs for one in seeds)
+    nmd = np.mean([one.contrast.mean_abs_nmd for one in seeds], axis=0)
+    assert task.contrast.mean_abs_nmd == pytest.approx(nmd.tolist())
+
+
+def test_programs_find_the_keys_that_they_rely_on(run: Path) -> None:
+    """The schema reads the file; of the keys that DESIGN promises, those of its deepest branches are asked by name."""
+    raw = json.loads((run / "results.json").read_text())
+    assert (raw["schema"], raw["study"], list(raw["tasks"])) == (1, "made-up", ["inference", "addition"])
+    for task in raw["tasks"].values():
+        assert {
+            "seeds",
+            "training",
+            "behaviour",
+            "pairs",
+            "contrast",
+            "probe",
+            "steering",
+            "steering_by_method",
+        } <= set(task)
+        assert set(task["pairs"]["yield"]) == {"estimate", "low", "high", "n"}
+        assert {"site", "layers", "accuracy", "auroc", "input_only", "shuffled", "beats_input_only"} <= set(
+            task["probe"]
+        )
+        for block in (task["steering"], *task["steering_by_method"].values()):
+            assert set(Steered.model_validate(block["to_memorized"]).controls) == set(CONTROLS)
+            assert {"shift", "stay", "other"} <= set(block["to_generalized"]["controls"]["gaussian"]["pairs"])
+    assert "null" not in (run / "results.json").read_text()
+
+
+def test_the_declared_columns_are_those_of_a_run(mini_run: Path) -> None:
+    found = {path.stem: path for path in mini_run.glob("**/records/*.parquet")}
+    for name in set(declared_tables()) & set(found):
+        columns = set(pd.read_parquet(found[name]).columns)
+        assert {column for column in columns if "." not in column} == set(columns_of(name)), name
+    assert set(declared_tables()) - set(found) <= {"seeds", "transfer_steering", "transfer_probes"}
+    assert set(found) <= set(declared_tables())
