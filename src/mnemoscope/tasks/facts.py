@@ -143,7 +143,7 @@ class FactsTask(Task):
         if not relations or not frames or wrong_values < 1:
             raise InputError("relations, frames, wrong_values: at least one of each is needed")
         self.asked, self.frames = tuple(relations), tuple(frames)
-        self.others = {"relation": tuple(held_out_relations), "frame": tuple(held_out_frames)}
+        self.others = {"frame": tuple(held_out_frames), "relation": tuple(held_out_relations)}
         all_asked = (*relations, *held_out_relations)
         subjects = sorted({subject for relation, subject in self.facts if relation in all_asked})
         self.split_of = assign_splits([*subjects, *INVENTED], np.random.default_rng([seed, 5]))
