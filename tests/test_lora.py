@@ -377,8 +377,8 @@ def test_a_run_killed_while_it_saves_goes_on_to_the_same_bytes(adapted_run: Path
     (cell / "cell.json").unlink()
     shutil.rmtree(cell / "model")
     (cell / "adapter" / "adapter_model.safetensors").write_bytes(b"half")
-    (cell / ".model.tmp").mkdir()
-    (cell / ".model.tmp" / "model.safetensors").write_bytes(b"half")
+    (cell / ".model.123.tmp").mkdir()
+    (cell / ".model.123.tmp" / "model.safetensors").write_bytes(b"half")
     command = [sys.executable, "-m", "mnemoscope", "run", str(adapted_run / "study.yaml"), "--out", str(run)]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": "7"}, check=True
