@@ -134,7 +134,7 @@ class _Patient:
         for columns in (prompt, ids_NT.shape[1]):
             inputs = pass_inputs(self.model, ids_NT[:, :columns], mask_NT[:, :columns]) | {"use_cache": False}
             output = self.model(**inputs)
-        return output.logits[:, prompt - 1 :]  # type: ignore[no-any-return]
+        return output.logits[:, prompt - 1 :]
 
     def _step_by_step(self, ids_NT: Tensor, mask_NT: Tensor, prompt: int) -> Tensor:
         output = self.model(**pass_inputs(self.model, ids_NT[:, :prompt], mask_NT[:, :prompt]))

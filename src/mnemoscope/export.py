@@ -174,7 +174,7 @@ def _logits(core: Any, vector: SteeringVector | None = None) -> Tensor:
     inputs = pass_inputs(core, ids_NT.to(core.device), mask_NT.to(core.device)) | {"use_cache": False}
     with vector.apply(core) if vector else nullcontext():
         logits_NTV = core(**inputs).logits
-    return logits_NTV.cpu().double()[mask_NT.bool()]  # type: ignore[no-any-return]
+    return logits_NTV.cpu().double()[mask_NT.bool()]
 
 
 def _check_same(baked_MV: Tensor, plain_MV: Tensor, steered_MV: Tensor, core: Any) -> None:

@@ -224,7 +224,7 @@ class Fitted:
 def _known(toward: Any) -> Toward:
     if toward not in OPPOSITE:
         raise InputError(f"toward: {toward!r} is not one of {', '.join(OPPOSITE)}")
-    return toward  # type: ignore[no-any-return]
+    return toward
 
 
 def _artefacts(source: Path, found: Binding) -> tuple[dict[Toward, SteeringVector], Detector | None, Detector | None]:

@@ -109,7 +109,7 @@ def _left_as_it_was(model: PreTrainedModel) -> Iterator[None]:
 
 def _digest(task: Task) -> str:
     """Digest of a task's examples, so that a run folder is continued with the same task only."""
-    examples = [e for kind in ("conflict", "memory") for e in task.examples(np.random.default_rng(0), 200, kind)]  # type: ignore[arg-type]
+    examples = [e for kind in ("conflict", "memory") for e in task.examples(np.random.default_rng(0), 200, kind)]
     return hashlib.sha256("".join(f"{e.item}|{e.prompt}|{e.options}" for e in examples).encode()).hexdigest()[:16]
 
 

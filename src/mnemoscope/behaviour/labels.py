@@ -91,7 +91,7 @@ def score(
             _score_batch(asking.model, batch, contexts, closing, scores, margins)
         if states:
             states_NLD = stacked_states(states)[0]
-            if scores.states_NLD is None:
+            if scores.states_NLD is None or scores.uncertainty_N2 is None:
                 scores.states_NLD = np.empty((total, *states_NLD.shape[1:]), dtype=np.float32)
                 scores.uncertainty_N2 = np.empty((total, 2))
             scores.states_NLD[batch.examples_N] = states_NLD

@@ -141,7 +141,7 @@ def read_states(
     missing = np.flatnonzero(places_N < 0)
     states_NLD, uncertainty_N2 = kept.take(site, places_N)
     if len(missing):
-        unknown = [examples[n] for n in missing]
+        unknown = [examples[int(n)] for n in missing]
         fresh = _read(asking, unknown, site, offsets)
         kept.add(site, unknown, fresh.at_decision_NLD, fresh.uncertainty_N2)
         if len(missing) == len(examples):

@@ -71,7 +71,7 @@ def continued(
 @torch.no_grad()
 def _generate(model: Any, inputs: Any, most: int, ends: list[int] | None, pad: int | None) -> Tensor:
     """Prompts and what is generated behind them, (N, T)."""
-    return model.generate(  # type: ignore[no-any-return]
+    return model.generate(
         input_ids=inputs.input_ids,
         attention_mask=inputs.attention_mask,
         max_new_tokens=most,

@@ -163,7 +163,8 @@ def export(
     if to == "checkpoint":
         bake(opened, tokenizer, vector, out)
     else:
-        to_gguf(vector, out, core_of(opened).config.model_type if opened is not None else vector.binding.model_type)
+        bound = vector.binding.model_type if vector.binding else ""
+        to_gguf(vector, out, core_of(opened).config.model_type if opened is not None else bound)
     facts = {"out": str(out), "to": to, "toward": vector.toward, "layers": vector.layers, "alpha": alpha}
     say(facts, as_json, "out")
 

@@ -145,7 +145,7 @@ class Detector(Artefact):
     def with_tensors(cls, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> Self:
         """Build a detector from stored fields."""
         bias = facts.pop("conflict_bias")
-        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
         return cls(**arrays, **facts, conflict_bias=math.nan if bias is None else bias)
 
 

@@ -89,7 +89,9 @@ def _of_detector(cell: Cell, detection: pd.DataFrame, score: str) -> dict[str, A
     truth = test["followed"] == "memorized"
 
     def area(column: str, name: str) -> dict[str, float | int]:
-        return asdict(auroc(test[column], truth, test["group"], named_rng(f"{cell.name}/detector/auroc/{name}")))
+        return asdict(
+            auroc(test[column], truth, test["group"].to_numpy(), named_rng(f"{cell.name}/detector/auroc/{name}"))
+        )
 
     column = "p_memorized_below" if score == "below" else score
     return {"auroc": area(column, score) | {"input_only": area("input_only", "input_only")["estimate"]}}

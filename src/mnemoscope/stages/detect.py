@@ -57,7 +57,7 @@ def detection_stage(cell: Cell, tell: Tell) -> list[Path]:
     except InputError as error:  # too few prompts of a behaviour, which is no reason to lose all else
         tell(1, 1, f"no detector: {error}")
         return [write_json(cell.records / "no_detector.json", {"why": str(error)})]
-    facts = {"task": cell.label, "binding": read_binding(cell), "prompting": asking.prompting}
+    facts: dict[str, Any] = {"task": cell.label, "binding": read_binding(cell), "prompting": asking.prompting}
     facts["commit"] = git_state()["commit"] or ""
     detector, lower = (one and replace(one, **facts) for one in found)
     assert detector is not None

@@ -146,8 +146,8 @@ def judged_lists(records: Records, direction: str, limit: int) -> dict[str, Judg
         "novel": table[table["kind"] == "novel"],
     }
     if direction == "to_memorized":
-        examples = map(Example.from_row, parts["conflict"].to_dict("records"))
-        parts["conflict"] = parts["conflict"][[records.task.keeps_key(e) for e in examples]]
+        drawn = map(Example.from_row, parts["conflict"].to_dict("records"))
+        parts["conflict"] = parts["conflict"][[records.task.keeps_key(example) for example in drawn]]
     for name, part in parts.items():
         examples = [Example.from_row(row) for row in part.head(limit).to_dict("records")]
         before, margin_N = part["behaviour"].tolist()[:limit], part["margin"].to_numpy()[:limit]

@@ -43,9 +43,9 @@ def pairs_stage(cell: Cell, tell: Tell) -> list[Path]:
         for split in SPLITS:
             for batch in cell.map(miner, _batches(cell, task, split, wanted[split], split)):
                 if split == "fit" and batch.is_pair_N.any():
-                    shape = batch.states_generalized_PLD.shape[1:]
+                    layers, neurons = batch.states_generalized_PLD.shape[1:]
                     contrast = contrast or ContrastAccumulator.empty(
-                        config.site, *shape, config.permutations, cell.seed
+                        config.site, layers, neurons, config.permutations, cell.seed
                     )
                     groups = [pair[0].group for pair in batch.pairs()]
                     contrast.add(batch.states_generalized_PLD, batch.states_memorized_PLD, groups)

@@ -91,8 +91,8 @@ class Phrasings:
         if len(rows) > limit:
             rows = rows.iloc[np.sort(rng.choice(len(rows), limit, replace=False))]
         order: dict[bool, tuple[Side, Side]] = {True: ("a", "b"), False: ("b", "a")}
-        rows = [(row, order[row["behaviour_a"] == "generalized"]) for row in rows.to_dict("records")]
-        return cls([Example.from_row(row, side) for row, sides in rows for side in sides])
+        found = [(row, order[row["behaviour_a"] == "generalized"]) for row in rows.to_dict("records")]
+        return cls([Example.from_row(row, side) for row, sides in found for side in sides])
 
     @cached_property
     def labels_N(self) -> np.ndarray:

@@ -72,7 +72,9 @@ def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
     """Choose settings on the tune split, for pairs and for conflicts as drawn; measure them on the test split."""
     opened, config = _Opened(cell), cell.config.steering
     count = len(blocks_of(opened.asking.model))
-    tried = {key: settings_of(config, *key, count) for key in product(TOWARD, config.sweeps)}
+    tried: dict[tuple[str, str], list[Setting]] = {
+        key: settings_of(config, *key, count) for key in product(TOWARD, config.sweeps)
+    }
     for_pairs, rows = _choose(opened, "pairs", tried, tell)
     tops = {one.key: one.setting.top for one in for_pairs}  # chosen once for both aims
     again = {key: [setting for setting in some if setting.top == tops[key]] for key, some in tried.items()}

@@ -124,7 +124,7 @@ class Artefact:
 
         path = Path(path)
         content = save({name: tensor.contiguous() for name, tensor in self.tensors().items()})
-        common = {"task": self.task, "commit": self.commit, "prompting": self.prompting.facts}
+        common: dict[str, Any] = {"task": self.task, "commit": self.commit, "prompting": self.prompting.facts}
         common |= {name: asdict(v) if v else None for name, v in (("binding", self.binding), ("card", self.card))}
         common["digest"] = hashlib.sha256(content).hexdigest()
         text = json.dumps(plain(self.facts() | common), indent=1, sort_keys=True, allow_nan=False) + "\n"

@@ -51,7 +51,7 @@ class Float32Muon(torch.optim.Muon):
         super().__init__(params, **options, adjust_lr_fn="match_rms_adamw")
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Take one step; closures are not supported."""
         assert closure is None
         for group in self.param_groups:
