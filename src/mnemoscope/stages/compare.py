@@ -101,7 +101,9 @@ def _alignments(
         first_ND, second_ND = (s[:, layer] - s[:, layer].mean(0) for s in states)
         nmd_D, other_D = (contrast.nmd_LD[layer] for contrast in contrasts)
         prompts = chain([first_ND], (rng.permutation(first_ND) for _ in range(SHUFFLES)))
-        value, *drawn = [cosine(nmd_D @ orthogonal_procrustes(ND, second_ND)[0], other_D) for ND in prompts]
+        value, *drawn = [
+            cosine(nmd_D @ orthogonal_procrustes(states_ND, second_ND)[0], other_D) for states_ND in prompts
+        ]
         yield {"what": "aligned_cosine", "layer": layer, "value": value, **_range(drawn)}
 
 
