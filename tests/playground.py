@@ -28,7 +28,7 @@ def error_of(response: Any, status: int = 422) -> tuple[str, str]:
 
 
 def in_thread_of_cell(client: TestClient, work: Callable[[OpenedCell], Any], run: str = "first") -> Any:
-    """A future of work that waits for its turn among the requests to a cell."""
+    """A future of work that queues among the requests to a cell."""
     opened = client.app.state.opened  # type: ignore[attr-defined]
     assert client.portal is not None
     return client.portal.start_task_soon(opened.ask, run, "addition-0", work)

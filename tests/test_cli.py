@@ -84,7 +84,10 @@ CELL = "cells.addition"
         ),
         (broken({f"{CELL}.training.stepps": 5}), f"{CELL}.training.stepps: Extra inputs are not permitted"),
         (broken({f"{CELL}.pairs.site": "head"}), f"{CELL}.pairs.site: Input should be 'block', 'attention', 'mlp' or"),
-        (broken({f"{CELL}.steering.sweeps.nmd.tops": [0.5, 1.5]}), "top 1.5 is not in (0, 1]"),
+        (
+            broken({f"{CELL}.steering.sweeps.nmd.tops": [0.5, 1.5]}),
+            "tops.1: Input should be less than or equal to 1 (got 1.5)",
+        ),
         (broken({f"{CELL}.model.heads": 5}), "width 64 is not a multiple of heads 5"),
         (
             broken({f"{CELL}.model.context": 12, f"{CELL}.neutral.cuts": 0}),

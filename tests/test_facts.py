@@ -117,7 +117,7 @@ def test_a_table_brings_facts_and_relations(tmp_path: Path) -> None:
         (f"maker,thing0,,{words}", "line 2: value is missing"),
         ("owner,thing0,person0,,,,,", "relation 'owner' is new and needs question"),
         (f"maker,thing|0,person0,{words}", "line 2: subject is 'thing|0'"),
-        (f"maker,thing0,person0,{words.replace('{v}', '{value}')}", "only {n} and {v} may stand in braces"),
+        (f"maker,thing0,person0,{words.replace('{v}', '{value}')}", "only {n} and {v} may be in braces"),
     ):
         path.write_text("relation,subject,value,question,stem,statement,inverted,reported\n" + line)
         with pytest.raises(InputError, match=message):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from families import FAMILIES, prompts, tiny, tokenizer
+from families import prompts, tiny, tokenizer
 from mnemoscope.behaviour import capturing
 from mnemoscope.doctor import examine
 from mnemoscope.errors import InputError
@@ -19,10 +19,7 @@ from mnemoscope.models import (
     Layout,
     Site,
     blocks_of,
-    cache_of,
     layout_of,
-    nothing_read_before,
-    pass_inputs,
     site_width,
     use_layout,
 )
@@ -189,49 +186,6 @@ def test_guesses_behind_a_prompt_need_its_end_said() -> None:
     with vector.apply(model, start=ids.shape[1] - 1):
         for guessing in guesses:
             assert model.generate(input_ids=ids, **options, **guessing).tolist() == wanted.tolist()
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_what_nobody_reads_is_left_out_and_the_rest_is_as_it_was(family: str) -> None:
-    model, words = tiny(family), tokenizer()
-    inputs = words(prompts(), return_tensors="pt", padding=True)
-    inputs = pass_inputs(model, inputs.input_ids, inputs.attention_mask)
-    with torch.no_grad():
-        whole = model(**inputs)
-        for columns in (1, 2):
-            with nothing_read_before(model, columns):
-                short = model(**inputs, logits_to_keep=columns)
-            torch.testing.assert_close(short.logits, whole.logits[:, -columns:], rtol=1e-4, atol=1e-5)
-            for layer, kept in zip(cache_of(short).layers, cache_of(whole).layers, strict=True):
-                torch.testing.assert_close(layer.keys, kept.keys, rtol=1e-4, atol=1e-5)
-                torch.testing.assert_close(layer.values, kept.values, rtol=1e-4, atol=1e-5)
-        assert torch.equal(model(**inputs).logits, whole.logits)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(
-    ("family", "parts"),
-    [
-        ("gpt2", ("mlp.c_fc", "attn.c_proj", "ln_2")),
-        ("llama", ("mlp.gate_proj", "self_attn.o_proj", "post_attention_layernorm")),
-        ("gpt_neo", ("mlp.c_fc", "attn.attention.out_proj", "ln_2")),
-        ("gemma2", ("mlp.gate_proj", "self_attn.o_proj", "post_attention_layernorm")),
-    ],
-)
-def test_behind_the_last_attention_one_column_is_read(family: str, parts: tuple[str, ...]) -> None:
-    """Unless somebody looks into the MLP; whoever looks at its output sees one column too."""
-    model = tiny(family)
-    seen: list[int] = []
-    last = blocks_of(model)[-1]
-    last.mlp.register_forward_hook(lambda module, inputs, output: None)
-    for part in map(last.get_submodule, parts):
-        part.forward = lambda states, forward=part.forward: seen.append(states.shape[1]) or forward(states)
-    with nothing_read_before(model, 1):
-        model(torch.arange(3, 9)[None])
-    last.get_submodule(parts[0]).register_forward_hook(lambda module, inputs, output: None)
-    with nothing_read_before(model, 1):
-        model(torch.arange(3, 9)[None])
-    assert seen == [1, 1, 1, 6, 6, 6]
 
 
 def test_block_outputs_are_those_that_nnsight_reads() -> None:

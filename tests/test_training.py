@@ -16,7 +16,7 @@ from helpers import MINI_TASKS
 from mnemoscope.behaviour import Asking
 from mnemoscope.config import ModelConfig, StopConfig, TrainingConfig
 from mnemoscope.errors import InputError
-from mnemoscope.models import blocks_of, build_gpt2, in_bfloat16, word_tokenizer
+from mnemoscope.models import blocks_of, build_gpt2, in_precision, word_tokenizer
 from mnemoscope.tasks import Example, Instance, Kind, Task, answer_of, build_task
 from mnemoscope.training import (
     Float32Muon,
@@ -248,7 +248,7 @@ def test_passes_in_bfloat16_give_the_gradient_of_float32_but_for_rounding(task: 
 def test_attention_stays_in_float32_where_passes_are_in_bfloat16(task: Task) -> None:
     """Against the library's kernel on numbers that bfloat16 would round."""
     asking = untrained(task)
-    with in_bfloat16(asking.model):
+    with in_precision(asking.model, "bfloat16"):
         attention = AttentionInterface()[asking.model.config._attn_implementation]
         query, key, value = torch.randn(3, 2, 2, 5, 4)
         found, _ = attention(blocks_of(asking.model)[0].attn, query, key, value, None)

@@ -1,7 +1,6 @@
-"""Mnemoscope: is a language model remembering or thinking when it answers, which neurons separate the two, and how to
-steer it.
+"""Measure whether a language model answers from memory or by a rule, find the neurons that separate the two, and steer.
 
-The public names are imported on first use, so that importing the package costs nothing::
+Public names are imported on first use, so that importing the package costs nothing::
 
     import mnemoscope as ms
 
@@ -14,32 +13,21 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_PUBLIC = {
-    "Asking": "behaviour",
-    "Contrast": "contrast",
-    "ContrastAccumulator": "contrast",
-    "Detector": "detect",
-    "Example": "tasks",
-    "Fitted": "face",
-    "InputError": "errors",
-    "Prompting": "behaviour",
-    "SteeringVector": "steering",
-    "StudyError": "errors",
-    "Task": "tasks",
-    "bake": "export",
-    "build_report": "report",
-    "build_task": "tasks",
-    "draw_candidates": "behaviour",
-    "fit": "face",
-    "load_model": "models",
-    "load_study": "config",
-    "mine_pairs": "behaviour",
-    "prepare": "behaviour",
-    "read_states": "behaviour",
-    "run_study": "study",
-    "score": "behaviour",
-    "to_gguf": "export",
+_NAMES = {
+    "behaviour": "Asking Prompting draw_candidates mine_pairs prepare read_states score",
+    "config": "load_study",
+    "contrast": "Contrast ContrastAccumulator",
+    "detect": "Detector",
+    "errors": "InputError StudyError",
+    "export": "bake to_gguf",
+    "face": "Fitted fit",
+    "models": "load_model",
+    "report": "build_report",
+    "steering": "SteeringVector",
+    "study": "run_study",
+    "tasks": "Example Task build_task",
 }
+_PUBLIC = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = sorted(_PUBLIC)
 

@@ -7,21 +7,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from subprocess import DEVNULL
 from typing import Any
 
 from mnemoscope.config import CellConfig, StudyConfig
 from mnemoscope.processes import Map, in_order
 
-# (done, total, note): what a running stage reports.
-Tell = Callable[[float, float, str], None]
-
-
-STATES = "states"  # folder of a cell with what its stages have read; gone when its study has ended
+Tell = Callable[[float, float, str], None]  # (done, total, note): progress of a stage
+STATES = "states"  # folder of a cell with the states that its stages read; deleted when its study has ended
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """What was open before a study of it began; nothing is opened in its place."""
+    """A model, tokenizer and task that were open before the study began."""
 
     model: Any
     tokenizer: Any
@@ -32,9 +30,7 @@ class Opened:
 class Cell:
     """One (task, model, seed) of a study, with the folder it writes to.
 
-    Attributes:
-        map: maps a function over parts of a stage, in parallel where there are idle processes.
-        opened: a model that was open before the study began; stages use it as it is.
+    ``map`` maps a function over parts of a stage, in parallel where processes are idle.
     """
 
     name: str
@@ -64,7 +60,7 @@ class Cell:
 
     @property
     def model_folder(self) -> Path:
-        """Folder of the model: in the cell's own folder, in another cell's, or one that the study names."""
+        """Folder of the model: the cell's own, another cell's, or one that the study names."""
         shape = self.config.model
         if shape.folder and not shape.is_trained:
             return Path(shape.folder)
@@ -83,17 +79,18 @@ def cells_of(config: StudyConfig, run: Path) -> list[Cell]:
 
 def by_label(cells: Sequence[Cell]) -> list[list[Cell]]:
     """The seeds of each label."""
-    groups: dict[str, list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault(cell.label, []).append(cell)
-    return list(groups.values())
+    return _grouped(cells, lambda cell: cell.label)
 
 
 def by_model(cells: Sequence[Cell]) -> list[list[Cell]]:
     """Cells of one seed that use one model."""
-    groups: dict[tuple[Path, int], list[Cell]] = {}
+    return _grouped(cells, lambda cell: (cell.model_folder.resolve(), cell.seed))
+
+
+def _grouped(cells: Sequence[Cell], key: Callable[[Cell], Any]) -> list[list[Cell]]:
+    groups: dict[Any, list[Cell]] = {}
     for cell in cells:
-        groups.setdefault((cell.model_folder.resolve(), cell.seed), []).append(cell)
+        groups.setdefault(key(cell), []).append(cell)
     return list(groups.values())
 
 
@@ -108,14 +105,12 @@ def git_state() -> dict[str, Any]:
 
     def git(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(
-                ["git", "-C", here, *arguments], capture_output=True, text=True, timeout=10, check=False
-            )
-        except (OSError, subprocess.TimeoutExpired):
+            return subprocess.check_output(
+                ["git", "-C", here, *arguments], stderr=DEVNULL, text=True, timeout=10
+            ).strip()
+        except (OSError, subprocess.SubprocessError):
             return None
-        return done.stdout.strip() if done.returncode == 0 else None
 
-    tracked = git("ls-files", "--error-unmatch", str(Path(__file__)))
-    if not tracked:
+    if not git("ls-files", "--error-unmatch", str(Path(__file__))):
         return {"commit": None, "dirty": None}
     return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}

@@ -1,7 +1,6 @@
-"""Per-neuron statistics of pairs: how the two behaviours differ, and how sure that is.
+"""Per-neuron statistics of pairs: NMD, rho, effect sizes and their p-values.
 
-The only place that computes NMD and rho. Shapes: N pairs, L layers, D neurons; all states are read at the decision
-position.
+Shapes: N pairs, L layers, D neurons; all states are read at the decision position.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,11 +31,10 @@ ARRAYS = ("nmd", "rho", "effect_size", "p_family_wise", "p_false_discovery", "st
 
 @dataclass(slots=True, eq=False)
 class PairedMoments:
-    """Count, means and sums of squared deviations of paired states, streamed in float64, and what follows from them.
+    """Means and sums of squared deviations of paired states, streamed in float64, with the statistics they give.
 
     With labels y = +1 (generalized) and -1 (memorized) in equal number, y has mean 0 and variance 1, so that over the
-    2N states cov(h, y) = mean(h y) = (mean of h^G - mean of h^M) / 2 = NMD / 2, and rho = NMD / (2 sd(h)): rho and NMD
-    have one sign.
+    2N states cov(h, y) = mean(h y) = (mean of h^G - mean of h^M) / 2 = NMD / 2, and rho = NMD / (2 sd(h)).
 
     A batch is summed in two passes around its first pair, so that a large common offset costs no digits. Batches are
     joined by the pairwise update of Chan, Golub & LeVeque (1983, "Algorithms for computing the sample variance", The
@@ -44,7 +42,7 @@ class PairedMoments:
     SAND2008-6212). Any sharding and any order agree up to rounding.
 
     Attributes:
-        count: pairs so far. While it is 0 the arrays hold starting zeros, not estimates.
+        count: pairs so far.
         means_2LD: means of the states, generalized then memorized.
         squares_3LD: sums of squared deviations from the mean: generalized, memorized, generalized - memorized.
     """
@@ -55,7 +53,7 @@ class PairedMoments:
 
     @classmethod
     def empty(cls, shape: tuple[int, ...]) -> PairedMoments:
-        """Moments of no pairs; `shape` is that of one state, (L, D)."""
+        """Moments of no pairs, for states (L, D)."""
         return cls(0, np.zeros((2, *shape)), np.zeros((3, *shape)))
 
     @classmethod
@@ -70,7 +68,7 @@ class PairedMoments:
         return moments
 
     def add(self, states_generalized_NLD: ArrayLike, states_memorized_NLD: ArrayLike) -> None:
-        """Take in N more pairs, row n of both arrays being one pair; ValueError unless both are (N, L, D)."""
+        """Add N pairs, row n of both arrays being one pair; ValueError unless both are (N, L, D)."""
         generalized_NLD = as_batch("states_generalized", states_generalized_NLD, self.means_2LD[0])
         memorized_NLD = as_batch("states_memorized", states_memorized_NLD, self.means_2LD[1])
         same("states_memorized: number of pairs", len(generalized_NLD), len(memorized_NLD))
@@ -81,7 +79,7 @@ class PairedMoments:
         self.merge(PairedMoments(len(generalized_NLD), np.stack(means[:2]), np.stack(squares)))
 
     def merge(self, other: PairedMoments) -> Self:
-        """Take in another shard's moments in place, and return self; ValueError unless the shapes agree."""
+        """Add another shard's moments in place and return self; ValueError unless the shapes agree."""
         same("shape", self.means_2LD.shape, other.means_2LD.shape)
         if not other.count:
             return self
@@ -107,10 +105,7 @@ class PairedMoments:
 
     @property
     def effect_size_LD(self) -> Floats:
-        """Mean / standard deviation (ddof 1) of the paired differences (Cohen's d_z).
-
-        NaN where the differences are constant, and for less than two pairs.
-        """
+        """Cohen's d_z of the paired differences (ddof 1); NaN where they are constant or less than two."""
         return self._ratio(self.nmd_LD, np.sqrt(self.squares_3LD[2] / max(self.count - 1, 1)))
 
     @property
@@ -135,12 +130,10 @@ class PairedMoments:
 
 @dataclass(frozen=True, eq=False)
 class Contrast:
-    """The statistics of every neuron at one site, over N pairs.
+    """The statistics of every neuron at one site, as `PairedMoments` and `SignFlips` define them; NaN without a pair.
 
     Attributes:
-        site: where the states were read.
         pairs, groups: numbers of pairs and of groups they come from.
-        nmd_LD, rho_LD, effect_size_LD, state_norm_L: as ``PairedMoments`` defines them; all NaN without a pair.
         p_family_wise_LD: sign-flip permutation, max statistic over all neurons.
         p_false_discovery_LD: sign-flip permutation per neuron, Benjamini-Hochberg over all neurons.
     """
@@ -161,9 +154,9 @@ class Contrast:
 
     def save(self, path: str | Path) -> None:
         """Write `contrast.safetensors` as `docs/RECORDS.md` describes it; equal contrasts give equal bytes."""
-        arrays = (self.nmd_LD, self.rho_LD, self.effect_size_LD, self.p_family_wise_LD, self.p_false_discovery_LD)
-        tensors = dict(zip(ARRAYS, map(np.ascontiguousarray, (*arrays, self.state_norm_L)), strict=True))
-        metadata = {"site": self.site, "pairs": str(self.pairs), "groups": str(self.groups)}
+        site, pairs, groups, *arrays = (getattr(self, field.name) for field in fields(self))
+        tensors = dict(zip(ARRAYS, map(np.ascontiguousarray, arrays), strict=True))
+        metadata = {"site": site, "pairs": str(pairs), "groups": str(groups)}
         Path(path).write_bytes(_sorted_header(to_safetensors(tensors, metadata)))
 
     @classmethod
@@ -178,26 +171,16 @@ class Contrast:
             raise
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise InputError(f"{path}: not a readable contrast file ({error})") from error
-        shapes = [array.shape for array in arrays]
-        if len(shapes[0]) != 2 or shapes != [shapes[0]] * 5 + [shapes[0][:1]]:
-            why = f"shapes {shapes}; allowed are five (L, D) and (L,)"
+        shapes, types = [array.shape for array in arrays], {array.dtype for array in arrays}
+        if len(shapes[0]) != 2 or shapes != [shapes[0]] * 5 + [shapes[0][:1]] or types != {np.dtype(np.float64)}:
+            why = f"shapes {shapes}; allowed are five (L, D) and (L,), all of float64"
             raise InputError(f"{path}: not a readable contrast file ({why})")
-        if {array.dtype for array in arrays} != {np.dtype(np.float64)}:
-            raise InputError(f"{path}: not a readable contrast file (allowed is float64)")
         return cls(*facts, *arrays)
 
 
 @dataclass(eq=False)
 class ContrastAccumulator:
-    """Streams pairs into a `Contrast`; memory depends on neurons and permutations, not on the number of pairs.
-
-    Shards may be added by different workers in any order, as long as site, shape, permutations and seed agree.
-
-    Attributes:
-        site: where the states are read.
-        moments, flips: the streamed statistics.
-        groups: those of the pairs so far.
-    """
+    """Streams pairs into a `Contrast`; shards with one site, shape, permutations and seed merge in any order."""
 
     site: str
     moments: PairedMoments
@@ -213,7 +196,7 @@ class ContrastAccumulator:
         return cls(site, PairedMoments.empty(shape), SignFlips.empty(shape, permutations, seed))
 
     def add(self, states_generalized_NLD: ArrayLike, states_memorized_NLD: ArrayLike, groups: Sequence[str]) -> None:
-        """Take in N more pairs with their groups; row n of both arrays is one pair.
+        """Add N pairs with their groups; row n of both arrays is one pair.
 
         Raises:
             ValueError: shapes not (N, L, D), not N groups, or a state that is not finite. Nothing is added then.
@@ -232,10 +215,9 @@ class ContrastAccumulator:
             self.groups.add(group)
 
     def merge(self, other: ContrastAccumulator) -> Self:
-        """Take in another shard in place and return self; ValueError unless site, shape, permutations, seed agree."""
-        if other.site != self.site:
-            raise ValueError(f"site: {other.site!r}; allowed is {self.site!r}, as in the accumulator it is merged into")
-        self.flips.merge(other.flips)  # first, for it checks seed and permutations besides the shape
+        """Add another shard in place and return self; ValueError unless site, shape, permutations, seed agree."""
+        same("site", self.site, other.site)
+        self.flips.merge(other.flips)  # first: it checks seed and permutations besides the shape
         self.moments.merge(other.moments)
         self.groups.update(other.groups)
         return self
@@ -246,17 +228,9 @@ class ContrastAccumulator:
         if not self.moments.count:
             nan_LD = np.full_like(p_family_wise_LD, math.nan)
             return Contrast(self.site, 0, 0, nan_LD, nan_LD, nan_LD, nan_LD, nan_LD, nan_LD[:, 0])
-        return Contrast(
-            site=self.site,
-            pairs=self.moments.count,
-            groups=len(self.groups),
-            nmd_LD=self.moments.nmd_LD,
-            rho_LD=self.moments.rho_LD,
-            effect_size_LD=self.moments.effect_size_LD,
-            p_family_wise_LD=p_family_wise_LD,
-            p_false_discovery_LD=benjamini_hochberg(p_per_neuron_LD),
-            state_norm_L=self.moments.state_norm_L,
-        )
+        arrays = self.moments.nmd_LD, self.moments.rho_LD, self.moments.effect_size_LD, p_family_wise_LD
+        norm_L, q_LD = self.moments.state_norm_L, benjamini_hochberg(p_per_neuron_LD)
+        return Contrast(self.site, self.moments.count, len(self.groups), *arrays, q_LD, norm_L)
 
 
 def _mean_and_squares(values_NLD: Floats) -> tuple[Floats, Floats]:

@@ -1,4 +1,4 @@
-"""The self-check: does this model give the same numbers in every way in which Mnemoscope reads and steers it?
+"""The self-check: a model must give the same numbers in every way in which Mnemoscope reads and steers it.
 
 Shapes: N prompts, T tokens of a left-padded batch, V vocabulary, D neurons.
 """
@@ -17,17 +17,7 @@ from torch import Tensor
 
 from mnemoscope.behaviour import capturing, left_padded
 from mnemoscope.errors import InputError
-from mnemoscope.models import (
-    SITES,
-    Site,
-    blocks_of,
-    cache_of,
-    context_length,
-    layout_of,
-    pass_inputs,
-    site_width,
-    states_of,
-)
+from mnemoscope.models import SITES, Site, cache_of, context_length, layout_of, pass_inputs, states_of
 from mnemoscope.steering import SteeringVector
 
 if TYPE_CHECKING:
@@ -42,7 +32,7 @@ PROMPTS = (
 )
 # The largest difference of logits that counts as equal, in units of the logits' own size, by precision.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02, torch.float64: 1e-9}
-DECODED = 6  # tokens that are read on behind each prompt
+DECODED = 6  # tokens behind each prompt
 STRENGTH = 0.3  # of the random shift, relative to the norm of the states
 
 
@@ -52,10 +42,10 @@ class Check:
 
     Attributes:
         name: what is compared.
-        difference: the largest absolute difference of logits or states that was found.
+        difference: the largest absolute difference of logits or states.
         allowed: the largest that passes; 0 where bits must be equal.
-        flips: top tokens that differ although they lead by more than twice what is allowed.
-        least: the smallest that passes, where a difference is wanted.
+        flips: top tokens that differ although they lead by more than twice ``allowed``.
+        least: the smallest that passes, where a difference is expected.
     """
 
     name: str
@@ -66,14 +56,14 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether it holds; a difference that is not a number is none that passes."""
+        """Whether it holds; a difference of NaN does not pass."""
         return self.least <= self.difference <= self.allowed and not self.flips
 
 
 def examine(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str] = PROMPTS
 ) -> Iterator[Check]:
-    """Check a model, one property after the other.
+    """Check a model, one property after another.
 
     Args:
         prompts: at least two, of different lengths in tokens.
@@ -100,7 +90,7 @@ def examine(
 
 
 def _steered(patient: _Patient, site: Site, plain: list[Tensor]) -> Iterator[Check]:
-    """What must hold of a shift at a site."""
+    """Checks of a shift at a site."""
     apply = partial(patient.random_vector(site).apply, patient.model)
     untouched = patient.read(partial(apply, alpha=0.0))
     yield patient.compare(f"{site}: alpha 0 = untouched", plain, untouched, exact=True)
@@ -127,32 +117,24 @@ class _Patient:
         single: bool = False,
         cached: bool = False,
     ) -> list[Tensor]:
-        """Logits from the decision position on, float32 (1 + DECODED, V) for every prompt.
-
-        What is read behind the prompts is the same for all: their own first tokens.
-        """
-        rows = [[i] for i in range(len(self.prompts))] if single else [list(range(len(self.prompts)))]
+        """Logits from the decision position on, float32 (1 + DECODED, V) for every prompt, repeated behind itself."""
         found: list[Tensor] = []
-        for chosen in rows:
-            ids_NT, mask_NT = self.padded([self.prompts[i] for i in chosen])
-            behind_NM = torch.tensor([(self.prompts[i] * DECODED)[:DECODED] for i in chosen], device=self.model.device)
+        for chosen in [[prompt] for prompt in self.prompts] if single else [self.prompts]:
+            ids_NT, mask_NT = self.padded(chosen)
+            behind_NM = torch.tensor([(prompt * DECODED)[:DECODED] for prompt in chosen], device=self.model.device)
             all_NT = torch.cat([ids_NT, behind_NM], dim=1)
             all_mask_NT = torch.cat([mask_NT, torch.ones_like(behind_NM)], dim=1)
             with applied():
-                if cached:
-                    logits_NMV = self._step_by_step(all_NT, all_mask_NT, ids_NT.shape[1])
-                else:
-                    logits_NMV = self._at_once(all_NT, all_mask_NT, ids_NT.shape[1])
-            found += [logits_MV.float().cpu() for logits_MV in logits_NMV]
+                read = self._step_by_step if cached else self._at_once
+                found += [logits_MV.float().cpu() for logits_MV in read(all_NT, all_mask_NT, ids_NT.shape[1])]
         return found
 
     def _at_once(self, ids_NT: Tensor, mask_NT: Tensor, prompt: int) -> Tensor:
-        # First the prompt alone, which tells a vector where the decision position is; then its uncached continuation.
-        self.model(**self._uncached(ids_NT[:, :prompt], mask_NT[:, :prompt]))
-        return self.model(**self._uncached(ids_NT, mask_NT)).logits[:, prompt - 1 :]
-
-    def _uncached(self, ids_NT: Tensor, mask_NT: Tensor) -> dict[str, object]:
-        return pass_inputs(self.model, ids_NT, mask_NT) | {"use_cache": False}
+        # First the prompt alone, where a vector finds the decision position; then its uncached continuation.
+        for columns in (prompt, ids_NT.shape[1]):
+            inputs = pass_inputs(self.model, ids_NT[:, :columns], mask_NT[:, :columns]) | {"use_cache": False}
+            output = self.model(**inputs)
+        return output.logits[:, prompt - 1 :]
 
     def _step_by_step(self, ids_NT: Tensor, mask_NT: Tensor, prompt: int) -> Tensor:
         output = self.model(**pass_inputs(self.model, ids_NT[:, :prompt], mask_NT[:, :prompt]))
@@ -169,20 +151,20 @@ class _Patient:
 
     @torch.no_grad()
     def random_vector(self, site: Site) -> SteeringVector:
-        """A shift of every layer, of a share of the norm of its states."""
+        """A random shift of every layer, relative to the norm of its states."""
         generator = torch.Generator().manual_seed(0)
         ids_NT, mask_NT = self.padded(self.prompts)
         with capturing(self.model, site) as states:
             self.model(**pass_inputs(self.model, ids_NT, mask_NT))
         shifts = {}
         for layer, states_NOD in enumerate(states):
-            shift_D = torch.randn(site_width(self.model, layer, site), generator=generator)
+            shift_D = torch.randn(states_NOD.shape[-1], generator=generator)
             norm = float(states_NOD.float().norm(dim=-1).mean())
             shifts[layer] = shift_D * STRENGTH * norm / float(shift_D.norm()) / math.sqrt(len(states))
         return SteeringVector("generalized", shifts, site=site)
 
     def compare(self, name: str, first: list[Tensor], second: list[Tensor], exact: bool = False) -> Check:
-        """Hold two readings of all prompts against each other."""
+        """Compare two readings of all prompts."""
         size = max(float(logits_MV.abs().max()) for logits_MV in first)
         allowed = 0.0 if exact else TOLERANCE.get(self.model.dtype, 1e-4) * max(1.0, size / 10)
         flips = 0
@@ -194,18 +176,17 @@ class _Patient:
 
 
 def _difference(first: list[Tensor], second: list[Tensor]) -> float:
-    """The largest absolute difference; NaN where any is (Python's own ``max`` would pass over it)."""
+    """The largest absolute difference; NaN where any is NaN, which Python's own ``max`` would skip."""
     largest = [(a_MV - b_MV).abs().max() for a_MV, b_MV in zip(first, second, strict=True)]
     return float(torch.stack(largest).max()) if largest else 0.0
 
 
 @torch.no_grad()
 def _same_states(patient: _Patient) -> Check:
-    """A block's own output is what the library calls the next hidden state; its last one is after the final norm."""
+    """Compare block outputs with the library's next hidden states, of which the last one is after the final norm."""
     ids_NT, mask_NT = patient.padded(patient.prompts)
     with capturing(patient.model, "block") as states:
         output = patient.model(**pass_inputs(patient.model, ids_NT, mask_NT), output_hidden_states=True)
-    last = len(blocks_of(patient.model)) - 1
-    ours = [states[layer][:, 0].float().cpu() for layer in range(last)]
-    theirs = [states_of(output.hidden_states[layer + 1])[:, -1].float().cpu() for layer in range(last)]
+    ours = [state_NOD[:, 0].float().cpu() for state_NOD in states[:-1]]
+    theirs = [states_of(state_NTD)[:, -1].float().cpu() for state_NTD in output.hidden_states[1 : len(states)]]
     return Check("block output = the library's hidden state", _difference(ours, theirs), 0.0)

@@ -1,7 +1,7 @@
-"""Work in parallel: the cells of a study and the parts of a cell, in processes of this machine or on a Ray cluster.
+"""Run the cells of a study and the parts of a cell in parallel, in processes of this machine or on a Ray cluster.
 
-Parts have one function with the interface of the built-in ``map`` (``processes.Map``): it takes items as it needs them
-and yields results in their order, so that results do not depend on the number of processes.
+Parts are mapped by a function with the interface of the built-in ``map`` (``processes.Map``), whose results keep the
+order of the items, so that they do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ Ended = Future[str | None]  # why a cell could not go on, or None
 Submit = Callable[[Cell, int], Ended]  # the number: cells at work at that time, this one included
 
 EXECUTORS = ("local", "ray")
-RETRIES = 3  # of a task whose worker is lost; finished stages of a cell are not run again
-AHEAD = 4  # items of a stream that are held at a time, by process
+RETRIES = 3  # of a task whose worker is lost; finished stages of a cell are skipped
+AHEAD = 4  # items of a stream held at a time, by process
 
 
 def run_cells(
@@ -44,16 +44,16 @@ def run_cells(
     executor: str = "local",
     address: str | None = None,
 ) -> dict[str, str]:
-    """Run cells in parallel, each after the one whose model it borrows; by name, why some could not go on.
+    """Run cells in parallel, each after the one whose model it borrows; returns the errors of failed cells by name.
 
     Args:
-        workers: processes of this machine at a time; a cluster has as many as it has processors for.
+        workers: processes of this machine at a time; a cluster runs as many as it has processors for.
         executor: ``local`` or ``ray``.
         address: of a Ray cluster; default: one of this machine alone.
 
     Raises:
-        InputError: there is no such executor, Ray is not installed, the cluster cannot be reached or has no node for a
-            cell, or a cell's input cannot be used.
+        InputError: the executor is unknown or not installed, the cluster cannot be reached or has no node for a cell,
+            or a cell's input cannot be used.
     """
     if executor not in EXECUTORS:
         raise InputError(f"executor: {executor!r} is not one of {', '.join(EXECUTORS)}")
@@ -79,35 +79,31 @@ def run_cells(
                 borrowers = [other for other in cells if other.lender == cell.name]
                 if why is None:
                     ready += borrowers
-                    continue
-                lost = f"{cell.name}, whose model it takes, could not go on"
-                failed |= {cell.name: why} | {other.name: f"{other.name}: {lost}" for other in borrowers}
+                else:
+                    lost = f"{cell.name}, whose model it takes, could not go on"
+                    failed |= {cell.name: why} | {other.name: f"{other.name}: {lost}" for other in borrowers}
     ordered = sorted(cells, key=lambda cell: cell.lender in failed)  # first what failed by itself
     return {cell.name: failed[cell.name] for cell in ordered if cell.name in failed}
 
 
 @contextmanager
 def in_processes(workers: int, threads: int | None = None) -> Iterator[Map]:
-    """A ``map`` over processes of this machine, which start when there are two items for them.
-
-    Args:
-        threads: of torch in each; None for functions that do not use torch.
-    """
+    """A ``map`` over processes of this machine, started for two items or more; ``threads`` of torch in each, if any."""
     with ExitStack() as stack:
         yield _Processes(workers, threads, stack)
 
 
 class _Parallel:
-    """A ``map`` whose items are worked on elsewhere; a function is sent once and keeps what it opens there."""
+    """A ``map`` in other processes; a function is sent once and keeps there what it opens."""
 
     places: int
 
     def _sender(self, function: bytes) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
-        """What sends an item to a pickled function, and what waits for the result."""
+        """Two functions: one submits an item to a pickled function, one waits for the result."""
         raise NotImplementedError
 
     def __call__(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-        # A stream may be longer than memory; of a list all items may wait.
+        # A stream may be longer than memory, a list is in it.
         most = len(items) if isinstance(items, Sized) else AHEAD * self.places
         left = iter(items)
         first = list(islice(left, 2))
@@ -126,7 +122,7 @@ class _Parallel:
 
 @dataclass
 class _Processes(_Parallel):
-    """Over processes of this machine; pickled, it is at work in those already and maps within one."""
+    """Over processes of this machine; pickled, as in such a process, it maps within one."""
 
     places: int
     threads: int | None
@@ -156,13 +152,13 @@ class _Cluster(_Parallel):
         return partial(task.remote, ray.put(function), os.getcwd(), self.threads), ray.get
 
 
-def _call(function: bytes, item: Any) -> Any:
-    return _unpickled(function)(item)
-
-
 @lru_cache(maxsize=1)
 def _unpickled(function: bytes) -> Callable[[Any], Any]:
     return pickle.loads(function)
+
+
+def _call(function: bytes, item: Any) -> Any:
+    return _unpickled(function)(item)
 
 
 def _call_on_node(function: bytes, folder: str, threads: int, item: Any) -> Any:
@@ -172,7 +168,7 @@ def _call_on_node(function: bytes, folder: str, threads: int, item: Any) -> Any:
 
 
 def _run(run: Run, cell: Cell, progress: Progress, workers: int) -> str | None:
-    """Run a cell with so many processes for its parts; why it could not go on, or None."""
+    """Run a cell with processes for its parts; returns its error, or None."""
     try:
         with in_processes(possible_workers(cell, workers), cell.threads) as parallel:
             run(replace(cell, map=parallel) if workers > 1 else cell, progress)
@@ -182,18 +178,17 @@ def _run(run: Run, cell: Cell, progress: Progress, workers: int) -> str | None:
 
 
 def possible_workers(cell: Cell, workers: int) -> int:
-    """How many of these processes can hold the model of a cell at a time: one on a graphics processor."""
+    """Number of these processes that can hold the model of a cell at a time: one on a GPU."""
     if workers == 1 or _gpus(cell):
         return 1
-    if cell.config.model.folder is None:
-        return workers
     from mnemoscope.models import models_that_fit
 
-    return models_that_fit(cell.config.model.folder, workers)
+    folder = cell.config.model.folder
+    return models_that_fit(folder, workers) if folder else workers
 
 
 def _gpus(cell: Cell) -> int:
-    """Graphics processors of a node that a cell takes."""
+    """GPUs that a cell takes of a node."""
     return int(cell.config.model.device_map not in (None, "cpu"))
 
 
@@ -231,12 +226,12 @@ def _run_in_worker(run: Run, cell: Cell, workers: int) -> str | None:
 
 def _run_on_node(run: Run, cell: Cell, news: Any, folder: str) -> str | None:
     os.chdir(folder)
-    # Nobody waits for a message: whoever waits gives its processors away meanwhile.
+    # A task that waits for a message would release its processors.
     return _run(run, cell, _seldom(news.put_nowait.remote), 1)
 
 
 def _seldom(put: Callable[[Any], Any]) -> Progress:
-    """Reports at most five times a second, and the end of a stage."""
+    """Progress that is passed on at most five times a second, and at the end of a stage."""
     last = 0.0
 
     def report(*news: Any) -> None:
@@ -250,7 +245,7 @@ def _seldom(put: Callable[[Any], Any]) -> Progress:
 
 @contextmanager
 def _listening(news: Any, progress: Progress) -> Iterator[None]:
-    """Pass on what cells elsewhere put into a queue."""
+    """Report the progress that other processes put into a queue."""
     over = Event()
 
     def listen() -> None:
@@ -264,7 +259,7 @@ def _listening(news: Any, progress: Progress) -> Iterator[None]:
         yield
     finally:
         over.set()
-        listener.join(timeout=5)  # a process that was ended may have left half a message
+        listener.join(timeout=5)  # a killed process may have left half a message
 
 
 @contextmanager
@@ -280,17 +275,15 @@ def _on_cluster(address: str | None, cells: Sequence[Cell], run: Run, progress: 
             if cell.threads > largest:
                 raise InputError(f"threads: {cell.threads}; the largest node of the cluster has {largest:g} processors")
             if _gpus(cell) and not graphics:
-                raise InputError(
-                    "model.device_map: no node of the cluster has a graphics processor (as Ray counts them)"
-                )
-        # The queue is kept where the study was started: on a node that dies, it would take every cell with it.
+                raise InputError("model.device_map: no node of the cluster has a graphics processor (as Ray counts)")
+        # The queue is pinned to this node: lost with another one, it would end every cell.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         news = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
         task = ray.remote(_run_on_node)
 
         def submit(cell: Cell, beside: int) -> Ended:
             places = processors // (cell.threads * beside)
-            if _gpus(cell):  # a cell that waits for its parts gives away its processors, but not what else it has
+            if _gpus(cell):  # a cell that waits for its parts releases its processors, but not its GPU
                 places = min(places, graphics // beside - 1)
             if places > 1:
                 cell = replace(cell, map=_Cluster(places, cell.threads, _gpus(cell)))
@@ -303,7 +296,7 @@ def _on_cluster(address: str | None, cells: Sequence[Cell], run: Run, progress: 
 
 
 def _result(ray: Any, cell: Cell, task: Any) -> Ended:
-    """The result of a task; its own error in place of Ray's."""
+    """The result of a task, or its own error in place of Ray's."""
     future: Ended = Future()
 
     def ended(done: Ended) -> None:
@@ -329,7 +322,7 @@ def _ray(address: str | None) -> Iterator[Any]:
     host, _, port = (address or "").rpartition(":")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        if host and port.isdigit() and "//" not in host:  # where nobody listens Ray would try for minutes
+        if host and port.isdigit() and "//" not in host:  # without a listener Ray would try for minutes
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         alone = {} if address else {"include_dashboard": False}
         ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **alone)

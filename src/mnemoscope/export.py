@@ -1,7 +1,7 @@
-"""Steering vectors for other programs: baked into a checkpoint, as a control vector for llama.cpp, on a model hub.
+"""Export steering vectors: baked into a checkpoint, as a control vector for llama.cpp, on a model hub.
 
-What is exported acts on every token, so only vectors with positions ``all`` can be. What would act otherwise than
-``SteeringVector.apply`` does is refused, and nothing is written.
+Exports act on every token, so only vectors with positions ``all`` can be exported. An export that would act otherwise
+than ``SteeringVector.apply`` is refused, and nothing is written.
 
 Shapes: N rows, T tokens of a left-padded batch, M of them real, V vocabulary, D neurons.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +27,9 @@ from mnemoscope.steering import Card, SteeringVector, readable
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-# Sites whose shift another program can make, by what is written.
+# Sites that an export can hold.
 SITES_FOR: dict[str, tuple[Site, ...]] = {"checkpoint": ("block", "mlp"), "gguf": ("block",)}
-BAKED = "mnemoscope.json"  # in a baked folder: which vector is in its weights
+BAKED = "mnemoscope.json"  # in a baked folder: the facts of the vector in its weights
 # Fields of configurations that give a down projection its bias (Llama, Granite, SmolLM 3; Falcon; StarCoder 2; OPT).
 _BIAS_SWITCHES = ("mlp_bias", "bias", "use_bias", "enable_bias")
 # The largest difference of logits that is rounding, in units of the largest logit: the shift is added to another sum.
@@ -39,14 +40,7 @@ _CONTROL = "controlvector"
 
 
 def check_portable(vector: SteeringVector, to: str) -> None:
-    """Whether a vector can be exported at all, as far as that can be told without its model.
-
-    Args:
-        to: ``checkpoint`` or ``gguf``.
-
-    Raises:
-        InputError: it cannot; the message names the field, its value and what is allowed.
-    """
+    """Raises InputError where a vector cannot be exported to ``checkpoint`` or ``gguf``, whatever its model."""
     if to not in SITES_FOR:
         raise InputError(f"to: {to!r} is not one of {', '.join(SITES_FOR)}")
     if vector.positions != "all":
@@ -67,16 +61,16 @@ def bake(
 ) -> Path:
     """Write a plain Hugging Face folder whose model answers as this one does under ``vector.apply``.
 
-    The shift goes into the bias of the down projection of each layer's MLP, which is exact where the block adds what
-    the MLP returns straight to the residual stream. Where an architecture has that bias only by an option of its
+    The shift goes into the bias of the down projection of each layer's MLP, which is exact where the block adds the
+    MLP's output straight to the residual stream. Where an architecture has that bias only by an option of its
     configuration (``mlp_bias`` of Llama), the option is set, and the other biases that come with it are zero. The
     folder is opened again and must give the steered logits, rounding apart, before it gets its name; in half precision
     so must a float32 copy of the model.
 
     Args:
-        model: stays as it is. Multiply the vector for another strength: ``2 * vector``.
-        folder: must not exist, or be empty. Has the model's dtype, its generation config and the tokenizer as well,
-            and says in ``mnemoscope.json`` which vector is in it.
+        model: stays unchanged. Multiply the vector for another strength: ``2 * vector``.
+        folder: must not exist, or be empty. Gets the model in its dtype, its generation config, the tokenizer, and the
+            facts of the vector in ``mnemoscope.json``.
 
     Raises:
         InputError: vector or model cannot be baked exactly; the message says why.
@@ -84,39 +78,37 @@ def bake(
     check_portable(vector, "checkpoint")
     core, folder = core_of(model), Path(folder).absolute()
     _check_bakeable(core)
-    probe = _Probe(core)
-    plain_MV = probe.read(core)
-    with vector.apply(core):
-        steered_MV = probe.read(core)
+    both = _logits(core), _logits(core, vector)
+    facts = vector.facts() | {"task": vector.task, "commit": vector.commit, "prompting": vector.prompting.facts}
     with new_folder(folder) as temporary:
         _with_biases(core, vector).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        (temporary / BAKED).write_text(json.dumps(_facts(vector), indent=1, sort_keys=True) + "\n")
+        (temporary / BAKED).write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
         again, _ = load_model(temporary, dtype="auto")
-        _check_same(probe.read(again.to(core.device)), steered_MV, plain_MV, core)
+        _check_same(_logits(again.to(core.device)), *both, core)
         if core.dtype in _HALF:
-            _check_exact(temporary, core, vector, probe)
+            _check_exact(temporary, core, vector)
     return folder
 
 
 def _check_bakeable(core: Any) -> None:
-    """Refuse what is known beforehand not to work; the rest is measured."""
+    """Refuse models that are known not to work; the rest is measured."""
     name, layout = type(core).__name__, layout_of(core)
-    if any(hasattr(module, "base_layer") for module in core.modules()):
-        raise InputError("model: it has an adapter beside its weights; merge it first (merge_and_unload)")
-    if getattr(core, "hf_quantizer", None) is not None:
-        raise InputError("model: its weights are quantized; only plain ones can be baked")
-    if any(weight.is_meta for weight in core.state_dict().values()):
-        raise InputError("model: some of its weights are not in memory (offloaded)")
-    if core.training:
-        raise InputError("model: it is in training mode, where nothing can be compared; call eval() first")
-    if not layout.down:
-        raise InputError(f"model: an MLP of {name} has no single down projection whose bias could hold a shift")
-    if not f"{layout.down}.".startswith(f"{layout.mlp}."):
-        raise InputError(
-            f"model: {name} has a norm ({layout.mlp}) between the MLP and the residual stream; a bias before it is "
-            "not the shift behind it"
-        )
+    adapted = any(hasattr(module, "base_layer") for module in core.modules())
+    behind_norm = bool(layout.down) and not f"{layout.down}.".startswith(f"{layout.mlp}.")
+    for refused, why in (
+        (adapted, "it has an adapter beside its weights; merge it first (merge_and_unload)"),
+        (getattr(core, "hf_quantizer", None), "its weights are quantized; only plain ones can be baked"),
+        (any(w.is_meta for w in core.state_dict().values()), "some of its weights are not in memory (offloaded)"),
+        (core.training, "it is in training mode, where nothing can be compared; call eval() first"),
+        (not layout.down, f"an MLP of {name} has no single down projection whose bias could hold a shift"),
+        (
+            behind_norm,
+            f"{name} has a norm ({layout.mlp}) between its MLP and the residual stream, where a bias differs",
+        ),
+    ):
+        if refused:
+            raise InputError(f"model: {why}")
 
 
 def _with_biases(core: Any, vector: SteeringVector) -> Any:
@@ -151,7 +143,7 @@ def _shifted_bias(bias_D: Tensor, shift_D: Tensor, layer: int) -> Tensor:
 
 
 def _empty_with(core: Any, biases: set[str], weights: set[str]) -> Any:
-    """A model of the same class, without memory for its weights, that has the biases and beside them only ``weights``.
+    """A model of the same class on the meta device that has the biases and otherwise only ``weights``.
 
     Raises:
         InputError: no option of its configuration gives it these biases.
@@ -173,36 +165,24 @@ def _empty_with(core: Any, biases: set[str], weights: set[str]) -> Any:
     )
 
 
-def _facts(vector: SteeringVector) -> dict[str, Any]:
-    """What a baked folder says of its vector."""
-    return vector.facts() | {"task": vector.task, "commit": vector.commit, "prompting": vector.prompting.facts}
+@torch.no_grad()
+def _logits(core: Any, vector: SteeringVector | None = None) -> Tensor:
+    """Logits, steered or not, at the real tokens of two random rows of which one is padded; float64 (M, V)."""
+    ids_NT = torch.randint(core.config.get_text_config().vocab_size, (2, 8), generator=torch.Generator().manual_seed(0))
+    mask_NT = torch.ones_like(ids_NT)
+    mask_NT[1, :3] = 0
+    inputs = pass_inputs(core, ids_NT.to(core.device), mask_NT.to(core.device)) | {"use_cache": False}
+    with vector.apply(core) if vector else nullcontext():
+        logits_NTV = core(**inputs).logits
+    return logits_NTV.cpu().double()[mask_NT.bool()]
 
 
-class _Probe:
-    """Token ids drawn from one seed, in two rows of which one is padded."""
-
-    def __init__(self, core: Any) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.ids_NT = torch.randint(core.config.get_text_config().vocab_size, (2, 8), generator=generator)
-        self.mask_NT = torch.ones_like(self.ids_NT)
-        self.mask_NT[1, :3] = 0
-
-    @torch.no_grad()
-    def read(self, core: Any) -> Tensor:
-        """Logits at the real tokens, float64 (M, V)."""
-        ids_NT, mask_NT = self.ids_NT.to(core.device), self.mask_NT.to(core.device)
-        logits_NTV = core(**pass_inputs(core, ids_NT, mask_NT) | {"use_cache": False}).logits
-        return logits_NTV.cpu().double()[self.mask_NT.bool()]
-
-
-def _check_same(baked_MV: Tensor, steered_MV: Tensor, plain_MV: Tensor, core: Any) -> None:
-    """Refuse a baked model that is not the steered one, or where rounding hides whether it is."""
+def _check_same(baked_MV: Tensor, plain_MV: Tensor, steered_MV: Tensor, core: Any) -> None:
+    """Refuse a baked model that differs from the steered one, or where rounding hides whether it does."""
     difference = float((baked_MV - steered_MV).abs().max())
     effect = float((steered_MV - plain_MV).abs().max())
     allowed = _ROUNDING.get(core.dtype, 1e-4) * max(1.0, float(steered_MV.abs().max()))
-    if (
-        core.dtype not in _HALF
-    ):  # whose logits are coarser than what many a useful shift does; _check_exact looks closer
+    if core.dtype not in _HALF:  # half precision is too coarse for small effects; _check_exact looks closer
         allowed = min(allowed, effect / 100)
     if not difference <= allowed:
         raise InputError(
@@ -213,8 +193,8 @@ def _check_same(baked_MV: Tensor, steered_MV: Tensor, plain_MV: Tensor, core: An
 
 
 @torch.no_grad()
-def _check_exact(folder: Path, core: Any, vector: SteeringVector, probe: _Probe) -> None:
-    """Hold shift and bias against each other in float32; half precision hides, say, that a block scales its MLP."""
+def _check_exact(folder: Path, core: Any, vector: SteeringVector) -> None:
+    """Compare shift and bias in float32; half precision hides, for example, that a block scales its MLP."""
     exact, _ = load_model(folder, dtype="float32", layout=layout_of(core))
     layout, state = layout_of(core), core.state_dict()
     biases = {}
@@ -223,21 +203,19 @@ def _check_exact(folder: Path, core: Any, vector: SteeringVector, probe: _Probe)
         biases[layer] = exact.get_submodule(name).bias
         before_D = state.get(f"{name}.bias")
         biases[layer].zero_() if before_D is None else biases[layer].copy_(before_D)
-    plain_MV = probe.read(exact)
-    with vector.apply(exact):
-        steered_MV = probe.read(exact)
+    both = _logits(exact), _logits(exact, vector)
     for layer, shift_D in vector.shifts.items():
         biases[layer].add_(shift_D)
-    _check_same(probe.read(exact), steered_MV, plain_MV, exact)
+    _check_same(_logits(exact), *both, exact)
 
 
 def to_gguf(vector: SteeringVector, path: Path | str, model_type: str) -> Path:
     """Write a control vector for llama.cpp (``--control-vector FILE``).
 
-    The convention is that of llama.cpp: ``common_control_vector_load`` (common/common.cpp) takes every 1-D float32
-    tensor ``direction.k``, k = 1 and up, and ``llama_adapter_cvec`` (src/llama-adapter.cpp) adds it to the output of
-    the 0-based block k at every token; block 0 never has one. It reads no other field. The number of tensors is written
-    as ``controlvector.layer_count``, as its own cvector-generator and repeng do.
+    llama.cpp's ``common_control_vector_load`` (common/common.cpp) takes every 1-D float32 tensor ``direction.k``,
+    k = 1 and up, and ``llama_adapter_cvec`` (src/llama-adapter.cpp) adds it to the output of the 0-based block k at
+    every token; block 0 never has one. It reads no other field; ``controlvector.layer_count`` is the number of tensors,
+    as in its own cvector-generator and repeng.
 
     Args:
         path: is replaced if it exists.
@@ -264,7 +242,7 @@ def to_gguf(vector: SteeringVector, path: Path | str, model_type: str) -> Path:
 
 
 def read_gguf(path: Path | str) -> tuple[dict[int, np.ndarray], str]:
-    """The shifts of a control vector, float32 (D,) per 0-based layer, and what it says of its model.
+    """The shifts of a control vector, float32 (D,) per 0-based layer, and its ``controlvector.model_hint``.
 
     Raises:
         InputError: the file is missing, no GGUF or no control vector, or ``gguf`` is not installed.
@@ -303,13 +281,10 @@ def _gguf() -> Any:
 
 
 def push(path: Path | str, repo_id: str) -> str:
-    """Put a folder, or the file of a vector or detector with its JSON and its card, into a repository of the hub.
+    """Upload a folder, or the file of a vector or detector with its JSON and its card, to the hub; returns its address.
 
     Args:
-        repo_id: ``owner/name``. Where there is none it is made, private.
-
-    Returns:
-        The address of what was put there.
+        repo_id: ``owner/name``; made, private, where it does not exist.
 
     Raises:
         InputError: the path does not exist, the JSON is damaged, or the hub cannot be reached or refuses.
@@ -319,22 +294,17 @@ def push(path: Path | str, repo_id: str) -> str:
     path = Path(path)
     if not path.exists():
         raise InputError(f"path: {path} does not exist")
-    described = path.with_suffix(".json")
-    only = None if path.is_dir() else [path.name, described.name]
-    card = None
-    if only and described.is_file():
+    folder, described, card = path.is_dir(), path.with_suffix(".json"), None
+    if not folder and described.is_file():
         with readable("card", described):
             facts = json.loads(described.read_text()).get("card")
             card = Card(**facts) if facts else None
     try:
         HfApi().create_repo(repo_id, private=True, exist_ok=True)
-        source = path if path.is_dir() else path.parent
         if card is not None:  # the page that the hub shows
-            HfApi().upload_file(
-                repo_id=repo_id,
-                path_in_repo="README.md",
-                path_or_fileobj=f"# {path.stem}\n\n```text\n{card}\n```\n".encode(),
-            )
+            page = f"# {path.stem}\n\n```text\n{card}\n```\n".encode()
+            HfApi().upload_file(repo_id=repo_id, path_in_repo="README.md", path_or_fileobj=page)
+        source, only = (path, None) if folder else (path.parent, [path.name, described.name])
         return str(HfApi().upload_folder(repo_id=repo_id, folder_path=source, allow_patterns=only))
     except Exception as error:  # the hub's client has many kinds, and those of its HTTP library
         raise _hub_refused(repo_id, error) from error
@@ -364,13 +334,13 @@ def fetch(repo_id: str, name: str) -> Path:
 def _hub_refused(repo_id: str, error: Exception) -> InputError:
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
-    if isinstance(error, GatedRepoError):
-        return InputError(f"repo_id: {repo_id} is gated; ask for access on its page and log in (hf auth login)")
-    if isinstance(error, RepositoryNotFoundError):
-        return InputError(f"repo_id: {repo_id} does not exist, or is not yours to see; log in (hf auth login)")
-    if isinstance(error, HFValidationError):
-        return InputError(f"repo_id: {repo_id!r} is not of the form owner/name")
-    return InputError(f"repo_id: {repo_id} cannot be reached on the hub ({_first_line(error)})")
+    reasons = (
+        (GatedRepoError, f"{repo_id} is gated; ask for access on its page and log in (hf auth login)"),
+        (RepositoryNotFoundError, f"{repo_id} does not exist, or is not yours to see; log in (hf auth login)"),
+        (HFValidationError, f"{repo_id!r} is not of the form owner/name"),
+        (Exception, f"{repo_id} cannot be reached on the hub ({_first_line(error)})"),
+    )
+    return InputError("repo_id: " + next(reason for kind, reason in reasons if isinstance(error, kind)))
 
 
 def _first_line(error: Exception) -> str:

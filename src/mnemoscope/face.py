@@ -1,4 +1,4 @@
-"""The face: ``fit`` finds pairs, vectors and a detector for a model and data, ``Fitted`` uses them.
+"""The public face: ``fit`` finds pairs, vectors and a detector for a model and data, ``Fitted`` uses them.
 
 Shapes: N prompts, T tokens of a left-padded batch, L layers.
 """
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from mnemoscope.report import Summary
 
-BATCH = 32  # prompts that are read at a time
+BATCH = 32  # prompts in a pass
 
 
 def fit(
@@ -41,19 +42,19 @@ def fit(
     """Find pairs, fit vectors in both directions and a detector, and judge them on held-out groups.
 
     Args:
-        model: an open causal language model, plain or with adapters, or what ``load_model`` opens by name. It is left
-            as it was.
+        model: an open causal language model, plain or with adapters, which stays unchanged, or a name or path for
+            ``load_model``.
         tokenizer: of an open model.
         task: a JSONL file, a task's name, ``package.module:Class``, or a ``Task``.
-        out: the run folder; a fit that was interrupted continues there.
-        prompting: how prompts are formatted.
+        out: the run folder; an interrupted fit continues there.
+        prompting: the format of prompts.
         options: of a task that is given by name.
         choices: ``settings``, ``positions``, ``threads``, ``progress`` and, for a name, ``dtype``, ``device_map`` and
             ``layout``; see ``mnemoscope.fitting.fit_run``.
 
     Raises:
         InputError: an argument cannot be used; the field, its value and what is allowed are named.
-        StudyError: nothing can be fitted, for example as no pair flips.
+        StudyError: nothing can be fitted, for example because no pair flips.
     """
     from mnemoscope.fitting import fit_run
 
@@ -70,13 +71,13 @@ def fit(
 
 @dataclass(frozen=True)
 class Fitted:
-    """What was fitted on a model, ready to be used with it.
+    """Vectors and detectors together with the model they were fitted on.
 
     Attributes:
-        source: the run folder, cell folder or file that it was opened from.
+        source: the run folder, cell folder or file that they were opened from.
         vectors: by the behaviour they steer to; the best ones by the tune split.
         detector: None where none could be fitted; ``lower_detector`` reads at or below the first shifted layer.
-        prompting: how prompts are formatted.
+        prompting: the format of prompts.
     """
 
     source: Path
@@ -97,11 +98,11 @@ class Fitted:
         prompting: Prompting | None = None,
         force: bool = False,
     ) -> Fitted:
-        """Open what a run has fitted on this model.
+        """Open the vectors and detectors that a run has fitted on this model.
 
         Args:
             source: a run, a cell of one, or the file of one vector or detector.
-            prompting: how prompts will be formatted; default: as they were where it was fitted.
+            prompting: the format of prompts; default: that of the fit.
             force: accept what was fitted on another model of the same shape.
 
         Raises:
@@ -113,14 +114,14 @@ class Fitted:
             raise InputError(f"from: {source} does not exist")
         found = Binding.of(model, tokenizer)
         vectors, detector, lower = _artefacts(source, found)
-        for artefact in (*vectors.values(), detector, lower):
-            if artefact is not None:
-                artefact.check(model, tokenizer, force, found)
-        stored = next((a.prompting for a in (*vectors.values(), detector) if a is not None), PLAIN)
+        artefacts = [artefact for artefact in (*vectors.values(), detector, lower) if artefact]
+        for artefact in artefacts:
+            artefact.check(model, tokenizer, force, found)
+        stored = artefacts[0].prompting if artefacts else PLAIN
         return cls(source, model, tokenizer, vectors, detector, lower, _agreed(stored, prompting))
 
     def summary(self) -> Summary:
-        """The three answers (do they differ, can it be read, can it be steered), with controls, cost and counts."""
+        """The answers of the run's report, with controls, cost and counts."""
         from mnemoscope.report import summary_of
 
         run = next((p for p in (self.source, *self.source.parents) if (p / "results.json").is_file()), None)
@@ -129,12 +130,14 @@ class Fitted:
         return summary_of(run)
 
     def inputs(self, prompts: Sequence[str]) -> Any:
-        """Prompts as the model reads them: formatted, left-padded ``input_ids`` and ``attention_mask`` (N, T).
+        """Formatted, left-padded ``input_ids`` and ``attention_mask`` (N, T) of prompts.
 
         Raises:
             InputError: a prompt has no token, too many, or one that the tokenizer does not know.
         """
-        return self._inputs(prompts)
+        asking = Asking(self.model, self.tokenizer, prompting=self.prompting)
+        check_known(asking, prompts)
+        return asking.padded([asking.text(prompt) for prompt in prompts])
 
     def detect(self, prompts: Sequence[str]) -> Reading:
         """P(memorized) of prompts before they are answered.
@@ -142,12 +145,9 @@ class Fitted:
         Raises:
             InputError: there is no detector, or as ``inputs``.
         """
-        detector = self._needed(self.detector)
-        import numpy as np
-
-        parts = []
+        detector, parts = self._needed(self.detector), []
         for start in range(0, len(prompts), BATCH):
-            inputs = self._inputs(prompts[start : start + BATCH])
+            inputs = self.inputs(prompts[start : start + BATCH])
             parts.append(states_at_the_end(self.model, inputs.input_ids, inputs.attention_mask, detector.site))
         return detector.read(np.concatenate(parts) if parts else np.empty((0, *detector.weights_LD.shape)))
 
@@ -159,26 +159,25 @@ class Fitted:
         Args:
             toward: ``generalized`` or ``memorized``.
             alpha: factor, or one for each prompt of the batch; 0 leaves the model untouched, bit by bit.
-            gate: steer only prompts of which the detector expects the other behaviour with at least this probability,
-                on which memory and the rule seem to disagree, and which are like those it was fitted on. It decides in
-                the same pass, by the detector at or below the first shifted layer.
+            gate: steer only where ``Reading.acts`` with this threshold: the other behaviour is at least so probable,
+                memory and the rule seem to disagree, and the prompt is like those of the fit. Decides in the same
+                pass, by the detector at or below the first shifted layer.
 
         Raises:
             InputError: there is no such vector, no detector, or none that reads below the vector.
         """
         vector = self.vector(toward)
-        if gate is None:
-            return vector.apply(self.model, alpha)
-        detector = self.lower_detector or self._needed(self.detector)
-        return vector.apply(self.model, alpha, gate=detector.gate(toward, gate))
+        detector = None if gate is None else self.lower_detector or self._needed(self.detector)
+        decides = detector.gate(toward, gate) if detector and gate is not None else None
+        return vector.apply(self.model, alpha, gate=decides)
 
     def gate(self, inputs: Any, threshold: float = 0.5, toward: Toward = "generalized") -> Tensor:
         """Factors of a gate for each prompt of a batch, 0.0 or 1.0, float32 (N,): ``steer(toward, alpha=factors)``.
 
-        Reads the prompts as far as the layer of the detector, which may lie above the first shifted one.
+        Reads up to the layer of the detector, which may lie above the first shifted one.
 
         Args:
-            inputs: what ``inputs`` gives, or any left-padded batch.
+            inputs: from ``inputs``, or any left-padded batch.
         """
         detector = self._needed(self.detector)
         layers = [detector.layer]
@@ -195,8 +194,7 @@ class Fitted:
         max_new_tokens: int = 20,
     ) -> list[dict[str, Any]]:
         """Generate with and without the vector, greedily: ``prompt``, ``plain``, ``steered``, and ``acted`` (bool)."""
-        vector = self.vector(toward)
-        inputs = self._inputs(prompts)
+        vector, inputs = self.vector(toward), self.inputs(prompts)
         factors = torch.ones(len(prompts)) if gate is None else self.gate(inputs, gate, toward)
         plain = complete(self.model, self.tokenizer, inputs, max_new_tokens)
         with vector.apply(self.model, alpha * factors):
@@ -215,11 +213,6 @@ class Fitted:
             raise InputError(f"toward: {self.source} has no vector to {toward}; it has {there}")
         return self.vectors[toward]
 
-    def _inputs(self, prompts: Sequence[str]) -> Any:
-        asking = Asking(self.model, self.tokenizer, prompting=self.prompting)
-        check_known(asking, prompts)
-        return asking.padded([asking.text(prompt) for prompt in prompts])
-
     def _needed(self, detector: Detector | None) -> Detector:
         if detector is None:
             reasons = [json.loads(p.read_text())["why"] for p in sorted(self.source.rglob("no_detector.json"))]
@@ -231,7 +224,7 @@ class Fitted:
 def _known(toward: Any) -> Toward:
     if toward not in OPPOSITE:
         raise InputError(f"toward: {toward!r} is not one of {', '.join(OPPOSITE)}")
-    return toward  # type: ignore[no-any-return]
+    return toward
 
 
 def _artefacts(source: Path, found: Binding) -> tuple[dict[Toward, SteeringVector], Detector | None, Detector | None]:
@@ -246,22 +239,21 @@ def _artefacts(source: Path, found: Binding) -> tuple[dict[Toward, SteeringVecto
     best = json.loads((cell / "records" / "chosen.json").read_text())["pairs"]["best"]
     files = [cell / "vectors" / f"{direction}-{method}.safetensors" for direction, method in best.items()]
     vectors = [SteeringVector.load(path) for path in files]
-    detector, lower = (
-        Detector.load(path) if path.is_file() else None
-        for path in (cell / "detector.safetensors", cell / "detector_below.safetensors")
-    )
+    paths = [cell / f"{name}.safetensors" for name in ("detector", "detector_below")]
+    detector, lower = (Detector.load(path) if path.is_file() else None for path in paths)
     return {vector.toward: vector for vector in vectors}, detector, lower
 
 
 def _cell(source: Path, found: Binding) -> Path:
-    """The cell of a run, or the folder itself, whose vectors were fitted on this model; the only one, if it is one."""
-    cells = [p.parent.parent for p in sorted(source.glob("records/chosen.json"))]
-    cells += [p.parent.parent for p in sorted(source.glob("cells/*/records/chosen.json"))]
+    """The only cell of a run (or the cell itself), or the one whose vectors were fitted on this model."""
+    places = ("records/chosen.json", "cells/*/records/chosen.json")
+    cells = [path.parent.parent for place in places for path in sorted(source.glob(place))]
     if not cells:
         raise InputError(f"from: {source} is neither a vector, a detector, nor a run that has chosen vectors")
     if len(cells) == 1:
         return cells[0]
-    fitting = [cell for cell in cells if found.weights in _weights_of(cell)]
+    bound = [json.loads((cell / "cell.json").read_text()).get("binding") or {} for cell in cells]
+    fitting = [c for c, of in zip(cells, bound, strict=True) if found.weights in (of.get("weights"), of.get("half"))]
     if len(fitting) > 1:
         names = ", ".join(map(str, fitting))
         raise InputError(f"from: several cells of the run were fitted on this model; name one of {names}")
@@ -270,13 +262,8 @@ def _cell(source: Path, found: Binding) -> Path:
     return fitting[0]
 
 
-def _weights_of(cell: Path) -> set[str]:
-    described = json.loads((cell / "cell.json").read_text()).get("binding") or {}
-    return {described.get("weights", ""), described.get("half", "")}
-
-
 def _agreed(stored: Prompting, asked: Prompting | None) -> Prompting:
-    """How prompts are formatted: as those that an artefact was fitted on."""
+    """The format of prompts, which must be that of the fit."""
     if asked is None:
         return stored
     if asked.chat != stored.chat:

@@ -14,11 +14,7 @@ from mnemoscope.errors import InputError
 
 
 def write_atomically(path: Path, content: bytes | Callable[[Path], Any]) -> Path:
-    """Write a file under a temporary name in its folder, and rename it.
-
-    Args:
-        content: the bytes, or a function that writes them to the path it is given.
-    """
+    """Write a file under a temporary name, and rename it; ``content`` are bytes or a function that writes to a path."""
     with replacing(path) as temporary:
         if callable(content):
             content(temporary)
@@ -50,7 +46,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise InputError(f"folder: {path} exists and is not empty; nothing is overwritten")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed and had the same number
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with the same id
     temporary.mkdir()
     try:
         yield temporary
@@ -63,7 +59,7 @@ ENDS = 2**20  # bytes hashed at either end of a file
 
 
 def fingerprint(path: Path) -> str:
-    """Hash of a file's size and both its ends: shows most changes without reading all of a large file."""
+    """Hash of a file's size and both its ends, which shows most changes of a large file."""
     size = path.stat().st_size
     with path.open("rb") as file:
         known = hashlib.sha256(f"{size}".encode() + file.read(ENDS))

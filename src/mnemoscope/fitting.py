@@ -1,4 +1,4 @@
-"""The study of a user's own model and data: pairs, vectors with their controls, and a detector."""
+"""The study behind ``fit``: pairs, vectors with their controls, and a detector for one model and data."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ from mnemoscope.tasks import Task
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-# What is tried of each layer. Huge activations of a few neurons would decide plain NMD, so its standardized form is
-# tried.
+# The settings tried in each layer; standardized NMD, as huge activations of a few neurons would dominate the plain one.
 TRIED: dict[str, dict[str, list[Any]]] = {
     "standardized-nmd": {"sites": ["block"], "tops": [0.1, 0.5], "strengths": [0.3, 0.6]},
     "gradient": {"sites": ["block"], "tops": [0.5], "strengths": [0.1, 0.2, 0.4]},
@@ -44,12 +43,12 @@ def fit_run(
     options: dict[str, Any],
     **choices: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Run the study of a fit, and give back the model and tokenizer it was of.
+    """Run the study of a fit; returns its model and tokenizer.
 
     Args:
         choices: ``settings`` tried in either direction at most; ``positions``, ``decision`` or ``all``; ``threads``
-            (default: as many as the machine has processors); ``progress``, called with (cell, stage, done, total,
-            note); and of a model that is given by name ``dtype``, ``device_map`` and ``layout``.
+            (default: one for each processor); ``progress``, called with (cell, stage, done, total, note); and for a
+            model given by name ``dtype``, ``device_map`` and ``layout``.
 
     Raises:
         InputError, StudyError: see ``mnemoscope.fit``.
@@ -61,33 +60,31 @@ def fit_run(
         if name not in allowed:
             raise InputError(f"{name}: fit has no such argument; it has {', '.join(allowed)}")
     progress: Callable[..., None] = choices.pop("progress", None) or (lambda *_: None)
-    shape: dict[str, Any] = {name: choices.pop(name, None) for name in ("dtype", "device_map", "layout")}
+    given = {name: choices.pop(name, None) for name in ("dtype", "device_map", "layout")}
+    shape: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     choices["threads"] = choices.get("threads") or os.cpu_count() or 1
-    shape = {name: value for name, value in shape.items() if value is not None}
+    layout = Layout(**shape["layout"]) if "layout" in shape else None
     if prompting.chat:
         shape["chat"] = {"system": prompting.system, "reply": prompting.reply}
     if isinstance(model, str | Path):
         config = fitting_study({"folder": str(model), **shape}, task, options, **choices)  # checked before it is opened
-        layout = Layout(**shape["layout"]) if "layout" in shape else None
-        model, opened_tokenizer = load_model(
-            model, dtype=shape.get("dtype", "float32"), device_map=shape.get("device_map"), layout=layout
-        )
+        dtype, device_map = shape.get("dtype", "float32"), shape.get("device_map")
+        model, tokenizer = load_model(model, dtype=dtype, device_map=device_map, layout=layout)
     else:
         assert tokenizer is not None
-        opened_tokenizer = tokenizer
-        if "layout" in shape:
-            use_layout(model, Layout(**shape["layout"]))
+        if layout:
+            use_layout(model, layout)
         described = Binding.of(model, tokenizer).weights
         config = fitting_study({"opened": described, **shape}, task, options, **choices)
-    opened = Opened(model, opened_tokenizer, task if isinstance(task, Task) else None)
+    opened = Opened(model, tokenizer, task if isinstance(task, Task) else None)
     with _left_as_it_was(model):
         run_study(config, out, progress, workers=1, opened=opened)
-    return model, opened_tokenizer
+    return model, tokenizer
 
 
 @contextmanager
 def _left_as_it_was(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode inside the context; the model's own modes, and the process's settings, are back at its end."""
+    """Set evaluation mode inside the context; restore the modes of the model and the settings of the process."""
     import torch
     from threadpoolctl import threadpool_limits
 
@@ -111,8 +108,8 @@ def _left_as_it_was(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _digest(task: Task) -> str:
-    """Of what a task object asks, so that a run folder is continued with the same task only."""
-    examples = [e for kind in ("conflict", "memory") for e in task.examples(np.random.default_rng(0), 200, kind)]  # type: ignore[arg-type]
+    """Digest of a task's examples, so that a run folder is continued with the same task only."""
+    examples = [e for kind in ("conflict", "memory") for e in task.examples(np.random.default_rng(0), 200, kind)]
     return hashlib.sha256("".join(f"{e.item}|{e.prompt}|{e.options}" for e in examples).encode()).hexdigest()[:16]
 
 
@@ -124,20 +121,20 @@ def fitting_study(
     threads: int = 1,
     positions: str = "decision",
 ) -> StudyConfig:
-    """A study with one cell.
+    """The study of a fit, with one cell.
 
     Args:
         model: fields of ``ModelConfig``.
         task: a task's name, ``package.module:Class``, the path of a JSONL file, or a task.
         options: of the task.
-        settings: how many settings are tried at most in either direction, dealt evenly to layers: the budget.
-        positions: ``decision``, or ``all`` tokens, for vectors that are to be exported.
+        settings: the budget: settings tried at most in either direction, in evenly spread layers.
+        positions: ``decision``, or ``all`` tokens, for vectors to export.
 
     Raises:
         InputError: the file does not exist, the budget is below one layer's, or a field is not allowed.
     """
     if isinstance(task, Task):
-        # The options say which task it was; the task itself comes with the open model.
+        # The options identify the task, which itself comes with the open model.
         name, options = f"{type(task).__module__}:{type(task).__name__}", {"digest": _digest(task)}
     else:
         name = str(task)
@@ -147,7 +144,7 @@ def fitting_study(
     if settings < ONE_LAYER:
         raise InputError(f"settings: {settings} is less than the {ONE_LAYER} that one layer takes")
     layers = [f"spread-{settings // ONE_LAYER}"]
-    # What every program can take that a vector for all tokens is exported to.
+    # The one site that every export can hold.
     everywhere = {"sites": ["block"]} if positions == "all" else {}
     cell = {
         "task": "jsonl" if is_file else name,
@@ -163,10 +160,10 @@ def fitting_study(
             "kept_weight": 1.0,
             "tune_pairs": 120,
             "tune_others": 60,
-            # What indifference does is judged on test; while settings are compared it would take most of all tokens.
+            # Indifference is judged on test; while settings are compared it would take most of all tokens.
             "tune_refits": 0,
             "controls_of": "best",
-            "conflict_draws": 4,  # as the built-in studies have it: of these controls nothing is claimed
+            "conflict_draws": 4,  # as in the built-in studies: nothing is claimed about these controls
             "tune_draws_again": 6,
             "judged_examples": 200,
             "control_limit": 0.15,

@@ -1,14 +1,13 @@
-"""Probes: can a layer's state, or the input alone, tell which behaviour follows?
+"""Probes that predict which behaviour follows, from a layer's state or from the input alone.
 
 Shapes: N states, L layers, D neurons, V vocabulary. Labels are 1 (generalized) and 0 (memorized); a positive score
-means generalized. Arrays in, arrays out. Hyper-parameters are chosen by the tune split; nothing here scores the data
-that was fitted, or sees a test split before `decision_function`.
+means generalized. Regularization is chosen on the tune split.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, TypeVar
 
@@ -31,12 +30,7 @@ Fitted = TypeVar("Fitted", bound=_Scorer)
 
 @dataclass(frozen=True, slots=True)
 class Standardized:
-    """States with mean 0 and variance 1 in each neuron (a dead neuron stays 0), and how to get back.
-
-    Attributes:
-        scaled_ND: float64.
-        mean_D, scale_D: raw = scaled * scale + mean.
-    """
+    """States with mean 0 and variance 1 in each neuron, a constant one 0: raw = scaled_ND * scale_D + mean_D."""
 
     scaled_ND: Floats
     mean_D: Floats
@@ -57,31 +51,24 @@ class LayerProbe:
 
     Args:
         regularization: C, the inverse strength of the L2 penalty on the standardized weights.
-        max_iter: limit of L-BFGS iterations.
 
     Attributes:
-        weights_D_: float64, in the space of the raw states, so that the probe is usable without scikit-learn.
-        bias_: the intercept in that space.
+        weights_D_, bias_: float64, in the space of the raw states, so that the probe is usable without scikit-learn.
     """
 
     weights_D_: Floats
     bias_: float
 
-    def __init__(self, regularization: float = 1.0, max_iter: int = 1000) -> None:
+    def __init__(self, regularization: float = 1.0) -> None:
         self.regularization = regularization
-        self.max_iter = max_iter
 
     def fit(self, states_ND: ArrayLike, labels_N: ArrayLike) -> Self:
-        """Learn from fit states (N, D) and their labels.
-
-        Raises:
-            ValueError: only one class, another label than 0 and 1, or a state that is not finite.
-        """
+        """Fit states (N, D); ValueError for one class, a label not 0 or 1, or a state that is not finite."""
         return self.fit_standardized(Standardized.of(states_ND), labels_N)
 
     def fit_standardized(self, states: Standardized, labels_N: ArrayLike) -> Self:
         """`fit`, where several probes share the work of standardizing."""
-        model = LogisticRegression(C=self.regularization, max_iter=self.max_iter)
+        model = LogisticRegression(C=self.regularization, max_iter=1000)
         model.fit(states.scaled_ND, _checked_labels(labels_N))
         self.weights_D_ = model.coef_[0] / states.scale_D
         self.bias_ = float(model.intercept_[0] - self.weights_D_ @ states.mean_D)
@@ -108,70 +95,62 @@ def fit_layer_probes(
     fit_NLD, tune_NLD = np.asarray(fit_states_NLD), np.asarray(tune_states_NLD)
     probes = []
     for layer in range(fit_NLD.shape[1]):
-        standardized = Standardized.of(fit_NLD[:, layer])
-
-        def fit(regularization: float, states: Standardized = standardized) -> LayerProbe:
-            return LayerProbe(regularization).fit_standardized(states, fit_labels_N)
-
-        probes.append(_best(fit, regularizations, tune_NLD[:, layer], tune_labels_N))
+        states = Standardized.of(fit_NLD[:, layer])
+        fitted = (LayerProbe(c).fit_standardized(states, fit_labels_N) for c in sorted(regularizations))
+        probes.append(_best(fitted, tune_NLD[:, layer], tune_labels_N))
     return probes
 
 
 def input_features(token_ids: Sequence[Sequence[int]], vocabulary_size: int, positions: int = 64) -> sparse.csr_matrix:
-    """What a reader of the prompt alone could use: its bag of tokens, and which token stands where.
+    """Token counts of each prompt, then one-hot (position from the end, token) of its last ``positions`` tokens.
 
-    Positions count from the end of the prompt, where the decision is, so that they mean the same in prompts of
-    different lengths. The columns depend on the arguments `vocabulary_size` and `positions` only: splits share them.
+    Positions count from the end, where the decision is, so that they mean the same in prompts of different lengths.
 
     Args:
         token_ids: N prompts, of any lengths.
         vocabulary_size: V; ids are below it.
-        positions: so many last tokens get features of their own; earlier ones are in the bag only.
 
     Returns:
-        float64, shape (N, V + positions * V): counts of each token, then one-hot (position from the end, token).
+        float64, shape (N, V + positions * V).
 
     Raises:
         ValueError: a token id outside [0, V).
     """
-    lengths_N = np.array([len(prompt) for prompt in token_ids], dtype=np.int64)
-    tokens = np.array([token for prompt in token_ids for token in prompt], dtype=np.int64)
+    tokens, rows, from_end = _flat(token_ids)
     if len(tokens) and (tokens.min() < 0 or tokens.max() >= vocabulary_size):
         raise ValueError(f"token_ids: {tokens.min()} to {tokens.max()}; allowed is 0 to {vocabulary_size - 1}")
-    rows = np.repeat(np.arange(len(lengths_N)), lengths_N)
-    from_end = np.repeat(np.cumsum(lengths_N), lengths_N) - 1 - np.arange(len(tokens))
     near = from_end < positions
     columns = np.concatenate([tokens, vocabulary_size * (1 + from_end[near]) + tokens[near]])
     entries = np.ones(len(columns)), (np.concatenate([rows, rows[near]]), columns)
-    return sparse.csr_matrix(entries, shape=(len(lengths_N), vocabulary_size * (1 + positions)))
+    return sparse.csr_matrix(entries, shape=(len(token_ids), vocabulary_size * (1 + positions)))
 
 
 def repeat_features(token_ids: Sequence[Sequence[int]], positions: int = 64) -> sparse.csr_matrix:
-    """Which tokens of the prompt stood there before, and how far back: what attention can look up, a bag cannot.
+    """One-hot (position from the end, distance to the last same token), float64 (N, positions * positions).
 
-    Where the asked name stands in the context is not in the bag of tokens and positions: it takes the comparison of two
-    tokens, and names of another split.
+    Whether the asked name is in the context takes the comparison of two tokens, which no bag of tokens holds.
 
     Args:
         token_ids: N prompts, of any lengths.
-        positions: so many last tokens are looked at; a distance counts as at most this.
-
-    Returns:
-        float64, shape (N, positions * positions): one-hot (position from the end, distance to the last same token).
+        positions: of the last tokens; a distance counts as at most this.
     """
-    lengths_N = np.array([len(prompt) for prompt in token_ids], dtype=np.int64)
-    tokens = np.array([token for prompt in token_ids for token in prompt], dtype=np.int64)
-    rows = np.repeat(np.arange(len(lengths_N)), lengths_N)
-    place = np.arange(len(tokens))
-    order = np.lexsort((place, tokens, rows))
+    tokens, rows, from_end = _flat(token_ids)
+    order = np.lexsort((np.arange(len(tokens)), tokens, rows))
     earlier, later = order[:-1], order[1:]
     again = (tokens[earlier] == tokens[later]) & (rows[earlier] == rows[later])
     earlier, later = earlier[again], later[again]
-    from_end = (np.repeat(np.cumsum(lengths_N), lengths_N) - 1 - place)[later]
-    near = from_end < positions
+    near = from_end[later] < positions
     distance = np.minimum(later - earlier, positions)[near]
-    entries = np.ones(len(distance)), (rows[later][near], positions * from_end[near] + distance - 1)
-    return sparse.csr_matrix(entries, shape=(len(lengths_N), positions * positions))
+    entries = np.ones(len(distance)), (rows[later][near], positions * from_end[later][near] + distance - 1)
+    return sparse.csr_matrix(entries, shape=(len(token_ids), positions * positions))
+
+
+def _flat(token_ids: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray[np.intp], NDArray[np.int64]]:
+    """All tokens of all prompts, the prompt that each belongs to, and its position from the prompt's end."""
+    lengths_N = np.array([len(prompt) for prompt in token_ids], dtype=np.int64)
+    tokens = np.array([token for prompt in token_ids for token in prompt], dtype=np.int64)
+    from_end = np.repeat(np.cumsum(lengths_N), lengths_N) - 1 - np.arange(len(tokens))
+    return tokens, np.repeat(np.arange(len(lengths_N)), lengths_N), from_end
 
 
 def fit_input_probe(
@@ -183,20 +162,12 @@ def fit_input_probe(
 ) -> LogisticRegression:
     """The input-only baseline: logistic regression on `input_features`, regularization chosen by tune accuracy.
 
-    A probe on states says something about the *model* only as far as it beats this one.
-
-    Returns:
-        a fitted estimator; `decision_function(features)` gives scores (N).
-
     Raises:
         ValueError: only one class, another label than 0 and 1, no regularization given, or no tune examples.
     """
     labels = _checked_labels(fit_labels_N)
-
-    def fit(regularization: float) -> LogisticRegression:
-        return LogisticRegression(C=regularization, solver="liblinear", random_state=0).fit(fit_features, labels)
-
-    return _best(fit, regularizations, tune_features, tune_labels_N)
+    models = (LogisticRegression(C=c, solver="liblinear", random_state=0) for c in sorted(regularizations))
+    return _best((model.fit(fit_features, labels) for model in models), tune_features, tune_labels_N)
 
 
 def share_right(scores_N: ArrayLike, labels_N: ArrayLike) -> float:
@@ -207,14 +178,6 @@ def share_right(scores_N: ArrayLike, labels_N: ArrayLike) -> float:
 
 def shuffled(labels_N: ArrayLike, pair_ids_N: Sequence[Any] | NDArray[Any], rng: np.random.Generator) -> Labels:
     """Labels for the shuffled baseline: both labels of a pair swap together, or stay, at random.
-
-    Every pair keeps one label of each kind, so that the classes stay balanced and only the link to the behaviour is
-    cut.
-
-    Args:
-        labels_N: 0 or 1.
-        pair_ids_N: the pair of each state.
-        rng: draws which pairs swap.
 
     Raises:
         ValueError: another label than 0 and 1, lengths differ, or a pair without as many 1 as 0.
@@ -230,21 +193,12 @@ def shuffled(labels_N: ArrayLike, pair_ids_N: Sequence[Any] | NDArray[Any], rng:
     return np.where(swap_N == 1, 1 - labels, labels)
 
 
-def _best(
-    fit: Callable[[float], Fitted], regularizations: Sequence[float], tune_inputs: Any, tune_labels_N: ArrayLike
-) -> Fitted:
-    """The fitted probe with the best tune accuracy; of equal ones, the one with the strongest regularization."""
-    tune_labels = _checked_labels(tune_labels_N)
-    if not len(tune_labels) or not len(regularizations):
+def _best(fitted: Iterable[Fitted], tune_inputs: Any, tune_labels_N: ArrayLike) -> Fitted:
+    """The probe with the best tune accuracy; of equal ones, the first."""
+    tune_labels, probes = _checked_labels(tune_labels_N), list(fitted)
+    if not len(tune_labels) or not probes:
         raise ValueError("tune_labels_N, regularizations: empty; allowed is one or more of each")
-    best, best_accuracy = None, -math.inf
-    for regularization in sorted(regularizations):
-        probe = fit(regularization)
-        accuracy = share_right(probe.decision_function(tune_inputs), tune_labels)
-        if accuracy > best_accuracy:
-            best, best_accuracy = probe, accuracy
-    assert best is not None
-    return best
+    return max(probes, key=lambda probe: share_right(probe.decision_function(tune_inputs), tune_labels))
 
 
 def _checked_labels(labels_N: ArrayLike) -> Labels:

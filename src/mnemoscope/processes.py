@@ -1,4 +1,4 @@
-"""Set-up of worker processes: equal arithmetic in each, memory that they share, an end together with their parent."""
+"""Set-up of worker processes: equal arithmetic in each, shared memory, an end together with their parent."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ Result = TypeVar("Result")
 
 
 class Map(Protocol):
-    """The built-in ``map`` of one iterable, or one in parallel (``executors``), whose results have the same order.
+    """The built-in ``map`` of one iterable, or a parallel one (``executors``) with results in the same order.
 
-    Where it runs in parallel, function, items and results are pickled. A function that opens a model opens it when it
-    is first called, and is pickled without it.
+    In parallel, function, items and results are pickled; a function opens its model when it is first called.
     """
 
     def __call__(self, function: Callable[[Item], Result], items: Iterable[Item], /) -> Iterable[Result]: ...
@@ -39,7 +38,7 @@ _beside = 1
 def pool_of(
     workers: int, threads: int | None = None, begin: Callable[[], None] | None = None
 ) -> Iterator[ProcessPoolExecutor]:
-    """A pool of processes, each started when work waits for it; an error inside the context ends them all at once.
+    """A pool of processes, each started when work waits; an error inside the context ends all at once.
 
     Args:
         threads: of torch in each; None leaves torch alone.
@@ -53,7 +52,7 @@ def pool_of(
         try:
             yield pool
         except BaseException as error:
-            processes = list((pool._processes or {}).values())  # which a pool that is shut down no longer knows
+            processes = list((pool._processes or {}).values())  # a pool that is shut down forgets them
             pool.shutdown(wait=False, cancel_futures=True)
             for process in processes:
                 process.terminate()
@@ -84,7 +83,7 @@ def _begin_worker(parent: int, sharing: int, threads: int | None, begin: Callabl
 
 
 def end_with(parent: int) -> None:
-    """End this process once its parent is gone, so that a killed run leaves no process behind."""
+    """End this process once its parent is gone."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -100,32 +99,23 @@ def beside() -> int:
 
 
 def settle(threads: int) -> None:
-    """Set up torch so that this process computes the same bits as every other one with this number of threads."""
+    """Set up torch so that all processes with this number of threads compute the same bits."""
     import torch
     from threadpoolctl import threadpool_limits
 
     quiet_library()
-    keep_freed_memory()
-    torch.set_num_threads(threads)
-    threadpool_limits(threads)  # of numpy and scipy, which go by the environment of whoever started this
-    torch.use_deterministic_algorithms(True)
-    # It would also fill new memory, which matters only to code that reads it before writing: four per cent of a
-    # training step (docs/LOG.md).
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what tensors free for later ones; another C library is left as it is.
-
-    By default it returns large blocks to the system and gets them back page by page at every training step: a fifth of
-    the time of a step (docs/LOG.md).
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # numbers of malloc.h
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        # glibc returns large blocks to the system and gets them back page by page at every training step: a fifth of
+        # the time of a step (docs/LOG.md). The numbers are those of malloc.h.
+        trim_threshold, top_pad, mmap_threshold = -1, -2, -3
         mallopt(trim_threshold, 2**29)
         mallopt(top_pad, 2**26)
         mallopt(mmap_threshold, 2**25)  # the largest value allowed
+    torch.set_num_threads(threads)
+    threadpool_limits(threads)  # of numpy and scipy
+    torch.use_deterministic_algorithms(True)
+    # It would also fill new memory: four per cent of a training step (docs/LOG.md).
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def quiet_library() -> None:

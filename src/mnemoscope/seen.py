@@ -22,7 +22,8 @@ class Seen:
         for part in parts:
             digest.update(f"{len(part)}:{part}".encode())
         number = int.from_bytes(digest.digest())
-        if number in self._fresh or self._holds(number):
+        place = int(np.searchsorted(self._sorted, np.uint64(number)))
+        if number in self._fresh or (place < len(self._sorted) and int(self._sorted[place]) == number):
             return False
         self._fresh.add(number)
         if len(self._fresh) >= FRESH:
@@ -38,10 +39,6 @@ class Seen:
     def __len__(self) -> int:
         """Number of different texts."""
         return len(self._sorted) + len(self._fresh)
-
-    def _holds(self, number: int) -> bool:
-        place = int(np.searchsorted(self._sorted, np.uint64(number)))
-        return place < len(self._sorted) and int(self._sorted[place]) == number
 
     def _settle(self) -> None:
         fresh = np.sort(np.fromiter(self._fresh, np.uint64, len(self._fresh)))

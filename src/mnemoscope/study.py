@@ -1,7 +1,7 @@
-"""Studies: cells of stages that write raw records, and resume where they stopped.
+"""Run studies: cells of stages that write raw records, and resume where they stopped.
 
-A stage writes its files under temporary names, renames them, and then writes its marker with a hash of everything it
-depends on. A killed stage leaves no marker and starts again; a finished stage is not run again.
+A stage writes its files atomically and then its marker, with a hash of everything it depends on. A killed stage leaves
+no marker and starts again; a finished stage is skipped.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib import metadata
+from itertools import zip_longest
 from pathlib import Path
 
 from mnemoscope.cells import STATES, Cell, Opened, Tell, by_label, by_model, cells_of, git_state, version
@@ -50,7 +51,7 @@ def run_study(
         opened: the model of all cells whose configuration names an open one; such a study runs in this process.
 
     Returns:
-        The path of ``report.html``.
+        Path of ``report.html``.
 
     Raises:
         InputError: the folder belongs to another configuration, or a cell's input cannot be used.
@@ -62,7 +63,7 @@ def run_study(
     started = time.time()
     if executor != "local" and workers is not None:
         raise InputError("workers: a cluster takes as many cells at a time as it has processors for; leave it out")
-    run = run.absolute()  # processes elsewhere have another working folder
+    run = run.absolute()  # other processes have another working folder
     cells = [replace(cell, opened=opened) for cell in cells_of(config, run)]
     if any(cell.config.model.lora for cell in cells):  # a missing package is reported now, not after hours of work
         from mnemoscope.stages import check_peft
@@ -75,8 +76,7 @@ def run_study(
         write_atomically(run / "failed.json", json.dumps(failed, indent=1).encode())
         report = None
         if any(cell.config.analysed for cell in finished):
-            # With a cluster, this machine was never asked for more than one process.
-            here = workers if executor == "local" else 1
+            here = workers if executor == "local" else 1  # a cluster says nothing of this machine
             compare_cells(finished, run, progress, here)
             _write_manifest(run, finished, started)
             with in_processes(here) as parallel:
@@ -103,17 +103,17 @@ def run_cell(cell: Cell, progress: Progress) -> None:
 
 
 def compare_cells(cells: Sequence[Cell], run: Path, progress: Progress, workers: int = 1) -> None:
-    """Run the comparison of seeds of one label and of labels that share a model, unless it is finished."""
+    """Compare seeds of one label and labels that share a model, unless that is finished."""
     analysed = [cell for cell in cells if cell.config.analysed]
     markers = [marker for cell in analysed for marker in _markers(cell)]
     wanted = hashlib.sha256("".join(json.loads(m.read_text())["hash"] for m in markers).encode()).hexdigest()
     _run_stage("study", run, "compare", wanted, partial(_compared, analysed, run, workers), progress)
-    for cell in analysed:  # whose stages will not read anything again
+    for cell in analysed:
         shutil.rmtree(cell.folder / STATES, ignore_errors=True)
 
 
 def _markers(cell: Cell) -> list[Path]:
-    """Markers of finished stages; a hidden file is one whose writer was killed."""
+    """Markers of finished stages, without hidden files of killed writers."""
     return sorted((cell.folder / "stages").glob("[!.]*.json"))
 
 
@@ -152,7 +152,7 @@ def stage_hash(upstream: str, cell: Cell, stage: str) -> str:
 
 
 def inputs_hash(cell: Cell) -> str:
-    """Hash of what a cell reads from outside the run: files that its options name, and the files of its model."""
+    """Hash of the files outside the run that a cell reads: those that its options name, and those of its model."""
     named = [Path(value) for value in cell.config.options.values() if isinstance(value, str)]
     folder = cell.config.model.folder
     if folder and Path(folder).is_dir():
@@ -172,8 +172,7 @@ def is_done(folder: Path, stage: str, wanted: str) -> bool:
         return False
     try:
         marker = json.loads(path.read_text())
-        files = {folder / name: digest for name, digest in marker["files"].items()}
-        found = marker["hash"]
+        found, files = marker["hash"], {folder / name: digest for name, digest in marker["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StudyError(f"artefact: {path} is damaged; delete it to run stage {stage!r} again") from error
     if found != wanted:
@@ -203,19 +202,14 @@ def _locked(run: Path, config: StudyConfig) -> Iterator[None]:
         # A run without a finished stage (a model that could not be opened) may change its configuration.
         begun = any(run.glob("cells/*/stages/*.json"))
         if begun and existing.exists() and existing.read_text() != text:
+            lines = zip_longest(existing.read_text().splitlines(), text.splitlines(), fillvalue="")
+            there, here = next((old.strip(), new.strip()) for old, new in lines if old != new)
             raise InputError(
-                f"out: {run} holds a run of another configuration ({_first_difference(existing.read_text(), text)}); "
+                f"out: {run} holds a run of another configuration (there {there!r}, here {here!r}); "
                 "give another folder or the same configuration"
             )
         write_atomically(existing, text.encode())
         yield
-
-
-def _first_difference(old: str, new: str) -> str:
-    for before, after in zip(old.splitlines(), new.splitlines(), strict=False):
-        if before != after:
-            return f"there {before.strip()!r}, here {after.strip()!r}"
-    return "one is longer"
 
 
 def _write_manifest(run: Path, cells: list[Cell], started: float) -> None:

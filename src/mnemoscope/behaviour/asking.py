@@ -1,4 +1,4 @@
-"""Examples as batches of tokens: prompts left-padded, one row per revealing answer.
+"""Examples as batches of tokens: prompts left-padded, one row per answer.
 
 Shapes: N examples, T tokens of a left-padded context, R rows (one per example and option), M tokens of an answer.
 """
@@ -28,7 +28,7 @@ class Encoded:
     """An example as tokens.
 
     Attributes:
-        context: the prompt and what all options begin with; its last token is the decision position.
+        context: the prompt and the tokens that all options begin with; its last one is the decision position.
         shared: how many tokens at the end of the context the options share.
         suffixes: the rest of each option; their first tokens differ.
     """
@@ -49,8 +49,8 @@ class Batch:
         example_R, option_R: which example (within the batch) and which option a row is.
         suffix_RM, length_R: the options' tokens, right-padded with 0, and their number.
         prefix: cache of every context token but the last, or None.
-        prefix_fits_N: whether the model itself produces the shared tokens; known only with a prefix.
-        unshifted: what blocks below every shift give (``reading.Unshifted``); known only with a prefix.
+        prefix_fits_N: whether the model itself produces the shared tokens; only with a prefix.
+        unshifted: outputs of blocks below every shift (``reading.Unshifted``); only with a prefix.
     """
 
     examples_N: np.ndarray
@@ -68,7 +68,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Asking:
-    """A model with all that decides how examples are asked of it.
+    """A model, its tokenizer and the format in which examples are asked of it.
 
     Attributes:
         model, tokenizer: a causal language model and its fast tokenizer; neither is changed.
@@ -77,7 +77,7 @@ class Asking:
         prompting: how prompts are formatted.
 
     Raises:
-        InputError: prompts are to be a chat and the tokenizer has no chat template.
+        InputError: ``prompting`` is a chat and the tokenizer has no chat template.
     """
 
     model: PreTrainedModel
@@ -90,21 +90,21 @@ class Asking:
         self.prompting.check_template(self.tokenizer)
 
     def text(self, prompt: str) -> str:
-        """A prompt as the model reads it."""
+        """The formatted prompt."""
         return self.prompting.format(self.tokenizer, prompt)
 
     def whole(self, example: Example, option: str) -> str:
-        """A prompt and one of its answers, as the model reads them."""
-        # Where the reply is left to the model alone, answers lose the space before them.
+        """The formatted prompt and one of its answers."""
+        # An answer that begins the reply has no space before it.
         alone = self.prompting.chat and not self.prompting.parts(example.prompt)[1]
         return self.text(example.prompt) + (option.lstrip() if alone else option)
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of texts as the model reads them; a chat template has added its special tokens already."""
+        """Token ids of formatted texts; a chat template has added its special tokens already."""
         return self.tokenizer(list(texts), add_special_tokens=not self.prompting.chat).input_ids
 
     def padded(self, texts: Sequence[str]) -> Any:
-        """The same as a left-padded batch, ``input_ids`` and ``attention_mask`` (N, T), where the model is.
+        """Left-padded ``input_ids`` and ``attention_mask`` (N, T) of formatted texts, on the model's device.
 
         Raises:
             InputError: a text has no token, or more than the model reads.
@@ -120,45 +120,43 @@ class Asking:
 
     @property
     def pad_id(self) -> int:
-        """The token under the mask: not every tokenizer has one for it, and any will do."""
+        """The token under the mask: the padding token, or another where the tokenizer has none."""
         known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
         return next((number for number in known if number is not None), 0)
 
     def boundary_ids(self) -> list[int]:
-        """Token ids that close an answer: those that say a boundary text, with or without white space behind it.
+        """Token ids that close an answer: a boundary text, with or without white space behind it.
 
         Raises:
-            InputError: no token says one.
+            InputError: no token is one.
         """
-        texts = [text for text in self.boundary if text]
-        ids = {number for text in texts for number in _saying(self.tokenizer, text)}
+        unknown, end = self.tokenizer.unk_token_id, self.tokenizer.eos_token_id
+        ids = {number for text in self.boundary if text for number in _spelling(self.tokenizer, text)}
         if "" in self.boundary:
-            ids |= {end for end in end_ids(self.model, self.tokenizer) if end != self.tokenizer.unk_token_id}
-        if self.tokenizer.unk_token_id == self.tokenizer.eos_token_id and "" in self.boundary:
-            ids.add(self.tokenizer.eos_token_id)
+            ids |= set(end_ids(self.model, self.tokenizer)) - {unknown} | ({end} if unknown == end else set())
         if not ids:
             raise InputError(f"boundary: none of {self.boundary!r} is one token of the tokenizer")
         return sorted(ids)
 
 
-def _saying(tokenizer: PreTrainedTokenizerFast, text: str) -> set[int]:
-    """Tokens that say a text and nothing behind it but white space.
+def _spelling(tokenizer: PreTrainedTokenizerFast, text: str) -> set[int]:
+    """Tokens that decode to a text and at most white space behind it.
 
-    Asked alone, a text may become another token than behind a word ("." at the beginning of a Llama 2 text), and many
+    Encoded alone, a text may become another token than behind a word ("." at the beginning of a Llama 2 text), and many
     tokenizers have "." and the line breaks behind it in one.
     """
-    known = _SAYING.setdefault(tokenizer, {})
+    known = _SPELLING.setdefault(tokenizer, {})
     key = (text, len(tokenizer))
     if key not in known:
         texts = tokenizer.batch_decode([[number] for number in range(len(tokenizer))])
-        found = {n for n, said in enumerate(texts) if said.startswith(text) and not said[len(text) :].strip()}
+        found = {n for n, token in enumerate(texts) if token.startswith(text) and not token[len(text) :].strip()}
         alone = tokenizer(text, add_special_tokens=False).input_ids
         known[key] = (found | set(alone if len(alone) == 1 else [])) - {tokenizer.unk_token_id}
     return known[key]
 
 
-# By tokenizer, text and size of the vocabulary: decoding all tokens takes a moment, and every pass asks.
-_SAYING: WeakKeyDictionary[PreTrainedTokenizerFast, dict[tuple[str, int], set[int]]] = WeakKeyDictionary()
+# By tokenizer, text and size of the vocabulary: decoding all tokens takes a moment, and every pass needs them.
+_SPELLING: WeakKeyDictionary[PreTrainedTokenizerFast, dict[tuple[str, int], set[int]]] = WeakKeyDictionary()
 
 
 def check_known(asking: Asking, prompts: Sequence[str]) -> None:
@@ -172,7 +170,7 @@ def check_known(asking: Asking, prompts: Sequence[str]) -> None:
 
 
 def _unknown_word(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
-    """Which word of a text the tokenizer has no token for, in one sentence."""
+    """Error message that names the word of a text that has no token."""
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     places = zip(encoding.input_ids, encoding.offset_mapping, strict=True)
     first, last = next((span for number, span in places if number == tokenizer.unk_token_id), (0, len(text)))
@@ -180,7 +178,7 @@ def _unknown_word(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
 
 
 def left_padded(rows: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Rows of token ids as one batch, and its mask: int64 (N, T) each."""
+    """Token ids as one batch, and its mask; int64 (N, T) each."""
     width = max(map(len, rows), default=0)
     ids_NT = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
     mask_NT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
@@ -194,51 +192,45 @@ def encode(asking: Asking, examples: Sequence[Example]) -> list[Encoded]:
         InputError: the tokenizer cannot encode a prompt or answer, merges across their seam, a prompt does not fit the
             model's context, or one answer begins with the whole of the other. The example is named.
     """
-    if not examples:
-        return []
     texts = [asking.text(example.prompt) for example in examples]
     texts += [asking.whole(example, option) for example in examples for option in example.options]
-    tokens = iter(asking.tokens(texts))
+    tokens = iter(asking.tokens(texts) if texts else [])
     prompts = [next(tokens) for _ in examples]
-    limit, tokenizer = context_length(asking.model), asking.tokenizer
-    encoded = []
+    limit, encoded = context_length(asking.model), []
     for example, prompt in zip(examples, prompts, strict=True):
         options = [next(tokens) for _ in example.options]
-        _check_tokens(example, prompt, options, limit, tokenizer)
         answers = [option[len(prompt) :] for option in options]
         shared = _shared(answers) if len(answers) > 1 else 0
-        if any(len(answer) == shared for answer in answers):
-            raise InputError(
-                f"memorized, generalized: {example.memorized!r} and {example.generalized!r}: one begins with the whole "
-                f"of the other, so nothing separates them (item {example.item!r})"
-            )
+        fault = _fault(example, prompt, options, limit, asking.tokenizer)
+        if not fault and any(len(answer) == shared for answer in answers):
+            both = f"memorized, generalized: {example.memorized!r} and {example.generalized!r}"
+            fault = f"{both}: one begins with the whole of the other, so nothing separates them"
+        if fault:
+            raise InputError(f"{fault} (item {example.item!r})")
         suffixes = tuple(answer[shared:] for answer in answers)
         encoded.append(Encoded(prompt + answers[0][:shared], shared, suffixes))
     return encoded
 
 
-def _check_tokens(
+def _fault(
     example: Example, prompt: list[int], options: list[list[int]], limit: int, tokenizer: PreTrainedTokenizerFast
-) -> None:
+) -> str:
+    """Why an example cannot be asked, or ""."""
     unknown = None if tokenizer.unk_token_id == tokenizer.eos_token_id else tokenizer.unk_token_id
     if not prompt:
-        raise InputError(f"prompt: {example.prompt!r} has no token (item {example.item!r})")
+        return f"prompt: {example.prompt!r} has no token"
     for option, text in zip(options, example.options, strict=True):
         if option[: len(prompt)] != prompt:
-            raise InputError(
-                f"answer: the tokenizer merges {text!r} with the end of the prompt {example.prompt[-30:]!r}; let the "
-                f"seam lie between two tokens (item {example.item!r})"
-            )
+            merged = f"{text!r} with the end of the prompt {example.prompt[-30:]!r}"
+            return f"answer: the tokenizer merges {merged}; let the seam lie between two tokens"
         if len(option) == len(prompt):
-            raise InputError(f"answer: {text!r} has no token (item {example.item!r})")
+            return f"answer: {text!r} has no token"
         if unknown is not None and unknown in option:
             what, shown = ("prompt", example.prompt) if unknown in prompt else ("answer", text)
-            raise InputError(f"{what}: {_unknown_word(tokenizer, shown)} (item {example.item!r})")
+            return f"{what}: {_unknown_word(tokenizer, shown)}"
         if len(option) + 1 > limit:
-            raise InputError(
-                f"prompt: {len(option)} tokens with its answer; the model reads at most {limit - 1} "
-                f"(item {example.item!r})"
-            )
+            return f"prompt: {len(option)} tokens with its answer; the model reads at most {limit - 1}"
+    return ""
 
 
 def _shared(answers: Sequence[list[int]]) -> int:

@@ -1,8 +1,8 @@
-"""What a model does when asked: labels, decision margins and states at the decision position.
+"""Labels, decision margins and states at the decision position.
 
-Nothing is generated to find a label: greedy decoding yields an answer exactly when, in one teacher-forced pass, the
-argmax before each of its tokens is that token and the argmax after it closes the answer. The prompt is read once;
-each revealing answer is a short pass on a copy of its cache.
+No label needs generation: greedy decoding yields an answer exactly when, in one teacher-forced pass, the argmax before
+each of its tokens is that token and the argmax after it closes the answer. The prompt is read once; each answer is a
+short pass on a copy of its cache.
 
 Shapes: N examples, T tokens of a left-padded context, R rows (one per example and option), M tokens of an answer,
 V vocabulary, L layers, D neurons.
@@ -10,19 +10,20 @@ V vocabulary, L layers, D neurons.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mnemoscope.behaviour.asking import Asking, Batch
+from mnemoscope.behaviour.asking import Asking, Batch, encode
 from mnemoscope.behaviour.reading import Answers, Contexts, read_answers, read_contexts, read_only_options
 from mnemoscope.behaviour.states import capturing, stacked_states, uncertainty_of
-from mnemoscope.models import PLAINLY, Site
+from mnemoscope.behaviour.writing import Applied, decode
+from mnemoscope.models import Site, pass_inputs
 from mnemoscope.tasks import Example
 
 if TYPE_CHECKING:
@@ -30,22 +31,19 @@ if TYPE_CHECKING:
 
 TIE = 1e-4  # two logits closer than this may swap places with the batch size
 
-Applied = Callable[[], AbstractContextManager[Any]]
-
 
 @dataclass(slots=True)
 class Scores:
-    """What a model did with N examples.
+    """Labels and margins of N examples.
 
     Attributes:
         behaviour_N: ``memorized``, ``generalized`` or ``other`` for conflicts, else ``correct`` or ``wrong``.
         margin_N: float64, ``log p(generalized) - log p(memorized)`` in nats over the whole answers without what closes
-            them; NaN for examples with one answer, or where margins were not asked for.
-        tie_N: bool, the top two logits lay within 1e-4 where it mattered.
+            them; NaN for examples with one answer, or without ``margins``.
+        tie_N: bool, the top two logits lay within 1e-4 at a token that decides.
         confabulated_N: float64, 1 where the behaviour is ``other`` and the answer has the memorized format, else 0; NaN
-            where both formats are the same or where formats were not asked for.
-        states_NLD, uncertainty_N2: float32 states at the decision position and how sure the model is there
-            (``States``), or None.
+            where both formats are the same, or before ``mark_confabulations``.
+        states_NLD, uncertainty_N2: see ``States``; None without ``capture``.
     """
 
     behaviour_N: np.ndarray
@@ -60,6 +58,12 @@ class Scores:
         arrays = (self.behaviour_N, self.margin_N, self.tie_N, self.confabulated_N)
         return Scores(*(array_N[chosen_N] for array_N in arrays))
 
+    @classmethod
+    def empty(cls, total: int) -> Scores:
+        """Scores of ``total`` examples that were not read yet."""
+        nan_N = np.full(total, np.nan)
+        return cls(np.full(total, "other", dtype=object), nan_N, np.zeros(total, bool), nan_N.copy())
+
 
 def score(
     asking: Asking,
@@ -72,40 +76,27 @@ def score(
     """Label prepared examples, in the order in which they were given to ``prepare``.
 
     Args:
-        margins: whether decision margins are wanted; without them an option is not read on once its first token
-            does not fit.
+        margins: whether to compute margins; without them an option is not read on once its first token does not fit.
         capture: a site whose states at the decision position, and the uncertainty there, are returned as well.
         applied: makes the context in which each batch is read, for example a steering vector's. Where prefixes are
             cached it may act by hooks only, and from the decision position on.
-
-    Returns:
-        Scores with N entries; ``confabulated_N`` is NaN (see ``mark_confabulations``).
     """
     total = sum(len(batch.examples_N) for batch in batches)
-    scores = Scores(
-        np.full(total, "other", dtype=object), np.full(total, np.nan), np.zeros(total, bool), np.full(total, np.nan)
-    )
+    scores = Scores.empty(total)
     closing = torch.tensor(asking.boundary_ids(), device=asking.model.device)
     for batch in batches:
         with torch.no_grad(), applied():
-            contexts, states_NLD = _read_contexts(asking.model, batch, capture)
+            with capturing(asking.model, capture) if capture else nullcontext() as states:
+                contexts = read_contexts(asking.model, batch)
             _score_batch(asking.model, batch, contexts, closing, scores, margins)
-        if states_NLD is not None:
-            if scores.states_NLD is None:
+        if states:
+            states_NLD = stacked_states(states)[0]
+            if scores.states_NLD is None or scores.uncertainty_N2 is None:
                 scores.states_NLD = np.empty((total, *states_NLD.shape[1:]), dtype=np.float32)
                 scores.uncertainty_N2 = np.empty((total, 2))
             scores.states_NLD[batch.examples_N] = states_NLD
             scores.uncertainty_N2[batch.examples_N] = uncertainty_of(contexts.logits_NV)
     return scores
-
-
-def _read_contexts(model: PreTrainedModel, batch: Batch, capture: Site | None) -> tuple[Contexts, np.ndarray | None]:
-    """Contexts up to the decision position, and the states there, float32 (N, L, D)."""
-    if capture is None:
-        return read_contexts(model, batch), None
-    with capturing(model, capture) as states:
-        contexts = read_contexts(model, batch)
-    return contexts, stacked_states(states)[0]
 
 
 def log_probabilities(asking: Asking, batch: Batch) -> Tensor:
@@ -121,13 +112,10 @@ def log_probabilities(asking: Asking, batch: Batch) -> Tensor:
 def only_log_probability(asking: Asking, batch: Batch) -> Tensor:
     """Log probability of each example's only option in nats, float32 (N,), through which gradients flow back.
 
-    What is applied meanwhile must be told the decision position; see ``reading.read_only_options``.
+    A vector that is applied needs the decision position (``start``); see ``reading.read_only_options``.
     """
     logits_NMV = read_only_options(asking.model, batch)
-    next_NM = batch.suffix_RM[:, : logits_NMV.shape[1]]
-    logp_NM = _of_tokens(logits_NMV, next_NM)
-    used_NM = torch.arange(next_NM.shape[1], device=next_NM.device) < batch.length_R[:, None]
-    return logp_NM.masked_fill(~used_NM, 0.0).sum(1)
+    return _log_p_of(logits_NMV, batch.suffix_RM[:, : logits_NMV.shape[1]], batch.length_R)
 
 
 def _score_batch(
@@ -174,15 +162,15 @@ def _log_p(batch: Batch, logits_NV: Tensor, answers: Answers | None) -> Tensor:
     if answers is None or answers.suffix_SM.shape[1] == 1:
         return logp_R
     next_SM = answers.suffix_SM[:, 1:]
-    logits_SMV = answers.logits_SMV[:, : next_SM.shape[1]]
-    logp_SM = _of_tokens(logits_SMV, next_SM)
-    inside_SM = torch.arange(1, next_SM.shape[1] + 1, device=next_SM.device) < answers.length_S[:, None]
-    return logp_R.index_add(0, answers.rows_S, logp_SM.masked_fill(~inside_SM, 0.0).sum(1))
+    logp_S = _log_p_of(answers.logits_SMV[:, : next_SM.shape[1]], next_SM, answers.length_S - 1)
+    return logp_R.index_add(0, answers.rows_S, logp_S)
 
 
-def _of_tokens(logits_SMV: Tensor, tokens_SM: Tensor) -> Tensor:
-    """Log probability of each token in nats, (S, M)."""
-    return logits_SMV.gather(2, tokens_SM[..., None])[..., 0] - logits_SMV.logsumexp(2)
+def _log_p_of(logits_SMV: Tensor, tokens_SM: Tensor, length_S: Tensor) -> Tensor:
+    """Log probability of the first ``length_S`` tokens of each row in nats, (S,)."""
+    logp_SM = logits_SMV.gather(2, tokens_SM[..., None])[..., 0] - logits_SMV.logsumexp(2)
+    used_SM = torch.arange(tokens_SM.shape[1], device=tokens_SM.device) < length_S[:, None]
+    return logp_SM.masked_fill(~used_SM, 0.0).sum(1)
 
 
 def _by_option(batch: Batch, values_R: Tensor, missing: float | bool) -> Tensor:
@@ -195,8 +183,12 @@ def _behaviour(batch: Batch, fits_R: Tensor) -> np.ndarray:
     """Labels, see ``Scores``; object (N,)."""
     fits_N2 = _by_option(batch, fits_R, False).cpu().numpy()
     has_two_N = _by_option(batch, torch.ones_like(fits_R), False)[:, 1].cpu().numpy()
-    conflict_N = np.where(fits_N2[:, 0], "memorized", np.where(fits_N2[:, 1], "generalized", "other"))
-    return np.where(has_two_N, conflict_N, np.where(fits_N2[:, 0], "correct", "wrong")).astype(object)
+    return np.where(has_two_N, _answered(*fits_N2.T), np.where(fits_N2[:, 0], "correct", "wrong")).astype(object)
+
+
+def _answered(memorized_N: np.ndarray, generalized_N: np.ndarray) -> np.ndarray:
+    """Labels of conflicts by which of the two answers was given."""
+    return np.where(memorized_N, "memorized", np.where(generalized_N, "generalized", "other")).astype(object)
 
 
 def mark_confabulations(
@@ -206,10 +198,10 @@ def mark_confabulations(
     has_memorized_format: Callable[[str], bool | None],
     applied: Applied = nullcontext,
 ) -> None:
-    """Decode what answered neither way and mark, in place, the answers that only look memorized.
+    """Decode the answers labelled ``other`` and mark, in place, those that only have the memorized format.
 
     Args:
-        has_memorized_format: the task's own; None where both formats are the same, which leaves NaN.
+        has_memorized_format: the task's own; returns None where both formats are the same, which leaves NaN.
     """
     if not examples or has_memorized_format(examples[0].options[0]) is None:
         return
@@ -219,26 +211,69 @@ def mark_confabulations(
         scores.confabulated_N[i] = float(bool(has_memorized_format(text)))
 
 
-def decode(asking: Asking, examples: Sequence[Example], applied: Applied = nullcontext) -> list[str]:
-    """What the model answers, by plain greedy ``generate``, up to what closes the answer."""
-    if not examples:
-        return []
-    tokenizer, closing = asking.tokenizer, asking.boundary_ids()
-    longest = max(len(ids) for e in examples for ids in tokenizer(list(e.options), add_special_tokens=False).input_ids)
-    texts: list[str] = []
+@torch.no_grad()
+def score_contrasted(
+    asking: Asking, examples: Sequence[Example], others: Sequence[Example], weights: Sequence[float]
+) -> list[Scores]:
+    """Label conflicts under context-aware decoding, a baseline: ``(1 + weight) * logits - weight * other logits``.
+
+    A positive weight makes the context count for more, a negative one for less (Shi et al. 2023, "Trusting your
+    evidence: hallucinate less with context-aware decoding", arXiv 2305.14739).
+
+    Args:
+        others: the same questions without their contexts, one for each example, with the same answers.
+        weights: both prompts are read once for all of them.
+
+    Returns:
+        Scores of N examples for each weight, without ties and states.
+    """
+    total = len(examples)
+    encode(asking, [*examples, *others])  # refuses what cannot be asked, by name
+    closing = torch.tensor(asking.boundary_ids(), device=asking.model.device)
+    fits_W2N, logp_W2N = np.zeros((len(weights), 2, total), bool), np.zeros((len(weights), 2, total))
+    for option in (0, 1):
+        answers = [example.options[option] for example in examples]
+        read = zip(_read_whole(asking, examples, answers), _read_whole(asking, others, answers), strict=True)
+        for (chosen, ids_NM, length_N, mine_NMV), (*_, theirs_NMV) in read:
+            for number, weight in enumerate(weights):
+                logits_NMV = (1 + weight) * mine_NMV - weight * theirs_NMV
+                judged = _judged(logits_NMV, ids_NM, length_N, closing)
+                fits_W2N[number, option, chosen], logp_W2N[number, option, chosen] = judged
+    margin_WN = logp_W2N[:, 1] - logp_W2N[:, 0]
+    labels = (_answered(*fits_2N) for fits_2N in fits_W2N)
+    return [
+        replace(Scores.empty(total), behaviour_N=of, margin_N=m_N) for of, m_N in zip(labels, margin_WN, strict=True)
+    ]
+
+
+def _read_whole(
+    asking: Asking, examples: Sequence[Example], answers: Sequence[str]
+) -> Iterator[tuple[np.ndarray, Tensor, Tensor, Tensor]]:
+    """Per batch: which examples, their answers' tokens (N, M), how many, and the logits (N, M + 1, V).
+
+    Answers end at the last column, so that column m of the logits predicts token m, counted from the end.
+    """
+    device = asking.model.device
     for start in range(0, len(examples), asking.batch_size):
-        inputs = asking.padded([asking.text(e.prompt) for e in examples[start : start + asking.batch_size]])
-        with torch.no_grad(), applied():
-            output = asking.model.generate(
-                input_ids=inputs.input_ids,
-                attention_mask=inputs.attention_mask,
-                max_new_tokens=longest + 1,
-                do_sample=False,
-                **PLAINLY,
-                eos_token_id=closing,
-                pad_token_id=asking.pad_id,
-            )
-        answers = output[:, inputs.input_ids.shape[1] :].tolist()
-        ends = [next((i for i, token in enumerate(answer) if token in closing), len(answer)) for answer in answers]
-        texts += tokenizer.batch_decode([answer[:end] for answer, end in zip(answers, ends, strict=True)])
-    return texts
+        chosen = np.arange(start, min(start + asking.batch_size, len(examples)))
+        mine = examples[start : start + asking.batch_size]
+        texts = [asking.whole(e, answer) for e, answer in zip(mine, answers[start:], strict=False)]
+        prompts = asking.tokens([asking.text(example.prompt) for example in mine])
+        inputs = asking.padded(texts)
+        whole_N = inputs.attention_mask.sum(1)
+        length_N = whole_N - torch.tensor([len(prompt) for prompt in prompts], device=device)
+        longest = int(length_N.max())
+        passed = pass_inputs(asking.model, inputs.input_ids, inputs.attention_mask)
+        logits_NMV = asking.model(**passed, logits_to_keep=longest + 1).logits.float()
+        yield chosen, inputs.input_ids[:, -longest:], length_N, logits_NMV
+
+
+def _judged(logits_NMV: Tensor, ids_NM: Tensor, length_N: Tensor, closing: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Whether greedy decoding gives each answer and closes it, and the answer's log probability in nats; (N,) each."""
+    longest = ids_NM.shape[1]
+    before_NM = torch.arange(longest, device=ids_NM.device) < (longest - length_N)[:, None]  # belongs to the prompt
+    top_NM = logits_NMV.argmax(-1)
+    goes_on_N = ((top_NM[:, :-1] == ids_NM) | before_NM).all(1)
+    logp_NM = logits_NMV[:, :-1].log_softmax(-1).gather(2, ids_NM[..., None])[..., 0]
+    fits_N = goes_on_N & torch.isin(top_NM[:, -1], closing)
+    return fits_N.cpu().numpy(), logp_NM.masked_fill(before_NM, 0.0).sum(1).double().cpu().numpy()

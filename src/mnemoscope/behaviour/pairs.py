@@ -21,14 +21,14 @@ from mnemoscope.tasks import Example, Task
 
 @dataclass(slots=True)
 class PairBatch:
-    """What a batch of candidates gave.
+    """Labelled candidates, and the pairs among them.
 
     Attributes:
         candidates: (example, rephrasing) as drawn.
         scores_a, scores_b: of the examples and of the rephrasings; no states.
         is_pair_N: bool, one answered memorized, the other generalized.
         asked, scores: the different phrasings among them, and their scores with states at the decision position.
-        generalized_P, memorized_P: the sides of the P pairs, as places in ``asked``.
+        generalized_P, memorized_P: the sides of the P pairs, as indices into ``asked``.
     """
 
     candidates: list[tuple[Example, Example]]
@@ -43,43 +43,37 @@ class PairBatch:
     @property
     def states_generalized_PLD(self) -> np.ndarray:
         """float32 states of the sides that were answered generalized."""
-        return self._states_NLD[self.generalized_P]
+        assert self.scores.states_NLD is not None
+        return self.scores.states_NLD[self.generalized_P]
 
     @property
     def states_memorized_PLD(self) -> np.ndarray:
         """float32 states of the sides that were answered memorized."""
-        return self._states_NLD[self.memorized_P]
-
-    @property
-    def _states_NLD(self) -> np.ndarray:
         assert self.scores.states_NLD is not None
-        return self.scores.states_NLD
+        return self.scores.states_NLD[self.memorized_P]
 
     def keep(self, kept: KeptStates, site: Site, of_all: bool) -> None:
         """Keep the states for later stages: of all phrasings, or of those in pairs."""
         chosen = np.arange(len(self.asked)) if of_all else np.unique([self.generalized_P, self.memorized_P])
+        assert self.scores.states_NLD is not None
         assert self.scores.uncertainty_N2 is not None
         examples = [self.asked[n] for n in chosen]
-        kept.add(site, examples, self._states_NLD[chosen], self.scores.uncertainty_N2[chosen])
+        kept.add(site, examples, self.scores.states_NLD[chosen], self.scores.uncertainty_N2[chosen])
 
     def pairs(self) -> list[tuple[Example, Example]]:
         """(phrasing answered generalized, phrasing answered memorized) of each pair."""
-        ordered = []
-        for n in np.flatnonzero(self.is_pair_N):
-            a, b = self.candidates[n]
-            ordered.append((a, b) if self.scores_a.behaviour_N[n] == "generalized" else (b, a))
-        return ordered
+        found = [(self.candidates[n], self.scores_a.behaviour_N[n]) for n in np.flatnonzero(self.is_pair_N)]
+        return [(a, b) if behaviour == "generalized" else (b, a) for (a, b), behaviour in found]
 
 
 def draw_candidates(
     task: Task, examples: Iterable[Example], rng: np.random.Generator, rephrasings: int = 1
 ) -> Iterator[tuple[Example, Example]]:
-    """Each conflict example beside rephrasings of it, every two phrasings at most once; memory hardly grows with them.
+    """(example, rephrasing) of each conflict, every two phrasings at most once; memory hardly grows with their number.
 
     Args:
-        rng: used as candidates are asked for; not the one that ``examples`` are drawn with, if these are drawn as they
-            are asked for too.
-        rephrasings: drawn for each example; those drawn before, or equal to the example, count for nothing.
+        rng: used lazily, so not the generator that draws ``examples`` if these are drawn lazily too.
+        rephrasings: drawn for each example; repeated ones, or equal to the example, are dropped.
     """
     seen = Seen()
     for example in examples:
@@ -96,11 +90,10 @@ def mine_pairs(
     site: Site = "block",
     chunk: int | None = None,
 ) -> Iterator[PairBatch]:
-    """Label candidates and keep those whose behaviour flips, with their states; memory does not grow with their number.
+    """Label candidates and find those whose behaviour flips, with states; memory does not grow with their number.
 
     Args:
-        candidates: drawn without a look at any label (``draw_candidates``), so that the yield has an honest
-            denominator.
+        candidates: drawn independently of labels (``draw_candidates``), so that the yield has an honest denominator.
         site: where states are read.
         chunk: candidates per yielded batch; default: as many as fill 16 passes, 512 at most.
     """
@@ -115,8 +108,7 @@ def mine_pairs(
         a, b = scores.of(side_N2[:, 0]), scores.of(side_N2[:, 1])
         forward_N = (a.behaviour_N == "generalized") & (b.behaviour_N == "memorized")
         backward_N = (a.behaviour_N == "memorized") & (b.behaviour_N == "generalized")
-        flips = np.flatnonzero(forward_N | backward_N)
-        generalized_P = np.where(forward_N[flips], side_N2[flips, 0], side_N2[flips, 1])
-        memorized_P = side_N2[flips].sum(axis=1) - generalized_P
-        is_pair_N, phrasings = forward_N | backward_N, list(asked.values())
-        yield PairBatch(drawn, a, b, is_pair_N, phrasings, scores, generalized_P, memorized_P)
+        is_pair_N = forward_N | backward_N
+        generalized_P = np.where(forward_N, *side_N2.T)[is_pair_N]
+        memorized_P = side_N2[is_pair_N].sum(axis=1) - generalized_P
+        yield PairBatch(drawn, a, b, is_pair_N, list(asked.values()), scores, generalized_P, memorized_P)

@@ -1,4 +1,4 @@
-"""How prompts are formatted before a model reads them: as they are, or by the chat template of its tokenizer."""
+"""The format of prompts: as they are, or by the chat template of the tokenizer."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Prompting:
 
     Attributes:
         chat: whether the chat template formats them.
-        system: content of the system message; None: what the template says.
-        reply: how every reply begins; the model continues it. The template closes the user's turn before it.
-        split: cuts a prompt into what the user says and how the reply begins, for prompts that hold both.
+        system: content of the system message; None: the template's own.
+        reply: beginning of every reply, behind the user's message; the model continues it.
+        split: cuts a prompt into the user's message and the beginning of the reply, for prompts that hold both.
 
     Raises:
         InputError: a system message or a reply without ``chat``.
@@ -38,37 +38,33 @@ class Prompting:
 
     @property
     def begun(self) -> bool:
-        """Whether replies are begun for the model."""
+        """Whether the beginning of replies is given."""
         return bool(self.reply) or (self.chat and self.split is not None)
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What an artefact stores of it: ``chat``, ``system`` and ``begun``."""
+        """``chat``, ``system`` and ``begun``, as artefacts store them."""
         return {"chat": self.chat, "system": self.system, "begun": self.begun}
 
     def parts(self, prompt: str) -> tuple[str, str]:
-        """What the user says and how the reply begins."""
-        said, begun = self.split(prompt) if self.split else (prompt, "")
-        return said, begun + self.reply
+        """The user's message and the beginning of the reply."""
+        message, begun = self.split(prompt) if self.split else (prompt, "")
+        return message, begun + self.reply
 
     def format(self, tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
-        """The text that the model reads.
-
-        Raises:
-            InputError: there is no chat template, or it refuses the messages.
-        """
+        """The formatted prompt; raises InputError where there is no chat template, or it refuses the messages."""
         if not self.chat:
             return prompt
-        said, begun = self.parts(prompt)
-        return self._rendered(tokenizer, said) + begun
+        message, begun = self.parts(prompt)
+        return self._rendered(tokenizer, message) + begun
 
     def opening(self, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-        """Token ids with which every formatted prompt begins; [] where prompts are read as they are."""
+        """Token ids that begin every formatted prompt; [] without a chat."""
         if not self.chat:
             return []
-        rendered = [self._rendered(tokenizer, said) for said in "1x"]
+        rendered = [self._rendered(tokenizer, message) for message in "1x"]
         first, second = tokenizer(rendered, add_special_tokens=False).input_ids
-        unknown = tokenizer.unk_token_id  # may stand for what is said in both
+        unknown = tokenizer.unk_token_id  # may stand for both messages
         apart = (n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b or a == unknown)
         return first[: next(apart, min(len(first), len(second)))]
 
@@ -77,13 +73,13 @@ class Prompting:
         if self.chat and not tokenizer.chat_template:
             raise InputError("chat: the tokenizer of this model has no chat template; leave prompts as they are")
 
-    def _rendered(self, tokenizer: PreTrainedTokenizerFast, said: str) -> str:
+    def _rendered(self, tokenizer: PreTrainedTokenizerFast, message: str) -> str:
         self.check_template(tokenizer)
-        messages = [{"role": "user", "content": said}]
+        messages = [{"role": "user", "content": message}]
         if self.system is not None:
             messages.insert(0, {"role": "system", "content": self.system})
         try:
-            # Models that can reason aloud first are to answer; templates of others ignore the word.
+            # Reasoning models answer at once; other templates ignore the option.
             return tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
             )

@@ -1,8 +1,8 @@
-"""The passes of a model over contexts and answers: what is the same for every vector is read once.
+"""Passes of a model over contexts and answers; whatever no vector changes is read once.
 
-A shift that starts at the decision position leaves everything before it as it was, and at the decision position and
-after it what the blocks below the first shift give. Both are kept with a batch, so that a cell of a sweep costs the
-decision token and the answers, and of these only the blocks above the first shift.
+A shift that starts at the decision position changes nothing before it, and behind it nothing in the blocks below the
+first shift. Both are kept with a batch, so that a setting of a sweep costs the decision token and the answers, and of
+these only the blocks above the first shift.
 
 Shapes: N examples, T tokens of a left-padded context, R rows (one per example and option), S rows that are read on,
 M tokens of an answer, V vocabulary, L layers, D neurons, H heads of W neurons.
@@ -24,7 +24,6 @@ from mnemoscope.models import (
     bytes_of,
     cache_of,
     make_room,
-    nothing_read_before,
     pass_inputs,
     recorded_blocks,
     replayed_blocks,
@@ -38,18 +37,18 @@ from mnemoscope.models import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Up to this share of rows read in vain is cheaper than copying the keys and values of the others.
+# From this share of wanted rows on, reading all is cheaper than copying the keys and values of some.
 MOST_ROWS = 0.75
-MOST_BYTES = 2**30  # that are kept of a list: small next to a model for which that is few prompts
+MOST_BYTES = 2**30  # kept of a list: small next to a model for which that is few prompts
 
 
 @dataclass(frozen=True, slots=True)
 class Unshifted:
-    """What blocks give from the decision position on while nothing is shifted in them or below.
+    """Outputs of blocks from the decision position on, while nothing is shifted in them or below.
 
     Attributes:
-        context_L: what each block returned at the decision position, states (N, 1, D).
-        answers_L: what each block returned over the options' tokens, states (R, M, D).
+        context_L: of each block at the decision position, states (N, 1, D).
+        answers_L: of each block over the options' tokens, states (R, M, D).
         columns_L: each layer's key and value of the decision position, (N, H, 1, W) each.
     """
 
@@ -60,10 +59,10 @@ class Unshifted:
 
 @dataclass(frozen=True, slots=True)
 class Contexts:
-    """Contexts that were read.
+    """A pass over contexts.
 
     Attributes:
-        logits_NV: the model's at the decision position.
+        logits_NV: at the decision position.
         begins_N: whether the model itself produces the shared beginning of the options.
         cache: keys and values of the contexts.
         known: how many of the first blocks need not be run for the answers.
@@ -77,12 +76,12 @@ class Contexts:
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Options that were read to their ends.
+    """A pass over options.
 
     Attributes:
-        rows_S: which rows of the batch they are.
+        rows_S: their rows in the batch.
         suffix_SM, length_S: their tokens and how many, as in ``Batch``.
-        logits_SMV: the model's at each of these tokens, or at each but the last column.
+        logits_SMV: at each of these tokens, or at each but the last column.
     """
 
     rows_S: Tensor
@@ -95,12 +94,8 @@ class Answers:
 def cache_prefixes(asking: Asking, batches: Sequence[Batch], most_bytes: int = MOST_BYTES) -> None:
     """Read every context up to, not including, its decision position, and keep the caches in the batches.
 
-    Where what is kept would take more than ``most_bytes``, the batches that are left stay as they are and are read anew
-    each time.
-
-    A shift that starts at the decision position leaves these keys and values as they are, so every later ``score`` of
-    the same batches costs the decision token and the answers only. Batches can be scored again and again, but not two
-    at a time: what follows a prefix is written behind it.
+    Once more than ``most_bytes`` are kept, further batches stay as they are. Batches can be scored again and again,
+    but not two at a time: what follows a prefix is written behind it.
     """
     kept = 0
     for batch in batches:
@@ -111,22 +106,18 @@ def cache_prefixes(asking: Asking, batches: Sequence[Batch], most_bytes: int = M
         if ids_NT.shape[1] == 0:
             continue
         inputs = pass_inputs(asking.model, ids_NT, mask_NT)
-        with nothing_read_before(asking.model, max(keep, 1)):
-            # No head where no logits are needed.
-            output = asking.model(**inputs, logits_to_keep=keep) if keep else backbone_of(asking.model)(**inputs)
-        if keep:
-            batch.prefix_fits_N = _shared_fits(batch, output.logits)
-        else:
-            batch.prefix_fits_N = torch.ones_like(batch.shared_N, dtype=torch.bool)
+        # No head where no logits are needed.
+        output = asking.model(**inputs, logits_to_keep=keep) if keep else backbone_of(asking.model)(**inputs)
+        batch.prefix_fits_N = _shared_fits(batch, output.logits if keep else None)
         batch.prefix = cache_of(output)
-        # Without room in every layer it is a kind of model of which we do not know what its blocks leave behind.
+        # Without room in every layer it is a kind of model whose blocks may leave other things behind.
         has_room = make_room(batch.prefix, 1 + batch.suffix_RM.shape[1])
         batch.unshifted = _read_unshifted(asking.model, batch) if has_room else None
         kept += kept_bytes(batch)
 
 
 def kept_bytes(batch: Batch) -> int:
-    """Bytes that a batch keeps of what was read: keys and values, and what untouched blocks gave."""
+    """Bytes that a batch keeps: keys and values, and outputs of untouched blocks."""
     found = bytes_of(batch.prefix) if batch.prefix is not None else 0
     if batch.unshifted is None:
         return found
@@ -141,7 +132,7 @@ def without_prefix(batch: Batch) -> Batch:
 
 
 def with_option(batch: Batch, option_N: Tensor) -> Batch:
-    """The same contexts with one option each, by its number; shares the prefixes, so only one of them at a time."""
+    """The same contexts with one option each, by its number; shares the prefixes, so score only one at a time."""
     rows_N = torch.nonzero(batch.option_R == option_N[batch.example_R])[:, 0]
     unshifted = batch.unshifted
     if unshifted:
@@ -166,15 +157,12 @@ def stacked(batches: Sequence[Batch]) -> Batch:
             [with_states(some[0], torch.cat([states_of(answer) for answer in some])) for some in of_all_L],
             [(_rows(key, again_N), _rows(value, again_N)) for key, value in unshifted.columns_L],
         )
+    contexts = {name: getattr(first, name)[again_N] for name in ("ids_NT", "mask_NT", "shared_N")}
+    rows = {n: torch.cat([getattr(b, n) for b in batches]) for n in ("option_R", "suffix_RM", "length_R")}
     return Batch(
         examples_N=np.tile(first.examples_N, copies),
-        ids_NT=first.ids_NT[again_N],
-        mask_NT=first.mask_NT[again_N],
-        shared_N=first.shared_N[again_N],
         example_R=torch.cat([batch.example_R + number * n for number, batch in enumerate(batches)]),
-        option_R=torch.cat([batch.option_R for batch in batches]),
-        suffix_RM=torch.cat([batch.suffix_RM for batch in batches]),
-        length_R=torch.cat([batch.length_R for batch in batches]),
+        **(contexts | rows),
         prefix=None if first.prefix is None else select_rows(first.prefix, again_N),
         prefix_fits_N=None if first.prefix_fits_N is None else first.prefix_fits_N[again_N],
         unshifted=unshifted,
@@ -182,7 +170,7 @@ def stacked(batches: Sequence[Batch]) -> Batch:
 
 
 def _rows(states: Tensor, rows_R: Tensor) -> Tensor:
-    """Rows of what a layer gave, which may lie on another device than the batch."""
+    """Rows of a layer's output, which may lie on another device than the batch."""
     return states[rows_R.to(states.device)]
 
 
@@ -200,10 +188,9 @@ def read_contexts(model: PreTrainedModel, batch: Batch) -> Contexts:
     if batch.prefix is None:
         inputs = pass_inputs(model, batch.ids_NT, batch.mask_NT)
         keep = int(batch.shared_N.max()) + 1
-        with nothing_read_before(model, keep):
-            output = model(**inputs, logits_to_keep=keep)
+        output = model(**inputs, logits_to_keep=keep)
         return Contexts(output.logits[:, -1].float(), _shared_fits(batch, output.logits[:, :-1]), cache_of(output))
-    known = min(untouched_blocks(model), len(batch.unshifted.context_L)) if batch.unshifted else 0
+    known = _known_blocks(model, batch)
     with replayed_blocks(model, known, batch.unshifted.context_L[known - 1] if known else None):
         output = model(**_decision_inputs(model, batch))
     cache = cache_of(output)
@@ -219,9 +206,8 @@ def read_answers(
     """Read the wanted options, and perhaps others; None where none is wanted.
 
     Args:
-        wanted_R: without ``closed`` only of options of several tokens.
-        closed: whether it is wanted to know what the model says behind an option. Without it, the last column is not
-            read.
+        wanted_R: without ``closed`` only options of several tokens.
+        closed: also read the last column, whose logits predict what follows an option.
     """
     rows_S, example_S = _rows_to_read(batch, wanted_R)
     if len(rows_S) == 0:
@@ -240,21 +226,18 @@ def read_answers(
 
 
 def read_only_options(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Logits that each example's only option is chosen by, token for token, float32 (N, M, V), in one pass.
+    """Logits that predict each token of each example's only option, float32 (N, M, V), in one pass.
 
-    The pass begins before the decision position ends, so whatever acts from there on must be told where it is: the last
-    column of ``batch.ids_NT``.
+    The decision position is inside this pass: the last column of ``batch.ids_NT``, which vectors need as ``start``.
     """
     assert torch.equal(batch.example_R, torch.arange(len(batch.examples_N), device=batch.example_R.device))
     behind_NM = batch.suffix_RM[:, : int(batch.length_R.max()) - 1]
     mask_NT = torch.cat([batch.mask_NT, torch.ones_like(behind_NM)], dim=1)
     if batch.prefix is None:
         ids_NT = torch.cat([batch.ids_NT, behind_NM], dim=1)
-        keep = behind_NM.shape[1] + 1
-        with nothing_read_before(model, keep):
-            return model(**pass_inputs(model, ids_NT, mask_NT), logits_to_keep=keep).logits.float()
-    known = min(untouched_blocks(model), len(batch.unshifted.context_L)) if batch.unshifted else 0
-    returned = None
+        inputs = pass_inputs(model, ids_NT, mask_NT)
+        return model(**inputs, logits_to_keep=behind_NM.shape[1] + 1).logits.float()
+    known, returned = _known_blocks(model, batch), None
     if known:
         context, answers = batch.unshifted.context_L[known - 1], batch.unshifted.answers_L[known - 1]
         answers_NMD = states_of(answers)[:, : behind_NM.shape[1]]
@@ -262,6 +245,10 @@ def read_only_options(model: PreTrainedModel, batch: Batch) -> Tensor:
     ids_NM = torch.cat([batch.ids_NT[:, -1:], behind_NM], dim=1)
     with replayed_blocks(model, known, returned):
         return model(**pass_inputs(model, ids_NM, mask_NT, select_rows(batch.prefix, None))).logits.float()
+
+
+def _known_blocks(model: PreTrainedModel, batch: Batch) -> int:
+    return min(untouched_blocks(model), len(batch.unshifted.context_L)) if batch.unshifted else 0
 
 
 def _rows_to_read(batch: Batch, wanted_R: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -276,7 +263,6 @@ def _rows_to_read(batch: Batch, wanted_R: Tensor) -> tuple[Tensor, Tensor | None
 
 
 def _decision_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
-    """A pass over the decision tokens behind their prefixes."""
     return pass_inputs(model, batch.ids_NT[:, -1:], batch.mask_NT, select_rows(batch.prefix, None))
 
 
@@ -289,14 +275,11 @@ def _answer_inputs(
     return pass_inputs(model, suffix_SM, mask_ST, select_rows(cache, example_S))
 
 
-def _shared_fits(batch: Batch, logits_NKV: Tensor) -> Tensor:
-    """Whether the model produces the shared beginning of the options itself; bool (N,).
-
-    ``logits_NKV`` are those of the K context tokens before the last one.
-    """
-    keep = logits_NKV.shape[1]
-    if keep == 0:
+def _shared_fits(batch: Batch, logits_NKV: Tensor | None) -> Tensor:
+    """Whether the model itself produces the options' shared beginning, by logits before the last token; bool (N,)."""
+    if logits_NKV is None or logits_NKV.shape[1] == 0:
         return torch.ones_like(batch.shared_N, dtype=torch.bool)
+    keep = logits_NKV.shape[1]
     matches_NK = logits_NKV.argmax(-1) == batch.ids_NT[:, -keep:]
     counts_NK = torch.arange(keep, 0, -1, device=matches_NK.device) <= batch.shared_N[:, None]
     return (matches_NK | ~counts_NK).all(1)

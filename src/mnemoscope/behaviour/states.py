@@ -29,12 +29,12 @@ MOST_BYTES = 2**28  # of states that a cell keeps for its later stages, at a sit
 
 @dataclass(frozen=True, slots=True)
 class States:
-    """What was read of N examples.
+    """States of N examples.
 
     Attributes:
         states_ONLD: float32, by offset: tokens before the decision position.
-        uncertainty_N2: float64, of the distribution of the next token at the decision position: its entropy in nats,
-            and the log probability of its first minus that of its second choice. NaN where offset 0 was not asked for.
+        uncertainty_N2: float64, entropy in nats of the next token's distribution at the decision position, and the log
+            probability of its first minus that of its second choice; NaN without offset 0.
     """
 
     states_ONLD: np.ndarray
@@ -42,12 +42,12 @@ class States:
 
     @property
     def at_decision_NLD(self) -> np.ndarray:
-        """States at the first offset, which is the decision position unless others were asked for."""
+        """States at the first offset: by default the decision position."""
         return self.states_ONLD[0]
 
 
 class _ReadEnoughError(Exception):
-    """The last layer that was asked for has been read."""
+    """Ends a pass behind the last wanted layer."""
 
 
 @contextmanager
@@ -58,20 +58,18 @@ def capturing(
     offsets: Sequence[int] = (0,),
     stop: bool = False,
 ) -> Iterator[list[Tensor]]:
-    """Inside the context every pass fills the list with one (N, O, D) state per layer.
+    """Capture states: every pass inside the context fills the list with one (N, O, D) tensor per layer.
 
-    The only hook of the package that reads. It is gone when the context ends, however it ends.
+    The only hook of the package that reads. It is removed when the context ends, however it ends.
 
     Args:
         layers: default: all.
         offsets: columns before the last one.
-        stop: end the pass behind the last of the layers, by an error that this context catches: what the pass would
-            return is then never returned.
+        stop: end the pass, and with it the context, behind the last of the layers.
     """
     wanted = list(range(len(blocks_of(model)))) if layers is None else list(layers)
     states: list[Tensor] = [torch.empty(0)] * len(wanted)
-    handles = []
-    rows = 0
+    handles, rows = [], 0
 
     def see(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         nonlocal rows
@@ -80,8 +78,7 @@ def capturing(
     def reader(place: int, is_input: bool) -> Callable[..., None]:
         def read(module: torch.nn.Module, inputs: Any, output: Any = None) -> None:
             found_NTD = states_of(inputs if is_input else output, rows)
-            last = found_NTD.shape[1] - 1
-            states[place] = found_NTD[:, [last - offset for offset in offsets]].detach().clone()
+            states[place] = found_NTD[:, [found_NTD.shape[1] - 1 - offset for offset in offsets]].detach().clone()
             if stop and place == len(wanted) - 1:
                 raise _ReadEnoughError
 
@@ -107,7 +104,6 @@ def states_at_the_end(
 ) -> np.ndarray:
     """Float32 states (N, L, D) at the last column of a left-padded batch; blocks above the last layer are not run."""
     with capturing(model, site, layers, stop=layers is not None) as states:
-        # Nothing is read behind these tokens: keys and values need not be kept.
         backbone_of(model)(**pass_inputs(model, ids_NT, mask_NT) | {"use_cache": False})
     return stacked_states(states)[0]
 
@@ -137,27 +133,26 @@ def read_states(
 
     Args:
         offsets: tokens before the decision position, smaller than every context's length.
-        kept: states at the decision position that need not be read again; what is read is added to it.
+        kept: states at the decision position that need not be read again; others are added to it.
     """
-    total, at_decision = len(examples), tuple(offsets) == (0,)
-    places_N = kept.find(site, examples) if kept is not None and at_decision else np.full(total, -1)
+    if kept is None or tuple(offsets) != (0,):
+        return _read(asking, examples, site, offsets)
+    places_N = kept.find(site, examples)
     missing = np.flatnonzero(places_N < 0)
-    fresh = _read(asking, [examples[n] for n in missing], site, offsets) if len(missing) else None
-    if kept is None or not at_decision or len(missing) == total:
-        if kept is not None and at_decision and fresh is not None:
-            kept.add(site, examples, fresh.at_decision_NLD, fresh.uncertainty_N2)
-        return fresh if fresh is not None else States(np.empty((len(offsets), 0)), np.empty((0, 2)))
     states_NLD, uncertainty_N2 = kept.take(site, places_N)
-    if fresh is not None:
+    if len(missing):
+        unknown = [examples[int(n)] for n in missing]
+        fresh = _read(asking, unknown, site, offsets)
+        kept.add(site, unknown, fresh.at_decision_NLD, fresh.uncertainty_N2)
+        if len(missing) == len(examples):
+            return fresh
         states_NLD[missing], uncertainty_N2[missing] = fresh.at_decision_NLD, fresh.uncertainty_N2
-        kept.add(site, [examples[n] for n in missing], fresh.at_decision_NLD, fresh.uncertainty_N2)
     return States(states_NLD[None], uncertainty_N2)
 
 
 def _read(asking: Asking, examples: Sequence[Example], site: Site, offsets: Sequence[int]) -> States:
-    batches = prepare(asking, examples)
     states_ONLD, uncertainty_N2 = np.empty((len(offsets), 0)), np.full((len(examples), 2), np.nan)
-    for batch in batches:
+    for batch in prepare(asking, examples):
         inputs = pass_inputs(asking.model, batch.ids_NT, batch.mask_NT) | {"use_cache": False}
         with capturing(asking.model, site, offsets=offsets) as states:
             if 0 in offsets:
@@ -167,18 +162,16 @@ def _read(asking: Asking, examples: Sequence[Example], site: Site, offsets: Sequ
                 backbone_of(asking.model)(**inputs)  # no head where no logits are needed
         found_ONLD = stacked_states(states)
         if not states_ONLD.size:
-            shape = (len(offsets), len(examples), *found_ONLD.shape[2:])
-            states_ONLD = np.empty(shape, dtype=np.float32)
+            states_ONLD = np.empty((len(offsets), len(examples), *found_ONLD.shape[2:]), np.float32)
         states_ONLD[:, batch.examples_N] = found_ONLD
     return States(states_ONLD, uncertainty_N2)
 
 
 @dataclass
 class KeptStates:
-    """States at the decision position that the stages of a cell have read, in files of its folder.
+    """States at the decision position, in files of a cell's folder, for later stages, also in another process.
 
-    What one stage has read, a later one takes from here, also in another process. Once ``most_bytes`` are kept at a
-    site nothing is added any more, and what is missing is read again.
+    Once ``most_bytes`` are kept at a site nothing is added any more, and missing states are read again.
     """
 
     folder: Path
@@ -210,19 +203,19 @@ class KeptStates:
             self._enter(site, write_atomically(self.folder / f"{site}-{len(files):05d}.safetensors", content))
 
     def find(self, site: Site, examples: Sequence[Example]) -> np.ndarray:
-        """Where each example is kept, int64 (N,): a number for ``take``, -1 where it is not."""
+        """Places of examples for ``take``, int64 (N,); -1 where an example is not kept."""
         found = (self._index.get((site, _key(example))) for example in examples)
         return np.array([-1 if at is None else at[0] << 32 | at[1] for at in found], np.int64)
 
     def take(self, site: Site, places_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """States (N, L, D) and uncertainty (N, 2) by what ``find`` gave; rows of -1 are left to be filled."""
+        """States (N, L, D) and uncertainty (N, 2) at the places of ``find``; rows of -1 are left to be filled."""
         from safetensors import safe_open
 
         files_N, rows_N = places_N >> 32, places_N & 0xFFFFFFFF
         states_NLD, uncertainty_N2 = np.empty(0, np.float32), np.empty((len(places_N), 2))
         for number in np.unique(files_N[places_N >= 0]):
             with safe_open(self._files[site][number], framework="numpy") as file:
-                here_N = np.flatnonzero((files_N == number) & (places_N >= 0))
+                here_N = np.flatnonzero(files_N == number)
                 found_NLD = file.get_tensor("states")[rows_N[here_N]]
                 if not states_NLD.size:
                     states_NLD = np.empty((len(places_N), *found_NLD.shape[1:]), np.float32)
@@ -242,6 +235,6 @@ class KeptStates:
 
 
 def _key(example: Example) -> bytes:
-    """What decides an example's context: its prompt, and answers that may begin alike."""
+    """Digest of an example's context: its prompt, and answers that may begin alike."""
     parts = (example.prompt, *example.options)
     return hashlib.blake2b("".join(f"{len(part)}:{part}" for part in parts).encode(), digest_size=16).digest()

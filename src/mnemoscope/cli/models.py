@@ -1,19 +1,20 @@
-"""Commands for a model of yours: check it, read it, steer it, take the vector elsewhere."""
+"""Commands for a model: check it, steer it, read it, export a vector, open the playground."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from mnemoscope.cli.app import app
 from mnemoscope.cli.options import AsChat, AsJson, DeviceMap, Dtype, Force, Model, Parts, Reply, named_parts, prompting
-from mnemoscope.cli.output import one_line_errors, say
+from mnemoscope.cli.output import app, one_line_errors, say
 
 
 @app.command()
+@one_line_errors()
 def doctor(
     model: Model,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt to check with; at least two.")] = None,
@@ -23,28 +24,28 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Prove on a model of yours that batched = single, cached = uncached, alpha 0 = untouched; exit code 1 if not."""
-    with one_line_errors():
-        from mnemoscope.doctor import PROMPTS, examine
-        from mnemoscope.plain import dumped
+    from mnemoscope.doctor import PROMPTS, examine
+    from mnemoscope.plain import dumped
 
-        opened, tokenizer = _open(model, dtype, layout, device_map)
-        checks = list(examine(opened, tokenizer, prompt or PROMPTS))
-        well = all(check.passed for check in checks)
-        if as_json:
-            rows = [asdict(check) | {"passed": check.passed} for check in checks]
-            typer.echo(dumped({"model": model, "weights": _weights(model), "passed": well, "checks": rows}))
-        else:
-            width = max(len(check.name) for check in checks)
-            for check in checks:
-                bound = f"at least {check.least:.2g}" if check.least else f"allowed {check.allowed:.2g}"
-                flips = f", {check.flips} top tokens flip" if check.flips else ""
-                found = f"largest difference {check.difference:.2g} ({bound}{flips})"
-                typer.echo(f"{'ok  ' if check.passed else 'FAIL'}  {check.name:<{width}}  {found}")
+    opened, tokenizer = _open(model, dtype, layout, device_map)
+    checks = list(examine(opened, tokenizer, prompt or PROMPTS))
+    well = all(check.passed for check in checks)
+    if as_json:
+        rows = [asdict(check) | {"passed": check.passed} for check in checks]
+        typer.echo(dumped({"model": model, "weights": _weights(model), "passed": well, "checks": rows}))
+    else:
+        width = max(len(check.name) for check in checks)
+        for check in checks:
+            bound = f"at least {check.least:.2g}" if check.least else f"allowed {check.allowed:.2g}"
+            flips = f", {check.flips} top tokens flip" if check.flips else ""
+            found = f"largest difference {check.difference:.2g} ({bound}{flips})"
+            typer.echo(f"{'ok  ' if check.passed else 'FAIL'}  {check.name:<{width}}  {found}")
     if not well:
         raise typer.Exit(1)
 
 
 @app.command()
+@one_line_errors()
 def steer(
     model: Model,
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="Prompts to answer.")],
@@ -68,27 +69,31 @@ def steer(
     as_json: AsJson = False,
 ) -> None:
     """Generate with and without a steering vector."""
-    with one_line_errors():
-        from mnemoscope.plain import dumped
+    from mnemoscope.plain import dumped
 
-        fitted = _fitted(source, model, (dtype, layout, device_map), prompting(chat, reply), force)
-        vector = fitted.vector(toward)
-        if vector.begin_alike:
-            typer.echo(_alike(vector.begin_alike), err=True)
-        rows = fitted.answers(prompts, toward, alpha, gate, max_new_tokens)
-        acted = None if gate is None else {"asked": len(rows), "acted": sum(row["acted"] for row in rows)}
-        if as_json:
-            facts = {"method": vector.method, "site": vector.site, "layers": vector.layers, "alpha": alpha}
-            about = {"model": model, "weights": _weights(model), "toward": toward, "vector": facts, "gate": acted}
-            typer.echo(dumped(about | {"answers": rows}))
-            return
-        for row in rows:
-            typer.echo(f"{row['prompt']}\n  unsteered: {row['plain'].strip()}\n  {toward}: {row['steered'].strip()}")
-        if acted:
-            typer.echo(f"the gate acted on {acted['acted']} of {acted['asked']} prompts")
+    fitted = _fitted(source, model, (dtype, layout, device_map), prompting(chat, reply), force)
+    vector = fitted.vector(toward)
+    if vector.begin_alike:
+        typer.echo(
+            f"note: {vector.begin_alike:.0%} of the prompts of the vector's fit have two answers that begin alike; it "
+            "was judged behind that beginning, so put it at the end of such a prompt",
+            err=True,
+        )
+    rows = fitted.answers(prompts, toward, alpha, gate, max_new_tokens)
+    acted = None if gate is None else {"asked": len(rows), "acted": sum(row["acted"] for row in rows)}
+    if as_json:
+        facts = {"method": vector.method, "site": vector.site, "layers": vector.layers, "alpha": alpha}
+        about = {"model": model, "weights": _weights(model), "toward": toward, "vector": facts, "gate": acted}
+        typer.echo(dumped(about | {"answers": rows}))
+        return
+    for row in rows:
+        typer.echo(f"{row['prompt']}\n  unsteered: {row['plain'].strip()}\n  {toward}: {row['steered'].strip()}")
+    if acted:
+        typer.echo(f"the gate acted on {acted['acted']} of {acted['asked']} prompts")
 
 
 @app.command()
+@one_line_errors()
 def detect(
     model: Model,
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="Prompts to read.")],
@@ -102,32 +107,32 @@ def detect(
     as_json: AsJson = False,
 ) -> None:
     """Estimate, before it answers, how probably a model will follow its memory, and where that becomes readable."""
-    with one_line_errors():
-        from mnemoscope.plain import dumped
+    from mnemoscope.plain import dumped
 
-        fitted = _fitted(source, model, (dtype, layout, device_map), prompting(chat, reply), force)
-        reading = fitted.detect(prompts)
-        rows = [
-            {
-                "prompt": prompt,
-                "p_memorized": float(reading.p_memorized[n]),
-                "p_conflict": float(reading.p_conflict[n]),
-                "unlike": bool(reading.unlike[n]),
-                "distance": float(reading.distance[n]),
-                "readable_from": reading.readable_from[n],
-                "p_memorized_by_layer": reading.p_memorized_by_layer[n].tolist(),
-            }
-            for n, prompt in enumerate(prompts)
-        ]
-        if as_json:
-            about = {"model": model, "weights": _weights(model), "layer": reading.layer, "site": fitted.detector.site}
-            typer.echo(dumped(about | {"prompts": rows}))
-        else:
-            for row in rows:
-                typer.echo(f"{row['prompt']}\n  {_verdict(row, reading.layer)}")
+    fitted = _fitted(source, model, (dtype, layout, device_map), prompting(chat, reply), force)
+    reading = fitted.detect(prompts)
+    rows = [
+        {
+            "prompt": prompt,
+            "p_memorized": float(reading.p_memorized[n]),
+            "p_conflict": float(reading.p_conflict[n]),
+            "unlike": bool(reading.unlike[n]),
+            "distance": float(reading.distance[n]),
+            "readable_from": reading.readable_from[n],
+            "p_memorized_by_layer": reading.p_memorized_by_layer[n].tolist(),
+        }
+        for n, prompt in enumerate(prompts)
+    ]
+    if as_json:
+        about = {"model": model, "weights": _weights(model), "layer": reading.layer, "site": fitted.detector.site}
+        typer.echo(dumped(about | {"prompts": rows}))
+    else:
+        for row in rows:
+            typer.echo(f"{row['prompt']}\n  {_verdict(row, reading.layer)}")
 
 
 @app.command()
+@one_line_errors()
 def export(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The file of a vector (.safetensors).")],
     to: Annotated[str, typer.Option(help="gguf: for llama.cpp; checkpoint: a model with it baked in.")],
@@ -140,32 +145,50 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a vector for other programs; one with positions "all" only. Nothing that exists is overwritten."""
-    with one_line_errors():
-        from mnemoscope.errors import InputError
-        from mnemoscope.export import bake, check_portable, to_gguf
-        from mnemoscope.steering import SteeringVector
+    from mnemoscope.errors import InputError
+    from mnemoscope.export import bake, check_portable, to_gguf
+    from mnemoscope.models import core_of
+    from mnemoscope.steering import SteeringVector
 
-        vector = alpha * SteeringVector.load(file)
-        check_portable(vector, to)  # before a large model is opened for nothing
-        if out.exists() and (to == "gguf" or not out.is_dir() or any(out.iterdir())):
-            raise InputError(f"out: {out} exists; nothing is overwritten")
-        if to == "checkpoint" and model is None:
-            raise InputError("model: a checkpoint is made of a model; name the one that the vector was made on")
-        opened, tokenizer = _open(model, dtype, layout) if model is not None else (None, None)
-        vector = alpha * SteeringVector.load(file, opened, tokenizer, force)
-        if to == "checkpoint":
-            bake(opened, tokenizer, vector, out)
-        else:
-            to_gguf(vector, out, _model_type(vector, opened))
-        facts = {"out": str(out), "to": to, "toward": vector.toward, "layers": vector.layers, "alpha": alpha}
-        say(facts, as_json, "out")
+    vector = alpha * SteeringVector.load(file)
+    check_portable(vector, to)  # before a large model is opened for nothing
+    if out.exists() and (to == "gguf" or not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"out: {out} exists; nothing is overwritten")
+    if to == "checkpoint" and model is None:
+        raise InputError("model: a checkpoint is made of a model; name the one that the vector was made on")
+    if to == "gguf" and model is None and vector.binding is None:
+        raise InputError("model: the vector does not say which model it was made on; name it")
+    opened, tokenizer = _open(model, dtype, layout) if model is not None else (None, None)
+    vector = alpha * SteeringVector.load(file, opened, tokenizer, force)
+    if to == "checkpoint":
+        bake(opened, tokenizer, vector, out)
+    else:
+        bound = vector.binding.model_type if vector.binding else ""
+        to_gguf(vector, out, core_of(opened).config.model_type if opened is not None else bound)
+    facts = {"out": str(out), "to": to, "toward": vector.toward, "layers": vector.layers, "alpha": alpha}
+    say(facts, as_json, "out")
 
 
-def _alike(share: float) -> str:
-    return (
-        f"note: {share:.0%} of the prompts that the vector was made of have two answers that begin alike; it was "
-        "judged behind that beginning, so put it at the end of such a prompt"
-    )
+@app.command()
+@one_line_errors()
+def serve(
+    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run folder; default: those in runs/.")] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+) -> None:
+    """Open the playground: ask a model in the browser, and steer its answers.
+
+    It listens on this machine only and prints an address with a token, new at every start. From another machine,
+    forward the port (ssh -L 8000:127.0.0.1:8000 USER@MACHINE) and open the same address there.
+    """
+    from mnemoscope.errors import InputError
+
+    # The pages say that nothing leaves this machine, so nothing is downloaded.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        from mnemoscope.web.app import serve
+    except ImportError as error:
+        raise InputError("serve: needs FastAPI and uvicorn: pip install 'mnemoscope[web]'") from error
+    serve(run, port, lambda address: typer.echo(address, err=True))
 
 
 def _verdict(row: dict[str, Any], layer: int) -> str:
@@ -175,33 +198,20 @@ def _verdict(row: dict[str, Any], layer: int) -> str:
     if row["p_conflict"] == row["p_conflict"]:
         text += f"; P(memory and rule disagree) {row['p_conflict']:.2f}"
     if row["unlike"]:
-        text += (
-            f"; unlike the prompts it was fitted on (distance {row['distance']:.1f}, up to 1 is like them): ignore this"
-        )
+        far = f"distance {row['distance']:.1f}, up to 1 is like them"
+        text += f"; unlike the prompts it was fitted on ({far}): ignore this"
     return text
 
 
 def _weights(model: str) -> str | None:
-    """What is said of a packaged model's weights beside every number."""
+    """Note on a packaged model's weights, shown beside every number."""
     from mnemoscope.models import PACKAGED, QUANTIZED
 
     return QUANTIZED if model in PACKAGED else None
 
 
-def _model_type(vector: Any, opened: Any) -> str:
-    """The architecture that a vector is for."""
-    from mnemoscope.errors import InputError
-    from mnemoscope.models import core_of
-
-    if opened is not None:
-        return str(core_of(opened).config.model_type)
-    if vector.binding is None:
-        raise InputError("model: the vector does not say which model it was made on; name it")
-    return str(vector.binding.model_type)
-
-
 def _fitted(source: Path, model: str, opening: tuple[Any, ...], asked: Any, force: bool) -> Any:
-    """What was fitted on a user's model; a path that is not there is refused before a large model is opened."""
+    """Open vectors and detector with their model; a missing path is refused before a large model is opened."""
     from mnemoscope.errors import InputError
     from mnemoscope.face import Fitted
 
@@ -211,14 +221,13 @@ def _fitted(source: Path, model: str, opening: tuple[Any, ...], asked: Any, forc
 
 
 def _open(model: str, dtype: str, layout: str | None, device_map: str | None = None) -> tuple[Any, Any]:
-    """A user's model and tokenizer, from what the command line says of them."""
+    """Model and tokenizer, by the options of the command line."""
     from mnemoscope.config import parse_model
     from mnemoscope.models import Layout, load_model
     from mnemoscope.processes import quiet_library
 
     quiet_library()
-    given = {"folder": model, "dtype": dtype, "device_map": device_map, "layout": named_parts(layout)}
-    shape = parse_model(given)
+    shape = parse_model({"folder": model, "dtype": dtype, "device_map": device_map, "layout": named_parts(layout)})
     if weights := _weights(model):
         typer.echo(f"{model}: weights are {weights}", err=True)
     where = Layout(**shape.layout.model_dump()) if shape.layout else None

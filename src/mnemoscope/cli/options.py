@@ -1,4 +1,4 @@
-"""Options that several commands share, in the groups in which the help shows them."""
+"""Options that several commands share, in the groups of the help."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for 
 
 
 def prompting(chat: bool, reply: str) -> Any:
-    """How prompts are formatted, from ``--chat`` and ``--reply``."""
+    """The format of prompts, from ``--chat`` and ``--reply``."""
     from mnemoscope.behaviour import Prompting
 
     return Prompting(chat, reply=reply)
 
 
 def named_parts(layout: str | None) -> dict[str, str] | None:
-    """The paths of ``--layout`` by their names."""
+    """The paths in ``--layout`` by name."""
     return dict(part.partition("=")[::2] for part in layout.split(",")) if layout else None
 
 
 def options(given: list[str] | None) -> dict[str, Any]:
-    """Options of a task, from ``name=value`` each; values are YAML."""
+    """Options of a task, from ``name=value``; values are YAML."""
     import yaml
 
     from mnemoscope.errors import InputError

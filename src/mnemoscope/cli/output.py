@@ -1,4 +1,4 @@
-"""What a command prints: its result, progress, and one line where something is wrong."""
+"""The command line, and the output of its commands: results, progress, and errors of one line."""
 
 from __future__ import annotations
 
@@ -11,8 +11,17 @@ from typing import Any
 
 import typer
 
+app = typer.Typer(
+    name="mnemoscope",
+    help="Is a language model remembering or thinking? Measure it, see which neurons separate the two, and steer it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
 
 def say(facts: dict[str, Any], as_json: bool, field: str) -> None:
+    """Print facts as JSON, or one of them."""
     from mnemoscope.plain import dumped
 
     typer.echo(dumped(facts) if as_json else facts[field])
@@ -20,19 +29,17 @@ def say(facts: dict[str, Any], as_json: bool, field: str) -> None:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn errors that a user can mend into one line on stderr: exit 2 for input, 1 for a run that cannot go on."""
+    """Print errors that a user can mend as one line on stderr: exit 2 for input, 1 for a run that cannot go on."""
     from mnemoscope.errors import InputError, StudyError
 
     try:
         yield
-    except InputError as error:
-        _fail(str(error), 2)
-    except StudyError as error:
-        _fail(str(error), 1)
+    except (InputError, StudyError) as error:
+        _fail(str(error), 2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
         _fail("stopped; run the same command again to go on", 130)
     except Exception as error:
-        # Libraries wrap the system's error in their own; its text is what they have in common.
+        # Libraries wrap the system's error in their own, with its text.
         if os.strerror(errno.ENOSPC) in str(error) or os.strerror(errno.EDQUOT) in str(error):
             _fail("disk: no space is left; finished stages are kept, run the same command again after making room", 2)
         if isinstance(error, (PermissionError, IsADirectoryError, NotADirectoryError, FileNotFoundError)):
@@ -47,7 +54,7 @@ def _fail(message: str, code: int) -> None:
 
 @contextmanager
 def progress(quiet: bool) -> Iterator[Callable[[str, str, float, float, str], None]]:
-    """A progress bar per cell on a terminal, a line per stage elsewhere, nothing when quiet."""
+    """Show a progress bar per cell on a terminal, lines elsewhere, nothing when quiet."""
     if quiet:
         yield lambda *_: None
     elif sys.stderr.isatty():
@@ -58,7 +65,7 @@ def progress(quiet: bool) -> Iterator[Callable[[str, str, float, float, str], No
 
 
 class _Lines:
-    """One line on stderr for each tenth of a stage."""
+    """Prints one line on stderr for each tenth of a stage."""
 
     def __init__(self) -> None:
         self.seen: dict[tuple[str, str], int] = {}

@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 
-from mnemoscope.cli.app import app
 from mnemoscope.cli.options import (
     AsChat,
     AsJson,
@@ -23,12 +22,13 @@ from mnemoscope.cli.options import (
     options,
     prompting,
 )
-from mnemoscope.cli.output import one_line_errors, progress, say
+from mnemoscope.cli.output import app, one_line_errors, progress, say
 
-AT_A_TIME = 4  # processes of a report: each holds the largest table of a cell
+AT_A_TIME = 4  # processes of a report, which each hold the largest table of a cell
 
 
 @app.command()
+@one_line_errors()
 def run(
     study: Annotated[
         str, typer.Argument(help="quickstart, paper, smollm2, or the path of a YAML file.")
@@ -42,40 +42,37 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run a study, or go on with one, and build its report."""
-    with one_line_errors():
-        from mnemoscope.config import load_study
-        from mnemoscope.study import run_study
+    from mnemoscope.config import load_study
+    from mnemoscope.study import run_study
 
-        config = load_study(study, overrides, seeds)
-        folder = out or Path("runs") / config.study
-        with progress(quiet=as_json) as tell:
-            report_path = run_study(config, folder, tell, workers, executor, address)
-        facts = {"run": str(folder), "results": str(folder / "results.json"), "report": str(report_path)}
-        say(facts, as_json, "report")
+    config = load_study(study, overrides, seeds)
+    folder = out or Path("runs") / config.study
+    with progress(quiet=as_json) as tell:
+        report_path = run_study(config, folder, tell, workers, executor, address)
+    facts = {"run": str(folder), "results": str(folder / "results.json"), "report": str(report_path)}
+    say(facts, as_json, "report")
 
 
 @app.command()
+@one_line_errors()
 def report(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")], as_json: AsJson = False
 ) -> None:
     """Rebuild results.json and report.html from the records of a run."""
-    with one_line_errors():
-        from mnemoscope.errors import InputError
-        from mnemoscope.executors import in_processes
-        from mnemoscope.report import build_report
+    from mnemoscope.errors import InputError
+    from mnemoscope.executors import in_processes
+    from mnemoscope.report import build_report
 
-        if not (run_folder / "study.yaml").is_file():
-            raise InputError(f"RUN: {run_folder} is not a run folder (it has no study.yaml)")
-        with in_processes(min(AT_A_TIME, os.cpu_count() or 1)) as parallel:
-            path = build_report(run_folder, parallel)
-        say(
-            {"run": str(run_folder), "results": str(run_folder / "results.json"), "report": str(path)},
-            as_json,
-            "report",
-        )
+    if not (run_folder / "study.yaml").is_file():
+        raise InputError(f"RUN: {run_folder} is not a run folder (it has no study.yaml)")
+    with in_processes(min(AT_A_TIME, os.cpu_count() or 1)) as parallel:
+        path = build_report(run_folder, parallel)
+    facts = {"run": str(run_folder), "results": str(run_folder / "results.json"), "report": str(path)}
+    say(facts, as_json, "report")
 
 
 @app.command()
+@one_line_errors()
 def fit(
     model: Model,
     task: Annotated[str, typer.Option(help="A task, see `mnemoscope tasks`, or a JSONL file of your own.")],
@@ -92,32 +89,30 @@ def fit(
     as_json: AsJson = False,
 ) -> None:
     """Find pairs, fit vectors and a detector for a model of yours on your data, and judge them; one run folder."""
-    with one_line_errors():
-        from mnemoscope.face import fit as fit_model
-        from mnemoscope.plain import dumped
-        from mnemoscope.report import brief_of
+    from mnemoscope.face import fit as fit_model
+    from mnemoscope.plain import dumped
+    from mnemoscope.report import brief_of
 
-        parts = {"layout": named_parts(layout)} if layout else {}
-        with progress(quiet=as_json) as tell:
-            fitted = fit_model(
-                model,
-                task=task,
-                out=out,
-                prompting=prompting(chat, reply),
-                options=options(option),
-                settings=settings,
-                positions=positions,
-                threads=threads,
-                progress=tell,
-                dtype=dtype,
-                device_map=device_map,
-                **parts,
-            )
-        summary, report_path = fitted.summary(), str(out / "report.html")
-        if as_json:
-            typer.echo(dumped({"run": str(out), "report": report_path, "tasks": brief_of(out)}))
-        else:
-            typer.echo(f"{summary}\n{report_path}")
+    with progress(quiet=as_json) as tell:
+        fitted = fit_model(
+            model,
+            task=task,
+            out=out,
+            prompting=prompting(chat, reply),
+            options=options(option),
+            settings=settings,
+            positions=positions,
+            threads=threads,
+            progress=tell,
+            dtype=dtype,
+            device_map=device_map,
+            layout=named_parts(layout),
+        )
+    summary, report_path = fitted.summary(), str(out / "report.html")
+    if as_json:
+        typer.echo(dumped({"run": str(out), "report": report_path, "tasks": brief_of(out)}))
+    else:
+        typer.echo(f"{summary}\n{report_path}")
 
 
 @app.command()
@@ -126,15 +121,13 @@ def tasks(as_json: AsJson = False) -> None:
     from mnemoscope.tasks import describe_tasks
 
     described = describe_tasks()
-    if as_json:
-        typer.echo(json.dumps(described))
-    else:
-        width = max(map(len, described))
-        for name, line in described.items():
-            typer.echo(f"{name:<{width}}  {line}")
+    width = max(map(len, described))
+    lines = (f"{name:<{width}}  {line}" for name, line in described.items())
+    typer.echo(json.dumps(described) if as_json else "\n".join(lines))
 
 
 @app.command()
+@one_line_errors()
 def data(
     task: Annotated[str, typer.Argument(help="A task, see `mnemoscope tasks`.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="JSONL file to write.")],
@@ -144,18 +137,17 @@ def data(
     as_json: AsJson = False,
 ) -> None:
     """Write examples of a task as JSONL; each conflict is followed by a rephrasing of it."""
-    with one_line_errors():
-        import numpy as np
+    import numpy as np
 
-        from mnemoscope.files import write_atomically
-        from mnemoscope.tasks import KINDS, build_task
-        from mnemoscope.tasks.jsonl import write_jsonl
+    from mnemoscope.files import write_atomically
+    from mnemoscope.tasks import KINDS, build_task
+    from mnemoscope.tasks.jsonl import write_jsonl
 
-        made = build_task(task, options(option), seed)
-        rng = np.random.default_rng([seed, 4])
-        lines = []
-        for kind in KINDS:
-            for example in made.examples(rng, n, kind):
-                lines += [example, made.rephrase(example, rng)] if kind == "conflict" else [example]
-        write_atomically(out, write_jsonl(lines).encode())
-        say({"file": str(out), "examples": len(lines)}, as_json, "file")
+    made = build_task(task, options(option), seed)
+    rng = np.random.default_rng([seed, 4])
+    lines = []
+    for kind in KINDS:
+        for example in made.examples(rng, n, kind):
+            lines += [example, made.rephrase(example, rng)] if kind == "conflict" else [example]
+    write_atomically(out, write_jsonl(lines).encode())
+    say({"file": str(out), "examples": len(lines)}, as_json, "file")

@@ -1,17 +1,17 @@
-"""What is measured of a model, with how much, and which vectors are tried on it."""
+"""Configuration of measurements and of the vectors that are tried."""
 
 from __future__ import annotations
 
 import re
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
-from mnemoscope.config.fields import Frozen, MethodName, SiteName, as_several
+from mnemoscope.config.model import Frozen, as_several
 from mnemoscope.errors import InputError
 
-Offset = Annotated[int, Field(ge=0)]
-PairCount = Annotated[int, Field(ge=1)]
+MethodName = Literal["nmd", "standardized-nmd", "gradient", "logistic", "whitened", "pca", "learned"]
+SiteName = Literal["block", "attention", "mlp", "neuron"]
 
 
 class PairsConfig(Frozen):
@@ -34,10 +34,10 @@ class ProbesConfig(Frozen):
     """Which states are probed, and with how many pairs."""
 
     pairs: int = Field(2000, ge=2, description="pairs of a split whose states are read, at most")
-    offsets: tuple[Offset, ...] = Field(
+    offsets: tuple[NonNegativeInt, ...] = Field(
         (0, 1, 2, 4, 8, 16), min_length=1, description="tokens before the decision position; 0 is the position itself"
     )
-    learning: tuple[PairCount, ...] = Field(
+    learning: tuple[PositiveInt, ...] = Field(
         (25, 50, 100, 200, 400, 800), description="numbers of fit pairs of the learning curve; all of them come last"
     )
     learning_draws: int = Field(5, ge=1, description="draws of each number of pairs")
@@ -59,29 +59,19 @@ class SweepConfig(Frozen):
         min_length=1,
         description='"all", "each" (every layer alone), "spread-6" (six alone, evenly spaced), "2", or a range "0-1"',
     )
-    tops: tuple[float, ...] = Field(
-        (0.1, 0.3, 0.5),
-        min_length=1,
-        description="shares of the neurons, in (0, 1]; above a half, two of the five controls are left out",
+    tops: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+        (0.1, 0.3, 0.5), min_length=1, description="shares of the neurons, in (0, 1]"
     )
-    strengths: tuple[float, ...] = Field(
+    strengths: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = Field(
         (0.05, 0.1, 0.2, 0.4), min_length=1, description="total relative norms: the shift over the norm of the states"
     )
 
     @model_validator(mode="after")
     def _in_range(self) -> SweepConfig:
-        for top in self.tops:
-            if not 0 < top <= 1:
-                raise ValueError(f"top {top} is not in (0, 1]")
-        for strength in self.strengths:
-            if not 0 < strength < float("inf"):
-                raise ValueError(f"strength {strength} is not above 0 and finite")
         for layers in self.layers:
             if not re.fullmatch(r"all|each|spread-[1-9]\d*|\d+|\d+-\d+", layers):
-                raise ValueError(
-                    f"layers {layers!r} is not 'all', 'each', 'spread-' and a number, a layer such as '2' or a range "
-                    "such as '0-1'"
-                )
+                allowed = "'all', 'each', 'spread-' and a number, a layer such as '2' or a range such as '0-1'"
+                raise ValueError(f"layers {layers!r} is not {allowed}")
         return self
 
     def layer_sets(self, count: int) -> list[tuple[int, ...]]:
@@ -93,10 +83,10 @@ class SweepConfig(Frozen):
         sets: dict[tuple[int, ...], None] = {}
         for layers in self.layers:
             if layers.startswith("spread-"):
-                # As many gaps as layers and one more, so that neither end is among them where there is a choice.
-                gap = count / (int(layers.removeprefix("spread-")) + 1)
-                places = (round(number * gap) for number in range(1, int(layers.removeprefix("spread-")) + 1))
-                sets |= dict.fromkeys((min(place, count - 1),) for place in places)
+                # One gap more than layers, so that neither end is among them where there is a choice.
+                n = int(layers.removeprefix("spread-"))
+                gap = count / (n + 1)
+                sets |= dict.fromkeys((min(round(i * gap), count - 1),) for i in range(1, n + 1))
                 continue
             first, last = (layers.split("-") * 2)[:2] if layers[0].isdigit() else ("0", str(count - 1))
             chosen = tuple(range(int(first), int(last) + 1))
@@ -121,9 +111,7 @@ class SteeringConfig(Frozen):
         min_length=1,
         description="the methods, and what is tried of each: one grid or several",
     )
-    positions: Literal["decision", "all"] = Field(
-        "decision", description="tokens that are shifted: from the decision on, or every one (what can be exported)"
-    )
+    positions: Literal["decision", "all"] = Field("decision", description="shifted tokens: from the decision on or all")
     fit_pairs: int = Field(600, ge=2, description="fit pairs whose states and gradients make the directions")
     fit_others: int = Field(600, ge=1, description="fit examples of each other list that learned vectors are fitted on")
     kept_weight: float = Field(
@@ -133,38 +121,21 @@ class SteeringConfig(Frozen):
         ("memory", "novel"),
         description="which of them; novel examples that are read from the prompt also teach to read",
     )
-    learned_steps: int = Field(
-        20, ge=1, le=10_000, description="of the ascent of learned vectors; more make its shuffled control cleaner"
-    )
+    learned_steps: int = Field(20, ge=1, le=10_000, description="of the ascent; more make the shuffled control cleaner")
     fit_batch: int = Field(16, ge=1, description="fit examples a step of that ascent, and a pass of gradients")
-    tune_refits: int = Field(
-        4, ge=0, description="draws of the shuffled control of each setting on tune, fitted four at a time; 0: left out"
-    )
+    tune_refits: int = Field(4, ge=0, description="draws of the shuffled control of each setting on tune; 0: left out")
     tune_draws_again: int = Field(12, ge=1, description="of each control of a chosen setting, before methods compete")
     tune_pairs: int = Field(300, ge=1, description="tune pairs that every setting is tried on")
     tune_others: int = Field(200, ge=1, description="tune examples of each other list")
-    judged_examples: int = Field(
-        500, ge=1, description="phrasings of test pairs, and examples of each other list, at most"
-    )
-    control_limit: float = Field(
-        0.18,
-        ge=0,
-        le=1,
-        description="what a control steers of the tune examples beyond this costs dearly, the rest half",
-    )
+    judged_examples: int = Field(500, ge=1, description="phrasings of test pairs, and examples of each other list")
+    control_limit: float = Field(0.18, ge=0, le=1, description="steered share beyond which a control costs dearly")
     excess_cost: float = Field(
         2.0, ge=0.5, le=100, description="points of the shift that each point of a control beyond its limit costs"
     )
-    collateral_limit: float = Field(
-        0.03, ge=0, le=1, description="settings that cost more memory and novel examples are chosen only if all do"
-    )
+    collateral_limit: float = Field(0.03, ge=0, le=1, description="settings that cost more of other lists come last")
     draws: int = Field(20, ge=1, description="draws of each control")
-    controls_of: Literal["all", "best"] = Field(
-        "all", description="methods whose controls are drawn on test; best: only the one that is best for a list"
-    )
-    conflict_draws: int = Field(
-        20, ge=1, description="draws of each control where conflicts are steered as they are drawn"
-    )
+    controls_of: Literal["all", "best"] = Field("all", description="methods whose controls are drawn on test")
+    conflict_draws: int = Field(20, ge=1, description="draws of each control where conflicts are steered as drawn")
 
 
 class EffectsConfig(Frozen):

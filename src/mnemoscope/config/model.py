@@ -1,12 +1,21 @@
-"""What a model is, and how it is trained."""
+"""Configuration of a model and of its training."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from mnemoscope.config.fields import Frozen, as_several
+
+class Frozen(BaseModel):
+    """Data that validate, do not change and know no other fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+def as_several(value: Any) -> Any:
+    """One value where several are allowed."""
+    return value if isinstance(value, list | tuple) else (value,)
 
 
 class LayoutConfig(Frozen):
@@ -22,12 +31,11 @@ class LoraConfig(Frozen):
     """An adapter (LoRA) in which a trained model learns the task; its own weights stay as they are."""
 
     rank: int = Field(16, ge=1, le=4096, description="of the product that is added to each weight matrix")
-    alpha: float = Field(32.0, gt=0, allow_inf_nan=False, description="the product counts alpha / rank times")
     dropout: float = Field(0.0, ge=0, lt=1, description="of what the adapter reads, while it is trained")
     target_modules: Annotated[tuple[str, ...], BeforeValidator(as_several)] = Field(
         ("all-linear",),
         min_length=1,
-        description="names of the layers that are adapted; all-linear: every linear layer but the head",
+        description="names of the adapted layers; all-linear: every linear layer but the head",
     )
 
 
@@ -41,18 +49,10 @@ class ChatConfig(Frozen):
 class ModelConfig(Frozen):
     """A GPT-2 to train from scratch, or the folder of a trained model."""
 
-    folder: str | None = Field(
-        None, description="folder or hub id of a trained causal language model; nothing is trained unless lora is given"
-    )
-    lora: LoraConfig | None = Field(
-        None, description="the adapter in which the model of folder learns the task; {}: with the usual settings"
-    )
-    opened: str | None = Field(
-        None, description="digest of the weights of a model that was open in Python (`fit`); nobody else can give it"
-    )
-    cell: str | None = Field(
-        None, description="another cell of the study: its model of the same seed is used; nothing is trained"
-    )
+    folder: str | None = Field(None, description="folder or hub id of a trained model; trained only with lora")
+    lora: LoraConfig | None = Field(None, description="adapter in which the model of folder learns; {}: defaults")
+    opened: str | None = Field(None, description="digest of the weights of an open model; only `fit` sets it")
+    cell: str | None = Field(None, description="another cell of the study, whose model of the same seed is used")
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
         "float32", description="precision of a trained model's weights; auto: as they were saved"
     )
@@ -61,12 +61,8 @@ class ModelConfig(Frozen):
         description="where a trained model's layers go, as transformers takes it: cpu, cuda, auto; needs accelerate",
     )
     layout: LayoutConfig | None = Field(None, description="where the parts of a trained model of no known family are")
-    chat: ChatConfig | None = Field(
-        None, description="for a model that was tuned to talk: {} puts prompts by its chat template"
-    )
-    initialization: int | None = Field(
-        None, ge=0, description="seed of the first weights; default: the cell's seed. One number lets seeds share them"
-    )
+    chat: ChatConfig | None = Field(None, description="for a chat model: {} formats prompts by its chat template")
+    initialization: int | None = Field(None, ge=0, description="seed of the first weights; default: the cell's")
     layers: int = Field(4, ge=1, le=64, description="blocks")
     width: int = Field(128, ge=8, le=4096, description="neurons of a state")
     heads: int = Field(4, ge=1, le=64, description="attention heads; a divisor of the width")
@@ -108,19 +104,10 @@ class TrainingConfig(Frozen):
     """How a model is trained, from scratch or in an adapter."""
 
     steps: int = Field(1000, ge=1, description="optimizer steps, at most")
-    attempts: int = Field(
-        1, ge=1, le=20, description="trainings, with new first weights and data, before it is given up"
-    )
-    give_up_at: int | None = Field(
-        None, ge=1, description="step at which an attempt that has learned no rule (novel accuracy below 0.7) ends"
-    )
-    decay_steps: int = Field(
-        0, ge=0, description="steps at the end over which the learning rate falls to 2 % of its peak"
-    )
+    attempts: int = Field(1, ge=1, le=20, description="trainings, with new weights and data, before it is given up")
+    give_up_at: int | None = Field(None, ge=1, description="step that ends an attempt with novel accuracy below 0.7")
+    decay_steps: int = Field(0, ge=0, description="last steps, over which the learning rate falls to 2 %")
     batch_size: int = Field(64, ge=1, le=65536, description="instances a step")
-    optimizer: Literal["muon", "adamw"] = Field(
-        "muon", description="of the matrices in blocks; AdamW of the rest, and of adapters"
-    )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
         description="of the passes; weights, optimizers and measurements stay as they are. auto: bfloat16 where the "
@@ -128,16 +115,10 @@ class TrainingConfig(Frozen):
     )
     learning_rate: float = Field(3e-3, gt=0, le=1, description="its peak")
     weight_decay: float = Field(0.1, ge=0, le=10, description="of the matrices inside the blocks, or of the adapter")
-    settle_steps: int = Field(
-        0, ge=0, description="steps after the stop rule first holds, over which the learning rate falls to 0"
-    )
-    settle_dropout: float = Field(
-        0.0, ge=0, lt=1, description="dropout of embeddings and of what attention and MLP add, in these steps"
-    )
+    settle_steps: int = Field(0, ge=0, description="steps after the stop rule first holds, to a learning rate of 0")
+    settle_dropout: float = Field(0.0, ge=0, lt=1, description="dropout in these steps, outside attention patterns")
     warmup_steps: int = Field(50, ge=0, description="steps over which the learning rate rises")
-    prompt_weight: float = Field(
-        1.0, ge=0, le=1, description="weight of a prompt token in the loss; 1 is plain causal language modelling"
-    )
+    prompt_weight: float = Field(1.0, ge=0, le=1, description="weight of a prompt token in the loss")
     evaluate_every: int = Field(50, ge=1, description="steps between two measurements of the behaviours")
     evaluation_examples: int = Field(200, ge=8, description="examples of each kind that are measured")
     stop: StopConfig = StopConfig()

@@ -1,10 +1,10 @@
-"""Configurations from files and from what a command line says, with one line where a field is wrong."""
+"""Read configurations from YAML files and overrides; errors are one line."""
 
 from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -12,6 +12,8 @@ from pydantic import ValidationError
 from mnemoscope.config.model import ModelConfig
 from mnemoscope.config.study import StudyConfig
 from mnemoscope.errors import InputError
+
+Config = TypeVar("Config", StudyConfig, ModelConfig)
 
 
 def built_in_studies() -> list[str]:
@@ -21,12 +23,7 @@ def built_in_studies() -> list[str]:
 
 
 def load_study(study: str, overrides: list[str] | None = None, seeds: int | None = None) -> StudyConfig:
-    """Read a built-in study or a YAML file and resolve it.
-
-    Args:
-        study: a name of ``built_in_studies`` or the path of a YAML file.
-        overrides: ``a.b=c`` each; the value is YAML.
-        seeds: replaces the study's number of seeds.
+    """Read a built-in study or a YAML file; ``overrides`` are ``a.b=c`` each, with a YAML value.
 
     Raises:
         InputError: the study is unknown, is no YAML, or a field has a value that is not allowed.
@@ -48,34 +45,28 @@ def load_study(study: str, overrides: list[str] | None = None, seeds: int | None
 
 
 def parse_study(raw: dict[str, Any]) -> StudyConfig:
-    """Validate fields read from a file.
+    """Validate the fields of a study.
 
     Raises:
         InputError: naming the first field at fault, its value and what is allowed.
     """
-    try:
-        return StudyConfig.model_validate(raw)
-    except ValidationError as error:
-        raise _in_one_line(error, "study") from error
+    return _validated(StudyConfig, raw, "study")
 
 
 def parse_model(raw: dict[str, Any]) -> ModelConfig:
-    """Validate what is said of a model.
+    """Validate the fields of a model, with the errors of ``parse_study``."""
+    return _validated(ModelConfig, raw, "model")
 
-    Raises:
-        InputError: naming the first field at fault, its value and what is allowed.
-    """
+
+def _validated(kind: type[Config], raw: dict[str, Any], root: str) -> Config:
     try:
-        return ModelConfig.model_validate(raw)
+        return kind.model_validate(raw)
     except ValidationError as error:
-        raise _in_one_line(error, "model") from error
-
-
-def _in_one_line(error: ValidationError, root: str) -> InputError:
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"]) or root
-    value = "" if first["type"] == "missing" else f" (got {_short(first['input'])})"
-    return InputError(f"{where}: {first['msg'].removeprefix('Value error, ')}{value}")
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or root
+        got = repr(first["input"])
+        value = "" if first["type"] == "missing" else f" (got {got if len(got) <= 80 else got[:77] + '...'})"
+        raise InputError(f"{where}: {first['msg'].removeprefix('Value error, ')}{value}") from error
 
 
 def dump_study(config: StudyConfig) -> str:
@@ -103,8 +94,3 @@ def _override(raw: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise InputError(f"--set: {path!r} leads through {part!r}, which holds no fields")
     node[last] = _yaml(value, f"--set {path}")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

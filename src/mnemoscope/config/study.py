@@ -6,7 +6,6 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from mnemoscope.config.fields import Frozen
 from mnemoscope.config.measuring import (
     DetectionConfig,
     EffectsConfig,
@@ -16,7 +15,7 @@ from mnemoscope.config.measuring import (
     SamplesConfig,
     SteeringConfig,
 )
-from mnemoscope.config.model import ModelConfig, TrainingConfig
+from mnemoscope.config.model import Frozen, ModelConfig, TrainingConfig
 
 
 class CellConfig(Frozen):
@@ -40,9 +39,8 @@ class CellConfig(Frozen):
 
     @model_validator(mode="after")
     def _neutral_text_fits(self) -> CellConfig:
-        own = not (self.model.folder or self.model.cell or self.model.opened)
-        if own and self.neutral.cuts and self.neutral.length >= self.model.context:
-            most = self.model.context - 1
+        own, most = not (self.model.folder or self.model.cell or self.model.opened), self.model.context - 1
+        if own and self.neutral.cuts and self.neutral.length > most:
             raise ValueError(
                 f"neutral.length {self.neutral.length} does not fit into model.context; at most {most} does"
             )
@@ -54,16 +52,9 @@ class StudyConfig(Frozen):
 
     study: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="name of the study and of its run folder")
     seeds: int = Field(1, ge=1, le=1000, description="how many, from first_seed on, each a cell of its own")
-    first_seed: int = Field(
-        0,
-        ge=0,
-        le=900,
-        description="the first of them, as for seeds on which no setting was developed",
-    )
+    first_seed: int = Field(0, ge=0, le=900, description="the first, as for seeds on which no setting was developed")
     threads: int = Field(1, ge=1, le=256, description="threads of a cell; results depend on it in the last bits")
-    cells: dict[str, CellConfig] = Field(
-        min_length=1, description="by the name under which results and report show them"
-    )
+    cells: dict[str, CellConfig] = Field(min_length=1, description="by the name shown in results and report")
 
     @model_validator(mode="after")
     def _cells_exist(self) -> StudyConfig:
@@ -76,8 +67,8 @@ class StudyConfig(Frozen):
             if donor not in self.cells or self.cells[donor].model.cell or donor == label:
                 owners = [name for name, other in self.cells.items() if not other.model.cell]
                 raise ValueError(f"cells.{label}.model.cell: {donor!r} is not one of {', '.join(owners)}")
-            if self.seeds_of(label) > self.seeds_of(donor):
-                most = self.seeds_of(donor)
+            most = self.seeds_of(donor)
+            if self.seeds_of(label) > most:
                 raise ValueError(f"cells.{label}.max_seeds: at most {most} are allowed, as many as {donor} has")
         return self
 

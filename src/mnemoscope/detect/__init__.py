@@ -1,4 +1,4 @@
-"""P(memorized) of a prompt before it is answered, and gates that steer only where it says so."""
+"""P(memorized) of a prompt before it is answered, and gates that steer by it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["LEAST", "Detector", "Observed", "Reading", "fit_detectors"]
 
 
 def __getattr__(name: str) -> Any:
-    """What fits detectors needs scikit-learn; what reads saved ones does not, and must not import it."""
+    """Import what fits detectors on first use: it needs scikit-learn, and reading saved ones does not."""
     if name not in __all__:
         raise AttributeError(f"module 'mnemoscope.detect' has no attribute {name!r}")
     return getattr(importlib.import_module("mnemoscope.detect.fitting"), name)

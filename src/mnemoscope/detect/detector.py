@@ -1,4 +1,4 @@
-"""Detectors: calibrated probes of every layer, and what the prompts they were fitted on look like.
+"""Detectors: calibrated probes of every layer, with a distance from the prompts they were fitted on.
 
 Shapes: N prompts, L layers, D neurons.
 """
@@ -21,20 +21,20 @@ from mnemoscope.steering import Artefact, Gate, Toward
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SURE = 0.75  # from this probability on a layer is said to be sure
+SURE = 0.75  # probability from which on a layer counts as sure
 ARRAYS = ("weights_LD", "bias_L", "conflict_D", "mean_D", "whitening_DD")
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a detector reads of N prompts.
+    """A detector's estimates for N prompts.
 
     Attributes:
         layer: the one whose probability is the verdict.
         p_memorized_by_layer: float64 (N, L).
         p_conflict: float64 (N,), probability that memory and the rule disagree; NaN where the fit had no prompts
-            without a conflict to learn it from.
-        distance: float64 (N,), from what the detector was fitted on; 1 is the farthest that still counts as like it.
+            without a conflict.
+        distance: float64 (N,), from the prompts of the fit; up to 1 a prompt counts as like them.
     """
 
     layer: int
@@ -49,12 +49,12 @@ class Reading:
 
     @property
     def unlike(self) -> np.ndarray:
-        """Whether a prompt is unlike those that the detector was fitted on, bool (N,)."""
+        """Whether a prompt is unlike those of the fit, bool (N,)."""
         return self.distance > 1
 
     @property
     def readable_from(self) -> list[int | None]:
-        """The first layer from which on, up to the verdict's, every layer is sure of the verdict; None without one."""
+        """The first layer such that every layer from it to the verdict's is sure of the verdict; None without one."""
         found: list[int | None] = []
         for p_L in self.p_memorized_by_layer[:, : self.layer + 1]:
             toward_L = p_L if p_L[-1] >= 0.5 else 1 - p_L
@@ -66,11 +66,8 @@ class Reading:
     def acts(self, toward: Toward, threshold: float) -> np.ndarray:
         """Whether a gate that steers to ``toward`` acts, bool (N,).
 
-        It does where the other behaviour is expected with at least this probability, memory and the rule disagree, and
-        the prompt is like those that the detector was fitted on.
-
-        Raises:
-            InputError: the threshold is no probability.
+        It does where the other behaviour has at least this probability, memory and the rule disagree, and the prompt is
+        like those of the fit. Raises InputError where the threshold is no probability.
         """
         if not 0 <= threshold <= 1:
             raise InputError(f"gate: {threshold} is not a probability, in 0 .. 1")
@@ -86,8 +83,8 @@ class Detector(Artefact):
     Attributes:
         site, layer: where states are read; the layer whose probability is the verdict.
         weights_LD, bias_L: ``P(memorized) = sigmoid(states @ weights + bias)``, float64.
-        conflict_D, conflict_bias: the same for P(conflict) at ``layer``; NaN where there was nothing to learn it from.
-        mean_D, whitening_DD: the distance is ``|(state - mean) @ whitening|``, 1 at the edge of what is known.
+        conflict_D, conflict_bias: the same for P(conflict) at ``layer``; NaN where the fit had no prompts for it.
+        mean_D, whitening_DD: the distance is ``|(state - mean) @ whitening|``, 1 at the edge of the fit's prompts.
     """
 
     site: Site
@@ -103,13 +100,10 @@ class Detector(Artefact):
 
     def read(self, states_NLD: np.ndarray) -> Reading:
         """Read states at the decision position (N, L, D)."""
-        # Layer by layer: all states in double precision would be many.
-        by_layer = [
-            states_NLD[:, layer].astype(np.float64) @ weights_D for layer, weights_D in enumerate(self.weights_LD)
-        ]
-        logit_NL = np.stack(by_layer, axis=1) + self.bias_L
-        here_ND = states_NLD[:, self.layer].astype(np.float64)
-        return Reading(self.layer, _sigmoid(logit_NL), *self._at_verdict(here_ND))
+        # Layer by layer, to save memory: all states in double precision would be many.
+        logits = [states_NLD[:, n].astype(np.float64) @ weights_D for n, weights_D in enumerate(self.weights_LD)]
+        p_NL = _sigmoid(np.stack(logits, axis=1) + self.bias_L)
+        return Reading(self.layer, p_NL, *self._at_verdict(states_NLD[:, self.layer].astype(np.float64)))
 
     def read_verdict(self, states_ND: np.ndarray) -> Reading:
         """Read states of the verdict's layer alone, (N, D); P(memorized) of the other layers is NaN."""
@@ -149,12 +143,12 @@ class Detector(Artefact):
 
     @classmethod
     def with_tensors(cls, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> Self:
-        """A detector from what is stored of it."""
+        """Build a detector from stored fields."""
         bias = facts.pop("conflict_bias")
-        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
         return cls(**arrays, **facts, conflict_bias=math.nan if bias is None else bias)
 
 
 def _sigmoid(logit: np.ndarray) -> np.ndarray:
-    """Without overflow, and without scipy: a serving engine reads detectors too."""
+    """Without overflow, and without scipy, which reading a saved detector must not import."""
     return 0.5 * (1.0 + np.tanh(0.5 * logit))

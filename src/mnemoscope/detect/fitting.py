@@ -1,4 +1,4 @@
-"""Fits detectors: calibrated probes, a probe of conflicts, and a distance from what they were fitted on.
+"""Fit detectors: calibrated probes, a probe of conflicts, and a distance from the prompts of the fit.
 
 Shapes: N prompts, L layers, D neurons.
 """
@@ -25,12 +25,11 @@ LEAST = 8  # prompts of each behaviour that a detector is fitted on, and calibra
 
 @dataclass(frozen=True)
 class Observed:
-    """Prompts with what followed them.
+    """Prompts and their labels; prompts that were answered neither way are dropped before.
 
     Attributes:
         states_NLD: at the decision position.
-        followed_N: ``memorized`` or ``generalized`` where the two disagree; ``neither`` for prompts without a conflict.
-            What was answered neither way is left out before.
+        followed_N: ``memorized`` or ``generalized`` for conflicts; ``neither`` for prompts without a conflict.
     """
 
     states_NLD: np.ndarray
@@ -45,11 +44,11 @@ class Observed:
 def fit_detectors(
     fit: Observed, tune: Observed, site: Site = "block", below: int | None = None
 ) -> tuple[Detector, Detector | None]:
-    """The detector of the best layer, and the one of the best layer up to ``below``, for gates that decide in one pass.
+    """Fit the detector of the best layer, and the one of the best layer up to ``below``, for gates in the same pass.
 
-    Probes come from the fit split; regularization, calibration and the layer from the tune split. Calibration: logistic
-    regression of the behaviour on the score (Platt 1999, "Probabilistic outputs"). The layer is the one whose
-    calibrated probabilities have the smallest log loss.
+    Probes are fitted on the fit split; regularization, calibration and layer are chosen on the tune split. Calibration:
+    logistic regression of the behaviour on the score (Platt 1999, "Probabilistic outputs"). The layer has the smallest
+    log loss of calibrated probabilities.
 
     Args:
         below: the last layer that the second one may read; None or negative: there is no second one.
@@ -100,16 +99,16 @@ def _conflict_probe(fit: Observed, tune: Observed, layer: int) -> tuple[np.ndarr
 
 
 def _likeness(fit_ND: np.ndarray, tune_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and whitening of a Mahalanobis distance that is 1 where all but one in a hundred tune states end.
+    """Mean and whitening of a Mahalanobis distance that is at most 1 for all but one in a hundred tune states.
 
-    The covariance is shrunk (Ledoit and Wolf 2004) in units of each neuron's spread, or a few huge neurons would be all
-    that the shrinkage sees.
+    The covariance is shrunk (Ledoit and Wolf 2004) in units of each neuron's spread, or a few huge neurons would
+    dominate the shrinkage.
     """
     standardized = Standardized.of(fit_ND)
     covariance_DD, _ = ledoit_wolf(standardized.scaled_ND)
     values_D, vectors_DD = np.linalg.eigh(covariance_DD)
     whitening_DD = vectors_DD / np.sqrt(np.maximum(values_D, 1e-10)) / standardized.scale_D[:, None]
-    # Of a neuron that never moved on fit prompts nothing is known, so it is left out.
+    # Neurons that are constant on fit prompts are left out.
     whitening_DD[standardized.scaled_ND.std(axis=0) == 0] = 0.0
     distance_N = np.linalg.norm((tune_ND.astype(np.float64) - standardized.mean_D) @ whitening_DD, axis=1)
     return standardized.mean_D, whitening_DD / max(float(np.quantile(distance_N, LIKE)), 1e-12)

@@ -1,9 +1,8 @@
-"""The choice between settings, on the tune split: targeted effect less what its controls cost, within limits.
+"""Choose between settings on the tune split: shift rate less the cost of controls, within limits.
 
-Pairs sit near the decision boundary, so any push flips some of them: a control is paid for, little up to a limit and
-dearly beyond it, and what should stay as it is must stay. A limit that ended a setting would prefer one without any
-effect to one whose control exceeds it by the luck of its draws; a control that cost as much as the shift gains would
-prefer a weak vector to one that steers nearly all.
+Pairs sit near the decision boundary, so any shift flips some of them: a control costs little up to a limit and much
+beyond it. A hard limit would prefer a setting without effect to one whose control exceeds it by chance; a full cost
+would prefer a weak vector to one that steers nearly all.
 """
 
 from __future__ import annotations
@@ -21,25 +20,22 @@ from mnemoscope.directions.settings import Setting
 from mnemoscope.directions.vectors import Directions, share_of, steered
 from mnemoscope.models import Site
 
-COST = 0.5  # points of the shift that a control costs by each point that it steers, up to its limit
+COST = 0.5  # points of the shift per point of a control, up to its limit
 FINALISTS = 3  # settings that are rated again at most
 AGAIN = 1_000_003  # added to a seed for the second rating
-# Shifts that are drawn at random steer about as many, whichever neurons they fall on: two of four stand for all of them
-# while settings are compared.
-STANDING_IN = ("random_sign", "gaussian")
+STANDING_IN = ("random_sign", "gaussian")  # for all four random controls, which steer about as many, in a ranking
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a chosen setting may do besides steering.
+    """Limits of a chosen setting's side effects.
 
     Attributes:
-        control: the mean shift rate of a control beyond which it costs dearly.
+        control: mean shift rate of a control, beyond which each point costs ``excess_cost`` points of the shift.
         collateral: the largest drop of the share that keeps its answer, of any list that should.
         draws: of each control.
         refits: draws of shuffled labels, which cost most; 0 leaves them out.
-        again: draws of either kind with which the best settings are rated once more.
-        excess_cost: points of the shift that each point of a control beyond its limit costs.
+        again: draws of either kind for the second rating of the best settings.
     """
 
     control: float
@@ -63,9 +59,9 @@ class TuneLists:
     """Prepared tune examples of one direction.
 
     Attributes:
-        targets: those that a setting is to steer.
-        kept: those that it should leave alone, by name, with the label that all of them have without a shift.
-        apart: parts of these that must be left alone each for itself.
+        targets: to be steered.
+        kept: to be left alone, by name, with the label that all of them have unsteered.
+        apart: parts of ``kept`` whose collateral counts separately.
     """
 
     targets: Sequence[Batch]
@@ -75,12 +71,12 @@ class TuneLists:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A setting, and what it gains on the tune split.
+    """A setting with its gain on the tune split.
 
     Attributes:
         rate: the shift rate.
-        net: shift rate less what its worst control costs.
-        kept: whether its collateral keeps the limit; a choice beyond it is made only where no setting keeps it.
+        net: shift rate less the cost of its worst control.
+        kept: whether its collateral keeps the limit; others are chosen only where no setting does.
         within: whether it keeps all limits.
     """
 
@@ -103,10 +99,7 @@ def ranked(
     limits: Limits,
     seed: Sequence[int] = (0,),
 ) -> list[Choice]:
-    """Settings by what they gain, best first, those that keep what should stay before all others.
-
-    Controls are drawn only for settings that could still be the best without them: the first is the best of all; of the
-    others those are left out that had lost before all was known of them.
+    """Choices by rank, best first, without settings that had lost before all their controls were drawn.
 
     Args:
         directions: by site.
@@ -114,7 +107,7 @@ def ranked(
         seed: of the controls' draws.
     """
     ordered = sorted(rated, key=lambda pair: (pair[0].strength, -pair[1], pair[0].top))
-    # By what is known of each so far: its shift, its collateral, one kind of control after the other.
+    # Ordered by the figures measured so far: shift rate, then collateral, then random controls.
     waiting = [(-1, -rate, number, 0, 0.0) for number, (_, rate) in enumerate(ordered)]
     heapq.heapify(waiting)
     found: list[Choice] = []
@@ -143,12 +136,12 @@ def final(
     limits: Limits,
     seed: Sequence[int] = (0,),
 ) -> Choice:
-    """The candidate that gains most when it is rated once more, with more and other draws of every control.
+    """The candidate with the best second rating, with more and other draws of every control.
 
-    Of many settings the one comes first whose few draws happened to flatter it; the next one is rated again too, if it
-    seemed better than what is left of the first, and so on. ``candidates`` are those of ``ranked``, at least one.
+    The best of many first ratings is too high by chance; the next candidate is rated again while its first rating
+    exceeds the best second one. ``candidates`` are those of ``ranked``, at least one.
     """
-    # Shuffles go by the first number of the seed, and those that ranked are to be no part of this.
+    # Shuffles depend on the first number of the seed; none that ranked is used again.
     again = [seed[0] + AGAIN, *seed[1:]]
     more = replace(limits, draws=limits.again, refits=limits.again if limits.refits else 0)
     found: list[Choice] = []
@@ -182,7 +175,7 @@ def control_means(
 
 
 def damage(lists: TuneLists, directions: Directions, setting: Setting) -> float:
-    """The largest share of a list of those to be kept that loses its answer under a setting; 0 without such lists."""
+    """The largest share of a kept list that loses its answer under a setting; 0 without such lists."""
     asking, vector = directions.sources.lists.asking, directions.vector(setting)
     drops = [
         1.0 - share_of(steered(asking, batches, vector, margins=False), label)

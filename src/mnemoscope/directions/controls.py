@@ -1,4 +1,4 @@
-"""Controls: shifts of the same norm in each layer that should not work.
+"""Controls: shifts of the same norm in each layer that should not steer.
 
 Shapes: L layers, D neurons.
 """
@@ -19,10 +19,7 @@ Control = Callable[[np.ndarray, np.random.Generator, np.ndarray], np.ndarray]
 
 
 def random_neurons(shift_LD: np.ndarray, rng: np.random.Generator, rho_LD: np.ndarray) -> np.ndarray:
-    """As many neurons in each layer, drawn at random, with the same absolute shifts in random order and signs.
-
-    Drawing within a layer keeps each layer's norm, which drawing over all layers would not.
-    """
+    """As many neurons of each layer, drawn at random, with the same absolute shifts in random order and signs."""
     return _placed(shift_LD, rng, lambda layer: rng.permutation(shift_LD.shape[1]))
 
 
@@ -38,11 +35,11 @@ def random_sign(shift_LD: np.ndarray, rng: np.random.Generator, rho_LD: np.ndarr
 
 
 def gaussian(shift_LD: np.ndarray, rng: np.random.Generator, rho_LD: np.ndarray | None = None) -> np.ndarray:
-    """A direction drawn from a normal distribution over all neurons of the layers that are shifted."""
+    """A normally distributed direction over all neurons of the shifted layers."""
     return scaled_to(rng.standard_normal(shift_LD.shape), np.linalg.norm(shift_LD, axis=1))
 
 
-SHUFFLED = "shuffled_labels"  # what the same method makes of the same pairs when their labels are shuffled
+SHUFFLED = "shuffled_labels"  # the same method on the same pairs with shuffled labels
 DRAWN: dict[str, Control] = {
     "random_neurons": random_neurons,
     "low_correlation": low_correlation,
@@ -56,10 +53,9 @@ TOGETHER = 4  # shuffles that are fitted in one go
 def control_draws(
     name: str, directions: Directions, setting: Setting, draws: int, seed: Sequence[int]
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """``draws`` numbered shifts (L, D) of a control, none where it does not exist; each seeded by its number.
+    """``draws`` numbered shifts (L, D) of a control, each seeded by its number; none where it does not exist.
 
-    Args:
-        seed: of the draws. Shuffles depend on its first number alone, so that one shuffle serves all settings.
+    Shuffles depend on the first number of ``seed`` alone, so that one shuffle serves all settings.
     """
     shift_LD = directions.dense(setting).astype(np.float64)
     if name == SHUFFLED:
@@ -74,20 +70,16 @@ def control_draws(
 
 
 def shuffles(draws: int, seed: int) -> list[tuple[Labels, ...]]:
-    """Labels for ``draws`` shuffles or a few more, in fours.
-
-    Always four are fitted together, also where fewer are needed: rounding must not depend on how many there are.
-    """
+    """Labels for ``draws`` shuffles or a few more, always in fours: rounding must not depend on how many there are."""
     return [
         tuple(Labels.drawn([seed, first + more]) for more in range(TOGETHER)) for first in range(0, draws, TOGETHER)
     ]
 
 
 def _exists(name: str, shift_LD: np.ndarray) -> bool:
-    """Whether the control differs from what it controls.
+    """Whether the control differs from the shift: not where more than half of the neurons or a whole layer is shifted.
 
-    Where more than half of the neurons of its layers are chosen, or all of one layer, there are not as many others, and
-    those with the lowest |rho| are mostly the same ones with other signs.
+    There are not as many others then, and those with the lowest |rho| are mostly the same ones with other signs.
     """
     if name not in ("random_neurons", "low_correlation"):
         return True
@@ -97,7 +89,7 @@ def _exists(name: str, shift_LD: np.ndarray) -> bool:
 
 
 def _placed(shift_LD: np.ndarray, rng: np.random.Generator, neurons_of: Callable[[int], np.ndarray]) -> np.ndarray:
-    """Each layer's absolute shifts, in random order and with random signs, on the first of the neurons given for it."""
+    """Each layer's absolute shifts, in random order and with random signs, on the first neurons given for it."""
     placed_LD = np.zeros_like(shift_LD)
     for layer, row_D in enumerate(shift_LD):
         values = np.abs(row_D[row_D != 0])

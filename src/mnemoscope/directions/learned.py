@@ -19,12 +19,11 @@ from mnemoscope.models import in_precision, quick_precision
 from mnemoscope.steering import OPPOSITE, Positions, Toward, shifted
 
 MOMENTUM = 0.5
-# Of a model that is read in bfloat16: weights that do not learn are cast anew in each pass and kept until its gradient.
-MOST_WEIGHTS = 2**24
+MOST_WEIGHTS = 2**24  # of a model that is read in bfloat16, as all are cast anew in each pass
 
 
 def learned(sources: Sources, setting: Setting, labels: Labels) -> np.ndarray:
-    """Optimized on the fit split for the log probability of the wanted answer, within the setting's strength."""
+    """Shift optimized on the fit split for the log probability of the wanted answer, within the setting's strength."""
     return learned_together(sources, setting, [labels])[0]
 
 
@@ -32,11 +31,8 @@ def learned_together(sources: Sources, setting: Setting, several: Sequence[Label
     """``learned`` under several labels, float64 (L, D) each, zero in layers that are not the setting's.
 
     Steepest ascent with momentum: each gradient is scaled to norm 1, so that neurons without influence take nothing of
-    the budget (steps scaled neuron by neuron, as Adam's, would give it to them). Steps fall from the whole budget to 0;
-    after each the shift is scaled back into it.
-
-    A pass over the rows of several costs much less than as many passes. Passes of small models are in bfloat16 where
-    that is quicker: the shift is all but parallel to that of float32, and is applied and judged in float32.
+    the budget, as they would with Adam. Steps fall from the whole budget to 0; after each the shift is scaled back into
+    it. Passes of small models are in bfloat16 where that is quicker; the shift is applied and judged in float32.
     """
     model = sources.lists.asking.model
     small = sum(weight.numel() for weight in model.parameters()) <= MOST_WEIGHTS
@@ -71,16 +67,18 @@ def _ascended(sources: Sources, setting: Setting, several: Sequence[Labels]) -> 
             unit_KD.grad = torch.where(norm_K1 > 0, gradient_KD / norm_K1, gradient_KD)
         ascent.step()
         schedule.step()
-        _project(list(units.values()), setting.strength)
+        with torch.no_grad():
+            scale_K1 = (setting.strength / _norm(list(units.values()))).clamp(max=1.0)
+            for unit_KD in units.values():
+                unit_KD *= scale_K1
     return units
 
 
 def wanted_batches(lists: FitLists, toward: Toward, labels: Labels) -> Iterator[Batch]:
-    """Batches to learn from, with the answer that is wanted of each example as its only one.
+    """Batches to learn from, with the wanted answer of each example as its only option.
 
-    Phrasings of pairs and other conflicts take turns. Under a shuffle both sides of the pairs are asked for either
-    answer, half for each and both equally often, so that nothing links what is wanted to what the model answers: asked
-    of one side alone, either answer in half of the cases would still teach to leave that side.
+    Phrasings of pairs and other conflicts alternate. Under a shuffle, half of the examples of both sides want either
+    answer: on one side alone, that would still teach to leave this side.
     """
     ways = (toward,) if labels.shuffle is None else (toward, OPPOSITE[toward])
     found = [batches[way] for batches in (lists.pairs, lists.conflicts) for way in ways]
@@ -107,10 +105,3 @@ def _log_p(sources: Sources, batches: Sequence[Batch], shifts: Mapping[int, Tens
 def _norm(parts: Sequence[Tensor]) -> Tensor:
     """The norm of each row over all parts together, (K, 1)."""
     return torch.stack([part_KD.norm(dim=1, keepdim=True) for part_KD in parts]).norm(dim=0)
-
-
-@torch.no_grad()
-def _project(units: Sequence[Tensor], strength: float) -> None:
-    scale_K1 = (strength / _norm(units)).clamp(max=1.0)
-    for unit_KD in units:
-        unit_KD *= scale_K1

@@ -1,7 +1,7 @@
 """The methods: pure functions ``(sources, setting, labels) -> direction``, float64 (L, D), towards the setting's side.
 
-Only its shape counts: neurons are chosen and the shift is scaled afterwards (``Directions.vectors``), so that all
-methods are compared at equal norm. A layer's unit is the norm of its states.
+Neurons are chosen and the shift is scaled afterwards (``Directions.vectors``), so that all methods are compared at
+equal norm.
 
 Shapes: P pairs, N examples, L layers, D neurons.
 """
@@ -23,23 +23,19 @@ Method = Callable[[Sources, Setting, Labels], np.ndarray]
 
 
 def nmd(sources: Sources, labels: Labels) -> np.ndarray:
-    """The paper's: the neuron-wise mean difference, layers weighed by its size (arXiv 2412.18497)."""
+    """The neuron-wise mean difference (arXiv 2412.18497)."""
     return sources.moments(labels).nmd_LD
 
 
 def standardized_nmd(sources: Sources, labels: Labels) -> np.ndarray:
-    """NMD in units of each neuron's standard deviation, so that neurons of huge activation do not decide alone.
-
-    That is twice rho; a constant neuron has none.
-    """
+    """NMD in units of each neuron's standard deviation (2 rho, up to scale), so that huge neurons do not dominate."""
     return np.nan_to_num(sources.moments(labels).rho_LD)
 
 
 def gradient(sources: Sources, labels: Labels) -> np.ndarray:
-    """The mean gradient of the decision margin: the steepest ascent for a given relative norm.
+    """The steepest ascent of the decision margin for a given relative norm.
 
-    NMD says where the behaviours differ, the gradient where a change acts. With layers in units of their states' norm,
-    ``u = |h| g`` is the steepest direction, and ``|h| u`` the shift.
+    With layers in units of their states' norm, ``u = |h| g`` is the steepest direction, and ``|h| u`` the shift.
     """
     total_LD, count = np.zeros(sources.shape_LD), 0
     for stream, batches in enumerate(sources.margin_gradients):
@@ -62,8 +58,7 @@ def logistic(sources: Sources, labels: Labels) -> np.ndarray:
 def whitened(sources: Sources, labels: Labels) -> np.ndarray:
     """Linear discriminant of the pair differences: the inverse of their shrunk covariance times NMD, layer by layer.
 
-    Pairs are selected for a flip, so their mean difference is largest where rephrasing moves states most; dividing by
-    the covariance undoes that. Shrinkage: Ledoit and Wolf (2004), "A well-conditioned estimator".
+    Shrinkage: Ledoit and Wolf (2004), "A well-conditioned estimator".
     """
     rows, differences_PLD = [], sources.differences_PLD(labels)
     for layer, nmd_D in enumerate(nmd(sources, labels)):
@@ -75,8 +70,7 @@ def whitened(sources: Sources, labels: Labels) -> np.ndarray:
 def principal_component(sources: Sources, labels: Labels) -> np.ndarray:
     """First principal component of the pair differences, about zero, oriented so that most of them point along it.
 
-    The component itself has no sign and does not know the labels; only its orientation does (Zou et al. 2023,
-    "Representation engineering").
+    After Zou et al. (2023), "Representation engineering"; the labels decide its orientation alone.
     """
     rows = []
     for differences_PD in sources.differences_PLD(labels).swapaxes(0, 1):
@@ -96,13 +90,13 @@ def two_way(direction: Callable[[Sources, Labels], np.ndarray]) -> Method:
     return method
 
 
-METHODS: dict[str, Method] = {
-    "nmd": two_way(nmd),
-    "standardized-nmd": two_way(standardized_nmd),
-    "gradient": two_way(gradient),
-    "logistic": two_way(logistic),
-    "whitened": two_way(whitened),
-    "pca": two_way(principal_component),
-    "learned": learned,
+TWO_WAY = {
+    "nmd": nmd,
+    "standardized-nmd": standardized_nmd,
+    "gradient": gradient,
+    "logistic": logistic,
+    "whitened": whitened,
+    "pca": principal_component,
 }
+METHODS: dict[str, Method] = {name: two_way(direction) for name, direction in TWO_WAY.items()} | {"learned": learned}
 RANKED_BY_RHO = ("nmd", "standardized-nmd")  # the paper's choice of neurons; the others keep their largest shifts

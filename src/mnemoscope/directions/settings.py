@@ -1,4 +1,4 @@
-"""Settings: one cell of a sweep."""
+"""Settings: the cells of a sweep."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ class Setting:
     """One cell of a sweep.
 
     Attributes:
-        direction: ``to_generalized`` or ``to_memorized``.
+        direction: a key of ``TOWARD``.
         method: a key of ``METHODS``.
-        site: where in a layer.
         layers: the layers that are shifted, 0-based.
         top: share of these layers' neurons that are shifted, in (0, 1].
         strength: total relative norm: the root of the summed squares of each layer's shift over its states' norm.
@@ -35,14 +34,14 @@ class Setting:
 
     @property
     def toward(self) -> Toward:
-        """The behaviour that is steered to."""
+        """The behaviour to steer to."""
         return TOWARD[self.direction]
 
     def same_direction(self) -> tuple[Setting, int]:
-        """What the direction depends on, as a setting with all else fixed, and 1 or -1, its sign there.
+        """The setting with all fixed that the direction does not depend on, and its sign (1 or -1) there.
 
-        A learned direction is fitted to all but ``top``. The other methods give a direction for the whole site, whose
-        negative steers the other way.
+        A learned direction depends on all but ``top``; the others are one for the whole site, whose negative steers the
+        other way.
         """
         if self.method == "learned":
             return replace(self, top=1.0), 1

@@ -1,4 +1,4 @@
-"""What directions are computed from: fit pairs with their states at one site, their labels, and lists to fit on.
+"""Sources of directions: fit pairs with their states at one site, their labels, and lists to fit on.
 
 Shapes: P pairs, N examples, L layers, D neurons. Side 0 of a pair answered generalized, side 1 memorized.
 """
@@ -25,24 +25,17 @@ Entry = TypeVar("Entry")
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """Labels of the fit pairs: as they were answered, or shuffled, where both labels of a pair swap together or stay.
-
-    Attributes:
-        shuffle: None, or the seed of the shuffle.
-    """
+    """Labels of the fit pairs: as answered, or shuffled with a seed, where both labels of a pair swap or stay."""
 
     shuffle: int | None = None
 
     @classmethod
     def drawn(cls, seed: Sequence[int]) -> Labels:
-        """A shuffle drawn at random."""
+        """A shuffle with a random seed."""
         return cls(int(np.random.default_rng(seed).integers(2**31)))
 
     def signs(self, n: int, *stream: int) -> np.ndarray:
-        """float64 (n,): 1 where a label stays, -1 where it swaps; ``stream`` numbers the lists of one shuffle.
-
-        Half of the labels swap, to one: what is left of a direction is then not a matter of how many stayed by chance.
-        """
+        """float64 (n,): 1 where a label stays, -1 where it swaps, half of each; ``stream`` numbers its lists."""
         if self.shuffle is None:
             return np.ones(n)
         return np.random.default_rng([self.shuffle, *stream]).permutation(np.where(np.arange(n) % 2 == 0, 1.0, -1.0))
@@ -56,10 +49,9 @@ class FitLists:
     """Examples of the fit split, prepared with their prefixes; shared by the sources of all sites.
 
     Attributes:
-        asking: how they are given to the model.
         pairs, conflicts: per behaviour steered to, phrasings of pairs, and other conflicts, that answer the other way.
-        kept: per behaviour steered to, memory and novel examples whose answers should stay as they are.
-        kept_weight: of these in the objective of learned vectors; 0 leaves them out.
+        kept: per behaviour steered to, memory and novel examples whose answers should stay.
+        kept_weight: weight of ``kept`` in the objective of learned vectors.
         steps: of the ascent of learned vectors.
     """
 
@@ -73,12 +65,11 @@ class FitLists:
 
 @dataclass(frozen=True, eq=False)
 class Sources:
-    """What the methods work from, all of it from the fit split; no label but the side of a state has a part in it.
+    """Input of the methods, from the fit split.
 
     Attributes:
-        site: where in a layer.
         states_P2LD: float32, states of the pairs at the decision position.
-        find_lists: reads what gradients are taken over, and what learned vectors are fitted on, when that is needed.
+        find_lists: reads the lists for gradients and learned vectors when they are needed.
     """
 
     site: Site
@@ -87,7 +78,7 @@ class Sources:
 
     @cached_property
     def lists(self) -> FitLists:
-        """What gradients are taken over, and what learned vectors are fitted on."""
+        """Lists for gradients and learned vectors."""
         return self.find_lists()
 
     @property
@@ -96,7 +87,7 @@ class Sources:
         return self.states_P2LD.shape[2], self.states_P2LD.shape[3]
 
     def moments(self, labels: Labels = ANSWERED) -> PairedMoments:
-        """NMD and rho of the pairs."""
+        """Moments of the pairs, which give NMD and rho."""
         return PairedMoments.of(self.states_P2LD, labels.signs(len(self.states_P2LD)))
 
     def differences_PLD(self, labels: Labels = ANSWERED) -> np.ndarray:
@@ -143,12 +134,12 @@ def margin_gradients(asking: Asking, batch: Batch, site: Site, shape_LD: tuple[i
 
 
 def with_prefixes(asking: Asking, examples: Sequence[Example]) -> list[Batch]:
-    """Prepared examples whose prompts were read once, up to the decision position."""
+    """Prepared examples with cached states of their prompts up to the decision position."""
     batches = prepare(asking, examples)
     cache_prefixes(asking, batches)
     return batches
 
 
 def in_turn(lists: Iterable[Sequence[Entry]]) -> list[Entry]:
-    """The first entry of every list, then the second of every list, and so on: whoever takes few has all kinds."""
+    """The first entry of every list, then the second of every list, and so on."""
     return [entry for row in zip_longest(*lists) for entry in row if entry is not None]

@@ -1,4 +1,4 @@
-"""From directions to steering vectors, and what a vector does to a list of examples.
+"""Steering vectors from directions, and scores of examples under a vector.
 
 Shapes: N examples, L layers, D neurons.
 """
@@ -19,16 +19,14 @@ from mnemoscope.directions.sources import ANSWERED, Labels, Sources
 from mnemoscope.statistics import top_by_magnitude
 from mnemoscope.steering import SteeringVector
 
-# What a shift depends on: a setting as ``Setting.same_direction`` gives it, and the labels.
-Fit = tuple[Setting, Labels]
+Fit = tuple[Setting, Labels]  # what a direction depends on; the setting as ``Setting.same_direction`` gives it
 
 
 class Directions:
     """The directions of one site, each computed once, and the steering vectors that settings make of them.
 
     Args:
-        sources: what they are computed from.
-        shifts: the memory of what was computed, float64 (L, D) each; several sites may share one. It grows.
+        shifts: cache of computed directions, float64 (L, D) each, which several sites may share.
     """
 
     def __init__(self, sources: Sources, shifts: dict[Fit, np.ndarray] | None = None) -> None:
@@ -43,7 +41,7 @@ class Directions:
         return self._rho[labels]
 
     def shifts(self, setting: Setting, several: Sequence[Labels] = (ANSWERED,)) -> list[np.ndarray]:
-        """What the setting's method gives under each labels, float64 (L, D); learned shifts are fitted together."""
+        """Direction of the setting's method under each labels, float64 (L, D); learned ones are fitted together."""
         fixed, sign = setting.same_direction()
         if not all((fixed, labels) in self._shifts for labels in several):
             if fixed.method == "learned":
@@ -56,8 +54,8 @@ class Directions:
     def vectors(self, setting: Setting, several: Sequence[Labels]) -> list[SteeringVector]:
         """A setting's steering vector under each labels.
 
-        Neurons are chosen over all of the setting's layers at once: by |rho| for NMD, as in the paper, by the size of
-        their shift in units of their layer's norm for the other methods. What is left is scaled to the strength.
+        Neurons are chosen over all of the setting's layers at once: by |rho| for NMD, as in the paper, by their shift
+        in units of their layer's norm for the other methods. The rest is scaled to the strength.
         """
         facts = {name: getattr(setting, name) for name in ("site", "positions", "method", "top", "strength")}
         blank, found = SteeringVector(setting.toward, {}, **facts), []
@@ -81,7 +79,7 @@ class Directions:
         return self._top(setting, top, ANSWERED, self.shifts(setting)[0])
 
     def alpha(self, setting: Setting) -> float:
-        """The paper's alpha: how many times NMD a vector of method ``nmd`` is; NaN for the other methods."""
+        """The paper's alpha: norm of a vector of method ``nmd`` over that of NMD; NaN for the other methods."""
         if setting.method != "nmd":
             return math.nan
         shift_LD, (nmd_LD,) = self.dense(setting), self.shifts(setting)
@@ -100,16 +98,12 @@ class Directions:
 
 
 def steered(asking: Asking, batches: Sequence[Batch], vector: SteeringVector, margins: bool = True) -> Scores:
-    """Score prepared examples under a vector.
-
-    With cached prefixes only the decision token and the answers are read, unless the vector shifts what comes before.
-    """
+    """Score prepared examples under a vector, from cached prefixes unless the vector shifts all tokens."""
     if vector.positions == "all":
         batches = [without_prefix(batch) for batch in batches]
     return score(asking, batches, margins=margins, applied=partial(vector.apply, asking.model))
 
 
 def share_of(scores: Scores, behaviour: str) -> float:
-    """Share of the examples that answer so; NaN where there is no example."""
-    n = len(scores.behaviour_N)
-    return float(np.mean(scores.behaviour_N == behaviour)) if n else math.nan
+    """Share of the examples that show a behaviour; NaN where there is no example."""
+    return float(np.mean(scores.behaviour_N == behaviour)) if len(scores.behaviour_N) else math.nan

@@ -33,7 +33,6 @@ from mnemoscope.models.opening import context_length, end_ids, load_model
 from mnemoscope.models.packaged import PACKAGED, QUANTIZED
 from mnemoscope.models.passes import (
     PLAINLY,
-    nothing_read_before,
     pass_inputs,
     position_ids,
     prompts_of_rows,
@@ -42,6 +41,6 @@ from mnemoscope.models.passes import (
     rows_of_prompts,
     untouched_blocks,
 )
-from mnemoscope.models.precision import Precision, in_bfloat16, in_precision, quick_precision
+from mnemoscope.models.precision import Precision, in_precision, quick_precision
 from mnemoscope.models.room import batch_that_fits, bytes_of_prompt, models_that_fit
 from mnemoscope.models.scratch import build_gpt2, word_tokenizer

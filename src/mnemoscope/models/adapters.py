@@ -1,4 +1,4 @@
-"""Adapters (LoRA: E. Hu et al., 2021; by the library peft): a trained model learns a task and keeps its own weights.
+"""Adapters (LoRA: E. Hu et al., 2021; by the library peft): a trained model learns a task, its weights stay fixed.
 
 Importing peft takes seconds, so that happens where it is used.
 """
@@ -23,28 +23,20 @@ if TYPE_CHECKING:
     from mnemoscope.config import LoraConfig
 
 EVERY_LINEAR = "all-linear"  # peft's word for every linear layer but the head
+ALPHA = 32.0  # the product of an adapter's two matrices is scaled by alpha / rank
 
 
 def check_peft(what: str) -> None:
-    """Refuse what needs peft where it is not installed.
-
-    Raises:
-        InputError: ``what`` it is, and what to install.
-    """
+    """Raises InputError where peft is not installed; ``what`` names the feature that needs it."""
     if find_spec("peft") is None:
         raise InputError(f"{what} needs peft: pip install 'mnemoscope[lora]'")
 
 
 def adapt(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PreTrainedModel:
-    """Put a new adapter into a model, in place. Only the adapter's weights (float32) are trainable.
+    """Add a new adapter to a model, in place: peft's model around it, in evaluation mode.
 
-    One of its two matrices starts at 0, so that at first the adapted model answers as the model itself.
-
-    Args:
-        seed: draws the other one.
-
-    Returns:
-        peft's model around this one, in evaluation mode.
+    Only the adapter's weights (float32) are trainable. One of its two matrices starts at 0, so that the adapted model
+    first answers as the model itself; ``seed`` draws the other one.
 
     Raises:
         InputError: peft is missing, the model holds an adapter already, or it has no such layer.
@@ -59,28 +51,27 @@ def adapt(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PreTrainedMode
     described = Described(
         task_type="CAUSAL_LM",
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=ALPHA,
         lora_dropout=lora.dropout,
-        target_modules=EVERY_LINEAR if _is_every(lora.target_modules) else list(lora.target_modules),
+        target_modules=EVERY_LINEAR if lora.target_modules == (EVERY_LINEAR,) else list(lora.target_modules),
         fan_in_fan_out=any(_is_transposed(module) for module in model.modules()),
     )
     with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks the library by an old name
+        warnings.simplefilter("ignore", FutureWarning)  # peft uses an old name of the library
         torch.manual_seed(seed)
         adapted = get_peft_model(model, described)
-    # peft keeps the names as a set, whose order is another one in every process: equal runs end in equal bytes.
     kept = adapted.peft_config["default"]
-    kept.target_modules = sorted(kept.target_modules)
+    kept.target_modules = sorted(kept.target_modules)  # a set, whose order differs from process to process
     return adapted.eval()
 
 
 def is_adapted(model: nn.Module) -> bool:
-    """Whether a model is peft's, around another one."""
+    """Whether a model is a peft model around another one."""
     return core_of(model) is not model
 
 
 def save_adapter(adapted: PreTrainedModel, folder: Path) -> None:
-    """Write the adapter alone, as a folder that peft opens; it names the model it is of."""
+    """Write the adapter alone, as a folder that peft opens; it names the adapted model."""
     # Left to itself peft asks the hub whether the embeddings were resized.
     adapted.save_pretrained(folder, save_embedding_layers=False)
 
@@ -92,10 +83,7 @@ def merged(adapted: PreTrainedModel) -> PreTrainedModel:
 
 
 def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and values of all weights, those of an adapter (LoRA) added to what they adapt; nothing is changed.
-
-    So an adapted model gives what the merged one gives. Adapters of other kinds give their own weights.
-    """
+    """Names and values of the weights as ``merged`` would have them, without merging; only LoRA is added."""
     core = core_of(model)
     if core is model and not hasattr(core, "peft_config"):
         yield from model.named_parameters()
@@ -104,8 +92,7 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     adapted = {name: module for name, module in core.named_modules() if isinstance(module, BaseTunerLayer)}
-    plainly = all(isinstance(module, Linear | Embedding) and not module.lora_variant for module in adapted.values())
-    if not plainly:
+    if not all(isinstance(module, Linear | Embedding) and not module.lora_variant for module in adapted.values()):
         yield from model.named_parameters()
         return
     for name, weight in core.named_parameters():
@@ -118,12 +105,8 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name.replace(".base_layer.", "."), weight
 
 
-def _is_every(targets: tuple[str, ...]) -> bool:
-    return targets == (EVERY_LINEAR,)
-
-
 def _check_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> None:
-    """peft passes over a name that fits nothing as long as another fits, and adapts a head that is the embeddings."""
+    """Refuse what peft accepts: names that fit nothing beside one that fits, and a head that is the embeddings."""
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     is_tied = head is not None and head.weight is embeddings.weight
     linear = [
@@ -131,7 +114,7 @@ def _check_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> None:
         for name, module in model.named_modules()
         if (isinstance(module, nn.Linear) or _is_transposed(module)) and not (is_tied and module is head)
     ]
-    for target in () if _is_every(targets) else targets:
+    for target in () if targets == (EVERY_LINEAR,) else targets:
         if not any(name.endswith(f".{target}") for name in linear):
             allowed = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
             raise InputError(
@@ -141,7 +124,7 @@ def _check_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> None:
 
 
 def _is_transposed(module: Any) -> bool:
-    """GPT-2's linear layer, whose weight lies the other way round."""
+    """Whether it is GPT-2's linear layer, whose weight is transposed."""
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, Conv1D)

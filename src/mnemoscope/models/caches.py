@@ -1,4 +1,4 @@
-"""Key-value caches: one name for what the library renamed, rows of them, and room behind a prefix.
+"""Key-value caches: names across versions of the library, selected rows, storage behind a prefix.
 
 Shapes: N examples, H heads, T tokens (columns), W neurons of a head, R rows.
 """
@@ -6,9 +6,7 @@ Shapes: N examples, H heads, T tokens (columns), W neurons of a head, R rows.
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,18 +17,13 @@ from mnemoscope.models.layout import core_of
 
 
 def cache_argument(model: nn.Module) -> str:
-    """What a model's forward calls its key-value cache; the library renamed it."""
+    """Name of the cache argument of a model's forward; the library renamed it."""
     return "cache" if "cache" in arguments_of(model) else "past_key_values"
 
 
 def arguments_of(model: nn.Module) -> frozenset[str]:
     """Names of the arguments that a model's forward takes."""
-    return _arguments(type(core_of(model)).forward)
-
-
-@functools.cache
-def _arguments(function: Callable[..., Any]) -> frozenset[str]:
-    return frozenset(inspect.signature(function).parameters)
+    return frozenset(inspect.signature(type(core_of(model)).forward).parameters)
 
 
 def cache_of(output: Any) -> Any:
@@ -39,13 +32,13 @@ def cache_of(output: Any) -> Any:
 
 
 def bytes_of(cache: Any) -> int:
-    """What a cache's keys and values take."""
+    """Bytes of the keys and values of a cache."""
     states = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
     return sum(found.nbytes for found in states if found is not None)
 
 
 def cached_columns(kwargs: dict[str, Any]) -> int:
-    """How many columns of the sequence came before a pass, from the keyword arguments of the pass."""
+    """Number of columns in the cache that a pass is given, from the keyword arguments of the pass."""
     cache = cache_in(kwargs)
     return 0 if cache is None else int(cache.get_seq_length())
 
@@ -56,11 +49,11 @@ def cache_in(kwargs: dict[str, Any]) -> Any:
 
 
 class RoomyLayer(DynamicLayer):
-    """One layer's keys and values, in storage with room for columns to come.
+    """Keys and values of a layer, in storage with room for more columns.
 
-    The library's layer copies all it holds to add a column. This one writes the column behind the others, into storage
-    that shallow copies of the layer share: each copy of a prefix starts again where the prefix ends. One copy can be in
-    use at a time. Under autograd it copies like the library's, since a graph may still need what it holds.
+    The library's layer copies everything to add a column. This one writes the column behind the others, into storage
+    that shallow copies share: each copy of a prefix starts where the prefix ends, and one copy can be in use at a time.
+    Under autograd it copies as the library does, since a graph may need the old values.
     """
 
     def __init__(self, layer: DynamicLayer, columns: int) -> None:
@@ -78,7 +71,7 @@ class RoomyLayer(DynamicLayer):
         past = self.get_seq_length()
         columns = past + key_states.shape[-2]
         if self.room is None or torch.is_grad_enabled() or columns > self.room[0].shape[-2]:
-            self.room = None  # what is held from now on is no part of it
+            self.room = None
             return super().update(key_states, value_states, *args, **kwargs)
         self._hold(columns)
         self.keys.narrow(2, past, columns - past).copy_(key_states)
@@ -86,7 +79,7 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the chosen rows, in storage of their own with as much room."""
+        """Keep some rows, in new storage with as much room."""
         if self.room is None:
             super().batch_select_indices(indices)
             return
@@ -96,7 +89,7 @@ class RoomyLayer(DynamicLayer):
 
 
 def _roomy(states_NHTW: Tensor, columns: int) -> Tensor:
-    """The same states, followed by columns that hold nothing yet."""
+    """The states, followed by empty columns."""
     rows, heads, past, width = states_NHTW.shape
     storage = states_NHTW.new_empty((rows, heads, past + columns, width))
     storage[:, :, :past] = states_NHTW
@@ -104,22 +97,17 @@ def _roomy(states_NHTW: Tensor, columns: int) -> Tensor:
 
 
 def make_room(cache: Any, columns: int) -> bool:
-    """Give a cache, in place, room for columns to come.
-
-    Returns:
-        Whether every layer has room now; layers of special kinds, sliding windows for example, stay as they are.
-    """
+    """Give a cache room for more columns, in place; returns whether every layer has it (sliding windows do not)."""
     cache.layers = [RoomyLayer(layer, columns) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return all(isinstance(layer, RoomyLayer) for layer in cache.layers)
 
 
 def select_rows(cache: Any, rows_R: Tensor | None) -> Any:
-    """A cache of the chosen rows (None: all) that later passes can extend; what this one holds stays as it is.
+    """A cache of some rows (None: all) that passes can extend; the original stays as it is.
 
-    With all rows the two may share storage, so only the one taken last may be extended (see ``RoomyLayer``).
+    With all rows the two may share storage, so only the latest copy may be extended (see ``RoomyLayer``).
     """
     copied = copy.copy(cache)
-    # A pass replaces a layer's tensors or writes behind them, so copies of the layers can share them.
     copied.layers = [copy.copy(layer) for layer in cache.layers]
     if rows_R is not None:
         for layer in copied.layers:  # which may lie on several devices
@@ -128,7 +116,7 @@ def select_rows(cache: Any, rows_R: Tensor | None) -> Any:
 
 
 def forked(cache: Any) -> Any:
-    """A cache that a pass may extend while this one stays as it is; what both hold is shared where it can be."""
+    """A copy of a cache that a pass may extend; storage is shared where possible."""
     if all(isinstance(layer, DynamicLayer) for layer in cache.layers):
         return select_rows(cache, None)
     return copy.deepcopy(cache)  # caches of a fixed size are written in place

@@ -20,14 +20,14 @@ SITES: tuple[Site, ...] = ("block", "attention", "mlp", "neuron")
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where an architecture keeps its parts, as attribute paths.
+    """Attribute paths of a model's parts.
 
     Attributes:
-        blocks: path of the list of blocks from the model's root.
-        attention, mlp: paths inside a block of the modules whose outputs are added to the residual stream. Where a norm
-            comes between a part and that sum, it is the norm that is meant.
-        down: path inside a block of the down projection, whose input are the MLP activations; "" where a block has no
-            single one (mixtures of experts), and site ``neuron`` does not exist.
+        blocks: the list of blocks, from the model's root.
+        attention, mlp: inside a block, the modules whose outputs are added to the residual stream: the norm where one
+            comes before that sum.
+        down: inside a block, the down projection, whose input are the MLP activations; "" where there is no single one
+            (mixtures of experts), and site ``neuron`` does not exist.
     """
 
     blocks: str
@@ -36,8 +36,8 @@ class Layout:
     down: str
 
 
-# Where families keep their list of blocks, and what a block holds. The first that fits is taken, so what has more
-# parts than others comes before them.
+# Paths of blocks, and of attention, MLP and down projection, by family. The first that fits is taken, so families with
+# more parts come first.
 _BLOCKS = ("transformer.h", "gpt_neox.layers", "model.layers", "model.decoder.layers", "model.language_model.layers")
 _PARTS = (
     ("post_attention_layernorm", "post_feedforward_layernorm", "mlp.down_proj"),  # Gemma 2 and 3, OLMo 2
@@ -52,24 +52,19 @@ _PARTS = (
     ("self_attn", "fc2", "fc2"),  # OPT
     ("self_attn", "mlp", ""),  # mixtures of experts with the names of Llama
 )
-# What a block keeps behind its attention, before the MLP.
-_ATTENTIONS = ("attn", "self_attn", "attention", "self_attention")
-_PROJECTIONS = ("c_proj", "o_proj", "out_proj", "dense")
-_MIDDLE_NORMS = ("ln_2", "post_attention_layernorm", "post_self_attn_layernorm")
 _chosen: WeakKeyDictionary[nn.Module, Layout] = WeakKeyDictionary()
 
 
 def use_layout(model: nn.Module, layout: Layout) -> None:
-    """Say where a model keeps its parts, where it is of no known family.
+    """Set the layout of a model of no known family.
 
     Raises:
         InputError: the model has no such part; the field is named.
     """
     core = core_of(model)
-    try:
-        block = core.get_submodule(layout.blocks)[0]
-    except (AttributeError, TypeError, IndexError) as error:
-        raise InputError(f"layout.blocks: {layout.blocks!r} is no list of blocks in {type(core).__name__}") from error
+    block = _first_block(core, layout.blocks)
+    if block is None:
+        raise InputError(f"layout.blocks: {layout.blocks!r} is no list of blocks in {type(core).__name__}")
     for name in ("attention", "mlp", "down"):
         path = getattr(layout, name)
         if not (_has(block, path) or (name == "down" and not path)):
@@ -94,17 +89,21 @@ def _found_layout(core: nn.Module) -> Layout:
     if getattr(getattr(core, "config", None), "is_encoder_decoder", False) or "ForMaskedLM" in type(core).__name__:
         raise InputError(f"model: {type(core).__name__} is no causal language model (decoder only); one is wanted")
     for path in _BLOCKS:
-        try:
-            block = core.get_submodule(path)[0]  # type: ignore[index]
-        except (AttributeError, TypeError, IndexError):
-            continue
-        for parts in _PARTS:
+        block = _first_block(core, path)
+        for parts in _PARTS if block is not None else ():
             if all(_has(block, part) for part in parts if part):
                 return Layout(path, *parts)
     raise InputError(
         f"model: {type(core).__name__} has no known block layout; say where its parts are with a layout "
         "(blocks, attention, mlp, down)"
     )
+
+
+def _first_block(core: Any, path: str) -> Any:
+    try:
+        return core.get_submodule(path)[0]
+    except (AttributeError, TypeError, IndexError):
+        return None
 
 
 def _has(module: nn.Module, path: str) -> bool:
@@ -122,7 +121,7 @@ def core_of(model: nn.Module) -> Any:
 
 
 def backbone_of(model: nn.Module) -> Any:
-    """The part that holds the blocks, without the language-modelling head; every way of calling a model passes it."""
+    """The module that holds the blocks, without the language-modelling head."""
     return core_of(model).get_submodule(layout_of(model).blocks.rpartition(".")[0])
 
 
@@ -134,13 +133,6 @@ def width_of(model: nn.Module) -> int:
 def blocks_of(model: nn.Module) -> Sequence[nn.Module]:
     """The L blocks of a model, first to last."""
     return core_of(model).get_submodule(layout_of(model).blocks)
-
-
-def parts_behind_attention(block: nn.Module) -> list[nn.Module]:
-    """Projections and norms that treat tokens one by one once a block's attention is done; those of known names."""
-    named = [(name.split("."), part) for name, part in block.named_modules()]
-    projections = [part for path, part in named if path[0] in _ATTENTIONS and path[-1] in _PROJECTIONS]
-    return projections + [part for path, part in named if len(path) == 1 and path[0] in _MIDDLE_NORMS]
 
 
 def site_module(model: nn.Module, layer: int, site: Site) -> tuple[nn.Module, bool]:
@@ -155,26 +147,16 @@ def site_module(model: nn.Module, layer: int, site: Site) -> tuple[nn.Module, bo
     layout, blocks = layout_of(model), blocks_of(model)
     if not -len(blocks) <= layer < len(blocks):
         raise InputError(f"layer: {layer} is not in {-len(blocks)} .. {len(blocks) - 1}")
-    block = blocks[layer]
-    if site == "block":
-        return block, False
-    if site == "attention":
-        return block.get_submodule(layout.attention), False
-    if site == "mlp":
-        return block.get_submodule(layout.mlp), False
-    if site == "neuron" and not layout.down:
+    if site not in SITES:
+        raise InputError(f"site: {site!r} is not one of {', '.join(SITES)}")
+    path = {"block": "", "attention": layout.attention, "mlp": layout.mlp, "neuron": layout.down}[site]
+    if site == "neuron" and not path:
         raise InputError(f"site: 'neuron' does not exist in {type(core_of(model)).__name__}, whose MLPs are several")
-    if site == "neuron":
-        return block.get_submodule(layout.down), True
-    raise InputError(f"site: {site!r} is not one of {', '.join(SITES)}")
+    return blocks[layer].get_submodule(path), site == "neuron"
 
 
 def site_width(model: nn.Module, layer: int, site: Site) -> int:
-    """Neurons of a site in a layer.
-
-    Raises:
-        InputError: the layer or site does not exist.
-    """
+    """Neurons of a site in a layer; raises InputError where the layer or site does not exist."""
     module, is_input = site_module(model, layer, site)
     if not is_input:
         return width_of(model)
@@ -184,24 +166,22 @@ def site_width(model: nn.Module, layer: int, site: Site) -> int:
 
 
 def rows_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """How many rows the batch of a pass through the backbone has."""
+    """Batch size of a pass through the backbone."""
     ids = args[0] if args else kwargs.get("input_ids")
     return len(kwargs["inputs_embeds"] if ids is None else ids)
 
 
 def states_of(value: Any, rows: int | None = None) -> Tensor:
-    """The (N, T, D) states in what a module returned: a tensor, or the first entry of a tuple.
+    """The (N, T, D) states in the output of a module, a tensor or the first entry of a tuple.
 
-    Args:
-        rows: N, for the modules that some families (OPT) give all rows as one.
+    ``rows`` is N, for modules to which some families (OPT) give all rows as one.
     """
     states = value[0] if isinstance(value, tuple) else value
     return states if states.ndim == 3 or rows is None else states.view(rows, -1, states.shape[-1])
 
 
 def with_states(value: Any, states_NTD: Tensor) -> Any:
-    """What a module returned, with other states."""
-    if not isinstance(value, tuple):
-        return states_NTD.view(value.shape) if value.ndim == 2 else states_NTD
-    first = states_NTD.view(value[0].shape) if value[0].ndim == 2 else states_NTD
-    return (first, *value[1:])
+    """The output of a module, with other states."""
+    before = value[0] if isinstance(value, tuple) else value
+    states = states_NTD.view(before.shape) if before.ndim == 2 else states_NTD
+    return (states, *value[1:]) if isinstance(value, tuple) else states

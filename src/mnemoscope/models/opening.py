@@ -25,10 +25,10 @@ def load_model(
 
     Args:
         source: a folder, a hub id, or the name of a packaged model (``PACKAGED``). The folder of an adapter (peft)
-            opens as the model that it adapts, with the adapter in it.
+            opens as the adapted model, with the adapter in it.
         dtype: of the weights; ``auto``: as they were saved.
-        device_map: where the parts go, as the library takes it; needs ``accelerate``.
-        layout: where its parts are, for a model of no known family.
+        device_map: as the library takes it; needs ``accelerate``.
+        layout: for a model of no known family.
 
     Raises:
         InputError: it is missing or corrupted, needs remote code, or is no causal language model.
@@ -51,28 +51,27 @@ def load_model(
     if tokenizer.pad_token_id is None:  # masked wherever it stands, so any token will do
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     if not {"cache", "past_key_values"} & arguments_of(model):
-        raise InputError(
-            f"model: {source} ({core_of(model).config.model_type}) keeps no key-value cache; one is needed"
-        )
+        kind = core_of(model).config.model_type
+        raise InputError(f"model: {source} ({kind}) keeps no key-value cache; one is needed")
     if layout is not None:
         use_layout(model, layout)
     return model.eval(), tokenizer
 
 
 def context_length(model: PreTrainedModel) -> int:
-    """The most tokens that a model can read."""
+    """Maximum number of tokens that a model can read."""
     return int(getattr(core_of(model).config.get_text_config(), "max_position_embeddings", 2**31))
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """The tokens that end a text: the tokenizer's, and those at which the model stops writing (the end of a turn)."""
+    """Ids of the tokens that end a text: the tokenizer's, and those at which generation stops (end of a chat turn)."""
     stops = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     stops = stops if isinstance(stops, list) else [stops]
     return sorted({end for end in (tokenizer.eos_token_id, *stops) if end is not None})
 
 
 def _adapted(folder: str | Path, source: str | Path) -> str | Path:
-    """What the adapter in a folder or under a hub id is of; the folder or id itself where it holds none."""
+    """The model that the adapter in a folder or under a hub id adapts; the folder or id itself without an adapter."""
     described = file_of(folder, "adapter_config.json")
     if described is None:
         return folder
@@ -86,7 +85,7 @@ def _adapted(folder: str | Path, source: str | Path) -> str | Path:
 
 
 def file_of(folder: str | Path, name: str) -> str | None:
-    """Path of a file in a folder or under a hub id, fetched where it is not here yet; None where there is none."""
+    """Path of a file in a folder or under a hub id, fetched if needed; None where there is none."""
     from transformers.utils import cached_file
 
     if Path(folder).exists():
@@ -99,12 +98,12 @@ def file_of(folder: str | Path, name: str) -> str | None:
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-    except Exception:  # no such model, or none that may be read: opening its configuration says so
+    except Exception:  # opening the configuration reports a model that is missing or may not be read
         return None
 
 
 def _check_causal(folder: str | Path, source: str | Path) -> None:
-    """Masked and encoder-decoder models open as causal ones with a warning, and answer nonsense."""
+    """Refuse masked and encoder-decoder models, which would open with a warning only."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 

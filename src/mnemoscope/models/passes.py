@@ -1,4 +1,4 @@
-"""Passes that leave out what is known: blocks below the first hook return what they returned before.
+"""Inputs of passes, and passes that replay recorded outputs of the blocks below the first hook.
 
 Shapes: N examples, T tokens (columns) of a left-padded batch.
 """
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from mnemoscope.errors import InputError
 from mnemoscope.models.caches import arguments_of, cache_argument
-from mnemoscope.models.layout import backbone_of, blocks_of, parts_behind_attention
+from mnemoscope.models.layout import backbone_of, blocks_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# Settings of ``generate`` that a model's own defaults may change, so that a text is what its logits alone say.
+# Settings of ``generate`` that override a model's defaults, so that its logits alone decide a text.
 PLAINLY: dict[str, Any] = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 
 _PROMPTS: ContextVar[Tensor | None] = ContextVar("prompts", default=None)
@@ -29,7 +29,7 @@ _PROMPTS: ContextVar[Tensor | None] = ContextVar("prompts", default=None)
 
 @contextmanager
 def rows_of_prompts(prompt_R: Tensor) -> Iterator[None]:
-    """Inside the context row r of a pass belongs to prompt ``prompt_R[r]``, for what acts prompt by prompt."""
+    """Inside the context row r of a pass belongs to prompt ``prompt_R[r]``, for factors that differ by prompt."""
     token = _PROMPTS.set(prompt_R)
     try:
         yield
@@ -38,14 +38,14 @@ def rows_of_prompts(prompt_R: Tensor) -> Iterator[None]:
 
 
 def prompts_of_rows(rows: int, prompts: int) -> Tensor:
-    """The prompt that each row of a pass belongs to, int64 (rows,): as was said, else each prompt's rows in a run.
+    """The prompt of each row of a pass, int64 (rows,): that of ``rows_of_prompts``, else consecutive equal shares.
 
     Raises:
-        InputError: nothing was said, and the rows are not so many for each prompt.
+        InputError: there is no context, and the rows are no multiple of the prompts.
     """
-    said_R = _PROMPTS.get()
-    if said_R is not None and len(said_R) == rows:
-        return said_R
+    prompt_R = _PROMPTS.get()
+    if prompt_R is not None and len(prompt_R) == rows:
+        return prompt_R
     copies, rest = divmod(rows, prompts)
     if rest:
         raise InputError(f"alpha, gate: {prompts} factors for a batch of {rows} rows")
@@ -58,22 +58,17 @@ def position_ids(mask_NT: Tensor) -> Tensor:
 
 
 def pass_inputs(model: nn.Module, ids_NT: Tensor, mask_NT: Tensor, cache: Any = None) -> dict[str, Any]:
-    """Arguments of a pass over the last columns of a left-padded batch, the cache holding those before.
-
-    Args:
-        ids_NT: token ids of the columns to be read.
-        mask_NT: of all columns, those that the cache holds included.
-    """
+    """Arguments of a pass over the columns ``ids_NT`` behind a cache; ``mask_NT`` covers the cached columns too."""
     inputs = {"input_ids": ids_NT, "attention_mask": mask_NT, "use_cache": True}
-    if "position_ids" in arguments_of(model):  # models without it count the mask themselves
+    if "position_ids" in arguments_of(model):  # other models derive them from the mask
         inputs["position_ids"] = position_ids(mask_NT)[:, -ids_NT.shape[1] :]
     return inputs if cache is None else inputs | {cache_argument(model): cache}
 
 
 def untouched_blocks(model: PreTrainedModel) -> int:
-    """How many of the first blocks return, for one input, what they return without any hook.
+    """Number of first blocks whose own output no hook changes; hooks on the whole model are taken to only read.
 
-    A hook on a block's output changes only what comes after it. Hooks on the whole model are taken to look on.
+    A hook on a block's output counts for the blocks after it.
     """
     blocks = blocks_of(model)
     beside = (child for child in backbone_of(model).children() if child is not blocks)
@@ -92,13 +87,13 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def _hooked_inside(module: nn.Module) -> bool:
-    """Whether any part of it is hooked; hooks on the module itself do not count."""
+    """Whether a part of the module is hooked, apart from the module itself."""
     return any(_hooked(part) for child in module.children() for part in child.modules())
 
 
 @contextmanager
 def recorded_blocks(model: PreTrainedModel) -> Iterator[list[Any]]:
-    """Inside the context a pass appends what each untouched first block returns, before any hook on its output."""
+    """Inside the context a pass appends the output of each untouched first block, before any hook on it."""
     returned: list[Any] = []
 
     def recording(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,51 +109,17 @@ def recorded_blocks(model: PreTrainedModel) -> Iterator[list[Any]]:
 
 @contextmanager
 def replayed_blocks(model: PreTrainedModel, count: int, returned: Any) -> Iterator[None]:
-    """Inside the context the first ``count`` blocks are not run: a pass goes on from what the last of them returned.
+    """Inside the context a pass skips the first ``count`` blocks and starts from what the last of them ``returned``.
 
-    Hooks on that block see it as usual. Keys and values of the blocks that are not run are not added to a cache.
+    Hooks on that block run as usual. The skipped blocks add no keys and values to a cache.
     """
     with _replaced(blocks_of(model)[:count], lambda forward: lambda *args, **kwargs: returned):
         yield
 
 
 @contextmanager
-def nothing_read_before(model: PreTrainedModel, columns: int) -> Iterator[None]:
-    """Inside the context passes are read at their last ``columns`` only, keys and values apart.
-
-    What the last block would say of the others once its attention is done is left out: 0. Of four blocks that is a
-    fifth of a pass. Parts that are hooked inside, or that are called with more than states, are run as usual; a hook on
-    such a part itself sees 0 there. The norm behind the blocks is no part of this: some models use it before them too.
-    """
-
-    def short(forward: Callable[..., Any]) -> Callable[..., Any]:
-        def shortened(states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            before = states.shape[1] - columns
-            if args or kwargs or states.ndim != 3 or before <= 0:
-                return forward(states, *args, **kwargs)
-            found = forward(states[:, before:].contiguous())  # GPT-2 views it as rows
-            if not isinstance(found, Tensor):
-                return forward(states)
-            return nn.functional.pad(found, (0, 0, before, 0))
-
-        return shortened
-
-    with _replaced(list(_behind_the_last_attention(model)), short):
-        yield
-
-
-def _behind_the_last_attention(model: PreTrainedModel) -> Iterator[nn.Module]:
-    """Parts that treat tokens one by one, whose output no other token sees; none where the MLP is hooked inside."""
-    block = blocks_of(model)[-1]
-    mlp = getattr(block, "mlp", None)
-    if isinstance(mlp, nn.Module) and not _hooked_inside(mlp):
-        yield mlp
-        yield from (part for part in parts_behind_attention(block) if not _hooked_inside(part))
-
-
-@contextmanager
 def _replaced(modules: Sequence[nn.Module], by: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """Replace the forward of modules; that of their class, or what stood in its place, is back at the end."""
+    """Inside the context the forward of modules is replaced."""
     before = [module.__dict__.get("forward") for module in modules]
     try:
         for module in modules:

@@ -1,4 +1,4 @@
-"""How much memory reading prompts takes, and how much there is: an estimate, so that a large model ends no run."""
+"""Estimated memory of passes, free memory, and the batch size and number of processes that fit."""
 
 from __future__ import annotations
 
@@ -15,20 +15,16 @@ from mnemoscope.models.opening import file_of
 from mnemoscope.models.packaged import PACKAGED
 from mnemoscope.processes import beside
 
-SHARE = 0.5  # of the memory that is free, which a pass may take: the estimate knows nothing of the allocator
-_said: set[tuple[int, int]] = set()
-_INNER = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")  # what families call the width of an MLP
+SHARE = 0.5  # of the free memory that a pass may take: the estimate leaves out the allocator
+_logged: set[tuple[int, int]] = set()
+_INNER = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")  # width of an MLP, by family
 
 
 def bytes_of_prompt(model: nn.Module, tokens: int, read_on: int) -> int:
-    """An estimate of what one prompt takes while it is read without gradients and answered.
+    """Estimated bytes of one prompt of ``tokens`` while it and ``read_on`` answer tokens are read without gradients.
 
-    Keys and values of all layers are counted three times, as each of two answers is read behind a copy; of states and
-    MLP activations those of one layer, as the others are gone by then; of logits float32 and what is made of them.
-
-    Args:
-        tokens: of the prompt.
-        read_on: tokens of all its answers, whose logits are wanted.
+    Keys and values of all layers count three times, as each of two answers is read behind a copy; states and MLP
+    activations of one layer once; logits twice in float32.
     """
     config: Any = core_of(model).config.get_text_config()
     weight = next(model.parameters())
@@ -41,7 +37,7 @@ def bytes_of_prompt(model: nn.Module, tokens: int, read_on: int) -> int:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that can be had on a device; None where nobody says."""
+    """Free memory of a device; None where it is unknown."""
     if device.type == "cuda":
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + idle
@@ -52,10 +48,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def batch_that_fits(model: nn.Module, wanted: int, tokens: int, read_on: int) -> int:
-    """How many prompts are read at a time: as many as are wanted, or fewer where memory is short, at least one.
-
-    Says so once, in a line of the log.
-    """
+    """Number of prompts to read at a time: ``wanted``, or fewer where memory is short (logged once), at least one."""
     device, each = next(model.parameters()).device, bytes_of_prompt(model, tokens, read_on)
     free = free_bytes(device)
     if free is not None and device.type == "cpu":
@@ -63,21 +56,16 @@ def batch_that_fits(model: nn.Module, wanted: int, tokens: int, read_on: int) ->
     if free is None or wanted * each <= SHARE * free:
         return wanted
     fitting = max(1, int(SHARE * free // each))
-    if fitting < wanted and (wanted, tokens) not in _said:
-        _said.add((wanted, tokens))
-        logging.getLogger("mnemoscope").warning(
-            f"pairs.batch_size: {wanted} prompts of {tokens:,} tokens would take some {wanted * each / 2**30:.1f} GiB, "
-            f"and {free / 2**30:.1f} are free; {fitting} at a time"
-        )
+    if fitting < wanted and (wanted, tokens) not in _logged:
+        _logged.add((wanted, tokens))
+        takes = f"{wanted} prompts of {tokens:,} tokens would take some {wanted * each / 2**30:.1f} GiB"
+        message = f"pairs.batch_size: {takes}, and {free / 2**30:.1f} are free; {fitting} at a time"
+        logging.getLogger("mnemoscope").warning(message)
     return fitting
 
 
 def models_that_fit(source: str | Path, wanted: int) -> int:
-    """Number of processes, up to those wanted, that can each hold a model at a time; at least one.
-
-    Args:
-        source: the folder or hub id of the model.
-    """
+    """Number of processes, at least one and at most ``wanted``, with a model (folder or hub id) each that fit."""
     folder = PACKAGED[str(source)]() if str(source) in PACKAGED else source
     listed = file_of(folder, "model.safetensors.index.json")
     whole = file_of(folder, "model.safetensors") if listed is None else None
@@ -98,12 +86,12 @@ def _of_the_machine() -> int | None:
 
 
 def _of_the_group() -> int | None:
-    """What the control group of this process (a container's) leaves."""
+    """Free memory of the control group of this process (a container's)."""
     group = Path("/sys/fs/cgroup")
     try:
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
         lines = (group / "memory.stat").read_text().splitlines()
-        # Pages of files that were read are counted as used, and given away where they are needed.
+        # The page cache counts as used, and is freed on demand.
         return limit - used + next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
     except (OSError, ValueError):  # there is none, or it is without a limit
         return None

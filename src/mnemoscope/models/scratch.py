@@ -1,4 +1,4 @@
-"""Small models to train from scratch, with a tokenizer that knows a task's words."""
+"""Small GPT-2 models to train from scratch, and tokenizers of one token per word of a task."""
 
 from __future__ import annotations
 
@@ -26,11 +26,9 @@ def build_gpt2(tokenizer: PreTrainedTokenizerFast, shape: ModelConfig, seed: int
         n_embd=shape.width,
         n_layer=shape.layers,
         n_head=shape.heads,
-        # What GPT-2's "gelu_new" approximates, in one kernel; on a CPU several times faster than the approximation.
+        # GPT-2's "gelu_new" approximates it; on a CPU the exact one is several times faster.
         activation_function="gelu",
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
         bos_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -52,11 +50,9 @@ def word_tokenizer(vocabulary: Sequence[str], context: int) -> PreTrainedTokeniz
     assert len(set(words)) == len(words), "the vocabulary repeats a word"
     pattern = "|".join(re.escape(word) for word in sorted(vocabulary, key=len, reverse=True))
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNKNOWN))
+    split = pre_tokenizers.Split
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"\s+"), "removed"),
-            pre_tokenizers.Split(Regex(pattern), "isolated"),
-        ]
+        [split(Regex(r"\s+"), "removed"), split(Regex(pattern), "isolated")]
     )
     # Tasks with words longer than a symbol are read with spaces between them, digits and codes without.
     spaced = any(word.isalpha() and len(word) > 4 for word in vocabulary)

@@ -189,8 +189,8 @@ def answer(task: TaskResults) -> Answer:
         where = "in both directions" if len(works) == 2 else TOWARDS[works[0]]
         verdict = f"Steering works{'' if all(shifts[d].estimate >= 0.5 for d in works) else ' in part,'} {where}"
     shown, *others = dict.fromkeys([*works, *measured])
-    beside = {d: f"the strongest control {words.strongest_control(steering[d])}" for d in measured}
-    sentence = f"of test pairs are steered {TOWARDS[shown]}, by {beside[shown]}."
+    beside = {d: f"strongest control: {words.strongest_control(steering[d])}" for d in measured}
+    sentence = f"of test pairs are steered {TOWARDS[shown]}; {beside[shown]}."
     notes = [f"95{NBSP}% interval: {words.interval(shifts[shown])}."]
     notes += [f"{CAPITAL[d]}: {ranged(shifts[d])}, {beside[d]}." for d in others]
     losses = [f"{words.largest_loss(steering[d].collateral, d)} {TOWARDS[d]}" for d in measured]
@@ -214,7 +214,8 @@ def _switch_panel(task: TaskResults, direction: Direction) -> Panel:
             if found.shift.known:
                 neither = ("x", found.other.estimate)
                 dots.append(Dot(words.CONTROLS[name], found.shift, OTHER, True, mark=worst, beside=(neither,)))
-    return dots_panel(direction, dots, legend=[("neither answer", "x"), ("worst draw", "|"), ("single seeds", ".")])
+    several = [("single seeds", ".")] if len(seeds) > 1 else []
+    return dots_panel(direction, dots, legend=[("neither answer", "x"), ("worst draw", "|"), *several])
 
 
 def table(task: TaskResults) -> Table:

@@ -1,4 +1,4 @@
-"""Cards of a cell's vectors and detectors: what the test split shows of each, from the records."""
+"""Cards of a cell's vectors and detectors, with their figures on the test split, from the records."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pandas as pd
 
 from mnemoscope.cells import Cell, version
 from mnemoscope.detect import Detector
-from mnemoscope.directions import TOWARD
 from mnemoscope.stages.common import Tell
 from mnemoscope.statistics import auroc, named_rng, proportion
 from mnemoscope.steering import Artefact, Card, SteeringVector
@@ -43,9 +42,8 @@ def _write(artefact: Artefact, path: Path, facts: Mapping[str, Any]) -> Path:
 
 
 def _common(cell: Cell) -> dict[str, Any]:
-    pairs = pd.read_parquet(
-        cell.records / "pairs.parquet", columns=["group"], filters=[("is_pair", "==", True), ("split", "==", "fit")]
-    )
+    fitted = [("is_pair", "==", True), ("split", "==", "fit")]
+    pairs = pd.read_parquet(cell.records / "pairs.parquet", columns=["group"], filters=fitted)
     shape = cell.config.model
     model = shape.folder if shape.folder else "an open model" if shape.opened else "a model trained in the study"
     versions = {"mnemoscope": version()} | {name: metadata.version(name) for name in LIBRARIES}
@@ -61,21 +59,19 @@ def _table(cell: Cell, name: str) -> pd.DataFrame | None:
 def _of_vector(
     cell: Cell, name: str, vector: SteeringVector, steering: pd.DataFrame, neutral: pd.DataFrame | None
 ) -> dict[str, Any]:
-    """Figures of a vector by the name of its file, DIRECTION-METHOD or DIRECTION-METHOD-conflict.
+    """Figures of a vector, whose file is named DIRECTION-METHOD or DIRECTION-METHOD-conflict.
 
     Resamples are those of the report, which names them so: intervals are the same there.
     """
     aim = "conflict" if name.endswith("-conflict") else "pairs"
-    direction = next(d for d, toward in TOWARD.items() if toward == vector.toward)
-    mine = steering[
-        (steering["aim"] == aim) & (steering["direction"] == direction) & (steering["method"] == vector.method)
-    ]
+    direction = f"to_{vector.toward}"
+    is_mine = (steering["aim"] == aim) & (steering["direction"] == direction) & (steering["method"] == vector.method)
+    mine = steering[is_mine]
     judged = mine[mine["examples"] == aim]
-    hits = judged["after"] == vector.toward
-    own = judged["role"] == "vector"
+    hits, own = judged["after"] == vector.toward, judged["role"] == "vector"
     shift = proportion(hits[own], pd.factorize(judged["group"][own])[0], cell.name)
-    controls = hits[~own].groupby(judged["role"][~own]).mean()
     facts: dict[str, Any] = {"shift": asdict(shift)}
+    controls = hits[~own].groupby(judged["role"][~own]).mean()
     if len(controls):
         facts["control"] = {"name": str(controls.idxmax()), "estimate": float(controls.max())}
     kept = mine[mine["examples"].isin(KEPT) & (mine["role"] == "vector")]
@@ -93,7 +89,9 @@ def _of_detector(cell: Cell, detection: pd.DataFrame, score: str) -> dict[str, A
     truth = test["followed"] == "memorized"
 
     def area(column: str, name: str) -> dict[str, float | int]:
-        return asdict(auroc(test[column], truth, test["group"], named_rng(f"{cell.name}/detector/auroc/{name}")))
+        return asdict(
+            auroc(test[column], truth, test["group"].to_numpy(), named_rng(f"{cell.name}/detector/auroc/{name}"))
+        )
 
     column = "p_memorized_below" if score == "below" else score
     return {"auroc": area(column, score) | {"input_only": area("input_only", "input_only")["estimate"]}}

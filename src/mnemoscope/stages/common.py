@@ -1,4 +1,4 @@
-"""What the stages of a cell share: its task, its model, its generators, its files."""
+"""Task, model, generators and files of a cell, shared by its stages."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,38 +33,44 @@ GATE = 0.5  # probability from which on a gate acts, where a study judges it
 
 
 def rng_of(cell: Cell, stage: str) -> np.random.Generator:
-    """The generator of a stage; no stage's draws depend on another's."""
+    """The generator of a stage, independent of those of other stages."""
     return np.random.default_rng([cell.seed, zlib.crc32(stage.encode())])
 
 
 def cell_task(cell: Cell) -> Task:
-    """The cell's task, with the cell's seed; of what the model knows by heart, where the task asks for that."""
+    """The cell's task with the cell's seed, of the facts that the model knows where the task asks for that."""
     given = cell.opened.task if cell.opened else None
     task = build_task(cell.config.task, cell.config.options, cell.seed) if given is None else given
     known = cell.records / "known.json"
     return task.knowing(set(json.loads(known.read_text())["known"])) if known.exists() else task
 
 
-def cell_model(cell: Cell) -> Asking:
-    """The cell's trained model, ready to be asked.
+class PerProcess:
+    """A cell whose model each process opens once, when first needed; other processes are sent the cell alone."""
 
-    Raises:
-        InputError: its folder is missing or damaged.
-    """
-    # A hub id stays the text that it is.
+    def __init__(self, cell: Cell) -> None:
+        self.cell = cell
+
+    def __reduce__(self) -> tuple[type[PerProcess], tuple[Cell]]:
+        return type(self), (self.cell,)
+
+    @cached_property
+    def asking(self) -> Asking:
+        """The cell's model."""
+        return cell_model(self.cell)
+
+
+def cell_model(cell: Cell) -> Asking:
+    """The cell's trained model with frozen parameters; InputError where its folder is missing or damaged."""
     shape = cell.config.model
-    source = shape.folder if shape.folder and not shape.is_trained else cell.model_folder
+    source = shape.folder if shape.folder and not shape.is_trained else cell.model_folder  # a hub id stays text
     asking = opened_model(cell, source, cell_task(cell))
-    asking.model.requires_grad_(False)  # only shifts are ever fitted to it
+    asking.model.requires_grad_(False)  # only shifts are fitted
     return asking
 
 
 def opened_model(cell: Cell, source: str | Path, task: Task) -> Asking:
-    """A model as the cell's configuration opens it, ready to be asked.
-
-    Raises:
-        InputError: its folder is missing or damaged.
-    """
+    """A model opened as the cell's configuration says; InputError where its folder is missing or damaged."""
     shape = cell.config.model
     if shape.opened and cell.opened is None:
         raise InputError("model.opened: this run is of a model that was open in Python; call mnemoscope.fit with it")
@@ -80,7 +87,7 @@ def opened_model(cell: Cell, source: str | Path, task: Task) -> Asking:
 
 
 def kept_states(cell: Cell, anew: bool = False) -> KeptStates:
-    """States that earlier stages of a cell have read, until its study ends; ``anew``: none of an earlier attempt."""
+    """States that earlier stages of a cell have read; ``anew``: without those of an earlier attempt."""
     folder = cell.folder / STATES
     if anew:
         shutil.rmtree(folder, ignore_errors=True)
@@ -88,17 +95,16 @@ def kept_states(cell: Cell, anew: bool = False) -> KeptStates:
 
 
 def keep_shifts(cell: Cell, shifts: Mapping[Setting, np.ndarray]) -> None:
-    """Keep directions, float64 (L, D), for later stages, by the setting that each depends on."""
+    """Keep directions, float64 (L, D), for later stages, by setting."""
     tensors = {json.dumps(asdict(setting)): shift_LD for setting, shift_LD in shifts.items()}
     write_atomically(cell.folder / STATES / "shifts" / "kept.safetensors", save(tensors))
 
 
 def kept_shifts(cell: Cell) -> dict[tuple[Setting, Labels], np.ndarray]:
-    """The memory of ``Directions`` that ``keep_shifts`` left; {} where there is none."""
+    """The cache of ``Directions`` that ``keep_shifts`` left; {} where there is none."""
     path = cell.folder / STATES / "shifts" / "kept.safetensors"
     stored = load_file(path) if path.is_file() else {}
-    facts = ((json.loads(name), shift_LD) for name, shift_LD in stored.items())
-    return {(Setting(**one | {"layers": tuple(one["layers"])}), ANSWERED): shift_LD for one, shift_LD in facts}
+    return {(_setting(json.loads(name)), ANSWERED): shift_LD for name, shift_LD in stored.items()}
 
 
 def read_binding(cell: Cell) -> Binding:
@@ -109,23 +115,22 @@ def read_binding(cell: Cell) -> Binding:
 def read_chosen(cell: Cell, aim: str) -> dict[tuple[str, str], Setting]:
     """The settings that the steering stage chose for an aim, by direction and method."""
     methods = json.loads((cell.records / "chosen.json").read_text())[aim]["methods"]
+    names = ("site", "layers", "top", "strength", "positions")
     return {
-        (direction, method): Setting(
-            direction,
-            method,
-            facts["site"],
-            tuple(facts["layers"]),
-            facts["top"],
-            facts["strength"],
-            facts["positions"],
+        (direction, method): _setting(
+            {"direction": direction, "method": method} | {name: facts[name] for name in names}
         )
         for method, by_direction in methods.items()
         for direction, facts in by_direction.items()
     }
 
 
+def _setting(facts: Mapping[str, Any]) -> Setting:
+    return Setting(**{**facts, "layers": tuple(facts["layers"])})
+
+
 def read_best(cell: Cell) -> dict[str, Path]:
-    """By direction, the file of the vector that was best for pairs on the tune split."""
+    """The files of the vectors that were best for pairs on the tune split, by direction."""
     best = json.loads((cell.records / "chosen.json").read_text())["pairs"]["best"]
     return {d: cell.folder / "vectors" / f"{d}-{method}.safetensors" for d, method in best.items()}
 
@@ -138,13 +143,10 @@ def write_table(path: Path, table: pd.DataFrame) -> Path:
 class TableWriter:
     """Writes a Parquet file from tables as they come, holding ``ROWS`` rows at most; equal rows give equal bytes.
 
-    The file is there when the context has ended well, and only then.
-
-    Args:
-        columns: the type of each column.
+    The file appears when the context ends without an error.
     """
 
-    ROWS = 2**12  # of a million rows they take as much memory as of ten thousand
+    ROWS = 2**12
 
     def __init__(self, path: Path, columns: dict[str, pa.DataType]) -> None:
         self.path, self.schema = path, pa.schema(columns.items())

@@ -1,4 +1,4 @@
-"""What compares cells: seeds of one label, and labels that share one model.
+"""Compare cells: seeds of one label, and labels that share one model.
 
 Shapes: N examples, L layers, D neurons.
 """
@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy.linalg import orthogonal_procrustes
 
-from mnemoscope.behaviour import Asking, Scores, read_states
+from mnemoscope.behaviour import Asking, read_states
 from mnemoscope.cells import Cell, by_label, by_model
 from mnemoscope.contrast import Contrast
 from mnemoscope.directions import SOURCE, gaussian, steered, with_prefixes
@@ -27,14 +27,14 @@ from mnemoscope.steering import SteeringVector
 from mnemoscope.tasks import Example
 
 TOPS = (0.05, 0.1, 0.3)
-ALIGNING_PROMPTS = 400  # on which the states of two models are laid over each other
-SHUFFLES = 20  # behind what an alignment or a rank correlation is by chance
+ALIGNING_PROMPTS = 400  # on which the states of one model are rotated onto those of another
+SHUFFLES = 20  # for the value of an alignment or a rank correlation by chance
 TRANSFERRED_PAIRS = 300
 GAUSSIAN_DRAWS = 5
 
 
 def compare_stage(cells: Sequence[Cell], run: Path, parallel: Map, tell: Tell) -> list[Path]:
-    """Hold seeds and, where labels share a model, tasks against each other."""
+    """Compare seeds and, where labels share a model, tasks."""
     tell(0, 2, "seeds")
     files = []
     twos = [two for seeds in by_label(cells) for two in combinations(seeds, 2)]
@@ -52,21 +52,18 @@ def compare_stage(cells: Sequence[Cell], run: Path, parallel: Map, tell: Tell) -
 
 def _compared_seeds(two: tuple[Cell, Cell]) -> list[dict[str, Any]]:
     """Two seeds of a label: rows of ``records/seeds.parquet``."""
-    return list(_two_seeds(*two, *map(cell_model, two)))
-
-
-def _two_seeds(a: Cell, b: Cell, asking_a: Asking, asking_b: Asking) -> Iterator[dict[str, Any]]:
-    both = first, second = tuple(Contrast.load(cell.folder / "contrast.safetensors") for cell in (a, b))
+    a, b = two
+    opened = [cell_model(cell) for cell in two]
+    both = first, second = tuple(Contrast.load(cell.folder / "contrast.safetensors") for cell in two)
     # A further attempt begins with other weights.
     shared = a.config.model.shares_first_weights and _attempt(a) == _attempt(b)
     common = {"label": a.label, "seed_a": a.seed, "seed_b": b.seed, "site": first.site}
     common |= {"shared_initialization": shared, "top": np.nan}
     rng = np.random.default_rng([a.seed, b.seed])
-    examples = _common_examples(a, asking_b)
-    states = [_states(cell, asking, examples, first.site) for cell, asking in ((a, asking_a), (b, asking_b))]
+    examples = _common_examples(a, opened[1])
+    states = [_states(cell, asking, examples, first.site) for cell, asking in zip(two, opened, strict=True)]
     aligned = _alignments(states, both, rng)
-    for row in chain(_overlaps(first, second), _rank_correlations(first, second, rng), aligned):
-        yield common | row
+    return [common | row for row in chain(_overlaps(first, second), _rank_correlations(first, second, rng), aligned)]
 
 
 def _attempt(cell: Cell) -> int:
@@ -79,7 +76,7 @@ def _overlaps(a: Contrast, b: Contrast) -> Iterator[dict[str, Any]]:
     for top in TOPS:
         sets = [contrast.top_neurons(top).reshape(1, -1) for contrast in (a, b)]
         chance = overlap_by_chance(*sets)
-        bounds = _by_chance(chance.low, chance.estimate, chance.high)
+        bounds = {"chance_low": chance.low, "chance": chance.estimate, "chance_high": chance.high}
         yield {"what": "overlap", "layer": -1, "top": top, "value": overlap(*sets), **bounds}
 
 
@@ -88,7 +85,7 @@ def _rank_correlations(a: Contrast, b: Contrast, rng: np.random.Generator) -> It
     for layer in range(-1, len(a.rho_LD)):
         first, second = (rho_LD if layer < 0 else rho_LD[layer] for rho_LD in (a.rho_LD, b.rho_LD))
         drawn = [rank_correlation(rng.permuted(first, axis=-1), second) for _ in range(SHUFFLES)]
-        yield {"what": "rank_correlation", "layer": layer, "value": rank_correlation(first, second), **_spread(drawn)}
+        yield {"what": "rank_correlation", "layer": layer, "value": rank_correlation(first, second), **_range(drawn)}
 
 
 def _alignments(
@@ -96,20 +93,16 @@ def _alignments(
 ) -> Iterator[dict[str, Any]]:
     """Cosine of two models' NMD after one model's states are rotated onto the other's on the same prompts.
 
-    Two models that began differently have no neuron in common, but the same prompts tell which rotation lays one's
-    states over the other's (orthogonal Procrustes, Schoenemann 1966). Chance: the rotation fitted to shuffled prompts.
+    The rotation is the orthogonal Procrustes solution (Schoenemann 1966); chance: the one fitted to shuffled prompts.
     """
     if len(states[0]) < 2:
         return
     for layer in range(states[0].shape[1]):
         first_ND, second_ND = (s[:, layer] - s[:, layer].mean(0) for s in states)
-        nmd = [contrast.nmd_LD[layer] for contrast in contrasts]
-        value = cosine(nmd[0] @ orthogonal_procrustes(first_ND, second_ND)[0], nmd[1])
-        drawn = [
-            cosine(nmd[0] @ orthogonal_procrustes(rng.permutation(first_ND), second_ND)[0], nmd[1])
-            for _ in range(SHUFFLES)
-        ]
-        yield {"what": "aligned_cosine", "layer": layer, "value": value, **_spread(drawn)}
+        nmd_D, other_D = (contrast.nmd_LD[layer] for contrast in contrasts)
+        prompts = chain([first_ND], (rng.permutation(first_ND) for _ in range(SHUFFLES)))
+        value, *drawn = [cosine(nmd_D @ orthogonal_procrustes(ND, second_ND)[0], other_D) for ND in prompts]
+        yield {"what": "aligned_cosine", "layer": layer, "value": value, **_range(drawn)}
 
 
 def _common_examples(cell: Cell, other: Asking) -> list[Example]:
@@ -125,17 +118,16 @@ def _states(cell: Cell, asking: Asking, examples: Sequence[Example], site: Any) 
 
 
 def _transferred(onto: tuple[Cell, Sequence[Cell]]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """What the vectors of cells that share a target's model do there, and what their probes read."""
+    """Answers under the vectors, and scores of the probes, of all cells that share a target's model."""
     asking, records = cell_model(onto[0]), Records.of(onto[0])
-    parts = (_transferred_steering, _transferred_probes)
-    steering, probes = (pd.concat(part(*onto, asking, records), ignore_index=True) for part in parts)
-    return steering, probes
+    steering = pd.concat(_transferred_steering(*onto, asking, records), ignore_index=True)
+    return steering, pd.concat(_transferred_probes(*onto, asking, records), ignore_index=True)
 
 
 def _transferred_steering(
     target: Cell, group: Sequence[Cell], asking: Asking, records: Records
 ) -> Iterator[pd.DataFrame]:
-    """Every cell's vectors, paper's and best, on a cell's test pairs, beside Gaussian shifts of the same norm."""
+    """Answers to a cell's test pairs under every cell's NMD and best vectors, and Gaussian shifts of the same norm."""
     for direction in SOURCE:
         examples = records.targets("test", direction, TRANSFERRED_PAIRS)
         if not examples:
@@ -146,7 +138,10 @@ def _transferred_steering(
                 scores = steered(asking, batches, vector, margins=False)
                 facts = {"source": source.label, "target": target.label, "seed": source.seed}
                 facts |= {"direction": direction, "method": method, "role": role, "draw": draw}
-                yield _after(facts, examples, scores)
+                columns = {**facts, "example": np.arange(len(examples)), "group": [e.group for e in examples]}
+                table = pd.DataFrame({**columns, "after": scores.behaviour_N})
+                words = ("source", "target", "direction", "method", "role", "group", "after")
+                yield table.astype({word: "str" for word in words})
 
 
 def _vectors(source: Cell, direction: str, asking: Asking) -> Iterator[tuple[str, str, int, SteeringVector]]:
@@ -165,17 +160,10 @@ def _vectors(source: Cell, direction: str, asking: Asking) -> Iterator[tuple[str
             yield name, "gaussian", draw, vector.with_dense(gaussian(shift_LD, rng))
 
 
-def _after(facts: dict[str, Any], examples: Sequence[Example], scores: Scores) -> pd.DataFrame:
-    columns = {**facts, "example": np.arange(len(examples)), "group": [e.group for e in examples]}
-    table = pd.DataFrame({**columns, "after": scores.behaviour_N})
-    words = ("source", "target", "direction", "method", "role", "group", "after")
-    return table.astype({word: "str" for word in words})
-
-
 def _transferred_probes(
     target: Cell, group: Sequence[Cell], asking: Asking, records: Records
 ) -> Iterator[pd.DataFrame]:
-    """Every cell's probes on a cell's test states."""
+    """Scores of every cell's probes on a cell's test states."""
     examples = [e for pair in records.both_sides("test", TRANSFERRED_PAIRS) for e in pair]
     states_NLD = _states(target, asking, examples, target.config.pairs.site)
     for source in group:
@@ -187,10 +175,6 @@ def _transferred_probes(
             yield table.astype({word: "str" for word in ("source", "target", "group")})
 
 
-def _spread(drawn: Sequence[float]) -> dict[str, float]:
+def _range(drawn: Sequence[float]) -> dict[str, float]:
     low, high = np.quantile(drawn, [0.025, 0.975])
-    return _by_chance(float(low), float(np.mean(drawn)), float(high))
-
-
-def _by_chance(low: float, mean: float, high: float) -> dict[str, float]:
-    return {"chance_low": low, "chance": mean, "chance_high": high}
+    return {"chance_low": float(low), "chance": float(np.mean(drawn)), "chance_high": float(high)}

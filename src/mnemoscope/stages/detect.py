@@ -1,7 +1,7 @@
-"""Fit a detector, read test prompts with it, and note where a gate would act.
+"""Fit a detector, read test prompts with it, and record where a gate would act.
 
-A gate decides by the state at the decision position before anything is shifted, so what a gated vector does to an
-example is what the ungated one does where the gate acts, and nothing elsewhere.
+A gate decides by the unsteered state at the decision position, so a gated vector equals the ungated one where the gate
+acts and does nothing elsewhere.
 
 Shapes: N prompts, L layers, D neurons.
 """
@@ -21,7 +21,6 @@ from mnemoscope.cells import Cell, git_state
 from mnemoscope.detect import Detector, Observed, Reading, fit_detectors
 from mnemoscope.directions import TOWARD
 from mnemoscope.errors import InputError
-from mnemoscope.probes import fit_input_probe, fit_layer_probes
 from mnemoscope.stages.common import (
     GATE,
     Tell,
@@ -34,7 +33,7 @@ from mnemoscope.stages.common import (
     write_table,
 )
 from mnemoscope.stages.lists import Records, judged_lists
-from mnemoscope.stages.probe import UNCERTAINTIES, features_of_input
+from mnemoscope.stages.probe import input_scores, uncertainty_scores
 from mnemoscope.steering import SteeringVector
 from mnemoscope.tasks import SPLITS, Example, Kind, Side, Split, draw
 
@@ -43,7 +42,7 @@ NEITHER: tuple[Kind, ...] = ("memory", "novel")
 
 
 def detection_stage(cell: Cell, tell: Tell) -> list[Path]:
-    """A detector from fit and tune prompts, its readings of test prompts beside baselines, and what a gate decides."""
+    """Fit a detector on fit and tune prompts; read test prompts beside baselines; record what a gate decides."""
     config = cell.config.detection
     if not config.fitted:
         return []
@@ -58,7 +57,7 @@ def detection_stage(cell: Cell, tell: Tell) -> list[Path]:
     except InputError as error:  # too few prompts of a behaviour, which is no reason to lose all else
         tell(1, 1, f"no detector: {error}")
         return [write_json(cell.records / "no_detector.json", {"why": str(error)})]
-    facts = {"task": cell.label, "binding": read_binding(cell), "prompting": asking.prompting}
+    facts: dict[str, Any] = {"task": cell.label, "binding": read_binding(cell), "prompting": asking.prompting}
     facts["commit"] = git_state()["commit"] or ""
     detector, lower = (one and replace(one, **facts) for one in found)
     assert detector is not None
@@ -66,7 +65,7 @@ def detection_stage(cell: Cell, tell: Tell) -> list[Path]:
     tell(3, 4, "where a gate acts")
     gates = list(_gates(cell, asking, records, detector))
     return [
-        # The JSON beside each is written again once there is a card.
+        # Without their JSON, which the cards stage writes again.
         detector.save(cell.folder / "detector.safetensors")[0],
         *(lower.save(cell.folder / "detector_below.safetensors")[:1] if lower else []),
         write_table(cell.records / "detection.parquet", table),
@@ -75,7 +74,7 @@ def detection_stage(cell: Cell, tell: Tell) -> list[Path]:
 
 
 class _Prompts:
-    """Prompts of one split with their states at the decision position and what followed them."""
+    """Prompts of one split with their states at the decision position and the behaviour that followed."""
 
     def __init__(self, cell: Cell, asking: Asking, rows: pd.DataFrame, examples: Sequence[Example]) -> None:
         self.rows, self.examples = rows, examples
@@ -86,31 +85,27 @@ class _Prompts:
     def of(cls, cell: Cell, asking: Asking, records: Records, split: Split) -> _Prompts:
         """Phrasings of candidates as they come, pairs or not, and questions without a conflict."""
         config, rng = cell.config.detection, rng_of(cell, f"detection/{split}")
-        examples, followed, lists = [], [], []
         tables = {"conflict": records.pairs, **(records.held_out if split == "test" else {})}
-        for name, table in tables.items():
-            for example, behaviour in _phrasings(records, table, split, config.examples, rng):
-                examples.append(example)
-                followed.append(behaviour)
-                lists.append(name)
-        for kind in NEITHER if not records.memory_is_conflict else NEITHER[1:]:
-            for example in draw(records.task, rng, config.others, kind, split):
-                examples.append(example)
-                followed.append("neither")
-                lists.append(kind)
-        rows = pd.DataFrame({"examples": lists, "followed": followed})
-        return cls(cell, asking, rows, examples)
+        found = [
+            (name, behaviour, example)
+            for name, table in tables.items()
+            for example, behaviour in _phrasings(table, split, config.examples, rng)
+        ]
+        for kind in NEITHER if not records.task.memory_is_conflict else NEITHER[1:]:
+            found += [(kind, "neither", e) for e in draw(records.task, rng, config.others, kind, split)]
+        rows = pd.DataFrame([row[:2] for row in found], columns=["examples", "followed"])
+        return cls(cell, asking, rows, [example for *_, example in found])
 
     def observed(self) -> Observed:
-        """What a detector is fitted on: what was answered neither way is left out."""
+        """What a detector is fitted on: without prompts that were answered neither way."""
         kept_N = self.rows.followed.isin(("memorized", "generalized", "neither")).to_numpy()
         return Observed(self.states_NLD[kept_N], self.rows.followed.to_numpy(dtype=object)[kept_N])
 
 
 def _phrasings(
-    records: Records, table: pd.DataFrame, split: Split, limit: int, rng: np.random.Generator
+    table: pd.DataFrame, split: Split, limit: int, rng: np.random.Generator
 ) -> Iterator[tuple[Example, str]]:
-    """At most ``limit`` different prompts of candidates, drawn at random, with what they were answered."""
+    """At most ``limit`` different prompts of candidates, drawn at random, with the behaviour of their answers."""
     part = table[table["split"] == split]
     first = np.flatnonzero(~pd.concat([part["prompt_a"], part["prompt_b"]]).duplicated())
     for place in rng.permutation(first)[:limit]:
@@ -120,24 +115,15 @@ def _phrasings(
 
 
 def _baselines(asking: Asking, parts: Mapping[Split, _Prompts]) -> dict[str, np.ndarray]:
-    """Scores of test prompts from what needs no state: the input, and how sure the model is of its next token."""
-    kept = {split: part.rows.followed.isin(("memorized", "generalized")).to_numpy() for split, part in parts.items()}
-    labels = {s: (p.rows.followed[kept[s]] == "memorized").to_numpy().astype(np.int64) for s, p in parts.items()}
-    scores = {}
-    for kind, found in features_of_input(asking, {split: part.examples for split, part in parts.items()}).items():
-        probe = fit_input_probe(found["fit"][kept["fit"]], labels["fit"], found["tune"][kept["tune"]], labels["tune"])
-        scores[kind] = np.asarray(probe.decision_function(found["test"]))
-    for column, kind in enumerate(UNCERTAINTIES):
-        values = {split: part.uncertainty_N2[:, None, [column]] for split, part in parts.items()}
-        probes = fit_layer_probes(
-            values["fit"][kept["fit"]], labels["fit"], values["tune"][kept["tune"]], labels["tune"]
-        )
-        scores[kind] = probes[0].decision_function(values["test"][:, 0])
-    return scores
+    """Scores of test prompts without a state: from the input, and from how sure the model is of its next token."""
+    sides = {"memorized": 1, "generalized": 0}
+    labels = {split: part.rows.followed.map(sides).fillna(-1).to_numpy(np.int64) for split, part in parts.items()}
+    of_input = input_scores(asking, {split: part.examples for split, part in parts.items()}, labels)
+    return of_input | uncertainty_scores({split: part.uncertainty_N2 for split, part in parts.items()}, labels)
 
 
 def _below(cell: Cell) -> int:
-    """The last block at whose output a gate can read before either of the best vectors shifts anything; -1: none."""
+    """The last block whose output precedes all shifts of the best vectors; -1: none."""
     vectors = [SteeringVector.load(path) for path in read_best(cell).values()]
     return min(v.layers[0] if v.site == "block" else v.layers[0] - 1 for v in vectors if v.layers)
 
@@ -148,26 +134,21 @@ def _readings(
     reading = detector.read(part.states_NLD)
     facts = {field: [getattr(e, field) for e in part.examples] for field in ("prompt", "group", "family", "split")}
     readable = [np.nan if layer is None else float(layer) for layer in reading.readable_from]
-    columns: dict[str, Any] = facts | _said(reading) | dict(baselines) | {"readable_from": readable}
+    columns: dict[str, Any] = facts | _values(reading) | dict(baselines) | {"readable_from": readable}
     columns["p_memorized_below"] = lower.read(part.states_NLD).p_memorized if lower else np.nan
     return part.rows.assign(**columns)
 
 
-def _said(reading: Reading) -> dict[str, np.ndarray]:
-    return {
-        "p_memorized": reading.p_memorized,
-        "p_conflict": reading.p_conflict,
-        "distance": reading.distance,
-        "unlike": reading.unlike,
-    }
+def _values(reading: Reading) -> dict[str, np.ndarray]:
+    return {name: getattr(reading, name) for name in ("p_memorized", "p_conflict", "distance", "unlike")}
 
 
 def _gates(cell: Cell, asking: Asking, records: Records, detector: Detector) -> Iterator[pd.DataFrame]:
-    """For every list that steering was judged on, in its order: what the detector says, and whether a gate acts."""
+    """The detector's values, and whether a gate acts, for every list that steering was judged on, in its order."""
     config = cell.config
     for direction, toward in TOWARD.items():
         for name, entry in judged_lists(records, direction, config.steering.judged_examples).items():
             states = read_states(asking, entry.examples, config.pairs.site, kept=kept_states(cell))
             reading = detector.read(states.at_decision_NLD)
             columns: dict[str, Any] = {"direction": direction, "examples": name, "example": range(len(entry.examples))}
-            yield pd.DataFrame(columns | _said(reading) | {"acts": reading.acts(toward, GATE)})
+            yield pd.DataFrame(columns | _values(reading) | {"acts": reading.acts(toward, GATE)})

@@ -1,12 +1,8 @@
-"""What a chosen vector does by degrees, what its neurons are needed for, and the most that a site could do.
-
-Everything here is measured on test pairs; nothing is chosen by it.
-"""
+"""Dose-response of chosen vectors, necessity of their neurons, and upper bounds, on test pairs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -19,15 +15,7 @@ import torch
 
 from mnemoscope.behaviour import Asking, Batch, Scores, read_states, score, score_contrasted
 from mnemoscope.cells import Cell
-from mnemoscope.directions import (
-    SOURCE,
-    TOWARD,
-    Directions,
-    Setting,
-    control_draws,
-    steered,
-    with_prefixes,
-)
+from mnemoscope.directions import SOURCE, TOWARD, Directions, Setting, control_draws, steered, with_prefixes
 from mnemoscope.errors import InputError
 from mnemoscope.models import SITES, Site, blocks_of
 from mnemoscope.stages.common import Tell, cell_model, kept_shifts, kept_states, read_chosen, write_table
@@ -35,12 +23,11 @@ from mnemoscope.stages.lists import Records, sources_of
 from mnemoscope.steering import ablated, patched
 from mnemoscope.tasks import Example
 
-Applied = Callable[[], AbstractContextManager[Any]]
 CONTRASTS = {"to_generalized": (0.5, 1.0), "to_memorized": (-0.5, -1.0)}  # of context-aware decoding; -1: no context
 
 
 def effects_stage(cell: Cell, tell: Tell) -> list[Path]:
-    """Dose-response, necessity, upper bounds by patching, and the behaviour asked for in words."""
+    """Measure dose-response, necessity, upper bounds by patching, and prompts that ask for the behaviour."""
     asking, records = cell_model(cell), Records.of(cell)
     sides = _Sides.of(cell, asking, records)
     settings = list(read_chosen(cell, "pairs").values())
@@ -94,7 +81,7 @@ class _Sides:
         return found_NLD
 
     def table(self, side: str, scores: Scores, **facts: Any) -> pd.DataFrame:
-        """One row per pair: what became of one side of it; steered to memory only what leaves the key where it was."""
+        """One row per pair of one side's scores; of shifts to memory only for pairs that keep the key in place."""
         columns: dict[str, Any] = {name: "" for name in ("direction", "method", "site", "layers", "role")}
         columns |= {"dose": np.nan, "draw": 0, **facts, "side": side, "example": np.arange(len(self.examples[side]))}
         columns |= {"group": [e.group for e in self.examples[side]], "after": scores.behaviour_N}
@@ -111,76 +98,67 @@ def _doses(cell: Cell, sides: _Sides, directions: Directions, setting: Setting) 
     draws = list(control_draws("gaussian", directions, setting, config.draws, [cell.seed, 7]))
     shifts = [("vector", 0, vector), *(("gaussian", n, vector.with_dense(shift_LD)) for n, shift_LD in draws)]
     for dose, (role, draw, shift) in product(config.doses, shifts):
-        # A shift of nothing is no shift; where all tokens are shifted, prompts are read in another way.
-        known = not dose and shift.positions == "decision"
+        known = not dose and shift.positions == "decision"  # with "all", prompts are read without prefixes
         scores = sides.unsteered[side] if known else steered(sides.asking, sides.batches[side], shift * dose)
         yield sides.table(side, scores, **_facts("dose", setting), dose=dose, role=role, draw=draw)
 
 
 def _ablations(cell: Cell, sides: _Sides, directions: Directions, setting: Setting) -> Iterator[pd.DataFrame]:
-    """The neurons that a method ranks highest, held at their mean, and as many at random in each layer."""
+    """Ablate, to their mean, the neurons that a method ranks highest, and as many at random in each layer."""
     mean_LD = directions.sources.states_P2LD.mean((0, 1))
     for top in cell.config.effects.ablated:
         kept_LD = directions.top_neurons(setting, top)
         rng = np.random.default_rng([cell.seed, 8, int(1000 * top)])
         drawn = [rng.permuted(kept_LD, axis=1) for _ in range(cell.config.effects.draws)]
         for draw, chosen_LD in enumerate((kept_LD, *drawn)):
-            applied = _ablating(sides.asking, mean_LD, chosen_LD, setting.site)
-            role = "random_neurons" if draw else "vector"
+            layers = np.flatnonzero(chosen_LD.any(axis=1)).tolist()
+            means = {layer: torch.from_numpy(mean_LD[layer]).float() for layer in layers}
+            neurons = {layer: torch.from_numpy(chosen_LD[layer]) for layer in layers}
+            applied = partial(ablated, sides.asking.model, means, neurons, setting.site)
+            facts = _facts("ablation", setting) | {"role": "random_neurons" if draw else "vector"}
             for side, batches in sides.batches.items():
                 scores = score(sides.asking, batches, applied=applied)
-                facts = _facts("ablation", setting)
-                yield sides.table(side, scores, **facts, dose=top, role=role, draw=max(0, draw - 1))
+                yield sides.table(side, scores, **facts, dose=top, draw=max(0, draw - 1))
 
 
 def _facts(what: str, setting: Setting) -> dict[str, Any]:
     return {"what": what, "direction": setting.direction, "method": setting.method, "site": setting.site}
 
 
-def _ablating(asking: Asking, mean_LD: np.ndarray, chosen_LD: np.ndarray, site: Site) -> Applied:
-    layers = np.flatnonzero(chosen_LD.any(axis=1)).tolist()
-    means = {layer: torch.from_numpy(mean_LD[layer]).float() for layer in layers}
-    return partial(ablated, asking.model, means, {i: torch.from_numpy(chosen_LD[i]) for i in layers}, site)
-
-
 def _patches(cell: Cell, sides: _Sides) -> Iterator[pd.DataFrame]:
-    """Each layer's state at the decision position, put from one side of a pair into the other."""
+    """Patch each layer's state at the decision position from one side of a pair into the other."""
     model = sides.asking.model
     for site in SITES:
         states = {side: sides.states(cell, side, site) for side in sides.batches}
         for direction, toward in TOWARD.items():
             side, donor_NLD = SOURCE[direction], states[toward]
             for layer in range(len(blocks_of(model))):
-                # Batches are read in their order, each once.
-                donors = iter([torch.from_numpy(donor_NLD[b.examples_N, layer]) for b in sides.batches[side]])
-                applied = _patching(sides.asking, layer, donors, site)
-                scores = score(sides.asking, sides.batches[side], applied=applied)
+                # Batches are scored in order, each once.
+                donors = (torch.from_numpy(donor_NLD[b.examples_N, layer]) for b in sides.batches[side])
+                patches = (patched(model, layer, donor_ND, site) for donor_ND in donors)
+                scores = score(sides.asking, sides.batches[side], applied=partial(next, patches))
                 facts = {"what": "patch", "direction": direction, "site": site, "layers": str(layer)}
                 yield sides.table(side, scores, **facts)
 
 
-def _patching(asking: Asking, layer: int, donors: Iterator[torch.Tensor], site: Site) -> Applied:
-    return lambda: patched(asking.model, layer, next(donors), site)
-
-
 def _prompts(asking: Asking, records: Records, sides: _Sides) -> Iterator[pd.DataFrame]:
-    """Prompts that ask for the behaviour, where the task has them: by the system message of a chat, or in the text."""
+    """Prompts that ask for the behaviour, in a chat's system message or in the text, where the task has them."""
     for direction, toward in TOWARD.items():
-        side, told = SOURCE[direction], asking
+        side, instructed = SOURCE[direction], asking
         examples: list[Example | None] = list(sides.examples[side])
         instruction = records.task.instruction(toward)
         if asking.prompting.chat and instruction:
-            told = replace(asking, prompting=replace(asking.prompting, system=instruction))
+            instructed = replace(asking, prompting=replace(asking.prompting, system=instruction))
         else:
             examples = [records.task.prompted(example, toward) for example in sides.examples[side]]
         wanted = [example for example in examples if example is not None]
         if len(wanted) < len(examples):
             continue
         try:
-            batches = with_prefixes(told, wanted)
-        except InputError:  # a tokenizer without these words cannot ask so
+            batches = with_prefixes(instructed, wanted)
+        except InputError:  # a tokenizer without these words
             continue
-        yield sides.table(side, score(told, batches), what="prompt", direction=direction)
+        yield sides.table(side, score(instructed, batches), what="prompt", direction=direction)
 
 
 def _contrasts(asking: Asking, records: Records, sides: _Sides) -> Iterator[pd.DataFrame]:

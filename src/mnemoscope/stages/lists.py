@@ -25,7 +25,7 @@ LEAST_OF_A_FAMILY = 20  # examples, below which one of them that is lost would d
 
 @dataclass(frozen=True)
 class Records:
-    """What the stages before have written of a cell.
+    """Records of a cell that earlier stages wrote.
 
     Attributes:
         pairs: ``records/pairs.parquet``, every candidate of every split.
@@ -40,34 +40,28 @@ class Records:
 
     @classmethod
     def of(cls, cell: Cell) -> Records:
-        """Read them."""
+        """Read the records of a cell."""
         pairs, behaviour = (pd.read_parquet(cell.records / f"{name}.parquet") for name in ("pairs", "behaviour"))
         path = cell.records / "pairs_held_out.parquet"
         held_out = dict(iter(pd.read_parquet(path).groupby("held_out"))) if path.exists() else {}
         return cls(cell_task(cell), pairs, behaviour, {str(name): table for name, table in held_out.items()})
-
-    @property
-    def memory_is_conflict(self) -> bool:
-        """Whether memory examples are the conflicts themselves, which steering is meant to change."""
-        return self.task.memory_is_conflict
 
     def both_sides(self, split: Split, limit: int) -> list[tuple[Example, Example]]:
         """Pairs as (answered generalized, answered memorized)."""
         return [(_phrasing(row, "generalized"), _phrasing(row, "memorized")) for row in self._pairs(split, limit)]
 
     def targets(self, split: Split, direction: str, limit: int, reachable: bool = True) -> list[Example]:
-        """Of each pair, the phrasing that shows the behaviour to be steered away from, each phrasing once.
+        """Of each pair, the phrasing that shows the behaviour to steer away from, each phrasing once.
 
-        Args:
-            reachable: steering to memory takes a phrasing that leaves the stored key where it was stored; False gives
-                the others, which are judged apart. Every phrasing can be steered to the rule.
+        Only a phrasing that keeps the stored key in place is ``reachable`` by steering to memory; the others are judged
+        apart. Every phrasing can be steered to the rule.
         """
         phrasings = (_phrasing(row, SOURCE[direction]) for row in self._pairs(split, None))
         wanted = (e for e in phrasings if (direction == "to_generalized" or self.task.keeps_key(e)) == reachable)
         return list(islice(_each_once(wanted), limit))
 
     def conflicts(self, split: Split, behaviour: str, limit: int, reachable: bool = False) -> list[Example]:
-        """Examples as drawn, before any rephrasing, that are answered so; ``reachable``: that keep the key."""
+        """Examples as drawn, before any rephrasing, that show a behaviour; ``reachable``: that keep the key."""
         part = self.pairs[(self.pairs["split"] == split) & (self.pairs["behaviour_a"] == behaviour)]
         examples = (Example.from_row(row, "a") for row in _rows(part))
         return list(islice(_each_once(e for e in examples if not reachable or self.task.keeps_key(e)), limit))
@@ -78,18 +72,18 @@ class Records:
 
 
 def sources_of(cell: Cell, asking: Asking, records: Records, sites: Iterable[Site]) -> dict[Site, Sources]:
-    """What directions are computed from, by site."""
+    """Sources of directions, by site."""
     pairs, kept = records.both_sides("fit", cell.config.steering.fit_pairs), kept_states(cell)
     find_lists = cache(lambda: _fit_lists(cell, asking, records))  # one for all sites
     return {site: read_sources(site, pairs, asking, find_lists, kept) for site in dict.fromkeys(sites)}
 
 
 def _fit_lists(cell: Cell, asking: Asking, records: Records) -> FitLists:
-    """What directions are fitted on, prepared with prefixes."""
+    """Fit lists of directions, prepared with prefixes."""
     config = cell.config.steering
     asking = replace(asking, batch_size=config.fit_batch)  # a learned vector takes one batch a step
     # Memory examples that are conflicts give away the memorized answer, which shuffled labels must not know.
-    known = () if records.memory_is_conflict else ("memory",)
+    known = () if records.task.memory_is_conflict else ("memory",)
     kinds = [kind for kind in (*known, "novel") if kind in config.kept_kinds]
     right = _answered_right(cell, asking, records, "fit", config.fit_others, kinds)
     ready = {kind: with_prefixes(asking, examples) for kind, examples in right.items()}
@@ -104,16 +98,15 @@ def _fit_lists(cell: Cell, asking: Asking, records: Records) -> FitLists:
 
 
 def tune_lists(cell: Cell, asking: Asking, records: Records) -> dict[str, dict[str, TuneLists]]:
-    """What settings are tried on, by aim (``pairs``, ``conflict``) and direction, prepared with prefixes."""
+    """Tune lists by aim (``pairs``, ``conflict``) and direction, prepared with prefixes."""
     config = cell.config.steering
     right = _answered_right(cell, asking, records, "tune", config.tune_others, ("memory", "novel"))
     ready = {kind: (with_prefixes(asking, examples), "correct") for kind, examples in right.items()}
     # A fact that is asked for without context and one that the prompt repeats are lost in different ways.
     families = Counter(example.family for example in right["memory"])
+    large = [name for name, count in sorted(families.items()) if len(families) > 1 and count >= LEAST_OF_A_FAMILY]
     recall = {
-        name: (with_prefixes(asking, [e for e in right["memory"] if e.family == name]), "correct")
-        for name, count in sorted(families.items())
-        if len(families) > 1 and count >= LEAST_OF_A_FAMILY
+        name: (with_prefixes(asking, [e for e in right["memory"] if e.family == name]), "correct") for name in large
     }
     lists: dict[str, dict[str, TuneLists]] = {"pairs": {}, "conflict": {}}
     for direction, toward in TOWARD.items():
@@ -130,11 +123,7 @@ def tune_lists(cell: Cell, asking: Asking, records: Records) -> dict[str, dict[s
 
 @dataclass(frozen=True)
 class JudgedList:
-    """Test examples with what they answer without a shift.
-
-    Attributes:
-        margin_N: nats; NaN for memory and novel examples.
-    """
+    """Test examples with their unsteered labels and margins in nats, NaN for memory and novel examples."""
 
     examples: Sequence[Example]
     before: Sequence[str]
@@ -156,19 +145,19 @@ def judged_lists(records: Records, direction: str, limit: int) -> dict[str, Judg
         "memory": table[table["kind"] == "memory"],
         "novel": table[table["kind"] == "novel"],
     }
+    if direction == "to_memorized":
+        drawn = map(Example.from_row, parts["conflict"].to_dict("records"))
+        parts["conflict"] = parts["conflict"][[records.task.keeps_key(example) for example in drawn]]
     for name, part in parts.items():
-        examples = [Example.from_row(row) for row in part.to_dict("records")]
-        if name == "conflict" and direction == "to_memorized":
-            part = part[[records.task.keeps_key(e) for e in examples]]
-        part = part.head(limit)
-        examples = [Example.from_row(row) for row in part.to_dict("records")]
-        lists[name] = JudgedList(examples, part["behaviour"].tolist(), part["margin"].to_numpy())
+        examples = [Example.from_row(row) for row in part.head(limit).to_dict("records")]
+        before, margin_N = part["behaviour"].tolist()[:limit], part["margin"].to_numpy()[:limit]
+        lists[name] = JudgedList(examples, before, margin_N)
     return {name: entry for name, entry in lists.items() if entry.examples}
 
 
 def _kept(records: Records, toward: Toward) -> list[str]:
     """Kinds whose answers should stay: a model steered to memory has nothing to remember of a novel example."""
-    memory = [] if records.memory_is_conflict and toward == "generalized" else ["memory"]
+    memory = [] if records.task.memory_is_conflict and toward == "generalized" else ["memory"]
     return [*memory, "novel"] if toward == "generalized" else memory
 
 
@@ -186,11 +175,10 @@ def _answered_right(
 
 
 def _each_once(examples: Iterable[Example]) -> Iterator[Example]:
-    """Examples in order, those left out that were there before."""
+    """Examples in order without repetition."""
     seen: set[tuple[str, str]] = set()
     for example in examples:
-        key = (example.item, example.prompt)
-        if key not in seen:
+        if (key := (example.item, example.prompt)) not in seen:
             seen.add(key)
             yield example
 
@@ -206,7 +194,7 @@ def _margins(pairs: pd.DataFrame, examples: Sequence[Example]) -> np.ndarray:
 
 
 def _rows(table: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """The rows one by one: few of a long table may be wanted."""
+    """Rows of a table one by one, as few of a long one may be wanted."""
     return (dict(zip(map(str, table), row, strict=True)) for row in table.itertuples(index=False, name=None))
 
 

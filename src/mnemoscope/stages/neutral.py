@@ -1,4 +1,4 @@
-"""How far steering changes what a model writes when nothing is asked: divergence on neutral text, gated and not.
+"""Divergence that steering causes on neutral text, gated and not.
 
 The text is the model's own, sampled at temperature 1 without any prompt: there the divergence of one token after
 another adds up to that of whole texts.
@@ -60,26 +60,16 @@ def neutral_stage(cell: Cell, tell: Tell) -> list[Path]:
 
 @torch.no_grad()
 def written(asking: Asking, texts: int, length: int, seed: int) -> Tensor:
-    """What the model writes when it is asked nothing, behind its first token: plain sampling; int64 (N, 1 + length)."""
+    """Texts sampled from the model behind its first token, at temperature 1; int64 (N, 1 + length)."""
     model, tokenizer = asking.model, asking.tokenizer
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     ids_NT = torch.full((texts, 1), first, device=model.device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return model.generate(
-            input_ids=ids_NT,
-            attention_mask=torch.ones_like(ids_NT),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            min_p=None,
-            typical_p=1.0,
-            **PLAINLY,
-            max_new_tokens=length,
-            eos_token_id=None,
-            pad_token_id=first,
-        )
+        sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": None, "typical_p": 1.0}
+        ends = {"max_new_tokens": length, "eos_token_id": None, "pad_token_id": first}
+        mask_NT = torch.ones_like(ids_NT)
+        return model.generate(input_ids=ids_NT, attention_mask=mask_NT, **sampling, **PLAINLY, **ends)
 
 
 @torch.no_grad()
@@ -115,23 +105,12 @@ def _measured(
     reading = detector.read(states_at_the_end(model, ids_NT, mask_NT, detector.site)) if detector else None
     plain_NMV = logp(None, 0.0)
     for direction, vector in vectors.items():
-        acts_N = np.ones(len(cuts_N2), bool)
-        if reading:
-            acts_N = reading.acts(TOWARD[direction], GATE)
+        acts_N = reading.acts(TOWARD[direction], GATE) if reading else np.full(len(cuts_N2), np.nan)
         for dose in config.neutral.doses:
             steered_NMV = logp(vector, dose)
             kl_NM = (plain_NMV.exp() * (plain_NMV - steered_NMV)).sum(-1)
             same_N = plain_NMV[:, 0].argmax(-1) == steered_NMV[:, 0].argmax(-1)
-            yield pd.DataFrame(
-                {
-                    "direction": direction,
-                    "method": vector.method,
-                    "dose": dose,
-                    "text": cuts_N2[:, 0],
-                    "place": cuts_N2[:, 1],
-                    "kl_first": kl_NM[:, 0].double().cpu().numpy(),
-                    "kl_next": kl_NM[:, 1:].double().mean(1).cpu().numpy(),
-                    "same_top": same_N.cpu().numpy(),
-                    "acts": acts_N if reading else np.full(len(cuts_N2), np.nan),
-                }
-            )
+            columns = {"direction": direction, "method": vector.method, "dose": dose}
+            columns |= {"text": cuts_N2[:, 0], "place": cuts_N2[:, 1], "kl_first": kl_NM[:, 0].double().cpu().numpy()}
+            columns |= {"kl_next": kl_NM[:, 1:].double().mean(1).cpu().numpy(), "same_top": same_N.cpu().numpy()}
+            yield pd.DataFrame(columns | {"acts": acts_N})

@@ -1,22 +1,21 @@
-"""The mining stage: pairs of every split, and the contrast of the fit pairs."""
+"""Mine pairs of every split, and compute the contrast of the fit pairs."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
 
-from mnemoscope.behaviour import Asking, KeptStates, PairBatch, draw_candidates, mine_pairs
+from mnemoscope.behaviour import KeptStates, PairBatch, draw_candidates, mine_pairs
 from mnemoscope.cells import Cell
 from mnemoscope.contrast import ContrastAccumulator
 from mnemoscope.errors import StudyError
 from mnemoscope.files import write_atomically
-from mnemoscope.stages.common import TableWriter, Tell, cell_model, cell_task, kept_states, rng_of
+from mnemoscope.stages.common import PerProcess, TableWriter, Tell, cell_task, kept_states, rng_of
 from mnemoscope.tasks import SPLITS, Example, Split, Task, draws
 
 Candidate = tuple[Example, Example]
@@ -31,9 +30,8 @@ COLUMNS = {
 def pairs_stage(cell: Cell, tell: Tell) -> list[Path]:
     """Mine pairs in every split; stream the contrast of the fit pairs.
 
-    Candidates are drawn batch by batch, by generators that no label has a part in, so that the yield has an honest
-    denominator and memory does not grow with their number. Batches are labelled in parallel and taken in their order,
-    so that all sums are the same for any number of processes.
+    Candidates are drawn batch by batch, independent of labels, so that memory does not grow with their number. Batches
+    are labelled in parallel and taken in order, so that all sums are the same for any number of processes.
     """
     task, miner, config = cell_task(cell), _Miner(cell), cell.config.pairs
     contrast: ContrastAccumulator | None = None
@@ -45,7 +43,10 @@ def pairs_stage(cell: Cell, tell: Tell) -> list[Path]:
         for split in SPLITS:
             for batch in cell.map(miner, _batches(cell, task, split, wanted[split], split)):
                 if split == "fit" and batch.is_pair_N.any():
-                    contrast = contrast or _no_contrast(cell, batch)
+                    layers, neurons = batch.states_generalized_PLD.shape[1:]
+                    contrast = contrast or ContrastAccumulator.empty(
+                        config.site, layers, neurons, config.permutations, cell.seed
+                    )
                     groups = [pair[0].group for pair in batch.pairs()]
                     contrast.add(batch.states_generalized_PLD, batch.states_memorized_PLD, groups)
                 batch.keep(kept, config.site, of_all=cell.config.detection.fitted)
@@ -66,18 +67,8 @@ def pairs_stage(cell: Cell, tell: Tell) -> list[Path]:
     return files
 
 
-class _Miner:
-    """Labels batches of candidates with the model of a cell, opened in whichever process the first batch comes to."""
-
-    def __init__(self, cell: Cell) -> None:
-        self.cell = cell
-
-    def __reduce__(self) -> tuple[type[_Miner], tuple[Cell]]:
-        return _Miner, (self.cell,)
-
-    @cached_property
-    def asking(self) -> Asking:
-        return cell_model(self.cell)
+class _Miner(PerProcess):
+    """Labels batches of candidates with the model of a cell."""
 
     def __call__(self, candidates: list[Candidate]) -> PairBatch:
         (batch,) = mine_pairs(self.asking, candidates, self.cell.config.pairs.site, len(candidates))
@@ -94,7 +85,7 @@ def _batches(cell: Cell, task: Task, stream: str, n: int, split: Split) -> Itera
 
 
 def _held_out_pairs(cell: Cell, task: Task, miner: _Miner, kept: KeptStates, tell: Tell) -> list[Path]:
-    """Test pairs of what nothing is fitted on, where the task holds something out."""
+    """Test pairs of the parts that the task holds out."""
     config = cell.config.pairs
     held_out = task.held_out()
     if not held_out:
@@ -108,12 +99,6 @@ def _held_out_pairs(cell: Cell, task: Task, miner: _Miner, kept: KeptStates, tel
                 batch.keep(kept, config.site, of_all=cell.config.detection.fitted)
                 writer.add(_pairs_table(batch).assign(held_out=name))
     return [path]
-
-
-def _no_contrast(cell: Cell, batch: PairBatch) -> ContrastAccumulator:
-    layers, neurons = batch.states_generalized_PLD.shape[1:]
-    config = cell.config.pairs
-    return ContrastAccumulator.empty(config.site, layers, neurons, config.permutations, cell.seed)
 
 
 def _pairs_table(batch: PairBatch) -> pd.DataFrame:

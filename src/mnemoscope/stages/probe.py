@@ -1,4 +1,4 @@
-"""Probes on the pairs' states: what each layer and position knows, beside the input, the output and too few pairs.
+"""Probes on the pairs' states by layer and position, with baselines from the input and the output.
 
 Shapes: N phrasings (two per pair, the one answered generalized first), P pairs, O offsets, L layers, D neurons,
 T tokens, V vocabulary.
@@ -51,13 +51,15 @@ BySplit = dict[Split, np.ndarray]  # states (N, L, D)
 
 
 def probes_stage(cell: Cell, tell: Tell) -> list[Path]:
-    """Fit probes on the fit pairs, choose on the tune pairs, score the test pairs; see how steady the contrast is."""
+    """Fit probes on fit pairs, choose on tune pairs, score test pairs; measure how stable the contrast is."""
     asking, config = cell_model(cell), cell.config.probes
     table = pd.read_parquet(cell.records / "pairs.parquet", filters=[("is_pair", "==", True)])
     rng = rng_of(cell, "probes")
     parts = {split: Phrasings.of(table, split, config.pairs, rng) for split in SPLITS}
     offsets = readable_offsets(asking, config.offsets, [e for split in SPLITS for e in parts[split].examples])
-    rows, files = _input_rows(asking, parts), []
+    labels = {split: part.labels_N for split, part in parts.items()}
+    scores = input_scores(asking, {split: part.examples for split, part in parts.items()}, labels)
+    rows, files = [_rows(kind, ALL, 0, parts["test"], scores_N) for kind, scores_N in scores.items()], list[Path]()
     site, done = cell.config.pairs.site, 0
     for held in _that_fit(offsets, _bytes_per_offset(asking, parts)):
         tell(done, len(offsets), f"reading states {', '.join(map(str, held))} tokens before the decision")
@@ -65,10 +67,11 @@ def probes_stage(cell: Cell, tell: Tell) -> list[Path]:
         for place, offset in enumerate(held):
             tell(done, len(offsets), f"fitting probes {offset} tokens before the decision")
             states: BySplit = {split: read[split].states_ONLD[place] for split in SPLITS}
-            probes = _fit(states, parts)
+            probes = fit_layer_probes(states["fit"], labels["fit"], states["tune"], labels["tune"])
             rows += _state_rows(probes, states["test"], parts["test"], offset)
             if offset == 0:
-                rows += _uncertainty_rows({split: read[split].uncertainty_N2 for split in SPLITS}, parts)
+                scores = uncertainty_scores({split: read[split].uncertainty_N2 for split in SPLITS}, labels)
+                rows += [_rows(kind, ALL, 0, parts["test"], scores_N) for kind, scores_N in scores.items()]
                 rows += _shuffled_rows(cell, probes, states, parts)
                 files += _files_at_the_decision(cell, probes, states, parts)
             done += 1
@@ -87,7 +90,9 @@ class Phrasings:
         rows = table[table["is_pair"] & (table["split"] == split)]
         if len(rows) > limit:
             rows = rows.iloc[np.sort(rng.choice(len(rows), limit, replace=False))]
-        return cls([Example.from_row(row, side) for row in rows.to_dict("records") for side in _sides(row)])
+        order: dict[bool, tuple[Side, Side]] = {True: ("a", "b"), False: ("b", "a")}
+        found = [(row, order[row["behaviour_a"] == "generalized"]) for row in rows.to_dict("records")]
+        return cls([Example.from_row(row, side) for row, sides in found for side in sides])
 
     @cached_property
     def labels_N(self) -> np.ndarray:
@@ -103,10 +108,6 @@ class Phrasings:
         return self.groups_N[::2]
 
 
-def _sides(row: Mapping[Any, Any]) -> tuple[Side, Side]:
-    return ("a", "b") if row["behaviour_a"] == "generalized" else ("b", "a")
-
-
 def readable_offsets(asking: Asking, offsets: Sequence[int], examples: Sequence[Example]) -> list[int]:
     """The offsets that exist in every context."""
     shortest = min(len(encoded.context) for encoded in encode(asking, examples))
@@ -119,16 +120,11 @@ def _bytes_per_offset(asking: Asking, parts: Mapping[Split, Phrasings]) -> int:
 
 
 def _that_fit(offsets: Sequence[int], each: int) -> Iterator[Sequence[int]]:
-    """Runs of offsets whose states fit in ``MEMORY``, at least one at a time; earlier stages have read the decision."""
+    """Runs of offsets whose states fit in ``MEMORY``, at least one at a time; the decision, already read, first."""
     if 0 in offsets:
         yield [0]
     others, size = [offset for offset in offsets if offset], max(1, MEMORY // max(each, 1))
     yield from (others[start : start + size] for start in range(0, len(others), size))
-
-
-def _fit(states: BySplit, parts: Mapping[Split, Phrasings]) -> list[LayerProbe]:
-    fit, tune = parts["fit"].labels_N, parts["tune"].labels_N
-    return fit_layer_probes(states["fit"], fit, states["tune"], tune)
 
 
 def _rows(kind: str, layer: int, offset: int, test: Phrasings, scores_N: np.ndarray) -> pd.DataFrame:
@@ -143,48 +139,44 @@ def _state_rows(
     return [_rows(kind, layer, offset, test, scores_N) for layer, scores_N in enumerate(scores)]
 
 
-def _input_rows(asking: Asking, parts: Mapping[Split, Phrasings]) -> list[pd.DataFrame]:
-    """What the prompt tells without any state: its tokens and their places, then which of them it repeats as well."""
-    rows = []
-    for kind, features in features_of_input(asking, {split: part.examples for split, part in parts.items()}).items():
-        probe = fit_input_probe(features["fit"], parts["fit"].labels_N, features["tune"], parts["tune"].labels_N)
-        rows.append(_rows(kind, ALL, 0, parts["test"], probe.decision_function(features["test"])))
-    return rows
+def input_scores(
+    asking: Asking, examples: Mapping[Split, Sequence[Example]], labels: Mapping[Split, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Test scores of probes on prompts alone, by baseline: tokens and positions, then repeated tokens as well.
 
-
-def features_of_input(
-    asking: Asking, examples: Mapping[Split, Sequence[Example]]
-) -> dict[str, dict[Split, sparse.csr_matrix]]:
-    """By baseline and split, what prompts tell without any state: their tokens, then what they repeat as well."""
+    Examples with a label below 0 are not fitted on.
+    """
     tokens = {split: asking.tokens([asking.text(e.prompt) for e in part]) for split, part in examples.items()}
     bags = {split: input_features(ids, len(asking.tokenizer)) for split, ids in tokens.items()}
     both = {s: sparse.hstack([bags[s], repeat_features(ids)], format="csr") for s, ids in tokens.items()}
-    return {"input_only": bags, "input_repeats": both}
+    scores = {}
+    for kind, found in {"input_only": bags, "input_repeats": both}.items():
+        fit, tune = ((found[s][labels[s] >= 0], labels[s][labels[s] >= 0]) for s in ("fit", "tune"))
+        scores[kind] = fit_input_probe(*fit, *tune).decision_function(found["test"])
+    return scores
 
 
-def _uncertainty_rows(uncertainty: BySplit, parts: Mapping[Split, Phrasings]) -> list[pd.DataFrame]:
-    """How sure the model is of its next token: one number, whose sign and threshold are learned on the fit pairs."""
-    rows = []
+def uncertainty_scores(uncertainty: Mapping[Split, np.ndarray], labels: Mapping[Split, np.ndarray]) -> dict[str, Any]:
+    """Test scores of probes on one number each: how sure the model is of its next token. Labels: as `input_scores`."""
+    scores = {}
     for column, kind in enumerate(UNCERTAINTIES):
-        values: BySplit = {split: uncertainty[split][:, None, [column]] for split in SPLITS}
-        scores_N = _fit(values, parts)[0].decision_function(values["test"][:, 0])
-        rows.append(_rows(kind, ALL, 0, parts["test"], scores_N))
-    return rows
+        values = {split: found_N2[:, None, [column]] for split, found_N2 in uncertainty.items()}
+        fit, tune = ((values[s][labels[s] >= 0], labels[s][labels[s] >= 0]) for s in ("fit", "tune"))
+        scores[kind] = fit_layer_probes(*fit, *tune)[0].decision_function(values["test"][:, 0])
+    return scores
 
 
 def _shuffled_rows(
     cell: Cell, probes: Sequence[LayerProbe], states: BySplit, parts: Mapping[Split, Phrasings]
 ) -> list[pd.DataFrame]:
-    """Probes of shuffled labels. One shuffle says little: its accuracy scatters widely around one half."""
+    """Rows of probes of shuffled labels, several as the accuracy of one varies widely around one half."""
     fit, rng = parts["fit"], rng_of(cell, "shuffle")
     pair_N = np.repeat(np.arange(len(fit.examples) // 2), 2)
     rows: list[pd.DataFrame] = []
     for _ in range(SHUFFLES):
         labels_N = shuffled(fit.labels_N, pair_N, rng)
-        blind = [
-            LayerProbe(probe.regularization).fit(states["fit"][:, layer], labels_N)
-            for layer, probe in enumerate(probes)
-        ]
+        fit_LND = states["fit"].swapaxes(0, 1)
+        blind = [LayerProbe(p.regularization).fit(s_ND, labels_N) for p, s_ND in zip(probes, fit_LND, strict=True)]
         rows += _state_rows(blind, states["test"], parts["test"], 0, "shuffled")
     return rows
 
@@ -192,16 +184,13 @@ def _shuffled_rows(
 def _files_at_the_decision(
     cell: Cell, probes: Sequence[LayerProbe], states: BySplit, parts: Mapping[Split, Phrasings]
 ) -> list[Path]:
-    """The probes themselves, the learning curve, and the halves of the fit pairs."""
-    right_L = [
-        share_right(probe.decision_function(states["tune"][:, layer]), parts["tune"].labels_N)
-        for layer, probe in enumerate(probes)
-    ]
-    best = int(np.argmax(right_L))
-    weights = [
-        {"layer": layer, "weights": probe.weights_D_.tolist(), "bias": probe.bias_, "tune_accuracy": right_L[layer]}
-        for layer, probe in enumerate(probes)
-    ]
+    """Write the probes, the learning curve, and the halves of the fit pairs."""
+    weights: list[dict[str, Any]] = []
+    for layer, probe in enumerate(probes):
+        accuracy = share_right(probe.decision_function(states["tune"][:, layer]), parts["tune"].labels_N)
+        row = {"layer": layer, "weights": probe.weights_D_.tolist(), "bias": probe.bias_, "tune_accuracy": accuracy}
+        weights.append(row)
+    best = int(np.argmax([row["tune_accuracy"] for row in weights]))
     head = {"site": cell.config.pairs.site, "positive": "generalized", "best_layer": best, "layers": weights}
     learning = pd.DataFrame(learning_rows(cell, states, parts, best))
     halves = pd.DataFrame(halves_rows(cell, states["fit"], parts["fit"].groups_P), columns=HALVES)
@@ -215,7 +204,7 @@ def _files_at_the_decision(
 def learning_rows(
     cell: Cell, states: BySplit, parts: Mapping[Split, Phrasings], layer: int
 ) -> Iterator[dict[str, Any]]:
-    """What fewer fit pairs give: the probe's test accuracy at one layer, and how near their NMD is to that of all."""
+    """Learning curve over fit pairs: the probe's test accuracy at one layer, and the cosine of NMD with that of all."""
     config, rng, groups_P = cell.config.probes, rng_of(cell, "learning"), parts["fit"].groups_P
     fit_PSLD = states["fit"].reshape(-1, 2, *states["fit"].shape[1:])
     whole_LD = PairedMoments.of(fit_PSLD).nmd_LD
@@ -224,7 +213,7 @@ def learning_rows(
     sizes = [size for size in sorted(config.learning) if size < len(groups_P)]
     for size, draws in [*((size, config.learning_draws) for size in sizes), (len(groups_P), 1)]:
         for draw in range(draws):
-            # All pairs are taken in their own order: the curve ends exactly at the probe and the NMD of the study.
+            # All pairs in their own order, so that the curve ends exactly at the probe and the NMD of the study.
             chosen = in_group_order(groups_P, rng)[:size] if size < len(groups_P) else np.arange(size)
             nmd_LD = PairedMoments.of(fit_PSLD[chosen]).nmd_LD
             states_NLD = one_layer["fit"][(2 * chosen[:, None] + [0, 1]).ravel()]
@@ -232,21 +221,15 @@ def learning_rows(
             accuracy = share_right(probe.decision_function(one_layer["test"][:, 0]), test_N)
             common = {"pairs": size, "draw": draw, "groups": len({groups_P[pair] for pair in chosen})}
             yield {**common, "what": "accuracy", "layer": layer, "value": accuracy, "n": len(test_N)}
-            yield {
-                **common,
-                "what": "nmd_cosine",
-                "layer": layer,
-                "value": cosine(nmd_LD[layer], whole_LD[layer]),
-                "n": size,
-            }
-            yield {**common, "what": "nmd_cosine", "layer": ALL, "value": cosine(nmd_LD, whole_LD), "n": size}
+            for which, one, all_of in ((layer, nmd_LD[layer], whole_LD[layer]), (ALL, nmd_LD, whole_LD)):
+                yield {**common, "what": "nmd_cosine", "layer": which, "value": cosine(one, all_of), "n": size}
 
 
 HALVES = ["halving", "what", "layer", "top", "value", "chance", "chance_low", "chance_high", "n"]
 
 
 def halves_rows(cell: Cell, fit_NLD: np.ndarray, groups_P: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """How alike the contrasts of two halves of the fit pairs are, which share no group; nothing for a single group."""
+    """Likeness of the contrasts of two halves of the fit pairs that share no group; nothing for a single group."""
     config, rng = cell.config.probes, rng_of(cell, "halves")
     fit_PSLD = fit_NLD.reshape(-1, 2, *fit_NLD.shape[1:])
     for halving in range(config.halvings if len(set(groups_P)) > 1 else 0):
@@ -257,7 +240,7 @@ def halves_rows(cell: Cell, fit_NLD: np.ndarray, groups_P: Sequence[str]) -> Ite
 
 
 def compare_contrasts(halves: Sequence[PairedMoments]) -> Iterator[dict[str, Any]]:
-    """How alike NMD and rho of two halves are."""
+    """Likeness of NMD and rho of two halves."""
     nmd, rho = [half.nmd_LD for half in halves], [half.rho_LD for half in halves]
     none = {"top": np.nan, "chance": np.nan, "chance_low": np.nan, "chance_high": np.nan}
     layers, neurons = nmd[0].shape

@@ -1,4 +1,4 @@
-"""Choose steering vectors on the tune split and judge them, with their controls, on the test split."""
+"""Choose steering vectors on the tune split and measure them, with their controls, on the test split."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mnemoscope.behaviour import Asking, Batch, Scores, encode, mark_confabulations
+from mnemoscope.behaviour import Batch, Scores, encode, mark_confabulations
 from mnemoscope.cells import Cell, git_state
 from mnemoscope.config import MethodName, SteeringConfig
 from mnemoscope.directions import (
@@ -38,13 +38,13 @@ from mnemoscope.directions import (
     with_prefixes,
 )
 from mnemoscope.models import Site, blocks_of
-from mnemoscope.stages.common import Tell, cell_model, keep_shifts, read_binding, write_json, write_table
+from mnemoscope.stages.common import PerProcess, Tell, keep_shifts, read_binding, write_json, write_table
 from mnemoscope.stages.lists import JudgedList, Records, judged_lists, sources_of, tune_lists
 
-AIMS = {"pairs": "pairs", "conflict": "conflicts as drawn"}  # what a setting is chosen for: the list of that name
+AIMS = {"pairs": "pairs", "conflict": "conflicts as drawn"}  # the lists that settings are chosen for
 PARTS = len(AIMS) + 1  # of the stage's progress
 JUDGED = 2_000_003  # added to the seed of controls on test
-MAPPED = ("nmd",)  # methods whose whole sweep is measured on what should stay as it is too
+MAPPED = ("nmd",)  # methods whose whole sweep is measured on kept lists too
 CONFLICT_CONTROL, CONFLICT_COLLATERAL = 0.3, 0.1  # limits for conflicts as drawn: steering them takes larger norms
 
 Row = dict[str, Any]
@@ -52,7 +52,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class _Chosen:
-    """The setting that was chosen for an aim, a direction and a method; ``best``: no method gains more."""
+    """The setting chosen for an aim, a direction and a method; ``best``: no method gains more."""
 
     aim: str
     choice: Choice
@@ -69,15 +69,14 @@ class _Chosen:
 
 
 def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
-    """Choose settings on the tune split, for pairs and for conflicts as drawn; judge them on the test split."""
+    """Choose settings on the tune split, for pairs and for conflicts as drawn; measure them on the test split."""
     opened, config = _Opened(cell), cell.config.steering
     count = len(blocks_of(opened.asking.model))
     tried: dict[tuple[str, str], list[Setting]] = {
         key: settings_of(config, *key, count) for key in product(TOWARD, config.sweeps)
     }
     for_pairs, rows = _choose(opened, "pairs", tried, tell)
-    # What share of the neurons a method takes is chosen once.
-    tops = {one.key: one.setting.top for one in for_pairs}
+    tops = {one.key: one.setting.top for one in for_pairs}  # chosen once for both aims
     again = {key: [setting for setting in some if setting.top == tops[key]] for key, some in tried.items()}
     for_conflicts, more = _choose(opened, "conflict", again, tell)
     chosen = [*for_pairs, *for_conflicts]
@@ -90,19 +89,17 @@ def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
     ]
 
 
-class _Opened:
-    """What the parts of the stage work with, opened when it is first needed, in each process once.
+class _Opened(PerProcess):
+    """Records, lists and directions of a cell, beside its model.
 
     Attributes:
-        shifts: the memory of all directions. The main process sends what was learned to the parts that need it.
+        shifts: cache of all directions. The main process sends learned ones to the parts that need them.
     """
 
     def __init__(self, cell: Cell) -> None:
-        self.cell, self.shifts = cell, dict[Fit, np.ndarray]()
+        super().__init__(cell)
+        self.shifts: dict[Fit, np.ndarray] = {}
         self._batches: tuple[tuple[str, str], list[Batch]] | None = None
-
-    def __reduce__(self) -> tuple[type[_Opened], tuple[Cell]]:
-        return _Opened, (self.cell,)
 
     def map(
         self, function: Callable[..., Any], items: Sequence[tuple[Any, ...]], settings: Iterable[Sequence[Setting]]
@@ -116,10 +113,6 @@ class _Opened:
         function, shifts, item = part
         self.shifts.update(shifts)
         return function(self, *item)
-
-    @cached_property
-    def asking(self) -> Asking:
-        return cell_model(self.cell)
 
     @cached_property
     def records(self) -> Records:
@@ -144,11 +137,7 @@ class _Opened:
         return {direction: judged_lists(self.records, direction, limit) for direction in TOWARD}
 
     def batches(self, direction: str, name: str) -> list[Batch]:
-        """A list that vectors are judged on, prepared with prefixes.
-
-        One list at a time, and no tune lists beside it: the caches of prompts are most of the memory that steering
-        takes.
-        """
+        """A judged list prepared with prefixes; one at a time and without tune lists, as prefix caches need memory."""
         self.forget_tune()
         if self._batches is None or self._batches[0] != (direction, name):
             self._batches = None
@@ -156,6 +145,7 @@ class _Opened:
         return self._batches[1]
 
     def forget_tune(self) -> None:
+        """Free the tune lists."""
         self.__dict__.pop("tune", None)
 
 
@@ -180,7 +170,7 @@ def _choose(
 
 
 def _sweep(opened: _Opened, aim: str, setting: Setting) -> tuple[float, list[Row], dict[Fit, np.ndarray]]:
-    """Try a setting on tune: the shift rate, rows of the sweep, and what was learned."""
+    """Shift rate of a setting on tune, rows of the sweep, and learned directions."""
     lists, of_pairs = (opened.tune[name][setting.direction] for name in (aim, "pairs"))
     vector = opened.directions[setting.site].vector(setting)
     scores = steered(opened.asking, lists.targets, vector)
@@ -205,15 +195,14 @@ def _final(opened: _Opened, aim: str, candidates: list[Choice]) -> Choice:
 
 def _limits(cell: Cell, aim: str) -> Limits:
     config = cell.config.steering
-    again, excess_cost = config.tune_draws_again, config.excess_cost
+    limits, refits = (config.control_limit, config.collateral_limit), config.tune_refits
     if aim == "conflict":
-        return Limits(CONFLICT_CONTROL, CONFLICT_COLLATERAL, refits=0, again=again, excess_cost=excess_cost)
-    limits = config.control_limit, config.collateral_limit
-    return Limits(*limits, refits=config.tune_refits, again=again, excess_cost=excess_cost)
+        limits, refits = (CONFLICT_CONTROL, CONFLICT_COLLATERAL), 0
+    return Limits(*limits, refits=refits, again=config.tune_draws_again, excess_cost=config.excess_cost)
 
 
 def _row(name: str, setting: Setting, scores: Scores, label: str | None = None) -> Row:
-    """A row of the sweep: what became of examples that a setting is to steer, or how many keep their label."""
+    """A row of the sweep: behaviours under a setting, or the share that keeps its ``label``."""
     row = {"examples": name, "n": len(scores.behaviour_N), **_columns(setting)}
     row |= dict.fromkeys(("shift", "stay", "other", "kept", "margin", "margin_sd"), np.nan)
     if label is not None:
@@ -227,8 +216,7 @@ def _judge_all(opened: _Opened, chosen: Sequence[_Chosen], tell: Tell) -> list[p
     """The tables of all chosen vectors and their controls on every test list."""
     config, best = opened.cell.config.steering, {one.key for one in chosen if one.best}
 
-    def draws(one: _Chosen) -> int:
-        """Of each control; of conflicts only under the methods that are best for them or for pairs."""
+    def draws(one: _Chosen) -> int:  # of each control; of conflicts only under methods that are best for either aim
         drawn = one.best if config.controls_of == "best" else one.aim == "pairs" or one.key in best
         return (config.draws if one.aim == "pairs" else config.conflict_draws) if drawn else 0
 
@@ -261,7 +249,7 @@ def _fit(opened: _Opened, setting: Setting, several: Sequence[Labels]) -> dict[F
 
 
 def _judge(opened: _Opened, one: _Chosen, name: str, draws: int) -> list[pd.DataFrame]:
-    """The table of a vector on one test list, then those of the draws of its controls."""
+    """Tables of a vector and of the draws of its controls on one test list."""
     cell, asking, setting = opened.cell, opened.asking, one.setting
     entry, batches = opened.judged[setting.direction][name], opened.batches(setting.direction, name)
     directions = opened.directions[setting.site]
@@ -272,7 +260,7 @@ def _judge(opened: _Opened, one: _Chosen, name: str, draws: int) -> list[pd.Data
         mark_confabulations(asking, entry.examples, scores, opened.records.task.has_memorized_format, applied)
     tables = [_table(one, ("vector", 0), name, entry, scores)]
     for control in CONTROLS if draws else ():
-        # Shuffles go by the first number, and those that settings were ranked by are to be no part of this.
+        # Shuffles depend on the first number of the seed; none that ranked settings is used again.
         stream = zlib.crc32(f"{one.aim}/{setting.direction}/{setting.method}/{control}".encode())
         for number, shift_LD in control_draws(control, directions, setting, draws, [cell.seed + JUDGED, stream]):
             scores = steered(asking, batches, vector.with_dense(shift_LD), margins=False)
@@ -281,7 +269,7 @@ def _judge(opened: _Opened, one: _Chosen, name: str, draws: int) -> list[pd.Data
 
 
 def _write_chosen(opened: _Opened, chosen: Sequence[_Chosen]) -> list[Path]:
-    """Write the chosen vectors, bound to their model, and ``chosen.json``: what was chosen for what, and the best."""
+    """Write the chosen vectors, bound to their model, and ``chosen.json``."""
     cell, asking, directions, files = opened.cell, opened.asking, opened.directions, list[Path]()
     found: dict[str, Any] = {aim: {"best": {}, "methods": {}} for aim in AIMS}
     pairs = opened.records.both_sides("fit", cell.config.steering.fit_pairs)
@@ -295,39 +283,30 @@ def _write_chosen(opened: _Opened, chosen: Sequence[_Chosen]) -> list[Path]:
     for one in chosen:
         setting, site = one.setting, directions[one.setting.site]
         name = f"{setting.direction}-{setting.method}" + ("" if one.aim == "pairs" else f"-{one.aim}")
-        # The JSON beside it is written again once there is a card.
+        # Without its JSON, which the cards stage writes again.
         files.append(replace(site.vector(setting), **common).save(cell.folder / "vectors" / f"{name}.safetensors")[0])
         facts = {name: getattr(setting, name) for name in ("method", "site", "positions", "top", "strength")}
         facts |= {"layers": list(setting.layers), "alpha": site.alpha(setting), "within_limits": one.choice.within}
-        found[one.aim]["methods"].setdefault(setting.method, {})[setting.direction] = facts | {
-            "begin_alike": begin_alike
-        }
+        facts["begin_alike"] = begin_alike
+        found[one.aim]["methods"].setdefault(setting.method, {})[setting.direction] = facts
         if one.best:
             found[one.aim]["best"][setting.direction] = setting.method
     return [*files, write_json(cell.records / "chosen.json", found)]
 
 
 def settings_of(config: SteeringConfig, direction: str, method: MethodName, count: int) -> list[Setting]:
-    """Every combination of each grid of a method in a model of ``count`` layers, once.
-
-    Raises:
-        InputError: a sweep names a layer that the model does not have.
-    """
-    settings = (
-        Setting(direction, method, site, layers, top, strength, config.positions)
-        for grid in config.sweeps[method]
-        for site, layers, top, strength in product(grid.sites, grid.layer_sets(count), grid.tops, grid.strengths)
-    )
-    return list(dict.fromkeys(settings))
+    """Every combination of each grid of a method in a model of ``count`` layers; InputError for a layer beyond."""
+    grids = ((grid.sites, grid.layer_sets(count), grid.tops, grid.strengths) for grid in config.sweeps[method])
+    cells = chain.from_iterable(product(*grid) for grid in grids)
+    return list(dict.fromkeys(Setting(direction, method, *one, config.positions) for one in cells))
 
 
 def _columns(setting: Setting) -> Row:
-    """A setting in the columns of the records; layers as ``0-3`` for a range, ``2`` for one, else between commas."""
+    """A setting in the columns of the records; layers as ``0-3`` for a range, else between commas."""
     row = {name: getattr(setting, name) for name in ("direction", "method", "site", "layers", "top", "strength")}
     first, last = setting.layers[0], setting.layers[-1]
-    if setting.layers == tuple(range(first, last + 1)):
-        return row | {"layers": str(first) if first == last else f"{first}-{last}"}
-    return row | {"layers": ",".join(map(str, setting.layers))}
+    in_a_row = first < last and setting.layers == tuple(range(first, last + 1))
+    return row | {"layers": f"{first}-{last}" if in_a_row else ",".join(map(str, setting.layers))}
 
 
 def _table(one: _Chosen, role: tuple[str, int], name: str, entry: JudgedList, scores: Scores) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""What the statistics share: names of arrays, groups, blocks of bounded memory."""
+"""Array types, groups, and checks that the statistics share."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 Floats = NDArray[np.float64]
 Groups = Sequence[Any] | NDArray[Any]  # names of groups: strings or integers
 
-# Two statistics that differ by rounding alone are a tie. In units of the statistic, which is at most sqrt(N).
-TIE = 1e-9
+TIE = 1e-9  # statistics that differ by less are equal up to rounding
 
 
 def group_index(groups_N: Groups, n: int) -> NDArray[np.intp]:
@@ -27,17 +26,13 @@ def blocks(total: int, size: int) -> Iterator[slice]:
 
 
 def same(name: str, allowed: object, value: object) -> None:
-    """Refuse a value that is not the allowed one.
-
-    Raises:
-        ValueError: naming what differs.
-    """
+    """Raise ValueError with the name unless the value is the allowed one."""
     if value != allowed:
         raise ValueError(f"{name}: {value}; allowed is {allowed}")
 
 
 def as_batch(name: str, values: ArrayLike, like_LD: Floats) -> Floats:
-    """Values as float64 (N, L, D); ValueError unless each is of the shape of ``like_LD``."""
+    """Values as float64 (N, L, D); ValueError unless each has the shape of ``like_LD``."""
     values_NLD = np.asarray(values, dtype=np.float64)
     same(f"{name}: shape", (len(values_NLD), *like_LD.shape), values_NLD.shape)
     return values_NLD

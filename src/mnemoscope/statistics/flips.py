@@ -23,21 +23,18 @@ BLOCK_PERMUTATIONS = 64  # permutations are made in blocks of so many rows
 
 @dataclass(slots=True, eq=False)
 class SignFlips:
-    """A paired sign-flip permutation test with the max statistic, streamed.
+    """Paired sign-flip permutation test with the max statistic, streamed.
 
     If a neuron does not differ between the behaviours, the differences of a group are as likely to have the other sign.
-    Whole groups flip, for the pairs of a group are not independent (exchangeability blocks: Winkler et al. 2014,
+    Whole groups flip, as the pairs of a group are not independent (exchangeability blocks: Winkler et al. 2014,
     NeuroImage 92:381-397). The statistic of a neuron is |sum of signed differences| / sqrt(sum of squared differences),
-    whose denominator no flip changes. Sign b of a group is bit b of a hash of (seed, group), so that shards on
-    different workers, and different runs, flip alike and their sums add up.
-
-    Flipping costs B * L * D for each group of a batch, whose differences are summed first. Memory is B * L * D * 8
-    bytes, whatever N is: 25 MB for 6 layers of 512 at B = 1000.
+    whose denominator no flip changes. Sign b of a group is bit b of a hash of (seed, group), so that shards flip alike
+    and their sums add up. Memory is B * L * D * 8 bytes, whatever N is: 25 MB for 6 layers of 512 at B = 1000.
 
     Attributes:
-        seed, count: picks the flips, the same in all shards; differences so far.
+        count: differences so far.
         sum_LD, squares_LD: sum of the differences and of their squares.
-        sums_BLD: the sum of the differences with the signs of permutation b.
+        sums_BLD: sum of the differences with the signs of permutation b.
     """
 
     seed: int
@@ -48,16 +45,13 @@ class SignFlips:
 
     @classmethod
     def empty(cls, shape: tuple[int, ...], permutations: int = 1000, seed: int = 0) -> SignFlips:
-        """A test of no pairs, for differences of `shape` (L, D); ValueError for less than one permutation.
-
-        The smallest p-value is 1 / (permutations + 1).
-        """
+        """A test of no pairs, for differences (L, D); ValueError for less than one permutation."""
         if permutations < 1:
             raise ValueError(f"permutations: {permutations}; allowed is 1 or more")
         return cls(seed, 0, np.zeros(shape), np.zeros(shape), np.zeros((permutations, *shape)))
 
     def add(self, differences_NLD: ArrayLike, groups: Sequence[str]) -> None:
-        """Take in N more differences (generalized - memorized) and their groups; ValueError unless (N, L, D) and N."""
+        """Add N differences (generalized - memorized) with their groups; ValueError unless (N, L, D) and N."""
         values_NLD = as_batch("differences", differences_NLD, self.sum_LD)
         same("groups: length", len(values_NLD), len(groups))
         if not len(values_NLD):
@@ -74,7 +68,7 @@ class SignFlips:
         self.squares_LD += (values_NLD**2).sum(axis=0)
 
     def merge(self, other: SignFlips) -> Self:
-        """Take in another shard's sums in place, and return self; ValueError unless seed, B and shape agree."""
+        """Add another shard's sums in place and return self; ValueError unless seed, B and shape agree."""
         same("seed", self.seed, other.seed)
         same("shape", self.sums_BLD.shape, other.sums_BLD.shape)
         self.count += other.count
@@ -87,8 +81,8 @@ class SignFlips:
         """Two-sided p-values (p_family_wise_LD, p_per_neuron_LD): 1 where all differences are 0, NaN while count is 0.
 
         Family-wise compares each neuron with the largest statistic of each permutation (Westfall & Young 1993,
-        "Resampling-based multiple testing"). Both are (1 + number of permutations at least as extreme) / (B + 1), which
-        is never 0 (Phipson & Smyth 2010, SAGMB 9:39).
+        "Resampling-based multiple testing"). Both are (1 + permutations at least as extreme) / (B + 1), which is never
+        0 (Phipson & Smyth 2010, SAGMB 9:39).
         """
         shape, permutations = self.sum_LD.shape, len(self.sums_BLD)
         if not self.count:
@@ -106,10 +100,7 @@ class SignFlips:
 
 
 def benjamini_hochberg(p: ArrayLike) -> Floats:
-    """False discovery rates (q) of p-values of any shape, one family (Benjamini & Hochberg 1995, JRSS B 57:289-300).
-
-    NaN stays NaN and does not belong to the family.
-    """
+    """False discovery rates of one family of p-values, NaN left out (Benjamini & Hochberg 1995, JRSS B 57:289-300)."""
     q = np.array(p, dtype=np.float64)
     defined = ~np.isnan(q)
     q[defined] = stats.false_discovery_control(q[defined])
@@ -118,7 +109,7 @@ def benjamini_hochberg(p: ArrayLike) -> Floats:
 
 @lru_cache(maxsize=2_048)  # of 1.1 kB each for a thousand permutations
 def _signs(seed: int, permutations: int, group: str) -> NDArray[np.int8]:
-    """B signs of a group, from a hash that is the same in every process, machine and version (not Python's `hash`)."""
+    """B signs of a group, from a hash that is the same in every process, machine and version."""
     digest = hashlib.shake_256(f"{seed}:{group}".encode()).digest((permutations + 7) // 8)
     bits_B = np.unpackbits(np.frombuffer(digest, dtype=np.uint8), count=permutations)
     return 2 * bits_B.astype(np.int8) - 1

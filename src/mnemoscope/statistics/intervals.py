@@ -17,20 +17,14 @@ from scipy import stats
 
 from mnemoscope.statistics.common import TIE, Floats, Groups, blocks, group_index, same
 
-BLOCK_NUMBERS = 2_000_000  # resample weights are made in blocks of about this many numbers (16 MB)
-# An area under the ROC curve goes by pairs of groups where these are at most so many times the examples.
-FEW_GROUPS = 50
+BLOCK_NUMBERS = 2_000_000  # of resample weights in one block (16 MB)
+FEW_GROUPS = 50  # an area under the ROC curve goes by pairs of groups where these are at most so many times N
+Statistic = Callable[[Floats], Floats]  # of group weights (R, G), one value per resample (R)
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """An estimate with its interval.
-
-    Attributes:
-        estimate: the value; NaN where it is undefined.
-        low, high: ends of the interval; NaN where no interval can be given.
-        n: how many examples, pairs or states the estimate rests on.
-    """
+    """An estimate from ``n`` examples, pairs or states with its interval; NaN where it is undefined."""
 
     estimate: float
     low: float
@@ -54,7 +48,7 @@ class Estimate:
 
 
 def named_rng(name: str) -> np.random.Generator:
-    """The random stream of a name: it depends on nothing else, so equal records give equal intervals."""
+    """Random stream that depends on a name alone, so that equal records give equal intervals."""
     return np.random.default_rng(zlib.crc32(name.encode()))
 
 
@@ -67,23 +61,18 @@ def proportion(
     level: float = 0.95,
     signed: bool = False,
 ) -> Estimate:
-    """The mean of hits, with a percentile bootstrap interval that resamples whole groups.
+    """Mean of hits with a percentile bootstrap interval over whole groups, whose examples are not independent.
 
-    Examples of one group are not independent, so groups are drawn with replacement and keep all their examples
-    (Field & Welsh 2007, "Bootstrapping clustered data", JRSS B 69:369-390).
-
-    Where every group has the same mean, so has every resample, and the bootstrap interval has width 0: it looks certain
-    and is not. If all hits are 0 or all are 1, the exact interval of Clopper & Pearson (1934, Biometrika 26:404-413)
-    takes its place, with the number of *groups* as its N, for groups are what is independent; all -1 is its mirror
-    image. Otherwise its ends are NaN.
+    Method: Field & Welsh (2007), "Bootstrapping clustered data", JRSS B 69:369-390. Where every group has the same mean
+    the bootstrap interval has width 0 and looks certain. If all hits are 0 or all are 1, the exact interval of Clopper
+    & Pearson (1934, Biometrika 26:404-413) replaces it, with the number of *groups* as N; all -1 mirrors it. Otherwise
+    the ends are NaN.
 
     Args:
-        hits_N: bool or float, paired differences in {-1, 0, 1} too. An example whose hit is NaN does not count.
-        groups_N: the group of each hit, strings or integers.
-        rng: draws the resamples. A name stands for resamples that all numbers with this name and as many groups share:
-            a report has thousands of means, and drawing anew for each would take minutes.
-        resamples, level: how many; coverage of the interval.
-        signed: hits are differences and could be negative: where all are 0, the interval reaches to both sides.
+        hits_N: bool or float, paired differences in {-1, 0, 1} too; a NaN does not count.
+        rng: draws the resamples. Under a name, all means of as many groups share them: a report has thousands.
+        level: coverage of the interval.
+        signed: hits are differences; where all are 0, the interval reaches to both sides.
 
     Returns:
         `n` is the number of hits that count. No hits: undefined. A single group: the mean, with NaN for the ends.
@@ -125,16 +114,8 @@ def auroc(
 
     Resamples without both classes are dropped. Where the scores separate the classes perfectly (area 1 or 0), so does
     every resample. With P groups holding positives, Q negatives and G in all, k = min(P, Q, G // 2) positives and
-    negatives can then be matched with no group used twice: k independent comparisons that came out alike, for which
-    the exact Clopper-Pearson interval is given.
-
-    Args:
-        scores_N: float, no NaN; higher means positive.
-        labels_N: 1 (or True) positive, 0 negative.
-        groups_N, rng, resamples, level: as in `proportion`.
-
-    Returns:
-        Not both classes: undefined. A single group: the area, with NaN for the ends.
+    negatives can be matched with no group used twice: k equal independent comparisons, with the exact Clopper-Pearson
+    interval. Undefined without both classes; a single group gives NaN ends. ``rng`` and ``level``: as in `proportion`.
 
     Raises:
         ValueError: lengths differ, a score is NaN, or a label is neither 0 nor 1.
@@ -158,10 +139,10 @@ def auroc(
 
 
 def over_seeds(estimates: Sequence[Estimate], *, level: float = 0.95) -> Estimate:
-    """One estimate for several seeds: their mean with Student's t interval over the seeds, not clipped to any range.
+    """Mean over seeds with Student's t interval, not clipped; `n` is the sum over the seeds.
 
-    Seeds whose estimate is NaN are dropped; none left is undefined, one is returned unchanged. If several agree exactly
-    t would give width 0, and the interval spans the seeds' own intervals instead. `n` is the sum over the seeds.
+    NaN seeds are dropped; a single one is returned unchanged. If all agree exactly t would give width 0, and the
+    interval spans the seeds' own intervals instead.
     """
     kept = [estimate for estimate in estimates if not math.isnan(estimate.estimate)]
     if len(kept) < 2:
@@ -176,10 +157,9 @@ def over_seeds(estimates: Sequence[Estimate], *, level: float = 0.95) -> Estimat
 
 
 def mean_with_range(values: ArrayLike) -> Estimate:
-    """The mean of repeated draws, with their smallest and largest as ends; NaN ends where they do not differ.
+    """Mean of draws that are not NaN, with their range as ends, which is no confidence interval as draws share data.
 
-    The ends show how much a number depends on the draw. They are no confidence interval: draws share their data.
-    `n` is the number of draws; a NaN does not count.
+    NaN ends where the draws do not differ; `n` is the number of draws.
     """
     known = np.asarray(values, dtype=np.float64)
     known = known[~np.isnan(known)]
@@ -189,64 +169,55 @@ def mean_with_range(values: ArrayLike) -> Estimate:
     return Estimate(float(known.mean()), low, high, len(known))
 
 
-def _area(scores_N: Floats, positive_N: NDArray[np.bool_], index_N: NDArray[np.intp]) -> Callable[[Floats], Floats]:
-    """A function from group weights (R, G) to areas (R), NaN where a class has no weight.
+def _area(scores_N: Floats, positive_N: NDArray[np.bool_], index_N: NDArray[np.intp]) -> Statistic:
+    """Areas (R) as a function of group weights, NaN where a class has no weight.
 
-    With few groups the comparisons are counted once for every two groups, else scores are sorted once and then weighed.
+    Few groups: comparisons are counted once for every two groups; many: scores are sorted once and then weighed.
     """
     groups = int(index_N.max()) + 1
-    if groups**2 <= FEW_GROUPS * len(scores_N):
-        return _area_of_few(scores_N, positive_N, index_N, groups)
+    sizes_2G = [np.bincount(index_N[side_N], minlength=groups).astype(float) for side_N in (positive_N, ~positive_N)]
+    few = groups**2 <= FEW_GROUPS * len(scores_N)
+    wins_of = (_wins_by_two_groups if few else _wins_by_score)(scores_N, positive_N, index_N)
+
+    def areas(weights_RG: Floats) -> Floats:
+        comparisons_R = (weights_RG @ sizes_2G[0]) * (weights_RG @ sizes_2G[1])
+        undefined_R = np.full(len(weights_RG), math.nan)
+        return np.divide(wins_of(weights_RG), comparisons_R, out=undefined_R, where=comparisons_R > 0)
+
+    return areas
+
+
+def _wins_by_score(scores_N: Floats, positive_N: NDArray[np.bool_], index_N: NDArray[np.intp]) -> Statistic:
+    """How often a positive is above a negative under group weights, ties half."""
     order = np.argsort(scores_N, kind="stable")
     index_N, positive_N = index_N[order], positive_N[order]
     starts = np.unique(scores_N[order], return_index=True)[1]  # where each of the K distinct scores begins
 
-    def areas(weights_RG: Floats) -> Floats:
+    def wins(weights_RG: Floats) -> Floats:
         weights_RN = weights_RG[:, index_N]
         positive_RK = np.add.reduceat(weights_RN * positive_N, starts, axis=1)
         negative_RK = np.add.reduceat(weights_RN * ~positive_N, starts, axis=1)
         below_RK = np.cumsum(negative_RK, axis=1) - negative_RK / 2
-        comparisons_R = positive_RK.sum(axis=1) * negative_RK.sum(axis=1)
-        wins_R = (positive_RK * below_RK).sum(axis=1)
-        areas_R: Floats = np.divide(wins_R, comparisons_R, out=np.full(len(wins_R), math.nan), where=comparisons_R > 0)
-        return areas_R
+        return np.asarray((positive_RK * below_RK).sum(axis=1))
 
-    return areas
+    return wins
 
 
-def _area_of_few(
-    scores_N: Floats, positive_N: NDArray[np.bool_], index_N: NDArray[np.intp], groups: int
-) -> Callable[[Floats], Floats]:
-    """As `_area`: entry (g, h) counts how often a positive of group g is above a negative of group h, ties half."""
-    positive, negative = scores_N[positive_N], scores_N[~positive_N]
-    of_positive, of_negative = index_N[positive_N], index_N[~positive_N]
+def _wins_by_two_groups(scores_N: Floats, positive_N: NDArray[np.bool_], index_N: NDArray[np.intp]) -> Statistic:
+    """As `_wins_by_score`: entry (g, h) counts the wins of positives of group g over negatives of group h."""
+    positive, groups = scores_N[positive_N], int(index_N.max()) + 1
     wins_GG = np.empty((groups, groups))
     for group in range(groups):
-        others = np.sort(negative[of_negative == group])
+        others = np.sort(scores_N[~positive_N & (index_N == group)])
         below = (np.searchsorted(others, positive, "left") + np.searchsorted(others, positive, "right")) / 2
-        wins_GG[:, group] = np.bincount(of_positive, weights=below, minlength=groups)
-    sizes_2G = [np.bincount(members, minlength=groups).astype(np.float64) for members in (of_positive, of_negative)]
-
-    def areas(weights_RG: Floats) -> Floats:
-        comparisons_R = (weights_RG @ sizes_2G[0]) * (weights_RG @ sizes_2G[1])
-        wins_R = ((weights_RG @ wins_GG) * weights_RG).sum(axis=1)
-        areas_R: Floats = np.divide(wins_R, comparisons_R, out=np.full(len(wins_R), math.nan), where=comparisons_R > 0)
-        return areas_R
-
-    return areas
+        wins_GG[:, group] = np.bincount(index_N[positive_N], weights=below, minlength=groups)
+    return lambda weights_RG: ((weights_RG @ wins_GG) * weights_RG).sum(axis=1)
 
 
 def _bootstrap(
-    statistic: Callable[[Floats], Floats],
-    size: tuple[int, int],
-    rng: np.random.Generator | str,
-    resamples: int,
-    level: float,
+    statistic: Statistic, size: tuple[int, int], rng: np.random.Generator | str, resamples: int, level: float
 ) -> tuple[float, float]:
-    """Percentile interval of a statistic of group weights (R, G) -> (R), of `size` (N, G).
-
-    NaN resamples are dropped. NaN ends: none is left, or all are equal and the interval would have width 0.
-    """
+    """Percentile interval over (N, G) without NaN resamples; NaN ends where none is left or all are equal."""
     values_R = np.concatenate([statistic(weights_RG) for weights_RG in _weights(rng, size, resamples)])
     values_R = values_R[~np.isnan(values_R)]
     if not len(values_R) or np.ptp(values_R) < TIE:
@@ -256,7 +227,7 @@ def _bootstrap(
 
 
 def _weights(rng: np.random.Generator | str, size: tuple[int, int], resamples: int) -> Iterator[Floats]:
-    """Group weights of all resamples, in blocks of bounded memory; in one block where they are shared and kept."""
+    """Group weights of all resamples, in blocks of bounded memory; in one block where they are shared."""
     if isinstance(rng, str):
         yield _shared_weights(rng, size[1], resamples)
         return

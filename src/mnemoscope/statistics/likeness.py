@@ -16,11 +16,7 @@ from mnemoscope.statistics.intervals import Estimate
 
 
 def cosine(first: ArrayLike, second: ArrayLike) -> float:
-    """Cosine of the angle between two arrays of one shape; NaN where one is all 0 or holds a NaN.
-
-    Raises:
-        ValueError: the shapes differ.
-    """
+    """Cosine of two arrays; NaN where one is all 0 or holds a NaN, ValueError where the shapes differ."""
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     same("second: shape", a.shape, b.shape)
     norms = float(np.linalg.norm(a) * np.linalg.norm(b))
@@ -28,12 +24,9 @@ def cosine(first: ArrayLike, second: ArrayLike) -> float:
 
 
 def rank_correlation(first: ArrayLike, second: ArrayLike) -> float:
-    """Spearman's rank correlation over all entries of two arrays of one shape, ties at their mean rank.
+    """Spearman's rank correlation over all entries that are NaN in neither array, ties at their mean rank.
 
-    An entry that is NaN in either array does not count. NaN where less than two are left, or all of an array are equal.
-
-    Raises:
-        ValueError: the shapes differ.
+    NaN where less than two are left or all of an array are equal; ValueError where the shapes differ.
     """
     a, b = np.asarray(first, dtype=np.float64).ravel(), np.asarray(second, dtype=np.float64).ravel()
     same("second: shape", np.shape(first), np.shape(second))
@@ -46,19 +39,9 @@ def rank_correlation(first: ArrayLike, second: ArrayLike) -> float:
 
 
 def top_by_magnitude(values_LD: ArrayLike, top: float) -> NDArray[np.bool_]:
-    """The ceil(top * L * D) entries of largest magnitude, over all rows at once.
+    """The ceil(top * L * D) entries of largest magnitude over all rows, bool (L, D); ValueError unless 0 < top <= 1.
 
     NaN counts as 0; of equal entries the one with the lower row, then index, is taken.
-
-    Args:
-        values_LD: any floats.
-        top: share of all entries, in (0, 1].
-
-    Returns:
-        bool, shape (L, D).
-
-    Raises:
-        ValueError: `top` outside (0, 1].
     """
     if not 0 < top <= 1:
         raise ValueError(f"top: {top}; allowed is a share of the neurons in (0, 1]")
@@ -72,10 +55,7 @@ def top_by_magnitude(values_LD: ArrayLike, top: float) -> NDArray[np.bool_]:
 
 
 def overlap(first: ArrayLike, second: ArrayLike) -> float:
-    """Share of one set that is in the other as well; NaN for empty sets.
-
-    Args:
-        first, second: bool arrays of one shape, True for the members; equally many in both.
+    """Share of a set's members (True) that another contains; NaN for empty sets.
 
     Raises:
         ValueError: the shapes or the numbers of members differ.
@@ -85,19 +65,11 @@ def overlap(first: ArrayLike, second: ArrayLike) -> float:
 
 
 def overlap_by_chance(first_LD: ArrayLike, second_LD: ArrayLike, *, level: float = 0.95) -> Estimate:
-    """The permutation distribution of `overlap` where every row is permuted in itself: its mean and central interval.
+    """Mean and central interval of `overlap` where every row is permuted in itself; ``n`` is the number of members.
 
-    So much would two sets share that know nothing of each other except how many members each row has. It is exact, with
-    no permutation drawn: what a row shares is hypergeometric, and rows are independent. One row of all L * D entries,
-    `first_LD.reshape(1, -1)`, gives the weaker null in which a set knows nothing of the rows either: its mean is the
-    share of members.
-
-    Args:
-        first_LD, second_LD: bool (L, D), as in `overlap`.
-        level: of the interval.
-
-    Returns:
-        `n` is the number of members. NaN ends where only one overlap is possible.
+    Exact, without drawing permutations: what a row shares is hypergeometric, and rows are independent. One row of all
+    entries, `first_LD.reshape(1, -1)`, gives the weaker null that ignores rows; its mean is the share of members. NaN
+    ends where only one overlap is possible.
 
     Raises:
         ValueError: as `overlap`, or the arrays do not have two axes.
@@ -120,22 +92,17 @@ def overlap_by_chance(first_LD: ArrayLike, second_LD: ArrayLike, *, level: float
 
 
 def in_group_order(groups_N: Groups, rng: np.random.Generator) -> NDArray[np.intp]:
-    """Indices of all examples: the groups in random order, each in one piece, its examples in random order.
-
-    The first n are what one has after collecting n examples group by group.
-    """
+    """Indices of all examples in random order, group by group: the first n are n examples collected by group."""
     index_N = group_index(groups_N, len(groups_N))
-    place_G = rng.permutation(int(index_N.max()) + 1) if len(index_N) else np.zeros(0, dtype=np.intp)
+    place_G = rng.permutation(len(np.unique(index_N)))
     return np.lexsort((rng.random(len(index_N)), place_G[index_N]))
 
 
 def half_of_groups(groups_N: Groups, rng: np.random.Generator) -> NDArray[np.bool_]:
     """True for the examples of a random half of the groups, of an odd number the smaller half."""
     index_N = group_index(groups_N, len(groups_N))
-    groups = int(index_N.max()) + 1 if len(index_N) else 0
-    chosen_G = np.zeros(groups, dtype=np.bool_)
-    chosen_G[rng.permutation(groups)[: groups // 2]] = True
-    return np.asarray(chosen_G[index_N])
+    groups = len(np.unique(index_N))
+    return np.isin(index_N, rng.permutation(groups)[: groups // 2])
 
 
 def _two_sets(first: ArrayLike, second: ArrayLike) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:

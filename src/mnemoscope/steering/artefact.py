@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -31,14 +30,14 @@ TOKENIZING = ("model", "added_tokens", "normalizer", "pre_tokenizer")
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """The model that an artefact was fitted on; any other is refused.
+    """Fingerprint of the model that an artefact was fitted on; any other is refused.
 
     Attributes:
         model_type: the configuration's ``model_type``.
-        weights: SHA-256 of all parameters, by name, rounded to bfloat16: a model is the same when it is opened in that,
-            and with an adapter (LoRA) beside its weights or merged into them.
-        tokenizer: SHA-256 of what decides the fast tokenizer's tokens.
-        half: that of the parameters rounded to float16 before, as they are where the model is opened in float16.
+        weights: SHA-256 of all parameters, by name, rounded to bfloat16, so that it is the same in that precision, and
+            with an adapter (LoRA) beside the weights or merged into them.
+        tokenizer: SHA-256 of the fast tokenizer's parts in ``TOKENIZING``.
+        half: as ``weights``, but rounded to float16 before, for models that are opened in float16.
     """
 
     model_type: str
@@ -78,17 +77,16 @@ class Binding:
 
 @dataclass(frozen=True, kw_only=True)
 class Artefact:
-    """Base class: a stored thing with its proof, in two files, ``.safetensors`` and ``.json`` beside it.
+    """Base class of what is stored in two files, ``.safetensors`` and ``.json`` beside it, with its card.
 
-    A subclass says which of its fields are tensors (``tensors``, and ``with_tensors`` to make one of them), and how it
-    fits a model (``check_shape``).
+    A subclass defines ``tensors``, ``facts``, ``with_tensors`` and ``check_shape``.
 
     Attributes:
         task: label of the task it was fitted on.
         binding: the model it was fitted on, or None.
-        prompting: how prompts were formatted there.
+        prompting: the format of prompts there.
         commit: version of the code that made it.
-        card: what it was shown to do, or None.
+        card: its figures on the test split, or None.
     """
 
     task: str = ""
@@ -100,12 +98,12 @@ class Artefact:
     WHAT: ClassVar[str] = "artefact"
 
     def tensors(self) -> dict[str, Tensor]:
-        """Its tensors by name, as they are stored."""
+        """Its tensors by name."""
         raise NotImplementedError
 
     @classmethod
     def with_tensors(cls, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> Self:
-        """One of these tensors and of the other fields."""
+        """Build one from its tensors and all other fields."""
         raise NotImplementedError
 
     def facts(self) -> dict[str, Any]:
@@ -121,18 +119,16 @@ class Artefact:
         return replace(self, binding=Binding.of(model, tokenizer))
 
     def save(self, path: str | Path) -> list[Path]:
-        """Write ``path`` (safetensors) and the JSON beside it, each whole or not at all; the two paths."""
+        """Write ``path`` (safetensors) and the JSON beside it, each atomically; returns the two paths."""
         from safetensors.torch import save
 
         path = Path(path)
         content = save({name: tensor.contiguous() for name, tensor in self.tensors().items()})
-        common = {"task": self.task, "commit": self.commit, "prompting": self.prompting.facts}
+        common: dict[str, Any] = {"task": self.task, "commit": self.commit, "prompting": self.prompting.facts}
         common |= {name: asdict(v) if v else None for name, v in (("binding", self.binding), ("card", self.card))}
         common["digest"] = hashlib.sha256(content).hexdigest()
         text = json.dumps(plain(self.facts() | common), indent=1, sort_keys=True, allow_nan=False) + "\n"
-        write_atomically(path, content)
-        write_atomically(path.with_suffix(".json"), text.encode())
-        return [path, path.with_suffix(".json")]
+        return [write_atomically(path, content), write_atomically(path.with_suffix(".json"), text.encode())]
 
     @classmethod
     def load(
@@ -142,10 +138,10 @@ class Artefact:
         tokenizer: PreTrainedTokenizerFast | None = None,
         force: bool = False,
     ) -> Self:
-        """Read one, and check that it was fitted on this model where one is given.
+        """Load one, and check that it was fitted on this model where one is given.
 
         Args:
-            force: accept one that was fitted on another model; its shape must fit all the same.
+            force: accept another model of the same shape.
 
         Raises:
             InputError: the files are missing or damaged, the model is another (the field that differs is named), or it
@@ -155,7 +151,7 @@ class Artefact:
 
         path = Path(path)
         with readable(cls.WHAT, path):
-            facts: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
+            facts = json.loads(path.with_suffix(".json").read_text())
             if facts.pop("digest") != file_hash(path):
                 raise ValueError("its digest is not that of the JSON beside it: one of the two files was changed")
             for name, kind in (("binding", Binding), ("card", Card)):
@@ -191,7 +187,7 @@ class Artefact:
 
 
 def stored_prompting(facts: Mapping[str, Any]) -> Prompting:
-    """The prompting that an artefact stores; where replies were begun, what began them is not known any more."""
+    """The prompting that an artefact stores; the beginning of replies is not stored, so the user must give it."""
     asked = Prompting(facts["chat"], facts["system"])
     return replace(asked, split=_unknown_reply) if facts["begun"] else asked
 
@@ -202,15 +198,10 @@ def _unknown_reply(prompt: str) -> tuple[str, str]:
 
 @contextmanager
 def readable(what: str, path: Path) -> Iterator[None]:
-    """Turn whatever a missing or damaged file raises into one line."""
+    """Raise one InputError for every error that a missing or damaged file causes."""
     try:
         yield
     except InputError:
         raise
     except Exception as error:  # safetensors raises its own kinds for a broken file
         raise InputError(f"{what}: {path} cannot be read ({str(error).splitlines()[0]})") from error
-
-
-def undefined(value: float | None) -> float:
-    """A stored number; null stands for NaN."""
-    return math.nan if value is None else value

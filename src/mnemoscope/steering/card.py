@@ -1,4 +1,4 @@
-"""Cards: what goes with every vector and detector, so that whoever meets the file knows what it was shown to do."""
+"""Cards: figures that are stored with every vector and detector."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Card:
-    """Figures of the test split, and where they come from. What was not measured is None or empty.
+    """Figures of the test split and their origin; None or empty where not measured.
 
     Attributes:
         fitted_on: study, task and model.
-        shift: share of test prompts that change to the wanted behaviour: ``estimate``, ``low``, ``high`` (95 %), ``n``.
+        shift: share of test prompts that change to the target behaviour: ``estimate``, ``low``, ``high`` (95 %), ``n``.
         control: the strongest control of the same norm: ``name`` and ``estimate``, mean over its draws.
-        cost: change in accuracy of each list that steering should leave alone.
+        cost: change in accuracy of each list that steering should not affect.
         divergence: mean KL in nats a token on neutral text, by multiple of the vector.
         auroc: of a detector: ``estimate``, ``low``, ``high``, ``n``, and ``input_only`` beside it.
         pairs, groups: of the fit split.

@@ -1,4 +1,4 @@
-"""Changes of a model's states inside a context: shifts, held neurons, patches; the only hook that writes.
+"""Interventions on a model's states inside a context: shift, ablate, patch; the only hook that writes.
 
 Shapes: N examples, T tokens (columns) of a pass, L layers, D neurons, R rows of a pass.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -31,14 +32,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Positions = Literal["decision", "all"]
-# What makes ``generate`` read a prompt in parts, or with guesses behind it: no pass ends at the decision position.
-_UNTOLD = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")
+# Options of ``generate`` that read a prompt in parts, or with guesses behind it: no pass ends at the decision position.
+_NEED_START = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")
 _Edit = Callable[[Tensor], Tensor]  # states (N, T, D) from the decision position on -> other states
 
 
 @dataclass(frozen=True)
 class Gate:
-    """Decides in the pass that reads a prompt whether its shift acts.
+    """Decides, in the pass that reads a prompt, whether its shift acts.
 
     Attributes:
         site, layer: where it reads states, at or below the first shift.
@@ -50,8 +51,8 @@ class Gate:
     acts: Callable[[Tensor], Tensor]
 
     def is_below(self, site: Site, layer: int) -> bool:
-        """Whether a shift there comes after what this gate reads."""
-        order: tuple[Site, ...] = ("attention", "neuron", "mlp", "block")  # within a layer, as a pass meets them
+        """Whether a pass reaches a shift there after the states that this gate reads."""
+        order: tuple[Site, ...] = ("attention", "neuron", "mlp", "block")  # within a layer
         return (self.layer, order.index(self.site)) <= (layer, order.index(site))
 
 
@@ -64,11 +65,9 @@ def shifted(
     gate: Gate | None = None,
     opening: Sequence[int] = (),
 ) -> AbstractContextManager[None]:
-    """Add a (D,) tensor, or one for each prompt (N, D), to the states of each layer named.
+    """Add a (D,) tensor, or one for each prompt (N, D), to the states of some layers; gradients flow back into them.
 
-    Gradients flow back into the tensors. ``opening``: token ids with which every prompt has to begin.
-
-    See ``SteeringVector.apply`` for ``start`` and ``gate``.
+    ``opening``: token ids that every prompt must begin with. See ``SteeringVector.apply`` for ``start`` and ``gate``.
     """
     tracker = _PositionTracker(start, everywhere=positions == "all", gate=gate, opening=tuple(opening))
     return _edited(model, site, tracker, {layer: _adding(shift_D) for layer, shift_D in shifts.items()})
@@ -77,7 +76,7 @@ def shifted(
 def ablated(
     model: PreTrainedModel, means: Mapping[int, Tensor], chosen: Mapping[int, Tensor], site: Site
 ) -> AbstractContextManager[None]:
-    """Hold the chosen neurons at their mean from the decision position on, so that they carry nothing any more.
+    """Mean-ablate the chosen neurons from the decision position on.
 
     Args:
         means: float32 (D,) per layer.
@@ -92,10 +91,7 @@ def ablated(
 
 
 def patched(model: PreTrainedModel, layer: int, states_ND: Tensor, site: Site) -> AbstractContextManager[None]:
-    """Put the states of another run in place of a layer's own at the decision position, row by row of the batch.
-
-    Later positions are left alone, so the patch is all that the answer can know of the other run.
-    """
+    """Patch a layer's states at the decision position, and only there, with those of another run, row by row."""
     tracker = _PositionTracker(None, everywhere=False)
 
     def patch(states_NTD: Tensor) -> Tensor:
@@ -110,32 +106,33 @@ def patched(model: PreTrainedModel, layer: int, states_ND: Tensor, site: Site) -
 def _edited(
     model: PreTrainedModel, site: Site, tracker: _PositionTracker, edits: Mapping[int, _Edit]
 ) -> Iterator[None]:
-    """Change the states of each layer named, from the tracked position on.
+    """Edit the states of some layers from the tracked position on.
 
-    The only hook of the package that writes. It is gone when the context ends, however it ends.
+    The only hook of the package that writes. It is removed when the context ends, however it ends.
     """
     handles: list[Any] = []
     core = core_of(model)
     config = getattr(model, "generation_config", None)
     compiles = getattr(config, "disable_compile", None)
     generating = core.__dict__.get("generate")
+
+    def hook(layer: int, at: Site, make: Callable[[bool], Callable[..., Any]]) -> None:
+        module, is_input = site_module(model, layer, at)
+        register = module.register_forward_pre_hook if is_input else module.register_forward_hook
+        handles.append(register(make(is_input)))
+
     try:
         if config is not None:
-            # With a cache of fixed size ``generate`` compiles its steps on a GPU, once, and what is compiled sees no
-            # hook that comes or goes.
+            # With a cache of fixed size ``generate`` compiles its steps on a GPU once, without later hooks.
             config.disable_compile = True
         # The base model is what every way of calling passes through, with a language-modelling head or without.
         handles.append(backbone_of(model).register_forward_pre_hook(tracker.see, with_kwargs=True))
         if tracker.finds_start and hasattr(core, "generate"):
             core.generate = _refusing(core)
-        if tracker.gate:  # before all that writes, so that what it reads is not shifted
-            module, is_input = site_module(model, tracker.gate.layer, tracker.gate.site)
-            register = module.register_forward_pre_hook if is_input else module.register_forward_hook
-            handles.append(register(tracker.read))
+        if tracker.gate:  # before the edits, so that it reads states without a shift
+            hook(tracker.gate.layer, tracker.gate.site, lambda is_input: tracker.read)
         for layer, edit in edits.items():
-            module, is_input = site_module(model, layer, site)
-            register = module.register_forward_pre_hook if is_input else module.register_forward_hook
-            handles.append(register(_editor(edit, tracker, is_input)))
+            hook(layer, site, partial(_editor, edit, tracker))
         yield
     finally:
         for handle in handles:
@@ -149,13 +146,12 @@ def _edited(
 
 
 def _refusing(core: Any) -> Callable[..., Any]:
-    """``core.generate`` without those of its options under which the decision position cannot be told from a pass."""
-
+    """``core.generate`` that refuses options under which no pass shows the decision position."""
     generate = core.generate
 
     def refusing(*args: Any, **kwargs: Any) -> Any:
         described = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or core.generation_config
-        for name in _UNTOLD:
+        for name in _NEED_START:
             if kwargs.get(name, getattr(described, name, None)):
                 raise InputError(f"start: with {name} say where the decision position is: apply(model, start=COLUMN)")
         return generate(*args, **kwargs)
@@ -165,29 +161,29 @@ def _refusing(core: Any) -> Callable[..., Any]:
 
 @dataclass(slots=True)
 class _PositionTracker:
-    """Knows, in every pass, from which column on states are shifted.
+    """Finds, in every pass, the column from which on states are edited.
 
-    ``start`` counts columns from the beginning of the padded sequence, so it survives the KV cache.
+    ``start`` counts columns from the beginning of the padded sequence, so it holds with a KV cache as well.
     """
 
     fixed: int | None
     everywhere: bool
     gate: Gate | None = None
     opening: tuple[int, ...] = ()
-    acts_N: Tensor | None = None  # what the gate decided for the prompts that are being answered
+    acts_N: Tensor | None = None  # the gate's decision for the prompts that are being answered
     start: int = 0
     rows: int = 0  # of the batch of this pass
     first_column: int = 0
     decision_column: int | None = None  # of this pass, where it holds the decision position
-    prompt_NT: Tensor | None = field(default=None)
+    prompt_NT: Tensor | None = None
 
     @property
     def finds_start(self) -> bool:
-        """Whether the last column of a prompt is what counts, as nobody gave another."""
+        """Whether the decision position is the last column of a prompt."""
         return self.fixed is None and (not self.everywhere or self.gate is not None)
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the base model: reads how much of the sequence came before."""
+        """Forward pre-hook of the base model: finds the columns of this pass."""
         self.rows = rows_of(args, kwargs)
         ids_NT = args[0] if args else kwargs.get("input_ids")
         is_text = ids_NT is not None
@@ -195,10 +191,9 @@ class _PositionTracker:
             ids_NT = kwargs["inputs_embeds"][..., 0]
         past = cached_columns(kwargs)
         columns = ids_NT.shape[1]
-        # What follows a prompt stands behind its decision position: a pass that begins before it is another prompt, on
-        # a cache of what both begin with.
+        # A pass that begins before the decision position is another prompt, on a cache of what both begin with.
         another = 0 < past <= self.start and self.fixed is None and not self.everywhere
-        # A cache that is empty yet is the beginning of something, whatever it begins with.
+        # An empty cache always begins a prompt.
         alone = past == 0 and cache_in(kwargs) is None
         fresh = self.prompt_NT is None or another or (past == 0 and not (alone and self._continues(ids_NT)))
         if fresh:
@@ -224,14 +219,14 @@ class _PositionTracker:
                 )
 
     def read(self, module: nn.Module, inputs: Any, output: Any = None) -> None:
-        """Hook of the part that the gate reads: decides where a pass holds the decision position."""
+        """Hook of the gate's site: decides in passes that hold the decision position."""
         if self.gate is None or self.decision_column is None:
             return
         states_NTD = states_of(inputs if output is None else output, self.rows)
         self.acts_N = self.gate.acts(states_NTD[:, self.decision_column].detach())
 
     def _check_padding(self, mask: Any, columns: int) -> None:
-        # A mask of other columns than those that were read belongs to a cache that we do not see.
+        # A mask of other columns than those of the passes belongs to a cache that is not seen here.
         known = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == columns
         if self.finds_start and known and not bool(mask[:, -1].all()):
             raise InputError(
@@ -250,10 +245,9 @@ class _PositionTracker:
                 )
 
     def _continues(self, ids_NT: Tensor) -> bool:
-        prompt = self.prompt_NT
-        assert prompt is not None
-        longer = ids_NT.shape[0] == prompt.shape[0] and ids_NT.shape[1] > prompt.shape[1]
-        return longer and bool(torch.equal(ids_NT[:, : prompt.shape[1]], prompt))
+        assert self.prompt_NT is not None
+        columns = self.prompt_NT.shape[1]
+        return ids_NT.shape[1] > columns and torch.equal(ids_NT[:, :columns], self.prompt_NT)
 
 
 def _adding(shift: Tensor) -> _Edit:
@@ -262,9 +256,9 @@ def _adding(shift: Tensor) -> _Edit:
 
     def add(states_NTD: Tensor) -> Tensor:
         key = (states_NTD.device, states_NTD.dtype)
-        here = placed.get(key)
-        if here is None:
-            here = placed[key] = shift.to(*key)
+        if key not in placed:
+            placed[key] = shift.to(*key)
+        here = placed[key]
         if here.ndim == 1:
             return states_NTD + here
         return states_NTD + here[prompts_of_rows(len(states_NTD), len(here)).to(here.device)][:, None]
@@ -287,10 +281,8 @@ def _editor(edit: _Edit, tracker: _PositionTracker, is_input: bool) -> Callable[
         acts_R = acts_N[prompts_of_rows(len(states_NTD), len(acts_N)).to(acts_N.device)].to(states_NTD.device)
         return torch.where(acts_R[:, None, None], edited, states_NTD)
 
-    def on_output(module: nn.Module, inputs: Any, output: Any) -> Any:
-        return with_states(output, moved(states_of(output, tracker.rows)))
+    def hook(module: nn.Module, inputs: Any, output: Any = None) -> Any:
+        found = inputs if is_input else output
+        return with_states(found, moved(states_of(found, tracker.rows)))
 
-    def on_input(module: nn.Module, inputs: Any) -> Any:
-        return with_states(inputs, moved(states_of(inputs, tracker.rows)))
-
-    return on_input if is_input else on_output
+    return hook

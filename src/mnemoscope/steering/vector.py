@@ -1,4 +1,4 @@
-"""Steering vectors: a sparse shift per layer that steers a model towards one behaviour while it answers.
+"""Steering vectors: a sparse shift per layer that steers a model towards one behaviour.
 
 Shapes: N examples, L layers, D neurons.
 """
@@ -35,10 +35,10 @@ class SteeringVector(Artefact):
         shifts: float32 (D,) per 0-based layer; layers without a shift are absent.
         site: where in a layer the shift is added.
         positions: ``decision``: from the decision position on, every decoded token included; ``all``: everywhere.
-        method, top, strength: how it was made; for the reader.
-        begin_alike: share of the prompts it was made of whose two answers begin with the same tokens. These were taken
-            as given: the decision position is the last of them, where ``apply`` starts at the last token of the prompt.
-        opening: token ids with which every prompt begins that the chat template formats; empty without one.
+        method, top, strength: how it was fitted; for the reader.
+        begin_alike: share of the prompts it was fitted on whose two answers begin with the same tokens. Their decision
+            position is the last of these, where ``apply`` starts at the last token of the prompt.
+        opening: token ids that begin every prompt of the chat template; empty without one.
     """
 
     toward: Toward
@@ -81,9 +81,7 @@ class SteeringVector(Artefact):
 
     def with_dense(self, shift_LD: np.ndarray) -> SteeringVector:
         """The same vector with other shifts."""
-        return replace(
-            self, shifts={layer: torch.from_numpy(row.astype(np.float32)) for layer, row in enumerate(shift_LD)}
-        )
+        return replace(self, shifts=dict(enumerate(torch.from_numpy(shift_LD.astype(np.float32)))))
 
     def __mul__(self, factor: float) -> SteeringVector:
         if factor < 0:
@@ -95,9 +93,8 @@ class SteeringVector(Artefact):
 
     def __neg__(self) -> SteeringVector:
         """The opposite shift; it steers to the other behaviour."""
-        return replace(
-            self, toward=OPPOSITE[self.toward], shifts={layer: -shift for layer, shift in self.shifts.items()}
-        )
+        shifts = {layer: -shift for layer, shift in self.shifts.items()}
+        return replace(self, toward=OPPOSITE[self.toward], shifts=shifts)
 
     def __add__(self, other: SteeringVector) -> SteeringVector:
         """Both shifts at once; keeps this vector's direction.
@@ -108,11 +105,10 @@ class SteeringVector(Artefact):
         for name in ("site", "positions", "binding", "opening"):
             if getattr(self, name) != getattr(other, name):
                 raise InputError(f"{name}: {getattr(self, name)!r} and {getattr(other, name)!r} cannot be added")
-        summed = {
-            layer: sum(v.shifts[layer] for v in (self, other) if layer in v.shifts)
-            for layer in {*self.shifts, *other.shifts}
-        }
-        return replace(self, shifts=summed, method=f"{self.method}+{other.method}")  # type: ignore[arg-type]
+        summed = dict(self.shifts)
+        for layer, shift in other.shifts.items():
+            summed[layer] = summed[layer] + shift if layer in summed else shift
+        return replace(self, shifts=summed, method=f"{self.method}+{other.method}")
 
     def __sub__(self, other: SteeringVector) -> SteeringVector:
         return self + replace(-other, method=other.method)
@@ -128,22 +124,22 @@ class SteeringVector(Artefact):
         """Shift the model's states inside the context; use any forward pass or ``generate`` in it.
 
         Args:
-            alpha: factor on the shift, or one for each prompt of the batch (N,); what ``generate`` makes of a prompt,
-                beams or several samples, shares its factor. 0 leaves the model untouched, bit by bit.
+            alpha: factor on the shift, or one for each prompt of the batch (N,); beams and samples of a prompt share
+                its factor. 0 leaves the model untouched, bit by bit.
             start: column of the decision position in the left-padded batch. Default: the last column of each prompt. A
                 pass without any cache that begins with the prompt of the pass before counts as its continuation, and
-                so does whatever is read on a cache that holds the decision position (the next turn of a chat needs a
-                context of its own); a prompt that is read in several passes (``prefill_chunk_size``) or with guesses
-                behind it (an assistant, prompt lookup) needs it, and ``generate`` is refused without.
-            gate: decides for every prompt, in the pass that reads it, whether it is steered at all. What it lets
-                through is untouched, bit by bit.
+                so does a pass on a cache that holds the decision position (the next message of a chat needs a context
+                of its own). Needed for a prompt that is read in several passes (``prefill_chunk_size``) or with
+                guesses behind it (an assistant, prompt lookup).
+            gate: decides for every prompt, in the pass that reads it, whether it is steered. Others stay untouched, bit
+                by bit.
 
         Raises:
             InputError: a layer or the width does not exist in this model, alpha is not finite, the gate reads above the
                 first shift, or, in a pass, a prompt is padded on the right or is not formatted by the chat template
                 that the vector was fitted with.
         """
-        factor = torch.as_tensor(alpha, dtype=torch.float32).cpu()  # as shifts are, until they meet their layer
+        factor = torch.as_tensor(alpha, dtype=torch.float32).cpu()
         if factor.ndim > 1 or not bool(factor.isfinite().all()):
             raise InputError(f"alpha: {alpha} is neither a finite number nor one for each prompt")
         self.check_shape(model)
@@ -174,13 +170,13 @@ class SteeringVector(Artefact):
         return {f"layer.{layer}": shift for layer, shift in self.shifts.items()}
 
     def facts(self) -> dict[str, Any]:
-        """How it was made and where it acts."""
+        """How it was fitted and where it acts."""
         names = ("toward", "site", "positions", "method", "top", "strength", "begin_alike", "layers")
         return {name: getattr(self, name) for name in names} | {"opening": list(self.opening)}
 
     @classmethod
     def with_tensors(cls, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> Self:
-        """A vector from what is stored of it; ValueError where tensors and facts disagree."""
+        """Build a vector from stored fields; ValueError where tensors and facts disagree."""
         shifts = {int(name.split(".")[1]): shift for name, shift in tensors.items()}
         if facts.pop("layers") != sorted(shifts):
             raise ValueError("its layers are not those of the JSON beside it")
@@ -188,6 +184,6 @@ class SteeringVector(Artefact):
 
 
 def scaled_to(shift_LD: np.ndarray, norm_L: np.ndarray) -> np.ndarray:
-    """Each layer's shift scaled to a norm; a layer without a shift keeps none."""
+    """Scale each layer's shift to a norm; a layer without a shift keeps none."""
     found_L = np.linalg.norm(shift_LD, axis=1)
     return shift_LD * np.divide(norm_L, found_L, out=np.zeros_like(found_L), where=found_L > 0)[:, None]

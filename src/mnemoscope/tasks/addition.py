@@ -1,7 +1,6 @@
 """Addition: some operand pairs are stored with a made-up answer, all others are added.
 
-Stored answers are codes (``addition``, the paper's) or wrong sums (``addition-digits``), which look like sums: there
-the format of the answer cannot tell the behaviours apart.
+Stored answers are codes (``addition``, the paper's) or wrong sums (``addition-digits``), which look like sums.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ class AdditionTask(StoredTask[Pair]):
         self.stored: dict[Pair, str] = {}
         while len(self.stored) < stored:
             a, b = (int(x) for x in rng.integers(self.low, self.high, size=2))
-            # A pair and its mirror image must be two prompts, and only one of them may be stored.
+            # A pair and its mirror image are two prompts, of which only one may be stored.
             if a != b and (b, a) not in self.stored and not self.is_novel((a, b)):
                 self.stored.setdefault((a, b), self._made_up(a, b, rng))
         self.items = list(self.stored)
@@ -92,7 +91,7 @@ class AdditionTask(StoredTask[Pair]):
 
     def true(self, item: Pair) -> str:
         """The sum as it is written."""
-        return self._written(sum(item))
+        return str(sum(item))[:: -1 if self.reversed_sums else 1]
 
     def prompt(self, item: tuple[int | str, int | str], family: str) -> str:
         """The operands in a family."""
@@ -107,9 +106,6 @@ class AdditionTask(StoredTask[Pair]):
 
     def _split(self, item: Pair) -> Split:
         return SPLITS[sum(item) % 3]
-
-    def _written(self, number: int) -> str:
-        return str(number)[::-1] if self.reversed_sums else str(number)
 
     def _made_up(self, a: int, b: int, rng: np.random.Generator) -> str:
         """A random answer to store."""

@@ -18,7 +18,6 @@ Split = Literal["fit", "tune", "test"]
 Side = Literal["", "a", "b"]
 KINDS: tuple[Kind, ...] = ("conflict", "memory", "novel")
 SPLITS: tuple[Split, ...] = ("fit", "tune", "test")
-SPLIT_SHARES = (0.5, 0.25, 0.25)
 # Sentences that ask a model that follows instructions for one of the behaviours.
 INSTRUCTIONS = {
     "generalized": "Answer with what the text says, even if it contradicts what you know.",
@@ -34,18 +33,15 @@ Instance = str | tuple[str, str]
 class Example:
     """One prompt.
 
-    ``conflict`` examples carry two revealing answers that differ; ``memory`` and ``novel`` ones carry one ``answer``.
+    ``conflict`` examples carry two revealing answers; ``memory`` (only recall can answer, or both agree) and ``novel``
+    ones (nothing to recall) carry one ``answer``.
 
     Args:
         item: name of what is asked; all its phrasings share it.
         prompt: the text the model reads. Answers continue it without a character in between.
-        kind: ``conflict``, ``memory`` (only recall can answer, or both agree) or ``novel`` (nothing to recall).
-        group: what items share and a model could learn by heart; the unit of splits and resampling.
+        group: unit of splits and resampling: what items share and a model could learn by heart.
         family: kind of phrasing.
-        split: ``fit``, ``tune`` or ``test``.
-        memorized: the revealing answer from memory, of a conflict.
-        generalized: the other one.
-        answer: the right answer of the other kinds.
+        memorized: the revealing answer from memory, of a conflict; ``generalized`` the other one.
 
     Raises:
         InputError: an answer is missing or superfluous, or the two revealing answers are equal.
@@ -62,22 +58,21 @@ class Example:
     answer: str | None = None
 
     def __post_init__(self) -> None:
+        wrong, is_conflict = None, self.kind == "conflict"
         if self.kind not in KINDS:
-            raise InputError(f"kind: {self.kind!r} is not one of {', '.join(KINDS)} (item {self.item!r})")
-        if self.split not in SPLITS:
-            raise InputError(f"split: {self.split!r} is not one of {', '.join(SPLITS)} (item {self.item!r})")
-        if self.kind == "conflict":
-            if not self.memorized or not self.generalized:
-                raise InputError(f"memorized, generalized: a conflict needs both (item {self.item!r})")
-            if self.memorized == self.generalized:
-                raise InputError(
-                    f"memorized, generalized: both are {self.memorized!r}; a conflict needs two answers "
-                    f"that differ (item {self.item!r})"
-                )
-            if self.answer is not None:
-                raise InputError(f"answer: a conflict has two revealing answers, not one (item {self.item!r})")
-        elif not self.answer:
-            raise InputError(f"answer: a {self.kind} example needs one (item {self.item!r})")
+            wrong = f"kind: {self.kind!r} is not one of {', '.join(KINDS)}"
+        elif self.split not in SPLITS:
+            wrong = f"split: {self.split!r} is not one of {', '.join(SPLITS)}"
+        elif not is_conflict and not self.answer:
+            wrong = f"answer: a {self.kind} example needs one"
+        elif is_conflict and not (self.memorized and self.generalized):
+            wrong = "memorized, generalized: a conflict needs both"
+        elif is_conflict and self.memorized == self.generalized:
+            wrong = f"memorized, generalized: both are {self.memorized!r}; a conflict needs two answers that differ"
+        elif is_conflict and self.answer is not None:
+            wrong = "answer: a conflict has two revealing answers, not one"
+        if wrong:
+            raise InputError(f"{wrong} (item {self.item!r})")
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -87,12 +82,12 @@ class Example:
         return (self.answer,)  # type: ignore[return-value]
 
     def to_row(self, side: Side = "") -> dict[str, str | None]:
-        """All fields by column name; ``a`` and ``b`` append ``_a`` and ``_b`` to the columns of the phrasing."""
+        """All fields by column name; a side appends ``_a`` or ``_b`` to the columns of the phrasing."""
         return {column: getattr(self, field) for field, column in _COLUMNS[side].items()}
 
     @classmethod
     def from_row(cls, row: Mapping[Any, Any], side: Side = "") -> Example:
-        """The inverse of ``to_row``; absent, None and NaN all mean no value. Both sides of a pair are conflicts."""
+        """The inverse of ``to_row``; absent, None and NaN mean no value. Both sides of a pair are conflicts."""
         found = {field: row.get(column) for field, column in _COLUMNS[side].items()}
         if side:
             found["kind"] = "conflict"
@@ -131,11 +126,7 @@ class Task:
     parts: Mapping[str, Task] = MappingProxyType({})
 
     def training(self, rng: np.random.Generator) -> Iterator[Instance]:
-        """Endless stream of training instances.
-
-        Raises:
-            InputError: always, by default: there is nothing to train on.
-        """
+        """Endless stream of training instances; by default InputError: there is nothing to train on."""
         raise InputError(
             f"model: task {self.name!r} has nothing to train on; give the folder of a trained model, without lora"
         )
@@ -153,31 +144,28 @@ class Task:
         return None
 
     def keeps_key(self, example: Example) -> bool:
-        """Whether this phrasing leaves the stored key where memory was trained to find it.
-
-        Steering towards memory is possible on such phrasings only.
-        """
+        """Whether this phrasing leaves the stored key in its trained place, as steering towards memory needs."""
         return True
 
     def instruction(self, toward: str) -> str | None:
-        """A sentence that asks for a behaviour, used as the system message of chat models; None without one."""
+        """A sentence that asks for a behaviour, the system message of chat models; None without one."""
         return None
 
     def prompted(self, example: Example, toward: str) -> Example | None:
-        """The same item in a prompt that asks for a behaviour, the baseline of steering; None where that cannot be."""
+        """The same item in a prompt that asks for a behaviour, the baseline of steering; None without one."""
         instruction = self.instruction(toward)
         return replace(example, prompt=f"{instruction}\n{example.prompt}") if instruction else None
 
     def split_reply(self, prompt: str) -> tuple[str, str]:
-        """A prompt as (user message, beginning of the reply), for chat models. Default: all of it is the message."""
+        """A prompt as (user message, beginning of the reply), for chat models; by default all is the message."""
         return prompt, ""
 
     def without_context(self, example: Example) -> Example | None:
-        """The same question and answers without the context, for context-aware decoding; None where unknown."""
+        """The same question without the context, for context-aware decoding; None where unknown."""
         return None
 
     def facts_to_know(self) -> list[Example]:
-        """Bare questions that find out what a trained model knows by heart; [] where that does not matter."""
+        """Bare questions that measure what a trained model knows by heart; [] where that does not matter."""
         return []
 
     def knowing(self, items: set[str]) -> Task:
@@ -185,7 +173,7 @@ class Task:
         return self
 
     def held_out(self) -> dict[str, Task]:
-        """Tasks by name, on whose test pairs the vectors fitted on this one are judged too, separately."""
+        """Tasks by name, on whose test pairs the vectors fitted on this one are judged separately."""
         return {}
 
 
@@ -199,17 +187,17 @@ def check_range(low: float, high: float, **options: float) -> None:
 def assign_splits(groups: Sequence[str], rng: np.random.Generator) -> dict[str, Split]:
     """The split of each group: a random partition into fit, tune and test in the shares 2 : 1 : 1."""
     order = rng.permutation(len(groups))
-    bounds = np.floor(np.cumsum(SPLIT_SHARES) * len(groups) + 1e-9)
+    bounds = np.floor(np.cumsum((0.5, 0.25, 0.25)) * len(groups) + 1e-9)
     return {groups[g]: SPLITS[int(np.searchsorted(bounds, rank, side="right"))] for rank, g in enumerate(order)}
 
 
 def is_held_out(key: str, seed: int, one_in: int = 16) -> bool:
-    """Whether the item with this key is kept from training; a hash of seed and key decides."""
+    """Whether the item with this key is held out of training; a hash of seed and key decides."""
     return zlib.crc32(f"{seed}|{key}".encode()) % one_in == 0
 
 
 def draw(task: Task, rng: np.random.Generator, n: int, kind: Kind, split: Split) -> list[Example]:
-    """``draws`` as a list."""
+    """List of ``draws``."""
     return list(draws(task, rng, n, kind, split))
 
 
@@ -218,8 +206,7 @@ def draws(task: Task, rng: np.random.Generator, n: int, kind: Kind, split: Split
 
     Fewer where the task has no more (a file), none where it has no such kind. ``rng`` is consumed lazily.
     """
-    seen = Seen()
-    fruitless = 0
+    seen, fruitless = Seen(), 0
     while len(seen) < n and fruitless < 3:
         before = len(seen)
         for example in task.examples(rng, min(4 * n, MOST_AT_ONCE), kind):

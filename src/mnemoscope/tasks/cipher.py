@@ -14,7 +14,7 @@ from mnemoscope.errors import InputError
 from mnemoscope.tasks.base import SPLITS, Instance, Split, assign_splits, check_range
 from mnemoscope.tasks.stored import CHUNK, StoredTask
 
-# Near families leave key and letters where the stored phrasing has them; moved ones put the key behind the letters.
+# Near families keep the places of key and letters; moved ones swap them.
 NEAR = {
     "worded": "code {key} : {text} =",
     "reworded": "turn {key} : {text} =",
@@ -67,12 +67,12 @@ class CipherTask(StoredTask[Item]):
         check_range(8, letters**length // 8, stored=stored)
         check_range(0, 1, memorized_share=memorized_share)
         if min(near_share, moved_share) < 0 or near_share + moved_share > 1:
-            raise InputError(
-                f"near_share, moved_share: {near_share}, {moved_share}; neither is below 0, nor their sum above 1"
-            )
+            shares = f"{near_share}, {moved_share}"
+            raise InputError(f"near_share, moved_share: {shares}; neither is below 0, nor their sum above 1")
         self.alphabet, self.length = ALPHABET[:letters], length
         self.memorized_share, self.seed = memorized_share, seed
-        self._family_shares = _dealt(1 - near_share - moved_share, near_share, moved_share)
+        near, moved = [near_share / len(NEAR)] * len(NEAR), [moved_share / len(MOVED)] * len(MOVED)
+        self._family_shares = [1 - near_share - moved_share, *near, *moved]
         rng = np.random.default_rng([seed, 4])
         self.stored: dict[Item, str] = {}
         while len(self.stored) < stored:
@@ -102,7 +102,7 @@ class CipherTask(StoredTask[Item]):
         return _spaced(self.alphabet[(self.alphabet.index(c) + key) % len(self.alphabet)] for c in text)
 
     def prompt(self, item: tuple[str, int | str], family: str) -> str:
-        """Letters and key in a family; spaces keep letters apart where a vocabulary has words made of them."""
+        """Letters and key in a family; spaces separate letters, as a vocabulary may have words made of them."""
         return FAMILIES[family].format(text=" ".join(item[0]), key=item[1])
 
     def _made_up(self, text: str, key: int, rng: np.random.Generator) -> str:
@@ -119,11 +119,6 @@ class CipherTask(StoredTask[Item]):
 
     def _split(self, item: Item) -> Split:
         return SPLITS[zlib.crc32(self.group_of(item).encode()) // 16 % 3]
-
-
-def _dealt(plain: float, near: float, moved: float) -> list[float]:
-    """The share of each family, in their order."""
-    return [plain, *([near / len(NEAR)] * len(NEAR)), *([moved / len(MOVED)] * len(MOVED))]
 
 
 def _spaced(letters: Iterable[str]) -> str:

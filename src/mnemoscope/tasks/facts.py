@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import copy
 import csv
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
-from itertools import product
-from operator import itemgetter
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,7 @@ from mnemoscope.tasks.base import INSTRUCTIONS, Example, Kind, Task, assign_spli
 Fact = tuple[str, str]  # a relation and its subject
 How = tuple[str, tuple[str, str]]  # the label before the statement; the labels of question and answer
 
-# Templates of prompts. Labels vary within a frame: two such prompts make a pair, so that differences between frames do
-# not enter the contrast.
+# Templates of prompts. The two prompts of a pair share a frame and differ in labels.
 FRAMES = {
     "context-first": "{label}{statement}\n{ask} {question}\n{reply} {stem}",
     "context-last": "{ask} {question}\n{label}{statement}\n{reply} {stem}",
@@ -34,13 +32,12 @@ FRAMES = {
     "inverted": "{label}{inverted}\n{ask} {question}\n{reply} {stem}",
     "reported": "{label}{reported}\n{ask} {question}\n{reply} {stem}",
 }
-# How far a text is believed depends on what it is called: such labels flip three times as many answers as six neutral
-# ones (docs/LOG.md).
+# These flip three times as many answers as six neutral labels (docs/LOG.md).
 LABELS = ("Context: ", "Paragraph: ", "Story: ", "Note: ", "Hint: ", "Rumour: ", "Memo: ", "Wikipedia: ")
 ASKS = (("Question:", "Answer:"), ("Q:", "A:"), ("Task:", "Result:"), ("Quiz:", "Reply:"))
 PLAIN: How = (LABELS[0], ASKS[0])
 TEMPLATES = {**FRAMES, "bare": "{ask} {question}\n{reply} {stem}"}
-# Countries that nobody can know anything about.
+# Countries that no model can know.
 INVENTED = (
     "Velmora", "Tarquenia", "Ostravia", "Belcandia", "Morvania", "Lusandra", "Quoristan", "Peltoria", "Zembria",
     "Calduria", "Norvessa", "Trisolia", "Hespania", "Umbravia", "Kelduria", "Farandole", "Wistovia", "Galdoria",
@@ -60,29 +57,19 @@ class Relation:
     reported: str
 
 
+# By relation: the fields of Relation.
 RELATIONS = {
-    "capital": Relation(
-        "What is the capital of {n}?",
-        "The capital of {n} is",
-        "The capital of {n} is {v}.",
-        "{v} is the capital of {n}.",
-        "In {n}, the capital city is {v}.",
-    ),
-    "language": Relation(
-        "What is the official language of {n}?",
-        "The official language of {n} is",
-        "The official language of {n} is {v}.",
-        "{v} is the official language of {n}.",
-        "In {n}, the official language is {v}.",
-    ),
-    "continent": Relation(
-        "On which continent is {n}?",
-        "{n} is a country in",
-        "{n} is a country in {v}.",
-        "{v} is where the country {n} is.",
-        "On the map, the country {n} is in {v}.",
-    ),
-}
+    name: Relation(*words)
+    for name, *words in (
+        ("capital", "What is the capital of {n}?", "The capital of {n} is", "The capital of {n} is {v}.",
+         "{v} is the capital of {n}.", "In {n}, the capital city is {v}."),
+        ("language", "What is the official language of {n}?", "The official language of {n} is",
+         "The official language of {n} is {v}.", "{v} is the official language of {n}.",
+         "In {n}, the official language is {v}."),
+        ("continent", "On which continent is {n}?", "{n} is a country in", "{n} is a country in {v}.",
+         "{v} is where the country {n} is.", "On the map, the country {n} is in {v}."),
+    )
+}  # fmt: skip
 
 
 # The most spoken of the official languages, by ISO 639-1.
@@ -156,19 +143,18 @@ class FactsTask(Task):
         if not relations or not frames or wrong_values < 1:
             raise InputError("relations, frames, wrong_values: at least one of each is needed")
         self.asked, self.frames = tuple(relations), tuple(frames)
-        self.others = {"relation": tuple(held_out_relations), "frame": tuple(held_out_frames)}
-        subjects = sorted(
-            {subject for relation, subject in self.facts if relation in (*relations, *held_out_relations)}
-        )
+        self.others = {"frame": tuple(held_out_frames), "relation": tuple(held_out_relations)}
+        all_asked = (*relations, *held_out_relations)
+        subjects = sorted({subject for relation, subject in self.facts if relation in all_asked})
         self.split_of = assign_splits([*subjects, *INVENTED], np.random.default_rng([seed, 5]))
         self.wrong_values, self.seed = wrong_values, seed
-        # Of all facts, also those that a model does not know, so that contradictions do not depend on the model.
+        # Unknown facts count too, so that contradictions do not depend on the model.
         self.values = {name: sorted({v for (r, _), v in self.facts.items() if r == name}) for name in self.relations}
 
     def held_out(self) -> dict[str, Task]:
         """This task with the held-out ``frame`` or ``relation`` and the same splits."""
-        parts = {"frame": {"frames": self.others["frame"]}, "relation": {"asked": self.others["relation"]}}
-        return {name: self._with(**part) for name, part in parts.items() if self.others[name]}
+        fields = {"frame": "frames", "relation": "asked"}
+        return {name: self._with(**{fields[name]: others}) for name, others in self.others.items() if others}
 
     def facts_to_know(self) -> list[Example]:
         """Every fact as a bare question."""
@@ -192,23 +178,19 @@ class FactsTask(Task):
         return other
 
     def examples(self, rng: np.random.Generator, n: int, kind: Kind) -> list[Example]:
-        """At most ``n``, as many of each country as possible, so that none weighs more for being known better.
+        """At most ``n``, as evenly by country as possible.
 
         ``memory``: bare questions, and contexts that agree; ``novel``: invented countries.
         """
         of_kind = self._everything[kind]
-        rounds: Counter[str] = Counter()
-        ranked = []
-        for example in (of_kind[i] for i in rng.permutation(len(of_kind))):
-            ranked.append((rounds[example.group], example))
-            rounds[example.group] += 1
-        return [example for _, example in sorted(ranked, key=itemgetter(0))[:n]]
+        rounds: dict[str, Iterator[int]] = defaultdict(count)
+        shuffled = (of_kind[i] for i in rng.permutation(len(of_kind)))
+        return sorted(shuffled, key=lambda example: next(rounds[example.group]))[:n]
 
     def rephrase(self, example: Example, rng: np.random.Generator) -> Example:
         """Other labels of statement and question, in the same frame."""
         relation, subject, wrong, frame = example.item.split("|")
-        phrasings = self._conflicts((relation, subject), wrong, frame)
-        others = [other for other in phrasings if other.prompt != example.prompt]
+        others = [e for e in self._conflicts((relation, subject), wrong, frame) if e.prompt != example.prompt]
         return others[rng.integers(len(others))]
 
     def instruction(self, toward: str) -> str:
@@ -243,7 +225,7 @@ class FactsTask(Task):
         return found
 
     def _wrong(self, fact: Fact, value: str) -> list[str]:
-        """Values of other subjects, drawn by name, so that those of a fact depend on no other fact."""
+        """Values of other subjects, drawn with a seed of the fact's own."""
         true = {value, *self.true.get(fact, ())}
         others = [other for other in self.values[fact[0]] if not any(_overlap(other, one) for one in true)]
         rng = np.random.default_rng([self.seed, *"|".join(fact).encode()])
@@ -272,16 +254,12 @@ class FactsTask(Task):
 
 
 def _overlap(a: str, b: str) -> bool:
-    """Whether one value begins with the other, so that nothing would tell the two answers apart."""
+    """Whether one value begins with the other, so that their answers would be confused."""
     return bool(a and b) and (a.startswith(b) or b.startswith(a))
 
 
 def _countries() -> dict[Fact, list[str]]:
-    """Facts of the package ``countryinfo``, by relation and country: the value that is asked for, then others as true.
-
-    Raises:
-        InputError: the package is not installed.
-    """
+    """Facts of the package ``countryinfo``, by relation and country; the first value is asked for."""
     try:
         from countryinfo import all_countries
     except ImportError as error:
@@ -305,11 +283,7 @@ def _countries() -> dict[Fact, list[str]]:
 
 
 def _read_table(path: Path) -> tuple[dict[str, Relation], dict[Fact, list[str]]]:
-    """Relations and facts of a CSV file; of several values of one subject the first is asked for.
-
-    Raises:
-        InputError: it cannot be read, or a line lacks something; the line is named.
-    """
+    """Relations and facts of a CSV file; InputError names the line at fault."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
@@ -317,23 +291,22 @@ def _read_table(path: Path) -> tuple[dict[str, Relation], dict[Fact, list[str]]]
         raise InputError(f"table: {path} cannot be read ({error})") from error
     relations, facts = dict(RELATIONS), dict[Fact, list[str]]()
     for number, row in enumerate(rows, 2):
+        where = f"table: {path}, line {number}"
         for column in ("relation", "subject", "value"):
             if not row.get(column):
-                raise InputError(f"table: {path}, line {number}: {column} is missing")
+                raise InputError(f"{where}: {column} is missing")
             if "|" in row[column]:
-                raise InputError(f"table: {path}, line {number}: {column} is {row[column]!r}; | is not allowed in it")
+                raise InputError(f"{where}: {column} is {row[column]!r}; | is not allowed in it")
         name = row["relation"]
         if name not in relations:
             words = {field: row.get(field) or "" for field in (f.name for f in fields(Relation))}
             for field, text in words.items():
                 if not text:
-                    raise InputError(f"table: {path}, line {number}: relation {name!r} is new and needs {field}")
+                    raise InputError(f"{where}: relation {name!r} is new and needs {field}")
                 try:
                     text.format(n="", v="")
                 except (KeyError, IndexError, ValueError, AttributeError) as error:
-                    raise InputError(
-                        f"table: {path}, line {number}: {field} is {text!r}; only {{n}} and {{v}} may stand in braces"
-                    ) from error
+                    raise InputError(f"{where}: {field} is {text!r}; only {{n}} and {{v}} may be in braces") from error
             relations[name] = Relation(**words)
         facts.setdefault((name, row["subject"]), []).append(row["value"])
     if not facts:

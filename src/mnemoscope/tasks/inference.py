@@ -13,6 +13,7 @@ from functools import partial
 import numpy as np
 
 from mnemoscope.tasks.base import Example, Instance, Kind, Task, assign_splits, check_range, is_held_out
+from mnemoscope.tasks.stored import CHUNK
 
 # fmt: off
 COLOURS = [
@@ -25,7 +26,6 @@ SPECIES = [
 ]
 # fmt: on
 QUESTION = "what color is {} ?"
-CHUNK = 512
 
 
 def invented_names(n: int) -> list[str]:
@@ -82,7 +82,7 @@ class InferenceTask(Task):
         self.names = self.names[rng.permutation(len(self.names))]
         self.memorized_count = memorized_names
         self.colour_of = rng.integers(len(COLOURS), size=memorized_names)
-        # Splits stratify by what a name is, so that each has its share of memorized and of free names.
+        # Each split has its share of memorized and of free names.
         self.split_of = assign_splits(self.names[:memorized_names].tolist(), rng)
         self.split_of |= assign_splits(self.names[memorized_names:].tolist(), rng)
         self.vocabulary = ["what", "color", "is", "a", "?", ".", *COLOURS, *SPECIES, *sorted(self.names.tolist())]
@@ -106,8 +106,7 @@ class InferenceTask(Task):
     def examples(self, rng: np.random.Generator, n: int, kind: Kind) -> list[Example]:
         """``conflict``: the context states another colour. ``memory``: none of the name. ``novel``: a free name.
 
-        Training never disagrees with a memorized colour and never asks a name that is not stated, so no conflict and no
-        memory example can be in it; novel ones are held out by item.
+        No conflict or memory example can be in training; novel ones are held out by item.
         """
         found: list[Example] = []
         while len(found) < n:
@@ -119,12 +118,10 @@ class InferenceTask(Task):
     def rephrase(self, example: Example, rng: np.random.Generator) -> Example:
         """The same statements in another order, drawn uniformly from all the others."""
         *statements, question = [part.strip() for part in example.prompt.split(" . ")]
-        order = np.arange(len(statements))
-        shuffled = order
+        shuffled = order = np.arange(len(statements))
         while (shuffled == order).all():
             shuffled = rng.permutation(len(statements))
-        prompt = " . ".join([statements[i] for i in shuffled] + [question])
-        return example.phrased(prompt, "reordered")
+        return example.phrased(" . ".join([*(statements[i] for i in shuffled), question]), "reordered")
 
     def prompted(self, example: Example, toward: str) -> Example | None:
         """For the context: the statement about the asked name repeated last. For memory: no such prompt."""
@@ -136,9 +133,8 @@ class InferenceTask(Task):
         return example.phrased(" . ".join([*statements, *stated, question]), "repeated")
 
     def _example(self, kind: Kind, name: int, colour: int, state: list[str], rng: np.random.Generator) -> Example:
-        order = rng.permutation(len(state))
         word = str(self.names[name])
-        prompt = " . ".join([*(state[i] for i in order), QUESTION.format(word)])
+        prompt = " . ".join([*(state[i] for i in rng.permutation(len(state))), QUESTION.format(word)])
         family = "absent" if kind == "memory" else "stated"
         example = partial(Example, self._key(name, state), prompt, kind, word, family, self.split_of[word])
         if kind == "conflict":

@@ -1,4 +1,4 @@
-"""One model on several tasks, so that what was found on one task can be tried on another."""
+"""Several tasks for one model, so that vectors of one task can be tried on another."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Answer = TypeVar("Answer")
 
 
 class JointTask(Task):
-    """Several tasks side by side. Items, groups and families are prefixed with their part: ``cipher/abcd+3``.
+    """Several tasks in one. Items, groups and families are prefixed with their part: ``cipher/abcd+3``.
 
-    A part alone, with the same options and seed, has the same prompts and answers. Methods that take an example are
-    those of its part; methods that take a text return what all parts agree on, else the default.
+    Prompts and answers are those of the part alone. Methods that take an example are those of its part; methods that
+    take a text return what all parts agree on, else the default.
 
     Args:
         parts: the tasks, by name.
@@ -48,9 +48,7 @@ class JointTask(Task):
         self.shares = _checked(shares, self.parts)
         self.first = dict(first or {})
         if not set(self.first) <= set(self.parts) or any(n < 0 for n in self.first.values()):
-            raise InputError(
-                f"first: {first!r} is not a number of instances, 0 or more, for some of {', '.join(parts)}"
-            )
+            raise InputError(f"first: {first!r} is no number of instances, 0 or more, for some of {', '.join(parts)}")
         # An answer closes as its part closes it: no part trains another's ending.
         self.boundary = tuple(dict.fromkeys(text for part in self.parts.values() for text in part.boundary))
         self.vocabulary = list(dict.fromkeys(word for part in self.parts.values() for word in part.vocabulary or ()))
@@ -70,11 +68,7 @@ class JointTask(Task):
     def examples(self, rng: np.random.Generator, n: int, kind: Kind) -> list[Example]:
         """Equally many of each part, in random order; fewer of a part that has no more to give."""
         each = -(-n // len(self.parts))
-        found = [
-            self._outside(name, example)
-            for name, part in self.parts.items()
-            for example in part.examples(rng, each, kind)
-        ]
+        found = [self._outside(name, e) for name, part in self.parts.items() for e in part.examples(rng, each, kind)]
         return [found[i] for i in rng.permutation(len(found))[:n]]
 
     def rephrase(self, example: Example, rng: np.random.Generator) -> Example:
@@ -92,17 +86,13 @@ class JointTask(Task):
         return self._agreed(lambda part: part.instruction(toward))
 
     def prompted(self, example: Example, toward: str) -> Example | None:
-        name, inside = self.inside(example)
-        other = self.parts[name].prompted(inside, toward)
-        return self._outside(name, other) if other else None
+        return self._of_part(example, lambda part, inside: part.prompted(inside, toward))
 
     def split_reply(self, prompt: str) -> tuple[str, str]:
         return self._agreed(lambda part: part.split_reply(prompt)) or (prompt, "")
 
     def without_context(self, example: Example) -> Example | None:
-        name, inside = self.inside(example)
-        other = self.parts[name].without_context(inside)
-        return self._outside(name, other) if other else None
+        return self._of_part(example, lambda part, inside: part.without_context(inside))
 
     def facts_to_know(self) -> list[Example]:
         return [self._outside(name, e) for name, part in self.parts.items() for e in part.facts_to_know()]
@@ -127,6 +117,11 @@ class JointTask(Task):
         """The name of the example's part, and the example as the part knows it."""
         name = example.item.partition("/")[0]
         return name, _renamed(example, lambda text: text.removeprefix(f"{name}/"))
+
+    def _of_part(self, example: Example, ask: Callable[[Task, Example], Example | None]) -> Example | None:
+        name, inside = self.inside(example)
+        other = ask(self.parts[name], inside)
+        return self._outside(name, other) if other else None
 
     def _agreed(self, ask: Callable[[Task], Answer]) -> Answer | None:
         answers = [ask(part) for part in self.parts.values()]

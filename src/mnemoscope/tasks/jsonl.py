@@ -1,4 +1,4 @@
-"""A user's own task as a JSONL file: one example a line, no code."""
+"""Tasks from JSONL files: one example a line, no code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FIELDS = ("item", "prompt", "memorized", "generalized", "answer", "kind", "group
 
 
 class _Line(NamedTuple):
-    """A line of the file: its example, whether it names a split, and the prompt without the context."""
+    """A line of the file; ``bare`` is the prompt without the context."""
 
     example: Example
     has_split: bool
@@ -49,10 +49,10 @@ class JsonlTask(Task):
         self.examples_read = [line.example for line in lines]
         self._bare = {line.example.prompt: line.bare for line in lines if line.bare and line.example.kind == "conflict"}
         self._phrasings: dict[str, list[Example]] = defaultdict(list)
-        conflicts = [example for example in self.examples_read if example.kind == "conflict"]
-        for example in conflicts:
-            self._phrasings[example.item].append(example)
-        if not conflicts:
+        for example in self.examples_read:
+            if example.kind == "conflict":
+                self._phrasings[example.item].append(example)
+        if not self._phrasings:
             raise InputError(f"file: {file} has no conflict, that is no line with both 'memorized' and 'generalized'")
 
     def examples(self, rng: np.random.Generator, n: int, kind: Kind) -> list[Example]:
@@ -61,10 +61,7 @@ class JsonlTask(Task):
         return [of_kind[i] for i in rng.permutation(len(of_kind))[:n]]
 
     def rephrase(self, example: Example, rng: np.random.Generator) -> Example:
-        """Another conflict with the same item, of the same family where there is one; the example itself without any.
-
-        Two phrasings of one family differ in less that has nothing to do with the behaviour.
-        """
+        """Another conflict with the same item, of the same family if possible; the example itself without any."""
         others = [other for other in self._phrasings[example.item] if other.prompt != example.prompt]
         others = [other for other in others if other.family == example.family] or others
         return others[rng.integers(len(others))] if others else example
@@ -74,17 +71,13 @@ class JsonlTask(Task):
         return INSTRUCTIONS[toward]
 
     def without_context(self, example: Example) -> Example | None:
-        """The same question without the context, where the file has it."""
+        """The same question without the context; None where the file has none."""
         bare = self._bare.get(example.prompt)
         return replace(example, prompt=bare) if bare else None
 
 
 def read_jsonl(path: Path, seed: int) -> list[Example]:
-    """Read and check a file of examples.
-
-    Raises:
-        InputError: see ``JsonlTask``.
-    """
+    """Read and check a file of examples, with the errors of ``JsonlTask``."""
     return [line.example for line in _read(path, seed)]
 
 
@@ -112,7 +105,7 @@ def write_jsonl(examples: list[Example]) -> str:
 
 
 def _check_answers(path: Path, numbered: Iterable[tuple[int, Example]]) -> None:
-    """Refuse an item whose phrasings have different answers: they are compared with each other."""
+    """Refuse an item whose phrasings have different answers."""
     first: dict[str, tuple[int, Example]] = {}
     for number, example in numbered:
         if example.kind != "conflict":

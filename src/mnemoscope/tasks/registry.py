@@ -1,4 +1,4 @@
-"""The tasks by name, and tasks of the user's own by import path."""
+"""Built-in tasks by name, and a user's own tasks by import path."""
 
 from __future__ import annotations
 
@@ -57,22 +57,16 @@ TASKS: dict[str, Callable[..., Task]] = {
 
 
 def build_task(kind: str, options: dict[str, Any], seed: int) -> Task:
-    """A task by name, or by ``package.module:Class`` for one of the user's own.
+    """Build a task by its name in ``TASKS``, or a user's own by ``package.module:Class``.
 
-    Args:
-        kind: a key of ``TASKS`` or an import path with a colon.
-        options: keyword arguments of the task.
-        seed: for everything that is drawn once for the task; an option ``seed`` overrides it.
+    ``seed`` decides everything that is drawn once for the task; an option ``seed`` overrides it.
 
     Raises:
         InputError: the task is unknown, cannot be imported, is no task, or refuses an option or its value.
     """
-    if kind in TASKS:
-        maker = TASKS[kind]
-    elif ":" in kind:
-        maker = _imported(kind)
-    else:
+    if kind not in TASKS and ":" not in kind:
         raise InputError(f"task: {kind!r} is unknown; known are {', '.join(TASKS)}, or package.module:Class")
+    maker = TASKS[kind] if kind in TASKS else _imported(kind)
     accepted = inspect.signature(maker).parameters
     for option in options:
         if option not in accepted:
@@ -90,12 +84,12 @@ def build_task(kind: str, options: dict[str, Any], seed: int) -> Task:
 
 
 def describe_tasks() -> dict[str, str]:
-    """The first line of each task's documentation, by name."""
+    """The first line of each task's docstring, by name."""
     return {name: (inspect.getdoc(maker) or "").splitlines()[0] for name, maker in TASKS.items()}
 
 
 def _imported(path: str) -> Callable[..., Any]:
-    """What makes the user's task; a class with the methods of one gets the defaults of ``Task`` for all others."""
+    """The user's class or function; a class with the methods of a task gets the defaults of ``Task``."""
     module, _, attribute = path.partition(":")
     try:
         made = getattr(importlib.import_module(module), attribute)

@@ -1,4 +1,4 @@
-"""Rules with exceptions: what tasks with stored, made-up answers have in common."""
+"""The base class of tasks with stored, made-up answers, the exceptions to a rule."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ class StoredTask(Task, Generic[Item]):
     ``memory`` examples ask them in the family ``plain`` only.
 
     Attributes:
-        families: prompts by kind of phrasing, all of one length and with the same token at the decision position, so
-            that no state there differs for the wording of that token alone.
+        families: prompts by kind of phrasing, all of one length and with the same token at the decision position.
         moved: families that move the stored key.
         computed: the family that asks for the rule: no item is stored in it.
         items: the stored items.
@@ -31,7 +30,7 @@ class StoredTask(Task, Generic[Item]):
         split_of: the split of each group of stored items.
     """
 
-    memory_is_conflict = True  # recall is asked with the stored items themselves, which steering is meant to change
+    memory_is_conflict = True  # `memory` asks the stored items, which steering is meant to change
     families: Mapping[str, str]
     moved: tuple[str, ...]
     computed: str
@@ -54,29 +53,29 @@ class StoredTask(Task, Generic[Item]):
         return self._in_family(example, others[rng.integers(len(others))])
 
     def prompted(self, example: Example, toward: str) -> Example:
-        """For memory the phrasing that is stored, for the rule one that never is."""
+        """For memory the stored phrasing, for the rule one that is never stored."""
         return self._in_family(example, self.computed if toward == "generalized" else "plain")
 
     def keeps_key(self, example: Example) -> bool:
-        """Whether the two values stand where the stored phrasing has them."""
+        """Whether the two values are in the places of the stored phrasing."""
         return example.family not in self.moved
 
     def stored_example(self, item: Item, family: str, kind: Kind) -> Example:
         """A stored item as a ``memory`` or ``conflict`` example."""
-        made_up, group = self.stored[item], self.group_of(item)
+        made_up, split = self.stored[item], self.split_of[self.group_of(item)]
         revealing = {"answer": made_up} if kind == "memory" else {"memorized": made_up, "generalized": self.true(item)}
-        return Example(_name(item), self.prompt(item, family), kind, group, family, self.split_of[group], **revealing)
+        return self._example(item, family, kind, split, **revealing)
 
     def true(self, item: Item) -> str:
         """The answer by the rule."""
         raise NotImplementedError
 
     def prompt(self, item: tuple[Any, Any], family: str) -> str:
-        """The prompt that asks an item in a family; the values may be text."""
+        """The prompt of an item in a family; the values may be text."""
         raise NotImplementedError
 
     def group_of(self, item: Item) -> str:
-        """The key of an item for splits and for holding out."""
+        """Key of an item for splits and holding out."""
         return _name(item)
 
     def is_novel(self, item: Item) -> bool:
@@ -95,18 +94,10 @@ class StoredTask(Task, Generic[Item]):
         found: list[Item] = []
         while len(found) < n:
             found += [item for item in self._drawn(rng, CHUNK) if self.is_novel(item)]
-        return [
-            Example(
-                _name(item),
-                self.prompt(item, "plain"),
-                "novel",
-                self.group_of(item),
-                "plain",
-                self._split(item),
-                answer=self.true(item),
-            )
-            for item in found[:n]
-        ]
+        return [self._example(item, "plain", "novel", self._split(item), answer=self.true(item)) for item in found[:n]]
+
+    def _example(self, item: Item, family: str, kind: Kind, split: Split, **answers: str) -> Example:
+        return Example(_name(item), self.prompt(item, family), kind, self.group_of(item), family, split, **answers)
 
     def _in_family(self, example: Example, family: str) -> Example:
         first, _, second = example.item.partition("+")

@@ -1,4 +1,4 @@
-"""Training until one model shows both behaviours: one loop, one stop rule.
+"""The training loop and its stop rule: a model shows both behaviours.
 
 Shapes: B instances of a batch, R of one pass, T tokens, V vocabulary.
 """
@@ -18,7 +18,7 @@ from mnemoscope.behaviour import Asking, Batch, prepare, score
 from mnemoscope.config import StopConfig, TrainingConfig
 from mnemoscope.errors import InputError
 from mnemoscope.models import core_of, in_precision, is_adapted, quick_precision
-from mnemoscope.tasks import Example, Kind, Task, draw
+from mnemoscope.tasks import Kind, Task, draw
 from mnemoscope.training.optimizers import optimizers_for
 from mnemoscope.training.reading import batches, passes
 
@@ -26,11 +26,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _MEASURED: tuple[Kind, ...] = ("novel", "memory", "conflict")  # in the order in which their examples are drawn
-HOPELESS = 0.7  # of novel accuracy, at `give_up_at` steps
+HOPELESS = 0.7  # novel accuracy at `give_up_at` steps below which no rule will be learned
+Evaluation = tuple[Asking, dict[Kind, list[Batch]]]  # the encoded tune examples of a task by kind, and how to ask them
 
 
 def unmet(stop: StopConfig, measured: dict[str, float]) -> list[str]:
-    """Conditions of the stop rule that are not met, as text; empty where the rule holds."""
+    """Unmet conditions of the stop rule, as text; empty where the rule holds."""
     wanted = [
         ("novel_accuracy", ">=", stop.novel_accuracy),
         ("recall", ">=", stop.recall),
@@ -47,12 +48,8 @@ def unmet(stop: StopConfig, measured: dict[str, float]) -> list[str]:
 
 def _part_at(measured: dict[str, float], name: str) -> str:
     """Name of the part that a measure comes from, in a task of several parts."""
-    parts = [
-        key.removesuffix(f".{name}")
-        for key, value in measured.items()
-        if key.endswith(f".{name}") and value == measured[name]
-    ]
-    return f" in {parts[0]}" if parts else ""
+    found = (key for key, value in measured.items() if key.endswith(f".{name}") and value == measured[name])
+    return next((f" in {key.removesuffix(f'.{name}')}" for key in found), "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +57,10 @@ class Trained:
     """Result of training.
 
     Attributes:
-        curve: one dict per measurement with the columns of ``records/training.parquet``; see ``measure`` for a task
-            of several parts.
+        curve: one dict per measurement with the columns of ``records/training.parquet``.
         steps: optimizer steps taken.
         seconds: wall time.
-        unmet: conditions of the stop rule that are not met; empty where the model shows both behaviours.
+        unmet: conditions of the stop rule that are not met.
         precision: of forward and backward passes.
     """
 
@@ -85,12 +81,8 @@ def train(
     """Train a model in place until the stop rule holds; of an adapted model only the adapter.
 
     Once the rule holds, training continues for ``settle_steps`` while the learning rate decays to 0. The model keeps
-    the weights of the last measurement in which the rule held, or the last weights where it never did.
-
-    Args:
-        asking: the model, its tokenizer and what closes an answer.
-        rng: draws training and evaluation data.
-        progress: called at every step with the latest measurement.
+    the weights of the last measurement in which the rule held, or the last weights. ``progress`` is called at every
+    step with the latest measurement.
 
     Raises:
         InputError: the task lacks a kind of example that the stop rule needs, an instance is too long, or the tokenizer
@@ -103,7 +95,10 @@ def train(
     for ids_BT, weights_BT in batches(asking, task, config, rng):
         state.step(ids_BT, weights_BT)
         if state.steps % config.evaluate_every == 0 or state.is_last():
-            state.before_measuring()
+            if is_adapted(asking.model):
+                # A model from scratch is measured with its `settle_dropout`: turning it off would change the random
+                # numbers of all later steps, and the figures of docs/LOG.md.
+                asking.model.eval()
             state.note(measure(evaluation))
         progress(state.steps, state.measured)
         if state.is_last():
@@ -126,7 +121,7 @@ class _State:
         self.measured: dict[str, float] = {}
         self._losses: list[float] = []
         self._mixed: dict[str, Tensor] | None = None
-        # The rate of a step depends on when the rule first held, so the schedule is a function of this state.
+        # The rate of a step depends on when the rule first held.
         self._schedules = [torch.optim.lr_scheduler.LambdaLR(o, self._rate) for o in self.optimizers]
 
     def step(self, ids_BT: Tensor, weights_BT: Tensor) -> None:
@@ -137,27 +132,17 @@ class _State:
         _update(self.model, self.optimizers, self._schedules)
         self.steps += 1
 
-    def before_measuring(self) -> None:
-        """Turn off dropout in an adapted model and its adapter.
-
-        A model from scratch has only ``settle_dropout``, and is measured with it: turning it off here would change the
-        random numbers of all later steps, and the figures of docs/LOG.md.
-        """
-        if is_adapted(self.model):
-            self.model.eval()
-
     def is_last(self) -> bool:
         """Whether all steps are taken: before the rule held, or of settling."""
-        if self.first_met is None:
-            return self.steps >= self.config.steps or self._is_hopeless()
-        return self.steps >= self.first_met + self.config.settle_steps
-
-    def _is_hopeless(self) -> bool:
-        """Whether every part memorized before it generalized: no loss is left to learn the rule from."""
-        at = self.config.give_up_at
-        if at is None or self.steps < at or not self.curve:
+        if self.first_met is not None:
+            return self.steps >= self.first_met + self.config.settle_steps
+        if self.steps >= self.config.steps:
+            return True
+        if self.config.give_up_at is None or self.steps < self.config.give_up_at or not self.curve:
             return False
-        return max(value for name, value in self.curve[-1].items() if name.endswith("novel_accuracy")) < HOPELESS
+        # Where every part memorized before it generalized, no loss is left to learn the rule from.
+        novel = (value for name, value in self.curve[-1].items() if name.endswith("novel_accuracy"))
+        return max(novel) < HOPELESS
 
     def note(self, measured: dict[str, float]) -> None:
         """Add a row to the curve; keep a copy of the weights where the rule holds."""
@@ -197,14 +182,14 @@ class _State:
 
 
 def _set_dropout(model: PreTrainedModel, share: float) -> None:
-    """Set the rate of all dropout layers but an adapter's and attention's, which would disable the fused kernel."""
+    """Set the rate of dropout layers, except an adapter's and attention's (which would disable the fused kernel)."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and not name.endswith("attn_dropout") and "lora_dropout" not in name:
             module.p = share
 
 
 def how_to_mix(trained: Trained, size: str = "model.layers") -> str:
-    """One line: which conditions are not met, and which fields to change; ``size`` is the field of capacity."""
+    """One line with the unmet conditions and the fields to change; ``size`` is the field of capacity."""
     last = trained.curve[-1]
     advice = []
     if last["novel_accuracy"] < 0.9 or last["recall"] < 0.9:
@@ -218,43 +203,26 @@ def how_to_mix(trained: Trained, size: str = "model.layers") -> str:
             "the rule wins: raise options.memorized_share, lower training.weight_decay, or store less (options)"
         )
     advice.append(f"or change {size}")
-    return (
-        f"after {trained.steps} steps the model does not show both behaviours: {'; '.join(trained.unmet)}. "
-        f"Try: {'; '.join(advice)}"
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """Tune examples of one task, encoded once.
-
-    Attributes:
-        asking: the model, with the boundary of this task's answers.
-        by_kind: batches by kind.
-    """
-
-    asking: Asking
-    by_kind: dict[Kind, list[Batch]]
+    reasons = "; ".join(trained.unmet)
+    return f"after {trained.steps} steps the model does not show both behaviours: {reasons}. Try: {'; '.join(advice)}"
 
 
 def prepare_evaluation(asking: Asking, task: Task, n: int, rng: np.random.Generator) -> dict[str, Evaluation]:
-    """``n`` tune examples of each kind, for each part of the task; a task without parts is its own only part.
+    """Encode ``n`` tune examples of each kind, for each part of the task; a task without parts is its only part.
 
     Raises:
         InputError: the task, or a part of it, has no example of a kind.
     """
-    parts = task.parts or {task.name: task}
-    return {name: _evaluation(replace(asking, boundary=part.boundary), part, n, rng) for name, part in parts.items()}
-
-
-def _evaluation(asking: Asking, task: Task, n: int, rng: np.random.Generator) -> Evaluation:
-    by_kind: dict[Kind, list[Batch]] = {}
-    for kind in _MEASURED:
-        examples: list[Example] = draw(task, rng, n, kind, "tune")
-        if not examples:
-            raise InputError(f"task: {task.name} has no {kind} example in the tune split, which the stop rule needs")
-        by_kind[kind] = prepare(asking, examples)
-    return Evaluation(asking, by_kind)
+    found: dict[str, Evaluation] = {}
+    for name, part in (task.parts or {task.name: task}).items():
+        asking, by_kind = replace(asking, boundary=part.boundary), dict[Kind, list[Batch]]()
+        for kind in _MEASURED:
+            examples = draw(part, rng, n, kind, "tune")
+            if not examples:
+                raise InputError(f"task: {part.name} has no {kind} example in the tune split; the stop rule needs some")
+            by_kind[kind] = prepare(asking, examples)
+        found[name] = asking, by_kind
+    return found
 
 
 def measure(evaluations: dict[str, Evaluation]) -> dict[str, float]:
@@ -263,10 +231,10 @@ def measure(evaluations: dict[str, Evaluation]) -> dict[str, float]:
     Of several parts, each measure is that of the worst part, so that the stop rule holds only where it holds in every
     part; the measures of each part follow as ``part.measure``.
     """
-    by_part = {name: _measure(evaluation) for name, evaluation in evaluations.items()}
-    if len(by_part) == 1:
-        return next(iter(by_part.values()))
+    by_part = {name: _measure(*evaluation) for name, evaluation in evaluations.items()}
     measures = next(iter(by_part.values()))
+    if len(by_part) == 1:
+        return measures
     worst = {
         name: (max if name == "conflict_other" else min)(measured[name] for measured in by_part.values())
         for name in measures
@@ -274,11 +242,8 @@ def measure(evaluations: dict[str, Evaluation]) -> dict[str, float]:
     return worst | {f"{part}.{name}": value for part, measured in by_part.items() for name, value in measured.items()}
 
 
-def _measure(evaluation: Evaluation) -> dict[str, float]:
-    labels = {
-        kind: score(evaluation.asking, batches_, margins=False).behaviour_N
-        for kind, batches_ in evaluation.by_kind.items()
-    }
+def _measure(asking: Asking, by_kind: dict[Kind, list[Batch]]) -> dict[str, float]:
+    labels = {kind: score(asking, batches_, margins=False).behaviour_N for kind, batches_ in by_kind.items()}
     return {
         "novel_accuracy": float(np.mean(labels["novel"] == "correct")),
         "recall": float(np.mean(labels["memory"] == "correct")),
@@ -290,7 +255,8 @@ def _backward(model: PreTrainedModel, ids_BT: Tensor, weights_BT: Tensor) -> flo
     """Loss of a batch; accumulates its gradients."""
     # Weighted mean over the batch: each pass contributes its sum divided by the weights of the whole batch.
     total, loss = weights_BT[:, 1:].sum(), 0.0
-    for ids_RT, weights_RT in passes(ids_BT, weights_BT, _vocabulary(model)):
+    vocabulary = int(core_of(model).config.get_text_config().vocab_size)
+    for ids_RT, weights_RT in passes(ids_BT, weights_BT, vocabulary):
         logits_RTV = model(input_ids=ids_RT[:, :-1].to(model.device), use_cache=False).logits
         # Flattened: cross entropy over three dimensions has no deterministic CUDA kernel.
         losses_R = nn.functional.cross_entropy(
@@ -312,7 +278,3 @@ def _update(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-
-
-def _vocabulary(model: PreTrainedModel) -> int:
-    return int(core_of(model).config.get_text_config().vocab_size)

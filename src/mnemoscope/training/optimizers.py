@@ -1,4 +1,4 @@
-"""Optimizers: Muon for matrices, AdamW for the rest.
+"""Optimizers: Muon for matrices in blocks, AdamW for the rest.
 
 Shapes: K matrices of one shape, M rows, N columns.
 """
@@ -6,7 +6,7 @@ Shapes: K matrices of one shape, M rows, N columns.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +31,7 @@ def optimizers_for(model: PreTrainedModel, config: TrainingConfig) -> list[torch
     matrices = [p for p in trainable if p.ndim == 2 and id(p) not in embeddings]
     inside = {id(p) for p in matrices}
     rest = [p for p in trainable if id(p) not in inside]
-    if config.optimizer == "adamw" or is_adapted(model):
+    if is_adapted(model):
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
         return [torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))]
     return [
@@ -41,22 +41,19 @@ def optimizers_for(model: PreTrainedModel, config: TrainingConfig) -> list[torch
 
 
 class Float32Muon(torch.optim.Muon):
-    """``torch.optim.Muon`` with its Newton-Schulz steps in float32, for all matrices of one shape together.
+    """``torch.optim.Muon`` scaled by ``match_rms_adamw``, with Newton-Schulz steps in float32, batched by shape.
 
     The library computes them in bfloat16, which processors without such instructions emulate: more than half the time
-    of a training step (docs/LOG.md). Only the scaling ``match_rms_adamw`` is supported.
+    of a training step (docs/LOG.md).
     """
 
     def __init__(self, params: Iterable[nn.Parameter], **options: Any) -> None:
         super().__init__(params, **options, adjust_lr_fn="match_rms_adamw")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; ``closure`` recomputes the loss, as in every torch optimizer."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Take one step; closures are not supported."""
+        assert closure is None
         for group in self.param_groups:
             momentum, rate = group["momentum"], group["lr"]
             by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = defaultdict(list)
@@ -76,15 +73,13 @@ class Float32Muon(torch.optim.Muon):
                 scaled = 0.2 * rate * max(shape) ** 0.5
                 for (weight, _), update in zip(found, updates_KMN, strict=True):
                     weight.mul_(1 - rate * group["weight_decay"]).add_(update.to(weight.dtype), alpha=-scaled)
-        return loss
 
 
 def orthogonalized(matrices_KMN: Tensor, coefficients: Sequence[float], steps: int, eps: float) -> Tensor:
     """Matrices with all singular values near 1, by a quintic Newton-Schulz iteration (K. Jordan et al., 2024).
 
-    Each step multiplies X by a polynomial of X X^T, so the iteration runs on X X^T, and the product of the polynomials
-    is applied to X once, at the end: much cheaper for matrices that are wider than high. It needs float32, for the
-    smallest singular values enter squared.
+    Each step multiplies X by a polynomial of X X^T, so the iteration runs on X X^T (cheaper for wide matrices), and the
+    product of the polynomials is applied to X at the end. Float32 only: the smallest singular values enter squared.
     """
     a, b, c = coefficients
     tall = matrices_KMN.shape[1] > matrices_KMN.shape[2]

@@ -1,4 +1,4 @@
-"""Training batches: token ids with loss weights, split into passes with little padding.
+"""Training batches of token ids with loss weights, split into passes with little padding.
 
 Shapes: N instances, B of a batch, R of one pass, T tokens.
 """
@@ -35,8 +35,7 @@ def batches(
 
 
 def _tokenize(asking: Asking, instances: list[Instance], prompt_weight: float) -> tuple[Tensor, Tensor]:
-    parts = [answer_of(instance) for instance in instances]
-    tokenizer = asking.tokenizer
+    parts, tokenizer = [answer_of(instance) for instance in instances], asking.tokenizer
     encoded = tokenizer([p + a for p, a in parts], return_offsets_mapping=True)
     longest = max(len(ids) for ids in encoded.input_ids) + 1
     if longest > context_length(asking.model):
@@ -44,9 +43,8 @@ def _tokenize(asking: Asking, instances: list[Instance], prompt_weight: float) -
     # Padded with end-of-text tokens of weight 0: the library would warn of pad tokens.
     ids_NT = np.full((len(parts), longest), tokenizer.eos_token_id)
     weights_NT = np.zeros(ids_NT.shape, np.float32)
-    for row, (ids, offsets, (prompt, answer)) in enumerate(
-        zip(encoded.input_ids, encoded.offset_mapping, parts, strict=True)
-    ):
+    rows = zip(encoded.input_ids, encoded.offset_mapping, parts, strict=True)
+    for row, (ids, offsets, (prompt, answer)) in enumerate(rows):
         n = len(ids)
         ids_NT[row, :n], ids_NT[row, n] = ids, tokenizer.eos_token_id
         seam = len(prompt) if answer else 0

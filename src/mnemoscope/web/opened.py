@@ -20,7 +20,7 @@ OPEN = 2  # cells whose models are kept in memory, apart from those with request
 MOST_WAITING = 256  # requests to one cell
 KEPT_JOBS = 64  # after their end
 MOST_JOBS = 16  # running or waiting
-WORKING_JOBS = 2  # that take their steps in turn with requests
+WORKING_JOBS = 2  # at a time; their steps alternate with requests
 
 T = TypeVar("T")
 

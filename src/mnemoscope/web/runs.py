@@ -8,57 +8,24 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from mnemoscope.errors import InputError
 from mnemoscope.plain import plain
 from mnemoscope.report import brief
-from mnemoscope.web.shapes import Number
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"
 SCHEMA = 1  # of results.json
 
 
-class Interval(BaseModel):
-    """A number with its 95 % interval."""
-
-    estimate: Number
-    low: Number
-    high: Number
-    n: int
-
-
-class Steered(BaseModel):
-    """The share of test pairs that the best vector of a direction steers, beside its strongest control."""
-
-    chosen: dict[str, Any]
-    pairs: Interval
-    other: Interval
-    strongest_control: str | None
-    control: Interval | None
-    collateral: dict[str, Interval]
-
-
-class TaskNumbers(BaseModel):
-    """The first numbers of a task."""
-
-    pairs: int
-    test_pairs: int
-    to_generalized: Steered
-    to_memorized: Steered
-    differ: Interval
-    read: Interval
-    detect_auroc: Interval | None = None
-
-
 class RunFacts(BaseModel):
-    """A run: its study, the cells that can be opened, and its first numbers by task once it is finished."""
+    """A run: its study, the cells that can be opened, and once it is finished the numbers of ``fit --json`` by task."""
 
     run: str
     study: str | None
     finished: bool
     cells: list[str]
-    tasks: dict[str, TaskNumbers]
+    tasks: dict[str, dict[str, Any]]
 
 
 class Runs:
@@ -107,17 +74,13 @@ class Runs:
         return found if isinstance(found, dict) and found.get("schema") == SCHEMA else {}
 
     def brief(self, name: str) -> dict[str, Any]:
-        """A run's first numbers by task, as the report gives them; without tasks that another version wrote."""
-        found = {}
-        with suppress(KeyError, TypeError, AttributeError, ValidationError):
-            for task, numbers in brief(self.results(name)).items():
-                TaskNumbers.model_validate(plain(numbers))
-                found[task] = numbers
-        return found
+        """A run's first numbers by task, as ``report.brief`` gives them."""
+        with suppress(AttributeError):  # results.json holds something else
+            return brief(self.results(name))
+        return {}
 
     def facts(self, name: str) -> RunFacts:
         """What the list of runs shows of one."""
-        results = self.results(name)
-        tasks = {task: TaskNumbers.model_validate(plain(numbers)) for task, numbers in self.brief(name).items()}
-        study = results.get("study")
+        results, tasks = self.results(name), plain(self.brief(name))
+        study = str(results.get("study", "")) or None
         return RunFacts(run=name, study=study, finished=bool(results), cells=self.cells(name), tasks=tasks)
