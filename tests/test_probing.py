@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -214,7 +215,13 @@ def test_what_mining_has_read_probes_do_not_read_again(
     copy = replace(copied(cell, tmp_path / "cell"), config=cell.config.model_copy(update={"probes": probes}))
     passes: list[object] = []
     forward = GPT2LMHeadModel.forward
-    monkeypatch.setattr(GPT2LMHeadModel, "forward", lambda *args, **kw: passes.append(args) or forward(*args, **kw))
+
+    @wraps(forward)  # whose signature says that it has a cache
+    def counted(*args: object, **named: object) -> object:
+        passes.append(args)
+        return forward(*args, **named)
+
+    monkeypatch.setattr(GPT2LMHeadModel, "forward", counted)
     pairs_stage(copy, lambda *_: None)
     mined = len(passes)
     probes_stage(copy, lambda *_: None)
