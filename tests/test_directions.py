@@ -66,7 +66,8 @@ def sources_at(asking: Asking, site: str, steps: int = 20) -> Sources:
     lists = {"generalized": with_prefixes(asking, examples[:40]), "memorized": with_prefixes(asking, examples[20:])}
     kept = {t: with_prefixes(asking, [e for e in mini_examples("addition", 60) if e.kind == "novel"]) for t in lists}
     pairs = list(zip(examples[:30], examples[30:], strict=True))
-    return read_sources(site, pairs, FitLists(asking, lists, lists, kept, steps=steps))  # type: ignore[arg-type]
+    found = FitLists(asking, lists, lists, kept, steps=steps)  # type: ignore[arg-type]
+    return read_sources(site, pairs, asking, lambda: found)  # type: ignore[arg-type]
 
 
 def setting(method: str, direction: str = "to_generalized", top: float = 1.0, **other: object) -> Setting:

@@ -115,7 +115,7 @@ def directions_at(site: Site, filler: float = USUAL) -> Directions:
     targets: dict[Toward, list[Batch]] = {"generalized": fit["memorized"], "memorized": fit["generalized"]}
     nothing: dict[Toward, list[Batch]] = {"generalized": [], "memorized": []}
     lists = FitLists(model_of(decider, filler), targets, nothing, nothing)
-    return Directions(read_sources(site, mined("fit", 500).pairs()[:PAIRS], lists))
+    return Directions(read_sources(site, mined("fit", 500).pairs()[:PAIRS], lists.asking, lambda: lists))
 
 
 def fit_groups() -> list[str]:
