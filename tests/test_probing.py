@@ -61,7 +61,7 @@ def test_the_side_answered_generalized_comes_first_and_the_cap_is_drawn_at_rando
         ({"offsets": (1, 2)}, "lack 0"),
         ({"offsets": (0, 2, 2)}, "there twice"),
         ({"offsets": (0, -1)}, "greater than or equal to 0"),
-        ({"learning": (0,)}, "greater than or equal to 1"),
+        ({"learning": (0,)}, "greater than 0"),
     ],
 )
 def test_a_configuration_that_makes_no_sense_is_refused(fields: dict[str, Any], message: str) -> None:

@@ -252,7 +252,7 @@ class Detection(Result):
     """The detector on test prompts."""
 
     auroc: dict[str, Estimate] = Field(description="of `p_memorized` and its baselines, on test conflicts")
-    by_family: dict[str, dict[str, Any]] = Field(description="with counts; NaN below 30 of either behaviour")
+    by_family: dict[str, dict[str, Estimate | int]] = Field(description="with counts; NaN below 30 of either behaviour")
     held_out: dict[str, dict[str, Estimate]]
     reliability: list[Bin] = Field(description="five bins of P(memorized): its mean, the share memorized")
     brier: Estimate = Field(description="mean squared error of P(memorized)")
