@@ -24,6 +24,7 @@ from mnemoscope.report.schema import AIMS
 
 # Text columns of the large tables, which repeat few words: read as categories, they take a byte a row.
 LARGE = ("steering", "effects", "transfer_steering")
+NEWER = ("p_memorized_below",)  # columns that runs of version 0.1 do not have
 WORDS = ["aim", "direction", "method", "role", "examples", "group", "family", "split", "before", "after"]
 WORDS += ["what", "site", "side"]
 CONTRAST_ARRAYS = ("nmd", "rho", "effect_size", "p_family_wise", "p_false_discovery")
@@ -207,8 +208,9 @@ def _table(folder: Path, name: str) -> pd.DataFrame:
     path, wanted = folder / f"{name}.parquet", columns_of(name)
     present: list[str] = _read(path, lambda p: parquet.read_schema(p).names)
     for column in wanted:
-        if column not in present:
+        if column not in (*present, *NEWER):
             raise InputError(f"{path}: column {column!r} is missing")
+    wanted = [column for column in wanted if column in present]
     words = WORDS if name in LARGE else None
     table: pd.DataFrame = _read(path, lambda p: pd.read_parquet(p, columns=wanted, read_dictionary=words))
     return table
