@@ -261,7 +261,10 @@ def test_the_rule_must_hold_in_every_part_of_a_joint_task() -> None:
     asking = untrained(task)
     evaluations = prepare_evaluation(asking, task, 16, np.random.default_rng(0))
     # What closes an answer is each part's own.
-    assert {name: e.asking.boundary for name, e in evaluations.items()} == {"inference": (".", " ."), "cipher": ("",)}
+    assert {name: asking.boundary for name, (asking, _) in evaluations.items()} == {
+        "inference": (".", " ."),
+        "cipher": ("",),
+    }
     assert set(asking.boundary_ids()) == {asking.tokenizer(".").input_ids[0], asking.tokenizer.eos_token_id}
     measured = measure(evaluations)
     alone = {name: measure({name: evaluation}) for name, evaluation in evaluations.items()}

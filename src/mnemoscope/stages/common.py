@@ -24,7 +24,7 @@ from mnemoscope.directions import ANSWERED, Labels, Setting
 from mnemoscope.errors import InputError
 from mnemoscope.files import replacing, write_atomically
 from mnemoscope.models import Layout, load_model
-from mnemoscope.steering import Binding
+from mnemoscope.steering import Artefact, Binding
 from mnemoscope.tasks import Task, build_task
 
 Stage = Callable[[Cell, Tell], list[Path]]
@@ -105,6 +105,12 @@ def kept_shifts(cell: Cell) -> dict[tuple[Setting, Labels], np.ndarray]:
     path = cell.folder / STATES / "shifts" / "kept.safetensors"
     stored = load_file(path) if path.is_file() else {}
     return {(_setting(json.loads(name)), ANSWERED): shift_LD for name, shift_LD in stored.items()}
+
+
+def save_without_card(cell: Cell, artefact: Artefact, path: Path) -> Path:
+    """Save an artefact, whose JSON the cards stage writes again, so it has to run again; the file of the tensors."""
+    (cell.folder / "stages" / "cards.json").unlink(missing_ok=True)
+    return artefact.save(path)[0]
 
 
 def read_binding(cell: Cell) -> Binding:

@@ -29,6 +29,7 @@ from mnemoscope.stages.common import (
     read_best,
     read_binding,
     rng_of,
+    save_without_card,
     write_json,
     write_table,
 )
@@ -66,8 +67,8 @@ def detection_stage(cell: Cell, tell: Tell) -> list[Path]:
     gates = list(_gates(cell, asking, records, detector))
     return [
         # Without their JSON, which the cards stage writes again.
-        detector.save(cell.folder / "detector.safetensors")[0],
-        *(lower.save(cell.folder / "detector_below.safetensors")[:1] if lower else []),
+        save_without_card(cell, detector, cell.folder / "detector.safetensors"),
+        *([save_without_card(cell, lower, cell.folder / "detector_below.safetensors")] if lower else []),
         write_table(cell.records / "detection.parquet", table),
         write_table(cell.records / "gate.parquet", pd.concat(gates, ignore_index=True)),
     ]

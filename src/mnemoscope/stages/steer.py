@@ -38,7 +38,15 @@ from mnemoscope.directions import (
     with_prefixes,
 )
 from mnemoscope.models import Site, blocks_of
-from mnemoscope.stages.common import PerProcess, Tell, keep_shifts, read_binding, write_json, write_table
+from mnemoscope.stages.common import (
+    PerProcess,
+    Tell,
+    keep_shifts,
+    read_binding,
+    save_without_card,
+    write_json,
+    write_table,
+)
 from mnemoscope.stages.lists import JudgedList, Records, judged_lists, sources_of, tune_lists
 
 AIMS = {"pairs": "pairs", "conflict": "conflicts as drawn"}  # the lists that settings are chosen for
@@ -284,7 +292,8 @@ def _write_chosen(opened: _Opened, chosen: Sequence[_Chosen]) -> list[Path]:
         setting, site = one.setting, directions[one.setting.site]
         name = f"{setting.direction}-{setting.method}" + ("" if one.aim == "pairs" else f"-{one.aim}")
         # Without its JSON, which the cards stage writes again.
-        files.append(replace(site.vector(setting), **common).save(cell.folder / "vectors" / f"{name}.safetensors")[0])
+        path = cell.folder / "vectors" / f"{name}.safetensors"
+        files.append(save_without_card(cell, replace(site.vector(setting), **common), path))
         facts = {name: getattr(setting, name) for name in ("method", "site", "positions", "top", "strength")}
         facts |= {"layers": list(setting.layers), "alpha": site.alpha(setting), "within_limits": one.choice.within}
         facts["begin_alike"] = begin_alike
