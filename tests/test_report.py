@@ -67,8 +67,8 @@ def test_equal_records_give_equal_bytes_wherever_they_are_computed(run: Path, tm
     again = shutil.copytree(run, tmp_path / "elsewhere", ignore=shutil.ignore_patterns(*PAGES))
     manifest = json.loads((again / "manifest.json").read_text())
     write_json(again / "manifest.json", manifest | {"finished": "2031-01-01T00:00:00Z", "seconds": 99.0})
-    with side_by_side(processes) as spread:
-        build_report(again, spread)
+    with in_processes(processes) as parallel:
+        build_report(again, parallel)
     assert [(again / name).read_bytes() for name in PAGES] == [(run / name).read_bytes() for name in PAGES]
     assert not list(again.glob(".*.tmp"))
 
