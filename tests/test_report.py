@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 
 from made_up import SOURCE, write_json, write_run
+from mnemoscope.executors import in_processes
 from mnemoscope.report import build_report, cost, read, steer, summary_of, where
 from mnemoscope.report.behaviour import difference
 from mnemoscope.report.page import tint
