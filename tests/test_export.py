@@ -19,11 +19,12 @@ from typer.testing import CliRunner
 
 from families import FAMILIES, prompts, tiny, tokenizer
 from mnemoscope import export
+from mnemoscope.behaviour import complete
 from mnemoscope.cli import app
 from mnemoscope.errors import InputError
 from mnemoscope.export import bake, read_gguf, to_gguf
 from mnemoscope.models import Layout, Site, layout_of, load_model, pass_inputs, use_layout
-from mnemoscope.steering import SteeringVector, complete
+from mnemoscope.steering import SteeringVector
 
 NO_BIAS, NORM = "no option of its configuration gives it one", "has a norm"
 REFUSED = {

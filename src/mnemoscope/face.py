@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mnemoscope.behaviour import PLAIN, Asking, Prompting, check_known, states_at_the_end
+from mnemoscope.behaviour import PLAIN, Asking, Prompting, check_known, complete, states_at_the_end
 from mnemoscope.detect import Detector, Reading
 from mnemoscope.errors import InputError
-from mnemoscope.steering import OPPOSITE, Binding, SteeringVector, Toward, complete
+from mnemoscope.steering import OPPOSITE, Binding, SteeringVector, Toward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast

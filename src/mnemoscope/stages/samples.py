@@ -13,13 +13,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from mnemoscope.behaviour import Asking
+from mnemoscope.behaviour import Asking, continued
 from mnemoscope.cells import Cell
 from mnemoscope.directions import TOWARD
 from mnemoscope.models import pass_inputs
 from mnemoscope.stages.common import Tell, cell_model, read_best, write_table
 from mnemoscope.stages.lists import Records
-from mnemoscope.steering import SteeringVector, continued
+from mnemoscope.steering import SteeringVector
 from mnemoscope.tasks import Example
 
 

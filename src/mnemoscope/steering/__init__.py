@@ -1,6 +1,5 @@
 """Steering vectors, the hooks that apply them, the base of stored artefacts; the only write hook."""
 
-from mnemoscope.behaviour.writing import complete, continued
 from mnemoscope.steering.artefact import Artefact, Binding, readable
 from mnemoscope.steering.card import Card
 from mnemoscope.steering.hooks import Gate, Positions, ablated, patched, shifted

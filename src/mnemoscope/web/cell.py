@@ -14,6 +14,7 @@ import torch
 from mnemoscope.behaviour import (
     Batch,
     check_known,
+    complete,
     decode,
     kept_bytes,
     log_probabilities,
@@ -29,7 +30,7 @@ from mnemoscope.directions import with_prefixes
 from mnemoscope.errors import InputError
 from mnemoscope.models import blocks_of
 from mnemoscope.stages import Records, cell_model
-from mnemoscope.steering import SteeringVector, complete, readable
+from mnemoscope.steering import SteeringVector, readable
 from mnemoscope.tasks import Example
 from mnemoscope.web.neurons import Neurons
 from mnemoscope.web.shapes import Answer, CellFacts, DetectorReading, Pair, Question, Steering
