@@ -70,28 +70,36 @@ def test_permutation_p_values_follow_the_t_test_and_order_as_they_must() -> None
     np.testing.assert_allclose(contrast.p_false_discovery_LD, q)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_shards_merge_to_the_same_contrast(data: st.DataObject) -> None:
-    pairs = data.draw(st.integers(1, 16), label="pairs")
-    offset = data.draw(st.sampled_from([0.0, 1e4]), label="offset")
-    generalized, memorized = states(pairs, seed=data.draw(st.integers(0, 99), label="seed"))
-    generalized, memorized = generalized + offset, memorized + offset
+def test_contrasts_do_not_depend_on_sharding_or_order(data: st.DataObject) -> None:
+    """Merged shards against the whole, and their moments against two passes in extended precision."""
+    pairs = data.draw(st.integers(1, 25), label="pairs")
+    offset, scale = data.draw(st.sampled_from([(0.0, 1.0), (1e4, 1.0), (-1e4, 1e3), (1e4, 1e-3)]), label="at")
+    seed = data.draw(st.integers(0, 99), label="seed")
+    generalized, memorized = (offset + scale * side for side in states(pairs, seed=seed))
     groups = [f"g{i}" for i in data.draw(st.lists(st.integers(0, 5), min_size=pairs, max_size=pairs), label="groups")]
     order = np.array(data.draw(st.permutations(range(pairs)), label="order"))
-    cuts = sorted(data.draw(st.lists(st.integers(0, pairs), max_size=4), label="cuts"))
+    cuts = sorted(data.draw(st.lists(st.integers(0, pairs), max_size=6), label="cuts"))
     shards = []
-    for rows in np.split(order, cuts):
+    for rows in np.split(order, cuts):  # some are empty
         shard = ContrastAccumulator.empty("mlp", 2, 4, permutations=40)
         shard.add(generalized[rows], memorized[rows], [groups[i] for i in rows])
         shards.append(shard)
-    while len(shards) > 1:
+    while len(shards) > 1:  # any tree of merges
         other = shards.pop(data.draw(st.integers(0, len(shards) - 1), label="which"))
         shards[data.draw(st.integers(0, len(shards) - 1), label="into")].merge(other)
-    merged, whole = shards[0].result(), contrast_of(generalized, memorized, groups, permutations=40)
+    moments, merged, whole = shards[0].moments, shards[0].result(), contrast_of(generalized, memorized, groups, 40)
 
+    series = [x.astype(np.longdouble) for x in (generalized, memorized)]
+    series.append(series[0] - series[1])
+    np.testing.assert_allclose(moments.means_2LD, [x.mean(axis=0) for x in series[:2]], rtol=1e-9, atol=1e-9 * scale)
+    # A state of 1e4 and a bit holds the bit to 2e-12 only, whichever way its square is computed.
+    held = 4e-9 * pairs * scale**2 + 4e-15 * pairs * scale * abs(offset)
+    squares = [((x - x.mean(axis=0)) ** 2).sum(axis=0) for x in series]
+    np.testing.assert_allclose(moments.squares_3LD, np.array(squares, dtype=np.float64), rtol=1e-9, atol=held)
     assert (merged.pairs, merged.groups) == (pairs, len(set(groups)))
-    for name in FIELDS:
+    for name in FIELDS if scale >= 1 else ("p_family_wise_LD",):
         np.testing.assert_allclose(getattr(merged, name), getattr(whole, name), rtol=1e-7, atol=1e-9, err_msg=name)
 
 
@@ -209,8 +217,9 @@ def test_what_cannot_be_averaged_or_merged_is_refused_and_leaves_nothing_behind(
     broken = memorized.copy()
     broken[1, 1, 1] = math.inf
     for states_PLD, groups, message in (
-        (memorized, ["a", "b"], "groups: 2 names; allowed is one for each of the 3 pairs"),
-        (memorized[:, :1], ["a", "b", "c"], "states_memorized: shape"),
+        (memorized, ["a", "b"], "groups: length: 2; allowed is 3"),
+        (memorized[:, :1], ["a", "b", "c"], r"states_memorized: shape: \(3, 1, 4\); allowed is \(3, 2, 4\)"),
+        (memorized[:1], ["a", "b", "c"], "states_memorized: number of pairs: 1; allowed is 3"),
         (broken, ["a", "b", "c"], "states_memorized: a value is infinite or NaN"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -226,6 +235,8 @@ def test_what_cannot_be_averaged_or_merged_is_refused_and_leaves_nothing_behind(
         with pytest.raises(ValueError, match="allowed"):
             accumulator.merge(other)
     assert (accumulator.moments.count, accumulator.flips.count, len(accumulator.groups)) == (0, 0, 0)
+    with pytest.raises(ValueError, match="permutations: 0; allowed is 1 or more"):
+        ContrastAccumulator.empty("block", 2, 4, permutations=0)
 
 
 def test_a_saved_contrast_comes_back_and_equal_contrasts_are_equal_files(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def made_up(seed: int, pulls: dict[Any, float], layers: int = 2) -> Any:
     rows += [(90 + seed, 0, 30, "nmd_cosine", layer, 1.0, 90) for layer in (1, -1)]
     learning = pd.DataFrame(rows, columns=["pairs", "draw", "groups", "what", "layer", "value", "n"])
     halves = pd.DataFrame(stage.halves_rows(cell, states_NLD, fit_groups))
-    contrast = SimpleNamespace(nmd=np.zeros((layers, 50)), site="block")
+    contrast = SimpleNamespace(nmd_LD=np.zeros((layers, 50)), site="block")
     records = {"probes": pd.concat(parts, ignore_index=True), "learning": learning, "halves": halves}
     return SimpleNamespace(name=f"made-up-{seed}", folder=Path("made-up"), contrast=contrast, **records)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,12 +20,8 @@ from sklearn.preprocessing import StandardScaler
 Floats = NDArray[np.float64]
 Labels = NDArray[np.int64]
 
-
-class _Scorer(Protocol):
-    def decision_function(self, inputs: Any, /) -> Floats: ...
-
-
-Fitted = TypeVar("Fitted", bound=_Scorer)
+# Tried for each probe: C, the inverse strength of the penalty, from the strongest on.
+OF_STATES, OF_INPUTS = (0.001, 0.01, 0.1, 1.0), (0.01, 0.1, 1.0, 10.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +58,9 @@ class LayerProbe:
     def __init__(self, regularization: float = 1.0) -> None:
         self.regularization = regularization
 
-    def fit(self, states_ND: ArrayLike, labels_N: ArrayLike) -> Self:
+    def fit(self, states_ND: ArrayLike | Standardized, labels_N: ArrayLike) -> Self:
         """Fit states (N, D); ValueError for one class, a label not 0 or 1, or a state that is not finite."""
-        return self.fit_standardized(Standardized.of(states_ND), labels_N)
-
-    def fit_standardized(self, states: Standardized, labels_N: ArrayLike) -> Self:
-        """`fit`, where several probes share the work of standardizing."""
+        states = states_ND if isinstance(states_ND, Standardized) else Standardized.of(states_ND)
         model = LogisticRegression(C=self.regularization, max_iter=1000)
         model.fit(states.scaled_ND, _checked_labels(labels_N))
         self.weights_D_ = model.coef_[0] / states.scale_D
@@ -81,22 +74,18 @@ class LayerProbe:
 
 
 def fit_layer_probes(
-    fit_states_NLD: ArrayLike,
-    fit_labels_N: ArrayLike,
-    tune_states_NLD: ArrayLike,
-    tune_labels_N: ArrayLike,
-    regularizations: Sequence[float] = (0.001, 0.01, 0.1, 1.0),
+    fit_states_NLD: ArrayLike, fit_labels_N: ArrayLike, tune_states_NLD: ArrayLike, tune_labels_N: ArrayLike
 ) -> list[LayerProbe]:
     """One probe per layer, each with the regularization of the best tune accuracy (of equal ones, the strongest).
 
     Raises:
-        ValueError: as `LayerProbe.fit`; no regularization given; no tune states.
+        ValueError: as `LayerProbe.fit`; no tune states.
     """
     fit_NLD, tune_NLD = np.asarray(fit_states_NLD), np.asarray(tune_states_NLD)
     probes = []
     for layer in range(fit_NLD.shape[1]):
         states = Standardized.of(fit_NLD[:, layer])
-        fitted = (LayerProbe(c).fit_standardized(states, fit_labels_N) for c in sorted(regularizations))
+        fitted = (LayerProbe(c).fit(states, fit_labels_N) for c in OF_STATES)
         probes.append(_best(fitted, tune_NLD[:, layer], tune_labels_N))
     return probes
 
@@ -158,15 +147,14 @@ def fit_input_probe(
     fit_labels_N: ArrayLike,
     tune_features: sparse.csr_matrix,
     tune_labels_N: ArrayLike,
-    regularizations: Sequence[float] = (0.01, 0.1, 1.0, 10.0),
 ) -> LogisticRegression:
     """The input-only baseline: logistic regression on `input_features`, regularization chosen by tune accuracy.
 
     Raises:
-        ValueError: only one class, another label than 0 and 1, no regularization given, or no tune examples.
+        ValueError: only one class, another label than 0 and 1, or no tune examples.
     """
     labels = _checked_labels(fit_labels_N)
-    models = (LogisticRegression(C=c, solver="liblinear", random_state=0) for c in sorted(regularizations))
+    models = (LogisticRegression(C=c, solver="liblinear", random_state=0) for c in OF_INPUTS)
     return _best((model.fit(fit_features, labels) for model in models), tune_features, tune_labels_N)
 
 
@@ -193,12 +181,12 @@ def shuffled(labels_N: ArrayLike, pair_ids_N: Sequence[Any] | NDArray[Any], rng:
     return np.where(swap_N == 1, 1 - labels, labels)
 
 
-def _best(fitted: Iterable[Fitted], tune_inputs: Any, tune_labels_N: ArrayLike) -> Fitted:
+def _best(fitted: Iterable[Any], tune_inputs: Any, tune_labels_N: ArrayLike) -> Any:
     """The probe with the best tune accuracy; of equal ones, the first."""
-    tune_labels, probes = _checked_labels(tune_labels_N), list(fitted)
-    if not len(tune_labels) or not probes:
-        raise ValueError("tune_labels_N, regularizations: empty; allowed is one or more of each")
-    return max(probes, key=lambda probe: share_right(probe.decision_function(tune_inputs), tune_labels))
+    tune_labels = _checked_labels(tune_labels_N)
+    if not len(tune_labels):
+        raise ValueError("tune_labels_N: empty; allowed is one label or more")
+    return max(fitted, key=lambda probe: share_right(probe.decision_function(tune_inputs), tune_labels))
 
 
 def _checked_labels(labels_N: ArrayLike) -> Labels:

@@ -9,10 +9,10 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
+from mnemoscope.contrast import Contrast
 from mnemoscope.report import drawing
 from mnemoscope.report.drawing import INK, OTHER, Line, Panel
 from mnemoscope.report.page import Answer, Chapter, Exhibit, View, not_measured
-from mnemoscope.report.records import Contrast
 from mnemoscope.report.schema import Contrasts, TaskResults
 from mnemoscope.report.words import ANSWERED, NBSP, argmax, count, interval, percent
 from mnemoscope.statistics import Estimate
@@ -26,14 +26,14 @@ BINS = 24
 
 def measure_contrast(contrast: Contrast) -> Contrasts:
     """Per layer: mean |NMD|, the largest |rho| and the share of neurons that differ, family-wise."""
-    p_LD = contrast.p_family_wise
+    p_LD = contrast.p_family_wise_LD
     significant_LD = np.where(np.isnan(p_LD), np.nan, p_LD <= SIGNIFICANT)
     n = int((~np.isnan(p_LD)).sum())
     return Contrasts(
         site=contrast.site,
         layers=list(range(len(p_LD))),
-        mean_abs_nmd=[_of_known(np.mean, row) for row in np.abs(contrast.nmd)],
-        max_abs_rho=[_of_known(np.max, row) for row in np.abs(contrast.rho)],
+        mean_abs_nmd=[_of_known(np.mean, row) for row in np.abs(contrast.nmd_LD)],
+        max_abs_rho=[_of_known(np.max, row) for row in np.abs(contrast.rho_LD)],
         significant_fraction=[_of_known(np.mean, row) for row in significant_LD],
         significant=Estimate(_of_known(np.mean, significant_LD), math.nan, math.nan, n),
         pairs=contrast.pairs,
@@ -51,7 +51,9 @@ def chapter(view: View) -> Chapter:
     contrast = view.cells[0].contrast
     if argmax(view.task.contrast.mean_abs_nmd) is None:
         return Chapter(answer(view.task))
-    panels = [_heatmap_panel(contrast), *([] if np.isnan(contrast.rho).all() else [_rho_panel(np.abs(contrast.rho))])]
+    panels = [_heatmap_panel(contrast)]
+    if not np.isnan(contrast.rho_LD).all():
+        panels.append(_rho_panel(np.abs(contrast.rho_LD)))
     return Chapter(answer(view.task), [Exhibit("neurons", panels)])
 
 
@@ -77,7 +79,7 @@ def answer(task: TaskResults) -> Answer:
 
 def _heatmap_panel(contrast: Contrast) -> Panel:
     """NMD, one strip per layer, neurons sorted within the layer; colour is transparent at 0."""
-    nmd_LD = np.sort(contrast.nmd, axis=1)
+    nmd_LD = np.sort(contrast.nmd_LD, axis=1)
     reach = float(np.nanquantile(np.abs(nmd_LD), 0.995)) or 1.0  # where colour is full: 99.5 % of all neurons lie below
     layers, neurons = nmd_LD.shape
     ends = [(*PIXEL_MEMORIZED, 1), (*PIXEL_MEMORIZED, 0), (*PIXEL_GENERALIZED, 0), (*PIXEL_GENERALIZED, 1)]

@@ -25,7 +25,7 @@ ALL = -1  # the layer of what belongs to all together
 
 def measure_halves(cell: Cell) -> Halves:
     """How alike the contrasts of two halves of the fit pairs are; the mean over halvings, with their range."""
-    rows, layers = cell.halves, range(len(cell.contrast.nmd))
+    rows, layers = cell.halves, range(len(cell.contrast.nmd_LD))
 
     def of(what: str) -> pd.DataFrame:
         return rows[rows.what == what]

@@ -28,7 +28,7 @@ ALL = -1  # the layer of what belongs to none, or to all together
 def measure_probes(cell: Cell) -> Probe:
     """What a linear probe reads from each layer and position, beside what it has to beat."""
     name, rows = f"{cell.name}/probe", cell.probes
-    layers_L = list(range(len(cell.contrast.nmd)))
+    layers_L = list(range(len(cell.contrast.nmd_LD)))
     alone = {kind: rows[rows.kind == kind] for kind in (*INPUTS, *UNCERTAINTIES)}
     states = _states_by_offset(cell, alone["input_only"], layers_L)
     for kind, part in alone.items():

@@ -1,7 +1,4 @@
-"""What a run folder holds, read and checked; ``records.yaml`` declares the tables and their columns.
-
-Shapes: L layers, D neurons.
-"""
+"""What a run folder holds, read and checked; ``records.yaml`` declares the tables and their columns."""
 
 from __future__ import annotations
 
@@ -10,15 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import yaml
 from pyarrow import parquet
-from safetensors import safe_open
 
+from mnemoscope.contrast import Contrast
 from mnemoscope.errors import InputError
 from mnemoscope.report.schema import AIMS
 
@@ -27,7 +24,8 @@ LARGE = ("steering", "effects", "transfer_steering")
 NEWER = ("p_memorized_below",)  # columns that runs of version 0.1 do not have
 WORDS = ["aim", "direction", "method", "role", "examples", "group", "family", "split", "before", "after"]
 WORDS += ["what", "site", "side"]
-CONTRAST_ARRAYS = ("nmd", "rho", "effect_size", "p_family_wise", "p_false_discovery")
+TABLES = ("behaviour", "pairs", "probes", "learning", "halves", "sweep", "effects")  # of every cell, beside steering
+OPTIONAL_TABLES = ("detection", "gate", "neutral", "samples")
 CELL_FIELDS = ("task", "label", "seed", "memory_is_conflict", "trained")
 
 
@@ -41,18 +39,6 @@ def declared_tables() -> dict[str, dict[str, Any]]:
 def columns_of(table: str) -> list[str]:
     """Names of the columns of a table."""
     return ", ".join(declared_tables()[table]["columns"]).split(", ")
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """Per-neuron statistics of the fit pairs, each of shape (L, D), float64, NaN where undefined."""
-
-    site: str
-    pairs: int
-    groups: int
-    nmd: np.ndarray
-    rho: np.ndarray
-    p_family_wise: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -80,11 +66,12 @@ class Cell:
 
     def read_steering(self) -> pd.DataFrame:
         """The steering table, read anew: it is by far the largest, and one cell's at a time in a process is enough."""
-        return _table(self.folder / "records", "steering")
+        table: pd.DataFrame = _table(self.folder / "records", "steering")
+        return table
 
     @property
     def name(self) -> str:
-        """The folder's name, which also names the random streams of the cell's intervals."""
+        """Of the folder, and of the random streams of the cell's intervals."""
         return self.folder.name
 
     @property
@@ -113,17 +100,14 @@ class Run:
 
     def probe_layers(self) -> dict[tuple[str, int], int]:
         """By label and seed, the layer whose probe reads the tune split best; cells without a probe are left out."""
-        found = {(cell.label, cell.seed): _json_if_any(cell.folder / "probe.json") for cell in self.cells}
+        found = {(cell.label, cell.seed): _json(cell.folder / "probe.json", optional=True) for cell in self.cells}
         return {key: int(probe["best_layer"]) for key, probe in found.items() if probe}
 
     def by_label(self) -> dict[str, list[Cell]]:
         """The cells of each label by seed; labels in the order of the study, else by name."""
-        order = list(self.study.get("cells") or [])
-        place = {label: number for number, label in enumerate(order)}
-        labels: dict[str, list[Cell]] = {}
-        for cell in sorted(self.cells, key=lambda c: (place.get(c.label, len(order)), c.label, c.seed, c.name)):
-            labels.setdefault(cell.label, []).append(cell)
-        return labels
+        place = {label: number for number, label in enumerate(self.study.get("cells") or [])}
+        cells = sorted(self.cells, key=lambda c: (place.get(c.label, len(place)), c.label, c.seed, c.name))
+        return {label: list(part) for label, part in groupby(cells, key=lambda cell: cell.label)}
 
 
 def read_run(folder: Path) -> Run:
@@ -136,15 +120,14 @@ def read_run(folder: Path) -> Run:
     study = _read(folder / "study.yaml", lambda _: yaml.safe_load(study_text))
     if not isinstance(study, dict):
         raise InputError(f"{folder / 'study.yaml'}: a mapping is wanted, not {type(study).__name__}")
-    failed = _json_if_any(folder / "failed.json")
+    failed = _json(folder / "failed.json", optional=True)
     folders = [path.parent for path in sorted((folder / "cells").glob("*/cell.json")) if path.parent.name not in failed]
     cells = tuple(read_cell(cell) for cell in folders if _json(cell / "cell.json").get("analysed", True))
     if not cells:
         raise InputError(f"{folder / 'cells'}: no cell.json in any folder here, so there is nothing to report")
-    across = {
-        name: _table_if_any(folder / "records", name) for name in ("seeds", "transfer_steering", "transfer_probes")
-    }
-    return Run(study_text, study, _json_if_any(folder / "manifest.json"), cells, failed, **across)
+    manifest, tables = _json(folder / "manifest.json", optional=True), ("seeds", "transfer_steering", "transfer_probes")
+    across = {name: _table(folder / "records", name, optional=True) for name in tables}
+    return Run(study_text, study, manifest, cells, failed, **across)
 
 
 def read_cell(folder: Path) -> Cell:
@@ -153,19 +136,21 @@ def read_cell(folder: Path) -> Cell:
     for field in CELL_FIELDS:
         if field not in info:
             raise InputError(f"{folder / 'cell.json'}: field {field!r} is missing")
-    tables = ["behaviour", "pairs", "probes", "learning", "halves", "sweep", "effects"]
-    tables += ["training"] if info["trained"] else []
-    optional = ("detection", "gate", "neutral", "samples")
-    found: dict[str, Any] = {name: _table(records, name) for name in tables}
-    found |= {name: _table_if_any(records, name) for name in optional}
+    chosen = _json(records / "chosen.json")
+    for aim in AIMS:
+        if not {"best", "methods"} <= set(chosen.get(aim) or ()):
+            raise InputError(f"{records / 'chosen.json'}: field {aim!r} with 'best' and 'methods' is missing")
+    tables: dict[str, Any] = {name: _table(records, name) for name in TABLES}
+    tables |= {name: _table(records, name, optional=True) for name in OPTIONAL_TABLES}
     return Cell(
         folder=folder,
         info=info,
         training_time=_json(records / "training_time.json") if info["trained"] else {},
-        chosen=_chosen(records / "chosen.json"),
-        contrast=_contrast(folder / "contrast.safetensors"),
-        no_detector=_json_if_any(records / "no_detector.json").get("why", ""),
-        **found,
+        training=_table(records, "training") if info["trained"] else None,
+        chosen=chosen,
+        contrast=_read(folder / "contrast.safetensors", Contrast.load),
+        no_detector=_json(records / "no_detector.json", optional=True).get("why", ""),
+        **tables,
     )
 
 
@@ -175,62 +160,35 @@ def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
         raise InputError(f"{path}: this file is missing; the run may not be finished")
     try:
         return reader(path)
+    except InputError:
+        raise
     except Exception as error:  # each reader has its own family of errors
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path}: cannot be read ({reason[:300]})") from error
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path, optional: bool = False) -> dict[str, Any]:
+    if optional and not path.exists():
+        return {}
     value = _read(path, lambda p: json.loads(p.read_text(encoding="utf-8")))
     if not isinstance(value, dict):
         raise InputError(f"{path}: an object is wanted, not {type(value).__name__}")
     return value
 
 
-def _json_if_any(path: Path) -> dict[str, Any]:
-    return _json(path) if path.exists() else {}
-
-
-def _chosen(path: Path) -> dict[str, Any]:
-    chosen = _json(path)
-    for aim in AIMS:
-        if not {"best", "methods"} <= set(chosen.get(aim) or ()):
-            raise InputError(f"{path}: field {aim!r} with 'best' and 'methods' is missing")
-    return chosen
-
-
-def _table(folder: Path, name: str) -> pd.DataFrame:
-    """A table with its declared columns.
+def _table(folder: Path, name: str, optional: bool = False) -> Any:
+    """A table with its declared columns; None for an optional one that is not there.
 
     Raises:
         InputError: it is missing, damaged or lacks a column.
     """
     path, wanted = folder / f"{name}.parquet", columns_of(name)
-    present: list[str] = _read(path, lambda p: parquet.read_schema(p).names)
+    if optional and not path.exists():
+        return None
+    present = _read(path, lambda p: parquet.read_schema(p).names)
     for column in wanted:
         if column not in (*present, *NEWER):
             raise InputError(f"{path}: column {column!r} is missing")
     wanted = [column for column in wanted if column in present]
     words = WORDS if name in LARGE else None
-    table: pd.DataFrame = _read(path, lambda p: pd.read_parquet(p, columns=wanted, read_dictionary=words))
-    return table
-
-
-def _table_if_any(folder: Path, name: str) -> pd.DataFrame | None:
-    return _table(folder, name) if (folder / f"{name}.parquet").exists() else None
-
-
-def _contrast(path: Path) -> Contrast:
-    def reader(p: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        with safe_open(p, framework="numpy") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-
-    arrays, metadata = _read(path, reader)
-    for key in CONTRAST_ARRAYS:
-        if key not in arrays or arrays[key].ndim != 2:
-            raise InputError(f"{path}: array {key!r} of shape (layers, neurons) is missing")
-    for key in ("site", "pairs", "groups"):
-        if key not in metadata:
-            raise InputError(f"{path}: metadata {key!r} is missing")
-    kept = {key: arrays[key] for key in ("nmd", "rho", "p_family_wise")}
-    return Contrast(metadata["site"], int(metadata["pairs"]), int(metadata["groups"]), **kept)
+    return _read(path, lambda p: pd.read_parquet(p, columns=wanted, read_dictionary=words))

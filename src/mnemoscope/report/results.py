@@ -44,7 +44,7 @@ def _check_alike(cells: Sequence[Cell]) -> None:
     seeds = [cell.seed for cell in cells]
     if len(set(seeds)) < len(seeds):
         raise InputError(f"{cells[0].folder.parent}: two cells of {cells[0].label!r} have the same seed ({seeds})")
-    depths = {cell.name: len(cell.contrast.nmd) for cell in cells}
+    depths = {cell.name: len(cell.contrast.nmd_LD) for cell in cells}
     if len(set(depths.values())) > 1:
         raise InputError(f"{cells[0].folder.parent}: cells of one name differ in their layers ({depths})")
 

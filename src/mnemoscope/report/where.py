@@ -35,7 +35,7 @@ def measure_effects(cell: Cell) -> dict[str, Any]:
 
     kinds = ("dose", "prompt", "contrast", "ablation", "patch")
     of_what = {what: cell.effects[cell.effects.what == what] for what in kinds}
-    layers, patched = range(len(cell.contrast.nmd)), of_what["patch"]
+    layers, patched = range(len(cell.contrast.nmd_LD)), of_what["patch"]
     patch = {
         direction: {
             str(site): [shares(part[part.layers == str(layer)], direction, cell.name) for layer in layers]

@@ -1,6 +1,6 @@
 """Estimates with their intervals: shares, areas under the ROC curve, means over seeds.
 
-Shapes: N examples, G groups, R resamples, K distinct scores.
+Shapes: N examples, P of them positive, G groups, R resamples.
 """
 
 from __future__ import annotations
@@ -10,16 +10,19 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from mnemoscope.statistics.common import TIE, Floats, Groups, blocks, group_index, same
-
-BLOCK_NUMBERS = 2_000_000  # of resample weights in one block (16 MB)
-FEW_GROUPS = 50  # an area under the ROC curve goes by pairs of groups where these are at most so many times N
+Floats = NDArray[np.float64]
+Groups = Sequence[Any] | NDArray[Any]  # names of groups: strings or integers
 Statistic = Callable[[Floats], Floats]  # of group weights (R, G), one value per resample (R)
+
+LEVEL, RESAMPLES = 0.95, 2000  # coverage of every interval, and resamples of every bootstrap
+TIE = 1e-9  # statistics that differ by less are equal up to rounding
+BLOCK_NUMBERS = 2_000_000  # of resample weights in one block (16 MB)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +55,25 @@ def named_rng(name: str) -> np.random.Generator:
     return np.random.default_rng(zlib.crc32(name.encode()))
 
 
+def group_index(groups_N: Groups, n: int) -> NDArray[np.intp]:
+    """Number of the group of each example, in sorted order of the names."""
+    same("groups_N: length", n, len(groups_N))
+    return np.unique(np.asarray(groups_N), return_inverse=True)[1]
+
+
+def blocks(total: int, size: int) -> Iterator[slice]:
+    """Slices of at most ``size`` that cover 0 to ``total``."""
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+
+
+def same(name: str, allowed: object, value: object) -> None:
+    """Raise ValueError with the name unless the value is the allowed one."""
+    if value != allowed:
+        raise ValueError(f"{name}: {value}; allowed is {allowed}")
+
+
 def proportion(
-    hits_N: ArrayLike,
-    groups_N: Groups,
-    rng: np.random.Generator | str,
-    *,
-    resamples: int = 2000,
-    level: float = 0.95,
-    signed: bool = False,
+    hits_N: ArrayLike, groups_N: Groups, rng: np.random.Generator | str, *, signed: bool = False
 ) -> Estimate:
     """Mean of hits with a percentile bootstrap interval over whole groups, whose examples are not independent.
 
@@ -71,7 +85,6 @@ def proportion(
     Args:
         hits_N: bool or float, paired differences in {-1, 0, 1} too; a NaN does not count.
         rng: draws the resamples. Under a name, all means of as many groups share them: a report has thousands.
-        level: coverage of the interval.
         signed: hits are differences; where all are 0, the interval reaches to both sides.
 
     Returns:
@@ -89,7 +102,7 @@ def proportion(
     if len(counts_G) == 1:
         return Estimate(mean, math.nan, math.nan, n)
     if np.ptp(values_N) == 0 and mean in (-1, 0, 1):
-        low, high = _clopper_pearson(abs(int(mean)), len(counts_G), level)
+        low, high = _clopper_pearson(abs(int(mean)), len(counts_G))
         if mean == -1:
             low, high = -high, -low
         return Estimate(mean, -high if signed and mean == 0 else low, high, n)
@@ -98,35 +111,27 @@ def proportion(
     def mean_of(weights_RG: Floats) -> Floats:
         return np.asarray((weights_RG @ sums_G) / (weights_RG @ counts_G))
 
-    return Estimate(mean, *_bootstrap(mean_of, (n, len(counts_G)), rng, resamples, level), n)
+    return Estimate(mean, *_bootstrap(mean_of, (n, len(counts_G)), rng), n)
 
 
-def auroc(
-    scores_N: ArrayLike,
-    labels_N: ArrayLike,
-    groups_N: Groups,
-    rng: np.random.Generator | str,
-    *,
-    resamples: int = 2000,
-    level: float = 0.95,
-) -> Estimate:
+def auroc(scores_N: ArrayLike, labels_N: ArrayLike, groups_N: Groups, rng: np.random.Generator | str) -> Estimate:
     """Area under the ROC curve, ties counted half (Mann-Whitney), with a percentile bootstrap by group.
 
     Resamples without both classes are dropped. Where the scores separate the classes perfectly (area 1 or 0), so does
     every resample. With P groups holding positives, Q negatives and G in all, k = min(P, Q, G // 2) positives and
     negatives can be matched with no group used twice: k equal independent comparisons, with the exact Clopper-Pearson
-    interval. Undefined without both classes; a single group gives NaN ends. ``rng`` and ``level``: as in `proportion`.
+    interval. Undefined without both classes; a single group gives NaN ends. ``rng``: as in `proportion`.
 
     Raises:
-        ValueError: lengths differ, a score is NaN, or a label is neither 0 nor 1.
+        ValueError: lengths differ, or, with two classes, a score is NaN or a label is neither 0 nor 1.
     """
     ranked_N, truth_N = np.asarray(scores_N, dtype=np.float64), np.asarray(labels_N, dtype=np.float64)
     n, index_N = len(ranked_N), group_index(groups_N, len(ranked_N))
     same("labels_N: length", n, len(truth_N))
-    if np.isnan(ranked_N).any() or not np.isin(truth_N, (0, 1)).all():
-        raise ValueError("scores_N, labels_N: NaN or another label; allowed are scores with a rank and labels 0 and 1")
     if len(np.unique(truth_N)) < 2:
         return Estimate.undefined(n)
+    if np.isnan(ranked_N).any() or not np.isin(truth_N, (0, 1)).all():
+        raise ValueError("scores_N, labels_N: NaN or another label; allowed are scores with a rank and labels 0 and 1")
     area_of = _area(ranked_N, truth_N == 1, index_N)
     groups = int(index_N.max()) + 1
     area = float(area_of(np.ones((1, groups)))[0])
@@ -134,17 +139,17 @@ def auroc(
         return Estimate(area, math.nan, math.nan, n)
     if area in (0, 1):
         positive, negative = (len(np.unique(index_N[truth_N == label])) for label in (1, 0))
-        return Estimate(area, *_clopper_pearson(int(area), min(positive, negative, groups // 2), level), n)
-    return Estimate(area, *_bootstrap(area_of, (n, groups), rng, resamples, level), n)
+        return Estimate(area, *_clopper_pearson(int(area), min(positive, negative, groups // 2)), n)
+    return Estimate(area, *_bootstrap(area_of, (n, groups), rng), n)
 
 
-def over_seeds(estimates: Sequence[Estimate], *, level: float = 0.95) -> Estimate:
+def over_seeds(estimates: Sequence[Estimate]) -> Estimate:
     """Mean over seeds with Student's t interval, not clipped; `n` is the sum over the seeds.
 
     NaN seeds are dropped; a single one is returned unchanged. If all agree exactly t would give width 0, and the
     interval spans the seeds' own intervals instead.
     """
-    kept = [estimate for estimate in estimates if not math.isnan(estimate.estimate)]
+    kept = [estimate for estimate in estimates if estimate.known]
     if len(kept) < 2:
         return kept[0] if kept else Estimate.undefined()
     values_S = np.array([estimate.estimate for estimate in kept])
@@ -152,7 +157,7 @@ def over_seeds(estimates: Sequence[Estimate], *, level: float = 0.95) -> Estimat
     if np.ptp(values_S) == 0:
         low = float(np.fmin.reduce([estimate.low for estimate in kept]))  # fmin and fmax pass over NaN
         return Estimate(mean, low, float(np.fmax.reduce([estimate.high for estimate in kept])), n)
-    half = float(stats.t.ppf((1 + level) / 2, len(kept) - 1) * values_S.std(ddof=1) / math.sqrt(len(kept)))
+    half = float(stats.t.ppf((1 + LEVEL) / 2, len(kept) - 1) * values_S.std(ddof=1) / math.sqrt(len(kept)))
     return Estimate(mean, mean - half, mean + half, n)
 
 
@@ -170,74 +175,45 @@ def mean_with_range(values: ArrayLike) -> Estimate:
 
 
 def _area(scores_N: Floats, positive_N: NDArray[np.bool_], index_N: NDArray[np.intp]) -> Statistic:
-    """Areas (R) as a function of group weights, NaN where a class has no weight.
-
-    Few groups: comparisons are counted once for every two groups; many: scores are sorted once and then weighed.
-    """
-    groups = int(index_N.max()) + 1
+    """Areas (R) as a function of group weights, NaN where a class has no weight."""
+    groups, scores_P = int(index_N.max()) + 1, scores_N[positive_N]
     sizes_2G = [np.bincount(index_N[side_N], minlength=groups).astype(float) for side_N in (positive_N, ~positive_N)]
-    few = groups**2 <= FEW_GROUPS * len(scores_N)
-    wins_of = (_wins_by_two_groups if few else _wins_by_score)(scores_N, positive_N, index_N)
+    wins_GG = np.empty((groups, groups))  # how often a positive of group g is above a negative of group h, ties half
+    for group in range(groups):
+        others = np.sort(scores_N[~positive_N & (index_N == group)])
+        below_P = (np.searchsorted(others, scores_P, "left") + np.searchsorted(others, scores_P, "right")) / 2
+        wins_GG[:, group] = np.bincount(index_N[positive_N], weights=below_P, minlength=groups)
 
     def areas(weights_RG: Floats) -> Floats:
         comparisons_R = (weights_RG @ sizes_2G[0]) * (weights_RG @ sizes_2G[1])
-        undefined_R = np.full(len(weights_RG), math.nan)
-        return np.divide(wins_of(weights_RG), comparisons_R, out=undefined_R, where=comparisons_R > 0)
+        wins_R, undefined_R = ((weights_RG @ wins_GG) * weights_RG).sum(axis=1), np.full(len(weights_RG), math.nan)
+        return np.divide(wins_R, comparisons_R, out=undefined_R, where=comparisons_R > 0)
 
     return areas
 
 
-def _wins_by_score(scores_N: Floats, positive_N: NDArray[np.bool_], index_N: NDArray[np.intp]) -> Statistic:
-    """How often a positive is above a negative under group weights, ties half."""
-    order = np.argsort(scores_N, kind="stable")
-    index_N, positive_N = index_N[order], positive_N[order]
-    starts = np.unique(scores_N[order], return_index=True)[1]  # where each of the K distinct scores begins
-
-    def wins(weights_RG: Floats) -> Floats:
-        weights_RN = weights_RG[:, index_N]
-        positive_RK = np.add.reduceat(weights_RN * positive_N, starts, axis=1)
-        negative_RK = np.add.reduceat(weights_RN * ~positive_N, starts, axis=1)
-        below_RK = np.cumsum(negative_RK, axis=1) - negative_RK / 2
-        return np.asarray((positive_RK * below_RK).sum(axis=1))
-
-    return wins
-
-
-def _wins_by_two_groups(scores_N: Floats, positive_N: NDArray[np.bool_], index_N: NDArray[np.intp]) -> Statistic:
-    """As `_wins_by_score`: entry (g, h) counts the wins of positives of group g over negatives of group h."""
-    positive, groups = scores_N[positive_N], int(index_N.max()) + 1
-    wins_GG = np.empty((groups, groups))
-    for group in range(groups):
-        others = np.sort(scores_N[~positive_N & (index_N == group)])
-        below = (np.searchsorted(others, positive, "left") + np.searchsorted(others, positive, "right")) / 2
-        wins_GG[:, group] = np.bincount(index_N[positive_N], weights=below, minlength=groups)
-    return lambda weights_RG: ((weights_RG @ wins_GG) * weights_RG).sum(axis=1)
-
-
-def _bootstrap(
-    statistic: Statistic, size: tuple[int, int], rng: np.random.Generator | str, resamples: int, level: float
-) -> tuple[float, float]:
+def _bootstrap(statistic: Statistic, size: tuple[int, int], rng: np.random.Generator | str) -> tuple[float, float]:
     """Percentile interval over (N, G) without NaN resamples; NaN ends where none is left or all are equal."""
-    values_R = np.concatenate([statistic(weights_RG) for weights_RG in _weights(rng, size, resamples)])
+    values_R = np.concatenate([statistic(weights_RG) for weights_RG in _weights(rng, size)])
     values_R = values_R[~np.isnan(values_R)]
     if not len(values_R) or np.ptp(values_R) < TIE:
         return math.nan, math.nan
-    low, high = np.quantile(values_R, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(values_R, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
-def _weights(rng: np.random.Generator | str, size: tuple[int, int], resamples: int) -> Iterator[Floats]:
+def _weights(rng: np.random.Generator | str, size: tuple[int, int]) -> Iterator[Floats]:
     """Group weights of all resamples, in blocks of bounded memory; in one block where they are shared."""
     if isinstance(rng, str):
-        yield _shared_weights(rng, size[1], resamples)
+        yield _shared_weights(rng, size[1])
         return
-    for block in blocks(resamples, max(1, BLOCK_NUMBERS // max(size))):
+    for block in blocks(RESAMPLES, max(1, BLOCK_NUMBERS // max(size))):
         yield _drawn(rng, block.stop - block.start, size[1])
 
 
 @lru_cache(maxsize=16)
-def _shared_weights(name: str, groups: int, resamples: int) -> Floats:
-    return _drawn(named_rng(f"{name}/{groups}"), resamples, groups)
+def _shared_weights(name: str, groups: int) -> Floats:
+    return _drawn(named_rng(f"{name}/{groups}"), RESAMPLES, groups)
 
 
 def _drawn(rng: np.random.Generator, rows: int, groups: int) -> Floats:
@@ -246,7 +222,7 @@ def _drawn(rng: np.random.Generator, rows: int, groups: int) -> Floats:
     return np.bincount(drawn_RG.ravel(), minlength=rows * groups).reshape(rows, groups).astype(np.float64)
 
 
-def _clopper_pearson(value: int, n: int, level: float) -> tuple[float, float]:
+def _clopper_pearson(value: int, n: int) -> tuple[float, float]:
     """Exact interval of a proportion of which none (value 0) or all (value 1) of n trials were hits."""
-    tail = ((1 - level) / 2) ** (1 / n)  # the beta quantiles are closed forms at the ends
+    tail = ((1 - LEVEL) / 2) ** (1 / n)  # the beta quantiles are closed forms at the ends
     return (tail, 1.0) if value else (0.0, 1 - tail)

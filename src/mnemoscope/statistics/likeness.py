@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from mnemoscope.statistics.common import TIE, Groups, group_index, same
-from mnemoscope.statistics.intervals import Estimate
+from mnemoscope.statistics.intervals import LEVEL, TIE, Estimate, Groups, group_index, same
 
 
 def cosine(first: ArrayLike, second: ArrayLike) -> float:
@@ -64,7 +63,7 @@ def overlap(first: ArrayLike, second: ArrayLike) -> float:
     return float((a & b).sum() / a.sum()) if a.any() else math.nan
 
 
-def overlap_by_chance(first_LD: ArrayLike, second_LD: ArrayLike, *, level: float = 0.95) -> Estimate:
+def overlap_by_chance(first_LD: ArrayLike, second_LD: ArrayLike) -> Estimate:
     """Mean and central interval of `overlap` where every row is permuted in itself; ``n`` is the number of members.
 
     Exact, without drawing permutations: what a row shares is hypergeometric, and rows are independent. One row of all
@@ -86,8 +85,8 @@ def overlap_by_chance(first_LD: ArrayLike, second_LD: ArrayLike, *, level: float
         chances = np.convolve(chances, stats.hypergeom.pmf(shared, a.shape[1], size_a, size_b))
     mean = float((a.sum(axis=1) / a.shape[1]) @ b.sum(axis=1)) / members
     below = np.cumsum(chances) / chances.sum()
-    # Against rounding: a tail of exactly (1 - level) / 2 belongs to the interval's end.
-    low, high = (int(np.searchsorted(below, tail - TIE)) for tail in ((1 - level) / 2, (1 + level) / 2))
+    # Against rounding: a tail of exactly (1 - LEVEL) / 2 belongs to the interval's end.
+    low, high = (int(np.searchsorted(below, tail - TIE)) for tail in ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
     return Estimate(mean, *((low / members, high / members) if low < high else (math.nan, math.nan)), members)
 
 
