@@ -91,7 +91,6 @@ def fit(
     """Find pairs, fit vectors and a detector for a model of yours on your data, and judge them; one run folder."""
     from mnemoscope.face import fit as fit_model
     from mnemoscope.plain import dumped
-    from mnemoscope.report import brief_of
 
     with progress(quiet=as_json) as tell:
         fitted = fit_model(
@@ -110,7 +109,7 @@ def fit(
         )
     summary, report_path = fitted.summary(), str(out / "report.html")
     if as_json:
-        typer.echo(dumped({"run": str(out), "report": report_path, "tasks": brief_of(out)}))
+        typer.echo(dumped({"run": str(out), "report": report_path, "tasks": summary.brief()}))
     else:
         typer.echo(f"{summary}\n{report_path}")
 

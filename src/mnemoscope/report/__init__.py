@@ -11,7 +11,7 @@ from mnemoscope.report.differ import draw_neuron
 from mnemoscope.report.page import page_style, render
 from mnemoscope.report.records import read_run
 from mnemoscope.report.results import compute_results, to_json
-from mnemoscope.report.summary import Summary, brief, brief_of, compare_briefs, in_words, summary_of
+from mnemoscope.report.summary import Summary, compare_briefs, summary_of
 
 # The stories of a task, in the order of the page.
 STORIES = [story.chapter for story in (behaviour, differ, read, steer, where, cost, holds, detector)]

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ from mnemoscope.report.page import Answer, Chapter, Exhibit, View
 from mnemoscope.report.records import Cell
 from mnemoscope.report.schema import Behaviour, Pairs, Yield
 from mnemoscope.report.words import ANSWERED, count, listed, percent
+from mnemoscope.statistics import Estimate
 
 CURVES = (
     ("novel_accuracy", "new right", GENERALIZED, DASHED),
@@ -38,42 +40,42 @@ WORD = re.compile(r"\d+|[^\W\d]+|\s+|.", re.DOTALL)
 def measure_behaviour(cell: Cell) -> Behaviour:
     """How the model answers the test examples."""
     test = cell.behaviour[cell.behaviour.split == "test"]
-    conflict, name = test[test.kind == "conflict"], f"{cell.name}/behaviour"
-    found = {key: mean(conflict.behaviour == key, conflict.group, f"{name}/{key}") for key in ANSWERED}
-    found["confabulated"] = mean(conflict.confabulated, conflict.group, f"{name}/confabulated")
-    right = {
-        kind: mean(rows.behaviour == "correct", rows.group, f"{name}/{kind}")
-        for kind in ("memory", "novel")
-        for rows in [test[test.kind == kind]]
-    }
-    ties = int(test.tie.astype(bool).sum())
-    return Behaviour(recall=right["memory"], novel_accuracy=right["novel"], conflict=found, ties=ties)
+    of_kind = {kind: test[test.kind == kind] for kind in ("conflict", "memory", "novel")}
+
+    def share(kind: str, hits: pd.Series, key: str) -> Estimate:
+        return mean(hits, of_kind[kind].group, f"{cell.name}/behaviour/{key}")
+
+    conflict = of_kind["conflict"]
+    found = {key: share("conflict", conflict.behaviour == key, key) for key in ANSWERED}
+    found["confabulated"] = share("conflict", conflict.confabulated, "confabulated")
+    recall, novel = (share(kind, of_kind[kind].behaviour == "correct", kind) for kind in ("memory", "novel"))
+    return Behaviour(recall=recall, novel_accuracy=novel, conflict=found, ties=int(test.tie.astype(bool).sum()))
 
 
 def measure_pairs(cell: Cell) -> Pairs:
     """How many candidates flip under rephrasing: the test split first, then every split."""
-    counts = {
-        split: _yield(cell.pairs[cell.pairs.split == split], f"{cell.name}/pairs/{split}")
-        for split in ("fit", "tune", "test")
-    }
-    counts["all"] = _yield(cell.pairs, f"{cell.name}/pairs/all")
+    parts = {split: cell.pairs[cell.pairs.split == split] for split in ("fit", "tune", "test")} | {"all": cell.pairs}
+    counts = {split: _yield(rows, f"{cell.name}/pairs/{split}") for split, rows in parts.items()}
     return Pairs(**dict(counts["test"]), by_split=counts)
 
 
 def _yield(rows: pd.DataFrame, name: str) -> Yield:
-    is_pair = rows.is_pair.astype(bool)
+    is_pair, share = rows.is_pair.astype(bool), mean(rows.is_pair, rows.group, name)
     groups = int(rows.group[is_pair].nunique())
-    share = mean(is_pair, rows.group, name)
     return Yield(candidates=len(rows), pairs=int(is_pair.sum()), yield_=share, groups=groups)
 
 
 def chapter(view: View) -> Chapter:
     """Training, answers and margins, and the pairs."""
-    task, cells = view.task, view.cells
+    found, cells = view.task.behaviour, view.cells
     trained = [cell.training for cell in cells if cell.training is not None]
-    panels = [_answers_panel(task.behaviour), _margins_panel(cells), *map(_training_panel, trained[:1])]
-    exhibits = [Exhibit("answers", panels)]
-    return Chapter(_answer(task.behaviour), exhibits, example=one_conflict(cells), pairs=some_pairs(cells))
+    dots = [Dot("new questions right", found.novel_accuracy, GENERALIZED, True)]
+    dots += [Dot("facts recalled", found.recall, MEMORIZED, True)]
+    dots += [Dot(f"conflicts: {name}", found.conflict[key], COLOUR[key]) for key, name in ANSWERED.items()]
+    panels = [drawing.dots_panel("what it answers", dots), _margins_panel(cells), *map(_training_panel, trained[:1])]
+    return Chapter(
+        _answer(found), [Exhibit("answers", panels)], example=one_conflict(cells[0]), pairs=some_pairs(cells[0])
+    )
 
 
 def _answer(found: Behaviour) -> Answer:
@@ -97,20 +99,11 @@ def _answer(found: Behaviour) -> Answer:
 
 
 def _training_panel(table: pd.DataFrame) -> Panel:
-    """Accuracy, recall and shares of behaviours while the model trains."""
     steps = table.step.astype(float).to_list()
     lines = [Line(name, steps, table[key].astype(float).to_list(), colour, dash) for key, name, colour, dash in CURVES]
     kept = {float(step): f"{step:,.0f}\nkept" for step in table.step[table.kept.astype(bool)]}
     ticks = {0.0: "0", steps[-1]: f"{steps[-1]:,.0f}", **kept}
     return drawing.lines_panel("while it trains", lines, "optimizer steps", ticks=ticks, axis="share")
-
-
-def _answers_panel(found: Behaviour) -> Panel:
-    """What is right where nothing conflicts, and what conflicts are answered with."""
-    dots = [Dot("new questions right", found.novel_accuracy, GENERALIZED, True)]
-    dots += [Dot("facts recalled", found.recall, MEMORIZED, True)]
-    dots += [Dot(f"conflicts: {name}", found.conflict[key], COLOUR[key]) for key, name in ANSWERED.items()]
-    return drawing.dots_panel("what it answers", dots)
 
 
 def _margins_panel(cells: Sequence[Cell]) -> Panel:
@@ -121,21 +114,17 @@ def _margins_panel(cells: Sequence[Cell]) -> Panel:
     reach = max(float(np.quantile(np.abs(rows.margin.astype(float)), 0.99)), 1e-6) if len(rows) else 1.0
 
     def plot() -> Figure:
-        figure, ax = drawing.canvas(230)
+        figure, ax = drawing.canvas(230, "how sure it is, conflicts")
         bins = np.linspace(-reach, reach, 25)  # an odd number of edges: one of them is 0
         values, colours = [np.clip(part, -reach, reach) for part in parts.values()], [COLOUR[key] for key in parts]
         ax.hist(values, bins=bins.tolist(), stacked=True, color=colours, edgecolor=PAPER, linewidth=0.6)
         ax.axvline(0, color=INK, linewidth=1)
         ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
         ax.set_xlabel("margin, nats towards the answer worked out")
-        ax.set_title("how sure it is, conflicts")
         ax.grid(axis="x", visible=False)
         return figure
 
     return plot
-
-
-# --- examples ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -149,12 +138,12 @@ class Shown:
     note: str
 
 
-def one_conflict(cells: Sequence[Cell]) -> Shown | None:
+def one_conflict(cell: Cell) -> Shown | None:
     """A test conflict of a middling margin, so that it is neither the easiest nor an accident.
 
     One whose answer reads the same backwards is passed over: it could not show how sums are written.
     """
-    rows = cells[0].behaviour
+    rows = cell.behaviour
     rows = rows[(rows.kind == "conflict") & (rows.split == "test") & rows.behaviour.isin(["memorized", "generalized"])]
     answers = rows.generalized.str.strip()
     rows = rows[answers != answers.str[::-1]]
@@ -168,8 +157,8 @@ def one_conflict(cells: Sequence[Cell]) -> Shown | None:
 def _shown(row: pd.Series, pieces: Pieces, behaviour: str) -> Shown:
     """A prompt with every place marked that spells out the answer to be worked out."""
     generalized = row.generalized.strip()
-    clue = {generalized: "clue"}
-    shown = [(part, f"{what} {kind}".strip()) for text, what in pieces for part, kind in marked(text, clue)]
+    marks = ((what, marked(text, {generalized: "clue"})) for text, what in pieces)
+    shown = [(part, f"{what} {kind}".strip()) for what, parts in marks for part, kind in parts]
     return Shown(shown, row.memorized.strip(), generalized, behaviour, reversed_sum(row["item"], generalized))
 
 
@@ -179,16 +168,15 @@ def marked(text: str, kinds: dict[str, str]) -> Pieces:
     return [(part, kinds.get(part, "") if number % 2 else "") for number, part in enumerate(word.split(text)) if part]
 
 
-def some_pairs(cells: Sequence[Cell], most: int = 3) -> list[tuple[Shown, Shown]]:
-    """Test pairs of different groups: (the phrasing that is remembered, the one that is worked out)."""
-    rows = cells[0].pairs
-    rows = rows[(rows.split == "test") & rows.is_pair.astype(bool)].drop_duplicates("group").head(most)
+def some_pairs(cell: Cell) -> list[tuple[Shown, Shown]]:
+    """Three test pairs of different groups: (the phrasing that is remembered, the one that is worked out)."""
+    rows = cell.pairs
+    rows = rows[(rows.split == "test") & rows.is_pair.astype(bool)].drop_duplicates("group").head(3)
     found = []
     for _, row in rows.iterrows():
         a, b = difference(row.prompt_a, row.prompt_b)
         shown = [_shown(row, pieces, behaviour) for pieces, behaviour in ((a, row.behaviour_a), (b, row.behaviour_b))]
-        first, second = sorted(shown, key=lambda side: side.behaviour, reverse=True)  # "memorized" comes first
-        found.append((first, second))
+        found.append(tuple(sorted(shown, key=lambda side: side.behaviour, reverse=True)))  # "memorized" comes first
     return found
 
 
@@ -197,18 +185,14 @@ def difference(a: str, b: str) -> tuple[Pieces, Pieces]:
     first, second = SENTENCE.split(a), SENTENCE.split(b)
     if sorted(first) != sorted(second):
         first, second = WORD.findall(a), WORD.findall(b)
-    matches: list[tuple[str, int, int, int, int]]
+    matches: Any = SequenceMatcher(None, first, second, False).get_opcodes()
     if sorted(first) == sorted(second):  # the same parts in another order: mark those that moved
         matches = [("equal" if x == second[i] else "replace", i, i + 1, i, i + 1) for i, x in enumerate(first)]
-    else:
-        matches = [(match[0], *match[1:]) for match in SequenceMatcher(None, first, second, False).get_opcodes()]
-    marked: tuple[Pieces, Pieces] = ([], [])
-    for kind, *bounds in matches:
-        for side, parts, (start, end) in ((0, first, bounds[:2]), (1, second, bounds[2:])):
-            text = "".join(parts[start:end])
-            if text:
-                marked[side].append((text, "" if kind == "equal" or text.isspace() else "moved"))
-    return marked
+    sides = [[(m[0], "".join(parts[m[at] : m[at + 1]])) for m in matches] for parts, at in ((first, 1), (second, 3))]
+    one, other = (
+        [(text, "" if kind == "equal" or text.isspace() else "moved") for kind, text in side if text] for side in sides
+    )
+    return one, other
 
 
 def reversed_sum(item: str, generalized: str) -> str:

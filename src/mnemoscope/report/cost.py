@@ -49,7 +49,7 @@ def measure_neutral(cell: Cell) -> dict[str, dict[str, dict[str, Estimate]]] | N
 def chapter(view: View) -> Chapter:
     """What else changes, on questions, on neutral text, and in what it writes."""
     task = view.task
-    shown: dict[str, Any] = {"written": written(view.cells), "telling": written_sentence(view.cells)}
+    shown = _written(view.cells)
     neutral = Exhibit("neutral", [_neutral_panel(doses, d) for d, doses in (task.neutral or {}).items()])
     if not any(change.known for block in task.steering.values() for change in block.collateral.values()):
         return Chapter(answer(task), [neutral], **shown)
@@ -100,7 +100,6 @@ def _loss(change: Estimate) -> str:
 
 
 def _collateral_panel(block: Steered, direction: Direction) -> Panel:
-    """Change in what should stay, under the setting for pairs and under that for conflicts."""
     dots = [
         Dot(name, changes[key], INK if key in counted(direction) else OTHER, hollow)
         for key in words.KEPT
@@ -111,50 +110,40 @@ def _collateral_panel(block: Steered, direction: Direction) -> Panel:
 
 def table(task: TaskResults) -> Table:
     """What changes that should not, under both settings."""
-    rows = [
-        [
-            f"{CAPITAL[direction]}, set for {LISTS[aim]}: {LISTS[name]}",
-            points(change.estimate, sign=True),
-            points_interval(change) if change.known else "",
-            f"{change.n:,}",
-        ]
-        for direction, block in task.steering.items()
-        for aim, changes in zip(AIMS, (block.collateral, block.collateral_conflict), strict=True)
-        for name, change in changes.items()
-    ]
+    rows = []
+    for direction, block in task.steering.items():
+        for aim, changes in zip(AIMS, (block.collateral, block.collateral_conflict), strict=True):
+            for name, change in changes.items():
+                what = f"{CAPITAL[direction]}, set for {LISTS[aim]}: {LISTS[name]}"
+                interval = points_interval(change) if change.known else ""
+                rows.append([what, points(change.estimate, sign=True), interval, f"{change.n:,}"])
     return Table("Collateral: change in accuracy, test split", ["", "change", f"95{words.NBSP}% interval", "N"], rows)
 
 
 def _neutral_panel(doses: dict[str, dict[str, Estimate]], direction: Direction) -> Panel:
-    """Divergence at the steered token, behind it, and at it behind the gate."""
-    keys = sorted(doses, key=float)
+    keys, tone = sorted(doses, key=float), TONE[direction]
+    looks = {"first": ("steered token", tone, "-"), "next": ("tokens after", tone, DASHED)}
     lines = [
-        Line(name, [float(key) for key in keys], [doses[key][measure] for key in keys], tone, dash)
-        for measure, name, tone, dash in (
-            ("first", "steered token", TONE[direction], "-"),
-            ("next", "tokens after", TONE[direction], DASHED),
-            ("first_gated", "gated", INK, "-"),
-        )
+        Line(name, [float(key) for key in keys], [doses[key][measure] for key in keys], *look)
+        for measure, (name, *look) in {**looks, "first_gated": ("gated", INK, "-")}.items()
     ]
     return lines_panel(direction, lines, "times the chosen strength", "nats")
 
 
-def written(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """What follows each sampled prompt of the first cell, unsteered and steered; none was picked by what came out."""
+def _written(cells: Sequence[Cell]) -> dict[str, Any]:
+    """What follows each sampled prompt of the first cell, unsteered and steered, none picked by what came out; and how
+    natural the unsteered model finds it.
+    """
+    if cells[0].samples is None:
+        return {}
     found = []
-    for row in [] if cells[0].samples is None else cells[0].samples.to_dict("records"):
+    for row in cells[0].samples.to_dict("records"):
         kinds = {row["memorized"].strip(): "memorized", row["generalized"].strip(): "generalized"}
         texts = {key: marked(row[key], kinds) for key in ("plain", "steered")}
         found.append({"prompt": row["prompt"], "towards": words.TOWARDS[row["direction"]], **texts})
-    return found
-
-
-def written_sentence(cells: Sequence[Cell]) -> str:
-    """How natural the unsteered model finds what is written under steering; "" without samples."""
-    if cells[0].samples is None:
-        return ""
     rows = pd.concat([cell.samples for cell in cells if cell.samples is not None])
-    return (
+    sentence = (
         f"A token of what follows costs the unsteered model {rows.nats_steered.mean():.2f} nats when it was steered, "
         f"{rows.nats_plain.mean():.2f} when it was not ({words.count(len(rows), 'prompt')})."
     )
+    return {"written": found, "telling": sentence}

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from mnemoscope.errors import InputError
-from mnemoscope.report.drawing import INK, MEMORIZED, OTHER, TONE, Dot, Line, Panel, dots_panel, lines_panel
+from mnemoscope.report.drawing import INK, MEMORIZED, OTHER, TONE, Dot, Line, Panel, against, dots_panel, lines_panel
 from mnemoscope.report.intervals import mean, ranking, shared_mean
 from mnemoscope.report.page import Answer, Chapter, Exhibit, Table, View
 from mnemoscope.report.records import Cell
@@ -31,18 +31,16 @@ def measure_detector(cell: Cell) -> Detection | None:
         return None
     table, name = cell.detection, f"{cell.name}/detector"
     known = table[table.followed.isin(("memorized", "generalized"))]
-    conflict = known[known.examples == "conflict"]
-    others = sorted(set(table.examples) - {"conflict", *ANSWERED_RIGHT})
+    conflict, others = known[known.examples == "conflict"], sorted(set(table.examples) - {"conflict", *ANSWERED_RIGHT})
     by_family = {
         str(family): {key: int((rows.followed == key).sum()) for key in ("memorized", "generalized")}
         | _rankings(rows, f"{name}/{family}", LEAST)
         for family, rows in conflict.groupby("family")
     }
-    error_N = (conflict.p_memorized - (conflict.followed == "memorized")) ** 2
+    memorized = (conflict.followed == "memorized").astype(int)
     auroc, gate = _rankings(conflict, name), None
     if "p_memorized_below" in conflict and conflict.p_memorized_below.notna().any():
-        label_N = (conflict.followed == "memorized").to_numpy().astype(int)
-        gate = ranking(conflict.p_memorized_below, label_N, conflict.group, f"{name}/auroc/below")
+        gate = ranking(conflict.p_memorized_below, memorized, conflict.group, f"{name}/auroc/below")
     return Detection(
         auroc=auroc,
         gate=gate,
@@ -50,7 +48,7 @@ def measure_detector(cell: Cell) -> Detection | None:
         by_family=by_family,
         held_out={other: _rankings(known[known.examples == other], f"{name}/{other}") for other in others},
         reliability=_reliability(conflict, name),
-        brier=mean(error_N, conflict.group, name),
+        brier=mean((conflict.p_memorized - memorized) ** 2, conflict.group, name),
         unlike={str(k): mean(rows.unlike, rows.group, f"{name}/unlike/{k}") for k, rows in table.groupby("examples")},
         readable_from=float(conflict.readable_from.median()),
     )
@@ -58,41 +56,45 @@ def measure_detector(cell: Cell) -> Detection | None:
 
 def _rankings(rows: pd.DataFrame, name: str, least: int = 1) -> dict[str, Any]:
     """Area under the ROC curve of each score for ``memorized``; NaN with fewer than ``least`` of either behaviour."""
-    label_N = (rows.followed == "memorized").to_numpy().astype(int)
+    label_N = (rows.followed == "memorized").astype(int)
     if min(label_N.sum(), (1 - label_N).sum()) < least:
         return {score: Estimate.undefined(len(rows)) for score in SCORES}
     return {score: ranking(rows[score], label_N, rows.group, f"{name}/auroc/{score}") for score in SCORES}
 
 
 def _reliability(rows: pd.DataFrame, name: str) -> list[dict[str, Estimate]]:
-    """By predicted probability: how many remembered."""
     place_N = np.clip(np.digitize(rows.p_memorized, BINS) - 1, 0, len(BINS) - 2)
-    bins = []
-    for number in range(len(BINS) - 1):
-        part = rows[place_N == number]
-        said = mean(part.p_memorized, part.group, f"{name}/said/{number}")
-        bins.append({"said": said, "memorized": mean(part.followed == "memorized", part.group, f"{name}/bin/{number}")})
-    return bins
+    parts = [rows[place_N == number] for number in range(len(BINS) - 1)]
+    return [
+        {
+            "said": mean(part.p_memorized, part.group, f"{name}/said/{number}"),
+            "memorized": mean(part.followed == "memorized", part.group, f"{name}/bin/{number}"),
+        }
+        for number, part in enumerate(parts)
+    ]
 
 
 def measure_gated(cell: Cell, direction: Direction, lists: dict[str, pd.DataFrame]) -> Gated | None:
     """What a vector does behind the gate, from its rows by list; None where no detector was fitted."""
     if cell.gate is None:
         return None
-    gate = cell.gate[cell.gate.direction == direction]
     target, source = DIRECTIONS[direction]
     found = Gated(acted={}, shift={}, collateral={})
     for name, rows in lists.items():
-        acts_N = _acts(cell, gate[gate.examples == name], rows, name)
+        acts = cell.gate[(cell.gate.direction == direction) & (cell.gate.examples == name)].set_index("example").acts
+        if not acts.index.is_unique or not set(rows.example) <= set(acts.index):
+            path = cell.folder / "records" / "gate.parquet"
+            raise InputError(f"{path}: examples of {name!r} are not those of steering")
+        acts_N = acts.loc[rows.example].to_numpy(bool)
         after_N = np.where(acts_N, rows.after, rows.before)
-        found.acted[name] = shared_mean(acts_N.astype(float), rows.group, cell.name)
+        found.acted[name] = shared_mean(acts_N, rows.group, cell.name)
         if name == "memory":
             found.recall_by_family = recall_by_family(cell, rows.assign(after=after_N))
         if name in ANSWERED_RIGHT:
             change_N = (after_N == "correct").astype(float) - (rows.before == "correct").to_numpy(float)
             found.collateral[name] = shared_mean(change_N, rows.group, cell.name, signed=True)
         elif (rows.before == source).all():
-            found.shift[name] = shared_mean((after_N == target).astype(float), rows.group, cell.name)
+            found.shift[name] = shared_mean(after_N == target, rows.group, cell.name)
     return found
 
 
@@ -101,19 +103,9 @@ def recall_by_family(cell: Cell, rows: pd.DataFrame) -> dict[str, Any] | None:
     if cell.info["memory_is_conflict"] or rows.family.nunique() < 2:
         return None
     return {
-        str(family): {
-            when: shared_mean((part[when] == "correct").astype(float), part.group, cell.name)
-            for when in ("before", "after")
-        }
+        str(family): {when: shared_mean(part[when] == "correct", part.group, cell.name) for when in ("before", "after")}
         for family, part in rows.groupby("family", observed=True, sort=True)
     }
-
-
-def _acts(cell: Cell, gate: pd.DataFrame, rows: pd.DataFrame, name: str) -> Any:
-    acts = gate.set_index("example").acts
-    if not acts.index.is_unique or not set(rows.example) <= set(acts.index):
-        raise InputError(f"{cell.folder / 'records' / 'gate.parquet'}: examples of {name!r} are not those of steering")
-    return acts.loc[rows.example].to_numpy(bool)
 
 
 def chapter(view: View) -> Chapter | None:
@@ -123,8 +115,15 @@ def chapter(view: View) -> Chapter | None:
         return Chapter(answer(task)) if task.no_detector else None
     strange = [f"{percent(s.estimate)} of {LISTS.get(k, k)}" for k, s in found.unlike.items() if s.known]
     texts = [f"Unlike what it was fitted on: {listed(strange)}."] if strange else []
+    dots = against(SCORES["p_memorized"], {name: found.auroc[score] for score, name in SCORES.items()})
+    bins = [entry for entry in found.reliability if entry["memorized"].known]
+    lines = [Line("perfect", [0, 1], [0.0, 1.0], OTHER, width=1)]
+    lines.append(Line("", [b["said"].estimate for b in bins], [b["memorized"] for b in bins], MEMORIZED))
+    ticks = {x: f"{100 * x:.0f} %" for x in BINS}
+    panels = [dots_panel("ranked right, all conflicts", dots, reference=50)]
+    panels.append(lines_panel("of those, remembered", lines, "P(memorized)", ticks=ticks, axis="share"))
     gated = [_gated_panel(block, direction) for direction, block in task.steering.items() if block.gated]
-    return Chapter(answer(task), [Exhibit("ranking", _panels(found), texts, table(found)), Exhibit("gated", gated)])
+    return Chapter(answer(task), [Exhibit("ranking", panels, texts, table(found)), Exhibit("gated", gated)])
 
 
 def answer(task: TaskResults) -> Answer:
@@ -148,41 +147,19 @@ def answer(task: TaskResults) -> Answer:
     return Answer("detector", question, verdict, percent(ours.estimate), sentence, note, ours, mark)
 
 
-def _panels(found: Detection) -> list[Panel]:
-    """All conflicts beside baselines, and reliability."""
-    scores = [(name, found.auroc[score], score != "p_memorized") for score, name in SCORES.items()]
-    dots = [Dot(name, value, OTHER if other else INK, other) for name, value, other in scores if value.known]
-    ranking_panel = dots_panel("ranked right, all conflicts", dots, reference=50)
-    bins = [entry for entry in found.reliability if entry["memorized"].known]
-    lines = [Line("perfect", [0, 1], [0.0, 1.0], OTHER, width=1)]
-    lines.append(Line("", [b["said"].estimate for b in bins], [b["memorized"] for b in bins], MEMORIZED))
-    ticks = {x: f"{100 * x:.0f} %" for x in BINS}
-    return [ranking_panel, lines_panel("of those, remembered", lines, "P(memorized)", ticks=ticks, axis="share")]
-
-
-def _parts(found: Detection) -> dict[str, dict[str, Any]]:
-    """Each phrasing, and what was held out."""
-    held: dict[str, dict[str, Any]] = {f"held out: {name}": entry for name, entry in found.held_out.items()}
-    return {**found.by_family, **held}
-
-
 def table(found: Detection) -> Table:
     """Within each phrasing, how the detector ranks prompts, beside what needs no state."""
-    parts: dict[str, dict[str, Any]] = {"all conflicts": found.auroc, **_parts(found)}
-    rows = [
-        [
-            name,
-            *(ranged(part[score]) if part[score].known else "too few" for score in SCORES),
-            f"{part['memorized']:,} / {part['generalized']:,}" if "memorized" in part else "",
-        ]
-        for name, part in parts.items()
-    ]
+    parts: dict[str, dict[str, Any]] = {"all conflicts": found.auroc, **found.by_family}
+    parts |= {f"held out: {name}": entry for name, entry in found.held_out.items()}
+    rows = []
+    for name, part in parts.items():
+        counts = f"{part['memorized']:,} / {part['generalized']:,}" if "memorized" in part else ""
+        rows.append([name, *(ranged(part[s]) if part[s].known else "too few" for s in SCORES), counts])
     columns = ["", *SCORES.values(), "remembered / worked out"]
     return Table("Share of (remembered, worked out) prompts that a score ranks right", columns, rows)
 
 
 def _gated_panel(block: Steered, direction: Direction) -> Panel:
-    """What the vector steers and costs by itself and behind the gate."""
     assert block.gated
     plain = {"pairs": block.pairs.shift, "conflict": block.conflict_at_chosen.shift}
     dots = []

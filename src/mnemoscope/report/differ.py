@@ -88,7 +88,7 @@ def _heatmap_panel(contrast: Contrast) -> Panel:
     every = int(np.ceil(16 / strip))  # a line of text takes 16 pixels
 
     def plot() -> Figure:
-        figure, ax = drawing.canvas(strip * layers + 72)
+        figure, ax = drawing.canvas(strip * layers + 72, "NMD by neuron, sorted")
         for layer, row in enumerate(nmd_LD):
             place = (0, neurons, layer + 0.42, layer - 0.42)
             ax.imshow(row[None], cmap, aspect="auto", interpolation="none", extent=place, vmin=-reach, vmax=reach)
@@ -101,7 +101,6 @@ def _heatmap_panel(contrast: Contrast) -> Panel:
         ax.get_xticklabels()[0].set_horizontalalignment("left")
         ax.get_xticklabels()[1].set_horizontalalignment("right")
         ax.spines["bottom"].set_visible(False)
-        ax.set_title("NMD by neuron, sorted")
         return figure
 
     return plot
@@ -118,12 +117,7 @@ def _rho_panel(rho_LD: np.ndarray) -> Panel:
 
 
 def draw_neuron(generalized_P: np.ndarray, memorized_P: np.ndarray, label: str) -> str:
-    """SVG of one neuron's activations under the two behaviours.
-
-    Args:
-        generalized_P, memorized_P: activations at the decision position, of the two phrasings of each pair.
-        label: what a screen reader reads.
-    """
+    """SVG of one neuron's activations at the decision position under both phrasings of P pairs, and its label."""
 
     def plot() -> Figure:
         figure, ax = drawing.canvas(220)

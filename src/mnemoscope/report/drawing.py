@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from html import escape
@@ -38,13 +38,7 @@ _ALONE = Lock()  # the library's settings are those of the whole process
 
 
 def draw(name: str, label: str, panels: Sequence[Panel]) -> tuple[str, ...]:
-    """SVG of every panel.
-
-    Args:
-        name: unique in the page; it seeds the identifiers inside the SVG.
-        label: what a screen reader reads in place of the figure.
-        panels: functions that make the figures.
-    """
+    """SVG of every panel, under a name that no other figure of the page has, with a label for screen readers."""
     drawn = []
     for number, panel in enumerate(panels, 1):
         with _ALONE, _style(f"{name}-{number}"):
@@ -53,14 +47,13 @@ def draw(name: str, label: str, panels: Sequence[Panel]) -> tuple[str, ...]:
     return tuple(drawn)
 
 
-def canvas(height: float) -> tuple[Figure, Axes]:
-    """An empty panel of ``height`` pixels."""
+def canvas(height: float, title: str = "") -> tuple[Figure, Axes]:
+    """An empty panel of ``height`` pixels; a direction as its title gets its own name and colour."""
     engine = ConstrainedLayoutEngine(w_pad=2 / 72, h_pad=2 / 72, wspace=0.05, hspace=0.06)
     figure = Figure(figsize=(WIDTH / 72, height / 72), layout=engine)
-    return figure, figure.subplots()
-
-
-# --- rows of dots --------------------------------------------------------------------------------------------------
+    ax = figure.subplots()
+    ax.set_title(TOWARDS.get(title, title), color=TONE.get(title, INK))
+    return figure, ax
 
 
 @dataclass(frozen=True)
@@ -75,24 +68,29 @@ class Dot:
     beside: tuple[tuple[str, float], ...] = ()
 
 
+def against(first: str, found: dict[str, Estimate], colour: str = INK) -> list[Dot]:
+    """Rows of what is known: the first named in its colour, what it has to beat hollow and grey."""
+    known = {name: value for name, value in found.items() if value.known}
+    return [Dot(name, v, *((colour, False) if name == first else (OTHER, True))) for name, v in known.items()]
+
+
 def dots_panel(
     title: str, dots: Sequence[Dot], reference: float | None = None, legend: Sequence[tuple[str, str]] = ()
 ) -> Panel:
     """Rows of dots with intervals, in per cent; the number stands at the right end of each.
 
     Args:
-        title: or a direction, which has its own name and colour.
         reference: what the axis is fitted around, with a line there; None: 0 to 100. Around 0, numbers are changes.
         legend: (name, marker).
     """
 
     def plot() -> Figure:
-        figure, ax = canvas(ROW * max(1, len(dots)) + 58 + (17 * math.ceil(len(legend) / 2) + 8 if legend else 0))
+        height = ROW * max(1, len(dots)) + 58 + (17 * math.ceil(len(legend) / 2) + 8 if legend else 0)
+        figure, ax = canvas(height, title)
         for height, dot in enumerate(dots):
             _dot(ax, height, dot, signed=reference == 0)
         name_rows(ax, [dot.name for dot in dots])
         _span(ax, dots, reference)
-        entitle(ax, title)
         for name, marker in legend:
             ax.plot([], [], marker, color=OTHER, markersize=6, markeredgewidth=1.5 * (marker in "x|"), label=name)
         if legend:
@@ -100,11 +98,6 @@ def dots_panel(
         return figure
 
     return plot
-
-
-def entitle(ax: Axes, title: str) -> None:
-    """The title of a panel; a direction has its own name and colour."""
-    ax.set_title(TOWARDS.get(title, title), color=TONE.get(title, INK))
 
 
 def name_rows(ax: Axes, names: Sequence[str], every: int = 1) -> None:
@@ -126,8 +119,7 @@ def _dot(ax: Axes, height: float, dot: Dot, signed: bool) -> None:
     ax.plot([low, high], [height, height], color=dot.colour, linewidth=3, alpha=0.45)
     ax.plot(100 * dot.mark, height, "|", color=MUTED, markersize=11, markeredgewidth=1.6)
     ax.plot(middle, height, "o", color=dot.colour, markerfacecolor=PAPER if dot.hollow else dot.colour, markersize=7)
-    text = f"{round(middle):+d}" if signed and round(middle) else f"{round(middle)}"
-    beside(ax, height, text)
+    beside(ax, height, f"{round(middle):+d}" if signed and round(middle) else f"{round(middle)}")
 
 
 def _span(ax: Axes, dots: Sequence[Dot], reference: float | None) -> None:
@@ -140,9 +132,6 @@ def _span(ax: Axes, dots: Sequence[Dot], reference: float | None) -> None:
     # Student's t over seeds may leave what a share, or a difference of shares, can be.
     ax.set_xlim(max(reference - 102, min([*ends, reference - 5]) - 2), min(102, max([*ends, reference + 5]) + 2))
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:.0f} %" if reference else f"{x:.0f}")
-
-
-# --- lines ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -169,21 +158,20 @@ def lines_panel(
     lines: Sequence[Line],
     xlabel: str = "layer",
     ylabel: str = "",
-    ticks: dict[float, str] | None = None,
+    ticks: Mapping[Any, str] | None = None,
     chance: float | None = None,
     axis: Literal["plain", "percent", "share"] = "plain",
 ) -> Panel:
     """A panel of lines whose names stand at their right ends.
 
     Args:
-        title: or a direction, which has its own name and colour.
         ticks: of the x axis, by place.
         chance: where a dotted horizontal line stands.
         axis: ``percent`` fits per cent to the lines, ``share`` goes from 0 to 100 %; else it begins at 0 where it can.
     """
 
     def plot() -> Figure:
-        figure, ax = canvas(230)
+        figure, ax = canvas(230, title)
         for line in lines:
             _line(ax, line)
         if axis == "share":
@@ -204,7 +192,6 @@ def lines_panel(
         _name_ends(ax, lines)
         ax.set(xlabel=xlabel, ylabel=ylabel)
         ax.grid(axis="x", visible=False)
-        entitle(ax, title)
         return figure
 
     return plot
@@ -222,11 +209,13 @@ def _line(ax: Axes, line: Line) -> None:
 
 
 def _name_ends(ax: Axes, lines: Sequence[Line]) -> None:
-    """Names right of the last known points, moved apart where they would overlap."""
+    """Names right of the last known points, moved up where they would overlap."""
     named = [line for line in lines if line.name and not np.isnan(line.heights).all()]
-    ends = [float(line.heights[~np.isnan(line.heights)][-1]) for line in named]
+    places = np.array([line.heights[~np.isnan(line.heights)][-1] for line in named])
     low, high = ax.get_ylim()
-    for line, height in zip(named, apart(ends, 15 / 180 * (high - low)), strict=True):
+    for below, above in pairwise(np.argsort(places, kind="stable")):
+        places[above] = max(places[above], places[below] + 15 / 180 * (high - low))
+    for line, height in zip(named, places.tolist(), strict=True):
         beside(ax, height, line.name, MUTED if line.colour == OTHER else line.colour)
 
 
@@ -234,18 +223,6 @@ def beside(ax: Axes, height: float, text: str, colour: str = INK) -> None:
     """Text right of the axes at a height."""
     place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
     ax.annotate(text, (1, height), (6, 0), va="center", color=colour, annotation_clip=False, **place)
-
-
-def apart(heights: Sequence[float], gap: float) -> list[float]:
-    """Heights of labels that were to stand at ``heights``, moved up until neighbours keep ``gap``."""
-    placed = np.array(heights, dtype=np.float64)
-    order = np.argsort(placed, kind="stable")
-    for below, above in pairwise(order):
-        placed[above] = max(placed[above], placed[below] + gap)
-    return placed.tolist()
-
-
-# --- SVG -----------------------------------------------------------------------------------------------------------
 
 
 def _style(name: str) -> AbstractContextManager[None]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +12,7 @@ from mnemoscope.report.drawing import DASHED, INK, MUTED, OTHER, TONE, Dot, Line
 from mnemoscope.report.intervals import shared_mean
 from mnemoscope.report.page import Answer, Chapter, Exhibit, Table, View, not_measured
 from mnemoscope.report.records import Cell, Run
-from mnemoscope.report.schema import DIRECTIONS, Direction, Halves, SeedsRow, Steered, TaskResults, Transfer
+from mnemoscope.report.schema import DIRECTIONS, Halves, SeedsRow, TaskResults, Transfer
 from mnemoscope.report.words import NBSP, TOWARDS, listed, percent, ranged
 from mnemoscope.statistics import Estimate, mean_with_range, over_seeds
 
@@ -25,32 +22,30 @@ ALL = -1  # the layer of what belongs to all together
 
 def measure_halves(cell: Cell) -> Halves:
     """How alike the contrasts of two halves of the fit pairs are; the mean over halvings, with their range."""
-    rows, layers = cell.halves, range(len(cell.contrast.nmd_LD))
-
-    def of(what: str) -> pd.DataFrame:
-        return rows[rows.what == what]
-
-    cosine, overlap, in_layers = of("nmd_cosine"), of("overlap"), of("overlap_in_layers")
-    by_layer = {
-        what: [mean_with_range(part.value[part.layer == layer]) for layer in layers]
-        for what, part in (("rho_rank_correlation", of("rho_rank_correlation")), ("nmd_cosine", cosine))
-    }
+    layers, of = range(len(cell.contrast.nmd_LD)), dict(iter(cell.halves.groupby("what")))
+    cosine, rank, overlap, in_layers = (
+        of.get(what, cell.halves[:0]) for what in ("nmd_cosine", "rho_rank_correlation", "overlap", "overlap_in_layers")
+    )
     found = {
         f"{top:g}": {
-            "share": mean_with_range(overlap.value[overlap.top == top]),
-            "chance": _chance(overlap[overlap.top == top]),
-            "chance_in_layers": _chance(in_layers[in_layers.top == top]),
+            "share": mean_with_range(part.value),
+            "chance": _chance(part, int(part.n.max())),
+            "chance_in_layers": _chance(within := in_layers[in_layers.top == top], int(within.n.max())),
         }
-        for top in sorted(overlap.top.unique())
+        for top, part in overlap.groupby("top")
     }
-    together = mean_with_range(cosine.value[cosine.layer == ALL])
-    return Halves(halvings=int(rows.halving.nunique()), **by_layer, nmd_cosine_all=together, overlap=found)
+    return Halves(
+        halvings=int(cell.halves.halving.nunique()),
+        rho_rank_correlation=[mean_with_range(rank.value[rank.layer == layer]) for layer in layers],
+        nmd_cosine=[mean_with_range(cosine.value[cosine.layer == layer]) for layer in layers],
+        nmd_cosine_all=mean_with_range(cosine.value[cosine.layer == ALL]),
+        overlap=found,
+    )
 
 
-def _chance(rows: pd.DataFrame) -> Estimate:
-    """The permutation distribution of an overlap: its mean and its 95 % interval, averaged over halvings."""
-    chance, low, high = (float(rows[key].mean()) for key in ("chance", "chance_low", "chance_high"))
-    return Estimate(chance, low, high, int(rows.n.max()))
+def _chance(rows: pd.DataFrame, n: int) -> Estimate:
+    """A permutation distribution: its mean and its 95 % interval, averaged over halvings or twos of seeds."""
+    return Estimate(*(float(rows[key].mean()) for key in ("chance", "chance_low", "chance_high")), n)
 
 
 def measure_seeds(run: Run) -> dict[str, list[SeedsRow]]:
@@ -61,10 +56,8 @@ def measure_seeds(run: Run) -> dict[str, list[SeedsRow]]:
     for label, rows in run.seeds.groupby("label", sort=True):
         for values, part in rows.groupby(MEASURE, dropna=False, sort=True):
             facts: dict[str, Any] = dict(zip(MEASURE, values, strict=True))
-            low, middle, high = (float(part[key].mean()) for key in ("chance_low", "chance", "chance_high"))
-            by_chance, value = Estimate(middle, low, high, len(part)), mean_with_range(part.value)
-            row = SeedsRow(**facts, value=value, chance=by_chance, twos=len(part))
-            found.setdefault(str(label), []).append(row)
+            numbers = {"value": mean_with_range(part.value), "chance": _chance(part, len(part)), "twos": len(part)}
+            found.setdefault(str(label), []).append(SeedsRow(**facts, **numbers))
     return found
 
 
@@ -78,7 +71,7 @@ def measure_transfer(run: Run, layers: dict[tuple[str, int], int]) -> dict[str, 
             found[str(source), str(target)] = {
                 direction: {
                     str(method): {
-                        name: _by_seed(part[part.role == role], partial(_hits, direction=direction))
+                        name: _by_seed(part[part.role == role], part.after == DIRECTIONS[direction][0])
                         for name, role in (("shift", "vector"), ("gaussian", "gaussian"))
                     }
                     for method, part in rows[rows.direction == direction].groupby("method", observed=True, sort=True)
@@ -96,33 +89,23 @@ def measure_transfer(run: Run, layers: dict[tuple[str, int], int]) -> dict[str, 
 
 def _probes(rows: pd.DataFrame, layers: dict[tuple[str, int], int]) -> dict[str, Any]:
     """Accuracy by layer, and at each seed's layer that reads best on tune where the probe comes from."""
-
-    def right(part: pd.DataFrame) -> Any:
-        return (part.score > 0) == (part.label == 1)
-
+    right_N = (rows.score > 0) == (rows.label == 1)
     chosen_N = np.array([layers.get(key, -1) for key in zip(rows.source.astype(str), rows.seed, strict=True)])
     best = rows[rows.layer.to_numpy() == chosen_N]
     return {
-        "probe": _by_seed(best, right) if len(best) else Estimate.undefined(),
-        "probe_layer": float(best.groupby("seed").layer.first().mean()) if len(best) else math.nan,
-        "probe_by_layer": [_by_seed(rows[rows.layer == layer], right) for layer in sorted(rows.layer.unique())],
+        "probe": _by_seed(best, right_N),
+        "probe_layer": float(best.groupby("seed").layer.first().mean()),
+        "probe_by_layer": [_by_seed(rows[rows.layer == layer], right_N) for layer in sorted(rows.layer.unique())],
     }
 
 
-def _hits(rows: pd.DataFrame, direction: Direction) -> Any:
-    return rows.after == DIRECTIONS[direction][0]
-
-
-def _by_seed(rows: pd.DataFrame, hits: Callable[[pd.DataFrame], Any]) -> Estimate:
+def _by_seed(rows: pd.DataFrame, hits: pd.Series) -> Estimate:
+    """Mean over seeds of the share of rows that are hits; undefined without a row."""
+    by_seed = rows.groupby(["source", "seed"], observed=True)
     return over_seeds(
-        [
-            shared_mean(hits(part), part.group, f"transfer/{part.source.iloc[0]}/{seed}")
-            for seed, part in rows.groupby("seed")
-        ]
+        [shared_mean(hits[part.index], part.group, f"transfer/{source}/{seed}") for (source, seed), part in by_seed]
     )
 
-
-# --- the story -----------------------------------------------------------------------------------------------------
 
 Found = tuple[str, float, Estimate, Estimate]  # between what, share of neurons, overlap, overlap by chance
 
@@ -130,10 +113,20 @@ Found = tuple[str, float, Estimate, Estimate]  # between what, share of neurons,
 def chapter(view: View) -> Chapter:
     """What was held out, then halves and seeds."""
     task, seeds = view.task, view.seeds
-    held = [(d, b) for d, b in task.steering.items() if any(each.shift.known for each in b.held_out.values())]
-    exhibits = [Exhibit("held-out", [_held_out_panel(block, direction) for direction, block in held])]
-    if overlaps(task, seeds):
-        exhibits.append(Exhibit("steady", [_overlap_panel(task, seeds), _likeness_panel(task, seeds)]))
+    held_out = []
+    for direction, block in task.steering.items():
+        dots = [Dot("as fitted", block.pairs.shift, TONE[direction])]
+        held = {name: each.shift for name, each in block.held_out.items() if each.shift.known}
+        dots += [Dot(f"another {name}", shift, TONE[direction], True) for name, shift in held.items()]
+        held_out += [dots_panel(direction, dots)] if held else []
+    exhibits, found = [Exhibit("held-out", held_out)], overlaps(task, seeds)
+    if found:
+        dots = [
+            Dot(f"top {100 * top:g} %, {between}", value, INK, between == "seeds", mark=chance.estimate)
+            for between, top, value, chance in found
+        ]
+        panels = [dots_panel("same neurons found again", dots), _likeness_panel(task, seeds)]
+        exhibits.append(Exhibit("steady", panels))
     return Chapter(answer(task, seeds), exhibits)
 
 
@@ -169,20 +162,6 @@ def overlaps(task: TaskResults, seeds: list[SeedsRow]) -> list[Found]:
     return sorted((entry for entry in found if entry[2].known), key=lambda entry: (entry[1], entry[0]))
 
 
-def _held_out_panel(block: Steered, direction: Direction) -> Panel:
-    held = [(f"another {name}", each.shift) for name, each in block.held_out.items() if each.shift.known]
-    dots = [Dot(name, shift, TONE[direction], True) for name, shift in held]
-    return dots_panel(direction, [Dot("as fitted", block.pairs.shift, TONE[direction]), *dots])
-
-
-def _overlap_panel(task: TaskResults, seeds: list[SeedsRow]) -> Panel:
-    dots = [
-        Dot(f"top {100 * top:g} %, {between}", value, INK, between == "seeds", mark=chance.estimate)
-        for between, top, value, chance in overlaps(task, seeds)
-    ]
-    return dots_panel("same neurons found again", dots)
-
-
 def _likeness_panel(task: TaskResults, seeds: list[SeedsRow]) -> Panel:
     """Rank correlation of rho by layer, and what two seeds share beside chance."""
     lines = [Line("halves", task.contrast.layers, task.consistency["halves"].rho_rank_correlation)]
@@ -193,9 +172,6 @@ def _likeness_panel(task: TaskResults, seeds: list[SeedsRow]) -> Panel:
             lines.append(Line(name, layers, [row.value for row in rows], MUTED, dash))
             lines.append(Line("", layers, [row.chance for row in rows], OTHER, width=0))
     return drawing.lines_panel("likeness by layer", lines, chance=0)
-
-
-# --- from task to task ---------------------------------------------------------------------------------------------
 
 
 def transfer(matrix: dict[str, dict[str, Transfer]]) -> Table | None:

@@ -12,12 +12,7 @@ from mnemoscope.statistics import Estimate, auroc, named_rng, proportion
 
 
 def mean(values_N: Any, groups_N: Any, name: str, *, signed: bool = False) -> Estimate:
-    """The mean of values that are not NaN, with resamples of its own.
-
-    Args:
-        values_N: 0/1 values, differences of such (then ``signed``), or margins; ``groups_N``: the group of each.
-        name: the number's name, which seeds its resamples.
-    """
+    """The mean of 0/1 values, differences of such (``signed``), or margins, with resamples that its name seeds."""
     return proportion(np.asarray(values_N, float), np.asarray(groups_N, str), named_rng(name), signed=signed)
 
 
@@ -30,10 +25,8 @@ def shared_mean(values_N: Any, groups_N: Any, stream: str, *, signed: bool = Fal
 
 
 def ranking(scores_N: Any, labels_N: Any, groups_N: Any, name: str) -> Estimate:
-    """Area under the ROC curve; undefined with one class only."""
-    if len(np.unique(labels_N)) < 2:
-        return Estimate.undefined(len(labels_N))
-    return auroc(np.asarray(scores_N), np.asarray(labels_N), np.asarray(groups_N, str), named_rng(name))
+    """Area under the ROC curve, with resamples of its own."""
+    return auroc(scores_N, labels_N, np.asarray(groups_N, str), named_rng(name))
 
 
 def shares(rows: pd.DataFrame, direction: Direction, stream: str, *, confabulated: bool = True) -> Shares:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -34,26 +34,16 @@ class View:
 
 @dataclass(frozen=True)
 class Answer:
-    """The question of a chapter, answered.
+    """The question of a chapter, answered."""
 
-    Attributes:
-        anchor: the end of the chapter's identifier.
-        verdict: a title that one can scan.
-        number: as text; what stands first under the title.
-        sentence: what the number is of.
-        note: the caveat: its interval, and what else should be known beside it.
-        share: what the small scale shows.
-        mark: a second share on the scale, and what it is.
-    """
-
-    anchor: str
+    anchor: str  # the end of the chapter's identifier
     question: str
-    verdict: str
-    number: str = ""
-    sentence: str = ""
-    note: str = ""
-    share: Estimate | None = None
-    mark: tuple[float, str] = (math.nan, "")
+    verdict: str  # a title that one can scan
+    number: str = ""  # what stands first under the title
+    sentence: str = ""  # what the number is of
+    note: str = ""  # the caveat: its interval, and what else should be known beside it
+    share: Estimate | None = None  # what the small scale shows
+    mark: tuple[float, str] = (math.nan, "")  # a second share on the scale, and what it is
 
 
 @dataclass(frozen=True)
@@ -67,35 +57,27 @@ class Table:
 
 @dataclass(frozen=True)
 class Exhibit:
-    """One figure; left out where there is nothing to draw. Its title and caption are those of ``words.yaml``.
+    """One figure; left out where there is nothing to draw. Its title and caption are those of ``words.yaml``."""
 
-    Attributes:
-        anchor: the name of its caption, and the end of the figure's identifier.
-        sentences: computed, where a verdict is needed; empty ones are left out.
-        table: numbers that belong right below it.
-        folded: shown on demand.
-    """
-
-    anchor: str
+    anchor: str  # the name of its caption, and the end of the figure's identifier
     panels: Sequence[Panel]
-    sentences: Sequence[str] = ()
-    table: Table | None = None
-    folded: bool = False
+    sentences: Sequence[str] = ()  # computed, where a verdict is needed; empty ones are left out
+    table: Table | None = None  # numbers that belong right below it
+    folded: bool = False  # shown on demand
+    drawn: tuple[str, ...] = ()  # SVG of the panels, once the page is made
 
 
 @dataclass(frozen=True)
 class Chapter:
-    """One story, for one task; ``tables`` are shown on demand. Beside figures the template shows an example,
-    pairs of phrasings, and what is written under steering, below a sentence (``telling``).
-    """
+    """One story, for one task."""
 
     answer: Answer
-    exhibits: list[Exhibit] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
+    exhibits: Sequence[Exhibit] = ()
+    tables: Sequence[Table] = ()  # shown on demand
     example: Any = None
-    pairs: Sequence[Any] = ()
-    written: Sequence[Any] = ()
-    telling: str = ""
+    pairs: Sequence[Any] = ()  # of phrasings
+    written: Sequence[Any] = ()  # under steering
+    telling: str = ""  # a sentence above that
 
 
 def not_measured(anchor: str, question: str, task: TaskResults) -> Answer:
@@ -113,72 +95,46 @@ def not_measured(anchor: str, question: str, task: TaskResults) -> Answer:
     return Answer(anchor, question, "Not measured", sentence=why)
 
 
-# --- the page ------------------------------------------------------------------------------------------------------
-
 TINTS = (("memorized", r"remember(?:ed|ing|s)?|from memory"), ("generalized", r"work(?:ed|ing|s)?(?: it)? out"))
-
-
-@dataclass(frozen=True)
-class Figure:
-    """An exhibit as the template shows it: with its caption, and its panels as SVG."""
-
-    title: str
-    note: str
-    exhibit: Exhibit
-    drawn: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class TaskPage:
-    """All that the page shows of one task."""
-
-    name: str
-    label: str
-    title: str
-    intro: str
-    info: dict[str, Any]
-    chapters: list[tuple[Chapter, list[Figure]]]
 
 
 Stories = Sequence[Callable[[View], Chapter | None]]
 
 
 def render(run: Run, results: Results, stories: Stories, across: Table | None, parallel: Map = in_order) -> str:
-    """The text of ``report.html``.
-
-    Args:
-        stories: what makes the chapters of a task, in their order.
-        across: what is shown of all tasks together.
-        parallel: where pages of tasks are drawn.
-    """
+    """The text of ``report.html``: of each task the chapters of all stories, in parallel, then a table of all tasks."""
     looks: dict[str, Any] = {"autoescape": True, "undefined": jinja2.StrictUndefined}
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, **looks)
     environment.filters |= {"tint": tint, "ranged": ranged}
     environment.filters["place"] = lambda share: round(100 * float(np.clip(share, 0, 1)), 2)  # cut to the scale
-    template = environment.from_string((files("mnemoscope.report") / "template.html").read_text(encoding="utf-8"))
     asked = [
         (label, View(results.tasks[label], cells, results.seeds.get(label, [])), stories)
         for label, cells in run.by_label().items()
     ]
-    return template.render(
+    return environment.from_string(_text("template.html")).render(
         results=results,
         tasks=list(parallel(_task_page, asked)),
         across=across,
         css=Markup(page_style()),
         configuration=run.study_text,
         manifest=run.manifest,
+        captions=_fixed()["captions"],
         glossary=_fixed()["words"].items(),
     )
 
 
+def _text(name: str) -> str:
+    return (files("mnemoscope.report") / name).read_text(encoding="utf-8")
+
+
 @cache
 def _fixed() -> dict[str, Any]:
-    return dict(yaml.safe_load((files("mnemoscope.report") / "words.yaml").read_text(encoding="utf-8")))
+    return dict(yaml.safe_load(_text("words.yaml")))
 
 
 def page_style() -> str:
     """The style sheet of the report, whose colours and type other pages share."""
-    return (files("mnemoscope.report") / "style.css").read_text(encoding="utf-8")
+    return _text("style.css")
 
 
 def tint(text: str) -> Markup:
@@ -189,25 +145,25 @@ def tint(text: str) -> Markup:
     return Markup(safe)
 
 
-def _task_page(asked: tuple[str, View, Stories]) -> TaskPage:
-    """Compute all sentences and draw all figures of one task."""
+def _task_page(asked: tuple[str, View, Stories]) -> dict[str, Any]:
+    """All that the page shows of one task: compute its sentences and draw its figures."""
     label, view, stories = asked
     kind, known = str(view.cells[0].info["task"]), _fixed()["tasks"]
     title = known.get(kind, {}).get("title", label)
     if label not in (kind, title):
         title = f"{title}: {label}"
     name = re.sub(r"[^\w-]+", "-", label)  # which only names places in the page
-    chapters = [chapter for story in stories if (chapter := story(view))]
-    drawn = [(replace(chapter, exhibits=[]), _figures(name, chapter.exhibits)) for chapter in chapters]
-    return TaskPage(name, label, title, known.get(kind, known["own"])["text"], view.cells[0].info, drawn)
+    chapters = [
+        replace(chapter, exhibits=[_drawn(name, exhibit) for exhibit in chapter.exhibits if exhibit.panels])
+        for story in stories
+        if (chapter := story(view))
+    ]
+    facts = {"name": name, "label": label, "title": title, "info": view.cells[0].info, "chapters": chapters}
+    return {**facts, "intro": known.get(kind, known["own"])["text"]}
 
 
-def _figures(name: str, exhibits: Sequence[Exhibit]) -> list[Figure]:
-    found = []
-    for exhibit in (exhibit for exhibit in exhibits if exhibit.panels):
-        caption = _fixed()["captions"][exhibit.anchor]
-        label = f"{caption['title']}. {next(filter(None, exhibit.sentences), caption['note'])}"
-        drawn = draw(f"{name}-{exhibit.anchor}", label, exhibit.panels)
-        # Panels are functions, which do not travel between processes.
-        found.append(Figure(caption["title"], caption["note"], replace(exhibit, panels=()), drawn))
-    return found
+def _drawn(name: str, exhibit: Exhibit) -> Exhibit:
+    caption = _fixed()["captions"][exhibit.anchor]
+    label = f"{caption['title']}. {next(filter(None, exhibit.sentences), caption['note'])}"
+    # Panels are functions, which do not travel between processes.
+    return replace(exhibit, panels=(), drawn=draw(f"{name}-{exhibit.anchor}", label, exhibit.panels))

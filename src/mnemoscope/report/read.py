@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from mnemoscope.errors import InputError
-from mnemoscope.report.drawing import DASHED, INK, OTHER, Dot, Line, Panel, dots_panel, lines_panel
+from mnemoscope.report.drawing import DASHED, OTHER, Line, Panel, against, dots_panel, lines_panel
 from mnemoscope.report.intervals import mean, ranking
 from mnemoscope.report.page import Answer, Chapter, Exhibit, View, not_measured
 from mnemoscope.report.records import Cell
@@ -26,14 +26,24 @@ ALL = -1  # the layer of what belongs to none, or to all together
 
 
 def measure_probes(cell: Cell) -> Probe:
-    """What a linear probe reads from each layer and position, beside what it has to beat."""
-    name, rows = f"{cell.name}/probe", cell.probes
-    layers_L = list(range(len(cell.contrast.nmd_LD)))
+    """What a linear probe reads from each layer and position, beside what it has to beat.
+
+    Raises:
+        InputError: the kinds of probes do not list the same test states in the same order.
+    """
+    name, rows, layers_L = f"{cell.name}/probe", cell.probes, list(range(len(cell.contrast.nmd_LD)))
     alone = {kind: rows[rows.kind == kind] for kind in (*INPUTS, *UNCERTAINTIES)}
-    states = _states_by_offset(cell, alone["input_only"], layers_L)
-    for kind, part in alone.items():
-        _check_same_states(cell, part, alone["input_only"], repr(kind))
-    shuffled = rows[rows.kind == "shuffled"]
+    shuffled, state = rows[rows.kind == "shuffled"], rows[rows.kind == "state"]
+    states = {  # the decision position is always there, even without a row
+        offset: {layer: state[(state.layer == layer) & (state.offset == offset)] for layer in layers_L}
+        for offset in sorted({0, *state.offset.unique().tolist()})
+    }
+    named = {f"layer {n}, offset {k}": part for k, found in states.items() for n, part in found.items()}
+    for what, part in (named | {repr(kind): part for kind, part in alone.items()}).items():
+        # Differences are taken state by state.
+        if not all(np.array_equal(part[column], alone["input_only"][column]) for column in ("group", "label")):
+            path = cell.folder / "records" / "probes.parquet"
+            raise InputError(f"{path}: the states of {what} are not those of 'input_only'")
     # The decision position has the names, and so the resamples, of the numbers that are shown without an offset.
     places = {offset: f"{name}/offset {offset}" if offset else name for offset in states}
     accuracy, auroc = (
@@ -42,53 +52,33 @@ def measure_probes(cell: Cell) -> Probe:
     )
     best = {str(offset): _cross_fitted(found, alone, f"{places[offset]}/best") for offset, found in states.items()}
     minus = {
-        kind: [_minus(states[0][layer], alone[kind], f"{name}/{layer}/{end}") for layer in layers_L]
+        f"minus_{kind}": [
+            mean(_right(part) - _right(alone[kind]), part.group, f"{name}/{layer}/{end}", signed=True)
+            for layer, part in states[0].items()
+        ]
         for kind, end in (("input_only", "minus"), ("input_repeats", "minus/input_repeats"))
     }
+    inputs, uncertainties = (
+        {kind: _accuracy(alone[kind], f"{name}/{kind}") for kind in kinds}
+        | {f"{kind}_auroc": _auroc(alone[kind], f"{name}/{kind}/auroc") for kind in kinds}
+        for kinds in (INPUTS, UNCERTAINTIES)
+    )
     return Probe(
         site=cell.contrast.site,
         layers=layers_L,
         accuracy=accuracy["0"],
         auroc=auroc["0"],
         best=best["0"],
-        **_of_kinds(INPUTS, alone, name),
-        baselines=_of_kinds(UNCERTAINTIES, alone, name),
+        **inputs,
+        baselines=uncertainties,
         shuffled=_accuracy(shuffled, f"{name}/shuffled"),
         shuffled_by_layer=[_accuracy(shuffled[shuffled.layer == n], f"{name}/shuffled/{n}") for n in layers_L],
-        minus_input_only=minus["input_only"],
-        minus_input_repeats=minus["input_repeats"],
+        **minus,
         offsets=list(states),
         accuracy_by_offset=accuracy,
         auroc_by_offset=auroc,
         best_by_offset=best,
     )
-
-
-def _states_by_offset(cell: Cell, input_only: pd.DataFrame, layers_L: list[int]) -> dict[int, dict[int, pd.DataFrame]]:
-    """Rows of the probes on states by offset and layer; the decision position is always there, even without a row."""
-    rows = cell.probes[cell.probes.kind == "state"]
-    found = {
-        offset: {layer: part[part.layer == layer] for layer in layers_L}
-        for offset in sorted({0, *rows.offset.unique().tolist()})
-        for part in [rows[rows.offset == offset]]
-    }
-    for offset, by_layer in found.items():
-        for layer in layers_L:
-            _check_same_states(cell, by_layer[layer], input_only, f"layer {layer}, offset {offset}")
-    return found
-
-
-def _check_same_states(cell: Cell, rows: pd.DataFrame, others: pd.DataFrame, what: str) -> None:
-    """Differences are taken state by state, so the two kinds must list the same states in the same order."""
-    if not all(np.array_equal(rows[column], others[column]) for column in ("group", "label")):
-        path = cell.folder / "records" / "probes.parquet"
-        raise InputError(f"{path}: the states of {what} are not those of 'input_only'")
-
-
-def _of_kinds(kinds: tuple[str, ...], alone: dict[str, pd.DataFrame], name: str) -> dict[str, Estimate]:
-    """Accuracy and area under the ROC curve of probes that see no state."""
-    accuracy = {kind: _accuracy(alone[kind], f"{name}/{kind}") for kind in kinds}
-    return {**accuracy, **{f"{kind}_auroc": _auroc(alone[kind], f"{name}/{kind}/auroc") for kind in kinds}}
 
 
 def _right(rows: pd.DataFrame) -> np.ndarray:
@@ -102,11 +92,6 @@ def _accuracy(rows: pd.DataFrame, name: str) -> Estimate:
 
 def _auroc(rows: pd.DataFrame, name: str) -> Estimate:
     return ranking(rows.score, rows.label, rows.group, name)
-
-
-def _minus(rows: pd.DataFrame, input_only: pd.DataFrame, name: str) -> Estimate:
-    """Accuracy of the probe minus that of the input alone, state by state."""
-    return mean(_right(rows) - _right(input_only), rows.group, name, signed=True)
 
 
 def _cross_fitted(states: dict[int, pd.DataFrame], alone: dict[str, pd.DataFrame], name: str) -> BestLayer:
@@ -138,11 +123,9 @@ def measure_learning(cell: Cell) -> Learning:
     rows = cell.learning
     sizes = sorted(rows.pairs.unique().tolist())
     keys = {size: "all" if size == sizes[-1] else str(size) for size in sizes}
-    parts = {
-        "accuracy": rows[rows.what == "accuracy"],
-        "nmd_cosine": rows[(rows.what == "nmd_cosine") & (rows.layer == ALL)],
-        "nmd_cosine_at_layer": rows[(rows.what == "nmd_cosine") & (rows.layer != ALL)],
-    }
+    of_all = (rows.what == "nmd_cosine") & (rows.layer == ALL)
+    parts = {"accuracy": rows[rows.what == "accuracy"], "nmd_cosine": rows[of_all]}
+    parts["nmd_cosine_at_layer"] = rows[(rows.what == "nmd_cosine") & ~of_all]
     curves = {
         what: {keys[size]: mean_with_range(part.value[part.pairs == size]) for size in sizes}
         for what, part in parts.items()
@@ -156,10 +139,34 @@ def chapter(view: View) -> Chapter:
     probe, learning = view.task.probe, view.task.learning
     if argmax(entry.estimate for entry in probe.accuracy) is None:
         return Chapter(answer(view.task))
-    panels = [_layers_panel(probe), _rivals_panel(probe)]
+    alone = [probe.input_only] * len(probe.layers)
+    lines = [
+        Line("the state", probe.layers, probe.accuracy),
+        Line("shuffled", probe.layers, probe.shuffled_by_layer, OTHER, DASHED, band=False, width=1.4),
+        Line("input alone", probe.layers, alone, OTHER, width=1.4),
+    ]
+    # Its layer chosen elsewhere, the probe beside all that it has to beat.
+    rivals = {"the state": probe.best.accuracy, **{RIVALS[kind]: getattr(probe, kind) for kind in INPUTS}}
+    rivals |= {RIVALS[kind]: probe.baselines[kind] for kind in UNCERTAINTIES} | {"shuffled labels": probe.shuffled}
+    panels = [lines_panel("right, by layer", lines, chance=0.5, axis="percent")]
+    panels.append(dots_panel("right, by what it looks at", against("the state", rivals), reference=50))
     panels += [_offsets_panel(probe)] if len(probe.best_by_offset) > 1 else []
-    panels += [_learning_panel(learning)] if len(learning.accuracy) > 1 else []
+    if len(learning.accuracy) > 1:
+        keys = sorted(learning.accuracy, key=lambda key: learning.pairs[key])
+        line = Line("", range(len(keys)), [learning.accuracy[key] for key in keys])
+        ticks = dict(enumerate(f"{learning.pairs[key]:.0f}" for key in keys))
+        panels.append(lines_panel("from how many pairs", [line], "fit pairs", ticks=ticks, chance=0.5, axis="percent"))
     return Chapter(answer(view.task), [Exhibit("probe", panels)])
+
+
+def _offsets_panel(probe: Probe) -> Panel:
+    offsets = sorted(probe.best_by_offset, key=int, reverse=True)
+    places = range(len(offsets))
+    lines = [Line("the state", places, [probe.best_by_offset[offset].accuracy for offset in offsets])]
+    for name, alone, dash in (("input alone", probe.input_only, "-"), ("repeats", probe.input_repeats, DASHED)):
+        lines.append(Line(name, places, [alone] * len(offsets), OTHER, dash, width=1.4, band=False))
+    ticks = dict(enumerate(f"{-int(offset)}" for offset in offsets))
+    return lines_panel("how early", lines, "tokens from the decision", ticks=ticks, chance=0.5, axis="percent")
 
 
 def answer(task: TaskResults) -> Answer:
@@ -170,51 +177,12 @@ def answer(task: TaskResults) -> Answer:
     # Of the two ways to read the input, the one that leaves least.
     kind = min(INPUTS, key=lambda k: np.nan_to_num(getattr(probe.best, f"minus_{k}").estimate, nan=math.inf))
     difference, alone = getattr(probe.best, f"minus_{kind}"), getattr(probe, kind)
-    verdict = "A probe does not surely read it"
-    if difference.sign > 0:
-        verdict = "A probe reads it, beyond the input"
-    elif accuracy.low > 0.5:
-        verdict = (
-            f"A probe reads it, {'but the input alone is better' if difference.sign else 'not surely beyond the input'}"
-        )
+    beyond_input = {1: "beyond the input", 0: "not surely beyond the input", -1: "but the input alone is better"}
+    reads = difference.sign > 0 or accuracy.low > 0.5
+    verdict = f"A probe reads it, {beyond_input[difference.sign]}" if reads else "A probe does not surely read it"
     sentence = f"of test states are read right by a linear probe on {layers(probe.best.picked)}."
     note = f"95{NBSP}% interval: {interval(accuracy)}."
     if difference.known:
         note += f" That is {beyond(difference)} than from {RIVALS[kind]} ({percent(alone.estimate)})."
     shown = percent(accuracy.estimate)
     return Answer("read", question, verdict, shown, sentence, note, accuracy, (alone.estimate, RIVALS[kind]))
-
-
-def _layers_panel(probe: Probe) -> Panel:
-    lines = [
-        Line("the state", probe.layers, probe.accuracy),
-        Line("shuffled", probe.layers, probe.shuffled_by_layer, OTHER, DASHED, band=False, width=1.4),
-        Line("input alone", probe.layers, [probe.input_only] * len(probe.layers), OTHER, width=1.4),
-    ]
-    return lines_panel("right, by layer", lines, chance=0.5, axis="percent")
-
-
-def _rivals_panel(probe: Probe) -> Panel:
-    """The probe with its layer chosen elsewhere, then all that it has to beat, as far as known."""
-    found = {"the state": probe.best.accuracy, RIVALS["input_only"]: probe.input_only}
-    found |= {RIVALS["input_repeats"]: probe.input_repeats, **{RIVALS[k]: probe.baselines[k] for k in UNCERTAINTIES}}
-    known = [(name, value) for name, value in {**found, "shuffled labels": probe.shuffled}.items() if value.known]
-    dots = [Dot(name, value, OTHER if number else INK, number > 0) for number, (name, value) in enumerate(known)]
-    return dots_panel("right, by what it looks at", dots, reference=50)
-
-
-def _offsets_panel(probe: Probe) -> Panel:
-    offsets = sorted(probe.best_by_offset, key=int, reverse=True)
-    places = range(len(offsets))
-    lines = [Line("the state", places, [probe.best_by_offset[offset].accuracy for offset in offsets])]
-    for name, alone, dash in (("input alone", probe.input_only, "-"), ("repeats", probe.input_repeats, DASHED)):
-        lines.append(Line(name, places, [alone] * len(offsets), OTHER, dash, width=1.4, band=False))
-    ticks = {float(place): f"{-int(offset)}" for place, offset in enumerate(offsets)}
-    return lines_panel("how early", lines, "tokens from the decision", ticks=ticks, chance=0.5, axis="percent")
-
-
-def _learning_panel(learning: Learning) -> Panel:
-    keys = sorted(learning.accuracy, key=lambda key: learning.pairs[key])
-    lines = [Line("", range(len(keys)), [learning.accuracy[key] for key in keys])]
-    ticks = {float(place): f"{learning.pairs[key]:.0f}" for place, key in enumerate(keys)}
-    return lines_panel("from how many pairs", lines, "fit pairs", ticks=ticks, chance=0.5, axis="percent")

@@ -46,6 +46,9 @@ class Cell:
     """The records of one (task, model, seed); None where the study made none."""
 
     folder: Path
+    name: str  # of the folder, and of the random streams of the cell's intervals
+    label: str  # under which results and report show it; a task's own name unless the study gives another
+    seed: int
     info: dict[str, Any]
     training_time: dict[str, float]
     chosen: dict[str, Any]
@@ -66,23 +69,7 @@ class Cell:
 
     def read_steering(self) -> pd.DataFrame:
         """The steering table, read anew: it is by far the largest, and one cell's at a time in a process is enough."""
-        table: pd.DataFrame = _table(self.folder / "records", "steering")
-        return table
-
-    @property
-    def name(self) -> str:
-        """Of the folder, and of the random streams of the cell's intervals."""
-        return self.folder.name
-
-    @property
-    def label(self) -> str:
-        """The name under which results and report show the cell; a task's own name unless the study gives another."""
-        return str(self.info["label"])
-
-    @property
-    def seed(self) -> int:
-        """The seed of the cell."""
-        return int(self.info["seed"])
+        return _table(self.folder / "records", "steering")
 
 
 @dataclass(frozen=True)
@@ -144,6 +131,9 @@ def read_cell(folder: Path) -> Cell:
     tables |= {name: _table(records, name, optional=True) for name in OPTIONAL_TABLES}
     return Cell(
         folder=folder,
+        name=folder.name,
+        label=str(info["label"]),
+        seed=int(info["seed"]),
         info=info,
         training_time=_json(records / "training_time.json") if info["trained"] else {},
         training=_table(records, "training") if info["trained"] else None,

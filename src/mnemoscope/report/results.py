@@ -15,7 +15,7 @@ from mnemoscope.errors import InputError
 from mnemoscope.processes import Map, in_order
 from mnemoscope.report import behaviour, cost, detector, differ, holds, read, steer, where
 from mnemoscope.report.records import Cell, Run
-from mnemoscope.report.schema import AIMS, CellResults, OverSeeds, Result, Results, Shares, TaskResults
+from mnemoscope.report.schema import AIMS, CellResults, Chosen, Control, Result, Results, TaskResults
 from mnemoscope.statistics import Estimate, over_seeds
 
 
@@ -28,7 +28,7 @@ def compute_results(run: Run, parallel: Map = in_order) -> Results:
     labels = run.by_label()
     for cells in labels.values():
         _check_alike(cells)
-    measured = iter(parallel(_measured, [cell for cells in labels.values() for cell in cells]))
+    measured = iter(parallel(measure, [cell for cells in labels.values() for cell in cells]))
     tasks = {label: over_all(cells, list(islice(measured, len(cells)))) for label, cells in labels.items()}
     across = {"seeds": holds.measure_seeds(run), "transfer": holds.measure_transfer(run, run.probe_layers())}
     return Results(study=str(run.study.get("study", "")), tasks=tasks, failed=run.failed, **across)
@@ -49,11 +49,7 @@ def _check_alike(cells: Sequence[Cell]) -> None:
         raise InputError(f"{cells[0].folder.parent}: cells of one name differ in their layers ({depths})")
 
 
-def _measured(cell: Cell) -> CellResults:
-    with threadpool_limits(1):  # processes beside each other have a processor each, and rounding is the same in all
-        return measure(cell)
-
-
+@threadpool_limits.wrap(1)  # processes beside each other have a processor each, and rounding is the same in all
 def measure(cell: Cell) -> CellResults:
     """The results of one cell."""
     return CellResults(
@@ -73,13 +69,7 @@ def measure(cell: Cell) -> CellResults:
 
 
 def over_all(cells: Sequence[Cell], found: list[CellResults]) -> TaskResults:
-    """One label over its seeds.
-
-    The chosen settings shown are the first seed's; ``chosen_by_seed`` names the methods, ``per_seed`` has the settings.
-
-    Args:
-        found: the results of each cell.
-    """
+    """One label over its seeds, from the results of each cell; the settings shown are the first seed's."""
     common = dict(merged(found))
     common["training"] = {key: [one.training[key] for one in found] for key in ("seconds", "steps")}
     sweep = where.measure_sweep(cells)
@@ -101,36 +91,30 @@ def over_all(cells: Sequence[Cell], found: list[CellResults]) -> TaskResults:
 
 
 def merged(values: Sequence[Any]) -> Any:
-    """One value for all seeds that have it, by its type; fields annotated with ``OverSeeds`` follow their own rule."""
+    """One value for all seeds that have it, by its type: of settings the first, of lists of numbers the union."""
     first = values[0]
     if isinstance(first, Estimate):
         return over_seeds(values)
+    if isinstance(first, str | Chosen):
+        return first
     if isinstance(first, Result):
-        return type(first).model_construct(**{name: _field(name, values) for name in type(first).model_fields})
+        fields = {name: [getattr(part, name) for part in values] for name in type(first).model_fields}
+        known = {name: [value for value in found if value is not None] for name, found in fields.items()}
+        found = {name: merged(of_seeds) if of_seeds else None for name, of_seeds in known.items()}
+        if isinstance(first, Control):
+            for aim in AIMS:
+                found["worst"][aim] = max(
+                    (worst[aim] for worst in known["worst"]), key=lambda s: np.nan_to_num(s.shift.estimate, nan=-1)
+                )
+        return type(first).model_construct(**found)
     if isinstance(first, dict):
         keys = dict.fromkeys(key for value in values for key in value)
         return {key: merged([value[key] for value in values if key in value]) for key in keys}
     if isinstance(first, list):
+        if all(isinstance(number, int) for value in values for number in value):
+            return sorted({number for value in values for number in value})
         return [merged(parts) for parts in zip(*values, strict=True)]
-    if isinstance(first, str):
-        return first
     if isinstance(first, int):
         return sum(values)
-    known = [value for value in values if not math.isnan(value)]
-    return float(np.mean(known)) if known else math.nan
-
-
-def _field(name: str, values: Sequence[Result]) -> Any:
-    found = [value for part in values if (value := getattr(part, name)) is not None]
-    rules = [rule for rule in type(values[0]).model_fields[name].metadata if isinstance(rule, OverSeeds)]
-    if not found or rules == [OverSeeds.FIRST]:
-        return found[0] if found else None
-    if rules == [OverSeeds.UNION]:
-        return sorted({number for value in found for number in value})
-    if rules == [OverSeeds.WORST]:
-        return {aim: max((value[aim] for value in found), key=_shift) for aim in AIMS}
-    return merged(found)
-
-
-def _shift(shares: Shares) -> float:
-    return float(np.nan_to_num(shares.shift.estimate, nan=-1.0))
+    numbers = [value for value in values if not math.isnan(value)]
+    return float(np.mean(numbers)) if numbers else math.nan

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from enum import Enum
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
@@ -25,11 +24,6 @@ DIRECTIONS: dict[Direction, tuple[str, str]] = {
 }
 AIMS: tuple[Aim, ...] = ("pairs", "conflict")  # what a setting is chosen for, and the list that it is to steer
 CONTROLS = ("random_neurons", "low_correlation", "random_sign", "shuffled_labels", "gaussian")
-
-
-# How a field becomes one over seeds where its type does not decide (results.merged).
-OverSeeds = Enum("OverSeeds", ["FIRST", "UNION", "WORST"])
-FIRST, UNION, WORST = OverSeeds
 
 
 class Result(BaseModel):
@@ -75,7 +69,7 @@ class Control(Result):
     pairs: Shares
     conflict: Shares
     draws: dict[Aim, int] = Field(description="number of draws by list")
-    worst: Annotated[dict[Aim, Shares], WORST] = Field(description="by list the draw that shifts most, of all seeds")
+    worst: dict[Aim, Shares] = Field(description="by list the draw that shifts most, of all seeds")
 
 
 class Gated(Result):
@@ -90,8 +84,8 @@ class Gated(Result):
 class Steered(Result):
     """One method in one direction; `pairs` and `collateral` under `chosen`, `conflict` under `chosen_conflict`."""
 
-    chosen: Annotated[Chosen, FIRST] = Field(description="the setting chosen for pairs; the first seed's")
-    chosen_conflict: Annotated[Chosen, FIRST] = Field(description="the setting chosen for conflicts, at the same place")
+    chosen: Chosen = Field(description="the setting chosen for pairs; the first seed's")
+    chosen_conflict: Chosen = Field(description="the setting chosen for conflicts, at the same place")
     pairs: Shares = Field(description="test pairs")
     conflict: Shares = Field(description="test conflicts as drawn that show the source behaviour unsteered")
     confabulated: Estimate = Field(description="of `pairs`")
@@ -140,7 +134,7 @@ class Contrasts(Result):
     """Per layer, over the fit pairs."""
 
     site: str
-    layers: Annotated[list[int], FIRST]
+    layers: list[int]
     mean_abs_nmd: list[float] = Field(description="mean |NMD| of the layer's neurons")
     max_abs_rho: list[float] = Field(description="largest |rho|")
     significant_fraction: list[float] = Field(description="share of the neurons with a family-wise p of at most 0.05")
@@ -152,7 +146,7 @@ class Contrasts(Result):
 class BestLayer(Result):
     """The best layer, chosen on other test groups than it is scored on."""
 
-    picked: Annotated[list[int], UNION] = Field(description="layers chosen")
+    picked: list[int] = Field(description="layers chosen")
     accuracy: Estimate
     minus_input_only: Estimate = Field(description="paired difference to each baseline")
     minus_input_repeats: Estimate
@@ -164,7 +158,7 @@ class Probe(Result):
     """Linear probes, learned on fit, scored on test pairs."""
 
     site: str
-    layers: Annotated[list[int], FIRST]
+    layers: list[int]
     accuracy: list[Estimate] = Field(description="per layer, at the decision position")
     auroc: list[Estimate] = Field(description="per layer")
     best: BestLayer
@@ -177,19 +171,17 @@ class Probe(Result):
     shuffled_by_layer: list[Estimate]
     minus_input_only: list[Estimate] = Field(description="paired difference per layer")
     minus_input_repeats: list[Estimate]
-    offsets: Annotated[list[int], UNION] = Field(description="tokens before the decision position")
+    offsets: list[int] = Field(description="tokens before the decision position")
     accuracy_by_offset: dict[str, list[Estimate]]
     auroc_by_offset: dict[str, list[Estimate]]
     best_by_offset: dict[str, BestLayer]
 
     @computed_field(description="by the interval of `best.minus_input_only`")
     def beats_input_only(self) -> Verdict:
-        """ "yes" or "no" where the interval of the difference lies above or below 0, else "unclear"."""
         return VERDICTS[self.best.minus_input_only.sign]
 
     @computed_field(description="likewise")
     def beats_input_repeats(self) -> Verdict:
-        """The same beside the input with its repeats."""
         return VERDICTS[self.best.minus_input_repeats.sign]
 
     @computed_field(description="first offset surely above `chance` and either input; NaN: none")
@@ -204,7 +196,7 @@ class Probe(Result):
 class Learning(Result):
     """What fewer fit pairs give: mean and range over draws, no confidence interval. Keys: number of pairs, or `all`."""
 
-    picked: Annotated[list[int], UNION] = Field(description="the layer")
+    picked: list[int] = Field(description="the layer")
     pairs: dict[str, float]
     accuracy: dict[str, Estimate]
     nmd_cosine: dict[str, Estimate] = Field(description="to the NMD of all pairs, all layers")

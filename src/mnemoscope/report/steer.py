@@ -10,6 +10,7 @@ Shapes: N rows of a table.
 from __future__ import annotations
 
 import math
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -75,20 +76,22 @@ def measure_direction(examples: Examples, method: str, direction: Direction, cho
     def vector(aim: str, name: str) -> pd.DataFrame:
         return examples.rows(aim, direction, method, "vector", name)
 
-    pairs, conflict = (shares(vector(aim, aim), direction, cell.name) for aim in AIMS)
+    def measured(aim: str, name: str) -> schema.Shares:
+        return shares(vector(aim, name), direction, cell.name)
+
+    pairs = measured("pairs", "pairs")
     controls = {name: {aim: examples.rows(aim, direction, method, name, aim) for aim in AIMS} for name in CONTROLS}
-    lists = {name: vector("pairs", name) for name in examples.lists}
-    held_out = [name for name in lists if name.startswith("pairs_") and name != "pairs_unreachable"]
+    held_out = [name for name in examples.lists if name.startswith("pairs_") and name != "pairs_unreachable"]
     kept = {aim: {name: vector(aim, name) for name in ("memory", "novel", "conflict_rest")} for aim in AIMS}
     return Steered(
         chosen=chosen["pairs"],
         chosen_conflict=chosen["conflict"],
         pairs=pairs,
-        conflict=conflict,
+        conflict=measured("conflict", "conflict"),
         confabulated=pairs.confabulated,
-        pairs_unreachable=shares(vector("pairs", "pairs_unreachable"), direction, cell.name),
-        held_out={n.removeprefix("pairs_"): shares(lists[n], direction, cell.name) for n in held_out},
-        conflict_at_chosen=shares(vector("pairs", "conflict"), direction, cell.name),
+        pairs_unreachable=measured("pairs", "pairs_unreachable"),
+        held_out={name.removeprefix("pairs_"): measured("pairs", name) for name in held_out},
+        conflict_at_chosen=measured("pairs", "conflict"),
         controls={name: _control(parts, direction, cell) for name, parts in controls.items()},
         minus_control={
             name: {aim: _difference(cell, vector(aim, aim), part, direction) for aim, part in parts.items()}
@@ -97,24 +100,19 @@ def measure_direction(examples: Examples, method: str, direction: Direction, cho
         collateral=measure_collateral(cell, direction, kept["pairs"]),
         collateral_conflict=measure_collateral(cell, direction, kept["conflict"]),
         recall_by_family=recall_by_family(cell, vector("pairs", "memory")),
-        gated=measure_gated(cell, direction, lists),
+        gated=measure_gated(cell, direction, {name: vector("pairs", name) for name in examples.lists}),
     )
 
 
 def _control(parts: dict[Aim, pd.DataFrame], direction: Direction, cell: Cell) -> schema.Control:
     """All draws of a control pooled, and beside it the draw that shifts most."""
-
-    def pooled(rows: pd.DataFrame) -> schema.Shares:
-        return shares(rows, direction, cell.name, confabulated=False)
-
-    draws = {aim: int(part.draw.nunique()) for aim, part in parts.items()}
-    worst = {aim: pooled(_worst_draw(part, direction)) for aim, part in parts.items()}
-    return schema.Control(pairs=pooled(parts["pairs"]), conflict=pooled(parts["conflict"]), draws=draws, worst=worst)
-
-
-def _worst_draw(rows: pd.DataFrame, direction: Direction) -> pd.DataFrame:
-    shift = (rows.after == DIRECTIONS[direction][0]).groupby(rows.draw).mean()
-    return rows[rows.draw == shift.idxmax()] if len(shift) else rows
+    draws, pooled, worst = {}, {}, {}
+    for aim, rows in parts.items():
+        by_draw = (rows.after == DIRECTIONS[direction][0]).groupby(rows.draw).mean()
+        most = rows[rows.draw == by_draw.idxmax()] if len(by_draw) else rows
+        draws[aim] = len(by_draw)
+        pooled[aim], worst[aim] = (shares(one, direction, cell.name, confabulated=False) for one in (rows, most))
+    return schema.Control(**pooled, draws=draws, worst=worst)
 
 
 def _difference(cell: Cell, vector: pd.DataFrame, control: pd.DataFrame, direction: Direction) -> Estimate:
@@ -140,7 +138,9 @@ def _logit(examples: Examples, method: str, direction: Direction) -> schema.Push
     name, sign = examples.cell.name, 1 if direction == "to_generalized" else -1
     rows = examples.rows("pairs", direction, method, "vector", "pairs")
     effect = rows.margin - rows.margin_before
-    pushed, shifted = (_crossed(sign * margin) for margin in (rows.margin_before + effect.mean(), rows.margin))
+    # Whether the target's answer is the likelier one; NaN where that is not known.
+    margins = (rows.margin_before + effect.mean(), rows.margin)
+    pushed, shifted = ((sign * margin > 0).astype(float).where(margin.notna()) for margin in margins)
     return schema.Push(
         method=method,
         push=shared_mean(effect, rows.group, name, signed=True),
@@ -150,26 +150,17 @@ def _logit(examples: Examples, method: str, direction: Direction) -> schema.Push
     )
 
 
-def _crossed(towards_N: Any) -> np.ndarray:
-    """1.0 where the target's answer is the likelier one, NaN where that is not known."""
-    towards_N = np.asarray(towards_N, dtype=np.float64)
-    return np.where(np.isnan(towards_N), np.nan, towards_N > 0)
-
-
-# --- the story -----------------------------------------------------------------------------------------------------
-
-
 def chapter(view: View) -> Chapter:
     """The vector beside its controls, methods, doses, simpler ways."""
     task, steering = view.task, view.task.steering
     if not any(getattr(block, aim).shift.known for block in steering.values() for aim in AIMS):
         return Chapter(answer(task))
-    simpler = [_simpler_panel(task, direction) for direction in steering]
+    pushes = [_push_sentence(task.logit[direction], direction) for direction in steering]
     exhibits = [
         Exhibit("switch", [_switch_panel(task, direction) for direction in steering]),
         Exhibit("methods", [_methods_panel(task, d, "pairs") for d in steering], table=methods_table(task)),
         Exhibit("dose", [panel for d in steering for panel in _dose_panels(task, d)]),
-        Exhibit("simpler", simpler, [_push_sentence(task.logit[direction], direction) for direction in steering]),
+        Exhibit("simpler", [_simpler_panel(task, direction) for direction in steering], pushes),
         Exhibit("methods-conflict", [_methods_panel(task, d, "conflict") for d in steering], folded=True),
     ]
     return Chapter(answer(task), exhibits, [table(task)])
@@ -207,13 +198,12 @@ def _switch_panel(task: TaskResults, direction: Direction) -> Panel:
     for aim in AIMS:
         found = getattr(block, aim)
         single = [(".", getattr(seed, aim).shift.estimate) for seed in seeds] if len(seeds) > 1 else []
-        neither = ("x", found.other.estimate)
-        dots.append(Dot(LISTS[aim].capitalize(), found.shift, TONE[direction], beside=(neither, *single)))
+        beside = (("x", found.other.estimate), *single)
+        dots.append(Dot(LISTS[aim].capitalize(), found.shift, TONE[direction], beside=beside))
         for name, control in block.controls.items():
             found, worst = getattr(control, aim), control.worst[aim].shift.estimate
-            if found.shift.known:
-                neither = ("x", found.other.estimate)
-                dots.append(Dot(words.CONTROLS[name], found.shift, OTHER, True, mark=worst, beside=(neither,)))
+            row = Dot(words.CONTROLS[name], found.shift, OTHER, True, worst, (("x", found.other.estimate),))
+            dots += [row] if found.shift.known else []
     several = [("single seeds", ".")] if len(seeds) > 1 else []
     return dots_panel(direction, dots, legend=[("neither answer", "x"), ("worst draw", "|"), *several])
 
@@ -221,34 +211,29 @@ def _switch_panel(task: TaskResults, direction: Direction) -> Panel:
 def table(task: TaskResults) -> Table:
     """The best vector and its controls: what was steered, what was not, with intervals."""
     rows = []
-    for direction, block in task.steering.items():
-        for aim in AIMS:
-            found = {"vector": (getattr(block, aim), "")}
-            for name, control in block.controls.items():
-                found[words.CONTROLS[name]] = (getattr(control, aim), percent(control.worst[aim].shift.estimate))
-            for who, (each, worst) in found.items():
-                numbers = [ranged(share) for share in (each.shift, each.stay, each.other)]
-                rows.append([f"{CAPITAL[direction]}, {LISTS[aim]}: {who}", *numbers, worst, f"{each.shift.n:,}"])
+    for (direction, block), aim in product(task.steering.items(), AIMS):
+        found = {"vector": (getattr(block, aim), "")}
+        for name, control in block.controls.items():
+            found[words.CONTROLS[name]] = (getattr(control, aim), percent(control.worst[aim].shift.estimate))
+        for who, (each, worst) in found.items():
+            numbers = [ranged(share) for share in (each.shift, each.stay, each.other)]
+            rows.append([f"{CAPITAL[direction]}, {LISTS[aim]}: {who}", *numbers, worst, f"{each.shift.n:,}"])
     return Table("Steering, test split", ["", "steered", "unmoved", "neither", "worst draw", "answers"], rows)
 
 
-# --- methods, doses, simpler ways ----------------------------------------------------------------------------------
-
-
-def of_direction(task: TaskResults, direction: Direction) -> dict[str, Steered]:
-    """By method, what was measured in one direction."""
+def _of_direction(task: TaskResults, direction: Direction) -> dict[str, Steered]:
     return {name: block[direction] for name, block in task.steering_by_method.items() if direction in block}
 
 
 def _methods_panel(task: TaskResults, direction: Direction, aim: Aim) -> Panel:
     """Each method's shift as a dot, its five controls as small marks, the worst draw of any as a tick."""
-    found, dots = of_direction(task, direction), []
-    for method in sorted(found, key=lambda m: -np.nan_to_num(getattr(found[m], aim).shift.estimate, nan=-1)):
-        controls = found[method].controls
-        worst = [control.worst[aim].shift for control in controls.values()]
+    dots = []
+    for method, block in _of_direction(task, direction).items():
+        worst = [control.worst[aim].shift for control in block.controls.values()]
         mark = max((share.estimate for share in worst if share.known), default=math.nan)
-        marks = tuple((MARKERS[n], getattr(c, aim).shift.estimate) for n, c in controls.items())
-        dots.append(Dot(method, getattr(found[method], aim).shift, TONE[direction], mark=mark, beside=marks))
+        marks = tuple((MARKERS[name], getattr(c, aim).shift.estimate) for name, c in block.controls.items())
+        dots.append(Dot(method, getattr(block, aim).shift, TONE[direction], mark=mark, beside=marks))
+    dots.sort(key=lambda dot: -np.nan_to_num(dot.value.estimate, nan=-1))
     legend = [(words.CONTROLS[name], marker) for name, marker in MARKERS.items()]
     return dots_panel(direction, dots, legend=[*legend, ("worst draw of any", "|")])
 
@@ -257,14 +242,14 @@ def methods_table(task: TaskResults) -> Table:
     """The setting of each method, what it steers, its strongest control and its largest loss; then other ways."""
     rows = []
     for direction in task.steering:
-        for method, block in of_direction(task, direction).items():
-            best = method == task.steering[direction].chosen.method
+        for method, block in _of_direction(task, direction).items():
             chosen, shift = block.chosen, block.pairs.shift
+            best = " (chosen)" if method == task.steering[direction].chosen.method else ""
             alpha = "" if math.isnan(chosen.alpha) else f", alpha{NBSP}{chosen.alpha:.2g}"
-            row = [f"{method}, {TOWARDS[direction]}{' (chosen)' if best else ''}"]
-            row.append(f"{chosen.site}, {words.layers(chosen.layers)}, {100 * chosen.top:g}{NBSP}% of neurons")
-            row.append(f"{chosen.strength:g}{alpha}{'' if chosen.within_limits else ' (beyond the limits)'}")
-            row += [ranged(shift), f"{shift.n:,}", words.strongest_control(block), ranged(block.conflict.shift)]
+            where = f"{chosen.site}, {words.layers(chosen.layers)}, {100 * chosen.top:g}{NBSP}% of neurons"
+            strength = f"{chosen.strength:g}{alpha}{'' if chosen.within_limits else ' (beyond the limits)'}"
+            row = [f"{method}, {TOWARDS[direction]}{best}", where, strength, ranged(shift), f"{shift.n:,}"]
+            row += [words.strongest_control(block), ranged(block.conflict.shift)]
             rows.append([*row, words.largest_loss(block.collateral, direction)])
         for way, shift in other_ways(task, direction).items():
             rows.append([f"{way}, {TOWARDS[direction]}", "", "", ranged(shift), f"{shift.n:,}", "", "", ""])
@@ -291,10 +276,9 @@ def _dose_panels(task: TaskResults, direction: Direction) -> list[Panel]:
 
 def other_ways(task: TaskResults, direction: Direction) -> dict[str, Estimate]:
     """What a user would try first: words, and decoding that contrasts a prompt with its question alone."""
-    found = {"asked in words": task.prompt[direction].shift} if direction in task.prompt else {}
-    decoded = task.context_aware.get(direction, {})
-    found |= {f"context-aware, {float(weight):+g}": each.shift for weight, each in decoded.items()}
-    return {name: shift for name, shift in found.items() if shift.known}
+    found = {"asked in words": task.prompt[direction]} if direction in task.prompt else {}
+    found |= {f"context-aware, {float(w):+g}": each for w, each in task.context_aware.get(direction, {}).items()}
+    return {name: each.shift for name, each in found.items() if each.shift.known}
 
 
 def _simpler_panel(task: TaskResults, direction: Direction) -> Panel:
@@ -306,9 +290,7 @@ def _simpler_panel(task: TaskResults, direction: Direction) -> Panel:
     patched = [each.shift for by_layer in task.patch.get(direction, {}).values() for each in by_layer]
     bound = max((shift for shift in patched if shift.known), key=lambda shift: shift.estimate, default=None)
     found |= {"whole state put in": bound} if bound else {}
-    known = [(name, value) for name, value in found.items() if value.known]
-    dots = [Dot(name, v, OTHER if number else TONE[direction], number > 0) for number, (name, v) in enumerate(known)]
-    return dots_panel(direction, dots)
+    return dots_panel(direction, drawing.against("the vector", found, TONE[direction]))
 
 
 def _push_sentence(found: schema.Push, direction: Direction) -> str:

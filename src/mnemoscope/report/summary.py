@@ -14,22 +14,18 @@ from mnemoscope.report.schema import Chosen, Direction, Steered, TaskResults
 from mnemoscope.report.words import TOWARDS, count, percent, ranged
 from mnemoscope.statistics import Estimate
 
+OPTIONAL = ("weights", "detect_auroc")  # of a brief: left out where there is none
+
 
 class DirectionSummary(BaseModel):
-    """The best vector of one direction on test pairs.
-
-    Attributes:
-        pairs: share steered; ``other``: share that gives neither answer.
-        strongest_control, control: its name, and the share that it steers; None where none was run.
-        collateral: change in accuracy by list.
-    """
+    """The best vector of one direction on test pairs."""
 
     chosen: Chosen
-    pairs: Estimate
-    other: Estimate
-    strongest_control: str | None
-    control: Estimate | None
-    collateral: dict[str, Estimate]
+    pairs: Estimate  # share steered
+    other: Estimate  # share that gives neither answer
+    strongest_control: str | None  # its name; None where none was run
+    control: Estimate | None  # the share that it steers
+    collateral: dict[str, Estimate]  # change in accuracy by list
 
     @classmethod
     def of(cls, block: Steered) -> DirectionSummary:
@@ -54,22 +50,17 @@ class DirectionSummary(BaseModel):
 
 
 class TaskSummary(BaseModel):
-    """The first numbers of a task.
-
-    Attributes:
-        differ: share of neurons that differ; ``read``: accuracy of the probe; ``detect_auroc``: of the detector.
-        pairs, groups: of all splits; ``test_pairs`` and ``yield_`` (pairs / candidates): of the test split.
-    """
+    """The first numbers of a task."""
 
     model_config = ConfigDict(populate_by_name=True)
 
     weights: str | None = None
-    differ: Estimate
-    read: Estimate
-    pairs: int
+    differ: Estimate  # share of neurons
+    read: Estimate  # accuracy of the probe
+    pairs: int  # of all splits, as the groups
     groups: int
     test_pairs: int
-    yield_: Estimate = Field(alias="yield")
+    yield_: Estimate = Field(alias="yield")  # pairs / candidates of the test split
     to_generalized: DirectionSummary
     to_memorized: DirectionSummary
     detect_auroc: Estimate | None = None
@@ -94,20 +85,19 @@ class TaskSummary(BaseModel):
 
     def rows(self) -> dict[str, str]:
         """The answers in words: do they differ, can it be read, can it be steered and at what cost."""
+        alike = max(block.chosen.begin_alike or 0.0 for block in (self.to_generalized, self.to_memorized))
         rows = {
             "pairs": f"{self.pairs:,} of {count(self.groups, 'group')}, yield {ranged(self.yield_)}",
             "neurons that differ": ranged(self.differ),
             "test states read right by a probe": ranged(self.read),
             **self.to_generalized.rows("to_generalized"),
             **self.to_memorized.rows("to_memorized"),
+            "weights": self.weights,
+            "P(memorized) ranks right": ranged(self.detect_auroc) if self.detect_auroc else None,
+            "the same below the vectors, for gates in one pass": ranged(self.gate_auroc) if self.gate_auroc else None,
+            "prompts whose answers begin alike (judged behind that)": percent(alike) if alike else None,
         }
-        rows |= {"weights": self.weights} if self.weights else {}
-        rows |= {"P(memorized) ranks right": ranged(self.detect_auroc)} if self.detect_auroc else {}
-        rows |= (
-            {"the same below the vectors, for gates in one pass": ranged(self.gate_auroc)} if self.gate_auroc else {}
-        )
-        alike = max(block.chosen.begin_alike or 0.0 for block in (self.to_generalized, self.to_memorized))
-        return rows | ({"prompts whose answers begin alike (judged behind that)": percent(alike)} if alike else {})
+        return {what: text for what, text in rows.items() if text}
 
 
 class Summary(BaseModel):
@@ -115,46 +105,30 @@ class Summary(BaseModel):
 
     tasks: dict[str, TaskSummary]
 
+    @classmethod
+    def of(cls, results: dict[str, Any]) -> Summary:
+        """From the content of ``results.json``; tasks that another version has written are left out."""
+        found = {}
+        for name, task in results.get("tasks", {}).items():
+            with suppress(ValidationError, TypeError):
+                found[name] = TaskSummary.of(TaskResults.model_validate({**task, "per_seed": {}}))
+        return cls(tasks=found)
+
     def __str__(self) -> str:
         lines = []
         for name, task in self.tasks.items():
             lines += [name, *(f"  {what}: {text}" for what, text in task.rows().items())]
         return "\n".join(lines)
 
+    def brief(self) -> dict[str, Any]:
+        """By task as plain data, as ``mnemoscope fit --json`` prints them."""
+        dumped = {name: task.model_dump(by_alias=True) for name, task in self.tasks.items()}
+        return {k: {key: v for key, v in d.items() if v is not None or key not in OPTIONAL} for k, d in dumped.items()}
+
 
 def summary_of(run: str | Path) -> Summary:
     """The summary of a run folder, from its ``results.json``."""
-    return _summary(json.loads((Path(run) / "results.json").read_text(encoding="utf-8")))
-
-
-def _summary(results: dict[str, Any]) -> Summary:
-    """Tasks that another version has written are left out."""
-    found = {}
-    for name, task in results.get("tasks", {}).items():
-        with suppress(ValidationError, TypeError):
-            found[name] = TaskSummary.of(TaskResults.model_validate({**task, "per_seed": {}}))
-    return Summary(tasks=found)
-
-
-def in_words(run: str | Path) -> list[str]:
-    """The lines of the summary of a run folder."""
-    return str(summary_of(run)).splitlines()
-
-
-def brief_of(run: str | Path) -> dict[str, Any]:
-    """The numbers of the summary by task as plain data, as ``mnemoscope fit --json`` prints them."""
-    return _brief(summary_of(run))
-
-
-def brief(results: dict[str, Any]) -> dict[str, Any]:
-    """The same from the content of ``results.json``."""
-    return _brief(_summary(results))
-
-
-def _brief(summary: Summary) -> dict[str, Any]:
-    dumped = {name: task.model_dump(by_alias=True) for name, task in summary.tasks.items()}
-    optional = ("weights", "detect_auroc")
-    return {k: {key: v for key, v in d.items() if v is not None or key not in optional} for k, d in dumped.items()}
+    return Summary.of(json.loads((Path(run) / "results.json").read_text(encoding="utf-8")))
 
 
 def compare_briefs(first: dict[str, Any], second: dict[str, Any]) -> list[dict[str, Any]]:

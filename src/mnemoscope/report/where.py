@@ -70,18 +70,14 @@ def _ablation(rows: pd.DataFrame, stream: str) -> Ablation:
     for role in ("vector", "random_neurons"):
         part = rows[rows.role == role]
         tables[role] = table = _separations(part)
-        kept = {side: shared_mean(one.after == side, one.group, stream) for side, one in _sides(part)}
-        numbers = {
-            key: shared_mean(table[key], table.group, stream, signed=True) for key in ("before", "after", "lost")
-        }
-        found[role] = schema.Ablated(**numbers, kept=kept)
+        sides = {side: part[part.side == side] for side in ("generalized", "memorized")}
+        found[role] = schema.Ablated(
+            **{key: shared_mean(table[key], table.group, stream, signed=True) for key in ("before", "after", "lost")},
+            kept={side: shared_mean(one.after == side, one.group, stream) for side, one in sides.items()},
+        )
     ours = tables["vector"]
     beyond = ours.lost - tables["random_neurons"].lost.reindex(ours.index)
     return Ablation(**found, minus_random=shared_mean(beyond, ours.group, stream, signed=True))
-
-
-def _sides(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    return [(side, rows[rows.side == side]) for side in ("generalized", "memorized")]
 
 
 def _separations(rows: pd.DataFrame) -> pd.DataFrame:
@@ -106,13 +102,10 @@ def measure_sweep(cells: Sequence[Cell]) -> list[SweepRow]:
     for values, part in pd.concat(tables).groupby([*SETTING, "examples"], sort=True, observed=True):
         row: dict[str, Any] = dict(zip([*SETTING, "examples"], values, strict=True))
         for key in STEERED if row["examples"] in schema.AIMS else KEPT:
-            row[key] = over_seeds([_alone(x, n) for x, n in zip(part[key], part.n, strict=True)])
+            values = zip(part[key], part.n, strict=True)
+            row[key] = over_seeds([Estimate(float(x), math.nan, math.nan, int(n)) for x, n in values])
         rows.append(SweepRow(**row, seeds=len(part)))
     return rows
-
-
-def _alone(value: float, n: int) -> Estimate:
-    return Estimate.undefined() if math.isnan(value) else Estimate(float(value), math.nan, math.nan, int(n))
 
 
 def measure_layers(sweep: Sequence[SweepRow], contrast: schema.Contrasts) -> schema.ByLayer:
@@ -128,8 +121,10 @@ def measure_layers(sweep: Sequence[SweepRow], contrast: schema.Contrasts) -> sch
         at_equal = [(row, share) for row, share in rows if row.strength == strength]
         by_method: dict[str, dict[str, list[Estimate]]] = {}
         for method, site in dict.fromkeys((row.method, row.site) for row, _ in at_equal):
-            part = [(row, share) for row, share in at_equal if (row.method, row.site) == (method, site)]
-            by_method.setdefault(method, {})[site] = [_best(part, layer) for layer in contrast.layers]
+            part = [(row.layers, share) for row, share in at_equal if (row.method, row.site) == (method, site)]
+            tried = ([share for layers, share in part if int(layers) == layer] for layer in contrast.layers)
+            best = [max(shares, key=lambda s: s.estimate, default=Estimate.undefined()) for shares in tried]
+            by_method.setdefault(method, {})[site] = best
         shift[direction] = schema.OneLayer(strength=strength, methods=by_method)
     shown = {key: getattr(contrast, key) for key in ("layers", "mean_abs_nmd", "max_abs_rho")}
     return schema.ByLayer(**shown, shift=shift)
@@ -149,14 +144,6 @@ def _common_strength(rows: Sequence[tuple[SweepRow, Estimate]]) -> float:
         if {row.method for row, _ in part} == methods:
             tried[strength] = sum(share for _, share in part) / len(part)
     return max(tried, key=lambda strength: tried[strength], default=math.nan)
-
-
-def _best(rows: Sequence[tuple[SweepRow, Estimate]], layer: int) -> Estimate:
-    found = [share for row, share in rows if int(row.layers) == layer]
-    return max(found, key=lambda share: share.estimate, default=Estimate.undefined())
-
-
-# --- the story -----------------------------------------------------------------------------------------------------
 
 
 def chapter(view: View) -> Chapter:
@@ -185,15 +172,14 @@ def answer(task: TaskResults) -> Answer:
         best |= {direction: max(rows, key=lambda found: found[1].estimate)} if rows else {}
     if not best:
         return Answer("where", question, "In several layers together", sentence="No single layer was tried.")
-    texts = [
-        f"of tune pairs are steered {TOWARDS[d]} by layer {row.layers} alone ({row.method}, strength {row.strength:g})."
-        for d, (row, _) in best.items()
-    ]
-    numbers, layers = [percent(share.estimate) for _, share in best.values()], {row.layers for row, _ in best.values()}
+    found = []
+    for d, (row, share) in best.items():
+        how = f"by layer {row.layers} alone ({row.method}, strength {row.strength:g})"
+        found.append((percent(share.estimate), f"of tune pairs are steered {TOWARDS[d]} {how}."))
+    layers = {row.layers for row, _ in best.values()}
     verdict = f"Most in layer {layers.pop()}" if len(layers) == 1 else "In another layer for each direction"
-    notes = [f"{number} {text}" for number, text in zip(numbers[1:], texts[1:], strict=True)]
-    notes.append(f"|rho| is largest in layer {shows}.")
-    return Answer("where", question, verdict, numbers[0], texts[0], " ".join(notes))
+    notes = [*(" ".join(each) for each in found[1:]), f"|rho| is largest in layer {shows}."]
+    return Answer("where", question, verdict, *found[0], " ".join(notes))
 
 
 def _acts_panel(task: TaskResults, direction: Direction) -> Panel:
@@ -224,7 +210,6 @@ def _needed(found: dict[str, Ablation], direction: Direction) -> str:
 
 
 def _ablation_panel(found: dict[str, Ablation], direction: Direction) -> Panel:
-    """What is left of the separation while neurons are held, from none to the largest share."""
     x = sorted(found, key=float)
     before, places = found[x[0]].vector.before, [0.0, *(100 * float(top) for top in x)]
     lines = [

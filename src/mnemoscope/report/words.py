@@ -29,11 +29,9 @@ def percent(share: float) -> str:
     if math.isnan(share):
         return UNMEASURED
     value = 100 * share
+    if 0 < abs(value) < 0.05 or 99.95 < abs(value) < 100:
+        return f"{'under 0.1' if abs(value) < 1 else 'over 99.9'}{NBSP}%"
     digits = 1 if 0 < abs(value) < 1 or 99 < abs(value) < 100 else 0
-    if digits and abs(value) < 0.05:
-        return f"under 0.1{NBSP}%"
-    if digits and abs(value) > 99.95:
-        return f"over 99.9{NBSP}%"
     return f"{value:.{digits}f}{NBSP}%"
 
 
@@ -106,13 +104,11 @@ def counted(direction: Direction) -> tuple[str, ...]:
 
 def largest_loss(collateral: dict[str, Estimate], direction: Direction) -> str:
     """The largest loss among what should stay, such as ``-9 points of facts to recall``."""
-    losses = {key: collateral[key] for key in counted(direction) if collateral[key].known}
+    losses = [(collateral[key].estimate, LISTS[key]) for key in counted(direction) if collateral[key].known]
     if not losses:
         return UNMEASURED
-    key = min(losses, key=lambda name: losses[name].estimate)
-    if losses[key].estimate >= 0:
-        return "none"
-    return f"{points(losses[key].estimate, sign=True)} of {LISTS[key]}"
+    loss, of = min(losses, key=lambda found: found[0])
+    return f"{points(loss, sign=True)} of {of}" if loss < 0 else "none"
 
 
 def strongest_control(block: Steered) -> str:

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from mnemoscope.errors import InputError
 from mnemoscope.plain import plain
-from mnemoscope.report import brief
+from mnemoscope.report import Summary
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"
 SCHEMA = 1  # of results.json
@@ -74,9 +74,9 @@ class Runs:
         return found if isinstance(found, dict) and found.get("schema") == SCHEMA else {}
 
     def brief(self, name: str) -> dict[str, Any]:
-        """A run's first numbers by task, as ``report.brief`` gives them."""
+        """A run's first numbers by task, as ``report.Summary`` gives them."""
         with suppress(AttributeError):  # results.json holds something else
-            return brief(self.results(name))
+            return Summary.of(self.results(name)).brief()
         return {}
 
     def facts(self, name: str) -> RunFacts:
