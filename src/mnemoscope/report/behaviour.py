@@ -55,14 +55,12 @@ def measure_behaviour(cell: Cell) -> Behaviour:
 def measure_pairs(cell: Cell) -> Pairs:
     """How many candidates flip under rephrasing: the test split first, then every split."""
     parts = {split: cell.pairs[cell.pairs.split == split] for split in ("fit", "tune", "test")} | {"all": cell.pairs}
-    counts = {split: _yield(rows, f"{cell.name}/pairs/{split}") for split, rows in parts.items()}
+    counts = {}
+    for split, rows in parts.items():
+        is_pair, share = rows.is_pair.astype(bool), mean(rows.is_pair, rows.group, f"{cell.name}/pairs/{split}")
+        numbers = {"candidates": len(rows), "pairs": int(is_pair.sum()), "groups": int(rows.group[is_pair].nunique())}
+        counts[split] = Yield(**numbers, yield_=share)
     return Pairs(**dict(counts["test"]), by_split=counts)
-
-
-def _yield(rows: pd.DataFrame, name: str) -> Yield:
-    is_pair, share = rows.is_pair.astype(bool), mean(rows.is_pair, rows.group, name)
-    groups = int(rows.group[is_pair].nunique())
-    return Yield(candidates=len(rows), pairs=int(is_pair.sum()), yield_=share, groups=groups)
 
 
 def chapter(view: View) -> Chapter:
@@ -73,9 +71,8 @@ def chapter(view: View) -> Chapter:
     dots += [Dot("facts recalled", found.recall, MEMORIZED, True)]
     dots += [Dot(f"conflicts: {name}", found.conflict[key], COLOUR[key]) for key, name in ANSWERED.items()]
     panels = [drawing.dots_panel("what it answers", dots), _margins_panel(cells), *map(_training_panel, trained[:1])]
-    return Chapter(
-        _answer(found), [Exhibit("answers", panels)], example=one_conflict(cells[0]), pairs=some_pairs(cells[0])
-    )
+    example, pairs = one_conflict(cells[0]), some_pairs(cells[0])
+    return Chapter(_answer(found), [Exhibit("answers", panels)], example=example, pairs=pairs)
 
 
 def _answer(found: Behaviour) -> Answer:

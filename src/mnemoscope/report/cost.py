@@ -48,8 +48,7 @@ def measure_neutral(cell: Cell) -> dict[str, dict[str, dict[str, Estimate]]] | N
 
 def chapter(view: View) -> Chapter:
     """What else changes, on questions, on neutral text, and in what it writes."""
-    task = view.task
-    shown = _written(view.cells)
+    task, shown = view.task, _written(view.cells)
     neutral = Exhibit("neutral", [_neutral_panel(doses, d) for d, doses in (task.neutral or {}).items()])
     if not any(change.known for block in task.steering.values() for change in block.collateral.values()):
         return Chapter(answer(task), [neutral], **shown)
@@ -123,10 +122,10 @@ def table(task: TaskResults) -> Table:
 def _neutral_panel(doses: dict[str, dict[str, Estimate]], direction: Direction) -> Panel:
     keys, tone = sorted(doses, key=float), TONE[direction]
     looks = {"first": ("steered token", tone, "-"), "next": ("tokens after", tone, DASHED)}
-    lines = [
-        Line(name, [float(key) for key in keys], [doses[key][measure] for key in keys], *look)
-        for measure, (name, *look) in {**looks, "first_gated": ("gated", INK, "-")}.items()
-    ]
+    looks["first_gated"] = ("gated", INK, "-")
+    lines = []
+    for measure, (name, colour, dash) in looks.items():
+        lines.append(Line(name, [float(key) for key in keys], [doses[key][measure] for key in keys], colour, dash))
     return lines_panel(direction, lines, "times the chosen strength", "nats")
 
 

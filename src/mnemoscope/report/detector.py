@@ -1,7 +1,4 @@
-"""The detector: how it ranks prompts beside what needs no state, its reliability, and vectors behind its gate.
-
-Shapes: N rows of a table (test prompts).
-"""
+"""The detector: how it ranks prompts (N) beside what needs no state, its reliability, and vectors behind its gate."""
 
 from __future__ import annotations
 
@@ -64,14 +61,12 @@ def _rankings(rows: pd.DataFrame, name: str, least: int = 1) -> dict[str, Any]:
 
 def _reliability(rows: pd.DataFrame, name: str) -> list[dict[str, Estimate]]:
     place_N = np.clip(np.digitize(rows.p_memorized, BINS) - 1, 0, len(BINS) - 2)
-    parts = [rows[place_N == number] for number in range(len(BINS) - 1)]
-    return [
-        {
-            "said": mean(part.p_memorized, part.group, f"{name}/said/{number}"),
-            "memorized": mean(part.followed == "memorized", part.group, f"{name}/bin/{number}"),
-        }
-        for number, part in enumerate(parts)
-    ]
+    bins = []
+    for number in range(len(BINS) - 1):
+        part = rows[place_N == number]
+        said = mean(part.p_memorized, part.group, f"{name}/said/{number}")
+        bins.append({"said": said, "memorized": mean(part.followed == "memorized", part.group, f"{name}/bin/{number}")})
+    return bins
 
 
 def measure_gated(cell: Cell, direction: Direction, lists: dict[str, pd.DataFrame]) -> Gated | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from mnemoscope.statistics import Estimate
 SIGNIFICANT = 0.05
 # Middle tones that read on light and on dark paper, for pixels, which CSS cannot reach.
 PIXEL_MEMORIZED, PIXEL_GENERALIZED = (0.85, 0.45, 0.13), (0.16, 0.53, 0.78)
-QUANTILES = ((1.0, "strongest"), (0.99, "99 %"), (0.9, "90 %"), (0.5, "median"))
+QUANTILES = ((1.0, "strongest", INK), (0.99, "99 %", OTHER), (0.9, "90 %", OTHER), (0.5, "median", OTHER))
 BINS = 24
 
 
@@ -53,7 +54,11 @@ def chapter(view: View) -> Chapter:
         return Chapter(answer(view.task))
     panels = [_heatmap_panel(contrast)]
     if not np.isnan(contrast.rho_LD).all():
-        panels.append(_rho_panel(np.abs(contrast.rho_LD)))
+        lines = []
+        for q, name, colour in QUANTILES:  # of the neurons that change: others have no correlation
+            heights = [_of_known(partial(np.quantile, q=q), row) for row in np.abs(contrast.rho_LD)]
+            lines.append(Line(name, range(len(heights)), heights, colour, fill=True))
+        panels.append(drawing.lines_panel("|rho| by layer", lines))
     return Chapter(answer(view.task), [Exhibit("neurons", panels)])
 
 
@@ -104,16 +109,6 @@ def _heatmap_panel(contrast: Contrast) -> Panel:
         return figure
 
     return plot
-
-
-def _rho_panel(rho_LD: np.ndarray) -> Panel:
-    """|rho| by layer: the strongest neuron and quantiles of all; a neuron that never changes has no correlation."""
-    layers = range(len(rho_LD))
-    lines = [
-        Line(name, layers, [_of_known(lambda row, q=q: np.quantile(row, q), row) for row in rho_LD], colour, fill=True)
-        for (q, name), colour in zip(QUANTILES, (INK, OTHER, OTHER, OTHER), strict=True)
-    ]
-    return drawing.lines_panel("|rho| by layer", lines)
 
 
 def draw_neuron(generalized_P: np.ndarray, memorized_P: np.ndarray, label: str) -> str:

@@ -167,8 +167,8 @@ def _likeness_panel(task: TaskResults, seeds: list[SeedsRow]) -> Panel:
     lines = [Line("halves", task.contrast.layers, task.consistency["halves"].rho_rank_correlation)]
     for name, what, dash in (("seeds", "rank_correlation", DASHED), ("aligned", "aligned_cosine", drawing.DOTTED)):
         rows = sorted((row for row in seed_rows(seeds, what) if row.layer >= 0), key=lambda row: row.layer)
-        layers = [row.layer for row in rows]
         if rows:
+            layers = [row.layer for row in rows]
             lines.append(Line(name, layers, [row.value for row in rows], MUTED, dash))
             lines.append(Line("", layers, [row.chance for row in rows], OTHER, width=0))
     return drawing.lines_panel("likeness by layer", lines, chance=0)

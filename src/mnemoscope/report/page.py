@@ -96,15 +96,13 @@ def not_measured(anchor: str, question: str, task: TaskResults) -> Answer:
 
 
 TINTS = (("memorized", r"remember(?:ed|ing|s)?|from memory"), ("generalized", r"work(?:ed|ing|s)?(?: it)? out"))
-
-
 Stories = Sequence[Callable[[View], Chapter | None]]
 
 
 def render(run: Run, results: Results, stories: Stories, across: Table | None, parallel: Map = in_order) -> str:
     """The text of ``report.html``: of each task the chapters of all stories, in parallel, then a table of all tasks."""
-    looks: dict[str, Any] = {"autoescape": True, "undefined": jinja2.StrictUndefined}
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, **looks)
+    strict = jinja2.StrictUndefined
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, autoescape=True, undefined=strict)
     environment.filters |= {"tint": tint, "ranged": ranged}
     environment.filters["place"] = lambda share: round(100 * float(np.clip(share, 0, 1)), 2)  # cut to the scale
     asked = [
@@ -150,16 +148,16 @@ def _task_page(asked: tuple[str, View, Stories]) -> dict[str, Any]:
     label, view, stories = asked
     kind, known = str(view.cells[0].info["task"]), _fixed()["tasks"]
     title = known.get(kind, {}).get("title", label)
-    if label not in (kind, title):
-        title = f"{title}: {label}"
+    title = title if label in (kind, title) else f"{title}: {label}"
     name = re.sub(r"[^\w-]+", "-", label)  # which only names places in the page
     chapters = [
         replace(chapter, exhibits=[_drawn(name, exhibit) for exhibit in chapter.exhibits if exhibit.panels])
         for story in stories
         if (chapter := story(view))
     ]
-    facts = {"name": name, "label": label, "title": title, "info": view.cells[0].info, "chapters": chapters}
-    return {**facts, "intro": known.get(kind, known["own"])["text"]}
+    intro = known.get(kind, known["own"])["text"]
+    facts = {"name": name, "label": label, "title": title, "intro": intro}
+    return facts | {"info": view.cells[0].info, "chapters": chapters}
 
 
 def _drawn(name: str, exhibit: Exhibit) -> Exhibit:

@@ -26,11 +26,7 @@ ALL = -1  # the layer of what belongs to none, or to all together
 
 
 def measure_probes(cell: Cell) -> Probe:
-    """What a linear probe reads from each layer and position, beside what it has to beat.
-
-    Raises:
-        InputError: the kinds of probes do not list the same test states in the same order.
-    """
+    """What a linear probe reads from each layer and position, beside what it has to beat."""
     name, rows, layers_L = f"{cell.name}/probe", cell.probes, list(range(len(cell.contrast.nmd_LD)))
     alone = {kind: rows[rows.kind == kind] for kind in (*INPUTS, *UNCERTAINTIES)}
     shuffled, state = rows[rows.kind == "shuffled"], rows[rows.kind == "state"]
@@ -40,7 +36,7 @@ def measure_probes(cell: Cell) -> Probe:
     }
     named = {f"layer {n}, offset {k}": part for k, found in states.items() for n, part in found.items()}
     for what, part in (named | {repr(kind): part for kind, part in alone.items()}).items():
-        # Differences are taken state by state.
+        # Differences are taken state by state, so all must list the same states in the same order.
         if not all(np.array_equal(part[column], alone["input_only"][column]) for column in ("group", "label")):
             path = cell.folder / "records" / "probes.parquet"
             raise InputError(f"{path}: the states of {what} are not those of 'input_only'")

@@ -167,11 +167,7 @@ def _json(path: Path, optional: bool = False) -> dict[str, Any]:
 
 
 def _table(folder: Path, name: str, optional: bool = False) -> Any:
-    """A table with its declared columns; None for an optional one that is not there.
-
-    Raises:
-        InputError: it is missing, damaged or lacks a column.
-    """
+    """A table with its declared columns; None for an optional one that is not there, else InputError."""
     path, wanted = folder / f"{name}.parquet", columns_of(name)
     if optional and not path.exists():
         return None

@@ -26,8 +26,12 @@ def compute_results(run: Run, parallel: Map = in_order) -> Results:
         InputError: cells of one label have the same seed or different layers, or their records contradict each other.
     """
     labels = run.by_label()
-    for cells in labels.values():
-        _check_alike(cells)
+    for label, cells in labels.items():
+        seeds, depths = [cell.seed for cell in cells], {cell.name: len(cell.contrast.nmd_LD) for cell in cells}
+        if len(set(seeds)) < len(seeds):
+            raise InputError(f"{cells[0].folder.parent}: two cells of {label!r} have the same seed ({seeds})")
+        if len(set(depths.values())) > 1:
+            raise InputError(f"{cells[0].folder.parent}: cells of one name differ in their layers ({depths})")
     measured = iter(parallel(measure, [cell for cells in labels.values() for cell in cells]))
     tasks = {label: over_all(cells, list(islice(measured, len(cells)))) for label, cells in labels.items()}
     across = {"seeds": holds.measure_seeds(run), "transfer": holds.measure_transfer(run, run.probe_layers())}
@@ -38,15 +42,6 @@ def to_json(results: Results) -> str:
     """The text of ``results.json``; NaN is written as the literal ``NaN``, which ``json.load`` gives back."""
     found = results.model_dump(by_alias=True, exclude_none=True)
     return json.dumps(found, indent=1, ensure_ascii=False, allow_nan=True) + "\n"
-
-
-def _check_alike(cells: Sequence[Cell]) -> None:
-    seeds = [cell.seed for cell in cells]
-    if len(set(seeds)) < len(seeds):
-        raise InputError(f"{cells[0].folder.parent}: two cells of {cells[0].label!r} have the same seed ({seeds})")
-    depths = {cell.name: len(cell.contrast.nmd_LD) for cell in cells}
-    if len(set(depths.values())) > 1:
-        raise InputError(f"{cells[0].folder.parent}: cells of one name differ in their layers ({depths})")
 
 
 @threadpool_limits.wrap(1)  # processes beside each other have a processor each, and rounding is the same in all

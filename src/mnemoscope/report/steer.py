@@ -3,8 +3,6 @@
 Each method has two settings, chosen on the tune split: one for pairs, and one, with the same share of neurons, for
 conflicts as they are drawn: pairs are among them, but most lie further from the tipping point. ``pairs`` and its
 controls are judged under the first, ``conflict`` and its own under the second.
-
-Shapes: N rows of a table.
 """
 
 from __future__ import annotations
@@ -188,8 +186,8 @@ def answer(task: TaskResults) -> Answer:
     notes.append(f"Largest loss: {words.listed(losses)}.")
     control = controls[shown]
     mark = (steering[shown].controls[control].pairs.shift.estimate, "strongest control") if control else (math.nan, "")
-    number = percent(shifts[shown].estimate)
-    return Answer("steer", question, verdict, number, sentence, " ".join(notes), shifts[shown], mark)
+    share = shifts[shown]
+    return Answer("steer", question, verdict, percent(share.estimate), sentence, " ".join(notes), share, mark)
 
 
 def _switch_panel(task: TaskResults, direction: Direction) -> Panel:

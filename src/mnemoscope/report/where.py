@@ -33,9 +33,18 @@ def measure_effects(cell: Cell) -> dict[str, Any]:
     def dose(rows: pd.DataFrame) -> schema.Dose:
         return schema.Dose(margin=shared_mean(rows.margin, rows.group, cell.name), **dict(measured(rows)))
 
-    kinds = ("dose", "prompt", "contrast", "ablation", "patch")
-    of_what = {what: cell.effects[cell.effects.what == what] for what in kinds}
-    layers, patched = range(len(cell.contrast.nmd_LD)), of_what["patch"]
+    def nested(what: str, keys: list[str], measure: Callable[[pd.DataFrame], Any]) -> dict[str, Any]:
+        """``measure`` of every combination of the keys, as dictionaries within dictionaries."""
+        tree: dict[str, Any] = {}
+        rows = cell.effects[cell.effects.what == what]
+        for values, part in rows.groupby(keys, observed=True, sort=True) if len(rows) else ():
+            place, names = tree, [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
+            for name in names[:-1]:
+                place = place.setdefault(name, {})
+            place[names[-1]] = measure(part)
+        return tree
+
+    layers, patched = range(len(cell.contrast.nmd_LD)), cell.effects[cell.effects.what == "patch"]
     patch = {
         direction: {
             str(site): [shares(part[part.layers == str(layer)], direction, cell.name) for layer in layers]
@@ -45,23 +54,12 @@ def measure_effects(cell: Cell) -> dict[str, Any]:
         for direction in DIRECTIONS
     }
     return {
-        "dose": _nested(of_what["dose"], ["method", "direction", "role", "dose"], dose),
-        "prompt": _nested(of_what["prompt"], ["direction"], measured),
-        "context_aware": _nested(of_what["contrast"], ["direction", "dose"], measured),
-        "ablation": _nested(of_what["ablation"], ["method", "direction", "dose"], partial(_ablation, stream=cell.name)),
+        "dose": nested("dose", ["method", "direction", "role", "dose"], dose),
+        "prompt": nested("prompt", ["direction"], measured),
+        "context_aware": nested("contrast", ["direction", "dose"], measured),
+        "ablation": nested("ablation", ["method", "direction", "dose"], partial(_ablation, stream=cell.name)),
         "patch": patch,
     }
-
-
-def _nested(rows: pd.DataFrame, keys: list[str], measure: Callable[[pd.DataFrame], Any]) -> dict[str, Any]:
-    """``measure`` of every combination of the keys, as dictionaries within dictionaries."""
-    tree: dict[str, Any] = {}
-    for values, part in rows.groupby(keys, observed=True, sort=True) if len(rows) else ():
-        place, names = tree, [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
-        for name in names[:-1]:
-            place = place.setdefault(name, {})
-        place[names[-1]] = measure(part)
-    return tree
 
 
 def _ablation(rows: pd.DataFrame, stream: str) -> Ablation:
@@ -117,7 +115,12 @@ def measure_layers(sweep: Sequence[SweepRow], contrast: schema.Contrasts) -> sch
     shift = {}
     for direction in DIRECTIONS:
         rows = single_layers(sweep, direction)
-        strength = _common_strength(rows)
+        methods, tried = {row.method for row, _ in rows}, {}
+        for strength in dict.fromkeys(row.strength for row, _ in rows):
+            part = [(row.method, share.estimate) for row, share in rows if row.strength == strength]
+            if {method for method, _ in part} == methods:
+                tried[strength] = sum(share for _, share in part) / len(part)
+        strength = max(tried, key=lambda strength: tried[strength], default=math.nan)
         at_equal = [(row, share) for row, share in rows if row.strength == strength]
         by_method: dict[str, dict[str, list[Estimate]]] = {}
         for method, site in dict.fromkeys((row.method, row.site) for row, _ in at_equal):
@@ -134,16 +137,6 @@ def single_layers(sweep: Sequence[SweepRow], direction: Direction) -> list[tuple
     """What single layers do to pairs of the tune split: the settings, and the shares that they shift."""
     rows = [row for row in sweep if (row.direction, row.examples) == (direction, "pairs") and row.layers.isdigit()]
     return [(row, row.shift) for row in rows if row.shift]
-
-
-def _common_strength(rows: Sequence[tuple[SweepRow, Estimate]]) -> float:
-    """NaN where no strength was tried by all methods."""
-    methods, tried = {row.method for row, _ in rows}, {}
-    for strength in dict.fromkeys(row.strength for row, _ in rows):
-        part = [(row, share.estimate) for row, share in rows if row.strength == strength]
-        if {row.method for row, _ in part} == methods:
-            tried[strength] = sum(share for _, share in part) / len(part)
-    return max(tried, key=lambda strength: tried[strength], default=math.nan)
 
 
 def chapter(view: View) -> Chapter:
