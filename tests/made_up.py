@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
-from safetensors.numpy import save_file
 
+from mnemoscope.contrast import Contrast
 from mnemoscope.tasks import Example, build_task, draw
 
 LAYERS, WIDTH = 4, 48
@@ -23,6 +23,7 @@ ROLES = {"vector": 1.0, **dict(zip(CONTROLS, (0.05, 0.02, 0.1, 0.3, 0.12), stric
 SIDES = ("generalized", "memorized")
 SOURCE = {"to_generalized": "memorized", "to_memorized": "generalized"}
 TARGET = {"to_generalized": "generalized", "to_memorized": "memorized"}
+SIGN = {"to_generalized": 1, "to_memorized": -1}
 TEXT = dict.fromkeys(("direction", "method", "site", "layers", "role"), "")
 
 
@@ -82,16 +83,11 @@ def write_cell(
 
 def training_rows() -> pd.DataFrame:
     step = np.arange(0, 1300, 100)
-
-    def rise(middle: float) -> np.ndarray:
-        return 1 / (1 + np.exp(-(step - middle) / 90))
-
-    memorized, generalized = np.clip(rise(200) - 0.55 * rise(700), 0, 1), 0.52 * rise(720)
-    columns = {"step": step, "loss": 3.2 - 2.9 * rise(400), "novel_accuracy": rise(450), "recall": rise(220)}
+    rise, late = (1 / (1 + np.exp(-(step - middle) / 90)) for middle in (250, 720))
+    memorized, generalized = rise - 0.55 * late, 0.52 * late
+    columns = {"step": step, "loss": 3.2 - 2.9 * rise, "novel_accuracy": late, "recall": rise, "met": step >= 900}
     columns |= {"conflict_memorized": memorized, "conflict_generalized": generalized}
-    return pd.DataFrame(
-        {**columns, "conflict_other": 1 - memorized - generalized, "met": step >= 900, "kept": step == 1200}
-    )
+    return pd.DataFrame({**columns, "conflict_other": 1 - memorized - generalized, "kept": step == 1200})
 
 
 def behaviour_rows(rng: np.random.Generator, task: Any, conflicts: list[Example], size: int) -> pd.DataFrame:
@@ -143,27 +139,23 @@ def probe_rows(rng: np.random.Generator, pairs: pd.DataFrame, effect: float) -> 
 def learning_rows(pairs: int, effect: float) -> pd.DataFrame:
     """Draws that come nearer to the end of the curve as pairs are added; nothing without pairs."""
     rng, rows = np.random.default_rng(pairs), []
-    for size, draws in [*((n, 5) for n in (25, 50, 100) if n < pairs), *([(pairs, 1)] if pairs else [])]:
-        for number in range(draws):
-            missing = (1 - size / pairs) * rng.uniform(0.8, 1)
-            for what, layer, best in (("accuracy", 3, 0.5 + 0.1 * effect), ("nmd_cosine", 3, 1), ("nmd_cosine", -1, 1)):
-                rows.append((size, number, (size + 2) // 3, what, layer, best - missing * (best - 0.5), size))
+    curves = (("accuracy", 3, 0.5 + 0.1 * effect), ("nmd_cosine", 3, 1), ("nmd_cosine", -1, 1))
+    sizes = [(size, number) for size in (25, 50, 100) if size < pairs for number in range(5)]
+    for size, number in [*sizes, (pairs, 0)] if pairs else []:
+        missing = (1 - size / pairs) * rng.uniform(0.8, 1)
+        for what, layer, best in curves:
+            rows.append((size, number, (size + 2) // 3, what, layer, best - missing * (best - 0.5), size))
     return pd.DataFrame(rows, columns=["pairs", "draw", "groups", "what", "layer", "value", "n"])
 
 
 def halves_rows(pairs: int, effect: float) -> pd.DataFrame:
     rng, rows = np.random.default_rng(pairs), []
-
-    def near() -> float:
-        return min(1.0, 0.3 * effect + rng.normal(0, 0.05))
-
-    for halving in range(20 if pairs else 0):
-        for layer, what in product(range(LAYERS), ("rho_rank_correlation", "nmd_cosine")):
-            rows.append((halving, what, layer, math.nan, near(), *[math.nan] * 3, WIDTH))
-        rows.append((halving, "nmd_cosine", -1, math.nan, near(), *[math.nan] * 3, LAYERS * WIDTH))
-        for top, (what, more) in product((0.05, 0.3), (("overlap", 1), ("overlap_in_layers", 1.2))):
-            ends = (more * top, max(0.0, more * top - 0.1), more * top + 0.1)
-            rows.append((halving, what, -1, top, max(top, near()), *ends, math.ceil(top * LAYERS * WIDTH)))
+    kinds = [(what, layer, math.nan) for what in ("rho_rank_correlation", "nmd_cosine") for layer in range(LAYERS)]
+    kinds += [("nmd_cosine", -1, math.nan), *product(("overlap", "overlap_in_layers"), (-1,), (0.05, 0.3))]
+    for halving, (what, layer, top) in product(range(20 if pairs else 0), kinds):
+        value, chance = min(1.0, 0.3 * effect + rng.normal(0, 0.05)), top * (1.2 if what == "overlap_in_layers" else 1)
+        numbers = (value if math.isnan(top) else max(top, value), chance, max(0.0, chance - 0.1), chance + 0.1)
+        rows.append((halving, what, layer, top, *numbers, 1 if math.isnan(top) else math.ceil(top * LAYERS * WIDTH)))
     columns = ["halving", "what", "layer", "top", "value", "chance", "chance_low", "chance_high", "n"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -187,23 +179,21 @@ def sweep_rows(rng: np.random.Generator, lists: Lists, effect: float) -> pd.Data
     """Every method on all layers and on single ones; ``nmd`` is mapped."""
     rows, layers = [], {"0-3": 1.0, **{str(n): 0.3 + 0.2 * n for n in range(LAYERS)}}
     undefined = dict.fromkeys(("shift", "stay", "other", "margin", "margin_sd", "kept"), math.nan)
-    for (direction, target), (method, gain) in product(TARGET.items(), GAINS.items()):
-        for (where, share), top, strength in product(layers.items(), TOPS, STRENGTHS):
-            setting = {"direction": direction, "method": method, "site": "block", "layers": where, "top": top}
-            setting["strength"] = strength
-            push, sign = effect * gain * 6 * strength * (0.4 + 0.6 * top) * share, 1 if target == "generalized" else -1
-            for examples, (groups, distance) in lists.items():
-                inside = push + places_of(groups, distance)
-                if examples == "conflict_rest" or not len(groups) or (examples == "conflict" and method != "nmd"):
-                    continue
-                other = float((rng.random(len(groups)) < 0.02 * push).mean())
-                shift = float((inside > 0).mean()) * (1 - other)
-                found = {"shift": shift, "stay": 1 - shift - other, "other": other}
-                found |= {"margin": sign * float(inside.mean()), "margin_sd": float(inside.std())}
-                rows.append({**setting, "examples": examples, "n": len(groups), **undefined, **found})
-            for examples in ("memory", "novel") if method == "nmd" else ():
-                kept = {"examples": examples, "n": 80, **undefined, "kept": max(0.0, 1 - 0.1 * push)}
-                rows += [{**setting, **kept}] * (2 if where == "0-3" else 1)  # by both aims
+    for direction, (method, gain), where, top, strength in product(TARGET, GAINS.items(), layers, TOPS, STRENGTHS):
+        setting = {"direction": direction, "method": method, "site": "block", "layers": where, "top": top}
+        setting |= {"strength": strength, **undefined}
+        push = effect * gain * 6 * strength * (0.4 + 0.6 * top) * layers[where]
+        for examples, (groups, distance) in lists.items():
+            if examples == "conflict_rest" or not len(groups) or (examples == "conflict" and method != "nmd"):
+                continue
+            inside, other = push + places_of(groups, distance), float((rng.random(len(groups)) < 0.02 * push).mean())
+            shift = float((inside > 0).mean()) * (1 - other)
+            found = {"shift": shift, "stay": 1 - shift - other, "other": other}
+            found |= {"margin": SIGN[direction] * float(inside.mean()), "margin_sd": float(inside.std())}
+            rows.append({**setting, "examples": examples, "n": len(groups), **found})
+        for examples in ("memory", "novel") if method == "nmd" else ():
+            kept = {"examples": examples, "n": 80, "kept": max(0.0, 1 - 0.1 * push)}
+            rows += [{**setting, **kept}] * (2 if where == "0-3" else 1)  # by both aims
     return pd.DataFrame(rows)
 
 
@@ -235,7 +225,7 @@ def steering_rows(rng: np.random.Generator, lists: Lists, effect: float) -> pd.D
 def shifted(
     rng: np.random.Generator, groups: pd.Series, strong: tuple[float, float], direction: str, examples: str
 ) -> dict[str, Any]:
-    (distance, push), sign = strong, 1 if direction == "to_generalized" else -1
+    (distance, push), sign = strong, SIGN[direction]
     place = places_of(groups, distance)
     inside = place + push + rng.normal(0, 0.3, len(groups))
     after = np.where(inside > 0, TARGET[direction], SOURCE[direction])
@@ -265,7 +255,7 @@ def effects_rows(rng: np.random.Generator, pairs: pd.DataFrame, effect: float, p
         parts.append(pd.DataFrame({**columns, "margin": margin}))
 
     for direction, side in SOURCE.items():
-        sign = 1 if direction == "to_generalized" else -1
+        sign = SIGN[direction]
         for method, gain in GAINS.items():
             facts = {"direction": direction, "method": method, "site": "block"}
             for dose, (role, number) in product(DOSES, (("vector", 0), ("gaussian", 0), ("gaussian", 1))):
@@ -300,9 +290,7 @@ def seeds_rows(labels: dict[str, int]) -> pd.DataFrame:
         common = {"label": label, "seed_a": a, "seed_b": b, "site": "block", "shared_initialization": a == 0}
         common |= {"chance_low": -0.1, "chance": 0.0, "chance_high": 0.1}
         for what, layer in product(("rank_correlation", "aligned_cosine"), range(-1, LAYERS)):
-            rows.append(
-                {**common, "what": what, "layer": layer, "top": math.nan, "value": 0.3 + 0.1 * layer + 0.01 * b}
-            )
+            rows.append({**common, "what": what, "layer": layer, "top": math.nan, "value": 0.3 + 0.1 * layer})
         rows += [{**common, "what": "overlap", "layer": -1, "top": top, "value": top + 0.2} for top in (0.05, 0.3)]
     return pd.DataFrame(rows)
 
@@ -328,5 +316,4 @@ def contrast_file(rng: np.random.Generator, folder: Path, effect: float, pairs: 
     nmd = effect * np.linspace(0.05, 1, LAYERS)[:, None] * rng.standard_t(4, size=(LAYERS, WIDTH)) * 0.1
     rho = np.clip(nmd / 1.2, -0.95, 0.95)
     p = np.where(np.isnan(nmd), nmd, np.exp(-np.abs(rho) * 40))
-    arrays = {"nmd": nmd, "rho": rho, "effect_size": rho * 2, "p_family_wise": p, "p_false_discovery": p}
-    save_file(arrays, folder / "contrast.safetensors", metadata={"site": "block", "pairs": str(pairs), "groups": "40"})
+    Contrast("block", pairs, 40, nmd, rho, rho * 2, p, p, np.ones(LAYERS)).save(folder / "contrast.safetensors")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
@@ -20,7 +18,7 @@ from mnemoscope.probes import (
     share_right,
     shuffled,
 )
-from mnemoscope.statistics import Floats, auroc
+from mnemoscope.statistics import Floats
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -52,21 +50,6 @@ def test_a_layer_probe_is_scikit_learns_pipeline_in_the_raw_space() -> None:
         np.testing.assert_allclose(probe.decision_function(raw), oracle.decision_function(raw), atol=1e-6)
     assert probe.weights_D_.shape == (6,)
     assert probe.weights_D_[5] == 0
-    saved = json.loads(json.dumps({"weights": probe.weights_D_.tolist(), "bias": probe.bias_}))
-    by_hand = raw[0].astype(np.float64) @ np.array(saved["weights"]) + saved["bias"]
-    assert by_hand == pytest.approx(probe.decision_function(raw)[0])
-
-
-def test_layer_probes_find_the_layers_that_know() -> None:
-    fit, tune, test = states(150, 1), states(80, 2), states(400, 3)
-    probes = fit_layer_probes(*fit[:2], *tune[:2])
-    areas = [
-        auroc(probe.decision_function(test[0][:, layer]), test[1], test[2], np.random.default_rng(0))
-        for layer, probe in enumerate(probes)
-    ]
-    assert len(probes) == 3
-    assert areas[0].low < 0.5 < areas[0].high
-    assert [areas[1].estimate, areas[2].estimate] == pytest.approx([0.760, 0.921], abs=0.04)  # Phi(l / sqrt(2))
 
 
 def test_regularization_is_chosen_by_tune_accuracy_and_ties_go_to_the_strongest() -> None:
@@ -146,13 +129,10 @@ def test_the_input_probe_learns_presence_and_position_but_not_what_is_not_there(
     position = [np.array([prompt[-2] < 6 for prompt in prompts]).astype(int) for prompts in (fit, tune, test)]
     absent = [np.random.default_rng(9 + i).integers(0, 2, size=len(p)) for i, p in enumerate((fit, tune, test))]
     features = [input_features(prompts, 12) for prompts in (fit, tune, test)]
-    results = []
-    for labels in (presence, position, absent):
+    for labels, expected in ((presence, 1), (position, 1), (absent, 0.5)):
         probe = fit_input_probe(features[0], labels[0], features[1], labels[1])
-        results.append(accuracy(probe.decision_function(features[2]), labels[2]))
-    assert results[0] > 0.98
-    assert results[1] > 0.98
-    assert results[2] == pytest.approx(0.5, abs=0.08)
+        right = accuracy(probe.decision_function(features[2]), labels[2])
+        assert right == pytest.approx(expected, abs=0.02 if expected == 1 else 0.08)
 
 
 def test_shuffling_swaps_whole_pairs_half_of_the_time() -> None:

@@ -48,10 +48,9 @@ def test_the_side_answered_generalized_comes_first_and_the_cap_is_drawn_at_rando
     assert [e.prompt.split()[1] for e in part.examples] == ["generalized", "memorized"] * 28
     assert part.groups_P == [f"g{n // 2}" for n in range(30) if n not in (3, 4)]
     few = [Phrasings.of(table, "fit", 10, np.random.default_rng(seed)) for seed in (1, 1, 2)]
-    assert [len(part.examples) for part in few] == [20] * 3
     assert few[0].examples == few[1].examples != few[2].examples
     places = [int(e.prompt.split()[0]) for e in few[0].examples]
-    assert places == sorted(places)
+    assert (len(places), places) == (20, sorted(places))
     assert max(places) > 10
 
 
@@ -60,8 +59,6 @@ def test_the_side_answered_generalized_comes_first_and_the_cap_is_drawn_at_rando
     [
         ({"offsets": (1, 2)}, "lack 0"),
         ({"offsets": (0, 2, 2)}, "there twice"),
-        ({"offsets": (0, -1)}, "greater than or equal to 0"),
-        ({"learning": (0,)}, "greater than 0"),
     ],
 )
 def test_a_configuration_that_makes_no_sense_is_refused(fields: dict[str, Any], message: str) -> None:
@@ -132,10 +129,8 @@ def test_the_learning_curve_ends_at_the_probe_and_the_contrast(cell: Cell, table
     best = tables["probes"].query("kind == 'state' and offset == 0 and layer == @layer")
     accuracy = ((best.score > 0) == (best.label == 1)).mean()
     assert whole.value["accuracy", layer] == pytest.approx(accuracy)
-    assert whole.n["accuracy", layer] == len(best)
-    assert whole.value["nmd_cosine", layer] == pytest.approx(1)
-    assert whole.value["nmd_cosine", -1] == pytest.approx(1)
-    assert set(whole.groups) == {fit.group.nunique()}
+    assert [whole.value["nmd_cosine", each] for each in (layer, -1)] == pytest.approx([1, 1])
+    assert (whole.n["accuracy", layer], set(whole.groups)) == (len(best), {fit.group.nunique()})
     few = learning[learning.pairs == min(sizes)]
     assert sorted(few.draw.unique()) == list(range(cell.config.probes.learning_draws))
     assert few[few.what == "nmd_cosine"].value.between(-1, 0.999).all()
@@ -145,15 +140,13 @@ def test_the_learning_curve_ends_at_the_probe_and_the_contrast(cell: Cell, table
 def test_halves_agree_more_than_chance(cell: Cell, tables: dict[str, pd.DataFrame]) -> None:
     halves = tables["halves"]
     assert sorted(halves.halving.unique()) == list(range(cell.config.probes.halvings))
-    assert halves.value.between(-1, 1).all()
     overlap = halves[halves.what == "overlap"]
     assert tuple(overlap.top.unique()) == TOPS
     for top, rows in overlap.groupby("top"):
         count = math.ceil(top * 2 * 64)
         assert (rows.n == count).all()
         np.testing.assert_allclose(rows.chance, count / 128)
-        assert (rows.chance_low <= rows.chance).all()
-        assert (rows.chance <= rows.chance_high).all()
+        assert rows.chance.between(rows.chance_low, rows.chance_high).all()
     inside = halves[halves.what == "overlap_in_layers"]
     np.testing.assert_allclose(inside.value, overlap.value)
     assert (inside.chance >= overlap.chance.to_numpy() - 1e-12).all()
@@ -174,10 +167,9 @@ def planted_cell() -> tuple[Any, np.ndarray, list[str]]:
 def test_halves_of_planted_neurons_agree_and_halves_of_noise_do_not() -> None:
     halves = pd.DataFrame(stage.halves_rows(*planted_cell()))
     by = halves.fillna({"top": 0}).groupby(["what", "layer", "top"]).value.mean()
-    assert by["nmd_cosine", 0, 0] > 0.95
-    assert abs(by["nmd_cosine", 1, 0]) < 0.25
-    assert by["rho_rank_correlation", 0, 0] > 0.4
-    assert abs(by["rho_rank_correlation", 1, 0]) < 0.25
+    for what, least in (("nmd_cosine", 0.95), ("rho_rank_correlation", 0.4)):
+        assert by[what, 0, 0] > least
+        assert abs(by[what, 1, 0]) < 0.25
     assert by["overlap", -1, 0.1] == 1  # the ten planted neurons
     inside = halves[(halves.what == "overlap_in_layers") & (halves.top == 0.1)]
     np.testing.assert_allclose(inside.chance, 10 / 50)  # all in one layer of fifty

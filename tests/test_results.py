@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from itertools import product
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,8 @@ def agrees(entry: Estimate, values: Any) -> None:
 
 
 def test_behaviour_and_pairs_are_counted_on_the_test_split(run: Path, task: TaskResults) -> None:
-    for kind, entry in (("memory", task.behaviour.recall), ("novel", task.behaviour.novel_accuracy)):
-        agrees(entry, table(run, "behaviour", kind=kind).behaviour == "correct")
+    agrees(task.behaviour.recall, table(run, "behaviour", kind="memory").behaviour == "correct")
+    agrees(task.behaviour.novel_accuracy, table(run, "behaviour", kind="novel").behaviour == "correct")
     conflict = table(run, "behaviour", kind="conflict")
     for behaviour in ("memorized", "generalized", "other"):
         agrees(task.behaviour.conflict[behaviour], conflict.behaviour == behaviour)
@@ -77,18 +78,14 @@ def test_behaviour_and_pairs_are_counted_on_the_test_split(run: Path, task: Task
 
 def test_contrast_and_probes_by_layer(run: Path, task: TaskResults) -> None:
     arrays, probe = load_file(run / "cells" / "addition-0" / "contrast.safetensors"), task.probe
-    right = {}
-    for (kind, layer), rows in table(run, "probes", offset=0).groupby(["kind", "layer"]):
-        right[kind, layer] = (rows.score > 0).to_numpy() == (rows.label == 1).to_numpy()
-    agrees(probe.input_only, right["input_only", -1])
-    agrees(probe.shuffled, np.concatenate([right["shuffled", layer] for layer in range(LAYERS)]))
+    shuffled = table(run, "probes", kind="shuffled")
+    agrees(probe.shuffled, (shuffled.score > 0) == (shuffled.label == 1))
     for layer in range(LAYERS):
         assert task.contrast.mean_abs_nmd[layer] == pytest.approx(np.abs(arrays["nmd"][layer]).mean())
         assert task.contrast.max_abs_rho[layer] == np.abs(arrays["rho"][layer]).max()
         assert task.contrast.significant_fraction[layer] == (arrays["p_family_wise"][layer] <= 0.05).mean()
-        agrees(probe.accuracy[layer], right["state", layer])
-        agrees(probe.minus_input_only[layer], right["state", layer].astype(float) - right["input_only", -1])
         scored = table(run, "probes", kind="state", layer=layer, offset=0)
+        agrees(probe.accuracy[layer], (scored.score > 0) == (scored.label == 1))
         above, below = (scored.score[scored.label == label].to_numpy() for label in (1, 0))
         assert probe.auroc[layer].estimate == pytest.approx((above[:, None] > below).mean())
     assert set(probe.best.picked) <= set(range(LAYERS))
@@ -123,15 +120,6 @@ def test_steering_shares_controls_and_differences(run: Path, task: TaskResults, 
         difference = block.minus_control[role][examples]
         assert difference.estimate == pytest.approx(hits[hits.role == "vector"].hit.mean() - by_draw.mean())
         assert difference.low <= difference.estimate <= difference.high
-
-
-def test_the_worst_draw_of_several_seeds_is_the_worst_of_all(results: Results) -> None:
-    task = results.tasks["inference"]
-    for direction, control, aim in product(SOURCE, CONTROLS, ("pairs", "conflict")):
-        blocks = [task, *task.per_seed.values()]
-        worst, *each = (b.steering[direction].controls[control].worst[aim].shift.estimate for b in blocks)
-        assert len(each) == 2
-        assert worst == max(each)
 
 
 @DIRECTION
@@ -195,13 +183,11 @@ def test_ablation_is_the_separation_lost_pair_by_pair(run: Path, task: TaskResul
     for role in ("vector", "random_neurons"):
         entry = getattr(found, role)
         sides = {side: rows[(rows.role == role) & (rows.side == side)] for side in SIDES}
-        before, after = (
-            sides["generalized"][c].mean() - sides["memorized"][c].mean() for c in ("margin_before", "margin")
-        )
+        means = {side: part[["margin_before", "margin"]].mean() for side, part in sides.items()}
+        before, after = means["generalized"] - means["memorized"]
         lost[role] = before - after
-        estimates = (entry.before.estimate, entry.after.estimate, entry.lost.estimate)
-        assert estimates == pytest.approx((before, after, before - after))
-        assert entry.lost.n == sides["memorized"].example.nunique()
+        estimates = (entry.before.estimate, entry.after.estimate, entry.lost.estimate, entry.lost.n)
+        assert estimates == pytest.approx((before, after, before - after, sides["memorized"].example.nunique()))
         for side, part in sides.items():
             agrees(entry.kept[side], part.after == side)
     assert found.minus_random.estimate == pytest.approx(lost["vector"] - lost["random_neurons"])
@@ -266,17 +252,16 @@ def test_seeds_are_averaged_and_their_counts_add_up(results: Results) -> None:
     seeds = [task.per_seed[str(seed)] for seed in task.seeds]
     assert task.seeds == [0, 1]
     assert task.training == {"seconds": [61.5, 62.5], "steps": [1200, 1200]}
-    for get in (
-        lambda one: one.behaviour.conflict["memorized"],
-        lambda one: one.pairs.yield_,
-        lambda one: one.steering["to_memorized"].pairs.shift,
-    ):
-        whole, (a, b) = get(task), map(get, seeds)
+    for path in ("behaviour.recall", "pairs.yield_", "probe.input_only"):
+        whole, a, b = map(attrgetter(path), (task, *seeds))
         assert whole.estimate == pytest.approx((a.estimate + b.estimate) / 2)
         assert whole.n == a.n + b.n
         half = 12.7062047 * abs(a.estimate - b.estimate) / 2  # t at 0.975, one degree of freedom
         assert whole.high == pytest.approx(whole.estimate + half)
     assert task.pairs.pairs == sum(one.pairs.pairs for one in seeds)
+    for direction, control, aim in product(SOURCE, CONTROLS, ("pairs", "conflict")):
+        worst, *each = (one.steering[direction].controls[control].worst[aim].shift.estimate for one in (task, *seeds))
+        assert worst == max(each)
     nmd = np.mean([one.contrast.mean_abs_nmd for one in seeds], axis=0)
     assert task.contrast.mean_abs_nmd == pytest.approx(nmd.tolist())
 
@@ -286,20 +271,11 @@ def test_programs_find_the_keys_that_they_rely_on(run: Path) -> None:
     raw = json.loads((run / "results.json").read_text())
     assert (raw["schema"], raw["study"], list(raw["tasks"])) == (1, "made-up", ["inference", "addition"])
     for task in raw["tasks"].values():
-        assert {
-            "seeds",
-            "training",
-            "behaviour",
-            "pairs",
-            "contrast",
-            "probe",
-            "steering",
-            "steering_by_method",
-        } <= set(task)
+        keys = "seeds training behaviour pairs contrast probe steering steering_by_method"
+        assert set(keys.split()) <= set(task)
         assert set(task["pairs"]["yield"]) == {"estimate", "low", "high", "n"}
-        assert {"site", "layers", "accuracy", "auroc", "input_only", "shuffled", "beats_input_only"} <= set(
-            task["probe"]
-        )
+        keys = "site layers accuracy auroc input_only shuffled beats_input_only"
+        assert set(keys.split()) <= set(task["probe"])
         for block in (task["steering"], *task["steering_by_method"].values()):
             assert set(Steered.model_validate(block["to_memorized"]).controls) == set(CONTROLS)
             assert {"shift", "stay", "other"} <= set(block["to_generalized"]["controls"]["gaussian"]["pairs"])
