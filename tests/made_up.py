@@ -39,9 +39,8 @@ def write_run(folder: Path, tasks: dict[str, dict[str, Any]]) -> Path:
             write_cell(folder / "cells" / f"{name}-{seed}", name, seed, **options)
     if len(tasks) > 1:
         (folder / "records").mkdir()
-        steered, read = transfer_rows(list(tasks))
         seeds = seeds_rows({name: options.get("seeds", 1) for name, options in tasks.items()})
-        for table, rows in {"seeds": seeds, "transfer_steering": steered, "transfer_probes": read}.items():
+        for table, rows in {"seeds": seeds, **transfer_rows(list(tasks))}.items():
             rows.to_parquet(folder / "records" / f"{table}.parquet")
     return folder
 
@@ -212,8 +211,7 @@ def steering_rows(rng: np.random.Generator, lists: Lists, effect: float) -> pd.D
             for examples, (groups, distance) in (everything if is_vector else {aim: lists[aim]}).items():
                 if examples == "pairs_unreachable" and (direction, aim) != ("to_memorized", "pairs"):
                     continue
-                kept = examples in ("novel", "memory")
-                found = kept_rows(rng, groups) if kept else shifted(rng, groups, (distance, push), direction, examples)
+                found = shifted(rng, groups, (distance, push), direction, examples)
                 facts = {**setting, "role": role, "draw": number, "examples": examples, "family": "a"}
                 columns = {**facts, "example": np.arange(len(groups)), "group": groups.to_numpy(), **found}
                 if not is_vector:
@@ -225,6 +223,11 @@ def steering_rows(rng: np.random.Generator, lists: Lists, effect: float) -> pd.D
 def shifted(
     rng: np.random.Generator, groups: pd.Series, strong: tuple[float, float], direction: str, examples: str
 ) -> dict[str, Any]:
+    if examples in ("novel", "memory"):
+        before = np.where(rng.random(len(groups)) < 0.96, "correct", "wrong")
+        after = np.where(rng.random(len(groups)) < 0.03, "wrong", before)
+        nothing = dict.fromkeys(("margin_before", "margin", "confabulated"), math.nan)
+        return {"before": before, "after": after, **nothing}
     (distance, push), sign = strong, SIGN[direction]
     place = places_of(groups, distance)
     inside = place + push + rng.normal(0, 0.3, len(groups))
@@ -234,12 +237,6 @@ def shifted(
     made_up = (after == "other") & (np.arange(len(groups)) % 2 == 1)
     margins = {"margin_before": sign * place, "margin": sign * inside}
     return {"before": before, "after": after, **margins, "confabulated": made_up.astype(float)}
-
-
-def kept_rows(rng: np.random.Generator, groups: pd.Series) -> dict[str, Any]:
-    before = np.where(rng.random(len(groups)) < 0.96, "correct", "wrong")
-    after = np.where(rng.random(len(groups)) < 0.03, "wrong", before)
-    return {"before": before, "after": after, **dict.fromkeys(("margin_before", "margin", "confabulated"), math.nan)}
 
 
 def effects_rows(rng: np.random.Generator, pairs: pd.DataFrame, effect: float, prompted: bool) -> pd.DataFrame:
@@ -288,14 +285,14 @@ def seeds_rows(labels: dict[str, int]) -> pd.DataFrame:
     rows = []
     for label, (a, b) in ((label, two) for label, number in labels.items() for two in combinations(range(number), 2)):
         common = {"label": label, "seed_a": a, "seed_b": b, "site": "block", "shared_initialization": a == 0}
-        common |= {"chance_low": -0.1, "chance": 0.0, "chance_high": 0.1}
+        common |= {"chance_low": -0.1, "chance": 0.0, "chance_high": 0.1, "top": math.nan}
         for what, layer in product(("rank_correlation", "aligned_cosine"), range(-1, LAYERS)):
-            rows.append({**common, "what": what, "layer": layer, "top": math.nan, "value": 0.3 + 0.1 * layer})
+            rows.append({**common, "what": what, "layer": layer, "value": 0.3 + 0.1 * layer})
         rows += [{**common, "what": "overlap", "layer": -1, "top": top, "value": top + 0.2} for top in (0.05, 0.3)]
     return pd.DataFrame(rows)
 
 
-def transfer_rows(labels: list[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
+def transfer_rows(labels: list[str]) -> dict[str, pd.DataFrame]:
     rng, steered, read = np.random.default_rng(5), [], []
     groups = [f"g{n % 15}" for n in range(60)]
     for source, target, seed in product(labels, labels, range(2)):
@@ -309,7 +306,8 @@ def transfer_rows(labels: list[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
             label = np.tile([1, 0], 30)
             score = rng.normal(size=60) + near * layer * (2 * label - 1)
             read.append(pd.DataFrame({**common, "layer": layer, "group": groups, "label": label, "score": score}))
-    return pd.concat(steered, ignore_index=True), pd.concat(read, ignore_index=True)
+    tables = {"transfer_steering": steered, "transfer_probes": read}
+    return {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}
 
 
 def contrast_file(rng: np.random.Generator, folder: Path, effect: float, pairs: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
@@ -23,7 +22,7 @@ from mnemoscope.config import ProbesConfig, load_study
 from mnemoscope.stages import probe as stage
 from mnemoscope.stages.common import cell_model
 from mnemoscope.stages.pairs import pairs_stage
-from mnemoscope.stages.probe import SHUFFLES, TOPS, Phrasings, probes_stage, readable_offsets
+from mnemoscope.stages.probe import SHUFFLES, Phrasings, probes_stage, readable_offsets
 
 TABLES = ("probes", "learning", "halves")
 
@@ -54,16 +53,10 @@ def test_the_side_answered_generalized_comes_first_and_the_cap_is_drawn_at_rando
     assert max(places) > 10
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"offsets": (1, 2)}, "lack 0"),
-        ({"offsets": (0, 2, 2)}, "there twice"),
-    ],
-)
-def test_a_configuration_that_makes_no_sense_is_refused(fields: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(("offsets", "message"), [((1, 2), "lack 0"), ((0, 2, 2), "there twice")])
+def test_offsets_that_make_no_sense_are_refused(offsets: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ProbesConfig(**fields)
+        ProbesConfig(offsets=offsets)
 
 
 def test_offsets_that_the_shortest_prompt_lacks_are_dropped(mini: Callable[[str], Asking]) -> None:
@@ -134,23 +127,6 @@ def test_the_learning_curve_ends_at_the_probe_and_the_contrast(cell: Cell, table
     few = learning[learning.pairs == min(sizes)]
     assert sorted(few.draw.unique()) == list(range(cell.config.probes.learning_draws))
     assert few[few.what == "nmd_cosine"].value.between(-1, 0.999).all()
-    assert few[few.what == "accuracy"].value.nunique() > 1
-
-
-def test_halves_agree_more_than_chance(cell: Cell, tables: dict[str, pd.DataFrame]) -> None:
-    halves = tables["halves"]
-    assert sorted(halves.halving.unique()) == list(range(cell.config.probes.halvings))
-    overlap = halves[halves.what == "overlap"]
-    assert tuple(overlap.top.unique()) == TOPS
-    for top, rows in overlap.groupby("top"):
-        count = math.ceil(top * 2 * 64)
-        assert (rows.n == count).all()
-        np.testing.assert_allclose(rows.chance, count / 128)
-        assert rows.chance.between(rows.chance_low, rows.chance_high).all()
-    inside = halves[halves.what == "overlap_in_layers"]
-    np.testing.assert_allclose(inside.value, overlap.value)
-    assert (inside.chance >= overlap.chance.to_numpy() - 1e-12).all()
-    assert overlap.value.mean() > overlap.chance_high.mean()
 
 
 def planted_cell() -> tuple[Any, np.ndarray, list[str]]:

@@ -165,7 +165,7 @@ def marked(text: str, kinds: dict[str, str]) -> Pieces:
     return [(part, kinds.get(part, "") if number % 2 else "") for number, part in enumerate(word.split(text)) if part]
 
 
-def some_pairs(cell: Cell) -> list[tuple[Shown, Shown]]:
+def some_pairs(cell: Cell) -> list[list[Shown]]:
     """Three test pairs of different groups: (the phrasing that is remembered, the one that is worked out)."""
     rows = cell.pairs
     rows = rows[(rows.split == "test") & rows.is_pair.astype(bool)].drop_duplicates("group").head(3)
@@ -173,7 +173,7 @@ def some_pairs(cell: Cell) -> list[tuple[Shown, Shown]]:
     for _, row in rows.iterrows():
         a, b = difference(row.prompt_a, row.prompt_b)
         shown = [_shown(row, pieces, behaviour) for pieces, behaviour in ((a, row.behaviour_a), (b, row.behaviour_b))]
-        found.append(tuple(sorted(shown, key=lambda side: side.behaviour, reverse=True)))  # "memorized" comes first
+        found.append(sorted(shown, key=lambda side: side.behaviour, reverse=True))  # "memorized" comes first
     return found
 
 

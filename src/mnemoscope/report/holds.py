@@ -45,7 +45,8 @@ def measure_halves(cell: Cell) -> Halves:
 
 def _chance(rows: pd.DataFrame, n: int) -> Estimate:
     """A permutation distribution: its mean and its 95 % interval, averaged over halvings or twos of seeds."""
-    return Estimate(*(float(rows[key].mean()) for key in ("chance", "chance_low", "chance_high")), n)
+    chance, low, high = (float(rows[key].mean()) for key in ("chance", "chance_low", "chance_high"))
+    return Estimate(chance, low, high, n)
 
 
 def measure_seeds(run: Run) -> dict[str, list[SeedsRow]]:

@@ -95,12 +95,11 @@ def merged(values: Sequence[Any]) -> Any:
     if isinstance(first, Result):
         fields = {name: [getattr(part, name) for part in values] for name in type(first).model_fields}
         known = {name: [value for value in found if value is not None] for name, found in fields.items()}
-        found = {name: merged(of_seeds) if of_seeds else None for name, of_seeds in known.items()}
+        found: dict[str, Any] = {name: merged(of_seeds) if of_seeds else None for name, of_seeds in known.items()}
         if isinstance(first, Control):
             for aim in AIMS:
-                found["worst"][aim] = max(
-                    (worst[aim] for worst in known["worst"]), key=lambda s: np.nan_to_num(s.shift.estimate, nan=-1)
-                )
+                draws = (worst[aim] for worst in known["worst"])
+                found["worst"][aim] = max(draws, key=lambda draw: np.nan_to_num(draw.shift.estimate, nan=-1))
         return type(first).model_construct(**found)
     if isinstance(first, dict):
         keys = dict.fromkeys(key for value in values for key in value)

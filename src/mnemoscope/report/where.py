@@ -100,8 +100,8 @@ def measure_sweep(cells: Sequence[Cell]) -> list[SweepRow]:
     for values, part in pd.concat(tables).groupby([*SETTING, "examples"], sort=True, observed=True):
         row: dict[str, Any] = dict(zip([*SETTING, "examples"], values, strict=True))
         for key in STEERED if row["examples"] in schema.AIMS else KEPT:
-            values = zip(part[key], part.n, strict=True)
-            row[key] = over_seeds([Estimate(float(x), math.nan, math.nan, int(n)) for x, n in values])
+            each = zip(part[key], part.n, strict=True)
+            row[key] = over_seeds([Estimate(float(x), math.nan, math.nan, int(n)) for x, n in each])
         rows.append(SweepRow(**row, seeds=len(part)))
     return rows
 
@@ -124,9 +124,9 @@ def measure_layers(sweep: Sequence[SweepRow], contrast: schema.Contrasts) -> sch
         at_equal = [(row, share) for row, share in rows if row.strength == strength]
         by_method: dict[str, dict[str, list[Estimate]]] = {}
         for method, site in dict.fromkeys((row.method, row.site) for row, _ in at_equal):
-            part = [(row.layers, share) for row, share in at_equal if (row.method, row.site) == (method, site)]
-            tried = ([share for layers, share in part if int(layers) == layer] for layer in contrast.layers)
-            best = [max(shares, key=lambda s: s.estimate, default=Estimate.undefined()) for shares in tried]
+            found = [(row.layers, share) for row, share in at_equal if (row.method, row.site) == (method, site)]
+            by_layer = ([share for layers, share in found if int(layers) == layer] for layer in contrast.layers)
+            best = [max(shares, key=lambda s: s.estimate, default=Estimate.undefined()) for shares in by_layer]
             by_method.setdefault(method, {})[site] = best
         shift[direction] = schema.OneLayer(strength=strength, methods=by_method)
     shown = {key: getattr(contrast, key) for key in ("layers", "mean_abs_nmd", "max_abs_rho")}
