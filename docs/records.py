@@ -70,8 +70,6 @@ def shown(annotation: Any) -> str:
         return f"[{shown(parts[0])}]"
     if kind is typing.Literal:
         return " or ".join(f"`{part}`" for part in parts)
-    if kind is typing.Annotated:
-        return shown(parts[0])
     if parts:
         optional = "; may lack" if type(None) in parts else ""
         return " or ".join(shown(part) for part in parts if part is not type(None)) + optional
