@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -22,7 +22,7 @@ from mnemoscope import export
 from mnemoscope.behaviour import complete
 from mnemoscope.cli import app
 from mnemoscope.errors import InputError
-from mnemoscope.export import bake, read_gguf, to_gguf
+from mnemoscope.export import bake, to_gguf
 from mnemoscope.models import Layout, Site, layout_of, load_model, pass_inputs, use_layout
 from mnemoscope.steering import SteeringVector
 
@@ -201,25 +201,24 @@ def test_a_layout_of_ones_own_is_followed(tmp_path: Path) -> None:
     assert (tmp_path / "baked" / "config.json").exists()
 
 
-def test_control_vectors_are_those_of_llama_cpp_and_read_back(tmp_path: Path) -> None:
-    """One float32 direction.k for every shifted 0-based block k, and the names of the fields."""
-    import gguf
-
-    vector = some_vector(layers=(1, 2, 7))
-    path = to_gguf(vector, tmp_path / "vector.gguf", "llama")
+def read_gguf(path: Path) -> dict[str, Any]:
+    """Fields and tensors, by the names they have in the file."""
     reader = gguf.GGUFReader(path)
-    assert {t.name: (t.tensor_type, list(t.shape)) for t in reader.tensors} == {
-        f"direction.{layer}": (gguf.GGMLQuantizationType.F32, [32]) for layer in (1, 2, 7)
-    }
+    assert all(tensor.tensor_type == gguf.GGMLQuantizationType.F32 for tensor in reader.tensors)
     fields = {key: field.contents() for key, field in reader.fields.items()}
-    assert fields["general.architecture"] == "controlvector"
-    assert fields["controlvector.model_hint"] == "llama"
-    assert fields["controlvector.layer_count"] == 3
-    shifts, hint = read_gguf(path)
-    assert (list(shifts), hint) == ([1, 2, 7], "llama")
-    for layer, shift in shifts.items():
-        assert shift.dtype == np.float32
-        assert np.array_equal(shift, vector.shifts[layer].numpy())
+    return fields | {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+
+
+def test_control_vectors_are_those_of_llama_cpp(tmp_path: Path) -> None:
+    """One float32 direction.k for every shifted 0-based block k, and the names of the fields."""
+    vector = some_vector(layers=(1, 2, 7))
+    found = read_gguf(to_gguf(vector, tmp_path / "vector.gguf", "llama"))
+    assert {name for name in found if name.startswith("direction")} == {"direction.1", "direction.2", "direction.7"}
+    assert found["general.architecture"] == "controlvector"
+    assert found["controlvector.model_hint"] == "llama"
+    assert found["controlvector.layer_count"] == 3
+    for layer, shift in vector.shifts.items():
+        np.testing.assert_array_equal(found[f"direction.{layer}"], shift.numpy(), strict=True)
     assert [path.name for path in tmp_path.iterdir()] == ["vector.gguf"]
 
 
@@ -238,50 +237,12 @@ def test_vectors_that_llama_cpp_cannot_apply_are_refused(vector: SteeringVector,
     assert not list(tmp_path.iterdir())
 
 
-def gguf_file(path: Path, kind: str, tensors: dict[str, np.ndarray]) -> Path:
-    import gguf
-
-    writer = gguf.GGUFWriter(path, kind)
-    for name, values in tensors.items():
-        writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def test_files_that_are_no_control_vector_are_refused_in_one_line(tmp_path: Path) -> None:
-    row = np.ones(32, np.float32)
-    whole = to_gguf(some_vector(layers=(1,)), tmp_path / "whole.gguf", "gpt2").read_bytes()
-    for name, content in {"empty": b"", "text": b"hello, world", "cut": whole[:-40], "head": whole[:30]}.items():
-        (tmp_path / name).write_bytes(content)
-    cases = {
-        "absent": "cannot be read as a GGUF file",
-        **dict.fromkeys(("empty", "text", "cut", "head"), "cannot be read as a GGUF file"),
-        gguf_file(tmp_path / "model", "llama", {"direction.1": row}).name: "general.architecture is 'llama'",
-        gguf_file(tmp_path / "other", "controlvector", {"token_embd.weight": row}).name: "'token_embd.weight'",
-        gguf_file(tmp_path / "zero", "controlvector", {"direction.0": row}).name: "'direction.0'",
-        gguf_file(tmp_path / "half", "controlvector", {"direction.1": row.astype(np.float16)}).name: "in float32",
-        gguf_file(tmp_path / "square", "controlvector", {"direction.1": row.reshape(4, 8)}).name: "'direction.1'",
-        gguf_file(
-            tmp_path / "widths", "controlvector", {"direction.1": row, "direction.2": row[:8]}
-        ).name: "different widths",
-        gguf_file(tmp_path / "none", "controlvector", {}).name: "it has no directions",
-    }
-    for name, message in cases.items():
-        with pytest.raises(InputError, match=f"^gguf: .*{name} .*{re.escape(message)}") as caught:
-            read_gguf(tmp_path / name)
-        assert "\n" not in str(caught.value)
-
-
 def test_without_the_gguf_package_one_line_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
-    for call in (lambda: to_gguf(some_vector(layers=(1,)), tmp_path / "v", "gpt2"), lambda: read_gguf(tmp_path / "v")):
-        with pytest.raises(InputError, match=r"^gguf: .*pip install 'mnemoscope\[pretrained\]'$"):
-            call()
+    with pytest.raises(InputError, match=r"^gguf: .*pip install 'mnemoscope\[pretrained\]'$"):
+        to_gguf(some_vector(layers=(1,)), tmp_path / "v", "gpt2")
 
 
 def call(*arguments: object) -> tuple[int, str, str]:
@@ -305,9 +266,9 @@ def test_the_command_line_writes_both_kinds(made: Path) -> None:
     vector = SteeringVector.load(made / "v.safetensors")
     code, out, _ = call(made / "v.safetensors", "--to", "gguf", "-o", made / "v.gguf", "--json")
     assert (code, json.loads(out)["layers"], json.loads(out)["out"]) == (0, [1, 2], str(made / "v.gguf"))
-    shifts, hint = read_gguf(made / "v.gguf")
-    assert hint == "gpt2"
-    assert all(np.array_equal(shifts[layer], shift.numpy()) for layer, shift in vector.shifts.items())
+    found = read_gguf(made / "v.gguf")
+    assert found["controlvector.model_hint"] == "gpt2"
+    assert all(np.array_equal(found[f"direction.{layer}"], shift.numpy()) for layer, shift in vector.shifts.items())
     arguments = ("--to", "checkpoint", "--model", made / "model", "--alpha", "2", "-o", made / "new" / "baked")
     code, out, _ = call(made / "v.safetensors", *arguments)
     assert (code, out) == (0, f"{made / 'new' / 'baked'}\n")

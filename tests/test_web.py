@@ -29,7 +29,7 @@ from mnemoscope.stages import Records, cell_model
 from mnemoscope.steering import SteeringVector
 from mnemoscope.tasks import Example
 from mnemoscope.web.cell import OpenedCell
-from mnemoscope.web.opened import MOST_JOBS, Jobs
+from mnemoscope.web.runs import MOST_JOBS, Jobs
 from mnemoscope.web.shapes import Question, Steering, Watched
 from playground import CELL, client_of, error_of, in_thread_of_cell
 
@@ -274,7 +274,7 @@ def test_requests_to_a_cell_wait_for_no_other_cell(playground_runs: Path, pairs:
 
     with client_of(playground_runs) as client, pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(8) as crowd:
         client.get(CELL)
-        patch.setattr("mnemoscope.web.opened.OpenedCell", slowly)
+        patch.setattr("mnemoscope.web.runs.OpenedCell", slowly)
         waiting = [crowd.submit(client.get, other) for _ in range(6)]
         assert client.post(f"{CELL}/ask", json={"question": pairs[0]["memorized"]}).status_code == 200
         assert not any(one.done() for one in waiting)

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,7 +34,6 @@ _BIAS_SWITCHES = ("mlp_bias", "bias", "use_bias", "enable_bias")
 # SmolLM2-135M has 1.2e-6 in float32 and 0.03 in bfloat16.
 _ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 0.1, torch.float16: 0.02, torch.float64: 1e-9}
 _HALF = (torch.bfloat16, torch.float16)
-_CONTROL = "controlvector"
 
 
 def check_portable(vector: SteeringVector, to: str) -> None:
@@ -143,11 +140,7 @@ def _shifted_bias(bias_D: Tensor, shift_D: Tensor, layer: int) -> Tensor:
 
 
 def _empty_with(core: Any, biases: set[str], weights: set[str]) -> Any:
-    """A model of the same class on the meta device that has the biases and otherwise only ``weights``.
-
-    Raises:
-        InputError: no option of its configuration gives it these biases.
-    """
+    """A model of the same class on the meta device that has the biases and otherwise only ``weights``."""
     for switch in ("", *_BIAS_SWITCHES):
         config = copy.deepcopy(core.config)
         if switch:
@@ -225,12 +218,15 @@ def to_gguf(vector: SteeringVector, path: Path | str, model_type: str) -> Path:
         InputError: the vector has another site or other positions, shifts layer 0, or ``gguf`` is not installed.
     """
     check_portable(vector, "gguf")
-    gguf = _gguf()
+    try:
+        import gguf
+    except ImportError as error:
+        raise InputError("gguf: the package is not installed: pip install 'mnemoscope[pretrained]'") from error
 
     def write(temporary: Path) -> None:
-        writer = gguf.GGUFWriter(temporary, _CONTROL)
-        writer.add_string(f"{_CONTROL}.model_hint", model_type)
-        writer.add_uint32(f"{_CONTROL}.layer_count", len(vector.shifts))
+        writer = gguf.GGUFWriter(temporary, "controlvector")
+        writer.add_string("controlvector.model_hint", model_type)
+        writer.add_uint32("controlvector.layer_count", len(vector.shifts))
         for layer, shift_D in vector.shifts.items():
             writer.add_tensor(f"direction.{layer}", shift_D.numpy())
         writer.write_header_to_file()
@@ -239,45 +235,6 @@ def to_gguf(vector: SteeringVector, path: Path | str, model_type: str) -> Path:
         writer.close()
 
     return write_atomically(Path(path), write)
-
-
-def read_gguf(path: Path | str) -> tuple[dict[int, np.ndarray], str]:
-    """The shifts of a control vector, float32 (D,) per 0-based layer, and its ``controlvector.model_hint``.
-
-    Raises:
-        InputError: the file is missing, no GGUF or no control vector, or ``gguf`` is not installed.
-    """
-    gguf = _gguf()
-    try:
-        reader = gguf.GGUFReader(path)
-        kind, hint = (_text(reader, key) for key in ("general.architecture", f"{_CONTROL}.model_hint"))
-    except Exception as error:  # numpy's and gguf's own kinds, by where a file is broken
-        raise InputError(f"gguf: {path} cannot be read as a GGUF file ({_first_line(error)})") from error
-    if kind != _CONTROL:
-        raise InputError(f"gguf: {path} is no control vector (general.architecture is {kind!r}, not {_CONTROL!r})")
-    shifts = {}
-    for tensor in reader.tensors:
-        layer = re.fullmatch(r"direction\.([1-9]\d*)", tensor.name)
-        if layer is None or tensor.data.ndim != 1 or tensor.tensor_type != gguf.GGMLQuantizationType.F32:
-            raise InputError(f"gguf: {path} has {tensor.name!r}, which is no direction.1, direction.2, .. in float32")
-        shifts[int(layer[1])] = np.array(tensor.data, np.float32)
-    if len({len(shift) for shift in shifts.values()}) != 1:
-        raise InputError(f"gguf: {path} is no control vector (it has no directions, or some of different widths)")
-    return dict(sorted(shifts.items())), hint
-
-
-def _text(reader: Any, key: str) -> str:
-    """A text field of a GGUF file; "" where it is absent."""
-    field = reader.get_field(key)
-    return bytes(field.parts[field.data[0]]).decode() if field else ""
-
-
-def _gguf() -> Any:
-    try:
-        import gguf
-    except ImportError as error:
-        raise InputError("gguf: the package is not installed: pip install 'mnemoscope[pretrained]'") from error
-    return gguf
 
 
 def push(path: Path | str, repo_id: str) -> str:
@@ -334,14 +291,11 @@ def fetch(repo_id: str, name: str) -> Path:
 def _hub_refused(repo_id: str, error: Exception) -> InputError:
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
+    first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
     reasons = (
         (GatedRepoError, f"{repo_id} is gated; ask for access on its page and log in (hf auth login)"),
         (RepositoryNotFoundError, f"{repo_id} does not exist, or is not yours to see; log in (hf auth login)"),
         (HFValidationError, f"{repo_id!r} is not of the form owner/name"),
-        (Exception, f"{repo_id} cannot be reached on the hub ({_first_line(error)})"),
+        (Exception, f"{repo_id} cannot be reached on the hub ({first_line})"),
     )
     return InputError("repo_id: " + next(reason for kind, reason in reasons if isinstance(error, kind)))
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

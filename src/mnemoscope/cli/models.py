@@ -9,12 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from mnemoscope.cli.options import AsChat, AsJson, DeviceMap, Dtype, Force, Model, Parts, Reply, named_parts, prompting
-from mnemoscope.cli.output import app, one_line_errors, say
+from mnemoscope.cli.shared import AsChat, AsJson, DeviceMap, Dtype, Force, Model, Parts, Reply, app, named_parts, say
 
 
 @app.command()
-@one_line_errors()
 def doctor(
     model: Model,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt to check with; at least two.")] = None,
@@ -45,7 +43,6 @@ def doctor(
 
 
 @app.command()
-@one_line_errors()
 def steer(
     model: Model,
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="Prompts to answer.")],
@@ -69,9 +66,10 @@ def steer(
     as_json: AsJson = False,
 ) -> None:
     """Generate with and without a steering vector."""
+    from mnemoscope.behaviour import Prompting
     from mnemoscope.plain import dumped
 
-    fitted = _fitted(source, model, (dtype, layout, device_map), prompting(chat, reply), force)
+    fitted = _fitted(source, force, Prompting(chat, reply=reply), model, dtype, layout, device_map)
     vector = fitted.vector(toward)
     if vector.begin_alike:
         typer.echo(
@@ -93,7 +91,6 @@ def steer(
 
 
 @app.command()
-@one_line_errors()
 def detect(
     model: Model,
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="Prompts to read.")],
@@ -107,22 +104,16 @@ def detect(
     as_json: AsJson = False,
 ) -> None:
     """Estimate, before it answers, how probably a model will follow its memory, and where that becomes readable."""
+    import numpy as np
+
+    from mnemoscope.behaviour import Prompting
     from mnemoscope.plain import dumped
 
-    fitted = _fitted(source, model, (dtype, layout, device_map), prompting(chat, reply), force)
+    fitted = _fitted(source, force, Prompting(chat, reply=reply), model, dtype, layout, device_map)
     reading = fitted.detect(prompts)
-    rows = [
-        {
-            "prompt": prompt,
-            "p_memorized": float(reading.p_memorized[n]),
-            "p_conflict": float(reading.p_conflict[n]),
-            "unlike": bool(reading.unlike[n]),
-            "distance": float(reading.distance[n]),
-            "readable_from": reading.readable_from[n],
-            "p_memorized_by_layer": reading.p_memorized_by_layer[n].tolist(),
-        }
-        for n, prompt in enumerate(prompts)
-    ]
+    names = ("p_memorized", "p_conflict", "unlike", "distance", "readable_from", "p_memorized_by_layer")
+    columns = [prompts, *(np.asarray(getattr(reading, name)).tolist() for name in names)]
+    rows = [dict(zip(("prompt", *names), row, strict=True)) for row in zip(*columns, strict=True)]
     if as_json:
         about = {"model": model, "weights": _weights(model), "layer": reading.layer, "site": fitted.detector.site}
         typer.echo(dumped(about | {"prompts": rows}))
@@ -132,7 +123,6 @@ def detect(
 
 
 @app.command()
-@one_line_errors()
 def export(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The file of a vector (.safetensors).")],
     to: Annotated[str, typer.Option(help="gguf: for llama.cpp; checkpoint: a model with it baked in.")],
@@ -170,7 +160,6 @@ def export(
 
 
 @app.command()
-@one_line_errors()
 def serve(
     run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run folder; default: those in runs/.")] = None,
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
@@ -210,25 +199,24 @@ def _weights(model: str) -> str | None:
     return QUANTIZED if model in PACKAGED else None
 
 
-def _fitted(source: Path, model: str, opening: tuple[Any, ...], asked: Any, force: bool) -> Any:
+def _fitted(source: Path, force: bool, prompting: Any, model: str, *opening: Any) -> Any:
     """Open vectors and detector with their model; a missing path is refused before a large model is opened."""
     from mnemoscope.errors import InputError
     from mnemoscope.face import Fitted
 
     if not source.exists():
         raise InputError(f"from: {source} does not exist")
-    return Fitted.open(source, *_open(model, *opening), prompting=asked, force=force)
+    return Fitted.open(source, *_open(model, *opening), prompting=prompting, force=force)
 
 
 def _open(model: str, dtype: str, layout: str | None, device_map: str | None = None) -> tuple[Any, Any]:
     """Model and tokenizer, by the options of the command line."""
     from mnemoscope.config import parse_model
-    from mnemoscope.models import Layout, load_model
+    from mnemoscope.models import load_model
     from mnemoscope.processes import quiet_library
 
     quiet_library()
     shape = parse_model({"folder": model, "dtype": dtype, "device_map": device_map, "layout": named_parts(layout)})
     if weights := _weights(model):
         typer.echo(f"{model}: weights are {weights}", err=True)
-    where = Layout(**shape.layout.model_dump()) if shape.layout else None
-    return load_model(model, dtype=shape.dtype, device_map=shape.device_map, layout=where)
+    return load_model(model, dtype=shape.dtype, device_map=shape.device_map, layout=shape.layout)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from mnemoscope.cli.options import (
+from mnemoscope.cli.shared import (
     AsChat,
     AsJson,
     DeviceMap,
@@ -18,17 +18,17 @@ from mnemoscope.cli.options import (
     Model,
     Parts,
     Reply,
+    app,
     named_parts,
     options,
-    prompting,
+    progress,
+    say,
 )
-from mnemoscope.cli.output import app, one_line_errors, progress, say
 
 AT_A_TIME = 4  # processes of a report, which each hold the largest table of a cell
 
 
 @app.command()
-@one_line_errors()
 def run(
     study: Annotated[
         str, typer.Argument(help="quickstart, paper, smollm2, or the path of a YAML file.")
@@ -54,7 +54,6 @@ def run(
 
 
 @app.command()
-@one_line_errors()
 def report(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")], as_json: AsJson = False
 ) -> None:
@@ -72,7 +71,6 @@ def report(
 
 
 @app.command()
-@one_line_errors()
 def fit(
     model: Model,
     task: Annotated[str, typer.Option(help="A task, see `mnemoscope tasks`, or a JSONL file of your own.")],
@@ -89,6 +87,7 @@ def fit(
     as_json: AsJson = False,
 ) -> None:
     """Find pairs, fit vectors and a detector for a model of yours on your data, and judge them; one run folder."""
+    from mnemoscope.behaviour import Prompting
     from mnemoscope.face import fit as fit_model
     from mnemoscope.plain import dumped
     from mnemoscope.report import brief_of
@@ -98,7 +97,7 @@ def fit(
             model,
             task=task,
             out=out,
-            prompting=prompting(chat, reply),
+            prompting=Prompting(chat, reply=reply),
             options=options(option),
             settings=settings,
             positions=positions,
@@ -127,7 +126,6 @@ def tasks(as_json: AsJson = False) -> None:
 
 
 @app.command()
-@one_line_errors()
 def data(
     task: Annotated[str, typer.Argument(help="A task, see `mnemoscope tasks`.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="JSONL file to write.")],
