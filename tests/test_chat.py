@@ -53,13 +53,10 @@ def test_a_prompt_is_formatted_by_the_template_and_the_reply_begun(talking: PreT
     assert asking.whole(conflict("w3"), " w7").endswith("w53w7")
 
 
-def test_a_template_that_refuses_is_one_line(talking: PreTrainedTokenizerFast) -> None:
+def test_a_template_may_refuse_and_is_asked_without_thinking_aloud(talking: PreTrainedTokenizerFast) -> None:
     talking.chat_template = "{{ raise_exception('no system message here') }}"
     with pytest.raises(InputError, match=r"^chat: the template of this tokenizer refuses .*no system message here"):
         Asking(tiny("llama"), talking, prompting=Prompting(True, "w1")).text("w3")
-
-
-def test_a_model_that_can_think_aloud_is_asked_to_answer(talking: PreTrainedTokenizerFast) -> None:
     talking.chat_template = "{{ messages[0]['content'] }}{% if enable_thinking %} w9{% endif %}"
     assert Asking(tiny("llama"), talking, prompting=Prompting(True)).text("w3") == "w3"
 
@@ -88,13 +85,12 @@ def test_facts_are_asked_by_the_user_and_begun_by_the_model() -> None:
     task = build_task("facts", {}, 0)
     (example,) = task.examples(np.random.default_rng(0), 1, "conflict")
     said, begun = task.split_reply(example.prompt)
-    assert example.generalized
-    assert example.generalized.strip() in said
+    assert str(example.generalized).strip() in said
     assert begun.startswith("The capital of")
     assert example.prompt.endswith(begun)
     assert not said.endswith("\n")
     told = task.prompted(example, "memorized")
-    assert told
+    assert told is not None
     assert told.prompt == f"{task.instruction('memorized')}\n{example.prompt}"
 
 
@@ -104,6 +100,9 @@ def test_a_format_that_makes_no_sense_is_refused() -> None:
     for fields, line in (({"reply": "w1"}, "reply: 'w1'"), ({"system": "w1"}, "system: 'w1'")):
         with pytest.raises(InputError, match=f"^{line} is a part of a chat; set chat"):
             Prompting(**fields)  # type: ignore[arg-type]
+    for shape in ({"chat": {}}, {"chat": {}, "folder": "x", "lora": {}}):
+        with pytest.raises(InputError, match="chat formats prompts of a trained model"):
+            parse_model(shape)
 
 
 def of_a_chat(words: PreTrainedTokenizerFast, prompting: Prompting, path: Path) -> SteeringVector:
@@ -155,9 +154,3 @@ def test_an_artefact_keeps_its_format(talking: PreTrainedTokenizerFast, tmp_path
     begun = Fitted.open(tmp_path / "v.safetensors", model, talking)
     with pytest.raises(InputError, match=r"^reply: replies were begun where this was fitted"):
         begun.inputs(["w5"])
-
-
-@pytest.mark.parametrize("shape", [{"chat": {}}, {"chat": {}, "folder": "x", "lora": {}}])
-def test_only_prompts_of_a_trained_model_are_a_chat(shape: dict[str, object]) -> None:
-    with pytest.raises(InputError, match="chat formats prompts of a trained model"):
-        parse_model(shape)

@@ -23,10 +23,9 @@ from families import FAMILIES
 from helpers import MINI_TASKS
 from mnemoscope.behaviour import Asking, prepare, score
 from mnemoscope.behaviour.labels import decode
-from mnemoscope.cells import cells_of
 from mnemoscope.config import LoraConfig, StopConfig, TrainingConfig, parse_study
 from mnemoscope.errors import InputError
-from mnemoscope.models import adapt, is_adapted, load_model, merged, save_adapter
+from mnemoscope.models import adapt, is_adapted, load_model
 from mnemoscope.steering import SteeringVector
 from mnemoscope.study import run_study
 from mnemoscope.tasks import KINDS, Task, answer_of, build_task
@@ -111,18 +110,14 @@ def test_training_lowers_the_loss_and_changes_only_the_adapter(folder: Path, dig
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert all(not torch.equal(p, first[n]) for n, p in asking.model.named_parameters() if n in first)
     # The adapter alone, the merged model and the model that was trained are one and the same.
-    save_adapter(asking.model, tmp_path / "adapter")
+    asking.model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     with torch.no_grad():
-        adapted = asking.model(ids).logits
-        again = load_model(tmp_path / "adapter")[0](ids).logits
-        model = merged(asking.model)
-        model.save_pretrained(tmp_path / "model")
-        alone = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-        assert not is_adapted(model)
-        assert not hasattr(alone, "peft_config")
-        assert set(weights(alone)) == set(before)
+        adapted, again = asking.model(ids).logits, load_model(tmp_path / "adapter")[0](ids).logits
+        alone = asking.model.merge_and_unload()
         torch.testing.assert_close(again, adapted, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(alone(ids).logits, adapted, rtol=1e-4, atol=1e-4)
+    assert not is_adapted(alone)
+    assert set(weights(alone)) == set(before)
     assert not torch.allclose(adapted, plain, atol=0.1)
 
 
@@ -150,7 +145,7 @@ def test_equal_trainings_give_equal_adapters_with_dropout_too(folder: Path, digi
         kept = [m.p for name, m in asking.model.named_modules() if name.endswith("lora_dropout.default")]
         assert kept
         assert set(kept) == {0.3}
-        save_adapter(asking.model, tmp_path / run)
+        asking.model.save_pretrained(tmp_path / run, save_embedding_layers=False)
         saved.append({path.name: path.read_bytes() for path in (tmp_path / run).iterdir()})
     assert modes == 2 * ([True] * 9 + [False]) * 2
     assert saved[0] == saved[1]
@@ -253,10 +248,7 @@ def study(model: dict[str, object], **cell: object) -> dict[str, object]:
     [
         ({"lora": {}}, r"cells.mine.model: lora adapts a trained model; give its folder"),
         ({"folder": "x", "lora": {"rank": 0}}, r"cells.mine.model.lora.rank: .*greater than or equal to 1 \(got 0\)"),
-        ({"folder": "x", "lora": {"rank": 0}}, r"lora.rank: .*greater than or equal to 1 \(got 0\)"),
-        ({"folder": "x", "lora": {"dropout": 1.0}}, r"lora.dropout: .*less than 1 \(got 1.0\)"),
         ({"folder": "x", "lora": {"target_modules": []}}, r"lora.target_modules: .*at least 1 item"),
-        ({"folder": "x", "lora": {"r": 8}}, r"lora.r: Extra inputs are not permitted"),
         ({"folder": "x", "lora": 8}, r"cells.mine.model.lora: .*LoraConfig \(got 8\)"),
     ],
 )
@@ -271,10 +263,6 @@ def test_only_what_is_adapted_is_trained_and_seeds_of_it_begin_alike(tmp_path: P
     shapes = [parse_study(study(model)).cells["mine"].model for model in given]
     assert [shape.is_trained for shape in shapes] == [True, False, True, True]
     assert [shape.shares_first_weights for shape in shapes] == [False, True, True, True]
-    raw = study({"folder": "x", "lora": {}})
-    raw["cells"]["borrower"] = {**CELL, "model": {"cell": "mine"}}  # type: ignore[index]
-    own = tmp_path / "cells" / "mine-0" / "model"
-    assert [cell.model_folder for cell in cells_of(parse_study(raw), tmp_path)] == [own, own]
     assert shapes[3].lora == LoraConfig(target_modules=("q",))
 
 
@@ -284,7 +272,7 @@ def test_what_cannot_be_adapted_is_refused(folder: Path, digits: Task, tmp_path:
     for targets in (("query",), ("all-linear", "query"), ("wte",), ("embed_tokens",), *tied):
         with pytest.raises(InputError, match=r"target_modules: '[\w-]+' is no linear layer of its own in .*allowed"):
             adapt(model, LoraConfig(target_modules=targets), 0)
-    save_adapter(opened(folder, digits).model, tmp_path)
+    opened(folder, digits).model.save_pretrained(tmp_path, save_embedding_layers=False)
     with pytest.raises(InputError, match=r"model\.folder: it holds an adapter already"):
         adapt(load_model(tmp_path)[0], LORA, 0)
 
@@ -355,7 +343,6 @@ def test_a_study_trains_an_adapter_and_goes_on_with_the_merged_model(adapted_run
     assert "peft" in json.loads((run / "manifest.json").read_text())["versions"]
     model, tokenizer = load_model(cell / "model")
     assert not is_adapted(model)
-    assert not hasattr(model, "peft_config")
     adapted, _ = load_model(cell / "adapter")
     ids = torch.tensor([tokenizer("12+34=").input_ids])
     with torch.no_grad():
@@ -363,9 +350,7 @@ def test_a_study_trains_an_adapter_and_goes_on_with_the_merged_model(adapted_run
     vector = SteeringVector.load(cell / "vectors" / "to_memorized-nmd.safetensors", model, tokenizer)
     assert vector.toward == "memorized"
     marked = json.loads((cell / "stages" / "train.json").read_text())["files"]
-    assert {"model/model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"} <= set(
-        marked
-    )
+    assert {"model/model.safetensors", "adapter/adapter_model.safetensors"} <= set(marked)
     assert not list(run.rglob("*.tmp*"))
 
 
@@ -380,21 +365,10 @@ def test_a_run_killed_while_it_saves_goes_on_to_the_same_bytes(adapted_run: Path
     (cell / ".model.123.tmp").mkdir()
     (cell / ".model.123.tmp" / "model.safetensors").write_bytes(b"half")
     command = [sys.executable, "-m", "mnemoscope", "run", str(adapted_run / "study.yaml"), "--out", str(run)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": "7"}, check=True
-    )
+    other = os.environ | {"PYTHONHASHSEED": "7"}
+    done = subprocess.run(command, capture_output=True, text=True, env=other, check=True)
     assert "done before" in done.stderr  # the later stages, as what they depend on is the same
     for path in (adapted_run / "run" / "cells").rglob("*"):
         if path.is_file() and path.parent.name != "stages" and path.name != "training_time.json":
             assert (run / "cells" / path.relative_to(adapted_run / "run" / "cells")).read_bytes() == path.read_bytes()
     assert not list(run.rglob("*.tmp*"))
-
-
-def test_an_adapter_that_never_mixes_says_which_dials_to_turn(adapted_run: Path, tmp_path: Path) -> None:
-    stop = ["steps=10", "evaluate_every=10", "stop.recall=1.0"]
-    settings = [f"--set=cells.mine.training.{one}" for one in stop]
-    code, _, err = call("run", str(adapted_run / "study.yaml"), "--out", str(tmp_path / "run"), *settings)
-    assert code == 1
-    assert "after 10 steps the model does not show both behaviours" in err
-    assert "or change model.lora.rank" in err
-    assert not any((tmp_path / "run" / "cells" / "mine-0" / name).exists() for name in ("model", "adapter"))

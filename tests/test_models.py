@@ -16,15 +16,14 @@ from mnemoscope.behaviour import Asking
 from mnemoscope.errors import InputError
 from mnemoscope.models import (
     blocks_of,
-    cache_argument,
     cache_of,
-    load_model,
     make_room,
     position_ids,
     select_rows,
     site_module,
     word_tokenizer,
 )
+from mnemoscope.models.caches import cache_argument
 from mnemoscope.tasks import build_task
 
 
@@ -70,20 +69,6 @@ def test_unknown_layers_sites_and_layouts_are_refused() -> None:
         site_module(model, 0, "head")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="no known block layout"):
         blocks_of(torch.nn.Linear(2, 2))
-
-
-def test_a_broken_folder_gives_one_line(tmp_path: Path, mini: Callable[[str], Asking]) -> None:
-    with pytest.raises(InputError, match="cannot be opened") as missing:
-        load_model(tmp_path / "absent")
-    assert "\n" not in str(missing.value)
-    ours = mini("addition")
-    ours.model.save_pretrained(tmp_path)
-    ours.tokenizer.save_pretrained(tmp_path)
-    weights = tmp_path / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(InputError, match="cannot be opened") as truncated:
-        load_model(tmp_path)
-    assert "\n" not in str(truncated.value)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])

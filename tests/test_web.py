@@ -9,6 +9,7 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import product
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -26,7 +27,7 @@ from mnemoscope.config import load_study
 from mnemoscope.contrast import Contrast
 from mnemoscope.errors import InputError
 from mnemoscope.stages import Records, cell_model
-from mnemoscope.steering import SteeringVector
+from mnemoscope.steering import SteeringVector, Toward
 from mnemoscope.tasks import Example
 from mnemoscope.web.cell import OpenedCell
 from mnemoscope.web.runs import MOST_JOBS, Jobs
@@ -97,24 +98,25 @@ def test_strength_zero_is_unsteered(client: TestClient, pairs: list[Any]) -> Non
 
 
 def test_layers_and_neurons_of_a_vector_can_be_chosen(cell: OpenedCell, library: Any) -> None:
-    part, contrast = cell.vectors.part, library[2]
-    nmd = part(Steering(toward="generalized", method="nmd"))
-    own = {layer: int((shift != 0).sum()) for layer, shift in nmd.shifts.items()}
-    same = part(Steering(toward="generalized", method="nmd", layers=list(own), neurons=sum(own.values())))
-    for layer, shift in nmd.shifts.items():
-        np.testing.assert_allclose(same.shifts[layer].numpy(), shift.numpy(), rtol=1e-5)
-    one = part(Steering(toward="memorized", method="nmd", layers=[1], neurons=3))
-    assert one.layers == [1]
-    assert int((one.shifts[1] != 0).sum()) == 3
-    strongest, shift_D = np.argsort(-np.abs(contrast.rho_LD[1]))[:3], one.shifts[1].numpy()
-    assert set(np.flatnonzero(shift_D)) == set(strongest)
+    contrast = library[2]
+
+    def part(toward: Toward, method: str, **parts: Any) -> dict[int, np.ndarray]:
+        found = cell.vectors.part(Steering(toward=toward, method=method, **parts))
+        return {layer: shift.numpy() for layer, shift in found.shifts.items()}
+
+    nmd = part("generalized", "nmd")
+    counts = {layer: np.count_nonzero(shift_D) for layer, shift_D in nmd.items()}
+    same = part("generalized", "nmd", layers=list(counts), neurons=sum(counts.values()))
+    for layer, shift_D in nmd.items():
+        np.testing.assert_allclose(same[layer], shift_D, rtol=1e-5)
+    ((layer, shift_D),) = part("memorized", "nmd", layers=[1], neurons=3).items()
+    strongest = np.argsort(-np.abs(contrast.rho_LD[1]))[:3]
+    assert (layer, set(np.flatnonzero(shift_D))) == (1, set(strongest))
     assert np.array_equal(np.sign(shift_D[strongest]), -np.sign(contrast.nmd_LD[1, strongest]))
-    few = part(Steering(toward="generalized", method="learned", neurons=2))
-    whole = part(Steering(toward="generalized", method="learned"))
-    kept = {(layer, int(n)) for layer, shift in few.shifts.items() for n in np.flatnonzero(shift.numpy())}
+    few, whole = part("generalized", "learned", neurons=2), part("generalized", "learned")
+    kept = [(layer, n) for layer, shift_D in few.items() for n in np.flatnonzero(shift_D)]
     assert len(kept) == 2
-    largest = max((float(abs(v)), layer, n) for layer, s in whole.shifts.items() for n, v in enumerate(s.tolist()))
-    assert largest[1:] in kept
+    assert max((abs(v), layer, n) for layer, shift_D in whole.items() for n, v in enumerate(shift_D))[1:] in kept
 
 
 BOTH = {"prompt": "12+34=", "memorized": "4", "generalized": "46"}
@@ -125,10 +127,8 @@ BOTH = {"prompt": "12+34=", "memorized": "4", "generalized": "46"}
     [
         ({}, {"method": "magic"}, "method"),
         ({}, {"layers": [9]}, "layers"),
-        ({}, {"layers": []}, "layers"),
         ({}, {"neurons": 10**6}, "neurons"),
         ({}, {"neurons": 0}, "neurons"),
-        ({}, {"alpha": -1}, "alpha"),
         ({}, {"alpha": 1e9}, "alpha"),
         ({}, {"toward": "sideways"}, "toward"),
         ({}, {"colour": "red"}, "colour"),
@@ -149,13 +149,13 @@ def test_what_cannot_be_asked_is_named(client: Any, question: Any, steering: Any
 
 
 def test_a_prompt_without_answers_is_continued(client: TestClient, pairs: list[Any]) -> None:
-    prompt = pairs[0]["generalized"]["prompt"]
-    answer = client.post(f"{CELL}/ask", json={"question": {"prompt": prompt}}).json()
-    assert answer["behaviour"] is None
-    assert answer["p_memorized"] is None
-    assert answer["said"].startswith(pairs[0]["generalized"]["generalized"])
+    question = pairs[0]["generalized"]
+    asked = {"question": {"prompt": question["prompt"]}}
+    answer = client.post(f"{CELL}/ask", json=asked).json()
+    assert (answer["behaviour"], answer["p_memorized"]) == (None, None)
+    assert answer["said"].startswith(question["generalized"])
     steering = {"toward": "memorized", "method": "learned", "alpha": 2}
-    assert client.post(f"{CELL}/ask", json={"question": {"prompt": prompt}, "steering": steering}).status_code == 200
+    assert client.post(f"{CELL}/ask", json=asked | {"steering": steering}).status_code == 200
 
 
 def test_another_phrasing_of_the_same_item(client: TestClient, pairs: list[Any]) -> None:
@@ -241,14 +241,12 @@ def test_a_job_can_be_cancelled_and_lets_requests_go_between_its_steps(client: T
 
 
 def test_jobs_that_are_cancelled_make_room() -> None:
-    result = Watched.model_construct()
-
     async def scenario() -> None:
         jobs, go = Jobs(), asyncio.Event()
 
         async def step() -> Watched:
             await go.wait()
-            return result
+            return Watched.model_construct()
 
         started = [jobs.start(step) for _ in range(MOST_JOBS)]
         with pytest.raises(HTTPException, match="429: job: 16 are running already"):
@@ -258,8 +256,7 @@ def test_jobs_that_are_cancelled_make_room() -> None:
         started.append(jobs.start(step))
         go.set()
         await asyncio.sleep(0.01)
-        states = [jobs.get(job.job).state for job in started]
-        assert states == ["done", *["cancelled"] * (MOST_JOBS - 1), "done"]
+        assert [jobs.get(job.job).state for job in started] == ["done", *["cancelled"] * (MOST_JOBS - 1), "done"]
 
     asyncio.run(scenario())
 
@@ -299,8 +296,7 @@ def test_runs_are_listed_and_compared(client: TestClient) -> None:
     assert rows
     assert all(row["first"] == row["second"] for row in rows), "one is a copy of the other"
     assert error_of(client.get("/api/compare?first=first&second=none"), 422)[0] == "second"
-    page = client.get("/runs?first=first&second=begun").text
-    assert "first and begun" in page
+    assert "first and begun" in client.get("/runs?first=first&second=begun").text
 
 
 @pytest.mark.parametrize("name", ["..", "../runs", "letter.txt", "/etc", ".hidden", "no", "first/cells", ""])
@@ -331,16 +327,13 @@ def test_a_damaged_run_hides_no_other(playground_runs: Path, tmp_path: Path) -> 
 
 
 def test_the_lines_to_copy_do_the_same(client: TestClient, pairs: list[Any], capsys: Any) -> None:
-    for pair in pairs[:4]:
-        question = pair["memorized"]
-        for parts in ({}, {"layers": [1], "neurons": 8}):
-            steering = {"toward": "generalized", "method": "nmd", "alpha": 2.0, **parts}
-            asked = {"question": question, "steering": steering}
-            expected = client.post(f"{CELL}/ask", json=asked).json()["said"]
-            lines = client.post(f"{CELL}/snippets", json=asked).json()
-            assert bool(lines["command"]) == (not parts)
-            exec(lines["python"], {})
-            printed = capsys.readouterr().out.replace(" ", "").removeprefix(question["prompt"].replace(" ", ""))
-            assert printed.startswith(expected.replace(" ", ""))
-            if lines["command"]:
-                assert lines["command"].endswith(f"-- {shlex.quote(question['prompt'])}")
+    for question, parts in product([pair["memorized"] for pair in pairs[:4]], ({}, {"layers": [1], "neurons": 8})):
+        steering = {"toward": "generalized", "method": "nmd", "alpha": 2.0, **parts}
+        asked = {"question": question, "steering": steering}
+        expected = client.post(f"{CELL}/ask", json=asked).json()["said"]
+        lines = client.post(f"{CELL}/snippets", json=asked).json()
+        exec(lines["python"], {})
+        printed = capsys.readouterr().out.replace(" ", "").removeprefix(question["prompt"].replace(" ", ""))
+        assert printed.startswith(expected.replace(" ", ""))
+        assert lines["command"].endswith("" if parts else f"-- {shlex.quote(question['prompt'])}")
+        assert bool(lines["command"]) == (not parts)

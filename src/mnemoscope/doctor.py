@@ -39,14 +39,10 @@ Applied = Callable[[], AbstractContextManager[None]]
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One property, and whether it holds.
+    """One property: the largest absolute difference of logits or states, and the largest that passes (0: equal bits).
 
-    Attributes:
-        name: what is compared.
-        difference: the largest absolute difference of logits or states.
-        allowed: the largest that passes; 0 where bits must be equal.
-        flips: top tokens that differ although they lead by more than twice ``allowed``.
-        least: the smallest that passes, where a difference is expected.
+    ``flips`` are top tokens that differ although they lead by more than twice ``allowed``; ``least`` is the smallest
+    difference that passes, where one is expected.
     """
 
     name: str
@@ -64,13 +60,9 @@ class Check:
 def examine(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str] = PROMPTS
 ) -> Iterator[Check]:
-    """Check a model, one property after another.
+    """Check a model, one property after another, on at least two prompts of different lengths in tokens.
 
-    Args:
-        prompts: at least two, of different lengths in tokens.
-
-    Raises:
-        InputError: the prompts have one length, or the model has no known layout.
+    Raises InputError where the prompts have one length, or the model has no known layout.
     """
     layout_of(model)
     patient = _Patient(model, tokenizer, [tokenizer(prompt).input_ids for prompt in prompts])
@@ -120,7 +112,8 @@ class _Patient:
             behind_NM = torch.tensor([(prompt * DECODED)[:DECODED] for prompt in chosen], device=self.model.device)
             all_NT, prompt = torch.cat([ids_NT, behind_NM], dim=1), ids_NT.shape[1]
             all_mask_NT = torch.cat([mask_NT, torch.ones_like(behind_NM)], dim=1)
-            read, cache, start = [], None, 0
+            read: list[Tensor] = []
+            cache, start = None, 0
             with applied():
                 # First the prompt alone, where a vector finds the decision position; then what follows it.
                 for end in range(prompt, prompt + DECODED + 1) if cached else (prompt, prompt + DECODED):

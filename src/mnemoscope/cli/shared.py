@@ -7,33 +7,21 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-_MODEL, _PROMPTS = "How the model is opened", "How prompts are formatted"
-
+_opening = partial(typer.Option, rich_help_panel="How the model is opened")
+_formatting = partial(typer.Option, rich_help_panel="How prompts are formatted")
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id of a causal model, or smollm2.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.", rich_help_panel=_MODEL)]
-DeviceMap = Annotated[
-    str | None,
-    typer.Option(help="Device: cuda or auto (needs accelerate); default: the CPU.", rich_help_panel=_MODEL),
-]
-Parts = Annotated[
-    str | None,
-    typer.Option(help="blocks=..,attention=..,mlp=..,down=..: paths of its parts.", rich_help_panel=_MODEL),
-]
-Force = Annotated[
-    bool,
-    typer.Option("--force", help="Accept what was fitted on another model of the same shape.", rich_help_panel=_MODEL),
-]
-AsChat = Annotated[
-    bool, typer.Option("--chat", help="By the chat template of the tokenizer.", rich_help_panel=_PROMPTS)
-]
-Reply = Annotated[
-    str, typer.Option(help="With --chat: how the reply begins; the model continues it.", rich_help_panel=_PROMPTS)
-]
+Dtype = Annotated[str, _opening(help="float32, bfloat16, float16 or auto.")]
+DeviceMap = Annotated[str | None, _opening(help="Device: cuda or auto (needs accelerate); default: the CPU.")]
+Parts = Annotated[str | None, _opening(help="blocks=..,attention=..,mlp=..,down=..: paths of its parts.")]
+Force = Annotated[bool, _opening("--force", help="Accept what was fitted on another model of the same shape.")]
+AsChat = Annotated[bool, _formatting("--chat", help="By the chat template of the tokenizer.")]
+Reply = Annotated[str, _formatting(help="With --chat: how the reply begins; the model continues it.")]
 Given = Annotated[list[str] | None, typer.Option(help="NAME=VALUE: an option of the task, as hops=2.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
 

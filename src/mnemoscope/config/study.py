@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
@@ -22,9 +21,7 @@ class PairsConfig(Frozen):
     fit_examples: int = Field(4000, ge=1, description="examples of the fit split that are rephrased")
     tune_examples: int = Field(4000, ge=1, description="the same of the tune split")
     test_examples: int = Field(4000, ge=1, description="the same of the test split")
-    held_out_examples: int | None = Field(
-        None, ge=1, description="the same of what the task holds out; default: as many as of the test split"
-    )
+    held_out_examples: int | None = Field(None, ge=1, description="the same of what is held out; default: as of test")
     rephrasings: int = Field(1, ge=1, le=100, description="drawn for each example of a split")
     permutations: int = Field(1000, ge=19, le=100000, description="sign flips behind each p-value")
     batch_size: int = Field(512, ge=1, description="examples per forward pass")
@@ -54,10 +51,8 @@ class SweepConfig(Frozen):
     """The settings of a method that are tried on the tune split: every combination."""
 
     sites: tuple[SiteName, ...] = Field(("block",), min_length=1, description="places in every layer")
-    layers: tuple[str, ...] = Field(
-        ("all",),
-        min_length=1,
-        description='"all", "each" (every layer alone), "spread-6" (six alone, evenly spaced), "2", or a range "0-1"',
+    layers: tuple[Annotated[str, Field(pattern=r"^(all|each|spread-[1-9]\d*|\d+|\d+-\d+)$")], ...] = Field(
+        ("all",), min_length=1, description='"all", "each" (alone), "spread-6" (six alone), "2", or a range "0-1"'
     )
     tops: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
         (0.1, 0.3, 0.5), min_length=1, description="shares of the neurons, in (0, 1]"
@@ -65,14 +60,6 @@ class SweepConfig(Frozen):
     strengths: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = Field(
         (0.05, 0.1, 0.2, 0.4), min_length=1, description="total relative norms: the shift over the norm of the states"
     )
-
-    @model_validator(mode="after")
-    def _in_range(self) -> SweepConfig:
-        for layers in self.layers:
-            if not re.fullmatch(r"all|each|spread-[1-9]\d*|\d+|\d+-\d+", layers):
-                allowed = "'all', 'each', 'spread-' and a number, a layer such as '2' or a range such as '0-1'"
-                raise ValueError(f"layers {layers!r} is not {allowed}")
-        return self
 
     def layer_sets(self, count: int) -> list[tuple[int, ...]]:
         """The sets of layers that are tried in a model of ``count`` layers; InputError where one does not exist."""
@@ -92,6 +79,7 @@ class SweepConfig(Frozen):
         return list(sets)
 
 
+WIDE = SweepConfig()
 Grids = Annotated[tuple[SweepConfig, ...], BeforeValidator(as_several), Field(min_length=1)]
 
 
@@ -99,23 +87,16 @@ class SteeringConfig(Frozen):
     """Which vectors are tried on the tune split and judged on the test split."""
 
     sweeps: dict[MethodName, Grids] = Field(
-        {
-            "nmd": (SweepConfig(),),
-            "gradient": (SweepConfig(),),
-            "learned": (SweepConfig(tops=(0.5,), strengths=(0.1, 0.2)),),
-        },
+        {"nmd": (WIDE,), "gradient": (WIDE,), "learned": (SweepConfig(tops=(0.5,), strengths=(0.1, 0.2)),)},
         min_length=1,
         description="the methods, and what is tried of each: one grid or several",
     )
     positions: Literal["decision", "all"] = Field("decision", description="shifted tokens: from the decision on or all")
     fit_pairs: int = Field(600, ge=2, description="fit pairs whose states and gradients make the directions")
     fit_others: int = Field(600, ge=1, description="fit examples of each other list that learned vectors are fitted on")
-    kept_weight: float = Field(
-        1.0, ge=0, le=100, description="of memory and novel examples in the objective of learned vectors; 0: left out"
-    )
+    kept_weight: float = Field(1.0, ge=0, le=100, description="weight of memory and novel examples in learning")
     kept_kinds: tuple[Literal["memory", "novel"], ...] = Field(
-        ("memory", "novel"),
-        description="which of them; novel examples that are read from the prompt also teach to read",
+        ("memory", "novel"), description="which of them; novel examples that are read from the prompt teach to read"
     )
     learned_steps: int = Field(20, ge=1, le=10_000, description="of the ascent; more make the shuffled control cleaner")
     fit_batch: int = Field(16, ge=1, description="fit examples a step of that ascent, and a pass of gradients")
@@ -125,9 +106,7 @@ class SteeringConfig(Frozen):
     tune_others: int = Field(200, ge=1, description="tune examples of each other list")
     judged_examples: int = Field(500, ge=1, description="phrasings of test pairs, and examples of each other list")
     control_limit: float = Field(0.18, ge=0, le=1, description="steered share beyond which a control costs dearly")
-    excess_cost: float = Field(
-        2.0, ge=0.5, le=100, description="points of the shift that each point of a control beyond its limit costs"
-    )
+    excess_cost: float = Field(2.0, ge=0.5, le=100, description="points of shift that a point beyond that limit costs")
     collateral_limit: float = Field(0.03, ge=0, le=1, description="settings that cost more of other lists come last")
     draws: int = Field(20, ge=1, description="draws of each control")
     controls_of: Literal["all", "best"] = Field("all", description="methods whose controls are drawn on test")
@@ -174,9 +153,7 @@ class SamplesConfig(Frozen):
 class CellConfig(Frozen):
     """One task with its model; every seed of it is a cell."""
 
-    task: str = Field(
-        description="inference, addition, addition-digits, cipher, joint, facts, jsonl, or package.module:Class"
-    )
+    task: str = Field(description="a name (`mnemoscope tasks`), or package.module:Class")
     options: dict[str, Any] = Field({}, description="options of the task")
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
@@ -194,9 +171,7 @@ class CellConfig(Frozen):
     def _neutral_text_fits(self) -> CellConfig:
         own, most = not (self.model.folder or self.model.cell or self.model.opened), self.model.context - 1
         if own and self.neutral.cuts and self.neutral.length > most:
-            raise ValueError(
-                f"neutral.length {self.neutral.length} does not fit into model.context; at most {most} does"
-            )
+            raise ValueError(f"neutral.length {self.neutral.length} does not fit into model.context; at most {most}")
         return self
 
 

@@ -3,8 +3,6 @@
 from mnemoscope.models.caches import (
     RoomyLayer,
     bytes_of,
-    cache_argument,
-    cache_in,
     cache_of,
     cached_columns,
     forked,
@@ -46,8 +44,6 @@ from mnemoscope.models.trainable import (
     build_gpt2,
     check_peft,
     is_adapted,
-    merged,
     merged_weights,
-    save_adapter,
     word_tokenizer,
 )

@@ -66,7 +66,7 @@ def use_layout(model: nn.Module, layout: Layout | LayoutConfig) -> None:
         raise InputError(f"layout.blocks: {layout.blocks!r} is no list of blocks in {type(core).__name__}")
     for name in ("attention", "mlp", "down"):
         path = getattr(layout, name)
-        if not (_has(block, path) or (name == "down" and not path)):
+        if _part(block, path) is None and (path or name != "down"):
             raise InputError(f"layout.{name}: a block of {type(core).__name__} has no part {path!r}")
     _chosen[core] = Layout(layout.blocks, layout.attention, layout.mlp, layout.down)
 
@@ -84,28 +84,23 @@ def _found_layout(core: nn.Module) -> Layout:
         raise InputError(f"model: {type(core).__name__} is no causal language model (decoder only); one is wanted")
     for path in _BLOCKS:
         block = _first_block(core, path)
-        for parts in _PARTS if block is not None else ():
-            if all(_has(block, part) for part in parts if part):
+        for parts in _PARTS:
+            if block is not None and all(_part(block, part) is not None for part in parts if part):
                 return Layout(path, *parts)
-    raise InputError(
-        f"model: {type(core).__name__} has no known block layout; say where its parts are with a layout "
-        "(blocks, attention, mlp, down)"
-    )
+    name = type(core).__name__
+    raise InputError(f"model: {name} has no known block layout; say where blocks, attention, mlp and down are (layout)")
 
 
-def _first_block(core: Any, path: str) -> Any:
+def _first_block(core: nn.Module, path: str) -> nn.Module | None:
+    blocks = _part(core, path)
+    return blocks[0] if isinstance(blocks, nn.ModuleList | nn.Sequential) and len(blocks) else None
+
+
+def _part(module: nn.Module, path: str) -> nn.Module | None:
     try:
-        return core.get_submodule(path)[0]
-    except (AttributeError, TypeError, IndexError):
-        return None
-
-
-def _has(module: nn.Module, path: str) -> bool:
-    try:
-        module.get_submodule(path)
+        return module.get_submodule(path) if path else None
     except AttributeError:
-        return False
-    return bool(path)
+        return None
 
 
 def core_of(model: nn.Module) -> Any:

@@ -25,11 +25,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def load_model(
-    source: str | Path,
-    *,
-    dtype: DType = "float32",
-    device_map: Any = None,
-    layout: Layout | LayoutConfig | None = None,
+    source: str | Path, *, dtype: DType = "float32", device_map: Any = None, layout: Layout | LayoutConfig | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Open a causal language model and its tokenizer.
 
@@ -98,16 +94,8 @@ def file_of(folder: str | Path, name: str) -> str | None:
     """Path of a file in a folder or under a hub id, fetched if needed; None where there is none."""
     from transformers.utils import cached_file
 
-    if Path(folder).exists():
-        return str(Path(folder) / name) if (Path(folder) / name).is_file() else None
     try:
-        return cached_file(
-            folder,
-            name,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
+        return cached_file(folder, name)
     except Exception:  # opening the configuration reports a model that is missing or may not be read
         return None
 

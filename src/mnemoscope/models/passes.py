@@ -76,7 +76,7 @@ def untouched_blocks(model: PreTrainedModel) -> int:
     if any(_hooked(module) for child in beside for module in child.modules()):
         return 0
     for number, block in enumerate(blocks):
-        if block._forward_pre_hooks or _hooked_inside(block):
+        if block._forward_pre_hooks or any(_hooked(part) for part in list(block.modules())[1:]):
             return number
         if block._forward_hooks:
             return number + 1
@@ -85,11 +85,6 @@ def untouched_blocks(model: PreTrainedModel) -> int:
 
 def _hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def _hooked_inside(module: nn.Module) -> bool:
-    """Whether a part of the module is hooked, apart from the module itself."""
-    return any(_hooked(part) for child in module.children() for part in child.modules())
 
 
 @contextmanager
@@ -173,17 +168,12 @@ def in_precision(model: PreTrainedModel, precision: Precision) -> Iterator[None]
             core.set_attn_implementation(before)
 
 
-def _in_float32(
-    module: torch.nn.Module,
-    query_NHTK: Tensor,
-    key_NHTK: Tensor,
-    value_NHTK: Tensor,
-    mask: Tensor | None,
-    **options: Any,
-) -> tuple[Tensor, None]:
+def _in_float32(module: nn.Module, query_NHTK: Tensor, *given: Any, **options: Any) -> tuple[Tensor, None]:
     from transformers import AttentionInterface
 
-    plain = AttentionInterface()["sdpa"]
+    key_NHTK, value_NHTK, mask = given
     with torch.autocast("cpu", enabled=False):
-        found, _ = plain(module, query_NHTK.float(), key_NHTK.float(), value_NHTK.float(), mask, **options)
+        found, _ = AttentionInterface()["sdpa"](
+            module, query_NHTK.float(), key_NHTK.float(), value_NHTK.float(), mask, **options
+        )
     return found.to(query_NHTK.dtype), None

@@ -9,7 +9,6 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,20 +62,13 @@ def word_tokenizer(vocabulary: Sequence[str], context: int) -> PreTrainedTokeniz
     pattern = "|".join(re.escape(word) for word in sorted(vocabulary, key=len, reverse=True))
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNKNOWN))
     split = pre_tokenizers.Split
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [split(Regex(r"\s+"), "removed"), split(Regex(pattern), "isolated")]
-    )
+    parts = [split(Regex(r"\s+"), "removed"), split(Regex(pattern), "isolated")]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
     # Tasks with words longer than a symbol are read with spaces between them, digits and codes without.
     spaced = any(word.isalpha() and len(word) > 4 for word in vocabulary)
     tokenizer.decoder = decoders.WordPiece(prefix="\0", cleanup=False) if spaced else decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=END,
-        pad_token=PAD,
-        unk_token=UNKNOWN,
-        padding_side="left",
-        model_max_length=context,
-    )
+    special = {"eos_token": END, "pad_token": PAD, "unk_token": UNKNOWN, "padding_side": "left"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=context, **special)
 
 
 def check_peft(what: str) -> None:
@@ -121,20 +113,8 @@ def is_adapted(model: nn.Module) -> bool:
     return core_of(model) is not model
 
 
-def save_adapter(adapted: PreTrainedModel, folder: Path) -> None:
-    """Write the adapter alone, as a folder that peft opens; it names the adapted model."""
-    # Left to itself peft asks the hub whether the embeddings were resized.
-    adapted.save_pretrained(folder, save_embedding_layers=False)
-
-
-def merged(adapted: PreTrainedModel) -> PreTrainedModel:
-    """The model with the adapter added to its weights; the adapted one cannot be used any more."""
-    plain: PreTrainedModel = adapted.merge_and_unload()
-    return plain.eval()
-
-
 def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and values of the weights as ``merged`` would have them, without merging; only LoRA is added."""
+    """Names and values of the weights as after ``merge_and_unload``, without merging; only LoRA is added."""
     core = core_of(model)
     if core is model and not hasattr(core, "peft_config"):
         yield from model.named_parameters()
@@ -168,10 +148,8 @@ def _check_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> None:
     for target in () if targets == (EVERY_LINEAR,) else targets:
         if not any(name.endswith(f".{target}") for name in linear):
             allowed = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-            raise InputError(
-                f"model.lora.target_modules: {target!r} is no linear layer of its own in {type(model).__name__}; "
-                f"allowed are {EVERY_LINEAR}, alone, or some of {allowed}"
-            )
+            found = f"{target!r} is no linear layer of its own in {type(model).__name__}"
+            raise InputError(f"model.lora.target_modules: {found}; allowed are {EVERY_LINEAR}, or some of {allowed}")
 
 
 def _is_transposed(module: Any) -> bool:

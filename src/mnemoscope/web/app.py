@@ -161,13 +161,7 @@ def style() -> Response:
 
 
 def build_app(root: Path, token: str, first: str | None = None) -> FastAPI:
-    """The playground over the runs in a folder.
-
-    Args:
-        root: the folder of the run folders.
-        token: what a browser or program must know; see ``serve``.
-        first: name of the run that is shown first.
-    """
+    """The playground over the run folders in ``root``, for those who know the token; it shows run ``first`` first."""
     app = FastAPI(title="Mnemoscope", version=version(), docs_url=None, redoc_url=None, lifespan=_until_stopped)
     app.state.runs, app.state.jobs, app.state.first, app.state.token = Runs(root), Jobs(), first, token
     app.state.opened = OpenedCells(app.state.runs)
@@ -225,14 +219,10 @@ def _refused(conn: HTTPConnection, error: Exception) -> Response:
 
 
 def serve(run: str | Path | None, port: int, announce: Callable[[str], object]) -> None:
-    """Listen on this machine until stopped.
+    """Listen on this machine until stopped; shows a run folder, and those beside it (None: those in ``runs``).
 
-    Args:
-        run: a run folder, shown first; the folders beside it are offered too. None: those in ``runs``.
-        announce: called with the address, which holds a token that is new at every start.
-
-    Raises:
-        InputError: ``run`` is no run folder or has nothing to show yet, or the port is taken.
+    ``announce`` is called with the address, which holds a token that is new at every start. InputError where ``run`` is
+    no run folder or has nothing to show yet, or the port is taken.
     """
     root, first = Path("runs").resolve(), None
     if run is not None:

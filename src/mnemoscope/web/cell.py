@@ -66,22 +66,16 @@ Applied = Callable[[], AbstractContextManager[None]]
 
 
 class OpenedCell:
-    """The model, vectors, contrast and detector of a cell. For one thread at a time: steering hooks into the model.
-
-    Attributes:
-        cell: its configuration and folders.
-        vectors, neurons: the run's vectors and their parts; neurons one by one.
-    """
+    """The model, vectors, neurons and detector of a cell. For one thread at a time: steering hooks into the model."""
 
     def __init__(self, run: str | Path, name: str) -> None:
         """Open a cell of a run; InputError where there is none, it is not finished, or its model cannot be opened."""
         run = Path(run)
-        cells = {cell.name: cell for cell in cells_of(load_study(str(run / "study.yaml")), run) if cell.config.analysed}
-        if name not in cells:
-            raise InputError(f"cell: {name!r} is not one of {', '.join(cells)}")
+        cells = {cell.name: cell for cell in cells_of(load_study(str(run / "study.yaml")), run)}
+        finished = [name for name, cell in cells.items() if (cell.records / "chosen.json").is_file()]
+        if name not in finished:
+            raise InputError(f"cell: {name!r} is not one of {', '.join(finished) or 'none'}, which have vectors")
         self.cell = cell = cells[name]
-        if not (cell.records / "chosen.json").is_file():
-            raise InputError(f"cell: {name} has no steering vectors yet; let its study run to its end first")
         with readable("cell", cell.folder):
             self._asking = replace(cell_model(cell), batch_size=16)
             self._records = Records.of(cell)

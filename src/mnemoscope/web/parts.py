@@ -20,9 +20,10 @@ from mnemoscope.report import draw_neuron
 from mnemoscope.statistics import top_by_magnitude
 from mnemoscope.steering import OPPOSITE, SteeringVector, Toward
 from mnemoscope.tasks import Example
-from mnemoscope.web.shapes import Alone, Method, NeuronMap, Steering, VectorFacts, Watched
+from mnemoscope.web.shapes import Method, NeuronMap, Steering, VectorFacts, Watched
 
 PREFIXES = 2**28  # bytes of prompt caches kept: people look at one neuron after the other
+SIGN: dict[Toward, float] = {"generalized": 1.0, "memorized": -1.0}  # of a mean difference that steers there
 TIMES = (1.0, 4.0, 16.0)  # multiples of its mean difference by which a neuron alone is shifted
 
 Part = tuple[list[Batch], np.ndarray]  # prepared phrasings and their states (P, L, D)
@@ -53,15 +54,9 @@ class Vectors:
         ]
 
     def _facts(self, toward: Toward, method: str) -> VectorFacts:
-        vector = self._vectors[toward, method]
-        return VectorFacts(
-            site=vector.site,
-            layers=vector.layers,
-            neurons=_shifted(vector),
-            strength=vector.strength,
-            free=self._is_free(vector),
-            best=self._chosen["best"][f"to_{toward}"] == method,
-        )
+        vector, best = self._vectors[toward, method], self._chosen["best"][f"to_{toward}"] == method
+        own = {name: getattr(vector, name) for name in ("site", "layers", "strength")}
+        return VectorFacts(**own, neurons=_shifted(vector), free=self._is_free(vector), best=best)
 
     def part(self, steering: Steering) -> SteeringVector:
         """The vector, or the part of it, that ``steering`` names, before its factor.
@@ -81,9 +76,7 @@ class Vectors:
             raise InputError(f"layers: {layers} are not among {allowed}, which {steering.method} shifts")
         most = int(np.count_nonzero(rank_LD[layers]))
         if steering.neurons is not None and steering.neurons > most:
-            raise InputError(
-                f"neurons: {steering.neurons} is not in 1 .. {most}, which {steering.method} shifts in these layers"
-            )
+            raise InputError(f"neurons: {steering.neurons} is not in 1 .. {most}, which it shifts in these layers")
         number = min(steering.neurons or _shifted(vector), most)
         kept_LD = np.zeros(rank_LD.shape, bool)
         kept_LD[layers] = top_by_magnitude(rank_LD[layers], number / rank_LD[layers].size)
@@ -103,9 +96,8 @@ class Vectors:
             return dense_LD, np.abs(dense_LD)
         own_LD = dense_LD != 0
         factor = float(np.linalg.norm(dense_LD) / np.linalg.norm(nmd_LD[own_LD]))
-        sign = 1.0 if vector.toward == "generalized" else -1.0
         rank_LD = np.abs(np.nan_to_num(self._contrast.rho_LD)) + own_LD  # |rho| is at most 1
-        return np.where(own_LD, dense_LD, sign * factor * nmd_LD), rank_LD
+        return np.where(own_LD, dense_LD, SIGN[vector.toward] * factor * nmd_LD), rank_LD
 
 
 def _shifted(vector: SteeringVector) -> int:
@@ -124,10 +116,9 @@ class Neurons:
     def map(self) -> NeuronMap:
         """Difference, correlation and significance of every neuron, to five digits."""
         found = self._contrast
-        values = {"nmd": found.nmd_LD, "rho": found.rho_LD, "p_family_wise": found.p_family_wise_LD}
         rounded = {
-            name: [[float(f"{v:.5g}") for v in row_D] for row_D in values_LD.tolist()]
-            for name, values_LD in values.items()
+            name: [[float(f"{v:.5g}") for v in row_D] for row_D in getattr(found, f"{name}_LD").tolist()]
+            for name in ("nmd", "rho", "p_family_wise")
         }
         return NeuronMap(site=found.site, pairs=found.pairs, **rounded)
 
@@ -159,13 +150,10 @@ class Neurons:
             moved[times, toward] += list(steered(self._asking, batches, vector, margins=False).behaviour_N == toward)
             yield done / total
         shares = {times: {toward: np.mean(moved[times, toward]) for toward in TOWARD.values()} for times in TIMES}
-        yield self._watched(layer, neuron, states_P, [Alone(times=times, **shares[times]) for times in TIMES])
-
-    def _watched(self, layer: int, neuron: int, states_P: dict[Toward, list[float]], alone: list[Alone]) -> Watched:
         nmd_LD, rho_LD = (np.abs(np.nan_to_num(a)) for a in (self._contrast.nmd_LD, self._contrast.rho_LD))
         generalized_P, memorized_P = (np.array(states_P[behaviour]) for behaviour in ("generalized", "memorized"))
         label = f"Neuron {neuron} of layer {layer} where the model remembered and where it worked it out"
-        return Watched(
+        yield Watched(
             layer=layer,
             neuron=neuron,
             pairs=len(memorized_P),
@@ -173,7 +161,7 @@ class Neurons:
             mean_memorized=memorized_P.mean(),
             rank_nmd=1 + int((nmd_LD > nmd_LD[layer, neuron]).sum()),
             rank_rho=1 + int((rho_LD > rho_LD[layer, neuron]).sum()),
-            alone=alone,
+            alone=[{"times": times, **shares[times]} for times in TIMES],
             drawing=draw_neuron(generalized_P, memorized_P, label),
         )
 
@@ -192,6 +180,5 @@ class Neurons:
     def _alone(self, layer: int, neuron: int, times: float, toward: Toward) -> SteeringVector:
         """The shift of one neuron by so many times its mean difference."""
         shift_LD = np.zeros(self._contrast.nmd_LD.shape)
-        sign = 1.0 if toward == "generalized" else -1.0
-        shift_LD[layer, neuron] = sign * times * np.nan_to_num(self._contrast.nmd_LD[layer, neuron])
+        shift_LD[layer, neuron] = SIGN[toward] * times * np.nan_to_num(self._contrast.nmd_LD[layer, neuron])
         return SteeringVector(toward, {}, self._contrast.site).with_dense(shift_LD)  # type: ignore[arg-type]

@@ -127,8 +127,7 @@ class OpenedCells:
             return await loop.run_in_executor(entry.thread, work, opened)
         finally:
             entry.waiting -= 1
-            failed = entry.cell.done() and entry.cell.exception() is not None
-            if failed and self._open.get(key) is entry:
+            if entry.cell.done() and entry.cell.exception() and self._open.get(key) is entry:
                 del self._open[key]
 
     def close(self) -> None:

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from mnemoscope.detect import Reading
+from mnemoscope.plain import plain
 from mnemoscope.tasks import Example
 
 NAMELESS = "asked"  # item of a question that somebody typed
 STRONGEST = 8.0  # factor on a vector
 Toward = Literal["generalized", "memorized"]
-
-
-def _finite(value: float | None) -> float | None:
-    return float(value) if value is not None and math.isfinite(value) else None
-
-
-Number = Annotated[float | None, BeforeValidator(_finite)]
+Number = Annotated[float | None, BeforeValidator(plain)]
 
 
 class Shape(BaseModel):
@@ -139,16 +133,11 @@ class NeuronMap(Shape):
     p_family_wise: list[list[Number]]
 
 
-class Alone(Shape):
-    """Shares of phrasings steered to each behaviour by shifting one neuron by ``times`` its mean difference."""
-
-    times: float
-    generalized: Number
-    memorized: Number
-
-
 class Watched(Shape):
-    """One neuron on tune pairs: means, ranks (1 is the largest magnitude), effect alone, and a drawing (SVG)."""
+    """One neuron on tune pairs: means, ranks (1 is the largest magnitude), and a drawing (SVG).
+
+    ``alone``: shares of phrasings steered to each behaviour by shifting it alone by ``times`` its mean difference.
+    """
 
     layer: int
     neuron: int
@@ -157,7 +146,7 @@ class Watched(Shape):
     mean_memorized: Number
     rank_nmd: int
     rank_rho: int
-    alone: list[Alone]
+    alone: list[dict[Toward | Literal["times"], Number]]
     drawing: str
 
 
