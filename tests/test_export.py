@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from families import FAMILIES, prompts, tiny, tokenizer
 from mnemoscope import export
@@ -37,14 +37,6 @@ def some_vector(site: Site = "block", layers: tuple[int, ...] = (0, 2), **facts:
     generator = torch.Generator().manual_seed(1)
     shifts = {layer: 0.5 * torch.randn(32, generator=generator) for layer in layers}
     return replace(SteeringVector("generalized", shifts, site=site, positions="all"), **facts)
-
-
-def granite() -> PreTrainedModel:
-    """Its blocks scale what their MLPs return before they add it."""
-    shape = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}
-    config = AutoConfig.for_model("granite", vocab_size=64, intermediate_size=48, residual_multiplier=0.5, **shape)
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def padded(words: PreTrainedTokenizerFast) -> Any:
@@ -146,12 +138,7 @@ def test_families_whose_checkpoints_cannot_hold_a_shift_are_refused(family: str,
     ("to", "vector", "message"),
     [
         ("checkpoint", some_vector(positions="decision"), "^positions: 'decision' cannot be exported, only 'all'"),
-        (
-            "checkpoint",
-            some_vector("attention"),
-            "^site: 'attention' cannot be exported as a checkpoint, only block",
-        ),
-        ("checkpoint", some_vector("neuron"), "^site: 'neuron' cannot"),
+        ("checkpoint", some_vector("attention"), "^site: 'attention' cannot be exported as a checkpoint, only"),
         ("checkpoint", some_vector(layers=()), "^shifts: the vector shifts nothing"),
         ("checkpoint", some_vector(layers=(3,)), r"^layers: 3 is not in 0 \.\. 2"),
         ("checkpoint", some_vector(shifts={0: torch.ones(31)}), "^shifts: 31 neurons in layer 0; this model has 32"),
@@ -160,22 +147,21 @@ def test_families_whose_checkpoints_cannot_hold_a_shift_are_refused(family: str,
         ("gguf", some_vector(layers=(1,), positions="decision"), "^positions: 'decision'"),
     ],
 )
-def test_vectors_that_cannot_be_exported_are_refused(
-    to: str, vector: SteeringVector, message: str, tmp_path: Path
-) -> None:
+def test_vectors_that_cannot_be_exported_are_refused(to: str, vector: Any, message: str, tmp_path: Path) -> None:
     if to == "checkpoint":
         refused(tiny("gpt2"), vector, tmp_path / "baked", message)
-        return
-    with pytest.raises(InputError, match=message):
-        to_gguf(vector, tmp_path / "vector.gguf", "llama")
+    else:
+        with pytest.raises(InputError, match=message):
+            to_gguf(vector, tmp_path / "vector.gguf", "llama")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scaled_and_post_norm_blocks_are_found_by_measuring(dtype: torch.dtype, scale: float, tmp_path: Path) -> None:
-    """A shift of their block is not what its MLP adds; a shift of the MLP's own output is."""
-    for model in (granite().to(dtype), tiny("opt", do_layer_norm_before=False).to(dtype)):
+    """A shift of their block is not what its MLP adds (Granite scales it); a shift of the MLP's own output is."""
+    scaled = tiny("granite", residual_multiplier=0.5)
+    for model in (scaled.to(dtype), tiny("opt", do_layer_norm_before=False).to(dtype)):
         refused(model, scale * some_vector("block"), tmp_path / "block", "straight to the residual stream")
         bake(model, tokenizer(), scale * some_vector("mlp"), tmp_path / type(model).__name__)
 
@@ -285,7 +271,6 @@ def test_the_command_line_writes_both_kinds(made: Path) -> None:
         (("unbound.safetensors", "--to", "gguf"), "model: the vector does not say which model it was made on"),
         (("unbound.safetensors", "--to", "gguf", "--model", "model"), "binding: the vector does not say which model"),
         (("v.safetensors", "--to", "checkpoint", "--model", "not/at/all"), "model: not/at/all cannot be opened"),
-        (("v.safetensors", "--to", "gguf", "--alpha", "0"), "shifts: the vector shifts nothing"),
     ],
 )
 def test_what_cannot_be_exported_is_one_line_and_exit_code_2(

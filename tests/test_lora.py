@@ -88,6 +88,10 @@ def opened(folder: Path, task: Task, lora: LoraConfig | None = LORA) -> Asking:
     return Asking(adapt(model, lora, 0) if lora else model, tokenizer, task.boundary)
 
 
+def rng() -> np.random.Generator:
+    return np.random.default_rng(3)
+
+
 def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """By the names that the model has without an adapter."""
     named = {name: weight.detach().clone() for name, weight in model.named_parameters() if "lora_" not in name}
@@ -123,16 +127,16 @@ def test_training_lowers_the_loss_and_changes_only_the_adapter(folder: Path, dig
 
 def test_the_seed_draws_the_adapter_and_nothing_else(folder: Path, digits: Task) -> None:
     def drawn(seed: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(5)
         model = adapt(load_model(folder)[0], LORA, seed)
+        after.append(torch.rand(1).item())
         return {name: p for name, p in model.named_parameters() if "lora_A" in name}
 
-    torch.manual_seed(5)
-    expected = torch.rand(1)
-    torch.manual_seed(5)
+    after: list[float] = []
     one, same, other = drawn(1), drawn(1), drawn(2)
-    assert torch.equal(torch.rand(1), expected)
-    assert all(torch.equal(one[name], same[name]) for name in one)
-    assert all(not torch.equal(one[name], other[name]) for name in one)
+    torch.manual_seed(5)
+    assert set(after) == {torch.rand(1).item()}
+    assert all(torch.equal(one[name], same[name]) and not torch.equal(one[name], other[name]) for name in one)
 
 
 def test_equal_trainings_give_equal_adapters_with_dropout_too(folder: Path, digits: Task, tmp_path: Path) -> None:
@@ -206,10 +210,6 @@ def test_texts_of_a_task_are_learned_and_closed_in_the_tokens_of_a_bpe(name: str
                 assert whole[: len(told)] == told
                 assert whole[len(told)] in closing
     assert any(len(token) > 1 and token.isdigit() for token in tokenizer.get_vocab()) or name != "addition-digits"
-
-
-def rng() -> np.random.Generator:
-    return np.random.default_rng(3)
 
 
 def test_labels_in_tokens_of_several_digits_are_what_generate_answers() -> None:
