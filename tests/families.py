@@ -44,7 +44,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def tiny(family: str, **changes: Any) -> PreTrainedModel:
     """A model of a family with three blocks, float32 weights drawn from one seed."""
     special = {"vocab_size": 64, "bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 0}
-    config = AutoConfig.for_model(family, **special, **FAMILIES.get(family, _GROUPED), **changes)
+    config = AutoConfig.for_model(family, **special | FAMILIES.get(family, _GROUPED) | changes)
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).eval()
 

@@ -17,9 +17,9 @@ import pytest
 import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from families import FAMILIES
+from families import tiny
 from helpers import MINI_TASKS
 from mnemoscope.behaviour import Asking, prepare, score
 from mnemoscope.behaviour.labels import decode
@@ -63,9 +63,8 @@ def texts_of(task: Task, n: int = 400) -> Iterator[str]:
 
 def new(family: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """Random weights, large enough for a frozen head to say something; GPT-2 with the dropout of pretrained ones."""
-    special = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 0, "initializer_range": 0.2}
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **special, **FAMILIES[family])).eval()
+    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+    return tiny(family, vocab_size=len(tokenizer), initializer_range=0.2, **special)
 
 
 @pytest.fixture(scope="module")

@@ -89,9 +89,8 @@ def test_pages_of_other_sites_cannot_ask_through_the_browser(client: TestClient,
 
 
 def test_a_request_body_is_limited(client: TestClient) -> None:
-    long = {"question": {"prompt": "1" * LARGEST_BODY}}
+    long, headers = {"question": {"prompt": "1" * LARGEST_BODY}}, {"content-type": "application/json"}
     assert error_of(client.post(f"{CELL}/ask", json=long), 413)[0] == "body"
-    headers = {"content-type": "application/json"}
     assert error_of(client.post(f"{CELL}/ask", content=iter([b"{}"]), headers=headers), 411)[0] == "body"
     assert error_of(client.post(f"{CELL}/ask", content=b"{", headers=headers))[0] == "body"
 
@@ -101,8 +100,7 @@ def test_every_answer_forbids_sniffing_framing_and_referrers(client: TestClient)
         headers = client.get(path).headers
         named = ("x-content-type-options", "x-frame-options", "referrer-policy")
         assert [headers[name] for name in named] == ["nosniff", "DENY", "no-referrer"]
-    for path in ("/", "/runs/first/report"):
-        assert "default-src" in client.get(path).headers["content-security-policy"]
+        assert ("content-security-policy" in headers) is not path.startswith(("/api", "/static"))
 
 
 # --- the command ----------------------------------------------------------------------------------------------------

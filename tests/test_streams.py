@@ -14,8 +14,8 @@ import pytest
 from mnemoscope import seen
 from mnemoscope.seen import Seen
 from mnemoscope.stages.common import TableWriter
-from mnemoscope.tasks import Example, build_task, draw, draws
 from mnemoscope.tasks import base as tasks_base
+from mnemoscope.tasks import build_task, draw, draws
 
 COLUMNS = {"name": pa.string(), "value": pa.float64()}
 
@@ -46,14 +46,8 @@ def test_examples_are_drawn_one_by_one_as_in_a_list(monkeypatch: pytest.MonkeyPa
     together = draw(task, np.random.default_rng(0), 200, "conflict", "fit")
     assert len({(e.item, e.prompt) for e in together}) == len(together) == 200
     assert {e.split for e in together} == {"fit"}
-    asked: list[int] = []
-    examples = type(task).examples
-
-    def counting(self: object, rng: np.random.Generator, n: int, kind: str) -> list[Example]:
-        asked.append(n)
-        return examples(self, rng, n, kind)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(type(task), "examples", counting)
+    asked, examples = [], type(task).examples
+    monkeypatch.setattr(type(task), "examples", lambda *args: [asked.append(args[2]), examples(*args)][1])
     monkeypatch.setattr(tasks_base, "MOST_AT_ONCE", 50)
     stream = draws(task, np.random.default_rng(0), 200, "conflict", "fit")
     assert next(stream).split == "fit"
