@@ -178,7 +178,10 @@ def steer(
     alpha: Annotated[float, typer.Option(min=0.0, help="Factor on the vector; 0 leaves the model as it is.")] = 1.0,
     gate: Annotated[
         float | None,
-        typer.Option(help="Steer only where the other behaviour is this probable, in a conflict like the fit's."),
+        typer.Option(
+            help="Steer only where the other behaviour is at least so probable (0 to 1), memory and prompt seem to "
+            "disagree, and the prompt is like those that the detector was fitted on."
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens behind each prompt, at most.")] = 20,
     chat: AsChat = False,

@@ -104,7 +104,9 @@ class TrainingConfig(Frozen):
     decay_steps: int = Field(0, ge=0, description="last steps, over which the learning rate falls to 2 %")
     batch_size: int = Field(64, ge=1, le=65536, description="instances a step")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of the passes; auto: bfloat16 where the hardware multiplies it, but not for adapters"
+        "auto",
+        description="of the passes, not of weights and measurements. auto: bfloat16 where the hardware multiplies it, "
+        "else float32, and for adapters; `cell.json` says which",
     )
     learning_rate: float = Field(3e-3, gt=0, le=1, description="its peak")
     weight_decay: float = Field(0.1, ge=0, le=10, description="of the matrices inside the blocks, or of the adapter")

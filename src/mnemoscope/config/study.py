@@ -94,7 +94,7 @@ class SteeringConfig(Frozen):
     positions: Literal["decision", "all"] = Field("decision", description="shifted tokens: from the decision on or all")
     fit_pairs: int = Field(600, ge=2, description="fit pairs whose states and gradients make the directions")
     fit_others: int = Field(600, ge=1, description="fit examples of each other list that learned vectors are fitted on")
-    kept_weight: float = Field(1.0, ge=0, le=100, description="weight of memory and novel examples in learning")
+    kept_weight: float = Field(1.0, ge=0, le=100, description="of memory and novel examples of learned vectors; or 0")
     kept_kinds: tuple[Literal["memory", "novel"], ...] = Field(
         ("memory", "novel"), description="which of them; novel examples that are read from the prompt teach to read"
     )

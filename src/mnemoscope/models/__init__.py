@@ -1,14 +1,6 @@
 """Models: build a small GPT-2, open or adapt any causal LM; the only definition of layer, site, position and cache."""
 
-from mnemoscope.models.caches import (
-    RoomyLayer,
-    bytes_of,
-    cache_of,
-    cached_columns,
-    forked,
-    make_room,
-    select_rows,
-)
+from mnemoscope.models.caches import RoomyLayer, bytes_of, cache_of, cached_columns, forked, make_room, select_rows
 from mnemoscope.models.layout import (
     SITES,
     Layout,
@@ -39,11 +31,4 @@ from mnemoscope.models.passes import (
     untouched_blocks,
 )
 from mnemoscope.models.room import batch_that_fits, bytes_of_prompt, models_that_fit
-from mnemoscope.models.trainable import (
-    adapt,
-    build_gpt2,
-    check_peft,
-    is_adapted,
-    merged_weights,
-    word_tokenizer,
-)
+from mnemoscope.models.trainable import adapt, build_gpt2, check_peft, is_adapted, merged_weights, word_tokenizer
