@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -63,20 +64,18 @@ def test_a_template_may_refuse_and_is_asked_without_thinking_aloud(talking: PreT
 
 def test_what_is_read_is_what_was_rendered(talking: PreTrainedTokenizerFast) -> None:
     """Everything that asks gives for a chat what it gives for the rendered text as it is."""
-    model = tiny("llama")
-    chatty = Asking(model, talking, ("w1", "w2"), 2, Prompting(True, split=halves))
-    plain = replace(chatty, prompting=PLAIN)
+    chatty = Asking(tiny("llama"), talking, ("w1", "w2"), 2, Prompting(True, split=halves))
     examples = [conflict(f"w{n} w{n + 1} | w{n + 2}") for n in range(3, 9)]
     rendered = [replace(example, prompt=chatty.text(example.prompt)) for example in examples]
-    for mine, theirs in zip(encode(chatty, examples), encode(plain, rendered), strict=True):
-        assert (mine.context, mine.suffixes) == (theirs.context, theirs.suffixes)
-    found, wanted = (score(a, prepare(a, e)).margin_N for a, e in ((chatty, examples), (plain, rendered)))
-    np.testing.assert_allclose(found, wanted, atol=1e-6)
-    assert decode(chatty, examples) == decode(plain, rendered)
-    others = examples[::-1]
-    contrasted = score_contrasted(chatty, examples, others, [0.5])[0].margin_N
-    by_hand = score_contrasted(plain, rendered, rendered[::-1], [0.5])[0].margin_N
-    np.testing.assert_allclose(contrasted, by_hand, atol=1e-6)
+    both = (chatty, examples), (replace(chatty, prompting=PLAIN), rendered)
+    encoded = ([(one.context, one.suffixes) for one in encode(asking, asked)] for asking, asked in both)
+    margins = (score(asking, prepare(asking, asked)).margin_N for asking, asked in both)
+    contrasted = (score_contrasted(asking, asked, asked[::-1], [0.5])[0].margin_N for asking, asked in both)
+    written = (decode(asking, asked) for asking, asked in both)
+    assert operator.eq(*encoded)
+    assert operator.eq(*written)
+    np.testing.assert_allclose(*margins, atol=1e-6)
+    np.testing.assert_allclose(*contrasted, atol=1e-6)
     batch = chatty.padded([chatty.text(e.prompt) for e in examples])
     assert torch.equal(batch.attention_mask.sum(1), torch.full((6,), 6))
 

@@ -61,10 +61,9 @@ def test_beams_and_every_kind_of_cache_follow_each_prompts_factor(family: str, s
 def test_nothing_is_compiled_while_a_vector_hangs_in_the_model() -> None:
     """What was compiled before would not see the vector, and what is compiled now would keep it."""
     model = tiny("llama")
-    before = model.generation_config.disable_compile
     with random_vector(model).apply(model):
         assert model.generation_config.disable_compile
-    assert model.generation_config.disable_compile == before
+    assert not model.generation_config.disable_compile
 
 
 @torch.no_grad()
@@ -74,18 +73,13 @@ def test_a_prompt_that_begins_with_the_one_before_is_another_prompt() -> None:
     vector = random_vector(model)
     asked = [words(text, return_tensors="pt").input_ids for text in ("w1 w2", "w1 w2 w3 w4 w5", "w1 w2 w3 w4 w5 w6")]
 
-    def last(ids_NT: torch.Tensor) -> torch.Tensor:
-        return model(ids_NT, **{cache_argument(model): DynamicCache()}).logits[:, -1]
+    def last(*prompts: torch.Tensor, **options: Any) -> list[torch.Tensor]:
+        with vector.apply(model, **options):
+            return [model(ids_NT, **{cache_argument(model): DynamicCache()}).logits[:, -1] for ids_NT in prompts]
 
-    wanted = []
-    for ids_NT in asked:
-        with vector.apply(model):
-            wanted.append(last(ids_NT))
-    with vector.apply(model, start=1):
-        assert not torch.allclose(last(asked[1]), wanted[1], atol=1e-3)
-    with vector.apply(model):
-        for ids_NT, expected in zip(asked, wanted, strict=True):
-            assert torch.equal(last(ids_NT), expected)
+    wanted = [last(ids_NT)[0] for ids_NT in asked]
+    assert not torch.allclose(last(asked[1], start=1)[0], wanted[1], atol=1e-3)
+    assert all(torch.equal(found, expected) for found, expected in zip(last(*asked), wanted, strict=True))
 
 
 def test_samples_of_an_unsteered_row_are_what_they_were() -> None:
