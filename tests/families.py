@@ -17,14 +17,8 @@ _GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": _GPT2,
-    "gpt_neo": {
-        "hidden_size": 32,
-        "num_layers": 3,
-        "num_heads": 4,
-        "attention_types": [[["global", "local", "global"], 1]],
-        "window_size": 4,
-        "max_position_embeddings": 64,
-    },
+    "gpt_neo": {"hidden_size": 32, "num_layers": 3, "num_heads": 4, "max_position_embeddings": 64, "window_size": 4}
+    | {"attention_types": [[["global", "local", "global"], 1]]},
     "gptj": {**_GPT2, "rotary_dim": 4},
     "gpt_neox": _SHARED,
     "llama": _GROUPED,
@@ -34,14 +28,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma": _HEADED,
     "gemma2": {**_HEADED, "sliding_window": 4},
     "gemma3_text": {**_HEADED, "sliding_window": 4},
-    "opt": {
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "hidden_size": 32,
-        "ffn_dim": 48,
-        "word_embed_proj_dim": 32,
-        "max_position_embeddings": 64,
-    },
+    "opt": {**_SHARED, "ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 64},
     "phi": _SHARED,
     "phi3": _GROUPED,
     "olmo2": _GROUPED,
@@ -57,7 +44,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def tiny(family: str, **changes: Any) -> PreTrainedModel:
     """A model of a family with three blocks, float32 weights drawn from one seed."""
     special = {"vocab_size": 64, "bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 0}
-    config = AutoConfig.for_model(family, **special, **FAMILIES[family], **changes)
+    config = AutoConfig.for_model(family, **special | FAMILIES.get(family, _GROUPED) | changes)
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).eval()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -53,33 +54,28 @@ def test_a_prompt_is_formatted_by_the_template_and_the_reply_begun(talking: PreT
     assert asking.whole(conflict("w3"), " w7").endswith("w53w7")
 
 
-def test_a_template_that_refuses_is_one_line(talking: PreTrainedTokenizerFast) -> None:
+def test_a_template_may_refuse_and_is_asked_without_thinking_aloud(talking: PreTrainedTokenizerFast) -> None:
     talking.chat_template = "{{ raise_exception('no system message here') }}"
     with pytest.raises(InputError, match=r"^chat: the template of this tokenizer refuses .*no system message here"):
         Asking(tiny("llama"), talking, prompting=Prompting(True, "w1")).text("w3")
-
-
-def test_a_model_that_can_think_aloud_is_asked_to_answer(talking: PreTrainedTokenizerFast) -> None:
     talking.chat_template = "{{ messages[0]['content'] }}{% if enable_thinking %} w9{% endif %}"
     assert Asking(tiny("llama"), talking, prompting=Prompting(True)).text("w3") == "w3"
 
 
 def test_what_is_read_is_what_was_rendered(talking: PreTrainedTokenizerFast) -> None:
     """Everything that asks gives for a chat what it gives for the rendered text as it is."""
-    model = tiny("llama")
-    chatty = Asking(model, talking, ("w1", "w2"), 2, Prompting(True, split=halves))
-    plain = replace(chatty, prompting=PLAIN)
+    chatty = Asking(tiny("llama"), talking, ("w1", "w2"), 2, Prompting(True, split=halves))
     examples = [conflict(f"w{n} w{n + 1} | w{n + 2}") for n in range(3, 9)]
     rendered = [replace(example, prompt=chatty.text(example.prompt)) for example in examples]
-    for mine, theirs in zip(encode(chatty, examples), encode(plain, rendered), strict=True):
-        assert (mine.context, mine.suffixes) == (theirs.context, theirs.suffixes)
-    found, wanted = (score(a, prepare(a, e)).margin_N for a, e in ((chatty, examples), (plain, rendered)))
-    np.testing.assert_allclose(found, wanted, atol=1e-6)
-    assert decode(chatty, examples) == decode(plain, rendered)
-    others = examples[::-1]
-    contrasted = score_contrasted(chatty, examples, others, [0.5])[0].margin_N
-    by_hand = score_contrasted(plain, rendered, rendered[::-1], [0.5])[0].margin_N
-    np.testing.assert_allclose(contrasted, by_hand, atol=1e-6)
+    both = (chatty, examples), (replace(chatty, prompting=PLAIN), rendered)
+    encoded = ([(one.context, one.suffixes) for one in encode(asking, asked)] for asking, asked in both)
+    margins = (score(asking, prepare(asking, asked)).margin_N for asking, asked in both)
+    contrasted = (score_contrasted(asking, asked, asked[::-1], [0.5])[0].margin_N for asking, asked in both)
+    written = (decode(asking, asked) for asking, asked in both)
+    assert operator.eq(*encoded)
+    assert operator.eq(*written)
+    np.testing.assert_allclose(*margins, atol=1e-6)
+    np.testing.assert_allclose(*contrasted, atol=1e-6)
     batch = chatty.padded([chatty.text(e.prompt) for e in examples])
     assert torch.equal(batch.attention_mask.sum(1), torch.full((6,), 6))
 
@@ -88,13 +84,12 @@ def test_facts_are_asked_by_the_user_and_begun_by_the_model() -> None:
     task = build_task("facts", {}, 0)
     (example,) = task.examples(np.random.default_rng(0), 1, "conflict")
     said, begun = task.split_reply(example.prompt)
-    assert example.generalized
-    assert example.generalized.strip() in said
+    assert str(example.generalized).strip() in said
     assert begun.startswith("The capital of")
     assert example.prompt.endswith(begun)
     assert not said.endswith("\n")
     told = task.prompted(example, "memorized")
-    assert told
+    assert told is not None
     assert told.prompt == f"{task.instruction('memorized')}\n{example.prompt}"
 
 
@@ -104,6 +99,9 @@ def test_a_format_that_makes_no_sense_is_refused() -> None:
     for fields, line in (({"reply": "w1"}, "reply: 'w1'"), ({"system": "w1"}, "system: 'w1'")):
         with pytest.raises(InputError, match=f"^{line} is a part of a chat; set chat"):
             Prompting(**fields)  # type: ignore[arg-type]
+    for shape in ({"chat": {}}, {"chat": {}, "folder": "x", "lora": {}}):
+        with pytest.raises(InputError, match="chat formats prompts of a trained model"):
+            parse_model(shape)
 
 
 def of_a_chat(words: PreTrainedTokenizerFast, prompting: Prompting, path: Path) -> SteeringVector:
@@ -155,9 +153,3 @@ def test_an_artefact_keeps_its_format(talking: PreTrainedTokenizerFast, tmp_path
     begun = Fitted.open(tmp_path / "v.safetensors", model, talking)
     with pytest.raises(InputError, match=r"^reply: replies were begun where this was fitted"):
         begun.inputs(["w5"])
-
-
-@pytest.mark.parametrize("shape", [{"chat": {}}, {"chat": {}, "folder": "x", "lora": {}}])
-def test_only_prompts_of_a_trained_model_are_a_chat(shape: dict[str, object]) -> None:
-    with pytest.raises(InputError, match="chat formats prompts of a trained model"):
-        parse_model(shape)

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from typer.testing import CliRunner
 
 from helpers import MINI_STUDY
@@ -56,80 +55,50 @@ def test_built_in_studies_resolve() -> None:
         assert load_study(name).study == name
 
 
-def broken(change: dict[str, object]) -> str:
-    study = yaml.safe_load(MINI_STUDY)
-    for path, value in change.items():
-        *parents, last = path.split(".")
-        node = study
-        for part in parents:
-            node = node.setdefault(part, {})
-        node[last] = value
-    return yaml.safe_dump(study)
-
-
-CELL = "cells.addition"
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("study: [unclosed", "line 1: not YAML"),
-        ("just words", "not a mapping"),
-        (broken({f"{CELL}.task": "adition"}), "task: 'adition' is unknown"),
-        (broken({f"{CELL}.options.stored": 2}), "stored: 2"),
-        (broken({f"{CELL}.options.colour": 2}), "task.options.colour: task 'addition' has no such option"),
-        (
-            broken({f"{CELL}.training.steps": 0}),
-            f"{CELL}.training.steps: Input should be greater than or equal to 1 (got 0)",
-        ),
-        (broken({f"{CELL}.training.stepps": 5}), f"{CELL}.training.stepps: Extra inputs are not permitted"),
-        (broken({f"{CELL}.pairs.site": "head"}), f"{CELL}.pairs.site: Input should be 'block', 'attention', 'mlp' or"),
-        (
-            broken({f"{CELL}.steering.sweeps.nmd.tops": [0.5, 1.5]}),
-            "tops.1: Input should be less than or equal to 1 (got 1.5)",
-        ),
-        (broken({f"{CELL}.model.heads": 5}), "width 64 is not a multiple of heads 5"),
-        (
-            broken({f"{CELL}.model.context": 12, f"{CELL}.neutral.cuts": 0}),
-            "prompt: 16 tokens with its answer; the model reads at most 11",
-        ),
-        (broken({f"{CELL}.model.context": 28}), "neutral.length 28 does not fit into model.context; at most 27"),
-        (broken({f"{CELL}.model.folder": "nowhere/at/all"}), "model: nowhere/at/all cannot be opened"),
-        (broken({f"{CELL}.task": "jsonl", f"{CELL}.options": {"file": "absent.jsonl"}}), "absent.jsonl cannot be read"),
-        (broken({"seeds": 0}), "seeds: Input should be greater than or equal to 1 (got 0)"),
-    ],
-)
-def test_a_bad_study_is_one_line_and_exit_code_2(tmp_path: Path, text: str, message: str) -> None:
-    file, out = tmp_path / "bad.yaml", tmp_path / "run"
-    file.write_text(text)
-    refused("run", str(file), "--out", str(out), "--json", message=message)
-    assert not list(out.rglob("*.parquet"))
-    assert not list(out.rglob("*.html"))
-
-
-def refused(*arguments: str, message: str) -> None:
-    code, stdout, stderr = call(*arguments)
-    assert (code, stdout, stderr.count("\n")) == (2, "", 1)
-    assert stderr.startswith("error: ")
-    assert message in stderr
+def changed(*settings: str) -> list[str]:
+    """A run of the miniature study with other settings in its cell."""
+    return ["run", "mini.yaml", "--out", "run", *(f"--set=cells.addition.{setting}" for setting in settings)]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("run", "quickstrat"), "study: 'quickstrat' is neither a file nor one of paper, portable, quickstart"),
-        (("run", "quickstart", "--set", "seeds"), "--set: 'seeds' is not of the form a.b=c"),
-        (("run", "quickstart", "--set", "seeds.a=1"), "leads through 'seeds'"),
-        (("run", "quickstart", "--set", "cells.addition.model.layers=[1"), "not YAML"),
-        (("report", "nowhere"), "RUN: nowhere is not a run folder"),
-        (("data", "inferense", "-o", "x.jsonl"), "task: 'inferense' is unknown"),
-        (("data", "inference", "-o", "x.jsonl", "--option", "hops"), "not of the form name=value"),
-        (("data", "jsonl", "-o", "x.jsonl"), "task.options"),
+        (["run", "unclosed.yaml"], "line 1: not YAML"),
+        (["run", "words.yaml"], "not a mapping"),
+        (["run", "quickstrat"], "study: 'quickstrat' is neither a file nor one of paper, portable, quickstart"),
+        (["run", "mini.yaml", "--seeds", "0"], "seeds: Input should be greater than or equal to 1 (got 0)"),
+        (["run", "mini.yaml", "--set", "seeds"], "--set: 'seeds' is not of the form a.b=c"),
+        (["run", "mini.yaml", "--set", "seeds.a=1"], "leads through 'seeds'"),
+        (changed("model.layers=[1"), "not YAML"),
+        (changed("task=adition"), "task: 'adition' is unknown"),
+        (changed("options.stored=2"), "stored: 2"),
+        (changed("options.colour=2"), "task.options.colour: task 'addition' has no such option"),
+        (changed("training.stepps=5"), "cells.addition.training.stepps: Extra inputs are not permitted"),
+        (changed("pairs.site=head"), "cells.addition.pairs.site: Input should be 'block', 'attention', 'mlp' or"),
+        (changed("steering.sweeps.nmd.tops=[0.5, 1.5]"), "tops.1: Input should be less than or equal to 1 (got 1.5)"),
+        (changed("steering.sweeps.nmd.layers=[some]"), "layers.0: String should match pattern"),
+        (changed("model.heads=5"), "width 64 is not a multiple of heads 5"),
+        (
+            changed("model.context=12", "neutral.cuts=0"),
+            "prompt: 16 tokens with its answer; the model reads at",
+        ),
+        (changed("model.context=28"), "neutral.length 28 does not fit into model.context; at most 27"),
+        (changed("model.folder=nowhere/at/all"), "model: nowhere/at/all cannot be opened"),
+        (changed("task=jsonl", "options={file: absent.jsonl}"), "absent.jsonl cannot be read"),
+        (["report", "nowhere"], "RUN: nowhere is not a run folder"),
+        (["data", "inferense", "-o", "x.jsonl"], "task: 'inferense' is unknown"),
+        (["data", "inference", "-o", "x.jsonl", "--option", "hops"], "not of the form name=value"),
+        (["data", "jsonl", "-o", "x.jsonl"], "task.options"),
     ],
 )
-def test_bad_arguments_are_one_line_and_exit_code_2(
-    arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    refused(*arguments, message=message)
-    assert not list(tmp_path.iterdir())
+    for name, text in (("mini", MINI_STUDY), ("unclosed", "study: [unclosed"), ("words", "just words")):
+        (tmp_path / f"{name}.yaml").write_text(text)
+    code, stdout, stderr = call(*arguments)
+    assert (code, stdout, stderr.count("\n")) == (2, "", 1)
+    assert stderr.startswith("error: ")
+    assert message in stderr
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".parquet", ".html", ".jsonl")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import pytest
@@ -14,15 +15,7 @@ from families import prompts, tiny, tokenizer
 from mnemoscope.behaviour import capturing
 from mnemoscope.doctor import examine
 from mnemoscope.errors import InputError
-from mnemoscope.models import (
-    SITES,
-    Layout,
-    Site,
-    blocks_of,
-    layout_of,
-    site_width,
-    use_layout,
-)
+from mnemoscope.models import SITES, Layout, Site, blocks_of, layout_of, site_width, use_layout
 from mnemoscope.models.caches import cache_argument
 from mnemoscope.steering import Binding, SteeringVector
 
@@ -68,10 +61,9 @@ def test_beams_and_every_kind_of_cache_follow_each_prompts_factor(family: str, s
 def test_nothing_is_compiled_while_a_vector_hangs_in_the_model() -> None:
     """What was compiled before would not see the vector, and what is compiled now would keep it."""
     model = tiny("llama")
-    before = model.generation_config.disable_compile
     with random_vector(model).apply(model):
         assert model.generation_config.disable_compile
-    assert model.generation_config.disable_compile == before
+    assert not model.generation_config.disable_compile
 
 
 @torch.no_grad()
@@ -81,18 +73,13 @@ def test_a_prompt_that_begins_with_the_one_before_is_another_prompt() -> None:
     vector = random_vector(model)
     asked = [words(text, return_tensors="pt").input_ids for text in ("w1 w2", "w1 w2 w3 w4 w5", "w1 w2 w3 w4 w5 w6")]
 
-    def last(ids_NT: torch.Tensor) -> torch.Tensor:
-        return model(ids_NT, **{cache_argument(model): DynamicCache()}).logits[:, -1]
+    def last(*prompts: torch.Tensor, **options: Any) -> list[torch.Tensor]:
+        with vector.apply(model, **options):
+            return [model(ids_NT, **{cache_argument(model): DynamicCache()}).logits[:, -1] for ids_NT in prompts]
 
-    wanted = []
-    for ids_NT in asked:
-        with vector.apply(model):
-            wanted.append(last(ids_NT))
-    with vector.apply(model, start=1):
-        assert not torch.allclose(last(asked[1]), wanted[1], atol=1e-3)
-    with vector.apply(model):
-        for ids_NT, expected in zip(asked, wanted, strict=True):
-            assert torch.equal(last(ids_NT), expected)
+    wanted = [last(ids_NT)[0] for ids_NT in asked]
+    assert not torch.allclose(last(asked[1], start=1)[0], wanted[1], atol=1e-3)
+    assert all(torch.equal(found, expected) for found, expected in zip(last(*asked), wanted, strict=True))
 
 
 def test_samples_of_an_unsteered_row_are_what_they_were() -> None:
@@ -120,9 +107,8 @@ def test_factors_that_do_not_fit_the_batch_are_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_vectors_follow_the_precision_of_a_layer(dtype: torch.dtype) -> None:
     model = tiny("llama").to(dtype)
-    vector = random_vector(model)
     ids = torch.arange(3, 9)[None]
-    with torch.no_grad(), vector.apply(model), capturing(model, "block") as states:
+    with torch.no_grad(), random_vector(model).apply(model), capturing(model, "block") as states:
         assert model(input_ids=ids).logits.dtype == dtype
     assert all(state.dtype == dtype for state in states)
 
@@ -133,10 +119,8 @@ def test_an_adapted_model_is_known_and_steered_as_the_merged_one(family: str) ->
     from peft import LoraConfig, get_peft_model
 
     targets = ["c_attn", "c_proj"] if family == "gpt2" else ["q_proj", "down_proj"]
-    lora = LoraConfig(
-        r=2, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM", fan_in_fan_out=family == "gpt2"
-    )
-    adapted = get_peft_model(tiny(family), lora).eval()
+    kind = {"init_lora_weights": False, "task_type": "CAUSAL_LM", "fan_in_fan_out": family == "gpt2"}
+    adapted = get_peft_model(tiny(family), LoraConfig(r=2, target_modules=targets, **kind)).eval()
     assert len(blocks_of(adapted)) == 3
     assert all(check.passed for check in examine(adapted, tokenizer(), prompts()))
     before = {name: weight.clone() for name, weight in adapted.named_parameters()}
@@ -197,30 +181,20 @@ def test_block_outputs_are_those_that_nnsight_reads() -> None:
         with torch.no_grad(), capturing(model, "block") as ours:
             model(input_ids=ids)
         watched = NNsight(model)
-        path = layout_of(model).blocks
         for layer in range(3):
             with torch.no_grad(), watched.trace(ids):
-                block = watched
-                for part in path.split("."):
-                    block = getattr(block, part)
-                theirs = block[layer].output.save()
+                block = attrgetter(layout_of(model).blocks)(watched)[layer]
+                theirs = block.output.save()
             theirs = theirs[0] if isinstance(theirs, tuple) else theirs
             torch.testing.assert_close(ours[layer][:, 0], theirs[:, -1], rtol=0, atol=1e-6)
 
 
 def test_a_model_of_no_known_family_says_where_its_parts_are() -> None:
-    model = tiny("gpt2")
-    known = layout_of(model)
-
-    class Wrapped(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = model
-
-    stranger = Wrapped()
+    known, stranger = layout_of(tiny("gpt2")), torch.nn.Module()
+    stranger.inner = tiny("gpt2")
     with pytest.raises(InputError, match="no known block layout; say where"):
         blocks_of(stranger)
-    with pytest.raises(InputError, match=r"layout\.mlp: a block of Wrapped has no part 'ffn'"):
+    with pytest.raises(InputError, match=r"layout\.mlp: a block of Module has no part 'ffn'"):
         use_layout(stranger, replace(known, blocks="inner.transformer.h", mlp="ffn"))
     with pytest.raises(InputError, match=r"layout\.blocks: 'h' is no list"):
         use_layout(stranger, replace(known, blocks="h"))
@@ -229,9 +203,8 @@ def test_a_model_of_no_known_family_says_where_its_parts_are() -> None:
 
 
 def test_a_mixture_of_experts_has_no_single_down_projection() -> None:
-    layout = Layout("transformer.h", "attn", "mlp", "")
     model = tiny("gpt2")
-    use_layout(model, layout)
+    use_layout(model, Layout("transformer.h", "attn", "mlp", ""))
     with pytest.raises(InputError, match="'neuron' does not exist"):
         site_width(model, 0, "neuron")
     assert not [check for check in examine(model, tokenizer(), prompts()) if check.name.startswith("neuron")]

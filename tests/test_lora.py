@@ -17,16 +17,15 @@ import pytest
 import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from families import FAMILIES
+from families import tiny
 from helpers import MINI_TASKS
 from mnemoscope.behaviour import Asking, prepare, score
 from mnemoscope.behaviour.labels import decode
-from mnemoscope.cells import cells_of
 from mnemoscope.config import LoraConfig, StopConfig, TrainingConfig, parse_study
 from mnemoscope.errors import InputError
-from mnemoscope.models import adapt, is_adapted, load_model, merged, save_adapter
+from mnemoscope.models import adapt, is_adapted, load_model
 from mnemoscope.steering import SteeringVector
 from mnemoscope.study import run_study
 from mnemoscope.tasks import KINDS, Task, answer_of, build_task
@@ -64,9 +63,8 @@ def texts_of(task: Task, n: int = 400) -> Iterator[str]:
 
 def new(family: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """Random weights, large enough for a frozen head to say something; GPT-2 with the dropout of pretrained ones."""
-    special = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 0, "initializer_range": 0.2}
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **special, **FAMILIES[family])).eval()
+    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+    return tiny(family, vocab_size=len(tokenizer), initializer_range=0.2, **special)
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +85,10 @@ def folder(request: pytest.FixtureRequest, digits: Task, tmp_path_factory: pytes
 def opened(folder: Path, task: Task, lora: LoraConfig | None = LORA) -> Asking:
     model, tokenizer = load_model(folder)
     return Asking(adapt(model, lora, 0) if lora else model, tokenizer, task.boundary)
+
+
+def rng() -> np.random.Generator:
+    return np.random.default_rng(3)
 
 
 def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -111,33 +113,29 @@ def test_training_lowers_the_loss_and_changes_only_the_adapter(folder: Path, dig
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert all(not torch.equal(p, first[n]) for n, p in asking.model.named_parameters() if n in first)
     # The adapter alone, the merged model and the model that was trained are one and the same.
-    save_adapter(asking.model, tmp_path / "adapter")
+    asking.model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     with torch.no_grad():
-        adapted = asking.model(ids).logits
-        again = load_model(tmp_path / "adapter")[0](ids).logits
-        model = merged(asking.model)
-        model.save_pretrained(tmp_path / "model")
-        alone = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-        assert not is_adapted(model)
-        assert not hasattr(alone, "peft_config")
-        assert set(weights(alone)) == set(before)
+        adapted, again = asking.model(ids).logits, load_model(tmp_path / "adapter")[0](ids).logits
+        alone = asking.model.merge_and_unload()
         torch.testing.assert_close(again, adapted, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(alone(ids).logits, adapted, rtol=1e-4, atol=1e-4)
+    assert not is_adapted(alone)
+    assert set(weights(alone)) == set(before)
     assert not torch.allclose(adapted, plain, atol=0.1)
 
 
 def test_the_seed_draws_the_adapter_and_nothing_else(folder: Path, digits: Task) -> None:
     def drawn(seed: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(5)
         model = adapt(load_model(folder)[0], LORA, seed)
+        after.append(torch.rand(1).item())
         return {name: p for name, p in model.named_parameters() if "lora_A" in name}
 
-    torch.manual_seed(5)
-    expected = torch.rand(1)
-    torch.manual_seed(5)
+    after: list[float] = []
     one, same, other = drawn(1), drawn(1), drawn(2)
-    assert torch.equal(torch.rand(1), expected)
-    assert all(torch.equal(one[name], same[name]) for name in one)
-    assert all(not torch.equal(one[name], other[name]) for name in one)
+    torch.manual_seed(5)
+    assert set(after) == {torch.rand(1).item()}
+    assert all(torch.equal(one[name], same[name]) and not torch.equal(one[name], other[name]) for name in one)
 
 
 def test_equal_trainings_give_equal_adapters_with_dropout_too(folder: Path, digits: Task, tmp_path: Path) -> None:
@@ -150,7 +148,7 @@ def test_equal_trainings_give_equal_adapters_with_dropout_too(folder: Path, digi
         kept = [m.p for name, m in asking.model.named_modules() if name.endswith("lora_dropout.default")]
         assert kept
         assert set(kept) == {0.3}
-        save_adapter(asking.model, tmp_path / run)
+        asking.model.save_pretrained(tmp_path / run, save_embedding_layers=False)
         saved.append({path.name: path.read_bytes() for path in (tmp_path / run).iterdir()})
     assert modes == 2 * ([True] * 9 + [False]) * 2
     assert saved[0] == saved[1]
@@ -213,10 +211,6 @@ def test_texts_of_a_task_are_learned_and_closed_in_the_tokens_of_a_bpe(name: str
     assert any(len(token) > 1 and token.isdigit() for token in tokenizer.get_vocab()) or name != "addition-digits"
 
 
-def rng() -> np.random.Generator:
-    return np.random.default_rng(3)
-
-
 def test_labels_in_tokens_of_several_digits_are_what_generate_answers() -> None:
     task = build_task("addition-digits", {"digits": 1, "stored": 10, "memorized_share": 0.6}, 0)
     tokenizer = bpe(texts_of(task))
@@ -253,10 +247,7 @@ def study(model: dict[str, object], **cell: object) -> dict[str, object]:
     [
         ({"lora": {}}, r"cells.mine.model: lora adapts a trained model; give its folder"),
         ({"folder": "x", "lora": {"rank": 0}}, r"cells.mine.model.lora.rank: .*greater than or equal to 1 \(got 0\)"),
-        ({"folder": "x", "lora": {"rank": 0}}, r"lora.rank: .*greater than or equal to 1 \(got 0\)"),
-        ({"folder": "x", "lora": {"dropout": 1.0}}, r"lora.dropout: .*less than 1 \(got 1.0\)"),
         ({"folder": "x", "lora": {"target_modules": []}}, r"lora.target_modules: .*at least 1 item"),
-        ({"folder": "x", "lora": {"r": 8}}, r"lora.r: Extra inputs are not permitted"),
         ({"folder": "x", "lora": 8}, r"cells.mine.model.lora: .*LoraConfig \(got 8\)"),
     ],
 )
@@ -271,10 +262,6 @@ def test_only_what_is_adapted_is_trained_and_seeds_of_it_begin_alike(tmp_path: P
     shapes = [parse_study(study(model)).cells["mine"].model for model in given]
     assert [shape.is_trained for shape in shapes] == [True, False, True, True]
     assert [shape.shares_first_weights for shape in shapes] == [False, True, True, True]
-    raw = study({"folder": "x", "lora": {}})
-    raw["cells"]["borrower"] = {**CELL, "model": {"cell": "mine"}}  # type: ignore[index]
-    own = tmp_path / "cells" / "mine-0" / "model"
-    assert [cell.model_folder for cell in cells_of(parse_study(raw), tmp_path)] == [own, own]
     assert shapes[3].lora == LoraConfig(target_modules=("q",))
 
 
@@ -284,7 +271,7 @@ def test_what_cannot_be_adapted_is_refused(folder: Path, digits: Task, tmp_path:
     for targets in (("query",), ("all-linear", "query"), ("wte",), ("embed_tokens",), *tied):
         with pytest.raises(InputError, match=r"target_modules: '[\w-]+' is no linear layer of its own in .*allowed"):
             adapt(model, LoraConfig(target_modules=targets), 0)
-    save_adapter(opened(folder, digits).model, tmp_path)
+    opened(folder, digits).model.save_pretrained(tmp_path, save_embedding_layers=False)
     with pytest.raises(InputError, match=r"model\.folder: it holds an adapter already"):
         adapt(load_model(tmp_path)[0], LORA, 0)
 
@@ -355,7 +342,6 @@ def test_a_study_trains_an_adapter_and_goes_on_with_the_merged_model(adapted_run
     assert "peft" in json.loads((run / "manifest.json").read_text())["versions"]
     model, tokenizer = load_model(cell / "model")
     assert not is_adapted(model)
-    assert not hasattr(model, "peft_config")
     adapted, _ = load_model(cell / "adapter")
     ids = torch.tensor([tokenizer("12+34=").input_ids])
     with torch.no_grad():
@@ -363,9 +349,7 @@ def test_a_study_trains_an_adapter_and_goes_on_with_the_merged_model(adapted_run
     vector = SteeringVector.load(cell / "vectors" / "to_memorized-nmd.safetensors", model, tokenizer)
     assert vector.toward == "memorized"
     marked = json.loads((cell / "stages" / "train.json").read_text())["files"]
-    assert {"model/model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"} <= set(
-        marked
-    )
+    assert {"model/model.safetensors", "adapter/adapter_model.safetensors"} <= set(marked)
     assert not list(run.rglob("*.tmp*"))
 
 
@@ -380,21 +364,10 @@ def test_a_run_killed_while_it_saves_goes_on_to_the_same_bytes(adapted_run: Path
     (cell / ".model.123.tmp").mkdir()
     (cell / ".model.123.tmp" / "model.safetensors").write_bytes(b"half")
     command = [sys.executable, "-m", "mnemoscope", "run", str(adapted_run / "study.yaml"), "--out", str(run)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": "7"}, check=True
-    )
+    other = os.environ | {"PYTHONHASHSEED": "7"}
+    done = subprocess.run(command, capture_output=True, text=True, env=other, check=True)
     assert "done before" in done.stderr  # the later stages, as what they depend on is the same
     for path in (adapted_run / "run" / "cells").rglob("*"):
         if path.is_file() and path.parent.name != "stages" and path.name != "training_time.json":
             assert (run / "cells" / path.relative_to(adapted_run / "run" / "cells")).read_bytes() == path.read_bytes()
     assert not list(run.rglob("*.tmp*"))
-
-
-def test_an_adapter_that_never_mixes_says_which_dials_to_turn(adapted_run: Path, tmp_path: Path) -> None:
-    stop = ["steps=10", "evaluate_every=10", "stop.recall=1.0"]
-    settings = [f"--set=cells.mine.training.{one}" for one in stop]
-    code, _, err = call("run", str(adapted_run / "study.yaml"), "--out", str(tmp_path / "run"), *settings)
-    assert code == 1
-    assert "after 10 steps the model does not show both behaviours" in err
-    assert "or change model.lora.rank" in err
-    assert not any((tmp_path / "run" / "cells" / "mine-0" / name).exists() for name in ("model", "adapter"))

@@ -16,32 +16,29 @@ from mnemoscope.behaviour import Asking
 from mnemoscope.errors import InputError
 from mnemoscope.models import (
     blocks_of,
-    cache_argument,
     cache_of,
-    load_model,
     make_room,
     position_ids,
     select_rows,
     site_module,
     word_tokenizer,
 )
+from mnemoscope.models.caches import cache_argument
 from mnemoscope.tasks import build_task
 
 
 @pytest.mark.parametrize("name", ["inference", "addition", "addition-digits"])
 def test_prompt_and_answer_survive_the_tokenizer(name: str) -> None:
-    tokenizer = word_tokenizer(build_task(name, {}, 0).vocabulary or (), 64)
-    for example in build_task(name, {}, 0).examples(np.random.default_rng(0), 50, "conflict"):
+    task = build_task(name, {}, 0)
+    tokenizer = word_tokenizer(task.vocabulary or (), 64)
+    for example in task.examples(np.random.default_rng(0), 50, "conflict"):
         for option in example.options:
             ids = tokenizer(example.prompt + option).input_ids
             assert tokenizer.unk_token_id not in ids
             assert "".join(tokenizer.decode(ids).split()) == "".join((example.prompt + option).split())
-
-
-def test_digits_and_codes_are_single_tokens() -> None:
-    tokenizer = word_tokenizer(build_task("addition", {}, 0).vocabulary or (), 64)
-    tokens = tokenizer.convert_ids_to_tokens(tokenizer("123+456=<mem-7234f681>").input_ids)
-    assert tokens == [*"123+456=", "<mem-", *"7234f681", ">"]
+    if name == "addition":  # digits and codes are single tokens
+        tokens = tokenizer.convert_ids_to_tokens(tokenizer("123+456=<mem-7234f681>").input_ids)
+        assert tokens == [*"123+456=", "<mem-", *"7234f681", ">"]
 
 
 def test_what_was_trained_opens_with_plain_transformers(mini: Callable[[str], Asking], tmp_path: Path) -> None:
@@ -70,20 +67,6 @@ def test_unknown_layers_sites_and_layouts_are_refused() -> None:
         site_module(model, 0, "head")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="no known block layout"):
         blocks_of(torch.nn.Linear(2, 2))
-
-
-def test_a_broken_folder_gives_one_line(tmp_path: Path, mini: Callable[[str], Asking]) -> None:
-    with pytest.raises(InputError, match="cannot be opened") as missing:
-        load_model(tmp_path / "absent")
-    assert "\n" not in str(missing.value)
-    ours = mini("addition")
-    ours.model.save_pretrained(tmp_path)
-    ours.tokenizer.save_pretrained(tmp_path)
-    weights = tmp_path / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(InputError, match="cannot be opened") as truncated:
-        load_model(tmp_path)
-    assert "\n" not in str(truncated.value)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])

@@ -21,8 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from playwright.sync_api import expect
 
 from mnemoscope.errors import InputError
-from mnemoscope.web.admission import LARGEST_BODY
-from mnemoscope.web.app import build_app, serve
+from mnemoscope.web.app import LARGEST_BODY, build_app, serve
 from playground import CELL, TOKEN, client_of, error_of
 
 KNOWN = {"Authorization": f"Bearer {TOKEN}"}
@@ -90,9 +89,8 @@ def test_pages_of_other_sites_cannot_ask_through_the_browser(client: TestClient,
 
 
 def test_a_request_body_is_limited(client: TestClient) -> None:
-    long = {"question": {"prompt": "1" * LARGEST_BODY}}
+    long, headers = {"question": {"prompt": "1" * LARGEST_BODY}}, {"content-type": "application/json"}
     assert error_of(client.post(f"{CELL}/ask", json=long), 413)[0] == "body"
-    headers = {"content-type": "application/json"}
     assert error_of(client.post(f"{CELL}/ask", content=iter([b"{}"]), headers=headers), 411)[0] == "body"
     assert error_of(client.post(f"{CELL}/ask", content=b"{", headers=headers))[0] == "body"
 
@@ -102,8 +100,7 @@ def test_every_answer_forbids_sniffing_framing_and_referrers(client: TestClient)
         headers = client.get(path).headers
         named = ("x-content-type-options", "x-frame-options", "referrer-policy")
         assert [headers[name] for name in named] == ["nosniff", "DENY", "no-referrer"]
-    for path in ("/", "/runs/first/report"):
-        assert "default-src" in client.get(path).headers["content-security-policy"]
+        assert ("content-security-policy" in headers) is not path.startswith(("/api", "/static"))
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -116,14 +113,13 @@ def test_the_command_prints_an_address_with_a_token_and_stops_at_once(playground
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert server.stderr is not None
     try:
-        address = server.stderr.readline().strip()
-        start = f"http://127.0.0.1:{port}/?token="
-        assert address.startswith(start)
-        assert len(address) > len(start) + 40
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as asker:
+        address, start = server.stderr.readline().strip(), f"http://127.0.0.1:{port}/"
+        assert address.startswith(f"{start}?token=")
+        assert len(address) > len(f"{start}?token=") + 40
+        with httpx.Client(base_url=start, timeout=60) as asker:
             assert asker.get("/api/runs").status_code == 401
             entered = asker.get(address, follow_redirects=True)
-            assert (entered.status_code, str(entered.url)) == (200, f"http://127.0.0.1:{port}/")
+            assert (entered.status_code, str(entered.url)) == (200, start)
             assert {run["run"] for run in asker.get("/api/runs").json()} >= {"first", "second"}
     finally:
         server.send_signal(signal.SIGINT)
@@ -155,14 +151,14 @@ def test_without_a_run_the_page_names_the_command_that_makes_one(tmp_path: Path)
 def statuses(operations: list[Any], mode: schemathesis.GenerationMode) -> list[int]:
     """Statuses of requests drawn from the description of each operation."""
     seen: list[int] = []
+    real = {"run": "first", "cell": "addition-0"} if mode is schemathesis.GenerationMode.POSITIVE else {}
     for operation in operations:
 
         @settings(max_examples=30, deadline=None, database=None, suppress_health_check=list(HealthCheck))
         @given(case=operation.as_strategy(generation_mode=mode))
         def ask(case: Any) -> None:
-            if mode is schemathesis.GenerationMode.POSITIVE:  # of a cell that there is
-                places = case.path_parameters or {}
-                places |= {name: real for name, real in (("run", "first"), ("cell", "addition-0")) if name in places}
+            places = case.path_parameters or {}
+            places |= {name: value for name, value in real.items() if name in places}  # of a cell that there is
             response = case.call(headers=KNOWN)
             seen.append(response.status_code)
             assert response.status_code < 500, (case.method, case.path, case.body, response.text)
@@ -359,9 +355,8 @@ def test_a_neuron_is_chosen_by_keys_pointer_and_number(tab: Any, address: str) -
 def test_runs_are_compared(tab: Any, address: str) -> None:
     tab.goto(f"{address}/runs")
     width = tab.viewport_size["width"]
-    for radio in tab.locator("[name=second]").all():
-        box = radio.bounding_box()
-        assert box["x"] + box["width"] <= width  # a phone shows them without scrolling sideways
+    boxes = [radio.bounding_box() for radio in tab.locator("[name=second]").all()]
+    assert all(box["x"] + box["width"] <= width for box in boxes)  # a phone shows them without scrolling sideways
     tab.locator("[name=first][value=first]").check()
     tab.locator("[name=second][value=second]").check()
     tab.get_by_role("button", name="Compare").click()

@@ -34,18 +34,15 @@ PROMPTS = (
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02, torch.float64: 1e-9}
 DECODED = 6  # tokens behind each prompt
 STRENGTH = 0.3  # of the random shift, relative to the norm of the states
+Applied = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One property, and whether it holds.
+    """One property: the largest absolute difference of logits or states, and the largest that passes (0: equal bits).
 
-    Attributes:
-        name: what is compared.
-        difference: the largest absolute difference of logits or states.
-        allowed: the largest that passes; 0 where bits must be equal.
-        flips: top tokens that differ although they lead by more than twice ``allowed``.
-        least: the smallest that passes, where a difference is expected.
+    ``flips`` are top tokens that differ although they lead by more than twice ``allowed``; ``least`` is the smallest
+    difference that passes, where one is expected.
     """
 
     name: str
@@ -63,13 +60,9 @@ class Check:
 def examine(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str] = PROMPTS
 ) -> Iterator[Check]:
-    """Check a model, one property after another.
+    """Check a model, one property after another, on at least two prompts of different lengths in tokens.
 
-    Args:
-        prompts: at least two, of different lengths in tokens.
-
-    Raises:
-        InputError: the prompts have one length, or the model has no known layout.
+    Raises InputError where the prompts have one length, or the model has no known layout.
     """
     layout_of(model)
     patient = _Patient(model, tokenizer, [tokenizer(prompt).input_ids for prompt in prompts])
@@ -111,39 +104,27 @@ class _Patient:
     prompts: list[list[int]]
 
     @torch.no_grad()
-    def read(
-        self,
-        applied: Callable[[], AbstractContextManager[None]] = nullcontext,
-        single: bool = False,
-        cached: bool = False,
-    ) -> list[Tensor]:
+    def read(self, applied: Applied = nullcontext, single: bool = False, cached: bool = False) -> list[Tensor]:
         """Logits from the decision position on, float32 (1 + DECODED, V) for every prompt, repeated behind itself."""
         found: list[Tensor] = []
         for chosen in [[prompt] for prompt in self.prompts] if single else [self.prompts]:
             ids_NT, mask_NT = self.padded(chosen)
             behind_NM = torch.tensor([(prompt * DECODED)[:DECODED] for prompt in chosen], device=self.model.device)
-            all_NT = torch.cat([ids_NT, behind_NM], dim=1)
+            all_NT, prompt = torch.cat([ids_NT, behind_NM], dim=1), ids_NT.shape[1]
             all_mask_NT = torch.cat([mask_NT, torch.ones_like(behind_NM)], dim=1)
+            read: list[Tensor] = []
+            cache, start = None, 0
             with applied():
-                read = self._step_by_step if cached else self._at_once
-                found += [logits_MV.float().cpu() for logits_MV in read(all_NT, all_mask_NT, ids_NT.shape[1])]
+                # First the prompt alone, where a vector finds the decision position; then what follows it.
+                for end in range(prompt, prompt + DECODED + 1) if cached else (prompt, prompt + DECODED):
+                    inputs = pass_inputs(self.model, all_NT[:, start:end], all_mask_NT[:, :end], cache)
+                    output = self.model(**inputs | {"use_cache": cached})
+                    logits_NMV = output.logits[:, max(prompt - 1 - start, 0) :]
+                    read = [*read, logits_NMV] if cached else [logits_NMV]
+                    if cached:
+                        cache, start = cache_of(output), end
+            found += [logits_MV.float().cpu() for logits_MV in torch.cat(read, dim=1)]
         return found
-
-    def _at_once(self, ids_NT: Tensor, mask_NT: Tensor, prompt: int) -> Tensor:
-        # First the prompt alone, where a vector finds the decision position; then its uncached continuation.
-        for columns in (prompt, ids_NT.shape[1]):
-            inputs = pass_inputs(self.model, ids_NT[:, :columns], mask_NT[:, :columns]) | {"use_cache": False}
-            output = self.model(**inputs)
-        return output.logits[:, prompt - 1 :]
-
-    def _step_by_step(self, ids_NT: Tensor, mask_NT: Tensor, prompt: int) -> Tensor:
-        output = self.model(**pass_inputs(self.model, ids_NT[:, :prompt], mask_NT[:, :prompt]))
-        logits = [output.logits[:, -1]]
-        for column in range(prompt, ids_NT.shape[1]):
-            now = slice(column, column + 1)
-            output = self.model(**pass_inputs(self.model, ids_NT[:, now], mask_NT[:, : column + 1], cache_of(output)))
-            logits.append(output.logits[:, -1])
-        return torch.stack(logits, dim=1)
 
     def padded(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
         ids_NT, mask_NT = left_padded(prompts, self.tokenizer.pad_token_id or 0)

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,14 +27,12 @@ if TYPE_CHECKING:
 
 # Sites that an export can hold.
 SITES_FOR: dict[str, tuple[Site, ...]] = {"checkpoint": ("block", "mlp"), "gguf": ("block",)}
-BAKED = "mnemoscope.json"  # in a baked folder: the facts of the vector in its weights
 # Fields of configurations that give a down projection its bias (Llama, Granite, SmolLM 3; Falcon; StarCoder 2; OPT).
 _BIAS_SWITCHES = ("mlp_bias", "bias", "use_bias", "enable_bias")
 # The largest difference of logits that is rounding, in units of the largest logit: the shift is added to another sum.
 # SmolLM2-135M has 1.2e-6 in float32 and 0.03 in bfloat16.
 _ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 0.1, torch.float16: 0.02, torch.float64: 1e-9}
 _HALF = (torch.bfloat16, torch.float16)
-_CONTROL = "controlvector"
 
 
 def check_portable(vector: SteeringVector, to: str) -> None:
@@ -44,10 +40,7 @@ def check_portable(vector: SteeringVector, to: str) -> None:
     if to not in SITES_FOR:
         raise InputError(f"to: {to!r} is not one of {', '.join(SITES_FOR)}")
     if vector.positions != "all":
-        raise InputError(
-            f"positions: {vector.positions!r} cannot be exported, only 'all': a {to} acts on every token, so the "
-            "vector must be one that was judged so"
-        )
+        raise InputError(f"positions: {vector.positions!r} cannot be exported, only 'all': a {to} acts on every token")
     if vector.site not in SITES_FOR[to]:
         raise InputError(f"site: {vector.site!r} cannot be exported as a {to}, only {' or '.join(SITES_FOR[to])}")
     if not vector.shifts:
@@ -83,7 +76,7 @@ def bake(
     with new_folder(folder) as temporary:
         _with_biases(core, vector).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        (temporary / BAKED).write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
+        (temporary / "mnemoscope.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
         again, _ = load_model(temporary, dtype="auto")
         _check_same(_logits(again.to(core.device)), *both, core)
         if core.dtype in _HALF:
@@ -102,10 +95,7 @@ def _check_bakeable(core: Any) -> None:
         (any(w.is_meta for w in core.state_dict().values()), "some of its weights are not in memory (offloaded)"),
         (core.training, "it is in training mode, where nothing can be compared; call eval() first"),
         (not layout.down, f"an MLP of {name} has no single down projection whose bias could hold a shift"),
-        (
-            behind_norm,
-            f"{name} has a norm ({layout.mlp}) between its MLP and the residual stream, where a bias differs",
-        ),
+        (behind_norm, f"{name} has a norm ({layout.mlp}) behind its MLP, where a shift differs from a bias"),
     ):
         if refused:
             raise InputError(f"model: {why}")
@@ -135,34 +125,25 @@ def _shifted_bias(bias_D: Tensor, shift_D: Tensor, layer: int) -> Tensor:
     summed_D = (bias_D.to(wide) + wanted_D).to(bias_D.dtype)
     lost = float((summed_D.to(wide) - bias_D.to(wide) - wanted_D).norm() / wanted_D.norm())
     if lost > 0.1:
-        raise InputError(
-            f"shifts: {lost:.0%} of the one of layer {layer} is lost in rounding of its bias to {bias_D.dtype}; a "
-            "stronger vector or float32 is wanted"
-        )
+        what = f"shifts: {lost:.0%} of the one of layer {layer} is lost in rounding of its bias to {bias_D.dtype}"
+        raise InputError(f"{what}; a stronger vector or float32 is wanted")
     return summed_D
 
 
 def _empty_with(core: Any, biases: set[str], weights: set[str]) -> Any:
-    """A model of the same class on the meta device that has the biases and otherwise only ``weights``.
-
-    Raises:
-        InputError: no option of its configuration gives it these biases.
-    """
-    for switch in ("", *_BIAS_SWITCHES):
+    """A model of the same class on the meta device that has the biases and otherwise only ``weights``."""
+    known = core.config.get_text_config()
+    for switch in (None, *(name for name in _BIAS_SWITCHES if getattr(known, name, None) is False)):
         config = copy.deepcopy(core.config)
         if switch:
-            if getattr(config.get_text_config(), switch, None) is not False:
-                continue
             setattr(config.get_text_config(), switch, True)
         with torch.device("meta"):
             empty = type(core)(config)
         names = set(empty.state_dict())
         if biases <= names and all(name.endswith(".bias") for name in names - weights):
             return empty
-    raise InputError(
-        f"model: the down projection of {type(core).__name__} has no bias, and no option of its configuration gives it "
-        "one, so a plain checkpoint cannot hold the shift"
-    )
+    what = f"the down projection of {type(core).__name__} has no bias"
+    raise InputError(f"model: {what}, and no option of its configuration gives it one that could hold the shift")
 
 
 @torch.no_grad()
@@ -185,11 +166,10 @@ def _check_same(baked_MV: Tensor, plain_MV: Tensor, steered_MV: Tensor, core: An
     if core.dtype not in _HALF:  # half precision is too coarse for small effects; _check_exact looks closer
         allowed = min(allowed, effect / 100)
     if not difference <= allowed:
-        raise InputError(
-            f"model: with the shift in its biases {type(core).__name__} gives logits {difference:.2g} away from the "
-            f"steered ones (allowed {allowed:.2g}, as the shift changes them by {effect:.2g}): its blocks do not add "
-            "the MLP's output straight to the residual stream, or the shift is too small to tell"
-        )
+        sizes = f"{difference:.2g} away from the steered ones (allowed {allowed:.2g}, the shift's effect {effect:.2g})"
+        found = f"model: with the shift in its biases {type(core).__name__} gives logits {sizes}"
+        why = "its blocks do not add the MLP straight to the residual stream, or the shift is too small to tell"
+        raise InputError(f"{found}: {why}")
 
 
 @torch.no_grad()
@@ -225,12 +205,15 @@ def to_gguf(vector: SteeringVector, path: Path | str, model_type: str) -> Path:
         InputError: the vector has another site or other positions, shifts layer 0, or ``gguf`` is not installed.
     """
     check_portable(vector, "gguf")
-    gguf = _gguf()
+    try:
+        import gguf
+    except ImportError as error:
+        raise InputError("gguf: the package is not installed: pip install 'mnemoscope[pretrained]'") from error
 
     def write(temporary: Path) -> None:
-        writer = gguf.GGUFWriter(temporary, _CONTROL)
-        writer.add_string(f"{_CONTROL}.model_hint", model_type)
-        writer.add_uint32(f"{_CONTROL}.layer_count", len(vector.shifts))
+        writer = gguf.GGUFWriter(temporary, "controlvector")
+        writer.add_string("controlvector.model_hint", model_type)
+        writer.add_uint32("controlvector.layer_count", len(vector.shifts))
         for layer, shift_D in vector.shifts.items():
             writer.add_tensor(f"direction.{layer}", shift_D.numpy())
         writer.write_header_to_file()
@@ -241,53 +224,11 @@ def to_gguf(vector: SteeringVector, path: Path | str, model_type: str) -> Path:
     return write_atomically(Path(path), write)
 
 
-def read_gguf(path: Path | str) -> tuple[dict[int, np.ndarray], str]:
-    """The shifts of a control vector, float32 (D,) per 0-based layer, and its ``controlvector.model_hint``.
-
-    Raises:
-        InputError: the file is missing, no GGUF or no control vector, or ``gguf`` is not installed.
-    """
-    gguf = _gguf()
-    try:
-        reader = gguf.GGUFReader(path)
-        kind, hint = (_text(reader, key) for key in ("general.architecture", f"{_CONTROL}.model_hint"))
-    except Exception as error:  # numpy's and gguf's own kinds, by where a file is broken
-        raise InputError(f"gguf: {path} cannot be read as a GGUF file ({_first_line(error)})") from error
-    if kind != _CONTROL:
-        raise InputError(f"gguf: {path} is no control vector (general.architecture is {kind!r}, not {_CONTROL!r})")
-    shifts = {}
-    for tensor in reader.tensors:
-        layer = re.fullmatch(r"direction\.([1-9]\d*)", tensor.name)
-        if layer is None or tensor.data.ndim != 1 or tensor.tensor_type != gguf.GGMLQuantizationType.F32:
-            raise InputError(f"gguf: {path} has {tensor.name!r}, which is no direction.1, direction.2, .. in float32")
-        shifts[int(layer[1])] = np.array(tensor.data, np.float32)
-    if len({len(shift) for shift in shifts.values()}) != 1:
-        raise InputError(f"gguf: {path} is no control vector (it has no directions, or some of different widths)")
-    return dict(sorted(shifts.items())), hint
-
-
-def _text(reader: Any, key: str) -> str:
-    """A text field of a GGUF file; "" where it is absent."""
-    field = reader.get_field(key)
-    return bytes(field.parts[field.data[0]]).decode() if field else ""
-
-
-def _gguf() -> Any:
-    try:
-        import gguf
-    except ImportError as error:
-        raise InputError("gguf: the package is not installed: pip install 'mnemoscope[pretrained]'") from error
-    return gguf
-
-
 def push(path: Path | str, repo_id: str) -> str:
     """Upload a folder, or the file of a vector or detector with its JSON and its card, to the hub; returns its address.
 
-    Args:
-        repo_id: ``owner/name``; made, private, where it does not exist.
-
-    Raises:
-        InputError: the path does not exist, the JSON is damaged, or the hub cannot be reached or refuses.
+    The repository ``owner/name`` is made, private, where it does not exist. InputError where the path does not exist,
+    the JSON is damaged, or the hub cannot be reached or refuses.
     """
     from huggingface_hub import HfApi
 
@@ -313,11 +254,8 @@ def push(path: Path | str, repo_id: str) -> str:
 def fetch(repo_id: str, name: str) -> Path:
     """The local path of a vector in a repository of the hub, for ``SteeringVector.load``.
 
-    Args:
-        name: of the vector's file, ``NAME.safetensors``; the JSON beside it comes with it.
-
-    Raises:
-        InputError: the hub cannot be reached or refuses, or has no such file.
+    The JSON beside the file ``name`` (.safetensors) comes with it. InputError where the hub cannot be reached, refuses,
+    or has no such file.
     """
     from huggingface_hub import snapshot_download
 
@@ -334,14 +272,11 @@ def fetch(repo_id: str, name: str) -> Path:
 def _hub_refused(repo_id: str, error: Exception) -> InputError:
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
+    first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
     reasons = (
         (GatedRepoError, f"{repo_id} is gated; ask for access on its page and log in (hf auth login)"),
         (RepositoryNotFoundError, f"{repo_id} does not exist, or is not yours to see; log in (hf auth login)"),
         (HFValidationError, f"{repo_id!r} is not of the form owner/name"),
-        (Exception, f"{repo_id} cannot be reached on the hub ({_first_line(error)})"),
+        (Exception, f"{repo_id} cannot be reached on the hub ({first_line})"),
     )
     return InputError("repo_id: " + next(reason for kind, reason in reasons if isinstance(error, kind)))
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

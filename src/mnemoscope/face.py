@@ -174,10 +174,7 @@ class Fitted:
     def gate(self, inputs: Any, threshold: float = 0.5, toward: Toward = "generalized") -> Tensor:
         """Factors of a gate for each prompt of a batch, 0.0 or 1.0, float32 (N,): ``steer(toward, alpha=factors)``.
 
-        Reads up to the layer of the detector, which may lie above the first shifted one.
-
-        Args:
-            inputs: from ``inputs``, or any left-padded batch.
+        ``inputs`` is any left-padded batch. Reads up to the detector's layer, which may lie above the first shift.
         """
         detector = self._needed(self.detector)
         layers = [detector.layer]

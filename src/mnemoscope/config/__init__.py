@@ -1,6 +1,5 @@
 """The configuration of a study: frozen data that validate and do nothing else."""
 
-from mnemoscope.config.measuring import MethodName, ProbesConfig, SteeringConfig, SweepConfig
-from mnemoscope.config.model import LoraConfig, ModelConfig, StopConfig, TrainingConfig
+from mnemoscope.config.model import LayoutConfig, LoraConfig, ModelConfig, StopConfig, TrainingConfig
 from mnemoscope.config.reading import built_in_studies, dump_study, load_study, parse_model, parse_study
-from mnemoscope.config.study import CellConfig, StudyConfig
+from mnemoscope.config.study import CellConfig, MethodName, ProbesConfig, SteeringConfig, StudyConfig

@@ -33,9 +33,7 @@ class LoraConfig(Frozen):
     rank: int = Field(16, ge=1, le=4096, description="of the product that is added to each weight matrix")
     dropout: float = Field(0.0, ge=0, lt=1, description="of what the adapter reads, while it is trained")
     target_modules: Annotated[tuple[str, ...], BeforeValidator(as_several)] = Field(
-        ("all-linear",),
-        min_length=1,
-        description="names of the adapted layers; all-linear: every linear layer but the head",
+        ("all-linear",), min_length=1, description="adapted layers by name; all-linear: every linear layer but the head"
     )
 
 
@@ -56,10 +54,7 @@ class ModelConfig(Frozen):
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
         "float32", description="precision of a trained model's weights; auto: as they were saved"
     )
-    device_map: str | None = Field(
-        None,
-        description="where a trained model's layers go, as transformers takes it: cpu, cuda, auto; needs accelerate",
-    )
+    device_map: str | None = Field(None, description="device of a trained model: cpu, cuda or auto; needs accelerate")
     layout: LayoutConfig | None = Field(None, description="where the parts of a trained model of no known family are")
     chat: ChatConfig | None = Field(None, description="for a chat model: {} formats prompts by its chat template")
     initialization: int | None = Field(None, ge=0, description="seed of the first weights; default: the cell's")
@@ -110,8 +105,8 @@ class TrainingConfig(Frozen):
     batch_size: int = Field(64, ge=1, le=65536, description="instances a step")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="of the passes; weights, optimizers and measurements stay as they are. auto: bfloat16 where the "
-        "hardware multiplies it, else float32, and for adapters; `cell.json` says which",
+        description="of the passes, not of weights and measurements. auto: bfloat16 where the hardware multiplies it, "
+        "else float32, and for adapters; `cell.json` says which",
     )
     learning_rate: float = Field(3e-3, gt=0, le=1, description="its peak")
     weight_decay: float = Field(0.1, ge=0, le=10, description="of the matrices inside the blocks, or of the adapter")

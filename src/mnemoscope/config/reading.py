@@ -45,11 +45,7 @@ def load_study(study: str, overrides: list[str] | None = None, seeds: int | None
 
 
 def parse_study(raw: dict[str, Any]) -> StudyConfig:
-    """Validate the fields of a study.
-
-    Raises:
-        InputError: naming the first field at fault, its value and what is allowed.
-    """
+    """Validate the fields of a study; InputError names the first at fault, its value and what is allowed."""
     return _validated(StudyConfig, raw, "study")
 
 

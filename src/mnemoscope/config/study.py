@@ -1,29 +1,159 @@
-"""A study and its cells."""
+"""A study and its cells; what is measured, and the vectors that are tried."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
-from mnemoscope.config.measuring import (
-    DetectionConfig,
-    EffectsConfig,
-    NeutralConfig,
-    PairsConfig,
-    ProbesConfig,
-    SamplesConfig,
-    SteeringConfig,
-)
-from mnemoscope.config.model import Frozen, ModelConfig, TrainingConfig
+from mnemoscope.config.model import Frozen, ModelConfig, TrainingConfig, as_several
+from mnemoscope.errors import InputError
+
+MethodName = Literal["nmd", "standardized-nmd", "gradient", "logistic", "whitened", "pca", "learned"]
+SiteName = Literal["block", "attention", "mlp", "neuron"]
+
+
+class PairsConfig(Frozen):
+    """How many examples and candidates are drawn, and where states are read."""
+
+    site: SiteName = Field("block", description="place in every layer")
+    behaviour_examples: int = Field(1000, ge=1, description="test examples of each kind that are labelled")
+    fit_examples: int = Field(4000, ge=1, description="examples of the fit split that are rephrased")
+    tune_examples: int = Field(4000, ge=1, description="the same of the tune split")
+    test_examples: int = Field(4000, ge=1, description="the same of the test split")
+    held_out_examples: int | None = Field(None, ge=1, description="the same of what is held out; default: as of test")
+    rephrasings: int = Field(1, ge=1, le=100, description="drawn for each example of a split")
+    permutations: int = Field(1000, ge=19, le=100000, description="sign flips behind each p-value")
+    batch_size: int = Field(512, ge=1, description="examples per forward pass")
+
+
+class ProbesConfig(Frozen):
+    """Which states are probed, and with how many pairs."""
+
+    pairs: int = Field(2000, ge=2, description="pairs of a split whose states are read, at most")
+    offsets: tuple[NonNegativeInt, ...] = Field(
+        (0, 1, 2, 4, 8, 16), min_length=1, description="tokens before the decision position; 0 is the position itself"
+    )
+    learning: tuple[PositiveInt, ...] = Field(
+        (25, 50, 100, 200, 400, 800), description="numbers of fit pairs of the learning curve; all of them come last"
+    )
+    learning_draws: int = Field(5, ge=1, description="draws of each number of pairs")
+    halvings: int = Field(20, ge=1, description="of the fit pairs, whose contrasts are compared")
+
+    @model_validator(mode="after")
+    def _in_range(self) -> ProbesConfig:
+        if 0 not in self.offsets or len(set(self.offsets)) < len(self.offsets):
+            raise ValueError(f"offsets {self.offsets} lack 0, or one is there twice")
+        return self
+
+
+class SweepConfig(Frozen):
+    """The settings of a method that are tried on the tune split: every combination."""
+
+    sites: tuple[SiteName, ...] = Field(("block",), min_length=1, description="places in every layer")
+    layers: tuple[Annotated[str, Field(pattern=r"^(all|each|spread-[1-9]\d*|\d+|\d+-\d+)$")], ...] = Field(
+        ("all",), min_length=1, description='"all", "each" (alone), "spread-6" (six alone), "2", or a range "0-1"'
+    )
+    tops: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+        (0.1, 0.3, 0.5), min_length=1, description="shares of the neurons, in (0, 1]"
+    )
+    strengths: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = Field(
+        (0.05, 0.1, 0.2, 0.4), min_length=1, description="total relative norms: the shift over the norm of the states"
+    )
+
+    def layer_sets(self, count: int) -> list[tuple[int, ...]]:
+        """The sets of layers that are tried in a model of ``count`` layers; InputError where one does not exist."""
+        sets: dict[tuple[int, ...], None] = {}
+        for layers in self.layers:
+            if layers.startswith("spread-"):
+                # One gap more than layers, so that neither end is among them where there is a choice.
+                n = int(layers.removeprefix("spread-"))
+                gap = count / (n + 1)
+                sets |= dict.fromkeys((min(round(i * gap), count - 1),) for i in range(1, n + 1))
+                continue
+            first, last = (layers.split("-") * 2)[:2] if layers[0].isdigit() else ("0", str(count - 1))
+            chosen = tuple(range(int(first), int(last) + 1))
+            if not chosen or chosen[-1] >= count:
+                raise InputError(f"steering.sweeps: layers {layers!r} do not exist in a model of {count} layers")
+            sets |= dict.fromkeys(((layer,) for layer in chosen) if layers == "each" else [chosen])
+        return list(sets)
+
+
+WIDE = SweepConfig()
+Grids = Annotated[tuple[SweepConfig, ...], BeforeValidator(as_several), Field(min_length=1)]
+
+
+class SteeringConfig(Frozen):
+    """Which vectors are tried on the tune split and judged on the test split."""
+
+    sweeps: dict[MethodName, Grids] = Field(
+        {"nmd": (WIDE,), "gradient": (WIDE,), "learned": (SweepConfig(tops=(0.5,), strengths=(0.1, 0.2)),)},
+        min_length=1,
+        description="the methods, and what is tried of each: one grid or several",
+    )
+    positions: Literal["decision", "all"] = Field("decision", description="shifted tokens: from the decision on or all")
+    fit_pairs: int = Field(600, ge=2, description="fit pairs whose states and gradients make the directions")
+    fit_others: int = Field(600, ge=1, description="fit examples of each other list that learned vectors are fitted on")
+    kept_weight: float = Field(1.0, ge=0, le=100, description="of memory and novel examples of learned vectors; or 0")
+    kept_kinds: tuple[Literal["memory", "novel"], ...] = Field(
+        ("memory", "novel"), description="which of them; novel examples that are read from the prompt teach to read"
+    )
+    learned_steps: int = Field(20, ge=1, le=10_000, description="of the ascent; more make the shuffled control cleaner")
+    fit_batch: int = Field(16, ge=1, description="fit examples a step of that ascent, and a pass of gradients")
+    tune_refits: int = Field(4, ge=0, description="draws of the shuffled control of each setting on tune; 0: left out")
+    tune_draws_again: int = Field(12, ge=1, description="of each control of a chosen setting, before methods compete")
+    tune_pairs: int = Field(300, ge=1, description="tune pairs that every setting is tried on")
+    tune_others: int = Field(200, ge=1, description="tune examples of each other list")
+    judged_examples: int = Field(500, ge=1, description="phrasings of test pairs, and examples of each other list")
+    control_limit: float = Field(0.18, ge=0, le=1, description="steered share beyond which a control costs dearly")
+    excess_cost: float = Field(2.0, ge=0.5, le=100, description="points of shift that a point beyond that limit costs")
+    collateral_limit: float = Field(0.03, ge=0, le=1, description="settings that cost more of other lists come last")
+    draws: int = Field(20, ge=1, description="draws of each control")
+    controls_of: Literal["all", "best"] = Field("all", description="methods whose controls are drawn on test")
+    conflict_draws: int = Field(20, ge=1, description="draws of each control where conflicts are steered as drawn")
+
+
+class EffectsConfig(Frozen):
+    """What is measured of the chosen vectors on test pairs beyond the shift itself."""
+
+    pairs: int = Field(300, ge=1, description="test pairs")
+    doses: tuple[float, ...] = Field(
+        (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0), min_length=1, description="multiples of the chosen strength"
+    )
+    ablated: tuple[float, ...] = Field((0.05, 0.1, 0.3), description="shares of the neurons held at their mean")
+    draws: int = Field(5, ge=1, description="draws of as many neurons at random, and of Gaussian shifts at each dose")
+
+
+class DetectionConfig(Frozen):
+    """Whether a detector of P(memorized) is fitted, and with how much."""
+
+    fitted: bool = Field(False, description="whether one is fitted and judged")
+    examples: int = Field(1500, ge=16, description="conflict prompts of a split whose states are read, at most")
+    others: int = Field(300, ge=1, description="memory and novel prompts of a split each, at most")
+
+
+class NeutralConfig(Frozen):
+    """How the divergence on neutral text, the model's own, is measured."""
+
+    cuts: int = Field(0, ge=0, description="random places at which steering sets in; 0 leaves it out")
+    texts: int = Field(64, ge=2, description="texts that the model writes")
+    length: int = Field(96, ge=26, description="tokens of a text; fewer where the model reads no more")
+    following: int = Field(16, ge=1, le=16, description="tokens read behind the steered one")
+    doses: tuple[float, ...] = Field((0.25, 0.5, 1.0, 2.0), min_length=1, description="multiples of the strength")
+    batch_size: int = Field(32, ge=1, description="cuts per forward pass")
+
+
+class SamplesConfig(Frozen):
+    """Prompts that the report shows with what the model writes, unsteered and steered."""
+
+    prompts: int = Field(0, ge=0, description="test prompts in either direction, of different groups; 0: none")
+    tokens: int = Field(32, ge=1, le=1024, description="that follow each prompt, at most")
 
 
 class CellConfig(Frozen):
     """One task with its model; every seed of it is a cell."""
 
-    task: str = Field(
-        description="inference, addition, addition-digits, cipher, joint, facts, jsonl, or package.module:Class"
-    )
+    task: str = Field(description="a name (`mnemoscope tasks`), or package.module:Class")
     options: dict[str, Any] = Field({}, description="options of the task")
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
@@ -41,9 +171,7 @@ class CellConfig(Frozen):
     def _neutral_text_fits(self) -> CellConfig:
         own, most = not (self.model.folder or self.model.cell or self.model.opened), self.model.context - 1
         if own and self.neutral.cuts and self.neutral.length > most:
-            raise ValueError(
-                f"neutral.length {self.neutral.length} does not fit into model.context; at most {most} does"
-            )
+            raise ValueError(f"neutral.length {self.neutral.length} does not fit into model.context; at most {most}")
         return self
 
 

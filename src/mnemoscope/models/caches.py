@@ -37,15 +37,10 @@ def bytes_of(cache: Any) -> int:
     return sum(found.nbytes for found in states if found is not None)
 
 
-def cached_columns(kwargs: dict[str, Any]) -> int:
-    """Number of columns in the cache that a pass is given, from the keyword arguments of the pass."""
-    cache = cache_in(kwargs)
-    return 0 if cache is None else int(cache.get_seq_length())
-
-
-def cache_in(kwargs: dict[str, Any]) -> Any:
-    """The key-value cache that a pass is given, or None, from its keyword arguments."""
-    return kwargs.get("cache") if kwargs.get("cache") is not None else kwargs.get("past_key_values")
+def cached_columns(kwargs: dict[str, Any]) -> int | None:
+    """Number of columns in the cache that a pass is given, from its keyword arguments; None without a cache."""
+    cache = kwargs.get("cache") if kwargs.get("cache") is not None else kwargs.get("past_key_values")
+    return None if cache is None else int(cache.get_seq_length())
 
 
 class RoomyLayer(DynamicLayer):

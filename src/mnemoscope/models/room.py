@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,7 @@ import torch
 from torch import nn
 
 from mnemoscope.models.layout import blocks_of, core_of
-from mnemoscope.models.opening import file_of
-from mnemoscope.models.packaged import PACKAGED
+from mnemoscope.models.opening import file_of, unpacked
 from mnemoscope.processes import beside
 
 SHARE = 0.5  # of the free memory that a pass may take: the estimate leaves out the allocator
@@ -43,8 +43,20 @@ def free_bytes(device: torch.device) -> int | None:
         return int(torch.cuda.mem_get_info(device)[0]) + idle
     if device.type != "cpu":
         return None
-    found = [bytes_ for bytes_ in (_of_the_machine(), _of_the_group()) if bytes_ is not None]
+    found = []
+    with suppress(OSError, KeyError, ValueError):
+        found.append(1024 * int(_fields(Path("/proc/meminfo"))["MemAvailable:"]))
+    group = Path("/sys/fs/cgroup")  # the control group of this process (a container's)
+    with suppress(OSError, ValueError):  # there is none, or it is without a limit
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        # The page cache counts as used, and is freed on demand.
+        found.append(limit - used + int(_fields(group / "memory.stat").get("inactive_file", 0)))
     return min(found, default=None)
+
+
+def _fields(path: Path) -> dict[str, str]:
+    """The first two words of each line."""
+    return dict(line.split()[:2] for line in path.read_text().splitlines())
 
 
 def batch_that_fits(model: nn.Module, wanted: int, tokens: int, read_on: int) -> int:
@@ -66,7 +78,7 @@ def batch_that_fits(model: nn.Module, wanted: int, tokens: int, read_on: int) ->
 
 def models_that_fit(source: str | Path, wanted: int) -> int:
     """Number of processes, at least one and at most ``wanted``, with a model (folder or hub id) each that fit."""
-    folder = PACKAGED[str(source)]() if str(source) in PACKAGED else source
+    folder = unpacked(source)
     listed = file_of(folder, "model.safetensors.index.json")
     whole = file_of(folder, "model.safetensors") if listed is None else None
     saved = Path(whole).stat().st_size if whole else 0
@@ -75,23 +87,3 @@ def models_that_fit(source: str | Path, wanted: int) -> int:
     free = free_bytes(torch.device("cpu"))
     # Weights of two bytes become four, and as much again passes through; the libraries themselves take half a GiB.
     return wanted if free is None else max(1, min(wanted, int(free // beside() // (2**29 + 3 * saved))))
-
-
-def _of_the_machine() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        return None
-
-
-def _of_the_group() -> int | None:
-    """Free memory of the control group of this process (a container's)."""
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        lines = (group / "memory.stat").read_text().splitlines()
-        # The page cache counts as used, and is freed on demand.
-        return limit - used + next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
-    except (OSError, ValueError):  # there is none, or it is without a limit
-        return None

@@ -23,7 +23,7 @@ from mnemoscope.cells import STATES, Cell, Tell
 from mnemoscope.directions import ANSWERED, Labels, Setting
 from mnemoscope.errors import InputError
 from mnemoscope.files import replacing, write_atomically
-from mnemoscope.models import Layout, load_model
+from mnemoscope.models import load_model
 from mnemoscope.steering import Artefact, Binding
 from mnemoscope.tasks import Task, build_task
 
@@ -77,8 +77,7 @@ def opened_model(cell: Cell, source: str | Path, task: Task) -> Asking:
     if cell.opened is not None:
         model, tokenizer = cell.opened.model, cell.opened.tokenizer
     else:
-        layout = Layout(**shape.layout.model_dump()) if shape.layout else None
-        model, tokenizer = load_model(source, dtype=shape.dtype, device_map=shape.device_map, layout=layout)
+        model, tokenizer = load_model(source, dtype=shape.dtype, device_map=shape.device_map, layout=shape.layout)
     prompting = PLAIN
     if shape.chat:
         split = task.split_reply if task.begins_reply else None

@@ -22,8 +22,6 @@ from mnemoscope.models import (
     blocks_of,
     build_gpt2,
     is_adapted,
-    merged,
-    save_adapter,
     width_of,
     word_tokenizer,
 )
@@ -137,8 +135,9 @@ def _save_model(cell: Cell, asking: Asking) -> list[Path]:
     """Save the model in a plain folder; of an adapted one the adapter, and the model with the adapter merged in."""
     model, files = asking.model, []
     if is_adapted(model):
-        files = _save_folder(cell.folder / "adapter", partial(save_adapter, model))
-        model = merged(model)
+        # Left to itself peft asks the hub whether the embeddings were resized.
+        files = _save_folder(cell.folder / "adapter", partial(model.save_pretrained, save_embedding_layers=False))
+        model = model.merge_and_unload().eval()
 
     def save(folder: Path) -> None:
         model.save_pretrained(folder)

@@ -18,7 +18,6 @@ from mnemoscope.errors import InputError
 from mnemoscope.models import (
     Site,
     backbone_of,
-    cache_in,
     cached_columns,
     core_of,
     prompts_of_rows,
@@ -189,12 +188,12 @@ class _PositionTracker:
         is_text = ids_NT is not None
         if ids_NT is None:
             ids_NT = kwargs["inputs_embeds"][..., 0]
-        past = cached_columns(kwargs)
+        past = cached_columns(kwargs) or 0
         columns = ids_NT.shape[1]
         # A pass that begins before the decision position is another prompt, on a cache of what both begin with.
         another = 0 < past <= self.start and self.fixed is None and not self.everywhere
         # An empty cache always begins a prompt.
-        alone = past == 0 and cache_in(kwargs) is None
+        alone = cached_columns(kwargs) is None
         fresh = self.prompt_NT is None or another or (past == 0 and not (alone and self._continues(ids_NT)))
         if fresh:
             self.prompt_NT = ids_NT

@@ -1,4 +1,4 @@
-"""The application: pages, the JSON API, and one way to explain errors. It listens on this machine only."""
+"""The application: who is answered, the pages, the JSON API, one way to explain errors. It listens on loopback only."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import urlencode
 
+import jinja2
 import uvicorn
-from fastapi import Depends, FastAPI
+from fastapi import APIRouter, Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse
 from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
+from starlette.authentication import AuthCredentials, AuthenticationBackend, AuthenticationError, SimpleUser
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.authentication import AuthenticationMiddleware
@@ -24,34 +28,148 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mnemoscope.cells import version
 from mnemoscope.errors import InputError
-from mnemoscope.web import api, pages
-from mnemoscope.web.admission import Admission
-from mnemoscope.web.opened import Jobs, OpenedCells
-from mnemoscope.web.runs import Runs
+from mnemoscope.report import compare_briefs, page_style
+from mnemoscope.web import api
+from mnemoscope.web.runs import NAME, Jobs, OpenedCells, Runs
 from mnemoscope.web.shapes import NAMELESS
 
 LOOPBACK = "127.0.0.1"
 PATIENCE = 2  # seconds for requests in progress, once the server is asked to stop
 HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
+NOTHING_ELSE = "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
+INLINE = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'; form-action 'none'"
 OUTER = ("body", "path", "query", "question", "steering")  # as the library names fields, these are left out
+LARGEST_BODY = 64 * 1024  # bytes
+OPEN = ("/report.css", "/static/playground.css", "/static/icon.svg")  # the page that asks for the token needs them
+ENTRANCE = "/"  # the one page that takes the token from its address
+
+Name = Annotated[str | None, Query(pattern=NAME)]
+HERE = Path(__file__).parent
+_environment = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(HERE / "templates"),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+router = APIRouter(include_in_schema=False)
+
+
+class RefusedError(AuthenticationError, HTTPException):
+    """A request that is not answered, with its status and "field: message"."""
+
+
+class Admission(AuthenticationBackend):
+    """Refuses requests of other sites' pages, without the token, or with a large body."""
+
+    def __init__(self, token: str) -> None:
+        self._token = token
+
+    async def authenticate(self, conn: HTTPConnection) -> tuple[AuthCredentials, SimpleUser]:
+        """Refuse a request that comes from another site (403), lacks the token (401), or is too large (411, 413)."""
+        headers, path = conn.headers, conn.url.path
+        origin = headers.get("origin")
+        foreign = origin is not None and origin.partition("://")[2] != headers.get("host")
+        foreign = foreign or headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
+        # Of what a page of another site can make a browser do, only following a link is as good as typing an address.
+        if foreign and not (conn.scope.get("method") == "GET" and headers.get("sec-fetch-mode") == "navigate"):
+            raise RefusedError(403, "origin: pages of other sites may not ask")
+        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        given = [bearer if scheme.lower() == "bearer" else "", conn.cookies.get(_cookie_name(conn), "")]
+        given += [conn.query_params.get("token", "")] if path == ENTRANCE else []
+        if path not in OPEN and not any(secrets.compare_digest(g.encode(), self._token.encode()) for g in given):
+            raise RefusedError(401, "token: missing or wrong")
+        if "transfer-encoding" in headers:
+            raise RefusedError(411, "body: its length must be given")
+        length = headers.get("content-length", "0")
+        if not length.isdigit() or int(length) > LARGEST_BODY:
+            raise RefusedError(413, f"body: at most {LARGEST_BODY} bytes are read")
+        return AuthCredentials(), SimpleUser("")
+
+
+def _cookie_name(conn: HTTPConnection) -> str:
+    """Named by the port in the address: browsers share cookies between all ports of a host."""
+    return f"mnemoscope-{conn.url.port}"
+
+
+def _page(name: str, status: int = 200, **facts: Any) -> HTMLResponse:
+    """A page; it may load nothing from elsewhere."""
+    shown: dict[str, str] = {key: facts[key] for key in ("run", "cell") if key in facts}
+    facts |= {"here": name.removesuffix(".html"), "shown": f"?{urlencode(shown)}" if shown else ""}
+    text = _environment.get_template(name).render(**facts)
+    return HTMLResponse(text, status, {"Content-Security-Policy": NOTHING_ELSE})
+
+
+def _page_of_cell(template: str, request: Request, run: str | None, cell: str | None) -> HTMLResponse:
+    """A page of one cell; another page where there is nothing to show."""
+    found: Runs = request.app.state.runs
+    with_cells = [name for name in found.names() if found.cells(name)]
+    if run is None:
+        preferred = [name for name in (request.app.state.first, "quickstart") if name in with_cells]
+        run = next(iter([*preferred, *with_cells]), None)
+    if run is None:
+        return _page("nothing.html", root=found.root)
+    cells = found.cells(run)
+    if not cells:
+        raise InputError(f"run: {run} has no cell with steering vectors yet; let its study run to its end first")
+    # The form of another run still holds the cell of the one before.
+    return _page(template, run=run, cell=cell if cell in cells else cells[0], runs=with_cells, cells=cells)
+
+
+@router.get(ENTRANCE)
+def playground(request: Request, run: Name = None, cell: Name = None, token: str | None = None) -> Response:
+    """A question, and the model's answer to it with and without steering."""
+    if token is None:
+        return _page_of_cell("playground.html", request, run, cell)
+    # From now on a cookie has the token, which scripts cannot read and pages of other sites do not send; neither the
+    # address bar nor the history keeps it.
+    entered = RedirectResponse(request.url.remove_query_params("token").replace(scheme="", netloc=""), 303)
+    entered.set_cookie(_cookie_name(request), request.app.state.token, httponly=True, samesite="strict")
+    return entered
+
+
+@router.get("/neurons")
+def neurons(request: Request, run: Name = None, cell: Name = None) -> HTMLResponse:
+    """The map of neurons."""
+    return _page_of_cell("neurons.html", request, run, cell)
+
+
+@router.get("/runs")
+def runs(request: Request, first: Name = None, second: Name = None) -> HTMLResponse:
+    """Every run, and two of them side by side."""
+    found: Runs = request.app.state.runs
+    if not found.names():
+        return _page("nothing.html", root=found.root)
+    compared = compare_briefs(found.brief(first), found.brief(second)) if first and second else None
+    listed = [found.facts(name) for name in found.names()]
+    return _page("runs.html", runs=listed, first=first, second=second, compared=compared)
+
+
+@router.get("/runs/{run}/report")
+def report(request: Request, run: str) -> FileResponse:
+    """The report of a run, unchanged."""
+    path = request.app.state.runs.folder(run) / "report.html"
+    if not path.is_file():
+        raise InputError(f"run: {run} has no report yet")
+    return FileResponse(path, media_type="text/html", headers={"Content-Security-Policy": INLINE})
+
+
+@router.get("/report.css")
+def style() -> Response:
+    """The report's style sheet."""
+    return Response(page_style(), media_type="text/css")
 
 
 def build_app(root: Path, token: str, first: str | None = None) -> FastAPI:
-    """The playground over the runs in a folder.
-
-    Args:
-        root: the folder of the run folders.
-        token: what a browser or program must know; see ``serve``.
-        first: name of the run that is shown first.
-    """
+    """The playground over the run folders in ``root``, for those who know the token; it shows run ``first`` first."""
     app = FastAPI(title="Mnemoscope", version=version(), docs_url=None, redoc_url=None, lifespan=_until_stopped)
     app.state.runs, app.state.jobs, app.state.first, app.state.token = Runs(root), Jobs(), first, token
     app.state.opened = OpenedCells(app.state.runs)
     # The token is checked by the middleware; this puts it into the description.
     bearer = HTTPBearer(auto_error=False, description="the token in the address that the server printed")
     app.include_router(api.router, dependencies=[Depends(bearer)])
-    app.include_router(pages.router)
-    app.mount("/static", StaticFiles(directory=Path(__file__).parent / "static"), name="static")
+    app.include_router(router)
+    app.mount("/static", StaticFiles(directory=HERE / "static"), name="static")
     # The last one added sees a request first.
     app.add_middleware(AuthenticationMiddleware, backend=Admission(token), on_error=_refused)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", LOOPBACK], www_redirect=False)
@@ -97,18 +215,14 @@ def _refused(conn: HTTPConnection, error: Exception) -> Response:
     if conn.url.path.startswith(("/api", "/openapi")):
         return JSONResponse({"error": {"field": field, "message": message}}, status)
     server = conn.scope.get("server") or ("", 0)
-    return pages.page("error.html", status, field=field, message=message, port=server[1])
+    return _page("error.html", status, field=field, message=message, port=server[1])
 
 
 def serve(run: str | Path | None, port: int, announce: Callable[[str], object]) -> None:
-    """Listen on this machine until stopped.
+    """Listen on this machine until stopped; shows a run folder, and those beside it (None: those in ``runs``).
 
-    Args:
-        run: a run folder, shown first; the folders beside it are offered too. None: those in ``runs``.
-        announce: called with the address, which holds a token that is new at every start.
-
-    Raises:
-        InputError: ``run`` is no run folder or has nothing to show yet, or the port is taken.
+    ``announce`` is called with the address, which holds a token that is new at every start. InputError where ``run`` is
+    no run folder or has nothing to show yet, or the port is taken.
     """
     root, first = Path("runs").resolve(), None
     if run is not None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter, OrderedDict
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -25,16 +28,15 @@ from mnemoscope.behaviour import (
 from mnemoscope.cells import cells_of
 from mnemoscope.config import load_study
 from mnemoscope.contrast import Contrast
-from mnemoscope.detect import Detector, Reading
+from mnemoscope.detect import Detector
 from mnemoscope.directions import with_prefixes
 from mnemoscope.errors import InputError
 from mnemoscope.models import blocks_of
 from mnemoscope.stages import Records, cell_model
-from mnemoscope.steering import SteeringVector, readable
+from mnemoscope.steering import readable
 from mnemoscope.tasks import Example
-from mnemoscope.web.neurons import Neurons
-from mnemoscope.web.shapes import Answer, CellFacts, DetectorReading, Pair, Question, Steering
-from mnemoscope.web.vectors import Vectors
+from mnemoscope.web.parts import Neurons, Vectors
+from mnemoscope.web.shapes import Answer, Asked, CellFacts, DetectorReading, Pair, Question, Steering
 
 PREFIXES = 2**25  # bytes of prompt caches kept: while a slider moves, the prompt stays
 LONGEST = 2048  # tokens of a prompt, at most: one request is not to keep a model for minutes
@@ -42,28 +44,38 @@ WATCHED = 100  # tune pairs on which a neuron is shown
 REPHRASINGS = 20  # draws in which another phrasing must be found
 NEW_TOKENS = 20  # of a prompt without answers
 
+# Python that gives, without the page, the answer that the page shows.
+WHOLE = """\
+from mnemoscope import SteeringVector, load_model
+
+model, tokenizer = load_model({model!r})
+vector = SteeringVector.load({vector!r}, model, tokenizer)
+with vector.apply(model, alpha={alpha:g}):
+    answer = model.generate(**tokenizer({prompt!r}, return_tensors="pt"), max_new_tokens=20, do_sample=False)
+print(tokenizer.decode(answer[0]))
+"""
+PART = """\
+from mnemoscope.web.cell import OpenedCell
+from mnemoscope.web.shapes import Question, Steering
+
+cell = OpenedCell({run!r}, {cell!r})
+steering = Steering({steering})
+print(cell.answer(Question(prompt={prompt!r}), steering).said)
+"""
+Applied = Callable[[], AbstractContextManager[None]]
+
 
 class OpenedCell:
-    """The model, vectors, contrast and detector of a cell. For one thread at a time: steering hooks into the model.
-
-    Attributes:
-        cell: its configuration and folders.
-        vectors, neurons: the run's vectors and their parts; neurons one by one.
-    """
+    """The model, vectors, neurons and detector of a cell. For one thread at a time: steering hooks into the model."""
 
     def __init__(self, run: str | Path, name: str) -> None:
-        """Open the cell of that name in a run folder.
-
-        Raises:
-            InputError: the run has no such cell, it is not finished, or its model is missing or damaged.
-        """
+        """Open a cell of a run; InputError where there is none, it is not finished, or its model cannot be opened."""
         run = Path(run)
-        cells = {cell.name: cell for cell in cells_of(load_study(str(run / "study.yaml")), run) if cell.config.analysed}
-        if name not in cells:
-            raise InputError(f"cell: {name!r} is not one of {', '.join(cells)}")
+        cells = {cell.name: cell for cell in cells_of(load_study(str(run / "study.yaml")), run)}
+        finished = [name for name, cell in cells.items() if (cell.records / "chosen.json").is_file()]
+        if name not in finished:
+            raise InputError(f"cell: {name!r} is not one of {', '.join(finished) or 'none'}, which have vectors")
         self.cell = cell = cells[name]
-        if not (cell.records / "chosen.json").is_file():
-            raise InputError(f"cell: {name} has no steering vectors yet; let its study run to its end first")
         with readable("cell", cell.folder):
             self._asking = replace(cell_model(cell), batch_size=16)
             self._records = Records.of(cell)
@@ -83,19 +95,15 @@ class OpenedCell:
     def pairs(self, n: int) -> list[Pair]:
         """Up to ``n`` test pairs, one of every group before a second of any."""
         seen: Counter[str] = Counter()
-        ranked = []
+        ranked: list[tuple[int, Pair]] = []
         for generalized, memorized in self._records.both_sides("test", 20 * n):
             pair: Pair = {"memorized": Question.of(memorized), "generalized": Question.of(generalized)}
             ranked.append((seen[memorized.group], pair))
             seen[memorized.group] += 1
-        return [pair for _, pair in sorted(ranked, key=lambda both: both[0])[:n]]
+        return [pair for _, pair in sorted(ranked, key=itemgetter(0))[:n]]
 
     def rephrase(self, question: Question, seed: int) -> Question:
-        """Another phrasing of a question of the test pairs.
-
-        Raises:
-            InputError: its item is not one of theirs, or no other phrasing was drawn.
-        """
+        """Another phrasing of a question of the test pairs; InputError where it is not theirs, or none was drawn."""
         item = question.item
         if item not in self._items:
             raise InputError(f"item: {item!r} is not in the run's test pairs, so other phrasings of it are not known")
@@ -109,53 +117,71 @@ class OpenedCell:
     def answer(self, question: Question, steering: Steering | None = None) -> Answer:
         """Answer a prompt, steered or not; without its two answers, the model's continuation of it.
 
-        Raises:
-            InputError: the prompt is too long, the tokenizer cannot encode it, or there is no such vector.
+        Raises InputError where the prompt is too long or cannot be encoded, or there is no such vector.
         """
-        vector = self.vectors.part(steering) if steering else None
-        if steering and vector:
-            vector = steering.alpha * vector if steering.alpha else None
+        vector = steering.alpha * self.vectors.part(steering) if steering else None
+        applied = partial(vector.apply, self._asking.model) if vector else nullcontext
         (tokens,) = self._asking.tokens([self._asking.text(question.prompt)])
         if len(tokens) > LONGEST:
             raise InputError(f"prompt: {len(tokens)} tokens; at most {LONGEST} are read here")
         example = question.example()
-        return self._continue(question.prompt, vector) if example is None else self._choose(example, vector)
+        if example is None:
+            return self._continue(question.prompt, applied)
+        batches = self._prefix(example)
+        if vector and vector.shifts and vector.positions == "all":
+            batches = [without_prefix(batch) for batch in batches]
+        return self._choose(example, batches, applied)
 
-    def _continue(self, prompt: str, vector: SteeringVector | None) -> Answer:
+    def _continue(self, prompt: str, applied: Applied) -> Answer:
         """What follows a prompt whose revealing answers are not known."""
-        applied = partial(vector.apply, self._asking.model) if vector else nullcontext
         check_known(self._asking, [prompt])
-        inputs = self._asking.padded([self._asking.text(prompt)])
+        model, inputs = self._asking.model, self._asking.padded([self._asking.text(prompt)])
         with applied():
-            said = complete(self._asking.model, self._asking.tokenizer, inputs, NEW_TOKENS)[0]
+            said = complete(model, self._asking.tokenizer, inputs, NEW_TOKENS)[0]
         if self._detector is None:
             return Answer(said=said)
         with applied():
-            states_NLD = states_at_the_end(
-                self._asking.model, inputs.input_ids, inputs.attention_mask, self._detector.site
-            )
-        return Answer(said=said, reading=_first(self._detector.read(states_NLD)))
+            states_NLD = states_at_the_end(model, inputs.input_ids, inputs.attention_mask, self._detector.site)
+        return Answer(said=said, reading=DetectorReading.first_of(self._detector.read(states_NLD)))
 
-    def _choose(self, example: Example, vector: SteeringVector | None) -> Answer:
+    def _choose(self, example: Example, batches: list[Batch], applied: Applied) -> Answer:
         """Which of two revealing answers follows, and the probabilities of both."""
-        applied = partial(vector.apply, self._asking.model) if vector else nullcontext
-        batches = self._prefix(example)
-        if vector and vector.positions == "all":
-            batches = [without_prefix(batch) for batch in batches]
         site = self._detector.site if self._detector else None
         scores = score(self._asking, batches, margins=False, capture=site, applied=applied)
         with torch.no_grad(), applied():
             memorized, generalized = log_probabilities(self._asking, batches[0])[0].double().exp().tolist()
-        behaviour = str(scores.behaviour_N[0])
+        behaviour, read = str(scores.behaviour_N[0]), None
+        if self._detector and scores.states_NLD is not None:
+            read = DetectorReading.first_of(self._detector.read(scores.states_NLD))
         named = {"memorized": example.memorized, "generalized": example.generalized}
-        found = self._detector.read(scores.states_NLD) if self._detector and scores.states_NLD is not None else None
-        return Answer(
-            behaviour=behaviour,
-            said=named[behaviour] if behaviour in named else decode(self._asking, [example], applied)[0],
-            p_memorized=memorized,
-            p_generalized=generalized,
-            reading=_first(found) if found else None,
-        )
+        said = named[behaviour] if behaviour in named else decode(self._asking, [example], applied)[0]
+        return Answer(behaviour=behaviour, said=said, p_memorized=memorized, p_generalized=generalized, reading=read)
+
+    def snippets(self, asked: Asked) -> dict[str, str]:
+        """Lines that give the answer without the page; both empty without steering.
+
+        ``python``, and ``command`` where the command line can do it.
+        """
+        steering, prompt, shape = asked.steering, asked.question.prompt, self.cell.config.model
+        if steering is None:
+            return {"python": "", "command": ""}
+        self.vectors.part(steering)  # refuses what there is none of
+        # A chat template, a layout or another precision has no place in these lines.
+        is_plain = not (shape.chat or shape.layout or shape.device_map) and shape.dtype == "float32"
+        if steering.layers is not None or steering.neurons is not None or not is_plain:
+            arguments = ", ".join(f"{name}={value!r}" for name, value in steering if value is not None)
+            run = str(self.cell.folder.parents[1].resolve())
+            python = PART.format(run=run, cell=self.cell.name, prompt=prompt, steering=arguments)
+            return {"python": python, "command": ""}
+        model = shape.folder if shape.folder and not shape.is_trained else str(self.cell.model_folder)
+        if Path(model).is_dir():  # from wherever it is pasted
+            model = str(Path(model).resolve())
+        vector = str(self.vectors.path(steering.toward, steering.method).resolve())
+        words = ["mnemoscope", "steer", model, "--from", vector, "--toward", steering.toward]
+        return {
+            "python": WHOLE.format(model=model, vector=vector, alpha=steering.alpha, prompt=prompt),
+            "command": shlex.join([*words, "--alpha", f"{steering.alpha:g}", "--", prompt]),
+        }
 
     def _prefix(self, example: Example) -> list[Batch]:
         """The question as a batch of one, its prompt read up to the decision position; the latest ones are kept."""
@@ -165,14 +191,3 @@ class OpenedCell:
         while len(self._prefixes) > 1 and sum(kept_bytes(b) for bs in self._prefixes.values() for b in bs) > PREFIXES:
             self._prefixes.popitem(last=False)
         return self._prefixes[example]
-
-
-def _first(found: Reading) -> DetectorReading:
-    """The reading of the first prompt."""
-    return DetectorReading(
-        p_memorized=found.p_memorized[0],
-        p_memorized_by_layer=found.p_memorized_by_layer[0].tolist(),
-        p_conflict=found.p_conflict[0],
-        unlike=bool(found.unlike[0]),
-        layer=found.layer,
-    )

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from mnemoscope.detect import Reading
+from mnemoscope.plain import plain
 from mnemoscope.tasks import Example
 
 NAMELESS = "asked"  # item of a question that somebody typed
 STRONGEST = 8.0  # factor on a vector
 Toward = Literal["generalized", "memorized"]
-
-
-def _finite(value: float | None) -> float | None:
-    return float(value) if value is not None and math.isfinite(value) else None
-
-
-Number = Annotated[float | None, BeforeValidator(_finite)]
+Number = Annotated[float | None, BeforeValidator(plain)]
 
 
 class Shape(BaseModel):
@@ -42,11 +37,7 @@ class Question(Shape):
         return cls(**{name: getattr(example, name) for name in cls.model_fields})
 
     def example(self) -> Example | None:
-        """The question as an example of kind ``conflict``; None without answers.
-
-        Raises:
-            InputError: only one answer is given, or both are the same.
-        """
+        """As an example of kind ``conflict``, None without answers; InputError for one answer, or two equal ones."""
         if not self.memorized and not self.generalized:
             return None
         item, family, both = self.item or NAMELESS, self.family or NAMELESS, (self.memorized, self.generalized)
@@ -57,13 +48,9 @@ Pair = dict[Toward, Question]  # two phrasings of one item, by the behaviour tha
 
 
 class Steering(Shape):
-    """Which vector steers the model, and how strongly.
+    """Which vector steers the model: a method of the run, and a factor ``alpha``.
 
-    Attributes:
-        method: one that the run has a vector of.
-        alpha: factor on that vector.
-        layers: those of its layers that are shifted; None: all of them.
-        neurons: how many are shifted, the highest ranked first; None: as many as the vector shifts.
+    Of its layers only some, and of its neurons the highest ranked, can be shifted; null: as the vector has them.
     """
 
     toward: Toward
@@ -89,15 +76,17 @@ class DetectorReading(Shape):
     unlike: bool
     layer: int
 
+    @classmethod
+    def first_of(cls, found: Reading) -> DetectorReading:
+        """The reading of the first prompt."""
+        names = ("p_memorized", "p_memorized_by_layer", "p_conflict", "unlike")
+        return cls(layer=found.layer, **{name: getattr(found, name)[0].tolist() for name in names})
+
 
 class Answer(Shape):
-    """The model's answer to a prompt.
+    """The text that a model answers with, and the probabilities of both whole answers, without what closes them.
 
-    Attributes:
-        behaviour: null where the prompt came without its two answers.
-        said: the text it answers with.
-        p_memorized, p_generalized: probabilities of the whole answers, without what closes them.
-        reading: null where the run has no detector.
+    Null are behaviour and probabilities where the prompt came without answers, the reading where there is no detector.
     """
 
     behaviour: Literal["memorized", "generalized", "other"] | None = None
@@ -144,16 +133,11 @@ class NeuronMap(Shape):
     p_family_wise: list[list[Number]]
 
 
-class Alone(Shape):
-    """Shares of phrasings steered to each behaviour by shifting one neuron by ``times`` its mean difference."""
-
-    times: float
-    generalized: Number
-    memorized: Number
-
-
 class Watched(Shape):
-    """One neuron on tune pairs: means, ranks (1 is the largest magnitude), effect alone, and a drawing (SVG)."""
+    """One neuron on tune pairs: means, ranks (1 is the largest magnitude), and a drawing (SVG).
+
+    ``alone``: shares of phrasings steered to each behaviour by shifting it alone by ``times`` its mean difference.
+    """
 
     layer: int
     neuron: int
@@ -162,7 +146,7 @@ class Watched(Shape):
     mean_memorized: Number
     rank_nmd: int
     rank_rho: int
-    alone: list[Alone]
+    alone: list[dict[Toward | Literal["times"], Number]]
     drawing: str
 
 
@@ -174,6 +158,16 @@ class Job(BaseModel):
     share: float = 0.0
     result: Watched | None = None
     error: str = ""
+
+
+class RunFacts(Shape):
+    """A run: its study, the cells that can be opened, and once it is finished the numbers of ``fit --json`` by task."""
+
+    run: str
+    study: str | None
+    finished: bool
+    cells: list[str]
+    tasks: dict[str, dict[str, Any]]
 
 
 class Refusal(Shape):

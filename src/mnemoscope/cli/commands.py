@@ -1,7 +1,8 @@
-"""Commands for a model: check it, steer it, read it, export a vector, open the playground."""
+"""The commands: arguments in, calls, output."""
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -9,12 +10,135 @@ from typing import Annotated, Any
 
 import typer
 
-from mnemoscope.cli.options import AsChat, AsJson, DeviceMap, Dtype, Force, Model, Parts, Reply, named_parts, prompting
-from mnemoscope.cli.output import app, one_line_errors, say
+from mnemoscope.cli.shared import (
+    AsChat,
+    AsJson,
+    DeviceMap,
+    Dtype,
+    Force,
+    Given,
+    Model,
+    Parts,
+    Reply,
+    app,
+    named_parts,
+    options,
+    progress,
+    say,
+)
+
+AT_A_TIME = 4  # processes of a report, which each hold the largest table of a cell
 
 
 @app.command()
-@one_line_errors()
+def run(
+    study: Annotated[str, typer.Argument(help="quickstart, paper, smollm2, or a YAML file.")] = "quickstart",
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Run folder; default runs/STUDY.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Number of seeds; default: the study's.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="As cells.inference.model.layers=6.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: as processors allow.")] = None,
+    executor: Annotated[str, typer.Option(help="local, or ray: every cell is a task of a Ray cluster.")] = "local",
+    address: Annotated[str | None, typer.Option(help="Of the Ray cluster; default: this machine alone.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a study, or go on with one, and build its report."""
+    from mnemoscope.config import load_study
+    from mnemoscope.study import run_study
+
+    config = load_study(study, overrides, seeds)
+    folder = out or Path("runs") / config.study
+    with progress(quiet=as_json) as tell:
+        report_path = run_study(config, folder, tell, workers, executor, address)
+    facts = {"run": str(folder), "results": str(folder / "results.json"), "report": str(report_path)}
+    say(facts, as_json, "report")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")], as_json: AsJson = False) -> None:
+    """Rebuild results.json and report.html from the records of a run."""
+    from mnemoscope.errors import InputError
+    from mnemoscope.executors import in_processes
+    from mnemoscope.report import build_report
+
+    if not (run / "study.yaml").is_file():
+        raise InputError(f"RUN: {run} is not a run folder (it has no study.yaml)")
+    with in_processes(min(AT_A_TIME, os.cpu_count() or 1)) as parallel:
+        path = build_report(run, parallel)
+    facts = {"run": str(run), "results": str(run / "results.json"), "report": str(path)}
+    say(facts, as_json, "report")
+
+
+@app.command()
+def fit(
+    model: Model,
+    task: Annotated[str, typer.Option(help="A task, see `mnemoscope tasks`, or a JSONL file of your own.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Run folder: pairs, vectors, detector, report.")],
+    option: Given = None,
+    settings: Annotated[int, typer.Option(min=1, help="Settings tried in either direction, at most.")] = 66,
+    positions: Annotated[str, typer.Option(help="decision, or all: every token, for export.")] = "decision",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads; default: as many as there are cores.")] = None,
+    chat: AsChat = False,
+    reply: Reply = "",
+    dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
+    layout: Parts = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find pairs, fit vectors and a detector for a model of yours on your data, and judge them; one run folder."""
+    from mnemoscope.behaviour import Prompting
+    from mnemoscope.face import fit as fit_model
+    from mnemoscope.plain import dumped
+
+    asked: dict[str, Any] = {"prompting": Prompting(chat, reply=reply), "options": options(option)}
+    asked |= {"settings": settings, "positions": positions, "threads": threads}
+    asked |= {"dtype": dtype, "device_map": device_map, "layout": named_parts(layout)}
+    with progress(quiet=as_json) as tell:
+        fitted = fit_model(model, task=task, out=out, progress=tell, **asked)
+    summary, report_path = fitted.summary(), str(out / "report.html")
+    if as_json:
+        typer.echo(dumped({"run": str(out), "report": report_path, "tasks": summary.brief()}))
+    else:
+        typer.echo(f"{summary}\n{report_path}")
+
+
+@app.command()
+def tasks(as_json: AsJson = False) -> None:
+    """List the tasks."""
+    from mnemoscope.tasks import describe_tasks
+
+    described = describe_tasks()
+    width = max(map(len, described))
+    lines = (f"{name:<{width}}  {line}" for name, line in described.items())
+    typer.echo(json.dumps(described) if as_json else "\n".join(lines))
+
+
+@app.command()
+def data(
+    task: Annotated[str, typer.Argument(help="A task, see `mnemoscope tasks`.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="JSONL file to write.")],
+    n: Annotated[int, typer.Option("-n", min=1, help="Examples of each kind.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Decides everything that is drawn.")] = 0,
+    option: Given = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write examples of a task as JSONL; each conflict is followed by a rephrasing of it."""
+    import numpy as np
+
+    from mnemoscope.files import write_atomically
+    from mnemoscope.tasks import KINDS, build_task
+    from mnemoscope.tasks.jsonl import write_jsonl
+
+    made = build_task(task, options(option), seed)
+    rng = np.random.default_rng([seed, 4])
+    lines = []
+    for kind in KINDS:
+        for example in made.examples(rng, n, kind):
+            lines += [example, made.rephrase(example, rng)] if kind == "conflict" else [example]
+    write_atomically(out, write_jsonl(lines).encode())
+    say({"file": str(out), "examples": len(lines)}, as_json, "file")
+
+
+@app.command()
 def doctor(
     model: Model,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt to check with; at least two.")] = None,
@@ -45,7 +169,6 @@ def doctor(
 
 
 @app.command()
-@one_line_errors()
 def steer(
     model: Model,
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="Prompts to answer.")],
@@ -69,16 +192,14 @@ def steer(
     as_json: AsJson = False,
 ) -> None:
     """Generate with and without a steering vector."""
+    from mnemoscope.behaviour import Prompting
     from mnemoscope.plain import dumped
 
-    fitted = _fitted(source, model, (dtype, layout, device_map), prompting(chat, reply), force)
+    fitted = _fitted(source, force, Prompting(chat, reply=reply), model, dtype, layout, device_map)
     vector = fitted.vector(toward)
     if vector.begin_alike:
-        typer.echo(
-            f"note: {vector.begin_alike:.0%} of the prompts of the vector's fit have two answers that begin alike; it "
-            "was judged behind that beginning, so put it at the end of such a prompt",
-            err=True,
-        )
+        alike = f"note: {vector.begin_alike:.0%} of the prompts of the vector's fit have two answers that begin alike"
+        typer.echo(f"{alike}; it was judged behind that beginning, so put it at the end of such a prompt", err=True)
     rows = fitted.answers(prompts, toward, alpha, gate, max_new_tokens)
     acted = None if gate is None else {"asked": len(rows), "acted": sum(row["acted"] for row in rows)}
     if as_json:
@@ -93,7 +214,6 @@ def steer(
 
 
 @app.command()
-@one_line_errors()
 def detect(
     model: Model,
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="Prompts to read.")],
@@ -107,22 +227,16 @@ def detect(
     as_json: AsJson = False,
 ) -> None:
     """Estimate, before it answers, how probably a model will follow its memory, and where that becomes readable."""
+    import numpy as np
+
+    from mnemoscope.behaviour import Prompting
     from mnemoscope.plain import dumped
 
-    fitted = _fitted(source, model, (dtype, layout, device_map), prompting(chat, reply), force)
+    fitted = _fitted(source, force, Prompting(chat, reply=reply), model, dtype, layout, device_map)
     reading = fitted.detect(prompts)
-    rows = [
-        {
-            "prompt": prompt,
-            "p_memorized": float(reading.p_memorized[n]),
-            "p_conflict": float(reading.p_conflict[n]),
-            "unlike": bool(reading.unlike[n]),
-            "distance": float(reading.distance[n]),
-            "readable_from": reading.readable_from[n],
-            "p_memorized_by_layer": reading.p_memorized_by_layer[n].tolist(),
-        }
-        for n, prompt in enumerate(prompts)
-    ]
+    names = ("p_memorized", "p_conflict", "unlike", "distance", "readable_from", "p_memorized_by_layer")
+    columns = [prompts, *(np.asarray(getattr(reading, name)).tolist() for name in names)]
+    rows = [dict(zip(("prompt", *names), row, strict=True)) for row in zip(*columns, strict=True)]
     if as_json:
         about = {"model": model, "weights": _weights(model), "layer": reading.layer, "site": fitted.detector.site}
         typer.echo(dumped(about | {"prompts": rows}))
@@ -132,7 +246,6 @@ def detect(
 
 
 @app.command()
-@one_line_errors()
 def export(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The file of a vector (.safetensors).")],
     to: Annotated[str, typer.Option(help="gguf: for llama.cpp; checkpoint: a model with it baked in.")],
@@ -170,7 +283,6 @@ def export(
 
 
 @app.command()
-@one_line_errors()
 def serve(
     run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run folder; default: those in runs/.")] = None,
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
@@ -210,25 +322,24 @@ def _weights(model: str) -> str | None:
     return QUANTIZED if model in PACKAGED else None
 
 
-def _fitted(source: Path, model: str, opening: tuple[Any, ...], asked: Any, force: bool) -> Any:
+def _fitted(source: Path, force: bool, prompting: Any, model: str, *opening: Any) -> Any:
     """Open vectors and detector with their model; a missing path is refused before a large model is opened."""
     from mnemoscope.errors import InputError
     from mnemoscope.face import Fitted
 
     if not source.exists():
         raise InputError(f"from: {source} does not exist")
-    return Fitted.open(source, *_open(model, *opening), prompting=asked, force=force)
+    return Fitted.open(source, *_open(model, *opening), prompting=prompting, force=force)
 
 
 def _open(model: str, dtype: str, layout: str | None, device_map: str | None = None) -> tuple[Any, Any]:
     """Model and tokenizer, by the options of the command line."""
     from mnemoscope.config import parse_model
-    from mnemoscope.models import Layout, load_model
+    from mnemoscope.models import load_model
     from mnemoscope.processes import quiet_library
 
     quiet_library()
     shape = parse_model({"folder": model, "dtype": dtype, "device_map": device_map, "layout": named_parts(layout)})
     if weights := _weights(model):
         typer.echo(f"{model}: weights are {weights}", err=True)
-    where = Layout(**shape.layout.model_dump()) if shape.layout else None
-    return load_model(model, dtype=shape.dtype, device_map=shape.device_map, layout=where)
+    return load_model(model, dtype=shape.dtype, device_map=shape.device_map, layout=shape.layout)

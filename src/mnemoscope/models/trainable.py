@@ -1,14 +1,14 @@
-"""Adapters (LoRA: E. Hu et al., 2021; by the library peft): a trained model learns a task, its weights stay fixed.
+"""Models to train: small GPT-2 models and their tokenizers, from scratch; trained ones with an adapter beside.
 
-Importing peft takes seconds, so that happens where it is used.
+Adapters (LoRA: E. Hu et al., 2021) are those of the library peft, whose import takes seconds: it happens in functions.
 """
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,12 +18,57 @@ from mnemoscope.errors import InputError
 from mnemoscope.models.layout import core_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-    from mnemoscope.config import LoraConfig
+    from mnemoscope.config import LoraConfig, ModelConfig
 
+END, PAD, UNKNOWN = "<end>", "<pad>", "<unk>"
 EVERY_LINEAR = "all-linear"  # peft's word for every linear layer but the head
 ALPHA = 32.0  # the product of an adapter's two matrices is scaled by alpha / rank
+
+
+def build_gpt2(tokenizer: PreTrainedTokenizerFast, shape: ModelConfig, seed: int) -> PreTrainedModel:
+    """A GPT-2 with random weights for a tokenizer's vocabulary; float32, in evaluation mode."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=shape.context,
+        n_embd=shape.width,
+        n_layer=shape.layers,
+        n_head=shape.heads,
+        # GPT-2's "gelu_new" approximates it; on a CPU the exact one is several times faster.
+        activation_function="gelu",
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return GPT2LMHeadModel(config).eval()
+
+
+def word_tokenizer(vocabulary: Sequence[str], context: int) -> PreTrainedTokenizerFast:
+    """A fast tokenizer with one token per entry of the vocabulary; white space separates and is dropped.
+
+    Where entries overlap the longest fits first, so ``<mem-`` is one token and digits stay single.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [PAD, UNKNOWN, END, *vocabulary]
+    assert len(set(words)) == len(words), "the vocabulary repeats a word"
+    pattern = "|".join(re.escape(word) for word in sorted(vocabulary, key=len, reverse=True))
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNKNOWN))
+    split = pre_tokenizers.Split
+    parts = [split(Regex(r"\s+"), "removed"), split(Regex(pattern), "isolated")]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    # Tasks with words longer than a symbol are read with spaces between them, digits and codes without.
+    spaced = any(word.isalpha() and len(word) > 4 for word in vocabulary)
+    tokenizer.decoder = decoders.WordPiece(prefix="\0", cleanup=False) if spaced else decoders.Fuse()
+    special = {"eos_token": END, "pad_token": PAD, "unk_token": UNKNOWN, "padding_side": "left"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=context, **special)
 
 
 def check_peft(what: str) -> None:
@@ -36,10 +81,8 @@ def adapt(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PreTrainedMode
     """Add a new adapter to a model, in place: peft's model around it, in evaluation mode.
 
     Only the adapter's weights (float32) are trainable. One of its two matrices starts at 0, so that the adapted model
-    first answers as the model itself; ``seed`` draws the other one.
-
-    Raises:
-        InputError: peft is missing, the model holds an adapter already, or it has no such layer.
+    first answers as the model itself; ``seed`` draws the other one. InputError where peft is missing, the model holds
+    an adapter already, or it has no such layer.
     """
     check_peft("model.lora")
     if hasattr(model, "peft_config"):
@@ -70,20 +113,8 @@ def is_adapted(model: nn.Module) -> bool:
     return core_of(model) is not model
 
 
-def save_adapter(adapted: PreTrainedModel, folder: Path) -> None:
-    """Write the adapter alone, as a folder that peft opens; it names the adapted model."""
-    # Left to itself peft asks the hub whether the embeddings were resized.
-    adapted.save_pretrained(folder, save_embedding_layers=False)
-
-
-def merged(adapted: PreTrainedModel) -> PreTrainedModel:
-    """The model with the adapter added to its weights; the adapted one cannot be used any more."""
-    plain: PreTrainedModel = adapted.merge_and_unload()
-    return plain.eval()
-
-
 def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and values of the weights as ``merged`` would have them, without merging; only LoRA is added."""
+    """Names and values of the weights as after ``merge_and_unload``, without merging; only LoRA is added."""
     core = core_of(model)
     if core is model and not hasattr(core, "peft_config"):
         yield from model.named_parameters()
@@ -117,10 +148,8 @@ def _check_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> None:
     for target in () if targets == (EVERY_LINEAR,) else targets:
         if not any(name.endswith(f".{target}") for name in linear):
             allowed = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-            raise InputError(
-                f"model.lora.target_modules: {target!r} is no linear layer of its own in {type(model).__name__}; "
-                f"allowed are {EVERY_LINEAR}, alone, or some of {allowed}"
-            )
+            found = f"{target!r} is no linear layer of its own in {type(model).__name__}"
+            raise InputError(f"model.lora.target_modules: {found}; allowed are {EVERY_LINEAR}, or some of {allowed}")
 
 
 def _is_transposed(module: Any) -> bool:

@@ -1,0 +1,184 @@
+"""The vectors of a cell, whole or in parts, and its neurons one by one. Shapes: P pairs, L layers, D neurons."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mnemoscope.behaviour import Asking, Batch, cache_prefixes, kept_bytes, prepare, score
+from mnemoscope.cells import Cell
+from mnemoscope.contrast import Contrast
+from mnemoscope.directions import TOWARD, steered
+from mnemoscope.errors import InputError
+from mnemoscope.report import draw_neuron
+from mnemoscope.statistics import top_by_magnitude
+from mnemoscope.steering import OPPOSITE, SteeringVector, Toward
+from mnemoscope.tasks import Example
+from mnemoscope.web.shapes import Method, NeuronMap, Steering, VectorFacts, Watched
+
+PREFIXES = 2**28  # bytes of prompt caches kept: people look at one neuron after the other
+SIGN: dict[Toward, float] = {"generalized": 1.0, "memorized": -1.0}  # of a mean difference that steers there
+TIMES = (1.0, 4.0, 16.0)  # multiples of its mean difference by which a neuron alone is shifted
+
+Part = tuple[list[Batch], np.ndarray]  # prepared phrasings and their states (P, L, D)
+
+
+class Vectors:
+    """The vectors that a run chose for a cell, and parts of them."""
+
+    def __init__(self, cell: Cell, contrast: Contrast) -> None:
+        """Read them; InputError where one is damaged."""
+        self._folder, self._contrast = cell.folder / "vectors", contrast
+        self._chosen: dict[str, Any] = json.loads((cell.records / "chosen.json").read_text())["pairs"]
+        self._vectors = {
+            (toward, method): SteeringVector.load(self.path(toward, method))
+            for toward in TOWARD.values()
+            for method in self._chosen["methods"]
+        }
+
+    def path(self, toward: Toward, method: str) -> Path:
+        """File of the run's vector."""
+        return self._folder / f"to_{toward}-{method}.safetensors"
+
+    def methods(self) -> list[Method]:
+        """Each method of the run with its two vectors."""
+        return [
+            Method(method=method, **{toward: self._facts(toward, method) for toward in TOWARD.values()})
+            for method in self._chosen["methods"]
+        ]
+
+    def _facts(self, toward: Toward, method: str) -> VectorFacts:
+        vector, best = self._vectors[toward, method], self._chosen["best"][f"to_{toward}"] == method
+        own = {name: getattr(vector, name) for name in ("site", "layers", "strength")}
+        return VectorFacts(**own, neurons=_shifted(vector), free=self._is_free(vector), best=best)
+
+    def part(self, steering: Steering) -> SteeringVector:
+        """The vector, or the part of it, that ``steering`` names, before its factor.
+
+        Of ``nmd`` any layers and any number of neurons can be taken, as the run has the whole mean difference; of other
+        methods those that the run's vector shifts. InputError where the run has no such method, layers or number.
+        """
+        vector = self._vectors.get((steering.toward, steering.method))
+        if vector is None:
+            raise InputError(f"method: {steering.method!r} is not one of {', '.join(self._chosen['methods'])}")
+        if steering.layers is None and steering.neurons is None:
+            return vector
+        whole_LD, rank_LD = self._whole(vector)
+        allowed = [layer for layer, rank_D in enumerate(rank_LD) if rank_D.any()]
+        layers = sorted(set(vector.layers if steering.layers is None else steering.layers))
+        if not layers or not set(layers) <= set(allowed):
+            raise InputError(f"layers: {layers} are not among {allowed}, which {steering.method} shifts")
+        most = int(np.count_nonzero(rank_LD[layers]))
+        if steering.neurons is not None and steering.neurons > most:
+            raise InputError(f"neurons: {steering.neurons} is not in 1 .. {most}, which it shifts in these layers")
+        number = min(steering.neurons or _shifted(vector), most)
+        kept_LD = np.zeros(rank_LD.shape, bool)
+        kept_LD[layers] = top_by_magnitude(rank_LD[layers], number / rank_LD[layers].size)
+        return vector.with_dense(np.where(kept_LD, whole_LD, 0.0))
+
+    def _is_free(self, vector: SteeringVector) -> bool:
+        return vector.method == "nmd" and vector.site == self._contrast.site
+
+    def _whole(self, vector: SteeringVector) -> tuple[np.ndarray, np.ndarray]:
+        """A vector before its neurons were chosen, as far as it is known, and what they are ranked by; (L, D) each.
+
+        The vector's own neurons rank first: it was made of fewer pairs than the contrast, which fills in the others.
+        """
+        nmd_LD = np.nan_to_num(self._contrast.nmd_LD)
+        dense_LD = vector.dense(len(nmd_LD), len(next(iter(vector.shifts.values()))))
+        if not self._is_free(vector):
+            return dense_LD, np.abs(dense_LD)
+        own_LD = dense_LD != 0
+        factor = float(np.linalg.norm(dense_LD) / np.linalg.norm(nmd_LD[own_LD]))
+        rank_LD = np.abs(np.nan_to_num(self._contrast.rho_LD)) + own_LD  # |rho| is at most 1
+        return np.where(own_LD, dense_LD, SIGN[vector.toward] * factor * nmd_LD), rank_LD
+
+
+def _shifted(vector: SteeringVector) -> int:
+    """Number of neurons it shifts."""
+    return sum(int((shift != 0).sum()) for shift in vector.shifts.values())
+
+
+class Neurons:
+    """The neurons at the contrast's site, on pairs of phrasings as (answered generalized, answered memorized)."""
+
+    def __init__(self, asking: Asking, contrast: Contrast, pairs: list[tuple[Example, Example]]) -> None:
+        self._asking, self._contrast = asking, contrast
+        self._examples = {behaviour: [pair[side] for pair in pairs] for side, behaviour in enumerate(TOWARD.values())}
+        self._read: dict[tuple[Toward, int], Part] = {}
+
+    def map(self) -> NeuronMap:
+        """Difference, correlation and significance of every neuron, to five digits."""
+        found = self._contrast
+        rounded = {
+            name: [[float(f"{v:.5g}") for v in row_D] for row_D in getattr(found, f"{name}_LD").tolist()]
+            for name in ("nmd", "rho", "p_family_wise")
+        }
+        return NeuronMap(site=found.site, pairs=found.pairs, **rounded)
+
+    def watch(self, layer: int, neuron: int) -> Iterator[float | Watched]:
+        """Look at a neuron in short steps: yields the share that is done after each, and the result last.
+
+        Raises InputError where there is no such neuron, or no pair.
+        """
+        layers, neurons = self._contrast.nmd_LD.shape
+        for field, value, most in (("layer", layer, layers), ("neuron", neuron, neurons)):
+            if not 0 <= value < most:
+                raise InputError(f"{field}: {value} is not in 0 .. {most - 1}")
+        if not self._examples["memorized"]:
+            raise InputError("cell: it has no tune pair")
+        return self._watch(layer, neuron)
+
+    def _watch(self, layer: int, neuron: int) -> Iterator[float | Watched]:
+        starts = range(0, len(self._examples["memorized"]), self._asking.batch_size)
+        parts = [(behaviour, start) for behaviour in TOWARD.values() for start in starts]
+        total = len(parts) * (1 + len(TIMES))
+        states_P: dict[Toward, list[float]] = {behaviour: [] for behaviour in TOWARD.values()}
+        for done, (behaviour, start) in enumerate(parts, 1):
+            states_P[behaviour] += self._part(behaviour, start)[1][:, layer, neuron].tolist()
+            yield done / total
+        moved: defaultdict[tuple[float, Toward], list[bool]] = defaultdict(list)
+        for done, (times, (toward, start)) in enumerate(product(TIMES, parts), 1 + len(parts)):
+            batches, _ = self._part(OPPOSITE[toward], start)
+            vector = self._alone(layer, neuron, times, toward)
+            moved[times, toward] += list(steered(self._asking, batches, vector, margins=False).behaviour_N == toward)
+            yield done / total
+        shares = {times: {toward: np.mean(moved[times, toward]) for toward in TOWARD.values()} for times in TIMES}
+        nmd_LD, rho_LD = (np.abs(np.nan_to_num(a)) for a in (self._contrast.nmd_LD, self._contrast.rho_LD))
+        generalized_P, memorized_P = (np.array(states_P[behaviour]) for behaviour in ("generalized", "memorized"))
+        label = f"Neuron {neuron} of layer {layer} where the model remembered and where it worked it out"
+        yield Watched(
+            layer=layer,
+            neuron=neuron,
+            pairs=len(memorized_P),
+            mean_generalized=generalized_P.mean(),
+            mean_memorized=memorized_P.mean(),
+            rank_nmd=1 + int((nmd_LD > nmd_LD[layer, neuron]).sum()),
+            rank_rho=1 + int((rho_LD > rho_LD[layer, neuron]).sum()),
+            alone=[{"times": times, **shares[times]} for times in TIMES],
+            drawing=draw_neuron(generalized_P, memorized_P, label),
+        )
+
+    def _part(self, behaviour: Toward, start: int) -> Part:
+        """A batch of the phrasings that are answered so, read at the first look only."""
+        if (behaviour, start) not in self._read:
+            batches = prepare(self._asking, self._examples[behaviour][start : start + self._asking.batch_size])
+            kept = sum(kept_bytes(batch) for several, _ in self._read.values() for batch in several)
+            if kept < PREFIXES:
+                cache_prefixes(self._asking, batches, PREFIXES - kept)
+            scores = score(self._asking, batches, margins=False, capture=self._contrast.site)  # type: ignore[arg-type]
+            assert scores.states_NLD is not None
+            self._read[behaviour, start] = batches, scores.states_NLD
+        return self._read[behaviour, start]
+
+    def _alone(self, layer: int, neuron: int, times: float, toward: Toward) -> SteeringVector:
+        """The shift of one neuron by so many times its mean difference."""
+        shift_LD = np.zeros(self._contrast.nmd_LD.shape)
+        shift_LD[layer, neuron] = SIGN[toward] * times * np.nan_to_num(self._contrast.nmd_LD[layer, neuron])
+        return SteeringVector(toward, {}, self._contrast.site).with_dense(shift_LD)  # type: ignore[arg-type]
