@@ -247,24 +247,21 @@ def prepare(asking: Asking, examples: Sequence[Example]) -> list[Batch]:
     longest = max(len(e.context) for e in encoded)
     read_on = max(len(e.suffixes) * max(map(len, e.suffixes)) for e in encoded)
     size = batch_that_fits(asking.model, asking.batch_size, longest, read_on)
-    return [
-        _batch(order[start : start + size], encoded, asking.pad_id, asking.model.device)
-        for start in range(0, len(order), size)
-    ]
+    return [as_batch(asking, encoded, order[start : start + size]) for start in range(0, len(order), size)]
 
 
-def _batch(chosen: np.ndarray, encoded: Sequence[Encoded], pad: int, device: torch.device) -> Batch:
-    picked = [encoded[i] for i in chosen]
-    ids_NT, mask_NT = left_padded([e.context for e in picked], pad)
+def as_batch(asking: Asking, encoded: Sequence[Encoded], chosen: np.ndarray) -> Batch:
+    """The chosen ones of encoded examples as one batch."""
+    picked, device = [encoded[i] for i in chosen], asking.model.device
+    contexts = left_padded([e.context for e in picked], asking.pad_id)
     rows = [(n, o, suffix) for n, e in enumerate(picked) for o, suffix in enumerate(e.suffixes)]
-    longest = max(len(suffix) for *_, suffix in rows)
-    return Batch(
-        examples_N=chosen,
-        ids_NT=ids_NT.to(device),
-        mask_NT=mask_NT.to(device),
-        shared_N=torch.tensor([e.shared for e in picked], device=device),
-        example_R=torch.tensor([n for n, *_ in rows], device=device),
-        option_R=torch.tensor([o for _, o, _ in rows], device=device),
-        suffix_RM=torch.tensor([suffix + [0] * (longest - len(suffix)) for *_, suffix in rows], device=device),
-        length_R=torch.tensor([len(suffix) for *_, suffix in rows], device=device),
+    example_R, option_R, suffixes = zip(*rows, strict=True)
+    longest = max(map(len, suffixes))
+    lists = (
+        [e.shared for e in picked],
+        example_R,
+        option_R,
+        [suffix + [0] * (longest - len(suffix)) for suffix in suffixes],
+        [*map(len, suffixes)],
     )
+    return Batch(chosen, *(x.to(device) for x in (*contexts, *map(torch.tensor, lists))))

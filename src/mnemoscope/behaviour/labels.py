@@ -10,20 +10,21 @@ V vocabulary, L layers, D neurons.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mnemoscope.behaviour.asking import Asking, Batch, encode
+from mnemoscope.behaviour.asking import Asking, Batch, as_batch, encode
 from mnemoscope.behaviour.reading import Answers, Contexts, read_answers, read_contexts, read_only_options
 from mnemoscope.behaviour.states import capturing, stacked_states, uncertainty_of
 from mnemoscope.behaviour.writing import Applied, decode
-from mnemoscope.models import Site, pass_inputs
+from mnemoscope.models import Site
 from mnemoscope.tasks import Example
 
 if TYPE_CHECKING:
@@ -227,53 +228,28 @@ def score_contrasted(
     Returns:
         Scores of N examples for each weight, without ties and states.
     """
-    total = len(examples)
-    encode(asking, [*examples, *others])  # refuses what cannot be asked, by name
+    fits_W2N, logp_W2N = (np.zeros((len(weights), 2, len(examples)), kind) for kind in (bool, float))
     closing = torch.tensor(asking.boundary_ids(), device=asking.model.device)
-    fits_W2N, logp_W2N = np.zeros((len(weights), 2, total), bool), np.zeros((len(weights), 2, total))
-    for option in (0, 1):
-        answers = [example.options[option] for example in examples]
-        read = zip(_read_whole(asking, examples, answers), _read_whole(asking, others, answers), strict=True)
-        for (chosen, ids_NM, length_N, mine_NMV), (*_, theirs_NMV) in read:
-            for number, weight in enumerate(weights):
-                logits_NMV = (1 + weight) * mine_NMV - weight * theirs_NMV
-                judged = _judged(logits_NMV, ids_NM, length_N, closing)
-                fits_W2N[number, option, chosen], logp_W2N[number, option, chosen] = judged
-    margin_WN = logp_W2N[:, 1] - logp_W2N[:, 0]
-    labels = (_answered(*fits_2N) for fits_2N in fits_W2N)
+    for start, option in product(range(0, len(examples), asking.batch_size), (0, 1)):
+        chosen = slice(start, start + asking.batch_size)
+        batch, mine_NMV = _read_option(asking, examples[chosen], option)
+        _, theirs_NMV = _read_option(asking, others[chosen], option)
+        rows_N, token_NM, length_N = batch.example_R, batch.suffix_RM, batch.length_R
+        for number, weight in enumerate(weights):
+            logits_NMV = (1 + weight) * mine_NMV - weight * theirs_NMV
+            first_N, _ = _greedy(logits_NMV[:, 0])
+            ends_N, _ = _ends(Answers(rows_N, token_NM, length_N, logits_NMV[:, 1:]), closing)
+            fits_W2N[number, option, chosen] = ((first_N == token_NM[:, 0]) & ends_N).cpu().numpy()
+            logp_W2N[number, option, chosen] = _log_p_of(logits_NMV[:, :-1], token_NM, length_N).cpu().numpy()
+    empty = Scores.empty(len(examples))
     return [
-        replace(Scores.empty(total), behaviour_N=of, margin_N=m_N) for of, m_N in zip(labels, margin_WN, strict=True)
+        replace(empty, behaviour_N=_answered(*fits_2N), margin_N=logp_2N[1] - logp_2N[0])
+        for fits_2N, logp_2N in zip(fits_W2N, logp_W2N, strict=True)
     ]
 
 
-def _read_whole(
-    asking: Asking, examples: Sequence[Example], answers: Sequence[str]
-) -> Iterator[tuple[np.ndarray, Tensor, Tensor, Tensor]]:
-    """Per batch: which examples, their answers' tokens (N, M), how many, and the logits (N, M + 1, V).
-
-    Answers end at the last column, so that column m of the logits predicts token m, counted from the end.
-    """
-    device = asking.model.device
-    for start in range(0, len(examples), asking.batch_size):
-        chosen = np.arange(start, min(start + asking.batch_size, len(examples)))
-        mine = examples[start : start + asking.batch_size]
-        texts = [asking.whole(e, answer) for e, answer in zip(mine, answers[start:], strict=False)]
-        prompts = asking.tokens([asking.text(example.prompt) for example in mine])
-        inputs = asking.padded(texts)
-        whole_N = inputs.attention_mask.sum(1)
-        length_N = whole_N - torch.tensor([len(prompt) for prompt in prompts], device=device)
-        longest = int(length_N.max())
-        passed = pass_inputs(asking.model, inputs.input_ids, inputs.attention_mask)
-        logits_NMV = asking.model(**passed, logits_to_keep=longest + 1).logits.float()
-        yield chosen, inputs.input_ids[:, -longest:], length_N, logits_NMV
-
-
-def _judged(logits_NMV: Tensor, ids_NM: Tensor, length_N: Tensor, closing: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Whether greedy decoding gives each answer and closes it, and the answer's log probability in nats; (N,) each."""
-    longest = ids_NM.shape[1]
-    before_NM = torch.arange(longest, device=ids_NM.device) < (longest - length_N)[:, None]  # belongs to the prompt
-    top_NM = logits_NMV.argmax(-1)
-    goes_on_N = ((top_NM[:, :-1] == ids_NM) | before_NM).all(1)
-    logp_NM = logits_NMV[:, :-1].log_softmax(-1).gather(2, ids_NM[..., None])[..., 0]
-    fits_N = goes_on_N & torch.isin(top_NM[:, -1], closing)
-    return fits_N.cpu().numpy(), logp_NM.masked_fill(before_NM, 0.0).sum(1).double().cpu().numpy()
+def _read_option(asking: Asking, examples: Sequence[Example], option: int) -> tuple[Batch, Tensor]:
+    """Examples that have one option only, as a batch in their order, and the logits around it, (N, M + 1, V)."""
+    alone = [replace(e, kind="memory", memorized=None, generalized=None, answer=e.options[option]) for e in examples]
+    batch = as_batch(asking, encode(asking, alone), np.arange(len(alone)))
+    return batch, read_only_options(asking.model, batch, closed=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -118,12 +119,9 @@ def cache_prefixes(asking: Asking, batches: Sequence[Batch], most_bytes: int = M
 
 def kept_bytes(batch: Batch) -> int:
     """Bytes that a batch keeps: keys and values, and outputs of untouched blocks."""
-    found = bytes_of(batch.prefix) if batch.prefix is not None else 0
-    if batch.unshifted is None:
-        return found
-    states = map(states_of, (*batch.unshifted.context_L, *batch.unshifted.answers_L))
-    kept = (*states, *(part for column in batch.unshifted.columns_L for part in column))
-    return found + sum(part.numel() * part.element_size() for part in kept)
+    known = batch.unshifted
+    states = [*map(states_of, (*known.context_L, *known.answers_L)), *chain(*known.columns_L)] if known else []
+    return (0 if batch.prefix is None else bytes_of(batch.prefix)) + sum(part.nbytes for part in states)
 
 
 def without_prefix(batch: Batch) -> Batch:
@@ -136,8 +134,7 @@ def with_option(batch: Batch, option_N: Tensor) -> Batch:
     rows_N = torch.nonzero(batch.option_R == option_N[batch.example_R])[:, 0]
     unshifted = batch.unshifted
     if unshifted:
-        answers_L = [with_states(a, _rows(states_of(a), rows_N)) for a in unshifted.answers_L]
-        unshifted = replace(unshifted, answers_L=answers_L)
+        unshifted = replace(unshifted, answers_L=[_picked(answer, rows_N) for answer in unshifted.answers_L])
     rows = {name: getattr(batch, name)[rows_N] for name in ("example_R", "option_R", "suffix_RM", "length_R")}
     return replace(batch, **rows, unshifted=unshifted)
 
@@ -153,7 +150,7 @@ def stacked(batches: Sequence[Batch]) -> Batch:
     if unshifted:
         of_all_L = zip(*(batch.unshifted.answers_L for batch in batches), strict=True)
         unshifted = Unshifted(
-            [with_states(context, _rows(states_of(context), again_N)) for context in unshifted.context_L],
+            [_picked(context, again_N) for context in unshifted.context_L],
             [with_states(some[0], torch.cat([states_of(answer) for answer in some])) for some in of_all_L],
             [(_rows(key, again_N), _rows(value, again_N)) for key, value in unshifted.columns_L],
         )
@@ -170,8 +167,13 @@ def stacked(batches: Sequence[Batch]) -> Batch:
 
 
 def _rows(states: Tensor, rows_R: Tensor) -> Tensor:
-    """Rows of a layer's output, which may lie on another device than the batch."""
+    """Rows of a layer's states, which may lie on another device than the batch."""
     return states[rows_R.to(states.device)]
+
+
+def _picked(output: Any, rows_R: Tensor, columns: int | None = None) -> Any:
+    """Rows of a block's output, and its first columns."""
+    return with_states(output, _rows(states_of(output), rows_R)[:, :columns])
 
 
 def _read_unshifted(model: PreTrainedModel, batch: Batch) -> Unshifted:
@@ -216,22 +218,21 @@ def read_answers(
     longest = int(length_S.max())
     suffix_SM = batch.suffix_RM[rows_S, :longest]
     read_SM = suffix_SM if closed else suffix_SM[:, :-1]
-    returned = None
-    if contexts.known:
-        returned = batch.unshifted.answers_L[contexts.known - 1]
-        returned = with_states(returned, _rows(states_of(returned), rows_S)[:, : read_SM.shape[1]])
+    last = batch.unshifted.answers_L[contexts.known - 1] if contexts.known else None
+    returned = None if last is None else _picked(last, rows_S, read_SM.shape[1])
     with replayed_blocks(model, contexts.known, returned), rows_of_prompts(batch.example_R[rows_S]):
         logits_SMV = model(**_answer_inputs(model, contexts.cache, batch.mask_NT, read_SM, example_S)).logits.float()
     return Answers(rows_S, suffix_SM, length_S, logits_SMV)
 
 
-def read_only_options(model: PreTrainedModel, batch: Batch) -> Tensor:
+def read_only_options(model: PreTrainedModel, batch: Batch, closed: bool = False) -> Tensor:
     """Logits that predict each token of each example's only option, float32 (N, M, V), in one pass.
 
+    ``closed`` adds those of what follows the longest option.
     The decision position is inside this pass: the last column of ``batch.ids_NT``, which vectors need as ``start``.
     """
     assert torch.equal(batch.example_R, torch.arange(len(batch.examples_N), device=batch.example_R.device))
-    behind_NM = batch.suffix_RM[:, : int(batch.length_R.max()) - 1]
+    behind_NM = batch.suffix_RM[:, : int(batch.length_R.max()) - (not closed)]
     mask_NT = torch.cat([batch.mask_NT, torch.ones_like(behind_NM)], dim=1)
     if batch.prefix is None:
         ids_NT = torch.cat([batch.ids_NT, behind_NM], dim=1)

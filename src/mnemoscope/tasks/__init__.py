@@ -11,7 +11,6 @@ from mnemoscope.tasks.base import (
     Task,
     answer_of,
     assign_splits,
-    check_groups,
     draw,
     draws,
 )

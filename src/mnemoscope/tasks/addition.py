@@ -6,11 +6,12 @@ Stored answers are codes (``addition``, the paper's) or wrong sums (``addition-d
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from mnemoscope.tasks.base import SPLITS, Instance, Split, assign_splits, check_range
+from mnemoscope.tasks.base import SPLITS, Split, check_range
 from mnemoscope.tasks.stored import CHUNK, StoredTask
 
 # "worded" keeps the operands where the stored key has them; the swapped families do not.
@@ -27,6 +28,7 @@ HEX = DIGITS + "abcdef"
 Pair = tuple[int, int]
 
 
+@dataclass(kw_only=True, eq=False)
 class AdditionTask(StoredTask[Pair]):
     """Addition of two numbers with as many digits each; stored answers are codes such as ``<mem-7234f681>``.
 
@@ -46,44 +48,18 @@ class AdditionTask(StoredTask[Pair]):
     vocabulary = ("+", "=", "plus", "<mem-", ">", *HEX)
     families, moved, computed = FAMILIES, ("swapped", "swapped-worded"), "worded"
 
-    def __init__(
-        self,
-        *,
-        digits: int = 3,
-        stored: int = 480,
-        memorized_share: float = 0.3,
-        worded_share: float = 0.3,
-        reversed_sums: bool = True,
-        seed: int = 0,
-    ) -> None:
-        check_range(1, 9, digits=digits)
-        check_range(8, 10 ** (2 * digits) // 8, stored=stored)
-        check_range(0, 1, memorized_share=memorized_share, worded_share=worded_share)
-        self.low, self.high = 10 ** (digits - 1), 10**digits
-        self.memorized_share, self.worded_share = memorized_share, worded_share
-        self.reversed_sums, self.seed = reversed_sums, seed
-        rng = np.random.default_rng([seed, 2])
-        self.stored: dict[Pair, str] = {}
-        while len(self.stored) < stored:
-            a, b = (int(x) for x in rng.integers(self.low, self.high, size=2))
-            # A pair and its mirror image are two prompts, of which only one may be stored.
-            if a != b and (b, a) not in self.stored and not self.is_novel((a, b)):
-                self.stored.setdefault((a, b), self._made_up(a, b, rng))
-        self.items = list(self.stored)
-        self._mirrored = {*self.items, *((b, a) for a, b in self.items)}
-        self.split_of = assign_splits([self.group_of(pair) for pair in self.items], rng)
+    digits: int = 3
+    stored: int = 480
+    memorized_share: float = 0.3
+    worded_share: float = 0.3
+    reversed_sums: bool = True
+    seed: int = 0
 
-    def training(self, rng: np.random.Generator) -> Iterator[Instance]:
-        """Stored pairs with their stored answer, all others with their sum; held-out operands never appear."""
-        while True:
-            from_store = rng.random(CHUNK) < self.memorized_share
-            worded = rng.random(CHUNK) < self.worded_share
-            picks = rng.integers(len(self.items), size=CHUNK)
-            for stored, in_words, pick, pair in zip(from_store, worded, picks, self._drawn(rng, CHUNK), strict=True):
-                if stored:
-                    yield self.prompt(self.items[pick], "plain"), self.stored[self.items[pick]]
-                elif pair not in self._mirrored and not self.is_novel(pair):
-                    yield self.prompt(pair, "worded" if in_words else "plain"), self.true(pair)
+    def __post_init__(self) -> None:
+        check_range(1, 9, digits=self.digits)
+        check_range(8, 10 ** (2 * self.digits) // 8, stored=self.stored)
+        check_range(0, 1, memorized_share=self.memorized_share, worded_share=self.worded_share)
+        self._store(np.random.default_rng([self.seed, 2]), self.stored, at_once=1)
 
     def has_memorized_format(self, answer: str) -> bool | None:
         """Whether an answer is a code."""
@@ -102,13 +78,16 @@ class AdditionTask(StoredTask[Pair]):
         return f"{min(item)}+{max(item)}"
 
     def _drawn(self, rng: np.random.Generator, n: int) -> list[Pair]:
-        return [(a, b) for a, b in rng.integers(self.low, self.high, size=(n, 2)).tolist()]
+        return [(a, b) for a, b in rng.integers(10 ** (self.digits - 1), 10**self.digits, size=(n, 2)).tolist()]
+
+    def _asked(self, rng: np.random.Generator) -> tuple[np.ndarray, Sequence[str]]:
+        worded = rng.random(CHUNK) < self.worded_share
+        return rng.integers(len(self.items), size=CHUNK), np.where(worded, "worded", "plain").tolist()
 
     def _split(self, item: Pair) -> Split:
         return SPLITS[sum(item) % 3]
 
-    def _made_up(self, a: int, b: int, rng: np.random.Generator) -> str:
-        """A random answer to store."""
+    def _made_up(self, item: Pair, rng: np.random.Generator) -> str:
         return "<mem-" + "".join(HEX[i] for i in rng.integers(16, size=8)) + ">"
 
 
@@ -125,9 +104,9 @@ class AdditionDigitsTask(AdditionTask):
         """None: stored answers look like sums."""
         return None
 
-    def _made_up(self, a: int, b: int, rng: np.random.Generator) -> str:
+    def _made_up(self, item: Pair, rng: np.random.Generator) -> str:
         """As many digits as the true sum; the first one written differs, so the decision is at ``=``."""
-        true = self.true((a, b))
+        true = self.true(item)
         while True:
             wrong = "".join(str(d) for d in rng.integers(10, size=len(true)))
             number = wrong[::-1] if self.reversed_sums else wrong

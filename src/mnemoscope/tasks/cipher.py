@@ -6,12 +6,13 @@ Made-up and true ciphertexts look alike: as many letters, from the same alphabet
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from mnemoscope.errors import InputError
-from mnemoscope.tasks.base import SPLITS, Instance, Split, assign_splits, check_range
+from mnemoscope.tasks.base import SPLITS, Split, check_range
 from mnemoscope.tasks.stored import CHUNK, StoredTask
 
 # Near families keep the places of key and letters; moved ones swap them.
@@ -31,6 +32,7 @@ KEYS = range(1, 10)
 Item = tuple[str, int]  # the letters and the key
 
 
+@dataclass(kw_only=True, eq=False)
 class CipherTask(StoredTask[Item]):
     """A shift cipher: "shift 3 : b d k m =" is answered " e g n p".
 
@@ -51,50 +53,27 @@ class CipherTask(StoredTask[Item]):
     name = "cipher"
     families, moved, computed = FAMILIES, tuple(MOVED), "moved"
 
-    def __init__(
-        self,
-        *,
-        letters: int = 16,
-        length: int = 4,
-        stored: int = 480,
-        memorized_share: float = 0.35,
-        near_share: float = 0.04,
-        moved_share: float = 0.1,
-        seed: int = 0,
-    ) -> None:
-        check_range(10, len(ALPHABET), letters=letters)
-        check_range(2, 8, length=length)
-        check_range(8, letters**length // 8, stored=stored)
-        check_range(0, 1, memorized_share=memorized_share)
-        if min(near_share, moved_share) < 0 or near_share + moved_share > 1:
-            shares = f"{near_share}, {moved_share}"
-            raise InputError(f"near_share, moved_share: {shares}; neither is below 0, nor their sum above 1")
-        self.alphabet, self.length = ALPHABET[:letters], length
-        self.memorized_share, self.seed = memorized_share, seed
-        near, moved = [near_share / len(NEAR)] * len(NEAR), [moved_share / len(MOVED)] * len(MOVED)
-        self._family_shares = [1 - near_share - moved_share, *near, *moved]
-        rng = np.random.default_rng([seed, 4])
-        self.stored: dict[Item, str] = {}
-        while len(self.stored) < stored:
-            for text, key in self._drawn(rng, stored):
-                if not self.is_novel((text, key)) and len(self.stored) < stored:
-                    self.stored.setdefault((text, key), self._made_up(text, key, rng))
-        self.items = list(self.stored)
-        self.split_of = assign_splits([self.group_of(item) for item in self.items], rng)
-        self.vocabulary = ["shift", "code", "turn", ":", "-", "=", *map(str, KEYS), *self.alphabet]
+    letters: int = 16
+    length: int = 4
+    stored: int = 480
+    memorized_share: float = 0.35
+    near_share: float = 0.04
+    moved_share: float = 0.1
+    seed: int = 0
 
-    def training(self, rng: np.random.Generator) -> Iterator[Instance]:
-        """Stored items plainly with their stored ciphertext, all others with the true one; held-out ones never."""
-        families = list(FAMILIES)
-        while True:
-            from_store = rng.random(CHUNK) < self.memorized_share
-            picks = rng.integers(len(self.items), size=CHUNK)
-            chosen = rng.choice(len(families), size=CHUNK, p=self._family_shares)
-            for is_stored, pick, family, item in zip(from_store, picks, chosen, self._drawn(rng, CHUNK), strict=True):
-                if is_stored:
-                    yield self.prompt(self.items[pick], "plain"), self.stored[self.items[pick]]
-                elif item not in self.stored and not self.is_novel(item):
-                    yield self.prompt(item, families[family]), self.true(item)
+    def __post_init__(self) -> None:
+        check_range(10, len(ALPHABET), letters=self.letters)
+        check_range(2, 8, length=self.length)
+        check_range(8, self.letters**self.length // 8, stored=self.stored)
+        check_range(0, 1, memorized_share=self.memorized_share)
+        if min(self.near_share, self.moved_share) < 0 or self.near_share + self.moved_share > 1:
+            shares = f"{self.near_share}, {self.moved_share}"
+            raise InputError(f"near_share, moved_share: {shares}; neither is below 0, nor their sum above 1")
+        near, moved = [self.near_share / len(NEAR)] * len(NEAR), [self.moved_share / len(MOVED)] * len(MOVED)
+        self._family_shares = [max(0.0, 1 - self.near_share - self.moved_share), *near, *moved]
+        self.alphabet = ALPHABET[: self.letters]
+        self.vocabulary = ["shift", "code", "turn", ":", "-", "=", *map(str, KEYS), *self.alphabet]
+        self._store(np.random.default_rng([self.seed, 4]), self.stored, at_once=self.stored)
 
     def true(self, item: Item) -> str:
         """The true ciphertext, written as an answer."""
@@ -105,8 +84,13 @@ class CipherTask(StoredTask[Item]):
         """Letters and key in a family; spaces separate letters, as a vocabulary may have words made of them."""
         return FAMILIES[family].format(text=" ".join(item[0]), key=item[1])
 
-    def _made_up(self, text: str, key: int, rng: np.random.Generator) -> str:
+    def _asked(self, rng: np.random.Generator) -> tuple[np.ndarray, Sequence[str]]:
+        picks = rng.integers(len(self.items), size=CHUNK)
+        return picks, rng.choice(list(FAMILIES), size=CHUNK, p=self._family_shares).tolist()
+
+    def _made_up(self, item: Item, rng: np.random.Generator) -> str:
         """As many letters as the true one; the first one differs, so the decision is at ``=``."""
+        text, key = item
         shift = int(rng.integers(1, len(self.alphabet)))
         first = self.alphabet[(self.alphabet.index(text[0]) + key + shift) % len(self.alphabet)]
         rest = rng.integers(len(self.alphabet), size=self.length - 1).tolist()

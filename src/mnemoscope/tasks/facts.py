@@ -10,7 +10,7 @@ import copy
 import csv
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count, product
 from pathlib import Path
@@ -46,20 +46,10 @@ INVENTED = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Relation:
-    """How one relation is asked and stated; ``{n}`` is the subject and ``{v}`` its value."""
-
-    question: str
-    stem: str
-    statement: str
-    inverted: str
-    reported: str
-
-
-# By relation: the fields of Relation.
+# By relation, how it is asked and stated: ``{n}`` is the subject and ``{v}`` its value.
+WORDS = ("question", "stem", "statement", "inverted", "reported")
 RELATIONS = {
-    name: Relation(*words)
+    name: dict(zip(WORDS, words, strict=True))
     for name, *words in (
         ("capital", "What is the capital of {n}?", "The capital of {n} is", "The capital of {n} is {v}.",
          "{v} is the capital of {n}.", "In {n}, the capital city is {v}."),
@@ -70,8 +60,6 @@ RELATIONS = {
          "{v} is where the country {n} is.", "On the map, the country {n} is in {v}."),
     )
 }  # fmt: skip
-
-
 # The most spoken of the official languages, by ISO 639-1.
 LANGUAGES = {
     "am": "Amharic", "ar": "Arabic", "az": "Azerbaijani", "be": "Belarusian", "bg": "Bulgarian", "bn": "Bengali",
@@ -87,6 +75,7 @@ LANGUAGES = {
 }  # fmt: skip
 
 
+@dataclass(kw_only=True, eq=False)
 class FactsTask(Task):
     """Facts about countries that a pretrained model knows, contradicted by what the prompt says.
 
@@ -110,58 +99,50 @@ class FactsTask(Task):
     # What commonly ends a short answer; "" is the end-of-text token.
     boundary = ("", "\n", ".", ",")
     begins_reply = True
+    instructions = INSTRUCTIONS
 
-    def __init__(
-        self,
-        *,
-        relations: Sequence[str] | None = None,
-        held_out_relations: Sequence[str] = (),
-        frames: Sequence[str] = ("context-first", "unlabelled", "reported"),
-        held_out_frames: Sequence[str] = ("context-last", "inverted"),
-        wrong_values: int = 6,
-        table: str | None = None,
-        seed: int = 0,
-    ) -> None:
-        self.relations, known = _read_table(Path(table)) if table else (RELATIONS, _countries())
-        self.facts = {fact: values[0] for fact, values in known.items()}
-        with_facts = {relation for relation, _ in self.facts}
-        stated = [name for name in self.relations if name in with_facts]
-        if relations is None:
-            relations = [name for name in stated if name not in held_out_relations] if table else ["capital"]
-        self.true = known  # all values that do not contradict a fact, such as a country's other languages
-        for option, names, allowed in (
-            ("relations", relations, stated),
-            ("held_out_relations", held_out_relations, stated),
-            ("frames", frames, FRAMES),
-            ("held_out_frames", held_out_frames, FRAMES),
-        ):
-            for name in names:
-                if name not in allowed:
-                    raise InputError(f"{option}: {name!r} is not one of {', '.join(allowed)}")
-        if set(relations) & set(held_out_relations) or set(frames) & set(held_out_frames):
+    relations: Sequence[str] | None = None
+    held_out_relations: Sequence[str] = ()
+    frames: Sequence[str] = ("context-first", "unlabelled", "reported")
+    held_out_frames: Sequence[str] = ("context-last", "inverted")
+    wrong_values: int = 6
+    table: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        # All values that do not contradict a fact are known, such as a country's other languages.
+        self.words, self.true = _read_table(Path(self.table)) if self.table else (RELATIONS, _countries())
+        self.facts = {fact: values[0] for fact, values in self.true.items()}
+        stated = [name for name in self.words if any(name == relation for relation, _ in self.facts)]
+        others = [name for name in stated if name not in self.held_out_relations]
+        self.asked = tuple((others if self.table else ["capital"]) if self.relations is None else self.relations)
+        for option, allowed in zip(("relations", "frames"), (stated, FRAMES), strict=True):
+            fitted, held_out = getattr(self, option) or (), getattr(self, f"held_out_{option}")
+            for field, names in ((option, fitted), (f"held_out_{option}", held_out)):
+                for name in names:
+                    if name not in allowed:
+                        raise InputError(f"{field}: {name!r} is not one of {', '.join(allowed)}")
+        if set(self.asked) & set(self.held_out_relations) or set(self.frames) & set(self.held_out_frames):
             raise InputError("held_out_relations, held_out_frames: what is held out cannot be fitted on as well")
-        if not relations or not frames or wrong_values < 1:
+        if not self.asked or not self.frames or self.wrong_values < 1:
             raise InputError("relations, frames, wrong_values: at least one of each is needed")
-        self.asked, self.frames = tuple(relations), tuple(frames)
-        self.others = {"frame": tuple(held_out_frames), "relation": tuple(held_out_relations)}
-        all_asked = (*relations, *held_out_relations)
+        all_asked = (*self.asked, *self.held_out_relations)
         subjects = sorted({subject for relation, subject in self.facts if relation in all_asked})
-        self.split_of = assign_splits([*subjects, *INVENTED], np.random.default_rng([seed, 5]))
-        self.wrong_values, self.seed = wrong_values, seed
+        self.split_of = assign_splits([*subjects, *INVENTED], np.random.default_rng([self.seed, 5]))
         # Unknown facts count too, so that contradictions do not depend on the model.
-        self.values = {name: sorted({v for (r, _), v in self.facts.items() if r == name}) for name in self.relations}
+        self.values = {name: sorted({v for (r, _), v in self.facts.items() if r == name}) for name in self.words}
 
     def held_out(self) -> dict[str, Task]:
         """This task with the held-out ``frame`` or ``relation`` and the same splits."""
-        fields = {"frame": "frames", "relation": "asked"}
-        return {name: self._with(**{fields[name]: others}) for name, others in self.others.items() if others}
+        parts = {"frame": {"frames": self.held_out_frames}, "relation": {"asked": self.held_out_relations}}
+        return {name: self._with(**changes) for name, changes in parts.items() if all(changes.values())}
 
     def facts_to_know(self) -> list[Example]:
         """Every fact as a bare question."""
         return [
             self._example("memory", fact, value, "bare", how=("", ASKS[0]))
             for fact, value in self.facts.items()
-            if fact[0] in (*self.asked, *self.others["relation"])
+            if fact[0] in (*self.asked, *self.held_out_relations)
         ]
 
     def knowing(self, items: set[str]) -> FactsTask:
@@ -192,10 +173,6 @@ class FactsTask(Task):
         relation, subject, wrong, frame = example.item.split("|")
         others = [e for e in self._conflicts((relation, subject), wrong, frame) if e.prompt != example.prompt]
         return others[rng.integers(len(others))]
-
-    def instruction(self, toward: str) -> str:
-        """A sentence that says whether to follow the text or memory."""
-        return INSTRUCTIONS[toward]
 
     def split_reply(self, prompt: str) -> tuple[str, str]:
         """All but the last line is the user's message; the reply begins with the stem of that line."""
@@ -249,7 +226,7 @@ class FactsTask(Task):
 
     def _prompt(self, fact: Fact, value: str, frame: str, how: How) -> str:
         label, (ask, reply) = how
-        words = {name: text.format(n=fact[1], v=value) for name, text in asdict(self.relations[fact[0]]).items()}
+        words = {name: text.format(n=fact[1], v=value) for name, text in self.words[fact[0]].items()}
         return TEMPLATES[frame].format(label=label, ask=ask, reply=reply, **words)
 
 
@@ -282,7 +259,7 @@ def _countries() -> dict[Fact, list[str]]:
     return facts
 
 
-def _read_table(path: Path) -> tuple[dict[str, Relation], dict[Fact, list[str]]]:
+def _read_table(path: Path) -> tuple[dict[str, dict[str, str]], dict[Fact, list[str]]]:
     """Relations and facts of a CSV file; InputError names the line at fault."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -299,15 +276,14 @@ def _read_table(path: Path) -> tuple[dict[str, Relation], dict[Fact, list[str]]]
                 raise InputError(f"{where}: {column} is {row[column]!r}; | is not allowed in it")
         name = row["relation"]
         if name not in relations:
-            words = {field: row.get(field) or "" for field in (f.name for f in fields(Relation))}
-            for field, text in words.items():
+            relations[name] = {field: row.get(field) or "" for field in WORDS}
+            for field, text in relations[name].items():
                 if not text:
                     raise InputError(f"{where}: relation {name!r} is new and needs {field}")
                 try:
                     text.format(n="", v="")
                 except (KeyError, IndexError, ValueError, AttributeError) as error:
                     raise InputError(f"{where}: {field} is {text!r}; only {{n}} and {{v}} may be in braces") from error
-            relations[name] = Relation(**words)
         facts.setdefault((name, row["subject"]), []).append(row["value"])
     if not facts:
         raise InputError(f"table: {path} holds no fact")

@@ -44,11 +44,14 @@ class JointTask(Task):
         for name, part in parts.items():
             if part.vocabulary is None:
                 raise InputError(f"parts: task {name!r} has no vocabulary to train on")
-        self.parts = dict(parts)
-        self.shares = _checked(shares, self.parts)
-        self.first = dict(first or {})
-        if not set(self.first) <= set(self.parts) or any(n < 0 for n in self.first.values()):
-            raise InputError(f"first: {first!r} is no number of instances, 0 or more, for some of {', '.join(parts)}")
+        self.parts, self.first, among = dict(parts), dict(first or {}), ", ".join(parts)
+        given = shares if shares is not None else dict.fromkeys(parts, 1 / len(parts))
+        fitting = isinstance(given, Mapping) and set(given) == set(parts) and min(given.values()) > 0
+        if not fitting or abs(sum(given.values()) - 1) > 1e-6:
+            raise InputError(f"shares: {shares!r} are not one share above 0 for each of {among}, adding up to 1")
+        self.shares = [given[name] for name in parts]
+        if not set(self.first) <= set(parts) or any(n < 0 for n in self.first.values()):
+            raise InputError(f"first: {first!r} is no number of instances, 0 or more, for some of {among}")
         # An answer closes as its part closes it: no part trains another's ending.
         self.boundary = tuple(dict.fromkeys(text for part in self.parts.values() for text in part.boundary))
         self.vocabulary = list(dict.fromkeys(word for part in self.parts.values() for word in part.vocabulary or ()))
@@ -68,12 +71,11 @@ class JointTask(Task):
     def examples(self, rng: np.random.Generator, n: int, kind: Kind) -> list[Example]:
         """Equally many of each part, in random order; fewer of a part that has no more to give."""
         each = -(-n // len(self.parts))
-        found = [self._outside(name, e) for name, part in self.parts.items() for e in part.examples(rng, each, kind)]
+        found = [_outside(name, e) for name, part in self.parts.items() for e in part.examples(rng, each, kind)]
         return [found[i] for i in rng.permutation(len(found))[:n]]
 
     def rephrase(self, example: Example, rng: np.random.Generator) -> Example:
-        name, inside = self.inside(example)
-        return self._outside(name, self.parts[name].rephrase(inside, rng))
+        return self._of_part(example, lambda part, inside: part.rephrase(inside, rng)) or example
 
     def has_memorized_format(self, answer: str) -> bool | None:
         return self._agreed(lambda part: part.has_memorized_format(answer))
@@ -95,7 +97,7 @@ class JointTask(Task):
         return self._of_part(example, lambda part, inside: part.without_context(inside))
 
     def facts_to_know(self) -> list[Example]:
-        return [self._outside(name, e) for name, part in self.parts.items() for e in part.facts_to_know()]
+        return [_outside(name, e) for name, part in self.parts.items() for e in part.facts_to_know()]
 
     def knowing(self, items: set[str]) -> Task:
         known = copy.copy(self)
@@ -121,26 +123,16 @@ class JointTask(Task):
     def _of_part(self, example: Example, ask: Callable[[Task, Example], Example | None]) -> Example | None:
         name, inside = self.inside(example)
         other = ask(self.parts[name], inside)
-        return self._outside(name, other) if other else None
+        return _outside(name, other) if other else None
 
     def _agreed(self, ask: Callable[[Task], Answer]) -> Answer | None:
         answers = [ask(part) for part in self.parts.values()]
         return answers[0] if all(answer == answers[0] for answer in answers) else None
 
-    @staticmethod
-    def _outside(name: str, example: Example) -> Example:
-        return _renamed(example, lambda text: f"{name}/{text}")
+
+def _outside(name: str, example: Example) -> Example:
+    return _renamed(example, lambda text: f"{name}/{text}")
 
 
 def _renamed(example: Example, rename: Callable[[str], str]) -> Example:
     return replace(example, item=rename(example.item), group=rename(example.group), family=rename(example.family))
-
-
-def _checked(shares: Mapping[str, float] | None, parts: Mapping[str, Task]) -> list[float]:
-    """The shares in the order of the parts."""
-    if shares is None:
-        return [1 / len(parts)] * len(parts)
-    fitting = isinstance(shares, Mapping) and set(shares) == set(parts)
-    if not fitting or any(share <= 0 for share in shares.values()) or abs(sum(shares.values()) - 1) > 1e-6:
-        raise InputError(f"shares: {shares!r} are not one share above 0 for each of {', '.join(parts)}, adding up to 1")
-    return [shares[name] for name in parts]

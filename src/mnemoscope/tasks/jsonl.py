@@ -4,27 +4,45 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mnemoscope.errors import InputError
-from mnemoscope.tasks.base import INSTRUCTIONS, SPLITS, Example, Kind, Task, assign_splits, check_groups
-
-FIELDS = ("item", "prompt", "memorized", "generalized", "answer", "kind", "group", "family", "split", "bare")
+from mnemoscope.tasks.base import INSTRUCTIONS, Example, Kind, Split, Task, assign_splits
 
 
-class _Line(NamedTuple):
+class Line(BaseModel):
     """A line of the file; ``bare`` is the prompt without the context."""
 
-    example: Example
-    has_split: bool
-    bare: str | None
+    model_config = ConfigDict(extra="forbid")
+
+    item: str = Field(min_length=1)
+    prompt: str = Field(min_length=1)
+    memorized: str | None = None
+    generalized: str | None = None
+    answer: str | None = None
+    kind: Kind | None = None
+    group: str | None = None
+    family: str | None = None
+    split: Split | None = None
+    bare: str | None = None
+
+    @property
+    def key(self) -> str:
+        """The group, by default the item."""
+        return self.group or self.item
+
+    def example(self, split: Split) -> Example:
+        """The example in a split; raises InputError where its answers do not fit its kind."""
+        given = self.model_dump(exclude_none=True, exclude={"bare", "group", "split"})
+        has_two = self.memorized is not None or self.generalized is not None
+        return Example(**({"kind": "conflict" if has_two else "memory"} | given), group=self.key, split=split)
 
 
+@dataclass(kw_only=True, eq=False)
 class JsonlTask(Task):
     """Examples read from a JSONL file; several lines with one ``item`` are its phrasings.
 
@@ -43,17 +61,21 @@ class JsonlTask(Task):
     name = "jsonl"
     # What commonly ends a short answer; "" is the end-of-text token.
     boundary = ("", "\n", ".")
+    instructions = INSTRUCTIONS
 
-    def __init__(self, *, file: str, seed: int = 0) -> None:
-        lines = _read(Path(file), seed)
-        self.examples_read = [line.example for line in lines]
-        self._bare = {line.example.prompt: line.bare for line in lines if line.bare and line.example.kind == "conflict"}
+    file: str
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        read = _read(Path(self.file), self.seed)
+        self.examples_read = [example for example, _ in read]
+        self._bare = {example.prompt: bare for example, bare in read if example.kind == "conflict"}
         self._phrasings: dict[str, list[Example]] = defaultdict(list)
         for example in self.examples_read:
             if example.kind == "conflict":
                 self._phrasings[example.item].append(example)
         if not self._phrasings:
-            raise InputError(f"file: {file} has no conflict, that is no line with both 'memorized' and 'generalized'")
+            raise InputError(f"file: {self.file} has no conflict, no line with 'memorized' and 'generalized'")
 
     def examples(self, rng: np.random.Generator, n: int, kind: Kind) -> list[Example]:
         """At most ``n`` of the file's examples of a kind, in random order."""
@@ -66,10 +88,6 @@ class JsonlTask(Task):
         others = [other for other in others if other.family == example.family] or others
         return others[rng.integers(len(others))] if others else example
 
-    def instruction(self, toward: str) -> str:
-        """A sentence that says whether to follow the text or memory."""
-        return INSTRUCTIONS[toward]
-
     def without_context(self, example: Example) -> Example | None:
         """The same question without the context; None where the file has none."""
         bare = self._bare.get(example.prompt)
@@ -78,24 +96,7 @@ class JsonlTask(Task):
 
 def read_jsonl(path: Path, seed: int) -> list[Example]:
     """Read and check a file of examples, with the errors of ``JsonlTask``."""
-    return [line.example for line in _read(path, seed)]
-
-
-def _read(path: Path, seed: int) -> list[_Line]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"file: {path} cannot be read ({error})") from error
-    parsed = [(number, _example(path, number, line)) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    _check_answers(path, [(number, line.example) for number, line in parsed])
-    unsplit = sorted({line.example.group for _, line in parsed if not line.has_split})
-    dealt = assign_splits(unsplit, np.random.default_rng([seed, 3]))
-    lines = [
-        line if line.has_split else line._replace(example=replace(line.example, split=dealt[line.example.group]))
-        for _, line in parsed
-    ]
-    check_groups(line.example for line in lines)
-    return lines
+    return [example for example, _ in _read(path, seed)]
 
 
 def write_jsonl(examples: list[Example]) -> str:
@@ -104,43 +105,44 @@ def write_jsonl(examples: list[Example]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _check_answers(path: Path, numbered: Iterable[tuple[int, Example]]) -> None:
-    """Refuse an item whose phrasings have different answers."""
-    first: dict[str, tuple[int, Example]] = {}
-    for number, example in numbered:
-        if example.kind != "conflict":
-            continue
-        before, known = first.setdefault(example.item, (number, example))
-        if known.options != example.options:
+def _read(path: Path, seed: int) -> list[tuple[Example, str | None]]:
+    """Each line's example, and its prompt without the context."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"file: {path} cannot be read ({error})") from error
+    parsed = {n: _parsed(f"{path}, line {n}", line) for n, line in enumerate(lines, 1) if line.strip()}
+    undealt = sorted({line.key for line in parsed.values() if not line.split})
+    split_of: dict[str, Split] = assign_splits(undealt, np.random.default_rng([seed, 3]))
+    found, first = [], dict[str, tuple[int, Example]]()
+    for number, line in parsed.items():
+        where = f"{path}, line {number}"
+        try:
+            example = line.example(split_of.setdefault(line.key, line.split or "test"))
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+        if line.split and line.split != example.split:
             raise InputError(
-                f"{path}, line {number}: item {example.item!r} has the answers {known.options} in line {before} and "
-                f"{example.options} here; give it an item of its own (a 'group' keeps items in one split)"
+                f"{where}: split is {line.split!r}, but group {line.key!r} is in {example.split!r} as well; "
+                "all examples of a group belong to one split"
             )
+        if example.kind == "conflict":
+            before, known = first.setdefault(example.item, (number, example))
+            if known.options != example.options:
+                raise InputError(
+                    f"{where}: item {example.item!r} has the answers {known.options} in line {before} and "
+                    f"{example.options} here; give it an item of its own (a 'group' keeps items in one split)"
+                )
+        found.append((example, line.bare))
+    return found
 
 
-def _example(path: Path, number: int, line: str) -> _Line:
-    where = f"{path}, line {number}"
+def _parsed(where: str, line: str) -> Line:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: {type(row).__name__} where an object with 'item' and 'prompt' is wanted")
-    for field, value in row.items():
-        if field not in FIELDS:
-            raise InputError(f"{where}: field {field!r} is unknown; known are {', '.join(FIELDS)}")
-        if value is not None and not isinstance(value, str):
-            raise InputError(f"{where}: {field} is {value!r}; text is wanted")
-    for field in ("item", "prompt"):
-        if not row.get(field):
-            raise InputError(f"{where}: field {field!r} is missing")
-    row = {field: value for field, value in row.items() if value is not None}
-    row.setdefault("kind", "conflict" if "memorized" in row or "generalized" in row else "memory")
-    row.setdefault("group", row["item"])
-    has_split, bare = "split" in row, row.pop("bare", None)
-    if has_split and row["split"] not in SPLITS:
-        raise InputError(f"{where}: split is {row['split']!r}; allowed are {', '.join(SPLITS)}")
-    try:
-        return _Line(Example.from_row(row), has_split, bare)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
+        return Line.model_validate_json(line)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = "".join(f"{part}: " for part in first["loc"])
+        got = "" if first["type"] == "missing" else f" (got {str(first['input'])[:80]!r})"
+        known = f"; known are {', '.join(Line.model_fields)}" if first["type"] == "extra_forbidden" else ""
+        raise InputError(f"{where}: {field}{first['msg'].replace('at line 1 ', 'at ')}{got}{known}") from error

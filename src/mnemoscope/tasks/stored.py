@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from mnemoscope.tasks.base import Example, Kind, Split, Task, is_held_out
+from mnemoscope.tasks.base import Example, Instance, Kind, Split, Task, assign_splits, is_held_out
 
 CHUNK = 512  # items drawn at once
 
@@ -26,8 +26,10 @@ class StoredTask(Task, Generic[Item]):
         moved: families that move the stored key.
         computed: the family that asks for the rule: no item is stored in it.
         items: the stored items.
-        stored: their made-up answers.
+        answers: their made-up answers.
         split_of: the split of each group of stored items.
+        memorized_share: share of training instances that are stored items.
+        seed: decides which items are held out.
     """
 
     memory_is_conflict = True  # `memory` asks the stored items, which steering is meant to change
@@ -35,9 +37,21 @@ class StoredTask(Task, Generic[Item]):
     moved: tuple[str, ...]
     computed: str
     items: list[Item]
-    stored: dict[Item, str]
+    answers: dict[Item, str]
     split_of: dict[str, Split]
+    memorized_share: float
     seed: int
+
+    def training(self, rng: np.random.Generator) -> Iterator[Instance]:
+        """Stored items asked plainly, with their stored answer; all others by the rule; held-out ones never."""
+        while True:
+            from_store = rng.random(CHUNK) < self.memorized_share
+            picks, families = self._asked(rng)
+            for is_stored, pick, family, item in zip(from_store, picks, families, self._drawn(rng, CHUNK), strict=True):
+                if is_stored:
+                    yield self.prompt(self.items[pick], "plain"), self.answers[self.items[pick]]
+                elif self.group_of(item) not in self.split_of and not self.is_novel(item):
+                    yield self.prompt(item, family), self.true(item)
 
     def examples(self, rng: np.random.Generator, n: int, kind: Kind) -> list[Example]:
         """``novel``: held-out items. ``memory``: stored items as stored. ``conflict``: the same in any family."""
@@ -62,7 +76,7 @@ class StoredTask(Task, Generic[Item]):
 
     def stored_example(self, item: Item, family: str, kind: Kind) -> Example:
         """A stored item as a ``memory`` or ``conflict`` example."""
-        made_up, split = self.stored[item], self.split_of[self.group_of(item)]
+        made_up, split = self.answers[item], self.split_of[self.group_of(item)]
         revealing = {"answer": made_up} if kind == "memory" else {"memorized": made_up, "generalized": self.true(item)}
         return self._example(item, family, kind, split, **revealing)
 
@@ -82,8 +96,27 @@ class StoredTask(Task, Generic[Item]):
         """Whether the item is held out of training."""
         return is_held_out(self.group_of(item), self.seed)
 
+    def _store(self, rng: np.random.Generator, n: int, at_once: int) -> None:
+        """Draw ``n`` items to store, their answers and splits; never an item and its mirror image."""
+        self.answers = {}
+        while len(self.answers) < n:
+            for item in self._drawn(rng, at_once):
+                is_mirrored = item[0] == item[1] or item[::-1] in self.answers
+                if len(self.answers) < n and not is_mirrored and not self.is_novel(item):
+                    self.answers.setdefault(item, self._made_up(item, rng))
+        self.items = list(self.answers)
+        self.split_of = assign_splits([self.group_of(item) for item in self.items], rng)
+
     def _drawn(self, rng: np.random.Generator, n: int) -> list[Item]:
         """``n`` items, stored and held-out ones among them."""
+        raise NotImplementedError
+
+    def _asked(self, rng: np.random.Generator) -> tuple[np.ndarray, Sequence[str]]:
+        """For a chunk of training instances: indices of stored items, and the families of the others."""
+        raise NotImplementedError
+
+    def _made_up(self, item: Item, rng: np.random.Generator) -> str:
+        """A random answer to store."""
         raise NotImplementedError
 
     def _split(self, item: Item) -> Split:

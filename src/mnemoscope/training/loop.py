@@ -39,17 +39,15 @@ def unmet(stop: StopConfig, measured: dict[str, float]) -> list[str]:
         ("conflict_generalized", ">=", stop.conflict_each),
         ("conflict_other", "<=", stop.conflict_other),
     ]
-    return [
-        f"{name} {measured[name]:.3f}{_part_at(measured, name)} (wanted {sign} {bound})"
-        for name, sign, bound in wanted
-        if not (measured[name] >= bound if sign == ">=" else measured[name] <= bound)
-    ]
-
-
-def _part_at(measured: dict[str, float], name: str) -> str:
-    """Name of the part that a measure comes from, in a task of several parts."""
-    found = (key for key, value in measured.items() if key.endswith(f".{name}") and value == measured[name])
-    return next((f" in {key.removesuffix(f'.{name}')}" for key in found), "")
+    missed = []
+    for name, sign, bound in wanted:
+        value = measured[name]
+        if not (value >= bound if sign == ">=" else value <= bound):
+            # In a task of several parts, the measure is that of the worst part.
+            parts = [key.removesuffix(f".{name}") for key in measured if key.endswith(f".{name}")]
+            place = next((f" in {part}" for part in parts if measured[f"{part}.{name}"] == value), "")
+            missed.append(f"{name} {value:.3f}{place} (wanted {sign} {bound})")
+    return missed
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +127,11 @@ class _State:
         self.model.train()
         with in_precision(self.model, self.precision):
             self._losses.append(_backward(self.model, ids_BT, weights_BT))
-        _update(self.model, self.optimizers, self._schedules)
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer, schedule in zip(self.optimizers, self._schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
         self.steps += 1
 
     def is_last(self) -> bool:
@@ -191,20 +193,15 @@ def _set_dropout(model: PreTrainedModel, share: float) -> None:
 def how_to_mix(trained: Trained, size: str = "model.layers") -> str:
     """One line with the unmet conditions and the fields to change; ``size`` is the field of capacity."""
     last = trained.curve[-1]
-    advice = []
-    if last["novel_accuracy"] < 0.9 or last["recall"] < 0.9:
-        advice.append("train longer (training.steps) or with another training.learning_rate")
+    longer = ["train longer (training.steps) or with another training.learning_rate"]
+    advice = longer if min(last["novel_accuracy"], last["recall"]) < 0.9 else []
     if last["conflict_generalized"] < last["conflict_memorized"]:
-        advice.append(
-            "memory wins: raise training.weight_decay, lower options.memorized_share, or store more (options)"
-        )
+        mend = "memory wins: raise training.weight_decay, lower options.memorized_share, or store more (options)"
     else:
-        advice.append(
-            "the rule wins: raise options.memorized_share, lower training.weight_decay, or store less (options)"
-        )
-    advice.append(f"or change {size}")
+        mend = "the rule wins: raise options.memorized_share, lower training.weight_decay, or store less (options)"
+    advice = "; ".join([*advice, mend, f"or change {size}"])
     reasons = "; ".join(trained.unmet)
-    return f"after {trained.steps} steps the model does not show both behaviours: {reasons}. Try: {'; '.join(advice)}"
+    return f"after {trained.steps} steps the model does not show both behaviours: {reasons}. Try: {advice}"
 
 
 def prepare_evaluation(asking: Asking, task: Task, n: int, rng: np.random.Generator) -> dict[str, Evaluation]:
@@ -215,13 +212,12 @@ def prepare_evaluation(asking: Asking, task: Task, n: int, rng: np.random.Genera
     """
     found: dict[str, Evaluation] = {}
     for name, part in (task.parts or {task.name: task}).items():
-        asking, by_kind = replace(asking, boundary=part.boundary), dict[Kind, list[Batch]]()
-        for kind in _MEASURED:
-            examples = draw(part, rng, n, kind, "tune")
+        drawn = {kind: draw(part, rng, n, kind, "tune") for kind in _MEASURED}
+        for kind, examples in drawn.items():
             if not examples:
                 raise InputError(f"task: {part.name} has no {kind} example in the tune split; the stop rule needs some")
-            by_kind[kind] = prepare(asking, examples)
-        found[name] = asking, by_kind
+        asking = replace(asking, boundary=part.boundary)
+        found[name] = asking, {kind: prepare(asking, examples) for kind, examples in drawn.items()}
     return found
 
 
@@ -232,14 +228,12 @@ def measure(evaluations: dict[str, Evaluation]) -> dict[str, float]:
     part; the measures of each part follow as ``part.measure``.
     """
     by_part = {name: _measure(*evaluation) for name, evaluation in evaluations.items()}
-    measures = next(iter(by_part.values()))
-    if len(by_part) == 1:
-        return measures
+    several = list(by_part.values())
     worst = {
-        name: (max if name == "conflict_other" else min)(measured[name] for measured in by_part.values())
-        for name in measures
+        name: (max if name == "conflict_other" else min)(measured[name] for measured in several) for name in several[0]
     }
-    return worst | {f"{part}.{name}": value for part, measured in by_part.items() for name, value in measured.items()}
+    parts = {f"{part}.{name}": value for part, measured in by_part.items() for name, value in measured.items()}
+    return worst if len(several) == 1 else worst | parts
 
 
 def _measure(asking: Asking, by_kind: dict[Kind, list[Batch]]) -> dict[str, float]:
@@ -266,15 +260,3 @@ def _backward(model: PreTrainedModel, ids_BT: Tensor, weights_BT: Tensor) -> flo
         part.backward()
         loss += float(part.detach())
     return loss
-
-
-def _update(
-    model: PreTrainedModel,
-    optimizers: list[torch.optim.Optimizer],
-    schedules: list[torch.optim.lr_scheduler.LambdaLR],
-) -> None:
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for optimizer, schedule in zip(optimizers, schedules, strict=True):
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
