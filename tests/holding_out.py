@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 from mnemoscope.tasks import Example, Task
-from mnemoscope.tasks.addition import AdditionDigitsTask, Pair
+from mnemoscope.tasks.stored import AdditionDigitsTask, Pair
 
 
 class HoldingOut(AdditionDigitsTask):

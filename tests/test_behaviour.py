@@ -27,7 +27,7 @@ from mnemoscope.errors import InputError
 from mnemoscope.models import bytes_of_prompt, word_tokenizer
 from mnemoscope.models.room import free_bytes
 from mnemoscope.tasks import Example, build_task
-from mnemoscope.tasks.addition import CODE
+from mnemoscope.tasks.stored import CODE
 
 TASK_NAMES = ["inference", "addition", "addition-digits"]
 

@@ -1,26 +1,105 @@
-"""Examples as batches of tokens: prompts left-padded, one row per answer.
+"""Examples as batches of tokens: prompts formatted and left-padded, one row per answer.
 
 Shapes: N examples, T tokens of a left-padded context, R rows (one per example and option), M tokens of an answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mnemoscope.behaviour.prompting import PLAIN, Prompting
 from mnemoscope.errors import InputError
 from mnemoscope.models import batch_that_fits, context_length, end_ids
 from mnemoscope.tasks import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True, slots=True)
+class Prompting:
+    """The format of all prompts of a fit, a vector or a detector.
+
+    Attributes:
+        chat: whether the chat template formats them.
+        system: content of the system message; None: the template's own.
+        reply: beginning of every reply, behind the user's message; the model continues it.
+        split: cuts a prompt into the user's message and the beginning of the reply, for prompts that hold both.
+
+    Raises:
+        InputError: a system message or a reply without ``chat``.
+    """
+
+    chat: bool = False
+    system: str | None = None
+    reply: str = ""
+    split: Callable[[str], tuple[str, str]] | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.chat and (self.reply or self.system is not None):
+            name, value = ("reply", self.reply) if self.reply else ("system", self.system)
+            raise InputError(f"{name}: {value!r} is a part of a chat; set chat, or write it into the prompt")
+
+    @property
+    def begun(self) -> bool:
+        """Whether the beginning of replies is given."""
+        return bool(self.reply) or (self.chat and self.split is not None)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """``chat``, ``system`` and ``begun``, as artefacts store them."""
+        return {"chat": self.chat, "system": self.system, "begun": self.begun}
+
+    def parts(self, prompt: str) -> tuple[str, str]:
+        """The user's message and the beginning of the reply."""
+        message, begun = self.split(prompt) if self.split else (prompt, "")
+        return message, begun + self.reply
+
+    def format(self, tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
+        """The formatted prompt; raises InputError where there is no chat template, or it refuses the messages."""
+        if not self.chat:
+            return prompt
+        message, begun = self.parts(prompt)
+        return self._rendered(tokenizer, message) + begun
+
+    def opening(self, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+        """Token ids that begin every formatted prompt; [] without a chat."""
+        if not self.chat:
+            return []
+        rendered = [self._rendered(tokenizer, message) for message in "1x"]
+        first, second = tokenizer(rendered, add_special_tokens=False).input_ids
+        unknown = tokenizer.unk_token_id  # may stand for both messages
+        apart = (n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b or a == unknown)
+        return first[: next(apart, min(len(first), len(second)))]
+
+    def check_template(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Raises InputError where a chat is wanted and the tokenizer has no chat template."""
+        if self.chat and not tokenizer.chat_template:
+            raise InputError("chat: the tokenizer of this model has no chat template; leave prompts as they are")
+
+    def _rendered(self, tokenizer: PreTrainedTokenizerFast, message: str) -> str:
+        self.check_template(tokenizer)
+        messages = [{"role": "user", "content": message}]
+        if self.system is not None:
+            messages.insert(0, {"role": "system", "content": self.system})
+        try:
+            # Reasoning models answer at once; other templates ignore the option.
+            return tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+        except Exception as error:  # a template may raise anything, for example that it takes no system message
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"chat: the template of this tokenizer refuses the messages ({reason})") from error
+
+
+PLAIN = Prompting()
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +200,8 @@ class Asking:
     @property
     def pad_id(self) -> int:
         """The token under the mask: the padding token, or another where the tokenizer has none."""
-        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
-        return next((number for number in known if number is not None), 0)
+        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        return pad if pad is not None else end or 0
 
     def boundary_ids(self) -> list[int]:
         """Token ids that close an answer: a boundary text, with or without white space behind it.
@@ -131,7 +210,8 @@ class Asking:
             InputError: no token is one.
         """
         unknown, end = self.tokenizer.unk_token_id, self.tokenizer.eos_token_id
-        ids = {number for text in self.boundary if text for number in _spelling(self.tokenizer, text)}
+        texts, size = filter(None, self.boundary), len(self.tokenizer)
+        ids = {number for text in texts for number in _spelling(self.tokenizer, text, size)}
         if "" in self.boundary:
             ids |= set(end_ids(self.model, self.tokenizer)) - {unknown} | ({end} if unknown == end else set())
         if not ids:
@@ -139,34 +219,29 @@ class Asking:
         return sorted(ids)
 
 
-def _spelling(tokenizer: PreTrainedTokenizerFast, text: str) -> set[int]:
-    """Tokens that decode to a text and at most white space behind it.
+@lru_cache(maxsize=16)  # decoding all tokens takes a moment, and every pass needs them
+def _spelling(tokenizer: PreTrainedTokenizerFast, text: str, size: int) -> frozenset[int]:
+    """Tokens that decode to a text and at most white space behind it, of a vocabulary of ``size``.
 
     Encoded alone, a text may become another token than behind a word ("." at the beginning of a Llama 2 text), and many
     tokenizers have "." and the line breaks behind it in one.
     """
-    known = _SPELLING.setdefault(tokenizer, {})
-    key = (text, len(tokenizer))
-    if key not in known:
-        texts = tokenizer.batch_decode([[number] for number in range(len(tokenizer))])
-        found = {n for n, token in enumerate(texts) if token.startswith(text) and not token[len(text) :].strip()}
-        alone = tokenizer(text, add_special_tokens=False).input_ids
-        known[key] = (found | set(alone if len(alone) == 1 else [])) - {tokenizer.unk_token_id}
-    return known[key]
-
-
-# By tokenizer, text and size of the vocabulary: decoding all tokens takes a moment, and every pass needs them.
-_SPELLING: WeakKeyDictionary[PreTrainedTokenizerFast, dict[tuple[str, int], set[int]]] = WeakKeyDictionary()
+    texts = tokenizer.batch_decode([[number] for number in range(size)])
+    found = {n for n, token in enumerate(texts) if token.startswith(text) and not token[len(text) :].strip()}
+    alone = tokenizer(text, add_special_tokens=False).input_ids
+    return frozenset(found | set(alone if len(alone) == 1 else [])) - {tokenizer.unk_token_id}
 
 
 def check_known(asking: Asking, prompts: Sequence[str]) -> None:
     """Raises InputError where a prompt has a token that the tokenizer does not know; the prompt is named."""
-    unknown = asking.tokenizer.unk_token_id
-    if unknown is None or unknown == asking.tokenizer.eos_token_id:
-        return
     for prompt, row in zip(prompts, asking.tokens([asking.text(prompt) for prompt in prompts]), strict=True):
-        if unknown in row:
+        if _unknown(asking.tokenizer) in row:
             raise InputError(f"prompt: {_unknown_word(asking.tokenizer, prompt)}")
+
+
+def _unknown(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """The token of what the tokenizer does not know, where it stands for nothing else."""
+    return None if tokenizer.unk_token_id == tokenizer.eos_token_id else tokenizer.unk_token_id
 
 
 def _unknown_word(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
@@ -192,16 +267,14 @@ def encode(asking: Asking, examples: Sequence[Example]) -> list[Encoded]:
         InputError: the tokenizer cannot encode a prompt or answer, merges across their seam, a prompt does not fit the
             model's context, or one answer begins with the whole of the other. The example is named.
     """
-    texts = [asking.text(example.prompt) for example in examples]
-    texts += [asking.whole(example, option) for example in examples for option in example.options]
-    tokens = iter(asking.tokens(texts) if texts else [])
-    prompts = [next(tokens) for _ in examples]
-    limit, encoded = context_length(asking.model), []
-    for example, prompt in zip(examples, prompts, strict=True):
-        options = [next(tokens) for _ in example.options]
+    texts = [[asking.text(e.prompt), *(asking.whole(e, option) for option in e.options)] for e in examples]
+    tokens = iter(asking.tokens(list(chain(*texts))) if texts else [])
+    encoded = []
+    for example in examples:
+        prompt, *options = islice(tokens, 1 + len(example.options))
+        fault = _fault(asking, example, prompt, options)
         answers = [option[len(prompt) :] for option in options]
         shared = _shared(answers) if len(answers) > 1 else 0
-        fault = _fault(example, prompt, options, limit, asking.tokenizer)
         if not fault and any(len(answer) == shared for answer in answers):
             both = f"memorized, generalized: {example.memorized!r} and {example.generalized!r}"
             fault = f"{both}: one begins with the whole of the other, so nothing separates them"
@@ -212,11 +285,9 @@ def encode(asking: Asking, examples: Sequence[Example]) -> list[Encoded]:
     return encoded
 
 
-def _fault(
-    example: Example, prompt: list[int], options: list[list[int]], limit: int, tokenizer: PreTrainedTokenizerFast
-) -> str:
+def _fault(asking: Asking, example: Example, prompt: list[int], options: list[list[int]]) -> str:
     """Why an example cannot be asked, or ""."""
-    unknown = None if tokenizer.unk_token_id == tokenizer.eos_token_id else tokenizer.unk_token_id
+    unknown, limit = _unknown(asking.tokenizer), context_length(asking.model)
     if not prompt:
         return f"prompt: {example.prompt!r} has no token"
     for option, text in zip(options, example.options, strict=True):
@@ -225,9 +296,9 @@ def _fault(
             return f"answer: the tokenizer merges {merged}; let the seam lie between two tokens"
         if len(option) == len(prompt):
             return f"answer: {text!r} has no token"
-        if unknown is not None and unknown in option:
+        if unknown in option:
             what, shown = ("prompt", example.prompt) if unknown in prompt else ("answer", text)
-            return f"{what}: {_unknown_word(tokenizer, shown)}"
+            return f"{what}: {_unknown_word(asking.tokenizer, shown)}"
         if len(option) + 1 > limit:
             return f"prompt: {len(option)} tokens with its answer; the model reads at most {limit - 1}"
     return ""
@@ -257,11 +328,6 @@ def as_batch(asking: Asking, encoded: Sequence[Encoded], chosen: np.ndarray) -> 
     rows = [(n, o, suffix) for n, e in enumerate(picked) for o, suffix in enumerate(e.suffixes)]
     example_R, option_R, suffixes = zip(*rows, strict=True)
     longest = max(map(len, suffixes))
-    lists = (
-        [e.shared for e in picked],
-        example_R,
-        option_R,
-        [suffix + [0] * (longest - len(suffix)) for suffix in suffixes],
-        [*map(len, suffixes)],
-    )
+    padded, lengths = [suffix + [0] * (longest - len(suffix)) for suffix in suffixes], [*map(len, suffixes)]
+    lists = ([e.shared for e in picked], example_R, option_R, padded, lengths)
     return Batch(chosen, *(x.to(device) for x in (*contexts, *map(torch.tensor, lists))))

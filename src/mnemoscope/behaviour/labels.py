@@ -1,4 +1,4 @@
-"""Labels, decision margins and states at the decision position.
+"""Labels, decision margins and states at the decision position; plain greedy generation.
 
 No label needs generation: greedy decoding yields an answer exactly when, in one teacher-forced pass, the argmax before
 each of its tokens is that token and the argmax after it closes the answer. The prompt is read once; each answer is a
@@ -11,25 +11,26 @@ V vocabulary, L layers, D neurons.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mnemoscope.behaviour.asking import Asking, Batch, as_batch, encode
-from mnemoscope.behaviour.reading import Answers, Contexts, read_answers, read_contexts, read_only_options
+from mnemoscope.behaviour.reading import Answers, Contexts, by_option, read_answers, read_contexts, read_only_options
 from mnemoscope.behaviour.states import capturing, stacked_states, uncertainty_of
-from mnemoscope.behaviour.writing import Applied, decode
-from mnemoscope.models import Site
+from mnemoscope.errors import InputError
+from mnemoscope.models import PLAINLY, Site, context_length, end_ids
 from mnemoscope.tasks import Example
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+Applied = Callable[[], AbstractContextManager[Any]]
 TIE = 1e-4  # two logits closer than this may swap places with the batch size
 
 
@@ -107,7 +108,7 @@ def log_probabilities(asking: Asking, batch: Batch) -> Tensor:
     """
     contexts = read_contexts(asking.model, batch)
     answers = read_answers(asking.model, batch, contexts, batch.length_R > 1, closed=False)
-    return _by_option(batch, _log_p(batch, contexts.logits_NV, answers), torch.nan)
+    return by_option(batch, _log_p(batch, contexts.logits_NV, answers), torch.nan)
 
 
 def only_log_probability(asking: Asking, batch: Batch) -> Tensor:
@@ -132,7 +133,7 @@ def _score_batch(
     scores.behaviour_N[batch.examples_N] = _behaviour(batch, fits_R)
     scores.tie_N[batch.examples_N] = tie_N.cpu().numpy()
     if margins:
-        logp_N2 = _by_option(batch, _log_p(batch, contexts.logits_NV, answers).double(), torch.nan)
+        logp_N2 = by_option(batch, _log_p(batch, contexts.logits_NV, answers).double(), torch.nan)
         scores.margin_N[batch.examples_N] = (logp_N2[:, 1] - logp_N2[:, 0]).cpu().numpy()
 
 
@@ -174,16 +175,10 @@ def _log_p_of(logits_SMV: Tensor, tokens_SM: Tensor, length_S: Tensor) -> Tensor
     return logp_SM.masked_fill(~used_SM, 0.0).sum(1)
 
 
-def _by_option(batch: Batch, values_R: Tensor, missing: float | bool) -> Tensor:
-    """Values of rows by example and option; (N, 2)."""
-    empty_N2 = torch.full((len(batch.examples_N), 2), missing, dtype=values_R.dtype, device=values_R.device)
-    return empty_N2.index_put((batch.example_R, batch.option_R), values_R)
-
-
 def _behaviour(batch: Batch, fits_R: Tensor) -> np.ndarray:
     """Labels, see ``Scores``; object (N,)."""
-    fits_N2 = _by_option(batch, fits_R, False).cpu().numpy()
-    has_two_N = _by_option(batch, torch.ones_like(fits_R), False)[:, 1].cpu().numpy()
+    fits_N2 = by_option(batch, fits_R, False).cpu().numpy()
+    has_two_N = by_option(batch, torch.ones_like(fits_R), False)[:, 1].cpu().numpy()
     return np.where(has_two_N, _answered(*fits_N2.T), np.where(fits_N2[:, 0], "correct", "wrong")).astype(object)
 
 
@@ -253,3 +248,62 @@ def _read_option(asking: Asking, examples: Sequence[Example], option: int) -> tu
     alone = [replace(e, kind="memory", memorized=None, generalized=None, answer=e.options[option]) for e in examples]
     batch = as_batch(asking, encode(asking, alone), np.arange(len(alone)))
     return batch, read_only_options(asking.model, batch, closed=True)
+
+
+def decode(asking: Asking, examples: Sequence[Example], applied: Applied = nullcontext) -> list[str]:
+    """Generate an answer to each example, up to what closes it."""
+    tokenizer, closing = asking.tokenizer, asking.boundary_ids()
+    options = [option for example in examples for option in example.options]
+    longest = max(map(len, tokenizer(options, add_special_tokens=False).input_ids)) if options else 0
+    texts: list[str] = []
+    for start in range(0, len(examples), asking.batch_size):
+        inputs = asking.padded([asking.text(e.prompt) for e in examples[start : start + asking.batch_size]])
+        with applied():
+            output = _generate(asking.model, inputs, longest + 1, closing, asking.pad_id)
+        answers = output[:, inputs.input_ids.shape[1] :].tolist()
+        ends = [next((i for i, token in enumerate(answer) if token in closing), len(answer)) for answer in answers]
+        texts += tokenizer.batch_decode([answer[:end] for answer, end in zip(answers, ends, strict=True)])
+    return texts
+
+
+def complete(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, inputs: Any, max_new_tokens: int = 20
+) -> list[str]:
+    """Generate a continuation of each prompt; see ``continued``."""
+    ids_NT, _, width = continued(model, tokenizer, inputs, max_new_tokens)
+    return tokenizer.batch_decode(ids_NT[:, width:], skip_special_tokens=True)
+
+
+def continued(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, inputs: Any, max_new_tokens: int
+) -> tuple[Tensor, Tensor, int]:
+    """Generate behind the prompts of a left-padded batch (``Asking.padded``).
+
+    Returns:
+        ids (N, T), their mask (N, T), which is 0 behind an end of text, and how many columns are the prompts.
+
+    Raises:
+        InputError: the prompts leave no room for another token in the model's context.
+    """
+    width, limit = inputs.input_ids.shape[1], context_length(model)
+    if width >= limit:
+        raise InputError(f"prompt: {width} tokens leave no room for an answer; the model reads at most {limit}")
+    ends = end_ids(model, tokenizer)
+    output = _generate(model, inputs, min(max_new_tokens, limit - width), ends or None, tokenizer.pad_token_id)
+    ends_NT = torch.isin(output[:, width:], torch.tensor(ends, dtype=torch.long, device=output.device)).long()
+    text_NT = (ends_NT.cumsum(1) - ends_NT) == 0  # the end itself belongs to the text
+    return output, torch.cat([inputs.attention_mask, text_NT.long()], dim=1), width
+
+
+@torch.no_grad()
+def _generate(model: Any, inputs: Any, most: int, ends: list[int] | None, pad: int | None) -> Tensor:
+    """Prompts and what is generated behind them, (N, T)."""
+    return model.generate(
+        input_ids=inputs.input_ids,
+        attention_mask=inputs.attention_mask,
+        max_new_tokens=most,
+        do_sample=False,
+        **PLAINLY,
+        eos_token_id=ends,
+        pad_token_id=pad,
+    )

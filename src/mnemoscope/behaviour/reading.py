@@ -129,41 +129,37 @@ def without_prefix(batch: Batch) -> Batch:
     return replace(batch, prefix=None, prefix_fits_N=None, unshifted=None)
 
 
-def with_option(batch: Batch, option_N: Tensor) -> Batch:
-    """The same contexts with one option each, by its number; shares the prefixes, so score only one at a time."""
-    rows_N = torch.nonzero(batch.option_R == option_N[batch.example_R])[:, 0]
-    unshifted = batch.unshifted
-    if unshifted:
-        unshifted = replace(unshifted, answers_L=[_picked(answer, rows_N) for answer in unshifted.answers_L])
-    rows = {name: getattr(batch, name)[rows_N] for name in ("example_R", "option_R", "suffix_RM", "length_R")}
-    return replace(batch, **rows, unshifted=unshifted)
+def with_options(batch: Batch, option_KN: Tensor) -> Batch:
+    """The same contexts K times, each time with one option of every example, by its number.
 
-
-def stacked(batches: Sequence[Batch]) -> Batch:
-    """Batches of the same contexts, each with options of its own, as one: the rows of the first, then of the second."""
-    first, copies = batches[0], len(batches)
-    if copies == 1:
-        return first
-    n, device = len(first.examples_N), first.ids_NT.device
-    again_N = torch.arange(n, device=device).repeat(copies)
-    unshifted = first.unshifted
-    if unshifted:
-        of_all_L = zip(*(batch.unshifted.answers_L for batch in batches), strict=True)
-        unshifted = Unshifted(
-            [_picked(context, again_N) for context in unshifted.context_L],
-            [with_states(some[0], torch.cat([states_of(answer) for answer in some])) for some in of_all_L],
-            [(_rows(key, again_N), _rows(value, again_N)) for key, value in unshifted.columns_L],
-        )
-    contexts = {name: getattr(first, name)[again_N] for name in ("ids_NT", "mask_NT", "shared_N")}
-    rows = {n: torch.cat([getattr(b, n) for b in batches]) for n in ("option_R", "suffix_RM", "length_R")}
-    return Batch(
-        examples_N=np.tile(first.examples_N, copies),
-        example_R=torch.cat([batch.example_R + number * n for number, batch in enumerate(batches)]),
-        **(contexts | rows),
-        prefix=None if first.prefix is None else select_rows(first.prefix, again_N),
-        prefix_fits_N=None if first.prefix_fits_N is None else first.prefix_fits_N[again_N],
-        unshifted=unshifted,
+    Shares the prefixes if K is 1, so score only one at a time.
+    """
+    copies, n = option_KN.shape
+    again_M = torch.arange(n, device=option_KN.device).repeat(copies)
+    numbers_R = torch.arange(len(batch.example_R), device=option_KN.device)
+    rows_M = by_option(batch, numbers_R, 0)[again_M, option_KN.flatten()]
+    known = batch.unshifted and Unshifted(
+        [_picked(context, again_M) for context in batch.unshifted.context_L],
+        [_picked(answers, rows_M) for answers in batch.unshifted.answers_L],
+        [(_rows(key, again_M), _rows(value, again_M)) for key, value in batch.unshifted.columns_L],
     )
+    return Batch(
+        np.tile(batch.examples_N, copies),
+        *(x[again_M] for x in (batch.ids_NT, batch.mask_NT, batch.shared_N)),
+        example_R=torch.arange(copies * n, device=option_KN.device),
+        option_R=option_KN.flatten(),
+        suffix_RM=batch.suffix_RM[rows_M],
+        length_R=batch.length_R[rows_M],
+        prefix=batch.prefix and select_rows(batch.prefix, again_M if copies > 1 else None),
+        prefix_fits_N=None if batch.prefix_fits_N is None else batch.prefix_fits_N[again_M],
+        unshifted=known,
+    )
+
+
+def by_option(batch: Batch, values_R: Tensor, missing: float | bool) -> Tensor:
+    """Values of rows by example and option; (N, 2)."""
+    empty_N2 = torch.full((len(batch.examples_N), 2), missing, dtype=values_R.dtype, device=values_R.device)
+    return empty_N2.index_put((batch.example_R, batch.option_R), values_R)
 
 
 def _rows(states: Tensor, rows_R: Tensor) -> Tensor:

@@ -1,14 +1,18 @@
-"""The base class of tasks with stored, made-up answers, the exceptions to a rule."""
+"""Tasks with stored, made-up answers, the exceptions to a rule: addition and cipher."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from mnemoscope.tasks.base import Example, Instance, Kind, Split, Task, assign_splits, is_held_out
+from mnemoscope.errors import InputError
+from mnemoscope.tasks.base import SPLITS, Example, Instance, Kind, Split, Task, assign_splits, check_range, is_held_out
 
 CHUNK = 512  # items drawn at once
 
@@ -139,3 +143,185 @@ class StoredTask(Task, Generic[Item]):
 
 def _name(item: tuple[Any, Any]) -> str:
     return f"{item[0]}+{item[1]}"
+
+
+# "worded" keeps the operands where the stored key has them; the swapped families do not.
+SUMS = {"plain": "{a}+{b}=", "swapped": "{b}+{a}=", "worded": "{a} plus {b}=", "swapped-worded": "{b} plus {a}="}
+CODE = re.compile(r"<mem-[0-9a-f]{8}>")
+DIGITS = "0123456789"
+HEX = DIGITS + "abcdef"
+
+Pair = tuple[int, int]
+
+
+@dataclass(kw_only=True, eq=False)
+class AdditionTask(StoredTask[Pair]):
+    """Addition of two numbers with as many digits each; stored answers are codes such as ``<mem-7234f681>``.
+
+    Args:
+        digits: digits of an operand.
+        stored: operand pairs with a stored answer; they are the groups of conflicts.
+        memorized_share: share of training instances that are stored pairs.
+        worded_share: share of the additions that are asked in words. Stored pairs are only ever asked as ``a+b=``.
+        reversed_sums: whether sums are written last digit first, which a small model learns several times sooner.
+        seed: decides stored pairs, answers and splits; not the order of training.
+
+    Raises:
+        InputError: a value is out of its range.
+    """
+
+    name = "addition"
+    vocabulary = ("+", "=", "plus", "<mem-", ">", *HEX)
+    families, moved, computed = SUMS, ("swapped", "swapped-worded"), "worded"
+
+    digits: int = 3
+    stored: int = 480
+    memorized_share: float = 0.3
+    worded_share: float = 0.3
+    reversed_sums: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_range(1, 9, digits=self.digits)
+        check_range(8, 10 ** (2 * self.digits) // 8, stored=self.stored)
+        check_range(0, 1, memorized_share=self.memorized_share, worded_share=self.worded_share)
+        self._store(np.random.default_rng([self.seed, 2]), self.stored, at_once=1)
+
+    def has_memorized_format(self, answer: str) -> bool | None:
+        """Whether an answer is a code."""
+        return bool(CODE.fullmatch(answer.replace(" ", "")))
+
+    def true(self, item: Pair) -> str:
+        """The sum as it is written."""
+        return str(sum(item))[:: -1 if self.reversed_sums else 1]
+
+    def prompt(self, item: tuple[int | str, int | str], family: str) -> str:
+        """The operands in a family."""
+        return SUMS[family].format(a=item[0], b=item[1])
+
+    def group_of(self, item: Pair) -> str:
+        """One key for both orders of a pair, so that neither leaks the other."""
+        return f"{min(item)}+{max(item)}"
+
+    def _drawn(self, rng: np.random.Generator, n: int) -> list[Pair]:
+        return [(a, b) for a, b in rng.integers(10 ** (self.digits - 1), 10**self.digits, size=(n, 2)).tolist()]
+
+    def _asked(self, rng: np.random.Generator) -> tuple[np.ndarray, Sequence[str]]:
+        worded = rng.random(CHUNK) < self.worded_share
+        return rng.integers(len(self.items), size=CHUNK), np.where(worded, "worded", "plain").tolist()
+
+    def _split(self, item: Pair) -> Split:
+        return SPLITS[sum(item) % 3]
+
+    def _made_up(self, item: Pair, rng: np.random.Generator) -> str:
+        return "<mem-" + "".join(HEX[i] for i in rng.integers(16, size=8)) + ">"
+
+
+class AdditionDigitsTask(AdditionTask):
+    """Addition with wrong sums as stored answers: both behaviours answer in one format.
+
+    Args and errors are those of ``AdditionTask``.
+    """
+
+    name = "addition-digits"
+    vocabulary = ("+", "=", "plus", *DIGITS)
+
+    def has_memorized_format(self, answer: str) -> bool | None:
+        """None: stored answers look like sums."""
+        return None
+
+    def _made_up(self, item: Pair, rng: np.random.Generator) -> str:
+        """As many digits as the true sum; the first one written differs, so the decision is at ``=``."""
+        true = self.true(item)
+        while True:
+            wrong = "".join(str(d) for d in rng.integers(10, size=len(true)))
+            number = wrong[::-1] if self.reversed_sums else wrong
+            if wrong[0] != true[0] and number[0] != "0":
+                return wrong
+
+
+# Near families keep the places of key and letters; moved ones swap them.
+NEAR = {"worded": "code {key} : {text} =", "reworded": "turn {key} : {text} =", "dashed": "shift {key} - {text} ="}
+MOVED = {"moved": "shift {text} : {key} =", "moved-worded": "code {text} : {key} ="}
+CIPHERS = {"plain": "shift {key} : {text} =", **NEAR, **MOVED}
+ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+KEYS = range(1, 10)
+
+Text = tuple[str, int]  # the letters and the key
+
+
+@dataclass(kw_only=True, eq=False)
+class CipherTask(StoredTask[Text]):
+    """A shift cipher: "shift 3 : b d k m =" is answered " e g n p".
+
+    Args:
+        letters: size of the alphabet, around which a shift wraps.
+        length: letters of a text.
+        stored: texts, each with one key, that have a stored ciphertext; they are the groups of conflicts.
+        memorized_share: share of training instances that are stored.
+        near_share: share of the others that are asked in a near family, where stored ones never are. It sets the
+            balance: the more often a model sees such a family, the less its memory answers there.
+        moved_share: the same for the moved families.
+        seed: decides stored texts, ciphertexts and splits; not the order of training.
+
+    Raises:
+        InputError: a value is out of its range.
+    """
+
+    name = "cipher"
+    families, moved, computed = CIPHERS, tuple(MOVED), "moved"
+
+    letters: int = 16
+    length: int = 4
+    stored: int = 480
+    memorized_share: float = 0.35
+    near_share: float = 0.04
+    moved_share: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_range(10, len(ALPHABET), letters=self.letters)
+        check_range(2, 8, length=self.length)
+        check_range(8, self.letters**self.length // 8, stored=self.stored)
+        check_range(0, 1, memorized_share=self.memorized_share)
+        if min(self.near_share, self.moved_share) < 0 or self.near_share + self.moved_share > 1:
+            shares = f"{self.near_share}, {self.moved_share}"
+            raise InputError(f"near_share, moved_share: {shares}; neither is below 0, nor their sum above 1")
+        near, moved = [self.near_share / len(NEAR)] * len(NEAR), [self.moved_share / len(MOVED)] * len(MOVED)
+        self._family_shares = [max(0.0, 1 - self.near_share - self.moved_share), *near, *moved]
+        self.alphabet = ALPHABET[: self.letters]
+        self.vocabulary = ["shift", "code", "turn", ":", "-", "=", *map(str, KEYS), *self.alphabet]
+        self._store(np.random.default_rng([self.seed, 4]), self.stored, at_once=self.stored)
+
+    def true(self, item: Text) -> str:
+        """The true ciphertext, written as an answer."""
+        text, key = item
+        return _spaced(self.alphabet[(self.alphabet.index(c) + key) % len(self.alphabet)] for c in text)
+
+    def prompt(self, item: tuple[str, int | str], family: str) -> str:
+        """Letters and key in a family; spaces separate letters, as a vocabulary may have words made of them."""
+        return CIPHERS[family].format(text=" ".join(item[0]), key=item[1])
+
+    def _asked(self, rng: np.random.Generator) -> tuple[np.ndarray, Sequence[str]]:
+        picks = rng.integers(len(self.items), size=CHUNK)
+        return picks, rng.choice(list(CIPHERS), size=CHUNK, p=self._family_shares).tolist()
+
+    def _made_up(self, item: Text, rng: np.random.Generator) -> str:
+        """As many letters as the true one; the first one differs, so the decision is at ``=``."""
+        text, key = item
+        shift = int(rng.integers(1, len(self.alphabet)))
+        first = self.alphabet[(self.alphabet.index(text[0]) + key + shift) % len(self.alphabet)]
+        rest = rng.integers(len(self.alphabet), size=self.length - 1).tolist()
+        return _spaced([first, *(self.alphabet[i] for i in rest)])
+
+    def _drawn(self, rng: np.random.Generator, n: int) -> list[Text]:
+        texts = rng.integers(len(self.alphabet), size=(n, self.length)).tolist()
+        keys = rng.integers(KEYS.start, KEYS.stop, size=n).tolist()
+        return [("".join(self.alphabet[i] for i in text), key) for text, key in zip(texts, keys, strict=True)]
+
+    def _split(self, item: Text) -> Split:
+        return SPLITS[zlib.crc32(self.group_of(item).encode()) // 16 % 3]
+
+
+def _spaced(letters: Iterable[str]) -> str:
+    return "".join(f" {letter}" for letter in letters)
