@@ -20,7 +20,7 @@ from mnemoscope.errors import InputError
 from mnemoscope.tasks import KINDS, SPLITS, Example, Instance, Side, Task, answer_of, build_task, draw
 from mnemoscope.tasks.facts import FactsTask
 from mnemoscope.tasks.inference import COLOURS, InferenceTask
-from mnemoscope.tasks.jsonl import read_jsonl, write_jsonl
+from mnemoscope.tasks.jsonl import JsonlTask, write_jsonl
 from mnemoscope.tasks.registry import JointTask
 from mnemoscope.tasks.stored import CIPHERS, SUMS, StoredTask
 
@@ -332,7 +332,7 @@ def test_jsonl_reads_back_what_was_written(tmp_path: Path) -> None:
     examples.append(replace(examples[0], prompt="one line\u2028to JSON, two\x85to Python"))
     path = tmp_path / "mine.jsonl"
     path.write_text(write_jsonl(examples))
-    assert read_jsonl(path, 0) == examples
+    assert JsonlTask(file=str(path)).examples_read == examples
 
 
 def jsonl_task(path: Path, rows: list[dict[str, str]]) -> Task:

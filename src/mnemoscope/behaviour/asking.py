@@ -44,8 +44,8 @@ class Prompting:
 
     def __post_init__(self) -> None:
         if not self.chat and (self.reply or self.system is not None):
-            name, value = ("reply", self.reply) if self.reply else ("system", self.system)
-            raise InputError(f"{name}: {value!r} is a part of a chat; set chat, or write it into the prompt")
+            given = f"reply: {self.reply!r}" if self.reply else f"system: {self.system!r}"
+            raise InputError(f"{given} is a part of a chat; set chat, or write it into the prompt")
 
     @property
     def begun(self) -> bool:
@@ -63,7 +63,7 @@ class Prompting:
         return message, begun + self.reply
 
     def format(self, tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
-        """The formatted prompt; raises InputError where there is no chat template, or it refuses the messages."""
+        """The formatted prompt; raises InputError where the chat template refuses the messages."""
         if not self.chat:
             return prompt
         message, begun = self.parts(prompt)
@@ -79,16 +79,9 @@ class Prompting:
         apart = (n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b or a == unknown)
         return first[: next(apart, min(len(first), len(second)))]
 
-    def check_template(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        """Raises InputError where a chat is wanted and the tokenizer has no chat template."""
-        if self.chat and not tokenizer.chat_template:
-            raise InputError("chat: the tokenizer of this model has no chat template; leave prompts as they are")
-
     def _rendered(self, tokenizer: PreTrainedTokenizerFast, message: str) -> str:
-        self.check_template(tokenizer)
-        messages = [{"role": "user", "content": message}]
-        if self.system is not None:
-            messages.insert(0, {"role": "system", "content": self.system})
+        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+        messages.append({"role": "user", "content": message})
         try:
             # Reasoning models answer at once; other templates ignore the option.
             return tokenizer.apply_chat_template(
@@ -104,17 +97,11 @@ PLAIN = Prompting()
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """An example as tokens.
+    """An example as tokens."""
 
-    Attributes:
-        context: the prompt and the tokens that all options begin with; its last one is the decision position.
-        shared: how many tokens at the end of the context the options share.
-        suffixes: the rest of each option; their first tokens differ.
-    """
-
-    context: list[int]
-    shared: int
-    suffixes: tuple[list[int], ...]
+    context: list[int]  # the prompt and the tokens that all options begin with; its last one is the decision position
+    shared: int  # how many tokens at the end of the context the options share
+    suffixes: tuple[list[int], ...]  # the rest of each option; their first tokens differ
 
 
 @dataclass(slots=True)
@@ -123,13 +110,11 @@ class Batch:
 
     Attributes:
         examples_N: their indices in the list that was prepared.
-        ids_NT, mask_NT: contexts.
-        shared_N: see ``Encoded.shared``.
+        ids_NT, mask_NT, shared_N: contexts, and how many of their last tokens the options share.
         example_R, option_R: which example (within the batch) and which option a row is.
         suffix_RM, length_R: the options' tokens, right-padded with 0, and their number.
-        prefix: cache of every context token but the last, or None.
-        prefix_fits_N: whether the model itself produces the shared tokens; only with a prefix.
-        unshifted: outputs of blocks below every shift (``reading.Unshifted``); only with a prefix.
+        prefix: cache of every context token but the last, or None; with it come whether the model itself produces the
+            shared tokens (``prefix_fits_N``), and outputs of blocks below every shift (``reading.Unshifted``).
     """
 
     examples_N: np.ndarray
@@ -166,7 +151,8 @@ class Asking:
     prompting: Prompting = PLAIN
 
     def __post_init__(self) -> None:
-        self.prompting.check_template(self.tokenizer)
+        if self.prompting.chat and not self.tokenizer.chat_template:
+            raise InputError("chat: the tokenizer of this model has no chat template; leave prompts as they are")
 
     def text(self, prompt: str) -> str:
         """The formatted prompt."""

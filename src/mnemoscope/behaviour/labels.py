@@ -177,9 +177,9 @@ def _log_p_of(logits_SMV: Tensor, tokens_SM: Tensor, length_S: Tensor) -> Tensor
 
 def _behaviour(batch: Batch, fits_R: Tensor) -> np.ndarray:
     """Labels, see ``Scores``; object (N,)."""
-    fits_N2 = by_option(batch, fits_R, False).cpu().numpy()
+    fits_2N = by_option(batch, fits_R, False).T.cpu().numpy()
     has_two_N = by_option(batch, torch.ones_like(fits_R), False)[:, 1].cpu().numpy()
-    return np.where(has_two_N, _answered(*fits_N2.T), np.where(fits_N2[:, 0], "correct", "wrong")).astype(object)
+    return np.where(has_two_N, _answered(*fits_2N), np.where(fits_2N[0], "correct", "wrong")).astype(object)
 
 
 def _answered(memorized_N: np.ndarray, generalized_N: np.ndarray) -> np.ndarray:

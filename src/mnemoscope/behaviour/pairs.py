@@ -43,22 +43,24 @@ class PairBatch:
     @property
     def states_generalized_PLD(self) -> np.ndarray:
         """float32 states of the sides that were answered generalized."""
-        assert self.scores.states_NLD is not None
-        return self.scores.states_NLD[self.generalized_P]
+        return self._states_NLD[self.generalized_P]
 
     @property
     def states_memorized_PLD(self) -> np.ndarray:
         """float32 states of the sides that were answered memorized."""
+        return self._states_NLD[self.memorized_P]
+
+    @property
+    def _states_NLD(self) -> np.ndarray:
         assert self.scores.states_NLD is not None
-        return self.scores.states_NLD[self.memorized_P]
+        return self.scores.states_NLD
 
     def keep(self, kept: KeptStates, site: Site, of_all: bool) -> None:
         """Keep the states for later stages: of all phrasings, or of those in pairs."""
-        states_NLD, uncertainty_N2 = self.scores.states_NLD, self.scores.uncertainty_N2
-        assert states_NLD is not None
-        assert uncertainty_N2 is not None
+        assert self.scores.uncertainty_N2 is not None
         chosen = np.arange(len(self.asked)) if of_all else np.unique([self.generalized_P, self.memorized_P])
-        kept.add(site, [self.asked[n] for n in chosen], states_NLD[chosen], uncertainty_N2[chosen])
+        examples = [self.asked[n] for n in chosen]
+        kept.add(site, examples, self._states_NLD[chosen], self.scores.uncertainty_N2[chosen])
 
     def pairs(self) -> list[tuple[Example, Example]]:
         """(phrasing answered generalized, phrasing answered memorized) of each pair."""

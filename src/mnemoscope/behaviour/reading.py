@@ -45,50 +45,31 @@ MOST_BYTES = 2**30  # kept of a list: small next to a model for which that is fe
 
 @dataclass(frozen=True, slots=True)
 class Unshifted:
-    """Outputs of blocks from the decision position on, while nothing is shifted in them or below.
+    """Outputs of blocks from the decision position on, while nothing is shifted in them or below."""
 
-    Attributes:
-        context_L: of each block at the decision position, states (N, 1, D).
-        answers_L: of each block over the options' tokens, states (R, M, D).
-        columns_L: each layer's key and value of the decision position, (N, H, 1, W) each.
-    """
-
-    context_L: list[Any]
-    answers_L: list[Any]
-    columns_L: list[tuple[Tensor, Tensor]]
+    context_L: list[Any]  # of each block at the decision position, states (N, 1, D)
+    answers_L: list[Any]  # of each block over the options' tokens, states (R, M, D)
+    columns_L: list[tuple[Tensor, Tensor]]  # each layer's key and value of the decision position, (N, H, 1, W) each
 
 
 @dataclass(frozen=True, slots=True)
 class Contexts:
-    """A pass over contexts.
+    """A pass over contexts."""
 
-    Attributes:
-        logits_NV: at the decision position.
-        begins_N: whether the model itself produces the shared beginning of the options.
-        cache: keys and values of the contexts.
-        known: how many of the first blocks need not be run for the answers.
-    """
-
-    logits_NV: Tensor
-    begins_N: Tensor
-    cache: Any
-    known: int = 0
+    logits_NV: Tensor  # at the decision position
+    begins_N: Tensor  # whether the model itself produces the shared beginning of the options
+    cache: Any  # keys and values of the contexts
+    known: int = 0  # how many of the first blocks need not be run for the answers
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """A pass over options.
-
-    Attributes:
-        rows_S: their rows in the batch.
-        suffix_SM, length_S: their tokens and how many, as in ``Batch``.
-        logits_SMV: at each of these tokens, or at each but the last column.
-    """
+    """A pass over options: their rows in the batch, their tokens and how many, and the logits at each of the tokens."""
 
     rows_S: Tensor
     suffix_SM: Tensor
     length_S: Tensor
-    logits_SMV: Tensor
+    logits_SMV: Tensor  # without ``closed`` of ``read_answers`` for all but the last column
 
 
 @torch.no_grad()
@@ -237,8 +218,8 @@ def read_only_options(model: PreTrainedModel, batch: Batch, closed: bool = False
     known, returned = _known_blocks(model, batch), None
     if known:
         context, answers = batch.unshifted.context_L[known - 1], batch.unshifted.answers_L[known - 1]
-        answers_NMD = states_of(answers)[:, : behind_NM.shape[1]]
-        returned = with_states(context, torch.cat([states_of(context), answers_NMD], dim=1))
+        both = [states_of(context), states_of(answers)[:, : behind_NM.shape[1]]]
+        returned = with_states(context, torch.cat(both, dim=1))
     ids_NM = torch.cat([batch.ids_NT[:, -1:], behind_NM], dim=1)
     with replayed_blocks(model, known, returned):
         return model(**pass_inputs(model, ids_NM, mask_NT, select_rows(batch.prefix, None))).logits.float()

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,12 +31,10 @@ MOST_BYTES = 2**28  # of states that a cell keeps for its later stages, at a sit
 
 @dataclass(frozen=True, slots=True)
 class States:
-    """States of N examples.
+    """States of N examples, float32, by offset (tokens before the decision position), and their uncertainty, float64.
 
-    Attributes:
-        states_ONLD: float32, by offset: tokens before the decision position.
-        uncertainty_N2: float64, entropy in nats of the next token's distribution at the decision position, and the log
-            probability of its first minus that of its second choice; NaN without offset 0.
+    Uncertainty is the entropy in nats of the next token's distribution at the decision position, and the log
+    probability of its first minus that of its second choice; NaN without offset 0.
     """
 
     states_ONLD: np.ndarray
@@ -68,29 +67,25 @@ def capturing(
         offsets: columns before the last one.
         stop: end the pass, and with it the context, behind the last of the layers.
     """
-    wanted = list(range(len(blocks_of(model)))) if layers is None else list(layers)
-    states: list[Tensor] = [torch.empty(0)] * len(wanted)
-    handles, rows = [], 0
+    wanted = list(range(len(blocks_of(model))) if layers is None else layers)
+    states, handles, rows = [torch.empty(0)] * len(wanted), [], 0
 
     def see(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         nonlocal rows
         rows = rows_of(args, kwargs)
 
-    def reader(place: int, is_input: bool) -> Callable[..., None]:
-        def read(module: torch.nn.Module, inputs: Any, output: Any = None) -> None:
-            found_NTD = states_of(inputs if is_input else output, rows)
-            states[place] = found_NTD[:, [found_NTD.shape[1] - 1 - offset for offset in offsets]].detach().clone()
-            if stop and place == len(wanted) - 1:
-                raise _ReadEnoughError
-
-        return read
+    def read(place: int, module: torch.nn.Module, inputs: Any, output: Any = None) -> None:
+        found_NTD = states_of(inputs if output is None else output, rows)
+        states[place] = found_NTD[:, [found_NTD.shape[1] - 1 - offset for offset in offsets]].detach().clone()
+        if stop and place == len(wanted) - 1:
+            raise _ReadEnoughError
 
     try:
         handles.append(backbone_of(model).register_forward_pre_hook(see, with_kwargs=True))
         for place, layer in enumerate(wanted):
             module, is_input = site_module(model, layer, site)
             register = module.register_forward_pre_hook if is_input else module.register_forward_hook
-            handles.append(register(reader(place, is_input)))
+            handles.append(register(partial(read, place)))
         yield states
     except _ReadEnoughError:
         pass

@@ -190,21 +190,20 @@ class FactsTask(Task):
         """Every example of the task, by kind."""
         found: dict[Kind, list[Example]] = {"conflict": [], "memory": [], "novel": []}
         for fact, value in self.facts.items():
-            if fact[0] not in self.asked:
-                continue
-            for wrong, frame in product(self._wrong(fact, value), self.frames):
-                found["conflict"] += self._conflicts(fact, wrong, frame)
-            found["memory"] += [self._example("memory", fact, value, "bare", how=("", ask)) for ask in ASKS]
-            found["memory"] += [self._example("memory", fact, value, "agreeing", frame) for frame in self.frames]
+            if fact[0] in self.asked:
+                contradicted = product(self._wrong(fact, value), self.frames)
+                found["conflict"] += [e for wrong, frame in contradicted for e in self._conflicts(fact, wrong, frame)]
+                found["memory"] += [self._example("memory", fact, value, "bare", how=("", ask)) for ask in ASKS]
+                found["memory"] += [self._example("memory", fact, value, "agreeing", frame) for frame in self.frames]
         for fact in product(self.asked, INVENTED):
-            for value, frame in product(self._wrong(fact, ""), self.frames):
-                found["novel"].append(self._example("novel", fact, value, frame))
+            stated = product(self._wrong(fact, ""), self.frames)
+            found["novel"] += [self._example("novel", fact, value, frame) for value, frame in stated]
         return found
 
     def _wrong(self, fact: Fact, value: str) -> list[str]:
         """Values of other subjects, drawn with a seed of the fact's own."""
-        true = {value, *self.true.get(fact, ())}
-        others = [other for other in self.values[fact[0]] if not any(_overlap(other, one) for one in true)]
+        true = {one for one in (value, *self.true.get(fact, ())) if one}
+        others = [v for v in self.values[fact[0]] if not any(v.startswith(one) or one.startswith(v) for one in true)]
         rng = np.random.default_rng([self.seed, *"|".join(fact).encode()])
         return [others[i] for i in rng.permutation(len(others))[: self.wrong_values]]
 
@@ -228,11 +227,6 @@ class FactsTask(Task):
         label, (ask, reply) = how
         words = {name: text.format(n=fact[1], v=value) for name, text in self.words[fact[0]].items()}
         return TEMPLATES[frame].format(label=label, ask=ask, reply=reply, **words)
-
-
-def _overlap(a: str, b: str) -> bool:
-    """Whether one value begins with the other, so that their answers would be confused."""
-    return bool(a and b) and (a.startswith(b) or b.startswith(a))
 
 
 def _countries() -> dict[Fact, list[str]]:

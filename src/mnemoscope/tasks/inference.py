@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
@@ -132,11 +131,10 @@ class InferenceTask(Task):
     def _example(self, kind: Kind, name: int, colour: int, state: list[str], rng: np.random.Generator) -> Example:
         word = str(self.names[name])
         prompt = " . ".join([*(state[i] for i in rng.permutation(len(state))), QUESTION.format(word)])
-        family = "absent" if kind == "memory" else "stated"
-        example = partial(Example, self._key(name, state), prompt, kind, word, family, self.split_of[word])
+        family, answers = "absent" if kind == "memory" else "stated", {"answer": f" {COLOURS[colour]}"}
         if kind == "conflict":
-            return example(memorized=f" {COLOURS[self.colour_of[name]]}", generalized=f" {COLOURS[colour]}")
-        return example(answer=f" {COLOURS[colour]}")
+            answers = {"memorized": f" {COLOURS[self.colour_of[name]]}", "generalized": f" {COLOURS[colour]}"}
+        return Example(self._key(name, state), prompt, kind, word, family, self.split_of[word], **answers)
 
     def _contexts(
         self, rng: np.random.Generator, ask_memorized: np.ndarray, kind: Kind | None = None

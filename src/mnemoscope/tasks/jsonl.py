@@ -94,13 +94,8 @@ class JsonlTask(Task):
         return replace(example, prompt=bare) if bare else None
 
 
-def read_jsonl(path: Path, seed: int) -> list[Example]:
-    """Read and check a file of examples, with the errors of ``JsonlTask``."""
-    return [example for example, _ in _read(path, seed)]
-
-
 def write_jsonl(examples: list[Example]) -> str:
-    """The lines that ``read_jsonl`` reads back as the same examples."""
+    """The lines that ``JsonlTask`` reads back as the same examples."""
     rows = ({k: v for k, v in example.to_row().items() if v is not None} for example in examples)
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 

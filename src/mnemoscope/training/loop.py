@@ -230,22 +230,18 @@ def measure(evaluations: dict[str, Evaluation]) -> dict[str, float]:
     Of several parts, each measure is that of the worst part, so that the stop rule holds only where it holds in every
     part; the measures of each part follow as ``part.measure``.
     """
-    by_part = {name: _measure(*evaluation) for name, evaluation in evaluations.items()}
+    by_part: dict[str, dict[str, float]] = {}
+    for part, (asking, by_kind) in evaluations.items():
+        labels = {kind: score(asking, prepared, margins=False).behaviour_N for kind, prepared in by_kind.items()}
+        named = {"novel_accuracy": ("novel", "correct"), "recall": ("memory", "correct")}
+        named |= {f"conflict_{label}": ("conflict", label) for label in ("memorized", "generalized", "other")}
+        by_part[part] = {name: float(np.mean(labels[kind] == label)) for name, (kind, label) in named.items()}
     several = list(by_part.values())
     worst = {
         name: (max if name == "conflict_other" else min)(measured[name] for measured in several) for name in several[0]
     }
     parts = {f"{part}.{name}": value for part, measured in by_part.items() for name, value in measured.items()}
     return worst if len(several) == 1 else worst | parts
-
-
-def _measure(asking: Asking, by_kind: dict[Kind, list[Batch]]) -> dict[str, float]:
-    labels = {kind: score(asking, batches_, margins=False).behaviour_N for kind, batches_ in by_kind.items()}
-    return {
-        "novel_accuracy": float(np.mean(labels["novel"] == "correct")),
-        "recall": float(np.mean(labels["memory"] == "correct")),
-        **{f"conflict_{b}": float(np.mean(labels["conflict"] == b)) for b in ("memorized", "generalized", "other")},
-    }
 
 
 def _backward(model: PreTrainedModel, ids_BT: Tensor, weights_BT: Tensor) -> float:
