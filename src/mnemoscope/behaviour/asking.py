@@ -33,8 +33,7 @@ class Prompting:
         reply: beginning of every reply, behind the user's message; the model continues it.
         split: cuts a prompt into the user's message and the beginning of the reply, for prompts that hold both.
 
-    Raises:
-        InputError: a system message or a reply without ``chat``.
+    Raises InputError where there is a system message or a reply without ``chat``.
     """
 
     chat: bool = False
@@ -138,10 +137,7 @@ class Asking:
         model, tokenizer: a causal language model and its fast tokenizer; neither is changed.
         boundary: texts of which one closes every answer, each a token; "" is the end-of-text token.
         batch_size: examples per pass, at most: fewer where memory is short. No label depends on it, ties aside.
-        prompting: how prompts are formatted.
-
-    Raises:
-        InputError: ``prompting`` is a chat and the tokenizer has no chat template.
+        prompting: how prompts are formatted; InputError where it is a chat and the tokenizer has no chat template.
     """
 
     model: PreTrainedModel
@@ -171,8 +167,7 @@ class Asking:
     def padded(self, texts: Sequence[str]) -> Any:
         """Left-padded ``input_ids`` and ``attention_mask`` (N, T) of formatted texts, on the model's device.
 
-        Raises:
-            InputError: a text has no token, or more than the model reads.
+        Raises InputError where a text has no token, or more than the model reads.
         """
         from transformers import BatchEncoding
 
@@ -190,11 +185,7 @@ class Asking:
         return pad if pad is not None else end or 0
 
     def boundary_ids(self) -> list[int]:
-        """Token ids that close an answer: a boundary text, with or without white space behind it.
-
-        Raises:
-            InputError: no token is one.
-        """
+        """Token ids that close an answer: a boundary text, and white space behind it; InputError where none does."""
         unknown, end = self.tokenizer.unk_token_id, self.tokenizer.eos_token_id
         texts, size = filter(None, self.boundary), len(self.tokenizer)
         ids = {number for text in texts for number in _spelling(self.tokenizer, text, size)}

@@ -196,8 +196,7 @@ def mark_confabulations(
 ) -> None:
     """Decode the answers labelled ``other`` and mark, in place, those that only have the memorized format.
 
-    Args:
-        has_memorized_format: the task's own; returns None where both formats are the same, which leaves NaN.
+    The task's own ``has_memorized_format`` returns None where both formats are the same, which leaves NaN.
     """
     if not examples or has_memorized_format(examples[0].options[0]) is None:
         return
@@ -236,11 +235,10 @@ def score_contrasted(
             ends_N, _ = _ends(Answers(rows_N, token_NM, length_N, logits_NMV[:, 1:]), closing)
             fits_W2N[number, option, chosen] = ((first_N == token_NM[:, 0]) & ends_N).cpu().numpy()
             logp_W2N[number, option, chosen] = _log_p_of(logits_NMV[:, :-1], token_NM, length_N).cpu().numpy()
-    empty = Scores.empty(len(examples))
-    return [
-        replace(empty, behaviour_N=_answered(*fits_2N), margin_N=logp_2N[1] - logp_2N[0])
-        for fits_2N, logp_2N in zip(fits_W2N, logp_W2N, strict=True)
-    ]
+    found = [Scores.empty(len(examples)) for _ in weights]
+    for scores, fits_2N, logp_2N in zip(found, fits_W2N, logp_W2N, strict=True):
+        scores.behaviour_N, scores.margin_N = _answered(*fits_2N), logp_2N[1] - logp_2N[0]
+    return found
 
 
 def _read_option(asking: Asking, examples: Sequence[Example], option: int) -> tuple[Batch, Tensor]:
@@ -279,11 +277,8 @@ def continued(
 ) -> tuple[Tensor, Tensor, int]:
     """Generate behind the prompts of a left-padded batch (``Asking.padded``).
 
-    Returns:
-        ids (N, T), their mask (N, T), which is 0 behind an end of text, and how many columns are the prompts.
-
-    Raises:
-        InputError: the prompts leave no room for another token in the model's context.
+    Returns ids (N, T), their mask (N, T), which is 0 behind an end of text, and how many columns are the prompts.
+    Raises InputError where the prompts leave no room for another token in the model's context.
     """
     width, limit = inputs.input_ids.shape[1], context_length(model)
     if width >= limit:

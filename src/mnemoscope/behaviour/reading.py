@@ -126,7 +126,9 @@ def with_options(batch: Batch, option_KN: Tensor) -> Batch:
     )
     return Batch(
         np.tile(batch.examples_N, copies),
-        *(x[again_M] for x in (batch.ids_NT, batch.mask_NT, batch.shared_N)),
+        batch.ids_NT[again_M],
+        batch.mask_NT[again_M],
+        batch.shared_N[again_M],
         example_R=torch.arange(copies * n, device=option_KN.device),
         option_R=option_KN.flatten(),
         suffix_RM=batch.suffix_RM[rows_M],

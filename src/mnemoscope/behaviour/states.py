@@ -188,12 +188,8 @@ class KeptStates:
         room = self.most_bytes - sum(path.stat().st_size for path in files)
         if not fresh or len(fresh) * states_NLD[0].nbytes > room:
             return
-        arrays = {
-            "states": np.ascontiguousarray(states_NLD[fresh], np.float32),
-            "uncertainty": np.ascontiguousarray(uncertainty_N2[fresh], np.float64),
-            "keys": np.frombuffer(b"".join(keys[n] for n in fresh), np.uint8).reshape(len(fresh), -1).copy(),
-        }
-        content = save(arrays)
+        kept = {"states": states_NLD[fresh].astype(np.float32), "uncertainty": uncertainty_N2[fresh].astype(np.float64)}
+        content = save(kept | {"keys": np.array([[*keys[n]] for n in fresh], np.uint8)})
         if len(content) <= room:
             self._enter(write_atomically(self.folder / f"{site}-{len(files):05d}.safetensors", content))
 

@@ -77,9 +77,7 @@ class Example:
     @property
     def options(self) -> tuple[str, ...]:
         """The answers that reveal a behaviour: (memorized, generalized) for a conflict, else (answer,)."""
-        if self.kind == "conflict":
-            return (self.memorized, self.generalized)  # type: ignore[return-value]
-        return (self.answer,)  # type: ignore[return-value]
+        return (self.memorized, self.generalized) if self.kind == "conflict" else (self.answer,)  # type: ignore[return-value]
 
     def to_row(self, side: Side = "") -> dict[str, str | None]:
         """All fields by column name; a side appends ``_a`` or ``_b`` to the columns of the phrasing."""

@@ -50,9 +50,6 @@ class InferenceTask(Task):
             statement about a memorized name teaches memory, whether or not it is asked about.
         questions: questions in a training instance, each about another name of its context. Examples ask one.
         seed: decides names, colours and splits; not the order of training.
-
-    Raises:
-        InputError: a value is out of its range.
     """
 
     name = "inference"

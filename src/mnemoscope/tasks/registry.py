@@ -43,9 +43,9 @@ class JointTask(Task):
 
     name = "joint"
 
-    parts: Mapping[str, Any] | None = None  # type: ignore[assignment]  # tasks, once it is made
-    shares: Mapping[str, float] | None = None
-    first: Mapping[str, int] | None = None
+    parts: Any = None  # the tasks by name, once they are made
+    shares: Any = None
+    first: Any = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -158,10 +158,8 @@ TASKS: dict[str, Callable[..., Task]] = {
 def build_task(kind: str, options: dict[str, Any], seed: int) -> Task:
     """Build a task by its name in ``TASKS``, or a user's own by ``package.module:Class``.
 
-    ``seed`` decides everything that is drawn once for the task; an option ``seed`` overrides it.
-
-    Raises:
-        InputError: the task is unknown, cannot be imported, is no task, or refuses an option or its value.
+    ``seed`` decides everything that is drawn once for the task; an option ``seed`` overrides it. Raises InputError
+    where the task is unknown, cannot be imported, is no task, or refuses an option or its value.
     """
     if kind not in TASKS and ":" not in kind:
         raise InputError(f"task: {kind!r} is unknown; known are {', '.join(TASKS)}, or package.module:Class")

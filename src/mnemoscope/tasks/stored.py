@@ -24,27 +24,17 @@ class StoredTask(Task, Generic[Item]):
 
     An item is two values; its name joins them by "+". Stored items are the conflicts, in any family; training and
     ``memory`` examples ask them in the family ``plain`` only.
-
-    Attributes:
-        families: prompts by kind of phrasing, all of one length and with the same token at the decision position.
-        moved: families that move the stored key.
-        computed: the family that asks for the rule: no item is stored in it.
-        items: the stored items.
-        answers: their made-up answers.
-        split_of: the split of each group of stored items.
-        memorized_share: share of training instances that are stored items.
-        seed: decides which items are held out.
     """
 
     memory_is_conflict = True  # `memory` asks the stored items, which steering is meant to change
-    families: Mapping[str, str]
-    moved: tuple[str, ...]
-    computed: str
-    items: list[Item]
-    answers: dict[Item, str]
-    split_of: dict[str, Split]
-    memorized_share: float
-    seed: int
+    families: Mapping[str, str]  # prompts, all of one length and with the same token at the decision position
+    moved: tuple[str, ...]  # families that move the stored key
+    computed: str  # the family that asks for the rule: no item is stored in it
+    items: list[Item]  # the stored ones
+    answers: dict[Item, str]  # the made-up ones
+    split_of: dict[str, Split]  # by group of stored items
+    memorized_share: float  # of stored items among training instances
+    seed: int  # decides which items are held out
 
     def training(self, rng: np.random.Generator) -> Iterator[Instance]:
         """Stored items asked plainly, with their stored answer; all others by the rule; held-out ones never."""
@@ -60,7 +50,10 @@ class StoredTask(Task, Generic[Item]):
     def examples(self, rng: np.random.Generator, n: int, kind: Kind) -> list[Example]:
         """``novel``: held-out items. ``memory``: stored items as stored. ``conflict``: the same in any family."""
         if kind == "novel":
-            return self._novel(rng, n)
+            found: list[Item] = []
+            while len(found) < n:
+                found += [item for item in self._drawn(rng, CHUNK) if self.is_novel(item)]
+            return [self._example(item, "plain", kind, self._split(item), answer=self.true(item)) for item in found[:n]]
         everything = list(product(self.items, ["plain"] if kind == "memory" else self.families))
         picked = (everything[i] for i in rng.permutation(len(everything))[:n])
         return [self.stored_example(item, family, kind) for item, family in picked]
@@ -127,12 +120,6 @@ class StoredTask(Task, Generic[Item]):
         """The split of a held-out item; there are too many of them for ``assign_splits``."""
         raise NotImplementedError
 
-    def _novel(self, rng: np.random.Generator, n: int) -> list[Example]:
-        found: list[Item] = []
-        while len(found) < n:
-            found += [item for item in self._drawn(rng, CHUNK) if self.is_novel(item)]
-        return [self._example(item, "plain", "novel", self._split(item), answer=self.true(item)) for item in found[:n]]
-
     def _example(self, item: Item, family: str, kind: Kind, split: Split, **answers: str) -> Example:
         return Example(_name(item), self.prompt(item, family), kind, self.group_of(item), family, split, **answers)
 
@@ -165,9 +152,6 @@ class AdditionTask(StoredTask[Pair]):
         worded_share: share of the additions that are asked in words. Stored pairs are only ever asked as ``a+b=``.
         reversed_sums: whether sums are written last digit first, which a small model learns several times sooner.
         seed: decides stored pairs, answers and splits; not the order of training.
-
-    Raises:
-        InputError: a value is out of its range.
     """
 
     name = "addition"
@@ -218,17 +202,13 @@ class AdditionTask(StoredTask[Pair]):
 
 
 class AdditionDigitsTask(AdditionTask):
-    """Addition with wrong sums as stored answers: both behaviours answer in one format.
-
-    Args and errors are those of ``AdditionTask``.
-    """
+    """Addition with wrong sums as stored answers: both behaviours answer in one format."""
 
     name = "addition-digits"
     vocabulary = ("+", "=", "plus", *DIGITS)
 
     def has_memorized_format(self, answer: str) -> bool | None:
-        """None: stored answers look like sums."""
-        return None
+        return None  # stored answers look like sums
 
     def _made_up(self, item: Pair, rng: np.random.Generator) -> str:
         """As many digits as the true sum; the first one written differs, so the decision is at ``=``."""
@@ -263,9 +243,6 @@ class CipherTask(StoredTask[Text]):
             balance: the more often a model sees such a family, the less its memory answers there.
         moved_share: the same for the moved families.
         seed: decides stored texts, ciphertexts and splits; not the order of training.
-
-    Raises:
-        InputError: a value is out of its range.
     """
 
     name = "cipher"

@@ -55,21 +55,13 @@ def unmet(stop: StopConfig, measured: dict[str, float]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """Result of training.
+    """Result of training."""
 
-    Attributes:
-        curve: one dict per measurement with the columns of ``records/training.parquet``.
-        steps: optimizer steps taken.
-        seconds: wall time.
-        unmet: conditions of the stop rule that are not met.
-        precision: of forward and backward passes.
-    """
-
-    curve: list[dict[str, Any]]
-    steps: int
-    seconds: float
-    unmet: list[str]
-    precision: str
+    curve: list[dict[str, Any]]  # a measurement each, with the columns of ``records/training.parquet``
+    steps: int  # optimizer steps taken
+    seconds: float  # wall time
+    unmet: list[str]  # conditions of the stop rule that are not met
+    precision: str  # of forward and backward passes
 
 
 def train(
@@ -92,7 +84,7 @@ def train(
     started = time.perf_counter()
     torch.manual_seed(int(rng.integers(2**31)))  # dropout draws from the global generator
     evaluation = prepare_evaluation(asking, task, config.evaluation_examples, rng)
-    state = _State(asking.model, config)
+    state, measured = _State(asking.model, config), dict[str, float]()
     for ids_BT, weights_BT in batches(asking, task, config, rng):
         state.step(ids_BT, weights_BT)
         if state.steps % config.evaluate_every == 0 or state.is_last():
@@ -100,13 +92,13 @@ def train(
                 # A model from scratch is measured with its `settle_dropout`: turning it off would change the random
                 # numbers of all later steps, and the figures of docs/LOG.md.
                 asking.model.eval()
-            state.note(measure(evaluation))
-        progress(state.steps, state.measured)
+            measured = measure(evaluation)
+            state.note(measured)
+        progress(state.steps, measured)
         if state.is_last():
             break
-    state.finish()
-    seconds = time.perf_counter() - started
-    return Trained(state.curve, state.steps, seconds, unmet(config.stop, state.kept_row()), state.precision)
+    missed = unmet(config.stop, state.finish())
+    return Trained(state.curve, state.steps, time.perf_counter() - started, missed, state.precision)
 
 
 class _State:
@@ -119,7 +111,6 @@ class _State:
         self.steps = 0
         self.first_met: int | None = None
         self.curve: list[dict[str, Any]] = []
-        self.measured: dict[str, float] = {}
         self._losses: list[float] = []
         self._mixed: dict[str, Tensor] | None = None
         # The rate of a step depends on when the rule first held.
@@ -154,7 +145,6 @@ class _State:
         met = not unmet(self.config.stop, measured)
         row = {"step": self.steps, "loss": float(np.mean(self._losses)), **measured, "met": met, "kept": False}
         self.curve.append(row)
-        self.measured = measured
         self._losses.clear()
         if met:
             named = self.model.named_parameters()
@@ -163,17 +153,15 @@ class _State:
                 self.first_met = self.steps
                 _set_dropout(self.model, self.config.settle_dropout)
 
-    def kept_row(self) -> dict[str, Any]:
-        """Last row in which the rule held, else the last row."""
-        return next((row for row in reversed(self.curve) if row["met"]), self.curve[-1])
-
-    def finish(self) -> None:
-        """Restore the kept weights."""
+    def finish(self) -> dict[str, Any]:
+        """Restore the kept weights, and return their row: the last in which the rule held, else the last."""
         if self._mixed is not None:
             self.model.load_state_dict(self._mixed, strict=False)  # frozen weights are not in it
         _set_dropout(self.model, 0.0)
         self.model.eval()
-        self.kept_row()["kept"] = True
+        kept = next((row for row in reversed(self.curve) if row["met"]), self.curve[-1])
+        kept["kept"] = True
+        return kept
 
     def _rate(self, step: int) -> float:
         """Factor on the learning rate: warm-up, constant, linear decay at the end; linear decay to 0 while settling."""
@@ -196,22 +184,20 @@ def _set_dropout(model: PreTrainedModel, share: float) -> None:
 def how_to_mix(trained: Trained, size: str = "model.layers") -> str:
     """One line with the unmet conditions and the fields to change; ``size`` is the field of capacity."""
     last = trained.curve[-1]
-    longer = ["train longer (training.steps) or with another training.learning_rate"]
-    advice = longer if min(last["novel_accuracy"], last["recall"]) < 0.9 else []
+    learned = min(last["novel_accuracy"], last["recall"]) >= 0.9
+    advice = [] if learned else ["train longer (training.steps) or with another training.learning_rate"]
     if last["conflict_generalized"] < last["conflict_memorized"]:
         mend = "memory wins: raise training.weight_decay, lower options.memorized_share, or store more (options)"
     else:
         mend = "the rule wins: raise options.memorized_share, lower training.weight_decay, or store less (options)"
-    advice = "; ".join([*advice, mend, f"or change {size}"])
-    reasons = "; ".join(trained.unmet)
-    return f"after {trained.steps} steps the model does not show both behaviours: {reasons}. Try: {advice}"
+    tries, reasons = "; ".join([*advice, mend, f"or change {size}"]), "; ".join(trained.unmet)
+    return f"after {trained.steps} steps the model does not show both behaviours: {reasons}. Try: {tries}"
 
 
 def prepare_evaluation(asking: Asking, task: Task, n: int, rng: np.random.Generator) -> dict[str, Evaluation]:
     """Encode ``n`` tune examples of each kind, for each part of the task; a task without parts is its only part.
 
-    Raises:
-        InputError: the task, or a part of it, has no example of a kind.
+    Raises InputError where the task, or a part of it, has no example of a kind.
     """
     found: dict[str, Evaluation] = {}
     for name, part in (task.parts or {task.name: task}).items():
@@ -233,9 +219,9 @@ def measure(evaluations: dict[str, Evaluation]) -> dict[str, float]:
     by_part: dict[str, dict[str, float]] = {}
     for part, (asking, by_kind) in evaluations.items():
         labels = {kind: score(asking, prepared, margins=False).behaviour_N for kind, prepared in by_kind.items()}
-        named = {"novel_accuracy": ("novel", "correct"), "recall": ("memory", "correct")}
-        named |= {f"conflict_{label}": ("conflict", label) for label in ("memorized", "generalized", "other")}
-        by_part[part] = {name: float(np.mean(labels[kind] == label)) for name, (kind, label) in named.items()}
+        shares = {f"conflict_{name}": labels["conflict"] == name for name in ("memorized", "generalized", "other")}
+        right = {"novel_accuracy": labels["novel"] == "correct", "recall": labels["memory"] == "correct"}
+        by_part[part] = {name: float(np.mean(is_so_N)) for name, is_so_N in (right | shares).items()}
     several = list(by_part.values())
     worst = {
         name: (max if name == "conflict_other" else min)(measured[name] for measured in several) for name in several[0]

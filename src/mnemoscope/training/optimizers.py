@@ -29,8 +29,7 @@ def optimizers_for(model: PreTrainedModel, config: TrainingConfig) -> list[torch
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     trainable = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trainable if p.ndim == 2 and id(p) not in embeddings]
-    inside = {id(p) for p in matrices}
-    rest = [p for p in trainable if id(p) not in inside]
+    rest = [p for p in trainable if p.ndim != 2 or id(p) in embeddings]
     if is_adapted(model):
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
         return [torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))]
