@@ -240,9 +240,8 @@ def left_padded(rows: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
 def encode(asking: Asking, examples: Sequence[Example]) -> list[Encoded]:
     """Tokenize prompts together with their answers.
 
-    Raises:
-        InputError: the tokenizer cannot encode a prompt or answer, merges across their seam, a prompt does not fit the
-            model's context, or one answer begins with the whole of the other. The example is named.
+    Raises InputError where the tokenizer cannot encode a prompt or answer, merges across their seam, a prompt does not
+    fit the model's context, or one answer begins with the whole of the other. The example is named.
     """
     texts = [[asking.text(e.prompt), *(asking.whole(e, option) for option in e.options)] for e in examples]
     tokens = iter(asking.tokens(list(chain(*texts))) if texts else [])
@@ -251,7 +250,9 @@ def encode(asking: Asking, examples: Sequence[Example]) -> list[Encoded]:
         prompt, *options = islice(tokens, 1 + len(example.options))
         fault = _fault(asking, example, prompt, options)
         answers = [option[len(prompt) :] for option in options]
-        shared = _shared(answers) if len(answers) > 1 else 0
+        # How many leading tokens two answers have in common.
+        apart = (i for i, (a, b) in enumerate(zip(*answers, strict=False)) if a != b) if len(answers) > 1 else iter([0])
+        shared = next(apart, min(map(len, answers)))
         if not fault and any(len(answer) == shared for answer in answers):
             both = f"memorized, generalized: {example.memorized!r} and {example.generalized!r}"
             fault = f"{both}: one begins with the whole of the other, so nothing separates them"
@@ -279,11 +280,6 @@ def _fault(asking: Asking, example: Example, prompt: list[int], options: list[li
         if len(option) + 1 > limit:
             return f"prompt: {len(option)} tokens with its answer; the model reads at most {limit - 1}"
     return ""
-
-
-def _shared(answers: Sequence[list[int]]) -> int:
-    """How many leading tokens two answers have in common."""
-    return next((i for i, (a, b) in enumerate(zip(*answers, strict=False)) if a != b), min(map(len, answers)))
 
 
 def prepare(asking: Asking, examples: Sequence[Example]) -> list[Batch]:

@@ -43,8 +43,7 @@ class Example:
         family: kind of phrasing.
         memorized: the revealing answer from memory, of a conflict; ``generalized`` the other one.
 
-    Raises:
-        InputError: an answer is missing or superfluous, or the two revealing answers are equal.
+    Raises InputError where an answer is missing or superfluous, or the two revealing answers are equal.
     """
 
     item: str

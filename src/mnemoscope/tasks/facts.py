@@ -91,8 +91,7 @@ class FactsTask(Task):
             several values of one subject the first is asked for, and none of them is a contradiction.
         seed: deals subjects to the splits and draws the wrong values.
 
-    Raises:
-        InputError: a name is unknown, the table lacks a column or a fact, or ``countryinfo`` is not installed.
+    Raises InputError where a name is unknown, the table lacks a column or a fact, or ``countryinfo`` is not installed.
     """
 
     name = "facts"

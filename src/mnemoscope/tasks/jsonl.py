@@ -6,40 +6,14 @@ import json
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mnemoscope.errors import InputError
 from mnemoscope.tasks.base import INSTRUCTIONS, Example, Kind, Split, Task, assign_splits
 
-
-class Line(BaseModel):
-    """A line of the file; ``bare`` is the prompt without the context."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    item: str = Field(min_length=1)
-    prompt: str = Field(min_length=1)
-    memorized: str | None = None
-    generalized: str | None = None
-    answer: str | None = None
-    kind: Kind | None = None
-    group: str | None = None
-    family: str | None = None
-    split: Split | None = None
-    bare: str | None = None
-
-    @property
-    def key(self) -> str:
-        """The group, by default the item."""
-        return self.group or self.item
-
-    def example(self, split: Split) -> Example:
-        """The example in a split; raises InputError where its answers do not fit its kind."""
-        given = self.model_dump(exclude_none=True, exclude={"bare", "group", "split"})
-        has_two = self.memorized is not None or self.generalized is not None
-        return Example(**({"kind": "conflict" if has_two else "memory"} | given), group=self.key, split=split)
+FIELDS = ("item", "prompt", "memorized", "generalized", "answer", "kind", "group", "family", "split", "bare")
 
 
 @dataclass(kw_only=True, eq=False)
@@ -53,9 +27,8 @@ class JsonlTask(Task):
             ``bare``: the prompt of a conflict without the text that contradicts memory.
         seed: deals the groups to the splits.
 
-    Raises:
-        InputError: a line is malformed or gives an item other answers (its number is named), a group is in two splits,
-            or the file has no conflict.
+    Raises InputError where a line is malformed or gives an item other answers (its number is named), a group is in two
+    splits, or the file has no conflict.
     """
 
     name = "jsonl"
@@ -107,18 +80,18 @@ def _read(path: Path, seed: int) -> list[tuple[Example, str | None]]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"file: {path} cannot be read ({error})") from error
     parsed = {n: _parsed(f"{path}, line {n}", line) for n, line in enumerate(lines, 1) if line.strip()}
-    undealt = sorted({line.key for line in parsed.values() if not line.split})
+    undealt = sorted({row["group"] for row in parsed.values() if "split" not in row})
     split_of: dict[str, Split] = assign_splits(undealt, np.random.default_rng([seed, 3]))
     found, first = [], dict[str, tuple[int, Example]]()
-    for number, line in parsed.items():
-        where = f"{path}, line {number}"
+    for number, row in parsed.items():
+        where, bare, group = f"{path}, line {number}", row.pop("bare", None), row["group"]
         try:
-            example = line.example(split_of.setdefault(line.key, line.split or "test"))
+            example = Example(**row | {"split": row.get("split") or split_of[group]})
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
-        if line.split and line.split != example.split:
+        if split_of.setdefault(group, example.split) != example.split:
             raise InputError(
-                f"{where}: split is {line.split!r}, but group {line.key!r} is in {example.split!r} as well; "
+                f"{where}: split is {example.split!r}, but group {group!r} is in {split_of[group]!r} as well; "
                 "all examples of a group belong to one split"
             )
         if example.kind == "conflict":
@@ -128,16 +101,26 @@ def _read(path: Path, seed: int) -> list[tuple[Example, str | None]]:
                     f"{where}: item {example.item!r} has the answers {known.options} in line {before} and "
                     f"{example.options} here; give it an item of its own (a 'group' keeps items in one split)"
                 )
-        found.append((example, line.bare))
+        found.append((example, bare))
     return found
 
 
-def _parsed(where: str, line: str) -> Line:
+def _parsed(where: str, line: str) -> dict[str, Any]:
+    """The fields of a line that have a value, all of them text, with the group and kind that it has by default."""
     try:
-        return Line.model_validate_json(line)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = "".join(f"{part}: " for part in first["loc"])
-        got = "" if first["type"] == "missing" else f" (got {str(first['input'])[:80]!r})"
-        known = f"; known are {', '.join(Line.model_fields)}" if first["type"] == "extra_forbidden" else ""
-        raise InputError(f"{where}: {field}{first['msg'].replace('at line 1 ', 'at ')}{got}{known}") from error
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: {type(row).__name__} where an object with 'item' and 'prompt' is wanted")
+    row = {field: value for field, value in row.items() if value is not None}
+    for field, value in row.items():
+        if field not in FIELDS:
+            raise InputError(f"{where}: field {field!r} is unknown; known are {', '.join(FIELDS)}")
+        if not isinstance(value, str):
+            raise InputError(f"{where}: {field} is {value!r}; text is wanted")
+    for field in ("item", "prompt"):
+        if not row.get(field):
+            raise InputError(f"{where}: field {field!r} is missing")
+    kind = "conflict" if {"memorized", "generalized"} & set(row) else "memory"
+    return {"group": row["item"], "kind": kind} | row

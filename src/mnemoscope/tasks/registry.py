@@ -37,8 +37,7 @@ class JointTask(Task):
         first: by name, how many instances of a part come before all parts are mixed.
         seed: that of every part, so that each is the task it would be alone.
 
-    Raises:
-        InputError: a part is no task to train on, or ``shares`` or ``first`` do not fit the parts.
+    Raises InputError where a part is no task to train on, or ``shares`` or ``first`` do not fit the parts.
     """
 
     name = "joint"

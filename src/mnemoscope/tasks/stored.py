@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Generic, TypeVar
@@ -15,7 +15,19 @@ from mnemoscope.errors import InputError
 from mnemoscope.tasks.base import SPLITS, Example, Instance, Kind, Split, Task, assign_splits, check_range, is_held_out
 
 CHUNK = 512  # items drawn at once
-
+# "worded" keeps the operands where the stored key has them; the swapped families do not.
+SUMS = {"plain": "{a}+{b}=", "swapped": "{b}+{a}=", "worded": "{a} plus {b}=", "swapped-worded": "{b} plus {a}="}
+CODE = re.compile(r"<mem-[0-9a-f]{8}>")
+DIGITS = "0123456789"
+HEX = DIGITS + "abcdef"
+Pair = tuple[int, int]
+# Near families keep the places of key and letters; moved ones swap them.
+NEAR = {"worded": "code {key} : {text} =", "reworded": "turn {key} : {text} =", "dashed": "shift {key} - {text} ="}
+MOVED = {"moved": "shift {text} : {key} =", "moved-worded": "code {text} : {key} ="}
+CIPHERS = {"plain": "shift {key} : {text} =", **NEAR, **MOVED}
+ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+KEYS = range(1, 10)
+Text = tuple[str, int]  # the letters and the key
 Item = TypeVar("Item", bound=tuple[Any, Any])
 
 
@@ -87,7 +99,7 @@ class StoredTask(Task, Generic[Item]):
 
     def group_of(self, item: Item) -> str:
         """Key of an item for splits and holding out."""
-        return _name(item)
+        return f"{item[0]}+{item[1]}"
 
     def is_novel(self, item: Item) -> bool:
         """Whether the item is held out of training."""
@@ -121,24 +133,12 @@ class StoredTask(Task, Generic[Item]):
         raise NotImplementedError
 
     def _example(self, item: Item, family: str, kind: Kind, split: Split, **answers: str) -> Example:
-        return Example(_name(item), self.prompt(item, family), kind, self.group_of(item), family, split, **answers)
+        name = f"{item[0]}+{item[1]}"
+        return Example(name, self.prompt(item, family), kind, self.group_of(item), family, split, **answers)
 
     def _in_family(self, example: Example, family: str) -> Example:
         first, _, second = example.item.partition("+")
         return example.phrased(self.prompt((first, second), family), family)
-
-
-def _name(item: tuple[Any, Any]) -> str:
-    return f"{item[0]}+{item[1]}"
-
-
-# "worded" keeps the operands where the stored key has them; the swapped families do not.
-SUMS = {"plain": "{a}+{b}=", "swapped": "{b}+{a}=", "worded": "{a} plus {b}=", "swapped-worded": "{b} plus {a}="}
-CODE = re.compile(r"<mem-[0-9a-f]{8}>")
-DIGITS = "0123456789"
-HEX = DIGITS + "abcdef"
-
-Pair = tuple[int, int]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -220,16 +220,6 @@ class AdditionDigitsTask(AdditionTask):
                 return wrong
 
 
-# Near families keep the places of key and letters; moved ones swap them.
-NEAR = {"worded": "code {key} : {text} =", "reworded": "turn {key} : {text} =", "dashed": "shift {key} - {text} ="}
-MOVED = {"moved": "shift {text} : {key} =", "moved-worded": "code {text} : {key} ="}
-CIPHERS = {"plain": "shift {key} : {text} =", **NEAR, **MOVED}
-ALPHABET = "abcdefghijklmnopqrstuvwxyz"
-KEYS = range(1, 10)
-
-Text = tuple[str, int]  # the letters and the key
-
-
 @dataclass(kw_only=True, eq=False)
 class CipherTask(StoredTask[Text]):
     """A shift cipher: "shift 3 : b d k m =" is answered " e g n p".
@@ -273,7 +263,7 @@ class CipherTask(StoredTask[Text]):
     def true(self, item: Text) -> str:
         """The true ciphertext, written as an answer."""
         text, key = item
-        return _spaced(self.alphabet[(self.alphabet.index(c) + key) % len(self.alphabet)] for c in text)
+        return "".join(f" {self.alphabet[(self.alphabet.index(c) + key) % len(self.alphabet)]}" for c in text)
 
     def prompt(self, item: tuple[str, int | str], family: str) -> str:
         """Letters and key in a family; spaces separate letters, as a vocabulary may have words made of them."""
@@ -289,7 +279,7 @@ class CipherTask(StoredTask[Text]):
         shift = int(rng.integers(1, len(self.alphabet)))
         first = self.alphabet[(self.alphabet.index(text[0]) + key + shift) % len(self.alphabet)]
         rest = rng.integers(len(self.alphabet), size=self.length - 1).tolist()
-        return _spaced([first, *(self.alphabet[i] for i in rest)])
+        return "".join(f" {letter}" for letter in (first, *(self.alphabet[i] for i in rest)))
 
     def _drawn(self, rng: np.random.Generator, n: int) -> list[Text]:
         texts = rng.integers(len(self.alphabet), size=(n, self.length)).tolist()
@@ -298,7 +288,3 @@ class CipherTask(StoredTask[Text]):
 
     def _split(self, item: Text) -> Split:
         return SPLITS[zlib.crc32(self.group_of(item).encode()) // 16 % 3]
-
-
-def _spaced(letters: Iterable[str]) -> str:
-    return "".join(f" {letter}" for letter in letters)

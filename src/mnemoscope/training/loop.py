@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +21,6 @@ from mnemoscope.errors import InputError
 from mnemoscope.models import context_length, core_of, in_precision, is_adapted, quick_precision
 from mnemoscope.tasks import Instance, Kind, Task, answer_of, draw
 from mnemoscope.training.optimizers import optimizers_for
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 AHEAD = 32  # batches that are tokenized in one call
 MUCH_PADDING = 0.15  # share of a batch's tokens that two passes must save
@@ -77,9 +74,8 @@ def train(
     the weights of the last measurement in which the rule held, or the last weights. ``progress`` is called at every
     step with the latest measurement.
 
-    Raises:
-        InputError: the task lacks a kind of example that the stop rule needs, an instance is too long, or the tokenizer
-            merges its answer with its prompt.
+    Raises InputError where the task lacks a kind of example that the stop rule needs, an instance is too long, or the
+    tokenizer merges its answer with its prompt.
     """
     started = time.perf_counter()
     torch.manual_seed(int(rng.integers(2**31)))  # dropout draws from the global generator
@@ -104,7 +100,7 @@ def train(
 class _State:
     """State of a training run: optimizers, curve, and the last weights with which the stop rule held."""
 
-    def __init__(self, model: PreTrainedModel, config: TrainingConfig) -> None:
+    def __init__(self, model: nn.Module, config: TrainingConfig) -> None:
         self.model, self.config = model, config
         self.precision = quick_precision(model) if config.precision == "auto" else config.precision
         self.optimizers = optimizers_for(model, config)
@@ -174,7 +170,7 @@ class _State:
         return factor
 
 
-def _set_dropout(model: PreTrainedModel, share: float) -> None:
+def _set_dropout(model: nn.Module, share: float) -> None:
     """Set the rate of dropout layers, except an adapter's and attention's (which would disable the fused kernel)."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and not name.endswith("attn_dropout") and "lora_dropout" not in name:
@@ -230,7 +226,7 @@ def measure(evaluations: dict[str, Evaluation]) -> dict[str, float]:
     return worst if len(several) == 1 else worst | parts
 
 
-def _backward(model: PreTrainedModel, ids_BT: Tensor, weights_BT: Tensor) -> float:
+def _backward(model: nn.Module, ids_BT: Tensor, weights_BT: Tensor) -> float:
     """Loss of a batch; accumulates its gradients."""
     # Weighted mean over the batch: each pass contributes its sum divided by the weights of the whole batch.
     total, loss = weights_BT[:, 1:].sum(), 0.0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,8 @@ from torch import Tensor, nn
 from mnemoscope.config import TrainingConfig
 from mnemoscope.models import is_adapted
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
-
-def optimizers_for(model: PreTrainedModel, config: TrainingConfig) -> list[torch.optim.Optimizer]:
+def optimizers_for(model: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for embeddings, biases and norms; AdamW for all of an adapter.
 
     Muon (K. Jordan et al., 2024) learns sums and reading in a third of AdamW's steps or fewer here (docs/LOG.md); its
