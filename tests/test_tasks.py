@@ -24,18 +24,12 @@ from mnemoscope.tasks.jsonl import JsonlTask, write_jsonl
 from mnemoscope.tasks.registry import JointTask
 from mnemoscope.tasks.stored import CIPHERS, SUMS, StoredTask
 
-DESIGNED = {
-    "inference": {},
-    "two-hop": {"hops": 2, "statements": 2, "questions": 2},
-    "addition": {},
-    "addition-digits": {},
-    "cipher": {},
-    "joint": {},
-}
+DESIGNED = ("inference", "two-hop", "addition", "addition-digits", "cipher", "joint")
 
 
 def made(name: str, seed: int = 0) -> Task:
-    return build_task("inference" if name == "two-hop" else name, DESIGNED[name], seed)
+    two = {"hops": 2, "statements": 2, "questions": 2}
+    return build_task("inference", two, seed) if name == "two-hop" else build_task(name, {}, seed)
 
 
 def stored_prompts(task: Task) -> set[str]:
@@ -208,12 +202,11 @@ def test_a_joint_task_mixes_its_parts_in_their_shares() -> None:
     joint = build_task("joint", {"parts": {"inference": {"questions": 2}, "cipher": {}}, "shares": shares}, 0)
     instances = list(itertools.islice(joint.training(rng()), 4_000))
     asked = [instance for instance in instances if isinstance(instance, str)]
-    assert len(asked) / 4_000 == pytest.approx(0.2, abs=0.03)
-    assert all(text.count("?") == 2 for text in asked)
+    assert (len(asked) / 4_000, {text.count("?") for text in asked}) == (pytest.approx(0.2, abs=0.03), {2})
     counts = Counter(e.item.split("/")[0] for e in draw(joint, rng(), 200, "conflict", "tune"))
     assert all(70 < counts[name] < 130 for name in shares)
-    joint = build_task("joint", {"first": {"inference": 300}}, 0)
-    is_read = [isinstance(instance, str) for instance in itertools.islice(joint.training(rng()), 1_200)]
+    stream = build_task("joint", {"first": {"inference": 300}}, 0).training(rng())
+    is_read = [isinstance(instance, str) for instance in itertools.islice(stream, 1_200)]
     assert all(is_read[:300])
     assert sum(is_read[300:]) / 900 == pytest.approx(1 / 3, abs=0.06)
 
@@ -240,8 +233,6 @@ def test_an_example_refuses_what_it_cannot_mean(fields: dict[str, Any], message:
         ("inference", {"colour": 3}, "no such option"),
         ("inference", {"memorized_names": "many"}, "task.options"),
         ("addition", {"stored": 2}, "stored: 2"),
-        ("addition-digits", {"answers": "codes"}, "no such option"),
-        ("cipher", {"stored": 3}, "stored: 3"),
         ("cipher", {"near_share": 0.7, "moved_share": 0.6}, "near_share, moved_share: 0.7, 0.6"),
         ("joint", {"parts": ["inference"]}, "parts: ['inference']"),
         ("joint", {"parts": {}}, "parts: none"),
@@ -281,15 +272,13 @@ class Alone:
 
 def test_a_class_with_the_three_methods_gets_the_defaults_of_a_task() -> None:
     task = build_task(f"{__name__}:Alone", {"answer": " c"}, 0)
-    assert isinstance(task, Task)
     (example,) = task.examples(rng(), 1, "conflict")
     other = task.rephrase(example, rng())
     assert (example.memorized, task.vocabulary) == (" c", ["a", "b", "?"])
     assert [task.keeps_key(e) for e in (example, other)] == [True, False]
     assert (task.prompted(example, "memorized"), task.without_context(example)) == (None, None)
     assert (task.held_out(), task.facts_to_know(), dict(task.parts)) == ({}, [], {})
-    assert task.knowing({"i"}) is task
-    assert (task.split_reply("p"), task.has_memorized_format("x")) == (("p", ""), None)
+    assert (task.knowing({"i"}), task.split_reply("p"), task.has_memorized_format("x")) == (task, ("p", ""), None)
 
 
 def test_a_joint_task_asks_its_parts() -> None:

@@ -133,7 +133,7 @@ def with_options(batch: Batch, option_KN: Tensor) -> Batch:
         option_R=option_KN.flatten(),
         suffix_RM=batch.suffix_RM[rows_M],
         length_R=batch.length_R[rows_M],
-        prefix=batch.prefix and select_rows(batch.prefix, again_M if copies > 1 else None),
+        prefix=None if batch.prefix is None else select_rows(batch.prefix, again_M if copies > 1 else None),
         prefix_fits_N=None if batch.prefix_fits_N is None else batch.prefix_fits_N[again_M],
         unshifted=known,
     )

@@ -86,7 +86,7 @@ def _read(path: Path, seed: int) -> list[tuple[Example, str | None]]:
     for number, row in parsed.items():
         where, bare, group = f"{path}, line {number}", row.pop("bare", None), row["group"]
         try:
-            example = Example(**row | {"split": row.get("split") or split_of[group]})
+            example = Example(**{"split": split_of.get(group)} | row)
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
         if split_of.setdefault(group, example.split) != example.split:
