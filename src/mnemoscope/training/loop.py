@@ -226,7 +226,7 @@ def measure(evaluations: dict[str, Evaluation]) -> dict[str, float]:
     return worst if len(several) == 1 else worst | parts
 
 
-def _backward(model: nn.Module, ids_BT: Tensor, weights_BT: Tensor) -> float:
+def _backward(model: Any, ids_BT: Tensor, weights_BT: Tensor) -> float:
     """Loss of a batch; accumulates its gradients."""
     # Weighted mean over the batch: each pass contributes its sum divided by the weights of the whole batch.
     total, loss = weights_BT[:, 1:].sum(), 0.0
