@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 from mnemoscope.tasks import Example, Task
-from mnemoscope.tasks.addition import AdditionDigitsTask, Pair
+from mnemoscope.tasks.stored import AdditionDigitsTask, Pair
 
 
 class HoldingOut(AdditionDigitsTask):
@@ -14,13 +14,13 @@ class HoldingOut(AdditionDigitsTask):
     name = "holding-out"
 
     def held_out(self) -> dict[str, Task]:
-        return {"even": self._of([pair for pair in self.stored if pair[0] % 2 == 0])}
+        return {"even": self._of([pair for pair in self.answers if pair[0] % 2 == 0])}
 
     def facts_to_know(self) -> list[Example]:
-        return [self.stored_example(pair, "plain", "memory") for pair in self.stored]
+        return [self.stored_example(pair, "plain", "memory") for pair in self.answers]
 
     def knowing(self, items: set[str]) -> HoldingOut:
-        return self._of([(a, b) for a, b in self.stored if f"{a}+{b}" in items and a % 2])
+        return self._of([(a, b) for a, b in self.answers if f"{a}+{b}" in items and a % 2])
 
     def _of(self, pairs: list[Pair]) -> HoldingOut:
         other = copy.copy(self)

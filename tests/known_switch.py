@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from mnemoscope.behaviour import Asking
 from mnemoscope.config import ModelConfig
 from mnemoscope.models import build_gpt2, word_tokenizer
-from mnemoscope.tasks import SPLITS, Example, Instance, Kind, Task, assign_splits
+from mnemoscope.tasks import SPLITS, Example, Instance, Kind, Task
+from mnemoscope.tasks.base import assign_splits
 
 LAYERS, WIDTH = 3, 64
 GATHERS, READS = 1, 2  # layers: before GATHERS no state at the decision position knows the votes

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from helpers import MINI_STUDY
 from mnemoscope.cli import app
 from mnemoscope.config import built_in_studies, load_study
-from mnemoscope.tasks.jsonl import read_jsonl
+from mnemoscope.tasks.jsonl import JsonlTask
 
 RUNNER = CliRunner()
 
@@ -46,7 +46,7 @@ def test_data_is_seeded_jsonl_that_reads_back(tmp_path: Path) -> None:
     assert (code, json.loads(out)["examples"]) == (0, 80)
     call("data", "inference", "-n", "20", "--seed", "3", "-o", str(second))
     assert first.read_bytes() == second.read_bytes()
-    assert len(read_jsonl(first, 0)) == 80
+    assert len(JsonlTask(file=str(first)).examples_read) == 80
 
 
 def test_built_in_studies_resolve() -> None:

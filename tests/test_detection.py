@@ -17,7 +17,7 @@ from mnemoscope.report.holds import measure_halves
 from mnemoscope.report.read import measure_learning, measure_probes
 from mnemoscope.report.results import merged
 from mnemoscope.stages import probe as stage
-from mnemoscope.statistics import Estimate, mean_with_range, over_seeds
+from mnemoscope.statistics import over_seeds
 from test_probing import TABLES, planted_cell
 
 
@@ -144,9 +144,3 @@ def test_two_seeds_merge_and_verdicts_are_of_both() -> None:
     assert halves.halvings == 12
     assert halves.overlap["0.1"]["chance"].estimate == pytest.approx(0.1)
     assert len(halves.rho_rank_correlation) == 2
-
-
-def test_a_mean_with_its_range() -> None:
-    assert mean_with_range([0.2, math.nan, 0.6, 0.4]) == Estimate(pytest.approx(0.4), 0.2, 0.6, 3)
-    assert math.isnan(mean_with_range([0.5]).low)
-    assert mean_with_range([math.nan]).n == 0

@@ -143,16 +143,6 @@ def test_nmd_is_the_papers_shift(directions: Directions) -> None:
     assert np.isnan(directions.alpha(setting("gradient")))
 
 
-@pytest.mark.parametrize("method", ["gradient", "learned"])
-def test_what_follows_the_margin_moves_it_where_it_should(asking: Asking, directions: Directions, method: str) -> None:
-    examples = conflicts(60)
-    before = label(asking, examples).margin_N.mean()
-    for direction, sign in (("to_generalized", 1), ("to_memorized", -1)):
-        vector = directions.vector(setting(method, direction, strength=0.1))
-        after = steered(asking, prepare(asking, examples), vector).margin_N.mean()
-        assert sign * (after - before) > 1.0
-
-
 def test_a_shift_of_all_tokens_is_fitted_and_judged_on_all_tokens(asking: Asking, directions: Directions) -> None:
     everywhere = {
         d: directions.vector(setting("learned", d, strength=0.1, positions="all"))
@@ -214,19 +204,6 @@ def test_controls_keep_each_layers_norm(directions: Directions, name: str) -> No
     assert len(everything) == (0 if name in ("random_neurons", "low_correlation") else 2)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_shuffled_labels_leave_little_of_a_method(directions: Directions, method: str) -> None:
-    """Over many shuffles a direction averages out; without a shuffle it is itself."""
-    chosen = setting(method, strength=0.1)
-    original = directions.vector(chosen).dense(2, 64)
-    shuffled = [directions.vector(chosen, Labels(seed)).dense(2, 64) for seed in range(6)]
-    assert all(not np.array_equal(s, original) for s in shuffled) or method == "pca"
-    mean = np.mean(shuffled, axis=0)
-    along = (mean * original).sum() / (original**2).sum()
-    # A learned shift still learns to make the model less sure, which is a part of steering it.
-    assert along < (0.8 if method in ("learned", "pca") else 0.45)
-
-
 def test_half_of_the_labels_swap(directions: Directions) -> None:
     """So that the mean difference itself is not left over with a random sign."""
     sources, shuffled = directions.sources, Labels(3)
@@ -247,9 +224,9 @@ def test_shuffled_labels_ask_both_sides_equally_often(asking: Asking) -> None:
     lists = {"generalized": many, "memorized": few}
     found = FitLists(small, lists, lists, {})  # type: ignore[arg-type]
     asked = list(wanted_batches(found, "generalized", Labels(0)))
-    of_few = [id(batch.ids_NT) in {id(f.ids_NT) for f in few} for batch in asked]
+    of_few = [any(batch is one for one in few) for batch, _ in asked]
     assert np.mean(of_few) == 0.5
-    assert all(abs(int((2 * batch.option_R - 1).sum())) <= 1 for batch in asked)
+    assert all(abs(int((2 * option_N - 1).sum())) <= 1 for _, option_N in asked)
     assert len(list(wanted_batches(found, "generalized", ANSWERED))) == 2 * len(many)
 
 
@@ -301,8 +278,7 @@ def test_a_shuffled_label_draw_does_not_depend_on_how_many_are_drawn(asking: Ask
 def test_the_setting_is_chosen_that_exceeds_its_control(asking: Asking, directions: Directions) -> None:
     """Against every setting held against its controls one by one; controls cost half, beyond the limit what is said."""
     lists = TuneLists(
-        with_prefixes(asking, conflicts(60)),
-        {"novel": (directions.sources.lists.kept["generalized"], "correct")},
+        with_prefixes(asking, conflicts(60)), {"novel": (directions.sources.lists.kept["generalized"], "correct")}
     )
     settings = [setting("gradient", top=0.5, strength=strength) for strength in (0.01, 0.2, 2.0)]
     rated = [(s, share_of(steered(asking, lists.targets, directions.vector(s)), "generalized")) for s in settings]

@@ -29,7 +29,7 @@ from mnemoscope.models import adapt, is_adapted, load_model
 from mnemoscope.steering import SteeringVector
 from mnemoscope.study import run_study
 from mnemoscope.tasks import KINDS, Task, answer_of, build_task
-from mnemoscope.training import batches, optimizers_for, reading, train
+from mnemoscope.training import batches, loop, optimizers_for, train
 from test_cli import call
 
 TASK_OPTIONS = {**MINI_TASKS, "cipher": {"letters": 10, "length": 2, "stored": 8}}
@@ -170,11 +170,11 @@ def test_a_batch_too_large_for_one_pass_gives_the_step_of_the_whole(
     config = QUICK.model_copy(update={"steps": 1, "evaluate_every": 1, "precision": "float32"})
     stepped = []
     for most, parts in ((2**27, 1), (10 * 400 * 3, 4)):
-        monkeypatch.setattr(reading, "MOST_LOGITS", most)
+        monkeypatch.setattr(loop, "MOST_LOGITS", most)
         asking = opened(folder, digits)
         asking.model.train()
         batch = next(batches(asking, digits, config, np.random.default_rng(0)))
-        assert len(list(reading.passes(*batch, 400))) >= parts
+        assert len(list(loop.passes(*batch, 400))) >= parts
         for module in asking.model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0

@@ -22,7 +22,7 @@ from mnemoscope.cli import app
 from mnemoscope.report import STORIES
 from mnemoscope.report.words import ranged
 from mnemoscope.statistics import Estimate
-from mnemoscope.tasks.jsonl import read_jsonl
+from mnemoscope.tasks.jsonl import JsonlTask
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -65,7 +65,7 @@ def test_make_targets_exist(page: Path) -> None:
 def test_the_example_line_is_valid_jsonl(page: str, tmp_path: Path) -> None:
     (line,) = blocks("json", (ROOT / page).read_text())
     (tmp_path / "one.jsonl").write_text(line)
-    (example,) = read_jsonl(tmp_path / "one.jsonl", 0)
+    (example,) = JsonlTask(file=str(tmp_path / "one.jsonl")).examples_read
     assert example.kind == "conflict"
     assert str(example.memorized).startswith(" ")
     assert set(json.loads(line)) == {"item", "group", "prompt", "memorized", "generalized"}

@@ -18,7 +18,6 @@ import pytest
 import yaml
 from safetensors import safe_open
 
-from helpers import MINI_TASKS
 from mnemoscope.behaviour import Asking
 from mnemoscope.cells import cells_of
 from mnemoscope.config import dump_study, load_study, parse_study
@@ -55,26 +54,6 @@ def test_a_run_folder_holds_what_the_contract_says(mini_run: Path) -> None:
     manifest = json.loads((mini_run / "manifest.json").read_text())
     assert list(manifest["stages"]["addition-0"]) == sorted(STAGES)
     assert not list(mini_run.rglob("*.tmp*"))
-
-
-def test_results_say_what_the_records_say(mini_run: Path) -> None:
-    task = json.loads((mini_run / "results.json").read_text())["tasks"]["addition"]
-    records = mini_run / "cells" / "addition-0" / "records"
-    behaviour = pd.read_parquet(records / "behaviour.parquet")
-    conflict = behaviour[behaviour.kind == "conflict"]
-    for name in ("memorized", "generalized", "other"):
-        assert task["behaviour"]["conflict"][name]["estimate"] == pytest.approx((conflict.behaviour == name).mean())
-    steering = pd.read_parquet(records / "steering.parquet")
-    final = steering[(steering.aim == "pairs") & (steering.examples == "pairs")]
-    for direction, target in (("to_generalized", "generalized"), ("to_memorized", "memorized")):
-        for method, found in task["steering_by_method"].items():
-            rows = final[(final.direction == direction) & (final.method == method)]
-            ours = rows[rows.role == "vector"]
-            assert found[direction]["pairs"]["shift"]["estimate"] == pytest.approx((ours.after == target).mean())
-            drawn = rows[rows.role == "gaussian"].groupby("draw").after.apply(lambda a, t=target: (a == t).mean())
-            assert len(drawn) == 3
-            control = found[direction]["controls"]["gaussian"]["pairs"]["shift"]["estimate"]
-            assert control == pytest.approx(drawn.mean())
 
 
 def test_every_test_row_is_from_the_test_split(mini_run: Path) -> None:
@@ -235,32 +214,6 @@ def test_a_full_disk_leaves_nothing_half_written(
     monkeypatch.undo()
     run_study(load_study(str(mini_study_file)), copied)
     assert results(copied) == results(mini_run)
-
-
-def test_a_users_own_file_runs_on_a_trained_model(mini: Callable[[str], Asking], tmp_path: Path) -> None:
-    """The jsonl task on a model folder: nothing is trained, everything else is the same."""
-    asking = mini("addition")
-    asking.model.save_pretrained(tmp_path / "model")
-    asking.tokenizer.save_pretrained(tmp_path / "model")
-    data = tmp_path / "mine.jsonl"
-    options = [f"--option={name}={value}" for name, value in MINI_TASKS["addition"].items()]
-    subprocess.run(
-        [sys.executable, "-m", "mnemoscope", "data", "addition", "-n", "384", "-o", str(data), *options], check=True
-    )
-    raw = f"""
-study: mine
-cells:
-  mine:
-    task: jsonl
-    options: {{file: {data}}}
-    model: {{folder: {tmp_path / "model"}}}
-    pairs: {{permutations: 99}}
-    steering: {{draws: 2, tune_pairs: 50, sweeps: {{nmd: {{tops: [0.5], strengths: [0.3]}}}}}}
-"""
-    run_study(parse_study(yaml.safe_load(raw)), tmp_path / "run")
-    found = json.loads((tmp_path / "run" / "results.json").read_text())["tasks"]["mine"]
-    assert found["pairs"]["pairs"] > 10
-    assert "report" in (tmp_path / "run" / "report.html").read_text().lower()
 
 
 def test_only_what_is_known_is_asked_and_what_is_held_out_is_judged_apart(

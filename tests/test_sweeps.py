@@ -20,7 +20,7 @@ from mnemoscope.behaviour import (
     only_log_probability,
     prepare,
     score,
-    with_option,
+    with_options,
 )
 from mnemoscope.models import blocks_of
 from mnemoscope.steering import SteeringVector, shifted
@@ -185,7 +185,7 @@ def test_an_only_option_has_the_probability_that_it_has_beside_the_other(
         cache_prefixes(asking, [both])
     n = len(both.examples_N)
     option_N = torch.arange(n) % 2
-    batch = with_option(both, option_N)
+    batch = with_options(both, option_N[None])
     assert batch.option_R.tolist() == option_N.tolist()
     assert len(set(batch.length_R.tolist())) > 1
     assert log_probabilities(asking, batch).gather(1, 1 - option_N[:, None]).isnan().all()

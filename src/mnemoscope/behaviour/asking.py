@@ -1,20 +1,20 @@
-"""Examples as batches of tokens: prompts left-padded, one row per answer.
+"""Examples as batches of tokens: prompts formatted and left-padded, one row per answer.
 
 Shapes: N examples, T tokens of a left-padded context, R rows (one per example and option), M tokens of an answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mnemoscope.behaviour.prompting import PLAIN, Prompting
 from mnemoscope.errors import InputError
 from mnemoscope.models import batch_that_fits, context_length, end_ids
 from mnemoscope.tasks import Example
@@ -24,18 +24,83 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
-    """An example as tokens.
+class Prompting:
+    """The format of all prompts of a fit, a vector or a detector.
 
     Attributes:
-        context: the prompt and the tokens that all options begin with; its last one is the decision position.
-        shared: how many tokens at the end of the context the options share.
-        suffixes: the rest of each option; their first tokens differ.
+        chat: whether the chat template formats them.
+        system: content of the system message; None: the template's own.
+        reply: beginning of every reply, behind the user's message; the model continues it.
+        split: cuts a prompt into the user's message and the beginning of the reply, for prompts that hold both.
+
+    Raises InputError where there is a system message or a reply without ``chat``.
     """
 
-    context: list[int]
-    shared: int
-    suffixes: tuple[list[int], ...]
+    chat: bool = False
+    system: str | None = None
+    reply: str = ""
+    split: Callable[[str], tuple[str, str]] | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.chat and (self.reply or self.system is not None):
+            given = f"reply: {self.reply!r}" if self.reply else f"system: {self.system!r}"
+            raise InputError(f"{given} is a part of a chat; set chat, or write it into the prompt")
+
+    @property
+    def begun(self) -> bool:
+        """Whether the beginning of replies is given."""
+        return bool(self.reply) or (self.chat and self.split is not None)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """``chat``, ``system`` and ``begun``, as artefacts store them."""
+        return {"chat": self.chat, "system": self.system, "begun": self.begun}
+
+    def parts(self, prompt: str) -> tuple[str, str]:
+        """The user's message and the beginning of the reply."""
+        message, begun = self.split(prompt) if self.split else (prompt, "")
+        return message, begun + self.reply
+
+    def format(self, tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
+        """The formatted prompt; raises InputError where the chat template refuses the messages."""
+        if not self.chat:
+            return prompt
+        message, begun = self.parts(prompt)
+        return self._rendered(tokenizer, message) + begun
+
+    def opening(self, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+        """Token ids that begin every formatted prompt; [] without a chat."""
+        if not self.chat:
+            return []
+        rendered = [self._rendered(tokenizer, message) for message in "1x"]
+        first, second = tokenizer(rendered, add_special_tokens=False).input_ids
+        unknown = tokenizer.unk_token_id  # may stand for both messages
+        apart = (n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b or a == unknown)
+        return first[: next(apart, min(len(first), len(second)))]
+
+    def _rendered(self, tokenizer: PreTrainedTokenizerFast, message: str) -> str:
+        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+        messages.append({"role": "user", "content": message})
+        try:
+            # Reasoning models answer at once; other templates ignore the option.
+            return tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+        except Exception as error:  # a template may raise anything, for example that it takes no system message
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"chat: the template of this tokenizer refuses the messages ({reason})") from error
+
+
+PLAIN = Prompting()
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """An example as tokens."""
+
+    context: list[int]  # the prompt and the tokens that all options begin with; its last one is the decision position
+    shared: int  # how many tokens at the end of the context the options share
+    suffixes: tuple[list[int], ...]  # the rest of each option; their first tokens differ
 
 
 @dataclass(slots=True)
@@ -44,13 +109,11 @@ class Batch:
 
     Attributes:
         examples_N: their indices in the list that was prepared.
-        ids_NT, mask_NT: contexts.
-        shared_N: see ``Encoded.shared``.
+        ids_NT, mask_NT, shared_N: contexts, and how many of their last tokens the options share.
         example_R, option_R: which example (within the batch) and which option a row is.
         suffix_RM, length_R: the options' tokens, right-padded with 0, and their number.
-        prefix: cache of every context token but the last, or None.
-        prefix_fits_N: whether the model itself produces the shared tokens; only with a prefix.
-        unshifted: outputs of blocks below every shift (``reading.Unshifted``); only with a prefix.
+        prefix: cache of every context token but the last, or None; with it come whether the model itself produces the
+            shared tokens (``prefix_fits_N``), and outputs of blocks below every shift (``reading.Unshifted``).
     """
 
     examples_N: np.ndarray
@@ -74,10 +137,7 @@ class Asking:
         model, tokenizer: a causal language model and its fast tokenizer; neither is changed.
         boundary: texts of which one closes every answer, each a token; "" is the end-of-text token.
         batch_size: examples per pass, at most: fewer where memory is short. No label depends on it, ties aside.
-        prompting: how prompts are formatted.
-
-    Raises:
-        InputError: ``prompting`` is a chat and the tokenizer has no chat template.
+        prompting: how prompts are formatted; InputError where it is a chat and the tokenizer has no chat template.
     """
 
     model: PreTrainedModel
@@ -87,7 +147,8 @@ class Asking:
     prompting: Prompting = PLAIN
 
     def __post_init__(self) -> None:
-        self.prompting.check_template(self.tokenizer)
+        if self.prompting.chat and not self.tokenizer.chat_template:
+            raise InputError("chat: the tokenizer of this model has no chat template; leave prompts as they are")
 
     def text(self, prompt: str) -> str:
         """The formatted prompt."""
@@ -106,8 +167,7 @@ class Asking:
     def padded(self, texts: Sequence[str]) -> Any:
         """Left-padded ``input_ids`` and ``attention_mask`` (N, T) of formatted texts, on the model's device.
 
-        Raises:
-            InputError: a text has no token, or more than the model reads.
+        Raises InputError where a text has no token, or more than the model reads.
         """
         from transformers import BatchEncoding
 
@@ -121,17 +181,14 @@ class Asking:
     @property
     def pad_id(self) -> int:
         """The token under the mask: the padding token, or another where the tokenizer has none."""
-        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
-        return next((number for number in known if number is not None), 0)
+        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        return pad if pad is not None else end or 0
 
     def boundary_ids(self) -> list[int]:
-        """Token ids that close an answer: a boundary text, with or without white space behind it.
-
-        Raises:
-            InputError: no token is one.
-        """
+        """Token ids that close an answer: a boundary text, and white space behind it; InputError where none does."""
         unknown, end = self.tokenizer.unk_token_id, self.tokenizer.eos_token_id
-        ids = {number for text in self.boundary if text for number in _spelling(self.tokenizer, text)}
+        texts, size = filter(None, self.boundary), len(self.tokenizer)
+        ids = {number for text in texts for number in _spelling(self.tokenizer, text, size)}
         if "" in self.boundary:
             ids |= set(end_ids(self.model, self.tokenizer)) - {unknown} | ({end} if unknown == end else set())
         if not ids:
@@ -139,34 +196,29 @@ class Asking:
         return sorted(ids)
 
 
-def _spelling(tokenizer: PreTrainedTokenizerFast, text: str) -> set[int]:
-    """Tokens that decode to a text and at most white space behind it.
+@lru_cache(maxsize=16)  # decoding all tokens takes a moment, and every pass needs them
+def _spelling(tokenizer: PreTrainedTokenizerFast, text: str, size: int) -> frozenset[int]:
+    """Tokens that decode to a text and at most white space behind it, of a vocabulary of ``size``.
 
     Encoded alone, a text may become another token than behind a word ("." at the beginning of a Llama 2 text), and many
     tokenizers have "." and the line breaks behind it in one.
     """
-    known = _SPELLING.setdefault(tokenizer, {})
-    key = (text, len(tokenizer))
-    if key not in known:
-        texts = tokenizer.batch_decode([[number] for number in range(len(tokenizer))])
-        found = {n for n, token in enumerate(texts) if token.startswith(text) and not token[len(text) :].strip()}
-        alone = tokenizer(text, add_special_tokens=False).input_ids
-        known[key] = (found | set(alone if len(alone) == 1 else [])) - {tokenizer.unk_token_id}
-    return known[key]
-
-
-# By tokenizer, text and size of the vocabulary: decoding all tokens takes a moment, and every pass needs them.
-_SPELLING: WeakKeyDictionary[PreTrainedTokenizerFast, dict[tuple[str, int], set[int]]] = WeakKeyDictionary()
+    texts = tokenizer.batch_decode([[number] for number in range(size)])
+    found = {n for n, token in enumerate(texts) if token.startswith(text) and not token[len(text) :].strip()}
+    alone = tokenizer(text, add_special_tokens=False).input_ids
+    return frozenset(found | set(alone if len(alone) == 1 else [])) - {tokenizer.unk_token_id}
 
 
 def check_known(asking: Asking, prompts: Sequence[str]) -> None:
     """Raises InputError where a prompt has a token that the tokenizer does not know; the prompt is named."""
-    unknown = asking.tokenizer.unk_token_id
-    if unknown is None or unknown == asking.tokenizer.eos_token_id:
-        return
     for prompt, row in zip(prompts, asking.tokens([asking.text(prompt) for prompt in prompts]), strict=True):
-        if unknown in row:
+        if _unknown(asking.tokenizer) in row:
             raise InputError(f"prompt: {_unknown_word(asking.tokenizer, prompt)}")
+
+
+def _unknown(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """The token of what the tokenizer does not know, where it stands for nothing else."""
+    return None if tokenizer.unk_token_id == tokenizer.eos_token_id else tokenizer.unk_token_id
 
 
 def _unknown_word(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
@@ -188,20 +240,19 @@ def left_padded(rows: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
 def encode(asking: Asking, examples: Sequence[Example]) -> list[Encoded]:
     """Tokenize prompts together with their answers.
 
-    Raises:
-        InputError: the tokenizer cannot encode a prompt or answer, merges across their seam, a prompt does not fit the
-            model's context, or one answer begins with the whole of the other. The example is named.
+    Raises InputError where the tokenizer cannot encode a prompt or answer, merges across their seam, a prompt does not
+    fit the model's context, or one answer begins with the whole of the other. The example is named.
     """
-    texts = [asking.text(example.prompt) for example in examples]
-    texts += [asking.whole(example, option) for example in examples for option in example.options]
-    tokens = iter(asking.tokens(texts) if texts else [])
-    prompts = [next(tokens) for _ in examples]
-    limit, encoded = context_length(asking.model), []
-    for example, prompt in zip(examples, prompts, strict=True):
-        options = [next(tokens) for _ in example.options]
+    texts = [[asking.text(e.prompt), *(asking.whole(e, option) for option in e.options)] for e in examples]
+    tokens = iter(asking.tokens(list(chain(*texts))) if texts else [])
+    encoded = []
+    for example in examples:
+        prompt, *options = islice(tokens, 1 + len(example.options))
+        fault = _fault(asking, example, prompt, options)
         answers = [option[len(prompt) :] for option in options]
-        shared = _shared(answers) if len(answers) > 1 else 0
-        fault = _fault(example, prompt, options, limit, asking.tokenizer)
+        # How many leading tokens two answers have in common.
+        apart = (i for i, (a, b) in enumerate(zip(*answers, strict=False)) if a != b) if len(answers) > 1 else iter([0])
+        shared = next(apart, min(map(len, answers)))
         if not fault and any(len(answer) == shared for answer in answers):
             both = f"memorized, generalized: {example.memorized!r} and {example.generalized!r}"
             fault = f"{both}: one begins with the whole of the other, so nothing separates them"
@@ -212,11 +263,9 @@ def encode(asking: Asking, examples: Sequence[Example]) -> list[Encoded]:
     return encoded
 
 
-def _fault(
-    example: Example, prompt: list[int], options: list[list[int]], limit: int, tokenizer: PreTrainedTokenizerFast
-) -> str:
+def _fault(asking: Asking, example: Example, prompt: list[int], options: list[list[int]]) -> str:
     """Why an example cannot be asked, or ""."""
-    unknown = None if tokenizer.unk_token_id == tokenizer.eos_token_id else tokenizer.unk_token_id
+    unknown, limit = _unknown(asking.tokenizer), context_length(asking.model)
     if not prompt:
         return f"prompt: {example.prompt!r} has no token"
     for option, text in zip(options, example.options, strict=True):
@@ -225,17 +274,12 @@ def _fault(
             return f"answer: the tokenizer merges {merged}; let the seam lie between two tokens"
         if len(option) == len(prompt):
             return f"answer: {text!r} has no token"
-        if unknown is not None and unknown in option:
+        if unknown in option:
             what, shown = ("prompt", example.prompt) if unknown in prompt else ("answer", text)
-            return f"{what}: {_unknown_word(tokenizer, shown)}"
+            return f"{what}: {_unknown_word(asking.tokenizer, shown)}"
         if len(option) + 1 > limit:
             return f"prompt: {len(option)} tokens with its answer; the model reads at most {limit - 1}"
     return ""
-
-
-def _shared(answers: Sequence[list[int]]) -> int:
-    """How many leading tokens two answers have in common."""
-    return next((i for i, (a, b) in enumerate(zip(*answers, strict=False)) if a != b), min(map(len, answers)))
 
 
 def prepare(asking: Asking, examples: Sequence[Example]) -> list[Batch]:
@@ -247,24 +291,16 @@ def prepare(asking: Asking, examples: Sequence[Example]) -> list[Batch]:
     longest = max(len(e.context) for e in encoded)
     read_on = max(len(e.suffixes) * max(map(len, e.suffixes)) for e in encoded)
     size = batch_that_fits(asking.model, asking.batch_size, longest, read_on)
-    return [
-        _batch(order[start : start + size], encoded, asking.pad_id, asking.model.device)
-        for start in range(0, len(order), size)
-    ]
+    return [as_batch(asking, encoded, order[start : start + size]) for start in range(0, len(order), size)]
 
 
-def _batch(chosen: np.ndarray, encoded: Sequence[Encoded], pad: int, device: torch.device) -> Batch:
-    picked = [encoded[i] for i in chosen]
-    ids_NT, mask_NT = left_padded([e.context for e in picked], pad)
+def as_batch(asking: Asking, encoded: Sequence[Encoded], chosen: np.ndarray) -> Batch:
+    """The chosen ones of encoded examples as one batch."""
+    picked, device = [encoded[i] for i in chosen], asking.model.device
+    contexts = left_padded([e.context for e in picked], asking.pad_id)
     rows = [(n, o, suffix) for n, e in enumerate(picked) for o, suffix in enumerate(e.suffixes)]
-    longest = max(len(suffix) for *_, suffix in rows)
-    return Batch(
-        examples_N=chosen,
-        ids_NT=ids_NT.to(device),
-        mask_NT=mask_NT.to(device),
-        shared_N=torch.tensor([e.shared for e in picked], device=device),
-        example_R=torch.tensor([n for n, *_ in rows], device=device),
-        option_R=torch.tensor([o for _, o, _ in rows], device=device),
-        suffix_RM=torch.tensor([suffix + [0] * (longest - len(suffix)) for *_, suffix in rows], device=device),
-        length_R=torch.tensor([len(suffix) for *_, suffix in rows], device=device),
-    )
+    example_R, option_R, suffixes = zip(*rows, strict=True)
+    longest = max(map(len, suffixes))
+    padded, lengths = [suffix + [0] * (longest - len(suffix)) for suffix in suffixes], [*map(len, suffixes)]
+    lists = ([e.shared for e in picked], example_R, option_R, padded, lengths)
+    return Batch(chosen, *(x.to(device) for x in (*contexts, *map(torch.tensor, lists))))

@@ -1,4 +1,4 @@
-"""Labels, decision margins and states at the decision position.
+"""Labels, decision margins and states at the decision position; plain greedy generation.
 
 No label needs generation: greedy decoding yields an answer exactly when, in one teacher-forced pass, the argmax before
 each of its tokens is that token and the argmax after it closes the answer. The prompt is read once; each answer is a
@@ -10,25 +10,27 @@ V vocabulary, L layers, D neurons.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from itertools import product
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mnemoscope.behaviour.asking import Asking, Batch, encode
-from mnemoscope.behaviour.reading import Answers, Contexts, read_answers, read_contexts, read_only_options
+from mnemoscope.behaviour.asking import Asking, Batch, as_batch, encode
+from mnemoscope.behaviour.reading import Answers, Contexts, by_option, read_answers, read_contexts, read_only_options
 from mnemoscope.behaviour.states import capturing, stacked_states, uncertainty_of
-from mnemoscope.behaviour.writing import Applied, decode
-from mnemoscope.models import Site, pass_inputs
+from mnemoscope.errors import InputError
+from mnemoscope.models import PLAINLY, Site, context_length, end_ids
 from mnemoscope.tasks import Example
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+Applied = Callable[[], AbstractContextManager[Any]]
 TIE = 1e-4  # two logits closer than this may swap places with the batch size
 
 
@@ -106,7 +108,7 @@ def log_probabilities(asking: Asking, batch: Batch) -> Tensor:
     """
     contexts = read_contexts(asking.model, batch)
     answers = read_answers(asking.model, batch, contexts, batch.length_R > 1, closed=False)
-    return _by_option(batch, _log_p(batch, contexts.logits_NV, answers), torch.nan)
+    return by_option(batch, _log_p(batch, contexts.logits_NV, answers), torch.nan)
 
 
 def only_log_probability(asking: Asking, batch: Batch) -> Tensor:
@@ -131,7 +133,7 @@ def _score_batch(
     scores.behaviour_N[batch.examples_N] = _behaviour(batch, fits_R)
     scores.tie_N[batch.examples_N] = tie_N.cpu().numpy()
     if margins:
-        logp_N2 = _by_option(batch, _log_p(batch, contexts.logits_NV, answers).double(), torch.nan)
+        logp_N2 = by_option(batch, _log_p(batch, contexts.logits_NV, answers).double(), torch.nan)
         scores.margin_N[batch.examples_N] = (logp_N2[:, 1] - logp_N2[:, 0]).cpu().numpy()
 
 
@@ -173,17 +175,11 @@ def _log_p_of(logits_SMV: Tensor, tokens_SM: Tensor, length_S: Tensor) -> Tensor
     return logp_SM.masked_fill(~used_SM, 0.0).sum(1)
 
 
-def _by_option(batch: Batch, values_R: Tensor, missing: float | bool) -> Tensor:
-    """Values of rows by example and option; (N, 2)."""
-    empty_N2 = torch.full((len(batch.examples_N), 2), missing, dtype=values_R.dtype, device=values_R.device)
-    return empty_N2.index_put((batch.example_R, batch.option_R), values_R)
-
-
 def _behaviour(batch: Batch, fits_R: Tensor) -> np.ndarray:
     """Labels, see ``Scores``; object (N,)."""
-    fits_N2 = _by_option(batch, fits_R, False).cpu().numpy()
-    has_two_N = _by_option(batch, torch.ones_like(fits_R), False)[:, 1].cpu().numpy()
-    return np.where(has_two_N, _answered(*fits_N2.T), np.where(fits_N2[:, 0], "correct", "wrong")).astype(object)
+    fits_2N = by_option(batch, fits_R, False).T.cpu().numpy()
+    has_two_N = by_option(batch, torch.ones_like(fits_R), False)[:, 1].cpu().numpy()
+    return np.where(has_two_N, _answered(*fits_2N), np.where(fits_2N[0], "correct", "wrong")).astype(object)
 
 
 def _answered(memorized_N: np.ndarray, generalized_N: np.ndarray) -> np.ndarray:
@@ -200,8 +196,7 @@ def mark_confabulations(
 ) -> None:
     """Decode the answers labelled ``other`` and mark, in place, those that only have the memorized format.
 
-    Args:
-        has_memorized_format: the task's own; returns None where both formats are the same, which leaves NaN.
+    The task's own ``has_memorized_format`` returns None where both formats are the same, which leaves NaN.
     """
     if not examples or has_memorized_format(examples[0].options[0]) is None:
         return
@@ -227,53 +222,83 @@ def score_contrasted(
     Returns:
         Scores of N examples for each weight, without ties and states.
     """
-    total = len(examples)
-    encode(asking, [*examples, *others])  # refuses what cannot be asked, by name
+    fits_W2N, logp_W2N = (np.zeros((len(weights), 2, len(examples)), kind) for kind in (bool, float))
     closing = torch.tensor(asking.boundary_ids(), device=asking.model.device)
-    fits_W2N, logp_W2N = np.zeros((len(weights), 2, total), bool), np.zeros((len(weights), 2, total))
-    for option in (0, 1):
-        answers = [example.options[option] for example in examples]
-        read = zip(_read_whole(asking, examples, answers), _read_whole(asking, others, answers), strict=True)
-        for (chosen, ids_NM, length_N, mine_NMV), (*_, theirs_NMV) in read:
-            for number, weight in enumerate(weights):
-                logits_NMV = (1 + weight) * mine_NMV - weight * theirs_NMV
-                judged = _judged(logits_NMV, ids_NM, length_N, closing)
-                fits_W2N[number, option, chosen], logp_W2N[number, option, chosen] = judged
-    margin_WN = logp_W2N[:, 1] - logp_W2N[:, 0]
-    labels = (_answered(*fits_2N) for fits_2N in fits_W2N)
-    return [
-        replace(Scores.empty(total), behaviour_N=of, margin_N=m_N) for of, m_N in zip(labels, margin_WN, strict=True)
-    ]
+    for start, option in product(range(0, len(examples), asking.batch_size), (0, 1)):
+        chosen = slice(start, start + asking.batch_size)
+        batch, mine_NMV = _read_option(asking, examples[chosen], option)
+        _, theirs_NMV = _read_option(asking, others[chosen], option)
+        rows_N, token_NM, length_N = batch.example_R, batch.suffix_RM, batch.length_R
+        for number, weight in enumerate(weights):
+            logits_NMV = (1 + weight) * mine_NMV - weight * theirs_NMV
+            first_N, _ = _greedy(logits_NMV[:, 0])
+            ends_N, _ = _ends(Answers(rows_N, token_NM, length_N, logits_NMV[:, 1:]), closing)
+            fits_W2N[number, option, chosen] = ((first_N == token_NM[:, 0]) & ends_N).cpu().numpy()
+            logp_W2N[number, option, chosen] = _log_p_of(logits_NMV[:, :-1], token_NM, length_N).cpu().numpy()
+    found = [Scores.empty(len(examples)) for _ in weights]
+    for scores, fits_2N, logp_2N in zip(found, fits_W2N, logp_W2N, strict=True):
+        scores.behaviour_N, scores.margin_N = _answered(*fits_2N), logp_2N[1] - logp_2N[0]
+    return found
 
 
-def _read_whole(
-    asking: Asking, examples: Sequence[Example], answers: Sequence[str]
-) -> Iterator[tuple[np.ndarray, Tensor, Tensor, Tensor]]:
-    """Per batch: which examples, their answers' tokens (N, M), how many, and the logits (N, M + 1, V).
+def _read_option(asking: Asking, examples: Sequence[Example], option: int) -> tuple[Batch, Tensor]:
+    """Examples that have one option only, as a batch in their order, and the logits around it, (N, M + 1, V)."""
+    alone = [replace(e, kind="memory", memorized=None, generalized=None, answer=e.options[option]) for e in examples]
+    batch = as_batch(asking, encode(asking, alone), np.arange(len(alone)))
+    return batch, read_only_options(asking.model, batch, closed=True)
 
-    Answers end at the last column, so that column m of the logits predicts token m, counted from the end.
-    """
-    device = asking.model.device
+
+def decode(asking: Asking, examples: Sequence[Example], applied: Applied = nullcontext) -> list[str]:
+    """Generate an answer to each example, up to what closes it."""
+    tokenizer, closing = asking.tokenizer, asking.boundary_ids()
+    options = [option for example in examples for option in example.options]
+    longest = max(map(len, tokenizer(options, add_special_tokens=False).input_ids)) if options else 0
+    texts: list[str] = []
     for start in range(0, len(examples), asking.batch_size):
-        chosen = np.arange(start, min(start + asking.batch_size, len(examples)))
-        mine = examples[start : start + asking.batch_size]
-        texts = [asking.whole(e, answer) for e, answer in zip(mine, answers[start:], strict=False)]
-        prompts = asking.tokens([asking.text(example.prompt) for example in mine])
-        inputs = asking.padded(texts)
-        whole_N = inputs.attention_mask.sum(1)
-        length_N = whole_N - torch.tensor([len(prompt) for prompt in prompts], device=device)
-        longest = int(length_N.max())
-        passed = pass_inputs(asking.model, inputs.input_ids, inputs.attention_mask)
-        logits_NMV = asking.model(**passed, logits_to_keep=longest + 1).logits.float()
-        yield chosen, inputs.input_ids[:, -longest:], length_N, logits_NMV
+        inputs = asking.padded([asking.text(e.prompt) for e in examples[start : start + asking.batch_size]])
+        with applied():
+            output = _generate(asking.model, inputs, longest + 1, closing, asking.pad_id)
+        answers = output[:, inputs.input_ids.shape[1] :].tolist()
+        ends = [next((i for i, token in enumerate(answer) if token in closing), len(answer)) for answer in answers]
+        texts += tokenizer.batch_decode([answer[:end] for answer, end in zip(answers, ends, strict=True)])
+    return texts
 
 
-def _judged(logits_NMV: Tensor, ids_NM: Tensor, length_N: Tensor, closing: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Whether greedy decoding gives each answer and closes it, and the answer's log probability in nats; (N,) each."""
-    longest = ids_NM.shape[1]
-    before_NM = torch.arange(longest, device=ids_NM.device) < (longest - length_N)[:, None]  # belongs to the prompt
-    top_NM = logits_NMV.argmax(-1)
-    goes_on_N = ((top_NM[:, :-1] == ids_NM) | before_NM).all(1)
-    logp_NM = logits_NMV[:, :-1].log_softmax(-1).gather(2, ids_NM[..., None])[..., 0]
-    fits_N = goes_on_N & torch.isin(top_NM[:, -1], closing)
-    return fits_N.cpu().numpy(), logp_NM.masked_fill(before_NM, 0.0).sum(1).double().cpu().numpy()
+def complete(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, inputs: Any, max_new_tokens: int = 20
+) -> list[str]:
+    """Generate a continuation of each prompt; see ``continued``."""
+    ids_NT, _, width = continued(model, tokenizer, inputs, max_new_tokens)
+    return tokenizer.batch_decode(ids_NT[:, width:], skip_special_tokens=True)
+
+
+def continued(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, inputs: Any, max_new_tokens: int
+) -> tuple[Tensor, Tensor, int]:
+    """Generate behind the prompts of a left-padded batch (``Asking.padded``).
+
+    Returns ids (N, T), their mask (N, T), which is 0 behind an end of text, and how many columns are the prompts.
+    Raises InputError where the prompts leave no room for another token in the model's context.
+    """
+    width, limit = inputs.input_ids.shape[1], context_length(model)
+    if width >= limit:
+        raise InputError(f"prompt: {width} tokens leave no room for an answer; the model reads at most {limit}")
+    ends = end_ids(model, tokenizer)
+    output = _generate(model, inputs, min(max_new_tokens, limit - width), ends or None, tokenizer.pad_token_id)
+    ends_NT = torch.isin(output[:, width:], torch.tensor(ends, dtype=torch.long, device=output.device)).long()
+    text_NT = (ends_NT.cumsum(1) - ends_NT) == 0  # the end itself belongs to the text
+    return output, torch.cat([inputs.attention_mask, text_NT.long()], dim=1), width
+
+
+@torch.no_grad()
+def _generate(model: Any, inputs: Any, most: int, ends: list[int] | None, pad: int | None) -> Tensor:
+    """Prompts and what is generated behind them, (N, T)."""
+    return model.generate(
+        input_ids=inputs.input_ids,
+        attention_mask=inputs.attention_mask,
+        max_new_tokens=most,
+        do_sample=False,
+        **PLAINLY,
+        eos_token_id=ends,
+        pad_token_id=pad,
+    )

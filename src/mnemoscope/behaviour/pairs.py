@@ -43,27 +43,28 @@ class PairBatch:
     @property
     def states_generalized_PLD(self) -> np.ndarray:
         """float32 states of the sides that were answered generalized."""
-        assert self.scores.states_NLD is not None
-        return self.scores.states_NLD[self.generalized_P]
+        return self._states_NLD[self.generalized_P]
 
     @property
     def states_memorized_PLD(self) -> np.ndarray:
         """float32 states of the sides that were answered memorized."""
+        return self._states_NLD[self.memorized_P]
+
+    @property
+    def _states_NLD(self) -> np.ndarray:
         assert self.scores.states_NLD is not None
-        return self.scores.states_NLD[self.memorized_P]
+        return self.scores.states_NLD
 
     def keep(self, kept: KeptStates, site: Site, of_all: bool) -> None:
         """Keep the states for later stages: of all phrasings, or of those in pairs."""
-        chosen = np.arange(len(self.asked)) if of_all else np.unique([self.generalized_P, self.memorized_P])
-        assert self.scores.states_NLD is not None
         assert self.scores.uncertainty_N2 is not None
+        chosen = np.arange(len(self.asked)) if of_all else np.unique([self.generalized_P, self.memorized_P])
         examples = [self.asked[n] for n in chosen]
-        kept.add(site, examples, self.scores.states_NLD[chosen], self.scores.uncertainty_N2[chosen])
+        kept.add(site, examples, self._states_NLD[chosen], self.scores.uncertainty_N2[chosen])
 
     def pairs(self) -> list[tuple[Example, Example]]:
         """(phrasing answered generalized, phrasing answered memorized) of each pair."""
-        found = [(self.candidates[n], self.scores_a.behaviour_N[n]) for n in np.flatnonzero(self.is_pair_N)]
-        return [(a, b) if behaviour == "generalized" else (b, a) for (a, b), behaviour in found]
+        return [(self.asked[g], self.asked[m]) for g, m in zip(self.generalized_P, self.memorized_P, strict=True)]
 
 
 def draw_candidates(
@@ -85,10 +86,7 @@ def draw_candidates(
 
 
 def mine_pairs(
-    asking: Asking,
-    candidates: Iterable[tuple[Example, Example]],
-    site: Site = "block",
-    chunk: int | None = None,
+    asking: Asking, candidates: Iterable[tuple[Example, Example]], site: Site = "block", chunk: int | None = None
 ) -> Iterator[PairBatch]:
     """Label candidates and find those whose behaviour flips, with states; memory does not grow with their number.
 
@@ -106,9 +104,7 @@ def mine_pairs(
         scores = score(asking, prepare(asking, list(asked.values())), capture=site)
         side_N2 = np.array([[place[example.prompt] for example in pair] for pair in drawn])
         a, b = scores.of(side_N2[:, 0]), scores.of(side_N2[:, 1])
-        forward_N = (a.behaviour_N == "generalized") & (b.behaviour_N == "memorized")
-        backward_N = (a.behaviour_N == "memorized") & (b.behaviour_N == "generalized")
-        is_pair_N = forward_N | backward_N
-        generalized_P = np.where(forward_N, *side_N2.T)[is_pair_N]
-        memorized_P = side_N2[is_pair_N].sum(axis=1) - generalized_P
-        yield PairBatch(drawn, a, b, is_pair_N, list(asked.values()), scores, generalized_P, memorized_P)
+        generalized_N2, memorized_N2 = (scores.behaviour_N[side_N2] == name for name in ("generalized", "memorized"))
+        is_pair_N = generalized_N2.any(axis=1) & memorized_N2.any(axis=1)
+        sides_P = (side_N2[named_N2 & is_pair_N[:, None]] for named_N2 in (generalized_N2, memorized_N2))
+        yield PairBatch(drawn, a, b, is_pair_N, list(asked.values()), scores, *sides_P)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,50 +45,31 @@ MOST_BYTES = 2**30  # kept of a list: small next to a model for which that is fe
 
 @dataclass(frozen=True, slots=True)
 class Unshifted:
-    """Outputs of blocks from the decision position on, while nothing is shifted in them or below.
+    """Outputs of blocks from the decision position on, while nothing is shifted in them or below."""
 
-    Attributes:
-        context_L: of each block at the decision position, states (N, 1, D).
-        answers_L: of each block over the options' tokens, states (R, M, D).
-        columns_L: each layer's key and value of the decision position, (N, H, 1, W) each.
-    """
-
-    context_L: list[Any]
-    answers_L: list[Any]
-    columns_L: list[tuple[Tensor, Tensor]]
+    context_L: list[Any]  # of each block at the decision position, states (N, 1, D)
+    answers_L: list[Any]  # of each block over the options' tokens, states (R, M, D)
+    columns_L: list[tuple[Tensor, Tensor]]  # each layer's key and value of the decision position, (N, H, 1, W) each
 
 
 @dataclass(frozen=True, slots=True)
 class Contexts:
-    """A pass over contexts.
+    """A pass over contexts."""
 
-    Attributes:
-        logits_NV: at the decision position.
-        begins_N: whether the model itself produces the shared beginning of the options.
-        cache: keys and values of the contexts.
-        known: how many of the first blocks need not be run for the answers.
-    """
-
-    logits_NV: Tensor
-    begins_N: Tensor
-    cache: Any
-    known: int = 0
+    logits_NV: Tensor  # at the decision position
+    begins_N: Tensor  # whether the model itself produces the shared beginning of the options
+    cache: Any  # keys and values of the contexts
+    known: int = 0  # how many of the first blocks need not be run for the answers
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """A pass over options.
-
-    Attributes:
-        rows_S: their rows in the batch.
-        suffix_SM, length_S: their tokens and how many, as in ``Batch``.
-        logits_SMV: at each of these tokens, or at each but the last column.
-    """
+    """A pass over options: their rows in the batch, their tokens and how many, and the logits at each of the tokens."""
 
     rows_S: Tensor
     suffix_SM: Tensor
     length_S: Tensor
-    logits_SMV: Tensor
+    logits_SMV: Tensor  # without ``closed`` of ``read_answers`` for all but the last column
 
 
 @torch.no_grad()
@@ -118,12 +100,9 @@ def cache_prefixes(asking: Asking, batches: Sequence[Batch], most_bytes: int = M
 
 def kept_bytes(batch: Batch) -> int:
     """Bytes that a batch keeps: keys and values, and outputs of untouched blocks."""
-    found = bytes_of(batch.prefix) if batch.prefix is not None else 0
-    if batch.unshifted is None:
-        return found
-    states = map(states_of, (*batch.unshifted.context_L, *batch.unshifted.answers_L))
-    kept = (*states, *(part for column in batch.unshifted.columns_L for part in column))
-    return found + sum(part.numel() * part.element_size() for part in kept)
+    known = batch.unshifted
+    states = [*map(states_of, (*known.context_L, *known.answers_L)), *chain(*known.columns_L)] if known else []
+    return (0 if batch.prefix is None else bytes_of(batch.prefix)) + sum(part.nbytes for part in states)
 
 
 def without_prefix(batch: Batch) -> Batch:
@@ -131,47 +110,49 @@ def without_prefix(batch: Batch) -> Batch:
     return replace(batch, prefix=None, prefix_fits_N=None, unshifted=None)
 
 
-def with_option(batch: Batch, option_N: Tensor) -> Batch:
-    """The same contexts with one option each, by its number; shares the prefixes, so score only one at a time."""
-    rows_N = torch.nonzero(batch.option_R == option_N[batch.example_R])[:, 0]
-    unshifted = batch.unshifted
-    if unshifted:
-        answers_L = [with_states(a, _rows(states_of(a), rows_N)) for a in unshifted.answers_L]
-        unshifted = replace(unshifted, answers_L=answers_L)
-    rows = {name: getattr(batch, name)[rows_N] for name in ("example_R", "option_R", "suffix_RM", "length_R")}
-    return replace(batch, **rows, unshifted=unshifted)
+def with_options(batch: Batch, option_KN: Tensor) -> Batch:
+    """The same contexts K times, each time with one option of every example, by its number.
 
-
-def stacked(batches: Sequence[Batch]) -> Batch:
-    """Batches of the same contexts, each with options of its own, as one: the rows of the first, then of the second."""
-    first, copies = batches[0], len(batches)
-    if copies == 1:
-        return first
-    n, device = len(first.examples_N), first.ids_NT.device
-    again_N = torch.arange(n, device=device).repeat(copies)
-    unshifted = first.unshifted
-    if unshifted:
-        of_all_L = zip(*(batch.unshifted.answers_L for batch in batches), strict=True)
-        unshifted = Unshifted(
-            [with_states(context, _rows(states_of(context), again_N)) for context in unshifted.context_L],
-            [with_states(some[0], torch.cat([states_of(answer) for answer in some])) for some in of_all_L],
-            [(_rows(key, again_N), _rows(value, again_N)) for key, value in unshifted.columns_L],
-        )
-    contexts = {name: getattr(first, name)[again_N] for name in ("ids_NT", "mask_NT", "shared_N")}
-    rows = {n: torch.cat([getattr(b, n) for b in batches]) for n in ("option_R", "suffix_RM", "length_R")}
+    Shares the prefixes if K is 1, so score only one at a time.
+    """
+    copies, n = option_KN.shape
+    again_M = torch.arange(n, device=option_KN.device).repeat(copies)
+    numbers_R = torch.arange(len(batch.example_R), device=option_KN.device)
+    rows_M = by_option(batch, numbers_R, 0)[again_M, option_KN.flatten()]
+    known = batch.unshifted and Unshifted(
+        [_picked(context, again_M) for context in batch.unshifted.context_L],
+        [_picked(answers, rows_M) for answers in batch.unshifted.answers_L],
+        [(_rows(key, again_M), _rows(value, again_M)) for key, value in batch.unshifted.columns_L],
+    )
     return Batch(
-        examples_N=np.tile(first.examples_N, copies),
-        example_R=torch.cat([batch.example_R + number * n for number, batch in enumerate(batches)]),
-        **(contexts | rows),
-        prefix=None if first.prefix is None else select_rows(first.prefix, again_N),
-        prefix_fits_N=None if first.prefix_fits_N is None else first.prefix_fits_N[again_N],
-        unshifted=unshifted,
+        np.tile(batch.examples_N, copies),
+        batch.ids_NT[again_M],
+        batch.mask_NT[again_M],
+        batch.shared_N[again_M],
+        example_R=torch.arange(copies * n, device=option_KN.device),
+        option_R=option_KN.flatten(),
+        suffix_RM=batch.suffix_RM[rows_M],
+        length_R=batch.length_R[rows_M],
+        prefix=None if batch.prefix is None else select_rows(batch.prefix, again_M if copies > 1 else None),
+        prefix_fits_N=None if batch.prefix_fits_N is None else batch.prefix_fits_N[again_M],
+        unshifted=known,
     )
 
 
+def by_option(batch: Batch, values_R: Tensor, missing: float | bool) -> Tensor:
+    """Values of rows by example and option; (N, 2)."""
+    empty_N2 = torch.full((len(batch.examples_N), 2), missing, dtype=values_R.dtype, device=values_R.device)
+    return empty_N2.index_put((batch.example_R, batch.option_R), values_R)
+
+
 def _rows(states: Tensor, rows_R: Tensor) -> Tensor:
-    """Rows of a layer's output, which may lie on another device than the batch."""
+    """Rows of a layer's states, which may lie on another device than the batch."""
     return states[rows_R.to(states.device)]
+
+
+def _picked(output: Any, rows_R: Tensor, columns: int | None = None) -> Any:
+    """Rows of a block's output, and its first columns."""
+    return with_states(output, _rows(states_of(output), rows_R)[:, :columns])
 
 
 def _read_unshifted(model: PreTrainedModel, batch: Batch) -> Unshifted:
@@ -216,22 +197,21 @@ def read_answers(
     longest = int(length_S.max())
     suffix_SM = batch.suffix_RM[rows_S, :longest]
     read_SM = suffix_SM if closed else suffix_SM[:, :-1]
-    returned = None
-    if contexts.known:
-        returned = batch.unshifted.answers_L[contexts.known - 1]
-        returned = with_states(returned, _rows(states_of(returned), rows_S)[:, : read_SM.shape[1]])
+    last = batch.unshifted.answers_L[contexts.known - 1] if contexts.known else None
+    returned = None if last is None else _picked(last, rows_S, read_SM.shape[1])
     with replayed_blocks(model, contexts.known, returned), rows_of_prompts(batch.example_R[rows_S]):
         logits_SMV = model(**_answer_inputs(model, contexts.cache, batch.mask_NT, read_SM, example_S)).logits.float()
     return Answers(rows_S, suffix_SM, length_S, logits_SMV)
 
 
-def read_only_options(model: PreTrainedModel, batch: Batch) -> Tensor:
+def read_only_options(model: PreTrainedModel, batch: Batch, closed: bool = False) -> Tensor:
     """Logits that predict each token of each example's only option, float32 (N, M, V), in one pass.
 
+    ``closed`` adds those of what follows the longest option.
     The decision position is inside this pass: the last column of ``batch.ids_NT``, which vectors need as ``start``.
     """
     assert torch.equal(batch.example_R, torch.arange(len(batch.examples_N), device=batch.example_R.device))
-    behind_NM = batch.suffix_RM[:, : int(batch.length_R.max()) - 1]
+    behind_NM = batch.suffix_RM[:, : int(batch.length_R.max()) - (not closed)]
     mask_NT = torch.cat([batch.mask_NT, torch.ones_like(behind_NM)], dim=1)
     if batch.prefix is None:
         ids_NT = torch.cat([batch.ids_NT, behind_NM], dim=1)
@@ -240,8 +220,8 @@ def read_only_options(model: PreTrainedModel, batch: Batch) -> Tensor:
     known, returned = _known_blocks(model, batch), None
     if known:
         context, answers = batch.unshifted.context_L[known - 1], batch.unshifted.answers_L[known - 1]
-        answers_NMD = states_of(answers)[:, : behind_NM.shape[1]]
-        returned = with_states(context, torch.cat([states_of(context), answers_NMD], dim=1))
+        both = [states_of(context), states_of(answers)[:, : behind_NM.shape[1]]]
+        returned = with_states(context, torch.cat(both, dim=1))
     ids_NM = torch.cat([batch.ids_NT[:, -1:], behind_NM], dim=1)
     with replayed_blocks(model, known, returned):
         return model(**pass_inputs(model, ids_NM, mask_NT, select_rows(batch.prefix, None))).logits.float()

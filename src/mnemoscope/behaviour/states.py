@@ -6,9 +6,11 @@ Shapes: N examples, T tokens of a left-padded batch, O offsets, L layers, D neur
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +31,10 @@ MOST_BYTES = 2**28  # of states that a cell keeps for its later stages, at a sit
 
 @dataclass(frozen=True, slots=True)
 class States:
-    """States of N examples.
+    """States of N examples, float32, by offset (tokens before the decision position), and their uncertainty, float64.
 
-    Attributes:
-        states_ONLD: float32, by offset: tokens before the decision position.
-        uncertainty_N2: float64, entropy in nats of the next token's distribution at the decision position, and the log
-            probability of its first minus that of its second choice; NaN without offset 0.
+    Uncertainty is the entropy in nats of the next token's distribution at the decision position, and the log
+    probability of its first minus that of its second choice; NaN without offset 0.
     """
 
     states_ONLD: np.ndarray
@@ -67,29 +67,25 @@ def capturing(
         offsets: columns before the last one.
         stop: end the pass, and with it the context, behind the last of the layers.
     """
-    wanted = list(range(len(blocks_of(model)))) if layers is None else list(layers)
-    states: list[Tensor] = [torch.empty(0)] * len(wanted)
-    handles, rows = [], 0
+    wanted = list(range(len(blocks_of(model))) if layers is None else layers)
+    states, handles, rows = [torch.empty(0)] * len(wanted), [], 0
 
     def see(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         nonlocal rows
         rows = rows_of(args, kwargs)
 
-    def reader(place: int, is_input: bool) -> Callable[..., None]:
-        def read(module: torch.nn.Module, inputs: Any, output: Any = None) -> None:
-            found_NTD = states_of(inputs if is_input else output, rows)
-            states[place] = found_NTD[:, [found_NTD.shape[1] - 1 - offset for offset in offsets]].detach().clone()
-            if stop and place == len(wanted) - 1:
-                raise _ReadEnoughError
-
-        return read
+    def read(place: int, module: torch.nn.Module, inputs: Any, output: Any = None) -> None:
+        found_NTD = states_of(inputs if output is None else output, rows)
+        states[place] = found_NTD[:, [found_NTD.shape[1] - 1 - offset for offset in offsets]].detach().clone()
+        if stop and place == len(wanted) - 1:
+            raise _ReadEnoughError
 
     try:
         handles.append(backbone_of(model).register_forward_pre_hook(see, with_kwargs=True))
         for place, layer in enumerate(wanted):
             module, is_input = site_module(model, layer, site)
             register = module.register_forward_pre_hook if is_input else module.register_forward_hook
-            handles.append(register(reader(place, is_input)))
+            handles.append(register(partial(read, place)))
         yield states
     except _ReadEnoughError:
         pass
@@ -135,18 +131,18 @@ def read_states(
         offsets: tokens before the decision position, smaller than every context's length.
         kept: states at the decision position that need not be read again; others are added to it.
     """
-    if kept is None or tuple(offsets) != (0,):
+    if kept is None or tuple(offsets) != (0,) or not examples:
         return _read(asking, examples, site, offsets)
-    places_N = kept.find(site, examples)
-    missing = np.flatnonzero(places_N < 0)
-    states_NLD, uncertainty_N2 = kept.take(site, places_N)
-    if len(missing):
-        unknown = [examples[int(n)] for n in missing]
+    known = kept.get(site, examples)
+    missing = [n for n in range(len(examples)) if n not in known]
+    if missing:
+        unknown = [examples[n] for n in missing]
         fresh = _read(asking, unknown, site, offsets)
         kept.add(site, unknown, fresh.at_decision_NLD, fresh.uncertainty_N2)
-        if len(missing) == len(examples):
+        if not known:
             return fresh
-        states_NLD[missing], uncertainty_N2[missing] = fresh.at_decision_NLD, fresh.uncertainty_N2
+        known |= dict(zip(missing, zip(fresh.at_decision_NLD, fresh.uncertainty_N2, strict=True), strict=True))
+    states_NLD, uncertainty_N2 = map(np.stack, zip(*(known[n] for n in range(len(examples))), strict=True))
     return States(states_NLD[None], uncertainty_N2)
 
 
@@ -176,12 +172,11 @@ class KeptStates:
 
     folder: Path
     most_bytes: int = MOST_BYTES
-    _index: dict[tuple[str, bytes], tuple[int, int]] = field(default_factory=dict)
-    _files: dict[str, list[Path]] = field(default_factory=dict)
+    _index: dict[tuple[str, bytes], tuple[Path, int]] = field(default_factory=dict)  # by site and example, a file's row
 
     def __post_init__(self) -> None:
         for path in sorted(self.folder.glob("*.safetensors")):
-            self._enter(path.name.split("-")[0], path)
+            self._enter(path)
 
     def add(self, site: Site, examples: Sequence[Example], states_NLD: np.ndarray, uncertainty_N2: np.ndarray) -> None:
         """Keep states, float32, of examples that are not kept yet; one file for each call."""
@@ -189,49 +184,34 @@ class KeptStates:
 
         keys = [_key(example) for example in examples]
         fresh = [n for n, key in enumerate(keys) if (site, key) not in self._index]
-        files = self._files.setdefault(site, [])
+        files = list(self.folder.glob(f"{site}-*.safetensors"))
         room = self.most_bytes - sum(path.stat().st_size for path in files)
         if not fresh or len(fresh) * states_NLD[0].nbytes > room:
             return
-        arrays = {
-            "states": np.ascontiguousarray(states_NLD[fresh], np.float32),
-            "uncertainty": np.ascontiguousarray(uncertainty_N2[fresh], np.float64),
-            "keys": np.frombuffer(b"".join(keys[n] for n in fresh), np.uint8).reshape(len(fresh), -1).copy(),
-        }
-        content = save(arrays)
+        kept = {"states": states_NLD[fresh].astype(np.float32), "uncertainty": uncertainty_N2[fresh].astype(np.float64)}
+        content = save(kept | {"keys": np.array([[*keys[n]] for n in fresh], np.uint8)})
         if len(content) <= room:
-            self._enter(site, write_atomically(self.folder / f"{site}-{len(files):05d}.safetensors", content))
+            self._enter(write_atomically(self.folder / f"{site}-{len(files):05d}.safetensors", content))
 
-    def find(self, site: Site, examples: Sequence[Example]) -> np.ndarray:
-        """Places of examples for ``take``, int64 (N,); -1 where an example is not kept."""
-        found = (self._index.get((site, _key(example))) for example in examples)
-        return np.array([-1 if at is None else at[0] << 32 | at[1] for at in found], np.int64)
+    def get(self, site: Site, examples: Sequence[Example]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """State (L, D) and uncertainty (2,) of each example that is kept, by its index."""
+        from safetensors.numpy import load_file
 
-    def take(self, site: Site, places_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """States (N, L, D) and uncertainty (N, 2) at the places of ``find``; rows of -1 are left to be filled."""
+        rows: dict[Path, list[tuple[int, int]]] = defaultdict(list)
+        for n, example in enumerate(examples):
+            path, row = self._index.get((site, _key(example)), (None, 0))
+            if path:
+                rows[path].append((n, row))
+        files = ((load_file(path), places) for path, places in rows.items())
+        return {n: (file["states"][row], file["uncertainty"][row]) for file, places in files for n, row in places}
+
+    def _enter(self, path: Path) -> None:
         from safetensors import safe_open
 
-        files_N, rows_N = places_N >> 32, places_N & 0xFFFFFFFF
-        states_NLD, uncertainty_N2 = np.empty(0, np.float32), np.empty((len(places_N), 2))
-        for number in np.unique(files_N[places_N >= 0]):
-            with safe_open(self._files[site][number], framework="numpy") as file:
-                here_N = np.flatnonzero(files_N == number)
-                found_NLD = file.get_tensor("states")[rows_N[here_N]]
-                if not states_NLD.size:
-                    states_NLD = np.empty((len(places_N), *found_NLD.shape[1:]), np.float32)
-                states_NLD[here_N] = found_NLD
-                uncertainty_N2[here_N] = file.get_tensor("uncertainty")[rows_N[here_N]]
-        return states_NLD, uncertainty_N2
-
-    def _enter(self, site: str, path: Path) -> None:
-        from safetensors import safe_open
-
-        files = self._files.setdefault(site, [])
         with safe_open(path, framework="numpy") as file:
             keys = file.get_tensor("keys")
-        for row, key in enumerate(keys):
-            self._index[site, key.tobytes()] = (len(files), row)
-        files.append(path)
+        site = path.name.split("-")[0]
+        self._index |= {(site, key.tobytes()): (path, row) for row, key in enumerate(keys)}
 
 
 def _key(example: Example) -> bytes:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mnemoscope.behaviour import Batch, only_log_probability, stacked, with_option, without_prefix
+from mnemoscope.behaviour import Batch, only_log_probability, with_options, without_prefix
 from mnemoscope.directions.settings import Setting
 from mnemoscope.directions.sources import FitLists, Labels, Sources, in_turn
 from mnemoscope.models import in_precision, quick_precision
@@ -58,7 +58,8 @@ def _ascended(sources: Sources, setting: Setting, several: Sequence[Labels]) -> 
         shifts = {layer: unit_KD * norm_L[layer] for layer, unit_KD in units.items()}
         loss = -_log_p(sources, batches, shifts, setting.positions)
         if kept and number % 2:  # every second step is enough to hold what should stay
-            same = [next(kept)] * len(several)
+            batch = next(kept)
+            same = [(batch, torch.zeros_like(batch.option_R))] * len(several)
             loss = loss - lists.kept_weight * _log_p(sources, same, shifts, setting.positions)
         # Not backward(): that would also fill the gradients of the model's own parameters.
         gradients = torch.autograd.grad(loss, list(units.values()))
@@ -74,8 +75,8 @@ def _ascended(sources: Sources, setting: Setting, several: Sequence[Labels]) -> 
     return units
 
 
-def wanted_batches(lists: FitLists, toward: Toward, labels: Labels) -> Iterator[Batch]:
-    """Batches to learn from, with the wanted answer of each example as its only option.
+def wanted_batches(lists: FitLists, toward: Toward, labels: Labels) -> Iterator[tuple[Batch, Tensor]]:
+    """Batches to learn from, and the number of the option that is wanted of each example, (N,).
 
     Phrasings of pairs and other conflicts alternate. Under a shuffle, half of the examples of both sides want either
     answer: on one side alone, that would still teach to leave this side.
@@ -89,13 +90,17 @@ def wanted_batches(lists: FitLists, toward: Toward, labels: Labels) -> Iterator[
         placed = [list(islice(cycle(batches), longest)) for batches in placed]
     for stream, number, batch in in_turn(placed):
         stays_N = torch.from_numpy(labels.signs(len(batch.examples_N), stream, number) > 0)
-        yield with_option(batch, torch.where(stays_N, option, 1 - option).to(batch.ids_NT.device))
+        yield batch, torch.where(stays_N, option, 1 - option).to(batch.ids_NT.device)
 
 
-def _log_p(sources: Sources, batches: Sequence[Batch], shifts: Mapping[int, Tensor], positions: Positions) -> Tensor:
-    """Mean log probability of the only answers, in nats, summed over the shifts; batch k is read under shift k."""
-    asking, n = sources.lists.asking, len(batches[0].examples_N)
-    batch = stacked([without_prefix(batch) for batch in batches] if positions == "all" else batches)
+def _log_p(
+    sources: Sources, asked: Sequence[tuple[Batch, Tensor]], shifts: Mapping[int, Tensor], positions: Positions
+) -> Tensor:
+    """Mean log probability of the wanted answers, in nats, summed over the shifts; answers k are read under shift k."""
+    (batch, _), asking = asked[0], sources.lists.asking
+    n = len(batch.examples_N)
+    batch = without_prefix(batch) if positions == "all" else batch
+    batch = with_options(batch, torch.stack([option_N for _, option_N in asked]))
     of_prompts = {layer: shift_KD.repeat_interleave(n, 0) for layer, shift_KD in shifts.items()}
     start = None if positions == "all" else batch.ids_NT.shape[1] - 1
     with shifted(asking.model, of_prompts, sources.site, positions, start):

@@ -1,18 +1,4 @@
 """Tasks: data on which the answer reveals whether a model memorized or generalized."""
 
-from mnemoscope.tasks.base import (
-    KINDS,
-    SPLITS,
-    Example,
-    Instance,
-    Kind,
-    Side,
-    Split,
-    Task,
-    answer_of,
-    assign_splits,
-    check_groups,
-    draw,
-    draws,
-)
+from mnemoscope.tasks.base import KINDS, SPLITS, Example, Instance, Kind, Side, Split, Task, answer_of, draw, draws
 from mnemoscope.tasks.registry import TASKS, build_task, describe_tasks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any, Literal
@@ -43,8 +43,7 @@ class Example:
         family: kind of phrasing.
         memorized: the revealing answer from memory, of a conflict; ``generalized`` the other one.
 
-    Raises:
-        InputError: an answer is missing or superfluous, or the two revealing answers are equal.
+    Raises InputError where an answer is missing or superfluous, or the two revealing answers are equal.
     """
 
     item: str
@@ -58,7 +57,7 @@ class Example:
     answer: str | None = None
 
     def __post_init__(self) -> None:
-        wrong, is_conflict = None, self.kind == "conflict"
+        wrong, is_conflict = "", self.kind == "conflict"
         if self.kind not in KINDS:
             wrong = f"kind: {self.kind!r} is not one of {', '.join(KINDS)}"
         elif self.split not in SPLITS:
@@ -77,9 +76,7 @@ class Example:
     @property
     def options(self) -> tuple[str, ...]:
         """The answers that reveal a behaviour: (memorized, generalized) for a conflict, else (answer,)."""
-        if self.kind == "conflict":
-            return (self.memorized, self.generalized)  # type: ignore[return-value]
-        return (self.answer,)  # type: ignore[return-value]
+        return (self.memorized, self.generalized) if self.kind == "conflict" else (self.answer,)  # type: ignore[return-value]
 
     def to_row(self, side: Side = "") -> dict[str, str | None]:
         """All fields by column name; a side appends ``_a`` or ``_b`` to the columns of the phrasing."""
@@ -115,6 +112,7 @@ class Task:
             Adapters use the tokenizer of their model.
         memory_is_conflict: whether ``memory`` examples are the plain phrasings of conflicts.
         begins_reply: whether ``split_reply`` returns beginnings of replies.
+        instructions: sentences that ask for a behaviour, the system message of chat models; none by default.
         parts: tasks by name, of a task that consists of several; each must show both behaviours before training stops.
     """
 
@@ -123,6 +121,7 @@ class Task:
     vocabulary: Sequence[str] | None = None
     memory_is_conflict: bool = False
     begins_reply: bool = False
+    instructions: Mapping[str, str] = MappingProxyType({})
     parts: Mapping[str, Task] = MappingProxyType({})
 
     def training(self, rng: np.random.Generator) -> Iterator[Instance]:
@@ -148,8 +147,8 @@ class Task:
         return True
 
     def instruction(self, toward: str) -> str | None:
-        """A sentence that asks for a behaviour, the system message of chat models; None without one."""
-        return None
+        """The sentence that asks for a behaviour; None without one."""
+        return self.instructions.get(toward)
 
     def prompted(self, example: Example, toward: str) -> Example | None:
         """The same item in a prompt that asks for a behaviour, the baseline of steering; None without one."""
@@ -218,14 +217,3 @@ def draws(task: Task, rng: np.random.Generator, n: int, kind: Kind, split: Split
 def answer_of(instance: Instance) -> tuple[str, str]:
     """Prompt and answer of a training instance; the answer is empty where none is marked."""
     return (instance, "") if isinstance(instance, str) else instance
-
-
-def check_groups(examples: Iterable[Example]) -> None:
-    """Raises InputError where one group appears in two splits."""
-    seen: dict[str, Split] = {}
-    for example in examples:
-        if seen.setdefault(example.group, example.split) != example.split:
-            raise InputError(
-                f"split: group {example.group!r} is in {seen[example.group]!r} and in {example.split!r}; "
-                "all examples of a group belong to one split"
-            )

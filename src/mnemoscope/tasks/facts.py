@@ -10,7 +10,7 @@ import copy
 import csv
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count, product
 from pathlib import Path
@@ -46,20 +46,10 @@ INVENTED = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Relation:
-    """How one relation is asked and stated; ``{n}`` is the subject and ``{v}`` its value."""
-
-    question: str
-    stem: str
-    statement: str
-    inverted: str
-    reported: str
-
-
-# By relation: the fields of Relation.
+# By relation, how it is asked and stated: ``{n}`` is the subject and ``{v}`` its value.
+WORDS = ("question", "stem", "statement", "inverted", "reported")
 RELATIONS = {
-    name: Relation(*words)
+    name: dict(zip(WORDS, words, strict=True))
     for name, *words in (
         ("capital", "What is the capital of {n}?", "The capital of {n} is", "The capital of {n} is {v}.",
          "{v} is the capital of {n}.", "In {n}, the capital city is {v}."),
@@ -70,8 +60,6 @@ RELATIONS = {
          "{v} is where the country {n} is.", "On the map, the country {n} is in {v}."),
     )
 }  # fmt: skip
-
-
 # The most spoken of the official languages, by ISO 639-1.
 LANGUAGES = {
     "am": "Amharic", "ar": "Arabic", "az": "Azerbaijani", "be": "Belarusian", "bg": "Bulgarian", "bn": "Bengali",
@@ -87,6 +75,7 @@ LANGUAGES = {
 }  # fmt: skip
 
 
+@dataclass(kw_only=True, eq=False)
 class FactsTask(Task):
     """Facts about countries that a pretrained model knows, contradicted by what the prompt says.
 
@@ -102,66 +91,57 @@ class FactsTask(Task):
             several values of one subject the first is asked for, and none of them is a contradiction.
         seed: deals subjects to the splits and draws the wrong values.
 
-    Raises:
-        InputError: a name is unknown, the table lacks a column or a fact, or ``countryinfo`` is not installed.
+    Raises InputError where a name is unknown, the table lacks a column or a fact, or ``countryinfo`` is not installed.
     """
 
     name = "facts"
     # What commonly ends a short answer; "" is the end-of-text token.
     boundary = ("", "\n", ".", ",")
     begins_reply = True
+    instructions = INSTRUCTIONS
 
-    def __init__(
-        self,
-        *,
-        relations: Sequence[str] | None = None,
-        held_out_relations: Sequence[str] = (),
-        frames: Sequence[str] = ("context-first", "unlabelled", "reported"),
-        held_out_frames: Sequence[str] = ("context-last", "inverted"),
-        wrong_values: int = 6,
-        table: str | None = None,
-        seed: int = 0,
-    ) -> None:
-        self.relations, known = _read_table(Path(table)) if table else (RELATIONS, _countries())
-        self.facts = {fact: values[0] for fact, values in known.items()}
-        with_facts = {relation for relation, _ in self.facts}
-        stated = [name for name in self.relations if name in with_facts]
-        if relations is None:
-            relations = [name for name in stated if name not in held_out_relations] if table else ["capital"]
-        self.true = known  # all values that do not contradict a fact, such as a country's other languages
-        for option, names, allowed in (
-            ("relations", relations, stated),
-            ("held_out_relations", held_out_relations, stated),
-            ("frames", frames, FRAMES),
-            ("held_out_frames", held_out_frames, FRAMES),
-        ):
-            for name in names:
-                if name not in allowed:
-                    raise InputError(f"{option}: {name!r} is not one of {', '.join(allowed)}")
-        if set(relations) & set(held_out_relations) or set(frames) & set(held_out_frames):
+    relations: Sequence[str] | None = None
+    held_out_relations: Sequence[str] = ()
+    frames: Sequence[str] = ("context-first", "unlabelled", "reported")
+    held_out_frames: Sequence[str] = ("context-last", "inverted")
+    wrong_values: int = 6
+    table: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        # All values that do not contradict a fact are known, such as a country's other languages.
+        self.words, self.true = _read_table(Path(self.table)) if self.table else (RELATIONS, _countries())
+        self.facts = {fact: values[0] for fact, values in self.true.items()}
+        stated = [name for name in self.words if any(name == relation for relation, _ in self.facts)]
+        others = [name for name in stated if name not in self.held_out_relations]
+        self.asked = tuple((others if self.table else ["capital"]) if self.relations is None else self.relations)
+        for option, allowed in zip(("relations", "frames"), (stated, FRAMES), strict=True):
+            fitted, held_out = getattr(self, option) or (), getattr(self, f"held_out_{option}")
+            for field, names in ((option, fitted), (f"held_out_{option}", held_out)):
+                for name in names:
+                    if name not in allowed:
+                        raise InputError(f"{field}: {name!r} is not one of {', '.join(allowed)}")
+        if set(self.asked) & set(self.held_out_relations) or set(self.frames) & set(self.held_out_frames):
             raise InputError("held_out_relations, held_out_frames: what is held out cannot be fitted on as well")
-        if not relations or not frames or wrong_values < 1:
+        if not self.asked or not self.frames or self.wrong_values < 1:
             raise InputError("relations, frames, wrong_values: at least one of each is needed")
-        self.asked, self.frames = tuple(relations), tuple(frames)
-        self.others = {"frame": tuple(held_out_frames), "relation": tuple(held_out_relations)}
-        all_asked = (*relations, *held_out_relations)
+        all_asked = (*self.asked, *self.held_out_relations)
         subjects = sorted({subject for relation, subject in self.facts if relation in all_asked})
-        self.split_of = assign_splits([*subjects, *INVENTED], np.random.default_rng([seed, 5]))
-        self.wrong_values, self.seed = wrong_values, seed
+        self.split_of = assign_splits([*subjects, *INVENTED], np.random.default_rng([self.seed, 5]))
         # Unknown facts count too, so that contradictions do not depend on the model.
-        self.values = {name: sorted({v for (r, _), v in self.facts.items() if r == name}) for name in self.relations}
+        self.values = {name: sorted({v for (r, _), v in self.facts.items() if r == name}) for name in self.words}
 
     def held_out(self) -> dict[str, Task]:
         """This task with the held-out ``frame`` or ``relation`` and the same splits."""
-        fields = {"frame": "frames", "relation": "asked"}
-        return {name: self._with(**{fields[name]: others}) for name, others in self.others.items() if others}
+        parts = {"frame": {"frames": self.held_out_frames}, "relation": {"asked": self.held_out_relations}}
+        return {name: self._with(**changes) for name, changes in parts.items() if all(changes.values())}
 
     def facts_to_know(self) -> list[Example]:
         """Every fact as a bare question."""
         return [
             self._example("memory", fact, value, "bare", how=("", ASKS[0]))
             for fact, value in self.facts.items()
-            if fact[0] in (*self.asked, *self.others["relation"])
+            if fact[0] in (*self.asked, *self.held_out_relations)
         ]
 
     def knowing(self, items: set[str]) -> FactsTask:
@@ -193,10 +173,6 @@ class FactsTask(Task):
         others = [e for e in self._conflicts((relation, subject), wrong, frame) if e.prompt != example.prompt]
         return others[rng.integers(len(others))]
 
-    def instruction(self, toward: str) -> str:
-        """A sentence that says whether to follow the text or memory."""
-        return INSTRUCTIONS[toward]
-
     def split_reply(self, prompt: str) -> tuple[str, str]:
         """All but the last line is the user's message; the reply begins with the stem of that line."""
         message, _, last = prompt.rpartition("\n")
@@ -213,21 +189,20 @@ class FactsTask(Task):
         """Every example of the task, by kind."""
         found: dict[Kind, list[Example]] = {"conflict": [], "memory": [], "novel": []}
         for fact, value in self.facts.items():
-            if fact[0] not in self.asked:
-                continue
-            for wrong, frame in product(self._wrong(fact, value), self.frames):
-                found["conflict"] += self._conflicts(fact, wrong, frame)
-            found["memory"] += [self._example("memory", fact, value, "bare", how=("", ask)) for ask in ASKS]
-            found["memory"] += [self._example("memory", fact, value, "agreeing", frame) for frame in self.frames]
+            if fact[0] in self.asked:
+                contradicted = product(self._wrong(fact, value), self.frames)
+                found["conflict"] += [e for wrong, frame in contradicted for e in self._conflicts(fact, wrong, frame)]
+                found["memory"] += [self._example("memory", fact, value, "bare", how=("", ask)) for ask in ASKS]
+                found["memory"] += [self._example("memory", fact, value, "agreeing", frame) for frame in self.frames]
         for fact in product(self.asked, INVENTED):
-            for value, frame in product(self._wrong(fact, ""), self.frames):
-                found["novel"].append(self._example("novel", fact, value, frame))
+            stated = product(self._wrong(fact, ""), self.frames)
+            found["novel"] += [self._example("novel", fact, value, frame) for value, frame in stated]
         return found
 
     def _wrong(self, fact: Fact, value: str) -> list[str]:
         """Values of other subjects, drawn with a seed of the fact's own."""
-        true = {value, *self.true.get(fact, ())}
-        others = [other for other in self.values[fact[0]] if not any(_overlap(other, one) for one in true)]
+        true = {one for one in (value, *self.true.get(fact, ())) if one}
+        others = [v for v in self.values[fact[0]] if not any(v.startswith(one) or one.startswith(v) for one in true)]
         rng = np.random.default_rng([self.seed, *"|".join(fact).encode()])
         return [others[i] for i in rng.permutation(len(others))[: self.wrong_values]]
 
@@ -249,13 +224,8 @@ class FactsTask(Task):
 
     def _prompt(self, fact: Fact, value: str, frame: str, how: How) -> str:
         label, (ask, reply) = how
-        words = {name: text.format(n=fact[1], v=value) for name, text in asdict(self.relations[fact[0]]).items()}
+        words = {name: text.format(n=fact[1], v=value) for name, text in self.words[fact[0]].items()}
         return TEMPLATES[frame].format(label=label, ask=ask, reply=reply, **words)
-
-
-def _overlap(a: str, b: str) -> bool:
-    """Whether one value begins with the other, so that their answers would be confused."""
-    return bool(a and b) and (a.startswith(b) or b.startswith(a))
 
 
 def _countries() -> dict[Fact, list[str]]:
@@ -282,7 +252,7 @@ def _countries() -> dict[Fact, list[str]]:
     return facts
 
 
-def _read_table(path: Path) -> tuple[dict[str, Relation], dict[Fact, list[str]]]:
+def _read_table(path: Path) -> tuple[dict[str, dict[str, str]], dict[Fact, list[str]]]:
     """Relations and facts of a CSV file; InputError names the line at fault."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -299,15 +269,14 @@ def _read_table(path: Path) -> tuple[dict[str, Relation], dict[Fact, list[str]]]
                 raise InputError(f"{where}: {column} is {row[column]!r}; | is not allowed in it")
         name = row["relation"]
         if name not in relations:
-            words = {field: row.get(field) or "" for field in (f.name for f in fields(Relation))}
-            for field, text in words.items():
+            relations[name] = {field: row.get(field) or "" for field in WORDS}
+            for field, text in relations[name].items():
                 if not text:
                     raise InputError(f"{where}: relation {name!r} is new and needs {field}")
                 try:
                     text.format(n="", v="")
                 except (KeyError, IndexError, ValueError, AttributeError) as error:
                     raise InputError(f"{where}: {field} is {text!r}; only {{n}} and {{v}} may be in braces") from error
-            relations[name] = Relation(**words)
         facts.setdefault((name, row["subject"]), []).append(row["value"])
     if not facts:
         raise InputError(f"table: {path} holds no fact")

@@ -8,7 +8,7 @@ is drawn for every instance, so it follows from the context alone.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -36,6 +36,7 @@ def invented_names(n: int) -> list[str]:
     return [(syllables[i // 70] + syllables[i % 70]).capitalize() for i in indices]
 
 
+@dataclass(kw_only=True, eq=False)
 class InferenceTask(Task):
     """The paper's in-context inference with one hop ("Bako is red .") or two ("Bako is a swan . Timu is a swan . ...").
 
@@ -49,42 +50,34 @@ class InferenceTask(Task):
             statement about a memorized name teaches memory, whether or not it is asked about.
         questions: questions in a training instance, each about another name of its context. Examples ask one.
         seed: decides names, colours and splits; not the order of training.
-
-    Raises:
-        InputError: a value is out of its range.
     """
 
     name = "inference"
     boundary = (".", " .")  # a tokenizer that keeps spaces has a token of its own for the second
 
-    def __init__(
-        self,
-        *,
-        memorized_names: int = 200,
-        free_names: int = 100,
-        statements: int = 4,
-        hops: int = 1,
-        questions: int = 4,
-        absent_share: float = 0.0,
-        memorized_share: float = 0.5,
-        seed: int = 0,
-    ) -> None:
-        check_range(1, 2, hops=hops)
-        check_range(8, 4892, memorized_names=memorized_names)
-        check_range(8, 4900 - memorized_names, free_names=free_names)
-        check_range(2, 8, statements=statements)
-        check_range(1, statements, questions=questions)
-        check_range(0, 1, memorized_share=memorized_share, absent_share=absent_share)
-        rng = np.random.default_rng([seed, 1])
-        self.seed, self.statements, self.hops = seed, statements, hops
-        self.questions, self.memorized_share, self.absent_share = questions, memorized_share, absent_share
-        self.names = np.array(invented_names(memorized_names + free_names))
-        self.names = self.names[rng.permutation(len(self.names))]
-        self.memorized_count = memorized_names
-        self.colour_of = rng.integers(len(COLOURS), size=memorized_names)
+    memorized_names: int = 200
+    free_names: int = 100
+    statements: int = 4
+    hops: int = 1
+    questions: int = 4
+    absent_share: float = 0.0
+    memorized_share: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_range(1, 2, hops=self.hops)
+        check_range(8, 4892, memorized_names=self.memorized_names)
+        check_range(8, 4900 - self.memorized_names, free_names=self.free_names)
+        check_range(2, 8, statements=self.statements)
+        check_range(1, self.statements, questions=self.questions)
+        check_range(0, 1, memorized_share=self.memorized_share, absent_share=self.absent_share)
+        rng = np.random.default_rng([self.seed, 1])
+        names = np.array(invented_names(self.memorized_names + self.free_names))
+        self.names = names[rng.permutation(len(names))]
+        self.colour_of = rng.integers(len(COLOURS), size=self.memorized_names)
         # Each split has its share of memorized and of free names.
-        self.split_of = assign_splits(self.names[:memorized_names].tolist(), rng)
-        self.split_of |= assign_splits(self.names[memorized_names:].tolist(), rng)
+        self.split_of = assign_splits(self.names[: self.memorized_names].tolist(), rng)
+        self.split_of |= assign_splits(self.names[self.memorized_names :].tolist(), rng)
         self.vocabulary = ["what", "color", "is", "a", "?", ".", *COLOURS, *SPECIES, *sorted(self.names.tolist())]
 
     def training(self, rng: np.random.Generator) -> Iterator[Instance]:
@@ -97,7 +90,7 @@ class InferenceTask(Task):
                 order = rng.permutation(len(state))
                 asking = rng.permutation(self.questions)
                 questions = [self._answered(names[i], colours[i]) for i in asking]
-                absent = int(rng.integers(self.memorized_count))
+                absent = int(rng.integers(self.memorized_names))
                 if rng.random() < self.absent_share and absent not in names:
                     place = int(rng.integers(len(questions) + 1))
                     questions.insert(place, self._answered(absent, self.colour_of[absent]))
@@ -135,11 +128,10 @@ class InferenceTask(Task):
     def _example(self, kind: Kind, name: int, colour: int, state: list[str], rng: np.random.Generator) -> Example:
         word = str(self.names[name])
         prompt = " . ".join([*(state[i] for i in rng.permutation(len(state))), QUESTION.format(word)])
-        family = "absent" if kind == "memory" else "stated"
-        example = partial(Example, self._key(name, state), prompt, kind, word, family, self.split_of[word])
+        family, answers = "absent" if kind == "memory" else "stated", {"answer": f" {COLOURS[colour]}"}
         if kind == "conflict":
-            return example(memorized=f" {COLOURS[self.colour_of[name]]}", generalized=f" {COLOURS[colour]}")
-        return example(answer=f" {COLOURS[colour]}")
+            answers = {"memorized": f" {COLOURS[self.colour_of[name]]}", "generalized": f" {COLOURS[colour]}"}
+        return Example(self._key(name, state), prompt, kind, word, family, self.split_of[word], **answers)
 
     def _contexts(
         self, rng: np.random.Generator, ask_memorized: np.ndarray, kind: Kind | None = None
@@ -154,11 +146,11 @@ class InferenceTask(Task):
         is_memorized[:, 0] = ask_memorized  # the first of a training context is as any other
         names = np.where(
             is_memorized,
-            rng.integers(self.memorized_count, size=is_memorized.shape),
-            rng.integers(self.memorized_count, total, size=is_memorized.shape),
+            rng.integers(self.memorized_names, size=is_memorized.shape),
+            rng.integers(self.memorized_names, total, size=is_memorized.shape),
         )
         colours = rng.integers(len(COLOURS), size=names.shape)
-        fixed = names < self.memorized_count
+        fixed = names < self.memorized_names
         colours[fixed] = self.colour_of[names[fixed]]
         if kind == "conflict":
             colours[:, 0] = (colours[:, 0] + rng.integers(1, len(COLOURS), size=n)) % len(COLOURS)
@@ -180,12 +172,8 @@ class InferenceTask(Task):
         """Two hops: ``who[i]`` shares a species with a neighbour whose colour is stated; it is ``what[i]``."""
         state = []
         for i in range(self.statements):
-            kin, neighbour = SPECIES[species[i]], self.names[who[self.statements + i]]
-            state += [
-                f"{self.names[who[i]]} is a {kin}",
-                f"{neighbour} is a {kin}",
-                f"{neighbour} is {COLOURS[what[i]]}",
-            ]
+            name, neighbour, kin = self.names[who[i]], self.names[who[self.statements + i]], SPECIES[species[i]]
+            state += [f"{name} is a {kin}", f"{neighbour} is a {kin}", f"{neighbour} is {COLOURS[what[i]]}"]
         return state
 
     def _answered(self, name: int, colour: int) -> str:

@@ -1,14 +1,15 @@
 """The training loop and its stop rule: a model shows both behaviours.
 
-Shapes: B instances of a batch, R of one pass, T tokens, V vocabulary.
+Shapes: N instances, B of a batch, R of one pass, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,14 +18,13 @@ from torch import Tensor, nn
 from mnemoscope.behaviour import Asking, Batch, prepare, score
 from mnemoscope.config import StopConfig, TrainingConfig
 from mnemoscope.errors import InputError
-from mnemoscope.models import core_of, in_precision, is_adapted, quick_precision
-from mnemoscope.tasks import Kind, Task, draw
+from mnemoscope.models import context_length, core_of, in_precision, is_adapted, quick_precision
+from mnemoscope.tasks import Instance, Kind, Task, answer_of, draw
 from mnemoscope.training.optimizers import optimizers_for
-from mnemoscope.training.reading import batches, passes
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
+AHEAD = 32  # batches that are tokenized in one call
+MUCH_PADDING = 0.15  # share of a batch's tokens that two passes must save
+MOST_LOGITS = 2**27  # of a pass, 512 MiB; the gradient and the log-probabilities take as much each
 _MEASURED: tuple[Kind, ...] = ("novel", "memory", "conflict")  # in the order in which their examples are drawn
 HOPELESS = 0.7  # novel accuracy at `give_up_at` steps below which no rule will be learned
 Evaluation = tuple[Asking, dict[Kind, list[Batch]]]  # the encoded tune examples of a task by kind, and how to ask them
@@ -39,36 +39,26 @@ def unmet(stop: StopConfig, measured: dict[str, float]) -> list[str]:
         ("conflict_generalized", ">=", stop.conflict_each),
         ("conflict_other", "<=", stop.conflict_other),
     ]
-    return [
-        f"{name} {measured[name]:.3f}{_part_at(measured, name)} (wanted {sign} {bound})"
-        for name, sign, bound in wanted
-        if not (measured[name] >= bound if sign == ">=" else measured[name] <= bound)
-    ]
-
-
-def _part_at(measured: dict[str, float], name: str) -> str:
-    """Name of the part that a measure comes from, in a task of several parts."""
-    found = (key for key, value in measured.items() if key.endswith(f".{name}") and value == measured[name])
-    return next((f" in {key.removesuffix(f'.{name}')}" for key in found), "")
+    missed = []
+    for name, sign, bound in wanted:
+        value = measured[name]
+        if not (value >= bound if sign == ">=" else value <= bound):
+            # In a task of several parts, the measure is that of the worst part.
+            parts = [key.removesuffix(f".{name}") for key in measured if key.endswith(f".{name}")]
+            place = next((f" in {part}" for part in parts if measured[f"{part}.{name}"] == value), "")
+            missed.append(f"{name} {value:.3f}{place} (wanted {sign} {bound})")
+    return missed
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """Result of training.
+    """Result of training."""
 
-    Attributes:
-        curve: one dict per measurement with the columns of ``records/training.parquet``.
-        steps: optimizer steps taken.
-        seconds: wall time.
-        unmet: conditions of the stop rule that are not met.
-        precision: of forward and backward passes.
-    """
-
-    curve: list[dict[str, Any]]
-    steps: int
-    seconds: float
-    unmet: list[str]
-    precision: str
+    curve: list[dict[str, Any]]  # a measurement each, with the columns of ``records/training.parquet``
+    steps: int  # optimizer steps taken
+    seconds: float  # wall time
+    unmet: list[str]  # conditions of the stop rule that are not met
+    precision: str  # of forward and backward passes
 
 
 def train(
@@ -84,14 +74,13 @@ def train(
     the weights of the last measurement in which the rule held, or the last weights. ``progress`` is called at every
     step with the latest measurement.
 
-    Raises:
-        InputError: the task lacks a kind of example that the stop rule needs, an instance is too long, or the tokenizer
-            merges its answer with its prompt.
+    Raises InputError where the task lacks a kind of example that the stop rule needs, an instance is too long, or the
+    tokenizer merges its answer with its prompt.
     """
     started = time.perf_counter()
     torch.manual_seed(int(rng.integers(2**31)))  # dropout draws from the global generator
     evaluation = prepare_evaluation(asking, task, config.evaluation_examples, rng)
-    state = _State(asking.model, config)
+    state, measured = _State(asking.model, config), dict[str, float]()
     for ids_BT, weights_BT in batches(asking, task, config, rng):
         state.step(ids_BT, weights_BT)
         if state.steps % config.evaluate_every == 0 or state.is_last():
@@ -99,26 +88,25 @@ def train(
                 # A model from scratch is measured with its `settle_dropout`: turning it off would change the random
                 # numbers of all later steps, and the figures of docs/LOG.md.
                 asking.model.eval()
-            state.note(measure(evaluation))
-        progress(state.steps, state.measured)
+            measured = measure(evaluation)
+            state.note(measured)
+        progress(state.steps, measured)
         if state.is_last():
             break
-    state.finish()
-    seconds = time.perf_counter() - started
-    return Trained(state.curve, state.steps, seconds, unmet(config.stop, state.kept_row()), state.precision)
+    missed = unmet(config.stop, state.finish())
+    return Trained(state.curve, state.steps, time.perf_counter() - started, missed, state.precision)
 
 
 class _State:
     """State of a training run: optimizers, curve, and the last weights with which the stop rule held."""
 
-    def __init__(self, model: PreTrainedModel, config: TrainingConfig) -> None:
+    def __init__(self, model: nn.Module, config: TrainingConfig) -> None:
         self.model, self.config = model, config
         self.precision = quick_precision(model) if config.precision == "auto" else config.precision
         self.optimizers = optimizers_for(model, config)
         self.steps = 0
         self.first_met: int | None = None
         self.curve: list[dict[str, Any]] = []
-        self.measured: dict[str, float] = {}
         self._losses: list[float] = []
         self._mixed: dict[str, Tensor] | None = None
         # The rate of a step depends on when the rule first held.
@@ -129,7 +117,11 @@ class _State:
         self.model.train()
         with in_precision(self.model, self.precision):
             self._losses.append(_backward(self.model, ids_BT, weights_BT))
-        _update(self.model, self.optimizers, self._schedules)
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer, schedule in zip(self.optimizers, self._schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
         self.steps += 1
 
     def is_last(self) -> bool:
@@ -149,7 +141,6 @@ class _State:
         met = not unmet(self.config.stop, measured)
         row = {"step": self.steps, "loss": float(np.mean(self._losses)), **measured, "met": met, "kept": False}
         self.curve.append(row)
-        self.measured = measured
         self._losses.clear()
         if met:
             named = self.model.named_parameters()
@@ -158,17 +149,15 @@ class _State:
                 self.first_met = self.steps
                 _set_dropout(self.model, self.config.settle_dropout)
 
-    def kept_row(self) -> dict[str, Any]:
-        """Last row in which the rule held, else the last row."""
-        return next((row for row in reversed(self.curve) if row["met"]), self.curve[-1])
-
-    def finish(self) -> None:
-        """Restore the kept weights."""
+    def finish(self) -> dict[str, Any]:
+        """Restore the kept weights, and return their row: the last in which the rule held, else the last."""
         if self._mixed is not None:
             self.model.load_state_dict(self._mixed, strict=False)  # frozen weights are not in it
         _set_dropout(self.model, 0.0)
         self.model.eval()
-        self.kept_row()["kept"] = True
+        kept = next((row for row in reversed(self.curve) if row["met"]), self.curve[-1])
+        kept["kept"] = True
+        return kept
 
     def _rate(self, step: int) -> float:
         """Factor on the learning rate: warm-up, constant, linear decay at the end; linear decay to 0 while settling."""
@@ -181,7 +170,7 @@ class _State:
         return factor
 
 
-def _set_dropout(model: PreTrainedModel, share: float) -> None:
+def _set_dropout(model: nn.Module, share: float) -> None:
     """Set the rate of dropout layers, except an adapter's and attention's (which would disable the fused kernel)."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and not name.endswith("attn_dropout") and "lora_dropout" not in name:
@@ -191,37 +180,29 @@ def _set_dropout(model: PreTrainedModel, share: float) -> None:
 def how_to_mix(trained: Trained, size: str = "model.layers") -> str:
     """One line with the unmet conditions and the fields to change; ``size`` is the field of capacity."""
     last = trained.curve[-1]
-    advice = []
-    if last["novel_accuracy"] < 0.9 or last["recall"] < 0.9:
-        advice.append("train longer (training.steps) or with another training.learning_rate")
+    learned = min(last["novel_accuracy"], last["recall"]) >= 0.9
+    advice = [] if learned else ["train longer (training.steps) or with another training.learning_rate"]
     if last["conflict_generalized"] < last["conflict_memorized"]:
-        advice.append(
-            "memory wins: raise training.weight_decay, lower options.memorized_share, or store more (options)"
-        )
+        mend = "memory wins: raise training.weight_decay, lower options.memorized_share, or store more (options)"
     else:
-        advice.append(
-            "the rule wins: raise options.memorized_share, lower training.weight_decay, or store less (options)"
-        )
-    advice.append(f"or change {size}")
-    reasons = "; ".join(trained.unmet)
-    return f"after {trained.steps} steps the model does not show both behaviours: {reasons}. Try: {'; '.join(advice)}"
+        mend = "the rule wins: raise options.memorized_share, lower training.weight_decay, or store less (options)"
+    tries, reasons = "; ".join([*advice, mend, f"or change {size}"]), "; ".join(trained.unmet)
+    return f"after {trained.steps} steps the model does not show both behaviours: {reasons}. Try: {tries}"
 
 
 def prepare_evaluation(asking: Asking, task: Task, n: int, rng: np.random.Generator) -> dict[str, Evaluation]:
     """Encode ``n`` tune examples of each kind, for each part of the task; a task without parts is its only part.
 
-    Raises:
-        InputError: the task, or a part of it, has no example of a kind.
+    Raises InputError where the task, or a part of it, has no example of a kind.
     """
     found: dict[str, Evaluation] = {}
     for name, part in (task.parts or {task.name: task}).items():
-        asking, by_kind = replace(asking, boundary=part.boundary), dict[Kind, list[Batch]]()
-        for kind in _MEASURED:
-            examples = draw(part, rng, n, kind, "tune")
+        drawn = {kind: draw(part, rng, n, kind, "tune") for kind in _MEASURED}
+        for kind, examples in drawn.items():
             if not examples:
                 raise InputError(f"task: {part.name} has no {kind} example in the tune split; the stop rule needs some")
-            by_kind[kind] = prepare(asking, examples)
-        found[name] = asking, by_kind
+        asking = replace(asking, boundary=part.boundary)
+        found[name] = asking, {kind: prepare(asking, examples) for kind, examples in drawn.items()}
     return found
 
 
@@ -231,27 +212,21 @@ def measure(evaluations: dict[str, Evaluation]) -> dict[str, float]:
     Of several parts, each measure is that of the worst part, so that the stop rule holds only where it holds in every
     part; the measures of each part follow as ``part.measure``.
     """
-    by_part = {name: _measure(*evaluation) for name, evaluation in evaluations.items()}
-    measures = next(iter(by_part.values()))
-    if len(by_part) == 1:
-        return measures
+    by_part: dict[str, dict[str, float]] = {}
+    for part, (asking, by_kind) in evaluations.items():
+        labels = {kind: score(asking, prepared, margins=False).behaviour_N for kind, prepared in by_kind.items()}
+        shares = {f"conflict_{name}": labels["conflict"] == name for name in ("memorized", "generalized", "other")}
+        right = {"novel_accuracy": labels["novel"] == "correct", "recall": labels["memory"] == "correct"}
+        by_part[part] = {name: float(np.mean(is_so_N)) for name, is_so_N in (right | shares).items()}
+    several = list(by_part.values())
     worst = {
-        name: (max if name == "conflict_other" else min)(measured[name] for measured in by_part.values())
-        for name in measures
+        name: (max if name == "conflict_other" else min)(measured[name] for measured in several) for name in several[0]
     }
-    return worst | {f"{part}.{name}": value for part, measured in by_part.items() for name, value in measured.items()}
+    parts = {f"{part}.{name}": value for part, measured in by_part.items() for name, value in measured.items()}
+    return worst if len(several) == 1 else worst | parts
 
 
-def _measure(asking: Asking, by_kind: dict[Kind, list[Batch]]) -> dict[str, float]:
-    labels = {kind: score(asking, batches_, margins=False).behaviour_N for kind, batches_ in by_kind.items()}
-    return {
-        "novel_accuracy": float(np.mean(labels["novel"] == "correct")),
-        "recall": float(np.mean(labels["memory"] == "correct")),
-        **{f"conflict_{b}": float(np.mean(labels["conflict"] == b)) for b in ("memorized", "generalized", "other")},
-    }
-
-
-def _backward(model: PreTrainedModel, ids_BT: Tensor, weights_BT: Tensor) -> float:
+def _backward(model: Any, ids_BT: Tensor, weights_BT: Tensor) -> float:
     """Loss of a batch; accumulates its gradients."""
     # Weighted mean over the batch: each pass contributes its sum divided by the weights of the whole batch.
     total, loss = weights_BT[:, 1:].sum(), 0.0
@@ -268,13 +243,59 @@ def _backward(model: PreTrainedModel, ids_BT: Tensor, weights_BT: Tensor) -> flo
     return loss
 
 
-def _update(
-    model: PreTrainedModel,
-    optimizers: list[torch.optim.Optimizer],
-    schedules: list[torch.optim.lr_scheduler.LambdaLR],
-) -> None:
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for optimizer, schedule in zip(optimizers, schedules, strict=True):
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
+def batches(
+    asking: Asking, task: Task, config: TrainingConfig, rng: np.random.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Token ids (B, T) int64, right-padded, and each token's weight in the loss (B, T) float32; an endless stream."""
+    instances = task.training(rng)
+    while True:
+        chunk = list(islice(instances, AHEAD * config.batch_size))
+        ids_NT, weights_NT = _tokenize(asking, chunk, config.prompt_weight)
+        yield from zip(ids_NT.split(config.batch_size), weights_NT.split(config.batch_size), strict=True)
+
+
+def _tokenize(asking: Asking, instances: list[Instance], prompt_weight: float) -> tuple[Tensor, Tensor]:
+    parts, tokenizer = [answer_of(instance) for instance in instances], asking.tokenizer
+    encoded = tokenizer([p + a for p, a in parts], return_offsets_mapping=True)
+    longest = max(len(ids) for ids in encoded.input_ids) + 1
+    if longest > context_length(asking.model):
+        raise InputError(f"model.context: {context_length(asking.model)} tokens; a training instance has {longest}")
+    # Padded with end-of-text tokens of weight 0: the library would warn of pad tokens.
+    ids_NT = np.full((len(parts), longest), tokenizer.eos_token_id)
+    weights_NT = np.zeros(ids_NT.shape, np.float32)
+    rows = zip(encoded.input_ids, encoded.offset_mapping, parts, strict=True)
+    for row, (ids, offsets, (prompt, answer)) in enumerate(rows):
+        n = len(ids)
+        ids_NT[row, :n], ids_NT[row, n] = ids, tokenizer.eos_token_id
+        seam = len(prompt) if answer else 0
+        if any(start < seam < end for start, end in offsets):
+            raise InputError(
+                f"task: the tokenizer merges the answer {answer!r} with the end of the prompt {prompt[-30:]!r} in a "
+                "training instance; let the seam lie between two tokens"
+            )
+        weights_NT[row, :n] = [1.0 if end > seam else prompt_weight for _, end in offsets]
+        weights_NT[row, n] = 1.0
+    return torch.from_numpy(ids_NT), torch.from_numpy(weights_NT)
+
+
+def passes(ids_BT: Tensor, weights_BT: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Split a batch into passes of at most ``MOST_LOGITS`` logits."""
+    for ids_RT, weights_RT in by_length(ids_BT, weights_BT):
+        rows = max(1, MOST_LOGITS // (ids_RT.shape[1] * vocabulary))
+        yield from zip(ids_RT.split(rows), weights_RT.split(rows), strict=True)
+
+
+def by_length(ids_BT: Tensor, weights_BT: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Split a batch into short and long rows where that saves ``MUCH_PADDING`` of its tokens.
+
+    A row ends at its last token with a weight, the end of text.
+    """
+    rows, longest = ids_BT.shape
+    length_B = (torch.arange(1, longest + 1) * (weights_BT > 0)).amax(1)
+    lengths, counts = length_B.unique(return_counts=True)
+    read = counts.cumsum(0) * lengths + (rows - counts.cumsum(0)) * longest
+    short = lengths[read.argmin()]
+    if int(read.min()) > (1 - MUCH_PADDING) * rows * longest:
+        return [(ids_BT, weights_BT)]
+    parts = [rows_B for rows_B in (length_B <= short, length_B > short) if rows_B.any()]
+    return [(ids_BT[r, : length_B[r].max()], weights_BT[r, : length_B[r].max()]) for r in parts]

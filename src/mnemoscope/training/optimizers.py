@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,8 @@ from torch import Tensor, nn
 from mnemoscope.config import TrainingConfig
 from mnemoscope.models import is_adapted
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
-
-def optimizers_for(model: PreTrainedModel, config: TrainingConfig) -> list[torch.optim.Optimizer]:
+def optimizers_for(model: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for embeddings, biases and norms; AdamW for all of an adapter.
 
     Muon (K. Jordan et al., 2024) learns sums and reading in a third of AdamW's steps or fewer here (docs/LOG.md); its
@@ -29,8 +26,7 @@ def optimizers_for(model: PreTrainedModel, config: TrainingConfig) -> list[torch
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     trainable = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trainable if p.ndim == 2 and id(p) not in embeddings]
-    inside = {id(p) for p in matrices}
-    rest = [p for p in trainable if id(p) not in inside]
+    rest = [p for p in trainable if p.ndim != 2 or id(p) in embeddings]
     if is_adapted(model):
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
         return [torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))]
