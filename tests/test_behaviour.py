@@ -242,3 +242,19 @@ def test_batches_are_smaller_where_memory_is_short(
     assert len(prepare(asking, examples[:3])) == 3  # one at a time, however little there is
     monkeypatch.setattr("mnemoscope.models.room.free_bytes", lambda device: None)
     assert len(prepare(asking, examples)) == 1
+
+
+@pytest.mark.parametrize("name", TASK_NAMES)
+def test_margins_equal_a_plain_pass_over_prompt_and_answer(mini: Callable[[str], Asking], name: str) -> None:
+    asking = mini(name)
+    examples = [e for e in mini_examples(name, 120) if e.kind == "conflict"]
+    scores = label(asking, examples)
+    for example, margin in zip(examples, scores.margin_N, strict=True):
+        logp = []
+        start = len(asking.tokenizer(example.prompt).input_ids)
+        for option in example.options:
+            ids = torch.tensor([asking.tokenizer(example.prompt + option).input_ids])
+            with torch.no_grad():
+                logp_TV = asking.model(ids).logits[0].double().log_softmax(-1)
+            logp.append(sum(float(logp_TV[t - 1, ids[0, t]]) for t in range(start, ids.shape[1])))
+        assert margin == pytest.approx(logp[1] - logp[0], abs=1e-4)

@@ -257,3 +257,33 @@ def test_muon_in_float32_steps_where_the_library_steps() -> None:
     for begun, our, their in zip(first, ours, theirs, strict=True):
         step = their.detach() - begun
         assert (our.detach() - their.detach()).norm() < 0.02 * step.norm()
+
+
+def test_the_first_loss_is_plain_causal_language_modelling() -> None:
+    """Against the library's own loss on the same batch, pads ignored."""
+    task = build_task("inference", MINI_TASKS["inference"], 0)
+    asking = untrained(task)
+    config = QUICK.model_copy(update={"steps": 1, "evaluate_every": 1, "stop": NOTHING})
+    ids_BT, weights_BT = next(batches(asking, task, config, _training_rng(asking, task, config)))
+    labels_BT = ids_BT.masked_fill(weights_BT == 0, -100)
+    with torch.no_grad():
+        expected = float(asking.model(input_ids=ids_BT, labels=labels_BT).loss)
+    assert train(asking, task, config, np.random.default_rng(0)).curve[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def _training_rng(asking: Asking, task: Task, config: TrainingConfig) -> np.random.Generator:
+    """The generator as it stands after the evaluation examples are drawn."""
+    rng = np.random.default_rng(0)
+    rng.integers(2**31)  # the seed of dropout
+    prepare_evaluation(asking, task, config.evaluation_examples, rng)
+    return rng
+
+
+def test_training_is_the_same_every_time(task: Task) -> None:
+    runs = []
+    for _ in range(2):
+        asking = untrained(task)
+        trained = train(asking, task, QUICK, np.random.default_rng(0))
+        runs.append((trained.curve, [p.detach().clone() for p in asking.model.parameters()]))
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mnemoscope.behaviour import Asking, Batch, prepare, score
 from mnemoscope.config import StopConfig, TrainingConfig
 from mnemoscope.errors import InputError
-from mnemoscope.models import context_length, core_of, in_precision, is_adapted, quick_precision
+from mnemoscope.models import context_length, core_of, in_precision, quick_precision
 from mnemoscope.tasks import Instance, Kind, Task, answer_of, draw
 from mnemoscope.training.optimizers import optimizers_for
 
@@ -84,10 +84,7 @@ def train(
     for ids_BT, weights_BT in batches(asking, task, config, rng):
         state.step(ids_BT, weights_BT)
         if state.steps % config.evaluate_every == 0 or state.is_last():
-            if is_adapted(asking.model):
-                # A model from scratch is measured with its `settle_dropout`: turning it off would change the random
-                # numbers of all later steps, and the figures of docs/LOG.md.
-                asking.model.eval()
+            asking.model.eval()  # random numbers of dropout would depend on how the passes are batched
             measured = measure(evaluation)
             state.note(measured)
         progress(state.steps, measured)
