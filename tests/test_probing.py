@@ -46,7 +46,7 @@ def test_the_side_answered_generalized_comes_first_and_the_cap_is_drawn_at_rando
     assert len(part.examples) == 56
     assert part.labels_N.tolist() == [1, 0] * 28
     assert [e.prompt.split()[1] for e in part.examples] == ["generalized", "memorized"] * 28
-    assert part.groups_P == [f"g{n // 2}" for n in range(30) if n not in (3, 4)]
+    assert part.groups_N[::2] == [f"g{n // 2}" for n in range(30) if n not in (3, 4)]
     few = [Phrasings.of(table, "fit", 10, np.random.default_rng(seed)) for seed in (1, 1, 2)]
     assert [len(part.examples) for part in few] == [20] * 3
     assert few[0].examples == few[1].examples != few[2].examples

@@ -1,8 +1,10 @@
-"""Atomic files and folders, and their checksums."""
+"""Atomic files and folders, their checksums, and strict JSON."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -72,3 +74,17 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def plain(value: Any) -> Any:
+    """Nested dicts, lists and tuples with None for every number that is not finite, which strict JSON does not have."""
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def dumped(value: Any) -> str:
+    """One line of JSON, undefined numbers as null."""
+    return json.dumps(plain(value), allow_nan=False)

@@ -25,7 +25,7 @@ def doctor(
 ) -> None:
     """Prove on a model of yours that batched = single, cached = uncached, alpha 0 = untouched; exit code 1 if not."""
     from mnemoscope.doctor import PROMPTS, examine
-    from mnemoscope.plain import dumped
+    from mnemoscope.files import dumped
 
     opened, tokenizer = _open(model, dtype, layout, device_map)
     checks = list(examine(opened, tokenizer, prompt or PROMPTS))
@@ -69,7 +69,7 @@ def steer(
     as_json: AsJson = False,
 ) -> None:
     """Generate with and without a steering vector."""
-    from mnemoscope.plain import dumped
+    from mnemoscope.files import dumped
 
     fitted = _fitted(source, model, (dtype, layout, device_map), prompting(chat, reply), force)
     vector = fitted.vector(toward)
@@ -107,7 +107,7 @@ def detect(
     as_json: AsJson = False,
 ) -> None:
     """Estimate, before it answers, how probably a model will follow its memory, and where that becomes readable."""
-    from mnemoscope.plain import dumped
+    from mnemoscope.files import dumped
 
     fitted = _fitted(source, model, (dtype, layout, device_map), prompting(chat, reply), force)
     reading = fitted.detect(prompts)

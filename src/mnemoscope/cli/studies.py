@@ -90,7 +90,7 @@ def fit(
 ) -> None:
     """Find pairs, fit vectors and a detector for a model of yours on your data, and judge them; one run folder."""
     from mnemoscope.face import fit as fit_model
-    from mnemoscope.plain import dumped
+    from mnemoscope.files import dumped
     from mnemoscope.report import brief_of
 
     with progress(quiet=as_json) as tell:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SURE = 0.75  # probability from which on a layer counts as sure
-ARRAYS = ("weights_LD", "bias_L", "conflict_D", "mean_D", "whitening_DD")
 
 
 @dataclass(frozen=True)
@@ -55,13 +54,10 @@ class Reading:
     @property
     def readable_from(self) -> list[int | None]:
         """The first layer such that every layer from it to the verdict's is sure of the verdict; None without one."""
-        found: list[int | None] = []
-        for p_L in self.p_memorized_by_layer[:, : self.layer + 1]:
-            toward_L = p_L if p_L[-1] >= 0.5 else 1 - p_L
-            doubts = np.flatnonzero(toward_L < SURE)
-            first = int(doubts[-1]) + 1 if len(doubts) else 0
-            found.append(first if first <= self.layer else None)
-        return found
+        p_NL = self.p_memorized_by_layer[:, : self.layer + 1]
+        sure_NL = np.where(p_NL[:, -1:] >= 0.5, p_NL, 1 - p_NL) >= SURE
+        layers_N = np.logical_and.accumulate(sure_NL[:, ::-1], axis=1).sum(1)  # so many layers in a row are sure
+        return [self.layer + 1 - int(layers) if layers else None for layers in layers_N]
 
     def acts(self, toward: Toward, threshold: float) -> np.ndarray:
         """Whether a gate that steers to ``toward`` acts, bool (N,).
@@ -97,6 +93,7 @@ class Detector(Artefact):
     whitening_DD: np.ndarray = field(repr=False)
 
     WHAT: ClassVar[str] = "detector"
+    STORED: ClassVar[tuple[str, ...]] = ("weights_LD", "bias_L", "conflict_D", "mean_D", "whitening_DD")
 
     def read(self, states_NLD: np.ndarray) -> Reading:
         """Read states at the decision position (N, L, D)."""
@@ -133,20 +130,11 @@ class Detector(Artefact):
         if self.weights_LD.shape != found:
             raise InputError(f"detector: it reads {self.weights_LD.shape} layers and neurons, this model has {found}")
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Its arrays, float64."""
-        return {name: torch.from_numpy(np.ascontiguousarray(getattr(self, name))) for name in ARRAYS}
-
-    def facts(self) -> dict[str, Any]:
-        """Where it reads."""
-        return {"site": self.site, "layer": self.layer, "conflict_bias": self.conflict_bias}
-
     @classmethod
     def with_tensors(cls, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> Self:
         """Build a detector from stored fields."""
-        bias = facts.pop("conflict_bias")
-        arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
-        return cls(**arrays, **facts, conflict_bias=math.nan if bias is None else bias)
+        bias = facts["conflict_bias"]
+        return super().with_tensors(tensors, facts | {"conflict_bias": math.nan if bias is None else bias})
 
 
 def _sigmoid(logit: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy as np
 
 from mnemoscope.behaviour import Batch
 from mnemoscope.directions.controls import CONTROLS, SHUFFLED, control_draws
-from mnemoscope.directions.settings import Setting
+from mnemoscope.directions.sources import Setting
 from mnemoscope.directions.vectors import Directions, share_of, steered
 from mnemoscope.models import Site
 
@@ -33,8 +33,7 @@ class Limits:
     Attributes:
         control: mean shift rate of a control, beyond which each point costs ``excess_cost`` points of the shift.
         collateral: the largest drop of the share that keeps its answer, of any list that should.
-        draws: of each control.
-        refits: draws of shuffled labels, which cost most; 0 leaves them out.
+        draws, refits: of each control, and of shuffled labels, which cost most; 0 leaves these out.
         again: draws of either kind for the second rating of the best settings.
     """
 
@@ -71,13 +70,9 @@ class TuneLists:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A setting with its gain on the tune split.
+    """A setting with its shift rate on the tune split, and ``net``, the rate less the cost of its worst control.
 
-    Attributes:
-        rate: the shift rate.
-        net: shift rate less the cost of its worst control.
-        kept: whether its collateral keeps the limit; others are chosen only where no setting does.
-        within: whether it keeps all limits.
+    Settings whose collateral is not ``kept`` in its limit come last; ``within``: it keeps all limits.
     """
 
     setting: Setting
@@ -101,10 +96,8 @@ def ranked(
 ) -> list[Choice]:
     """Choices by rank, best first, without settings that had lost before all their controls were drawn.
 
-    Args:
-        directions: by site.
-        rated: settings of one direction with their shift rates on ``lists.targets``; at least one.
-        seed: of the controls' draws.
+    ``rated``: settings of one direction, at least one, with their shift rates on ``lists.targets``. ``seed``: of the
+    controls' draws.
     """
     ordered = sorted(rated, key=lambda pair: (pair[0].strength, -pair[1], pair[0].top))
     # Ordered by the figures measured so far: shift rate, then collateral, then random controls.
@@ -163,15 +156,15 @@ def control_means(
     names: Sequence[str] = CONTROLS,
 ) -> list[float]:
     """The mean shift rate of each control that exists."""
-    asking, vector, means = directions.sources.lists.asking, directions.vector(setting), []
-    for name in names:
-        draws = limits.refits if name == SHUFFLED else limits.draws
-        rates = [
+    asking, vector = directions.sources.lists.asking, directions.vector(setting)
+    rates = [
+        [
             share_of(steered(asking, batches, vector.with_dense(shift_LD), margins=False), setting.toward)
             for _, shift_LD in control_draws(name, directions, setting, draws, seed)
         ]
-        means += [float(np.mean(rates))] if rates else []
-    return means
+        for name, draws in ((name, limits.refits if name == SHUFFLED else limits.draws) for name in names)
+    ]
+    return [float(np.mean(found)) for found in rates if found]
 
 
 def damage(lists: TuneLists, directions: Directions, setting: Setting) -> float:

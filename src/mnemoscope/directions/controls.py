@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from mnemoscope.directions.settings import Setting
-from mnemoscope.directions.sources import Labels
+from mnemoscope.directions.sources import Labels, Setting
 from mnemoscope.directions.vectors import Directions
 from mnemoscope.steering import scaled_to
 
@@ -64,28 +63,21 @@ def control_draws(
             vectors = directions.vectors(setting, four)
             for number, vector in enumerate(vectors[: draws - first * TOGETHER], first * TOGETHER):
                 yield number, scaled_to(vector.dense(*shift_LD.shape), norm_L)
-    elif _exists(name, shift_LD):
+        return
+    # With more than half of the neurons or a whole layer shifted there are not as many others, and those with the
+    # lowest |rho| are mostly the same ones with other signs.
+    chosen_L, width = (shift_LD != 0).sum(axis=1), shift_LD.shape[1]
+    others = 2 * chosen_L.sum() <= (chosen_L > 0).sum() * width + 1 and not (chosen_L == width).any()
+    if others or name not in ("random_neurons", "low_correlation"):
         for number in range(draws):
             yield number, DRAWN[name](shift_LD, np.random.default_rng([*seed, number]), directions.rho())
 
 
 def shuffles(draws: int, seed: int) -> list[tuple[Labels, ...]]:
     """Labels for ``draws`` shuffles or a few more, always in fours: rounding must not depend on how many there are."""
-    return [
-        tuple(Labels.drawn([seed, first + more]) for more in range(TOGETHER)) for first in range(0, draws, TOGETHER)
-    ]
-
-
-def _exists(name: str, shift_LD: np.ndarray) -> bool:
-    """Whether the control differs from the shift: not where more than half of the neurons or a whole layer is shifted.
-
-    There are not as many others then, and those with the lowest |rho| are mostly the same ones with other signs.
-    """
-    if name not in ("random_neurons", "low_correlation"):
-        return True
-    chosen_L = (shift_LD != 0).sum(axis=1)
-    available = int((chosen_L > 0).sum()) * shift_LD.shape[1]
-    return 2 * int(chosen_L.sum()) <= available + 1 and not (chosen_L == shift_LD.shape[1]).any()
+    numbers = range(-(-draws // TOGETHER) * TOGETHER)
+    drawn = [Labels(int(np.random.default_rng([seed, number]).integers(2**31))) for number in numbers]
+    return [tuple(drawn[first : first + TOGETHER]) for first in numbers[::TOGETHER]]
 
 
 def _placed(shift_LD: np.ndarray, rng: np.random.Generator, neurons_of: Callable[[int], np.ndarray]) -> np.ndarray:

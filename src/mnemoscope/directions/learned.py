@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from mnemoscope.behaviour import Batch, only_log_probability, stacked, with_option, without_prefix
-from mnemoscope.directions.settings import Setting
-from mnemoscope.directions.sources import FitLists, Labels, Sources, in_turn
+from mnemoscope.directions.sources import FitLists, Labels, Setting, Sources, in_turn
 from mnemoscope.models import in_precision, quick_precision
 from mnemoscope.steering import OPPOSITE, Positions, Toward, shifted
 
@@ -22,13 +21,10 @@ MOMENTUM = 0.5
 MOST_WEIGHTS = 2**24  # of a model that is read in bfloat16, as all are cast anew in each pass
 
 
-def learned(sources: Sources, setting: Setting, labels: Labels) -> np.ndarray:
-    """Shift optimized on the fit split for the log probability of the wanted answer, within the setting's strength."""
-    return learned_together(sources, setting, [labels])[0]
-
-
 def learned_together(sources: Sources, setting: Setting, several: Sequence[Labels]) -> list[np.ndarray]:
-    """``learned`` under several labels, float64 (L, D) each, zero in layers that are not the setting's.
+    """Shifts optimized on the fit split for the log probability of the wanted answer, within the setting's strength.
+
+    One under each labels, float64 (L, D), zero in layers that are not the setting's.
 
     Steepest ascent with momentum: each gradient is scaled to norm 1, so that neurons without influence take nothing of
     the budget, as they would with Adam. Steps fall from the whole budget to 0; after each the shift is scaled back into

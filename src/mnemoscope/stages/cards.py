@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
@@ -10,9 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from mnemoscope.cells import Cell, version
+from mnemoscope.cells import Cell, Tell, version
 from mnemoscope.detect import Detector
-from mnemoscope.stages.common import Tell
 from mnemoscope.statistics import auroc, named_rng, proportion
 from mnemoscope.steering import Artefact, Card, SteeringVector
 
@@ -22,38 +20,24 @@ KEPT = ("memory", "novel")  # lists that steering should leave alone
 
 def cards_stage(cell: Cell, tell: Tell) -> list[Path]:
     """Write the card into the JSON of every vector and detector; their tensors stay as they are."""
-    common = _common(cell)
-    steering = pd.read_parquet(cell.records / "steering.parquet")
-    neutral = _table(cell, "neutral")
-    files: list[Path] = []
-    for path in sorted((cell.folder / "vectors").glob("[!.]*.safetensors")):
-        vector = SteeringVector.load(path)
-        files.append(_write(vector, path, _of_vector(cell, path.stem, vector, steering, neutral) | common))
-    detection = _table(cell, "detection")
-    for name, score in (("detector", "p_memorized"), ("detector_below", "below")):
-        path = cell.folder / f"{name}.safetensors"
-        if path.exists() and detection is not None:
-            files.append(_write(Detector.load(path), path, _of_detector(cell, detection, score) | common))
-    return files
-
-
-def _write(artefact: Artefact, path: Path, facts: Mapping[str, Any]) -> Path:
-    return replace(artefact, card=Card(**facts)).save(path)[1]
-
-
-def _common(cell: Cell) -> dict[str, Any]:
     fitted = [("is_pair", "==", True), ("split", "==", "fit")]
     pairs = pd.read_parquet(cell.records / "pairs.parquet", columns=["group"], filters=fitted)
     shape = cell.config.model
-    model = shape.folder if shape.folder else "an open model" if shape.opened else "a model trained in the study"
-    versions = {"mnemoscope": version()} | {name: metadata.version(name) for name in LIBRARIES}
-    fitted_on = f"{cell.label}, seed {cell.seed}, {model}"
-    return {"fitted_on": fitted_on, "pairs": len(pairs), "groups": pairs["group"].nunique(), "versions": versions}
-
-
-def _table(cell: Cell, name: str) -> pd.DataFrame | None:
-    path = cell.records / f"{name}.parquet"
-    return pd.read_parquet(path) if path.exists() else None
+    model = shape.folder or ("an open model" if shape.opened else "a model trained in the study")
+    common: dict[str, Any] = {"fitted_on": f"{cell.label}, seed {cell.seed}, {model}"}
+    common |= {"pairs": len(pairs), "groups": pairs["group"].nunique()}
+    common["versions"] = {"mnemoscope": version()} | {name: metadata.version(name) for name in LIBRARIES}
+    paths = {name: cell.records / f"{name}.parquet" for name in ("steering", "neutral", "detection")}
+    tables = {name: pd.read_parquet(path) for name, path in paths.items() if path.exists()}
+    found: list[tuple[Path, Artefact, dict[str, Any]]] = []
+    for path in sorted((cell.folder / "vectors").glob("[!.]*.safetensors")):
+        vector = SteeringVector.load(path)
+        found.append((path, vector, _of_vector(cell, path.stem, vector, tables["steering"], tables.get("neutral"))))
+    for name, score in (("detector", "p_memorized"), ("detector_below", "below")):
+        path = cell.folder / f"{name}.safetensors"
+        if path.exists() and "detection" in tables:
+            found.append((path, Detector.load(path), _of_detector(cell, tables["detection"], score)))
+    return [replace(artefact, card=Card(**facts, **common)).save(path)[1] for path, artefact, facts in found]
 
 
 def _of_vector(
@@ -88,10 +72,9 @@ def _of_detector(cell: Cell, detection: pd.DataFrame, score: str) -> dict[str, A
     test = detection[detection["followed"].isin(("memorized", "generalized")) & (detection["examples"] == "conflict")]
     truth = test["followed"] == "memorized"
 
-    def area(column: str, name: str) -> dict[str, float | int]:
-        return asdict(
-            auroc(test[column], truth, test["group"].to_numpy(), named_rng(f"{cell.name}/detector/auroc/{name}"))
-        )
+    def area(name: str) -> dict[str, float | int]:
+        column = "p_memorized_below" if name == "below" else name
+        rng = named_rng(f"{cell.name}/detector/auroc/{name}")
+        return asdict(auroc(test[column], truth, test["group"].to_numpy(), rng))
 
-    column = "p_memorized_below" if score == "below" else score
-    return {"auroc": area(column, score) | {"input_only": area("input_only", "input_only")["estimate"]}}
+    return {"auroc": area(score) | {"input_only": area("input_only")["estimate"]}}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ import pandas as pd
 import torch
 
 from mnemoscope.behaviour import Asking, Batch, Scores, read_states, score, score_contrasted
-from mnemoscope.cells import Cell
+from mnemoscope.cells import Cell, Tell
 from mnemoscope.directions import SOURCE, TOWARD, Directions, Setting, control_draws, steered, with_prefixes
 from mnemoscope.errors import InputError
 from mnemoscope.models import SITES, Site, blocks_of
-from mnemoscope.stages.common import Tell, cell_model, kept_shifts, kept_states, read_chosen, write_table
+from mnemoscope.stages.common import cell_model, kept_shifts, kept_states, read_chosen, write_table
 from mnemoscope.stages.lists import Records, sources_of
 from mnemoscope.steering import ablated, patched
 from mnemoscope.tasks import Example
@@ -35,15 +35,15 @@ def effects_stage(cell: Cell, tell: Tell) -> list[Path]:
     shifts = kept_shifts(cell)
     directions = {site: Directions(found, shifts) for site, found in sources.items()}
     rows: list[pd.DataFrame] = []
-    for done, (name, part) in enumerate({"doses": _doses, "ablations": _ablations}.items()):
-        tell(done, 4, name)
-        for setting in settings:
-            rows += part(cell, sides, directions[setting.site], setting)
-    tell(2, 4, "patches")
-    rows += _patches(cell, sides)
-    tell(3, 4, "prompts")
-    rows += _prompts(asking, records, sides)
-    rows += _contrasts(asking, records, sides)
+    parts: dict[str, Iterable[Iterator[pd.DataFrame]]] = {
+        "doses": (_doses(cell, sides, directions[setting.site], setting) for setting in settings),
+        "ablations": (_ablations(cell, sides, directions[setting.site], setting) for setting in settings),
+        "patches": [_patches(cell, sides)],
+        "prompts": [_prompts(records, sides), _contrasts(records, sides)],
+    }
+    for done, (name, found) in enumerate(parts.items()):
+        tell(done, len(parts), name)
+        rows += chain.from_iterable(found)
     return [write_table(cell.records / "effects.parquet", pd.concat(rows, ignore_index=True))]
 
 
@@ -141,32 +141,30 @@ def _patches(cell: Cell, sides: _Sides) -> Iterator[pd.DataFrame]:
                 yield sides.table(side, scores, **facts)
 
 
-def _prompts(asking: Asking, records: Records, sides: _Sides) -> Iterator[pd.DataFrame]:
+def _prompts(records: Records, sides: _Sides) -> Iterator[pd.DataFrame]:
     """Prompts that ask for the behaviour, in a chat's system message or in the text, where the task has them."""
     for direction, toward in TOWARD.items():
-        side, instructed = SOURCE[direction], asking
-        examples: list[Example | None] = list(sides.examples[side])
-        instruction = records.task.instruction(toward)
+        side, asking = SOURCE[direction], sides.asking
+        wanted, instruction = list(sides.examples[side]), records.task.instruction(toward)
         if asking.prompting.chat and instruction:
-            instructed = replace(asking, prompting=replace(asking.prompting, system=instruction))
+            asking = replace(asking, prompting=replace(asking.prompting, system=instruction))
         else:
-            examples = [records.task.prompted(example, toward) for example in sides.examples[side]]
-        wanted = [example for example in examples if example is not None]
-        if len(wanted) < len(examples):
+            wanted = [other for example in wanted if (other := records.task.prompted(example, toward))]
+        if len(wanted) < len(sides.examples[side]):
             continue
         try:
-            batches = with_prefixes(instructed, wanted)
+            batches = with_prefixes(asking, wanted)
         except InputError:  # a tokenizer without these words
             continue
-        yield sides.table(side, score(instructed, batches), what="prompt", direction=direction)
+        yield sides.table(side, score(asking, batches), what="prompt", direction=direction)
 
 
-def _contrasts(asking: Asking, records: Records, sides: _Sides) -> Iterator[pd.DataFrame]:
+def _contrasts(records: Records, sides: _Sides) -> Iterator[pd.DataFrame]:
     """Context-aware decoding, where the task has the prompts without context."""
     for direction, weights in CONTRASTS.items():
         examples = sides.examples[SOURCE[direction]]
         others = [other for example in examples if (other := records.task.without_context(example))]
         if len(others) < len(examples):
             return
-        for weight, scores in zip(weights, score_contrasted(asking, examples, others, weights), strict=True):
+        for weight, scores in zip(weights, score_contrasted(sides.asking, examples, others, weights), strict=True):
             yield sides.table(SOURCE[direction], scores, what="contrast", direction=direction, dose=weight)

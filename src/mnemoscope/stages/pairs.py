@@ -10,12 +10,12 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 
-from mnemoscope.behaviour import KeptStates, PairBatch, draw_candidates, mine_pairs
-from mnemoscope.cells import Cell
+from mnemoscope.behaviour import PairBatch, draw_candidates, mine_pairs
+from mnemoscope.cells import Cell, Tell
 from mnemoscope.contrast import ContrastAccumulator
 from mnemoscope.errors import StudyError
 from mnemoscope.files import write_atomically
-from mnemoscope.stages.common import PerProcess, TableWriter, Tell, cell_task, kept_states, rng_of
+from mnemoscope.stages.common import PerProcess, cell_task, kept_states, rng_of, table_writer
 from mnemoscope.tasks import SPLITS, Example, Split, Task, draws
 
 Candidate = tuple[Example, Example]
@@ -39,7 +39,7 @@ def pairs_stage(cell: Cell, tell: Tell) -> list[Path]:
     pairs: Counter[str] = Counter()
     wanted = {split: getattr(config, f"{split}_examples") for split in SPLITS}
     kept, before = kept_states(cell, anew=True), 0
-    with TableWriter(cell.records / "pairs.parquet", COLUMNS) as writer:
+    with table_writer(cell.records / "pairs.parquet", COLUMNS) as add:
         for split in SPLITS:
             for batch in cell.map(miner, _batches(cell, task, split, wanted[split], split)):
                 if split == "fit" and batch.is_pair_N.any():
@@ -50,7 +50,7 @@ def pairs_stage(cell: Cell, tell: Tell) -> list[Path]:
                     groups = [pair[0].group for pair in batch.pairs()]
                     contrast.add(batch.states_generalized_PLD, batch.states_memorized_PLD, groups)
                 batch.keep(kept, config.site, of_all=cell.config.detection.fitted)
-                writer.add(_pairs_table(batch))
+                add(_pairs_table(batch))
                 counts[split].update([*batch.scores_a.behaviour_N, *batch.scores_b.behaviour_N])
                 pairs[split] += int(batch.is_pair_N.sum())
                 done = counts[split].total() // 2
@@ -61,7 +61,16 @@ def pairs_stage(cell: Cell, tell: Tell) -> list[Path]:
         if not pairs[split]:
             why = _why_no_pairs(cell, counts[split], split)
             raise StudyError(f"{cell.name}: no pairs found in the {split} split: {why}")
-    files = [cell.records / "pairs.parquet", *_held_out_pairs(cell, task, miner, kept, tell)]
+    files = [cell.records / "pairs.parquet"]
+    if held_out := task.held_out():
+        files.append(cell.records / "pairs_held_out.parquet")
+        with table_writer(files[-1], {**COLUMNS, "held_out": pa.string()}) as add:
+            for name, other in held_out.items():
+                tell(1, 1, f"mining test pairs of another {name}")
+                n = config.held_out_examples or config.test_examples
+                for batch in cell.map(miner, _batches(cell, other, name, n, "test")):
+                    batch.keep(kept, config.site, of_all=cell.config.detection.fitted)
+                    add(_pairs_table(batch).assign(held_out=name))
     if contrast is not None:
         files.append(write_atomically(cell.folder / "contrast.safetensors", contrast.result().save))
     return files
@@ -82,23 +91,6 @@ def _batches(cell: Cell, task: Task, stream: str, n: int, split: Split) -> Itera
     left = draw_candidates(task, examples, rng_of(cell, f"pairs/{stream}/rephrase"), config.rephrasings)
     while drawn := list(islice(left, min(512, 16 * config.batch_size))):
         yield drawn
-
-
-def _held_out_pairs(cell: Cell, task: Task, miner: _Miner, kept: KeptStates, tell: Tell) -> list[Path]:
-    """Test pairs of the parts that the task holds out."""
-    config = cell.config.pairs
-    held_out = task.held_out()
-    if not held_out:
-        return []
-    path = cell.records / "pairs_held_out.parquet"
-    with TableWriter(path, {**COLUMNS, "held_out": pa.string()}) as writer:
-        for name, other in held_out.items():
-            tell(1, 1, f"mining test pairs of another {name}")
-            n = config.held_out_examples or config.test_examples
-            for batch in cell.map(miner, _batches(cell, other, name, n, "test")):
-                batch.keep(kept, config.site, of_all=cell.config.detection.fitted)
-                writer.add(_pairs_table(batch).assign(held_out=name))
-    return [path]
 
 
 def _pairs_table(batch: PairBatch) -> pd.DataFrame:

@@ -14,14 +14,13 @@ import numpy as np
 import pandas as pd
 
 from mnemoscope.behaviour import Batch, Scores, encode, mark_confabulations
-from mnemoscope.cells import Cell, git_state
+from mnemoscope.cells import Cell, Tell
 from mnemoscope.config import MethodName, SteeringConfig
 from mnemoscope.directions import (
     ANSWERED,
     CONTROLS,
     SOURCE,
     TOWARD,
-    Choice,
     Directions,
     Fit,
     Labels,
@@ -40,9 +39,8 @@ from mnemoscope.directions import (
 from mnemoscope.models import Site, blocks_of
 from mnemoscope.stages.common import (
     PerProcess,
-    Tell,
+    artefact_facts,
     keep_shifts,
-    read_binding,
     save_without_card,
     write_json,
     write_table,
@@ -63,12 +61,9 @@ class _Chosen:
     """The setting chosen for an aim, a direction and a method; ``best``: no method gains more."""
 
     aim: str
-    choice: Choice
+    setting: Setting
+    within: bool
     best: bool
-
-    @property
-    def setting(self) -> Setting:
-        return self.choice.setting
 
     @property
     def key(self) -> tuple[str, str]:
@@ -169,12 +164,14 @@ def _choose(
         note = f"{setting.direction}: trying {setting.method} for {AIMS[aim]} on tune"
         tell(list(AIMS).index(aim) + len(rates) / (2 * len(settings)), PARTS, note)
     tell(list(AIMS).index(aim) + 0.5, PARTS, f"choosing for {AIMS[aim]} on tune")
-    ordered = opened.map(_rank, [(aim, [(s, rates[s]) for s in some]) for some in tried.values()], tried.values())
-    ranks = dict(zip(tried, ordered, strict=True))
-    mine = [[choice for (d, _), found in ranks.items() if d == direction for choice in found] for direction in TOWARD]
-    finals = opened.map(_final, [(aim, found) for found in mine], [[choice.setting for choice in f] for f in mine])
+    rated = [(ranked, aim, direction, [(s, rates[s]) for s in some]) for (direction, _), some in tried.items()]
+    ranks = dict(zip(tried, opened.map(_pick, rated, tried.values()), strict=True))
+    mine = {d: [choice for key, found in ranks.items() if key[0] == d for choice in found] for d in TOWARD}
+    candidates = [(final, aim, direction, found) for direction, found in mine.items()]
+    finals = opened.map(_pick, candidates, [[choice.setting for choice in found] for found in mine.values()])
     best = {(choice.setting.direction, choice.setting.method): choice for choice in finals}
-    return [_Chosen(aim, best.get(key, found[0]), key in best) for key, found in ranks.items()], rows
+    kept = {key: best.get(key, found[0]) for key, found in ranks.items()}
+    return [_Chosen(aim, choice.setting, choice.within, key in best) for key, choice in kept.items()], rows
 
 
 def _sweep(opened: _Opened, aim: str, setting: Setting) -> tuple[float, list[Row], dict[Fit, np.ndarray]]:
@@ -191,22 +188,16 @@ def _sweep(opened: _Opened, aim: str, setting: Setting) -> tuple[float, list[Row
     return share_of(scores, setting.toward), rows, learned
 
 
-def _rank(opened: _Opened, aim: str, rated: list[tuple[Setting, float]]) -> list[Choice]:
-    lists = opened.tune[aim][rated[0][0].direction]
-    return ranked(lists, opened.directions, rated, _limits(opened.cell, aim), [opened.cell.seed, 1])
-
-
-def _final(opened: _Opened, aim: str, candidates: list[Choice]) -> Choice:
-    lists = opened.tune[aim][candidates[0].setting.direction]
-    return final(lists, opened.directions, candidates, _limits(opened.cell, aim), [opened.cell.seed, 1])
-
-
-def _limits(cell: Cell, aim: str) -> Limits:
-    config = cell.config.steering
-    limits, refits = (config.control_limit, config.collateral_limit), config.tune_refits
+def _pick(opened: _Opened, pick: Callable[..., Any], aim: str, direction: str, candidates: list[Any]) -> Any:
+    """What ``ranked`` or ``final`` chooses on the tune lists of an aim."""
+    config = opened.cell.config.steering
+    of_control, collateral, refits = config.control_limit, config.collateral_limit, config.tune_refits
     if aim == "conflict":
-        limits, refits = (CONFLICT_CONTROL, CONFLICT_COLLATERAL), 0
-    return Limits(*limits, refits=refits, again=config.tune_draws_again, excess_cost=config.excess_cost)
+        of_control, collateral, refits = CONFLICT_CONTROL, CONFLICT_COLLATERAL, 0
+    limits = Limits(
+        of_control, collateral, refits=refits, again=config.tune_draws_again, excess_cost=config.excess_cost
+    )
+    return pick(opened.tune[aim][direction], opened.directions, candidates, limits, [opened.cell.seed, 1])
 
 
 def _row(name: str, setting: Setting, scores: Scores, label: str | None = None) -> Row:
@@ -283,8 +274,7 @@ def _write_chosen(opened: _Opened, chosen: Sequence[_Chosen]) -> list[Path]:
     pairs = opened.records.both_sides("fit", cell.config.steering.fit_pairs)
     encoded = encode(asking, [example for pair in pairs for example in pair])
     begin_alike = float(np.mean([one.shared > 0 for one in encoded]))
-    common: dict[str, Any] = {"task": cell.label, "commit": git_state()["commit"] or "", "prompting": asking.prompting}
-    common |= {"binding": read_binding(cell), "begin_alike": begin_alike}
+    common = artefact_facts(cell, asking) | {"begin_alike": begin_alike}
     common["opening"] = tuple(asking.prompting.opening(asking.tokenizer))
     fixed = {one.setting.same_direction()[0] for one in chosen if one.aim == "pairs"}
     keep_shifts(cell, {setting: directions[setting.site].shifts(setting)[0] for setting in fixed})
@@ -295,7 +285,7 @@ def _write_chosen(opened: _Opened, chosen: Sequence[_Chosen]) -> list[Path]:
         path = cell.folder / "vectors" / f"{name}.safetensors"
         files.append(save_without_card(cell, replace(site.vector(setting), **common), path))
         facts = {name: getattr(setting, name) for name in ("method", "site", "positions", "top", "strength")}
-        facts |= {"layers": list(setting.layers), "alpha": site.alpha(setting), "within_limits": one.choice.within}
+        facts |= {"layers": list(setting.layers), "alpha": site.alpha(setting), "within_limits": one.within}
         facts["begin_alike"] = begin_alike
         found[one.aim]["methods"].setdefault(setting.method, {})[setting.direction] = facts
         if one.best:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from mnemoscope.behaviour import Asking, mark_confabulations, prepare, score
-from mnemoscope.cells import Cell
+from mnemoscope.cells import Cell, Tell
 from mnemoscope.errors import InputError, StudyError
 from mnemoscope.files import new_folder
 from mnemoscope.models import (
@@ -27,7 +26,7 @@ from mnemoscope.models import (
     width_of,
     word_tokenizer,
 )
-from mnemoscope.stages.common import Tell, cell_model, cell_task, opened_model, rng_of, write_json, write_table
+from mnemoscope.stages.common import cell_model, cell_task, opened_model, rng_of, write_json, write_table
 from mnemoscope.steering import Binding
 from mnemoscope.tasks import KINDS, Task, draw
 from mnemoscope.training import Trained, how_to_mix, train
@@ -47,17 +46,14 @@ def train_stage(cell: Cell, tell: Tell) -> list[Path]:
         facts |= {**_of_model(asking), "trained": False}
         return [*_known(cell, task, asking), write_json(cell.folder / "cell.json", facts)]
     asking, trained, attempt = _trained(cell, task, tell)
-    files = [
-        write_table(cell.records / "training.parquet", pd.DataFrame(trained.curve)),
-        write_json(cell.records / "training_time.json", {"seconds": round(trained.seconds, 2), "steps": trained.steps}),
-    ]
+    files = [write_table(cell.records / "training.parquet", pd.DataFrame(trained.curve))]
+    # Times differ between equal runs, so their file is not checked.
+    write_json(cell.records / "training_time.json", {"seconds": round(trained.seconds, 2), "steps": trained.steps})
     if trained.unmet:
         size = "model.lora.rank" if is_adapted(asking.model) else "model.layers"
         raise StudyError(f"{cell.name}: {how_to_mix(trained, size)}")
     facts |= {**_of_model(asking), "trained": True, "attempt": attempt, "precision": trained.precision}
-    files += _save_model(cell, asking)
-    # Times differ between equal runs, so their file is not checked.
-    return [*(f for f in files if f.name != "training_time.json"), write_json(cell.folder / "cell.json", facts)]
+    return [*files, *_save_model(cell, asking), write_json(cell.folder / "cell.json", facts)]
 
 
 def _of_model(asking: Asking) -> dict[str, Any]:
@@ -85,7 +81,9 @@ def _trained(cell: Cell, task: Task, tell: Tell) -> tuple[Asking, Trained, int]:
         again = f"attempt {attempt + 1}: " if attempt else ""
 
         def progress(step: int, measured: dict[str, float], again: str = again) -> None:
-            tell(min(step, config.steps), config.steps, again + _note(measured))
+            note = "novel {novel_accuracy:.2f} recall {recall:.2f} conflict {conflict_memorized:.2f}"
+            note = (note + "/{conflict_generalized:.2f}").format(**measured) if measured else "training"
+            tell(min(step, config.steps), config.steps, again + note)
 
         trained = train(asking, task, config, rng, progress)
         if not trained.unmet:
@@ -134,32 +132,23 @@ def _untrained(cell: Cell, task: Task, attempt: int) -> Asking:
 
 
 def _save_model(cell: Cell, asking: Asking) -> list[Path]:
-    """Save the model in a plain folder; of an adapted one the adapter, and the model with the adapter merged in."""
-    model, files = asking.model, []
-    if is_adapted(model):
-        files = _save_folder(cell.folder / "adapter", partial(save_adapter, model))
-        model = merged(model)
+    """Save the model in a plain folder; of an adapted one the adapter, and the model with the adapter merged in.
 
-    def save(folder: Path) -> None:
+    Each folder is written under a temporary name and renamed; returns their files.
+    """
+
+    def save(model: Any, folder: Path) -> None:
         model.save_pretrained(folder)
         asking.tokenizer.save_pretrained(folder)
 
-    return files + _save_folder(cell.folder / "model", save)
-
-
-def _save_folder(folder: Path, save: Callable[[Path], None]) -> list[Path]:
-    """Write a folder under a temporary name and rename it; return its files."""
-    for stale in (folder, *folder.parent.glob(f".{folder.name}.*.tmp")):
-        shutil.rmtree(stale, ignore_errors=True)
-    with new_folder(folder) as temporary:
-        save(temporary)
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _note(measured: dict[str, float]) -> str:
-    if not measured:
-        return "training"
-    return (
-        f"novel {measured['novel_accuracy']:.2f} recall {measured['recall']:.2f} "
-        f"conflict {measured['conflict_memorized']:.2f}/{measured['conflict_generalized']:.2f}"
-    )
+    saves = {"model": partial(save, asking.model)}
+    if is_adapted(asking.model):
+        saves = {"adapter": partial(save_adapter, asking.model), "model": lambda at: save(merged(asking.model), at)}
+    files: list[Path] = []
+    for name, write in saves.items():
+        for stale in (cell.folder / name, *cell.folder.glob(f".{name}.*.tmp")):
+            shutil.rmtree(stale, ignore_errors=True)
+        with new_folder(cell.folder / name) as temporary:
+            write(temporary)
+        files += sorted(path for path in (cell.folder / name).rglob("*") if path.is_file())
+    return files

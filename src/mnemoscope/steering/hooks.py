@@ -6,7 +6,7 @@ Shapes: N examples, T tokens (columns) of a pass, L layers, D neurons, R rows of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -110,39 +110,40 @@ def _edited(
 
     The only hook of the package that writes. It is removed when the context ends, however it ends.
     """
-    handles: list[Any] = []
-    core = core_of(model)
-    config = getattr(model, "generation_config", None)
-    compiles = getattr(config, "disable_compile", None)
-    generating = core.__dict__.get("generate")
+    core, config = core_of(model), getattr(model, "generation_config", None)
+    with ExitStack() as stack:
 
-    def hook(layer: int, at: Site, make: Callable[[bool], Callable[..., Any]]) -> None:
-        module, is_input = site_module(model, layer, at)
-        register = module.register_forward_pre_hook if is_input else module.register_forward_hook
-        handles.append(register(make(is_input)))
+        def hook(layer: int, at: Site, make: Callable[[bool], Callable[..., Any]]) -> None:
+            module, is_input = site_module(model, layer, at)
+            register = module.register_forward_pre_hook if is_input else module.register_forward_hook
+            stack.callback(register(make(is_input)).remove)
 
-    try:
         if config is not None:
             # With a cache of fixed size ``generate`` compiles its steps on a GPU once, without later hooks.
-            config.disable_compile = True
+            stack.enter_context(_replaced(config, "disable_compile", True))
         # The base model is what every way of calling passes through, with a language-modelling head or without.
-        handles.append(backbone_of(model).register_forward_pre_hook(tracker.see, with_kwargs=True))
+        stack.callback(backbone_of(model).register_forward_pre_hook(tracker.see, with_kwargs=True).remove)
         if tracker.finds_start and hasattr(core, "generate"):
-            core.generate = _refusing(core)
+            stack.enter_context(_replaced(core, "generate", _refusing(core)))
         if tracker.gate:  # before the edits, so that it reads states without a shift
             hook(tracker.gate.layer, tracker.gate.site, lambda is_input: tracker.read)
         for layer, edit in edits.items():
             hook(layer, site, partial(_editor, edit, tracker))
         yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute of an object inside the context."""
+    own, before = name in owner.__dict__, owner.__dict__.get(name)
+    setattr(owner, name, value)
+    try:
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
-        if generating is None:
-            core.__dict__.pop("generate", None)
+        if own:
+            setattr(owner, name, before)
         else:
-            core.generate = generating
-        if config is not None:
-            config.disable_compile = compiles
+            delattr(owner, name)
 
 
 def _refusing(core: Any) -> Callable[..., Any]:
@@ -159,22 +160,28 @@ def _refusing(core: Any) -> Callable[..., Any]:
     return refusing
 
 
-@dataclass(slots=True)
+@dataclass
 class _PositionTracker:
-    """Finds, in every pass, the column from which on states are edited.
+    """Finds the columns of each pass that an edit concerns, and the prompts that a gate lets it act on.
 
-    ``start`` counts columns from the beginning of the padded sequence, so it holds with a KV cache as well.
+    Attributes:
+        fixed: column of the decision position, if known; else it is the last column of each prompt.
+        opening: token ids that every prompt must begin with.
+        acts_N: the gate's decision for the prompts that are being answered.
+        start: the first edited column, in columns of the left-padded batch; ``first_column``: of this pass.
+        rows: of the batch of this pass.
+        decision_column: of this pass, where it holds the decision position.
     """
 
     fixed: int | None
     everywhere: bool
     gate: Gate | None = None
     opening: tuple[int, ...] = ()
-    acts_N: Tensor | None = None  # the gate's decision for the prompts that are being answered
+    acts_N: Tensor | None = None
     start: int = 0
-    rows: int = 0  # of the batch of this pass
+    rows: int = 0
     first_column: int = 0
-    decision_column: int | None = None  # of this pass, where it holds the decision position
+    decision_column: int | None = None
     prompt_NT: Tensor | None = None
 
     @property
@@ -184,48 +191,35 @@ class _PositionTracker:
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the base model: finds the columns of this pass."""
-        self.rows = rows_of(args, kwargs)
-        ids_NT = args[0] if args else kwargs.get("input_ids")
-        is_text = ids_NT is not None
-        if ids_NT is None:
-            ids_NT = kwargs["inputs_embeds"][..., 0]
-        past = cached_columns(kwargs)
-        columns = ids_NT.shape[1]
+        self.rows, past = rows_of(args, kwargs), cached_columns(kwargs)
+        text_NT = args[0] if args else kwargs.get("input_ids")
+        ids_NT = kwargs["inputs_embeds"][..., 0] if text_NT is None else text_NT
+        end, is_set = past + ids_NT.shape[1], self.everywhere or self.fixed is not None
         # A pass that begins before the decision position is another prompt, on a cache of what both begin with.
-        another = 0 < past <= self.start and self.fixed is None and not self.everywhere
+        another = 0 < past <= self.start and not is_set
         # An empty cache always begins a prompt.
         alone = past == 0 and cache_in(kwargs) is None
         fresh = self.prompt_NT is None or another or (past == 0 and not (alone and self._continues(ids_NT)))
         if fresh:
-            self.prompt_NT = ids_NT
-            mask = kwargs.get("attention_mask")
-            self._check_padding(mask, past + columns)
-            if self.opening and is_text and past == 0:
-                self._check_opening(ids_NT, mask)
-        if self.everywhere or self.fixed is not None:
-            self.start = self.fixed or 0
-        elif fresh:
-            self.start = past + columns - 1
+            self.prompt_NT, self.acts_N = ids_NT, None
+            self._check(kwargs.get("attention_mask"), end, text_NT if past == 0 else None)
+            self.start = (self.fixed or 0) if is_set else end - 1
         self.first_column = max(0, self.start - past)
         decision = self.start
         if self.everywhere and self.fixed is None:
-            decision = past + columns - 1 if fresh else -1
-        self.decision_column = decision - past if past <= decision < past + columns else None
-        if fresh and self.gate:
-            self.acts_N = None
-            if self.decision_column is None:
-                raise InputError(
-                    f"start: {decision} is not among the columns {past} .. {past + columns - 1} of this pass"
-                )
+            decision = end - 1 if fresh else -1
+        self.decision_column = decision - past if past <= decision < end else None
+        if fresh and self.gate and self.decision_column is None:
+            raise InputError(f"start: {decision} is not among the columns {past} .. {end - 1} of this pass")
 
     def read(self, module: nn.Module, inputs: Any, output: Any = None) -> None:
         """Hook of the gate's site: decides in passes that hold the decision position."""
-        if self.gate is None or self.decision_column is None:
-            return
-        states_NTD = states_of(inputs if output is None else output, self.rows)
-        self.acts_N = self.gate.acts(states_NTD[:, self.decision_column].detach())
+        if self.gate is not None and self.decision_column is not None:
+            states_NTD = states_of(inputs if output is None else output, self.rows)
+            self.acts_N = self.gate.acts(states_NTD[:, self.decision_column].detach())
 
-    def _check_padding(self, mask: Any, columns: int) -> None:
+    def _check(self, mask: Any, columns: int, text_NT: Tensor | None) -> None:
+        """Refuse prompts that end in padding, and ``text_NT`` that does not begin with the opening."""
         # A mask of other columns than those of the passes belongs to a cache that is not seen here.
         known = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == columns
         if self.finds_start and known and not bool(mask[:, -1].all()):
@@ -233,10 +227,7 @@ class _PositionTracker:
                 "padding: a prompt of this batch ends in padding, so its last token is not where the others' are; pad "
                 "on the left (tokenizer.padding_side = 'left')"
             )
-
-    def _check_opening(self, ids_NT: Tensor, mask: Any) -> None:
-        known = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape == ids_NT.shape
-        for row, ids in enumerate(ids_NT.tolist()):
+        for row, ids in enumerate(text_NT.tolist() if self.opening and text_NT is not None else ()):
             first = int(mask[row].argmax()) if known else 0
             if tuple(ids[first : first + len(self.opening)]) != self.opening:
                 raise InputError(
@@ -245,9 +236,9 @@ class _PositionTracker:
                 )
 
     def _continues(self, ids_NT: Tensor) -> bool:
-        assert self.prompt_NT is not None
-        columns = self.prompt_NT.shape[1]
-        return ids_NT.shape[1] > columns and torch.equal(ids_NT[:, :columns], self.prompt_NT)
+        before_NT = self.prompt_NT
+        columns = 0 if before_NT is None else before_NT.shape[1]
+        return ids_NT.shape[1] > columns and torch.equal(ids_NT[:, :columns], before_NT)
 
 
 def _adding(shift: Tensor) -> _Edit:

@@ -52,6 +52,7 @@ class SteeringVector(Artefact):
     opening: tuple[int, ...] = ()
 
     WHAT: ClassVar[str] = "vector"
+    STORED: ClassVar[tuple[str, ...]] = ("shifts",)
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -86,8 +87,8 @@ class SteeringVector(Artefact):
     def __mul__(self, factor: float) -> SteeringVector:
         if factor < 0:
             return -(self * -factor)
-        scaled = {layer: shift * factor for layer, shift in self.shifts.items()}
-        return replace(self, shifts=scaled, strength=self.strength * factor)
+        shifts = {layer: shift * factor for layer, shift in self.shifts.items()}
+        return replace(self, shifts=shifts, strength=self.strength * factor)
 
     __rmul__ = __mul__
 
@@ -171,8 +172,7 @@ class SteeringVector(Artefact):
 
     def facts(self) -> dict[str, Any]:
         """How it was fitted and where it acts."""
-        names = ("toward", "site", "positions", "method", "top", "strength", "begin_alike", "layers")
-        return {name: getattr(self, name) for name in names} | {"opening": list(self.opening)}
+        return super().facts() | {"layers": self.layers}
 
     @classmethod
     def with_tensors(cls, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> Self:

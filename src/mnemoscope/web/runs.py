@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from mnemoscope.errors import InputError
-from mnemoscope.plain import plain
+from mnemoscope.files import plain
 from mnemoscope.report import brief
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"
