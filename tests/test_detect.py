@@ -19,8 +19,7 @@ from scipy.special import expit
 from families import prompts, tiny, tokenizer
 from helpers import hook_count, mini_examples
 from mnemoscope.behaviour import Asking, prepare, score, states_at_the_end
-from mnemoscope.detect import Detector, Reading
-from mnemoscope.detect.fitting import Observed, fit_detectors
+from mnemoscope.detect import Detector, Observed, Reading, fit_detectors
 from mnemoscope.directions import with_prefixes
 from mnemoscope.errors import InputError
 from mnemoscope.face import Fitted

@@ -92,7 +92,7 @@ def git_state() -> dict[str, Any]:
 
     def git(*arguments: str) -> str | None:
         try:
-            command = ["git", "-C", here, *arguments]
+            command = ["git", "-C", str(here), *arguments]
             return subprocess.check_output(command, stderr=DEVNULL, text=True, timeout=10).strip()
         except (OSError, subprocess.SubprocessError):
             return None

@@ -57,13 +57,11 @@ def run_cells(
         raise InputError(f"executor: {executor!r} is not one of {', '.join(EXECUTORS)}")
     if executor == "local" and address:
         raise InputError("address: only the executor 'ray' goes to one")
-    submitting: AbstractContextManager[Submit]
+    submitting: AbstractContextManager[Submit] = nullcontext(partial(_in_this_process, workers, run, progress))
     if executor == "ray":
         submitting = _on_cluster(address, cells, run, progress)
     elif min(workers, len(cells)) > 1:
         submitting = _in_pool(workers, len(cells), run, progress)
-    else:
-        submitting = nullcontext(partial(_in_this_process, workers, run, progress))
     names, failed = {cell.name for cell in cells}, dict[str, str]()
     with submitting as submit:
         ready, running = [cell for cell in cells if cell.lender not in names], dict[Ended, Cell]()
@@ -210,14 +208,13 @@ def _seldom(put: Callable[[Any], Any]) -> Progress:
 @contextmanager
 def _listening(news: Any, progress: Progress) -> Iterator[None]:
     """Report the progress that other processes put into a queue."""
-    over = Event()
 
     def listen() -> None:
         while not (over.wait(0.1) and news.empty()):
             while not news.empty():
                 progress(*news.get())
 
-    listener = Thread(target=listen, daemon=True)
+    over, listener = Event(), Thread(target=listen, daemon=True)
     listener.start()
     try:
         yield

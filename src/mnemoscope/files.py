@@ -41,8 +41,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def new_folder(path: Path) -> Iterator[Path]:
     """Path of a temporary folder, renamed to ``path`` when the context ends; deleted if it raises.
 
-    Raises:
-        InputError: ``path`` exists and is not an empty folder.
+    InputError where ``path`` exists and is not an empty folder.
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise InputError(f"folder: {path} exists and is not empty; nothing is overwritten")

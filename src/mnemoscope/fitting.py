@@ -120,12 +120,6 @@ def _left_as_it_was(model: PreTrainedModel) -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
 
 
-def _digest(task: Task) -> str:
-    """Digest of a task's examples, so that a run folder is continued with the same task only."""
-    examples = [e for kind in ("conflict", "memory") for e in task.examples(np.random.default_rng(0), 200, kind)]
-    return hashlib.sha256("".join(f"{e.item}|{e.prompt}|{e.options}" for e in examples).encode()).hexdigest()[:16]
-
-
 def fitting_study(
     model: dict[str, Any],
     task: str | Path | Task,
@@ -146,8 +140,10 @@ def fitting_study(
         InputError: the file does not exist, the budget is below one layer's, or a field is not allowed.
     """
     if isinstance(task, Task):
-        # The options identify the task, which itself comes with the open model.
-        name, options = f"{type(task).__module__}:{type(task).__name__}", {"digest": _digest(task)}
+        # A digest of its examples, so that a run folder is continued with the same task only.
+        drawn = [e for kind in ("conflict", "memory") for e in task.examples(np.random.default_rng(0), 200, kind)]
+        digest = hashlib.sha256("".join(f"{e.item}|{e.prompt}|{e.options}" for e in drawn).encode()).hexdigest()
+        name, options = f"{type(task).__module__}:{type(task).__name__}", {"digest": digest[:16]}
     else:
         name = str(task)
     is_file = name.endswith(".jsonl")

@@ -157,11 +157,7 @@ def inputs_hash(cell: Cell) -> str:
 
 
 def is_done(folder: Path, stage: str, wanted: str) -> bool:
-    """Whether a stage has finished with the same dependencies.
-
-    Raises:
-        StudyError: it has, but one of its files is missing or has changed.
-    """
+    """Whether a stage has finished with the same dependencies; StudyError where one of its files has changed since."""
     path = folder / "stages" / f"{stage}.json"
     if not path.exists():
         return False

@@ -1,7 +1,19 @@
 """From pairs to steering vectors: methods, controls of the same norm, and the choice of a setting."""
 
-from mnemoscope.directions.choose import Choice, Limits, TuneLists, control_means, damage, final, ranked
-from mnemoscope.directions.controls import CONTROLS, SHUFFLED, control_draws, gaussian, shuffles
+from mnemoscope.directions.choose import (
+    CONTROLS,
+    SHUFFLED,
+    Choice,
+    Limits,
+    TuneLists,
+    control_draws,
+    control_means,
+    damage,
+    final,
+    gaussian,
+    ranked,
+    shuffles,
+)
 from mnemoscope.directions.learned import learned_together
 from mnemoscope.directions.sources import (
     ANSWERED,

@@ -30,13 +30,11 @@ def learned_together(sources: Sources, setting: Setting, several: Sequence[Label
     the budget, as they would with Adam. Steps fall from the whole budget to 0; after each the shift is scaled back into
     it. Passes of small models are in bfloat16 where that is quicker; the shift is applied and judged in float32.
     """
-    model = sources.lists.asking.model
+    model, shift_KLD = sources.lists.asking.model, np.zeros((len(several), *sources.shape_LD))
     small = sum(weight.numel() for weight in model.parameters()) <= MOST_WEIGHTS
     with in_precision(model, quick_precision(model) if small else "float32"):
-        units = _ascended(sources, setting, several)
-    shift_KLD = np.zeros((len(several), *sources.shape_LD))
-    for layer, unit_KD in units.items():
-        shift_KLD[:, layer] = unit_KD.detach().double().numpy() * sources.norm_L[layer]
+        for layer, unit_KD in _ascended(sources, setting, several).items():
+            shift_KLD[:, layer] = unit_KD.detach().double().numpy() * sources.norm_L[layer]
     return list(shift_KLD)
 
 
@@ -77,9 +75,9 @@ def wanted_batches(lists: FitLists, toward: Toward, labels: Labels) -> Iterator[
     answer: on one side alone, that would still teach to leave this side.
     """
     ways = (toward,) if labels.shuffle is None else (toward, OPPOSITE[toward])
-    found = [batches[way] for batches in (lists.pairs, lists.conflicts) for way in ways]
+    found = enumerate(batches[way] for batches in (lists.pairs, lists.conflicts) for way in ways)
     option = 1 if toward == "generalized" else 0
-    placed = [[(stream, number, batch) for number, batch in enumerate(batches)] for stream, batches in enumerate(found)]
+    placed = [[(stream, number, batch) for number, batch in enumerate(batches)] for stream, batches in found]
     longest = max(map(len, placed))
     if labels.shuffle is not None:
         placed = [list(islice(cycle(batches), longest)) for batches in placed]

@@ -51,6 +51,11 @@ class Setting:
         """The behaviour to steer to."""
         return TOWARD[self.direction]
 
+    @property
+    def key(self) -> tuple[str, str]:
+        """Direction and method."""
+        return self.direction, self.method
+
     def same_direction(self) -> tuple[Setting, int]:
         """The setting with all fixed that the direction does not depend on, and its sign (1 or -1) there.
 

@@ -29,10 +29,11 @@ def cards_stage(cell: Cell, tell: Tell) -> list[Path]:
     common["versions"] = {"mnemoscope": version()} | {name: metadata.version(name) for name in LIBRARIES}
     paths = {name: cell.records / f"{name}.parquet" for name in ("steering", "neutral", "detection")}
     tables = {name: pd.read_parquet(path) for name, path in paths.items() if path.exists()}
-    found: list[tuple[Path, Artefact, dict[str, Any]]] = []
-    for path in sorted((cell.folder / "vectors").glob("[!.]*.safetensors")):
-        vector = SteeringVector.load(path)
-        found.append((path, vector, _of_vector(cell, path.stem, vector, tables["steering"], tables.get("neutral"))))
+    vectors = {path: SteeringVector.load(path) for path in sorted((cell.folder / "vectors").glob("[!.]*.safetensors"))}
+    found: list[tuple[Path, Artefact, dict[str, Any]]] = [
+        (path, vector, _of_vector(cell, path.stem, vector, tables["steering"], tables.get("neutral")))
+        for path, vector in vectors.items()
+    ]
     for name, score in (("detector", "p_memorized"), ("detector_below", "below")):
         path = cell.folder / f"{name}.safetensors"
         if path.exists() and "detection" in tables:
@@ -48,9 +49,8 @@ def _of_vector(
     Resamples are those of the report, which names them so: intervals are the same there.
     """
     aim = "conflict" if name.endswith("-conflict") else "pairs"
-    direction = f"to_{vector.toward}"
-    is_mine = (steering["aim"] == aim) & (steering["direction"] == direction) & (steering["method"] == vector.method)
-    mine = steering[is_mine]
+    of_vector = {"direction": f"to_{vector.toward}", "method": vector.method}
+    mine = _where(steering, aim=aim, **of_vector)
     judged = mine[mine["examples"] == aim]
     hits, own = judged["after"] == vector.toward, judged["role"] == "vector"
     shift = proportion(hits[own], pd.factorize(judged["group"][own])[0], cell.name)
@@ -62,10 +62,13 @@ def _of_vector(
     right = (kept["after"] == "correct").astype(float) - (kept["before"] == "correct").astype(float)
     facts["cost"] = {str(kind): float(change) for kind, change in right.groupby(kept["examples"]).mean().items()}
     if neutral is not None and aim == "pairs":
-        part = neutral[(neutral["direction"] == direction) & (neutral["method"] == vector.method)]
-        by_dose = part.groupby("dose")["kl_next"].mean()
+        by_dose = _where(neutral, **of_vector).groupby("dose")["kl_next"].mean()
         facts["divergence"] = {f"{dose:g}": float(kl) for dose, kl in by_dose.items()}
     return facts
+
+
+def _where(table: pd.DataFrame, **values: str) -> pd.DataFrame:
+    return table[(table[list(values)] == pd.Series(values)).all(axis=1)]
 
 
 def _of_detector(cell: Cell, detection: pd.DataFrame, score: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from mnemoscope.errors import InputError
 from mnemoscope.files import replacing, write_atomically
 from mnemoscope.models import Layout, load_model
 from mnemoscope.processes import in_order
-from mnemoscope.steering import Artefact, Binding
+from mnemoscope.steering import Artefact, Binding, SteeringVector
 from mnemoscope.tasks import Task, build_task
 
 GATE = 0.5  # probability from which on a gate acts, where a study judges it
@@ -134,10 +134,11 @@ def _setting(facts: Mapping[str, Any]) -> Setting:
     return Setting(**{**facts, "layers": tuple(facts["layers"])})
 
 
-def read_best(cell: Cell) -> dict[str, Path]:
-    """The files of the vectors that were best for pairs on the tune split, by direction."""
+def read_best(cell: Cell) -> dict[str, SteeringVector]:
+    """The vectors that were best for pairs on the tune split, by direction."""
     best = json.loads((cell.records / "chosen.json").read_text())["pairs"]["best"]
-    return {d: cell.folder / "vectors" / f"{d}-{method}.safetensors" for d, method in best.items()}
+    vectors = cell.folder / "vectors"
+    return {d: SteeringVector.load(vectors / f"{d}-{method}.safetensors") for d, method in best.items()}
 
 
 def write_table(path: Path, table: pd.DataFrame) -> Path:

@@ -65,7 +65,12 @@ def _compared_seeds(two: tuple[Cell, Cell]) -> list[dict[str, Any]]:
     tokenizer, unknown = opened[1].tokenizer, opened[1].tokenizer.unk_token_id
     examples = [e for e in examples if unknown not in tokenizer(e.prompt).input_ids][:ALIGNING_PROMPTS]
     states = [_states(cell, asking, examples, both[0].site) for cell, asking in zip(two, opened, strict=True)]
-    rows = chain(_overlaps(both), _rank_correlations(both, rng), _alignments(states, both, rng))
+    overlaps = (
+        {"what": "overlap", "layer": -1, "top": top}
+        | overlap_row(*(contrast.top_neurons(top).reshape(1, -1) for contrast in both))
+        for top in TOPS
+    )
+    rows = chain(overlaps, _rank_correlations(both, rng), _alignments(states, both, rng))
     return [common | row for row in rows]
 
 
@@ -73,12 +78,6 @@ def _attempt(cell: Cell) -> int:
     """Which training of the cell's model, or of its lender's, was kept."""
     within_study = cell.config.model.is_trained or cell.lender
     return int(json.loads((cell.model_folder.parent / "cell.json").read_text())["attempt"]) if within_study else 0
-
-
-def _overlaps(both: Sequence[Contrast]) -> Iterator[dict[str, Any]]:
-    for top in TOPS:
-        sets = [contrast.top_neurons(top).reshape(1, -1) for contrast in both]
-        yield {"what": "overlap", "layer": -1, "top": top, **overlap_row(*sets)}
 
 
 def _rank_correlations(both: Sequence[Contrast], rng: np.random.Generator) -> Iterator[dict[str, Any]]:

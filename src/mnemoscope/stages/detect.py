@@ -18,24 +18,12 @@ import pandas as pd
 
 from mnemoscope.behaviour import Asking, read_states
 from mnemoscope.cells import Cell, Tell
-from mnemoscope.detect import Detector, Reading
-from mnemoscope.detect.fitting import Observed, fit_detectors
+from mnemoscope.detect import Detector, Observed, Reading, fit_detectors
 from mnemoscope.directions import TOWARD
 from mnemoscope.errors import InputError
-from mnemoscope.stages.common import (
-    GATE,
-    artefact_facts,
-    cell_model,
-    kept_states,
-    read_best,
-    rng_of,
-    save_without_card,
-    write_json,
-    write_table,
-)
+from mnemoscope.stages import common
 from mnemoscope.stages.lists import Records, judged_lists
 from mnemoscope.stages.probe import input_scores, uncertainty_scores
-from mnemoscope.steering import SteeringVector
 from mnemoscope.tasks import SPLITS, Example, Kind, Side, Split, draw
 
 SIDES: tuple[Side, Side] = ("a", "b")
@@ -47,28 +35,28 @@ def detection_stage(cell: Cell, tell: Tell) -> list[Path]:
     config = cell.config.detection
     if not config.fitted:
         return []
-    asking, records = cell_model(cell), Records.of(cell)
+    asking, records = common.cell_model(cell), Records.of(cell)
     parts = {}
     for done, split in enumerate(SPLITS):
         tell(done, 4, f"reading {split} prompts")
         parts[split] = _prompts(cell, asking, records, split)
-    vectors = [SteeringVector.load(path) for path in read_best(cell).values()]
     # The last block whose output precedes all shifts of the best vectors; -1: none.
-    below = min(v.layers[0] if v.site == "block" else v.layers[0] - 1 for v in vectors if v.layers)
+    shifting = [vector for vector in common.read_best(cell).values() if vector.layers]
+    below = min(vector.layers[0] - (vector.site != "block") for vector in shifting)
     try:
         found = fit_detectors(parts["fit"].observed(), parts["tune"].observed(), cell.config.pairs.site, below)
     except InputError as error:  # too few prompts of a behaviour, which is no reason to lose all else
         tell(1, 1, f"no detector: {error}")
-        return [write_json(cell.records / "no_detector.json", {"why": str(error)})]
-    detector, lower = (one and replace(one, **artefact_facts(cell, asking)) for one in found)
+        return [common.write_json(cell.records / "no_detector.json", {"why": str(error)})]
+    detector, lower = (one and replace(one, **common.artefact_facts(cell, asking)) for one in found)
     assert detector is not None
     # Without their JSON, which the cards stage writes again.
-    files = [save_without_card(cell, detector, cell.folder / "detector.safetensors")]
-    files += [save_without_card(cell, lower, cell.folder / "detector_below.safetensors")] if lower else []
-    files.append(write_table(cell.records / "detection.parquet", _readings(asking, parts, detector, lower)))
+    files = [common.save_without_card(cell, detector, cell.folder / "detector.safetensors")]
+    files += [common.save_without_card(cell, lower, cell.folder / "detector_below.safetensors")] if lower else []
+    files.append(common.write_table(cell.records / "detection.parquet", _readings(asking, parts, detector, lower)))
     tell(3, 4, "where a gate acts")
     gates = pd.concat(_gates(cell, asking, records, detector), ignore_index=True)
-    return [*files, write_table(cell.records / "gate.parquet", gates)]
+    return [*files, common.write_table(cell.records / "gate.parquet", gates)]
 
 
 class _Prompts(NamedTuple):
@@ -87,7 +75,7 @@ class _Prompts(NamedTuple):
 
 def _prompts(cell: Cell, asking: Asking, records: Records, split: Split) -> _Prompts:
     """Phrasings of candidates as they come, pairs or not, and questions without a conflict."""
-    config, rng = cell.config.detection, rng_of(cell, f"detection/{split}")
+    config, rng = cell.config.detection, common.rng_of(cell, f"detection/{split}")
     tables = {"conflict": records.pairs, **(records.held_out if split == "test" else {})}
     found = [
         (name, behaviour, example)
@@ -98,7 +86,7 @@ def _prompts(cell: Cell, asking: Asking, records: Records, split: Split) -> _Pro
         found += [(kind, "neither", e) for e in draw(records.task, rng, config.others, kind, split)]
     rows = pd.DataFrame([row[:2] for row in found], columns=["examples", "followed"])
     examples = [example for *_, example in found]
-    states = read_states(asking, examples, cell.config.pairs.site, kept=kept_states(cell))
+    states = read_states(asking, examples, cell.config.pairs.site, kept=common.kept_states(cell))
     return _Prompts(rows, examples, states.at_decision_NLD, states.uncertainty_N2)
 
 
@@ -139,7 +127,7 @@ def _gates(cell: Cell, asking: Asking, records: Records, detector: Detector) -> 
     """The detector's values, and whether a gate acts, for every list that steering was judged on, in its order."""
     for direction, toward in TOWARD.items():
         for name, entry in judged_lists(records, direction, cell.config.steering.judged_examples).items():
-            states = read_states(asking, entry.examples, cell.config.pairs.site, kept=kept_states(cell))
+            states = read_states(asking, entry.examples, cell.config.pairs.site, kept=common.kept_states(cell))
             reading = detector.read(states.at_decision_NLD)
             columns: dict[str, Any] = {"direction": direction, "examples": name, "example": range(len(entry.examples))}
-            yield pd.DataFrame(columns | _values(reading) | {"acts": reading.acts(toward, GATE)})
+            yield pd.DataFrame(columns | _values(reading) | {"acts": reading.acts(toward, common.GATE)})

@@ -197,6 +197,6 @@ def _rows(table: pd.DataFrame) -> Iterator[dict[str, Any]]:
     return (dict(zip(map(str, table), row, strict=True)) for row in table.itertuples(index=False, name=None))
 
 
-def phrasing(row: Mapping[str, Any], behaviour: str) -> Example:
+def phrasing(row: Mapping[Any, Any], behaviour: str) -> Example:
     """The phrasing of a pair that shows a behaviour."""
     return Example.from_row(row, "a" if row["behaviour_a"] == behaviour else "b")

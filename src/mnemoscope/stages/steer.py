@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import chain, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -37,14 +37,7 @@ from mnemoscope.directions import (
     with_prefixes,
 )
 from mnemoscope.models import Site, blocks_of
-from mnemoscope.stages.common import (
-    PerProcess,
-    artefact_facts,
-    keep_shifts,
-    save_without_card,
-    write_json,
-    write_table,
-)
+from mnemoscope.stages import common
 from mnemoscope.stages.lists import JudgedList, Records, judged_lists, sources_of, tune_lists
 
 AIMS = {"pairs": "pairs", "conflict": "conflicts as drawn"}  # the lists that settings are chosen for
@@ -56,19 +49,13 @@ CONFLICT_CONTROL, CONFLICT_COLLATERAL = 0.3, 0.1  # limits for conflicts as draw
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class _Chosen:
+class _Chosen(NamedTuple):
     """The setting chosen for an aim, a direction and a method; ``best``: no method gains more."""
 
     aim: str
     setting: Setting
     within: bool
     best: bool
-
-    @property
-    def key(self) -> tuple[str, str]:
-        """Direction and method."""
-        return self.setting.direction, self.setting.method
 
 
 def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
@@ -79,20 +66,20 @@ def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
         key: settings_of(config, *key, count) for key in product(TOWARD, config.sweeps)
     }
     for_pairs, rows = _choose(opened, "pairs", tried, tell)
-    tops = {one.key: one.setting.top for one in for_pairs}  # chosen once for both aims
+    tops = {one.setting.key: one.setting.top for one in for_pairs}  # chosen once for both aims
     again = {key: [setting for setting in some if setting.top == tops[key]] for key, some in tried.items()}
     for_conflicts, more = _choose(opened, "conflict", again, tell)
     chosen = [*for_pairs, *for_conflicts]
     tables = _judge_all(opened, chosen, tell)
     rows = sorted(rows + more, key=lambda row: list(TOWARD).index(row["direction"]))
     return [
-        write_table(cell.records / "steering.parquet", pd.concat(tables, ignore_index=True)),
-        write_table(cell.records / "sweep.parquet", pd.DataFrame(rows)),
+        common.write_table(cell.records / "steering.parquet", pd.concat(tables, ignore_index=True)),
+        common.write_table(cell.records / "sweep.parquet", pd.DataFrame(rows)),
         *_write_chosen(opened, chosen),
     ]
 
 
-class _Opened(PerProcess):
+class _Opened(common.PerProcess):
     """Records, lists and directions of a cell, beside its model.
 
     Attributes:
@@ -169,7 +156,7 @@ def _choose(
     mine = {d: [choice for key, found in ranks.items() if key[0] == d for choice in found] for d in TOWARD}
     candidates = [(final, aim, direction, found) for direction, found in mine.items()]
     finals = opened.map(_pick, candidates, [[choice.setting for choice in found] for found in mine.values()])
-    best = {(choice.setting.direction, choice.setting.method): choice for choice in finals}
+    best = {choice.setting.key: choice for choice in finals}
     kept = {key: best.get(key, found[0]) for key, found in ranks.items()}
     return [_Chosen(aim, choice.setting, choice.within, key in best) for key, choice in kept.items()], rows
 
@@ -213,10 +200,10 @@ def _row(name: str, setting: Setting, scores: Scores, label: str | None = None) 
 
 def _judge_all(opened: _Opened, chosen: Sequence[_Chosen], tell: Tell) -> list[pd.DataFrame]:
     """The tables of all chosen vectors and their controls on every test list."""
-    config, best = opened.cell.config.steering, {one.key for one in chosen if one.best}
+    config, best = opened.cell.config.steering, {one.setting.key for one in chosen if one.best}
 
     def draws(one: _Chosen) -> int:  # of each control; of conflicts only under methods that are best for either aim
-        drawn = one.best if config.controls_of == "best" else one.aim == "pairs" or one.key in best
+        drawn = one.best if config.controls_of == "best" else one.aim == "pairs" or one.setting.key in best
         return (config.draws if one.aim == "pairs" else config.conflict_draws) if drawn else 0
 
     tell(len(AIMS), PARTS, "learning from shuffled labels")
@@ -274,23 +261,23 @@ def _write_chosen(opened: _Opened, chosen: Sequence[_Chosen]) -> list[Path]:
     pairs = opened.records.both_sides("fit", cell.config.steering.fit_pairs)
     encoded = encode(asking, [example for pair in pairs for example in pair])
     begin_alike = float(np.mean([one.shared > 0 for one in encoded]))
-    common = artefact_facts(cell, asking) | {"begin_alike": begin_alike}
-    common["opening"] = tuple(asking.prompting.opening(asking.tokenizer))
+    fields = common.artefact_facts(cell, asking) | {"begin_alike": begin_alike}
+    fields["opening"] = tuple(asking.prompting.opening(asking.tokenizer))
     fixed = {one.setting.same_direction()[0] for one in chosen if one.aim == "pairs"}
-    keep_shifts(cell, {setting: directions[setting.site].shifts(setting)[0] for setting in fixed})
+    common.keep_shifts(cell, {setting: directions[setting.site].shifts(setting)[0] for setting in fixed})
     for one in chosen:
         setting, site = one.setting, directions[one.setting.site]
         name = f"{setting.direction}-{setting.method}" + ("" if one.aim == "pairs" else f"-{one.aim}")
         # Without its JSON, which the cards stage writes again.
         path = cell.folder / "vectors" / f"{name}.safetensors"
-        files.append(save_without_card(cell, replace(site.vector(setting), **common), path))
+        files.append(common.save_without_card(cell, replace(site.vector(setting), **fields), path))
         facts = {name: getattr(setting, name) for name in ("method", "site", "positions", "top", "strength")}
         facts |= {"layers": list(setting.layers), "alpha": site.alpha(setting), "within_limits": one.within}
         facts["begin_alike"] = begin_alike
         found[one.aim]["methods"].setdefault(setting.method, {})[setting.direction] = facts
         if one.best:
             found[one.aim]["best"][setting.direction] = setting.method
-    return [*files, write_json(cell.records / "chosen.json", found)]
+    return [*files, common.write_json(cell.records / "chosen.json", found)]
 
 
 def settings_of(config: SteeringConfig, direction: str, method: MethodName, count: int) -> list[Setting]:

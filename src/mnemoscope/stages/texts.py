@@ -48,14 +48,12 @@ def neutral_stage(cell: Cell, tell: Tell) -> list[Path]:
     last = 1 + length - config.following
     cuts = np.stack([rng.integers(0, config.texts, config.cuts), rng.integers(EARLIEST, last + 1, config.cuts)], axis=1)
     cuts = cuts[np.argsort(cuts[:, 1], kind="stable")]  # neighbours are of similar length
-    vectors = {direction: SteeringVector.load(path) for direction, path in read_best(cell).items()}
-    path = cell.folder / "detector.safetensors"
+    vectors, path = read_best(cell), cell.folder / "detector.safetensors"
     detector = Detector.load(path) if path.exists() else None
-    rows = []
+    rows: list[pd.DataFrame] = []
     for start in range(0, len(cuts), config.batch_size):
         tell(start, len(cuts), "reading on behind cuts")
-        part = cuts[start : start + config.batch_size]
-        rows += list(_measured(asking, texts_NT, part, vectors, detector, cell.config))
+        rows += _measured(asking, texts_NT, cuts[start : start + config.batch_size], vectors, detector, cell.config)
     return [write_table(cell.records / "neutral.parquet", pd.concat(rows, ignore_index=True))]
 
 
@@ -124,7 +122,7 @@ def samples_stage(cell: Cell, tell: Tell) -> list[Path]:
         return []
     asking, records = cell_model(cell), Records.of(cell)
     tables = []
-    for done, (direction, path) in enumerate(read_best(cell).items()):
+    for done, (direction, vector) in enumerate(read_best(cell).items()):
         tell(done, len(TOWARD), f"{direction}: writing on")
         by_group: dict[str, Example] = {}
         for example in records.targets("test", direction, len(records.pairs)):
@@ -132,7 +130,7 @@ def samples_stage(cell: Cell, tell: Tell) -> list[Path]:
         examples = list(by_group.values())[: config.prompts]
         prompts = [example.prompt for example in examples]
         plain, nats_plain_N = _continuations(asking, prompts, config.tokens, None)
-        steered, nats_steered_N = _continuations(asking, prompts, config.tokens, SteeringVector.load(path))
+        steered, nats_steered_N = _continuations(asking, prompts, config.tokens, vector)
         fields = ("prompt", "group", "memorized", "generalized")
         columns: dict[str, Any] = {key: [getattr(e, key) for e in examples] for key in fields}
         columns |= {"plain": plain, "steered": steered, "nats_plain": nats_plain_N, "nats_steered": nats_steered_N}

@@ -47,18 +47,14 @@ class Binding:
 
     @classmethod
     def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Binding:
-        """Fingerprint a model and its tokenizer (reads every weight once).
-
-        Raises:
-            InputError: some of the weights are not in memory.
-        """
+        """Fingerprint a model and its tokenizer, reading every weight; InputError where one is not in memory."""
         digest, half = hashlib.sha256(), hashlib.sha256()
         for name, weight in sorted(merged_weights(model), key=itemgetter(0)):
             if weight.is_meta:
                 raise InputError(f"device_map: {name} is not in memory; use devices that hold the whole model")
             for known, first in ((digest, weight.detach()), (half, weight.detach().to(torch.float16))):
-                known.update(name.encode())
                 rounded = first.to(torch.bfloat16).cpu().contiguous()
+                known.update(name.encode())
                 known.update(rounded.view(torch.uint8).numpy().data)
         parts = json.loads(tokenizer.backend_tokenizer.to_str())
         words = json.dumps({part: parts.get(part) for part in TOKENIZING}, sort_keys=True)
@@ -70,8 +66,7 @@ class Binding:
         for name in ("model_type", "weights", "tokenizer"):
             if name == "weights" and {self.weights, self.half} & {found.weights, found.half}:
                 continue
-            mine, value = getattr(self, name), getattr(found, name)
-            if mine != value:
+            if (mine := getattr(self, name)) != (value := getattr(found, name)):
                 raise InputError(f"{name}: the {what} was made on {mine}, this model has {value}; force overrides")
 
 
@@ -123,9 +118,7 @@ def _interval(rate: dict[str, float]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Artefact:
-    """Base class of what is stored in two files, ``.safetensors`` and ``.json`` beside it, with its card.
-
-    Fields named in ``STORED`` are tensors or arrays, all others are JSON.
+    """Base class of what is stored in two files: ``.safetensors``, the fields in ``STORED``, and ``.json``, the others.
 
     Attributes:
         task: label of the task it was fitted on.
@@ -157,7 +150,8 @@ class Artefact:
     @classmethod
     def with_tensors(cls, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> Self:
         """Build one from its tensors and all other fields."""
-        return cls(**{name: tensor.numpy() for name, tensor in tensors.items()}, **facts)
+        arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
+        return cls(**arrays, **facts)
 
     def check_shape(self, model: PreTrainedModel) -> None:
         """Raises InputError where the model has other layers or widths."""
@@ -187,8 +181,7 @@ class Artefact:
     ) -> Self:
         """Load one, and check that it was fitted on this model where one is given.
 
-        Args:
-            force: accept another model of the same shape.
+        ``force`` accepts another model of the same shape.
 
         Raises:
             InputError: the files are missing or damaged, the model is another (the field that differs is named), or it
@@ -215,11 +208,7 @@ class Artefact:
         force: bool = False,
         found: Binding | None = None,
     ) -> None:
-        """Raises InputError where it was not fitted on this model; without a model nothing is checked.
-
-        Args:
-            found: the model's binding, where it is known.
-        """
+        """Raises InputError where it was not fitted on this model, whose binding may be ``found``, if one is given."""
         if (model is None) != (tokenizer is None) and not force:
             why = "give both, or neither; force takes a model alone and checks its shape only"
             raise InputError(f"model, tokenizer: {why}")

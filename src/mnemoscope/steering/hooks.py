@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -41,9 +41,7 @@ _Edit = Callable[[Tensor], Tensor]  # states (N, T, D) from the decision positio
 class Gate:
     """Decides, in the pass that reads a prompt, whether its shift acts.
 
-    Attributes:
-        site, layer: where it reads states, at or below the first shift.
-        acts: states at the decision position (N, D) -> bool (N,).
+    It reads at ``site`` and ``layer``, at or below the first shift; ``acts``: states (N, D) -> bool (N,).
     """
 
     site: Site
@@ -76,12 +74,7 @@ def shifted(
 def ablated(
     model: PreTrainedModel, means: Mapping[int, Tensor], chosen: Mapping[int, Tensor], site: Site
 ) -> AbstractContextManager[None]:
-    """Mean-ablate the chosen neurons from the decision position on.
-
-    Args:
-        means: float32 (D,) per layer.
-        chosen: bool (D,) for the same layers.
-    """
+    """Mean-ablate neurons from the decision position on; by layer: ``means`` float32 (D,), ``chosen`` bool (D,)."""
 
     def holding(mean_D: Tensor, chosen_D: Tensor) -> _Edit:
         return lambda states_NTD: torch.where(chosen_D.to(states_NTD.device), mean_D.to(states_NTD), states_NTD)
@@ -106,17 +99,14 @@ def patched(model: PreTrainedModel, layer: int, states_ND: Tensor, site: Site) -
 def _edited(
     model: PreTrainedModel, site: Site, tracker: _PositionTracker, edits: Mapping[int, _Edit]
 ) -> Iterator[None]:
-    """Edit the states of some layers from the tracked position on.
-
-    The only hook of the package that writes. It is removed when the context ends, however it ends.
-    """
+    """Edit the states of some layers inside the context: the only hook of the package that writes."""
     core, config = core_of(model), getattr(model, "generation_config", None)
     with ExitStack() as stack:
 
-        def hook(layer: int, at: Site, make: Callable[[bool], Callable[..., Any]]) -> None:
+        def hook(layer: int, at: Site, function: Callable[..., Any]) -> None:
             module, is_input = site_module(model, layer, at)
             register = module.register_forward_pre_hook if is_input else module.register_forward_hook
-            stack.callback(register(make(is_input)).remove)
+            stack.callback(register(function).remove)
 
         if config is not None:
             # With a cache of fixed size ``generate`` compiles its steps on a GPU once, without later hooks.
@@ -126,9 +116,9 @@ def _edited(
         if tracker.finds_start and hasattr(core, "generate"):
             stack.enter_context(_replaced(core, "generate", _refusing(core)))
         if tracker.gate:  # before the edits, so that it reads states without a shift
-            hook(tracker.gate.layer, tracker.gate.site, lambda is_input: tracker.read)
+            hook(tracker.gate.layer, tracker.gate.site, tracker.read)
         for layer, edit in edits.items():
-            hook(layer, site, partial(_editor, edit, tracker))
+            hook(layer, site, partial(tracker.change, edit))
         yield
 
 
@@ -197,9 +187,11 @@ class _PositionTracker:
         end, is_set = past + ids_NT.shape[1], self.everywhere or self.fixed is not None
         # A pass that begins before the decision position is another prompt, on a cache of what both begin with.
         another = 0 < past <= self.start and not is_set
-        # An empty cache always begins a prompt.
-        alone = past == 0 and cache_in(kwargs) is None
-        fresh = self.prompt_NT is None or another or (past == 0 and not (alone and self._continues(ids_NT)))
+        continues = past > 0
+        if self.prompt_NT is not None and cache_in(kwargs) is None:  # an empty cache always begins a prompt
+            columns = self.prompt_NT.shape[1]
+            continues = ids_NT.shape[1] > columns and torch.equal(ids_NT[:, :columns], self.prompt_NT)
+        fresh = self.prompt_NT is None or another or not continues
         if fresh:
             self.prompt_NT, self.acts_N = ids_NT, None
             self._check(kwargs.get("attention_mask"), end, text_NT if past == 0 else None)
@@ -218,6 +210,20 @@ class _PositionTracker:
             states_NTD = states_of(inputs if output is None else output, self.rows)
             self.acts_N = self.gate.acts(states_NTD[:, self.decision_column].detach())
 
+    def change(self, edit: _Edit, module: nn.Module, inputs: Any, output: Any = None) -> Any:
+        """Hook of an edited site: changes its output, or its input, from the first column of this pass on."""
+        found = inputs if output is None else output
+        states_NTD, first, acts_N = states_of(found, self.rows), self.first_column, self.acts_N
+        if first >= states_NTD.shape[1] or (acts_N is not None and not acts_N.any()):
+            return found
+        edited = edit(states_NTD[:, first:])
+        if first:
+            edited = torch.cat([states_NTD[:, :first], edited], dim=1)
+        if acts_N is not None:
+            acts_R = acts_N[prompts_of_rows(len(states_NTD), len(acts_N)).to(acts_N.device)].to(states_NTD.device)
+            edited = torch.where(acts_R[:, None, None], edited, states_NTD)
+        return with_states(found, edited)
+
     def _check(self, mask: Any, columns: int, text_NT: Tensor | None) -> None:
         """Refuse prompts that end in padding, and ``text_NT`` that does not begin with the opening."""
         # A mask of other columns than those of the passes belongs to a cache that is not seen here.
@@ -235,45 +241,15 @@ class _PositionTracker:
                     "vector was fitted on; use Fitted.inputs, or apply_chat_template with the same system message"
                 )
 
-    def _continues(self, ids_NT: Tensor) -> bool:
-        before_NT = self.prompt_NT
-        columns = 0 if before_NT is None else before_NT.shape[1]
-        return ids_NT.shape[1] > columns and torch.equal(ids_NT[:, :columns], before_NT)
-
 
 def _adding(shift: Tensor) -> _Edit:
     """Add a shift (D,) to all rows, or (N, D) row by row; each prompt's rows follow one another."""
-    placed: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+    placed = cache(shift.to)
 
     def add(states_NTD: Tensor) -> Tensor:
-        key = (states_NTD.device, states_NTD.dtype)
-        if key not in placed:
-            placed[key] = shift.to(*key)
-        here = placed[key]
+        here = placed(states_NTD.device, states_NTD.dtype)
         if here.ndim == 1:
             return states_NTD + here
         return states_NTD + here[prompts_of_rows(len(states_NTD), len(here)).to(here.device)][:, None]
 
     return add
-
-
-def _editor(edit: _Edit, tracker: _PositionTracker, is_input: bool) -> Callable[..., Any]:
-    """A hook that changes a module's output, or its input, from the tracked column on."""
-
-    def moved(states_NTD: Tensor) -> Tensor:
-        first, acts_N = tracker.first_column, tracker.acts_N
-        if first >= states_NTD.shape[1] or (acts_N is not None and not acts_N.any()):
-            return states_NTD
-        edited = edit(states_NTD[:, first:])
-        if first:
-            edited = torch.cat([states_NTD[:, :first], edited], dim=1)
-        if acts_N is None:
-            return edited
-        acts_R = acts_N[prompts_of_rows(len(states_NTD), len(acts_N)).to(acts_N.device)].to(states_NTD.device)
-        return torch.where(acts_R[:, None, None], edited, states_NTD)
-
-    def hook(module: nn.Module, inputs: Any, output: Any = None) -> Any:
-        found = inputs if is_input else output
-        return with_states(found, moved(states_of(found, tracker.rows)))
-
-    return hook

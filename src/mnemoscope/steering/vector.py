@@ -98,18 +98,12 @@ class SteeringVector(Artefact):
         return replace(self, toward=OPPOSITE[self.toward], shifts=shifts)
 
     def __add__(self, other: SteeringVector) -> SteeringVector:
-        """Both shifts at once; keeps this vector's direction.
-
-        Raises:
-            InputError: site, positions, prompting or the model they are bound to differ.
-        """
+        """Both shifts at once, in this vector's direction; InputError for another site, position, model or opening."""
         for name in ("site", "positions", "binding", "opening"):
             if getattr(self, name) != getattr(other, name):
                 raise InputError(f"{name}: {getattr(self, name)!r} and {getattr(other, name)!r} cannot be added")
-        summed = dict(self.shifts)
-        for layer, shift in other.shifts.items():
-            summed[layer] = summed[layer] + shift if layer in summed else shift
-        return replace(self, shifts=summed, method=f"{self.method}+{other.method}")
+        both = {layer: self.shifts[layer] + other.shifts[layer] for layer in self.shifts.keys() & other.shifts.keys()}
+        return replace(self, shifts={**self.shifts, **other.shifts, **both}, method=f"{self.method}+{other.method}")
 
     def __sub__(self, other: SteeringVector) -> SteeringVector:
         return self + replace(-other, method=other.method)
