@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from mnemoscope.seen import Seen
+from mnemoscope.files import Seen
 from mnemoscope.stages.common import table_writer
 from mnemoscope.tasks import Example, build_task, draw, draws
 from mnemoscope.tasks import base as tasks_base

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 
 from mnemoscope.errors import InputError
-from mnemoscope.seen import Seen
+from mnemoscope.files import Seen
 from mnemoscope.statistics import Floats, SignFlips, benjamini_hochberg, top_by_magnitude
 from mnemoscope.statistics.common import as_batch, blocks, same
 

@@ -27,9 +27,6 @@ FINALISTS = 3  # settings that are rated again at most
 AGAIN = 1_000_003  # added to a seed for the second rating
 STANDING_IN = ("random_sign", "gaussian")  # for all four random controls, which steer about as many, in a ranking
 
-# (shift (L, D), a generator, correlations with the label (L, D)) -> another shift of the same norm in each layer.
-Control = Callable[[np.ndarray, np.random.Generator, np.ndarray], np.ndarray]
-
 
 def random_neurons(shift_LD: np.ndarray, rng: np.random.Generator, rho_LD: np.ndarray) -> np.ndarray:
     """As many neurons of each layer, drawn at random, with the same absolute shifts in random order and signs."""
@@ -53,12 +50,7 @@ def gaussian(shift_LD: np.ndarray, rng: np.random.Generator, rho_LD: np.ndarray 
 
 
 SHUFFLED = "shuffled_labels"  # the same method on the same pairs with shuffled labels
-DRAWN: dict[str, Control] = {
-    "random_neurons": random_neurons,
-    "low_correlation": low_correlation,
-    "random_sign": random_sign,
-    "gaussian": gaussian,
-}
+DRAWN = {control.__name__: control for control in (random_neurons, low_correlation, random_sign, gaussian)}
 CONTROLS = ("random_neurons", "low_correlation", "random_sign", SHUFFLED, "gaussian")
 TOGETHER = 4  # shuffles that are fitted in one go
 
@@ -134,12 +126,9 @@ class Limits:
 
 @dataclass(frozen=True)
 class TuneLists:
-    """Prepared tune examples of one direction.
+    """Prepared tune examples of one direction: ``targets`` to be steered, and lists to be left alone, by name.
 
-    Attributes:
-        targets: to be steered.
-        kept: to be left alone, by name, with the label that all of them have unsteered.
-        apart: parts of ``kept`` whose collateral counts separately.
+    The latter with the label that all of them have unsteered. ``apart``: parts of ``kept`` that count separately.
     """
 
     targets: Sequence[Batch]

@@ -130,13 +130,11 @@ def _transferred_steering(
         batches = with_prefixes(asking, examples)
         for source in group:
             for method, role, draw, vector in _vectors(source, direction, asking):
-                scores = steered(asking, batches, vector, margins=False)
-                facts = {"source": source.label, "target": target.label, "seed": source.seed}
-                facts |= {"direction": direction, "method": method, "role": role, "draw": draw}
-                columns = {**facts, "example": np.arange(len(examples)), "group": [e.group for e in examples]}
-                table = pd.DataFrame({**columns, "after": scores.behaviour_N})
-                words = ("source", "target", "direction", "method", "role", "group", "after")
-                yield table.astype({word: "str" for word in words})
+                columns = {"source": source.label, "target": target.label, "seed": source.seed}
+                columns |= {"direction": direction, "method": method, "role": role, "draw": draw}
+                columns |= {"example": np.arange(len(examples)), "group": [e.group for e in examples]}
+                after_N = steered(asking, batches, vector, margins=False).behaviour_N
+                yield pd.DataFrame({**columns, "after": after_N})
 
 
 def _vectors(source: Cell, direction: str, asking: Asking) -> Iterator[tuple[str, str, int, SteeringVector]]:
@@ -166,8 +164,7 @@ def _transferred_probes(
             scores_N = states_NLD[:, probe["layer"]] @ np.array(probe["weights"]) + probe["bias"]
             columns = {"source": source.label, "target": target.label, "seed": source.seed, "layer": probe["layer"]}
             columns |= {"group": [e.group for e in examples], "label": np.tile([1, 0], len(examples) // 2)}
-            table = pd.DataFrame({**columns, "score": scores_N})
-            yield table.astype({word: "str" for word in ("source", "target", "group")})
+            yield pd.DataFrame({**columns, "score": scores_N})
 
 
 def _range(drawn: Sequence[float]) -> dict[str, float]:

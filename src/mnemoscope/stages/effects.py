@@ -49,12 +49,9 @@ def effects_stage(cell: Cell, tell: Tell) -> list[Path]:
 
 @dataclass(frozen=True)
 class _Sides:
-    """Test pairs, both sides prepared with prefixes.
+    """Test pairs by behaviour shown, prepared with prefixes, with unsteered scores; row n of both sides is one pair.
 
-    Attributes:
-        examples, batches: by behaviour shown; row n of both lists is one pair.
-        unsteered: labels and margins without a shift, by behaviour shown.
-        reachable_N: bool, whether the side answered generalized leaves the stored key where it was stored.
+    ``reachable_N``: bool, whether the side answered generalized leaves the stored key where it was stored.
     """
 
     asking: Asking
@@ -80,16 +77,15 @@ class _Sides:
         assert found_NLD is not None
         return found_NLD
 
-    def table(self, side: str, scores: Scores, **facts: Any) -> pd.DataFrame:
+    def table(self, side: str, scores: Scores, setting: Setting | None = None, **facts: Any) -> pd.DataFrame:
         """One row per pair of one side's scores; of shifts to memory only for pairs that keep the key in place."""
-        columns: dict[str, Any] = {name: "" for name in ("direction", "method", "site", "layers", "role")}
-        columns |= {"dose": np.nan, "draw": 0, **facts, "side": side, "example": np.arange(len(self.examples[side]))}
-        columns |= {"group": [e.group for e in self.examples[side]], "after": scores.behaviour_N}
-        table = pd.DataFrame(columns | {"margin_before": self.unsteered[side].margin_N, "margin": scores.margin_N})
-        if facts["what"] != "ablation" and facts["direction"] == "to_memorized":
-            table = table[self.reachable_N]
-        words = ("what", "direction", "method", "site", "layers", "role", "side", "group", "after")
-        return table.astype({word: "str" for word in words} | {"dose": "float64"})
+        columns: dict[str, Any] = {name: getattr(setting, name, "") for name in ("direction", "method", "site")}
+        columns |= {"layers": "", "role": "", "dose": np.nan, "draw": 0, **facts, "side": side}
+        columns |= {"example": np.arange(len(self.examples[side])), "group": [e.group for e in self.examples[side]]}
+        columns |= {"after": scores.behaviour_N, "margin_before": self.unsteered[side].margin_N}
+        table = pd.DataFrame(columns | {"margin": scores.margin_N})
+        whole = columns["what"] == "ablation" or columns["direction"] != "to_memorized"
+        return table if whole else table[self.reachable_N]
 
 
 def _doses(cell: Cell, sides: _Sides, directions: Directions, setting: Setting) -> Iterator[pd.DataFrame]:
@@ -100,7 +96,7 @@ def _doses(cell: Cell, sides: _Sides, directions: Directions, setting: Setting) 
     for dose, (role, draw, shift) in product(config.doses, shifts):
         known = not dose and shift.positions == "decision"  # with "all", prompts are read without prefixes
         scores = sides.unsteered[side] if known else steered(sides.asking, sides.batches[side], shift * dose)
-        yield sides.table(side, scores, **_facts("dose", setting), dose=dose, role=role, draw=draw)
+        yield sides.table(side, scores, setting, what="dose", dose=dose, role=role, draw=draw)
 
 
 def _ablations(cell: Cell, sides: _Sides, directions: Directions, setting: Setting) -> Iterator[pd.DataFrame]:
@@ -115,14 +111,10 @@ def _ablations(cell: Cell, sides: _Sides, directions: Directions, setting: Setti
             means = {layer: torch.from_numpy(mean_LD[layer]).float() for layer in layers}
             neurons = {layer: torch.from_numpy(chosen_LD[layer]) for layer in layers}
             applied = partial(ablated, sides.asking.model, means, neurons, setting.site)
-            facts = _facts("ablation", setting) | {"role": "random_neurons" if draw else "vector"}
+            facts = {"what": "ablation", "role": "random_neurons" if draw else "vector", "draw": max(0, draw - 1)}
             for side, batches in sides.batches.items():
                 scores = score(sides.asking, batches, applied=applied)
-                yield sides.table(side, scores, **facts, dose=top, draw=max(0, draw - 1))
-
-
-def _facts(what: str, setting: Setting) -> dict[str, Any]:
-    return {"what": what, "direction": setting.direction, "method": setting.method, "site": setting.site}
+                yield sides.table(side, scores, setting, **facts, dose=top)
 
 
 def _patches(cell: Cell, sides: _Sides) -> Iterator[pd.DataFrame]:
@@ -137,7 +129,7 @@ def _patches(cell: Cell, sides: _Sides) -> Iterator[pd.DataFrame]:
                 donors = (torch.from_numpy(donor_NLD[b.examples_N, layer]) for b in sides.batches[side])
                 patches = (patched(model, layer, donor_ND, site) for donor_ND in donors)
                 scores = score(sides.asking, sides.batches[side], applied=partial(next, patches))
-                facts = {"what": "patch", "direction": direction, "site": site, "layers": str(layer)}
+                facts: dict[str, Any] = {"what": "patch", "direction": direction, "site": site, "layers": str(layer)}
                 yield sides.table(side, scores, **facts)
 
 

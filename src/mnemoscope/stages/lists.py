@@ -24,12 +24,9 @@ LEAST_OF_A_FAMILY = 20  # examples, below which one of them that is lost would d
 
 @dataclass(frozen=True)
 class Records:
-    """Records of a cell that earlier stages wrote.
+    """Tables of a cell that earlier stages wrote: every candidate of every split, and test examples of every kind.
 
-    Attributes:
-        pairs: ``records/pairs.parquet``, every candidate of every split.
-        behaviour: ``records/behaviour.parquet``, test examples of every kind.
-        held_out: by name, test candidates of what nothing was fitted on.
+    ``held_out``: by name, test candidates of what nothing was fitted on.
     """
 
     task: Task

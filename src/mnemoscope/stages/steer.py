@@ -82,8 +82,7 @@ def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
 class _Opened(common.PerProcess):
     """Records, lists and directions of a cell, beside its model.
 
-    Attributes:
-        shifts: cache of all directions. The main process sends learned ones to the parts that need them.
+    ``shifts``: cache of all directions. The main process sends learned ones to the parts that need them.
     """
 
     def __init__(self, cell: Cell) -> None:
@@ -301,6 +300,4 @@ def _table(one: _Chosen, role: tuple[str, int], name: str, entry: JudgedList, sc
     columns |= {"example": np.arange(len(entry.examples)), "split": "test", "before": entry.before}
     columns |= {key: [getattr(example, key) for example in entry.examples] for key in ("group", "family")}
     columns |= {"after": scores.behaviour_N, "margin_before": entry.margin_N, "margin": scores.margin_N}
-    table = pd.DataFrame(columns | {"confabulated": scores.confabulated_N})
-    words = ("aim", "direction", "method", "site", "layers", "role", "examples", "split", "before", "group", "family")
-    return table.astype({word: "str" for word in (*words, "after")})
+    return pd.DataFrame(columns | {"confabulated": scores.confabulated_N})

@@ -49,31 +49,28 @@ def train_stage(cell: Cell, tell: Tell) -> list[Path]:
     """Train a model from scratch or an adapter (``model.lora``) until both behaviours appear, or open a trained one."""
     (cell.records / "known.json").unlink(missing_ok=True)
     task = common.cell_task(cell)
-    facts = {"task": task.name, "label": cell.label, "seed": cell.seed, "site": cell.config.pairs.site}
+    facts: dict[str, Any] = {"task": task.name, "label": cell.label, "seed": cell.seed, "site": cell.config.pairs.site}
     facts |= {"memory_is_conflict": task.memory_is_conflict, "options": cell.config.options}
     facts |= {"analysed": cell.config.analysed, "shared_initialization": cell.config.model.shares_first_weights}
     if cell.config.model.folder in PACKAGED:
         facts["weights"] = QUANTIZED
-    if not cell.config.model.is_trained:
+    if cell.config.model.is_trained:
+        asking, trained, attempt = _trained(cell, task, tell)
+        files = [common.write_table(cell.records / "training.parquet", pd.DataFrame(trained.curve))]
+        # Times differ between equal runs, so their file is not checked.
+        times = {"seconds": round(trained.seconds, 2), "steps": trained.steps}
+        common.write_json(cell.records / "training_time.json", times)
+        if trained.unmet:
+            size = "model.lora.rank" if is_adapted(asking.model) else "model.layers"
+            raise StudyError(f"{cell.name}: {how_to_mix(trained, size)}")
+        facts |= {"trained": True, "attempt": attempt, "precision": trained.precision}
+    else:
         asking = common.cell_model(cell)
-        facts |= {**_of_model(asking), "trained": False}
-        return [*_known(cell, task, asking), common.write_json(cell.folder / "cell.json", facts)]
-    asking, trained, attempt = _trained(cell, task, tell)
-    files = [common.write_table(cell.records / "training.parquet", pd.DataFrame(trained.curve))]
-    # Times differ between equal runs, so their file is not checked.
-    common.write_json(
-        cell.records / "training_time.json", {"seconds": round(trained.seconds, 2), "steps": trained.steps}
-    )
-    if trained.unmet:
-        size = "model.lora.rank" if is_adapted(asking.model) else "model.layers"
-        raise StudyError(f"{cell.name}: {how_to_mix(trained, size)}")
-    facts |= {**_of_model(asking), "trained": True, "attempt": attempt, "precision": trained.precision}
-    return [*files, *_save_model(cell, asking), common.write_json(cell.folder / "cell.json", facts)]
-
-
-def _of_model(asking: Asking) -> dict[str, Any]:
+        files, facts["trained"] = _known(cell, task, asking), False
     model, binding = asking.model, Binding.of(asking.model, asking.tokenizer)
-    return {"layers": len(blocks_of(model)), "width": width_of(model), "binding": asdict(binding)}
+    facts |= {"layers": len(blocks_of(model)), "width": width_of(model), "binding": asdict(binding)}
+    files += _save_model(cell, asking) if facts["trained"] else []
+    return [*files, common.write_json(cell.folder / "cell.json", facts)]
 
 
 def _known(cell: Cell, task: Task, asking: Asking) -> list[Path]:
@@ -139,9 +136,8 @@ def _untrained(cell: Cell, task: Task, attempt: int) -> Asking:
         tokenizer = word_tokenizer(task.vocabulary, shape.context)
         return Asking(build_gpt2(tokenizer, shape, seed), tokenizer, task.boundary, cell.config.pairs.batch_size)
     assert shape.folder is not None, "the configuration refuses lora without a folder"
-    next(
-        task.training(common.rng_of(cell, "any"))
-    )  # raises for a task without training, before a large model is opened
+    # Raises for a task without training, before a large model is opened.
+    next(task.training(common.rng_of(cell, "any")))
     asking = common.opened_model(cell, shape.folder, task)
     if asking.tokenizer.eos_token_id is None:
         raise InputError(f"model.folder: {shape.folder} has no end-of-text token to close an instance with")
