@@ -22,7 +22,7 @@ from tables import origin, put
 from mnemoscope.cells import Cell, cells_of
 from mnemoscope.config import load_study, parse_model
 from mnemoscope.processes import settle
-from mnemoscope.stages.pairs import pairs_stage
+from mnemoscope.stages.train import pairs_stage
 
 OTHERS = 2000  # tune and test examples, the same for all
 

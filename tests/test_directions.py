@@ -44,6 +44,7 @@ from mnemoscope.steering import SteeringVector
 from mnemoscope.tasks import Example
 
 ALL = (0, 1)
+EVERY = (*METHODS, "learned")
 
 
 @pytest.fixture
@@ -94,7 +95,7 @@ def test_the_margin_gradient_equals_finite_differences(asking: Asking, site: str
         assert float(gradient_LD[layer] @ direction.numpy()) == pytest.approx(expected, rel=0.03, abs=0.02)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY)
 @pytest.mark.parametrize("top", [0.25, 1.0])
 @pytest.mark.parametrize("layers", [(0, 1), (1,)])
 def test_every_method_keeps_its_norm_layers_and_neurons(
@@ -110,7 +111,7 @@ def test_every_method_keeps_its_norm_layers_and_neurons(
         assert (vector + back).layers == []
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY)
 def test_methods_are_pure_and_what_is_kept_of_them_changes_nothing(asking: Asking, method: str) -> None:
     """In any order, and beside shuffles, a method gives the same numbers as when it is called alone."""
     sources = sources_at(asking, "block", steps=3)
@@ -120,7 +121,11 @@ def test_methods_are_pure_and_what_is_kept_of_them_changes_nothing(asking: Askin
             for labels in (Labels(5), ANSWERED):
                 chosen = setting(method, direction, top=0.5)
                 (kept_LD,) = directions.shifts(chosen, [labels])
-                np.testing.assert_array_equal(kept_LD, METHODS[method](sources, chosen, labels))
+                if method == "learned":
+                    (alone_LD,) = learned_together(sources, chosen, [labels])
+                else:
+                    alone_LD = METHODS[method](sources, labels) * (1 if direction == "to_generalized" else -1)
+                np.testing.assert_array_equal(kept_LD, alone_LD)
     fitted = {(chosen.same_direction()[0], ANSWERED): np.ones((2, 64))}
     (elsewhere_LD,) = Directions(sources, fitted).shifts(chosen, [ANSWERED])
     assert (elsewhere_LD == 1).all()  # what was fitted before is not fitted again
@@ -166,7 +171,7 @@ def test_a_shift_of_all_tokens_is_fitted_and_judged_on_all_tokens(asking: Asking
 def test_a_learned_shift_does_more_than_any_other_of_its_norm(asking: Asking, directions: Directions) -> None:
     """It optimizes the log probability of the wanted answer, so no other method may beat it there by much."""
     batches = directions.sources.lists.pairs["generalized"]
-    rates = {m: steered(asking, batches, directions.vector(setting(m, strength=0.15))).margin_N.mean() for m in METHODS}
+    rates = {m: steered(asking, batches, directions.vector(setting(m, strength=0.15))).margin_N.mean() for m in EVERY}
     assert rates["learned"] > max(rates[m] for m in ("nmd", "logistic", "whitened", "pca"))
 
 
@@ -252,7 +257,7 @@ def test_what_is_learned_in_bfloat16_points_where_float32_points(
     for precision in ("float32", "bfloat16"):
         monkeypatch.setattr(learned, "quick_precision", lambda model, chosen=precision: chosen)
         sources = sources_at(asking, "block", steps=10)
-        found[precision] = METHODS["learned"](sources, setting("learned", strength=0.3), ANSWERED).ravel()
+        found[precision] = learned_together(sources, setting("learned", strength=0.3), [ANSWERED])[0].ravel()
     exact, rounded = found["float32"], found["bfloat16"]
     assert not np.array_equal(exact, rounded)
     assert exact @ rounded / np.linalg.norm(exact) / np.linalg.norm(rounded) > 0.999

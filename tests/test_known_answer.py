@@ -217,7 +217,7 @@ def test_the_contrast_knows_layer_and_neurons_at_every_site(site: Site) -> None:
 
 
 @pytest.mark.parametrize("site", SITES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "learned"])
 def test_every_method_finds_the_switch_and_steers_by_it(site: Site, method: str) -> None:
     directions, known = directions_at(site), KNOWN[site]
     for direction in TOWARD:
@@ -232,7 +232,7 @@ def test_every_method_finds_the_switch_and_steers_by_it(site: Site, method: str)
         assert np.mean([shift_rate(directions, chosen, shift_LD) for _, shift_LD in draws]) <= 0.15
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "learned"])
 def test_before_the_votes_are_gathered_nothing_differs_but_something_acts(method: str) -> None:
     """A state of layer 0 holds nothing of the behaviour; what is added to it still reaches the head by the residual."""
     directions = directions_at("block")
@@ -247,7 +247,7 @@ def test_before_the_votes_are_gathered_nothing_differs_but_something_acts(method
 def test_which_methods_are_misled_by_the_size_of_other_neurons(filler: float, misled: set[str]) -> None:
     """A principal component follows variance; weights of unscaled neurons are the larger the less these vary."""
     directions = directions_at("block", filler)
-    for method in METHODS:
+    for method in (*METHODS, "learned"):
         chosen = setting(directions, method)
         assert (found(directions, chosen) == sorted(SWITCH)) == (method not in misled)
         assert shift_rate(directions, chosen, filler=filler) == (0.0 if method in misled else 1.0)

@@ -23,7 +23,7 @@ from mnemoscope.config import load_study, parse_study
 from mnemoscope.errors import InputError, StudyError
 from mnemoscope.executors import AHEAD, Progress, in_processes, run_cells
 from mnemoscope.processes import pool_of
-from mnemoscope.stages.pairs import pairs_stage
+from mnemoscope.stages.train import pairs_stage
 
 
 class Counting:

@@ -21,8 +21,8 @@ from mnemoscope.cells import Cell, cells_of
 from mnemoscope.config import ProbesConfig, load_study
 from mnemoscope.stages import probe as stage
 from mnemoscope.stages.common import cell_model
-from mnemoscope.stages.pairs import pairs_stage
-from mnemoscope.stages.probe import SHUFFLES, Phrasings, probes_stage, readable_offsets
+from mnemoscope.stages.probe import SHUFFLES, phrasings, probes_stage, readable_offsets
+from mnemoscope.stages.train import pairs_stage
 
 TABLES = ("probes", "learning", "halves")
 
@@ -41,15 +41,15 @@ def test_the_side_answered_generalized_comes_first_and_the_cap_is_drawn_at_rando
     table = pair_table(30)
     table.loc[3, "is_pair"] = False
     table.loc[4, "split"] = "test"
-    part = Phrasings.of(table, "fit", 100, np.random.default_rng(0))
-    assert len(part.examples) == 56
-    assert part.labels_N.tolist() == [1, 0] * 28
-    assert [e.prompt.split()[1] for e in part.examples] == ["generalized", "memorized"] * 28
-    assert part.groups_P == [f"g{n // 2}" for n in range(30) if n not in (3, 4)]
-    few = [Phrasings.of(table, "fit", 10, np.random.default_rng(seed)) for seed in (1, 1, 2)]
-    assert few[0].examples == few[1].examples != few[2].examples
-    places = [int(e.prompt.split()[0]) for e in few[0].examples]
-    assert (len(places), places) == (20, sorted(places))
+    part = phrasings(table, "fit", 100, np.random.default_rng(0))
+    assert len(part) == 56
+    assert [e.prompt.split()[1] for e in part] == ["generalized", "memorized"] * 28
+    assert [e.group for e in part[::2]] == [f"g{n // 2}" for n in range(30) if n not in (3, 4)]
+    few = [phrasings(table, "fit", 10, np.random.default_rng(seed)) for seed in (1, 1, 2)]
+    assert [len(part) for part in few] == [20] * 3
+    assert few[0] == few[1] != few[2]
+    places = [int(e.prompt.split()[0]) for e in few[0]]
+    assert places == sorted(places)
     assert max(places) > 10
 
 
@@ -98,8 +98,8 @@ def test_saved_probes_and_one_number_baselines_give_the_scores_of_the_table(
 ) -> None:
     """A baseline's direction was learned elsewhere: its scores are no numbers that were turned the right way round."""
     saved = json.loads((cell.folder / "probe.json").read_text())
-    test = Phrasings.of(tables["pairs"], "test", 10_000, np.random.default_rng(0))
-    states, probes = read_states(cell_model(cell), test.examples, "block"), tables["probes"]
+    test = phrasings(tables["pairs"], "test", 10_000, np.random.default_rng(0))
+    states, probes = read_states(cell_model(cell), test, "block"), tables["probes"]
     for layer, probe in enumerate(saved["layers"]):
         scores_N = states.at_decision_NLD[:, layer] @ np.array(probe["weights"]) + probe["bias"]
         recorded = probes.query("kind == 'state' and offset == 0 and layer == @layer").score

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from mnemoscope import seen
-from mnemoscope.seen import Seen
-from mnemoscope.stages.common import TableWriter
+from mnemoscope import files
+from mnemoscope.files import Seen
+from mnemoscope.stages.common import table_writer
 from mnemoscope.tasks import base as tasks_base
 from mnemoscope.tasks import build_task, draw, draws
 
@@ -21,8 +21,7 @@ COLUMNS = {"name": pa.string(), "value": pa.float64()}
 
 
 def test_seen_is_a_set_of_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever waits to be sorted in, and merged with another."""
-    monkeypatch.setattr(seen, "FRESH", 7)
+    monkeypatch.setattr(files, "FRESH", 7)
     rng = np.random.default_rng(0)
     parts: list[tuple[Seen, set[tuple[str, str]]]] = []
     for _ in range(2):
@@ -56,34 +55,27 @@ def test_examples_are_drawn_one_by_one_as_in_a_list(monkeypatch: pytest.MonkeyPa
     assert set(asked) == {50}
 
 
-@pytest.mark.parametrize("size", [3, 11])
-def test_rows_written_as_they_come_are_those_written_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
-) -> None:
-    monkeypatch.setattr(TableWriter, "ROWS", 10)
+def test_rows_written_as_they_come_are_those_of_the_whole(tmp_path: Path) -> None:
     table = pd.DataFrame({"name": [f"n{i}" for i in range(40)], "value": np.arange(40) / 7})
-
-    def written(name: str, size: int) -> bytes:
-        with TableWriter(tmp_path / name, COLUMNS) as writer:
-            for start in range(0, 40, size):
-                writer.add(table.iloc[start : start + size])
-        return (tmp_path / name).read_bytes()
-
-    assert written("some.parquet", size) == written("whole.parquet", 40)
-    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "some.parquet"), table.astype({"name": "str"}))
-    assert pq.ParquetFile(tmp_path / "some.parquet").num_row_groups == 4
-    with TableWriter(tmp_path / "none.parquet", COLUMNS):
-        pass
-    assert pd.read_parquet(tmp_path / "none.parquet").columns.tolist() == ["name", "value"]
+    with table_writer(tmp_path / "t.parquet", COLUMNS) as add:
+        for start in range(0, 40, 11):
+            add(table.iloc[start : start + 11])
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "t.parquet"), table.astype({"name": "str"}))
 
 
-@pytest.mark.parametrize("fail", [lambda writer: writer.add(pd.DataFrame({"name": ["a"]})), lambda writer: 1 / 0])
-def test_a_file_that_is_not_finished_is_not_there(tmp_path: Path, fail: Callable[[TableWriter], object]) -> None:
+@pytest.mark.parametrize("fail", [lambda add: add(pd.DataFrame({"name": ["a"]})), lambda add: 1 / 0])
+def test_a_file_that_is_not_finished_is_not_there(tmp_path: Path, fail: Callable[[Any], object]) -> None:
     def attempt() -> None:
-        with TableWriter(tmp_path / "t.parquet", COLUMNS) as writer:
-            writer.add(pd.DataFrame({"name": ["a"], "value": [1.0]}))
-            fail(writer)
+        with table_writer(tmp_path / "t.parquet", COLUMNS) as add:
+            add(pd.DataFrame({"name": ["a"], "value": [1.0]}))
+            fail(add)
 
     with pytest.raises((KeyError, ZeroDivisionError)):
         attempt()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_of_no_rows_has_its_columns(tmp_path: Path) -> None:
+    with table_writer(tmp_path / "t.parquet", COLUMNS):
+        pass
+    assert pd.read_parquet(tmp_path / "t.parquet").columns.tolist() == ["name", "value"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from subprocess import DEVNULL
-from typing import Any
+from typing import Any, Literal
 
 from mnemoscope.config import CellConfig, StudyConfig
 from mnemoscope.processes import Map, in_order
@@ -48,11 +48,6 @@ class Cell:
         return self.folder / "records"
 
     @property
-    def trains_within_study(self) -> bool:
-        """Whether this study trains its model: in the cell itself, or in the one that lends it."""
-        return self.config.model.is_trained or self.config.model.cell is not None
-
-    @property
     def lender(self) -> str | None:
         """Name of the cell whose model it uses."""
         label = self.config.model.cell
@@ -77,20 +72,12 @@ def cells_of(config: StudyConfig, run: Path) -> list[Cell]:
     ]
 
 
-def by_label(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """The seeds of each label."""
-    return _grouped(cells, lambda cell: cell.label)
-
-
-def by_model(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """Cells of one seed that use one model."""
-    return _grouped(cells, lambda cell: (cell.model_folder.resolve(), cell.seed))
-
-
-def _grouped(cells: Sequence[Cell], key: Callable[[Cell], Any]) -> list[list[Cell]]:
+def grouped(cells: Sequence[Cell], by: Literal["label", "model"]) -> list[list[Cell]]:
+    """The seeds of each label, or the cells of one seed that use one model."""
     groups: dict[Any, list[Cell]] = {}
     for cell in cells:
-        groups.setdefault(key(cell), []).append(cell)
+        key = cell.label if by == "label" else (cell.model_folder.resolve(), cell.seed)
+        groups.setdefault(key, []).append(cell)
     return list(groups.values())
 
 
@@ -105,9 +92,8 @@ def git_state() -> dict[str, Any]:
 
     def git(*arguments: str) -> str | None:
         try:
-            return subprocess.check_output(
-                ["git", "-C", here, *arguments], stderr=DEVNULL, text=True, timeout=10
-            ).strip()
+            command = ["git", "-C", str(here), *arguments]
+            return subprocess.check_output(command, stderr=DEVNULL, text=True, timeout=10).strip()
         except (OSError, subprocess.SubprocessError):
             return None
 

@@ -21,7 +21,7 @@ from safetensors.numpy import save as to_safetensors
 from scipy import sparse, stats
 
 from mnemoscope.errors import InputError
-from mnemoscope.seen import Seen
+from mnemoscope.files import Seen
 from mnemoscope.statistics import Floats, top_by_magnitude
 from mnemoscope.statistics.intervals import TIE, blocks, same
 

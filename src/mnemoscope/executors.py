@@ -12,10 +12,10 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from functools import cache, lru_cache, partial
 from itertools import chain, islice
 from multiprocessing import get_context
 from threading import Event, Thread
@@ -30,6 +30,7 @@ Progress = Callable[[str, str, float, float, str], None]
 Run = Callable[[Cell, Progress], None]
 Ended = Future[str | None]  # why a cell could not go on, or None
 Submit = Callable[[Cell, int], Ended]  # the number: cells at work at that time, this one included
+Send = Callable[[Any], Callable[[], Any]]  # submits an item, and returns what waits for its result
 
 EXECUTORS = ("local", "ray")
 RETRIES = 3  # of a task whose worker is lost; finished stages of a cell are skipped
@@ -46,10 +47,7 @@ def run_cells(
 ) -> dict[str, str]:
     """Run cells in parallel, each after the one whose model it borrows; returns the errors of failed cells by name.
 
-    Args:
-        workers: processes of this machine at a time; a cluster runs as many as it has processors for.
-        executor: ``local`` or ``ray``.
-        address: of a Ray cluster; default: one of this machine alone.
+    ``workers``, ``executor`` and ``address`` are those of ``run_study``.
 
     Raises:
         InputError: the executor is unknown or not installed, the cluster cannot be reached or has no node for a cell,
@@ -59,13 +57,11 @@ def run_cells(
         raise InputError(f"executor: {executor!r} is not one of {', '.join(EXECUTORS)}")
     if executor == "local" and address:
         raise InputError("address: only the executor 'ray' goes to one")
-    submitting: AbstractContextManager[Submit]
+    submitting: AbstractContextManager[Submit] = nullcontext(partial(_in_this_process, workers, run, progress))
     if executor == "ray":
         submitting = _on_cluster(address, cells, run, progress)
     elif min(workers, len(cells)) > 1:
         submitting = _in_pool(workers, len(cells), run, progress)
-    else:
-        submitting = _in_this_process(workers, run, progress)
     names, failed = {cell.name for cell in cells}, dict[str, str]()
     with submitting as submit:
         ready, running = [cell for cell in cells if cell.lender not in names], dict[Ended, Cell]()
@@ -90,66 +86,37 @@ def run_cells(
 def in_processes(workers: int, threads: int | None = None) -> Iterator[Map]:
     """A ``map`` over processes of this machine, started for two items or more; ``threads`` of torch in each, if any."""
     with ExitStack() as stack:
-        yield _Processes(workers, threads, stack)
+        start = cache(lambda: stack.enter_context(pool_of(workers, threads)))
+        yield partial(_mapped, workers, lambda function: lambda item: start().submit(_call, function, item).result)
 
 
-class _Parallel:
-    """A ``map`` in other processes; a function is sent once and keeps there what it opens."""
-
-    places: int
-
-    def _sender(self, function: bytes) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
-        """Two functions: one submits an item to a pickled function, one waits for the result."""
-        raise NotImplementedError
-
-    def __call__(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-        # A stream may be longer than memory, a list is in it.
-        most = len(items) if isinstance(items, Sized) else AHEAD * self.places
-        left = iter(items)
-        first = list(islice(left, 2))
-        if self.places == 1 or len(first) < 2:
-            yield from map(function, chain(first, left))
-            return
-        send, result = self._sender(pickle.dumps(function))
-        waiting: deque[Any] = deque()
-        for item in chain(first, left):
-            waiting.append(send(item))
-            if len(waiting) >= most:
-                yield result(waiting.popleft())
-        while waiting:
-            yield result(waiting.popleft())
+def _mapped(
+    places: int, sender: Callable[[bytes], Send], function: Callable[[Any], Any], items: Iterable[Any]
+) -> Iterator[Any]:
+    """``map`` in other processes; the function is sent once, pickled, and keeps there what it opens."""
+    # A stream may be longer than memory, a list is in it.
+    most = len(items) if isinstance(items, Sized) else AHEAD * places
+    left = iter(items)
+    first = list(islice(left, 2))
+    if places == 1 or len(first) < 2:
+        yield from map(function, chain(first, left))
+        return
+    send, waiting = sender(pickle.dumps(function)), deque[Callable[[], Any]]()
+    for item in chain(first, left):
+        waiting.append(send(item))
+        if len(waiting) >= most:
+            yield waiting.popleft()()
+    while waiting:
+        yield waiting.popleft()()
 
 
-@dataclass
-class _Processes(_Parallel):
-    """Over processes of this machine; pickled, as in such a process, it maps within one."""
+def _to_cluster(threads: int, gpus: int, function: bytes) -> Send:
+    """Items become tasks of a Ray cluster, each run again where its worker is lost."""
+    import ray
 
-    places: int
-    threads: int | None
-    stack: ExitStack
-    pool: ProcessPoolExecutor | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Processes, (1, self.threads, None)
-
-    def _sender(self, function: bytes) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
-        pool = self.pool = self.pool or self.stack.enter_context(pool_of(self.places, self.threads))
-        return lambda item: pool.submit(_call, function, item), Future.result
-
-
-@dataclass(frozen=True)
-class _Cluster(_Parallel):
-    """Over tasks of a Ray cluster, each run again where its worker is lost."""
-
-    places: int
-    threads: int
-    gpus: int
-
-    def _sender(self, function: bytes) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
-        import ray
-
-        task = ray.remote(_call_on_node).options(num_cpus=self.threads, num_gpus=self.gpus, max_retries=RETRIES)
-        return partial(task.remote, ray.put(function), os.getcwd(), self.threads), ray.get
+    task = ray.remote(_call_on_node).options(num_cpus=threads, num_gpus=gpus, max_retries=RETRIES)
+    known, folder = ray.put(function), os.getcwd()
+    return lambda item: partial(ray.get, task.remote(known, folder, threads, item))
 
 
 @lru_cache(maxsize=1)
@@ -192,16 +159,11 @@ def _gpus(cell: Cell) -> int:
     return int(cell.config.model.device_map not in (None, "cpu"))
 
 
-@contextmanager
-def _in_this_process(workers: int, run: Run, progress: Progress) -> Iterator[Submit]:
+def _in_this_process(workers: int, run: Run, progress: Progress, cell: Cell, beside: int) -> Ended:
     """Cells one after the other, each with all processes for its parts."""
-
-    def submit(cell: Cell, beside: int) -> Ended:
-        future: Ended = Future()
-        future.set_result(_run(run, cell, progress, workers))
-        return future
-
-    yield submit
+    future: Ended = Future()
+    future.set_result(_run(run, cell, progress, workers))
+    return future
 
 
 @contextmanager
@@ -212,7 +174,7 @@ def _in_pool(workers: int, cells: int, run: Run, progress: Progress) -> Iterator
         yield lambda cell, beside: pool.submit(_run_in_worker, run, cell, max(1, workers // beside))
 
 
-_news: Any = None
+_news: Any = None  # queue of this worker process
 
 
 def _report_to(news: Any) -> None:
@@ -246,14 +208,13 @@ def _seldom(put: Callable[[Any], Any]) -> Progress:
 @contextmanager
 def _listening(news: Any, progress: Progress) -> Iterator[None]:
     """Report the progress that other processes put into a queue."""
-    over = Event()
 
     def listen() -> None:
         while not (over.wait(0.1) and news.empty()):
             while not news.empty():
                 progress(*news.get())
 
-    listener = Thread(target=listen, daemon=True)
+    over, listener = Event(), Thread(target=listen, daemon=True)
     listener.start()
     try:
         yield
@@ -286,7 +247,7 @@ def _on_cluster(address: str | None, cells: Sequence[Cell], run: Run, progress: 
             if _gpus(cell):  # a cell that waits for its parts releases its processors, but not its GPU
                 places = min(places, graphics // beside - 1)
             if places > 1:
-                cell = replace(cell, map=_Cluster(places, cell.threads, _gpus(cell)))
+                cell = replace(cell, map=partial(_mapped, places, partial(_to_cluster, cell.threads, _gpus(cell))))
             options = {"num_cpus": cell.threads, "num_gpus": _gpus(cell), "max_retries": RETRIES, "name": cell.name}
             return _result(ray, cell, task.options(**options).remote(run, cell, news.actor, os.getcwd()))
 
@@ -299,7 +260,7 @@ def _result(ray: Any, cell: Cell, task: Any) -> Ended:
     """The result of a task, or its own error in place of Ray's."""
     future: Ended = Future()
 
-    def ended(done: Ended) -> None:
+    def ended(done: Future[str | None]) -> None:
         error = done.exception()
         if error is None:
             future.set_result(done.result())

@@ -1,14 +1,18 @@
-"""Atomic files and folders, and their checksums."""
+"""Atomic files and folders, strict JSON, hashes of files and of texts."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mnemoscope.errors import InputError
 
@@ -39,8 +43,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def new_folder(path: Path) -> Iterator[Path]:
     """Path of a temporary folder, renamed to ``path`` when the context ends; deleted if it raises.
 
-    Raises:
-        InputError: ``path`` exists and is not an empty folder.
+    InputError where ``path`` exists and is not an empty folder.
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise InputError(f"folder: {path} exists and is not empty; nothing is overwritten")
@@ -72,3 +75,57 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+FRESH = 2**15  # hashes held in a set before they join the sorted array, which takes eight bytes each
+
+
+class Seen:
+    """A set of texts by 64-bit hashes, to drop duplicates in a stream; of a million, two share one with p = 3e-8."""
+
+    def __init__(self) -> None:
+        self._sorted = np.empty(0, np.uint64)
+        self._fresh: set[int] = set()
+
+    def add(self, *parts: str) -> bool:
+        """Add a text, given in parts, and return whether it is new."""
+        digest = hashlib.blake2b(digest_size=8)
+        for part in parts:
+            digest.update(f"{len(part)}:{part}".encode())
+        number = int.from_bytes(digest.digest())
+        place = int(np.searchsorted(self._sorted, np.uint64(number)))
+        if number in self._fresh or (place < len(self._sorted) and int(self._sorted[place]) == number):
+            return False
+        self._fresh.add(number)
+        if len(self._fresh) >= FRESH:
+            self._settle()
+        return True
+
+    def update(self, other: Seen) -> None:
+        """Add all texts of another set."""
+        other._settle()
+        self._settle()
+        self._sorted = np.union1d(self._sorted, other._sorted)
+
+    def __len__(self) -> int:
+        """Number of different texts."""
+        return len(self._sorted) + len(self._fresh)
+
+    def _settle(self) -> None:
+        fresh = np.sort(np.fromiter(self._fresh, np.uint64, len(self._fresh)))
+        self._sorted = np.insert(self._sorted, np.searchsorted(self._sorted, fresh), fresh)
+        self._fresh.clear()
+
+
+def plain(value: Any) -> Any:
+    """Nested dicts, lists and tuples with None for every number that is not finite, which strict JSON does not have."""
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def dumped(value: Any) -> str:
+    """One line of JSON, undefined numbers as null."""
+    return json.dumps(plain(value), allow_nan=False)

@@ -32,6 +32,22 @@ TRIED: dict[str, dict[str, list[Any]]] = {
 }
 ONE_LAYER = sum(math.prod(map(len, grid.values())) for grid in TRIED.values())
 SETTINGS = 6 * ONE_LAYER
+STEERING = {
+    **{"fit_pairs": 300, "fit_others": 200, "learned_steps": 40, "kept_weight": 1.0},
+    **{"tune_pairs": 120, "tune_others": 60, "tune_draws_again": 6, "judged_examples": 200},
+    "tune_refits": 0,  # indifference is judged on test; while settings are compared it would take most of all tokens
+    "controls_of": "best",
+    "conflict_draws": 4,  # as in the built-in studies: nothing is claimed about these controls
+    **{"control_limit": 0.15, "collateral_limit": 0.05},
+}
+MEASURED: dict[str, Any] = {
+    "pairs": {"batch_size": 64, "rephrasings": 4, "fit_examples": 2000, "tune_examples": 1000}
+    | {"test_examples": 2000, "behaviour_examples": 500},
+    "probes": {"offsets": [0], "pairs": 800},
+    "effects": {"pairs": 40, "draws": 1, "doses": [0.0, 0.5, 1.0, 2.0], "ablated": [0.1]},
+    "detection": {"fitted": True},
+    "neutral": {"cuts": 200, "texts": 32, "length": 64},
+}
 
 
 def fit_run(
@@ -55,27 +71,24 @@ def fit_run(
     """
     from mnemoscope.study import run_study
 
-    allowed = ("settings", "positions", "threads", "progress", "dtype", "device_map", "layout")
+    of_study, of_model = ("settings", "positions", "threads", "progress"), ("dtype", "device_map", "layout")
     for name in choices:
-        if name not in allowed:
-            raise InputError(f"{name}: fit has no such argument; it has {', '.join(allowed)}")
+        if name not in (*of_study, *of_model):
+            raise InputError(f"{name}: fit has no such argument; it has {', '.join((*of_study, *of_model))}")
     progress: Callable[..., None] = choices.pop("progress", None) or (lambda *_: None)
-    given = {name: choices.pop(name, None) for name in ("dtype", "device_map", "layout")}
-    shape: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    shape = {name: value for name in of_model if (value := choices.pop(name, None)) is not None}
     choices["threads"] = choices.get("threads") or os.cpu_count() or 1
     layout = Layout(**shape["layout"]) if "layout" in shape else None
-    if prompting.chat:
-        shape["chat"] = {"system": prompting.system, "reply": prompting.reply}
+    chat = {"chat": {"system": prompting.system, "reply": prompting.reply}} if prompting.chat else {}
     if isinstance(model, str | Path):
-        config = fitting_study({"folder": str(model), **shape}, task, options, **choices)  # checked before it is opened
-        dtype, device_map = shape.get("dtype", "float32"), shape.get("device_map")
-        model, tokenizer = load_model(model, dtype=dtype, device_map=device_map, layout=layout)
+        config = fitting_study({"folder": str(model), **shape, **chat}, task, options, **choices)  # checked first
+        model, tokenizer = load_model(model, **shape | {"layout": layout})
     else:
         assert tokenizer is not None
         if layout:
             use_layout(model, layout)
         described = Binding.of(model, tokenizer).weights
-        config = fitting_study({"opened": described, **shape}, task, options, **choices)
+        config = fitting_study({"opened": described, **shape, **chat}, task, options, **choices)
     opened = Opened(model, tokenizer, task if isinstance(task, Task) else None)
     with _left_as_it_was(model):
         run_study(config, out, progress, workers=1, opened=opened)
@@ -107,12 +120,6 @@ def _left_as_it_was(model: PreTrainedModel) -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
 
 
-def _digest(task: Task) -> str:
-    """Digest of a task's examples, so that a run folder is continued with the same task only."""
-    examples = [e for kind in ("conflict", "memory") for e in task.examples(np.random.default_rng(0), 200, kind)]
-    return hashlib.sha256("".join(f"{e.item}|{e.prompt}|{e.options}" for e in examples).encode()).hexdigest()[:16]
-
-
 def fitting_study(
     model: dict[str, Any],
     task: str | Path | Task,
@@ -125,8 +132,7 @@ def fitting_study(
 
     Args:
         model: fields of ``ModelConfig``.
-        task: a task's name, ``package.module:Class``, the path of a JSONL file, or a task.
-        options: of the task.
+        task: a task's name, ``package.module:Class``, the path of a JSONL file, or a task; ``options``: of the task.
         settings: the budget: settings tried at most in either direction, in evenly spread layers.
         positions: ``decision``, or ``all`` tokens, for vectors to export.
 
@@ -134,8 +140,10 @@ def fitting_study(
         InputError: the file does not exist, the budget is below one layer's, or a field is not allowed.
     """
     if isinstance(task, Task):
-        # The options identify the task, which itself comes with the open model.
-        name, options = f"{type(task).__module__}:{type(task).__name__}", {"digest": _digest(task)}
+        # A digest of its examples, so that a run folder is continued with the same task only.
+        drawn = [e for kind in ("conflict", "memory") for e in task.examples(np.random.default_rng(0), 200, kind)]
+        digest = hashlib.sha256("".join(f"{e.item}|{e.prompt}|{e.options}" for e in drawn).encode()).hexdigest()
+        name, options = f"{type(task).__module__}:{type(task).__name__}", {"digest": digest[:16]}
     else:
         name = str(task)
     is_file = name.endswith(".jsonl")
@@ -143,37 +151,14 @@ def fitting_study(
         raise InputError(f"task: the file {name} does not exist")
     if settings < ONE_LAYER:
         raise InputError(f"settings: {settings} is less than the {ONE_LAYER} that one layer takes")
-    layers = [f"spread-{settings // ONE_LAYER}"]
-    # The one site that every export can hold.
-    everywhere = {"sites": ["block"]} if positions == "all" else {}
-    cell = {
+    sweep = {"layers": [f"spread-{settings // ONE_LAYER}"]}
+    everywhere = {"sites": ["block"]} if positions == "all" else {}  # the one site that every export can hold
+    sweeps = {method: sweep | grid | everywhere for method, grid in TRIED.items()}
+    cell = MEASURED | {
         "task": "jsonl" if is_file else name,
         "options": {"file": str(Path(name).resolve()), **options} if is_file else options,
         "model": model,
-        "pairs": {"batch_size": 64, "rephrasings": 4, "fit_examples": 2000, "tune_examples": 1000}
-        | {"test_examples": 2000, "behaviour_examples": 500},
-        "probes": {"offsets": [0], "pairs": 800},
-        "steering": {
-            "fit_pairs": 300,
-            "fit_others": 200,
-            "learned_steps": 40,
-            "kept_weight": 1.0,
-            "tune_pairs": 120,
-            "tune_others": 60,
-            # Indifference is judged on test; while settings are compared it would take most of all tokens.
-            "tune_refits": 0,
-            "controls_of": "best",
-            "conflict_draws": 4,  # as in the built-in studies: nothing is claimed about these controls
-            "tune_draws_again": 6,
-            "judged_examples": 200,
-            "control_limit": 0.15,
-            "collateral_limit": 0.05,
-            "positions": positions,
-            "sweeps": {method: {"layers": layers, **grid, **everywhere} for method, grid in TRIED.items()},
-        },
-        "effects": {"pairs": 40, "draws": 1, "doses": [0.0, 0.5, 1.0, 2.0], "ablated": [0.1]},
-        "detection": {"fitted": True},
-        "neutral": {"cuts": 200, "texts": 32, "length": 64},
+        "steering": STEERING | {"positions": positions, "sweeps": sweeps},
     }
     label = Path(name).stem if is_file else name.rpartition(":")[2]
     return parse_study({"study": "fit", "threads": threads, "cells": {label: cell}})

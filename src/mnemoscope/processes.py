@@ -40,12 +40,8 @@ def pool_of(
 ) -> Iterator[ProcessPoolExecutor]:
     """A pool of processes, each started when work waits; an error inside the context ends all at once.
 
-    Args:
-        threads: of torch in each; None leaves torch alone.
-        begin: called first in each.
-
-    Raises:
-        StudyError: the system killed a process.
+    ``threads`` of torch in each (None leaves torch alone); ``begin`` is called first in each. Raises StudyError where
+    the system killed a process.
     """
     given = (os.getpid(), workers * beside(), threads, begin)
     with _Pool(workers, get_context("spawn"), _begin_worker, given) as pool:
@@ -75,22 +71,18 @@ class _Pool(ProcessPoolExecutor):
 def _begin_worker(parent: int, sharing: int, threads: int | None, begin: Callable[[], None] | None) -> None:
     global _beside
     _beside = sharing
-    end_with(parent)
+    Thread(target=_end_with, args=(parent,), daemon=True).start()
     if threads is not None:
         settle(threads)
     if begin is not None:
         begin()
 
 
-def end_with(parent: int) -> None:
+def _end_with(parent: int) -> None:
     """End this process once its parent is gone."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.2)
-        os._exit(1)
-
-    Thread(target=watch, daemon=True).start()
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)
 
 
 def beside() -> int:

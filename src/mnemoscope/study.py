@@ -20,8 +20,9 @@ from functools import partial
 from importlib import metadata
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
-from mnemoscope.cells import STATES, Cell, Opened, Tell, by_label, by_model, cells_of, git_state, version
+from mnemoscope.cells import STATES, Cell, Opened, Tell, cells_of, git_state, grouped, version
 from mnemoscope.config import StudyConfig, dump_study
 from mnemoscope.errors import InputError, StudyError
 from mnemoscope.executors import Progress, in_processes, possible_workers, run_cells
@@ -40,18 +41,15 @@ def run_study(
     address: str | None = None,
     opened: Opened | None = None,
 ) -> Path:
-    """Run the unfinished stages of a study and build its report.
+    """Run the unfinished stages of a study and build its report; returns the path of ``report.html``.
 
     Args:
         run: the run folder; made if missing. A folder of another configuration is refused.
         workers: processes at a time, for cells and parts of cells; default: as many as there are processors for
-            ``config.threads`` each.
+            ``config.threads`` each. A cluster takes as many cells as it has processors for.
         executor: ``local``, or ``ray`` for a cluster whose nodes all see the run folder.
         address: of the cluster; default: one of this machine alone.
         opened: the model of all cells whose configuration names an open one; such a study runs in this process.
-
-    Returns:
-        Path of ``report.html``.
 
     Raises:
         InputError: the folder belongs to another configuration, or a cell's input cannot be used.
@@ -105,26 +103,26 @@ def run_cell(cell: Cell, progress: Progress) -> None:
 def compare_cells(cells: Sequence[Cell], run: Path, progress: Progress, workers: int = 1) -> None:
     """Compare seeds of one label and labels that share a model, unless that is finished."""
     analysed = [cell for cell in cells if cell.config.analysed]
-    markers = [marker for cell in analysed for marker in _markers(cell)]
-    wanted = hashlib.sha256("".join(json.loads(m.read_text())["hash"] for m in markers).encode()).hexdigest()
-    _run_stage("study", run, "compare", wanted, partial(_compared, analysed, run, workers), progress)
+
+    def compared(tell: Tell) -> list[Path]:
+        if all(len(group) == 1 for by in ("label", "model") for group in grouped(analysed, by)):
+            return []  # without importing a model library
+        from mnemoscope.stages import compare_stage
+
+        settle(analysed[0].threads)
+        places = min(possible_workers(cell, workers) for cell in analysed)
+        with in_processes(places, analysed[0].threads) as parallel:
+            return compare_stage(analysed, run, parallel, tell)
+
+    hashes = [marker["hash"] for cell in analysed for marker in _markers(cell).values()]
+    _run_stage("study", run, "compare", hashlib.sha256("".join(hashes).encode()).hexdigest(), compared, progress)
     for cell in analysed:
         shutil.rmtree(cell.folder / STATES, ignore_errors=True)
 
 
-def _markers(cell: Cell) -> list[Path]:
-    """Markers of finished stages, without hidden files of killed writers."""
-    return sorted((cell.folder / "stages").glob("[!.]*.json"))
-
-
-def _compared(cells: Sequence[Cell], run: Path, workers: int, tell: Tell) -> list[Path]:
-    if all(len(group) == 1 for group in (*by_label(cells), *by_model(cells))):
-        return []  # without importing a model library
-    from mnemoscope.stages import compare_stage
-
-    settle(cells[0].threads)
-    with in_processes(min(possible_workers(cell, workers) for cell in cells), cells[0].threads) as parallel:
-        return compare_stage(cells, run, parallel, tell)
+def _markers(cell: Cell) -> dict[str, Any]:
+    """What finished stages left, by name, without hidden files of killed writers."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted((cell.folder / "stages").glob("[!.]*.json"))}
 
 
 def _run_stage(
@@ -136,13 +134,10 @@ def _run_stage(
         return
     began = time.time()
     files = stage(partial(progress, owner, name))
-    marker = {
-        "hash": wanted,
-        "seconds": round(time.time() - began, 3),
-        "files": {str(f.relative_to(folder)): file_hash(f) for f in files},
-    }
-    write_atomically(folder / "stages" / f"{name}.json", json.dumps(marker, indent=1).encode())
-    progress(owner, name, 1, 1, f"{marker['seconds']:.0f} s")
+    seconds, digests = round(time.time() - began, 3), {str(f.relative_to(folder)): file_hash(f) for f in files}
+    marker = json.dumps({"hash": wanted, "seconds": seconds, "files": digests}, indent=1)
+    write_atomically(folder / "stages" / f"{name}.json", marker.encode())
+    progress(owner, name, 1, 1, f"{seconds:.0f} s")
 
 
 def stage_hash(upstream: str, cell: Cell, stage: str) -> str:
@@ -162,11 +157,7 @@ def inputs_hash(cell: Cell) -> str:
 
 
 def is_done(folder: Path, stage: str, wanted: str) -> bool:
-    """Whether a stage has finished with the same dependencies.
-
-    Raises:
-        StudyError: it has, but one of its files is missing or has changed.
-    """
+    """Whether a stage has finished with the same dependencies; StudyError where one of its files has changed since."""
     path = folder / "stages" / f"{stage}.json"
     if not path.exists():
         return False
@@ -213,7 +204,7 @@ def _locked(run: Path, config: StudyConfig) -> Iterator[None]:
 
 
 def _write_manifest(run: Path, cells: list[Cell], started: float) -> None:
-    stages = {cell.name: {path.stem: json.loads(path.read_text()) for path in _markers(cell)} for cell in cells}
+    stages = {cell.name: _markers(cell) for cell in cells}
     stages["study"] = {"compare": json.loads((run / "stages" / "compare.json").read_text())}
     adapted = any(cell.config.model.lora for cell in cells)
     manifest = {

@@ -87,7 +87,7 @@ def fit(
     """Find pairs, fit vectors and a detector for a model of yours on your data, and judge them; one run folder."""
     from mnemoscope.behaviour import Prompting
     from mnemoscope.face import fit as fit_model
-    from mnemoscope.plain import dumped
+    from mnemoscope.files import dumped
 
     asked: dict[str, Any] = {"prompting": Prompting(chat, reply=reply), "options": options(option)}
     asked |= {"settings": settings, "positions": positions, "threads": threads}
@@ -149,7 +149,7 @@ def doctor(
 ) -> None:
     """Prove on a model of yours that batched = single, cached = uncached, alpha 0 = untouched; exit code 1 if not."""
     from mnemoscope.doctor import PROMPTS, examine
-    from mnemoscope.plain import dumped
+    from mnemoscope.files import dumped
 
     opened, tokenizer = _open(model, dtype, layout, device_map)
     checks = list(examine(opened, tokenizer, prompt or PROMPTS))
@@ -193,7 +193,7 @@ def steer(
 ) -> None:
     """Generate with and without a steering vector."""
     from mnemoscope.behaviour import Prompting
-    from mnemoscope.plain import dumped
+    from mnemoscope.files import dumped
 
     fitted = _fitted(source, force, Prompting(chat, reply=reply), model, dtype, layout, device_map)
     vector = fitted.vector(toward)
@@ -230,7 +230,7 @@ def detect(
     import numpy as np
 
     from mnemoscope.behaviour import Prompting
-    from mnemoscope.plain import dumped
+    from mnemoscope.files import dumped
 
     fitted = _fitted(source, force, Prompting(chat, reply=reply), model, dtype, layout, device_map)
     reading = fitted.detect(prompts)

@@ -82,7 +82,7 @@ def options(given: list[str] | None) -> dict[str, Any]:
 
 def say(facts: dict[str, Any], as_json: bool, field: str) -> None:
     """Print facts as JSON, or one of them."""
-    from mnemoscope.plain import dumped
+    from mnemoscope.files import dumped
 
     typer.echo(dumped(facts) if as_json else facts[field])
 

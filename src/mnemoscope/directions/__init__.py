@@ -1,18 +1,31 @@
 """From pairs to steering vectors: methods, controls of the same norm, and the choice of a setting."""
 
-from mnemoscope.directions.choose import Choice, Limits, TuneLists, control_means, damage, final, ranked
-from mnemoscope.directions.controls import CONTROLS, SHUFFLED, control_draws, gaussian, shuffles
+from mnemoscope.directions.choose import (
+    CONTROLS,
+    SHUFFLED,
+    Choice,
+    Limits,
+    TuneLists,
+    control_draws,
+    control_means,
+    damage,
+    final,
+    gaussian,
+    ranked,
+    shuffles,
+)
 from mnemoscope.directions.learned import learned_together
-from mnemoscope.directions.methods import METHODS
-from mnemoscope.directions.settings import SOURCE, TOWARD, Setting
 from mnemoscope.directions.sources import (
     ANSWERED,
+    SOURCE,
+    TOWARD,
     FitLists,
     Labels,
+    Setting,
     Sources,
     in_turn,
     margin_gradients,
     read_sources,
     with_prefixes,
 )
-from mnemoscope.directions.vectors import Directions, Fit, share_of, steered
+from mnemoscope.directions.vectors import METHODS, Directions, Fit, share_of, steered

@@ -1,29 +1,100 @@
-"""Choose between settings on the tune split: shift rate less the cost of controls, within limits.
+"""Controls, shifts of the same norm that should not steer, and the choice between settings on the tune split by them.
 
 Pairs sit near the decision boundary, so any shift flips some of them: a control costs little up to a limit and much
 beyond it. A hard limit would prefer a setting without effect to one whose control exceeds it by chance; a full cost
 would prefer a weak vector to one that steers nearly all.
+
+Shapes: L layers, D neurons.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from mnemoscope.behaviour import Batch
-from mnemoscope.directions.controls import CONTROLS, SHUFFLED, control_draws
-from mnemoscope.directions.settings import Setting
+from mnemoscope.directions.sources import Labels, Setting
 from mnemoscope.directions.vectors import Directions, share_of, steered
 from mnemoscope.models import Site
+from mnemoscope.steering import scaled_to
 
 COST = 0.5  # points of the shift per point of a control, up to its limit
 FINALISTS = 3  # settings that are rated again at most
 AGAIN = 1_000_003  # added to a seed for the second rating
 STANDING_IN = ("random_sign", "gaussian")  # for all four random controls, which steer about as many, in a ranking
+
+
+def random_neurons(shift_LD: np.ndarray, rng: np.random.Generator, rho_LD: np.ndarray) -> np.ndarray:
+    """As many neurons of each layer, drawn at random, with the same absolute shifts in random order and signs."""
+    return _placed(shift_LD, rng, lambda layer: rng.permutation(shift_LD.shape[1]))
+
+
+def low_correlation(shift_LD: np.ndarray, rng: np.random.Generator, rho_LD: np.ndarray) -> np.ndarray:
+    """The neurons of each layer with the lowest |rho|, with the same absolute shifts in random order and signs."""
+    rank_LD = np.nan_to_num(np.abs(rho_LD))
+    return _placed(shift_LD, rng, lambda layer: np.argsort(rank_LD[layer], kind="stable"))
+
+
+def random_sign(shift_LD: np.ndarray, rng: np.random.Generator, rho_LD: np.ndarray) -> np.ndarray:
+    """The chosen neurons with their absolute shifts and random signs."""
+    return np.abs(shift_LD) * rng.choice([-1.0, 1.0], size=shift_LD.shape)
+
+
+def gaussian(shift_LD: np.ndarray, rng: np.random.Generator, rho_LD: np.ndarray | None = None) -> np.ndarray:
+    """A normally distributed direction over all neurons of the shifted layers."""
+    return scaled_to(rng.standard_normal(shift_LD.shape), np.linalg.norm(shift_LD, axis=1))
+
+
+SHUFFLED = "shuffled_labels"  # the same method on the same pairs with shuffled labels
+DRAWN = {control.__name__: control for control in (random_neurons, low_correlation, random_sign, gaussian)}
+CONTROLS = ("random_neurons", "low_correlation", "random_sign", SHUFFLED, "gaussian")
+TOGETHER = 4  # shuffles that are fitted in one go
+
+
+def control_draws(
+    name: str, directions: Directions, setting: Setting, draws: int, seed: Sequence[int]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """``draws`` numbered shifts (L, D) of a control, each seeded by its number; none where it does not exist.
+
+    Shuffles depend on the first number of ``seed`` alone, so that one shuffle serves all settings.
+    """
+    shift_LD = directions.dense(setting).astype(np.float64)
+    if name == SHUFFLED:
+        norm_L = np.linalg.norm(shift_LD, axis=1)
+        for first, four in enumerate(shuffles(draws, seed[0])):
+            vectors = directions.vectors(setting, four)
+            for number, vector in enumerate(vectors[: draws - first * TOGETHER], first * TOGETHER):
+                yield number, scaled_to(vector.dense(*shift_LD.shape), norm_L)
+        return
+    # With more than half of the neurons or a whole layer shifted there are not as many others, and those with the
+    # lowest |rho| are mostly the same ones with other signs.
+    chosen_L, width = (shift_LD != 0).sum(axis=1), shift_LD.shape[1]
+    others = 2 * chosen_L.sum() <= (chosen_L > 0).sum() * width + 1 and not (chosen_L == width).any()
+    if others or name not in ("random_neurons", "low_correlation"):
+        for number in range(draws):
+            yield number, DRAWN[name](shift_LD, np.random.default_rng([*seed, number]), directions.rho())
+
+
+def shuffles(draws: int, seed: int) -> list[tuple[Labels, ...]]:
+    """Labels for ``draws`` shuffles or a few more, always in fours: rounding must not depend on how many there are."""
+    numbers = range(-(-draws // TOGETHER) * TOGETHER)
+    drawn = [Labels(int(np.random.default_rng([seed, number]).integers(2**31))) for number in numbers]
+    return [tuple(drawn[first : first + TOGETHER]) for first in numbers[::TOGETHER]]
+
+
+def _placed(shift_LD: np.ndarray, rng: np.random.Generator, neurons_of: Callable[[int], np.ndarray]) -> np.ndarray:
+    """Each layer's absolute shifts, in random order and with random signs, on the first neurons given for it."""
+    placed_LD = np.zeros_like(shift_LD)
+    for layer, row_D in enumerate(shift_LD):
+        values = np.abs(row_D[row_D != 0])
+        if len(values):
+            neurons = neurons_of(layer)[: len(values)]
+            placed_LD[layer, neurons] = rng.permutation(values) * rng.choice([-1.0, 1.0], size=len(values))
+    return placed_LD
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +104,7 @@ class Limits:
     Attributes:
         control: mean shift rate of a control, beyond which each point costs ``excess_cost`` points of the shift.
         collateral: the largest drop of the share that keeps its answer, of any list that should.
-        draws: of each control.
-        refits: draws of shuffled labels, which cost most; 0 leaves them out.
+        draws, refits: of each control, and of shuffled labels, which cost most; 0 leaves these out.
         again: draws of either kind for the second rating of the best settings.
     """
 
@@ -56,12 +126,9 @@ class Limits:
 
 @dataclass(frozen=True)
 class TuneLists:
-    """Prepared tune examples of one direction.
+    """Prepared tune examples of one direction: ``targets`` to be steered, and lists to be left alone, by name.
 
-    Attributes:
-        targets: to be steered.
-        kept: to be left alone, by name, with the label that all of them have unsteered.
-        apart: parts of ``kept`` whose collateral counts separately.
+    The latter with the label that all of them have unsteered. ``apart``: parts of ``kept`` that count separately.
     """
 
     targets: Sequence[Batch]
@@ -71,13 +138,9 @@ class TuneLists:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A setting with its gain on the tune split.
+    """A setting with its shift rate on the tune split, and ``net``, the rate less the cost of its worst control.
 
-    Attributes:
-        rate: the shift rate.
-        net: shift rate less the cost of its worst control.
-        kept: whether its collateral keeps the limit; others are chosen only where no setting does.
-        within: whether it keeps all limits.
+    Settings whose collateral is not ``kept`` in its limit come last; ``within``: it keeps all limits.
     """
 
     setting: Setting
@@ -101,10 +164,8 @@ def ranked(
 ) -> list[Choice]:
     """Choices by rank, best first, without settings that had lost before all their controls were drawn.
 
-    Args:
-        directions: by site.
-        rated: settings of one direction with their shift rates on ``lists.targets``; at least one.
-        seed: of the controls' draws.
+    ``rated``: settings of one direction, at least one, with their shift rates on ``lists.targets``. ``seed``: of the
+    controls' draws.
     """
     ordered = sorted(rated, key=lambda pair: (pair[0].strength, -pair[1], pair[0].top))
     # Ordered by the figures measured so far: shift rate, then collateral, then random controls.
@@ -163,15 +224,15 @@ def control_means(
     names: Sequence[str] = CONTROLS,
 ) -> list[float]:
     """The mean shift rate of each control that exists."""
-    asking, vector, means = directions.sources.lists.asking, directions.vector(setting), []
-    for name in names:
-        draws = limits.refits if name == SHUFFLED else limits.draws
-        rates = [
+    asking, vector = directions.sources.lists.asking, directions.vector(setting)
+    rates = [
+        [
             share_of(steered(asking, batches, vector.with_dense(shift_LD), margins=False), setting.toward)
             for _, shift_LD in control_draws(name, directions, setting, draws, seed)
         ]
-        means += [float(np.mean(rates))] if rates else []
-    return means
+        for name, draws in ((name, limits.refits if name == SHUFFLED else limits.draws) for name in names)
+    ]
+    return [float(np.mean(found)) for found in rates if found]
 
 
 def damage(lists: TuneLists, directions: Directions, setting: Setting) -> float:

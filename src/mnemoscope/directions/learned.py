@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from mnemoscope.behaviour import Batch, only_log_probability, with_options, without_prefix
-from mnemoscope.directions.settings import Setting
-from mnemoscope.directions.sources import FitLists, Labels, Sources, in_turn
+from mnemoscope.directions.sources import FitLists, Labels, Setting, Sources, in_turn
 from mnemoscope.models import in_precision, quick_precision
 from mnemoscope.steering import OPPOSITE, Positions, Toward, shifted
 
@@ -22,25 +21,20 @@ MOMENTUM = 0.5
 MOST_WEIGHTS = 2**24  # of a model that is read in bfloat16, as all are cast anew in each pass
 
 
-def learned(sources: Sources, setting: Setting, labels: Labels) -> np.ndarray:
-    """Shift optimized on the fit split for the log probability of the wanted answer, within the setting's strength."""
-    return learned_together(sources, setting, [labels])[0]
-
-
 def learned_together(sources: Sources, setting: Setting, several: Sequence[Labels]) -> list[np.ndarray]:
-    """``learned`` under several labels, float64 (L, D) each, zero in layers that are not the setting's.
+    """Shifts optimized on the fit split for the log probability of the wanted answer, within the setting's strength.
+
+    One under each labels, float64 (L, D), zero in layers that are not the setting's.
 
     Steepest ascent with momentum: each gradient is scaled to norm 1, so that neurons without influence take nothing of
     the budget, as they would with Adam. Steps fall from the whole budget to 0; after each the shift is scaled back into
     it. Passes of small models are in bfloat16 where that is quicker; the shift is applied and judged in float32.
     """
-    model = sources.lists.asking.model
+    model, shift_KLD = sources.lists.asking.model, np.zeros((len(several), *sources.shape_LD))
     small = sum(weight.numel() for weight in model.parameters()) <= MOST_WEIGHTS
     with in_precision(model, quick_precision(model) if small else "float32"):
-        units = _ascended(sources, setting, several)
-    shift_KLD = np.zeros((len(several), *sources.shape_LD))
-    for layer, unit_KD in units.items():
-        shift_KLD[:, layer] = unit_KD.detach().double().numpy() * sources.norm_L[layer]
+        for layer, unit_KD in _ascended(sources, setting, several).items():
+            shift_KLD[:, layer] = unit_KD.detach().double().numpy() * sources.norm_L[layer]
     return list(shift_KLD)
 
 
@@ -82,9 +76,9 @@ def wanted_batches(lists: FitLists, toward: Toward, labels: Labels) -> Iterator[
     answer: on one side alone, that would still teach to leave this side.
     """
     ways = (toward,) if labels.shuffle is None else (toward, OPPOSITE[toward])
-    found = [batches[way] for batches in (lists.pairs, lists.conflicts) for way in ways]
+    found = enumerate(batches[way] for batches in (lists.pairs, lists.conflicts) for way in ways)
     option = 1 if toward == "generalized" else 0
-    placed = [[(stream, number, batch) for number, batch in enumerate(batches)] for stream, batches in enumerate(found)]
+    placed = [[(stream, number, batch) for number, batch in enumerate(batches)] for stream, batches in found]
     longest = max(map(len, placed))
     if labels.shuffle is not None:
         placed = [list(islice(cycle(batches), longest)) for batches in placed]

@@ -1,4 +1,4 @@
-"""Sources of directions: fit pairs with their states at one site, their labels, and lists to fit on.
+"""What directions are made from: the setting, fit pairs with their states at one site and labels, lists to fit on.
 
 Shapes: P pairs, N examples, L layers, D neurons. Side 0 of a pair answered generalized, side 1 memorized.
 """
@@ -6,7 +6,7 @@ Shapes: P pairs, N examples, L layers, D neurons. Side 0 of a pair answered gene
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import zip_longest
 from typing import TypeVar
@@ -17,10 +17,54 @@ import torch
 from mnemoscope.behaviour import Asking, Batch, KeptStates, cache_prefixes, log_probabilities, prepare, read_states
 from mnemoscope.contrast import PairedMoments
 from mnemoscope.models import Site
-from mnemoscope.steering import Toward, shifted
+from mnemoscope.steering import Positions, Toward, shifted
 from mnemoscope.tasks import Example
 
 Entry = TypeVar("Entry")
+TOWARD: dict[str, Toward] = {"to_generalized": "generalized", "to_memorized": "memorized"}
+SOURCE: dict[str, Toward] = {"to_generalized": "memorized", "to_memorized": "generalized"}
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One cell of a sweep.
+
+    Attributes:
+        direction: a key of ``TOWARD``.
+        method: a key of ``METHODS``, or ``learned``.
+        layers: the layers that are shifted, 0-based.
+        top: share of these layers' neurons that are shifted, in (0, 1].
+        strength: total relative norm: the root of the summed squares of each layer's shift over its states' norm.
+        positions: ``decision``, or ``all`` tokens; norms and differences are those at the decision position either way.
+    """
+
+    direction: str
+    method: str
+    site: Site
+    layers: tuple[int, ...]
+    top: float
+    strength: float
+    positions: Positions = "decision"
+
+    @property
+    def toward(self) -> Toward:
+        """The behaviour to steer to."""
+        return TOWARD[self.direction]
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Direction and method."""
+        return self.direction, self.method
+
+    def same_direction(self) -> tuple[Setting, int]:
+        """The setting with all fixed that the direction does not depend on, and its sign (1 or -1) there.
+
+        A learned one depends on all but ``top``; the others are one for the site, whose negative steers the other way.
+        """
+        if self.method == "learned":
+            return replace(self, top=1.0), 1
+        fixed = Setting("to_generalized", self.method, self.site, (), top=1.0, strength=1.0)
+        return fixed, 1 if self.direction == fixed.direction else -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +72,6 @@ class Labels:
     """Labels of the fit pairs: as answered, or shuffled with a seed, where both labels of a pair swap or stay."""
 
     shuffle: int | None = None
-
-    @classmethod
-    def drawn(cls, seed: Sequence[int]) -> Labels:
-        """A shuffle with a random seed."""
-        return cls(int(np.random.default_rng(seed).integers(2**31)))
 
     def signs(self, n: int, *stream: int) -> np.ndarray:
         """float64 (n,): 1 where a label stays, -1 where it swaps, half of each; ``stream`` numbers its lists."""
@@ -46,12 +85,11 @@ ANSWERED = Labels()
 
 @dataclass(frozen=True)
 class FitLists:
-    """Examples of the fit split, prepared with their prefixes; shared by the sources of all sites.
+    """Examples of the fit split, prepared with their prefixes, by behaviour steered to; shared by all sites.
 
     Attributes:
-        pairs, conflicts: per behaviour steered to, phrasings of pairs, and other conflicts, that answer the other way.
-        kept: per behaviour steered to, memory and novel examples whose answers should stay.
-        kept_weight: weight of ``kept`` in the objective of learned vectors.
+        pairs, conflicts: phrasings of pairs, and other conflicts, that answer the other way.
+        kept: memory and novel examples whose answers should stay; ``kept_weight``: in the objective of learned vectors.
         steps: of the ascent of learned vectors.
     """
 
@@ -65,11 +103,9 @@ class FitLists:
 
 @dataclass(frozen=True, eq=False)
 class Sources:
-    """Input of the methods, from the fit split.
+    """Input of the methods: ``states_P2LD``, float32, of the fit pairs at the decision position.
 
-    Attributes:
-        states_P2LD: float32, states of the pairs at the decision position.
-        find_lists: reads the lists for gradients and learned vectors when they are needed.
+    ``find_lists`` reads the lists for gradients and learned vectors when they are needed.
     """
 
     site: Site

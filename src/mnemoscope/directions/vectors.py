@@ -1,32 +1,104 @@
-"""Steering vectors from directions, and scores of examples under a vector.
+"""The methods that find a direction, the steering vectors made of them, and scores of examples under a vector.
 
-Shapes: N examples, L layers, D neurons.
+Neurons are chosen and the shift is scaled afterwards (``Directions.vectors``), so that all methods are compared at
+equal norm.
+
+Shapes: P pairs, N examples, L layers, D neurons.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
+from sklearn.covariance import ledoit_wolf
 
 from mnemoscope.behaviour import Asking, Batch, Scores, score, without_prefix
 from mnemoscope.directions.learned import learned_together
-from mnemoscope.directions.methods import METHODS, RANKED_BY_RHO
-from mnemoscope.directions.settings import Setting
-from mnemoscope.directions.sources import ANSWERED, Labels, Sources
+from mnemoscope.directions.sources import ANSWERED, Labels, Setting, Sources
+from mnemoscope.probes import LayerProbe
 from mnemoscope.statistics import top_by_magnitude
-from mnemoscope.steering import SteeringVector
+from mnemoscope.steering import SteeringVector, scaled_to
 
 Fit = tuple[Setting, Labels]  # what a direction depends on; the setting as ``Setting.same_direction`` gives it
+
+
+def nmd(sources: Sources, labels: Labels) -> np.ndarray:
+    """The neuron-wise mean difference (arXiv 2412.18497)."""
+    return sources.moments(labels).nmd_LD
+
+
+def standardized_nmd(sources: Sources, labels: Labels) -> np.ndarray:
+    """NMD in units of each neuron's standard deviation (2 rho, up to scale), so that huge neurons do not dominate."""
+    return np.nan_to_num(sources.moments(labels).rho_LD)
+
+
+def gradient(sources: Sources, labels: Labels) -> np.ndarray:
+    """The steepest ascent of the decision margin for a given relative norm.
+
+    With layers in units of their states' norm, ``u = |h| g`` is the steepest direction, and ``|h| u`` the shift.
+    """
+    total_LD, count = np.zeros(sources.shape_LD), 0
+    for stream, batches in enumerate(sources.margin_gradients):
+        for number, gradients_NLD in enumerate(batches):
+            total_LD += np.tensordot(labels.signs(len(gradients_NLD), stream, number), gradients_NLD, 1)
+            count += len(gradients_NLD)
+    return sources.norm_L[:, None] ** 2 * total_LD / count
+
+
+def logistic(sources: Sources, labels: Labels) -> np.ndarray:
+    """Weights of a logistic regression on each layer's states, every layer with the same relative norm."""
+    states_P2LD = sources.states_P2LD.astype(np.float64)
+    signs_P = labels.signs(len(states_P2LD))
+    labels_N = (np.stack([signs_P, -signs_P], axis=1).ravel() > 0).astype(np.int64)
+    states_NLD = states_P2LD.reshape(-1, *sources.shape_LD)
+    probes = [LayerProbe(0.01).fit(states_NLD[:, layer], labels_N) for layer in range(sources.shape_LD[0])]
+    return scaled_to(np.stack([probe.weights_D_ for probe in probes]), sources.norm_L)
+
+
+def whitened(sources: Sources, labels: Labels) -> np.ndarray:
+    """Linear discriminant of the pair differences: the inverse of their shrunk covariance times NMD, layer by layer.
+
+    Shrinkage: Ledoit and Wolf (2004), "A well-conditioned estimator".
+    """
+    rows, differences_PLD = [], sources.differences_PLD(labels)
+    for layer, nmd_D in enumerate(nmd(sources, labels)):
+        covariance_DD, _ = ledoit_wolf(differences_PLD[:, layer])
+        rows.append(np.linalg.lstsq(covariance_DD, nmd_D, rcond=1e-10)[0])
+    return scaled_to(np.stack(rows), sources.norm_L)
+
+
+def principal_component(sources: Sources, labels: Labels) -> np.ndarray:
+    """First principal component of the pair differences, about zero, oriented so that most of them point along it.
+
+    After Zou et al. (2023), "Representation engineering"; the labels decide its orientation alone.
+    """
+    rows = []
+    for differences_PD in sources.differences_PLD(labels).swapaxes(0, 1):
+        component_D = np.linalg.svd(differences_PD, full_matrices=False)[2][0]
+        along = (differences_PD @ component_D > 0).mean() - 0.5
+        rows.append(component_D if along >= 0 else -component_D)
+    return scaled_to(np.stack(rows), sources.norm_L)
+
+
+# Pure functions (sources, labels) -> direction towards ``generalized``, float64 (L, D), whose negative steers back.
+METHODS: dict[str, Callable[[Sources, Labels], np.ndarray]] = {
+    "nmd": nmd,
+    "standardized-nmd": standardized_nmd,
+    "gradient": gradient,
+    "logistic": logistic,
+    "whitened": whitened,
+    "pca": principal_component,
+}
+RANKED_BY_RHO = ("nmd", "standardized-nmd")  # the paper's choice of neurons; the others keep their largest shifts
 
 
 class Directions:
     """The directions of one site, each computed once, and the steering vectors that settings make of them.
 
-    Args:
-        shifts: cache of computed directions, float64 (L, D) each, which several sites may share.
+    ``shifts``: cache of computed directions, float64 (L, D) each, which several sites may share.
     """
 
     def __init__(self, sources: Sources, shifts: dict[Fit, np.ndarray] | None = None) -> None:
@@ -47,7 +119,7 @@ class Directions:
             if fixed.method == "learned":
                 found = learned_together(self.sources, fixed, several)
             else:
-                found = [METHODS[fixed.method](self.sources, fixed, labels) for labels in several]
+                found = [METHODS[fixed.method](self.sources, labels) for labels in several]
             self._shifts.update({(fixed, labels): shift_LD for labels, shift_LD in zip(several, found, strict=True)})
         return [sign * self._shifts[fixed, labels] for labels in several]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
@@ -10,9 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from mnemoscope.cells import Cell, version
+from mnemoscope.cells import Cell, Tell, version
 from mnemoscope.detect import Detector
-from mnemoscope.stages.common import Tell
 from mnemoscope.statistics import auroc, named_rng, proportion
 from mnemoscope.steering import Artefact, Card, SteeringVector
 
@@ -22,38 +20,25 @@ KEPT = ("memory", "novel")  # lists that steering should leave alone
 
 def cards_stage(cell: Cell, tell: Tell) -> list[Path]:
     """Write the card into the JSON of every vector and detector; their tensors stay as they are."""
-    common = _common(cell)
-    steering = pd.read_parquet(cell.records / "steering.parquet")
-    neutral = _table(cell, "neutral")
-    files: list[Path] = []
-    for path in sorted((cell.folder / "vectors").glob("[!.]*.safetensors")):
-        vector = SteeringVector.load(path)
-        files.append(_write(vector, path, _of_vector(cell, path.stem, vector, steering, neutral) | common))
-    detection = _table(cell, "detection")
-    for name, score in (("detector", "p_memorized"), ("detector_below", "below")):
-        path = cell.folder / f"{name}.safetensors"
-        if path.exists() and detection is not None:
-            files.append(_write(Detector.load(path), path, _of_detector(cell, detection, score) | common))
-    return files
-
-
-def _write(artefact: Artefact, path: Path, facts: Mapping[str, Any]) -> Path:
-    return replace(artefact, card=Card(**facts)).save(path)[1]
-
-
-def _common(cell: Cell) -> dict[str, Any]:
     fitted = [("is_pair", "==", True), ("split", "==", "fit")]
     pairs = pd.read_parquet(cell.records / "pairs.parquet", columns=["group"], filters=fitted)
     shape = cell.config.model
-    model = shape.folder if shape.folder else "an open model" if shape.opened else "a model trained in the study"
-    versions = {"mnemoscope": version()} | {name: metadata.version(name) for name in LIBRARIES}
-    fitted_on = f"{cell.label}, seed {cell.seed}, {model}"
-    return {"fitted_on": fitted_on, "pairs": len(pairs), "groups": pairs["group"].nunique(), "versions": versions}
-
-
-def _table(cell: Cell, name: str) -> pd.DataFrame | None:
-    path = cell.records / f"{name}.parquet"
-    return pd.read_parquet(path) if path.exists() else None
+    model = shape.folder or ("an open model" if shape.opened else "a model trained in the study")
+    common: dict[str, Any] = {"fitted_on": f"{cell.label}, seed {cell.seed}, {model}"}
+    common |= {"pairs": len(pairs), "groups": pairs["group"].nunique()}
+    common["versions"] = {"mnemoscope": version()} | {name: metadata.version(name) for name in LIBRARIES}
+    paths = {name: cell.records / f"{name}.parquet" for name in ("steering", "neutral", "detection")}
+    tables = {name: pd.read_parquet(path) for name, path in paths.items() if path.exists()}
+    vectors = {path: SteeringVector.load(path) for path in sorted((cell.folder / "vectors").glob("[!.]*.safetensors"))}
+    found: list[tuple[Path, Artefact, dict[str, Any]]] = [
+        (path, vector, _of_vector(cell, path.stem, vector, tables["steering"], tables.get("neutral")))
+        for path, vector in vectors.items()
+    ]
+    for name, score in (("detector", "p_memorized"), ("detector_below", "below")):
+        path = cell.folder / f"{name}.safetensors"
+        if path.exists() and "detection" in tables:
+            found.append((path, Detector.load(path), _of_detector(cell, tables["detection"], score)))
+    return [replace(artefact, card=Card(**facts, **common)).save(path)[1] for path, artefact, facts in found]
 
 
 def _of_vector(
@@ -64,9 +49,8 @@ def _of_vector(
     Resamples are those of the report, which names them so: intervals are the same there.
     """
     aim = "conflict" if name.endswith("-conflict") else "pairs"
-    direction = f"to_{vector.toward}"
-    is_mine = (steering["aim"] == aim) & (steering["direction"] == direction) & (steering["method"] == vector.method)
-    mine = steering[is_mine]
+    of_vector = {"direction": f"to_{vector.toward}", "method": vector.method}
+    mine = _where(steering, aim=aim, **of_vector)
     judged = mine[mine["examples"] == aim]
     hits, own = judged["after"] == vector.toward, judged["role"] == "vector"
     shift = proportion(hits[own], pd.factorize(judged["group"][own])[0], cell.name)
@@ -78,20 +62,22 @@ def _of_vector(
     right = (kept["after"] == "correct").astype(float) - (kept["before"] == "correct").astype(float)
     facts["cost"] = {str(kind): float(change) for kind, change in right.groupby(kept["examples"]).mean().items()}
     if neutral is not None and aim == "pairs":
-        part = neutral[(neutral["direction"] == direction) & (neutral["method"] == vector.method)]
-        by_dose = part.groupby("dose")["kl_next"].mean()
+        by_dose = _where(neutral, **of_vector).groupby("dose")["kl_next"].mean()
         facts["divergence"] = {f"{dose:g}": float(kl) for dose, kl in by_dose.items()}
     return facts
+
+
+def _where(table: pd.DataFrame, **values: str) -> pd.DataFrame:
+    return table[(table[list(values)] == pd.Series(values)).all(axis=1)]
 
 
 def _of_detector(cell: Cell, detection: pd.DataFrame, score: str) -> dict[str, Any]:
     test = detection[detection["followed"].isin(("memorized", "generalized")) & (detection["examples"] == "conflict")]
     truth = test["followed"] == "memorized"
 
-    def area(column: str, name: str) -> dict[str, float | int]:
-        return asdict(
-            auroc(test[column], truth, test["group"].to_numpy(), named_rng(f"{cell.name}/detector/auroc/{name}"))
-        )
+    def area(name: str) -> dict[str, float | int]:
+        column = "p_memorized_below" if name == "below" else name
+        rng = named_rng(f"{cell.name}/detector/auroc/{name}")
+        return asdict(auroc(test[column], truth, test["group"].to_numpy(), rng))
 
-    column = "p_memorized_below" if score == "below" else score
-    return {"auroc": area(column, score) | {"input_only": area("input_only", "input_only")["estimate"]}}
+    return {"auroc": area(score) | {"input_only": area("input_only")["estimate"]}}

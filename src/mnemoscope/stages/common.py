@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import zlib
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,14 @@ import pyarrow.parquet as pq
 from safetensors.numpy import load_file, save
 
 from mnemoscope.behaviour import PLAIN, Asking, KeptStates, Prompting
-from mnemoscope.cells import STATES, Cell, Tell
+from mnemoscope.cells import STATES, Cell, git_state
 from mnemoscope.directions import ANSWERED, Labels, Setting
 from mnemoscope.errors import InputError
 from mnemoscope.files import replacing, write_atomically
 from mnemoscope.models import load_model
-from mnemoscope.steering import Artefact, Binding
+from mnemoscope.processes import in_order
+from mnemoscope.steering import Artefact, Binding, SteeringVector
 from mnemoscope.tasks import Task, build_task
-
-Stage = Callable[[Cell, Tell], list[Path]]
 
 GATE = 0.5  # probability from which on a gate acts, where a study judges it
 
@@ -52,7 +51,7 @@ class PerProcess:
         self.cell = cell
 
     def __reduce__(self) -> tuple[type[PerProcess], tuple[Cell]]:
-        return type(self), (self.cell,)
+        return type(self), (replace(self.cell, map=in_order),)
 
     @cached_property
     def asking(self) -> Asking:
@@ -112,19 +111,19 @@ def save_without_card(cell: Cell, artefact: Artefact, path: Path) -> Path:
     return artefact.save(path)[0]
 
 
-def read_binding(cell: Cell) -> Binding:
-    """The binding of the cell's model, computed once, by the train stage."""
-    return Binding(**json.loads((cell.folder / "cell.json").read_text())["binding"])
+def artefact_facts(cell: Cell, asking: Asking) -> dict[str, Any]:
+    """Fields of every artefact of a cell; the binding is the one that the train stage computed."""
+    binding = Binding(**json.loads((cell.folder / "cell.json").read_text())["binding"])
+    facts = {"task": cell.label, "binding": binding, "prompting": asking.prompting}
+    return facts | {"commit": git_state()["commit"] or ""}
 
 
 def read_chosen(cell: Cell, aim: str) -> dict[tuple[str, str], Setting]:
     """The settings that the steering stage chose for an aim, by direction and method."""
     methods = json.loads((cell.records / "chosen.json").read_text())[aim]["methods"]
-    names = ("site", "layers", "top", "strength", "positions")
+    names = ("method", "site", "layers", "top", "strength", "positions")
     return {
-        (direction, method): _setting(
-            {"direction": direction, "method": method} | {name: facts[name] for name in names}
-        )
+        (direction, method): _setting({"direction": direction} | {name: facts[name] for name in names})
         for method, by_direction in methods.items()
         for direction, facts in by_direction.items()
     }
@@ -134,10 +133,11 @@ def _setting(facts: Mapping[str, Any]) -> Setting:
     return Setting(**{**facts, "layers": tuple(facts["layers"])})
 
 
-def read_best(cell: Cell) -> dict[str, Path]:
-    """The files of the vectors that were best for pairs on the tune split, by direction."""
+def read_best(cell: Cell) -> dict[str, SteeringVector]:
+    """The vectors that were best for pairs on the tune split, by direction."""
     best = json.loads((cell.records / "chosen.json").read_text())["pairs"]["best"]
-    return {d: cell.folder / "vectors" / f"{d}-{method}.safetensors" for d, method in best.items()}
+    vectors = cell.folder / "vectors"
+    return {d: SteeringVector.load(vectors / f"{d}-{method}.safetensors") for d, method in best.items()}
 
 
 def write_table(path: Path, table: pd.DataFrame) -> Path:
@@ -145,39 +145,14 @@ def write_table(path: Path, table: pd.DataFrame) -> Path:
     return write_atomically(path, lambda temporary: table.to_parquet(temporary, index=False))
 
 
-class TableWriter:
-    """Writes a Parquet file from tables as they come, holding ``ROWS`` rows at most; equal rows give equal bytes.
-
-    The file appears when the context ends without an error.
-    """
-
-    ROWS = 2**12
-
-    def __init__(self, path: Path, columns: dict[str, pa.DataType]) -> None:
-        self.path, self.schema = path, pa.schema(columns.items())
-        self._waiting: list[pa.Table] = []
-
-    def __enter__(self) -> TableWriter:
-        self._stack = ExitStack()
-        temporary = self._stack.enter_context(replacing(self.path))
-        self._file = self._stack.enter_context(pq.ParquetWriter(temporary, self.schema))
-        return self
-
-    def add(self, table: pd.DataFrame) -> None:
-        """Append rows."""
-        self._waiting.append(pa.Table.from_pandas(table, self.schema, preserve_index=False).replace_schema_metadata())
-        while sum(map(len, self._waiting)) >= self.ROWS:
-            whole = pa.concat_tables(self._waiting).combine_chunks()
-            self._file.write_table(whole.slice(0, self.ROWS))
-            self._waiting = [whole.slice(self.ROWS)]
-
-    def __exit__(self, *error: Any) -> None:
-        if error[0] is not None:
-            self._stack.__exit__(*error)  # so that the file does not take its name
-            return
-        with self._stack:
-            if any(map(len, self._waiting)):
-                self._file.write_table(pa.concat_tables(self._waiting).combine_chunks())
+@contextmanager
+def table_writer(path: Path, columns: dict[str, pa.DataType]) -> Iterator[Callable[[pd.DataFrame], None]]:
+    """A function that appends rows to a Parquet file, which appears when the context ends without an error."""
+    schema = pa.schema(columns.items())
+    with replacing(path) as temporary, pq.ParquetWriter(temporary, schema) as file:
+        yield lambda table: file.write_table(
+            pa.Table.from_pandas(table, schema, preserve_index=False).replace_schema_metadata()
+        )
 
 
 def write_json(path: Path, content: dict[str, Any]) -> Path:

@@ -16,17 +16,17 @@ import pandas as pd
 from scipy.linalg import orthogonal_procrustes
 
 from mnemoscope.behaviour import Asking, read_states
-from mnemoscope.cells import Cell, by_label, by_model
+from mnemoscope.cells import Cell, Tell, grouped
 from mnemoscope.contrast import Contrast
 from mnemoscope.directions import SOURCE, gaussian, steered, with_prefixes
 from mnemoscope.processes import Map
-from mnemoscope.stages.common import Tell, cell_model, kept_states, write_table
+from mnemoscope.stages.common import cell_model, kept_states, write_table
 from mnemoscope.stages.lists import Records
-from mnemoscope.statistics import cosine, overlap, overlap_by_chance, rank_correlation
+from mnemoscope.stages.probe import CHANCE, TOPS, overlap_row
+from mnemoscope.statistics import cosine, rank_correlation
 from mnemoscope.steering import SteeringVector
 from mnemoscope.tasks import Example
 
-TOPS = (0.05, 0.1, 0.3)
 ALIGNING_PROMPTS = 400  # on which the states of one model are rotated onto those of another
 SHUFFLES = 20  # for the value of an alignment or a rank correlation by chance
 TRANSFERRED_PAIRS = 300
@@ -37,12 +37,12 @@ def compare_stage(cells: Sequence[Cell], run: Path, parallel: Map, tell: Tell) -
     """Compare seeds and, where labels share a model, tasks."""
     tell(0, 2, "seeds")
     files = []
-    twos = [two for seeds in by_label(cells) for two in combinations(seeds, 2)]
+    twos = [two for seeds in grouped(cells, "label") for two in combinations(seeds, 2)]
     if twos:
         seeds = list(chain.from_iterable(parallel(_compared_seeds, twos)))
         files.append(write_table(run / "records" / "seeds.parquet", pd.DataFrame(seeds)))
     tell(1, 2, "tasks that share a model")
-    onto = [(target, group) for group in by_model(cells) if len(group) > 1 for target in group]
+    onto = [(target, group) for group in grouped(cells, "model") if len(group) > 1 for target in group]
     if onto:
         steering, probes = zip(*parallel(_transferred, onto), strict=True)
         for name, tables in (("transfer_steering", steering), ("transfer_probes", probes)):
@@ -54,36 +54,36 @@ def _compared_seeds(two: tuple[Cell, Cell]) -> list[dict[str, Any]]:
     """Two seeds of a label: rows of ``records/seeds.parquet``."""
     a, b = two
     opened = [cell_model(cell) for cell in two]
-    both = first, second = tuple(Contrast.load(cell.folder / "contrast.safetensors") for cell in two)
+    both = [Contrast.load(cell.folder / "contrast.safetensors") for cell in two]
     # A further attempt begins with other weights.
     shared = a.config.model.shares_first_weights and _attempt(a) == _attempt(b)
-    common = {"label": a.label, "seed_a": a.seed, "seed_b": b.seed, "site": first.site}
+    common = {"label": a.label, "seed_a": a.seed, "seed_b": b.seed, "site": both[0].site}
     common |= {"shared_initialization": shared, "top": np.nan}
     rng = np.random.default_rng([a.seed, b.seed])
-    examples = _common_examples(a, opened[1])
-    states = [_states(cell, asking, examples, first.site) for cell, asking in zip(two, opened, strict=True)]
-    aligned = _alignments(states, both, rng)
-    return [common | row for row in chain(_overlaps(first, second), _rank_correlations(first, second, rng), aligned)]
+    # Test conflicts of one cell that the tokenizer of the other can read.
+    examples = [example for pair in Records.of(a).both_sides("test", ALIGNING_PROMPTS) for example in pair]
+    tokenizer, unknown = opened[1].tokenizer, opened[1].tokenizer.unk_token_id
+    examples = [e for e in examples if unknown not in tokenizer(e.prompt).input_ids][:ALIGNING_PROMPTS]
+    states = [_states(cell, asking, examples, both[0].site) for cell, asking in zip(two, opened, strict=True)]
+    overlaps = (
+        {"what": "overlap", "layer": -1, "top": top}
+        | overlap_row(*(contrast.top_neurons(top).reshape(1, -1) for contrast in both))
+        for top in TOPS
+    )
+    rows = chain(overlaps, _rank_correlations(both, rng), _alignments(states, both, rng))
+    return [common | row for row in rows]
 
 
 def _attempt(cell: Cell) -> int:
     """Which training of the cell's model, or of its lender's, was kept."""
-    facts = json.loads((cell.model_folder.parent / "cell.json").read_text()) if cell.trains_within_study else {}
-    return int(facts.get("attempt", 0))
+    within_study = cell.config.model.is_trained or cell.lender
+    return int(json.loads((cell.model_folder.parent / "cell.json").read_text())["attempt"]) if within_study else 0
 
 
-def _overlaps(a: Contrast, b: Contrast) -> Iterator[dict[str, Any]]:
-    for top in TOPS:
-        sets = [contrast.top_neurons(top).reshape(1, -1) for contrast in (a, b)]
-        chance = overlap_by_chance(*sets)
-        bounds = {"chance_low": chance.low, "chance": chance.estimate, "chance_high": chance.high}
-        yield {"what": "overlap", "layer": -1, "top": top, "value": overlap(*sets), **bounds}
-
-
-def _rank_correlations(a: Contrast, b: Contrast, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
+def _rank_correlations(both: Sequence[Contrast], rng: np.random.Generator) -> Iterator[dict[str, Any]]:
     """Of rho: which neurons matter. Neurons are the same ones in two models only where they began alike."""
-    for layer in range(-1, len(a.rho_LD)):
-        first, second = (rho_LD if layer < 0 else rho_LD[layer] for rho_LD in (a.rho_LD, b.rho_LD))
+    for layer in range(-1, len(both[0].rho_LD)):
+        first, second = (contrast.rho_LD if layer < 0 else contrast.rho_LD[layer] for contrast in both)
         drawn = [rank_correlation(rng.permuted(first, axis=-1), second) for _ in range(SHUFFLES)]
         yield {"what": "rank_correlation", "layer": layer, "value": rank_correlation(first, second), **_range(drawn)}
 
@@ -105,13 +105,6 @@ def _alignments(
             cosine(nmd_D @ orthogonal_procrustes(states_ND, second_ND)[0], other_D) for states_ND in prompts
         ]
         yield {"what": "aligned_cosine", "layer": layer, "value": value, **_range(drawn)}
-
-
-def _common_examples(cell: Cell, other: Asking) -> list[Example]:
-    """Test conflicts of a cell that another model's tokenizer can read."""
-    examples = [example for pair in Records.of(cell).both_sides("test", ALIGNING_PROMPTS) for example in pair]
-    tokenizer, unknown = other.tokenizer, other.tokenizer.unk_token_id
-    return [e for e in examples if unknown not in tokenizer(e.prompt).input_ids][:ALIGNING_PROMPTS]
 
 
 def _states(cell: Cell, asking: Asking, examples: Sequence[Example], site: Any) -> np.ndarray:
@@ -137,13 +130,11 @@ def _transferred_steering(
         batches = with_prefixes(asking, examples)
         for source in group:
             for method, role, draw, vector in _vectors(source, direction, asking):
-                scores = steered(asking, batches, vector, margins=False)
-                facts = {"source": source.label, "target": target.label, "seed": source.seed}
-                facts |= {"direction": direction, "method": method, "role": role, "draw": draw}
-                columns = {**facts, "example": np.arange(len(examples)), "group": [e.group for e in examples]}
-                table = pd.DataFrame({**columns, "after": scores.behaviour_N})
-                words = ("source", "target", "direction", "method", "role", "group", "after")
-                yield table.astype({word: "str" for word in words})
+                columns = {"source": source.label, "target": target.label, "seed": source.seed}
+                columns |= {"direction": direction, "method": method, "role": role, "draw": draw}
+                columns |= {"example": np.arange(len(examples)), "group": [e.group for e in examples]}
+                after_N = steered(asking, batches, vector, margins=False).behaviour_N
+                yield pd.DataFrame({**columns, "after": after_N})
 
 
 def _vectors(source: Cell, direction: str, asking: Asking) -> Iterator[tuple[str, str, int, SteeringVector]]:
@@ -173,10 +164,9 @@ def _transferred_probes(
             scores_N = states_NLD[:, probe["layer"]] @ np.array(probe["weights"]) + probe["bias"]
             columns = {"source": source.label, "target": target.label, "seed": source.seed, "layer": probe["layer"]}
             columns |= {"group": [e.group for e in examples], "label": np.tile([1, 0], len(examples) // 2)}
-            table = pd.DataFrame({**columns, "score": scores_N})
-            yield table.astype({word: "str" for word in ("source", "target", "group")})
+            yield pd.DataFrame({**columns, "score": scores_N})
 
 
 def _range(drawn: Sequence[float]) -> dict[str, float]:
     low, high = np.quantile(drawn, [0.025, 0.975])
-    return {"chance_low": float(low), "chance": float(np.mean(drawn)), "chance_high": float(high)}
+    return dict(zip(CHANCE, (float(low), float(np.mean(drawn)), float(high)), strict=True))

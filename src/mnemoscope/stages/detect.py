@@ -11,31 +11,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from mnemoscope.behaviour import Asking, read_states
-from mnemoscope.cells import Cell, git_state
+from mnemoscope.cells import Cell, Tell
 from mnemoscope.detect import Detector, Observed, Reading, fit_detectors
 from mnemoscope.directions import TOWARD
 from mnemoscope.errors import InputError
-from mnemoscope.stages.common import (
-    GATE,
-    Tell,
-    cell_model,
-    kept_states,
-    read_best,
-    read_binding,
-    rng_of,
-    save_without_card,
-    write_json,
-    write_table,
-)
+from mnemoscope.stages import common
 from mnemoscope.stages.lists import Records, judged_lists
 from mnemoscope.stages.probe import input_scores, uncertainty_scores
-from mnemoscope.steering import SteeringVector
 from mnemoscope.tasks import SPLITS, Example, Kind, Side, Split, draw
 
 SIDES: tuple[Side, Side] = ("a", "b")
@@ -47,60 +35,59 @@ def detection_stage(cell: Cell, tell: Tell) -> list[Path]:
     config = cell.config.detection
     if not config.fitted:
         return []
-    asking, records, site = cell_model(cell), Records.of(cell), cell.config.pairs.site
+    asking, records = common.cell_model(cell), Records.of(cell)
     parts = {}
     for done, split in enumerate(SPLITS):
         tell(done, 4, f"reading {split} prompts")
-        parts[split] = _Prompts.of(cell, asking, records, split)
-    observed = {split: parts[split].observed() for split in ("fit", "tune")}
+        parts[split] = _prompts(cell, asking, records, split)
+    # The last block whose output precedes all shifts of the best vectors; -1: none.
+    shifting = [vector for vector in common.read_best(cell).values() if vector.layers]
+    below = min(vector.layers[0] - (vector.site != "block") for vector in shifting)
     try:
-        found = fit_detectors(observed["fit"], observed["tune"], site, _below(cell))
+        found = fit_detectors(parts["fit"].observed(), parts["tune"].observed(), cell.config.pairs.site, below)
     except InputError as error:  # too few prompts of a behaviour, which is no reason to lose all else
         tell(1, 1, f"no detector: {error}")
-        return [write_json(cell.records / "no_detector.json", {"why": str(error)})]
-    facts: dict[str, Any] = {"task": cell.label, "binding": read_binding(cell), "prompting": asking.prompting}
-    facts["commit"] = git_state()["commit"] or ""
-    detector, lower = (one and replace(one, **facts) for one in found)
+        return [common.write_json(cell.records / "no_detector.json", {"why": str(error)})]
+    detector, lower = (one and replace(one, **common.artefact_facts(cell, asking)) for one in found)
     assert detector is not None
-    table = _readings(detector, lower, parts["test"], _baselines(asking, parts))
+    # Without their JSON, which the cards stage writes again.
+    files = [common.save_without_card(cell, detector, cell.folder / "detector.safetensors")]
+    files += [common.save_without_card(cell, lower, cell.folder / "detector_below.safetensors")] if lower else []
+    files.append(common.write_table(cell.records / "detection.parquet", _readings(asking, parts, detector, lower)))
     tell(3, 4, "where a gate acts")
-    gates = list(_gates(cell, asking, records, detector))
-    return [
-        # Without their JSON, which the cards stage writes again.
-        save_without_card(cell, detector, cell.folder / "detector.safetensors"),
-        *([save_without_card(cell, lower, cell.folder / "detector_below.safetensors")] if lower else []),
-        write_table(cell.records / "detection.parquet", table),
-        write_table(cell.records / "gate.parquet", pd.concat(gates, ignore_index=True)),
-    ]
+    gates = pd.concat(_gates(cell, asking, records, detector), ignore_index=True)
+    return [*files, common.write_table(cell.records / "gate.parquet", gates)]
 
 
-class _Prompts:
-    """Prompts of one split with their states at the decision position and the behaviour that followed."""
+class _Prompts(NamedTuple):
+    """Prompts of one split with the behaviour that followed and their states at the decision position."""
 
-    def __init__(self, cell: Cell, asking: Asking, rows: pd.DataFrame, examples: Sequence[Example]) -> None:
-        self.rows, self.examples = rows, examples
-        states = read_states(asking, examples, cell.config.pairs.site, kept=kept_states(cell))
-        self.states_NLD, self.uncertainty_N2 = states.at_decision_NLD, states.uncertainty_N2
-
-    @classmethod
-    def of(cls, cell: Cell, asking: Asking, records: Records, split: Split) -> _Prompts:
-        """Phrasings of candidates as they come, pairs or not, and questions without a conflict."""
-        config, rng = cell.config.detection, rng_of(cell, f"detection/{split}")
-        tables = {"conflict": records.pairs, **(records.held_out if split == "test" else {})}
-        found = [
-            (name, behaviour, example)
-            for name, table in tables.items()
-            for example, behaviour in _phrasings(table, split, config.examples, rng)
-        ]
-        for kind in NEITHER if not records.task.memory_is_conflict else NEITHER[1:]:
-            found += [(kind, "neither", e) for e in draw(records.task, rng, config.others, kind, split)]
-        rows = pd.DataFrame([row[:2] for row in found], columns=["examples", "followed"])
-        return cls(cell, asking, rows, [example for *_, example in found])
+    rows: pd.DataFrame
+    examples: Sequence[Example]
+    states_NLD: np.ndarray
+    uncertainty_N2: np.ndarray
 
     def observed(self) -> Observed:
         """What a detector is fitted on: without prompts that were answered neither way."""
         kept_N = self.rows.followed.isin(("memorized", "generalized", "neither")).to_numpy()
         return Observed(self.states_NLD[kept_N], self.rows.followed.to_numpy(dtype=object)[kept_N])
+
+
+def _prompts(cell: Cell, asking: Asking, records: Records, split: Split) -> _Prompts:
+    """Phrasings of candidates as they come, pairs or not, and questions without a conflict."""
+    config, rng = cell.config.detection, common.rng_of(cell, f"detection/{split}")
+    tables = {"conflict": records.pairs, **(records.held_out if split == "test" else {})}
+    found = [
+        (name, behaviour, example)
+        for name, table in tables.items()
+        for example, behaviour in _phrasings(table, split, config.examples, rng)
+    ]
+    for kind in NEITHER if not records.task.memory_is_conflict else NEITHER[1:]:
+        found += [(kind, "neither", e) for e in draw(records.task, rng, config.others, kind, split)]
+    rows = pd.DataFrame([row[:2] for row in found], columns=["examples", "followed"])
+    examples = [example for *_, example in found]
+    states = read_states(asking, examples, cell.config.pairs.site, kept=common.kept_states(cell))
+    return _Prompts(rows, examples, states.at_decision_NLD, states.uncertainty_N2)
 
 
 def _phrasings(
@@ -115,41 +102,32 @@ def _phrasings(
         yield Example.from_row(row, letter), row[f"behaviour_{letter}"]
 
 
-def _baselines(asking: Asking, parts: Mapping[Split, _Prompts]) -> dict[str, np.ndarray]:
-    """Scores of test prompts without a state: from the input, and from how sure the model is of its next token."""
-    sides = {"memorized": 1, "generalized": 0}
-    labels = {split: part.rows.followed.map(sides).fillna(-1).to_numpy(np.int64) for split, part in parts.items()}
-    of_input = input_scores(asking, {split: part.examples for split, part in parts.items()}, labels)
-    return of_input | uncertainty_scores({split: part.uncertainty_N2 for split, part in parts.items()}, labels)
-
-
-def _below(cell: Cell) -> int:
-    """The last block whose output precedes all shifts of the best vectors; -1: none."""
-    vectors = [SteeringVector.load(path) for path in read_best(cell).values()]
-    return min(v.layers[0] if v.site == "block" else v.layers[0] - 1 for v in vectors if v.layers)
-
-
 def _readings(
-    detector: Detector, lower: Detector | None, part: _Prompts, baselines: Mapping[str, np.ndarray]
+    asking: Asking, parts: Mapping[Split, _Prompts], detector: Detector, lower: Detector | None
 ) -> pd.DataFrame:
-    reading = detector.read(part.states_NLD)
-    facts = {field: [getattr(e, field) for e in part.examples] for field in ("prompt", "group", "family", "split")}
-    readable = [np.nan if layer is None else float(layer) for layer in reading.readable_from]
-    columns: dict[str, Any] = facts | _values(reading) | dict(baselines) | {"readable_from": readable}
-    columns["p_memorized_below"] = lower.read(part.states_NLD).p_memorized if lower else np.nan
-    return part.rows.assign(**columns)
+    """Readings of test prompts, beside scores from the input and from how sure the model is of its next token."""
+    test, sides = parts["test"], {"memorized": 1, "generalized": 0}
+    labels = {split: part.rows.followed.map(sides).fillna(-1).to_numpy(np.int64) for split, part in parts.items()}
+    columns: dict[str, Any] = {
+        f: [getattr(e, f) for e in test.examples] for f in ("prompt", "group", "family", "split")
+    }
+    reading = detector.read(test.states_NLD)
+    columns |= _values(reading) | input_scores(asking, {s: part.examples for s, part in parts.items()}, labels)
+    columns |= uncertainty_scores({split: part.uncertainty_N2 for split, part in parts.items()}, labels)
+    columns["readable_from"] = [np.nan if layer is None else float(layer) for layer in reading.readable_from]
+    columns["p_memorized_below"] = lower.read(test.states_NLD).p_memorized if lower else np.nan
+    return test.rows.assign(**columns)
 
 
-def _values(reading: Reading) -> dict[str, np.ndarray]:
+def _values(reading: Reading) -> dict[str, Any]:
     return {name: getattr(reading, name) for name in ("p_memorized", "p_conflict", "distance", "unlike")}
 
 
 def _gates(cell: Cell, asking: Asking, records: Records, detector: Detector) -> Iterator[pd.DataFrame]:
     """The detector's values, and whether a gate acts, for every list that steering was judged on, in its order."""
-    config = cell.config
     for direction, toward in TOWARD.items():
-        for name, entry in judged_lists(records, direction, config.steering.judged_examples).items():
-            states = read_states(asking, entry.examples, config.pairs.site, kept=kept_states(cell))
+        for name, entry in judged_lists(records, direction, cell.config.steering.judged_examples).items():
+            states = read_states(asking, entry.examples, cell.config.pairs.site, kept=common.kept_states(cell))
             reading = detector.read(states.at_decision_NLD)
             columns: dict[str, Any] = {"direction": direction, "examples": name, "example": range(len(entry.examples))}
-            yield pd.DataFrame(columns | _values(reading) | {"acts": reading.acts(toward, GATE)})
+            yield pd.DataFrame(columns | _values(reading) | {"acts": reading.acts(toward, common.GATE)})

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ import pandas as pd
 import torch
 
 from mnemoscope.behaviour import Asking, Batch, Scores, read_states, score, score_contrasted
-from mnemoscope.cells import Cell
+from mnemoscope.cells import Cell, Tell
 from mnemoscope.directions import SOURCE, TOWARD, Directions, Setting, control_draws, steered, with_prefixes
 from mnemoscope.errors import InputError
 from mnemoscope.models import SITES, Site, blocks_of
-from mnemoscope.stages.common import Tell, cell_model, kept_shifts, kept_states, read_chosen, write_table
+from mnemoscope.stages.common import cell_model, kept_shifts, kept_states, read_chosen, write_table
 from mnemoscope.stages.lists import Records, sources_of
 from mnemoscope.steering import ablated, patched
 from mnemoscope.tasks import Example
@@ -35,26 +35,23 @@ def effects_stage(cell: Cell, tell: Tell) -> list[Path]:
     shifts = kept_shifts(cell)
     directions = {site: Directions(found, shifts) for site, found in sources.items()}
     rows: list[pd.DataFrame] = []
-    for done, (name, part) in enumerate({"doses": _doses, "ablations": _ablations}.items()):
-        tell(done, 4, name)
-        for setting in settings:
-            rows += part(cell, sides, directions[setting.site], setting)
-    tell(2, 4, "patches")
-    rows += _patches(cell, sides)
-    tell(3, 4, "prompts")
-    rows += _prompts(asking, records, sides)
-    rows += _contrasts(asking, records, sides)
+    parts: dict[str, Iterable[Iterator[pd.DataFrame]]] = {
+        "doses": (_doses(cell, sides, directions[setting.site], setting) for setting in settings),
+        "ablations": (_ablations(cell, sides, directions[setting.site], setting) for setting in settings),
+        "patches": [_patches(cell, sides)],
+        "prompts": [_prompts(records, sides), _contrasts(records, sides)],
+    }
+    for done, (name, found) in enumerate(parts.items()):
+        tell(done, len(parts), name)
+        rows += chain.from_iterable(found)
     return [write_table(cell.records / "effects.parquet", pd.concat(rows, ignore_index=True))]
 
 
 @dataclass(frozen=True)
 class _Sides:
-    """Test pairs, both sides prepared with prefixes.
+    """Test pairs by behaviour shown, prepared with prefixes, with unsteered scores; row n of both sides is one pair.
 
-    Attributes:
-        examples, batches: by behaviour shown; row n of both lists is one pair.
-        unsteered: labels and margins without a shift, by behaviour shown.
-        reachable_N: bool, whether the side answered generalized leaves the stored key where it was stored.
+    ``reachable_N``: bool, whether the side answered generalized leaves the stored key where it was stored.
     """
 
     asking: Asking
@@ -80,16 +77,15 @@ class _Sides:
         assert found_NLD is not None
         return found_NLD
 
-    def table(self, side: str, scores: Scores, **facts: Any) -> pd.DataFrame:
+    def table(self, side: str, scores: Scores, setting: Setting | None = None, **facts: Any) -> pd.DataFrame:
         """One row per pair of one side's scores; of shifts to memory only for pairs that keep the key in place."""
-        columns: dict[str, Any] = {name: "" for name in ("direction", "method", "site", "layers", "role")}
-        columns |= {"dose": np.nan, "draw": 0, **facts, "side": side, "example": np.arange(len(self.examples[side]))}
-        columns |= {"group": [e.group for e in self.examples[side]], "after": scores.behaviour_N}
-        table = pd.DataFrame(columns | {"margin_before": self.unsteered[side].margin_N, "margin": scores.margin_N})
-        if facts["what"] != "ablation" and facts["direction"] == "to_memorized":
-            table = table[self.reachable_N]
-        words = ("what", "direction", "method", "site", "layers", "role", "side", "group", "after")
-        return table.astype({word: "str" for word in words} | {"dose": "float64"})
+        columns: dict[str, Any] = {name: getattr(setting, name, "") for name in ("direction", "method", "site")}
+        columns |= {"layers": "", "role": "", "dose": np.nan, "draw": 0, **facts, "side": side}
+        columns |= {"example": np.arange(len(self.examples[side])), "group": [e.group for e in self.examples[side]]}
+        columns |= {"after": scores.behaviour_N, "margin_before": self.unsteered[side].margin_N}
+        table = pd.DataFrame(columns | {"margin": scores.margin_N})
+        whole = columns["what"] == "ablation" or columns["direction"] != "to_memorized"
+        return table if whole else table[self.reachable_N]
 
 
 def _doses(cell: Cell, sides: _Sides, directions: Directions, setting: Setting) -> Iterator[pd.DataFrame]:
@@ -100,7 +96,7 @@ def _doses(cell: Cell, sides: _Sides, directions: Directions, setting: Setting) 
     for dose, (role, draw, shift) in product(config.doses, shifts):
         known = not dose and shift.positions == "decision"  # with "all", prompts are read without prefixes
         scores = sides.unsteered[side] if known else steered(sides.asking, sides.batches[side], shift * dose)
-        yield sides.table(side, scores, **_facts("dose", setting), dose=dose, role=role, draw=draw)
+        yield sides.table(side, scores, setting, what="dose", dose=dose, role=role, draw=draw)
 
 
 def _ablations(cell: Cell, sides: _Sides, directions: Directions, setting: Setting) -> Iterator[pd.DataFrame]:
@@ -115,14 +111,10 @@ def _ablations(cell: Cell, sides: _Sides, directions: Directions, setting: Setti
             means = {layer: torch.from_numpy(mean_LD[layer]).float() for layer in layers}
             neurons = {layer: torch.from_numpy(chosen_LD[layer]) for layer in layers}
             applied = partial(ablated, sides.asking.model, means, neurons, setting.site)
-            facts = _facts("ablation", setting) | {"role": "random_neurons" if draw else "vector"}
+            facts = {"what": "ablation", "role": "random_neurons" if draw else "vector", "draw": max(0, draw - 1)}
             for side, batches in sides.batches.items():
                 scores = score(sides.asking, batches, applied=applied)
-                yield sides.table(side, scores, **facts, dose=top, draw=max(0, draw - 1))
-
-
-def _facts(what: str, setting: Setting) -> dict[str, Any]:
-    return {"what": what, "direction": setting.direction, "method": setting.method, "site": setting.site}
+                yield sides.table(side, scores, setting, **facts, dose=top)
 
 
 def _patches(cell: Cell, sides: _Sides) -> Iterator[pd.DataFrame]:
@@ -137,36 +129,34 @@ def _patches(cell: Cell, sides: _Sides) -> Iterator[pd.DataFrame]:
                 donors = (torch.from_numpy(donor_NLD[b.examples_N, layer]) for b in sides.batches[side])
                 patches = (patched(model, layer, donor_ND, site) for donor_ND in donors)
                 scores = score(sides.asking, sides.batches[side], applied=partial(next, patches))
-                facts = {"what": "patch", "direction": direction, "site": site, "layers": str(layer)}
+                facts: dict[str, Any] = {"what": "patch", "direction": direction, "site": site, "layers": str(layer)}
                 yield sides.table(side, scores, **facts)
 
 
-def _prompts(asking: Asking, records: Records, sides: _Sides) -> Iterator[pd.DataFrame]:
+def _prompts(records: Records, sides: _Sides) -> Iterator[pd.DataFrame]:
     """Prompts that ask for the behaviour, in a chat's system message or in the text, where the task has them."""
     for direction, toward in TOWARD.items():
-        side, instructed = SOURCE[direction], asking
-        examples: list[Example | None] = list(sides.examples[side])
-        instruction = records.task.instruction(toward)
+        side, asking = SOURCE[direction], sides.asking
+        wanted, instruction = list(sides.examples[side]), records.task.instruction(toward)
         if asking.prompting.chat and instruction:
-            instructed = replace(asking, prompting=replace(asking.prompting, system=instruction))
+            asking = replace(asking, prompting=replace(asking.prompting, system=instruction))
         else:
-            examples = [records.task.prompted(example, toward) for example in sides.examples[side]]
-        wanted = [example for example in examples if example is not None]
-        if len(wanted) < len(examples):
+            wanted = [other for example in wanted if (other := records.task.prompted(example, toward))]
+        if len(wanted) < len(sides.examples[side]):
             continue
         try:
-            batches = with_prefixes(instructed, wanted)
+            batches = with_prefixes(asking, wanted)
         except InputError:  # a tokenizer without these words
             continue
-        yield sides.table(side, score(instructed, batches), what="prompt", direction=direction)
+        yield sides.table(side, score(asking, batches), what="prompt", direction=direction)
 
 
-def _contrasts(asking: Asking, records: Records, sides: _Sides) -> Iterator[pd.DataFrame]:
+def _contrasts(records: Records, sides: _Sides) -> Iterator[pd.DataFrame]:
     """Context-aware decoding, where the task has the prompts without context."""
     for direction, weights in CONTRASTS.items():
         examples = sides.examples[SOURCE[direction]]
         others = [other for example in examples if (other := records.task.without_context(example))]
         if len(others) < len(examples):
             return
-        for weight, scores in zip(weights, score_contrasted(asking, examples, others, weights), strict=True):
+        for weight, scores in zip(weights, score_contrasted(sides.asking, examples, others, weights), strict=True):
             yield sides.table(SOURCE[direction], scores, what="contrast", direction=direction, dose=weight)

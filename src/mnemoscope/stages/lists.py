@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -25,12 +24,9 @@ LEAST_OF_A_FAMILY = 20  # examples, below which one of them that is lost would d
 
 @dataclass(frozen=True)
 class Records:
-    """Records of a cell that earlier stages wrote.
+    """Tables of a cell that earlier stages wrote: every candidate of every split, and test examples of every kind.
 
-    Attributes:
-        pairs: ``records/pairs.parquet``, every candidate of every split.
-        behaviour: ``records/behaviour.parquet``, test examples of every kind.
-        held_out: by name, test candidates of what nothing was fitted on.
+    ``held_out``: by name, test candidates of what nothing was fitted on.
     """
 
     task: Task
@@ -48,7 +44,7 @@ class Records:
 
     def both_sides(self, split: Split, limit: int) -> list[tuple[Example, Example]]:
         """Pairs as (answered generalized, answered memorized)."""
-        return [(_phrasing(row, "generalized"), _phrasing(row, "memorized")) for row in self._pairs(split, limit)]
+        return [(phrasing(row, "generalized"), phrasing(row, "memorized")) for row in self._pairs(split, limit)]
 
     def targets(self, split: Split, direction: str, limit: int, reachable: bool = True) -> list[Example]:
         """Of each pair, the phrasing that shows the behaviour to steer away from, each phrasing once.
@@ -56,15 +52,15 @@ class Records:
         Only a phrasing that keeps the stored key in place is ``reachable`` by steering to memory; the others are judged
         apart. Every phrasing can be steered to the rule.
         """
-        phrasings = (_phrasing(row, SOURCE[direction]) for row in self._pairs(split, None))
+        phrasings = (phrasing(row, SOURCE[direction]) for row in self._pairs(split, None))
         wanted = (e for e in phrasings if (direction == "to_generalized" or self.task.keeps_key(e)) == reachable)
-        return list(islice(_each_once(wanted), limit))
+        return _each_once(wanted, limit)
 
     def conflicts(self, split: Split, behaviour: str, limit: int, reachable: bool = False) -> list[Example]:
         """Examples as drawn, before any rephrasing, that show a behaviour; ``reachable``: that keep the key."""
         part = self.pairs[(self.pairs["split"] == split) & (self.pairs["behaviour_a"] == behaviour)]
         examples = (Example.from_row(row, "a") for row in _rows(part))
-        return list(islice(_each_once(e for e in examples if not reachable or self.task.keeps_key(e)), limit))
+        return _each_once((e for e in examples if not reachable or self.task.keeps_key(e)), limit)
 
     def _pairs(self, split: Split, limit: int | None) -> Iterator[Mapping[str, Any]]:
         chosen = self.pairs[self.pairs["is_pair"] & (self.pairs["split"] == split)]
@@ -90,8 +86,7 @@ def _fit_lists(cell: Cell, asking: Asking, records: Records) -> FitLists:
     pairs, conflicts, kept = {}, {}, {}
     for direction, toward in TOWARD.items():
         pairs[toward] = with_prefixes(asking, records.targets("fit", direction, config.fit_pairs))
-        reachable = direction == "to_memorized"
-        others = records.conflicts("fit", SOURCE[direction], config.fit_others, reachable)
+        others = records.conflicts("fit", SOURCE[direction], config.fit_others, direction == "to_memorized")
         conflicts[toward] = with_prefixes(asking, others)
         kept[toward] = in_turn(ready[kind] for kind in _kept(records, toward) if kind in ready)
     return FitLists(asking, pairs, conflicts, kept, config.kept_weight, config.learned_steps)
@@ -104,9 +99,10 @@ def tune_lists(cell: Cell, asking: Asking, records: Records) -> dict[str, dict[s
     ready = {kind: (with_prefixes(asking, examples), "correct") for kind, examples in right.items()}
     # A fact that is asked for without context and one that the prompt repeats are lost in different ways.
     families = Counter(example.family for example in right["memory"])
-    large = [name for name, count in sorted(families.items()) if len(families) > 1 and count >= LEAST_OF_A_FAMILY]
     recall = {
-        name: (with_prefixes(asking, [e for e in right["memory"] if e.family == name]), "correct") for name in large
+        name: (with_prefixes(asking, [e for e in right["memory"] if e.family == name]), "correct")
+        for name, count in sorted(families.items())
+        if len(families) > 1 and count >= LEAST_OF_A_FAMILY
     }
     lists: dict[str, dict[str, TuneLists]] = {"pairs": {}, "conflict": {}}
     for direction, toward in TOWARD.items():
@@ -121,8 +117,7 @@ def tune_lists(cell: Cell, asking: Asking, records: Records) -> dict[str, dict[s
     return lists
 
 
-@dataclass(frozen=True)
-class JudgedList:
+class JudgedList(NamedTuple):
     """Test examples with their unsteered labels and margins in nats, NaN for memory and novel examples."""
 
     examples: Sequence[Example]
@@ -149,9 +144,9 @@ def judged_lists(records: Records, direction: str, limit: int) -> dict[str, Judg
         drawn = map(Example.from_row, parts["conflict"].to_dict("records"))
         parts["conflict"] = parts["conflict"][[records.task.keeps_key(example) for example in drawn]]
     for name, part in parts.items():
-        examples = [Example.from_row(row) for row in part.head(limit).to_dict("records")]
-        before, margin_N = part["behaviour"].tolist()[:limit], part["margin"].to_numpy()[:limit]
-        lists[name] = JudgedList(examples, before, margin_N)
+        first = part.head(limit)
+        examples = [Example.from_row(row) for row in first.to_dict("records")]
+        lists[name] = JudgedList(examples, first["behaviour"].tolist(), first["margin"].to_numpy())
     return {name: entry for name, entry in lists.items() if entry.examples}
 
 
@@ -174,13 +169,14 @@ def _answered_right(
     return found
 
 
-def _each_once(examples: Iterable[Example]) -> Iterator[Example]:
-    """Examples in order without repetition."""
-    seen: set[tuple[str, str]] = set()
+def _each_once(examples: Iterable[Example], limit: int) -> list[Example]:
+    """The first examples in order, without repetition."""
+    seen: dict[tuple[str, str], Example] = {}
     for example in examples:
-        if (key := (example.item, example.prompt)) not in seen:
-            seen.add(key)
-            yield example
+        seen.setdefault((example.item, example.prompt), example)
+        if len(seen) == limit:
+            break
+    return list(seen.values())
 
 
 def _margins(pairs: pd.DataFrame, examples: Sequence[Example]) -> np.ndarray:
@@ -198,6 +194,6 @@ def _rows(table: pd.DataFrame) -> Iterator[dict[str, Any]]:
     return (dict(zip(map(str, table), row, strict=True)) for row in table.itertuples(index=False, name=None))
 
 
-def _phrasing(row: Mapping[str, Any], behaviour: str) -> Example:
+def phrasing(row: Mapping[Any, Any], behaviour: str) -> Example:
     """The phrasing of a pair that shows a behaviour."""
     return Example.from_row(row, "a" if row["behaviour_a"] == behaviour else "b")

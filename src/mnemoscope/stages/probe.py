@@ -7,8 +7,7 @@ T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import pandas as pd
 from scipy import sparse
 
 from mnemoscope.behaviour import Asking, encode, read_states
-from mnemoscope.cells import Cell
+from mnemoscope.cells import Cell, Tell
 from mnemoscope.contrast import PairedMoments
 from mnemoscope.models import blocks_of, width_of
 from mnemoscope.probes import (
@@ -29,7 +28,8 @@ from mnemoscope.probes import (
     share_right,
     shuffled,
 )
-from mnemoscope.stages.common import Tell, cell_model, kept_states, rng_of, write_json, write_table
+from mnemoscope.stages.common import cell_model, kept_states, rng_of, write_json, write_table
+from mnemoscope.stages.lists import phrasing
 from mnemoscope.statistics import (
     cosine,
     half_of_groups,
@@ -39,7 +39,7 @@ from mnemoscope.statistics import (
     rank_correlation,
     top_by_magnitude,
 )
-from mnemoscope.tasks import SPLITS, Example, Side, Split
+from mnemoscope.tasks import SPLITS, Example, Split
 
 MEMORY = 2**30  # bytes of states that are held at once; one offset of all pairs, if that is more
 UNCERTAINTIES = ("entropy", "top_gap")
@@ -48,6 +48,7 @@ TOPS = (0.05, 0.1, 0.3)  # shares of all neurons whose overlap between halves is
 ALL = -1  # the layer of what belongs to none, or to all together
 
 BySplit = dict[Split, np.ndarray]  # states (N, L, D)
+Parts = Mapping[Split, Sequence[Example]]
 
 
 def probes_stage(cell: Cell, tell: Tell) -> list[Path]:
@@ -55,15 +56,17 @@ def probes_stage(cell: Cell, tell: Tell) -> list[Path]:
     asking, config = cell_model(cell), cell.config.probes
     table = pd.read_parquet(cell.records / "pairs.parquet", filters=[("is_pair", "==", True)])
     rng = rng_of(cell, "probes")
-    parts = {split: Phrasings.of(table, split, config.pairs, rng) for split in SPLITS}
-    offsets = readable_offsets(asking, config.offsets, [e for split in SPLITS for e in parts[split].examples])
-    labels = {split: part.labels_N for split, part in parts.items()}
-    scores = input_scores(asking, {split: part.examples for split, part in parts.items()}, labels)
+    parts = {split: phrasings(table, split, config.pairs, rng) for split in SPLITS}
+    offsets = readable_offsets(asking, config.offsets, [*chain.from_iterable(parts.values())])
+    labels = {split: _labels(part) for split, part in parts.items()}
+    scores = input_scores(asking, parts, labels)
     rows, files = [_rows(kind, ALL, 0, parts["test"], scores_N) for kind, scores_N in scores.items()], list[Path]()
     site, done = cell.config.pairs.site, 0
-    for held in _that_fit(offsets, _bytes_per_offset(asking, parts)):
+    # The widest site, MLP activations, has four times the width of the states in the architectures we know.
+    states_N = sum(map(len, parts.values())) * len(blocks_of(asking.model))
+    for held in _that_fit(offsets, 16 * width_of(asking.model) * states_N):
         tell(done, len(offsets), f"reading states {', '.join(map(str, held))} tokens before the decision")
-        read = {split: read_states(asking, parts[split].examples, site, held, kept_states(cell)) for split in SPLITS}
+        read = {split: read_states(asking, parts[split], site, held, kept_states(cell)) for split in SPLITS}
         for place, offset in enumerate(held):
             tell(done, len(offsets), f"fitting probes {offset} tokens before the decision")
             states: BySplit = {split: read[split].states_ONLD[place] for split in SPLITS}
@@ -78,45 +81,23 @@ def probes_stage(cell: Cell, tell: Tell) -> list[Path]:
     return [write_table(cell.records / "probes.parquet", pd.concat(rows, ignore_index=True)), *files]
 
 
-@dataclass(frozen=True)
-class Phrasings:
-    """The phrasings of a split's pairs: of each pair the one answered generalized, then the one answered memorized."""
+def phrasings(table: pd.DataFrame, split: Split, limit: int, rng: np.random.Generator) -> list[Example]:
+    """Of each pair, or of ``limit`` drawn at random, the phrasing answered generalized and the other one, in turn."""
+    rows = table[table["is_pair"] & (table["split"] == split)]
+    if len(rows) > limit:
+        rows = rows.iloc[np.sort(rng.choice(len(rows), limit, replace=False))]
+    return [phrasing(row, side) for row in rows.to_dict("records") for side in ("generalized", "memorized")]
 
-    examples: list[Example]
 
-    @classmethod
-    def of(cls, table: pd.DataFrame, split: Split, limit: int, rng: np.random.Generator) -> Phrasings:
-        """The pairs in ``pairs.parquet``, or ``limit`` of them drawn at random."""
-        rows = table[table["is_pair"] & (table["split"] == split)]
-        if len(rows) > limit:
-            rows = rows.iloc[np.sort(rng.choice(len(rows), limit, replace=False))]
-        order: dict[bool, tuple[Side, Side]] = {True: ("a", "b"), False: ("b", "a")}
-        found = [(row, order[row["behaviour_a"] == "generalized"]) for row in rows.to_dict("records")]
-        return cls([Example.from_row(row, side) for row, sides in found for side in sides])
-
-    @cached_property
-    def labels_N(self) -> np.ndarray:
-        """1 for the phrasing answered generalized, 0 for the one answered memorized."""
-        return np.tile([1, 0], len(self.examples) // 2)
-
-    @cached_property
-    def groups_N(self) -> list[str]:
-        return [example.group for example in self.examples]
-
-    @cached_property
-    def groups_P(self) -> list[str]:
-        return self.groups_N[::2]
+def _labels(part: Sequence[Example]) -> np.ndarray:
+    """1 for the phrasing answered generalized, 0 for the one answered memorized."""
+    return np.tile([1, 0], len(part) // 2)
 
 
 def readable_offsets(asking: Asking, offsets: Sequence[int], examples: Sequence[Example]) -> list[int]:
     """The offsets that exist in every context."""
     shortest = min(len(encoded.context) for encoded in encode(asking, examples))
     return [offset for offset in sorted(offsets) if offset < shortest]
-
-
-def _bytes_per_offset(asking: Asking, parts: Mapping[Split, Phrasings]) -> int:
-    # The widest site, MLP activations, has four times the width of the states in the architectures we know.
-    return 16 * width_of(asking.model) * len(blocks_of(asking.model)) * sum(len(p.examples) for p in parts.values())
 
 
 def _that_fit(offsets: Sequence[int], each: int) -> Iterator[Sequence[int]]:
@@ -127,16 +108,18 @@ def _that_fit(offsets: Sequence[int], each: int) -> Iterator[Sequence[int]]:
     yield from (others[start : start + size] for start in range(0, len(others), size))
 
 
-def _rows(kind: str, layer: int, offset: int, test: Phrasings, scores_N: np.ndarray) -> pd.DataFrame:
-    columns = {"kind": kind, "layer": layer, "offset": offset, "group": test.groups_N, "label": test.labels_N}
-    return pd.DataFrame({**columns, "score": scores_N})
+def _rows(kind: str, layer: int, offset: int, test: Sequence[Example], scores_N: np.ndarray) -> pd.DataFrame:
+    columns: dict[str, Any] = {"kind": kind, "layer": layer, "offset": offset, "group": [e.group for e in test]}
+    return pd.DataFrame({**columns, "label": _labels(test), "score": scores_N})
 
 
 def _state_rows(
-    probes: Sequence[LayerProbe], test_NLD: np.ndarray, test: Phrasings, offset: int, kind: str = "state"
+    probes: Sequence[LayerProbe], test_NLD: np.ndarray, test: Sequence[Example], offset: int, kind: str = "state"
 ) -> list[pd.DataFrame]:
-    scores = (probe.decision_function(test_NLD[:, layer]) for layer, probe in enumerate(probes))
-    return [_rows(kind, layer, offset, test, scores_N) for layer, scores_N in enumerate(scores)]
+    return [
+        _rows(kind, layer, offset, test, probe.decision_function(test_NLD[:, layer]))
+        for layer, probe in enumerate(probes)
+    ]
 
 
 def input_scores(
@@ -166,34 +149,31 @@ def uncertainty_scores(uncertainty: Mapping[Split, np.ndarray], labels: Mapping[
     return scores
 
 
-def _shuffled_rows(
-    cell: Cell, probes: Sequence[LayerProbe], states: BySplit, parts: Mapping[Split, Phrasings]
-) -> list[pd.DataFrame]:
+def _shuffled_rows(cell: Cell, probes: Sequence[LayerProbe], states: BySplit, parts: Parts) -> list[pd.DataFrame]:
     """Rows of probes of shuffled labels, several as the accuracy of one varies widely around one half."""
     fit, rng = parts["fit"], rng_of(cell, "shuffle")
-    pair_N = np.repeat(np.arange(len(fit.examples) // 2), 2)
+    pair_N = np.repeat(np.arange(len(fit) // 2), 2)
     rows: list[pd.DataFrame] = []
     for _ in range(SHUFFLES):
-        labels_N = shuffled(fit.labels_N, pair_N, rng)
+        labels_N = shuffled(_labels(fit), pair_N, rng)
         fit_LND = states["fit"].swapaxes(0, 1)
         blind = [LayerProbe(p.regularization).fit(s_ND, labels_N) for p, s_ND in zip(probes, fit_LND, strict=True)]
         rows += _state_rows(blind, states["test"], parts["test"], 0, "shuffled")
     return rows
 
 
-def _files_at_the_decision(
-    cell: Cell, probes: Sequence[LayerProbe], states: BySplit, parts: Mapping[Split, Phrasings]
-) -> list[Path]:
+def _files_at_the_decision(cell: Cell, probes: Sequence[LayerProbe], states: BySplit, parts: Parts) -> list[Path]:
     """Write the probes, the learning curve, and the halves of the fit pairs."""
-    weights: list[dict[str, Any]] = []
-    for layer, probe in enumerate(probes):
-        accuracy = share_right(probe.decision_function(states["tune"][:, layer]), parts["tune"].labels_N)
-        row = {"layer": layer, "weights": probe.weights_D_.tolist(), "bias": probe.bias_, "tune_accuracy": accuracy}
-        weights.append(row)
-    best = int(np.argmax([row["tune_accuracy"] for row in weights]))
+    scores = (probe.decision_function(states["tune"][:, layer]) for layer, probe in enumerate(probes))
+    accuracy = [share_right(scores_N, _labels(parts["tune"])) for scores_N in scores]
+    weights = [
+        {"layer": layer, "weights": probe.weights_D_.tolist(), "bias": probe.bias_, "tune_accuracy": accuracy[layer]}
+        for layer, probe in enumerate(probes)
+    ]
+    best = int(np.argmax(accuracy))
     head = {"site": cell.config.pairs.site, "positive": "generalized", "best_layer": best, "layers": weights}
     learning = pd.DataFrame(learning_rows(cell, states, parts, best))
-    halves = pd.DataFrame(halves_rows(cell, states["fit"], parts["fit"].groups_P), columns=HALVES)
+    halves = pd.DataFrame(halves_rows(cell, states["fit"], [e.group for e in parts["fit"][::2]]), columns=HALVES)
     return [
         write_json(cell.folder / "probe.json", head),
         write_table(cell.records / "learning.parquet", learning),
@@ -201,15 +181,13 @@ def _files_at_the_decision(
     ]
 
 
-def learning_rows(
-    cell: Cell, states: BySplit, parts: Mapping[Split, Phrasings], layer: int
-) -> Iterator[dict[str, Any]]:
+def learning_rows(cell: Cell, states: BySplit, parts: Parts, layer: int) -> Iterator[dict[str, Any]]:
     """Learning curve over fit pairs: the probe's test accuracy at one layer, and the cosine of NMD with that of all."""
-    config, rng, groups_P = cell.config.probes, rng_of(cell, "learning"), parts["fit"].groups_P
+    config, rng, groups_P = cell.config.probes, rng_of(cell, "learning"), [e.group for e in parts["fit"][::2]]
     fit_PSLD = states["fit"].reshape(-1, 2, *states["fit"].shape[1:])
     whole_LD = PairedMoments.of(fit_PSLD).nmd_LD
     one_layer: BySplit = {split: states[split][:, [layer]] for split in SPLITS}
-    tune_N, test_N = parts["tune"].labels_N, parts["test"].labels_N
+    tune_N, test_N = _labels(parts["tune"]), _labels(parts["test"])
     sizes = [size for size in sorted(config.learning) if size < len(groups_P)]
     for size, draws in [*((size, config.learning_draws) for size in sizes), (len(groups_P), 1)]:
         for draw in range(draws):
@@ -225,6 +203,7 @@ def learning_rows(
                 yield {**common, "what": "nmd_cosine", "layer": which, "value": cosine(one, all_of), "n": size}
 
 
+CHANCE = ("chance_low", "chance", "chance_high")
 HALVES = ["halving", "what", "layer", "top", "value", "chance", "chance_low", "chance_high", "n"]
 
 
@@ -235,25 +214,24 @@ def halves_rows(cell: Cell, fit_NLD: np.ndarray, groups_P: Sequence[str]) -> Ite
     for halving in range(config.halvings if len(set(groups_P)) > 1 else 0):
         half_P = half_of_groups(groups_P, rng)
         halves = [PairedMoments.of(fit_PSLD[rows]) for rows in (half_P, ~half_P)]
-        for row in compare_contrasts(halves):
-            yield {"halving": halving, **row}
+        nmd, rho = [half.nmd_LD for half in halves], [half.rho_LD for half in halves]
+        neurons, none = nmd[0][0].size, {"halving": halving, "top": np.nan} | dict.fromkeys(CHANCE, np.nan)
+        for layer in range(len(nmd[0])):
+            common = {**none, "layer": layer, "n": neurons}
+            yield {**common, "what": "rho_rank_correlation", "value": rank_correlation(rho[0][layer], rho[1][layer])}
+            yield {**common, "what": "nmd_cosine", "value": cosine(nmd[0][layer], nmd[1][layer])}
+        yield {**none, "what": "nmd_cosine", "layer": ALL, "value": cosine(*nmd), "n": nmd[0].size}
+        for top in TOPS:
+            sets = [top_by_magnitude(rho_LD, top) for rho_LD in rho]
+            # Permuted over all neurons, and within layers: the second null knows which layers have the large |rho|.
+            nulls = {"overlap": [chosen.reshape(1, -1) for chosen in sets], "overlap_in_layers": sets}
+            for what, both in nulls.items():
+                common = {"halving": halving, "what": what, "layer": ALL, "top": top, "n": int(sets[0].sum())}
+                yield common | overlap_row(*both)
 
 
-def compare_contrasts(halves: Sequence[PairedMoments]) -> Iterator[dict[str, Any]]:
-    """Likeness of NMD and rho of two halves."""
-    nmd, rho = [half.nmd_LD for half in halves], [half.rho_LD for half in halves]
-    none = {"top": np.nan, "chance": np.nan, "chance_low": np.nan, "chance_high": np.nan}
-    layers, neurons = nmd[0].shape
-    for layer in range(layers):
-        common = {**none, "layer": layer, "n": neurons}
-        yield {**common, "what": "rho_rank_correlation", "value": rank_correlation(rho[0][layer], rho[1][layer])}
-        yield {**common, "what": "nmd_cosine", "value": cosine(nmd[0][layer], nmd[1][layer])}
-    yield {**none, "what": "nmd_cosine", "layer": ALL, "value": cosine(*nmd), "n": layers * neurons}
-    for top in TOPS:
-        sets = [top_by_magnitude(rho_LD, top) for rho_LD in rho]
-        # Permuted over all neurons, and within layers: the second null knows which layers have the large |rho|.
-        nulls = {"overlap": [chosen.reshape(1, -1) for chosen in sets], "overlap_in_layers": sets}
-        for what, (first, second) in nulls.items():
-            chance = overlap_by_chance(first, second)
-            bounds = {"chance": chance.estimate, "chance_low": chance.low, "chance_high": chance.high}
-            yield {"what": what, "layer": ALL, "top": top, "value": overlap(first, second), **bounds, "n": chance.n}
+def overlap_row(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
+    """Overlap of two sets of neurons, and what it would be by chance."""
+    chance = overlap_by_chance(first, second)
+    bounds = zip(CHANCE, (chance.low, chance.estimate, chance.high), strict=True)
+    return {"value": overlap(first, second), **dict(bounds)}

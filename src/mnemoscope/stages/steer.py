@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import chain, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from mnemoscope.behaviour import Batch, Scores, encode, mark_confabulations
-from mnemoscope.cells import Cell, git_state
+from mnemoscope.cells import Cell, Tell
 from mnemoscope.config import MethodName, SteeringConfig
 from mnemoscope.directions import (
     ANSWERED,
     CONTROLS,
     SOURCE,
     TOWARD,
-    Choice,
     Directions,
     Fit,
     Labels,
@@ -38,15 +37,7 @@ from mnemoscope.directions import (
     with_prefixes,
 )
 from mnemoscope.models import Site, blocks_of
-from mnemoscope.stages.common import (
-    PerProcess,
-    Tell,
-    keep_shifts,
-    read_binding,
-    save_without_card,
-    write_json,
-    write_table,
-)
+from mnemoscope.stages import common
 from mnemoscope.stages.lists import JudgedList, Records, judged_lists, sources_of, tune_lists
 
 AIMS = {"pairs": "pairs", "conflict": "conflicts as drawn"}  # the lists that settings are chosen for
@@ -58,22 +49,13 @@ CONFLICT_CONTROL, CONFLICT_COLLATERAL = 0.3, 0.1  # limits for conflicts as draw
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class _Chosen:
+class _Chosen(NamedTuple):
     """The setting chosen for an aim, a direction and a method; ``best``: no method gains more."""
 
     aim: str
-    choice: Choice
+    setting: Setting
+    within: bool
     best: bool
-
-    @property
-    def setting(self) -> Setting:
-        return self.choice.setting
-
-    @property
-    def key(self) -> tuple[str, str]:
-        """Direction and method."""
-        return self.setting.direction, self.setting.method
 
 
 def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
@@ -84,24 +66,23 @@ def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
         key: settings_of(config, *key, count) for key in product(TOWARD, config.sweeps)
     }
     for_pairs, rows = _choose(opened, "pairs", tried, tell)
-    tops = {one.key: one.setting.top for one in for_pairs}  # chosen once for both aims
+    tops = {one.setting.key: one.setting.top for one in for_pairs}  # chosen once for both aims
     again = {key: [setting for setting in some if setting.top == tops[key]] for key, some in tried.items()}
     for_conflicts, more = _choose(opened, "conflict", again, tell)
     chosen = [*for_pairs, *for_conflicts]
     tables = _judge_all(opened, chosen, tell)
     rows = sorted(rows + more, key=lambda row: list(TOWARD).index(row["direction"]))
     return [
-        write_table(cell.records / "steering.parquet", pd.concat(tables, ignore_index=True)),
-        write_table(cell.records / "sweep.parquet", pd.DataFrame(rows)),
+        common.write_table(cell.records / "steering.parquet", pd.concat(tables, ignore_index=True)),
+        common.write_table(cell.records / "sweep.parquet", pd.DataFrame(rows)),
         *_write_chosen(opened, chosen),
     ]
 
 
-class _Opened(PerProcess):
+class _Opened(common.PerProcess):
     """Records, lists and directions of a cell, beside its model.
 
-    Attributes:
-        shifts: cache of all directions. The main process sends learned ones to the parts that need them.
+    ``shifts``: cache of all directions. The main process sends learned ones to the parts that need them.
     """
 
     def __init__(self, cell: Cell) -> None:
@@ -169,12 +150,14 @@ def _choose(
         note = f"{setting.direction}: trying {setting.method} for {AIMS[aim]} on tune"
         tell(list(AIMS).index(aim) + len(rates) / (2 * len(settings)), PARTS, note)
     tell(list(AIMS).index(aim) + 0.5, PARTS, f"choosing for {AIMS[aim]} on tune")
-    ordered = opened.map(_rank, [(aim, [(s, rates[s]) for s in some]) for some in tried.values()], tried.values())
-    ranks = dict(zip(tried, ordered, strict=True))
-    mine = [[choice for (d, _), found in ranks.items() if d == direction for choice in found] for direction in TOWARD]
-    finals = opened.map(_final, [(aim, found) for found in mine], [[choice.setting for choice in f] for f in mine])
-    best = {(choice.setting.direction, choice.setting.method): choice for choice in finals}
-    return [_Chosen(aim, best.get(key, found[0]), key in best) for key, found in ranks.items()], rows
+    rated = [(ranked, aim, direction, [(s, rates[s]) for s in some]) for (direction, _), some in tried.items()]
+    ranks = dict(zip(tried, opened.map(_pick, rated, tried.values()), strict=True))
+    mine = {d: [choice for key, found in ranks.items() if key[0] == d for choice in found] for d in TOWARD}
+    candidates = [(final, aim, direction, found) for direction, found in mine.items()]
+    finals = opened.map(_pick, candidates, [[choice.setting for choice in found] for found in mine.values()])
+    best = {choice.setting.key: choice for choice in finals}
+    kept = {key: best.get(key, found[0]) for key, found in ranks.items()}
+    return [_Chosen(aim, choice.setting, choice.within, key in best) for key, choice in kept.items()], rows
 
 
 def _sweep(opened: _Opened, aim: str, setting: Setting) -> tuple[float, list[Row], dict[Fit, np.ndarray]]:
@@ -191,22 +174,16 @@ def _sweep(opened: _Opened, aim: str, setting: Setting) -> tuple[float, list[Row
     return share_of(scores, setting.toward), rows, learned
 
 
-def _rank(opened: _Opened, aim: str, rated: list[tuple[Setting, float]]) -> list[Choice]:
-    lists = opened.tune[aim][rated[0][0].direction]
-    return ranked(lists, opened.directions, rated, _limits(opened.cell, aim), [opened.cell.seed, 1])
-
-
-def _final(opened: _Opened, aim: str, candidates: list[Choice]) -> Choice:
-    lists = opened.tune[aim][candidates[0].setting.direction]
-    return final(lists, opened.directions, candidates, _limits(opened.cell, aim), [opened.cell.seed, 1])
-
-
-def _limits(cell: Cell, aim: str) -> Limits:
-    config = cell.config.steering
-    limits, refits = (config.control_limit, config.collateral_limit), config.tune_refits
+def _pick(opened: _Opened, pick: Callable[..., Any], aim: str, direction: str, candidates: list[Any]) -> Any:
+    """What ``ranked`` or ``final`` chooses on the tune lists of an aim."""
+    config = opened.cell.config.steering
+    of_control, collateral, refits = config.control_limit, config.collateral_limit, config.tune_refits
     if aim == "conflict":
-        limits, refits = (CONFLICT_CONTROL, CONFLICT_COLLATERAL), 0
-    return Limits(*limits, refits=refits, again=config.tune_draws_again, excess_cost=config.excess_cost)
+        of_control, collateral, refits = CONFLICT_CONTROL, CONFLICT_COLLATERAL, 0
+    limits = Limits(
+        of_control, collateral, refits=refits, again=config.tune_draws_again, excess_cost=config.excess_cost
+    )
+    return pick(opened.tune[aim][direction], opened.directions, candidates, limits, [opened.cell.seed, 1])
 
 
 def _row(name: str, setting: Setting, scores: Scores, label: str | None = None) -> Row:
@@ -222,10 +199,10 @@ def _row(name: str, setting: Setting, scores: Scores, label: str | None = None) 
 
 def _judge_all(opened: _Opened, chosen: Sequence[_Chosen], tell: Tell) -> list[pd.DataFrame]:
     """The tables of all chosen vectors and their controls on every test list."""
-    config, best = opened.cell.config.steering, {one.key for one in chosen if one.best}
+    config, best = opened.cell.config.steering, {one.setting.key for one in chosen if one.best}
 
     def draws(one: _Chosen) -> int:  # of each control; of conflicts only under methods that are best for either aim
-        drawn = one.best if config.controls_of == "best" else one.aim == "pairs" or one.key in best
+        drawn = one.best if config.controls_of == "best" else one.aim == "pairs" or one.setting.key in best
         return (config.draws if one.aim == "pairs" else config.conflict_draws) if drawn else 0
 
     tell(len(AIMS), PARTS, "learning from shuffled labels")
@@ -283,24 +260,23 @@ def _write_chosen(opened: _Opened, chosen: Sequence[_Chosen]) -> list[Path]:
     pairs = opened.records.both_sides("fit", cell.config.steering.fit_pairs)
     encoded = encode(asking, [example for pair in pairs for example in pair])
     begin_alike = float(np.mean([one.shared > 0 for one in encoded]))
-    common: dict[str, Any] = {"task": cell.label, "commit": git_state()["commit"] or "", "prompting": asking.prompting}
-    common |= {"binding": read_binding(cell), "begin_alike": begin_alike}
-    common["opening"] = tuple(asking.prompting.opening(asking.tokenizer))
+    fields = common.artefact_facts(cell, asking) | {"begin_alike": begin_alike}
+    fields["opening"] = tuple(asking.prompting.opening(asking.tokenizer))
     fixed = {one.setting.same_direction()[0] for one in chosen if one.aim == "pairs"}
-    keep_shifts(cell, {setting: directions[setting.site].shifts(setting)[0] for setting in fixed})
+    common.keep_shifts(cell, {setting: directions[setting.site].shifts(setting)[0] for setting in fixed})
     for one in chosen:
         setting, site = one.setting, directions[one.setting.site]
         name = f"{setting.direction}-{setting.method}" + ("" if one.aim == "pairs" else f"-{one.aim}")
         # Without its JSON, which the cards stage writes again.
         path = cell.folder / "vectors" / f"{name}.safetensors"
-        files.append(save_without_card(cell, replace(site.vector(setting), **common), path))
+        files.append(common.save_without_card(cell, replace(site.vector(setting), **fields), path))
         facts = {name: getattr(setting, name) for name in ("method", "site", "positions", "top", "strength")}
-        facts |= {"layers": list(setting.layers), "alpha": site.alpha(setting), "within_limits": one.choice.within}
+        facts |= {"layers": list(setting.layers), "alpha": site.alpha(setting), "within_limits": one.within}
         facts["begin_alike"] = begin_alike
         found[one.aim]["methods"].setdefault(setting.method, {})[setting.direction] = facts
         if one.best:
             found[one.aim]["best"][setting.direction] = setting.method
-    return [*files, write_json(cell.records / "chosen.json", found)]
+    return [*files, common.write_json(cell.records / "chosen.json", found)]
 
 
 def settings_of(config: SteeringConfig, direction: str, method: MethodName, count: int) -> list[Setting]:
@@ -324,6 +300,4 @@ def _table(one: _Chosen, role: tuple[str, int], name: str, entry: JudgedList, sc
     columns |= {"example": np.arange(len(entry.examples)), "split": "test", "before": entry.before}
     columns |= {key: [getattr(example, key) for example in entry.examples] for key in ("group", "family")}
     columns |= {"after": scores.behaviour_N, "margin_before": entry.margin_N, "margin": scores.margin_N}
-    table = pd.DataFrame(columns | {"confabulated": scores.confabulated_N})
-    words = ("aim", "direction", "method", "site", "layers", "role", "examples", "split", "before", "group", "family")
-    return table.astype({word: "str" for word in (*words, "after")})
+    return pd.DataFrame(columns | {"confabulated": scores.confabulated_N})

@@ -1,25 +1,25 @@
-"""The base of vectors and detectors: the model they were fitted on, how prompts were formatted, card and files."""
+"""The base of vectors and detectors: the model they were fitted on, format of prompts, card, files."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mnemoscope.behaviour import PLAIN, Prompting
 from mnemoscope.errors import InputError
-from mnemoscope.files import file_hash, write_atomically
+from mnemoscope.files import file_hash, plain, write_atomically
 from mnemoscope.models import core_of, merged_weights
-from mnemoscope.plain import plain
-from mnemoscope.steering.card import Card
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -47,18 +47,14 @@ class Binding:
 
     @classmethod
     def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Binding:
-        """Fingerprint a model and its tokenizer (reads every weight once).
-
-        Raises:
-            InputError: some of the weights are not in memory.
-        """
+        """Fingerprint a model and its tokenizer, reading every weight; InputError where one is not in memory."""
         digest, half = hashlib.sha256(), hashlib.sha256()
         for name, weight in sorted(merged_weights(model), key=itemgetter(0)):
             if weight.is_meta:
                 raise InputError(f"device_map: {name} is not in memory; use devices that hold the whole model")
             for known, first in ((digest, weight.detach()), (half, weight.detach().to(torch.float16))):
-                known.update(name.encode())
                 rounded = first.to(torch.bfloat16).cpu().contiguous()
+                known.update(name.encode())
                 known.update(rounded.view(torch.uint8).numpy().data)
         parts = json.loads(tokenizer.backend_tokenizer.to_str())
         words = json.dumps({part: parts.get(part) for part in TOKENIZING}, sort_keys=True)
@@ -70,16 +66,59 @@ class Binding:
         for name in ("model_type", "weights", "tokenizer"):
             if name == "weights" and {self.weights, self.half} & {found.weights, found.half}:
                 continue
-            mine, value = getattr(self, name), getattr(found, name)
-            if mine != value:
+            if (mine := getattr(self, name)) != (value := getattr(found, name)):
                 raise InputError(f"{name}: the {what} was made on {mine}, this model has {value}; force overrides")
+
+
+@dataclass(frozen=True)
+class Card:
+    """Figures of the test split and their origin; None or empty where not measured.
+
+    Attributes:
+        fitted_on: study, task and model.
+        shift: share of test prompts that change to the target behaviour: ``estimate``, ``low``, ``high`` (95 %), ``n``.
+        control: the strongest control of the same norm: ``name`` and ``estimate``, mean over its draws.
+        cost: change in accuracy of each list that steering should not affect.
+        divergence: mean KL in nats a token on neutral text, by multiple of the vector.
+        auroc: of a detector: ``estimate``, ``low``, ``high``, ``n``, and ``input_only`` beside it.
+        pairs, groups: of the fit split.
+        versions: of the libraries that made it.
+    """
+
+    fitted_on: str
+    shift: dict[str, float] | None = None
+    control: dict[str, Any] | None = None
+    cost: dict[str, float] = field(default_factory=dict)
+    divergence: dict[str, float] = field(default_factory=dict)
+    auroc: dict[str, float] | None = None
+    pairs: int = 0
+    groups: int = 0
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        beside = (self.auroc or {}).get("input_only")
+        doses = ", ".join(f"{kl:.4f} at {dose}" for dose, kl in self.divergence.items())
+        lines = [
+            f"fitted on {self.fitted_on}: {self.pairs} pairs of {self.groups} groups",
+            self.shift and f"test shift {_interval(self.shift)}",
+            self.control
+            and f"strongest control of the same norm: {self.control['name']} {self.control['estimate']:.3f}",
+            self.auroc and f"test AUROC {_interval(self.auroc)}" + (f"; input only {beside:.3f}" if beside else ""),
+            self.cost and "cost, change in accuracy: " + ", ".join(f"{k} {v:+.3f}" for k, v in self.cost.items()),
+            doses and f"divergence on neutral text, nats a token: {doses} times the vector",
+            self.versions and "made with " + ", ".join(map(" ".join, self.versions.items())),
+        ]
+        return "\n".join(line for line in lines if line)
+
+
+def _interval(rate: dict[str, float]) -> str:
+    low, high = (rate.get(end, math.nan) for end in ("low", "high"))
+    return f"{rate['estimate']:.3f} [{low:.3f}, {high:.3f}], n = {rate['n']:.0f}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Artefact:
-    """Base class of what is stored in two files, ``.safetensors`` and ``.json`` beside it, with its card.
-
-    A subclass defines ``tensors``, ``facts``, ``with_tensors`` and ``check_shape``.
+    """Base class of what is stored in two files: ``.safetensors``, the fields in ``STORED``, and ``.json``, the others.
 
     Attributes:
         task: label of the task it was fitted on.
@@ -96,26 +135,30 @@ class Artefact:
     card: Card | None = None
 
     WHAT: ClassVar[str] = "artefact"
+    STORED: ClassVar[tuple[str, ...]] = ()
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by name."""
-        raise NotImplementedError
+        return {name: torch.from_numpy(np.ascontiguousarray(getattr(self, name))) for name in self.STORED}
+
+    def facts(self) -> dict[str, Any]:
+        """All other fields as JSON."""
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.STORED}
+        found |= {name: asdict(found[name]) if found[name] else None for name in ("binding", "card")}
+        return found | {"prompting": self.prompting.facts}
 
     @classmethod
     def with_tensors(cls, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> Self:
         """Build one from its tensors and all other fields."""
-        raise NotImplementedError
-
-    def facts(self) -> dict[str, Any]:
-        """All other fields as JSON."""
-        raise NotImplementedError
+        arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
+        return cls(**arrays, **facts)
 
     def check_shape(self, model: PreTrainedModel) -> None:
         """Raises InputError where the model has other layers or widths."""
         raise NotImplementedError
 
     def bound_to(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Self:
-        """The same artefact, bound to the model it was fitted on."""
+        """The same artefact, bound to the model it was fitted on, so that it can be saved and loaded."""
         return replace(self, binding=Binding.of(model, tokenizer))
 
     def save(self, path: str | Path) -> list[Path]:
@@ -124,10 +167,8 @@ class Artefact:
 
         path = Path(path)
         content = save({name: tensor.contiguous() for name, tensor in self.tensors().items()})
-        common: dict[str, Any] = {"task": self.task, "commit": self.commit, "prompting": self.prompting.facts}
-        common |= {name: asdict(v) if v else None for name, v in (("binding", self.binding), ("card", self.card))}
-        common["digest"] = hashlib.sha256(content).hexdigest()
-        text = json.dumps(plain(self.facts() | common), indent=1, sort_keys=True, allow_nan=False) + "\n"
+        facts = plain(self.facts() | {"digest": hashlib.sha256(content).hexdigest()})
+        text = json.dumps(facts, indent=1, sort_keys=True, allow_nan=False) + "\n"
         return [write_atomically(path, content), write_atomically(path.with_suffix(".json"), text.encode())]
 
     @classmethod
@@ -140,8 +181,7 @@ class Artefact:
     ) -> Self:
         """Load one, and check that it was fitted on this model where one is given.
 
-        Args:
-            force: accept another model of the same shape.
+        ``force`` accepts another model of the same shape.
 
         Raises:
             InputError: the files are missing or damaged, the model is another (the field that differs is named), or it
@@ -168,15 +208,10 @@ class Artefact:
         force: bool = False,
         found: Binding | None = None,
     ) -> None:
-        """Raises InputError where it was not fitted on this model; without a model nothing is checked.
-
-        Args:
-            found: the model's binding, where it is known.
-        """
+        """Raises InputError where it was not fitted on this model, whose binding may be ``found``, if one is given."""
         if (model is None) != (tokenizer is None) and not force:
-            raise InputError(
-                "model, tokenizer: give both, or neither; force takes a model alone and checks its shape only"
-            )
+            why = "give both, or neither; force takes a model alone and checks its shape only"
+            raise InputError(f"model, tokenizer: {why}")
         if model is None:
             return
         if not force and tokenizer is not None:

@@ -6,9 +6,9 @@ Shapes: N examples, T tokens (columns) of a pass, L layers, D neurons, R rows of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -40,9 +40,7 @@ _Edit = Callable[[Tensor], Tensor]  # states (N, T, D) from the decision positio
 class Gate:
     """Decides, in the pass that reads a prompt, whether its shift acts.
 
-    Attributes:
-        site, layer: where it reads states, at or below the first shift.
-        acts: states at the decision position (N, D) -> bool (N,).
+    It reads at ``site`` and ``layer``, at or below the first shift; ``acts``: states (N, D) -> bool (N,).
     """
 
     site: Site
@@ -75,12 +73,7 @@ def shifted(
 def ablated(
     model: PreTrainedModel, means: Mapping[int, Tensor], chosen: Mapping[int, Tensor], site: Site
 ) -> AbstractContextManager[None]:
-    """Mean-ablate the chosen neurons from the decision position on.
-
-    Args:
-        means: float32 (D,) per layer.
-        chosen: bool (D,) for the same layers.
-    """
+    """Mean-ablate neurons from the decision position on; by layer: ``means`` float32 (D,), ``chosen`` bool (D,)."""
 
     def holding(mean_D: Tensor, chosen_D: Tensor) -> _Edit:
         return lambda states_NTD: torch.where(chosen_D.to(states_NTD.device), mean_D.to(states_NTD), states_NTD)
@@ -105,43 +98,41 @@ def patched(model: PreTrainedModel, layer: int, states_ND: Tensor, site: Site) -
 def _edited(
     model: PreTrainedModel, site: Site, tracker: _PositionTracker, edits: Mapping[int, _Edit]
 ) -> Iterator[None]:
-    """Edit the states of some layers from the tracked position on.
+    """Edit the states of some layers inside the context: the only hook of the package that writes."""
+    core, config = core_of(model), getattr(model, "generation_config", None)
+    with ExitStack() as stack:
 
-    The only hook of the package that writes. It is removed when the context ends, however it ends.
-    """
-    handles: list[Any] = []
-    core = core_of(model)
-    config = getattr(model, "generation_config", None)
-    compiles = getattr(config, "disable_compile", None)
-    generating = core.__dict__.get("generate")
+        def hook(layer: int, at: Site, function: Callable[..., Any]) -> None:
+            module, is_input = site_module(model, layer, at)
+            register = module.register_forward_pre_hook if is_input else module.register_forward_hook
+            stack.callback(register(function).remove)
 
-    def hook(layer: int, at: Site, make: Callable[[bool], Callable[..., Any]]) -> None:
-        module, is_input = site_module(model, layer, at)
-        register = module.register_forward_pre_hook if is_input else module.register_forward_hook
-        handles.append(register(make(is_input)))
-
-    try:
         if config is not None:
             # With a cache of fixed size ``generate`` compiles its steps on a GPU once, without later hooks.
-            config.disable_compile = True
+            stack.enter_context(_replaced(config, "disable_compile", True))
         # The base model is what every way of calling passes through, with a language-modelling head or without.
-        handles.append(backbone_of(model).register_forward_pre_hook(tracker.see, with_kwargs=True))
+        stack.callback(backbone_of(model).register_forward_pre_hook(tracker.see, with_kwargs=True).remove)
         if tracker.finds_start and hasattr(core, "generate"):
-            core.generate = _refusing(core)
+            stack.enter_context(_replaced(core, "generate", _refusing(core)))
         if tracker.gate:  # before the edits, so that it reads states without a shift
-            hook(tracker.gate.layer, tracker.gate.site, lambda is_input: tracker.read)
+            hook(tracker.gate.layer, tracker.gate.site, tracker.read)
         for layer, edit in edits.items():
-            hook(layer, site, partial(_editor, edit, tracker))
+            hook(layer, site, partial(tracker.change, edit))
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute of an object inside the context."""
+    own, before = name in owner.__dict__, owner.__dict__.get(name)
+    setattr(owner, name, value)
+    try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
-        if generating is None:
-            core.__dict__.pop("generate", None)
+        if own:
+            setattr(owner, name, before)
         else:
-            core.generate = generating
-        if config is not None:
-            config.disable_compile = compiles
+            delattr(owner, name)
 
 
 def _refusing(core: Any) -> Callable[..., Any]:
@@ -158,22 +149,28 @@ def _refusing(core: Any) -> Callable[..., Any]:
     return refusing
 
 
-@dataclass(slots=True)
+@dataclass
 class _PositionTracker:
-    """Finds, in every pass, the column from which on states are edited.
+    """Finds the columns of each pass that an edit concerns, and the prompts that a gate lets it act on.
 
-    ``start`` counts columns from the beginning of the padded sequence, so it holds with a KV cache as well.
+    Attributes:
+        fixed: column of the decision position, if known; else it is the last column of each prompt.
+        opening: token ids that every prompt must begin with.
+        acts_N: the gate's decision for the prompts that are being answered.
+        start: the first edited column, in columns of the left-padded batch; ``first_column``: of this pass.
+        rows: of the batch of this pass.
+        decision_column: of this pass, where it holds the decision position.
     """
 
     fixed: int | None
     everywhere: bool
     gate: Gate | None = None
     opening: tuple[int, ...] = ()
-    acts_N: Tensor | None = None  # the gate's decision for the prompts that are being answered
+    acts_N: Tensor | None = None
     start: int = 0
-    rows: int = 0  # of the batch of this pass
+    rows: int = 0
     first_column: int = 0
-    decision_column: int | None = None  # of this pass, where it holds the decision position
+    decision_column: int | None = None
     prompt_NT: Tensor | None = None
 
     @property
@@ -183,48 +180,52 @@ class _PositionTracker:
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the base model: finds the columns of this pass."""
-        self.rows = rows_of(args, kwargs)
-        ids_NT = args[0] if args else kwargs.get("input_ids")
-        is_text = ids_NT is not None
-        if ids_NT is None:
-            ids_NT = kwargs["inputs_embeds"][..., 0]
-        past = cached_columns(kwargs) or 0
-        columns = ids_NT.shape[1]
+        self.rows, cached = rows_of(args, kwargs), cached_columns(kwargs)
+        past = cached or 0
+        text_NT = args[0] if args else kwargs.get("input_ids")
+        ids_NT = kwargs["inputs_embeds"][..., 0] if text_NT is None else text_NT
+        end, is_set = past + ids_NT.shape[1], self.everywhere or self.fixed is not None
         # A pass that begins before the decision position is another prompt, on a cache of what both begin with.
-        another = 0 < past <= self.start and self.fixed is None and not self.everywhere
-        # An empty cache always begins a prompt.
-        alone = cached_columns(kwargs) is None
-        fresh = self.prompt_NT is None or another or (past == 0 and not (alone and self._continues(ids_NT)))
+        another = 0 < past <= self.start and not is_set
+        continues = past > 0
+        if self.prompt_NT is not None and cached is None:  # an empty cache always begins a prompt
+            columns = self.prompt_NT.shape[1]
+            continues = ids_NT.shape[1] > columns and torch.equal(ids_NT[:, :columns], self.prompt_NT)
+        fresh = self.prompt_NT is None or another or not continues
         if fresh:
-            self.prompt_NT = ids_NT
-            mask = kwargs.get("attention_mask")
-            self._check_padding(mask, past + columns)
-            if self.opening and is_text and past == 0:
-                self._check_opening(ids_NT, mask)
-        if self.everywhere or self.fixed is not None:
-            self.start = self.fixed or 0
-        elif fresh:
-            self.start = past + columns - 1
+            self.prompt_NT, self.acts_N = ids_NT, None
+            self._check(kwargs.get("attention_mask"), end, text_NT if past == 0 else None)
+            self.start = (self.fixed or 0) if is_set else end - 1
         self.first_column = max(0, self.start - past)
         decision = self.start
         if self.everywhere and self.fixed is None:
-            decision = past + columns - 1 if fresh else -1
-        self.decision_column = decision - past if past <= decision < past + columns else None
-        if fresh and self.gate:
-            self.acts_N = None
-            if self.decision_column is None:
-                raise InputError(
-                    f"start: {decision} is not among the columns {past} .. {past + columns - 1} of this pass"
-                )
+            decision = end - 1 if fresh else -1
+        self.decision_column = decision - past if past <= decision < end else None
+        if fresh and self.gate and self.decision_column is None:
+            raise InputError(f"start: {decision} is not among the columns {past} .. {end - 1} of this pass")
 
     def read(self, module: nn.Module, inputs: Any, output: Any = None) -> None:
         """Hook of the gate's site: decides in passes that hold the decision position."""
-        if self.gate is None or self.decision_column is None:
-            return
-        states_NTD = states_of(inputs if output is None else output, self.rows)
-        self.acts_N = self.gate.acts(states_NTD[:, self.decision_column].detach())
+        if self.gate is not None and self.decision_column is not None:
+            states_NTD = states_of(inputs if output is None else output, self.rows)
+            self.acts_N = self.gate.acts(states_NTD[:, self.decision_column].detach())
 
-    def _check_padding(self, mask: Any, columns: int) -> None:
+    def change(self, edit: _Edit, module: nn.Module, inputs: Any, output: Any = None) -> Any:
+        """Hook of an edited site: changes its output, or its input, from the first column of this pass on."""
+        found = inputs if output is None else output
+        states_NTD, first, acts_N = states_of(found, self.rows), self.first_column, self.acts_N
+        if first >= states_NTD.shape[1] or (acts_N is not None and not acts_N.any()):
+            return found
+        edited = edit(states_NTD[:, first:])
+        if first:
+            edited = torch.cat([states_NTD[:, :first], edited], dim=1)
+        if acts_N is not None:
+            acts_R = acts_N[prompts_of_rows(len(states_NTD), len(acts_N)).to(acts_N.device)].to(states_NTD.device)
+            edited = torch.where(acts_R[:, None, None], edited, states_NTD)
+        return with_states(found, edited)
+
+    def _check(self, mask: Any, columns: int, text_NT: Tensor | None) -> None:
+        """Refuse prompts that end in padding, and ``text_NT`` that does not begin with the opening."""
         # A mask of other columns than those of the passes belongs to a cache that is not seen here.
         known = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == columns
         if self.finds_start and known and not bool(mask[:, -1].all()):
@@ -232,10 +233,7 @@ class _PositionTracker:
                 "padding: a prompt of this batch ends in padding, so its last token is not where the others' are; pad "
                 "on the left (tokenizer.padding_side = 'left')"
             )
-
-    def _check_opening(self, ids_NT: Tensor, mask: Any) -> None:
-        known = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape == ids_NT.shape
-        for row, ids in enumerate(ids_NT.tolist()):
+        for row, ids in enumerate(text_NT.tolist() if self.opening and text_NT is not None else ()):
             first = int(mask[row].argmax()) if known else 0
             if tuple(ids[first : first + len(self.opening)]) != self.opening:
                 raise InputError(
@@ -243,45 +241,15 @@ class _PositionTracker:
                     "vector was fitted on; use Fitted.inputs, or apply_chat_template with the same system message"
                 )
 
-    def _continues(self, ids_NT: Tensor) -> bool:
-        assert self.prompt_NT is not None
-        columns = self.prompt_NT.shape[1]
-        return ids_NT.shape[1] > columns and torch.equal(ids_NT[:, :columns], self.prompt_NT)
-
 
 def _adding(shift: Tensor) -> _Edit:
     """Add a shift (D,) to all rows, or (N, D) row by row; each prompt's rows follow one another."""
-    placed: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+    placed = cache(shift.to)
 
     def add(states_NTD: Tensor) -> Tensor:
-        key = (states_NTD.device, states_NTD.dtype)
-        if key not in placed:
-            placed[key] = shift.to(*key)
-        here = placed[key]
+        here = placed(states_NTD.device, states_NTD.dtype)
         if here.ndim == 1:
             return states_NTD + here
         return states_NTD + here[prompts_of_rows(len(states_NTD), len(here)).to(here.device)][:, None]
 
     return add
-
-
-def _editor(edit: _Edit, tracker: _PositionTracker, is_input: bool) -> Callable[..., Any]:
-    """A hook that changes a module's output, or its input, from the tracked column on."""
-
-    def moved(states_NTD: Tensor) -> Tensor:
-        first, acts_N = tracker.first_column, tracker.acts_N
-        if first >= states_NTD.shape[1] or (acts_N is not None and not acts_N.any()):
-            return states_NTD
-        edited = edit(states_NTD[:, first:])
-        if first:
-            edited = torch.cat([states_NTD[:, :first], edited], dim=1)
-        if acts_N is None:
-            return edited
-        acts_R = acts_N[prompts_of_rows(len(states_NTD), len(acts_N)).to(acts_N.device)].to(states_NTD.device)
-        return torch.where(acts_R[:, None, None], edited, states_NTD)
-
-    def hook(module: nn.Module, inputs: Any, output: Any = None) -> Any:
-        found = inputs if is_input else output
-        return with_states(found, moved(states_of(found, tracker.rows)))
-
-    return hook

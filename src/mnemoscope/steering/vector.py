@@ -52,6 +52,7 @@ class SteeringVector(Artefact):
     opening: tuple[int, ...] = ()
 
     WHAT: ClassVar[str] = "vector"
+    STORED: ClassVar[tuple[str, ...]] = ("shifts",)
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -86,8 +87,8 @@ class SteeringVector(Artefact):
     def __mul__(self, factor: float) -> SteeringVector:
         if factor < 0:
             return -(self * -factor)
-        scaled = {layer: shift * factor for layer, shift in self.shifts.items()}
-        return replace(self, shifts=scaled, strength=self.strength * factor)
+        shifts = {layer: shift * factor for layer, shift in self.shifts.items()}
+        return replace(self, shifts=shifts, strength=self.strength * factor)
 
     __rmul__ = __mul__
 
@@ -97,18 +98,12 @@ class SteeringVector(Artefact):
         return replace(self, toward=OPPOSITE[self.toward], shifts=shifts)
 
     def __add__(self, other: SteeringVector) -> SteeringVector:
-        """Both shifts at once; keeps this vector's direction.
-
-        Raises:
-            InputError: site, positions, prompting or the model they are bound to differ.
-        """
+        """Both shifts at once, in this vector's direction; InputError for another site, position, model or opening."""
         for name in ("site", "positions", "binding", "opening"):
             if getattr(self, name) != getattr(other, name):
                 raise InputError(f"{name}: {getattr(self, name)!r} and {getattr(other, name)!r} cannot be added")
-        summed = dict(self.shifts)
-        for layer, shift in other.shifts.items():
-            summed[layer] = summed[layer] + shift if layer in summed else shift
-        return replace(self, shifts=summed, method=f"{self.method}+{other.method}")
+        both = {layer: self.shifts[layer] + other.shifts[layer] for layer in self.shifts.keys() & other.shifts.keys()}
+        return replace(self, shifts={**self.shifts, **other.shifts, **both}, method=f"{self.method}+{other.method}")
 
     def __sub__(self, other: SteeringVector) -> SteeringVector:
         return self + replace(-other, method=other.method)
@@ -171,8 +166,7 @@ class SteeringVector(Artefact):
 
     def facts(self) -> dict[str, Any]:
         """How it was fitted and where it acts."""
-        names = ("toward", "site", "positions", "method", "top", "strength", "begin_alike", "layers")
-        return {name: getattr(self, name) for name in names} | {"opening": list(self.opening)}
+        return super().facts() | {"layers": self.layers}
 
     @classmethod
     def with_tensors(cls, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> Self:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mnemoscope.errors import InputError
-from mnemoscope.seen import Seen
+from mnemoscope.files import Seen
 
 Kind = Literal["conflict", "memory", "novel"]
 Split = Literal["fit", "tune", "test"]

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from fastapi import HTTPException
 
 from mnemoscope.errors import InputError
-from mnemoscope.plain import plain
+from mnemoscope.files import plain
 from mnemoscope.report import Summary
 from mnemoscope.web.cell import OpenedCell
 from mnemoscope.web.shapes import Job, RunFacts, Watched

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from mnemoscope.detect import Reading
-from mnemoscope.plain import plain
+from mnemoscope.files import plain
 from mnemoscope.tasks import Example
 
 NAMELESS = "asked"  # item of a question that somebody typed

@@ -1,9 +1,9 @@
-"""Divergence that steering causes on neutral text, gated and not.
+"""What steering does to text: its divergence on neutral text, gated and not, and continuations of test prompts.
 
-The text is the model's own, sampled at temperature 1 without any prompt: there the divergence of one token after
+Neutral text is the model's own, sampled at temperature 1 without any prompt: there the divergence of one token after
 another adds up to that of whole texts.
 
-Shapes: N cuts, T tokens (columns), M read tokens (the steered one and those that follow), V vocabulary.
+Shapes: N cuts or prompts, T tokens (columns), M read tokens (the steered one and those that follow), V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from mnemoscope.behaviour import Asking, states_at_the_end
-from mnemoscope.cells import Cell
+from mnemoscope.behaviour import Asking, continued, states_at_the_end
+from mnemoscope.cells import Cell, Tell
 from mnemoscope.config import CellConfig
 from mnemoscope.detect import Detector
 from mnemoscope.directions import TOWARD
 from mnemoscope.errors import StudyError
 from mnemoscope.models import PLAINLY, backbone_of, cache_of, context_length, forked, pass_inputs
-from mnemoscope.stages.common import GATE, Tell, cell_model, read_best, rng_of, write_table
+from mnemoscope.stages.common import GATE, cell_model, read_best, rng_of, write_table
+from mnemoscope.stages.lists import Records
 from mnemoscope.steering import SteeringVector
+from mnemoscope.tasks import Example
 
 EARLIEST = 8  # tokens before a cut, at least, the first included
 
@@ -39,22 +41,19 @@ def neutral_stage(cell: Cell, tell: Tell) -> list[Path]:
     asking, rng = cell_model(cell), rng_of(cell, "neutral")
     length = min(config.length, context_length(asking.model) - 1)
     if length < EARLIEST + config.following:
-        raise StudyError(
-            f"{cell.name}: neutral: the model reads {length + 1} tokens; {1 + EARLIEST + config.following} are needed"
-        )
+        needed = 1 + EARLIEST + config.following
+        raise StudyError(f"{cell.name}: neutral: the model reads {length + 1} tokens; {needed} are needed")
     tell(0, 1, "writing neutral text")
     texts_NT = written(asking, config.texts, length, int(rng.integers(2**31)))
     last = 1 + length - config.following
     cuts = np.stack([rng.integers(0, config.texts, config.cuts), rng.integers(EARLIEST, last + 1, config.cuts)], axis=1)
     cuts = cuts[np.argsort(cuts[:, 1], kind="stable")]  # neighbours are of similar length
-    vectors = {direction: SteeringVector.load(path) for direction, path in read_best(cell).items()}
-    path = cell.folder / "detector.safetensors"
+    vectors, path = read_best(cell), cell.folder / "detector.safetensors"
     detector = Detector.load(path) if path.exists() else None
-    rows = []
+    rows: list[pd.DataFrame] = []
     for start in range(0, len(cuts), config.batch_size):
         tell(start, len(cuts), "reading on behind cuts")
-        part = cuts[start : start + config.batch_size]
-        rows += list(_measured(asking, texts_NT, part, vectors, detector, cell.config))
+        rows += _measured(asking, texts_NT, cuts[start : start + config.batch_size], vectors, detector, cell.config)
     return [write_table(cell.records / "neutral.parquet", pd.concat(rows, ignore_index=True))]
 
 
@@ -114,3 +113,45 @@ def _measured(
             columns |= {"text": cuts_N2[:, 0], "place": cuts_N2[:, 1], "kl_first": kl_NM[:, 0].double().cpu().numpy()}
             columns |= {"kl_next": kl_NM[:, 1:].double().mean(1).cpu().numpy(), "same_top": same_N.cpu().numpy()}
             yield pd.DataFrame(columns | {"acts": acts_N})
+
+
+def samples_stage(cell: Cell, tell: Tell) -> list[Path]:
+    """Continue the first test pairs of different groups, none of them picked by its continuation."""
+    config = cell.config.samples
+    if not config.prompts:
+        return []
+    asking, records = cell_model(cell), Records.of(cell)
+    tables = []
+    for done, (direction, vector) in enumerate(read_best(cell).items()):
+        tell(done, len(TOWARD), f"{direction}: writing on")
+        by_group: dict[str, Example] = {}
+        for example in records.targets("test", direction, len(records.pairs)):
+            by_group.setdefault(example.group, example)
+        examples = list(by_group.values())[: config.prompts]
+        prompts = [example.prompt for example in examples]
+        plain, nats_plain_N = _continuations(asking, prompts, config.tokens, None)
+        steered, nats_steered_N = _continuations(asking, prompts, config.tokens, vector)
+        fields = ("prompt", "group", "memorized", "generalized")
+        columns: dict[str, Any] = {key: [getattr(e, key) for e in examples] for key in fields}
+        columns |= {"plain": plain, "steered": steered, "nats_plain": nats_plain_N, "nats_steered": nats_steered_N}
+        tables.append(pd.DataFrame({"direction": direction, **columns}))
+    return [write_table(cell.records / "samples.parquet", pd.concat(tables, ignore_index=True))]
+
+
+@torch.no_grad()
+def _continuations(
+    asking: Asking, prompts: list[str], tokens: int, vector: SteeringVector | None
+) -> tuple[list[str], np.ndarray]:
+    """Continuation of each prompt, and its mean cost per token under the unsteered model, in nats; (N,)."""
+    model, tokenizer = asking.model, asking.tokenizer
+    if not prompts:
+        return [], np.empty(0)
+    inputs = asking.padded([asking.text(prompt) for prompt in prompts])
+    with vector.apply(model) if vector else nullcontext():
+        ids_NT, mask_NT, width = continued(model, tokenizer, inputs, tokens)
+    texts = tokenizer.batch_decode(ids_NT[:, width:], skip_special_tokens=True)
+    logp_NTV = model(**pass_inputs(model, ids_NT, mask_NT)).logits[:, width - 1 : -1].float().log_softmax(-1)
+    logp_NT = logp_NTV.gather(2, ids_NT[:, width:, None])[..., 0]
+    written_NT = mask_NT[:, width:].bool()  # up to the end of a text, so each row has a token
+    cost_N = -logp_NT.masked_fill(~written_NT, 0.0).sum(1) / written_NT.sum(1)
+    return texts, np.asarray(cost_N.double().cpu())
