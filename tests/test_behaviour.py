@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -178,20 +177,6 @@ def test_an_answer_may_be_closed_by_a_token_that_says_more_space(mini: Callable[
     assert ".\t" in words.convert_ids_to_tokens(asking.boundary_ids()), "not what was known before"
     with pytest.raises(InputError, match="boundary"):
         replace(asking, boundary=("no such words",)).boundary_ids()
-
-
-def test_a_tokenizer_needs_no_pad_token(mini: Callable[[str], Asking]) -> None:
-    asking = mini("addition")
-    examples = mini_examples("addition", 40)
-    batch = asking.padded([e.prompt for e in examples])
-    theirs = asking.tokenizer([e.prompt for e in examples], return_tensors="pt", padding=True, padding_side="left")
-    assert torch.equal(batch.input_ids, theirs.input_ids)
-    assert torch.equal(batch.attention_mask, theirs.attention_mask)
-    without = copy.deepcopy(asking.tokenizer)
-    without.pad_token = None
-    bare = replace(asking, tokenizer=without)
-    assert decode(bare, examples) == decode(asking, examples)
-    assert label(bare, examples).behaviour_N.tolist() == label(asking, examples).behaviour_N.tolist()
 
 
 def test_contrasted_decoding_is_what_a_loop_over_tokens_gives(mini: Callable[[str], Asking]) -> None:

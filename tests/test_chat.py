@@ -20,7 +20,7 @@ from mnemoscope.config import parse_model
 from mnemoscope.errors import InputError
 from mnemoscope.face import Fitted
 from mnemoscope.steering import SteeringVector
-from mnemoscope.tasks import Example, build_task
+from mnemoscope.tasks import Example
 
 TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'system' %}w50 {% else %}w51 {% endif %}"
@@ -78,19 +78,6 @@ def test_what_is_read_is_what_was_rendered(talking: PreTrainedTokenizerFast) -> 
     np.testing.assert_allclose(*contrasted, atol=1e-6)
     batch = chatty.padded([chatty.text(e.prompt) for e in examples])
     assert torch.equal(batch.attention_mask.sum(1), torch.full((6,), 6))
-
-
-def test_facts_are_asked_by_the_user_and_begun_by_the_model() -> None:
-    task = build_task("facts", {}, 0)
-    (example,) = task.examples(np.random.default_rng(0), 1, "conflict")
-    said, begun = task.split_reply(example.prompt)
-    assert str(example.generalized).strip() in said
-    assert begun.startswith("The capital of")
-    assert example.prompt.endswith(begun)
-    assert not said.endswith("\n")
-    told = task.prompted(example, "memorized")
-    assert told is not None
-    assert told.prompt == f"{task.instruction('memorized')}\n{example.prompt}"
 
 
 def test_a_format_that_makes_no_sense_is_refused() -> None:

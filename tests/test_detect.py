@@ -97,17 +97,6 @@ def test_it_separates_conflicts_from_other_questions_and_marks_what_is_unlike_bo
     assert detector.read(away_NLD).unlike.mean() > 0.98
 
 
-def test_a_neuron_that_never_moved_makes_nobody_unlike_by_noise() -> None:
-    parts = [drawn(600, seed) for seed in (5, 6)]
-    for part in parts:
-        part.states_NLD[:, :, 9] = 3.0
-    detector, _ = fit_detectors(*parts)
-    assert detector.read(parts[1].states_NLD).unlike.mean() < 0.02
-    moved_NLD = parts[1].states_NLD.copy()
-    moved_NLD[:, :, 9] += 0.5  # nothing is known of how far it may go
-    np.testing.assert_array_equal(detector.read(moved_NLD).distance, detector.read(parts[1].states_NLD).distance)
-
-
 def test_a_gate_acts_on_the_other_behaviour_in_a_conflict_that_is_known() -> None:
     p_NL = np.array([[0.9], [0.9], [0.9], [0.2], [0.6]])
     reading = Reading(0, p_NL, np.array([0.9, 0.1, math.nan, 0.9, 0.9]), np.array([0.5, 0.5, 0.5, 0.5, 1.5]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +12,9 @@ import pandas as pd
 import pytest
 
 from mnemoscope.errors import InputError
-from mnemoscope.report.holds import measure_halves
-from mnemoscope.report.read import measure_learning, measure_probes
-from mnemoscope.report.results import merged
+from mnemoscope.report.read import measure_probes
 from mnemoscope.stages import probe as stage
-from mnemoscope.statistics import over_seeds
-from test_probing import TABLES, planted_cell
+from test_probing import planted_cell
 
 
 def made_up(seed: int, pulls: dict[Any, float], layers: int = 2) -> Any:
@@ -86,61 +82,3 @@ def test_states_that_are_not_those_of_the_input_are_refused() -> None:
         broken = SimpleNamespace(**{**vars(made), "probes": made.probes.drop(index=made.probes.index[where][0])})
         with pytest.raises(InputError, match=rf"the states of {name} are not those of 'input_only'"):
             measure_probes(broken)
-
-
-def test_the_learning_curve_has_means_and_ranges_over_draws() -> None:
-    found = measure_learning(made_up(0, PULLS))
-    assert found.pairs == {"25": 25.0, "all": 90.0}
-    assert found.picked == [1]
-    assert asdict(found.accuracy["25"]) == pytest.approx({"estimate": 0.62, "low": 0.6, "high": 0.64, "n": 5})
-    assert found.accuracy["all"].estimate == 0.9
-    assert math.isnan(found.accuracy["all"].low)
-    assert math.isnan(found.nmd_cosine["25"].low)  # five equal draws have no range to show
-
-
-def test_halves_are_set_beside_their_chance() -> None:
-    halves = measure_halves(made_up(0, PULLS))
-    assert halves.halvings == 6
-    assert [entry.n for entry in halves.nmd_cosine] == [6, 6]
-    assert list(halves.overlap) == ["0.05", "0.1", "0.3"]
-    tenth = halves.overlap["0.1"]
-    assert tenth["share"].estimate == 1
-    assert asdict(tenth["chance"]) == pytest.approx({"estimate": 0.1, "low": 0.0, "high": 0.3, "n": 10}, abs=0.1001)
-    assert tenth["chance"].estimate == pytest.approx(0.1)
-    assert tenth["chance_in_layers"].estimate == pytest.approx(0.2)
-
-
-def test_nothing_measured_is_undefined() -> None:
-    made = made_up(0, PULLS)
-    empty = SimpleNamespace(**{**vars(made), **{name: getattr(made, name).iloc[:0] for name in TABLES}})
-    found = measure_probes(empty)
-    assert found.offsets == [0]
-    assert not any(entry.known for entry in found.accuracy)
-    assert (found.beats_input_only, found.beats_input_repeats) == ("unclear", "unclear")
-    assert measure_learning(empty).accuracy == {}
-    halves = measure_halves(empty)
-    assert (halves.halvings, halves.overlap) == (0, {})
-    assert not any(entry.known for entry in halves.nmd_cosine)
-
-
-def test_two_seeds_merge_and_verdicts_are_of_both() -> None:
-    """The first seed's verdict is yes; over two seeds that disagree it is not."""
-    cells = [made_up(0, PULLS), made_up(1, {**PULLS, (1, 0): 0.1, "input_only": 1.0, (0, 2): 0.0, (1, 2): 0.0})]
-    probes = [measure_probes(made) for made in cells]
-    assert [probe.beats_input_only for probe in probes] == ["yes", "no"]
-    both = merged(probes)
-    assert both.beats_input_only == "unclear"
-    assert (both.offsets, both.layers) == ([0, 1, 2, 4], [0, 1])
-    for key in ("accuracy_by_offset", "auroc_by_offset"):
-        parts = [getattr(probe, key) for probe in probes]
-        assert getattr(both, key)["1"] == [over_seeds([part["1"][layer] for part in parts]) for layer in (0, 1)]
-        assert getattr(both, key)["2"] == parts[1]["2"]  # only one seed has prompts that long
-    assert both.baselines["top_gap"] == over_seeds([probe.baselines["top_gap"] for probe in probes])
-    learning = merged([measure_learning(made) for made in cells])
-    assert learning.pairs == {"25": 25.0, "all": 90.5}
-    assert learning.picked == [1]
-    assert learning.accuracy["25"].estimate == pytest.approx(0.625)
-    halves = merged([measure_halves(made) for made in cells])
-    assert halves.halvings == 12
-    assert halves.overlap["0.1"]["chance"].estimate == pytest.approx(0.1)
-    assert len(halves.rho_rank_correlation) == 2

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from mnemoscope.config import load_study
-from mnemoscope.errors import InputError, StudyError
+from mnemoscope.errors import InputError
 from mnemoscope.study import run_study
 from test_study import results
 
@@ -98,36 +98,6 @@ def test_a_cell_takes_the_processors_that_are_left(
         (cell / "records" / name).unlink()
     run_study(load_study(str(mini_study_file)), run, executor="ray", address=cluster.address)
     assert {name: (cell / "records" / name).read_bytes() for name in names} == before
-
-
-def test_a_cell_that_cannot_go_on_is_named_in_one_line(cluster: Any, mini_study_file: Path, tmp_path: Path) -> None:
-    cluster.add_node(num_cpus=1)
-    overrides = ["cells.addition.training.steps=25", "cells.addition.training.stop.recall=1.0"]
-    told: list[tuple[object, ...]] = []
-    with pytest.raises(StudyError, match="after 25 steps the model does not show both behaviours") as caught:
-        run_study(
-            load_study(str(mini_study_file), overrides),
-            tmp_path / "run",
-            lambda *news: told.append(news),
-            executor="ray",
-            address=cluster.address,
-        )
-    assert "\n" not in str(caught.value)
-    assert json.loads((tmp_path / "run" / "failed.json").read_text()) == {"addition-0": str(caught.value)}
-    assert {news[0] for news in told} == {"addition-0"}
-
-
-def test_wrong_input_is_told_as_it_is_anywhere(cluster: Any, mini_study_file: Path, tmp_path: Path) -> None:
-    cluster.add_node(num_cpus=1)
-    config = load_study(str(mini_study_file), ["cells.addition.options.digits=0"])
-    with pytest.raises(InputError) as here:
-        run_study(config, tmp_path / "here", workers=1)
-    with pytest.raises(InputError) as there:
-        run_study(config, tmp_path / "there", executor="ray", address=cluster.address)
-    assert str(there.value) == str(here.value)
-    config = load_study(str(mini_study_file), ["threads=64"])
-    with pytest.raises(InputError, match="threads: 64; the largest node of the cluster has 1 processors"):
-        run_study(config, tmp_path / "wide", executor="ray", address=cluster.address)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from mnemoscope import export
 from mnemoscope.behaviour import complete
 from mnemoscope.errors import InputError
 from mnemoscope.export import bake, to_gguf
-from mnemoscope.models import Layout, Site, layout_of, load_model, pass_inputs, use_layout
+from mnemoscope.models import Site, layout_of, load_model, pass_inputs, use_layout
 from mnemoscope.steering import SteeringVector
 from test_cli import call as run
 
@@ -103,23 +103,6 @@ def test_dtype_tied_weights_and_generation_config_are_kept(tied: bool, dtype: to
     assert (said["layers"], said["method"], said["task"], said["positions"]) == ([0, 2], "nmd", "addition", "all")
 
 
-def test_biases_that_come_with_the_option_are_zero_and_those_there_are_added_to(tmp_path: Path) -> None:
-    vector = some_vector(layers=(1,))
-    bake(tiny("llama"), tokenizer(), vector, tmp_path / "llama")
-    made = AutoModelForCausalLM.from_pretrained(tmp_path / "llama").state_dict()
-    biases = {name for name in made if name.endswith("bias")}
-    assert len(biases) == 9
-    for name in biases:
-        wanted = vector.shifts[1] if name == "model.layers.1.mlp.down_proj.bias" else torch.zeros_like(made[name])
-        assert torch.equal(made[name], wanted), name
-    model = tiny("gpt2")
-    torch.nn.init.normal_(model.transformer.h[1].mlp.c_proj.bias)
-    bake(model, tokenizer(), vector, tmp_path / "gpt2")
-    baked = AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2")
-    name = "transformer.h.1.mlp.c_proj.bias"
-    assert torch.equal(baked.state_dict()[name], model.state_dict()[name] + vector.shifts[1])
-
-
 def refused(model: PreTrainedModel, vector: SteeringVector, folder: Path, message: str) -> None:
     """One clear line, and nothing in the folder above."""
     before = sorted(folder.parent.rglob("*"))
@@ -190,13 +173,6 @@ def test_models_that_are_not_plain_are_refused(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").touch()
     refused(tiny("gpt2"), some_vector(), tmp_path / "full", "^folder: .* is not empty; nothing is overwritten")
-
-
-def test_a_layout_of_ones_own_is_followed(tmp_path: Path) -> None:
-    model = tiny("llama").to(torch.bfloat16)
-    use_layout(model, Layout("model.layers", "self_attn", "mlp.down_proj", "mlp.down_proj"))
-    bake(model, tokenizer(), some_vector("mlp"), tmp_path / "baked")
-    assert (tmp_path / "baked" / "config.json").exists()
 
 
 def read_gguf(path: Path) -> dict[str, Any]:

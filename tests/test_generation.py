@@ -17,7 +17,7 @@ from mnemoscope.doctor import examine
 from mnemoscope.errors import InputError
 from mnemoscope.models import SITES, Layout, Site, blocks_of, layout_of, site_width, use_layout
 from mnemoscope.models.caches import cache_argument
-from mnemoscope.steering import Binding, SteeringVector
+from mnemoscope.steering import SteeringVector
 
 SOME = ("gpt2", "llama", "gemma2", "opt")
 
@@ -111,34 +111,6 @@ def test_vectors_follow_the_precision_of_a_layer(dtype: torch.dtype) -> None:
     with torch.no_grad(), random_vector(model).apply(model), capturing(model, "block") as states:
         assert model(input_ids=ids).logits.dtype == dtype
     assert all(state.dtype == dtype for state in states)
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks the library by an old name
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_an_adapted_model_is_known_and_steered_as_the_merged_one(family: str) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    targets = ["c_attn", "c_proj"] if family == "gpt2" else ["q_proj", "down_proj"]
-    kind = {"init_lora_weights": False, "task_type": "CAUSAL_LM", "fan_in_fan_out": family == "gpt2"}
-    adapted = get_peft_model(tiny(family), LoraConfig(r=2, target_modules=targets, **kind)).eval()
-    assert len(blocks_of(adapted)) == 3
-    assert all(check.passed for check in examine(adapted, tokenizer(), prompts()))
-    before = {name: weight.clone() for name, weight in adapted.named_parameters()}
-    known = Binding.of(adapted, tokenizer())
-    assert all(torch.equal(weight, before[name]) for name, weight in adapted.named_parameters())
-    assert known != Binding.of(tiny(family), tokenizer())
-    vector = random_vector(adapted, "neuron")
-    ids = torch.arange(3, 9)[None]
-    with torch.no_grad():
-        plain = adapted(input_ids=ids).logits
-        with vector.apply(adapted):
-            steered, text = adapted(input_ids=ids).logits, generated(adapted, prompts())
-        merged = adapted.merge_and_unload()
-        assert known == Binding.of(merged, tokenizer())
-        with vector.apply(merged):
-            torch.testing.assert_close(merged(input_ids=ids).logits, steered, rtol=1e-4, atol=1e-5)
-            assert generated(merged, prompts()) == text
-    assert not torch.allclose(plain, steered, atol=1e-3)
 
 
 def test_a_batch_that_ends_in_padding_is_refused() -> None:

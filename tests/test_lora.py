@@ -29,7 +29,7 @@ from mnemoscope.models import adapt, is_adapted, load_model
 from mnemoscope.steering import SteeringVector
 from mnemoscope.study import run_study
 from mnemoscope.tasks import KINDS, Task, answer_of, build_task
-from mnemoscope.training import batches, loop, optimizers_for, train
+from mnemoscope.training import batches, train
 from test_cli import call
 
 TASK_OPTIONS = {**MINI_TASKS, "cipher": {"letters": 10, "length": 2, "stored": 8}}
@@ -124,20 +124,6 @@ def test_training_lowers_the_loss_and_changes_only_the_adapter(folder: Path, dig
     assert not torch.allclose(adapted, plain, atol=0.1)
 
 
-def test_the_seed_draws_the_adapter_and_nothing_else(folder: Path, digits: Task) -> None:
-    def drawn(seed: int) -> dict[str, torch.Tensor]:
-        torch.manual_seed(5)
-        model = adapt(load_model(folder)[0], LORA, seed)
-        after.append(torch.rand(1).item())
-        return {name: p for name, p in model.named_parameters() if "lora_A" in name}
-
-    after: list[float] = []
-    one, same, other = drawn(1), drawn(1), drawn(2)
-    torch.manual_seed(5)
-    assert set(after) == {torch.rand(1).item()}
-    assert all(torch.equal(one[name], same[name]) and not torch.equal(one[name], other[name]) for name in one)
-
-
 def test_equal_trainings_give_equal_adapters_with_dropout_too(folder: Path, digits: Task, tmp_path: Path) -> None:
     """Measured without dropout, which is back for the next step and stays the adapter's own while it settles."""
     config = QUICK.model_copy(update={"stop": NOTHING, "settle_steps": 10})
@@ -153,35 +139,6 @@ def test_equal_trainings_give_equal_adapters_with_dropout_too(folder: Path, digi
     assert modes == 2 * ([True] * 9 + [False]) * 2
     assert saved[0] == saved[1]
     assert "adapter_model.safetensors" in saved[0]
-
-
-def test_an_adapter_is_adams_whatever_is_asked_for(folder: Path, digits: Task) -> None:
-    model = opened(folder, digits).model
-    (optimizer,) = optimizers_for(model, QUICK.model_copy(update={"weight_decay": 0.3}))
-    assert isinstance(optimizer, torch.optim.AdamW)
-    taken = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    assert sorted(taken) == sorted(id(p) for p in model.parameters() if p.requires_grad)
-    assert {g["weight_decay"] for g in optimizer.param_groups if g["params"]} == {0.3}
-
-
-def test_a_batch_too_large_for_one_pass_gives_the_step_of_the_whole(
-    folder: Path, digits: Task, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = QUICK.model_copy(update={"steps": 1, "evaluate_every": 1, "precision": "float32"})
-    stepped = []
-    for most, parts in ((2**27, 1), (10 * 400 * 3, 4)):
-        monkeypatch.setattr(loop, "MOST_LOGITS", most)
-        asking = opened(folder, digits)
-        asking.model.train()
-        batch = next(batches(asking, digits, config, np.random.default_rng(0)))
-        assert len(list(loop.passes(*batch, 400))) >= parts
-        for module in asking.model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        loss = train(asking, digits, config, np.random.default_rng(0)).curve[0]["loss"]
-        stepped.append((loss, [p.detach() for p in asking.model.parameters() if p.requires_grad]))
-    assert stepped[0][0] == pytest.approx(stepped[1][0], rel=1e-5)
-    assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(stepped[0][1], stepped[1][1], strict=True))
 
 
 @pytest.mark.parametrize("name", ["inference", "addition-digits", "cipher"])
@@ -240,29 +197,6 @@ CELL = {"task": "addition-digits", "options": MINI_TASKS["addition-digits"]}
 
 def study(model: dict[str, object], **cell: object) -> dict[str, object]:
     return {"study": "adapted", "cells": {"mine": {**CELL, **cell, "model": model}}}
-
-
-@pytest.mark.parametrize(
-    ("model", "line"),
-    [
-        ({"lora": {}}, r"cells.mine.model: lora adapts a trained model; give its folder"),
-        ({"folder": "x", "lora": {"rank": 0}}, r"cells.mine.model.lora.rank: .*greater than or equal to 1 \(got 0\)"),
-        ({"folder": "x", "lora": {"target_modules": []}}, r"lora.target_modules: .*at least 1 item"),
-        ({"folder": "x", "lora": 8}, r"cells.mine.model.lora: .*LoraConfig \(got 8\)"),
-    ],
-)
-def test_a_bad_adapter_is_one_line(model: dict[str, object], line: str) -> None:
-    with pytest.raises(InputError, match=line) as error:
-        parse_study(study(model))
-    assert "\n" not in str(error.value)
-
-
-def test_only_what_is_adapted_is_trained_and_seeds_of_it_begin_alike(tmp_path: Path) -> None:
-    given = ({}, {"folder": "x"}, {"folder": "x", "lora": {}}, {"folder": "x", "lora": {"target_modules": "q"}})
-    shapes = [parse_study(study(model)).cells["mine"].model for model in given]
-    assert [shape.is_trained for shape in shapes] == [True, False, True, True]
-    assert [shape.shares_first_weights for shape in shapes] == [False, True, True, True]
-    assert shapes[3].lora == LoraConfig(target_modules=("q",))
 
 
 def test_what_cannot_be_adapted_is_refused(folder: Path, digits: Task, tmp_path: Path) -> None:

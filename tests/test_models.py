@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,24 +20,8 @@ from mnemoscope.models import (
     position_ids,
     select_rows,
     site_module,
-    word_tokenizer,
 )
 from mnemoscope.models.caches import cache_argument
-from mnemoscope.tasks import build_task
-
-
-@pytest.mark.parametrize("name", ["inference", "addition", "addition-digits"])
-def test_prompt_and_answer_survive_the_tokenizer(name: str) -> None:
-    task = build_task(name, {}, 0)
-    tokenizer = word_tokenizer(task.vocabulary or (), 64)
-    for example in task.examples(np.random.default_rng(0), 50, "conflict"):
-        for option in example.options:
-            ids = tokenizer(example.prompt + option).input_ids
-            assert tokenizer.unk_token_id not in ids
-            assert "".join(tokenizer.decode(ids).split()) == "".join((example.prompt + option).split())
-    if name == "addition":  # digits and codes are single tokens
-        tokens = tokenizer.convert_ids_to_tokens(tokenizer("123+456=<mem-7234f681>").input_ids)
-        assert tokens == [*"123+456=", "<mem-", *"7234f681", ">"]
 
 
 def test_what_was_trained_opens_with_plain_transformers(mini: Callable[[str], Asking], tmp_path: Path) -> None:

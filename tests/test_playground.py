@@ -139,12 +139,6 @@ def test_what_cannot_be_served_is_refused(playground_runs: Path, tmp_path: Path)
                 serve(run, port, print)
 
 
-def test_without_a_run_the_page_names_the_command_that_makes_one(tmp_path: Path) -> None:
-    page = client_of(tmp_path).get("/")
-    assert page.status_code == 200
-    assert "mnemoscope run quickstart" in page.text
-
-
 # --- requests drawn from the description ----------------------------------------------------------------------------
 
 

@@ -110,23 +110,6 @@ def test_only_repeats_tell_where_the_asked_name_stands_when_names_are_new() -> N
     assert found[1] == 1
 
 
-def prompts_of(count: int, seed: int) -> list[list[int]]:
-    draw = np.random.default_rng(seed)
-    return [draw.integers(0, 12, size=draw.integers(4, 9)).tolist() for _ in range(count)]
-
-
-def test_the_input_probe_learns_presence_and_position_but_not_what_is_not_there() -> None:
-    fit, tune, test = (prompts_of(count, seed) for count, seed in ((800, 6), (200, 7), (600, 8)))
-    presence = [np.array([3 in prompt for prompt in prompts]).astype(int) for prompts in (fit, tune, test)]
-    position = [np.array([prompt[-2] < 6 for prompt in prompts]).astype(int) for prompts in (fit, tune, test)]
-    absent = [np.random.default_rng(9 + i).integers(0, 2, size=len(p)) for i, p in enumerate((fit, tune, test))]
-    features = [input_features(prompts, 12) for prompts in (fit, tune, test)]
-    for labels, expected in ((presence, 1), (position, 1), (absent, 0.5)):
-        probe = fit_input_probe(features[0], labels[0], features[1], labels[1])
-        right = share_right(probe.decision_function(features[2]), labels[2])
-        assert right == pytest.approx(expected, abs=0.02 if expected == 1 else 0.08)
-
-
 def test_shuffling_swaps_whole_pairs_half_of_the_time() -> None:
     labels = np.tile([1, 0], 500)
     pair_ids = np.array([f"pair {i // 2}" for i in range(1000)])

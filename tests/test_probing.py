@@ -160,22 +160,6 @@ def copied(cell: Cell, folder: Path) -> Cell:
     return copy
 
 
-def test_memory_changes_nothing_in_the_records(
-    cell: Cell, tables: dict[str, pd.DataFrame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With one offset at a time every table is what it was, up to rounding."""
-    copy = copied(cell, tmp_path / "cell")
-    tables["pairs"].to_parquet(copy.records / "pairs.parquet", index=False)
-    monkeypatch.setattr(stage, "MEMORY", 1)
-    told: list[float] = []
-    files = probes_stage(copy, lambda done, total, note: told.append(done / total))
-    assert {path.name for path in files} == {"probe.json", *(f"{name}.parquet" for name in TABLES)}
-    assert told == sorted(told)
-    for name in TABLES:
-        again = pd.read_parquet(copy.records / f"{name}.parquet")
-        pd.testing.assert_frame_equal(again, tables[name], atol=2e-3, rtol=1e-2)
-
-
 def test_what_mining_has_read_probes_do_not_read_again(
     cell: Cell, tables: dict[str, pd.DataFrame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
 from itertools import product
 from operator import attrgetter
 from pathlib import Path
@@ -17,7 +16,6 @@ from safetensors.numpy import load_file
 
 from made_up import CONTROLS, DOSES, GAINS, LAYERS, ROLES, SIDES, SOURCE, TARGET, write_run
 from mnemoscope.report import build_report
-from mnemoscope.report.intervals import mean, shared_mean
 from mnemoscope.report.records import columns_of, declared_tables, read_run
 from mnemoscope.report.results import compute_results
 from mnemoscope.report.schema import Results, Steered, TaskResults
@@ -193,20 +191,6 @@ def test_ablation_is_the_separation_lost_pair_by_pair(run: Path, task: TaskResul
     assert found.minus_random.estimate == pytest.approx(lost["vector"] - lost["random_neurons"])
 
 
-def test_a_sweep_has_a_row_per_setting_and_list_and_the_seeds_that_tried_it(run: Path, results: Results) -> None:
-    keys = ["direction", "method", "site", "layers", "top", "strength", "examples"]
-    rows = {tuple(getattr(row, key) for key in keys): row for row in results.tasks["inference"].sweep}
-    tables = [table(run, "sweep", f"inference-{seed}").drop_duplicates(keys) for seed in (0, 1)]
-    assert set(rows) == {tuple(row[key] for key in keys) for one in tables for row in one.to_dict("records")}
-    for examples, number in (("pairs", "margin"), ("memory", "kept")):
-        place = ("to_memorized", "nmd", "block", "0-3", 0.2, 0.8, examples)
-        each = [one[(one[keys] == list(place)).all(axis=1)].iloc[0] for one in tables]
-        found = getattr(rows[place], number)
-        assert found.estimate == pytest.approx(sum(row[number] for row in each) / 2)
-        assert (rows[place].seeds, found.n) == (2, sum(row["n"] for row in each))
-        assert (rows[place].shift is None) == (rows[place].kept is not None)
-
-
 def test_layers_are_compared_at_one_strength(run: Path, task: TaskResults) -> None:
     found = task.by_layer.shift["to_generalized"]
     rows = table(run, "sweep", direction="to_generalized", examples="pairs", strength=found.strength)
@@ -233,16 +217,6 @@ def test_seeds_and_transfer_are_set_beside_chance(run: Path, results: Results) -
     part = states[states.target == "addition"]
     assert found.probe_layer == 1
     assert found.probe.estimate == pytest.approx(((part.score > 0) == (part.label == 1)).mean())
-
-
-def test_means_that_share_resamples_have_the_intervals_of_those_that_do_not() -> None:
-    rng = np.random.default_rng(0)
-    groups, values = rng.integers(0, 40, 300), rng.random(300) < 0.3
-    ours, theirs = shared_mean(values, groups, "a"), mean(values, groups, "b")
-    assert asdict(ours) == pytest.approx(asdict(theirs), abs=0.01)
-    assert shared_mean(values, groups, "a") == ours != shared_mean(values, groups, "c")
-    assert shared_mean(np.zeros(300), groups, "a") == mean(np.zeros(300), groups, "a")
-    assert not shared_mean([], [], "a").known
 
 
 def test_seeds_are_averaged_and_their_counts_add_up(results: Results) -> None:

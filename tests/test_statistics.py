@@ -11,7 +11,7 @@ import pytest
 from scipy import spatial, stats
 from sklearn.metrics import roc_auc_score
 
-from mnemoscope.contrast import PairedMoments, SignFlips
+from mnemoscope.contrast import SignFlips
 from mnemoscope.statistics import (
     Estimate,
     Floats,
@@ -251,18 +251,6 @@ def test_halves_have_half_of_the_groups_whole() -> None:
         assert (len(inside), len(outside), inside & outside) == (4, 5, set())
     assert 10 < np.sum(halves, axis=0).min() <= np.sum(halves, axis=0).max() < 45
     assert not half_of_groups(["one", "one"], rng()).any()
-
-
-def test_a_constant_has_no_deviation_and_merging_leaves_the_other_shard_alone() -> None:
-    constant = np.full((7, 1, 2), np.float32(0.1) + 1e4)
-    moments = PairedMoments.empty((1, 2))
-    for rows in (slice(0, 3), slice(3, 4), slice(4, 7)):
-        moments.add(constant[rows], constant[rows])
-    total = PairedMoments.empty((1, 2)).merge(moments)
-    total.add(*rng(13).normal(size=(2, 5, 1, 2)))
-    assert (moments.squares_3LD == 0).all()
-    assert (moments.means_2LD == constant[0]).all()
-    assert (total.count, moments.count) == (12, 7)
 
 
 def flips_of(differences_NLD: Floats, groups: list[str], permutations: int = 1000, seed: int = 0) -> SignFlips:

@@ -335,39 +335,3 @@ def test_a_resolved_study_reads_back_as_itself(mini_study_file: Path, tmp_path: 
     config = load_study(str(mini_study_file), ["cells.addition.pairs.site=mlp"], seeds=3)
     (tmp_path / "again.yaml").write_text(dump_study(config))
     assert load_study(str(tmp_path / "again.yaml")) == config
-
-
-@pytest.mark.parametrize(
-    "file", ["records/steering.parquet", "records/chosen.json", "contrast.safetensors", "cell.json"]
-)
-def test_a_report_from_damaged_records_is_one_line_and_leaves_the_old_one(copied: Path, file: str) -> None:
-    before = (copied / "report.html").read_bytes()
-    path = copied / "cells" / "addition-0" / file
-    path.write_bytes(path.read_bytes()[:20])
-    command = [sys.executable, "-m", "mnemoscope", "report", str(copied)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    assert path.name in done.stderr
-    assert (copied / "report.html").read_bytes() == before
-
-
-def test_results_say_what_the_records_say(mini_run: Path) -> None:
-    task = json.loads((mini_run / "results.json").read_text())["tasks"]["addition"]
-    records = mini_run / "cells" / "addition-0" / "records"
-    behaviour = pd.read_parquet(records / "behaviour.parquet")
-    conflict = behaviour[behaviour.kind == "conflict"]
-    for name in ("memorized", "generalized", "other"):
-        assert task["behaviour"]["conflict"][name]["estimate"] == pytest.approx((conflict.behaviour == name).mean())
-    steering = pd.read_parquet(records / "steering.parquet")
-    final = steering[(steering.aim == "pairs") & (steering.examples == "pairs")]
-    for direction, target in (("to_generalized", "generalized"), ("to_memorized", "memorized")):
-        for method, found in task["steering_by_method"].items():
-            rows = final[(final.direction == direction) & (final.method == method)]
-            ours = rows[rows.role == "vector"]
-            assert found[direction]["pairs"]["shift"]["estimate"] == pytest.approx((ours.after == target).mean())
-            drawn = rows[rows.role == "gaussian"].groupby("draw").after.apply(lambda a, t=target: (a == t).mean())
-            assert len(drawn) == 3
-            control = found[direction]["controls"]["gaussian"]["pairs"]["shift"]["estimate"]
-            assert control == pytest.approx(drawn.mean())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -116,17 +115,6 @@ def test_the_context_of_a_conflict_implies_the_generalized_answer(name: str) -> 
         assert example.memorized not in [f" {colour}" for colour in said.values()]
 
 
-def test_reordering_is_uniform_over_the_other_orders() -> None:
-    task = made("inference")
-    example = task.examples(rng(), 1, "conflict")[0]
-    generator = rng(1)
-    counts = Counter(task.rephrase(example, generator).prompt for _ in range(23 * 200))
-    assert len(counts) == 23
-    assert example.prompt not in counts
-    # Multinomial with p = 1/23: 200 +- 14 each; five standard deviations.
-    assert all(130 < count < 270 for count in counts.values())
-
-
 @pytest.mark.parametrize("name", DESIGNED)
 def test_rephrasings_keep_item_answers_and_split(name: str) -> None:
     task = made(name)
@@ -195,20 +183,6 @@ def test_a_part_alone_is_the_same_task_and_says_so_for_the_joint_one() -> None:
             if name == "cipher":
                 assert alone
                 assert (alone.prompt in stored_prompts(part)) == (toward == "memorized")
-
-
-def test_a_joint_task_mixes_its_parts_in_their_shares() -> None:
-    shares = {"inference": 0.2, "cipher": 0.8}
-    joint = build_task("joint", {"parts": {"inference": {"questions": 2}, "cipher": {}}, "shares": shares}, 0)
-    instances = list(itertools.islice(joint.training(rng()), 4_000))
-    asked = [instance for instance in instances if isinstance(instance, str)]
-    assert (len(asked) / 4_000, {text.count("?") for text in asked}) == (pytest.approx(0.2, abs=0.03), {2})
-    counts = Counter(e.item.split("/")[0] for e in draw(joint, rng(), 200, "conflict", "tune"))
-    assert all(70 < counts[name] < 130 for name in shares)
-    stream = build_task("joint", {"first": {"inference": 300}}, 0).training(rng())
-    is_read = [isinstance(instance, str) for instance in itertools.islice(stream, 1_200)]
-    assert all(is_read[:300])
-    assert sum(is_read[300:]) / 900 == pytest.approx(1 / 3, abs=0.06)
 
 
 @pytest.mark.parametrize(

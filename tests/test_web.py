@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import shlex
 import shutil
@@ -11,14 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
 from pathlib import Path
-from threading import Event
 from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
 import pytest
-from fastapi import HTTPException
 from fastapi.testclient import TestClient
 
 from mnemoscope.behaviour import prepare, score
@@ -27,8 +24,7 @@ from mnemoscope.errors import InputError
 from mnemoscope.stages import Records, cell_model
 from mnemoscope.steering import SteeringVector, Toward
 from mnemoscope.web.cell import OpenedCell
-from mnemoscope.web.runs import MOST_JOBS, Jobs
-from mnemoscope.web.shapes import Question, Steering, Watched
+from mnemoscope.web.shapes import Question, Steering
 from playground import CELL, client_of, error_of, in_thread_of_cell
 
 
@@ -72,13 +68,6 @@ def test_a_vector_steers_here_what_it_steered_in_the_study(cell: OpenedCell, lib
         asked = [Question.of(example) for example in library[1].targets("test", f"to_{toward}", len(after))]
         steering = Steering(toward=toward, method=method)
         assert [cell.answer(question, steering).behaviour for question in asked] == after
-
-
-def test_strength_zero_is_unsteered(client: TestClient, pairs: list[Any]) -> None:
-    question = pairs[0]["memorized"]
-    plain = client.post(f"{CELL}/ask", json={"question": question}).json()
-    steering = {"toward": "generalized", "method": "nmd", "alpha": 0}
-    assert client.post(f"{CELL}/ask", json={"question": question, "steering": steering}).json() == plain
 
 
 def test_layers_and_neurons_of_a_vector_can_be_chosen(cell: OpenedCell, library: Any) -> None:
@@ -222,51 +211,6 @@ def test_a_job_can_be_cancelled_and_lets_requests_go_between_its_steps(client: T
     assert client.delete(f"/api/jobs/{job['job']}").json()["state"] == "cancelled"
     assert client.get(f"/api/jobs/{job['job']}").json()["state"] == "cancelled"
     assert finished(client, client.post(f"{CELL}/neurons/0/0").json())["state"] == "done"
-
-
-def test_jobs_that_are_cancelled_make_room() -> None:
-    async def scenario() -> None:
-        jobs, go = Jobs(), asyncio.Event()
-
-        async def step() -> Watched:
-            await go.wait()
-            return Watched.model_construct()
-
-        started = [jobs.start(step) for _ in range(MOST_JOBS)]
-        with pytest.raises(HTTPException, match="429: job: 16 are running already"):
-            jobs.start(step)
-        assert {jobs.cancel(job.job).state for job in started[1:]} == {"cancelled"}
-        await asyncio.sleep(0.01)
-        started.append(jobs.start(step))
-        go.set()
-        await asyncio.sleep(0.01)
-        assert [jobs.get(job.job).state for job in started] == ["done", *["cancelled"] * (MOST_JOBS - 1), "done"]
-
-    asyncio.run(scenario())
-
-
-def test_requests_to_a_cell_wait_for_no_other_cell(playground_runs: Path, pairs: list[Any]) -> None:
-    """Neither for its opening nor for work on it."""
-    held, asked = Event(), {"question": pairs[0]["memorized"]}
-
-    def slowly(run: Path, cell: str) -> OpenedCell:
-        assert held.wait(60)
-        return OpenedCell(run, cell)
-
-    with client_of(playground_runs) as client, pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(8) as crowd:
-        client.get(CELL)
-        patch.setattr("mnemoscope.web.runs.OpenedCell", slowly)
-        waiting = [crowd.submit(client.get, CELL.replace("first", "second")) for _ in range(6)]
-        assert client.post(f"{CELL}/ask", json=asked).status_code == 200
-        assert not any(one.done() for one in waiting)
-        held.set()
-        assert {one.result().status_code for one in waiting} == {200}
-        held.clear()
-        working = in_thread_of_cell(client, lambda cell: held.wait(60), "second")
-        assert client.post(f"{CELL}/ask", json=asked).status_code == 200
-        assert not working.done()
-        held.set()
-        assert working.result()
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
