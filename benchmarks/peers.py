@@ -30,11 +30,10 @@ from rounds import Way, ratios, seconds_of
 from tables import origin, put
 from torch import Tensor
 
-from mnemoscope.behaviour import Asking, cache_prefixes, decode, prepare, score
+from mnemoscope.behaviour import Asking, cache_prefixes, decode, prepare, score, states_at_the_end
 from mnemoscope.cells import cells_of
 from mnemoscope.config import load_study
 from mnemoscope.contrast import PairedMoments
-from mnemoscope.detect import states_at_the_end
 from mnemoscope.directions import steered
 from mnemoscope.models import backbone_of, blocks_of, load_model
 from mnemoscope.stages.common import cell_task
