@@ -25,6 +25,8 @@ from mnemoscope.executors import AHEAD, Progress, in_processes, run_cells
 from mnemoscope.processes import pool_of
 from mnemoscope.stages.train import pairs_stage
 
+pytestmark = pytest.mark.slow  # new processes import the libraries anew
+
 
 class Counting:
     """Squares numbers; opens something slow once and says in which process, and how often it was called there."""

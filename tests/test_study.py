@@ -124,8 +124,11 @@ def test_another_configuration_is_refused(copied: Path, mini_study_file: Path) -
         run_study(load_study(str(mini_study_file), ["cells.addition.training.steps=601"]), copied)
 
 
-def test_a_configuration_that_came_to_nothing_binds_nobody(tmp_path: Path, mini_study_file: Path) -> None:
+def test_a_configuration_that_came_to_nothing_binds_nobody(
+    tmp_path: Path, mini_study_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A mistyped model leaves a folder that the right one can use."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     wrong = load_study(str(mini_study_file), ["cells.addition.model={folder: no/such}"])
     with pytest.raises(InputError, match="no/such cannot be opened"):
         run_study(wrong, tmp_path / "run", workers=1)
@@ -216,6 +219,7 @@ def test_a_full_disk_leaves_nothing_half_written(
     assert results(copied) == results(mini_run)
 
 
+@pytest.mark.slow
 def test_only_what_is_known_is_asked_and_what_is_held_out_is_judged_apart(
     mini: Callable[[str], Asking], tmp_path: Path
 ) -> None:
@@ -281,6 +285,7 @@ cells:
 """
 
 
+@pytest.mark.slow
 def test_seeds_and_labels_that_share_a_model_are_compared(mini: Callable[[str], Asking], tmp_path: Path) -> None:
     """A miniature of the study `paper`: cells that borrow a model, two seeds, transfer between labels."""
     asking = mini("addition-digits")

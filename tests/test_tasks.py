@@ -58,6 +58,7 @@ def test_no_group_is_in_two_splits_and_every_split_has_each_kind(name: str) -> N
         assert all(split_of.setdefault(example.group, split) == example.split for example in examples)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DESIGNED)
 def test_no_evaluated_prompt_is_in_training_save_what_is_stored(name: str) -> None:
     task = made(name)
@@ -216,7 +217,7 @@ def test_an_example_refuses_what_it_cannot_mean(fields: dict[str, Any], message:
         ("joint", {"shares": {"inference": 1.0}}, "shares: {'inference': 1.0}"),
         ("joint", {"shares": {"inference": 0.5, "cipher": 0.5, "addition-digits": 0.5}}, "adding up to 1"),
         ("nowhere.at_all:Task", {}, "cannot be imported"),
-        (f"{__name__}:Counter", {}, "lacks training, examples, rephrase; make it a subclass"),
+        (f"{__name__}:Path", {}, "lacks training, examples, rephrase; make it a subclass"),
         (f"{__name__}:rng", {}, "makes a Generator"),
     ],
 )
