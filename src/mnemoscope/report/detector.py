@@ -129,8 +129,9 @@ def answer(task: TaskResults) -> Answer:
     ours = found.auroc["p_memorized"]
     if not ours.known:
         return Answer("detector", question, "Not measured", sentence="The test prompts show one behaviour only.")
-    inputs = max(found.auroc["input_only"], found.auroc["input_repeats"], key=lambda rival: rival.estimate)
-    rivals = {"The input alone": inputs, "the model's own certainty": found.auroc["top_gap"]}
+    best = max(("input_only", "input_repeats"), key=lambda name: found.auroc[name].estimate)
+    inputs = found.auroc[best]
+    rivals = {RIVALS[best].capitalize(): inputs, "the model's own certainty": found.auroc["top_gap"]}
     verdict = "It cannot surely be foreseen"
     if ours.low > 0.5:
         beaten = all(ours.low > rival.estimate for rival in rivals.values() if rival.known)
@@ -138,7 +139,7 @@ def answer(task: TaskResults) -> Answer:
     sentence = "of the cases, a prompt that will be remembered gets a higher P(memorized) than one worked out."
     beside = listed([f"{name} ranks {percent(rival.estimate)}" for name, rival in rivals.items() if rival.known])
     note = f"95{NBSP}% interval: {interval(ours)}. {beside}. Mean squared error: {found.brier.estimate:.3f}."
-    mark = (inputs.estimate, "the input alone")
+    mark = (inputs.estimate, RIVALS[best])
     return Answer("detector", question, verdict, percent(ours.estimate), sentence, note, ours, mark)
 
 
