@@ -12,6 +12,7 @@ from mnemoscope.directions.choose import (
     final,
     gaussian,
     ranked,
+    shared_neurons,
     shuffles,
 )
 from mnemoscope.directions.learned import learned_together

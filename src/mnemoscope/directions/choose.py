@@ -29,8 +29,23 @@ STANDING_IN = ("random_sign", "gaussian")  # for all four random controls, which
 
 
 def random_neurons(shift_LD: np.ndarray, rng: np.random.Generator, rho_LD: np.ndarray) -> np.ndarray:
-    """As many neurons of each layer, drawn at random, with the same absolute shifts in random order and signs."""
-    return _placed(shift_LD, rng, lambda layer: rng.permutation(shift_LD.shape[1]))
+    """As many other neurons of each layer, with the same absolute shifts in random order and signs.
+
+    Where a layer has not as many others, the rest are chosen ones; see ``shared_neurons``.
+    """
+
+    def others_first(layer: int) -> np.ndarray:
+        order_D = rng.permutation(shift_LD.shape[1])
+        return order_D[np.argsort(shift_LD[layer, order_D] != 0, kind="stable")]
+
+    return _placed(shift_LD, rng, others_first)
+
+
+def shared_neurons(shift_LD: np.ndarray) -> float:
+    """Share of the neurons of ``random_neurons`` that are neurons of the vector; NaN for no shift."""
+    chosen_L = (shift_LD != 0).sum(axis=1)
+    shared = np.maximum(0, 2 * chosen_L - shift_LD.shape[1]).sum()
+    return float(shared / chosen_L.sum()) if chosen_L.any() else math.nan
 
 
 def low_correlation(shift_LD: np.ndarray, rng: np.random.Generator, rho_LD: np.ndarray) -> np.ndarray:
@@ -68,7 +83,7 @@ def control_draws(
         for first, four in enumerate(shuffles(draws, seed[0])):
             vectors = directions.vectors(setting, four)
             for number, vector in enumerate(vectors[: draws - first * TOGETHER], first * TOGETHER):
-                yield number, scaled_to(vector.dense(*shift_LD.shape), norm_L)
+                yield number, _at_norm(vector.dense(*shift_LD.shape), norm_L, directions.sources.norm_L)
         return
     # With more than half of the neurons or a whole layer shifted there are not as many others, and those with the
     # lowest |rho| are mostly the same ones with other signs.
@@ -77,6 +92,20 @@ def control_draws(
     if others or name not in ("random_neurons", "low_correlation"):
         for number in range(draws):
             yield number, DRAWN[name](shift_LD, np.random.default_rng([*seed, number]), directions.rho())
+
+
+def _at_norm(shuffled_LD: np.ndarray, norm_L: np.ndarray, states_L: np.ndarray) -> np.ndarray:
+    """A shuffle at the norm of the vector in each layer; where it lacks one, the others make up the relative norm."""
+
+    def relative(shift_LD: np.ndarray) -> float:
+        return float(np.linalg.norm(np.linalg.norm(shift_LD, axis=1) / np.where(states_L > 0, states_L, 1.0)))
+
+    placed_LD = scaled_to(shuffled_LD, norm_L)
+    wanted = float(np.linalg.norm(norm_L / np.where(states_L > 0, states_L, 1.0)))
+    if not relative(placed_LD):  # no layer in common: its own layers, at the same relative norm
+        placed_LD = shuffled_LD
+    found = relative(placed_LD)
+    return placed_LD * (wanted / found) if found else placed_LD
 
 
 def shuffles(draws: int, seed: int) -> list[tuple[Labels, ...]]:

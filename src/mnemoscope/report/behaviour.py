@@ -15,12 +15,11 @@ from matplotlib.ticker import MaxNLocator
 
 from mnemoscope.report import drawing
 from mnemoscope.report.drawing import COLOUR, DASHED, GENERALIZED, INK, MEMORIZED, OTHER, PAPER, Dot, Line, Panel
-from mnemoscope.report.intervals import mean
 from mnemoscope.report.page import Answer, Chapter, Exhibit, View
 from mnemoscope.report.records import Cell
 from mnemoscope.report.schema import Behaviour, Pairs, Yield
 from mnemoscope.report.words import ANSWERED, count, listed, percent
-from mnemoscope.statistics import Estimate
+from mnemoscope.statistics import Estimate, proportion
 
 CURVES = (
     ("novel_accuracy", "new right", GENERALIZED, DASHED),
@@ -43,7 +42,7 @@ def measure_behaviour(cell: Cell) -> Behaviour:
     of_kind = {kind: test[test.kind == kind] for kind in ("conflict", "memory", "novel")}
 
     def share(kind: str, hits: pd.Series, key: str) -> Estimate:
-        return mean(hits, of_kind[kind].group, f"{cell.name}/behaviour/{key}")
+        return proportion(hits, of_kind[kind].group)
 
     conflict = of_kind["conflict"]
     found = {key: share("conflict", conflict.behaviour == key, key) for key in ANSWERED}
@@ -57,7 +56,7 @@ def measure_pairs(cell: Cell) -> Pairs:
     parts = {split: cell.pairs[cell.pairs.split == split] for split in ("fit", "tune", "test")} | {"all": cell.pairs}
     counts = {}
     for split, rows in parts.items():
-        is_pair, share = rows.is_pair.astype(bool), mean(rows.is_pair, rows.group, f"{cell.name}/pairs/{split}")
+        is_pair, share = rows.is_pair.astype(bool), proportion(rows.is_pair, rows.group)
         numbers = {"candidates": len(rows), "pairs": int(is_pair.sum()), "groups": int(rows.group[is_pair].nunique())}
         counts[split] = Yield(**numbers, yield_=share)
     return Pairs(**dict(counts["test"]), by_split=counts)

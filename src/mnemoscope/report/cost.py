@@ -11,12 +11,11 @@ import pandas as pd
 from mnemoscope.report import words
 from mnemoscope.report.behaviour import marked
 from mnemoscope.report.drawing import DASHED, INK, OTHER, TONE, Dot, Line, Panel, dots_panel, lines_panel
-from mnemoscope.report.intervals import mean, shared_mean
-from mnemoscope.report.page import Answer, Chapter, Exhibit, Table, View, not_measured
+from mnemoscope.report.page import TOO_FEW, Answer, Chapter, Exhibit, Table, View, not_measured
 from mnemoscope.report.records import Cell
 from mnemoscope.report.schema import AIMS, DIRECTIONS, Direction, Steered, TaskResults
 from mnemoscope.report.words import CAPITAL, LISTS, counted, points, points_interval
-from mnemoscope.statistics import Estimate
+from mnemoscope.statistics import Estimate, mean
 
 
 def measure_collateral(cell: Cell, direction: Direction, lists: dict[str, pd.DataFrame]) -> dict[str, Estimate]:
@@ -25,7 +24,7 @@ def measure_collateral(cell: Cell, direction: Direction, lists: dict[str, pd.Dat
     for name, rows in lists.items():
         right = DIRECTIONS[direction][0] if name == "conflict_rest" else "correct"
         change = (rows.after == right).astype(np.float64) - (rows.before == right).astype(np.float64)
-        changes[name] = shared_mean(change, rows.group, cell.name, signed=True)
+        changes[name] = mean(change, rows.group)
     if cell.info["memory_is_conflict"] and direction == "to_generalized":
         # The memory examples are the conflicts themselves: steering them is the aim, not the damage.
         changes["memory"] = Estimate.undefined()
@@ -38,10 +37,10 @@ def measure_neutral(cell: Cell) -> dict[str, dict[str, dict[str, Estimate]]] | N
         return None
     found: dict[str, dict[str, dict[str, Estimate]]] = {}
     for (direction, dose), rows in cell.neutral.groupby(["direction", "dose"]):
-        name, acts_N = f"{cell.name}/neutral/{direction}/{dose:g}", rows.acts.astype(float)
+        acts_N = rows.acts.astype(float)
         measures = {"first": rows.kl_first, "next": rows.kl_next, "same_top": rows.same_top * 1.0, "acted": acts_N}
         measures |= {"first_gated": rows.kl_first * acts_N, "next_gated": rows.kl_next * acts_N}
-        entry = {key: mean(values, rows.text, f"{name}/{key}") for key, values in measures.items()}
+        entry = {key: mean(values, rows.text) for key, values in measures.items()}
         found.setdefault(str(direction), {})[f"{dose:g}"] = entry
     return found
 
@@ -70,6 +69,7 @@ def answer(task: TaskResults) -> Answer:
     sure = {place: change for place, change in losses.items() if change.sign < 0}
     (direction, key), worst = min((sure or losses).items(), key=lambda found: found[1].estimate)
     verdict = f"It damages {LISTS[key]}" if sure else "No sure damage"
+    verdict = TOO_FEW if worst.too_few else verdict
     sentence = f"in accuracy on {LISTS[key]}, {words.TOWARDS[direction]}{'' if sure else ', is the largest loss'}."
     note = f"95{words.NBSP}% interval: {points_interval(worst)}, of {words.count(worst.n, 'answer')}."
     others = [d for d in task.steering if d != direction and any(place[0] == d for place in losses)]

@@ -9,12 +9,11 @@ import pandas as pd
 
 from mnemoscope.errors import InputError
 from mnemoscope.report.drawing import INK, MEMORIZED, OTHER, TONE, Dot, Line, Panel, against, dots_panel, lines_panel
-from mnemoscope.report.intervals import mean, ranking, shared_mean
-from mnemoscope.report.page import Answer, Chapter, Exhibit, Table, View
+from mnemoscope.report.page import TOO_FEW, Answer, Chapter, Exhibit, Table, View
 from mnemoscope.report.records import Cell
 from mnemoscope.report.schema import DIRECTIONS, Detection, Direction, Gated, Steered, TaskResults
 from mnemoscope.report.words import LISTS, NBSP, RIVALS, interval, listed, percent, ranged
-from mnemoscope.statistics import Estimate
+from mnemoscope.statistics import Estimate, auroc, mean, proportion
 
 SCORES: dict[str, str] = {"p_memorized": "the detector", **RIVALS}
 LEAST = 30  # prompts of each behaviour in a family whose ranking is judged apart
@@ -26,46 +25,46 @@ def measure_detector(cell: Cell) -> Detection | None:
     """None where no detector was fitted."""
     if cell.detection is None:
         return None
-    table, name = cell.detection, f"{cell.name}/detector"
+    table = cell.detection
     known = table[table.followed.isin(("memorized", "generalized"))]
     conflict, others = known[known.examples == "conflict"], sorted(set(table.examples) - {"conflict", *ANSWERED_RIGHT})
     by_family = {
         str(family): {key: int((rows.followed == key).sum()) for key in ("memorized", "generalized")}
-        | _rankings(rows, f"{name}/{family}", LEAST)
+        | _rankings(rows, LEAST)
         for family, rows in conflict.groupby("family")
     }
     memorized = (conflict.followed == "memorized").astype(int)
-    auroc, gate = _rankings(conflict, name), None
+    areas, gate = _rankings(conflict), None
     if "p_memorized_below" in conflict and conflict.p_memorized_below.notna().any():
-        gate = ranking(conflict.p_memorized_below, memorized, conflict.group, f"{name}/auroc/below")
+        gate = auroc(conflict.p_memorized_below, memorized, conflict.group)
     return Detection(
-        auroc=auroc,
+        auroc=areas,
         gate=gate,
-        given_up=auroc["p_memorized"].estimate - gate.estimate if gate else None,
+        given_up=areas["p_memorized"].estimate - gate.estimate if gate else None,
         by_family=by_family,
-        held_out={other: _rankings(known[known.examples == other], f"{name}/{other}") for other in others},
-        reliability=_reliability(conflict, name),
-        brier=mean((conflict.p_memorized - memorized) ** 2, conflict.group, name),
-        unlike={str(k): mean(rows.unlike, rows.group, f"{name}/unlike/{k}") for k, rows in table.groupby("examples")},
+        held_out={other: _rankings(known[known.examples == other]) for other in others},
+        reliability=_reliability(conflict),
+        brier=mean((conflict.p_memorized - memorized) ** 2, conflict.group),
+        unlike={str(k): proportion(rows.unlike, rows.group) for k, rows in table.groupby("examples")},
         readable_from=float(conflict.readable_from.median()),
     )
 
 
-def _rankings(rows: pd.DataFrame, name: str, least: int = 1) -> dict[str, Any]:
+def _rankings(rows: pd.DataFrame, least: int = 1) -> dict[str, Any]:
     """Area under the ROC curve of each score for ``memorized``; NaN with fewer than ``least`` of either behaviour."""
     label_N = (rows.followed == "memorized").astype(int)
     if min(label_N.sum(), (1 - label_N).sum()) < least:
         return {score: Estimate.undefined(len(rows)) for score in SCORES}
-    return {score: ranking(rows[score], label_N, rows.group, f"{name}/auroc/{score}") for score in SCORES}
+    return {score: auroc(rows[score], label_N, rows.group) for score in SCORES}
 
 
-def _reliability(rows: pd.DataFrame, name: str) -> list[dict[str, Estimate]]:
+def _reliability(rows: pd.DataFrame) -> list[dict[str, Estimate]]:
     place_N = np.clip(np.digitize(rows.p_memorized, BINS) - 1, 0, len(BINS) - 2)
     bins = []
     for number in range(len(BINS) - 1):
         part = rows[place_N == number]
-        said = mean(part.p_memorized, part.group, f"{name}/said/{number}")
-        bins.append({"said": said, "memorized": mean(part.followed == "memorized", part.group, f"{name}/bin/{number}")})
+        said = proportion(part.p_memorized, part.group)
+        bins.append({"said": said, "memorized": proportion(part.followed == "memorized", part.group)})
     return bins
 
 
@@ -82,14 +81,14 @@ def measure_gated(cell: Cell, direction: Direction, lists: dict[str, pd.DataFram
             raise InputError(f"{path}: examples of {name!r} are not those of steering")
         acts_N = acts.loc[rows.example].to_numpy(bool)
         after_N = np.where(acts_N, rows.after, rows.before)
-        found.acted[name] = shared_mean(acts_N, rows.group, cell.name)
+        found.acted[name] = proportion(acts_N, rows.group)
         if name == "memory":
             found.recall_by_family = recall_by_family(cell, rows.assign(after=after_N))
         if name in ANSWERED_RIGHT:
             change_N = (after_N == "correct").astype(float) - (rows.before == "correct").to_numpy(float)
-            found.collateral[name] = shared_mean(change_N, rows.group, cell.name, signed=True)
+            found.collateral[name] = mean(change_N, rows.group)
         elif (rows.before == source).all():
-            found.shift[name] = shared_mean(after_N == target, rows.group, cell.name)
+            found.shift[name] = proportion(after_N == target, rows.group)
     return found
 
 
@@ -98,7 +97,7 @@ def recall_by_family(cell: Cell, rows: pd.DataFrame) -> dict[str, Any] | None:
     if cell.info["memory_is_conflict"] or rows.family.nunique() < 2:
         return None
     return {
-        str(family): {when: shared_mean(part[when] == "correct", part.group, cell.name) for when in ("before", "after")}
+        str(family): {when: proportion(part[when] == "correct", part.group) for when in ("before", "after")}
         for family, part in rows.groupby("family", observed=True, sort=True)
     }
 
@@ -136,6 +135,7 @@ def answer(task: TaskResults) -> Answer:
     if ours.low > 0.5:
         beaten = all(ours.low > rival.estimate for rival in rivals.values() if rival.known)
         verdict = "It can be foreseen" if beaten else "It can be foreseen, not surely better than without states"
+    verdict = TOO_FEW if ours.too_few else verdict
     sentence = "of the cases, a prompt that will be remembered gets a higher P(memorized) than one worked out."
     beside = listed([f"{name} ranks {percent(rival.estimate)}" for name, rival in rivals.items() if rival.known])
     note = f"95{NBSP}% interval: {interval(ours)}. {beside}. Mean squared error: {found.brier.estimate:.3f}."

@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from mnemoscope.contrast import Contrast
 from mnemoscope.report import drawing
 from mnemoscope.report.drawing import INK, OTHER, Line, Panel
-from mnemoscope.report.page import Answer, Chapter, Exhibit, View, not_measured
+from mnemoscope.report.page import TOO_FEW, Answer, Chapter, Exhibit, View, not_measured
 from mnemoscope.report.schema import Contrasts, TaskResults
 from mnemoscope.report.words import ANSWERED, NBSP, argmax, count, interval, percent
-from mnemoscope.statistics import Estimate
+from mnemoscope.statistics import LEAST_GROUPS, Estimate
 
 SIGNIFICANT = 0.05
 # Middle tones that read on light and on dark paper, for pixels, which CSS cannot reach.
@@ -78,6 +78,7 @@ def answer(task: TaskResults) -> Answer:
         if task.probe.input_only.low > 0.5:
             notes.append(f"The wordings differ too: the input alone gives {percent(task.probe.input_only.estimate)}.")
     verdict = "Neurons differ" if share.estimate > 0 else "No neuron surely differs"
+    verdict = TOO_FEW if contrast.groups < LEAST_GROUPS else verdict
     sentence = f"of {share.n // len(task.seeds):,} neurons differ when all are tested together."
     return Answer("differ", question, verdict, percent(share.estimate), sentence, " ".join(notes), share)
 

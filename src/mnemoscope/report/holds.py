@@ -9,12 +9,11 @@ import pandas as pd
 
 from mnemoscope.report import drawing
 from mnemoscope.report.drawing import DASHED, INK, MUTED, OTHER, TONE, Dot, Line, Panel, dots_panel
-from mnemoscope.report.intervals import shared_mean
-from mnemoscope.report.page import Answer, Chapter, Exhibit, Table, View, not_measured
+from mnemoscope.report.page import TOO_FEW, Answer, Chapter, Exhibit, Table, View, not_measured
 from mnemoscope.report.records import Cell, Run
 from mnemoscope.report.schema import DIRECTIONS, Halves, SeedsRow, TaskResults, Transfer
 from mnemoscope.report.words import NBSP, TOWARDS, listed, percent, ranged
-from mnemoscope.statistics import Estimate, mean_with_range, over_seeds
+from mnemoscope.statistics import LEAST_GROUPS, Estimate, mean_with_range, over_seeds, proportion
 
 MEASURE = ["site", "shared_initialization", "what", "layer", "top"]
 ALL = -1  # the layer of what belongs to all together
@@ -103,9 +102,7 @@ def _probes(rows: pd.DataFrame, layers: dict[tuple[str, int], int]) -> dict[str,
 def _by_seed(rows: pd.DataFrame, hits: pd.Series) -> Estimate:
     """Mean over seeds of the share of rows that are hits; undefined without a row."""
     by_seed = rows.groupby(["source", "seed"], observed=True)
-    return over_seeds(
-        [shared_mean(hits[part.index], part.group, f"transfer/{source}/{seed}") for (source, seed), part in by_seed]
-    )
+    return over_seeds([proportion(hits[part.index], part.group) for (source, seed), part in by_seed])
 
 
 Found = tuple[str, float, Estimate, Estimate]  # between what, share of neurons, overlap, overlap by chance
@@ -138,11 +135,12 @@ def answer(task: TaskResults, seeds: list[SeedsRow]) -> Answer:
         for _, top, share, chance in [entry for entry in found if entry[0] == between][:1]:
             text = f"of their top {100 * top:g}{NBSP}% of neurons by |rho| are the same in {words}"
             by_chance = f"{percent(chance.estimate)}, up to {percent(chance.high)}"
-            texts.append((percent(share.estimate), f"{text}; by chance {by_chance}."))
+            texts.append((percent(share.estimate), f"{text}; by chance, in the same layers, {by_chance}."))
             again += [between] if share.estimate > chance.high else []
     if not texts:
         return not_measured("holds", question, task)
     verdict = f"The same neurons again, between {listed(again)}" if again else "Not the same neurons again"
+    verdict = TOO_FEW if task.contrast.groups < LEAST_GROUPS else verdict
     notes = [f"{number} {text}" for number, text in texts[1:]]
     if rows := seed_rows(seeds, "rank_correlation"):
         notes.append(f"The seeds began with {'the same' if rows[0].shared_initialization else 'different'} weights.")
@@ -156,10 +154,16 @@ def seed_rows(seeds: list[SeedsRow], what: str) -> list[SeedsRow]:
 
 
 def overlaps(task: TaskResults, seeds: list[SeedsRow]) -> list[Found]:
-    """Overlap of the strongest neurons, between halves of the pairs and between seeds, as far as known."""
+    """Overlap of the strongest neurons, between halves of the pairs and between seeds, as far as known.
+
+    Beside what it would be by chance within layers: where two sets prefer the same layers, they share neurons by that.
+    """
     halves = task.consistency["halves"].overlap
-    found: list[Found] = [("halves", float(top), entry["share"], entry["chance"]) for top, entry in halves.items()]
-    found += [("seeds", row.top, row.value, row.chance) for row in seed_rows(seeds, "overlap")]
+    found: list[Found] = [
+        ("halves", float(top), each["share"], each["chance_in_layers"]) for top, each in halves.items()
+    ]
+    within = seed_rows(seeds, "overlap_in_layers") or seed_rows(seeds, "overlap")  # records of version 0.1
+    found += [("seeds", row.top, row.value, row.chance) for row in within]
     return sorted((entry for entry in found if entry[2].known), key=lambda entry: (entry[1], entry[0]))
 
 

@@ -80,6 +80,9 @@ class Chapter:
     telling: str = ""  # a sentence above that
 
 
+TOO_FEW = "Too few groups to tell"  # instead of a verdict
+
+
 def not_measured(anchor: str, question: str, task: TaskResults) -> Answer:
     """The answer where there is none, with the reason: what pairs were lacking."""
     pairs = task.pairs

@@ -13,12 +13,11 @@ import pandas as pd
 
 from mnemoscope.errors import InputError
 from mnemoscope.report.drawing import DASHED, OTHER, Line, Panel, against, dots_panel, lines_panel
-from mnemoscope.report.intervals import mean, ranking
-from mnemoscope.report.page import Answer, Chapter, Exhibit, View, not_measured
+from mnemoscope.report.page import TOO_FEW, Answer, Chapter, Exhibit, View, not_measured
 from mnemoscope.report.records import Cell
 from mnemoscope.report.schema import BestLayer, Learning, Probe, TaskResults
 from mnemoscope.report.words import NBSP, RIVALS, argmax, beyond, interval, layers, percent
-from mnemoscope.statistics import Estimate, mean_with_range
+from mnemoscope.statistics import Estimate, auroc, mean, mean_with_range, proportion
 
 INPUTS = ("input_only", "input_repeats")
 UNCERTAINTIES = ("entropy", "top_gap")
@@ -27,7 +26,7 @@ ALL = -1  # the layer of what belongs to none, or to all together
 
 def measure_probes(cell: Cell) -> Probe:
     """What a linear probe reads from each layer and position, beside what it has to beat."""
-    name, rows, layers_L = f"{cell.name}/probe", cell.probes, list(range(len(cell.contrast.nmd_LD)))
+    rows, layers_L = cell.probes, list(range(len(cell.contrast.nmd_LD)))
     alone = {kind: rows[rows.kind == kind] for kind in (*INPUTS, *UNCERTAINTIES)}
     shuffled, state = rows[rows.kind == "shuffled"], rows[rows.kind == "state"]
     states = {  # the decision position is always there, even without a row
@@ -40,39 +39,33 @@ def measure_probes(cell: Cell) -> Probe:
         if not all(np.array_equal(part[column], alone["input_only"][column]) for column in ("group", "label")):
             path = cell.folder / "records" / "probes.parquet"
             raise InputError(f"{path}: the states of {what} are not those of 'input_only'")
-    # The decision position has the names, and so the resamples, of the numbers that are shown without an offset.
-    places = {offset: f"{name}/offset {offset}" if offset else name for offset in states}
-    accuracy, auroc = (
-        {str(k): [score(part, f"{places[k]}/{n}{end}") for n, part in found.items()] for k, found in states.items()}
-        for score, end in ((_accuracy, ""), (_auroc, "/auroc"))
+    accuracy, areas = (
+        {str(offset): [score(part) for part in found.values()] for offset, found in states.items()}
+        for score in (_accuracy, _ranking)
     )
-    best = {str(offset): _cross_fitted(found, alone, f"{places[offset]}/best") for offset, found in states.items()}
+    best = {str(offset): _cross_fitted(found, alone) for offset, found in states.items()}
     minus = {
-        f"minus_{kind}": [
-            mean(_right(part) - _right(alone[kind]), part.group, f"{name}/{layer}/{end}", signed=True)
-            for layer, part in states[0].items()
-        ]
-        for kind, end in (("input_only", "minus"), ("input_repeats", "minus/input_repeats"))
+        f"minus_{kind}": [mean(_right(part) - _right(alone[kind]), part.group) for part in states[0].values()]
+        for kind in INPUTS
     }
     inputs, uncertainties = (
-        {kind: _accuracy(alone[kind], f"{name}/{kind}") for kind in kinds}
-        | {f"{kind}_auroc": _auroc(alone[kind], f"{name}/{kind}/auroc") for kind in kinds}
+        {kind: _accuracy(alone[kind]) for kind in kinds} | {f"{kind}_auroc": _ranking(alone[kind]) for kind in kinds}
         for kinds in (INPUTS, UNCERTAINTIES)
     )
     return Probe(
         site=cell.contrast.site,
         layers=layers_L,
         accuracy=accuracy["0"],
-        auroc=auroc["0"],
+        auroc=areas["0"],
         best=best["0"],
         **inputs,
         baselines=uncertainties,
-        shuffled=_accuracy(shuffled, f"{name}/shuffled"),
-        shuffled_by_layer=[_accuracy(shuffled[shuffled.layer == n], f"{name}/shuffled/{n}") for n in layers_L],
+        shuffled=_accuracy(shuffled),
+        shuffled_by_layer=[_accuracy(shuffled[shuffled.layer == n]) for n in layers_L],
         **minus,
         offsets=list(states),
         accuracy_by_offset=accuracy,
-        auroc_by_offset=auroc,
+        auroc_by_offset=areas,
         best_by_offset=best,
     )
 
@@ -82,15 +75,15 @@ def _right(rows: pd.DataFrame) -> np.ndarray:
     return ((rows.score.to_numpy() > 0) == (rows.label.to_numpy() == 1)).astype(np.float64)
 
 
-def _accuracy(rows: pd.DataFrame, name: str) -> Estimate:
-    return mean(_right(rows), rows.group, name)
+def _accuracy(rows: pd.DataFrame) -> Estimate:
+    return proportion(_right(rows), rows.group)
 
 
-def _auroc(rows: pd.DataFrame, name: str) -> Estimate:
-    return ranking(rows.score, rows.label, rows.group, name)
+def _ranking(rows: pd.DataFrame) -> Estimate:
+    return auroc(rows.score, rows.label, rows.group)
 
 
-def _cross_fitted(states: dict[int, pd.DataFrame], alone: dict[str, pd.DataFrame], name: str) -> BestLayer:
+def _cross_fitted(states: dict[int, pd.DataFrame], alone: dict[str, pd.DataFrame]) -> BestLayer:
     """Accuracy at the best layer, without choosing it on what it is scored on, and its difference to each baseline.
 
     The test groups are cut into two halves; each half is scored at the layer that is best in the other half.
@@ -105,13 +98,8 @@ def _cross_fitted(states: dict[int, pd.DataFrame], alone: dict[str, pd.DataFrame
             pick = int(right_LN[:, elsewhere].mean(axis=1).argmax())
             scored_N[half_N == half] = right_LN[pick, half_N == half]
             picked.append(list(states)[pick])
-    # The difference to the input alone keeps the name it had when it was the only one, and with it its resamples.
-    names = {kind: "minus" if kind == "input_only" else f"minus/{kind}" for kind in alone}
-    minus = {
-        f"minus_{kind}": mean(scored_N - _right(rows), groups_N, f"{name}/{names[kind]}", signed=True)
-        for kind, rows in alone.items()
-    }
-    return BestLayer(picked=sorted(set(picked)), accuracy=mean(scored_N, groups_N, f"{name}/accuracy"), **minus)
+    minus = {f"minus_{kind}": mean(scored_N - _right(rows), groups_N) for kind, rows in alone.items()}
+    return BestLayer(picked=sorted(set(picked)), accuracy=proportion(scored_N, groups_N), **minus)
 
 
 def measure_learning(cell: Cell) -> Learning:
@@ -176,6 +164,7 @@ def answer(task: TaskResults) -> Answer:
     beyond_input = {1: "beyond the input", 0: "not surely beyond the input", -1: "but the input alone is better"}
     reads = difference.sign > 0 or accuracy.low > 0.5
     verdict = f"A probe reads it, {beyond_input[difference.sign]}" if reads else "A probe does not surely read it"
+    verdict = TOO_FEW if accuracy.too_few else verdict
     sentence = f"of test states are read right by a linear probe on {layers(probe.best.picked)}."
     note = f"95{NBSP}% interval: {interval(accuracy)}."
     if difference.known:

@@ -108,6 +108,8 @@ def merged(values: Sequence[Any]) -> Any:
         if all(isinstance(number, int) for value in values for number in value):
             return sorted({number for value in values for number in value})
         return [merged(parts) for parts in zip(*values, strict=True)]
+    if isinstance(first, bool):
+        return all(values)
     if isinstance(first, int):
         return sum(values)
     numbers = [value for value in values if not math.isnan(value)]

@@ -60,6 +60,7 @@ class Chosen(Result):
     strength: float = Field(description="total relative norm")
     alpha: float = Field(description="the paper's, times NMD; NaN for other methods")
     within_limits: bool = Field(description="whether worst control and collateral stayed within the limits, on tune")
+    shared: float | None = Field(None, description="share of the neurons of `random_neurons` that are the vector's")
     begin_alike: float | None = Field(None, description="share of fit phrasings whose answers begin with equal tokens")
 
 
@@ -69,6 +70,9 @@ class Control(Result):
     pairs: Shares
     conflict: Shares
     draws: dict[Aim, int] = Field(description="number of draws by list")
+    exceeded: dict[Aim, bool] = Field(
+        description="by list: the vector does surely more, even if it were another draw of the control; in every seed"
+    )
     worst: dict[Aim, Shares] = Field(description="by list the draw that shifts most, of all seeds")
 
 
@@ -329,7 +333,9 @@ class SeedsRow(Result):
 
     site: str
     shared_initialization: bool
-    what: str = Field(description="`overlap`, `rank_correlation` or `aligned_cosine`, see records/seeds.parquet")
+    what: str = Field(
+        description="`overlap`, `overlap_in_layers`, `rank_correlation` or `aligned_cosine`, see records/seeds.parquet"
+    )
     layer: int = Field(description="-1: all")
     top: float
     value: Estimate

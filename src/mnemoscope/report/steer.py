@@ -19,12 +19,12 @@ from mnemoscope.report import drawing, schema, words
 from mnemoscope.report.cost import measure_collateral
 from mnemoscope.report.detector import measure_gated, recall_by_family
 from mnemoscope.report.drawing import DASHED, INK, OTHER, TONE, Dot, Line, Panel, dots_panel
-from mnemoscope.report.intervals import shared_mean, shares
-from mnemoscope.report.page import Answer, Chapter, Exhibit, Table, View, not_measured
+from mnemoscope.report.intervals import shares
+from mnemoscope.report.page import TOO_FEW, Answer, Chapter, Exhibit, Table, View, not_measured
 from mnemoscope.report.records import Cell
 from mnemoscope.report.schema import AIMS, CONTROLS, DIRECTIONS, Aim, Direction, Steered, TaskResults
 from mnemoscope.report.words import CAPITAL, LISTS, NBSP, TOWARDS, percent, ranged
-from mnemoscope.statistics import Estimate
+from mnemoscope.statistics import Estimate, mean, proportion, surely_more
 
 KEYS = ["aim", "direction", "method", "role", "examples"]
 MARKERS = dict(zip(CONTROLS, ("o", "v", "s", "^", "D"), strict=True))
@@ -75,7 +75,7 @@ def measure_direction(examples: Examples, method: str, direction: Direction, cho
         return examples.rows(aim, direction, method, "vector", name)
 
     def measured(aim: str, name: str) -> schema.Shares:
-        return shares(vector(aim, name), direction, cell.name)
+        return shares(vector(aim, name), direction)
 
     pairs = measured("pairs", "pairs")
     controls = {name: {aim: examples.rows(aim, direction, method, name, aim) for aim in AIMS} for name in CONTROLS}
@@ -90,9 +90,12 @@ def measure_direction(examples: Examples, method: str, direction: Direction, cho
         pairs_unreachable=measured("pairs", "pairs_unreachable"),
         held_out={name.removeprefix("pairs_"): measured("pairs", name) for name in held_out},
         conflict_at_chosen=measured("pairs", "conflict"),
-        controls={name: _control(parts, direction, cell) for name, parts in controls.items()},
+        controls={
+            name: _control(parts, {aim: vector(aim, aim) for aim in AIMS}, direction, cell)
+            for name, parts in controls.items()
+        },
         minus_control={
-            name: {aim: _difference(cell, vector(aim, aim), part, direction) for aim, part in parts.items()}
+            name: {aim: mean(*beyond(cell, vector(aim, aim), part, direction)) for aim, part in parts.items()}
             for name, parts in controls.items()
         },
         collateral=measure_collateral(cell, direction, kept["pairs"]),
@@ -102,30 +105,33 @@ def measure_direction(examples: Examples, method: str, direction: Direction, cho
     )
 
 
-def _control(parts: dict[Aim, pd.DataFrame], direction: Direction, cell: Cell) -> schema.Control:
-    """All draws of a control pooled, and beside it the draw that shifts most."""
-    draws, pooled, worst = {}, {}, {}
+def _control(
+    parts: dict[Aim, pd.DataFrame], vectors: dict[Aim, pd.DataFrame], direction: Direction, cell: Cell
+) -> schema.Control:
+    """All draws of a control pooled, the draw that shifts most, and whether the vector does surely more."""
+    draws, pooled, worst, exceeded = {}, {}, {}, {}
     for aim, rows in parts.items():
         by_draw = (rows.after == DIRECTIONS[direction][0]).groupby(rows.draw).mean()
         most = rows[rows.draw == by_draw.idxmax()] if len(by_draw) else rows
         draws[aim] = len(by_draw)
-        pooled[aim], worst[aim] = (shares(one, direction, cell.name, confabulated=False) for one in (rows, most))
-    return schema.Control(**pooled, draws=draws, worst=worst)
+        exceeded[aim] = surely_more(*beyond(cell, vectors[aim], rows, direction))
+        pooled[aim], worst[aim] = (shares(one, direction, confabulated=False) for one in (rows, most))
+    return schema.Control(**pooled, draws=draws, worst=worst, exceeded=exceeded)
 
 
-def _difference(cell: Cell, vector: pd.DataFrame, control: pd.DataFrame, direction: Direction) -> Estimate:
-    """Shift under the vector minus the mean shift under a control's draws, example by example."""
+def beyond(
+    cell: Cell, vector: pd.DataFrame, control: pd.DataFrame, direction: Direction
+) -> tuple[pd.Series, pd.Series, pd.Series]:
+    """Hit of the vector minus hit of a control's draw, for each example and draw, with their groups and draws."""
     target = DIRECTIONS[direction][0]
-    if vector.empty or control.empty:
-        return Estimate.undefined()
-    if set(vector.example) != set(control.example):
+    if not vector.empty and not control.empty and set(vector.example) != set(control.example):
         raise InputError(
             f"{cell.folder / 'records' / 'steering.parquet'}: {direction}, {vector.examples.iloc[0]}: the vector and "
             f"the control {control.role.iloc[0]!r} were not tried on the same examples"
         )
-    control_mean = (control.after == target).groupby(control.example).mean()
-    difference = (vector.after == target).astype(np.float64) - control_mean.loc[vector.example].to_numpy()
-    return shared_mean(difference, vector.group, cell.name, signed=True)
+    control = control if len(vector) else control.head(0)
+    hit = (vector.after == target).astype(np.float64).set_axis(vector.example)
+    return control.example.map(hit) - (control.after == target), control.group, control.draw
 
 
 def _logit(examples: Examples, method: str, direction: Direction) -> schema.Push:
@@ -133,7 +139,7 @@ def _logit(examples: Examples, method: str, direction: Direction) -> schema.Push
 
     A shift that moves all margins alike is no more than a bias on the two answers.
     """
-    name, sign = examples.cell.name, 1 if direction == "to_generalized" else -1
+    sign = 1 if direction == "to_generalized" else -1
     rows = examples.rows("pairs", direction, method, "vector", "pairs")
     effect = rows.margin - rows.margin_before
     # Whether the target's answer is the likelier one; NaN where that is not known.
@@ -141,10 +147,10 @@ def _logit(examples: Examples, method: str, direction: Direction) -> schema.Push
     pushed, shifted = ((sign * margin > 0).astype(float).where(margin.notna()) for margin in margins)
     return schema.Push(
         method=method,
-        push=shared_mean(effect, rows.group, name, signed=True),
-        shift=shared_mean(pushed, rows.group, name),
-        vector=shared_mean(shifted, rows.group, name),
-        vector_minus_logit=shared_mean(shifted - pushed, rows.group, name, signed=True),
+        push=mean(effect, rows.group),
+        shift=proportion(pushed, rows.group),
+        vector=proportion(shifted, rows.group),
+        vector_minus_logit=mean(shifted - pushed, rows.group),
     )
 
 
@@ -172,11 +178,13 @@ def answer(task: TaskResults) -> Answer:
     if not measured:
         return not_measured("steer", question, task)
     controls = {d: steering[d].strongest() for d in measured}
-    works = [d for d, name in controls.items() if name and steering[d].minus_control[name]["pairs"].sign > 0]
+    works = [d for d, name in controls.items() if name and surely_steers(task, d, name)]
     verdict = "Steering does not surely work"
     if works:
         where = "in both directions" if len(works) == 2 else TOWARDS[works[0]]
         verdict = f"Steering works{'' if all(shifts[d].estimate >= 0.5 for d in works) else ' in part,'} {where}"
+    if all(share.too_few for share in shifts.values()):
+        verdict = TOO_FEW
     shown, *others = dict.fromkeys([*works, *measured])
     beside = {d: f"strongest control: {words.strongest_control(steering[d])}" for d in measured}
     sentence = f"of test pairs are steered {TOWARDS[shown]}; {beside[shown]}."
@@ -188,6 +196,13 @@ def answer(task: TaskResults) -> Answer:
     mark = (steering[shown].controls[control].pairs.shift.estimate, "strongest control") if control else (math.nan, "")
     share = shifts[shown]
     return Answer("steer", question, verdict, percent(share.estimate), sentence, " ".join(notes), share, mark)
+
+
+def surely_steers(task: TaskResults, direction: Direction, control: str) -> bool:
+    """Whether a vector does surely more than a control; in a single seed, than any other draw of it."""
+    block = task.steering[direction]
+    more = block.minus_control[control]["pairs"].sign > 0
+    return more and (len(task.seeds) > 1 or block.controls[control].exceeded["pairs"])
 
 
 def _switch_panel(task: TaskResults, direction: Direction) -> Panel:

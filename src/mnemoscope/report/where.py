@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,12 +11,12 @@ import pandas as pd
 
 from mnemoscope.report import schema
 from mnemoscope.report.drawing import DASHED, INK, MUTED, OTHER, TONE, Line, Panel, lines_panel
-from mnemoscope.report.intervals import shared_mean, shares
+from mnemoscope.report.intervals import shares
 from mnemoscope.report.page import Answer, Chapter, Exhibit, View, not_measured
 from mnemoscope.report.records import Cell
 from mnemoscope.report.schema import DIRECTIONS, Ablation, Direction, Shares, SweepRow, TaskResults
 from mnemoscope.report.words import CAPITAL, TOWARDS, argmax, percent
-from mnemoscope.statistics import Estimate, over_seeds
+from mnemoscope.statistics import Estimate, mean, over_seeds, proportion
 
 PAPERS = "nmd"  # the paper's own method
 SETTING = ["direction", "method", "site", "layers", "top", "strength"]
@@ -28,10 +27,10 @@ def measure_effects(cell: Cell) -> dict[str, Any]:
     """Doses, words, other decoding, ablation and patching; empty where the records have none of it."""
 
     def measured(rows: pd.DataFrame) -> Shares:
-        return shares(rows, rows.direction.iloc[0], cell.name)
+        return shares(rows, rows.direction.iloc[0])
 
     def dose(rows: pd.DataFrame) -> schema.Dose:
-        return schema.Dose(margin=shared_mean(rows.margin, rows.group, cell.name), **dict(measured(rows)))
+        return schema.Dose(margin=mean(rows.margin, rows.group, rows.draw), **dict(measured(rows)))
 
     def nested(what: str, keys: list[str], measure: Callable[[pd.DataFrame], Any]) -> dict[str, Any]:
         """``measure`` of every combination of the keys, as dictionaries within dictionaries."""
@@ -47,7 +46,7 @@ def measure_effects(cell: Cell) -> dict[str, Any]:
     layers, patched = range(len(cell.contrast.nmd_LD)), cell.effects[cell.effects.what == "patch"]
     patch = {
         direction: {
-            str(site): [shares(part[part.layers == str(layer)], direction, cell.name) for layer in layers]
+            str(site): [shares(part[part.layers == str(layer)], direction) for layer in layers]
             for site in dict.fromkeys(patched.site)
             for part in [patched[(patched.direction == direction) & (patched.site == site)]]
         }
@@ -57,12 +56,12 @@ def measure_effects(cell: Cell) -> dict[str, Any]:
         "dose": nested("dose", ["method", "direction", "role", "dose"], dose),
         "prompt": nested("prompt", ["direction"], measured),
         "context_aware": nested("contrast", ["direction", "dose"], measured),
-        "ablation": nested("ablation", ["method", "direction", "dose"], partial(_ablation, stream=cell.name)),
+        "ablation": nested("ablation", ["method", "direction", "dose"], _ablation),
         "patch": patch,
     }
 
 
-def _ablation(rows: pd.DataFrame, stream: str) -> Ablation:
+def _ablation(rows: pd.DataFrame) -> Ablation:
     """What is left of a pair's two sides while neurons are held at their mean, and beside it as many at random."""
     tables, found = {}, {}
     for role in ("vector", "random_neurons"):
@@ -70,12 +69,12 @@ def _ablation(rows: pd.DataFrame, stream: str) -> Ablation:
         tables[role] = table = _separations(part)
         sides = {side: part[part.side == side] for side in ("generalized", "memorized")}
         found[role] = schema.Ablated(
-            **{key: shared_mean(table[key], table.group, stream, signed=True) for key in ("before", "after", "lost")},
-            kept={side: shared_mean(one.after == side, one.group, stream) for side, one in sides.items()},
+            **{key: mean(table[key], table.group) for key in ("before", "after", "lost")},
+            kept={side: proportion(one.after == side, one.group, one.draw) for side, one in sides.items()},
         )
     ours = tables["vector"]
     beyond = ours.lost - tables["random_neurons"].lost.reindex(ours.index)
-    return Ablation(**found, minus_random=shared_mean(beyond, ours.group, stream, signed=True))
+    return Ablation(**found, minus_random=mean(beyond, ours.group))
 
 
 def _separations(rows: pd.DataFrame) -> pd.DataFrame:

@@ -35,10 +35,15 @@ def percent(share: float) -> str:
     return f"{value:.{digits}f}{NBSP}%"
 
 
+def no_interval(found: Estimate) -> str:
+    """Why a number has no interval."""
+    return f"too few groups: {found.groups}" if found.too_few else "no interval"
+
+
 def interval(share: Estimate) -> str:
     """``60 to 66 %`` for a share, cut to what a share can be; as many digits as it needs to have two ends."""
     if not share.known or math.isnan(share.low):
-        return "no interval"
+        return no_interval(share)
     low, high = (min(1.0, max(0.0, end)) for end in (share.low, share.high))
     digits = 1 if high - low < 0.02 else 0
     return f"{100 * low:.{digits}f}{NBSP}to{NBSP}{100 * high:.{digits}f}{NBSP}%"
@@ -63,7 +68,7 @@ def points(change: float, *, sign: bool = False) -> str:
 def points_interval(change: Estimate) -> str:
     """``6 to 12``, in percentage points, cut to what a difference of shares can be."""
     if not change.known or math.isnan(change.low):
-        return "no interval"
+        return no_interval(change)
     low, high = (min(100, max(-100, round(100 * end))) for end in (change.low, change.high))
     return f"{low + 0:d}{NBSP}to{NBSP}{high + 0:d}"
 

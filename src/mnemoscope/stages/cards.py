@@ -11,7 +11,7 @@ import pandas as pd
 
 from mnemoscope.cells import Cell, Tell, version
 from mnemoscope.detect import Detector
-from mnemoscope.statistics import auroc, named_rng, proportion
+from mnemoscope.statistics import auroc, proportion
 from mnemoscope.steering import Artefact, Card, SteeringVector
 
 LIBRARIES = ("torch", "transformers")
@@ -44,16 +44,13 @@ def cards_stage(cell: Cell, tell: Tell) -> list[Path]:
 def _of_vector(
     cell: Cell, name: str, vector: SteeringVector, steering: pd.DataFrame, neutral: pd.DataFrame | None
 ) -> dict[str, Any]:
-    """Figures of a vector, whose file is named DIRECTION-METHOD or DIRECTION-METHOD-conflict.
-
-    Resamples are those of the report, which names them so: intervals are the same there.
-    """
+    """Figures of a vector, whose file is named DIRECTION-METHOD or DIRECTION-METHOD-conflict."""
     aim = "conflict" if name.endswith("-conflict") else "pairs"
     of_vector = {"direction": f"to_{vector.toward}", "method": vector.method}
     mine = _where(steering, aim=aim, **of_vector)
     judged = mine[mine["examples"] == aim]
     hits, own = judged["after"] == vector.toward, judged["role"] == "vector"
-    shift = proportion(hits[own], pd.factorize(judged["group"][own])[0], cell.name)
+    shift = proportion(hits[own], judged["group"][own])
     facts: dict[str, Any] = {"shift": asdict(shift)}
     controls = hits[~own].groupby(judged["role"][~own]).mean()
     if len(controls):
@@ -77,7 +74,6 @@ def _of_detector(cell: Cell, detection: pd.DataFrame, score: str) -> dict[str, A
 
     def area(name: str) -> dict[str, float | int]:
         column = "p_memorized_below" if name == "below" else name
-        rng = named_rng(f"{cell.name}/detector/auroc/{name}")
-        return asdict(auroc(test[column], truth, test["group"].to_numpy(), rng))
+        return asdict(auroc(test[column], truth, test["group"].to_numpy()))
 
     return {"auroc": area(score) | {"input_only": area("input_only")["estimate"]}}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from itertools import chain, combinations
+from itertools import chain, combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +65,12 @@ def _compared_seeds(two: tuple[Cell, Cell]) -> list[dict[str, Any]]:
     tokenizer, unknown = opened[1].tokenizer, opened[1].tokenizer.unk_token_id
     examples = [e for e in examples if unknown not in tokenizer(e.prompt).input_ids][:ALIGNING_PROMPTS]
     states = [_states(cell, asking, examples, both[0].site) for cell, asking in zip(two, opened, strict=True)]
+    # Neurons of large |rho| sit in late layers, so two seeds share many by chance alone: within layers that is left out.
+    shapes = {"overlap": (1, -1), "overlap_in_layers": both[0].rho_LD.shape}
     overlaps = (
-        {"what": "overlap", "layer": -1, "top": top}
-        | overlap_row(*(contrast.top_neurons(top).reshape(1, -1) for contrast in both))
-        for top in TOPS
+        {"what": what, "layer": -1, "top": top}
+        | overlap_row(*(contrast.top_neurons(top).reshape(shape) for contrast in both))
+        for top, (what, shape) in product(TOPS, shapes.items())
     )
     rows = chain(overlaps, _rank_correlations(both, rng), _alignments(states, both, rng))
     return [common | row for row in rows]

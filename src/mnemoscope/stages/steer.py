@@ -32,6 +32,7 @@ from mnemoscope.directions import (
     learned_together,
     ranked,
     share_of,
+    shared_neurons,
     shuffles,
     steered,
     with_prefixes,
@@ -272,7 +273,7 @@ def _write_chosen(opened: _Opened, chosen: Sequence[_Chosen]) -> list[Path]:
         files.append(common.save_without_card(cell, replace(site.vector(setting), **fields), path))
         facts = {name: getattr(setting, name) for name in ("method", "site", "positions", "top", "strength")}
         facts |= {"layers": list(setting.layers), "alpha": site.alpha(setting), "within_limits": one.within}
-        facts["begin_alike"] = begin_alike
+        facts |= {"begin_alike": begin_alike, "shared": shared_neurons(site.dense(setting))}
         found[one.aim]["methods"].setdefault(setting.method, {})[setting.direction] = facts
         if one.best:
             found[one.aim]["best"][setting.direction] = setting.method

@@ -1,10 +1,19 @@
 """Intervals, and what two sets have in common: every number with an uncertainty comes from here.
 
 Undefined is NaN, never 0, and an interval of width 0 is never reported: it looks certain and is not.
-Randomness enters through an explicit generator, or through the name of a stream.
 """
 
-from mnemoscope.statistics.intervals import Estimate, Floats, auroc, mean_with_range, named_rng, over_seeds, proportion
+from mnemoscope.statistics.intervals import (
+    LEAST_GROUPS,
+    Estimate,
+    Floats,
+    auroc,
+    mean,
+    mean_with_range,
+    over_seeds,
+    proportion,
+    surely_more,
+)
 from mnemoscope.statistics.likeness import (
     cosine,
     half_of_groups,

@@ -1,15 +1,16 @@
-"""Estimates with their intervals: shares, areas under the ROC curve, means over seeds.
+"""Estimates with their intervals: shares, means, areas under the ROC curve, means over seeds.
 
-Shapes: N examples, P of them positive, G groups, R resamples.
+Examples of one group are not independent, so variances are those of group sums, and quantiles are Student's t with one
+degree of freedom less than there are groups. ``benchmarks/coverage.py`` simulates what the intervals cover.
+
+Shapes: N examples, G groups, P positives, Q negatives.
 """
 
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,26 +19,36 @@ from scipy import stats
 
 Floats = NDArray[np.float64]
 Groups = Sequence[Any] | NDArray[Any]  # names of groups: strings or integers
-Statistic = Callable[[Floats], Floats]  # of group weights (R, G), one value per resample (R)
+Ends = tuple[float, float]
 
-LEVEL, RESAMPLES = 0.95, 2000  # coverage of every interval, and resamples of every bootstrap
+LEVEL = 0.95  # coverage of every interval
+LEAST_GROUPS = 6  # with fewer there is no interval: none of the methods tried covers what it says
+NO_ENDS = (math.nan, math.nan)
 TIE = 1e-9  # statistics that differ by less are equal up to rounding
-BLOCK_NUMBERS = 2_000_000  # of resample weights in one block (16 MB)
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """An estimate from ``n`` examples, pairs or states with its interval; NaN where it is undefined."""
+    """An estimate from ``n`` examples of ``groups`` groups with its interval; NaN where it is undefined.
+
+    ``groups`` is 0 where the interval does not come from groups.
+    """
 
     estimate: float
     low: float
     high: float
     n: int
+    groups: int = 0
 
     @property
     def known(self) -> bool:
         """Whether the value is defined."""
         return not math.isnan(self.estimate)
+
+    @property
+    def too_few(self) -> bool:
+        """Whether there is no interval because there are too few groups."""
+        return self.known and math.isnan(self.low) and 0 < self.groups < LEAST_GROUPS
 
     @property
     def sign(self) -> int:
@@ -50,15 +61,16 @@ class Estimate:
         return cls(math.nan, math.nan, math.nan, n)
 
 
-def named_rng(name: str) -> np.random.Generator:
-    """Random stream that depends on a name alone, so that equal records give equal intervals."""
-    return np.random.default_rng(zlib.crc32(name.encode()))
+def same(name: str, allowed: object, value: object) -> None:
+    """Raise ValueError with the name unless the value is the allowed one."""
+    if value != allowed:
+        raise ValueError(f"{name}: {value}; allowed is {allowed}")
 
 
-def group_index(groups_N: Groups, n: int) -> NDArray[np.intp]:
+def group_index(names_N: Groups, n: int, what: str = "groups_N") -> NDArray[np.intp]:
     """Number of the group of each example, in sorted order of the names."""
-    same("groups_N: length", n, len(groups_N))
-    return np.unique(np.asarray(groups_N), return_inverse=True)[1]
+    same(f"{what}: length", n, len(names_N))
+    return np.unique(np.asarray(names_N), return_inverse=True)[1]
 
 
 def blocks(total: int, size: int) -> Iterator[slice]:
@@ -66,85 +78,96 @@ def blocks(total: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
 
-def same(name: str, allowed: object, value: object) -> None:
-    """Raise ValueError with the name unless the value is the allowed one."""
-    if value != allowed:
-        raise ValueError(f"{name}: {value}; allowed is {allowed}")
+def proportion(hits_N: ArrayLike, groups_N: Groups, draws_N: Groups | None = None) -> Estimate:
+    """Share of hits with Wilson's interval for the number of independent examples that the groups are worth.
 
-
-def proportion(
-    hits_N: ArrayLike, groups_N: Groups, rng: np.random.Generator | str, *, signed: bool = False
-) -> Estimate:
-    """Mean of hits with a percentile bootstrap interval over whole groups, whose examples are not independent.
-
-    Method: Field & Welsh (2007), "Bootstrapping clustered data", JRSS B 69:369-390. Where every group has the same mean
-    the bootstrap interval has width 0 and looks certain. If all hits are 0 or all are 1, the exact interval of Clopper
-    & Pearson (1934, Biometrika 26:404-413) replaces it, with the number of *groups* as N; all -1 mirrors it. Otherwise
-    the ends are NaN.
+    That number is m (1 - m) / V, where V is the variance of the mean m by group (and by draw, see `mean`), and the
+    quantile is Student's t: Dean & Pagano (2015), "Evaluating confidence interval methods for binomial proportions in
+    clustered surveys", Journal of Survey Statistics and Methodology 3:484-503. If all hits are 0 or all are 1, the
+    exact interval of Clopper & Pearson (1934, Biometrika 26:404-413) for as many examples as there are *groups*.
 
     Args:
-        hits_N: bool or float, paired differences in {-1, 0, 1} too; a NaN does not count.
-        rng: draws the resamples. Under a name, all means of as many groups share them: a report has thousands.
-        signed: hits are differences; where all are 0, the interval reaches to both sides.
-
-    Returns:
-        `n` is the number of hits that count. No hits: undefined. A single group: the mean, with NaN for the ends.
+        hits_N: bool, or float in [0, 1]; a NaN does not count.
+        draws_N: the draw of a control that each hit belongs to; examples are repeated in every draw.
 
     Raises:
-        ValueError: `hits_N` and `groups_N` differ in length.
+        ValueError: lengths differ.
     """
-    values_N, index_N = np.asarray(hits_N, dtype=np.float64), group_index(groups_N, np.size(hits_N))
-    values_N, index_N = values_N[~np.isnan(values_N)], index_N[~np.isnan(values_N)]
-    if not len(values_N):
-        return Estimate.undefined()
-    mean, n = float(values_N.mean()), len(values_N)
-    _, index_N, counts_G = np.unique(index_N, return_inverse=True, return_counts=True)
-    if len(counts_G) == 1:
-        return Estimate(mean, math.nan, math.nan, n)
-    if np.ptp(values_N) == 0 and mean in (-1, 0, 1):
-        low, high = _clopper_pearson(abs(int(mean)), len(counts_G))
-        if mean == -1:
-            low, high = -high, -low
-        return Estimate(mean, -high if signed and mean == 0 else low, high, n)
-    sums_G = np.bincount(index_N, weights=values_N)
-
-    def mean_of(weights_RG: Floats) -> Floats:
-        return np.asarray((weights_RG @ sums_G) / (weights_RG @ counts_G))
-
-    return Estimate(mean, *_bootstrap(mean_of, (n, len(counts_G)), rng), n)
+    return _estimate(hits_N, groups_N, draws_N, _wilson)
 
 
-def auroc(scores_N: ArrayLike, labels_N: ArrayLike, groups_N: Groups, rng: np.random.Generator | str) -> Estimate:
-    """Area under the ROC curve, ties counted half (Mann-Whitney), with a percentile bootstrap by group.
+def mean(values_N: ArrayLike, groups_N: Groups, draws_N: Groups | None = None) -> Estimate:
+    """Mean of numbers, differences among them, with a t interval by group.
 
-    Resamples without both classes are dropped. Where the scores separate the classes perfectly (area 1 or 0), so does
-    every resample. With P groups holding positives, Q negatives and G in all, k = min(P, Q, G // 2) positives and
-    negatives can be matched with no group used twice: k equal independent comparisons, with the exact Clopper-Pearson
-    interval. Undefined without both classes; a single group gives NaN ends. ``rng``: as in `proportion`.
+    The variance is the jackknife's, leaving out one group at a time (MacKinnon, Nielsen & Webb 2023, "Fast and reliable
+    jackknife and bootstrap methods for cluster-robust inference", Journal of Applied Econometrics 38:671-694). Of
+    several draws, which are a sample as well, the variance by draw is added, with Satterthwaite's degrees of freedom.
+    Where all values are 0, 1 or -1 the interval is that of `proportion`, to both sides of 0.
+
+    Args and Raises: as `proportion`.
+
+    Returns:
+        NaN ends with less than `LEAST_GROUPS` groups, and where all groups have the same mean.
+    """
+    return _estimate(values_N, groups_N, draws_N, _students)
+
+
+def surely_more(values_N: ArrayLike, groups_N: Groups, draws_N: Groups) -> bool:
+    """Whether a vector does more than a control, if it could be another draw of that control.
+
+    The interval of `mean` tells the vector from the *mean* of all draws; a single draw varies more, by the variance of
+    one draw on top. ``values_N``: hit of the vector minus hit of a draw on the same example.
+    """
+    found = _moments(values_N, groups_N, draws_N)
+    if found is None or found.groups < LEAST_GROUPS or not found.by_draw + found.by_group:
+        return False
+    one_draw = found.by_draw * (found.draws + 1)
+    return found.mean > _quantile(found.by_group, found.groups, one_draw, found.draws)
+
+
+def auroc(scores_N: ArrayLike, labels_N: ArrayLike, groups_N: Groups) -> Estimate:
+    """Area under the ROC curve, ties counted half, with a t interval by group on the scale of log odds.
+
+    After Obuchowski (1997), "Nonparametric analysis of clustered ROC curve data", Biometrics 53:567-578: positives and
+    negatives of a group vary together. Log odds keep the interval inside 0 to 1. Where the scores separate the classes
+    perfectly (area 1 or 0): with P groups of positives, Q of negatives and G in all, k = min(P, Q, G // 2) of each can
+    be matched with no group used twice, and the interval is Clopper & Pearson's of k comparisons. Undefined without
+    both classes; ``groups`` is 2 k, the groups of those comparisons.
 
     Raises:
         ValueError: lengths differ, or, with two classes, a score is NaN or a label is neither 0 nor 1.
     """
-    ranked_N, truth_N = np.asarray(scores_N, dtype=np.float64), np.asarray(labels_N, dtype=np.float64)
-    n, index_N = len(ranked_N), group_index(groups_N, len(ranked_N))
+    scores_N, truth_N = np.asarray(scores_N, dtype=np.float64), np.asarray(labels_N, dtype=np.float64)
+    n, index_N = len(scores_N), group_index(groups_N, len(scores_N))
     same("labels_N: length", n, len(truth_N))
     if len(np.unique(truth_N)) < 2:
         return Estimate.undefined(n)
-    if np.isnan(ranked_N).any() or not np.isin(truth_N, (0, 1)).all():
+    if np.isnan(scores_N).any() or not np.isin(truth_N, (0, 1)).all():
         raise ValueError("scores_N, labels_N: NaN or another label; allowed are scores with a rank and labels 0 and 1")
-    area_of = _area(ranked_N, truth_N == 1, index_N)
-    groups = int(index_N.max()) + 1
-    area = float(area_of(np.ones((1, groups)))[0])
-    if groups == 1:
-        return Estimate(area, math.nan, math.nan, n)
+    groups, positive_N = int(index_N.max()) + 1, truth_N == 1
+    above_P = _below(scores_N[~positive_N], scores_N[positive_N])  # share of negatives that each positive is above
+    above_Q = 1 - _below(scores_N[positive_N], scores_N[~positive_N])
+    area = float(above_P.mean())
+    sides = [len(np.unique(index_N[side_N])) for side_N in (positive_N, ~positive_N)]
+    pairs = min(*sides, groups // 2)
+    if 2 * pairs < LEAST_GROUPS:
+        return Estimate(area, *NO_ENDS, n, 2 * pairs)
     if area in (0, 1):
-        positive, negative = (len(np.unique(index_N[truth_N == label])) for label in (1, 0))
-        return Estimate(area, *_clopper_pearson(int(area), min(positive, negative, groups // 2)), n)
-    return Estimate(area, *_bootstrap(area_of, (n, groups), rng), n)
+        return Estimate(area, *_clopper_pearson(int(area), pairs), n, 2 * pairs)
+    # Influence of each example on the area, summed by group: positives and negatives of one group go together.
+    influence_N = np.empty(n)
+    influence_N[positive_N] = (above_P - area) / len(above_P)
+    influence_N[~positive_N] = (above_Q - area) / len(above_Q)
+    variance = _variance(influence_N, index_N)
+    if not variance:
+        return Estimate(area, *NO_ENDS, n, 2 * pairs)
+    half = _t(min(sides) - 1) * math.sqrt(variance) / (area * (1 - area))
+    odds = math.log(area / (1 - area))
+    return Estimate(area, *(1 / (1 + math.exp(-(odds + side * half))) for side in (-1, 1)), n, 2 * pairs)
 
 
 def over_seeds(estimates: Sequence[Estimate]) -> Estimate:
-    """Mean over seeds with Student's t interval, not clipped; `n` is the sum over the seeds.
+    """Mean over seeds with Student's t interval, not clipped; `n` and `groups` are sums over the seeds.
 
     NaN seeds are dropped; a single one is returned unchanged. If all agree exactly t would give width 0, and the
     interval spans the seeds' own intervals instead.
@@ -153,12 +176,12 @@ def over_seeds(estimates: Sequence[Estimate]) -> Estimate:
     if len(kept) < 2:
         return kept[0] if kept else Estimate.undefined()
     values_S = np.array([estimate.estimate for estimate in kept])
-    mean, n = float(values_S.mean()), sum(estimate.n for estimate in kept)
+    middle, n, groups = float(values_S.mean()), sum(one.n for one in kept), sum(one.groups for one in kept)
     if np.ptp(values_S) == 0:
         low = float(np.fmin.reduce([estimate.low for estimate in kept]))  # fmin and fmax pass over NaN
-        return Estimate(mean, low, float(np.fmax.reduce([estimate.high for estimate in kept])), n)
-    half = float(stats.t.ppf((1 + LEVEL) / 2, len(kept) - 1) * values_S.std(ddof=1) / math.sqrt(len(kept)))
-    return Estimate(mean, mean - half, mean + half, n)
+        return Estimate(middle, low, float(np.fmax.reduce([estimate.high for estimate in kept])), n, groups)
+    half = _t(len(kept) - 1) * float(values_S.std(ddof=1)) / math.sqrt(len(kept))
+    return Estimate(middle, middle - half, middle + half, n, groups)
 
 
 def mean_with_range(values: ArrayLike) -> Estimate:
@@ -170,59 +193,100 @@ def mean_with_range(values: ArrayLike) -> Estimate:
     known = known[~np.isnan(known)]
     if not len(known):
         return Estimate.undefined()
-    low, high = (float(known.min()), float(known.max())) if np.ptp(known) > 0 else (math.nan, math.nan)
+    low, high = (float(known.min()), float(known.max())) if np.ptp(known) > 0 else NO_ENDS
     return Estimate(float(known.mean()), low, high, len(known))
 
 
-def _area(scores_N: Floats, positive_N: NDArray[np.bool_], index_N: NDArray[np.intp]) -> Statistic:
-    """Areas (R) as a function of group weights, NaN where a class has no weight."""
-    groups, scores_P = int(index_N.max()) + 1, scores_N[positive_N]
-    sizes_2G = [np.bincount(index_N[side_N], minlength=groups).astype(float) for side_N in (positive_N, ~positive_N)]
-    wins_GG = np.empty((groups, groups))  # how often a positive of group g is above a negative of group h, ties half
-    for group in range(groups):
-        others = np.sort(scores_N[~positive_N & (index_N == group)])
-        below_P = (np.searchsorted(others, scores_P, "left") + np.searchsorted(others, scores_P, "right")) / 2
-        wins_GG[:, group] = np.bincount(index_N[positive_N], weights=below_P, minlength=groups)
+@dataclass(frozen=True, slots=True)
+class _Moments:
+    """A mean with its variance by group and by draw; ``constant``: all values are the same."""
 
-    def areas(weights_RG: Floats) -> Floats:
-        comparisons_R = (weights_RG @ sizes_2G[0]) * (weights_RG @ sizes_2G[1])
-        wins_R, undefined_R = ((weights_RG @ wins_GG) * weights_RG).sum(axis=1), np.full(len(weights_RG), math.nan)
-        return np.divide(wins_R, comparisons_R, out=undefined_R, where=comparisons_R > 0)
-
-    return areas
+    mean: float
+    n: int
+    groups: int
+    draws: int
+    by_group: float
+    by_draw: float
+    constant: bool
 
 
-def _bootstrap(statistic: Statistic, size: tuple[int, int], rng: np.random.Generator | str) -> tuple[float, float]:
-    """Percentile interval over (N, G) without NaN resamples; NaN ends where none is left or all are equal."""
-    values_R = np.concatenate([statistic(weights_RG) for weights_RG in _weights(rng, size)])
-    values_R = values_R[~np.isnan(values_R)]
-    if not len(values_R) or np.ptp(values_R) < TIE:
-        return math.nan, math.nan
-    low, high = np.quantile(values_R, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+def _estimate(
+    values_N: ArrayLike, groups_N: Groups, draws_N: Groups | None, ends: Callable[[float, float, float], Ends]
+) -> Estimate:
+    found = _moments(values_N, groups_N, draws_N)
+    if found is None:
+        return Estimate.undefined()
+    facts = found.n, found.groups
+    if found.groups < LEAST_GROUPS:
+        return Estimate(found.mean, *NO_ENDS, *facts)
+    if found.constant and found.mean in (-1, 0, 1):
+        low, high = _clopper_pearson(abs(int(found.mean)), found.groups)
+        if ends is _students and found.mean == 0:
+            low = -high
+        return Estimate(found.mean, *((low, high) if found.mean >= 0 else (-high, -low)), *facts)
+    variance = found.by_group + found.by_draw
+    if not variance:
+        return Estimate(found.mean, *NO_ENDS, *facts)
+    half = _quantile(found.by_group, found.groups, found.by_draw, found.draws)
+    return Estimate(found.mean, *ends(found.mean, variance, half), *facts)
 
 
-def _weights(rng: np.random.Generator | str, size: tuple[int, int]) -> Iterator[Floats]:
-    """Group weights of all resamples, in blocks of bounded memory; in one block where they are shared."""
-    if isinstance(rng, str):
-        yield _shared_weights(rng, size[1])
-        return
-    for block in blocks(RESAMPLES, max(1, BLOCK_NUMBERS // max(size))):
-        yield _drawn(rng, block.stop - block.start, size[1])
+def _moments(values_N: ArrayLike, groups_N: Groups, draws_N: Groups | None) -> _Moments | None:
+    values_N = np.asarray(values_N, dtype=np.float64)
+    index_N, known_N = group_index(groups_N, len(values_N)), ~np.isnan(values_N)
+    draw_N = np.zeros(len(values_N), int) if draws_N is None else group_index(draws_N, len(values_N), "draws_N")
+    values_N, index_N, draw_N = values_N[known_N], index_N[known_N], draw_N[known_N]
+    if not (n := len(values_N)):
+        return None
+    middle = float(values_N.mean())
+    influence_N = (values_N - middle) / n
+    counts = [len(np.unique(one_N)) for one_N in (index_N, draw_N)]
+    variances = [_variance(influence_N, one_N) for one_N in (index_N, draw_N)]
+    return _Moments(middle, n, *counts, *variances, constant=not np.ptp(values_N))
 
 
-@lru_cache(maxsize=16)
-def _shared_weights(name: str, groups: int) -> Floats:
-    return _drawn(named_rng(f"{name}/{groups}"), RESAMPLES, groups)
+def _variance(influence_N: Floats, index_N: NDArray[np.intp]) -> float:
+    """Jackknife variance of a mean with these influences, one cluster left out at a time; 0 for a single cluster."""
+    counts_G = np.bincount(index_N)
+    there_G = counts_G > 0
+    share_G = counts_G[there_G] / len(index_N)
+    if len(share_G) < 2:
+        return 0.0
+    moved_G = np.bincount(index_N, weights=influence_N)[there_G] / (1 - share_G)
+    return float((len(share_G) - 1) / len(share_G) * (moved_G**2).sum()) if np.abs(moved_G).max() > 1e-12 else 0.0
 
 
-def _drawn(rng: np.random.Generator, rows: int, groups: int) -> Floats:
-    """How often each group is drawn in as many draws with replacement, shape (rows, G), float64."""
-    drawn_RG = rng.integers(groups, size=(rows, groups)) + groups * np.arange(rows)[:, None]
-    return np.bincount(drawn_RG.ravel(), minlength=rows * groups).reshape(rows, groups).astype(np.float64)
+def _quantile(by_group: float, groups: int, by_draw: float, draws: int) -> float:
+    """Half of a t interval; Satterthwaite's degrees of freedom of two variances."""
+    parts = by_group**2 / (groups - 1) + (by_draw**2 / (draws - 1) if draws > 1 else 0.0)
+    return _t((by_group + by_draw) ** 2 / parts) * math.sqrt(by_group + by_draw)
 
 
-def _clopper_pearson(value: int, n: int) -> tuple[float, float]:
+def _students(middle: float, variance: float, half: float) -> Ends:
+    return middle - half, middle + half
+
+
+def _wilson(middle: float, variance: float, half: float) -> Ends:
+    """Ends for a share; ``half`` holds the quantile, which Wilson's formula takes by itself."""
+    square = half**2 / variance
+    worth = middle * (1 - middle) / variance
+    center = (middle + square / (2 * worth)) / (1 + square / worth)
+    width = math.sqrt(square * (middle * (1 - middle) / worth + square / (4 * worth**2))) / (1 + square / worth)
+    return center - width, center + width
+
+
+def _below(others: Floats, scores: Floats) -> Floats:
+    """Share of the others below each score, ties counted half."""
+    others = np.sort(others)
+    both = np.searchsorted(others, scores, "left") + np.searchsorted(others, scores, "right")
+    return np.asarray(both / (2 * len(others)))
+
+
+def _t(degrees: float) -> float:
+    return float(stats.t.ppf((1 + LEVEL) / 2, degrees))
+
+
+def _clopper_pearson(value: int, n: int) -> Ends:
     """Exact interval of a proportion of which none (value 0) or all (value 1) of n trials were hits."""
     tail = ((1 - LEVEL) / 2) ** (1 / n)  # the beta quantiles are closed forms at the ends
     return (tail, 1.0) if value else (0.0, 1 - tail)
