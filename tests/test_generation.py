@@ -98,8 +98,11 @@ def test_samples_of_an_unsteered_row_are_what_they_were() -> None:
 def test_factors_that_do_not_fit_the_batch_are_refused() -> None:
     model = tiny("gpt2")
     vector = random_vector(model)
-    with pytest.raises(InputError, match="3 factors for a batch of 4 rows"), vector.apply(model, [1, 2, 3]):
-        generated(model, prompts())
+    for factors, options in (([1, 2, 3], {}), ([1.0, 0.0], {}), ([1.0, 0.0], {"num_beams": 2}), ([1.0] * 8, {})):
+        rows = 4 * options.get("num_beams", 1)
+        line = f"^alpha: {len(factors)} factors for a batch of {rows} rows; allowed is one for each prompt"
+        with pytest.raises(InputError, match=line), vector.apply(model, factors):
+            generated(model, prompts(), **options)
     with pytest.raises(InputError, match="alpha"), vector.apply(model, [1.0, float("inf")]):
         pass
 
@@ -180,3 +183,45 @@ def test_a_mixture_of_experts_has_no_single_down_projection() -> None:
     with pytest.raises(InputError, match="'neuron' does not exist"):
         site_width(model, 0, "neuron")
     assert not [check for check in examine(model, tokenizer(), prompts()) if check.name.startswith("neuron")]
+
+
+def compiled(model: PreTrainedModel, how: str) -> Any:
+    """A model that was compiled in one of the ways there are, and read once."""
+    made: Any = model
+    if how == "model":
+        made = torch.compile(model, backend="eager")
+    elif how == "forward":
+        model.forward = torch.compile(model.forward, backend="eager")  # type: ignore[method-assign]
+    else:
+        (blocks_of(model)[1] if how == "block" else model).compile(backend="eager")
+    with torch.no_grad():
+        made(input_ids=torch.arange(3, 9)[None])
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["model", "in place", "forward", "block"])
+def test_a_compiled_model_is_refused_instead_of_not_steered(how: str) -> None:
+    model = compiled(tiny("llama"), how)
+    line = r"^model: it.* compiled, so hooks would not run; give the model as it was before$"
+    with pytest.raises(InputError, match=line), random_vector(tiny("llama")).apply(model):
+        pass
+    with pytest.raises(InputError, match=line), capturing(model, "block"):
+        pass
+
+
+@torch.no_grad()
+def test_a_pass_that_leaves_out_a_steered_layer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where another library runs a block by its forward alone, which no hook sees."""
+    model = tiny("llama")
+    vector, skipped, ids = random_vector(model), blocks_of(model)[2], torch.arange(3, 9)[None]
+    call = type(skipped).__call__
+
+    def past_hooks(block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return block.forward(*args, **kwargs) if block is skipped else call(block, *args, **kwargs)
+
+    monkeypatch.setattr(type(skipped), "__call__", past_hooks)
+    with pytest.raises(InputError, match=r"^model: 1 of 2 steered layers did not run"), vector.apply(model):
+        model(input_ids=ids)
+    with pytest.raises(InputError, match=r"^model: 1 of 3 captured layers did not run"), capturing(model, "block"):
+        model(input_ids=ids)

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from mnemoscope.behaviour.asking import Asking, prepare
+from mnemoscope.errors import InputError
 from mnemoscope.files import write_atomically
-from mnemoscope.models import Site, backbone_of, blocks_of, pass_inputs, rows_of, site_module, states_of
+from mnemoscope.models import Site, backbone_of, blocks_of, check_hookable, pass_inputs, rows_of, site_module, states_of
 from mnemoscope.tasks import Example
 
 if TYPE_CHECKING:
@@ -67,14 +68,22 @@ def capturing(
         offsets: columns before the last one.
         stop: end the pass, and with it the context, behind the last of the layers.
     """
+    check_hookable(model)
     wanted = list(range(len(blocks_of(model))) if layers is None else layers)
     states, handles, rows = [torch.empty(0)] * len(wanted), [], 0
+    left = 0  # layers that this pass has not reached yet
+
+    def ends(module: torch.nn.Module, args: Any, output: Any) -> None:
+        if left > 0:
+            raise InputError(f"model: {left} of {len(wanted)} captured layers did not run in this pass")
 
     def see(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        nonlocal rows
-        rows = rows_of(args, kwargs)
+        nonlocal rows, left
+        rows, left = rows_of(args, kwargs), len(wanted)
 
     def read(place: int, module: torch.nn.Module, inputs: Any, output: Any = None) -> None:
+        nonlocal left
+        left -= 1
         found_NTD = states_of(inputs if output is None else output, rows)
         states[place] = found_NTD[:, [found_NTD.shape[1] - 1 - offset for offset in offsets]].detach().clone()
         if stop and place == len(wanted) - 1:
@@ -82,6 +91,7 @@ def capturing(
 
     try:
         handles.append(backbone_of(model).register_forward_pre_hook(see, with_kwargs=True))
+        handles.append(backbone_of(model).register_forward_hook(ends))
         for place, layer in enumerate(wanted):
             module, is_input = site_module(model, layer, site)
             register = module.register_forward_pre_hook if is_input else module.register_forward_hook

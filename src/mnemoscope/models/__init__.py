@@ -7,6 +7,7 @@ from mnemoscope.models.layout import (
     Site,
     backbone_of,
     blocks_of,
+    check_hookable,
     core_of,
     layout_of,
     rows_of,
@@ -20,6 +21,7 @@ from mnemoscope.models.layout import (
 from mnemoscope.models.opening import PACKAGED, QUANTIZED, context_length, end_ids, load_model
 from mnemoscope.models.passes import (
     PLAINLY,
+    has_known_rows,
     in_precision,
     pass_inputs,
     position_ids,

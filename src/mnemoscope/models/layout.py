@@ -109,6 +109,15 @@ def core_of(model: nn.Module) -> Any:
     return model if inner is None else inner()
 
 
+def check_hookable(model: nn.Module) -> None:
+    """Raises InputError for a compiled model, or one with a compiled part, which skips hooks that it did not see."""
+    for name, module in model.named_modules():
+        of_forward = hasattr(module.forward, "_torchdynamo_orig_callable")
+        if of_forward or getattr(module, "_compiled_call_impl", None) or type(module).__name__ == "OptimizedModule":
+            what = f"its part {name!r} is" if name else "it is"
+            raise InputError(f"model: {what} compiled, so hooks would not run; give the model as it was before")
+
+
 def backbone_of(model: nn.Module) -> Any:
     """The module that holds the blocks, without the language-modelling head."""
     return core_of(model).get_submodule(layout_of(model).blocks.rpartition(".")[0])

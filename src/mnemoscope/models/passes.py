@@ -39,6 +39,12 @@ def rows_of_prompts(prompt_R: Tensor) -> Iterator[None]:
         _PROMPTS.reset(token)
 
 
+def has_known_rows(rows: int) -> bool:
+    """Whether ``rows_of_prompts`` says of which prompt each row of a pass is."""
+    prompt_R = _PROMPTS.get()
+    return prompt_R is not None and len(prompt_R) == rows
+
+
 def prompts_of_rows(rows: int, prompts: int) -> Tensor:
     """The prompt of each row of a pass, int64 (rows,): that of ``rows_of_prompts``, else consecutive equal shares.
 

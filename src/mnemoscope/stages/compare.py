@@ -65,7 +65,7 @@ def _compared_seeds(two: tuple[Cell, Cell]) -> list[dict[str, Any]]:
     tokenizer, unknown = opened[1].tokenizer, opened[1].tokenizer.unk_token_id
     examples = [e for e in examples if unknown not in tokenizer(e.prompt).input_ids][:ALIGNING_PROMPTS]
     states = [_states(cell, asking, examples, both[0].site) for cell, asking in zip(two, opened, strict=True)]
-    # Neurons of large |rho| sit in late layers, so two seeds share many by chance alone: within layers that is left out.
+    # Neurons of large |rho| sit in late layers, so two seeds share many by chance; within layers that is left out.
     shapes = {"overlap": (1, -1), "overlap_in_layers": both[0].rho_LD.shape}
     overlaps = (
         {"what": what, "layer": -1, "top": top}

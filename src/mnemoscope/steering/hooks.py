@@ -19,7 +19,9 @@ from mnemoscope.models import (
     Site,
     backbone_of,
     cached_columns,
+    check_hookable,
     core_of,
+    has_known_rows,
     prompts_of_rows,
     rows_of,
     site_module,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 Positions = Literal["decision", "all"]
 # Options of ``generate`` that read a prompt in parts, or with guesses behind it: no pass ends at the decision position.
 _NEED_START = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")
+_ROWS = ("num_beams", "num_return_sequences")  # options that make several rows of a prompt
 _Edit = Callable[[Tensor], Tensor]  # states (N, T, D) from the decision position on -> other states
 
 
@@ -67,6 +70,7 @@ def shifted(
     ``opening``: token ids that every prompt must begin with. See ``SteeringVector.apply`` for ``start`` and ``gate``.
     """
     tracker = _PositionTracker(start, everywhere=positions == "all", gate=gate, opening=tuple(opening))
+    tracker.prompts = next((len(shift) for shift in shifts.values() if shift.ndim == 2), None)
     return _edited(model, site, tracker, {layer: _adding(shift_D) for layer, shift_D in shifts.items()})
 
 
@@ -100,6 +104,8 @@ def _edited(
 ) -> Iterator[None]:
     """Edit the states of some layers inside the context: the only hook of the package that writes."""
     core, config = core_of(model), getattr(model, "generation_config", None)
+    check_hookable(model)
+    tracker.edits = len(edits)
     with ExitStack() as stack:
 
         def hook(layer: int, at: Site, function: Callable[..., Any]) -> None:
@@ -112,8 +118,9 @@ def _edited(
             stack.enter_context(_replaced(config, "disable_compile", True))
         # The base model is what every way of calling passes through, with a language-modelling head or without.
         stack.callback(backbone_of(model).register_forward_pre_hook(tracker.see, with_kwargs=True).remove)
-        if tracker.finds_start and hasattr(core, "generate"):
-            stack.enter_context(_replaced(core, "generate", _refusing(core)))
+        stack.callback(backbone_of(model).register_forward_hook(tracker.ends).remove)
+        if (tracker.finds_start or tracker.prompts) and hasattr(core, "generate"):
+            stack.enter_context(_replaced(core, "generate", _watched(core, tracker)))
         if tracker.gate:  # before the edits, so that it reads states without a shift
             hook(tracker.gate.layer, tracker.gate.site, tracker.read)
         for layer, edit in edits.items():
@@ -135,18 +142,23 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
             delattr(owner, name)
 
 
-def _refusing(core: Any) -> Callable[..., Any]:
-    """``core.generate`` that refuses options under which no pass shows the decision position."""
+def _watched(core: Any, tracker: _PositionTracker) -> Callable[..., Any]:
+    """``core.generate``: refuses options under which no pass shows the decision position, counts rows of a prompt."""
     generate = core.generate
 
-    def refusing(*args: Any, **kwargs: Any) -> Any:
+    def watched(*args: Any, **kwargs: Any) -> Any:
         described = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or core.generation_config
-        for name in _NEED_START:
-            if kwargs.get(name, getattr(described, name, None)):
+        option = {name: kwargs.get(name, getattr(described, name, None)) for name in (*_NEED_START, *_ROWS)}
+        for name in _NEED_START if tracker.finds_start else ():
+            if option[name]:
                 raise InputError(f"start: with {name} say where the decision position is: apply(model, start=COLUMN)")
-        return generate(*args, **kwargs)
+        tracker.rows_of_prompt = max(1, *(option[name] or 1 for name in _ROWS))
+        try:
+            return generate(*args, **kwargs)
+        finally:
+            tracker.rows_of_prompt = 1
 
-    return refusing
+    return watched
 
 
 @dataclass
@@ -160,6 +172,8 @@ class _PositionTracker:
         start: the first edited column, in columns of the left-padded batch; ``first_column``: of this pass.
         rows: of the batch of this pass.
         decision_column: of this pass, where it holds the decision position.
+        prompts: number of factors, where each prompt has one; a batch has ``rows_of_prompt`` rows for each.
+        edits: number of edited layers, of which ``left`` did not run in this pass yet.
     """
 
     fixed: int | None
@@ -172,6 +186,10 @@ class _PositionTracker:
     first_column: int = 0
     decision_column: int | None = None
     prompt_NT: Tensor | None = None
+    prompts: int | None = None
+    rows_of_prompt: int = 1
+    edits: int = 0
+    left: int = 0
 
     @property
     def finds_start(self) -> bool:
@@ -180,6 +198,7 @@ class _PositionTracker:
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the base model: finds the columns of this pass."""
+        self.left = self.edits
         self.rows, cached = rows_of(args, kwargs), cached_columns(kwargs)
         past = cached or 0
         text_NT = args[0] if args else kwargs.get("input_ids")
@@ -194,6 +213,11 @@ class _PositionTracker:
         fresh = self.prompt_NT is None or another or not continues
         if fresh:
             self.prompt_NT, self.acts_N = ids_NT, None
+            known = self.prompts is None or has_known_rows(self.rows)
+            if not known and self.rows != self.prompts * self.rows_of_prompt:
+                raise InputError(
+                    f"alpha: {self.prompts} factors for a batch of {self.rows} rows; allowed is one for each prompt"
+                )
             self._check(kwargs.get("attention_mask"), end, text_NT if past == 0 else None)
             self.start = (self.fixed or 0) if is_set else end - 1
         self.first_column = max(0, self.start - past)
@@ -204,6 +228,11 @@ class _PositionTracker:
         if fresh and self.gate and self.decision_column is None:
             raise InputError(f"start: {decision} is not among the columns {past} .. {end - 1} of this pass")
 
+    def ends(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook of the base model: refuses a pass that left out an edited layer."""
+        if self.left > 0:
+            raise InputError(f"model: {self.left} of {self.edits} steered layers did not run in this pass")
+
     def read(self, module: nn.Module, inputs: Any, output: Any = None) -> None:
         """Hook of the gate's site: decides in passes that hold the decision position."""
         if self.gate is not None and self.decision_column is not None:
@@ -212,6 +241,7 @@ class _PositionTracker:
 
     def change(self, edit: _Edit, module: nn.Module, inputs: Any, output: Any = None) -> Any:
         """Hook of an edited site: changes its output, or its input, from the first column of this pass on."""
+        self.left -= 1
         found = inputs if output is None else output
         states_NTD, first, acts_N = states_of(found, self.rows), self.first_column, self.acts_N
         if first >= states_NTD.shape[1] or (acts_N is not None and not acts_N.any()):
