@@ -244,7 +244,7 @@ def test_programs_find_the_keys_that_they_rely_on(run: Path) -> None:
     for task in raw["tasks"].values():
         keys = "seeds training behaviour pairs contrast probe steering steering_by_method"
         assert set(keys.split()) <= set(task)
-        assert set(task["pairs"]["yield"]) == {"estimate", "low", "high", "n"}
+        assert set(task["pairs"]["yield"]) == {"estimate", "low", "high", "n", "groups"}
         keys = "site layers accuracy auroc input_only shuffled beats_input_only"
         assert set(keys.split()) <= set(task["probe"])
         for block in (task["steering"], *task["steering_by_method"].values()):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import runpy
 from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,12 +22,16 @@ from mnemoscope.statistics import (
     cosine,
     half_of_groups,
     in_group_order,
+    mean,
     over_seeds,
     overlap,
     overlap_by_chance,
     proportion,
     rank_correlation,
+    surely_more,
 )
+
+coverage = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "coverage.py")))
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -32,82 +39,111 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 
 def test_an_estimate_is_a_record() -> None:
-    assert asdict(Estimate(0.5, 0.25, 0.75, 8)) == {"estimate": 0.5, "low": 0.25, "high": 0.75, "n": 8}
+    record = {"estimate": 0.5, "low": 0.25, "high": 0.75, "n": 8, "groups": 6}
+    assert asdict(Estimate(0.5, 0.25, 0.75, 8, 6)) == record
     signs = [Estimate(0.0, *ends, 8).sign for ends in ((0.1, 0.2), (-0.2, -0.1), (-0.1, 0.1), (math.nan, 1))]
     assert signs == [1, -1, 0, 0]
     assert Estimate(0.5, math.nan, math.nan, 8).known
     assert not Estimate.undefined(8).known
 
 
-def test_proportion_agrees_with_a_bootstrap_written_as_a_loop() -> None:
+def left_out(values: np.ndarray, names_N: np.ndarray) -> float:
+    """The jackknife variance of a mean, by a loop that leaves out one name at a time."""
+    means = [values[names_N != name].mean() for name in set(names_N.tolist())]
+    return float((len(means) - 1) / len(means) * ((np.array(means) - values.mean()) ** 2).sum())
+
+
+def test_a_mean_has_the_t_interval_of_a_jackknife_over_groups() -> None:
     draw = rng(1)
-    sizes = draw.integers(1, 8, size=30)
-    groups = [f"g{i}" for i, size in enumerate(sizes) for _ in range(size)]
-    hits = draw.random(len(groups)) < np.repeat(draw.random(30), sizes)
-    of_group = {name: [h for h, g in zip(hits, groups, strict=True) if g == name] for name in set(groups)}
-    names, means = sorted(of_group), []
-    for _ in range(4000):
-        drawn = [hit for i in draw.integers(len(names), size=len(names)) for hit in of_group[names[i]]]
-        means.append(float(np.mean(drawn)))
-    result = proportion(hits, groups, rng(2))
-    assert (result.estimate, result.n) == (pytest.approx(hits.mean()), len(groups))
-    assert (result.low, result.high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.015)
+    groups = np.repeat(np.arange(12), draw.integers(1, 8, size=12))
+    values = draw.normal(size=12)[groups] + draw.normal(size=len(groups))
+    result, half = mean(values, groups), stats.t.ppf(0.975, 11) * math.sqrt(left_out(values, groups))
+    assert (result.estimate, result.n, result.groups) == (pytest.approx(values.mean()), len(groups), 12)
+    assert (result.low, result.high) == pytest.approx((values.mean() - half, values.mean() + half))
+    alone = mean(values, np.arange(len(values)))  # every example a group: the textbook interval
+    oracle = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (alone.low, alone.high) == pytest.approx((oracle.low, oracle.high))
 
 
-def test_proportion_covers_the_truth_with_dependent_examples() -> None:
-    draw, covered = rng(4), 0
-    groups = np.repeat(np.arange(40), 5)
-    for _ in range(200):
-        rate_of_group = draw.beta(1, 1, size=40)
-        result = proportion(draw.random(200) < rate_of_group[groups], groups, draw)
-        covered += result.low <= 0.5 <= result.high
-    assert 178 <= covered <= 199  # 190 expected, less a little for 40 groups
+def test_a_share_has_wilsons_interval_for_what_its_groups_are_worth() -> None:
+    hits = rng(2).random(60) < 0.7
+    result = proportion(hits, np.arange(60))
+    worth = hits.mean() * (1 - hits.mean()) / left_out(hits.astype(float), np.arange(60))
+    square = stats.t.ppf(0.975, 59) ** 2
+    # Wilson's ends are where the test of a share rejects: (m - p)^2 = t^2 p (1 - p) / worth.
+    for end in (result.low, result.high):
+        assert (hits.mean() - end) ** 2 == pytest.approx(square * end * (1 - end) / worth)
+    pairs = proportion(np.repeat(hits, 2), np.repeat(np.arange(60), 2))  # twice the rows, no more information
+    assert (pairs.low, pairs.high) == pytest.approx((result.low, result.high))
+
+
+def test_draws_of_a_control_are_a_sample_as_well() -> None:
+    draw = rng(3)
+    groups, draws = np.repeat(np.arange(10), 3 * 20), np.tile(np.arange(20), 30)
+    values = draw.normal(size=10)[groups] + draw.normal(size=20)[draws] + draw.normal(size=600)
+    result, parts = mean(values, groups, draws), (left_out(values, groups), left_out(values, draws))
+    degrees = sum(parts) ** 2 / (parts[0] ** 2 / 9 + parts[1] ** 2 / 19)
+    half = stats.t.ppf(0.975, degrees) * math.sqrt(sum(parts))
+    assert (result.low, result.high) == pytest.approx((values.mean() - half, values.mean() + half))
+    assert result.high - result.low > mean(values, groups).high - mean(values, groups).low
+    # A vector that is one more draw differs from their mean for certain, and not from single draws.
+    beyond = values - values.mean() + 1.05 * half
+    assert mean(beyond, groups, draws).sign == 1
+    assert not surely_more(beyond, groups, draws)
+    assert surely_more(beyond + 4, groups, draws)
+    assert not surely_more([], [], [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("groups", [6, 8, 10, 20, 40])
+def test_intervals_cover_what_they_say(groups: int) -> None:
+    """By the simulation of ``benchmarks/coverage.py``, with fewer repeats; its table is in the log."""
+    found = coverage.covered(groups, -1.0, 1000, 0)
+    assert all(0.93 <= found[name] <= 0.97 for name in ("shift", "control", "difference"))
+    assert found["more"] <= 0.03
+    assert 0.93 <= coverage.ranking(groups, 1.0, 1000, 1) <= 0.97
 
 
 @pytest.mark.parametrize("value", [0, 1])
 def test_all_hits_alike_give_the_exact_interval_of_the_number_of_groups(value: int) -> None:
     groups = np.repeat(["a", "b", "c", "d", "e", "f", "g"], 20)
-    result = proportion(np.full(140, value), groups, rng())
+    result = proportion(np.full(140, value), groups)
     exact = stats.binomtest(7 * value, 7).proportion_ci(0.95, method="exact")
     assert (result.low, result.high) == pytest.approx((exact.low, exact.high))
     assert (result.estimate, result.n) == (value, 140)
 
 
-def test_paired_differences_reach_to_the_sides_they_can_take() -> None:
-    up = 1 - 0.025 ** (1 / 5)
-    unchanged = proportion(np.zeros(5), range(5), rng(), signed=True)
+def test_differences_that_are_all_alike_reach_to_the_sides_they_can_take() -> None:
+    up = 1 - 0.025 ** (1 / 7)
+    unchanged, worse = mean(np.zeros(7), range(7)), mean(-np.ones(7), range(7))
     assert (unchanged.low, unchanged.high) == pytest.approx((-up, up))
-    worse = proportion(-np.ones(5), range(5), rng())
     assert (worse.low, worse.high) == pytest.approx((-1, -1 + up))
-    differences = rng(5).choice([-1, 0, 1], p=[0.2, 0.5, 0.3], size=400)
-    result = proportion(differences, np.arange(400), rng(6))
-    half = 1.96 * differences.std() / 20
-    assert (result.low, result.high) == pytest.approx((differences.mean() - half, differences.mean() + half), abs=0.012)
 
 
-def test_what_has_no_interval_says_nan() -> None:
-    assert math.isnan(proportion([], [], rng()).estimate)
-    single = proportion([1, 0, 1, 1], ["a"] * 4, rng())
-    assert (single.estimate, math.isnan(single.low), math.isnan(single.high)) == (0.75, True, True)
-    balanced = proportion([1, 0, 1, 0, 1, 0], [1, 1, 2, 2, 3, 3], rng())  # every resample is exactly one half
-    assert (balanced.estimate, math.isnan(balanced.low)) == (0.5, True)
+def test_what_has_no_interval_says_nan_and_why() -> None:
+    assert math.isnan(proportion([], []).estimate)
+    few = proportion([1, 0, 1, 1, 0], range(5))
+    assert (few.estimate, math.isnan(few.low), few.groups, few.too_few) == (0.6, True, 5, True)
+    balanced = proportion([1, 0] * 6, np.repeat(np.arange(6), 2))  # all groups have the same mean
+    assert (balanced.estimate, math.isnan(balanced.low), balanced.too_few) == (0.5, True, False)
 
 
 def test_neither_undefined_hits_nor_the_order_of_rows_count() -> None:
-    hits, groups = np.array([1, 0, 1, 1, 0, 1.0]), np.array([4, 1, 2, 1, 3, 0])
-    with_gaps = proportion(np.append(hits, [math.nan] * 2), np.append(groups, [9, 1]), rng())
-    assert with_gaps == proportion(hits, groups, rng())
-    assert proportion([math.nan, math.nan], ["a", "b"], rng()).n == 0
     hits, groups, order = rng(7).random(90) < 0.3, np.repeat(np.arange(30), 3), rng(8).permutation(90)
-    assert proportion(hits, groups, rng(1)) == proportion(hits[order], groups[order], rng(1))
-    assert proportion(hits, groups, rng(1)) != proportion(hits, groups, rng(2))
+    result = proportion(hits, groups)
+    shuffled = proportion(hits[order], groups[order])
+    assert (shuffled.low, shuffled.high) == pytest.approx((result.low, result.high))
+    assert proportion(np.append(hits, [math.nan] * 2), np.append(groups, [99, 1])) == result
+    assert proportion([math.nan, math.nan], ["a", "b"]).n == 0
 
 
 def test_lengths_must_agree() -> None:
     with pytest.raises(ValueError, match="groups_N: length: 2; allowed is 3"):
-        proportion([1, 0, 1], ["a", "b"], rng())
+        proportion([1, 0, 1], ["a", "b"])
+    with pytest.raises(ValueError, match="draws_N: length: 1; allowed is 2"):
+        mean([1, 0], ["a", "b"], [0])
     with pytest.raises(ValueError, match="labels_N: length: 3; allowed is 2"):
-        auroc([1, 2], [0, 1, 1], ["a", "b"], rng())
+        auroc([1, 2], [0, 1, 1], ["a", "b"])
 
 
 def test_over_seeds_is_students_t() -> None:
@@ -132,46 +168,39 @@ def test_over_seeds_with_few_or_undefined_seeds() -> None:
     assert math.isnan(over_seeds([Estimate(1, math.nan, math.nan, 1)] * 2).low)
 
 
-def test_auroc_interval_agrees_with_a_loop_over_scikit_learn() -> None:
+def test_auroc_is_scikit_learns_and_its_interval_by_group() -> None:
     draw = rng(10)
-    groups = np.repeat(np.arange(25), 4)
-    labels = np.tile([0, 1, 0, 1], 25)
+    groups, labels = np.repeat(np.arange(25), 4), np.tile([0, 1, 0, 1], 25)
     scores = np.round(labels + 2 * np.repeat(draw.normal(size=25), 4) + draw.normal(size=100), 1)
+    result = auroc(scores, labels, groups)
+    assert result.estimate == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)  # also with ties
     areas = []
     for _ in range(600):
         rows = np.concatenate([np.flatnonzero(groups == g) for g in draw.integers(25, size=25)])
         areas.append(float(roc_auc_score(labels[rows], scores[rows])))
-    result = auroc(scores, labels, groups, rng(11))
-    assert result.estimate == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)  # also with ties
-    assert (result.low, result.high) == pytest.approx(tuple(np.quantile(areas, [0.025, 0.975])), abs=0.015)
-
-
-def test_auroc_drops_resamples_without_both_classes() -> None:
-    # Of three groups one is positive: most resamples lack a class, and those left have an area of 0, 1/2 or 1.
-    result = auroc([0.0, 2.0, 1.0], [0, 0, 1], ["a", "b", "c"], rng())
-    assert (result.estimate, result.low, result.high) == (0.5, 0.0, 1.0)
+    assert (result.low, result.high) == pytest.approx(tuple(np.quantile(areas, [0.025, 0.975])), abs=0.03)
+    assert (result.n, result.groups) == (100, 24)
 
 
 @pytest.mark.parametrize("area", [0, 1])
 def test_perfect_separation_does_not_look_certain(area: int) -> None:
     labels = np.tile([0, 1], 12)
-    result = auroc(labels if area else -labels, labels, np.repeat(np.arange(12), 2), rng())
+    result = auroc(labels if area else -labels, labels, np.repeat(np.arange(12), 2))
     exact = stats.binomtest(6 * area, 6).proportion_ci(0.95, method="exact")  # 12 groups make 6 disjoint comparisons
     assert result.estimate == area
     assert (result.low, result.high) == pytest.approx((exact.low, exact.high))
 
 
 def test_auroc_without_an_answer() -> None:
-    assert math.isnan(auroc([1.0, 2.0], [1, 1], [0, 1], rng()).estimate)
-    assert auroc([], [], [], rng()).n == 0
-    single = auroc([1.0, 2.0], [0, 1], ["a", "a"], rng())
-    assert (single.estimate, math.isnan(single.low)) == (1, True)
-    constant = auroc(np.zeros(8), [0, 1] * 4, range(8), rng())
-    assert constant.estimate == 0.5
-    assert math.isnan(constant.low)
+    assert math.isnan(auroc([1.0, 2.0], [1, 1], [0, 1]).estimate)
+    assert auroc([], [], []).n == 0
+    few = auroc([0.0, 2.0, 1.0, 3.0], [0, 1, 0, 1], ["a", "a", "b", "b"])
+    assert (few.estimate, math.isnan(few.low), few.too_few) == (1, True, True)
+    constant = auroc(np.zeros(16), [0, 1] * 8, range(16))
+    assert (constant.estimate, math.isnan(constant.low), constant.too_few) == (0.5, True, False)
     for scores, labels in (([1.0, math.nan], [0, 1]), ([1.0, 2.0], [-1, 1])):
         with pytest.raises(ValueError, match="allowed are scores with a rank and labels 0 and 1"):
-            auroc(scores, labels, [0, 1], rng())
+            auroc(scores, labels, [0, 1])
 
 
 def test_cosine_and_rank_correlation_agree_with_scipy() -> None:
