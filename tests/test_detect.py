@@ -74,6 +74,20 @@ def test_a_second_detector_reads_the_best_layer_up_to_a_limit(detector: Detector
         np.testing.assert_array_equal(best.weights_LD, lower.weights_LD)
 
 
+def test_few_prompts_do_not_make_it_too_sure() -> None:
+    """Calibrated on eight prompts of either behaviour; plain labels give probabilities of 0 and 1 to what is neither."""
+    losses, fresh = [], drawn(2000, 99, 4.0)
+    conflict_N = fresh.followed_N != "neither"
+    truth_N = (fresh.followed_N == "memorized")[conflict_N]
+    for seed in range(10):
+        tune = drawn(60, 100 + seed, 4.0)
+        rows = np.concatenate([np.flatnonzero(tune.followed_N == name)[:8] for name in ("memorized", "generalized")])
+        few = Observed(tune.states_NLD[rows], tune.followed_N[rows])
+        p_N = fit_detectors(drawn(400, seed, 4.0), few)[0].read(fresh.states_NLD).p_memorized[conflict_N]
+        losses.append(-np.log(np.where(truth_N, p_N, 1 - p_N)).mean())
+    assert np.mean(losses) < 0.45
+
+
 def test_where_there_is_nothing_to_know_it_says_the_base_rate() -> None:
     rng = np.random.default_rng(3)
 

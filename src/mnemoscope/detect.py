@@ -166,8 +166,8 @@ def fit_detectors(
     """Fit the detector of the best layer, and the one of the best layer up to ``below``, for gates in the same pass.
 
     Probes are fitted on the fit split; regularization, calibration and layer are chosen on the tune split. Calibration:
-    logistic regression of the behaviour on the score (Platt 1999, "Probabilistic outputs"). The layer has the smallest
-    log loss of calibrated probabilities. Without ``below``, or with a negative one, there is no second detector.
+    logistic regression of the behaviour on the score (``calibrated``). The layer has the smallest log loss of
+    calibrated probabilities. Without ``below``, or with a negative one, there is no second detector.
 
     Raises:
         InputError: a split has too few prompts of a behaviour.
@@ -203,10 +203,17 @@ def fit_detectors(
 
 
 def calibrated(scores_N: np.ndarray, labels_N: np.ndarray) -> tuple[float, float]:
-    """Slope and offset with which ``sigmoid(slope * score + offset)`` is the probability of label 1."""
+    """Slope and offset with which ``sigmoid(slope * score + offset)`` is the probability of label 1.
+
+    With Platt's targets, (P + 1) / (P + 2) for P examples of label 1 and 1 / (Q + 2) for Q of label 0: of few examples,
+    plain labels make the slope far too steep (Platt 1999, "Probabilistic outputs for support vector machines").
+    """
     from sklearn.linear_model import LogisticRegression
 
-    model = LogisticRegression(C=1e4).fit(scores_N[:, None], labels_N)
+    ones = int(labels_N.sum())
+    target_N = np.where(labels_N == 1, (ones + 1) / (ones + 2), 1 / (len(labels_N) - ones + 2))
+    both_N1, labels = np.r_[scores_N, scores_N][:, None], np.repeat([1, 0], len(scores_N))
+    model = LogisticRegression(C=1e4).fit(both_N1, labels, sample_weight=np.r_[target_N, 1 - target_N])
     return float(model.coef_[0, 0]), float(model.intercept_[0])
 
 

@@ -33,12 +33,14 @@ def measure_detector(cell: Cell) -> Detection | None:
         | _rankings(rows, LEAST)
         for family, rows in conflict.groupby("family")
     }
+    asked = table.examples == "conflict"
     memorized = (conflict.followed == "memorized").astype(int)
     areas, gate = _rankings(conflict), None
     if "p_memorized_below" in conflict and conflict.p_memorized_below.notna().any():
         gate = auroc(conflict.p_memorized_below, memorized, conflict.group)
     return Detection(
         auroc=areas,
+        other=proportion(table.followed[asked] == "other", table.group[asked]),
         gate=gate,
         given_up=areas["p_memorized"].estimate - gate.estimate if gate else None,
         by_family=by_family,
@@ -138,7 +140,8 @@ def answer(task: TaskResults) -> Answer:
     verdict = TOO_FEW if ours.too_few else verdict
     sentence = "of the cases, a prompt that will be remembered gets a higher P(memorized) than one worked out."
     beside = listed([f"{name} ranks {percent(rival.estimate)}" for name, rival in rivals.items() if rival.known])
-    note = f"95{NBSP}% interval: {interval(ours)}. {beside}. Mean squared error: {found.brier.estimate:.3f}."
+    left_out = f" Left out: {percent(found.other.estimate)} that give neither answer." if found.other else ""
+    note = f"95{NBSP}% interval: {interval(ours)}.{left_out} {beside}. Mean squared error: {found.brier.estimate:.3f}."
     mark = (inputs.estimate, RIVALS[best])
     return Answer("detector", question, verdict, percent(ours.estimate), sentence, note, ours, mark)
 

@@ -247,7 +247,8 @@ class Ablation(Result):
 class Detection(Result):
     """The detector on test prompts."""
 
-    auroc: dict[str, Estimate] = Field(description="of `p_memorized` and its baselines, on test conflicts")
+    auroc: dict[str, Estimate] = Field(description="of `p_memorized` and its baselines, without `other`")
+    other: Estimate | None = Field(None, description="share of test conflicts that `auroc` leaves out")
     by_family: dict[str, dict[str, Estimate | int]] = Field(description="with counts; NaN below 30 of either behaviour")
     held_out: dict[str, dict[str, Estimate]]
     reliability: list[Bin] = Field(description="five bins of P(memorized): its mean, the share memorized")

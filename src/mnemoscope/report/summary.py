@@ -65,6 +65,7 @@ class TaskSummary(BaseModel):
     to_memorized: DirectionSummary
     detect_auroc: Estimate | None = None
     gate_auroc: Estimate | None = None
+    answered_other: Estimate | None = None
 
     @classmethod
     def of(cls, task: TaskResults) -> TaskSummary:
@@ -80,8 +81,12 @@ class TaskSummary(BaseModel):
             yield_=task.pairs.yield_,
             detect_auroc=detection.auroc["p_memorized"] if detection else None,
             gate_auroc=detection.gate if detection else None,
+            answered_other=detection.other if detection else None,
             **{direction: DirectionSummary.of(block) for direction, block in task.steering.items()},
         )
+
+    def _other(self) -> str | None:
+        return percent(self.answered_other.estimate) if self.answered_other else None
 
     def rows(self) -> dict[str, str]:
         """The answers in words: do they differ, can it be read, can it be steered and at what cost."""
@@ -94,6 +99,7 @@ class TaskSummary(BaseModel):
             **self.to_memorized.rows("to_memorized"),
             "weights": self.weights,
             "P(memorized) ranks right": ranged(self.detect_auroc) if self.detect_auroc else None,
+            "conflicts left out of that, answered neither way": self._other(),
             "the same below the vectors, for gates in one pass": ranged(self.gate_auroc) if self.gate_auroc else None,
             "prompts whose answers begin alike (judged behind that)": percent(alike) if alike else None,
         }
