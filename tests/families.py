@@ -40,6 +40,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "nanochat": _GROUPED,  # its last norm comes before its blocks too
 }
 
+MORE = ("smollm3", "olmo", "olmo3", "granite", "glm4", "gpt_bigcode", "exaone4")  # that only the doctor sees
+
 
 def tiny(family: str, **changes: Any) -> PreTrainedModel:
     """A model of a family with three blocks, float32 weights drawn from one seed."""

@@ -75,7 +75,7 @@ def test_a_second_detector_reads_the_best_layer_up_to_a_limit(detector: Detector
 
 
 def test_few_prompts_do_not_make_it_too_sure() -> None:
-    """Calibrated on eight prompts of either behaviour; plain labels give probabilities of 0 and 1 to what is neither."""
+    """Calibrated on eight prompts of either behaviour; plain labels give probabilities of 0 and 1."""
     losses, fresh = [], drawn(2000, 99, 4.0)
     conflict_N = fresh.followed_N != "neither"
     truth_N = (fresh.followed_N == "memorized")[conflict_N]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -11,42 +12,54 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from families import FAMILIES, prompts, tiny, tokenizer
+from families import FAMILIES, MORE, prompts, tiny, tokenizer
 from helpers import hook_count
-from mnemoscope.behaviour import capturing
 from mnemoscope.doctor import Check, examine
 from mnemoscope.errors import InputError
-from mnemoscope.models import SITES, layout_of, site_module
+from mnemoscope.models import Layout, blocks_of, layout_of, site_module, use_layout
 
 
 def checks(model: PreTrainedModel) -> dict[str, Check]:
     return {check.name: check for check in examine(model, tokenizer(), prompts())}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE])
 def test_every_family_is_well(family: str) -> None:
     found = checks(tiny(family))
-    assert len(found) == 24
+    assert len(found) == 28
     assert [check for check in found.values() if not check.passed] == []
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_what_a_block_adds_is_attention_and_mlp(family: str) -> None:
-    """Block output = block input + attention + MLP, wherever norms stand; the MLP comes of its activations."""
-    model = tiny(family)
-    ids = torch.arange(12).reshape(2, 6) + 3
-    read = {}
-    for site in SITES:
-        with torch.no_grad(), capturing(model, site) as states:
-            model(input_ids=ids)
-        read[site] = states
-    for layer in (1, 2):
-        total = read["block"][layer - 1] + read["attention"][layer] + read["mlp"][layer]
-        torch.testing.assert_close(total, read["block"][layer], rtol=1e-5, atol=1e-5)
-        down, is_input = site_module(model, layer, "neuron")
-        assert is_input
-        if "norm" not in layout_of(model).mlp:
-            torch.testing.assert_close(down(read["neuron"][layer]), read["mlp"][layer], rtol=1e-5, atol=1e-6)
+def wrong_layouts(model: PreTrainedModel) -> dict[str, Layout]:
+    """Layouts whose parts exist: a norm in the place of attention, another end of the MLP as its down projection."""
+    right, block = layout_of(model), blocks_of(model)[0]
+    norms = [name for name, module in block.named_modules() if "norm" in type(module).__name__.lower()]
+    # Families that norm only what they add have no other norm; there, attention before its norm is wrong.
+    norm = next((n for n in norms if "." not in n and n not in (right.attention, right.mlp)), "self_attn")
+    inside = [name for name, module in block.named_modules() if hasattr(module, "weight") and "mlp" in name]
+    ups = [name for name in inside if name not in (right.down, right.mlp) and "norm" not in name]
+    wrong = {"block output = input + attention + MLP": replace(right, attention=norm)}
+    return wrong | ({"the down projection ends the MLP": replace(right, down=ups[0])} if ups and right.down else {})
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE])
+def test_a_wrong_layout_does_not_pass(family: str) -> None:
+    for name, layout in wrong_layouts(tiny(family)).items():
+        model = tiny(family)
+        use_layout(model, layout)
+        assert not checks(model)[name].passed
+
+
+def test_a_layer_without_attention_is_one_line() -> None:
+    """As in hybrid models, some of whose layers mix tokens in another way."""
+    model = tiny("llama")
+    layout_of(model)
+    blocks_of(model)[1].mixer = blocks_of(model)[1].self_attn
+    del blocks_of(model)[1].self_attn
+    with pytest.raises(
+        InputError, match=r"^site: 'attention' does not exist in layer 1 of LlamaForCausalLM, a hybrid$"
+    ):
+        site_module(model, 1, "attention")
 
 
 def test_what_is_wrong_with_a_model_is_found_out() -> None:

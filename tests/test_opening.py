@@ -139,10 +139,10 @@ def test_a_packaged_model_without_its_package_says_what_to_install(
 @pytest.mark.parametrize(
     ("options", "checks"),
     [
-        ((), 24),
-        (("--dtype", "bfloat16"), 24),
-        (("--device-map", "cpu"), 24),
-        (("--layout", "blocks=model.layers,attention=self_attn,mlp=mlp"), 19),
+        ((), 28),
+        (("--dtype", "bfloat16"), 28),
+        (("--device-map", "cpu"), 28),
+        (("--layout", "blocks=model.layers,attention=self_attn,mlp=mlp"), 22),
     ],
 )
 def test_doctor_reports_in_words_and_for_machines(tmp_path: Path, options: tuple[str, ...], checks: int) -> None:

@@ -8,17 +8,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mnemoscope.behaviour import capturing, left_padded
+from mnemoscope.behaviour import Asking, Encoded, as_batch, cache_prefixes, capturing, left_padded, log_probabilities
 from mnemoscope.errors import InputError
-from mnemoscope.models import SITES, Site, cache_of, context_length, layout_of, pass_inputs, states_of
-from mnemoscope.steering import SteeringVector
+from mnemoscope.models import (
+    PLAINLY,
+    SITES,
+    Site,
+    cache_of,
+    context_length,
+    layout_of,
+    pass_inputs,
+    site_module,
+    states_of,
+)
+from mnemoscope.steering import SteeringVector, shifted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -76,6 +87,11 @@ def examine(
     yield patient.compare("batched and padded = single", plain, patient.read(single=True))
     yield patient.compare("cached = uncached", plain, patient.read(cached=True))
     yield _same_states(patient)
+    yield _sums(patient)
+    if layout_of(model).down:
+        yield _down_ends_mlp(patient)
+    yield _labels(patient)
+    yield _prefixes(patient)
     for site in SITES:
         if site != "neuron" or layout_of(model).down:
             yield from _steered(patient, site, plain)
@@ -84,8 +100,10 @@ def examine(
 
 def _steered(patient: _Patient, site: Site, plain: list[Tensor]) -> Iterator[Check]:
     """Checks of a shift at a site."""
-    apply = partial(patient.random_vector(site).apply, patient.model)
-    untouched = patient.read(partial(apply, alpha=0.0))
+    vector = patient.random_vector(site)
+    apply = partial(vector.apply, patient.model)
+    nothing = {layer: torch.zeros_like(shift) for layer, shift in vector.shifts.items()}
+    untouched = patient.read(partial(shifted, patient.model, nothing, site, "decision"))  # with its hooks in place
     yield patient.compare(f"{site}: alpha 0 = untouched", plain, untouched, exact=True)
     steered = patient.read(apply)
     yield Check(f"{site}: a shift arrives", _difference(plain, steered), math.inf, least=TOLERANCE[torch.float32])
@@ -131,12 +149,17 @@ class _Patient:
         return ids_NT.to(self.model.device), mask_NT.to(self.model.device)
 
     @torch.no_grad()
-    def random_vector(self, site: Site) -> SteeringVector:
-        """A random shift of every layer, relative to the norm of its states."""
-        generator = torch.Generator().manual_seed(0)
+    def states(self, site: Site) -> list[Tensor]:
+        """States of all prompts at the decision position, (N, 1, D) for every layer."""
         ids_NT, mask_NT = self.padded(self.prompts)
         with capturing(self.model, site) as states:
             self.model(**pass_inputs(self.model, ids_NT, mask_NT))
+        return states
+
+    @torch.no_grad()
+    def random_vector(self, site: Site) -> SteeringVector:
+        """A random shift of every layer, relative to the norm of its states."""
+        generator, states = torch.Generator().manual_seed(0), self.states(site)
         shifts = {}
         for layer, states_NOD in enumerate(states):
             shift_D = torch.randn(states_NOD.shape[-1], generator=generator)
@@ -171,3 +194,73 @@ def _same_states(patient: _Patient) -> Check:
     ours = [state_NOD[:, 0].float().cpu() for state_NOD in states[:-1]]
     theirs = [states_of(state_NTD)[:, -1].float().cpu() for state_NTD in output.hidden_states[1 : len(states)]]
     return Check("block output = the library's hidden state", _difference(ours, theirs), 0.0)
+
+
+@torch.no_grad()
+def _sums(patient: _Patient) -> Check:
+    """Block output against block input + attention + MLP; some families scale what is added, all layers alike."""
+    block, attention, mlp = (patient.states(site) for site in ("block", "attention", "mlp"))
+    added_L, parts_L = [], []
+    for layer in range(1, len(block)):
+        added_L.append((block[layer].float() - block[layer - 1].float()).cpu().flatten())
+        parts_L.append(torch.stack([part[layer].float().cpu().flatten() for part in (attention, mlp)], dim=1))
+    added, parts = torch.cat(added_L), torch.cat(parts_L)
+    scales = torch.linalg.lstsq(parts.double(), added.double()[:, None]).solution.float()
+    allowed = TOLERANCE.get(patient.model.dtype, 1e-4) * max(1.0, float(added.abs().max()))
+    return Check(
+        "block output = input + attention + MLP", float((parts @ scales - added[:, None]).abs().max()), allowed
+    )
+
+
+@torch.no_grad()
+def _down_ends_mlp(patient: _Patient) -> Check:
+    """Output of the down projection against that of the MLP, or what the norm behind the MLP is given."""
+    ids_NT, mask_NT = patient.padded(patient.prompts)
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str, module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen[name], seen[f"{name} input"] = states_of(output, len(ids_NT)), states_of(inputs, len(ids_NT))
+
+    modules = {"down": site_module(patient.model, 0, "neuron")[0], "mlp": site_module(patient.model, 0, "mlp")[0]}
+    handles = [module.register_forward_hook(partial(keep, name)) for name, module in modules.items()]
+    try:
+        patient.model(**pass_inputs(patient.model, ids_NT, mask_NT))
+    finally:
+        for handle in handles:
+            handle.remove()
+    ends = [seen[name] for name in ("mlp", "mlp input") if seen[name].shape == seen["down"].shape]
+    difference = min((float((end - seen["down"]).abs().max()) for end in ends), default=math.inf)
+    return Check("the down projection ends the MLP", difference, TOLERANCE.get(patient.model.dtype, 1e-4))
+
+
+@torch.no_grad()
+def _labels(patient: _Patient) -> Check:
+    """By how much a token of ``generate``, cached or not, was not the best in one pass over prompt and answer."""
+    model, (ids_NT, mask_NT) = patient.model, patient.padded(patient.prompts)
+    worst, size = 0.0, 0.0
+    for cached in (True, False):
+        options = {"max_new_tokens": DECODED, "do_sample": False, "use_cache": cached, "eos_token_id": None, **PLAINLY}
+        text_NT = model.generate(input_ids=ids_NT, attention_mask=mask_NT, pad_token_id=0, **options)
+        behind_NM = text_NT[:, ids_NT.shape[1] :]
+        all_mask_NT = torch.cat([mask_NT, torch.ones_like(behind_NM)], dim=1)
+        logits_NMV = model(**pass_inputs(model, text_NT, all_mask_NT)).logits[:, ids_NT.shape[1] - 1 : -1].float()
+        behind = logits_NMV.max(-1).values - logits_NMV.gather(2, behind_NM[..., None])[..., 0]
+        worst, size = max(worst, float(behind.max())), max(size, float(logits_NMV.abs().max()))
+    allowed = TOLERANCE.get(model.dtype, 1e-4) * max(1.0, size / 10)
+    return Check("labels = generate, whole and cached", worst, allowed)
+
+
+@torch.no_grad()
+def _prefixes(patient: _Patient) -> Check:
+    """Answers under a shift of the last layer: log probabilities by cached prefixes and replayed blocks, and whole."""
+    asking = Asking(patient.model, patient.tokenizer)
+    answers = [(prompt[:2], [(prompt[0] + 1) % 100 + 1]) for prompt in patient.prompts]
+    encoded = [Encoded(prompt, 0, two) for prompt, two in zip(patient.prompts, answers, strict=True)]
+    whole, kept = (as_batch(asking, encoded, np.arange(len(encoded))) for _ in range(2))
+    cache_prefixes(asking, [kept])
+    last = max((vector := patient.random_vector("block")).shifts)
+    with replace(vector, shifts={last: vector.shifts[last]}).apply(patient.model):
+        found, *again = (log_probabilities(asking, batch) for batch in (whole, kept, kept))
+    difference = max(float((other - found).abs().max()) for other in again)
+    allowed = TOLERANCE.get(patient.model.dtype, 1e-4) * max(1.0, float(found.abs().max()) / 10)
+    return Check("cached prefixes and replayed blocks = whole passes", difference, allowed)

@@ -1,6 +1,17 @@
 """What a model does when asked: labels, pairs, and states at the decision position; the only read hook."""
 
-from mnemoscope.behaviour.asking import PLAIN, Asking, Batch, Prompting, check_known, encode, left_padded, prepare
+from mnemoscope.behaviour.asking import (
+    PLAIN,
+    Asking,
+    Batch,
+    Encoded,
+    Prompting,
+    as_batch,
+    check_known,
+    encode,
+    left_padded,
+    prepare,
+)
 from mnemoscope.behaviour.labels import (
     Applied,
     Scores,

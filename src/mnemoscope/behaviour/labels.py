@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 Applied = Callable[[], AbstractContextManager[Any]]
-TIE = 1e-4  # two logits closer than this may swap places with the batch size
+# Two logits closer than this may swap places with the batch size, by precision; 1e-4 in float32.
+TIES = {torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
 @dataclass(slots=True)
@@ -42,7 +43,7 @@ class Scores:
         behaviour_N: ``memorized``, ``generalized`` or ``other`` for conflicts, else ``correct`` or ``wrong``.
         margin_N: float64, ``log p(generalized) - log p(memorized)`` in nats over the whole answers without what closes
             them; NaN for examples with one answer, or without ``margins``.
-        tie_N: bool, the top two logits lay within 1e-4 at a token that decides.
+        tie_N: bool, the top two logits lay within ``TIES`` at a token that decides.
         confabulated_N: float64, 1 where the behaviour is ``other`` and the answer has the memorized format, else 0; NaN
             where both formats are the same, or before ``mark_confabulations``.
         states_NLD, uncertainty_N2: see ``States``; None without ``capture``.
@@ -123,11 +124,12 @@ def only_log_probability(asking: Asking, batch: Batch) -> Tensor:
 def _score_batch(
     model: PreTrainedModel, batch: Batch, contexts: Contexts, closing: Tensor, scores: Scores, margins: bool
 ) -> None:
-    first_N, tie_N = _greedy(contexts.logits_NV)
+    tie = TIES.get(model.dtype, 1e-4)
+    first_N, tie_N = _greedy(contexts.logits_NV, tie)
     fits_R = contexts.begins_N[batch.example_R] & (first_N[batch.example_R] == batch.suffix_RM[:, 0])
     answers = read_answers(model, batch, contexts, fits_R | ((batch.length_R > 1) & margins))
     if answers:
-        ends_S, tie_S = _ends(answers, closing)
+        ends_S, tie_S = _ends(answers, closing, tie)
         tie_N[batch.example_R[answers.rows_S[tie_S & fits_R[answers.rows_S]]]] = True
         fits_R[answers.rows_S] &= ends_S
     scores.behaviour_N[batch.examples_N] = _behaviour(batch, fits_R)
@@ -137,16 +139,16 @@ def _score_batch(
         scores.margin_N[batch.examples_N] = (logp_N2[:, 1] - logp_N2[:, 0]).cpu().numpy()
 
 
-def _greedy(logits_V: Tensor) -> tuple[Tensor, Tensor]:
-    """The top token, and whether another is so close that they may swap places; (..., V) to (...) each."""
+def _greedy(logits_V: Tensor, tie: float = 0.0) -> tuple[Tensor, Tensor]:
+    """The top token, and whether another is closer than ``tie``; (..., V) to (...) each."""
     top = logits_V.argmax(-1)
-    near_V = logits_V > logits_V.gather(-1, top[..., None]) - TIE  # counting is cheaper than looking for the second
+    near_V = logits_V > logits_V.gather(-1, top[..., None]) - tie  # counting is cheaper than looking for the second
     return top, near_V.sum(-1) > 1
 
 
-def _ends(answers: Answers, closing: Tensor) -> tuple[Tensor, Tensor]:
+def _ends(answers: Answers, closing: Tensor, tie: float = 0.0) -> tuple[Tensor, Tensor]:
     """Whether greedy decoding goes on as each answer does and closes it, and whether a tie was met on the way; (S,)."""
-    top_SM, tie_SM = _greedy(answers.logits_SMV)
+    top_SM, tie_SM = _greedy(answers.logits_SMV, tie)
     step_M = torch.arange(top_SM.shape[1], device=top_SM.device)
     used_SM = step_M < answers.length_S[:, None]
     inside_SM = step_M < answers.length_S[:, None] - 1  # tokens that are followed by a further token of the answer

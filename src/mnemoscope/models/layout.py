@@ -146,7 +146,10 @@ def site_module(model: nn.Module, layer: int, site: Site) -> tuple[nn.Module, bo
     path = {"block": "", "attention": layout.attention, "mlp": layout.mlp, "neuron": layout.down}[site]
     if site == "neuron" and not path:
         raise InputError(f"site: 'neuron' does not exist in {type(core_of(model)).__name__}, whose MLPs are several")
-    return blocks[layer].get_submodule(path), site == "neuron"
+    module = _part(blocks[layer], path) if path else blocks[layer]
+    if module is None:
+        raise InputError(f"site: {site!r} does not exist in layer {layer} of {type(core_of(model)).__name__}, a hybrid")
+    return module, site == "neuron"
 
 
 def site_width(model: nn.Module, layer: int, site: Site) -> int:
@@ -171,7 +174,11 @@ def states_of(value: Any, rows: int | None = None) -> Tensor:
     ``rows`` is N, for modules to which some families (OPT) give all rows as one.
     """
     states = value[0] if isinstance(value, tuple) else value
-    return states if states.ndim == 3 or rows is None else states.view(rows, -1, states.shape[-1])
+    if states.ndim == 2 and rows is not None:
+        return states.view(rows, -1, states.shape[-1])
+    if states.ndim != 3:
+        raise InputError(f"layout: a part gives {tuple(states.shape)}; allowed are states, (prompts, tokens, neurons)")
+    return states
 
 
 def with_states(value: Any, states_NTD: Tensor) -> Any:
