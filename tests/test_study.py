@@ -22,7 +22,6 @@ from mnemoscope.behaviour import Asking
 from mnemoscope.cells import cells_of
 from mnemoscope.config import dump_study, load_study, parse_study
 from mnemoscope.errors import InputError, StudyError
-from mnemoscope.files import ENDS
 from mnemoscope.models import load_model
 from mnemoscope.stages import STAGES
 from mnemoscope.steering import SteeringVector
@@ -142,7 +141,7 @@ def test_what_a_cell_brings_along_is_known_by_what_is_in_it(tmp_path: Path) -> N
     model.mkdir()
     data.write_text("one")
     weights = model / "model.safetensors"
-    weights.write_bytes(bytes(3 * ENDS))
+    weights.write_bytes(bytes(3 * 2**20))
     (tmp_path / "mine.yaml").write_text(
         f"study: mine\ncells: {{mine: {{task: jsonl, options: {{file: {data}}}, model: {{folder: {model}}}}}}}\n"
     )
@@ -152,10 +151,37 @@ def test_what_a_cell_brings_along_is_known_by_what_is_in_it(tmp_path: Path) -> N
     data.write_text("two")
     seen.add(inputs_hash(cell))
     with weights.open("r+b") as file:
-        file.seek(-1, os.SEEK_END)
+        file.seek(2**20)  # of the same size, with the same ends
         file.write(b"x")
     seen.add(inputs_hash(cell))
     assert len(seen) == 3
+
+
+def test_another_task_class_runs_the_stages_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "tasks_of_mine.py").write_text("class Mine: ...")
+    raw = {"study": "mine", "cells": {"mine": {"task": "tasks_of_mine:Mine"}}}
+    (cell,) = cells_of(parse_study(raw), tmp_path / "run")
+    before = inputs_hash(cell)
+    (tmp_path / "tasks_of_mine.py").write_text("class Mine: others = 1")
+    assert inputs_hash(cell) != before
+
+
+def test_a_stage_leaves_nothing_of_an_earlier_attempt(copied: Path, mini_study_file: Path) -> None:
+    """A detector, or a method's vectors, that a stage no longer makes."""
+    cell = copied / "cells" / "addition-0"
+    for stage, name in (
+        ("detection", "detector_old.safetensors"),
+        ("steering", "vectors/to_memorized-old.safetensors"),
+    ):
+        (cell / "stages" / f"{stage}.json").unlink()
+        (cell / name).write_bytes(b"old")
+    (cell / "stages" / "pairs.json").unlink()  # mining keeps states for what follows
+    run_study(load_study(str(mini_study_file)), copied, workers=1)
+    assert not list(cell.rglob("*old*"))
+    marker = json.loads((cell / "stages" / "steering.json").read_text())
+    assert json.loads((copied / "manifest.json").read_text())["commits"] == [str(marker["commit"])]
+    assert set(marker) == {"hash", "seconds", "commit", "dirty", "files"}
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, mini_study_file: Path) -> None:

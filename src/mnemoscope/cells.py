@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from subprocess import DEVNULL
@@ -86,6 +87,7 @@ def version() -> str:
     return metadata.version("mnemoscope")
 
 
+@cache
 def git_state() -> dict[str, Any]:
     """Commit and dirty flag of the source tree; None where the package is not run from one."""
     here = Path(__file__).parent

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -58,23 +59,21 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-ENDS = 2**20  # bytes hashed at either end of a file
-
-
-def fingerprint(path: Path) -> str:
-    """Hash of a file's size and both its ends, which shows most changes of a large file."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        known = hashlib.sha256(f"{size}".encode() + file.read(ENDS))
-        file.seek(max(ENDS, size - ENDS))
-        known.update(file.read())
-    return known.hexdigest()
-
-
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def known_hash(path: Path) -> str:
+    """``file_hash``, computed once a process for a file of one size, time and inode: weights are large."""
+    found = path.stat()
+    return _hash_of(path, found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+@lru_cache(maxsize=1024)
+def _hash_of(path: Path, *_: int) -> str:
+    return file_hash(path)
 
 
 FRESH = 2**15  # hashes held in a set before they join the sorted array, which takes eight bytes each

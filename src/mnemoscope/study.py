@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib import metadata
+from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from mnemoscope.cells import STATES, Cell, Opened, Tell, cells_of, git_state, gr
 from mnemoscope.config import StudyConfig, dump_study
 from mnemoscope.errors import InputError, StudyError
 from mnemoscope.executors import Progress, in_processes, possible_workers, run_cells
-from mnemoscope.files import file_hash, fingerprint, write_atomically
+from mnemoscope.files import file_hash, known_hash, write_atomically
 from mnemoscope.processes import settle
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "scikit-learn", "pandas", "safetensors")
@@ -89,7 +90,7 @@ def run_study(
 
 def run_cell(cell: Cell, progress: Progress) -> None:
     """Run the unfinished stages of a cell."""
-    from mnemoscope.stages import STAGES
+    from mnemoscope.stages import STAGES, WRITES
 
     settle(cell.threads)
     upstream = stage_hash(inputs_hash(cell), cell, "")
@@ -97,7 +98,7 @@ def run_cell(cell: Cell, progress: Progress) -> None:
         if not cell.config.analysed and name not in ("train", "behaviour"):
             continue
         upstream = stage_hash(upstream, cell, name)
-        _run_stage(cell.name, cell.folder, name, upstream, partial(stage, cell), progress)
+        _run_stage(cell.name, cell.folder, name, upstream, partial(stage, cell), progress, WRITES.get(name, ()))
 
 
 def compare_cells(cells: Sequence[Cell], run: Path, progress: Progress, workers: int = 1) -> None:
@@ -126,16 +127,25 @@ def _markers(cell: Cell) -> dict[str, Any]:
 
 
 def _run_stage(
-    owner: str, folder: Path, name: str, wanted: str, stage: Callable[[Tell], list[Path]], progress: Progress
+    owner: str,
+    folder: Path,
+    name: str,
+    wanted: str,
+    stage: Callable[[Tell], list[Path]],
+    progress: Progress,
+    writes: Sequence[str] = (),
 ) -> None:
     """Run a stage unless it has finished with the same dependencies; write its marker last."""
     if is_done(folder, name, wanted):
         progress(owner, name, 1, 1, "done before")
         return
     began = time.time()
+    (folder / "stages" / f"{name}.json").unlink(missing_ok=True)
+    for stale in (path for pattern in writes for path in folder.glob(pattern)):
+        shutil.rmtree(stale) if stale.is_dir() and not stale.is_symlink() else stale.unlink()
     files = stage(partial(progress, owner, name))
     seconds, digests = round(time.time() - began, 3), {str(f.relative_to(folder)): file_hash(f) for f in files}
-    marker = json.dumps({"hash": wanted, "seconds": seconds, "files": digests}, indent=1)
+    marker = json.dumps({"hash": wanted, "seconds": seconds, **git_state(), "files": digests}, indent=1)
     write_atomically(folder / "stages" / f"{name}.json", marker.encode())
     progress(owner, name, 1, 1, f"{seconds:.0f} s")
 
@@ -147,12 +157,16 @@ def stage_hash(upstream: str, cell: Cell, stage: str) -> str:
 
 
 def inputs_hash(cell: Cell) -> str:
-    """Hash of the files outside the run that a cell reads: those that its options name, and those of its model."""
+    """Hash of what a cell reads from outside the run: files that options name, its model, the module of its task."""
     named = [Path(value) for value in cell.config.options.values() if isinstance(value, str)]
     folder = cell.config.model.folder
     if folder and Path(folder).is_dir():
         named += sorted(Path(folder).glob("*"))
-    found = {str(path): fingerprint(path) for path in named if path.is_file()}
+    module, is_class, _ = cell.config.task.partition(":")
+    source = find_spec(module) if is_class and cell.opened is None else None
+    if source is not None and source.origin:
+        named.append(Path(source.origin))
+    found = {str(path): known_hash(path) for path in named if path.is_file()}
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
@@ -213,6 +227,7 @@ def _write_manifest(run: Path, cells: list[Cell], started: float) -> None:
         "python": platform.python_version(),
         "machine": {"system": platform.system(), "architecture": platform.machine(), "processors": os.cpu_count()},
         **git_state(),
+        "commits": sorted({str(m.get("commit")) for found in stages.values() for m in found.values()}),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(time.time() - started, 1),
         "stages": stages,

@@ -20,4 +20,17 @@ IN_ORDER: tuple[Callable[[Cell, Tell], list[Path]], ...] = (
     *(train_stage, behaviour_stage, pairs_stage, probes_stage, steering_stage),
     *(effects_stage, detection_stage, neutral_stage, samples_stage, cards_stage),
 )
+# All that a stage could write, as patterns in the folder of its cell: deleted before it begins, so that what an earlier
+# attempt left behind is not read as its result.
+WRITES: dict[str, tuple[str, ...]] = {
+    "train": ("model", "adapter", "cell.json", "records/training*", "records/known.json"),
+    "behaviour": ("records/behaviour.parquet",),
+    "pairs": ("records/pairs*.parquet", "contrast.safetensors"),
+    "probes": ("probe.json", *(f"records/{name}.parquet" for name in ("probes", "learning", "halves"))),
+    "steering": ("vectors", "records/steering.parquet", "records/sweep.parquet", "records/chosen.json"),
+    "effects": ("records/effects.parquet",),
+    "detection": ("detector*", "records/detection.parquet", "records/gate.parquet", "records/no_detector.json"),
+    "neutral": ("records/neutral.parquet",),
+    "samples": ("records/samples.parquet",),
+}
 STAGES = {stage.__name__.removesuffix("_stage"): stage for stage in IN_ORDER}
