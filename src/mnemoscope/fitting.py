@@ -33,8 +33,8 @@ TRIED: dict[str, dict[str, list[Any]]] = {
 ONE_LAYER = sum(math.prod(map(len, grid.values())) for grid in TRIED.values())
 SETTINGS = 6 * ONE_LAYER
 STEERING = {
-    **{"fit_pairs": 300, "fit_others": 200, "learned_steps": 40, "kept_weight": 1.0},
-    **{"tune_pairs": 120, "tune_others": 60, "tune_draws_again": 6, "judged_examples": 200},
+    **{"fit_pairs": 300, "fit_others": 200, "learned_steps": 24, "kept_weight": 1.0},
+    **{"tune_pairs": 120, "tune_others": 60, "tune_draws_again": 4, "judged_examples": 200},
     "tune_refits": 0,  # indifference is judged on test; while settings are compared it would take most of all tokens
     "controls_of": "best",
     "conflict_draws": 4,  # as in the built-in studies: nothing is claimed about these controls

@@ -2,6 +2,7 @@
 
 from mnemoscope.directions.choose import (
     CONTROLS,
+    RATING_DRAWS,
     SHUFFLED,
     Choice,
     Limits,

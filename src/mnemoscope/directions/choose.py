@@ -24,6 +24,7 @@ from mnemoscope.steering import scaled_to
 
 COST = 0.5  # points of the shift per point of a control, up to its limit
 FINALISTS = 3  # settings that are rated again at most
+RATING_DRAWS = 6  # of each control for a first rating, at most
 AGAIN = 1_000_003  # added to a seed for the second rating
 STANDING_IN = ("random_sign", "gaussian")  # for all four random controls, which steer about as many, in a ranking
 
@@ -139,7 +140,7 @@ class Limits:
 
     control: float
     collateral: float
-    draws: int = 6
+    draws: int = RATING_DRAWS
     refits: int = 4
     again: int = 12
     excess_cost: float = 2.0

@@ -19,6 +19,7 @@ from mnemoscope.config import MethodName, SteeringConfig
 from mnemoscope.directions import (
     ANSWERED,
     CONTROLS,
+    RATING_DRAWS,
     SOURCE,
     TOWARD,
     Directions,
@@ -181,9 +182,8 @@ def _pick(opened: _Opened, pick: Callable[..., Any], aim: str, direction: str, c
     of_control, collateral, refits = config.control_limit, config.collateral_limit, config.tune_refits
     if aim == "conflict":
         of_control, collateral, refits = CONFLICT_CONTROL, CONFLICT_COLLATERAL, 0
-    limits = Limits(
-        of_control, collateral, refits=refits, again=config.tune_draws_again, excess_cost=config.excess_cost
-    )
+    again = config.tune_draws_again
+    limits = Limits(of_control, collateral, min(RATING_DRAWS, again), refits, again, config.excess_cost)
     return pick(opened.tune[aim][direction], opened.directions, candidates, limits, [opened.cell.seed, 1])
 
 
