@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tables import origin, put
 
 import mnemoscope as ms
@@ -127,7 +128,8 @@ class Counted:
 
     def count(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """A forward pre-hook of the part that holds the blocks."""
-        ids_NT, mask_NT = args[0] if args else kwargs["input_ids"], kwargs["attention_mask"]
+        ids_NT, mask_NT = args[0] if args else kwargs["input_ids"], kwargs.get("attention_mask")
+        mask_NT = torch.ones_like(ids_NT) if mask_NT is None else mask_NT  # ``generate`` leaves out one of ones
         self.tokens[self.stage] += int(mask_NT[:, -ids_NT.shape[1] :].sum())
         if self.site and mask_NT.shape[1] == ids_NT.shape[1]:
             for ids, kept in zip(ids_NT.tolist(), mask_NT.tolist(), strict=True):
