@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from helpers import MINI_STUDY
 from mnemoscope.cli import app
-from mnemoscope.config import built_in_studies, load_study
+from mnemoscope.config import built_in_studies, load_study, opened_before
 from mnemoscope.tasks.jsonl import JsonlTask
 
 RUNNER = CliRunner()
@@ -53,6 +55,19 @@ def test_built_in_studies_resolve() -> None:
     assert set(built_in_studies()) == {"quickstart", "paper", "portable", "smollm2"}
     for name in built_in_studies():
         assert load_study(name).study == name
+
+
+def test_seeds_that_were_opened_under_other_settings_are_named() -> None:
+    assert opened_before(load_study("quickstart")) == []
+    (line,) = opened_before(load_study("quickstart", ["cells.addition.steering.tune_pairs=30"]))
+    assert line.startswith("seeds 0 to 0 of quickstart: their test split was opened on 20")
+    early = opened_before(load_study("paper", ["first_seed=8"]))
+    assert [line.split(" of ")[0] for line in early] == ["seeds 8 to 9", "seeds 10 to 12"]
+    register = yaml.safe_load((files("mnemoscope") / "seeds.yaml").read_text())
+    page = (Path(__file__).parents[1] / "docs" / "SEEDS.md").read_text()
+    for row in register:
+        assert row["study"] in built_in_studies()
+        assert f"| {row['opened']} | {row['commit']} | {row['what']} |" in page
 
 
 def changed(*settings: str) -> list[str]:

@@ -42,10 +42,12 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run a study, or go on with one, and build its report."""
-    from mnemoscope.config import load_study
+    from mnemoscope.config import load_study, opened_before
     from mnemoscope.study import run_study
 
     config = load_study(study, overrides, seeds)
+    for line in opened_before(config):
+        typer.echo(f"warning: {line}", err=True)
     folder = out or Path("runs") / config.study
     with progress(quiet=as_json) as tell:
         report_path = run_study(config, folder, tell, workers, executor, address)
