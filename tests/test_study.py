@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
@@ -23,9 +24,10 @@ from mnemoscope.cells import cells_of
 from mnemoscope.config import dump_study, load_study, parse_study
 from mnemoscope.errors import InputError, StudyError
 from mnemoscope.models import load_model
-from mnemoscope.stages import STAGES
+from mnemoscope.stages import STAGES, cell_model, detect, lists, probe
 from mnemoscope.steering import SteeringVector
 from mnemoscope.study import inputs_hash, run_study
+from mnemoscope.tasks import Example
 
 COMMAND = [sys.executable, "-m", "mnemoscope", "run"]
 
@@ -55,17 +57,30 @@ def test_a_run_folder_holds_what_the_contract_says(mini_run: Path) -> None:
     assert not list(mini_run.rglob("*.tmp*"))
 
 
-def test_every_test_row_is_from_the_test_split(mini_run: Path) -> None:
-    records = mini_run / "cells" / "addition-0" / "records"
-    pairs = pd.read_parquet(records / "pairs.parquet")
-    groups = {split: set(part.group) for split, part in pairs.groupby("split")}
-    assert not groups["fit"] & groups["tune"]
-    assert not groups["test"] & (groups["fit"] | groups["tune"])
-    assert set(pd.read_parquet(records / "behaviour.parquet").split) == {"test"}
-    steering = pd.read_parquet(records / "steering.parquet")
-    assert set(steering.split) == {"test"}
-    assert set(steering[steering.examples == "pairs"].group) <= groups["test"]
-    assert set(pd.read_parquet(records / "probes.parquet").group) <= groups["test"]
+def test_no_group_of_a_fitted_tuned_or_calibrated_list_is_judged(
+    mini_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every list as a stage takes it, against the groups of every record that is judged."""
+    (cell,) = cells_of(load_study(str(mini_run / "study.yaml")), mini_run)
+    asking, records, rng = cell_model(cell), lists.Records.of(cell), np.random.default_rng(0)
+    taken: dict[str, list[Example]] = {"fit": [], "tune": []}
+    prepared = lists.with_prefixes
+    for split in ("fit", "tune"):  # what directions are made from, and what settings are chosen on
+        monkeypatch.setattr(lists, "with_prefixes", lambda a, e, s=split: [taken[s].extend(e), prepared(a, e)][1])
+        if split == "fit":
+            assert lists.sources_of(cell, asking, records, ["block"])["block"].lists
+        else:
+            lists.tune_lists(cell, asking, records)
+        assert len(taken[split]) > 100
+        taken[split] += [one for pair in records.both_sides(split, 10**6) for one in pair]
+        taken[split] += detect._prompts(cell, asking, records, split).examples
+        taken[split] += probe.phrasings(records.pairs, split, 10**6, rng)
+    fitted, tuned = ({example.group for example in taken[split]} for split in ("fit", "tune"))
+    assert not fitted & tuned
+    for name in ("behaviour", "probes", "steering", "effects", "detection"):
+        judged = set(pd.read_parquet(cell.records / f"{name}.parquet").group)
+        assert judged
+        assert not judged & (fitted | tuned), name
 
 
 def test_a_second_call_does_nothing_again(mini_run: Path, mini_study_file: Path) -> None:
