@@ -11,14 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 Floats = NDArray[np.float64]
-Groups = Sequence[Any] | NDArray[Any]  # names of groups: strings or integers
+Groups = ArrayLike  # names of groups: strings or integers
 Ends = tuple[float, float]
 
 LEVEL = 0.95  # coverage of every interval
@@ -69,8 +68,9 @@ def same(name: str, allowed: object, value: object) -> None:
 
 def group_index(names_N: Groups, n: int, what: str = "groups_N") -> NDArray[np.intp]:
     """Number of the group of each example, in sorted order of the names."""
-    same(f"{what}: length", n, len(names_N))
-    return np.unique(np.asarray(names_N), return_inverse=True)[1]
+    names = np.asarray(names_N)
+    same(f"{what}: length", n, len(names))
+    return np.unique(names, return_inverse=True)[1]
 
 
 def blocks(total: int, size: int) -> Iterator[slice]:
@@ -163,7 +163,8 @@ def auroc(scores_N: ArrayLike, labels_N: ArrayLike, groups_N: Groups) -> Estimat
         return Estimate(area, *NO_ENDS, n, 2 * pairs)
     half = _t(min(sides) - 1) * math.sqrt(variance) / (area * (1 - area))
     odds = math.log(area / (1 - area))
-    return Estimate(area, *(1 / (1 + math.exp(-(odds + side * half))) for side in (-1, 1)), n, 2 * pairs)
+    low, high = (1 / (1 + math.exp(-(odds + side * half))) for side in (-1, 1))
+    return Estimate(area, low, high, n, 2 * pairs)
 
 
 def over_seeds(estimates: Sequence[Estimate]) -> Estimate:
@@ -232,17 +233,17 @@ def _estimate(
 
 
 def _moments(values_N: ArrayLike, groups_N: Groups, draws_N: Groups | None) -> _Moments | None:
-    values_N = np.asarray(values_N, dtype=np.float64)
-    index_N, known_N = group_index(groups_N, len(values_N)), ~np.isnan(values_N)
-    draw_N = np.zeros(len(values_N), int) if draws_N is None else group_index(draws_N, len(values_N), "draws_N")
-    values_N, index_N, draw_N = values_N[known_N], index_N[known_N], draw_N[known_N]
-    if not (n := len(values_N)):
+    given_N = np.asarray(values_N, dtype=np.float64)
+    index_N, known_N = group_index(groups_N, len(given_N)), ~np.isnan(given_N)
+    draw_N = np.zeros(len(given_N), np.intp) if draws_N is None else group_index(draws_N, len(given_N), "draws_N")
+    found_N, index_N, draw_N = given_N[known_N], index_N[known_N], draw_N[known_N]
+    if not (n := len(found_N)):
         return None
-    middle = float(values_N.mean())
-    influence_N = (values_N - middle) / n
-    counts = [len(np.unique(one_N)) for one_N in (index_N, draw_N)]
-    variances = [_variance(influence_N, one_N) for one_N in (index_N, draw_N)]
-    return _Moments(middle, n, *counts, *variances, constant=not np.ptp(values_N))
+    middle = float(found_N.mean())
+    influence_N = (found_N - middle) / n
+    groups, draws = (len(np.unique(one_N)) for one_N in (index_N, draw_N))
+    by_group, by_draw = (_variance(influence_N, one_N) for one_N in (index_N, draw_N))
+    return _Moments(middle, n, groups, draws, by_group, by_draw, constant=not np.ptp(found_N))
 
 
 def _variance(influence_N: Floats, index_N: NDArray[np.intp]) -> float:

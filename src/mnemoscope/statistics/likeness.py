@@ -92,14 +92,14 @@ def overlap_by_chance(first_LD: ArrayLike, second_LD: ArrayLike) -> Estimate:
 
 def in_group_order(groups_N: Groups, rng: np.random.Generator) -> NDArray[np.intp]:
     """Indices of all examples in random order, group by group: the first n are n examples collected by group."""
-    index_N = group_index(groups_N, len(groups_N))
+    index_N = group_index(groups_N, np.size(groups_N))
     place_G = rng.permutation(len(np.unique(index_N)))
     return np.lexsort((rng.random(len(index_N)), place_G[index_N]))
 
 
 def half_of_groups(groups_N: Groups, rng: np.random.Generator) -> NDArray[np.bool_]:
     """True for the examples of a random half of the groups, of an odd number the smaller half."""
-    index_N = group_index(groups_N, len(groups_N))
+    index_N = group_index(groups_N, np.size(groups_N))
     groups = len(np.unique(index_N))
     return np.isin(index_N, rng.permutation(groups)[: groups // 2])
 

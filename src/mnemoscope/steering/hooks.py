@@ -213,8 +213,8 @@ class _PositionTracker:
         fresh = self.prompt_NT is None or another or not continues
         if fresh:
             self.prompt_NT, self.acts_N = ids_NT, None
-            known = self.prompts is None or has_known_rows(self.rows)
-            if not known and self.rows != self.prompts * self.rows_of_prompt:
+            rows = self.rows if self.prompts is None else self.prompts * self.rows_of_prompt
+            if self.rows != rows and not has_known_rows(self.rows):
                 raise InputError(
                     f"alpha: {self.prompts} factors for a batch of {self.rows} rows; allowed is one for each prompt"
                 )
