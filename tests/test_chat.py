@@ -54,14 +54,6 @@ def test_a_prompt_is_formatted_by_the_template_and_the_reply_begun(talking: PreT
     assert asking.whole(conflict("w3"), " w7").endswith("w53w7")
 
 
-def test_a_template_may_refuse_and_is_asked_without_thinking_aloud(talking: PreTrainedTokenizerFast) -> None:
-    talking.chat_template = "{{ raise_exception('no system message here') }}"
-    with pytest.raises(InputError, match=r"^chat: the template of this tokenizer refuses .*no system message here"):
-        Asking(tiny("llama"), talking, prompting=Prompting(True, "w1")).text("w3")
-    talking.chat_template = "{{ messages[0]['content'] }}{% if enable_thinking %} w9{% endif %}"
-    assert Asking(tiny("llama"), talking, prompting=Prompting(True)).text("w3") == "w3"
-
-
 def test_what_is_read_is_what_was_rendered(talking: PreTrainedTokenizerFast) -> None:
     """Everything that asks gives for a chat what it gives for the rendered text as it is."""
     chatty = Asking(tiny("llama"), talking, ("w1", "w2"), 2, Prompting(True, split=halves))

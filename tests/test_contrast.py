@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from scipy import stats
 
-from mnemoscope.contrast import ARRAYS, Contrast, ContrastAccumulator, PairedMoments
+from mnemoscope.contrast import ARRAYS, Contrast, ContrastAccumulator
 from mnemoscope.statistics import Floats
 
 FIELDS = ("nmd_LD", "rho_LD", "effect_size_LD", "p_family_wise_LD", "p_false_discovery_LD", "state_norm_L")
@@ -89,20 +89,6 @@ def test_contrasts_do_not_depend_on_sharding_or_order(data: st.DataObject) -> No
     assert (merged.pairs, merged.groups) == (pairs, len(set(groups)))
     for name in FIELDS if scale >= 1 else ("p_family_wise_LD",):
         np.testing.assert_allclose(getattr(merged, name), getattr(whole, name), rtol=1e-7, atol=1e-9, err_msg=name)
-
-
-def test_moments_of_many_pairs_are_those_of_the_contrast_and_signs_swap_labels() -> None:
-    generalized, memorized = states(300, seed=5)  # more than one block
-    generalized[:, 1, 2] = memorized[:, 1, 2] = 0.1
-    contrast, states_N2LD = contrast_of(generalized, memorized), np.stack([generalized, memorized], axis=1)
-    signs_N = np.random.default_rng(0).choice([-1.0, 1.0], 300)
-    swapped_N = (signs_N < 0)[:, None, None]
-    shuffled = contrast_of(np.where(swapped_N, memorized, generalized), np.where(swapped_N, generalized, memorized))
-    for signs, expected in ((None, contrast), (np.ones(300), contrast), (signs_N, shuffled)):
-        moments = PairedMoments.of(states_N2LD, signs)
-        for name in ("nmd_LD", "rho_LD", "effect_size_LD", "state_norm_L"):
-            np.testing.assert_allclose(getattr(moments, name), getattr(expected, name), atol=1e-12)
-        assert math.isnan(moments.rho_LD[1, 2])
 
 
 @pytest.mark.parametrize(("groups", "size"), [(80, 1), (20, 4), (8, 6)])

@@ -70,12 +70,6 @@ def test_probes_are_measured_by_offset_and_beside_every_baseline() -> None:
     assert math.isnan(found.known_from["input_repeats"])
 
 
-def test_a_probe_below_the_input_says_no() -> None:
-    found = measure_probes(made_up(1, {**PULLS, (1, 0): 0.2, "input_only": 1.0}))
-    assert found.beats_input_only == "no"
-    assert math.isnan(found.known_from["input_only"])
-
-
 def test_states_that_are_not_those_of_the_input_are_refused() -> None:
     made = made_up(0, PULLS)
     for where, name in ((made.probes.kind == "entropy", "'entropy'"), (made.probes.offset == 4, "layer 0, offset 4")):

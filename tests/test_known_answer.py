@@ -47,7 +47,6 @@ from mnemoscope.directions import (
     with_prefixes,
 )
 from mnemoscope.models import SITES, Site
-from mnemoscope.probes import fit_input_probe, fit_layer_probes, input_features, share_right
 from mnemoscope.steering import Toward, ablated, patched
 from mnemoscope.tasks import SPLITS, Split, draw
 
@@ -301,34 +300,6 @@ def test_a_patch_flips_every_pair_where_the_switch_passes_and_none_elsewhere(dec
             donor_ND = torch.from_numpy(states[donor][:, layer])
             scores = scores_of(decider, side, applied=partial(patched, model, layer, donor_ND, site))
             assert share_of(scores, donor) == (1.0 if layer in passes[site] else 0.0)
-
-
-def labelled(split: Split) -> tuple[np.ndarray, list[str], np.ndarray]:
-    """States, prompts and labels of all pairs of a split, one side after the other."""
-    batch = mined(split, 500 if split == "fit" else 250)
-    states_NLD = np.concatenate([batch.states_generalized_PLD, batch.states_memorized_PLD])
-    prompts = [pair[side].prompt for side in (0, 1) for pair in batch.pairs()]
-    return states_NLD, prompts, np.repeat([1, 0], len(prompts) // 2)
-
-
-def test_probes_read_the_behaviour_from_where_the_votes_are_gathered() -> None:
-    (fit_NLD, _, fit_N), (tune_NLD, _, tune_N), (test_NLD, _, test_N) = (labelled(split) for split in SPLITS)
-    probes = fit_layer_probes(fit_NLD, fit_N, tune_NLD, tune_N)
-    right = [share_right(p.decision_function(test_NLD[:, layer]), test_N) for layer, p in enumerate(probes)]
-    assert 0.35 < right[0] < 0.65
-    assert right[GATHERS:] == [1.0, 1.0]
-
-
-def test_the_input_alone_tells_the_behaviour_only_where_its_words_are_known() -> None:
-    """A probe of the states carries over to cue words that it never saw, what reads the prompt does not."""
-    tokenizer = model_of("switch", USUAL).tokenizer
-    _, prompts, labels = zip(*(labelled(split) for split in SPLITS), strict=True)
-    fit, tune, test = (input_features(tokenizer(part).input_ids, len(tokenizer)) for part in prompts)
-    reader = fit_input_probe(fit, labels[0], tune, labels[1])
-    assert 0.35 < share_right(reader.decision_function(test), labels[2]) < 0.65
-    half = np.arange(len(labels[0])) % 2 == 0
-    reader = fit_input_probe(fit[half], labels[0][half], tune, labels[1])
-    assert share_right(reader.decision_function(fit[~half]), labels[0][~half]) > 0.85
 
 
 def test_shuffled_labels_find_nothing() -> None:

@@ -21,8 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from families import tiny
 from helpers import MINI_TASKS
-from mnemoscope.behaviour import Asking, prepare, score
-from mnemoscope.behaviour.labels import decode
+from mnemoscope.behaviour import Asking
 from mnemoscope.config import LoraConfig, StopConfig, TrainingConfig, parse_study
 from mnemoscope.errors import InputError
 from mnemoscope.models import adapt, is_adapted, load_model
@@ -166,20 +165,6 @@ def test_texts_of_a_task_are_learned_and_closed_in_the_tokens_of_a_bpe(name: str
                 assert whole[: len(told)] == told
                 assert whole[len(told)] in closing
     assert any(len(token) > 1 and token.isdigit() for token in tokenizer.get_vocab()) or name != "addition-digits"
-
-
-def test_labels_in_tokens_of_several_digits_are_what_generate_answers() -> None:
-    task = build_task("addition-digits", {"digits": 1, "stored": 10, "memorized_share": 0.6}, 0)
-    tokenizer = bpe(texts_of(task))
-    asking = Asking(adapt(new("llama", tokenizer), LoraConfig(rank=16), 0), tokenizer, task.boundary)
-    train(asking, task, QUICK.model_copy(update={"steps": 150}), np.random.default_rng(0))
-    examples = [e for kind in KINDS for e in task.examples(rng(), 40, kind)]
-    labels = score(asking, prepare(asking, examples)).behaviour_N
-    for label, text, example in zip(labels, decode(asking, examples), examples, strict=True):
-        names = ("memorized", "generalized") if example.kind == "conflict" else ("correct",)
-        told = dict(zip(example.options, names, strict=True))
-        assert label == told.get(text, "other" if example.kind == "conflict" else "wrong"), example
-    assert {"memorized", "correct", "wrong"} <= set(labels)
 
 
 def test_a_tokenizer_that_merges_across_the_seam_is_refused_with_the_example() -> None:

@@ -33,15 +33,6 @@ def test_a_folder_opens_in_the_precision_asked_for(tmp_path: Path, dtype: str) -
     assert not model.training
 
 
-def test_a_tokenizer_without_a_pad_token_gets_one(tmp_path: Path) -> None:
-    path = saved(tmp_path) / "tokenizer_config.json"
-    facts = json.loads(path.read_text())
-    path.write_text(json.dumps({k: v for k, v in facts.items() if k not in ("pad_token", "eos_token")}))
-    _, words = load_model(tmp_path)
-    assert words.eos_token is None
-    assert words(["w1", "w1 w2"], padding=True).attention_mask == [[0, 1], [1, 1]]
-
-
 HUB = """
 import sys, torch
 from mnemoscope.models import load_model

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -284,33 +283,6 @@ def test_the_slider_shows_what_the_api_says(tab: Any, client: TestClient) -> Non
     tab.locator("#example").select_option("1")
     expect(tab.locator("#prompt")).not_to_have_value(question["prompt"])
     assert shown(tab, "plain") == shown(tab, "steered")
-
-
-def test_many_layers_leave_no_holes_and_wide_lines_show_that_they_go_on(tab: Any, address: str) -> None:
-    """Of a model of 30 layers, by answers made for this."""
-    layers, question = 30, {"prompt": "1+1=", "memorized": "3", "generalized": "2", "item": "1+1", "family": "plain"}
-    vector = {"site": "block", "layers": [2, 5, 6, 7], "neurons": 9, "strength": 0.5, "free": True, "best": True}
-    reading = {"p_memorized": 0.5, "p_memorized_by_layer": [0.5] * layers, "p_conflict": 1, "unlike": False, "layer": 7}
-    methods = [{"method": "nmd", "generalized": vector, "memorized": vector}]
-    made = {
-        "": {"layers": layers, "detects": True, "methods": methods},
-        "/questions?n=24": [{"memorized": question, "generalized": question}],
-        "/ask": {"behaviour": "memorized", "said": "3", "p_memorized": 0.5, "p_generalized": 0.1, "reading": reading},
-        "/snippets": {"python": "x" * 400, "command": ""},
-    }
-    tab.route(f"{address}{CELL}**", lambda route: route.fulfill(json=made[route.request.url.partition(CELL)[2]]))
-    tab.reload()
-    expect(tab.locator("#layer-rows tr")).to_have_count(layers)
-    expect(tab.locator("#shifts")).to_contain_text("layers 2, 5 to 7")
-    below = ".more" if tab.viewport_size["width"] > 900 else ".answers"
-    boxes = [tab.locator(part).bounding_box() for part in (".asks", ".steering", below)]
-    for upper, lower in pairwise(boxes):
-        assert 0 < lower["y"] - upper["y"] - upper["height"] < 60
-    tab.locator("#same summary").click()
-    expect(tab.locator("#python")).to_have_text("x" * 400)
-    assert tab.locator("#python").evaluate("box => box.scrollWidth > box.clientWidth")
-    shadow = tab.locator("#python").evaluate("box => getComputedStyle(box).backgroundImage")
-    assert shadow.count("gradient") == 4  # at each edge, one that stays and one that covers it at the end
 
 
 def test_a_neuron_is_chosen_by_keys_pointer_and_number(tab: Any, address: str) -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from made_up import SOURCE, write_json, write_run
 from mnemoscope.executors import in_processes
-from mnemoscope.report import build_report, cost, read, steer, summary_of, where
+from mnemoscope.report import build_report, read, steer, summary_of
 from mnemoscope.report.behaviour import difference
 from mnemoscope.report.page import tint
 from mnemoscope.report.records import read_run
@@ -261,29 +261,6 @@ def test_the_verdict_of_steering_and_its_number_are_of_the_same_direction(
     # Towards remembering, new questions do not count; each loss has its direction.
     assert "-50\u00a0points of new questions towards working it out" in answer.note
     assert "-2\u00a0points of facts to recall towards remembering" in answer.note
-
-
-def test_damage_in_words(task: TaskResults) -> None:
-    hurt, unsure = estimate(-0.29, -0.32, -0.27), estimate(-0.01, -0.03, 0.01)
-    block = task.steering["to_memorized"]
-    block.collateral = {"novel": hurt, "memory": UNDEFINED, "conflict_rest": unsure}
-    lost = "lose 29\u00a0points (-32\u00a0to\u00a0-27)."
-    assert cost.damage(block, "to_generalized") == f"Towards working it out: new questions {lost}"
-    apart = f"New questions, which have nothing to remember, {lost}"
-    assert cost.damage(block, "to_memorized") == f"Towards remembering: no sure damage. {apart}"
-    block.collateral = dict.fromkeys(block.collateral, UNDEFINED)
-    assert "not measured" in cost.damage(block, "to_memorized")
-
-
-def test_single_layers_are_named_also_where_no_strength_was_tried_by_all_methods(task: TaskResults) -> None:
-    """As in a fit, where each method has its own strengths."""
-    rows = [row.model_copy() for row in task.sweep if row.layers.isdigit()]
-    task.sweep = [row for row in rows if (row.method == "nmd") == (row.strength == 0.4)]
-    task.by_layer = where.measure_layers(task.sweep, task.contrast)
-    assert task.by_layer.shift["to_generalized"].methods == {}
-    assert "alone (gradient, strength 0.8)" in where.answer(task).sentence
-    task.sweep = []
-    assert where.answer(task).sentence == "No single layer was tried."
 
 
 @pytest.mark.parametrize("width", [390, 820, 1440])

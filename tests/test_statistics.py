@@ -21,7 +21,6 @@ from mnemoscope.statistics import (
     auroc,
     cosine,
     half_of_groups,
-    in_group_order,
     mean,
     over_seeds,
     overlap,
@@ -259,17 +258,6 @@ def test_overlap_by_chance_is_what_permutations_give() -> None:
     assert math.isnan(overlap_by_chance(np.zeros((2, 5)), np.zeros((2, 5))).estimate)
     with pytest.raises(ValueError, match="first_LD: 1 axes; allowed is 2"):
         overlap_by_chance([1, 0], [0, 1])
-
-
-def test_group_order_keeps_groups_together_and_is_random() -> None:
-    groups = rng(23).integers(0, 10, size=60)
-    orders = [in_group_order(groups, rng(seed)) for seed in range(40)]
-    for order in orders:
-        assert sorted(order) == list(range(60))
-        assert len(np.flatnonzero(np.diff(groups[order]))) == len(set(groups)) - 1
-    first = {order[0] for order in orders}
-    assert len(first) > len({groups[member] for member in first}) > 7
-    assert len(in_group_order([], rng())) == 0
 
 
 def test_halves_have_half_of_the_groups_whole() -> None:

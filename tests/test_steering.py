@@ -6,7 +6,6 @@ import copy
 import json
 import re
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from safetensors.torch import save_file
 from helpers import hook_count, mini_examples, shifted_by_hand
 from mnemoscope.behaviour import Asking
 from mnemoscope.errors import InputError
-from mnemoscope.models import SITES, cache_of, forked, pass_inputs
+from mnemoscope.models import SITES
 from mnemoscope.steering import Binding, Card, SteeringVector
 
 
@@ -157,26 +156,6 @@ def test_a_binding_knows_other_words_of_the_tokenizer(asking: Asking) -> None:
     assert Binding.of(asking.model, words) == bound, "padding is a matter of the call"
     words.add_tokens(["never seen"])
     assert Binding.of(asking.model, words).tokenizer != bound.tokenizer
-
-
-def test_a_second_question_behind_the_same_cache_has_a_decision_position_of_its_own(asking: Asking) -> None:
-    model, vector = asking.model, random_vector()
-    context = torch.tensor([[3, 4, 5, 6]])
-    with torch.no_grad():
-        kept = cache_of(model(**pass_inputs(model, context, torch.ones_like(context))))
-        for_each = []
-        for together in (False, True):
-            found = []
-            outer = vector.apply(model) if together else nullcontext()
-            with outer:
-                for question in ([[7, 8]], [[8, 9, 7]]):
-                    ids = torch.tensor(question)
-                    inputs = pass_inputs(model, ids, torch.ones(1, 4 + ids.shape[1]), forked(kept))
-                    with nullcontext() if together else vector.apply(model):
-                        found.append(model(**inputs).logits)
-            for_each.append(found)
-    for alone, after_another in zip(*for_each, strict=True):
-        assert torch.equal(alone, after_another)
 
 
 def changed_json(path: Path, **facts: object) -> None:

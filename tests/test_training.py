@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 from helpers import MINI_TASKS
 from mnemoscope.behaviour import Asking
 from mnemoscope.config import ModelConfig, StopConfig, TrainingConfig
 from mnemoscope.errors import InputError
-from mnemoscope.models import blocks_of, build_gpt2, in_precision, word_tokenizer
+from mnemoscope.models import blocks_of, build_gpt2, word_tokenizer
 from mnemoscope.tasks import Example, Instance, Kind, Task, answer_of, build_task
 from mnemoscope.training import (
     Float32Muon,
@@ -191,17 +190,6 @@ def test_passes_in_bfloat16_give_the_gradient_of_float32_but_for_rounding(task: 
     assert (of_exact, of_rounded) == ({torch.float32}, {torch.bfloat16})
     assert 0 < float((rounded - exact).norm() / exact.norm()) < 0.02
     assert exact.dtype == rounded.dtype == torch.float32
-
-
-def test_attention_stays_in_float32_where_passes_are_in_bfloat16(task: Task) -> None:
-    """Against the library's kernel on numbers that bfloat16 would round."""
-    asking = untrained(task)
-    with in_precision(asking.model, "bfloat16"):
-        attention = AttentionInterface()[asking.model.config._attn_implementation]
-        query, key, value = torch.randn(3, 2, 2, 5, 4)
-        found, _ = attention(blocks_of(asking.model)[0].attn, query, key, value, None)
-    expected = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
-    torch.testing.assert_close(found, expected)
 
 
 def test_the_rule_must_hold_in_every_part_of_a_joint_task() -> None:

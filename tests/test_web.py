@@ -70,28 +70,6 @@ def test_a_vector_steers_here_what_it_steered_in_the_study(cell: OpenedCell, lib
         assert [cell.answer(question, steering).behaviour for question in asked] == after
 
 
-def test_layers_and_neurons_of_a_vector_can_be_chosen(cell: OpenedCell, library: Any) -> None:
-    contrast = library[2]
-
-    def part(toward: Toward, method: str, **parts: Any) -> dict[int, np.ndarray]:
-        found = cell.vectors.part(Steering(toward=toward, method=method, **parts))
-        return {layer: shift.numpy() for layer, shift in found.shifts.items()}
-
-    nmd = part("generalized", "nmd")
-    counts = {layer: np.count_nonzero(shift_D) for layer, shift_D in nmd.items()}
-    same = part("generalized", "nmd", layers=list(counts), neurons=sum(counts.values()))
-    for layer, shift_D in nmd.items():
-        np.testing.assert_allclose(same[layer], shift_D, rtol=1e-5)
-    ((layer, shift_D),) = part("memorized", "nmd", layers=[1], neurons=3).items()
-    strongest = np.argsort(-np.abs(contrast.rho_LD[1]))[:3]
-    assert (layer, set(np.flatnonzero(shift_D))) == (1, set(strongest))
-    assert np.array_equal(np.sign(shift_D[strongest]), -np.sign(contrast.nmd_LD[1, strongest]))
-    few, whole = part("generalized", "learned", neurons=2), part("generalized", "learned")
-    kept = [(layer, n) for layer, shift_D in few.items() for n in np.flatnonzero(shift_D)]
-    assert len(kept) == 2
-    assert max((abs(v), layer, n) for layer, shift_D in whole.items() for n, v in enumerate(shift_D))[1:] in kept
-
-
 BOTH = {"prompt": "12+34=", "memorized": "4", "generalized": "46"}
 
 

@@ -214,22 +214,13 @@ def _sums(patient: _Patient) -> Check:
 
 @torch.no_grad()
 def _down_ends_mlp(patient: _Patient) -> Check:
-    """Output of the down projection against that of the MLP, or what the norm behind the MLP is given."""
-    ids_NT, mask_NT = patient.padded(patient.prompts)
-    seen: dict[str, Tensor] = {}
-
-    def keep(name: str, module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        seen[name], seen[f"{name} input"] = states_of(output, len(ids_NT)), states_of(inputs, len(ids_NT))
-
-    modules = {"down": site_module(patient.model, 0, "neuron")[0], "mlp": site_module(patient.model, 0, "mlp")[0]}
-    handles = [module.register_forward_hook(partial(keep, name)) for name, module in modules.items()]
-    try:
-        patient.model(**pass_inputs(patient.model, ids_NT, mask_NT))
-    finally:
-        for handle in handles:
-            handle.remove()
-    ends = [seen[name] for name in ("mlp", "mlp input") if seen[name].shape == seen["down"].shape]
-    difference = min((float((end - seen["down"]).abs().max()) for end in ends), default=math.inf)
+    """The down projection of its captured input, and the norm of that where one follows, against the MLP's output."""
+    activations, wanted = (patient.states(site)[0] for site in ("neuron", "mlp"))
+    down, mlp = (site_module(patient.model, 0, site)[0] for site in ("neuron", "mlp"))
+    ends = [down(activations)]
+    if "norm" in type(mlp).__name__.lower() and ends[0].shape == wanted.shape:
+        ends.append(mlp(ends[0]))
+    difference = min((float((end - wanted).abs().max()) for end in ends if end.shape == wanted.shape), default=math.inf)
     return Check("the down projection ends the MLP", difference, TOLERANCE.get(patient.model.dtype, 1e-4))
 
 
