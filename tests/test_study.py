@@ -57,11 +57,9 @@ def test_a_run_folder_holds_what_the_contract_says(mini_run: Path) -> None:
     assert not list(mini_run.rglob("*.tmp*"))
 
 
-def test_no_group_of_a_fitted_tuned_or_calibrated_list_is_judged(
-    mini_run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_group_of_a_fitted_tuned_or_calibrated_list_is_judged(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every list as a stage takes it, against the groups of every record that is judged."""
-    (cell,) = cells_of(load_study(str(mini_run / "study.yaml")), mini_run)
+    (cell,) = cells_of(load_study(str(copied / "study.yaml")), copied)
     asking, records, rng = cell_model(cell), lists.Records.of(cell), np.random.default_rng(0)
     taken: dict[str, list[Example]] = {"fit": [], "tune": []}
     prepared = lists.with_prefixes
@@ -342,7 +340,7 @@ def test_seeds_and_labels_that_share_a_model_are_compared(mini: Callable[[str], 
         run_study(parse_study(raw), tmp_path / "run", workers=2)
     seeds = pd.read_parquet(tmp_path / "run" / "records" / "seeds.parquet")
     assert set(seeds.label) == {"donor", "borrower"}
-    assert set(seeds.what) == {"overlap", "rank_correlation", "aligned_cosine"}
+    assert set(seeds.what) == {"overlap", "overlap_in_layers", "rank_correlation", "aligned_cosine"}
     steering = pd.read_parquet(tmp_path / "run" / "records" / "transfer_steering.parquet")
     probes = pd.read_parquet(tmp_path / "run" / "records" / "transfer_probes.parquet")
     every = {(a, b) for a in ("donor", "borrower") for b in ("donor", "borrower")}
