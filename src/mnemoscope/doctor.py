@@ -245,7 +245,7 @@ def _labels(patient: _Patient) -> Check:
 def _prefixes(patient: _Patient) -> Check:
     """Answers under a shift of the last layer: log probabilities by cached prefixes and replayed blocks, and whole."""
     asking = Asking(patient.model, patient.tokenizer)
-    answers = [(prompt[:2], [(prompt[0] + 1) % 100 + 1]) for prompt in patient.prompts]
+    answers = [(prompt[:2], [0 if prompt[0] else 1]) for prompt in patient.prompts]
     encoded = [Encoded(prompt, 0, two) for prompt, two in zip(patient.prompts, answers, strict=True)]
     whole, kept = (as_batch(asking, encoded, np.arange(len(encoded))) for _ in range(2))
     cache_prefixes(asking, [kept])

@@ -116,7 +116,7 @@ class Behaviour(Result):
     recall: Estimate = Field(description="accuracy on `memory` examples")
     novel_accuracy: Estimate = Field(description="accuracy on `novel` examples")
     conflict: dict[str, Estimate] = Field(description="`memorized`, `generalized`, `other`, `confabulated`")
-    ties: int = Field(description="answers that hung on two logits within 1e-4")
+    ties: int = Field(description="answers that hung on two logits closer than rounding")
 
 
 class Yield(Result):

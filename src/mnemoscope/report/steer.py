@@ -28,6 +28,7 @@ from mnemoscope.statistics import Estimate, mean, proportion, surely_more
 
 KEYS = ["aim", "direction", "method", "role", "examples"]
 MARKERS = dict(zip(CONTROLS, ("o", "v", "s", "^", "D"), strict=True))
+Beyond = tuple[pd.Series, pd.Series, pd.Series]  # differences of hits, their groups, their draws
 PAPERS = "nmd"  # the paper's own method
 
 
@@ -79,6 +80,10 @@ def measure_direction(examples: Examples, method: str, direction: Direction, cho
 
     pairs = measured("pairs", "pairs")
     controls = {name: {aim: examples.rows(aim, direction, method, name, aim) for aim in AIMS} for name in CONTROLS}
+    more = {
+        name: {aim: beyond(cell, vector(aim, aim), part, direction) for aim, part in parts.items()}
+        for name, parts in controls.items()
+    }
     held_out = [name for name in examples.lists if name.startswith("pairs_") and name != "pairs_unreachable"]
     kept = {aim: {name: vector(aim, name) for name in ("memory", "novel", "conflict_rest")} for aim in AIMS}
     return Steered(
@@ -90,14 +95,8 @@ def measure_direction(examples: Examples, method: str, direction: Direction, cho
         pairs_unreachable=measured("pairs", "pairs_unreachable"),
         held_out={name.removeprefix("pairs_"): measured("pairs", name) for name in held_out},
         conflict_at_chosen=measured("pairs", "conflict"),
-        controls={
-            name: _control(parts, {aim: vector(aim, aim) for aim in AIMS}, direction, cell)
-            for name, parts in controls.items()
-        },
-        minus_control={
-            name: {aim: mean(*beyond(cell, vector(aim, aim), part, direction)) for aim, part in parts.items()}
-            for name, parts in controls.items()
-        },
+        controls={name: _control(parts, more[name], direction) for name, parts in controls.items()},
+        minus_control={name: {aim: mean(*rows) for aim, rows in by_aim.items()} for name, by_aim in more.items()},
         collateral=measure_collateral(cell, direction, kept["pairs"]),
         collateral_conflict=measure_collateral(cell, direction, kept["conflict"]),
         recall_by_family=recall_by_family(cell, vector("pairs", "memory")),
@@ -105,23 +104,19 @@ def measure_direction(examples: Examples, method: str, direction: Direction, cho
     )
 
 
-def _control(
-    parts: dict[Aim, pd.DataFrame], vectors: dict[Aim, pd.DataFrame], direction: Direction, cell: Cell
-) -> schema.Control:
+def _control(parts: dict[Aim, pd.DataFrame], more: dict[Aim, Beyond], direction: Direction) -> schema.Control:
     """All draws of a control pooled, the draw that shifts most, and whether the vector does surely more."""
     draws, pooled, worst, exceeded = {}, {}, {}, {}
     for aim, rows in parts.items():
         by_draw = (rows.after == DIRECTIONS[direction][0]).groupby(rows.draw).mean()
         most = rows[rows.draw == by_draw.idxmax()] if len(by_draw) else rows
         draws[aim] = len(by_draw)
-        exceeded[aim] = surely_more(*beyond(cell, vectors[aim], rows, direction))
+        exceeded[aim] = surely_more(*more[aim])
         pooled[aim], worst[aim] = (shares(one, direction, confabulated=False) for one in (rows, most))
     return schema.Control(**pooled, draws=draws, worst=worst, exceeded=exceeded)
 
 
-def beyond(
-    cell: Cell, vector: pd.DataFrame, control: pd.DataFrame, direction: Direction
-) -> tuple[pd.Series, pd.Series, pd.Series]:
+def beyond(cell: Cell, vector: pd.DataFrame, control: pd.DataFrame, direction: Direction) -> Beyond:
     """Hit of the vector minus hit of a control's draw, for each example and draw, with their groups and draws."""
     target = DIRECTIONS[direction][0]
     if not vector.empty and not control.empty and set(vector.example) != set(control.example):

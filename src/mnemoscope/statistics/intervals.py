@@ -9,7 +9,7 @@ Shapes: N examples, G groups, P positives, Q negatives.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,7 +93,7 @@ def proportion(hits_N: ArrayLike, groups_N: Groups, draws_N: Groups | None = Non
     Raises:
         ValueError: lengths differ.
     """
-    return _estimate(hits_N, groups_N, draws_N, _wilson)
+    return _estimate(hits_N, groups_N, draws_N, share=True)
 
 
 def mean(values_N: ArrayLike, groups_N: Groups, draws_N: Groups | None = None) -> Estimate:
@@ -109,7 +109,7 @@ def mean(values_N: ArrayLike, groups_N: Groups, draws_N: Groups | None = None) -
     Returns:
         NaN ends with less than `LEAST_GROUPS` groups, and where all groups have the same mean.
     """
-    return _estimate(values_N, groups_N, draws_N, _students)
+    return _estimate(values_N, groups_N, draws_N, share=False)
 
 
 def surely_more(values_N: ArrayLike, groups_N: Groups, draws_N: Groups) -> bool:
@@ -122,7 +122,8 @@ def surely_more(values_N: ArrayLike, groups_N: Groups, draws_N: Groups) -> bool:
     if found is None or found.groups < LEAST_GROUPS or not found.by_draw + found.by_group:
         return False
     one_draw = found.by_draw * (found.draws + 1)
-    return found.mean > _quantile(found.by_group, found.groups, one_draw, found.draws)
+    quantile = _quantile(found.by_group, found.groups, one_draw, found.draws)
+    return found.mean > quantile * math.sqrt(found.by_group + one_draw)
 
 
 def auroc(scores_N: ArrayLike, labels_N: ArrayLike, groups_N: Groups) -> Estimate:
@@ -211,25 +212,25 @@ class _Moments:
     constant: bool
 
 
-def _estimate(
-    values_N: ArrayLike, groups_N: Groups, draws_N: Groups | None, ends: Callable[[float, float, float], Ends]
-) -> Estimate:
+def _estimate(values_N: ArrayLike, groups_N: Groups, draws_N: Groups | None, *, share: bool) -> Estimate:
+    """Mean with Wilson's interval for a share, else Student's."""
     found = _moments(values_N, groups_N, draws_N)
     if found is None:
         return Estimate.undefined()
-    facts = found.n, found.groups
-    if found.groups < LEAST_GROUPS:
-        return Estimate(found.mean, *NO_ENDS, *facts)
-    if found.constant and found.mean in (-1, 0, 1):
+    low, high, variance = math.nan, math.nan, found.by_group + found.by_draw
+    if found.groups >= LEAST_GROUPS and found.constant and found.mean in (-1, 0, 1):
         low, high = _clopper_pearson(abs(int(found.mean)), found.groups)
-        if ends is _students and found.mean == 0:
+        if found.mean < 0:
+            low, high = -high, -low
+        elif found.mean == 0 and not share:
             low = -high
-        return Estimate(found.mean, *((low, high) if found.mean >= 0 else (-high, -low)), *facts)
-    variance = found.by_group + found.by_draw
-    if not variance:
-        return Estimate(found.mean, *NO_ENDS, *facts)
-    half = _quantile(found.by_group, found.groups, found.by_draw, found.draws)
-    return Estimate(found.mean, *ends(found.mean, variance, half), *facts)
+    elif found.groups >= LEAST_GROUPS and variance:
+        quantile = _quantile(found.by_group, found.groups, found.by_draw, found.draws)
+        if share:
+            low, high = _wilson(found.mean, variance, quantile)
+        else:
+            low, high = (found.mean + side * quantile * math.sqrt(variance) for side in (-1, 1))
+    return Estimate(found.mean, low, high, found.n, found.groups)
 
 
 def _moments(values_N: ArrayLike, groups_N: Groups, draws_N: Groups | None) -> _Moments | None:
@@ -258,22 +259,17 @@ def _variance(influence_N: Floats, index_N: NDArray[np.intp]) -> float:
 
 
 def _quantile(by_group: float, groups: int, by_draw: float, draws: int) -> float:
-    """Half of a t interval; Satterthwaite's degrees of freedom of two variances."""
+    """Quantile of Student's t for a sum of two variances, with Satterthwaite's degrees of freedom."""
     parts = by_group**2 / (groups - 1) + (by_draw**2 / (draws - 1) if draws > 1 else 0.0)
-    return _t((by_group + by_draw) ** 2 / parts) * math.sqrt(by_group + by_draw)
+    return _t((by_group + by_draw) ** 2 / parts)
 
 
-def _students(middle: float, variance: float, half: float) -> Ends:
-    return middle - half, middle + half
-
-
-def _wilson(middle: float, variance: float, half: float) -> Ends:
-    """Ends for a share; ``half`` holds the quantile, which Wilson's formula takes by itself."""
-    square = half**2 / variance
-    worth = middle * (1 - middle) / variance
-    center = (middle + square / (2 * worth)) / (1 + square / worth)
-    width = math.sqrt(square * (middle * (1 - middle) / worth + square / (4 * worth**2))) / (1 + square / worth)
-    return center - width, center + width
+def _wilson(share: float, variance: float, quantile: float) -> Ends:
+    """Where a test of the share rejects, for as many independent examples as have this variance."""
+    worth, square = share * (1 - share) / variance, quantile**2
+    center = share + square / (2 * worth)
+    width = quantile * math.sqrt(variance + square / (4 * worth**2))
+    return (center - width) / (1 + square / worth), (center + width) / (1 + square / worth)
 
 
 def _below(others: Floats, scores: Floats) -> Floats:
