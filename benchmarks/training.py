@@ -49,9 +49,9 @@ CONTESTANTS = f"""\
 - **{PLAIN}**: `transformers.Trainer` with the recipe that this project began with: AdamW, and the library's schedule,
   loss and collator, and its bfloat16 where that is quicker for it (`--bf16`). It is known not to learn `inference`."""
 WHAT = """\
-All take turns of as many steps and a measurement, one at work at a time. Milliseconds a step are without measurements,
-ratios median (range) over the turns taken beside ours, the first left out. Seconds to both: until the stop rule of the
-study first held, with measurements, without settling."""
+All take turns of as many steps and a measurement, one at work at a time. Milliseconds a step, of the clock and of the
+processor, are without measurements; ratios are median (range) over the turns taken beside ours, the first left out.
+Seconds to both: until the stop rule of the study first held, with measurements, without settling."""
 # What the project began with: AdamW, the loss on answers only for sums and on everything for statements.
 ADAMW = {"adam_beta1": 0.9, "adam_beta2": 0.98, "weight_decay": 0.1, "lr_scheduler_type": "constant_with_warmup"}
 RATES = {"inference": 1e-3, "addition": 2e-3}
@@ -85,8 +85,9 @@ def main() -> None:
     arguments = parser.parse_args()
     study = load_study(arguments.study)
     lines = [
-        "| cell, seed | contestant | ms a step | times ours | seconds to both | steps | times ours | |",
-        "|---|---|---|---|---|---|---|---|",
+        "| cell, seed | contestant | ms a step | times ours | processor ms | times ours | seconds to both | steps "
+        "| times ours | |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     print("\n".join(lines), flush=True)
     for label in arguments.cells:
@@ -125,18 +126,22 @@ def _seconds(turns: list[Turn]) -> float:
 
 
 def _rows(place: str, turns: dict[str, list[Turn]]) -> list[str]:
-    per_step = {name: np.array([turn.per_step for turn in found[1:]]) for name, found in turns.items()}
     rows = []
     for name, found in turns.items():
-        beside = min(len(per_step[name]), len(per_step[OURS]))
-        middle, least, most = ratios({key: per_step[key][:beside] for key in (OURS, name)}, OURS)[name]
-        step = f"{1e3 * np.median(per_step[name][:beside]):.1f} | {middle:.2f} ({least:.2f} to {most:.2f})"
+        step = " | ".join(_per_step(turns, name, clock) for clock in ("per_step", "work_per_step"))
         missed = "; ".join(found[-1].missed)
         times = f"{'more than ' if missed else ''}{_seconds(found) / _seconds(turns[OURS]):.2f}"
         both = f"{_seconds(found):.1f} | {found[-1].steps} | {times} | {missed or 'both behaviours'}"
         rows.append(f"| {place} | {name} | {step} | {both} |")
     print("\n".join(rows), flush=True)
     return rows
+
+
+def _per_step(turns: dict[str, list[Turn]], name: str, clock: str) -> str:
+    beside = slice(1, min(len(turns[name]), len(turns[OURS])))
+    taken = {key: np.array([getattr(turn, clock) for turn in turns[key][beside]]) for key in (OURS, name)}
+    middle, least, most = ratios(taken, OURS)[name]
+    return f"{1e3 * np.median(taken[name]):.1f} | {middle:.2f} ({least:.2f} to {most:.2f})"
 
 
 def ours(begun: Begun, turns: Turns) -> None:

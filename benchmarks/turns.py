@@ -17,12 +17,14 @@ class Turn:
     Attributes:
         seconds: of the whole turn; the first also has what a training does before its first step.
         per_step: seconds of a step, without the measurement.
+        work_per_step: the same in seconds of processor time, of all threads.
         steps: optimizer steps of the training by then.
         missed: what the stop rule still misses.
     """
 
     seconds: float
     per_step: float
+    work_per_step: float
     steps: int
     missed: list[str]
 
@@ -35,7 +37,7 @@ class Turns:
 
     def __init__(self, pipe: Connection, every: int) -> None:
         self.pipe, self.every = pipe, every
-        self._began = self._stepped = 0.0
+        self._began = self._stepped = (0.0, 0.0)
 
     def begin(self) -> None:
         """Say that everything is built, and wait for the first turn."""
@@ -45,17 +47,21 @@ class Turns:
     def stepped(self, step: int) -> None:
         """Note the time of the last step that has no measurement after it."""
         if step % self.every == self.every - 1:
-            self._stepped = time.perf_counter()
+            self._stepped = _clocks()
 
     def measured(self, step: int, missed: list[str]) -> None:
         """Report the turn, and wait for the next."""
-        per_step = (self._stepped - self._began) / (self.every - 1)
-        self.pipe.send(Turn(time.perf_counter() - self._began, per_step, step, missed))
+        of_step = [(end - begin) / (self.every - 1) for begin, end in zip(self._began, self._stepped, strict=True)]
+        self.pipe.send(Turn(time.perf_counter() - self._began[0], *of_step, step, missed))
         self._wait()
 
     def _wait(self) -> None:
         self.pipe.recv()  # EOFError where there is no next turn: it ends the process
-        self._began = time.perf_counter()
+        self._began = _clocks()
+
+
+def _clocks() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
 
 
 Training = Callable[[Turns], None]
