@@ -49,9 +49,10 @@ CONTESTANTS = f"""\
 - **{PLAIN}**: `transformers.Trainer` with the recipe that this project began with: AdamW, and the library's schedule,
   loss and collator, and its bfloat16 where that is quicker for it (`--bf16`). It is known not to learn `inference`."""
 WHAT = """\
-All take turns of as many steps and a measurement, one at work at a time. Milliseconds a step, of the clock and of the
-processor, are without measurements; ratios are median (range) over the turns taken beside ours, the first left out.
-Seconds to both: until the stop rule of the study first held, with measurements, without settling."""
+All take turns of as many steps and a measurement, one at work at a time. A step is without measurements; its ratios are
+median (range) over the turns taken beside ours, the first left out. To both: until the stop rule of the study first
+held, with measurements, without settling. On a shared machine, trust processor time."""
+CLOCK, PROCESSOR = 0, 1  # times of a turn
 # What the project began with: AdamW, the loss on answers only for sums and on everything for statements.
 ADAMW = {"adam_beta1": 0.9, "adam_beta2": 0.98, "weight_decay": 0.1, "lr_scheduler_type": "constant_with_warmup"}
 RATES = {"inference": 1e-3, "addition": 2e-3}
@@ -79,14 +80,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--trainers", nargs="*", default=[RECIPE, PLAIN], choices=[RECIPE, PLAIN])
-    parser.add_argument("--most", type=float, default=4.0, help="times our seconds, after which a Trainer is given up")
+    parser.add_argument(
+        "--most", type=float, default=4.0, help="times our processor time, after which a Trainer is given up"
+    )
     parser.add_argument("--bf16", nargs="*", default=[], help="cells with the plain Trainer's passes in bfloat16")
     parser.add_argument("--write", type=Path, help="file for the table, as peers.py writes it")
     arguments = parser.parse_args()
     study = load_study(arguments.study)
     lines = [
-        "| cell, seed | contestant | ms a step | times ours | processor ms | times ours | seconds to both | steps "
-        "| times ours | |",
+        "| cell, seed | contestant | ms a step | times ours | in processor time | steps to both | seconds | times ours "
+        "| in processor time | |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     print("\n".join(lines), flush=True)
@@ -118,30 +121,36 @@ def _begin(contestant: Contestant, cell: CellConfig, seed: int, threads: int, tu
 def _is_over(most: float, name: str, turns: Mapping[str, list[Turn]]) -> bool:
     if not turns[name][-1].missed:
         return True
-    return bool(turns[OURS]) and not turns[OURS][-1].missed and _seconds(turns[name]) > most * _seconds(turns[OURS])
+    mine, its = turns[OURS], turns[name]
+    return bool(mine) and not mine[-1].missed and _whole(its, PROCESSOR) > most * _whole(mine, PROCESSOR)
 
 
-def _seconds(turns: list[Turn]) -> float:
-    return sum(turn.seconds for turn in turns)
+def _whole(turns: list[Turn], which: int) -> float:
+    return sum(turn.whole[which] for turn in turns)
 
 
 def _rows(place: str, turns: dict[str, list[Turn]]) -> list[str]:
     rows = []
     for name, found in turns.items():
-        step = " | ".join(_per_step(turns, name, clock) for clock in ("per_step", "work_per_step"))
+        ms, times = _per_step(turns, name, CLOCK)
+        step = f"{ms:.1f} | {times} | {_per_step(turns, name, PROCESSOR)[1]}"
         missed = "; ".join(found[-1].missed)
-        times = f"{'more than ' if missed else ''}{_seconds(found) / _seconds(turns[OURS]):.2f}"
-        both = f"{_seconds(found):.1f} | {found[-1].steps} | {times} | {missed or 'both behaviours'}"
+        ratio = [
+            f"{'more than ' if missed else ''}{_whole(found, which) / _whole(turns[OURS], which):.2f}"
+            for which in (CLOCK, PROCESSOR)
+        ]
+        both = f"{found[-1].steps} | {_whole(found, CLOCK):.1f} | {' | '.join(ratio)} | {missed or 'both behaviours'}"
         rows.append(f"| {place} | {name} | {step} | {both} |")
     print("\n".join(rows), flush=True)
     return rows
 
 
-def _per_step(turns: dict[str, list[Turn]], name: str, clock: str) -> str:
+def _per_step(turns: dict[str, list[Turn]], name: str, which: int) -> tuple[float, str]:
+    """Milliseconds, and the ratio to ours."""
     beside = slice(1, min(len(turns[name]), len(turns[OURS])))
-    taken = {key: np.array([getattr(turn, clock) for turn in turns[key][beside]]) for key in (OURS, name)}
+    taken = {key: np.array([turn.per_step[which] for turn in turns[key][beside]]) for key in (OURS, name)}
     middle, least, most = ratios(taken, OURS)[name]
-    return f"{1e3 * np.median(taken[name]):.1f} | {middle:.2f} ({least:.2f} to {most:.2f})"
+    return 1e3 * float(np.median(taken[name])), f"{middle:.2f} ({least:.2f} to {most:.2f})"
 
 
 def ours(begun: Begun, turns: Turns) -> None:

@@ -14,17 +14,17 @@ from multiprocessing.connection import Connection
 class Turn:
     """Some steps of a training and the measurement after them.
 
+    Times are pairs: seconds of the clock, and of the processor, which counts all threads and not the time of others.
+
     Attributes:
-        seconds: of the whole turn; the first also has what a training does before its first step.
-        per_step: seconds of a step, without the measurement.
-        work_per_step: the same in seconds of processor time, of all threads.
+        whole: time of the turn; the first also has what a training does before its first step.
+        per_step: time of a step, without the measurement.
         steps: optimizer steps of the training by then.
         missed: what the stop rule still misses.
     """
 
-    seconds: float
-    per_step: float
-    work_per_step: float
+    whole: tuple[float, float]
+    per_step: tuple[float, float]
     steps: int
     missed: list[str]
 
@@ -47,21 +47,25 @@ class Turns:
     def stepped(self, step: int) -> None:
         """Note the time of the last step that has no measurement after it."""
         if step % self.every == self.every - 1:
-            self._stepped = _clocks()
+            self._stepped = _now()
 
     def measured(self, step: int, missed: list[str]) -> None:
         """Report the turn, and wait for the next."""
-        of_step = [(end - begin) / (self.every - 1) for begin, end in zip(self._began, self._stepped, strict=True)]
-        self.pipe.send(Turn(time.perf_counter() - self._began[0], *of_step, step, missed))
+        clock, processor = (since / (self.every - 1) for since in _since(self._began, self._stepped))
+        self.pipe.send(Turn(_since(self._began, _now()), (clock, processor), step, missed))
         self._wait()
 
     def _wait(self) -> None:
         self.pipe.recv()  # EOFError where there is no next turn: it ends the process
-        self._began = _clocks()
+        self._began = _now()
 
 
-def _clocks() -> tuple[float, float]:
+def _now() -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
+
+
+def _since(began: tuple[float, float], ended: tuple[float, float]) -> tuple[float, float]:
+    return ended[0] - began[0], ended[1] - began[1]
 
 
 Training = Callable[[Turns], None]
