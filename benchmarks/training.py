@@ -47,7 +47,8 @@ CONTESTANTS = f"""\
   rates, weights of tokens in the loss, precision of the passes, encoded instances. Only the loop differs: the library's
   data loader, bookkeeping and callbacks, and one padded pass where ours cuts a batch into short and long rows.
 - **{PLAIN}**: `transformers.Trainer` with the recipe that this project began with: AdamW, and the library's schedule,
-  loss and collator, and its bfloat16 where that is quicker for it (`--bf16`). It is known not to learn `inference`."""
+  loss and collator; its bfloat16 in the cells of `--bf16`, where that is quicker for it, else float32. It is known
+  not to learn `inference`."""
 WHAT = """\
 All take turns of as many steps and a measurement, one at work at a time. A step is without measurements; its ratios are
 median (range) over the turns taken beside ours, the first left out. To both: until the stop rule of the study first
