@@ -112,6 +112,11 @@ def log_probabilities(asking: Asking, batch: Batch) -> Tensor:
     return by_option(batch, _log_p(batch, contexts.logits_NV, answers), torch.nan)
 
 
+def next_logits(asking: Asking, batch: Batch) -> Tensor:
+    """Logits of the token behind each context, float32 (N, V), through which gradients flow back."""
+    return read_contexts(asking.model, batch).logits_NV
+
+
 def only_log_probability(asking: Asking, batch: Batch) -> Tensor:
     """Log probability of each example's only option in nats, float32 (N,), through which gradients flow back.
 
@@ -119,6 +124,16 @@ def only_log_probability(asking: Asking, batch: Batch) -> Tensor:
     """
     logits_NMV = read_only_options(asking.model, batch)
     return _log_p_of(logits_NMV, batch.suffix_RM[:, : logits_NMV.shape[1]], batch.length_R)
+
+
+def first_and_rest(asking: Asking, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Of each example's only option, what may come first and the rest, in nats; gradients flow back.
+
+    Log probabilities of all first tokens, float32 (N, V), and of the tokens behind the option's first, (N,).
+    """
+    logits_NMV = read_only_options(asking.model, batch)
+    rest_NM = batch.suffix_RM[:, 1 : logits_NMV.shape[1]]
+    return logits_NMV[:, 0].log_softmax(-1), _log_p_of(logits_NMV[:, 1:], rest_NM, batch.length_R - 1)
 
 
 def _score_batch(

@@ -105,14 +105,18 @@ def wanted_batches(lists: FitLists, toward: Toward, labels: Labels) -> Iterator[
         yield Asked(batch, torch.where(stays_N, option, 1 - option).to(batch.ids_NT.device), instead)
 
 
-def _log_p(sources: Sources, asked: Sequence[Asked], shifts: Mapping[int, Tensor], positions: Positions) -> Tensor:
-    """Mean log probability of the wanted answers, in nats, summed over the shifts; answers k are read under shift k."""
-    batch, asking = asked[0].batch, sources.lists.asking
-    n = len(batch.examples_N)
-    batch = without_prefix(batch) if positions == "all" else batch
+def asked_batch(asked: Sequence[Asked], positions: Positions) -> Batch:
+    """The contexts of a batch once for each of several ways to ask it, with the one answer that is wanted there."""
+    batch = without_prefix(asked[0].batch) if positions == "all" else asked[0].batch
     batch = with_options(batch, torch.stack([one.option_N for one in asked]))
     if asked[0].instead:
         batch = with_suffixes(batch, [suffix for one in asked for suffix in one.instead or ()])
+    return batch
+
+
+def _log_p(sources: Sources, asked: Sequence[Asked], shifts: Mapping[int, Tensor], positions: Positions) -> Tensor:
+    """Mean log probability of the wanted answers, in nats, summed over the shifts; answers k are read under shift k."""
+    batch, asking, n = asked_batch(asked, positions), sources.lists.asking, len(asked[0].batch.examples_N)
     of_prompts = {layer: shift_KD.repeat_interleave(n, 0) for layer, shift_KD in shifts.items()}
     start = None if positions == "all" else batch.ids_NT.shape[1] - 1
     with shifted(asking.model, of_prompts, sources.site, positions, start):

@@ -92,7 +92,7 @@ def _doses(cell: Cell, sides: _Sides, directions: Directions, setting: Setting) 
     """A chosen vector from minus to plus twice its strength, and Gaussian shifts of the same norm."""
     config, side, vector = cell.config.effects, SOURCE[setting.direction], directions.vector(setting)
     draws = list(control_draws("gaussian", directions, setting, config.draws, [cell.seed, 7]))
-    shifts = [("vector", 0, vector), *(("gaussian", n, vector.with_dense(shift_LD)) for n, shift_LD in draws)]
+    shifts = [("vector", 0, vector), *(("gaussian", n, drawn) for n, drawn in draws)]
     for dose, (role, draw, shift) in product(config.doses, shifts):
         known = not dose and shift.positions == "decision"  # with "all", prompts are read without prefixes
         scores = sides.unsteered[side] if known else steered(sides.asking, sides.batches[side], shift * dose)
