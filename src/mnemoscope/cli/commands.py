@@ -76,8 +76,9 @@ def fit(
     task: Annotated[str, typer.Option(help="A task, see `mnemoscope tasks`, or a JSONL file of your own.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Run folder: pairs, vectors, detector, report.")],
     option: Given = None,
-    settings: Annotated[int, typer.Option(min=1, help="Settings tried in either direction, at most.")] = 66,
+    settings: Annotated[int, typer.Option(min=1, help="Settings tried in either direction, at most.")] = 54,
     positions: Annotated[str, typer.Option(help="decision, or all: every token, for export.")] = "decision",
+    aim: Annotated[str, typer.Option(help="What vectors are for: conflict, as users meet it, or pairs.")] = "conflict",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; default: as many as there are cores.")] = None,
     chat: AsChat = False,
     reply: Reply = "",
@@ -92,7 +93,7 @@ def fit(
     from mnemoscope.files import dumped
 
     asked: dict[str, Any] = {"prompting": Prompting(chat, reply=reply), "options": options(option)}
-    asked |= {"settings": settings, "positions": positions, "threads": threads}
+    asked |= {"settings": settings, "positions": positions, "aim": aim, "threads": threads}
     asked |= {"dtype": dtype, "device_map": device_map, "layout": named_parts(layout)}
     with progress(quiet=as_json) as tell:
         fitted = fit_model(model, task=task, out=out, progress=tell, **asked)

@@ -102,6 +102,9 @@ class SteeringConfig(Frozen):
         {"block": GridConfig()}, min_length=1, description="by site, what is tried of every method"
     )
     low_rank: LowRankConfig = LowRankConfig()
+    aim: Literal["pairs", "conflict"] = Field(
+        "pairs", description="what the vectors that are used and summed up are for: `pairs`, or `conflict` as drawn"
+    )
     positions: Literal["decision", "all"] = Field("decision", description="shifted tokens: from the decision on or all")
     fit_pairs: int = Field(600, ge=2, description="fit pairs whose states and gradients make the directions")
     fit_others: int = Field(600, ge=1, description="fit examples of each other list that learned vectors are fitted on")

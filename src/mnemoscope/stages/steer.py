@@ -299,6 +299,7 @@ def _write_chosen(opened: _Opened, chosen: Sequence[_Chosen]) -> list[Path]:
     """Write the chosen vectors, bound to their model, and ``chosen.json``."""
     cell, asking, directions, files = opened.cell, opened.asking, opened.directions, list[Path]()
     found: dict[str, Any] = {aim: {"best": {}, "methods": {}} for aim in AIMS}
+    found["aim"] = cell.config.steering.aim
     pairs = opened.records.both_sides("fit", cell.config.steering.fit_pairs)
     encoded = encode(asking, [example for pair in pairs for example in pair])
     begin_alike = float(np.mean([one.shared > 0 for one in encoded]))
