@@ -105,6 +105,32 @@ def fit(
 
 
 @app.command()
+def check(
+    model: Model,
+    task: Annotated[str, typer.Option(help="A task, see `mnemoscope tasks`, or a JSONL file of your own.")],
+    option: Given = None,
+    chat: AsChat = False,
+    reply: Reply = "",
+    dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
+    layout: Parts = None,
+    as_json: AsJson = False,
+) -> None:
+    """See what a model does with your data before a fit: answers, pairs, what is known, time, what to add."""
+    from mnemoscope.behaviour import Asking, Prompting
+    from mnemoscope.check import check_task
+    from mnemoscope.files import dumped
+    from mnemoscope.tasks import build_task
+
+    is_file = task.endswith(".jsonl")
+    made = build_task("jsonl" if is_file else task, options(option) | ({"file": task} if is_file else {}), 0)
+    opened, tokenizer = _open(model, dtype, layout, device_map)
+    split = made.split_reply if chat and made.begins_reply else None
+    found = check_task(Asking(opened, tokenizer, made.boundary, 32, Prompting(chat, reply=reply, split=split)), made)
+    typer.echo(dumped(asdict(found)) if as_json else str(found))
+
+
+@app.command()
 def tasks(as_json: AsJson = False) -> None:
     """List the tasks."""
     from mnemoscope.tasks import describe_tasks
