@@ -66,7 +66,8 @@ class JointTask(Task):
         if not set(self.first) <= set(built) or any(n < 0 for n in self.first.values()):
             raise InputError(f"first: {self.first!r} is no number of instances, 0 or more, for some of {names}")
         # An answer closes as its part closes it: no part trains another's ending.
-        self.boundary = tuple(dict.fromkeys(text for part in built.values() for text in part.boundary))
+        ends = [part.boundary for part in built.values()]
+        self.boundary = None if None in ends else tuple(dict.fromkeys(text for end in ends for text in end or ()))
         self.vocabulary = list(dict.fromkeys(word for part in built.values() for word in part.vocabulary or ()))
         self.memory_is_conflict = any(part.memory_is_conflict for part in built.values())
         self.begins_reply = all(part.begins_reply for part in built.values())
