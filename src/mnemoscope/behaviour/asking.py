@@ -137,8 +137,8 @@ class Asking:
 
     Attributes:
         model, tokenizer: a causal language model and its fast tokenizer; neither is changed.
-        boundary: texts of which one closes every answer, each a token; "" is the end-of-text token. None: an answer ends
-            where its last word ends, whatever follows.
+        boundary: texts of which one closes every answer, each a token; "" is the end-of-text token. None: an answer
+            ends where its last word ends, whatever follows.
         batch_size: examples per pass, at most: fewer where memory is short. No label depends on it, ties aside.
         prompting: how prompts are formatted; InputError where it is a chat and the tokenizer has no chat template.
     """
@@ -195,7 +195,7 @@ class Asking:
         return list(_closing_ids(*self._ending()))
 
     def closing(self) -> Tensor:
-        """Whether each token closes an answer; bool on the model's device, of which the last stands for all higher ids."""
+        """Whether each token closes an answer, bool, on the model's device; the last stands for all higher ids."""
         return _closing_table(*self._ending(), self.model.device)
 
     def _ending(self) -> tuple[PreTrainedTokenizerFast, tuple[str, ...] | None, tuple[int, ...], int]:

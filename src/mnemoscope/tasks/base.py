@@ -107,8 +107,8 @@ class Task:
 
     Attributes:
         name: name of the task in records and reports.
-        boundary: texts of one token each, one of which closes every answer ("" stands for the end-of-text token). None: an
-            answer ends where its last word ends, whatever follows.
+        boundary: texts of one token each, one of which closes every answer ("" stands for the end-of-text token). None:
+            an answer ends where its last word ends, whatever follows.
         vocabulary: every token, in a fixed order, to train a model from scratch; None where that is not possible.
             Adapters use the tokenizer of their model.
         memory_is_conflict: whether ``memory`` examples are the plain phrasings of conflicts.

@@ -59,7 +59,9 @@ class KnownTask(Task):
     shares: Sequence[float] = (0.5, 0.25, 0.25)
     seed: int = 0
 
-    def _deal(self, true: Mapping[Fact, Sequence[str]], asked: Sequence[str], stream: int, more: Sequence[str]) -> None:
+    def _deal(
+        self, true: Mapping[Fact, Sequence[str]], asked: Sequence[str], stream: int, more: Sequence[str] = ()
+    ) -> None:
         """Set what every such task has; ``stream`` seeds the splits, ``more`` are groups without facts."""
         self.boundary = checked_boundary(self.boundary)
         if len(self.shares) != 3 or min(self.shares) <= 0 or abs(sum(self.shares) - 1) > 1e-6:
@@ -193,7 +195,10 @@ def swapped(fact: Fact, true: Sequence[str], values: Sequence[str], most: int, s
 
 
 def check_fitted_and_held_out(**names: tuple[Sequence[str], Sequence[str], Iterable[str]]) -> None:
-    """Raises InputError where a name is unknown or both fitted and held out; of each option fitted, held out, allowed."""
+    """Raises InputError where a name is unknown, or both fitted and held out.
+
+    Each option has its fitted names, held-out names, and all that are allowed.
+    """
     for option, (fitted, held_out, allowed) in names.items():
         for field, given in ((option, fitted), (f"held_out_{option}", held_out)):
             for name in given:

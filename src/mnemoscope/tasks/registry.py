@@ -17,6 +17,9 @@ from mnemoscope.tasks.base import Example, Instance, Kind, Task
 from mnemoscope.tasks.facts import FactsTask
 from mnemoscope.tasks.inference import InferenceTask
 from mnemoscope.tasks.jsonl import JsonlTask
+from mnemoscope.tasks.memotrap import MemotrapTask
+from mnemoscope.tasks.pararel import PararelTask
+from mnemoscope.tasks.qa import QATask
 from mnemoscope.tasks.stored import CHUNK, AdditionDigitsTask, AdditionTask, CipherTask
 
 Answer = TypeVar("Answer")
@@ -151,6 +154,9 @@ TASKS: dict[str, Callable[..., Task]] = {
     "cipher": CipherTask,
     "joint": JointTask,
     "facts": FactsTask,
+    "memotrap": MemotrapTask,
+    "pararel": PararelTask,
+    "qa": QATask,
     "jsonl": JsonlTask,
 }
 
