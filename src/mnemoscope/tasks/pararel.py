@@ -24,7 +24,7 @@ from mnemoscope.tasks.known import (
 )
 from mnemoscope.tasks.tables import read_rows, texts_of
 
-FRAMES = {
+FRAMES = {  # the last line is the beginning of the reply
     "context-first": "{label}{statement}\n{reply} {stem}",
     "unlabelled": "{opening}{statement}\n{stem}",
     "reported": "{source} {statement}\n{reply} {stem}",
@@ -56,6 +56,8 @@ class PararelTask(KnownTask):
         frames: names of ``FRAMES`` that are fitted on and judged.
         wrong_values: values of other subjects that each fact is contradicted with.
         phrasings: wordings of each fact in a frame, drawn from all that the patterns give.
+        shots: other facts, said before a bare question as it is asked: they show that a place is wanted, not a year.
+            They are no facts of the task.
 
     Facts whose value stands in the subject are left out. Raises InputError where a file, field or name is missing, or a
     relation has no pattern that asks.
@@ -73,10 +75,12 @@ class PararelTask(KnownTask):
     held_out_frames: Sequence[str] = ("quoted",)
     wrong_values: int = 2
     phrasings: int = 8
+    shots: int = 2
 
     def __post_init__(self) -> None:
         check_range(1, 1000, wrong_values=self.wrong_values)
         check_range(2, 1000, phrasings=self.phrasings)
+        check_range(0, 8, shots=self.shots)
         there = sorted(path.stem for path in Path(self.folder).glob("facts/*.jsonl"))
         if not there:
             raise InputError(f"folder: {self.folder} has no facts/RELATION.jsonl")
@@ -90,10 +94,13 @@ class PararelTask(KnownTask):
             frames=(self.frames, self.held_out_frames, [name for name in FRAMES if name != "bare"]),
         )
         self.patterns: dict[str, dict[str, list[str]]] = {}
+        self.shown: dict[str, dict[Fact, list[str]]] = {}
         true: dict[Fact, list[str]] = {}
         for relation in (*asked, *self.held_out_relations):
             self.patterns[relation] = self._read_patterns(relation)
-            true |= self._read_facts(relation)
+            read = self._read_facts(relation)
+            self.shown[relation] = self._draw_shots(read)
+            true |= {fact: values for fact, values in read.items() if fact not in self.shown[relation]}
         self._deal(true, asked, stream=7)
         self.values = values_of(self.facts)
         self._drawn: dict[tuple[Fact, str], list[How]] = {}
@@ -124,6 +131,13 @@ class PararelTask(KnownTask):
             if not any(value.lower() in fact[1].lower() for value in values)
         }
 
+    def _draw_shots(self, facts: dict[Fact, list[str]]) -> dict[Fact, list[str]]:
+        """Facts of one value each, all of different values."""
+        of_value = {values[0]: fact for fact, values in sorted(facts.items()) if len(values) == 1}
+        rng = np.random.default_rng([self.seed, *next(iter(facts))[0].encode()])
+        drawn = [of_value[value] for value in rng.permutation(sorted(of_value))[: self.shots].tolist()]
+        return {fact: facts[fact] for fact in drawn}
+
     def split_reply(self, prompt: str) -> tuple[str, str]:
         """All but the last line is the user's message, and the reply begins with that; a bare stem is both."""
         message, _, last = prompt.rpartition("\n")
@@ -146,8 +160,11 @@ class PararelTask(KnownTask):
         return self._drawn[fact, frame]
 
     def _prompt(self, fact: Fact, value: str, frame: str, how: How) -> str:
-        return FRAMES[frame].format(**how).replace("[X]", fact[1]).replace("[Y]", value)
+        said = FRAMES[frame].format(**how).replace("[X]", fact[1]).replace("[Y]", value)
+        shown = self.shown[fact[0]].items() if frame == "bare" else ()
+        shots = (f"{how['stem'].replace('[X]', subject)} {values[0]}. " for (_, subject), values in shown)
+        return "".join(shots) + said
 
     def _bare(self, fact: Fact, prompt: str) -> str:
-        stems = (self._prompt(fact, "", "bare", how) for how in self._hows(fact, "bare"))
-        return max((stem for stem in stems if prompt.endswith(stem)), key=len)
+        stem = max((s for s in self.patterns[fact[0]]["stem"] if prompt.endswith(s.replace("[X]", fact[1]))), key=len)
+        return self._prompt(fact, "", "bare", {"stem": stem})
