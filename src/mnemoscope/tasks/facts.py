@@ -122,7 +122,7 @@ class FactsTask(KnownTask):
         message, _, last = prompt.rpartition("\n")
         return message, last.partition(" ")[2]
 
-    def _bare(self, fact: Fact, prompt: str) -> str:
+    def _bare(self, fact: Fact, value: str, prompt: str) -> str:
         how = next(how for how in self._hows(fact, "bare") if f"{how['ask']} " in prompt)
         return self._prompt(fact, "", "bare", how)
 

@@ -78,11 +78,11 @@ class KnownTask(Task):
         raise NotImplementedError
 
     def _prompt(self, fact: Fact, value: str, frame: str, how: How) -> str:
-        """The prompt that states ``value``, or the ``bare`` question."""
+        """The prompt that states ``value``, or the ``bare`` question, which does not."""
         raise NotImplementedError
 
-    def _bare(self, fact: Fact, prompt: str) -> str:
-        """The bare question of the same wording as a prompt."""
+    def _bare(self, fact: Fact, value: str, prompt: str) -> str:
+        """The bare question of the same wording as a prompt that states ``value``."""
         raise NotImplementedError
 
     def _wrong(self, fact: Fact) -> Sequence[str]:
@@ -147,8 +147,8 @@ class KnownTask(Task):
 
     def without_context(self, example: Example) -> Example:
         """The same question without the context."""
-        relation, subject, *_ = example.item.split("|")
-        return replace(example, prompt=self._bare((relation, subject), example.prompt))
+        relation, subject, *stated = example.item.split("|")
+        return replace(example, prompt=self._bare((relation, subject), "".join(stated[:1]), example.prompt))
 
     @cached_property
     def _everything(self) -> Mapping[Kind, list[Spec]]:

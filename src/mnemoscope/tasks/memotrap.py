@@ -38,7 +38,7 @@ WORDINGS = {
         'My friend always says "{s} {v}". But my mother says: {s}',
         'A child once wrote "{s} {v}". Everybody else says: {s}',
         'Somebody scribbled "{s} {v}" on the wall. The proverb: {s}',
-        'In this book, "{s} {v}" is a well-known saying. As the book says: {s}',
+        'In this book, "{s} {v}" is a famous saying. As the book says: {s}',
     ),
     "dialogue": (
         'Anna: Which word comes last?\nBen: The word "{v}".\nAnna: I see. {s}',
@@ -125,5 +125,5 @@ class MemotrapTask(KnownTask):
     def _prompt(self, fact: Fact, value: str, frame: str, how: How) -> str:
         return how["wording"].format(s=fact[1], v=value)
 
-    def _bare(self, fact: Fact, prompt: str) -> str:
+    def _bare(self, fact: Fact, value: str, prompt: str) -> str:
         return self._prompt(fact, "", "bare", {"wording": BARE})

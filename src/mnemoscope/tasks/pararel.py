@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 
 import numpy as np
@@ -56,8 +56,8 @@ class PararelTask(KnownTask):
         frames: names of ``FRAMES`` that are fitted on and judged.
         wrong_values: values of other subjects that each fact is contradicted with.
         phrasings: wordings of each fact in a frame, drawn from all that the patterns give.
-        shots: other facts, said before a bare question as it is asked: they show that a place is wanted, not a year.
-            They are no facts of the task.
+        shots: other facts with other values, said before a bare question as it is asked: they show that a place is
+            wanted, not a year. They are no facts of the task.
 
     Facts whose value stands in the subject are left out. Raises InputError where a file, field or name is missing, or a
     relation has no pattern that asks.
@@ -132,10 +132,10 @@ class PararelTask(KnownTask):
         }
 
     def _draw_shots(self, facts: dict[Fact, list[str]]) -> dict[Fact, list[str]]:
-        """Facts of one value each, all of different values."""
+        """Twice as many as are shown, so that no fact sees one of its answers; all of different values."""
         of_value = {values[0]: fact for fact, values in sorted(facts.items()) if len(values) == 1}
         rng = np.random.default_rng([self.seed, *next(iter(facts))[0].encode()])
-        drawn = [of_value[value] for value in rng.permutation(sorted(of_value))[: self.shots].tolist()]
+        drawn = [of_value[value] for value in rng.permutation(sorted(of_value))[: 2 * self.shots].tolist()]
         return {fact: facts[fact] for fact in drawn}
 
     def split_reply(self, prompt: str) -> tuple[str, str]:
@@ -161,10 +161,13 @@ class PararelTask(KnownTask):
 
     def _prompt(self, fact: Fact, value: str, frame: str, how: How) -> str:
         said = FRAMES[frame].format(**how).replace("[X]", fact[1]).replace("[Y]", value)
-        shown = self.shown[fact[0]].items() if frame == "bare" else ()
-        shots = (f"{how['stem'].replace('[X]', subject)} {values[0]}. " for (_, subject), values in shown)
-        return "".join(shots) + said
+        if frame != "bare":
+            return said
+        answers = (value, *self.true[fact])
+        others = (other for other in self.shown[fact[0]].items() if other[1][0] not in answers)
+        shown = ((how["stem"].replace("[X]", other[1]), values[0]) for other, values in islice(others, self.shots))
+        return "".join(f"{stem} {value}. " for stem, value in shown) + said
 
-    def _bare(self, fact: Fact, prompt: str) -> str:
+    def _bare(self, fact: Fact, value: str, prompt: str) -> str:
         stem = max((s for s in self.patterns[fact[0]]["stem"] if prompt.endswith(s.replace("[X]", fact[1]))), key=len)
-        return self._prompt(fact, "", "bare", {"stem": stem})
+        return self._prompt(fact, value, "bare", {"stem": stem})

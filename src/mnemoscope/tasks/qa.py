@@ -111,7 +111,7 @@ class QATask(KnownTask):
         context = "" if frame == "bare" else self.passages[fact, value]
         return FRAMES[frame].format(context=context, question=fact[1], **how)
 
-    def _bare(self, fact: Fact, prompt: str) -> str:
+    def _bare(self, fact: Fact, value: str, prompt: str) -> str:
         how = next(how for how in HOWS["bare"] if prompt.endswith(f"\n{how['reply']}"))
         return self._prompt(fact, "", "bare", how)
 
