@@ -90,8 +90,8 @@ def changed(*settings: str) -> list[str]:
         (changed("options.colour=2"), "task.options.colour: task 'addition' has no such option"),
         (changed("training.stepps=5"), "cells.addition.training.stepps: Extra inputs are not permitted"),
         (changed("pairs.site=head"), "cells.addition.pairs.site: Input should be 'block', 'attention', 'mlp' or"),
-        (changed("steering.sweeps.nmd.tops=[0.5, 1.5]"), "tops.1: Input should be less than or equal to 1 (got 1.5)"),
-        (changed("steering.sweeps.nmd.layers=[some]"), "layers.0: String should match pattern"),
+        (changed("steering.grids.block.tops=[0.5, 1.5]"), "tops.1: Input should be less than or equal to 1 (got 1.5)"),
+        (changed("steering.grids.block.layers=[some]"), "layers.0: String should match pattern"),
         (changed("model.heads=5"), "width 64 is not a multiple of heads 5"),
         (
             changed("model.context=12", "neutral.cuts=0"),

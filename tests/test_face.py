@@ -308,11 +308,10 @@ def test_of_several_cells_the_one_of_the_model_is_opened(user: User, tmp_path: P
 def test_the_budget_is_dealt_to_layers_all_over_the_model() -> None:
     (everywhere,) = fitting_study({"folder": "x"}, "facts", {}, positions="all").cells.values()
     assert everywhere.steering.positions == "all"
-    sites = {site for grids in everywhere.steering.sweeps.values() for grid in grids for site in grid.sites}
-    assert sites <= set(SITES_FOR["gguf"]) & set(SITES_FOR["checkpoint"])
+    assert set(everywhere.steering.grids) <= set(SITES_FOR["gguf"]) & set(SITES_FOR["checkpoint"])
     (cell,) = fitting_study({"folder": "x"}, "facts", {}).cells.values()
-    grids = cell.steering.sweeps
-    assert sum(len(settings_of(cell.steering, "to_generalized", method, 30)) for method in grids) == SETTINGS == 66
-    (learned,) = grids["learned"]
+    methods = cell.steering.methods
+    assert sum(len(settings_of(cell.steering, "to_generalized", method, 30)) for method in methods) == SETTINGS == 54
+    (learned,) = cell.steering.grids.values()
     assert learned.layer_sets(30) == [(4,), (9,), (13,), (17,), (21,), (26,)]
     assert learned.layer_sets(2) == [(0,), (1,)]

@@ -24,18 +24,16 @@ from mnemoscope.tasks import Task
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-# The settings tried in each layer; standardized NMD, as huge activations of a few neurons would dominate the plain one.
-TRIED: dict[str, dict[str, list[Any]]] = {
-    "standardized-nmd": {"sites": ["block"], "tops": [0.1, 0.5], "strengths": [0.3, 0.6]},
-    "gradient": {"sites": ["block"], "tops": [0.5], "strengths": [0.1, 0.2, 0.4]},
-    "learned": {"sites": ["block", "mlp"], "tops": [0.5], "strengths": [0.15, 0.3]},
-}
-ONE_LAYER = sum(math.prod(map(len, grid.values())) for grid in TRIED.values())
+# Tried in each layer; standardized NMD, as huge activations of a few neurons would dominate the plain one.
+METHODS = ("standardized-nmd", "gradient", "learned")
+TRIED: dict[str, dict[str, list[Any]]] = {"block": {"tops": [0.5], "strengths": [0.1, 0.2, 0.4]}}
+ONE_LAYER = len(METHODS) * sum(math.prod(map(len, grid.values())) for grid in TRIED.values())
 SETTINGS = 6 * ONE_LAYER
 STEERING = {
     **{"fit_pairs": 300, "fit_others": 200, "learned_steps": 24, "kept_weight": 1.0},
     **{"tune_pairs": 120, "tune_others": 60, "tune_draws_again": 4, "judged_examples": 200},
-    "tune_refits": 0,  # indifference is judged on test; while settings are compared it would take most of all tokens
+    "tune_refits": 0,  # refitted controls are judged on test; while settings are compared they would cost the most
+    "norm_draws": 0,
     "controls_of": "best",
     "conflict_draws": 4,  # as in the built-in studies: nothing is claimed about these controls
     **{"control_limit": 0.15, "collateral_limit": 0.05},
@@ -151,14 +149,13 @@ def fitting_study(
         raise InputError(f"task: the file {name} does not exist")
     if settings < ONE_LAYER:
         raise InputError(f"settings: {settings} is less than the {ONE_LAYER} that one layer takes")
-    sweep = {"layers": [f"spread-{settings // ONE_LAYER}"]}
-    everywhere = {"sites": ["block"]} if positions == "all" else {}  # the one site that every export can hold
-    sweeps = {method: sweep | grid | everywhere for method, grid in TRIED.items()}
+    layers = {"layers": [f"spread-{settings // ONE_LAYER}"]}
+    tried = {"methods": METHODS, "grids": {site: layers | grid for site, grid in TRIED.items()}}
     cell = MEASURED | {
         "task": "jsonl" if is_file else name,
         "options": {"file": str(Path(name).resolve()), **options} if is_file else options,
         "model": model,
-        "steering": STEERING | {"positions": positions, "sweeps": sweeps},
+        "steering": STEERING | tried | {"positions": positions},
     }
     label = Path(name).stem if is_file else name.rpartition(":")[2]
     return parse_study({"study": "fit", "threads": threads, "cells": {label: cell}})

@@ -25,5 +25,5 @@ from mnemoscope.behaviour.labels import (
     score_contrasted,
 )
 from mnemoscope.behaviour.pairs import PairBatch, draw_candidates, mine_pairs
-from mnemoscope.behaviour.reading import cache_prefixes, kept_bytes, with_options, without_prefix
+from mnemoscope.behaviour.reading import cache_prefixes, kept_bytes, with_options, with_suffixes, without_prefix
 from mnemoscope.behaviour.states import KeptStates, States, capturing, read_states, states_at_the_end

@@ -2,6 +2,7 @@
 
 from mnemoscope.directions.choose import (
     CONTROLS,
+    PERMUTED,
     RATING_DRAWS,
     SHUFFLED,
     Choice,
@@ -13,6 +14,7 @@ from mnemoscope.directions.choose import (
     final,
     gaussian,
     ranked,
+    refitted,
     shared_neurons,
     shuffles,
 )

@@ -66,9 +66,16 @@ def gaussian(shift_LD: np.ndarray, rng: np.random.Generator, rho_LD: np.ndarray 
 
 
 SHUFFLED = "shuffled_labels"  # the same method on the same pairs with shuffled labels
+INDIFFERENCE = "indifference"  # the same of a learned shift: it learns to be undecided, which is no draw of noise
+PERMUTED = "permuted_answers"  # a learned shift towards answers of other items: its null
 DRAWN = {control.__name__: control for control in (random_neurons, low_correlation, random_sign, gaussian)}
-CONTROLS = ("random_neurons", "low_correlation", "random_sign", SHUFFLED, "gaussian")
+CONTROLS = ("random_neurons", "low_correlation", "random_sign", SHUFFLED, INDIFFERENCE, PERMUTED, "gaussian")
 TOGETHER = 4  # shuffles that are fitted in one go
+
+
+def refitted(method: str) -> tuple[str, ...]:
+    """Controls of a method that are fitted as its vector is, on other labels or answers."""
+    return (INDIFFERENCE, PERMUTED) if method == "learned" else (SHUFFLED,)
 
 
 def control_draws(
@@ -79,12 +86,16 @@ def control_draws(
     Shuffles depend on the first number of ``seed`` alone, so that one shuffle serves all settings.
     """
     shift_LD = directions.dense(setting).astype(np.float64)
-    if name == SHUFFLED:
+    if name in refitted(setting.method):
+        if name == PERMUTED and not directions.sources.lists.can_permute(setting.toward):
+            return
         norm_L = np.linalg.norm(shift_LD, axis=1)
-        for first, four in enumerate(shuffles(draws, seed[0])):
+        for first, four in enumerate(shuffles(draws, seed[0], name == PERMUTED)):
             vectors = directions.vectors(setting, four)
             for number, vector in enumerate(vectors[: draws - first * TOGETHER], first * TOGETHER):
                 yield number, _at_norm(vector.dense(*shift_LD.shape), norm_L, directions.sources.norm_L)
+        return
+    if name not in DRAWN:
         return
     # With more than half of the neurons or a whole layer shifted there are not as many others, and those with the
     # lowest |rho| are mostly the same ones with other signs.
@@ -109,10 +120,10 @@ def _at_norm(shuffled_LD: np.ndarray, norm_L: np.ndarray, states_L: np.ndarray) 
     return placed_LD * (wanted / found) if found else placed_LD
 
 
-def shuffles(draws: int, seed: int) -> list[tuple[Labels, ...]]:
+def shuffles(draws: int, seed: int, permuted: bool = False) -> list[tuple[Labels, ...]]:
     """Labels for ``draws`` shuffles or a few more, always in fours: rounding must not depend on how many there are."""
     numbers = range(-(-draws // TOGETHER) * TOGETHER)
-    drawn = [Labels(int(np.random.default_rng([seed, number]).integers(2**31))) for number in numbers]
+    drawn = [Labels(int(np.random.default_rng([seed, number]).integers(2**31)), permuted) for number in numbers]
     return [tuple(drawn[first : first + TOGETHER]) for first in numbers[::TOGETHER]]
 
 
@@ -134,7 +145,7 @@ class Limits:
     Attributes:
         control: mean shift rate of a control, beyond which each point costs ``excess_cost`` points of the shift.
         collateral: the largest drop of the share that keeps its answer, of any list that should.
-        draws, refits: of each control, and of shuffled labels, which cost most; 0 leaves these out.
+        draws, refits: of each control, and of those that are refitted, which cost most; 0 leaves these out.
         again: draws of either kind for the second rating of the best settings.
     """
 
@@ -211,7 +222,8 @@ def ranked(
         if known == 0:
             kept = -int(damage(lists, site, setting) <= limits.collateral)
         else:
-            names = (STANDING_IN, (SHUFFLED,))[known - 1]
+            # Indifference steers more than permuted answers do, and one refit is enough for a ranking.
+            names = (STANDING_IN, refitted(setting.method)[:1])[known - 1]
             worst = max([worst, *control_means(lists.targets, site, setting, limits, seed, names)])
         if known < 2:
             heapq.heappush(waiting, (kept, -limits.net(rate, worst), number, known + 1, worst))
@@ -260,7 +272,7 @@ def control_means(
             share_of(steered(asking, batches, vector.with_dense(shift_LD), margins=False), setting.toward)
             for _, shift_LD in control_draws(name, directions, setting, draws, seed)
         ]
-        for name, draws in ((name, limits.refits if name == SHUFFLED else limits.draws) for name in names)
+        for name, draws in ((name, limits.draws if name in DRAWN else limits.refits) for name in names)
     ]
     return [float(np.mean(found)) for found in rates if found]
 

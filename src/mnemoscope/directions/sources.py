@@ -6,7 +6,7 @@ Shapes: P pairs, N examples, L layers, D neurons. Side 0 of a pair answered gene
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import zip_longest
 from typing import TypeVar
@@ -69,13 +69,17 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """Labels of the fit pairs: as answered, or shuffled with a seed, where both labels of a pair swap or stay."""
+    """Labels of the fit pairs: as answered, or shuffled with a seed, where both labels of a pair swap or stay.
+
+    ``permuted``: labels stay, and the answers are those of other items (``FitLists.permuted``).
+    """
 
     shuffle: int | None = None
+    permuted: bool = False
 
     def signs(self, n: int, *stream: int) -> np.ndarray:
         """float64 (n,): 1 where a label stays, -1 where it swaps, half of each; ``stream`` numbers its lists."""
-        if self.shuffle is None:
+        if self.shuffle is None or self.permuted:
             return np.ones(n)
         return np.random.default_rng([self.shuffle, *stream]).permutation(np.where(np.arange(n) % 2 == 0, 1.0, -1.0))
 
@@ -91,6 +95,7 @@ class FitLists:
         pairs, conflicts: phrasings of pairs, and other conflicts, that answer the other way.
         kept: memory and novel examples whose answers should stay; ``kept_weight``: in the objective of learned vectors.
         steps: of the ascent of learned vectors.
+        items: names of the items of ``pairs`` and of ``conflicts``, in the order in which they were prepared.
     """
 
     asking: Asking
@@ -99,6 +104,31 @@ class FitLists:
     kept: Mapping[Toward, Sequence[Batch]]
     kept_weight: float = 1.0
     steps: int = 20
+    items: Mapping[Toward, tuple[Sequence[str], Sequence[str]]] = field(default_factory=dict)
+
+    def can_permute(self, toward: Toward) -> bool:
+        """Whether every item can be given an answer of another that is neither of its own."""
+        return self.permuted(toward, 0) is not None
+
+    def permuted(self, toward: Toward, seed: int) -> dict[str, list[int]] | None:
+        """By item, the tokens of another item's answer that neither of its own two goes on with.
+
+        Half of the items get an answer of either behaviour: where the two have formats of their own, answers of one
+        format would teach the behaviour. All phrasings of an item get the same one. None where an item is left without.
+        """
+        answers = dict[str, list[list[int]]]()  # by item, of either behaviour
+        for batches, items in zip((self.pairs[toward], self.conflicts[toward]), self.items[toward], strict=True):
+            for batch in batches:
+                rows = (batch.suffix_RM.tolist(), batch.length_R.tolist(), batch.example_R, batch.option_R)
+                for suffix, length, example, option in zip(*rows, strict=True):
+                    answers.setdefault(items[batch.examples_N[example]], [[], []])[option] = suffix[:length]
+        order = [sorted(answers)[i] for i in np.random.default_rng([seed, 1]).permutation(len(answers))]
+        found = {}
+        for place, item in enumerate(order):
+            others = [*order[place + 1 :], *order[:place]]
+            either = (answers[other][option] for option in (place % 2, 1 - place % 2) for other in others)
+            found[item] = next((tokens for tokens in either if tokens not in answers[item]), [])
+        return found if all(found.values()) else None
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,7 +27,7 @@ from mnemoscope.report.words import CAPITAL, LISTS, NBSP, TOWARDS, percent, rang
 from mnemoscope.statistics import Estimate, mean, proportion, surely_more
 
 KEYS = ["aim", "direction", "method", "role", "examples"]
-MARKERS = dict(zip(CONTROLS, ("o", "v", "s", "^", "D"), strict=True))
+MARKERS = dict(zip(CONTROLS, ("o", "v", "s", "^", "P", "*", "D"), strict=True))
 Beyond = tuple[pd.Series, pd.Series, pd.Series]  # differences of hits, their groups, their draws
 PAPERS = "nmd"  # the paper's own method
 
@@ -43,6 +43,10 @@ class Examples:
     def rows(self, aim: str, direction: str, method: str, role: str, examples: str) -> pd.DataFrame:
         """Test examples of one list under one setting and role; no rows where there are none."""
         return self._table.iloc[self._places.get((aim, direction, method, role, examples), [])]
+
+    def compared(self, aim: str, keys: list[str]) -> Any:
+        """(values of ``keys``, rows) of settings that are compared and not used; none where they were left out."""
+        return self._table[self._table.aim == aim].groupby(keys, observed=True)
 
 
 def measure_steering(cell: Cell) -> dict[str, Any]:
@@ -65,7 +69,34 @@ def measure_steering(cell: Cell) -> dict[str, Any]:
         for direction in DIRECTIONS
     }
     logit = {direction: _logit(examples, best["pairs"][direction], direction) for direction in DIRECTIONS}
-    return {"steering": steering, "steering_by_method": by_method, "logit": logit}
+    return {"steering": steering, "steering_by_method": by_method, "logit": logit, **_measure_norms(examples)}
+
+
+def _measure_norms(examples: Examples) -> dict[str, Any]:
+    """Every method at equal norms, and NMD without the penalty on controls."""
+    found: dict[str, Any] = {"equal_norm": {d: {} for d in DIRECTIONS}, "unpenalized": {}}
+    for (direction, method, strength), rows in examples.compared("equal_norm", ["direction", "method", "strength"]):
+        found["equal_norm"][direction].setdefault(f"{strength:g}", {})[method] = _at_norm(
+            examples.cell, rows, direction
+        )
+    for (direction,), rows in examples.compared("unpenalized", ["direction"]):
+        found["unpenalized"][direction] = _at_norm(examples.cell, rows, direction)
+    return found
+
+
+def _at_norm(cell: Cell, rows: pd.DataFrame, direction: Direction) -> schema.AtNorm:
+    """A setting beside the control that steers most of all that were drawn."""
+    parts = {str(role): part for role, part in rows.groupby("role", observed=True)}
+    vector, first = parts.pop("vector"), rows.iloc[0]
+    shifts = {name: shares(part, direction, confabulated=False).shift for name, part in parts.items()}
+    strongest = max(shifts, key=lambda name: shifts[name].estimate, default="")
+    return schema.AtNorm(
+        **{name: first[name] for name in ("site", "layers", "top", "strength")},
+        shift=shares(vector, direction, confabulated=False).shift,
+        control=shifts.get(strongest, Estimate.undefined()),
+        strongest=strongest,
+        difference=mean(*beyond(cell, vector, parts.get(strongest, vector.head(0)), direction)),
+    )
 
 
 def measure_direction(examples: Examples, method: str, direction: Direction, chosen: dict[Aim, Any]) -> Steered:
@@ -162,7 +193,7 @@ def chapter(view: View) -> Chapter:
         Exhibit("simpler", [_simpler_panel(task, direction) for direction in steering], pushes),
         Exhibit("methods-conflict", [_methods_panel(task, d, "conflict") for d in steering], folded=True),
     ]
-    return Chapter(answer(task), exhibits, [table(task)])
+    return Chapter(answer(task), exhibits, [table(task), *norms_table(task)])
 
 
 def answer(task: TaskResults) -> Answer:
@@ -263,6 +294,30 @@ def methods_table(task: TaskResults) -> Table:
             rows.append([f"{way}, {TOWARDS[direction]}", "", "", ranged(shift), f"{shift.n:,}", "", "", ""])
     columns = ["", "where", "strength", "pairs steered", "N", "strongest control", "conflicts steered", "largest loss"]
     return Table("Settings chosen on the tune split, and what they do on the test split", columns, rows)
+
+
+def norms_table(task: TaskResults) -> list[Table]:
+    """All methods at equal norms: what each steers, its strongest control, and the difference; [] where left out."""
+
+    def cell(found: schema.AtNorm | None) -> str:
+        if found is None:
+            return ""
+        return f"{percent(found.shift.estimate)}, {percent(found.control.estimate)}: {words.beyond(found.difference)}"
+
+    rows, norms = [], list(dict.fromkeys(norm for found in task.equal_norm.values() for norm in found))
+    for direction, found in task.equal_norm.items():
+        methods = dict.fromkeys(method for by_method in found.values() for method in by_method)
+        rows += [
+            [f"{method}, {TOWARDS[direction]}", *(cell(found.get(norm, {}).get(method)) for norm in norms)]
+            for method in methods
+        ]
+        free = task.unpenalized.get(direction)
+        if free:
+            at = ["" for norm in norms]
+            at[norms.index(f"{free.strength:g}")] = cell(free)
+            rows.append([f"{PAPERS}, {TOWARDS[direction]}, whatever its controls do", *at])
+    title = "Test pairs steered at equal norms, strongest control: difference"
+    return [Table(title, ["", *(f"norm {norm}" for norm in norms)], rows)] if rows else []
 
 
 def _dose_panels(task: TaskResults, direction: Direction) -> list[Panel]:

@@ -22,6 +22,7 @@ RIVALS = {"input_only": "the input alone", "input_repeats": "input with repeats"
 RIVALS |= {"entropy": "entropy", "top_gap": "gap of top two"}
 CONTROLS = {"random_neurons": "random neurons", "gaussian": "Gaussian", "low_correlation": "low-|rho| neurons"}
 CONTROLS |= {"random_sign": "random signs", "shuffled_labels": "shuffled labels"}
+CONTROLS |= {"indifference": "indifference", "permuted_answers": "permuted answers"}
 
 
 def percent(share: float) -> str:

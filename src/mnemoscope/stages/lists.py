@@ -83,13 +83,14 @@ def _fit_lists(cell: Cell, asking: Asking, records: Records) -> FitLists:
     kinds = [kind for kind in (*known, "novel") if kind in config.kept_kinds]
     right = _answered_right(cell, asking, records, "fit", config.fit_others, kinds)
     ready = {kind: with_prefixes(asking, examples) for kind, examples in right.items()}
-    pairs, conflicts, kept = {}, {}, {}
+    pairs, conflicts, kept, items = {}, {}, {}, {}
     for direction, toward in TOWARD.items():
-        pairs[toward] = with_prefixes(asking, records.targets("fit", direction, config.fit_pairs))
+        found = records.targets("fit", direction, config.fit_pairs)
         others = records.conflicts("fit", SOURCE[direction], config.fit_others, direction == "to_memorized")
-        conflicts[toward] = with_prefixes(asking, others)
+        pairs[toward], conflicts[toward] = with_prefixes(asking, found), with_prefixes(asking, others)
+        items[toward] = [example.item for example in found], [example.item for example in others]
         kept[toward] = in_turn(ready[kind] for kind in _kept(records, toward) if kind in ready)
-    return FitLists(asking, pairs, conflicts, kept, config.kept_weight, config.learned_steps)
+    return FitLists(asking, pairs, conflicts, kept, config.kept_weight, config.learned_steps, items)
 
 
 def tune_lists(cell: Cell, asking: Asking, records: Records) -> dict[str, dict[str, TuneLists]]:
