@@ -341,7 +341,9 @@ def test_the_published_files_are_read() -> None:
     proverbs = build_task("memotrap", {"file": str(data_folder("memotrap") / "1-proverb-ending.csv")}, 0)
     first = next(e for e in everything(proverbs, "conflict") if e.group == "Absence makes the heart grow")
     assert (first.memorized, first.generalized) == (" fonder", " heavy")
-    facts = build_task("pararel", {"folder": str(data_folder("pararel")), "relations": ["P36", "P103"]}, 0)
+    facts = build_task(
+        "pararel", {"folder": str(data_folder("pararel")), "relations": ["P36", "P103"], "facts_each": 10**4}, 0
+    )
     asked = {e.item: e.answer for e in facts.facts_to_know()}
     assert asked["P36|South Australia"] == " Adelaide"
     assert asked["P103|Joseph Reinach"] == " French"

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from helpers import label
-from mnemoscope.behaviour import Asking
+from mnemoscope.behaviour import Asking, encode
+from mnemoscope.errors import InputError
 from mnemoscope.models import load_model, word_tokenizer
 from mnemoscope.tasks import Example, build_task
 from public_data import data_folder
@@ -124,6 +125,17 @@ def test_labels_at_word_ends_equal_those_of_generated_text() -> None:
             wanted.append("wrong" if re.match(r"\w|\u0301", whole[len(answer) :]) else "correct")
     assert {"wrong", "correct"} == set(wanted)
     assert label(ours, examples).behaviour_N.tolist() == wanted
+
+
+def test_an_answer_without_its_space_is_refused_where_spaces_are_in_the_tokens() -> None:
+    ours = asking(byte_level())
+    example = Example("i", "The capital is", "conflict", "g", memorized=" Paris", generalized="ian")
+    with pytest.raises(InputError, match=r"answer: 'ian' continues the last word of .* with a space \(item 'i'\)$"):
+        encode(ours, [example])
+    for changes in ({"prompt": "The capital is:"}, {"generalized": " is"}):
+        assert encode(ours, [replace(example, **changes)])
+    letters = asking(word_tokenizer(["a", "b", "c"], 16))
+    assert encode(letters, [replace(example, prompt="a", memorized="b", generalized="c")]), "their spaces are not kept"
 
 
 @pytest.mark.slow

@@ -278,6 +278,13 @@ def _unknown(tokenizer: PreTrainedTokenizerFast) -> int | None:
     return None if tokenizer.unk_token_id == tokenizer.eos_token_id else tokenizer.unk_token_id
 
 
+@lru_cache(maxsize=16)
+def _keeps_spaces(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether spaces between words are in the tokens, so that an answer needs its own."""
+    texts = ("a b", "ab")
+    return all(tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text for text in texts)
+
+
 def _unknown_word(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
     """Error message that names the word of a text that has no token."""
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -326,6 +333,8 @@ def _fault(asking: Asking, example: Example, prompt: list[int], options: list[li
     if not prompt:
         return f"prompt: {example.prompt!r} has no token"
     for option, text in zip(options, example.options, strict=True):
+        if text[0].isalpha() and asking.text(example.prompt)[-1:].isalpha() and _keeps_spaces(asking.tokenizer):
+            return f"answer: {text!r} continues the last word of {example.prompt[-30:]!r}; let it begin with a space"
         if option[: len(prompt)] != prompt:
             merged = f"{text!r} with the end of the prompt {example.prompt[-30:]!r}"
             return f"answer: the tokenizer merges {merged}; let the seam lie between two tokens"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import count, product
 from typing import Any, Self
@@ -51,8 +51,8 @@ class KnownTask(Task):
 
     begins_reply = True
     instructions = INSTRUCTIONS
-    held_out_relations: Sequence[str] = ()
 
+    held_out_relations: Sequence[str] = field(default=(), init=False)
     frames: Sequence[str] = ()
     held_out_frames: Sequence[str] = ()
     boundary: tuple[str, ...] | None = None
@@ -200,10 +200,10 @@ def check_fitted_and_held_out(**names: tuple[Sequence[str], Sequence[str], Itera
     Each option has its fitted names, held-out names, and all that are allowed.
     """
     for option, (fitted, held_out, allowed) in names.items():
-        for field, given in ((option, fitted), (f"held_out_{option}", held_out)):
+        for which, given in ((option, fitted), (f"held_out_{option}", held_out)):
             for name in given:
                 if name not in allowed:
-                    raise InputError(f"{field}: {name!r} is not one of {', '.join(allowed)}")
+                    raise InputError(f"{which}: {name!r} is not one of {', '.join(allowed)}")
     options = ", ".join(f"held_out_{option}" for option in names)
     if any(set(fitted) & set(held_out) for fitted, held_out, _ in names.values()):
         raise InputError(f"{options}: what is held out cannot be fitted on as well")
@@ -213,8 +213,8 @@ def check_fitted_and_held_out(**names: tuple[Sequence[str], Sequence[str], Itera
 
 def check_key(where: str, **texts: str) -> None:
     """Raises InputError where a text that names an item is empty or has the sign that separates the parts of a name."""
-    for field, text in texts.items():
+    for name, text in texts.items():
         if not text:
-            raise InputError(f"{where}: {field} is missing")
+            raise InputError(f"{where}: {name} is missing")
         if "|" in text:
-            raise InputError(f"{where}: {field} is {text!r}; | is not allowed in it")
+            raise InputError(f"{where}: {name} is {text!r}; | is not allowed in it")

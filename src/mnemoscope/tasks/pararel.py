@@ -54,6 +54,7 @@ class PararelTask(KnownTask):
         relations: names of files whose conflicts are fitted on and judged; default: all but the held-out ones.
         held_out_relations: others, judged only; default: the last of the folder, where it has several.
         frames: names of ``FRAMES`` that are fitted on and judged.
+        facts_each: most facts of each relation, drawn from the file; each is asked bare.
         wrong_values: values of other subjects that each fact is contradicted with.
         phrasings: wordings of each fact in a frame, drawn from all that the patterns give.
         shots: other facts with other values, said before a bare question as it is asked: they show that a place is
@@ -73,12 +74,13 @@ class PararelTask(KnownTask):
     held_out_relations: Sequence[str] | None = None  # type: ignore[assignment]
     frames: Sequence[str] = ("context-first", "unlabelled", "reported", "context-last")
     held_out_frames: Sequence[str] = ("quoted",)
+    facts_each: int = 400
     wrong_values: int = 2
     phrasings: int = 8
     shots: int = 2
 
     def __post_init__(self) -> None:
-        check_range(1, 1000, wrong_values=self.wrong_values)
+        check_range(1, 10**6, facts_each=self.facts_each, wrong_values=self.wrong_values)
         check_range(2, 1000, phrasings=self.phrasings)
         check_range(0, 8, shots=self.shots)
         there = sorted(path.stem for path in Path(self.folder).glob("facts/*.jsonl"))
@@ -100,7 +102,9 @@ class PararelTask(KnownTask):
             self.patterns[relation] = self._read_patterns(relation)
             read = self._read_facts(relation)
             self.shown[relation] = self._draw_shots(read)
-            true |= {fact: values for fact, values in read.items() if fact not in self.shown[relation]}
+            left = [fact for fact in read if fact not in self.shown[relation]]
+            rng = np.random.default_rng([self.seed, *f"facts|{relation}".encode()])
+            true |= {left[n]: read[left[n]] for n in sorted(rng.permutation(len(left))[: self.facts_each])}
         self._deal(true, asked, stream=7)
         self.values = values_of(self.facts)
         self._drawn: dict[tuple[Fact, str], list[How]] = {}
