@@ -312,7 +312,7 @@ ASKED = 'Write a quote that ends in the word "early": Better late than'
         (pararel, {"relations": ["married"]}, "relations: 'married' is not one of born, died, job"),
         (pararel, {"phrasings": 1}, "phrasings: 1 is not between 2"),
         (pararel, {"patterns": {}}, "has no facts/RELATION.jsonl"),
-        (pararel, {"patterns": {"born": ["[Y] saw [X]."]}}, "no pattern that ends in [Y]"),
+        (pararel, {"patterns": {"born": ["[Y] saw [X]."]}}, "no pattern without a comma that ends in [Y]"),
         (pararel, {"patterns": {"born": ["born in [Y]."]}}, "one [X] and one [Y]"),
         (qa, {"question": "asked"}, "line 1: there is no field 'asked'; there are q, text, said, true"),
         (qa, {"rows": [ROWS[0] | {"said": "Author 01"}]}, "memory_answer is 'Author 0' and context_answer 'Author 01'"),

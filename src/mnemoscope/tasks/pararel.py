@@ -27,17 +27,21 @@ from mnemoscope.tasks.tables import read_rows, texts_of
 FRAMES = {  # the last line is the beginning of the reply
     "context-first": "{label}{statement}\n{reply} {stem}",
     "unlabelled": "{opening}{statement}\n{stem}",
-    "reported": "{source} {statement}\n{reply} {stem}",
-    "context-last": "{ask} {stem} ...?\n{label}{statement}\n{reply} {stem}",
-    "quoted": '{source} "{statement}"\n{bridge} {stem}',
+    "reported": "{teller} {statement}\n{truth} {stem}",
+    "doubted": "{statement} {doubt}\n{reply} {stem}",
+    "context-last": "{ask} {stem} ...?\n{label}{statement}\n{truth} {stem}",
+    "quoted": '{teller} "{statement}"\n{bridge} {stem}',
     "bare": "{stem}",
 }
-# What the frames are filled with, besides the statement and the beginning of the answer.
+# What the frames are filled with, besides the statement and the beginning of the answer. Of each some lean to what the
+# prompt says ("Answer:") and some to memory ("In reality,").
 SLOTS = {
     "label": LABELS,
     "opening": ("", "Suppose this: ", "Fact: ", "In this story, "),
-    "source": ("I read this somewhere:", "A stranger told me:", "The text says:", "Somebody claims:"),
+    "teller": ("I read this somewhere:", "A child wrote this:", "In a novel:", "Nobody believes this:", "On a wall:"),
+    "doubt": ("This is wrong.", "Is that so?", "So they say.", "That is a joke.", "This was on the news."),
     "reply": ("Answer:", "A:", "Result:", "Reply:"),
+    "truth": ("Answer:", "Truth:", "Correct answer:", "In reality,"),
     "ask": ("Question:", "Q:", "Complete:"),
     "bridge": ("So", "But", "In truth,", "As it says,"),
 }
@@ -49,7 +53,8 @@ class PararelTask(KnownTask):
 
     Args:
         folder: has ``facts/RELATION.jsonl`` (fields ``subject``, ``value``) and ``patterns/RELATION.jsonl`` (field
-            ``pattern``: text with [X] for the subject and [Y] for the value). Patterns that end in [Y] ask, all state.
+            ``pattern``: text with [X] for the subject and [Y] for the value). Patterns that end in [Y] and have no comma
+            ask, all state.
         subject, value, pattern: names of these fields.
         relations: names of files whose conflicts are fitted on and judged; default: all but the held-out ones.
         held_out_relations: others, judged only; default: the last of the folder, where it has several.
@@ -72,8 +77,8 @@ class PararelTask(KnownTask):
     pattern: str = "pattern"
     relations: Sequence[str] | None = None
     held_out_relations: Sequence[str] | None = None  # type: ignore[assignment]
-    frames: Sequence[str] = ("context-first", "unlabelled", "reported", "context-last")
-    held_out_frames: Sequence[str] = ("quoted",)
+    frames: Sequence[str] = ("context-first", "unlabelled", "reported", "doubted")
+    held_out_frames: Sequence[str] = ("context-last", "quoted")
     facts_each: int = 400
     wrong_values: int = 2
     phrasings: int = 8
@@ -118,9 +123,9 @@ class PararelTask(KnownTask):
                 raise InputError(f"{where}: {self.pattern} is {text!r}; wanted is a text with one [X] and one [Y]")
             if " a [Y]" not in text and " an [Y]" not in text:  # no article fits both answers
                 found.append(text)
-        stems = [text.removesuffix("[Y]").rstrip() for text in found if text.endswith("[Y]")]
+        stems = [text.removesuffix("[Y]").rstrip() for text in found if text.endswith("[Y]") and "," not in text]
         if not stems:
-            raise InputError(f"file: {path} has no pattern that ends in [Y], so none can ask")
+            raise InputError(f"file: {path} has no pattern without a comma that ends in [Y], so none can ask")
         return {"statement": [f"{text}." for text in found], "stem": stems}
 
     def _read_facts(self, relation: str) -> dict[Fact, list[str]]:
@@ -145,8 +150,8 @@ class PararelTask(KnownTask):
     def split_reply(self, prompt: str) -> tuple[str, str]:
         """All but the last line is the user's message, and the reply begins with that; a bare stem is both."""
         message, _, last = prompt.rpartition("\n")
-        label, _, stem = last.partition(" ")
-        return message or prompt, stem if label in SLOTS["reply"] else last
+        label = next((label for label in SLOTS["reply"] + SLOTS["truth"] if last.startswith(f"{label} ")), "")
+        return message or prompt, last.removeprefix(label).lstrip()
 
     def _wrong(self, fact: Fact) -> list[str]:
         return swapped(fact, self.true[fact], self.values[fact[0]], self.wrong_values, self.seed)
