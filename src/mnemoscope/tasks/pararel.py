@@ -53,8 +53,8 @@ class PararelTask(KnownTask):
 
     Args:
         folder: has ``facts/RELATION.jsonl`` (fields ``subject``, ``value``) and ``patterns/RELATION.jsonl`` (field
-            ``pattern``: text with [X] for the subject and [Y] for the value). Patterns that end in [Y] and have no comma
-            ask, all state.
+            ``pattern``: text with [X] for the subject and [Y] for the value). All patterns state; those without a comma
+            that end in [Y] also ask.
         subject, value, pattern: names of these fields.
         relations: names of files whose conflicts are fitted on and judged; default: all but the held-out ones.
         held_out_relations: others, judged only; default: the last of the folder, where it has several.
