@@ -87,7 +87,7 @@ def control_draws(
     """
     shift_LD = directions.dense(setting).astype(np.float64)
     if name in refitted(setting.method):
-        if name == PERMUTED and not directions.sources.lists.can_permute(setting.toward):
+        if name == PERMUTED and not directions.sources.lists.can_permute():
             return
         norm_L = np.linalg.norm(shift_LD, axis=1)
         for first, four in enumerate(shuffles(draws, seed[0], name == PERMUTED)):

@@ -106,22 +106,23 @@ class FitLists:
     steps: int = 20
     items: Mapping[Toward, tuple[Sequence[str], Sequence[str]]] = field(default_factory=dict)
 
-    def can_permute(self, toward: Toward) -> bool:
+    def can_permute(self) -> bool:
         """Whether every item can be given an answer of another that is neither of its own."""
-        return self.permuted(toward, 0) is not None
+        return self.permuted(0) is not None
 
-    def permuted(self, toward: Toward, seed: int) -> dict[str, list[int]] | None:
+    def permuted(self, seed: int) -> dict[str, list[int]] | None:
         """By item, the tokens of another item's answer that neither of its own two goes on with.
 
         Half of the items get an answer of either behaviour: where the two have formats of their own, answers of one
         format would teach the behaviour. All phrasings of an item get the same one. None where an item is left without.
         """
         answers = dict[str, list[list[int]]]()  # by item, of either behaviour
-        for batches, items in zip((self.pairs[toward], self.conflicts[toward]), self.items[toward], strict=True):
-            for batch in batches:
-                rows = (batch.suffix_RM.tolist(), batch.length_R.tolist(), batch.example_R, batch.option_R)
-                for suffix, length, example, option in zip(*rows, strict=True):
-                    answers.setdefault(items[batch.examples_N[example]], [[], []])[option] = suffix[:length]
+        for toward, of_both in self.items.items():
+            for batches, items in zip((self.pairs[toward], self.conflicts[toward]), of_both, strict=True):
+                for batch in batches:
+                    rows = (batch.suffix_RM.tolist(), batch.length_R.tolist(), batch.example_R, batch.option_R)
+                    for suffix, length, example, option in zip(*rows, strict=True):
+                        answers.setdefault(items[batch.examples_N[example]], [[], []])[option] = suffix[:length]
         order = [sorted(answers)[i] for i in np.random.default_rng([seed, 1]).permutation(len(answers))]
         found = {}
         for place, item in enumerate(order):

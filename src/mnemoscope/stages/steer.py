@@ -264,7 +264,7 @@ def _judge_all(opened: _Opened, chosen: Sequence[_Chosen], tell: Tell) -> list[p
 def _fit(opened: _Opened, setting: Setting, several: Sequence[Labels]) -> dict[Fit, np.ndarray]:
     """Learned shifts under several labels."""
     opened.forget_tune()
-    if several[0].permuted and not opened.directions[setting.site].sources.lists.can_permute(setting.toward):
+    if several[0].permuted and not opened.directions[setting.site].sources.lists.can_permute():
         return {}
     found = learned_together(opened.directions[setting.site].sources, setting, several)
     return {(setting, labels): shift_LD for labels, shift_LD in zip(several, found, strict=True)}
