@@ -24,7 +24,7 @@ from mnemoscope.directions import with_prefixes
 from mnemoscope.errors import InputError
 from mnemoscope.face import Fitted
 from mnemoscope.models import Site, cache_of, load_model, pass_inputs, site_width
-from mnemoscope.stages.texts import written
+from mnemoscope.behaviour import written
 from mnemoscope.steering import SteeringVector
 
 LAYERS, NEURONS = 3, 32  # those of the tiny models
