@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -116,6 +117,7 @@ class Bench:
     known: int | None
     tune: Mapping[str, Prompts]
     test: Mapping[str, Prompts]
+    cache: dict[Any, Any] = field(default_factory=dict)  # what methods fit once for both directions, or share
     _sources: dict[Site, Sources] = field(default_factory=dict)
 
     @classmethod
@@ -151,13 +153,18 @@ class Bench:
             raise InputError("task: its fit conflicts have no other phrasing, so there are no pairs")
         return Fit(mined, prompts, _fit_lists(self, mined, prompts))
 
+    @cached_property
+    def pairs(self) -> list[tuple[Example, Example]]:
+        """(answered generalized, answered memorized) of the fit split; InputError where less than two groups flip."""
+        pairs = spread(self.fit.mined.pairs())[: self.config.pairs]
+        if len({one.group for one, _ in pairs}) < 2:
+            raise InputError(f"task: {len(pairs)} of its fit candidates flip; pairs of 2 groups are needed")
+        return pairs
+
     def sources(self, site: Site) -> Sources:
-        """States of the fit pairs at a site, and the lists; InputError with less than two pairs."""
-        pairs = _spread(self.fit.mined.pairs())[: self.config.pairs]
-        if len(pairs) < 2:
-            raise InputError(f"task: {len(pairs)} of its fit candidates flip; at least 2 pairs are needed")
+        """States of the fit pairs at a site, and the lists that learn by gradients."""
         if site not in self._sources:
-            self._sources[site] = read_sources(site, pairs, self.asking, lambda: self.fit.lists)
+            self._sources[site] = read_sources(site, self.pairs, self.asking, lambda: self.fit.lists)
         return self._sources[site]
 
 
@@ -178,7 +185,8 @@ def _lists(asking: Asking, task: Task, split: Split, conflicts: int, kept: int, 
     bares = [task.without_context(example) for example in drawn]
     if drawn and all(bares) and not task.facts_to_know():
         is_known = score(asking, prepare(asking, [b for b in bares if b]), margins=False).behaviour_N == "memorized"
-        drawn, bares = ([one for one, fine in zip(some, is_known, strict=True) if fine] for some in (drawn, bares))
+        chosen = np.flatnonzero(is_known)
+        drawn, bares = [drawn[n] for n in chosen], [bares[n] for n in chosen]
         if not drawn:
             raise InputError(f"model: it answers no bare question of the {split} split by heart, so nothing is known")
     alone = _each_once(as_bare(bare) for bare in bares if bare)
@@ -186,7 +194,7 @@ def _lists(asking: Asking, task: Task, split: Split, conflicts: int, kept: int, 
     agreeing = [e for e in memory if (bare := task.without_context(e)) is None or bare.prompt != e.prompt]
     lists = {"conflict": Prompts(asking, drawn, bares)}
     for name, examples in (("agreeing", agreeing), ("bare", alone)):
-        examples = _spread_groups(examples)[: 2 * kept]
+        examples = spread_groups(examples)[: 2 * kept]
         labels = score(asking, prepare(asking, examples), margins=False).behaviour_N
         right = [e for e, label in zip(examples, labels, strict=True) if label == "correct"][:kept]
         lists[name] = Prompts(asking, right, [task.without_context(e) if name == "agreeing" else e for e in right])
@@ -201,7 +209,7 @@ def as_bare(bare: Example) -> Example:
 def _fit_lists(bench: Bench, mined: PairBatch, prompts: Mapping[str, Prompts]) -> FitLists:
     config = bench.config
     asking = replace(bench.asking, batch_size=config.batch)  # one batch a step
-    found = _spread(mined.pairs())[: config.pairs]
+    found = spread(mined.pairs())[: config.pairs]
     sides = {"generalized": [one for one, _ in found], "memorized": [other for _, other in found]}
     pairs, conflicts, items = {}, {}, {}
     ready = with_prefixes(asking, prompts["conflict"].examples)
@@ -214,7 +222,7 @@ def _fit_lists(bench: Bench, mined: PairBatch, prompts: Mapping[str, Prompts]) -
     return FitLists(asking, pairs, conflicts, everywhere, 1.0, config.steps, items)
 
 
-def _spread(pairs: Sequence[tuple[Example, Example]]) -> list[tuple[Example, Example]]:
+def spread(pairs: Sequence[tuple[Example, Example]]) -> list[tuple[Example, Example]]:
     """Pairs as evenly by group as possible."""
     by_group: dict[str, list[tuple[Example, Example]]] = {}
     for pair in pairs:
@@ -222,7 +230,7 @@ def _spread(pairs: Sequence[tuple[Example, Example]]) -> list[tuple[Example, Exa
     return in_turn(by_group.values())
 
 
-def _spread_groups(examples: Iterable[Example]) -> list[Example]:
+def spread_groups(examples: Iterable[Example]) -> list[Example]:
     """Examples as evenly by group as possible."""
     by_group: dict[str, list[Example]] = {}
     for example in examples:

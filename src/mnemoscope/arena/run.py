@@ -112,7 +112,7 @@ class _Run:
         self.tell("arena", "frame", 0, 1, "freezing the test set")
         bench = Bench.of(self.asking, self.task, self.config)
         frame = Frame.of(bench)
-        counts = {"asked": bench.asked, "known": bench.known, "order": list(METHODS)}
+        counts: dict[str, Any] = {"asked": bench.asked, "known": bench.known, "order": list(METHODS)}
         counts |= {"lists": {name: len(prompts) for name, prompts in frame.lists.items()}}
         self._write_json("frame", self.facts | counts)
         self._write_table("set", frame.table())
@@ -160,7 +160,7 @@ class _Run:
         drawn = [
             example
             for kind in ("conflict", "memory")
-            for example in self.task.examples(np.random.default_rng(self.config.seed), 200, kind)  # type: ignore[arg-type]
+            for example in self.task.examples(np.random.default_rng(self.config.seed), 200, kind)
         ]
         digest = hashlib.sha256("".join(f"{e.item}|{e.prompt}|{e.options}" for e in drawn).encode()).hexdigest()
         binding = Binding.of(self.asking.model, self.asking.tokenizer)

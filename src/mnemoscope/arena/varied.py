@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 
+from mnemoscope.arena.contract import Quoted
 from mnemoscope.arena.lists import Bench, Prompts
 from mnemoscope.behaviour import encode
 from mnemoscope.errors import InputError
 from mnemoscope.tasks import Example, Task, draw
 
 SHOTS = 3  # solved questions before the one that is asked
-FOREIGN = "Réponds à la question suivante en un seul mot."
+FOREIGN = "Réponds à la question suivante en un seul mot.\n"  # an instruction in another language
 # Around the quoted text of a longer prompt: it speaks of nothing that is asked.
 BEFORE = (
     "The reading room opens at nine and closes at six. Visitors leave their bags at the desk and may borrow a pencil. "
@@ -25,43 +26,56 @@ BEHIND = (
 )
 
 
+Found = list[tuple[Example, Example | None]]  # examples with their bare questions
+
+
 def varied_lists(bench: Bench) -> dict[str, Prompts]:
     """By name, the lists of changed prompts that this task allows: the same number of test conflicts each."""
     n = bench.config.varied
     if not n:
         return {}
-    first = bench.test["conflict"].of(np.arange(min(n, len(bench.test["conflict"]))))
-    lists = {f"held-out {name}": list(_drawn(bench, task, n)) for name, task in bench.task.held_out().items()}
-    rng = np.random.default_rng([bench.config.seed, 32])
-    lists["paraphrase"] = [(bench.task.rephrase(example, rng), None) for example in first.examples]
-    solved = _solved(bench)
-    changes: dict[str, Callable[[int], str]] = {
-        "longer text": lambda i: first.quoted[i].with_text(_padded(first.quoted[i].text)),
-        "few-shot": lambda i: "\n\n".join([*solved, first.examples[i].prompt]),
-        "instruction in French": lambda i: f"{FOREIGN}\n{first.examples[i].prompt}",
-        "both answers": lambda i: first.quoted[i].with_text(_both(first.quoted[i].text, first.examples[i])),
+    first, task = bench.test["conflict"].of(np.arange(min(n, len(bench.test["conflict"])))), bench.task
+    lists: dict[str, Found] = {
+        f"held-out {name}": [(example, task.without_context(example)) for example in _drawn(bench, other, n)]
+        for name, other in task.held_out().items()
     }
-    has_text = bool(len(first)) and all(quoted.text for quoted in first.quoted)
-    for name, change in changes.items():
-        if has_text or name in ("few-shot", "instruction in French"):
-            found = zip(first.examples, first.bares, range(len(first)), strict=True)
-            lists[name] = [(replace(e, prompt=change(i)), bare) for e, bare, i in found if change(i) != e.prompt]
-    with_bares = {name: [(e, bare or _bare(bench.task, e)) for e, bare in found] for name, found in lists.items()}
-    return {name: made for name, found in with_bares.items() if (made := _readable(bench, found))}
+    rng = np.random.default_rng([bench.config.seed, 32])
+    rephrased = [task.rephrase(example, rng) for example in first.examples]
+    lists["paraphrase"] = [(example, task.without_context(example)) for example in rephrased]
+    for name, beginning in (
+        ("few-shot", "".join(f"{one}\n\n" for one in _solved(bench))),
+        ("instruction in French", FOREIGN),
+    ):
+        lists[name] = [(_begun(e, beginning), bare and _begun(bare, beginning)) for e, bare in _pairs(first)]
+    texts: dict[str, Callable[[str, Example], str]] = {"longer text": _padded, "both answers": _both}
+    for name, change in texts.items() if all(quoted.text for quoted in first.quoted) else ():
+        lists[name] = [
+            (replace(example, prompt=quoted.with_text(change(quoted.text, example))), bare)
+            for (example, bare), quoted in zip(_pairs(first), first.quoted, strict=True)
+        ]
+    return {name: made for name, found in lists.items() if (made := _readable(bench, found))}
 
 
-def _readable(bench: Bench, found: Sequence[tuple[Example, Example | None]]) -> Prompts | None:
+def _pairs(prompts: Prompts) -> Found:
+    return list(zip(prompts.examples, prompts.bares, strict=True))
+
+
+def _begun(example: Example, beginning: str) -> Example:
+    """The example with something before its prompt."""
+    return replace(example, prompt=beginning + example.prompt)
+
+
+def _readable(bench: Bench, found: Found) -> Prompts | None:
     """The list, or None where it is empty or a prompt does not fit into the model's context."""
     try:
-        encode(bench.asking, [example for example, _ in found])
+        encode(bench.asking, [example for pair in found for example in pair if example])
     except InputError:
         return None
-    return Prompts(bench.asking, *zip(*found, strict=True)) if found else None
+    return Prompts(bench.asking, [example for example, _ in found], [bare for _, bare in found]) if found else None
 
 
-def _drawn(bench: Bench, task: Task, n: int) -> Iterator[tuple[Example, None]]:
-    for example in draw(task, np.random.default_rng([bench.config.seed, 33]), n, "conflict", "test"):
-        yield example, None
+def _drawn(bench: Bench, task: Task, n: int) -> list[Example]:
+    return draw(task, np.random.default_rng([bench.config.seed, 33]), n, "conflict", "test")
 
 
 def _bare(task: Task, example: Example) -> Example | None:
@@ -75,9 +89,16 @@ def _solved(bench: Bench) -> list[str]:
     return [f"{e.prompt}{e.answer}" for e in list(by_group.values())[:SHOTS]]
 
 
-def _padded(text: str) -> str:
+def _padded(text: str, example: Example) -> str:
     """A text with others before and behind it, a paragraph each."""
     return f"{BEFORE.strip()}\n{text.rstrip()}\n{BEHIND.strip()}"
+
+
+def told_twice(example: Example, quoted: Quoted) -> Example | None:
+    """The example with its text told twice, so that it coheres; None where its prompt quotes none."""
+    if not quoted.text:
+        return None
+    return replace(example, prompt=quoted.with_text(f"{quoted.text.rstrip()} Everybody agrees: {quoted.text.strip()}"))
 
 
 def _both(text: str, example: Example) -> str:

@@ -1,6 +1,6 @@
-"""Interventions that add a vector of ``directions`` to the states from the decision position on.
+"""Interventions that change states from the decision position on: by a vector of ``directions``, or by an edit.
 
-Shapes: L layers, D neurons.
+Shapes: N states, L layers, D neurons.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from mnemoscope.arena.contract import Applied, Intervention
+from mnemoscope.arena.fitting import randomized
 from mnemoscope.arena.lists import Bench
 from mnemoscope.directions import TOWARD, Directions, Setting, gaussian
 from mnemoscope.models import Site, blocks_of
-from mnemoscope.steering import SteeringVector, Toward
+from mnemoscope.steering import Edit, SteeringVector, Toward, edited
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,6 +38,29 @@ def by_vector(
         return applied(vector.with_dense(gaussian(shift_LD, np.random.default_rng([35, number]))))
 
     return Intervention(method, vector.toward, setting, applied=applied(vector), norm=norm, drawn=drawn)
+
+
+def by_edit(
+    bench: Bench, method: str, toward: Toward, setting: dict[str, object], layer: int, edit: Edit
+) -> Intervention:
+    """The intervention that edits a block's output, with controls that move each state as far, somewhere else.
+
+    Its norm is the root mean square over the fit pairs' states, in units of the layer's norm.
+    """
+    sources = bench.sources("block")
+    states_ND = torch.from_numpy(sources.states_P2LD[:, :, layer]).float().flatten(0, 1)
+    moved_N = (edit(states_ND[:, None]) - states_ND[:, None]).norm(dim=-1).double() / sources.norm_L[layer]
+
+    def drawn(number: int) -> Applied:
+        return at_block(bench.asking.model, layer, randomized(edit, (36, layer, number)))
+
+    applied, norm = at_block(bench.asking.model, layer, edit), float(moved_N.square().mean().sqrt())
+    return Intervention(method, toward, setting, applied=applied, norm=norm, drawn=drawn)
+
+
+def at_block(model: PreTrainedModel, layer: int, edit: Edit) -> Applied:
+    """The context in which a block's output is edited from the decision position on."""
+    return lambda start: edited(model, {layer: edit}, "block", start=start)
 
 
 def of_settings(

@@ -1,6 +1,15 @@
 """Models: build a small GPT-2, open or adapt any causal LM; the only definition of layer, site, position and cache."""
 
-from mnemoscope.models.caches import RoomyLayer, bytes_of, cache_of, cached_columns, forked, make_room, select_rows
+from mnemoscope.models.caches import (
+    RoomyLayer,
+    bytes_of,
+    cache_argument,
+    cache_of,
+    cached_columns,
+    forked,
+    make_room,
+    select_rows,
+)
 from mnemoscope.models.layout import (
     EVERY_SITE,
     SITES,

@@ -182,7 +182,7 @@ def _winner(records: Records, toward: str) -> str | None:
 
 
 def _tests(records: Records, toward: str, winner: str | None) -> dict[str, dict[str, Any]]:
-    """Paired differences of wanted answers to each baseline, by method, with p-values of Holm over all of a direction."""
+    """Paired differences of wanted answers to each baseline, by method; Holm's correction is over a direction's."""
     groups, rows = records.groups("conflict"), list[tuple[str, str, Estimate, float]]()
     hits = {name: (records.labels(name, toward, "conflict") == toward).astype(float) for name in records.methods}
     baselines = dict.fromkeys(one for one in (*BASELINES, winner) if one in hits)
