@@ -38,9 +38,8 @@ def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
     sign = 1.0 if toward == "generalized" else -1.0
     unit_LHW = sign * spread_direction(states_P2LHW)
     found = []
-    for count, factor in product(HEADS, FACTORS):
-        if count > rank_LH.size // 2:
-            continue
+    counts = dict.fromkeys(min(count, rank_LH.size // 2) for count in HEADS)
+    for count, factor in product(counts, FACTORS):
         chosen_LH = np.zeros(rank_LH.size, bool)
         chosen_LH[np.argsort(-rank_LH.ravel(), kind="stable")[:count]] = True
         shift_LHW = np.where(chosen_LH.reshape(rank_LH.shape)[..., None], factor * unit_LHW, 0.0)

@@ -34,7 +34,7 @@ def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
     sources, found = bench.sources("block"), []
     for layer, place in product(spread_layers(bench, LAYERS), PLACES):
         knob_D = learned(bench, layer)
-        along_P2 = torch.from_numpy(sources.states_P2LD[:, :, layer]).float() @ knob_D
+        along_P2 = coordinate(torch.from_numpy(sources.states_P2LD[:, :, layer]).float(), knob_D)
         wanted, middle = float(along_P2[:, 0 if toward == "generalized" else 1].mean()), float(along_P2.mean())
         value = middle + place * (wanted - middle)
         setting: dict[str, object] = {"layer": layer, "place": place, "value": value}
@@ -48,9 +48,14 @@ def held(knob_D: Tensor, value: float | Tensor) -> Edit:
     def hold(states_NTD: Tensor) -> Tensor:
         unit_D = knob_D.to(states_NTD)
         aim = value[:, None].to(states_NTD) if isinstance(value, Tensor) else value
-        return states_NTD + (aim - states_NTD @ unit_D)[..., None] * unit_D
+        return states_NTD + (aim - coordinate(states_NTD, unit_D))[..., None] * unit_D
 
     return hold
+
+
+def coordinate(states_ND: Tensor, unit_D: Tensor) -> Tensor:
+    """The coordinate of states along a unit vector, (N,); not by a product of matrices, whose rounding varies."""
+    return (states_ND * unit_D).sum(-1)
 
 
 def learned(bench: Bench, layer: int) -> Tensor:
@@ -74,7 +79,7 @@ def _learned(bench: Bench, layer: int) -> Tensor:
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / steps)
     for batch, donor_ND, option_N in islice(cycle(_interchanges(bench, states_P2D)), steps):
         unit_D = raw_D / raw_D.norm()
-        edit = _once(held(unit_D, donor_ND @ unit_D))
+        edit = _once(held(unit_D, coordinate(donor_ND, unit_D)))
         applied = at_block(bench.asking.model, layer, edit)
         loss = -log_p(bench.asking, applied, batch, option_N).mean()
         (raw_D.grad,) = torch.autograd.grad(loss, [raw_D])
