@@ -176,11 +176,10 @@ class Neutral:
         self.asking, following = asking, config.following
         rng = np.random.default_rng([config.seed, 34])
         length = min(64, context_length(asking.model) - 1 - following - 32)
-        self.batches = list[Batch]()
+        self.batches, self.plain, self.encoded = list[Batch](), list[Tensor](), list[Encoded]()
         if not config.cuts or length < EARLIEST + following:
             return
         texts = written(asking, min(16, config.cuts), length, int(rng.integers(2**31)))
-        self.encoded = []
         for number in range(config.cuts):
             row, place = texts[number % len(texts)].tolist(), int(rng.integers(EARLIEST, length - following + 1))
             self.encoded.append(Encoded(row[:place], 0, (row[place : place + following],)))

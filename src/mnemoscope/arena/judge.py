@@ -14,9 +14,13 @@ import pandas as pd
 
 from mnemoscope.arena.answers import Neutral, is_exact, scores, texts_of
 from mnemoscope.arena.contract import Intervention
-from mnemoscope.arena.lists import Bench, Prompts
+from mnemoscope.arena.gate import THRESHOLD, fitted_detector, readings
+from mnemoscope.arena.lists import LISTS, Bench, Prompts
 from mnemoscope.arena.varied import varied_lists
 from mnemoscope.behaviour import Scores
+from mnemoscope.detect import Detector
+from mnemoscope.errors import InputError
+from mnemoscope.steering import OPPOSITE
 
 TABLES = ("answers", "texts", "neutral")
 UNSTEERED = "unsteered"
@@ -24,26 +28,42 @@ UNSTEERED = "unsteered"
 
 @dataclass(frozen=True)
 class Frame:
-    """What all interventions are judged on: the frozen lists, those of changed prompts, and neutral text."""
+    """What all interventions are judged on.
+
+    Attributes:
+        lists: the frozen lists, then those of changed prompts.
+        detector: of the gate; None where there is none, for the reason ``why``.
+    """
 
     bench: Bench
     lists: Mapping[str, Prompts]
     neutral: Neutral
+    detector: Detector | None
+    why: str
 
     @classmethod
     def of(cls, bench: Bench) -> Frame:
         """Draw it."""
-        return cls(bench, {**bench.test, **varied_lists(bench)}, Neutral(bench))
+        try:
+            detector, why = fitted_detector(bench), ""
+        except InputError as error:  # too few prompts of a behaviour, which is no reason to lose all else
+            detector, why = None, str(error)
+        return cls(bench, {**bench.test, **varied_lists(bench)}, Neutral(bench), detector, why)
 
     def table(self) -> pd.DataFrame:
-        """Every prompt of every list with its unsteered label."""
+        """Every prompt of every list with its unsteered label; of the frozen ones also where a gate acts."""
         parts = []
         for name, prompts in self.lists.items():
             rows = pd.DataFrame([example.to_row() for example in prompts.examples])
             found = prompts.unsteered
-            columns = {"unsteered": found.behaviour_N, "margin": found.margin_N, "tie": found.tie_N}
+            columns: dict[str, Any] = {"unsteered": found.behaviour_N, "margin": found.margin_N, "tie": found.tie_N}
+            columns |= dict.fromkeys(("p_memorized", *(f"acts_{toward}" for toward in OPPOSITE)), np.nan)
+            if self.detector and name in LISTS and len(prompts):
+                reading = readings(self.detector, prompts)
+                columns |= {"p_memorized": reading.p_memorized}
+                columns |= {f"acts_{one}": reading.acts(one, THRESHOLD).astype(float) for one in OPPOSITE}
             parts.append(rows.assign(list=name, example=np.arange(len(rows)), **columns))
-        return pd.concat(parts, ignore_index=True)
+        return pd.concat([part for part in parts if len(part)], ignore_index=True)
 
     def judged(self, one: Intervention | None, toward: str) -> dict[str, pd.DataFrame]:
         """Tables by name of an intervention, or of none, towards a behaviour."""

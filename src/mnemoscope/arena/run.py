@@ -17,7 +17,7 @@ from mnemoscope.arena.choose import best_of
 from mnemoscope.arena.judge import TABLES, UNSTEERED, Frame
 from mnemoscope.arena.lists import Bench
 from mnemoscope.arena.methods import METHODS, candidates
-from mnemoscope.behaviour import PLAIN, Asking, Prompting
+from mnemoscope.behaviour import PLAIN, Asking
 from mnemoscope.config import ArenaConfig, parse_arena
 from mnemoscope.errors import InputError
 from mnemoscope.files import plain, write_atomically
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 Tell = Callable[[str, str, float, float, str], None]
 SCHEMA = 1
+CHOICES = ("sizes", "prompting", "name", "progress")
 
 
 def arena(
@@ -41,9 +42,7 @@ def arena(
     *,
     methods: Sequence[str] | None = None,
     options: Mapping[str, Any] | None = None,
-    sizes: Mapping[str, Any] | None = None,
-    prompting: Prompting = PLAIN,
-    progress: Tell | None = None,
+    **choices: Any,
 ) -> Path:
     """Run every method on one frozen set of conflicts, in both directions, and build the page; returns its path.
 
@@ -55,29 +54,33 @@ def arena(
         methods: names of ``METHODS``; default: all. What cannot be fitted is left out and named; if it was asked for by
             name, its reason is raised.
         options: of a task that is given by name.
-        sizes: fields of ``ArenaConfig``.
-        prompting: the format of prompts.
-        progress: called with (cell, stage, done, total, note).
+        choices: ``sizes``, fields of ``ArenaConfig``; ``prompting``, the format of prompts; ``name`` of the model on
+            the page; ``progress``, called with (cell, stage, done, total, note).
 
     Raises:
         InputError: an argument cannot be used, nothing is known by heart, or there are too few groups.
     """
-    config = parse_arena(dict(sizes or {}))
+    for choice in choices:
+        if choice not in CHOICES:
+            raise InputError(f"{choice}: arena has no such argument; it has {', '.join(CHOICES)}")
     for method in methods or ():
         if method not in METHODS:
             raise InputError(f"methods: {method!r} is not one of {', '.join(METHODS)}")
+    config = parse_arena(dict(choices.get("sizes") or {}))
     made = task if isinstance(task, Task) else _task(task, dict(options or {}), config.seed)
-    name = str(model) if isinstance(model, str | Path) else type(model).__name__
+    is_open = not isinstance(model, str | Path)
+    name = choices.get("name") or (type(model).__name__ if is_open else Path(str(model)).name)
     if isinstance(model, str | Path):
         model, tokenizer = load_model(model)
     if tokenizer is None:
-        raise InputError("tokenizer: None; an open model needs its tokenizer")
-    asking = Asking(model, tokenizer, made.boundary, prompting=prompting)
+        raise InputError("tokenizer: None; an open model needs its tokenizer (or give the model by name)")
+    asking = Asking(model, tokenizer, made.boundary, prompting=choices.get("prompting") or PLAIN)
+    tell = choices.get("progress") or (lambda *_: None)
     folder, threads, training = Path(out) / "arena", torch.get_num_threads(), model.training
     torch.set_num_threads(config.threads)
     model.eval()
     try:
-        _Run(asking, made, config, folder, name, progress or (lambda *_: None)).go(methods)
+        _Run(asking, made, config, folder, name, tell).go(methods)
     finally:
         torch.set_num_threads(threads)
         model.train(training)
@@ -112,7 +115,12 @@ class _Run:
         self.tell("arena", "frame", 0, 1, "freezing the test set")
         bench = Bench.of(self.asking, self.task, self.config)
         frame = Frame.of(bench)
-        counts: dict[str, Any] = {"asked": bench.asked, "known": bench.known, "order": list(METHODS)}
+        counts: dict[str, Any] = {
+            "asked": bench.asked,
+            "known": bench.known,
+            "order": list(METHODS),
+            "no_gate": frame.why,
+        }
         counts |= {"lists": {name: len(prompts) for name, prompts in frame.lists.items()}}
         self._write_json("frame", self.facts | counts)
         self._write_table("set", frame.table())
@@ -166,7 +174,7 @@ class _Run:
         binding = Binding.of(self.asking.model, self.asking.tokenizer)
         return {
             "schema": SCHEMA,
-            "model": Path(model).name,
+            "model": model,
             "weights": binding.weights,
             "task": self.task.name,
             "examples": digest,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -88,14 +88,26 @@ class Records:
         return table[table["toward"] == (UNSTEERED if method == UNSTEERED else toward)]
 
 
-def build_arena(run: Path) -> Path:
-    """Write ``arena.json`` and ``arena.html`` of a run from its records; returns the path of the page."""
+def build_arena(run: Path, beside: Sequence[Path] = ()) -> Path:
+    """Write ``arena/results.json`` and ``arena.html`` of a run from its records; returns the path of the page.
+
+    ``beside``: other runs, whose arenas are on the same page.
+
+    Raises:
+        InputError: a run holds no arena, or its records are damaged.
+    """
     from mnemoscope.report.arena_page import render_arena
 
     results = results_of(Records.of(run / "arena"))
     text = json.dumps(plain(results), indent=1, allow_nan=False) + "\n"
     write_atomically(run / "arena" / "results.json", text.encode())
-    return write_atomically(run / "arena.html", render_arena([results]).encode())
+    others = [results_of(Records.of(other / "arena")) for other in beside]
+    return write_atomically(run / "arena.html", render_arena([results, *others]).encode())
+
+
+def arena_name(results: Mapping[str, Any]) -> str:
+    """Model and task of an arena."""
+    return f"{results['model']}, {results['task']}"
 
 
 def results_of(records: Records) -> dict[str, Any]:
@@ -112,6 +124,7 @@ def results_of(records: Records) -> dict[str, Any]:
         "lists": frame["lists"],
         "unsteered": {toward: _direction(records, UNSTEERED, toward) for toward in TOWARDS},
         "left_out": dict(records.left_out),
+        "no_gate": frame["no_gate"],
         "methods": {
             name: {
                 "passes": records.facts[name]["passes"],
@@ -145,6 +158,7 @@ def _direction(records: Records, name: str, toward: str) -> dict[str, Any]:
         for one in lists
         if one not in ("conflict", *KEPT)
     }
+    found["mix"], found["gated"] = _mixed(records, name, toward)
     texts = records.part(name, toward, "texts")
     found["exact"] = _share(texts[f"exact_{toward}"].to_numpy(float), groups[: len(texts)])
     found |= {column: _mean_of(texts[column].tolist()) for column in ("nats", "repeated", "seconds")}
@@ -160,6 +174,34 @@ def _direction(records: Records, name: str, toward: str) -> dict[str, Any]:
         found["norm"] = math.nan if norm is None else norm
         found["control"] = _control(records, name, toward)
     return found
+
+
+def _mixed(records: Records, name: str, toward: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Share of right answers on conflicts, agreeing and bare questions in equal parts, without and with the gate.
+
+    Right is the wanted answer of a conflict, and the answer that stays elsewhere. Where the gate does not act, the
+    answer is the model's own.
+    """
+    lists = ("conflict", *KEPT)
+    n = min(len(records.groups(one)) for one in lists)
+    right, gated, acts, groups = [], [], [], []
+    for one in lists:
+        side = toward if one == "conflict" else "correct"
+        rows = records.set[records.set["list"] == one].head(n)
+        mine, own = (
+            found[:n] == side for found in (records.labels(name, toward, one), records.labels(UNSTEERED, "", one))
+        )
+        acts_N = rows[f"acts_{toward}"].to_numpy(float)
+        right.append(mine)
+        gated.append(np.where(acts_N == 1, mine, own))
+        acts.append(acts_N)
+        groups.append(rows["group"].to_numpy(dtype=str))
+    groups_N, acts_N = np.concatenate(groups), np.concatenate(acts)
+    mix = _share(np.concatenate(right), groups_N)
+    if not len(acts_N) or np.isnan(acts_N).any():
+        return mix, None
+    by_list = {one: float(np.mean(part)) for one, part in zip(lists, acts, strict=True)}
+    return mix, _share(np.concatenate(gated), groups_N) | {"acts": by_list}
 
 
 def _control(records: Records, name: str, toward: str) -> dict[str, Any] | None:
