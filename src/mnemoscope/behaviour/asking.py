@@ -141,6 +141,8 @@ class Asking:
             ends where its last word ends, whatever follows.
         batch_size: examples per pass, at most: fewer where memory is short. No label depends on it, ties aside.
         prompting: how prompts are formatted; InputError where it is a chat and the tokenizer has no chat template.
+        from_prompt: the decision position is the last token of every prompt, as in ``generate``, also where two answers
+            begin with the same tokens.
     """
 
     model: PreTrainedModel
@@ -148,6 +150,7 @@ class Asking:
     boundary: tuple[str, ...] | None = ("",)
     batch_size: int = 512
     prompting: Prompting = PLAIN
+    from_prompt: bool = False
 
     def __post_init__(self) -> None:
         if self.prompting.chat and not self.tokenizer.chat_template:
@@ -322,6 +325,7 @@ def encode(asking: Asking, examples: Sequence[Example]) -> list[Encoded]:
             fault = f"{both}: one begins with the whole of the other, so nothing separates them"
         if fault:
             raise InputError(f"{fault} (item {example.item!r})")
+        shared = 0 if asking.from_prompt else shared
         suffixes = tuple(answer[shared:] for answer in answers)
         encoded.append(Encoded(prompt + answers[0][:shared], shared, suffixes))
     return encoded

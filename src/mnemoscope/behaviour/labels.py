@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 
 from mnemoscope.behaviour.asking import Asking, Batch, as_batch, encode
-from mnemoscope.behaviour.reading import Answers, Contexts, by_option, read_answers, read_contexts, read_only_options
+from mnemoscope.behaviour.reading import (
+    Answers,
+    Contexts,
+    by_option,
+    read_answers,
+    read_contexts,
+    read_only_options,
+    with_options,
+)
 from mnemoscope.behaviour.states import capturing, stacked_states, uncertainty_of
 from mnemoscope.errors import InputError
 from mnemoscope.models import PLAINLY, Site, context_length, end_ids
@@ -100,6 +108,40 @@ def score(
                 scores.uncertainty_N2 = np.empty((total, 2))
             scores.states_NLD[batch.examples_N] = states_NLD
             scores.uncertainty_N2[batch.examples_N] = uncertainty_of(contexts.logits_NV)
+    return scores
+
+
+@torch.no_grad()
+def score_read(asking: Asking, batches: Sequence[Batch], read: Callable[[Batch, Batch], Tensor]) -> Scores:
+    """Label prepared examples by logits that a function reads: for interventions of more than one pass.
+
+    Args:
+        read: (batch, the same contexts with one option each) -> logits that predict each token of the options and what
+            closes them, float32 (N, M + 1, V), as ``read_only_options`` gives them with ``closed``. The options of an
+            example must not share tokens before its decision position (``Asking.from_prompt``).
+    """
+    scores = Scores.empty(sum(len(batch.examples_N) for batch in batches))
+    closing, tie = torch.tensor(asking.boundary_ids(), device=asking.model.device), TIES.get(asking.model.dtype, 1e-4)
+    for batch in batches:
+        fits_R, tie_N = torch.zeros_like(batch.example_R, dtype=torch.bool), np.zeros(len(batch.examples_N), bool)
+        logp_R = torch.zeros(len(batch.example_R), dtype=torch.float64, device=batch.example_R.device)
+        for option in range(int(batch.option_R.max()) + 1):
+            here_R = batch.option_R == option
+            has_N = by_option(batch, torch.ones_like(fits_R), False)[:, option]
+            one = with_options(batch, (has_N * option)[None])
+            logits_NMV = read(batch, one)
+            first_N, tie_first_N = _greedy(logits_NMV[:, 0], tie)
+            suffix_NM = one.suffix_RM[:, : logits_NMV.shape[1] - 1]
+            answers = Answers(one.example_R, suffix_NM, one.length_R, logits_NMV[:, 1:])
+            ends_N, ties_N = _ends(answers, closing, tie)
+            fits_N = (first_N == one.suffix_RM[:, 0]) & ends_N
+            fits_R[here_R] = fits_N[has_N]
+            logp_R[here_R] = _log_p_of(logits_NMV[:, :-1], answers.suffix_SM, one.length_R).double()[has_N]
+            tie_N |= (tie_first_N | (ties_N & (first_N == one.suffix_RM[:, 0]))).cpu().numpy()
+        scores.behaviour_N[batch.examples_N] = _behaviour(batch, fits_R)
+        scores.tie_N[batch.examples_N] = tie_N
+        logp_N2 = by_option(batch, logp_R, torch.nan)
+        scores.margin_N[batch.examples_N] = (logp_N2[:, 1] - logp_N2[:, 0]).cpu().numpy()
     return scores
 
 

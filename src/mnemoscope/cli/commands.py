@@ -56,12 +56,20 @@ def run(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")], as_json: AsJson = False) -> None:
-    """Rebuild results.json and report.html from the records of a run."""
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    beside: Annotated[list[Path] | None, typer.Option(help="Another arena's run, shown on the same page.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Rebuild the results and the page of a run, a study's or an arena's, from its records."""
     from mnemoscope.errors import InputError
     from mnemoscope.executors import in_processes
-    from mnemoscope.report import build_report
+    from mnemoscope.report import build_arena, build_report
 
+    if (run / "arena" / "frame.json").is_file() and not (run / "study.yaml").is_file():
+        page, found = build_arena(run, beside or ()), run / "arena" / "results.json"
+        say({"run": str(run), "results": str(found), "report": str(page)}, as_json, "report")
+        return
     if not (run / "study.yaml").is_file():
         raise InputError(f"RUN: {run} is not a run folder (it has no study.yaml)")
     with in_processes(min(AT_A_TIME, os.cpu_count() or 1)) as parallel:
@@ -128,6 +136,36 @@ def check(
     split = made.split_reply if chat and made.begins_reply else None
     found = check_task(Asking(opened, tokenizer, made.boundary, 32, Prompting(chat, reply=reply, split=split)), made)
     typer.echo(dumped(asdict(found)) if as_json else str(found))
+
+
+@app.command()
+def arena(
+    model: Model,
+    task: Annotated[str, typer.Option(help="A task, see `mnemoscope tasks`, or a JSONL file of your own.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Run folder; an interrupted arena continues there.")],
+    method: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated. Default: all.")] = None,
+    option: Given = None,
+    size: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE: how many prompts or steps, as conflicts=80.")
+    ] = None,
+    chat: AsChat = False,
+    reply: Reply = "",
+    dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
+    layout: Parts = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare every way to make a model follow its text, or its memory, on one frozen set of conflicts."""
+    from mnemoscope.arena.run import arena as run_arena
+    from mnemoscope.behaviour import Prompting
+
+    asked: dict[str, Any] = {"methods": method, "options": options(option), "sizes": options(size)}
+    opened, tokenizer = _open(model, dtype, layout, device_map)
+    asked |= {"prompting": Prompting(chat, reply=reply), "name": model}
+    with progress(quiet=as_json) as tell:
+        page = run_arena(opened, tokenizer, task, out, progress=tell, **asked)
+    results = str(out / "arena" / "results.json")
+    say({"run": str(out), "results": results, "page": str(page)}, as_json, "page")
 
 
 @app.command()

@@ -19,7 +19,7 @@ from mnemoscope.directions.choose import (
     shared_neurons,
     shuffles,
 )
-from mnemoscope.directions.learned import learned_together
+from mnemoscope.directions.learned import learned_together, wanted_batches
 from mnemoscope.directions.sources import (
     ANSWERED,
     LOW_RANK,

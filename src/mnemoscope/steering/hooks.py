@@ -37,7 +37,7 @@ Positions = Literal["decision", "all"]
 # Options of ``generate`` that read a prompt in parts, or with guesses behind it: no pass ends at the decision position.
 _NEED_START = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")
 _ROWS = ("num_beams", "num_return_sequences")  # options that make several rows of a prompt
-_Edit = Callable[[Tensor], Tensor]  # states (N, T, D) from the decision position on -> other states
+Edit = Callable[[Tensor], Tensor]  # states (N, T, D) from the decision position on -> other states
 
 
 class LowRank(NamedTuple):
@@ -77,7 +77,7 @@ class Gate:
 
     def is_below(self, site: Site, layer: int) -> bool:
         """Whether a pass reaches a shift there after the states that this gate reads."""
-        order: tuple[Site, ...] = ("attention", "neuron", "mlp", "block")  # within a layer
+        order: tuple[Site, ...] = ("head", "attention", "neuron", "mlp", "block")  # within a layer
         return (self.layer, order.index(self.site)) <= (layer, order.index(site))
 
 
@@ -106,12 +106,26 @@ def shifted(
     return _edited(model, site, tracker, {layer: _summed(some) for layer, some in edits.items()})
 
 
+def edited(
+    model: PreTrainedModel,
+    edits: Mapping[int, Edit],
+    site: Site,
+    positions: Positions = "decision",
+    start: int | None = None,
+) -> AbstractContextManager[None]:
+    """Replace states of some layers by functions of them, which may be learned: gradients flow back.
+
+    ``edits``: by layer, states (N, T, D) from the decision position on, or of all tokens, -> other states.
+    """
+    return _edited(model, site, _PositionTracker(start, everywhere=positions == "all"), edits)
+
+
 def ablated(
     model: PreTrainedModel, means: Mapping[int, Tensor], chosen: Mapping[int, Tensor], site: Site
 ) -> AbstractContextManager[None]:
     """Mean-ablate neurons from the decision position on; by layer: ``means`` float32 (D,), ``chosen`` bool (D,)."""
 
-    def holding(mean_D: Tensor, chosen_D: Tensor) -> _Edit:
+    def holding(mean_D: Tensor, chosen_D: Tensor) -> Edit:
         return lambda states_NTD: torch.where(chosen_D.to(states_NTD.device), mean_D.to(states_NTD), states_NTD)
 
     edits = {layer: holding(mean_D, chosen[layer]) for layer, mean_D in means.items()}
@@ -131,9 +145,7 @@ def patched(model: PreTrainedModel, layer: int, states_ND: Tensor, site: Site) -
 
 
 @contextmanager
-def _edited(
-    model: PreTrainedModel, site: Site, tracker: _PositionTracker, edits: Mapping[int, _Edit]
-) -> Iterator[None]:
+def _edited(model: PreTrainedModel, site: Site, tracker: _PositionTracker, edits: Mapping[int, Edit]) -> Iterator[None]:
     """Edit the states of some layers inside the context: the only hook of the package that writes."""
     core, config = core_of(model), getattr(model, "generation_config", None)
     check_hookable(model)
@@ -271,7 +283,7 @@ class _PositionTracker:
             states_NTD = states_of(inputs if output is None else output, self.rows)
             self.acts_N = self.gate.acts(states_NTD[:, self.decision_column].detach())
 
-    def change(self, edit: _Edit, module: nn.Module, inputs: Any, output: Any = None) -> Any:
+    def change(self, edit: Edit, module: nn.Module, inputs: Any, output: Any = None) -> Any:
         """Hook of an edited site: changes its output, or its input, from the first column of this pass on."""
         self.left -= 1
         found = inputs if output is None else output
@@ -307,7 +319,7 @@ class _PositionTracker:
 _Added = Callable[[Tensor], Tensor]  # states (N, T, D) -> what is added to them
 
 
-def _summed(parts: Sequence[_Added]) -> _Edit:
+def _summed(parts: Sequence[_Added]) -> Edit:
     """Add all parts to the states, each computed from the states before."""
 
     def add(states_NTD: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mnemoscope.errors import InputError
-from mnemoscope.models import SITES, Site, blocks_of, site_width
+from mnemoscope.models import EVERY_SITE, Site, blocks_of, site_width
 from mnemoscope.steering.artefact import Artefact
 from mnemoscope.steering.hooks import Gate, LowRank, Positions, shifted
 
@@ -60,7 +60,7 @@ class SteeringVector(Artefact):
     def __post_init__(self) -> None:
         for name, value, allowed in (
             ("toward", self.toward, tuple(OPPOSITE)),
-            ("site", self.site, SITES),
+            ("site", self.site, EVERY_SITE),
             ("positions", self.positions, ("decision", "all")),
         ):
             if value not in allowed:
