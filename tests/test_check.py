@@ -21,7 +21,7 @@ def test_counts_are_those_of_plain_labels(mini: Callable[[str], Asking]) -> None
     asking, task = mini("addition"), build_task("addition", MINI_TASKS["addition"], 0)
     found = check_task(asking, task)
     rng, examples = np.random.default_rng(0), []
-    for split, n in (("fit", 2000), ("tune", 1000), ("test", 2000)):
+    for split, n in (("fit", 500), ("tune", 250), ("test", 500)):
         examples = draw(task, rng, n, "conflict", split)[:160]  # type: ignore[arg-type]
         assert found.splits[split].conflicts == len(examples)
         if split != "test":

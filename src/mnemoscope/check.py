@@ -15,6 +15,7 @@ import numpy as np
 
 from mnemoscope.behaviour import Asking, decode, draw_candidates, prepare, score
 from mnemoscope.errors import InputError
+from mnemoscope.fitting import MEASURED
 from mnemoscope.statistics import LEAST_GROUPS
 from mnemoscope.tasks import SPLITS, Example, Task, draw
 
@@ -23,7 +24,7 @@ FACTS = 400  # bare questions, at most
 SHOWN = 3  # other answers of a family
 GROUPS_NEEDED = 30  # with which a share is known to about 15 points to either side
 PER_TOKEN = 17  # tokens that a fit reads for each distinct one of its data (docs/BENCHMARKS.md)
-FULL = {"fit": 2000, "tune": 1000, "test": 2000}  # conflicts that a fit draws of each split, at most
+FULL = {split: MEASURED["pairs"][f"{split}_examples"] for split in SPLITS}  # conflicts that a fit draws, at most
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,8 @@ STEERING = {
     **{"control_limit": 0.15, "collateral_limit": 0.05},
 }
 MEASURED: dict[str, Any] = {
-    "pairs": {"batch_size": 64, "rephrasings": 4, "fit_examples": 2000, "tune_examples": 1000}
-    | {"test_examples": 2000, "behaviour_examples": 500},
+    "pairs": {"batch_size": 64, "rephrasings": 3, "fit_examples": 500, "tune_examples": 250}
+    | {"test_examples": 500, "behaviour_examples": 300},
     "probes": {"offsets": [0], "pairs": 800},
     "effects": {"pairs": 40, "draws": 1, "doses": [0.0, 0.5, 1.0, 2.0], "ablated": [0.1]},
     "detection": {"fitted": True},
