@@ -167,6 +167,8 @@ def test_steering_is_that_of_the_vector_and_alpha_zero_of_nothing(user: User) ->
     width = inputs.input_ids.shape[1]
     with fitted.steer("generalized"):
         steered = user.words.batch_decode(user.model.generate(**inputs, **options)[:, width:], skip_special_tokens=True)
+    assert fitted.vector("context") is fitted.vector("generalized")  # type: ignore[arg-type]
+    assert len(repr(fitted.vector("generalized")).splitlines()) == 1
     answers = fitted.answers(prompts, "generalized", max_new_tokens=8)
     assert [row["steered"] for row in answers] == steered
     assert any(row["plain"] != row["steered"] for row in answers)
@@ -268,7 +270,10 @@ def test_what_fitted_cannot_do_is_one_line_in_python_and_on_the_command_line(use
         ),
         (lambda: ms.Fitted.open(tmp_path / "absent", other, words), "from: .* does not exist"),
         (lambda: ms.Fitted.open(tmp_path, other, words), "from: .* is neither a vector, a detector, nor a run"),
-        (lambda: fitted.vector("both"), "toward: 'both' is not one of generalized, memorized"),
+        (
+            lambda: fitted.vector("both"),
+            "toward: 'both' is not one of generalized, memorized; of documents: context, memory",
+        ),
         (lambda: fitted.gate(fitted.inputs(["1+2="]), 2.0), "gate: 2.0 is not a probability"),
         (lambda: fitted.detect(["12+34=", "zz"]), "prompt: the tokenizer has no token for 'zz' in 'zz'"),
         (lambda: fitted.detect([""]), "prompt: '' has 0 tokens"),

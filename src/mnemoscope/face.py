@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from mnemoscope.report import Summary
 
 _TOLD: set[str] = set()  # warnings that were given
+ALSO: dict[str, Toward] = {"context": "generalized", "memory": "memorized"}  # what a user of documents calls them
 BATCH = 32  # prompts in a pass
 
 
@@ -161,7 +162,7 @@ class Fitted:
         """Steer the model inside a context, in any forward pass or ``generate``; see ``SteeringVector.apply``.
 
         Args:
-            toward: ``generalized`` or ``memorized``.
+            toward: ``generalized`` or ``memorized``; of documents also ``context`` or ``memory``.
             alpha: factor, or one for each prompt of the batch; 0 leaves the model untouched, bit by bit.
             gate: steer only where ``Reading.acts`` with this threshold: the other behaviour is at least so probable,
                 memory and the rule seem to disagree, and the prompt is like those of the fit. Decides in the same
@@ -212,10 +213,11 @@ class Fitted:
         Raises:
             InputError: it is no behaviour, or there is no such vector.
         """
-        if _known(toward) not in self.vectors:
+        behaviour = _known(toward)
+        if behaviour not in self.vectors:
             there = ", ".join(self.vectors) or "none"
             raise InputError(f"toward: {self.source} has no vector to {toward}; it has {there}")
-        return self.vectors[toward]
+        return self.vectors[behaviour]
 
     def _needed(self, detector: Detector | None) -> Detector:
         if detector is None:
@@ -238,9 +240,10 @@ def _warn_if_the_input_does(detector: Detector) -> None:
 
 
 def _known(toward: Any) -> Toward:
-    if toward not in OPPOSITE:
-        raise InputError(f"toward: {toward!r} is not one of {', '.join(OPPOSITE)}")
-    return toward
+    behaviour = ALSO.get(toward, toward)
+    if behaviour not in OPPOSITE:
+        raise InputError(f"toward: {toward!r} is not one of {', '.join(OPPOSITE)}; of documents: {', '.join(ALSO)}")
+    return behaviour
 
 
 def _artefacts(source: Path, found: Binding) -> tuple[dict[Toward, SteeringVector], Detector | None, Detector | None]:

@@ -240,7 +240,7 @@ def steer(
     model: Model,
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="Prompts to answer.")],
     source: Annotated[Path, typer.Option("--from", help="A run, a cell of one, or the file of a vector.")],
-    toward: Annotated[str, typer.Option(help="generalized or memorized.")],
+    toward: Annotated[str, typer.Option(help="generalized or memorized; of documents: context or memory.")],
     alpha: Annotated[float, typer.Option(min=0.0, help="Factor on the vector; 0 leaves the model as it is.")] = 1.0,
     gate: Annotated[
         float | None,
@@ -275,7 +275,8 @@ def steer(
         typer.echo(dumped(about | {"answers": rows}))
         return
     for row in rows:
-        typer.echo(f"{row['prompt']}\n  unsteered: {row['plain'].strip()}\n  {toward}: {row['steered'].strip()}")
+        named = toward if row["acted"] else f"{toward} (the gate did not act)"
+        typer.echo(f"{row['prompt']}\n  unsteered: {row['plain'].strip()}\n  {named}: {row['steered'].strip()}")
     if acted:
         typer.echo(f"the gate acted on {acted['acted']} of {acted['asked']} prompts")
 

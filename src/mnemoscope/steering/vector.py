@@ -27,7 +27,7 @@ PARTS = ("read", "bias", "write")  # tensors of a low-rank shift, in its order
 OPPOSITE: dict[Toward, Toward] = {"generalized": "memorized", "memorized": "generalized"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SteeringVector(Artefact):
     """A shift for one direction of steering.
 
@@ -75,6 +75,12 @@ class SteeringVector(Artefact):
                 raise InputError(f"low_rank: layer {layer} has other shapes than (K, D), or a value that is not finite")
         acting = {layer: edit for layer, edit in sorted(self.low_rank.items()) if bool(edit.write_KD.any())}
         object.__setattr__(self, "low_rank", acting)
+
+    def __repr__(self) -> str:
+        where = f"{self.site} of layers {', '.join(map(str, self.layers)) or 'none'}"
+        return (
+            f"SteeringVector(to {self.toward}: {self.method} at {where}, strength {self.strength:g}, {self.positions})"
+        )
 
     @property
     def layers(self) -> list[int]:
