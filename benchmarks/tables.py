@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mnemoscope.cells import git_state
 
-PACKAGES = ("torch", "transformers", "numpy", "nnsight", "pyvene", "transformer-lens")
+PACKAGES = ("torch", "transformers", "accelerate", "numpy", "nnsight", "pyvene", "transformer-lens")
 HEAD = """# Benchmarks against other tools
 
 Written by `benchmarks/peers.py`, `benchmarks/training.py` and `benchmarks/memory.py`. All rows of a table are measured

@@ -1,12 +1,10 @@
-"""Seconds until a model shows both behaviours: our loop with the recipe of a study, and ``transformers.Trainer``.
+"""Seconds a step, and until a model shows both behaviours: our loop, and ``transformers.Trainer`` with two recipes.
 
+    pip install '.[bench]'
     OMP_NUM_THREADS=2 python benchmarks/training.py [--study quickstart] [--cells inference addition] [--seeds 2]
 
-Both train the same model on the same task and are measured by the same stop rule, on the same tune examples, as often;
-that time counts for both. Ours is the study's recipe. The Trainer's is the one that this project began with: AdamW and
-the library's schedule; its instances are tokenized many at a time and padded by the library's collator, and its passes
-are in bfloat16 where that is quicker for it (``--bf16``). It is given up after ``--most`` times our seconds. What the
-Trainer does with our optimizers is ours but for the loop, and is not measured.
+All train the same model on the same instances in the same order, and are measured by the study's stop rule on the same
+tune examples after as many steps. They take turns of ``evaluate_every`` steps. ``CONTESTANTS`` says what each is.
 
 Shapes: B instances of a batch, T tokens.
 """
@@ -16,45 +14,61 @@ from __future__ import annotations
 import argparse
 import copy
 import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from rounds import ratios
 from tables import origin, put
-from torch import nn
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+from turns import Training, Turn, Turns, in_turns
 
 from mnemoscope.behaviour import Asking
 from mnemoscope.config import CellConfig, TrainingConfig, load_study
-from mnemoscope.models import build_gpt2, word_tokenizer
-from mnemoscope.processes import settle
+from mnemoscope.models import build_gpt2, in_precision, quick_precision, word_tokenizer
+from mnemoscope.models.passes import Precision
+from mnemoscope.processes import quiet_library, settle
 from mnemoscope.tasks import Task, answer_of, build_task
-from mnemoscope.training import measure, prepare_evaluation, train, unmet
+from mnemoscope.training import batches, measure, optimizers_for, prepare_evaluation, train, unmet
+from mnemoscope.training.loop import row_lengths, weighted_loss
+from mnemoscope.training.optimizers import rate_factor
 
+OURS, RECIPE, PLAIN = "Mnemoscope", "Trainer, our recipe", "Trainer, plain"
+CONTESTANTS = f"""\
+- **{OURS}**: `mnemoscope.training.train` with the recipe of the study.
+- **{RECIPE}**: `transformers.Trainer` with that recipe, by our own functions: optimizers (Muon and AdamW), learning
+  rates, weights of tokens in the loss, precision of the passes, encoded instances. Only the loop differs: the library's
+  data loader, bookkeeping and callbacks, and one padded pass where ours cuts a batch into short and long rows.
+- **{PLAIN}**: `transformers.Trainer` with the recipe that this project began with: AdamW, and the library's schedule,
+  loss and collator, and its bfloat16 where that is quicker for it (`--bf16`). It is known not to learn `inference`."""
+WHAT = """\
+All take turns of as many steps and a measurement, one at work at a time. Milliseconds a step, of the clock and of the
+processor, are without measurements; ratios are median (range) over the turns taken beside ours, the first left out.
+Seconds to both: until the stop rule of the study first held, with measurements, without settling."""
 # What the project began with: AdamW, the loss on answers only for sums and on everything for statements.
 ADAMW = {"adam_beta1": 0.9, "adam_beta2": 0.98, "weight_decay": 0.1, "lr_scheduler_type": "constant_with_warmup"}
 RATES = {"inference": 1e-3, "addition": 2e-3}
+AHEAD = 2048  # instances that are tokenized together for the plain Trainer
 
 
 @dataclass(frozen=True)
-class Found:
-    """How long a way took.
+class Begun:
+    """What every contestant begins with."""
 
-    Attributes:
-        seconds: until the rule first held, or until it was given up.
-        steps: optimizer steps by then.
-        missed: what the stop rule still missed; empty where it held.
-        whole: seconds until the way ended, steps after the rule held included.
-    """
+    asking: Asking
+    task: Task
+    config: TrainingConfig
+    seed: int
 
-    seconds: float
-    steps: int
-    missed: list[str]
-    whole: float
+
+Contestant = Callable[[Begun, Turns], None]
 
 
 def main() -> None:
@@ -64,133 +78,218 @@ def main() -> None:
     parser.add_argument("--cells", nargs="+", default=["inference", "addition"])
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--most", type=float, default=4.0, help="times our seconds for the Trainer")
-    parser.add_argument("--ours-only", action="store_true")
-    parser.add_argument("--bf16", nargs="*", default=[], help="cells in which the Trainer's passes are in bfloat16")
+    parser.add_argument("--trainers", nargs="*", default=[RECIPE, PLAIN], choices=[RECIPE, PLAIN])
+    parser.add_argument("--most", type=float, default=4.0, help="times our seconds, after which a Trainer is given up")
+    parser.add_argument("--bf16", nargs="*", default=[], help="cells with the plain Trainer's passes in bfloat16")
     parser.add_argument("--write", type=Path, help="file for the table, as peers.py writes it")
     arguments = parser.parse_args()
-    settle(arguments.threads)
     study = load_study(arguments.study)
     lines = [
-        "| cell, seed | way | seconds to both | steps | to its end | times ours | |",
-        "|---|---|---|---|---|---|---|",
+        "| cell, seed | contestant | ms a step | times ours | processor ms | times ours | seconds to both | steps "
+        "| times ours | |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     print("\n".join(lines), flush=True)
     for label in arguments.cells:
-        cell = study.cells[label]
+        cell, plain = study.cells[label], partial(with_adamw, rate=RATES[label], bf16=label in arguments.bf16)
+        contestants: dict[str, Contestant] = {OURS: ours, RECIPE: with_our_recipe, PLAIN: plain}
         for seed in range(arguments.seeds):
-            mine = _ours(cell, seed)
-            lines.append(_said(label, seed, "Mnemoscope", mine, mine))
-            if not arguments.ours_only:
-                theirs = _trainers(cell, label, seed, arguments.most * mine.whole, label in arguments.bf16)
-                lines.append(_said(label, seed, "transformers.Trainer, AdamW", theirs, mine))
+            trainings: dict[str, Training] = {
+                name: partial(_begin, contestants[name], cell, seed, arguments.threads)
+                for name in [OURS, *arguments.trainers]
+            }
+            turns = in_turns(trainings, cell.training.evaluate_every, partial(_is_over, arguments.most))
+            lines += _rows(f"{label}, {seed}", turns)
     if arguments.write:
-        what = "Seconds until both behaviours were there first (by the stop rule of the study), one after the other."
-        put(arguments.write, "training", ["## training", "", what, "", *lines, "", origin(1, arguments.threads), ""])
+        head = ["## training", "", CONTESTANTS, "", WHAT, ""]
+        put(arguments.write, "training", [*head, *lines, "", origin(1, arguments.threads), ""])
 
 
-def _said(label: str, seed: int, who: str, found: Found, mine: Found) -> str:
-    missed = "; ".join(found.missed)
-    times = f"{'more than ' if missed else ''}{found.seconds / mine.seconds:.2f}"
-    steps = f"{found.seconds:.1f} | {found.steps} | {found.whole:.1f}"
-    line = f"| {label}, {seed} | {who} | {steps} | {times} | {missed or 'both behaviours'} |"
-    print(line, flush=True)
-    return line
-
-
-def _begun(cell: CellConfig, seed: int) -> tuple[Asking, Task]:
+def _begin(contestant: Contestant, cell: CellConfig, seed: int, threads: int, turns: Turns) -> None:
+    settle(threads)
+    quiet_library()
     task = build_task(cell.task, cell.options, seed)
     tokenizer = word_tokenizer(task.vocabulary or (), cell.model.context)
-    return Asking(build_gpt2(tokenizer, cell.model, seed), tokenizer, task.boundary), task
+    asking = Asking(build_gpt2(tokenizer, cell.model, seed), tokenizer, task.boundary)
+    turns.begin()
+    contestant(Begun(asking, task, cell.training, seed), turns)
 
 
-def _ours(cell: CellConfig, seed: int) -> Found:
-    asking, task = _begun(cell, seed)
-    began, first = time.perf_counter(), []
+def _is_over(most: float, name: str, turns: Mapping[str, list[Turn]]) -> bool:
+    if not turns[name][-1].missed:
+        return True
+    return bool(turns[OURS]) and not turns[OURS][-1].missed and _seconds(turns[name]) > most * _seconds(turns[OURS])
+
+
+def _seconds(turns: list[Turn]) -> float:
+    return sum(turn.seconds for turn in turns)
+
+
+def _rows(place: str, turns: dict[str, list[Turn]]) -> list[str]:
+    rows = []
+    for name, found in turns.items():
+        step = " | ".join(_per_step(turns, name, clock) for clock in ("per_step", "work_per_step"))
+        missed = "; ".join(found[-1].missed)
+        times = f"{'more than ' if missed else ''}{_seconds(found) / _seconds(turns[OURS]):.2f}"
+        both = f"{_seconds(found):.1f} | {found[-1].steps} | {times} | {missed or 'both behaviours'}"
+        rows.append(f"| {place} | {name} | {step} | {both} |")
+    print("\n".join(rows), flush=True)
+    return rows
+
+
+def _per_step(turns: dict[str, list[Turn]], name: str, clock: str) -> str:
+    beside = slice(1, min(len(turns[name]), len(turns[OURS])))
+    taken = {key: np.array([getattr(turn, clock) for turn in turns[key][beside]]) for key in (OURS, name)}
+    middle, least, most = ratios(taken, OURS)[name]
+    return f"{1e3 * np.median(taken[name]):.1f} | {middle:.2f} ({least:.2f} to {most:.2f})"
+
+
+def ours(begun: Begun, turns: Turns) -> None:
+    """Train by our loop."""
+    config = begun.config
 
     def progress(step: int, measured: dict[str, float]) -> None:
-        if measured and not first and not unmet(cell.training.stop, measured):
-            first.append((time.perf_counter() - began, step))
+        turns.stepped(step)
+        if step % config.evaluate_every == 0:
+            turns.measured(step, unmet(config.stop, measured))
 
-    trained = train(asking, task, cell.training, np.random.default_rng(seed), progress)
-    seconds, steps = first[0] if first else (trained.seconds, trained.steps)
-    return Found(seconds, steps, trained.unmet, time.perf_counter() - began)
-
-
-AHEAD = 2048  # instances that are tokenized together for the Trainer
+    train(begun.asking, begun.task, config, np.random.default_rng(begun.seed), progress)
 
 
-class _Instances(torch.utils.data.IterableDataset[dict[str, list[int]]]):
-    """Instances as they come, with labels on what the recipe learns from."""
+class _Turned(TrainerCallback):
+    """The study's rule, as often as the study looks."""
 
-    def __init__(self, asking: Asking, task: Task, config: TrainingConfig, seed: int) -> None:
-        self.asking, self.task, self.answers_only, self.seed = asking, task, config.prompt_weight < 1, seed
+    def __init__(self, begun: Begun, rng: np.random.Generator, turns: Turns) -> None:
+        self.begun, self.turns = begun, turns
+        self.evaluation = prepare_evaluation(begun.asking, begun.task, begun.config.evaluation_examples, rng)
 
-    def __iter__(self) -> Iterator[dict[str, list[int]]]:
-        tokenizer, instances = self.asking.tokenizer, self.task.training(np.random.default_rng(self.seed))
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        config, model = self.begun.config, self.begun.asking.model
+        self.turns.stepped(state.global_step)
+        if state.global_step % config.evaluate_every == 0:
+            model.eval()
+            self.turns.measured(state.global_step, unmet(config.stop, measure(self.evaluation)))
+
+
+class _Rows(torch.utils.data.IterableDataset[dict[str, Any]]):
+    """Instances as they come."""
+
+    def __init__(self, rows: Iterator[dict[str, Any]]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self.rows
+
+
+def _rng(seed: int) -> np.random.Generator:
+    """A generator in the state in which our loop draws its tune examples, and then its instances."""
+    rng = np.random.default_rng(seed)
+    rng.integers(2**31)
+    return rng
+
+
+def _arguments(begun: Begun, folder: str, **more: Any) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=begun.config.batch_size,
+        seed=begun.seed,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        dataloader_num_workers=0,
+        remove_unused_columns=False,
+        **more,
+    )
+
+
+class _Together(torch.optim.Optimizer):
+    """Several optimizers as the one that the Trainer takes; their groups are its groups."""
+
+    def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self.parts = parts
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for part in self.parts:
+            part.step()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing: the library moves the state, empty yet, to the device this way, and would replace the groups."""
+
+
+class _OurRecipe(Trainer):
+    """The library's loop around our loss, in our precision."""
+
+    precision: Precision
+
+    def training_step(self, model: Any, *given: Any, **more: Any) -> Tensor:
+        with in_precision(model, self.precision):
+            return super().training_step(model, *given, **more)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], *given: Any, **more: Any) -> Tensor:
+        weights_BT = inputs["weights"]
+        return weighted_loss(model, inputs["input_ids"], weights_BT, weights_BT[:, 1:].sum())
+
+
+def with_our_recipe(begun: Begun, turns: Turns) -> None:
+    """Train by the library's Trainer with the recipe of the study."""
+    config, asking, rng = begun.config, begun.asking, _rng(begun.seed)
+    turned = _Turned(begun, rng, turns)
+    optimizer = _Together(optimizers_for(asking.model, config))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate_factor, config=config))
+
+    def rows() -> Iterator[dict[str, Tensor]]:
+        for ids_BT, weights_BT in batches(asking, begun.task, config, rng):
+            for ids_T, weights_T, n in zip(ids_BT, weights_BT, row_lengths(weights_BT).tolist(), strict=True):
+                yield {"input_ids": ids_T[:n], "weights": weights_T[:n]}
+
+    def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        ids_BT = pad_sequence([row["input_ids"] for row in rows], True, asking.tokenizer.eos_token_id)  # as ours pads
+        return {"input_ids": ids_BT, "weights": pad_sequence([row["weights"] for row in rows], True)}
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = _OurRecipe(
+            model=asking.model,
+            args=_arguments(begun, folder, max_steps=config.steps, max_grad_norm=1.0),
+            train_dataset=_Rows(rows()),
+            data_collator=collate,
+            callbacks=[turned],
+            optimizers=(optimizer, schedule),
+        )
+        trainer.precision = quick_precision(asking.model) if config.precision == "auto" else config.precision
+        trainer.train()
+
+
+def with_adamw(begun: Begun, turns: Turns, rate: float, bf16: bool) -> None:
+    """Train by the library's Trainer with AdamW, its own loss and collator."""
+    tokenizer, rng = begun.asking.tokenizer, _rng(begun.seed)
+    turned, instances = _Turned(begun, rng, turns), begun.task.training(rng)
+    to_the_right = copy.deepcopy(tokenizer)
+    to_the_right.padding_side = "right"  # positions are counted from the first column
+
+    def rows() -> Iterator[dict[str, list[int]]]:
         while True:
             parts = [answer_of(instance) for instance in islice(instances, AHEAD)]
             prompts = tokenizer([prompt for prompt, _ in parts]).input_ids
             texts = tokenizer([prompt + answer for prompt, answer in parts]).input_ids
             for (_, answer), prompt_ids, text_ids in zip(parts, prompts, texts, strict=True):
-                given = len(prompt_ids) if answer and self.answers_only else 0
+                given = len(prompt_ids) if answer and begun.config.prompt_weight < 1 else 0
                 ids = [*text_ids, tokenizer.eos_token_id]
                 yield {"input_ids": ids, "labels": [-100] * given + ids[given:]}
 
-
-def _trainers(cell: CellConfig, label: str, seed: int, most: float, bf16: bool) -> Found:
-    from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
-
-    asking, task = _begun(cell, seed)
-    evaluation = prepare_evaluation(asking, task, cell.training.evaluation_examples, np.random.default_rng(seed))
-    to_the_right = copy.deepcopy(asking.tokenizer)
-    to_the_right.padding_side = "right"  # positions are counted from the first column
-    measured: dict[str, float] = {}
-    began = 0.0
-
-    class Stop(TrainerCallback):
-        """The study's rule, as often as the study looks."""
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step % cell.training.evaluate_every == 0:
-                asking.model.eval()
-                measured.update(measure(evaluation))
-                asking.model.train()
-                if not unmet(cell.training.stop, measured) or time.perf_counter() - began > most:
-                    control.should_training_stop = True
-
-    for module in asking.model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
     with tempfile.TemporaryDirectory() as folder:
-        given = TrainingArguments(
-            output_dir=str(Path(folder)),
-            max_steps=100_000,
-            per_device_train_batch_size=cell.training.batch_size,
-            learning_rate=RATES[label],
-            warmup_steps=50,
-            seed=seed,
-            use_cpu=True,
-            bf16=bf16,
-            report_to=[],
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-            dataloader_num_workers=0,
-            remove_unused_columns=False,
-            **ADAMW,
-        )
-        trainer = Trainer(
-            model=asking.model,
-            args=given,
-            train_dataset=_Instances(asking, task, cell.training, seed),
+        Trainer(
+            model=begun.asking.model,
+            args=_arguments(
+                begun, folder, max_steps=4 * begun.config.steps, learning_rate=rate, warmup_steps=50, bf16=bf16, **ADAMW
+            ),
+            train_dataset=_Rows(rows()),
             data_collator=DataCollatorForSeq2Seq(to_the_right, padding=True),
-            callbacks=[Stop()],
-        )
-        began = time.perf_counter()
-        trainer.train()
-        seconds = time.perf_counter() - began
-    return Found(seconds, trainer.state.global_step, unmet(cell.training.stop, measured), seconds)
+            callbacks=[turned],
+        ).train()
 
 
 if __name__ == "__main__":

@@ -51,6 +51,8 @@ cells:
       grids:
         block: {layers: [all, each], tops: [0.1, 0.5], strengths: [0.1, 0.3]}
         neuron: {layers: ["0-1"], tops: [0.5], strengths: [0.3]}
+      methods: [nmd, gradient, learned, low-rank]
+      low_rank: {layers: 2, steps: 8, factors: [1.0]}
       learned_steps: 10
       norm_draws: 2
       draws: 3

@@ -26,7 +26,7 @@ from mnemoscope.report import build_arena
 from mnemoscope.report.arena import Records, results_of
 from test_arena import SIZES
 
-CHEAP = ("prompt", "cad", "caa", "nmd")
+CHEAP = ("prompt", "cad", "caa", "nmd", "low-rank")
 
 
 def run(little: Asking, out: Path, **changes: Any) -> dict[str, Any]:

@@ -38,7 +38,8 @@ def test_help_imports_nothing_heavy() -> None:
 def test_tasks_are_listed() -> None:
     code, out, _ = call("tasks", "--json")
     assert code == 0
-    assert set(json.loads(out)) == {"inference", "addition", "addition-digits", "cipher", "joint", "facts", "jsonl"}
+    from_scratch, pretrained = ("inference", "addition", "addition-digits", "cipher", "joint"), ("facts", "jsonl")
+    assert set(json.loads(out)) == {*from_scratch, *pretrained, "memotrap", "pararel", "qa"}
     assert "inference" in call("tasks")[1]
 
 

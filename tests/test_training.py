@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -265,3 +268,41 @@ def _training_rng(asking: Asking, task: Task, config: TrainingConfig) -> np.rand
     rng.integers(2**31)  # the seed of dropout
     prepare_evaluation(asking, task, config.evaluation_examples, rng)
     return rng
+
+
+class Looks:
+    """Turns of a training that has no other beside it (``benchmarks/turns.py``)."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.looks: list[tuple[int, list[str]]] = []
+
+    def stepped(self, step: int) -> None:
+        self.steps.append(step)
+
+    def measured(self, step: int, missed: list[str]) -> None:
+        self.looks.append((step, missed))
+
+
+@pytest.mark.parametrize(("name", "precision"), [("addition", "float32"), ("inference", "bfloat16")])
+def test_the_loop_of_the_library_with_our_recipe_takes_our_steps(
+    name: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against ``transformers.Trainer``, as the benchmark calls it: one recipe, two loops, the same weights."""
+    pytest.importorskip("accelerate")
+    folder = Path(__file__).parents[1] / "benchmarks"
+    monkeypatch.syspath_prepend(folder)
+    benchmark = SimpleNamespace(**runpy.run_path(str(folder / "training.py")))
+    task = build_task(name, MINI_TASKS[name], 0)
+    changes = {"steps": 6, "evaluate_every": 3, "warmup_steps": 2, "decay_steps": 3, "prompt_weight": 0.1}
+    config = QUICK.model_copy(update=changes | {"precision": precision})
+    trained = []
+    for contestant in (benchmark.ours, benchmark.with_our_recipe):
+        asking, looks = untrained(task), Looks()
+        contestant(benchmark.Begun(asking, task, config, 0), looks)
+        weights = torch.cat([weight.detach().flatten() for weight in asking.model.parameters()])
+        trained.append((weights, looks.steps, looks.looks))
+    (ours, *looks), (theirs, *their_looks) = trained
+    begun = torch.cat([weight.detach().flatten() for weight in untrained(task).model.parameters()])
+    assert looks == their_looks
+    assert (ours - theirs).norm() < 1e-3 * (ours - begun).norm()

@@ -6,6 +6,8 @@ Shapes: N prompts, T tokens of a left-padded batch, L layers.
 from __future__ import annotations
 
 import json
+import logging
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -19,13 +21,14 @@ from torch import Tensor
 from mnemoscope.behaviour import PLAIN, Asking, Prompting, check_known, complete, states_at_the_end
 from mnemoscope.detect import Detector, Reading
 from mnemoscope.errors import InputError
-from mnemoscope.steering import OPPOSITE, Binding, SteeringVector, Toward
+from mnemoscope.steering import OPPOSITE, Binding, SteeringVector, Toward, best_paths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from mnemoscope.report import Summary
 
+_TOLD: set[str] = set()  # warnings that were given
 BATCH = 32  # prompts in a pass
 
 
@@ -49,8 +52,8 @@ def fit(
         out: the run folder; an interrupted fit continues there.
         prompting: the format of prompts.
         options: of a task that is given by name.
-        choices: ``settings``, ``positions``, ``threads``, ``progress`` and, for a name, ``dtype``, ``device_map`` and
-            ``layout``; see ``mnemoscope.fitting.fit_run``.
+        choices: ``settings``, ``positions``, ``aim``, ``threads``, ``progress`` and, for a name, ``dtype``,
+            ``device_map`` and ``layout``; see ``mnemoscope.fitting.fit_run``.
 
     Raises:
         InputError: an argument cannot be used; the field, its value and what is allowed are named.
@@ -146,6 +149,7 @@ class Fitted:
             InputError: there is no detector, or as ``inputs``.
         """
         detector, parts = self._needed(self.detector), []
+        _warn_if_the_input_does(detector)
         for start in range(0, len(prompts), BATCH):
             inputs = self.inputs(prompts[start : start + BATCH])
             parts.append(states_at_the_end(self.model, inputs.input_ids, inputs.attention_mask, detector.site))
@@ -168,6 +172,8 @@ class Fitted:
         """
         vector = self.vector(toward)
         detector = None if gate is None else self.lower_detector or self._needed(self.detector)
+        if detector:
+            _warn_if_the_input_does(detector)
         decides = detector.gate(toward, gate) if detector and gate is not None else None
         return vector.apply(self.model, alpha, gate=decides)
 
@@ -177,6 +183,7 @@ class Fitted:
         ``inputs`` is any left-padded batch. Reads up to the detector's layer, which may lie above the first shift.
         """
         detector = self._needed(self.detector)
+        _warn_if_the_input_does(detector)
         layers = [detector.layer]
         states_NLD = states_at_the_end(self.model, inputs["input_ids"], inputs["attention_mask"], detector.site, layers)
         acts_N = detector.read_verdict(states_NLD[:, 0]).acts(_known(toward), threshold)
@@ -218,6 +225,18 @@ class Fitted:
         return detector
 
 
+def _warn_if_the_input_does(detector: Detector) -> None:
+    """Warn, once for each detector, where it ranks test prompts no better than their tokens alone do."""
+    auroc = (detector.card.auroc if detector.card else None) or {}
+    beside, least = auroc.get("input_only"), auroc.get("low", math.nan)
+    if beside is None or math.isnan(beside) or least > beside:
+        return
+    told = f"P(memorized) ranks test prompts {auroc['estimate']:.2f} right, the input alone {beside:.2f}"
+    if told not in _TOLD:
+        _TOLD.add(told)
+        logging.getLogger("mnemoscope").warning("detector: %s; it may read no more than the wording", told)
+
+
 def _known(toward: Any) -> Toward:
     if toward not in OPPOSITE:
         raise InputError(f"toward: {toward!r} is not one of {', '.join(OPPOSITE)}")
@@ -233,9 +252,7 @@ def _artefacts(source: Path, found: Binding) -> tuple[dict[Toward, SteeringVecto
             return {vector.toward: vector}, None, None
         return {}, Detector.load(source), None
     cell = _cell(source, found)
-    best = json.loads((cell / "records" / "chosen.json").read_text())["pairs"]["best"]
-    files = [cell / "vectors" / f"{direction}-{method}.safetensors" for direction, method in best.items()]
-    vectors = [SteeringVector.load(path) for path in files]
+    vectors = [SteeringVector.load(path) for path in best_paths(cell).values()]
     paths = [cell / f"{name}.safetensors" for name in ("detector", "detector_below")]
     detector, lower = (Detector.load(path) if path.is_file() else None for path in paths)
     return {vector.toward: vector for vector in vectors}, detector, lower

@@ -219,7 +219,11 @@ def _fit_lists(bench: Bench, mined: PairBatch, prompts: Mapping[str, Prompts]) -
         pairs[toward], conflicts[toward] = with_prefixes(asking, targets), ready
         items[toward] = [e.item for e in targets], [e.item for e in prompts["conflict"].examples]
     everywhere = {toward: in_turn(kept) for toward in TOWARD.values()}
-    return FitLists(asking, pairs, conflicts, everywhere, 1.0, config.steps, items)
+    asked = [_each_once(sides[OPPOSITE["memorized"]]), prompts["conflict"].examples]
+    first, second = ([bench.task.without_context(example) for example in examples] for examples in asked)
+    known = [e for e in first if e], [e for e in second if e]
+    bare = known if list(map(len, known)) == list(map(len, asked)) else None
+    return FitLists(asking, pairs, conflicts, everywhere, 1.0, config.steps, items, bare, config.steps)
 
 
 def spread(pairs: Sequence[tuple[Example, Example]]) -> list[tuple[Example, Example]]:

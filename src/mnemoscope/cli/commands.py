@@ -84,8 +84,9 @@ def fit(
     task: Annotated[str, typer.Option(help="A task, see `mnemoscope tasks`, or a JSONL file of your own.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Run folder: pairs, vectors, detector, report.")],
     option: Given = None,
-    settings: Annotated[int, typer.Option(min=1, help="Settings tried in either direction, at most.")] = 66,
+    settings: Annotated[int, typer.Option(min=1, help="Settings tried in either direction, at most.")] = 54,
     positions: Annotated[str, typer.Option(help="decision, or all: every token, for export.")] = "decision",
+    aim: Annotated[str, typer.Option(help="What vectors are for: conflict, as users meet it, or pairs.")] = "conflict",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; default: as many as there are cores.")] = None,
     chat: AsChat = False,
     reply: Reply = "",
@@ -100,7 +101,7 @@ def fit(
     from mnemoscope.files import dumped
 
     asked: dict[str, Any] = {"prompting": Prompting(chat, reply=reply), "options": options(option)}
-    asked |= {"settings": settings, "positions": positions, "threads": threads}
+    asked |= {"settings": settings, "positions": positions, "aim": aim, "threads": threads}
     asked |= {"dtype": dtype, "device_map": device_map, "layout": named_parts(layout)}
     with progress(quiet=as_json) as tell:
         fitted = fit_model(model, task=task, out=out, progress=tell, **asked)
@@ -109,6 +110,32 @@ def fit(
         typer.echo(dumped({"run": str(out), "report": report_path, "tasks": summary.brief()}))
     else:
         typer.echo(f"{summary}\n{report_path}")
+
+
+@app.command()
+def check(
+    model: Model,
+    task: Annotated[str, typer.Option(help="A task, see `mnemoscope tasks`, or a JSONL file of your own.")],
+    option: Given = None,
+    chat: AsChat = False,
+    reply: Reply = "",
+    dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
+    layout: Parts = None,
+    as_json: AsJson = False,
+) -> None:
+    """See what a model does with your data before a fit: answers, pairs, what is known, time, what to add."""
+    from mnemoscope.behaviour import Asking, Prompting
+    from mnemoscope.check import check_task
+    from mnemoscope.files import dumped
+    from mnemoscope.tasks import build_task
+
+    is_file = task.endswith(".jsonl")
+    made = build_task("jsonl" if is_file else task, options(option) | ({"file": task} if is_file else {}), 0)
+    opened, tokenizer = _open(model, dtype, layout, device_map)
+    split = made.split_reply if chat and made.begins_reply else None
+    found = check_task(Asking(opened, tokenizer, made.boundary, 32, Prompting(chat, reply=reply, split=split)), made)
+    typer.echo(dumped(asdict(found)) if as_json else str(found))
 
 
 @app.command()

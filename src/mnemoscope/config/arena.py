@@ -23,7 +23,7 @@ class ArenaConfig(Frozen):
     )
     fit_kept: int = Field(64, ge=1, description="fit prompts of either other kind, at most")
     pairs: int = Field(160, ge=2, description="pairs of the fit split, at most")
-    steps: int = Field(24, ge=1, description="of whatever is learned by gradients")
+    steps: int = Field(40, ge=1, description="of whatever is learned by gradients")
     batch: int = Field(16, ge=1, description="prompts of each of these steps")
     controls: int = Field(5, ge=0, description="draws of the control of equal norm")
     written: int = Field(32, ge=0, description="test conflicts whose answers are generated and go on; 0: none")

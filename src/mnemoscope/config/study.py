@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from mnemoscope.config.model import Frozen, ModelConfig, TrainingConfig
 from mnemoscope.errors import InputError
 
-MethodName = Literal["nmd", "standardized-nmd", "gradient", "logistic", "whitened", "pca", "learned"]
+MethodName = Literal["nmd", "standardized-nmd", "gradient", "logistic", "whitened", "pca", "learned", "low-rank"]
 SiteName = Literal["block", "attention", "mlp", "neuron"]
 
 
@@ -78,6 +78,20 @@ class GridConfig(Frozen):
         return list(sets)
 
 
+class LowRankConfig(Frozen):
+    """Low-rank shifts of every token, which change how a text is read; learned without a limit of norm."""
+
+    layers: int = Field(5, ge=1, description="blocks that are shifted together, spread over the model")
+    factors: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = Field(
+        (0.75, 1.0), min_length=1, description="factors on what was learned, tried as strengths are"
+    )
+    steps: int = Field(60, ge=1, le=10_000, description="of learning")
+
+    def together(self, count: int) -> tuple[int, ...]:
+        """The layers in a model of ``count``: evenly spread, without the ends where there is a choice."""
+        return tuple(sorted({min(round(i * count / (self.layers + 1)), count - 1) for i in range(1, self.layers + 1)}))
+
+
 class SteeringConfig(Frozen):
     """Which vectors are tried on the tune split and judged on the test split."""
 
@@ -86,6 +100,10 @@ class SteeringConfig(Frozen):
     )
     grids: dict[SiteName, GridConfig] = Field(
         {"block": GridConfig()}, min_length=1, description="by site, what is tried of every method"
+    )
+    low_rank: LowRankConfig = LowRankConfig()
+    aim: Literal["pairs", "conflict"] = Field(
+        "pairs", description="what the vectors that are used and summed up are for: `pairs`, or `conflict` as drawn"
     )
     positions: Literal["decision", "all"] = Field("decision", description="shifted tokens: from the decision on or all")
     fit_pairs: int = Field(600, ge=2, description="fit pairs whose states and gradients make the directions")

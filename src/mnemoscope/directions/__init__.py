@@ -2,6 +2,7 @@
 
 from mnemoscope.directions.choose import (
     CONTROLS,
+    LEARNED,
     PERMUTED,
     RATING_DRAWS,
     SHUFFLED,
@@ -21,6 +22,7 @@ from mnemoscope.directions.choose import (
 from mnemoscope.directions.learned import learned_together, wanted_batches
 from mnemoscope.directions.sources import (
     ANSWERED,
+    LOW_RANK,
     SOURCE,
     TOWARD,
     FitLists,

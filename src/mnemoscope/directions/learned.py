@@ -84,32 +84,39 @@ class Asked(NamedTuple):
 def wanted_batches(lists: FitLists, toward: Toward, labels: Labels) -> Iterator[Asked]:
     """Batches to learn from: phrasings of pairs and other conflicts alternate.
 
-    Under a shuffle, half of the examples of both sides want either answer: on one side alone, that would still teach to
-    leave this side.
+    Under a shuffle, half of the examples of both sides want either answer, or all want answers of other items. Asked on
+    one side alone, both would still teach to leave this side.
     """
-    shuffled = labels.shuffle is not None and not labels.permuted
-    ways = (toward, OPPOSITE[toward]) if shuffled else (toward,)
-    found = enumerate(batches[way] for batches in (lists.pairs, lists.conflicts) for way in ways)
+    ways = (toward,) if labels.shuffle is None else (toward, OPPOSITE[toward])
+    streams = [(which, way) for which in (0, 1) for way in ways]
     option = 1 if toward == "generalized" else 0
-    placed = [[(stream, number, batch) for number, batch in enumerate(batches)] for stream, batches in found]
+    placed = [
+        [(stream, number, batch) for number, batch in enumerate((lists.pairs, lists.conflicts)[which][way])]
+        for stream, (which, way) in enumerate(streams)
+    ]
     longest = max(map(len, placed))
-    if shuffled:
+    if labels.shuffle is not None:
         placed = [list(islice(cycle(batches), longest)) for batches in placed]
-    others = lists.permuted(toward, labels.shuffle or 0) if labels.permuted else None
+    others = lists.permuted(labels.shuffle or 0) if labels.permuted else None
     for stream, number, batch in in_turn(placed):
+        which, way = streams[stream]
         stays_N = torch.from_numpy(labels.signs(len(batch.examples_N), stream, number) > 0)
-        instead = [others[lists.items[toward][stream][i]] for i in batch.examples_N] if others else None
+        instead = [others[lists.items[way][which][i]] for i in batch.examples_N] if others else None
         yield Asked(batch, torch.where(stays_N, option, 1 - option).to(batch.ids_NT.device), instead)
+
+
+def asked_batch(asked: Sequence[Asked], positions: Positions) -> Batch:
+    """The contexts of a batch once for each of several ways to ask it, with the one answer that is wanted there."""
+    batch = without_prefix(asked[0].batch) if positions == "all" else asked[0].batch
+    batch = with_options(batch, torch.stack([one.option_N for one in asked]))
+    if asked[0].instead:
+        batch = with_suffixes(batch, [suffix for one in asked for suffix in one.instead or ()])
+    return batch
 
 
 def _log_p(sources: Sources, asked: Sequence[Asked], shifts: Mapping[int, Tensor], positions: Positions) -> Tensor:
     """Mean log probability of the wanted answers, in nats, summed over the shifts; answers k are read under shift k."""
-    batch, asking = asked[0].batch, sources.lists.asking
-    n = len(batch.examples_N)
-    batch = without_prefix(batch) if positions == "all" else batch
-    batch = with_options(batch, torch.stack([one.option_N for one in asked]))
-    if asked[0].instead:
-        batch = with_suffixes(batch, [suffix for one in asked for suffix in one.instead or ()])
+    batch, asking, n = asked_batch(asked, positions), sources.lists.asking, len(asked[0].batch.examples_N)
     of_prompts = {layer: shift_KD.repeat_interleave(n, 0) for layer, shift_KD in shifts.items()}
     start = None if positions == "all" else batch.ids_NT.shape[1] - 1
     with shifted(asking.model, of_prompts, sources.site, positions, start):

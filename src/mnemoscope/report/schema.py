@@ -105,6 +105,14 @@ class Steered(Result):
     gated: Gated | None = Field(None, description="only with a detector")
     best_conflict: Steered | None = Field(None, description="in `steering`: where another method is best for conflicts")
 
+    def for_aim(self, aim: Aim) -> Steered:
+        """The block whose method is best for an aim."""
+        return self.best_conflict if aim == "conflict" and self.best_conflict else self
+
+    def lost(self, aim: Aim) -> dict[str, Estimate]:
+        """Collateral under the setting for an aim."""
+        return self.collateral if aim == "pairs" else self.collateral_conflict
+
     def strongest(self, aim: Aim = "pairs") -> str | None:
         """The control with the highest mean shift on a list; None where none was run."""
         shifts = {name: getattr(control, aim).shift for name, control in self.controls.items()}
@@ -291,8 +299,12 @@ class CellResults(Result):
     dose: dict[str, dict[Direction, dict[str, dict[str, Dose]]]] = Field(description="keys: see Dose")
     ablation: dict[str, dict[Direction, dict[str, Ablation]]] = Field(description="keys: see Ablation")
     patch: dict[Direction, dict[str, list[Shares]]] = Field(description="by site, per layer: the other side's state")
-    prompt: dict[Direction, Shares] = Field(description="asked for in words; empty where the task has none")
-    context_aware: dict[Direction, dict[str, Shares]] = Field(description="context-aware decoding, by weight")
+    prompt: dict[Direction, Shares] = Field(
+        description="the aim's test examples asked for in words; empty where the task has none"
+    )
+    context_aware: dict[Direction, dict[str, Shares]] = Field(
+        description="the same examples by context-aware decoding, by weight"
+    )
     detection: Detection | None = Field(None, description="only with a detector")
     no_detector: str | None = Field(None, description="why none could be fitted")
     neutral: dict[Direction, dict[str, dict[str, Estimate]]] | None = Field(None, description="by dose, nats a token")
@@ -337,6 +349,7 @@ class TaskResults(CellResults):
     """One label over its seeds: estimates over seeds, counts added up, other numbers averaged."""
 
     seeds: list[int]
+    aim: Aim = Field("pairs", description="what the vectors that are used are for")
     memory_is_conflict: bool = Field(description="whether the memory examples are the conflicts themselves")
     weights: str | None = Field(None, description="of a packaged model")
     sweep: list[SweepRow]

@@ -198,12 +198,13 @@ def chapter(view: View) -> Chapter:
 
 def answer(task: TaskResults) -> Answer:
     """Verdict and number are of the same directions: of two that work, the number is the smaller one."""
-    question, steering = "Can it be steered?", task.steering
-    shifts = {d: block.pairs.shift for d, block in steering.items() if block.pairs.shift.known}
+    question, aim = "Can it be steered?", task.aim
+    steering = {direction: block.for_aim(aim) for direction, block in task.steering.items()}
+    shifts = {d: share for d, block in steering.items() if (share := getattr(block, aim).shift).known}
     measured = sorted(shifts, key=lambda d: shifts[d].estimate)
     if not measured:
         return not_measured("steer", question, task)
-    controls = {d: steering[d].strongest() for d in measured}
+    controls = {d: steering[d].strongest(aim) for d in measured}
     works = [d for d, name in controls.items() if name and surely_steers(task, d, name)]
     verdict = "Steering does not surely work"
     if works:
@@ -212,23 +213,26 @@ def answer(task: TaskResults) -> Answer:
     if all(share.too_few for share in shifts.values()):
         verdict = TOO_FEW
     shown, *others = dict.fromkeys([*works, *measured])
-    beside = {d: f"strongest control: {words.strongest_control(steering[d])}" for d in measured}
-    sentence = f"of test pairs are steered {TOWARDS[shown]}; {beside[shown]}."
+    beside = {d: f"strongest control: {words.strongest_control(steering[d], aim)}" for d in measured}
+    of = "test pairs" if aim == "pairs" else "test conflicts"
+    sentence = f"of {of} are steered {TOWARDS[shown]}; {beside[shown]}."
     notes = [f"95{NBSP}% interval: {words.interval(shifts[shown])}."]
     notes += [f"{CAPITAL[d]}: {ranged(shifts[d])}, {beside[d]}." for d in others]
-    losses = [f"{words.largest_loss(steering[d].collateral, d)} {TOWARDS[d]}" for d in measured]
+    losses = [f"{words.largest_loss(steering[d].lost(aim), d)} {TOWARDS[d]}" for d in measured]
     notes.append(f"Largest loss: {words.listed(losses)}.")
     control = controls[shown]
-    mark = (steering[shown].controls[control].pairs.shift.estimate, "strongest control") if control else (math.nan, "")
+    mark = (math.nan, "")
+    if control:
+        mark = (getattr(steering[shown].controls[control], aim).shift.estimate, "strongest control")
     share = shifts[shown]
     return Answer("steer", question, verdict, percent(share.estimate), sentence, " ".join(notes), share, mark)
 
 
 def surely_steers(task: TaskResults, direction: Direction, control: str) -> bool:
     """Whether a vector does surely more than a control; in a single seed, than any other draw of it."""
-    block = task.steering[direction]
-    more = block.minus_control[control]["pairs"].sign > 0
-    return more and (len(task.seeds) > 1 or block.controls[control].exceeded["pairs"])
+    block, aim = task.steering[direction].for_aim(task.aim), task.aim
+    more = block.minus_control[control][aim].sign > 0
+    return more and (len(task.seeds) > 1 or block.controls[control].exceeded[aim])
 
 
 def _switch_panel(task: TaskResults, direction: Direction) -> Panel:
@@ -339,8 +343,9 @@ def _dose_panels(task: TaskResults, direction: Direction) -> list[Panel]:
 
 def other_ways(task: TaskResults, direction: Direction) -> dict[str, Estimate]:
     """What a user would try first: words, and decoding that contrasts a prompt with its question alone."""
-    found = {"asked in words": task.prompt[direction]} if direction in task.prompt else {}
-    found |= {f"context-aware, {float(w):+g}": each for w, each in task.context_aware.get(direction, {}).items()}
+    found = {"asking in words": task.prompt[direction]} if direction in task.prompt else {}
+    contrasts = task.context_aware.get(direction, {}).items()
+    found |= {f"contrastive decoding {float(w):+g} (two passes)": each for w, each in contrasts}
     return {name: each.shift for name, each in found.items() if each.shift.known}
 
 

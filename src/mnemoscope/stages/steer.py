@@ -19,7 +19,8 @@ from mnemoscope.config import MethodName, SteeringConfig
 from mnemoscope.directions import (
     ANSWERED,
     CONTROLS,
-    PERMUTED,
+    LEARNED,
+    LOW_RANK,
     RATING_DRAWS,
     SOURCE,
     TOWARD,
@@ -31,9 +32,7 @@ from mnemoscope.directions import (
     TuneLists,
     control_draws,
     final,
-    learned_together,
     ranked,
-    refitted,
     share_of,
     shared_neurons,
     shuffles,
@@ -100,7 +99,7 @@ class _Opened(common.PerProcess):
         self, function: Callable[..., Any], items: Sequence[tuple[Any, ...]], settings: Iterable[Sequence[Setting]]
     ) -> Iterable[Any]:
         """``function(opened, *item)`` of each item, in parallel, with the learned shifts of its settings."""
-        keys = [{setting.same_direction()[0] for setting in some if setting.method == "learned"} for some in settings]
+        keys = [{setting.same_direction()[0] for setting in some if setting.method in LEARNED} for some in settings]
         known = ({fit: shift_LD for fit, shift_LD in self.shifts.items() if fit[0] in some} for some in keys)
         return self.cell.map(self, [(function, some, item) for some, item in zip(known, items, strict=True)])
 
@@ -116,7 +115,10 @@ class _Opened(common.PerProcess):
     @cached_property
     def directions(self) -> dict[Site, Directions]:
         """By site."""
-        sources = sources_of(self.cell, self.asking, self.records, self.cell.config.steering.grids)
+        config = self.cell.config.steering
+        sites: list[Site] = [*config.grids]
+        sites += ["block"] if LOW_RANK in config.methods else []
+        sources = sources_of(self.cell, self.asking, self.records, sites)
         return {site: Directions(found, self.shifts) for site, found in sources.items()}
 
     @cached_property
@@ -175,6 +177,8 @@ def _compared(rates: Mapping[Setting, float]) -> list[_Chosen]:
     """
     most: dict[tuple[Any, ...], Setting] = {}
     for setting, rate in rates.items():
+        if setting.method == LOW_RANK:  # which has no norm
+            continue
         keys: list[tuple[Any, ...]] = [(EQUAL_NORM, *setting.key, setting.strength)]
         keys += [(UNPENALIZED, *setting.key)] if setting.method == "nmd" else []
         for key in keys:
@@ -193,7 +197,7 @@ def _sweep(opened: _Opened, aim: str, setting: Setting) -> tuple[float, list[Row
         if aim == "pairs" or name not in of_pairs.kept:
             rows.append(_row(name, setting, steered(opened.asking, batches, vector, margins=False), label))
     fit = setting.same_direction()[0], ANSWERED
-    learned = {fit: opened.shifts[fit]} if setting.method == "learned" else {}
+    learned = {fit: opened.shifts[fit]} if setting.method in LEARNED else {}
     return share_of(scores, setting.toward), rows, learned
 
 
@@ -230,12 +234,13 @@ def _judge_all(opened: _Opened, chosen: Sequence[_Chosen], tell: Tell) -> list[p
         return (config.draws if one.aim == "pairs" else config.conflict_draws) if drawn else 0
 
     tell(len(AIMS), PARTS, "learning from shuffled labels")
-    of_learned = [(one, name == PERMUTED) for one in chosen for name in refitted("learned")]
+    of_learned = [one for one in chosen if one.setting.method in LEARNED]
     drawn = (
-        (one.setting.same_direction()[0], four)
-        for one, permuted in of_learned
-        if one.setting.method == "learned"
+        (one.setting.same_direction()[0], part)
+        for one, permuted in product(of_learned, (False, True))
         for four in shuffles(draws(one), opened.cell.seed + JUDGED, permuted)
+        # Low-rank shifts are learned one by one.
+        for part in ([four] if one.setting.method == "learned" else [(labels,) for labels in four])
     )
     fits = list(dict.fromkeys(drawn))
     for found in opened.map(_fit, fits, [[] for _ in fits]):
@@ -264,9 +269,9 @@ def _judge_all(opened: _Opened, chosen: Sequence[_Chosen], tell: Tell) -> list[p
 def _fit(opened: _Opened, setting: Setting, several: Sequence[Labels]) -> dict[Fit, np.ndarray]:
     """Learned shifts under several labels."""
     opened.forget_tune()
-    if several[0].permuted and not opened.directions[setting.site].sources.lists.can_permute(setting.toward):
+    if several[0].permuted and not opened.directions[setting.site].sources.lists.can_permute():
         return {}
-    found = learned_together(opened.directions[setting.site].sources, setting, several)
+    found = opened.directions[setting.site].shifts(setting, several)
     return {(setting, labels): shift_LD for labels, shift_LD in zip(several, found, strict=True)}
 
 
@@ -284,8 +289,8 @@ def _judge(opened: _Opened, one: _Chosen, name: str, draws: int) -> list[pd.Data
     for control in CONTROLS if draws else ():
         # Shuffles depend on the first number of the seed; none that ranked settings is used again.
         stream = zlib.crc32(f"{one.aim}/{setting.direction}/{setting.method}/{control}".encode())
-        for number, shift_LD in control_draws(control, directions, setting, draws, [cell.seed + JUDGED, stream]):
-            scores = steered(asking, batches, vector.with_dense(shift_LD), margins=False)
+        for number, drawn in control_draws(control, directions, setting, draws, [cell.seed + JUDGED, stream]):
+            scores = steered(asking, batches, drawn, margins=False)
             tables.append(_table(one, (control, number), name, entry, scores))
     return tables
 
@@ -294,6 +299,7 @@ def _write_chosen(opened: _Opened, chosen: Sequence[_Chosen]) -> list[Path]:
     """Write the chosen vectors, bound to their model, and ``chosen.json``."""
     cell, asking, directions, files = opened.cell, opened.asking, opened.directions, list[Path]()
     found: dict[str, Any] = {aim: {"best": {}, "methods": {}} for aim in AIMS}
+    found["aim"] = cell.config.steering.aim
     pairs = opened.records.both_sides("fit", cell.config.steering.fit_pairs)
     encoded = encode(asking, [example for pair in pairs for example in pair])
     begin_alike = float(np.mean([one.shared > 0 for one in encoded]))
@@ -317,7 +323,14 @@ def _write_chosen(opened: _Opened, chosen: Sequence[_Chosen]) -> list[Path]:
 
 
 def settings_of(config: SteeringConfig, direction: str, method: MethodName, count: int) -> list[Setting]:
-    """Every combination of each grid of a method in a model of ``count`` layers; InputError for a layer beyond."""
+    """Every combination of each grid of a method in a model of ``count`` layers; InputError for a layer beyond.
+
+    A low-rank shift has a grid of its own, as it has no norm and acts on every token.
+    """
+    if method == LOW_RANK:
+        grid = config.low_rank
+        some = [Setting(direction, method, "block", grid.together(count), 1.0, f, "all") for f in grid.factors]
+        return list(dict.fromkeys(some))
     grids = (((site,), grid.layer_sets(count), grid.tops, grid.strengths) for site, grid in config.grids.items())
     cells = chain.from_iterable(product(*grid) for grid in grids)
     return list(dict.fromkeys(Setting(direction, method, *one, config.positions) for one in cells))

@@ -20,7 +20,7 @@ from mnemoscope.config import StopConfig, TrainingConfig
 from mnemoscope.errors import InputError
 from mnemoscope.models import context_length, core_of, in_precision, quick_precision
 from mnemoscope.tasks import Instance, Kind, Task, answer_of, draw
-from mnemoscope.training.optimizers import optimizers_for
+from mnemoscope.training.optimizers import optimizers_for, rate_factor
 
 AHEAD = 32  # batches that are tokenized in one call
 MUCH_PADDING = 0.15  # share of a batch's tokens that two passes must save
@@ -106,7 +106,6 @@ class _State:
         self.curve: list[dict[str, Any]] = []
         self._losses: list[float] = []
         self._mixed: dict[str, Tensor] | None = None
-        # The rate of a step depends on when the rule first held.
         self._schedules = [torch.optim.lr_scheduler.LambdaLR(o, self._rate) for o in self.optimizers]
 
     def step(self, ids_BT: Tensor, weights_BT: Tensor) -> None:
@@ -157,14 +156,7 @@ class _State:
         return kept
 
     def _rate(self, step: int) -> float:
-        """Factor on the learning rate: warm-up, constant, linear decay at the end; linear decay to 0 while settling."""
-        config = self.config
-        factor = min(1.0, (step + 1) / max(1, config.warmup_steps))
-        if config.decay_steps:
-            factor *= max(0.02, min(1.0, (config.steps - step) / config.decay_steps))
-        if self.first_met is not None and config.settle_steps:
-            factor *= max(0.0, 1.0 - (step - self.first_met) / config.settle_steps)
-        return factor
+        return rate_factor(step, self.config, self.first_met)
 
 
 def _set_dropout(model: nn.Module, share: float) -> None:
@@ -229,15 +221,20 @@ def _backward(model: Any, ids_BT: Tensor, weights_BT: Tensor) -> float:
     total, loss = weights_BT[:, 1:].sum(), 0.0
     vocabulary = int(core_of(model).config.get_text_config().vocab_size)
     for ids_RT, weights_RT in passes(ids_BT, weights_BT, vocabulary):
-        logits_RTV = model(input_ids=ids_RT[:, :-1].to(model.device), use_cache=False).logits
-        # Flattened: cross entropy over three dimensions has no deterministic CUDA kernel.
-        losses_R = nn.functional.cross_entropy(
-            logits_RTV.float().flatten(0, 1), ids_RT[:, 1:].flatten().to(model.device), reduction="none"
-        )
-        part = (losses_R * weights_RT[:, 1:].flatten().to(model.device)).sum() / total.to(model.device)
+        part = weighted_loss(model, ids_RT, weights_RT, total)
         part.backward()
         loss += float(part.detach())
     return loss
+
+
+def weighted_loss(model: Any, ids_RT: Tensor, weights_RT: Tensor, total: Tensor) -> Tensor:
+    """Weighted sum of the next-token losses of one pass, divided by ``total``, the weights of the whole batch."""
+    logits_RTV = model(input_ids=ids_RT[:, :-1].to(model.device), use_cache=False).logits
+    # Flattened: cross entropy over three dimensions has no deterministic CUDA kernel.
+    losses_R = nn.functional.cross_entropy(
+        logits_RTV.float().flatten(0, 1), ids_RT[:, 1:].flatten().to(model.device), reduction="none"
+    )
+    return (losses_R * weights_RT[:, 1:].flatten().to(model.device)).sum() / total.to(model.device)
 
 
 def batches(
@@ -283,12 +280,9 @@ def passes(ids_BT: Tensor, weights_BT: Tensor, vocabulary: int) -> Iterator[tupl
 
 
 def by_length(ids_BT: Tensor, weights_BT: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Split a batch into short and long rows where that saves ``MUCH_PADDING`` of its tokens.
-
-    A row ends at its last token with a weight, the end of text.
-    """
+    """Split a batch into short and long rows where that saves ``MUCH_PADDING`` of its tokens."""
     rows, longest = ids_BT.shape
-    length_B = (torch.arange(1, longest + 1) * (weights_BT > 0)).amax(1)
+    length_B = row_lengths(weights_BT)
     lengths, counts = length_B.unique(return_counts=True)
     read = counts.cumsum(0) * lengths + (rows - counts.cumsum(0)) * longest
     short = lengths[read.argmin()]
@@ -296,3 +290,8 @@ def by_length(ids_BT: Tensor, weights_BT: Tensor) -> list[tuple[Tensor, Tensor]]
         return [(ids_BT, weights_BT)]
     parts = [rows_B for rows_B in (length_B <= short, length_B > short) if rows_B.any()]
     return [(ids_BT[r, : length_B[r].max()], weights_BT[r, : length_B[r].max()]) for r in parts]
+
+
+def row_lengths(weights_BT: Tensor) -> Tensor:
+    """Tokens of each row (B,) int64; a row ends at its last token with a weight, the end of text."""
+    return (torch.arange(1, weights_BT.shape[1] + 1) * (weights_BT > 0)).amax(1)

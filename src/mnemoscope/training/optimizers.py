@@ -1,4 +1,4 @@
-"""Optimizers: Muon for matrices in blocks, AdamW for the rest.
+"""Optimizers and their learning rate: Muon for matrices in blocks, AdamW for the rest.
 
 Shapes: K matrices of one shape, M rows, N columns.
 """
@@ -34,6 +34,19 @@ def optimizers_for(model: nn.Module, config: TrainingConfig) -> list[torch.optim
         Float32Muon(matrices, lr=config.learning_rate, weight_decay=config.weight_decay),
         torch.optim.AdamW(rest, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
     ]
+
+
+def rate_factor(step: int, config: TrainingConfig, first_met: int | None = None) -> float:
+    """Factor on the learning rate: warm-up, constant, linear decay at the end; linear decay to 0 while settling.
+
+    ``first_met`` is the step in which the stop rule first held, and settling began.
+    """
+    factor = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    if config.decay_steps:
+        factor *= max(0.02, min(1.0, (config.steps - step) / config.decay_steps))
+    if first_met is not None and config.settle_steps:
+        factor *= max(0.0, 1.0 - (step - first_met) / config.settle_steps)
+    return factor
 
 
 class Float32Muon(torch.optim.Muon):

@@ -23,6 +23,7 @@ METHODS = {
     "nmd": "mean difference on the neurons that correlate most, all layers (arXiv 2412.18497)",
     "gradient": "steepest ascent of the decision margin, one layer",
     "learned": "a shift that is optimized, one layer",
+    "low-rank": "ours: low-rank shifts of every token at several blocks, taught by the model's own answers",
     "iti": "heads that a probe reads best, shifted (arXiv 2306.03341)",
     "june": "heads scaled in one pass (arXiv 2503.10996)",
     "juice": "heads scaled by what they gave in a first pass (arXiv 2503.10996)",
@@ -42,5 +43,6 @@ def candidates(method: str, bench: Bench, toward: Toward) -> Sequence[Interventi
     """
     if method not in METHODS:
         raise InputError(f"methods: {method!r} is not one of {', '.join(METHODS)}")
-    found: Sequence[Intervention] = import_module(f"mnemoscope.arena.methods.{method}").candidates(bench, toward)
+    module = import_module(f"mnemoscope.arena.methods.{method.replace('-', '_')}")
+    found: Sequence[Intervention] = module.candidates(bench, toward)
     return found
