@@ -35,6 +35,7 @@ STEERING = {
     **{"tune_pairs": 120, "tune_others": 60, "tune_draws_again": 4, "judged_examples": 200},
     "tune_refits": 0,  # refitted controls are judged on test; while settings are compared they would cost the most
     "norm_draws": 0,
+    "low_rank": {"refits": 1},
     "controls_of": "best",
     "conflict_draws": 4,  # as in the built-in studies: nothing is claimed about these controls
     **{"control_limit": 0.15, "collateral_limit": 0.05},

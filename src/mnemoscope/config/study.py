@@ -86,6 +86,7 @@ class LowRankConfig(Frozen):
         (0.75, 1.0), min_length=1, description="factors on what was learned, tried as strengths are"
     )
     steps: int = Field(60, ge=1, le=10_000, description="of learning")
+    refits: int = Field(20, ge=0, description="draws of controls that are learned again, each as long as the shift")
 
     def together(self, count: int) -> tuple[int, ...]:
         """The layers in a model of ``count``: evenly spread, without the ends where there is a choice."""

@@ -33,6 +33,7 @@ from mnemoscope.directions import (
     control_draws,
     final,
     ranked,
+    refitted,
     share_of,
     shared_neurons,
     shuffles,
@@ -238,9 +239,7 @@ def _judge_all(opened: _Opened, chosen: Sequence[_Chosen], tell: Tell) -> list[p
     drawn = (
         (one.setting.same_direction()[0], part)
         for one, permuted in product(of_learned, (False, True))
-        for four in shuffles(draws(one), opened.cell.seed + JUDGED, permuted)
-        # Low-rank shifts are learned one by one.
-        for part in ([four] if one.setting.method == "learned" else [(labels,) for labels in four])
+        for part in _refits(one.setting, config, draws(one), opened.cell.seed + JUDGED, permuted)
     )
     fits = list(dict.fromkeys(drawn))
     for found in opened.map(_fit, fits, [[] for _ in fits]):
@@ -266,6 +265,16 @@ def _judge_all(opened: _Opened, chosen: Sequence[_Chosen], tell: Tell) -> list[p
     return tables
 
 
+def _refits(
+    setting: Setting, config: SteeringConfig, draws: int, seed: int, permuted: bool
+) -> list[tuple[Labels, ...]]:
+    """Labels that a learned setting is learned again on: in fours, but low-rank shifts one by one."""
+    if setting.method != LOW_RANK:
+        return shuffles(draws, seed, permuted)
+    draws = min(draws, config.low_rank.refits)
+    return [(labels,) for labels in chain.from_iterable(shuffles(draws, seed, permuted))][:draws]
+
+
 def _fit(opened: _Opened, setting: Setting, several: Sequence[Labels]) -> dict[Fit, np.ndarray]:
     """Learned shifts under several labels."""
     opened.forget_tune()
@@ -289,7 +298,9 @@ def _judge(opened: _Opened, one: _Chosen, name: str, draws: int) -> list[pd.Data
     for control in CONTROLS if draws else ():
         # Shuffles depend on the first number of the seed; none that ranked settings is used again.
         stream = zlib.crc32(f"{one.aim}/{setting.direction}/{setting.method}/{control}".encode())
-        for number, drawn in control_draws(control, directions, setting, draws, [cell.seed + JUDGED, stream]):
+        few = control in refitted(setting.method) and setting.method == LOW_RANK
+        n = min(draws, cell.config.steering.low_rank.refits) if few else draws
+        for number, drawn in control_draws(control, directions, setting, n, [cell.seed + JUDGED, stream]):
             scores = steered(asking, batches, drawn, margins=False)
             tables.append(_table(one, (control, number), name, entry, scores))
     return tables
