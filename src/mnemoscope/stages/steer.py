@@ -267,7 +267,7 @@ def _judge_all(opened: _Opened, chosen: Sequence[_Chosen], tell: Tell) -> list[p
 
 def _refits(
     setting: Setting, config: SteeringConfig, draws: int, seed: int, permuted: bool
-) -> list[tuple[Labels, ...]]:
+) -> Sequence[tuple[Labels, ...]]:
     """Labels that a learned setting is learned again on: in fours, but low-rank shifts one by one."""
     if setting.method != LOW_RANK:
         return shuffles(draws, seed, permuted)
