@@ -14,6 +14,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     if page.file.src_uri != "api.md":
         return markdown
     blocks = [f"::: mnemoscope.{module}.{name}" for name, module in sorted(mnemoscope._PUBLIC.items(), key=_order)]
+    blocks += [f"::: mnemoscope.{module}.run.{module}" for module in mnemoscope._MODULES]
     return "\n\n".join([markdown, *blocks])
 
 
