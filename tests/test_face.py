@@ -21,6 +21,7 @@ from helpers import MINI_TASKS, hook_count
 from mnemoscope.behaviour import Asking, states_at_the_end
 from mnemoscope.errors import InputError
 from mnemoscope.export import SITES_FOR
+from mnemoscope.face import vector_file
 from mnemoscope.fitting import ONE_LAYER, SETTINGS, fitting_study
 from mnemoscope.models import load_model
 from mnemoscope.stages.steer import settings_of
@@ -177,6 +178,12 @@ def test_steering_is_that_of_the_vector_and_alpha_zero_of_nothing(user: User) ->
     for source in (user.out, user.cell, file):
         asked = (*prompts, "--toward", "generalized", "--max-new-tokens", "8", "--from", str(source))
         assert user.json("steer", *asked)["answers"] == answers
+    assert {vector_file(source, "context") for source in (user.out, user.cell)} == {file}
+    with pytest.raises(InputError, match="toward: 'both' is not one of"):
+        vector_file(user.out, "both")
+    code, _, err = call("export", str(user.out), "--to", "gguf", "--toward", "memory", "-o", str(user.out / "v.gguf"))
+    assert code == 2
+    assert err.startswith("error: positions: 'decision' cannot be exported") or "depends on the state" in err
     code, out, _ = call("steer", user.folder, prompts[0], "--toward", "generalized", "--from", str(file))
     assert code == 0
     assert out.startswith(f"{prompts[0]}\n  unsteered: ")

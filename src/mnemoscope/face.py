@@ -227,6 +227,21 @@ class Fitted:
         return detector
 
 
+def vector_file(source: Path, toward: str | None) -> Path:
+    """The file of the best vector of a run with one cell, or of a cell, that steers to a behaviour.
+
+    Raises:
+        InputError: it has no vectors, several cells, or no such vector; or ``toward`` is no behaviour.
+    """
+    cells = _cells(source)
+    if len(cells) > 1:
+        raise InputError(f"FILE: {source} has several cells; name one of {', '.join(map(str, cells))}")
+    found = best_paths(cells[0]).get(f"to_{_known(toward)}")
+    if found is None:
+        raise InputError(f"toward: {source} has no vector to {toward}")
+    return found
+
+
 def _warn_if_the_input_does(detector: Detector) -> None:
     """Warn, once for each detector, where it ranks test prompts no better than their tokens alone do."""
     auroc = (detector.card.auroc if detector.card else None) or {}
@@ -263,10 +278,7 @@ def _artefacts(source: Path, found: Binding) -> tuple[dict[Toward, SteeringVecto
 
 def _cell(source: Path, found: Binding) -> Path:
     """The only cell of a run (or the cell itself), or the one whose vectors were fitted on this model."""
-    places = ("records/chosen.json", "cells/*/records/chosen.json")
-    cells = [path.parent.parent for place in places for path in sorted(source.glob(place))]
-    if not cells:
-        raise InputError(f"from: {source} is neither a vector, a detector, nor a run that has chosen vectors")
+    cells = _cells(source)
     if len(cells) == 1:
         return cells[0]
     bound = [json.loads((cell / "cell.json").read_text()).get("binding") or {} for cell in cells]
@@ -277,6 +289,15 @@ def _cell(source: Path, found: Binding) -> Path:
     if not fitting:
         raise InputError(f"weights: no cell of {source} was fitted on this model, which has {found.weights}")
     return fitting[0]
+
+
+def _cells(source: Path) -> list[Path]:
+    """The cells of a run that have chosen vectors, or the cell itself; InputError without any."""
+    places = ("records/chosen.json", "cells/*/records/chosen.json")
+    cells = [path.parent.parent for place in places for path in sorted(source.glob(place))]
+    if not cells:
+        raise InputError(f"from: {source} is neither a vector, a detector, nor a run that has chosen vectors")
+    return cells
 
 
 def _agreed(stored: Prompting, asked: Prompting | None) -> Prompting:

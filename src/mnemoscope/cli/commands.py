@@ -30,6 +30,9 @@ from mnemoscope.cli.shared import (
 AT_A_TIME = 4  # processes of a report, which each hold the largest table of a cell
 
 
+NOT_EXPORTED = "note: vectors of this fit cannot be exported; --positions all fits some that can"
+
+
 @app.command()
 def run(
     study: Annotated[str, typer.Argument(help="quickstart, paper, smollm2, or a YAML file.")] = "quickstart",
@@ -103,8 +106,15 @@ def fit(
     asked: dict[str, Any] = {"prompting": Prompting(chat, reply=reply), "options": options(option)}
     asked |= {"settings": settings, "positions": positions, "aim": aim, "threads": threads}
     asked |= {"dtype": dtype, "device_map": device_map, "layout": named_parts(layout)}
+    note = [] if as_json or positions == "all" else [NOT_EXPORTED]
     with progress(quiet=as_json) as tell:
-        fitted = fit_model(model, task=task, out=out, progress=tell, **asked)
+
+        def begun(*what: Any) -> None:  # all arguments are checked
+            while note:
+                typer.echo(note.pop(), err=True)
+            tell(*what)
+
+        fitted = fit_model(model, task=task, out=out, progress=begun, **asked)
     summary, report_path = fitted.summary(), str(out / "report.html")
     if as_json:
         typer.echo(dumped({"run": str(out), "report": report_path, "tasks": summary.brief()}))
@@ -315,9 +325,10 @@ def detect(
 
 @app.command()
 def export(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file of a vector (.safetensors).")],
+    file: Annotated[Path, typer.Argument(metavar="FILE|RUN", help="A vector (.safetensors), or a run or cell of one.")],
     to: Annotated[str, typer.Option(help="gguf: for llama.cpp; checkpoint: a model with it baked in.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="What to write: a new file, or a new or empty folder.")],
+    toward: Annotated[str | None, typer.Option(help="Of a run: generalized or memorized, context or memory.")] = None,
     model: Annotated[str | None, typer.Option(help="The model it was made on; needed for a checkpoint.")] = None,
     alpha: Annotated[float, typer.Option(min=0.0, help="Factor on the vector.")] = 1.0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto; what is written has it.")] = "float32",
@@ -328,9 +339,11 @@ def export(
     """Write a vector for other programs; one with positions "all" only. Nothing that exists is overwritten."""
     from mnemoscope.errors import InputError
     from mnemoscope.export import bake, check_portable, to_gguf
+    from mnemoscope.face import vector_file
     from mnemoscope.models import core_of
     from mnemoscope.steering import SteeringVector
 
+    file = vector_file(file, toward) if file.is_dir() else file
     vector = alpha * SteeringVector.load(file)
     check_portable(vector, to)  # before a large model is opened for nothing
     if out.exists() and (to == "gguf" or not out.is_dir() or any(out.iterdir())):
