@@ -442,15 +442,16 @@ def test_exact_match_is_of_the_first_line_in_its_normal_form() -> None:
 def test_divergence_on_neutral_text_is_that_of_plain_passes(
     bench: Bench, fitted: dict[tuple[str, Toward], Intervention]
 ) -> None:
-    neutral, one = Neutral(bench), fitted["reft", "generalized"]
-    found = np.concatenate([first for first, _ in neutral.divergence(one)])
+    neutral = Neutral(bench)
     places = np.concatenate([batch.examples_N for batch in neutral.batches])
-    for place, kl in zip(places.tolist(), found.tolist(), strict=True):
-        ids = neutral.encoded[place].context
-        plain = plainly(bench.asking.model, ids)[-1].log_softmax(-1)
-        with one.applied(None):
-            steered = plainly(bench.asking.model, ids)[-1].log_softmax(-1)
-        assert kl == pytest.approx(float((plain.exp() * (plain - steered)).sum()), abs=1e-5)
+    for one in (fitted[method, "generalized"] for method in ("reft", "ircan", "juice", "lora", "caa")):
+        found = np.concatenate([first for first, _ in neutral.divergence(one)])
+        for place, kl in zip(places.tolist(), found.tolist(), strict=True):
+            ids = neutral.encoded[place].context
+            plain = plainly(bench.asking.model, ids)[-1].log_softmax(-1)
+            with one.applied(None):
+                steered = plainly(bench.asking.model, ids)[-1].log_softmax(-1)
+            assert kl == pytest.approx(float((plain.exp() * (plain - steered)).sum()), abs=1e-5), one.method
     nothing = np.concatenate([first for first, _ in neutral.divergence(Intervention("", "generalized"))])
     assert np.abs(nothing).max() < 1e-6
     assert not list(neutral.divergence(fitted["cad", "generalized"]))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
 import mnemoscope as ms
 from little_facts import LittleFacts
@@ -20,6 +21,7 @@ from mnemoscope.arena.choose import best_of
 from mnemoscope.arena.contract import Intervention
 from mnemoscope.arena.lists import Bench
 from mnemoscope.behaviour import Asking, Scores
+from mnemoscope.cli import app
 from mnemoscope.config import parse_arena
 from mnemoscope.errors import InputError
 from mnemoscope.report import build_arena
@@ -191,6 +193,26 @@ def test_what_cannot_be_fitted_is_left_out_and_named(little: Asking, tmp_path: P
         runs.METHODS = before
     assert list(results["left_out"]) == ["cad"]
     assert list(results["methods"]) == ["caa"]
+
+
+def test_the_command_runs_an_arena_and_rebuilds_its_page(little: Asking, shared_folder: Path, tmp_path: Path) -> None:
+    sizes = SIZES | {"varied": 0, "written": 0, "cuts": 0}
+    given = [f"--size={name}={value}" for name, value in sizes.items()]
+    model, out = str(shared_folder / "little"), str(tmp_path / "run")
+    command = ["arena", model, "--task", "little_facts:LittleFacts", "-o", out, "--method", "caa", *given, "--json"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    results = json.loads(Path(found["results"]).read_text())
+    assert list(results["methods"]) == ["caa"]
+    assert Path(found["page"]).is_file()
+    Path(found["page"]).unlink()
+    again = CliRunner().invoke(app, ["report", out, "--beside", out, "--json"])
+    assert again.exit_code == 0, again.output
+    assert Path(found["page"]).read_text().count("<svg") == 4
+    refused = CliRunner().invoke(app, [*command[:6], "--method", "cda"])
+    assert refused.exit_code == 2
+    assert refused.stderr.startswith("error: methods: 'cda' is not one of prompt")
 
 
 @pytest.mark.parametrize(

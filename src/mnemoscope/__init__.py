@@ -27,7 +27,7 @@ _NAMES = {
     "study": "run_study",
     "tasks": "Example Task build_task",
 }
-_MODULES = ("arena",)  # modules that can be called
+_MODULES = {"arena": "arena.run"}  # modules that can be called, and where their function is
 _PUBLIC = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = sorted([*_PUBLIC, *_MODULES])

@@ -46,9 +46,9 @@ def trained(
     learning = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     adapted = adapt(model, LoraConfig(rank=RANK), bench.config.seed)
     try:
-        asking = replace(bench.fit.lists.asking, model=adapted)
+        asking = replace(bench.lists.asking, model=adapted)
         parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-        descend(bench.fit.lists, toward, parameters, loss(asking), rate, kept(asking))
+        descend(bench.lists, toward, parameters, loss(asking), rate, kept(asking))
         return _deltas(adapted)
     finally:
         adapted.unload()

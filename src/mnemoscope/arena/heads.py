@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TRIED = (1.0, 3.0, 5.0, 10.0, 30.0, -1.0, -2.0, -5.0)  # what a head's output is multiplied with, beside itself
-EXAMPLES = 6  # of each set
+EXAMPLES = 4  # of each set, as in the paper
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,10 @@ def ranked(bench: Bench, toward: Toward) -> Ranked:
     A head's effect in a set is the mean change under factors above 0 less that under factors below 0. It helps where
     it is above 0 in all sets, and is ranked by its smallest one.
     """
-    effects_SLH = np.stack([_effects(bench, examples, toward) for examples in _sets(bench, toward).values()])
+    sets = _sets(bench, toward)
+    effects_NLH = _effects(bench, [example for examples in sets for example in examples])
+    ends = np.cumsum([len(examples) for examples in sets])[:-1]
+    effects_SLH = np.stack([part_NLH.mean(0) for part_NLH in np.split(effects_NLH, ends)])
     least_LH, most_LH = effects_SLH.min(0), effects_SLH.max(0)
     heads = least_LH.shape[1]
 
@@ -58,21 +61,18 @@ def ranked(bench: Bench, toward: Toward) -> Ranked:
     return Ranked(order(least_LH), order(-most_LH))
 
 
-def _sets(bench: Bench, toward: Toward) -> dict[str, list[Example]]:
+def _sets(bench: Bench, toward: Toward) -> list[list[Example]]:
     """Examples without a conflict, with a plain one, and with one that the text says twice; each wants one answer."""
     drawn = bench.fit.prompts["conflict"]
     conflicts = spread_groups(drawn.examples)[:EXAMPLES]
     quoted = {example.prompt: one for example, one in zip(drawn.examples, drawn.quoted, strict=True)}
     bares = [bench.task.without_context(e) for e in conflicts]
     plain = [_wants(e, toward) for e in conflicts]
-    sets = {"plain": plain}
     # Memory's answer is right without a text; what a text says needs one, which agrees.
     agreeing = spread_groups(bench.fit.prompts["agreeing"].examples)[:EXAMPLES]
-    alone = [as_bare(bare) for bare in bares if bare]
-    sets["none"] = alone if toward == "memorized" else agreeing
+    none = [as_bare(bare) for bare in bares if bare] if toward == "memorized" else agreeing
     twice = [told_twice(example, quoted[e.prompt]) for e, example in zip(conflicts, plain, strict=True)]
-    sets["coherent"] = [example for example in twice if example]
-    return {name: examples for name, examples in sets.items() if examples}
+    return [examples for examples in (none, plain, [example for example in twice if example]) if examples]
 
 
 def _wants(example: Example, toward: Toward) -> Example:
@@ -81,13 +81,14 @@ def _wants(example: Example, toward: Toward) -> Example:
 
 
 @torch.no_grad()
-def _effects(bench: Bench, examples: Sequence[Example], toward: Toward) -> np.ndarray:
-    """Mean change of p(wanted) under factors above 0 less that under factors below 0, of each head; float64 (L, H)."""
+def _effects(bench: Bench, examples: Sequence[Example]) -> np.ndarray:
+    """Mean change of p(first token of the answer) under factors above 0 less that under others; float64 (N, L, H)."""
     asking, model = bench.asking, bench.asking.model
     heads, width = heads_of(model, 0)
     up_K = torch.tensor([factor > 0 for factor in TRIED])
-    effects_LH = np.zeros((len(blocks_of(model)), heads))
-    for batch in with_prefixes(asking, examples):
+    effects_NLH = np.zeros((len(examples), len(blocks_of(model)), heads))
+    for whole in with_prefixes(asking, examples):
+        batch = replace(whole, suffix_RM=whole.suffix_RM[:, :1], length_R=torch.ones_like(whole.length_R))
         n = len(batch.examples_N)
         before_N = only_log_probability(asking, with_options(batch, _first(n, 1))).exp()
         rows = with_options(batch, _first(n, len(TRIED)))  # factor k of every example, then the next factor
@@ -99,9 +100,10 @@ def _effects(bench: Bench, examples: Sequence[Example], toward: Toward) -> np.nd
                 edit = _adding_rows(scale_RW.flatten(1))
                 with edited(model, {layer: edit}, "head", start=batch.ids_NT.shape[1] - 1):
                     after_KN = only_log_probability(asking, rows).exp().view(len(TRIED), n)
-                change_K = (after_KN - before_N).double().mean(1).cpu()
-                effects_LH[layer, head] += n * float(change_K[up_K].mean() - change_K[~up_K].mean())
-    return effects_LH / max(1, len(examples))
+                change_KN = (after_KN - before_N).double().cpu()
+                change_N = change_KN[up_K].mean(0) - change_KN[~up_K].mean(0)
+                effects_NLH[batch.examples_N, layer, head] = change_N.numpy()
+    return effects_NLH
 
 
 def _first(n: int, copies: int) -> Tensor:

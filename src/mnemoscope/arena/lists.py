@@ -85,6 +85,17 @@ class Prompts:
         return Prompts(self.asking, [self.examples[n] for n in chosen], [self.bares[n] for n in chosen])
 
 
+@dataclass(frozen=True, slots=True)
+class Known:
+    """How many items were asked bare, and those that the model answers by heart.
+
+    ``asked`` is 0 where the task has no such questions; then what it says is known counts as known.
+    """
+
+    asked: int
+    items: Sequence[str]
+
+
 @dataclass(frozen=True, eq=False)
 class Fit:
     """What is fitted on.
@@ -92,12 +103,10 @@ class Fit:
     Attributes:
         mined: labelled phrasings of the fit split, with states at the decision position.
         prompts: by name, lists of ``LISTS``; of the latter two those that are answered right.
-        lists: for methods that learn by gradients, with prefixes.
     """
 
     mined: PairBatch
     prompts: Mapping[str, Prompts]
-    lists: FitLists
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,26 +114,25 @@ class Bench:
     """One frame for all methods: a model, a task of known items, and the lists of each split.
 
     Attributes:
-        asked, known: how many items were asked bare, and how many of them are known; None where the task has no bare
-            questions, so that what it says is known counts as known.
+        known: what the model answers by heart.
         tune, test: by name, the lists of ``LISTS``; those of the test split are frozen before anything is applied.
     """
 
     asking: Asking
     task: Task
     config: ArenaConfig
-    asked: int | None
-    known: int | None
+    known: Known
     tune: Mapping[str, Prompts]
     test: Mapping[str, Prompts]
     cache: dict[Any, Any] = field(default_factory=dict)  # what methods fit once for both directions, or share
     _sources: dict[Site, Sources] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, asking: Asking, task: Task, config: ArenaConfig) -> Bench:
-        """Ask what the model knows, draw the lists and freeze them; InputError where too little is left."""
+    def of(cls, asking: Asking, task: Task, config: ArenaConfig, known: Known | None = None) -> Bench:
+        """Draw the lists and freeze them; InputError where too little is left. ``known``: default: it is asked."""
         asking = replace(asking, from_prompt=True, batch_size=config.batch_size)
-        task, asked, known = _known(asking, task)
+        known = known or ask_known(asking, task)
+        task = task.knowing(set(known.items)) if known.asked else task
         draws = {"tune": (config.tune_conflicts, config.tune_kept), "test": (config.conflicts, config.kept)}
         found = {split: _lists(asking, task, split, *sizes, config.seed) for split, sizes in draws.items()}  # type: ignore[arg-type]
         for split, lists in found.items():
@@ -134,7 +142,7 @@ class Bench:
                     f"task: the {split} split has conflicts of {groups} groups whose items the model knows; at least "
                     f"{LEAST_GROUPS} are needed"
                 )
-        return cls(asking, task, config, asked, known, found["tune"], found["test"])
+        return cls(asking, task, config, known, found["tune"], found["test"])
 
     @property
     def has_bares(self) -> bool:
@@ -151,7 +159,12 @@ class Bench:
         mined = next(mine_pairs(self.asking, candidates, chunk=chunk), None)
         if mined is None:
             raise InputError("task: its fit conflicts have no other phrasing, so there are no pairs")
-        return Fit(mined, prompts, _fit_lists(self, mined, prompts))
+        return Fit(mined, prompts)
+
+    @cached_property
+    def lists(self) -> FitLists:
+        """The fit lists of methods that learn by gradients, with prefixes."""
+        return _fit_lists(self, self.fit.mined, self.fit.prompts)
 
     @cached_property
     def pairs(self) -> list[tuple[Example, Example]]:
@@ -162,20 +175,17 @@ class Bench:
         return pairs
 
     def sources(self, site: Site) -> Sources:
-        """States of the fit pairs at a site, and the lists that learn by gradients."""
+        """States of the fit pairs at a site, with the lists that are learned on."""
         if site not in self._sources:
-            self._sources[site] = read_sources(site, self.pairs, self.asking, lambda: self.fit.lists)
+            self._sources[site] = read_sources(site, self.pairs, self.asking, lambda: self.lists)
         return self._sources[site]
 
 
-def _known(asking: Asking, task: Task) -> tuple[Task, int | None, int | None]:
-    """The task restricted to known items, how many items were asked, and how many of them are known."""
+def ask_known(asking: Asking, task: Task) -> Known:
+    """Ask every item bare, where the task has such questions."""
     asked = task.facts_to_know()
-    if not asked:
-        return task, None, None
     labels = score(asking, prepare(asking, asked), margins=False).behaviour_N
-    known = {example.item for example, label in zip(asked, labels, strict=True) if label == "correct"}
-    return task.knowing(known), len(asked), len(known)
+    return Known(len(asked), [e.item for e, label in zip(asked, labels, strict=True) if label == "correct"])
 
 
 def _lists(asking: Asking, task: Task, split: Split, conflicts: int, kept: int, seed: int) -> dict[str, Prompts]:

@@ -15,7 +15,7 @@ import torch
 
 from mnemoscope.arena.choose import best_of
 from mnemoscope.arena.judge import TABLES, UNSTEERED, Frame
-from mnemoscope.arena.lists import Bench
+from mnemoscope.arena.lists import Bench, Known, ask_known
 from mnemoscope.arena.methods import METHODS, candidates
 from mnemoscope.behaviour import PLAIN, Asking
 from mnemoscope.config import ArenaConfig, parse_arena
@@ -113,14 +113,10 @@ class _Run:
         if not waiting:
             return
         self.tell("arena", "frame", 0, 1, "freezing the test set")
-        bench = Bench.of(self.asking, self.task, self.config)
+        bench = Bench.of(self.asking, self.task, self.config, self._known())
         frame = Frame.of(bench)
-        counts: dict[str, Any] = {
-            "asked": bench.asked,
-            "known": bench.known,
-            "order": list(METHODS),
-            "no_gate": frame.why,
-        }
+        counts: dict[str, Any] = {"asked": bench.known.asked, "known": len(bench.known.items)}
+        counts |= {"order": list(METHODS), "no_gate": frame.why}
         counts |= {"lists": {name: len(prompts) for name, prompts in frame.lists.items()}}
         self._write_json("frame", self.facts | counts)
         self._write_table("set", frame.table())
@@ -134,6 +130,19 @@ class _Run:
                 facts = {"left_out": str(error)}
             self._write_json(name, facts)  # last: what says that the method is done
         self.tell("arena", "page", 1, 1, "")
+
+    def _known(self) -> Known:
+        """What the model knows, asked once for all continuations."""
+        of = {name: self.facts[name] for name in ("weights", "examples", "prompting")}
+        path = self.folder / "known.json"
+        before = json.loads(path.read_text()) if path.is_file() else {}
+        if all(before.get(name) == value for name, value in of.items()):
+            return Known(before["asked"], before["known"])
+        known = ask_known(self.asking, self.task)
+        if known.asked:
+            self.task.knowing(set(known.items))  # an empty one is refused here, before anything is written
+        self._write_json("known", of | {"asked": known.asked, "known": list(known.items)})
+        return known
 
     def _unsteered(self, frame: Frame) -> dict[str, Any]:
         tables = frame.judged(None, UNSTEERED)

@@ -59,7 +59,7 @@ def scaled(bench: Bench, neurons: list[tuple[int, int]], factor: float) -> Appli
         return scale
 
     edits = {layer: scaling(chosen) for layer, chosen in by_layer.items()}
-    return lambda start: edited(bench.asking.model, edits, "neuron", "all", start)
+    return lambda start: edited(bench.asking.model, edits, "neuron", "all")
 
 
 def common_neurons(bench: Bench, toward: Toward) -> list[tuple[int, int]]:

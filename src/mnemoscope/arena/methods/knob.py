@@ -99,7 +99,7 @@ def _interchanges(bench: Bench, states_P2D: Tensor) -> list[tuple[Batch, Tensor,
     def of_side(side: int) -> Iterator[tuple[Batch, Tensor, Tensor]]:
         key = ("interchanges", side)
         if key not in bench.cache:
-            bench.cache[key] = with_prefixes(bench.fit.lists.asking, [pair[side] for pair in bench.pairs])
+            bench.cache[key] = with_prefixes(bench.lists.asking, [pair[side] for pair in bench.pairs])
         for batch in bench.cache[key]:
             yield batch, states_P2D[batch.examples_N, 1 - side], torch.full((len(batch.examples_N),), side)
 

@@ -53,7 +53,7 @@ def learned(bench: Bench, toward: Toward, layer: int, rank: int) -> tuple[Tensor
 
     The bias is learned in units of the state's norm, so that one rate fits every model.
     """
-    lists, norm = bench.fit.lists, float(bench.sources("block").norm_L[layer])
+    lists, norm = bench.lists, float(bench.sources("block").norm_L[layer])
     width = bench.sources("block").shape_LD[1]
     generator = torch.Generator().manual_seed(37 + 1000 * layer + rank)
     first_KD = torch.linalg.qr(torch.randn(width, rank, generator=generator))[0].T.contiguous()
