@@ -13,7 +13,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Append a mkdocstrings block for each public name to the page ``api.md``."""
     if page.file.src_uri != "api.md":
         return markdown
-    blocks = [f"::: mnemoscope.{module}.{name}" for name, module in sorted(mnemoscope._PUBLIC.items(), key=_order)]
+    public = mnemoscope._PUBLIC | mnemoscope._MODULES
+    blocks = [f"::: mnemoscope.{module}.{name}" for name, module in sorted(public.items(), key=_order)]
     return "\n\n".join([markdown, *blocks])
 
 

@@ -24,7 +24,7 @@ you like, and run it into another folder. `--set a.b=c` replaces one. With the p
 This page is printed by `docs/study.py` from the descriptions in the code.
 """
 # What stands in a path for a name of the user's.
-PLACES = {"cells": "NAME", "sweeps": "METHOD"}
+PLACES = {"cells": "NAME", "grids": "SITE"}
 
 
 def main() -> None:

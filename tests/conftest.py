@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from helpers import MINI_STUDY, MINI_TASKS, MINI_TRAINING
+from little_facts import LittleFacts, little_model
 from mnemoscope.behaviour import Asking
 from mnemoscope.config import ModelConfig, load_study
 from mnemoscope.models import build_gpt2, load_model, word_tokenizer
@@ -55,6 +56,20 @@ def mini(shared_folder: Path) -> Callable[[str], Asking]:
         return opened[name]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def little(shared_folder: Path) -> Asking:
+    """The model of ``little_facts``, trained once, by the worker that comes first."""
+    folder, boundary = shared_folder / "little", LittleFacts().boundary
+    with (shared_folder / "little.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "done").exists():
+            made = little_model()
+            made.model.save_pretrained(folder)
+            made.tokenizer.save_pretrained(folder)
+            (folder / "done").touch()
+    return Asking(*load_model(folder), boundary, batch_size=64)
 
 
 @pytest.fixture(scope="session")

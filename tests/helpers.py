@@ -48,10 +48,13 @@ cells:
     pairs: {behaviour_examples: 100, fit_examples: 200, tune_examples: 100, test_examples: 100, permutations: 99}
     probes: {offsets: [0, 2]}
     steering:
-      sweeps:
-        nmd: {layers: [all, each], tops: [0.1, 0.5], strengths: [0.1, 0.3]}
-        gradient: {tops: [0.5], strengths: [0.1, 0.3]}
-        learned: {sites: [neuron], layers: ["0-1"], tops: [0.5], strengths: [0.3]}
+      grids:
+        block: {layers: [all, each], tops: [0.1, 0.5], strengths: [0.1, 0.3]}
+        neuron: {layers: ["0-1"], tops: [0.5], strengths: [0.3]}
+      methods: [nmd, gradient, learned, low-rank]
+      low_rank: {layers: 2, steps: 8, factors: [1.0]}
+      learned_steps: 10
+      norm_draws: 2
       draws: 3
       tune_pairs: 50
       tune_others: 40

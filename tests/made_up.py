@@ -18,8 +18,8 @@ from mnemoscope.tasks import Example, build_task, draw
 LAYERS, WIDTH = 4, 48
 TOPS, STRENGTHS, DOSES = (0.05, 0.2, 1.0), (0.1, 0.4, 0.8), (-1.0, 0.0, 0.5, 1.0, 2.0)
 GAINS = {"nmd": 0.6, "gradient": 1.0}
-CONTROLS = ("random_neurons", "low_correlation", "random_sign", "shuffled_labels", "gaussian")
-ROLES = {"vector": 1.0, **dict(zip(CONTROLS, (0.05, 0.02, 0.1, 0.3, 0.12), strict=True))}
+MADE = {"random_neurons": 0.05, "low_correlation": 0.02, "random_sign": 0.1, "shuffled_labels": 0.3, "gaussian": 0.12}
+CONTROLS, ROLES = tuple(MADE), {"vector": 1.0, **MADE}
 SIDES = ("generalized", "memorized")
 SOURCE = {"to_generalized": "memorized", "to_memorized": "generalized"}
 TARGET = {"to_generalized": "generalized", "to_memorized": "memorized"}
@@ -201,14 +201,18 @@ def steering_rows(rng: np.random.Generator, lists: Lists, effect: float) -> pd.D
     parts = []
     everything = {**lists, "pairs_unreachable": (lists["pairs"][0][:9], 4.0)}
     everything |= dict.fromkeys(("novel", "memory"), (lists["conflict"][0], 0.0))
-    for (method, gain), direction, (aim, more) in product(GAINS.items(), SOURCE, (("pairs", 1.0), ("conflict", 2.0))):
+    aims = (("pairs", 1.0), ("conflict", 2.0), ("equal_norm", 1.0), ("unpenalized", 1.0))
+    for (method, gain), direction, (aim, more) in product(GAINS.items(), SOURCE, aims):
+        if aim == "unpenalized" and method != "nmd":
+            continue
         setting = {"aim": aim, "direction": direction, "method": method, "site": "block", "layers": "0-3"}
         setting |= {"top": 0.2, "strength": 0.4 * more, "split": "test"}
         for (role, share), number in product(ROLES.items(), range(3)):
             is_vector, push = role == "vector", effect * gain * share * 1.9 * more
             if is_vector and number:
                 continue
-            for examples, (groups, distance) in (everything if is_vector else {aim: lists[aim]}).items():
+            own = {aim: lists[aim]} if aim in lists else {"pairs": lists["pairs"]}
+            for examples, (groups, distance) in (everything if is_vector and aim in lists else own).items():
                 if examples == "pairs_unreachable" and (direction, aim) != ("to_memorized", "pairs"):
                     continue
                 found = shifted(rng, groups, (distance, push), direction, examples)

@@ -38,7 +38,8 @@ def test_help_imports_nothing_heavy() -> None:
 def test_tasks_are_listed() -> None:
     code, out, _ = call("tasks", "--json")
     assert code == 0
-    assert set(json.loads(out)) == {"inference", "addition", "addition-digits", "cipher", "joint", "facts", "jsonl"}
+    from_scratch, pretrained = ("inference", "addition", "addition-digits", "cipher", "joint"), ("facts", "jsonl")
+    assert set(json.loads(out)) == {*from_scratch, *pretrained, "memotrap", "pararel", "qa"}
     assert "inference" in call("tasks")[1]
 
 
@@ -90,8 +91,8 @@ def changed(*settings: str) -> list[str]:
         (changed("options.colour=2"), "task.options.colour: task 'addition' has no such option"),
         (changed("training.stepps=5"), "cells.addition.training.stepps: Extra inputs are not permitted"),
         (changed("pairs.site=head"), "cells.addition.pairs.site: Input should be 'block', 'attention', 'mlp' or"),
-        (changed("steering.sweeps.nmd.tops=[0.5, 1.5]"), "tops.1: Input should be less than or equal to 1 (got 1.5)"),
-        (changed("steering.sweeps.nmd.layers=[some]"), "layers.0: String should match pattern"),
+        (changed("steering.grids.block.tops=[0.5, 1.5]"), "tops.1: Input should be less than or equal to 1 (got 1.5)"),
+        (changed("steering.grids.block.layers=[some]"), "layers.0: String should match pattern"),
         (changed("model.heads=5"), "width 64 is not a multiple of heads 5"),
         (
             changed("model.context=12", "neutral.cuts=0"),

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from helpers import label, mini_examples
-from mnemoscope.behaviour import Asking, prepare
+from mnemoscope.behaviour import Asking, log_probabilities, only_log_probability, prepare, with_options, with_suffixes
 from mnemoscope.directions import (
     ANSWERED,
     CONTROLS,
     METHODS,
+    PERMUTED,
     SHUFFLED,
     Directions,
     FitLists,
@@ -32,12 +33,13 @@ from mnemoscope.directions import (
     margin_gradients,
     ranked,
     read_sources,
+    refitted,
     share_of,
     shuffles,
     steered,
     with_prefixes,
 )
-from mnemoscope.directions.choose import AGAIN, STANDING_IN
+from mnemoscope.directions.choose import AGAIN, DRAWN, STANDING_IN
 from mnemoscope.directions.learned import wanted_batches
 from mnemoscope.models import SITES
 from mnemoscope.steering import SteeringVector
@@ -67,7 +69,9 @@ def sources_at(asking: Asking, site: str, steps: int = 20) -> Sources:
     lists = {"generalized": with_prefixes(asking, examples[:40]), "memorized": with_prefixes(asking, examples[20:])}
     kept = {t: with_prefixes(asking, [e for e in mini_examples("addition", 60) if e.kind == "novel"]) for t in lists}
     pairs = list(zip(examples[:30], examples[30:], strict=True))
-    found = FitLists(asking, lists, lists, kept, steps=steps)  # type: ignore[arg-type]
+    names = {"generalized": [e.item for e in examples[:40]], "memorized": [e.item for e in examples[20:]]}
+    items = {toward: (mine, mine) for toward, mine in names.items()}
+    found = FitLists(asking, lists, lists, kept, steps=steps, items=items)  # type: ignore[arg-type]
     return read_sources(site, pairs, asking, lambda: found)  # type: ignore[arg-type]
 
 
@@ -170,9 +174,11 @@ def test_a_shift_of_all_tokens_is_fitted_and_judged_on_all_tokens(asking: Asking
 
 @pytest.mark.parametrize("name", CONTROLS)
 def test_controls_keep_each_layers_norm(directions: Directions, name: str) -> None:
-    chosen = setting("nmd", top=0.3)
+    method = "learned" if name in refitted("learned") else "nmd"
+    chosen = setting(method, top=0.3)
     original = directions.dense(chosen)
-    (_, first), (_, second) = control_draws(name, directions, chosen, 2, (0,))
+    drawn = [vector.dense(2, 64) for _, vector in control_draws(name, directions, chosen, 2, (0,))]
+    first, second = drawn
     assert not np.array_equal(first, second)
     np.testing.assert_allclose(np.linalg.norm(first, axis=1), np.linalg.norm(original, axis=1), rtol=1e-5)
     if name in ("random_neurons", "low_correlation"):
@@ -184,8 +190,11 @@ def test_controls_keep_each_layers_norm(directions: Directions, name: str) -> No
             used = first[layer] != 0
             assert np.abs(directions.rho()[layer][used]).max() <= np.abs(directions.rho()[layer][~used]).min()
     again = dict(control_draws(name, directions, chosen, 2, (0,)))
-    np.testing.assert_array_equal(again[1], second)
-    everything = list(control_draws(name, directions, setting("nmd"), 2, (0,)))
+    np.testing.assert_array_equal(again[1].dense(2, 64), second)
+    everything = list(control_draws(name, directions, setting(method), 2, (0,)))
+    if name not in DRAWN:
+        other = "nmd" if method == "learned" else "learned"
+        assert list(control_draws(name, directions, setting(other), 2, (0,))) == []
     assert len(everything) == (0 if name in ("random_neurons", "low_correlation") else 2)
 
 
@@ -209,18 +218,67 @@ def test_shuffled_labels_ask_both_sides_equally_often(asking: Asking) -> None:
     lists = {"generalized": many, "memorized": few}
     found = FitLists(small, lists, lists, {})  # type: ignore[arg-type]
     asked = list(wanted_batches(found, "generalized", Labels(0)))
-    of_few = [any(batch is one for one in few) for batch, _ in asked]
+    of_few = [any(one.batch is batch for batch in few) for one in asked]
     assert np.mean(of_few) == 0.5
-    assert all(abs(int((2 * option_N - 1).sum())) <= 1 for _, option_N in asked)
+    assert all(abs(int((2 * one.option_N - 1).sum())) <= 1 for one in asked)
     assert len(list(wanted_batches(found, "generalized", ANSWERED))) == 2 * len(many)
 
 
+def test_permuted_answers_are_those_of_other_items_and_neither_of_ones_own(asking: Asking) -> None:
+    sources = sources_at(replace(asking, batch_size=8), "block")
+    examples = {example.item: example for example in conflicts(60)}
+    found = sources.lists.permuted(3)
+    assert found
+    texts = {item: asking.tokenizer.decode(tokens) for item, tokens in found.items()}
+    memorized = {example.memorized.strip() for example in examples.values() if example.memorized}
+    sums = {example.generalized.strip() for example in examples.values() if example.generalized}
+    for item, text in texts.items():
+        assert text.strip() in memorized | sums
+        assert text.strip() not in [option.strip() for option in examples[item].options]
+    assert abs(2 * sum(text.strip() in memorized for text in texts.values()) - len(texts)) <= 1
+    assert found != sources.lists.permuted(4)
+    asked = list(wanted_batches(sources.lists, "generalized", Labels(3, permuted=True)))
+    given = [tokens for one in asked for tokens in one.instead or ()]
+    assert len(given) == 4 * 40, "both sides, or it would teach to leave one"
+    assert {tuple(tokens) for tokens in given} == {tuple(tokens) for tokens in found.values()}
+
+
+def test_permuted_answers_need_a_third_answer(asking: Asking) -> None:
+    two = [
+        replace(e, memorized=conflicts(1)[0].memorized, generalized=conflicts(1)[0].generalized) for e in conflicts(8)
+    ]
+    lists, items = {"generalized": prepare(asking, two)}, {"generalized": ([e.item for e in two], [])}
+    found = FitLists(asking, lists, {"generalized": []}, {}, items=items)  # type: ignore[arg-type]
+    assert not found.can_permute()
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_what_a_permuted_answer_is_worth_is_its_own_log_probability(asking: Asking, cached: bool) -> None:
+    """Against plain examples that have it as their only answer."""
+    examples = conflicts(6)
+    texts = [example.memorized or "" for example in (*examples[1:], examples[0])]
+    (batch,) = with_prefixes(asking, examples) if cached else prepare(asking, examples)
+    order = batch.examples_N
+    tokens = [asking.tokenizer(texts[i], add_special_tokens=False).input_ids for i in order]
+    given = with_suffixes(with_options(batch, torch.zeros(1, 6, dtype=torch.long)), tokens)
+    alone = [
+        replace(examples[i], kind="memory", memorized=None, generalized=None, answer=texts[i]) for i in order.tolist()
+    ]
+    with torch.no_grad():
+        expected = [log_probabilities(asking, prepare(asking, [one])[0])[0, 0] for one in alone]
+        found = only_log_probability(asking, given)
+    np.testing.assert_allclose(found.numpy(), torch.stack(expected).numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("permuted", [False, True])
 @pytest.mark.parametrize("positions", ["decision", "all"])
 @pytest.mark.parametrize("site", SITES)
-def test_what_is_learned_together_is_what_is_learned_alone(asking: Asking, site: str, positions: str) -> None:
+def test_what_is_learned_together_is_what_is_learned_alone(
+    asking: Asking, site: str, positions: str, permuted: bool
+) -> None:
     sources = sources_at(replace(asking, batch_size=16), site, steps=6)
     facts = {"site": site, "layers": (1,), "strength": 0.3, "positions": positions}
-    chosen, several = setting("learned", "to_memorized", **facts), [Labels(seed) for seed in range(3)]
+    chosen, several = setting("learned", "to_memorized", **facts), [Labels(seed, permuted) for seed in range(3)]
     together = learned_together(sources, chosen, several)
     for labels, found_LD in zip(several, together, strict=True):
         (alone_LD,) = learned_together(sources, chosen, [labels])
@@ -243,21 +301,23 @@ def test_what_is_learned_in_bfloat16_points_where_float32_points(
     assert exact @ rounded / np.linalg.norm(exact) / np.linalg.norm(rounded) > 0.999
 
 
-def test_a_shuffled_label_draw_does_not_depend_on_how_many_are_drawn(asking: Asking) -> None:
+@pytest.mark.parametrize("name", refitted("learned"))
+def test_a_refitted_draw_does_not_depend_on_how_many_are_drawn(asking: Asking, name: str) -> None:
     sources, chosen = sources_at(asking, "block", steps=5), setting("learned")
-    few, many = (dict(control_draws(SHUFFLED, Directions(sources), chosen, draws, (0,))) for draws in (1, 6))
+    few, many = (dict(control_draws(name, Directions(sources), chosen, draws, (0,))) for draws in (1, 6))
     assert len(few) == 1
     assert len(many) == 6
-    np.testing.assert_array_equal(few[0], many[0])
+    np.testing.assert_array_equal(few[0].dense(2, 64), many[0].dense(2, 64))
     # Nor on where it was fitted.
     fixed = chosen.same_direction()[0]
     fitted = {
         (fixed, labels): shift_LD
-        for four in shuffles(6, 0)
+        for four in shuffles(6, 0, name == PERMUTED)
         for labels, shift_LD in zip(four, learned_together(sources, fixed, four), strict=True)
     }
-    elsewhere = dict(control_draws(SHUFFLED, Directions(sources, fitted), chosen, 6, (0,)))
-    np.testing.assert_array_equal(np.stack(list(elsewhere.values())), np.stack(list(many.values())))
+    elsewhere = dict(control_draws(name, Directions(sources, fitted), chosen, 6, (0,)))
+    both = ([vector.dense(2, 64) for vector in found.values()] for found in (elsewhere, many))
+    np.testing.assert_array_equal(*map(np.stack, both))
 
 
 def test_the_setting_is_chosen_that_exceeds_its_control(asking: Asking, directions: Directions) -> None:

@@ -21,6 +21,7 @@ from helpers import MINI_TASKS, hook_count
 from mnemoscope.behaviour import Asking, states_at_the_end
 from mnemoscope.errors import InputError
 from mnemoscope.export import SITES_FOR
+from mnemoscope.face import vector_file
 from mnemoscope.fitting import ONE_LAYER, SETTINGS, fitting_study
 from mnemoscope.models import load_model
 from mnemoscope.stages.steer import settings_of
@@ -82,6 +83,12 @@ def user(mini: Callable[[str], Asking], shared_folder: Path, tmp_path_factory: p
     return User(folder, model, words, data, out, fitted)
 
 
+def aimed(task: dict[str, Any], direction: str) -> dict[str, Any]:
+    """The block whose method is best for conflicts, the aim of a fit."""
+    block = task["steering"][direction]
+    return block.get("best_conflict") or block
+
+
 def test_a_fit_gives_vectors_in_both_directions_a_detector_and_controls(user: User) -> None:
     assert {toward: vector.toward for toward, vector in user.fitted.vectors.items()} == {
         "generalized": "generalized",
@@ -90,16 +97,16 @@ def test_a_fit_gives_vectors_in_both_directions_a_detector_and_controls(user: Us
     assert user.fitted.detector is not None
     results = json.loads((user.out / "results.json").read_text())["tasks"]["sums"]
     tried = {(row["method"], row["layers"]) for row in results["sweep"] if row["direction"] == "to_generalized"}
-    assert {method for method, _ in tried} == {"standardized-nmd", "gradient", "learned"}
-    assert {layers for _, layers in tried} == {"1"}  # one of two layers, as the budget says
+    assert {method for method, _ in tried} == {"standardized-nmd", "gradient", "learned", "low-rank"}
+    assert {layers for method, layers in tried if method != "low-rank"} == {"1"}  # one of two, as the budget says
     for direction, vector in (("to_generalized", "generalized"), ("to_memorized", "memorized")):
-        shift, card = results["steering"][direction]["pairs"]["shift"], user.fitted.vectors[vector].card
+        block, card = aimed(results, direction), user.fitted.vectors[vector].card
+        shift = block["conflict"]["shift"]
         assert shift["n"] > 0
         assert card is not None
         assert card.shift == shift
         assert card.control is not None
-        controls = results["steering"][direction]["controls"]
-        strongest = max(control["pairs"]["shift"]["estimate"] for control in controls.values())
+        strongest = np.nanmax([control["conflict"]["shift"]["estimate"] for control in block["controls"].values()])
         assert card.control["estimate"] == pytest.approx(strongest)
         assert f"test shift {shift['estimate']:.3f} [{shift['low']:.3f}, {shift['high']:.3f}], n = " in str(card)
         assert f"strongest control of the same norm: {card.control['name']}" in str(card)
@@ -120,8 +127,7 @@ def test_the_command_line_fits_the_same_by_name(user: User, tmp_path: Path) -> N
     assert Path(said["report"]).is_file()
     mine, theirs = (json.loads((run / "results.json").read_text())["tasks"] for run in (user.out, tmp_path / "run"))
     assert (
-        said["tasks"]["sums"]["to_generalized"]["pairs"]
-        == theirs["sums"]["steering"]["to_generalized"]["pairs"]["shift"]
+        said["tasks"]["sums"]["to_generalized"]["shift"] == aimed(theirs["sums"], "to_generalized")["conflict"]["shift"]
     )
     for part in ("pairs", "contrast", "probe", "steering", "detection"):
         assert mine["sums"][part] == theirs["sums"][part]
@@ -162,14 +168,22 @@ def test_steering_is_that_of_the_vector_and_alpha_zero_of_nothing(user: User) ->
     width = inputs.input_ids.shape[1]
     with fitted.steer("generalized"):
         steered = user.words.batch_decode(user.model.generate(**inputs, **options)[:, width:], skip_special_tokens=True)
+    assert fitted.vector("context") is fitted.vector("generalized")  # type: ignore[arg-type]
+    assert len(repr(fitted.vector("generalized")).splitlines()) == 1
     answers = fitted.answers(prompts, "generalized", max_new_tokens=8)
     assert [row["steered"] for row in answers] == steered
     assert any(row["plain"] != row["steered"] for row in answers)
-    best = json.loads((user.cell / "records" / "chosen.json").read_text())["pairs"]["best"]["to_generalized"]
-    file = user.cell / "vectors" / f"to_generalized-{best}.safetensors"
+    best = json.loads((user.cell / "records" / "chosen.json").read_text())["conflict"]["best"]["to_generalized"]
+    file = user.cell / "vectors" / f"to_generalized-{best}-conflict.safetensors"
     for source in (user.out, user.cell, file):
         asked = (*prompts, "--toward", "generalized", "--max-new-tokens", "8", "--from", str(source))
         assert user.json("steer", *asked)["answers"] == answers
+    assert {vector_file(source, "context") for source in (user.out, user.cell)} == {file}
+    with pytest.raises(InputError, match="toward: 'both' is not one of"):
+        vector_file(user.out, "both")
+    code, _, err = call("export", str(user.out), "--to", "gguf", "--toward", "memory", "-o", str(user.out / "v.gguf"))
+    assert code == 2
+    assert err.startswith("error: positions: 'decision' cannot be exported") or "depends on the state" in err
     code, out, _ = call("steer", user.folder, prompts[0], "--toward", "generalized", "--from", str(file))
     assert code == 0
     assert out.startswith(f"{prompts[0]}\n  unsteered: ")
@@ -263,7 +277,10 @@ def test_what_fitted_cannot_do_is_one_line_in_python_and_on_the_command_line(use
         ),
         (lambda: ms.Fitted.open(tmp_path / "absent", other, words), "from: .* does not exist"),
         (lambda: ms.Fitted.open(tmp_path, other, words), "from: .* is neither a vector, a detector, nor a run"),
-        (lambda: fitted.vector("both"), "toward: 'both' is not one of generalized, memorized"),
+        (
+            lambda: fitted.vector("both"),
+            "toward: 'both' is not one of generalized, memorized; of documents: context, memory",
+        ),
         (lambda: fitted.gate(fitted.inputs(["1+2="]), 2.0), "gate: 2.0 is not a probability"),
         (lambda: fitted.detect(["12+34=", "zz"]), "prompt: the tokenizer has no token for 'zz' in 'zz'"),
         (lambda: fitted.detect([""]), "prompt: '' has 0 tokens"),
@@ -308,11 +325,10 @@ def test_of_several_cells_the_one_of_the_model_is_opened(user: User, tmp_path: P
 def test_the_budget_is_dealt_to_layers_all_over_the_model() -> None:
     (everywhere,) = fitting_study({"folder": "x"}, "facts", {}, positions="all").cells.values()
     assert everywhere.steering.positions == "all"
-    sites = {site for grids in everywhere.steering.sweeps.values() for grid in grids for site in grid.sites}
-    assert sites <= set(SITES_FOR["gguf"]) & set(SITES_FOR["checkpoint"])
+    assert set(everywhere.steering.grids) <= set(SITES_FOR["gguf"]) & set(SITES_FOR["checkpoint"])
     (cell,) = fitting_study({"folder": "x"}, "facts", {}).cells.values()
-    grids = cell.steering.sweeps
-    assert sum(len(settings_of(cell.steering, "to_generalized", method, 30)) for method in grids) == SETTINGS == 66
-    (learned,) = grids["learned"]
+    methods = [method for method in cell.steering.methods if method != "low-rank"]  # which has few settings of its own
+    assert sum(len(settings_of(cell.steering, "to_generalized", method, 30)) for method in methods) == SETTINGS == 54
+    (learned,) = cell.steering.grids.values()
     assert learned.layer_sets(30) == [(4,), (9,), (13,), (17,), (21,), (26,)]
     assert learned.layer_sets(2) == [(0,), (1,)]

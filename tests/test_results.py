@@ -18,7 +18,7 @@ from made_up import CONTROLS, DOSES, LAYERS, ROLES, SIDES, SOURCE, TARGET, write
 from mnemoscope.report import build_report
 from mnemoscope.report.records import columns_of, declared_tables, read_run
 from mnemoscope.report.results import compute_results
-from mnemoscope.report.schema import Results, Steered, TaskResults
+from mnemoscope.report.schema import REFITTED, Results, Steered, TaskResults
 from mnemoscope.statistics import Estimate
 
 DIRECTION = pytest.mark.parametrize("direction", list(SOURCE))
@@ -118,6 +118,22 @@ def test_steering_shares_controls_and_differences(run: Path, task: TaskResults, 
         difference = block.minus_control[role][examples]
         assert difference.estimate == pytest.approx(hits[hits.role == "vector"].hit.mean() - by_draw.mean())
         assert difference.low <= difference.estimate <= difference.high
+
+
+@DIRECTION
+def test_methods_are_compared_at_equal_norms_beside_their_strongest_controls(
+    run: Path, task: TaskResults, direction: str
+) -> None:
+    assert set(task.equal_norm[direction]) == {"0.4"}
+    found = {("equal_norm", method): row for method, row in task.equal_norm[direction]["0.4"].items()}
+    assert set(found) == {("equal_norm", "nmd"), ("equal_norm", "gradient")}
+    found["unpenalized", "nmd"] = task.unpenalized[direction]
+    for (aim, method), row in found.items():
+        rows = table(run, "steering", aim=aim, method=method, direction=direction, examples="pairs")
+        by_role = (rows.after == TARGET[direction]).groupby(rows.role).mean()
+        assert row.shift.estimate == pytest.approx(by_role.pop("vector"))
+        assert (row.strongest, row.control.estimate) == (by_role.idxmax(), pytest.approx(by_role.max()))
+        assert row.difference.estimate == pytest.approx(row.shift.estimate - by_role.max())
 
 
 @DIRECTION
@@ -240,7 +256,7 @@ def test_programs_find_the_keys_that_they_rely_on(run: Path) -> None:
         keys = "site layers accuracy auroc input_only shuffled beats_input_only"
         assert set(keys.split()) <= set(task["probe"])
         for block in (task["steering"], *task["steering_by_method"].values()):
-            assert set(Steered.model_validate(block["to_memorized"]).controls) == set(CONTROLS)
+            assert set(Steered.model_validate(block["to_memorized"]).controls) == {*CONTROLS, *REFITTED}
             assert {"shift", "stay", "other"} <= set(block["to_generalized"]["controls"]["gaussian"]["pairs"])
     assert "null" not in (run / "results.json").read_text()
 

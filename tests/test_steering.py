@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from helpers import hook_count, mini_examples, shifted_by_hand
 from mnemoscope.behaviour import Asking
 from mnemoscope.errors import InputError
-from mnemoscope.models import SITES
-from mnemoscope.steering import Binding, Card, SteeringVector
+from mnemoscope.export import check_portable
+from mnemoscope.models import SITES, blocks_of
+from mnemoscope.steering import Binding, Card, LowRank, SteeringVector
 
 
 def random_vector(site: str = "block", scale: float = 2.0, seed: int = 0, **facts: object) -> SteeringVector:
@@ -25,6 +26,19 @@ def random_vector(site: str = "block", scale: float = 2.0, seed: int = 0, **fact
     width = 256 if site == "neuron" else 64
     shifts = {layer: scale * torch.randn(width, generator=generator) for layer in (0, 1)}
     return SteeringVector("generalized", shifts, site=site, **facts)  # type: ignore[arg-type]
+
+
+def low_rank_vector(site: str = "block", seed: int = 0, **facts: object) -> SteeringVector:
+    """A constant shift in layer 0, shifts that depend on the state in both layers."""
+    generator = torch.Generator().manual_seed(seed)
+    width = 256 if site == "neuron" else 64
+
+    def edit() -> LowRank:
+        read_KD, write_KD = (torch.randn(3, width, generator=generator) for _ in range(2))
+        return LowRank(read_KD / width, torch.randn(3, generator=generator), write_KD)
+
+    constant = {0: torch.randn(width, generator=generator)}
+    return SteeringVector("generalized", constant, site=site, low_rank={0: edit(), 1: edit()}, **facts)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -47,10 +61,13 @@ def generated(asking: Asking, **options: object) -> list[list[int]]:
     return asking.model.generate(**inputs_of(asking), max_new_tokens=8, do_sample=False, **options).tolist()
 
 
+@pytest.mark.parametrize("made", [random_vector, low_rank_vector])
 @pytest.mark.parametrize("site", SITES)
-def test_alpha_zero_and_nothing_are_bit_identical_to_no_hook(asking: Asking, site: str) -> None:
+def test_alpha_zero_and_nothing_are_bit_identical_to_no_hook(
+    asking: Asking, site: str, made: Callable[[str], SteeringVector]
+) -> None:
     plain, text = logits(asking), generated(asking)
-    vector = random_vector(site)
+    vector = made(site)
     with vector.apply(asking.model):
         assert not torch.equal(logits(asking), plain)
     for nothing, alpha in ((vector, 0.0), (vector - vector, 1.0), (vector * 0.0, 1.0), (vector + -vector, 3.0)):
@@ -97,6 +114,58 @@ def test_a_whole_pass_equals_a_shift_added_by_hand(asking: Asking) -> None:
             ours = logits(asking)
         with shifted_by_hand(asking.model, vector.shifts, first):
             assert torch.equal(ours, logits(asking))
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5, [1.0, 0.0, -2.0, 1.0, 0.3, 1.0]])
+def test_a_low_rank_shift_equals_its_formula_by_hand(asking: Asking, alpha: float | list[float]) -> None:
+    """In whole passes and, by tokens, while generating with a cache and without."""
+    vector, factor_N = low_rank_vector(), torch.tensor(alpha).expand(6)[:, None, None]
+    last = inputs_of(asking)["input_ids"].shape[1] - 1
+
+    def editing(layer: int) -> Callable[..., object]:
+        edit, shift_D = vector.low_rank[layer], vector.shifts.get(layer, torch.zeros(64))
+
+        def edited(module: object, args: object, output: object) -> object:
+            states = output[0] if isinstance(output, tuple) else output
+            first = last if states.shape[1] > last else 0  # type: ignore[attr-defined]
+            tail = states[:, first:]  # type: ignore[index]
+            added = torch.einsum(
+                "ntk,kd->ntd", torch.einsum("ntd,kd->ntk", tail, edit.read_KD) + edit.bias_K, edit.write_KD
+            )
+            changed = torch.cat([states[:, :first], tail + factor_N * (added + shift_D)], 1)  # type: ignore[index]
+            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+        return edited
+
+    hooks = [blocks_of(asking.model)[layer].register_forward_hook(editing(layer)) for layer in (0, 1)]
+    expected, text = logits(asking), generated(asking)
+    for hook in hooks:
+        hook.remove()
+    with vector.apply(asking.model, alpha=alpha):
+        torch.testing.assert_close(logits(asking), expected, rtol=1e-4, atol=1e-4)
+        assert generated(asking) == text
+        assert generated(asking, use_cache=False) == text
+
+
+def test_low_rank_shifts_add_scale_and_come_back(asking: Asking, tmp_path: Path) -> None:
+    one, other, state = low_rank_vector(), low_rank_vector(seed=1), torch.randn(2, 3, 64)
+    for layer in (0, 1):
+        both = (one + 2 * other).low_rank[layer].added(state)
+        expected = one.low_rank[layer].added(state) + 2 * other.low_rank[layer].added(state)
+        torch.testing.assert_close(both, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close((-one).low_rank[layer].added(state), -one.low_rank[layer].added(state))
+    assert (one - one).layers == []
+    path = tmp_path / "one.safetensors"
+    replace(one, task="addition").bound_to(asking.model, asking.tokenizer).save(path)
+    back = SteeringVector.load(path, asking.model, asking.tokenizer)
+    assert back.layers == [0, 1]
+    for layer, edit in one.low_rank.items():
+        assert all(torch.equal(a, b) for a, b in zip(edit, back.low_rank[layer], strict=True))
+    wide = replace(one, low_rank={1: LowRank(torch.ones(1, 3), torch.ones(1), torch.ones(1, 3))})
+    with pytest.raises(InputError, match="3 neurons in layer 1"):
+        wide.check_shape(asking.model)
+    with pytest.raises(InputError, match="depends on the state"):
+        check_portable(replace(one, positions="all"), "gguf")
 
 
 def test_a_saved_vector_comes_back_and_is_bound_to_its_model(

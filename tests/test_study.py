@@ -274,7 +274,7 @@ cells:
     model: {{folder: {tmp_path / "model"}}}
     pairs: {{permutations: 99, rephrasings: 3}}
     probes: {{offsets: [0], learning_draws: 1, halvings: 2}}
-    steering: {{draws: 2, tune_pairs: 20, sweeps: {{nmd: {{tops: [0.5], strengths: [0.3]}}}}}}
+    steering: {{draws: 2, tune_pairs: 20, methods: [nmd], grids: {{block: {{tops: [0.5], strengths: [0.3]}}}}}}
     effects: {{pairs: 20, doses: [0, 1], ablated: [0.1], draws: 1}}
 """
     run_study(parse_study(yaml.safe_load(raw)), tmp_path / "run")
@@ -306,7 +306,8 @@ cells:
     pairs: &pairs {{behaviour_examples: 60, fit_examples: 150, tune_examples: 60, test_examples: 60, permutations: 99}}
     probes: &probes {{offsets: [0], learning_draws: 1, halvings: 2}}
     steering: &steering
-      sweeps: {{nmd: {{tops: [0.5], strengths: [0.3]}}}}
+      methods: [nmd]
+      grids: {{block: {{tops: [0.5], strengths: [0.3]}}}}
       draws: 2
       tune_pairs: 20
       tune_others: 20

@@ -248,6 +248,17 @@ def test_a_class_with_the_three_methods_gets_the_defaults_of_a_task() -> None:
     assert (task.knowing({"i"}), task.split_reply("p"), task.has_memorized_format("x")) == (task, ("p", ""), None)
 
 
+def test_texts_end_with_their_last_word_unless_a_boundary_is_given(tmp_path: Path) -> None:
+    line = {"item": "a", "memorized": " x", "generalized": " y"}
+    (tmp_path / "mine.jsonl").write_text("\n".join(json.dumps(line | {"prompt": prompt}) for prompt in "pq"))
+    for kind, options in (("jsonl", {"file": str(tmp_path / "mine.jsonl")}), ("facts", {})):
+        assert build_task(kind, options, 0).boundary is None
+        assert build_task(kind, options | {"boundary": [".", ""]}, 0).boundary == (".", "")
+        with pytest.raises(InputError, match=r"^boundary: '\.' is no list of texts"):
+            build_task(kind, options | {"boundary": "."}, 0)
+    assert build_task("addition", {}, 0).boundary == ("",)
+
+
 def test_a_joint_task_asks_its_parts() -> None:
     holding_out, facts = HoldingOut(digits=2, stored=40), FactsTask()
     facts.vocabulary = ("a", "b")

@@ -27,12 +27,15 @@ _NAMES = {
     "study": "run_study",
     "tasks": "Example Task build_task",
 }
+_MODULES = {"arena": "arena.run"}  # modules that can be called, and where their function is
 _PUBLIC = {name: module for module, names in _NAMES.items() for name in names.split()}
 
-__all__ = sorted(_PUBLIC)
+__all__ = sorted([*_PUBLIC, *_MODULES])
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"mnemoscope.{name}")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'mnemoscope' has no attribute {name!r}")
     return getattr(importlib.import_module(f"mnemoscope.{_PUBLIC[name]}"), name)

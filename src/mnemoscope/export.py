@@ -43,6 +43,8 @@ def check_portable(vector: SteeringVector, to: str) -> None:
         raise InputError(f"positions: {vector.positions!r} cannot be exported, only 'all': a {to} acts on every token")
     if vector.site not in SITES_FOR[to]:
         raise InputError(f"site: {vector.site!r} cannot be exported as a {to}, only {' or '.join(SITES_FOR[to])}")
+    if vector.low_rank:
+        raise InputError(f"method: {vector.method!r} depends on the state; a {to} holds constant shifts only")
     if not vector.shifts:
         raise InputError("shifts: the vector shifts nothing")
     if to == "gguf" and 0 in vector.shifts:

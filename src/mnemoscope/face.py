@@ -6,6 +6,8 @@ Shapes: N prompts, T tokens of a left-padded batch, L layers.
 from __future__ import annotations
 
 import json
+import logging
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -19,13 +21,15 @@ from torch import Tensor
 from mnemoscope.behaviour import PLAIN, Asking, Prompting, check_known, complete, states_at_the_end
 from mnemoscope.detect import Detector, Reading
 from mnemoscope.errors import InputError
-from mnemoscope.steering import OPPOSITE, Binding, SteeringVector, Toward
+from mnemoscope.steering import OPPOSITE, Binding, SteeringVector, Toward, best_paths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from mnemoscope.report import Summary
 
+_TOLD: set[str] = set()  # warnings that were given
+ALSO: dict[str, Toward] = {"context": "generalized", "memory": "memorized"}  # what a user of documents calls them
 BATCH = 32  # prompts in a pass
 
 
@@ -49,8 +53,8 @@ def fit(
         out: the run folder; an interrupted fit continues there.
         prompting: the format of prompts.
         options: of a task that is given by name.
-        choices: ``settings``, ``positions``, ``threads``, ``progress`` and, for a name, ``dtype``, ``device_map`` and
-            ``layout``; see ``mnemoscope.fitting.fit_run``.
+        choices: ``settings``, ``positions``, ``aim``, ``threads``, ``progress`` and, for a name, ``dtype``,
+            ``device_map`` and ``layout``; see ``mnemoscope.fitting.fit_run``.
 
     Raises:
         InputError: an argument cannot be used; the field, its value and what is allowed are named.
@@ -146,6 +150,7 @@ class Fitted:
             InputError: there is no detector, or as ``inputs``.
         """
         detector, parts = self._needed(self.detector), []
+        _warn_if_the_input_does(detector)
         for start in range(0, len(prompts), BATCH):
             inputs = self.inputs(prompts[start : start + BATCH])
             parts.append(states_at_the_end(self.model, inputs.input_ids, inputs.attention_mask, detector.site))
@@ -157,7 +162,7 @@ class Fitted:
         """Steer the model inside a context, in any forward pass or ``generate``; see ``SteeringVector.apply``.
 
         Args:
-            toward: ``generalized`` or ``memorized``.
+            toward: ``generalized`` or ``memorized``; of documents also ``context`` or ``memory``.
             alpha: factor, or one for each prompt of the batch; 0 leaves the model untouched, bit by bit.
             gate: steer only where ``Reading.acts`` with this threshold: the other behaviour is at least so probable,
                 memory and the rule seem to disagree, and the prompt is like those of the fit. Decides in the same
@@ -168,6 +173,8 @@ class Fitted:
         """
         vector = self.vector(toward)
         detector = None if gate is None else self.lower_detector or self._needed(self.detector)
+        if detector:
+            _warn_if_the_input_does(detector)
         decides = detector.gate(toward, gate) if detector and gate is not None else None
         return vector.apply(self.model, alpha, gate=decides)
 
@@ -177,6 +184,7 @@ class Fitted:
         ``inputs`` is any left-padded batch. Reads up to the detector's layer, which may lie above the first shift.
         """
         detector = self._needed(self.detector)
+        _warn_if_the_input_does(detector)
         layers = [detector.layer]
         states_NLD = states_at_the_end(self.model, inputs["input_ids"], inputs["attention_mask"], detector.site, layers)
         acts_N = detector.read_verdict(states_NLD[:, 0]).acts(_known(toward), threshold)
@@ -205,10 +213,11 @@ class Fitted:
         Raises:
             InputError: it is no behaviour, or there is no such vector.
         """
-        if _known(toward) not in self.vectors:
+        behaviour = _known(toward)
+        if behaviour not in self.vectors:
             there = ", ".join(self.vectors) or "none"
             raise InputError(f"toward: {self.source} has no vector to {toward}; it has {there}")
-        return self.vectors[toward]
+        return self.vectors[behaviour]
 
     def _needed(self, detector: Detector | None) -> Detector:
         if detector is None:
@@ -218,10 +227,38 @@ class Fitted:
         return detector
 
 
+def vector_file(source: Path, toward: str | None) -> Path:
+    """The file of the best vector of a run with one cell, or of a cell, that steers to a behaviour.
+
+    Raises:
+        InputError: it has no vectors, several cells, or no such vector; or ``toward`` is no behaviour.
+    """
+    cells = _cells(source)
+    if len(cells) > 1:
+        raise InputError(f"FILE: {source} has several cells; name one of {', '.join(map(str, cells))}")
+    found = best_paths(cells[0]).get(f"to_{_known(toward)}")
+    if found is None:
+        raise InputError(f"toward: {source} has no vector to {toward}")
+    return found
+
+
+def _warn_if_the_input_does(detector: Detector) -> None:
+    """Warn, once for each detector, where it ranks test prompts no better than their tokens alone do."""
+    auroc = (detector.card.auroc if detector.card else None) or {}
+    beside, least = auroc.get("input_only"), auroc.get("low", math.nan)
+    if beside is None or math.isnan(beside) or least > beside:
+        return
+    told = f"P(memorized) ranks test prompts {auroc['estimate']:.2f} right, the input alone {beside:.2f}"
+    if told not in _TOLD:
+        _TOLD.add(told)
+        logging.getLogger("mnemoscope").warning("detector: %s; it may read no more than the wording", told)
+
+
 def _known(toward: Any) -> Toward:
-    if toward not in OPPOSITE:
-        raise InputError(f"toward: {toward!r} is not one of {', '.join(OPPOSITE)}")
-    return toward
+    behaviour = ALSO.get(toward, toward)
+    if behaviour not in OPPOSITE:
+        raise InputError(f"toward: {toward!r} is not one of {', '.join(OPPOSITE)}; of documents: {', '.join(ALSO)}")
+    return behaviour
 
 
 def _artefacts(source: Path, found: Binding) -> tuple[dict[Toward, SteeringVector], Detector | None, Detector | None]:
@@ -233,9 +270,7 @@ def _artefacts(source: Path, found: Binding) -> tuple[dict[Toward, SteeringVecto
             return {vector.toward: vector}, None, None
         return {}, Detector.load(source), None
     cell = _cell(source, found)
-    best = json.loads((cell / "records" / "chosen.json").read_text())["pairs"]["best"]
-    files = [cell / "vectors" / f"{direction}-{method}.safetensors" for direction, method in best.items()]
-    vectors = [SteeringVector.load(path) for path in files]
+    vectors = [SteeringVector.load(path) for path in best_paths(cell).values()]
     paths = [cell / f"{name}.safetensors" for name in ("detector", "detector_below")]
     detector, lower = (Detector.load(path) if path.is_file() else None for path in paths)
     return {vector.toward: vector for vector in vectors}, detector, lower
@@ -243,10 +278,7 @@ def _artefacts(source: Path, found: Binding) -> tuple[dict[Toward, SteeringVecto
 
 def _cell(source: Path, found: Binding) -> Path:
     """The only cell of a run (or the cell itself), or the one whose vectors were fitted on this model."""
-    places = ("records/chosen.json", "cells/*/records/chosen.json")
-    cells = [path.parent.parent for place in places for path in sorted(source.glob(place))]
-    if not cells:
-        raise InputError(f"from: {source} is neither a vector, a detector, nor a run that has chosen vectors")
+    cells = _cells(source)
     if len(cells) == 1:
         return cells[0]
     bound = [json.loads((cell / "cell.json").read_text()).get("binding") or {} for cell in cells]
@@ -257,6 +289,15 @@ def _cell(source: Path, found: Binding) -> Path:
     if not fitting:
         raise InputError(f"weights: no cell of {source} was fitted on this model, which has {found.weights}")
     return fitting[0]
+
+
+def _cells(source: Path) -> list[Path]:
+    """The cells of a run that have chosen vectors, or the cell itself; InputError without any."""
+    places = ("records/chosen.json", "cells/*/records/chosen.json")
+    cells = [path.parent.parent for place in places for path in sorted(source.glob(place))]
+    if not cells:
+        raise InputError(f"from: {source} is neither a vector, a detector, nor a run that has chosen vectors")
+    return cells
 
 
 def _agreed(stored: Prompting, asked: Prompting | None) -> Prompting:

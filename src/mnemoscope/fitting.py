@@ -24,25 +24,25 @@ from mnemoscope.tasks import Task
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-# The settings tried in each layer; standardized NMD, as huge activations of a few neurons would dominate the plain one.
-TRIED: dict[str, dict[str, list[Any]]] = {
-    "standardized-nmd": {"sites": ["block"], "tops": [0.1, 0.5], "strengths": [0.3, 0.6]},
-    "gradient": {"sites": ["block"], "tops": [0.5], "strengths": [0.1, 0.2, 0.4]},
-    "learned": {"sites": ["block", "mlp"], "tops": [0.5], "strengths": [0.15, 0.3]},
-}
-ONE_LAYER = sum(math.prod(map(len, grid.values())) for grid in TRIED.values())
+# Tried in each layer; standardized NMD, as huge activations of a few neurons would dominate the plain one.
+METHODS = ("standardized-nmd", "gradient", "learned")
+NOT_EXPORTED = ("low-rank",)  # it depends on the state, so it is not tried where vectors are to be exported
+TRIED: dict[str, dict[str, list[Any]]] = {"block": {"tops": [0.5], "strengths": [0.1, 0.2, 0.4]}}
+ONE_LAYER = len(METHODS) * sum(math.prod(map(len, grid.values())) for grid in TRIED.values())
 SETTINGS = 6 * ONE_LAYER
 STEERING = {
     **{"fit_pairs": 300, "fit_others": 200, "learned_steps": 24, "kept_weight": 1.0},
     **{"tune_pairs": 120, "tune_others": 60, "tune_draws_again": 4, "judged_examples": 200},
-    "tune_refits": 0,  # indifference is judged on test; while settings are compared it would take most of all tokens
+    "tune_refits": 0,  # refitted controls are judged on test; while settings are compared they would cost the most
+    "norm_draws": 0,
+    "low_rank": {"refits": 1},
     "controls_of": "best",
     "conflict_draws": 4,  # as in the built-in studies: nothing is claimed about these controls
     **{"control_limit": 0.15, "collateral_limit": 0.05},
 }
 MEASURED: dict[str, Any] = {
-    "pairs": {"batch_size": 64, "rephrasings": 4, "fit_examples": 2000, "tune_examples": 1000}
-    | {"test_examples": 2000, "behaviour_examples": 500},
+    "pairs": {"batch_size": 64, "rephrasings": 3, "fit_examples": 500, "tune_examples": 250}
+    | {"test_examples": 500, "behaviour_examples": 300},
     "probes": {"offsets": [0], "pairs": 800},
     "effects": {"pairs": 40, "draws": 1, "doses": [0.0, 0.5, 1.0, 2.0], "ablated": [0.1]},
     "detection": {"fitted": True},
@@ -62,16 +62,16 @@ def fit_run(
     """Run the study of a fit; returns its model and tokenizer.
 
     Args:
-        choices: ``settings`` tried in either direction at most; ``positions``, ``decision`` or ``all``; ``threads``
-            (default: one for each processor); ``progress``, called with (cell, stage, done, total, note); and for a
-            model given by name ``dtype``, ``device_map`` and ``layout``.
+        choices: ``settings`` tried in either direction at most; ``positions``, ``decision`` or ``all``; ``aim``,
+            ``conflict`` or ``pairs``; ``threads`` (default: one for each processor); ``progress``, called with (cell,
+            stage, done, total, note); and for a model given by name ``dtype``, ``device_map`` and ``layout``.
 
     Raises:
         InputError, StudyError: see ``mnemoscope.fit``.
     """
     from mnemoscope.study import run_study
 
-    of_study, of_model = ("settings", "positions", "threads", "progress"), ("dtype", "device_map", "layout")
+    of_study, of_model = ("settings", "positions", "aim", "threads", "progress"), ("dtype", "device_map", "layout")
     for name in choices:
         if name not in (*of_study, *of_model):
             raise InputError(f"{name}: fit has no such argument; it has {', '.join((*of_study, *of_model))}")
@@ -127,6 +127,7 @@ def fitting_study(
     settings: int = SETTINGS,
     threads: int = 1,
     positions: str = "decision",
+    aim: str = "conflict",
 ) -> StudyConfig:
     """The study of a fit, with one cell.
 
@@ -135,6 +136,7 @@ def fitting_study(
         task: a task's name, ``package.module:Class``, the path of a JSONL file, or a task; ``options``: of the task.
         settings: the budget: settings tried at most in either direction, in evenly spread layers.
         positions: ``decision``, or ``all`` tokens, for vectors to export.
+        aim: what vectors are chosen for: ``conflict`` as drawn, which is what a user meets, or ``pairs``.
 
     Raises:
         InputError: the file does not exist, the budget is below one layer's, or a field is not allowed.
@@ -151,14 +153,14 @@ def fitting_study(
         raise InputError(f"task: the file {name} does not exist")
     if settings < ONE_LAYER:
         raise InputError(f"settings: {settings} is less than the {ONE_LAYER} that one layer takes")
-    sweep = {"layers": [f"spread-{settings // ONE_LAYER}"]}
-    everywhere = {"sites": ["block"]} if positions == "all" else {}  # the one site that every export can hold
-    sweeps = {method: sweep | grid | everywhere for method, grid in TRIED.items()}
+    layers = {"layers": [f"spread-{settings // ONE_LAYER}"]}
+    methods = METHODS if positions == "all" else METHODS + NOT_EXPORTED
+    tried = {"methods": methods, "grids": {site: layers | grid for site, grid in TRIED.items()}, "aim": aim}
     cell = MEASURED | {
         "task": "jsonl" if is_file else name,
         "options": {"file": str(Path(name).resolve()), **options} if is_file else options,
         "model": model,
-        "steering": STEERING | {"positions": positions, "sweeps": sweeps},
+        "steering": STEERING | tried | {"positions": positions},
     }
     label = Path(name).stem if is_file else name.rpartition(":")[2]
     return parse_study({"study": "fit", "threads": threads, "cells": {label: cell}})

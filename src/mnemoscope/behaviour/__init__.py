@@ -18,12 +18,23 @@ from mnemoscope.behaviour.labels import (
     complete,
     continued,
     decode,
+    first_and_rest,
     log_probabilities,
     mark_confabulations,
+    next_logits,
     only_log_probability,
     score,
     score_contrasted,
+    score_read,
 )
 from mnemoscope.behaviour.pairs import PairBatch, draw_candidates, mine_pairs
-from mnemoscope.behaviour.reading import cache_prefixes, kept_bytes, with_options, without_prefix
+from mnemoscope.behaviour.reading import (
+    cache_prefixes,
+    kept_bytes,
+    read_only_options,
+    with_options,
+    with_suffixes,
+    without_prefix,
+)
 from mnemoscope.behaviour.states import KeptStates, States, capturing, read_states, states_at_the_end
+from mnemoscope.behaviour.texts import cost_of, written

@@ -5,6 +5,8 @@ Shapes: N examples, T tokens of a left-padded context, R rows (one per example a
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -135,16 +137,20 @@ class Asking:
 
     Attributes:
         model, tokenizer: a causal language model and its fast tokenizer; neither is changed.
-        boundary: texts of which one closes every answer, each a token; "" is the end-of-text token.
+        boundary: texts of which one closes every answer, each a token; "" is the end-of-text token. None: an answer
+            ends where its last word ends, whatever follows.
         batch_size: examples per pass, at most: fewer where memory is short. No label depends on it, ties aside.
         prompting: how prompts are formatted; InputError where it is a chat and the tokenizer has no chat template.
+        from_prompt: the decision position is the last token of every prompt, as in ``generate``, also where two answers
+            begin with the same tokens.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
-    boundary: tuple[str, ...] = ("",)
+    boundary: tuple[str, ...] | None = ("",)
     batch_size: int = 512
     prompting: Prompting = PLAIN
+    from_prompt: bool = False
 
     def __post_init__(self) -> None:
         if self.prompting.chat and not self.tokenizer.chat_template:
@@ -185,19 +191,73 @@ class Asking:
         return pad if pad is not None else end or 0
 
     def boundary_ids(self) -> list[int]:
-        """Token ids that close an answer: a boundary text, and white space behind it; InputError where none does."""
-        unknown, end = self.tokenizer.unk_token_id, self.tokenizer.eos_token_id
-        texts, size = filter(None, self.boundary), len(self.tokenizer)
-        ids = {number for text in texts for number in _spelling(self.tokenizer, text, size)}
-        if "" in self.boundary:
-            ids |= set(end_ids(self.model, self.tokenizer)) - {unknown} | ({end} if unknown == end else set())
-        if not ids:
-            raise InputError(f"boundary: none of {self.boundary!r} is one token of the tokenizer")
-        return sorted(ids)
+        """Token ids that close an answer; InputError where none does.
+
+        A boundary text with at most white space behind it, or, at a word end, every token that continues no word.
+        """
+        return list(_closing_ids(*self._ending()))
+
+    def closing(self) -> Tensor:
+        """Whether each token closes an answer, bool, on the model's device; the last stands for all higher ids."""
+        return _closing_table(*self._ending(), self.model.device)
+
+    def _ending(self) -> tuple[PreTrainedTokenizerFast, tuple[str, ...] | None, tuple[int, ...], int]:
+        return self.tokenizer, self.boundary, tuple(end_ids(self.model, self.tokenizer)), len(self.tokenizer)
+
+
+@lru_cache(maxsize=16)
+def _closing_table(
+    tokenizer: PreTrainedTokenizerFast,
+    boundary: tuple[str, ...] | None,
+    ends: tuple[int, ...],
+    size: int,
+    device: torch.device,
+) -> Tensor:
+    closing = torch.tensor(_closing_ids(tokenizer, boundary, ends, size))
+    table_V = torch.zeros(int(closing.max()) + 2, dtype=torch.bool)
+    table_V[closing] = True
+    return table_V.to(device)
 
 
 @lru_cache(maxsize=16)  # decoding all tokens takes a moment, and every pass needs them
-def _spelling(tokenizer: PreTrainedTokenizerFast, text: str, size: int) -> frozenset[int]:
+def _closing_ids(
+    tokenizer: PreTrainedTokenizerFast, boundary: tuple[str, ...] | None, ends: tuple[int, ...], size: int
+) -> tuple[int, ...]:
+    """See ``Asking.boundary_ids``; ``size`` is that of the vocabulary, which may grow."""
+    unknown, end = tokenizer.unk_token_id, tokenizer.eos_token_id
+    ids: set[int] = set()
+    if boundary is None:
+        ids = {number for number, text in enumerate(_behind_a_word(tokenizer, size)) if not continues_word(text)}
+    for text in filter(None, boundary or ()):
+        ids |= _spelling(tokenizer, text, size)
+    ids -= {unknown}
+    if boundary is None or "" in boundary:
+        ids |= set(ends) - {unknown} | ({end} if unknown == end else set())
+    if not ids:
+        raise InputError(f"boundary: none of {boundary!r} is one token of the tokenizer")
+    return tuple(sorted(ids))
+
+
+def continues_word(text: str) -> bool:
+    """Whether a text continues the word that it follows, by its first character: of a word, or a combining mark.
+
+    So does the first part of a character of several bytes, most of which are letters.
+    """
+    return re.match(r"\w|\ufffd", text) is not None or unicodedata.category(text[:1] or " ").startswith("M")
+
+
+def _behind_a_word(tokenizer: PreTrainedTokenizerFast, size: int) -> list[str]:
+    """The text of each token as it is written behind a word, where the spaces of every kind of tokenizer are seen."""
+    decode = tokenizer.backend_tokenizer.decode_batch
+    alone = decode([[number] for number in range(size)], skip_special_tokens=False)
+    word = next((number for number, text in enumerate(alone) if text.isalnum()), None)
+    if word is None:
+        return alone
+    both = decode([[word, number] for number in range(size)], skip_special_tokens=False)
+    return [text[len(alone[word]) :] for text in both]
+
+
+def _spelling(tokenizer: PreTrainedTokenizerFast, text: str, size: int) -> set[int]:
     """Tokens that decode to a text and at most white space behind it, of a vocabulary of ``size``.
 
     Encoded alone, a text may become another token than behind a word ("." at the beginning of a Llama 2 text), and many
@@ -206,7 +266,7 @@ def _spelling(tokenizer: PreTrainedTokenizerFast, text: str, size: int) -> froze
     texts = tokenizer.batch_decode([[number] for number in range(size)])
     found = {n for n, token in enumerate(texts) if token.startswith(text) and not token[len(text) :].strip()}
     alone = tokenizer(text, add_special_tokens=False).input_ids
-    return frozenset(found | set(alone if len(alone) == 1 else [])) - {tokenizer.unk_token_id}
+    return found | set(alone if len(alone) == 1 else [])
 
 
 def check_known(asking: Asking, prompts: Sequence[str]) -> None:
@@ -219,6 +279,13 @@ def check_known(asking: Asking, prompts: Sequence[str]) -> None:
 def _unknown(tokenizer: PreTrainedTokenizerFast) -> int | None:
     """The token of what the tokenizer does not know, where it stands for nothing else."""
     return None if tokenizer.unk_token_id == tokenizer.eos_token_id else tokenizer.unk_token_id
+
+
+@lru_cache(maxsize=16)
+def _keeps_spaces(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether spaces between words are in the tokens, so that an answer needs its own."""
+    texts = ("a b", "ab")
+    return all(tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text for text in texts)
 
 
 def _unknown_word(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
@@ -258,6 +325,7 @@ def encode(asking: Asking, examples: Sequence[Example]) -> list[Encoded]:
             fault = f"{both}: one begins with the whole of the other, so nothing separates them"
         if fault:
             raise InputError(f"{fault} (item {example.item!r})")
+        shared = 0 if asking.from_prompt else shared
         suffixes = tuple(answer[shared:] for answer in answers)
         encoded.append(Encoded(prompt + answers[0][:shared], shared, suffixes))
     return encoded
@@ -269,6 +337,8 @@ def _fault(asking: Asking, example: Example, prompt: list[int], options: list[li
     if not prompt:
         return f"prompt: {example.prompt!r} has no token"
     for option, text in zip(options, example.options, strict=True):
+        if text[0].isalpha() and asking.text(example.prompt)[-1:].isalpha() and _keeps_spaces(asking.tokenizer):
+            return f"answer: {text!r} continues the last word of {example.prompt[-30:]!r}; let it begin with a space"
         if option[: len(prompt)] != prompt:
             merged = f"{text!r} with the end of the prompt {example.prompt[-30:]!r}"
             return f"answer: the tokenizer merges {merged}; let the seam lie between two tokens"

@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 
 from mnemoscope.behaviour.asking import Asking, Batch, as_batch, encode
-from mnemoscope.behaviour.reading import Answers, Contexts, by_option, read_answers, read_contexts, read_only_options
+from mnemoscope.behaviour.reading import (
+    Answers,
+    Contexts,
+    by_option,
+    read_answers,
+    read_contexts,
+    read_only_options,
+    with_options,
+)
 from mnemoscope.behaviour.states import capturing, stacked_states, uncertainty_of
 from mnemoscope.errors import InputError
 from mnemoscope.models import PLAINLY, Site, context_length, end_ids
@@ -31,6 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 Applied = Callable[[], AbstractContextManager[Any]]
+PHRASE_ENDS = ("", "\n", ".", ",")
 # Two logits closer than this may swap places with the batch size, by precision; 1e-4 in float32.
 TIES = {torch.bfloat16: 0.1, torch.float16: 0.02}
 
@@ -86,12 +95,12 @@ def score(
     """
     total = sum(len(batch.examples_N) for batch in batches)
     scores = Scores.empty(total)
-    closing = torch.tensor(asking.boundary_ids(), device=asking.model.device)
+    closing_V = asking.closing()
     for batch in batches:
         with torch.no_grad(), applied():
             with capturing(asking.model, capture) if capture else nullcontext() as states:
                 contexts = read_contexts(asking.model, batch)
-            _score_batch(asking.model, batch, contexts, closing, scores, margins)
+            _score_batch(asking.model, batch, contexts, closing_V, scores, margins)
         if states:
             states_NLD = stacked_states(states)[0]
             if scores.states_NLD is None or scores.uncertainty_N2 is None:
@@ -99,6 +108,40 @@ def score(
                 scores.uncertainty_N2 = np.empty((total, 2))
             scores.states_NLD[batch.examples_N] = states_NLD
             scores.uncertainty_N2[batch.examples_N] = uncertainty_of(contexts.logits_NV)
+    return scores
+
+
+@torch.no_grad()
+def score_read(asking: Asking, batches: Sequence[Batch], read: Callable[[Batch, Batch], Tensor]) -> Scores:
+    """Label prepared examples by logits that a function reads: for interventions of more than one pass.
+
+    Args:
+        read: (batch, the same contexts with one option each) -> logits that predict each token of the options and what
+            closes them, float32 (N, M + 1, V), as ``read_only_options`` gives them with ``closed``. The options of an
+            example must not share tokens before its decision position (``Asking.from_prompt``).
+    """
+    scores = Scores.empty(sum(len(batch.examples_N) for batch in batches))
+    closing, tie = torch.tensor(asking.boundary_ids(), device=asking.model.device), TIES.get(asking.model.dtype, 1e-4)
+    for batch in batches:
+        fits_R, tie_N = torch.zeros_like(batch.example_R, dtype=torch.bool), np.zeros(len(batch.examples_N), bool)
+        logp_R = torch.zeros(len(batch.example_R), dtype=torch.float64, device=batch.example_R.device)
+        for option in range(int(batch.option_R.max()) + 1):
+            here_R = batch.option_R == option
+            has_N = by_option(batch, torch.ones_like(fits_R), False)[:, option]
+            one = with_options(batch, (has_N * option)[None])
+            logits_NMV = read(batch, one)
+            first_N, tie_first_N = _greedy(logits_NMV[:, 0], tie)
+            suffix_NM = one.suffix_RM[:, : logits_NMV.shape[1] - 1]
+            answers = Answers(one.example_R, suffix_NM, one.length_R, logits_NMV[:, 1:])
+            ends_N, ties_N = _ends(answers, closing, tie)
+            fits_N = (first_N == one.suffix_RM[:, 0]) & ends_N
+            fits_R[here_R] = fits_N[has_N]
+            logp_R[here_R] = _log_p_of(logits_NMV[:, :-1], answers.suffix_SM, one.length_R).double()[has_N]
+            tie_N |= (tie_first_N | (ties_N & (first_N == one.suffix_RM[:, 0]))).cpu().numpy()
+        scores.behaviour_N[batch.examples_N] = _behaviour(batch, fits_R)
+        scores.tie_N[batch.examples_N] = tie_N
+        logp_N2 = by_option(batch, logp_R, torch.nan)
+        scores.margin_N[batch.examples_N] = (logp_N2[:, 1] - logp_N2[:, 0]).cpu().numpy()
     return scores
 
 
@@ -112,6 +155,11 @@ def log_probabilities(asking: Asking, batch: Batch) -> Tensor:
     return by_option(batch, _log_p(batch, contexts.logits_NV, answers), torch.nan)
 
 
+def next_logits(asking: Asking, batch: Batch) -> Tensor:
+    """Logits of the token behind each context, float32 (N, V), through which gradients flow back."""
+    return read_contexts(asking.model, batch).logits_NV
+
+
 def only_log_probability(asking: Asking, batch: Batch) -> Tensor:
     """Log probability of each example's only option in nats, float32 (N,), through which gradients flow back.
 
@@ -121,15 +169,25 @@ def only_log_probability(asking: Asking, batch: Batch) -> Tensor:
     return _log_p_of(logits_NMV, batch.suffix_RM[:, : logits_NMV.shape[1]], batch.length_R)
 
 
+def first_and_rest(asking: Asking, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Of each example's only option, what may come first and the rest, in nats; gradients flow back.
+
+    Log probabilities of all first tokens, float32 (N, V), and of the tokens behind the option's first, (N,).
+    """
+    logits_NMV = read_only_options(asking.model, batch)
+    rest_NM = batch.suffix_RM[:, 1 : logits_NMV.shape[1]]
+    return logits_NMV[:, 0].log_softmax(-1), _log_p_of(logits_NMV[:, 1:], rest_NM, batch.length_R - 1)
+
+
 def _score_batch(
-    model: PreTrainedModel, batch: Batch, contexts: Contexts, closing: Tensor, scores: Scores, margins: bool
+    model: PreTrainedModel, batch: Batch, contexts: Contexts, closing_V: Tensor, scores: Scores, margins: bool
 ) -> None:
     tie = TIES.get(model.dtype, 1e-4)
     first_N, tie_N = _greedy(contexts.logits_NV, tie)
     fits_R = contexts.begins_N[batch.example_R] & (first_N[batch.example_R] == batch.suffix_RM[:, 0])
     answers = read_answers(model, batch, contexts, fits_R | ((batch.length_R > 1) & margins))
     if answers:
-        ends_S, tie_S = _ends(answers, closing, tie)
+        ends_S, tie_S = _ends(answers, closing_V, tie)
         tie_N[batch.example_R[answers.rows_S[tie_S & fits_R[answers.rows_S]]]] = True
         fits_R[answers.rows_S] &= ends_S
     scores.behaviour_N[batch.examples_N] = _behaviour(batch, fits_R)
@@ -146,14 +204,14 @@ def _greedy(logits_V: Tensor, tie: float = 0.0) -> tuple[Tensor, Tensor]:
     return top, near_V.sum(-1) > 1
 
 
-def _ends(answers: Answers, closing: Tensor, tie: float = 0.0) -> tuple[Tensor, Tensor]:
+def _ends(answers: Answers, closing_V: Tensor, tie: float = 0.0) -> tuple[Tensor, Tensor]:
     """Whether greedy decoding goes on as each answer does and closes it, and whether a tie was met on the way; (S,)."""
     top_SM, tie_SM = _greedy(answers.logits_SMV, tie)
     step_M = torch.arange(top_SM.shape[1], device=top_SM.device)
     used_SM = step_M < answers.length_S[:, None]
     inside_SM = step_M < answers.length_S[:, None] - 1  # tokens that are followed by a further token of the answer
     goes_on_SM = top_SM == torch.roll(answers.suffix_SM, -1, dims=1)
-    right_SM = torch.where(inside_SM, goes_on_SM, torch.isin(top_SM, closing))
+    right_SM = torch.where(inside_SM, goes_on_SM, closing_V[top_SM.clamp(max=len(closing_V) - 1)])
     return (right_SM | ~used_SM).all(1), (tie_SM & used_SM).any(1)
 
 
@@ -225,7 +283,7 @@ def score_contrasted(
         Scores of N examples for each weight, without ties and states.
     """
     fits_W2N, logp_W2N = (np.zeros((len(weights), 2, len(examples)), kind) for kind in (bool, float))
-    closing = torch.tensor(asking.boundary_ids(), device=asking.model.device)
+    closing_V = asking.closing()
     for start, option in product(range(0, len(examples), asking.batch_size), (0, 1)):
         chosen = slice(start, start + asking.batch_size)
         batch, mine_NMV = _read_option(asking, examples[chosen], option)
@@ -234,7 +292,7 @@ def score_contrasted(
         for number, weight in enumerate(weights):
             logits_NMV = (1 + weight) * mine_NMV - weight * theirs_NMV
             first_N, _ = _greedy(logits_NMV[:, 0])
-            ends_N, _ = _ends(Answers(rows_N, token_NM, length_N, logits_NMV[:, 1:]), closing)
+            ends_N, _ = _ends(Answers(rows_N, token_NM, length_N, logits_NMV[:, 1:]), closing_V)
             fits_W2N[number, option, chosen] = ((first_N == token_NM[:, 0]) & ends_N).cpu().numpy()
             logp_W2N[number, option, chosen] = _log_p_of(logits_NMV[:, :-1], token_NM, length_N).cpu().numpy()
     found = [Scores.empty(len(examples)) for _ in weights]
@@ -251,8 +309,9 @@ def _read_option(asking: Asking, examples: Sequence[Example], option: int) -> tu
 
 
 def decode(asking: Asking, examples: Sequence[Example], applied: Applied = nullcontext) -> list[str]:
-    """Generate an answer to each example, up to what closes it."""
-    tokenizer, closing = asking.tokenizer, asking.boundary_ids()
+    """Generate an answer to each example, up to what closes it; where any word end does, up to the end of a phrase."""
+    phrase = asking if asking.boundary else replace(asking, boundary=PHRASE_ENDS)
+    tokenizer, closing = asking.tokenizer, phrase.boundary_ids()
     options = [option for example in examples for option in example.options]
     longest = max(map(len, tokenizer(options, add_special_tokens=False).input_ids)) if options else 0
     texts: list[str] = []

@@ -139,6 +139,14 @@ def with_options(batch: Batch, option_KN: Tensor) -> Batch:
     )
 
 
+def with_suffixes(batch: Batch, suffixes: Sequence[list[int]]) -> Batch:
+    """The same contexts, each with one answer: the given tokens. Blocks below a shift are run again."""
+    longest, device = max(map(len, suffixes)), batch.suffix_RM.device
+    padded = torch.tensor([suffix + [0] * (longest - len(suffix)) for suffix in suffixes], device=device)
+    lengths = torch.tensor([*map(len, suffixes)], device=device)
+    return replace(batch, suffix_RM=padded, length_R=lengths, unshifted=None)
+
+
 def by_option(batch: Batch, values_R: Tensor, missing: float | bool) -> Tensor:
     """Values of rows by example and option; (N, 2)."""
     empty_N2 = torch.full((len(batch.examples_N), 2), missing, dtype=values_R.dtype, device=values_R.device)

@@ -56,7 +56,7 @@ def capturing(
     model: PreTrainedModel,
     site: Site,
     layers: Sequence[int] | None = None,
-    offsets: Sequence[int] = (0,),
+    offsets: Sequence[int] | None = (0,),
     stop: bool = False,
 ) -> Iterator[list[Tensor]]:
     """Capture states: every pass inside the context fills the list with one (N, O, D) tensor per layer.
@@ -65,7 +65,7 @@ def capturing(
 
     Args:
         layers: default: all.
-        offsets: columns before the last one.
+        offsets: columns before the last one; None: all columns of a pass, in order.
         stop: end the pass, and with it the context, behind the last of the layers.
     """
     check_hookable(model)
@@ -85,7 +85,9 @@ def capturing(
         nonlocal left
         left -= 1
         found_NTD = states_of(inputs if output is None else output, rows)
-        states[place] = found_NTD[:, [found_NTD.shape[1] - 1 - offset for offset in offsets]].detach().clone()
+        if offsets is not None:
+            found_NTD = found_NTD[:, [found_NTD.shape[1] - 1 - offset for offset in offsets]]
+        states[place] = found_NTD.detach().clone()
         if stop and place == len(wanted) - 1:
             raise _ReadEnoughError
 

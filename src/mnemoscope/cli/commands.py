@@ -30,6 +30,9 @@ from mnemoscope.cli.shared import (
 AT_A_TIME = 4  # processes of a report, which each hold the largest table of a cell
 
 
+NOT_EXPORTED = "note: vectors of this fit cannot be exported; --positions all fits some that can"
+
+
 @app.command()
 def run(
     study: Annotated[str, typer.Argument(help="quickstart, paper, smollm2, or a YAML file.")] = "quickstart",
@@ -56,12 +59,20 @@ def run(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")], as_json: AsJson = False) -> None:
-    """Rebuild results.json and report.html from the records of a run."""
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    beside: Annotated[list[Path] | None, typer.Option(help="Another arena's run, shown on the same page.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Rebuild the results and the page of a run, a study's or an arena's, from its records."""
     from mnemoscope.errors import InputError
     from mnemoscope.executors import in_processes
-    from mnemoscope.report import build_report
+    from mnemoscope.report import build_arena, build_report
 
+    if (run / "arena" / "frame.json").is_file() and not (run / "study.yaml").is_file():
+        page, found = build_arena(run, beside or ()), run / "arena" / "results.json"
+        say({"run": str(run), "results": str(found), "report": str(page)}, as_json, "report")
+        return
     if not (run / "study.yaml").is_file():
         raise InputError(f"RUN: {run} is not a run folder (it has no study.yaml)")
     with in_processes(min(AT_A_TIME, os.cpu_count() or 1)) as parallel:
@@ -76,8 +87,9 @@ def fit(
     task: Annotated[str, typer.Option(help="A task, see `mnemoscope tasks`, or a JSONL file of your own.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Run folder: pairs, vectors, detector, report.")],
     option: Given = None,
-    settings: Annotated[int, typer.Option(min=1, help="Settings tried in either direction, at most.")] = 66,
+    settings: Annotated[int, typer.Option(min=1, help="Settings tried in either direction, at most.")] = 54,
     positions: Annotated[str, typer.Option(help="decision, or all: every token, for export.")] = "decision",
+    aim: Annotated[str, typer.Option(help="What vectors are for: conflict, as users meet it, or pairs.")] = "conflict",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; default: as many as there are cores.")] = None,
     chat: AsChat = False,
     reply: Reply = "",
@@ -92,15 +104,78 @@ def fit(
     from mnemoscope.files import dumped
 
     asked: dict[str, Any] = {"prompting": Prompting(chat, reply=reply), "options": options(option)}
-    asked |= {"settings": settings, "positions": positions, "threads": threads}
+    asked |= {"settings": settings, "positions": positions, "aim": aim, "threads": threads}
     asked |= {"dtype": dtype, "device_map": device_map, "layout": named_parts(layout)}
+    note = [] if as_json or positions == "all" else [NOT_EXPORTED]
     with progress(quiet=as_json) as tell:
-        fitted = fit_model(model, task=task, out=out, progress=tell, **asked)
+
+        def begun(*what: Any) -> None:  # all arguments are checked
+            while note:
+                typer.echo(note.pop(), err=True)
+            tell(*what)
+
+        fitted = fit_model(model, task=task, out=out, progress=begun, **asked)
     summary, report_path = fitted.summary(), str(out / "report.html")
     if as_json:
         typer.echo(dumped({"run": str(out), "report": report_path, "tasks": summary.brief()}))
     else:
         typer.echo(f"{summary}\n{report_path}")
+
+
+@app.command()
+def check(
+    model: Model,
+    task: Annotated[str, typer.Option(help="A task, see `mnemoscope tasks`, or a JSONL file of your own.")],
+    option: Given = None,
+    chat: AsChat = False,
+    reply: Reply = "",
+    dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
+    layout: Parts = None,
+    as_json: AsJson = False,
+) -> None:
+    """See what a model does with your data before a fit: answers, pairs, what is known, time, what to add."""
+    from mnemoscope.behaviour import Asking, Prompting
+    from mnemoscope.check import check_task
+    from mnemoscope.files import dumped
+    from mnemoscope.tasks import build_task
+
+    is_file = task.endswith(".jsonl")
+    made = build_task("jsonl" if is_file else task, options(option) | ({"file": task} if is_file else {}), 0)
+    opened, tokenizer = _open(model, dtype, layout, device_map)
+    split = made.split_reply if chat and made.begins_reply else None
+    found = check_task(Asking(opened, tokenizer, made.boundary, 32, Prompting(chat, reply=reply, split=split)), made)
+    typer.echo(dumped(asdict(found)) if as_json else str(found))
+
+
+@app.command()
+def arena(
+    model: Model,
+    task: Annotated[str, typer.Option(help="A task, see `mnemoscope tasks`, or a JSONL file of your own.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Run folder; an interrupted arena continues there.")],
+    method: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated. Default: all.")] = None,
+    option: Given = None,
+    size: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE: how many prompts or steps, as conflicts=80.")
+    ] = None,
+    chat: AsChat = False,
+    reply: Reply = "",
+    dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
+    layout: Parts = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare every way to make a model follow its text, or its memory, on one frozen set of conflicts."""
+    from mnemoscope.arena.run import arena as run_arena
+    from mnemoscope.behaviour import Prompting
+
+    asked: dict[str, Any] = {"methods": method, "options": options(option), "sizes": options(size)}
+    opened, tokenizer = _open(model, dtype, layout, device_map)
+    asked |= {"prompting": Prompting(chat, reply=reply), "name": model}
+    with progress(quiet=as_json) as tell:
+        page = run_arena(opened, tokenizer, task, out, progress=tell, **asked)
+    results = str(out / "arena" / "results.json")
+    say({"run": str(out), "results": results, "page": str(page)}, as_json, "page")
 
 
 @app.command()
@@ -175,7 +250,7 @@ def steer(
     model: Model,
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="Prompts to answer.")],
     source: Annotated[Path, typer.Option("--from", help="A run, a cell of one, or the file of a vector.")],
-    toward: Annotated[str, typer.Option(help="generalized or memorized.")],
+    toward: Annotated[str, typer.Option(help="generalized or memorized; of documents: context or memory.")],
     alpha: Annotated[float, typer.Option(min=0.0, help="Factor on the vector; 0 leaves the model as it is.")] = 1.0,
     gate: Annotated[
         float | None,
@@ -210,7 +285,8 @@ def steer(
         typer.echo(dumped(about | {"answers": rows}))
         return
     for row in rows:
-        typer.echo(f"{row['prompt']}\n  unsteered: {row['plain'].strip()}\n  {toward}: {row['steered'].strip()}")
+        named = toward if row["acted"] else f"{toward} (the gate did not act)"
+        typer.echo(f"{row['prompt']}\n  unsteered: {row['plain'].strip()}\n  {named}: {row['steered'].strip()}")
     if acted:
         typer.echo(f"the gate acted on {acted['acted']} of {acted['asked']} prompts")
 
@@ -249,9 +325,10 @@ def detect(
 
 @app.command()
 def export(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file of a vector (.safetensors).")],
+    file: Annotated[Path, typer.Argument(metavar="FILE|RUN", help="A vector (.safetensors), or a run or cell of one.")],
     to: Annotated[str, typer.Option(help="gguf: for llama.cpp; checkpoint: a model with it baked in.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="What to write: a new file, or a new or empty folder.")],
+    toward: Annotated[str | None, typer.Option(help="Of a run: generalized or memorized, context or memory.")] = None,
     model: Annotated[str | None, typer.Option(help="The model it was made on; needed for a checkpoint.")] = None,
     alpha: Annotated[float, typer.Option(min=0.0, help="Factor on the vector.")] = 1.0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto; what is written has it.")] = "float32",
@@ -262,9 +339,11 @@ def export(
     """Write a vector for other programs; one with positions "all" only. Nothing that exists is overwritten."""
     from mnemoscope.errors import InputError
     from mnemoscope.export import bake, check_portable, to_gguf
+    from mnemoscope.face import vector_file
     from mnemoscope.models import core_of
     from mnemoscope.steering import SteeringVector
 
+    file = vector_file(file, toward) if file.is_dir() else file
     vector = alpha * SteeringVector.load(file)
     check_portable(vector, to)  # before a large model is opened for nothing
     if out.exists() and (to == "gguf" or not out.is_dir() or any(out.iterdir())):

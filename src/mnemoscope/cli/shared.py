@@ -15,7 +15,9 @@ from typer.core import TyperGroup
 
 _opening = partial(typer.Option, rich_help_panel="How the model is opened")
 _formatting = partial(typer.Option, rich_help_panel="How prompts are formatted")
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id of a causal model, or smollm2.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder or hub id of a causal model, or smollm2, or gemma3-270m.")
+]
 Dtype = Annotated[str, _opening(help="float32, bfloat16, float16 or auto.")]
 DeviceMap = Annotated[str | None, _opening(help="Device: cuda or auto (needs accelerate); default: the CPU.")]
 Parts = Annotated[str | None, _opening(help="blocks=..,attention=..,mlp=..,down=..: paths of its parts.")]

@@ -1,11 +1,13 @@
 """The configuration of a study: frozen data that validate and do nothing else."""
 
+from mnemoscope.config.arena import ArenaConfig
 from mnemoscope.config.model import LayoutConfig, LoraConfig, ModelConfig, StopConfig, TrainingConfig
 from mnemoscope.config.reading import (
     built_in_studies,
     dump_study,
     load_study,
     opened_before,
+    parse_arena,
     parse_model,
     parse_study,
     settings_of,

@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
+from mnemoscope.config.arena import ArenaConfig
 from mnemoscope.config.model import ModelConfig
 from mnemoscope.config.study import StudyConfig
 from mnemoscope.errors import InputError
 
-Config = TypeVar("Config", StudyConfig, ModelConfig)
+Config = TypeVar("Config", StudyConfig, ModelConfig, ArenaConfig)
 
 
 def built_in_studies() -> list[str]:
@@ -53,6 +54,11 @@ def parse_study(raw: dict[str, Any]) -> StudyConfig:
 def parse_model(raw: dict[str, Any]) -> ModelConfig:
     """Validate the fields of a model, with the errors of ``parse_study``."""
     return _validated(ModelConfig, raw, "model")
+
+
+def parse_arena(raw: dict[str, Any]) -> ArenaConfig:
+    """Validate the sizes of an arena, with the errors of ``parse_study``."""
+    return _validated(ArenaConfig, raw, "arena")
 
 
 def _validated(kind: type[Config], raw: dict[str, Any], root: str) -> Config:

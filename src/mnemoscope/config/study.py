@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from mnemoscope.config.model import Frozen, ModelConfig, TrainingConfig, as_several
+from mnemoscope.config.model import Frozen, ModelConfig, TrainingConfig
 from mnemoscope.errors import InputError
 
-MethodName = Literal["nmd", "standardized-nmd", "gradient", "logistic", "whitened", "pca", "learned"]
+MethodName = Literal["nmd", "standardized-nmd", "gradient", "logistic", "whitened", "pca", "learned", "low-rank"]
 SiteName = Literal["block", "attention", "mlp", "neuron"]
 
 
@@ -47,10 +47,9 @@ class ProbesConfig(Frozen):
         return self
 
 
-class SweepConfig(Frozen):
-    """The settings of a method that are tried on the tune split: every combination."""
+class GridConfig(Frozen):
+    """The settings tried on the tune split at one site, the same for all methods: every combination."""
 
-    sites: tuple[SiteName, ...] = Field(("block",), min_length=1, description="places in every layer")
     layers: tuple[Annotated[str, Field(pattern=r"^(all|each|spread-[1-9]\d*|\d+|\d+-\d+)$")], ...] = Field(
         ("all",), min_length=1, description='"all", "each" (alone), "spread-6" (six alone), "2", or a range "0-1"'
     )
@@ -74,22 +73,38 @@ class SweepConfig(Frozen):
             first, last = (layers.split("-") * 2)[:2] if layers[0].isdigit() else ("0", str(count - 1))
             chosen = tuple(range(int(first), int(last) + 1))
             if not chosen or chosen[-1] >= count:
-                raise InputError(f"steering.sweeps: layers {layers!r} do not exist in a model of {count} layers")
+                raise InputError(f"steering.grids: layers {layers!r} do not exist in a model of {count} layers")
             sets |= dict.fromkeys(((layer,) for layer in chosen) if layers == "each" else [chosen])
         return list(sets)
 
 
-WIDE = SweepConfig()
-Grids = Annotated[tuple[SweepConfig, ...], BeforeValidator(as_several), Field(min_length=1)]
+class LowRankConfig(Frozen):
+    """Low-rank shifts of every token, which change how a text is read; learned without a limit of norm."""
+
+    layers: int = Field(5, ge=1, description="blocks that are shifted together, spread over the model")
+    factors: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = Field(
+        (0.75, 1.0), min_length=1, description="factors on what was learned, tried as strengths are"
+    )
+    steps: int = Field(60, ge=1, le=10_000, description="of learning")
+    refits: int = Field(20, ge=0, description="draws of controls that are learned again, each as long as the shift")
+
+    def together(self, count: int) -> tuple[int, ...]:
+        """The layers in a model of ``count``: evenly spread, without the ends where there is a choice."""
+        return tuple(sorted({min(round(i * count / (self.layers + 1)), count - 1) for i in range(1, self.layers + 1)}))
 
 
 class SteeringConfig(Frozen):
     """Which vectors are tried on the tune split and judged on the test split."""
 
-    sweeps: dict[MethodName, Grids] = Field(
-        {"nmd": (WIDE,), "gradient": (WIDE,), "learned": (SweepConfig(tops=(0.5,), strengths=(0.1, 0.2)),)},
-        min_length=1,
-        description="the methods, and what is tried of each: one grid or several",
+    methods: tuple[MethodName, ...] = Field(
+        ("nmd", "gradient", "learned"), min_length=1, description="tried, all alike"
+    )
+    grids: dict[SiteName, GridConfig] = Field(
+        {"block": GridConfig()}, min_length=1, description="by site, what is tried of every method"
+    )
+    low_rank: LowRankConfig = LowRankConfig()
+    aim: Literal["pairs", "conflict"] = Field(
+        "pairs", description="what the vectors that are used and summed up are for: `pairs`, or `conflict` as drawn"
     )
     positions: Literal["decision", "all"] = Field("decision", description="shifted tokens: from the decision on or all")
     fit_pairs: int = Field(600, ge=2, description="fit pairs whose states and gradients make the directions")
@@ -98,9 +113,9 @@ class SteeringConfig(Frozen):
     kept_kinds: tuple[Literal["memory", "novel"], ...] = Field(
         ("memory", "novel"), description="which of them; novel examples that are read from the prompt teach to read"
     )
-    learned_steps: int = Field(20, ge=1, le=10_000, description="of the ascent; more make the shuffled control cleaner")
+    learned_steps: int = Field(20, ge=1, le=10_000, description="of the ascent; more make `indifference` cleaner")
     fit_batch: int = Field(16, ge=1, description="fit examples a step of that ascent, and a pass of gradients")
-    tune_refits: int = Field(4, ge=0, description="draws of the shuffled control of each setting on tune; 0: left out")
+    tune_refits: int = Field(4, ge=0, description="draws of a refitted control of each setting on tune; 0: left out")
     tune_draws_again: int = Field(12, ge=1, description="of each control of a chosen setting, before methods compete")
     tune_pairs: int = Field(300, ge=1, description="tune pairs that every setting is tried on")
     tune_others: int = Field(200, ge=1, description="tune examples of each other list")
@@ -110,6 +125,7 @@ class SteeringConfig(Frozen):
     collateral_limit: float = Field(0.03, ge=0, le=1, description="settings that cost more of other lists come last")
     draws: int = Field(20, ge=1, description="draws of each control")
     controls_of: Literal["all", "best"] = Field("all", description="methods whose controls are drawn on test")
+    norm_draws: int = Field(4, ge=0, description="of each control of methods at equal norms; 0: leaves these out")
     conflict_draws: int = Field(20, ge=1, description="draws of each control where conflicts are steered as drawn")
 
 

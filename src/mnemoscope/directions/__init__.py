@@ -2,6 +2,8 @@
 
 from mnemoscope.directions.choose import (
     CONTROLS,
+    LEARNED,
+    PERMUTED,
     RATING_DRAWS,
     SHUFFLED,
     Choice,
@@ -13,12 +15,14 @@ from mnemoscope.directions.choose import (
     final,
     gaussian,
     ranked,
+    refitted,
     shared_neurons,
     shuffles,
 )
-from mnemoscope.directions.learned import learned_together
+from mnemoscope.directions.learned import learned_together, wanted_batches
 from mnemoscope.directions.sources import (
     ANSWERED,
+    LOW_RANK,
     SOURCE,
     TOWARD,
     FitLists,

@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 
 from mnemoscope.behaviour import Batch
-from mnemoscope.directions.sources import Labels, Setting
+from mnemoscope.directions.sources import LOW_RANK, Labels, Setting
 from mnemoscope.directions.vectors import Directions, share_of, steered
 from mnemoscope.models import Site
-from mnemoscope.steering import scaled_to
+from mnemoscope.steering import SteeringVector, scaled_to
 
 COST = 0.5  # points of the shift per point of a control, up to its limit
 FINALISTS = 3  # settings that are rated again at most
@@ -66,33 +67,82 @@ def gaussian(shift_LD: np.ndarray, rng: np.random.Generator, rho_LD: np.ndarray 
 
 
 SHUFFLED = "shuffled_labels"  # the same method on the same pairs with shuffled labels
+INDIFFERENCE = "indifference"  # the same of a learned shift: it learns to be undecided, which is no draw of noise
+PERMUTED = "permuted_answers"  # a learned shift towards answers of other items: its null
 DRAWN = {control.__name__: control for control in (random_neurons, low_correlation, random_sign, gaussian)}
-CONTROLS = ("random_neurons", "low_correlation", "random_sign", SHUFFLED, "gaussian")
+CONTROLS = ("random_neurons", "low_correlation", "random_sign", SHUFFLED, INDIFFERENCE, PERMUTED, "gaussian")
+LEARNED = ("learned", LOW_RANK)  # methods that learn from wanted answers
 TOGETHER = 4  # shuffles that are fitted in one go
+
+
+def refitted(method: str) -> tuple[str, ...]:
+    """Controls of a method that are fitted as its vector is, on other labels or answers."""
+    return (INDIFFERENCE, PERMUTED) if method in LEARNED else (SHUFFLED,)
 
 
 def control_draws(
     name: str, directions: Directions, setting: Setting, draws: int, seed: Sequence[int]
-) -> Iterator[tuple[int, np.ndarray]]:
-    """``draws`` numbered shifts (L, D) of a control, each seeded by its number; none where it does not exist.
+) -> Iterator[tuple[int, SteeringVector]]:
+    """``draws`` numbered draws of a control, each seeded by its number; none where it does not exist.
 
-    Shuffles depend on the first number of ``seed`` alone, so that one shuffle serves all settings.
+    Shuffles depend on the first number of ``seed`` alone, so that one shuffle serves all settings. Of a low-rank shift
+    random signs and Gaussian directions are given to what it writes.
     """
-    shift_LD = directions.dense(setting).astype(np.float64)
-    if name == SHUFFLED:
+    vector, rho_LD, spread_LD = directions.vector(setting), directions.rho(), directions.sources.spread_LD
+    shift_LD = vector.dense(*spread_LD.shape).astype(np.float64)
+    if name in refitted(setting.method):
+        if name == PERMUTED and not directions.sources.lists.can_permute():
+            return
         norm_L = np.linalg.norm(shift_LD, axis=1)
-        for first, four in enumerate(shuffles(draws, seed[0])):
+        for first, four in enumerate(shuffles(draws, seed[0], name == PERMUTED)):
+            four = four[: draws - first * TOGETHER] if setting.method == LOW_RANK else four
             vectors = directions.vectors(setting, four)
-            for number, vector in enumerate(vectors[: draws - first * TOGETHER], first * TOGETHER):
-                yield number, _at_norm(vector.dense(*shift_LD.shape), norm_L, directions.sources.norm_L)
+            for number, found in enumerate(vectors[: draws - first * TOGETHER], first * TOGETHER):
+                if setting.method == LOW_RANK:
+                    yield number, _at_spread(found, vector, spread_LD)
+                else:
+                    found_LD = _at_norm(found.dense(*shift_LD.shape), norm_L, directions.sources.norm_L)
+                    yield number, vector.with_dense(found_LD)
+        return
+    if name not in DRAWN:
         return
     # With more than half of the neurons or a whole layer shifted there are not as many others, and those with the
     # lowest |rho| are mostly the same ones with other signs.
     chosen_L, width = (shift_LD != 0).sum(axis=1), shift_LD.shape[1]
     others = 2 * chosen_L.sum() <= (chosen_L > 0).sum() * width + 1 and not (chosen_L == width).any()
+    if setting.method == LOW_RANK:
+        others = False
     if others or name not in ("random_neurons", "low_correlation"):
         for number in range(draws):
-            yield number, DRAWN[name](shift_LD, np.random.default_rng([*seed, number]), directions.rho())
+            rng = np.random.default_rng([*seed, number])
+            if setting.method == LOW_RANK:
+                yield number, _written(vector, name, rng, spread_LD)
+            else:
+                yield number, vector.with_dense(DRAWN[name](shift_LD, rng, rho_LD))
+
+
+def _written(vector: SteeringVector, name: str, rng: np.random.Generator, spread_LD: np.ndarray) -> SteeringVector:
+    """A low-rank shift that writes with random signs, or in Gaussian directions of equal norm in units of spread."""
+    found = {}
+    for layer, edit in vector.low_rank.items():
+        write_KD, spread_D = edit.write_KD.double().numpy(), spread_LD[layer]
+        if name == "random_sign":
+            drawn_KD = write_KD * rng.choice([-1.0, 1.0], size=write_KD.shape[1])
+        else:
+            norms_K = np.linalg.norm(write_KD / spread_D, axis=1)
+            drawn_KD = scaled_to(rng.standard_normal(write_KD.shape), norms_K) * spread_D
+        found[layer] = edit._replace(write_KD=torch.from_numpy(drawn_KD).float())
+    return replace(vector, low_rank=found)
+
+
+def _at_spread(found: SteeringVector, vector: SteeringVector, spread_LD: np.ndarray) -> SteeringVector:
+    """A low-rank shift that writes as much as the vector does, in units of spread over all layers."""
+
+    def norm(one: SteeringVector) -> float:
+        written = ((edit.write_KD.double().numpy() / spread_LD[layer]) for layer, edit in one.low_rank.items())
+        return math.sqrt(sum(float((rows_KD**2).sum()) for rows_KD in written))
+
+    return found * (norm(vector) / norm(found)) if norm(found) else found
 
 
 def _at_norm(shuffled_LD: np.ndarray, norm_L: np.ndarray, states_L: np.ndarray) -> np.ndarray:
@@ -109,10 +159,10 @@ def _at_norm(shuffled_LD: np.ndarray, norm_L: np.ndarray, states_L: np.ndarray) 
     return placed_LD * (wanted / found) if found else placed_LD
 
 
-def shuffles(draws: int, seed: int) -> list[tuple[Labels, ...]]:
+def shuffles(draws: int, seed: int, permuted: bool = False) -> list[tuple[Labels, ...]]:
     """Labels for ``draws`` shuffles or a few more, always in fours: rounding must not depend on how many there are."""
     numbers = range(-(-draws // TOGETHER) * TOGETHER)
-    drawn = [Labels(int(np.random.default_rng([seed, number]).integers(2**31))) for number in numbers]
+    drawn = [Labels(int(np.random.default_rng([seed, number]).integers(2**31)), permuted) for number in numbers]
     return [tuple(drawn[first : first + TOGETHER]) for first in numbers[::TOGETHER]]
 
 
@@ -134,7 +184,7 @@ class Limits:
     Attributes:
         control: mean shift rate of a control, beyond which each point costs ``excess_cost`` points of the shift.
         collateral: the largest drop of the share that keeps its answer, of any list that should.
-        draws, refits: of each control, and of shuffled labels, which cost most; 0 leaves these out.
+        draws, refits: of each control, and of those that are refitted, which cost most; 0 leaves these out.
         again: draws of either kind for the second rating of the best settings.
     """
 
@@ -211,7 +261,8 @@ def ranked(
         if known == 0:
             kept = -int(damage(lists, site, setting) <= limits.collateral)
         else:
-            names = (STANDING_IN, (SHUFFLED,))[known - 1]
+            # Indifference steers more than permuted answers do, and one refit is enough for a ranking.
+            names = (STANDING_IN, refitted(setting.method)[:1])[known - 1]
             worst = max([worst, *control_means(lists.targets, site, setting, limits, seed, names)])
         if known < 2:
             heapq.heappush(waiting, (kept, -limits.net(rate, worst), number, known + 1, worst))
@@ -254,13 +305,13 @@ def control_means(
     names: Sequence[str] = CONTROLS,
 ) -> list[float]:
     """The mean shift rate of each control that exists."""
-    asking, vector = directions.sources.lists.asking, directions.vector(setting)
+    asking = directions.sources.lists.asking
     rates = [
         [
-            share_of(steered(asking, batches, vector.with_dense(shift_LD), margins=False), setting.toward)
-            for _, shift_LD in control_draws(name, directions, setting, draws, seed)
+            share_of(steered(asking, batches, drawn, margins=False), setting.toward)
+            for _, drawn in control_draws(name, directions, setting, draws, seed)
         ]
-        for name, draws in ((name, limits.refits if name == SHUFFLED else limits.draws) for name in names)
+        for name, draws in ((name, limits.draws if name in DRAWN else limits.refits) for name in names)
     ]
     return [float(np.mean(found)) for found in rates if found]
 

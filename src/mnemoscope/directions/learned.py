@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle, islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mnemoscope.behaviour import Batch, only_log_probability, with_options, without_prefix
+from mnemoscope.behaviour import Batch, only_log_probability, with_options, with_suffixes, without_prefix
 from mnemoscope.directions.sources import FitLists, Labels, Setting, Sources, in_turn
 from mnemoscope.models import in_precision, quick_precision
 from mnemoscope.steering import OPPOSITE, Positions, Toward, shifted
@@ -53,7 +54,7 @@ def _ascended(sources: Sources, setting: Setting, several: Sequence[Labels]) -> 
         loss = -_log_p(sources, batches, shifts, setting.positions)
         if kept and number % 2:  # every second step is enough to hold what should stay
             batch = next(kept)
-            same = [(batch, torch.zeros_like(batch.option_R))] * len(several)
+            same = [Asked(batch, torch.zeros_like(batch.option_R))] * len(several)
             loss = loss - lists.kept_weight * _log_p(sources, same, shifts, setting.positions)
         # Not backward(): that would also fill the gradients of the model's own parameters.
         gradients = torch.autograd.grad(loss, list(units.values()))
@@ -69,32 +70,53 @@ def _ascended(sources: Sources, setting: Setting, several: Sequence[Labels]) -> 
     return units
 
 
-def wanted_batches(lists: FitLists, toward: Toward, labels: Labels) -> Iterator[tuple[Batch, Tensor]]:
-    """Batches to learn from, and the number of the option that is wanted of each example, (N,).
+class Asked(NamedTuple):
+    """A batch to learn from, and the number of the option that is wanted of each example, (N,).
 
-    Phrasings of pairs and other conflicts alternate. Under a shuffle, half of the examples of both sides want either
-    answer: on one side alone, that would still teach to leave this side.
+    ``instead``: tokens that are wanted in place of that option.
+    """
+
+    batch: Batch
+    option_N: Tensor
+    instead: Sequence[list[int]] | None = None
+
+
+def wanted_batches(lists: FitLists, toward: Toward, labels: Labels) -> Iterator[Asked]:
+    """Batches to learn from: phrasings of pairs and other conflicts alternate.
+
+    Under a shuffle, half of the examples of both sides want either answer, or all want answers of other items. Asked on
+    one side alone, both would still teach to leave this side.
     """
     ways = (toward,) if labels.shuffle is None else (toward, OPPOSITE[toward])
-    found = enumerate(batches[way] for batches in (lists.pairs, lists.conflicts) for way in ways)
+    streams = [(which, way) for which in (0, 1) for way in ways]
     option = 1 if toward == "generalized" else 0
-    placed = [[(stream, number, batch) for number, batch in enumerate(batches)] for stream, batches in found]
+    placed = [
+        [(stream, number, batch) for number, batch in enumerate((lists.pairs, lists.conflicts)[which][way])]
+        for stream, (which, way) in enumerate(streams)
+    ]
     longest = max(map(len, placed))
     if labels.shuffle is not None:
         placed = [list(islice(cycle(batches), longest)) for batches in placed]
+    others = lists.permuted(labels.shuffle or 0) if labels.permuted else None
     for stream, number, batch in in_turn(placed):
+        which, way = streams[stream]
         stays_N = torch.from_numpy(labels.signs(len(batch.examples_N), stream, number) > 0)
-        yield batch, torch.where(stays_N, option, 1 - option).to(batch.ids_NT.device)
+        instead = [others[lists.items[way][which][i]] for i in batch.examples_N] if others else None
+        yield Asked(batch, torch.where(stays_N, option, 1 - option).to(batch.ids_NT.device), instead)
 
 
-def _log_p(
-    sources: Sources, asked: Sequence[tuple[Batch, Tensor]], shifts: Mapping[int, Tensor], positions: Positions
-) -> Tensor:
+def asked_batch(asked: Sequence[Asked], positions: Positions) -> Batch:
+    """The contexts of a batch once for each of several ways to ask it, with the one answer that is wanted there."""
+    batch = without_prefix(asked[0].batch) if positions == "all" else asked[0].batch
+    batch = with_options(batch, torch.stack([one.option_N for one in asked]))
+    if asked[0].instead:
+        batch = with_suffixes(batch, [suffix for one in asked for suffix in one.instead or ()])
+    return batch
+
+
+def _log_p(sources: Sources, asked: Sequence[Asked], shifts: Mapping[int, Tensor], positions: Positions) -> Tensor:
     """Mean log probability of the wanted answers, in nats, summed over the shifts; answers k are read under shift k."""
-    (batch, _), asking = asked[0], sources.lists.asking
-    n = len(batch.examples_N)
-    batch = without_prefix(batch) if positions == "all" else batch
-    batch = with_options(batch, torch.stack([option_N for _, option_N in asked]))
+    batch, asking, n = asked_batch(asked, positions), sources.lists.asking, len(asked[0].batch.examples_N)
     of_prompts = {layer: shift_KD.repeat_interleave(n, 0) for layer, shift_KD in shifts.items()}
     start = None if positions == "all" else batch.ids_NT.shape[1] - 1
     with shifted(asking.model, of_prompts, sources.site, positions, start):

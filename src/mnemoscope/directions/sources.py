@@ -6,7 +6,7 @@ Shapes: P pairs, N examples, L layers, D neurons. Side 0 of a pair answered gene
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import zip_longest
 from typing import TypeVar
@@ -21,6 +21,7 @@ from mnemoscope.steering import Positions, Toward, shifted
 from mnemoscope.tasks import Example
 
 Entry = TypeVar("Entry")
+LOW_RANK = "low-rank"
 TOWARD: dict[str, Toward] = {"to_generalized": "generalized", "to_memorized": "memorized"}
 SOURCE: dict[str, Toward] = {"to_generalized": "memorized", "to_memorized": "generalized"}
 
@@ -31,10 +32,11 @@ class Setting:
 
     Attributes:
         direction: a key of ``TOWARD``.
-        method: a key of ``METHODS``, or ``learned``.
+        method: a key of ``METHODS``, ``learned`` or ``low-rank``.
         layers: the layers that are shifted, 0-based.
         top: share of these layers' neurons that are shifted, in (0, 1].
-        strength: total relative norm: the root of the summed squares of each layer's shift over its states' norm.
+        strength: total relative norm: the root of the summed squares of each layer's shift over its states' norm. Of a
+            low-rank shift, which has no norm of its own: a factor on what was learned.
         positions: ``decision``, or ``all`` tokens; norms and differences are those at the decision position either way.
     """
 
@@ -59,8 +61,11 @@ class Setting:
     def same_direction(self) -> tuple[Setting, int]:
         """The setting with all fixed that the direction does not depend on, and its sign (1 or -1) there.
 
-        A learned one depends on all but ``top``; the others are one for the site, whose negative steers the other way.
+        A learned one depends on all but ``top``, a low-rank one neither on ``strength``; the others are one for the
+        site, whose negative steers the other way.
         """
+        if self.method == LOW_RANK:
+            return replace(self, top=1.0, strength=1.0), 1
         if self.method == "learned":
             return replace(self, top=1.0), 1
         fixed = Setting("to_generalized", self.method, self.site, (), top=1.0, strength=1.0)
@@ -69,13 +74,17 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """Labels of the fit pairs: as answered, or shuffled with a seed, where both labels of a pair swap or stay."""
+    """Labels of the fit pairs: as answered, or shuffled with a seed, where both labels of a pair swap or stay.
+
+    ``permuted``: labels stay, and the answers are those of other items (``FitLists.permuted``).
+    """
 
     shuffle: int | None = None
+    permuted: bool = False
 
     def signs(self, n: int, *stream: int) -> np.ndarray:
         """float64 (n,): 1 where a label stays, -1 where it swaps, half of each; ``stream`` numbers its lists."""
-        if self.shuffle is None:
+        if self.shuffle is None or self.permuted:
             return np.ones(n)
         return np.random.default_rng([self.shuffle, *stream]).permutation(np.where(np.arange(n) % 2 == 0, 1.0, -1.0))
 
@@ -91,6 +100,10 @@ class FitLists:
         pairs, conflicts: phrasings of pairs, and other conflicts, that answer the other way.
         kept: memory and novel examples whose answers should stay; ``kept_weight``: in the objective of learned vectors.
         steps: of the ascent of learned vectors.
+        items: names of the items of ``pairs`` and of ``conflicts``, in the order in which they were prepared.
+        bare: the questions of ``pairs`` and of ``conflicts`` towards memory without their contexts, in the order in
+            which they were prepared; None where a task has none.
+        low_rank_steps: of low-rank shifts.
     """
 
     asking: Asking
@@ -99,6 +112,34 @@ class FitLists:
     kept: Mapping[Toward, Sequence[Batch]]
     kept_weight: float = 1.0
     steps: int = 20
+    items: Mapping[Toward, tuple[Sequence[str], Sequence[str]]] = field(default_factory=dict)
+    bare: tuple[Sequence[Example], Sequence[Example]] | None = None
+    low_rank_steps: int = 60
+
+    def can_permute(self) -> bool:
+        """Whether every item can be given an answer of another that is neither of its own."""
+        return self.permuted(0) is not None
+
+    def permuted(self, seed: int) -> dict[str, list[int]] | None:
+        """By item, the tokens of another item's answer that neither of its own two goes on with.
+
+        Half of the items get an answer of either behaviour: where the two have formats of their own, answers of one
+        format would teach the behaviour. All phrasings of an item get the same one. None where an item is left without.
+        """
+        answers = dict[str, list[list[int]]]()  # by item, of either behaviour
+        for toward, of_both in self.items.items():
+            for batches, items in zip((self.pairs[toward], self.conflicts[toward]), of_both, strict=True):
+                for batch in batches:
+                    rows = (batch.suffix_RM.tolist(), batch.length_R.tolist(), batch.example_R, batch.option_R)
+                    for suffix, length, example, option in zip(*rows, strict=True):
+                        answers.setdefault(items[batch.examples_N[example]], [[], []])[option] = suffix[:length]
+        order = [sorted(answers)[i] for i in np.random.default_rng([seed, 1]).permutation(len(answers))]
+        found = {}
+        for place, item in enumerate(order):
+            others = [*order[place + 1 :], *order[:place]]
+            either = (answers[other][option] for option in (place % 2, 1 - place % 2) for other in others)
+            found[item] = next((tokens for tokens in either if tokens not in answers[item]), [])
+        return found if all(found.values()) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +176,17 @@ class Sources:
     def norm_L(self) -> np.ndarray:
         """float64, root mean square norm of each layer's states: the unit of strength."""
         return self.moments().state_norm_L
+
+    @cached_property
+    def mean_LD(self) -> np.ndarray:
+        """float64, mean state of each neuron."""
+        return self.states_P2LD.mean(axis=(0, 1), dtype=np.float64)
+
+    @cached_property
+    def spread_LD(self) -> np.ndarray:
+        """float64, standard deviation of each neuron over the states: a unit in which no coordinate is massive."""
+        spread_LD = self.states_P2LD.std(axis=(0, 1), dtype=np.float64)
+        return np.where(spread_LD > 0, spread_LD, 1.0)
 
     @cached_property
     def margin_gradients(self) -> list[list[np.ndarray]]:

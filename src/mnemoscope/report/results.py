@@ -71,6 +71,7 @@ def over_all(cells: Sequence[Cell], found: list[CellResults]) -> TaskResults:
     task = TaskResults(
         **common,
         seeds=[cell.seed for cell in cells],
+        aim=cells[0].chosen.get("aim", "pairs"),
         memory_is_conflict=bool(cells[0].info["memory_is_conflict"]),
         weights=cells[0].info.get("weights"),
         sweep=sweep,

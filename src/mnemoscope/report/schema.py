@@ -23,7 +23,8 @@ DIRECTIONS: dict[Direction, tuple[str, str]] = {
     "to_memorized": ("memorized", "generalized"),
 }
 AIMS: tuple[Aim, ...] = ("pairs", "conflict")  # what a setting is chosen for, and the list that it is to steer
-CONTROLS = ("random_neurons", "low_correlation", "random_sign", "shuffled_labels", "gaussian")
+REFITTED = ("shuffled_labels", "indifference", "permuted_answers")  # a method has the first, or the other two
+CONTROLS = ("random_neurons", "low_correlation", "random_sign", *REFITTED, "gaussian")
 
 
 class Result(BaseModel):
@@ -96,7 +97,7 @@ class Steered(Result):
     pairs_unreachable: Shares = Field(description="to memorized: phrasings that do not keep the stored key")
     held_out: dict[str, Shares] = Field(description="test pairs of what the task holds out, by its name")
     conflict_at_chosen: Shares = Field(description="conflicts under the setting for pairs")
-    controls: dict[str, Control] = Field(description="all five by name; undefined where there was none")
+    controls: dict[str, Control] = Field(description="all by name; undefined where there was none")
     minus_control: dict[str, dict[Aim, Estimate]] = Field(description="paired difference of the shift to each control")
     collateral: dict[str, Estimate] = Field(description="change in accuracy on `memory`, `novel`, `conflict_rest`")
     collateral_conflict: dict[str, Estimate] = Field(description="the same under `chosen_conflict`")
@@ -104,10 +105,31 @@ class Steered(Result):
     gated: Gated | None = Field(None, description="only with a detector")
     best_conflict: Steered | None = Field(None, description="in `steering`: where another method is best for conflicts")
 
+    def for_aim(self, aim: Aim) -> Steered:
+        """The block whose method is best for an aim."""
+        return self.best_conflict if aim == "conflict" and self.best_conflict else self
+
+    def lost(self, aim: Aim) -> dict[str, Estimate]:
+        """Collateral under the setting for an aim."""
+        return self.collateral if aim == "pairs" else self.collateral_conflict
+
     def strongest(self, aim: Aim = "pairs") -> str | None:
         """The control with the highest mean shift on a list; None where none was run."""
         shifts = {name: getattr(control, aim).shift for name, control in self.controls.items()}
         return max((n for n in shifts if shifts[n].known), key=lambda n: shifts[n].estimate, default=None)
+
+
+class AtNorm(Result):
+    """A setting that was chosen by the share of tune pairs it steers alone, on test pairs, beside its own controls."""
+
+    site: str = Field(description="the first seed's, as `layers`, `top` and `strength` are")
+    layers: str = Field(description="such as `0-3` or `2`")
+    top: float = Field(description="share of the neurons")
+    strength: float = Field(description="total relative norm")
+    shift: Estimate = Field(description="share steered")
+    control: Estimate = Field(description="the same of the control that steers most")
+    strongest: str = Field(description="that control; the first seed's")
+    difference: Estimate = Field(description="paired difference")
 
 
 class Behaviour(Result):
@@ -271,12 +293,18 @@ class CellResults(Result):
     consistency: dict[Literal["halves"], Halves]
     steering: dict[Direction, Steered] = Field(description="the best method by the tune split")
     steering_by_method: dict[str, dict[Direction, Steered]]
+    equal_norm: dict[Direction, dict[str, dict[str, AtNorm]]] = Field(description="by strength and method")
+    unpenalized: dict[Direction, AtNorm] = Field(description="NMD as in the paper: whatever its controls do")
     logit: dict[Direction, Push]
     dose: dict[str, dict[Direction, dict[str, dict[str, Dose]]]] = Field(description="keys: see Dose")
     ablation: dict[str, dict[Direction, dict[str, Ablation]]] = Field(description="keys: see Ablation")
     patch: dict[Direction, dict[str, list[Shares]]] = Field(description="by site, per layer: the other side's state")
-    prompt: dict[Direction, Shares] = Field(description="asked for in words; empty where the task has none")
-    context_aware: dict[Direction, dict[str, Shares]] = Field(description="context-aware decoding, by weight")
+    prompt: dict[Direction, Shares] = Field(
+        description="the aim's test examples asked for in words; empty where the task has none"
+    )
+    context_aware: dict[Direction, dict[str, Shares]] = Field(
+        description="the same examples by context-aware decoding, by weight"
+    )
     detection: Detection | None = Field(None, description="only with a detector")
     no_detector: str | None = Field(None, description="why none could be fitted")
     neutral: dict[Direction, dict[str, dict[str, Estimate]]] | None = Field(None, description="by dose, nats a token")
@@ -321,6 +349,7 @@ class TaskResults(CellResults):
     """One label over its seeds: estimates over seeds, counts added up, other numbers averaged."""
 
     seeds: list[int]
+    aim: Aim = Field("pairs", description="what the vectors that are used are for")
     memory_is_conflict: bool = Field(description="whether the memory examples are the conflicts themselves")
     weights: str | None = Field(None, description="of a packaged model")
     sweep: list[SweepRow]

@@ -27,7 +27,7 @@ from mnemoscope.report.words import CAPITAL, LISTS, NBSP, TOWARDS, percent, rang
 from mnemoscope.statistics import Estimate, mean, proportion, surely_more
 
 KEYS = ["aim", "direction", "method", "role", "examples"]
-MARKERS = dict(zip(CONTROLS, ("o", "v", "s", "^", "D"), strict=True))
+MARKERS = dict(zip(CONTROLS, ("o", "v", "s", "^", "P", "*", "D"), strict=True))
 Beyond = tuple[pd.Series, pd.Series, pd.Series]  # differences of hits, their groups, their draws
 PAPERS = "nmd"  # the paper's own method
 
@@ -43,6 +43,10 @@ class Examples:
     def rows(self, aim: str, direction: str, method: str, role: str, examples: str) -> pd.DataFrame:
         """Test examples of one list under one setting and role; no rows where there are none."""
         return self._table.iloc[self._places.get((aim, direction, method, role, examples), [])]
+
+    def compared(self, aim: str, keys: list[str]) -> Any:
+        """(values of ``keys``, rows) of settings that are compared and not used; none where they were left out."""
+        return self._table[self._table.aim == aim].groupby(keys, observed=True)
 
 
 def measure_steering(cell: Cell) -> dict[str, Any]:
@@ -65,7 +69,34 @@ def measure_steering(cell: Cell) -> dict[str, Any]:
         for direction in DIRECTIONS
     }
     logit = {direction: _logit(examples, best["pairs"][direction], direction) for direction in DIRECTIONS}
-    return {"steering": steering, "steering_by_method": by_method, "logit": logit}
+    return {"steering": steering, "steering_by_method": by_method, "logit": logit, **_measure_norms(examples)}
+
+
+def _measure_norms(examples: Examples) -> dict[str, Any]:
+    """Every method at equal norms, and NMD without the penalty on controls."""
+    found: dict[str, Any] = {"equal_norm": {d: {} for d in DIRECTIONS}, "unpenalized": {}}
+    for (direction, method, strength), rows in examples.compared("equal_norm", ["direction", "method", "strength"]):
+        found["equal_norm"][direction].setdefault(f"{strength:g}", {})[method] = _at_norm(
+            examples.cell, rows, direction
+        )
+    for (direction,), rows in examples.compared("unpenalized", ["direction"]):
+        found["unpenalized"][direction] = _at_norm(examples.cell, rows, direction)
+    return found
+
+
+def _at_norm(cell: Cell, rows: pd.DataFrame, direction: Direction) -> schema.AtNorm:
+    """A setting beside the control that steers most of all that were drawn."""
+    parts = {str(role): part for role, part in rows.groupby("role", observed=True)}
+    vector, first = parts.pop("vector"), rows.iloc[0]
+    shifts = {name: shares(part, direction, confabulated=False).shift for name, part in parts.items()}
+    strongest = max(shifts, key=lambda name: shifts[name].estimate, default="")
+    return schema.AtNorm(
+        **{name: first[name] for name in ("site", "layers", "top", "strength")},
+        shift=shares(vector, direction, confabulated=False).shift,
+        control=shifts.get(strongest, Estimate.undefined()),
+        strongest=strongest,
+        difference=mean(*beyond(cell, vector, parts.get(strongest, vector.head(0)), direction)),
+    )
 
 
 def measure_direction(examples: Examples, method: str, direction: Direction, chosen: dict[Aim, Any]) -> Steered:
@@ -162,17 +193,18 @@ def chapter(view: View) -> Chapter:
         Exhibit("simpler", [_simpler_panel(task, direction) for direction in steering], pushes),
         Exhibit("methods-conflict", [_methods_panel(task, d, "conflict") for d in steering], folded=True),
     ]
-    return Chapter(answer(task), exhibits, [table(task)])
+    return Chapter(answer(task), exhibits, [table(task), *norms_table(task)])
 
 
 def answer(task: TaskResults) -> Answer:
     """Verdict and number are of the same directions: of two that work, the number is the smaller one."""
-    question, steering = "Can it be steered?", task.steering
-    shifts = {d: block.pairs.shift for d, block in steering.items() if block.pairs.shift.known}
+    question, aim = "Can it be steered?", task.aim
+    steering = {direction: block.for_aim(aim) for direction, block in task.steering.items()}
+    shifts = {d: share for d, block in steering.items() if (share := getattr(block, aim).shift).known}
     measured = sorted(shifts, key=lambda d: shifts[d].estimate)
     if not measured:
         return not_measured("steer", question, task)
-    controls = {d: steering[d].strongest() for d in measured}
+    controls = {d: steering[d].strongest(aim) for d in measured}
     works = [d for d, name in controls.items() if name and surely_steers(task, d, name)]
     verdict = "Steering does not surely work"
     if works:
@@ -181,23 +213,26 @@ def answer(task: TaskResults) -> Answer:
     if all(share.too_few for share in shifts.values()):
         verdict = TOO_FEW
     shown, *others = dict.fromkeys([*works, *measured])
-    beside = {d: f"strongest control: {words.strongest_control(steering[d])}" for d in measured}
-    sentence = f"of test pairs are steered {TOWARDS[shown]}; {beside[shown]}."
+    beside = {d: f"strongest control: {words.strongest_control(steering[d], aim)}" for d in measured}
+    of = "test pairs" if aim == "pairs" else "test conflicts"
+    sentence = f"of {of} are steered {TOWARDS[shown]}; {beside[shown]}."
     notes = [f"95{NBSP}% interval: {words.interval(shifts[shown])}."]
     notes += [f"{CAPITAL[d]}: {ranged(shifts[d])}, {beside[d]}." for d in others]
-    losses = [f"{words.largest_loss(steering[d].collateral, d)} {TOWARDS[d]}" for d in measured]
+    losses = [f"{words.largest_loss(steering[d].lost(aim), d)} {TOWARDS[d]}" for d in measured]
     notes.append(f"Largest loss: {words.listed(losses)}.")
     control = controls[shown]
-    mark = (steering[shown].controls[control].pairs.shift.estimate, "strongest control") if control else (math.nan, "")
+    mark = (math.nan, "")
+    if control:
+        mark = (getattr(steering[shown].controls[control], aim).shift.estimate, "strongest control")
     share = shifts[shown]
     return Answer("steer", question, verdict, percent(share.estimate), sentence, " ".join(notes), share, mark)
 
 
 def surely_steers(task: TaskResults, direction: Direction, control: str) -> bool:
     """Whether a vector does surely more than a control; in a single seed, than any other draw of it."""
-    block = task.steering[direction]
-    more = block.minus_control[control]["pairs"].sign > 0
-    return more and (len(task.seeds) > 1 or block.controls[control].exceeded["pairs"])
+    block, aim = task.steering[direction].for_aim(task.aim), task.aim
+    more = block.minus_control[control][aim].sign > 0
+    return more and (len(task.seeds) > 1 or block.controls[control].exceeded[aim])
 
 
 def _switch_panel(task: TaskResults, direction: Direction) -> Panel:
@@ -265,6 +300,30 @@ def methods_table(task: TaskResults) -> Table:
     return Table("Settings chosen on the tune split, and what they do on the test split", columns, rows)
 
 
+def norms_table(task: TaskResults) -> list[Table]:
+    """All methods at equal norms: what each steers, its strongest control, and the difference; [] where left out."""
+
+    def cell(found: schema.AtNorm | None) -> str:
+        if found is None:
+            return ""
+        return f"{percent(found.shift.estimate)}, {percent(found.control.estimate)}: {words.beyond(found.difference)}"
+
+    rows, norms = [], list(dict.fromkeys(norm for found in task.equal_norm.values() for norm in found))
+    for direction, found in task.equal_norm.items():
+        methods = dict.fromkeys(method for by_method in found.values() for method in by_method)
+        rows += [
+            [f"{method}, {TOWARDS[direction]}", *(cell(found.get(norm, {}).get(method)) for norm in norms)]
+            for method in methods
+        ]
+        free = task.unpenalized.get(direction)
+        if free:
+            at = ["" for norm in norms]
+            at[norms.index(f"{free.strength:g}")] = cell(free)
+            rows.append([f"{PAPERS}, {TOWARDS[direction]}, whatever its controls do", *at])
+    title = "Test pairs steered at equal norms, strongest control: difference"
+    return [Table(title, ["", *(f"norm {norm}" for norm in norms)], rows)] if rows else []
+
+
 def _dose_panels(task: TaskResults, direction: Direction) -> list[Panel]:
     """Mean margin and share steered: the best method, the paper's, and Gaussian shifts of the norm of the best."""
     best = task.steering[direction].chosen.method
@@ -284,8 +343,9 @@ def _dose_panels(task: TaskResults, direction: Direction) -> list[Panel]:
 
 def other_ways(task: TaskResults, direction: Direction) -> dict[str, Estimate]:
     """What a user would try first: words, and decoding that contrasts a prompt with its question alone."""
-    found = {"asked in words": task.prompt[direction]} if direction in task.prompt else {}
-    found |= {f"context-aware, {float(w):+g}": each for w, each in task.context_aware.get(direction, {}).items()}
+    found = {"asking in words": task.prompt[direction]} if direction in task.prompt else {}
+    contrasts = task.context_aware.get(direction, {}).items()
+    found |= {f"contrastive decoding {float(w):+g} (two passes)": each for w, each in contrasts}
     return {name: each.shift for name, each in found.items() if each.shift.known}
 
 

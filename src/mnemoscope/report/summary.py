@@ -10,43 +10,78 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mnemoscope.report import words
-from mnemoscope.report.schema import Chosen, Direction, Steered, TaskResults
+from mnemoscope.report.schema import Aim, Chosen, Direction, TaskResults
+from mnemoscope.report.steer import other_ways
 from mnemoscope.report.words import TOWARDS, count, percent, ranged
-from mnemoscope.statistics import Estimate
+from mnemoscope.statistics import LEAST_GROUPS, Estimate
 
+VECTOR = "this vector"
+GROUPS_NEEDED = 30  # with which an interval of a share is about 15 points to either side
 OPTIONAL = ("weights", "detect_auroc")  # of a brief: left out where there is none
 
 
 class DirectionSummary(BaseModel):
-    """The best vector of one direction on test pairs."""
+    """The best vector of one direction on the aim's test examples, and what a user should take."""
 
+    advice: str
+    ways: dict[str, Estimate]  # share that ends in the wanted behaviour: the vector, and what needs none
+    aim: Aim
     chosen: Chosen
-    pairs: Estimate  # share steered
+    shift: Estimate  # share steered
     other: Estimate  # share that gives neither answer
     strongest_control: str | None  # its name; None where none was run
     control: Estimate | None  # the share that it steers
     collateral: dict[str, Estimate]  # change in accuracy by list
 
     @classmethod
-    def of(cls, block: Steered) -> DirectionSummary:
+    def of(cls, task: TaskResults, direction: Direction) -> DirectionSummary:
         """The first numbers of a direction."""
-        name = block.strongest()
-        control = block.controls[name].pairs.shift if name else None
-        found = {"chosen": block.chosen, "pairs": block.pairs.shift, "other": block.pairs.other}
-        return cls(**found, strongest_control=name, control=control, collateral=block.collateral)
+        aim, block = task.aim, task.steering[direction].for_aim(task.aim)
+        name, found = block.strongest(aim), getattr(block, aim)
+        ways = {VECTOR: found.shift, **other_ways(task, direction)}
+        return cls(
+            advice=advice(ways),
+            ways=ways,
+            aim=aim,
+            chosen=block.chosen if aim == "pairs" else block.chosen_conflict,
+            shift=found.shift,
+            other=found.other,
+            strongest_control=name,
+            control=getattr(block.controls[name], aim).shift if name else None,
+            collateral=block.lost(aim),
+        )
 
     def rows(self, direction: Direction) -> dict[str, str]:
-        """What the vector does, beside which control, at what cost, and its setting."""
+        """What to use; what the vector does, beside which control, at what cost, and its setting."""
         control, chosen, name = "none", self.chosen, TOWARDS[direction]
         if self.strongest_control and self.control:
             control = f"{ranged(self.control)}, {words.CONTROLS[self.strongest_control]}"
         setting = f"{chosen.method} at {chosen.site}, {words.layers(chosen.layers)}, strength {chosen.strength:g}"
+        tested = count(self.shift.n, "test pair" if self.aim == "pairs" else "test conflict")
         return {
-            name: f"{ranged(self.pairs)} of {count(self.pairs.n, 'test pair')} steered",
+            f"{name}, what to use": self.advice,
+            name: f"{ranged(self.shift)} of {tested} steered, {percent(self.other.estimate)} neither",
             f"{name}, strongest control": control,
             f"{name}, largest loss": words.largest_loss(self.collateral, direction),
             f"{name}, setting": setting + ("" if chosen.within_limits else ", beyond the limits"),
         }
+
+
+def advice(ways: dict[str, Estimate]) -> str:
+    """What steers most: the vector, words or contrastive decoding; or that there are too few groups to tell."""
+    vector, others = ways[VECTOR], {way: share for way, share in ways.items() if way != VECTOR and share.known}
+    if not vector.known:
+        return "not measured"
+    if vector.groups and vector.groups < LEAST_GROUPS:
+        return f"cannot tell: {count(vector.groups, 'test group')}; about {GROUPS_NEEDED} are needed"
+    listed = [f"{way} {percent(share.estimate)}" for way, share in others.items()]
+    best = max(others, key=lambda way: others[way].estimate, default=None)
+    told = "; ".join([f"{VECTOR} {percent(vector.estimate)}", *listed])
+    if best is None or vector.low > others[best].estimate:
+        return f"the vector ({told})"
+    if others[best].estimate <= vector.high:
+        return f"the vector or {best}, no sure difference ({told})"
+    return f"{best} ({told})"
 
 
 class TaskSummary(BaseModel):
@@ -64,6 +99,7 @@ class TaskSummary(BaseModel):
     to_generalized: DirectionSummary
     to_memorized: DirectionSummary
     detect_auroc: Estimate | None = None
+    input_auroc: Estimate | None = None
     gate_auroc: Estimate | None = None
     answered_other: Estimate | None = None
 
@@ -82,7 +118,8 @@ class TaskSummary(BaseModel):
             detect_auroc=detection.auroc["p_memorized"] if detection else None,
             gate_auroc=detection.gate if detection else None,
             answered_other=detection.other if detection else None,
-            **{direction: DirectionSummary.of(block) for direction, block in task.steering.items()},
+            input_auroc=detection.auroc["input_only"] if detection else None,
+            **{direction: DirectionSummary.of(task, direction) for direction in task.steering},
         )
 
     def _other(self) -> str | None:
@@ -99,6 +136,7 @@ class TaskSummary(BaseModel):
             **self.to_memorized.rows("to_memorized"),
             "weights": self.weights,
             "P(memorized) ranks right": ranged(self.detect_auroc) if self.detect_auroc else None,
+            "the input alone ranks right": ranged(self.input_auroc) if self.input_auroc else None,
             "conflicts left out of that, answered neither way": self._other(),
             "the same below the vectors, for gates in one pass": ranged(self.gate_auroc) if self.gate_auroc else None,
             "prompts whose answers begin alike (judged behind that)": percent(alike) if alike else None,

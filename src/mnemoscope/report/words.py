@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from mnemoscope.report.schema import Direction, Steered
+from mnemoscope.report.schema import Aim, Direction, Steered
 from mnemoscope.statistics import Estimate
 
 NBSP = "\u00a0"
@@ -22,6 +22,7 @@ RIVALS = {"input_only": "the input alone", "input_repeats": "input with repeats"
 RIVALS |= {"entropy": "entropy", "top_gap": "gap of top two"}
 CONTROLS = {"random_neurons": "random neurons", "gaussian": "Gaussian", "low_correlation": "low-|rho| neurons"}
 CONTROLS |= {"random_sign": "random signs", "shuffled_labels": "shuffled labels"}
+CONTROLS |= {"indifference": "indifference", "permuted_answers": "permuted answers"}
 
 
 def percent(share: float) -> str:
@@ -116,7 +117,9 @@ def largest_loss(collateral: dict[str, Estimate], direction: Direction) -> str:
     return f"{points(loss, sign=True)} of {of}" if loss < 0 else "none"
 
 
-def strongest_control(block: Steered) -> str:
+def strongest_control(block: Steered, aim: Aim = "pairs") -> str:
     """``12 % (shuffled labels)``; ``none`` where no control was run."""
-    name = block.strongest()
-    return f"{percent(block.controls[name].pairs.shift.estimate)} ({CONTROLS.get(name, name)})" if name else "none"
+    name = block.strongest(aim)
+    if name is None:
+        return "none"
+    return f"{percent(getattr(block.controls[name], aim).shift.estimate)} ({CONTROLS.get(name, name)})"

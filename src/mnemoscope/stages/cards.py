@@ -58,7 +58,7 @@ def _of_vector(
     kept = mine[mine["examples"].isin(KEPT) & (mine["role"] == "vector")]
     right = (kept["after"] == "correct").astype(float) - (kept["before"] == "correct").astype(float)
     facts["cost"] = {str(kind): float(change) for kind, change in right.groupby(kept["examples"]).mean().items()}
-    if neutral is not None and aim == "pairs":
+    if neutral is not None and aim == cell.config.steering.aim:
         by_dose = _where(neutral, **of_vector).groupby("dose")["kl_next"].mean()
         facts["divergence"] = {f"{dose:g}": float(kl) for dose, kl in by_dose.items()}
     return facts

@@ -25,7 +25,7 @@ from mnemoscope.errors import InputError
 from mnemoscope.files import replacing, write_atomically
 from mnemoscope.models import load_model
 from mnemoscope.processes import in_order
-from mnemoscope.steering import Artefact, Binding, SteeringVector
+from mnemoscope.steering import Artefact, Binding, SteeringVector, best_paths
 from mnemoscope.tasks import Task, build_task
 
 GATE = 0.5  # probability from which on a gate acts, where a study judges it
@@ -134,10 +134,8 @@ def _setting(facts: Mapping[str, Any]) -> Setting:
 
 
 def read_best(cell: Cell) -> dict[str, SteeringVector]:
-    """The vectors that were best for pairs on the tune split, by direction."""
-    best = json.loads((cell.records / "chosen.json").read_text())["pairs"]["best"]
-    vectors = cell.folder / "vectors"
-    return {d: SteeringVector.load(vectors / f"{d}-{method}.safetensors") for d, method in best.items()}
+    """The vectors that were best on the tune split for the study's aim, by direction."""
+    return {d: SteeringVector.load(path) for d, path in best_paths(cell.folder).items()}
 
 
 def write_table(path: Path, table: pd.DataFrame) -> Path:

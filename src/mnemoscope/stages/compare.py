@@ -148,6 +148,8 @@ def _vectors(source: Cell, direction: str, asking: Asking) -> Iterator[tuple[str
         vector = SteeringVector.load(path, asking.model, asking.tokenizer)
         name = "best" if method == best else method
         yield name, "vector", 0, vector
+        if vector.low_rank:  # which has no norm of its own
+            continue
         width = len(next(iter(vector.shifts.values())))
         shift_LD = vector.dense(max(vector.layers) + 1, width)
         for draw in range(GAUSSIAN_DRAWS):

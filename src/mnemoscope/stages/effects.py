@@ -19,7 +19,7 @@ from mnemoscope.directions import SOURCE, TOWARD, Directions, Setting, control_d
 from mnemoscope.errors import InputError
 from mnemoscope.models import SITES, Site, blocks_of
 from mnemoscope.stages.common import cell_model, kept_shifts, kept_states, read_chosen, write_table
-from mnemoscope.stages.lists import Records, sources_of
+from mnemoscope.stages.lists import Records, judged_lists, sources_of
 from mnemoscope.steering import ablated, patched
 from mnemoscope.tasks import Example
 
@@ -30,6 +30,7 @@ def effects_stage(cell: Cell, tell: Tell) -> list[Path]:
     """Measure dose-response, necessity, upper bounds by patching, and prompts that ask for the behaviour."""
     asking, records = cell_model(cell), Records.of(cell)
     sides = _Sides.of(cell, asking, records)
+    aimed = sides if cell.config.steering.aim == "pairs" else _Sides.aimed(cell, asking, records)
     settings = list(read_chosen(cell, "pairs").values())
     sources = sources_of(cell, asking, records, (setting.site for setting in settings))
     shifts = kept_shifts(cell)
@@ -39,7 +40,7 @@ def effects_stage(cell: Cell, tell: Tell) -> list[Path]:
         "doses": (_doses(cell, sides, directions[setting.site], setting) for setting in settings),
         "ablations": (_ablations(cell, sides, directions[setting.site], setting) for setting in settings),
         "patches": [_patches(cell, sides)],
-        "prompts": [_prompts(records, sides), _contrasts(records, sides)],
+        "prompts": (part(records, aimed) for part in (_prompts, _contrasts)),
     }
     for done, (name, found) in enumerate(parts.items()):
         tell(done, len(parts), name)
@@ -64,6 +65,18 @@ class _Sides:
     def of(cls, cell: Cell, asking: Asking, records: Records) -> _Sides:
         pairs = records.both_sides("test", cell.config.effects.pairs)
         examples = {"generalized": [a for a, _ in pairs], "memorized": [b for _, b in pairs]}
+        return cls._read(asking, records, examples)
+
+    @classmethod
+    def aimed(cls, cell: Cell, asking: Asking, records: Records) -> _Sides:
+        """Test conflicts as drawn, of either behaviour, which the vectors of that aim are for."""
+        limit = cell.config.effects.pairs
+        lists = (judged_lists(records, direction, limit) for direction in TOWARD)
+        found = {SOURCE[d]: of.get("conflict") for d, of in zip(TOWARD, lists, strict=True)}
+        return cls._read(asking, records, {side: list(one.examples) if one else [] for side, one in found.items()})
+
+    @classmethod
+    def _read(cls, asking: Asking, records: Records, examples: dict[str, list[Example]]) -> _Sides:
         batches = {side: with_prefixes(asking, found) for side, found in examples.items()}
         reachable_N = np.array([records.task.keeps_key(example) for example in examples["generalized"]], bool)
         unsteered = {side: score(asking, found) for side, found in batches.items()}
@@ -92,7 +105,7 @@ def _doses(cell: Cell, sides: _Sides, directions: Directions, setting: Setting) 
     """A chosen vector from minus to plus twice its strength, and Gaussian shifts of the same norm."""
     config, side, vector = cell.config.effects, SOURCE[setting.direction], directions.vector(setting)
     draws = list(control_draws("gaussian", directions, setting, config.draws, [cell.seed, 7]))
-    shifts = [("vector", 0, vector), *(("gaussian", n, vector.with_dense(shift_LD)) for n, shift_LD in draws)]
+    shifts = [("vector", 0, vector), *(("gaussian", n, drawn) for n, drawn in draws)]
     for dose, (role, draw, shift) in product(config.doses, shifts):
         known = not dose and shift.positions == "decision"  # with "all", prompts are read without prefixes
         scores = sides.unsteered[side] if known else steered(sides.asking, sides.batches[side], shift * dose)

@@ -83,13 +83,24 @@ def _fit_lists(cell: Cell, asking: Asking, records: Records) -> FitLists:
     kinds = [kind for kind in (*known, "novel") if kind in config.kept_kinds]
     right = _answered_right(cell, asking, records, "fit", config.fit_others, kinds)
     ready = {kind: with_prefixes(asking, examples) for kind, examples in right.items()}
-    pairs, conflicts, kept = {}, {}, {}
+    pairs, conflicts, kept, items, bare = {}, {}, {}, {}, None
     for direction, toward in TOWARD.items():
-        pairs[toward] = with_prefixes(asking, records.targets("fit", direction, config.fit_pairs))
+        found = records.targets("fit", direction, config.fit_pairs)
         others = records.conflicts("fit", SOURCE[direction], config.fit_others, direction == "to_memorized")
-        conflicts[toward] = with_prefixes(asking, others)
+        pairs[toward], conflicts[toward] = with_prefixes(asking, found), with_prefixes(asking, others)
+        items[toward] = [example.item for example in found], [example.item for example in others]
+        if toward == "memorized":
+            bare = _bare(records.task, found, others)
         kept[toward] = in_turn(ready[kind] for kind in _kept(records, toward) if kind in ready)
-    return FitLists(asking, pairs, conflicts, kept, config.kept_weight, config.learned_steps)
+    steps = config.learned_steps, config.low_rank.steps
+    return FitLists(asking, pairs, conflicts, kept, config.kept_weight, steps[0], items, bare, steps[1])
+
+
+def _bare(task: Task, *lists: Sequence[Example]) -> tuple[list[Example], list[Example]] | None:
+    """The same questions without their contexts; None where the task lacks one."""
+    first, second = ([task.without_context(example) for example in examples] for examples in lists)
+    known = [e for e in first if e], [e for e in second if e]
+    return known if list(map(len, known)) == list(map(len, lists)) else None
 
 
 def tune_lists(cell: Cell, asking: Asking, records: Records) -> dict[str, dict[str, TuneLists]]:

@@ -19,6 +19,8 @@ from mnemoscope.config import MethodName, SteeringConfig
 from mnemoscope.directions import (
     ANSWERED,
     CONTROLS,
+    LEARNED,
+    LOW_RANK,
     RATING_DRAWS,
     SOURCE,
     TOWARD,
@@ -30,8 +32,8 @@ from mnemoscope.directions import (
     TuneLists,
     control_draws,
     final,
-    learned_together,
     ranked,
+    refitted,
     share_of,
     shared_neurons,
     shuffles,
@@ -43,6 +45,7 @@ from mnemoscope.stages import common
 from mnemoscope.stages.lists import JudgedList, Records, judged_lists, sources_of, tune_lists
 
 AIMS = {"pairs": "pairs", "conflict": "conflicts as drawn"}  # the lists that settings are chosen for
+EQUAL_NORM, UNPENALIZED = "equal_norm", "unpenalized"  # settings that are compared on test pairs, and saved nowhere
 PARTS = len(AIMS) + 1  # of the stage's progress
 JUDGED = 2_000_003  # added to the seed of controls on test
 MAPPED = ("nmd",)  # methods whose whole sweep is measured on kept lists too
@@ -65,14 +68,15 @@ def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
     opened, config = _Opened(cell), cell.config.steering
     count = len(blocks_of(opened.asking.model))
     tried: dict[tuple[str, str], list[Setting]] = {
-        key: settings_of(config, *key, count) for key in product(TOWARD, config.sweeps)
+        key: settings_of(config, *key, count) for key in product(TOWARD, config.methods)
     }
-    for_pairs, rows = _choose(opened, "pairs", tried, tell)
+    for_pairs, rates, rows = _choose(opened, "pairs", tried, tell)
     tops = {one.setting.key: one.setting.top for one in for_pairs}  # chosen once for both aims
     again = {key: [setting for setting in some if setting.top == tops[key]] for key, some in tried.items()}
-    for_conflicts, more = _choose(opened, "conflict", again, tell)
+    for_conflicts, _, more = _choose(opened, "conflict", again, tell)
     chosen = [*for_pairs, *for_conflicts]
-    tables = _judge_all(opened, chosen, tell)
+    compared = _compared(rates) if config.norm_draws else []
+    tables = _judge_all(opened, [*chosen, *compared], tell)
     rows = sorted(rows + more, key=lambda row: list(TOWARD).index(row["direction"]))
     return [
         common.write_table(cell.records / "steering.parquet", pd.concat(tables, ignore_index=True)),
@@ -96,7 +100,7 @@ class _Opened(common.PerProcess):
         self, function: Callable[..., Any], items: Sequence[tuple[Any, ...]], settings: Iterable[Sequence[Setting]]
     ) -> Iterable[Any]:
         """``function(opened, *item)`` of each item, in parallel, with the learned shifts of its settings."""
-        keys = [{setting.same_direction()[0] for setting in some if setting.method == "learned"} for some in settings]
+        keys = [{setting.same_direction()[0] for setting in some if setting.method in LEARNED} for some in settings]
         known = ({fit: shift_LD for fit, shift_LD in self.shifts.items() if fit[0] in some} for some in keys)
         return self.cell.map(self, [(function, some, item) for some, item in zip(known, items, strict=True)])
 
@@ -112,7 +116,9 @@ class _Opened(common.PerProcess):
     @cached_property
     def directions(self) -> dict[Site, Directions]:
         """By site."""
-        sites = (s for grids in self.cell.config.steering.sweeps.values() for grid in grids for s in grid.sites)
+        config = self.cell.config.steering
+        sites: list[Site] = [*config.grids]
+        sites += ["block"] if LOW_RANK in config.methods else []
         sources = sources_of(self.cell, self.asking, self.records, sites)
         return {site: Directions(found, self.shifts) for site, found in sources.items()}
 
@@ -142,8 +148,11 @@ class _Opened(common.PerProcess):
 
 def _choose(
     opened: _Opened, aim: str, tried: Mapping[tuple[str, str], Sequence[Setting]], tell: Tell
-) -> tuple[list[_Chosen], list[Row]]:
-    """Choose among the settings of each direction and method; the choices, and the rows of the sweep."""
+) -> tuple[list[_Chosen], dict[Setting, float], list[Row]]:
+    """Choose among the settings of each direction and method, each method's best ones by a second rating.
+
+    Returns the choices, the shift rates of all settings, and the rows of the sweep.
+    """
     settings, rows, rates = list(chain.from_iterable(tried.values())), list[Row](), dict[Setting, float]()
     swept = opened.map(_sweep, [(aim, setting) for setting in settings], [[setting] for setting in settings])
     for setting, (rates[setting], found, learned) in zip(settings, swept, strict=True):
@@ -154,12 +163,29 @@ def _choose(
     tell(list(AIMS).index(aim) + 0.5, PARTS, f"choosing for {AIMS[aim]} on tune")
     rated = [(ranked, aim, direction, [(s, rates[s]) for s in some]) for (direction, _), some in tried.items()]
     ranks = dict(zip(tried, opened.map(_pick, rated, tried.values()), strict=True))
-    mine = {d: [choice for key, found in ranks.items() if key[0] == d for choice in found] for d in TOWARD}
-    candidates = [(final, aim, direction, found) for direction, found in mine.items()]
-    finals = opened.map(_pick, candidates, [[choice.setting for choice in found] for found in mine.values()])
-    best = {choice.setting.key: choice for choice in finals}
-    kept = {key: best.get(key, found[0]) for key, found in ranks.items()}
-    return [_Chosen(aim, choice.setting, choice.within, key in best) for key, choice in kept.items()], rows
+    again = [(final, aim, direction, ranks[direction, method]) for direction, method in tried]
+    finals = opened.map(_pick, again, [[choice.setting for choice in found] for *_, found in again])
+    kept = dict(zip(tried, finals, strict=True))
+    best = {d: max((choice for key, choice in kept.items() if key[0] == d), key=lambda c: c.rank) for d in TOWARD}
+    chosen = [_Chosen(aim, c.setting, c.within, c is best[direction]) for (direction, _), c in kept.items()]
+    return chosen, rates, rows
+
+
+def _compared(rates: Mapping[Setting, float]) -> list[_Chosen]:
+    """For each norm each method's setting that steers most tune pairs, whatever controls do; of NMD that of all norms.
+
+    The latter is how the paper chooses.
+    """
+    most: dict[tuple[Any, ...], Setting] = {}
+    for setting, rate in rates.items():
+        if setting.method == LOW_RANK:  # which has no norm
+            continue
+        keys: list[tuple[Any, ...]] = [(EQUAL_NORM, *setting.key, setting.strength)]
+        keys += [(UNPENALIZED, *setting.key)] if setting.method == "nmd" else []
+        for key in keys:
+            if key not in most or rate > rates[most[key]]:
+                most[key] = setting
+    return [_Chosen(key[0], setting, within=False, best=False) for key, setting in most.items()]
 
 
 def _sweep(opened: _Opened, aim: str, setting: Setting) -> tuple[float, list[Row], dict[Fit, np.ndarray]]:
@@ -172,7 +198,7 @@ def _sweep(opened: _Opened, aim: str, setting: Setting) -> tuple[float, list[Row
         if aim == "pairs" or name not in of_pairs.kept:
             rows.append(_row(name, setting, steered(opened.asking, batches, vector, margins=False), label))
     fit = setting.same_direction()[0], ANSWERED
-    learned = {fit: opened.shifts[fit]} if setting.method == "learned" else {}
+    learned = {fit: opened.shifts[fit]} if setting.method in LEARNED else {}
     return share_of(scores, setting.toward), rows, learned
 
 
@@ -203,21 +229,33 @@ def _judge_all(opened: _Opened, chosen: Sequence[_Chosen], tell: Tell) -> list[p
     config, best = opened.cell.config.steering, {one.setting.key for one in chosen if one.best}
 
     def draws(one: _Chosen) -> int:  # of each control; of conflicts only under methods that are best for either aim
+        if one.aim not in AIMS:
+            return config.norm_draws
         drawn = one.best if config.controls_of == "best" else one.aim == "pairs" or one.setting.key in best
         return (config.draws if one.aim == "pairs" else config.conflict_draws) if drawn else 0
 
     tell(len(AIMS), PARTS, "learning from shuffled labels")
-    learned = [one for one in chosen if one.setting.method == "learned"]
-    drawn = ((one.setting, four) for one in learned for four in shuffles(draws(one), opened.cell.seed + JUDGED))
-    fits = list(dict.fromkeys((setting.same_direction()[0], four) for setting, four in drawn))
+    of_learned = [one for one in chosen if one.setting.method in LEARNED]
+    drawn = (
+        (one.setting.same_direction()[0], part)
+        for one, permuted in product(of_learned, (False, True))
+        for part in _refits(one.setting, config, draws(one), opened.cell.seed + JUDGED, permuted)
+    )
+    fits = list(dict.fromkeys(drawn))
     for found in opened.map(_fit, fits, [[] for _ in fits]):
         opened.shifts.update(found)
+
+    def judges(one: _Chosen, name: str) -> bool:
+        if one.aim in AIMS:
+            return one.aim == "pairs" or not name.startswith("pairs")
+        return name == "pairs"
+
     parts = [
-        (one, name, draws(one) if name == one.aim else 0)
+        (one, name, draws(one) if name == one.aim or one.aim not in AIMS else 0)
         for direction, lists in opened.judged.items()
         for name in lists
         for one in chosen
-        if one.setting.direction == direction and not (one.aim == "conflict" and name.startswith("pairs"))
+        if one.setting.direction == direction and judges(one, name)
     ]
     tables = list[pd.DataFrame]()
     judged = opened.map(_judge, parts, [[one.setting] for one, *_ in parts])
@@ -227,10 +265,22 @@ def _judge_all(opened: _Opened, chosen: Sequence[_Chosen], tell: Tell) -> list[p
     return tables
 
 
+def _refits(
+    setting: Setting, config: SteeringConfig, draws: int, seed: int, permuted: bool
+) -> Sequence[tuple[Labels, ...]]:
+    """Labels that a learned setting is learned again on: in fours, but low-rank shifts one by one."""
+    if setting.method != LOW_RANK:
+        return shuffles(draws, seed, permuted)
+    draws = min(draws, config.low_rank.refits)
+    return [(labels,) for labels in chain.from_iterable(shuffles(draws, seed, permuted))][:draws]
+
+
 def _fit(opened: _Opened, setting: Setting, several: Sequence[Labels]) -> dict[Fit, np.ndarray]:
     """Learned shifts under several labels."""
     opened.forget_tune()
-    found = learned_together(opened.directions[setting.site].sources, setting, several)
+    if several[0].permuted and not opened.directions[setting.site].sources.lists.can_permute():
+        return {}
+    found = opened.directions[setting.site].shifts(setting, several)
     return {(setting, labels): shift_LD for labels, shift_LD in zip(several, found, strict=True)}
 
 
@@ -248,8 +298,10 @@ def _judge(opened: _Opened, one: _Chosen, name: str, draws: int) -> list[pd.Data
     for control in CONTROLS if draws else ():
         # Shuffles depend on the first number of the seed; none that ranked settings is used again.
         stream = zlib.crc32(f"{one.aim}/{setting.direction}/{setting.method}/{control}".encode())
-        for number, shift_LD in control_draws(control, directions, setting, draws, [cell.seed + JUDGED, stream]):
-            scores = steered(asking, batches, vector.with_dense(shift_LD), margins=False)
+        few = control in refitted(setting.method) and setting.method == LOW_RANK
+        n = min(draws, cell.config.steering.low_rank.refits) if few else draws
+        for number, drawn in control_draws(control, directions, setting, n, [cell.seed + JUDGED, stream]):
+            scores = steered(asking, batches, drawn, margins=False)
             tables.append(_table(one, (control, number), name, entry, scores))
     return tables
 
@@ -258,6 +310,7 @@ def _write_chosen(opened: _Opened, chosen: Sequence[_Chosen]) -> list[Path]:
     """Write the chosen vectors, bound to their model, and ``chosen.json``."""
     cell, asking, directions, files = opened.cell, opened.asking, opened.directions, list[Path]()
     found: dict[str, Any] = {aim: {"best": {}, "methods": {}} for aim in AIMS}
+    found["aim"] = cell.config.steering.aim
     pairs = opened.records.both_sides("fit", cell.config.steering.fit_pairs)
     encoded = encode(asking, [example for pair in pairs for example in pair])
     begin_alike = float(np.mean([one.shared > 0 for one in encoded]))
@@ -281,8 +334,15 @@ def _write_chosen(opened: _Opened, chosen: Sequence[_Chosen]) -> list[Path]:
 
 
 def settings_of(config: SteeringConfig, direction: str, method: MethodName, count: int) -> list[Setting]:
-    """Every combination of each grid of a method in a model of ``count`` layers; InputError for a layer beyond."""
-    grids = ((grid.sites, grid.layer_sets(count), grid.tops, grid.strengths) for grid in config.sweeps[method])
+    """Every combination of each grid of a method in a model of ``count`` layers; InputError for a layer beyond.
+
+    A low-rank shift has a grid of its own, as it has no norm and acts on every token.
+    """
+    if method == LOW_RANK:
+        grid = config.low_rank
+        some = [Setting(direction, method, "block", grid.together(count), 1.0, f, "all") for f in grid.factors]
+        return list(dict.fromkeys(some))
+    grids = (((site,), grid.layer_sets(count), grid.tops, grid.strengths) for site, grid in config.grids.items())
     cells = chain.from_iterable(product(*grid) for grid in grids)
     return list(dict.fromkeys(Setting(direction, method, *one, config.positions) for one in cells))
 

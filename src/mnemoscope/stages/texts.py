@@ -18,13 +18,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from mnemoscope.behaviour import Asking, continued, states_at_the_end
+from mnemoscope.behaviour import Asking, continued, cost_of, states_at_the_end, written
 from mnemoscope.cells import Cell, Tell
 from mnemoscope.config import CellConfig
 from mnemoscope.detect import Detector
 from mnemoscope.directions import TOWARD
 from mnemoscope.errors import StudyError
-from mnemoscope.models import PLAINLY, backbone_of, cache_of, context_length, forked, pass_inputs
+from mnemoscope.models import backbone_of, cache_of, context_length, forked, pass_inputs
 from mnemoscope.stages.common import GATE, cell_model, read_best, rng_of, write_table
 from mnemoscope.stages.lists import Records
 from mnemoscope.steering import SteeringVector
@@ -55,20 +55,6 @@ def neutral_stage(cell: Cell, tell: Tell) -> list[Path]:
         tell(start, len(cuts), "reading on behind cuts")
         rows += _measured(asking, texts_NT, cuts[start : start + config.batch_size], vectors, detector, cell.config)
     return [write_table(cell.records / "neutral.parquet", pd.concat(rows, ignore_index=True))]
-
-
-@torch.no_grad()
-def written(asking: Asking, texts: int, length: int, seed: int) -> Tensor:
-    """Texts sampled from the model behind its first token, at temperature 1; int64 (N, 1 + length)."""
-    model, tokenizer = asking.model, asking.tokenizer
-    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    ids_NT = torch.full((texts, 1), first, device=model.device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": None, "typical_p": 1.0}
-        ends = {"max_new_tokens": length, "eos_token_id": None, "pad_token_id": first}
-        mask_NT = torch.ones_like(ids_NT)
-        return model.generate(input_ids=ids_NT, attention_mask=mask_NT, **sampling, **PLAINLY, **ends)
 
 
 @torch.no_grad()
@@ -150,8 +136,4 @@ def _continuations(
     with vector.apply(model) if vector else nullcontext():
         ids_NT, mask_NT, width = continued(model, tokenizer, inputs, tokens)
     texts = tokenizer.batch_decode(ids_NT[:, width:], skip_special_tokens=True)
-    logp_NTV = model(**pass_inputs(model, ids_NT, mask_NT)).logits[:, width - 1 : -1].float().log_softmax(-1)
-    logp_NT = logp_NTV.gather(2, ids_NT[:, width:, None])[..., 0]
-    written_NT = mask_NT[:, width:].bool()  # up to the end of a text, so each row has a token
-    cost_N = -logp_NT.masked_fill(~written_NT, 0.0).sum(1) / written_NT.sum(1)
-    return texts, np.asarray(cost_N.double().cpu())
+    return texts, cost_of(model, ids_NT, mask_NT, width)

@@ -23,3 +23,4 @@ from mnemoscope.statistics.likeness import (
     rank_correlation,
     top_by_magnitude,
 )
+from mnemoscope.statistics.paired import holm, sign_flips

@@ -221,6 +221,14 @@ class Artefact:
         self.check_shape(model)
 
 
+def best_paths(cell: Path) -> dict[str, Path]:
+    """By direction, the file of a cell's best vector for the aim of its study."""
+    chosen = json.loads((cell / "records" / "chosen.json").read_text())
+    aim = chosen.get("aim", "pairs")  # runs of version 0.1 have no other
+    tail = "" if aim == "pairs" else f"-{aim}"
+    return {d: cell / "vectors" / f"{d}-{method}{tail}.safetensors" for d, method in chosen[aim]["best"].items()}
+
+
 def stored_prompting(facts: Mapping[str, Any]) -> Prompting:
     """The prompting that an artefact stores; the beginning of replies is not stored, so the user must give it."""
     asked = Prompting(facts["chat"], facts["system"])

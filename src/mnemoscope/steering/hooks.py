@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, Literal
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,31 @@ Positions = Literal["decision", "all"]
 # Options of ``generate`` that read a prompt in parts, or with guesses behind it: no pass ends at the decision position.
 _NEED_START = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")
 _ROWS = ("num_beams", "num_return_sequences")  # options that make several rows of a prompt
-_Edit = Callable[[Tensor], Tensor]  # states (N, T, D) from the decision position on -> other states
+Edit = Callable[[Tensor], Tensor]  # states (N, T, D) from the decision position on -> other states
+
+
+class LowRank(NamedTuple):
+    """A shift that depends on the state: ``(read @ state + bias) @ write``; float32 (K, D), (K,) and (K, D).
+
+    The form of Wu et al. (2024), "ReFT: representation finetuning for language models", arXiv 2404.03592.
+    """
+
+    read_KD: Tensor
+    bias_K: Tensor
+    write_KD: Tensor
+
+    def __mul__(self, factor: float) -> LowRank:  # type: ignore[override]
+        return self._replace(write_KD=self.write_KD * factor)
+
+    def beside(self, other: LowRank) -> LowRank:
+        """The sum of two; of the same readings only the writings are added, so that opposites are nothing."""
+        if torch.equal(self.read_KD, other.read_KD) and torch.equal(self.bias_K, other.bias_K):
+            return self._replace(write_KD=self.write_KD + other.write_KD)
+        return LowRank(*(torch.cat(both) for both in zip(self, other, strict=True)))
+
+    def added(self, states_NTD: Tensor) -> Tensor:
+        """What is added to states, float32 (N, T, D)."""
+        return (states_NTD.float() @ self.read_KD.T + self.bias_K) @ self.write_KD
 
 
 @dataclass(frozen=True)
@@ -52,7 +77,7 @@ class Gate:
 
     def is_below(self, site: Site, layer: int) -> bool:
         """Whether a pass reaches a shift there after the states that this gate reads."""
-        order: tuple[Site, ...] = ("attention", "neuron", "mlp", "block")  # within a layer
+        order: tuple[Site, ...] = ("head", "attention", "neuron", "mlp", "block")  # within a layer
         return (self.layer, order.index(self.site)) <= (layer, order.index(site))
 
 
@@ -64,14 +89,35 @@ def shifted(
     start: int | None = None,
     gate: Gate | None = None,
     opening: Sequence[int] = (),
+    low_rank: Mapping[int, tuple[LowRank, Tensor]] = MappingProxyType({}),
 ) -> AbstractContextManager[None]:
     """Add a (D,) tensor, or one for each prompt (N, D), to the states of some layers; gradients flow back into them.
 
-    ``opening``: token ids that every prompt must begin with. See ``SteeringVector.apply`` for ``start`` and ``gate``.
+    ``opening``: token ids that every prompt must begin with. ``low_rank``: shifts that depend on the state, each with a
+    factor or one for each prompt (N,). See ``SteeringVector.apply`` for ``start`` and ``gate``.
     """
     tracker = _PositionTracker(start, everywhere=positions == "all", gate=gate, opening=tuple(opening))
-    tracker.prompts = next((len(shift) for shift in shifts.values() if shift.ndim == 2), None)
-    return _edited(model, site, tracker, {layer: _adding(shift_D) for layer, shift_D in shifts.items()})
+    rows = [len(shift) for shift in shifts.values() if shift.ndim == 2]
+    rows += [len(factor) for _, factor in low_rank.values() if factor.ndim == 1]
+    tracker.prompts = next(iter(rows), None)
+    edits = {layer: [_adding(shift_D)] for layer, shift_D in shifts.items()}
+    for layer, (edit, factor) in low_rank.items():
+        edits.setdefault(layer, []).append(_adding_low_rank(edit, factor))
+    return _edited(model, site, tracker, {layer: _summed(some) for layer, some in edits.items()})
+
+
+def edited(
+    model: PreTrainedModel,
+    edits: Mapping[int, Edit],
+    site: Site,
+    positions: Positions = "decision",
+    start: int | None = None,
+) -> AbstractContextManager[None]:
+    """Replace states of some layers by functions of them, which may be learned: gradients flow back.
+
+    ``edits``: by layer, states (N, T, D) from the decision position on, or of all tokens, -> other states.
+    """
+    return _edited(model, site, _PositionTracker(start, everywhere=positions == "all"), edits)
 
 
 def ablated(
@@ -79,7 +125,7 @@ def ablated(
 ) -> AbstractContextManager[None]:
     """Mean-ablate neurons from the decision position on; by layer: ``means`` float32 (D,), ``chosen`` bool (D,)."""
 
-    def holding(mean_D: Tensor, chosen_D: Tensor) -> _Edit:
+    def holding(mean_D: Tensor, chosen_D: Tensor) -> Edit:
         return lambda states_NTD: torch.where(chosen_D.to(states_NTD.device), mean_D.to(states_NTD), states_NTD)
 
     edits = {layer: holding(mean_D, chosen[layer]) for layer, mean_D in means.items()}
@@ -99,9 +145,7 @@ def patched(model: PreTrainedModel, layer: int, states_ND: Tensor, site: Site) -
 
 
 @contextmanager
-def _edited(
-    model: PreTrainedModel, site: Site, tracker: _PositionTracker, edits: Mapping[int, _Edit]
-) -> Iterator[None]:
+def _edited(model: PreTrainedModel, site: Site, tracker: _PositionTracker, edits: Mapping[int, Edit]) -> Iterator[None]:
     """Edit the states of some layers inside the context: the only hook of the package that writes."""
     core, config = core_of(model), getattr(model, "generation_config", None)
     check_hookable(model)
@@ -239,7 +283,7 @@ class _PositionTracker:
             states_NTD = states_of(inputs if output is None else output, self.rows)
             self.acts_N = self.gate.acts(states_NTD[:, self.decision_column].detach())
 
-    def change(self, edit: _Edit, module: nn.Module, inputs: Any, output: Any = None) -> Any:
+    def change(self, edit: Edit, module: nn.Module, inputs: Any, output: Any = None) -> Any:
         """Hook of an edited site: changes its output, or its input, from the first column of this pass on."""
         self.left -= 1
         found = inputs if output is None else output
@@ -272,14 +316,41 @@ class _PositionTracker:
                 )
 
 
-def _adding(shift: Tensor) -> _Edit:
-    """Add a shift (D,) to all rows, or (N, D) row by row; each prompt's rows follow one another."""
-    placed = cache(shift.to)
+_Added = Callable[[Tensor], Tensor]  # states (N, T, D) -> what is added to them
+
+
+def _summed(parts: Sequence[_Added]) -> Edit:
+    """Add all parts to the states, each computed from the states before."""
 
     def add(states_NTD: Tensor) -> Tensor:
-        here = placed(states_NTD.device, states_NTD.dtype)
-        if here.ndim == 1:
-            return states_NTD + here
-        return states_NTD + here[prompts_of_rows(len(states_NTD), len(here)).to(here.device)][:, None]
+        return sum((part(states_NTD) for part in parts), states_NTD)
 
     return add
+
+
+def _adding(shift: Tensor) -> _Added:
+    """A shift (D,) for all rows, or (N, D) row by row; each prompt's rows follow one another."""
+    placed = cache(shift.to)
+
+    def added(states_NTD: Tensor) -> Tensor:
+        here = placed(states_NTD.device, states_NTD.dtype)
+        return here if here.ndim == 1 else _of_rows(here, states_NTD)[:, None]
+
+    return added
+
+
+def _adding_low_rank(edit: LowRank, factor: Tensor) -> _Added:
+    """A low-rank shift, times a factor or one for each prompt."""
+    placed = cache(lambda device: (LowRank(*(part.to(device) for part in edit)), factor.to(device)))
+
+    def added(states_NTD: Tensor) -> Tensor:
+        here, of_prompts = placed(states_NTD.device)
+        rows = of_prompts if of_prompts.ndim == 0 else _of_rows(of_prompts, states_NTD)[:, None, None]
+        return (rows * here.added(states_NTD)).to(states_NTD.dtype)
+
+    return added
+
+
+def _of_rows(of_prompts: Tensor, states_NTD: Tensor) -> Tensor:
+    """Values of prompts for each row of a pass."""
+    return of_prompts[prompts_of_rows(len(states_NTD), len(of_prompts)).to(of_prompts.device)]

@@ -1,13 +1,13 @@
-"""Steering vectors: a sparse shift per layer that steers a model towards one behaviour.
+"""Steering vectors: a shift per layer, constant or by the state, that steers a model towards one behaviour.
 
-Shapes: N examples, L layers, D neurons.
+Shapes: N examples, L layers, D neurons, K rank of a shift that depends on the state.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -15,24 +15,26 @@ import torch
 from torch import Tensor
 
 from mnemoscope.errors import InputError
-from mnemoscope.models import SITES, Site, blocks_of, site_width
+from mnemoscope.models import EVERY_SITE, Site, blocks_of, site_width
 from mnemoscope.steering.artefact import Artefact
-from mnemoscope.steering.hooks import Gate, Positions, shifted
+from mnemoscope.steering.hooks import Gate, LowRank, Positions, shifted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Toward = Literal["generalized", "memorized"]
+PARTS = ("read", "bias", "write")  # tensors of a low-rank shift, in its order
 OPPOSITE: dict[Toward, Toward] = {"generalized": "memorized", "memorized": "generalized"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SteeringVector(Artefact):
     """A shift for one direction of steering.
 
     Attributes:
         toward: the behaviour it steers to.
         shifts: float32 (D,) per 0-based layer; layers without a shift are absent.
+        low_rank: per layer a shift that depends on the state; both are added.
         site: where in a layer the shift is added.
         positions: ``decision``: from the decision position on, every decoded token included; ``all``: everywhere.
         method, top, strength: how it was fitted; for the reader.
@@ -50,14 +52,15 @@ class SteeringVector(Artefact):
     strength: float = 1.0
     begin_alike: float = 0.0
     opening: tuple[int, ...] = ()
+    low_rank: Mapping[int, LowRank] = field(default_factory=dict)
 
     WHAT: ClassVar[str] = "vector"
-    STORED: ClassVar[tuple[str, ...]] = ("shifts",)
+    STORED: ClassVar[tuple[str, ...]] = ("shifts", "low_rank")
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
             ("toward", self.toward, tuple(OPPOSITE)),
-            ("site", self.site, SITES),
+            ("site", self.site, EVERY_SITE),
             ("positions", self.positions, ("decision", "all")),
         ):
             if value not in allowed:
@@ -67,43 +70,63 @@ class SteeringVector(Artefact):
             if shift.ndim != 1 or not bool(shift.isfinite().all()):
                 raise InputError(f"shifts: layer {layer} has shape {tuple(shift.shape)} or a value that is not finite")
         object.__setattr__(self, "shifts", kept)
+        for layer, edit in self.low_rank.items():
+            if not all(bool(part.isfinite().all()) for part in edit) or edit.read_KD.shape != edit.write_KD.shape:
+                raise InputError(f"low_rank: layer {layer} has other shapes than (K, D), or a value that is not finite")
+        acting = {layer: edit for layer, edit in sorted(self.low_rank.items()) if bool(edit.write_KD.any())}
+        object.__setattr__(self, "low_rank", acting)
+
+    def __repr__(self) -> str:
+        where = f"{self.site} of layers {', '.join(map(str, self.layers)) or 'none'}"
+        return (
+            f"SteeringVector(to {self.toward}: {self.method} at {where}, strength {self.strength:g}, {self.positions})"
+        )
 
     @property
     def layers(self) -> list[int]:
         """The layers that are shifted, ascending."""
-        return list(self.shifts)
+        return sorted({*self.shifts, *self.low_rank})
 
     def dense(self, layers: int, neurons: int) -> np.ndarray:
-        """All shifts as a float32 array (L, D), zero where there is none."""
+        """All constant shifts as a float32 array (L, D), zero where there is none."""
         shift_LD = np.zeros((layers, neurons), np.float32)
         for layer, shift in self.shifts.items():
             shift_LD[layer] = shift.numpy()
         return shift_LD
 
     def with_dense(self, shift_LD: np.ndarray) -> SteeringVector:
-        """The same vector with other shifts."""
-        return replace(self, shifts=dict(enumerate(torch.from_numpy(shift_LD.astype(np.float32)))))
+        """The same vector with these constant shifts, and no others."""
+        return replace(self, low_rank={}, shifts=dict(enumerate(torch.from_numpy(shift_LD.astype(np.float32)))))
 
     def __mul__(self, factor: float) -> SteeringVector:
         if factor < 0:
             return -(self * -factor)
         shifts = {layer: shift * factor for layer, shift in self.shifts.items()}
-        return replace(self, shifts=shifts, strength=self.strength * factor)
+        low_rank = {layer: edit * factor for layer, edit in self.low_rank.items()}
+        return replace(self, shifts=shifts, low_rank=low_rank, strength=self.strength * factor)
 
     __rmul__ = __mul__
 
     def __neg__(self) -> SteeringVector:
         """The opposite shift; it steers to the other behaviour."""
         shifts = {layer: -shift for layer, shift in self.shifts.items()}
-        return replace(self, toward=OPPOSITE[self.toward], shifts=shifts)
+        low_rank = {layer: edit * -1.0 for layer, edit in self.low_rank.items()}
+        return replace(self, toward=OPPOSITE[self.toward], shifts=shifts, low_rank=low_rank)
 
     def __add__(self, other: SteeringVector) -> SteeringVector:
-        """Both shifts at once, in this vector's direction; InputError for another site, position, model or opening."""
+        """Both shifts at once, each by the state before, in this vector's direction.
+
+        Raises InputError for another site, position, model or opening.
+        """
         for name in ("site", "positions", "binding", "opening"):
             if getattr(self, name) != getattr(other, name):
                 raise InputError(f"{name}: {getattr(self, name)!r} and {getattr(other, name)!r} cannot be added")
         both = {layer: self.shifts[layer] + other.shifts[layer] for layer in self.shifts.keys() & other.shifts.keys()}
-        return replace(self, shifts={**self.shifts, **other.shifts, **both}, method=f"{self.method}+{other.method}")
+        low_rank = {**self.low_rank, **other.low_rank}
+        for layer in self.low_rank.keys() & other.low_rank.keys():
+            low_rank[layer] = self.low_rank[layer].beside(other.low_rank[layer])
+        shifts, method = {**self.shifts, **other.shifts, **both}, f"{self.method}+{other.method}"
+        return replace(self, shifts=shifts, low_rank=low_rank, method=method)
 
     def __sub__(self, other: SteeringVector) -> SteeringVector:
         return self + replace(-other, method=other.method)
@@ -138,7 +161,7 @@ class SteeringVector(Artefact):
         if factor.ndim > 1 or not bool(factor.isfinite().all()):
             raise InputError(f"alpha: {alpha} is neither a finite number nor one for each prompt")
         self.check_shape(model)
-        if not factor.any() or not self.shifts:
+        if not factor.any() or not self.layers:
             yield
             return
         if gate and not gate.is_below(self.site, self.layers[0]):
@@ -147,22 +170,29 @@ class SteeringVector(Artefact):
                 f"{self.layers[0]} on; compute the factors beforehand: alpha = fitted.gate(inputs, threshold)"
             )
         scaled = {layer: factor[..., None] * shift_D for layer, shift_D in self.shifts.items()}
-        with shifted(model, scaled, self.site, self.positions, start, gate, self.opening):
+        edits = {layer: (edit, factor) for layer, edit in self.low_rank.items()}
+        with shifted(model, scaled, self.site, self.positions, start, gate, self.opening, edits):
             yield
 
     def check_shape(self, model: PreTrainedModel) -> None:
         """Raises InputError where a layer or its width does not exist in this model."""
         count = len(blocks_of(model))
-        for layer, shift in self.shifts.items():
+        widths = [(layer, len(shift)) for layer, shift in self.shifts.items()]
+        for layer, found in widths + [(layer, edit.read_KD.shape[1]) for layer, edit in self.low_rank.items()]:
             if not 0 <= layer < count:
                 raise InputError(f"layers: {layer} is not in 0 .. {count - 1} of this model")
             width = site_width(model, layer, self.site)
-            if len(shift) != width:
-                raise InputError(f"shifts: {len(shift)} neurons in layer {layer}; this model has {width}")
+            if found != width:
+                raise InputError(f"shifts: {found} neurons in layer {layer}; this model has {width}")
 
     def tensors(self) -> dict[str, Tensor]:
-        """One float32 tensor per layer."""
-        return {f"layer.{layer}": shift for layer, shift in self.shifts.items()}
+        """One float32 tensor per layer with a constant shift, three per layer with one that depends on the state."""
+        parts = {
+            f"{name}.{layer}": part
+            for layer, edit in self.low_rank.items()
+            for name, part in zip(PARTS, edit, strict=True)
+        }
+        return {f"layer.{layer}": shift for layer, shift in self.shifts.items()} | parts
 
     def facts(self) -> dict[str, Any]:
         """How it was fitted and where it acts."""
@@ -171,10 +201,13 @@ class SteeringVector(Artefact):
     @classmethod
     def with_tensors(cls, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> Self:
         """Build a vector from stored fields; ValueError where tensors and facts disagree."""
-        shifts = {int(name.split(".")[1]): shift for name, shift in tensors.items()}
-        if facts.pop("layers") != sorted(shifts):
+        named = {(name.split(".")[0], int(name.split(".")[1])): tensor for name, tensor in tensors.items()}
+        shifts = {layer: shift for (name, layer), shift in named.items() if name == "layer"}
+        edited = [layer for name, layer in named if name == PARTS[0]]
+        low_rank = {layer: LowRank(*(named[name, layer] for name in PARTS)) for layer in edited}
+        if facts.pop("layers") != sorted({*shifts, *low_rank}):
             raise ValueError("its layers are not those of the JSON beside it")
-        return cls(shifts=shifts, **facts | {"opening": tuple(facts["opening"])})
+        return cls(shifts=shifts, low_rank=low_rank, **facts | {"opening": tuple(facts["opening"])})
 
 
 def scaled_to(shift_LD: np.ndarray, norm_L: np.ndarray) -> np.ndarray:

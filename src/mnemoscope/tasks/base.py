@@ -107,7 +107,8 @@ class Task:
 
     Attributes:
         name: name of the task in records and reports.
-        boundary: texts of one token each, one of which closes every answer ("" stands for the end-of-text token).
+        boundary: texts of one token each, one of which closes every answer ("" stands for the end-of-text token). None:
+            an answer ends where its last word ends, whatever follows.
         vocabulary: every token, in a fixed order, to train a model from scratch; None where that is not possible.
             Adapters use the tokenizer of their model.
         memory_is_conflict: whether ``memory`` examples are the plain phrasings of conflicts.
@@ -117,7 +118,7 @@ class Task:
     """
 
     name: str = "own"
-    boundary: tuple[str, ...] = ("",)
+    boundary: tuple[str, ...] | None = ("",)
     vocabulary: Sequence[str] | None = None
     memory_is_conflict: bool = False
     begins_reply: bool = False
@@ -183,10 +184,21 @@ def check_range(low: float, high: float, **options: float) -> None:
             raise InputError(f"{name}: {value} is not between {low} and {high}")
 
 
-def assign_splits(groups: Sequence[str], rng: np.random.Generator) -> dict[str, Split]:
-    """The split of each group: a random partition into fit, tune and test in the shares 2 : 1 : 1."""
+def checked_boundary(given: Any) -> tuple[str, ...] | None:
+    """The option ``boundary`` of a task; InputError where it is no list of texts."""
+    if given is None:
+        return None
+    if isinstance(given, str) or not isinstance(given, Sequence) or not all(isinstance(text, str) for text in given):
+        raise InputError(f'boundary: {given!r} is no list of texts, such as [".", ""]')
+    return tuple(given)
+
+
+def assign_splits(
+    groups: Sequence[str], rng: np.random.Generator, shares: Sequence[float] = (0.5, 0.25, 0.25)
+) -> dict[str, Split]:
+    """The split of each group: a random partition into fit, tune and test in the given shares."""
     order = rng.permutation(len(groups))
-    bounds = np.floor(np.cumsum((0.5, 0.25, 0.25)) * len(groups) + 1e-9)
+    bounds = np.floor(np.cumsum(shares) * len(groups) + 1e-9)
     return {groups[g]: SPLITS[int(np.searchsorted(bounds, rank, side="right"))] for rank, g in enumerate(order)}
 
 

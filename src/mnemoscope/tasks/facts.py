@@ -6,23 +6,25 @@
 
 from __future__ import annotations
 
-import copy
 import csv
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import count, product
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from mnemoscope.errors import InputError
-from mnemoscope.tasks.base import INSTRUCTIONS, Example, Kind, Task, assign_splits
-
-Fact = tuple[str, str]  # a relation and its subject
-How = tuple[str, tuple[str, str]]  # the label before the statement; the labels of question and answer
+from mnemoscope.tasks.known import (
+    ASKS,
+    LABELS,
+    Fact,
+    How,
+    KnownTask,
+    Spec,
+    check_fitted_and_held_out,
+    check_key,
+    swapped,
+    values_of,
+)
 
 # Templates of prompts. The two prompts of a pair share a frame and differ in labels.
 FRAMES = {
@@ -32,10 +34,10 @@ FRAMES = {
     "inverted": "{label}{inverted}\n{ask} {question}\n{reply} {stem}",
     "reported": "{label}{reported}\n{ask} {question}\n{reply} {stem}",
 }
-# These flip three times as many answers as six neutral labels (docs/LOG.md).
-LABELS = ("Context: ", "Paragraph: ", "Story: ", "Note: ", "Hint: ", "Rumour: ", "Memo: ", "Wikipedia: ")
-ASKS = (("Question:", "Answer:"), ("Q:", "A:"), ("Task:", "Result:"), ("Quiz:", "Reply:"))
-PLAIN: How = (LABELS[0], ASKS[0])
+UNLABELLED, LABELLED = (
+    [{"label": label, "ask": ask, "reply": reply} for label, (ask, reply) in product(labels, ASKS)]
+    for labels in (("",), LABELS)
+)
 TEMPLATES = {**FRAMES, "bare": "{ask} {question}\n{reply} {stem}"}
 # Countries that no model can know.
 INVENTED = (
@@ -76,7 +78,7 @@ LANGUAGES = {
 
 
 @dataclass(kw_only=True, eq=False)
-class FactsTask(Task):
+class FactsTask(KnownTask):
     """Facts about countries that a pretrained model knows, contradicted by what the prompt says.
 
     Args:
@@ -84,21 +86,15 @@ class FactsTask(Task):
             capital, of a table all that it has and that are not held out.
         held_out_relations: others, whose conflicts are judged only.
         frames: names of ``FRAMES`` that are fitted on and judged.
-        held_out_frames: others, judged only.
         wrong_values: other values that each fact is contradicted with.
         table: a CSV file with the columns relation, subject and value, instead of ``countryinfo``; a relation of a
             name that is not built in needs the columns question, stem, statement, inverted and reported too. Of
             several values of one subject the first is asked for, and none of them is a contradiction.
-        seed: deals subjects to the splits and draws the wrong values.
 
     Raises InputError where a name is unknown, the table lacks a column or a fact, or ``countryinfo`` is not installed.
     """
 
     name = "facts"
-    # What commonly ends a short answer; "" is the end-of-text token.
-    boundary = ("", "\n", ".", ",")
-    begins_reply = True
-    instructions = INSTRUCTIONS
 
     relations: Sequence[str] | None = None
     held_out_relations: Sequence[str] = ()
@@ -106,126 +102,45 @@ class FactsTask(Task):
     held_out_frames: Sequence[str] = ("context-last", "inverted")
     wrong_values: int = 6
     table: str | None = None
-    seed: int = 0
 
     def __post_init__(self) -> None:
         # All values that do not contradict a fact are known, such as a country's other languages.
-        self.words, self.true = _read_table(Path(self.table)) if self.table else (RELATIONS, _countries())
-        self.facts = {fact: values[0] for fact, values in self.true.items()}
-        stated = [name for name in self.words if any(name == relation for relation, _ in self.facts)]
+        self.words, true = _read_table(Path(self.table)) if self.table else (RELATIONS, _countries())
+        stated = [name for name in self.words if any(name == relation for relation, _ in true)]
         others = [name for name in stated if name not in self.held_out_relations]
-        self.asked = tuple((others if self.table else ["capital"]) if self.relations is None else self.relations)
-        for option, allowed in zip(("relations", "frames"), (stated, FRAMES), strict=True):
-            fitted, held_out = getattr(self, option) or (), getattr(self, f"held_out_{option}")
-            for field, names in ((option, fitted), (f"held_out_{option}", held_out)):
-                for name in names:
-                    if name not in allowed:
-                        raise InputError(f"{field}: {name!r} is not one of {', '.join(allowed)}")
-        if set(self.asked) & set(self.held_out_relations) or set(self.frames) & set(self.held_out_frames):
-            raise InputError("held_out_relations, held_out_frames: what is held out cannot be fitted on as well")
-        if not self.asked or not self.frames or self.wrong_values < 1:
-            raise InputError("relations, frames, wrong_values: at least one of each is needed")
-        all_asked = (*self.asked, *self.held_out_relations)
-        subjects = sorted({subject for relation, subject in self.facts if relation in all_asked})
-        self.split_of = assign_splits([*subjects, *INVENTED], np.random.default_rng([self.seed, 5]))
-        # Unknown facts count too, so that contradictions do not depend on the model.
-        self.values = {name: sorted({v for (r, _), v in self.facts.items() if r == name}) for name in self.words}
-
-    def held_out(self) -> dict[str, Task]:
-        """This task with the held-out ``frame`` or ``relation`` and the same splits."""
-        parts = {"frame": {"frames": self.held_out_frames}, "relation": {"asked": self.held_out_relations}}
-        return {name: self._with(**changes) for name, changes in parts.items() if all(changes.values())}
-
-    def facts_to_know(self) -> list[Example]:
-        """Every fact as a bare question."""
-        return [
-            self._example("memory", fact, value, "bare", how=("", ASKS[0]))
-            for fact, value in self.facts.items()
-            if fact[0] in (*self.asked, *self.held_out_relations)
-        ]
-
-    def knowing(self, items: set[str]) -> FactsTask:
-        """The same task restricted to known facts; raises InputError where none is known."""
-        kept = {fact: value for fact, value in self.facts.items() if "|".join(fact) in items}
-        if not kept:
-            raise InputError("model: it knows none of the task's facts by heart, so nothing can be contradicted")
-        return self._with(facts=kept)
-
-    def _with(self, **changes: Any) -> FactsTask:
-        other = copy.copy(self)
-        other.__dict__ |= changes
-        other.__dict__.pop("_everything", None)
-        return other
-
-    def examples(self, rng: np.random.Generator, n: int, kind: Kind) -> list[Example]:
-        """At most ``n``, as evenly by country as possible.
-
-        ``memory``: bare questions, and contexts that agree; ``novel``: invented countries.
-        """
-        of_kind = self._everything[kind]
-        rounds: dict[str, Iterator[int]] = defaultdict(count)
-        shuffled = (of_kind[i] for i in rng.permutation(len(of_kind)))
-        return sorted(shuffled, key=lambda example: next(rounds[example.group]))[:n]
-
-    def rephrase(self, example: Example, rng: np.random.Generator) -> Example:
-        """Other labels of statement and question, in the same frame."""
-        relation, subject, wrong, frame = example.item.split("|")
-        others = [e for e in self._conflicts((relation, subject), wrong, frame) if e.prompt != example.prompt]
-        return others[rng.integers(len(others))]
+        asked = (others if self.table else ["capital"]) if self.relations is None else self.relations
+        check_fitted_and_held_out(
+            relations=(asked, self.held_out_relations, stated), frames=(self.frames, self.held_out_frames, FRAMES)
+        )
+        if self.wrong_values < 1:
+            raise InputError(f"wrong_values: {self.wrong_values}; at least one is needed")
+        self._deal(true, asked, stream=5, more=INVENTED)
+        self.values = values_of(self.facts)
 
     def split_reply(self, prompt: str) -> tuple[str, str]:
         """All but the last line is the user's message; the reply begins with the stem of that line."""
         message, _, last = prompt.rpartition("\n")
         return message, last.partition(" ")[2]
 
-    def without_context(self, example: Example) -> Example:
-        """The same question without the context."""
-        relation, subject, *_ = example.item.split("|")
-        how = next(how for how in ASKS if f"{how[0]} " in example.prompt)
-        return replace(example, prompt=self._prompt((relation, subject), "", "bare", ("", how)))
+    def _bare(self, fact: Fact, value: str, prompt: str) -> str:
+        how = next(how for how in self._hows(fact, "bare") if f"{how['ask']} " in prompt)
+        return self._prompt(fact, "", "bare", how)
 
-    @cached_property
-    def _everything(self) -> Mapping[Kind, list[Example]]:
-        """Every example of the task, by kind."""
-        found: dict[Kind, list[Example]] = {"conflict": [], "memory": [], "novel": []}
-        for fact, value in self.facts.items():
-            if fact[0] in self.asked:
-                contradicted = product(self._wrong(fact, value), self.frames)
-                found["conflict"] += [e for wrong, frame in contradicted for e in self._conflicts(fact, wrong, frame)]
-                found["memory"] += [self._example("memory", fact, value, "bare", how=("", ask)) for ask in ASKS]
-                found["memory"] += [self._example("memory", fact, value, "agreeing", frame) for frame in self.frames]
+    def _novel(self) -> Iterator[Spec]:
+        """Invented countries."""
         for fact in product(self.asked, INVENTED):
-            stated = product(self._wrong(fact, ""), self.frames)
-            found["novel"] += [self._example("novel", fact, value, frame) for value, frame in stated]
-        return found
+            for value, frame in product(self._wrong(fact), self.frames):
+                yield fact, value, frame, frame, self._hows(fact, frame)[0]
 
-    def _wrong(self, fact: Fact, value: str) -> list[str]:
-        """Values of other subjects, drawn with a seed of the fact's own."""
-        true = {one for one in (value, *self.true.get(fact, ())) if one}
-        others = [v for v in self.values[fact[0]] if not any(v.startswith(one) or one.startswith(v) for one in true)]
-        rng = np.random.default_rng([self.seed, *"|".join(fact).encode()])
-        return [others[i] for i in rng.permutation(len(others))[: self.wrong_values]]
+    def _wrong(self, fact: Fact) -> list[str]:
+        return swapped(fact, self.true.get(fact, ()), self.values[fact[0]], self.wrong_values, self.seed)
 
-    def _conflicts(self, fact: Fact, wrong: str, frame: str) -> list[Example]:
-        """All phrasings of a conflict in a frame."""
-        labels = LABELS if "{label}" in FRAMES[frame] else ("",)
-        return [self._example("conflict", fact, wrong, frame, how=how) for how in product(labels, ASKS)]
-
-    def _example(
-        self, kind: Kind, fact: Fact, value: str, family: str, frame: str | None = None, how: How = PLAIN
-    ) -> Example:
-        """An example whose prompt states ``value`` in a frame, by default that of its family."""
-        item = "|".join(fact if family == "bare" else (*fact, value, family))
-        prompt, subject = self._prompt(fact, value, frame or family, how), fact[1]
-        answers = {"answer": f" {value}"}
-        if kind == "conflict":
-            answers = {"memorized": f" {self.facts[fact]}", "generalized": f" {value}"}
-        return Example(item, prompt, kind, subject, family, self.split_of[subject], **answers)
+    def _hows(self, fact: Fact, frame: str) -> Sequence[How]:
+        return LABELLED if "{label}" in TEMPLATES[frame] else UNLABELLED
 
     def _prompt(self, fact: Fact, value: str, frame: str, how: How) -> str:
-        label, (ask, reply) = how
         words = {name: text.format(n=fact[1], v=value) for name, text in self.words[fact[0]].items()}
-        return TEMPLATES[frame].format(label=label, ask=ask, reply=reply, **words)
+        return TEMPLATES[frame].format(**how, **words)
 
 
 def _countries() -> dict[Fact, list[str]]:
@@ -262,11 +177,7 @@ def _read_table(path: Path) -> tuple[dict[str, dict[str, str]], dict[Fact, list[
     relations, facts = dict(RELATIONS), dict[Fact, list[str]]()
     for number, row in enumerate(rows, 2):
         where = f"table: {path}, line {number}"
-        for column in ("relation", "subject", "value"):
-            if not row.get(column):
-                raise InputError(f"{where}: {column} is missing")
-            if "|" in row[column]:
-                raise InputError(f"{where}: {column} is {row[column]!r}; | is not allowed in it")
+        check_key(where, **{column: row.get(column) or "" for column in ("relation", "subject", "value")})
         name = row["relation"]
         if name not in relations:
             relations[name] = {field: row.get(field) or "" for field in WORDS}

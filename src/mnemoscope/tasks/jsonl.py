@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mnemoscope.errors import InputError
-from mnemoscope.tasks.base import INSTRUCTIONS, Example, Kind, Split, Task, assign_splits
+from mnemoscope.tasks.base import INSTRUCTIONS, Example, Kind, Split, Task, assign_splits, checked_boundary
 
 FIELDS = ("item", "prompt", "memorized", "generalized", "answer", "kind", "group", "family", "split", "bare")
 
@@ -25,6 +25,7 @@ class JsonlTask(Task):
             ``answer``; optionally ``kind`` (default: conflict with two answers, else memory), ``group`` (default: the
             item), ``family``, ``split`` (default: groups are dealt 2 : 1 : 1) and, for context-aware decoding,
             ``bare``: the prompt of a conflict without the text that contradicts memory.
+        boundary: texts of which one closes every answer, each a token; by default an answer ends with its last word.
         seed: deals the groups to the splits.
 
     Raises InputError where a line is malformed or gives an item other answers (its number is named), a group is in two
@@ -32,14 +33,14 @@ class JsonlTask(Task):
     """
 
     name = "jsonl"
-    # What commonly ends a short answer; "" is the end-of-text token.
-    boundary = ("", "\n", ".")
     instructions = INSTRUCTIONS
 
     file: str
+    boundary: tuple[str, ...] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self.boundary = checked_boundary(self.boundary)
         read = _read(Path(self.file), self.seed)
         self.examples_read = [example for example, _ in read]
         self._bare = {example.prompt: bare for example, bare in read if example.kind == "conflict"}

@@ -17,6 +17,9 @@ from mnemoscope.tasks.base import Example, Instance, Kind, Task
 from mnemoscope.tasks.facts import FactsTask
 from mnemoscope.tasks.inference import InferenceTask
 from mnemoscope.tasks.jsonl import JsonlTask
+from mnemoscope.tasks.memotrap import MemotrapTask
+from mnemoscope.tasks.pararel import PararelTask
+from mnemoscope.tasks.qa import QATask
 from mnemoscope.tasks.stored import CHUNK, AdditionDigitsTask, AdditionTask, CipherTask
 
 Answer = TypeVar("Answer")
@@ -66,7 +69,8 @@ class JointTask(Task):
         if not set(self.first) <= set(built) or any(n < 0 for n in self.first.values()):
             raise InputError(f"first: {self.first!r} is no number of instances, 0 or more, for some of {names}")
         # An answer closes as its part closes it: no part trains another's ending.
-        self.boundary = tuple(dict.fromkeys(text for part in built.values() for text in part.boundary))
+        ends = [part.boundary for part in built.values()]
+        self.boundary = None if None in ends else tuple(dict.fromkeys(text for end in ends for text in end or ()))
         self.vocabulary = list(dict.fromkeys(word for part in built.values() for word in part.vocabulary or ()))
         self.memory_is_conflict = any(part.memory_is_conflict for part in built.values())
         self.begins_reply = all(part.begins_reply for part in built.values())
@@ -150,6 +154,9 @@ TASKS: dict[str, Callable[..., Task]] = {
     "cipher": CipherTask,
     "joint": JointTask,
     "facts": FactsTask,
+    "memotrap": MemotrapTask,
+    "pararel": PararelTask,
+    "qa": QATask,
     "jsonl": JsonlTask,
 }
 

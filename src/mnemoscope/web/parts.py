@@ -69,6 +69,8 @@ class Vectors:
             raise InputError(f"method: {steering.method!r} is not one of {', '.join(self._chosen['methods'])}")
         if steering.layers is None and steering.neurons is None:
             return vector
+        if vector.low_rank:
+            raise InputError(f"layers, neurons: {steering.method} acts by the state, and as a whole only")
         whole_LD, rank_LD = self._whole(vector)
         allowed = [layer for layer, rank_D in enumerate(rank_LD) if rank_D.any()]
         layers = sorted(set(vector.layers if steering.layers is None else steering.layers))
@@ -102,7 +104,8 @@ class Vectors:
 
 def _shifted(vector: SteeringVector) -> int:
     """Number of neurons it shifts."""
-    return sum(int((shift != 0).sum()) for shift in vector.shifts.values())
+    written = [edit.write_KD.any(dim=0) for edit in vector.low_rank.values()]
+    return sum(int((shift != 0).sum()) for shift in (*vector.shifts.values(), *written))
 
 
 class Neurons:

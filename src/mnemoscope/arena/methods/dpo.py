@@ -1,0 +1,59 @@
+"""An adapter trained to prefer the wanted over the other answer.
+
+Rafailov et al. (2023), "Direct preference optimization", arXiv 2305.18290. What should stay is held by its log
+probability, as for the other methods that learn.
+
+Shapes: N examples.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from mnemoscope.arena.adapters import trained, with_weights
+from mnemoscope.arena.contract import Intervention, unchanged
+from mnemoscope.arena.fitting import Loss, log_p, surprise
+from mnemoscope.arena.lists import Bench
+from mnemoscope.behaviour import Asking, Batch
+from mnemoscope.steering import Toward
+
+STRENGTHS = (0.25, 0.5, 1.0)  # of the adapter once it is trained
+RATE = 1e-3
+BETA = 0.1
+
+
+def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
+    """Every strength of one adapter; InputError without peft."""
+    deltas = trained(bench, toward, RATE, preference, partial(surprise, applied=unchanged, everywhere=True))
+    return [
+        Intervention(
+            "dpo",
+            toward,
+            {"strength": strength},
+            changes_weights=True,
+            applied=with_weights(bench.asking.model, deltas, strength),
+            everywhere=True,
+        )
+        for strength in STRENGTHS
+    ]
+
+
+def preference(asking: Asking) -> Loss:
+    """``-log sigmoid(beta * d)``: d is by how much more the adapted model prefers the wanted answer than before."""
+
+    def loss(batch: Batch, option_N: Tensor) -> Tensor:
+        with torch.no_grad(), asking.model.disable_adapter():
+            before_N = _margin(asking, batch, option_N)
+        return -logsigmoid(BETA * (_margin(asking, batch, option_N) - before_N)).mean()
+
+    return loss
+
+
+def _margin(asking: Asking, batch: Batch, option_N: Tensor) -> Tensor:
+    """Log probability of one option minus that of the other, in nats; (N,)."""
+    wanted_N, other_N = (log_p(asking, unchanged, batch, option, True) for option in (option_N, 1 - option_N))
+    return wanted_N - other_N

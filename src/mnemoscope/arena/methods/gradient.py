@@ -1,0 +1,18 @@
+"""Ours: the steepest ascent of the decision margin at one layer (``directions.gradient``)."""
+
+from __future__ import annotations
+
+from mnemoscope.arena.contract import Intervention
+from mnemoscope.arena.lists import Bench
+from mnemoscope.arena.vectors import of_settings, settings, spread_layers
+from mnemoscope.steering import Toward
+
+LAYERS = 8
+TOPS = (0.5, 1.0)
+STRENGTHS = (0.05, 0.1, 0.2, 0.4)  # norm of the shift over that of the states
+
+
+def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
+    """Every layer, share and strength; InputError with too few pairs."""
+    layers = [(layer,) for layer in spread_layers(bench, LAYERS)]
+    return of_settings(bench, "gradient", settings("gradient", toward, layers, TOPS, STRENGTHS))

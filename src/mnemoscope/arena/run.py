@@ -1,0 +1,216 @@
+"""An arena: every method on one frozen set, method by method, so that a killed run goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from mnemoscope.arena.choose import best_of
+from mnemoscope.arena.judge import TABLES, UNSTEERED, Frame
+from mnemoscope.arena.lists import Bench, Known, ask_known
+from mnemoscope.arena.methods import METHODS, candidates
+from mnemoscope.behaviour import PLAIN, Asking
+from mnemoscope.config import ArenaConfig, parse_arena
+from mnemoscope.errors import InputError
+from mnemoscope.files import plain, write_atomically
+from mnemoscope.models import load_model
+from mnemoscope.report import build_arena
+from mnemoscope.steering import OPPOSITE, Binding
+from mnemoscope.tasks import Task, build_task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+Tell = Callable[[str, str, float, float, str], None]
+SCHEMA = 1
+CHOICES = ("sizes", "prompting", "name", "progress")
+
+
+def arena(
+    model: PreTrainedModel | str | Path,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    task: str | Task | Any = None,
+    out: str | Path = "runs/arena",
+    *,
+    methods: Sequence[str] | None = None,
+    options: Mapping[str, Any] | None = None,
+    **choices: Any,
+) -> Path:
+    """Run every method on one frozen set of conflicts, in both directions, and build the page; returns its path.
+
+    Args:
+        model: an open causal language model, which stays unchanged, or a name or path for ``load_model``.
+        tokenizer: of an open model.
+        task: a JSONL file, a task's name, ``package.module:Class``, or a ``Task``.
+        out: the run folder; the arena is in ``out/arena``, and an interrupted one continues there.
+        methods: names of ``METHODS``; default: all. What cannot be fitted is left out and named; if it was asked for by
+            name, its reason is raised.
+        options: of a task that is given by name.
+        choices: ``sizes``, fields of ``ArenaConfig``; ``prompting``, the format of prompts; ``name`` of the model on
+            the page; ``progress``, called with (cell, stage, done, total, note).
+
+    Raises:
+        InputError: an argument cannot be used, nothing is known by heart, or there are too few groups.
+    """
+    for choice in choices:
+        if choice not in CHOICES:
+            raise InputError(f"{choice}: arena has no such argument; it has {', '.join(CHOICES)}")
+    for method in methods or ():
+        if method not in METHODS:
+            raise InputError(f"methods: {method!r} is not one of {', '.join(METHODS)}")
+    config = parse_arena(dict(choices.get("sizes") or {}))
+    made = task if isinstance(task, Task) else _task(task, dict(options or {}), config.seed)
+    is_open = not isinstance(model, str | Path)
+    name = choices.get("name") or (type(model).__name__ if is_open else Path(str(model)).name)
+    if isinstance(model, str | Path):
+        model, tokenizer = load_model(model)
+    if tokenizer is None:
+        raise InputError("tokenizer: None; an open model needs its tokenizer (or give the model by name)")
+    asking = Asking(model, tokenizer, made.boundary, prompting=choices.get("prompting") or PLAIN)
+    tell = choices.get("progress") or (lambda *_: None)
+    folder, threads, training = Path(out) / "arena", torch.get_num_threads(), model.training
+    torch.set_num_threads(config.threads)
+    model.eval()
+    try:
+        _Run(asking, made, config, folder, name, tell).go(methods)
+    finally:
+        torch.set_num_threads(threads)
+        model.train(training)
+    return build_arena(Path(out))
+
+
+def _task(task: Any, options: dict[str, Any], seed: int) -> Task:
+    if task is None:
+        raise InputError("task: None; give a JSONL file, the name of a task, package.module:Class, or a Task")
+    name = str(task)
+    if name.endswith(".jsonl"):
+        if not Path(name).is_file():
+            raise InputError(f"task: the file {name} does not exist")
+        return build_task("jsonl", {"file": name, **options}, seed)
+    return build_task(name, options, seed)
+
+
+class _Run:
+    """The run of an arena in its folder."""
+
+    def __init__(self, asking: Asking, task: Task, config: ArenaConfig, folder: Path, model: str, tell: Tell) -> None:
+        self.asking, self.task, self.config, self.folder, self.tell = asking, task, config, folder, tell
+        self.facts = self._facts(model)
+
+    def go(self, methods: Sequence[str] | None) -> None:
+        """Run what is not done yet."""
+        self._check_folder()
+        chosen = list(methods or METHODS)
+        waiting = [name for name in (UNSTEERED, *chosen) if not self._done(name)]
+        if not waiting:
+            return
+        self.tell("arena", "frame", 0, 1, "freezing the test set")
+        bench = Bench.of(self.asking, self.task, self.config, self._known())
+        frame = Frame.of(bench)
+        counts: dict[str, Any] = {"asked": bench.known.asked, "known": len(bench.known.items)}
+        counts |= {"order": list(METHODS), "no_gate": frame.why}
+        counts |= {"lists": {name: len(prompts) for name, prompts in frame.lists.items()}}
+        self._write_json("frame", self.facts | counts)
+        self._write_table("set", frame.table())
+        for number, name in enumerate(waiting):
+            self.tell("arena", name, number, len(waiting), "")
+            try:
+                facts = self._unsteered(frame) if name == UNSTEERED else self._method(name, frame)
+            except InputError as error:
+                if methods:
+                    raise
+                facts = {"left_out": str(error)}
+            self._write_json(name, facts)  # last: what says that the method is done
+        self.tell("arena", "page", 1, 1, "")
+
+    def _known(self) -> Known:
+        """What the model knows, asked once for all continuations."""
+        of = {name: self.facts[name] for name in ("weights", "examples", "prompting")}
+        path = self.folder / "known.json"
+        before = json.loads(path.read_text()) if path.is_file() else {}
+        if all(before.get(name) == value for name, value in of.items()):
+            return Known(before["asked"], before["known"])
+        known = ask_known(self.asking, self.task)
+        if known.asked:
+            self.task.knowing(set(known.items))  # an empty one is refused here, before anything is written
+        self._write_json("known", of | {"asked": known.asked, "known": list(known.items)})
+        return known
+
+    def _unsteered(self, frame: Frame) -> dict[str, Any]:
+        tables = frame.judged(None, UNSTEERED)
+        for name in TABLES:
+            self._write_table(f"{UNSTEERED}-{name}", tables[name])
+        return {"passes": 1, "changes_weights": False}
+
+    def _method(self, name: str, frame: Frame) -> dict[str, Any]:
+        """Fit, choose and judge a method in both directions; write its tables and return what was chosen."""
+        found, tables = dict[str, Any](), {kind: list[pd.DataFrame]() for kind in TABLES}
+        for toward in OPPOSITE:
+            started = time.perf_counter()
+            tried = candidates(name, frame.bench, toward)
+            fitted = time.perf_counter()
+            best, compared = best_of(tried, frame.bench.tune)
+            chosen, one = time.perf_counter(), best.one
+            for kind, table in frame.judged(one, toward).items():
+                tables[kind].append(table)
+            seconds = {"fit": fitted - started, "choose": chosen - fitted, "judge": time.perf_counter() - chosen}
+            found[toward] = {
+                "setting": dict(one.setting),
+                "tune": {"wanted": best.wanted, "lost": best.lost, "worth": best.worth, "compared": len(compared)},
+                **{"tried": len(tried), "norm": one.norm, "seconds": seconds},
+            }
+            facts = {"passes": one.passes, "changes_weights": one.changes_weights, "joined": one.joined is not None}
+        for kind, parts in tables.items():
+            self._write_table(f"{name}-{kind}", pd.concat(parts, ignore_index=True))
+        return facts | {"toward": found}
+
+    def _facts(self, model: str) -> dict[str, Any]:
+        """What a continued arena must have in common with the one before."""
+        drawn = [
+            example
+            for kind in ("conflict", "memory")
+            for example in self.task.examples(np.random.default_rng(self.config.seed), 200, kind)
+        ]
+        digest = hashlib.sha256("".join(f"{e.item}|{e.prompt}|{e.options}" for e in drawn).encode()).hexdigest()
+        binding = Binding.of(self.asking.model, self.asking.tokenizer)
+        return {
+            "schema": SCHEMA,
+            "model": model,
+            "weights": binding.weights,
+            "task": self.task.name,
+            "examples": digest,
+            "sizes": self.config.model_dump(),
+            "prompting": self.asking.prompting.facts,
+        }
+
+    def _check_folder(self) -> None:
+        path = self.folder / "frame.json"
+        if not path.exists():
+            return
+        try:
+            before = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(f"out: {path} cannot be read ({error})") from error
+        for field, value in self.facts.items():
+            if before.get(field) != value:
+                raise InputError(
+                    f"out: {self.folder} holds an arena whose {field} is {before.get(field)!r}; this one has {value!r}"
+                )
+
+    def _done(self, name: str) -> bool:
+        return (self.folder / f"{name}.json").is_file()
+
+    def _write_json(self, name: str, facts: Mapping[str, Any]) -> None:
+        text = json.dumps(plain(dict(facts)), indent=1, allow_nan=False) + "\n"
+        write_atomically(self.folder / f"{name}.json", text.encode())
+
+    def _write_table(self, name: str, table: pd.DataFrame) -> None:
+        write_atomically(self.folder / f"{name}.parquet", lambda path: table.to_parquet(path, index=False))

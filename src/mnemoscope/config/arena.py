@@ -1,0 +1,33 @@
+"""How many prompts an arena asks, and how long its methods may fit."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from mnemoscope.config.model import Frozen
+
+
+class ArenaConfig(Frozen):
+    """Sizes of an arena; the same for all methods."""
+
+    seed: int = Field(0, ge=0, description="draws every list, every control and every first weight")
+    threads: int = Field(1, ge=1, le=256, description="threads of all passes; results depend on it in the last bits")
+    conflicts: int = Field(160, ge=6, description="test conflicts, at most")
+    kept: int = Field(64, ge=1, description="test prompts that agree with memory, and as many bare questions, at most")
+    varied: int = Field(32, ge=0, description="test conflicts of each list of changed prompts; 0: none of these lists")
+    tune_conflicts: int = Field(48, ge=6, description="tune conflicts, at most")
+    tune_kept: int = Field(16, ge=1, description="tune prompts of either other kind, at most")
+    fit_conflicts: int = Field(240, ge=6, description="fit conflicts, at most")
+    rephrasings: int = Field(
+        3, ge=1, description="other phrasings of each fit and tune conflict, in which pairs are found"
+    )
+    fit_kept: int = Field(64, ge=1, description="fit prompts of either other kind, at most")
+    pairs: int = Field(160, ge=2, description="pairs of the fit split, at most")
+    steps: int = Field(40, ge=1, description="of whatever is learned by gradients")
+    batch: int = Field(16, ge=1, description="prompts of each of these steps")
+    controls: int = Field(5, ge=0, description="draws of the control of equal norm")
+    written: int = Field(32, ge=0, description="test conflicts whose answers are generated and go on; 0: none")
+    tokens: int = Field(24, ge=1, description="that are generated behind each")
+    cuts: int = Field(48, ge=0, description="places in neutral text behind which divergence is measured; 0: none")
+    following: int = Field(16, ge=1, description="tokens behind each of these places")
+    batch_size: int = Field(32, ge=1, description="prompts per pass, at most")

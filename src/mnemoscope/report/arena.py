@@ -1,0 +1,255 @@
+"""Results of an arena, from its records alone: shares, costs, controls, paired tests. Never imports torch.
+
+Shapes: N prompts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mnemoscope.errors import InputError
+from mnemoscope.files import plain, write_atomically
+from mnemoscope.statistics import Estimate, holm, mean, proportion, sign_flips
+
+UNSTEERED = "unsteered"
+TOWARDS = ("generalized", "memorized")
+OTHER = {"generalized": "memorized", "memorized": "generalized"}
+KEPT = ("agreeing", "bare")
+BASELINES = ("prompt", "cad")  # what every method is compared with, beside the winner
+SEED = 41  # of the random sign flips
+
+
+@dataclass(frozen=True)
+class Records:
+    """The records of an arena.
+
+    Attributes:
+        frame: what it is of; ``set``: every prompt with its unsteered label.
+        facts, tables: of every method that is done, by name; the tables by kind.
+        left_out: why methods are not there.
+    """
+
+    frame: Mapping[str, Any]
+    set: pd.DataFrame
+    facts: Mapping[str, Mapping[str, Any]]
+    tables: Mapping[str, Mapping[str, pd.DataFrame]]
+    left_out: Mapping[str, str]
+
+    @classmethod
+    def of(cls, folder: Path) -> Records:
+        """Read them; InputError where the folder holds no arena, or a file is damaged."""
+        if not (folder / "frame.json").is_file():
+            raise InputError(f"run: {folder.parent} holds no arena (it has no arena/frame.json)")
+        try:
+            frame = json.loads((folder / "frame.json").read_text())
+            facts, tables, left_out = {}, {}, {}
+            for name in (UNSTEERED, *frame["order"]):
+                if not (folder / f"{name}.json").is_file():
+                    continue
+                found = json.loads((folder / f"{name}.json").read_text())
+                if "left_out" in found:
+                    left_out[name] = str(found["left_out"])
+                    continue
+                kinds = ("answers", "texts", "neutral")
+                tables[name] = {kind: pd.read_parquet(folder / f"{name}-{kind}.parquet") for kind in kinds}
+                facts[name] = found
+            return cls(frame, pd.read_parquet(folder / "set.parquet"), facts, tables, left_out)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"run: the records in {folder} cannot be read ({reason})") from error
+
+    @property
+    def methods(self) -> list[str]:
+        """Methods that are done, in the order of the arena."""
+        return [name for name in self.facts if name != UNSTEERED]
+
+    def groups(self, name: str) -> np.ndarray:
+        """Groups of a list's prompts, in order."""
+        return self.set.loc[self.set["list"] == name, "group"].to_numpy(dtype=str)
+
+    def labels(self, method: str, toward: str, name: str, draw: int = -1) -> np.ndarray:
+        """Labels of a list's prompts under a method, in order; of the model itself for ``UNSTEERED``."""
+        table = self.tables[method]["answers"]
+        side = UNSTEERED if method == UNSTEERED else toward
+        part = table[(table["toward"] == side) & (table["list"] == name) & (table["draw"] == draw)]
+        return part["behaviour"].to_numpy(dtype=str)
+
+    def part(self, method: str, toward: str, kind: str) -> pd.DataFrame:
+        """Rows of a table towards a behaviour."""
+        table = self.tables[method][kind]
+        return table[table["toward"] == (UNSTEERED if method == UNSTEERED else toward)]
+
+
+def build_arena(run: Path, beside: Sequence[Path] = ()) -> Path:
+    """Write ``arena/results.json`` and ``arena.html`` of a run from its records; returns the path of the page.
+
+    ``beside``: other runs, whose arenas are on the same page.
+
+    Raises:
+        InputError: a run holds no arena, or its records are damaged.
+    """
+    from mnemoscope.report.arena_page import render_arena
+
+    results = results_of(Records.of(run / "arena"))
+    text = json.dumps(plain(results), indent=1, allow_nan=False) + "\n"
+    write_atomically(run / "arena" / "results.json", text.encode())
+    others = [results_of(Records.of(other / "arena")) for other in beside]
+    return write_atomically(run / "arena.html", render_arena([results, *others]).encode())
+
+
+def arena_name(results: Mapping[str, Any]) -> str:
+    """Model and task of an arena."""
+    return f"{results['model']}, {results['task']}"
+
+
+def results_of(records: Records) -> dict[str, Any]:
+    """All numbers of the page, as plain data."""
+    frame = records.frame
+    conflict = records.groups("conflict")
+    made: dict[str, Any] = {
+        "schema": 1,
+        "model": frame["model"],
+        "task": frame["task"],
+        "asked": frame["asked"],
+        "known": frame["known"],
+        "groups": len(set(conflict)),
+        "lists": frame["lists"],
+        "unsteered": {toward: _direction(records, UNSTEERED, toward) for toward in TOWARDS},
+        "left_out": dict(records.left_out),
+        "no_gate": frame["no_gate"],
+        "methods": {
+            name: {
+                "passes": records.facts[name]["passes"],
+                "changes_weights": records.facts[name]["changes_weights"],
+                **{toward: _direction(records, name, toward) for toward in TOWARDS},
+            }
+            for name in records.methods
+        },
+    }
+    made["winner"] = {toward: _winner(records, toward) for toward in TOWARDS}
+    for toward in TOWARDS:
+        for name, found in _tests(records, toward, made["winner"][toward]).items():
+            made["methods"][name][toward]["tests"] = found
+    return made
+
+
+def _direction(records: Records, name: str, toward: str) -> dict[str, Any]:
+    """One method towards one behaviour."""
+    lists = [str(one) for one in records.set["list"].unique()]
+    groups, labels = records.groups("conflict"), records.labels(name, toward, "conflict")
+    found: dict[str, Any] = {
+        "wanted": _share(labels == toward, groups),
+        "opposite": _share(labels == OTHER[toward], groups),
+        "neither": _share(labels == "other", groups),
+    }
+    for kept in KEPT:
+        found[kept] = _share(records.labels(name, toward, kept) == "correct", records.groups(kept))
+    found["lost"] = _mean_of([1 - found[kept]["estimate"] for kept in KEPT])
+    found["varied"] = {
+        one: _share(records.labels(name, toward, one) == toward, records.groups(one))
+        for one in lists
+        if one not in ("conflict", *KEPT)
+    }
+    found["mix"], found["gated"] = _mixed(records, name, toward)
+    texts = records.part(name, toward, "texts")
+    found["exact"] = _share(texts[f"exact_{toward}"].to_numpy(float), groups[: len(texts)])
+    found |= {column: _mean_of(texts[column].tolist()) for column in ("nats", "repeated", "seconds")}
+    neutral = records.part(name, toward, "neutral")
+    found["divergence"] = {
+        "first": _mean_of(neutral["kl_first"].tolist()),
+        "next": _mean_of(neutral["kl_next"].tolist()),
+    }
+    if name != UNSTEERED:
+        about = records.facts[name]["toward"][toward]
+        norm = about["norm"]
+        found |= {"chosen": about["setting"], "tune": about["tune"], "fit_seconds": about["seconds"]["fit"]}
+        found["norm"] = math.nan if norm is None else norm
+        found["control"] = _control(records, name, toward)
+    return found
+
+
+def _mixed(records: Records, name: str, toward: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Share of right answers on conflicts, agreeing and bare questions in equal parts, without and with the gate.
+
+    Right is the wanted answer of a conflict, and the answer that stays elsewhere. Where the gate does not act, the
+    answer is the model's own.
+    """
+    lists = ("conflict", *KEPT)
+    n = min(len(records.groups(one)) for one in lists)
+    right, gated, acts, groups = [], [], [], []
+    for one in lists:
+        side = toward if one == "conflict" else "correct"
+        rows = records.set[records.set["list"] == one].head(n)
+        mine, own = (
+            found[:n] == side for found in (records.labels(name, toward, one), records.labels(UNSTEERED, "", one))
+        )
+        acts_N = rows[f"acts_{toward}"].to_numpy(float)
+        right.append(mine)
+        gated.append(np.where(acts_N == 1, mine, own))
+        acts.append(acts_N)
+        groups.append(rows["group"].to_numpy(dtype=str))
+    groups_N, acts_N = np.concatenate(groups), np.concatenate(acts)
+    mix = _share(np.concatenate(right), groups_N)
+    if not len(acts_N) or np.isnan(acts_N).any():
+        return mix, None
+    by_list = {one: float(np.mean(part)) for one, part in zip(lists, acts, strict=True)}
+    return mix, _share(np.concatenate(gated), groups_N) | {"acts": by_list}
+
+
+def _control(records: Records, name: str, toward: str) -> dict[str, Any] | None:
+    """Share of wanted answers under draws of the control of equal norm: their mean, and the worst draw."""
+    table = records.part(name, toward, "answers")
+    part = table[(table["list"] == "conflict") & (table["draw"] >= 0)]
+    if part.empty:
+        return None
+    hits_N = (part["behaviour"] == toward).to_numpy(float)
+    groups_N = records.groups("conflict")[part["example"].to_numpy()]
+    draws_N = part["draw"].to_numpy()
+    worst = max(float(hits_N[draws_N == draw].mean()) for draw in np.unique(draws_N))
+    return _plain(proportion(hits_N, groups_N, draws_N)) | {"worst": worst, "draws": len(np.unique(draws_N))}
+
+
+def _winner(records: Records, toward: str) -> str | None:
+    """The method of the highest worth on the tune split, which no test figure chose."""
+    worth = {name: records.facts[name]["toward"][toward]["tune"]["worth"] for name in records.methods}
+    return max(worth, key=lambda name: worth[name]) if worth else None
+
+
+def _tests(records: Records, toward: str, winner: str | None) -> dict[str, dict[str, Any]]:
+    """Paired differences of wanted answers to each baseline, by method; Holm's correction is over a direction's."""
+    groups, rows = records.groups("conflict"), list[tuple[str, str, Estimate, float]]()
+    hits = {name: (records.labels(name, toward, "conflict") == toward).astype(float) for name in records.methods}
+    baselines = dict.fromkeys(one for one in (*BASELINES, winner) if one in hits)
+    for name, mine_N in hits.items():
+        for baseline in baselines:
+            if name == baseline:
+                continue
+            difference_N = mine_N - hits[baseline]
+            p = sign_flips(difference_N, groups, np.random.default_rng(SEED))
+            rows.append((name, baseline, mean(difference_N, groups), p))
+    adjusted = holm([row[-1] for row in rows])
+    found: dict[str, dict[str, Any]] = {name: {} for name in hits}
+    for (name, baseline, difference, p), corrected in zip(rows, adjusted.tolist(), strict=True):
+        found[name][baseline] = {"difference": _plain(difference), "p": p, "p_holm": corrected}
+    return found
+
+
+def _share(hits_N: np.ndarray, groups_N: np.ndarray) -> dict[str, Any]:
+    return _plain(proportion(hits_N, groups_N))
+
+
+def _plain(value: Estimate) -> dict[str, Any]:
+    return asdict(value)
+
+
+def _mean_of(values: list[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return float(np.mean(known)) if known else math.nan

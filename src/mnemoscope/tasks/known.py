@@ -1,0 +1,220 @@
+"""The base of tasks on what a pretrained model knows by heart, and prompts that say otherwise.
+
+Every such task is known facts x frames x wordings. What the model knows is asked first (``facts_to_know``), so that the
+memorized answer of a conflict is in its memory.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import count, product
+from typing import Any, Self
+
+import numpy as np
+
+from mnemoscope.errors import InputError
+from mnemoscope.tasks.base import INSTRUCTIONS, KINDS, Example, Kind, Split, Task, assign_splits, checked_boundary
+
+Fact = tuple[str, str]  # a relation and its subject
+How = Mapping[str, str]  # one wording: what a frame is filled with besides the fact
+Spec = tuple[Fact, str, str, str, How]  # an example before it is written: fact, value, family, frame, wording
+
+# Labels of a statement that flip three times as many answers as six neutral ones (docs/LOG.md).
+LABELS = ("Context: ", "Paragraph: ", "Story: ", "Note: ", "Hint: ", "Rumour: ", "Memo: ", "Wikipedia: ")
+# Labels of question and answer.
+ASKS = (("Question:", "Answer:"), ("Q:", "A:"), ("Task:", "Result:"), ("Quiz:", "Reply:"))
+
+
+@dataclass(kw_only=True, eq=False)
+class KnownTask(Task):
+    """Facts that a model knows, contradicted by what the prompt says, in several wordings of each frame.
+
+    A subclass sets ``true`` and ``asked`` before it calls ``_deal``, and writes prompts.
+
+    Args:
+        frames: kinds of phrasing that are fitted on and judged.
+        held_out_frames: others, judged only.
+        boundary: texts of which one closes every answer, each a token; by default an answer ends with its last word.
+        shares: how much of the groups fit, tune and test get.
+        seed: deals groups to the splits and draws the contradictions.
+
+    Attributes:
+        true: every fact's values, of which the first is asked for and none is a contradiction.
+        facts: the value that is asked for; only known facts after ``knowing``.
+        asked, held_out_relations: relations whose conflicts are made, and others, judged only.
+        split_of: the split of each group.
+    """
+
+    begins_reply = True
+    instructions = INSTRUCTIONS
+
+    held_out_relations: Sequence[str] = field(default=(), init=False)
+    frames: Sequence[str] = ()
+    held_out_frames: Sequence[str] = ()
+    boundary: tuple[str, ...] | None = None
+    shares: Sequence[float] = (0.5, 0.25, 0.25)
+    seed: int = 0
+
+    def _deal(
+        self, true: Mapping[Fact, Sequence[str]], asked: Sequence[str], stream: int, more: Sequence[str] = ()
+    ) -> None:
+        """Set what every such task has; ``stream`` seeds the splits, ``more`` are groups without facts."""
+        self.boundary = checked_boundary(self.boundary)
+        if len(self.shares) != 3 or min(self.shares) <= 0 or abs(sum(self.shares) - 1) > 1e-6:
+            raise InputError(f"shares: {self.shares!r}; allowed are three numbers above 0 that add up to 1")
+        self.true, self.asked = true, tuple(asked)
+        self.facts = {fact: values[0] for fact, values in true.items()}
+        of_all = (*self.asked, *self.held_out_relations)
+        groups = sorted({self._group(fact) for fact in self.facts if fact[0] in of_all})
+        rng = np.random.default_rng([self.seed, stream])
+        self.split_of: dict[str, Split] = assign_splits([*groups, *more], rng, self.shares)
+
+    def _hows(self, fact: Fact, frame: str) -> Sequence[How]:
+        """The wordings of a fact in a frame, or of the ``bare`` question; the plainest first."""
+        raise NotImplementedError
+
+    def _prompt(self, fact: Fact, value: str, frame: str, how: How) -> str:
+        """The prompt that states ``value``, or the ``bare`` question, which does not."""
+        raise NotImplementedError
+
+    def _bare(self, fact: Fact, value: str, prompt: str) -> str:
+        """The bare question of the same wording as a prompt that states ``value``."""
+        raise NotImplementedError
+
+    def _wrong(self, fact: Fact) -> Sequence[str]:
+        """Values that contradict a fact."""
+        raise NotImplementedError
+
+    def _agreeing(self, fact: Fact) -> bool:
+        """Whether a frame can state the true value of a fact."""
+        return True
+
+    def _novel(self) -> Iterable[Spec]:
+        """What no model can know; nothing by default."""
+        return ()
+
+    def _group(self, fact: Fact) -> str:
+        return fact[1]
+
+    def held_out(self) -> dict[str, Task]:
+        """This task with the held-out ``frame`` or ``relation`` and the same splits."""
+        parts = {"frame": {"frames": self.held_out_frames}, "relation": {"asked": self.held_out_relations}}
+        return {name: self._with(**changes) for name, changes in parts.items() if all(changes.values())}
+
+    def facts_to_know(self) -> list[Example]:
+        """Every fact as a bare question."""
+        return [
+            self._example("memory", fact, value, "bare", "bare", self._hows(fact, "bare")[0])
+            for fact, value in self.facts.items()
+            if fact[0] in (*self.asked, *self.held_out_relations)
+        ]
+
+    def knowing(self, items: set[str]) -> Self:
+        """The same task restricted to known facts; raises InputError where none is known."""
+        kept = {fact: value for fact, value in self.facts.items() if "|".join(fact) in items}
+        if not kept:
+            raise InputError("model: it knows none of the task's facts by heart, so nothing can be contradicted")
+        return self._with(facts=kept)
+
+    def _with(self, **changes: Any) -> Self:
+        other = copy.copy(self)
+        other.__dict__ |= changes
+        other.__dict__.pop("_everything", None)
+        return other
+
+    def examples(self, rng: np.random.Generator, n: int, kind: Kind) -> list[Example]:
+        """At most ``n``, as evenly by group as possible.
+
+        ``memory``: bare questions, and contexts that agree; ``novel``: what no model can know.
+        """
+        of_kind = self._everything[kind]
+        rounds: dict[str, Iterator[int]] = defaultdict(count)
+        shuffled = (of_kind[i] for i in rng.permutation(len(of_kind)))
+        chosen = sorted(shuffled, key=lambda spec: next(rounds[self._group(spec[0])]))[:n]
+        return [self._example(kind, *spec) for spec in chosen]
+
+    def rephrase(self, example: Example, rng: np.random.Generator) -> Example:
+        """Another wording of the same fact and contradiction, in the same frame."""
+        relation, subject, wrong, frame = example.item.split("|")
+        fact = relation, subject
+        phrased = [self._example("conflict", fact, wrong, frame, frame, how) for how in self._hows(fact, frame)]
+        others = [other for other in phrased if other.prompt != example.prompt]
+        return others[rng.integers(len(others))]
+
+    def without_context(self, example: Example) -> Example:
+        """The same question without the context."""
+        relation, subject, *stated = example.item.split("|")
+        return replace(example, prompt=self._bare((relation, subject), "".join(stated[:1]), example.prompt))
+
+    @cached_property
+    def _everything(self) -> Mapping[Kind, list[Spec]]:
+        """Every example of the task, by kind."""
+        found: dict[Kind, list[Spec]] = {kind: [] for kind in KINDS}
+        for fact, value in self.facts.items():
+            if fact[0] not in self.asked:
+                continue
+            for wrong, frame in product(self._wrong(fact), self.frames):
+                found["conflict"] += [(fact, wrong, frame, frame, how) for how in self._hows(fact, frame)]
+            found["memory"] += [(fact, value, "bare", "bare", how) for how in self._hows(fact, "bare")]
+            if self._agreeing(fact):
+                plain = ((frame, self._hows(fact, frame)[0]) for frame in self.frames)
+                found["memory"] += [(fact, value, "agreeing", frame, how) for frame, how in plain]
+        found["novel"] += self._novel()
+        return found
+
+    def _example(self, kind: Kind, fact: Fact, value: str, family: str, frame: str, how: How) -> Example:
+        """An example whose prompt states ``value`` in a frame."""
+        item = "|".join(fact if family == "bare" else (*fact, value, family))
+        prompt, group = self._prompt(fact, value, frame, how), self._group(fact)
+        answers = {"answer": f" {value}"}
+        if kind == "conflict":
+            answers = {"memorized": f" {self.facts[fact]}", "generalized": f" {value}"}
+        return Example(item, prompt, kind, group, family, self.split_of[group], **answers)
+
+
+def values_of(facts: Mapping[Fact, str]) -> dict[str, list[str]]:
+    """The values of each relation, sorted.
+
+    Unknown facts count too, so that contradictions do not depend on the model.
+    """
+    found = defaultdict(set)
+    for (relation, _), value in facts.items():
+        found[relation].add(value)
+    return {relation: sorted(values) for relation, values in found.items()}
+
+
+def swapped(fact: Fact, true: Sequence[str], values: Sequence[str], most: int, seed: int) -> list[str]:
+    """At most ``most`` values of other subjects, drawn with a seed of the fact's own; none begins a true one."""
+    others = [v for v in values if not any(v.startswith(one) or one.startswith(v) for one in true if one)]
+    rng = np.random.default_rng([seed, *"|".join(fact).encode()])
+    return [others[i] for i in rng.permutation(len(others))[:most]]
+
+
+def check_fitted_and_held_out(**names: tuple[Sequence[str], Sequence[str], Iterable[str]]) -> None:
+    """Raises InputError where a name is unknown, or both fitted and held out.
+
+    Each option has its fitted names, held-out names, and all that are allowed.
+    """
+    for option, (fitted, held_out, allowed) in names.items():
+        for which, given in ((option, fitted), (f"held_out_{option}", held_out)):
+            for name in given:
+                if name not in allowed:
+                    raise InputError(f"{which}: {name!r} is not one of {', '.join(allowed)}")
+    options = ", ".join(f"held_out_{option}" for option in names)
+    if any(set(fitted) & set(held_out) for fitted, held_out, _ in names.values()):
+        raise InputError(f"{options}: what is held out cannot be fitted on as well")
+    if not all(fitted for fitted, _, _ in names.values()):
+        raise InputError(f"{', '.join(names)}: at least one of each is needed")
+
+
+def check_key(where: str, **texts: str) -> None:
+    """Raises InputError where a text that names an item is empty or has the sign that separates the parts of a name."""
+    for name, text in texts.items():
+        if not text:
+            raise InputError(f"{where}: {name} is missing")
+        if "|" in text:
+            raise InputError(f"{where}: {name} is {text!r}; | is not allowed in it")

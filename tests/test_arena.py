@@ -1,0 +1,467 @@
+"""Interventions of the arena against plain transformers: formulas token by token, hooks by hand, edited weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from helpers import hook_count
+from little_facts import LittleFacts
+from mnemoscope.arena.adapters import with_weights
+from mnemoscope.arena.answers import Neutral, is_exact, scores, texts_of
+from mnemoscope.arena.contract import Intervention, Quoted, Wording
+from mnemoscope.arena.fitting import randomized
+from mnemoscope.arena.heads import Ranked, factors_of, in_one_pass, in_two_passes
+from mnemoscope.arena.lists import Bench, Prompts
+from mnemoscope.arena.methods import METHODS, adacad, cad, candidates, coiecd, ircan, iti, juice, knob, reft
+from mnemoscope.arena.vectors import at_block, by_vector
+from mnemoscope.behaviour import Asking
+from mnemoscope.config import parse_arena
+from mnemoscope.errors import InputError
+from mnemoscope.models import blocks_of, heads_of
+from mnemoscope.steering import OPPOSITE, Toward
+
+SIZES: dict[str, Any] = {
+    **{"conflicts": 24, "kept": 8, "varied": 6, "tune_conflicts": 16, "tune_kept": 4, "fit_conflicts": 40},
+    **{"fit_kept": 8, "pairs": 40, "steps": 4, "batch": 8, "controls": 2, "written": 8, "tokens": 5},
+    **{"cuts": 4, "following": 4, "batch_size": 16},
+}
+LONGEST = 5  # tokens of a greedy answer that are compared
+
+
+@pytest.fixture(scope="module")
+def bench(little: Asking) -> Bench:
+    return Bench.of(little, LittleFacts(), parse_arena(SIZES))
+
+
+@pytest.fixture(scope="module")
+def fitted(bench: Bench) -> dict[tuple[str, Toward], Intervention]:
+    """A setting of every method in both directions, the one in the middle of its candidates."""
+    found = {(name, side): candidates(name, bench, side) for name in METHODS for side in OPPOSITE}
+    return {key: several[len(several) // 2] for key, several in found.items()}
+
+
+def plainly(model: Any, ids: list[int]) -> Tensor:
+    """Logits of every position, float32 (T, V), from one pass of plain transformers."""
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids])).logits[0].float()
+
+
+@contextmanager
+def by_hand(module: Any, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """A hook of plain torch on the input of a module."""
+    handle = module.register_forward_pre_hook(lambda _, args: (change(args[0]), *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def greedy(asking: Asking, ids: list[int], logits_of: Callable[[list[int]], Tensor]) -> list[int]:
+    """Greedy decoding without a cache, by a function of all tokens so far -> logits of the next."""
+    ends, found = asking.boundary_ids(), list(ids)
+    for _ in range(LONGEST):
+        found.append(int(logits_of(found).argmax()))
+        if found[-1] in ends:
+            break
+    return found[len(ids) :]
+
+
+def labels_by(asking: Asking, prompts: Prompts, answer: Callable[[int], list[int]]) -> list[str]:
+    """Labels of answers, by comparing tokens."""
+    ends, found = asking.boundary_ids(), []
+    for n, example in enumerate(prompts.examples):
+        tokens = answer(n)
+        said = asking.tokenizer.decode(tokens[:-1]).split() if tokens[-1] in ends else None
+        names = ("memorized", "generalized") if example.kind == "conflict" else ("correct",)
+        fits = [name for name, option in zip(names, example.options, strict=True) if said == option.split()]
+        found.append(fits[0] if fits else "other" if example.kind == "conflict" else "wrong")
+    return found
+
+
+def ids_of(asking: Asking, prompt: str) -> list[int]:
+    return list(asking.tokenizer(prompt).input_ids)
+
+
+@pytest.mark.parametrize("toward", OPPOSITE)
+@pytest.mark.parametrize("method", METHODS)
+def test_labels_are_those_of_greedy_decoding(
+    bench: Bench, fitted: dict[tuple[str, Toward], Intervention], method: str, toward: Toward
+) -> None:
+    one, asking = fitted[method, toward], bench.asking
+    for name in ("conflict", "bare"):
+        prompts = bench.test[name].of(np.arange(min(8, len(bench.test[name]))))
+        found = scores(one, prompts)
+        texts = texts_of(one, prompts, LONGEST)
+        ids = [ids_of(asking, text) for text in texts.texts]
+        ends = [next((i for i, token in enumerate(row) if token in asking.boundary_ids()), None) for row in ids]
+        # A text is shown without its end token, which closes an answer as well.
+        answers = [
+            row[: end + 1] if end is not None else [*row, asking.boundary_ids()[0]]
+            for row, end in zip(ids, ends, strict=True)
+        ]
+        assert found.behaviour_N.tolist() == labels_by(asking, prompts, lambda n, a=answers: a[n])
+    assert hook_count(asking.model) == 0
+
+
+@pytest.mark.parametrize("toward", OPPOSITE)
+@pytest.mark.parametrize("method", ["cad", "adacad", "coiecd"])
+def test_joined_passes_decode_as_a_plain_loop_of_two_passes_does(
+    bench: Bench, fitted: dict[tuple[str, Toward], Intervention], method: str, toward: Toward
+) -> None:
+    one, asking, prompts = fitted[method, toward], bench.asking, bench.test["conflict"]
+    assert one.passes == 2
+    assert one.joined is not None
+
+    def answer(n: int) -> list[int]:
+        prompt, bare = (ids_of(asking, e.prompt) for e in (prompts.examples[n], prompts.bares[n]))  # type: ignore[union-attr]
+
+        def next_logits(ids: list[int]) -> Tensor:
+            behind = ids[len(prompt) :]
+            both = (plainly(asking.model, ids)[-1], plainly(asking.model, bare + behind)[-1])
+            return one.joined(*(logits_V[None, None] for logits_V in both))[0, 0]  # type: ignore[misc]
+
+        return greedy(asking, prompt, next_logits)
+
+    assert scores(one, prompts).behaviour_N.tolist() == labels_by(asking, prompts, answer)
+
+
+def two_distributions() -> tuple[np.ndarray, np.ndarray, Tensor, Tensor]:
+    rng = np.random.default_rng(0)
+    logits = [torch.from_numpy(3 * rng.standard_normal((3, 2, 9))).float() for _ in range(2)]
+    p, q = (np.exp(x.double().numpy()) / np.exp(x.double().numpy()).sum(-1, keepdims=True) for x in logits)
+    return p, q, *logits
+
+
+def test_contrast_is_its_formula() -> None:
+    p, q, prompt, bare = two_distributions()
+    for toward, (first, other) in (("generalized", (p, q)), ("memorized", (q, p))):
+        wanted = 1.75 * np.log(first) - 0.75 * np.log(other)
+        found = cad.contrasted(prompt, bare, 0.75, toward).log_softmax(-1).double().numpy()  # type: ignore[arg-type]
+        np.testing.assert_allclose(found, wanted - np.log(np.exp(wanted).sum(-1, keepdims=True)), atol=1e-5)
+    assert torch.equal(cad.contrasted(prompt, bare, 0.0, "generalized"), prompt)
+
+
+def test_adaptive_contrast_is_its_formula_token_by_token() -> None:
+    p, q, prompt, bare = two_distributions()
+    weights = adacad.divergence(prompt, bare).numpy()
+    found = adacad.contrasted(prompt, bare, "generalized").log_softmax(-1).double().numpy()
+    for n, m in np.ndindex(3, 2):
+        one, two = p[n, m], q[n, m]
+        middle = (one + two) / 2
+        weight = sum(float((x * np.log(x / middle)).sum()) for x in (one, two)) / 2
+        assert weights[n, m] == pytest.approx(weight, abs=1e-6)
+        wanted = (1 + weight) * np.log(one) - weight * np.log(two)
+        np.testing.assert_allclose(found[n, m], wanted - np.log(np.exp(wanted).sum()), atol=1e-5)
+    assert float(adacad.divergence(prompt, prompt).abs().max()) < 1e-6
+    apart = torch.tensor([[[40.0, 0.0]]])
+    assert float(adacad.divergence(apart, apart.flip(-1))) == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_the_entropy_band_is_its_formula_token_by_token() -> None:
+    p, q, prompt, bare = two_distributions()
+    band, weight = 0.25, 0.5
+    found = coiecd.contrasted(prompt, bare, band, weight, "generalized").double().numpy()
+    outside = 0
+    for n, m in np.ndindex(3, 2):
+        one, two = p[n, m], q[n, m]
+        entropy = -float((two * np.log(two)).sum())
+        information = np.exp(-np.log(one) - entropy)
+        share = information / information.sum()
+        below, above = share < share.min() / band, share > share.max() * band
+        below &= below.sum() != 1
+        base = np.where(below | above, np.log(one), np.log(two))
+        outside += int((below | above).sum())
+        np.testing.assert_allclose(found[n, m], base + weight * (np.log(one) - np.log(two)), atol=1e-4)
+    assert 0 < outside < found.size
+
+
+def test_shifted_heads_are_hooks_on_the_output_projection(bench: Bench) -> None:
+    model, prompts = bench.asking.model, bench.test["conflict"]
+    one = iti.candidates(bench, "generalized")[-1]
+    sources = bench.sources("head")
+    heads, width = heads_of(model, 0)
+    states = sources.states_P2LD.reshape(len(sources.states_P2LD), 2, -1, heads, width).astype(np.float64)
+    rank = iti.accuracies(states, [pair.group for pair, _ in bench.pairs])
+    chosen = np.argsort(-rank.ravel(), kind="stable")[: one.setting["heads"]]
+    shifts = np.zeros((rank.size, width))
+    for place in chosen:
+        layer, head = divmod(int(place), heads)
+        sides = states[:, :, layer, head]
+        unit = sides[:, 0].mean(0) - sides[:, 1].mean(0)
+        unit /= np.linalg.norm(unit)
+        shifts[place] = one.setting["factor"] * (sides.reshape(-1, width) @ unit).std() * unit
+    ids = ids_of(bench.asking, prompts.examples[0].prompt)
+    with one.applied(None):
+        ours = plainly(model, ids)[-1]
+    # By hand: each layer's shift is added to what its output projection reads, at the last column.
+    shift_LD = torch.from_numpy(shifts.reshape(len(rank), -1)).float()
+    handles = [
+        block.attn.c_proj.register_forward_pre_hook(partial(_added_at_the_end, shift_LD[layer]))
+        for layer, block in enumerate(blocks_of(model))
+    ]
+    theirs = plainly(model, ids)[-1]
+    for handle in handles:
+        handle.remove()
+    torch.testing.assert_close(ours, theirs)
+    assert not torch.allclose(ours, plainly(model, ids)[-1], atol=1e-3)
+
+
+def _added_at_the_end(shift_D: Tensor, module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    states = args[0].clone()
+    states[:, -1] += shift_D
+    return (states, *args[1:])
+
+
+def test_heads_of_a_first_run_are_added_in_the_second(bench: Bench) -> None:
+    """By hand: what output projections read in a plain run is added, scaled, from the prompt's last token on."""
+    model, asking, prompts = bench.asking.model, bench.asking, bench.test["conflict"]
+    factors = factors_of(model, Ranked([(0, 1), (1, 2)], [(2, 0), (1, 0)]), 2, 3.0, 1.0)
+    assert factors[1].view(4, 16)[:, 0].tolist() == [-1.0, 0.0, 3.0, 0.0]
+
+    def answer(n: int) -> list[int]:
+        prompt = ids_of(asking, prompts.examples[n].prompt)
+        return greedy(asking, prompt, lambda ids: _second_run(model, ids, factors, len(prompt) - 1)[-1])
+
+    one = Intervention("juice", "memorized", passes=2, applied=in_two_passes(model, factors), in_one_go=True)
+    few = prompts.of(np.arange(6))
+    assert scores(one, few).behaviour_N.tolist() == labels_by(asking, few, answer)
+    ids = ids_of(asking, few.examples[0].prompt)
+    with one.applied(None):
+        ours = plainly(model, ids)[-1]
+    torch.testing.assert_close(ours, _second_run(model, ids, factors, len(ids) - 1)[-1])
+    # One pass scales what the changed layers below have made of it, which is something else.
+    with in_one_pass(model, factors)(None):
+        assert not torch.allclose(plainly(model, ids)[-1], ours, atol=1e-4)
+
+
+def _second_run(model: Any, ids: list[int], factors: dict[int, Tensor], start: int) -> Tensor:
+    given: dict[int, Tensor] = {}
+    projections = {layer: blocks_of(model)[layer].attn.c_proj for layer in factors}
+
+    def keep(layer: int, module: Any, args: tuple[Tensor, ...]) -> None:
+        given[layer] = args[0].clone()
+
+    handles = [p.register_forward_pre_hook(partial(keep, layer)) for layer, p in projections.items()]
+    plainly(model, ids)
+    for handle in handles:
+        handle.remove()
+
+    def add(layer: int, module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        states = args[0].clone()
+        states[:, start:] += factors[layer] * given[layer][:, start:]
+        return (states, *args[1:])
+
+    handles = [p.register_forward_pre_hook(partial(add, layer)) for layer, p in projections.items()]
+    logits = plainly(model, ids)
+    for handle in handles:
+        handle.remove()
+    return logits
+
+
+def test_scaled_neurons_are_scaled_columns_of_the_down_projection(bench: Bench) -> None:
+    model, ids = bench.asking.model, ids_of(bench.asking, bench.test["conflict"].examples[0].prompt)
+    neurons = ircan.common_neurons(bench, "generalized")[:4]
+    with ircan.scaled(bench, neurons, 3.0)(None):
+        ours = plainly(model, ids)
+    projections = {layer: blocks_of(model)[layer].mlp.c_proj for layer, _ in neurons}
+    before = {layer: module.weight.detach().clone() for layer, module in projections.items()}
+    for layer, neuron in neurons:
+        projections[layer].weight.data[neuron] *= 3.0  # GPT-2's weight is transposed
+    theirs = plainly(model, ids)
+    for layer, module in projections.items():
+        module.weight.data.copy_(before[layer])
+    torch.testing.assert_close(ours, theirs)
+    with ircan.scaled(bench, neurons, 1.0)(None):
+        assert torch.equal(plainly(model, ids), plainly(model, ids))
+
+
+def test_attributions_add_up_to_the_change_along_the_path(bench: Bench) -> None:
+    """Completeness: the integrals of a layer add up to p(wanted) at its one end minus that at its other end."""
+    asking, prompts = bench.asking, bench.fit.prompts["conflict"]
+    found_NLD = ircan.attributions(bench, "generalized")
+    example = ircan.spread_groups(prompts.examples)[0]
+    bare = prompts.bares[prompts.examples.index(example)]
+    assert bare is not None
+    ids, layer = ids_of(asking, example.prompt), 1
+    projection, given = blocks_of(asking.model)[layer].mlp.c_proj, list[Tensor]()
+    handle = projection.register_forward_pre_hook(lambda _, args: given.append(args[0][0, -1].clone()))
+    plainly(asking.model, ids_of(asking, bare.prompt))
+    handle.remove()
+    wanted = ids_of(asking, example.prompt + str(example.generalized))[len(ids)]
+
+    def patch(states: Tensor) -> Tensor:
+        return torch.cat([states[:, :-1], given[0][None, None]], dim=1)
+
+    with by_hand(projection, patch):
+        at_bare = float(plainly(asking.model, ids)[-1].softmax(-1)[wanted])
+    with_text = float(plainly(asking.model, ids)[-1].softmax(-1)[wanted])
+    assert found_NLD[0, layer].sum() == pytest.approx(with_text - at_bare, abs=0.02)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft uses an old name of the library
+def test_an_adapter_is_what_peft_makes_of_it(bench: Bench) -> None:
+    """The same adapter, made and merged by peft alone."""
+    peft = pytest.importorskip("peft")
+    from copy import deepcopy
+
+    model, ids = bench.asking.model, ids_of(bench.asking, bench.test["conflict"].examples[0].prompt)
+    described = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
+    adapted = peft.get_peft_model(deepcopy(model), described)
+    torch.manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.1)
+    theirs = plainly(adapted, ids)
+    layers = {n: m for n, m in adapted.get_base_model().named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+    deltas = {name: module.get_delta_weight("default").detach() for name, module in layers.items()}
+    before = {name: parameter for name, parameter in model.named_parameters()}
+    plain = plainly(model, ids)
+    with with_weights(model, deltas)(None):
+        torch.testing.assert_close(plainly(model, ids), theirs, atol=1e-4, rtol=1e-4)
+    with with_weights(model, deltas, 0.0)(None):
+        assert torch.equal(plainly(model, ids), plain)
+    assert torch.equal(plainly(model, ids), plain)
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("method", ["lora", "dpo"])
+def test_training_an_adapter_leaves_the_model_as_it_was(bench: Bench, method: str) -> None:
+    model = bench.asking.model
+    before = {
+        name: (parameter.detach().clone(), parameter.requires_grad) for name, parameter in model.named_parameters()
+    }
+    modules = [type(module) for module in model.modules()]
+    candidates(method, bench, "memorized")
+    assert [type(module) for module in model.modules()] == modules
+    assert not hasattr(model, "peft_config")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name][0])
+        assert parameter.requires_grad == before[name][1]
+        assert parameter.grad is None
+
+
+def test_a_low_rank_edit_is_its_formula() -> None:
+    generator = torch.Generator().manual_seed(0)
+    h, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((2, 3, 8), (4, 8), (4,)))
+    rotation = reft.orthonormal(torch.randn(4, 8, generator=generator))
+    torch.testing.assert_close(rotation @ rotation.T, torch.eye(4), atol=1e-6, rtol=0)
+    found = reft.low_rank(rotation, weight, bias)(h)
+    for n, t in np.ndindex(2, 3):
+        wanted = h[n, t] + rotation.T @ (weight @ h[n, t] + bias - rotation @ h[n, t])
+        torch.testing.assert_close(found[n, t], wanted, atol=1e-5, rtol=1e-5)
+    # Inside the subspace the state is W h + b, outside of it nothing moves.
+    torch.testing.assert_close(found @ rotation.T, h @ weight.T + bias, atol=1e-5, rtol=1e-5)
+    assert torch.equal(reft.low_rank(rotation, weight, bias, 0.0)(h), h)
+
+
+def test_a_knob_set_to_its_own_value_changes_nothing(bench: Bench) -> None:
+    model, ids = bench.asking.model, ids_of(bench.asking, bench.test["conflict"].examples[0].prompt)
+    knob_D = knob.learned(bench, 1)
+    assert float(knob_D.norm()) == pytest.approx(1.0, abs=1e-5)
+    states_NTD = torch.randn(2, 3, len(knob_D), generator=torch.Generator().manual_seed(0))
+    own_N = knob.coordinate(states_NTD, knob_D)[:, 0]
+    assert torch.equal(knob.held(knob_D, own_N)(states_NTD[:, :1]), states_NTD[:, :1])
+    set_to = knob.held(knob_D, 2.5)(states_NTD)
+    torch.testing.assert_close(set_to @ knob_D, torch.full((2, 3), 2.5), atol=1e-4, rtol=0)
+    plain = plainly(model, ids)
+    with at_block(model, 1, knob.held(knob_D, 5.0))(None):
+        assert not torch.allclose(plainly(model, ids), plain)
+
+
+def test_strength_zero_is_the_model_itself_bit_by_bit(
+    bench: Bench, fitted: dict[tuple[str, Toward], Intervention]
+) -> None:
+    model, ids = bench.asking.model, ids_of(bench.asking, bench.test["conflict"].examples[0].prompt)
+    plain = plainly(model, ids)
+    ranks = juice.heads_for(bench, "generalized")
+    vector = bench.cache.setdefault("zero", iti.head_vector(np.zeros((3, 4, 16)), "generalized"))
+    nothing = {
+        "iti": by_vector(model, "iti", vector, 0.0, {}).applied,
+        "june": in_one_pass(model, factors_of(model, ranks, 5, 0.0, 0.0)),
+        "juice": in_two_passes(model, factors_of(model, ranks, 5, 0.0, 0.0)),
+        "ircan": ircan.scaled(bench, ircan.common_neurons(bench, "generalized")[:4], 1.0),
+        "reft": at_block(model, 1, reft.low_rank(*reft.learned(bench, "generalized", 1, 1), 0.0)),
+    }
+    for name, applied in nothing.items():
+        with applied(None):
+            assert torch.equal(plainly(model, ids), plain), name
+
+
+def test_controls_move_each_state_as_far_somewhere_else(
+    bench: Bench, fitted: dict[tuple[str, Toward], Intervention]
+) -> None:
+    edit = reft.low_rank(*reft.learned(bench, "generalized", 1, 1))
+    states = torch.from_numpy(bench.sources("block").states_P2LD[:4, 0, 1])[:, None]
+    other = randomized(edit, (1, 2))
+    far, as_far = ((one(states) - states).norm(dim=-1) for one in (edit, other))
+    torch.testing.assert_close(far, as_far, atol=1e-4, rtol=1e-4)
+    assert torch.equal(other(states), randomized(edit, (1, 2))(states))
+    assert not torch.allclose(other(states), edit(states), atol=1e-3)
+    for method in ("caa", "nmd", "gradient", "learned", "iti", "knob", "reft"):
+        one = fitted[method, "generalized"]
+        assert one.norm > 0
+        assert one.drawn is not None
+        first, second = (scores(one.control(number), bench.test["conflict"]) for number in (0, 0))
+        assert first.behaviour_N.tolist() == second.behaviour_N.tolist()
+    assert math.isnan(fitted["cad", "generalized"].norm)
+
+
+def test_wordings_go_before_the_prompt_or_behind_its_text() -> None:
+    quoted = Quoted.of("Context: A is B.\nQuestion: A?\nAnswer:", "Question: A?\nAnswer:")
+    assert quoted == Quoted("", "Context: A is B.\n", "Question: A?\nAnswer:")
+    assert Wording("Read.", "behind").added(quoted) == "Context: A is B.\nRead.\nQuestion: A?\nAnswer:"
+    assert Wording("Read.").added(quoted) == "Read.\nContext: A is B.\nQuestion: A?\nAnswer:"
+    between = Quoted.of("Question: A?\nContext: A is B.\nAnswer:", "Question: A?\nAnswer:")
+    assert between == Quoted("Question: A?\n", "Context: A is B.\n", "Answer:")
+    inline = Quoted.of("A is B. Q: A?", "Q: A?")
+    assert Wording("Read.", "behind").added(inline) == "A is B. Read. Q: A?"
+    assert inline.with_text("C is D.") == "C is D. Q: A?"
+    for bare in (None, "A is B. Q: A?", "something else"):
+        whole = Quoted.of("A is B. Q: A?", bare)
+        assert whole == Quoted("", "", "A is B. Q: A?")
+        assert Wording("Read.", "behind").added(whole) == "Read.\nA is B. Q: A?"
+
+
+def test_exact_match_is_of_the_first_line_in_its_normal_form() -> None:
+    assert is_exact(" Paris.\nQuestion", " paris")
+    assert is_exact("the Hague", "Hague")
+    assert not is_exact(" Paris is", " Paris")
+    assert not is_exact("", " Paris")
+
+
+def test_divergence_on_neutral_text_is_that_of_plain_passes(
+    bench: Bench, fitted: dict[tuple[str, Toward], Intervention]
+) -> None:
+    neutral = Neutral(bench)
+    places = np.concatenate([batch.examples_N for batch in neutral.batches])
+    for one in (fitted[method, "generalized"] for method in ("reft", "ircan", "juice", "lora", "caa")):
+        found = np.concatenate([first for first, _ in neutral.divergence(one)])
+        for place, kl in zip(places.tolist(), found.tolist(), strict=True):
+            ids = neutral.encoded[place].context
+            plain = plainly(bench.asking.model, ids)[-1].log_softmax(-1)
+            with one.applied(None):
+                steered = plainly(bench.asking.model, ids)[-1].log_softmax(-1)
+            assert kl == pytest.approx(float((plain.exp() * (plain - steered)).sum()), abs=1e-5), one.method
+    nothing = np.concatenate([first for first, _ in neutral.divergence(Intervention("", "generalized"))])
+    assert np.abs(nothing).max() < 1e-6
+    assert not list(neutral.divergence(fitted["cad", "generalized"]))
+
+
+def test_what_a_method_cannot_take_is_one_line(bench: Bench) -> None:
+    without = Bench.of(bench.asking, LittleFacts(bares=False), bench.config)
+    for method in ("cad", "adacad", "coiecd", "ircan"):
+        with pytest.raises(InputError, match="has no bare question"):
+            candidates(method, without, "generalized")
+    with pytest.raises(InputError, match="methods: 'other' is not one of prompt, cad"):
+        candidates("other", bench, "generalized")
+    assert replace(bench).has_bares

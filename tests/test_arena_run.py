@@ -1,0 +1,253 @@
+"""An arena from its lists to its page: what is frozen, how settings are chosen, resuming, results, and bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+import mnemoscope as ms
+from little_facts import LittleFacts
+from mnemoscope.arena import choose
+from mnemoscope.arena.choose import best_of
+from mnemoscope.arena.contract import Intervention
+from mnemoscope.arena.lists import Bench
+from mnemoscope.behaviour import Asking, Scores
+from mnemoscope.cli import app
+from mnemoscope.config import parse_arena
+from mnemoscope.errors import InputError
+from mnemoscope.report import build_arena
+from mnemoscope.report.arena import Records, results_of
+from test_arena import SIZES
+
+CHEAP = ("prompt", "cad", "caa", "nmd", "low-rank")
+
+
+def run(little: Asking, out: Path, **changes: Any) -> dict[str, Any]:
+    given: dict[str, Any] = {"task": LittleFacts(), "methods": CHEAP, "sizes": SIZES, **changes}
+    page = ms.arena(little.model, little.tokenizer, out=out, **given)
+    assert page == out / "arena.html"
+    return dict(json.loads((out / "arena" / "results.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def finished(little: Asking, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("arena")
+    run(little, out)
+    return out
+
+
+def test_the_test_set_is_frozen_before_anything_is_applied(little: Asking, finished: Path) -> None:
+    results = json.loads((finished / "arena" / "results.json").read_text())
+    table = pd.read_parquet(finished / "arena" / "set.parquet")
+    task = LittleFacts()
+    assert set(table["group"].map(task.split_of)) == {"test"}
+    assert results["known"] == 48
+    counts = table["list"].value_counts().to_dict()
+    assert counts == results["lists"]
+    assert set(table.loc[table["list"] == "conflict", "kind"]) == {"conflict"}
+    for kept in ("agreeing", "bare"):
+        assert set(table.loc[table["list"] == kept, "unsteered"]) == {"correct"}
+    assert {"longer text", "few-shot", "instruction in French", "both answers", "paraphrase"} <= set(counts)
+    for name in (*CHEAP, "unsteered"):
+        answers = pd.read_parquet(finished / "arena" / f"{name}-answers.parquet")
+        for (_, listed, _), part in answers.groupby(["toward", "list", "draw"]):
+            assert len(part) == counts[listed], (name, listed)
+
+
+def test_no_group_is_fitted_on_and_judged(little: Asking) -> None:
+    bench = Bench.of(little, LittleFacts(), parse_arena(SIZES))
+    groups = {
+        "fit": {e.group for prompts in bench.fit.prompts.values() for e in prompts.examples},
+        "tune": {e.group for prompts in bench.tune.values() for e in prompts.examples},
+        "test": {e.group for prompts in bench.test.values() for e in prompts.examples},
+    }
+    assert not groups["fit"] & groups["tune"]
+    assert not groups["fit"] & groups["test"]
+    assert not groups["tune"] & groups["test"]
+    assert {pair.group for pair, _ in bench.pairs} <= groups["fit"]
+
+
+def test_results_follow_from_the_records(finished: Path) -> None:
+    records = Records.of(finished / "arena")
+    results = results_of(records)
+    for name in CHEAP:
+        for toward in ("generalized", "memorized"):
+            found, labels = results["methods"][name][toward], records.labels(name, toward, "conflict")
+            assert found["wanted"]["estimate"] == pytest.approx(np.mean(labels == toward))
+            shares = [found[share]["estimate"] for share in ("wanted", "opposite", "neither")]
+            assert sum(shares) == pytest.approx(1)
+            assert found["mix"]["n"] == 3 * min(results["lists"][one] for one in ("conflict", "agreeing", "bare"))
+            assert found["control"] is None if name in ("prompt", "cad") else found["control"]["draws"] == 2
+            for baseline, test in found["tests"].items():
+                theirs = records.labels(baseline, toward, "conflict") == toward
+                difference = np.mean((labels == toward).astype(float) - theirs)
+                assert test["difference"]["estimate"] == pytest.approx(difference)
+                assert test["p_holm"] >= test["p"]
+    assert results["winner"]["generalized"] in CHEAP
+    assert set(results["methods"]["nmd"]["generalized"]["tests"]) >= {"prompt", "cad"}
+    assert results["methods"]["cad"]["passes"] == 2
+    assert np.isnan(results["methods"]["cad"]["memorized"]["divergence"]["first"])
+    assert results["methods"]["nmd"]["memorized"]["divergence"]["first"] > 0
+
+
+def test_a_gate_leaves_answers_as_they_were_where_it_does_not_act(finished: Path) -> None:
+    records = Records.of(finished / "arena")
+    assert records.frame["no_gate"] == ""
+    results = results_of(records)
+    for name in CHEAP:
+        right = []
+        for listed in ("conflict", "agreeing", "bare"):
+            acts = records.set.loc[records.set["list"] == listed, "acts_generalized"].to_numpy()
+            mine, own = (records.labels(who, "generalized", listed) for who in (name, "unsteered"))
+            side = "generalized" if listed == "conflict" else "correct"
+            right += [(mine if act else own)[n] == side for n, act in enumerate(acts[:8])]
+        gated = results["methods"][name]["generalized"]["gated"]
+        assert gated["estimate"] == pytest.approx(np.mean(right))
+        assert 0 < gated["acts"]["conflict"] < 1
+
+
+def test_the_page_and_its_markdown_show_every_method(finished: Path, tmp_path: Path) -> None:
+    page = build_arena(finished, beside=[finished]).read_text()
+    assert page.count("<svg") == 4
+    assert "http" not in page.replace("http://www.w3.org", "")
+    assert "To follow memory: answers" in page
+    done = subprocess.run(
+        [sys.executable, "docs/arena.py", str(finished), str(finished)], capture_output=True, text=True, check=True
+    )
+    for name in (*CHEAP, "unsteered"):
+        assert f'<th scope="row">{name}</th>' in page
+        assert f"| {name} | " in done.stdout
+    build_arena(finished)
+
+
+def test_a_killed_arena_goes_on_where_it_stopped(little: Asking, finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    for name in ("nmd.json", "nmd-answers.parquet", "results.json"):
+        (out / "arena" / name).unlink()
+    stamp = (out / "arena" / "cad.json").stat().st_mtime_ns
+    before = pd.read_parquet(finished / "arena" / "nmd-answers.parquet")
+    seen: list[str] = []
+    run(little, out, progress=lambda cell, stage, *_: seen.append(stage))
+    assert seen == ["frame", "nmd", "page"]
+    assert (out / "arena" / "cad.json").stat().st_mtime_ns == stamp
+    pd.testing.assert_frame_equal(pd.read_parquet(out / "arena" / "nmd-answers.parquet"), before)
+    seen.clear()
+    run(little, out, progress=lambda cell, stage, *_: seen.append(stage))
+    assert seen == []
+    with pytest.raises(InputError, match=r"out: .* holds an arena whose sizes is"):
+        run(little, out, sizes=SIZES | {"conflicts": 20})
+
+
+def test_the_choice_is_that_of_trying_everything(little: Asking, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Worth is wanted less lost; a candidate is not asked what it loses once it cannot win any more."""
+    shares = {"a": (0.9, 0.5), "b": (0.7, 1.0), "c": (0.5, 1.0), "d": (0.7, 0.9)}
+    asked: list[tuple[str, str]] = []
+
+    class Named(list):  # type: ignore[type-arg]
+        name = ""
+
+    def named(name: str) -> Any:
+        made = Named(range(10))
+        made.name = name
+        return made
+
+    def scores(one: Intervention, prompts: Any) -> Scores:
+        asked.append((one.method, prompts.name))
+        wanted, kept = shares[one.method]
+        found = Scores.empty(10)
+        label, share = ("generalized", wanted) if prompts.name == "conflict" else ("correct", kept)
+        found.behaviour_N = np.array([label if n < round(10 * share) else "other" for n in range(10)], dtype=object)
+        return found
+
+    monkeypatch.setattr(choose, "scores", scores)
+    tune = {name: named(name) for name in ("conflict", "agreeing", "bare")}
+    best, compared = best_of([Intervention(name, "generalized") for name in shares], tune)
+    assert best.one.method == "b"
+    assert best.worth == pytest.approx(0.7)
+    assert [tuned.one.method for tuned in compared] == ["a", "b"]
+    assert ("c", "bare") not in asked
+
+
+def test_what_cannot_be_fitted_is_left_out_and_named(little: Asking, tmp_path: Path) -> None:
+    task = LittleFacts(bares=False)
+    sizes = SIZES | {"varied": 0, "written": 0, "cuts": 0}
+    with pytest.raises(InputError, match="cad: task 'little-facts' has no bare question"):
+        run(little, tmp_path / "asked", task=task, methods=("cad",), sizes=sizes)
+    import mnemoscope.arena.run as runs
+
+    before = runs.METHODS
+    try:
+        runs.METHODS = {name: before[name] for name in ("cad", "caa")}
+        results = run(little, tmp_path / "all", task=task, methods=None, sizes=sizes)
+    finally:
+        runs.METHODS = before
+    assert list(results["left_out"]) == ["cad"]
+    assert list(results["methods"]) == ["caa"]
+
+
+def test_the_command_runs_an_arena_and_rebuilds_its_page(little: Asking, shared_folder: Path, tmp_path: Path) -> None:
+    sizes = SIZES | {"varied": 0, "written": 0, "cuts": 0}
+    given = [f"--size={name}={value}" for name, value in sizes.items()]
+    model, out = str(shared_folder / "little"), str(tmp_path / "run")
+    command = ["arena", model, "--task", "little_facts:LittleFacts", "-o", out, "--method", "caa", *given, "--json"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    results = json.loads(Path(found["results"]).read_text())
+    assert list(results["methods"]) == ["caa"]
+    assert Path(found["page"]).is_file()
+    Path(found["page"]).unlink()
+    again = CliRunner().invoke(app, ["report", out, "--beside", out, "--json"])
+    assert again.exit_code == 0, again.output
+    assert Path(found["page"]).read_text().count("<svg") == 4
+    refused = CliRunner().invoke(app, [*command[:6], "--method", "cda"])
+    assert refused.exit_code == 2
+    assert refused.stderr.startswith("error: methods: 'cda' is not one of prompt")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ("cda",)}, r"methods: 'cda' is not one of prompt, cad"),
+        ({"sizes": {"conflicts": 2}}, r"conflicts: Input should be greater than or equal to 6 \(got 2\)"),
+        ({"sizes": {"conflict": 20}}, r"conflict: Extra inputs are not permitted"),
+        ({"task": None}, r"task: None; give"),
+        ({"task": "none.jsonl"}, r"task: the file none.jsonl does not exist"),
+        ({"size": {}}, r"size: arena has no such argument; it has sizes, prompting"),
+    ],
+)
+def test_bad_input_is_one_line(little: Asking, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message) as raised:
+        run(little, tmp_path, **changes)
+    assert "\n" not in str(raised.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_few_groups_and_nothing_known_are_refused(little: Asking, tmp_path: Path) -> None:
+    class Few(LittleFacts):
+        def examples(self, rng: Any, n: int, kind: Any) -> list[Any]:
+            return [e for e in super().examples(rng, n, kind) if e.split != "test" or e.group in ("land0", "land1")]
+
+    class Foreign(LittleFacts):
+        def facts_to_know(self) -> list[Any]:
+            return [e for e in super().facts_to_know() if e.answer == " nothing"] or [
+                ms.Example(e.item, e.prompt, "memory", e.group, answer=" town0" if e.answer != " town0" else " town1")
+                for e in super().facts_to_know()
+            ]
+
+    with pytest.raises(InputError, match=r"task: the test split has conflicts of \d groups .* at least 6 are needed"):
+        run(little, tmp_path, task=Few(known=False))
+    with pytest.raises(InputError, match="it knows none of the task's facts by heart"):
+        run(little, tmp_path, task=Foreign())
+    with pytest.raises(InputError, match="holds no arena"):
+        Records.of(tmp_path / "arena")

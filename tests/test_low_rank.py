@@ -1,0 +1,123 @@
+"""Low-rank shifts: learned from the wanted answer and from the model's own, packed, and beside their controls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from helpers import mini_examples
+from mnemoscope.behaviour import Asking, prepare
+from mnemoscope.directions import (
+    ANSWERED,
+    LOW_RANK,
+    Directions,
+    FitLists,
+    Labels,
+    Setting,
+    Sources,
+    control_draws,
+    read_sources,
+    share_of,
+    steered,
+    with_prefixes,
+)
+from mnemoscope.directions.low_rank import packed, unpacked
+from mnemoscope.steering import LowRank
+from mnemoscope.tasks import Example
+
+
+@pytest.fixture
+def asking(mini: Callable[[str], Asking]) -> Asking:
+    return replace(mini("addition"), batch_size=16)
+
+
+def of_family(*families: str, n: int = 40) -> list[Example]:
+    found = [e for e in mini_examples("addition", 600) if e.kind == "conflict" and e.family in families]
+    return found[:n]
+
+
+def sources_of(asking: Asking, steps: int, bare: Sequence[Example] | None = None) -> tuple[Sources, list[Example]]:
+    """Swapped sums, which the model adds up, to be answered with their codes; a teacher's prompts beside them."""
+    swapped = of_family("swapped")
+    plain = [replace(e, prompt="+".join(reversed(e.prompt.rstrip("=").split("+"))) + "=") for e in swapped]
+    batches = with_prefixes(asking, swapped)
+    both, items = {"memorized": batches, "generalized": batches}, [e.item for e in swapped]
+    novel = with_prefixes(asking, [e for e in mini_examples("addition", 60) if e.kind == "novel"])
+    found = FitLists(asking, both, both, {"memorized": novel, "generalized": novel}, low_rank_steps=steps)  # type: ignore[arg-type]
+    found = replace(found, items={"memorized": (items, items), "generalized": (items, items)})
+    if bare is None:
+        found = replace(found, bare=(plain, plain))
+    pairs = list(zip(plain[:20], swapped[:20], strict=True))
+    return read_sources("block", pairs, asking, lambda: found), swapped
+
+
+def setting(direction: str = "to_memorized", factor: float = 1.0) -> Setting:
+    return Setting(direction, LOW_RANK, "block", (0, 1), 1.0, factor, "all")
+
+
+@pytest.mark.parametrize("bare", [None, ()])
+def test_a_low_rank_shift_learns_from_a_teacher_and_from_the_wanted_answer(
+    asking: Asking, bare: Sequence[Example] | None
+) -> None:
+    """On the examples that it was taught: a teacher that reads the stored order knows their codes."""
+    sources, swapped = sources_of(asking, 150, bare)
+    batches = prepare(asking, swapped)
+    vector = Directions(sources).vector(setting())
+    nothing = Directions(sources).vector(setting(factor=0.0))
+    before, after = (share_of(steered(asking, batches, one), "memorized") for one in (nothing, vector))
+    assert vector.positions == "all"
+    assert after > before + 0.3, (before, after)
+    assert all(parameter.grad is None for parameter in asking.model.parameters())
+    novel = [e for e in mini_examples("addition", 200) if e.kind == "novel"]
+    kept = [share_of(steered(asking, prepare(asking, novel), one), "correct") for one in (nothing, vector)]
+    assert kept[1] > 0.2, kept  # of sums that are taught to stay
+
+
+def test_a_packed_shift_comes_back(asking: Asking) -> None:
+    edits = {1: LowRank(torch.randn(3, 64), torch.randn(3), torch.randn(3, 64))}
+    back = unpacked(packed(edits, (4, 64)))
+    assert list(back) == [1]
+    for part, again in zip(edits[1], back[1], strict=True):
+        torch.testing.assert_close(part, again)
+
+
+def test_factors_scale_what_was_learned_once(asking: Asking) -> None:
+    directions = Directions(sources_of(asking, 5)[0])
+    whole, half = directions.vector(setting()), directions.vector(setting(factor=0.5))
+    for layer, edit in whole.low_rank.items():
+        torch.testing.assert_close(half.low_rank[layer].write_KD, edit.write_KD / 2)
+        torch.testing.assert_close(half.low_rank[layer].read_KD, edit.read_KD)
+
+
+@pytest.mark.parametrize("name", ["random_sign", "gaussian", "indifference", "permuted_answers"])
+def test_controls_write_as_much_in_units_of_spread(asking: Asking, name: str) -> None:
+    directions = Directions(sources_of(asking, 5)[0])
+    vector, spread_LD = directions.vector(setting()), directions.sources.spread_LD
+
+    def norm(low_rank: dict[int, LowRank]) -> float:
+        return float(
+            np.sqrt(sum(((e.write_KD.numpy() / spread_LD[layer]) ** 2).sum() for layer, e in low_rank.items()))
+        )
+
+    first, second = (dict(drawn.low_rank) for _, drawn in control_draws(name, directions, setting(), 2, (0,)))
+    assert norm(first) == pytest.approx(norm(dict(vector.low_rank)), rel=1e-4)
+    assert not torch.equal(first[1].write_KD, second[1].write_KD)
+    again = dict(control_draws(name, directions, setting(), 1, (0,)))
+    torch.testing.assert_close(again[0].low_rank[1].write_KD, first[1].write_KD)
+
+
+def test_controls_that_choose_neurons_do_not_exist(asking: Asking) -> None:
+    directions = Directions(sources_of(asking, 3)[0])
+    for name in ("random_neurons", "low_correlation", "shuffled_labels"):
+        assert list(control_draws(name, directions, setting(), 2, (0,))) == []
+
+
+def test_labels_of_a_shuffle_are_not_taught_by_the_model(asking: Asking) -> None:
+    """Its teacher would know the answers."""
+    directions = Directions(sources_of(asking, 5)[0])
+    answered, shuffled = directions.vectors(setting(), [ANSWERED, Labels(1)])
+    assert not torch.allclose(answered.low_rank[1].write_KD, shuffled.low_rank[1].write_KD, atol=1e-3)
