@@ -22,7 +22,7 @@ from mnemoscope.arena.contract import Intervention, Quoted, Wording
 from mnemoscope.arena.fitting import randomized
 from mnemoscope.arena.heads import Ranked, factors_of, in_one_pass, in_two_passes
 from mnemoscope.arena.lists import Bench, Prompts
-from mnemoscope.arena.methods import METHODS, adacad, cad, candidates, coiecd, ircan, iti, juice, knob, reft
+from mnemoscope.arena.methods import METHODS, adacad, cad, candidates, coiecd, dpo, ircan, iti, juice, knob, reft
 from mnemoscope.arena.vectors import at_block, by_vector
 from mnemoscope.behaviour import Asking
 from mnemoscope.config import parse_arena
@@ -465,3 +465,31 @@ def test_what_a_method_cannot_take_is_one_line(bench: Bench) -> None:
     with pytest.raises(InputError, match="methods: 'other' is not one of prompt, cad"):
         candidates("other", bench, "generalized")
     assert replace(bench).has_bares
+
+
+def test_preference_is_its_formula(bench: Bench) -> None:
+    """An adapter that starts as the model itself: nothing is preferred more than before, whichever answer is wanted."""
+    from copy import deepcopy
+
+    from mnemoscope.config import LoraConfig
+    from mnemoscope.models import adapt
+
+    adapted = adapt(deepcopy(bench.asking.model), LoraConfig(rank=2), 0)
+    asking = replace(bench.lists.asking, model=adapted)
+    batch = bench.lists.conflicts["generalized"][0]
+    wanted = torch.arange(len(batch.examples_N)) % 2
+    assert dpo.preference(asking)(batch, wanted).item() == pytest.approx(math.log(2), abs=1e-5)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.05)
+    losses = []
+    for number, n in enumerate(batch.examples_N.tolist()):
+        example, changes = bench.fit.prompts["conflict"].examples[n], []
+        for answer in (example.memorized, example.generalized):
+            ids, prompt = ids_of(asking, example.prompt + str(answer)), ids_of(asking, example.prompt)
+            rows = [plainly(one, ids).log_softmax(-1) for one in (adapted, bench.asking.model)]
+            sums = [sum(float(row[t - 1, ids[t]]) for t in range(len(prompt), len(ids))) for row in rows]
+            changes.append(sums[0] - sums[1])
+        other, chosen = changes if wanted[number] else changes[::-1]
+        losses.append(math.log1p(math.exp(-dpo.BETA * (chosen - other))))
+    assert dpo.preference(asking)(batch, wanted).item() == pytest.approx(np.mean(losses), abs=1e-4)

@@ -16,9 +16,9 @@ from torch.nn.functional import logsigmoid
 
 from mnemoscope.arena.adapters import trained, with_weights
 from mnemoscope.arena.contract import Intervention, unchanged
-from mnemoscope.arena.fitting import Loss, log_p, surprise
+from mnemoscope.arena.fitting import Loss, surprise
 from mnemoscope.arena.lists import Bench
-from mnemoscope.behaviour import Asking, Batch
+from mnemoscope.behaviour import Asking, Batch, log_probabilities, without_prefix
 from mnemoscope.steering import Toward
 
 STRENGTHS = (0.25, 0.5, 1.0)  # of the adapter once it is trained
@@ -48,12 +48,12 @@ def preference(asking: Asking) -> Loss:
     def loss(batch: Batch, option_N: Tensor) -> Tensor:
         with torch.no_grad(), asking.model.disable_adapter():
             before_N = _margin(asking, batch, option_N)
-        return -logsigmoid(BETA * (_margin(asking, batch, option_N) - before_N)).mean()
+        return -logsigmoid(BETA * (_margin(asking, without_prefix(batch), option_N) - before_N)).mean()
 
     return loss
 
 
 def _margin(asking: Asking, batch: Batch, option_N: Tensor) -> Tensor:
-    """Log probability of one option minus that of the other, in nats; (N,)."""
-    wanted_N, other_N = (log_p(asking, unchanged, batch, option, True) for option in (option_N, 1 - option_N))
-    return wanted_N - other_N
+    """Log probability of one option minus that of the other, in nats, from one pass over the prompt; (N,)."""
+    logp_N2 = log_probabilities(asking, batch)
+    return (2 * option_N.to(logp_N2.device) - 1) * (logp_N2[:, 1] - logp_N2[:, 0])

@@ -26,7 +26,7 @@ from mnemoscope.steering import Edit, Toward, edited
 COUNTS = (4, 8, 16)  # neurons that are scaled
 FACTORS = {"generalized": (2.0, 4.0, 8.0), "memorized": (0.0, 2.0, 4.0, 8.0)}  # 0: what carries the context is erased
 STEPS = 8  # of the integral
-EXAMPLES = 16
+EXAMPLES = 8
 TOP = 20  # neurons of each example that count as its top
 
 
