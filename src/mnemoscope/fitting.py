@@ -27,26 +27,30 @@ if TYPE_CHECKING:
 # Tried in each layer; standardized NMD, as huge activations of a few neurons would dominate the plain one.
 METHODS = ("standardized-nmd", "gradient", "learned")
 NOT_EXPORTED = ("low-rank",)  # it depends on the state, so it is not tried where vectors are to be exported
-TRIED: dict[str, dict[str, list[Any]]] = {"block": {"tops": [0.5], "strengths": [0.1, 0.2, 0.4]}}
+# In units of each neuron's spread: from shifts that do nothing to those that break a model, whichever it is.
+TRIED: dict[str, dict[str, list[Any]]] = {"block": {"tops": [0.5], "strengths": [0.1, 0.2, 0.4, 0.8]}}
 ONE_LAYER = len(METHODS) * sum(math.prod(map(len, grid.values())) for grid in TRIED.values())
 SETTINGS = 6 * ONE_LAYER
 STEERING = {
+    "unit": "spread",
+    "halving": 2,
     **{"fit_pairs": 300, "fit_others": 200, "learned_steps": 24, "kept_weight": 1.0},
-    **{"tune_pairs": 120, "tune_others": 60, "tune_draws_again": 4, "judged_examples": 200},
+    **{"tune_pairs": 60, "tune_others": 60, "tune_draws_again": 4, "judged_examples": 160},
     "tune_refits": 0,  # refitted controls are judged on test; while settings are compared they would cost the most
     "norm_draws": 0,
-    "low_rank": {"refits": 1},
+    "low_rank": {"refits": 0},
     "controls_of": "best",
-    "conflict_draws": 4,  # as in the built-in studies: nothing is claimed about these controls
-    **{"control_limit": 0.15, "collateral_limit": 0.05},
+    **{"draws": 4, "conflict_draws": 4},
+    **{"control_limit": 0.15, "collateral_limit": 0.08, "neither_limit": 0.12},
 }
 MEASURED: dict[str, Any] = {
     "pairs": {"batch_size": 64, "rephrasings": 3, "fit_examples": 500, "tune_examples": 250}
-    | {"test_examples": 500, "behaviour_examples": 300},
+    | {"test_examples": 500, "behaviour_examples": 300, "at_once": 2048},
     "probes": {"offsets": [0], "pairs": 800},
-    "effects": {"pairs": 40, "draws": 1, "doses": [0.0, 0.5, 1.0, 2.0], "ablated": [0.1]},
+    "effects": {"pairs": 40, "draws": 1, "doses": [0.0, 0.5, 1.0, 2.0], "ablated": [0.1]}
+    | {"methods": "best", "patched": False},
     "detection": {"fitted": True},
-    "neutral": {"cuts": 200, "texts": 32, "length": 64},
+    "neutral": {"cuts": 64, "texts": 32, "length": 64, "doses": [0.5, 1.0, 2.0]},
 }
 
 

@@ -131,8 +131,7 @@ def score_read(asking: Asking, batches: Sequence[Batch], read: Callable[[Batch, 
             one = with_options(batch, (has_N * option)[None])
             logits_NMV = read(batch, one)
             first_N, tie_first_N = _greedy(logits_NMV[:, 0], tie)
-            suffix_NM = one.suffix_RM[:, : logits_NMV.shape[1] - 1]
-            answers = Answers(one.example_R, suffix_NM, one.length_R, logits_NMV[:, 1:])
+            answers = Answers.whole(one, logits_NMV[:, 1:])
             ends_N, ties_N = _ends(answers, closing, tie)
             fits_N = (first_N == one.suffix_RM[:, 0]) & ends_N
             fits_R[here_R] = fits_N[has_N]
@@ -151,7 +150,7 @@ def log_probabilities(asking: Asking, batch: Batch) -> Tensor:
     Column 0 is the memorized answer, or the only one, column 1 the generalized one (NaN where there is one answer).
     """
     contexts = read_contexts(asking.model, batch)
-    answers = read_answers(asking.model, batch, contexts, batch.length_R > 1, closed=False)
+    answers = read_answers(asking.model, batch, contexts, batch.length_R > 1)
     return by_option(batch, _log_p(batch, contexts.logits_NV, answers), torch.nan)
 
 
@@ -185,7 +184,7 @@ def _score_batch(
     tie = TIES.get(model.dtype, 1e-4)
     first_N, tie_N = _greedy(contexts.logits_NV, tie)
     fits_R = contexts.begins_N[batch.example_R] & (first_N[batch.example_R] == batch.suffix_RM[:, 0])
-    answers = read_answers(model, batch, contexts, fits_R | ((batch.length_R > 1) & margins))
+    answers = read_answers(model, batch, contexts, fits_R | ((batch.length_R > 1) & margins), closed_R=fits_R)
     if answers:
         ends_S, tie_S = _ends(answers, closing_V, tie)
         tie_N[batch.example_R[answers.rows_S[tie_S & fits_R[answers.rows_S]]]] = True
@@ -205,12 +204,18 @@ def _greedy(logits_V: Tensor, tie: float = 0.0) -> tuple[Tensor, Tensor]:
 
 
 def _ends(answers: Answers, closing_V: Tensor, tie: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Whether greedy decoding goes on as each answer does and closes it, and whether a tie was met on the way; (S,)."""
-    top_SM, tie_SM = _greedy(answers.logits_SMV, tie)
+    """Whether greedy decoding goes on as each answer does and closes it, and whether a tie was met on the way; (S,).
+
+    Of answers that were read to their end.
+    """
+    top_K, tie_K = _greedy(answers.logits_KV, tie)
+    places = answers.read_SM.nonzero(as_tuple=True)
+    top_SM = torch.zeros_like(answers.suffix_SM[:, : answers.read_SM.shape[1]]).index_put(places, top_K)
+    tie_SM = torch.zeros_like(answers.read_SM).index_put(places, tie_K)
     step_M = torch.arange(top_SM.shape[1], device=top_SM.device)
     used_SM = step_M < answers.length_S[:, None]
     inside_SM = step_M < answers.length_S[:, None] - 1  # tokens that are followed by a further token of the answer
-    goes_on_SM = top_SM == torch.roll(answers.suffix_SM, -1, dims=1)
+    goes_on_SM = top_SM == torch.roll(answers.suffix_SM, -1, dims=1)[:, : top_SM.shape[1]]
     right_SM = torch.where(inside_SM, goes_on_SM, closing_V[top_SM.clamp(max=len(closing_V) - 1)])
     return (right_SM | ~used_SM).all(1), (tie_SM & used_SM).any(1)
 
@@ -223,9 +228,12 @@ def _log_p(batch: Batch, logits_NV: Tensor, answers: Answers | None) -> Tensor:
     logp_R = logits_NV[batch.example_R, batch.suffix_RM[:, 0]] - logits_NV.logsumexp(1)[batch.example_R]
     if answers is None or answers.suffix_SM.shape[1] == 1:
         return logp_R
-    next_SM = answers.suffix_SM[:, 1:]
-    logp_S = _log_p_of(answers.logits_SMV[:, : next_SM.shape[1]], next_SM, answers.length_S - 1)
-    return logp_R.index_add(0, answers.rows_S, logp_S)
+    step_M = torch.arange(answers.read_SM.shape[1], device=answers.rows_S.device)
+    goes_on_SM = answers.read_SM & (step_M < answers.length_S[:, None] - 1)  # not where an answer ends
+    next_J = torch.roll(answers.suffix_SM, -1, dims=1)[:, : goes_on_SM.shape[1]][goes_on_SM]
+    logits_JV = answers.logits_KV[goes_on_SM[answers.read_SM]]
+    logp_J = logits_JV.gather(1, next_J[:, None])[:, 0] - logits_JV.logsumexp(1)
+    return logp_R.index_add(0, answers.rows_S[goes_on_SM.nonzero()[:, 0]], logp_J)
 
 
 def _log_p_of(logits_SMV: Tensor, tokens_SM: Tensor, length_S: Tensor) -> Tensor:
@@ -288,11 +296,11 @@ def score_contrasted(
         chosen = slice(start, start + asking.batch_size)
         batch, mine_NMV = _read_option(asking, examples[chosen], option)
         _, theirs_NMV = _read_option(asking, others[chosen], option)
-        rows_N, token_NM, length_N = batch.example_R, batch.suffix_RM, batch.length_R
+        token_NM, length_N = batch.suffix_RM, batch.length_R
         for number, weight in enumerate(weights):
             logits_NMV = (1 + weight) * mine_NMV - weight * theirs_NMV
             first_N, _ = _greedy(logits_NMV[:, 0])
-            ends_N, _ = _ends(Answers(rows_N, token_NM, length_N, logits_NMV[:, 1:]), closing_V)
+            ends_N, _ = _ends(Answers.whole(batch, logits_NMV[:, 1:]), closing_V)
             fits_W2N[number, option, chosen] = ((first_N == token_NM[:, 0]) & ends_N).cpu().numpy()
             logp_W2N[number, option, chosen] = _log_p_of(logits_NMV[:, :-1], token_NM, length_N).cpu().numpy()
     found = [Scores.empty(len(examples)) for _ in weights]

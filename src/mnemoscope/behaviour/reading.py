@@ -24,6 +24,7 @@ from mnemoscope.models import (
     backbone_of,
     bytes_of,
     cache_of,
+    logits_at,
     make_room,
     pass_inputs,
     recorded_blocks,
@@ -32,6 +33,7 @@ from mnemoscope.models import (
     select_rows,
     states_of,
     untouched_blocks,
+    with_last_logits,
     with_states,
 )
 
@@ -64,12 +66,20 @@ class Contexts:
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """A pass over options: their rows in the batch, their tokens and how many, and the logits at each of the tokens."""
+    """A pass over options: their rows in the batch, their tokens and how many, and logits at some of the tokens."""
 
     rows_S: Tensor
     suffix_SM: Tensor
     length_S: Tensor
-    logits_SMV: Tensor  # without ``closed`` of ``read_answers`` for all but the last column
+    read_SM: Tensor  # at which tokens
+    logits_KV: Tensor  # there, in order
+
+    @classmethod
+    def whole(cls, batch: Batch, logits_SMV: Tensor) -> Answers:
+        """A pass over the only option of each example, with the logits at all of its tokens."""
+        read_SM = torch.ones(logits_SMV.shape[:2], dtype=torch.bool, device=logits_SMV.device)
+        suffix_SM = batch.suffix_RM[:, : logits_SMV.shape[1]]
+        return cls(batch.example_R, suffix_SM, batch.length_R, read_SM, logits_SMV.flatten(0, 1))
 
 
 @torch.no_grad()
@@ -89,7 +99,7 @@ def cache_prefixes(asking: Asking, batches: Sequence[Batch], most_bytes: int = M
             continue
         inputs = pass_inputs(asking.model, ids_NT, mask_NT)
         # No head where no logits are needed.
-        output = asking.model(**inputs, logits_to_keep=keep) if keep else backbone_of(asking.model)(**inputs)
+        output = with_last_logits(asking.model, inputs, keep) if keep else backbone_of(asking.model)(**inputs)
         batch.prefix_fits_N = _shared_fits(batch, output.logits if keep else None)
         batch.prefix = cache_of(output)
         # Without room in every layer it is a kind of model whose blocks may leave other things behind.
@@ -177,11 +187,11 @@ def read_contexts(model: PreTrainedModel, batch: Batch) -> Contexts:
     if batch.prefix is None:
         inputs = pass_inputs(model, batch.ids_NT, batch.mask_NT)
         keep = int(batch.shared_N.max()) + 1
-        output = model(**inputs, logits_to_keep=keep)
+        output = with_last_logits(model, inputs, keep)
         return Contexts(output.logits[:, -1].float(), _shared_fits(batch, output.logits[:, :-1]), cache_of(output))
     known = _known_blocks(model, batch)
     with replayed_blocks(model, known, batch.unshifted.context_L[known - 1] if known else None):
-        output = model(**_decision_inputs(model, batch))
+        output = with_last_logits(model, _decision_inputs(model, batch))
     cache = cache_of(output)
     for number in range(known):
         cache.layers[number].update(*batch.unshifted.columns_L[number])
@@ -190,13 +200,13 @@ def read_contexts(model: PreTrainedModel, batch: Batch) -> Contexts:
 
 
 def read_answers(
-    model: PreTrainedModel, batch: Batch, contexts: Contexts, wanted_R: Tensor, closed: bool = True
+    model: PreTrainedModel, batch: Batch, contexts: Contexts, wanted_R: Tensor, closed_R: Tensor | None = None
 ) -> Answers | None:
-    """Read the wanted options, and perhaps others; None where none is wanted.
+    """Read the wanted options, and perhaps others, whose logits are left out; None where none is wanted.
 
     Args:
-        wanted_R: without ``closed`` only options of several tokens.
-        closed: also read the last column, whose logits predict what follows an option.
+        wanted_R: without ``closed_R`` only options of several tokens.
+        closed_R: the options of which the last token is read too, whose logits predict what follows; None: of none.
     """
     rows_S, example_S = _rows_to_read(batch, wanted_R)
     if len(rows_S) == 0:
@@ -204,12 +214,16 @@ def read_answers(
     length_S = batch.length_R[rows_S]
     longest = int(length_S.max())
     suffix_SM = batch.suffix_RM[rows_S, :longest]
-    read_SM = suffix_SM if closed else suffix_SM[:, :-1]
+    behind_SM = suffix_SM if closed_R is not None else suffix_SM[:, :-1]
     last = batch.unshifted.answers_L[contexts.known - 1] if contexts.known else None
-    returned = None if last is None else _picked(last, rows_S, read_SM.shape[1])
+    returned = None if last is None else _picked(last, rows_S, behind_SM.shape[1])
+    used_S = length_S - 1 if closed_R is None else length_S - 1 + closed_R[rows_S].long()
+    step_M = torch.arange(behind_SM.shape[1], device=used_S.device)
+    read_SM = (step_M < used_S[:, None]) & wanted_R[rows_S][:, None]
     with replayed_blocks(model, contexts.known, returned), rows_of_prompts(batch.example_R[rows_S]):
-        logits_SMV = model(**_answer_inputs(model, contexts.cache, batch.mask_NT, read_SM, example_S)).logits.float()
-    return Answers(rows_S, suffix_SM, length_S, logits_SMV)
+        inputs = _answer_inputs(model, contexts.cache, batch.mask_NT, behind_SM, example_S)
+        logits_KV = logits_at(model, inputs, read_SM).float()
+    return Answers(rows_S, suffix_SM, length_S, read_SM, logits_KV)
 
 
 def read_only_options(model: PreTrainedModel, batch: Batch, closed: bool = False) -> Tensor:
@@ -224,7 +238,7 @@ def read_only_options(model: PreTrainedModel, batch: Batch, closed: bool = False
     if batch.prefix is None:
         ids_NT = torch.cat([batch.ids_NT, behind_NM], dim=1)
         inputs = pass_inputs(model, ids_NT, mask_NT)
-        return model(**inputs, logits_to_keep=behind_NM.shape[1] + 1).logits.float()
+        return with_last_logits(model, inputs, behind_NM.shape[1] + 1).logits.float()
     known, returned = _known_blocks(model, batch), None
     if known:
         context, answers = batch.unshifted.context_L[known - 1], batch.unshifted.answers_L[known - 1]

@@ -21,7 +21,17 @@ from torch import Tensor
 from mnemoscope.behaviour.asking import Asking, prepare
 from mnemoscope.errors import InputError
 from mnemoscope.files import write_atomically
-from mnemoscope.models import Site, backbone_of, blocks_of, check_hookable, pass_inputs, rows_of, site_module, states_of
+from mnemoscope.models import (
+    Site,
+    backbone_of,
+    blocks_of,
+    check_hookable,
+    pass_inputs,
+    rows_of,
+    site_module,
+    states_of,
+    with_last_logits,
+)
 from mnemoscope.tasks import Example
 
 if TYPE_CHECKING:
@@ -164,7 +174,7 @@ def _read(asking: Asking, examples: Sequence[Example], site: Site, offsets: Sequ
         inputs = pass_inputs(asking.model, batch.ids_NT, batch.mask_NT) | {"use_cache": False}
         with capturing(asking.model, site, offsets=offsets) as states:
             if 0 in offsets:
-                logits_NV = asking.model(**inputs, logits_to_keep=1).logits[:, -1]
+                logits_NV = with_last_logits(asking.model, inputs).logits[:, -1]
                 uncertainty_N2[batch.examples_N] = uncertainty_of(logits_NV)
             else:
                 backbone_of(asking.model)(**inputs)  # no head where no logits are needed

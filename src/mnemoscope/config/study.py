@@ -25,6 +25,9 @@ class PairsConfig(Frozen):
     rephrasings: int = Field(1, ge=1, le=100, description="drawn for each example of a split")
     permutations: int = Field(1000, ge=19, le=100000, description="sign flips behind each p-value")
     batch_size: int = Field(512, ge=1, description="examples per forward pass")
+    at_once: int = Field(
+        512, ge=1, description="candidates whose phrasings are asked once; at most 16 passes, unless more are asked for"
+    )
 
 
 class ProbesConfig(Frozen):
@@ -57,7 +60,7 @@ class GridConfig(Frozen):
         (0.1, 0.3, 0.5), min_length=1, description="shares of the neurons, in (0, 1]"
     )
     strengths: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = Field(
-        (0.05, 0.1, 0.2, 0.4), min_length=1, description="total relative norms: the shift over the norm of the states"
+        (0.05, 0.1, 0.2, 0.4), min_length=1, description="total relative norms: the shift over its unit (steering.unit)"
     )
 
     def layer_sets(self, count: int) -> list[tuple[int, ...]]:
@@ -106,6 +109,10 @@ class SteeringConfig(Frozen):
     aim: Literal["pairs", "conflict"] = Field(
         "pairs", description="what the vectors that are used and summed up are for: `pairs`, or `conflict` as drawn"
     )
+    unit: Literal["norm", "spread"] = Field(
+        "norm",
+        description="of strengths: the norm of the layer's states, or each neuron's spread, without massive ones",
+    )
     positions: Literal["decision", "all"] = Field("decision", description="shifted tokens: from the decision on or all")
     fit_pairs: int = Field(600, ge=2, description="fit pairs whose states and gradients make the directions")
     fit_others: int = Field(600, ge=1, description="fit examples of each other list that learned vectors are fitted on")
@@ -121,6 +128,16 @@ class SteeringConfig(Frozen):
     tune_others: int = Field(200, ge=1, description="tune examples of each other list")
     judged_examples: int = Field(500, ge=1, description="phrasings of test pairs, and examples of each other list")
     control_limit: float = Field(0.18, ge=0, le=1, description="steered share beyond which a control costs dearly")
+    neither_limit: float = Field(
+        1.0, ge=0, le=1, description="the same for settings under which more of the steered give neither answer"
+    )
+    halving: int = Field(
+        0,
+        ge=0,
+        description="layers that are left after methods without learning were tried on a few examples for `aim`, which "
+        "alone is chosen for then; 0: every setting is tried on all examples, for both aims",
+    )
+    screened: int = Field(32, ge=1, description="tune examples of each list on which these few settings are found")
     excess_cost: float = Field(2.0, ge=0.5, le=100, description="points of shift that a point beyond that limit costs")
     collateral_limit: float = Field(0.03, ge=0, le=1, description="settings that cost more of other lists come last")
     draws: int = Field(20, ge=1, description="draws of each control")
@@ -138,6 +155,8 @@ class EffectsConfig(Frozen):
     )
     ablated: tuple[float, ...] = Field((0.05, 0.1, 0.3), description="shares of the neurons held at their mean")
     draws: int = Field(5, ge=1, description="draws of as many neurons at random, and of Gaussian shifts at each dose")
+    methods: Literal["all", "best"] = Field("all", description="whose vectors these are measured of")
+    patched: bool = Field(True, description="whether states are patched at every layer, the upper bound")
 
 
 class DetectionConfig(Frozen):

@@ -13,6 +13,7 @@ import heapq
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -85,11 +86,13 @@ def control_draws(
 ) -> Iterator[tuple[int, SteeringVector]]:
     """``draws`` numbered draws of a control, each seeded by its number; none where it does not exist.
 
-    Shuffles depend on the first number of ``seed`` alone, so that one shuffle serves all settings. Of a low-rank shift
-    random signs and Gaussian directions are given to what it writes.
+    Shuffles depend on the first number of ``seed`` alone, so that one shuffle serves all settings. Values are moved
+    between neurons, and norms are equal, in the unit of strength. Of a low-rank shift random signs and Gaussian
+    directions are given to what it writes.
     """
-    vector, rho_LD, spread_LD = directions.vector(setting), directions.rho(), directions.sources.spread_LD
-    shift_LD = vector.dense(*spread_LD.shape).astype(np.float64)
+    vector, rho_LD, sources = directions.vector(setting), directions.rho(), directions.sources
+    spread_LD = sources.spread_LD
+    shift_LD = sources.scaled(vector.dense(*spread_LD.shape).astype(np.float64))
     if name in refitted(setting.method):
         if name == PERMUTED and not directions.sources.lists.can_permute():
             return
@@ -101,8 +104,8 @@ def control_draws(
                 if setting.method == LOW_RANK:
                     yield number, _at_spread(found, vector, spread_LD)
                 else:
-                    found_LD = _at_norm(found.dense(*shift_LD.shape), norm_L, directions.sources.norm_L)
-                    yield number, vector.with_dense(found_LD)
+                    found_LD = sources.scaled(found.dense(*shift_LD.shape))
+                    yield number, vector.with_dense(_at_norm(found_LD, norm_L, sources.unit_L) * sources.scale_LD)
         return
     if name not in DRAWN:
         return
@@ -118,7 +121,7 @@ def control_draws(
             if setting.method == LOW_RANK:
                 yield number, _written(vector, name, rng, spread_LD)
             else:
-                yield number, vector.with_dense(DRAWN[name](shift_LD, rng, rho_LD))
+                yield number, vector.with_dense(DRAWN[name](shift_LD, rng, rho_LD) * sources.scale_LD)
 
 
 def _written(vector: SteeringVector, name: str, rng: np.random.Generator, spread_LD: np.ndarray) -> SteeringVector:
@@ -145,14 +148,14 @@ def _at_spread(found: SteeringVector, vector: SteeringVector, spread_LD: np.ndar
     return found * (norm(vector) / norm(found)) if norm(found) else found
 
 
-def _at_norm(shuffled_LD: np.ndarray, norm_L: np.ndarray, states_L: np.ndarray) -> np.ndarray:
-    """A shuffle at the norm of the vector in each layer; where it lacks one, the others make up the relative norm."""
+def _at_norm(shuffled_LD: np.ndarray, norm_L: np.ndarray, unit_L: np.ndarray) -> np.ndarray:
+    """A shuffle at the norm of the vector in each layer; where it lacks one, the others make up the strength."""
 
     def relative(shift_LD: np.ndarray) -> float:
-        return float(np.linalg.norm(np.linalg.norm(shift_LD, axis=1) / np.where(states_L > 0, states_L, 1.0)))
+        return float(np.linalg.norm(np.linalg.norm(shift_LD, axis=1) / np.where(unit_L > 0, unit_L, 1.0)))
 
     placed_LD = scaled_to(shuffled_LD, norm_L)
-    wanted = float(np.linalg.norm(norm_L / np.where(states_L > 0, states_L, 1.0)))
+    wanted = float(np.linalg.norm(norm_L / np.where(unit_L > 0, unit_L, 1.0)))
     if not relative(placed_LD):  # no layer in common: its own layers, at the same relative norm
         placed_LD = shuffled_LD
     found = relative(placed_LD)
@@ -184,6 +187,7 @@ class Limits:
     Attributes:
         control: mean shift rate of a control, beyond which each point costs ``excess_cost`` points of the shift.
         collateral: the largest drop of the share that keeps its answer, of any list that should.
+        neither: the largest share of the steered examples that give neither answer.
         draws, refits: of each control, and of those that are refitted, which cost most; 0 leaves these out.
         again: draws of either kind for the second rating of the best settings.
     """
@@ -194,6 +198,7 @@ class Limits:
     refits: int = 4
     again: int = 12
     excess_cost: float = 2.0
+    neither: float = 1.0
 
     def net(self, rate: float, worst: float) -> float:
         """A shift rate less what the worst control costs."""
@@ -241,11 +246,12 @@ def ranked(
     rated: Sequence[tuple[Setting, float]],
     limits: Limits,
     seed: Sequence[int] = (0,),
+    others: Mapping[Setting, float] = MappingProxyType({}),
 ) -> list[Choice]:
     """Choices by rank, best first, without settings that had lost before all their controls were drawn.
 
     ``rated``: settings of one direction, at least one, with their shift rates on ``lists.targets``. ``seed``: of the
-    controls' draws.
+    controls' draws. ``others``: shares of these that give neither answer; 0 where none is given.
     """
     ordered = sorted(rated, key=lambda pair: (pair[0].strength, -pair[1], pair[0].top))
     # Ordered by the figures measured so far: shift rate, then collateral, then random controls.
@@ -259,7 +265,9 @@ def ranked(
             break
         site = directions[setting.site]
         if known == 0:
-            kept = -int(damage(lists, site, setting) <= limits.collateral)
+            kept = -int(
+                others.get(setting, 0.0) <= limits.neither and damage(lists, site, setting) <= limits.collateral
+            )
         else:
             # Indifference steers more than permuted answers do, and one refit is enough for a ranking.
             names = (STANDING_IN, refitted(setting.method)[:1])[known - 1]

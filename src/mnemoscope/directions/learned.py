@@ -35,22 +35,22 @@ def learned_together(sources: Sources, setting: Setting, several: Sequence[Label
     small = sum(weight.numel() for weight in model.parameters()) <= MOST_WEIGHTS
     with in_precision(model, quick_precision(model) if small else "float32"):
         for layer, unit_KD in _ascended(sources, setting, several).items():
-            shift_KLD[:, layer] = unit_KD.detach().double().numpy() * sources.norm_L[layer]
+            shift_KLD[:, layer] = unit_KD.detach().double().numpy() * sources.scale_LD[layer] * sources.unit_L[layer]
     return list(shift_KLD)
 
 
 def _ascended(sources: Sources, setting: Setting, several: Sequence[Labels]) -> dict[int, Tensor]:
-    """By layer, the shifts where the ascent ends, float32 (K, D), in units of the layer's norm."""
+    """By layer, the shifts where the ascent ends, float32 (K, D), in units of strength."""
     lists = sources.lists
     units = {layer: torch.zeros(len(several), sources.shape_LD[1], requires_grad=True) for layer in setting.layers}
-    norm_L = torch.from_numpy(sources.norm_L).float()
+    unit_LD = torch.from_numpy(sources.scale_LD * sources.unit_L[:, None]).float()
     ascent = torch.optim.SGD(units.values(), lr=setting.strength * (1 - MOMENTUM), momentum=MOMENTUM)
     schedule = torch.optim.lr_scheduler.LambdaLR(ascent, lambda step: 1 - step / lists.steps)
     held = lists.kept[setting.toward]
     kept = cycle(held) if held and lists.kept_weight else None
     wanted = cycle(zip(*(wanted_batches(lists, setting.toward, labels) for labels in several), strict=True))
     for number, batches in enumerate(islice(wanted, lists.steps)):
-        shifts = {layer: unit_KD * norm_L[layer] for layer, unit_KD in units.items()}
+        shifts = {layer: unit_KD * unit_LD[layer] for layer, unit_KD in units.items()}
         loss = -_log_p(sources, batches, shifts, setting.positions)
         if kept and number % 2:  # every second step is enough to hold what should stay
             batch = next(kept)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import zip_longest
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -17,10 +17,12 @@ import torch
 from mnemoscope.behaviour import Asking, Batch, KeptStates, cache_prefixes, log_probabilities, prepare, read_states
 from mnemoscope.contrast import PairedMoments
 from mnemoscope.models import Site
-from mnemoscope.steering import Positions, Toward, shifted
+from mnemoscope.steering import Positions, Toward, scaled_to, shifted
 from mnemoscope.tasks import Example
 
 Entry = TypeVar("Entry")
+Unit = Literal["norm", "spread"]
+MASSIVE = 10.0  # times the median root mean square of a layer's neurons, from which on one is never shifted in spreads
 LOW_RANK = "low-rank"
 TOWARD: dict[str, Toward] = {"to_generalized": "generalized", "to_memorized": "memorized"}
 SOURCE: dict[str, Toward] = {"to_generalized": "memorized", "to_memorized": "generalized"}
@@ -35,8 +37,8 @@ class Setting:
         method: a key of ``METHODS``, ``learned`` or ``low-rank``.
         layers: the layers that are shifted, 0-based.
         top: share of these layers' neurons that are shifted, in (0, 1].
-        strength: total relative norm: the root of the summed squares of each layer's shift over its states' norm. Of a
-            low-rank shift, which has no norm of its own: a factor on what was learned.
+        strength: total relative norm: the root of the summed squares of each layer's shift over its unit
+            (``Sources.unit``). Of a low-rank shift, which has no norm of its own: a factor on what was learned.
         positions: ``decision``, or ``all`` tokens; norms and differences are those at the decision position either way.
     """
 
@@ -146,12 +148,15 @@ class FitLists:
 class Sources:
     """Input of the methods: ``states_P2LD``, float32, of the fit pairs at the decision position.
 
-    ``find_lists`` reads the lists for gradients and learned vectors when they are needed.
+    ``find_lists`` reads the lists for gradients and learned vectors when they are needed. ``unit``: what strength is
+    counted in. ``norm``: of each layer's states. ``spread``: of each neuron's standard deviation, as a root mean square
+    over a layer's neurons; massive activations neither carry a shift then nor set its size.
     """
 
     site: Site
     states_P2LD: np.ndarray
     find_lists: Callable[[], FitLists]
+    unit: Unit = "norm"
 
     @cached_property
     def lists(self) -> FitLists:
@@ -189,6 +194,32 @@ class Sources:
         return np.where(spread_LD > 0, spread_LD, 1.0)
 
     @cached_property
+    def scale_LD(self) -> np.ndarray:
+        """float64, in which a shift of each neuron is counted: 1, or its spread; 0 for one that is never shifted."""
+        if self.unit == "norm":
+            return np.ones(self.shape_LD)
+        size_LD = np.sqrt(np.square(self.states_P2LD, dtype=np.float64).mean(axis=(0, 1)))
+        return np.where(size_LD > MASSIVE * np.median(size_LD, axis=1, keepdims=True), 0.0, self.spread_LD)
+
+    @cached_property
+    def unit_L(self) -> np.ndarray:
+        """float64, the norm of a shift of strength 1 in each layer, in units of ``scale_LD``."""
+        return self.norm_L if self.unit == "norm" else np.sqrt((self.scale_LD > 0).sum(axis=1))
+
+    def scaled(self, shift_LD: np.ndarray) -> np.ndarray:
+        """A shift in units of ``scale_LD``; 0 for neurons that are never shifted."""
+        return np.divide(shift_LD, self.scale_LD, out=np.zeros(self.shape_LD), where=self.scale_LD > 0)
+
+    def relative(self, shift_LD: np.ndarray) -> np.ndarray:
+        """A shift in units of strength: over the layers the norm of this is its strength."""
+        unit_LD = self.scale_LD * self.unit_L[:, None]
+        return np.divide(shift_LD, unit_LD, out=np.zeros(self.shape_LD), where=unit_LD > 0)
+
+    def evenly(self, shift_LD: np.ndarray) -> np.ndarray:
+        """A direction at strength 1 in every layer that has one."""
+        return scaled_to(self.scaled(shift_LD), self.unit_L) * self.scale_LD
+
+    @cached_property
     def margin_gradients(self) -> list[list[np.ndarray]]:
         """``margin_gradients`` of each batch of pairs, of those answered memorized, then of those generalized."""
         lists = (self.lists.pairs["generalized"], self.lists.pairs["memorized"])
@@ -201,11 +232,12 @@ def read_sources(
     asking: Asking,
     find_lists: Callable[[], FitLists],
     kept: KeptStates | None = None,
+    unit: Unit = "norm",
 ) -> Sources:
     """Sources of fit pairs, (answered generalized, answered memorized) each; ``kept`` states are not read again."""
     examples = [example for pair in pairs for example in pair]
     states_NLD = read_states(asking, examples, site, kept=kept).at_decision_NLD
-    return Sources(site, states_NLD.reshape(len(pairs), 2, *states_NLD.shape[1:]), find_lists)
+    return Sources(site, states_NLD.reshape(len(pairs), 2, *states_NLD.shape[1:]), find_lists, unit)
 
 
 def margin_gradients(asking: Asking, batch: Batch, site: Site, shape_LD: tuple[int, int]) -> np.ndarray:

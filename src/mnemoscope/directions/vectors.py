@@ -22,7 +22,7 @@ from mnemoscope.directions.low_rank import low_rank_learned, unpacked
 from mnemoscope.directions.sources import ANSWERED, LOW_RANK, Labels, Setting, Sources
 from mnemoscope.probes import LayerProbe
 from mnemoscope.statistics import top_by_magnitude
-from mnemoscope.steering import SteeringVector, scaled_to
+from mnemoscope.steering import SteeringVector
 
 Fit = tuple[Setting, Labels]  # what a direction depends on; the setting as ``Setting.same_direction`` gives it
 
@@ -38,26 +38,26 @@ def standardized_nmd(sources: Sources, labels: Labels) -> np.ndarray:
 
 
 def gradient(sources: Sources, labels: Labels) -> np.ndarray:
-    """The steepest ascent of the decision margin for a given relative norm.
+    """The steepest ascent of the decision margin for a given strength.
 
-    With layers in units of their states' norm, ``u = |h| g`` is the steepest direction, and ``|h| u`` the shift.
+    With shifts in units ``s`` of strength, ``u = s g`` is the steepest direction, and ``s u`` the shift.
     """
     total_LD, count = np.zeros(sources.shape_LD), 0
     for stream, batches in enumerate(sources.margin_gradients):
         for number, gradients_NLD in enumerate(batches):
             total_LD += np.tensordot(labels.signs(len(gradients_NLD), stream, number), gradients_NLD, 1)
             count += len(gradients_NLD)
-    return sources.norm_L[:, None] ** 2 * total_LD / count
+    return (sources.scale_LD * sources.unit_L[:, None]) ** 2 * total_LD / count
 
 
 def logistic(sources: Sources, labels: Labels) -> np.ndarray:
-    """Weights of a logistic regression on each layer's states, every layer with the same relative norm."""
+    """Weights of a logistic regression on each layer's states, every layer with the same strength."""
     states_P2LD = sources.states_P2LD.astype(np.float64)
     signs_P = labels.signs(len(states_P2LD))
     labels_N = (np.stack([signs_P, -signs_P], axis=1).ravel() > 0).astype(np.int64)
     states_NLD = states_P2LD.reshape(-1, *sources.shape_LD)
     probes = [LayerProbe(0.01).fit(states_NLD[:, layer], labels_N) for layer in range(sources.shape_LD[0])]
-    return scaled_to(np.stack([probe.weights_D_ for probe in probes]), sources.norm_L)
+    return sources.evenly(np.stack([probe.weights_D_ for probe in probes]))
 
 
 def whitened(sources: Sources, labels: Labels) -> np.ndarray:
@@ -69,7 +69,7 @@ def whitened(sources: Sources, labels: Labels) -> np.ndarray:
     for layer, nmd_D in enumerate(nmd(sources, labels)):
         covariance_DD, _ = ledoit_wolf(differences_PLD[:, layer])
         rows.append(np.linalg.lstsq(covariance_DD, nmd_D, rcond=1e-10)[0])
-    return scaled_to(np.stack(rows), sources.norm_L)
+    return sources.evenly(np.stack(rows))
 
 
 def principal_component(sources: Sources, labels: Labels) -> np.ndarray:
@@ -82,7 +82,7 @@ def principal_component(sources: Sources, labels: Labels) -> np.ndarray:
         component_D = np.linalg.svd(differences_PD, full_matrices=False)[2][0]
         along = (differences_PD @ component_D > 0).mean() - 0.5
         rows.append(component_D if along >= 0 else -component_D)
-    return scaled_to(np.stack(rows), sources.norm_L)
+    return sources.evenly(np.stack(rows))
 
 
 # Pure functions (sources, labels) -> direction towards ``generalized``, float64 (L, D), whose negative steers back.
@@ -134,16 +134,17 @@ class Directions:
         """A setting's steering vector under each labels.
 
         Neurons are chosen over all of the setting's layers at once: by |rho| for NMD, as in the paper, by their shift
-        in units of their layer's norm for the other methods. The rest is scaled to the strength.
+        in units of strength for the other methods. The rest is scaled to the strength.
         """
         facts = {name: getattr(setting, name) for name in ("site", "positions", "method", "top", "strength")}
+        facts["unit"] = self.sources.unit
         blank, found = SteeringVector(setting.toward, {}, **facts), []
         if setting.method == LOW_RANK:
             edits = map(unpacked, self.shifts(setting, several))
             return [replace(blank, low_rank=edit) * setting.strength for edit in edits]
         for labels, shift_LD in zip(several, self.shifts(setting, several), strict=True):
             kept_LD = self._top(setting, setting.top, labels, shift_LD)
-            norm = np.linalg.norm(self._relative(shift_LD)[kept_LD])
+            norm = np.linalg.norm(self.sources.relative(shift_LD)[kept_LD])
             scale = setting.strength / norm if norm > 0 else 0.0
             found.append(blank.with_dense(np.where(kept_LD, shift_LD, 0.0) * scale))
         return found
@@ -174,15 +175,10 @@ class Directions:
         return float(np.linalg.norm(shift_LD) / np.linalg.norm(nmd_LD[shift_LD != 0]))
 
     def _top(self, setting: Setting, top: float, labels: Labels, shift_LD: np.ndarray) -> np.ndarray:
-        rank_LD = self.rho(labels) if setting.method in RANKED_BY_RHO else self._relative(shift_LD)
+        rank_LD = self.rho(labels) if setting.method in RANKED_BY_RHO else self.sources.relative(shift_LD)
         kept_LD, layers = np.zeros(rank_LD.shape, bool), list(setting.layers)
         kept_LD[layers] = top_by_magnitude(rank_LD[layers], top)
         return kept_LD
-
-    def _relative(self, shift_LD: np.ndarray) -> np.ndarray:
-        """A shift in units of each layer's norm; 0 where a layer's states are all 0."""
-        norm_L1 = self.sources.norm_L[:, None]
-        return np.divide(shift_LD, norm_L1, out=np.zeros_like(shift_LD), where=norm_L1 > 0)
 
 
 def steered(asking: Asking, batches: Sequence[Batch], vector: SteeringVector, margins: bool = True) -> Scores:

@@ -34,6 +34,7 @@ from mnemoscope.models.passes import (
     PLAINLY,
     has_known_rows,
     in_precision,
+    logits_at,
     pass_inputs,
     position_ids,
     prompts_of_rows,
@@ -43,6 +44,7 @@ from mnemoscope.models.passes import (
     replayed_blocks,
     rows_of_prompts,
     untouched_blocks,
+    with_last_logits,
 )
 from mnemoscope.models.room import batch_that_fits, bytes_of_prompt, models_that_fit
 from mnemoscope.models.trainable import adapt, build_gpt2, check_peft, is_adapted, merged_weights, word_tokenizer

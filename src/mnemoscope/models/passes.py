@@ -72,6 +72,44 @@ def pass_inputs(model: nn.Module, ids_NT: Tensor, mask_NT: Tensor, cache: Any = 
     return inputs if cache is None else inputs | {cache_argument(model): cache}
 
 
+def with_last_logits(model: PreTrainedModel, inputs: dict[str, Any], columns: int = 1) -> Any:
+    """The output of a pass, with logits of its last columns (N, columns, V).
+
+    The head is given these states in one piece: of a part of a tensor torch multiplies row by row, eight times as long.
+    """
+    with _head_given(model, Tensor.contiguous):
+        return model(**inputs, logits_to_keep=columns)
+
+
+@contextmanager
+def _head_given(model: PreTrainedModel, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside the context the head of the vocabulary, where a model has one, is given changed states."""
+
+    def changed(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        return (change(args[0]), *args[1:]) if args and isinstance(args[0], Tensor) else None
+
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(changed) if isinstance(head, nn.Module) else None
+    try:
+        yield
+    finally:
+        if handle:
+            handle.remove()
+
+
+def logits_at(model: PreTrainedModel, inputs: dict[str, Any], read_NT: Tensor) -> Tensor:
+    """Logits (K, V) of a pass at some tokens, in order: the head of a large vocabulary costs more than the blocks."""
+    shape = (*read_NT.shape,)
+
+    def chosen(states: Tensor) -> Tensor:
+        return states[read_NT.to(states.device)][None] if states.shape[:2] == shape else states
+
+    with _head_given(model, chosen):
+        logits = model(**inputs).logits
+    whole = logits.shape[:2] == shape and shape != (1, int(read_NT.sum()))
+    return logits[read_NT.to(logits.device)] if whole else logits[0]
+
+
 def untouched_blocks(model: PreTrainedModel) -> int:
     """Number of first blocks whose own output no hook changes; hooks on the whole model are taken to only read.
 

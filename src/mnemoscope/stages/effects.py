@@ -18,7 +18,7 @@ from mnemoscope.cells import Cell, Tell
 from mnemoscope.directions import SOURCE, TOWARD, Directions, Setting, control_draws, steered, with_prefixes
 from mnemoscope.errors import InputError
 from mnemoscope.models import SITES, Site, blocks_of
-from mnemoscope.stages.common import cell_model, kept_shifts, kept_states, read_chosen, write_table
+from mnemoscope.stages.common import cell_model, kept_shifts, kept_states, read_best, read_chosen, write_table
 from mnemoscope.stages.lists import Records, judged_lists, sources_of
 from mnemoscope.steering import ablated, patched
 from mnemoscope.tasks import Example
@@ -32,6 +32,9 @@ def effects_stage(cell: Cell, tell: Tell) -> list[Path]:
     sides = _Sides.of(cell, asking, records)
     aimed = sides if cell.config.steering.aim == "pairs" else _Sides.aimed(cell, asking, records)
     settings = list(read_chosen(cell, "pairs").values())
+    if cell.config.effects.methods == "best":
+        best = {(direction, vector.method) for direction, vector in read_best(cell).items()}
+        settings = [setting for setting in settings if setting.key in best]
     sources = sources_of(cell, asking, records, (setting.site for setting in settings))
     shifts = kept_shifts(cell)
     directions = {site: Directions(found, shifts) for site, found in sources.items()}
@@ -39,7 +42,7 @@ def effects_stage(cell: Cell, tell: Tell) -> list[Path]:
     parts: dict[str, Iterable[Iterator[pd.DataFrame]]] = {
         "doses": (_doses(cell, sides, directions[setting.site], setting) for setting in settings),
         "ablations": (_ablations(cell, sides, directions[setting.site], setting) for setting in settings),
-        "patches": [_patches(cell, sides)],
+        "patches": [_patches(cell, sides)] if cell.config.effects.patched else [],
         "prompts": (part(records, aimed) for part in (_prompts, _contrasts)),
     }
     for done, (name, found) in enumerate(parts.items()):

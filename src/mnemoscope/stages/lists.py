@@ -70,8 +70,9 @@ class Records:
 def sources_of(cell: Cell, asking: Asking, records: Records, sites: Iterable[Site]) -> dict[Site, Sources]:
     """Sources of directions, by site."""
     pairs, kept = records.both_sides("fit", cell.config.steering.fit_pairs), kept_states(cell)
+    unit = cell.config.steering.unit
     find_lists = cache(lambda: _fit_lists(cell, asking, records))  # one for all sites
-    return {site: read_sources(site, pairs, asking, find_lists, kept) for site in dict.fromkeys(sites)}
+    return {site: read_sources(site, pairs, asking, find_lists, kept, unit) for site in dict.fromkeys(sites)}
 
 
 def _fit_lists(cell: Cell, asking: Asking, records: Records) -> FitLists:
@@ -103,9 +104,14 @@ def _bare(task: Task, *lists: Sequence[Example]) -> tuple[list[Example], list[Ex
     return known if list(map(len, known)) == list(map(len, lists)) else None
 
 
-def tune_lists(cell: Cell, asking: Asking, records: Records) -> dict[str, dict[str, TuneLists]]:
-    """Tune lists by aim (``pairs``, ``conflict``) and direction, prepared with prefixes."""
+def tune_lists(
+    cell: Cell, asking: Asking, records: Records, most: int | None = None
+) -> dict[str, dict[str, TuneLists]]:
+    """Tune lists by aim (``pairs``, ``conflict``) and direction, prepared with prefixes; ``most`` examples of each."""
     config = cell.config.steering
+    if most is not None:
+        few = {"tune_pairs": min(most, config.tune_pairs), "tune_others": min(most, config.tune_others)}
+        config = config.model_copy(update=few)
     right = _answered_right(cell, asking, records, "tune", config.tune_others, ("memory", "novel"))
     ready = {kind: (with_prefixes(asking, examples), "correct") for kind, examples in right.items()}
     # A fact that is asked for without context and one that the prompt repeats are lost in different ways.

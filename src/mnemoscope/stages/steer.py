@@ -31,6 +31,7 @@ from mnemoscope.directions import (
     Setting,
     TuneLists,
     control_draws,
+    damage,
     final,
     ranked,
     refitted,
@@ -52,6 +53,7 @@ MAPPED = ("nmd",)  # methods whose whole sweep is measured on kept lists too
 CONFLICT_CONTROL, CONFLICT_COLLATERAL = 0.3, 0.1  # limits for conflicts as drawn: steering them takes larger norms
 
 Row = dict[str, Any]
+Tried = Mapping[tuple[str, str], Sequence[Setting]]  # by direction and method
 
 
 class _Chosen(NamedTuple):
@@ -70,14 +72,21 @@ def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
     tried: dict[tuple[str, str], list[Setting]] = {
         key: settings_of(config, *key, count) for key in product(TOWARD, config.methods)
     }
-    for_pairs, rates, rows = _choose(opened, "pairs", tried, tell)
-    tops = {one.setting.key: one.setting.top for one in for_pairs}  # chosen once for both aims
-    again = {key: [setting for setting in some if setting.top == tops[key]] for key, some in tried.items()}
-    for_conflicts, _, more = _choose(opened, "conflict", again, tell)
-    chosen = [*for_pairs, *for_conflicts]
+    if config.halving:
+        tried, screened = _halved(opened, tried, tell)
+        for_aim, rates, rows = _choose(opened, config.aim, tried, tell)
+        both = [[one._replace(aim=aim) for one in for_aim] for aim in AIMS]
+        rows += screened
+    else:
+        for_pairs, rates, rows = _choose(opened, "pairs", tried, tell)
+        tops = {one.setting.key: one.setting.top for one in for_pairs}  # chosen once for both aims
+        again = {key: [setting for setting in some if setting.top == tops[key]] for key, some in tried.items()}
+        for_conflicts, _, more = _choose(opened, "conflict", again, tell)
+        both, rows = [for_pairs, for_conflicts], rows + more
+    chosen = [*chain.from_iterable(both)]
     compared = _compared(rates) if config.norm_draws else []
     tables = _judge_all(opened, [*chosen, *compared], tell)
-    rows = sorted(rows + more, key=lambda row: list(TOWARD).index(row["direction"]))
+    rows = sorted(rows, key=lambda row: list(TOWARD).index(row["direction"]))
     return [
         common.write_table(cell.records / "steering.parquet", pd.concat(tables, ignore_index=True)),
         common.write_table(cell.records / "sweep.parquet", pd.DataFrame(rows)),
@@ -128,6 +137,11 @@ class _Opened(common.PerProcess):
         return tune_lists(self.cell, self.asking, self.records)
 
     @cached_property
+    def few(self) -> dict[str, dict[str, TuneLists]]:
+        """The same with a few examples of each list."""
+        return tune_lists(self.cell, self.asking, self.records, self.cell.config.steering.screened)
+
+    @cached_property
     def judged(self) -> dict[str, dict[str, JudgedList]]:
         """By direction and name."""
         limit = self.cell.config.steering.judged_examples
@@ -143,25 +157,73 @@ class _Opened(common.PerProcess):
 
     def forget_tune(self) -> None:
         """Free the tune lists."""
-        self.__dict__.pop("tune", None)
+        for name in ("tune", "few"):
+            self.__dict__.pop(name, None)
+
+
+def _halved(opened: _Opened, tried: Tried, tell: Tell) -> tuple[dict[tuple[str, str], list[Setting]], list[Row]]:
+    """Settings that are worth all examples, and rows of the sweep that found them: successive halving.
+
+    Methods without learning are tried in all layers on a few examples of the study's aim. By what each steers less what
+    it damages, the best layers are left, with half of the strengths there; learned shifts are learned at the best
+    strength of these layers alone.
+    """
+    config = opened.cell.config.steering
+    cheap = [s for (_, method), some in tried.items() if method not in LEARNED for s in some]
+    worth, rows = dict[Setting, float](), list[Row]()
+    for setting, (found, row) in zip(
+        cheap, opened.map(_screen, [(config.aim, s) for s in cheap], [[s] for s in cheap]), strict=True
+    ):
+        worth[setting] = found
+        rows.append(row)
+        note = f"{setting.direction}: trying {setting.method} on a few conflicts of tune"
+        tell(list(AIMS).index(config.aim), PARTS, f"{note} ({len(worth)} of {len(cheap)})")
+    opened.__dict__.pop("few", None)
+    kept = {}
+    for key, some in tried.items():
+        ordered = sorted((s for s in cheap if s.direction == key[0]), key=lambda s: -worth[s])
+        places = list(dict.fromkeys((s.site, s.layers) for s in ordered))[: config.halving]
+        here = [s for s in some if (s.site, s.layers) in places]
+        if key[1] == LOW_RANK or not ordered:
+            kept[key] = list(some)
+        elif key[1] in LEARNED:
+            best = {place: next(s.strength for s in ordered if (s.site, s.layers) == place) for place in places}
+            kept[key] = [s for s in here if s.strength == best[s.site, s.layers]]
+        else:
+            kept[key] = sorted(here, key=lambda s: -worth[s])[: -(-len(here) // 2)]
+    return kept, rows
+
+
+def _screen(opened: _Opened, aim: str, setting: Setting) -> tuple[float, Row]:
+    """What a setting steers of a few tune examples less the largest damage, and its row of the sweep."""
+    lists, directions = opened.few[aim][setting.direction], opened.directions[setting.site]
+    scores = steered(opened.asking, lists.targets, directions.vector(setting), margins=False)
+    lost = max(share_of(scores, "other"), damage(lists, directions, setting))
+    return share_of(scores, setting.toward) - lost, _row(aim, setting, scores)
 
 
 def _choose(
-    opened: _Opened, aim: str, tried: Mapping[tuple[str, str], Sequence[Setting]], tell: Tell
+    opened: _Opened, aim: str, tried: Tried, tell: Tell
 ) -> tuple[list[_Chosen], dict[Setting, float], list[Row]]:
     """Choose among the settings of each direction and method, each method's best ones by a second rating.
 
     Returns the choices, the shift rates of all settings, and the rows of the sweep.
     """
     settings, rows, rates = list(chain.from_iterable(tried.values())), list[Row](), dict[Setting, float]()
+    others = dict[Setting, float]()
     swept = opened.map(_sweep, [(aim, setting) for setting in settings], [[setting] for setting in settings])
     for setting, (rates[setting], found, learned) in zip(settings, swept, strict=True):
         rows += found
+        others[setting] = found[0]["other"]
         opened.shifts.update(learned)
         note = f"{setting.direction}: trying {setting.method} for {AIMS[aim]} on tune"
         tell(list(AIMS).index(aim) + len(rates) / (2 * len(settings)), PARTS, note)
     tell(list(AIMS).index(aim) + 0.5, PARTS, f"choosing for {AIMS[aim]} on tune")
-    rated = [(ranked, aim, direction, [(s, rates[s]) for s in some]) for (direction, _), some in tried.items()]
+    first = [partial(ranked, others={s: others[s] for s in some}) for some in tried.values()]
+    rated = [
+        (rank, aim, direction, [(s, rates[s]) for s in some])
+        for rank, ((direction, _), some) in zip(first, tried.items(), strict=True)
+    ]
     ranks = dict(zip(tried, opened.map(_pick, rated, tried.values()), strict=True))
     again = [(final, aim, direction, ranks[direction, method]) for direction, method in tried]
     finals = opened.map(_pick, again, [[choice.setting for choice in found] for *_, found in again])
@@ -206,10 +268,11 @@ def _pick(opened: _Opened, pick: Callable[..., Any], aim: str, direction: str, c
     """What ``ranked`` or ``final`` chooses on the tune lists of an aim."""
     config = opened.cell.config.steering
     of_control, collateral, refits = config.control_limit, config.collateral_limit, config.tune_refits
-    if aim == "conflict":
+    if aim == "conflict" and config.aim != aim:
         of_control, collateral, refits = CONFLICT_CONTROL, CONFLICT_COLLATERAL, 0
     again = config.tune_draws_again
-    limits = Limits(of_control, collateral, min(RATING_DRAWS, again), refits, again, config.excess_cost)
+    draws = min(RATING_DRAWS, again)
+    limits = Limits(of_control, collateral, draws, refits, again, config.excess_cost, config.neither_limit)
     return pick(opened.tune[aim][direction], opened.directions, candidates, limits, [opened.cell.seed, 1])
 
 
@@ -246,6 +309,8 @@ def _judge_all(opened: _Opened, chosen: Sequence[_Chosen], tell: Tell) -> list[p
         opened.shifts.update(found)
 
     def judges(one: _Chosen, name: str) -> bool:
+        if config.halving and one.aim != config.aim:  # the same vectors, so that the other lists are judged once
+            return name.startswith("pairs") if one.aim == "pairs" else name == one.aim
         if one.aim in AIMS:
             return one.aim == "pairs" or not name.startswith("pairs")
         return name == "pairs"
@@ -262,6 +327,11 @@ def _judge_all(opened: _Opened, chosen: Sequence[_Chosen], tell: Tell) -> list[p
     for done, ((one, name, _), found) in enumerate(zip(parts, judged, strict=True), 1):
         tell(len(AIMS) + done / len(parts), PARTS, f"{one.setting.direction}: {name} on test, vectors and controls")
         tables += found
+    if config.halving:
+        (other,) = set(AIMS) - {config.aim}
+        mine = {name for one, name, _ in parts if one.aim == other}
+        same = (table for table in tables if table["aim"][0] == config.aim and table["role"][0] == "vector")
+        tables += [table.assign(aim=other) for table in same if table["examples"][0] not in mine]
     return tables
 
 

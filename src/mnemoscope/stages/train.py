@@ -224,11 +224,13 @@ class _Miner(common.PerProcess):
 
 
 def _batches(cell: Cell, task: Task, stream: str, n: int, split: Split) -> Iterator[list[Candidate]]:
-    """Candidates of ``n`` examples, as many at a time as fill 16 passes, 512 at most."""
+    """Candidates of ``n`` examples, as many at a time as the configuration says."""
     config = cell.config.pairs
     examples = draws(task, common.rng_of(cell, f"pairs/{stream}"), n, "conflict", split)
     left = draw_candidates(task, examples, common.rng_of(cell, f"pairs/{stream}/rephrase"), config.rephrasings)
-    while drawn := list(islice(left, min(512, 16 * config.batch_size))):
+    while drawn := list(
+        islice(left, config.at_once if config.at_once > 512 else min(config.at_once, 16 * config.batch_size))
+    ):
         yield drawn
 
 

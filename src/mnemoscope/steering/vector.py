@@ -37,7 +37,8 @@ class SteeringVector(Artefact):
         low_rank: per layer a shift that depends on the state; both are added.
         site: where in a layer the shift is added.
         positions: ``decision``: from the decision position on, every decoded token included; ``all``: everywhere.
-        method, top, strength: how it was fitted; for the reader.
+        method, top, strength: how it was fitted; for the reader. ``unit``: what strength is counted in, the ``norm`` of
+            the layer's states or each neuron's ``spread``.
         begin_alike: share of the prompts it was fitted on whose two answers begin with the same tokens. Their decision
             position is the last of these, where ``apply`` starts at the last token of the prompt.
         opening: token ids that begin every prompt of the chat template; empty without one.
@@ -50,6 +51,7 @@ class SteeringVector(Artefact):
     method: str = "custom"
     top: float = 1.0
     strength: float = 1.0
+    unit: Literal["norm", "spread"] = "norm"
     begin_alike: float = 0.0
     opening: tuple[int, ...] = ()
     low_rank: Mapping[int, LowRank] = field(default_factory=dict)
@@ -79,7 +81,8 @@ class SteeringVector(Artefact):
     def __repr__(self) -> str:
         where = f"{self.site} of layers {', '.join(map(str, self.layers)) or 'none'}"
         return (
-            f"SteeringVector(to {self.toward}: {self.method} at {where}, strength {self.strength:g}, {self.positions})"
+            f"SteeringVector(to {self.toward}: {self.method} at {where}, strength {self.strength:g} "
+            f"{self.unit}, {self.positions})"
         )
 
     @property
