@@ -170,13 +170,16 @@ def test_steering_is_that_of_the_vector_and_alpha_zero_of_nothing(user: User) ->
         steered = user.words.batch_decode(user.model.generate(**inputs, **options)[:, width:], skip_special_tokens=True)
     assert fitted.vector("context") is fitted.vector("generalized")  # type: ignore[arg-type]
     assert len(repr(fitted.vector("generalized")).splitlines()) == 1
-    answers = fitted.answers(prompts, "generalized", max_new_tokens=8)
+    answers = fitted.answers(prompts, "generalized", max_new_tokens=8, go_on=True)
     assert [row["steered"] for row in answers] == steered
+    assert [row["steered"] for row in fitted.answers(prompts, "context", max_new_tokens=8)] == list(
+        map(phrase_of, steered)
+    )
     assert any(row["plain"] != row["steered"] for row in answers)
     best = json.loads((user.cell / "records" / "chosen.json").read_text())["conflict"]["best"]["to_generalized"]
     file = user.cell / "vectors" / f"to_generalized-{best}-conflict.safetensors"
     for source in (user.out, user.cell, file):
-        asked = (*prompts, "--toward", "generalized", "--max-new-tokens", "8", "--from", str(source))
+        asked = (*prompts, "--toward", "generalized", "--max-new-tokens", "8", "--go-on", "--from", str(source))
         assert user.json("steer", *asked)["answers"] == answers
     assert {vector_file(source, "context") for source in (user.out, user.cell)} == {file}
     with pytest.raises(InputError, match="toward: 'both' is not one of"):
@@ -186,7 +189,7 @@ def test_steering_is_that_of_the_vector_and_alpha_zero_of_nothing(user: User) ->
     assert err.startswith("error: positions: 'decision' cannot be exported") or "depends on the state" in err
     code, out, _ = call("steer", user.folder, prompts[0], "--toward", "generalized", "--from", str(file))
     assert code == 0
-    assert out.startswith(f"{prompts[0]}\n  unsteered: ")
+    assert out.startswith(f"> {prompts[0]}\n  unsteered:   ")
 
 
 @torch.no_grad()

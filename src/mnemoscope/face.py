@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mnemoscope.behaviour import PLAIN, Asking, Prompting, check_known, complete, states_at_the_end
+from mnemoscope.behaviour import PLAIN, Asking, Prompting, check_known, complete, phrase_of, states_at_the_end
 from mnemoscope.detect import Detector, Reading
 from mnemoscope.errors import InputError
 from mnemoscope.steering import OPPOSITE, Binding, SteeringVector, Toward, best_paths
@@ -197,13 +197,18 @@ class Fitted:
         alpha: float = 1.0,
         gate: float | None = None,
         max_new_tokens: int = 20,
+        go_on: bool = False,
     ) -> list[dict[str, Any]]:
-        """Generate with and without the vector, greedily: ``prompt``, ``plain``, ``steered``, and ``acted`` (bool)."""
+        """Answer with and without the vector, greedily: ``prompt``, ``plain``, ``steered``, and ``acted`` (bool).
+
+        Both are cut where the answer ends, behind its phrase, unless the text is to ``go_on``.
+        """
         vector, inputs = self.vector(toward), self.inputs(prompts)
         factors = torch.ones(len(prompts)) if gate is None else self.gate(inputs, gate, toward)
         plain = complete(self.model, self.tokenizer, inputs, max_new_tokens)
         with vector.apply(self.model, alpha * factors):
             steered = complete(self.model, self.tokenizer, inputs, max_new_tokens)
+        plain, steered = ([text if go_on else phrase_of(text) for text in texts] for texts in (plain, steered))
         rows = zip(prompts, plain, steered, factors.bool().tolist(), strict=True)
         return [dict(zip(("prompt", "plain", "steered", "acted"), row, strict=True)) for row in rows]
 

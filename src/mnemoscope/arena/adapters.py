@@ -18,7 +18,7 @@ from mnemoscope.arena.lists import Bench
 from mnemoscope.behaviour import Asking
 from mnemoscope.config import LoraConfig
 from mnemoscope.errors import InputError
-from mnemoscope.models import adapt, check_peft, core_of, is_adapted
+from mnemoscope.models import adapt, check_peft, core_of, in_precision, is_adapted, quick_precision
 from mnemoscope.steering import Toward
 
 if TYPE_CHECKING:
@@ -44,11 +44,13 @@ def trained(
     if is_adapted(model) or hasattr(model, "peft_config"):
         raise InputError("lora, dpo: the model holds an adapter already; give it without one, or merged")
     learning = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    precision = quick_precision(model)
     adapted = adapt(model, LoraConfig(rank=RANK), bench.config.seed)
     try:
         asking = replace(bench.lists.asking, model=adapted)
         parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-        descend(bench.lists, toward, parameters, loss(asking), rate, kept(asking))
+        with in_precision(adapted, precision):
+            descend(bench.lists, toward, parameters, loss(asking), rate, kept(asking))
         return _deltas(adapted)
     finally:
         adapted.unload()

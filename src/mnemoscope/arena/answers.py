@@ -37,7 +37,7 @@ from mnemoscope.behaviour import (
     without_prefix,
     written,
 )
-from mnemoscope.models import cache_of, context_length, end_ids, pass_inputs
+from mnemoscope.models import cache_of, context_length, end_ids, pass_inputs, with_last_logits
 from mnemoscope.tasks import Example
 
 EARLIEST = 8  # tokens before a cut in neutral text, at least
@@ -132,7 +132,7 @@ def _joined_texts(asking: Asking, one: Intervention, inputs: Any, bare: Any, tok
     for _ in range(min(tokens, context_length(model) - inputs.input_ids.shape[1])):
         logits = []
         for side in (0, 1):
-            output = model(**pass_inputs(model, steps[side], masks[side], caches[side]))
+            output = with_last_logits(model, pass_inputs(model, steps[side], masks[side], caches[side]))
             caches[side] = cache_of(output)
             logits.append(output.logits[:, -1:].float())
         next_N = one.joined(*logits)[:, -1].argmax(-1)

@@ -23,6 +23,7 @@ from mnemoscope.behaviour.labels import (
     mark_confabulations,
     next_logits,
     only_log_probability,
+    phrase_of,
     score,
     score_contrasted,
     score_read,

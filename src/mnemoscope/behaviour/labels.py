@@ -10,6 +10,7 @@ V vocabulary, L layers, D neurons.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -331,6 +332,13 @@ def decode(asking: Asking, examples: Sequence[Example], applied: Applied = nullc
         ends = [next((i for i, token in enumerate(answer) if token in closing), len(answer)) for answer in answers]
         texts += tokenizer.batch_decode([answer[:end] for answer, end in zip(answers, ends, strict=True)])
     return texts
+
+
+def phrase_of(text: str) -> str:
+    """A text up to the end of its first phrase: a line's end, or a punctuation mark before white space or the end."""
+    begins = len(text) - len(text.lstrip())
+    end = re.search(r"[.,;:!?]+(?=\s|$)|\n", text[begins:])
+    return text[: begins + end.start()] if end else text
 
 
 def complete(

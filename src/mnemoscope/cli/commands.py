@@ -260,6 +260,7 @@ def steer(
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens behind each prompt, at most.")] = 20,
+    go_on: Annotated[bool, typer.Option("--go-on", help="Show what follows an answer too.")] = False,
     chat: AsChat = False,
     reply: Reply = "",
     dtype: Dtype = "float32",
@@ -277,7 +278,7 @@ def steer(
     if vector.begin_alike:
         alike = f"note: {vector.begin_alike:.0%} of the prompts of the vector's fit have two answers that begin alike"
         typer.echo(f"{alike}; it was judged behind that beginning, so put it at the end of such a prompt", err=True)
-    rows = fitted.answers(prompts, toward, alpha, gate, max_new_tokens)
+    rows = fitted.answers(prompts, toward, alpha, gate, max_new_tokens, go_on)
     acted = None if gate is None else {"asked": len(rows), "acted": sum(row["acted"] for row in rows)}
     if as_json:
         facts = {"method": vector.method, "site": vector.site, "layers": vector.layers, "alpha": alpha}
@@ -286,9 +287,14 @@ def steer(
         return
     for row in rows:
         named = toward if row["acted"] else f"{toward} (the gate did not act)"
-        typer.echo(f"{row['prompt']}\n  unsteered: {row['plain'].strip()}\n  {named}: {row['steered'].strip()}")
+        typer.echo("\n".join(f"> {line}" for line in row["prompt"].split("\n")))
+        width = max(map(len, ("unsteered", named)))
+        for name, text in (("unsteered", row["plain"]), (named, row["steered"])):
+            typer.echo(f"  {name + ':':<{width + 1}} {text.strip()}")
     if acted:
-        typer.echo(f"the gate acted on {acted['acted']} of {acted['asked']} prompts")
+        places = [str(number) for number, row in enumerate(rows, 1) if row["acted"]]
+        which = f": {', '.join(places)}" if places and len(rows) > 1 else ""
+        typer.echo(f"the gate acted on {acted['acted']} of {acted['asked']} prompts{which}")
 
 
 @app.command()
