@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_info
 import mnemoscope as ms
 from families import tiny, tokenizer
 from helpers import MINI_TASKS, hook_count
-from mnemoscope.behaviour import Asking, states_at_the_end
+from mnemoscope.behaviour import Asking, phrase_of, states_at_the_end
 from mnemoscope.errors import InputError
 from mnemoscope.export import SITES_FOR
 from mnemoscope.face import vector_file
