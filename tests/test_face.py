@@ -24,7 +24,7 @@ from mnemoscope.export import SITES_FOR
 from mnemoscope.face import vector_file
 from mnemoscope.fitting import ONE_LAYER, SETTINGS, fitting_study
 from mnemoscope.models import load_model
-from mnemoscope.stages.steer import settings_of
+from mnemoscope.stages.choose import settings_of
 from mnemoscope.tasks.jsonl import JsonlTask
 from test_cli import call
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from mnemoscope.behaviour import Asking, decode, draw_candidates, prepare, score
 from mnemoscope.errors import InputError
-from mnemoscope.fitting import MEASURED
+from mnemoscope.fitting import MEASURED, full_draw, seconds_of, tokens_in
 from mnemoscope.statistics import LEAST_GROUPS
 from mnemoscope.tasks import SPLITS, Example, Task, draw
 
@@ -23,7 +23,6 @@ SAMPLE = 160  # conflicts of a split, at most
 FACTS = 400  # bare questions, at most
 SHOWN = 3  # other answers of a family
 GROUPS_NEEDED = 30  # with which a share is known to about 15 points to either side
-PER_TOKEN = 17  # tokens that a fit reads for each distinct one of its data (docs/BENCHMARKS.md)
 FULL = {split: MEASURED["pairs"][f"{split}_examples"] for split in SPLITS}  # conflicts that a fit draws, at most
 
 
@@ -90,26 +89,25 @@ def check_task(asking: Asking, task: Task, seed: int = 0) -> Checked:
     facts = [facts[i] for i in rng.permutation(len(facts))[:FACTS]]
     if facts:
         known = {e.item for e, label in zip(facts, _labels(asking, facts), strict=True) if label == "correct"}
-        tokens += _tokens(asking, facts)
+        tokens += tokens_in(asking, facts)
         task = task.knowing(known)
-    conflicts, splits, distinct = list[Example](), dict[str, OfSplit](), 0
+    conflicts, splits = list[Example](), dict[str, OfSplit]()
     for split in SPLITS:
         drawn = draw(task, rng, FULL[split], "conflict", split)
         sample = drawn[:SAMPLE]
         labels, splits[split], candidates = _pairs(asking, task, sample, rng)
         conflicts += sample if split == "test" else []
-        tokens += _tokens(asking, candidates)
-        distinct += _tokens(asking, drawn)
+        tokens += tokens_in(asking, candidates)
         if split == "test":
             test_labels = labels
     if not conflicts:
         raise InputError("task: it has no conflict in the test split, so nothing can be judged")
     kept = draw(task, rng, SAMPLE, "memory", "test")
-    tokens += _tokens(asking, kept)
+    tokens += tokens_in(asking, kept)
     families, others = _families(asking, conflicts, test_labels)
     by_family = {f: [e for e in kept if e.family == f] for f in dict.fromkeys(e.family for e in kept)}
     right = {f: (int((_labels(asking, some) == "correct").sum()), len(some)) for f, some in by_family.items()}
-    seconds = (time.perf_counter() - begun) / max(1, tokens) * distinct * PER_TOKEN
+    seconds = seconds_of(asking, full_draw(task, seed), time.perf_counter() - begun, tokens)
     groups = len({example.group for example in draw(task, rng, FULL["test"], "conflict", "test")})
     width = math.nan if groups < LEAST_GROUPS else 2.0 / math.sqrt(4 * groups)
     missing = _missing(splits, groups, families, bool(kept))
@@ -119,10 +117,6 @@ def check_task(asking: Asking, task: Task, seed: int = 0) -> Checked:
 
 def _labels(asking: Asking, examples: Sequence[Example]) -> np.ndarray:
     return score(asking, prepare(asking, examples), margins=False).behaviour_N
-
-
-def _tokens(asking: Asking, examples: Sequence[Example]) -> int:
-    return sum(map(len, asking.tokens([asking.text(example.prompt) for example in examples]))) if examples else 0
 
 
 def _pairs(

@@ -53,7 +53,7 @@ def fit(
         out: the run folder; an interrupted fit continues there.
         prompting: the format of prompts.
         options: of a task that is given by name.
-        choices: ``settings``, ``positions``, ``aim``, ``threads``, ``progress`` and, for a name, ``dtype``,
+        choices: ``budget``, ``settings``, ``positions``, ``aim``, ``threads``, ``progress`` and, for a name, ``dtype``,
             ``device_map`` and ``layout``; see ``mnemoscope.fitting.fit_run``.
 
     Raises:

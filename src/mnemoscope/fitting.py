@@ -5,21 +5,24 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from mnemoscope.behaviour import Prompting
+from mnemoscope.behaviour import Asking, Prompting, draw_candidates, prepare, score
 from mnemoscope.cells import Opened
-from mnemoscope.config import StudyConfig, parse_study
+from mnemoscope.config import StudyConfig, dump_study, parse_study
 from mnemoscope.errors import InputError
 from mnemoscope.models import load_model, use_layout
 from mnemoscope.models.layout import Layout
 from mnemoscope.steering import Binding
-from mnemoscope.tasks import Task
+from mnemoscope.tasks import SPLITS, Example, Task, build_task, draw
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -53,6 +56,61 @@ MEASURED: dict[str, Any] = {
     "neutral": {"cuts": 64, "texts": 32, "length": 64, "doses": [0.5, 1.0, 2.0]},
 }
 
+# Of the time of a fit, by stage (docs/BENCHMARKS.md).
+SHARES = {"train": 0.05, "behaviour": 0.06, "pairs": 0.26, "probes": 0.04, "steering": 0.47, "effects": 0.06}
+SHARES |= {"detection": 0.02, "neutral": 0.03, "cards": 0.01}
+TIMED = 128  # prompts that are read to see how fast a model is
+PER_TOKEN = 9.0  # passes over each distinct token of its data that a fit takes as long as
+
+
+class Level(NamedTuple):
+    """A step of leaving out: what goes, beside what went before, and the share of the time that is left then."""
+
+    without: str
+    time: float
+    changes: Mapping[str, Any] = MappingProxyType({})
+    methods: tuple[str, ...] = METHODS + NOT_EXPORTED
+    layers: float = 1.0  # of them, the share that is tried
+
+
+FEW = {"effects": {"doses": [0.0, 1.0], "ablated": []}, "neutral": {"cuts": 0}}
+FEWER = FEW | {"pairs": {"rephrasings": 2, "fit_examples": 200, "tune_examples": 120, "test_examples": 240}}
+FEWER["pairs"] |= {"behaviour_examples": 160, "held_out_examples": 60}
+LEVELS = (
+    Level("nothing", 1.0),
+    Level("dose curves, ablations and divergence on neutral text", 0.9, FEW),
+    Level("learned shifts", 0.75, FEW, ("standardized-nmd", "gradient", "low-rank")),
+    Level("half of the examples", 0.5, FEWER, ("standardized-nmd", "gradient", "low-rank")),
+    Level("low-rank shifts", 0.3, FEWER, ("standardized-nmd", "gradient"), 0.5),
+)
+
+
+def left_out(level: int) -> str:
+    """What a level leaves out, in words."""
+    return ", ".join(one.without for one in LEVELS[1 : level + 1]) or LEVELS[0].without
+
+
+def full_draw(task: Task, seed: int = 0) -> list[Example]:
+    """The distinct conflicts that a fit reads: as many as it draws of each split, with their rephrasings."""
+    found = dict[str, Example]()
+    for split in SPLITS:
+        rng = np.random.default_rng([seed, len(split)])
+        drawn = draw(task, rng, MEASURED["pairs"][f"{split}_examples"], "conflict", split)
+        found |= {example.prompt: example for example in drawn}
+        both = draw_candidates(task, drawn, rng, MEASURED["pairs"]["rephrasings"])
+        found |= {other.prompt: other for _, other in both}
+    return list(found.values())
+
+
+def seconds_of(asking: Asking, examples: Sequence[Example], seconds: float, read: int) -> float:
+    """How long a fit takes that reads these examples, where ``read`` tokens took ``seconds``."""
+    return PER_TOKEN * seconds / max(1, read) * tokens_in(asking, examples)
+
+
+def tokens_in(asking: Asking, examples: Sequence[Example]) -> int:
+    """Tokens of prompts."""
+    return sum(map(len, asking.tokens([asking.text(example.prompt) for example in examples]))) if examples else 0
+
 
 def fit_run(
     model: PreTrainedModel | str | Path,
@@ -66,7 +124,8 @@ def fit_run(
     """Run the study of a fit; returns its model and tokenizer.
 
     Args:
-        choices: ``settings`` tried in either direction at most; ``positions``, ``decision`` or ``all``; ``aim``,
+        choices: ``budget``, minutes that it may take, default: as many as it needs; ``settings`` tried in either
+            direction at most; ``positions``, ``decision`` or ``all``; ``aim``,
             ``conflict`` or ``pairs``; ``threads`` (default: one for each processor); ``progress``, called with (cell,
             stage, done, total, note); and for a model given by name ``dtype``, ``device_map`` and ``layout``.
 
@@ -75,28 +134,76 @@ def fit_run(
     """
     from mnemoscope.study import run_study
 
-    of_study, of_model = ("settings", "positions", "aim", "threads", "progress"), ("dtype", "device_map", "layout")
+    of_study = ("settings", "positions", "aim", "threads", "progress", "budget")
+    of_model, began = ("dtype", "device_map", "layout"), time.monotonic()
     for name in choices:
         if name not in (*of_study, *of_model):
             raise InputError(f"{name}: fit has no such argument; it has {', '.join((*of_study, *of_model))}")
     progress: Callable[..., None] = choices.pop("progress", None) or (lambda *_: None)
+    budget = choices.pop("budget", None)
+    if budget is not None and not 0 < budget < math.inf:
+        raise InputError(f"budget: {budget!r}; allowed is a number of minutes above 0")
     shape = {name: value for name in of_model if (value := choices.pop(name, None)) is not None}
     choices["threads"] = choices.get("threads") or os.cpu_count() or 1
     layout = Layout(**shape["layout"]) if "layout" in shape else None
     chat = {"chat": {"system": prompting.system, "reply": prompting.reply}} if prompting.chat else {}
     if isinstance(model, str | Path):
-        config = fitting_study({"folder": str(model), **shape, **chat}, task, options, **choices)  # checked first
+        described: dict[str, Any] = {"folder": str(model), **shape, **chat}
+        fitting_study(described, task, options, **choices)  # checked first
         model, tokenizer = load_model(model, **shape | {"layout": layout})
     else:
         assert tokenizer is not None
         if layout:
             use_layout(model, layout)
-        described = Binding.of(model, tokenizer).weights
-        config = fitting_study({"opened": described, **shape, **chat}, task, options, **choices)
+        described = {"opened": Binding.of(model, tokenizer).weights, **shape, **chat}
+    config = fitting_study(described, task, options, **choices)
+    if budget is not None:
+        asking = Asking(model, tokenizer, batch_size=MEASURED["pairs"]["batch_size"], prompting=prompting)
+        levels = [fitting_study(described, task, options, **choices, level=n) for n in range(len(LEVELS))]
+        with _left_as_it_was(model):
+            config = _within(60 * budget, began, asking, task, options, levels, out)
+        progress("fit", "budget", 1, 1, f"left out to keep to {budget:g} minutes: {config.left_out or 'nothing'}")
     opened = Opened(model, tokenizer, task if isinstance(task, Task) else None)
     with _left_as_it_was(model):
         run_study(config, out, progress, workers=1, opened=opened)
     return model, tokenizer
+
+
+def _within(
+    seconds: float,
+    began: float,
+    asking: Asking,
+    task: str | Path | Task,
+    options: dict[str, Any],
+    levels: Sequence[StudyConfig],
+    out: Path,
+) -> StudyConfig:
+    """The study that leaves out least and ends within ``seconds`` of ``began``, or that which a run folder holds."""
+    before = (out / "study.yaml").read_text() if (out / "study.yaml").is_file() else None
+    for config in levels:
+        if dump_study(config) == before:
+            return config
+    cell = next(iter(levels[0].cells.values()))
+    made = task if isinstance(task, Task) else build_task(cell.task, cell.options, 0)
+    asking, rng = replace(asking, boundary=made.boundary), np.random.default_rng(0)
+    facts = made.facts_to_know()
+    sample = [facts[i] for i in rng.permutation(len(facts))[:TIMED]] or draw(made, rng, TIMED, "conflict", "fit")
+    score(asking, prepare(asking, sample[:2]), margins=False)  # what is slow the first time only
+    clock = time.monotonic()
+    labels = score(asking, prepare(asking, sample), margins=False).behaviour_N
+    took, share = time.monotonic() - clock, 1.0
+    known = {e.item for e, label in zip(sample, labels, strict=True) if label == "correct"} if facts else set()
+    if known:  # of all facts, as many times more are known as were not asked here
+        made, share = made.knowing(known), len(facts) / len(sample)
+    most = sum(MEASURED["pairs"][f"{split}_examples"] for split in SPLITS) * (1 + MEASURED["pairs"]["rephrasings"])
+    read = full_draw(made)
+    whole = seconds_of(asking, read, took, tokens_in(asking, sample)) * max(1.0, min(share, most / max(1, len(read))))
+    left = seconds - (time.monotonic() - began)
+    for level, config in zip(LEVELS, levels, strict=True):
+        if level.time * whole <= left:
+            return config
+    least = (LEVELS[-1].time * whole + time.monotonic() - began) / 60
+    raise InputError(f"budget: {seconds / 60:g} minutes; the least that can be fitted takes about {math.ceil(least)}")
 
 
 @contextmanager
@@ -132,6 +239,7 @@ def fitting_study(
     threads: int = 1,
     positions: str = "decision",
     aim: str = "conflict",
+    level: int = 0,
 ) -> StudyConfig:
     """The study of a fit, with one cell.
 
@@ -141,6 +249,7 @@ def fitting_study(
         settings: the budget: settings tried at most in either direction, in evenly spread layers.
         positions: ``decision``, or ``all`` tokens, for vectors to export.
         aim: what vectors are chosen for: ``conflict`` as drawn, which is what a user meets, or ``pairs``.
+        level: of ``LEVELS``, how much is left out to keep to a budget.
 
     Raises:
         InputError: the file does not exist, the budget is below one layer's, or a field is not allowed.
@@ -157,14 +266,17 @@ def fitting_study(
         raise InputError(f"task: the file {name} does not exist")
     if settings < ONE_LAYER:
         raise InputError(f"settings: {settings} is less than the {ONE_LAYER} that one layer takes")
-    layers = {"layers": [f"spread-{settings // ONE_LAYER}"]}
-    methods = METHODS if positions == "all" else METHODS + NOT_EXPORTED
+    less = LEVELS[level]
+    layers = {"layers": [f"spread-{max(1, int(less.layers * (settings // ONE_LAYER)))}"]}
+    methods = [name for name in less.methods if positions != "all" or name not in NOT_EXPORTED]
     tried = {"methods": methods, "grids": {site: layers | grid for site, grid in TRIED.items()}, "aim": aim}
-    cell = MEASURED | {
+    measured = {name: fields | less.changes.get(name, {}) for name, fields in MEASURED.items()}
+    cell = measured | {
         "task": "jsonl" if is_file else name,
         "options": {"file": str(Path(name).resolve()), **options} if is_file else options,
         "model": model,
         "steering": STEERING | tried | {"positions": positions},
     }
     label = Path(name).stem if is_file else name.rpartition(":")[2]
-    return parse_study({"study": "fit", "threads": threads, "cells": {label: cell}})
+    out = {"left_out": left_out(level)} if level else {}
+    return parse_study({"study": "fit", "threads": threads, "cells": {label: cell}, **out})

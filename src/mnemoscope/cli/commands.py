@@ -91,6 +91,7 @@ def fit(
     positions: Annotated[str, typer.Option(help="decision, or all: every token, for export.")] = "decision",
     aim: Annotated[str, typer.Option(help="What vectors are for: conflict, as users meet it, or pairs.")] = "conflict",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; default: as many as there are cores.")] = None,
+    budget: Annotated[float | None, typer.Option(help="Minutes that it may take; what is left out is told.")] = None,
     chat: AsChat = False,
     reply: Reply = "",
     dtype: Dtype = "float32",
@@ -102,12 +103,13 @@ def fit(
     from mnemoscope.behaviour import Prompting
     from mnemoscope.face import fit as fit_model
     from mnemoscope.files import dumped
+    from mnemoscope.fitting import SHARES
 
     asked: dict[str, Any] = {"prompting": Prompting(chat, reply=reply), "options": options(option)}
-    asked |= {"settings": settings, "positions": positions, "aim": aim, "threads": threads}
+    asked |= {"settings": settings, "positions": positions, "aim": aim, "threads": threads, "budget": budget}
     asked |= {"dtype": dtype, "device_map": device_map, "layout": named_parts(layout)}
     note = [] if as_json or positions == "all" else [NOT_EXPORTED]
-    with progress(quiet=as_json) as tell:
+    with progress(as_json, SHARES) as tell:
 
         def begun(*what: Any) -> None:  # all arguments are checked
             while note:

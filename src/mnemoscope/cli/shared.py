@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Annotated, Any
@@ -90,10 +91,16 @@ def say(facts: dict[str, Any], as_json: bool, field: str) -> None:
 
 
 @contextmanager
-def progress(quiet: bool) -> Iterator[Callable[[str, str, float, float, str], None]]:
-    """Show a progress bar per cell on a terminal, lines elsewhere, nothing when quiet."""
+def progress(
+    quiet: bool, shares: Mapping[str, float] | None = None
+) -> Iterator[Callable[[str, str, float, float, str], None]]:
+    """Show a progress bar per cell on a terminal, lines elsewhere, nothing when quiet.
+
+    ``shares``: of the whole time, by stage, of a run with one cell: then it is told how much is left.
+    """
+    left = _Left(shares or {})
     if quiet or not sys.stderr.isatty():
-        yield (lambda *_: None) if quiet else _Lines()
+        yield (lambda *_: None) if quiet else _Lines(left)
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -105,19 +112,42 @@ def progress(quiet: bool) -> Iterator[Callable[[str, str, float, float, str], No
         def show(cell: str, stage: str, done: float, total: float, note: str) -> None:
             if cell not in bars:
                 bars[cell] = shown.add_task(cell, total=1.0, note="")
+            note += left(stage, done / max(total, 1e-9), note)
             shown.update(bars[cell], description=f"{cell} {stage}", completed=done / max(total, 1e-9), note=note)
 
         yield show
 
 
+class _Left:
+    """Tells how much is left of a run, once a tenth of it has passed, from the shares that its stages usually take."""
+
+    def __init__(self, shares: Mapping[str, float]) -> None:
+        self.shares, self.began, self.skipped = shares, time.monotonic(), 0.0
+
+    def __call__(self, stage: str, part: float, note: str) -> str:
+        if stage not in self.shares:
+            return ""
+        stages = list(self.shares)
+        done = sum(self.shares[name] for name in stages[: stages.index(stage)]) + self.shares[stage] * min(part, 1.0)
+        if note == "done before":
+            self.began, self.skipped = time.monotonic(), done
+        mine = done - self.skipped
+        if mine < 0.1 or done > 0.98:
+            return ""
+        left = (time.monotonic() - self.began) * (1 - done) / mine
+        return f"; about {left / 60:.0f} min left" if left > 90 else f"; about {left:.0f} s left"
+
+
 class _Lines:
     """Prints one line on stderr for each tenth of a stage."""
 
-    def __init__(self) -> None:
+    def __init__(self, left: _Left) -> None:
         self.seen: dict[tuple[str, str], int] = {}
+        self.left = left
 
     def __call__(self, cell: str, stage: str, done: float, total: float, note: str) -> None:
         tenth = int(10 * done / max(total, 1))
         if self.seen.get((cell, stage)) != tenth:  # a further attempt starts again at 0
             self.seen[cell, stage] = tenth
+            note += self.left(stage, done / max(total, 1), note)
             typer.echo(f"{cell}  {stage:<10} {min(10 * tenth, 100):3d} %  {note}", err=True)

@@ -35,7 +35,8 @@ def compute_results(run: Run, parallel: Map = in_order) -> Results:
     measured = iter(parallel(measure, [cell for cells in labels.values() for cell in cells]))
     tasks = {label: over_all(cells, list(islice(measured, len(cells)))) for label, cells in labels.items()}
     across = {"seeds": holds.measure_seeds(run), "transfer": holds.measure_transfer(run, run.probe_layers())}
-    return Results(study=str(run.study.get("study", "")), tasks=tasks, failed=run.failed, **across)
+    names = {name: str(run.study.get(name, "")) for name in ("study", "left_out")}
+    return Results(**names, tasks=tasks, failed=run.failed, **across)
 
 
 def to_json(results: Results) -> str:

@@ -388,6 +388,7 @@ class Results(Result):
 
     version: int = Field(1, alias="schema")
     study: str
+    left_out: str = Field("", description="what a fit did without, to keep to its budget")
     tasks: dict[str, TaskResults]
     failed: dict[str, str] = Field(description="why a cell could not go on, by its name")
     seeds: dict[str, list[SeedsRow]] = Field(description="by label; empty with a single seed")

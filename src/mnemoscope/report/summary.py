@@ -16,6 +16,7 @@ from mnemoscope.report.words import TOWARDS, count, percent, ranged
 from mnemoscope.statistics import LEAST_GROUPS, Estimate
 
 VECTOR = "this vector"
+BEYOND = "no vector keeps the limits of what may be lost or answered neither way; "
 GROUPS_NEEDED = 30  # with which an interval of a share is about 15 points to either side
 OPTIONAL = ("weights", "detect_auroc")  # of a brief: left out where there is none
 
@@ -39,11 +40,12 @@ class DirectionSummary(BaseModel):
         aim, block = task.aim, task.steering[direction].for_aim(task.aim)
         name, found = block.strongest(aim), getattr(block, aim)
         ways = {VECTOR: found.shift, **other_ways(task, direction)}
+        chosen = block.chosen if aim == "pairs" else block.chosen_conflict
         return cls(
-            advice=advice(ways),
+            advice=("" if chosen.within_limits else BEYOND) + advice(ways),
             ways=ways,
             aim=aim,
-            chosen=block.chosen if aim == "pairs" else block.chosen_conflict,
+            chosen=chosen,
             shift=found.shift,
             other=found.other,
             strongest_control=name,
@@ -148,6 +150,7 @@ class Summary(BaseModel):
     """The first numbers of a run by task; ``print`` it."""
 
     tasks: dict[str, TaskSummary]
+    left_out: str = ""  # what a fit did without to keep to its budget
 
     @classmethod
     def of(cls, results: dict[str, Any]) -> Summary:
@@ -156,12 +159,13 @@ class Summary(BaseModel):
         for name, task in results.get("tasks", {}).items():
             with suppress(ValidationError, TypeError):
                 found[name] = TaskSummary.of(TaskResults.model_validate({**task, "per_seed": {}}))
-        return cls(tasks=found)
+        return cls(tasks=found, left_out=results.get("left_out", ""))
 
     def __str__(self) -> str:
         lines = []
         for name, task in self.tasks.items():
             lines += [name, *(f"  {what}: {text}" for what, text in task.rows().items())]
+        lines += [f"left out to keep to the budget: {self.left_out}"] if self.left_out else []
         return "\n".join(lines)
 
     def brief(self) -> dict[str, Any]:

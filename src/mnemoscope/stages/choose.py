@@ -1,0 +1,288 @@
+"""Choose the settings of steering vectors on the tune split, for pairs and for conflicts as drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property, partial
+from itertools import chain, product
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mnemoscope.behaviour import Batch, Scores
+from mnemoscope.cells import Cell, Tell
+from mnemoscope.config import MethodName, SteeringConfig
+from mnemoscope.directions import (
+    ANSWERED,
+    LEARNED,
+    LOW_RANK,
+    RATING_DRAWS,
+    SOURCE,
+    TOWARD,
+    Directions,
+    Fit,
+    Limits,
+    Setting,
+    TuneLists,
+    damage,
+    final,
+    ranked,
+    share_of,
+    steered,
+    with_prefixes,
+)
+from mnemoscope.models import Site
+from mnemoscope.stages import common
+from mnemoscope.stages.lists import JudgedList, Records, judged_lists, sources_of, tune_lists
+
+AIMS = {"pairs": "pairs", "conflict": "conflicts as drawn"}  # the lists that settings are chosen for
+EQUAL_NORM, UNPENALIZED = "equal_norm", "unpenalized"  # settings that are compared on test pairs, and saved nowhere
+PARTS = len(AIMS) + 1  # of the stage's progress
+MAPPED = ("nmd",)  # methods whose whole sweep is measured on kept lists too
+CONFLICT_CONTROL, CONFLICT_COLLATERAL = 0.3, 0.1  # limits for conflicts as drawn: steering them takes larger norms
+
+LEAST_RATE = 0.1  # of a few examples that are steered, from which on damage is looked at
+Row = dict[str, Any]
+Tried = Mapping[tuple[str, str], Sequence[Setting]]  # by direction and method
+
+
+class Chosen(NamedTuple):
+    """The setting chosen for an aim, a direction and a method; ``best``: no method gains more."""
+
+    aim: str
+    setting: Setting
+    within: bool
+    best: bool
+
+
+class SteeredCell(common.PerProcess):
+    """Records, lists and directions of a cell, beside its model.
+
+    ``shifts``: cache of all directions. The main process sends learned ones to the parts that need them.
+    """
+
+    def __init__(self, cell: Cell) -> None:
+        super().__init__(cell)
+        self.shifts: dict[Fit, np.ndarray] = {}
+        self._batches: tuple[tuple[str, str], list[Batch]] | None = None
+
+    def map(
+        self, function: Callable[..., Any], items: Sequence[tuple[Any, ...]], settings: Iterable[Sequence[Setting]]
+    ) -> Iterable[Any]:
+        """``function(opened, *item)`` of each item, in parallel, with the learned shifts of its settings."""
+        keys = [{setting.same_direction()[0] for setting in some if setting.method in LEARNED} for some in settings]
+        known = ({fit: shift_LD for fit, shift_LD in self.shifts.items() if fit[0] in some} for some in keys)
+        return self.cell.map(self, [(function, some, item) for some, item in zip(known, items, strict=True)])
+
+    def __call__(self, part: tuple[Callable[..., Any], dict[Fit, np.ndarray], tuple[Any, ...]]) -> Any:
+        function, shifts, item = part
+        self.shifts.update(shifts)
+        return function(self, *item)
+
+    @cached_property
+    def records(self) -> Records:
+        return Records.of(self.cell)
+
+    @cached_property
+    def directions(self) -> dict[Site, Directions]:
+        """By site."""
+        config = self.cell.config.steering
+        sites: list[Site] = [*config.grids]
+        sites += ["block"] if LOW_RANK in config.methods else []
+        sources = sources_of(self.cell, self.asking, self.records, sites)
+        return {site: Directions(found, self.shifts) for site, found in sources.items()}
+
+    @cached_property
+    def tune(self) -> dict[str, dict[str, TuneLists]]:
+        """By aim and direction."""
+        return tune_lists(self.cell, self.asking, self.records)
+
+    @cached_property
+    def few(self) -> dict[str, dict[str, TuneLists]]:
+        """The same with a few examples of each list."""
+        return tune_lists(self.cell, self.asking, self.records, self.cell.config.steering.screened)
+
+    @cached_property
+    def judged(self) -> dict[str, dict[str, JudgedList]]:
+        """By direction and name."""
+        limit = self.cell.config.steering.judged_examples
+        return {direction: judged_lists(self.records, direction, limit) for direction in TOWARD}
+
+    def batches(self, direction: str, name: str) -> list[Batch]:
+        """A judged list prepared with prefixes; one at a time and without tune lists, as prefix caches need memory."""
+        self.forget_tune()
+        if self._batches is None or self._batches[0] != (direction, name):
+            self._batches = None
+            self._batches = (direction, name), with_prefixes(self.asking, self.judged[direction][name].examples)
+        return self._batches[1]
+
+    def forget_tune(self) -> None:
+        """Free the tune lists."""
+        for name in ("tune", "few"):
+            self.__dict__.pop(name, None)
+
+
+def settings_of(config: SteeringConfig, direction: str, method: MethodName, count: int) -> list[Setting]:
+    """Every combination of each grid of a method in a model of ``count`` layers; InputError for a layer beyond.
+
+    A low-rank shift has a grid of its own, as it has no norm and acts on every token.
+    """
+    if method == LOW_RANK:
+        grid = config.low_rank
+        some = [Setting(direction, method, "block", grid.together(count), 1.0, f, "all") for f in grid.factors]
+        return list(dict.fromkeys(some))
+    grids = (((site,), grid.layer_sets(count), grid.tops, grid.strengths) for site, grid in config.grids.items())
+    cells = chain.from_iterable(product(*grid) for grid in grids)
+    return list(dict.fromkeys(Setting(direction, method, *one, config.positions) for one in cells))
+
+
+def halved(opened: SteeredCell, tried: Tried, tell: Tell) -> tuple[dict[tuple[str, str], list[Setting]], list[Row]]:
+    """Settings that are worth all examples, and rows of the sweep that found them: successive halving.
+
+    Methods without learning are tried in all layers on a few examples of the study's aim. By what each steers less what
+    it damages, the best layers are left, with half of the settings there; learned shifts are learned in these layers
+    alone, at the strength that was best there.
+    """
+    config = opened.cell.config.steering
+    places: dict[tuple[Any, ...], list[Setting]] = {}
+    for setting in chain.from_iterable(some for (_, method), some in tried.items() if method not in LEARNED):
+        places.setdefault((setting.direction, setting.method, setting.site, setting.layers, setting.top), []).append(
+            setting
+        )
+    worth, rows = dict[Setting, float](), list[Row]()
+    parts = [(config.aim, some) for some in places.values()]
+    for done, ((direction, method, *_), found) in enumerate(
+        zip(places, opened.map(_screen, parts, places.values()), strict=True), 1
+    ):
+        for setting, value, row in found:
+            worth[setting] = value
+            rows.append(row)
+        note = f"{direction}: {method}, a first look at place {done} of {len(places)}"
+        tell(list(AIMS).index(config.aim) + 0.5 * done / len(places), PARTS, note)
+    opened.__dict__.pop("few", None)
+    kept = {}
+    for (direction, method), some in tried.items():
+        ordered = sorted((s for s in worth if s.direction == direction), key=lambda s: -worth[s])
+        best: dict[tuple[Any, ...], float] = {}
+        for s in ordered:
+            best.setdefault((s.site, s.layers), s.strength)
+        left = dict(list(best.items())[: config.halving])
+        here = [s for s in some if (s.site, s.layers) in left]
+        if method == LOW_RANK or not ordered:
+            kept[direction, method] = list(some)
+        elif method in LEARNED:
+            kept[direction, method] = [s for s in here if s.strength == left[s.site, s.layers]]
+        else:
+            seen = sorted((s for s in here if s in worth), key=lambda s: -worth[s])
+            kept[direction, method] = seen[: -(-len(seen) // 2)]
+    return kept, rows
+
+
+def _screen(opened: SteeredCell, aim: str, settings: Sequence[Setting]) -> list[tuple[Setting, float, Row]]:
+    """What settings of one place steer of a few tune examples less the largest damage, and their rows of the sweep.
+
+    From weak to strong ones, up to the first that breaks most answers.
+    """
+    found = []
+    for setting in sorted(settings, key=lambda setting: setting.strength):
+        lists, directions = opened.few[aim][setting.direction], opened.directions[setting.site]
+        scores = steered(opened.asking, lists.targets, directions.vector(setting), margins=False)
+        rate, other = share_of(scores, setting.toward), share_of(scores, "other")
+        lost = damage(lists, directions, setting) if rate > LEAST_RATE else 0.0
+        found.append((setting, rate - max(other, lost), _row(aim, setting, scores)))
+        if other > 0.5:
+            break
+    return found
+
+
+def choose(
+    opened: SteeredCell, aim: str, tried: Tried, tell: Tell
+) -> tuple[list[Chosen], dict[Setting, float], list[Row]]:
+    """Choose among the settings of each direction and method, each method's best ones by a second rating.
+
+    Returns the choices, the shift rates of all settings, and the rows of the sweep.
+    """
+    settings, rows, rates = list(chain.from_iterable(tried.values())), list[Row](), dict[Setting, float]()
+    others = dict[Setting, float]()
+    swept = opened.map(_sweep, [(aim, setting) for setting in settings], [[setting] for setting in settings])
+    for setting, (rates[setting], found, learned) in zip(settings, swept, strict=True):
+        rows += found
+        others[setting] = found[0]["other"]
+        opened.shifts.update(learned)
+        note = f"{setting.direction}: trying {setting.method} for {AIMS[aim]} on tune"
+        tell(list(AIMS).index(aim) + 0.5 + len(rates) / (4 * len(settings)), PARTS, note)
+    tell(list(AIMS).index(aim) + 0.75, PARTS, f"choosing for {AIMS[aim]} on tune")
+    first = [partial(ranked, others={s: others[s] for s in some}) for some in tried.values()]
+    rated = [
+        (rank, aim, direction, [(s, rates[s]) for s in some])
+        for rank, ((direction, _), some) in zip(first, tried.items(), strict=True)
+    ]
+    ranks = dict(zip(tried, opened.map(_pick, rated, tried.values()), strict=True))
+    again = [(final, aim, direction, ranks[direction, method]) for direction, method in tried]
+    finals = opened.map(_pick, again, [[choice.setting for choice in found] for *_, found in again])
+    kept = dict(zip(tried, finals, strict=True))
+    best = {d: max((choice for key, choice in kept.items() if key[0] == d), key=lambda c: c.rank) for d in TOWARD}
+    chosen = [Chosen(aim, c.setting, c.within, c is best[direction]) for (direction, _), c in kept.items()]
+    return chosen, rates, rows
+
+
+def compared(rates: Mapping[Setting, float]) -> list[Chosen]:
+    """For each norm each method's setting that steers most tune pairs, whatever controls do; of NMD that of all norms.
+
+    The latter is how the paper chooses.
+    """
+    most: dict[tuple[Any, ...], Setting] = {}
+    for setting, rate in rates.items():
+        if setting.method == LOW_RANK:  # which has no norm
+            continue
+        keys: list[tuple[Any, ...]] = [(EQUAL_NORM, *setting.key, setting.strength)]
+        keys += [(UNPENALIZED, *setting.key)] if setting.method == "nmd" else []
+        for key in keys:
+            if key not in most or rate > rates[most[key]]:
+                most[key] = setting
+    return [Chosen(key[0], setting, within=False, best=False) for key, setting in most.items()]
+
+
+def _sweep(opened: SteeredCell, aim: str, setting: Setting) -> tuple[float, list[Row], dict[Fit, np.ndarray]]:
+    """Shift rate of a setting on tune, rows of the sweep, and learned directions."""
+    lists, of_pairs = (opened.tune[name][setting.direction] for name in (aim, "pairs"))
+    vector = opened.directions[setting.site].vector(setting)
+    scores = steered(opened.asking, lists.targets, vector)
+    rows = [_row(aim, setting, scores)]
+    for name, (batches, label) in lists.kept.items() if setting.method in MAPPED else ():
+        if aim == "pairs" or name not in of_pairs.kept:
+            rows.append(_row(name, setting, steered(opened.asking, batches, vector, margins=False), label))
+    fit = setting.same_direction()[0], ANSWERED
+    learned = {fit: opened.shifts[fit]} if setting.method in LEARNED else {}
+    return share_of(scores, setting.toward), rows, learned
+
+
+def _pick(opened: SteeredCell, pick: Callable[..., Any], aim: str, direction: str, candidates: list[Any]) -> Any:
+    """What ``ranked`` or ``final`` chooses on the tune lists of an aim."""
+    config = opened.cell.config.steering
+    of_control, collateral, refits = config.control_limit, config.collateral_limit, config.tune_refits
+    if aim == "conflict" and config.aim != aim:
+        of_control, collateral, refits = CONFLICT_CONTROL, CONFLICT_COLLATERAL, 0
+    again = config.tune_draws_again
+    draws = min(RATING_DRAWS, again)
+    limits = Limits(of_control, collateral, draws, refits, again, config.excess_cost, config.neither_limit)
+    return pick(opened.tune[aim][direction], opened.directions, candidates, limits, [opened.cell.seed, 1])
+
+
+def _row(name: str, setting: Setting, scores: Scores, label: str | None = None) -> Row:
+    """A row of the sweep: behaviours under a setting, or the share that keeps its ``label``."""
+    row = {"examples": name, "n": len(scores.behaviour_N), **columns(setting)}
+    row |= dict.fromkeys(("shift", "stay", "other", "kept", "margin", "margin_sd"), np.nan)
+    if label is not None:
+        return row | {"kept": share_of(scores, label)}
+    shares = {"shift": setting.toward, "stay": SOURCE[setting.direction], "other": "other"}
+    row |= {"margin": float(scores.margin_N.mean()), "margin_sd": float(scores.margin_N.std())}
+    return row | {column: share_of(scores, behaviour) for column, behaviour in shares.items()}
+
+
+def columns(setting: Setting) -> Row:
+    """A setting in the columns of the records; layers as ``0-3`` for a range, else between commas."""
+    row = {name: getattr(setting, name) for name in ("direction", "method", "site", "layers", "top", "strength")}
+    first, last = setting.layers[0], setting.layers[-1]
+    in_a_row = first < last and setting.layers == tuple(range(first, last + 1))
+    return row | {"layers": f"{first}-{last}" if in_a_row else ",".join(map(str, setting.layers))}
