@@ -27,7 +27,7 @@ from mnemoscope.behaviour import (
     score,
 )
 from mnemoscope.config import ArenaConfig
-from mnemoscope.directions import TOWARD, FitLists, Sources, in_turn, read_sources, with_prefixes
+from mnemoscope.directions import TOWARD, FitLists, Sources, Unit, in_turn, read_sources, with_prefixes
 from mnemoscope.errors import InputError
 from mnemoscope.models import Site
 from mnemoscope.statistics import LEAST_GROUPS
@@ -125,7 +125,7 @@ class Bench:
     tune: Mapping[str, Prompts]
     test: Mapping[str, Prompts]
     cache: dict[Any, Any] = field(default_factory=dict)  # what methods fit once for both directions, or share
-    _sources: dict[Site, Sources] = field(default_factory=dict)
+    _sources: dict[tuple[Site, Unit], Sources] = field(default_factory=dict)
 
     @classmethod
     def of(cls, asking: Asking, task: Task, config: ArenaConfig, known: Known | None = None) -> Bench:
@@ -174,11 +174,11 @@ class Bench:
             raise InputError(f"task: {len(pairs)} of its fit candidates flip; pairs of 2 groups are needed")
         return pairs
 
-    def sources(self, site: Site) -> Sources:
-        """States of the fit pairs at a site, with the lists that are learned on."""
-        if site not in self._sources:
-            self._sources[site] = read_sources(site, self.pairs, self.asking, lambda: self.lists)
-        return self._sources[site]
+    def sources(self, site: Site, unit: Unit = "norm") -> Sources:
+        """States of the fit pairs at a site, with the lists that are learned on; ``unit`` of the strengths."""
+        if (site, "norm") not in self._sources:
+            self._sources[site, "norm"] = read_sources(site, self.pairs, self.asking, lambda: self.lists)
+        return self._sources.setdefault((site, unit), replace(self._sources[site, "norm"], unit=unit))
 
 
 def ask_known(asking: Asking, task: Task) -> Known:

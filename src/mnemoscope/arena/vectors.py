@@ -6,6 +6,7 @@ Shapes: N states, L layers, D neurons.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +22,7 @@ from mnemoscope.steering import Edit, SteeringVector, Toward, edited
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+FACTORS = (0.5, 1.0, 2.0, 4.0)  # on a mean difference
 DIRECTION = {toward: direction for direction, toward in TOWARD.items()}
 
 
@@ -66,14 +68,32 @@ def at_block(model: PreTrainedModel, layer: int, edit: Edit) -> Applied:
 def of_settings(
     bench: Bench, method: str, settings: Sequence[Setting], directions: Directions | None = None
 ) -> list[Intervention]:
-    """An intervention of each setting of ``directions``, under the method's name in the arena."""
-    made, found = directions or Directions(bench.sources(settings[0].site)), list[Intervention]()
+    """An intervention of each setting, under the method's name in the arena.
+
+    ``directions``: default: with strengths in units of each neuron's spread.
+    """
+    made = directions or Directions(bench.sources(settings[0].site, "spread"))
+    found = list[Intervention]()
     for setting in settings:
         facts: dict[str, object] = {"layers": list(setting.layers), "top": setting.top, "strength": setting.strength}
         if setting.method == "nmd":
-            facts["factor"] = made.alpha(setting)
-        found.append(by_vector(bench.asking.model, method, made.vector(setting), setting.strength, facts))
+            facts["factor"] = round(made.alpha(setting), 6)
+        vector = made.vector(setting)
+        norm_L = np.linalg.norm(vector.dense(*made.sources.shape_LD), axis=1) / made.sources.norm_L
+        found.append(by_vector(bench.asking.model, method, vector, float(np.linalg.norm(norm_L)), facts))
     return found
+
+
+def by_factors(
+    bench: Bench, method: str, toward: Toward, layers: Sequence[tuple[int, ...]], tops: Sequence[float]
+) -> list[Intervention]:
+    """The mean difference times each of ``FACTORS``, on some shares of the neurons of layers."""
+    made = Directions(bench.sources("block"))
+    found = []
+    for whole in settings("nmd", toward, layers, tops, (1.0,)):
+        alpha = made.alpha(whole)  # of strength 1
+        found += [replace(whole, strength=factor / alpha) for factor in FACTORS if alpha > 0]
+    return of_settings(bench, method, found, made)
 
 
 def settings(

@@ -29,6 +29,7 @@ from mnemoscope.directions.sources import (
     Labels,
     Setting,
     Sources,
+    Unit,
     in_turn,
     margin_gradients,
     read_sources,

@@ -9,7 +9,7 @@ from mnemoscope.steering import Toward
 
 LAYERS = 8
 TOPS = (0.5, 1.0)
-STRENGTHS = (0.05, 0.1, 0.2, 0.4)  # norm of the shift over that of the states
+STRENGTHS = (0.1, 0.2, 0.4, 0.8)  # of the shift, in units of each neuron's spread
 
 
 def candidates(bench: Bench, toward: Toward) -> list[Intervention]:

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from mnemoscope.arena.contract import Intervention
 from mnemoscope.arena.lists import Bench
-from mnemoscope.arena.vectors import of_settings, settings
+from mnemoscope.arena.vectors import by_factors
 from mnemoscope.models import blocks_of
 from mnemoscope.steering import Toward
 
 TOPS = (0.02, 0.1, 0.3)
-STRENGTHS = (0.1, 0.2, 0.4, 0.8)  # norm of the shift, over all layers, in units of the states' norms
 
 
 def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
-    """Every share and strength; InputError with too few pairs."""
+    """Every share and factor; InputError with too few pairs."""
     everywhere = [tuple(range(len(blocks_of(bench.asking.model))))]
-    return of_settings(bench, "nmd", settings("nmd", toward, everywhere, TOPS, STRENGTHS))
+    return by_factors(bench, "nmd", toward, everywhere, TOPS)
