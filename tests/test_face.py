@@ -110,7 +110,7 @@ def test_a_fit_gives_vectors_in_both_directions_a_detector_and_controls(user: Us
         assert card.control["estimate"] == pytest.approx(strongest)
         assert f"test shift {shift['estimate']:.3f} [{shift['low']:.3f}, {shift['high']:.3f}], n = " in str(card)
         assert f"strongest control of the same norm: {card.control['name']}" in str(card)
-        assert set(card.divergence) == {"0.25", "0.5", "1", "2"}
+        assert set(card.divergence) == {"0.5", "1", "2"}
     for detector, auroc in (
         (user.fitted.detector, results["detection"]["auroc"]["p_memorized"]),
         (user.fitted.lower_detector, results["detection"]["gate"]),
@@ -331,7 +331,7 @@ def test_the_budget_is_dealt_to_layers_all_over_the_model() -> None:
     assert set(everywhere.steering.grids) <= set(SITES_FOR["gguf"]) & set(SITES_FOR["checkpoint"])
     (cell,) = fitting_study({"folder": "x"}, "facts", {}).cells.values()
     methods = [method for method in cell.steering.methods if method != "low-rank"]  # which has few settings of its own
-    assert sum(len(settings_of(cell.steering, "to_generalized", method, 30)) for method in methods) == SETTINGS == 54
+    assert sum(len(settings_of(cell.steering, "to_generalized", method, 30)) for method in methods) == SETTINGS == 72
     (learned,) = cell.steering.grids.values()
     assert learned.layer_sets(30) == [(4,), (9,), (13,), (17,), (21,), (26,)]
     assert learned.layer_sets(2) == [(0,), (1,)]

@@ -149,7 +149,8 @@ def fit_run(
     chat = {"chat": {"system": prompting.system, "reply": prompting.reply}} if prompting.chat else {}
     if isinstance(model, str | Path):
         described: dict[str, Any] = {"folder": str(model), **shape, **chat}
-        fitting_study(described, task, options, **choices)  # checked first
+        checked = fitting_study(described, task, options, **choices)
+        _task_of(checked, task)  # before a large model is opened for nothing
         model, tokenizer = load_model(model, **shape | {"layout": layout})
     else:
         assert tokenizer is not None
@@ -183,8 +184,7 @@ def _within(
     for config in levels:
         if dump_study(config) == before:
             return config
-    cell = next(iter(levels[0].cells.values()))
-    made = task if isinstance(task, Task) else build_task(cell.task, cell.options, 0)
+    made = _task_of(levels[0], task)
     asking, rng = replace(asking, boundary=made.boundary), np.random.default_rng(0)
     facts = made.facts_to_know()
     sample = [facts[i] for i in rng.permutation(len(facts))[:TIMED]] or draw(made, rng, TIMED, "conflict", "fit")
@@ -204,6 +204,19 @@ def _within(
             return config
     least = (LEVELS[-1].time * whole + time.monotonic() - began) / 60
     raise InputError(f"budget: {seconds / 60:g} minutes; the least that can be fitted takes about {math.ceil(least)}")
+
+
+def _task_of(config: StudyConfig, task: str | Path | Task) -> Task:
+    """The task of a fit; InputError where no item of a split has two phrasings, so that it cannot have pairs."""
+    (cell,) = config.cells.values()
+    made = task if isinstance(task, Task) else build_task(cell.task, cell.options, 0)
+    for split in SPLITS:
+        drawn = draw(made, np.random.default_rng(0), 200, "conflict", split)
+        if drawn and not any(draw_candidates(made, drawn, np.random.default_rng(0), 1)):
+            raise InputError(
+                f"task: every item of its {split} split has one phrasing; pairs need items with two or more"
+            )
+    return made
 
 
 @contextmanager

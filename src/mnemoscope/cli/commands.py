@@ -87,7 +87,7 @@ def fit(
     task: Annotated[str, typer.Option(help="A task, see `mnemoscope tasks`, or a JSONL file of your own.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Run folder: pairs, vectors, detector, report.")],
     option: Given = None,
-    settings: Annotated[int, typer.Option(min=1, help="Settings tried in either direction, at most.")] = 54,
+    settings: Annotated[int, typer.Option(min=1, help="Settings tried in either direction, at most.")] = 72,
     positions: Annotated[str, typer.Option(help="decision, or all: every token, for export.")] = "decision",
     aim: Annotated[str, typer.Option(help="What vectors are for: conflict, as users meet it, or pairs.")] = "conflict",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; default: as many as there are cores.")] = None,

@@ -218,10 +218,13 @@ def choose(
         for rank, ((direction, _), some) in zip(first, tried.items(), strict=True)
     ]
     ranks = dict(zip(tried, opened.map(_pick, rated, tried.values()), strict=True))
-    again = [(final, aim, direction, ranks[direction, method]) for direction, method in tried]
-    finals = opened.map(_pick, again, [[choice.setting for choice in found] for *_, found in again])
-    kept = dict(zip(tried, finals, strict=True))
-    best = {d: max((choice for key, choice in kept.items() if key[0] == d), key=lambda c: c.rank) for d in TOWARD}
+    # Controls cost the most, so that a halved sweep draws those of what could win alone.
+    keys = list(product(TOWARD)) if opened.cell.config.steering.halving else list(tried)
+    rivals = [[c for found, some in ranks.items() if found[: len(key)] == key for c in some] for key in keys]
+    again = [(final, aim, key[0], some) for key, some in zip(keys, rivals, strict=True)]
+    finals = list(opened.map(_pick, again, [[choice.setting for choice in some] for some in rivals]))
+    kept = {key: some[0] for key, some in ranks.items()} | {choice.setting.key: choice for choice in finals}
+    best = {d: max((c for c in finals if c.setting.direction == d), key=lambda c: c.rank) for d in TOWARD}
     chosen = [Chosen(aim, c.setting, c.within, c is best[direction]) for (direction, _), c in kept.items()]
     return chosen, rates, rows
 
@@ -264,7 +267,7 @@ def _pick(opened: SteeredCell, pick: Callable[..., Any], aim: str, direction: st
     if aim == "conflict" and config.aim != aim:
         of_control, collateral, refits = CONFLICT_CONTROL, CONFLICT_COLLATERAL, 0
     again = config.tune_draws_again
-    draws = min(RATING_DRAWS, again)
+    draws = 0 if config.halving else min(RATING_DRAWS, again)
     limits = Limits(of_control, collateral, draws, refits, again, config.excess_cost, config.neither_limit)
     return pick(opened.tune[aim][direction], opened.directions, candidates, limits, [opened.cell.seed, 1])
 
