@@ -47,8 +47,8 @@ STEERING = {
     **{"control_limit": 0.15, "collateral_limit": 0.08, "neither_limit": 0.12},
 }
 MEASURED: dict[str, Any] = {
-    "pairs": {"batch_size": 64, "rephrasings": 3, "fit_examples": 500, "tune_examples": 250}
-    | {"test_examples": 500, "behaviour_examples": 300, "at_once": 2048},
+    "pairs": {"batch_size": 64, "rephrasings": 3, "fit_examples": 400, "tune_examples": 200}
+    | {"test_examples": 400, "held_out_examples": 160, "behaviour_examples": 240, "at_once": 2048},
     "probes": {"offsets": [0], "pairs": 800},
     "effects": {"pairs": 40, "draws": 1, "doses": [0.0, 0.5, 1.0, 2.0], "ablated": [0.1]}
     | {"methods": "best", "patched": False},
@@ -73,9 +73,11 @@ class Level(NamedTuple):
     layers: float = 1.0  # of them, the share that is tried
 
 
-FEW = {"effects": {"doses": [0.0, 1.0], "ablated": []}, "neutral": {"cuts": 0}}
-FEWER = FEW | {"pairs": {"rephrasings": 2, "fit_examples": 200, "tune_examples": 120, "test_examples": 240}}
-FEWER["pairs"] |= {"behaviour_examples": 160, "held_out_examples": 60}
+FEW: dict[str, dict[str, Any]] = {"effects": {"doses": [0.0, 1.0], "ablated": []}, "neutral": {"cuts": 0}}
+FEWER = FEW | {
+    "pairs": {"rephrasings": 2, "fit_examples": 200, "tune_examples": 120, "test_examples": 240}
+    | {"behaviour_examples": 160, "held_out_examples": 60}
+}
 LEVELS = (
     Level("nothing", 1.0),
     Level("dose curves, ablations and divergence on neutral text", 0.9, FEW),

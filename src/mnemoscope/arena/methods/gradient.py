@@ -8,7 +8,7 @@ from mnemoscope.arena.vectors import of_settings, settings, spread_layers
 from mnemoscope.steering import Toward
 
 LAYERS = 8
-TOPS = (0.5, 1.0)
+TOPS = (0.5,)
 STRENGTHS = (0.1, 0.2, 0.4, 0.8)  # of the shift, in units of each neuron's spread
 
 
