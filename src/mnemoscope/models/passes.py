@@ -85,16 +85,12 @@ def with_last_logits(model: PreTrainedModel, inputs: dict[str, Any], columns: in
 def _head_given(model: PreTrainedModel, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Inside the context the head of the vocabulary, where a model has one, is given changed states."""
 
-    def changed(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        return (change(args[0]), *args[1:]) if args and isinstance(args[0], Tensor) else None
+    def changing(forward: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda states, *others, **named: forward(change(states), *others, **named)
 
     head = model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(changed) if isinstance(head, nn.Module) else None
-    try:
+    with replaced_forward([head] if isinstance(head, nn.Module) else [], changing):
         yield
-    finally:
-        if handle:
-            handle.remove()
 
 
 def logits_at(model: PreTrainedModel, inputs: dict[str, Any], read_NT: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from mnemoscope.behaviour import Batch
 from mnemoscope.directions import with_prefixes
 from mnemoscope.steering import Edit, Toward
 
-LAYERS = 6
+LAYERS = 4
 PLACES = (0.5, 1.0, 1.5, 2.0, 3.0)  # of the value: 0 the mean of both sides, 1 that of the wanted side
 RATE = 0.02
 

@@ -7,8 +7,8 @@ from mnemoscope.arena.lists import Bench
 from mnemoscope.arena.vectors import of_settings, settings, spread_layers
 from mnemoscope.steering import Toward
 
-LAYERS = 4
-STRENGTHS = (0.2, 0.4, 0.8)  # of the shift, in units of each neuron's spread
+LAYERS = 3
+STRENGTHS = (0.25, 0.6)  # of the shift, in units of each neuron's spread
 
 
 def candidates(bench: Bench, toward: Toward) -> list[Intervention]:

@@ -20,7 +20,7 @@ from mnemoscope.arena.lists import Bench
 from mnemoscope.arena.vectors import at_block, by_edit, spread_layers
 from mnemoscope.steering import Edit, Toward
 
-LAYERS = 4
+LAYERS = 3
 RANKS = (1, 4)
 STRENGTHS = (0.5, 1.0)  # of the edit once it is learned
 RATE = 0.01
