@@ -185,6 +185,7 @@ class _Run:
             "schema": SCHEMA,
             "model": model,
             "weights": binding.weights,
+            "dtype": str(self.asking.model.dtype).removeprefix("torch."),
             "task": self.task.name,
             "examples": digest,
             "sizes": self.config.model_dump(),

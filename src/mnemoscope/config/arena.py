@@ -12,12 +12,12 @@ class ArenaConfig(Frozen):
 
     seed: int = Field(0, ge=0, description="draws every list, every control and every first weight")
     threads: int = Field(1, ge=1, le=256, description="threads of all passes; results depend on it in the last bits")
-    conflicts: int = Field(160, ge=6, description="test conflicts, at most")
+    conflicts: int = Field(156, ge=6, description="test conflicts, at most")
     kept: int = Field(48, ge=1, description="test prompts that agree with memory, and as many bare questions, at most")
     varied: int = Field(24, ge=0, description="test conflicts of each list of changed prompts; 0: none of these lists")
     tune_conflicts: int = Field(40, ge=6, description="tune conflicts, at most")
     tune_kept: int = Field(16, ge=1, description="tune prompts of either other kind, at most")
-    fit_conflicts: int = Field(240, ge=6, description="fit conflicts, at most")
+    fit_conflicts: int = Field(200, ge=6, description="fit conflicts, at most")
     rephrasings: int = Field(
         3, ge=1, description="other phrasings of each fit and tune conflict, in which pairs are found"
     )

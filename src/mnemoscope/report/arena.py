@@ -118,6 +118,8 @@ def results_of(records: Records) -> dict[str, Any]:
         "schema": 1,
         "model": frame["model"],
         "task": frame["task"],
+        "dtype": frame["dtype"],
+        "seed": frame["sizes"]["seed"],
         "asked": frame["asked"],
         "known": frame["known"],
         "groups": len(set(conflict)),

@@ -49,7 +49,8 @@ def facts_of(results: Results) -> str:
     )
     left = "; ".join(f"{name} is left out ({why})" for name, why in results["left_out"].items())
     counts = f"{results['lists']['conflict']} test conflicts of {results['groups']} groups, {sizes}"
-    return f"{known}{counts}, frozen before anything was applied.{f' {left}.' if left else ''}"
+    of = f"Weights and passes in {results['dtype']}, seed {results['seed']}."
+    return f"{known}{counts}, frozen before anything was applied. {of}{f' {left}.' if left else ''}"
 
 
 def sentence(results: Results, toward: str) -> str:
