@@ -32,7 +32,7 @@ Lesson = Callable[[Mapping[int, LowRank]], Tensor]  # shifts by layer -> how far
 def low_rank_learned(sources: Sources, setting: Setting, labels: Labels) -> np.ndarray:
     """A low-rank shift of every token at the setting's layers, packed; zero in the other layers.
 
-    AdamW on the divergence from the teacher, or on the log probability of the wanted answer, and at every step on the
+    AdamW on the divergence from the teacher, or on the log probability of the wanted answer, and at every second step on the
     divergence of kept examples from what the model gives them unsteered, in nats. States are read about their mean, and
     shifts written, in units of each neuron's spread. Passes are in bfloat16 where that is quicker (three times on a
     processor that has it); the shift is applied and judged in float32.
@@ -54,9 +54,11 @@ def _learned(sources: Sources, setting: Setting, labels: Labels) -> np.ndarray:
     )
     held = [_unsteered(sources, batch) for batch in lists.kept[setting.toward]]
     kept = cycle(held) if held and lists.kept_weight else None
-    for lesson in islice(cycle(_lessons(sources, setting, labels)), lists.low_rank_steps):
+    for number, lesson in enumerate(islice(cycle(_lessons(sources, setting, labels)), lists.low_rank_steps)):
         edits = _edits(sources, setting, *learned)
-        loss = lesson(edits) + (lists.kept_weight * next(kept)(edits) if kept else 0.0)
+        loss = lesson(edits)
+        if kept and number % 2:  # with twice the weight, which costs half as much
+            loss = loss + 2 * lists.kept_weight * next(kept)(edits)
         # Not backward(): that would also fill the gradients of the model's own parameters.
         for part, gradient in zip(learned, torch.autograd.grad(loss, learned), strict=True):
             part.grad = gradient
