@@ -38,12 +38,14 @@ STEERING = {
     "unit": "spread",
     "halving": 2,
     **{"fit_pairs": 300, "fit_others": 200, "learned_steps": 24, "kept_weight": 1.0},
-    **{"tune_pairs": 60, "tune_others": 60, "tune_draws_again": 4, "judged_examples": 160},
+    **{"tune_pairs": 60, "tune_others": 60, "tune_draws_again": 3, "judged_examples": 160},
     "tune_refits": 0,  # refitted controls are judged on test; while settings are compared they would cost the most
     "norm_draws": 0,
-    "low_rank": {"steps": 40, "refits": 0},
+    "low_rank": {"steps": 32, "refits": 0},
     "controls_of": "best",
-    **{"draws": 4, "conflict_draws": 4},
+    # A null of each kind: of neurons, of signs, of labels or answers, and of everything.
+    "controls": ["random_neurons", "random_sign", "shuffled_labels", "permuted_answers", "gaussian"],
+    **{"draws": 4, "conflict_draws": 4, "screened": 24},
     **{"control_limit": 0.15, "collateral_limit": 0.08, "neither_limit": 0.12},
 }
 MEASURED: dict[str, Any] = {
@@ -53,7 +55,7 @@ MEASURED: dict[str, Any] = {
     "effects": {"pairs": 40, "draws": 1, "doses": [0.0, 0.5, 1.0, 2.0], "ablated": [0.1]}
     | {"methods": "best", "patched": False},
     "detection": {"fitted": True},
-    "neutral": {"cuts": 48, "texts": 16, "length": 56, "doses": [0.5, 1.0, 2.0]},
+    "neutral": {"cuts": 32, "texts": 16, "length": 48, "doses": [0.5, 1.0]},
 }
 
 # Of the time of a fit, by stage (docs/BENCHMARKS.md).

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
@@ -10,6 +10,15 @@ from mnemoscope.config.model import Frozen, ModelConfig, TrainingConfig
 from mnemoscope.errors import InputError
 
 MethodName = Literal["nmd", "standardized-nmd", "gradient", "logistic", "whitened", "pca", "learned", "low-rank"]
+ControlName = Literal[
+    "random_neurons",
+    "low_correlation",
+    "random_sign",
+    "shuffled_labels",
+    "indifference",
+    "permuted_answers",
+    "gaussian",
+]
 SiteName = Literal["block", "attention", "mlp", "neuron"]
 
 
@@ -141,6 +150,7 @@ class SteeringConfig(Frozen):
     excess_cost: float = Field(2.0, ge=0.5, le=100, description="points of shift that a point beyond that limit costs")
     collateral_limit: float = Field(0.03, ge=0, le=1, description="settings that cost more of other lists come last")
     draws: int = Field(20, ge=1, description="draws of each control")
+    controls: tuple[ControlName, ...] = Field(get_args(ControlName), description="drawn, where they exist")
     controls_of: Literal["all", "best"] = Field("all", description="methods whose controls are drawn on test")
     norm_draws: int = Field(4, ge=0, description="of each control of methods at equal norms; 0: leaves these out")
     conflict_draws: int = Field(20, ge=1, description="draws of each control where conflicts are steered as drawn")

@@ -2,6 +2,7 @@
 
 from mnemoscope.directions.choose import (
     CONTROLS,
+    INDIFFERENCE,
     LEARNED,
     PERMUTED,
     RATING_DRAWS,

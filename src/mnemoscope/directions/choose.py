@@ -190,6 +190,7 @@ class Limits:
         neither: the largest share of the steered examples that give neither answer.
         draws, refits: of each control, and of those that are refitted, which cost most; 0 leaves these out.
         again: draws of either kind for the second rating of the best settings.
+        names: of the controls.
     """
 
     control: float
@@ -199,6 +200,7 @@ class Limits:
     again: int = 12
     excess_cost: float = 2.0
     neither: float = 1.0
+    names: Sequence[str] = CONTROLS
 
     def net(self, rate: float, worst: float) -> float:
         """A shift rate less what the worst control costs."""
@@ -270,7 +272,7 @@ def ranked(
             )
         else:
             # Indifference steers more than permuted answers do, and one refit is enough for a ranking.
-            names = (STANDING_IN, refitted(setting.method)[:1])[known - 1]
+            names = (STANDING_IN, [name for name in refitted(setting.method) if name in limits.names][:1])[known - 1]
             worst = max([worst, *control_means(lists.targets, site, setting, limits, seed, names)])
         if known < 2:
             heapq.heappush(waiting, (kept, -limits.net(rate, worst), number, known + 1, worst))
@@ -299,7 +301,8 @@ def final(
         if found and max(choice.rank for choice in found) >= candidate.rank:
             break
         setting = candidate.setting
-        worst = max(control_means(lists.targets, directions[setting.site], setting, more, again), default=0.0)
+        means = control_means(lists.targets, directions[setting.site], setting, more, again, limits.names)
+        worst = max(means, default=0.0)
         found.append(more.choice(setting, candidate.rate, worst, candidate.kept))
     return max(found, key=lambda choice: choice.rank)
 

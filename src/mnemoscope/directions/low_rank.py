@@ -32,10 +32,10 @@ Lesson = Callable[[Mapping[int, LowRank]], Tensor]  # shifts by layer -> how far
 def low_rank_learned(sources: Sources, setting: Setting, labels: Labels) -> np.ndarray:
     """A low-rank shift of every token at the setting's layers, packed; zero in the other layers.
 
-    AdamW on the divergence from the teacher, or on the log probability of the wanted answer, and at every second step on the
-    divergence of kept examples from what the model gives them unsteered, in nats. States are read about their mean, and
-    shifts written, in units of each neuron's spread. Passes are in bfloat16 where that is quicker (three times on a
-    processor that has it); the shift is applied and judged in float32.
+    AdamW on the divergence from the teacher, or on the log probability of the wanted answer, and at every second step
+    on the divergence of kept examples from what the model gives them unsteered, in nats. States are read about their
+    mean, and shifts written, in units of each neuron's spread. Passes are in bfloat16 where that is quicker (three
+    times on a processor that has it); the shift is applied and judged in float32.
     """
     with in_precision(sources.lists.asking.model, quick_precision(sources.lists.asking.model)):
         return _learned(sources, setting, labels)

@@ -140,7 +140,7 @@ def halved(opened: SteeredCell, tried: Tried, tell: Tell) -> tuple[dict[tuple[st
     """Settings that are worth all examples, and rows of the sweep that found them: successive halving.
 
     Methods without learning are tried in all layers on a few examples of the study's aim. By what each steers less what
-    it damages, the best layers are left, with half of the settings there; learned shifts are learned in these layers
+    it damages, the best layers are left, with half of the settings there; a shift is learned in the very best one
     alone, at the strength that was best there.
     """
     config = opened.cell.config.steering
@@ -167,11 +167,12 @@ def halved(opened: SteeredCell, tried: Tried, tell: Tell) -> tuple[dict[tuple[st
         for s in ordered:
             best.setdefault((s.site, s.layers), s.strength)
         left = dict(list(best.items())[: config.halving])
+        first = next(iter(left), ("", ()))
         here = [s for s in some if (s.site, s.layers) in left]
         if method == LOW_RANK or not ordered:
             kept[direction, method] = list(some)
         elif method in LEARNED:
-            kept[direction, method] = [s for s in here if s.strength == left[s.site, s.layers]]
+            kept[direction, method] = [s for s in here if (s.site, s.layers, s.strength) == (*first, left[first])]
         else:
             seen = sorted((s for s in here if s in worth), key=lambda s: -worth[s])
             kept[direction, method] = seen[: -(-len(seen) // 2)]
@@ -268,7 +269,9 @@ def _pick(opened: SteeredCell, pick: Callable[..., Any], aim: str, direction: st
         of_control, collateral, refits = CONFLICT_CONTROL, CONFLICT_COLLATERAL, 0
     again = config.tune_draws_again
     draws = 0 if config.halving else min(RATING_DRAWS, again)
-    limits = Limits(of_control, collateral, draws, refits, again, config.excess_cost, config.neither_limit)
+    limits = Limits(
+        of_control, collateral, draws, refits, again, config.excess_cost, config.neither_limit, config.controls
+    )
     return pick(opened.tune[aim][direction], opened.directions, candidates, limits, [opened.cell.seed, 1])
 
 

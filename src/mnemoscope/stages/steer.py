@@ -17,9 +17,10 @@ from mnemoscope.behaviour import Scores, encode, mark_confabulations
 from mnemoscope.cells import Cell, Tell
 from mnemoscope.config import SteeringConfig
 from mnemoscope.directions import (
-    CONTROLS,
+    INDIFFERENCE,
     LEARNED,
     LOW_RANK,
+    PERMUTED,
     TOWARD,
     Fit,
     Labels,
@@ -92,8 +93,9 @@ def _judge_all(opened: SteeredCell, chosen: Sequence[Chosen], tell: Tell) -> lis
     of_learned = [one for one in chosen if one.setting.method in LEARNED]
     drawn = (
         (one.setting.same_direction()[0], part)
-        for one, permuted in product(of_learned, (False, True))
-        for part in _refits(one.setting, config, draws(one), opened.cell.seed + JUDGED, permuted)
+        for one, (permuted, name) in product(of_learned, enumerate((INDIFFERENCE, PERMUTED)))
+        if name in config.controls
+        for part in _refits(one.setting, config, draws(one), opened.cell.seed + JUDGED, bool(permuted))
     )
     fits = list(dict.fromkeys(drawn))
     for found in opened.map(_fit, fits, [[] for _ in fits]):
@@ -156,7 +158,7 @@ def _judge(opened: SteeredCell, one: Chosen, name: str, draws: int) -> list[pd.D
         applied = partial(vector.apply, asking.model)
         mark_confabulations(asking, entry.examples, scores, opened.records.task.has_memorized_format, applied)
     tables = [_table(one, ("vector", 0), name, entry, scores)]
-    for control in CONTROLS if draws else ():
+    for control in cell.config.steering.controls if draws else ():
         # Shuffles depend on the first number of the seed; none that ranked settings is used again.
         stream = zlib.crc32(f"{one.aim}/{setting.direction}/{setting.method}/{control}".encode())
         few = control in refitted(setting.method) and setting.method == LOW_RANK
