@@ -38,20 +38,20 @@ STEERING = {
     "unit": "spread",
     "halving": 2,
     **{"fit_pairs": 300, "fit_others": 200, "learned_steps": 24, "kept_weight": 1.0},
-    **{"tune_pairs": 60, "tune_others": 60, "tune_draws_again": 3, "judged_examples": 160},
+    **{"tune_pairs": 48, "tune_others": 48, "tune_draws_again": 3, "judged_examples": 100},
     "tune_refits": 0,  # refitted controls are judged on test; while settings are compared they would cost the most
     "norm_draws": 0,
     "low_rank": {"steps": 32, "refits": 0},
     "controls_of": "best",
     # A null of each kind: of neurons, of signs, of labels or answers, and of everything.
     "controls": ["random_neurons", "random_sign", "shuffled_labels", "permuted_answers", "gaussian"],
-    **{"draws": 4, "conflict_draws": 4, "screened": 24},
+    **{"draws": 2, "conflict_draws": 4, "screened": 20},
     **{"control_limit": 0.15, "collateral_limit": 0.08, "neither_limit": 0.12},
 }
 MEASURED: dict[str, Any] = {
-    "pairs": {"batch_size": 64, "rephrasings": 3, "fit_examples": 400, "tune_examples": 200}
-    | {"test_examples": 400, "held_out_examples": 160, "behaviour_examples": 240, "at_once": 2048},
-    "probes": {"offsets": [0], "pairs": 800},
+    "pairs": {"batch_size": 64, "rephrasings": 3, "fit_examples": 300, "tune_examples": 160}
+    | {"test_examples": 300, "held_out_examples": 120, "behaviour_examples": 200, "at_once": 2048},
+    "probes": {"offsets": [0], "pairs": 250, "learning_draws": 2},
     "effects": {"pairs": 40, "draws": 1, "doses": [0.0, 0.5, 1.0, 2.0], "ablated": [0.1]}
     | {"methods": "best", "patched": False},
     "detection": {"fitted": True},
