@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from families import tiny
 from helpers import label, mini_examples
 from mnemoscope.behaviour import (
     Asking,
@@ -18,16 +19,45 @@ from mnemoscope.behaviour import (
     encode,
     mark_confabulations,
     mine_pairs,
+    phrase_of,
     prepare,
     score,
     score_contrasted,
 )
 from mnemoscope.errors import InputError
-from mnemoscope.models import bytes_of_prompt, word_tokenizer
+from mnemoscope.models import bytes_of_prompt, logits_at, with_last_logits, word_tokenizer
 from mnemoscope.tasks import Example, build_task
 from mnemoscope.tasks.stored import CODE
 
 TASK_NAMES = ["inference", "addition", "addition-digits"]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "cohere"])
+@torch.no_grad()
+def test_logits_at_some_tokens_are_those_of_the_whole_pass(family: str) -> None:
+    """Heads that scale or cap their logits included."""
+    model = tiny(family)
+    ids_NT = torch.randint(5, 40, (3, 6), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids_NT, "attention_mask": torch.ones_like(ids_NT)}
+    whole_NTV, forward = model(**inputs).logits, model.get_output_embeddings().forward
+    read_NT = torch.tensor([[0, 1, 0, 0, 1, 1], [0] * 6, [1, 0, 0, 0, 0, 0]], dtype=torch.bool)
+    torch.testing.assert_close(logits_at(model, inputs, read_NT), whole_NTV[read_NT], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(with_last_logits(model, inputs, 2).logits, whole_NTV[:, -2:], rtol=1e-5, atol=1e-5)
+    assert model.get_output_embeddings().forward == forward
+
+
+@pytest.mark.parametrize(
+    ("text", "phrase"),
+    [
+        (" Oslo. It is", " Oslo"),
+        (" 3.5 km", " 3.5 km"),
+        ("\n\nOslo\nand", "\n\nOslo"),
+        (" New York, then", " New York"),
+        ("", ""),
+    ],
+)
+def test_a_text_ends_with_its_phrase(text: str, phrase: str) -> None:
+    assert phrase_of(text) == phrase
 
 
 def generated_labels(asking: Asking, examples: list[Example], together: int) -> list[str]:

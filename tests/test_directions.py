@@ -172,6 +172,26 @@ def test_a_shift_of_all_tokens_is_fitted_and_judged_on_all_tokens(asking: Asking
     assert not np.allclose(here.dense(2, 64), everywhere["to_generalized"].dense(2, 64))
 
 
+@pytest.mark.parametrize("method", EVERY)
+def test_in_spreads_massive_neurons_carry_nothing_and_set_no_size(asking: Asking, method: str) -> None:
+    sources = replace(sources_at(asking, "block"), unit="spread")
+    sources.states_P2LD[:, :, 1, 5] *= 400.0  # as large models have them
+    directions = Directions(sources)
+    shift_LD = directions.dense(setting(method)).astype(np.float64)
+    assert shift_LD[1, 5] == 0
+    spread_LD = sources.states_P2LD.std(axis=(0, 1), dtype=np.float64)
+    others_LD = np.delete(shift_LD, 5, axis=1) / np.delete(spread_LD, 5, axis=1)
+    squares_L = (shift_LD[0] / spread_LD[0]) ** 2 @ np.ones(64) / 64, (others_LD[1] ** 2).sum() / 63
+    assert np.sqrt(sum(squares_L)) == pytest.approx(0.2, rel=1e-4)
+    assert directions.vector(setting(method)).unit == "spread"
+    for name in ("random_sign", "gaussian"):
+        ((_, drawn),) = control_draws(name, directions, setting(method), 1, (0,))
+        drawn_LD = drawn.dense(2, 64).astype(np.float64)
+        assert drawn_LD[1, 5] == 0
+        norms = [np.linalg.norm(sources.scaled(one_LD), axis=1) for one_LD in (shift_LD, drawn_LD)]
+        np.testing.assert_allclose(*norms, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", CONTROLS)
 def test_controls_keep_each_layers_norm(directions: Directions, name: str) -> None:
     method = "learned" if name in refitted("learned") else "nmd"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from mnemoscope.behaviour import Asking, phrase_of, states_at_the_end
 from mnemoscope.errors import InputError
 from mnemoscope.export import SITES_FOR
 from mnemoscope.face import vector_file
-from mnemoscope.fitting import ONE_LAYER, SETTINGS, fitting_study
+from mnemoscope.fitting import LEVELS, ONE_LAYER, SETTINGS, STEERING, fitting_study
 from mnemoscope.models import load_model
 from mnemoscope.stages.choose import settings_of
 from mnemoscope.tasks.jsonl import JsonlTask
@@ -323,6 +324,55 @@ def test_of_several_cells_the_one_of_the_model_is_opened(user: User, tmp_path: P
     assert ms.Fitted.open(run, user.model, user.words).vectors.keys() == user.fitted.vectors.keys()
     with pytest.raises(InputError, match=r"^weights: no cell of .* was fitted on this model"):
         ms.Fitted.open(run, tiny("gpt2"), tokenizer())
+
+
+def test_a_fit_halves_what_it_tries(user: User) -> None:
+    """Methods without learning see few examples first; one layer alone is learned at."""
+    chosen = json.loads((user.cell / "records" / "chosen.json").read_text())
+    sweep = pd.read_parquet(user.cell / "records" / "sweep.parquet")
+    for direction, part in sweep[sweep.method != "low-rank"].groupby("direction"):
+        first, whole = part[part.n <= STEERING["screened"]], part[part.n > STEERING["screened"]]
+        assert set(whole.layers) <= set(first.layers)
+        assert len(whole[whole.method == "learned"]) <= 1
+        assert len(whole[whole.method == "gradient"]) < len(first[first.method == "gradient"])
+        assert chosen["pairs"]["best"][direction] == chosen["conflict"]["best"][direction]
+
+
+def test_a_budget_leaves_out_what_costs_most_for_what_it_gives(user: User, tmp_path: Path) -> None:
+    levels = [fitting_study({"folder": "x"}, "facts", {}, level=level) for level in range(len(LEVELS))]
+    cells = [next(iter(config.cells.values())) for config in levels]
+    assert [config.left_out for config in levels][:2] == ["", LEVELS[1].without]
+    assert LEVELS[-1].without in levels[-1].left_out
+    assert [cell.neutral.cuts > 0 for cell in cells] == [True, False, False, False, False]
+    assert ["learned" in cell.steering.methods for cell in cells] == [True, True, False, False, False]
+    assert [cell.pairs.fit_examples for cell in cells] == sorted((c.pairs.fit_examples for c in cells), reverse=True)
+    told: list[str] = []
+    with pytest.raises(InputError, match=r"^budget: 0.0001 minutes; the least that can be fitted takes about \d+$"):
+        ms.fit(user.model, user.words, str(user.data), out=tmp_path / "run", budget=0.0001, **QUICK)
+    assert not (tmp_path / "run").exists()
+    for wrong in (0, -1, math.inf):
+        with pytest.raises(InputError, match=f"^budget: {wrong!r}; allowed is a number of minutes above 0$"):
+            ms.fit(user.model, user.words, str(user.data), out=tmp_path / "run", budget=wrong, **QUICK)
+    fitted = ms.fit(
+        user.model, user.words, str(user.data), out=user.out.parent / "hour", budget=60, progress=told_by(told), **QUICK
+    )
+    assert told[0] == "left out to keep to 60 minutes: nothing"
+    assert "to keep to the budget" not in str(fitted.summary())
+
+
+def told_by(told: list[str]) -> Callable[..., None]:
+    return lambda cell, stage, done, total, note: told.append(note)
+
+
+def test_items_of_one_phrasing_are_refused_before_a_model_is_opened(tmp_path: Path) -> None:
+    lines = [
+        {"item": f"i{n}", "prompt": f"{n}+1=", "memorized": " a", "generalized": " b", "group": f"g{n}"}
+        for n in range(40)
+    ]
+    file = tmp_path / "once.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(InputError, match=r"^task: every item of its fit split has one phrasing; pairs need items with"):
+        ms.fit("no-such-model", task=str(file), out=tmp_path / "run")
 
 
 def test_the_budget_is_dealt_to_layers_all_over_the_model() -> None:

@@ -143,7 +143,7 @@ class Directions:
             edits = map(unpacked, self.shifts(setting, several))
             return [replace(blank, low_rank=edit) * setting.strength for edit in edits]
         for labels, shift_LD in zip(several, self.shifts(setting, several), strict=True):
-            kept_LD = self._top(setting, setting.top, labels, shift_LD)
+            kept_LD = self._top(setting, setting.top, labels, shift_LD) & (self.sources.scale_LD > 0)
             norm = np.linalg.norm(self.sources.relative(shift_LD)[kept_LD])
             scale = setting.strength / norm if norm > 0 else 0.0
             found.append(blank.with_dense(np.where(kept_LD, shift_LD, 0.0) * scale))
