@@ -121,7 +121,10 @@ def control_draws(
             if setting.method == LOW_RANK:
                 yield number, _written(vector, name, rng, spread_LD)
             else:
-                yield number, vector.with_dense(DRAWN[name](shift_LD, rng, rho_LD) * sources.scale_LD)
+                drawn_LD, carries_LD = DRAWN[name](shift_LD, rng, rho_LD), sources.scale_LD > 0
+                if not carries_LD.all():  # what fell on neurons that are never shifted is made up by the others
+                    drawn_LD = scaled_to(drawn_LD * carries_LD, np.linalg.norm(shift_LD, axis=1))
+                yield number, vector.with_dense(drawn_LD * sources.scale_LD)
 
 
 def _written(vector: SteeringVector, name: str, rng: np.random.Generator, spread_LD: np.ndarray) -> SteeringVector:
