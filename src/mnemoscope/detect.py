@@ -99,6 +99,15 @@ class Detector(Artefact):
     WHAT: ClassVar[str] = "detector"
     STORED: ClassVar[tuple[str, ...]] = ("weights_LD", "bias_L", "conflict_D", "mean_D", "whitening_DD")
 
+    @property
+    def as_good_as_the_input(self) -> tuple[float, float] | None:
+        """Areas under the ROC curve, of the detector and of the prompts' tokens alone, where it does not surely rank
+        test prompts better; None where it does, or where its card does not say.
+        """
+        auroc = (self.card.auroc if self.card else None) or {}
+        beside, least = auroc.get("input_only"), auroc.get("low", math.nan)
+        return None if beside is None or math.isnan(beside) or least > beside else (auroc["estimate"], beside)
+
     def read(self, states_NLD: np.ndarray) -> Reading:
         """Read states at the decision position (N, L, D)."""
         # Layer by layer, to save memory: all states in double precision would be many.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -249,11 +248,10 @@ def vector_file(source: Path, toward: str | None) -> Path:
 
 def _warn_if_the_input_does(detector: Detector) -> None:
     """Warn, once for each detector, where it ranks test prompts no better than their tokens alone do."""
-    auroc = (detector.card.auroc if detector.card else None) or {}
-    beside, least = auroc.get("input_only"), auroc.get("low", math.nan)
-    if beside is None or math.isnan(beside) or least > beside:
+    if detector.as_good_as_the_input is None:
         return
-    told = f"P(memorized) ranks test prompts {auroc['estimate']:.2f} right, the input alone {beside:.2f}"
+    ours, beside = detector.as_good_as_the_input
+    told = f"P(memorized) ranks test prompts {ours:.2f} right, the input alone {beside:.2f}"
     if told not in _TOLD:
         _TOLD.add(told)
         logging.getLogger("mnemoscope").warning("detector: %s; it may read no more than the wording", told)

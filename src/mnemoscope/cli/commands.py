@@ -323,6 +323,8 @@ def detect(
     names = ("p_memorized", "p_conflict", "unlike", "distance", "readable_from", "p_memorized_by_layer")
     columns = [prompts, *(np.asarray(getattr(reading, name)).tolist() for name in names)]
     rows = [dict(zip(("prompt", *names), row, strict=True)) for row in zip(*columns, strict=True)]
+    if fitted.detector.as_good_as_the_input:  # then a layer that is sure may only have read the wording
+        rows = [row | {"readable_from": None} for row in rows]
     if as_json:
         about = {"model": model, "weights": _weights(model), "layer": reading.layer, "site": fitted.detector.site}
         typer.echo(dumped(about | {"prompts": rows}))
