@@ -202,8 +202,11 @@ def _mixed(records: Records, name: str, toward: str) -> tuple[dict[str, Any], di
     mix = _share(np.concatenate(right), groups_N)
     if not len(acts_N) or np.isnan(acts_N).any():
         return mix, None
-    by_list = {one: float(np.mean(part)) for one, part in zip(lists, acts, strict=True)}
-    return mix, _share(np.concatenate(gated), groups_N) | {"acts": by_list}
+    by_list = {
+        name: {one: float(np.mean(part)) for one, part in zip(lists, parts, strict=True)}
+        for name, parts in (("acts", acts), ("right", gated))
+    }
+    return mix, _share(np.concatenate(gated), groups_N) | by_list
 
 
 def _control(records: Records, name: str, toward: str) -> dict[str, Any] | None:

@@ -121,11 +121,13 @@ def _answers(results: Results, toward: str) -> Table:
         beside = f"{percent(control['estimate'])}, worst {percent(control['worst'])}" if control else DASH
         shares = [found[share]["estimate"] for share in ("opposite", "neither", "exact", *LISTS)]
         gated = found["gated"]
+        behind = [percent(gated["right"][one]) for one in ("conflict", *LISTS)] if gated else [DASH]
         both = f"{percent(found['mix']['estimate'])} / {percent(gated['estimate']) if gated else DASH}"
-        rows.append([name, _ranged(found["wanted"]), beside, *map(_share, shares), both])
+        rows.append([name, _ranged(found["wanted"]), beside, *map(_share, shares), both, " / ".join(behind)])
     columns = ["method", "wanted answer", "control of equal norm", "other answer", "neither", "exact match"]
     columns += [f"{words} kept" for words in LISTS.values()]
-    return Table(f"{TITLES[toward]}: answers", [*columns, "mix of all three, without / with gate"], rows)
+    columns += ["mix of all three, without / with gate", "its parts with gate: conflicts / agreeing / bare"]
+    return Table(f"{TITLES[toward]}: answers", columns, rows)
 
 
 def _costs(results: Results, toward: str) -> Table:
