@@ -29,6 +29,8 @@ from mnemoscope.errors import InputError, StudyError
 from mnemoscope.executors import Progress, in_processes, possible_workers, run_cells
 from mnemoscope.files import file_hash, known_hash, write_atomically
 from mnemoscope.processes import settle
+from mnemoscope.schemas import MarkerFacts
+from mnemoscope.strict import read_json
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "scikit-learn", "pandas", "safetensors")
 
@@ -123,7 +125,7 @@ def compare_cells(cells: Sequence[Cell], run: Path, progress: Progress, workers:
 
 def _markers(cell: Cell) -> dict[str, Any]:
     """What finished stages left, by name, without hidden files of killed writers."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted((cell.folder / "stages").glob("[!.]*.json"))}
+    return {path.stem: read_json(path, MarkerFacts) for path in sorted((cell.folder / "stages").glob("[!.]*.json"))}
 
 
 def _run_stage(
@@ -176,13 +178,12 @@ def is_done(folder: Path, stage: str, wanted: str) -> bool:
     if not path.exists():
         return False
     try:
-        marker = json.loads(path.read_text())
-        found, files = marker["hash"], {folder / name: digest for name, digest in marker["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        marker = read_json(path, MarkerFacts)
+    except InputError as error:
         raise StudyError(f"artefact: {path} is damaged; delete it to run stage {stage!r} again") from error
-    if found != wanted:
+    if marker["hash"] != wanted:
         return False
-    for file, digest in files.items():
+    for file, digest in ((folder / name, digest) for name, digest in marker["files"].items()):
         if not file.exists() or file_hash(file) != digest:
             state = "is missing" if not file.exists() else "is damaged (its checksum differs)"
             raise StudyError(f"artefact: {file} {state}; delete {path} to run stage {stage!r} again")
@@ -219,7 +220,7 @@ def _locked(run: Path, config: StudyConfig) -> Iterator[None]:
 
 def _write_manifest(run: Path, cells: list[Cell], started: float) -> None:
     stages = {cell.name: _markers(cell) for cell in cells}
-    stages["study"] = {"compare": json.loads((run / "stages" / "compare.json").read_text())}
+    stages["study"] = {"compare": read_json(run / "stages" / "compare.json", MarkerFacts)}
     adapted = any(cell.config.model.lora for cell in cells)
     manifest = {
         "mnemoscope": version(),

@@ -23,7 +23,9 @@ from mnemoscope.errors import InputError
 from mnemoscope.files import plain, write_atomically
 from mnemoscope.models import load_model
 from mnemoscope.report import build_arena
+from mnemoscope.schemas import FrameFacts, KnownFacts
 from mnemoscope.steering import OPPOSITE, Binding
+from mnemoscope.strict import checked, read_json
 from mnemoscope.tasks import Task, build_task
 
 if TYPE_CHECKING:
@@ -135,8 +137,9 @@ class _Run:
         """What the model knows, asked once for all continuations."""
         of = {name: self.facts[name] for name in ("weights", "examples", "prompting")}
         path = self.folder / "known.json"
-        before = json.loads(path.read_text()) if path.is_file() else {}
+        before = read_json(path, dict[str, Any]) if path.is_file() else {}
         if all(before.get(name) == value for name, value in of.items()):
+            checked(before, KnownFacts, str(path))
             return Known(before["asked"], before["known"])
         known = ask_known(self.asking, self.task)
         if known.asked:
@@ -195,10 +198,7 @@ class _Run:
         path = self.folder / "frame.json"
         if not path.exists():
             return
-        try:
-            before = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise InputError(f"out: {path} cannot be read ({error})") from error
+        before = read_json(path, FrameFacts)
         for field, value in self.facts.items():
             if before.get(field) != value:
                 raise InputError(

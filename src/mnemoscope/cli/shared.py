@@ -72,14 +72,13 @@ def named_parts(layout: str | None) -> dict[str, str] | None:
 
 def options(given: list[str] | None) -> dict[str, Any]:
     """Options of a task, from ``name=value``; values are YAML."""
-    import yaml
-
     from mnemoscope.errors import InputError
+    from mnemoscope.strict import parse_yaml
 
     pairs = [o.partition("=") for o in given or []]
     if any(not equals for _, equals, _ in pairs):
         raise InputError(f"--option: {given!r} is not of the form name=value")
-    return {name: yaml.safe_load(value) for name, _, value in pairs}
+    return {name: parse_yaml(value, f"--option {name}") for name, _, value in pairs}
 
 
 def say(facts: dict[str, Any], as_json: bool, field: str) -> None:

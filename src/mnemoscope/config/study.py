@@ -8,9 +8,8 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from mnemoscope.config.model import Frozen, ModelConfig, TrainingConfig
 from mnemoscope.errors import InputError
-
-MethodName = Literal["nmd", "standardized-nmd", "gradient", "logistic", "whitened", "pca", "learned", "low-rank"]
-SiteName = Literal["block", "attention", "mlp", "neuron"]
+from mnemoscope.schemas import Method as MethodName
+from mnemoscope.schemas import Site as SiteName
 
 
 class PairsConfig(Frozen):

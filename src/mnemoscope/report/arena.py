@@ -17,7 +17,9 @@ import pandas as pd
 
 from mnemoscope.errors import InputError
 from mnemoscope.files import plain, write_atomically
+from mnemoscope.schemas import FrameFacts
 from mnemoscope.statistics import Estimate, holm, mean, proportion, sign_flips
+from mnemoscope.strict import read_json
 
 UNSTEERED = "unsteered"
 TOWARDS = ("generalized", "memorized")
@@ -49,12 +51,12 @@ class Records:
         if not (folder / "frame.json").is_file():
             raise InputError(f"run: {folder.parent} holds no arena (it has no arena/frame.json)")
         try:
-            frame = json.loads((folder / "frame.json").read_text())
+            frame = read_json(folder / "frame.json", FrameFacts)
             facts, tables, left_out = {}, {}, {}
             for name in (UNSTEERED, *frame["order"]):
                 if not (folder / f"{name}.json").is_file():
                     continue
-                found = json.loads((folder / f"{name}.json").read_text())
+                found = read_json(folder / f"{name}.json", dict[str, Any])
                 if "left_out" in found:
                     left_out[name] = str(found["left_out"])
                     continue
@@ -62,6 +64,8 @@ class Records:
                 tables[name] = {kind: pd.read_parquet(folder / f"{name}-{kind}.parquet") for kind in kinds}
                 facts[name] = found
             return cls(frame, pd.read_parquet(folder / "set.parquet"), facts, tables, left_out)
+        except InputError:
+            raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(f"run: the records in {folder} cannot be read ({reason})") from error
