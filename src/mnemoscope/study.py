@@ -27,11 +27,13 @@ from mnemoscope.cells import STATES, Cell, Opened, Tell, cells_of, git_state, gr
 from mnemoscope.config import StudyConfig, dump_study
 from mnemoscope.errors import InputError, StudyError
 from mnemoscope.executors import Progress, in_processes, possible_workers, run_cells
-from mnemoscope.files import file_hash, known_hash, write_atomically
+from mnemoscope.files import file_hash, known_hash, made, undone_if_refused, write_atomically
 from mnemoscope.processes import settle
 from mnemoscope.schemas import MarkerFacts
-from mnemoscope.strict import read_json
+from mnemoscope.strict import read_json, read_text
 
+MARKERS = ("cells/*/stages/*.json",)  # of finished stages
+UNFINISHED = ("cells/*/states/training-*.safetensors",)  # of a training that goes on
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "scikit-learn", "pandas", "safetensors")
 
 
@@ -198,24 +200,42 @@ def _locked(run: Path, config: StudyConfig) -> Iterator[None]:
         raise InputError(f"out: {run} is a file; a folder is wanted")
     if run.exists() and any(run.iterdir()) and not (run / "study.yaml").exists() and not (run / ".lock").exists():
         raise InputError(f"out: {run} is not empty and holds no study.yaml; give a new folder")
-    run.mkdir(parents=True, exist_ok=True)
-    with (run / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"out: {run} is in use by another run") from error
+
+    with made(run), _lock(run), undone_if_refused(run, lambda: _holds(run, *MARKERS, *UNFINISHED)):
         existing = run / "study.yaml"
         # A run without a finished stage (a model that could not be opened) may change its configuration.
-        begun = any(run.glob("cells/*/stages/*.json"))
-        if begun and existing.exists() and existing.read_text() != text:
-            lines = zip_longest(existing.read_text().splitlines(), text.splitlines(), fillvalue="")
-            there, here = next((old.strip(), new.strip()) for old, new in lines if old != new)
+        there = read_text(existing, "out") if _holds(run, *MARKERS) and existing.exists() else text
+        if there != text:
+            lines = zip_longest(there.splitlines(), text.splitlines(), fillvalue="")
+            old, new = next((old.strip(), new.strip()) for old, new in lines if old != new)
             raise InputError(
-                f"out: {run} holds a run of another configuration (there {there!r}, here {here!r}); "
+                f"out: {run} holds a run of another configuration (there {old!r}, here {new!r}); "
                 "give another folder or the same configuration"
             )
         write_atomically(existing, text.encode())
         yield
+
+
+def _holds(run: Path, *patterns: str) -> bool:
+    return any(path.is_file() for pattern in patterns for path in run.glob(pattern))
+
+
+@contextmanager
+def _lock(run: Path) -> Iterator[None]:
+    """Hold the lock of a run folder; where nothing else is left in the folder at the end, it goes again."""
+    path = run / ".lock"
+    with path.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                raise BlockingIOError  # of a run that was refused meanwhile
+        except (BlockingIOError, FileNotFoundError) as error:
+            raise InputError(f"out: {run} is in use by another run") from error
+        try:
+            yield
+        finally:
+            if list(run.iterdir()) == [path]:
+                path.unlink()
 
 
 def _write_manifest(run: Path, cells: list[Cell], started: float) -> None:

@@ -20,7 +20,7 @@ from mnemoscope.arena.methods import METHODS, candidates
 from mnemoscope.behaviour import PLAIN, Asking
 from mnemoscope.config import ArenaConfig, parse_arena
 from mnemoscope.errors import InputError
-from mnemoscope.files import plain, write_atomically
+from mnemoscope.files import made, plain, undone_if_refused, write_atomically
 from mnemoscope.models import load_model
 from mnemoscope.report import build_arena
 from mnemoscope.schemas import FrameFacts, KnownFacts
@@ -109,6 +109,10 @@ class _Run:
 
     def go(self, methods: Sequence[str] | None) -> None:
         """Run what is not done yet."""
+        with made(self.folder), undone_if_refused(self.folder, lambda: self._done(UNSTEERED)):
+            self._go(methods)
+
+    def _go(self, methods: Sequence[str] | None) -> None:
         self._check_folder()
         chosen = list(methods or METHODS)
         waiting = [name for name in (UNSTEERED, *chosen) if not self._done(name)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
+
+from mnemoscope.cli.ending import STOPPED, end, told
 
 _opening = partial(typer.Option, rich_help_panel="How the model is opened")
 _formatting = partial(typer.Option, rich_help_panel="How prompts are formatted")
@@ -29,30 +29,35 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for 
 
 
 class _Commands(TyperGroup):
-    """Prints errors that a user can mend as one line on stderr: exit 2 for input, 1 for a run that cannot go on."""
+    """Reports every error that a user can mend in one line, wrong options included."""
 
-    def invoke(self, ctx: Any) -> Any:
-        """Run a command."""
-        from mnemoscope.errors import InputError, StudyError
-
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        """Run a command from the arguments of the process."""
         try:
-            return super().invoke(ctx)
-        except (InputError, StudyError) as error:
-            _fail(str(error), 2 if isinstance(error, InputError) else 1)
-        except KeyboardInterrupt:
-            _fail("stopped; run the same command again to go on", 130)
+            code = super().main(*args, standalone_mode=False, **extra)
+        except _USAGE as error:
+            if type(error).__name__ == "NoArgsIsHelpError":
+                typer.echo(error.format_message())
+                sys.exit(2)
+            end(_wrong_usage(error), 2)
         except Exception as error:
-            # Libraries wrap the system's error in their own, with its text.
-            if os.strerror(errno.ENOSPC) in str(error) or os.strerror(errno.EDQUOT) in str(error):
-                _fail("disk: no space is left; finished stages are kept, so make room and run the command again", 2)
-            if isinstance(error, (PermissionError, IsADirectoryError, NotADirectoryError, FileNotFoundError)):
-                _fail(f"path: {error.filename}: {error.strerror}", 2)
-            raise
+            line, code = told(error)
+            if line is None:
+                raise
+            end(line, code)
+        if code == 130:  # a KeyboardInterrupt
+            end(STOPPED, code)
+        sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(message: str, code: int) -> None:
-    typer.echo("error: " + " ".join(message.split()), err=True)
-    raise typer.Exit(code)
+# Of click, which some versions of typer hold a copy of.
+_USAGE: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+
+def _wrong_usage(error: Any) -> str:
+    context = getattr(error, "ctx", None)
+    where = f" (see {context.command_path} --help)" if context else ""
+    return error.format_message().rstrip(".") + where
 
 
 app = typer.Typer(

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from mnemoscope.behaviour import PLAIN, Prompting
 from mnemoscope.errors import InputError
-from mnemoscope.files import file_hash, plain, write_atomically
+from mnemoscope.files import plain, write_atomically
 from mnemoscope.models import core_of, merged_weights
 from mnemoscope.schemas import ArtefactFacts, read_chosen
-from mnemoscope.strict import read_json
+from mnemoscope.strict import read_bytes, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -190,17 +190,18 @@ class Artefact:
             InputError: the files are missing or damaged, the model is another (the field that differs is named), or it
                 is given without its tokenizer.
         """
-        from safetensors.torch import load_file
+        from safetensors.torch import load
 
         path = Path(path)
         with readable(cls.WHAT, path):
+            content = read_bytes(path, cls.WHAT)
             facts: dict[str, Any] = {**read_json(path.with_suffix(".json"), cls.FACTS)}
-            if facts.pop("digest") != file_hash(path):
+            if facts.pop("digest") != hashlib.sha256(content).hexdigest():
                 raise ValueError("its digest is not that of the JSON beside it: one of the two files was changed")
             for name, kind in (("binding", Binding), ("card", Card)):
                 facts[name] = kind(**facts[name]) if facts[name] else None
             facts["prompting"] = stored_prompting(facts["prompting"])
-            made = cls.with_tensors(load_file(path), facts)
+            made = cls.with_tensors(load(content), facts)
         made.check(model, tokenizer, force)
         return made
 
