@@ -33,7 +33,7 @@ from mnemoscope.schemas import MarkerFacts
 from mnemoscope.strict import read_json, read_text
 
 MARKERS = ("cells/*/stages/*.json",)  # of finished stages
-UNFINISHED = ("cells/*/states/training-*.safetensors",)  # of a training that goes on
+UNFINISHED = ("cells/*/states/training.safetensors",)  # of a training that goes on
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "scikit-learn", "pandas", "safetensors")
 
 
@@ -102,7 +102,8 @@ def run_cell(cell: Cell, progress: Progress) -> None:
         if not cell.config.analysed and name not in ("train", "behaviour"):
             continue
         upstream = stage_hash(upstream, cell, name)
-        _run_stage(cell.name, cell.folder, name, upstream, partial(stage, cell), progress, WRITES.get(name, ()))
+        begin = partial(stage, replace(cell, depends_on=upstream))
+        _run_stage(cell.name, cell.folder, name, upstream, begin, progress, WRITES.get(name, ()))
 
 
 def compare_cells(cells: Sequence[Cell], run: Path, progress: Progress, workers: int = 1) -> None:
@@ -121,7 +122,7 @@ def compare_cells(cells: Sequence[Cell], run: Path, progress: Progress, workers:
 
     hashes = [marker["hash"] for cell in analysed for marker in _markers(cell).values()]
     _run_stage("study", run, "compare", hashlib.sha256("".join(hashes).encode()).hexdigest(), compared, progress)
-    for cell in analysed:
+    for cell in cells:
         shutil.rmtree(cell.folder / STATES, ignore_errors=True)
 
 
