@@ -24,12 +24,14 @@ from mnemoscope.web.shapes import Job, RunFacts, Watched
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"
 SCHEMA = 1  # of results.json
 OPEN = 2  # cells whose models are kept in memory, apart from those with requests in progress
+LOOK = 0.5  # seconds between two looks at whether a client has left
 MOST_WAITING = 256  # requests to one cell
 KEPT_JOBS = 64  # after their end
 MOST_JOBS = 16  # running or waiting
 WORKING_JOBS = 2  # at a time; their steps alternate with requests
 
 T = TypeVar("T")
+Left = Callable[[], Awaitable[bool]]  # whether a client has left
 
 
 class Runs:
@@ -82,6 +84,14 @@ def _one_of(field: str, name: str, known: list[str]) -> str:
     return name
 
 
+async def _unless_left(future: asyncio.Future[T], left: Left | None) -> T:
+    """The result of a future, which goes on for others where this client leaves."""
+    while not (await asyncio.wait({future}, timeout=LOOK))[0]:
+        if left is not None and await left():
+            raise HTTPException(499, "request: the client has left")
+    return future.result()
+
+
 class _Entry:
     """An opened cell and the one thread that uses its model, so that no answer sees another's shift."""
 
@@ -103,10 +113,11 @@ class OpenedCells:
         # One at a time: while the library opens a model it changes settings of the whole process, and restores them.
         self._opener = ThreadPoolExecutor(1, thread_name_prefix="opener")
 
-    async def ask(self, run: str, cell: str, work: Callable[[OpenedCell], T]) -> T:
-        """Do work on a cell, in its thread.
+    async def ask(self, run: str, cell: str, work: Callable[[OpenedCell], T], left: Left | None = None) -> T:
+        """Do work on a cell, in its thread; work that waits is dropped where the client has ``left``.
 
-        Raises InputError where it cannot be opened, HTTPException (429) where too many requests wait for it.
+        Raises InputError where it cannot be opened, HTTPException where too many requests wait for it (429) or the
+        client has left (499).
         """
         folder, loop = self._runs.cell(run, cell), asyncio.get_running_loop()
         # A study that was run again has other vectors, and one that is still running may have a detector by now.
@@ -123,8 +134,12 @@ class OpenedCells:
             raise HTTPException(429, f"cell: {MOST_WAITING} requests wait for {cell} already; ask again later")
         entry.waiting += 1
         try:
-            opened = await asyncio.shield(entry.cell)  # a client that leaves does not end it for the others
-            return await loop.run_in_executor(entry.thread, work, opened)
+            opened = await _unless_left(entry.cell, left)
+            waiting = loop.run_in_executor(entry.thread, work, opened)
+            try:
+                return await _unless_left(waiting, left)
+            finally:
+                waiting.cancel()  # of no effect once it has begun
         finally:
             entry.waiting -= 1
             if entry.cell.done() and entry.cell.exception() and self._open.get(key) is entry:
