@@ -31,6 +31,8 @@ def write_atomically(path: Path, content: bytes | Callable[[Path], Any]) -> Path
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Path of a temporary file, renamed to ``path`` when the context ends; deleted if it raises."""
+    if not path.name:
+        raise InputError(f"out: {str(path)!r} is no name of a file")
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     with made(path.parent):
         try:

@@ -16,6 +16,13 @@ Direction = Literal["to_generalized", "to_memorized"]
 Number = float | None  # None: not defined
 
 
+class StudyFacts(TypedDict):
+    """What a report reads of ``study.yaml``, which ``config`` describes; of any version."""
+
+    study: str
+    cells: dict[str, Any]
+
+
 class BindingFacts(TypedDict):
     """Fingerprint of a model."""
 

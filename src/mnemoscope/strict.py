@@ -250,6 +250,12 @@ class _Loader(yaml.SafeLoader):
                 seen.add((key.tag, key.value))
         return super().construct_mapping(node, deep)
 
+    def construct_scalar(self, node: Any) -> Any:
+        """A scalar; UnicodeEncodeError where it holds half a character."""
+        value = super().construct_scalar(node)
+        value.encode()
+        return value
+
     def _refuse(self, event: Any, why: str) -> None:
         raise yaml.composer.ComposerError(None, None, why, event.start_mark)
 

@@ -72,7 +72,8 @@ def told(error: BaseException) -> tuple[str | None, int]:
     if isinstance(error, RecursionError):
         return "input: nested too deeply", 2
     if isinstance(error, UnicodeError):
-        return f"text: {error.reason if hasattr(error, 'reason') else error}", 2
+        text = repr(getattr(error, "object", ""))
+        return f"text: {text if len(text) <= 80 else text[:77] + '...'} is no text in UTF-8", 2
     return None, 1
 
 

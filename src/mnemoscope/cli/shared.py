@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Annotated, Any
@@ -34,6 +34,8 @@ class _Commands(TyperGroup):
     def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
         """Run a command from the arguments of the process."""
         try:
+            for argument in (args and args[0]) or extra.get("args") or sys.argv[1:]:
+                argument.encode()  # bytes that are no text would reach tokenizers and files as halves of characters
             code = super().main(*args, standalone_mode=False, **extra)
         except _USAGE as error:
             if type(error).__name__ == "NoArgsIsHelpError":
@@ -93,9 +95,26 @@ def say(facts: dict[str, Any], as_json: bool, field: str) -> None:
     typer.echo(dumped(facts) if as_json else facts[field])
 
 
+Tell = Callable[[str, str, float, float, str], None]
+
+
 @contextmanager
-def progress(quiet: bool) -> Iterator[Callable[[str, str, float, float, str], None]]:
-    """Show a progress bar per cell on a terminal, lines elsewhere, nothing when quiet."""
+def progress(quiet: bool, notes: Sequence[str] = ()) -> Iterator[Tell]:
+    """Show notes once work begins, as all arguments are checked then, and its progress unless ``quiet``."""
+    left = list(notes)
+
+    def begun(*what: Any) -> None:
+        while left:
+            typer.echo(left.pop(0), err=True)
+        tell(*what)
+
+    with _progress(quiet) as tell:
+        yield begun
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Tell]:
+    """A progress bar per cell on a terminal, lines elsewhere, nothing when quiet."""
     if quiet or not sys.stderr.isatty():
         yield (lambda *_: None) if quiet else _Lines()
         return

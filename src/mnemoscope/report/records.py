@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -15,8 +16,8 @@ from pyarrow import parquet
 
 from mnemoscope.contrast import Contrast
 from mnemoscope.errors import InputError
-from mnemoscope.schemas import CellFacts, ManifestFacts, ProbeFacts, TimeFacts, WhyFacts, read_chosen
-from mnemoscope.strict import MOST_YAML, parse_yaml, read_json, read_text
+from mnemoscope.schemas import CellFacts, ManifestFacts, ProbeFacts, StudyFacts, TimeFacts, WhyFacts, read_chosen
+from mnemoscope.strict import MOST_YAML, checked, parse_yaml, read_json, read_text
 
 # Text columns of the large tables, which repeat few words: read as categories, they take a byte a row.
 LARGE = ("steering", "effects", "transfer_steering")
@@ -103,8 +104,7 @@ def read_run(folder: Path) -> Run:
     """
     study_text = _read(folder / "study.yaml", lambda path: read_text(path, most=MOST_YAML))
     study = parse_yaml(study_text, str(folder / "study.yaml"))
-    if not isinstance(study, dict):
-        raise InputError(f"{folder / 'study.yaml'}: a mapping is wanted, not {type(study).__name__}")
+    checked(study, StudyFacts, str(folder / "study.yaml"))
     failed = _json(folder / "failed.json", dict[str, str], optional=True)
     folders = [path.parent for path in sorted((folder / "cells").glob("*/cell.json")) if path.parent.name not in failed]
     cells = tuple(read_cell(cell) for cell in folders if _json(cell / "cell.json", CellFacts).get("analysed", True))
@@ -152,7 +152,7 @@ def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
 
 def _json(path: Path, kind: Any, optional: bool = False) -> Any:
     """The object in a file, of a type; an empty one for an optional file that is not there."""
-    if optional and not path.exists():
+    if optional and not os.path.lexists(path):
         return {}
     return _read(path, lambda p: read_json(p, kind))
 
@@ -160,7 +160,7 @@ def _json(path: Path, kind: Any, optional: bool = False) -> Any:
 def _table(folder: Path, name: str, optional: bool = False) -> Any:
     """A table with its declared columns; None for an optional one that is not there, else InputError."""
     path, wanted = folder / f"{name}.parquet", columns_of(name)
-    if optional and not path.exists():
+    if optional and not os.path.lexists(path):
         return None
     present = _read(path, lambda p: parquet.read_schema(p).names)
     for column in wanted:

@@ -208,10 +208,14 @@ class SteeringVector(Artefact):
     @classmethod
     def with_tensors(cls, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> Self:
         """Build a vector from stored fields; ValueError where tensors and facts disagree."""
-        named = {(name.split(".")[0], int(name.split(".")[1])): tensor for name, tensor in tensors.items()}
+        split = [(*name.split("."), tensor) for name, tensor in tensors.items()]
+        named = {(name, int(layer)): tensor for name, layer, tensor in split}
         shifts = {layer: shift for (name, layer), shift in named.items() if name == "layer"}
         edited = [layer for name, layer in named if name == PARTS[0]]
         low_rank = {layer: LowRank(*(named[name, layer] for name in PARTS)) for layer in edited}
+        unknown = {name for name, _ in named} - {"layer", *PARTS}
+        if unknown:
+            raise ValueError(f"tensor {min(unknown)!r} is unknown")
         if facts.pop("layers") != sorted({*shifts, *low_rank}):
             raise ValueError("its layers are not those of the JSON beside it")
         made = cls(shifts=shifts, low_rank=low_rank, **facts | {"opening": tuple(facts["opening"])})

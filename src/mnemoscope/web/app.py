@@ -240,10 +240,10 @@ def serve(run: str | Path | None, port: int, announce: Callable[[str], object]) 
     """
     root, first = Path("runs").resolve(), None
     if run is not None:
+        if not (Path(run) / "study.yaml").is_file():
+            raise InputError(f"RUN: {run} is not a run folder (it has no study.yaml)")
         folder = Path(run).resolve()
         root, first = folder.parent, folder.name
-        if not (folder / "study.yaml").is_file():
-            raise InputError(f"RUN: {run} is not a run folder (it has no study.yaml)")
         if not list(folder.glob("cells/*/records/chosen.json")):
             raise InputError(f"RUN: {run} has no cell with steering vectors yet; let its study run to its end first")
     try:
