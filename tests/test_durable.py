@@ -90,12 +90,17 @@ def test_folders_that_were_made_for_nothing_go_again(error: BaseException, tmp_p
 
 @pytest.mark.parametrize("worth", [True, False])
 def test_only_what_is_worth_keeping_is_left_of_what_is_refused(worth: bool, tmp_path: Path) -> None:
-    begun = False
+    begun: list[bool] = []
     (tmp_path / "study.yaml").write_text("before")
-    with pytest.raises(ValueError, match="refused"), undone_if_refused(tmp_path, lambda: begun and worth):
-        (tmp_path / "cells" / "one").mkdir(parents=True)
-        (tmp_path / "study.yaml").write_text("after")
-        begun = True
-        raise ValueError("refused")
+
+    def refused() -> None:
+        with undone_if_refused(tmp_path, lambda: bool(begun) and worth):
+            (tmp_path / "cells" / "one").mkdir(parents=True)
+            (tmp_path / "study.yaml").write_text("after")
+            begun.append(True)
+            raise ValueError("refused")
+
+    with pytest.raises(ValueError, match="refused"):
+        refused()
     assert (tmp_path / "cells").exists() == worth
     assert (tmp_path / "study.yaml").read_text() == ("after" if worth else "before")

@@ -16,17 +16,17 @@ from typing import Any, NoReturn
 
 STOPPED = "stopped; run the same command again to go on"
 FULL = "disk: no space is left; finished stages are kept, so make room and run the command again"
+_stopped = False  # whether Ctrl-C was pressed
 _ENDED = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
 def one_line() -> Iterator[None]:
     """End the process with one line for every error of ``told``, and where it is stopped, whatever it was doing."""
-    stopping = False
 
     def stop(*_: Any) -> None:
-        nonlocal stopping
-        stopping = True
+        global _stopped
+        _stopped = True
         sys.unraisablehook = lambda _: None  # where Python cannot raise, as in a destructor, it would print instead
         raise KeyboardInterrupt
 
@@ -35,8 +35,7 @@ def one_line() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        # An import that is stopped may raise an error of its own.
-        if not (stopping or isinstance(error, KeyboardInterrupt)):
+        if not (_stopped or isinstance(error, KeyboardInterrupt)):
             raise
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         if not (isinstance(error, SystemExit) and error.code == 130):  # told already
@@ -46,6 +45,8 @@ def one_line() -> Iterator[None]:
 
 def end(line: str, code: int) -> NoReturn:
     """Print one line and exit."""
+    if _stopped:  # an import that is stopped may raise an error of its own
+        line, code = STOPPED, 130
     show(line)
     sys.exit(code)
 

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from mnemoscope.errors import InputError
 from mnemoscope.files import plain, write_atomically
 from mnemoscope.schemas import FrameFacts
 from mnemoscope.statistics import Estimate, holm, mean, proportion, sign_flips
-from mnemoscope.strict import read_json
+from mnemoscope.strict import read_bytes, read_json
 
 UNSTEERED = "unsteered"
 TOWARDS = ("generalized", "memorized")
@@ -61,9 +62,9 @@ class Records:
                     left_out[name] = str(found["left_out"])
                     continue
                 kinds = ("answers", "texts", "neutral")
-                tables[name] = {kind: pd.read_parquet(folder / f"{name}-{kind}.parquet") for kind in kinds}
+                tables[name] = {kind: _table(folder / f"{name}-{kind}.parquet") for kind in kinds}
                 facts[name] = found
-            return cls(frame, pd.read_parquet(folder / "set.parquet"), facts, tables, left_out)
+            return cls(frame, _table(folder / "set.parquet"), facts, tables, left_out)
         except InputError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -90,6 +91,10 @@ class Records:
         """Rows of a table towards a behaviour."""
         table = self.tables[method][kind]
         return table[table["toward"] == (UNSTEERED if method == UNSTEERED else toward)]
+
+
+def _table(path: Path) -> pd.DataFrame:
+    return pd.read_parquet(BytesIO(read_bytes(path)))
 
 
 def build_arena(run: Path, beside: Sequence[Path] = ()) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import secrets
 from collections import OrderedDict
@@ -18,6 +17,7 @@ from fastapi import HTTPException
 from mnemoscope.errors import InputError
 from mnemoscope.files import plain
 from mnemoscope.report import Summary
+from mnemoscope.strict import read_json
 from mnemoscope.web.cell import OpenedCell
 from mnemoscope.web.shapes import Job, RunFacts, Watched
 
@@ -60,10 +60,10 @@ class Runs:
     def results(self, name: str) -> dict[str, Any]:
         """Content of ``results.json``; empty where the run is not finished, or where it is another version's."""
         try:
-            found = json.loads((self.folder(name) / "results.json").read_text())
-        except (OSError, ValueError):
+            found = read_json(self.folder(name) / "results.json", dict[str, Any])
+        except InputError:
             return {}
-        return found if isinstance(found, dict) and found.get("schema") == SCHEMA else {}
+        return found if found.get("schema") == SCHEMA else {}
 
     def brief(self, name: str) -> dict[str, Any]:
         """A run's first numbers by task, as ``report.Summary`` gives them."""
