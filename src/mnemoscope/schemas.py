@@ -237,7 +237,7 @@ def read_chosen(path: Path) -> ChosenFacts:
     """Read ``chosen.json``; InputError where a field is wrong, or the best method is not among the others."""
     found = read_json(path, ChosenFacts)
     for aim in ("pairs", "conflict"):
-        of_aim: ChosenOf = found[aim]  # type: ignore[literal-required]
+        of_aim: ChosenOf = found[aim]
         for direction, method in of_aim["best"].items():
             if method not in of_aim["methods"]:
                 raise InputError(f"{path}: {aim}.best.{direction} is {method!r}, which is not among its methods")

@@ -53,7 +53,7 @@ def test_a_full_disk(arguments: tuple[str, ...], disk: Path) -> None:
 def test_a_disk_that_is_read_only(arguments: tuple[str, ...], disk: Path) -> None:
     (disk / "mini.yaml").write_text(MINI_STUDY)
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    assert "out: Read-only file system" in told(disk, arguments).replace(".jsonl", "").replace(".out", "out")
+    assert "Read-only file system" in told(disk, arguments)
 
 
 def test_a_limit_on_the_size_of_files(tmp_path: Path) -> None:

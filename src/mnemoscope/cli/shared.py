@@ -31,12 +31,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for 
 class _Commands(TyperGroup):
     """Reports every error that a user can mend in one line, wrong options included."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(self, *args: Any, **extra: Any) -> Any:
         """Run a command from the arguments of the process."""
         try:
             for argument in (args and args[0]) or extra.get("args") or sys.argv[1:]:
                 argument.encode()  # bytes that are no text would reach tokenizers and files as halves of characters
-            code = super().main(*args, standalone_mode=False, **extra)
+            code = super().main(*args, **extra | {"standalone_mode": False})
         except _USAGE as error:
             if type(error).__name__ == "NoArgsIsHelpError":
                 typer.echo(error.format_message())
