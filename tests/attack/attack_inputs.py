@@ -15,7 +15,7 @@ from helpers import MINI_STUDY
 from mnemoscope.config import dump_study, parse_study
 from mnemoscope.tasks import TASKS
 
-Content = str | bytes | Callable[[Path], object] | None  # None: deleted; a function makes it
+Content = str | bytes | Callable[[Path], object] | None  # None: deleted; a function makes it in place of what is there
 
 
 @dataclass(frozen=True)
@@ -130,31 +130,32 @@ NUMBERS = ("x", "", "1:30", "true", "1e999x", NINES, "0x10", b"\xff", "--")
 
 
 def pipe(path: Path) -> None:
+    path.unlink(missing_ok=True)
     os.mkfifo(path)
 
 
 def folder(path: Path) -> None:
+    path.unlink(missing_ok=True)
     path.mkdir()
 
 
-def loop(path: Path) -> None:
-    path.symlink_to(path.name)
+def link(target: str) -> Callable[[Path], None]:
+    def make(path: Path) -> None:
+        path.unlink(missing_ok=True)
+        path.symlink_to(target or path.name)
+
+    return make
 
 
-def broken(path: Path) -> None:
-    path.symlink_to("nowhere")
-
-
-def device(path: Path) -> None:
-    path.symlink_to("/dev/zero")
+loop = link("")
 
 
 KINDS: dict[str, Content] = {
     "a pipe": pipe,
     "a folder": folder,
     "a link to itself": loop,
-    "a broken link": broken,
-    "a device": device,
+    "a broken link": link("nowhere"),
+    "a device": link("/dev/zero"),
 }
 
 

@@ -41,17 +41,11 @@ def prepared(attack: Attack, folder: Path, run: Path) -> None:
         shutil.copytree(run, folder / "run", copy_function=os.link)
     for name, content in attack.files.items():
         path = folder / name
-        if callable(content) and path.is_file() and content.__name__ in ("change", "write"):
-            if content.__name__ == "write":
-                beside = path.with_suffix(".json").read_bytes()
-                path.with_suffix(".json").unlink()
-                path.with_suffix(".json").write_bytes(beside)
+        if callable(content):
             content(path)
             continue
         path.unlink(missing_ok=True)
-        if callable(content):
-            content(path)
-        elif content is not None:
+        if content is not None:
             path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
