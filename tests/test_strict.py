@@ -50,6 +50,9 @@ def test_what_the_package_brings_is_read_as_before() -> None:
         assert parse_yaml(text, "here") == yaml.safe_load(text)
 
 
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 60))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -242,7 +242,7 @@ def push(path: Path | str, repo_id: str) -> str:
     folder, described, card = path.is_dir(), path.with_suffix(".json"), None
     if not folder and described.is_file():
         with readable("card", described):
-            facts = read_json(described, ArtefactFacts)["card"]
+            facts: Any = read_json(described, ArtefactFacts)["card"]
             card = Card(**facts) if facts else None
     try:
         HfApi().create_repo(repo_id, private=True, exist_ok=True)

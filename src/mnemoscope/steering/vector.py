@@ -208,8 +208,10 @@ class SteeringVector(Artefact):
     @classmethod
     def with_tensors(cls, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> Self:
         """Build a vector from stored fields; ValueError where tensors and facts disagree."""
-        split = [(*name.split("."), tensor) for name, tensor in tensors.items()]
-        named = {(name, int(layer)): tensor for name, layer, tensor in split}
+        named: dict[tuple[str, int], Tensor] = {}
+        for full, tensor in tensors.items():
+            name, layer = full.split(".")
+            named[name, int(layer)] = tensor
         shifts = {layer: shift for (name, layer), shift in named.items() if name == "layer"}
         edited = [layer for name, layer in named if name == PARTS[0]]
         low_rank = {layer: LowRank(*(named[name, layer] for name in PARTS)) for layer in edited}
