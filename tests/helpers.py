@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,8 @@ import torch
 from mnemoscope.behaviour import Asking, Scores, prepare, score
 from mnemoscope.config import StopConfig, TrainingConfig
 from mnemoscope.models import blocks_of
-from mnemoscope.tasks import KINDS, Example, build_task
+from mnemoscope.tasks import KINDS, Example, Task, build_task
+from mnemoscope.training import Checkpoint, train
 
 MINI_TASKS = {
     "inference": {"memorized_names": 24, "free_names": 24, "statements": 3, "questions": 3},
@@ -105,3 +108,31 @@ def shifted_by_hand(model: Any, shifts: Mapping[int, torch.Tensor], start: int) 
     finally:
         for handle in handles:
             handle.remove()
+
+
+class StoppedError(Exception):
+    """Ends a training in the middle, as a kill does."""
+
+
+def check_that_a_killed_training_goes_on(
+    untrained: Callable[[], Asking], task: Task, config: TrainingConfig, kept: Checkpoint
+) -> None:
+    """A training that is stopped four times ends as one that is not; every measurement is saved."""
+    whole = untrained()
+    expected = train(whole, task, config, np.random.default_rng(0))
+    assert expected.steps == 90
+
+    def stopped_at(stop: int, step: int, measured: object) -> None:
+        if step == stop:
+            raise StoppedError
+
+    for number, stop in enumerate((5, 37, 52, 78, None)):
+        assert (kept.load() is None) == (number < 2)
+        kept, asking = replace(kept), untrained()
+        try:
+            found = train(asking, task, config, np.random.default_rng(0), partial(stopped_at, stop), kept)
+        except StoppedError:
+            assert stop is not None
+    assert (found.curve, found.steps, found.unmet) == (expected.curve, expected.steps, expected.unmet)
+    for name, weight in whole.model.state_dict().items():
+        assert torch.equal(weight, asking.model.state_dict()[name]), name

@@ -76,7 +76,7 @@ def write_cell(
     for table, rows in tables.items():
         rows.to_parquet(records / f"{table}.parquet")
     write_json(records / "chosen.json", chosen_settings())
-    write_json(folder / "probe.json", {"best_layer": 1})
+    write_json(folder / "probe.json", {"site": "block", "best_layer": 1, "layers": []})
     contrast_file(rng, folder, effect if flips else math.nan, fit_pairs)
 
 

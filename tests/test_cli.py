@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import signal
 import subprocess
 import sys
+import time
 from importlib.resources import files
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from typer.testing import CliRunner
 
 from helpers import MINI_STUDY
 from mnemoscope.cli import app
+from mnemoscope.cli.ending import told
 from mnemoscope.config import built_in_studies, load_study, opened_before
 from mnemoscope.tasks.jsonl import JsonlTask
 
@@ -117,4 +121,55 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert (code, stdout, stderr.count("\n")) == (2, "", 1)
     assert stderr.startswith("error: ")
     assert message in stderr
-    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".parquet", ".html", ".jsonl")]
+    assert {path.name for path in tmp_path.iterdir()} == {"mini.yaml", "unclosed.yaml", "words.yaml"}
+
+
+def test_what_a_refused_run_found_is_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mini.yaml").write_text(MINI_STUDY)
+    (tmp_path / "run").mkdir()
+    before = "study: another\n"
+    (tmp_path / "run" / "study.yaml").write_text(before)
+    assert call(*changed("options.stored=2"))[0] == 2
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["study.yaml"]
+    assert (tmp_path / "run" / "study.yaml").read_text() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.05, 0.4, 1.5, 4.0])
+def test_ctrl_c_is_one_line_whatever_it_stops(seconds: float, tmp_path: Path) -> None:
+    """The package is being imported, then libraries, then a model trains."""
+    (tmp_path / "mini.yaml").write_text(MINI_STUDY.replace("novel_accuracy: 0.6", "novel_accuracy: 1.0"))
+    code = "print(1, flush=True); from mnemoscope.cli import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "run", str(tmp_path / "mini.yaml"), "--out", str(tmp_path / "run"), "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=120)
+    assert (process.returncode, told) == (130, "error: stopped; run the same command again to go on\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.ENAMETOOLONG, "File name too long", "n" * 9), "path: nnnnnnnnn: File name too long"),
+        (OSError(errno.EFBIG, "File too large"), "system: File too large"),
+        (OSError(errno.EROFS, "Read-only file system", "a"), "path: a: Read-only file system"),
+        (OSError(errno.ENOSPC, "No space left on device", "a"), "disk: no space is left"),
+        (RuntimeError("[Errno 28] Error writing bytes. No space left on device"), "disk: no space is left"),
+        (RecursionError("maximum recursion depth exceeded"), "input: nested too deeply"),
+        (UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed"), "text: '\\ud800' is no text in UTF-8"),
+        (KeyError("ours to mend"), None),
+    ],
+)
+def test_what_is_left_of_errors_becomes_one_line(error: Exception, line: str | None) -> None:
+    found, code = told(error)
+    assert (found or "").startswith(line or "")
+    assert (found is None) == (line is None)
+    assert code == (2 if line else 1)

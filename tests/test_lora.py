@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from families import tiny
-from helpers import MINI_TASKS
+from helpers import MINI_TASKS, check_that_a_killed_training_goes_on
 from mnemoscope.behaviour import Asking
 from mnemoscope.config import LoraConfig, StopConfig, TrainingConfig, parse_study
 from mnemoscope.errors import InputError
@@ -28,7 +29,7 @@ from mnemoscope.models import adapt, is_adapted, load_model
 from mnemoscope.steering import SteeringVector
 from mnemoscope.study import run_study
 from mnemoscope.tasks import KINDS, Task, answer_of, build_task
-from mnemoscope.training import batches, train
+from mnemoscope.training import Checkpoint, batches, train
 from test_cli import call
 
 TASK_OPTIONS = {**MINI_TASKS, "cipher": {"letters": 10, "length": 2, "stored": 8}}
@@ -138,6 +139,14 @@ def test_equal_trainings_give_equal_adapters_with_dropout_too(folder: Path, digi
     assert modes == 2 * ([True] * 9 + [False]) * 2
     assert saved[0] == saved[1]
     assert "adapter_model.safetensors" in saved[0]
+
+
+def test_a_killed_training_of_an_adapter_goes_on_to_the_same_bytes(folder: Path, digits: Task, tmp_path: Path) -> None:
+    config = QUICK.model_copy(update={"steps": 90, "settle_steps": 80, "stop": NOTHING})
+    kept = Checkpoint(tmp_path / "training.safetensors", "this", share=math.inf)
+    check_that_a_killed_training_goes_on(
+        lambda: opened(folder, digits, LoraConfig(rank=2, dropout=0.3)), digits, config, kept
+    )
 
 
 @pytest.mark.parametrize("name", ["inference", "addition-digits", "cipher"])

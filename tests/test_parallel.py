@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ from mnemoscope.cells import Cell, cells_of
 from mnemoscope.config import load_study, parse_study
 from mnemoscope.errors import InputError, StudyError
 from mnemoscope.executors import AHEAD, Progress, in_processes, run_cells
-from mnemoscope.processes import pool_of
+from mnemoscope.processes import LostError, pool_of
 from mnemoscope.stages.train import pairs_stage
 
 pytestmark = pytest.mark.slow  # new processes import the libraries anew
@@ -87,8 +88,43 @@ def dies(number: int) -> int:
 def test_an_error_of_an_item_is_raised_and_a_killed_process_is_reported() -> None:
     with pytest.raises(StudyError, match="1 cannot be done"), in_processes(2) as parallel:
         list(parallel(fails, [1, 2]))
-    with pytest.raises(StudyError, match="a worker process was killed"), in_processes(2) as parallel:
+    killed = "its process was killed 3 times, most likely for lack of memory"
+    with pytest.raises(LostError, match=killed), in_processes(2) as parallel:
         list(parallel(dies, [1, 2]))
+
+
+def dies_at_first(folder: Path, number: int) -> int:
+    """The process of 3 is killed at the first call, that of 5 at each; others say how often they were called."""
+    calls = folder / f"{number}-{time.monotonic_ns()}"
+    calls.touch()
+    if number == 5 or (number == 3 and len(list(folder.glob("3-*"))) == 1):
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.05)
+    return number
+
+
+def test_a_killed_process_costs_the_other_items_nothing(tmp_path: Path) -> None:
+    with in_processes(2) as parallel:
+        assert list(parallel(partial(dies_at_first, tmp_path), range(5))) == [0, 1, 2, 3, 4]
+    with pool_of(4) as pool:
+        futures = [pool.submit(dies_at_first, tmp_path, number) for number in (5, 10, 11, 12, 13, 14)]
+        assert [future.result() for future in futures[1:]] == [10, 11, 12, 13, 14]
+        with pytest.raises(LostError):
+            futures[0].result()
+    assert len(list(tmp_path.glob("5-*"))) == 3
+
+
+def killed_cell(folder: Path, cell: Cell, progress: Progress) -> None:
+    dies_at_first(folder, int(cell.name))
+
+
+def test_a_cell_whose_process_is_killed_runs_again_and_is_given_up_in_one_line(tmp_path: Path) -> None:
+    config = load_study("quickstart").cells["addition"]
+    cells = [Cell(str(number), "addition", number, config, 1, tmp_path) for number in (3, 4, 5, 6)]
+    failed = run_cells(cells, partial(killed_cell, tmp_path), lambda *_: None, workers=2)
+    assert list(failed) == ["5"]
+    assert failed["5"].startswith("5: its process was killed 3 times, most likely for lack of memory")
+    assert "\n" not in failed["5"]
 
 
 def test_an_error_ends_processes_that_are_at_work() -> None:

@@ -20,6 +20,7 @@ from made_up import SOURCE, write_json, write_run
 from mnemoscope.executors import in_processes
 from mnemoscope.report import build_report, read, steer, summary_of
 from mnemoscope.report.behaviour import difference
+from mnemoscope.report.drawing import canvas, draw
 from mnemoscope.report.page import tint
 from mnemoscope.report.records import read_run
 from mnemoscope.report.results import compute_results
@@ -71,6 +72,11 @@ def test_equal_records_give_equal_bytes_wherever_they_are_computed(run: Path, tm
 
 # One table is read like another.
 BROKEN = ("records/training.parquet", "records/steering.parquet", "records/chosen.json", "contrast.safetensors")
+
+
+def test_a_dollar_in_a_name_is_a_dollar() -> None:
+    (svg,) = draw("dollar", "what it costs", [lambda: canvas(100, "5 $ or \\frac{ 6 $")[0]])
+    assert "5 $ or \\frac{ 6 $" in svg
 
 
 @pytest.mark.parametrize("file", BROKEN)

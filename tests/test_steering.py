@@ -251,7 +251,7 @@ def test_a_damaged_artefact_is_refused_by_name(
     file, facts = random_vector().save(tmp_path / "vector.safetensors")
     assert SteeringVector.load(file).layers == [0, 1]
     damage(file, facts)
-    with pytest.raises(InputError, match=rf"^vector: {re.escape(str(file))} cannot be read \(.*{message}") as error:
+    with pytest.raises(InputError, match=rf"{re.escape(str(file.with_suffix('')))}.*{message}") as error:
         SteeringVector.load(str(file))
     assert "\n" not in str(error.value)
 

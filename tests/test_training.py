@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import runpy
 from collections.abc import Iterator
 from itertools import islice
@@ -14,13 +15,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers import MINI_TASKS
+from helpers import MINI_TASKS, check_that_a_killed_training_goes_on
 from mnemoscope.behaviour import Asking
 from mnemoscope.config import ModelConfig, StopConfig, TrainingConfig
 from mnemoscope.errors import InputError
 from mnemoscope.models import blocks_of, build_gpt2, word_tokenizer
 from mnemoscope.tasks import Example, Instance, Kind, Task, answer_of, build_task
 from mnemoscope.training import (
+    Checkpoint,
     Float32Muon,
     Trained,
     batches,
@@ -151,6 +153,19 @@ def test_settling_lowers_the_rate_drops_out_and_keeps_weights_with_which_the_rul
 
 MINI_CIPHER = {"letters": 10, "length": 2, "stored": 8}
 MINI_JOINT = {"parts": {"inference": MINI_TASKS["inference"], "cipher": MINI_CIPHER}}
+
+
+@pytest.mark.parametrize("stop", [StopConfig(), NOTHING], ids=["never met", "settling"])
+def test_a_killed_training_goes_on_to_the_same_bytes(stop: StopConfig, task: Task, tmp_path: Path) -> None:
+    """Stopped before the first measurement, and several times behind it, with dropout; each time in a new model."""
+    config = QUICK.model_copy(update={"steps": 90, "settle_steps": 80, "settle_dropout": 0.2, "stop": stop})
+    kept = Checkpoint(tmp_path / "training.safetensors", "this", share=math.inf)
+    check_that_a_killed_training_goes_on(lambda: untrained(task), task, config, kept)
+    assert Checkpoint(kept.path, "another").load() is None
+    assert Checkpoint(kept.path, "this", attempt=1).load() is None
+    kept.path.write_bytes(kept.path.read_bytes()[:100])
+    with pytest.raises(InputError, match=r"training.safetensors is damaged"):
+        kept.load()
 
 
 def test_short_and_long_instances_of_a_batch_give_the_gradient_of_the_whole() -> None:

@@ -31,7 +31,8 @@ class Opened:
 class Cell:
     """One (task, model, seed) of a study, with the folder it writes to.
 
-    ``map`` maps a function over parts of a stage, in parallel where processes are idle.
+    ``map`` maps a function over parts of a stage, in parallel where processes are idle. ``depends_on`` is the hash of
+    all that the running stage depends on.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Cell:
     folder: Path
     map: Map = in_order
     opened: Opened | None = None
+    depends_on: str = ""
 
     @property
     def records(self) -> Path:

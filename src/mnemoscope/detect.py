@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mnemoscope.errors import InputError
 from mnemoscope.models import Site, blocks_of, site_width
+from mnemoscope.schemas import DetectorFacts
 from mnemoscope.steering import Artefact, Gate, Toward
 
 if TYPE_CHECKING:
@@ -98,6 +99,22 @@ class Detector(Artefact):
 
     WHAT: ClassVar[str] = "detector"
     STORED: ClassVar[tuple[str, ...]] = ("weights_LD", "bias_L", "conflict_D", "mean_D", "whitening_DD")
+    FACTS: ClassVar[Any] = DetectorFacts
+
+    def __post_init__(self) -> None:
+        layers, neurons = (*self.weights_LD.shape, 0, 0)[:2]
+        shapes = {"weights_LD": (layers, neurons), "bias_L": (layers,), "conflict_D": (neurons,)}
+        shapes |= {"mean_D": (neurons,), "whitening_DD": (neurons, neurons)}
+        for name, shape in shapes.items():
+            stored = getattr(self, name)
+            if stored.shape != shape or not stored.size:
+                raise InputError(f"detector: {name} has shape {stored.shape}; {shape} is wanted")
+            # Without prompts of both kinds there is no P(conflict): all of it is NaN.
+            undefined = name == "conflict_D" and math.isnan(self.conflict_bias)
+            if not (np.isnan(stored).all() if undefined else np.isfinite(stored).all()):
+                raise InputError(f"detector: {name} has a value that is not finite, or conflict_bias is missing")
+        if not 0 <= self.layer < layers:
+            raise InputError(f"detector: layer {self.layer} is not in 0 .. {layers - 1}")
 
     @property
     def as_good_as_the_input(self) -> tuple[float, float] | None:

@@ -23,7 +23,7 @@ from typing import Any
 
 from mnemoscope.cells import Cell
 from mnemoscope.errors import InputError, StudyError
-from mnemoscope.processes import Map, pool_of, settle
+from mnemoscope.processes import LostError, Map, pool_of, settle
 
 # (cell, stage, done, total, note): what a running cell reports.
 Progress = Callable[[str, str, float, float, str], None]
@@ -71,15 +71,21 @@ def run_cells(
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             ready = []
             for future in [future for future in running if future in done]:
-                cell, why = running.pop(future), future.result()
+                cell = running.pop(future)
+                why = f"{cell.name}: {lost}" if (lost := _lost(future)) else future.result()
                 borrowers = [other for other in cells if other.lender == cell.name]
                 if why is None:
                     ready += borrowers
                 else:
-                    lost = f"{cell.name}, whose model it takes, could not go on"
-                    failed |= {cell.name: why} | {other.name: f"{other.name}: {lost}" for other in borrowers}
+                    lender = f"{cell.name}, whose model it takes, could not go on"
+                    failed |= {cell.name: why} | {other.name: f"{other.name}: {lender}" for other in borrowers}
     ordered = sorted(cells, key=lambda cell: cell.lender in failed)  # first what failed by itself
     return {cell.name: failed[cell.name] for cell in ordered if cell.name in failed}
+
+
+def _lost(future: Ended) -> LostError | None:
+    error = future.exception()
+    return error if isinstance(error, LostError) else None
 
 
 @contextmanager
@@ -140,7 +146,7 @@ def _run(run: Run, cell: Cell, progress: Progress, workers: int) -> str | None:
         with in_processes(possible_workers(cell, workers), cell.threads) as parallel:
             run(replace(cell, map=parallel) if workers > 1 else cell, progress)
     except StudyError as error:
-        return str(error)
+        return f"{cell.name}: {error}" if isinstance(error, LostError) else str(error)
     return None
 
 
@@ -169,9 +175,15 @@ def _in_this_process(workers: int, run: Run, progress: Progress, cell: Cell, bes
 @contextmanager
 def _in_pool(workers: int, cells: int, run: Run, progress: Progress) -> Iterator[Submit]:
     """Cells in parallel processes; idle processes take parts of cells."""
-    news = get_context("spawn").SimpleQueue()
-    with _listening(news, progress), pool_of(min(workers, cells), begin=partial(_report_to, news)) as pool:
-        yield lambda cell, beside: pool.submit(_run_in_worker, run, cell, max(1, workers // beside))
+    with ExitStack() as listening:
+
+        def begin() -> Callable[[], None]:  # a killed process may have locked the queue of its pool
+            news = get_context("spawn").SimpleQueue()
+            listening.enter_context(_listening(news, progress))
+            return partial(_report_to, news)
+
+        with pool_of(min(workers, cells), begin=begin) as pool:
+            yield lambda cell, beside: pool.submit(_run_in_worker, run, cell, max(1, workers // beside))
 
 
 _news: Any = None  # queue of this worker process

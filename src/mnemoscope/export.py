@@ -20,7 +20,9 @@ from torch import Tensor
 from mnemoscope.errors import InputError
 from mnemoscope.files import new_folder, write_atomically
 from mnemoscope.models import Site, core_of, layout_of, load_model, pass_inputs
+from mnemoscope.schemas import ArtefactFacts
 from mnemoscope.steering import Card, SteeringVector, readable
+from mnemoscope.strict import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -240,7 +242,7 @@ def push(path: Path | str, repo_id: str) -> str:
     folder, described, card = path.is_dir(), path.with_suffix(".json"), None
     if not folder and described.is_file():
         with readable("card", described):
-            facts = json.loads(described.read_text()).get("card")
+            facts: Any = read_json(described, ArtefactFacts)["card"]
             card = Card(**facts) if facts else None
     try:
         HfApi().create_repo(repo_id, private=True, exist_ok=True)

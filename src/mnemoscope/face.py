@@ -5,7 +5,6 @@ Shapes: N prompts, T tokens of a left-padded batch, L layers.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -20,7 +19,9 @@ from torch import Tensor
 from mnemoscope.behaviour import PLAIN, Asking, Prompting, check_known, complete, phrase_of, states_at_the_end
 from mnemoscope.detect import Detector, Reading
 from mnemoscope.errors import InputError
+from mnemoscope.schemas import CellFacts, WhyFacts
 from mnemoscope.steering import OPPOSITE, Binding, SteeringVector, Toward, best_paths
+from mnemoscope.strict import read_json, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -225,7 +226,7 @@ class Fitted:
 
     def _needed(self, detector: Detector | None) -> Detector:
         if detector is None:
-            reasons = [json.loads(p.read_text())["why"] for p in sorted(self.source.rglob("no_detector.json"))]
+            reasons = [read_json(p, WhyFacts)["why"] for p in sorted(self.source.rglob("no_detector.json"))]
             why = reasons[0] if reasons else "set detection.fitted: true, or open the run instead of one vector"
             raise InputError(f"detector: {self.source} has none ({why})")
         return detector
@@ -268,7 +269,7 @@ def _artefacts(source: Path, found: Binding) -> tuple[dict[Toward, SteeringVecto
     """The best vectors and the detectors of a file, a cell or a run."""
     if source.is_file():
         described = source.with_suffix(".json")
-        if described.is_file() and '"toward"' in described.read_text():
+        if described.is_file() and '"toward"' in read_text(described):
             vector = SteeringVector.load(source)
             return {vector.toward: vector}, None, None
         return {}, Detector.load(source), None
@@ -284,7 +285,7 @@ def _cell(source: Path, found: Binding) -> Path:
     cells = _cells(source)
     if len(cells) == 1:
         return cells[0]
-    bound = [json.loads((cell / "cell.json").read_text()).get("binding") or {} for cell in cells]
+    bound: list[Any] = [read_json(cell / "cell.json", CellFacts).get("binding") or {} for cell in cells]
     fitting = [c for c, of in zip(cells, bound, strict=True) if found.weights in (of.get("weights"), of.get("half"))]
     if len(fitting) > 1:
         names = ", ".join(map(str, fitting))

@@ -8,14 +8,14 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mnemoscope.errors import InputError
+from mnemoscope.errors import InputError, StudyError
 
 
 def write_atomically(path: Path, content: bytes | Callable[[Path], Any]) -> Path:
@@ -31,13 +31,17 @@ def write_atomically(path: Path, content: bytes | Callable[[Path], Any]) -> Path
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Path of a temporary file, renamed to ``path`` when the context ends; deleted if it raises."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.name:
+        raise InputError(f"out: {str(path)!r} is no name of a file")
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with made(path.parent):
+        try:
+            yield temporary
+            flush(temporary)
+            os.replace(temporary, path)
+            flush(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -48,15 +52,66 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise InputError(f"folder: {path} exists and is not empty; nothing is overwritten")
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with the same id
-    temporary.mkdir()
+    with made(path.parent):
+        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with the same id
+        temporary.mkdir()
+        try:
+            yield temporary
+            for inside in sorted(temporary.rglob("*"), reverse=True):
+                flush(inside)
+            flush(temporary)
+            os.replace(temporary, path)  # takes the place of an empty folder
+            flush(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """Make a folder with its parents; where the context raises, those of them that are still empty go again."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        flush(path.parent)
     try:
-        yield temporary
-        os.replace(temporary, path)  # takes the place of an empty folder
+        yield
+    except BaseException:
+        with suppress(OSError):  # not empty
+            for path in missing:
+                path.rmdir()
+        raise
+
+
+@contextmanager
+def undone_if_refused(folder: Path, worth: Callable[[], bool]) -> Iterator[None]:
+    """Where the context raises before anything in a folder is ``worth`` keeping, what it changed there goes.
+
+    Kept is what a StudyError leaves, which reports on what was done, and whatever a user stops.
+    """
+    if worth():
+        yield
+        return
+    before = {path: path.read_bytes() if path.is_file() else b"" for path in folder.glob("*")}
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, StudyError) and not worth():
+            for path in set(folder.glob("*")) - set(before):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            for path, content in before.items():
+                if path.is_file() and path.read_bytes() != content:
+                    path.write_bytes(content)
+        raise
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk: a power cut may otherwise keep a new name only."""
+    place = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(place)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(place)
 
 
 def file_hash(path: Path) -> str:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
-from threading import Thread
+from signal import SIG_BLOCK, SIG_SETMASK, SIGINT, pthread_sigmask
+from threading import RLock, Thread
 from types import ModuleType
 from typing import Any, Protocol, TypeVar
 
@@ -34,38 +39,142 @@ in_order: Map = map
 _beside = 1
 
 
+class LostError(StudyError):
+    """A call whose process the system killed again and again."""
+
+
+LOST = 3  # kills of its process after which a call is given up
+KILLED = (
+    f"its process was killed {LOST} times, most likely for lack of memory; use fewer processes (--workers 1), smaller "
+    "batches or a smaller model, and run the same command again: what was finished is kept"
+)
+
+
 @contextmanager
 def pool_of(
-    workers: int, threads: int | None = None, begin: Callable[[], None] | None = None
-) -> Iterator[ProcessPoolExecutor]:
-    """A pool of processes, each started when work waits; an error inside the context ends all at once.
+    workers: int, threads: int | None = None, begin: Callable[[], Callable[[], None] | None] = lambda: None
+) -> Iterator[Workers]:
+    """Processes, each started when work waits; an error inside the context ends all at once.
 
-    ``threads`` of torch in each (None leaves torch alone); ``begin`` is called first in each. Raises StudyError where
-    the system killed a process.
+    ``threads`` of torch in each (None leaves torch alone). ``begin`` is called for every set of processes; what it
+    returns is called first in each.
     """
-    given = (os.getpid(), workers * beside(), threads, begin)
-    with _Pool(workers, get_context("spawn"), _begin_worker, given) as pool:
-        try:
-            yield pool
-        except BaseException as error:
-            processes = list((pool._processes or {}).values())  # a pool that is shut down forgets them
-            pool.shutdown(wait=False, cancel_futures=True)
+    pool = Workers(workers, threads, begin)
+    try:
+        yield pool
+    except BaseException:
+        pool.end(now=True)
+        raise
+    pool.end()
+
+
+@dataclass(eq=False)
+class _Call:
+    """A call, what its caller waits for, and how often its process was killed."""
+
+    run: Callable[[], Any]
+    future: Future[Any]
+    lost: int = 0
+
+
+class Workers:
+    """Processes that are started anew where the system kills one: unfinished calls run again, in fewer processes.
+
+    Once a process was lost no more calls are given out than there are processes, so that only those at work can be
+    to blame; after the second loss there is one process. A call that is lost ``LOST`` times gets a LostError.
+    """
+
+    def __init__(self, workers: int, threads: int | None, begin: Callable[[], Callable[[], None] | None]) -> None:
+        self._workers, self._threads, self._begin = workers, threads, begin
+        self._most = math.inf  # calls given out at a time
+        self._waiting, self._active = deque[_Call](), set[_Call]()
+        self._pool: _Pool | None = None
+        self._losses, self._lock = 0, RLock()
+
+    def submit(self, function: Callable[..., Result], /, *args: Any) -> Future[Result]:
+        """Call a function in one of the processes."""
+        call = _Call(partial(function, *args), Future())
+        call.future.set_running_or_notify_cancel()
+        with self._lock:
+            self._waiting.append(call)
+            self._give_out()
+        return call.future
+
+    def end(self, now: bool = False) -> None:
+        """End the processes once their calls are done, or ``now``."""
+        with self._lock:
+            pool, self._pool, self._most = self._pool, None, 0
+        if pool is None:
+            return
+        processes = list((pool._processes or {}).values())  # a pool that is shut down forgets them
+        pool.shutdown(wait=not now, cancel_futures=True)
+        if now:
             for process in processes:
                 process.terminate()
-            if isinstance(error, BrokenProcessPool):
-                raise StudyError("a worker process was killed, perhaps for lack of memory; use fewer") from error
-            raise
+            pool.shutdown()
+
+    def _give_out(self) -> None:
+        while self._waiting and len(self._active) < self._most:
+            if self._pool is None:
+                given = (os.getpid(), self._workers * beside(), self._threads, self._begin())
+                self._pool = _Pool(self._workers, get_context("spawn"), _begin_worker, given)
+            call, pool = self._waiting.popleft(), self._pool
+            self._active.add(call)
+            try:
+                sent = pool.submit(call.run)
+            except BrokenProcessPool:
+                self._lose(pool, call)
+            else:
+                sent.add_done_callback(partial(self._ended, pool, call))
+
+    def _ended(self, pool: _Pool, call: _Call, sent: Future[Any]) -> None:
+        if sent.cancelled():
+            return
+        error = sent.exception()
+        if isinstance(error, BrokenProcessPool):
+            # Not in this thread, which may hold a lock of the broken pool.
+            Thread(target=self._take_back, args=(pool, call), daemon=True).start()
+            return
+        with self._lock:
+            self._active.discard(call)
+            self._give_out()
+        if error is None:
+            call.future.set_result(sent.result())
+        else:
+            call.future.set_exception(error)
+
+    def _take_back(self, pool: _Pool, call: _Call) -> None:
+        with self._lock:
+            self._lose(pool, call)
+            self._give_out()
+
+    def _lose(self, pool: _Pool, call: _Call) -> None:
+        if self._pool is pool:  # the first call of this pool to be told
+            self._losses += 1
+            self._pool, self._workers = None, 1 if self._losses > 1 else max(1, self._workers // 2)
+            self._most = min(self._most, self._workers)
+        self._active.discard(call)
+        call.lost += 1
+        if call.lost < LOST:
+            self._waiting.append(call)
+        else:
+            call.future.set_exception(LostError(KILLED))
 
 
 class _Pool(ProcessPoolExecutor):
-    """A pool whose processes do not import the main module: a script without a guard would start itself in each."""
+    """A pool whose processes do not import the main module, and are not stopped by the keys that stop this one.
+
+    A script without a guard would start itself in each; and a worker that is stopped (Ctrl-C) would print a traceback.
+    """
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **named: Any) -> Future[Any]:
+        before = pthread_sigmask(SIG_BLOCK, {SIGINT})  # processes that are started here inherit it
         main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
         try:
             return super().submit(function, *args, **named)
         finally:
             sys.modules["__main__"] = main
+            pthread_sigmask(SIG_SETMASK, before)
 
 
 def _begin_worker(parent: int, sharing: int, threads: int | None, begin: Callable[[], None] | None) -> None:

@@ -27,9 +27,13 @@ from mnemoscope.cells import STATES, Cell, Opened, Tell, cells_of, git_state, gr
 from mnemoscope.config import StudyConfig, dump_study
 from mnemoscope.errors import InputError, StudyError
 from mnemoscope.executors import Progress, in_processes, possible_workers, run_cells
-from mnemoscope.files import file_hash, known_hash, write_atomically
+from mnemoscope.files import file_hash, known_hash, made, undone_if_refused, write_atomically
 from mnemoscope.processes import settle
+from mnemoscope.schemas import MarkerFacts
+from mnemoscope.strict import read_json, read_text
 
+MARKERS = ("cells/*/stages/*.json",)  # of finished stages
+UNFINISHED = ("cells/*/states/training.safetensors",)  # of a training that goes on
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "scikit-learn", "pandas", "safetensors")
 
 
@@ -98,7 +102,8 @@ def run_cell(cell: Cell, progress: Progress) -> None:
         if not cell.config.analysed and name not in ("train", "behaviour"):
             continue
         upstream = stage_hash(upstream, cell, name)
-        _run_stage(cell.name, cell.folder, name, upstream, partial(stage, cell), progress, WRITES.get(name, ()))
+        begin = partial(stage, replace(cell, depends_on=upstream))
+        _run_stage(cell.name, cell.folder, name, upstream, begin, progress, WRITES.get(name, ()))
 
 
 def compare_cells(cells: Sequence[Cell], run: Path, progress: Progress, workers: int = 1) -> None:
@@ -117,13 +122,13 @@ def compare_cells(cells: Sequence[Cell], run: Path, progress: Progress, workers:
 
     hashes = [marker["hash"] for cell in analysed for marker in _markers(cell).values()]
     _run_stage("study", run, "compare", hashlib.sha256("".join(hashes).encode()).hexdigest(), compared, progress)
-    for cell in analysed:
+    for cell in cells:
         shutil.rmtree(cell.folder / STATES, ignore_errors=True)
 
 
 def _markers(cell: Cell) -> dict[str, Any]:
     """What finished stages left, by name, without hidden files of killed writers."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted((cell.folder / "stages").glob("[!.]*.json"))}
+    return {path.stem: read_json(path, MarkerFacts) for path in sorted((cell.folder / "stages").glob("[!.]*.json"))}
 
 
 def _run_stage(
@@ -176,13 +181,12 @@ def is_done(folder: Path, stage: str, wanted: str) -> bool:
     if not path.exists():
         return False
     try:
-        marker = json.loads(path.read_text())
-        found, files = marker["hash"], {folder / name: digest for name, digest in marker["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        marker = read_json(path, MarkerFacts)
+    except InputError as error:
         raise StudyError(f"artefact: {path} is damaged; delete it to run stage {stage!r} again") from error
-    if found != wanted:
+    if marker["hash"] != wanted:
         return False
-    for file, digest in files.items():
+    for file, digest in ((folder / name, digest) for name, digest in marker["files"].items()):
         if not file.exists() or file_hash(file) != digest:
             state = "is missing" if not file.exists() else "is damaged (its checksum differs)"
             raise StudyError(f"artefact: {file} {state}; delete {path} to run stage {stage!r} again")
@@ -197,29 +201,47 @@ def _locked(run: Path, config: StudyConfig) -> Iterator[None]:
         raise InputError(f"out: {run} is a file; a folder is wanted")
     if run.exists() and any(run.iterdir()) and not (run / "study.yaml").exists() and not (run / ".lock").exists():
         raise InputError(f"out: {run} is not empty and holds no study.yaml; give a new folder")
-    run.mkdir(parents=True, exist_ok=True)
-    with (run / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"out: {run} is in use by another run") from error
+
+    with made(run), _lock(run), undone_if_refused(run, lambda: _holds(run, *MARKERS, *UNFINISHED)):
         existing = run / "study.yaml"
         # A run without a finished stage (a model that could not be opened) may change its configuration.
-        begun = any(run.glob("cells/*/stages/*.json"))
-        if begun and existing.exists() and existing.read_text() != text:
-            lines = zip_longest(existing.read_text().splitlines(), text.splitlines(), fillvalue="")
-            there, here = next((old.strip(), new.strip()) for old, new in lines if old != new)
+        there = read_text(existing, "out") if _holds(run, *MARKERS) and existing.exists() else text
+        if there != text:
+            lines = zip_longest(there.splitlines(), text.splitlines(), fillvalue="")
+            old, new = next((old.strip(), new.strip()) for old, new in lines if old != new)
             raise InputError(
-                f"out: {run} holds a run of another configuration (there {there!r}, here {here!r}); "
+                f"out: {run} holds a run of another configuration (there {old!r}, here {new!r}); "
                 "give another folder or the same configuration"
             )
         write_atomically(existing, text.encode())
         yield
 
 
+def _holds(run: Path, *patterns: str) -> bool:
+    return any(path.is_file() for pattern in patterns for path in run.glob(pattern))
+
+
+@contextmanager
+def _lock(run: Path) -> Iterator[None]:
+    """Hold the lock of a run folder; where nothing else is left in the folder at the end, it goes again."""
+    path = run / ".lock"
+    with path.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                raise BlockingIOError  # of a run that was refused meanwhile
+        except (BlockingIOError, FileNotFoundError) as error:
+            raise InputError(f"out: {run} is in use by another run") from error
+        try:
+            yield
+        finally:
+            if list(run.iterdir()) == [path]:
+                path.unlink()
+
+
 def _write_manifest(run: Path, cells: list[Cell], started: float) -> None:
     stages = {cell.name: _markers(cell) for cell in cells}
-    stages["study"] = {"compare": json.loads((run / "stages" / "compare.json").read_text())}
+    stages["study"] = {"compare": read_json(run / "stages" / "compare.json", MarkerFacts)}
     adapted = any(cell.config.model.lora for cell in cells)
     manifest = {
         "mnemoscope": version(),

@@ -20,10 +20,12 @@ from mnemoscope.arena.methods import METHODS, candidates
 from mnemoscope.behaviour import PLAIN, Asking
 from mnemoscope.config import ArenaConfig, parse_arena
 from mnemoscope.errors import InputError
-from mnemoscope.files import plain, write_atomically
+from mnemoscope.files import made, plain, undone_if_refused, write_atomically
 from mnemoscope.models import load_model
 from mnemoscope.report import build_arena
+from mnemoscope.schemas import FrameFacts, KnownFacts
 from mnemoscope.steering import OPPOSITE, Binding
+from mnemoscope.strict import checked, read_json
 from mnemoscope.tasks import Task, build_task
 
 if TYPE_CHECKING:
@@ -107,6 +109,10 @@ class _Run:
 
     def go(self, methods: Sequence[str] | None) -> None:
         """Run what is not done yet."""
+        with made(self.folder), undone_if_refused(self.folder, lambda: self._done(UNSTEERED)):
+            self._go(methods)
+
+    def _go(self, methods: Sequence[str] | None) -> None:
         self._check_folder()
         chosen = list(methods or METHODS)
         waiting = [name for name in (UNSTEERED, *chosen) if not self._done(name)]
@@ -135,8 +141,9 @@ class _Run:
         """What the model knows, asked once for all continuations."""
         of = {name: self.facts[name] for name in ("weights", "examples", "prompting")}
         path = self.folder / "known.json"
-        before = json.loads(path.read_text()) if path.is_file() else {}
+        before = read_json(path, dict[str, Any]) if path.is_file() else {}
         if all(before.get(name) == value for name, value in of.items()):
+            checked(before, KnownFacts, str(path))
             return Known(before["asked"], before["known"])
         known = ask_known(self.asking, self.task)
         if known.asked:
@@ -196,10 +203,7 @@ class _Run:
         path = self.folder / "frame.json"
         if not path.exists():
             return
-        try:
-            before = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise InputError(f"out: {path} cannot be read ({error})") from error
+        before = read_json(path, FrameFacts)
         for field, value in self.facts.items():
             if before.get(field) != value:
                 raise InputError(

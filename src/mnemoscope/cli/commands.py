@@ -49,10 +49,8 @@ def run(
     from mnemoscope.study import run_study
 
     config = load_study(study, overrides, seeds)
-    for line in opened_before(config):
-        typer.echo(f"warning: {line}", err=True)
-    folder = out or Path("runs") / config.study
-    with progress(quiet=as_json) as tell:
+    folder, notes = out or Path("runs") / config.study, [f"warning: {line}" for line in opened_before(config)]
+    with progress(as_json, notes) as tell:
         report_path = run_study(config, folder, tell, workers, executor, address)
     facts = {"run": str(folder), "results": str(folder / "results.json"), "report": str(report_path)}
     say(facts, as_json, "report")
@@ -104,19 +102,15 @@ def fit(
     from mnemoscope.face import fit as fit_model
     from mnemoscope.files import dumped
     from mnemoscope.fitting import SHARES
+    from mnemoscope.processes import quiet_library
 
     asked: dict[str, Any] = {"prompting": Prompting(chat, reply=reply), "options": options(option)}
     asked |= {"settings": settings, "positions": positions, "aim": aim, "threads": threads, "budget": budget}
     asked |= {"dtype": dtype, "device_map": device_map, "layout": named_parts(layout)}
     note = [] if as_json or positions == "all" else [NOT_EXPORTED]
-    with progress(as_json, SHARES) as tell:
-
-        def begun(*what: Any) -> None:  # all arguments are checked
-            while note:
-                typer.echo(note.pop(), err=True)
-            tell(*what)
-
-        fitted = fit_model(model, task=task, out=out, progress=begun, **asked)
+    quiet_library()
+    with progress(as_json, note, SHARES) as tell:
+        fitted = fit_model(model, task=task, out=out, progress=tell, **asked)
     summary, report_path = fitted.summary(), str(out / "report.html")
     if as_json:
         typer.echo(dumped({"run": str(out), "report": report_path, "tasks": summary.brief()}))

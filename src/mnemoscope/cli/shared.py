@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
+
+from mnemoscope.cli.ending import STOPPED, end, told
 
 _opening = partial(typer.Option, rich_help_panel="How the model is opened")
 _formatting = partial(typer.Option, rich_help_panel="How prompts are formatted")
@@ -30,30 +30,37 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for 
 
 
 class _Commands(TyperGroup):
-    """Prints errors that a user can mend as one line on stderr: exit 2 for input, 1 for a run that cannot go on."""
+    """Reports every error that a user can mend in one line, wrong options included."""
 
-    def invoke(self, ctx: Any) -> Any:
-        """Run a command."""
-        from mnemoscope.errors import InputError, StudyError
-
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Run a command from the arguments of the process."""
         try:
-            return super().invoke(ctx)
-        except (InputError, StudyError) as error:
-            _fail(str(error), 2 if isinstance(error, InputError) else 1)
-        except KeyboardInterrupt:
-            _fail("stopped; run the same command again to go on", 130)
+            for argument in (args and args[0]) or extra.get("args") or sys.argv[1:]:
+                argument.encode()  # bytes that are no text would reach tokenizers and files as halves of characters
+            code = super().main(*args, **extra | {"standalone_mode": False})
+        except _USAGE as error:
+            if type(error).__name__ == "NoArgsIsHelpError":
+                typer.echo(error.format_message())
+                sys.exit(2)
+            end(_wrong_usage(error), 2)
         except Exception as error:
-            # Libraries wrap the system's error in their own, with its text.
-            if os.strerror(errno.ENOSPC) in str(error) or os.strerror(errno.EDQUOT) in str(error):
-                _fail("disk: no space is left; finished stages are kept, so make room and run the command again", 2)
-            if isinstance(error, (PermissionError, IsADirectoryError, NotADirectoryError, FileNotFoundError)):
-                _fail(f"path: {error.filename}: {error.strerror}", 2)
-            raise
+            line, code = told(error)
+            if line is None:
+                raise
+            end(line, code)
+        if code == 130:  # a KeyboardInterrupt
+            end(STOPPED, code)
+        sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(message: str, code: int) -> None:
-    typer.echo("error: " + " ".join(message.split()), err=True)
-    raise typer.Exit(code)
+# Of click, which some versions of typer hold a copy of.
+_USAGE: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+
+def _wrong_usage(error: Any) -> str:
+    context = getattr(error, "ctx", None)
+    where = f" (see {context.command_path} --help)" if context else ""
+    return error.format_message().rstrip(".") + where
 
 
 app = typer.Typer(
@@ -73,14 +80,13 @@ def named_parts(layout: str | None) -> dict[str, str] | None:
 
 def options(given: list[str] | None) -> dict[str, Any]:
     """Options of a task, from ``name=value``; values are YAML."""
-    import yaml
-
     from mnemoscope.errors import InputError
+    from mnemoscope.strict import parse_yaml
 
     pairs = [o.partition("=") for o in given or []]
     if any(not equals for _, equals, _ in pairs):
         raise InputError(f"--option: {given!r} is not of the form name=value")
-    return {name: yaml.safe_load(value) for name, _, value in pairs}
+    return {name: parse_yaml(value, f"--option {name}") for name, _, value in pairs}
 
 
 def say(facts: dict[str, Any], as_json: bool, field: str) -> None:
@@ -90,15 +96,29 @@ def say(facts: dict[str, Any], as_json: bool, field: str) -> None:
     typer.echo(dumped(facts) if as_json else facts[field])
 
 
+Tell = Callable[[str, str, float, float, str], None]
+
+
 @contextmanager
-def progress(
-    quiet: bool, shares: Mapping[str, float] | None = None
-) -> Iterator[Callable[[str, str, float, float, str], None]]:
-    """Show a progress bar per cell on a terminal, lines elsewhere, nothing when quiet.
+def progress(quiet: bool, notes: Sequence[str] = (), shares: Mapping[str, float] | None = None) -> Iterator[Tell]:
+    """Show notes once work begins, as all arguments are checked then, and its progress unless ``quiet``.
 
     ``shares``: of the whole time, by stage, of a run with one cell: then it is told how much is left.
     """
-    left = _Left(shares or {})
+    waiting = list(notes)
+
+    def begun(*what: Any) -> None:
+        while waiting:
+            typer.echo(waiting.pop(0), err=True)
+        tell(*what)
+
+    with _progress(quiet, _Left(shares or {})) as tell:
+        yield begun
+
+
+@contextmanager
+def _progress(quiet: bool, left: _Left) -> Iterator[Tell]:
+    """A progress bar per cell on a terminal, lines elsewhere, nothing when quiet."""
     if quiet or not sys.stderr.isatty():
         yield (lambda *_: None) if quiet else _Lines(left)
         return

@@ -15,7 +15,7 @@ class Frozen(BaseModel):
 
 def as_several(value: Any) -> Any:
     """One value where several are allowed."""
-    return value if isinstance(value, list | tuple) else (value,)
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 class LayoutConfig(Frozen):

@@ -9,11 +9,13 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
+from pydantic_core import PydanticSerializationError, to_json
 
 from mnemoscope.config.arena import ArenaConfig
 from mnemoscope.config.model import ModelConfig
 from mnemoscope.config.study import StudyConfig
 from mnemoscope.errors import InputError
+from mnemoscope.strict import MOST_YAML, dump_yaml, parse_yaml, read_text
 
 Config = TypeVar("Config", StudyConfig, ModelConfig, ArenaConfig)
 
@@ -33,10 +35,10 @@ def load_study(study: str, overrides: list[str] | None = None, seeds: int | None
     if study in built_in_studies():
         text = (resources.files("mnemoscope") / "studies" / f"{study}.yaml").read_text()
     elif Path(study).is_file():
-        text = Path(study).read_text()
+        text = read_text(Path(study), "study", MOST_YAML)
     else:
         raise InputError(f"study: {study!r} is neither a file nor one of {', '.join(built_in_studies())}")
-    raw = _yaml(text, study)
+    raw = parse_yaml(text, study)
     if not isinstance(raw, dict):
         raise InputError(f"study: {study} holds {type(raw).__name__}, not a mapping of fields")
     for override in overrides or []:
@@ -63,7 +65,10 @@ def parse_arena(raw: dict[str, Any]) -> ArenaConfig:
 
 def _validated(kind: type[Config], raw: dict[str, Any], root: str) -> Config:
     try:
-        return kind.model_validate(raw)
+        # As JSON, where each type has its own form: true is no number, a number is no text.
+        return kind.model_validate_json(to_json(raw), strict=True)
+    except (PydanticSerializationError, UnicodeError, RecursionError) as error:
+        raise InputError(f"{root}: {raw!r:.80} cannot be stored ({str(error).splitlines()[0]})") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or root
@@ -83,7 +88,7 @@ def opened_before(config: StudyConfig) -> list[str]:
 
     A figure that was seen before a setting changed may have helped to choose the setting.
     """
-    register = _yaml((resources.files("mnemoscope") / "seeds.yaml").read_text(), "seeds.yaml")
+    register = parse_yaml((resources.files("mnemoscope") / "seeds.yaml").read_text(), "seeds.yaml")
     now, last, mine = settings_of(config), config.first_seed + config.seeds - 1, dict[tuple[int, int], list[dict]]()
     for row in register:
         first, end = max(row["first"], config.first_seed), min(row["last"], last)
@@ -99,16 +104,7 @@ def opened_before(config: StudyConfig) -> list[str]:
 
 def dump_study(config: StudyConfig) -> str:
     """The full resolved configuration as YAML; ``load_study`` reads it back as the same."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def _yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise InputError(f"{where}{line}: not YAML ({getattr(error, 'problem', None) or 'malformed'})") from error
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def _override(raw: dict[str, Any], override: str) -> None:
@@ -121,4 +117,4 @@ def _override(raw: dict[str, Any], override: str) -> None:
         node = node.setdefault(part, {})
         if not isinstance(node, dict):
             raise InputError(f"--set: {path!r} leads through {part!r}, which holds no fields")
-    node[last] = _yaml(value, f"--set {path}")
+    node[last] = parse_yaml(value, f"--set {path}")

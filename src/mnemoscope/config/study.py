@@ -8,8 +8,9 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from mnemoscope.config.model import Frozen, ModelConfig, TrainingConfig
 from mnemoscope.errors import InputError
+from mnemoscope.schemas import Method as MethodName
+from mnemoscope.schemas import Site as SiteName
 
-MethodName = Literal["nmd", "standardized-nmd", "gradient", "logistic", "whitened", "pca", "learned", "low-rank"]
 ControlName = Literal[
     "random_neurons",
     "low_correlation",
@@ -19,7 +20,6 @@ ControlName = Literal[
     "permuted_answers",
     "gaussian",
 ]
-SiteName = Literal["block", "attention", "mlp", "neuron"]
 
 
 class PairsConfig(Frozen):

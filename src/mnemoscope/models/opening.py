@@ -118,7 +118,7 @@ def _adapted(folder: str | Path, source: str | Path) -> str | Path:
         raise InputError(f"model: {source} has no adapter_model.safetensors; other formats are not opened")
     try:
         return str(json.loads(Path(described).read_text())["base_model_name_or_path"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _refused(source, error) from error
 
 

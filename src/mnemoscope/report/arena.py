@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ import pandas as pd
 
 from mnemoscope.errors import InputError
 from mnemoscope.files import plain, write_atomically
+from mnemoscope.schemas import FrameFacts
 from mnemoscope.statistics import Estimate, holm, mean, proportion, sign_flips
+from mnemoscope.strict import read_bytes, read_json
 
 UNSTEERED = "unsteered"
 TOWARDS = ("generalized", "memorized")
@@ -49,19 +52,21 @@ class Records:
         if not (folder / "frame.json").is_file():
             raise InputError(f"run: {folder.parent} holds no arena (it has no arena/frame.json)")
         try:
-            frame = json.loads((folder / "frame.json").read_text())
+            frame = read_json(folder / "frame.json", FrameFacts)
             facts, tables, left_out = {}, {}, {}
             for name in (UNSTEERED, *frame["order"]):
                 if not (folder / f"{name}.json").is_file():
                     continue
-                found = json.loads((folder / f"{name}.json").read_text())
+                found = read_json(folder / f"{name}.json", dict[str, Any])
                 if "left_out" in found:
                     left_out[name] = str(found["left_out"])
                     continue
                 kinds = ("answers", "texts", "neutral")
-                tables[name] = {kind: pd.read_parquet(folder / f"{name}-{kind}.parquet") for kind in kinds}
+                tables[name] = {kind: _table(folder / f"{name}-{kind}.parquet") for kind in kinds}
                 facts[name] = found
-            return cls(frame, pd.read_parquet(folder / "set.parquet"), facts, tables, left_out)
+            return cls(frame, _table(folder / "set.parquet"), facts, tables, left_out)
+        except InputError:
+            raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(f"run: the records in {folder} cannot be read ({reason})") from error
@@ -86,6 +91,10 @@ class Records:
         """Rows of a table towards a behaviour."""
         table = self.tables[method][kind]
         return table[table["toward"] == (UNSTEERED if method == UNSTEERED else toward)]
+
+
+def _table(path: Path) -> pd.DataFrame:
+    return pd.read_parquet(BytesIO(read_bytes(path)))
 
 
 def build_arena(run: Path, beside: Sequence[Path] = ()) -> Path:
@@ -118,7 +127,7 @@ def results_of(records: Records) -> dict[str, Any]:
         "schema": 1,
         "model": frame["model"],
         "task": frame["task"],
-        "dtype": frame["dtype"],
+        "dtype": frame.get("dtype", "float32"),
         "seed": frame["sizes"]["seed"],
         "asked": frame["asked"],
         "known": frame["known"],

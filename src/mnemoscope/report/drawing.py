@@ -235,6 +235,7 @@ def _style(name: str) -> AbstractContextManager[None]:
     axes: dict[str, Any] = {f"axes.spines.{side}": False for side in ("top", "right", "left")}
     axes |= {"axes.titlelocation": "left", "axes.titleweight": "bold", "axes.axisbelow": True}
     axes |= {"axes.grid": True, "axes.grid.axis": "y", "ytick.major.size": 0, "lines.solid_capstyle": "round"}
+    axes["text.parse_math"] = False  # names are texts, whatever signs they have
     looks: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": name, **sizes, **colours, **axes}
     return matplotlib.rc_context(looks)
 

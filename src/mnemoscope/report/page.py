@@ -12,7 +12,6 @@ from typing import Any
 
 import jinja2
 import numpy as np
-import yaml
 from markupsafe import Markup, escape
 
 from mnemoscope.processes import Map, in_order
@@ -21,6 +20,7 @@ from mnemoscope.report.records import Cell, Run
 from mnemoscope.report.schema import Results, SeedsRow, TaskResults
 from mnemoscope.report.words import count, ranged
 from mnemoscope.statistics import Estimate
+from mnemoscope.strict import parse_yaml
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _text(name: str) -> str:
 
 @cache
 def _fixed() -> dict[str, Any]:
-    return dict(yaml.safe_load(_text("words.yaml")))
+    return dict(parse_yaml(_text("words.yaml"), "words.yaml"))
 
 
 def page_style() -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 from pyarrow import parquet
 
 from mnemoscope.contrast import Contrast
 from mnemoscope.errors import InputError
-from mnemoscope.report.schema import AIMS
+from mnemoscope.schemas import CellFacts, ManifestFacts, ProbeFacts, StudyFacts, TimeFacts, WhyFacts, read_chosen
+from mnemoscope.strict import MOST_YAML, checked, parse_yaml, read_json, read_text
 
 # Text columns of the large tables, which repeat few words: read as categories, they take a byte a row.
 LARGE = ("steering", "effects", "transfer_steering")
@@ -26,14 +26,13 @@ WORDS = ["aim", "direction", "method", "role", "examples", "group", "family", "s
 WORDS += ["what", "site", "side"]
 TABLES = ("behaviour", "pairs", "probes", "learning", "halves", "sweep", "effects")  # of every cell, beside steering
 OPTIONAL_TABLES = ("detection", "gate", "neutral", "samples")
-CELL_FIELDS = ("task", "label", "seed", "memory_is_conflict", "trained")
 
 
 @cache
 def declared_tables() -> dict[str, dict[str, Any]]:
     """By table: ``about``, ``columns`` ({names: meaning}), and where there is something to add ``if`` and ``note``."""
     text = (files("mnemoscope.report") / "records.yaml").read_text(encoding="utf-8")
-    return dict(yaml.safe_load(text))
+    return dict(parse_yaml(text, "records.yaml"))
 
 
 def columns_of(table: str) -> list[str]:
@@ -87,8 +86,8 @@ class Run:
 
     def probe_layers(self) -> dict[tuple[str, int], int]:
         """By label and seed, the layer whose probe reads the tune split best; cells without a probe are left out."""
-        found = {(cell.label, cell.seed): _json(cell.folder / "probe.json", optional=True) for cell in self.cells}
-        return {key: int(probe["best_layer"]) for key, probe in found.items() if probe}
+        probes = ((cell, _json(cell.folder / "probe.json", ProbeFacts, optional=True)) for cell in self.cells)
+        return {(cell.label, cell.seed): probe["best_layer"] for cell, probe in probes if probe}
 
     def by_label(self) -> dict[str, list[Cell]]:
         """The cells of each label by seed; labels in the order of the study, else by name."""
@@ -103,43 +102,37 @@ def read_run(folder: Path) -> Run:
     Raises:
         InputError: a file is missing, cannot be read, or lacks a column or field; one line that names the file.
     """
-    study_text = _read(folder / "study.yaml", lambda path: path.read_text(encoding="utf-8"))
-    study = _read(folder / "study.yaml", lambda _: yaml.safe_load(study_text))
-    if not isinstance(study, dict):
-        raise InputError(f"{folder / 'study.yaml'}: a mapping is wanted, not {type(study).__name__}")
-    failed = _json(folder / "failed.json", optional=True)
+    study_text = _read(folder / "study.yaml", lambda path: read_text(path, most=MOST_YAML))
+    study = parse_yaml(study_text, str(folder / "study.yaml"))
+    checked(study, StudyFacts, str(folder / "study.yaml"))
+    failed = _json(folder / "failed.json", dict[str, str], optional=True)
     folders = [path.parent for path in sorted((folder / "cells").glob("*/cell.json")) if path.parent.name not in failed]
-    cells = tuple(read_cell(cell) for cell in folders if _json(cell / "cell.json").get("analysed", True))
+    cells = tuple(read_cell(cell) for cell in folders if _json(cell / "cell.json", CellFacts).get("analysed", True))
     if not cells:
         raise InputError(f"{folder / 'cells'}: no cell.json in any folder here, so there is nothing to report")
-    manifest, tables = _json(folder / "manifest.json", optional=True), ("seeds", "transfer_steering", "transfer_probes")
+    manifest = _json(folder / "manifest.json", ManifestFacts, optional=True)
+    tables = ("seeds", "transfer_steering", "transfer_probes")
     across = {name: _table(folder / "records", name, optional=True) for name in tables}
     return Run(study_text, study, manifest, cells, failed, **across)
 
 
 def read_cell(folder: Path) -> Cell:
     """Read the records of one cell; see ``read_run`` for what it raises."""
-    info, records = _json(folder / "cell.json"), folder / "records"
-    for field in CELL_FIELDS:
-        if field not in info:
-            raise InputError(f"{folder / 'cell.json'}: field {field!r} is missing")
-    chosen = _json(records / "chosen.json")
-    for aim in AIMS:
-        if not {"best", "methods"} <= set(chosen.get(aim) or ()):
-            raise InputError(f"{records / 'chosen.json'}: field {aim!r} with 'best' and 'methods' is missing")
+    info, records = _json(folder / "cell.json", CellFacts), folder / "records"
+    chosen = _read(records / "chosen.json", read_chosen)
     tables: dict[str, Any] = {name: _table(records, name) for name in TABLES}
     tables |= {name: _table(records, name, optional=True) for name in OPTIONAL_TABLES}
     return Cell(
         folder=folder,
         name=folder.name,
-        label=str(info["label"]),
-        seed=int(info["seed"]),
+        label=info["label"],
+        seed=info["seed"],
         info=info,
-        training_time=_json(records / "training_time.json") if info["trained"] else {},
+        training_time=_json(records / "training_time.json", TimeFacts) if info["trained"] else {},
         training=_table(records, "training") if info["trained"] else None,
         chosen=chosen,
         contrast=_read(folder / "contrast.safetensors", Contrast.load),
-        no_detector=_json(records / "no_detector.json", optional=True).get("why", ""),
+        no_detector=_json(records / "no_detector.json", WhyFacts, optional=True).get("why", ""),
         **tables,
     )
 
@@ -157,19 +150,17 @@ def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
         raise InputError(f"{path}: cannot be read ({reason[:300]})") from error
 
 
-def _json(path: Path, optional: bool = False) -> dict[str, Any]:
-    if optional and not path.exists():
+def _json(path: Path, kind: Any, optional: bool = False) -> Any:
+    """The object in a file, of a type; an empty one for an optional file that is not there."""
+    if optional and not os.path.lexists(path):
         return {}
-    value = _read(path, lambda p: json.loads(p.read_text(encoding="utf-8")))
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: an object is wanted, not {type(value).__name__}")
-    return value
+    return _read(path, lambda p: read_json(p, kind))
 
 
 def _table(folder: Path, name: str, optional: bool = False) -> Any:
     """A table with its declared columns; None for an optional one that is not there, else InputError."""
     path, wanted = folder / f"{name}.parquet", columns_of(name)
-    if optional and not path.exists():
+    if optional and not os.path.lexists(path):
         return None
     present = _read(path, lambda p: parquet.read_schema(p).names)
     for column in wanted:

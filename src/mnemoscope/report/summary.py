@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from mnemoscope.report.schema import Aim, Chosen, Direction, TaskResults
 from mnemoscope.report.steer import other_ways
 from mnemoscope.report.words import TOWARDS, count, percent, ranged
 from mnemoscope.statistics import LEAST_GROUPS, Estimate
+from mnemoscope.strict import read_json
 
 VECTOR = "this vector"
 BEYOND = "no vector keeps the limits of what may be lost or answered neither way; "
@@ -176,7 +176,7 @@ class Summary(BaseModel):
 
 def summary_of(run: str | Path) -> Summary:
     """The summary of a run folder, from its ``results.json``."""
-    return Summary.of(json.loads((Path(run) / "results.json").read_text(encoding="utf-8")))
+    return Summary.of(read_json(Path(run) / "results.json", dict[str, Any]))
 
 
 def compare_briefs(first: dict[str, Any], second: dict[str, Any]) -> list[dict[str, Any]]:

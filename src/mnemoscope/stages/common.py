@@ -25,7 +25,10 @@ from mnemoscope.errors import InputError
 from mnemoscope.files import replacing, write_atomically
 from mnemoscope.models import load_model
 from mnemoscope.processes import in_order
+from mnemoscope.schemas import CellFacts, KnownFacts
+from mnemoscope.schemas import read_chosen as chosen_facts
 from mnemoscope.steering import Artefact, Binding, SteeringVector, best_paths
+from mnemoscope.strict import read_json
 from mnemoscope.tasks import Task, build_task
 
 GATE = 0.5  # probability from which on a gate acts, where a study judges it
@@ -41,7 +44,7 @@ def cell_task(cell: Cell) -> Task:
     given = cell.opened.task if cell.opened else None
     task = build_task(cell.config.task, cell.config.options, cell.seed) if given is None else given
     known = cell.records / "known.json"
-    return task.knowing(set(json.loads(known.read_text())["known"])) if known.exists() else task
+    return task.knowing(set(read_json(known, KnownFacts)["known"])) if known.exists() else task
 
 
 class PerProcess:
@@ -113,14 +116,16 @@ def save_without_card(cell: Cell, artefact: Artefact, path: Path) -> Path:
 
 def artefact_facts(cell: Cell, asking: Asking) -> dict[str, Any]:
     """Fields of every artefact of a cell; the binding is the one that the train stage computed."""
-    binding = Binding(**json.loads((cell.folder / "cell.json").read_text())["binding"])
+    bound = read_json(cell.folder / "cell.json", CellFacts).get("binding")
+    assert bound is not None, "the train stage wrote it"
+    binding = Binding(**bound)
     facts = {"task": cell.label, "binding": binding, "prompting": asking.prompting}
     return facts | {"commit": git_state()["commit"] or ""}
 
 
 def read_chosen(cell: Cell, aim: str) -> dict[tuple[str, str], Setting]:
     """The settings that the steering stage chose for an aim, by direction and method."""
-    methods = json.loads((cell.records / "chosen.json").read_text())[aim]["methods"]
+    methods = chosen_facts(cell.records / "chosen.json")[aim]["methods"]  # type: ignore[literal-required]
     names = ("method", "site", "layers", "top", "strength", "positions")
     return {
         (direction, method): _setting({"direction": direction} | {name: facts[name] for name in names})

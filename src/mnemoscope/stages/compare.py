@@ -5,7 +5,6 @@ Shapes: N examples, L layers, D neurons.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from itertools import chain, combinations, product
 from pathlib import Path
@@ -20,11 +19,13 @@ from mnemoscope.cells import Cell, Tell, grouped
 from mnemoscope.contrast import Contrast
 from mnemoscope.directions import SOURCE, gaussian, steered, with_prefixes
 from mnemoscope.processes import Map
+from mnemoscope.schemas import CellFacts, ProbeFacts, read_chosen
 from mnemoscope.stages.common import cell_model, kept_states, write_table
 from mnemoscope.stages.lists import Records
 from mnemoscope.stages.probe import CHANCE, TOPS, overlap_row
 from mnemoscope.statistics import cosine, rank_correlation
 from mnemoscope.steering import SteeringVector
+from mnemoscope.strict import read_json
 from mnemoscope.tasks import Example
 
 ALIGNING_PROMPTS = 400  # on which the states of one model are rotated onto those of another
@@ -79,7 +80,7 @@ def _compared_seeds(two: tuple[Cell, Cell]) -> list[dict[str, Any]]:
 def _attempt(cell: Cell) -> int:
     """Which training of the cell's model, or of its lender's, was kept."""
     within_study = cell.config.model.is_trained or cell.lender
-    return int(json.loads((cell.model_folder.parent / "cell.json").read_text())["attempt"]) if within_study else 0
+    return read_json(cell.model_folder.parent / "cell.json", CellFacts).get("attempt", 0) if within_study else 0
 
 
 def _rank_correlations(both: Sequence[Contrast], rng: np.random.Generator) -> Iterator[dict[str, Any]]:
@@ -140,7 +141,7 @@ def _transferred_steering(
 
 
 def _vectors(source: Cell, direction: str, asking: Asking) -> Iterator[tuple[str, str, int, SteeringVector]]:
-    best = json.loads((source.records / "chosen.json").read_text())["pairs"]["best"][direction]
+    best = read_chosen(source.records / "chosen.json")["pairs"]["best"][direction]  # type: ignore[literal-required]
     for method in dict.fromkeys((best, "nmd")):
         path = source.folder / "vectors" / f"{direction}-{method}.safetensors"
         if not path.exists():
@@ -164,7 +165,7 @@ def _transferred_probes(
     examples = [e for pair in records.both_sides("test", TRANSFERRED_PAIRS) for e in pair]
     states_NLD = _states(target, asking, examples, target.config.pairs.site)
     for source in group:
-        for probe in json.loads((source.folder / "probe.json").read_text())["layers"]:
+        for probe in read_json(source.folder / "probe.json", ProbeFacts)["layers"]:
             scores_N = states_NLD[:, probe["layer"]] @ np.array(probe["weights"]) + probe["bias"]
             columns = {"source": source.label, "target": target.label, "seed": source.seed, "layer": probe["layer"]}
             columns |= {"group": [e.group for e in examples], "label": np.tile([1, 0], len(examples) // 2)}

@@ -15,7 +15,7 @@ import pandas as pd
 import pyarrow as pa
 
 from mnemoscope.behaviour import Asking, PairBatch, draw_candidates, mark_confabulations, mine_pairs, prepare, score
-from mnemoscope.cells import Cell, Tell
+from mnemoscope.cells import STATES, Cell, Tell
 from mnemoscope.contrast import ContrastAccumulator
 from mnemoscope.errors import InputError, StudyError
 from mnemoscope.files import new_folder, write_atomically
@@ -32,7 +32,7 @@ from mnemoscope.models import (
 from mnemoscope.stages import common
 from mnemoscope.steering import Binding
 from mnemoscope.tasks import KINDS, SPLITS, Example, Split, Task, draw, draws
-from mnemoscope.training import Trained, how_to_mix, train
+from mnemoscope.training import Checkpoint, Trained, how_to_mix, train
 
 Candidate = tuple[Example, Example]
 SIDES = {"prompt": pa.string(), "family": pa.string(), "behaviour": pa.string(), "margin": pa.float64()}
@@ -71,6 +71,11 @@ def train_stage(cell: Cell, tell: Tell) -> list[Path]:
     return [*files, common.write_json(cell.folder / "cell.json", facts)]
 
 
+def unfinished_training(cell: Cell) -> Checkpoint:
+    """The file from which a killed training of the cell goes on; the next stage but one deletes it with the folder."""
+    return Checkpoint(cell.folder / STATES / "training.safetensors", cell.depends_on)
+
+
 def _known(cell: Cell, task: Task, asking: Asking) -> list[Path]:
     """Which facts the model answers right when asked bare, where the task depends on them."""
     asked = task.facts_to_know()
@@ -84,8 +89,8 @@ def _known(cell: Cell, task: Task, asking: Asking) -> list[Path]:
 
 def _trained(cell: Cell, task: Task, tell: Tell) -> tuple[Asking, Trained, int]:
     """Train until both behaviours appear on the tune split, with new weights in each attempt; the last one from 0."""
-    config = cell.config.training
-    for attempt in range(config.attempts):
+    config, kept = cell.config.training, unfinished_training(cell)
+    for attempt in range(kept.attempt_begun(), config.attempts):
         asking = _untrained(cell, task, attempt)
         rng = common.rng_of(cell, f"train/{attempt}" if attempt else "train")
         again = f"attempt {attempt + 1}: " if attempt else ""
@@ -95,7 +100,8 @@ def _trained(cell: Cell, task: Task, tell: Tell) -> tuple[Asking, Trained, int]:
             note = (note + "/{conflict_generalized:.2f}").format(**measured) if measured else "training"
             tell(min(step, config.steps), config.steps, again + note)
 
-        trained = train(asking, task, config, rng, progress)
+        kept.attempt = attempt
+        trained = train(asking, task, config, rng, progress, kept)
         if not trained.unmet:
             break
     return asking, trained, attempt

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from mnemoscope.behaviour import PLAIN, Prompting
 from mnemoscope.errors import InputError
-from mnemoscope.files import file_hash, plain, write_atomically
+from mnemoscope.files import plain, write_atomically
 from mnemoscope.models import core_of, merged_weights
+from mnemoscope.schemas import ArtefactFacts, read_chosen
+from mnemoscope.strict import read_bytes, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -136,6 +138,7 @@ class Artefact:
 
     WHAT: ClassVar[str] = "artefact"
     STORED: ClassVar[tuple[str, ...]] = ()
+    FACTS: ClassVar[Any] = ArtefactFacts  # the fields of its JSON
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by name."""
@@ -187,17 +190,18 @@ class Artefact:
             InputError: the files are missing or damaged, the model is another (the field that differs is named), or it
                 is given without its tokenizer.
         """
-        from safetensors.torch import load_file
+        from safetensors.torch import load
 
         path = Path(path)
         with readable(cls.WHAT, path):
-            facts = json.loads(path.with_suffix(".json").read_text())
-            if facts.pop("digest") != file_hash(path):
+            content = read_bytes(path, cls.WHAT)
+            facts: dict[str, Any] = {**read_json(path.with_suffix(".json"), cls.FACTS)}
+            if facts.pop("digest") != hashlib.sha256(content).hexdigest():
                 raise ValueError("its digest is not that of the JSON beside it: one of the two files was changed")
             for name, kind in (("binding", Binding), ("card", Card)):
                 facts[name] = kind(**facts[name]) if facts[name] else None
             facts["prompting"] = stored_prompting(facts["prompting"])
-            made = cls.with_tensors(load_file(path), facts)
+            made = cls.with_tensors(load(content), facts)
         made.check(model, tokenizer, force)
         return made
 
@@ -223,7 +227,7 @@ class Artefact:
 
 def best_paths(cell: Path) -> dict[str, Path]:
     """By direction, the file of a cell's best vector for the aim of its study."""
-    chosen = json.loads((cell / "records" / "chosen.json").read_text())
+    chosen: Any = read_chosen(cell / "records" / "chosen.json")
     aim = chosen.get("aim", "pairs")  # runs of version 0.1 have no other
     tail = "" if aim == "pairs" else f"-{aim}"
     return {d: cell / "vectors" / f"{d}-{method}{tail}.safetensors" for d, method in chosen[aim]["best"].items()}

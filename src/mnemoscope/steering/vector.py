@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mnemoscope.errors import InputError
 from mnemoscope.models import EVERY_SITE, Site, blocks_of, site_width
+from mnemoscope.schemas import VectorFacts
 from mnemoscope.steering.artefact import Artefact
 from mnemoscope.steering.hooks import Gate, LowRank, Positions, shifted
 
@@ -58,6 +59,7 @@ class SteeringVector(Artefact):
 
     WHAT: ClassVar[str] = "vector"
     STORED: ClassVar[tuple[str, ...]] = ("shifts", "low_rank")
+    FACTS: ClassVar[Any] = VectorFacts
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -67,13 +69,15 @@ class SteeringVector(Artefact):
         ):
             if value not in allowed:
                 raise InputError(f"{name}: {value!r} is not one of {', '.join(allowed)}")
-        kept = {layer: shift.float() for layer, shift in sorted(self.shifts.items()) if bool(shift.any())}
-        for layer, shift in kept.items():
+        for layer, shift in self.shifts.items():
             if shift.ndim != 1 or not bool(shift.isfinite().all()):
                 raise InputError(f"shifts: layer {layer} has shape {tuple(shift.shape)} or a value that is not finite")
+        kept = {layer: shift.float() for layer, shift in sorted(self.shifts.items()) if bool(shift.any())}
         object.__setattr__(self, "shifts", kept)
         for layer, edit in self.low_rank.items():
-            if not all(bool(part.isfinite().all()) for part in edit) or edit.read_KD.shape != edit.write_KD.shape:
+            fits = edit.read_KD.ndim == 2 and edit.read_KD.shape == edit.write_KD.shape
+            fits = fits and edit.bias_K.shape == edit.read_KD.shape[:1]
+            if not fits or not all(bool(part.isfinite().all()) for part in edit):
                 raise InputError(f"low_rank: layer {layer} has other shapes than (K, D), or a value that is not finite")
         acting = {layer: edit for layer, edit in sorted(self.low_rank.items()) if bool(edit.write_KD.any())}
         object.__setattr__(self, "low_rank", acting)
@@ -204,13 +208,22 @@ class SteeringVector(Artefact):
     @classmethod
     def with_tensors(cls, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> Self:
         """Build a vector from stored fields; ValueError where tensors and facts disagree."""
-        named = {(name.split(".")[0], int(name.split(".")[1])): tensor for name, tensor in tensors.items()}
+        named: dict[tuple[str, int], Tensor] = {}
+        for full, tensor in tensors.items():
+            name, layer = full.split(".")
+            named[name, int(layer)] = tensor
         shifts = {layer: shift for (name, layer), shift in named.items() if name == "layer"}
         edited = [layer for name, layer in named if name == PARTS[0]]
         low_rank = {layer: LowRank(*(named[name, layer] for name in PARTS)) for layer in edited}
+        unknown = {name for name, _ in named} - {"layer", *PARTS}
+        if unknown:
+            raise ValueError(f"tensor {min(unknown)!r} is unknown")
         if facts.pop("layers") != sorted({*shifts, *low_rank}):
             raise ValueError("its layers are not those of the JSON beside it")
-        return cls(shifts=shifts, low_rank=low_rank, **facts | {"opening": tuple(facts["opening"])})
+        made = cls(shifts=shifts, low_rank=low_rank, **facts | {"opening": tuple(facts["opening"])})
+        if not made.layers:
+            raise ValueError("all its shifts are 0")
+        return made
 
 
 def scaled_to(shift_LD: np.ndarray, norm_L: np.ndarray) -> np.ndarray:

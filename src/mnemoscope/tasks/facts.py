@@ -9,10 +9,12 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from io import StringIO
 from itertools import product
 from pathlib import Path
 
 from mnemoscope.errors import InputError
+from mnemoscope.strict import read_text
 from mnemoscope.tasks.known import (
     ASKS,
     LABELS,
@@ -170,9 +172,8 @@ def _countries() -> dict[Fact, list[str]]:
 def _read_table(path: Path) -> tuple[dict[str, dict[str, str]], dict[Fact, list[str]]]:
     """Relations and facts of a CSV file; InputError names the line at fault."""
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        rows = list(csv.DictReader(StringIO(read_text(path, "table", encoding="utf-8-sig"), newline="")))
+    except csv.Error as error:
         raise InputError(f"table: {path} cannot be read ({error})") from error
     relations, facts = dict(RELATIONS), dict[Fact, list[str]]()
     for number, row in enumerate(rows, 2):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mnemoscope.errors import InputError
+from mnemoscope.strict import parse_json, read_text
 from mnemoscope.tasks.base import INSTRUCTIONS, Example, Kind, Split, Task, assign_splits, checked_boundary
 
 FIELDS = ("item", "prompt", "memorized", "generalized", "answer", "kind", "group", "family", "split", "bare")
@@ -76,10 +77,7 @@ def write_jsonl(examples: list[Example]) -> str:
 
 def _read(path: Path, seed: int) -> list[tuple[Example, str | None]]:
     """Each line's example, and its prompt without the context."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"file: {path} cannot be read ({error})") from error
+    lines = read_text(path).split("\n")
     parsed = {n: _parsed(f"{path}, line {n}", line) for n, line in enumerate(lines, 1) if line.strip()}
     undealt = sorted({row["group"] for row in parsed.values() if "split" not in row})
     split_of: dict[str, Split] = assign_splits(undealt, np.random.default_rng([seed, 3]))
@@ -108,10 +106,7 @@ def _read(path: Path, seed: int) -> list[tuple[Example, str | None]]:
 
 def _parsed(where: str, line: str) -> dict[str, Any]:
     """The fields of a line that have a value, all of them text, with the group and kind that it has by default."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+    row = parse_json(line, where)
     if not isinstance(row, dict):
         raise InputError(f"{where}: {type(row).__name__} where an object with 'item' and 'prompt' is wanted")
     row = {field: value for field, value in row.items() if value is not None}

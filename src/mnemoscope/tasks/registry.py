@@ -8,11 +8,13 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
 
 import numpy as np
 
 from mnemoscope.errors import InputError
+from mnemoscope.strict import checked
 from mnemoscope.tasks.base import Example, Instance, Kind, Task
 from mnemoscope.tasks.facts import FactsTask
 from mnemoscope.tasks.inference import InferenceTask
@@ -175,6 +177,11 @@ def build_task(kind: str, options: dict[str, Any], seed: int) -> Task:
         if option not in accepted:
             allowed = ", ".join(name for name in accepted if name != "seed")
             raise InputError(f"task.options.{option}: task {kind!r} has no such option; it has {allowed}")
+    if kind in TASKS:
+        hints = get_type_hints(maker)
+        options = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+        for name, value in options.items():
+            checked(value, hints.get(name), f"task.options.{name}")
     if "seed" in accepted:
         options = {**options, "seed": options.get("seed", seed)}
     try:

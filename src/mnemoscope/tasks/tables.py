@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
 from mnemoscope.errors import InputError
+from mnemoscope.strict import parse_json, read_bytes, read_text
 
 Row = Mapping[str, Any]
 ENDINGS = (".jsonl", ".csv", ".parquet")
@@ -47,13 +48,16 @@ def _rows_of_file(path: Path) -> Iterator[tuple[str, Any]]:
         if path.suffix == ".parquet":
             from pyarrow import parquet
 
-            yield from ((f"row {n}", row) for n, row in enumerate(parquet.read_table(path).to_pylist(), 1))
+            rows = parquet.read_table(BytesIO(read_bytes(path))).to_pylist()
+            yield from ((f"row {n}", row) for n, row in enumerate(rows, 1))
         elif path.suffix == ".csv":
-            with path.open(newline="", encoding="utf-8-sig") as file:
-                yield from ((f"row {n}", row) for n, row in enumerate(csv.DictReader(file), 1))
+            table = csv.DictReader(StringIO(read_text(path, encoding="utf-8-sig"), newline=""))
+            yield from ((f"row {n}", row) for n, row in enumerate(table, 1))
         else:
-            lines = path.read_text(encoding="utf-8").split("\n")
-            yield from ((f"line {n}", json.loads(line)) for n, line in enumerate(lines, 1) if line.strip())
+            lines = enumerate(read_text(path).split("\n"), 1)
+            yield from ((f"line {n}", parse_json(line, f"file: {path}, line {n}")) for n, line in lines if line.strip())
+    except InputError:
+        raise
     except (OSError, ValueError, csv.Error) as error:  # Arrow's errors are ValueErrors
         raise InputError(f"file: {path} cannot be read ({str(error).splitlines()[0]})") from error
 

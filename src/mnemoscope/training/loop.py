@@ -20,6 +20,13 @@ from mnemoscope.config import StopConfig, TrainingConfig
 from mnemoscope.errors import InputError
 from mnemoscope.models import context_length, core_of, in_precision, quick_precision
 from mnemoscope.tasks import Instance, Kind, Task, answer_of, draw
+from mnemoscope.training.checkpoints import (
+    Checkpoint,
+    optimizer_tensors,
+    random_state,
+    restore_optimizer,
+    restore_random_state,
+)
 from mnemoscope.training.optimizers import optimizers_for, rate_factor
 
 AHEAD = 32  # batches that are tokenized in one call
@@ -67,12 +74,14 @@ def train(
     config: TrainingConfig,
     rng: np.random.Generator,
     progress: Callable[[int, dict[str, float]], None] = lambda step, measured: None,
+    kept: Checkpoint | None = None,
 ) -> Trained:
     """Train a model in place until the stop rule holds; of an adapted model only the adapter.
 
     Once the rule holds, training continues for ``settle_steps`` while the learning rate decays to 0. The model keeps
     the weights of the last measurement in which the rule held, or the last weights. ``progress`` is called at every
-    step with the latest measurement.
+    step with the latest measurement. Where ``kept`` holds an unfinished training it goes on, to the same bytes; the
+    model is given as it was at the beginning.
 
     Raises InputError where the task lacks a kind of example that the stop rule needs, an instance is too long, or the
     tokenizer merges its answer with its prompt.
@@ -81,17 +90,21 @@ def train(
     torch.manual_seed(int(rng.integers(2**31)))  # dropout draws from the global generator
     evaluation = prepare_evaluation(asking, task, config.evaluation_examples, rng)
     state, measured = _State(asking.model, config), dict[str, float]()
-    for ids_BT, weights_BT in batches(asking, task, config, rng):
+    before, last = state.restore(kept) if kept else 0.0, False
+    for ids_BT, weights_BT in batches(asking, task, config, rng, state.steps):
         state.step(ids_BT, weights_BT)
         if state.steps % config.evaluate_every == 0 or state.is_last():
             asking.model.eval()  # random numbers of dropout would depend on how the passes are batched
             measured = measure(evaluation)
             state.note(measured)
+            last = state.is_last()
+            if kept and not last:
+                state.keep(kept, before + time.perf_counter() - started)
         progress(state.steps, measured)
-        if state.is_last():
+        if last:
             break
     missed = unmet(config.stop, state.finish())
-    return Trained(state.curve, state.steps, time.perf_counter() - started, missed, state.precision)
+    return Trained(state.curve, state.steps, before + time.perf_counter() - started, missed, state.precision)
 
 
 class _State:
@@ -139,8 +152,7 @@ class _State:
         self.curve.append(row)
         self._losses.clear()
         if met:
-            named = self.model.named_parameters()
-            self._mixed = {name: weight.detach().clone() for name, weight in named if weight.requires_grad}
+            self._mixed = {name: weight.detach().clone() for name, weight in _learned(self.model)}
             if self.first_met is None:
                 self.first_met = self.steps
                 _set_dropout(self.model, self.config.settle_dropout)
@@ -155,8 +167,42 @@ class _State:
         kept["kept"] = True
         return kept
 
+    def keep(self, kept: Checkpoint, seconds: float) -> None:
+        """Save all that a killed training needs to go on after a measurement."""
+        tensors = {f"model/{name}": weight.detach() for name, weight in _learned(self.model)}
+        tensors |= {f"mixed/{name}": weight for name, weight in (self._mixed or {}).items()} | random_state(self.model)
+        for number, optimizer in enumerate(self.optimizers):
+            tensors |= optimizer_tensors(optimizer, f"optimizer{number}")
+        facts = {"steps": self.steps, "first_met": self.first_met, "curve": self.curve, "seconds": seconds}
+        kept.save(tensors, facts)
+
+    def restore(self, kept: Checkpoint) -> float:
+        """Go on from a saved state, if there is one; returns the seconds that it took."""
+        found = kept.load()
+        if found is None:
+            return 0.0
+        tensors, facts = found
+        for name, weight in _learned(self.model):
+            weight.data.copy_(tensors[f"model/{name}"])
+        mixed = {name.removeprefix("mixed/"): part for name, part in tensors.items() if name.startswith("mixed/")}
+        self._mixed = {name: part.to(self.model.device) for name, part in mixed.items()} or None  # type: ignore[arg-type]
+        self.steps, self.first_met, self.curve = facts["steps"], facts["first_met"], facts["curve"]
+        if self.first_met is not None:
+            _set_dropout(self.model, self.config.settle_dropout)
+        for number, (optimizer, schedule) in enumerate(zip(self.optimizers, self._schedules, strict=True)):
+            restore_optimizer(optimizer, f"optimizer{number}", tensors)
+            schedule.last_epoch = self.steps
+            for group, first in zip(optimizer.param_groups, schedule.base_lrs, strict=True):
+                group["lr"] = first * self._rate(self.steps)
+        restore_random_state(self.model, tensors)
+        return float(facts["seconds"])
+
     def _rate(self, step: int) -> float:
         return rate_factor(step, self.config, self.first_met)
+
+
+def _learned(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
 
 
 def _set_dropout(model: nn.Module, share: float) -> None:
@@ -238,14 +284,22 @@ def weighted_loss(model: Any, ids_RT: Tensor, weights_RT: Tensor, total: Tensor)
 
 
 def batches(
-    asking: Asking, task: Task, config: TrainingConfig, rng: np.random.Generator
+    asking: Asking, task: Task, config: TrainingConfig, rng: np.random.Generator, after: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Token ids (B, T) int64, right-padded, and each token's weight in the loss (B, T) float32; an endless stream."""
+    """Token ids (B, T) int64, right-padded, and each token's weight in the loss (B, T) float32; an endless stream.
+
+    ``after``: batches that are drawn, but not given.
+    """
     instances = task.training(rng)
     while True:
         chunk = list(islice(instances, AHEAD * config.batch_size))
+        if after >= AHEAD:
+            after -= AHEAD
+            continue
         ids_NT, weights_NT = _tokenize(asking, chunk, config.prompt_weight)
-        yield from zip(ids_NT.split(config.batch_size), weights_NT.split(config.batch_size), strict=True)
+        both = zip(ids_NT.split(config.batch_size), weights_NT.split(config.batch_size), strict=True)
+        yield from islice(both, after, None)
+        after = 0
 
 
 def _tokenize(asking: Asking, instances: list[Instance], prompt_weight: float) -> tuple[Tensor, Tensor]:

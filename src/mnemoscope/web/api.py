@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request
+from fastapi import APIRouter, Depends, Path, Query, Request
 
 from mnemoscope.report import compare_briefs
 from mnemoscope.web.cell import OpenedCell
@@ -22,8 +22,8 @@ router = APIRouter(prefix="/api", responses={code: {"model": Refusal} for code i
 
 
 def _at(request: Request, run: Name, cell: Annotated[str, Path(max_length=200)]) -> Any:
-    """Called with work, a function of an ``OpenedCell``, it does that work on the cell in the path."""
-    return partial(request.app.state.opened.ask, run, cell)
+    """Called with work, a function of an ``OpenedCell``, it does it on the cell in the path, if the client waits."""
+    return partial(request.app.state.opened.ask, run, cell, left=request.is_disconnected)
 
 
 At = Annotated[Any, Depends(_at)]
@@ -93,9 +93,8 @@ async def map_neurons(at: At) -> NeuronMap:
 async def watch_neuron(request: Request, at: At, layer: Index, neuron: Index) -> Job:
     """Look at one neuron; the job's result has its distributions, its ranks and its effect alone."""
     steps = await at(lambda cell: cell.neurons.watch(layer, neuron))
-    if await request.is_disconnected():
-        raise HTTPException(499, "request: the client has left")
-    return request.app.state.jobs.start(lambda: at(lambda cell: next(steps)))
+    step = partial(at.func, *at.args)  # a job is not dropped when its first request has been answered
+    return request.app.state.jobs.start(lambda: step(lambda cell: next(steps)))
 
 
 @router.get("/jobs/{job}")

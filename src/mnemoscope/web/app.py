@@ -30,6 +30,7 @@ from mnemoscope.cells import version
 from mnemoscope.errors import InputError
 from mnemoscope.report import compare_briefs, page_style
 from mnemoscope.web import api
+from mnemoscope.web.connections import MOST, WithDeadline
 from mnemoscope.web.runs import NAME, Jobs, OpenedCells, Runs
 from mnemoscope.web.shapes import NAMELESS
 
@@ -41,6 +42,7 @@ INLINE = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-an
 OUTER = ("body", "path", "query", "question", "steering")  # as the library names fields, these are left out
 LARGEST_BODY = 64 * 1024  # bytes
 OPEN = ("/report.css", "/static/playground.css", "/static/icon.svg")  # the page that asks for the token needs them
+FOR_PROGRAMS = ("/api", "/openapi")
 ENTRANCE = "/"  # the one page that takes the token from its address
 
 Name = Annotated[str | None, Query(pattern=NAME)]
@@ -71,8 +73,10 @@ class Admission(AuthenticationBackend):
         origin = headers.get("origin")
         foreign = origin is not None and origin.partition("://")[2] != headers.get("host")
         foreign = foreign or headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
-        # Of what a page of another site can make a browser do, only following a link is as good as typing an address.
-        if foreign and not (conn.scope.get("method") == "GET" and headers.get("sec-fetch-mode") == "navigate"):
+        # Of what a page of another site can make a browser do, only following a link to a page is as good as typing its
+        # address; nobody types those of the API.
+        follows = conn.scope.get("method") == "GET" and headers.get("sec-fetch-mode") == "navigate"
+        if foreign and not (follows and not path.startswith(FOR_PROGRAMS)):
             raise RefusedError(403, "origin: pages of other sites may not ask")
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
         given = [bearer if scheme.lower() == "bearer" else "", conn.cookies.get(_cookie_name(conn), "")]
@@ -123,7 +127,8 @@ def playground(request: Request, run: Name = None, cell: Name = None, token: str
         return _page_of_cell("playground.html", request, run, cell)
     # From now on a cookie has the token, which scripts cannot read and pages of other sites do not send; neither the
     # address bar nor the history keeps it.
-    entered = RedirectResponse(request.url.remove_query_params("token").replace(scheme="", netloc=""), 303)
+    asked = urlencode([(key, value) for key, value in request.query_params.multi_items() if key != "token"])
+    entered = RedirectResponse(f"{ENTRANCE}?{asked}" if asked else ENTRANCE, 303)
     entered.set_cookie(_cookie_name(request), request.app.state.token, httponly=True, samesite="strict")
     return entered
 
@@ -163,6 +168,8 @@ def style() -> Response:
 def build_app(root: Path, token: str, first: str | None = None) -> FastAPI:
     """The playground over the run folders in ``root``, for those who know the token; it shows run ``first`` first."""
     app = FastAPI(title="Mnemoscope", version=version(), docs_url=None, redoc_url=None, lifespan=_until_stopped)
+    # A redirect to a path with or without its last "/" would also be one to "//another.site".
+    app.router.redirect_slashes = False
     app.state.runs, app.state.jobs, app.state.first, app.state.token = Runs(root), Jobs(), first, token
     app.state.opened = OpenedCells(app.state.runs)
     # The token is checked by the middleware; this puts it into the description.
@@ -212,10 +219,17 @@ def _refused(conn: HTTPConnection, error: Exception) -> Response:
         status, text = 422, str(error).removesuffix(f" (item {NAMELESS!r})")  # nobody gave it that name
     field, found, message = text.partition(": ")
     field, message = (field, message) if found else ("request", text)
-    if conn.url.path.startswith(("/api", "/openapi")):
+    if conn.url.path.startswith(FOR_PROGRAMS):
         return JSONResponse({"error": {"field": field, "message": message}}, status)
     server = conn.scope.get("server") or ("", 0)
     return _page("error.html", status, field=field, message=message, port=server[1])
+
+
+def server_of(app: FastAPI) -> uvicorn.Server:
+    """The server of an application, with limits on what clients may hold."""
+    options: dict[str, Any] = {"http": WithDeadline, "limit_concurrency": MOST}
+    options |= {"log_level": "warning", "server_header": False, "timeout_graceful_shutdown": PATIENCE}
+    return uvicorn.Server(uvicorn.Config(app, **options))
 
 
 def serve(run: str | Path | None, port: int, announce: Callable[[str], object]) -> None:
@@ -226,10 +240,10 @@ def serve(run: str | Path | None, port: int, announce: Callable[[str], object]) 
     """
     root, first = Path("runs").resolve(), None
     if run is not None:
+        if not (Path(run) / "study.yaml").is_file():
+            raise InputError(f"RUN: {run} is not a run folder (it has no study.yaml)")
         folder = Path(run).resolve()
         root, first = folder.parent, folder.name
-        if not (folder / "study.yaml").is_file():
-            raise InputError(f"RUN: {run} is not a run folder (it has no study.yaml)")
         if not list(folder.glob("cells/*/records/chosen.json")):
             raise InputError(f"RUN: {run} has no cell with steering vectors yet; let its study run to its end first")
     try:
@@ -238,9 +252,8 @@ def serve(run: str | Path | None, port: int, announce: Callable[[str], object]) 
         raise InputError(f"port: {port} cannot be listened on ({error.strerror}); give another one") from error
     token = secrets.token_urlsafe()
     app = build_app(root, token, first)
-    config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=PATIENCE)
     announce(f"http://{LOOPBACK}:{listener.getsockname()[1]}/?token={token}")
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        server_of(app).run(sockets=[listener])
     finally:
         app.state.opened.close()  # a second request to stop ends it without the end of its lifespan

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator
 from itertools import product
@@ -17,6 +16,7 @@ from mnemoscope.contrast import Contrast
 from mnemoscope.directions import TOWARD, steered
 from mnemoscope.errors import InputError
 from mnemoscope.report import draw_neuron
+from mnemoscope.schemas import read_chosen
 from mnemoscope.statistics import top_by_magnitude
 from mnemoscope.steering import OPPOSITE, SteeringVector, Toward
 from mnemoscope.tasks import Example
@@ -35,7 +35,7 @@ class Vectors:
     def __init__(self, cell: Cell, contrast: Contrast) -> None:
         """Read them; InputError where one is damaged."""
         self._folder, self._contrast = cell.folder / "vectors", contrast
-        self._chosen: dict[str, Any] = json.loads((cell.records / "chosen.json").read_text())["pairs"]
+        self._chosen: dict[str, Any] = {**read_chosen(cell.records / "chosen.json")["pairs"]}
         self._vectors = {
             (toward, method): SteeringVector.load(self.path(toward, method))
             for toward in TOWARD.values()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import secrets
 from collections import OrderedDict
@@ -18,18 +17,21 @@ from fastapi import HTTPException
 from mnemoscope.errors import InputError
 from mnemoscope.files import plain
 from mnemoscope.report import Summary
+from mnemoscope.strict import read_json
 from mnemoscope.web.cell import OpenedCell
 from mnemoscope.web.shapes import Job, RunFacts, Watched
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"
 SCHEMA = 1  # of results.json
 OPEN = 2  # cells whose models are kept in memory, apart from those with requests in progress
+LOOK = 0.5  # seconds between two looks at whether a client has left
 MOST_WAITING = 256  # requests to one cell
 KEPT_JOBS = 64  # after their end
 MOST_JOBS = 16  # running or waiting
 WORKING_JOBS = 2  # at a time; their steps alternate with requests
 
 T = TypeVar("T")
+Left = Callable[[], Awaitable[bool]]  # whether a client has left
 
 
 class Runs:
@@ -58,10 +60,10 @@ class Runs:
     def results(self, name: str) -> dict[str, Any]:
         """Content of ``results.json``; empty where the run is not finished, or where it is another version's."""
         try:
-            found = json.loads((self.folder(name) / "results.json").read_text())
-        except (OSError, ValueError):
+            found = read_json(self.folder(name) / "results.json", dict[str, Any])
+        except InputError:
             return {}
-        return found if isinstance(found, dict) and found.get("schema") == SCHEMA else {}
+        return found if found.get("schema") == SCHEMA else {}
 
     def brief(self, name: str) -> dict[str, Any]:
         """A run's first numbers by task, as ``report.Summary`` gives them."""
@@ -80,6 +82,14 @@ def _one_of(field: str, name: str, known: list[str]) -> str:
     if name not in known:
         raise InputError(f"{field}: {name!r} is not one of {', '.join(known) or 'none'}")
     return name
+
+
+async def _unless_left(future: asyncio.Future[T], left: Left | None) -> T:
+    """The result of a future, which goes on for others where this client leaves."""
+    while not (await asyncio.wait({future}, timeout=LOOK))[0]:
+        if left is not None and await left():
+            raise HTTPException(499, "request: the client has left")
+    return future.result()
 
 
 class _Entry:
@@ -103,10 +113,11 @@ class OpenedCells:
         # One at a time: while the library opens a model it changes settings of the whole process, and restores them.
         self._opener = ThreadPoolExecutor(1, thread_name_prefix="opener")
 
-    async def ask(self, run: str, cell: str, work: Callable[[OpenedCell], T]) -> T:
-        """Do work on a cell, in its thread.
+    async def ask(self, run: str, cell: str, work: Callable[[OpenedCell], T], left: Left | None = None) -> T:
+        """Do work on a cell, in its thread; work that waits is dropped where the client has ``left``.
 
-        Raises InputError where it cannot be opened, HTTPException (429) where too many requests wait for it.
+        Raises InputError where it cannot be opened, HTTPException where too many requests wait for it (429) or the
+        client has left (499).
         """
         folder, loop = self._runs.cell(run, cell), asyncio.get_running_loop()
         # A study that was run again has other vectors, and one that is still running may have a detector by now.
@@ -123,8 +134,12 @@ class OpenedCells:
             raise HTTPException(429, f"cell: {MOST_WAITING} requests wait for {cell} already; ask again later")
         entry.waiting += 1
         try:
-            opened = await asyncio.shield(entry.cell)  # a client that leaves does not end it for the others
-            return await loop.run_in_executor(entry.thread, work, opened)
+            opened = await _unless_left(entry.cell, left)
+            waiting = loop.run_in_executor(entry.thread, work, opened)
+            try:
+                return await _unless_left(waiting, left)
+            finally:
+                waiting.cancel()  # of no effect once it has begun
         finally:
             entry.waiting -= 1
             if entry.cell.done() and entry.cell.exception() and self._open.get(key) is entry:
