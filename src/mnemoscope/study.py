@@ -223,8 +223,9 @@ def _holds(run: Path, *patterns: str) -> bool:
 
 @contextmanager
 def _lock(run: Path) -> Iterator[None]:
-    """Hold the lock of a run folder; where nothing else is left in the folder at the end, it goes again."""
+    """Hold the lock of a run folder; one that a refused run made, or with nothing beside it, goes again."""
     path = run / ".lock"
+    before = os.path.lexists(path)
     with path.open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -232,10 +233,14 @@ def _lock(run: Path) -> Iterator[None]:
                 raise BlockingIOError  # of a run that was refused meanwhile
         except (BlockingIOError, FileNotFoundError) as error:
             raise InputError(f"out: {run} is in use by another run") from error
+        refused = False
         try:
             yield
+        except InputError:
+            refused = not before and not _holds(run, *MARKERS, *UNFINISHED)
+            raise
         finally:
-            if list(run.iterdir()) == [path]:
+            if refused or list(run.iterdir()) == [path]:
                 path.unlink()
 
 
