@@ -117,7 +117,7 @@ class Fitted:
         if not source.exists():
             raise InputError(f"from: {source} does not exist")
         found = Binding.of(model, tokenizer)
-        vectors, detector, lower = _artefacts(source, found)
+        vectors, detector, lower = artefacts_of(source, found)
         artefacts = [artefact for artefact in (*vectors.values(), detector, lower) if artefact]
         for artefact in artefacts:
             artefact.check(model, tokenizer, force, found)
@@ -187,7 +187,7 @@ class Fitted:
         _warn_if_the_input_does(detector)
         layers = [detector.layer]
         states_NLD = states_at_the_end(self.model, inputs["input_ids"], inputs["attention_mask"], detector.site, layers)
-        acts_N = detector.read_verdict(states_NLD[:, 0]).acts(_known(toward), threshold)
+        acts_N = detector.read_verdict(states_NLD[:, 0]).acts(known_behaviour(toward), threshold)
         return torch.from_numpy(acts_N).float()
 
     def answers(
@@ -218,7 +218,7 @@ class Fitted:
         Raises:
             InputError: it is no behaviour, or there is no such vector.
         """
-        behaviour = _known(toward)
+        behaviour = known_behaviour(toward)
         if behaviour not in self.vectors:
             there = ", ".join(self.vectors) or "none"
             raise InputError(f"toward: {self.source} has no vector to {toward}; it has {there}")
@@ -241,7 +241,7 @@ def vector_file(source: Path, toward: str | None) -> Path:
     cells = _cells(source)
     if len(cells) > 1:
         raise InputError(f"FILE: {source} has several cells; name one of {', '.join(map(str, cells))}")
-    found = best_paths(cells[0]).get(f"to_{_known(toward)}")
+    found = best_paths(cells[0]).get(f"to_{known_behaviour(toward)}")
     if found is None:
         raise InputError(f"toward: {source} has no vector to {toward}")
     return found
@@ -258,14 +258,14 @@ def _warn_if_the_input_does(detector: Detector) -> None:
         logging.getLogger("mnemoscope").warning("detector: %s; it may read no more than the wording", told)
 
 
-def _known(toward: Any) -> Toward:
+def known_behaviour(toward: Any) -> Toward:
     behaviour = ALSO.get(toward, toward)
     if behaviour not in OPPOSITE:
         raise InputError(f"toward: {toward!r} is not one of {', '.join(OPPOSITE)}; of documents: {', '.join(ALSO)}")
     return behaviour
 
 
-def _artefacts(source: Path, found: Binding) -> tuple[dict[Toward, SteeringVector], Detector | None, Detector | None]:
+def artefacts_of(source: Path, found: Binding) -> tuple[dict[Toward, SteeringVector], Detector | None, Detector | None]:
     """The best vectors and the detectors of a file, a cell or a run."""
     if source.is_file():
         described = source.with_suffix(".json")

@@ -1,0 +1,57 @@
+"""A run made by hand for serving: random vectors and detectors of a model, bound to it, in the files of a fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import mnemoscope as ms
+from mnemoscope.detect import Detector
+from mnemoscope.steering import Binding
+
+
+def random_run(
+    out: Path, model: Any, tokenizer: Any, layer: int, strength: float = 0.3, positions: str = "decision"
+) -> Path:
+    """Vectors in both directions at a layer and the next, a detector at the last layer and one at ``layer - 1``."""
+    binding = Binding.of(model, tokenizer)
+    config = model.config.get_text_config()
+    layers, width = config.num_hidden_layers, config.hidden_size
+    ids = tokenizer(["The capital of France is", "Two and two are four, and"], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        states = [state[:, -1] for state in model(**ids, output_hidden_states=True).hidden_states]
+    cell = out / "cells" / "by-hand-0"
+    generator = torch.Generator().manual_seed(0)
+    best: dict[str, str] = {}
+    for toward in ("generalized", "memorized"):
+        shifts = {}
+        for place in (layer, layer + 1):
+            shift_D = torch.randn(width, generator=generator)
+            shifts[place] = shift_D * strength * states[place + 1].norm(dim=-1).mean() / shift_D.norm()
+        vector = ms.SteeringVector(toward, shifts, positions=positions, method="nmd", binding=binding)
+        vector.save(_made(cell / "vectors") / f"to_{toward}-nmd.safetensors")
+        best[f"to_{toward}"] = "nmd"
+    rng = np.random.default_rng(0)
+    for name, place in (("detector", layers - 2), ("detector_below", layer - 1)):
+        here_ND = states[place + 1].double().numpy()
+        weights_LD = rng.normal(size=(layers, width)) / np.linalg.norm(here_ND[0])
+        whitening_DD = np.eye(width) / (2.0 * np.linalg.norm(here_ND[0]))
+        Detector(
+            *("block", place, weights_LD, rng.normal(size=layers), weights_LD[0] * 0.5, 0.3, np.zeros(width)),
+            whitening_DD,
+            binding=binding,
+        ).save(cell / f"{name}.safetensors")
+    facts = {"method": "nmd", "site": "block", "layers": [layer], "top": 1.0, "strength": 0.3, "positions": positions}
+    both = {"to_generalized": facts, "to_memorized": facts}
+    chosen = {"best": best, "methods": {"nmd": both}}
+    (_made(cell / "records") / "chosen.json").write_text(json.dumps({"pairs": chosen, "conflict": chosen}))
+    return out
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
