@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mnemoscope.errors import InputError
 from mnemoscope.face import known_behaviour
-from mnemoscope.steering import Toward
+from mnemoscope.steering import SteeringVector, Toward
 
 if TYPE_CHECKING:
     from mnemoscope.serving.offered import Offered
@@ -91,12 +91,20 @@ def parse(extra_args: Mapping[str, Any] | None) -> Asked | None:
     for name in ("alpha", "gate"):
         if given.get(name) is not None and toward is None:
             raise InputError(f"{name}: {given[name]!r} is given without steer; say which way")
-    alpha = _number("alpha", given.get("alpha"), 1.0, math.inf)
-    gate = None if given.get("gate") is None else _number("gate", given["gate"], 0.5, 1.0)
+    alpha = 1.0 if given.get("alpha") is None else _number("alpha", given["alpha"], math.inf)
+    gate = None if given.get("gate") is None else _number("gate", given["gate"], 1.0)
     read = given.get("read")
     if not (read is None or (isinstance(read, bool | int | float) and read in (0, 1))):  # HTTP makes true a 1
         raise InputError(f"read: {read!r} is not one of true, false")
     return Asked(toward, alpha, gate, bool(read))
+
+
+def served_by(asked: Asked, offered: Offered) -> tuple[SteeringVector | None, str | None, str | None]:
+    """The vector of a request, and the names of the detectors that gate and read it; InputError without one."""
+    vector = offered.vector(asked.steer) if asked.steer else None
+    gate_by = offered.gate_for(vector) if vector and asked.gate is not None else None
+    read_by = offered.reader_for(vector if asked.alpha else None) if asked.read else None
+    return vector, gate_by, read_by
 
 
 def admit(asked: Asked, offered: Offered, prompt: Sequence[int] | None, length: int) -> Admitted:
@@ -108,9 +116,7 @@ def admit(asked: Asked, offered: Offered, prompt: Sequence[int] | None, length: 
 
     Raises InputError where it cannot be served as asked; the field is named.
     """
-    vector = offered.vector(asked.steer) if asked.steer else None
-    gate_by = offered.gate_for(vector) if vector and asked.gate is not None else None
-    read_by = offered.reader_for(vector if asked.alpha else None) if asked.read else None
+    vector, gate_by, read_by = served_by(asked, offered)
     decision, start, key = length - 1, None, None
     if vector and prompt is None:
         raise InputError("steer: the prompt is given as embeddings; give it as text or tokens")
@@ -150,9 +156,7 @@ def _behaviour(value: Any) -> Toward:
         raise InputError(f"steer: {value!r} is not one of {allowed}") from None
 
 
-def _number(name: str, value: Any, default: float, most: float) -> float:
-    if value is None:
-        return default
+def _number(name: str, value: Any, most: float) -> float:
     wrong = isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
     if wrong or not 0 <= value <= most:
         allowed = "a finite number, 0 or more" if math.isinf(most) else f"a number in 0 .. {most:g}"

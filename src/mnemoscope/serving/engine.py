@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache, wraps
 from typing import Any
 
@@ -14,7 +14,6 @@ from mnemoscope.serving.worker import Steerer
 from mnemoscope.steering import Binding
 
 ENVIRONMENT = "MNEMOSCOPE_RUN"
-NONE_OFFERED = f"this server has no vectors; start it with {ENVIRONMENT}=RUN"
 
 
 def wrapped(owner: Any, name: str, around: Callable[..., Any]) -> None:
@@ -33,13 +32,16 @@ def install() -> None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.core import block_pool, kv_cache_utils
     from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.output_processor import RequestState
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
     from vllm.v1.worker.gpu_worker import Worker
 
+    wrapped(AsyncLLM, "__init__", _served)
     wrapped(EngineArgs, "create_engine_config", _configured)
+    wrapped(InputProcessor, "__init__", _begun)
     wrapped(InputProcessor, "process_inputs", _admitted)
     wrapped(EngineCore, "preprocess_add_request", _checked)
     for module in (kv_cache_utils, block_pool):  # which has it under a name of its own
@@ -75,6 +77,35 @@ def offered_by(config: Any) -> Offered | None:
     """What an engine has, by its configuration, in any of its processes."""
     given = config.additional_config.get(ADMITTED) if isinstance(config.additional_config, dict) else None
     return _opened(given["run"], Binding(**given["binding"])) if isinstance(given, dict) else None
+
+
+_here: list[Offered | None] = [None]
+
+
+def offered_here() -> Offered | None:
+    """What the engine of this process has, where requests come in."""
+    return _here[0]
+
+
+def refuse_unoffered(given: Mapping[str, Any]) -> None:
+    """Raises InputError for a request that asks an engine that has nothing; other plugins may use the other names."""
+    for name in ("steer", ADMITTED):
+        if name in given:
+            raise InputError(f"{name}: this server has no vectors; start it with {ENVIRONMENT}=RUN")
+
+
+def _served(begin: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """The engine of a server: only there are the routes needed, whose modules take seconds to import."""
+    from mnemoscope.serving import http
+
+    http.install()
+    return begin(self, *args, **kwargs)
+
+
+def _begun(begin: Callable[..., Any], self: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
+    """The part of an engine where requests come in."""
+    _here[0] = offered_by(config)
+    return begin(self, config, *args, **kwargs)
 
 
 @lru_cache(maxsize=4)
@@ -130,13 +161,13 @@ def _admitted(process: Callable[..., Any], self: Any, *args: Any, **kwargs: Any)
     request = process(self, *args, **kwargs)
     params = request.sampling_params
     try:
-        asked = parse(params.extra_args) if params else None
-        if asked is None:
-            return request
         offered = offered_by(self.vllm_config)
-        field = next(name for name in FIELDS if name in params.extra_args)
         if offered is None:
-            raise InputError(f"{field}: {NONE_OFFERED}")
+            refuse_unoffered((params and params.extra_args) or {})
+        asked = parse(params.extra_args) if offered and params else None
+        if offered is None or asked is None:
+            return request
+        field = next(name for name in FIELDS if name in params.extra_args)
         for name, there in (
             ("lora_request", request.lora_request),
             ("multi_modal_data", request.mm_features),
@@ -156,7 +187,7 @@ def _admitted(process: Callable[..., Any], self: Any, *args: Any, **kwargs: Any)
 def _checked(preprocess: Callable[..., Any], self: Any, request: Any) -> Any:
     """Refuse a request in the engine that asks and was not admitted: its front end does not know this plugin."""
     extra = (request.sampling_params.extra_args if request.sampling_params else None) or {}
-    if ADMITTED not in extra and any(name in extra for name in FIELDS):
+    if offered_by(self.vllm_config) and ADMITTED not in extra and any(name in extra for name in FIELDS):
         raise refusal(InputError(f"{next(iter(set(FIELDS) & set(extra)))}: the request was not admitted"))
     return preprocess(self, request)
 
