@@ -21,9 +21,9 @@ def random_run(
     binding = Binding.of(model, tokenizer)
     config = model.config.get_text_config()
     layers, width = config.num_hidden_layers, config.hidden_size
-    ids = tokenizer(["The capital of France is", "Two and two are four, and"], return_tensors="pt", padding=True)
+    ids_NT = torch.randint(1, config.vocab_size, (4, 8), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        states = [state[:, -1] for state in model(**ids, output_hidden_states=True).hidden_states]
+        states = [state[:, -1] for state in model(input_ids=ids_NT, output_hidden_states=True).hidden_states]
     cell = out / "cells" / "by-hand-0"
     generator = torch.Generator().manual_seed(0)
     best: dict[str, str] = {}
