@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
     from mnemoscope.config import LayoutConfig
 
 QUANTIZED = "Q4-dequantized"  # shown with every number of a packaged model
+SHOWN = 3  # names of weights in an error
+_REPORTED = {  # what the library says of the weights of a folder, in words
+    "missing_keys": "lacks",
+    "mismatched_keys": "has in another shape",
+    "unexpected_keys": "has more weights than its configuration asks for:",
+}
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -69,7 +76,8 @@ def load_model(
         layout: for a model of no known family.
 
     Raises:
-        InputError: it is missing or corrupted, needs remote code, or is no causal language model.
+        InputError: it is missing or corrupted, its weights are not those that its configuration asks for, it needs
+            remote code, or it is no causal language model.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -79,9 +87,21 @@ def load_model(
     try:
         words = adapted if adapted != folder and file_of(folder, "tokenizer_config.json") is None else folder
         tokenizer = AutoTokenizer.from_pretrained(words, padding_side="left", trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, use_safetensors=True, trust_remote_code=False, dtype=dtype, device_map=device_map
+        # The model itself first, as the library keeps one report only.
+        model, report = AutoModelForCausalLM.from_pretrained(
+            adapted,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=dtype,
+            device_map=device_map,
+            ignore_mismatched_sizes=True,  # they are in the report too, by name
+            output_loading_info=True,
         )
+        _check_loaded(model, report, adapted)
+        if adapted != folder:
+            _check_loaded(model, model.load_adapter(str(folder)).to_dict(), source)
+    except InputError:
+        raise
     except Exception as error:  # the library raises many kinds for a broken folder
         raise _refused(source, error) from error
     if not tokenizer.is_fast:
@@ -146,6 +166,20 @@ def _check_causal(folder: str | Path, source: str | Path) -> None:
     if getattr(config, "is_encoder_decoder", False) or (made_as and not known & set(made_as)):
         kind = ", ".join(made_as) or config.model_type
         raise InputError(f"model: {source} is {kind}; a causal language model (decoder only) is wanted")
+
+
+def _check_loaded(model: PreTrainedModel, report: Mapping[str, Any], source: str | Path) -> None:
+    """Refuse weights that were drawn at random or left out, by name.
+
+    Of tied weights the library asks for one. What was saved of buffers that a model computes itself is not needed.
+    """
+    computed = {name for name, _ in model.named_buffers()}
+    for field, what in _REPORTED.items():
+        keys = (key if isinstance(key, str) else key[0] for key in report.get(field) or ())
+        if names := sorted(key for key in keys if field != "unexpected_keys" or key not in computed):
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            found = f"{what} {', '.join(names[:SHOWN])}{more}"
+            raise InputError(f"model: {source} {found}; weights and configuration do not belong together")
 
 
 def _refused(source: str | Path, error: Exception) -> InputError:
