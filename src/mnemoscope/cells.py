@@ -31,7 +31,8 @@ class Opened:
 class Cell:
     """One (task, model, seed) of a study, with the folder it writes to.
 
-    ``map`` maps a function over parts of a stage, in parallel where processes are idle.
+    ``map`` maps a function over parts of a stage, in parallel where processes are idle. ``code`` are the paths of a
+    user's own tasks that may be imported (``tasks.allow_code``), which every process of the study is told.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Cell:
     folder: Path
     map: Map = in_order
     opened: Opened | None = None
+    code: tuple[str, ...] = ()
 
     @property
     def records(self) -> Path:

@@ -5,7 +5,6 @@ Shapes: N prompts, T tokens of a left-padded batch, L layers.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from mnemoscope.behaviour import PLAIN, Asking, Prompting, check_known, complete, phrase_of, states_at_the_end
 from mnemoscope.detect import Detector, Reading
+from mnemoscope.digests import check_closed, checked, digests_of, json_of
 from mnemoscope.errors import InputError
 from mnemoscope.steering import OPPOSITE, Binding, SteeringVector, Toward, best_paths
 
@@ -226,7 +226,7 @@ class Fitted:
 
     def _needed(self, detector: Detector | None) -> Detector:
         if detector is None:
-            reasons = [json.loads(p.read_text())["why"] for p in sorted(self.source.rglob("no_detector.json"))]
+            reasons = [json_of(path)["why"] for path in sorted(self.source.rglob("no_detector.json"))]
             why = reasons[0] if reasons else "set detection.fitted: true, or open the run instead of one vector"
             raise InputError(f"detector: {self.source} has none ({why})")
         return detector
@@ -238,6 +238,7 @@ def vector_file(source: Path, toward: str | None) -> Path:
     Raises:
         InputError: it has no vectors, several cells, or no such vector; or ``toward`` is no behaviour.
     """
+    check_closed(source)
     cells = _cells(source)
     if len(cells) > 1:
         raise InputError(f"FILE: {source} has several cells; name one of {', '.join(map(str, cells))}")
@@ -274,10 +275,12 @@ def _artefacts(source: Path, found: Binding) -> tuple[dict[Toward, SteeringVecto
             vector = SteeringVector.load(source)
             return {vector.toward: vector}, None, None
         return {}, Detector.load(source), None
+    check_closed(source)
     cell = _cell(source, found)
     vectors = [SteeringVector.load(path) for path in best_paths(cell).values()]
     paths = [cell / f"{name}.safetensors" for name in ("detector", "detector_below")]
-    detector, lower = (Detector.load(path) if path.is_file() else None for path in paths)
+    listed = digests_of(cell)
+    detector, lower = (Detector.load(checked(p)) if p.name in listed or p.is_file() else None for p in paths)
     return {vector.toward: vector for vector in vectors}, detector, lower
 
 
@@ -286,8 +289,7 @@ def _cell(source: Path, found: Binding) -> Path:
     cells = _cells(source)
     if len(cells) == 1:
         return cells[0]
-    bound = [json.loads((cell / "cell.json").read_text()).get("binding") or {} for cell in cells]
-    fitting = [c for c, of in zip(cells, bound, strict=True) if found.weights in (of.get("weights"), of.get("half"))]
+    fitting = [cell for cell in cells if Binding(**json_of(cell / "cell.json")["binding"]).has_weights_of(found)]
     if len(fitting) > 1:
         names = ", ".join(map(str, fitting))
         raise InputError(f"from: several cells of the run were fitted on this model; name one of {names}")

@@ -7,8 +7,9 @@ import json
 import math
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,14 +31,26 @@ def write_atomically(path: Path, content: bytes | Callable[[Path], Any]) -> Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Path of a temporary file, renamed to ``path`` when the context ends; deleted if it raises."""
+    """Path of a temporary file, renamed to ``path`` when the context ends; deleted if it raises.
+
+    InputError where ``path`` is a link, a device or a folder: nothing but a file is replaced.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    check_replaceable(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    temporary.unlink(missing_ok=True)  # of a killed process with the same id, or a link that somebody put there
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_replaceable(path: Path) -> None:
+    """Raises InputError where something is at ``path`` that is no file: links and devices are left as they are."""
+    with suppress(FileNotFoundError):
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise InputError(f"path: {path} is a link, a device or a folder; only a file is replaced")
 
 
 @contextmanager
@@ -46,6 +59,8 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     InputError where ``path`` exists and is not an empty folder.
     """
+    if path.is_symlink():
+        raise InputError(f"folder: {path} is a link; name the folder itself")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise InputError(f"folder: {path} exists and is not empty; nothing is overwritten")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,6 +72,17 @@ def new_folder(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)  # takes the place of an empty folder
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def lock_file(path: Path) -> Iterator[int]:
+    """Descriptor of a file to lock, made if missing; InputError where a link, a device or a folder is in its place."""
+    check_replaceable(path)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def file_hash(path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from mnemoscope.errors import InputError
 from mnemoscope.models import load_model, use_layout
 from mnemoscope.models.layout import Layout
 from mnemoscope.steering import Binding
-from mnemoscope.tasks import Task
+from mnemoscope.tasks import Task, allow_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -152,6 +153,7 @@ def fitting_study(
         name, options = f"{type(task).__module__}:{type(task).__name__}", {"digest": digest[:16]}
     else:
         name = str(task)
+        allow_code(name)  # it is the user who names it
     is_file = name.endswith(".jsonl")
     if is_file and not Path(name).is_file():
         raise InputError(f"task: the file {name} does not exist")
@@ -166,5 +168,7 @@ def fitting_study(
         "model": model,
         "steering": STEERING | tried | {"positions": positions},
     }
-    label = Path(name).stem if is_file else name.rpartition(":")[2]
-    return parse_study({"study": "fit", "threads": threads, "cells": {label: cell}})
+    label = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(name).stem if is_file else name.rpartition(":")[2]).lstrip("_.-")[
+        :100
+    ]
+    return parse_study({"study": "fit", "threads": threads, "cells": {label or "mine": cell}})

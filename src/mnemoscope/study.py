@@ -25,10 +25,12 @@ from typing import Any
 
 from mnemoscope.cells import STATES, Cell, Opened, Tell, cells_of, git_state, grouped, version
 from mnemoscope.config import StudyConfig, dump_study
+from mnemoscope.digests import AGAIN, EarlierError, check_closed, check_stage, read_marker, write_marker
 from mnemoscope.errors import InputError, StudyError
 from mnemoscope.executors import Progress, in_processes, possible_workers, run_cells
-from mnemoscope.files import file_hash, known_hash, write_atomically
+from mnemoscope.files import known_hash, lock_file, write_atomically
 from mnemoscope.processes import settle
+from mnemoscope.tasks import allowed_code, check_allowed
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "scikit-learn", "pandas", "safetensors")
 
@@ -63,16 +65,21 @@ def run_study(
     if executor != "local" and workers is not None:
         raise InputError("workers: a cluster takes as many cells at a time as it has processors for; leave it out")
     run = run.absolute()  # other processes have another working folder
-    cells = [replace(cell, opened=opened) for cell in cells_of(config, run)]
-    if any(cell.config.model.lora for cell in cells):  # a missing package is reported now, not after hours of work
-        from mnemoscope.stages import check_peft
+    cells = [replace(cell, opened=opened, code=allowed_code()) for cell in cells_of(config, run)]
+    for cell in cells:  # what is wrong is reported now, not after hours of work
+        if opened is None or opened.task is None:
+            check_allowed(cell.config.task)
+        shape = cell.config.model
+        folder = config.cells[shape.cell].model.folder if shape.cell else shape.folder
+        if folder and not (cell.folder / "stages" / "steering.json").exists():
+            from mnemoscope.stages import check_cell
 
-        check_peft("model.lora")
+            check_cell(cell, folder)
     workers = workers or max(1, (os.cpu_count() or 1) // config.threads)
     with _locked(run, config):
         failed = run_cells(cells, run_cell, progress, workers, executor, address)
         finished = [cell for cell in cells if cell.name not in failed]
-        write_atomically(run / "failed.json", json.dumps(failed, indent=1).encode())
+        write_marker(run, "failed", [write_atomically(run / "failed.json", json.dumps(failed, indent=1).encode())])
         report = None
         if any(cell.config.analysed for cell in finished):
             here = workers if executor == "local" else 1  # a cluster says nothing of this machine
@@ -123,7 +130,7 @@ def compare_cells(cells: Sequence[Cell], run: Path, progress: Progress, workers:
 
 def _markers(cell: Cell) -> dict[str, Any]:
     """What finished stages left, by name, without hidden files of killed writers."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted((cell.folder / "stages").glob("[!.]*.json"))}
+    return {path.stem: read_marker(path) for path in sorted((cell.folder / "stages").glob("[!.]*.json"))}
 
 
 def _run_stage(
@@ -144,9 +151,8 @@ def _run_stage(
     for stale in (path for pattern in writes for path in folder.glob(pattern)):
         shutil.rmtree(stale) if stale.is_dir() and not stale.is_symlink() else stale.unlink()
     files = stage(partial(progress, owner, name))
-    seconds, digests = round(time.time() - began, 3), {str(f.relative_to(folder)): file_hash(f) for f in files}
-    marker = json.dumps({"hash": wanted, "seconds": seconds, **git_state(), "files": digests}, indent=1)
-    write_atomically(folder / "stages" / f"{name}.json", marker.encode())
+    seconds = round(time.time() - began, 3)
+    write_marker(folder, name, files, {"hash": wanted, "seconds": seconds, **git_state()})
     progress(owner, name, 1, 1, f"{seconds:.0f} s")
 
 
@@ -176,16 +182,13 @@ def is_done(folder: Path, stage: str, wanted: str) -> bool:
     if not path.exists():
         return False
     try:
-        marker = json.loads(path.read_text())
-        found, files = marker["hash"], {folder / name: digest for name, digest in marker["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StudyError(f"artefact: {path} is damaged; delete it to run stage {stage!r} again") from error
-    if found != wanted:
+        if read_marker(path).get("hash") != wanted:
+            return False
+        check_stage(folder, stage)
+    except EarlierError:
         return False
-    for file, digest in files.items():
-        if not file.exists() or file_hash(file) != digest:
-            state = "is missing" if not file.exists() else "is damaged (its checksum differs)"
-            raise StudyError(f"artefact: {file} {state}; delete {path} to run stage {stage!r} again")
+    except InputError as error:
+        raise StudyError(f"{str(error).removesuffix(AGAIN)}delete {path} to run stage {stage!r} again") from error
     return True
 
 
@@ -198,7 +201,8 @@ def _locked(run: Path, config: StudyConfig) -> Iterator[None]:
     if run.exists() and any(run.iterdir()) and not (run / "study.yaml").exists() and not (run / ".lock").exists():
         raise InputError(f"out: {run} is not empty and holds no study.yaml; give a new folder")
     run.mkdir(parents=True, exist_ok=True)
-    with (run / ".lock").open("w") as lock:
+    check_closed(run)
+    with lock_file(run / ".lock") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -213,13 +217,13 @@ def _locked(run: Path, config: StudyConfig) -> Iterator[None]:
                 f"out: {run} holds a run of another configuration (there {there!r}, here {here!r}); "
                 "give another folder or the same configuration"
             )
-        write_atomically(existing, text.encode())
+        write_marker(run, "study", [write_atomically(existing, text.encode())])
         yield
 
 
 def _write_manifest(run: Path, cells: list[Cell], started: float) -> None:
     stages = {cell.name: _markers(cell) for cell in cells}
-    stages["study"] = {"compare": json.loads((run / "stages" / "compare.json").read_text())}
+    stages["study"] = {"compare": read_marker(run / "stages" / "compare.json")}
     adapted = any(cell.config.model.lora for cell in cells)
     manifest = {
         "mnemoscope": version(),
@@ -232,4 +236,5 @@ def _write_manifest(run: Path, cells: list[Cell], started: float) -> None:
         "seconds": round(time.time() - started, 1),
         "stages": stages,
     }
-    write_atomically(run / "manifest.json", json.dumps(manifest, indent=1).encode())
+    path = write_atomically(run / "manifest.json", json.dumps(manifest, indent=1).encode())
+    write_marker(run, "manifest", [path])

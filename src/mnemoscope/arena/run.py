@@ -24,7 +24,7 @@ from mnemoscope.files import plain, write_atomically
 from mnemoscope.models import load_model
 from mnemoscope.report import build_arena
 from mnemoscope.steering import OPPOSITE, Binding
-from mnemoscope.tasks import Task, build_task
+from mnemoscope.tasks import Task, allow_code, build_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -91,6 +91,7 @@ def _task(task: Any, options: dict[str, Any], seed: int) -> Task:
     if task is None:
         raise InputError("task: None; give a JSONL file, the name of a task, package.module:Class, or a Task")
     name = str(task)
+    allow_code(name)  # it is the user who names it
     if name.endswith(".jsonl"):
         if not Path(name).is_file():
             raise InputError(f"task: the file {name} does not exist")

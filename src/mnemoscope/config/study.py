@@ -11,7 +11,7 @@ from mnemoscope.errors import InputError
 
 MethodName = Literal["nmd", "standardized-nmd", "gradient", "logistic", "whitened", "pca", "learned", "low-rank"]
 SiteName = Literal["block", "attention", "mlp", "neuron"]
-NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"  # of studies, cells and runs: each is one folder, and never leads out of another
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"  # of studies, cells and runs: the name of one folder, never a path
 Name = Annotated[str, Field(pattern=NAME)]
 
 
@@ -55,8 +55,10 @@ class ProbesConfig(Frozen):
 class GridConfig(Frozen):
     """The settings tried on the tune split at one site, the same for all methods: every combination."""
 
-    layers: tuple[Annotated[str, Field(pattern=r"^(all|each|spread-[1-9]\d{0,8}|\d{1,4}|\d{1,4}-\d{1,4})$")], ...] = Field(
-        ("all",), min_length=1, description='"all", "each" (alone), "spread-6" (six alone), "2", or a range "0-1"'
+    layers: tuple[Annotated[str, Field(pattern=r"^(all|each|spread-[1-9]\d{0,8}|\d{1,4}|\d{1,4}-\d{1,4})$")], ...] = (
+        Field(
+            ("all",), min_length=1, description='"all", "each" (alone), "spread-6" (six alone), "2", or a range "0-1"'
+        )
     )
     tops: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
         (0.1, 0.3, 0.5), min_length=1, description="shares of the neurons, in (0, 1]"
@@ -146,7 +148,6 @@ class SteeringConfig(Frozen):
     controls_of: Literal["all", "best"] = Field("all", description="methods whose controls are drawn on test")
     norm_draws: int = Field(4, ge=0, description="of each control of methods at equal norms; 0: leaves these out")
     conflict_draws: int = Field(20, ge=1, description="draws of each control where conflicts are steered as drawn")
-
 
     def check_layers(self, count: int) -> None:
         """Raises InputError where a layer that is to be tried does not exist in a model of ``count`` layers."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
+from mnemoscope.digests import STAGES, check_closed, check_stage
 from mnemoscope.errors import InputError
 from mnemoscope.models.caches import arguments_of
 from mnemoscope.models.layout import Layout, core_of, use_layout
@@ -82,8 +83,10 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = unpacked(source)
+    _check_own(Path(folder))
     adapted = _adapted(folder, source)
     _check_causal(adapted, source)
+    _check_parts(adapted, source)
     try:
         words = adapted if adapted != folder and file_of(folder, "tokenizer_config.json") is None else folder
         tokenizer = AutoTokenizer.from_pretrained(words, padding_side="left", trust_remote_code=False)
@@ -121,6 +124,20 @@ def context_length(model: PreTrainedModel) -> int:
     return int(getattr(core_of(model).config.get_text_config(), "max_position_embeddings", 2**31))
 
 
+def layers_of(source: str | Path) -> int:
+    """Number of layers of a model, from its configuration alone; InputError where that cannot be read."""
+    from transformers import AutoConfig
+
+    folder = unpacked(source)
+    try:
+        config = AutoConfig.from_pretrained(_adapted(folder, source), trust_remote_code=False)
+        return int(config.get_text_config().num_hidden_layers)
+    except InputError:
+        raise
+    except Exception as error:  # as in load_model
+        raise _refused(source, error) from error
+
+
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """Ids of the tokens that end a text: the tokenizer's, and those at which generation stops (end of a chat turn)."""
     stops = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
@@ -152,6 +169,30 @@ def file_of(folder: str | Path, name: str) -> str | None:
         return None
 
 
+def _check_own(folder: Path) -> None:
+    """Refuse a model of a run that is not as its study wrote it, or that needs another one outside the run."""
+    if not (folder.parent / STAGES).is_dir():
+        return
+    check_closed(folder)
+    check_stage(folder.parent, "train")
+    if (folder / "adapter_config.json").exists() and folder.name == "model":
+        raise InputError(f"model: {folder} holds an adapter, where a study writes a whole model")
+
+
+def _check_parts(folder: str | Path, source: str | Path) -> None:
+    """Refuse weights in files outside of the folder."""
+    listed = file_of(folder, "model.safetensors.index.json")
+    if listed is None:
+        return
+    try:
+        names = {Path(name) for name in json.loads(Path(listed).read_text())["weight_map"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _refused(source, error) from error
+    for name in sorted(names):
+        if name.is_absolute() or ".." in name.parts:
+            raise InputError(f"model: {source} has weights in {name}, which is outside of it")
+
+
 def _check_causal(folder: str | Path, source: str | Path) -> None:
     """Refuse masked and encoder-decoder models, which would open with a warning only."""
     from transformers import AutoConfig
@@ -161,6 +202,8 @@ def _check_causal(folder: str | Path, source: str | Path) -> None:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise _refused(source, error) from error
+    if "/" in str(getattr(config, "_attn_implementation", None)):  # the library would fetch its code and run it
+        raise InputError(f"model: {source} asks for an attention kernel from the hub; none is run")
     known = {name for names in CAUSAL.values() for name in ([names] if isinstance(names, str) else names)}
     made_as = config.architectures or []
     if getattr(config, "is_encoder_decoder", False) or (made_as and not known & set(made_as)):

@@ -16,6 +16,7 @@ import yaml
 from pyarrow import parquet
 
 from mnemoscope.contrast import Contrast
+from mnemoscope.digests import check_closed, checked, digests_of
 from mnemoscope.errors import InputError
 from mnemoscope.report.schema import AIMS
 
@@ -103,6 +104,7 @@ def read_run(folder: Path) -> Run:
     Raises:
         InputError: a file is missing, cannot be read, or lacks a column or field; one line that names the file.
     """
+    check_closed(folder)
     study_text = _read(folder / "study.yaml", lambda path: path.read_text(encoding="utf-8"))
     study = _read(folder / "study.yaml", lambda _: yaml.safe_load(study_text))
     if not isinstance(study, dict):
@@ -145,9 +147,8 @@ def read_cell(folder: Path) -> Cell:
 
 
 def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
-    """What ``reader`` makes of the file; whatever goes wrong becomes one line that names the file."""
-    if not path.is_file():
-        raise InputError(f"{path}: this file is missing; the run may not be finished")
+    """What ``reader`` makes of a file that is as its stage wrote it; what goes wrong is one line with its name."""
+    checked(path)
     try:
         return reader(path)
     except InputError:
@@ -157,8 +158,14 @@ def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
         raise InputError(f"{path}: cannot be read ({reason[:300]})") from error
 
 
+def _is_there(path: Path) -> bool:
+    """Whether a file is there, or should be."""
+    folder = path.parent.parent if path.parent.name == "records" else path.parent
+    return path.exists() or str(path.relative_to(folder)) in digests_of(folder)
+
+
 def _json(path: Path, optional: bool = False) -> dict[str, Any]:
-    if optional and not path.exists():
+    if optional and not _is_there(path):
         return {}
     value = _read(path, lambda p: json.loads(p.read_text(encoding="utf-8")))
     if not isinstance(value, dict):
@@ -169,7 +176,7 @@ def _json(path: Path, optional: bool = False) -> dict[str, Any]:
 def _table(folder: Path, name: str, optional: bool = False) -> Any:
     """A table with its declared columns; None for an optional one that is not there, else InputError."""
     path, wanted = folder / f"{name}.parquet", columns_of(name)
-    if optional and not path.exists():
+    if optional and not _is_there(path):
         return None
     present = _read(path, lambda p: parquet.read_schema(p).names)
     for column in wanted:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mnemoscope.digests import json_of
 from mnemoscope.report import words
 from mnemoscope.report.schema import Aim, Chosen, Direction, TaskResults
 from mnemoscope.report.steer import other_ways
@@ -172,7 +172,7 @@ class Summary(BaseModel):
 
 def summary_of(run: str | Path) -> Summary:
     """The summary of a run folder, from its ``results.json``."""
-    return Summary.of(json.loads((Path(run) / "results.json").read_text(encoding="utf-8")))
+    return Summary.of(json_of(Path(run) / "results.json"))
 
 
 def compare_briefs(first: dict[str, Any], second: dict[str, Any]) -> list[dict[str, Any]]:
