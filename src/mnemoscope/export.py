@@ -20,7 +20,7 @@ from torch import Tensor
 from mnemoscope.errors import InputError
 from mnemoscope.files import new_folder, write_atomically
 from mnemoscope.models import Site, core_of, layout_of, load_model, pass_inputs
-from mnemoscope.steering import Card, SteeringVector, readable
+from mnemoscope.steering import Card, SteeringVector, stored_facts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -230,7 +230,7 @@ def push(path: Path | str, repo_id: str) -> str:
     """Upload a folder, or the file of a vector or detector with its JSON and its card, to the hub; returns its address.
 
     The repository ``owner/name`` is made, private, where it does not exist. InputError where the path does not exist,
-    the JSON is damaged, or the hub cannot be reached or refuses.
+    one of the two is damaged, or the hub cannot be reached or refuses.
     """
     from huggingface_hub import HfApi
 
@@ -239,9 +239,8 @@ def push(path: Path | str, repo_id: str) -> str:
         raise InputError(f"path: {path} does not exist")
     folder, described, card = path.is_dir(), path.with_suffix(".json"), None
     if not folder and described.is_file():
-        with readable("card", described):
-            facts = json.loads(described.read_text()).get("card")
-            card = Card(**facts) if facts else None
+        facts = stored_facts("card", path)["card"]
+        card = Card(**facts) if facts else None
     try:
         HfApi().create_repo(repo_id, private=True, exist_ok=True)
         if card is not None:  # the page that the hub shows

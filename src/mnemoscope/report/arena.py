@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mnemoscope.digests import check_closed, checked, digests_of, json_of, write_marker
 from mnemoscope.errors import InputError
 from mnemoscope.files import plain, write_atomically
 from mnemoscope.statistics import Estimate, holm, mean, proportion, sign_flips
@@ -49,19 +50,24 @@ class Records:
         if not (folder / "frame.json").is_file():
             raise InputError(f"run: {folder.parent} holds no arena (it has no arena/frame.json)")
         try:
-            frame = json.loads((folder / "frame.json").read_text())
+            if folder.is_symlink():
+                raise InputError(f"run: {folder} is a link; name the run that it leads to")
+            check_closed(folder)
+            frame, listed = json_of(folder / "frame.json"), digests_of(folder)
             facts, tables, left_out = {}, {}, {}
             for name in (UNSTEERED, *frame["order"]):
-                if not (folder / f"{name}.json").is_file():
+                if f"{name}.json" not in listed:
                     continue
-                found = json.loads((folder / f"{name}.json").read_text())
+                found = json_of(folder / f"{name}.json")
                 if "left_out" in found:
                     left_out[name] = str(found["left_out"])
                     continue
                 kinds = ("answers", "texts", "neutral")
-                tables[name] = {kind: pd.read_parquet(folder / f"{name}-{kind}.parquet") for kind in kinds}
+                tables[name] = {kind: pd.read_parquet(checked(folder / f"{name}-{kind}.parquet")) for kind in kinds}
                 facts[name] = found
-            return cls(frame, pd.read_parquet(folder / "set.parquet"), facts, tables, left_out)
+            return cls(frame, pd.read_parquet(checked(folder / "set.parquet")), facts, tables, left_out)
+        except InputError:
+            raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(f"run: the records in {folder} cannot be read ({reason})") from error
@@ -100,7 +106,7 @@ def build_arena(run: Path, beside: Sequence[Path] = ()) -> Path:
 
     results = results_of(Records.of(run / "arena"))
     text = json.dumps(plain(results), indent=1, allow_nan=False) + "\n"
-    write_atomically(run / "arena" / "results.json", text.encode())
+    write_marker(run / "arena", "report", [write_atomically(run / "arena" / "results.json", text.encode())])
     others = [results_of(Records.of(other / "arena")) for other in beside]
     return write_atomically(run / "arena.html", render_arena([results, *others]).encode())
 
