@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STUDY ?= quickstart
 OUT ?= runs/$(STUDY)
 
-.PHONY: study test test-fast check format docs clean
+.PHONY: study test test-fast attack check format docs clean
 
 study: $(VENV)/.installed
 	$(BIN)/mnemoscope run $(STUDY) --out $(OUT)
@@ -16,6 +16,9 @@ test: $(VENV)/.installed-dev
 
 test-fast: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(PYTEST)
+
+attack: $(VENV)/.installed-dev
+	MNEMOSCOPE_ATTACK=whole OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/attack $(PYTEST)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check

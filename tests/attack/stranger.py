@@ -1,0 +1,99 @@
+"""Run every command on a run folder and open it in the playground, with witnesses of what is executed and read.
+
+Called as ``stranger.py RUN OUTSIDE``. Prints a JSON object: ``said`` by each command, and ``seen`` of what must not be:
+code of the folder that is imported or executed, programs that are started, files outside of it that are opened (by
+audit events of Python and, for libraries that open files themselves, by the system's own watch on the folder).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import json
+import os
+import sys
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from pathlib import Path
+from typing import Any
+
+IN_ACCESS, IN_OPEN = 0x1, 0x20
+run, outside = (Path(argument).resolve() for argument in sys.argv[1:])
+seen: list[str] = []
+watching = False
+
+
+def witness(event: str, arguments: tuple[Any, ...]) -> None:
+    if not watching:
+        return
+    text = str(arguments)
+    if event in ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "socket.connect"):
+        seen.append(f"{event} {text[:200]}")
+    if event in ("import", "exec", "pickle.find_class") and ("stranger_code" in text or str(run) in text):
+        seen.append(f"{event} {text[:200]}")
+    if event == "open" and str(outside) in text:
+        seen.append(f"{event} {text[:200]}")
+
+
+def watch(folder: Path) -> int:
+    """A descriptor that tells every access to a folder and the files in it, whoever makes it in this process."""
+    libc = ctypes.CDLL(None)
+    descriptor = libc.inotify_init1(os.O_NONBLOCK)
+    for path in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
+        assert libc.inotify_add_watch(descriptor, str(path).encode(), IN_ACCESS | IN_OPEN) >= 0
+    return int(descriptor)
+
+
+def told(*arguments: str) -> str:
+    """What a command says, and its exit code."""
+    from mnemoscope.cli import main
+
+    sys.argv = ["mnemoscope", *arguments]
+    text = io.StringIO()
+    with redirect_stdout(text), redirect_stderr(text):
+        try:
+            main()
+            code: object = 0
+        except SystemExit as error:
+            code = error.code
+    return f"{code} {text.getvalue()}"
+
+
+def played() -> str:
+    """What the playground answers about the run."""
+    from mnemoscope.errors import InputError
+    from mnemoscope.web.app import build_app
+    from playground import TOKEN, client_of
+
+    try:
+        build_app(run.parent, TOKEN, run.name, siblings=False)
+    except InputError as error:
+        return str(error)
+    cell = f"/api/runs/{run.name}/cells/addition-0"
+    asked = {"question": {"prompt": "12+34="}, "steering": {"toward": "generalized", "method": "nmd"}}
+    with client_of(run.parent) as client:
+        found = [client.get(path) for path in ("/", "/runs", f"/runs/{run.name}/report", "/api/runs", cell)]
+        found += [client.get(f"{cell}/{path}") for path in ("questions", "neurons")]
+        found.append(client.post(f"{cell}/ask", json=asked))
+    return json.dumps([(answer.status_code, answer.text) for answer in found])
+
+
+import torch  # noqa: E402, F401  what the package imports itself is no part of what a folder makes it do
+from fastapi.testclient import TestClient  # noqa: E402, F401
+
+import mnemoscope.face  # noqa: E402
+import mnemoscope.web.app  # noqa: E402, F401
+
+sys.addaudithook(witness)
+descriptor, watching = watch(outside), True
+model, prompt = str(run / "cells" / "addition-0" / "model"), "12+34="
+said = {
+    "report": told("report", str(run)),
+    "detect": told("detect", model, "--from", str(run), prompt),
+    "steer": told("steer", model, "--from", str(run), "--toward", "generalized", prompt),
+    "export": told("export", str(run), "--toward", "generalized", "--to", "gguf", "-o", str(run.parent / "out.gguf")),
+    "playground": played(),
+}
+watching = False
+with suppress(BlockingIOError):  # nothing was read
+    seen.append(f"outside was read: {os.read(descriptor, 4096)!r}")
+print(json.dumps({"said": said, "seen": seen}))
