@@ -70,13 +70,17 @@ def checked(path: Path) -> Path:
 
     Raises InputError where it is missing, no marker names it, it has changed since, or is a link out of its folder.
     """
-    folder = next((above for above in list(path.parents)[:DEEPEST] if (above / STAGES).is_dir()), path.parent)
-    digest = digests_of(folder).get(str(path.relative_to(folder)))
+    folder, digest = _known(path)
     if digest is None:
         what = "is named by no finished stage" if path.is_file() else "is missing"
         raise InputError(f"{path}: this file {what}; the run may not be finished")
     _check(path, folder, digest)
     return path
+
+
+def is_there(path: Path) -> bool:
+    """Whether a file of a run, which not every run has, is there or should be; InputError as ``checked``."""
+    return path.exists() or _known(path)[1] is not None
 
 
 def digests_of(folder: Path) -> dict[str, str]:
@@ -85,6 +89,12 @@ def digests_of(folder: Path) -> dict[str, str]:
     for path in sorted((folder / STAGES).glob("[!.]*.json")):
         found |= read_marker(path)["files"]
     return found
+
+
+def _known(path: Path) -> tuple[Path, str | None]:
+    """The folder whose stages wrote a file, and its digest, if a marker names it."""
+    folder = next((above for above in list(path.parents)[:DEEPEST] if (above / STAGES).is_dir()), path.parent)
+    return folder, digests_of(folder).get(str(path.relative_to(folder)))
 
 
 def json_of(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mnemoscope.behaviour import PLAIN, Asking, Prompting, check_known, complete, phrase_of, states_at_the_end
 from mnemoscope.detect import Detector, Reading
-from mnemoscope.digests import check_closed, checked, digests_of, json_of
+from mnemoscope.digests import check_closed, checked, is_there, json_of
 from mnemoscope.errors import InputError
 from mnemoscope.steering import OPPOSITE, Binding, SteeringVector, Toward, best_paths
 
@@ -279,8 +279,7 @@ def _artefacts(source: Path, found: Binding) -> tuple[dict[Toward, SteeringVecto
     cell = _cell(source, found)
     vectors = [SteeringVector.load(path) for path in best_paths(cell).values()]
     paths = [cell / f"{name}.safetensors" for name in ("detector", "detector_below")]
-    listed = digests_of(cell)
-    detector, lower = (Detector.load(checked(p)) if p.name in listed or p.is_file() else None for p in paths)
+    detector, lower = (Detector.load(checked(path)) if is_there(path) else None for path in paths)
     return {vector.toward: vector for vector in vectors}, detector, lower
 
 

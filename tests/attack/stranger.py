@@ -1,8 +1,8 @@
-"""Run every command on a run folder and open it in the playground, with witnesses of what is executed and read.
+"""Run every command on run folders and open them in the playground, with witnesses of what is executed and read.
 
-Called as ``stranger.py RUN OUTSIDE``. Prints a JSON object: ``said`` by each command, and ``seen`` of what must not be:
-code of the folder that is imported or executed, programs that are started, files outside of it that are opened (by
-audit events of Python and, for libraries that open files themselves, by the system's own watch on the folder).
+Called as ``stranger.py OUTSIDE RUN...``. Prints a JSON object, by run: ``said`` by each command, and ``seen`` of what
+must not be: code of the folder that is imported or executed, programs that are started, files outside of it that are
+opened (by audit events of Python and, for libraries that open files themselves, by the system's watch on the folder).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 IN_ACCESS, IN_OPEN = 0x1, 0x20
-run, outside = (Path(argument).resolve() for argument in sys.argv[1:])
+outside, *runs = (Path(argument).resolve() for argument in sys.argv[1:])
+folders = runs[0].parents[1]
 seen: list[str] = []
 watching = False
 
@@ -25,10 +26,11 @@ watching = False
 def witness(event: str, arguments: tuple[Any, ...]) -> None:
     if not watching:
         return
-    text = str(arguments)
+    text = str(arguments[:2])  # of an import its name and file, without the path where modules are looked for
     if event in ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "socket.connect"):
         seen.append(f"{event} {text[:200]}")
-    if event in ("import", "exec", "pickle.find_class") and ("stranger_code" in text or str(run) in text):
+    strange = "stranger_code" in text or str(folders) in text
+    if strange and event in ("import", "exec", "pickle.find_class"):
         seen.append(f"{event} {text[:200]}")
     if event == "open" and str(outside) in text:
         seen.append(f"{event} {text[:200]}")
@@ -58,16 +60,10 @@ def told(*arguments: str) -> str:
     return f"{code} {text.getvalue()}"
 
 
-def played() -> str:
-    """What the playground answers about the run."""
-    from mnemoscope.errors import InputError
-    from mnemoscope.web.app import build_app
-    from playground import TOKEN, client_of
+def played(run: Path) -> str:
+    """What the playground answers about a run."""
+    from playground import client_of
 
-    try:
-        build_app(run.parent, TOKEN, run.name, siblings=False)
-    except InputError as error:
-        return str(error)
     cell = f"/api/runs/{run.name}/cells/addition-0"
     asked = {"question": {"prompt": "12+34="}, "steering": {"toward": "generalized", "method": "nmd"}}
     with client_of(run.parent) as client:
@@ -84,16 +80,20 @@ import mnemoscope.face  # noqa: E402
 import mnemoscope.web.app  # noqa: E402, F401
 
 sys.addaudithook(witness)
-descriptor, watching = watch(outside), True
-model, prompt = str(run / "cells" / "addition-0" / "model"), "12+34="
-said = {
-    "report": told("report", str(run)),
-    "detect": told("detect", model, "--from", str(run), prompt),
-    "steer": told("steer", model, "--from", str(run), "--toward", "generalized", prompt),
-    "export": told("export", str(run), "--toward", "generalized", "--to", "gguf", "-o", str(run.parent / "out.gguf")),
-    "playground": played(),
-}
-watching = False
-with suppress(BlockingIOError):  # nothing was read
-    seen.append(f"outside was read: {os.read(descriptor, 4096)!r}")
-print(json.dumps({"said": said, "seen": seen}))
+descriptor, found = watch(outside), {}
+for run in runs:
+    model, prompt, watching = str(run / "cells" / "addition-0" / "model"), "12+34=", True
+    seen.clear()
+    out = str(run.parent / "out.gguf")
+    said = {
+        "report": told("report", str(run)),
+        "detect": told("detect", model, "--from", str(run), prompt),
+        "steer": told("steer", model, "--from", str(run), "--toward", "generalized", prompt),
+        "export": told("export", str(run), "--toward", "generalized", "--to", "gguf", "-o", out),
+        "playground": played(run),
+    }
+    watching = False
+    with suppress(BlockingIOError):  # nothing was read
+        seen.append(f"outside was read: {os.read(descriptor, 4096)!r}")
+    found[run.parent.name] = {"said": said, "seen": list(seen)}
+print(json.dumps(found))

@@ -37,26 +37,33 @@ class Bomb:
         return os.system, ("true stranger_code",)
 
 
-@pytest.fixture
-def outside(tmp_path: Path) -> Path:
-    """What lies outside of the run, and is nobody's business."""
-    folder = tmp_path / "outside"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def outside(tmp_path_factory: pytest.TempPathFactory, mini_run: Path) -> Path:
+    """What lies outside of the runs, and is nobody's business."""
+    folder = tmp_path_factory.mktemp("elsewhere") / "outside"
+    for name in ("model", "vectors"):
+        shutil.copytree(mini_run / CELL / name, folder / name)
     (folder / "secret.jsonl").write_text(json.dumps({"item": SECRET, "prompt": SECRET, "answer": SECRET}))
     return folder
 
 
+def strange(mini_run: Path, folder: Path) -> Path:
+    """A copy of a run with code in it, which anybody who looks for modules there would import."""
+    run = shutil.copytree(mini_run, folder)
+    (run / "stranger_code.py").write_text("raise SystemExit('executed')")
+    for bomb in ("model/pytorch_model.bin", "model/training_args.bin", "records/pairs.pkl"):
+        (run / CELL / bomb).write_bytes(pickle.dumps(Bomb()))
+    return run
+
+
 @pytest.fixture
-def hostile(mini_run: Path, tmp_path: Path, outside: Path) -> Path:
-    """A copy of a run with code in it that anybody who looks for modules there would import; one of a pair."""
-    for name in ("theirs", "sibling"):
-        run = shutil.copytree(mini_run, tmp_path / "runs" / name)
-        (run / "stranger_code.py").write_text("raise SystemExit('executed')")
-        for bomb in ("model/pytorch_model.bin", "model/training_args.bin", "records/pairs.pkl"):
-            (run / CELL / bomb).write_bytes(pickle.dumps(Bomb()))
-    shutil.copytree(run / CELL / "model", outside / "model")
-    shutil.copytree(run / CELL / "vectors", outside / "vectors")
-    return tmp_path / "runs" / "theirs"
+def hostile(mini_run: Path, tmp_path: Path) -> Path:
+    """One of a pair of such runs, with markup in all that is shown."""
+    for name in ("sibling", "theirs"):
+        run = strange(mini_run, tmp_path / "runs" / name)
+        markup(run, tmp_path)
+        marked(run)
+    return run
 
 
 def marked(run: Path) -> None:
@@ -143,13 +150,16 @@ POISONS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
         study(lambda c, _: c.update(task="os:system", options={"command": "true"})),
         "task: ",
     ),
-    "a task of its own": (study(lambda c, _: c.update(task="stranger_code:Task", options={})), "task: 'stranger_code:"),
+    "a task of its own": (study(lambda c, _: c.update(task="stranger_code:Task", options={})), "is no built-in task"),
     "a part of its own": (
         study(lambda c, _: c.update(task="joint", options={"parts": {"stranger_code:Task": {}}})),
-        "task: 'stranger_code:Task' is no built-in",
+        "is no built-in task",
     ),
     "a model elsewhere": (study(lambda c, o: c["model"].update(folder=str(o / "model"))), "--model"),
-    "data elsewhere": (study(lambda c, o: c.update(task="jsonl", options={"file": str(o / "secret.jsonl")})), "file: "),
+    "data elsewhere": (
+        study(lambda c, o: c.update(task="jsonl", options={"file": str(o / "secret.jsonl")})),
+        "cannot be read",
+    ),
     "a cell elsewhere": (study(lambda c, o: c["model"].update(cell=f"../../{o.name}")), "model.cell"),
     "a linked table": (link(f"{CELL}/records/behaviour.parquet", "secret.jsonl"), "is a link that leads out"),
     "a linked model": (link(f"{CELL}/model", "model"), "is a link that leads out"),
@@ -163,35 +173,41 @@ POISONS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", POISONS)
-def test_a_hostile_folder_executes_nothing_and_reads_nothing_outside(
-    hostile: Path, outside: Path, tmp_path: Path, name: str
-) -> None:
-    poison, message = POISONS[name]
-    poison(hostile, outside)
-    marked(hostile)
-    before = {path: path.read_bytes() for path in outside.rglob("*") if path.is_file()}
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(hostile)]), "HF_HUB_OFFLINE": "1"}
-    script = Path(__file__).with_name("stranger.py")
-    command = [sys.executable, str(script), str(hostile), str(outside)]
-    done = subprocess.run(
-        command, env=environment, cwd=hostile, capture_output=True, text=True, timeout=300, check=False
-    )
+@pytest.fixture(scope="module")
+def verdicts(mini_run: Path, outside: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """By poison, what every command said of such a run, and what its witnesses saw; one child process for all."""
+    folder = tmp_path_factory.mktemp("runs")
+    runs = {name: strange(mini_run, folder / f"case-{number}" / "run") for number, name in enumerate(POISONS)}
+    for name, run in runs.items():
+        POISONS[name][0](run, outside)
+        marked(run)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, *map(str, runs.values())])}
+    environment |= {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(Path(__file__).with_name("stranger.py")), str(outside), *map(str, runs.values())]
+    done = subprocess.run(command, env=environment, cwd=run, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["seen"] == []
-    assert SECRET not in done.stdout
-    assert message in done.stdout
-    assert "Traceback" not in done.stdout
-    assert {path: path.read_bytes() for path in outside.rglob("*") if path.is_file()} == before
-    if name == "markup":
-        assert "<script" not in (hostile / "report.html").read_text(), "the report was written anew"
+    page = (runs["markup"] / "report.html").read_text()
+    return {name: found[run.parent.name] for name, run in runs.items()} | {"page": page}
+
+
+@pytest.mark.parametrize("name", POISONS)
+def test_a_hostile_folder_executes_nothing_and_reads_nothing_outside(verdicts: dict[str, Any], name: str) -> None:
+    said = json.dumps(verdicts[name]["said"])
+    assert verdicts[name]["seen"] == []
+    assert SECRET not in said
+    assert POISONS[name][1] in said
+    assert "Traceback" not in said
+    assert "server: " not in verdicts[name]["said"]["playground"], "no error that is not explained"
+
+
+def test_a_report_of_hostile_records_is_written_anew_and_escaped(verdicts: dict[str, Any]) -> None:
+    assert "<script" not in verdicts["page"]
+    assert "&lt;script&gt;" in verdicts["page"]
 
 
 @pytest.fixture
-def address(hostile: Path, outside: Path) -> Iterator[str]:
-    markup(hostile, outside)
-    marked(hostile)
+def address(hostile: Path) -> Iterator[str]:
     server = uvicorn.Server(uvicorn.Config(build_app(hostile.parent, TOKEN, hostile.name), port=0, log_level="error"))
     thread = Thread(target=server.run, daemon=True)
     thread.start()

@@ -16,7 +16,7 @@ import yaml
 from pyarrow import parquet
 
 from mnemoscope.contrast import Contrast
-from mnemoscope.digests import check_closed, checked, digests_of
+from mnemoscope.digests import check_closed, checked, is_there
 from mnemoscope.errors import InputError
 from mnemoscope.report.schema import AIMS
 
@@ -158,14 +158,8 @@ def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
         raise InputError(f"{path}: cannot be read ({reason[:300]})") from error
 
 
-def _is_there(path: Path) -> bool:
-    """Whether a file is there, or should be."""
-    folder = path.parent.parent if path.parent.name == "records" else path.parent
-    return path.exists() or str(path.relative_to(folder)) in digests_of(folder)
-
-
 def _json(path: Path, optional: bool = False) -> dict[str, Any]:
-    if optional and not _is_there(path):
+    if optional and not is_there(path):
         return {}
     value = _read(path, lambda p: json.loads(p.read_text(encoding="utf-8")))
     if not isinstance(value, dict):
@@ -176,7 +170,7 @@ def _json(path: Path, optional: bool = False) -> dict[str, Any]:
 def _table(folder: Path, name: str, optional: bool = False) -> Any:
     """A table with its declared columns; None for an optional one that is not there, else InputError."""
     path, wanted = folder / f"{name}.parquet", columns_of(name)
-    if optional and not _is_there(path):
+    if optional and not is_there(path):
         return None
     present = _read(path, lambda p: parquet.read_schema(p).names)
     for column in wanted:

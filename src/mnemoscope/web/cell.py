@@ -30,7 +30,7 @@ from mnemoscope.cells import Cell, cells_of
 from mnemoscope.config import load_study
 from mnemoscope.contrast import Contrast
 from mnemoscope.detect import Detector
-from mnemoscope.digests import check_closed, check_stage, checked
+from mnemoscope.digests import check_closed, check_stage, checked, is_there
 from mnemoscope.directions import with_prefixes
 from mnemoscope.errors import InputError
 from mnemoscope.models import blocks_of
@@ -113,7 +113,7 @@ class OpenedCell:
             self._records = Records.of(cell)
             contrast = Contrast.load(cell.folder / "contrast.safetensors")
             detector, binding = cell.folder / "detector.safetensors", Binding.of(*self._opened())
-            self._detector = Detector.load(detector) if detector.is_file() else None
+            self._detector = Detector.load(checked(detector)) if is_there(detector) else None
             if self._detector:
                 self._detector.check(*self._opened(), found=binding)
             self.vectors = Vectors(cell, contrast, self._asking, binding)
