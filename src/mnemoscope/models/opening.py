@@ -171,7 +171,7 @@ def file_of(folder: str | Path, name: str) -> str | None:
 
 def _check_own(folder: Path) -> None:
     """Refuse a model of a run that is not as its study wrote it, or that needs another one outside the run."""
-    if not (folder.parent / STAGES).is_dir():
+    if folder.name not in ("model", "adapter") or not (folder.parent / STAGES).is_dir():
         return
     check_closed(folder)
     check_stage(folder.parent, "train")

@@ -68,7 +68,10 @@ def keep_data(cell: Cell) -> list[Path]:
 
 def with_kept_data(cell: Cell) -> Cell:
     """The cell with the copies that ``keep_data`` made in place of the files that its options name."""
-    copies = {source: str(copy) for source, copy in _data(cell.config.options, cell.folder / DATA)}
+    copies = {
+        source: str(copy) if copy.exists() or Path(source).exists() else source  # else an id of a data set
+        for source, copy in _data(cell.config.options, cell.folder / DATA)
+    }
 
     def swapped(options: Mapping[str, Any]) -> dict[str, Any]:
         return {

@@ -253,7 +253,7 @@ def serve(
         root, first = folder.parent, folder.name
         if not (folder / "study.yaml").is_file():
             raise InputError(f"RUN: {run} is not a run folder (it has no study.yaml)")
-        if not re.match(NAME, first):
+        if not re.fullmatch(NAME, first):
             raise InputError(f"RUN: {first!r} cannot be part of an address; letters, digits and any of _.- are wanted")
         if not list(folder.glob("cells/*/records/chosen.json")):
             raise InputError(f"RUN: {run} has no cell with steering vectors yet; let its study run to its end first")

@@ -70,15 +70,15 @@ print(cell.answer(Question(prompt={prompt!r}), steering).said)
 Applied = Callable[[], AbstractContextManager[None]]
 
 
-def _closed(cell: Cell, run: Path, model: str | Path | None) -> Cell:
+def _closed(cell: Cell, model: str | Path | None) -> Cell:
     """The cell with what its configuration names outside of the run replaced by copies in it, and by a model given."""
     shape = cell.config.model
-    if not (shape.is_trained or shape.cell):
-        folder = Path(shape.folder or "")
-        if model is None and shape.folder and folder.exists() and not folder.resolve().is_relative_to(run.resolve()):
-            raise InputError(
-                f"model.folder: {folder} is outside of the run; if you trust it, give it: --model {folder}"
-            )
+    if shape.is_trained or shape.cell:
+        check_stage(cell.model_folder.parent, "train")
+    else:
+        if model is None and shape.folder and Path(shape.folder).exists():
+            what = f"model.folder: {shape.folder} is no model that the study trained"
+            raise InputError(f"{what}; if you trust it, give it: --model {shape.folder}")
         if model is not None:
             shape = shape.model_copy(update={"folder": str(model), "opened": None})
     cell = with_kept_data(cell)
@@ -104,7 +104,7 @@ class OpenedCell:
         finished = [name for name, cell in cells.items() if (cell.records / "chosen.json").is_file()]
         if name not in finished:
             raise InputError(f"cell: {name!r} is not one of {', '.join(finished) or 'none'}, which have vectors")
-        self.model, self.cell = model, _closed(cells[name], run, model)
+        self.model, self.cell = model, _closed(cells[name], model)
         cell = self.cell
         with readable("cell", cell.folder):
             for stage in ("train", "behaviour", "pairs", "steering"):

@@ -44,7 +44,7 @@ class Runs:
     def names(self) -> list[str]:
         """Names of the run folders, sorted."""
         names = sorted(path.parent.name for path in self.root.glob("*/study.yaml"))
-        return [name for name in names if re.match(NAME, name) and self.only in (None, name)]
+        return [name for name in names if re.fullmatch(NAME, name) and self.only in (None, name)]
 
     def folder(self, name: str, field: str = "run") -> Path:
         """The folder of a run; InputError, which names the field, where there is no run of that name."""
