@@ -93,7 +93,7 @@ def test_a_model_outside_of_the_run_is_opened_only_if_it_is_given(playground_run
     files = [marker.parents[1] / name for name in read_marker(marker)["files"] if not name.startswith("model/")]
     write_marker(marker.parents[1], "train", files)
     write_marker(run, "study", [run / "study.yaml"])
-    with pytest.raises(InputError, match=rf"^model.folder: {model} is no model that the study trained; .* --model {model}"):
+    with pytest.raises(InputError, match=rf"^model.folder: {model} is no model that .* --model {model}"):
         OpenedCell(run, "addition-0")
     opened = OpenedCell(run, "addition-0", model)
     asked = Asked(question=Question(prompt="12+34="), steering=Steering(toward="generalized", method="nmd", neurons=3))
