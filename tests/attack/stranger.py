@@ -12,6 +12,7 @@ import io
 import json
 import os
 import sys
+import traceback
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,8 @@ def told(*arguments: str) -> str:
             code: object = 0
         except SystemExit as error:
             code = error.code
+        except Exception:  # a command that does not explain itself is found by the test
+            code = traceback.format_exc()
     return f"{code} {text.getvalue()}"
 
 

@@ -129,6 +129,8 @@ def read_cell(folder: Path) -> Cell:
     for aim in AIMS:
         if not {"best", "methods"} <= set(chosen.get(aim) or ()):
             raise InputError(f"{records / 'chosen.json'}: field {aim!r} with 'best' and 'methods' is missing")
+        if unknown := set(chosen[aim]["best"].values()) - set(chosen[aim]["methods"]):
+            raise InputError(f"{records / 'chosen.json'}: the best of {aim!r} are {sorted(unknown)}, which it has not")
     tables: dict[str, Any] = {name: _table(records, name) for name in TABLES}
     tables |= {name: _table(records, name, optional=True) for name in OPTIONAL_TABLES}
     return Cell(
