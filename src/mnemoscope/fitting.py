@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from mnemoscope.errors import InputError
 from mnemoscope.models import load_model, use_layout
 from mnemoscope.models.layout import Layout
 from mnemoscope.steering import Binding
-from mnemoscope.tasks import SPLITS, Example, Task, build_task, draw
+from mnemoscope.tasks import SPLITS, Example, Task, allow_code, build_task, draw
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -278,6 +279,7 @@ def fitting_study(
         name, options = f"{type(task).__module__}:{type(task).__name__}", {"digest": digest[:16]}
     else:
         name = str(task)
+        allow_code(name)  # it is the user who names it
     is_file = name.endswith(".jsonl")
     if is_file and not Path(name).is_file():
         raise InputError(f"task: the file {name} does not exist")
@@ -295,5 +297,6 @@ def fitting_study(
         "steering": STEERING | tried | {"positions": positions},
     }
     label = Path(name).stem if is_file else name.rpartition(":")[2]
+    label = re.sub(r"[^A-Za-z0-9_.-]+", "-", label).lstrip("_.-")[:100] or "mine"
     out = {"left_out": left_out(level)} if level else {}
     return parse_study({"study": "fit", "threads": threads, "cells": {label: cell}, **out})

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from mnemoscope.cli.shared import (
+    AllowCode,
     AsChat,
     AsJson,
     DeviceMap,
@@ -42,12 +43,15 @@ def run(
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: as processors allow.")] = None,
     executor: Annotated[str, typer.Option(help="local, or ray: every cell is a task of a Ray cluster.")] = "local",
     address: Annotated[str | None, typer.Option(help="Of the Ray cluster; default: this machine alone.")] = None,
+    allow_code: AllowCode = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a study, or go on with one, and build its report."""
     from mnemoscope.config import load_study, opened_before
     from mnemoscope.study import run_study
+    from mnemoscope.tasks import allow_code as allow
 
+    allow(*allow_code or ())
     config = load_study(study, overrides, seeds)
     folder, notes = out or Path("runs") / config.study, [f"warning: {line}" for line in opened_before(config)]
     with progress(as_json, notes) as tell:
@@ -134,8 +138,9 @@ def check(
     from mnemoscope.behaviour import Asking, Prompting
     from mnemoscope.check import check_task
     from mnemoscope.files import dumped
-    from mnemoscope.tasks import build_task
+    from mnemoscope.tasks import allow_code, build_task
 
+    allow_code(task)  # it is the user who names it
     is_file = task.endswith(".jsonl")
     made = build_task("jsonl" if is_file else task, options(option) | ({"file": task} if is_file else {}), 0)
     opened, tokenizer = _open(model, dtype, layout, device_map)
@@ -198,9 +203,10 @@ def data(
     import numpy as np
 
     from mnemoscope.files import write_atomically
-    from mnemoscope.tasks import KINDS, build_task
+    from mnemoscope.tasks import KINDS, allow_code, build_task
     from mnemoscope.tasks.jsonl import write_jsonl
 
+    allow_code(task)  # it is the user who names it
     made = build_task(task, options(option), seed)
     rng = np.random.default_rng([seed, 4])
     lines = []
@@ -371,6 +377,9 @@ def export(
 def serve(
     run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run folder; default: those in runs/.")] = None,
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    siblings: Annotated[bool, typer.Option("--siblings", help="Show the runs beside RUN too.")] = False,
+    model: Annotated[str | None, typer.Option(help="Of a run that did not train one: its folder or hub id.")] = None,
+    allow_code: AllowCode = None,
 ) -> None:
     """Open the playground: ask a model in the browser, and steer its answers.
 
@@ -378,6 +387,7 @@ def serve(
     forward the port (ssh -L 8000:127.0.0.1:8000 USER@MACHINE) and open the same address there.
     """
     from mnemoscope.errors import InputError
+    from mnemoscope.tasks import allow_code as allow
 
     # The pages say that nothing leaves this machine, so nothing is downloaded.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -385,7 +395,8 @@ def serve(
         from mnemoscope.web.app import serve
     except ImportError as error:
         raise InputError("serve: needs FastAPI and uvicorn: pip install 'mnemoscope[web]'") from error
-    serve(run, port, lambda address: typer.echo(address, err=True))
+    allow(*allow_code or ())
+    serve(run, port, lambda address: typer.echo(address, err=True), siblings, model)
 
 
 def _verdict(row: dict[str, Any], layer: int) -> str:

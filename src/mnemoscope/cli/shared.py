@@ -26,6 +26,10 @@ Force = Annotated[bool, _opening("--force", help="Accept what was fitted on anot
 AsChat = Annotated[bool, _formatting("--chat", help="By the chat template of the tokenizer.")]
 Reply = Annotated[str, _formatting(help="With --chat: how the reply begins; the model continues it.")]
 Given = Annotated[list[str] | None, typer.Option(help="NAME=VALUE: an option of the task, as hops=2.")]
+AllowCode = Annotated[
+    list[str] | None,
+    typer.Option(help="package.module:Class of a task of yours: its code is run. May be repeated; no file allows one."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
 
 

@@ -29,7 +29,7 @@ from mnemoscope.models.layout import (
     width_of,
     with_states,
 )
-from mnemoscope.models.opening import PACKAGED, QUANTIZED, context_length, end_ids, load_model
+from mnemoscope.models.opening import PACKAGED, QUANTIZED, context_length, end_ids, layers_of, load_model
 from mnemoscope.models.passes import (
     PLAINLY,
     has_known_rows,
