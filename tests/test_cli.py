@@ -136,7 +136,9 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert (code, stdout, stderr.count("\n")) == (2, "", 1)
     assert stderr.startswith("error: ")
     assert message in stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"mini.yaml", "unclosed.yaml", "words.yaml"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"{name}.yaml" for name in ("mini", "unclosed", "words", *LEAVING)
+    }
 
 
 def test_what_a_refused_run_found_is_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
