@@ -23,6 +23,7 @@ from mnemoscope.errors import InputError
 from mnemoscope.models import load_model, use_layout
 from mnemoscope.models.layout import Layout
 from mnemoscope.steering import Binding
+from mnemoscope.strict import read_text
 from mnemoscope.tasks import SPLITS, Example, Task, allow_code, build_task, draw
 
 if TYPE_CHECKING:
@@ -185,7 +186,7 @@ def _within(
     out: Path,
 ) -> StudyConfig:
     """The study that leaves out least and ends within ``seconds`` of ``began``, or that which a run folder holds."""
-    before = (out / "study.yaml").read_text() if (out / "study.yaml").is_file() else None
+    before = read_text(out / "study.yaml", "out") if (out / "study.yaml").is_file() else None
     for config in levels:
         if dump_study(config) == before:
             return config

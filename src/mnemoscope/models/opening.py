@@ -186,7 +186,7 @@ def _check_parts(folder: str | Path, source: str | Path) -> None:
         return
     try:
         names = {Path(name) for name in json.loads(Path(listed).read_text())["weight_map"].values()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _refused(source, error) from error
     for name in sorted(names):
         if name.is_absolute() or ".." in name.parts:
