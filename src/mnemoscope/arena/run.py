@@ -111,8 +111,10 @@ class _Run:
 
     def go(self, methods: Sequence[str] | None) -> None:
         """Run what is not done yet."""
-        with made(self.folder), undone_if_refused(self.folder, lambda: self._done(UNSTEERED)):
-            self._go(methods)
+        with made(self.folder):
+            check_closed(self.folder)
+            with undone_if_refused(self.folder, lambda: self._done(UNSTEERED)):
+                self._go(methods)
 
     def _go(self, methods: Sequence[str] | None) -> None:
         self._check_folder()
@@ -205,7 +207,6 @@ class _Run:
         }
 
     def _check_folder(self) -> None:
-        check_closed(self.folder)
         if not (self.folder / STAGES / "frame.json").is_file():
             return
         before = read_json(intact(self.folder / "frame.json"), FrameFacts)
