@@ -148,7 +148,7 @@ def markup(run: Path, outside: Path) -> None:
 POISONS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "a task that is a function": (
         study(lambda c, _: c.update(task="os:system", options={"command": "true"})),
-        "task: ",
+        "is no built-in task",
     ),
     "a task of its own": (study(lambda c, _: c.update(task="stranger_code:Task", options={})), "is no built-in task"),
     "a part of its own": (
