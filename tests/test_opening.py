@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 from families import tiny, tokenizer
+from mnemoscope.digests import write_marker
 from mnemoscope.errors import InputError
 from mnemoscope.models import PACKAGED, load_model
 from mnemoscope.models.opening import Packaged
@@ -280,3 +281,22 @@ def test_bad_input_to_doctor_is_one_line(tmp_path: Path, arguments: list[str], l
     code, _, err = call("doctor", str(saved(tmp_path)), *arguments)
     assert (code, len(err.strip().splitlines())) == (2, 1)
     assert line in err
+
+
+def test_a_model_of_a_run_is_as_its_study_wrote_it(tmp_path: Path) -> None:
+    cell = tmp_path / "cell"
+    model = saved(cell / "model")
+    write_marker(cell, "train", model.glob("*"))
+    load_model(model)
+    (model / "more.json").write_text("{}")
+    with pytest.raises(InputError, match=r"more\.json: this file is named by no finished stage"):
+        load_model(model)
+    (model / "more.json").unlink()
+    (model / "config.json").write_text((model / "config.json").read_text() + " ")
+    with pytest.raises(InputError, match=r"config\.json: is damaged"):
+        load_model(model)
+    model.rename(tmp_path / "elsewhere")
+    model.symlink_to(tmp_path / "elsewhere")
+    write_marker(cell, "train", [])
+    with pytest.raises(InputError, match="model: is a link that leads out of the folder"):
+        load_model(model)

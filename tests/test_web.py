@@ -256,7 +256,11 @@ def test_a_damaged_run_hides_no_other(playground_runs: Path, tmp_path: Path) -> 
     (tmp_path / "second" / "cells" / "addition-0" / "contrast.safetensors").unlink()
     with client_of(tmp_path) as client:
         assert client.get("/runs").status_code == 200
-        assert [bool(run["tasks"]) for run in client.get("/api/runs").json()] == [True, False]
+        listed = client.get("/api/runs").json()
+        assert [bool(run["tasks"]) for run in listed] == [True, False]
+        assert listed[0]["damaged"] is None
+        assert "results.json: is damaged" in listed[1]["damaged"]
+        assert "results.json: is damaged" in client.get("/runs").text
         for _ in range(2):
             assert error_of(client.get("/api/runs/second/cells/addition-0"))[0] == "cell"
         assert client.get(CELL).status_code == 200

@@ -76,6 +76,7 @@ def playground(run: Path) -> Any:
         answers += [client.get(f"{CELL}/{path}") for path in ("questions", "neurons")]
         answers += [client.post(f"{CELL}/ask", json=one) for one in asked]
     refused = [answer.text for answer in answers if answer.status_code != 200]
+    refused += [run["damaged"] for run in answers[2].json() if run["damaged"]]
     if refused:
         assert all(answer.status_code == 422 for answer in answers if answer.status_code != 200), refused
         raise InputError(" ".join(refused))

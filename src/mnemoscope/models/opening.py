@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
-from mnemoscope.digests import STAGES, check_closed, check_stage
+from mnemoscope.digests import STAGES, check_closed, check_stage, checked
 from mnemoscope.errors import InputError
 from mnemoscope.models.caches import arguments_of
 from mnemoscope.models.layout import Layout, core_of, use_layout
@@ -173,8 +173,10 @@ def _check_own(folder: Path) -> None:
     """Refuse a model of a run that is not as its study wrote it, or that needs another one outside the run."""
     if folder.name not in ("model", "adapter") or not (folder.parent / STAGES).is_dir():
         return
-    check_closed(folder)
+    check_closed(folder.parent)
     check_stage(folder.parent, "train")
+    for path in sorted(folder.glob("*")):
+        checked(path)
     if (folder / "adapter_config.json").exists() and folder.name == "model":
         raise InputError(f"model: {folder} holds an adapter, where a study writes a whole model")
 

@@ -70,12 +70,22 @@ print(cell.answer(Question(prompt={prompt!r}), steering).said)
 Applied = Callable[[], AbstractContextManager[None]]
 
 
+def _check_stages(cell: Cell) -> None:
+    """Raises InputError where a stage that is read here has not finished, or its files have changed since."""
+    own, shape = cell.folder, cell.config.model
+    stages = [(own, name) for name in ("train", "behaviour", "pairs", "steering")]
+    stages += [(cell.model_folder.parent, "train")] if shape.is_trained or shape.cell else []
+    try:
+        for folder, stage in stages:
+            check_stage(folder, stage)
+    except InputError as error:
+        raise InputError(f"cell: {error}") from error
+
+
 def _closed(cell: Cell, model: str | Path | None) -> Cell:
     """The cell with what its configuration names outside of the run replaced by copies in it, and by a model given."""
     shape = cell.config.model
-    if shape.is_trained or shape.cell:
-        check_stage(cell.model_folder.parent, "train")
-    else:
+    if not (shape.is_trained or shape.cell):
         if model is None and shape.folder and Path(shape.folder).exists():
             what = f"model.folder: {shape.folder} is no model that the study trained"
             raise InputError(f"{what}; if you trust it, give it: --model {shape.folder}")
@@ -106,9 +116,8 @@ class OpenedCell:
             raise InputError(f"cell: {name!r} is not one of {', '.join(finished) or 'none'}, which have vectors")
         self.model, self.cell = model, _closed(cells[name], model)
         cell = self.cell
+        _check_stages(cell)
         with readable("cell", cell.folder):
-            for stage in ("train", "behaviour", "pairs", "steering"):
-                check_stage(cell.folder, stage)
             self._asking = replace(cell_model(cell), batch_size=16)
             self._records = Records.of(cell)
             contrast = Contrast.load(cell.folder / "contrast.safetensors")

@@ -79,9 +79,12 @@ class Runs:
 
     def facts(self, name: str) -> RunFacts:
         """What the list of runs shows of one."""
-        results, tasks = self.results(name), plain(self.brief(name))
-        study = str(results.get("study", "")) or None
-        return RunFacts(run=name, study=study, finished=bool(results), cells=self.cells(name), tasks=tasks)
+        try:
+            results, tasks, damaged = self.results(name), plain(self.brief(name)), None
+        except InputError as error:  # it hides no other run
+            results, tasks, damaged = {}, {}, str(error)
+        study, cells = str(results.get("study", "")) or None, self.cells(name)
+        return RunFacts(run=name, study=study, finished=bool(results), cells=cells, tasks=tasks, damaged=damaged)
 
 
 def _one_of(field: str, name: str, known: list[str]) -> str:
