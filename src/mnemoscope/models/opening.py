@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
-from mnemoscope.digests import STAGES, check_closed, check_stage, checked
+from mnemoscope.digests import STAGES, check_closed, check_stage, intact
 from mnemoscope.errors import InputError
 from mnemoscope.models.caches import arguments_of
 from mnemoscope.models.layout import Layout, core_of, use_layout
@@ -176,7 +176,7 @@ def _check_own(folder: Path) -> None:
     check_closed(folder.parent)
     check_stage(folder.parent, "train")
     for path in sorted(folder.glob("*")):
-        checked(path)
+        intact(path)
     if (folder / "adapter_config.json").exists() and folder.name == "model":
         raise InputError(f"model: {folder} holds an adapter, where a study writes a whole model")
 
