@@ -218,7 +218,7 @@ def address(hostile: Path) -> Iterator[str]:
     thread.join(timeout=30)
 
 
-def test_nothing_of_a_hostile_folder_runs_in_a_browser(address: str, browser: Any) -> None:
+def test_nothing_of_a_hostile_folder_runs_in_a_browser(address: str, hostile: Path, browser: Any) -> None:
     tab = browser.new_page()
     tab.set_default_timeout(60_000)
     asked: list[str] = []
@@ -235,6 +235,12 @@ def test_nothing_of_a_hostile_folder_runs_in_a_browser(address: str, browser: An
         tab.wait_for_timeout(1000)
         assert tab.evaluate("typeof window.broken") == "undefined", path
         assert tab.url == address + path, "no page leads away"
+    assert "has a report that mnemoscope did not write" in tab.content()
+    (hostile / "report.html").write_text(f"<p>{MARKUP}</p>")
+    marked(hostile)
+    tab.goto(f"{address}/runs/theirs/report")
+    assert tab.locator("script").count() == 1
+    assert tab.evaluate("typeof window.broken") == "undefined"
     assert [url for url in asked if not url.startswith((address, "data:"))] == []
     tab.close()
 

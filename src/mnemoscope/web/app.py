@@ -40,10 +40,9 @@ LOOPBACK = "127.0.0.1"
 PATIENCE = 2  # seconds for requests in progress, once the server is asked to stop
 HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
 NOTHING_ELSE = "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
-# Of a page that came with a run: no scripts, no forms, nothing loaded, no way to another page but by a link.
-INLINE = (
-    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'; base-uri 'none'; sandbox"
-)
+# Of a page that came with a run: none of its scripts (those of a browser's own tools run), no forms, nothing loaded.
+INLINE = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'; base-uri 'none'; "
+INLINE += "sandbox allow-scripts"
 OUTER = ("body", "path", "query", "question", "steering")  # as the library names fields, these are left out
 LARGEST_BODY = 64 * 1024  # bytes
 OPEN = ("/report.css", "/static/playground.css", "/static/icon.svg")  # the page that asks for the token needs them
@@ -161,7 +160,9 @@ def report(request: Request, run: str) -> FileResponse:
     path = request.app.state.runs.folder(run) / "report.html"
     if not path.is_file():
         raise InputError(f"run: {run} has no report yet")
-    return FileResponse(intact(path), media_type="text/html", headers={"Content-Security-Policy": INLINE})
+    if b"http-equiv" in intact(path).read_bytes().lower():  # no policy keeps a page from leading to another by itself
+        raise InputError(f"run: {run} has a report that mnemoscope did not write; rebuild it: mnemoscope report")
+    return FileResponse(path, media_type="text/html", headers={"Content-Security-Policy": INLINE})
 
 
 @router.get("/report.css")
