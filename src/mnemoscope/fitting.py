@@ -60,15 +60,15 @@ MEASURED: dict[str, Any] = {
     "neutral": {"cuts": 32, "texts": 16, "length": 48, "doses": [0.5, 1.0]},
 }
 
-# Of the time of a fit, by stage (docs/BENCHMARKS.md).
+# Of the time of a fit, by stage: rough, of one run each on two models beside other work.
 SHARES = {"train": 0.05, "behaviour": 0.06, "pairs": 0.26, "probes": 0.04, "steering": 0.47, "effects": 0.06}
 SHARES |= {"detection": 0.02, "neutral": 0.03, "cards": 0.01}
 TIMED = 128  # prompts that are read to see how fast a model is
-PER_TOKEN = 9.0  # passes over each distinct token of its data that a fit takes as long as
+PER_TOKEN = 9.0  # a guess until it is timed: passes over each distinct token of its data that a fit takes as long as
 
 
 class Level(NamedTuple):
-    """A step of leaving out: what goes, beside what went before, and the share of the time that is left then."""
+    """A step of leaving out: what goes, beside what went before, and about what share of the time is left then."""
 
     without: str
     time: float
