@@ -32,6 +32,7 @@ from mnemoscope.models.layout import (
 from mnemoscope.models.opening import PACKAGED, QUANTIZED, context_length, end_ids, layers_of, load_model
 from mnemoscope.models.passes import (
     PLAINLY,
+    Precision,
     has_known_rows,
     in_precision,
     logits_at,
