@@ -101,7 +101,7 @@ def _known(path: Path) -> tuple[Path, str | None]:
 def _check(path: Path, folder: Path, digest: str) -> None:
     if not path.is_file():
         raise InputError(f"{path}: this file is missing; {AGAIN}")
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if not _where(path).is_relative_to(_where(folder)):
         raise InputError(f"{path}: is a link that leads out of its folder")
     if known_hash(path) != digest:
         raise InputError(f"{path}: is damaged (its checksum differs); {AGAIN}")
@@ -109,7 +109,7 @@ def _check(path: Path, folder: Path, digest: str) -> None:
 
 def check_closed(folder: Path) -> None:
     """Raises InputError where a folder holds a link that leads out of it, or what is neither a file nor a folder."""
-    root = folder.resolve()
+    root = _where(folder)
     for above, folders, files in os.walk(root):
         for name in (*folders, *files):
             path = Path(above) / name
@@ -117,10 +117,15 @@ def check_closed(folder: Path) -> None:
                 kind = path.lstat().st_mode
             except FileNotFoundError:  # a temporary file of a run in progress
                 continue
-            if stat.S_ISLNK(kind) and not path.resolve().is_relative_to(root):
+            if stat.S_ISLNK(kind) and not _where(path).is_relative_to(root):
                 raise InputError(f"{folder / path.relative_to(root)}: is a link that leads out of the folder")
             if not (stat.S_ISLNK(kind) or stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
                 raise InputError(f"{folder / path.relative_to(root)}: is neither a file nor a folder")
+
+
+def _where(path: Path) -> Path:
+    """Where links lead; ``Path.resolve`` raises for one that leads to itself, as some other step must say."""
+    return Path(os.path.realpath(path))
 
 
 def inside(folder: Path, name: str) -> Path:
