@@ -17,9 +17,9 @@ test: $(VENV)/.installed-dev
 test-fast: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(PYTEST)
 
-# Two thousand bad inputs and forty kills at random moments; `make test` takes a sample of both.
+# Two thousand bad inputs, flipped bits, a hostile folder and forty kills; `make test` takes a sample.
 attack: $(VENV)/.installed-dev
-	MNEMOSCOPE_ATTACK=whole OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/attack $(PYTEST)
+	MNEMOSCOPE_ATTACK=whole OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/attack $(PYTEST)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check

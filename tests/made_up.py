@@ -13,6 +13,7 @@ import pandas as pd
 import yaml
 
 from mnemoscope.contrast import Contrast
+from mnemoscope.digests import write_marker
 from mnemoscope.tasks import Example, build_task, draw
 
 LAYERS, WIDTH = 4, 48
@@ -42,7 +43,16 @@ def write_run(folder: Path, tasks: dict[str, dict[str, Any]]) -> Path:
         seeds = seeds_rows({name: options.get("seeds", 1) for name, options in tasks.items()})
         for table, rows in {"seeds": seeds, **transfer_rows(list(tasks))}.items():
             rows.to_parquet(folder / "records" / f"{table}.parquet")
+    mark(folder)
     return folder
+
+
+def mark(run: Path) -> None:
+    """Write the markers of a made-up run, with the digests that its files have now."""
+    written = [*run.glob("*.yaml"), *run.glob("manifest.json"), *run.glob("failed.json"), *run.glob("records/*")]
+    write_marker(run, "all", written)
+    for cell in run.glob("cells/*"):
+        write_marker(cell, "all", [p for p in cell.rglob("*") if p.is_file() and p.parent.name != "stages"])
 
 
 def write_json(path: Path, value: Any) -> None:

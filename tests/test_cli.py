@@ -80,6 +80,10 @@ def changed(*settings: str) -> list[str]:
     return ["run", "mini.yaml", "--out", "run", *(f"--set=cells.addition.{setting}" for setting in settings)]
 
 
+# Names of cells that would leave the run folder, by the name of a study's file.
+LEAVING = {"up": "../../escaped", "absolute": "/tmp/escaped", "inner": "a/b", "dots": "..", "long": "a" * 101}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -97,6 +101,13 @@ def changed(*settings: str) -> list[str]:
         (changed("pairs.site=head"), "cells.addition.pairs.site: Input should be 'block', 'attention', 'mlp' or"),
         (changed("steering.grids.block.tops=[0.5, 1.5]"), "tops.1: Input should be less than or equal to 1 (got 1.5)"),
         (changed("steering.grids.block.layers=[some]"), "layers.0: String should match pattern"),
+        (changed("steering.grids.block.layers=[0-2]"), "layers '0-2' do not exist in a model of 2 layers"),
+        (changed("steering.grids.block.layers=[0-9999999999]"), "layers.0: String should match pattern"),
+        (changed("effects.doses=[.nan]"), "cells.addition.effects.doses.0: Input should be a finite number (got nan)"),
+        (changed("neutral.doses=[.inf]"), "cells.addition.neutral.doses.0: Input should be a finite number (got inf)"),
+        (changed("effects.ablated=[-1]"), "cells.addition.effects.ablated.0: Input should be greater than 0 (got -1)"),
+        (["run", "mini.yaml", "--set", "study=../../escaped"], "study: String should match pattern"),
+        *((["run", f"{name}.yaml"], "[key]: String should match pattern") for name in LEAVING),
         (changed("model.heads=5"), "width 64 is not a multiple of heads 5"),
         (
             changed("model.context=12", "neutral.cuts=0"),
@@ -117,11 +128,17 @@ def test_bad_input_is_one_line_and_exit_code_2(
     monkeypatch.chdir(tmp_path)
     for name, text in (("mini", MINI_STUDY), ("unclosed", "study: [unclosed"), ("words", "just words")):
         (tmp_path / f"{name}.yaml").write_text(text)
+    for name, label in LEAVING.items():
+        study = yaml.safe_load(MINI_STUDY)
+        study["cells"] = {label: study["cells"]["addition"]}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(study))
     code, stdout, stderr = call(*arguments)
     assert (code, stdout, stderr.count("\n")) == (2, "", 1)
     assert stderr.startswith("error: ")
     assert message in stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"mini.yaml", "unclosed.yaml", "words.yaml"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"{name}.yaml" for name in ("mini", "unclosed", "words", *LEAVING)
+    }
 
 
 def test_what_a_refused_run_found_is_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,6 +197,8 @@ def test_a_file_that_is_no_contrast_is_refused_in_one_line(tmp_path: Path) -> No
         ({name: array for name, array in GOOD.items() if name != "rho"}, METADATA),
         (GOOD, None),
         (GOOD, METADATA | {"pairs": "many"}),
+        (GOOD, METADATA | {"digest": "0" * 64}),
+        (GOOD, METADATA | {"digess": "0" * 64}),  # one bit away
         (GOOD | {"rho": np.zeros((3, 2))}, METADATA),
         (GOOD | {"state_norm": np.zeros(3)}, METADATA),
         (GOOD | {"nmd": np.zeros((2, 3), dtype=np.float32)}, METADATA),

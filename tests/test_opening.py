@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 from families import tiny, tokenizer
+from mnemoscope.digests import write_marker
 from mnemoscope.errors import InputError
 from mnemoscope.models import PACKAGED, load_model
 from mnemoscope.models.opening import Packaged
@@ -113,6 +115,85 @@ def test_what_cannot_be_opened_is_one_line(
     assert "\n" not in str(error.value)
 
 
+def without(name: str) -> Callable[[dict[str, torch.Tensor]], object]:
+    return lambda weights: weights.pop(name)
+
+
+def shorten(weights: dict[str, torch.Tensor]) -> None:
+    weights["lm_head.weight"] = weights["lm_head.weight"][:-1].clone()
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "layers", "message"),
+    [
+        (
+            "llama",
+            without("model.layers.1.mlp.down_proj.weight"),
+            0,
+            r"lacks model\.layers\.1\.mlp\.down_proj",
+        ),
+        ("gpt2", without("transformer.wte.weight"), 0, r"lacks (lm_head|transformer\.wte)\.weight"),
+        ("llama", dict, 1, r"lacks model\.layers\.3\.input_layernorm\.weight, .* and 6 more;"),
+        ("llama", dict, -1, r"more weights than its configuration asks for: model\.layers\.2\."),
+        (
+            "llama",
+            lambda w: w.update({"lm_head.weight": w["lm_head.weight"][:-1].clone()}),
+            0,
+            r"another shape lm_head",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_their_configuration_are_named(
+    family: str, change: Callable[[dict[str, torch.Tensor]], object], layers: int, message: str, tmp_path: Path
+) -> None:
+    """The library would draw them at random, or leave them out, with a warning."""
+    rewritten(saved(tmp_path, family), change)
+    config = json.loads((tmp_path / "config.json").read_text())
+    if layers:
+        config["num_hidden_layers"] += layers
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=message):
+        load_model(tmp_path)
+
+
+def test_tied_weights_and_computed_buffers_may_be_saved_or_not(tmp_path: Path) -> None:
+    def with_both(weights: dict[str, torch.Tensor]) -> None:
+        weights["lm_head.weight"] = weights["transformer.wte.weight"].clone()
+
+    rewritten(saved(tmp_path / "tied", "gpt2"), with_both)
+    load_model(tmp_path / "tied")
+    buffer = "model.rotary_emb.inv_freq"
+    rewritten(saved(tmp_path / "rotary"), lambda weights: weights.update({buffer: torch.ones(4)}))
+    load_model(tmp_path / "rotary")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_an_adapter_with_a_missing_weight_is_refused(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    saved(tmp_path / "base")
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = get_peft_model(tiny("llama"), lora).eval()
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    tokenizer().save_pretrained(tmp_path / "adapter")
+    load_model(tmp_path / "adapter")
+    rewritten(tmp_path / "adapter", lambda weights: weights.popitem(), "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"adapter lacks .*lora_[AB]"):
+        load_model(tmp_path / "adapter")
+    rewritten(tmp_path / "base", without("model.norm.weight"))
+    with pytest.raises(InputError, match=r"base lacks model\.norm\.weight"):
+        load_model(tmp_path / "adapter")
+
+
+def rewritten(
+    folder: Path, change: Callable[[dict[str, torch.Tensor]], object], name: str = "model.safetensors"
+) -> None:
+    weights = load_file(folder / name)
+    change(weights)
+    save_file(weights, folder / name, {"format": "pt"})
+
+
 def test_a_vector_refuses_models_that_are_not_causal() -> None:
     vector = SteeringVector("generalized", {0: torch.ones(16)})
     with pytest.raises(InputError, match="T5ForConditionalGeneration is no causal"), vector.apply(SEQ2SEQ):
@@ -200,3 +281,22 @@ def test_bad_input_to_doctor_is_one_line(tmp_path: Path, arguments: list[str], l
     code, _, err = call("doctor", str(saved(tmp_path)), *arguments)
     assert (code, len(err.strip().splitlines())) == (2, 1)
     assert line in err
+
+
+def test_a_model_of_a_run_is_as_its_study_wrote_it(tmp_path: Path) -> None:
+    cell = tmp_path / "cell"
+    model = saved(cell / "model")
+    write_marker(cell, "train", model.glob("*"))
+    load_model(model)
+    (model / "more.json").write_text("{}")
+    with pytest.raises(InputError, match=r"more\.json: this file is named by no finished stage"):
+        load_model(model)
+    (model / "more.json").unlink()
+    (model / "config.json").write_text((model / "config.json").read_text() + " ")
+    with pytest.raises(InputError, match=r"config\.json: is damaged"):
+        load_model(model)
+    model.rename(tmp_path / "elsewhere")
+    model.symlink_to(tmp_path / "elsewhere")
+    write_marker(cell, "train", [])
+    with pytest.raises(InputError, match="model: is a link that leads out of the folder"):
+        load_model(model)

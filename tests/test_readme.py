@@ -135,7 +135,7 @@ def test_prose_has_lines_that_can_be_read() -> None:
     """README at most 150 lines; a line of prose at most 160 characters, tables and examples apart."""
     assert len(README.splitlines()) <= 150
     for page in PAGES:
-        if page.name in ("STUDY.md", "RECORDS.md"):  # printed from the code
+        if page.name in ("STUDY.md", "RECORDS.md", "ARENA.md"):  # printed from the code
             continue
         prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
         assert [x for x in prose.splitlines() if len(x) > 160 and not x.startswith("|")] == [], page

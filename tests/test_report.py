@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from made_up import SOURCE, write_json, write_run
+from made_up import SOURCE, mark, write_json, write_run
 from mnemoscope.executors import in_processes
 from mnemoscope.report import build_report, read, steer, summary_of
 from mnemoscope.report.behaviour import difference
@@ -52,12 +52,15 @@ def nothing_flips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copy(run: Path, tmp_path: Path) -> Path:
     """Only the cell of addition, to be changed."""
     ignored = shutil.ignore_patterns("inference-*", "transfer_*", "seeds.parquet")
-    return shutil.copytree(run, tmp_path / "copy", ignore=ignored)
+    copied = shutil.copytree(run, tmp_path / "copy", ignore=ignored)
+    mark(copied)
+    return copied
 
 
 def edit(run: Path, name: str, change: Any) -> None:
     path = run / "cells" / "addition-0" / "records" / f"{name}.parquet"
     change(pd.read_parquet(path)).to_parquet(path)
+    mark(run)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -65,6 +68,7 @@ def test_equal_records_give_equal_bytes_wherever_they_are_computed(run: Path, tm
     again = shutil.copytree(run, tmp_path / "elsewhere", ignore=shutil.ignore_patterns(*PAGES))
     manifest = json.loads((again / "manifest.json").read_text())
     write_json(again / "manifest.json", manifest | {"finished": "2031-01-01T00:00:00Z", "seconds": 99.0})
+    mark(again)
     with in_processes(processes) as parallel:
         build_report(again, parallel)
     assert [(again / name).read_bytes() for name in PAGES] == [(run / name).read_bytes() for name in PAGES]
@@ -107,6 +111,7 @@ def test_cells_that_are_only_trained_are_no_part_of_the_report(run: Path, tmp_pa
     write_json(donor / "cell.json", json.loads((donor / "cell.json").read_text()) | {"analysed": False})
     shutil.rmtree(donor / "records")
     shutil.rmtree(mine / "records")
+    mark(mine)
     results = compute_results(read_run(mine))
     assert (list(results.tasks), results.seeds, results.transfer) == (["addition"], {}, {})
 
@@ -162,6 +167,7 @@ def test_a_users_own_file_on_a_model_that_was_not_trained_here(copy: Path) -> No
     cell = copy / "cells" / "addition-0"
     info = json.loads((cell / "cell.json").read_text())
     write_json(cell / "cell.json", info | {"task": "jsonl", "label": "capitals", "trained": False})
+    mark(copy)
     edit(copy, "behaviour", lambda rows: rows[rows.kind == "conflict"])
     kept = "examples not in ['novel', 'memory'] and role != 'random_neurons'"
     edit(copy, "steering", lambda rows: rows.query(kept))

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from safetensors.numpy import load_file
 
-from made_up import CONTROLS, DOSES, LAYERS, ROLES, SIDES, SOURCE, TARGET, write_run
+from made_up import CONTROLS, DOSES, LAYERS, ROLES, SIDES, SOURCE, TARGET, mark, write_run
 from mnemoscope.report import build_report
 from mnemoscope.report.records import columns_of, declared_tables, read_run
 from mnemoscope.report.results import compute_results
@@ -95,6 +95,7 @@ def test_best_layer_is_not_chosen_on_what_it_is_scored_on(tmp_path: Path) -> Non
     path = run / "cells" / "inference-0" / "records" / "probes.parquet"
     rows = pd.read_parquet(path)
     rows.assign(score=np.random.default_rng(3).normal(size=len(rows))).to_parquet(path)
+    mark(run)
     probe = compute_results(read_run(run)).tasks["inference"].probe
     assert probe.best.accuracy.estimate < max(entry.estimate for entry in probe.accuracy)
     assert probe.best.accuracy.low < 0.5 < probe.best.accuracy.high

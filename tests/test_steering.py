@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from helpers import hook_count, mini_examples, shifted_by_hand
 from mnemoscope.behaviour import Asking
+from mnemoscope.digests import facts_digest
 from mnemoscope.errors import InputError
 from mnemoscope.export import check_portable
 from mnemoscope.models import SITES, blocks_of
@@ -227,22 +228,44 @@ def test_a_binding_knows_other_words_of_the_tokenizer(asking: Asking) -> None:
     assert Binding.of(asking.model, words).tokenizer != bound.tokenizer
 
 
-def changed_json(path: Path, **facts: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+def test_a_binding_is_to_the_exact_bytes_of_the_weights(asking: Asking) -> None:
+    """One bit that rounding hides; only a model of another precision is compared by what both round to."""
+    other, half = copy.deepcopy(asking.model), copy.deepcopy(asking.model).to(torch.bfloat16)
+    with torch.no_grad():
+        next(other.parameters()).view(-1).view(torch.int32)[0] ^= 1
+    bound, flipped, rounded = (Binding.of(model, asking.tokenizer) for model in (asking.model, other, half))
+    assert bound.rounded == flipped.rounded == rounded.rounded
+    with pytest.raises(InputError, match=r"^weights: the vector was made on"):
+        bound.check(flipped, "vector")
+    bound.check(rounded, "vector")
+    rounded.check(bound, "vector")
+
+
+def changed_json(path: Path, sealed: bool = False, **facts: object) -> None:
+    """Other facts, with their own digest where they are sealed again."""
+    found = json.loads(path.read_text()) | facts
+    digests = found.pop("digest")
+    if sealed:
+        digests["facts"] = facts_digest(found)
+    path.write_text(json.dumps({"digest": digests} | found))
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda file, facts: file.write_bytes(file.read_bytes()[:50]), "its digest is not that of the JSON beside it"),
-        (lambda file, facts: save_file({"layer.0": torch.ones(64)}, file), "its digest is not that of the JSON"),
+        (lambda file, facts: file.write_bytes(file.read_bytes()[:50]), "the digest of its tensors differs"),
+        (lambda file, facts: save_file({"layer.0": torch.ones(64)}, file), "the digest of its tensors differs"),
         (lambda file, facts: file.unlink(), "No such file"),
         (lambda file, facts: facts.unlink(), "No such file"),
         (lambda file, facts: facts.write_text("{"), "Expecting property name"),
         (lambda file, facts: facts.write_text("{}"), "digest"),
-        (lambda file, facts: changed_json(facts, layers=[0, 2]), "its layers are not those of the JSON beside it"),
-        (lambda file, facts: changed_json(facts, colour=1), "colour"),
-        (lambda file, facts: changed_json(facts, card={"shift": 1}), "fitted_on"),
+        (lambda file, facts: changed_json(facts, strength=2.0), "the digest of its facts differs"),
+        (
+            lambda file, facts: changed_json(facts, True, layers=[0, 2]),
+            "its layers are not those of the JSON beside it",
+        ),
+        (lambda file, facts: changed_json(facts, True, colour=1), "colour"),
+        (lambda file, facts: changed_json(facts, True, card={"shift": 1}), "fitted_on"),
     ],
 )
 def test_a_damaged_artefact_is_refused_by_name(
@@ -254,6 +277,15 @@ def test_a_damaged_artefact_is_refused_by_name(
     with pytest.raises(InputError, match=rf"{re.escape(str(file.with_suffix('')))}.*{message}") as error:
         SteeringVector.load(str(file))
     assert "\n" not in str(error.value)
+
+
+def test_an_artefact_of_an_earlier_version_is_loaded_by_force_only(tmp_path: Path) -> None:
+    file, facts = random_vector().save(tmp_path / "vector.safetensors")
+    found = json.loads(facts.read_text())
+    facts.write_text(json.dumps(found | {"digest": found["digest"]["tensors"]}))
+    with pytest.raises(InputError, match="an earlier version wrote it, without a digest of its facts"):
+        SteeringVector.load(file)
+    assert SteeringVector.load(file, force=True).layers == [0, 1]
 
 
 def test_impossible_vectors_are_refused(asking: Asking) -> None:

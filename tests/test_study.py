@@ -27,7 +27,7 @@ from mnemoscope.models import load_model
 from mnemoscope.stages import STAGES, cell_model, detect, lists, probe
 from mnemoscope.steering import SteeringVector
 from mnemoscope.study import inputs_hash, run_study
-from mnemoscope.tasks import Example
+from mnemoscope.tasks import Example, allow_code
 
 COMMAND = [sys.executable, "-m", "mnemoscope", "run"]
 
@@ -194,7 +194,7 @@ def test_a_stage_leaves_nothing_of_an_earlier_attempt(copied: Path, mini_study_f
     assert not list(cell.rglob("*old*"))
     marker = json.loads((cell / "stages" / "steering.json").read_text())
     assert json.loads((copied / "manifest.json").read_text())["commits"] == [str(marker["commit"])]
-    assert set(marker) == {"hash", "seconds", "commit", "dirty", "files"}
+    assert set(marker) == {"hash", "seconds", "commit", "dirty", "files", "digest"}
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, mini_study_file: Path) -> None:
@@ -277,6 +277,10 @@ cells:
     steering: {{draws: 2, tune_pairs: 20, methods: [nmd], grids: {{block: {{tops: [0.5], strengths: [0.3]}}}}}}
     effects: {{pairs: 20, doses: [0, 1], ablated: [0.1], draws: 1}}
 """
+    with pytest.raises(InputError, match="task: 'holding_out:HoldingOut' is no built-in task"):
+        run_study(parse_study(yaml.safe_load(raw)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    allow_code("holding_out:HoldingOut")
     run_study(parse_study(yaml.safe_load(raw)), tmp_path / "run")
     records = tmp_path / "run" / "cells" / "held-0" / "records"
     known = json.loads((records / "known.json").read_text())

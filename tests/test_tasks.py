@@ -16,7 +16,7 @@ import pytest
 
 from holding_out import HoldingOut
 from mnemoscope.errors import InputError
-from mnemoscope.tasks import KINDS, SPLITS, Example, Instance, Side, Task, answer_of, build_task, draw
+from mnemoscope.tasks import KINDS, SPLITS, Example, Instance, Side, Task, allow_code, answer_of, build_task, draw
 from mnemoscope.tasks.facts import FactsTask
 from mnemoscope.tasks.inference import COLOURS, InferenceTask
 from mnemoscope.tasks.jsonl import JsonlTask, write_jsonl
@@ -210,11 +210,21 @@ def test_an_example_refuses_what_it_cannot_mean(fields: dict[str, Any], message:
         ("joint", {"shares": {"inference": 0.5, "cipher": 0.5, "addition-digits": 0.5}}, "adding up to 1"),
         ("nowhere.at_all:Task", {}, "cannot be imported"),
         (f"{__name__}:Path", {}, "lacks training, examples, rephrase; make it a subclass"),
-        (f"{__name__}:rng", {}, "makes a Generator"),
+        (f"{__name__}:rng", {}, "is no class; a subclass of mnemoscope.Task"),
     ],
 )
 def test_bad_tasks_are_named(kind: str, options: dict[str, object], message: str) -> None:
+    allow_code("nowhere.at_all:Task", f"{__name__}:Path", f"{__name__}:rng")
     with pytest.raises(InputError, match=re.escape(message)):
+        build_task(kind, options, 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("os:system", {"command": "exit"}), ("a_stranger:Task", {}), ("joint", {"parts": {"a_stranger:Task": {}}})],
+)
+def test_code_that_the_user_did_not_allow_is_not_imported(kind: str, options: dict[str, object]) -> None:
+    with pytest.raises(InputError, match=r"is no built-in task, .* --allow-code (os:system|a_stranger:Task)"):
         build_task(kind, options, 0)
 
 
@@ -238,6 +248,7 @@ class Alone:
 
 
 def test_a_class_with_the_three_methods_gets_the_defaults_of_a_task() -> None:
+    allow_code(f"{__name__}:Alone")
     task = build_task(f"{__name__}:Alone", {"answer": " c"}, 0)
     (example,) = task.examples(rng(), 1, "conflict")
     other = task.rephrase(example, rng())

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -19,12 +20,14 @@ import pytest
 from fastapi.testclient import TestClient
 
 from mnemoscope.behaviour import prepare, score
+from mnemoscope.config import dump_study, load_study
 from mnemoscope.contrast import Contrast
+from mnemoscope.digests import read_marker, write_marker
 from mnemoscope.errors import InputError
 from mnemoscope.stages import Records, cell_model
 from mnemoscope.steering import SteeringVector, Toward
 from mnemoscope.web.cell import OpenedCell
-from mnemoscope.web.shapes import Question, Steering
+from mnemoscope.web.shapes import Asked, Question, Steering
 from playground import CELL, client_of, error_of, in_thread_of_cell
 
 
@@ -68,6 +71,33 @@ def test_a_vector_steers_here_what_it_steered_in_the_study(cell: OpenedCell, lib
         asked = [Question.of(example) for example in library[1].targets("test", f"to_{toward}", len(after))]
         steering = Steering(toward=toward, method=method)
         assert [cell.answer(question, steering).behaviour for question in asked] == after
+
+
+def test_a_vector_of_another_model_is_refused(playground_runs: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(playground_runs / "first", tmp_path / "run")
+    cell = run / "cells" / "addition-0"
+    path = cell / "vectors" / "to_generalized-learned.safetensors"
+    vector = SteeringVector.load(path)
+    assert vector.binding
+    replace(vector, binding=replace(vector.binding, weights="0" * 64)).save(path)
+    with pytest.raises(InputError, match=r"^weights: the vector was made on 0{64}, this model has "):
+        OpenedCell(run, "addition-0")
+
+
+def test_a_model_outside_of_the_run_is_opened_only_if_it_is_given(playground_runs: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(playground_runs / "first", tmp_path / "run")
+    model = (run / "cells" / "addition-0" / "model").rename(tmp_path / "model")
+    study = load_study(str(run / "study.yaml"), [f"cells.addition.model.folder={model}"])
+    (run / "study.yaml").write_text(dump_study(study))
+    marker = run / "cells" / "addition-0" / "stages" / "train.json"
+    files = [marker.parents[1] / name for name in read_marker(marker)["files"] if not name.startswith("model/")]
+    write_marker(marker.parents[1], "train", files)
+    write_marker(run, "study", [run / "study.yaml"])
+    with pytest.raises(InputError, match=rf"^model.folder: {model} is no model that .* --model {model}"):
+        OpenedCell(run, "addition-0")
+    opened = OpenedCell(run, "addition-0", model)
+    asked = Asked(question=Question(prompt="12+34="), steering=Steering(toward="generalized", method="nmd", neurons=3))
+    assert f"OpenedCell({str(run)!r}, 'addition-0', model={str(model)!r})" in opened.snippets(asked)["python"]
 
 
 BOTH = {"prompt": "12+34=", "memorized": "4", "generalized": "46"}
@@ -226,7 +256,11 @@ def test_a_damaged_run_hides_no_other(playground_runs: Path, tmp_path: Path) -> 
     (tmp_path / "second" / "cells" / "addition-0" / "contrast.safetensors").unlink()
     with client_of(tmp_path) as client:
         assert client.get("/runs").status_code == 200
-        assert [bool(run["tasks"]) for run in client.get("/api/runs").json()] == [True, False]
+        listed = client.get("/api/runs").json()
+        assert [bool(run["tasks"]) for run in listed] == [True, False]
+        assert listed[0]["damaged"] is None
+        assert "results.json: is damaged" in listed[1]["damaged"]
+        assert "results.json: is damaged" in client.get("/runs").text
         for _ in range(2):
             assert error_of(client.get("/api/runs/second/cells/addition-0"))[0] == "cell"
         assert client.get(CELL).status_code == 200

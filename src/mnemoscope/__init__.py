@@ -25,7 +25,7 @@ _NAMES = {
     "report": "build_report",
     "steering": "SteeringVector",
     "study": "run_study",
-    "tasks": "Example Task build_task",
+    "tasks": "Example Task allow_code build_task",
 }
 _MODULES = {"arena": "arena.run"}  # modules that can be called, and where their function is
 _PUBLIC = {name: module for module, names in _NAMES.items() for name in names.split()}

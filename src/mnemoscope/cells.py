@@ -32,7 +32,8 @@ class Cell:
     """One (task, model, seed) of a study, with the folder it writes to.
 
     ``map`` maps a function over parts of a stage, in parallel where processes are idle. ``depends_on`` is the hash of
-    all that the running stage depends on.
+    all that the running stage depends on. ``code`` are the paths of a user's own tasks that may be imported
+    (``tasks.allow_code``), which every process of the study is told.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Cell:
     map: Map = in_order
     opened: Opened | None = None
     depends_on: str = ""
+    code: tuple[str, ...] = ()
 
     @property
     def records(self) -> Path:

@@ -107,7 +107,8 @@ def check_task(asking: Asking, task: Task, seed: int = 0) -> Checked:
     families, others = _families(asking, conflicts, test_labels)
     by_family = {f: [e for e in kept if e.family == f] for f in dict.fromkeys(e.family for e in kept)}
     right = {f: (int((_labels(asking, some) == "correct").sum()), len(some)) for f, some in by_family.items()}
-    seconds = seconds_of(asking, full_draw(task, seed), time.perf_counter() - begun, tokens)
+    each = (time.perf_counter() - begun) / max(1, tokens)
+    seconds = seconds_of(each, tokens_in(asking, full_draw(task, seed)))
     groups = len({example.group for example in draw(task, rng, FULL["test"], "conflict", "test")})
     width = math.nan if groups < LEAST_GROUPS else 2.0 / math.sqrt(4 * groups)
     missing = _missing(splits, groups, families, bool(kept))

@@ -239,15 +239,22 @@ class Contrast:
         site, pairs, groups, *arrays = (getattr(self, field.name) for field in fields(self))
         tensors = dict(zip(ARRAYS, map(np.ascontiguousarray, arrays), strict=True))
         metadata = {"site": site, "pairs": str(pairs), "groups": str(groups)}
+        metadata["digest"] = _digest(metadata, list(tensors.values()))
         Path(path).write_bytes(_sorted_header(to_safetensors(tensors, metadata)))
 
     @classmethod
     def load(cls, path: str | Path) -> Contrast:
-        """Read what `save` wrote; FileNotFoundError without a file, InputError where it is damaged or no contrast."""
+        """Read what `save` wrote; FileNotFoundError without a file, InputError where it is damaged or no contrast.
+
+        A file without a digest, of another program, is taken as it is; in a run the marker of its stage has one too.
+        """
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata: dict[str, Any] = file.metadata() or {}
                 arrays = [file.get_tensor(name) for name in ARRAYS]
+            digest = metadata.pop("digest", None)
+            if set(metadata) != {"site", "pairs", "groups"} or digest not in (None, _digest(metadata, arrays)):
+                raise ValueError("its digest differs")
             facts = metadata["site"], int(metadata["pairs"]), int(metadata["groups"])
         except FileNotFoundError:
             raise
@@ -336,6 +343,14 @@ def _mean_and_squares(values_NLD: Floats) -> tuple[Floats, Floats]:
     centered_NLD -= shift_LD
     squares_LD: Floats = (centered_NLD**2).sum(axis=0)
     return first_LD + shift_LD, squares_LD
+
+
+def _digest(facts: dict[str, Any], arrays: Sequence[NDArray[np.float64]]) -> str:
+    """SHA-256 of the facts and the values of a contrast."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for array in arrays:
+        digest.update(f"{array.shape}{array.dtype}".encode() + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def _sorted_header(data: bytes) -> bytes:

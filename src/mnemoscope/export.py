@@ -20,9 +20,7 @@ from torch import Tensor
 from mnemoscope.errors import InputError
 from mnemoscope.files import new_folder, write_atomically
 from mnemoscope.models import Site, core_of, layout_of, load_model, pass_inputs
-from mnemoscope.schemas import ArtefactFacts
-from mnemoscope.steering import Card, SteeringVector, readable
-from mnemoscope.strict import read_json
+from mnemoscope.steering import Card, SteeringVector, read_artefact, readable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -232,7 +230,7 @@ def push(path: Path | str, repo_id: str) -> str:
     """Upload a folder, or the file of a vector or detector with its JSON and its card, to the hub; returns its address.
 
     The repository ``owner/name`` is made, private, where it does not exist. InputError where the path does not exist,
-    the JSON is damaged, or the hub cannot be reached or refuses.
+    one of the two is damaged, or the hub cannot be reached or refuses.
     """
     from huggingface_hub import HfApi
 
@@ -241,8 +239,8 @@ def push(path: Path | str, repo_id: str) -> str:
         raise InputError(f"path: {path} does not exist")
     folder, described, card = path.is_dir(), path.with_suffix(".json"), None
     if not folder and described.is_file():
+        facts = read_artefact("card", path)[0]["card"]
         with readable("card", described):
-            facts: Any = read_json(described, ArtefactFacts)["card"]
             card = Card(**facts) if facts else None
     try:
         HfApi().create_repo(repo_id, private=True, exist_ok=True)

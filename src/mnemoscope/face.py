@@ -18,9 +18,10 @@ from torch import Tensor
 
 from mnemoscope.behaviour import PLAIN, Asking, Prompting, check_known, complete, phrase_of, states_at_the_end
 from mnemoscope.detect import Detector, Reading
+from mnemoscope.digests import check_closed, intact, is_there
 from mnemoscope.errors import InputError
 from mnemoscope.schemas import CellFacts, WhyFacts
-from mnemoscope.steering import OPPOSITE, Binding, SteeringVector, Toward, best_paths
+from mnemoscope.steering import OPPOSITE, Binding, SteeringVector, Toward, best_paths, readable
 from mnemoscope.strict import read_json, read_text
 
 if TYPE_CHECKING:
@@ -226,7 +227,8 @@ class Fitted:
 
     def _needed(self, detector: Detector | None) -> Detector:
         if detector is None:
-            reasons = [read_json(p, WhyFacts)["why"] for p in sorted(self.source.rglob("no_detector.json"))]
+            files = sorted(self.source.rglob("no_detector.json"))
+            reasons = [read_json(intact(path), WhyFacts)["why"] for path in files]
             why = reasons[0] if reasons else "set detection.fitted: true, or open the run instead of one vector"
             raise InputError(f"detector: {self.source} has none ({why})")
         return detector
@@ -238,6 +240,7 @@ def vector_file(source: Path, toward: str | None) -> Path:
     Raises:
         InputError: it has no vectors, several cells, or no such vector; or ``toward`` is no behaviour.
     """
+    check_closed(source)
     cells = _cells(source)
     if len(cells) > 1:
         raise InputError(f"FILE: {source} has several cells; name one of {', '.join(map(str, cells))}")
@@ -273,10 +276,11 @@ def artefacts_of(source: Path, found: Binding) -> tuple[dict[Toward, SteeringVec
             vector = SteeringVector.load(source)
             return {vector.toward: vector}, None, None
         return {}, Detector.load(source), None
+    check_closed(source)
     cell = _cell(source, found)
     vectors = [SteeringVector.load(path) for path in best_paths(cell).values()]
     paths = [cell / f"{name}.safetensors" for name in ("detector", "detector_below")]
-    detector, lower = (Detector.load(path) if path.is_file() else None for path in paths)
+    detector, lower = (Detector.load(intact(path)) if is_there(path) else None for path in paths)
     return {vector.toward: vector for vector in vectors}, detector, lower
 
 
@@ -285,8 +289,9 @@ def _cell(source: Path, found: Binding) -> Path:
     cells = _cells(source)
     if len(cells) == 1:
         return cells[0]
-    bound: list[Any] = [read_json(cell / "cell.json", CellFacts).get("binding") or {} for cell in cells]
-    fitting = [c for c, of in zip(cells, bound, strict=True) if found.weights in (of.get("weights"), of.get("half"))]
+    bound = ((cell, read_json(intact(cell / "cell.json"), CellFacts).get("binding")) for cell in cells)
+    with readable("binding", source):
+        fitting = [cell for cell, facts in bound if facts and Binding(**facts).has_weights_of(found)]
     if len(fitting) > 1:
         names = ", ".join(map(str, fitting))
         raise InputError(f"from: several cells of the run were fitted on this model; name one of {names}")

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -30,11 +31,16 @@ def write_atomically(path: Path, content: bytes | Callable[[Path], Any]) -> Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Path of a temporary file, renamed to ``path`` when the context ends; deleted if it raises."""
+    """Path of a temporary file, renamed to ``path`` when the context ends; deleted if it raises.
+
+    InputError where ``path`` is a link, a device or a folder: nothing but a file is replaced.
+    """
     if not path.name:
         raise InputError(f"out: {str(path)!r} is no name of a file")
+    check_replaceable(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     with made(path.parent):
+        temporary.unlink(missing_ok=True)  # of a killed process with the same id, or a link that somebody put there
         try:
             yield temporary
             flush(temporary)
@@ -44,12 +50,21 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def check_replaceable(path: Path) -> None:
+    """Raises InputError where something is at ``path`` that is no file: links and devices are left as they are."""
+    with suppress(FileNotFoundError):
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise InputError(f"path: {path} is a link, a device or a folder; only a file is replaced")
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Path of a temporary folder, renamed to ``path`` when the context ends; deleted if it raises.
 
     InputError where ``path`` exists and is not an empty folder.
     """
+    if path.is_symlink():
+        raise InputError(f"folder: {path} is a link; name the folder itself")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise InputError(f"folder: {path} exists and is not empty; nothing is overwritten")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -92,12 +107,16 @@ def undone_if_refused(folder: Path, worth: Callable[[], bool]) -> Iterator[None]
     if worth():
         yield
         return
-    before = {path: path.read_bytes() if path.is_file() else b"" for path in folder.glob("*")}
+
+    def there() -> set[Path]:
+        return {*folder.glob("*"), *folder.glob("*/*")}
+
+    before = {path: path.read_bytes() if path.is_file() else b"" for path in there()}
     try:
         yield
     except Exception as error:
         if not isinstance(error, StudyError) and not worth():
-            for path in set(folder.glob("*")) - set(before):
+            for path in sorted(there() - set(before), reverse=True):  # what is in a folder before it
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             for path, content in before.items():
                 if path.is_file() and path.read_bytes() != content:
@@ -112,6 +131,17 @@ def flush(path: Path) -> None:
         os.fsync(place)
     finally:
         os.close(place)
+
+
+@contextmanager
+def lock_file(path: Path) -> Iterator[int]:
+    """Descriptor of a file to lock, made if missing; InputError where a link, a device or a folder is in its place."""
+    check_replaceable(path)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def file_hash(path: Path) -> str:

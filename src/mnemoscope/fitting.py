@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,8 @@ from mnemoscope.errors import InputError
 from mnemoscope.models import load_model, use_layout
 from mnemoscope.models.layout import Layout
 from mnemoscope.steering import Binding
-from mnemoscope.tasks import SPLITS, Example, Task, build_task, draw
+from mnemoscope.strict import read_text
+from mnemoscope.tasks import SPLITS, Example, Task, allow_code, build_task, draw
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -37,39 +39,44 @@ SETTINGS = 6 * ONE_LAYER
 STEERING = {
     "unit": "spread",
     "halving": 2,
-    **{"fit_pairs": 300, "fit_others": 200, "learned_steps": 24, "kept_weight": 1.0},
-    **{"tune_pairs": 48, "tune_others": 48, "tune_draws_again": 3, "judged_examples": 100},
+    **{"fit_pairs": 200, "fit_others": 128, "learned_steps": 24, "kept_weight": 1.0},
+    **{"tune_pairs": 48, "tune_others": 48, "tune_draws_again": 2, "judged_examples": 100},
     "tune_refits": 0,  # refitted controls are judged on test; while settings are compared they would cost the most
     "norm_draws": 0,
     "low_rank": {"steps": 32, "refits": 0},
     "controls_of": "best",
     # A null of each kind: of neurons, of signs, of labels or answers, and of everything.
     "controls": ["random_neurons", "random_sign", "shuffled_labels", "permuted_answers", "gaussian"],
-    **{"draws": 2, "conflict_draws": 4, "screened": 20},
+    **{"draws": 1, "conflict_draws": 2, "screened": 20},
     **{"control_limit": 0.15, "collateral_limit": 0.08, "neither_limit": 0.12},
 }
 MEASURED: dict[str, Any] = {
-    "pairs": {"batch_size": 64, "rephrasings": 3, "fit_examples": 300, "tune_examples": 160}
-    | {"test_examples": 300, "held_out_examples": 120, "behaviour_examples": 200, "at_once": 2048},
+    "pairs": {"batch_size": 64, "rephrasings": 3, "fit_examples": 240, "tune_examples": 140}
+    | {"test_examples": 220, "held_out_examples": 60, "behaviour_examples": 200, "at_once": 2048},
     "probes": {"offsets": [0], "pairs": 250, "learning_draws": 2},
     "effects": {"pairs": 40, "draws": 1, "doses": [0.0, 0.5, 1.0, 2.0], "ablated": [0.1]}
     | {"methods": "best", "patched": False},
-    "detection": {"fitted": True},
-    "neutral": {"cuts": 32, "texts": 16, "length": 48, "doses": [0.5, 1.0]},
+    "detection": {"fitted": True, "examples": 400, "others": 100},
+    "neutral": {"cuts": 24, "texts": 12, "length": 40, "doses": [0.5, 1.0]},
 }
 
-# Of the time of a fit, by stage (docs/BENCHMARKS.md).
-SHARES = {"train": 0.05, "behaviour": 0.06, "pairs": 0.26, "probes": 0.04, "steering": 0.47, "effects": 0.06}
-SHARES |= {"detection": 0.02, "neutral": 0.03, "cards": 0.01}
+# Of the time of a fit, by stage: means of one run each on two models, alone.
+SHARES = {"train": 0.01, "behaviour": 0.03, "pairs": 0.11, "probes": 0.03, "steering": 0.62, "effects": 0.1}
+SHARES |= {"detection": 0.03, "neutral": 0.05, "cards": 0.01}
 TIMED = 128  # prompts that are read to see how fast a model is
-PER_TOKEN = 9.0  # passes over each distinct token of its data that a fit takes as long as
+REPORTING = 6.0  # seconds of the report
 
 
 class Level(NamedTuple):
-    """A step of leaving out: what goes, beside what went before, and the share of the time that is left then."""
+    """A step of leaving out: what goes, beside what went before, and how long the rest takes.
+
+    As long as ``passes`` over every token of its data and one over ``tokens`` more, which are learned from and judged
+    however few there are (docs/LOG.md has the runs that these are fitted to).
+    """
 
     without: str
-    time: float
+    passes: float
+    tokens: int
     changes: Mapping[str, Any] = MappingProxyType({})
     methods: tuple[str, ...] = METHODS + NOT_EXPORTED
     layers: float = 1.0  # of them, the share that is tried
@@ -77,15 +84,15 @@ class Level(NamedTuple):
 
 FEW: dict[str, dict[str, Any]] = {"effects": {"doses": [0.0, 1.0], "ablated": []}, "neutral": {"cuts": 0}}
 FEWER = FEW | {
-    "pairs": {"rephrasings": 2, "fit_examples": 200, "tune_examples": 120, "test_examples": 240}
-    | {"behaviour_examples": 160, "held_out_examples": 60}
+    "pairs": {"rephrasings": 2, "fit_examples": 160, "tune_examples": 100, "test_examples": 160}
+    | {"behaviour_examples": 160, "held_out_examples": 40}
 }
 LEVELS = (
-    Level("nothing", 1.0),
-    Level("dose curves, ablations and divergence on neutral text", 0.9, FEW),
-    Level("learned shifts", 0.75, FEW, ("standardized-nmd", "gradient", "low-rank")),
-    Level("half of the examples", 0.5, FEWER, ("standardized-nmd", "gradient", "low-rank")),
-    Level("low-rank shifts", 0.3, FEWER, ("standardized-nmd", "gradient"), 0.5),
+    Level("nothing", 4.2, 66_000),
+    Level("dose curves, ablations and divergence on neutral text", 4.1, 60_000, FEW),
+    Level("learned shifts", 4.0, 57_000, FEW, ("standardized-nmd", "gradient", "low-rank")),
+    Level("half of the examples", 2.9, 55_000, FEWER, ("standardized-nmd", "gradient", "low-rank")),
+    Level("low-rank shifts", 2.7, 29_000, FEWER, ("standardized-nmd", "gradient"), 0.5),
 )
 
 
@@ -106,9 +113,9 @@ def full_draw(task: Task, seed: int = 0) -> list[Example]:
     return list(found.values())
 
 
-def seconds_of(asking: Asking, examples: Sequence[Example], seconds: float, read: int) -> float:
-    """How long a fit takes that reads these examples, where ``read`` tokens took ``seconds``."""
-    return PER_TOKEN * seconds / max(1, read) * tokens_in(asking, examples)
+def seconds_of(each: float, tokens: float, level: Level = LEVELS[0]) -> float:
+    """How long a fit takes that reads so many ``tokens``, where a pass takes ``each`` second for one of them."""
+    return each * (level.passes * tokens + level.tokens) + REPORTING
 
 
 def tokens_in(asking: Asking, examples: Sequence[Example]) -> int:
@@ -184,7 +191,7 @@ def _within(
     out: Path,
 ) -> StudyConfig:
     """The study that leaves out least and ends within ``seconds`` of ``began``, or that which a run folder holds."""
-    before = (out / "study.yaml").read_text() if (out / "study.yaml").is_file() else None
+    before = read_text(out / "study.yaml", "out") if (out / "study.yaml").is_file() else None
     for config in levels:
         if dump_study(config) == before:
             return config
@@ -200,13 +207,13 @@ def _within(
     if known:  # of all facts, as many times more are known as were not asked here
         made, share = made.knowing(known), len(facts) / len(sample)
     most = sum(MEASURED["pairs"][f"{split}_examples"] for split in SPLITS) * (1 + MEASURED["pairs"]["rephrasings"])
-    read = full_draw(made)
-    whole = seconds_of(asking, read, took, tokens_in(asking, sample)) * max(1.0, min(share, most / max(1, len(read))))
+    read, each = full_draw(made), took / max(1, tokens_in(asking, sample))
+    tokens = tokens_in(asking, read) * max(1.0, min(share, most / max(1, len(read))))
     left = seconds - (time.monotonic() - began)
     for level, config in zip(LEVELS, levels, strict=True):
-        if level.time * whole <= left:
+        if seconds_of(each, tokens, level) <= left:
             return config
-    least = (LEVELS[-1].time * whole + time.monotonic() - began) / 60
+    least = (seconds_of(each, tokens, LEVELS[-1]) + time.monotonic() - began) / 60
     raise InputError(f"budget: {seconds / 60:g} minutes; the least that can be fitted takes about {math.ceil(least)}")
 
 
@@ -278,6 +285,7 @@ def fitting_study(
         name, options = f"{type(task).__module__}:{type(task).__name__}", {"digest": digest[:16]}
     else:
         name = str(task)
+        allow_code(name)  # it is the user who names it
     is_file = name.endswith(".jsonl")
     if is_file and not Path(name).is_file():
         raise InputError(f"task: the file {name} does not exist")
@@ -295,5 +303,6 @@ def fitting_study(
         "steering": STEERING | tried | {"positions": positions},
     }
     label = Path(name).stem if is_file else name.rpartition(":")[2]
+    label = re.sub(r"[^A-Za-z0-9_.-]+", "-", label).lstrip("_.-")[:100] or "mine"
     out = {"left_out": left_out(level)} if level else {}
     return parse_study({"study": "fit", "threads": threads, "cells": {label: cell}, **out})

@@ -29,6 +29,8 @@ class BindingFacts(TypedDict):
     model_type: str
     weights: str
     tokenizer: str
+    dtype: NotRequired[str]
+    rounded: NotRequired[str]
     half: NotRequired[str]
 
 
@@ -133,10 +135,11 @@ class TimeFacts(TypedDict):
 
 
 class MarkerFacts(TypedDict):
-    """``stages/STAGE.json``: what a finished stage depended on, and its files with their SHA-256."""
+    """``stages/NAME.json``: what a finished stage depended on, and its files with their SHA-256."""
 
-    hash: str
     files: dict[str, str]
+    digest: NotRequired[str]
+    hash: NotRequired[str]
     seconds: NotRequired[float]
     commit: NotRequired[str | None]
     dirty: NotRequired[bool | None]
@@ -200,10 +203,17 @@ class CardFacts(TypedDict):
     versions: NotRequired[dict[str, str]]
 
 
+class DigestFacts(TypedDict):
+    """SHA-256 of both parts of an artefact."""
+
+    tensors: str
+    facts: str
+
+
 class ArtefactFacts(TypedDict):
     """The JSON beside the tensors of a vector or detector."""
 
-    digest: str
+    digest: DigestFacts | str  # a text: of the tensors alone, by an earlier version
     task: str
     commit: str
     binding: BindingFacts | None

@@ -25,12 +25,13 @@ from typing import Any
 
 from mnemoscope.cells import STATES, Cell, Opened, Tell, cells_of, git_state, grouped, version
 from mnemoscope.config import StudyConfig, dump_study
+from mnemoscope.digests import AGAIN, EarlierError, check_closed, check_stage, read_marker, write_marker
 from mnemoscope.errors import InputError, StudyError
 from mnemoscope.executors import Progress, in_processes, possible_workers, run_cells
-from mnemoscope.files import file_hash, known_hash, made, undone_if_refused, write_atomically
+from mnemoscope.files import known_hash, lock_file, made, undone_if_refused, write_atomically
 from mnemoscope.processes import settle
-from mnemoscope.schemas import MarkerFacts
-from mnemoscope.strict import read_json, read_text
+from mnemoscope.strict import read_text
+from mnemoscope.tasks import allowed_code, check_allowed
 
 MARKERS = ("cells/*/stages/*.json",)  # of finished stages
 UNFINISHED = ("cells/*/states/training.safetensors",)  # of a training that goes on
@@ -67,16 +68,21 @@ def run_study(
     if executor != "local" and workers is not None:
         raise InputError("workers: a cluster takes as many cells at a time as it has processors for; leave it out")
     run = run.absolute()  # other processes have another working folder
-    cells = [replace(cell, opened=opened) for cell in cells_of(config, run)]
-    if any(cell.config.model.lora for cell in cells):  # a missing package is reported now, not after hours of work
-        from mnemoscope.stages import check_peft
+    cells = [replace(cell, opened=opened, code=allowed_code()) for cell in cells_of(config, run)]
+    for cell in cells:  # what is wrong is reported now, not after hours of work
+        if opened is None or opened.task is None:
+            check_allowed(cell.config.task)
+        shape = cell.config.model
+        folder = config.cells[shape.cell].model.folder if shape.cell else shape.folder
+        if folder and not (cell.folder / "stages" / "steering.json").exists():
+            from mnemoscope.stages import check_cell
 
-        check_peft("model.lora")
+            check_cell(cell, folder)
     workers = workers or max(1, (os.cpu_count() or 1) // config.threads)
     with _locked(run, config):
         failed = run_cells(cells, run_cell, progress, workers, executor, address)
         finished = [cell for cell in cells if cell.name not in failed]
-        write_atomically(run / "failed.json", json.dumps(failed, indent=1).encode())
+        write_marker(run, "failed", [write_atomically(run / "failed.json", json.dumps(failed, indent=1).encode())])
         report = None
         if any(cell.config.analysed for cell in finished):
             here = workers if executor == "local" else 1  # a cluster says nothing of this machine
@@ -128,7 +134,7 @@ def compare_cells(cells: Sequence[Cell], run: Path, progress: Progress, workers:
 
 def _markers(cell: Cell) -> dict[str, Any]:
     """What finished stages left, by name, without hidden files of killed writers."""
-    return {path.stem: read_json(path, MarkerFacts) for path in sorted((cell.folder / "stages").glob("[!.]*.json"))}
+    return {path.stem: read_marker(path) for path in sorted((cell.folder / "stages").glob("[!.]*.json"))}
 
 
 def _run_stage(
@@ -149,9 +155,8 @@ def _run_stage(
     for stale in (path for pattern in writes for path in folder.glob(pattern)):
         shutil.rmtree(stale) if stale.is_dir() and not stale.is_symlink() else stale.unlink()
     files = stage(partial(progress, owner, name))
-    seconds, digests = round(time.time() - began, 3), {str(f.relative_to(folder)): file_hash(f) for f in files}
-    marker = json.dumps({"hash": wanted, "seconds": seconds, **git_state(), "files": digests}, indent=1)
-    write_atomically(folder / "stages" / f"{name}.json", marker.encode())
+    seconds = round(time.time() - began, 3)
+    write_marker(folder, name, files, {"hash": wanted, "seconds": seconds, **git_state()})
     progress(owner, name, 1, 1, f"{seconds:.0f} s")
 
 
@@ -181,15 +186,13 @@ def is_done(folder: Path, stage: str, wanted: str) -> bool:
     if not path.exists():
         return False
     try:
-        marker = read_json(path, MarkerFacts)
-    except InputError as error:
-        raise StudyError(f"artefact: {path} is damaged; delete it to run stage {stage!r} again") from error
-    if marker["hash"] != wanted:
+        if read_marker(path).get("hash") != wanted:
+            return False
+        check_stage(folder, stage)
+    except EarlierError:
         return False
-    for file, digest in ((folder / name, digest) for name, digest in marker["files"].items()):
-        if not file.exists() or file_hash(file) != digest:
-            state = "is missing" if not file.exists() else "is damaged (its checksum differs)"
-            raise StudyError(f"artefact: {file} {state}; delete {path} to run stage {stage!r} again")
+    except InputError as error:
+        raise StudyError(f"{str(error).removesuffix(AGAIN)}delete {path} to run stage {stage!r} again") from error
     return True
 
 
@@ -201,7 +204,6 @@ def _locked(run: Path, config: StudyConfig) -> Iterator[None]:
         raise InputError(f"out: {run} is a file; a folder is wanted")
     if run.exists() and any(run.iterdir()) and not (run / "study.yaml").exists() and not (run / ".lock").exists():
         raise InputError(f"out: {run} is not empty and holds no study.yaml; give a new folder")
-
     with made(run), _lock(run), undone_if_refused(run, lambda: _holds(run, *MARKERS, *UNFINISHED)):
         existing = run / "study.yaml"
         # A run without a finished stage (a model that could not be opened) may change its configuration.
@@ -213,7 +215,7 @@ def _locked(run: Path, config: StudyConfig) -> Iterator[None]:
                 f"out: {run} holds a run of another configuration (there {old!r}, here {new!r}); "
                 "give another folder or the same configuration"
             )
-        write_atomically(existing, text.encode())
+        write_marker(run, "study", [write_atomically(existing, text.encode())])
         yield
 
 
@@ -223,18 +225,19 @@ def _holds(run: Path, *patterns: str) -> bool:
 
 @contextmanager
 def _lock(run: Path) -> Iterator[None]:
-    """Hold the lock of a run folder; one that a refused run made, or with nothing beside it, goes again."""
+    """Hold the lock of a closed run folder; one that a refused run made, or with nothing beside it, goes again."""
     path = run / ".lock"
     before = os.path.lexists(path)
-    with path.open("a") as lock:
+    with lock_file(path) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+            if not os.path.samestat(os.fstat(lock), path.lstat()):
                 raise BlockingIOError  # of a run that was refused meanwhile
         except (BlockingIOError, FileNotFoundError) as error:
             raise InputError(f"out: {run} is in use by another run") from error
         refused = False
         try:
+            check_closed(run)
             yield
         except InputError:
             refused = not before and not _holds(run, *MARKERS, *UNFINISHED)
@@ -246,7 +249,7 @@ def _lock(run: Path) -> Iterator[None]:
 
 def _write_manifest(run: Path, cells: list[Cell], started: float) -> None:
     stages = {cell.name: _markers(cell) for cell in cells}
-    stages["study"] = {"compare": read_json(run / "stages" / "compare.json", MarkerFacts)}
+    stages["study"] = {"compare": read_marker(run / "stages" / "compare.json")}
     adapted = any(cell.config.model.lora for cell in cells)
     manifest = {
         "mnemoscope": version(),
@@ -259,4 +262,5 @@ def _write_manifest(run: Path, cells: list[Cell], started: float) -> None:
         "seconds": round(time.time() - started, 1),
         "stages": stages,
     }
-    write_atomically(run / "manifest.json", json.dumps(manifest, indent=1).encode())
+    path = write_atomically(run / "manifest.json", json.dumps(manifest, indent=1).encode())
+    write_marker(run, "manifest", [path])

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from attack_inputs import JSON, KINDS, MODEL, Attack, Content
+
+from mnemoscope.digests import facts_digest, read_marker, write_marker
 
 CELL = "run/cells/addition-0"
 RECORDS = {
@@ -20,11 +24,26 @@ RECORDS = {
     "run/failed.json": (),
 }
 ARTEFACTS = ("digest", "task", "commit", "binding", "prompting", "card", "site")
+PLACES = ("run", CELL)  # of markers
+
+
+def sign(folder: Path) -> None:
+    """Give changed files of a run the digests that a stranger would give them, so that their content is read."""
+    for path in (path for place in PLACES for path in (folder / place / "stages").glob("*.json")):
+        facts, above = read_marker(path), path.parents[1]
+        files = [above / name for name in facts.pop("files")]
+        write_marker(above, path.stem, [file for file in files if stat.S_ISREG(_kind(file))], facts)
+
+
+def _kind(path: Path) -> int:
+    return path.lstat().st_mode if os.path.lexists(path) else 0
+
+
 ODD: tuple[object, ...] = (None, True, [], {"a": 1}, "x", -1.5, [None])
 
 
 def changed(name: str, value: object) -> Callable[[Path], object]:
-    """Writes another value into a JSON file; ``...`` deletes the field."""
+    """Writes another value into a JSON file, with the digest that an artefact then has; ``...`` deletes the field."""
 
     def change(path: Path) -> None:
         found = json.loads(path.read_text())
@@ -32,6 +51,9 @@ def changed(name: str, value: object) -> Callable[[Path], object]:
             del found[name]
         else:
             found[name] = value
+        if name != "digest" and "digest" in found:
+            digests = found.pop("digest")
+            found["digest"] = digests | {"facts": facts_digest(found)}
         path.unlink()
         path.write_text(json.dumps(found))
 
@@ -107,7 +129,9 @@ def tensors(stem: str, change: Callable[[dict[str, Any]], object]) -> Callable[[
         content = save(found)
         path.unlink()
         path.write_bytes(content)
-        changed("digest", hashlib.sha256(content).hexdigest())(path.with_suffix(".json"))
+        described = path.with_suffix(".json")
+        digests = json.loads(described.read_text())["digest"]
+        changed("digest", digests | {"tensors": hashlib.sha256(content).hexdigest()})(described)
 
     return write
 

@@ -47,6 +47,8 @@ def prepared(attack: Attack, folder: Path, run: Path) -> None:
         path.unlink(missing_ok=True)
         if content is not None:
             path.write_bytes(content.encode() if isinstance(content, str) else content)
+    if (folder / "run").is_dir() and "run/.x" not in attack.files:
+        attack_runs.sign(folder)
 
 
 def listing(folder: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from mnemoscope.arena.lists import Bench, Known, ask_known
 from mnemoscope.arena.methods import METHODS, candidates
 from mnemoscope.behaviour import PLAIN, Asking
 from mnemoscope.config import ArenaConfig, parse_arena
+from mnemoscope.digests import STAGES, check_closed, intact, write_marker
 from mnemoscope.errors import InputError
 from mnemoscope.files import made, plain, undone_if_refused, write_atomically
 from mnemoscope.models import load_model
@@ -26,7 +27,7 @@ from mnemoscope.report import build_arena
 from mnemoscope.schemas import FrameFacts, KnownFacts
 from mnemoscope.steering import OPPOSITE, Binding
 from mnemoscope.strict import checked, read_json
-from mnemoscope.tasks import Task, build_task
+from mnemoscope.tasks import Task, allow_code, build_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -93,6 +94,7 @@ def _task(task: Any, options: dict[str, Any], seed: int) -> Task:
     if task is None:
         raise InputError("task: None; give a JSONL file, the name of a task, package.module:Class, or a Task")
     name = str(task)
+    allow_code(name)  # it is the user who names it
     if name.endswith(".jsonl"):
         if not Path(name).is_file():
             raise InputError(f"task: the file {name} does not exist")
@@ -105,12 +107,14 @@ class _Run:
 
     def __init__(self, asking: Asking, task: Task, config: ArenaConfig, folder: Path, model: str, tell: Tell) -> None:
         self.asking, self.task, self.config, self.folder, self.tell = asking, task, config, folder, tell
-        self.facts = self._facts(model)
+        self.facts, self.written = self._facts(model), list[Path]()
 
     def go(self, methods: Sequence[str] | None) -> None:
         """Run what is not done yet."""
-        with made(self.folder), undone_if_refused(self.folder, lambda: self._done(UNSTEERED)):
-            self._go(methods)
+        with made(self.folder):
+            check_closed(self.folder)
+            with undone_if_refused(self.folder, lambda: self._done(UNSTEERED)):
+                self._go(methods)
 
     def _go(self, methods: Sequence[str] | None) -> None:
         self._check_folder()
@@ -126,6 +130,7 @@ class _Run:
         counts |= {"lists": {name: len(prompts) for name, prompts in frame.lists.items()}}
         self._write_json("frame", self.facts | counts)
         self._write_table("set", frame.table())
+        self._mark("frame")
         for number, name in enumerate(waiting):
             self.tell("arena", name, number, len(waiting), "")
             try:
@@ -134,14 +139,15 @@ class _Run:
                 if methods:
                     raise
                 facts = {"left_out": str(error)}
-            self._write_json(name, facts)  # last: what says that the method is done
+            self._write_json(name, facts)
+            self._mark(name)  # last: what says that the method is done
         self.tell("arena", "page", 1, 1, "")
 
     def _known(self) -> Known:
         """What the model knows, asked once for all continuations."""
         of = {name: self.facts[name] for name in ("weights", "examples", "prompting")}
         path = self.folder / "known.json"
-        before = read_json(path, dict[str, Any]) if path.is_file() else {}
+        before = read_json(intact(path), dict[str, Any]) if (self.folder / STAGES / "known.json").is_file() else {}
         if all(before.get(name) == value for name, value in of.items()):
             checked(before, KnownFacts, str(path))
             return Known(before["asked"], before["known"])
@@ -149,6 +155,7 @@ class _Run:
         if known.asked:
             self.task.knowing(set(known.items))  # an empty one is refused here, before anything is written
         self._write_json("known", of | {"asked": known.asked, "known": list(known.items)})
+        self._mark("known")
         return known
 
     def _unsteered(self, frame: Frame) -> dict[str, Any]:
@@ -200,10 +207,9 @@ class _Run:
         }
 
     def _check_folder(self) -> None:
-        path = self.folder / "frame.json"
-        if not path.exists():
+        if not (self.folder / STAGES / "frame.json").is_file():
             return
-        before = read_json(path, FrameFacts)
+        before = read_json(intact(self.folder / "frame.json"), FrameFacts)
         for field, value in self.facts.items():
             if before.get(field) != value:
                 raise InputError(
@@ -211,11 +217,17 @@ class _Run:
                 )
 
     def _done(self, name: str) -> bool:
-        return (self.folder / f"{name}.json").is_file()
+        return all((folder / f"{name}.json").is_file() for folder in (self.folder, self.folder / STAGES))
+
+    def _mark(self, name: str) -> None:
+        """Write the marker of what was written since the last one."""
+        write_marker(self.folder, name, self.written)
+        self.written = []
 
     def _write_json(self, name: str, facts: Mapping[str, Any]) -> None:
         text = json.dumps(plain(dict(facts)), indent=1, allow_nan=False) + "\n"
-        write_atomically(self.folder / f"{name}.json", text.encode())
+        self.written.append(write_atomically(self.folder / f"{name}.json", text.encode()))
 
     def _write_table(self, name: str, table: pd.DataFrame) -> None:
-        write_atomically(self.folder / f"{name}.parquet", lambda path: table.to_parquet(path, index=False))
+        path = self.folder / f"{name}.parquet"
+        self.written.append(write_atomically(path, lambda temporary: table.to_parquet(temporary, index=False)))

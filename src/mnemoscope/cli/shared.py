@@ -26,6 +26,10 @@ Force = Annotated[bool, _opening("--force", help="Accept what was fitted on anot
 AsChat = Annotated[bool, _formatting("--chat", help="By the chat template of the tokenizer.")]
 Reply = Annotated[str, _formatting(help="With --chat: how the reply begins; the model continues it.")]
 Given = Annotated[list[str] | None, typer.Option(help="NAME=VALUE: an option of the task, as hops=2.")]
+AllowCode = Annotated[
+    list[str] | None,
+    typer.Option(help="package.module:Class of a task of yours: its code is run. May be repeated; no file allows one."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
 
 
@@ -171,3 +175,23 @@ class _Lines:
             self.seen[cell, stage] = tenth
             note += self.left(stage, done / max(total, 1), note)
             typer.echo(f"{cell}  {stage:<10} {min(10 * tenth, 100):3d} %  {note}", err=True)
+
+
+def weights_note(model: str) -> str | None:
+    """Note on a packaged model's weights, shown beside every number."""
+    from mnemoscope.models import PACKAGED, QUANTIZED
+
+    return QUANTIZED if model in PACKAGED else None
+
+
+def open_model(model: str, dtype: str, layout: str | None, device_map: str | None = None) -> tuple[Any, Any]:
+    """Model and tokenizer, by the options of the command line."""
+    from mnemoscope.config import parse_model
+    from mnemoscope.models import load_model
+    from mnemoscope.processes import quiet_library
+
+    quiet_library()
+    shape = parse_model({"folder": model, "dtype": dtype, "device_map": device_map, "layout": named_parts(layout)})
+    if weights := weights_note(model):
+        typer.echo(f"{model}: weights are {weights}", err=True)
+    return load_model(model, dtype=shape.dtype, device_map=shape.device_map, layout=shape.layout)

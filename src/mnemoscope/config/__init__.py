@@ -12,4 +12,4 @@ from mnemoscope.config.reading import (
     parse_study,
     settings_of,
 )
-from mnemoscope.config.study import CellConfig, MethodName, ProbesConfig, SteeringConfig, StudyConfig
+from mnemoscope.config.study import NAME, CellConfig, MethodName, ProbesConfig, SteeringConfig, StudyConfig

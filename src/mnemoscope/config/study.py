@@ -11,6 +11,8 @@ from mnemoscope.errors import InputError
 from mnemoscope.schemas import Method as MethodName
 from mnemoscope.schemas import Site as SiteName
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"  # of studies, cells and runs: the name of one folder, never a path
+Name = Annotated[str, Field(pattern=NAME)]
 ControlName = Literal[
     "random_neurons",
     "low_correlation",
@@ -62,13 +64,15 @@ class ProbesConfig(Frozen):
 class GridConfig(Frozen):
     """The settings tried on the tune split at one site, the same for all methods: every combination."""
 
-    layers: tuple[Annotated[str, Field(pattern=r"^(all|each|spread-[1-9]\d*|\d+|\d+-\d+)$")], ...] = Field(
-        ("all",), min_length=1, description='"all", "each" (alone), "spread-6" (six alone), "2", or a range "0-1"'
+    layers: tuple[Annotated[str, Field(pattern=r"^(all|each|spread-[1-9]\d{0,8}|\d{1,4}|\d{1,4}-\d{1,4})$")], ...] = (
+        Field(
+            ("all",), min_length=1, description='"all", "each" (alone), "spread-6" (six alone), "2", or a range "0-1"'
+        )
     )
     tops: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
         (0.1, 0.3, 0.5), min_length=1, description="shares of the neurons, in (0, 1]"
     )
-    strengths: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = Field(
+    strengths: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         (0.05, 0.1, 0.2, 0.4), min_length=1, description="total relative norms: the shift over its unit (steering.unit)"
     )
 
@@ -78,7 +82,7 @@ class GridConfig(Frozen):
         for layers in self.layers:
             if layers.startswith("spread-"):
                 # One gap more than layers, so that neither end is among them where there is a choice.
-                n = int(layers.removeprefix("spread-"))
+                n = min(int(layers.removeprefix("spread-")), 2 * count)  # so many are all of them
                 gap = count / (n + 1)
                 sets |= dict.fromkeys((min(round(i * gap), count - 1),) for i in range(1, n + 1))
                 continue
@@ -94,7 +98,7 @@ class LowRankConfig(Frozen):
     """Low-rank shifts of every token, which change how a text is read; learned without a limit of norm."""
 
     layers: int = Field(5, ge=1, description="blocks that are shifted together, spread over the model")
-    factors: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = Field(
+    factors: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         (0.75, 1.0), min_length=1, description="factors on what was learned, tried as strengths are"
     )
     steps: int = Field(60, ge=1, le=10_000, description="of learning")
@@ -155,6 +159,11 @@ class SteeringConfig(Frozen):
     norm_draws: int = Field(4, ge=0, description="of each control of methods at equal norms; 0: leaves these out")
     conflict_draws: int = Field(20, ge=1, description="draws of each control where conflicts are steered as drawn")
 
+    def check_layers(self, count: int) -> None:
+        """Raises InputError where a layer that is to be tried does not exist in a model of ``count`` layers."""
+        for grid in self.grids.values():
+            grid.layer_sets(count)
+
 
 class EffectsConfig(Frozen):
     """What is measured of the chosen vectors on test pairs beyond the shift itself."""
@@ -163,7 +172,9 @@ class EffectsConfig(Frozen):
     doses: tuple[float, ...] = Field(
         (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0), min_length=1, description="multiples of the chosen strength"
     )
-    ablated: tuple[float, ...] = Field((0.05, 0.1, 0.3), description="shares of the neurons held at their mean")
+    ablated: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+        (0.05, 0.1, 0.3), description="shares of the neurons held at their mean, in (0, 1]"
+    )
     draws: int = Field(5, ge=1, description="draws of as many neurons at random, and of Gaussian shifts at each dose")
     methods: Literal["all", "best"] = Field("all", description="whose vectors these are measured of")
     patched: bool = Field(True, description="whether states are patched at every layer, the upper bound")
@@ -223,12 +234,20 @@ class CellConfig(Frozen):
 class StudyConfig(Frozen):
     """A study: what is run, with how many seeds."""
 
-    study: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="name of the study and of its run folder")
+    study: Name = Field(description="name of the study and of its run folder")
     seeds: int = Field(1, ge=1, le=1000, description="how many, from first_seed on, each a cell of its own")
     first_seed: int = Field(0, ge=0, le=900, description="the first, as for seeds on which no setting was developed")
     threads: int = Field(1, ge=1, le=256, description="threads of a cell; results depend on it in the last bits")
-    cells: dict[str, CellConfig] = Field(min_length=1, description="by the name shown in results and report")
+    cells: dict[Name, CellConfig] = Field(min_length=1, description="by the name shown in results and report")
     left_out: str = Field("", description="what a fit does without, to keep to its budget")
+
+    @model_validator(mode="after")
+    def _layers_exist(self) -> StudyConfig:
+        for cell in self.cells.values():
+            trained = self.cells.get(cell.model.cell or "", cell).model
+            if not (trained.folder or trained.opened):
+                cell.steering.check_layers(trained.layers)
+        return self
 
     @model_validator(mode="after")
     def _cells_exist(self) -> StudyConfig:

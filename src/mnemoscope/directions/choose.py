@@ -322,7 +322,7 @@ def control_means(
     asking = directions.sources.lists.asking
     rates = [
         [
-            share_of(steered(asking, batches, drawn, margins=False), setting.toward)
+            share_of(steered(asking, batches, drawn, margins=False, roughly=True), setting.toward)
             for _, drawn in control_draws(name, directions, setting, draws, seed)
         ]
         for name, draws in ((name, limits.draws if name in DRAWN else limits.refits) for name in names)
@@ -334,7 +334,7 @@ def damage(lists: TuneLists, directions: Directions, setting: Setting) -> float:
     """The largest share of a kept list that loses its answer under a setting; 0 without such lists."""
     asking, vector = directions.sources.lists.asking, directions.vector(setting)
     drops = [
-        1.0 - share_of(steered(asking, batches, vector, margins=False), label)
+        1.0 - share_of(steered(asking, batches, vector, margins=False, roughly=True), label)
         for batches, label in (*lists.kept.values(), *lists.apart.values())
     ]
     return max([drop for drop in drops if not math.isnan(drop)], default=0.0)

@@ -20,6 +20,7 @@ from mnemoscope.behaviour import Asking, Batch, Scores, score, without_prefix
 from mnemoscope.directions.learned import learned_together
 from mnemoscope.directions.low_rank import low_rank_learned, unpacked
 from mnemoscope.directions.sources import ANSWERED, LOW_RANK, Labels, Setting, Sources
+from mnemoscope.models import Precision, in_precision, quick_precision
 from mnemoscope.probes import LayerProbe
 from mnemoscope.statistics import top_by_magnitude
 from mnemoscope.steering import SteeringVector
@@ -181,11 +182,20 @@ class Directions:
         return kept_LD
 
 
-def steered(asking: Asking, batches: Sequence[Batch], vector: SteeringVector, margins: bool = True) -> Scores:
-    """Score prepared examples under a vector, from cached prefixes unless the vector shifts all tokens."""
+def steered(
+    asking: Asking, batches: Sequence[Batch], vector: SteeringVector, margins: bool = True, roughly: bool = False
+) -> Scores:
+    """Score prepared examples under a vector, from cached prefixes unless the vector shifts all tokens.
+
+    ``roughly``: low-rank shifts in bfloat16 where that is quicker, as they are learned, for choices between settings.
+    """
+    precision: Precision = "float32"
     if vector.positions == "all":
         batches = [without_prefix(batch) for batch in batches]
-    return score(asking, batches, margins=margins, applied=partial(vector.apply, asking.model))
+    if vector.low_rank and roughly:
+        precision = quick_precision(asking.model)
+    with in_precision(asking.model, precision):
+        return score(asking, batches, margins=margins, applied=partial(vector.apply, asking.model))
 
 
 def share_of(scores: Scores, behaviour: str) -> float:

@@ -29,9 +29,10 @@ from mnemoscope.models.layout import (
     width_of,
     with_states,
 )
-from mnemoscope.models.opening import PACKAGED, QUANTIZED, context_length, end_ids, load_model
+from mnemoscope.models.opening import PACKAGED, QUANTIZED, context_length, end_ids, layers_of, load_model
 from mnemoscope.models.passes import (
     PLAINLY,
+    Precision,
     has_known_rows,
     in_precision,
     logits_at,

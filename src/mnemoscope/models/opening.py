@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -11,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
+from mnemoscope.digests import STAGES, check_closed, check_stage, intact
 from mnemoscope.errors import InputError
 from mnemoscope.models.caches import arguments_of
 from mnemoscope.models.layout import Layout, core_of, use_layout
@@ -22,6 +24,12 @@ if TYPE_CHECKING:
     from mnemoscope.config import LayoutConfig
 
 QUANTIZED = "Q4-dequantized"  # shown with every number of a packaged model
+SHOWN = 3  # names of weights in an error
+_REPORTED = {  # what the library says of the weights of a folder, in words
+    "missing_keys": "lacks",
+    "mismatched_keys": "has in another shape",
+    "unexpected_keys": "has more weights than its configuration asks for:",
+}
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -69,19 +77,34 @@ def load_model(
         layout: for a model of no known family.
 
     Raises:
-        InputError: it is missing or corrupted, needs remote code, or is no causal language model.
+        InputError: it is missing or corrupted, its weights are not those that its configuration asks for, it needs
+            remote code, or it is no causal language model.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = unpacked(source)
+    _check_own(Path(folder))
     adapted = _adapted(folder, source)
     _check_causal(adapted, source)
+    _check_parts(adapted, source)
     try:
         words = adapted if adapted != folder and file_of(folder, "tokenizer_config.json") is None else folder
         tokenizer = AutoTokenizer.from_pretrained(words, padding_side="left", trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, use_safetensors=True, trust_remote_code=False, dtype=dtype, device_map=device_map
+        # The model itself first, as the library keeps one report only.
+        model, report = AutoModelForCausalLM.from_pretrained(
+            adapted,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=dtype,
+            device_map=device_map,
+            ignore_mismatched_sizes=True,  # they are in the report too, by name
+            output_loading_info=True,
         )
+        _check_loaded(model, report, adapted)
+        if adapted != folder:
+            _check_loaded(model, model.load_adapter(str(folder)).to_dict(), source)
+    except InputError:
+        raise
     except Exception as error:  # the library raises many kinds for a broken folder
         raise _refused(source, error) from error
     if not tokenizer.is_fast:
@@ -99,6 +122,20 @@ def load_model(
 def context_length(model: PreTrainedModel) -> int:
     """Maximum number of tokens that a model can read."""
     return int(getattr(core_of(model).config.get_text_config(), "max_position_embeddings", 2**31))
+
+
+def layers_of(source: str | Path) -> int:
+    """Number of layers of a model, from its configuration alone; InputError where that cannot be read."""
+    from transformers import AutoConfig
+
+    folder = unpacked(source)
+    try:
+        config = AutoConfig.from_pretrained(_adapted(folder, source), trust_remote_code=False)
+        return int(config.get_text_config().num_hidden_layers)
+    except InputError:
+        raise
+    except Exception as error:  # as in load_model
+        raise _refused(source, error) from error
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> list[int]:
@@ -132,6 +169,32 @@ def file_of(folder: str | Path, name: str) -> str | None:
         return None
 
 
+def _check_own(folder: Path) -> None:
+    """Refuse a model of a run that is not as its study wrote it, or that needs another one outside the run."""
+    if folder.name not in ("model", "adapter") or not (folder.parent / STAGES).is_dir():
+        return
+    check_closed(folder.parent)
+    check_stage(folder.parent, "train")
+    for path in sorted(folder.glob("*")):
+        intact(path)
+    if (folder / "adapter_config.json").exists() and folder.name == "model":
+        raise InputError(f"model: {folder} holds an adapter, where a study writes a whole model")
+
+
+def _check_parts(folder: str | Path, source: str | Path) -> None:
+    """Refuse weights in files outside of the folder."""
+    listed = file_of(folder, "model.safetensors.index.json")
+    if listed is None:
+        return
+    try:
+        names = {Path(name) for name in json.loads(Path(listed).read_text())["weight_map"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _refused(source, error) from error
+    for name in sorted(names):
+        if name.is_absolute() or ".." in name.parts:
+            raise InputError(f"model: {source} has weights in {name}, which is outside of it")
+
+
 def _check_causal(folder: str | Path, source: str | Path) -> None:
     """Refuse masked and encoder-decoder models, which would open with a warning only."""
     from transformers import AutoConfig
@@ -141,11 +204,27 @@ def _check_causal(folder: str | Path, source: str | Path) -> None:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise _refused(source, error) from error
+    if "/" in str(getattr(config, "_attn_implementation", None)):  # the library would fetch its code and run it
+        raise InputError(f"model: {source} asks for an attention kernel from the hub; none is run")
     known = {name for names in CAUSAL.values() for name in ([names] if isinstance(names, str) else names)}
     made_as = config.architectures or []
     if getattr(config, "is_encoder_decoder", False) or (made_as and not known & set(made_as)):
         kind = ", ".join(made_as) or config.model_type
         raise InputError(f"model: {source} is {kind}; a causal language model (decoder only) is wanted")
+
+
+def _check_loaded(model: PreTrainedModel, report: Mapping[str, Any], source: str | Path) -> None:
+    """Refuse weights that were drawn at random or left out, by name.
+
+    Of tied weights the library asks for one. What was saved of buffers that a model computes itself is not needed.
+    """
+    computed = {name for name, _ in model.named_buffers()}
+    for field, what in _REPORTED.items():
+        keys = (key if isinstance(key, str) else key[0] for key in report.get(field) or ())
+        if names := sorted(key for key in keys if field != "unexpected_keys" or key not in computed):
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            found = f"{what} {', '.join(names[:SHOWN])}{more}"
+            raise InputError(f"model: {source} {found}; weights and configuration do not belong together")
 
 
 def _refused(source: str | Path, error: Exception) -> InputError:

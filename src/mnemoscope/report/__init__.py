@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mnemoscope.digests import write_marker
 from mnemoscope.files import write_atomically
 from mnemoscope.processes import Map, in_order
 from mnemoscope.report import behaviour, cost, detector, differ, holds, read, steer, where
@@ -29,12 +30,14 @@ def build_report(run: str | Path, parallel: Map = in_order) -> Path:
         The path of ``report.html``.
 
     Raises:
-        InputError: a record file is missing, cannot be read or lacks a column; one line that names the file.
+        InputError: a record file is missing, is not as its stage wrote it, cannot be read or lacks a column; one line
+            that names the file.
     """
     run = Path(run)
     records = read_run(run)
     results = compute_results(records, parallel)
-    write_atomically(run / "results.json", to_json(results).encode())
     page = render(records, results, STORIES, holds.transfer(results.transfer), parallel)
-    write_atomically(run / "report.html", page.encode())
-    return run / "report.html"
+    found = write_atomically(run / "results.json", to_json(results).encode())
+    path = write_atomically(run / "report.html", page.encode())
+    write_marker(run, "report", [found, path])
+    return path

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mnemoscope.digests import check_closed, digests_of, intact, write_marker
 from mnemoscope.errors import InputError
 from mnemoscope.files import plain, write_atomically
 from mnemoscope.schemas import FrameFacts
@@ -52,19 +53,22 @@ class Records:
         if not (folder / "frame.json").is_file():
             raise InputError(f"run: {folder.parent} holds no arena (it has no arena/frame.json)")
         try:
-            frame = read_json(folder / "frame.json", FrameFacts)
+            if folder.is_symlink():
+                raise InputError(f"run: {folder} is a link; name the run that it leads to")
+            check_closed(folder)
+            frame, listed = read_json(intact(folder / "frame.json"), FrameFacts), digests_of(folder)
             facts, tables, left_out = {}, {}, {}
             for name in (UNSTEERED, *frame["order"]):
-                if not (folder / f"{name}.json").is_file():
+                if f"{name}.json" not in listed:
                     continue
-                found = read_json(folder / f"{name}.json", dict[str, Any])
+                found = read_json(intact(folder / f"{name}.json"), dict[str, Any])
                 if "left_out" in found:
                     left_out[name] = str(found["left_out"])
                     continue
                 kinds = ("answers", "texts", "neutral")
-                tables[name] = {kind: _table(folder / f"{name}-{kind}.parquet") for kind in kinds}
+                tables[name] = {kind: _table(intact(folder / f"{name}-{kind}.parquet")) for kind in kinds}
                 facts[name] = found
-            return cls(frame, _table(folder / "set.parquet"), facts, tables, left_out)
+            return cls(frame, _table(intact(folder / "set.parquet")), facts, tables, left_out)
         except InputError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -109,7 +113,7 @@ def build_arena(run: Path, beside: Sequence[Path] = ()) -> Path:
 
     results = results_of(Records.of(run / "arena"))
     text = json.dumps(plain(results), indent=1, allow_nan=False) + "\n"
-    write_atomically(run / "arena" / "results.json", text.encode())
+    write_marker(run / "arena", "report", [write_atomically(run / "arena" / "results.json", text.encode())])
     others = [results_of(Records.of(other / "arena")) for other in beside]
     return write_atomically(run / "arena.html", render_arena([results, *others]).encode())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +14,7 @@ import pandas as pd
 from pyarrow import parquet
 
 from mnemoscope.contrast import Contrast
+from mnemoscope.digests import check_closed, intact, is_there
 from mnemoscope.errors import InputError
 from mnemoscope.schemas import CellFacts, ManifestFacts, ProbeFacts, StudyFacts, TimeFacts, WhyFacts, read_chosen
 from mnemoscope.strict import MOST_YAML, checked, parse_yaml, read_json, read_text
@@ -102,6 +102,7 @@ def read_run(folder: Path) -> Run:
     Raises:
         InputError: a file is missing, cannot be read, or lacks a column or field; one line that names the file.
     """
+    check_closed(folder)
     study_text = _read(folder / "study.yaml", lambda path: read_text(path, most=MOST_YAML))
     study = parse_yaml(study_text, str(folder / "study.yaml"))
     checked(study, StudyFacts, str(folder / "study.yaml"))
@@ -138,9 +139,8 @@ def read_cell(folder: Path) -> Cell:
 
 
 def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
-    """What ``reader`` makes of the file; whatever goes wrong becomes one line that names the file."""
-    if not path.is_file():
-        raise InputError(f"{path}: this file is missing; the run may not be finished")
+    """What ``reader`` makes of a file that is as its stage wrote it; what goes wrong is one line with its name."""
+    intact(path)
     try:
         return reader(path)
     except InputError:
@@ -152,7 +152,7 @@ def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
 
 def _json(path: Path, kind: Any, optional: bool = False) -> Any:
     """The object in a file, of a type; an empty one for an optional file that is not there."""
-    if optional and not os.path.lexists(path):
+    if optional and not is_there(path):
         return {}
     return _read(path, lambda p: read_json(p, kind))
 
@@ -160,7 +160,7 @@ def _json(path: Path, kind: Any, optional: bool = False) -> Any:
 def _table(folder: Path, name: str, optional: bool = False) -> Any:
     """A table with its declared columns; None for an optional one that is not there, else InputError."""
     path, wanted = folder / f"{name}.parquet", columns_of(name)
-    if optional and not os.path.lexists(path):
+    if optional and not is_there(path):
         return None
     present = _read(path, lambda p: parquet.read_schema(p).names)
     for column in wanted:

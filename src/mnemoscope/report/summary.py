@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mnemoscope.digests import intact
 from mnemoscope.report import words
 from mnemoscope.report.schema import Aim, Chosen, Direction, TaskResults
 from mnemoscope.report.steer import other_ways
@@ -176,7 +177,7 @@ class Summary(BaseModel):
 
 def summary_of(run: str | Path) -> Summary:
     """The summary of a run folder, from its ``results.json``."""
-    return Summary.of(read_json(Path(run) / "results.json", dict[str, Any]))
+    return Summary.of(read_json(intact(Path(run) / "results.json"), dict[str, Any]))
 
 
 def compare_briefs(first: dict[str, Any], second: dict[str, Any]) -> list[dict[str, Any]]:

@@ -4,9 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mnemoscope.cells import Cell, Tell
-from mnemoscope.models import check_peft
 from mnemoscope.stages.cards import cards_stage
-from mnemoscope.stages.common import cell_model
+from mnemoscope.stages.common import cell_model, check_cell, with_kept_data
 from mnemoscope.stages.compare import compare_stage
 from mnemoscope.stages.detect import detection_stage
 from mnemoscope.stages.effects import effects_stage
@@ -23,7 +22,7 @@ IN_ORDER: tuple[Callable[[Cell, Tell], list[Path]], ...] = (
 # All that a stage could write, as patterns in the folder of its cell: deleted before it begins, so that what an earlier
 # attempt left behind is not read as its result.
 WRITES: dict[str, tuple[str, ...]] = {
-    "train": ("model", "adapter", "cell.json", "records/training*", "records/known.json"),
+    "train": ("model", "adapter", "cell.json", "data", "records/training*", "records/known.json"),
     "behaviour": ("records/behaviour.parquet",),
     "pairs": ("records/pairs*.parquet", "contrast.safetensors"),
     "probes": ("probe.json", *(f"records/{name}.parquet" for name in ("probes", "learning", "halves"))),

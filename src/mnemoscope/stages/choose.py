@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import chain, product
@@ -146,54 +147,84 @@ def halved(opened: SteeredCell, tried: Tried, tell: Tell) -> tuple[dict[tuple[st
     config = opened.cell.config.steering
     places: dict[tuple[Any, ...], list[Setting]] = {}
     for setting in chain.from_iterable(some for (_, method), some in tried.items() if method not in LEARNED):
-        places.setdefault((setting.direction, setting.method, setting.site, setting.layers, setting.top), []).append(
-            setting
-        )
-    worth, rows = dict[Setting, float](), list[Row]()
-    parts = [(config.aim, some) for some in places.values()]
-    for done, ((direction, method, *_), found) in enumerate(
-        zip(places, opened.map(_screen, parts, places.values()), strict=True), 1
-    ):
-        for setting, value, row in found:
-            worth[setting] = value
-            rows.append(row)
+        key = (setting.direction, setting.method, setting.site, setting.layers, setting.top)
+        places.setdefault(key, []).append(setting)
+    screened, rows = {direction: list[Screened]() for direction in TOWARD}, list[Row]()
+    looked = opened.map(_screen, [(config.aim, some) for some in places.values()], places.values())
+    for done, ((direction, method, *_), found) in enumerate(zip(places, looked, strict=True), 1):
+        screened[direction] += [one for one, _ in found]
+        rows += [row for _, row in found]
         note = f"{direction}: {method}, a first look at place {done} of {len(places)}"
         tell(list(AIMS).index(config.aim) + 0.5 * done / len(places), PARTS, note)
+    parts = [(config.aim, direction, some, config.halving) for direction, some in screened.items()]
+    ranks = opened.map(_worth, parts, [[one.setting for one in some] for _, _, some, _ in parts])
+    worth = dict(zip(screened, ranks, strict=True))
     opened.__dict__.pop("few", None)
     kept = {}
     for (direction, method), some in tried.items():
-        ordered = sorted((s for s in worth if s.direction == direction), key=lambda s: -worth[s])
-        best: dict[tuple[Any, ...], float] = {}
-        for s in ordered:
-            best.setdefault((s.site, s.layers), s.strength)
-        left = dict(list(best.items())[: config.halving])
-        first = next(iter(left), ("", ()))
-        here = [s for s in some if (s.site, s.layers) in left]
-        if method == LOW_RANK or not ordered:
+        seen = worth[direction]
+        first = next(iter(seen), None)
+        if method == LOW_RANK or first is None:
             kept[direction, method] = list(some)
         elif method in LEARNED:
-            kept[direction, method] = [s for s in here if (s.site, s.layers, s.strength) == (*first, left[first])]
+            best = (first.site, first.layers, first.strength)
+            kept[direction, method] = [s for s in some if (s.site, s.layers, s.strength) == best]
         else:
-            seen = sorted((s for s in here if s in worth), key=lambda s: -worth[s])
-            kept[direction, method] = seen[: -(-len(seen) // 2)]
+            here = [s for s in seen if s.method == method]
+            kept[direction, method] = here[: -(-len(here) // 2)]
     return kept, rows
 
 
-def _screen(opened: SteeredCell, aim: str, settings: Sequence[Setting]) -> list[tuple[Setting, float, Row]]:
-    """What settings of one place steer of a few tune examples less the largest damage, and their rows of the sweep.
+class Screened(NamedTuple):
+    """A setting with the shares of a few tune examples that it steers, and that give neither answer."""
+
+    setting: Setting
+    rate: float
+    other: float
+
+
+def _screen(opened: SteeredCell, aim: str, settings: Sequence[Setting]) -> list[tuple[Screened, Row]]:
+    """What settings of one place steer of a few tune examples, and rows of the sweep.
 
     From weak to strong ones, up to the first that breaks most answers.
     """
     found = []
     for setting in sorted(settings, key=lambda setting: setting.strength):
-        lists, directions = opened.few[aim][setting.direction], opened.directions[setting.site]
-        scores = steered(opened.asking, lists.targets, directions.vector(setting), margins=False)
-        rate, other = share_of(scores, setting.toward), share_of(scores, "other")
-        lost = damage(lists, directions, setting) if rate > LEAST_RATE else 0.0
-        found.append((setting, rate - max(other, lost), _row(aim, setting, scores)))
-        if other > 0.5:
+        targets, directions = opened.few[aim][setting.direction].targets, opened.directions[setting.site]
+        scores = steered(opened.asking, targets, directions.vector(setting), margins=False)
+        one = Screened(setting, share_of(scores, setting.toward), share_of(scores, "other"))
+        found.append((one, _row(aim, setting, scores)))
+        if one.other > 0.5:
             break
     return found
+
+
+def _worth(opened: SteeredCell, aim: str, direction: str, screened: Sequence[Screened], most: int) -> list[Setting]:
+    """The settings of the ``most`` best places, best first, by what they steer less the largest damage.
+
+    Lists that should stay are read only of settings that could be among these, as they cost the most.
+    """
+
+    def least(one: Screened) -> float:
+        lists = opened.few[aim][direction]
+        lost = damage(lists, opened.directions[one.setting.site], one.setting) if one.rate > LEAST_RATE else 0.0
+        return one.rate - max(one.other, lost)
+
+    waiting = [(one.other - one.rate, False, number) for number, one in enumerate(screened)]
+    heapq.heapify(waiting)
+    places, found = dict[tuple[Any, ...], None](), list[tuple[float, Setting]]()
+    while waiting:
+        cost, known, number = heapq.heappop(waiting)
+        setting = screened[number].setting
+        place = setting.site, setting.layers
+        if len(places) == most and place not in places:
+            continue
+        if known:
+            places[place] = None
+            found.append((cost, setting))
+        else:
+            heapq.heappush(waiting, (-least(screened[number]), True, number))
+    return [setting for _, setting in sorted(found, key=lambda one: one[0])]
 
 
 def choose(
@@ -251,11 +282,13 @@ def _sweep(opened: SteeredCell, aim: str, setting: Setting) -> tuple[float, list
     """Shift rate of a setting on tune, rows of the sweep, and learned directions."""
     lists, of_pairs = (opened.tune[name][setting.direction] for name in (aim, "pairs"))
     vector = opened.directions[setting.site].vector(setting)
-    scores = steered(opened.asking, lists.targets, vector)
+    scores = steered(opened.asking, lists.targets, vector, roughly=True)
     rows = [_row(aim, setting, scores)]
     for name, (batches, label) in lists.kept.items() if setting.method in MAPPED else ():
         if aim == "pairs" or name not in of_pairs.kept:
-            rows.append(_row(name, setting, steered(opened.asking, batches, vector, margins=False), label))
+            rows.append(
+                _row(name, setting, steered(opened.asking, batches, vector, margins=False, roughly=True), label)
+            )
     fit = setting.same_direction()[0], ANSWERED
     learned = {fit: opened.shifts[fit]} if setting.method in LEARNED else {}
     return share_of(scores, setting.toward), rows, learned

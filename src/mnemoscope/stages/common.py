@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -23,15 +24,24 @@ from mnemoscope.cells import STATES, Cell, git_state
 from mnemoscope.directions import ANSWERED, Labels, Setting
 from mnemoscope.errors import InputError
 from mnemoscope.files import replacing, write_atomically
-from mnemoscope.models import load_model
+from mnemoscope.models import check_peft, layers_of, load_model
 from mnemoscope.processes import in_order
 from mnemoscope.schemas import CellFacts, KnownFacts
 from mnemoscope.schemas import read_chosen as chosen_facts
 from mnemoscope.steering import Artefact, Binding, SteeringVector, best_paths
 from mnemoscope.strict import read_json
-from mnemoscope.tasks import Task, build_task
+from mnemoscope.tasks import Task, allow_code, build_task
 
+DATA = "data"  # folder of a cell with copies of the files that its task was made from
 GATE = 0.5  # probability from which on a gate acts, where a study judges it
+
+
+def check_cell(cell: Cell, folder: str) -> None:
+    """Raises InputError where an adapter's package is missing, or the model of ``folder`` lacks a layer to be tried."""
+    if cell.config.model.lora:
+        check_peft("model.lora")
+    if cell.opened is None and cell.config.analysed:
+        cell.config.steering.check_layers(layers_of(folder))
 
 
 def rng_of(cell: Cell, stage: str) -> np.random.Generator:
@@ -41,10 +51,51 @@ def rng_of(cell: Cell, stage: str) -> np.random.Generator:
 
 def cell_task(cell: Cell) -> Task:
     """The cell's task with the cell's seed, of the facts that the model knows where the task asks for that."""
+    allow_code(*cell.code)
     given = cell.opened.task if cell.opened else None
     task = build_task(cell.config.task, cell.config.options, cell.seed) if given is None else given
     known = cell.records / "known.json"
     return task.knowing(set(read_json(known, KnownFacts)["known"])) if known.exists() else task
+
+
+def keep_data(cell: Cell) -> list[Path]:
+    """Copy the files that the options of a task name into the cell, so that a run opens without them; the copies."""
+    copies: list[Path] = []
+    for source, copy in _data(cell.config.options, cell.folder / DATA):
+        if Path(source).is_file():
+            copies.append(write_atomically(copy, Path(source).read_bytes()))
+        for path in sorted(Path(source).rglob("*.jsonl")) if Path(source).is_dir() else ():
+            copies.append(write_atomically(copy / path.relative_to(source), path.read_bytes()))
+    return copies
+
+
+def with_kept_data(cell: Cell) -> Cell:
+    """The cell with the copies that ``keep_data`` made in place of the files that its options name."""
+    copies = {
+        source: str(copy) if copy.exists() or Path(source).exists() else source  # else an id of a data set
+        for source, copy in _data(cell.config.options, cell.folder / DATA)
+    }
+
+    def swapped(options: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            name: swapped(value) if isinstance(value, dict) else copies[value] if _is_path(name, value) else value
+            for name, value in options.items()
+        }
+
+    return replace(cell, config=cell.config.model_copy(update={"options": swapped(cell.config.options)}))
+
+
+def _data(options: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, Path]]:
+    """Every file or folder that options of a task, or of its parts, name, and the place of its copy."""
+    for name, value in options.items():
+        if isinstance(value, dict):
+            yield from _data(value, folder / re.sub(r"[^A-Za-z0-9_-]", "-", name))
+        elif _is_path(name, value):
+            yield value, (folder / name).with_suffix(Path(value).suffix if name == "file" else "")
+
+
+def _is_path(name: str, value: Any) -> bool:
+    return name in ("file", "folder") and isinstance(value, str)
 
 
 class PerProcess:

@@ -133,7 +133,9 @@ def input_scores(
     bags = {split: input_features(ids, len(asking.tokenizer)) for split, ids in tokens.items()}
     both = {s: sparse.hstack([bags[s], repeat_features(ids)], format="csr") for s, ids in tokens.items()}
     scores = {}
-    for kind, found in {"input_only": bags, "input_repeats": both}.items():
+    for kind, every in {"input_only": bags, "input_repeats": both}.items():
+        seen = np.unique(every["fit"][labels["fit"] >= 0].indices)  # of the others, millions, a weight stays 0
+        found = {split: features[:, seen] for split, features in every.items()}
         fit, tune = ((found[s][labels[s] >= 0], labels[s][labels[s] >= 0]) for s in ("fit", "tune"))
         scores[kind] = fit_input_probe(*fit, *tune).decision_function(found["test"])
     return scores

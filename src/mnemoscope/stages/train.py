@@ -55,9 +55,8 @@ def train_stage(cell: Cell, tell: Tell) -> list[Path]:
     if cell.config.model.is_trained:
         asking, trained, attempt = _trained(cell, task, tell)
         files = [common.write_table(cell.records / "training.parquet", pd.DataFrame(trained.curve))]
-        # Times differ between equal runs, so their file is not checked.
         times = {"seconds": round(trained.seconds, 2), "steps": trained.steps}
-        common.write_json(cell.records / "training_time.json", times)
+        files.append(common.write_json(cell.records / "training_time.json", times))
         if trained.unmet:
             size = "model.lora.rank" if is_adapted(asking.model) else "model.layers"
             raise StudyError(f"{cell.name}: {how_to_mix(trained, size)}")
@@ -68,7 +67,7 @@ def train_stage(cell: Cell, tell: Tell) -> list[Path]:
     model, binding = asking.model, Binding.of(asking.model, asking.tokenizer)
     facts |= {"layers": len(blocks_of(model)), "width": width_of(model), "binding": asdict(binding)}
     files += _save_model(cell, asking) if facts["trained"] else []
-    return [*files, common.write_json(cell.folder / "cell.json", facts)]
+    return [*files, *common.keep_data(cell), common.write_json(cell.folder / "cell.json", facts)]
 
 
 def unfinished_training(cell: Cell) -> Checkpoint:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mnemoscope.behaviour import PLAIN, Prompting
+from mnemoscope.digests import facts_digest, inside, intact
 from mnemoscope.errors import InputError
 from mnemoscope.files import plain, write_atomically
 from mnemoscope.models import core_of, merged_weights
@@ -36,39 +37,51 @@ class Binding:
 
     Attributes:
         model_type: the configuration's ``model_type``.
-        weights: SHA-256 of all parameters, by name, rounded to bfloat16, so that it is the same in that precision, and
-            with an adapter (LoRA) beside the weights or merged into them.
+        weights: SHA-256 of the exact bytes of all parameters, by name, with an adapter (LoRA) merged into them.
         tokenizer: SHA-256 of the fast tokenizer's parts in ``TOKENIZING``.
-        half: as ``weights``, but rounded to float16 before, for models that are opened in float16.
+        dtype: of the parameters. A model that is opened in another one is compared by what both round to.
+        rounded: as ``weights``, rounded to bfloat16; ``half``: the same, but rounded to float16 before.
     """
 
     model_type: str
     weights: str
     tokenizer: str
+    dtype: str = ""
+    rounded: str = ""
     half: str = ""
 
     @classmethod
     def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Binding:
         """Fingerprint a model and its tokenizer, reading every weight; InputError where one is not in memory."""
-        digest, half = hashlib.sha256(), hashlib.sha256()
+        exact, rounded, half = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
+        kinds = set()
         for name, weight in sorted(merged_weights(model), key=itemgetter(0)):
             if weight.is_meta:
                 raise InputError(f"device_map: {name} is not in memory; use devices that hold the whole model")
-            for known, first in ((digest, weight.detach()), (half, weight.detach().to(torch.float16))):
-                rounded = first.to(torch.bfloat16).cpu().contiguous()
-                known.update(name.encode())
-                known.update(rounded.view(torch.uint8).numpy().data)
+            whole = weight.detach()
+            kinds.add(str(whole.dtype).removeprefix("torch."))
+            forms = whole, whole.to(torch.bfloat16), whole.to(torch.float16).to(torch.bfloat16)
+            for digest, form in zip((exact, rounded, half), forms, strict=True):
+                digest.update(f"{name} {tuple(form.shape)}".encode())
+                digest.update(form.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         parts = json.loads(tokenizer.backend_tokenizer.to_str())
         words = json.dumps({part: parts.get(part) for part in TOKENIZING}, sort_keys=True)
         tokens = hashlib.sha256(words.encode()).hexdigest()
-        return cls(core_of(model).config.model_type, digest.hexdigest(), tokens, half.hexdigest())
+        digests = (digest.hexdigest() for digest in (rounded, half))
+        return cls(core_of(model).config.model_type, exact.hexdigest(), tokens, ",".join(sorted(kinds)), *digests)
+
+    def has_weights_of(self, other: Binding) -> bool:
+        """Whether the weights are the same, byte by byte, or where the precision is another, once they are rounded."""
+        if self.dtype == other.dtype:
+            return self.weights == other.weights
+        return bool({self.rounded, self.half} & {other.rounded, other.half})
 
     def check(self, found: Binding, what: str) -> None:
         """Raises InputError where another model was ``found``; the field that differs is named."""
         for name in ("model_type", "weights", "tokenizer"):
-            if name == "weights" and {self.weights, self.half} & {found.weights, found.half}:
-                continue
-            if (mine := getattr(self, name)) != (value := getattr(found, name)):
+            same = self.has_weights_of(found) if name == "weights" else getattr(self, name) == getattr(found, name)
+            if not same:
+                mine, value = getattr(self, name), getattr(found, name)
                 raise InputError(f"{name}: the {what} was made on {mine}, this model has {value}; force overrides")
 
 
@@ -170,8 +183,9 @@ class Artefact:
 
         path = Path(path)
         content = save({name: tensor.contiguous() for name, tensor in self.tensors().items()})
-        facts = plain(self.facts() | {"digest": hashlib.sha256(content).hexdigest()})
-        text = json.dumps(facts, indent=1, sort_keys=True, allow_nan=False) + "\n"
+        facts = json.loads(json.dumps(plain(self.facts()), allow_nan=False))
+        digests = {"tensors": hashlib.sha256(content).hexdigest(), "facts": facts_digest(facts)}
+        text = json.dumps(facts | {"digest": digests}, indent=1, sort_keys=True, allow_nan=False) + "\n"
         return [write_atomically(path, content), write_atomically(path.with_suffix(".json"), text.encode())]
 
     @classmethod
@@ -184,20 +198,18 @@ class Artefact:
     ) -> Self:
         """Load one, and check that it was fitted on this model where one is given.
 
-        ``force`` accepts another model of the same shape.
+        ``force`` accepts another model of the same shape, and an artefact of an earlier version, whose facts have no
+        digest.
 
         Raises:
-            InputError: the files are missing or damaged, the model is another (the field that differs is named), or it
-                is given without its tokenizer.
+            InputError: the files are missing or damaged (a digest differs), the model is another (the field that
+                differs is named), or it is given without its tokenizer.
         """
         from safetensors.torch import load
 
         path = Path(path)
+        facts, content = read_artefact(cls.WHAT, path, cls.FACTS, force)
         with readable(cls.WHAT, path):
-            content = read_bytes(path, cls.WHAT)
-            facts: dict[str, Any] = {**read_json(path.with_suffix(".json"), cls.FACTS)}
-            if facts.pop("digest") != hashlib.sha256(content).hexdigest():
-                raise ValueError("its digest is not that of the JSON beside it: one of the two files was changed")
             for name, kind in (("binding", Binding), ("card", Card)):
                 facts[name] = kind(**facts[name]) if facts[name] else None
             facts["prompting"] = stored_prompting(facts["prompting"])
@@ -225,12 +237,32 @@ class Artefact:
         self.check_shape(model)
 
 
+def read_artefact(
+    what: str, path: Path, kind: Any = ArtefactFacts, force: bool = False
+) -> tuple[dict[str, Any], bytes]:
+    """Facts and tensors of an artefact, once the digests of both are found to be right; see ``Artefact.load``."""
+    with readable(what, path):
+        content = read_bytes(path, what)
+        facts: dict[str, Any] = {**read_json(path.with_suffix(".json"), kind)}
+        digests = facts.pop("digest")
+        if isinstance(digests, str):  # of the tensors alone
+            if not force:
+                raise ValueError("an earlier version wrote it, without a digest of its facts; fit again, or force")
+            digests = {"tensors": digests, "facts": facts_digest(facts)}
+        for part, found in (("tensors", hashlib.sha256(content).hexdigest()), ("facts", facts_digest(facts))):
+            if digests[part] != found:
+                raise ValueError(f"the digest of its {part} differs: one of its two files was changed")
+    return facts, content
+
+
 def best_paths(cell: Path) -> dict[str, Path]:
     """By direction, the file of a cell's best vector for the aim of its study."""
-    chosen: Any = read_chosen(cell / "records" / "chosen.json")
+    path = cell / "records" / "chosen.json"
+    chosen: Any = read_chosen(intact(path))
     aim = chosen.get("aim", "pairs")  # runs of version 0.1 have no other
     tail = "" if aim == "pairs" else f"-{aim}"
-    return {d: cell / "vectors" / f"{d}-{method}{tail}.safetensors" for d, method in chosen[aim]["best"].items()}
+    names = {d: f"{d}-{method}{tail}.safetensors" for d, method in chosen[aim]["best"].items()}
+    return {d: intact(inside(cell / "vectors", name)) for d, name in names.items()}
 
 
 def stored_prompting(facts: Mapping[str, Any]) -> Prompting:

@@ -163,15 +163,40 @@ TASKS: dict[str, Callable[..., Task]] = {
 }
 
 
-def build_task(kind: str, options: dict[str, Any], seed: int) -> Task:
-    """Build a task by its name in ``TASKS``, or a user's own by ``package.module:Class``.
+_allowed: set[str] = set()  # import paths whose code this process may run
 
-    ``seed`` decides everything that is drawn once for the task; an option ``seed`` overrides it. Raises InputError
-    where the task is unknown, cannot be imported, is no task, or refuses an option or its value.
+
+def allow_code(*paths: str) -> None:
+    """Allow this process to import tasks of a user's own by these paths, ``package.module:Class`` each.
+
+    Importing runs their code, so a path has to come from the user, in Python or at the command line; nothing that is
+    read from a file allows one.
     """
+    _allowed.update(paths)
+
+
+def allowed_code() -> tuple[str, ...]:
+    """The paths that ``allow_code`` was called with, for processes that work for this one."""
+    return tuple(sorted(_allowed))
+
+
+def check_allowed(kind: str) -> None:
+    """Raises InputError for what is neither a task's name in ``TASKS`` nor an allowed import path."""
     if kind not in TASKS and ":" not in kind:
         raise InputError(f"task: {kind!r} is unknown; known are {', '.join(TASKS)}, or package.module:Class")
-    maker = TASKS[kind] if kind in TASKS else _imported(kind)
+    if kind not in TASKS and kind not in _allowed:
+        how = f"if you trust it, --allow-code {kind} at the command line, mnemoscope.allow_code in Python"
+        raise InputError(f"task: {kind!r} is no built-in task, and importing it would run its code; {how}")
+
+
+def build_task(kind: str, options: dict[str, Any], seed: int) -> Task:
+    """Build a task by its name in ``TASKS``, or a user's own by a path that ``allow_code`` has allowed.
+
+    ``seed`` decides everything that is drawn once for the task; an option ``seed`` overrides it. Raises InputError
+    where the task is unknown, is not allowed, cannot be imported, is no task, or refuses an option or its value.
+    """
+    check_allowed(kind)
+    maker: Callable[..., Task] = TASKS[kind] if kind in TASKS else _imported(kind)
     accepted = inspect.signature(maker).parameters
     for option in options:
         if option not in accepted:
@@ -185,12 +210,9 @@ def build_task(kind: str, options: dict[str, Any], seed: int) -> Task:
     if "seed" in accepted:
         options = {**options, "seed": options.get("seed", seed)}
     try:
-        made = maker(**options)
+        return maker(**options)
     except TypeError as error:
         raise InputError(f"task.options: task {kind!r} refuses {options}: {error}") from error
-    if not isinstance(made, Task):
-        raise InputError(f"task: {kind!r} makes a {type(made).__name__}, which is no subclass of mnemoscope.Task")
-    return made
 
 
 def describe_tasks() -> dict[str, str]:
@@ -198,14 +220,16 @@ def describe_tasks() -> dict[str, str]:
     return {name: (inspect.getdoc(maker) or "").splitlines()[0] for name, maker in TASKS.items()}
 
 
-def _imported(path: str) -> Callable[..., Any]:
-    """The user's class or function; a class with the methods of a task gets the defaults of ``Task``."""
+def _imported(path: str) -> type[Task]:
+    """The user's class; one with the methods of a task gets the defaults of ``Task``."""
     module, _, attribute = path.partition(":")
     try:
         made = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise InputError(f"task: {path!r} cannot be imported ({error})") from error
-    if not inspect.isclass(made) or issubclass(made, Task):
+    if not inspect.isclass(made):
+        raise InputError(f"task: {path!r} is no class; a subclass of mnemoscope.Task is wanted")
+    if issubclass(made, Task):
         return made
     missing = [name for name in ("training", "examples", "rephrase") if not callable(getattr(made, name, None))]
     if missing:

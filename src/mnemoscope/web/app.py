@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -27,6 +28,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mnemoscope.cells import version
+from mnemoscope.digests import intact
 from mnemoscope.errors import InputError
 from mnemoscope.report import compare_briefs, page_style
 from mnemoscope.web import api
@@ -38,7 +40,9 @@ LOOPBACK = "127.0.0.1"
 PATIENCE = 2  # seconds for requests in progress, once the server is asked to stop
 HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
 NOTHING_ELSE = "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
-INLINE = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'; form-action 'none'"
+# Of a page that came with a run: none of its scripts (those of a browser's own tools run), no forms, nothing loaded.
+INLINE = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'; base-uri 'none'; "
+INLINE += "sandbox allow-scripts"
 OUTER = ("body", "path", "query", "question", "steering")  # as the library names fields, these are left out
 LARGEST_BODY = 64 * 1024  # bytes
 OPEN = ("/report.css", "/static/playground.css", "/static/icon.svg")  # the page that asks for the token needs them
@@ -156,6 +160,8 @@ def report(request: Request, run: str) -> FileResponse:
     path = request.app.state.runs.folder(run) / "report.html"
     if not path.is_file():
         raise InputError(f"run: {run} has no report yet")
+    if b"http-equiv" in intact(path).read_bytes().lower():  # no policy keeps a page from leading to another by itself
+        raise InputError(f"run: {run} has a report that mnemoscope did not write; rebuild it: mnemoscope report")
     return FileResponse(path, media_type="text/html", headers={"Content-Security-Policy": INLINE})
 
 
@@ -165,12 +171,18 @@ def style() -> Response:
     return Response(page_style(), media_type="text/css")
 
 
-def build_app(root: Path, token: str, first: str | None = None) -> FastAPI:
-    """The playground over the run folders in ``root``, for those who know the token; it shows run ``first`` first."""
+def build_app(
+    root: Path, token: str, first: str | None = None, siblings: bool = True, model: str | None = None
+) -> FastAPI:
+    """The playground over the run folders in ``root``, for those who know the token; it shows run ``first`` first.
+
+    Without ``siblings`` it shows no other; ``model``: that of runs which did not train one.
+    """
     app = FastAPI(title="Mnemoscope", version=version(), docs_url=None, redoc_url=None, lifespan=_until_stopped)
     # A redirect to a path with or without its last "/" would also be one to "//another.site".
     app.router.redirect_slashes = False
-    app.state.runs, app.state.jobs, app.state.first, app.state.token = Runs(root), Jobs(), first, token
+    app.state.runs = Runs(root, None if siblings else first, model)
+    app.state.jobs, app.state.first, app.state.token = Jobs(), first, token
     app.state.opened = OpenedCells(app.state.runs)
     # The token is checked by the middleware; this puts it into the description.
     bearer = HTTPBearer(auto_error=False, description="the token in the address that the server printed")
@@ -232,8 +244,16 @@ def server_of(app: FastAPI) -> uvicorn.Server:
     return uvicorn.Server(uvicorn.Config(app, **options))
 
 
-def serve(run: str | Path | None, port: int, announce: Callable[[str], object]) -> None:
-    """Listen on this machine until stopped; shows a run folder, and those beside it (None: those in ``runs``).
+def serve(
+    run: str | Path | None,
+    port: int,
+    announce: Callable[[str], object],
+    siblings: bool = False,
+    model: str | None = None,
+) -> None:
+    """Listen on this machine until stopped; shows a run folder (None: those in ``runs``).
+
+    With ``siblings`` the runs beside it are shown too; ``model`` is that of runs whose study did not train one.
 
     ``announce`` is called with the address, which holds a token that is new at every start. InputError where ``run`` is
     no run folder or has nothing to show yet, or the port is taken.
@@ -244,6 +264,8 @@ def serve(run: str | Path | None, port: int, announce: Callable[[str], object]) 
             raise InputError(f"RUN: {run} is not a run folder (it has no study.yaml)")
         folder = Path(run).resolve()
         root, first = folder.parent, folder.name
+        if not re.fullmatch(NAME, first):
+            raise InputError(f"RUN: {first!r} cannot be part of an address; letters, digits and any of _.- are wanted")
         if not list(folder.glob("cells/*/records/chosen.json")):
             raise InputError(f"RUN: {run} has no cell with steering vectors yet; let its study run to its end first")
     try:
@@ -251,7 +273,7 @@ def serve(run: str | Path | None, port: int, announce: Callable[[str], object]) 
     except OSError as error:
         raise InputError(f"port: {port} cannot be listened on ({error.strerror}); give another one") from error
     token = secrets.token_urlsafe()
-    app = build_app(root, token, first)
+    app = build_app(root, token, first, siblings or run is None, model)
     announce(f"http://{LOOPBACK}:{listener.getsockname()[1]}/?token={token}")
     try:
         server_of(app).run(sockets=[listener])

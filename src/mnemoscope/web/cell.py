@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,18 +26,22 @@ from mnemoscope.behaviour import (
     states_at_the_end,
     without_prefix,
 )
-from mnemoscope.cells import cells_of
+from mnemoscope.cells import Cell, cells_of
 from mnemoscope.config import load_study
 from mnemoscope.contrast import Contrast
 from mnemoscope.detect import Detector
+from mnemoscope.digests import check_closed, check_stage, intact, is_there
 from mnemoscope.directions import with_prefixes
 from mnemoscope.errors import InputError
 from mnemoscope.models import blocks_of
-from mnemoscope.stages import Records, cell_model
-from mnemoscope.steering import readable
-from mnemoscope.tasks import Example
+from mnemoscope.stages import Records, cell_model, with_kept_data
+from mnemoscope.steering import Binding, readable
+from mnemoscope.tasks import Example, allowed_code
 from mnemoscope.web.parts import Neurons, Vectors
 from mnemoscope.web.shapes import Answer, Asked, CellFacts, DetectorReading, Pair, Question, Steering
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 PREFIXES = 2**25  # bytes of prompt caches kept: while a slider moves, the prompt stays
 LONGEST = 2048  # tokens of a prompt, at most: one request is not to keep a model for minutes
@@ -58,34 +63,75 @@ PART = """\
 from mnemoscope.web.cell import OpenedCell
 from mnemoscope.web.shapes import Question, Steering
 
-cell = OpenedCell({run!r}, {cell!r})
+cell = OpenedCell({run!r}, {cell!r}{given})
 steering = Steering({steering})
 print(cell.answer(Question(prompt={prompt!r}), steering).said)
 """
 Applied = Callable[[], AbstractContextManager[None]]
 
 
+def _check_stages(cell: Cell) -> None:
+    """Raises InputError where a stage that is read here has not finished, or its files have changed since."""
+    own, shape = cell.folder, cell.config.model
+    stages = [(own, name) for name in ("train", "behaviour", "pairs", "steering")]
+    stages += [(cell.model_folder.parent, "train")] if shape.is_trained or shape.cell else []
+    try:
+        for folder, stage in stages:
+            check_stage(folder, stage)
+    except InputError as error:
+        raise InputError(f"cell: {error}") from error
+
+
+def _closed(cell: Cell, model: str | Path | None) -> Cell:
+    """The cell with what its configuration names outside of the run replaced by copies in it, and by a model given."""
+    shape = cell.config.model
+    if not (shape.is_trained or shape.cell):
+        if model is None and shape.folder and Path(shape.folder).exists():
+            what = f"model.folder: {shape.folder} is no model that the study trained"
+            raise InputError(f"{what}; if you trust it, give it: --model {shape.folder}")
+        if model is not None:
+            shape = shape.model_copy(update={"folder": str(model), "opened": None})
+    cell = with_kept_data(cell)
+    return replace(cell, config=cell.config.model_copy(update={"model": shape}), code=allowed_code())
+
+
 class OpenedCell:
     """The model, vectors, neurons and detector of a cell. For one thread at a time: steering hooks into the model."""
 
-    def __init__(self, run: str | Path, name: str) -> None:
-        """Open a cell of a run; InputError where there is none, it is not finished, or its model cannot be opened."""
+    def __init__(self, run: str | Path, name: str, model: str | Path | None = None) -> None:
+        """Open a cell of a run.
+
+        Args:
+            model: folder or hub id of the model, where the study did not train it.
+
+        Raises:
+            InputError: there is no such cell, it is not finished or is damaged, or its model cannot be opened, is
+                another one, or lies outside of the run and is not given.
+        """
         run = Path(run)
-        cells = {cell.name: cell for cell in cells_of(load_study(str(run / "study.yaml")), run)}
+        check_closed(run)
+        cells = {cell.name: cell for cell in cells_of(load_study(str(intact(run / "study.yaml"))), run)}
         finished = [name for name, cell in cells.items() if (cell.records / "chosen.json").is_file()]
         if name not in finished:
             raise InputError(f"cell: {name!r} is not one of {', '.join(finished) or 'none'}, which have vectors")
-        self.cell = cell = cells[name]
+        self.model, self.cell = model, _closed(cells[name], model)
+        cell = self.cell
+        _check_stages(cell)
         with readable("cell", cell.folder):
             self._asking = replace(cell_model(cell), batch_size=16)
             self._records = Records.of(cell)
             contrast = Contrast.load(cell.folder / "contrast.safetensors")
-            detector = cell.folder / "detector.safetensors"
-            self._detector = Detector.load(detector) if detector.is_file() else None
-            self.vectors = Vectors(cell, contrast)
+            detector, binding = cell.folder / "detector.safetensors", Binding.of(*self._opened())
+            self._detector = Detector.load(intact(detector)) if is_there(detector) else None
+            if self._detector:
+                self._detector.check(*self._opened(), found=binding)
+            self.vectors = Vectors(cell, contrast, self._asking, binding)
             self.neurons = Neurons(self._asking, contrast, self._records.both_sides("tune", WATCHED))
             self._items = {pair[1].item: pair[1] for pair in self._records.both_sides("test", len(self._records.pairs))}
         self._prefixes: OrderedDict[Example, list[Batch]] = OrderedDict()
+
+    def _opened(self) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+        return self._asking.model, self._asking.tokenizer
 
     def facts(self) -> CellFacts:
         """Its layers, vectors and whether it has a detector."""
@@ -171,7 +217,8 @@ class OpenedCell:
         if steering.layers is not None or steering.neurons is not None or not is_plain:
             arguments = ", ".join(f"{name}={value!r}" for name, value in steering if value is not None)
             run = str(self.cell.folder.parents[1].resolve())
-            python = PART.format(run=run, cell=self.cell.name, prompt=prompt, steering=arguments)
+            given = f", model={str(self.model)!r}" if self.model else ""
+            python = PART.format(run=run, cell=self.cell.name, given=given, prompt=prompt, steering=arguments)
             return {"python": python, "command": ""}
         model = shape.folder if shape.folder and not shape.is_trained else str(self.cell.model_folder)
         if Path(model).is_dir():  # from wherever it is pasted

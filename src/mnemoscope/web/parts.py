@@ -13,12 +13,13 @@ import numpy as np
 from mnemoscope.behaviour import Asking, Batch, cache_prefixes, kept_bytes, prepare, score
 from mnemoscope.cells import Cell
 from mnemoscope.contrast import Contrast
+from mnemoscope.digests import inside, intact
 from mnemoscope.directions import TOWARD, steered
 from mnemoscope.errors import InputError
 from mnemoscope.report import draw_neuron
 from mnemoscope.schemas import read_chosen
 from mnemoscope.statistics import top_by_magnitude
-from mnemoscope.steering import OPPOSITE, SteeringVector, Toward
+from mnemoscope.steering import OPPOSITE, Binding, SteeringVector, Toward
 from mnemoscope.tasks import Example
 from mnemoscope.web.shapes import Method, NeuronMap, Steering, VectorFacts, Watched
 
@@ -32,19 +33,21 @@ Part = tuple[list[Batch], np.ndarray]  # prepared phrasings and their states (P,
 class Vectors:
     """The vectors that a run chose for a cell, and parts of them."""
 
-    def __init__(self, cell: Cell, contrast: Contrast) -> None:
-        """Read them; InputError where one is damaged."""
+    def __init__(self, cell: Cell, contrast: Contrast, asking: Asking, binding: Binding) -> None:
+        """Read them; InputError where one is damaged, or was fitted on another model than the cell's."""
         self._folder, self._contrast = cell.folder / "vectors", contrast
-        self._chosen: dict[str, Any] = {**read_chosen(cell.records / "chosen.json")["pairs"]}
+        self._chosen: dict[str, Any] = {**read_chosen(intact(cell.records / "chosen.json"))["pairs"]}
         self._vectors = {
             (toward, method): SteeringVector.load(self.path(toward, method))
             for toward in TOWARD.values()
             for method in self._chosen["methods"]
         }
+        for vector in self._vectors.values():
+            vector.check(asking.model, asking.tokenizer, found=binding)
 
     def path(self, toward: Toward, method: str) -> Path:
         """File of the run's vector."""
-        return self._folder / f"to_{toward}-{method}.safetensors"
+        return intact(inside(self._folder, f"to_{toward}-{method}.safetensors"))
 
     def methods(self) -> list[Method]:
         """Each method of the run with its two vectors."""

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 from fastapi import HTTPException
 
+from mnemoscope.config import NAME
+from mnemoscope.digests import intact
 from mnemoscope.errors import InputError
 from mnemoscope.files import plain
 from mnemoscope.report import Summary
@@ -21,7 +23,6 @@ from mnemoscope.strict import read_json
 from mnemoscope.web.cell import OpenedCell
 from mnemoscope.web.shapes import Job, RunFacts, Watched
 
-NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"
 SCHEMA = 1  # of results.json
 OPEN = 2  # cells whose models are kept in memory, apart from those with requests in progress
 LOOK = 0.5  # seconds between two looks at whether a client has left
@@ -35,14 +36,18 @@ Left = Callable[[], Awaitable[bool]]  # whether a client has left
 
 
 class Runs:
-    """Runs by name; a name is one folder below the root and never leads out of it."""
+    """Runs by name; a name is one folder below the root and never leads out of it.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    ``only``: the one run that is offered; ``model``: that of runs whose study did not train one.
+    """
+
+    def __init__(self, root: Path, only: str | None = None, model: str | None = None) -> None:
+        self.root, self.only, self.model = root, only, model
 
     def names(self) -> list[str]:
         """Names of the run folders, sorted."""
-        return sorted(path.parent.name for path in self.root.glob("*/study.yaml") if re.match(NAME, path.parent.name))
+        names = sorted(path.parent.name for path in self.root.glob("*/study.yaml"))
+        return [name for name in names if re.fullmatch(NAME, name) and self.only in (None, name)]
 
     def folder(self, name: str, field: str = "run") -> Path:
         """The folder of a run; InputError, which names the field, where there is no run of that name."""
@@ -58,11 +63,12 @@ class Runs:
         return self.folder(name) / "cells" / _one_of("cell", cell, self.cells(name))
 
     def results(self, name: str) -> dict[str, Any]:
-        """Content of ``results.json``; empty where the run is not finished, or where it is another version's."""
-        try:
-            found = read_json(self.folder(name) / "results.json", dict[str, Any])
-        except InputError:
-            return {}
+        """Content of ``results.json``; empty where the run is not finished, or where it is another version's.
+
+        InputError where it is damaged.
+        """
+        path = self.folder(name) / "results.json"
+        found = read_json(intact(path), dict[str, Any]) if path.exists() else {}
         return found if found.get("schema") == SCHEMA else {}
 
     def brief(self, name: str) -> dict[str, Any]:
@@ -73,9 +79,12 @@ class Runs:
 
     def facts(self, name: str) -> RunFacts:
         """What the list of runs shows of one."""
-        results, tasks = self.results(name), plain(self.brief(name))
-        study = str(results.get("study", "")) or None
-        return RunFacts(run=name, study=study, finished=bool(results), cells=self.cells(name), tasks=tasks)
+        try:
+            results, tasks, damaged = self.results(name), plain(self.brief(name)), None
+        except InputError as error:  # it hides no other run
+            results, tasks, damaged = {}, {}, str(error)
+        study, cells = str(results.get("study", "")) or None, self.cells(name)
+        return RunFacts(run=name, study=study, finished=bool(results), cells=cells, tasks=tasks, damaged=damaged)
 
 
 def _one_of(field: str, name: str, known: list[str]) -> str:
@@ -124,7 +133,7 @@ class OpenedCells:
         made = [path for path in (folder / "records" / "chosen.json", folder / "detector.safetensors") if path.exists()]
         key = (run, cell, *(path.stat().st_mtime_ns for path in made))
         if key not in self._open:
-            opening = loop.run_in_executor(self._opener, OpenedCell, self._runs.folder(run), cell)
+            opening = loop.run_in_executor(self._opener, OpenedCell, self._runs.folder(run), cell, self._runs.model)
             self._open[key] = _Entry(opening, cell)
             while len(self._open) > OPEN:
                 self._open.popitem(last=False)  # its thread ends after the requests that still hold it

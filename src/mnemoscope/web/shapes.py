@@ -161,13 +161,17 @@ class Job(BaseModel):
 
 
 class RunFacts(Shape):
-    """A run: its study, the cells that can be opened, and once it is finished the numbers of ``fit --json`` by task."""
+    """A run: its study, the cells that can be opened, and once it is finished the numbers of ``fit --json`` by task.
+
+    ``damaged``: what is wrong with its results, if anything.
+    """
 
     run: str
     study: str | None
     finished: bool
     cells: list[str]
     tasks: dict[str, dict[str, Any]]
+    damaged: str | None = None
 
 
 class Refusal(Shape):

@@ -1,0 +1,287 @@
+"""A run folder from a stranger, with digests that are right: nothing is executed, read outside, or shown as markup."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pandas as pd
+import pytest
+import uvicorn
+import yaml
+from safetensors.torch import load_file
+
+from mnemoscope.digests import check_closed, write_marker
+from mnemoscope.errors import InputError
+from mnemoscope.files import lock_file, write_atomically
+from mnemoscope.web.app import build_app
+from playground import TOKEN
+
+SECRET = "what-no-page-may-show"
+MARKUP = "<img src=x onerror='window.broken=1'><script>window.broken=1</script>"
+CELL = Path("cells") / "addition-0"
+
+
+class Bomb:
+    """Runs a program where it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return os.system, ("true stranger_code",)
+
+
+@pytest.fixture(scope="module")
+def outside(tmp_path_factory: pytest.TempPathFactory, mini_run: Path) -> Path:
+    """What lies outside of the runs, and is nobody's business."""
+    folder = tmp_path_factory.mktemp("elsewhere") / "outside"
+    for name in ("model", "vectors"):
+        shutil.copytree(mini_run / CELL / name, folder / name)
+    (folder / "secret.jsonl").write_text(json.dumps({"item": SECRET, "prompt": SECRET, "answer": SECRET}))
+    return folder
+
+
+def strange(mini_run: Path, folder: Path) -> Path:
+    """A copy of a run with code in it, which anybody who looks for modules there would import."""
+    run = shutil.copytree(mini_run, folder)
+    (run / "stranger_code.py").write_text("raise SystemExit('executed')")
+    for bomb in ("model/pytorch_model.bin", "model/training_args.bin", "records/pairs.pkl"):
+        (run / CELL / bomb).write_bytes(pickle.dumps(Bomb()))
+    return run
+
+
+@pytest.fixture
+def hostile(mini_run: Path, tmp_path: Path) -> Path:
+    """One of a pair of such runs, with markup in all that is shown."""
+    for name in ("sibling", "theirs"):
+        run = strange(mini_run, tmp_path / "runs" / name)
+        markup(run, tmp_path)
+        marked(run)
+    return run
+
+
+def marked(run: Path) -> None:
+    """Give a folder the digests that its files have now, as a stranger would."""
+    cell, stages = run / CELL, ("train", "behaviour", "pairs", "steering")
+    files = [p for p in cell.rglob("*") if p.is_file() and p.parent.name != "stages"]
+    for path in (run / "stages").glob("*.json"):
+        path.unlink()
+    for path in (cell / "stages").glob("*.json"):
+        path.unlink()
+    for name in stages:
+        write_marker(cell, name, files if name == "train" else [])
+    write_marker(run, "study", [p for p in run.glob("*.*") if p.is_file() and p.name[0] != "."])
+
+
+def study(change: Callable[[dict[str, Any], Path], object]) -> Callable[[Path, Path], None]:
+    def poison(run: Path, outside: Path) -> None:
+        found = yaml.safe_load((run / "study.yaml").read_text())
+        change(found["cells"]["addition"], outside)
+        (run / "study.yaml").write_text(yaml.safe_dump(found))
+
+    return poison
+
+
+def link(name: str, target: str) -> Callable[[Path, Path], None]:
+    def poison(run: Path, outside: Path) -> None:
+        path = run / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)
+        path.symlink_to(outside / target)
+
+    return poison
+
+
+def leading_method(run: Path, outside: Path) -> None:
+    """The best method is a path, through a folder that makes it one."""
+    path = run / CELL / "records" / "chosen.json"
+    chosen = json.loads(path.read_text())
+    chosen["pairs"]["best"]["to_generalized"] = f"../../../../../../{outside.name}/vectors/to_generalized-nmd"
+    path.write_text(json.dumps(chosen))
+    (run / CELL / "vectors" / "to_generalized-..").mkdir()
+
+
+def leading_index(run: Path, outside: Path) -> None:
+    model = run / CELL / "model"
+    names = dict.fromkeys(
+        load_file(model / "model.safetensors"), f"../../../../../{outside.name}/model/model.safetensors"
+    )
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+
+
+def leading_adapter(run: Path, outside: Path) -> None:
+    model = run / CELL / "model"
+    (model / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(outside / "model")}))
+    shutil.copy(model / "model.safetensors", model / "adapter_model.safetensors")
+
+
+def remote_code(run: Path, outside: Path) -> None:
+    path = run / CELL / "model" / "config.json"
+    auto = {"AutoConfig": "stranger_code.Config", "AutoModelForCausalLM": "stranger_code.Model"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "stranger", "auto_map": auto}))
+    shutil.copy(run / "stranger_code.py", path.parent)
+
+
+def kernel(run: Path, outside: Path) -> None:
+    path = run / CELL / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attn_implementation": "stranger/code"}))
+
+
+def markup(run: Path, outside: Path) -> None:
+    """Markup in all that is shown: prompts, answers, names, and a page of its own."""
+    for path in (run / CELL / "records").glob("*.parquet"):
+        table = pd.read_parquet(path)
+        texts = [c for c in ("item", "prompt", "prompt_a", "prompt_b", "unsteered", "steered") if c in table]
+        table.assign(**{c: MARKUP + table[c].astype(str) for c in texts}).to_parquet(path)
+    (run / "report.html").write_text(f"<p>{MARKUP}</p><meta http-equiv='refresh' content='0; url=/runs'>")
+    (run / "study.yaml").write_text((run / "study.yaml").read_text() + f"# {MARKUP}\n")
+
+
+POISONS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
+    "a task that is a function": (
+        study(lambda c, _: c.update(task="os:system", options={"command": "true"})),
+        "is no built-in task",
+    ),
+    "a task of its own": (study(lambda c, _: c.update(task="stranger_code:Task", options={})), "is no built-in task"),
+    "a part of its own": (
+        study(lambda c, _: c.update(task="joint", options={"parts": {"stranger_code:Task": {}}})),
+        "is no built-in task",
+    ),
+    "a model elsewhere": (study(lambda c, o: c["model"].update(folder=str(o / "model"))), "--model"),
+    "data elsewhere": (
+        study(lambda c, o: c.update(task="jsonl", options={"file": str(o / "secret.jsonl")})),
+        "cannot be read",
+    ),
+    "a cell elsewhere": (study(lambda c, o: c["model"].update(cell=f"../../{o.name}")), "model.cell"),
+    "a linked table": (link(f"{CELL}/records/behaviour.parquet", "secret.jsonl"), "is a link that leads out"),
+    "a linked model": (link(f"{CELL}/model", "model"), "is a link that leads out"),
+    "a linked page": (link("report.html", "secret.jsonl"), "is a link that leads out"),
+    "a method that is a path": (leading_method, "is wanted"),
+    "weights elsewhere": (leading_index, "which is outside of it"),
+    "an adapter of a model elsewhere": (leading_adapter, "holds an adapter"),
+    "remote code": (remote_code, "cannot be opened"),
+    "a kernel from the hub": (kernel, "asks for an attention kernel"),
+    "markup": (markup, ""),
+}
+
+
+@pytest.fixture(scope="module")
+def verdicts(mini_run: Path, outside: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """By poison, what every command said of such a run, and what its witnesses saw; one child process for all."""
+    folder = tmp_path_factory.mktemp("runs")
+    runs = {name: strange(mini_run, folder / f"case-{number}" / "run") for number, name in enumerate(POISONS)}
+    for name, run in runs.items():
+        POISONS[name][0](run, outside)
+        marked(run)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, *map(str, runs.values())])}
+    environment |= {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(Path(__file__).with_name("stranger.py")), str(outside), *map(str, runs.values())]
+    done = subprocess.run(command, env=environment, cwd=run, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    page = (runs["markup"] / "report.html").read_text()
+    return {name: found[run.parent.name] for name, run in runs.items()} | {"page": page}
+
+
+@pytest.mark.parametrize("name", POISONS)
+def test_a_hostile_folder_executes_nothing_and_reads_nothing_outside(verdicts: dict[str, Any], name: str) -> None:
+    said = json.dumps(verdicts[name]["said"])
+    assert verdicts[name]["seen"] == []
+    assert SECRET not in said
+    assert POISONS[name][1] in said
+    assert "Traceback" not in said
+    assert "server: " not in verdicts[name]["said"]["playground"], "no error that is not explained"
+
+
+def test_a_report_of_hostile_records_is_written_anew_and_escaped(verdicts: dict[str, Any]) -> None:
+    assert "<script" not in verdicts["page"]
+    assert "&lt;script&gt;" in verdicts["page"]
+
+
+@pytest.fixture
+def address(hostile: Path) -> Iterator[str]:
+    server = uvicorn.Server(uvicorn.Config(build_app(hostile.parent, TOKEN, hostile.name), port=0, log_level="error"))
+    thread = Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join(timeout=30)
+
+
+def test_nothing_of_a_hostile_folder_runs_in_a_browser(address: str, hostile: Path, browser: Any) -> None:
+    tab = browser.new_page()
+    tab.set_default_timeout(60_000)
+    asked: list[str] = []
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.goto(f"{address}/?token={TOKEN}")
+    for path in (
+        "/?run=theirs",
+        "/neurons?run=theirs",
+        "/runs",
+        "/runs?first=theirs&second=sibling",
+        "/runs/theirs/report",
+    ):
+        tab.goto(address + path)
+        tab.wait_for_timeout(1000)
+        assert tab.evaluate("typeof window.broken") == "undefined", path
+        assert tab.url == address + path, "no page leads away"
+    assert "has a report that mnemoscope did not write" in tab.content()
+    (hostile / "report.html").write_text(f"<p>{MARKUP}</p>")
+    marked(hostile)
+    tab.goto(f"{address}/runs/theirs/report")
+    assert tab.locator("script").count() == 1
+    assert tab.evaluate("typeof window.broken") == "undefined"
+    assert [url for url in asked if not url.startswith((address, "data:"))] == []
+    tab.close()
+
+
+def test_the_playground_offers_the_named_run_only_unless_asked(hostile: Path) -> None:
+    from fastapi.testclient import TestClient
+
+    for siblings, names in ((False, ["theirs"]), (True, ["sibling", "theirs"])):
+        app = build_app(hostile.parent, TOKEN, "theirs", siblings)
+        client = TestClient(app, "http://localhost", headers={"Authorization": f"Bearer {TOKEN}"})
+        assert [run["run"] for run in client.get("/api/runs").json()] == names
+        assert client.get("/api/runs/sibling/cells/addition-0").status_code == (200 if siblings else 422)
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "device", "pipe"])
+def test_what_is_no_file_is_neither_followed_nor_replaced(tmp_path: Path, kind: str) -> None:
+    target, path = tmp_path / "target", tmp_path / "run" / "results.json"
+    path.parent.mkdir()
+    if kind == "link":
+        target.write_text("mine")
+    if kind in ("link", "dangling"):
+        path.symlink_to(target)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path = Path("/dev/null")
+    before = path.lstat()
+    with pytest.raises(InputError, match="only a file is replaced"):
+        write_atomically(path, b"theirs")
+    with pytest.raises(InputError, match="only a file is replaced"), lock_file(path):
+        raise AssertionError("locked")
+    assert (path.lstat().st_ino, path.lstat().st_mode) == (before.st_ino, before.st_mode)
+    assert not target.exists() or target.read_text() == "mine"
+    if kind in ("link", "pipe"):
+        with pytest.raises(InputError, match=r"leads out of the folder|neither a file nor a folder"):
+            check_closed(path.parent)
+
+
+def test_a_planted_temporary_name_is_not_written_through(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / f".results.{os.getpid()}.tmp.json").symlink_to(tmp_path / "mine")
+    write_atomically(tmp_path / "results.json", b"{}")
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert not (tmp_path / "results.json").is_symlink()

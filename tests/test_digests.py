@@ -1,0 +1,107 @@
+"""Digests of a run's files, and the copies of data that it keeps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mnemoscope.cells import cells_of
+from mnemoscope.config import parse_study
+from mnemoscope.digests import EarlierError, digests_of, facts_digest, inside, intact, read_marker, write_marker
+from mnemoscope.errors import InputError
+from mnemoscope.fitting import fitting_study
+from mnemoscope.stages.common import cell_task, keep_data, with_kept_data
+
+
+@pytest.fixture
+def cell(tmp_path: Path) -> Path:
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "one.json").write_text("{}")
+    write_marker(tmp_path, "one", [tmp_path / "records" / "one.json"], {"hash": "0", "commit": None})
+    return tmp_path
+
+
+def edited(change: Callable[[dict[str, Any]], object], sealed: bool) -> Callable[[Path], None]:
+    def edit(path: Path) -> None:
+        found = json.loads(path.read_text())
+        change(found)
+        if sealed:
+            found["digest"] = facts_digest({name: value for name, value in found.items() if name != "digest"})
+        path.write_text(json.dumps(found))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (edited(lambda m: m.update(hash="1"), False), r"one\.json is damaged \(its digest differs\)"),
+        (edited(lambda m: m["files"].clear(), False), r"one\.json is damaged \(its digest differs\)"),
+        (edited(lambda m: m.pop("files"), True), r"one\.json is damaged"),
+        (edited(lambda m: m.update(digest=None), False), r"one\.json is damaged"),
+        (edited(lambda m: m["files"].update({"../secret": "0"}), True), "names a file outside its folder"),
+        (edited(lambda m: m["files"].update({"/etc/passwd": "0"}), True), "names a file outside its folder"),
+        (edited(lambda m: m["files"].update({"records/one.json": 1}), True), "is damaged"),
+        (lambda path: path.write_text("[]"), "is damaged"),
+        (lambda path: path.write_text("[" * 100_000), "is damaged"),
+    ],
+)
+def test_a_damaged_marker_is_named(cell: Path, edit: Callable[[Path], object], message: str) -> None:
+    assert intact(cell / "records" / "one.json").is_file()
+    edit(cell / "stages" / "one.json")
+    with pytest.raises(InputError, match=message):
+        intact(cell / "records" / "one.json")
+
+
+def test_a_marker_of_an_earlier_version_is_not_taken_for_damage(cell: Path) -> None:
+    path = cell / "stages" / "one.json"
+    found = {"hash": "0", "seconds": 1.0, "commit": None, "dirty": None, "files": {}}
+    path.write_text(json.dumps(found))
+    with pytest.raises(EarlierError, match="earlier version"):
+        read_marker(path)
+
+
+def test_a_file_that_changed_is_missing_or_unknown_is_named(cell: Path) -> None:
+    one, other = cell / "records" / "one.json", cell / "records" / "other.json"
+    other.write_text("{}")
+    with pytest.raises(InputError, match=r"other\.json: this file is named by no finished stage"):
+        intact(other)
+    one.write_text("{ }")
+    with pytest.raises(InputError, match=r"one\.json: is damaged \(its checksum differs\)"):
+        intact(one)
+    one.unlink()
+    with pytest.raises(InputError, match=r"one\.json: this file is missing"):
+        intact(one)
+    one.symlink_to(cell.parent / "elsewhere")
+    (cell.parent / "elsewhere").write_text("{}")
+    with pytest.raises(InputError, match=r"one\.json: is a link that leads out of its folder"):
+        intact(one)
+    assert list(digests_of(cell)) == ["records/one.json"]
+
+
+@pytest.mark.parametrize("name", ["", "..", ".hidden", "a/b", "/etc/passwd", "a\\b", "a\0b"])
+def test_a_name_that_is_a_path_is_refused(cell: Path, name: str) -> None:
+    with pytest.raises(InputError, match="is no name of a file in it"):
+        inside(cell, name)
+
+
+def test_a_run_keeps_the_data_of_its_task_and_opens_without_the_file(tmp_path: Path) -> None:
+    row = {"item": "a", "group": "g", "memorized": " x", "generalized": " y", "prompt": "p"}
+    lines = [json.dumps(row | {"item": f"{n}", "group": f"{n}", "prompt": f"p {n}"}) for n in range(8)]
+    mine = tmp_path / "my data (1).jsonl"
+    mine.write_text("\n".join(lines))
+    config = fitting_study({"folder": "smollm2"}, mine, {})
+    assert list(config.cells) == ["my-data-1-"]
+    (cell,) = cells_of(parse_study(config.model_dump()), tmp_path / "run")
+    before = cell_task(cell)
+    (copy,) = keep_data(cell)
+    assert copy == cell.folder / "data" / "file.jsonl"
+    mine.unlink()
+    with pytest.raises(InputError, match="cannot be read"):
+        cell_task(cell)
+    again = cell_task(with_kept_data(cell))
+    assert again.examples_read == before.examples_read  # type: ignore[attr-defined]
