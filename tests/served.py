@@ -11,6 +11,7 @@ import torch
 
 import mnemoscope as ms
 from mnemoscope.detect import Detector
+from mnemoscope.digests import write_marker
 from mnemoscope.steering import Binding
 
 
@@ -49,6 +50,7 @@ def random_run(
     both = {"to_generalized": facts, "to_memorized": facts}
     chosen = {"best": best, "methods": {"nmd": both}}
     (_made(cell / "records") / "chosen.json").write_text(json.dumps({"pairs": chosen, "conflict": chosen}))
+    write_marker(cell, "steering", [path for path in sorted(cell.rglob("*")) if path.is_file()])
     return out
 
 
