@@ -58,6 +58,7 @@ class StandIn:
     jobs: queue.Queue[Job | None] = field(default_factory=queue.Queue)
     kept: list[tuple[str, str | None, int, list[int], Any]] = field(default_factory=list)
     largest: int = 0  # batch
+    answered: int = 0
 
     @cached_property
     def opened(self) -> tuple[Any, Any]:
@@ -88,7 +89,7 @@ class StandIn:
                     batch.append(job)
             except queue.Empty:
                 pass
-            self.largest = max(self.largest, len(batch))
+            self.largest, self.answered = max(self.largest, len(batch)), self.answered + len(batch)
             admitted = [one.admitted for one in batch]
             rows = admitted[1:] + admitted[:1] if self.fault == "rows mixed up" else admitted
             for one, row in zip(batch, rows, strict=True):

@@ -1,9 +1,9 @@
-"""`mnemoscope doctor --server`: an honest server passes, and each planted fault is found by the check that is for it."""
+"""`mnemoscope doctor --server`: an honest server passes; each planted fault is found by the check that is for it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import socket
 from pathlib import Path
 
 import pytest
@@ -11,11 +11,9 @@ import pytest
 import mnemoscope as ms
 from little_facts import SUBJECTS, VALUES, VOCABULARY
 from mnemoscope.config import ModelConfig
-from mnemoscope.errors import InputError
 from mnemoscope.models import build_gpt2, load_model, word_tokenizer
 from mnemoscope.serving.client import Server
-from mnemoscope.serving.expected import Request
-from mnemoscope.serving.proof import Proof, cost, prove
+from mnemoscope.serving.proof import Proof, prove
 from served import random_run
 from stand_in import Fault, serving
 from test_cli import call
@@ -24,6 +22,17 @@ PROMPTS = [
     f"{label} : {SUBJECTS[n]} has {VALUES[n]} . question {SUBJECTS[n]} ?" if n % 2 else f"quiz {SUBJECTS[n]} ?"
     for n, label in enumerate(("note", "rumour", "memo", "joke", "report", "novel"))
 ]
+CHECKS = (
+    "unsteered = transformers'",
+    "steered = transformers'",
+    "unsteered among steered = untouched",
+    "chunked = whole",
+    "cached = uncached",
+    "follow-up after steering = fresh",
+    "refused = refused",
+    "read = detect",
+    "gate as in transformers",
+)
 # The checks that must find a fault; others may find it too.
 FOUND_BY: dict[Fault, set[str]] = {
     "hooks removed": {"steered = transformers'"},
@@ -55,27 +64,23 @@ def fitted(folders: tuple[Path, Path]) -> ms.Fitted:
     return ms.Fitted.open(run, *load_model(folder))
 
 
-def proofs(fitted: ms.Fitted, folders: tuple[Path, Path], fault: Fault) -> dict[str, Proof]:
+def proofs(fitted: ms.Fitted, folders: tuple[Path, Path], fault: Fault, last: str = "") -> dict[str, Proof]:
+    """By name, up to the last one that is wanted."""
+    found: dict[str, Proof] = {}
     with serving(*folders, fault) as (url, _):
         server = Server(url)
-        return {proof.name.partition(" (")[0]: proof for proof in prove(server.ask, fitted, PROMPTS, server.room)}
+        for proof in prove(server.ask, fitted, PROMPTS, server.room):
+            found[name := proof.name.partition(" (")[0]] = proof
+            if name == last:
+                break
+    return found
 
 
 def test_an_honest_server_passes_and_each_check_could_have_failed(
     fitted: ms.Fitted, folders: tuple[Path, Path]
 ) -> None:
     found = proofs(fitted, folders, "none")
-    assert list(found) == [
-        "unsteered = transformers'",
-        "steered = transformers'",
-        "unsteered among steered = untouched",
-        "chunked = whole",
-        "cached = uncached",
-        "follow-up after steering = fresh",
-        "refused = refused",
-        "read = detect",
-        "gate as in transformers",
-    ]
+    assert tuple(found) == CHECKS
     assert [proof for proof in found.values() if not proof.passed] == []
     for name in ("steered = transformers'", "follow-up after steering = fresh", "read = detect"):
         assert found[name].visible > 20 * found[name].allowed
@@ -83,7 +88,60 @@ def test_an_honest_server_passes_and_each_check_could_have_failed(
 
 @pytest.mark.parametrize("fault", list(FOUND_BY))
 def test_a_planted_fault_is_found(fitted: ms.Fitted, folders: tuple[Path, Path], fault: Fault) -> None:
-    found = proofs(fitted, folders, fault)
-    failed = {name for name, proof in found.items() if not proof.passed}
-    assert failed >= FOUND_BY[fault]
+    found = proofs(fitted, folders, fault, max(FOUND_BY[fault], key=CHECKS.index))
+    assert {name for name, proof in found.items() if not proof.passed} >= FOUND_BY[fault]
     assert found["unsteered = transformers'"].passed
+
+
+def asked(url: str, folders: tuple[Path, Path], *more: str) -> tuple[int, str, str]:
+    folder, run = folders
+    prompts = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
+    return call("doctor", "--server", url, "--from", str(run), "--model", str(folder), *prompts, *more)
+
+
+def test_the_command_prints_a_table_or_json_and_fails_where_a_check_does(folders: tuple[Path, Path]) -> None:
+    with serving(*folders) as (url, inside):
+        code, out, _ = asked(url, folders)
+        assert (code, out.count("ok  "), out.count("FAIL")) == (0, len(CHECKS), 0)
+        assert "a steered token takes" in out
+        assert inside.largest > 4
+        assert inside.answered < 300
+    with serving(*folders, "hooks removed") as (url, _):
+        code, out, _ = asked(url, folders, "--json")
+    found = json.loads(out)
+    assert (code, found["passed"], len(found["checks"])) == (1, False, len(CHECKS))
+    assert {check["name"] for check in found["checks"] if not check["passed"]} >= {"steered = transformers'"}
+
+
+def test_what_cannot_be_proven_is_one_line(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, run = folders
+
+    def refused(*arguments: str) -> str:
+        code, _, err = call("doctor", *arguments)
+        assert code == 2
+        assert err.startswith("error: ")
+        return err.splitlines()[-1].removeprefix("error: ")
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{free.getsockname()[1]}"
+    whole = ("--from", str(run), "--model", str(folder))
+    assert refused("--server", nobody, *whole).startswith(f"server: {nobody} does not answer (")
+    assert refused("--server", "127.0.0.1:8000", *whole).startswith("server: '127.0.0.1:8000' is no address")
+    assert refused("--server", nobody).startswith("from: missing")
+    assert refused("--server", nobody, "--from", str(tmp_path / "none")).endswith("does not exist")
+    assert refused("--from", str(run)).startswith("--from: is for a server")
+    assert refused().startswith("MODEL: missing")
+    with serving(*folders) as (url, _):
+        assert refused("--server", url, "--from", str(run)).startswith(f"model: {run} holds no model; name")
+        assert "is neither a vector" in refused("--server", url, "--from", str(tmp_path), "--model", str(folder))
+        one = [part for part in ("--prompt", PROMPTS[0])]
+        assert refused("--server", url, *whole, *one).startswith("prompts: give at least two")
+        far = ["--prompt", PROMPTS[0], "--prompt", " ".join(PROMPTS * 4)]
+        assert refused("--server", url, *whole, *far).startswith("prompts: the longest has")
+        detector = next(run.rglob("detector.safetensors"))
+        assert refused("--server", url, "--from", str(detector), "--model", str(folder)).startswith("from: ")
+    with serving(*folders, "no plugin") as (url, _):
+        assert refused("--server", url, *whole, *far[:2], *one, "--prompt", PROMPTS[1]).startswith(
+            "server: has no plugin"
+        )

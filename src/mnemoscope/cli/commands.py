@@ -17,6 +17,7 @@ from mnemoscope.cli.shared import (
     DeviceMap,
     Dtype,
     Given,
+    MaybeModel,
     Model,
     Parts,
     Reply,
@@ -220,29 +221,52 @@ def data(
 
 @app.command()
 def doctor(
-    model: Model,
+    model: MaybeModel = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt to check with; at least two.")] = None,
+    server: Annotated[str | None, typer.Option(help="http://HOST:PORT of a vLLM server with our plugin.")] = None,
+    source: Annotated[Path | None, typer.Option("--from", help="With --server: the run that it has.")] = None,
+    named: Annotated[str | None, typer.Option("--model", help="With --server: its model; default: the run's.")] = None,
     dtype: Dtype = "float32",
     device_map: DeviceMap = None,
     layout: Parts = None,
     as_json: AsJson = False,
 ) -> None:
-    """Prove on a model of yours that batched = single, cached = uncached, alpha 0 = untouched; exit code 1 if not."""
+    """Prove on a model of yours that batched = single, cached = uncached, alpha 0 = untouched; exit code 1 if not.
+
+    With --server, that a server steers and reads as transformers does here, whatever it answers beside; it may be in
+    use. Give the precision that it runs in (--dtype).
+    """
+    from mnemoscope.errors import InputError
+
+    if server is not None:
+        from mnemoscope.cli.proving import prove_server
+
+        if not prove_server(server, source, named or model, prompt, [dtype, layout, device_map], as_json):
+            raise typer.Exit(1)
+        return
+    if source is not None or named is not None:
+        raise InputError(f"{'--from' if source else '--model'}: is for a server; name it too: --server URL")
+    if model is None:
+        raise InputError("MODEL: missing; name a model, or a server: --server URL")
+    if not _is_well(model, prompt, open_model(model, dtype, layout, device_map), as_json):
+        raise typer.Exit(1)
+
+
+def _is_well(model: str, prompts: list[str] | None, opened: tuple[Any, Any], as_json: bool) -> bool:
+    """Print the checks of a model; whether all have passed."""
     from mnemoscope.doctor import PROMPTS, examine
     from mnemoscope.files import dumped
 
-    opened, tokenizer = open_model(model, dtype, layout, device_map)
-    checks = list(examine(opened, tokenizer, prompt or PROMPTS))
+    checks = list(examine(*opened, prompts or PROMPTS))
     well = all(check.passed for check in checks)
     if as_json:
         rows = [asdict(check) | {"passed": check.passed} for check in checks]
         typer.echo(dumped({"model": model, "weights": weights_note(model), "passed": well, "checks": rows}))
-    else:
-        width = max(len(check.name) for check in checks)
-        for check in checks:
-            bound = f"at least {check.least:.2g}" if check.least else f"allowed {check.allowed:.2g}"
-            flips = f", {check.flips} top tokens flip" if check.flips else ""
-            found = f"largest difference {check.difference:.2g} ({bound}{flips})"
-            typer.echo(f"{'ok  ' if check.passed else 'FAIL'}  {check.name:<{width}}  {found}")
-    if not well:
-        raise typer.Exit(1)
+        return well
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        bound = f"at least {check.least:.2g}" if check.least else f"allowed {check.allowed:.2g}"
+        flips = f", {check.flips} top tokens flip" if check.flips else ""
+        found = f"largest difference {check.difference:.2g} ({bound}{flips})"
+        typer.echo(f"{'ok  ' if check.passed else 'FAIL'}  {check.name:<{width}}  {found}")
+    return well

@@ -16,9 +16,9 @@ from mnemoscope.cli.ending import STOPPED, end, told
 
 _opening = partial(typer.Option, rich_help_panel="How the model is opened")
 _formatting = partial(typer.Option, rich_help_panel="How prompts are formatted")
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Folder or hub id of a causal model, or smollm2, or gemma3-270m.")
-]
+_A_MODEL = "Folder or hub id of a causal model, or smollm2, or gemma3-270m."
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=_A_MODEL)]
+MaybeModel = Annotated[str | None, typer.Argument(metavar="[MODEL]", help=_A_MODEL)]
 Dtype = Annotated[str, _opening(help="float32, bfloat16, float16 or auto.")]
 DeviceMap = Annotated[str | None, _opening(help="Device: cuda or auto (needs accelerate); default: the CPU.")]
 Parts = Annotated[str | None, _opening(help="blocks=..,attention=..,mlp=..,down=..: paths of its parts.")]

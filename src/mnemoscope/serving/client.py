@@ -79,7 +79,7 @@ class Server:
             OSError,
             ValueError,
             HTTPException,
-        ) as error:  # a name that is unknown, nobody there, a port that is none
+        ) as error:  # nobody there, an unknown name
             why = getattr(error, "reason", None) or error
             raise InputError(f"server: {self.url} does not answer ({why})") from error
         try:

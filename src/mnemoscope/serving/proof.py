@@ -37,7 +37,7 @@ LEAST_ROOM = 96  # tokens of prompt and answer
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What counts as equal: log probabilities, a detector's probabilities, and tokens that lead by no more than that."""
+    """What counts as equal: log probabilities, a detector's probabilities, tokens that lead by no more than that."""
 
     log_p: float
     read: float

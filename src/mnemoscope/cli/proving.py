@@ -1,0 +1,100 @@
+"""`mnemoscope doctor --server`: a server that runs, proven on the user's own vectors."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import asdict
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from mnemoscope.cli.shared import open_model, weights_note
+
+PLAIN = "note: unsteered answers differ already: does the server have this model, in this precision (--dtype)?"
+
+
+def prove_server(
+    url: str, source: Path | None, model: str | None, prompts: list[str] | None, opening: list[Any], as_json: bool
+) -> bool:
+    """Print a table, or JSON, of the checks of a server; whether all have passed."""
+    from mnemoscope.errors import InputError
+    from mnemoscope.face import Fitted
+    from mnemoscope.files import dumped
+    from mnemoscope.serving.client import Server
+    from mnemoscope.serving.proof import MOST_PROMPTS, cost, prove
+
+    if source is None:
+        raise InputError("from: missing; name the run that the server has: --from RUN")
+    if not source.exists():
+        raise InputError(f"from: {source} does not exist")
+    server = Server(url)
+    named = model or str(model_of_run(source))
+    fitted = Fitted.open(source, *open_model(named, *opening))
+    texts = prompts or prompts_of_run(source, MOST_PROMPTS)
+    found = []
+    for proof in prove(server.ask, fitted, texts, server.room):
+        found.append(proof)
+        if not as_json:
+            typer.echo(_line(proof))
+    ratios = cost(server.ask, fitted, texts)
+    well, median = all(proof.passed for proof in found), statistics.median(ratios)
+    if as_json:
+        rows = [_finite(asdict(proof)) | {"passed": proof.passed} for proof in found]
+        about = {"server": server.url, "model": named, "weights": weights_note(named), "passed": well}
+        typer.echo(
+            dumped(about | {"checks": rows, "steered_to_unsteered_seconds": {"median": median, "rounds": ratios}})
+        )
+        return well
+    spread = f"median of {len(ratios)} rounds, {min(ratios):.2f} to {max(ratios):.2f}"
+    typer.echo(f"      a steered token takes {median:.2f} of the seconds of an unsteered one ({spread})")
+    if not found[0].passed:
+        typer.echo(PLAIN, err=True)
+    return well
+
+
+def model_of_run(source: Path) -> Path:
+    """The folder of the model that a run, or a cell of one, has trained; InputError where it is another's."""
+    from mnemoscope.errors import InputError
+
+    found = [path for place in ("model", "cells/*/model") for path in sorted(source.glob(place)) if path.is_dir()]
+    if len(found) != 1:
+        what = "holds no model" if not found else "holds several"
+        raise InputError(f"model: {source} {what}; name the one that the server has: --model MODEL")
+    return found[0]
+
+
+def prompts_of_run(source: Path, most: int) -> list[str]:
+    """Test prompts of the only cell of a run, so that gates may open on some; without any, the doctor's own."""
+    import pandas as pd
+
+    from mnemoscope.digests import intact
+    from mnemoscope.doctor import PROMPTS
+    from mnemoscope.strict import read_bytes
+
+    for name, column in (("detection", "prompt"), ("pairs", "prompt_a")):
+        places = (f"records/{name}.parquet", f"cells/*/records/{name}.parquet")
+        paths = [path for place in places for path in sorted(source.glob(place))]
+        if len(paths) == 1:
+            table = pd.read_parquet(BytesIO(read_bytes(intact(paths[0]))), columns=[column])
+            texts = list(dict.fromkeys(table[column]))
+            if len(texts) > 1:
+                return [texts[n * len(texts) // most] for n in range(min(most, len(texts)))]
+    return list(PROMPTS)
+
+
+def _line(proof: Any) -> str:
+    facts = [f"{proof.answers} answers"]
+    if proof.allowed:
+        seen = "" if math.isnan(proof.visible) else f"; the fault would be {proof.visible:.2g}"
+        facts.insert(0, f"largest difference {proof.difference:.2g} (allowed {proof.allowed:.2g}{seen})")
+    facts += [f"{proof.ties} ties"] if proof.ties else []
+    facts += [f"{proof.wrong} wrong: {proof.why}"] if proof.wrong else []
+    return f"{'ok  ' if proof.passed else 'FAIL'}  {proof.name:<40}  {', '.join(facts)}"
+
+
+def _finite(facts: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN."""
+    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in facts.items()}

@@ -1,0 +1,155 @@
+"""Our GGUF vectors in llama.cpp itself: they change its logits as ``apply`` changes ours, and at the same layer.
+
+Needs ``pip install llama-cpp-py-sync cffi``, whose wheel holds the library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from families import tiny
+from mnemoscope.export import to_gguf
+from mnemoscope.models import blocks_of
+from mnemoscope.steering import SteeringVector
+
+pytest.importorskip("cffi")
+bindings = pytest.importorskip("llama_cpp_py_sync._cffi_bindings")
+
+LAYERS, LAYER = 6, 3
+PROMPTS = [[2, 5, 9, 11], [2, 40, 41, 7, 8, 33, 12], [2, 17]]
+# llama.cpp's names of the parts of a block.
+PARTS = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def write_model(model: Any, path: Path) -> Path:
+    """The model in whole precision, without a tokenizer: prompts are token ids."""
+    config, weights = model.config, model.state_dict()
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
+    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    for layer in range(config.num_hidden_layers):
+        names |= {f"model.layers.{layer}.{ours}": f"blk.{layer}.{theirs}" for ours, theirs in PARTS.items()}
+    for ours, theirs in names.items():
+        weight = weights[f"{ours}.weight"].float().numpy()
+        if theirs.endswith(("attn_q", "attn_k")):  # llama.cpp rotates neighbours, transformers halves
+            heads = config.num_attention_heads if theirs.endswith("q") else config.num_key_value_heads
+            weight = weight.reshape(heads, 2, config.head_dim // 2, -1).swapaxes(1, 2).reshape(weight.shape)
+        writer.add_tensor(f"{theirs}.weight", np.ascontiguousarray(weight))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+class LlamaCpp:
+    """A model in llama.cpp, everything in float32."""
+
+    def __init__(self, path: Path) -> None:
+        self.ffi, self.lib = bindings.get_ffi(), bindings.get_lib()
+        self.quiet = self.ffi.callback("void(enum ggml_log_level, const char *, void *)", lambda *_: None)
+        self.lib.llama_log_set(self.quiet, self.ffi.NULL)
+        self.lib.llama_backend_init()
+        self.model = self.lib.llama_model_load_from_file(str(path).encode(), self.lib.llama_model_default_params())
+        assert self.model != self.ffi.NULL
+        params = self.lib.llama_context_default_params()
+        params.n_ctx, params.n_threads, params.n_threads_batch = 64, 1, 1
+        params.type_k = params.type_v = self.lib.GGML_TYPE_F32
+        params.flash_attn_type = self.lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self.context = self.lib.llama_init_from_model(self.model, params)
+        assert self.context != self.ffi.NULL
+
+    def logits(self, ids: list[int], vocabulary: int) -> np.ndarray:
+        """Of the last token, float32 (vocabulary,)."""
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
+        tokens = self.ffi.new("llama_token[]", ids)
+        assert self.lib.llama_decode(self.context, self.lib.llama_batch_get_one(tokens, len(ids))) == 0
+        found = self.lib.llama_get_logits_ith(self.context, -1)
+        return np.frombuffer(self.ffi.buffer(found, 4 * vocabulary), np.float32).copy()
+
+    def steer(self, path: Path, width: int) -> None:
+        """As ``--control-vector FILE``: its loader makes one row a layer, that of ``direction.k`` is row k - 1."""
+        rows_LD = np.zeros((LAYERS - 1, width), np.float32)
+        for tensor in gguf.GGUFReader(path).tensors:
+            rows_LD[int(tensor.name.removeprefix("direction.")) - 1] = tensor.data
+        data = self.ffi.from_buffer("float[]", rows_LD)
+        assert self.lib.llama_set_adapter_cvec(self.context, data, rows_LD.size, width, 1, LAYERS) == 0
+
+    def close(self) -> None:
+        self.lib.llama_free(self.context)
+        self.lib.llama_model_free(self.model)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    changes = {"num_hidden_layers": LAYERS, "initializer_range": 0.2, "max_position_embeddings": 64}
+    return tiny("llama", tie_word_embeddings=False, **changes)
+
+
+@pytest.fixture
+def theirs(model: Any, tmp_path: Path) -> Iterator[LlamaCpp]:
+    made = LlamaCpp(write_model(model, tmp_path / "model.gguf"))
+    yield made
+    made.close()
+
+
+@torch.no_grad()
+def ours(model: Any, vector: SteeringVector | None) -> np.ndarray:
+    """Logits (prompts, V) behind each prompt."""
+
+    def read() -> list[np.ndarray]:
+        return [model(torch.tensor([ids])).logits[0, -1].numpy() for ids in PROMPTS]
+
+    if vector is None:
+        return np.stack(read())
+    with vector.apply(model):
+        return np.stack(read())
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float((a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+def test_a_vector_does_there_what_it_does_here(model: Any, theirs: LlamaCpp, tmp_path: Path) -> None:
+    width, vocabulary = model.config.hidden_size, model.config.vocab_size
+    assert len(blocks_of(model)) == LAYERS
+    shift_D = torch.randn(width, generator=torch.Generator().manual_seed(0))
+    by_layer = {
+        layer: SteeringVector("generalized", {layer: shift_D}, positions="all")
+        for layer in (LAYER - 1, LAYER, LAYER + 1)
+    }
+    plain, plain_there = ours(model, None), np.stack([theirs.logits(ids, vocabulary) for ids in PROMPTS])
+    np.testing.assert_allclose(plain_there, plain, atol=1e-4 * np.abs(plain).max())
+    theirs.steer(to_gguf(by_layer[LAYER], tmp_path / "vector.gguf", "llama"), width)
+    change_there = np.stack([theirs.logits(ids, vocabulary) for ids in PROMPTS]) - plain_there
+    alike = {layer: cosine(change_there, ours(model, vector) - plain) for layer, vector in by_layer.items()}
+    assert alike[LAYER] > 0.9999
+    np.testing.assert_allclose(change_there, ours(model, by_layer[LAYER]) - plain, atol=1e-3 * np.abs(plain).max())
+    assert max(alike[LAYER - 1], alike[LAYER + 1]) < 0.95
