@@ -200,7 +200,10 @@ def serving(folder: Path, run: Path, fault: Fault = "none") -> Iterator[tuple[st
         def log_message(self, *_: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Listener(ThreadingHTTPServer):
+        request_queue_size = 128  # connections that wait; those beyond are reset
+
+    server = Listener(("127.0.0.1", 0), Handler)
     threads = [threading.Thread(target=what) for what in (server.serve_forever, inside.work)]
     for thread in threads:
         thread.start()

@@ -75,11 +75,7 @@ class Server:
         except HTTPError as error:
             with error:
                 status, content = error.code, error.read()
-        except (
-            OSError,
-            ValueError,
-            HTTPException,
-        ) as error:  # nobody there, an unknown name
+        except (OSError, ValueError, HTTPException) as error:
             why = getattr(error, "reason", None) or error
             raise InputError(f"server: {self.url} does not answer ({why})") from error
         try:
