@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ from little_facts import VOCABULARY
 from mnemoscope.config import ModelConfig
 from mnemoscope.errors import InputError
 from mnemoscope.models import build_gpt2, word_tokenizer
+from mnemoscope.serving import engine
 from mnemoscope.serving.asking import ADMITTED, Admitted, Asked, admit, key_of_block, parse
+from mnemoscope.serving.http import Guard
 from mnemoscope.serving.offered import Offered
 from mnemoscope.serving.rows import rows_of
 from mnemoscope.steering import Binding
@@ -93,6 +97,78 @@ def test_cached_blocks_are_kept_apart_from_the_first_shifted_position_on(offered
     assert key(Asked("generalized", 0.0), 38, 64) is None
     assert key(Asked(read=True), 38, 64) is None
     assert key_of_block(None, 64) is None
+
+
+STEER = {"steer": "generalized"}
+CHAT = "/v1/chat/completions"
+IGNORED: list[tuple[str, dict[str, Any], str]] = [
+    (CHAT, {**STEER}, "steer: is ignored here"),
+    (CHAT, {"read": True, "vllm_xargs": STEER}, "read: is ignored here"),
+    (CHAT, {"extra_body": {"vllm_xargs": STEER}}, "steer: is ignored in extra_body.vllm_xargs here"),
+    (CHAT, {"vllm_xarg": STEER}, "steer: is ignored in vllm_xarg here"),
+    ("/v1/completions", {"extra_args": {"read": 1}}, "read: is ignored in extra_args here"),
+    ("/v1/responses", {"vllm_xargs": STEER}, "steer: is ignored in vllm_xargs here"),
+    ("/v1/messages", {"vllm_xargs": {"read": 1}}, "read: is ignored in vllm_xargs here"),
+    ("/inference/v1/generate", {"sampling_params": {"extra_args": STEER}}, "steer: is ignored in sampling_params"),
+]
+
+
+def posted(path: str, content: bytes) -> tuple[int, bytes, bytes]:
+    """Status, body of the answer, and what the application behind the guard has read."""
+    chunks = [content[:7], content[7:]]
+    waiting = [{"type": "http.request", "body": c, "more_body": c is chunks[0]} for c in chunks]
+    sent: list[dict[str, Any]] = []
+    read: list[bytes] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while (message := await receive())["type"] == "http.request":
+            read.append(message["body"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"steered"})
+
+    async def receive() -> dict[str, Any]:
+        return waiting.pop(0) if waiting else {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(Guard(app)({"type": "http", "method": "POST", "path": path, "headers": []}, receive, send))
+    return sent[0]["status"], sent[1]["body"], b"".join(read)
+
+
+@pytest.mark.parametrize(("path", "body", "told"), IGNORED, ids=str)
+def test_what_a_route_would_ignore_is_refused(
+    path: str, body: dict[str, Any], told: str, offered: Offered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_here", [offered])
+    status, answer, read = posted(path, json.dumps(body).encode())
+    assert (status, read) == (400, b"")
+    error = json.loads(answer)["error"]
+    assert error["message"].startswith(told)
+    assert error["param"] == told.partition(":")[0]
+
+
+def test_what_a_route_takes_goes_through_unchanged(offered: Offered, monkeypatch: pytest.MonkeyPatch) -> None:
+    schema = {"json_schema": {"schema": {"properties": {"steer": {"type": "string"}}}}}
+    right = [
+        (CHAT, {"vllm_xargs": STEER}),
+        ("/behind/a/proxy/v1/completions", {"vllm_xargs": {**STEER, "gate": 0.5}}),
+        (CHAT, {"messages": [{"role": "user", "content": 'what is "steer"?'}], "response_format": schema}),
+        ("/v1/responses", {"input": "read", "metadata": {"read": "yes"}}),
+    ]
+    monkeypatch.setattr(engine, "_here", [offered])
+    for path, body in right:
+        content = json.dumps(body).encode()
+        assert posted(path, content) == (200, b"steered", content)
+    assert posted(CHAT, b'{"steer": ') == (200, b"steered", b'{"steer": ')  # no JSON: vLLM refuses it
+
+
+def test_a_server_without_vectors_refuses_to_steer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_here", [None])
+    status, answer, _ = posted("/v1/messages", json.dumps({"vllm_xargs": STEER}).encode())
+    assert status == 400
+    assert b"this server has no vectors; start it with MNEMOSCOPE_RUN" in answer
+    assert posted(CHAT, b'{"read": true}')[0] == 200  # of some other plugin
 
 
 def test_what_is_admitted_survives_its_way_through_the_engine(offered: Offered) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from mnemoscope.errors import InputError
@@ -11,6 +12,8 @@ from mnemoscope.serving import engine
 from mnemoscope.serving.asking import ADMITTED, FIELDS, parse, served_by
 
 SSE = "data: "
+CARRYING = ("/v1/completions", "/v1/chat/completions", "/v1/chat/completions/batch")  # settings there, reports back
+HOLDERS = ("vllm_xargs", "extra_args", "extra_body", "sampling_params")  # where a body may hold settings
 _installed = False
 
 
@@ -20,37 +23,118 @@ def install() -> None:
     if _installed:
         return
     _installed = True
+    from vllm.entrypoints.launchers.api_server import entry
+    from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
-    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
-    for request in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
-        engine.wrapped(request, "to_sampling_params", _checked)
+    engine.wrapped(entry, "build_app", _guarded)
     for request in (ChatCompletionRequest, CompletionRequest):
+        engine.wrapped(request, "to_sampling_params", _checked)
         engine.wrapped(request, "to_beam_search_params", _without_beams)
     engine.wrapped(OpenAIServingChat, "chat_completion_full_generator", _whole_chat)
+    engine.wrapped(OpenAIServingChatBatch, "chat_completion_full_generator_batch", _whole_batch)
     engine.wrapped(OpenAIServingChat, "chat_completion_stream_generator", _streamed_chat)
     engine.wrapped(OpenAIServingCompletion, "request_output_to_completion_response", _whole_completion)
     engine.wrapped(OpenAIServingCompletion, "completion_stream_generator", _streamed_completion)
 
 
+def refuse_ignored(body: Any, path: str, names: Collection[str]) -> None:
+    """Raises InputError for settings in the body of a request that its route would ignore, or answer without a report.
+
+    Args:
+        body: as JSON.
+        path: of the route.
+        names: of settings.
+    """
+    carrying = path.endswith(CARRYING)
+    for holder, found in _held("", body):
+        name = next((name for name in names if name in found), None)
+        if name and not (carrying and holder == "vllm_xargs"):
+            inside = f"in {holder} " if holder else ""
+            routes = " and ".join(CARRYING[:2])
+            raise InputError(f"{name}: is ignored {inside}here; give it inside of vllm_xargs, which {routes} take")
+
+
+def _held(holder: str, body: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The parts of a body that may hold settings, by the path to them; misspelt ones too, which vLLM drops."""
+    if isinstance(body, Mapping):
+        yield holder, body
+        for name, part in body.items():
+            if isinstance(part, Mapping) and get_close_matches(name.lower(), HOLDERS, 1, cutoff=0.8):
+                yield from _held(f"{holder}.{name}".lstrip("."), part)
+
+
+class Guard:
+    """ASGI middleware: refuses settings on routes, and in places of a body, where vLLM drops them without a word."""
+
+    def __init__(self, app: Callable[..., Any]) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Callable[..., Any], send: Callable[..., Any]) -> None:
+        """Serve a request."""
+        if scope["type"] != "http" or scope["method"] != "POST":
+            return await self.app(scope, receive, send)
+        messages, body = [], b""
+        while not messages or messages[-1].get("more_body"):
+            messages.append(await receive())
+            body += messages[-1].get("body", b"")
+        try:
+            self.check(scope["path"], body)
+        except InputError as error:
+            return await _answer_400(error)(scope, receive, send)
+        waiting = iter(messages)
+
+        async def again() -> Any:
+            return next(waiting, None) or await receive()
+
+        return await self.app(scope, again, send)
+
+    @staticmethod
+    def check(path: str, body: bytes) -> None:
+        """Raises InputError as ``refuse_ignored``; what is no JSON is left to vLLM."""
+        names = FIELDS if engine.offered_here() else ("steer",)
+        if not any(f'"{name}"'.encode() in body for name in names):
+            return
+        try:
+            found = json.loads(body)
+        except ValueError:
+            return
+        if engine.offered_here():
+            refuse_ignored(found, path, names)
+        else:
+            for _, held in _held("", found):
+                engine.refuse_unoffered(held)
+
+
+def _answer_400(error: InputError) -> Any:
+    """The answer that vLLM gives to a wrong request."""
+    from starlette.responses import JSONResponse
+
+    facts = {"message": str(error), "type": "BadRequestError", "param": str(error).partition(":")[0], "code": 400}
+    return JSONResponse({"error": facts}, status_code=400)
+
+
+def _guarded(build: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The application of a server, whose requests are looked at once they are known to be allowed in."""
+    from starlette.middleware import Middleware
+
+    app = build(*args, **kwargs)
+    app.user_middleware.append(Middleware(Guard))
+    app.middleware_stack = app.build_middleware_stack()  # vLLM has built it already
+    return app
+
+
 def _checked(convert: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     """Settings of a request, refused before its stream begins."""
-    offered, extra = engine.offered_here(), self.model_extra or {}
-    given = getattr(self, "vllm_xargs", None)
+    offered, given = engine.offered_here(), self.vllm_xargs
     try:
         if offered is None:
-            engine.refuse_unoffered({**extra, **(given or {})})
-        else:
-            for name in FIELDS:
-                if name in extra:
-                    raise InputError(f"{name}: is ignored here; give it inside of vllm_xargs")
-            if "vllm_xargs" in extra:
-                raise InputError("vllm_xargs: this route ignores it; use /v1/completions or /v1/chat/completions")
-            if asked := parse(given):
-                served_by(asked, offered)
+            engine.refuse_unoffered(given or {})
+        elif asked := parse(given):
+            served_by(asked, offered)
     except InputError as error:
         raise engine.refusal(error) from None
     return convert(self, *args, **kwargs)
@@ -68,6 +152,17 @@ async def _whole_chat(make: Callable[..., Any], self: Any, request: Any, results
     response = await make(self, request, _watched(results, reports), *rest, **named)
     for choice in getattr(response, "choices", ()):
         _put(choice, reports.get(0))
+    return response
+
+
+async def _whole_batch(
+    make: Callable[..., Any], self: Any, request: Any, results: Any, *rest: Any, **named: Any
+) -> Any:
+    reports: list[dict[int, Any]] = [{} for _ in results]
+    watched = [_watched(one, report) for one, report in zip(results, reports, strict=True)]
+    response = await make(self, request, watched, *rest, **named)
+    for choice in getattr(response, "choices", ()):
+        _put(choice, reports[choice.index].get(0))
     return response
 
 
