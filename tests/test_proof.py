@@ -20,7 +20,7 @@ from test_cli import call
 
 PROMPTS = [
     f"{label} : {SUBJECTS[n]} has {VALUES[n]} . question {SUBJECTS[n]} ?" if n % 2 else f"quiz {SUBJECTS[n]} ?"
-    for n, label in enumerate(("note", "rumour", "memo", "joke", "report", "novel"))
+    for n, label in enumerate(("note", "rumour", "memo", "joke"))
 ]
 CHECKS = (
     "unsteered = transformers'",
@@ -49,8 +49,8 @@ FOUND_BY: dict[Fault, set[str]] = {
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A model that is sure of what it says, and a run of random vectors and detectors."""
-    tokenizer = word_tokenizer(VOCABULARY, 160)
-    model = build_gpt2(tokenizer, ModelConfig(layers=4, width=32, heads=2, context=160), 0).eval()
+    tokenizer = word_tokenizer(VOCABULARY, 128)
+    model = build_gpt2(tokenizer, ModelConfig(layers=4, width=32, heads=2, context=128), 0).eval()
     model.transformer.wte.weight.data *= 8
     out = tmp_path_factory.mktemp("proof")
     model.save_pretrained(out / "model")

@@ -226,6 +226,10 @@ def doctor(
     server: Annotated[str | None, typer.Option(help="http://HOST:PORT of a vLLM server with our plugin.")] = None,
     source: Annotated[Path | None, typer.Option("--from", help="With --server: the run that it has.")] = None,
     named: Annotated[str | None, typer.Option("--model", help="With --server: its model; default: the run's.")] = None,
+    long: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --server: tokens of four long prompts, to be read in several passes."),
+    ] = None,
     dtype: Dtype = "float32",
     device_map: DeviceMap = None,
     layout: Parts = None,
@@ -241,11 +245,12 @@ def doctor(
     if server is not None:
         from mnemoscope.cli.proving import prove_server
 
-        if not prove_server(server, source, named or model, prompt, [dtype, layout, device_map], as_json):
+        if not prove_server(server, source, named or model, prompt, long, [dtype, layout, device_map], as_json):
             raise typer.Exit(1)
         return
-    if source is not None or named is not None:
-        raise InputError(f"{'--from' if source else '--model'}: is for a server; name it too: --server URL")
+    alone = next((name for name, given in (("--from", source), ("--model", named), ("--long", long)) if given), None)
+    if alone:
+        raise InputError(f"{alone}: is for a server; name it too: --server URL")
     if model is None:
         raise InputError("MODEL: missing; name a model, or a server: --server URL")
     if not _is_well(model, prompt, open_model(model, dtype, layout, device_map), as_json):

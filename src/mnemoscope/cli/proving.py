@@ -17,14 +17,20 @@ PLAIN = "note: unsteered answers differ already: does the server have this model
 
 
 def prove_server(
-    url: str, source: Path | None, model: str | None, prompts: list[str] | None, opening: list[Any], as_json: bool
+    url: str,
+    source: Path | None,
+    model: str | None,
+    prompts: list[str] | None,
+    long: int | None,
+    opening: list[Any],
+    as_json: bool,
 ) -> bool:
     """Print a table, or JSON, of the checks of a server; whether all have passed."""
     from mnemoscope.errors import InputError
     from mnemoscope.face import Fitted
     from mnemoscope.files import dumped
     from mnemoscope.serving.client import Server
-    from mnemoscope.serving.proof import MOST_PROMPTS, cost, prove
+    from mnemoscope.serving.proof import LONG, MOST_PROMPTS, cost, prove
 
     if source is None:
         raise InputError("from: missing; name the run that the server has: --from RUN")
@@ -35,7 +41,7 @@ def prove_server(
     fitted = Fitted.open(source, *open_model(named, *opening))
     texts = prompts or prompts_of_run(source, MOST_PROMPTS)
     found = []
-    for proof in prove(server.ask, fitted, texts, server.room):
+    for proof in prove(server.ask, fitted, texts, server.room, long or LONG):
         found.append(proof)
         if not as_json:
             typer.echo(_line(proof))

@@ -27,7 +27,7 @@ Ask = Callable[[Sequence[Request]], list[Answer]]  # asks all at the same time; 
 
 MOST_PROMPTS = 8
 ANSWERED = 12  # tokens of an answer
-LONG = 1024  # tokens of a long prompt: eight of them at once are more than vLLM reads in a pass by default
+LONG = 640  # tokens of a long prompt: four of them at once are more than vLLM reads in a pass by default (2,048)
 TALK = 136  # tokens of an answer that is talked on about: more than a block of any cache (16, on CPUs up to 128)
 TAIL = 8  # tokens that are said behind that answer, at most
 FOLLOWED = 6  # tokens of an answer to a follow-up
@@ -80,13 +80,16 @@ class Proof:
         return self.difference <= self.allowed and self.answers > 0 and not (self.wrong or self.visible <= self.allowed)
 
 
-def prove(ask: Ask, fitted: Fitted, prompts: Sequence[str], room: int | None = None) -> Iterator[Proof]:
+def prove(
+    ask: Ask, fitted: Fitted, prompts: Sequence[str], room: int | None = None, long: int = LONG
+) -> Iterator[Proof]:
     """Check a server, one property after another.
 
     Args:
         fitted: what the server has, on the model that it serves, in the same precision.
         prompts: at least two; others than those of the fit are unlike it, so no gate opens.
         room: the most tokens of prompt and answer, where that is less than the model has.
+        long: tokens of each of four long prompts, so that all together are more than the server reads in a pass.
 
     Raises:
         InputError: the server has no plugin or other vectors; ``fitted`` has none; prompts are too few or too long.
@@ -94,7 +97,7 @@ def prove(ask: Ask, fitted: Fitted, prompts: Sequence[str], room: int | None = N
     server = _Server(ask, fitted, list(dict.fromkeys(prompts))[:MOST_PROMPTS], room or context_length(fitted.model))
     server.check()
     yield from _mixed(server)
-    yield from _long(server)
+    yield from _long(server, long)
     yield _follow_ups(server)
     yield _refused(server)
     if fitted.detector:
@@ -262,11 +265,11 @@ def _mixed(server: _Server) -> Iterator[Proof]:
     yield _between(found, list(zip(alone, among, strict=True)))
 
 
-def _long(server: _Server) -> Iterator[Proof]:
+def _long(server: _Server, long: int) -> Iterator[Proof]:
     """Long prompts at once, which are read in several passes; then again, from the cache, and apart from it."""
-    most = min(LONG, server.room - ANSWERED)
+    most = min(long, server.room - ANSWERED)
     requests = []
-    for n in range(len(server.texts)):
+    for n in range(min(4, len(server.texts))):
         order = [*server.texts[n:], *server.texts[:n]]  # ends in another text each, and begins with another
         filler, own = " ".join(order), order[-1]
         times = (most - len(server.prompts[n - 1])) // (len(server.ids(filler)) + 1)
