@@ -228,7 +228,7 @@ def doctor(
     named: Annotated[str | None, typer.Option("--model", help="With --server: its model; default: the run's.")] = None,
     long: Annotated[
         int | None,
-        typer.Option(min=1, help="With --server: tokens of four long prompts, to be read in several passes."),
+        typer.Option(min=1, help="With --server: tokens of long prompts, which it reads in several passes."),
     ] = None,
     dtype: Dtype = "float32",
     device_map: DeviceMap = None,

@@ -194,7 +194,7 @@ class _Server:
         ]
         faults = [self._fault(*each) for each in zip(requests, answers, factors, strict=True)]
         well = [n for n, fault in enumerate(faults) if not fault]
-        asked, got = ([of[n] for n in well] for of in (requests, answers))
+        asked, got = [requests[n] for n in well], [answers[n] for n in well]
         found = expected_of(self.fitted, asked, got, [factors[n] for n in well])
         steered = [place for place, n in enumerate(well) if factors[n]]
         without = expected_of(self.fitted, [asked[p] for p in steered], [got[p] for p in steered], [0.0] * len(steered))
@@ -218,7 +218,7 @@ class _Server:
         if not request.settings:
             return f"a report on a request that asked for nothing: {answer.report}" if answer.report else ""
         report, toward = answer.report or {}, request.settings.get("steer")
-        acted = {"acted": factor > 0}
+        acted: dict[str, Any] = {"acted": factor > 0}
         if factor:
             acted |= {"steer": toward, "alpha": factor}
         wrong = [name for name, value in acted.items() if report.get(name) != value]
