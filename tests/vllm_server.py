@@ -195,7 +195,9 @@ def serving(material: Material, log: Path, *flags: str, plugin: bool = True) -> 
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=900) as client:
+        # A server closes a connection that was idle for seconds, perhaps while a client begins to use it again.
+        fresh = httpx.Limits(max_keepalive_connections=0)
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=900, limits=fresh) as client:
             _await_start(client, process, log)
             yield client
     finally:

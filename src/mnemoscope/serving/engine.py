@@ -123,11 +123,10 @@ def _configured(make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         binding = binding_of(config.model_config.model)
         offered = _opened(str(source), binding)
         parallel = config.parallel_config.tensor_parallel_size
-        for artefact in (*offered.vectors.values(), *offered.detectors.values()):
-            if parallel > 1 and artefact.site in ("neuron", "head"):
-                raise InputError(
-                    f"site: {artefact.site!r} is split in tensor parallelism; allowed are block, attention, mlp"
-                )
+        sites = [*(v.site for v in offered.vectors.values()), *(d.site for d in offered.detectors.values())]
+        for site in sites if parallel > 1 else ():
+            if site in ("neuron", "head"):
+                raise InputError(f"site: {site!r} is split in tensor parallelism; allowed are block, attention, mlp")
         facts = {name: getattr(binding, name) for name in ("model_type", "weights", "tokenizer", "half")}
         config.additional_config = {**extra, ADMITTED: {"run": str(source), "binding": facts}}
     return config

@@ -77,7 +77,8 @@ class Guard:
         """Serve a request."""
         if scope["type"] != "http" or scope["method"] != "POST":
             return await self.app(scope, receive, send)
-        messages, body = [], b""
+        messages: list[Any] = []
+        body = b""
         while not messages or messages[-1].get("more_body"):
             messages.append(await receive())
             body += messages[-1].get("body", b"")

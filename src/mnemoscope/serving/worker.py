@@ -84,9 +84,9 @@ class Steerer:
             module, is_input = place
             act = partial(self._act, reads.get(place, []), shifts.get(place, []))
             if is_input:
-                module.register_forward_pre_hook(lambda _, inputs, act=act: act(inputs))  # type: ignore[misc]
+                module.register_forward_pre_hook(lambda _, inputs, act=act: act(inputs))
             else:
-                module.register_forward_hook(lambda _, inputs, output, act=act: act(output))  # type: ignore[misc]
+                module.register_forward_hook(lambda _, inputs, output, act=act: act(output))
 
     def forget(self, names: Iterable[str]) -> None:
         """Drop requests that have ended."""
