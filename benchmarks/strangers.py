@@ -49,6 +49,7 @@ def main() -> None:
         alone = _answers(client, cell, asked, honest, arguments.clients, lambda done: None)
     sizes: dict[int, float] = {}
     with serving(arguments.run) as (client, process), _half_open(client, arguments.half_open) as opened:
+        questions(client, cell, arguments.requests)  # which opens the cell, as it did on the other server
 
         def watch(done: int) -> None:
             if done in (EARLY, len(asked)):
