@@ -60,9 +60,9 @@ MEASURED: dict[str, Any] = {
     "neutral": {"cuts": 16, "texts": 8, "length": 32, "doses": [0.5, 1.0]},
 }
 
-# Of the time of a fit, by stage: means of one run each on two models, alone.
-SHARES = {"train": 0.01, "behaviour": 0.03, "pairs": 0.11, "probes": 0.03, "steering": 0.62, "effects": 0.1}
-SHARES |= {"detection": 0.03, "neutral": 0.05, "cards": 0.01}
+# Of the time of a fit, by stage: means of one run each on two models (docs/LOG.md).
+SHARES = {"train": 0.02, "behaviour": 0.025, "pairs": 0.1, "probes": 0.025, "steering": 0.66, "effects": 0.095}
+SHARES |= {"detection": 0.025, "neutral": 0.05, "cards": 0.0}
 TIMED = 128  # prompts that are read to see how fast a model is
 REPORTING = 6.0  # seconds of the report
 
@@ -71,7 +71,8 @@ class Level(NamedTuple):
     """A step of leaving out: what goes, beside what went before, and how long the rest takes.
 
     As long as ``passes`` over every token of its data and one over ``tokens`` more, which are learned from and judged
-    however few there are (docs/LOG.md has the runs that these are fitted to).
+    however few there are. Both are estimates, set by hand to one or two runs of a level (docs/LOG.md); the first step
+    was not timed.
     """
 
     without: str
