@@ -19,7 +19,7 @@ test-fast: $(VENV)/.installed-dev
 
 # Two thousand bad inputs, flipped bits, a hostile folder and forty kills; `make test` takes a sample.
 attack: $(VENV)/.installed-dev
-	MNEMOSCOPE_ATTACK=whole OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/attack $(PYTEST)
+	MNEMOSCOPE_ATTACK=whole OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/attack $(PYTEST)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check

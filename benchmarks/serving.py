@@ -40,21 +40,21 @@ def main() -> None:
     if arguments.requests <= EARLY:
         parser.error(f"--requests: at least {EARLY + 1}")
     cell = f"/api/runs/{arguments.run.resolve().name}/cells/{arguments.cell}"
-    with _serving(arguments.run) as (client, _):
-        asked = _questions(client, cell, arguments.requests)
+    with serving(arguments.run) as (client, _):
+        asked = questions(client, cell, arguments.requests)
         neurons = client.get(f"{cell}/neurons").raise_for_status().json()["nmd"]
     # The crowd gets a new server: what that keeps in memory by then is part of the measurement.
-    with _serving(arguments.run) as (client, process):
+    with serving(arguments.run) as (client, process):
         answer, watch = partial(_answer, client, cell, asked), partial(_watch, client, cell, neurons)
         watch(0)  # what the first one loads stays
         crowded = _crowd(answer, process, arguments, watch)
     # One quiet client of another server, into which nothing can have leaked.
-    with _serving(arguments.run) as (client, _):
+    with serving(arguments.run) as (client, _):
         _quiet(partial(_answer, client, cell, asked), asked, crowded)
 
 
 @contextmanager
-def _serving(run: Path) -> Iterator[tuple[httpx.Client, int]]:
+def serving(run: Path) -> Iterator[tuple[httpx.Client, int]]:
     """A client of a new server, and the number of its process."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -103,10 +103,10 @@ def _crowd(
         looks = [lookers.submit(watch, number) for number in range(1, arguments.neurons)]
         for number, (_, found) in enumerate(crowd.map(answer, numbers)):
             crowded.append(found)
-            early = _resident(process) if number == EARLY else early
+            early = resident(process) if number == EARLY else early
         for look in looks:
             look.result()
-    late = _resident(process)
+    late = resident(process)
     clients = f"{arguments.clients} clients, {arguments.requests} requests, {arguments.neurons} neurons"
     print(f"{clients}: memory after {EARLY} {early:.0f} MiB, at the end {late:.0f} MiB, ratio {late / early:.3f}")
     return crowded
@@ -130,7 +130,7 @@ def _quiet(answer: Callable[[int], tuple[float, Any]], asked: list[dict[str, Any
     print(f"20 clients: median {1000 * np.median(twenty):.0f} ms, p95 {_p95(twenty):.0f} ms")
 
 
-def _questions(client: httpx.Client, cell: str, n: int) -> list[dict[str, Any]]:
+def questions(client: httpx.Client, cell: str, n: int) -> list[dict[str, Any]]:
     """``n`` requests, each with a strength of its own; prompts, vectors and directions are drawn.
 
     A tenth is not steered, and a tenth comes without the two answers.
@@ -171,7 +171,7 @@ def _p95(seconds: np.ndarray) -> float:
     return 1000 * float(np.quantile(seconds, 0.95))
 
 
-def _resident(process: int) -> float:
+def resident(process: int) -> float:
     """Resident memory of a process in MiB."""
     for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith("VmRSS"):

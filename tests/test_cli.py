@@ -163,6 +163,7 @@ def test_ctrl_c_is_one_line_whatever_it_stops(seconds: float, tmp_path: Path) ->
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what runs in the background ignores it
     )
     assert process.stdout is not None
     process.stdout.readline()

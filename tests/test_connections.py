@@ -78,8 +78,8 @@ def test_more_connections_than_the_limit_are_told_so(port: int) -> None:
 
 def test_work_of_a_client_that_has_left_is_dropped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(runs, "LOOK", 0.01)
-    monkeypatch.setattr(runs, "OpenedCell", lambda run, cell: "opened")
-    opened = runs.OpenedCells(SimpleNamespace(cell=lambda *_: tmp_path, folder=lambda _: tmp_path))  # type: ignore[arg-type]
+    monkeypatch.setattr(runs, "OpenedCell", lambda run, cell, model: "opened")
+    opened = runs.OpenedCells(SimpleNamespace(cell=lambda *_: tmp_path, folder=lambda _: tmp_path, model=None))  # type: ignore[arg-type]
     go_on, done = Event(), list[str]()
 
     async def has_left() -> bool:

@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_info
 
 import mnemoscope as ms
 from families import tiny, tokenizer
-from helpers import MINI_TASKS, hook_count
+from helpers import MINI_TASKS, hook_count, sign
 from mnemoscope.behaviour import Asking, phrase_of, states_at_the_end
 from mnemoscope.errors import InputError
 from mnemoscope.export import SITES_FOR
@@ -321,6 +321,7 @@ def test_of_several_cells_the_one_of_the_model_is_opened(user: User, tmp_path: P
     facts = json.loads((run / "cells" / "a" / "cell.json").read_text())
     facts["binding"] |= {"weights": "another", "half": "another"}
     (run / "cells" / "a" / "cell.json").write_text(json.dumps(facts))
+    sign(run / "cells" / "a")
     assert ms.Fitted.open(run, user.model, user.words).vectors.keys() == user.fitted.vectors.keys()
     with pytest.raises(InputError, match=r"^weights: no cell of .* was fitted on this model"):
         ms.Fitted.open(run, tiny("gpt2"), tokenizer())

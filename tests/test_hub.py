@@ -73,5 +73,5 @@ def test_what_is_pushed_comes_back_and_its_page_shows_the_card(tmp_path: Path, m
     push(mine, "owner/name")
     assert (store / "private.txt").exists()
     described.write_text("{")
-    with pytest.raises(InputError, match=r"^card: .*v\.json cannot be read"):
+    with pytest.raises(InputError, match=r"v\.json: not JSON"):
         push(file, "owner/name")

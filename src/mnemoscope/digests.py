@@ -108,7 +108,7 @@ def _check(path: Path, folder: Path, digest: str) -> None:
 
 
 def check_closed(folder: Path) -> None:
-    """Raises InputError where a folder holds a link that leads out of it, or what is neither a file nor a folder."""
+    """Raises InputError where a folder holds a link that leads out of it or nowhere, or what is no file or folder."""
     root = _where(folder)
     for above, folders, files in os.walk(root):
         for name in (*folders, *files):
@@ -117,8 +117,9 @@ def check_closed(folder: Path) -> None:
                 kind = path.lstat().st_mode
             except FileNotFoundError:  # a temporary file of a run in progress
                 continue
-            if stat.S_ISLNK(kind) and not _where(path).is_relative_to(root):
-                raise InputError(f"{folder / path.relative_to(root)}: is a link that leads out of the folder")
+            if stat.S_ISLNK(kind) and not (path.exists() and _where(path).is_relative_to(root)):
+                where = "out of the folder" if path.exists() else "nowhere"
+                raise InputError(f"{folder / path.relative_to(root)}: is a link that leads {where}")
             if not (stat.S_ISLNK(kind) or stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
                 raise InputError(f"{folder / path.relative_to(root)}: is neither a file nor a folder")
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ from typing import Any
 import numpy as np
 
 from mnemoscope.errors import InputError, StudyError
+
+TEMPORARY = re.compile(r"\..+\.\d+\.tmp(\.\w+)?")  # names that files and folders have while they are written
 
 
 def write_atomically(path: Path, content: bytes | Callable[[Path], Any]) -> Path:
@@ -80,6 +83,15 @@ def new_folder(path: Path) -> Iterator[Path]:
             flush(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what writers that were killed left in a folder under temporary names; none may be at work there."""
+    for stale in [path for path in folder.rglob(".*.tmp*") if TEMPORARY.fullmatch(path.name)]:
+        if stale.is_dir() and not stale.is_symlink():
+            shutil.rmtree(stale)
+        else:
+            stale.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -40,7 +40,7 @@ STEERING = {
     "unit": "spread",
     "halving": 2,
     **{"fit_pairs": 200, "fit_others": 128, "learned_steps": 24, "kept_weight": 1.0},
-    **{"tune_pairs": 48, "tune_others": 48, "tune_draws_again": 2, "judged_examples": 100},
+    **{"tune_pairs": 48, "tune_others": 48, "tune_draws_again": 2, "judged_examples": 80},
     "tune_refits": 0,  # refitted controls are judged on test; while settings are compared they would cost the most
     "norm_draws": 0,
     "low_rank": {"steps": 32, "refits": 0},
@@ -54,15 +54,15 @@ MEASURED: dict[str, Any] = {
     "pairs": {"batch_size": 64, "rephrasings": 3, "fit_examples": 240, "tune_examples": 140}
     | {"test_examples": 220, "held_out_examples": 60, "behaviour_examples": 200, "at_once": 2048},
     "probes": {"offsets": [0], "pairs": 250, "learning_draws": 2},
-    "effects": {"pairs": 40, "draws": 1, "doses": [0.0, 0.5, 1.0, 2.0], "ablated": [0.1]}
+    "effects": {"pairs": 32, "draws": 1, "doses": [0.0, 0.5, 1.0, 2.0], "ablated": [0.1]}
     | {"methods": "best", "patched": False},
     "detection": {"fitted": True, "examples": 400, "others": 100},
-    "neutral": {"cuts": 24, "texts": 12, "length": 40, "doses": [0.5, 1.0]},
+    "neutral": {"cuts": 16, "texts": 8, "length": 32, "doses": [0.5, 1.0]},
 }
 
-# Of the time of a fit, by stage: means of one run each on two models, alone.
-SHARES = {"train": 0.01, "behaviour": 0.03, "pairs": 0.11, "probes": 0.03, "steering": 0.62, "effects": 0.1}
-SHARES |= {"detection": 0.03, "neutral": 0.05, "cards": 0.01}
+# Of the time of a fit, by stage: means of one run each on two models (docs/LOG.md).
+SHARES = {"train": 0.02, "behaviour": 0.025, "pairs": 0.1, "probes": 0.025, "steering": 0.66, "effects": 0.095}
+SHARES |= {"detection": 0.025, "neutral": 0.05, "cards": 0.0}
 TIMED = 128  # prompts that are read to see how fast a model is
 REPORTING = 6.0  # seconds of the report
 
@@ -71,7 +71,8 @@ class Level(NamedTuple):
     """A step of leaving out: what goes, beside what went before, and how long the rest takes.
 
     As long as ``passes`` over every token of its data and one over ``tokens`` more, which are learned from and judged
-    however few there are (docs/LOG.md has the runs that these are fitted to).
+    however few there are. Both are estimates, set by hand to one or two runs of a level (docs/LOG.md); the first step
+    was not timed.
     """
 
     without: str

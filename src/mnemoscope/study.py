@@ -28,7 +28,7 @@ from mnemoscope.config import StudyConfig, dump_study
 from mnemoscope.digests import AGAIN, EarlierError, check_closed, check_stage, read_marker, write_marker
 from mnemoscope.errors import InputError, StudyError
 from mnemoscope.executors import Progress, in_processes, possible_workers, run_cells
-from mnemoscope.files import known_hash, lock_file, made, undone_if_refused, write_atomically
+from mnemoscope.files import known_hash, lock_file, made, sweep, undone_if_refused, write_atomically
 from mnemoscope.processes import settle
 from mnemoscope.strict import read_text
 from mnemoscope.tasks import allowed_code, check_allowed
@@ -80,6 +80,7 @@ def run_study(
             check_cell(cell, folder)
     workers = workers or max(1, (os.cpu_count() or 1) // config.threads)
     with _locked(run, config):
+        sweep(run)
         failed = run_cells(cells, run_cell, progress, workers, executor, address)
         finished = [cell for cell in cells if cell.name not in failed]
         write_marker(run, "failed", [write_atomically(run / "failed.json", json.dumps(failed, indent=1).encode())])

@@ -287,7 +287,7 @@ def options() -> Iterator[Attack]:
         yield Attack(f"{command} -z", (command, "-z", "x"))
         if command not in ("run", "tasks", "serve"):
             yield Attack(f"{command} alone", (command,))
-    for word in ("runn", "--version-of", "", "\ud800".encode("utf-8", "surrogatepass"), "run\n", "x" * 10_000):
+    for word in ("runs", "--version-of", "", "\ud800".encode("utf-8", "surrogatepass"), "run\n", "x" * 10_000):
         yield Attack(f"command {word[:9]!r}", (word,))
     for executor in (("--executor", "cloud"), ("--address", "x:1"), ("--executor", "ray", "--workers", "2")):
         yield Attack(f"run {' '.join(executor)}", ("run", "s.yaml", "--out", "o", *executor), {"s.yaml": MINI_STUDY})

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import stat
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
@@ -12,7 +10,8 @@ from typing import Any
 
 from attack_inputs import JSON, KINDS, MODEL, Attack, Content
 
-from mnemoscope.digests import facts_digest, read_marker, write_marker
+import helpers
+from mnemoscope.digests import facts_digest
 
 CELL = "run/cells/addition-0"
 RECORDS = {
@@ -29,14 +28,8 @@ PLACES = ("run", CELL)  # of markers
 
 def sign(folder: Path) -> None:
     """Give changed files of a run the digests that a stranger would give them, so that their content is read."""
-    for path in (path for place in PLACES for path in (folder / place / "stages").glob("*.json")):
-        facts, above = read_marker(path), path.parents[1]
-        files = [above / name for name in facts.pop("files")]
-        write_marker(above, path.stem, [file for file in files if stat.S_ISREG(_kind(file))], facts)
-
-
-def _kind(path: Path) -> int:
-    return path.lstat().st_mode if os.path.lexists(path) else 0
+    for place in PLACES:
+        helpers.sign(folder / place)
 
 
 ODD: tuple[object, ...] = (None, True, [], {"a": 1}, "x", -1.5, [None])

@@ -148,7 +148,8 @@ class SteeringConfig(Frozen):
         0,
         ge=0,
         description="layers that are left after methods without learning were tried on a few examples for `aim`, which "
-        "alone is chosen for then; 0: every setting is tried on all examples, for both aims",
+        "alone is chosen for then, and of pairs only the best vectors are judged; 0: every setting is tried on all "
+        "examples, for both aims",
     )
     screened: int = Field(32, ge=1, description="tune examples of each list on which these few settings are found")
     excess_cost: float = Field(2.0, ge=0.5, le=100, description="points of shift that a point beyond that limit costs")

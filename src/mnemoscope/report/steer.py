@@ -186,12 +186,17 @@ def chapter(view: View) -> Chapter:
     if not any(getattr(block, aim).shift.known for block in steering.values() for aim in AIMS):
         return Chapter(answer(task))
     pushes = [_push_sentence(task.logit[direction], direction) for direction in steering]
+    by_aim = {
+        "pairs": ("methods", [_methods_panel(task, d, "pairs") for d in steering]),
+        "conflict": ("methods-conflict", [_methods_panel(task, d, "conflict") for d in steering]),
+    }
+    shown, folded = by_aim.pop(task.aim), by_aim.popitem()[1]
     exhibits = [
         Exhibit("switch", [_switch_panel(task, direction) for direction in steering]),
-        Exhibit("methods", [_methods_panel(task, d, "pairs") for d in steering], table=methods_table(task)),
+        Exhibit(*shown, table=methods_table(task)),
         Exhibit("dose", [panel for d in steering for panel in _dose_panels(task, d)]),
         Exhibit("simpler", [_simpler_panel(task, direction) for direction in steering], pushes),
-        Exhibit("methods-conflict", [_methods_panel(task, d, "conflict") for d in steering], folded=True),
+        Exhibit(*folded, folded=True),
     ]
     return Chapter(answer(task), exhibits, [table(task), *norms_table(task)])
 

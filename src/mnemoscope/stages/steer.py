@@ -102,7 +102,7 @@ def _judge_all(opened: SteeredCell, chosen: Sequence[Chosen], tell: Tell) -> lis
         opened.shifts.update(found)
 
     def judges(one: Chosen, name: str) -> bool:
-        if config.halving and one.aim != config.aim:  # the same vectors, so that the other lists are judged once
+        if config.halving and one.aim != config.aim:  # the same vectors, so that lists are judged once; pairs: the best
             return one.best and name.startswith("pairs") if one.aim == "pairs" else name == one.aim
         if one.aim in AIMS:
             return one.aim == "pairs" or not name.startswith("pairs")
