@@ -8,15 +8,20 @@ Runs where vLLM is installed. See ``benchmarks/README.md`` for what is measured 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
+import numpy as np
 from rounds import ratios, seconds_of
 
 from vllm_server import Material, serving
+
+PLAIN, UNSTEERED = "vLLM without the plugin", "with it, nobody steered"
 
 
 def main() -> None:
@@ -26,26 +31,38 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--servers", type=int, default=2, help="of each kind; they differ by more than the plugin costs")
     arguments = parser.parse_args()
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, ExitStack() as opened:
         out = Path(folder)
         material = Material.make(out, arguments.model)
         prompts = [material.prompts[n % len(material.prompts)] for n in range(arguments.requests)]
         body = {"model": "served", "prompt": prompts, "max_tokens": arguments.tokens, "ignore_eos": True}
-        gated = {"steer": "generalized", "gate": material.threshold(), "read": 1}
-        with serving(material, out / "plain.log", plugin=False) as plain, serving(material, out / "log") as client:
-            ways = {
-                "vLLM without the plugin": partial(_answer, plain, body),
-                "with it, nobody steered": partial(_answer, client, body),
-                "everybody steered": partial(_answer, client, {**body, "vllm_xargs": {"steer": "generalized"}}),
-                "gated and read": partial(_answer, client, {**body, "vllm_xargs": gated}),
-            }
-            seconds = seconds_of(ways, arguments.rounds)
-    first = next(iter(ways))
+        settings = {
+            "everybody steered": {"steer": "generalized"},
+            "gated and read": {"steer": "generalized", "gate": material.threshold(), "read": 1},
+        }
+        ways: dict[str, Callable[[], None]] = {}
+        for n in range(arguments.servers):
+            plain = opened.enter_context(serving(material, out / f"plain{n}.log", plugin=False))
+            client = opened.enter_context(serving(material, out / f"plugin{n}.log"))
+            ways[f"{PLAIN} {n}"] = partial(_answer, plain, body)
+            ways[f"{UNSTEERED} {n}"] = partial(_answer, client, body)
+            for name, some in settings.items():
+                ways[f"{name} {n}"] = partial(_answer, client, {**body, "vllm_xargs": some})
+        seconds = seconds_of(ways, arguments.rounds)
+    both = {
+        name: np.mean([seconds[f"{name} {n}"] for n in range(arguments.servers)], axis=0)
+        for name in (PLAIN, UNSTEERED, *settings)
+    }
     tokens = arguments.requests * arguments.tokens
-    for name, (middle, least, most) in ratios({n: 1 / s for n, s in seconds.items()}, first).items():
-        speed = tokens / float(seconds[name].min())
+    for name, (middle, least, most) in ratios({n: 1 / s for n, s in both.items()}, PLAIN).items():
+        speed = tokens / float(both[name].min())
         print(f"{name}: throughput {middle:.3f} ({least:.3f} to {most:.3f}) of the first, at best {speed:.0f} tokens/s")
+    for kind in (PLAIN, UNSTEERED):
+        alone = {name: 1 / s for name, s in seconds.items() if name.startswith(kind)}
+        for name, (middle, least, most) in ratios(alone, f"{kind} 0").items():
+            print(f"    {name}: {middle:.3f} ({least:.3f} to {most:.3f}) of the first server of its kind")
 
 
 def _answer(client: httpx.Client, body: dict[str, Any]) -> None:

@@ -178,7 +178,8 @@ def serving(folder: Path, run: Path, fault: Fault = "none") -> Iterator[tuple[st
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.tell(200, {"data": [{"id": "mini", "max_model_len": context_length(inside.opened[0])}]})
+            models = {"data": [{"id": "mini", "max_model_len": context_length(inside.opened[0])}]}
+            self.tell(200, {"version": "0.0"} if self.path == "/version" else models)
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

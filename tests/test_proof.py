@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 from pathlib import Path
 
 import pytest
+import torch
 
 import mnemoscope as ms
 from little_facts import SUBJECTS, VALUES, VOCABULARY
@@ -113,6 +115,29 @@ def test_the_command_prints_a_table_or_json_and_fails_where_a_check_does(folders
     assert {check["name"] for check in found["checks"] if not check["passed"]} >= {"steered = transformers'"}
 
 
+def test_what_a_server_was_proven_with_says_so_in_its_cards(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, run = folders[0], Path(shutil.copytree(folders[1], tmp_path / "run"))
+    with serving(folder, run, "hooks removed") as (url, _):
+        code, out, _ = asked(url, (folder, run), "--certify")
+        assert (code, ".json" in out) == (1, False)
+    for source in (run, next(run.rglob("to_generalized-nmd.safetensors"))):
+        with serving(folder, source) as (url, _):
+            code, out, _ = asked(url, (folder, source), "--certify")
+        assert code == 0
+        written = [Path(line) for line in out.splitlines() if line.endswith(".json")]
+        assert len(written) == (4 if source == run else 1)
+        for path in written:
+            card = json.loads(path.read_text())["card"]
+            assert card["proven"].keys() == {"vLLM 0.0"}
+            assert card["proven"]["vLLM 0.0"].startswith(f"float32, {len(CHECKS) if source == run else 7} checks of ")
+        before, after = (ms.Fitted.open(one, *load_model(folder)) for one in (folders[1], run))
+        assert "proven on vLLM 0.0: float32" in str(after.vectors["generalized"].card)
+        for toward, vector in before.vectors.items():
+            assert after.vectors[toward].tensors().keys() == vector.tensors().keys()
+            for name, tensor in vector.tensors().items():
+                assert torch.equal(after.vectors[toward].tensors()[name], tensor)
+
+
 def test_what_cannot_be_proven_is_one_line(folders: tuple[Path, Path], tmp_path: Path) -> None:
     folder, run = folders
 
@@ -131,6 +156,7 @@ def test_what_cannot_be_proven_is_one_line(folders: tuple[Path, Path], tmp_path:
     assert refused("--server", nobody).startswith("from: missing")
     assert refused("--server", nobody, "--from", str(tmp_path / "none")).endswith("does not exist")
     assert refused("--from", str(run)).startswith("--from: is for a server")
+    assert refused(str(folder), "--certify").startswith("--certify: is for a server")
     assert refused().startswith("MODEL: missing")
     with serving(*folders) as (url, _):
         assert refused("--server", url, "--from", str(run)).startswith(f"model: {run} holds no model; name")

@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,19 @@ def read_marker(path: Path) -> dict[str, Any]:
     if any(name.is_absolute() or ".." in name.parts for name in named):
         raise InputError(f"artefact: {path} names a file outside its folder")
     return found
+
+
+@contextmanager
+def rewriting(folder: Path, files: Collection[Path]) -> Iterator[None]:
+    """Files of finished stages are written anew inside the context, whose markers are missing meanwhile."""
+    names = {str(file.relative_to(folder)) for file in files}
+    markers = {path: read_marker(path) for path in sorted((folder / STAGES).glob("[!.]*.json"))}
+    touched = {path: facts for path, facts in markers.items() if names & set(facts["files"])}
+    for path in touched:
+        path.unlink()
+    yield
+    for path, facts in touched.items():
+        write_marker(folder, path.stem, [folder / name for name in facts.pop("files")], facts)
 
 
 def check_stage(folder: Path, name: str) -> None:

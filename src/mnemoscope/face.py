@@ -277,14 +277,14 @@ def artefacts_of(source: Path, found: Binding) -> tuple[dict[Toward, SteeringVec
             return {vector.toward: vector}, None, None
         return {}, Detector.load(source), None
     check_closed(source)
-    cell = _cell(source, found)
+    cell = cell_of(source, found)
     vectors = [SteeringVector.load(path) for path in best_paths(cell).values()]
     paths = [cell / f"{name}.safetensors" for name in ("detector", "detector_below")]
     detector, lower = (Detector.load(intact(path)) if is_there(path) else None for path in paths)
     return {vector.toward: vector for vector in vectors}, detector, lower
 
 
-def _cell(source: Path, found: Binding) -> Path:
+def cell_of(source: Path, found: Binding) -> Path:
     """The only cell of a run (or the cell itself), or the one whose vectors were fitted on this model."""
     cells = _cells(source)
     if len(cells) == 1:

@@ -201,6 +201,7 @@ class CardFacts(TypedDict):
     pairs: NotRequired[int]
     groups: NotRequired[int]
     versions: NotRequired[dict[str, str]]
+    proven: NotRequired[dict[str, str]]
 
 
 class DigestFacts(TypedDict):

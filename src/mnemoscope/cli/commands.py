@@ -230,6 +230,7 @@ def doctor(
         int | None,
         typer.Option(min=1, help="With --server: tokens of long prompts, which it reads in several passes."),
     ] = None,
+    certify: Annotated[bool, typer.Option("--certify", help="With --server: say in the run's cards what passed.")] = False,
     dtype: Dtype = "float32",
     device_map: DeviceMap = None,
     layout: Parts = None,
@@ -245,10 +246,11 @@ def doctor(
     if server is not None:
         from mnemoscope.cli.proving import prove_server
 
-        if not prove_server(server, source, named or model, prompt, long, [dtype, layout, device_map], as_json):
+        if not prove_server(server, source, named or model, prompt, long, certify, [dtype, layout, device_map], as_json):
             raise typer.Exit(1)
         return
-    alone = next((name for name, given in (("--from", source), ("--model", named), ("--long", long)) if given), None)
+    of_server = {"--from": source, "--model": named, "--long": long, "--certify": certify}
+    alone = next((name for name, given in of_server.items() if given), None)
     if alone:
         raise InputError(f"{alone}: is for a server; name it too: --server URL")
     if model is None:

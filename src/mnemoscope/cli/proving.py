@@ -22,15 +22,18 @@ def prove_server(
     model: str | None,
     prompts: list[str] | None,
     long: int | None,
+    certified: bool,
     opening: list[Any],
     as_json: bool,
 ) -> bool:
-    """Print a table, or JSON, of the checks of a server; whether all have passed."""
+    """Print a table, or JSON, of the checks of a server; whether all have passed. ``certified``: cards say so then."""
     from mnemoscope.errors import InputError
     from mnemoscope.face import Fitted
     from mnemoscope.files import dumped
+    from mnemoscope.serving.certificate import certify
     from mnemoscope.serving.client import Server
     from mnemoscope.serving.proof import LONG, MOST_PROMPTS, cost, prove
+    from mnemoscope.steering import Binding
 
     if source is None:
         raise InputError("from: missing; name the run that the server has: --from RUN")
@@ -38,24 +41,35 @@ def prove_server(
         raise InputError(f"from: {source} does not exist")
     server = Server(url)
     named = model or str(model_of_run(source))
-    fitted = Fitted.open(source, *open_model(named, *opening))
+    opened = open_model(named, *opening)
+    fitted = Fitted.open(source, *opened)
     texts = prompts or prompts_of_run(source, MOST_PROMPTS)
     found = []
     for proof in prove(server.ask, fitted, texts, server.room, long or LONG):
         found.append(proof)
         if not as_json:
-            typer.echo(_line(proof))
+            typer.echo(proof)
     ratios = cost(server.ask, fitted, texts)
     well, median = all(proof.passed for proof in found), statistics.median(ratios)
+    written: list[Path] = []
+    if certified and well:
+        precision = str(opened[0].dtype).removeprefix("torch.")
+        written = certify(source, Binding.of(*opened), server.engine, precision, found)
     if as_json:
         rows = [_finite(asdict(proof)) | {"passed": proof.passed} for proof in found]
-        about = {"server": server.url, "model": named, "weights": weights_note(named), "passed": well}
+        about: dict[str, Any] = {"server": server.url, "engine": server.engine, "model": named, "weights": weights_note(named), "passed": well}
         typer.echo(
-            dumped(about | {"checks": rows, "steered_to_unsteered_seconds": {"median": median, "rounds": ratios}})
+            dumped(
+                about
+                | {"checks": rows, "steered_to_unsteered_seconds": {"median": median, "rounds": ratios}}
+                | {"certified": [str(path) for path in written]}
+            )
         )
         return well
     spread = f"median of {len(ratios)} rounds, {min(ratios):.2f} to {max(ratios):.2f}"
     typer.echo(f"      a steered token takes {median:.2f} of the seconds of an unsteered one ({spread})")
+    for path in written:
+        typer.echo(path)
     if not found[0].passed:
         typer.echo(PLAIN, err=True)
     return well
@@ -89,16 +103,6 @@ def prompts_of_run(source: Path, most: int) -> list[str]:
             if len(texts) > 1:
                 return [texts[n * len(texts) // most] for n in range(min(most, len(texts)))]
     return list(PROMPTS)
-
-
-def _line(proof: Any) -> str:
-    facts = [f"{proof.answers} answers"]
-    if proof.allowed:
-        seen = "" if math.isnan(proof.visible) else f"; the fault would be {proof.visible:.2g}"
-        facts.insert(0, f"largest difference {proof.difference:.2g} (allowed {proof.allowed:.2g}{seen})")
-    facts += [f"{proof.ties} ties"] if proof.ties else []
-    facts += [f"{proof.wrong} wrong: {proof.why}"] if proof.wrong else []
-    return f"{'ok  ' if proof.passed else 'FAIL'}  {proof.name:<40}  {', '.join(facts)}"
 
 
 def _finite(facts: dict[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ class Server:
     Attributes:
         model: the name under which it serves the model.
         room: the most tokens of prompt and answer; None where it does not say.
+        engine: its name and version.
     """
 
     def __init__(self, url: str) -> None:
@@ -42,6 +43,8 @@ class Server:
             why = f"{status}: {_message(told)}" + (f"; set {KEY}" if status == 401 else "")
             raise InputError(f"server: {self.url} does not serve a model as OpenAI's API does ({why})")
         self.model, self.room = str(models[0]["id"]), models[0].get("max_model_len")
+        status, told = self._call("/version", None)
+        self.engine = f"vLLM {told['version']}" if status == 200 and "version" in told else "an engine without version"
 
     def ask(self, requests: Sequence[expected.Request]) -> list[expected.Answer]:
         """Ask all, several at a time, so that they share passes; InputError where the server is gone."""

@@ -79,6 +79,15 @@ class Proof:
         """Whether it holds, and a fault would have been seen."""
         return self.difference <= self.allowed and self.answers > 0 and not (self.wrong or self.visible <= self.allowed)
 
+    def __str__(self) -> str:
+        facts = [f"{self.answers} answers"]
+        if self.allowed:
+            seen = "" if math.isnan(self.visible) else f"; the fault would be {self.visible:.2g}"
+            facts.insert(0, f"largest difference {self.difference:.2g} (allowed {self.allowed:.2g}{seen})")
+        facts += [f"{self.ties} ties"] if self.ties else []
+        facts += [f"{self.wrong} wrong: {self.why}"] if self.wrong else []
+        return f"{'ok  ' if self.passed else 'FAIL'}  {self.name:<40}  {', '.join(facts)}"
+
 
 def prove(
     ask: Ask, fitted: Fitted, prompts: Sequence[str], room: int | None = None, long: int = LONG

@@ -98,6 +98,7 @@ class Card:
         auroc: of a detector: ``estimate``, ``low``, ``high``, ``n``, and ``input_only`` beside it.
         pairs, groups: of the fit split.
         versions: of the libraries that made it.
+        proven: by engine, what ``mnemoscope doctor --server`` has shown there.
     """
 
     fitted_on: str
@@ -109,6 +110,7 @@ class Card:
     pairs: int = 0
     groups: int = 0
     versions: dict[str, str] = field(default_factory=dict)
+    proven: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         beside = (self.auroc or {}).get("input_only")
@@ -122,6 +124,7 @@ class Card:
             self.cost and "cost, change in accuracy: " + ", ".join(f"{k} {v:+.3f}" for k, v in self.cost.items()),
             doses and f"divergence on neutral text, nats a token: {doses} times the vector",
             self.versions and "made with " + ", ".join(map(" ".join, self.versions.items())),
+            *(f"proven on {engine}: {shown}" for engine, shown in self.proven.items()),
         ]
         return "\n".join(line for line in lines if line)
 
