@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--servers", type=int, default=2, help="of each kind; they differ by more than the plugin costs")
+    parser.add_argument("--servers", type=int, default=2, help="of each kind; they differ more than it costs")
     arguments = parser.parse_args()
     with TemporaryDirectory() as folder, ExitStack() as opened:
         out = Path(folder)

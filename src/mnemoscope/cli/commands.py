@@ -230,7 +230,9 @@ def doctor(
         int | None,
         typer.Option(min=1, help="With --server: tokens of long prompts, which it reads in several passes."),
     ] = None,
-    certify: Annotated[bool, typer.Option("--certify", help="With --server: say in the run's cards what passed.")] = False,
+    certify: Annotated[
+        bool, typer.Option("--certify", help="With --server: say in the run's cards what passed.")
+    ] = False,
     dtype: Dtype = "float32",
     device_map: DeviceMap = None,
     layout: Parts = None,
@@ -246,7 +248,9 @@ def doctor(
     if server is not None:
         from mnemoscope.cli.proving import prove_server
 
-        if not prove_server(server, source, named or model, prompt, long, certify, [dtype, layout, device_map], as_json):
+        if not prove_server(
+            server, source, named or model, prompt, long, certify, [dtype, layout, device_map], as_json
+        ):
             raise typer.Exit(1)
         return
     of_server = {"--from": source, "--model": named, "--long": long, "--certify": certify}

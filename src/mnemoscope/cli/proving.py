@@ -57,14 +57,10 @@ def prove_server(
         written = certify(source, Binding.of(*opened), server.engine, precision, found)
     if as_json:
         rows = [_finite(asdict(proof)) | {"passed": proof.passed} for proof in found]
-        about: dict[str, Any] = {"server": server.url, "engine": server.engine, "model": named, "weights": weights_note(named), "passed": well}
-        typer.echo(
-            dumped(
-                about
-                | {"checks": rows, "steered_to_unsteered_seconds": {"median": median, "rounds": ratios}}
-                | {"certified": [str(path) for path in written]}
-            )
-        )
+        about: dict[str, Any] = {"server": server.url, "engine": server.engine, "model": named}
+        about |= {"weights": weights_note(named), "passed": well, "checks": rows}
+        about |= {"steered_to_unsteered_seconds": {"median": median, "rounds": ratios}}
+        typer.echo(dumped(about | {"certified": [str(path) for path in written]}))
         return well
     spread = f"median of {len(ratios)} rounds, {min(ratios):.2f} to {max(ratios):.2f}"
     typer.echo(f"      a steered token takes {median:.2f} of the seconds of an unsteered one ({spread})")

@@ -35,7 +35,7 @@ def certify(source: Path, binding: Binding, engine: str, precision: str, proofs:
     found: dict[Path, Artefact] = {}
     if source.is_file():
         vectors, detector, _ = artefacts_of(source, binding)
-        found = {source: one for one in (*vectors.values(), detector) if one}
+        (found[source],) = (one for one in (*vectors.values(), detector) if one)
     else:
         cell = cell_of(source, binding)
         found = {path: SteeringVector.load(path) for path in best_paths(cell).values()}

@@ -40,7 +40,5 @@ def asking(llm: Any) -> Ask:
 
 def _answer(output: Any) -> Answer:
     (written,) = output.outputs
-    log_p = tuple(
-        float(there[token].logprob) for token, there in zip(written.token_ids, written.logprobs, strict=True)
-    )
+    log_p = tuple(float(there[token].logprob) for token, there in zip(written.token_ids, written.logprobs, strict=True))
     return Answer(200, tuple(written.token_ids), log_p, getattr(output, ADMITTED, None))

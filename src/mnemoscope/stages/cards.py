@@ -38,10 +38,11 @@ def cards_stage(cell: Cell, tell: Tell) -> list[Path]:
         path = cell.folder / f"{name}.safetensors"
         if path.exists() and "detection" in tables:
             found.append((path, Detector.load(path), _of_detector(cell, tables["detection"], score)))
-    return [
-        replace(artefact, card=Card(**facts, **common, proven=artefact.card.proven if artefact.card else {})).save(path)[1]
-        for path, artefact, facts in found
-    ]
+    written = []
+    for path, artefact, facts in found:
+        proven = artefact.card.proven if artefact.card else {}
+        written.append(replace(artefact, card=Card(**facts, **common, proven=proven)).save(path)[1])
+    return written
 
 
 def _of_vector(
