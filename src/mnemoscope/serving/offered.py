@@ -66,7 +66,10 @@ class Offered:
     def gate_for(self, vector: SteeringVector) -> str:
         """The detector that decides in the pass that a vector shifts; InputError without one."""
         if vector.positions == "all":
-            raise InputError("gate: this vector shifts every token of the prompt, before a detector has read its end")
+            raise InputError(
+                "gate: this vector shifts every token of the prompt, before a detector has read its end; read first, "
+                "and steer in a second request, or serve a vector that acts from the last token on (positions: decision)"
+            )
         if not self.detectors:
             raise InputError("gate: this server has no detector; fit one with `mnemoscope fit` and serve its run")
         found = self._below(vector, ("lower", "detector"))
