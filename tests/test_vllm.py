@@ -9,12 +9,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from vllm_server import Material, Wanted, ask_all, counter, serving, ways
+from mnemoscope.serving.client import Server
+from mnemoscope.serving.proof import prove
+from vllm_server import CONTEXT, Material, Wanted, ask_all, counter, serving, ways
 
 pytestmark = [
     pytest.mark.slow,
@@ -28,8 +31,18 @@ SERVERS: dict[str, tuple[str, ...]] = {
     "as it comes": (),
     "in chunks, preempted": (*CHUNKED, *SMALL),
 }
+# What must find each.
+FAULTS = {
+    "hooks removed": "steered = transformers'",
+    "alpha ignored": "steered = transformers'",
+    "wrong layer": "steered = transformers'",
+    "no cache separation": "follow-up after steering = fresh",
+    "rows mixed up": "unsteered among steered = untouched",
+}
 if MODEL:
     SERVERS |= {"in chunks": CHUNKED, "preempted": SMALL, "no prefix caching": ("--no-enable-prefix-caching",)}
+else:  # SmolLM2 has nine heads
+    SERVERS |= {"two ranks": ("--tensor-parallel-size", "2")}
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +120,21 @@ def test_what_follows_a_conversation_is_as_on_a_fresh_server(
     }
     for what, wanted in rounds.items():
         checked(client, wanted, f"{what}, {name}")
+
+
+@pytest.mark.parametrize("fault", ["", *FAULTS])
+def test_the_doctor_passes_an_honest_server_and_finds_a_planted_fault(
+    material: Material, tmp_path: Path, fault: str
+) -> None:
+    with serving(material, tmp_path / "server.log", *CHUNKED, fault=fault) as client:
+        server = Server(str(client.base_url))
+        assert server.engine.startswith("vLLM 0.")
+        texts = [material.fitted.tokenizer.decode(prompt) for prompt in material.prompts[:8]]
+        found = {proof.name.partition(" (")[0]: proof for proof in prove(server.ask, material.fitted, texts, CONTEXT)}
+    print(*found.values(), sep="\n")
+    failed = {name for name, proof in found.items() if not proof.passed}
+    assert found["unsteered = transformers'"].passed
+    assert FAULTS[fault] in failed if fault else not failed, failed
 
 
 STEER = {"steer": "generalized"}

@@ -175,11 +175,13 @@ def ways(threshold: float) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def serving(material: Material, log: Path, *flags: str, plugin: bool = True) -> Iterator[httpx.Client]:
+def serving(material: Material, log: Path, *flags: str, plugin: bool = True, fault: str = "") -> Iterator[httpx.Client]:
     """A client of a new server; RuntimeError with the end of its log where it does not start."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(material.folder)]
+    planted = [str(Path(__file__).with_name("vllm_faulty.py")), fault]
+    command = [sys.executable, *(planted if fault else ["-m", "vllm.entrypoints.openai.api_server"])]
+    command += ["--model", str(material.folder)]
     command += ["--served-model-name", "served", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
     command += ["--dtype", "float32", "--max-model-len", str(CONTEXT), "--max-num-seqs", "16"]
     command += ["--block-size", str(BLOCK), *flags]

@@ -1,0 +1,82 @@
+"""A vLLM server whose plugin has a fault: `python vllm_faulty.py FAULT ARGUMENTS`, as vLLM's own module otherwise.
+
+vLLM's processes are forked from this one, so they have the fault too.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from mnemoscope.serving import engine, worker
+from mnemoscope.serving.asking import Admitted
+from mnemoscope.serving.offered import Offered
+from mnemoscope.serving.rows import rows_of
+
+
+def hooks_removed() -> None:
+    act = worker.Steerer._act
+
+    def reads_alone(self: Any, reads: list[str], shifts: Any, value: Any) -> Any:
+        return act(self, reads, [], value)
+
+    worker.Steerer._act = reads_alone  # type: ignore[method-assign]
+
+
+def alpha_ignored() -> None:
+    made = Admitted.of
+
+    def of(facts: Any) -> Admitted:
+        admitted = made(facts)
+        return replace(admitted, asked=replace(admitted.asked, alpha=1.0))
+
+    Admitted.of = of  # type: ignore[method-assign]
+
+
+def wrong_layer() -> None:
+    opened = Offered.open
+
+    def later(source: Any, binding: Any) -> Offered:
+        offered = opened(source, binding)
+        vectors = {
+            toward: replace(vector, shifts={layer + 1: shift for layer, shift in vector.shifts.items()})
+            for toward, vector in offered.vectors.items()
+        }
+        return replace(offered, vectors=vectors)
+
+    Offered.open = later  # type: ignore[method-assign]
+
+
+def no_cache_separation() -> None:
+    engine.key_of_block = lambda *_: None  # type: ignore[assignment]
+
+
+def rows_mixed_up() -> None:
+    def mixed(begins: Any, counts: Any, *rest: Any) -> Any:
+        """Each request's shift acts on the rows of the next one."""
+        rows = rows_of(begins, counts, *rest)
+        first_N, count_N = np.array(begins), np.array(counts)
+        next_R = (rows.owner_R + 1) % len(first_N)
+        place_R = np.minimum(rows.shifted_R - first_N[rows.owner_R], count_N[next_R] - 1)
+        return replace(rows, shifted_R=first_N[next_R] + place_R)
+
+    worker.rows_of = mixed  # type: ignore[assignment]
+
+
+FAULTS: dict[str, Callable[[], None]] = {
+    "hooks removed": hooks_removed,
+    "alpha ignored": alpha_ignored,
+    "wrong layer": wrong_layer,
+    "no cache separation": no_cache_separation,
+    "rows mixed up": rows_mixed_up,
+}
+
+if __name__ == "__main__":
+    fault = sys.argv.pop(1)
+    FAULTS[fault]()
+    runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)
