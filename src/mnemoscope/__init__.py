@@ -18,6 +18,7 @@ _NAMES = {
     "config": "load_study",
     "contrast": "Contrast ContrastAccumulator",
     "detect": "Detector",
+    "emergence.callback": "BehaviourCallback",
     "errors": "InputError StudyError",
     "export": "bake to_gguf",
     "face": "Fitted fit",

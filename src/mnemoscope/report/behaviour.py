@@ -14,20 +14,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mnemoscope.report import drawing
-from mnemoscope.report.drawing import COLOUR, DASHED, GENERALIZED, INK, MEMORIZED, OTHER, PAPER, Dot, Line, Panel
+from mnemoscope.report.drawing import COLOUR, GENERALIZED, INK, MEMORIZED, PAPER, Dot, Panel
+from mnemoscope.report.emergence import behaviour_panel
 from mnemoscope.report.page import Answer, Chapter, Exhibit, View
 from mnemoscope.report.records import Cell
 from mnemoscope.report.schema import Behaviour, Pairs, Yield
 from mnemoscope.report.words import ANSWERED, count, listed, percent
 from mnemoscope.statistics import Estimate, proportion
 
-CURVES = (
-    ("novel_accuracy", "new right", GENERALIZED, DASHED),
-    ("recall", "facts recalled", MEMORIZED, DASHED),
-    ("conflict_generalized", "worked out", GENERALIZED, "-"),
-    ("conflict_memorized", "remembered", MEMORIZED, "-"),
-    ("conflict_other", "other", OTHER, "-"),
-)
 SHOWN = 0.05  # of the conflicts: less of a behaviour is next to none
 # (text, what it is): "" plain, "moved" differs between two phrasings, "clue" spells out the answer to be worked out.
 Pieces = list[tuple[str, str]]
@@ -69,7 +63,7 @@ def chapter(view: View) -> Chapter:
     dots = [Dot("new questions right", found.novel_accuracy, GENERALIZED, True)]
     dots += [Dot("facts recalled", found.recall, MEMORIZED, True)]
     dots += [Dot(f"conflicts: {name}", found.conflict[key], COLOUR[key]) for key, name in ANSWERED.items()]
-    panels = [drawing.dots_panel("what it answers", dots), _margins_panel(cells), *map(_training_panel, trained[:1])]
+    panels = [drawing.dots_panel("what it answers", dots), _margins_panel(cells), *map(behaviour_panel, trained[:1])]
     example, pairs = one_conflict(cells[0]), some_pairs(cells[0])
     return Chapter(_answer(found), [Exhibit("answers", panels)], example=example, pairs=pairs)
 
@@ -92,14 +86,6 @@ def _answer(found: Behaviour) -> Answer:
     if conflict["confabulated"].known and conflict["other"].estimate > 0:
         note += f" {percent(conflict['confabulated'].estimate)} look like a stored answer but were never stored for it."
     return Answer("does", question, verdict, percent(most.estimate), sentence, note)
-
-
-def _training_panel(table: pd.DataFrame) -> Panel:
-    steps = table.step.astype(float).to_list()
-    lines = [Line(name, steps, table[key].astype(float).to_list(), colour, dash) for key, name, colour, dash in CURVES]
-    kept = {float(step): f"{step:,.0f}\nkept" for step in table.step[table.kept.astype(bool)]}
-    ticks = {0.0: "0", steps[-1]: f"{steps[-1]:,.0f}", **kept}
-    return drawing.lines_panel("while it trains", lines, "optimizer steps", ticks=ticks, axis="share")
 
 
 def _margins_panel(cells: Sequence[Cell]) -> Panel:

@@ -14,6 +14,7 @@ from threading import Lock
 from typing import Any, Literal
 
 import matplotlib
+import matplotlib.image
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -45,6 +46,19 @@ def draw(name: str, label: str, panels: Sequence[Panel]) -> tuple[str, ...]:
             part = f" (part {number} of {len(panels)})" if len(panels) > 1 else ""
             drawn.append(_svg(panel(), label + part))
     return tuple(drawn)
+
+
+def png(panels: Sequence[Panel]) -> bytes:
+    """Panels one below the other in one picture, on the paper of the light theme."""
+    parts = []
+    with _ALONE, _style("picture"):
+        for panel in panels:
+            buffer = io.BytesIO()
+            panel().savefig(buffer, format="png", dpi=144, facecolor=PAPER)
+            parts.append(matplotlib.image.imread(io.BytesIO(buffer.getvalue())))
+    buffer = io.BytesIO()
+    matplotlib.image.imsave(buffer, np.concatenate(parts), format="png")
+    return buffer.getvalue()
 
 
 def canvas(height: float, title: str = "") -> tuple[Figure, Axes]:

@@ -1,0 +1,78 @@
+"""The commands about models in training: watch, emergence."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mnemoscope.cli.shared import AllowCode, AsJson, DeviceMap, Dtype, Given, app, options, say
+
+PICTURE = "emergence.png"
+
+
+@app.command()
+def watch(
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Output folder of a trainer, a run, a cell, or a table.")
+    ],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The picture; default: beside the table.")] = None,
+    every: Annotated[
+        float | None, typer.Option(min=1.0, help="Draw anew each time it grows; looked at each SECONDS.")
+    ] = None,
+) -> None:
+    """Draw how both behaviours emerge while a model trains; with --every, until it is stopped."""
+    from mnemoscope.emergence import Curve
+    from mnemoscope.emergence.curve import table_of
+    from mnemoscope.report.emergence import draw_curve
+
+    path = table_of(source)
+    seen = -1
+    while True:
+        curve = Curve.open(path)
+        if len(curve.rows) != seen:
+            seen = len(curve.rows)
+            typer.echo(f"{_told(curve.rows[-1])}: {draw_curve(curve.table, out or path.with_name(PICTURE))}")
+        if every is None:
+            return
+        time.sleep(every)
+
+
+@app.command()
+def emergence(
+    checkpoints: Annotated[
+        list[str], typer.Argument(metavar="CHECKPOINT...", help="Folders, or hub ids (ID@REVISION).")
+    ],
+    task: Annotated[str, typer.Option(help="A task's name, or the path of a JSONL file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the table and the picture.")],
+    option: Given = None,
+    examples: Annotated[int, typer.Option(min=1, help="Questions of each kind, at most.")] = 200,
+    split: Annotated[str, typer.Option(help="fit, tune or test: of the task, what is asked.")] = "tune",
+    contrast: Annotated[str | None, typer.Option(help="A site where the behaviours are compared by layer.")] = None,
+    dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
+    allow_code: AllowCode = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ask the checkpoints of a training, one after another, and draw how both behaviours emerged."""
+    from mnemoscope.emergence.checkpoints import measure_checkpoints
+    from mnemoscope.tasks import allow_code as allow
+
+    allow(*allow_code or [])
+    how: dict[str, Any] = {"examples": examples, "split": split, "contrast": contrast}
+    opening = {"dtype": dtype, "device_map": device_map}
+    rows = []
+    for row in measure_checkpoints(checkpoints, task, options(option), out, opening, **how):
+        rows.append(row)
+        if not as_json:
+            typer.echo(_told(row))
+    say({"rows": rows, "picture": str(out / PICTURE)}, as_json, "picture")
+
+
+def _told(row: dict[str, Any]) -> str:
+    shares = {"worked out": "conflict_generalized", "remembered": "conflict_memorized", "other": "conflict_other"}
+    shares |= {"new right": "novel_accuracy", "recalled": "recall"}
+    found = ", ".join(f"{name} {row[key]:.2f}" for name, key in shares.items() if key in row)
+    return f"step {row['step']:,.0f}: {found}"

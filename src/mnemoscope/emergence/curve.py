@@ -1,0 +1,90 @@
+"""The curve of a training: a row for each measurement, in a file that others can read while it grows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+
+from mnemoscope.config import StopConfig
+from mnemoscope.errors import InputError
+from mnemoscope.files import write_atomically
+from mnemoscope.training import unmet
+
+FILE = "emergence.parquet"
+When = Literal["both", "overtaken"]
+WHEN: tuple[When, ...] = ("both", "overtaken")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """When both behaviours are there: accuracies at least, shares of conflicts at least (each) and at most (other)."""
+
+    novel_accuracy: float = 0.9
+    recall: float = 0.9
+    conflict_each: float = 0.25
+    conflict_other: float = 0.1
+
+
+@dataclass
+class Curve:
+    """Measurements of one training, by step."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, step: int, row: Mapping[str, Any]) -> None:
+        """Add a measurement; one of the same step, or of later ones that are trained anew, goes."""
+        self.rows = [old for old in self.rows if old["step"] < step] + [{"step": step, **row}]
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row a measurement."""
+        return pd.DataFrame(self.rows)
+
+    def save(self, folder: Path) -> Path:
+        """Write the table, atomically."""
+        folder.mkdir(parents=True, exist_ok=True)
+        return write_atomically(folder / FILE, lambda path: self.table.to_parquet(path, index=False))
+
+    @classmethod
+    def open(cls, path: Path) -> Curve:
+        """Read a table; InputError where it is missing or is none."""
+        try:
+            table = pd.read_parquet(path)
+        except Exception as error:  # pyarrow has many kinds
+            raise InputError(f"curve: {path} cannot be read ({str(error).splitlines()[0]})") from error
+        if "step" not in table or "conflict_memorized" not in table:
+            raise InputError(f"curve: {path} is no table of measurements; it has {', '.join(map(str, table.columns))}")
+        return cls(table.to_dict("records"))
+
+
+def table_of(source: Path) -> Path:
+    """The table of a trainer's output folder, of a run or a cell that trains its model, or a table itself.
+
+    Raises InputError where there is none, or several.
+    """
+    if source.is_file():
+        return source
+    places = (FILE, "records/training.parquet", "cells/*/records/training.parquet")
+    found = [path for place in places for path in sorted(source.glob(place))]
+    if len(found) != 1:
+        what = (
+            f"has several tables; name one of {', '.join(map(str, found))}" if found else "has no table of a training"
+        )
+        raise InputError(f"RUN: {source} {what}")
+    return found[0]
+
+
+def reached(when: When, rows: list[dict[str, Any]], wanted: Wanted) -> bool:
+    """Whether both behaviours are there, or memory has overtaken the rule, at the last of some measurements."""
+    last = rows[-1]
+    if when == "both":
+        kinds = [name for name in ("novel_accuracy", "recall") if name in last]
+        bounds = {name: getattr(wanted, name) if name in kinds else 0.0 for name in ("novel_accuracy", "recall")}
+        stop = StopConfig(**bounds, conflict_each=wanted.conflict_each, conflict_other=wanted.conflict_other)
+        return not unmet(stop, {**dict.fromkeys(("novel_accuracy", "recall"), 1.0), **last})
+    ahead = [row["conflict_memorized"] > row["conflict_generalized"] for row in rows]
+    return ahead[-1] and not all(ahead)

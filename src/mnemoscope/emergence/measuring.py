@@ -1,0 +1,157 @@
+"""What a model in training shows at one step: shares of behaviour, pairs whose behaviour flips, and how they differ.
+
+Shapes: N examples, L layers, D neurons.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from mnemoscope.behaviour import Asking, Batch, draw_candidates, prepare, score
+from mnemoscope.contrast import PairedMoments
+from mnemoscope.errors import InputError
+from mnemoscope.models import Site
+from mnemoscope.statistics import mean, proportion
+from mnemoscope.tasks import Example, Kind, Split, Task, draw
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+RIGHT: dict[Kind, str] = {"novel": "novel_accuracy", "memory": "recall"}
+ANSWERS = ("memorized", "generalized", "other")
+
+
+class Watcher:
+    """The same questions of a task, asked again and again of a model that changes.
+
+    Everything is drawn once, from ``seed``: conflicts with their rephrasings, memory and novel questions of one split.
+    No answer is generated: each revealing answer is read (teacher forcing).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        task: Task,
+        examples: int = 48,
+        rephrasings: int = 1,
+        split: Split = "tune",
+        contrast: Site | None = None,
+        batch_size: int = 64,
+        seed: int = 0,
+    ) -> None:
+        """Draw and encode the questions.
+
+        Args:
+            model: plain, or with an adapter; it is kept, so later measurements read its weights of then.
+            examples: of each kind, at most.
+            rephrasings: of each conflict, to find pairs whose behaviour flips.
+            split: of the task, whose phrasings the training should not hold.
+            contrast: the site where the two behaviours of pairs are compared by layer; None: not at all.
+
+        Raises:
+            InputError: the task has no conflict in that split, or an answer cannot be read.
+        """
+        self.asking = Asking(model, tokenizer, task.boundary, batch_size)
+        self.contrast, rng = contrast, np.random.default_rng(seed)
+        drawn = {kind: draw(task, rng, examples, kind, split) for kind in ("conflict", *RIGHT)}
+        self.conflicts = drawn["conflict"]
+        if not self.conflicts:
+            raise InputError(
+                f"task: {task.name} has no conflict in its {split} split, so no answer reveals a behaviour"
+            )
+        self.candidates = list(draw_candidates(task, self.conflicts, rng, rephrasings))
+        asked = {example.prompt: example for example in (*self.conflicts, *(b for _, b in self.candidates))}
+        self.asked = list(asked.values())
+        self._place = {prompt: n for n, prompt in enumerate(asked)}
+        self._others = {RIGHT[kind]: drawn[kind] for kind in RIGHT if drawn[kind]}
+        self._encoded: dict[str, list[Batch]] = {"conflict": prepare(self.asking, self.asked)}
+        self._encoded |= {name: prepare(self.asking, some) for name, some in self._others.items()}
+        self._direction_LD: np.ndarray | None = None
+
+    def measure(self, model: PreTrainedModel | None = None) -> dict[str, float]:
+        """What the model shows now: a row of the curve, without its step.
+
+        Keys: ``recall``, ``novel_accuracy`` (where the task has such questions), ``conflict_memorized``,
+        ``conflict_generalized``, ``conflict_other``, each with ``_low``, ``_high`` (95 %), ``_n``; ``margin``, mean log
+        p(generalized) - log p(memorized) in nats; ``yield``, share of candidates that are pairs; ``pairs`` and
+        ``groups`` of pairs. With ``contrast`` for each layer ``rho_0``, ..., the largest correlation of a neuron with
+        the behaviour, and ``cosine_0``, ..., of the mean difference with that of the measurement before. Undefined
+        is NaN.
+        """
+        asking = replace(self.asking, model=model) if model is not None else self.asking
+        found: dict[str, float] = {}
+        with undisturbed(asking.model):
+            for name, examples in self._others.items():
+                labels_N = score(asking, self._encoded[name], margins=False).behaviour_N
+                found |= _share(name, labels_N == "correct", examples)
+            scores = score(asking, self._encoded["conflict"], capture=self.contrast)
+        own_N = [self._place[example.prompt] for example in self.conflicts]
+        for behaviour in ANSWERS:
+            found |= _share(f"conflict_{behaviour}", scores.behaviour_N[own_N] == behaviour, self.conflicts)
+        groups = [example.group for example in self.conflicts]
+        margin = mean(scores.margin_N[own_N], np.array(groups))
+        found |= {"margin": margin.estimate, "margin_low": margin.low, "margin_high": margin.high}
+        return found | self._of_pairs(scores)
+
+    def _of_pairs(self, scores: Any) -> dict[str, float]:
+        side_N2 = np.array([[self._place[e.prompt] for e in pair] for pair in self.candidates], int).reshape(-1, 2)
+        labels_N2 = scores.behaviour_N[side_N2]
+        is_pair_N = (labels_N2 == "generalized").any(1) & (labels_N2 == "memorized").any(1)
+        examples = [a for a, _ in self.candidates]
+        found = _share("yield", is_pair_N, examples)
+        found["pairs"] = float(is_pair_N.sum())
+        found["groups"] = float(len({e.group for e, is_one in zip(examples, is_pair_N, strict=True) if is_one}))
+        if scores.states_NLD is None:
+            return found
+        layers = scores.states_NLD.shape[1]
+        rho_L = cosine_L = np.full(layers, np.nan)
+        if found["pairs"] > 1:
+            pairs_P2, labels_P2 = side_N2[is_pair_N], labels_N2[is_pair_N]
+            moments = PairedMoments.empty(scores.states_NLD.shape[1:])
+            moments.add(*(scores.states_NLD[pairs_P2[labels_P2 == name]] for name in ("generalized", "memorized")))
+            rho_L = np.nanmax(np.abs(moments.rho_LD), axis=1, initial=0.0)
+            direction_LD = moments.nmd_LD
+            if self._direction_LD is not None:
+                cosine_L = _cosine(direction_LD, self._direction_LD)
+            self._direction_LD = direction_LD
+        for name, values_L in (("rho", rho_L), ("cosine", cosine_L)):
+            found |= {f"{name}_{layer}": float(value) for layer, value in enumerate(values_L)}
+        return found
+
+
+@contextmanager
+def undisturbed(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients inside the context; afterwards modes and all random states are as before."""
+    modes = {module: module.training for module in model.modules()}
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+def _share(name: str, hits_N: np.ndarray, examples: list[Example]) -> dict[str, float]:
+    found = proportion(hits_N, np.array([example.group for example in examples]))
+    return {name: found.estimate, f"{name}_low": found.low, f"{name}_high": found.high, f"{name}_n": float(found.n)}
+
+
+def _cosine(a_LD: np.ndarray, b_LD: np.ndarray) -> np.ndarray:
+    norms_L = np.linalg.norm(a_LD, axis=1) * np.linalg.norm(b_LD, axis=1)
+    return np.divide((a_LD * b_LD).sum(1), norms_L, out=np.full(len(norms_L), np.nan), where=norms_L > 0)
