@@ -1,14 +1,11 @@
-"""A vLLM server whose plugin has a fault: `python vllm_faulty.py FAULT ARGUMENTS`, as vLLM's own module otherwise.
-
-vLLM's processes are forked from this one, so they have the fault too.
-"""
+"""Faults of our plugin inside vLLM: a plugin too, which each of vLLM's processes loads (see ``installed``)."""
 
 from __future__ import annotations
 
-import runpy
-import sys
+import os
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -76,7 +73,18 @@ FAULTS: dict[str, Callable[[], None]] = {
     "rows mixed up": rows_mixed_up,
 }
 
-if __name__ == "__main__":
-    fault = sys.argv.pop(1)
-    FAULTS[fault]()
-    runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)
+
+def installed(folder: Path) -> dict[str, str]:
+    """Make a distribution whose entry point is ``register``; returns environment variables with which it is found."""
+    info = folder / "planted-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: planted\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(f"[vllm.general_plugins]\nplanted = {__name__}:register\n")
+    paths = [str(folder), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def register() -> None:
+    """Plant the fault that the environment names, once a process."""
+    if fault := os.environ.pop("PLANTED_FAULT", None):
+        FAULTS[fault]()
