@@ -72,6 +72,7 @@ FAULTS: dict[str, Callable[[], None]] = {
     "no cache separation": no_cache_separation,
     "rows mixed up": rows_mixed_up,
 }
+planted: set[str] = set()
 
 
 def installed(folder: Path) -> dict[str, str]:
@@ -86,5 +87,7 @@ def installed(folder: Path) -> dict[str, str]:
 
 def register() -> None:
     """Plant the fault that the environment names, once a process."""
-    if fault := os.environ.pop("PLANTED_FAULT", None):
+    fault = os.environ["PLANTED_FAULT"]
+    if fault not in planted:
+        planted.add(fault)
         FAULTS[fault]()
