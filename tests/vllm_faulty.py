@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from mnemoscope.serving import engine, worker
-from mnemoscope.serving.asking import Admitted
 from mnemoscope.serving.offered import Offered
 from mnemoscope.serving.rows import rows_of
 
@@ -26,13 +25,14 @@ def hooks_removed() -> None:
 
 
 def alpha_ignored() -> None:
-    made = Admitted.of
+    begin = worker.Steerer.begin
 
-    def of(facts: Any) -> Admitted:
-        admitted = made(facts)
-        return replace(admitted, asked=replace(admitted.asked, alpha=1.0))
+    def with_ones(self: Any, *rest: Any) -> None:
+        begin(self, *rest)
+        for toward, (rows_R, owner_R, factors_R1) in (self.now.shifted if self.now else {}).items():
+            self.now.shifted[toward] = rows_R, owner_R, factors_R1 * 0 + 1
 
-    Admitted.of = of  # type: ignore[method-assign]
+    worker.Steerer.begin = with_ones  # type: ignore[method-assign]
 
 
 def wrong_layer() -> None:
