@@ -1,20 +1,16 @@
-"""A vLLM server whose plugin has a fault: `python vllm_faulty.py FAULT ARGUMENTS`, as vLLM's own module otherwise.
-
-vLLM's processes are forked from this one, so they have the fault too.
-"""
+"""Faults of our plugin inside vLLM: a plugin too, which each of vLLM's processes loads (see ``installed``)."""
 
 from __future__ import annotations
 
-import runpy
-import sys
+import os
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mnemoscope.serving import engine, worker
-from mnemoscope.serving.asking import Admitted
 from mnemoscope.serving.offered import Offered
 from mnemoscope.serving.rows import rows_of
 
@@ -29,13 +25,14 @@ def hooks_removed() -> None:
 
 
 def alpha_ignored() -> None:
-    made = Admitted.of
+    begin = worker.Steerer.begin
 
-    def of(facts: Any) -> Admitted:
-        admitted = made(facts)
-        return replace(admitted, asked=replace(admitted.asked, alpha=1.0))
+    def with_ones(self: Any, *rest: Any) -> None:
+        begin(self, *rest)
+        for toward, (rows_R, owner_R, factors_R1) in (self.now.shifted if self.now else {}).items():
+            self.now.shifted[toward] = rows_R, owner_R, factors_R1 * 0 + 1
 
-    Admitted.of = of  # type: ignore[method-assign]
+    worker.Steerer.begin = with_ones  # type: ignore[method-assign]
 
 
 def wrong_layer() -> None:
@@ -75,8 +72,22 @@ FAULTS: dict[str, Callable[[], None]] = {
     "no cache separation": no_cache_separation,
     "rows mixed up": rows_mixed_up,
 }
+planted: set[str] = set()
 
-if __name__ == "__main__":
-    fault = sys.argv.pop(1)
-    FAULTS[fault]()
-    runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)
+
+def installed(folder: Path) -> dict[str, str]:
+    """Make a distribution whose entry point is ``register``; returns environment variables with which it is found."""
+    info = folder / "planted-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: planted\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(f"[vllm.general_plugins]\nplanted = {__name__}:register\n")
+    paths = [str(folder), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def register() -> None:
+    """Plant the fault that the environment names, once a process."""
+    fault = os.environ["PLANTED_FAULT"]
+    if fault not in planted:
+        planted.add(fault)
+        FAULTS[fault]()

@@ -24,6 +24,7 @@ import httpx
 import torch
 
 import mnemoscope as ms
+import vllm_faulty
 from little_facts import VOCABULARY
 from mnemoscope.behaviour import states_at_the_end
 from mnemoscope.config import ModelConfig
@@ -179,9 +180,7 @@ def serving(material: Material, log: Path, *flags: str, plugin: bool = True, fau
     """A client of a new server; RuntimeError with the end of its log where it does not start."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    planted = [str(Path(__file__).with_name("vllm_faulty.py")), fault]
-    command = [sys.executable, *(planted if fault else ["-m", "vllm.entrypoints.openai.api_server"])]
-    command += ["--model", str(material.folder)]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(material.folder)]
     command += ["--served-model-name", "served", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
     command += ["--dtype", "float32", "--max-model-len", str(CONTEXT), "--max-num-seqs", "16"]
     command += ["--block-size", str(BLOCK), *flags]
@@ -191,6 +190,8 @@ def serving(material: Material, log: Path, *flags: str, plugin: bool = True, fau
         **{"OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1"},
     }
     environment["MNEMOSCOPE_RUN"] = str(material.run)
+    if fault:
+        environment |= {**vllm_faulty.installed(log.parent), "PLANTED_FAULT": fault}
     if not plugin:
         environment |= {"VLLM_PLUGINS": ""}
         del environment["MNEMOSCOPE_RUN"]

@@ -68,7 +68,7 @@ class Offered:
         if vector.positions == "all":
             raise InputError(
                 "gate: this vector shifts every token of the prompt, before a detector has read its end; read first, "
-                "and steer in a second request, or serve a vector that acts from the last token on (positions: decision)"
+                "and steer in a second request, or serve a vector with positions: decision"
             )
         if not self.detectors:
             raise InputError("gate: this server has no detector; fit one with `mnemoscope fit` and serve its run")
