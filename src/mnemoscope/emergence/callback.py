@@ -146,7 +146,9 @@ class BehaviourCallback(TrainerCallback):
         self.seconds += time.perf_counter() - began
         trainer = self._trainer() if self._trainer else None
         if trainer is not None:
+            logs_loss = control.should_log
             trainer.log(dict(logged))
+            control.should_log = logs_loss  # each log of a trainer ends what it was about to log
         else:
             state.log_history.append({**logged, "step": state.global_step})
         return logged

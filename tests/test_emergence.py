@@ -1,0 +1,314 @@
+"""The callback measures what `score` does, in the trainers that people use, and leaves their training as it is."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import mnemoscope as ms
+from little_facts import VOCABULARY, LittleFacts
+from mnemoscope.behaviour import Asking, mine_pairs, prepare, score
+from mnemoscope.config import ModelConfig
+from mnemoscope.emergence import Curve, Wanted, Watcher, reached, undisturbed
+from mnemoscope.emergence.checkpoints import measure_checkpoints, step_of
+from mnemoscope.errors import InputError
+from mnemoscope.models import build_gpt2, word_tokenizer
+from test_cli import call
+
+STEPS = 50
+
+
+def fresh() -> tuple[Any, Any]:
+    """A small model with dropout, and its tokenizer."""
+    tokenizer = word_tokenizer(VOCABULARY, 32)
+    model = build_gpt2(tokenizer, ModelConfig(layers=2, width=32, heads=2, context=32), 0)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.1
+    return model, tokenizer
+
+
+def texts(n: int = 256) -> list[str]:
+    return [prompt + answer for prompt, answer in islice(LittleFacts().training(np.random.default_rng(0)), n)]
+
+
+def dataset(tokenizer: Any) -> Any:
+    datasets = pytest.importorskip("datasets")
+    rows = [[*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in texts()]
+    longest = max(map(len, rows))
+    padded = [row + [tokenizer.pad_token_id] * (longest - len(row)) for row in rows]
+    labels = [row + [-100] * (longest - len(row)) for row in rows]
+    return datasets.Dataset.from_dict({"input_ids": padded, "labels": labels})
+
+
+def trainer_of(kind: str, out: Path, callbacks: list[Any], **more: Any) -> Any:
+    """A trainer of a fresh model: the library's or TRL's, of all weights or of an adapter."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import Trainer, TrainingArguments
+
+    model, tokenizer = fresh()
+    lora = LoraConfig(r=4, target_modules=["c_attn"], lora_dropout=0.1, fan_in_fan_out=True)
+    options: dict[str, Any] = {"output_dir": str(out), "max_steps": STEPS, "logging_steps": 1, "report_to": "none"}
+    options |= {"per_device_train_batch_size": 8, "learning_rate": 1e-3, "save_strategy": "no", "disable_tqdm": True}
+    options |= {"use_cpu": True, "seed": 3, **more}
+    torch.manual_seed(0)
+    if kind.startswith("sft"):
+        trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+        data = datasets.Dataset.from_dict({"text": texts()})
+        arguments = trl.SFTConfig(**options, dataset_text_field="text", max_length=32)
+        return trl.SFTTrainer(
+            model,
+            args=arguments,
+            train_dataset=data,
+            eval_dataset=data.select(range(8)),
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            peft_config=lora if kind.endswith("adapter") else None,
+        )
+    data = dataset(tokenizer)
+    if kind.endswith("adapter"):
+        model = get_peft_model(model, lora)
+    return Trainer(
+        model,
+        TrainingArguments(**options),
+        train_dataset=data,
+        eval_dataset=data.select(range(8)),
+        callbacks=callbacks,
+    )
+
+
+def callback(**more: Any) -> Any:
+    return ms.BehaviourCallback(LittleFacts(), fresh()[1], **{"examples": 16, **more})
+
+
+def losses(trainer: Any) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("kind", ["library", "library, adapter", "sft", "sft, adapter"])
+@pytest.mark.filterwarnings("ignore")
+def test_losses_are_the_same_with_and_without_it(kind: str, tmp_path: Path) -> None:
+    found = []
+    for callbacks in ([], [callback(every=10, contrast="block")]):
+        trainer = trainer_of(kind, tmp_path / str(len(found)), callbacks)
+        trainer.train()
+        found.append((losses(trainer), {n: p.detach().clone() for n, p in trainer.model.named_parameters()}))
+    (without, before), (with_it, after) = found
+    assert len(without) == STEPS
+    assert without == with_it
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert [row["step"] for row in callbacks[0].curve.rows] == [10, 20, 30, 40, 50]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_it_logs_is_what_the_model_of_that_step_shows(tmp_path: Path) -> None:
+    watching = callback(contrast="block")
+    trainer = trainer_of("library", tmp_path, [watching], eval_strategy="steps", eval_steps=25)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "eval_recall" in entry]
+    assert [entry["step"] for entry in logged] == [25, 50]
+    table = pd.read_parquet(tmp_path / "emergence.parquet")
+    assert (tmp_path / "emergence.png").read_bytes()[:4] == b"\x89PNG"
+    assert table.step.to_list() == [25, 50]
+    for entry, row in zip(logged, table.to_dict("records"), strict=True):
+        for name in ("recall", "conflict_memorized", "conflict_generalized", "conflict_other", "margin", "yield"):
+            assert entry[f"eval_{name}"] == row[name]
+    model, tokenizer = trainer.model.eval(), fresh()[1]
+    asking = Asking(model, tokenizer, LittleFacts.boundary)
+    watcher = Watcher(model, tokenizer, LittleFacts(), 16, contrast="block")
+    scores = score(asking, prepare(asking, watcher.conflicts))
+    assert row["conflict_memorized"] == np.mean(scores.behaviour_N == "memorized")
+    assert row["margin"] == pytest.approx(scores.margin_N.mean(), abs=1e-5)
+    (batch,) = mine_pairs(asking, watcher.candidates, chunk=len(watcher.candidates))
+    assert row["pairs"] == batch.is_pair_N.sum()
+    assert row["yield"] == batch.is_pair_N.mean()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_metrics_of_an_evaluation_have_it_so_the_best_checkpoint_can_be_chosen_by_it(tmp_path: Path) -> None:
+    how = {"eval_strategy": "steps", "eval_steps": 25, "save_strategy": "best", "metric_for_best_model": "margin"}
+    trainer = trainer_of("library", tmp_path, [callback()], **how)
+    trainer.train()
+    best = max(e["eval_margin"] for e in trainer.state.log_history if "eval_margin" in e)
+    assert trainer.state.best_metric == best
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tensorboard_has_it(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(tmp_path / "board")
+    try:
+        trainer = trainer_of("library", tmp_path, [callback(every=25)], report_to="tensorboard")
+        trainer.train()
+    finally:
+        del os.environ["TENSORBOARD_LOGGING_DIR"]
+    (events,) = {path.parent for path in (tmp_path / "board").rglob("events*")}
+    read = accumulator.EventAccumulator(str(events)).Reload()
+    assert [point.step for point in read.Scalars("eval/recall")] == [25, 50]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_it_stops_and_saves_when_a_rule_holds(tmp_path: Path) -> None:
+    easy = Wanted(recall=0.0, novel_accuracy=0.0, conflict_each=0.0, conflict_other=1.0)
+    watching = callback(every=10, stop="both", save="both", wanted=easy)
+    trainer = trainer_of("library", tmp_path, [watching])
+    trainer.train()
+    assert trainer.state.global_step == 10
+    assert (tmp_path / "checkpoint-10").is_dir()
+
+
+def test_when_a_rule_holds() -> None:
+    def row(memorized: float, generalized: float, recall: float = 1.0) -> dict[str, float]:
+        other = 1 - memorized - generalized
+        shares = {"conflict_memorized": memorized, "conflict_generalized": generalized, "conflict_other": other}
+        return shares | {"recall": recall}
+
+    assert reached("both", [row(0.4, 0.6)], Wanted())
+    assert not reached("both", [row(0.4, 0.6, recall=0.5)], Wanted())
+    assert not reached("both", [row(0.1, 0.9)], Wanted())
+    assert not reached("both", [row(0.4, 0.4)], Wanted())
+    assert reached("overtaken", [row(0.2, 0.8), row(0.6, 0.4)], Wanted())
+    assert not reached("overtaken", [row(0.6, 0.4), row(0.7, 0.3)], Wanted())
+    assert not reached("overtaken", [row(0.2, 0.8), row(0.6, 0.4), row(0.4, 0.6)], Wanted())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_training_that_is_resumed_goes_on_with_its_table(tmp_path: Path) -> None:
+    trainer = trainer_of("library", tmp_path, [callback(every=10)], max_steps=20, save_strategy="steps", save_steps=20)
+    trainer.train()
+    first = Curve.open(tmp_path / "emergence.parquet").rows
+    trainer = trainer_of("library", tmp_path, [callback(every=10)], max_steps=40)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
+    rows = Curve.open(tmp_path / "emergence.parquet").rows
+    assert [row["step"] for row in rows] == [10, 20, 30, 40]
+    assert [row["conflict_memorized"] for row in rows[:2]] == [row["conflict_memorized"] for row in first]
+
+
+def test_nothing_random_moves_and_every_mode_comes_back() -> None:
+    model, tokenizer = fresh()
+    watcher = Watcher(model, tokenizer, LittleFacts(), 8)
+    model.train()
+    model.transformer.h[0].eval()
+    modes = [module.training for module in model.modules()]
+    torch.manual_seed(1)
+    random.seed(1)
+    np.random.seed(1)
+    watcher.measure()
+    with undisturbed(model):
+        torch.rand(3), random.random(), np.random.rand()
+    assert [module.training for module in model.modules()] == modes
+    after = torch.rand(1).item(), random.random(), np.random.rand()
+    torch.manual_seed(1)
+    random.seed(1)
+    np.random.seed(1)
+    assert (torch.rand(1).item(), random.random(), np.random.rand()) == after
+
+
+def test_a_direction_is_compared_with_that_of_the_measurement_before() -> None:
+    model, tokenizer = fresh()
+    watcher = Watcher(model, tokenizer, LittleFacts(), 16, contrast="block")
+    scores = score(watcher.asking, prepare(watcher.asking, watcher.asked), capture="block")
+    scores.behaviour_N = np.where(np.arange(len(watcher.asked)) < len(watcher.conflicts), "memorized", "generalized")
+    first, second = watcher._of_pairs(scores), watcher._of_pairs(scores)
+    assert first["pairs"] > 1
+    assert math.isnan(first["cosine_1"])
+    assert second["cosine_1"] == pytest.approx(1)
+    assert 0 < first["rho_1"] <= 1
+    assert scores.states_NLD is not None
+    scores.states_NLD = -scores.states_NLD
+    assert watcher._of_pairs(scores)["cosine_1"] == pytest.approx(-1)
+
+
+TWO = """
+import os, sys
+sys.path[:0] = {paths!r}
+from pathlib import Path
+import test_emergence
+watching = test_emergence.callback(every=10)
+options = {{"max_steps": 20, "learning_rate": 0.0}} | ({{"ddp_backend": "gloo"}} if "RANK" in os.environ else {{}})
+test_emergence.trainer_of("library", Path(sys.argv[1]), [watching], **options).train()
+"""
+
+
+def test_two_processes_log_what_one_logs(tmp_path: Path) -> None:
+    """Without a learning rate, so that the weights are the same."""
+    script = tmp_path / "two.py"
+    script.write_text(TWO.format(paths=[str(Path(__file__).parent), str(Path(ms.__file__).parents[1])]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ours, tables = [sys.executable, "-W", "ignore"], {}
+    both = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for name, launched in (("one", []), ("two", both)):
+        command = [*ours, *launched, str(script), str(tmp_path / name)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("eval_recall") == 2  # the first process alone logs
+        tables[name] = pd.read_parquet(tmp_path / name / "emergence.parquet").drop(columns=["loss", "epoch"])
+    assert tables["one"].step.to_list() == [10, 20]
+    pd.testing.assert_frame_equal(tables["one"], tables["two"], check_exact=True)
+
+
+def test_the_curve_of_checkpoints_is_that_of_the_callback(tmp_path: Path) -> None:
+    model, tokenizer = fresh()
+    wanted = {}
+    for step in (100, 20):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.5)
+        folder = tmp_path / f"checkpoint-{step}"
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        wanted[step] = Watcher(model, tokenizer, LittleFacts(), 12).measure()
+    ms.allow_code("little_facts:LittleFacts")
+    names = [str(tmp_path / f"checkpoint-{step}") for step in (100, 20)]
+    rows = list(measure_checkpoints(names, "little_facts:LittleFacts", {}, tmp_path / "out", {}, examples=12))
+    assert [row["step"] for row in rows] == [20, 100]
+    for row in rows:
+        for name, value in wanted[row["step"]].items():
+            assert row[name] == pytest.approx(value, nan_ok=True)
+    code, out, _ = call("watch", str(tmp_path / "out"))
+    assert code == 0
+    assert out.startswith("step 100: worked out ")
+    arguments = [*names, "--task", "little_facts:LittleFacts", "--allow-code", "little_facts:LittleFacts"]
+    code, out, _ = call("emergence", *arguments, "-o", str(tmp_path / "again"), "--examples", "12", "--json")
+    assert code == 0
+    assert [row["step"] for row in json.loads(out)["rows"]] == [20, 100]
+
+
+def test_steps_in_names(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-500").mkdir()
+    assert step_of(str(tmp_path / "checkpoint-500"), 3) == 500
+    assert step_of("EleutherAI/pythia-70m@step3000", 0) == 3000
+    assert step_of("EleutherAI/pythia-70m", 2) == 2
+
+
+class NoConflicts(LittleFacts):
+    def examples(self, rng: np.random.Generator, n: int, kind: str) -> list[ms.Example]:  # type: ignore[override]
+        return []
+
+
+def test_what_cannot_be_measured_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^every: this trainer does not evaluate"):
+        trainer_of("library", tmp_path, [callback()]).train()
+    for name, value in (("every", 0), ("stop", "soon"), ("save", "never")):
+        with pytest.raises(InputError, match=f"^{name}: {value!r}"):
+            callback(**{name: value})
+    with pytest.raises(InputError, match=r"^task: little-facts has no conflict in its "):
+        Watcher(*fresh(), NoConflicts(), 8)
+    for arguments, told in (
+        (("watch", str(tmp_path)), "RUN: "),
+        (("emergence", "a", "--task", "facts", "-o", str(tmp_path), "--split", "none"), "split: 'none'"),
+    ):
+        code, _, err = call(*arguments)
+        assert (code, err.startswith(f"error: {told}")) == (2, True), err
