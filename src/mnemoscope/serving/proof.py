@@ -280,9 +280,10 @@ def _long(server: _Server, long: int) -> Iterator[Proof]:
     requests = []
     for n in range(min(4, len(server.texts))):
         order = [*server.texts[n:], *server.texts[:n]]  # ends in another text each, and begins with another
-        filler, own = " ".join(order), order[-1]
-        times = (most - len(server.prompts[n - 1])) // (len(server.ids(filler)) + 1)
-        ids = server.ids(" ".join([filler] * times + [own]))
+        words, own = " ".join(order).split(), order[-1]
+        words = words * (1 + most // len(words))  # a word is a token at least
+        while len(ids := server.ids(" ".join([*words, own]))) > most and words:
+            words = words[: max(0, len(words) - max(1, (len(ids) - most) // 4))]
         requests.append(server.request(ids, {"steer": server.ways[n % len(server.ways)]} if n % 2 else {}))
     first = server.ask(requests)
     size = max(len(request.ids) for request in requests)
