@@ -124,7 +124,8 @@ class StandIn:
         if vector and self.fault == "wrong layer":
             vector = replace(vector, shifts={layer + 1: shift for layer, shift in vector.shifts.items()})
         text, log_p, prompt = list(ids), [], len(ids)
-        with vector.apply(model, alpha, prompt - 1) if vector else nullcontext():
+        first = None if vector and vector.positions == "all" else prompt - 1
+        with vector.apply(model, alpha, first) if vector else nullcontext():
             while len(text) < prompt + job.body["max_tokens"]:
                 ones = torch.ones(1, len(text), dtype=torch.long)
                 output = model(**pass_inputs(model, torch.tensor([text[past:]]), ones, cache))

@@ -88,6 +88,16 @@ def test_an_honest_server_passes_and_each_check_could_have_failed(
         assert found[name].visible > 20 * found[name].allowed
 
 
+def test_vectors_that_shift_every_token_are_proven_too(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = folders[0]
+    everywhere = folder, random_run(tmp_path / "run", *load_model(folder), 1, strength=0.1, positions="all")
+    fitted = ms.Fitted.open(everywhere[1], *load_model(folder))
+    found = proofs(fitted, everywhere, "none")
+    assert [proof for proof in found.values() if not proof.passed] == []
+    assert not any(name.startswith("gate") for name in found)  # it would have to be known before the prompt is read
+    assert not proofs(fitted, everywhere, "wrong layer", "steered = transformers'")["steered = transformers'"].passed
+
+
 @pytest.mark.parametrize("fault", list(FOUND_BY))
 def test_a_planted_fault_is_found(fitted: ms.Fitted, folders: tuple[Path, Path], fault: Fault) -> None:
     found = proofs(fitted, folders, fault, max(FOUND_BY[fault], key=CHECKS.index))

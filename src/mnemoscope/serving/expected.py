@@ -21,6 +21,7 @@ from mnemoscope.behaviour import left_padded, states_at_the_end
 from mnemoscope.detect import Detector, Reading
 from mnemoscope.face import Fitted
 from mnemoscope.models import cache_of, pass_inputs, with_last_logits
+from mnemoscope.steering import SteeringVector
 
 BATCH = 8  # requests in a pass
 LONG = 128  # tokens of a prompt from which on it is not padded to others that are shorter
@@ -81,9 +82,9 @@ def expected_of(
             behind_NM = torch.tensor([answers[n].tokens for n in some], device=ids_NT.device)
             all_NT, all_mask_NT = (torch.cat(both, 1) for both in ((ids_NT, behind_NM), (mask_NT, behind_NM * 0 + 1)))
             inputs = pass_inputs(fitted.model, all_NT, all_mask_NT) | {"use_cache": False}
-            mine, start = [factors[n] for n in some], ids_NT.shape[1] - 1
+            mine, last = [factors[n] for n in some], ids_NT.shape[1] - 1
             vector = fitted.vector(toward) if toward else None  # type: ignore[arg-type]
-            with vector.apply(fitted.model, mine, start) if vector else nullcontext():
+            with vector.apply(fitted.model, mine, _start(vector, last)) if vector else nullcontext():
                 logits_NMV = with_last_logits(fitted.model, inputs, length + 1).logits[:, -length - 1 : -1]
             found |= dict(zip(some, _of_logits(logits_NMV, behind_NM), strict=True))
     return [found[n] for n in range(len(requests))]
@@ -97,12 +98,17 @@ def leaked(fitted: Fitted, talk: Request, written: Answer, follow: Request, answ
     """
     ids_1T = torch.tensor([[*follow.ids, *answer.tokens]], device=fitted.model.device)
     mask_1T, before = torch.ones_like(ids_1T), len(talk.ids) + len(written.tokens)
-    alpha = talk.settings.get("alpha", 1.0)
-    with fitted.vector(talk.settings["steer"]).apply(fitted.model, alpha, len(talk.ids) - 1):
+    alpha, vector = talk.settings.get("alpha", 1.0), fitted.vector(talk.settings["steer"])
+    with vector.apply(fitted.model, alpha, _start(vector, len(talk.ids) - 1)):
         cache = cache_of(fitted.model(**pass_inputs(fitted.model, ids_1T[:, :before], mask_1T[:, :before])))
     logits_1MV = fitted.model(**pass_inputs(fitted.model, ids_1T[:, before:], mask_1T, cache)).logits
     length = len(answer.tokens)
     return _of_logits(logits_1MV[:, -length - 1 : -1], ids_1T[:, -length:])[0].log_p_M
+
+
+def _start(vector: SteeringVector, last: int) -> int | None:
+    """The column from which on a vector acts, where it is not the first."""
+    return None if vector.positions == "all" else last
 
 
 def readings(fitted: Fitted, detector: Detector, prompts: Sequence[tuple[int, ...]]) -> Reading:

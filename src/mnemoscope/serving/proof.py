@@ -28,6 +28,7 @@ Ask = Callable[[Sequence[Request]], list[Answer]]  # asks all at the same time; 
 MOST_PROMPTS = 8
 ANSWERED = 12  # tokens of an answer
 LONG = 640  # tokens of a long prompt: four of them at once are more than vLLM reads in a pass by default (2,048)
+SEAM = 8  # tokens that a text may have more once it is written out and read again
 TALK = 136  # tokens of an answer that is talked on about: more than a block of any cache (16, on CPUs up to 128)
 TAIL = 8  # tokens that are said behind that answer, at most
 FOLLOWED = 6  # tokens of an answer to a follow-up
@@ -158,6 +159,13 @@ class _Server:
     def ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.fitted.inputs([text]).input_ids[0].tolist())
 
+    def filled(self, text: str, most: int) -> str:
+        """A text again and again, until it has so many tokens at most."""
+        words = self.fitted.tokenizer
+        again = " ".join([text] * (1 + max(0, most) // max(1, len(words(text).input_ids))))
+        ids = words(again, add_special_tokens=False, truncation=True, max_length=max(1, most)).input_ids
+        return words.decode(ids, skip_special_tokens=True) if most > 0 else ""
+
     def tail(self, text: str) -> tuple[int, ...]:
         return tuple(self.fitted.tokenizer(f" {text}", add_special_tokens=False).input_ids[:TAIL])
 
@@ -280,9 +288,8 @@ def _long(server: _Server, long: int) -> Iterator[Proof]:
     requests = []
     for n in range(min(4, len(server.texts))):
         order = [*server.texts[n:], *server.texts[:n]]  # ends in another text each, and begins with another
-        filler, own = " ".join(order), order[-1]
-        times = (most - len(server.prompts[n - 1])) // (len(server.ids(filler)) + 1)
-        ids = server.ids(" ".join([filler] * times + [own]))
+        filler, own = server.filled(" ".join(order), most - len(server.ids(order[-1])) - SEAM), order[-1]
+        ids = server.ids(f"{filler} {own}" if filler else own)
         requests.append(server.request(ids, {"steer": server.ways[n % len(server.ways)]} if n % 2 else {}))
     first = server.ask(requests)
     size = max(len(request.ids) for request in requests)
