@@ -61,9 +61,8 @@ def main() -> None:
         trainer.train()
         whole = time.perf_counter() - began
     steps = [int(row["step"]) for row in callback.curve.rows]
-    print(
-        f"{whole:.1f} s, of which the callback {callback.seconds:.1f} s at steps {steps}: {callback.seconds / whole:.3f}"
-    )
+    share = callback.seconds / whole
+    print(f"{whole:.1f} s, of which the callback {callback.seconds:.1f} s at steps {steps}: {share:.3f}")
 
 
 if __name__ == "__main__":

@@ -280,7 +280,7 @@ def test_the_curve_of_checkpoints_is_that_of_the_callback(tmp_path: Path) -> Non
     code, out, _ = call("watch", str(tmp_path / "out"))
     assert code == 0
     assert out.startswith("step 100: worked out ")
-    arguments = [*names, "--task", "little_facts:LittleFacts", "--allow-code", "little_facts:LittleFacts"]
+    arguments = [*names, "--task", "little_facts:LittleFacts"]
     code, out, _ = call("emergence", *arguments, "-o", str(tmp_path / "again"), "--examples", "12", "--json")
     assert code == 0
     assert [row["step"] for row in json.loads(out)["rows"]] == [20, 100]

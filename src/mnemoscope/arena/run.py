@@ -27,7 +27,7 @@ from mnemoscope.report import build_arena
 from mnemoscope.schemas import FrameFacts, KnownFacts
 from mnemoscope.steering import OPPOSITE, Binding
 from mnemoscope.strict import checked, read_json
-from mnemoscope.tasks import Task, allow_code, build_task
+from mnemoscope.tasks import Task, named_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -93,13 +93,7 @@ def arena(
 def _task(task: Any, options: dict[str, Any], seed: int) -> Task:
     if task is None:
         raise InputError("task: None; give a JSONL file, the name of a task, package.module:Class, or a Task")
-    name = str(task)
-    allow_code(name)  # it is the user who names it
-    if name.endswith(".jsonl"):
-        if not Path(name).is_file():
-            raise InputError(f"task: the file {name} does not exist")
-        return build_task("jsonl", {"file": name, **options}, seed)
-    return build_task(name, options, seed)
+    return named_task(task, options, seed)
 
 
 class _Run:

@@ -140,11 +140,9 @@ def check(
     from mnemoscope.behaviour import Asking, Prompting
     from mnemoscope.check import check_task
     from mnemoscope.files import dumped
-    from mnemoscope.tasks import allow_code, build_task
+    from mnemoscope.tasks import named_task
 
-    allow_code(task)  # it is the user who names it
-    is_file = task.endswith(".jsonl")
-    made = build_task("jsonl" if is_file else task, options(option) | ({"file": task} if is_file else {}), 0)
+    made = named_task(task, options(option))
     opened, tokenizer = open_model(model, dtype, layout, device_map)
     split = made.split_reply if chat and made.begins_reply else None
     found = check_task(Asking(opened, tokenizer, made.boundary, 32, Prompting(chat, reply=reply, split=split)), made)

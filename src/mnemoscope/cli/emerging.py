@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mnemoscope.cli.shared import AllowCode, AsJson, DeviceMap, Dtype, Given, app, options, say
+from mnemoscope.cli.shared import AsJson, DeviceMap, Dtype, Given, app, options, say
 
 PICTURE = "emergence.png"
 
@@ -53,14 +53,11 @@ def emergence(
     contrast: Annotated[str | None, typer.Option(help="A site where the behaviours are compared by layer.")] = None,
     dtype: Dtype = "float32",
     device_map: DeviceMap = None,
-    allow_code: AllowCode = None,
     as_json: AsJson = False,
 ) -> None:
     """Ask the checkpoints of a training, one after another, and draw how both behaviours emerged."""
     from mnemoscope.emergence.checkpoints import measure_checkpoints
-    from mnemoscope.tasks import allow_code as allow
 
-    allow(*allow_code or [])
     how: dict[str, Any] = {"examples": examples, "split": split, "contrast": contrast}
     opening = {"dtype": dtype, "device_map": device_map}
     rows = []

@@ -17,7 +17,7 @@ from mnemoscope.emergence.measuring import Watcher
 from mnemoscope.errors import InputError
 from mnemoscope.models import Site
 from mnemoscope.report.emergence import draw_curve
-from mnemoscope.tasks import Split, Task, build_task
+from mnemoscope.tasks import Split, Task, named_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -78,7 +78,7 @@ class BehaviourCallback(TrainerCallback):
         for name, when in (("stop", stop), ("save", save)):
             if when is not None and when not in WHEN:
                 raise InputError(f"{name}: {when!r} is not one of {', '.join(WHEN)}")
-        self.task = task if isinstance(task, Task) else build_task(str(task), options, seed)
+        self.task = named_task(task, options, seed)
         self.tokenizer, self.every, self.stop, self.save = tokenizer, every, stop, save
         self.wanted, self.curve, self.seconds = wanted or Wanted(), Curve(), 0.0
         self._drawing: dict[str, Any] = {"examples": examples, "rephrasings": rephrasings, "split": split}

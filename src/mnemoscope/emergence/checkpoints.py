@@ -12,7 +12,7 @@ from mnemoscope.emergence.measuring import Watcher
 from mnemoscope.errors import InputError
 from mnemoscope.models import load_model
 from mnemoscope.report.emergence import draw_curve
-from mnemoscope.tasks import SPLITS, build_task
+from mnemoscope.tasks import SPLITS, named_task
 
 WEIGHTS = ["*.safetensors", "*.json", "*.txt", "*.model"]  # what of a repository is fetched; nothing is unpickled
 
@@ -43,7 +43,7 @@ def measure_checkpoints(
         raise InputError(
             f"checkpoints: two of them are of step {step_of(twice, 0)}; give names that end in their steps"
         )
-    made, curve = build_task(task, dict(options), 0), Curve()
+    made, curve = named_task(task, dict(options)), Curve()
     for step, name in sorted(zip(steps, checkpoints, strict=True)):
         watcher = Watcher(*load_model(fetched(name), **opening), made, **how)
         curve.add(step, watcher.measure())

@@ -58,7 +58,7 @@ class Curve:
             raise InputError(f"curve: {path} cannot be read ({str(error).splitlines()[0]})") from error
         if "step" not in table or "conflict_memorized" not in table:
             raise InputError(f"curve: {path} is no table of measurements; it has {', '.join(map(str, table.columns))}")
-        return cls(table.to_dict("records"))
+        return cls([{str(name): value for name, value in row.items()} for row in table.to_dict("records")])
 
 
 def table_of(source: Path) -> Path:

@@ -48,7 +48,7 @@ def draw_curve(table: pd.DataFrame, path: Path) -> Path:
         panels.append(
             drawing.lines_panel("how far apart both answers are", [line], "optimizer steps", "nats", ticks, 0.0)
         )
-    of_layers = [name for name in table if name.startswith("rho_")]
+    of_layers = [str(name) for name in table if str(name).startswith("rho_")]
     if of_layers:
         first, middle, last = of_layers[0], of_layers[len(of_layers) // 2], of_layers[-1]
         lines = [

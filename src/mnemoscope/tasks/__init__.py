@@ -1,4 +1,12 @@
 """Tasks: data on which the answer reveals whether a model memorized or generalized."""
 
 from mnemoscope.tasks.base import KINDS, SPLITS, Example, Instance, Kind, Side, Split, Task, answer_of, draw, draws
-from mnemoscope.tasks.registry import TASKS, allow_code, allowed_code, build_task, check_allowed, describe_tasks
+from mnemoscope.tasks.registry import (
+    TASKS,
+    allow_code,
+    allowed_code,
+    build_task,
+    check_allowed,
+    describe_tasks,
+    named_task,
+)

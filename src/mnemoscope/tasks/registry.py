@@ -215,6 +215,22 @@ def build_task(kind: str, options: dict[str, Any], seed: int) -> Task:
         raise InputError(f"task.options: task {kind!r} refuses {options}: {error}") from error
 
 
+def named_task(named: Any, options: dict[str, Any], seed: int = 0) -> Task:
+    """The task that a user names: one itself, its name, the path of a JSONL file, or a class (whose code is run).
+
+    Raises InputError as ``build_task``, and where there is no such file.
+    """
+    if isinstance(named, Task):
+        return named
+    name = str(named)
+    if not name.endswith(".jsonl"):
+        allow_code(name)
+        return build_task(name, options, seed)
+    if not Path(name).is_file():
+        raise InputError(f"task: the file {name} does not exist")
+    return build_task("jsonl", {"file": name, **options}, seed)
+
+
 def describe_tasks() -> dict[str, str]:
     """The first line of each task's docstring, by name."""
     return {name: (inspect.getdoc(maker) or "").splitlines()[0] for name, maker in TASKS.items()}
