@@ -150,6 +150,7 @@ def test_the_doctor_passes_an_honest_server_and_finds_a_planted_fault(
     assert FAULTS[fault] in failed if fault else not failed, failed
 
 
+@pytest.mark.filterwarnings("ignore")  # of vLLM's own imports
 @pytest.mark.parametrize("family", TRIED if MODEL else ("gemma3_text",))
 def test_an_llm_of_each_family_that_is_allowed_is_proven_in_process(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
