@@ -68,12 +68,13 @@ def refuse_ignored(body: Any, path: str, names: Collection[str]) -> None:
 
 def _held(holder: str, body: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The parts of a body that may hold settings, by the path to them; those that vLLM does not know and drops too."""
-    if isinstance(body, Mapping):
+    if not isinstance(body, Mapping):
+        return
+    if not holder or "steer" in body or get_close_matches(holder.rpartition(".")[2].lower(), HOLDERS, 1, cutoff=0.8):
         yield holder, body
-        for name, part in body.items():
-            near = get_close_matches(name.lower(), HOLDERS, 1, cutoff=0.8)
-            if isinstance(part, Mapping) and name not in DATA and (near or "steer" in part):
-                yield from _held(f"{holder}.{name}".lstrip("."), part)
+    for name, part in body.items():
+        if name not in DATA:
+            yield from _held(f"{holder}.{name}".lstrip("."), part)
 
 
 class Guard:
