@@ -1,6 +1,6 @@
 """What the plugin costs inside vLLM: throughput of a server with it, over that of a server without it.
 
-    PYTHONPATH=tests python benchmarks/serving_vllm.py [--model smollm2] [--rounds 7] [--requests 32] [--tokens 48] [--servers 2]
+    PYTHONPATH=tests python benchmarks/serving_vllm.py [--model smollm2] [--rounds 7] [--requests 32] [--servers 2]
 
 Runs where vLLM is installed. See ``benchmarks/README.md`` for what is measured and the latest figures.
 """

@@ -12,13 +12,22 @@ import torch
 import mnemoscope as ms
 from mnemoscope.detect import Detector
 from mnemoscope.digests import write_marker
-from mnemoscope.steering import Binding
+from mnemoscope.steering import Binding, LowRank
 
 
 def random_run(
-    out: Path, model: Any, tokenizer: Any, layer: int, strength: float = 0.3, positions: str = "decision"
+    out: Path,
+    model: Any,
+    tokenizer: Any,
+    layer: int,
+    strength: float = 0.3,
+    positions: str = "decision",
+    low_rank: bool = False,
 ) -> Path:
-    """Vectors in both directions at a layer and the next, a detector at the last layer and one at ``layer - 1``."""
+    """Vectors in both directions at a layer and the next, a detector at the last layer and one at ``layer - 1``.
+
+    ``low_rank``: their second shift depends on the state.
+    """
     binding = Binding.of(model, tokenizer)
     config = model.config.get_text_config()
     layers, width = config.num_hidden_layers, config.hidden_size
@@ -33,7 +42,13 @@ def random_run(
         for place in (layer, layer + 1):
             shift_D = torch.randn(width, generator=generator)
             shifts[place] = shift_D * strength * states[place + 1].norm(dim=-1).mean() / shift_D.norm()
-        vector = ms.SteeringVector(toward, shifts, positions=positions, method="nmd", binding=binding)
+        edits = {}
+        if low_rank:
+            shift_D = shifts.pop(layer + 1)
+            read_KD = torch.randn(2, width, generator=generator)
+            read_KD /= read_KD.norm(dim=-1, keepdim=True) * states[layer + 2].norm(dim=-1).mean()
+            edits[layer + 1] = LowRank(read_KD, torch.ones(2), torch.stack([shift_D, -0.5 * shift_D]))
+        vector = ms.SteeringVector(toward, shifts, positions=positions, method="nmd", binding=binding, low_rank=edits)
         vector.save(_made(cell / "vectors") / f"to_{toward}-nmd.safetensors")
         best[f"to_{toward}"] = "nmd"
     rng = np.random.default_rng(0)

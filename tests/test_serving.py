@@ -106,6 +106,9 @@ IGNORED: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"read": True, "vllm_xargs": STEER}, "read: is ignored here"),
     (CHAT, {"extra_body": {"vllm_xargs": STEER}}, "steer: is ignored in extra_body.vllm_xargs here"),
     (CHAT, {"vllm_xarg": STEER}, "steer: is ignored in vllm_xarg here"),
+    (CHAT, {"xargs": STEER}, "steer: is ignored in xargs here"),
+    (CHAT, {"extra": {"vllm_xargs": {"read": 1}}}, "read: is ignored in extra.vllm_xargs here"),
+    (CHAT, {"stear": "generalized", "stream": True}, "stear: is ignored here"),
     ("/v1/completions", {"extra_args": {"read": 1}}, "read: is ignored in extra_args here"),
     ("/v1/responses", {"vllm_xargs": STEER}, "steer: is ignored in vllm_xargs here"),
     ("/v1/messages", {"vllm_xargs": {"read": 1}}, "read: is ignored in vllm_xargs here"),
@@ -146,6 +149,12 @@ def test_what_a_route_would_ignore_is_refused(
     error = json.loads(answer)["error"]
     assert error["message"].startswith(told)
     assert error["param"] == told.partition(":")[0]
+
+
+def test_a_body_in_another_encoding_is_read_too(offered: Offered, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_here", [offered])
+    for content in (json.dumps(STEER).encode("utf-16"), b'{"\\u0073teer": "generalized"}'):
+        assert posted(CHAT, content)[0] == 400
 
 
 def test_what_a_route_takes_goes_through_unchanged(offered: Offered, monkeypatch: pytest.MonkeyPatch) -> None:

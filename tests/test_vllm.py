@@ -14,10 +14,18 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
+from families import WORDS
+from families import tiny as tiny_of
+from mnemoscope.face import Fitted
+from mnemoscope.models import load_model, word_tokenizer
 from mnemoscope.serving.client import Server
+from mnemoscope.serving.engine import TRIED
+from mnemoscope.serving.offline import asking
 from mnemoscope.serving.proof import prove
-from vllm_server import CONTEXT, Material, Wanted, ask_all, counter, serving, ways
+from served import random_run
+from vllm_server import BLOCK, CONTEXT, ENVIRONMENT, Material, Wanted, ask_all, counter, serving, ways
 
 pytestmark = [
     pytest.mark.slow,
@@ -30,6 +38,13 @@ CHUNKED = ("--max-num-batched-tokens", "16")
 SERVERS: dict[str, tuple[str, ...]] = {
     "as it comes": (),
     "in chunks, preempted": (*CHUNKED, *SMALL),
+}
+# Heads of 32 neurons, the fewest that vLLM's kernels take.
+_SIZES: dict[str, Any] = {"hidden_size": 128, "head_dim": 32, "max_position_embeddings": CONTEXT}
+SIZES: dict[str, dict[str, Any]] = {
+    **{name: {**_SIZES, "sliding_window": 64} for name in ("mistral", "gemma2", "gemma3_text")},
+    "gpt2": {"n_embd": 128, "n_positions": CONTEXT},
+    "opt": {"hidden_size": 128, "word_embed_proj_dim": 128, "max_position_embeddings": CONTEXT},
 }
 # What must find each.
 FAULTS = {
@@ -135,6 +150,45 @@ def test_the_doctor_passes_an_honest_server_and_finds_a_planted_fault(
     failed = {name for name, proof in found.items() if not proof.passed}
     assert found["unsteered = transformers'"].passed
     assert FAULTS[fault] in failed if fault else not failed, failed
+
+
+@pytest.mark.filterwarnings("ignore")  # of vLLM's own imports
+@pytest.mark.parametrize("family", TRIED if MODEL else ("gemma3_text",))
+def test_an_llm_of_each_family_that_is_allowed_is_proven_in_process(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Low-rank shifts and detectors would see a state that is not whole."""
+    from vllm import LLM
+
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    words = load_model("smollm2")[1] if family == "qwen2" else word_tokenizer(WORDS, CONTEXT)  # it opens its own kind
+    sizes = {"vocab_size": len(words), **SIZES.get(family, _SIZES)}
+    model = tiny_of(family, **sizes)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(6 if weight.dim() > 1 else 1)  # so that a token depends on those before it
+    for part in (model, words):
+        part.save_pretrained(tmp_path / "model")
+    opened = load_model(tmp_path / "model")
+    run = random_run(tmp_path / "run", *opened, 1, low_rank=True)
+    llm = LLM(
+        str(tmp_path / "model"),
+        dtype="float32",
+        enforce_eager=True,
+        block_size=BLOCK,
+        max_num_seqs=16,
+        max_model_len=CONTEXT,
+        additional_config={"mnemoscope": str(run)},
+    )
+    try:
+        texts = [" ".join(WORDS[(7 * n + 3 * k) % 61] for k in range(5 + n)) for n in range(4)]
+        found = list(prove(asking(llm), Fitted.open(run, *opened), texts, CONTEXT))
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+    print(family, *found, sep="\n")
+    assert len(found) == 9
+    assert [proof for proof in found if not proof.passed] == []
 
 
 STEER = {"steer": "generalized"}

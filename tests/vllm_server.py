@@ -36,6 +36,10 @@ BLOCK = 32  # tokens of a cached block
 TIE = 1e-3  # difference of the two best logits
 CLIENTS = 20
 TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
+ENVIRONMENT = {
+    **{"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"},
+    **{"OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1"},
+}
 SENTENCES = (
     "The capital of France is Paris",
     "In the year 1969 the first man walked on the moon",
@@ -184,11 +188,7 @@ def serving(material: Material, log: Path, *flags: str, plugin: bool = True, fau
     command += ["--served-model-name", "served", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
     command += ["--dtype", "float32", "--max-model-len", str(CONTEXT), "--max-num-seqs", "16"]
     command += ["--block-size", str(BLOCK), *flags]
-    environment = {
-        **os.environ,
-        **{"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"},
-        **{"OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1"},
-    }
+    environment = {**os.environ, **ENVIRONMENT}
     environment["MNEMOSCOPE_RUN"] = str(material.run)
     if fault:
         environment |= {**vllm_faulty.installed(log.parent), "PLANTED_FAULT": fault}

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,7 @@ class Admitted:
         start: the first position that is shifted; None where none is.
         vector: digest of the vector; ``gate_by``, ``read_by``: names of detectors.
         key: of its cached blocks from ``start`` on; None where nothing is shifted.
+        detectors: digests of the detectors, by name.
     """
 
     asked: Asked
@@ -62,6 +63,7 @@ class Admitted:
     gate_by: str | None = None
     read_by: str | None = None
     key: str | None = None
+    detectors: dict[str, str] = field(default_factory=dict)
 
     def facts(self) -> dict[str, Any]:
         """As JSON; ``of`` reads it back."""
@@ -82,7 +84,7 @@ def parse(extra_args: Mapping[str, Any] | None) -> Asked | None:
     if ADMITTED in given:
         raise InputError(f"{ADMITTED}: is set by the server alone; allowed are {', '.join(FIELDS)}")
     for name in given:
-        near = get_close_matches(str(name).lower(), FIELDS, 1, cutoff=0.7)
+        near = get_close_matches(str(name).lower(), FIELDS, 1, cutoff=0.8)
         if name not in FIELDS and name not in OF_VLLM and near:
             raise InputError(f"{name}: is no setting; did you mean {near[0]}?")
     if not any(name in given for name in FIELDS):
@@ -133,7 +135,8 @@ def admit(asked: Asked, offered: Offered, prompt: Sequence[int] | None, length: 
         digest = offered.digests[asked.steer]
         parts = [digest, asked.alpha, asked.gate, gate_by and offered.digests[gate_by], start]
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-    return Admitted(asked, decision, start, digest, gate_by, read_by, key)
+    digests = {name: offered.digests[name] for name in (gate_by, read_by) if name}
+    return Admitted(asked, decision, start, digest, gate_by, read_by, key, digests)
 
 
 def key_of_block(extra_args: Mapping[str, Any] | None, end: int) -> tuple[str, str] | None:

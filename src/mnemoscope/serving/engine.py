@@ -14,6 +14,9 @@ from mnemoscope.serving.worker import Steerer
 from mnemoscope.steering import Binding
 
 ENVIRONMENT = "MNEMOSCOPE_RUN"
+# Kinds of models whose blocks return their state, or two parts of which it is the sum. Others keep a residual that is
+# added already, leave parts of a sum to later ranks, or skip tokens (`tests/test_vllm.py` tries these).
+TRIED = ("gemma2", "gemma3_text", "gpt2", "llama", "mistral", "opt", "phi3", "qwen2", "qwen3")
 
 
 def wrapped(owner: Any, name: str, around: Callable[..., Any]) -> None:
@@ -118,7 +121,9 @@ def _configured(make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     config = make(*args, **kwargs)
     extra = config.additional_config if isinstance(config.additional_config, dict) else {}
     source = extra.get(ADMITTED) or os.environ.get(ENVIRONMENT)
-    if source and not isinstance(source, dict):
+    if source and not isinstance(source, str):
+        raise InputError(f"{ADMITTED}: {source!r} is no path of a run (additional_config)")
+    if source:
         check_engine(config)
         binding = binding_of(config.model_config.model)
         offered = _opened(str(source), binding)
@@ -134,10 +139,24 @@ def _configured(make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def check_engine(config: Any) -> None:
     """Raises InputError for what would skip or mislead the hooks, or was not tried; the setting is named."""
-    parallel, compilation = config.parallel_config, config.compilation_config
+    parallel, compilation, model = config.parallel_config, config.compilation_config, config.model_config
+    kind, cache = model.hf_text_config.model_type, config.cache_config
+    backend = getattr(model.model_impl, "value", model.model_impl)
+    loading = getattr(config.load_config.load_format, "value", config.load_config.load_format)
     wrong = {
+        "model_type": (kind not in TRIED, f"{kind} was not tried; allowed are {', '.join(TRIED)}"),
+        "model_impl": (backend not in ("auto", "vllm"), "was not tried; allowed is vllm"),
+        "kv_sharing_fast_prefill": (cache.kv_sharing_fast_prefill, "skips tokens in some layers; leave it out"),
+        "VLLM_USE_RUST_FRONTEND": (
+            os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"),
+            "checks no request; leave it out",
+        ),
+        "load_format": (loading not in ("auto", "safetensors"), "was not tried; allowed are auto, safetensors"),
+        "revision": (model.revision is not None, "vectors are bound to a folder's weights; give a folder"),
+        "tokenizer": (model.tokenizer != model.model, "vectors are bound to the model's own; leave it out"),
+        "hf_overrides": (bool(model.hf_overrides), "changes the model that vectors were fitted on; leave it out"),
         "enforce_eager": (
-            not config.model_config.enforce_eager,
+            not model.enforce_eager,
             "false: compiled passes and CUDA graphs skip hooks; set it",
         ),
         "compilation_config": (int(compilation.mode or 0) != 0, "compiled passes skip hooks; leave it out"),
@@ -147,8 +166,8 @@ def check_engine(config: Any) -> None:
         "enable_dbo": (parallel.enable_dbo, "passes in two halves were not tried; leave it out"),
         "speculative_config": (config.speculative_config is not None, "was not tried; leave it out"),
         "kv_transfer_config": (config.kv_transfer_config is not None, "other caches do not keep steered values apart"),
-        "quantization": (config.model_config.quantization is not None, "was not tried; leave it out"),
-        "runner": (config.model_config.runner_type != "generate", "allowed is generate"),
+        "quantization": (model.quantization is not None, "was not tried; leave it out"),
+        "runner": (model.runner_type != "generate", "allowed is generate"),
     }
     for name, (is_wrong, why) in wrong.items():
         if is_wrong:
@@ -184,10 +203,17 @@ def _admitted(process: Callable[..., Any], self: Any, *args: Any, **kwargs: Any)
 
 
 def _checked(preprocess: Callable[..., Any], self: Any, request: Any) -> Any:
-    """Refuse a request in the engine that asks and was not admitted: its front end does not know this plugin."""
-    extra = (request.sampling_params.extra_args if request.sampling_params else None) or {}
-    if offered_by(self.vllm_config) and ADMITTED not in extra and any(name in extra for name in FIELDS):
-        raise refusal(InputError(f"{next(iter(set(FIELDS) & set(extra)))}: the request was not admitted"))
+    """Refuse a request in the engine that was not admitted as it asks: its front end does not know this plugin."""
+    extra = dict((request.sampling_params.extra_args if request.sampling_params else None) or {})
+    offered, facts = offered_by(self.vllm_config), extra.pop(ADMITTED, None)
+    asked = parse(extra) if offered else None
+    if offered and asked:
+        prompt = request.prompt_token_ids if request.prompt_embeds is None else None
+        length = len(request.prompt_token_ids if prompt is not None else request.prompt_embeds)
+        if facts != admit(asked, offered, prompt, length).facts():
+            raise refusal(InputError(f"{next(name for name in FIELDS if name in extra)}: the request was not admitted"))
+    elif facts:
+        raise refusal(InputError(f"{ADMITTED}: is set by the server alone"))
     return preprocess(self, request)
 
 

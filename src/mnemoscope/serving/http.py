@@ -14,6 +14,11 @@ from mnemoscope.serving.asking import ADMITTED, FIELDS, parse, served_by
 SSE = "data: "
 CARRYING = ("/v1/completions", "/v1/chat/completions", "/v1/chat/completions/batch")  # settings there, reports back
 HOLDERS = ("vllm_xargs", "extra_args", "extra_body", "sampling_params")  # where a body may hold settings
+# Parts of a body that hold what a user sends or a caller keeps, whatever its names are.
+DATA = (
+    *("messages", "prompt", "input", "tools", "tool_choice", "response_format", "structured_outputs", "metadata"),
+    *("chat_template_kwargs", "mm_processor_kwargs", "text", "system", "kv_transfer_params", "logit_bias"),
+)
 _installed = False
 
 
@@ -52,6 +57,9 @@ def refuse_ignored(body: Any, path: str, names: Collection[str]) -> None:
     carrying = path.endswith(CARRYING)
     for holder, found in _held("", body):
         name = next((name for name in names if name in found), None)
+        if not holder and not name:
+            near = (str(given) for given in found if get_close_matches(str(given).lower(), ("steer",), 1, cutoff=0.8))
+            name = next(near, None)
         if name and not (carrying and holder == "vllm_xargs"):
             inside = f"in {holder} " if holder else ""
             routes = " and ".join(CARRYING[:2])
@@ -59,12 +67,14 @@ def refuse_ignored(body: Any, path: str, names: Collection[str]) -> None:
 
 
 def _held(holder: str, body: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The parts of a body that may hold settings, by the path to them; misspelt ones too, which vLLM drops."""
-    if isinstance(body, Mapping):
+    """The parts of a body that may hold settings, by the path to them; those that vLLM does not know and drops too."""
+    if not isinstance(body, Mapping):
+        return
+    if not holder or "steer" in body or get_close_matches(holder.rpartition(".")[2].lower(), HOLDERS, 1, cutoff=0.8):
         yield holder, body
-        for name, part in body.items():
-            if isinstance(part, Mapping) and get_close_matches(name.lower(), HOLDERS, 1, cutoff=0.8):
-                yield from _held(f"{holder}.{name}".lstrip("."), part)
+    for name, part in body.items():
+        if name not in DATA:
+            yield from _held(f"{holder}.{name}".lstrip("."), part)
 
 
 class Guard:
@@ -97,11 +107,9 @@ class Guard:
     def check(path: str, body: bytes) -> None:
         """Raises InputError as ``refuse_ignored``; what is no JSON is left to vLLM."""
         names = FIELDS if engine.offered_here() else ("steer",)
-        if not any(f'"{name}"'.encode() in body for name in names):
-            return
         try:
             found = json.loads(body)
-        except ValueError:
+        except ValueError:  # UnicodeDecodeError among them
             return
         if engine.offered_here():
             refuse_ignored(found, path, names)
@@ -134,8 +142,10 @@ def _checked(convert: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) 
     try:
         if offered is None:
             engine.refuse_unoffered(given or {})
-        elif asked := parse(given):
-            served_by(asked, offered)
+        else:
+            refuse_ignored(self.model_extra or {}, CARRYING[0], FIELDS)  # of routes, and batches, without a guard
+            if asked := parse(given):
+                served_by(asked, offered)
     except InputError as error:
         raise engine.refusal(error) from None
     return convert(self, *args, **kwargs)

@@ -215,12 +215,15 @@ class _Server:
         found = expected_of(self.fitted, asked, got, [factors[n] for n in well])
         steered = [place for place, n in enumerate(well) if factors[n]]
         without = expected_of(self.fitted, [asked[p] for p in steered], [got[p] for p in steered], [0.0] * len(steered))
-        visible = _largest(found[place].log_p_M - other.log_p_M for place, other in zip(steered, without, strict=True))
+        moved: dict[str, list[np.ndarray]] = {}
+        for place, other in zip(steered, without, strict=True):
+            moved.setdefault(asked[place].settings["steer"], []).append(found[place].log_p_M - other.log_p_M)
+        visible = min(map(_largest, moved.values()), default=math.nan)  # of the direction that moves least
         worse = [bool((one.behind_M > self.bounds.tie).any()) for one in found]
         ties = sum(int(((one.behind_M > 0) & (one.behind_M <= self.bounds.tie)).sum()) for one in found)
         told = [fault for fault in faults if fault] + ["another token is better"] * sum(worse)
         difference = _largest(np.array(answer.log_p) - one.log_p_M for answer, one in zip(got, found, strict=True))
-        visible = visible if steered or any(factors) else math.nan
+        visible = 0.0 if any(factors) and not steered else visible
         return Proof(
             name, difference, self.bounds.log_p, len(requests), len(told), ties, visible, told[0] if told else ""
         )
@@ -318,7 +321,8 @@ def _follow_ups(server: _Server) -> Proof:
         return Proof("follow-up after steering = fresh", 0.0, server.bounds.log_p, len(talks), len(wrong), why=told)
     requests, behind = [], []
     for n, (talk, answer) in enumerate(zip(talks, answers, strict=True)):
-        for now in ({}, ways[(n + 1) % len(ways)], talk.settings) if talk.settings else ({}, ways[0]):
+        weaker = {**talk.settings, "alpha": 0.5 * talk.settings.get("alpha", 1.0)}
+        for now in ({}, ways[(n + 1) % len(ways)], talk.settings, weaker) if talk.settings else ({}, ways[0]):
             requests.append(server.request((*talk.ids, *answer.tokens, *tails[n % len(tails)]), now, FOLLOWED))
             behind.append((talk, answer))
     cached = server.ask(requests)

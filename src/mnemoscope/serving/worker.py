@@ -146,6 +146,9 @@ class Steerer:
             asked = admitted.asked
             if asked.steer and self.offered.digests.get(asked.steer) != admitted.vector:
                 raise RuntimeError(f"mnemoscope: this worker has another vector to {asked.steer} than the server")
+            for detector, digest in admitted.detectors.items():
+                if self.offered.digests.get(detector) != digest:
+                    raise RuntimeError(f"mnemoscope: this worker has another {detector} than the server")
             found = self.followed[name] = Followed(
                 admitted, None if asked.gate is not None else admitted.start is not None
             )
@@ -157,6 +160,8 @@ class Steerer:
         if now is None:
             return None
         now.left -= 1
+        if (value[0] if isinstance(value, tuple) else value).ndim != 2:
+            raise RuntimeError("mnemoscope: states of this model are not one row a token")
         for name in reads:
             self._read(now, name, value)
         added = [(now.shifted[toward], part) for toward, part in shifts if toward in now.shifted]
