@@ -109,7 +109,7 @@ def test_losses_are_the_same_with_and_without_it(kind: str, tmp_path: Path) -> N
     assert len(without) == STEPS
     assert without == with_it
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert [row["step"] for row in callbacks[0].curve.rows] == [10, 20, 30, 40, 50]
+    assert [row["step"] for row in callbacks[0].curve.rows] == [0, 10, 20, 30, 40, 50]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -118,10 +118,10 @@ def test_what_it_logs_is_what_the_model_of_that_step_shows(tmp_path: Path) -> No
     trainer = trainer_of("library", tmp_path, [watching], eval_strategy="steps", eval_steps=25)
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "eval_recall" in entry]
-    assert [entry["step"] for entry in logged] == [25, 50]
+    assert [entry["step"] for entry in logged] == [0, 25, 50]
     table = pd.read_parquet(tmp_path / "emergence.parquet")
     assert (tmp_path / "emergence.png").read_bytes()[:4] == b"\x89PNG"
-    assert table.step.to_list() == [25, 50]
+    assert table.step.to_list() == [0, 25, 50]
     for entry, row in zip(logged, table.to_dict("records"), strict=True):
         for name in ("recall", "conflict_memorized", "conflict_generalized", "conflict_other", "margin", "yield"):
             assert entry[f"eval_{name}"] == row[name]
@@ -156,7 +156,7 @@ def test_tensorboard_has_it(tmp_path: Path) -> None:
         del os.environ["TENSORBOARD_LOGGING_DIR"]
     (events,) = {path.parent for path in (tmp_path / "board").rglob("events*")}
     read = accumulator.EventAccumulator(str(events)).Reload()
-    assert [point.step for point in read.Scalars("eval/recall")] == [25, 50]
+    assert [point.step for point in read.Scalars("eval/recall")] == [0, 25, 50]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -192,8 +192,8 @@ def test_a_training_that_is_resumed_goes_on_with_its_table(tmp_path: Path) -> No
     trainer = trainer_of("library", tmp_path, [callback(every=10)], max_steps=40)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
     rows = Curve.open(tmp_path / "emergence.parquet").rows
-    assert [row["step"] for row in rows] == [10, 20, 30, 40]
-    assert [row["conflict_memorized"] for row in rows[:2]] == [row["conflict_memorized"] for row in first]
+    assert [row["step"] for row in rows] == [0, 10, 20, 30, 40]
+    assert [row["conflict_memorized"] for row in rows[:3]] == [row["conflict_memorized"] for row in first]
 
 
 def test_nothing_random_moves_and_every_mode_comes_back() -> None:
@@ -253,9 +253,9 @@ def test_two_processes_log_what_one_logs(tmp_path: Path) -> None:
         command = [*ours, *launched, str(script), str(tmp_path / name)]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("eval_recall") == 2  # the first process alone logs
+        assert done.stdout.count("eval_recall") == 3  # the first process alone logs
         tables[name] = pd.read_parquet(tmp_path / name / "emergence.parquet").drop(columns=["loss", "epoch"])
-    assert tables["one"].step.to_list() == [10, 20]
+    assert tables["one"].step.to_list() == [0, 10, 20]
     pd.testing.assert_frame_equal(tables["one"], tables["two"], check_exact=True)
 
 

@@ -27,7 +27,7 @@ PICTURE = "emergence.png"
 
 
 class BehaviourCallback(TrainerCallback):
-    """Measures at evaluation steps whether a model in training memorizes or generalizes, and logs it.
+    """Measures before a training, and when it evaluates, whether the model memorizes or generalizes, and logs it.
 
     It asks conflicts, memory and novel questions of the task by teacher forcing, finds phrasings whose behaviour flips,
     and logs through ``Trainer.log``, so that whatever reports has it: ``eval_recall``, ``eval_novel_accuracy``,
@@ -45,7 +45,7 @@ class BehaviourCallback(TrainerCallback):
         tokenizer: PreTrainedTokenizerFast,
         *,
         every: int | None = None,
-        examples: int = 48,
+        examples: int = 32,
         rephrasings: int = 1,
         split: Split = "tune",
         contrast: Site | None = None,
@@ -90,7 +90,7 @@ class BehaviourCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Draw the questions; go on with the table of a training that is resumed.
+        """Draw the questions and measure what the model shows before; go on with the table of a resumed training.
 
         Raises InputError where the trainer never evaluates and ``every`` is not given, or shards the weights.
         """
@@ -106,6 +106,8 @@ class BehaviourCallback(TrainerCallback):
         if state.global_step and path.is_file():
             self.curve = Curve([row for row in Curve.open(path).rows if row["step"] <= state.global_step])
         self._watcher = Watcher(kwargs["model"], self.tokenizer, self.task, **self._drawing)
+        if not state.global_step:
+            self._measure(args, state, control, kwargs["model"])
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure where the trainer evaluates."""
@@ -139,9 +141,10 @@ class BehaviourCallback(TrainerCallback):
             folder = Path(str(args.output_dir))
             self.curve.save(folder)
             draw_curve(self.curve.table, folder / PICTURE)
-        if self.stop and reached(self.stop, self.curve.rows, self.wanted):
+        begun = state.global_step > 0
+        if begun and self.stop and reached(self.stop, self.curve.rows, self.wanted):
             control.should_training_stop = True
-        if self.save and not self._saved and reached(self.save, self.curve.rows, self.wanted):
+        if begun and self.save and not self._saved and reached(self.save, self.curve.rows, self.wanted):
             control.should_save = self._saved = True
         self.seconds += time.perf_counter() - began
         trainer = self._trainer() if self._trainer else None

@@ -40,7 +40,7 @@ class Watcher:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerFast,
         task: Task,
-        examples: int = 48,
+        examples: int = 32,
         rephrasings: int = 1,
         split: Split = "tune",
         contrast: Site | None = None,

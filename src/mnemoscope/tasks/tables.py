@@ -73,7 +73,8 @@ def _rows_of_data_set(source: str, part: str) -> Iterator[tuple[str, Any]]:
     try:
         yield from ((f"row {n}", row) for n, row in enumerate(load_dataset(source, split=part), 1))
     except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"file: data set {source!r} cannot be read ({str(error).splitlines()[0]})") from error
+        why = str(error).splitlines()[0]
+        raise InputError(f"file: {source!r} is not {allowed}; as a data set it cannot be read ({why})") from error
 
 
 def texts_of(where: str, row: Row, field: str) -> list[str]:
