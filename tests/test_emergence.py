@@ -232,13 +232,15 @@ def test_a_direction_is_compared_with_that_of_the_measurement_before() -> None:
 
 
 TWO = """
-import os, sys
+import os, sys, torch
 sys.path[:0] = {paths!r}
 from pathlib import Path
 import test_emergence
 watching = test_emergence.callback(every=10)
 options = {{"max_steps": 20, "learning_rate": 0.0}} | ({{"ddp_backend": "gloo"}} if "RANK" in os.environ else {{}})
 test_emergence.trainer_of("library", Path(sys.argv[1]), [watching], **options).train()
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()  # or its threads may end after the process
 """
 
 
