@@ -10,8 +10,6 @@ import typer
 
 from mnemoscope.cli.shared import AsJson, DeviceMap, Dtype, Given, app, options, say
 
-PICTURE = "emergence.png"
-
 
 @app.command()
 def watch(
@@ -25,7 +23,7 @@ def watch(
 ) -> None:
     """Draw how both behaviours emerge while a model trains; with --every, until it is stopped."""
     from mnemoscope.emergence import Curve
-    from mnemoscope.emergence.curve import table_of
+    from mnemoscope.emergence.curve import PICTURE, table_of
     from mnemoscope.report.emergence import draw_curve
 
     path = table_of(source)
@@ -57,6 +55,7 @@ def emergence(
 ) -> None:
     """Ask the checkpoints of a training, one after another, and draw how both behaviours emerged."""
     from mnemoscope.emergence.checkpoints import measure_checkpoints
+    from mnemoscope.emergence.curve import PICTURE
 
     how: dict[str, Any] = {"examples": examples, "split": split, "contrast": contrast}
     opening = {"dtype": dtype, "device_map": device_map}

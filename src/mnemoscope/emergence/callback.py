@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from mnemoscope.emergence.curve import FILE, WHEN, Curve, Wanted, When, reached
+from mnemoscope.emergence.curve import FILE, PICTURE, WHEN, Curve, Wanted, When, reached
 from mnemoscope.emergence.measuring import Watcher
 from mnemoscope.errors import InputError
 from mnemoscope.models import Site
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Trainer, TrainerControl, TrainerState, TrainingArguments
 
 LOGGED = ("recall", "novel_accuracy", "conflict_memorized", "conflict_generalized", "conflict_other", "yield", "margin")
-PICTURE = "emergence.png"
 
 
 class BehaviourCallback(TrainerCallback):

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mnemoscope.emergence.curve import Curve
+from mnemoscope.emergence.curve import PICTURE, Curve
 from mnemoscope.emergence.measuring import Watcher
 from mnemoscope.errors import InputError
 from mnemoscope.models import load_model
@@ -48,7 +48,7 @@ def measure_checkpoints(
         watcher = Watcher(*load_model(fetched(name), **opening), made, **how)
         curve.add(step, watcher.measure())
         curve.save(out)
-        draw_curve(curve.table, out / "emergence.png")
+        draw_curve(curve.table, out / PICTURE)
         yield curve.rows[-1]
 
 

@@ -10,11 +10,12 @@ from typing import Any, Literal
 import pandas as pd
 
 from mnemoscope.config import StopConfig
+from mnemoscope.digests import intact
 from mnemoscope.errors import InputError
 from mnemoscope.files import write_atomically
 from mnemoscope.training import unmet
 
-FILE = "emergence.parquet"
+FILE, PICTURE = "emergence.parquet", "emergence.png"
 When = Literal["both", "overtaken"]
 WHEN: tuple[When, ...] = ("both", "overtaken")
 
@@ -64,7 +65,7 @@ class Curve:
 def table_of(source: Path) -> Path:
     """The table of a trainer's output folder, of a run or a cell that trains its model, or a table itself.
 
-    Raises InputError where there is none, or several.
+    Raises InputError where there is none, or several, or a run's has changed since.
     """
     if source.is_file():
         return source
@@ -75,7 +76,7 @@ def table_of(source: Path) -> Path:
             f"has several tables; name one of {', '.join(map(str, found))}" if found else "has no table of a training"
         )
         raise InputError(f"RUN: {source} {what}")
-    return found[0]
+    return found[0] if found[0].name == FILE else intact(found[0])
 
 
 def reached(when: When, rows: list[dict[str, Any]], wanted: Wanted) -> bool:

@@ -8,7 +8,7 @@ from functools import lru_cache, wraps
 from typing import Any
 
 from mnemoscope.errors import InputError
-from mnemoscope.serving.asking import ADMITTED, FIELDS, admit, key_of_block, parse
+from mnemoscope.serving.asking import ADMITTED, FIELDS, Asked, admit, key_of_block, parse
 from mnemoscope.serving.offered import Offered, binding_of
 from mnemoscope.serving.worker import Steerer
 from mnemoscope.steering import Binding
@@ -193,9 +193,7 @@ def _admitted(process: Callable[..., Any], self: Any, *args: Any, **kwargs: Any)
         ):
             if there:
                 raise InputError(f"{name}: was not tried together with {field}; leave one of them out")
-        prompt = request.prompt_token_ids if request.prompt_embeds is None else None
-        length = len(request.prompt_token_ids if prompt is not None else request.prompt_embeds)
-        facts = admit(asked, offered, prompt, length).facts()
+        facts = _facts_of(request, asked, offered)
     except InputError as error:
         raise refusal(error) from None
     params.extra_args = {**params.extra_args, ADMITTED: facts}
@@ -206,15 +204,22 @@ def _checked(preprocess: Callable[..., Any], self: Any, request: Any) -> Any:
     """Refuse a request in the engine that was not admitted as it asks: its front end does not know this plugin."""
     extra = dict((request.sampling_params.extra_args if request.sampling_params else None) or {})
     offered, facts = offered_by(self.vllm_config), extra.pop(ADMITTED, None)
-    asked = parse(extra) if offered else None
-    if offered and asked:
-        prompt = request.prompt_token_ids if request.prompt_embeds is None else None
-        length = len(request.prompt_token_ids if prompt is not None else request.prompt_embeds)
-        if facts != admit(asked, offered, prompt, length).facts():
-            raise refusal(InputError(f"{next(name for name in FIELDS if name in extra)}: the request was not admitted"))
-    elif facts:
-        raise refusal(InputError(f"{ADMITTED}: is set by the server alone"))
+    try:
+        asked = parse(extra) if offered else None
+        wanted = _facts_of(request, asked, offered) if offered and asked else None
+        if facts != wanted:
+            field = next((name for name in FIELDS if name in extra), ADMITTED)
+            raise InputError(f"{field}: the request was not admitted")
+    except InputError as error:
+        raise refusal(error) from None
     return preprocess(self, request)
+
+
+def _facts_of(request: Any, asked: Asked, offered: Offered) -> dict[str, Any]:
+    """What a request is admitted with; InputError where it cannot be served as asked."""
+    prompt = request.prompt_token_ids if request.prompt_embeds is None else None
+    length = len(request.prompt_token_ids if prompt is not None else request.prompt_embeds)
+    return admit(asked, offered, prompt, length).facts()
 
 
 def _keyed(generate: Callable[..., Any], request: Any, start: int, end: int, first: int) -> Any:
