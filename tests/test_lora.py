@@ -1,9 +1,8 @@
-"""Adapters: only they are trained, by the one loop; what is saved is plain; a model keeps its own tokens."""
+"""Adapters: only they are trained, by the library; what is saved is plain; a model keeps its own tokens."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -21,22 +20,23 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from families import tiny
-from helpers import MINI_TASKS, check_that_a_killed_training_goes_on
+from helpers import MINI_TASKS
 from mnemoscope.behaviour import Asking
-from mnemoscope.config import LoraConfig, StopConfig, TrainingConfig, parse_study
+from mnemoscope.config import LoraConfig, TrainingConfig, parse_study
+from mnemoscope.emergence import teaching
+from mnemoscope.emergence.teaching import teach
 from mnemoscope.errors import InputError
 from mnemoscope.models import adapt, is_adapted, load_model
 from mnemoscope.steering import SteeringVector
 from mnemoscope.study import run_study
 from mnemoscope.tasks import KINDS, Task, answer_of, build_task
-from mnemoscope.training import Checkpoint, batches, train
+from mnemoscope.training import batches
 from test_cli import call
 
 TASK_OPTIONS = {**MINI_TASKS, "cipher": {"letters": 10, "length": 2, "stored": 8}}
 QUICK = TrainingConfig(
     steps=30, batch_size=16, evaluate_every=10, evaluation_examples=8, learning_rate=0.01, warmup_steps=5
 )
-NOTHING = StopConfig(novel_accuracy=0, recall=0, conflict_each=0, conflict_other=1)
 LORA = LoraConfig(rank=8)
 END = "<|endoftext|>"
 
@@ -106,8 +106,8 @@ def test_training_lowers_the_loss_and_changes_only_the_adapter(folder: Path, dig
     first = {name: p.detach().clone() for name, p in asking.model.named_parameters() if p.requires_grad}
     assert first
     assert all("lora_" in name for name in first)
-    curve = train(asking, digits, QUICK, np.random.default_rng(0)).curve
-    assert curve[-1]["loss"] < curve[0]["loss"] - 0.3
+    curve = teach(asking, digits, QUICK, np.random.default_rng(0), tmp_path / "training").curve
+    assert curve[-1]["loss"] < curve[1]["loss"] - 0.3
     after = weights(asking.model)
     assert set(after) == set(before)
     assert all(torch.equal(after[name], before[name]) for name in before)
@@ -124,29 +124,71 @@ def test_training_lowers_the_loss_and_changes_only_the_adapter(folder: Path, dig
     assert not torch.allclose(adapted, plain, atol=0.1)
 
 
-def test_equal_trainings_give_equal_adapters_with_dropout_too(folder: Path, digits: Task, tmp_path: Path) -> None:
-    """Measured without dropout, which is back for the next step and stays the adapter's own while it settles."""
-    config = QUICK.model_copy(update={"stop": NOTHING, "settle_steps": 10})
-    saved, modes = [], []
-    for run in ("a", "b"):
-        asking = opened(folder, digits, LoraConfig(rank=2, dropout=0.3))
-        train(asking, digits, config, np.random.default_rng(0), lambda *_: modes.append(asking.model.training))  # noqa: B023
-        kept = [m.p for name, m in asking.model.named_modules() if name.endswith("lora_dropout.default")]
-        assert kept
-        assert set(kept) == {0.3}
-        asking.model.save_pretrained(tmp_path / run, save_embedding_layers=False)
-        saved.append({path.name: path.read_bytes() for path in (tmp_path / run).iterdir()})
-    assert modes == 2 * ([True] * 9 + [False]) * 2
-    assert saved[0] == saved[1]
-    assert "adapter_model.safetensors" in saved[0]
+def taught(folder: Path, task: Task, out: Path, dropout: float = 0.3, die_at: int | None = None) -> dict[str, bytes]:
+    """The files of an adapter; the training dies at a step, and the process with it, as far as it is concerned."""
+
+    def progress(step: int, measured: object) -> None:
+        if step == die_at:
+            raise KeyboardInterrupt
+
+    asking = opened(folder, task, LoraConfig(rank=2, dropout=dropout))
+    trained = teach(asking, task, QUICK, np.random.default_rng(0), out, progress)
+    assert [row["step"] for row in trained.curve] == [0, 10, 20, 30]
+    kept = [m.p for name, m in asking.model.named_modules() if name.endswith("lora_dropout.default")]
+    assert kept
+    assert set(kept) == {dropout}
+    assert not asking.model.training
+    asking.model.save_pretrained(out / "saved", save_embedding_layers=False)
+    return {path.name: path.read_bytes() for path in (out / "saved").iterdir()}
 
 
 def test_a_killed_training_of_an_adapter_goes_on_to_the_same_bytes(folder: Path, digits: Task, tmp_path: Path) -> None:
-    config = QUICK.model_copy(update={"steps": 90, "settle_steps": 80, "stop": NOTHING})
-    kept = Checkpoint(tmp_path / "training.safetensors", "this", share=math.inf)
-    check_that_a_killed_training_goes_on(
-        lambda: opened(folder, digits, LoraConfig(rank=2, dropout=0.3)), digits, config, kept
-    )
+    whole = taught(folder, digits, tmp_path / "whole")
+    assert "adapter_model.safetensors" in whole
+    with pytest.raises(KeyboardInterrupt):
+        taught(folder, digits, tmp_path / "killed", die_at=14)
+    assert (tmp_path / "killed" / "checkpoint-10").is_dir()
+    assert taught(folder, digits, tmp_path / "killed") == whole
+    tables = [pd.read_parquet(tmp_path / name / "emergence.parquet") for name in ("whole", "killed")]
+    pd.testing.assert_frame_equal(*tables, check_exact=True)
+
+
+def test_it_is_the_library_that_trains(folder: Path, digits: Task, tmp_path: Path) -> None:
+    """The same steps written out: AdamW of torch on the adapter, from the same instances."""
+    config = QUICK.model_copy(update={"steps": 4, "evaluate_every": 4, "decay_steps": 2, "warmup_steps": 1})
+    config = config.model_copy(update={"precision": "float32", "prompt_weight": 0.0})
+    asking, other = opened(folder, digits), opened(folder, digits)
+    for module in asking.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    teach(asking, digits, config, np.random.default_rng(0), tmp_path)
+    seed = int(np.random.default_rng(0).integers(2**31))
+    learned = [p for p in other.model.parameters() if p.requires_grad]
+    adam = torch.optim.AdamW(learned, lr=1.0, betas=(0.9, 0.98), weight_decay=config.weight_decay)
+    drawn = islice(batches(other, digits, config, np.random.default_rng(seed)), 4)
+    for (ids_BT, weights_BT), factor in zip(drawn, (0.02, 1.0, 1.0, 0.51), strict=True):
+        adam.param_groups[0]["lr"] = config.learning_rate * factor
+        logits_BTV = other.model(input_ids=ids_BT).logits[:, :-1].float()
+        losses_BT = torch.nn.functional.cross_entropy(logits_BTV.mT, ids_BT[:, 1:], reduction="none")
+        loss = (losses_BT * weights_BT[:, 1:]).sum() / weights_BT[:, 1:].sum()
+        adam.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
+        adam.step()
+    for (name, ours), theirs in zip(asking.model.named_parameters(), other.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_a_batch_is_read_in_parts_where_logits_are_many(
+    folder: Path, digits: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asking = opened(folder, digits)
+    data = teaching._Instances(asking, digits, QUICK, 0)
+    longest = next(batches(asking, digits, QUICK, np.random.default_rng(0)))[0].shape[1]
+    row = longest * len(asking.tokenizer)
+    for rows, parts in ((16, 1), (15, 2), (8, 2), (7, 4), (1, 16), (0, 16)):
+        monkeypatch.setattr(teaching, "MOST_LOGITS", rows * row)
+        assert data.parts() == parts
 
 
 @pytest.mark.parametrize("name", ["inference", "addition-digits", "cipher"])
@@ -176,14 +218,12 @@ def test_texts_of_a_task_are_learned_and_closed_in_the_tokens_of_a_bpe(name: str
     assert any(len(token) > 1 and token.isdigit() for token in tokenizer.get_vocab()) or name != "addition-digits"
 
 
-def test_a_tokenizer_that_merges_across_the_seam_is_refused_with_the_example() -> None:
+def test_a_tokenizer_that_merges_across_the_seam_is_refused_with_the_example(tmp_path: Path) -> None:
     task = made("addition")
     tokenizer = bpe(texts_of(task), split=False)
     asking = Asking(new("llama", tokenizer), tokenizer, task.boundary)
-    with pytest.raises(InputError, match=r"answer: the tokenizer merges '.*' with the end of the prompt .*\(item '"):
-        train(asking, task, QUICK, np.random.default_rng(0))
     with pytest.raises(InputError, match=r"merges the answer '<mem-.*>' with the end of the prompt '\d\d\+\d\d='"):
-        next(batches(asking, task, QUICK, np.random.default_rng(0)))
+        teach(asking, task, QUICK, np.random.default_rng(0), tmp_path)
 
 
 CELL = {"task": "addition-digits", "options": MINI_TASKS["addition-digits"]}

@@ -47,6 +47,7 @@ def emergence(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the table and the picture.")],
     option: Given = None,
     examples: Annotated[int, typer.Option(min=1, help="Questions of each kind, at most.")] = 200,
+    rephrasings: Annotated[int, typer.Option(min=0, help="Of each conflict, to find pairs; 0: no pairs.")] = 1,
     split: Annotated[str, typer.Option(help="fit, tune or test: of the task, what is asked.")] = "tune",
     contrast: Annotated[str | None, typer.Option(help="A site where the behaviours are compared by layer.")] = None,
     dtype: Dtype = "float32",
@@ -57,7 +58,7 @@ def emergence(
     from mnemoscope.emergence.checkpoints import measure_checkpoints
     from mnemoscope.emergence.curve import PICTURE
 
-    how: dict[str, Any] = {"examples": examples, "split": split, "contrast": contrast}
+    how: dict[str, Any] = {"examples": examples, "rephrasings": rephrasings, "split": split, "contrast": contrast}
     opening = {"dtype": dtype, "device_map": device_map}
     rows = []
     for row in measure_checkpoints(checkpoints, task, options(option), out, opening, **how):

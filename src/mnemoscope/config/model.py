@@ -96,7 +96,7 @@ class StopConfig(Frozen):
 
 
 class TrainingConfig(Frozen):
-    """How a model is trained, from scratch or in an adapter."""
+    """How a model is trained: from scratch, or in an adapter by the Trainer of transformers."""
 
     steps: int = Field(1000, ge=1, description="optimizer steps, at most")
     attempts: int = Field(1, ge=1, le=20, description="trainings, with new weights and data, before it is given up")
@@ -106,7 +106,7 @@ class TrainingConfig(Frozen):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
         description="of the passes, not of weights and measurements. auto: bfloat16 where the hardware multiplies it, "
-        "else float32, and for adapters; `cell.json` says which",
+        "else float32; `cell.json` says which",
     )
     learning_rate: float = Field(3e-3, gt=0, le=1, description="its peak")
     weight_decay: float = Field(0.1, ge=0, le=10, description="of the matrices inside the blocks, or of the adapter")

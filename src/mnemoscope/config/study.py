@@ -225,6 +225,20 @@ class CellConfig(Frozen):
     max_seeds: int | None = Field(None, ge=1, description="fewer seeds than the study, where a cell costs much")
 
     @model_validator(mode="after")
+    def _the_library_trains_adapters(self) -> CellConfig:
+        training, default = self.training, TrainingConfig()
+        if self.model.lora is None:
+            return self
+        for name in ("settle_steps", "settle_dropout", "give_up_at"):
+            if getattr(training, name) != getattr(default, name):
+                raise ValueError(f"training.{name} is of trainings from scratch; leave it out with model.lora")
+        if training.prompt_weight not in (0, 1):
+            raise ValueError(f"training.prompt_weight {training.prompt_weight}: with model.lora 0 and 1 are allowed")
+        if training.warmup_steps + training.decay_steps > training.steps:
+            raise ValueError("training.warmup_steps and decay_steps take more than training.steps together")
+        return self
+
+    @model_validator(mode="after")
     def _neutral_text_fits(self) -> CellConfig:
         own, most = not (self.model.folder or self.model.cell or self.model.opened), self.model.context - 1
         if own and self.neutral.cuts and self.neutral.length > most:

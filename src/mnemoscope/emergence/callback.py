@@ -34,6 +34,11 @@ class BehaviourCallback(TrainerCallback):
     ``eval_margin``. They are in the metrics of an evaluation too, so ``metric_for_best_model="recall"`` works. A table,
     ``emergence.parquet``, with intervals and counts, and a picture, ``emergence.png``, grow in ``output_dir``.
 
+    Attributes:
+        curve: the measurements so far.
+        watcher: the questions and, in ``watcher.answers``, how each was answered last; None before the training begins.
+        seconds: that the measurements took.
+
     The training is not touched: its losses are the same without the callback. In several processes each measures, on
     the same questions, and the first one writes.
     """
@@ -82,7 +87,7 @@ class BehaviourCallback(TrainerCallback):
         self.wanted, self.curve, self.seconds = wanted or Wanted(), Curve(), 0.0
         self._drawing: dict[str, Any] = {"examples": examples, "rephrasings": rephrasings, "split": split}
         self._drawing |= {"contrast": contrast, "batch_size": batch_size, "seed": seed}
-        self._watcher: Watcher | None = None
+        self.watcher: Watcher | None = None
         self._trainer: weakref.ReferenceType[Trainer] | None = None
         self._saved = False
 
@@ -104,13 +109,13 @@ class BehaviourCallback(TrainerCallback):
         path, self.curve, self._saved = Path(str(args.output_dir)) / FILE, Curve(), False
         if state.global_step and path.is_file():
             self.curve = Curve([row for row in Curve.open(path).rows if row["step"] <= state.global_step])
-        self._watcher = Watcher(kwargs["model"], self.tokenizer, self.task, **self._drawing)
+        self.watcher = Watcher(kwargs["model"], self.tokenizer, self.task, **self._drawing)
         if not state.global_step:
             self._measure(args, state, control, kwargs["model"])
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure where the trainer evaluates."""
-        if self.every is None and self._watcher is not None:
+        if self.every is None and self.watcher is not None:
             found = self._measure(args, state, control, kwargs["model"])
             kwargs.get("metrics", {}).update(found)
 
@@ -123,15 +128,17 @@ class BehaviourCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Measure the last weights, if that was not done."""
-        if self._watcher is not None and (not self.curve.rows or self.curve.rows[-1]["step"] != state.global_step):
+        if self.watcher is not None and (not self.curve.rows or self.curve.rows[-1]["step"] != state.global_step):
             self._measure(args, state, control, kwargs["model"])
 
     def _measure(self, args: Any, state: Any, control: Any, model: Any) -> dict[str, float]:
-        assert self._watcher is not None
+        assert self.watcher is not None
         began = time.perf_counter()
-        row: Mapping[str, float] = self._watcher.measure(model)
-        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        self.curve.add(state.global_step, {"epoch": state.epoch, "loss": losses[-1] if losses else math.nan, **row})
+        row: Mapping[str, float] = self.watcher.measure(model)
+        last = self.curve.rows[-1]["step"] if self.curve.rows else 0
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry and entry["step"] >= last]
+        loss = sum(losses) / len(losses) if losses else math.nan
+        self.curve.add(state.global_step, {"epoch": state.epoch, "loss": loss, **row})
         logged = {f"eval_{name}": row[name] for name in LOGGED if name in row and not math.isnan(row[name])}
         for name, of_all in (("rho", max), ("cosine", lambda values: sum(values) / len(values))):
             values = [v for key, v in row.items() if key.startswith(f"{name}_") and not math.isnan(v)]

@@ -12,6 +12,7 @@ from mnemoscope.emergence.measuring import Watcher
 from mnemoscope.errors import InputError
 from mnemoscope.models import load_model
 from mnemoscope.report.emergence import draw_curve
+from mnemoscope.strict import read_json
 from mnemoscope.tasks import SPLITS, named_task
 
 WEIGHTS = ["*.safetensors", "*.json", "*.txt", "*.model"]  # what of a repository is fetched; nothing is unpickled
@@ -33,7 +34,8 @@ def measure_checkpoints(
         opening: ``dtype`` and ``device_map``; ``how``: arguments of ``Watcher``.
 
     Raises:
-        InputError: a checkpoint cannot be opened, two have one step, or the task has nothing to ask.
+        InputError: a checkpoint cannot be opened, two have one step, they are of different architectures, or the task
+            has nothing to ask.
     """
     if how.get("split", "tune") not in SPLITS:
         raise InputError(f"split: {how['split']!r} is not one of {', '.join(SPLITS)}")
@@ -43,6 +45,7 @@ def measure_checkpoints(
         raise InputError(
             f"checkpoints: two of them are of step {step_of(twice, 0)}; give names that end in their steps"
         )
+    _check_alike(checkpoints)
     made, curve = named_task(task, dict(options)), Curve()
     for step, name in sorted(zip(steps, checkpoints, strict=True)):
         watcher = Watcher(*load_model(fetched(name), **opening), made, **how)
@@ -57,6 +60,35 @@ def step_of(name: str, place: int) -> int:
     last = name.rpartition("@")[2] if "@" in name else Path(name).name
     numbers = re.findall(r"\d+", last)
     return int(numbers[-1]) if numbers and ("@" in name or Path(name).exists()) else place
+
+
+def _check_alike(names: Sequence[str]) -> None:
+    """Raises InputError where folders hold models of different shapes; what is fetched later is not looked at."""
+    shapes = {name: _shape_of(Path(name)) for name in names}
+    known = {name: shape for name, shape in shapes.items() if shape}
+    first, *others = known.items() if known else [("", "")]
+    for name, shape in others:
+        if shape != first[1]:
+            raise InputError(
+                f"checkpoints: {name} holds {shape}, and {first[0]} {first[1]}; give those of one training"
+            )
+
+
+def _shape_of(folder: Path) -> str:
+    """The architecture in the configuration of a folder, in words; an adapter's is that of the model it names."""
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        facts = read_json(adapter, dict[str, Any])
+        return f"an adapter ({facts.get('peft_type')}) of {facts.get('base_model_name_or_path')}"
+    if not (folder / "config.json").is_file():
+        return ""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+        return f"a {config.model_type} of {config.num_hidden_layers} layers x {config.hidden_size}"
+    except (OSError, ValueError, KeyError, AttributeError):
+        return ""  # opening it says what is wrong
 
 
 def fetched(name: str) -> str:

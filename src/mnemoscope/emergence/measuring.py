@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from mnemoscope.behaviour import Asking, Batch, draw_candidates, prepare, score
@@ -33,6 +34,13 @@ class Watcher:
 
     Everything is drawn once, from ``seed``: conflicts with their rephrasings, memory and novel questions of one split.
     No answer is generated: each revealing answer is read (teacher forcing).
+
+    Attributes:
+        conflicts: what is asked, without rephrasings.
+        others: memory and novel questions, as ``recall`` and ``novel_accuracy``.
+        answers: of the last measurement, a row a question: ``kind``, ``item``, ``prompt`` and ``behaviour``, which is
+            ``memorized``, ``generalized`` or ``other`` of conflicts and their rephrasings, else ``correct`` or
+            ``wrong``.
     """
 
     def __init__(
@@ -52,12 +60,12 @@ class Watcher:
         Args:
             model: plain, or with an adapter; it is kept, so later measurements read its weights of then.
             examples: of each kind, at most.
-            rephrasings: of each conflict, to find pairs whose behaviour flips.
+            rephrasings: of each conflict, to find pairs whose behaviour flips; 0: none, and no pairs.
             split: of the task, whose phrasings the training should not hold.
             contrast: the site where the two behaviours of pairs are compared by layer; None: not at all.
 
         Raises:
-            InputError: the task has no conflict in that split, or an answer cannot be read.
+            InputError: the task has no conflict in that split, or none in two phrasings, or an answer cannot be read.
         """
         self.asking = Asking(model, tokenizer, task.boundary, batch_size)
         self.contrast, rng = contrast, np.random.default_rng(seed)
@@ -68,13 +76,19 @@ class Watcher:
                 f"task: {task.name} has no conflict in its {split} split, so no answer reveals a behaviour"
             )
         self.candidates = list(draw_candidates(task, self.conflicts, rng, rephrasings))
+        if rephrasings and not self.candidates:
+            raise InputError(
+                f"task: {task.name} asks each item of its {split} split in one phrasing, so no behaviour can flip; add "
+                "phrasings that are not trained on, or ask without pairs (rephrasings=0)"
+            )
         asked = {example.prompt: example for example in (*self.conflicts, *(b for _, b in self.candidates))}
         self.asked = list(asked.values())
         self._place = {prompt: n for n, prompt in enumerate(asked)}
-        self._others = {RIGHT[kind]: drawn[kind] for kind in RIGHT if drawn[kind]}
+        self.others = {RIGHT[kind]: drawn[kind] for kind in RIGHT if drawn[kind]}
         self._encoded: dict[str, list[Batch]] = {"conflict": prepare(self.asking, self.asked)}
-        self._encoded |= {name: prepare(self.asking, some) for name, some in self._others.items()}
+        self._encoded |= {name: prepare(self.asking, some) for name, some in self.others.items()}
         self._direction_LD: np.ndarray | None = None
+        self.answers = pd.DataFrame()
 
     def measure(self, model: PreTrainedModel | None = None) -> dict[str, float]:
         """What the model shows now: a row of the curve, without its step.
@@ -89,10 +103,14 @@ class Watcher:
         asking = replace(self.asking, model=model) if model is not None else self.asking
         found: dict[str, float] = {}
         with undisturbed(asking.model):
-            for name, examples in self._others.items():
-                labels_N = score(asking, self._encoded[name], margins=False).behaviour_N
-                found |= _share(name, labels_N == "correct", examples)
+            told = {name: score(asking, self._encoded[name], margins=False).behaviour_N for name in self.others}
             scores = score(asking, self._encoded["conflict"], capture=self.contrast)
+        asked = [*(example for name in told for example in self.others[name]), *self.asked]
+        labels_N = np.concatenate([*told.values(), scores.behaviour_N])
+        rows = [(example.kind, example.item, example.prompt) for example in asked]
+        self.answers = pd.DataFrame(rows, columns=["kind", "item", "prompt"]).assign(behaviour=labels_N)
+        for name, examples in self.others.items():
+            found |= _share(name, told[name] == "correct", examples)
         own_N = [self._place[example.prompt] for example in self.conflicts]
         for behaviour in ANSWERS:
             found |= _share(f"conflict_{behaviour}", scores.behaviour_N[own_N] == behaviour, self.conflicts)

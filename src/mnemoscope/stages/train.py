@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
@@ -94,13 +94,19 @@ def _trained(cell: Cell, task: Task, tell: Tell) -> tuple[Asking, Trained, int]:
         rng = common.rng_of(cell, f"train/{attempt}" if attempt else "train")
         again = f"attempt {attempt + 1}: " if attempt else ""
 
-        def progress(step: int, measured: dict[str, float], again: str = again) -> None:
+        def progress(step: int, measured: Mapping[str, float], again: str = again) -> None:
             note = "novel {novel_accuracy:.2f} recall {recall:.2f} conflict {conflict_memorized:.2f}"
             note = (note + "/{conflict_generalized:.2f}").format(**measured) if measured else "training"
             tell(min(step, config.steps), config.steps, again + note)
 
         kept.attempt = attempt
-        trained = train(asking, task, config, rng, progress, kept)
+        if is_adapted(asking.model):
+            from mnemoscope.emergence.teaching import teach  # imports the library's Trainer
+
+            folder = cell.folder / STATES / f"training-{cell.depends_on[:16]}-{attempt}"
+            trained = teach(asking, task, config, rng, folder, progress)
+        else:
+            trained = train(asking, task, config, rng, progress, kept)
         if not trained.unmet:
             break
     return asking, trained, attempt

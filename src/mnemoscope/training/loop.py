@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mnemoscope.behaviour import Asking, Batch, prepare, score
 from mnemoscope.config import StopConfig, TrainingConfig
 from mnemoscope.errors import InputError
-from mnemoscope.models import context_length, core_of, in_precision, quick_precision
+from mnemoscope.models import context_length, in_precision, quick_precision
 from mnemoscope.tasks import Instance, Kind, Task, answer_of, draw
 from mnemoscope.training.checkpoints import (
     Checkpoint,
@@ -31,7 +31,6 @@ from mnemoscope.training.optimizers import optimizers_for, rate_factor
 
 AHEAD = 32  # batches that are tokenized in one call
 MUCH_PADDING = 0.15  # share of a batch's tokens that two passes must save
-MOST_LOGITS = 2**27  # of a pass, 512 MiB; the gradient and the log-probabilities take as much each
 _MEASURED: tuple[Kind, ...] = ("novel", "memory", "conflict")  # in the order in which their examples are drawn
 HOPELESS = 0.7  # novel accuracy at `give_up_at` steps below which no rule will be learned
 Evaluation = tuple[Asking, dict[Kind, list[Batch]]]  # the encoded tune examples of a task by kind, and how to ask them
@@ -76,7 +75,7 @@ def train(
     progress: Callable[[int, dict[str, float]], None] = lambda step, measured: None,
     kept: Checkpoint | None = None,
 ) -> Trained:
-    """Train a model in place until the stop rule holds; of an adapted model only the adapter.
+    """Train a model in place until the stop rule holds.
 
     Once the rule holds, training continues for ``settle_steps`` while the learning rate decays to 0. The model keeps
     the weights of the last measurement in which the rule held, or the last weights. ``progress`` is called at every
@@ -152,7 +151,7 @@ class _State:
         self.curve.append(row)
         self._losses.clear()
         if met:
-            self._mixed = {name: weight.detach().clone() for name, weight in _learned(self.model)}
+            self._mixed = {name: weight.detach().clone() for name, weight in self.model.named_parameters()}
             if self.first_met is None:
                 self.first_met = self.steps
                 _set_dropout(self.model, self.config.settle_dropout)
@@ -160,7 +159,7 @@ class _State:
     def finish(self) -> dict[str, Any]:
         """Restore the kept weights, and return their row: the last in which the rule held, else the last."""
         if self._mixed is not None:
-            self.model.load_state_dict(self._mixed, strict=False)  # frozen weights are not in it
+            self.model.load_state_dict(self._mixed, strict=False)  # tied weights are in it once
         _set_dropout(self.model, 0.0)
         self.model.eval()
         kept = next((row for row in reversed(self.curve) if row["met"]), self.curve[-1])
@@ -169,7 +168,7 @@ class _State:
 
     def keep(self, kept: Checkpoint, seconds: float) -> None:
         """Save all that a killed training needs to go on after a measurement."""
-        tensors = {f"model/{name}": weight.detach() for name, weight in _learned(self.model)}
+        tensors = {f"model/{name}": weight.detach() for name, weight in self.model.named_parameters()}
         tensors |= {f"mixed/{name}": weight for name, weight in (self._mixed or {}).items()} | random_state(self.model)
         for number, optimizer in enumerate(self.optimizers):
             tensors |= optimizer_tensors(optimizer, f"optimizer{number}")
@@ -182,7 +181,7 @@ class _State:
         if found is None:
             return 0.0
         tensors, facts = found
-        for name, weight in _learned(self.model):
+        for name, weight in self.model.named_parameters():
             weight.data.copy_(tensors[f"model/{name}"])
         mixed = {name.removeprefix("mixed/"): part for name, part in tensors.items() if name.startswith("mixed/")}
         self._mixed = {name: part.to(self.model.device) for name, part in mixed.items()} or None  # type: ignore[arg-type]
@@ -201,14 +200,10 @@ class _State:
         return rate_factor(step, self.config, self.first_met)
 
 
-def _learned(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-
-
 def _set_dropout(model: nn.Module, share: float) -> None:
-    """Set the rate of dropout layers, except an adapter's and attention's (which would disable the fused kernel)."""
+    """Set the rate of dropout layers, except attention's (which would disable the fused kernel)."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and not name.endswith("attn_dropout") and "lora_dropout" not in name:
+        if isinstance(module, nn.Dropout) and not name.endswith("attn_dropout"):
             module.p = share
 
 
@@ -265,8 +260,7 @@ def _backward(model: Any, ids_BT: Tensor, weights_BT: Tensor) -> float:
     """Loss of a batch; accumulates its gradients."""
     # Weighted mean over the batch: each pass contributes its sum divided by the weights of the whole batch.
     total, loss = weights_BT[:, 1:].sum(), 0.0
-    vocabulary = int(core_of(model).config.get_text_config().vocab_size)
-    for ids_RT, weights_RT in passes(ids_BT, weights_BT, vocabulary):
+    for ids_RT, weights_RT in by_length(ids_BT, weights_BT):
         part = weighted_loss(model, ids_RT, weights_RT, total)
         part.backward()
         loss += float(part.detach())
@@ -324,13 +318,6 @@ def _tokenize(asking: Asking, instances: list[Instance], prompt_weight: float) -
         weights_NT[row, :n] = [1.0 if end > seam else prompt_weight for _, end in offsets]
         weights_NT[row, n] = 1.0
     return torch.from_numpy(ids_NT), torch.from_numpy(weights_NT)
-
-
-def passes(ids_BT: Tensor, weights_BT: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Split a batch into passes of at most ``MOST_LOGITS`` logits."""
-    for ids_RT, weights_RT in by_length(ids_BT, weights_BT):
-        rows = max(1, MOST_LOGITS // (ids_RT.shape[1] * vocabulary))
-        yield from zip(ids_RT.split(rows), weights_RT.split(rows), strict=True)
 
 
 def by_length(ids_BT: Tensor, weights_BT: Tensor) -> list[tuple[Tensor, Tensor]]:

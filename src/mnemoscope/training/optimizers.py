@@ -13,23 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from mnemoscope.config import TrainingConfig
-from mnemoscope.models import is_adapted
 
 
 def optimizers_for(model: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for embeddings, biases and norms; AdamW for all of an adapter.
+    """Muon for the matrices inside the blocks, AdamW for embeddings, biases and norms.
 
     Muon (K. Jordan et al., 2024) learns sums and reading in a third of AdamW's steps or fewer here (docs/LOG.md); its
-    step is scaled to AdamW's root mean square, so that both share one learning rate. The two matrices of an adapter are
-    factors of the learned one, so orthogonal steps of each are not Muon's step.
+    step is scaled to AdamW's root mean square, so that both share one learning rate.
     """
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     trainable = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trainable if p.ndim == 2 and id(p) not in embeddings]
     rest = [p for p in trainable if p.ndim != 2 or id(p) in embeddings]
-    if is_adapted(model):
-        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-        return [torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))]
     return [
         Float32Muon(matrices, lr=config.learning_rate, weight_decay=config.weight_decay),
         torch.optim.AdamW(rest, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0),

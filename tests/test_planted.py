@@ -1,0 +1,242 @@
+"""What the callback says of trainings whose behaviour is known at each step, and of what `fit` labels too."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import mnemoscope as ms
+from helpers import MINI_TASKS
+from known_switch import GATHERS, GENERALIZED, LAYERS, MEMORIZED, SWITCH, KnownSwitch, known_model
+from mnemoscope.behaviour import Asking
+from mnemoscope.config import ModelConfig
+from mnemoscope.emergence.checkpoints import measure_checkpoints
+from mnemoscope.errors import InputError
+from mnemoscope.fitting import ONE_LAYER
+from mnemoscope.models import build_gpt2, load_model, word_tokenizer
+from mnemoscope.tasks import answer_of, build_task
+from mnemoscope.tasks.jsonl import JsonlTask
+from mnemoscope.tasks.stored import AdditionDigitsTask
+from test_cli import call
+
+EVERY = 10
+
+
+class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Texts as token ids, padded with what the loss leaves out."""
+
+    def __init__(self, texts: list[str], tokenizer: Any) -> None:
+        rows = [torch.tensor([*tokenizer(text).input_ids, tokenizer.eos_token_id]) for text in texts]
+        pad = torch.nn.utils.rnn.pad_sequence
+        self.ids = pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+        self.labels = pad(rows, batch_first=True, padding_value=-100)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, n: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.ids[n], "labels": self.labels[n]}
+
+
+def trained(asking: Asking, texts: list[str], out: Path, callbacks: list[Any], **options: Any) -> Any:
+    how: dict[str, Any] = {"output_dir": str(out), "use_cpu": True, "report_to": "none", "save_strategy": "no"}
+    how |= {"disable_tqdm": True, "per_device_train_batch_size": 16, "lr_scheduler_type": "constant", "seed": 0}
+    data = Rows(texts, asking.tokenizer)
+    trainer = Trainer(asking.model, TrainingArguments(**how | options), train_dataset=data, callbacks=callbacks)
+    trainer.train()
+    return trainer
+
+
+@dataclass
+class Planted(TrainerCallback):
+    """A model heeds its votes, only its memory or only its rule: ``before`` a step, and ``after``."""
+
+    asking: Asking
+    before: str
+    after: str
+    at: int
+
+    def __post_init__(self) -> None:
+        self.head = self.asking.model.lm_head.weight
+        self.own = self.head.detach().clone()
+
+    def plant(self, what: str) -> None:
+        with torch.no_grad():
+            self.head.copy_(self.own)
+            if what != "votes":
+                loser = {"memory": GENERALIZED, "rule": MEMORIZED}[what]
+                self.head[:, SWITCH] = 0.0
+                self.head[self.asking.tokenizer.convert_tokens_to_ids(loser)] *= 0.9
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.plant(self.before)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **__: Any) -> None:
+        if state.global_step == self.at - 1:
+            self.plant(self.after)
+
+
+def planted(before: str, after: str, out: Path, at: int = 21, **options: Any) -> Any:
+    """The callback of a training of 40 steps that changes nothing but what is planted."""
+    asking = known_model("switch")
+    watching = ms.BehaviourCallback(
+        KnownSwitch(), asking.tokenizer, every=EVERY, examples=200, contrast="block", **options
+    )
+    rng = np.random.default_rng(0)
+    texts = [e.prompt + e.options[0] for e in KnownSwitch().examples(rng, 64, "conflict")]
+    callbacks = [Planted(asking, before, after, at), watching]  # what is planted is planted before it is measured
+    trained(asking, texts, out, callbacks, max_steps=40, learning_rate=0.0)
+    return watching
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_planted_switch_is_seen_when_it_is_there_and_where(tmp_path: Path) -> None:
+    rows = planted("memory", "votes", tmp_path, stop="both").curve.rows
+    assert [row["step"] for row in rows] == [0, 10, 20, 30]  # and it stops
+    for row in rows[:3]:
+        assert (row["conflict_memorized"], row["conflict_other"], row["pairs"]) == (1.0, 0.0, 0.0)
+        assert math.isnan(row["rho_1"])
+    last = rows[-1]
+    assert 0.3 < last["conflict_memorized"] < 0.7
+    assert last["conflict_memorized"] + last["conflict_generalized"] == 1.0
+    assert 0.3 < last["yield"] < 0.7
+    assert all(last[f"rho_{layer}"] < 0.4 for layer in range(GATHERS))
+    assert all(last[f"rho_{layer}"] > 0.6 for layer in range(GATHERS, LAYERS))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_it_is_seen_when_memory_overtakes_the_rule(tmp_path: Path) -> None:
+    rows = planted("rule", "memory", tmp_path, stop="overtaken").curve.rows
+    assert [row["conflict_memorized"] for row in rows] == [0.0, 0.0, 0.0, 1.0]
+    rows = planted("memory", "rule", tmp_path, stop="overtaken").curve.rows
+    assert [row["conflict_memorized"] for row in rows] == [1.0, 1.0, 1.0, 0.0, 0.0]
+    rows = planted("votes", "votes", tmp_path).curve.rows
+    assert all(row["cosine_1"] == pytest.approx(1.0) for row in rows[1:])  # one direction, the same at every step
+
+
+def greedy(folder: Path, examples: list[Any]) -> list[str]:
+    """What the library's generation gives, from a checkpoint and nothing else of ours."""
+    model, tokenizer = load_model(folder)
+    found = []
+    for example in examples:
+        given = tokenizer(example.prompt, return_tensors="pt", return_token_type_ids=False)
+        made = model.generate(**given, max_new_tokens=8, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        found.append(tokenizer.decode(made[0, given.input_ids.shape[1] :], skip_special_tokens=True).strip())
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_only_memorizes_is_said_to_from_its_first_step_on(tmp_path: Path) -> None:
+    """Every label is made up, so there is no rule; each share is that of greedy generation from the checkpoint."""
+    task = build_task("addition-digits", {"digits": 2, "stored": 48, "memorized_share": 1.0}, 0)
+    tokenizer = word_tokenizer(task.vocabulary or (), 16)
+    model = build_gpt2(tokenizer, ModelConfig(layers=2, width=64, heads=4, context=16), 0)
+    watching = ms.BehaviourCallback(task, tokenizer, every=100, examples=24, stop="both")
+    texts = ["".join(answer_of(instance)) for instance in islice(task.training(np.random.default_rng(0)), 1024)]
+    how = {"max_steps": 400, "learning_rate": 4e-3, "save_strategy": "steps", "save_steps": 100}
+    asking = Asking(model, tokenizer, task.boundary)
+    trained(asking, texts, tmp_path, [watching], **how)
+    rows = watching.curve.rows
+    assert [row["step"] for row in rows] == [0, 100, 200, 300, 400]  # never both
+    assert rows[0]["recall"] < 0.1
+    assert rows[-1]["recall"] > 0.9
+    assert all(row["novel_accuracy"] < 0.15 and row["conflict_generalized"] < 0.15 for row in rows)
+    watcher = watching.watcher
+    questions = {"recall": watcher.others["recall"], "novel_accuracy": watcher.others["novel_accuracy"]}
+    for row in rows[1:]:
+        folder = tmp_path / f"checkpoint-{row['step']}"
+        tokenizer.save_pretrained(folder)
+        for name, examples in questions.items():
+            said = greedy(folder, examples)
+            assert row[name] == np.mean([text == example.answer for text, example in zip(said, examples, strict=True)])
+        said = greedy(folder, watcher.conflicts)
+        for behaviour in ("memorized", "generalized"):
+            wanted = [getattr(example, behaviour) for example in watcher.conflicts]
+            assert row[f"conflict_{behaviour}"] == np.mean([a == b for a, b in zip(said, wanted, strict=True)])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_its_answers_are_those_that_a_fit_labels(mini: Callable[[str], Asking], tmp_path: Path) -> None:
+    """Example by example, of the checkpoint that the trainer saves."""
+    asking, data = mini("addition"), tmp_path / "sums.jsonl"
+    arguments = [f"--option={name}={value}" for name, value in MINI_TASKS["addition"].items()]
+    assert call("data", "addition", "-n", "300", *arguments, "-o", str(data))[0] == 0
+    asking.model.save_pretrained(tmp_path / "before")
+    asking.tokenizer.save_pretrained(tmp_path / "before")
+    model, tokenizer = load_model(tmp_path / "before")
+    task = JsonlTask(file=str(data))
+    texts = [e.prompt + e.options[0] for e in task.examples(np.random.default_rng(0), 64, "conflict")]
+    watching = ms.BehaviourCallback(task, tokenizer, every=5, examples=1000, split="test")
+    other = Asking(model, tokenizer, task.boundary)
+    trained(other, texts, tmp_path / "out", [watching], max_steps=10, learning_rate=3e-4).save_model(tmp_path / "after")
+    tokenizer.save_pretrained(tmp_path / "after")
+    ms.fit(str(tmp_path / "after"), task=str(data), out=str(tmp_path / "run"), settings=ONE_LAYER, threads=1)
+    (cell,) = (tmp_path / "run" / "cells").iterdir()
+    records = pd.read_parquet(cell / "records" / "behaviour.parquet")
+    both = watching.watcher.answers.merge(records, on=["kind", "prompt"], suffixes=("", "_fit"))
+    assert set(both.kind) == {"conflict", "memory", "novel"}
+    assert len(both) >= len(records) > 100
+    assert both.behaviour.to_list() == both.behaviour_fit.to_list()
+    assert both.behaviour.nunique() >= 4
+    shares = records[records.kind == "conflict"].behaviour.value_counts(normalize=True)
+    assert watching.curve.rows[-1]["conflict_memorized"] == pytest.approx(shares["memorized"])
+
+
+class OnePhrasing(KnownSwitch):
+    def rephrase(self, example: ms.Example, rng: np.random.Generator) -> ms.Example:
+        return example
+
+
+class Merged(AdditionDigitsTask):
+    """Prompts whose last character is the first of a token with the answer."""
+
+    vocabulary = (*AdditionDigitsTask.vocabulary, *(f"={digit}" for digit in range(10)))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_cannot_be_watched_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    asking = known_model("switch")
+
+    def begin(task: Any, asking: Asking, **options: Any) -> None:
+        watching = ms.BehaviourCallback(task, asking.tokenizer, every=10, **options)
+        steps = Planted(known_model("switch"), "votes", "votes", 1)
+        trained(asking, ["m0", "m1"], tmp_path, [watching, steps], max_steps=1, learning_rate=0.0)
+
+    with pytest.raises(InputError, match=r"^task: known-switch asks each item of its tune split in one phrasing"):
+        begin(OnePhrasing(), asking)
+    task = Merged(digits=2, stored=32)
+    words = word_tokenizer(task.vocabulary, 16)
+    small = build_gpt2(words, ModelConfig(layers=1, width=16, heads=2, context=16), 0)
+    with pytest.raises(InputError, match=r"^answer: the tokenizer merges '\d+' with the end of the prompt"):
+        begin(task, Asking(small, words, task.boundary))
+    assert not list(tmp_path.glob("emergence.*"))
+    begin(OnePhrasing(), asking, rephrasings=0)
+    assert list(tmp_path.glob("emergence.*"))
+
+
+def test_checkpoints_of_several_architectures_are_refused_before_the_first_is_asked(tmp_path: Path) -> None:
+    words = word_tokenizer(("a", "b"), 16)
+    for step, width in ((1, 16), (2, 16), (3, 32)):
+        model = build_gpt2(words, ModelConfig(layers=1, width=width, heads=2, context=16), 0)
+        model.save_pretrained(tmp_path / f"checkpoint-{step}")
+        words.save_pretrained(tmp_path / f"checkpoint-{step}")
+    names, out = [str(tmp_path / f"checkpoint-{step}") for step in (1, 2, 3)], tmp_path / "out"
+    with pytest.raises(
+        InputError, match=r"^checkpoints: .*-3 holds a gpt2 of 1 layers x 32, and .*-1 a gpt2 of .* x 16"
+    ):
+        list(measure_checkpoints(names, "addition-digits", {}, out, {}))
+    (tmp_path / "checkpoint-2" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    with pytest.raises(InputError, match=r"^checkpoints: .*-2 holds an adapter \(LORA\) of None, and .*-1 a gpt2"):
+        list(measure_checkpoints(names[:2], "addition-digits", {}, out, {}))
+    assert not out.exists()
