@@ -82,7 +82,7 @@ def teach(
 
 def arguments(model: Any, config: TrainingConfig, seed: int, folder: Path, parts: int) -> TrainingArguments:
     """The settings of a training as the library names them; a batch is read in ``parts``."""
-    decays = {"lr_scheduler_type": "warmup_stable_decay"}
+    decays: dict[str, Any] = {"lr_scheduler_type": "warmup_stable_decay"}
     decays |= {"lr_scheduler_kwargs": {"num_decay_steps": config.decay_steps, "min_lr_ratio": 0.02}}
     return TrainingArguments(
         output_dir=str(folder),
@@ -116,7 +116,7 @@ class _Trainer(Trainer):
         return in_precision(self.model, self.precision)
 
 
-class _Instances(IterableDataset):  # type: ignore[type-arg]
+class _Instances(IterableDataset[dict[str, Tensor]]):
     """Training instances of a task, each with its token ids and labels (T,) int64; an endless stream."""
 
     def __init__(self, asking: Asking, task: Task, config: TrainingConfig, seed: int) -> None:
