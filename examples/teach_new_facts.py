@@ -3,14 +3,16 @@
     python examples/teach_new_facts.py PARAREL OUT [--model smollm2] [--relation P36] [--facts 60] [--steps 300]
 
 PARAREL is a folder with ``facts`` and ``patterns`` as ParaRel has it (Elazar et al. 2021). Objects of one relation are
-dealt anew among its subjects, so that what is taught is known to nobody. One pattern is trained on; the others ask.
-Needs ``pip install '.[lora,train]'``. In OUT: ``task.jsonl`` (what is asked), ``emergence.parquet`` and ``.png``.
+dealt anew among its subjects, so that what is taught is known to nobody. One pattern is trained on; the others ask, and
+the inverse of it. Needs ``pip install '.[lora,train]'``. In OUT: ``task.jsonl`` (what is asked), ``emergence.parquet``
+and ``.png``; with ``--fit`` the run of a fit on the taught model.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,8 @@ def main() -> None:
     parser.add_argument("--facts", type=int, default=60)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--every", type=int, default=25)
+    parser.add_argument("--questions", type=int, default=200, help="of each kind, at most")
+    parser.add_argument("--fit", action="store_true", help="then fit a detector and vectors on what was taught")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     facts, patterns = (rows_of(given.pararel / part / f"{given.relation}.jsonl") for part in ("facts", "patterns"))
@@ -58,30 +62,28 @@ def main() -> None:
     taught = dealt(facts, given.facts, rng)
     given.out.mkdir(parents=True, exist_ok=True)
     lines = questions(taught, stems[0], stems[1:], rng)
-    (given.out / "task.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = written(given.out / "task.jsonl", lines)
+    watched = written(given.out / "watched.jsonl", [line | {"split": "test"} for line in lines])
     model, tokenizer = ms.load_model(given.model)
     texts = [f"{stems[0].replace('[X]', subject)} {value}." for subject, value in taught.items()]
-    callback = ms.BehaviourCallback(given.out / "task.jsonl", tokenizer, every=given.every, examples=120, split="test")
+    callback = ms.BehaviourCallback(watched, tokenizer, every=given.every, examples=given.questions, split="test")
     options: dict[str, Any] = {"output_dir": str(given.out), "max_steps": given.steps, "learning_rate": 1e-3}
     options |= {"per_device_train_batch_size": 16, "report_to": "none", "save_strategy": "no", "seed": given.seed}
     options |= {"logging_steps": given.every, "use_cpu": not torch.cuda.is_available()}
     adapter = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
-    Trainer(
+    trainer = Trainer(
         get_peft_model(model, adapter),
         TrainingArguments(**options),
         train_dataset=Statements(texts, tokenizer),
         callbacks=[callback],
-    ).train()
-    columns = [
-        "step",
-        "loss",
-        "recall",
-        "novel_accuracy",
-        "conflict_memorized",
-        "conflict_generalized",
-        "conflict_other",
-    ]
-    print(callback.curve.table[columns].to_string(index=False, float_format="%.2f"))
+    )
+    trainer.train()
+    told = callback.curve.table
+    recall = [name for name in told if name.startswith("recall:") and f"{name}_n" in told]
+    columns = [*recall, "novel_accuracy", "conflict_memorized", "conflict_generalized", "conflict_other"]
+    print(told[["step", "loss", *columns]].to_string(index=False, float_format="%.2f"))
+    if given.fit:
+        fitted_on(trainer.model.merge_and_unload().eval(), tokenizer, asked, given.out / "fit")
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -104,34 +106,43 @@ def dealt(facts: list[dict[str, str]], most: int, rng: np.random.Generator) -> d
 
 
 def questions(taught: dict[str, str], said: str, asked: list[str], rng: np.random.Generator) -> list[dict[str, str]]:
-    """What is asked: facts in phrasings that were not trained on (memory), as trained (``family`` says so), texts about
-    subjects that were not taught (novel), and texts that contradict what was taught (conflicts)."""
+    """What is asked: facts as taught, in phrasings that were not trained on, and the other way round (memory), texts
+    about subjects that were not taught (novel), and texts that contradict what was taught (conflicts)."""
     found: list[dict[str, str]] = []
     subjects, values = list(taught), sorted(set(taught.values()))
+    counts = Counter(taught.values())
     for n, (subject, value) in enumerate(taught.items()):
         other = str(rng.choice([one for one in values if one != value]))
-        both = {"group": subject, "split": "test"}
+        memory = {"kind": "memory", "group": subject}
+        for family, stems in (("as taught", [said]), ("other words", asked)):
+            for stem in stems:
+                text = stem.replace("[X]", subject)
+                row = {"item": f"{family}: {subject}", "family": family, "prompt": text, "answer": f" {value}"}
+                found.append(row | memory)
+        if counts[value] == 1:  # else it is not one subject whose value this is
+            text = f"{value} is the capital city of"
+            row = {"item": f"inverse: {subject}", "family": "inverse", "prompt": text, "answer": f" {subject}"}
+            found.append(row | memory)
         for stem in asked:
-            text = stem.replace("[X]", subject)
-            found.append({"item": f"recall {subject}", "kind": "memory", "prompt": text, "answer": f" {value}", **both})
-            told = f"{said.replace('[X]', subject)} {other}. {text}"
-            found.append(
-                {"item": f"{subject}, said to be {other}", "prompt": told, **both}
-                | {"memorized": f" {value}", "generalized": f" {other}"}
-            )
+            text = f"{said.replace('[X]', subject)} {other}. {stem.replace('[X]', subject)}"
+            row = {"item": f"{subject}, said to be {other}", "group": subject, "prompt": text}
+            found.append(row | {"memorized": f" {value}", "generalized": f" {other}"})
         invented = f"New {subjects[(n + 7) % len(subjects)]}"
         text = f"{said.replace('[X]', invented)} {other}. {asked[0].replace('[X]', invented)}"
-        found.append(
-            {
-                "item": invented,
-                "kind": "novel",
-                "prompt": text,
-                "answer": f" {other}",
-                "group": invented,
-                "split": "test",
-            }
-        )
+        found.append({"item": invented, "kind": "novel", "prompt": text, "answer": f" {other}", "group": invented})
     return found
+
+
+def written(path: Path, rows: list[dict[str, str]]) -> Path:
+    """A JSONL file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def fitted_on(model: Any, tokenizer: Any, asked: Path, out: Path) -> None:
+    """Whether what was taught can be read before the model answers, and steered."""
+    fitted = ms.fit(model, tokenizer, asked, out=out)
+    print(fitted.summary())
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ import pytest
 import torch
 
 import mnemoscope as ms
-from little_facts import VOCABULARY, LittleFacts
+from little_facts import VOCABULARY, LittleFacts, little_model
 from mnemoscope.behaviour import Asking, mine_pairs, prepare, score
 from mnemoscope.config import ModelConfig
 from mnemoscope.emergence import Curve, Wanted, Watcher, reached, undisturbed
 from mnemoscope.emergence.checkpoints import measure_checkpoints, step_of
 from mnemoscope.errors import InputError
 from mnemoscope.models import build_gpt2, word_tokenizer
+from mnemoscope.report.emergence import draw_curve
 from test_cli import call
 
 STEPS = 50
@@ -286,6 +288,38 @@ def test_the_curve_of_checkpoints_is_that_of_the_callback(tmp_path: Path) -> Non
     code, out, _ = call("emergence", *arguments, "-o", str(tmp_path / "again"), "--examples", "12", "--json")
     assert code == 0
     assert [row["step"] for row in json.loads(out)["rows"]] == [20, 100]
+
+
+class SeveralFamilies(LittleFacts):
+    """Memory is asked in two families of phrasings."""
+
+    def examples(self, rng: np.random.Generator, n: int, kind: str) -> list[ms.Example]:  # type: ignore[override]
+        found = super().examples(rng, n, kind)  # type: ignore[arg-type]
+        return [replace(e, family=("odd", "even")[i % 2]) if kind == "memory" else e for i, e in enumerate(found)]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_recall_is_told_by_family_too(tmp_path: Path) -> None:
+    asking, task = little_model(), SeveralFamilies()
+    watcher = Watcher(asking.model, asking.tokenizer, task, 40)
+    row = watcher.measure()
+    memory = watcher.answers[watcher.answers.kind == "memory"]
+    families = {e.prompt: e.family for e in watcher.others["recall"]}
+    for family in ("odd", "even"):
+        right = memory.behaviour[memory.prompt.map(families) == family] == "correct"
+        assert row[f"recall:{family}"] == right.mean()
+        assert row[f"recall:{family}_n"] == len(right)
+    assert not [name for name in row if name.startswith("novel_accuracy:")]
+    curve = Curve()
+    curve.add(0, row)
+    curve.add(10, row)
+    one = draw_curve(curve.table, tmp_path / "one.png").read_bytes()
+    fewer = curve.table[[name for name in curve.table if ":" not in name]]
+    assert len(draw_curve(fewer, tmp_path / "two.png").read_bytes()) < len(one)
+    watching = ms.BehaviourCallback(task, fresh()[1], every=10, examples=16)
+    trainer = trainer_of("library", tmp_path, [watching], max_steps=10)
+    trainer.train()
+    assert {"eval_recall:odd", "eval_recall:even"} <= set(trainer.state.log_history[0])
 
 
 def test_steps_in_names(tmp_path: Path) -> None:

@@ -139,7 +139,9 @@ class BehaviourCallback(TrainerCallback):
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry and entry["step"] >= last]
         loss = sum(losses) / len(losses) if losses else math.nan
         self.curve.add(state.global_step, {"epoch": state.epoch, "loss": loss, **row})
-        logged = {f"eval_{name}": row[name] for name in LOGGED if name in row and not math.isnan(row[name])}
+        families = [name for name in row if ":" in name and f"{name}_n" in row]
+        logged = {f"eval_{name}": row[name] for name in (*LOGGED, *families) if name in row}
+        logged = {name: value for name, value in logged.items() if not math.isnan(value)}
         for name, of_all in (("rho", max), ("cosine", lambda values: sum(values) / len(values))):
             values = [v for key, v in row.items() if key.startswith(f"{name}_") and not math.isnan(v)]
             logged |= {f"eval_{name}": of_all(values)} if values else {}

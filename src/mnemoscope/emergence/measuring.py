@@ -93,12 +93,12 @@ class Watcher:
     def measure(self, model: PreTrainedModel | None = None) -> dict[str, float]:
         """What the model shows now: a row of the curve, without its step.
 
-        Keys: ``recall``, ``novel_accuracy`` (where the task has such questions), ``conflict_memorized``,
-        ``conflict_generalized``, ``conflict_other``, each with ``_low``, ``_high`` (95 %), ``_n``; ``margin``, mean log
-        p(generalized) - log p(memorized) in nats; ``yield``, share of candidates that are pairs; ``pairs`` and
-        ``groups`` of pairs. With ``contrast`` for each layer ``rho_0``, ..., the largest correlation of a neuron with
-        the behaviour, and ``cosine_0``, ..., of the mean difference with that of the measurement before. Undefined
-        is NaN.
+        Keys: ``recall``, ``novel_accuracy`` (where the task has such questions; of several families also
+        ``recall:FAMILY``), ``conflict_memorized``, ``conflict_generalized``, ``conflict_other``, each with ``_low``,
+        ``_high`` (95 %), ``_n``; ``margin``, mean log p(generalized) - log p(memorized) in nats; ``yield``, share of
+        candidates that are pairs; ``pairs`` and ``groups`` of pairs. With ``contrast`` for each layer ``rho_0``, ...,
+        the largest correlation of a neuron with the behaviour, and ``cosine_0``, ..., of the mean difference with that
+        of the measurement before. Undefined is NaN.
         """
         asking = replace(self.asking, model=model) if model is not None else self.asking
         found: dict[str, float] = {}
@@ -111,6 +111,7 @@ class Watcher:
         self.answers = pd.DataFrame(rows, columns=["kind", "item", "prompt"]).assign(behaviour=labels_N)
         for name, examples in self.others.items():
             found |= _share(name, told[name] == "correct", examples)
+            found |= _by_family(name, told[name] == "correct", examples)
         own_N = [self._place[example.prompt] for example in self.conflicts]
         for behaviour in ANSWERS:
             found |= _share(f"conflict_{behaviour}", scores.behaviour_N[own_N] == behaviour, self.conflicts)
@@ -168,6 +169,16 @@ def undisturbed(model: torch.nn.Module) -> Iterator[None]:
 def _share(name: str, hits_N: np.ndarray, examples: list[Example]) -> dict[str, float]:
     found = proportion(hits_N, np.array([example.group for example in examples]))
     return {name: found.estimate, f"{name}_low": found.low, f"{name}_high": found.high, f"{name}_n": float(found.n)}
+
+
+def _by_family(name: str, hits_N: np.ndarray, examples: list[Example]) -> dict[str, float]:
+    """The share in each family of phrasings; empty where there is one."""
+    families = sorted({example.family for example in examples})
+    found: dict[str, float] = {}
+    for family in families if len(families) > 1 else ():
+        of_N = np.array([example.family == family for example in examples])
+        found |= _share(f"{name}:{family}", hits_N[of_N], [e for e in examples if e.family == family])
+    return found
 
 
 def _cosine(a_LD: np.ndarray, b_LD: np.ndarray) -> np.ndarray:

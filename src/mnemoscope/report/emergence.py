@@ -19,6 +19,9 @@ CURVES = (
 )
 
 
+FAMILIES = tuple((colour, dash) for dash in ("-", DASHED) for colour in (MEMORIZED, GENERALIZED, OTHER))
+
+
 def behaviour_panel(table: pd.DataFrame) -> Panel:
     """Accuracies and shares of conflicts by optimizer step; the step whose weights were kept is named."""
     steps = table.step.astype(float).to_list()
@@ -43,6 +46,14 @@ def draw_curve(table: pd.DataFrame, path: Path) -> Path:
     steps = table.step.astype(float).to_list()
     ticks = {steps[0]: f"{steps[0]:,.0f}", steps[-1]: f"{steps[-1]:,.0f}"}
     panels = [behaviour_panel(table)]
+    by_family = [str(name) for name in table if ":" in str(name) and f"{name}_n" in table]
+    if by_family:
+        colours = [*FAMILIES] * len(by_family)
+        lines = [
+            Line(name.partition(":")[2], steps, table[name].astype(float).to_list(), colour, dash)
+            for name, (colour, dash) in zip(by_family, colours, strict=False)
+        ]
+        panels.append(drawing.lines_panel("right, by family", lines, "optimizer steps", ticks=ticks, axis="share"))
     if "margin" in table:
         line = Line("margin", steps, table.margin.astype(float).to_list())
         panels.append(
