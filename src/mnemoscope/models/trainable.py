@@ -71,10 +71,11 @@ def word_tokenizer(vocabulary: Sequence[str], context: int) -> PreTrainedTokeniz
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=context, **special)
 
 
-def check_peft(what: str) -> None:
-    """Raises InputError where peft is not installed; ``what`` names the feature that needs it."""
-    if find_spec("peft") is None:
-        raise InputError(f"{what} needs peft: pip install 'mnemoscope[lora]'")
+def check_peft(what: str, *others: str) -> None:
+    """Raises InputError where peft or another library is not installed; ``what`` names the feature that needs it."""
+    for name in ("peft", *others):
+        if find_spec(name) is None:
+            raise InputError(f"{what} needs {name}: pip install 'mnemoscope[lora]'")
 
 
 def adapt(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PreTrainedModel:

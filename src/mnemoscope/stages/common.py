@@ -39,7 +39,7 @@ GATE = 0.5  # probability from which on a gate acts, where a study judges it
 def check_cell(cell: Cell, folder: str) -> None:
     """Raises InputError where an adapter's package is missing, or the model of ``folder`` lacks a layer to be tried."""
     if cell.config.model.lora:
-        check_peft("model.lora")
+        check_peft("model.lora", "accelerate")
     if cell.opened is None and cell.config.analysed:
         cell.config.steering.check_layers(layers_of(folder))
 
