@@ -19,7 +19,8 @@ from mnemoscope.study import run_study
 
 FEW = {"behaviour_examples": 60, "fit_examples": 1000, "tune_examples": 300, "test_examples": 400, "permutations": 99}
 SHORT = {"draws": 2, "norm_draws": 1, "conflict_draws": 1, "tune_refits": 1, "tune_draws_again": 1, "learned_steps": 3}
-SHORT |= {"low_rank": {"layers": 2, "steps": 3, "refits": 1}, "tune_pairs": 20, "tune_others": 20, "fit_pairs": 40, "fit_others": 20, "judged_examples": 30}
+SHORT |= {"tune_pairs": 20, "tune_others": 20, "fit_pairs": 40, "fit_others": 20, "judged_examples": 30}
+SHORT |= {"low_rank": {"layers": 2, "steps": 3, "refits": 1}}
 ALIKE = {("paper", "addition"), ("lora", "smollm2-addition"), ("lora", "gemma-inference")}
 
 
