@@ -61,7 +61,10 @@ def main() -> None:
     rng = np.random.default_rng(given.seed)
     taught = dealt(facts, given.facts, rng)
     given.out.mkdir(parents=True, exist_ok=True)
-    lines = questions(taught, stems[0], stems[1:], rng)
+    inverse = next(
+        (row["pattern"].partition("[X]")[0].rstrip() for row in patterns if is_inverse(row["pattern"])), None
+    )
+    lines = questions(taught, stems[0], stems[1:], inverse, rng)
     asked = written(given.out / "task.jsonl", lines)
     watched = written(given.out / "watched.jsonl", [line | {"split": "test"} for line in lines])
     model, tokenizer = ms.load_model(given.model)
@@ -105,7 +108,9 @@ def dealt(facts: list[dict[str, str]], most: int, rng: np.random.Generator) -> d
     raise SystemExit(f"the objects of these {len(subjects)} facts are too much alike")
 
 
-def questions(taught: dict[str, str], said: str, asked: list[str], rng: np.random.Generator) -> list[dict[str, str]]:
+def questions(
+    taught: dict[str, str], said: str, asked: list[str], inverse: str | None, rng: np.random.Generator
+) -> list[dict[str, str]]:
     """What is asked: facts as taught, in phrasings that were not trained on, and the other way round (memory), texts
     about subjects that were not taught (novel), and texts that contradict what was taught (conflicts)."""
     found: list[dict[str, str]] = []
@@ -119,8 +124,8 @@ def questions(taught: dict[str, str], said: str, asked: list[str], rng: np.rando
                 text = stem.replace("[X]", subject)
                 row = {"item": f"{family}: {subject}", "family": family, "prompt": text, "answer": f" {value}"}
                 found.append(row | memory)
-        if counts[value] == 1:  # else it is not one subject whose value this is
-            text = f"{value} is the capital city of"
+        if inverse and counts[value] == 1:  # else it is not one subject whose value this is
+            text = inverse.replace("[Y]", value)
             row = {"item": f"inverse: {subject}", "family": "inverse", "prompt": text, "answer": f" {subject}"}
             found.append(row | memory)
         for stem in asked:
@@ -131,6 +136,11 @@ def questions(taught: dict[str, str], said: str, asked: list[str], rng: np.rando
         text = f"{said.replace('[X]', invented)} {other}. {asked[0].replace('[X]', invented)}"
         found.append({"item": invented, "kind": "novel", "prompt": text, "answer": f" {other}", "group": invented})
     return found
+
+
+def is_inverse(pattern: str) -> bool:
+    """Whether it asks for the subject, behind the value."""
+    return pattern.startswith("[Y]") and pattern.removesuffix(".").rstrip().endswith("[X]")
 
 
 def written(path: Path, rows: list[dict[str, str]]) -> Path:

@@ -95,23 +95,30 @@ def callback(**more: Any) -> Any:
     return ms.BehaviourCallback(LittleFacts(), fresh()[1], **{"examples": 16, **more})
 
 
-def losses(trainer: Any) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+def logged(trainer: Any) -> list[dict[str, Any]]:
+    """What the trainer logs of its steps, whoever watches."""
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("kind", ["library", "library, adapter", "sft", "sft, adapter"])
+@pytest.mark.parametrize("kind", ["library", "library, adapter", "library, mixed", "sft", "sft, adapter"])
 @pytest.mark.filterwarnings("ignore")
 def test_losses_are_the_same_with_and_without_it(kind: str, tmp_path: Path) -> None:
     found = []
+    mixed = {"bf16": True, "gradient_accumulation_steps": 2} if kind.endswith("mixed") else {}
     for callbacks in ([], [callback(every=10, contrast="block")]):
-        trainer = trainer_of(kind, tmp_path / str(len(found)), callbacks)
+        trainer = trainer_of(kind, tmp_path / str(len(found)), callbacks, **mixed)
         trainer.train()
-        found.append((losses(trainer), {n: p.detach().clone() for n, p in trainer.model.named_parameters()}))
+        found.append((logged(trainer), {n: p.detach().clone() for n, p in trainer.model.named_parameters()}))
     (without, before), (with_it, after) = found
     assert len(without) == STEPS
-    assert without == with_it
+    assert without == with_it  # TRL's own measures among them
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert [row["step"] for row in callbacks[0].curve.rows] == [0, 10, 20, 30, 40, 50]
+    rows = callbacks[0].curve.rows
+    assert [row["step"] for row in rows] == [0, 10, 20, 30, 40, 50]
+    assert math.isnan(rows[0]["loss"])
+    for row in rows[1:]:
+        steps = [entry["loss"] for entry in with_it if row["step"] - 10 < entry["step"] <= row["step"]]
+        assert row["loss"] == pytest.approx(np.mean(steps))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -145,6 +152,26 @@ def test_metrics_of_an_evaluation_have_it_so_the_best_checkpoint_can_be_chosen_b
     trainer.train()
     best = max(e["eval_margin"] for e in trainer.state.log_history if "eval_margin" in e)
     assert trainer.state.best_metric == best
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_row_is_of_the_weights_of_its_step_and_of_nothing_later(tmp_path: Path) -> None:
+    """Several evaluations of one step, the best weights brought back at the end, an evaluation by hand."""
+    how: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 25, "save_strategy": "steps", "save_steps": 25}
+    how |= {"eval_on_start": True, "load_best_model_at_end": True, "metric_for_best_model": "eval_margin"}
+    watching = callback(contrast="block")
+    trainer = trainer_of("library", tmp_path, [watching], greater_is_better=False, **how)
+    trainer.eval_dataset = {"one": trainer.eval_dataset, "two": trainer.eval_dataset}
+    trainer.train()
+    rows = [dict(row) for row in watching.curve.rows]
+    assert [row["step"] for row in rows] == [0, 25, 50]
+    assert sum("eval_recall" in entry for entry in trainer.state.log_history) == 3
+    trainer.evaluate()
+    assert len(watching.curve.rows) == 3
+    model, tokenizer = trainer.model.eval(), fresh()[1]
+    asking = Asking(model, tokenizer, LittleFacts.boundary)
+    best = score(asking, prepare(asking, Watcher(model, tokenizer, LittleFacts(), 16).conflicts)).margin_N.mean()
+    assert best == pytest.approx(min(row["margin"] for row in rows[1:]), abs=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")

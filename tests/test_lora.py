@@ -148,7 +148,13 @@ def test_a_killed_training_of_an_adapter_goes_on_to_the_same_bytes(folder: Path,
     with pytest.raises(KeyboardInterrupt):
         taught(folder, digits, tmp_path / "killed", die_at=14)
     assert (tmp_path / "killed" / "checkpoint-10").is_dir()
+    half = tmp_path / "killed" / "checkpoint-20"
+    half.mkdir()
+    (half / "adapter_model.safetensors").write_bytes(b"half")
     assert taught(folder, digits, tmp_path / "killed") == whole
+    took = [float((tmp_path / name / "seconds").read_text()) for name in ("whole", "killed")]
+    assert taught(folder, digits, tmp_path / "killed", die_at=31) == whole  # it has ended: nothing is trained again
+    assert [float((tmp_path / name / "seconds").read_text()) for name in ("whole", "killed")] == took
     tables = [pd.read_parquet(tmp_path / name / "emergence.parquet") for name in ("whole", "killed")]
     pd.testing.assert_frame_equal(*tables, check_exact=True)
 

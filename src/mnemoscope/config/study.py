@@ -234,6 +234,8 @@ class CellConfig(Frozen):
                 raise ValueError(f"training.{name} is of trainings from scratch; leave it out with model.lora")
         if training.prompt_weight not in (0, 1):
             raise ValueError(f"training.prompt_weight {training.prompt_weight}: with model.lora 0 and 1 are allowed")
+        if training.steps % training.evaluate_every:
+            raise ValueError("training.steps is no multiple of training.evaluate_every, as model.lora needs")
         if training.warmup_steps + training.decay_steps > training.steps:
             raise ValueError("training.warmup_steps and decay_steps take more than training.steps together")
         return self

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerCallback
+import torch
+from transformers import Trainer, TrainerCallback
 
 from mnemoscope.emergence.curve import FILE, PICTURE, WHEN, Curve, Wanted, When, reached
 from mnemoscope.emergence.measuring import Watcher
@@ -20,7 +21,7 @@ from mnemoscope.report.emergence import draw_curve
 from mnemoscope.tasks import Split, Task, named_task
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast, Trainer, TrainerControl, TrainerState, TrainingArguments
+    from transformers import PreTrainedTokenizerFast, TrainerControl, TrainerState, TrainingArguments
 
 LOGGED = ("recall", "novel_accuracy", "conflict_memorized", "conflict_generalized", "conflict_other", "yield", "margin")
 
@@ -31,7 +32,8 @@ class BehaviourCallback(TrainerCallback):
     It asks conflicts, memory and novel questions of the task by teacher forcing, finds phrasings whose behaviour flips,
     and logs through ``Trainer.log``, so that whatever reports has it: ``eval_recall``, ``eval_novel_accuracy``,
     ``eval_conflict_memorized``, ``eval_conflict_generalized``, ``eval_conflict_other``, ``eval_yield``,
-    ``eval_margin``. They are in the metrics of an evaluation too, so ``metric_for_best_model="recall"`` works. A table,
+    ``eval_margin``. Without ``every`` they are in the metrics of each evaluation too, so
+    ``metric_for_best_model="recall"`` works; early stopping on them comes behind this callback in the list. A table,
     ``emergence.parquet``, with intervals and counts, and a picture, ``emergence.png``, grow in ``output_dir``.
 
     Attributes:
@@ -89,7 +91,7 @@ class BehaviourCallback(TrainerCallback):
         self._drawing |= {"contrast": contrast, "batch_size": batch_size, "seed": seed}
         self.watcher: Watcher | None = None
         self._trainer: weakref.ReferenceType[Trainer] | None = None
-        self._saved = False
+        self._saved = self._asked = self._trains = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -102,73 +104,111 @@ class BehaviourCallback(TrainerCallback):
             raise InputError(
                 "every: this trainer does not evaluate (eval_strategy); give the steps between measurements"
             )
-        if args.fsdp or getattr(args, "deepspeed", None):
-            raise InputError("fsdp: weights are in shards while this trains; measure its checkpoints instead")
         trainer = _trainer_of(state)
+        if args.fsdp or getattr(args, "deepspeed", None) or _in_shards(trainer):
+            raise InputError("fsdp: weights are in shards while this trains; measure its checkpoints instead")
         self._trainer = weakref.ref(trainer) if trainer is not None else None
-        path, self.curve, self._saved = Path(str(args.output_dir)) / FILE, Curve(), False
+        path, self.curve, self._saved, self._asked = Path(str(args.output_dir)) / FILE, Curve(), False, False
         if state.global_step and path.is_file():
             self.curve = Curve([row for row in Curve.open(path).rows if row["step"] <= state.global_step])
-        self.watcher = Watcher(kwargs["model"], self.tokenizer, self.task, **self._drawing)
+        self.watcher, self._trains = Watcher(kwargs["model"], self.tokenizer, self.task, **self._drawing), True
         if not state.global_step:
             self._measure(args, state, control, kwargs["model"])
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Measure where the trainer evaluates."""
-        if self.every is None and self.watcher is not None:
-            found = self._measure(args, state, control, kwargs["model"])
-            kwargs.get("metrics", {}).update(found)
+        """Measure where the trainer evaluates while it trains; the metrics of any evaluation of this step have it."""
+        if self.every is None and self._trains and not self._measured(state):
+            self._measure(args, state, control, kwargs["model"])
+        if self._trains and self._measured(state):
+            kwargs.get("metrics", {}).update(_told(self.curve.rows[-1]))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure every so many steps."""
         if self.every is not None and state.global_step % self.every == 0:
             self._measure(args, state, control, kwargs["model"])
 
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add the loss of the step that was just measured, which is logged afterwards."""
+        if self._trains and self._measured(state) and "loss" in (kwargs.get("logs") or {}):
+            self.curve.rows[-1]["loss"] = self._loss(state)
+            if state.is_world_process_zero:
+                self.curve.save(Path(str(args.output_dir)))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Note that the checkpoint that was asked for is there."""
+        self._saved |= self._asked
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Measure the last weights, if that was not done."""
-        if self.watcher is not None and (not self.curve.rows or self.curve.rows[-1]["step"] != state.global_step):
+        """Measure the last weights, if that was not done; where the best ones are back already, these are gone."""
+        if self._trains and not self._measured(state) and not args.load_best_model_at_end:
             self._measure(args, state, control, kwargs["model"])
+        self._trains = False
 
-    def _measure(self, args: Any, state: Any, control: Any, model: Any) -> dict[str, float]:
+    def _measured(self, state: Any) -> bool:
+        return bool(self.curve.rows) and self.curve.rows[-1]["step"] == state.global_step
+
+    def _loss(self, state: Any) -> float:
+        """Mean of the losses logged since the measurement before the last one."""
+        before = self.curve.rows[-2]["step"] if len(self.curve.rows) > 1 else 0
+        losses = [e["loss"] for e in state.log_history if "loss" in e and before < e["step"] <= state.global_step]
+        return sum(losses) / len(losses) if losses else math.nan
+
+    def _measure(self, args: Any, state: Any, control: Any, model: Any) -> None:
         assert self.watcher is not None
         began = time.perf_counter()
-        row: Mapping[str, float] = self.watcher.measure(model)
-        last = self.curve.rows[-1]["step"] if self.curve.rows else 0
-        losses = [entry["loss"] for entry in state.log_history if "loss" in entry and entry["step"] >= last]
-        loss = sum(losses) / len(losses) if losses else math.nan
-        self.curve.add(state.global_step, {"epoch": state.epoch, "loss": loss, **row})
-        families = [name for name in row if ":" in name and f"{name}_n" in row]
-        logged = {f"eval_{name}": row[name] for name in (*LOGGED, *families) if name in row}
-        logged = {name: value for name, value in logged.items() if not math.isnan(value)}
-        for name, of_all in (("rho", max), ("cosine", lambda values: sum(values) / len(values))):
-            values = [v for key, v in row.items() if key.startswith(f"{name}_") and not math.isnan(v)]
-            logged |= {f"eval_{name}": of_all(values)} if values else {}
+        self.curve.add(state.global_step, {"epoch": state.epoch, "loss": math.nan, **self.watcher.measure(model)})
+        self.curve.rows[-1]["loss"] = self._loss(state)
         if state.is_world_process_zero:
             folder = Path(str(args.output_dir))
             self.curve.save(folder)
             draw_curve(self.curve.table, folder / PICTURE)
-        begun = state.global_step > 0
-        if begun and self.stop and reached(self.stop, self.curve.rows, self.wanted):
-            control.should_training_stop = True
-        if begun and self.save and not self._saved and reached(self.save, self.curve.rows, self.wanted):
-            control.should_save = self._saved = True
+        begun, rows = state.global_step > 0, self.curve.rows
+        stops = begun and self.stop is not None and reached(self.stop, rows, self.wanted)
+        saves = begun and self.save is not None and not self._saved and reached(self.save, rows, self.wanted)
+        stops, saves = _of_the_first_process(args, stops, saves)
+        control.should_training_stop |= stops
+        control.should_save |= saves
+        self._asked |= saves
         self.seconds += time.perf_counter() - began
-        trainer = self._trainer() if self._trainer else None
+        trainer, logged = self._trainer() if self._trainer else None, _told(rows[-1])
         if trainer is not None:
             logs_loss = control.should_log
-            trainer.log(dict(logged))
+            # Not the log of a subclass: TRL's takes what it gathered for its own next entry.
+            Trainer.log(trainer, dict(logged))
             control.should_log = logs_loss  # each log of a trainer ends what it was about to log
         else:
             state.log_history.append({**logged, "step": state.global_step})
-        return logged
+
+
+def _told(row: Mapping[str, Any]) -> dict[str, float]:
+    """What of a row is logged: what is defined."""
+    families = [name for name in row if ":" in name and f"{name}_n" in row]
+    told = {f"eval_{name}": row[name] for name in (*LOGGED, *families) if name in row}
+    told = {name: value for name, value in told.items() if not math.isnan(value)}
+    for name, of_all in (("rho", max), ("cosine", lambda values: sum(values) / len(values))):
+        values = [v for key, v in row.items() if key.startswith(f"{name}_") and not math.isnan(v)]
+        told |= {f"eval_{name}": of_all(values)} if values else {}
+    return told
+
+
+def _of_the_first_process(args: Any, *decided: bool) -> list[bool]:
+    """Decisions of the first process: others may round otherwise, or lack the rows before a training was resumed."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return list(decided)
+    told = torch.tensor(decided, dtype=torch.uint8, device=args.device)
+    torch.distributed.broadcast(told, 0)
+    return [bool(one) for one in told.tolist()]
+
+
+def _in_shards(trainer: Any) -> bool:
+    """Whether a trainer shards weights, as a launcher may have told it."""
+    return any(getattr(trainer, f"is_{name}_enabled", False) for name in ("fsdp", "deepspeed"))
 
 
 def _trainer_of(state: TrainerState) -> Any:
     """The trainer of a state, whose ``log`` reaches everything that reports; callbacks are not given it."""
-    from transformers import Trainer
-
     frame = sys._getframe(1)
     while frame is not None:
         found = frame.f_locals.get("self")

@@ -5,9 +5,11 @@ Shapes: N instances, B of a batch, T tokens.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +18,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from mnemoscope.behaviour import Asking
 from mnemoscope.config import TrainingConfig
 from mnemoscope.emergence.callback import BehaviourCallback
-from mnemoscope.emergence.curve import Wanted
+from mnemoscope.emergence.curve import FILE, Curve, Wanted
 from mnemoscope.errors import InputError
+from mnemoscope.files import write_atomically
 from mnemoscope.models import Precision, core_of, in_precision, quick_precision
+from mnemoscope.strict import read_text
 from mnemoscope.tasks import Task
 from mnemoscope.training import Trained, batches, unmet
 
 MOST_LOGITS = 2**27  # of a pass, 512 MiB; the gradient and the log-probabilities take as much each
 IGNORED = -100  # what the library's loss leaves out
+STATE, SECONDS = "trainer_state.json", "seconds"
 
 
 def teach(
@@ -68,16 +72,54 @@ def teach(
         arguments(model, config, seed, folder, data.parts()),
         train_dataset=data,
         data_collator=together,
-        callbacks=[watching, _Told(watching, progress)],
+        callbacks=[watching, _Told(watching, progress, folder / SECONDS)],
     )
     trainer.precision = precision
     trainer.remove_callback(PrinterCallback)
-    begun = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    trainer.train(resume_from_checkpoint=begun)
+    begun = last_checkpoint(folder)
+    rows = Curve.open(folder / FILE).rows if begun else []
+    rows = [row for row in rows if begun and row["step"] <= begun.step]
+    if begun and rows and rows[-1]["step"] == begun.step and (begun.step >= config.steps or not unmet(stop, rows[-1])):
+        _load(model, begun.folder)  # it had ended, and was not yet saved elsewhere
+    else:
+        trainer.train(resume_from_checkpoint=str(begun.folder) if begun else None)
+        rows = watching.curve.rows
     model.eval()
-    rows = [row | {"met": not unmet(stop, row), "kept": False} for row in watching.curve.rows]
+    rows = [row | {"met": not unmet(stop, row), "kept": False} for row in rows]
     rows[-1]["kept"] = True
-    return Trained(rows, trainer.state.global_step, time.perf_counter() - started, unmet(stop, rows[-1]), precision)
+    seconds = (begun.seconds if begun else 0.0) + time.perf_counter() - started
+    return Trained(rows, rows[-1]["step"], seconds, unmet(stop, rows[-1]), precision)
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The last whole checkpoint of a training, its step, and the seconds that it took until then."""
+
+    folder: Path
+    step: int
+    seconds: float
+
+
+def last_checkpoint(folder: Path) -> Begun | None:
+    """The last checkpoint whose state is there, which the library writes last; what is half written goes."""
+    found = dict[int, Path]()
+    for path in folder.glob("checkpoint-*") if folder.is_dir() else ():
+        if (path / STATE).is_file():
+            found[int(path.name.rpartition("-")[2])] = path
+        else:
+            shutil.rmtree(path)
+    if not found or not (folder / FILE).is_file():
+        return None
+    step = max(found)
+    took = folder / SECONDS
+    return Begun(found[step], step, float(read_text(took, "training")) if took.is_file() else 0.0)
+
+
+def _load(model: Any, folder: Path) -> None:
+    """Give an adapted model the adapter of a checkpoint."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    set_peft_model_state_dict(model, load_peft_weights(str(folder), device=str(model.device)))
 
 
 def arguments(model: Any, config: TrainingConfig, seed: int, folder: Path, parts: int) -> TrainingArguments:
@@ -148,10 +190,16 @@ def together(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 class _Told(TrainerCallback):
-    """Tells the progress of a training."""
+    """Tells the progress of a training, and notes how long it took."""
 
-    def __init__(self, watching: BehaviourCallback, progress: Callable[[int, Mapping[str, float]], None]) -> None:
-        self.watching, self.progress = watching, progress
+    def __init__(
+        self, watching: BehaviourCallback, progress: Callable[[int, Mapping[str, float]], None], path: Path
+    ) -> None:
+        self.watching, self.progress, self.path, self.began = watching, progress, path, time.perf_counter()
+        self.before = float(read_text(path, "training")) if path.is_file() else 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress(state.global_step, self.watching.curve.rows[-1])
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        write_atomically(self.path, f"{self.before + time.perf_counter() - self.began}".encode())
