@@ -60,6 +60,7 @@ def teach(
         asking.tokenizer,
         every=config.evaluate_every,
         examples=config.evaluation_examples,
+        rephrasings=0,  # the rule does not ask for pairs
         batch_size=asking.batch_size,
         seed=seed,
         stop="both",
