@@ -66,6 +66,8 @@ def test_every_study_runs_in_miniature(name: str, mini: Callable[[str], Asking],
     assert set(found) == set(config.cells)
     for label, cell in config.cells.items():
         assert set(found[label]["steering_by_method"]) == set(cell.steering.methods)
+        if cell.steering.halving:  # of pairs and at equal norms the best alone are judged
+            continue
         rows = pd.read_parquet(tmp_path / "run" / "cells" / f"{label}-0" / "records" / "steering.parquet")
         assert set(rows[rows.aim == "equal_norm"].method) == set(cell.steering.methods)
         swept = pd.read_parquet(tmp_path / "run" / "cells" / f"{label}-0" / "records" / "sweep.parquet")
