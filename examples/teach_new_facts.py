@@ -73,6 +73,7 @@ def main() -> None:
     options: dict[str, Any] = {"output_dir": str(given.out), "max_steps": given.steps, "learning_rate": 1e-3}
     options |= {"per_device_train_batch_size": 16, "report_to": "none", "save_strategy": "no", "seed": given.seed}
     options |= {"logging_steps": given.every, "use_cpu": not torch.cuda.is_available()}
+    torch.manual_seed(given.seed)  # of the adapter's first weights
     adapter = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
     trainer = Trainer(
         get_peft_model(model, adapter),
