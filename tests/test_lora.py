@@ -228,8 +228,19 @@ def test_a_tokenizer_that_merges_across_the_seam_is_refused_with_the_example(tmp
     task = made("addition")
     tokenizer = bpe(texts_of(task), split=False)
     asking = Asking(new("llama", tokenizer), tokenizer, task.boundary)
-    with pytest.raises(InputError, match=r"merges the answer '<mem-.*>' with the end of the prompt '\d\d\+\d\d='"):
+    with pytest.raises(InputError, match=r"answer: the tokenizer merges '.*' with the end of the prompt .*\(item '"):
         teach(asking, task, QUICK, np.random.default_rng(0), tmp_path)
+    with pytest.raises(InputError, match=r"merges the answer '<mem-.*>' with the end of the prompt '\d\d\+\d\d='"):
+        next(batches(asking, task, QUICK, np.random.default_rng(0)))
+
+
+def test_a_task_without_a_kind_that_the_rule_needs_is_refused(folder: Path, tmp_path: Path) -> None:
+    task = made("addition-digits")
+    everything = task.examples
+    task.examples = lambda rng, n, kind: [] if kind == "novel" else everything(rng, n, kind)  # type: ignore[method-assign]
+    with pytest.raises(InputError, match=r"^task: addition-digits has no novel example in the tune split"):
+        teach(opened(folder, task), task, QUICK, np.random.default_rng(0), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 CELL = {"task": "addition-digits", "options": MINI_TASKS["addition-digits"]}

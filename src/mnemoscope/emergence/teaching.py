@@ -28,7 +28,7 @@ from mnemoscope.files import write_atomically
 from mnemoscope.models import Precision, core_of, in_precision, quick_precision
 from mnemoscope.strict import read_text
 from mnemoscope.tasks import Task
-from mnemoscope.training import Trained, batches, unmet
+from mnemoscope.training import Trained, batches, prepare_evaluation, unmet
 
 MOST_LOGITS = 2**27  # of a pass, 512 MiB; the gradient and the log-probabilities take as much each
 IGNORED = -100  # what the library's loss leaves out
@@ -55,6 +55,7 @@ def teach(
         raise InputError(f"model.lora: {task.name} consists of {', '.join(task.parts)}; teach one of them")
     seed, started = int(rng.integers(2**31)), time.perf_counter()
     stop = config.stop
+    prepare_evaluation(asking, task, 1, np.random.default_rng(seed))  # refuses a task that lacks a kind of example
     watching = BehaviourCallback(
         task,
         asking.tokenizer,
