@@ -21,8 +21,9 @@ import torch
 import mnemoscope as ms
 from little_facts import VOCABULARY, LittleFacts, little_model
 from mnemoscope.behaviour import Asking, mine_pairs, prepare, score
-from mnemoscope.config import ModelConfig
-from mnemoscope.emergence import Curve, Wanted, Watcher, reached, undisturbed
+from mnemoscope.config import ModelConfig, StopConfig
+from mnemoscope.emergence import Curve, Watcher, reached, undisturbed
+from mnemoscope.emergence.callback import WANTED
 from mnemoscope.emergence.checkpoints import measure_checkpoints, step_of
 from mnemoscope.errors import InputError
 from mnemoscope.models import build_gpt2, word_tokenizer
@@ -190,7 +191,7 @@ def test_tensorboard_has_it(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_it_stops_and_saves_when_a_rule_holds(tmp_path: Path) -> None:
-    easy = Wanted(recall=0.0, novel_accuracy=0.0, conflict_each=0.0, conflict_other=1.0)
+    easy = StopConfig(recall=0.0, novel_accuracy=0.0, conflict_each=0.0, conflict_other=1.0)
     watching = callback(every=10, stop="both", save="both", wanted=easy)
     trainer = trainer_of("library", tmp_path, [watching])
     trainer.train()
@@ -204,13 +205,13 @@ def test_when_a_rule_holds() -> None:
         shares = {"conflict_memorized": memorized, "conflict_generalized": generalized, "conflict_other": other}
         return shares | {"recall": recall}
 
-    assert reached("both", [row(0.4, 0.6)], Wanted())
-    assert not reached("both", [row(0.4, 0.6, recall=0.5)], Wanted())
-    assert not reached("both", [row(0.1, 0.9)], Wanted())
-    assert not reached("both", [row(0.4, 0.4)], Wanted())
-    assert reached("overtaken", [row(0.2, 0.8), row(0.6, 0.4)], Wanted())
-    assert not reached("overtaken", [row(0.6, 0.4), row(0.7, 0.3)], Wanted())
-    assert not reached("overtaken", [row(0.2, 0.8), row(0.6, 0.4), row(0.4, 0.6)], Wanted())
+    assert reached("both", [row(0.4, 0.6)], WANTED)
+    assert not reached("both", [row(0.4, 0.6, recall=0.5)], WANTED)
+    assert not reached("both", [row(0.1, 0.9)], WANTED)
+    assert not reached("both", [row(0.4, 0.4)], WANTED)
+    assert reached("overtaken", [row(0.2, 0.8), row(0.6, 0.4)], WANTED)
+    assert not reached("overtaken", [row(0.6, 0.4), row(0.7, 0.3)], WANTED)
+    assert not reached("overtaken", [row(0.2, 0.8), row(0.6, 0.4), row(0.4, 0.6)], WANTED)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import Trainer, TrainerCallback
 
-from mnemoscope.emergence.curve import FILE, PICTURE, WHEN, Curve, Wanted, When, reached
+from mnemoscope.config import StopConfig
+from mnemoscope.emergence.curve import FILE, PICTURE, WHEN, Curve, When, reached
 from mnemoscope.emergence.measuring import Watcher
 from mnemoscope.errors import InputError
 from mnemoscope.models import Site
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, TrainerControl, TrainerState, TrainingArguments
 
 LOGGED = ("recall", "novel_accuracy", "conflict_memorized", "conflict_generalized", "conflict_other", "yield", "margin")
+WANTED = StopConfig(novel_accuracy=0.9, recall=0.9)
 
 
 class BehaviourCallback(TrainerCallback):
@@ -57,7 +59,7 @@ class BehaviourCallback(TrainerCallback):
         contrast: Site | None = None,
         stop: When | None = None,
         save: When | None = None,
-        wanted: Wanted | None = None,
+        wanted: StopConfig = WANTED,
         batch_size: int = 64,
         seed: int = 0,
         **options: Any,
@@ -86,7 +88,7 @@ class BehaviourCallback(TrainerCallback):
                 raise InputError(f"{name}: {when!r} is not one of {', '.join(WHEN)}")
         self.task = named_task(task, options, seed)
         self.tokenizer, self.every, self.stop, self.save = tokenizer, every, stop, save
-        self.wanted, self.curve, self.seconds = wanted or Wanted(), Curve(), 0.0
+        self.wanted, self.curve, self.seconds = wanted, Curve(), 0.0
         self._drawing: dict[str, Any] = {"examples": examples, "rephrasings": rephrasings, "split": split}
         self._drawing |= {"contrast": contrast, "batch_size": batch_size, "seed": seed}
         self.watcher: Watcher | None = None

@@ -22,7 +22,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from mnemoscope.behaviour import Asking
 from mnemoscope.config import TrainingConfig
 from mnemoscope.emergence.callback import BehaviourCallback
-from mnemoscope.emergence.curve import FILE, Curve, Wanted
+from mnemoscope.emergence.curve import FILE, Curve
 from mnemoscope.errors import InputError
 from mnemoscope.files import write_atomically
 from mnemoscope.models import Precision, core_of, in_precision, quick_precision
@@ -65,8 +65,10 @@ def teach(
         batch_size=asking.batch_size,
         seed=seed,
         stop="both",
-        wanted=Wanted(stop.novel_accuracy, stop.recall, stop.conflict_each, stop.conflict_other),
+        wanted=stop,
     )
+    begun = last_checkpoint(folder)
+    before = begun.seconds if begun else 0.0
     data, model = _Instances(asking, task, config, seed), asking.model
     precision = quick_precision(core_of(model)) if config.precision == "auto" else config.precision
     trainer = _Trainer(
@@ -74,11 +76,10 @@ def teach(
         arguments(model, config, seed, folder, data.parts()),
         train_dataset=data,
         data_collator=together,
-        callbacks=[watching, _Told(watching, progress, folder / SECONDS)],
+        callbacks=[watching, _Told(watching, progress, folder / SECONDS, started - before)],
     )
     trainer.precision = precision
     trainer.remove_callback(PrinterCallback)
-    begun = last_checkpoint(folder)
     rows = Curve.open(folder / FILE).rows if begun else []
     rows = [row for row in rows if begun and row["step"] <= begun.step]
     if begun and rows and rows[-1]["step"] == begun.step and (begun.step >= config.steps or not unmet(stop, rows[-1])):
@@ -89,7 +90,7 @@ def teach(
     model.eval()
     rows = [row | {"met": not unmet(stop, row), "kept": False} for row in rows]
     rows[-1]["kept"] = True
-    seconds = (begun.seconds if begun else 0.0) + time.perf_counter() - started
+    seconds = before + time.perf_counter() - started
     return Trained(rows, rows[-1]["step"], seconds, unmet(stop, rows[-1]), precision)
 
 
@@ -192,16 +193,19 @@ def together(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 class _Told(TrainerCallback):
-    """Tells the progress of a training, and notes how long it took."""
+    """Tells the progress of a training, and notes how long it took since ``began`` (``time.perf_counter``)."""
 
     def __init__(
-        self, watching: BehaviourCallback, progress: Callable[[int, Mapping[str, float]], None], path: Path
+        self,
+        watching: BehaviourCallback,
+        progress: Callable[[int, Mapping[str, float]], None],
+        path: Path,
+        began: float,
     ) -> None:
-        self.watching, self.progress, self.path, self.began = watching, progress, path, time.perf_counter()
-        self.before = float(read_text(path, "training")) if path.is_file() else 0.0
+        self.watching, self.progress, self.path, self.began = watching, progress, path, began
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress(state.global_step, self.watching.curve.rows[-1])
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        write_atomically(self.path, f"{self.before + time.perf_counter() - self.began}".encode())
+        write_atomically(self.path, f"{time.perf_counter() - self.began}".encode())
