@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from little_facts import VOCABULARY, LittleFacts, little_model
 from mnemoscope.behaviour import Asking, mine_pairs, prepare, score
 from mnemoscope.config import ModelConfig, StopConfig
 from mnemoscope.emergence import Curve, Watcher, reached, undisturbed
-from mnemoscope.emergence.callback import WANTED
+from mnemoscope.emergence.callback import WANTED, _check_shards
 from mnemoscope.emergence.checkpoints import measure_checkpoints, step_of
 from mnemoscope.errors import InputError
 from mnemoscope.models import build_gpt2, word_tokenizer
@@ -56,12 +57,13 @@ def dataset(tokenizer: Any) -> Any:
     return datasets.Dataset.from_dict({"input_ids": padded, "labels": labels})
 
 
-def trainer_of(kind: str, out: Path, callbacks: list[Any], **more: Any) -> Any:
+def trainer_of(kind: str, out: Path, callbacks: list[Any], model: Any = None, **more: Any) -> Any:
     """A trainer of a fresh model: the library's or TRL's, of all weights or of an adapter."""
     from peft import LoraConfig, get_peft_model
     from transformers import Trainer, TrainingArguments
 
-    model, tokenizer = fresh()
+    untouched, tokenizer = fresh()
+    model = model or untouched
     lora = LoraConfig(r=4, target_modules=["c_attn"], lora_dropout=0.1, fan_in_fan_out=True)
     options: dict[str, Any] = {"output_dir": str(out), "max_steps": STEPS, "logging_steps": 1, "report_to": "none"}
     options |= {"per_device_train_batch_size": 8, "learning_rate": 1e-3, "save_strategy": "no", "disable_tqdm": True}
@@ -289,6 +291,71 @@ def test_two_processes_log_what_one_logs(tmp_path: Path) -> None:
         tables[name] = pd.read_parquet(tmp_path / name / "emergence.parquet").drop(columns=["loss", "epoch"])
     assert tables["one"].step.to_list() == [0, 10, 20]
     pd.testing.assert_frame_equal(tables["one"], tables["two"], check_exact=True)
+
+
+SHARDED = """
+import sys, torch
+sys.path[:0] = {paths!r}
+from pathlib import Path
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+import test_emergence
+
+out = Path(sys.argv[1])
+torch.distributed.init_process_group("gloo")
+model, mesh = test_emergence.fresh()[0], init_device_mesh("cpu", (2,))
+for part in (*model.transformer.h, model):
+    fully_shard(part, mesh=mesh)
+watching = test_emergence.callback(every=10, contrast="block")
+trainer = test_emergence.trainer_of("library", out, [watching], model=model, max_steps=20, ddp_backend="gloo")
+trainer.accelerator.prepare_model = lambda model, **_: model  # which on a CPU copies weights and never shards them
+trainer.train()
+assert all("DTensor" in str(type(parameter)) for parameter in model.parameters())
+weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+if torch.distributed.get_rank() == 0:
+    torch.save(weights, out / "whole.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_weights_in_shards_show_what_they_show_as_a_whole(tmp_path: Path) -> None:
+    """FSDP 2 in two processes: the table against plain models with the weights before and after."""
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED.format(paths=[str(Path(__file__).parent), str(Path(ms.__file__).parents[1])]))
+    both = ["-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *both, str(script), str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = pd.read_parquet(tmp_path / "emergence.parquet").to_dict("records")
+    assert [row["step"] for row in rows] == [0, 10, 20]
+    model, tokenizer = fresh()
+    watcher = Watcher(model, tokenizer, LittleFacts(), 16, contrast="block")
+    first = watcher.measure()
+    model.load_state_dict(torch.load(tmp_path / "whole.pt", weights_only=True))
+    last = watcher.measure()
+    assert first["margin"] != last["margin"]
+    for row, wanted in ((rows[0], first), (rows[2], last)):
+        for name in wanted:
+            if not name.startswith("cosine"):  # with the measurement before, which is that of step 10
+                assert row[name] == pytest.approx(wanted[name], abs=1e-5, nan_ok=True), name
+
+
+class Launched:
+    """What a trainer is known by when a launcher shards."""
+
+    def __init__(self, version: int, deepspeed: bool = False) -> None:
+        self.is_deepspeed_enabled = deepspeed
+        self.accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=version)))
+
+
+def test_shards_that_a_pass_does_not_gather_are_refused() -> None:
+    _check_shards(Launched(2))
+    with pytest.raises(InputError, match=r"^fsdp: version 1 wraps what it shards; use version 2"):
+        _check_shards(Launched(1))
+    with pytest.raises(InputError, match=r"^deepspeed: weights are in shards while this trains"):
+        _check_shards(Launched(2, deepspeed=True))
 
 
 def test_the_curve_of_checkpoints_is_that_of_the_callback(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ class BehaviourCallback(TrainerCallback):
         seconds: that the measurements took.
 
     The training is not touched: its losses are the same without the callback. In several processes each measures, on
-    the same questions, and the first one writes.
+    the same questions, and the first one writes; weights that FSDP 2 shards are gathered as they are in training.
     """
 
     def __init__(
@@ -100,15 +100,15 @@ class BehaviourCallback(TrainerCallback):
     ) -> None:
         """Draw the questions and measure what the model shows before; go on with the table of a resumed training.
 
-        Raises InputError where the trainer never evaluates and ``every`` is not given, or shards the weights.
+        Raises InputError where the trainer never evaluates and ``every`` is not given, or shards the weights otherwise
+        than FSDP 2 does.
         """
         if self.every is None and str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "no":
             raise InputError(
                 "every: this trainer does not evaluate (eval_strategy); give the steps between measurements"
             )
         trainer = _trainer_of(state)
-        if args.fsdp or getattr(args, "deepspeed", None) or _in_shards(trainer):
-            raise InputError("fsdp: weights are in shards while this trains; measure its checkpoints instead")
+        _check_shards(trainer)
         self._trainer = weakref.ref(trainer) if trainer is not None else None
         path, self.curve, self._saved, self._asked = Path(str(args.output_dir)) / FILE, Curve(), False, False
         if state.global_step and path.is_file():
@@ -204,9 +204,17 @@ def _of_the_first_process(args: Any, *decided: bool) -> list[bool]:
     return [bool(one) for one in told.tolist()]
 
 
-def _in_shards(trainer: Any) -> bool:
-    """Whether a trainer shards weights, as a launcher may have told it."""
-    return any(getattr(trainer, f"is_{name}_enabled", False) for name in ("fsdp", "deepspeed"))
+def _check_shards(trainer: Any) -> None:
+    """Refuse weights in shards that no forward pass of the model itself gathers; FSDP 2 gathers them by its hooks."""
+    if trainer is None:
+        return
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version != 2:
+        raise InputError(
+            "fsdp: version 1 wraps what it shards; use version 2 (fsdp_config), or measure its checkpoints"
+        )
+    if trainer.is_deepspeed_enabled:
+        raise InputError("deepspeed: weights are in shards while this trains; measure its checkpoints instead")
 
 
 def _trainer_of(state: TrainerState) -> Any:

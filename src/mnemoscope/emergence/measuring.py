@@ -148,7 +148,7 @@ class Watcher:
 
 @contextmanager
 def undisturbed(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients inside the context; afterwards modes and all random states are as before."""
+    """Evaluation mode and no gradients inside the context; afterwards modes, shards and random states are as before."""
     modes = {module: module.training for module in model.modules()}
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
@@ -159,6 +159,8 @@ def undisturbed(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+            if callable(reshard := getattr(module, "reshard", None)):  # FSDP 2 keeps what the root gathered
+                reshard()
         torch.set_rng_state(states[0])
         np.random.set_state(states[1])
         random.setstate(states[2])
