@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from mnemoscope.report.arena import Records, arena_name, results_of
+from mnemoscope.report.arena import KEPT, TOWARDS, Records, arena_name, results_of
 from mnemoscope.report.arena_page import across_tables, facts_of, sentence, tables_of
 from mnemoscope.report.page import Table
+from mnemoscope.report.words import percent
+from mnemoscope.statistics import Estimate, mean
+
+OURS = ("gradient", "learned", "low-rank")
+STAY = {"agreeing": 0.97, "bare": 0.95}
+RIVALS = {"first": "the first that takes one pass", "prompt": "the best wording", "cad": "contrastive decoding"}
 
 HEAD = """# Arena
 
@@ -34,18 +41,77 @@ def main() -> None:
 def page(runs: Sequence[Path]) -> Iterator[str]:
     """The parts of the page."""
     yield HEAD
-    found = [results_of(Records.of(run / "arena")) for run in runs]
+    records = [Records.of(run / "arena") for run in runs]
+    found = [results_of(one) for one in records]
     if len(found) > 1:
         yield "## Side by side\n"
         for table in across_tables(found):
             yield markdown(table)
+    yield "## Aims\n"
+    for table in aims(records, found):
+        yield markdown(table)
     for results in found:
         yield f"## {arena_name(results)}\n\n{facts_of(results)}\n"
-        for toward in ("generalized", "memorized"):
+        for toward in TOWARDS:
             yield f"- {sentence(results, toward)}"
         yield ""
         for table in tables_of(results):
             yield markdown(table)
+
+
+def aims(records: Sequence[Records], found: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
+    """In how many directions the best of our methods by the tune split meets each aim, and the comparisons."""
+    told = [
+        compared(record, results, toward)
+        for record, results in zip(records, found, strict=True)
+        for toward in TOWARDS
+        if set(OURS) & set(results["methods"])
+    ]
+    if told:
+        counted = [[aim, f"{sum(met[aim] for _, met in told)} of {len(told)}"] for aim in told[0][1]]
+        yield Table("Directions in which an aim is met", ["aim", "directions"], counted)
+        names = ["arena", "toward", "ours by tune", *(f"minus {said}" for said in RIVALS.values())]
+        yield Table("Wanted answers, and differences in points", names, [row for row, _ in told])
+
+
+def compared(record: Records, results: Mapping[str, Any], toward: str) -> tuple[list[str], dict[str, bool]]:
+    """One direction: a row of the table, and whether each aim is met."""
+    methods = {name: cell[toward] for name, cell in results["methods"].items()}
+    mine = [name for name in OURS if name in methods]  # in this order, so that a tie on tune is the first's
+    ours = max(mine, key=lambda name: methods[name]["tune"]["wanted"] - methods[name]["tune"]["lost"])
+    one_pass = [name for name in methods if results["methods"][name]["passes"] == 1]
+    first = max(one_pass, key=lambda name: methods[name]["wanted"]["estimate"])
+    ahead = {
+        rival: more(record, toward, ours, name)
+        for rival, name in zip(RIVALS, (first, "prompt", "cad"), strict=True)
+        if name in methods
+    }
+    gated = methods[ours]["gated"]
+    mixed = {name: (cell["gated"] or cell["mix"])["estimate"] for name, cell in methods.items()}
+    met = {
+        f"not surely below {RIVALS['first']}": ahead["first"].high >= 0,
+        f"surely above {RIVALS['prompt']}": "prompt" in ahead and ahead["prompt"].low > 0,
+        f"surely above {RIVALS['cad']}": "cad" in ahead and ahead["cad"].low > 0,
+        "0.97 of agreeing texts and 0.95 of bare questions stay behind the gate": gated is not None
+        and all(gated["right"][kept] >= STAY[kept] for kept in KEPT),
+        "first on the mix, behind the gate": mixed[ours] >= max(mixed.values()),
+    }
+    wanted = methods[ours]["wanted"]
+    told = f"{ours} {percent(wanted['estimate'])} ({100 * wanted['low']:.0f} to {100 * wanted['high']:.0f})"
+    differences = [difference(ahead[rival]) if rival in ahead else "-" for rival in RIVALS]
+    differences[0] = f"{first} {differences[0]}"
+    return [arena_name(results), toward, told, *differences], met
+
+
+def more(record: Records, toward: str, ours: str, other: str) -> Estimate:
+    """How much more of the conflicts one method gets its way than another; one number where it is itself."""
+    hits = [(record.labels(name, toward, "conflict") == toward).astype(float) for name in (ours, other)]
+    return mean(hits[0] - hits[1], record.groups("conflict"))
+
+
+def difference(found: Estimate) -> str:
+    """A difference of shares in points."""
+    return f"{100 * found.estimate:+.0f} ({100 * found.low:+.0f} to {100 * found.high:+.0f})"
 
 
 def markdown(table: Table) -> str:

@@ -126,6 +126,14 @@ def test_the_page_and_its_markdown_show_every_method(finished: Path, tmp_path: P
     for name in (*CHEAP, "unsteered"):
         assert f'<th scope="row">{name}</th>' in page
         assert f"| {name} | " in done.stdout
+    aims = done.stdout.split("## Aims")[1].split("## ")[0]
+    results = results_of(Records.of(finished / "arena"))
+    for toward in ("generalized", "memorized"):
+        (ours,) = [name for name in ("gradient", "learned", "low-rank") if name in CHEAP]  # so it is the best of ours
+        difference = results["methods"][ours][toward]["tests"]["prompt"]["difference"]
+        assert aims.count(f"| {toward} | {ours} ") == 2
+        assert f"{100 * difference['estimate']:+.0f} ({100 * difference['low']:+.0f} to " in aims
+    assert "| not surely below the first that takes one pass | " in aims
     build_arena(finished)
 
 
