@@ -81,11 +81,8 @@ def compared(record: Records, results: Mapping[str, Any], toward: str) -> tuple[
     ours = max(mine, key=lambda name: methods[name]["tune"]["wanted"] - methods[name]["tune"]["lost"])
     one_pass = [name for name in methods if results["methods"][name]["passes"] == 1]
     first = max(one_pass, key=lambda name: methods[name]["wanted"]["estimate"])
-    ahead = {
-        rival: more(record, toward, ours, name)
-        for rival, name in zip(RIVALS, (first, "prompt", "cad"), strict=True)
-        if name in methods
-    }
+    ahead = {name: Estimate(**test["difference"]) for name, test in methods[ours]["tests"].items()}
+    ahead["first"] = more(record, toward, ours, first)
     gated = methods[ours]["gated"]
     mixed = {name: (cell["gated"] or cell["mix"])["estimate"] for name, cell in methods.items()}
     met = {

@@ -309,7 +309,7 @@ for part in (*model.transformer.h, model):
     fully_shard(part, mesh=mesh)
 watching = test_emergence.callback(every=10, contrast="block")
 trainer = test_emergence.trainer_of("library", out, [watching], model=model, max_steps=20, ddp_backend="gloo")
-trainer.accelerator.prepare_model = lambda model, **_: model  # which on a CPU copies weights and never shards them
+trainer.accelerator.prepare_model = lambda model, **_: model  # on a CPU it shards nothing, and wraps
 trainer.train()
 assert all("DTensor" in str(type(parameter)) for parameter in model.parameters())
 weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

@@ -89,14 +89,13 @@ FEWER = FEW | {
     | {"behaviour_examples": 160, "held_out_examples": 40}
 }
 SHORTER = FEWER | {"steering": {"low_rank": {"steps": 16, "refits": 0}}}
+NOT_LEARNED = ("standardized-nmd", "gradient", "low-rank")
 LEVELS = (
     Level("nothing", 1.15, 94_800),
     Level("dose curves, ablations and divergence on neutral text", 1.07, 88_800, FEW),
-    Level("learned shifts", 1.0, 84_000, FEW, ("standardized-nmd", "gradient", "low-rank")),
-    Level("half of the examples", 0.92, 78_400, FEWER, ("standardized-nmd", "gradient", "low-rank")),
-    Level(
-        "half of the steps of low-rank shifts", 0.92, 61_000, SHORTER, ("standardized-nmd", "gradient", "low-rank"), 0.5
-    ),
+    Level("learned shifts", 1.0, 84_000, FEW, NOT_LEARNED),
+    Level("half of the examples", 0.92, 78_400, FEWER, NOT_LEARNED),
+    Level("half of the steps of low-rank shifts", 0.92, 61_000, SHORTER, NOT_LEARNED, 0.5),
     Level("low-rank shifts", 0.77, 40_500, FEWER, ("standardized-nmd", "gradient"), 0.5),
 )
 
