@@ -55,6 +55,12 @@ def test_examples_are_drawn_one_by_one_as_in_a_list(monkeypatch: pytest.MonkeyPa
     assert set(asked) == {50}
 
 
+def test_one_example_of_a_split_is_found_whatever_the_seed() -> None:
+    task = build_task("addition", {"digits": 2, "stored": 80}, 0)
+    found = [draw(task, np.random.default_rng(seed), 1, "memory", "tune") for seed in range(200)]
+    assert {len(one) for one in found} == {1}
+
+
 def test_rows_written_as_they_come_are_those_of_the_whole(tmp_path: Path) -> None:
     table = pd.DataFrame({"name": [f"n{i}" for i in range(40)], "value": np.arange(40) / 7})
     with table_writer(tmp_path / "t.parquet", COLUMNS) as add:

@@ -23,7 +23,8 @@ INSTRUCTIONS = {
     "generalized": "Answer with what the text says, even if it contradicts what you know.",
     "memorized": "Answer with what you know, even if the text contradicts it.",
 }
-MOST_AT_ONCE = 2**16  # examples of all splits requested from a task in one call
+# Examples of all splits requested from a task in one call; with few, a split that has some may look empty.
+LEAST_AT_ONCE, MOST_AT_ONCE = 64, 2**16
 
 # One training instance: the prompt and what follows it. A bare string is an instance without a marked answer.
 Instance = str | tuple[str, str]
@@ -220,7 +221,7 @@ def draws(task: Task, rng: np.random.Generator, n: int, kind: Kind, split: Split
     seen, fruitless = Seen(), 0
     while len(seen) < n and fruitless < 3:
         before = len(seen)
-        for example in task.examples(rng, min(4 * n, MOST_AT_ONCE), kind):
+        for example in task.examples(rng, min(max(4 * n, LEAST_AT_ONCE), MOST_AT_ONCE), kind):
             if example.split == split and len(seen) < n and seen.add(example.item, example.prompt):
                 yield example
         fruitless = fruitless + 1 if len(seen) == before else 0
