@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -16,24 +17,28 @@ from mnemoscope.statistics import overlap, overlap_by_chance
 
 Said = tuple[str, bool | None]  # a figure in words, and whether the claim holds; None: it cannot be told
 TOP = 0.1  # of the neurons, as in the second version
+VERDICTS = {True: "holds", False: "does not", None: "cannot be told"}
 
 
-def claims() -> dict[str, Callable[[TaskResults], Said]]:
-    """Each claim with how a task answers it."""
+def claims() -> dict[str, tuple[str, Callable[[TaskResults], Said]]]:
+    """Each claim: what the paper gives, and how a task answers it."""
     return {
-        "one model shows both behaviours (each at least a fifth of conflicts)": both,
-        "some phrasings of one item flip (0.11 and 0.085)": flips,
-        "the difference grows with depth (mean NMD, last third over first)": grows,
-        "where one neuron tells most (the paper: addition in the last layer, inference not)": largest,
-        "single neurons tell the behaviours apart (share significant, family-wise)": neurons,
-        "a probe predicts the behaviour, better than the input alone": predicts,
-        "deeper layers predict better (last over first)": deeper,
-        "more data predict better (all fit pairs over the fewest)": data,
-        "NMD steers to generalized (0.837), whatever its controls do": lambda task: paper(task, "to_generalized"),
-        "NMD steers to memorized (0.899), whatever its controls do": lambda task: paper(task, "to_memorized"),
-        "the best method steers 0.8 to generalized, more than any control": lambda task: steers(task, "to_generalized"),
-        "the best method steers 0.8 to memorized, more than any control": lambda task: steers(task, "to_memorized"),
-        "random shifts do next to nothing (strongest control, both directions)": controls,
+        "One model shows both behaviours": ("yes; here: each at least 0.2 of the conflicts", both),
+        "Some phrasings of one item flip the behaviour": ("0.11 and 0.085 of them", flips),
+        "The difference grows with depth": ("yes; here: mean NMD, last third of the layers over first", grows),
+        "Where one neuron tells most": ("addition: the last layer; inference: not the last", largest),
+        "Single neurons tell the behaviours apart": ("no test; here: share significant, family-wise", neurons),
+        "A probe predicts the behaviour": ("yes; here: better than the input alone", predicts),
+        "Deeper layers predict better": ("yes; here: last layer over first", deeper),
+        "More data predict better": ("yes; here: all fit pairs over the fewest", data),
+        "NMD steers to generalized": ("0.837; here: 0.8, whatever its controls do", partial(paper, "to_generalized")),
+        "NMD steers to memorized": ("0.899; here: 0.8, whatever its controls do", partial(paper, "to_memorized")),
+        "The best method steers to generalized": (
+            "here: 0.8, more than any control",
+            partial(steers, "to_generalized"),
+        ),
+        "The best method steers to memorized": ("here: 0.8, more than any control", partial(steers, "to_memorized")),
+        "Random shifts do next to nothing": ("yes; here: the strongest control, at most 0.2", controls),
     }
 
 
@@ -82,15 +87,18 @@ def data(task: TaskResults) -> Said:
     return f"{most.estimate:.2f} over {least.estimate:.2f}", bool(most.estimate > least.high)
 
 
-def paper(task: TaskResults, direction: Direction) -> Said:
-    """The paper's way: NMD at the setting that steers most on tune."""
+def paper(direction: Direction, task: TaskResults) -> Said:
+    """The paper's way: NMD at the setting that steers most on tune; else at the setting chosen with its controls."""
     found = task.unpenalized.get(direction)
-    if found is None or not found.shift.known:
+    if found is not None and found.shift.known:
+        return f"{value(found.shift)}, control {found.control.estimate:.2f}", found.shift.estimate >= 0.8
+    chosen = task.steering_by_method.get("nmd", {}).get(direction)
+    if chosen is None or not chosen.pairs.shift.known:
         return "not tried", None
-    return f"{value(found.shift)}, control {found.control.estimate:.2f}", found.shift.estimate >= 0.8
+    return f"{value(chosen.pairs.shift)}, chosen by its controls too", chosen.pairs.shift.estimate >= 0.8
 
 
-def steers(task: TaskResults, direction: Direction) -> Said:
+def steers(direction: Direction, task: TaskResults) -> Said:
     """The best method by the tune split, on test pairs."""
     found = task.steering[direction]
     drawn = [control for control in found.controls.values() if control.pairs.shift.known]
@@ -139,23 +147,36 @@ def alike(run: Path) -> Iterator[tuple[str, str]]:
 
 
 def main(runs: list[Path]) -> None:
-    """Print the table."""
-    tasks = {}
+    """Print the tables: all claims in short, each of them by task, and how alike two cells are."""
+    tasks: dict[str, TaskResults] = {}
     for run in runs:
         results = Results.model_validate(json.loads((run / "results.json").read_text()))
         tasks |= {f"{label} ({run.name})": task for label, task in results.tasks.items()}
-    print("| claim | " + " | ".join(tasks) + " |")
-    print("|---" * (len(tasks) + 1) + "|")
-    for claim, answer in claims().items():
-        cells = []
-        for task in tasks.values():
-            told, holds = answer(task)
-            cells.append(told + {True: ": holds", False: ": does not", None: ""}[holds])
-        print(f"| {claim} | " + " | ".join(cells) + " |")
-    print(f"\n| two cells, the strongest {TOP:.0%} of neurons | in common |\n|---|---|")
+    # A packaged model's weights are named in the results; the others were trained from scratch.
+    kinds = {"small models": [], "pretrained models": []}
+    for label, task in tasks.items():
+        kinds["pretrained models" if task.weights else "small models"].append(label)
+    answers = {claim: {label: answer(task) for label, task in tasks.items()} for claim, (_, answer) in claims().items()}
+    print("| claim | the paper | " + " | ".join(kinds) + " |\n" + "|---" * (2 + len(kinds)) + "|")
+    for claim, (given, _) in claims().items():
+        found = [counted([answers[claim][label][1] for label in labels]) for labels in kinds.values()]
+        print(f"| {claim} | {given} | " + " | ".join(found) + " |")
+    for claim, said in answers.items():
+        print(f"\n**{claim}**\n\n| task | seeds | figure | |\n|---|---|---|---|")
+        for label, (figure, holds) in said.items():
+            print(f"| {label} | {len(tasks[label].seeds)} | {figure} | {VERDICTS[holds]} |")
+    print(
+        f"\n**Two cells of one width: the strongest {TOP:.0%} of neurons in common**\n\n| cells | shared |\n|---|---|"
+    )
     for run in runs:
         for two, told in alike(run):
             print(f"| {two} | {told} |")
+
+
+def counted(verdicts: list[bool | None]) -> str:
+    """In how many tasks a claim holds."""
+    known = [holds for holds in verdicts if holds is not None]
+    return f"holds in {sum(known)} of {len(known)}" if known else "-"
 
 
 if __name__ == "__main__":
