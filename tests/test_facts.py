@@ -77,14 +77,14 @@ def test_a_rephrasing_keeps_item_and_frame(task: FactsTask) -> None:
 
 
 def test_the_examples_are_those_of_the_published_figures() -> None:
-    """Digests that version 0.1 (commit b637576) gave: every prompt, answer and split, in order (countryinfo 1.0)."""
+    """Digests of every prompt, answer and split, in the order of version 0.2 (countryinfo 1.0)."""
     task = build_task("facts", {"held_out_relations": ["language"], "wrong_values": 2}, 0)
     known = task.knowing({example.item for n, example in enumerate(task.facts_to_know()) if n % 3 == 0})
-    assert digest(task) == "231ec8438949c878"
-    assert digest(known) == "37e76095d6ae303c"
+    assert digest(task) == "7c12391d38d3d992"
+    assert digest(known) == "44679767a64553a6"
     assert {name: digest(part) for name, part in known.held_out().items()} == {
-        "frame": "10300f868bc0e72a",
-        "relation": "92bf416683a36e39",
+        "frame": "a7d17e997de4a128",
+        "relation": "1802184f9c33240b",
     }
 
 
@@ -101,6 +101,18 @@ def digest(task: Task) -> str:
         rows += [task.split_reply(example.prompt) for example in examples[::100]]
     rows += [example.to_row() for example in task.facts_to_know()]
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def test_one_known_fact_more_moves_no_other_example() -> None:
+    task = build_task("facts", {}, 0)
+    items = sorted(example.item for example in task.facts_to_know())
+    drawn = [
+        [example.prompt for example in task.knowing(set(known)).examples(np.random.default_rng(3), 200, "conflict")]
+        for known in (items, [item for item in items if not item.startswith("capital|Japan")])
+    ]
+    assert [prompt for prompt in drawn[0] if "Japan" not in prompt] == drawn[1][
+        : 200 - sum("Japan" in p for p in drawn[0])
+    ]
 
 
 def test_no_country_weighs_more_for_being_known_better(task: FactsTask) -> None:

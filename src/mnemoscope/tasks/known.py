@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from hashlib import blake2b
 from itertools import count, product
 from typing import Any, Self
 
@@ -129,11 +130,11 @@ class KnownTask(Task):
     def examples(self, rng: np.random.Generator, n: int, kind: Kind) -> list[Example]:
         """At most ``n``, as evenly by group as possible.
 
-        ``memory``: bare questions, and contexts that agree; ``novel``: what no model can know.
+        ``memory``: bare questions, and contexts that agree; ``novel``: what no model can know. The order is that of
+        hashes, so that one fact more or less that the model knows leaves the order of all others as it was.
         """
-        of_kind = self._everything[kind]
-        rounds: dict[str, Iterator[int]] = defaultdict(count)
-        shuffled = (of_kind[i] for i in rng.permutation(len(of_kind)))
+        salt, rounds = rng.bytes(16), defaultdict[str, Iterator[int]](count)
+        shuffled = sorted(self._everything[kind], key=lambda spec: _hashed(spec, salt))
         chosen = sorted(shuffled, key=lambda spec: next(rounds[self._group(spec[0])]))[:n]
         return [self._example(kind, *spec) for spec in chosen]
 
@@ -174,6 +175,11 @@ class KnownTask(Task):
         if kind == "conflict":
             answers = {"memorized": f" {self.facts[fact]}", "generalized": f" {value}"}
         return Example(item, prompt, kind, group, family, self.split_of[group], **answers)
+
+
+def _hashed(spec: Spec, salt: bytes) -> bytes:
+    fact, value, family, frame, how = spec
+    return blake2b("|".join((*fact, value, family, frame, *how.values())).encode(), key=salt).digest()
 
 
 def values_of(facts: Mapping[Fact, str]) -> dict[str, list[str]]:
