@@ -57,18 +57,18 @@ def grows(task: TaskResults) -> Said:
     found = np.array(task.contrast.mean_abs_nmd)
     third = max(1, len(found) // 3)
     ratio = found[-third:].mean() / found[:third].mean()
-    return f"{ratio:.1f} times", bool(ratio > 1)
+    return (f"{ratio:.1f} times", bool(ratio > 1)) if np.isfinite(ratio) else ("-", None)
 
 
 def largest(task: TaskResults) -> Said:
     found = task.contrast.max_abs_rho
     place = int(np.argmax(found))
-    return f"layer {place} of {len(found)}, rho {found[place]:.2f}", None
+    return f"layer {place} of {len(found)}, rho {found[place]:.2f}" if np.isfinite(found[place]) else "-", None
 
 
 def neurons(task: TaskResults) -> Said:
     found = task.contrast.significant
-    return value(found), found.estimate > 0
+    return value(found), found.estimate > 0 if found.known else None
 
 
 def predicts(task: TaskResults) -> Said:
@@ -78,11 +78,15 @@ def predicts(task: TaskResults) -> Said:
 
 
 def deeper(task: TaskResults) -> Said:
+    if not task.probe.best.accuracy.known:
+        return "-", None
     first, last = task.probe.accuracy[0], task.probe.accuracy[-1]
     return f"{last.estimate:.2f} over {first.estimate:.2f}", told_apart(last, first)
 
 
 def data(task: TaskResults) -> Said:
+    if "all" not in task.learning.accuracy:
+        return "-", None
     least, most = next(iter(task.learning.accuracy.values())), task.learning.accuracy["all"]
     return f"{most.estimate:.2f} over {least.estimate:.2f}", bool(most.estimate > least.high)
 
@@ -101,6 +105,8 @@ def paper(direction: Direction, task: TaskResults) -> Said:
 def steers(direction: Direction, task: TaskResults) -> Said:
     """The best method by the tune split, on test pairs."""
     found = task.steering[direction]
+    if not found.pairs.shift.known:
+        return "not tried", None
     drawn = [control for control in found.controls.values() if control.pairs.shift.known]
     told = f"{value(found.pairs.shift)} ({found.chosen.method})"
     more = all(control.exceeded["pairs"] for control in drawn)
@@ -125,33 +131,45 @@ def told_apart(more: Estimate, less: Estimate) -> bool | None:
 
 
 def value(found: Estimate) -> str:
-    """An estimate with its interval."""
+    """A share with its interval, cut to what a share can be."""
     if not found.known:
         return "-"
-    return f"{found.estimate:.2f}" + ("" if np.isnan(found.low) else f" ({found.low:.2f} to {found.high:.2f})")
+    low, high = max(0.0, found.low), min(1.0, found.high)
+    return f"{found.estimate:.2f}" + ("" if np.isnan(found.low) else f" ({low:.2f} to {high:.2f})")
 
 
-def alike(run: Path) -> Iterator[tuple[str, str]]:
-    """Two cells of one model each time: the share of the strongest neurons that they have in common, and chance."""
+def seeds_alike(results: Results) -> Iterator[tuple[str, str]]:
+    """The share of the strongest neurons that two seeds of one task have in common, and what chance gives."""
+    for label, rows in results.seeds.items():
+        for row in rows:
+            if row.what == "overlap_in_layers" and row.top == TOP:
+                yield (
+                    f"{label}, {row.site}, {row.twos} twos of seeds",
+                    f"{value(row.value)}, chance {row.chance.estimate:.2f}",
+                )
+
+
+def tasks_alike(run: Path) -> Iterator[tuple[str, str]]:
+    """The same of two tasks of one seed, whose models have one shape."""
     found = {}
     for path in sorted((run / "cells").glob("*/contrast.safetensors")):
         facts = json.loads((path.parent / "cell.json").read_text())
-        found[path.parent.name] = facts["label"], Contrast.load(path)
-    for (first, (label, a)), (second, (other, b)) in combinations(found.items(), 2):
-        if a.rho_LD.shape != b.rho_LD.shape:
+        found[facts["label"], facts["seed"]] = Contrast.load(path)
+    for ((label, seed), a), ((other, other_seed), b) in combinations(found.items(), 2):
+        if label == other or seed != other_seed or a.rho_LD.shape != b.rho_LD.shape:
             continue
-        chance = overlap_by_chance(a.top_neurons(TOP), b.top_neurons(TOP))
-        shared = overlap(a.top_neurons(TOP), b.top_neurons(TOP))
-        kind = "seeds" if label == other else "tasks"
-        yield f"{first}, {second} ({kind})", f"{shared:.2f}, chance in layers {chance.estimate:.2f}"
+        tops = a.top_neurons(TOP), b.top_neurons(TOP)
+        chance = overlap_by_chance(*tops).estimate
+        yield f"{label} and {other}, seed {seed}", f"{overlap(*tops):.2f}, chance in layers {chance:.2f}"
 
 
 def main(runs: list[Path]) -> None:
-    """Print the tables: all claims in short, each of them by task, and how alike two cells are."""
-    tasks: dict[str, TaskResults] = {}
+    """Print the tables: all claims in short, each of them by task, and how alike seeds and tasks are."""
+    tasks, same = dict[str, TaskResults](), list[tuple[str, str]]()
     for run in runs:
         results = Results.model_validate(json.loads((run / "results.json").read_text()))
         tasks |= {f"{label} ({run.name})": task for label, task in results.tasks.items()}
+        same += [*seeds_alike(results), *tasks_alike(run)]
     # A packaged model's weights are named in the results; the others were trained from scratch.
     kinds = {"small models": [], "pretrained models": []}
     for label, task in tasks.items():
@@ -165,12 +183,9 @@ def main(runs: list[Path]) -> None:
         print(f"\n**{claim}**\n\n| task | seeds | figure | |\n|---|---|---|---|")
         for label, (figure, holds) in said.items():
             print(f"| {label} | {len(tasks[label].seeds)} | {figure} | {VERDICTS[holds]} |")
-    print(
-        f"\n**Two cells of one width: the strongest {TOP:.0%} of neurons in common**\n\n| cells | shared |\n|---|---|"
-    )
-    for run in runs:
-        for two, told in alike(run):
-            print(f"| {two} | {told} |")
+    print(f"\n**The strongest {TOP:.0%} of neurons in common**\n\n| what is compared | shared |\n|---|---|")
+    for two, told in same:
+        print(f"| {two} | {told} |")
 
 
 def counted(verdicts: list[bool | None]) -> str:

@@ -288,3 +288,17 @@ def test_the_page_fits_the_screen(run: Path, browser: Any, width: int) -> None:
     shown = tab.evaluate("[...document.querySelectorAll('.hint')].filter(p => p.getClientRects().length).length")
     assert (shown > 0) == (width == 390)  # wide tables say that they go on
     tab.close()
+
+
+def test_claims_and_tables_are_printed_of_any_run(run: Path, nothing_flips: Path) -> None:
+    def printed(script: str, *runs: Path) -> str:
+        command = [sys.executable, str(Path(__file__).parents[1] / "docs" / script), *map(str, runs)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    claims = printed("claims.py", run, nothing_flips)
+    assert "| addition (run) | 1 |" in claims
+    assert "| inference (nothing) | 1 | -" in claims
+    results = Results.model_validate_json((run / "results.json").read_text())
+    shared = next(r for r in results.seeds["inference"] if r.what == "overlap_in_layers" and r.top == 0.1)
+    assert f"| inference, block, 1 twos of seeds | {shared.value.estimate:.2f}" in claims
+    assert "### " in printed("review.py", run)
