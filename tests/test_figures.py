@@ -1,0 +1,76 @@
+"""Every page that gives figures names a command that gives them."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+from mnemoscope.cli import app
+
+ROOT = Path(__file__).parents[1]
+# The log names commits; the others hold no measurements: what was run when, columns, defaults.
+WITHOUT = {"LOG.md", "LOG-archive.md", "SEEDS.md", "RECORDS.md", "STUDY.md"}
+PAGES = [ROOT / "README.md", *(p for p in sorted((ROOT / "docs").glob("*.md")) if p.name not in WITHOUT)]
+FIGURE = re.compile(
+    r"(?<![\w./-])\d+\.\d+(?![\w.])"  # 0.93
+    r"|(?<![\w./-])\d[\d,]*\xa0?\s?%"  # 93 %
+    r"|(?<![\w./-])\d[\d,]*\xa0?\s(?:s|ms|min|h|seconds|minutes|hours|GiB|GB|MB|times)\b"
+)
+COMMAND = re.compile(
+    r"(?:`|^)(mnemoscope [^`\n]+|python [^`\n]+|make [^`\n]+|(?:docs|benchmarks|examples|tests|scripts)/[^`\s]+)(?:`|$)",
+    flags=re.MULTILINE,
+)
+ON_PAPER = "Computed on paper"
+# Numbers that are no measurements: versions, papers, the level of intervals.
+NO_FIGURES = re.compile(r"arXiv\S* \d+\.\d+|(?:Python|vLLM) \d+\.\d+|version \d+\.\d+|95 % interval")
+
+
+def figures(text: str) -> list[str]:
+    """The figures of a text, outside of code and links."""
+    prose = re.sub(r"^```.*?^```|`[^`]*`|\]\([^)]*\)", "", text, flags=re.DOTALL | re.MULTILINE)
+    return FIGURE.findall(NO_FIGURES.sub("", prose))
+
+
+def source(text: str) -> bool:
+    """Whether a text names a command, or says that no machine was asked."""
+    return bool(COMMAND.search(text)) or ON_PAPER in text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_figures_are_given_by_a_command_that_is_named(page: Path) -> None:
+    """In the section of the figures, or in the first one of the page, which is about all of them."""
+    first, *others = re.split(r"^(?=##+ )", page.read_text(), flags=re.MULTILINE)
+    nameless = {part.splitlines()[0]: figures(part) for part in (first, *others) if not (source(first) or source(part))}
+    assert not {heading: found for heading, found in nameless.items() if found}
+
+
+def test_the_commands_exist() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for page in PAGES:
+        for line in COMMAND.findall(page.read_text()):
+            first, *rest = shlex.split(line)
+            if first == "mnemoscope":
+                assert rest[0] in commands, f"{page.name}: {line}"
+            elif first == "make":
+                assert rest[0] in targets, f"{page.name}: {line}"
+            else:
+                path = first if first != "python" else rest[0]
+                assert rest[0] == "-m" if first == "python" and rest[0] == "-m" else (ROOT / path.split("::")[0]).exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("It turns 0.93 of them.", ["0.93"]),
+        ("It takes 12 min, 4 % more.", ["12 min", "4 %"]),
+        ("`alpha` 0.5 of `--gate 0.4`", ["0.5"]),
+        ("arXiv 2412.18497, Python 3.11, version 0.1, layer 12 of 30", []),
+    ],
+)
+def test_what_a_figure_is(text: str, found: list[str]) -> None:
+    assert figures(text) == found
