@@ -25,6 +25,7 @@ from mnemoscope.report.page import tint
 from mnemoscope.report.records import read_run
 from mnemoscope.report.results import compute_results
 from mnemoscope.report.schema import Results, TaskResults
+from mnemoscope.report.summary import damage
 from mnemoscope.report.words import interval, percent, points, ranged
 from mnemoscope.statistics import Estimate
 
@@ -302,3 +303,16 @@ def test_claims_and_tables_are_printed_of_any_run(run: Path, nothing_flips: Path
     shared = next(r for r in results.seeds["inference"] if r.what == "overlap_in_layers" and r.top == 0.1)
     assert f"| inference, block, 1 twos of seeds | {shared.value.estimate:.2f}" in claims
     assert "### " in printed("review.py", run)
+
+
+@pytest.mark.parametrize(
+    ("other", "kept", "told"),
+    [
+        (0.15, -0.1, ""),
+        (0.27, 0.02, "on test the vector leaves 27\xa0% answered neither way; "),
+        (math.nan, -0.2, "on test the vector leaves 20\xa0% of what it should keep lost; "),
+        (0.4, math.nan, "on test the vector leaves 40\xa0% answered neither way; "),
+    ],
+)
+def test_the_summary_begins_with_what_a_vector_breaks(other: float, kept: float, told: str) -> None:
+    assert damage(Estimate(other, 0.0, 1.0, 20), {"memory": Estimate(kept, -1.0, 1.0, 20)}) == told

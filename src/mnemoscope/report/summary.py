@@ -18,6 +18,7 @@ from mnemoscope.strict import read_json
 
 VECTOR = "this vector"
 BEYOND = "no vector keeps the limits of what may be lost or answered neither way; "
+MOST_OTHER, MOST_LOST = 0.15, 0.1  # of test examples; settings are chosen within narrower limits on tune
 GROUPS_NEEDED = 30  # with which an interval of a share is about 15 points to either side
 OPTIONAL = ("weights", "detect_auroc")  # of a brief: left out where there is none
 
@@ -43,7 +44,7 @@ class DirectionSummary(BaseModel):
         ways = {VECTOR: found.shift, **other_ways(task, direction)}
         chosen = block.chosen if aim == "pairs" else block.chosen_conflict
         return cls(
-            advice=("" if chosen.within_limits else BEYOND) + advice(ways),
+            advice=("" if chosen.within_limits else BEYOND) + damage(found.other, block.lost(aim)) + advice(ways),
             ways=ways,
             aim=aim,
             chosen=chosen,
@@ -68,6 +69,15 @@ class DirectionSummary(BaseModel):
             f"{name}, largest loss": words.largest_loss(self.collateral, direction),
             f"{name}, setting": setting + ("" if chosen.within_limits else ", beyond the limits"),
         }
+
+
+def damage(other: Estimate, collateral: dict[str, Estimate]) -> str:
+    """What the vector breaks on the test split, where that is more than is wanted; else nothing."""
+    kept = collateral.get("memory")
+    lost = max(0.0, -kept.estimate) if kept is not None and kept.known else 0.0
+    found = [f"{percent(other.estimate)} answered neither way"] if other.known and other.estimate > MOST_OTHER else []
+    found += [f"{percent(lost)} of what it should keep lost"] if lost > MOST_LOST else []
+    return f"on test the vector leaves {' and '.join(found)}; " if found else ""
 
 
 def advice(ways: dict[str, Estimate]) -> str:
