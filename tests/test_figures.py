@@ -21,7 +21,7 @@ FIGURE = re.compile(
     r"|(?<![\w./-])\d[\d,]*\xa0?\s(?:s|ms|min|h|seconds|minutes|hours|GiB|GB|MB|times)\b"
 )
 COMMAND = re.compile(
-    r"(?:`|^)(mnemoscope [^`\n]+|python [^`\n]+|make [^`\n]+|(?:docs|benchmarks|examples|tests|scripts)/[^`\s]+)(?:`|$)",
+    r"(?:`|^)((?:mnemoscope|python|make) [^`\n]+|(?:docs|benchmarks|examples|tests|scripts)/[^`\s]+)(?:`|$)",
     flags=re.MULTILINE,
 )
 ON_PAPER = "Computed on paper"
@@ -60,7 +60,9 @@ def test_the_commands_exist() -> None:
                 assert rest[0] in targets, f"{page.name}: {line}"
             else:
                 path = first if first != "python" else rest[0]
-                assert rest[0] == "-m" if first == "python" and rest[0] == "-m" else (ROOT / path.split("::")[0]).exists()
+                assert (
+                    rest[0] == "-m" if first == "python" and rest[0] == "-m" else (ROOT / path.split("::")[0]).exists()
+                )
 
 
 @pytest.mark.parametrize(
