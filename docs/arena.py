@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from mnemoscope.report.arena import KEPT, TOWARDS, Records, arena_name, results_of
@@ -14,6 +15,16 @@ from mnemoscope.report.words import percent
 from mnemoscope.statistics import Estimate, mean
 
 OURS = ("gradient", "learned", "low-rank")
+KINDS = {
+    "a sentence in the prompt": ("prompt",),
+    "contrastive decoding, two passes": ("cad", "adacad", "coiecd"),
+    "one vector, ours": ("gradient", "learned"),
+    "one vector, others'": ("caa", "nmd", "iti", "knob"),
+    "heads or neurons scaled": ("june", "juice", "ircan"),
+    "a low-rank edit, ours": ("low-rank",),
+    "a low-rank edit, LoReFT": ("reft",),
+    "an adapter, other weights": ("lora", "dpo"),
+}
 STAY = {"agreeing": 0.97, "bare": 0.95}
 RIVALS = {"first": "the first that takes one pass", "prompt": "the best wording", "cad": "contrastive decoding"}
 
@@ -47,6 +58,8 @@ def page(runs: Sequence[Path]) -> Iterator[str]:
         yield "## Side by side\n"
         for table in across_tables(found):
             yield markdown(table)
+        yield "## By what is changed\n"
+        yield markdown(kinds(found))
     yield "## Aims\n"
     for table in aims(records, found):
         yield markdown(table)
@@ -57,6 +70,36 @@ def page(runs: Sequence[Path]) -> Iterator[str]:
         yield ""
         for table in tables_of(results):
             yield markdown(table)
+
+
+def kinds(found: Sequence[Mapping[str, Any]]) -> Table:
+    """Of each kind the method that is best on tune: wanted and lost answers, median (range) of the arenas."""
+    rows = []
+    for kind, names in KINDS.items():
+        row = [kind]
+        for toward in TOWARDS:
+            cells = []
+            for results in found:
+                of_kind = [results["methods"][name][toward] for name in names if name in results["methods"]]
+                if of_kind:
+                    cells.append(max(of_kind, key=worth))
+            row += [spread(cell["wanted"]["estimate"] for cell in cells), spread(cell["lost"] for cell in cells)]
+        rows.append(row)
+    columns = [f"{toward}: {what}" for toward in TOWARDS for what in ("wanted", "lost")]
+    return Table(
+        f"Median (range) of {len(found)} arenas, of each kind the method best on tune", ["kind", *columns], rows
+    )
+
+
+def worth(cell: Mapping[str, Any]) -> float:
+    """What methods are chosen by on tune."""
+    return cell["tune"]["wanted"] - cell["tune"]["lost"]
+
+
+def spread(shares: Iterable[float]) -> str:
+    """Median and range of shares, in per cent."""
+    found = sorted(shares)
+    return f"{percent(median(found))} ({percent(found[0])} to {percent(found[-1])})" if found else "-"
 
 
 def aims(records: Sequence[Records], found: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
@@ -78,7 +121,7 @@ def compared(record: Records, results: Mapping[str, Any], toward: str) -> tuple[
     """One direction: a row of the table, and whether each aim is met."""
     methods = {name: cell[toward] for name, cell in results["methods"].items()}
     mine = [name for name in OURS if name in methods]  # in this order, so that a tie on tune is the first's
-    ours = max(mine, key=lambda name: methods[name]["tune"]["wanted"] - methods[name]["tune"]["lost"])
+    ours = max(mine, key=lambda name: worth(methods[name]))
     one_pass = [name for name in methods if results["methods"][name]["passes"] == 1]
     first = max(one_pass, key=lambda name: methods[name]["wanted"]["estimate"])
     ahead = {name: Estimate(**test["difference"]) for name, test in methods[ours]["tests"].items()}

@@ -25,6 +25,7 @@ from mnemoscope.cli import app
 from mnemoscope.config import parse_arena
 from mnemoscope.errors import InputError
 from mnemoscope.report import build_arena
+from mnemoscope.report.words import percent
 from mnemoscope.report.arena import Records, results_of
 from test_arena import SIZES
 
@@ -134,6 +135,9 @@ def test_the_page_and_its_markdown_show_every_method(finished: Path, tmp_path: P
         assert aims.count(f"| {toward} | {ours} ") == 2
         assert f"{100 * difference['estimate']:+.0f} ({100 * difference['low']:+.0f} to " in aims
     assert "| not surely below the first that takes one pass | " in aims
+    kinds = done.stdout.split("## By what is changed")[1].split("## ")[0]
+    words = results["methods"]["prompt"]["generalized"]["wanted"]["estimate"]
+    assert f"| a sentence in the prompt | {percent(words)} ({percent(words)} to {percent(words)}) |" in kinds
     build_arena(finished)
 
 

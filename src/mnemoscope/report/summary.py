@@ -17,7 +17,7 @@ from mnemoscope.statistics import LEAST_GROUPS, Estimate
 from mnemoscope.strict import read_json
 
 VECTOR = "this vector"
-BEYOND = "no vector keeps the limits of what may be lost or answered neither way; "
+BEYOND = "on tune this vector exceeds a limit (of its controls, of what it loses or leaves neither way); "
 MOST_OTHER, MOST_LOST = 0.15, 0.1  # of test examples; settings are chosen within narrower limits on tune
 GROUPS_NEEDED = 30  # with which an interval of a share is about 15 points to either side
 OPTIONAL = ("weights", "detect_auroc")  # of a brief: left out where there is none
