@@ -64,7 +64,7 @@ MEASURED: dict[str, Any] = {
 SHARES = {"train": 0.02, "behaviour": 0.025, "pairs": 0.1, "probes": 0.025, "steering": 0.66, "effects": 0.095}
 SHARES |= {"detection": 0.025, "neutral": 0.05, "cards": 0.0}
 TIMED = 128  # prompts that are read to see how fast a model is
-REPORTING = 6.0  # seconds of the report
+REPORTING = 10.0  # seconds of the start and the report
 
 
 class Level(NamedTuple):
@@ -91,14 +91,14 @@ FEWER = FEW | {
 HALF, QUARTER = (FEWER | {"steering": {"low_rank": {"steps": steps, "refits": 0}}} for steps in (16, 8))
 NOT_LEARNED = ("standardized-nmd", "gradient", "low-rank")
 LEVELS = (
-    Level("nothing", 1.15, 94_800),
-    Level("dose curves, ablations and divergence on neutral text", 1.07, 88_800, FEW),
-    Level("learned shifts", 1.0, 84_000, FEW, NOT_LEARNED),
-    Level("half of the examples", 0.92, 78_400, FEWER, NOT_LEARNED),
-    Level("half of the layers", 0.92, 72_000, FEWER, NOT_LEARNED, 0.5),
-    Level("half of the steps of low-rank shifts", 0.92, 61_000, HALF, NOT_LEARNED, 0.5),
-    Level("half of the other steps", 0.92, 49_000, QUARTER, NOT_LEARNED, 0.5),
-    Level("low-rank shifts", 0.77, 40_500, FEWER, ("standardized-nmd", "gradient"), 0.5),
+    Level("nothing", 1.45, 94_800),
+    Level("dose curves, ablations and divergence on neutral text", 1.37, 88_800, FEW),
+    Level("learned shifts", 1.3, 84_000, FEW, NOT_LEARNED),
+    Level("half of the examples", 1.2, 78_400, FEWER, NOT_LEARNED),
+    Level("half of the layers", 1.2, 72_000, FEWER, NOT_LEARNED, 0.5),
+    Level("half of the steps of low-rank shifts", 1.2, 61_000, HALF, NOT_LEARNED, 0.5),
+    Level("half of the other steps", 1.2, 49_000, QUARTER, NOT_LEARNED, 0.5),
+    Level("low-rank shifts", 1.0, 40_500, FEWER, ("standardized-nmd", "gradient"), 0.5),
 )
 
 
