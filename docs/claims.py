@@ -1,4 +1,4 @@
-"""Print each claim of the paper beside what runs give, as Markdown: ``python docs/claims.py runs/paper runs/lora``."""
+"""Print docs/CLAIMS.md, the paper's claims beside what runs give: ``python docs/claims.py RUN... > docs/CLAIMS.md``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from mnemoscope.contrast import Contrast
 from mnemoscope.report.schema import Direction, Estimate, Results, TaskResults
 from mnemoscope.statistics import overlap, overlap_by_chance
 
+HEAD = Path(__file__).with_name("claims.head.md").read_text()
 Said = tuple[str, bool | None]  # a figure in words, and whether the claim holds; None: it cannot be told
 TOP = 0.1  # of the neurons, as in the second version
 VERDICTS = {True: "holds", False: "does not", None: "cannot be told"}
@@ -175,15 +176,16 @@ def main(runs: list[Path]) -> None:
     for label, task in tasks.items():
         kinds["pretrained models" if task.weights else "small models"].append(label)
     answers = {claim: {label: answer(task) for label, task in tasks.items()} for claim, (_, answer) in claims().items()}
+    print(HEAD + "\n## In short\n")
     print("| claim | the paper | " + " | ".join(kinds) + " |\n" + "|---" * (2 + len(kinds)) + "|")
     for claim, (given, _) in claims().items():
         found = [counted([answers[claim][label][1] for label in labels]) for labels in kinds.values()]
         print(f"| {claim} | {given} | " + " | ".join(found) + " |")
     for claim, said in answers.items():
-        print(f"\n**{claim}**\n\n| task | seeds | figure | |\n|---|---|---|---|")
+        print(f"\n## {claim}\n\n| task | seeds | figure | |\n|---|---|---|---|")
         for label, (figure, holds) in said.items():
             print(f"| {label} | {len(tasks[label].seeds)} | {figure} | {VERDICTS[holds]} |")
-    print(f"\n**The strongest {TOP:.0%} of neurons in common**\n\n| what is compared | shared |\n|---|---|")
+    print(f"\n## The strongest {TOP:.0%} of neurons in common\n\n| what is compared | shared |\n|---|---|")
     for two, told in same:
         print(f"| {two} | {told} |")
 
