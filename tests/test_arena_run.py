@@ -25,8 +25,8 @@ from mnemoscope.cli import app
 from mnemoscope.config import parse_arena
 from mnemoscope.errors import InputError
 from mnemoscope.report import build_arena
-from mnemoscope.report.words import percent
 from mnemoscope.report.arena import Records, results_of
+from mnemoscope.report.words import percent
 from test_arena import SIZES
 
 CHEAP = ("prompt", "cad", "caa", "nmd", "low-rank")

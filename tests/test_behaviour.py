@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from families import tiny
 from helpers import label, mini_examples
 from mnemoscope.behaviour import (
     Asking,
+    Batch,
+    by_length,
     cache_prefixes,
     decode,
     draw_candidates,
@@ -24,6 +29,7 @@ from mnemoscope.behaviour import (
     score,
     score_contrasted,
 )
+from mnemoscope.behaviour.asking import EACH_BATCH, parts_of
 from mnemoscope.errors import InputError
 from mnemoscope.models import bytes_of_prompt, logits_at, with_last_logits, word_tokenizer
 from mnemoscope.tasks import Example, build_task
@@ -109,6 +115,45 @@ def test_no_label_depends_on_batch_size_order_margins_or_cache(mini: Callable[[s
         assert (first.behaviour_N == other.behaviour_N)[settled].all()
     np.testing.assert_allclose(first.margin_N, cached.margin_N, atol=1e-4)
     np.testing.assert_array_equal(cached.margin_N, again.margin_N)
+
+
+@given(st.lists(st.integers(1, 900), min_size=1, max_size=9), st.integers(1, 9))
+def test_parts_of_similar_length_cost_least(lengths: list[int], most: int) -> None:
+    lengths.sort()
+    found = parts_of(lengths, most)
+    assert [n for part in found for n in range(len(lengths))[part]] == [*range(len(lengths))]
+
+    def cost(ends: tuple[int, ...]) -> int:
+        return sum(EACH_BATCH + (b - a) * lengths[b - 1] for a, b in pairwise((0, *ends, len(lengths))))
+
+    inner = range(1, len(lengths))
+    every = (ends for n in range(len(lengths)) for ends in combinations(inner, n))
+    allowed = [e for e in every if all(b - a <= most for a, b in pairwise((0, *e, len(lengths))))]
+    assert cost(tuple(part.stop for part in found[:-1])) == min(map(cost, allowed))
+
+
+def test_parts_by_length_are_labelled_as_the_whole(mini: Callable[[str], Asking]) -> None:
+    asking, examples = mini("addition"), mini_examples("addition", 60)
+    longer = [replace(e, prompt=f"{e.prompt} {e.prompt} {e.prompt}") for e in examples[:20]]
+    (whole,) = prepare(replace(asking, batch_size=99), [*examples, *longer], whole=True)
+    parts = by_length(in_reverse(whole))
+    assert len(parts) == 2
+    one, other = score(asking, [whole]), score(asking, parts)
+    assert one.behaviour_N.tolist() == other.behaviour_N.tolist()
+    np.testing.assert_allclose(one.margin_N, other.margin_N, atol=1e-4)
+
+
+def in_reverse(batch: Batch) -> Batch:
+    """The batch with its examples in reverse, so that they do not ascend in length."""
+    last = len(batch.examples_N) - 1
+    return replace(
+        batch,
+        examples_N=batch.examples_N[::-1],
+        ids_NT=batch.ids_NT.flip(0),
+        mask_NT=batch.mask_NT.flip(0),
+        shared_N=batch.shared_N.flip(0),
+        example_R=last - batch.example_R,
+    )
 
 
 def test_answers_that_share_a_beginning_are_decided_where_they_part(mini: Callable[[str], Asking]) -> None:

@@ -26,6 +26,7 @@ from mnemoscope.behaviour import (
     Encoded,
     Scores,
     as_batch,
+    by_length,
     cache_prefixes,
     continued,
     cost_of,
@@ -49,7 +50,8 @@ def scores(one: Intervention, prompts: Prompts) -> Scores:
     if one.wording:
         batches = prepare(asking, worded(one, prompts))
     elif one.everywhere:
-        batches = [without_prefix(batch) for batch in batches]
+        parts = (([batch] if one.joined else by_length(batch)) for batch in map(without_prefix, batches))
+        batches = [part for some in parts for part in some]
     if not one.joined and not one.in_one_go:
         return score(asking, batches, margins=False, applied=partial(one.applied, None))
     bares = dict(zip(map(id, batches), prompts.bare_batches, strict=True)) if one.joined else {}

@@ -30,6 +30,7 @@ from mnemoscope.behaviour.labels import (
 )
 from mnemoscope.behaviour.pairs import PairBatch, draw_candidates, mine_pairs
 from mnemoscope.behaviour.reading import (
+    by_length,
     cache_prefixes,
     kept_bytes,
     read_only_options,

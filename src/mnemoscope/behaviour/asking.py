@@ -131,6 +131,9 @@ class Batch:
     unshifted: Any = None
 
 
+EACH_BATCH = 400  # tokens that a further batch costs beside its own, as weights are read once for each (docs/LOG.md)
+
+
 @dataclass(frozen=True, slots=True)
 class Asking:
     """A model, its tokenizer and the format in which examples are asked of it.
@@ -352,8 +355,12 @@ def _fault(asking: Asking, example: Example, prompt: list[int], options: list[li
     return ""
 
 
-def prepare(asking: Asking, examples: Sequence[Example]) -> list[Batch]:
-    """Encode examples and batch them by length, fewer at a time where memory is short."""
+def prepare(asking: Asking, examples: Sequence[Example], *, whole: bool = False) -> list[Batch]:
+    """Encode examples and batch them by length, fewer at a time where memory is short.
+
+    ``whole``: as few batches as there can be, for lists whose prefixes are cached; else, on a processor, fewer examples
+    than ``batch_size`` where a batch would be padding for the most part.
+    """
     encoded = encode(asking, examples)
     if not encoded:
         return []
@@ -361,7 +368,22 @@ def prepare(asking: Asking, examples: Sequence[Example]) -> list[Batch]:
     longest = max(len(e.context) for e in encoded)
     read_on = max(len(e.suffixes) * max(map(len, e.suffixes)) for e in encoded)
     size = batch_that_fits(asking.model, asking.batch_size, longest, read_on)
-    return [as_batch(asking, encoded, order[start : start + size]) for start in range(0, len(order), size)]
+    whole = whole or asking.model.device.type != "cpu"  # elsewhere padding costs less than a further batch
+    lengths = [longest if whole else len(encoded[i].context) for i in order]
+    return [as_batch(asking, encoded, order[part]) for part in parts_of(lengths, size)]
+
+
+def parts_of(lengths: Sequence[int], most: int) -> list[slice]:
+    """Parts of at most ``most`` of ascending lengths that cost least: padded tokens, and ``EACH_BATCH`` for a part."""
+    best, begins = [0], [0]
+    for end, longest in enumerate(lengths, 1):
+        cost, begin = min((best[begin] + (end - begin) * longest, begin) for begin in range(max(0, end - most), end))
+        best.append(cost + EACH_BATCH)
+        begins.append(begin)
+    ends = [len(lengths)] if lengths else []
+    while ends and begins[ends[-1]]:
+        ends.append(begins[ends[-1]])
+    return [slice(begins[end], end) for end in reversed(ends)]
 
 
 def as_batch(asking: Asking, encoded: Sequence[Encoded], chosen: np.ndarray) -> Batch:

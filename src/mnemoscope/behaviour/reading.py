@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mnemoscope.behaviour.asking import Asking, Batch
+from mnemoscope.behaviour.asking import Asking, Batch, parts_of
 from mnemoscope.models import (
     backbone_of,
     bytes_of,
@@ -118,6 +118,33 @@ def kept_bytes(batch: Batch) -> int:
 def without_prefix(batch: Batch) -> Batch:
     """The same contexts, to be read from their beginning: for shifts that act before the decision position."""
     return replace(batch, prefix=None, prefix_fits_N=None, unshifted=None)
+
+
+def by_length(batch: Batch) -> list[Batch]:
+    """A batch without cached prefixes in parts of similar length, where that saves more padding than it costs."""
+    if batch.ids_NT.device.type != "cpu":
+        return [batch]
+    length_N = batch.mask_NT.sum(1).cpu().numpy()
+    order = np.argsort(length_N, kind="stable")
+    found = []
+    for part in parts_of(length_N[order].tolist(), len(order)):
+        rows_N = torch.as_tensor(order[part])
+        here_R = torch.isin(batch.example_R, rows_N)
+        place_N = torch.zeros(len(order), dtype=torch.int64).index_put((rows_N,), torch.arange(len(rows_N)))
+        columns = slice(batch.ids_NT.shape[1] - int(length_N[order[part]].max()), None)
+        found.append(
+            Batch(
+                batch.examples_N[order[part]],
+                batch.ids_NT[rows_N, columns],
+                batch.mask_NT[rows_N, columns],
+                batch.shared_N[rows_N],
+                example_R=place_N[batch.example_R[here_R]],
+                option_R=batch.option_R[here_R],
+                suffix_RM=batch.suffix_RM[here_R],
+                length_R=batch.length_R[here_R],
+            )
+        )
+    return found
 
 
 def with_options(batch: Batch, option_KN: Tensor) -> Batch:

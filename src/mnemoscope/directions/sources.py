@@ -255,7 +255,7 @@ def margin_gradients(asking: Asking, batch: Batch, site: Site, shape_LD: tuple[i
 
 def with_prefixes(asking: Asking, examples: Sequence[Example]) -> list[Batch]:
     """Prepared examples with cached states of their prompts up to the decision position."""
-    batches = prepare(asking, examples)
+    batches = prepare(asking, examples, whole=True)
     cache_prefixes(asking, batches)
     return batches
 

@@ -16,7 +16,7 @@ from functools import partial
 import numpy as np
 from sklearn.covariance import ledoit_wolf
 
-from mnemoscope.behaviour import Asking, Batch, Scores, score, without_prefix
+from mnemoscope.behaviour import Asking, Batch, Scores, by_length, score, without_prefix
 from mnemoscope.directions.learned import learned_together
 from mnemoscope.directions.low_rank import low_rank_learned, unpacked
 from mnemoscope.directions.sources import ANSWERED, LOW_RANK, Labels, Setting, Sources
@@ -191,7 +191,7 @@ def steered(
     """
     precision: Precision = "float32"
     if vector.positions == "all":
-        batches = [without_prefix(batch) for batch in batches]
+        batches = [part for batch in batches for part in by_length(without_prefix(batch))]
     if vector.low_rank and roughly:
         precision = quick_precision(asking.model)
     with in_precision(asking.model, precision):
