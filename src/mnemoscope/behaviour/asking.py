@@ -132,6 +132,7 @@ class Batch:
 
 
 EACH_BATCH = 400  # tokens that a further batch costs beside its own, as weights are read once for each (docs/LOG.md)
+FEWEST = 10**9  # that no padding outweighs
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,16 +370,16 @@ def prepare(asking: Asking, examples: Sequence[Example], *, whole: bool = False)
     read_on = max(len(e.suffixes) * max(map(len, e.suffixes)) for e in encoded)
     size = batch_that_fits(asking.model, asking.batch_size, longest, read_on)
     whole = whole or asking.model.device.type != "cpu"  # elsewhere padding costs less than a further batch
-    lengths = [longest if whole else len(encoded[i].context) for i in order]
-    return [as_batch(asking, encoded, order[part]) for part in parts_of(lengths, size)]
+    parts = parts_of([len(encoded[i].context) for i in order], size, FEWEST if whole else EACH_BATCH)
+    return [as_batch(asking, encoded, order[part]) for part in parts]
 
 
-def parts_of(lengths: Sequence[int], most: int) -> list[slice]:
-    """Parts of at most ``most`` of ascending lengths that cost least: padded tokens, and ``EACH_BATCH`` for a part."""
+def parts_of(lengths: Sequence[int], most: int, each: int = EACH_BATCH) -> list[slice]:
+    """Parts of at most ``most`` of ascending lengths that cost least: padded tokens, and ``each`` for a part."""
     best, begins = [0], [0]
     for end, longest in enumerate(lengths, 1):
         cost, begin = min((best[begin] + (end - begin) * longest, begin) for begin in range(max(0, end - most), end))
-        best.append(cost + EACH_BATCH)
+        best.append(cost + each)
         begins.append(begin)
     ends = [len(lengths)] if lengths else []
     while ends and begins[ends[-1]]:
