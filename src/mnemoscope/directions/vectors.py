@@ -190,10 +190,12 @@ def steered(
     ``roughly``: low-rank shifts in bfloat16 where that is quicker, as they are learned, for choices between settings.
     """
     precision: Precision = "float32"
-    if vector.positions == "all":
-        batches = [part for batch in batches for part in by_length(without_prefix(batch))]
     if vector.low_rank and roughly:
         precision = quick_precision(asking.model)
+    if vector.positions == "all":
+        batches = [without_prefix(batch) for batch in batches]
+        if precision == "float32":  # else each part would cast all weights again
+            batches = [part for batch in batches for part in by_length(batch)]
     with in_precision(asking.model, precision):
         return score(asking, batches, margins=margins, applied=partial(vector.apply, asking.model))
 
