@@ -208,7 +208,7 @@ def _within(
     took, labels = math.inf, np.array([])
     for _ in range(3):  # the first pass of a length takes memory, and longer
         clock = time.monotonic()
-        labels = score(asking, prepare(asking, sample), margins=False).behaviour_N
+        labels = score(asking, prepare(asking, sample, whole=True), margins=False).behaviour_N
         took = min(took, time.monotonic() - clock)
     known = {e.item for e, label in zip(sample, labels, strict=True) if label == "correct"} if facts else set()
     if known:  # of those that were not asked, as many are taken to be known
