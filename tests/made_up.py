@@ -302,8 +302,8 @@ def seeds_rows(labels: dict[str, int]) -> pd.DataFrame:
         common |= {"chance_low": -0.1, "chance": 0.0, "chance_high": 0.1, "top": math.nan}
         for what, layer in product(("rank_correlation", "aligned_cosine"), range(-1, LAYERS)):
             rows.append({**common, "what": what, "layer": layer, "value": 0.3 + 0.1 * layer})
-        whats = (("overlap", 0.05), ("overlap", 0.3), ("overlap_in_layers", 0.1))
-        rows += [{**common, "what": what, "layer": -1, "top": top, "value": top + 0.2} for what, top in whats]
+        named = (("overlap", 0.05), ("overlap", 0.3), ("overlap_in_layers", 0.1))
+        rows += [{**common, "what": what, "layer": -1, "top": top, "value": top + 0.2} for what, top in named]
     return pd.DataFrame(rows)
 
 
