@@ -31,7 +31,8 @@ RIVALS = {"first": "the first that takes one pass", "prompt": "the best wording"
 HEAD = """# Arena
 
 Every method of the arena on one frozen test set, in both directions. This page is printed by `docs/arena.py` from run
-folders that `mnemoscope arena` made; its figures are those of `RUN/arena.html`.
+folders that `mnemoscope arena` made, with the options of `scripts/arenas.sh`; its figures are those of
+`RUN/arena.html`.
 
 - **Wanted answer**: that of the text (to follow the text), or that of memory. Shares are of all test conflicts whose
   items the model knows by heart; that list was frozen before anything was applied.
