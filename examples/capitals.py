@@ -2,7 +2,7 @@
 
     python examples/capitals.py > mine.jsonl
 
-Every line is one prompt; docs/own-data.md says what the fields mean. The bare questions at the end are what steering
+Every line is one prompt; docs/your-data.md says what the fields mean. The bare questions at the end are what steering
 should leave alone.
 """
 

@@ -76,7 +76,7 @@ def test_a_rephrasing_keeps_item_and_frame(task: FactsTask) -> None:
         assert [getattr(other, f) for f in facts] == [getattr(example, f) for f in facts]
 
 
-def test_the_examples_are_those_of_the_published_figures() -> None:
+def test_the_examples_of_a_seed_stay_what_they_are() -> None:
     """Digests of every prompt, answer and split, in the order of version 0.2 (countryinfo 1.0)."""
     task = build_task("facts", {"held_out_relations": ["language"], "wrong_values": 2}, 0)
     known = task.knowing({example.item for n, example in enumerate(task.facts_to_know()) if n % 3 == 0})

@@ -58,11 +58,8 @@ def test_the_commands_exist() -> None:
                 assert rest[0] in commands, f"{page.name}: {line}"
             elif first == "make":
                 assert rest[0] in targets, f"{page.name}: {line}"
-            else:
-                path = first if first != "python" else rest[0]
-                assert (
-                    rest[0] == "-m" if first == "python" and rest[0] == "-m" else (ROOT / path.split("::")[0]).exists()
-                )
+            elif first != "python" or rest[0] != "-m":
+                assert (ROOT / (rest[0] if first == "python" else first)).exists(), f"{page.name}: {line}"
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ LEVELS = (
     Level("half of the examples", 1.2, 78_400, FEWER, NOT_LEARNED),
     Level("half of the layers", 1.2, 72_000, FEWER, NOT_LEARNED, 0.5),
     Level("half of the steps of low-rank shifts", 1.2, 61_000, HALF, NOT_LEARNED, 0.5),
-    Level("half of the other steps", 1.2, 49_000, QUARTER, NOT_LEARNED, 0.5),
+    Level("another quarter of these steps", 1.2, 49_000, QUARTER, NOT_LEARNED, 0.5),
     Level("low-rank shifts", 1.0, 40_500, FEWER, ("standardized-nmd", "gradient"), 0.5),
 )
 

@@ -124,7 +124,7 @@ def by_length(batch: Batch) -> list[Batch]:
     """A batch without cached prefixes in parts of similar length, where that saves more padding than it costs."""
     if batch.ids_NT.device.type != "cpu":
         return [batch]
-    length_N = batch.mask_NT.sum(1).cpu().numpy()
+    length_N = batch.mask_NT.sum(1).numpy()
     order = np.argsort(length_N, kind="stable")
     found = []
     for part in parts_of(length_N[order].tolist(), len(order)):
