@@ -13,7 +13,7 @@ from mnemoscope.cells import cells_of
 from mnemoscope.config import parse_study
 from mnemoscope.digests import EarlierError, digests_of, facts_digest, inside, intact, read_marker, write_marker
 from mnemoscope.errors import InputError
-from mnemoscope.fitting import fitting_study
+from mnemoscope.recipe import fitting_study
 from mnemoscope.stages.common import cell_task, keep_data, with_kept_data
 
 

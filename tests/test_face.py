@@ -23,8 +23,8 @@ from mnemoscope.behaviour import Asking, phrase_of, states_at_the_end
 from mnemoscope.errors import InputError
 from mnemoscope.export import SITES_FOR
 from mnemoscope.face import vector_file
-from mnemoscope.fitting import LEVELS, ONE_LAYER, SETTINGS, STEERING, fitting_study
 from mnemoscope.models import load_model
+from mnemoscope.recipe import LEVELS, ONE_LAYER, SETTINGS, STEERING, fitting_study
 from mnemoscope.stages.choose import settings_of
 from mnemoscope.tasks.jsonl import JsonlTask
 from test_cli import call

@@ -23,8 +23,8 @@ from mnemoscope.behaviour import Asking
 from mnemoscope.config import ModelConfig
 from mnemoscope.emergence.checkpoints import measure_checkpoints
 from mnemoscope.errors import InputError
-from mnemoscope.fitting import ONE_LAYER
 from mnemoscope.models import build_gpt2, load_model, word_tokenizer
+from mnemoscope.recipe import ONE_LAYER
 from mnemoscope.tasks import answer_of, build_task
 from mnemoscope.tasks.jsonl import JsonlTask
 from mnemoscope.tasks.stored import AdditionDigitsTask

@@ -15,7 +15,8 @@ from little_facts import SUBJECTS, VALUES, VOCABULARY
 from mnemoscope.config import ModelConfig
 from mnemoscope.models import build_gpt2, load_model, word_tokenizer
 from mnemoscope.serving.client import Server
-from mnemoscope.serving.proof import Proof, prove
+from mnemoscope.serving.proof import prove
+from mnemoscope.serving.served import Proof
 from served import random_run
 from stand_in import Fault, serving
 from test_cli import call

@@ -15,7 +15,8 @@ import numpy as np
 
 from mnemoscope.behaviour import Asking, decode, draw_candidates, prepare, score
 from mnemoscope.errors import InputError
-from mnemoscope.fitting import MEASURED, full_draw, seconds_of, tokens_in
+from mnemoscope.fitting import full_draw, seconds_of, tokens_in
+from mnemoscope.recipe import MEASURED
 from mnemoscope.statistics import LEAST_GROUPS
 from mnemoscope.tasks import SPLITS, Example, Task, draw
 

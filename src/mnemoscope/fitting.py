@@ -1,110 +1,37 @@
-"""The study behind ``fit``: pairs, vectors with their controls, and a detector for one model and data."""
+"""Running the study of a fit: pairs, vectors with their controls, and a detector for one model and data, in a time."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
-import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mnemoscope.behaviour import Asking, Prompting, draw_candidates, prepare, score
 from mnemoscope.cells import Opened
-from mnemoscope.config import StudyConfig, dump_study, parse_study
+from mnemoscope.config import StudyConfig, dump_study
 from mnemoscope.errors import InputError
 from mnemoscope.models import load_model, use_layout
 from mnemoscope.models.layout import Layout
+from mnemoscope.recipe import LEVELS, MEASURED, Level, fitting_study
 from mnemoscope.steering import Binding
 from mnemoscope.strict import read_text
-from mnemoscope.tasks import SPLITS, Example, Task, allow_code, build_task, draw
+from mnemoscope.tasks import SPLITS, Example, Task, build_task, draw
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
-
-# Tried in each layer; standardized NMD, as huge activations of a few neurons would dominate the plain one.
-METHODS = ("standardized-nmd", "gradient", "learned")
-NOT_EXPORTED = ("low-rank",)  # it depends on the state, so it is not tried where vectors are to be exported
-# In units of each neuron's spread: from shifts that do nothing to those that break a model, whichever it is.
-TRIED: dict[str, dict[str, list[Any]]] = {"block": {"tops": [0.5], "strengths": [0.1, 0.2, 0.4, 0.8]}}
-ONE_LAYER = len(METHODS) * sum(math.prod(map(len, grid.values())) for grid in TRIED.values())
-SETTINGS = 6 * ONE_LAYER
-STEERING = {
-    "unit": "spread",
-    "halving": 2,
-    **{"fit_pairs": 200, "fit_others": 128, "learned_steps": 24, "kept_weight": 1.0},
-    **{"tune_pairs": 48, "tune_others": 48, "tune_draws_again": 2, "judged_examples": 80},
-    "tune_refits": 0,  # refitted controls are judged on test; while settings are compared they would cost the most
-    "norm_draws": 0,
-    "low_rank": {"steps": 32, "refits": 0},
-    "controls_of": "best",
-    # A null of each kind: of neurons, of signs, of labels or answers, and of everything.
-    "controls": ["random_neurons", "random_sign", "shuffled_labels", "permuted_answers", "gaussian"],
-    **{"draws": 1, "conflict_draws": 2, "screened": 20},
-    **{"control_limit": 0.15, "collateral_limit": 0.08, "neither_limit": 0.12},
-}
-MEASURED: dict[str, Any] = {
-    "pairs": {"batch_size": 64, "rephrasings": 3, "fit_examples": 240, "tune_examples": 140}
-    | {"test_examples": 220, "held_out_examples": 60, "behaviour_examples": 200, "at_once": 2048},
-    "probes": {"offsets": [0], "pairs": 250, "learning_draws": 2, "halvings": 6},
-    "effects": {"pairs": 32, "draws": 1, "doses": [0.0, 0.5, 1.0, 2.0], "ablated": [0.1]}
-    | {"methods": "best", "patched": False},
-    "detection": {"fitted": True, "examples": 400, "others": 100},
-    "neutral": {"cuts": 16, "texts": 8, "length": 32, "doses": [0.5, 1.0]},
-}
 
 # Of the time of a fit, by stage: means of one run each on two models (docs/LOG.md).
 SHARES = {"train": 0.02, "behaviour": 0.025, "pairs": 0.1, "probes": 0.025, "steering": 0.66, "effects": 0.095}
 SHARES |= {"detection": 0.025, "neutral": 0.05, "cards": 0.0}
 TIMED = 128  # prompts that are read to see how fast a model is
 REPORTING = 10.0  # seconds of the start and the report
-
-
-class Level(NamedTuple):
-    """A step of leaving out: what goes, beside what went before, and how long the rest takes.
-
-    As long as ``passes`` over every token of its data and one over ``tokens`` more, which are learned from and judged
-    however few there are. Set by hand to runs of two models at the first and the last level, and to seconds of their
-    stages between (docs/LOG.md).
-    """
-
-    without: str
-    passes: float
-    tokens: int
-    changes: Mapping[str, Any] = MappingProxyType({})
-    methods: tuple[str, ...] = METHODS + NOT_EXPORTED
-    layers: float = 1.0  # of them, the share that is tried
-
-
-FEW: dict[str, dict[str, Any]] = {"effects": {"doses": [0.0, 1.0], "ablated": []}, "neutral": {"cuts": 0}}
-FEWER = FEW | {
-    "pairs": {"rephrasings": 2, "fit_examples": 160, "tune_examples": 100, "test_examples": 160}
-    | {"behaviour_examples": 160, "held_out_examples": 40}
-}
-HALF, QUARTER = (FEWER | {"steering": {"low_rank": {"steps": steps, "refits": 0}}} for steps in (16, 8))
-NOT_LEARNED = ("standardized-nmd", "gradient", "low-rank")
-LEVELS = (
-    Level("nothing", 1.45, 94_800),
-    Level("dose curves, ablations and divergence on neutral text", 1.37, 88_800, FEW),
-    Level("learned shifts", 1.3, 84_000, FEW, NOT_LEARNED),
-    Level("half of the examples", 1.2, 78_400, FEWER, NOT_LEARNED),
-    Level("half of the layers", 1.2, 72_000, FEWER, NOT_LEARNED, 0.5),
-    Level("half of the steps of low-rank shifts", 1.2, 61_000, HALF, NOT_LEARNED, 0.5),
-    Level("another quarter of these steps", 1.2, 49_000, QUARTER, NOT_LEARNED, 0.5),
-    Level("low-rank shifts", 1.0, 40_500, FEWER, ("standardized-nmd", "gradient"), 0.5),
-)
-
-
-def left_out(level: int) -> str:
-    """What a level leaves out, in words."""
-    return ", ".join(one.without for one in LEVELS[1 : level + 1]) or LEVELS[0].without
 
 
 def full_draw(task: Task, seed: int = 0) -> list[Example]:
@@ -260,56 +187,3 @@ def _left_as_it_was(model: PreTrainedModel) -> Iterator[None]:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic, warn_only=only_warn)
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
-
-
-def fitting_study(
-    model: dict[str, Any],
-    task: str | Path | Task,
-    options: dict[str, Any],
-    settings: int = SETTINGS,
-    threads: int = 1,
-    positions: str = "decision",
-    aim: str = "conflict",
-    level: int = 0,
-) -> StudyConfig:
-    """The study of a fit, with one cell.
-
-    Args:
-        model: fields of ``ModelConfig``.
-        task: a task's name, ``package.module:Class``, the path of a JSONL file, or a task; ``options``: of the task.
-        settings: the budget: settings tried at most in either direction, in evenly spread layers.
-        positions: ``decision``, or ``all`` tokens, for vectors to export.
-        aim: what vectors are chosen for: ``conflict`` as drawn, which is what a user meets, or ``pairs``.
-        level: of ``LEVELS``, how much is left out to keep to a budget.
-
-    Raises:
-        InputError: the file does not exist, the budget is below one layer's, or a field is not allowed.
-    """
-    if isinstance(task, Task):
-        # A digest of its examples, so that a run folder is continued with the same task only.
-        drawn = [e for kind in ("conflict", "memory") for e in task.examples(np.random.default_rng(0), 200, kind)]
-        digest = hashlib.sha256("".join(f"{e.item}|{e.prompt}|{e.options}" for e in drawn).encode()).hexdigest()
-        name, options = f"{type(task).__module__}:{type(task).__name__}", {"digest": digest[:16]}
-    else:
-        name = str(task)
-        allow_code(name)  # it is the user who names it
-    is_file = name.endswith(".jsonl")
-    if is_file and not Path(name).is_file():
-        raise InputError(f"task: the file {name} does not exist")
-    if settings < ONE_LAYER:
-        raise InputError(f"settings: {settings} is less than the {ONE_LAYER} that one layer takes")
-    less = LEVELS[level]
-    layers = {"layers": [f"spread-{max(1, int(less.layers * (settings // ONE_LAYER)))}"]}
-    methods = [name for name in less.methods if positions != "all" or name not in NOT_EXPORTED]
-    tried = {"methods": methods, "grids": {site: layers | grid for site, grid in TRIED.items()}, "aim": aim}
-    measured = {name: fields | less.changes.get(name, {}) for name, fields in MEASURED.items()}
-    cell = measured | {
-        "task": "jsonl" if is_file else name,
-        "options": {"file": str(Path(name).resolve()), **options} if is_file else options,
-        "model": model,
-        "steering": STEERING | tried | {"positions": positions} | less.changes.get("steering", {}),
-    }
-    label = Path(name).stem if is_file else name.rpartition(":")[2]
-    label = re.sub(r"[^A-Za-z0-9_.-]+", "-", label).lstrip("_.-")[:100] or "mine"
-    out = {"left_out": left_out(level)} if level else {}
-    return parse_study({"study": "fit", "threads": threads, "cells": {label: cell}, **out})

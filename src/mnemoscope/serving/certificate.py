@@ -12,7 +12,7 @@ from mnemoscope.detect import Detector
 from mnemoscope.digests import intact, is_there, rewriting
 from mnemoscope.errors import InputError
 from mnemoscope.face import artefacts_of, cell_of
-from mnemoscope.serving.proof import Proof
+from mnemoscope.serving.served import Proof
 from mnemoscope.steering import Artefact, Binding, Card, SteeringVector, best_paths
 
 

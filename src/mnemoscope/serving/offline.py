@@ -7,7 +7,7 @@ from typing import Any
 
 from mnemoscope.serving.asking import ADMITTED
 from mnemoscope.serving.expected import Answer, Request
-from mnemoscope.serving.proof import Ask
+from mnemoscope.serving.served import Ask
 
 
 def asking(llm: Any) -> Ask:
