@@ -26,11 +26,11 @@ from mnemoscope.directions import (
     TuneLists,
     control_draws,
     control_means,
-    damage,
     final,
     learned,
     learned_together,
     margin_gradients,
+    most_lost,
     ranked,
     read_sources,
     refitted,
@@ -366,7 +366,7 @@ def test_the_setting_is_chosen_that_exceeds_its_control(asking: Asking, directio
         assert best.net >= again[leading.setting] - 1e-9
         if best.setting != leading.setting:
             assert first[best.setting] > again[leading.setting], "only what seemed better than what the first one keeps"
-    harm = {s: damage(lists, directions, s) for s in settings}
+    harm = {s: most_lost(lists, directions, s) for s in settings}
     hurting = ranked(lists, {"block": directions}, rated, Limits(1.0, min(harm.values()), draws=3))
     assert harm[hurting[0].setting] == min(harm.values())
     assert hurting[0].kept

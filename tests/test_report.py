@@ -25,7 +25,7 @@ from mnemoscope.report.page import tint
 from mnemoscope.report.records import read_run
 from mnemoscope.report.results import compute_results
 from mnemoscope.report.schema import Results, TaskResults
-from mnemoscope.report.summary import damage
+from mnemoscope.report.summary import breaks
 from mnemoscope.report.words import interval, percent, points, ranged
 from mnemoscope.statistics import Estimate
 
@@ -315,4 +315,4 @@ def test_claims_and_tables_are_printed_of_any_run(run: Path, nothing_flips: Path
     ],
 )
 def test_the_summary_begins_with_what_a_vector_breaks(other: float, kept: float, told: str) -> None:
-    assert damage(Estimate(other, 0.0, 1.0, 20), {"memory": Estimate(kept, -1.0, 1.0, 20)}) == told
+    assert breaks(Estimate(other, 0.0, 1.0, 20), {"memory": Estimate(kept, -1.0, 1.0, 20)}) == told

@@ -271,7 +271,7 @@ def ranked(
         site = directions[setting.site]
         if known == 0:
             kept = -int(
-                others.get(setting, 0.0) <= limits.neither and damage(lists, site, setting) <= limits.collateral
+                others.get(setting, 0.0) <= limits.neither and most_lost(lists, site, setting) <= limits.collateral
             )
         else:
             # Indifference steers more than permuted answers do, and one refit is enough for a ranking.
@@ -330,7 +330,7 @@ def control_means(
     return [float(np.mean(found)) for found in rates if found]
 
 
-def damage(lists: TuneLists, directions: Directions, setting: Setting) -> float:
+def most_lost(lists: TuneLists, directions: Directions, setting: Setting) -> float:
     """The largest share of a kept list that loses its answer under a setting; 0 without such lists."""
     asking, vector = directions.sources.lists.asking, directions.vector(setting)
     drops = [

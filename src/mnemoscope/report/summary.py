@@ -44,7 +44,7 @@ class DirectionSummary(BaseModel):
         ways = {VECTOR: found.shift, **other_ways(task, direction)}
         chosen = block.chosen if aim == "pairs" else block.chosen_conflict
         return cls(
-            advice=("" if chosen.within_limits else BEYOND) + damage(found.other, block.lost(aim)) + advice(ways),
+            advice=("" if chosen.within_limits else BEYOND) + breaks(found.other, block.lost(aim)) + advice(ways),
             ways=ways,
             aim=aim,
             chosen=chosen,
@@ -71,7 +71,7 @@ class DirectionSummary(BaseModel):
         }
 
 
-def damage(other: Estimate, collateral: dict[str, Estimate]) -> str:
+def breaks(other: Estimate, collateral: dict[str, Estimate]) -> str:
     """What the vector breaks on the test split, where that is more than is wanted; else nothing."""
     kept = collateral.get("memory")
     lost = max(0.0, -kept.estimate) if kept is not None and kept.known else 0.0

@@ -25,8 +25,8 @@ from mnemoscope.directions import (
     Limits,
     Setting,
     TuneLists,
-    damage,
     final,
+    most_lost,
     ranked,
     share_of,
     steered,
@@ -207,7 +207,7 @@ def _worth(opened: SteeredCell, aim: str, direction: str, screened: Sequence[Scr
 
     def least(one: Screened) -> float:
         lists = opened.few[aim][direction]
-        lost = damage(lists, opened.directions[one.setting.site], one.setting) if one.rate > LEAST_RATE else 0.0
+        lost = most_lost(lists, opened.directions[one.setting.site], one.setting) if one.rate > LEAST_RATE else 0.0
         return one.rate - max(one.other, lost)
 
     waiting = [(one.other - one.rate, False, number) for number, one in enumerate(screened)]
