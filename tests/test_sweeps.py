@@ -19,7 +19,9 @@ from mnemoscope.behaviour import (
     log_probabilities,
     only_log_probability,
     prepare,
+    read_only_options,
     score,
+    score_read,
     with_options,
 )
 from mnemoscope.models import blocks_of
@@ -148,6 +150,22 @@ def test_a_sweep_on_any_architecture_equals_plain_single_passes(family: str, lay
         np.testing.assert_allclose(scores.margin_N, margins, atol=1e-4)
         quick = score(asking, reading, margins=False, applied=lambda: vector.apply(asking.model))
         assert (quick.behaviour_N == scores.behaviour_N)[~scores.tie_N].all()
+
+
+@pytest.mark.parametrize("longest", [1, 3])
+def test_labels_of_logits_that_a_function_reads_are_those_of_plain_single_passes(longest: int) -> None:
+    """An answer that greedy decoding begins and does not close is not its answer."""
+    asking, nothing = random_asking("gpt2"), vector_on([], 32)
+    examples = greedy_examples(asking, nothing, longest)
+    wanted, margins = zip(*(expected(asking, nothing, example) for example in examples), strict=True)
+    assert 0.2 < np.mean([label == "other" for label in wanted]) < 0.8
+    batches = prepare(asking, examples)
+    for cached in (False, True):
+        if cached:
+            cache_prefixes(asking, batches)
+        scores = score_read(asking, batches, lambda _, single: read_only_options(asking.model, single, closed=True))
+        assert (scores.behaviour_N == np.array(wanted, dtype=object))[~scores.tie_N].all()
+        np.testing.assert_allclose(scores.margin_N, margins, atol=1e-4)
 
 
 def test_a_cell_runs_only_the_blocks_above_its_first_shift(monkeypatch: pytest.MonkeyPatch) -> None:

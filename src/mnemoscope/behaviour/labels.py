@@ -122,7 +122,7 @@ def score_read(asking: Asking, batches: Sequence[Batch], read: Callable[[Batch, 
             example must not share tokens before its decision position (``Asking.from_prompt``).
     """
     scores = Scores.empty(sum(len(batch.examples_N) for batch in batches))
-    closing, tie = torch.tensor(asking.boundary_ids(), device=asking.model.device), TIES.get(asking.model.dtype, 1e-4)
+    closing_V, tie = asking.closing(), TIES.get(asking.model.dtype, 1e-4)
     for batch in batches:
         fits_R, tie_N = torch.zeros_like(batch.example_R, dtype=torch.bool), np.zeros(len(batch.examples_N), bool)
         logp_R = torch.zeros(len(batch.example_R), dtype=torch.float64, device=batch.example_R.device)
@@ -133,7 +133,7 @@ def score_read(asking: Asking, batches: Sequence[Batch], read: Callable[[Batch, 
             logits_NMV = read(batch, one)
             first_N, tie_first_N = _greedy(logits_NMV[:, 0], tie)
             answers = Answers.whole(one, logits_NMV[:, 1:])
-            ends_N, ties_N = _ends(answers, closing, tie)
+            ends_N, ties_N = _ends(answers, closing_V, tie)
             fits_N = (first_N == one.suffix_RM[:, 0]) & ends_N
             fits_R[here_R] = fits_N[has_N]
             logp_R[here_R] = _log_p_of(logits_NMV[:, :-1], answers.suffix_SM, one.length_R).double()[has_N]
