@@ -386,7 +386,7 @@ def test_strength_zero_is_the_model_itself_bit_by_bit(
     ranks = juice.heads_for(bench, "generalized")
     vector = bench.cache.setdefault("zero", iti.head_vector(np.zeros((3, 4, 16)), "generalized"))
     nothing = {
-        "iti": by_vector(model, "iti", vector, 0.0, {}).applied,
+        "iti": by_vector(model, "iti", vector, 0.0, {}, 0).applied,
         "june": in_one_pass(model, factors_of(model, ranks, 5, 0.0, 0.0)),
         "juice": in_two_passes(model, factors_of(model, ranks, 5, 0.0, 0.0)),
         "ircan": ircan.scaled(bench, ircan.common_neurons(bench, "generalized")[:4], 1.0),
@@ -426,7 +426,14 @@ def test_wordings_go_before_the_prompt_or_behind_its_text() -> None:
     inline = Quoted.of("A is B. Q: A?", "Q: A?")
     assert Wording("Read.", "behind").added(inline) == "A is B. Read. Q: A?"
     assert inline.with_text("C is D.") == "C is D. Q: A?"
-    for bare in (None, "A is B. Q: A?", "something else"):
+    solved = "C is D. E is F. The capital of A is"
+    above = Quoted.of("Context: A is B.\nAnswer: The capital of A is", solved)
+    assert above == Quoted("", "Context: A is B.\n", "Answer: The capital of A is")
+    assert Quoted.of("A is B.\nThe capital of A is", solved) == Quoted("", "A is B.\n", "The capital of A is")
+    assert Quoted.of("A is B. The capital of A is", solved) == Quoted("", "A is B. ", "The capital of A is")
+    unlabelled = Quoted.of("A is B.\n\nWhat is A?\nAnswer:", "Question: What is A?\nAnswer:")
+    assert unlabelled == Quoted("", "A is B.\n\n", "What is A?\nAnswer:")
+    for bare in (None, "A is B. Q: A?", "something else", "Who? A?"):
         whole = Quoted.of("A is B. Q: A?", bare)
         assert whole == Quoted("", "", "A is B. Q: A?")
         assert Wording("Read.", "behind").added(whole) == "Read.\nA is B. Q: A?"

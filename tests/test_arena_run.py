@@ -23,6 +23,7 @@ from mnemoscope.arena.lists import Bench
 from mnemoscope.behaviour import Asking, Scores
 from mnemoscope.cli import app
 from mnemoscope.config import parse_arena
+from mnemoscope.digests import write_marker
 from mnemoscope.errors import InputError
 from mnemoscope.report import build_arena
 from mnemoscope.report.arena import Records, results_of
@@ -158,6 +159,12 @@ def test_a_killed_arena_goes_on_where_it_stopped(little: Asking, finished: Path,
     assert seen == []
     with pytest.raises(InputError, match=r"out: .* holds an arena whose sizes is"):
         run(little, out, sizes=SIZES | {"conflicts": 20})
+    (out / "arena" / "nmd.json").unlink()
+    table = pd.read_parquet(out / "arena" / "set.parquet")
+    table.assign(prompt=table["prompt"].shift(1, fill_value="?")).to_parquet(out / "arena" / "set.parquet", index=False)
+    write_marker(out / "arena", "frame", [out / "arena" / name for name in ("set.parquet", "frame.json")])
+    with pytest.raises(InputError, match="holds an arena on another frozen set"):
+        run(little, out)
 
 
 def test_the_choice_is_that_of_trying_everything(little: Asking, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,6 +110,19 @@ def test_controls_write_as_much_in_units_of_spread(asking: Asking, name: str) ->
     torch.testing.assert_close(again[0].low_rank[1].write_KD, first[1].write_KD)
 
 
+def test_gaussian_controls_move_every_state_as_far_in_units_of_spread(asking: Asking) -> None:
+    directions = Directions(sources_of(asking, 5)[0])
+    vector, states_P2LD = directions.vector(setting()), torch.from_numpy(directions.sources.states_P2LD)
+    (_, drawn), *_ = control_draws("gaussian", directions, setting(), 1, (0,))
+    for layer, edit in vector.low_rank.items():
+        spread_D = torch.from_numpy(directions.sources.spread_LD[layer])
+        states_ND = states_P2LD[:, :, layer].flatten(0, 1).float()
+        wanted_ND, found_ND = (one.added(states_ND).double() / spread_D for one in (edit, drawn.low_rank[layer]))
+        assert wanted_ND.norm(dim=1).min() > 0
+        torch.testing.assert_close(found_ND.norm(dim=1), wanted_ND.norm(dim=1), rtol=1e-3, atol=1e-6)
+        assert torch.cosine_similarity(found_ND, wanted_ND).abs().mean() < 0.6
+
+
 def test_controls_that_choose_neurons_do_not_exist(asking: Asking) -> None:
     directions = Directions(sources_of(asking, 3)[0])
     for name in ("random_neurons", "low_correlation", "shuffled_labels"):

@@ -91,6 +91,7 @@ def test_draws_of_a_control_are_a_sample_as_well() -> None:
     assert not surely_more(beyond, groups, draws)
     assert surely_more(beyond + 4, groups, draws)
     assert not surely_more([], [], [])
+    assert not surely_more(beyond + 4, groups, np.zeros(600)), "how much draws vary is not known from one"
 
 
 @pytest.mark.slow

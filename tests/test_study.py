@@ -170,6 +170,18 @@ def test_what_a_cell_brings_along_is_known_by_what_is_in_it(tmp_path: Path) -> N
     assert len(seen) == 3
 
 
+def test_data_of_parts_and_in_folders_are_known_by_what_is_in_them(tmp_path: Path) -> None:
+    facts = tmp_path / "data" / "facts" / "P36.jsonl"
+    facts.parent.mkdir(parents=True)
+    facts.write_text("one")
+    part = {"task": "pararel", "folder": str(tmp_path / "data")}
+    raw = {"study": "mine", "cells": {"mine": {"task": "joint", "options": {"parts": {"p": part}}}}}
+    (cell,) = cells_of(parse_study(raw), tmp_path / "run")
+    before = inputs_hash(cell)
+    facts.write_text("two")
+    assert inputs_hash(cell) != before
+
+
 def test_another_task_class_runs_the_stages_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "tasks_of_mine.py").write_text("class Mine: ...")
@@ -190,7 +202,14 @@ def test_a_stage_leaves_nothing_of_an_earlier_attempt(copied: Path, mini_study_f
         (cell / "stages" / f"{stage}.json").unlink()
         (cell / name).write_bytes(b"old")
     (cell / "stages" / "pairs.json").unlink()  # mining keeps states for what follows
-    run_study(load_study(str(mini_study_file)), copied, workers=1)
+    ran: list[str] = []
+
+    def tell(owner: str, stage: str, done: float, total: float, text: str) -> None:
+        ran.append(f"{stage} {text}")
+
+    run_study(load_study(str(mini_study_file)), copied, tell, workers=1)
+    assert "behaviour done before" in ran
+    assert not any(f"{stage} done before" in ran for stage in ("probes", "effects", "samples")), "they read the pairs"
     assert not list(cell.rglob("*old*"))
     marker = json.loads((cell / "stages" / "steering.json").read_text())
     assert json.loads((copied / "manifest.json").read_text())["commits"] == [str(marker["commit"])]

@@ -23,6 +23,7 @@ NOT_EXPORTED = ("low-rank",)  # it depends on the state, so it is not tried wher
 TRIED: dict[str, dict[str, list[Any]]] = {"block": {"tops": [0.5], "strengths": [0.1, 0.2, 0.4, 0.8]}}
 ONE_LAYER = len(METHODS) * sum(math.prod(map(len, grid.values())) for grid in TRIED.values())
 SETTINGS = 6 * ONE_LAYER
+CLAIMED = 2  # draws of each control of what is aimed at: of one alone nobody knows how much it varies
 STEERING = {
     "unit": "spread",
     "halving": 2,
@@ -34,7 +35,7 @@ STEERING = {
     "controls_of": "best",
     # A null of each kind: of neurons, of signs, of labels or answers, and of everything.
     "controls": ["random_neurons", "random_sign", "shuffled_labels", "permuted_answers", "gaussian"],
-    **{"draws": 1, "conflict_draws": 2, "screened": 20},
+    **{"draws": 1, "conflict_draws": CLAIMED, "screened": 20},
     **{"control_limit": 0.15, "collateral_limit": 0.08, "neither_limit": 0.12},
 }
 MEASURED: dict[str, Any] = {
@@ -128,6 +129,7 @@ def fitting_study(
     layers = {"layers": [f"spread-{max(1, int(less.layers * (settings // ONE_LAYER)))}"]}
     methods = [name for name in less.methods if positions != "all" or name not in NOT_EXPORTED]
     tried = {"methods": methods, "grids": {site: layers | grid for site, grid in TRIED.items()}, "aim": aim}
+    tried |= {"draws": CLAIMED} if aim == "pairs" else {}
     measured = {name: fields | less.changes.get(name, {}) for name, fields in MEASURED.items()}
     cell = measured | {
         "task": "jsonl" if is_file else name,

@@ -13,7 +13,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -105,12 +105,13 @@ def run_cell(cell: Cell, progress: Progress) -> None:
 
     settle(cell.threads)
     upstream = stage_hash(inputs_hash(cell), cell, "")
-    for name, stage in STAGES.items():
+    for place, (name, stage) in enumerate(STAGES.items()):
         if not cell.config.analysed and name not in ("train", "behaviour"):
             continue
         upstream = stage_hash(upstream, cell, name)
         begin = partial(stage, replace(cell, depends_on=upstream))
-        _run_stage(cell.name, cell.folder, name, upstream, begin, progress, WRITES.get(name, ()))
+        later = list(STAGES)[place + 1 :]
+        _run_stage(cell.name, cell.folder, name, upstream, begin, progress, WRITES.get(name, ()), later)
 
 
 def compare_cells(cells: Sequence[Cell], run: Path, progress: Progress, workers: int = 1) -> None:
@@ -146,13 +147,18 @@ def _run_stage(
     stage: Callable[[Tell], list[Path]],
     progress: Progress,
     writes: Sequence[str] = (),
+    later: Sequence[str] = (),
 ) -> None:
-    """Run a stage unless it has finished with the same dependencies; write its marker last."""
+    """Run a stage unless it has finished with the same dependencies; write its marker last.
+
+    ``later``: stages that read what it writes, which are not done any more once it runs again.
+    """
     if is_done(folder, name, wanted):
         progress(owner, name, 1, 1, "done before")
         return
     began = time.time()
-    (folder / "stages" / f"{name}.json").unlink(missing_ok=True)
+    for stage_name in (*reversed(later), name):
+        (folder / "stages" / f"{stage_name}.json").unlink(missing_ok=True)
     for stale in (path for pattern in writes for path in folder.glob(pattern)):
         shutil.rmtree(stale) if stale.is_dir() and not stale.is_symlink() else stale.unlink()
     files = stage(partial(progress, owner, name))
@@ -169,7 +175,7 @@ def stage_hash(upstream: str, cell: Cell, stage: str) -> str:
 
 def inputs_hash(cell: Cell) -> str:
     """Hash of what a cell reads from outside the run: files that options name, its model, the module of its task."""
-    named = [Path(value) for value in cell.config.options.values() if isinstance(value, str)]
+    named = list(_named_by(cell.config.options))
     folder = cell.config.model.folder
     if folder and Path(folder).is_dir():
         named += sorted(Path(folder).glob("*"))
@@ -179,6 +185,16 @@ def inputs_hash(cell: Cell) -> str:
         named.append(Path(source.origin))
     found = {str(path): known_hash(path) for path in named if path.is_file()}
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
+def _named_by(options: Mapping[str, Any]) -> Iterator[Path]:
+    """What options of a task, or of its parts, may name: files, and all JSONL files of folders."""
+    for value in options.values():
+        if isinstance(value, dict):
+            yield from _named_by(value)
+        elif isinstance(value, str) and value:
+            path = Path(value)
+            yield from sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
 
 
 def is_done(folder: Path, stage: str, wanted: str) -> bool:

@@ -44,12 +44,25 @@ class Quoted:
         end = next((n for n, (a, b) in enumerate(zip(prompt[::-1], bare[::-1], strict=False)) if a != b), len(bare))
         end = min(end, len(bare), len(prompt))
         begin = len(bare) - end
-        if prompt[:begin] != bare[:begin]:  # the prompt is no bare question with a text in it
-            return cls("", "", prompt)
+        if prompt[:begin] != bare[:begin]:  # something else stands before the bare question, as solved ones do
+            return cls._above(prompt, len(prompt) - end)
         before, text, behind = prompt[:begin], prompt[begin : len(prompt) - end], prompt[len(prompt) - end :]
         if text.startswith("\n"):  # lines belong to the text with their ends
             before, text, behind = f"{before}\n", text[1:] + "\n", behind.removeprefix("\n")
         return cls(before, text, behind)
+
+    @classmethod
+    def _above(cls, prompt: str, shared: int) -> Quoted:
+        """What stands above the line on which the bare question begins, or before it on one line.
+
+        ``shared``: where what the prompt has in common with the bare question begins; less than two words are chance.
+        """
+        while 0 < shared < len(prompt) and not prompt[shared - 1].isspace():  # amid a word
+            shared += 1
+        if len(prompt[shared:].split()) < 2:
+            return cls("", "", prompt)
+        place = prompt.rfind("\n", 0, len(prompt[:shared].rstrip(" "))) + 1 or shared
+        return cls("", prompt[:place], prompt[place:])
 
     @property
     def prompt(self) -> str:

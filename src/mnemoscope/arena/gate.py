@@ -24,8 +24,9 @@ def fitted_detector(bench: Bench) -> Detector:
     mined = bench.fit.mined
     assert mined.scores.states_NLD is not None, "mining keeps states"
     fit = _observed(bench.fit.prompts, mined.scores.states_NLD, mined.scores.behaviour_N)
-    candidates = draw_candidates(bench.task, bench.tune["conflict"].examples, np.random.default_rng([38]))
-    tune = next(mine_pairs(bench.asking, candidates, chunk=bench.config.tune_conflicts))
+    config, rng = bench.config, np.random.default_rng([bench.config.seed, 38])
+    candidates = draw_candidates(bench.task, bench.tune["conflict"].examples, rng, config.rephrasings)
+    tune = next(mine_pairs(bench.asking, candidates, chunk=config.tune_conflicts * config.rephrasings))
     assert tune.scores.states_NLD is not None, "mining keeps states"
     return fit_detectors(fit, _observed(bench.tune, tune.scores.states_NLD, tune.scores.behaviour_N))[0]
 

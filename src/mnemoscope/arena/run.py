@@ -29,6 +29,9 @@ from mnemoscope.steering import OPPOSITE, Binding
 from mnemoscope.strict import checked, read_json
 from mnemoscope.tasks import Task, named_task
 
+ASKED = ("list", "example", "item", "prompt", "memorized", "generalized", "answer")
+FROZEN = (*ASKED, *(f"acts_{toward}" for toward in OPPOSITE))
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -96,6 +99,10 @@ def _task(task: Any, options: dict[str, Any], seed: int) -> Task:
     return named_task(task, options, seed)
 
 
+def _cells(table: pd.DataFrame, name: str) -> list[str]:
+    return ["" if pd.isna(value) else str(value) for value in table[name]]
+
+
 class _Run:
     """The run of an arena in its folder."""
 
@@ -122,8 +129,8 @@ class _Run:
         counts: dict[str, Any] = {"asked": bench.known.asked, "known": len(bench.known.items)}
         counts |= {"order": list(METHODS), "no_gate": frame.why}
         counts |= {"lists": {name: len(prompts) for name, prompts in frame.lists.items()}}
+        self._write_set(frame.table())
         self._write_json("frame", self.facts | counts)
-        self._write_table("set", frame.table())
         self._mark("frame")
         for number, name in enumerate(waiting):
             self.tell("arena", name, number, len(waiting), "")
@@ -136,6 +143,18 @@ class _Run:
             self._write_json(name, facts)
             self._mark(name)  # last: what says that the method is done
         self.tell("arena", "page", 1, 1, "")
+
+    def _write_set(self, table: pd.DataFrame) -> None:
+        """Write the frozen set; InputError where methods were judged on another one, as after a change of rounding."""
+        path = self.folder / "set.parquet"
+        if (self.folder / STAGES / "frame.json").is_file():
+            before = pd.read_parquet(intact(path))
+            if not all(_cells(before, name) == _cells(table, name) for name in FROZEN):
+                raise InputError(
+                    f"out: {self.folder} holds an arena on another frozen set than this model gives here, as on "
+                    "another machine or after an update; give another folder"
+                )
+        self._write_table("set", table)
 
     def _known(self) -> Known:
         """What the model knows, asked once for all continuations."""

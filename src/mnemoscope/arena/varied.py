@@ -47,11 +47,12 @@ def varied_lists(bench: Bench) -> dict[str, Prompts]:
         ("instruction in French", FOREIGN),
     ):
         lists[name] = [(_begun(e, beginning), bare and _begun(bare, beginning)) for e, bare in _pairs(first)]
-    texts: dict[str, Callable[[str, Example], str]] = {"longer text": _padded, "both answers": _both}
+    texts: dict[str, Callable[[str, Example], str | None]] = {"longer text": _padded, "both answers": _both}
     for name, change in texts.items() if all(quoted.text for quoted in first.quoted) else ():
         lists[name] = [
-            (replace(example, prompt=quoted.with_text(change(quoted.text, example))), bare)
+            (replace(example, prompt=quoted.with_text(text)), bare)
             for (example, bare), quoted in zip(_pairs(first), first.quoted, strict=True)
+            if (text := change(quoted.text, example))
         ]
     return {name: made for name, found in lists.items() if (made := _readable(bench, found))}
 
@@ -101,7 +102,7 @@ def told_twice(example: Example, quoted: Quoted) -> Example | None:
     return replace(example, prompt=quoted.with_text(f"{quoted.text.rstrip()} Everybody agrees: {quoted.text.strip()}"))
 
 
-def _both(text: str, example: Example) -> str:
-    """A text that gives the generalized answer, then the memorized one in the same words."""
+def _both(text: str, example: Example) -> str | None:
+    """A text that gives the generalized answer, then the memorized one in the same words; None where it lacks it."""
     said, known = (str(answer).strip() for answer in (example.generalized, example.memorized))
-    return f"{text.rstrip()} {text.strip().replace(said, known)}" if said in text else text
+    return f"{text.rstrip()} {text.strip().replace(said, known)}" if said in text else None

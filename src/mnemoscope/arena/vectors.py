@@ -26,10 +26,18 @@ FACTORS = (0.5, 1.0, 2.0, 4.0)  # on a mean difference
 DIRECTION = {toward: direction for direction, toward in TOWARD.items()}
 
 
+def seed_of(seed: int, method: str, toward: Toward) -> tuple[int, ...]:
+    """The beginning of the seed of a method's controls: each method has its own draws in each direction."""
+    return seed, *f"{method}|{toward}".encode()
+
+
 def by_vector(
-    model: PreTrainedModel, method: str, vector: SteeringVector, norm: float, setting: dict[str, object]
+    model: PreTrainedModel, method: str, vector: SteeringVector, norm: float, setting: dict[str, object], seed: int
 ) -> Intervention:
-    """The intervention that applies a vector, with Gaussian shifts of the same norm in every layer as controls."""
+    """The intervention that applies a vector, with Gaussian shifts of the same norm in every layer as controls.
+
+    ``seed``: of the arena.
+    """
 
     def applied(vector: SteeringVector) -> Applied:
         return lambda start: vector.apply(model, start=start)
@@ -37,7 +45,8 @@ def by_vector(
     def drawn(number: int) -> Applied:
         width = max((len(shift) for shift in vector.shifts.values()), default=1)
         shift_LD = vector.dense(len(blocks_of(model)), width).astype(np.float64)
-        return applied(vector.with_dense(gaussian(shift_LD, np.random.default_rng([35, number]))))
+        rng = np.random.default_rng([*seed_of(seed, method, vector.toward), 35, number])
+        return applied(vector.with_dense(gaussian(shift_LD, rng)))
 
     return Intervention(method, vector.toward, setting, applied=applied(vector), norm=norm, drawn=drawn)
 
@@ -54,7 +63,11 @@ def by_edit(
     moved_N = (edit(states_ND[:, None]) - states_ND[:, None]).norm(dim=-1).double() / sources.norm_L[layer]
 
     def drawn(number: int) -> Applied:
-        return at_block(bench.asking.model, layer, randomized(edit, (36, layer, number)))
+        return at_block(
+            bench.asking.model,
+            layer,
+            randomized(edit, (*seed_of(bench.config.seed, method, toward), 36, layer, number)),
+        )
 
     applied, norm = at_block(bench.asking.model, layer, edit), float(moved_N.square().mean().sqrt())
     return Intervention(method, toward, setting, applied=applied, norm=norm, drawn=drawn)
@@ -80,7 +93,8 @@ def of_settings(
             facts["factor"] = round(made.alpha(setting), 6)
         vector = made.vector(setting)
         norm_L = np.linalg.norm(vector.dense(*made.sources.shape_LD), axis=1) / made.sources.norm_L
-        found.append(by_vector(bench.asking.model, method, vector, float(np.linalg.norm(norm_L)), facts))
+        norm, seed = float(np.linalg.norm(norm_L)), bench.config.seed
+        found.append(by_vector(bench.asking.model, method, vector, norm, facts, seed))
     return found
 
 

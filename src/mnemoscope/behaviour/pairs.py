@@ -99,10 +99,10 @@ def mine_pairs(
     left = iter(candidates)
     while drawn := list(islice(left, chunk)):
         # An example stands beside each of its rephrasings, but is asked once.
-        asked = {example.prompt: example for pair in drawn for example in pair}
-        place = {prompt: n for n, prompt in enumerate(asked)}
+        asked = {(example.prompt, example.options): example for pair in drawn for example in pair}
+        place = {question: n for n, question in enumerate(asked)}
         scores = score(asking, prepare(asking, list(asked.values())), capture=site)
-        side_N2 = np.array([[place[example.prompt] for example in pair] for pair in drawn])
+        side_N2 = np.array([[place[example.prompt, example.options] for example in pair] for pair in drawn])
         a, b = scores.of(side_N2[:, 0]), scores.of(side_N2[:, 1])
         generalized_N2, memorized_N2 = (scores.behaviour_N[side_N2] == name for name in ("generalized", "memorized"))
         is_pair_N = generalized_N2.any(axis=1) & memorized_N2.any(axis=1)

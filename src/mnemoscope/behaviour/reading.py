@@ -129,8 +129,9 @@ def by_length(batch: Batch) -> list[Batch]:
     found = []
     for part in parts_of(length_N[order].tolist(), len(order)):
         rows_N = torch.as_tensor(order[part])
-        here_R = torch.isin(batch.example_R, rows_N)
+        here_R = torch.nonzero(torch.isin(batch.example_R, rows_N))[:, 0]
         place_N = torch.zeros(len(order), dtype=torch.int64).index_put((rows_N,), torch.arange(len(rows_N)))
+        here_R = here_R[torch.argsort(place_N[batch.example_R[here_R]], stable=True)]  # rows of an example in order
         columns = slice(batch.ids_NT.shape[1] - int(length_N[order[part]].max()), None)
         found.append(
             Batch(

@@ -128,17 +128,27 @@ def control_draws(
 
 
 def _written(vector: SteeringVector, name: str, rng: np.random.Generator, spread_LD: np.ndarray) -> SteeringVector:
-    """A low-rank shift that writes with random signs, or in Gaussian directions of equal norm in units of spread."""
+    """A low-rank shift that writes with random signs, or in Gaussian directions.
+
+    They keep norms and angles of what is written to each other, in units of spread, so that every state is moved as far
+    in these units as by the vector.
+    """
     found = {}
     for layer, edit in vector.low_rank.items():
         write_KD, spread_D = edit.write_KD.double().numpy(), spread_LD[layer]
         if name == "random_sign":
             drawn_KD = write_KD * rng.choice([-1.0, 1.0], size=write_KD.shape[1])
         else:
-            norms_K = np.linalg.norm(write_KD / spread_D, axis=1)
-            drawn_KD = scaled_to(rng.standard_normal(write_KD.shape), norms_K) * spread_D
+            drawn_KD = turned(write_KD / spread_D, rng) * spread_D
         found[layer] = edit._replace(write_KD=torch.from_numpy(drawn_KD).float())
     return replace(vector, low_rank=found)
+
+
+def turned(rows_KD: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Rows in a random subspace, with the norms and angles that they had; K at most D."""
+    frame_DK, corner_KK = np.linalg.qr(rows_KD.T)
+    drawn_DK, signs_KK = np.linalg.qr(rng.standard_normal(frame_DK.shape))
+    return (drawn_DK * np.sign(np.diag(signs_KK)) @ corner_KK).T
 
 
 def _at_spread(found: SteeringVector, vector: SteeringVector, spread_LD: np.ndarray) -> SteeringVector:

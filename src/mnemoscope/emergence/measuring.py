@@ -81,9 +81,10 @@ class Watcher:
                 f"task: {task.name} asks each item of its {split} split in one phrasing, so no behaviour can flip; add "
                 "phrasings that are not trained on, or ask without pairs (rephrasings=0)"
             )
-        asked = {example.prompt: example for example in (*self.conflicts, *(b for _, b in self.candidates))}
+        every = (*self.conflicts, *(b for _, b in self.candidates))
+        asked = {(example.prompt, example.options): example for example in every}
         self.asked = list(asked.values())
-        self._place = {prompt: n for n, prompt in enumerate(asked)}
+        self._place = {question: n for n, question in enumerate(asked)}
         self.others = {RIGHT[kind]: drawn[kind] for kind in RIGHT if drawn[kind]}
         self._encoded: dict[str, list[Batch]] = {"conflict": prepare(self.asking, self.asked)}
         self._encoded |= {name: prepare(self.asking, some) for name, some in self.others.items()}
@@ -112,7 +113,7 @@ class Watcher:
         for name, examples in self.others.items():
             found |= _share(name, told[name] == "correct", examples)
             found |= _by_family(name, told[name] == "correct", examples)
-        own_N = [self._place[example.prompt] for example in self.conflicts]
+        own_N = [self._place[e.prompt, e.options] for e in self.conflicts]
         for behaviour in ANSWERS:
             found |= _share(f"conflict_{behaviour}", scores.behaviour_N[own_N] == behaviour, self.conflicts)
         groups = [example.group for example in self.conflicts]
@@ -121,7 +122,9 @@ class Watcher:
         return found | self._of_pairs(scores)
 
     def _of_pairs(self, scores: Any) -> dict[str, float]:
-        side_N2 = np.array([[self._place[e.prompt] for e in pair] for pair in self.candidates], int).reshape(-1, 2)
+        side_N2 = np.array([[self._place[e.prompt, e.options] for e in pair] for pair in self.candidates], int).reshape(
+            -1, 2
+        )
         labels_N2 = scores.behaviour_N[side_N2]
         is_pair_N = (labels_N2 == "generalized").any(1) & (labels_N2 == "memorized").any(1)
         examples = [a for a, _ in self.candidates]
@@ -136,7 +139,7 @@ class Watcher:
             pairs_P2, labels_P2 = side_N2[is_pair_N], labels_N2[is_pair_N]
             moments = PairedMoments.empty(scores.states_NLD.shape[1:])
             moments.add(*(scores.states_NLD[pairs_P2[labels_P2 == name]] for name in ("generalized", "memorized")))
-            rho_L = np.nanmax(np.abs(moments.rho_LD), axis=1, initial=0.0)
+            rho_L = np.fmax.reduce(np.abs(moments.rho_LD), axis=1)  # NaN where no neuron varies
             direction_LD = moments.nmd_LD
             if self._direction_LD is not None:
                 cosine_L = _cosine(direction_LD, self._direction_LD)

@@ -242,8 +242,12 @@ def _winner(records: Records, toward: str) -> str | None:
 
 
 def _tests(records: Records, toward: str, winner: str | None) -> dict[str, dict[str, Any]]:
-    """Paired differences of wanted answers to each baseline, by method; Holm's correction is over a direction's."""
-    groups, rows = records.groups("conflict"), list[tuple[str, str, Estimate, float]]()
+    """Paired differences of wanted answers to each baseline, by method.
+
+    Holm's correction is over a direction's comparisons, of which each counts once where both are baselines.
+    """
+    groups, rows = records.groups("conflict"), list[tuple[str, str, Estimate]]()
+    p_of = dict[frozenset[str], float]()
     hits = {name: (records.labels(name, toward, "conflict") == toward).astype(float) for name in records.methods}
     baselines = dict.fromkeys(one for one in (*BASELINES, winner) if one in hits)
     for name, mine_N in hits.items():
@@ -251,12 +255,15 @@ def _tests(records: Records, toward: str, winner: str | None) -> dict[str, dict[
             if name == baseline:
                 continue
             difference_N = mine_N - hits[baseline]
-            p = sign_flips(difference_N, groups, np.random.default_rng(SEED))
-            rows.append((name, baseline, mean(difference_N, groups), p))
-    adjusted = holm([row[-1] for row in rows])
+            two = frozenset((name, baseline))
+            if two not in p_of:
+                p_of[two] = sign_flips(difference_N, groups, np.random.default_rng(SEED))
+            rows.append((name, baseline, mean(difference_N, groups)))
+    corrected = dict(zip(p_of, holm(list(p_of.values())).tolist(), strict=True))
     found: dict[str, dict[str, Any]] = {name: {} for name in hits}
-    for (name, baseline, difference, p), corrected in zip(rows, adjusted.tolist(), strict=True):
-        found[name][baseline] = {"difference": _plain(difference), "p": p, "p_holm": corrected}
+    for name, baseline, difference in rows:
+        two = frozenset((name, baseline))
+        found[name][baseline] = {"difference": _plain(difference), "p": p_of[two], "p_holm": corrected[two]}
     return found
 
 

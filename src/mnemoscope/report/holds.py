@@ -71,7 +71,7 @@ def measure_transfer(run: Run, layers: dict[tuple[str, int], int]) -> dict[str, 
             found[str(source), str(target)] = {
                 direction: {
                     str(method): {
-                        name: _by_seed(part[part.role == role], part.after == DIRECTIONS[direction][0])
+                        name: _by_seed(part[part.role == role], part.after == DIRECTIONS[direction][0], draws=True)
                         for name, role in (("shift", "vector"), ("gaussian", "gaussian"))
                     }
                     for method, part in rows[rows.direction == direction].groupby("method", observed=True, sort=True)
@@ -99,10 +99,12 @@ def _probes(rows: pd.DataFrame, layers: dict[tuple[str, int], int]) -> dict[str,
     }
 
 
-def _by_seed(rows: pd.DataFrame, hits: pd.Series) -> Estimate:
-    """Mean over seeds of the share of rows that are hits; undefined without a row."""
+def _by_seed(rows: pd.DataFrame, hits: pd.Series, draws: bool = False) -> Estimate:
+    """Mean over seeds of the share of rows that are hits; undefined without a row. ``draws``: their column counts."""
     by_seed = rows.groupby(["source", "seed"], observed=True)
-    return over_seeds([proportion(hits[part.index], part.group) for (source, seed), part in by_seed])
+    return over_seeds(
+        [proportion(hits[part.index], part.group, part.draw if draws else None) for (source, seed), part in by_seed]
+    )
 
 
 Found = tuple[str, float, Estimate, Estimate]  # between what, share of neurons, overlap, overlap by chance

@@ -60,8 +60,8 @@ def measure_probes(cell: Cell) -> Probe:
         best=best["0"],
         **inputs,
         baselines=uncertainties,
-        shuffled=_accuracy(shuffled),
-        shuffled_by_layer=[_accuracy(shuffled[shuffled.layer == n]) for n in layers_L],
+        shuffled=_of_draws(shuffled),
+        shuffled_by_layer=[_of_draws(shuffled[shuffled.layer == n]) for n in layers_L],
         **minus,
         offsets=list(states),
         accuracy_by_offset=accuracy,
@@ -77,6 +77,10 @@ def _right(rows: pd.DataFrame) -> np.ndarray:
 
 def _accuracy(rows: pd.DataFrame) -> Estimate:
     return proportion(_right(rows), rows.group)
+
+
+def _of_draws(rows: pd.DataFrame) -> Estimate:
+    return proportion(_right(rows), rows.group, rows.draw if "draw" in rows else None)
 
 
 def _ranking(rows: pd.DataFrame) -> Estimate:

@@ -21,7 +21,7 @@ from mnemoscope.strict import MOST_YAML, checked, parse_yaml, read_json, read_te
 
 # Text columns of the large tables, which repeat few words: read as categories, they take a byte a row.
 LARGE = ("steering", "effects", "transfer_steering")
-NEWER = ("p_memorized_below",)  # columns that runs of version 0.1 do not have
+NEWER = (("detection", "p_memorized_below"), ("probes", "draw"))  # columns that runs of version 0.1 do not have
 WORDS = ["aim", "direction", "method", "role", "examples", "group", "family", "split", "before", "after"]
 WORDS += ["what", "site", "side"]
 TABLES = ("behaviour", "pairs", "probes", "learning", "halves", "sweep", "effects")  # of every cell, beside steering
@@ -164,7 +164,7 @@ def _table(folder: Path, name: str, optional: bool = False) -> Any:
         return None
     present = _read(path, lambda p: parquet.read_schema(p).names)
     for column in wanted:
-        if column not in (*present, *NEWER):
+        if column not in present and (name, column) not in NEWER:
             raise InputError(f"{path}: column {column!r} is missing")
     wanted = [column for column in wanted if column in present]
     words = WORDS if name in LARGE else None

@@ -7,15 +7,22 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from mnemoscope.cells import Cell, Tell, version
 from mnemoscope.detect import Detector
+from mnemoscope.schemas import CellFacts
 from mnemoscope.statistics import auroc, proportion
-from mnemoscope.steering import Artefact, Card, SteeringVector
+from mnemoscope.steering import Artefact, Card, SteeringVector, Toward
+from mnemoscope.strict import read_json
 
 LIBRARIES = ("torch", "transformers")
-KEPT = ("memory", "novel")  # lists that steering should leave alone
+# Lists that steering should leave alone, towards memory without new questions, of which nothing can be remembered.
+KEPT: dict[Toward, tuple[str, ...]] = {
+    "generalized": ("memory", "novel", "conflict_rest"),
+    "memorized": ("memory", "conflict_rest"),
+}
 
 
 def cards_stage(cell: Cell, tell: Tell) -> list[Path]:
@@ -59,8 +66,13 @@ def _of_vector(
     controls = hits[~own].groupby(judged["role"][~own]).mean()
     if len(controls):
         facts["control"] = {"name": str(controls.idxmax()), "estimate": float(controls.max())}
-    kept = mine[mine["examples"].isin(KEPT) & (mine["role"] == "vector")]
-    right = (kept["after"] == "correct").astype(float) - (kept["before"] == "correct").astype(float)
+    # Where memory examples are the conflicts themselves, steering them to the rule is the aim.
+    is_aim = read_json(cell.folder / "cell.json", CellFacts)["memory_is_conflict"]
+    left_out = ["memory"] if is_aim and vector.toward == "generalized" else []
+    lists = [name for name in KEPT[vector.toward] if name not in left_out]
+    kept = mine[mine["examples"].isin(lists) & (mine["role"] == "vector")]
+    wanted = np.where(kept["examples"] == "conflict_rest", vector.toward, "correct")
+    right = (kept["after"] == wanted).astype(float) - (kept["before"] == wanted).astype(float)
     facts["cost"] = {str(kind): float(change) for kind, change in right.groupby(kept["examples"]).mean().items()}
     if neutral is not None and aim == cell.config.steering.aim:
         by_dose = _where(neutral, **of_vector).groupby("dose")["kl_next"].mean()

@@ -156,11 +156,12 @@ def _shuffled_rows(cell: Cell, probes: Sequence[LayerProbe], states: BySplit, pa
     fit, rng = parts["fit"], rng_of(cell, "shuffle")
     pair_N = np.repeat(np.arange(len(fit) // 2), 2)
     rows: list[pd.DataFrame] = []
-    for _ in range(SHUFFLES):
+    for draw in range(SHUFFLES):
         labels_N = shuffled(_labels(fit), pair_N, rng)
         fit_LND = states["fit"].swapaxes(0, 1)
         blind = [LayerProbe(p.regularization).fit(s_ND, labels_N) for p, s_ND in zip(probes, fit_LND, strict=True)]
-        rows += _state_rows(blind, states["test"], parts["test"], 0, "shuffled")
+        found = _state_rows(blind, states["test"], parts["test"], 0, "shuffled")
+        rows += [table.assign(draw=draw) for table in found]
     return rows
 
 

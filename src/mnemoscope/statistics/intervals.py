@@ -121,6 +121,8 @@ def surely_more(values_N: ArrayLike, groups_N: Groups, draws_N: Groups) -> bool:
     found = _moments(values_N, groups_N, draws_N)
     if found is None or found.groups < LEAST_GROUPS or not found.by_draw + found.by_group:
         return False
+    if found.draws < 2:  # how much draws vary is not known
+        return False
     one_draw = found.by_draw * (found.draws + 1)
     quantile = _quantile(found.by_group, found.groups, one_draw, found.draws)
     return found.mean > quantile * math.sqrt(found.by_group + one_draw)

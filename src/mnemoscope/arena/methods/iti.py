@@ -34,7 +34,7 @@ def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
     heads, width = heads_of(model, 0)
     sources = bench.sources("head")
     states_P2LHW = sources.states_P2LD.reshape(len(sources.states_P2LD), 2, -1, heads, width)
-    rank_LH = accuracies(states_P2LHW, [one.group for one, _ in bench.pairs])
+    rank_LH = accuracies(states_P2LHW, [one.group for one, _ in bench.pairs], bench.config.seed)
     sign = 1.0 if toward == "generalized" else -1.0
     unit_LHW = sign * spread_direction(states_P2LHW)
     found = []
@@ -45,13 +45,13 @@ def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
         shift_LHW = np.where(chosen_LH.reshape(rank_LH.shape)[..., None], factor * unit_LHW, 0.0)
         vector = head_vector(shift_LHW, toward)
         norm = _relative(vector, sources)
-        found.append(by_vector(model, "iti", vector, norm, {"heads": count, "factor": factor}))
+        found.append(by_vector(model, "iti", vector, norm, {"heads": count, "factor": factor}, bench.config.seed))
     return found
 
 
-def accuracies(states_P2LHW: np.ndarray, groups: Sequence[str]) -> np.ndarray:
+def accuracies(states_P2LHW: np.ndarray, groups: Sequence[str], seed: int = 0) -> np.ndarray:
     """How well a probe of each head tells the sides of pairs of other groups apart, mean of two halves; (L, H)."""
-    half_P = half_of_groups(groups, np.random.default_rng(0))
+    half_P = half_of_groups(groups, np.random.default_rng([seed, 37]))
     _, _, layers, heads, width = states_P2LHW.shape
     found_LH = np.zeros((layers, heads))
     for fitted_P in (half_P, ~half_P):

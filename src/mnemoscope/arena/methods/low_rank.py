@@ -12,7 +12,7 @@ import torch
 
 from mnemoscope.arena.contract import Applied, Intervention
 from mnemoscope.arena.lists import Bench
-from mnemoscope.arena.vectors import DIRECTION, spread_layers
+from mnemoscope.arena.vectors import DIRECTION, seed_of, spread_layers
 from mnemoscope.directions import LOW_RANK, Directions, Setting, control_draws
 from mnemoscope.steering import SteeringVector, Toward
 
@@ -30,11 +30,13 @@ def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
 def _intervention(bench: Bench, directions: Directions, setting: Setting) -> Intervention:
     """A setting, with shifts that write in Gaussian directions as controls."""
 
+    seed = (*seed_of(bench.config.seed, LOW_RANK, setting.toward), 35)
+
     def applied(vector: SteeringVector) -> Applied:
         return lambda start: vector.apply(bench.asking.model)
 
     def drawn(number: int) -> Applied:
-        return applied(dict(control_draws("gaussian", directions, setting, number + 1, (35,)))[number])
+        return applied(dict(control_draws("gaussian", directions, setting, number + 1, seed))[number])
 
     vector, sources, squares = directions.vector(setting), directions.sources, 0.0
     for layer, edit in vector.low_rank.items():
