@@ -433,6 +433,8 @@ def test_wordings_go_before_the_prompt_or_behind_its_text() -> None:
     assert Quoted.of("A is B. The capital of A is", solved) == Quoted("", "A is B. ", "The capital of A is")
     unlabelled = Quoted.of("A is B.\n\nWhat is A?\nAnswer:", "Question: What is A?\nAnswer:")
     assert unlabelled == Quoted("", "A is B.\n\n", "What is A?\nAnswer:")
+    amid = "The note says B. Say the capital of A. The answer is:"
+    assert Quoted.of(amid, "Name the capital of A. The answer is:") == Quoted("", "", amid)
     for bare in (None, "A is B. Q: A?", "something else", "Who? A?"):
         whole = Quoted.of("A is B. Q: A?", bare)
         assert whole == Quoted("", "", "A is B. Q: A?")

@@ -443,3 +443,14 @@ def test_what_cannot_be_measured_is_one_line(tmp_path: Path) -> None:
     ):
         code, _, err = call(*arguments)
         assert (code, err.startswith(f"error: {told}")) == (2, True), err
+
+
+def test_the_direction_of_a_checkpoint_is_compared_with_that_of_the_one_before(little: Asking, tmp_path: Path) -> None:
+    names = [str(tmp_path / f"checkpoint-{step}") for step in (1, 2)]
+    for name in names:
+        little.model.save_pretrained(name)
+        little.tokenizer.save_pretrained(name)
+    first, second = measure_checkpoints(names, LittleFacts(), {}, tmp_path / "out", {}, examples=60, contrast="block")
+    assert first["pairs"] > 1
+    assert math.isnan(first["cosine_1"])
+    assert second["cosine_1"] == pytest.approx(1)

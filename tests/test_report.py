@@ -315,4 +315,9 @@ def test_claims_and_tables_are_printed_of_any_run(run: Path, nothing_flips: Path
     ],
 )
 def test_the_summary_begins_with_what_a_vector_breaks(other: float, kept: float, told: str) -> None:
-    assert breaks(Estimate(other, 0.0, 1.0, 20), {"memory": Estimate(kept, -1.0, 1.0, 20)}) == told
+    shares = Estimate(other, 0.0, 1.0, 20), Estimate(kept, -1.0, 1.0, 20)
+    assert breaks(shares[0], {"memory": shares[1]}, "to_generalized") == told
+    # The largest loss of what counts in a direction; where facts to recall are the conflicts, new questions are left.
+    nothing = Estimate.undefined()
+    assert breaks(shares[0], {"memory": nothing, "novel": shares[1]}, "to_generalized") == told
+    assert "lost" not in breaks(shares[0], {"memory": nothing, "novel": shares[1]}, "to_memorized")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,7 +156,8 @@ def _logits(core: Any, vector: SteeringVector | None = None) -> Tensor:
     mask_NT = torch.ones_like(ids_NT)
     mask_NT[1, :3] = 0
     inputs = pass_inputs(core, ids_NT.to(core.device), mask_NT.to(core.device)) | {"use_cache": False}
-    with vector.apply(core) if vector else nullcontext():
+    # These rows are no chat, so nothing is asked of how they begin.
+    with replace(vector, opening=()).apply(core) if vector else nullcontext():
         logits_NTV = core(**inputs).logits
     return logits_NTV.cpu().double()[mask_NT.bool()]
 

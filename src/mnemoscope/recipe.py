@@ -128,7 +128,11 @@ def fitting_study(
     less = LEVELS[level]
     layers = {"layers": [f"spread-{max(1, int(less.layers * (settings // ONE_LAYER)))}"]}
     methods = [name for name in less.methods if positions != "all" or name not in NOT_EXPORTED]
-    tried = {"methods": methods, "grids": {site: layers | grid for site, grid in TRIED.items()}, "aim": aim}
+    tried: dict[str, Any] = {
+        "methods": methods,
+        "grids": {site: layers | grid for site, grid in TRIED.items()},
+        "aim": aim,
+    }
     tried |= {"draws": CLAIMED} if aim == "pairs" else {}
     measured = {name: fields | less.changes.get(name, {}) for name, fields in MEASURED.items()}
     cell = measured | {

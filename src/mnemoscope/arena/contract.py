@@ -62,6 +62,8 @@ class Quoted:
         if len(prompt[shared:].split()) < 2:
             return cls("", "", prompt)
         place = prompt.rfind("\n", 0, len(prompt[:shared].rstrip(" "))) + 1 or shared
+        if not prompt[:place].endswith("\n") and prompt[:place].rstrip()[-1:] not in '.!?:"':  # amid a sentence
+            return cls("", "", prompt)
         return cls("", prompt[:place], prompt[place:])
 
     @property

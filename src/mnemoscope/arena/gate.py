@@ -15,6 +15,7 @@ import numpy as np
 from mnemoscope.arena.lists import KEPT, Bench, Prompts
 from mnemoscope.behaviour import draw_candidates, mine_pairs, read_states
 from mnemoscope.detect import Detector, Observed, Reading, fit_detectors
+from mnemoscope.errors import InputError
 
 THRESHOLD = 0.5  # of the probability of the behaviour to steer away from
 
@@ -26,7 +27,9 @@ def fitted_detector(bench: Bench) -> Detector:
     fit = _observed(bench.fit.prompts, mined.scores.states_NLD, mined.scores.behaviour_N)
     config, rng = bench.config, np.random.default_rng([bench.config.seed, 38])
     candidates = draw_candidates(bench.task, bench.tune["conflict"].examples, rng, config.rephrasings)
-    tune = next(mine_pairs(bench.asking, candidates, chunk=config.tune_conflicts * config.rephrasings))
+    tune = next(mine_pairs(bench.asking, candidates, chunk=config.tune_conflicts * config.rephrasings), None)
+    if tune is None:
+        raise InputError("tune: its conflicts have no other phrasing")
     assert tune.scores.states_NLD is not None, "mining keeps states"
     return fit_detectors(fit, _observed(bench.tune, tune.scores.states_NLD, tune.scores.behaviour_N))[0]
 

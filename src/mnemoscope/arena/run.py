@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 Tell = Callable[[str, str, float, float, str], None]
-SCHEMA = 1
+SCHEMA = 2  # 1: before two-pass methods had to close their answers
 CHOICES = ("sizes", "prompting", "name", "progress")
 
 

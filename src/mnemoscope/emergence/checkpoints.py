@@ -47,9 +47,12 @@ def measure_checkpoints(
         )
     _check_alike(checkpoints)
     made, curve = named_task(task, dict(options)), Curve()
+    before_LD = None
     for step, name in sorted(zip(steps, checkpoints, strict=True)):
         watcher = Watcher(*load_model(fetched(name), **opening), made, **how)
+        watcher.direction_LD = before_LD
         curve.add(step, watcher.measure())
+        before_LD = watcher.direction_LD
         curve.save(out)
         draw_curve(curve.table, out / PICTURE)
         yield curve.rows[-1]

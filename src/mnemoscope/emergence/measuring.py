@@ -38,6 +38,7 @@ class Watcher:
     Attributes:
         conflicts: what is asked, without rephrasings.
         others: memory and novel questions, as ``recall`` and ``novel_accuracy``.
+        direction_LD: the contrast of the last measurement, to which the next one is compared; None before it.
         answers: of the last measurement, a row a question: ``kind``, ``item``, ``prompt`` and ``behaviour``, which is
             ``memorized``, ``generalized`` or ``other`` of conflicts and their rephrasings, else ``correct`` or
             ``wrong``.
@@ -88,7 +89,7 @@ class Watcher:
         self.others = {RIGHT[kind]: drawn[kind] for kind in RIGHT if drawn[kind]}
         self._encoded: dict[str, list[Batch]] = {"conflict": prepare(self.asking, self.asked)}
         self._encoded |= {name: prepare(self.asking, some) for name, some in self.others.items()}
-        self._direction_LD: np.ndarray | None = None
+        self.direction_LD: np.ndarray | None = None
         self.answers = pd.DataFrame()
 
     def measure(self, model: PreTrainedModel | None = None) -> dict[str, float]:
@@ -141,9 +142,9 @@ class Watcher:
             moments.add(*(scores.states_NLD[pairs_P2[labels_P2 == name]] for name in ("generalized", "memorized")))
             rho_L = np.fmax.reduce(np.abs(moments.rho_LD), axis=1)  # NaN where no neuron varies
             direction_LD = moments.nmd_LD
-            if self._direction_LD is not None:
-                cosine_L = _cosine(direction_LD, self._direction_LD)
-            self._direction_LD = direction_LD
+            if self.direction_LD is not None:
+                cosine_L = _cosine(direction_LD, self.direction_LD)
+            self.direction_LD = direction_LD
         for name, values_L in (("rho", rho_L), ("cosine", cosine_L)):
             found |= {f"{name}_{layer}": float(value) for layer, value in enumerate(values_L)}
         return found

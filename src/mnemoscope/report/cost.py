@@ -13,8 +13,8 @@ from mnemoscope.report.behaviour import marked
 from mnemoscope.report.drawing import DASHED, INK, OTHER, TONE, Dot, Line, Panel, dots_panel, lines_panel
 from mnemoscope.report.page import TOO_FEW, Answer, Chapter, Exhibit, Table, View, not_measured
 from mnemoscope.report.records import Cell
-from mnemoscope.report.schema import AIMS, DIRECTIONS, Direction, Steered, TaskResults
-from mnemoscope.report.words import CAPITAL, LISTS, counted, points, points_interval
+from mnemoscope.report.schema import AIMS, DIRECTIONS, Aim, Direction, Steered, TaskResults
+from mnemoscope.report.words import CAPITAL, KEPT, LISTS, counted, points, points_interval
 from mnemoscope.statistics import Estimate, mean
 
 
@@ -51,7 +51,7 @@ def chapter(view: View) -> Chapter:
     neutral = Exhibit("neutral", [_neutral_panel(doses, d) for d, doses in (task.neutral or {}).items()])
     if not any(change.known for block in task.steering.values() for change in block.collateral.values()):
         return Chapter(answer(task), [neutral], **shown)
-    notes = [damage(block, direction) for direction, block in task.steering.items()]
+    notes = [damage(block.for_aim(task.aim), direction, task.aim) for direction, block in task.steering.items()]
     if task.memory_is_conflict:
         notes.append("Towards working it out, facts to recall are left out: here they are the conflicts themselves.")
     panels = [_collateral_panel(block, direction) for direction, block in task.steering.items()]
@@ -62,8 +62,9 @@ def answer(task: TaskResults) -> Answer:
     """The largest loss among what should stay, and whether any loss is sure."""
     question = "What does it cost?"
     losses: dict[tuple[Direction, str], Estimate] = {}
-    for direction, block in task.steering.items():
-        losses |= {(direction, k): c for k, c in block.collateral.items() if c.known and k in counted(direction)}
+    lost = {direction: block.for_aim(task.aim).lost(task.aim) for direction, block in task.steering.items()}
+    for direction, changes in lost.items():
+        losses |= {(direction, k): c for k, c in changes.items() if c.known and k in counted(direction)}
     if not losses:
         return not_measured("cost", question, task)
     sure = {place: change for place, change in losses.items() if change.sign < 0}
@@ -73,13 +74,13 @@ def answer(task: TaskResults) -> Answer:
     sentence = f"in accuracy on {LISTS[key]}, {words.TOWARDS[direction]}{'' if sure else ', is the largest loss'}."
     note = f"95{words.NBSP}% interval: {points_interval(worst)}, of {words.count(worst.n, 'answer')}."
     others = [d for d in task.steering if d != direction and any(place[0] == d for place in losses)]
-    note += "".join(f" {CAPITAL[d]}: {words.largest_loss(task.steering[d].collateral, d)}." for d in others)
+    note += "".join(f" {CAPITAL[d]}: {words.largest_loss(lost[d], d)}." for d in others)
     return Answer("cost", question, verdict, points(worst.estimate, sign=True), sentence, note)
 
 
-def damage(block: Steered, direction: Direction) -> str:
+def damage(block: Steered, direction: Direction, aim: Aim) -> str:
     """What steering surely damages; what does not count as damage is named apart."""
-    found = block.collateral
+    found = dict.fromkeys(KEPT, Estimate.undefined()) | block.lost(aim)
     damaged = [f"{LISTS[key]} lose {_loss(found[key])}" for key in counted(direction) if found[key].sign < 0]
     text = words.listed(damaged) if damaged else "no sure damage"
     if not any(found[key].known for key in counted(direction)):

@@ -68,15 +68,15 @@ def over_all(cells: Sequence[Cell], found: list[CellResults]) -> TaskResults:
     """One label over its seeds, from the results of each cell; the settings shown are the first seed's."""
     common = dict(merged(found))
     common["training"] = {key: [one.training[key] for one in found] for key in ("seconds", "steps")}
-    sweep = where.measure_sweep(cells)
+    sweep, aim = where.measure_sweep(cells), cells[0].chosen.get("aim", "pairs")
     task = TaskResults(
         **common,
         seeds=[cell.seed for cell in cells],
-        aim=cells[0].chosen.get("aim", "pairs"),
+        aim=aim,
         memory_is_conflict=bool(cells[0].info["memory_is_conflict"]),
         weights=cells[0].info.get("weights"),
         sweep=sweep,
-        by_layer=where.measure_layers(sweep, common["contrast"]),
+        by_layer=where.measure_layers(sweep, common["contrast"], aim),
         chosen_by_seed={str(cell.seed): {aim: cell.chosen[aim]["best"] for aim in AIMS} for cell in cells},
         per_seed={str(cell.seed): one for cell, one in zip(cells, found, strict=True)},
     )

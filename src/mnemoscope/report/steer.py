@@ -300,7 +300,9 @@ def methods_table(task: TaskResults) -> Table:
             row += [words.strongest_control(block), ranged(block.conflict.shift)]
             rows.append([*row, words.largest_loss(block.collateral, direction)])
         for way, shift in other_ways(task, direction).items():
-            rows.append([f"{way}, {TOWARDS[direction]}", "", "", ranged(shift), f"{shift.n:,}", "", "", ""])
+            of_pairs, of_conflicts = (ranged(shift), "") if task.aim == "pairs" else ("", ranged(shift))
+            n = f"{shift.n:,}" if of_pairs else ""
+            rows.append([f"{way}, {TOWARDS[direction]}", "", "", of_pairs, n, "", of_conflicts, ""])
     columns = ["", "where", "strength", "pairs steered", "N", "strongest control", "conflicts steered", "largest loss"]
     return Table("Settings chosen on the tune split, and what they do on the test split", columns, rows)
 
@@ -355,11 +357,17 @@ def other_ways(task: TaskResults, direction: Direction) -> dict[str, Estimate]:
 
 
 def _simpler_panel(task: TaskResults, direction: Direction) -> Panel:
-    """The vector beside its strongest control, a uniform push, words, other decoding and a whole state put in."""
-    block = task.steering[direction]
-    found, control = {"the vector": block.pairs.shift}, block.strongest()
-    found |= {words.CONTROLS[control]: block.controls[control].pairs.shift} if control else {}
-    found |= {"same push to all": task.logit[direction].shift, **other_ways(task, direction)}
+    """The vector beside its strongest control, words and other decoding, on what is aimed at.
+
+    Of pairs also a uniform push and a whole state put in, which are measured on these.
+    """
+    block, aim = task.steering[direction].for_aim(task.aim), task.aim
+    found, control = {"the vector": getattr(block, aim).shift}, block.strongest(aim)
+    found |= {words.CONTROLS[control]: getattr(block.controls[control], aim).shift} if control else {}
+    found |= other_ways(task, direction)
+    if aim != "pairs":
+        return dots_panel(f"{direction}, test conflicts", drawing.against("the vector", found, TONE[direction]))
+    found["same push to all"] = task.logit[direction].shift
     patched = [each.shift for by_layer in task.patch.get(direction, {}).values() for each in by_layer]
     bound = max((shift for shift in patched if shift.known), key=lambda shift: shift.estimate, default=None)
     found |= {"whole state put in": bound} if bound else {}

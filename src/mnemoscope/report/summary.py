@@ -12,7 +12,7 @@ from mnemoscope.digests import intact
 from mnemoscope.report import words
 from mnemoscope.report.schema import Aim, Chosen, Direction, TaskResults
 from mnemoscope.report.steer import other_ways
-from mnemoscope.report.words import TOWARDS, count, percent, ranged
+from mnemoscope.report.words import TOWARDS, count, counted, percent, ranged
 from mnemoscope.statistics import LEAST_GROUPS, Estimate
 from mnemoscope.strict import read_json
 
@@ -43,8 +43,9 @@ class DirectionSummary(BaseModel):
         name, found = block.strongest(aim), getattr(block, aim)
         ways = {VECTOR: found.shift, **other_ways(task, direction)}
         chosen = block.chosen if aim == "pairs" else block.chosen_conflict
+        broken = breaks(found.other, block.lost(aim), direction)
         return cls(
-            advice=("" if chosen.within_limits else BEYOND) + breaks(found.other, block.lost(aim)) + advice(ways),
+            advice=("" if chosen.within_limits else BEYOND) + broken + advice(ways),
             ways=ways,
             aim=aim,
             chosen=chosen,
@@ -71,10 +72,10 @@ class DirectionSummary(BaseModel):
         }
 
 
-def breaks(other: Estimate, collateral: dict[str, Estimate]) -> str:
+def breaks(other: Estimate, collateral: dict[str, Estimate], direction: Direction) -> str:
     """What the vector breaks on the test split, where that is more than is wanted; else nothing."""
-    kept = collateral.get("memory")
-    lost = max(0.0, -kept.estimate) if kept is not None and kept.known else 0.0
+    kept = (collateral[name] for name in counted(direction) if name in collateral)
+    lost = max((-change.estimate for change in kept if change.known), default=0.0)
     found = [f"{percent(other.estimate)} answered neither way"] if other.known and other.estimate > MOST_OTHER else []
     found += [f"{percent(lost)} of what it should keep lost"] if lost > MOST_LOST else []
     return f"on test the vector leaves {' and '.join(found)}; " if found else ""

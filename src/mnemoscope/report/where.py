@@ -105,15 +105,15 @@ def measure_sweep(cells: Sequence[Cell]) -> list[SweepRow]:
     return rows
 
 
-def measure_layers(sweep: Sequence[SweepRow], contrast: schema.Contrasts) -> schema.ByLayer:
+def measure_layers(sweep: Sequence[SweepRow], contrast: schema.Contrasts, aim: schema.Aim) -> schema.ByLayer:
     """Where the difference is, layer by layer, beside where a shift of one layer acts, at one strength for all.
 
-    Of the strengths that every method tried on single layers, that which steers most pairs on average is shown; of the
-    shares of neurons, for each layer that which steers most.
+    Of the strengths that every method tried on single layers, that which steers most pairs, or conflicts where these
+    are aimed at, on average is shown; of the shares of neurons, for each layer that which steers most.
     """
     shift = {}
     for direction in DIRECTIONS:
-        rows = single_layers(sweep, direction)
+        rows = single_layers(sweep, direction, aim)
         methods, tried = {row.method for row, _ in rows}, {}
         for strength in dict.fromkeys(row.strength for row, _ in rows):
             part = [(row.method, share.estimate) for row, share in rows if row.strength == strength]
@@ -132,9 +132,9 @@ def measure_layers(sweep: Sequence[SweepRow], contrast: schema.Contrasts) -> sch
     return schema.ByLayer(**shown, shift=shift)
 
 
-def single_layers(sweep: Sequence[SweepRow], direction: Direction) -> list[tuple[SweepRow, Estimate]]:
-    """What single layers do to pairs of the tune split: the settings, and the shares that they shift."""
-    rows = [row for row in sweep if (row.direction, row.examples) == (direction, "pairs") and row.layers.isdigit()]
+def single_layers(sweep: Sequence[SweepRow], direction: Direction, aim: schema.Aim) -> list[tuple[SweepRow, Estimate]]:
+    """What single layers do to the tune list of an aim: the settings, and the shares that they shift."""
+    rows = [row for row in sweep if (row.direction, row.examples) == (direction, aim) and row.layers.isdigit()]
     return [(row, row.shift) for row in rows if row.shift]
 
 
@@ -160,14 +160,14 @@ def answer(task: TaskResults) -> Answer:
         return not_measured("where", question, task)
     best: dict[Direction, tuple[SweepRow, Estimate]] = {}
     for direction in DIRECTIONS:
-        rows = [(row, share) for row, share in single_layers(task.sweep, direction) if share.known]
+        rows = [(row, share) for row, share in single_layers(task.sweep, direction, task.aim) if share.known]
         best |= {direction: max(rows, key=lambda found: found[1].estimate)} if rows else {}
     if not best:
         return Answer("where", question, "In several layers together", sentence="No single layer was tried.")
-    found = []
+    found, what = [], "pairs" if task.aim == "pairs" else "conflicts"
     for d, (row, share) in best.items():
         how = f"by layer {row.layers} alone ({row.method}, strength {row.strength:g})"
-        found.append((percent(share.estimate), f"of tune pairs are steered {TOWARDS[d]} {how}."))
+        found.append((percent(share.estimate), f"of tune {what} are steered {TOWARDS[d]} {how}."))
     layers = {row.layers for row, _ in best.values()}
     verdict = f"Most in layer {layers.pop()}" if len(layers) == 1 else "In another layer for each direction"
     notes = [*(" ".join(each) for each in found[1:]), f"|rho| is largest in layer {shows}."]
