@@ -29,14 +29,13 @@ from mnemoscope.steering import OPPOSITE, Binding
 from mnemoscope.strict import checked, read_json
 from mnemoscope.tasks import Task, named_task
 
-ASKED = ("list", "example", "item", "prompt", "memorized", "generalized", "answer")
-FROZEN = (*ASKED, *(f"acts_{toward}" for toward in OPPOSITE))
-
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 Tell = Callable[[str, str, float, float, str], None]
 SCHEMA = 2  # 1: before two-pass methods had to close their answers
+ASKED = ("list", "example", "item", "prompt", "memorized", "generalized", "answer")
+FROZEN = (*ASKED, *(f"acts_{toward}" for toward in OPPOSITE))  # columns of the set that a continued arena must find
 CHOICES = ("sizes", "prompting", "name", "progress")
 
 

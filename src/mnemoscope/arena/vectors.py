@@ -63,11 +63,8 @@ def by_edit(
     moved_N = (edit(states_ND[:, None]) - states_ND[:, None]).norm(dim=-1).double() / sources.norm_L[layer]
 
     def drawn(number: int) -> Applied:
-        return at_block(
-            bench.asking.model,
-            layer,
-            randomized(edit, (*seed_of(bench.config.seed, method, toward), 36, layer, number)),
-        )
+        seed = (*seed_of(bench.config.seed, method, toward), 36, layer, number)
+        return at_block(bench.asking.model, layer, randomized(edit, seed))
 
     applied, norm = at_block(bench.asking.model, layer, edit), float(moved_N.square().mean().sqrt())
     return Intervention(method, toward, setting, applied=applied, norm=norm, drawn=drawn)

@@ -29,7 +29,6 @@ def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
 
 def _intervention(bench: Bench, directions: Directions, setting: Setting) -> Intervention:
     """A setting, with shifts that write in Gaussian directions as controls."""
-
     seed = (*seed_of(bench.config.seed, LOW_RANK, setting.toward), 35)
 
     def applied(vector: SteeringVector) -> Applied:
