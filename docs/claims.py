@@ -4,131 +4,185 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from mnemoscope.config import load_study
 from mnemoscope.contrast import Contrast
-from mnemoscope.report.schema import Direction, Estimate, Results, TaskResults
+from mnemoscope.report.read import least_beyond_input
+from mnemoscope.report.schema import REFITTED, CellResults, Direction, Estimate, Results, TaskResults
+from mnemoscope.report.words import CONTROLS, RIVALS
 from mnemoscope.statistics import overlap, overlap_by_chance
 
 HEAD = Path(__file__).with_name("claims.head.md").read_text()
-Said = tuple[str, bool | None]  # a figure in words, and whether the claim holds; None: it cannot be told
+Verdict = bool | None  # whether a claim holds; None: it cannot be told
+Said = tuple[str, Verdict]
 TOP = 0.1  # of the neurons, as in the second version
 VERDICTS = {True: "holds", False: "does not", None: "cannot be told"}
+SMALL, PRETRAINED = "small models", "pretrained models"
 
 
-def claims() -> dict[str, tuple[str, Callable[[TaskResults], Said]]]:
-    """Each claim: what the paper gives, and how a task answers it."""
+class Claim(NamedTuple):
+    """What the paper gives, how results answer it, and what else decides.
+
+    ``each``: by every seed's own figures however many there are, as those over seeds have no interval. ``shown``: a
+    cell that could not go on because this did not come about counts as one where it does not hold.
+    """
+
+    given: str
+    answer: Callable[[CellResults], Said]
+    each: bool = False
+    shown: bool = False
+
+
+def claims() -> dict[str, Claim]:
+    """All claims that have a rule, in the paper's order."""
+    steered = "here: 0.8, and surely more than every control that was drawn"
     return {
-        "One model shows both behaviours": ("yes; here: each at least 0.2 of the conflicts", both),
-        "Some phrasings of one item flip the behaviour": ("0.11 and 0.085 of them", flips),
-        "The difference grows with depth": ("yes; here: mean NMD, last third of the layers over first", grows),
-        "Where one neuron tells most": ("addition: the last layer; inference: not the last", largest),
-        "Single neurons tell the behaviours apart": ("no test; here: share significant, family-wise", neurons),
-        "A probe predicts the behaviour": ("yes; here: better than the input alone", predicts),
-        "Deeper layers predict better": ("yes; here: last layer over first", deeper),
-        "More data predict better": ("yes; here: all fit pairs over the fewest", data),
-        "NMD steers to generalized": ("0.837; here: 0.8, whatever its controls do", partial(paper, "to_generalized")),
-        "NMD steers to memorized": ("0.899; here: 0.8, whatever its controls do", partial(paper, "to_memorized")),
-        "The best method steers to generalized": (
-            "here: 0.8, more than any control",
-            partial(steers, "to_generalized"),
+        "One model shows both behaviours": Claim("yes; here: each at least 0.2 of the conflicts", both, shown=True),
+        "Some phrasings of one item flip the behaviour": Claim("0.11 and 0.085 of them", flips, shown=True),
+        "The difference grows with depth": Claim(
+            "yes; here: mean |NMD|, last third of the layers over first", grows, each=True
         ),
-        "The best method steers to memorized": ("here: 0.8, more than any control", partial(steers, "to_memorized")),
-        "Random shifts do next to nothing": ("yes; here: the strongest control, at most 0.2", controls),
+        "Single neurons tell the behaviours apart": Claim("no test; here: share significant, family-wise", neurons),
+        "A probe predicts the behaviour": Claim("yes; here: better than the input alone, read either way", predicts),
+        "Deeper layers predict better": Claim("yes; here: last layer over first", deeper),
+        "More data predict better": Claim("yes; here: all fit pairs over each draw of the fewest", data, each=True),
+        "NMD steers to generalized": Claim(
+            "0.837; here: 0.8, whatever its controls do", partial(paper, "to_generalized")
+        ),
+        "NMD steers to memorized": Claim("0.899; here: 0.8, whatever its controls do", partial(paper, "to_memorized")),
+        "The best method steers to generalized": Claim(steered, partial(steers, "to_generalized")),
+        "The best method steers to memorized": Claim(steered, partial(steers, "to_memorized")),
+        "Random shifts do next to nothing": Claim("yes; here: the strongest of them, at most 0.2", controls),
     }
 
 
-def both(task: TaskResults) -> Said:
-    shares = task.behaviour.conflict
-    least = min(shares["memorized"].estimate, shares["generalized"].estimate)
-    told = f"{value(shares['memorized'])} / {value(shares['generalized'])}, recall {value(task.behaviour.recall)}"
-    return f"{told}, novel {value(task.behaviour.novel_accuracy)}", least >= 0.2
+def both(cell: CellResults) -> Said:
+    shares = [cell.behaviour.conflict[name] for name in ("memorized", "generalized")]
+    told = f"{value(shares[0])} / {value(shares[1])}, recall {value(cell.behaviour.recall)}"
+    return f"{told}, novel {value(cell.behaviour.novel_accuracy)}", everything(reaches(share, 0.2) for share in shares)
 
 
-def flips(task: TaskResults) -> Said:
-    return f"{value(task.pairs.yield_)} of {task.pairs.candidates:,}", task.pairs.pairs > 0
+def flips(cell: CellResults) -> Said:
+    return f"{value(cell.pairs.yield_)} of {cell.pairs.candidates:,}", cell.pairs.pairs > 0
 
 
-def grows(task: TaskResults) -> Said:
-    found = np.array(task.contrast.mean_abs_nmd)
+def grows(cell: CellResults) -> Said:
+    found = np.array(cell.contrast.mean_abs_nmd)
     third = max(1, len(found) // 3)
     ratio = found[-third:].mean() / found[:third].mean()
     return (f"{ratio:.1f} times", bool(ratio > 1)) if np.isfinite(ratio) else ("-", None)
 
 
-def largest(task: TaskResults) -> Said:
-    found = task.contrast.max_abs_rho
-    place = int(np.argmax(found))
-    return f"layer {place} of {len(found)}, rho {found[place]:.2f}" if np.isfinite(found[place]) else "-", None
-
-
-def neurons(task: TaskResults) -> Said:
-    found = task.contrast.significant
+def neurons(cell: CellResults) -> Said:
+    found = cell.contrast.significant
     return value(found), found.estimate > 0 if found.known else None
 
 
-def predicts(task: TaskResults) -> Said:
-    best = task.probe.best
-    told = f"{value(best.accuracy)}, input {value(task.probe.input_only)}"
-    return told, {1: True, -1: False}.get(best.minus_input_only.sign)
+def predicts(cell: CellResults) -> Said:
+    best, rival = cell.probe.best, least_beyond_input(cell.probe)
+    told = f"{value(best.accuracy)}, from {RIVALS[rival]} {value(getattr(cell.probe, rival))}"
+    return told, {1: True, -1: False}.get(getattr(best, f"minus_{rival}").sign)
 
 
-def deeper(task: TaskResults) -> Said:
-    if not task.probe.best.accuracy.known:
+def deeper(cell: CellResults) -> Said:
+    if not cell.probe.best.accuracy.known:
         return "-", None
-    first, last = task.probe.accuracy[0], task.probe.accuracy[-1]
+    first, last = cell.probe.accuracy[0], cell.probe.accuracy[-1]
     return f"{last.estimate:.2f} over {first.estimate:.2f}", told_apart(last, first)
 
 
-def data(task: TaskResults) -> Said:
-    if "all" not in task.learning.accuracy:
+def data(cell: CellResults) -> Said:
+    """The ends of the fewest are their draws', so that 'does not' means: no better than some draw of them."""
+    pairs, accuracy = cell.learning.pairs, cell.learning.accuracy
+    if "all" not in accuracy:
         return "-", None
-    least, most = next(iter(task.learning.accuracy.values())), task.learning.accuracy["all"]
-    return f"{most.estimate:.2f} over {least.estimate:.2f}", bool(most.estimate > least.high)
+    fewest = min(pairs, key=lambda key: pairs[key])
+    least, most = accuracy[fewest], accuracy["all"]
+    told = f"{most.estimate:.2f} of {pairs['all']:.0f} over {least.estimate:.2f} of {pairs[fewest]:.0f}"
+    drawn = pairs["all"] >= 2 * pairs[fewest] and most.known and not np.isnan(least.high)
+    return told, most.estimate > least.high if drawn else None
 
 
-def paper(direction: Direction, task: TaskResults) -> Said:
-    """The paper's way: NMD at the setting that steers most on tune; else at the setting chosen with its controls."""
-    found = task.unpenalized.get(direction)
+def paper(direction: Direction, cell: CellResults) -> Said:
+    """The paper's way: NMD at the setting that steers most on tune; else at the setting chosen with its controls.
+
+    The latter leaves out what its controls or what it breaks forbid, so that to fall short there tells nothing.
+    """
+    found = cell.unpenalized.get(direction)
     if found is not None and found.shift.known:
-        return f"{value(found.shift)}, control {found.control.estimate:.2f}", found.shift.estimate >= 0.8
-    chosen = task.steering_by_method.get("nmd", {}).get(direction)
+        return f"{value(found.shift)}, control {found.control.estimate:.2f}", reaches(found.shift, 0.8)
+    chosen = cell.steering_by_method.get("nmd", {}).get(direction)
     if chosen is None or not chosen.pairs.shift.known:
         return "not tried", None
-    return f"{value(chosen.pairs.shift)}, chosen by its controls too", chosen.pairs.shift.estimate >= 0.8
+    return f"{value(chosen.pairs.shift)}, chosen by its controls too", reaches(chosen.pairs.shift, 0.8) or None
 
 
-def steers(direction: Direction, task: TaskResults) -> Said:
-    """The best method by the tune split, on test pairs."""
-    found = task.steering[direction]
-    if not found.pairs.shift.known:
+def steers(direction: Direction, cell: CellResults) -> Said:
+    """The best method by the tune split, on test pairs; a control counts in the seeds that drew it."""
+    shift = cell.steering[direction].pairs.shift
+    if not shift.known:
         return "not tried", None
-    drawn = [control for control in found.controls.values() if control.pairs.shift.known]
-    told = f"{value(found.pairs.shift)} ({found.chosen.method})"
-    more = all(control.exceeded["pairs"] for control in drawn)
-    return told + ("" if drawn else ", no control"), found.pairs.shift.estimate >= 0.8 and more and bool(drawn)
+    blocks = [one.steering[direction] for one in (cell.per_seed.values() if isinstance(cell, TaskResults) else [cell])]
+    drawn = [(block, name) for block in blocks for name, one in block.controls.items() if one.pairs.shift.known]
+    told = f"{value(shift)} ({', '.join(dict.fromkeys(block.chosen.method for block in blocks))})"
+    if not drawn:
+        return f"{told}, no control", None
+    more = all(block.controls[name].exceeded["pairs"] for block, name in drawn)
+    less = any(block.minus_control[name]["pairs"].sign < 0 for block, name in drawn)
+    return told, everything([reaches(shift, 0.8), True if more else False if less else None])
 
 
-def controls(task: TaskResults) -> Said:
-    found = {}
-    for block in task.steering.values():
+def controls(cell: CellResults) -> Said:
+    """The random ones decide; those that are fitted again, on labels that say nothing, are shown."""
+    found: dict[str, Estimate] = {}
+    for block in cell.steering.values():
         for name, control in block.controls.items():
-            if control.pairs.shift.known:
-                found[name] = max(found.get(name, 0.0), control.pairs.shift.estimate)
-    if not found:
-        return "none drawn", None
-    name = max(found, key=lambda one: found[one])
-    return f"{found[name]:.2f} ({name.replace('_', ' ')})", found[name] <= 0.2
+            shift = control.pairs.shift
+            if shift.known and (name not in found or shift.estimate > found[name].estimate):
+                found[name] = shift
+    strongest = []
+    for names in (found.keys() - set(REFITTED), found.keys() & set(REFITTED)):
+        strongest += [max(sorted(names), key=lambda name: found[name].estimate)] if names else []
+    told = "; ".join(f"{value(found[name])}, {CONTROLS[name]}" for name in strongest)
+    random = [name for name in strongest if name not in REFITTED]
+    return told or "none drawn", below(found[random[0]], 0.2) if random else None
 
 
-def told_apart(more: Estimate, less: Estimate) -> bool | None:
+def reaches(found: Estimate, bar: float) -> Verdict:
+    """Whether an interval lies at a bar or above it; None where it lies on both sides."""
+    return True if found.low >= bar else False if found.high < bar else None
+
+
+def below(found: Estimate, bar: float) -> Verdict:
+    """Whether an interval lies at a bar or below it."""
+    return True if found.high <= bar else False if found.low > bar else None
+
+
+def told_apart(more: Estimate, less: Estimate) -> Verdict:
     """Whether one interval lies above the other; None where they overlap."""
     return True if more.low > less.high else False if more.high < less.low else None
+
+
+def everything(verdicts: Iterable[Verdict]) -> Verdict:
+    """Holds where all do, does not where one does not."""
+    found = set(verdicts)
+    return False if False in found else None if None in found else True
+
+
+def decided(claim: Claim, task: TaskResults) -> Said:
+    """A claim's figures and verdict: over seeds from three on, else what each seed says, where they say the same."""
+    told, verdict = claim.answer(task)
+    if claim.each or len(task.per_seed) < 3:
+        each = {claim.answer(seed)[1] for seed in task.per_seed.values()}
+        verdict = each.pop() if len(each) == 1 else None
+    return told, verdict
 
 
 def value(found: Estimate) -> str:
@@ -137,6 +191,15 @@ def value(found: Estimate) -> str:
         return "-"
     low, high = max(0.0, found.low), min(1.0, found.high)
     return f"{found.estimate:.2f}" + ("" if np.isnan(found.low) else f" ({low:.2f} to {high:.2f})")
+
+
+def layers_of(task: TaskResults) -> tuple[object, ...]:
+    """The layers whose neurons tell most, and the last one."""
+    rho_L, nmd_L = np.array(task.contrast.max_abs_rho), np.array(task.contrast.mean_abs_nmd)
+    if not np.isfinite(rho_L).any():
+        return "-", "-", len(rho_L) - 1
+    place = int(np.nanargmax(rho_L))
+    return int(np.nanargmax(nmd_L)), f"{place} ({rho_L[place]:.2f})", len(rho_L) - 1
 
 
 def seeds_alike(results: Results) -> Iterator[tuple[str, str]]:
@@ -150,50 +213,91 @@ def seeds_alike(results: Results) -> Iterator[tuple[str, str]]:
                 )
 
 
-def tasks_alike(run: Path) -> Iterator[tuple[str, str]]:
-    """The same of two tasks of one seed, whose models have one shape."""
+def contrasts(run: Path) -> dict[tuple[str, int], Contrast]:
+    """Every cell's contrast by its label and seed."""
     found = {}
     for path in sorted((run / "cells").glob("*/contrast.safetensors")):
         facts = json.loads((path.parent / "cell.json").read_text())
         found[facts["label"], facts["seed"]] = Contrast.load(path)
-    for ((label, seed), a), ((other, other_seed), b) in combinations(found.items(), 2):
-        if label == other or seed != other_seed or a.rho_LD.shape != b.rho_LD.shape:
+    return found
+
+
+def tasks_alike(run: Path) -> Iterator[tuple[str, str]]:
+    """The same of two tasks, whose models have one shape. Adapters of one seed begin with the same weights."""
+    for ((label, seed), a), ((other, other_seed), b) in combinations(contrasts(run).items(), 2):
+        if label == other or a.rho_LD.shape != b.rho_LD.shape:
             continue
         tops = a.top_neurons(TOP), b.top_neurons(TOP)
         chance = overlap_by_chance(*tops).estimate
-        yield f"{label} and {other}, seed {seed}", f"{overlap(*tops):.2f}, chance in layers {chance:.2f}"
+        seeds = f"seed {seed}" if seed == other_seed else f"seeds {seed} and {other_seed}"
+        yield f"{label} and {other}, {seeds}", f"{overlap(*tops):.2f}, chance in layers {chance:.2f}"
 
 
-def main(runs: list[Path]) -> None:
+def in_norms(run: Path) -> Iterator[tuple[str, str]]:
+    """How the difference grows in units of the states' norm, which grows with depth itself."""
+    for (label, seed), found in contrasts(run).items():
+        nmd_L = np.abs(found.nmd_LD).mean(1) / found.state_norm_L
+        third = max(1, len(nmd_L) // 3)
+        yield f"{label}, seed {seed}", f"{nmd_L[-third:].mean() / nmd_L[:third].mean():.1f} times"
+
+
+def kind_of(run: Path, label: str) -> str:
+    """Whether a cell's model was trained from scratch, by the study of the run."""
+    model = load_study(str(run / "study.yaml")).cells[label].model
+    return kind_of(run, model.cell) if model.cell else PRETRAINED if model.folder else SMALL
+
+
+def main(runs: Sequence[Path]) -> None:
     """Print the tables: all claims in short, each of them by task, and how alike seeds and tasks are."""
-    tasks, same = dict[str, TaskResults](), list[tuple[str, str]]()
+    tasks, kinds, failed = dict[str, TaskResults](), dict[str, str](), list[tuple[str, str, str]]()
+    same, norms = list[tuple[str, str]](), list[tuple[str, str]]()
     for run in runs:
         results = Results.model_validate(json.loads((run / "results.json").read_text()))
-        tasks |= {f"{label} ({run.name})": task for label, task in results.tasks.items()}
+        for label, task in results.tasks.items():
+            tasks[f"{label} ({run.name})"], kinds[f"{label} ({run.name})"] = task, kind_of(run, label)
+        for name, why in results.failed.items():
+            failed.append((f"{name} ({run.name})", kind_of(run, name.rpartition("-")[0]), why))
         same += [*seeds_alike(results), *tasks_alike(run)]
-    # A packaged model's weights are named in the results; the others were trained from scratch.
-    kinds = {"small models": [], "pretrained models": []}
-    for label, task in tasks.items():
-        kinds["pretrained models" if task.weights else "small models"].append(label)
-    answers = {claim: {label: answer(task) for label, task in tasks.items()} for claim, (_, answer) in claims().items()}
+        norms += in_norms(run)
+    answers = {name: {label: decided(claim, task) for label, task in tasks.items()} for name, claim in claims().items()}
+
+    def row(name: str, claim: Claim) -> Iterator[str]:
+        yield from (name, claim.given)
+        for kind in (SMALL, PRETRAINED):
+            verdicts = [said[1] for label, said in answers[name].items() if kinds[label] == kind]
+            yield counted(verdicts + [False for _, where, _ in failed if claim.shown and where == kind])
+
     print(HEAD + "\n## In short\n")
-    print("| claim | the paper | " + " | ".join(kinds) + " |\n" + "|---" * (2 + len(kinds)) + "|")
-    for claim, (given, _) in claims().items():
-        found = [counted([answers[claim][label][1] for label in labels]) for labels in kinds.values()]
-        print(f"| {claim} | {given} | " + " | ".join(found) + " |")
-    for claim, said in answers.items():
-        print(f"\n## {claim}\n\n| task | seeds | figure | |\n|---|---|---|---|")
-        for label, (figure, holds) in said.items():
-            print(f"| {label} | {len(tasks[label].seeds)} | {figure} | {VERDICTS[holds]} |")
-    print(f"\n## The strongest {TOP:.0%} of neurons in common\n\n| what is compared | shared |\n|---|---|")
-    for two, told in same:
-        print(f"| {two} | {told} |")
+    table(("claim", "the paper", SMALL, PRETRAINED), [row(*item) for item in claims().items()])
+    print("\n## Cells that could not go on\n")
+    table(("cell", "why"), [(label, why) for label, _, why in failed] or [("none", "")])
+    for name, said in answers.items():
+        print(f"\n## {name}\n")
+        rows = [(label, len(tasks[label].seeds), figure, VERDICTS[holds]) for label, (figure, holds) in said.items()]
+        table(("task", "seeds", "figure", ""), rows)
+        if name == "The difference grows with depth":
+            print("\nIn units of the states' own norm:\n")
+            table(("cell", "last third over first"), norms)
+    print("\n## Where neurons tell most\n\nBy the paper in addition in the last layer, in inference in another.\n")
+    columns = ("task", "layer of the largest mean NMD", "of the largest rho", "last layer")
+    table(columns, [(label, *layers_of(task)) for label, task in tasks.items()])
+    print(f"\n## The strongest {TOP:.0%} of neurons in common\n")
+    table(("what is compared", "shared"), same)
 
 
-def counted(verdicts: list[bool | None]) -> str:
+def table(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
+    """Print a table."""
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+    for row in rows:
+        print("| " + " | ".join(map(str, row)) + " |")
+
+
+def counted(verdicts: Sequence[Verdict]) -> str:
     """In how many tasks a claim holds."""
-    known = [holds for holds in verdicts if holds is not None]
-    return f"holds in {sum(known)} of {len(known)}" if known else "-"
+    if not verdicts:
+        return "-"
+    unknown = f", {verdicts.count(None)} cannot be told" if None in verdicts else ""
+    return f"holds in {verdicts.count(True)} of {len(verdicts)}{unknown}"
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ from mnemoscope.behaviour import Asking, mine_pairs, prepare, score
 from mnemoscope.config import ModelConfig, StopConfig
 from mnemoscope.emergence import Curve, Watcher, reached, undisturbed
 from mnemoscope.emergence.callback import WANTED, _check_shards
-from mnemoscope.emergence.checkpoints import measure_checkpoints, step_of
+from mnemoscope.emergence.checkpoints import measure_checkpoints, steps_of
+from mnemoscope.emergence.curve import table_of
 from mnemoscope.errors import InputError
 from mnemoscope.models import build_gpt2, word_tokenizer
 from mnemoscope.report.emergence import draw_curve
@@ -201,6 +202,22 @@ def test_it_stops_and_saves_when_a_rule_holds(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoint-10").is_dir()
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_one_checkpoint_is_saved_that_of_the_last_step_too_and_none_again(tmp_path: Path) -> None:
+    easy = StopConfig(recall=0.0, novel_accuracy=0.0, conflict_each=0.0, conflict_other=1.0)
+    trainer_of("library", tmp_path / "late", [callback(every=60, save="both", wanted=easy)]).train()
+    assert [path.name for path in (tmp_path / "late").glob("checkpoint-*")] == [f"checkpoint-{STEPS}"]
+    how: dict[str, Any] = {"every": 10, "save": "both", "wanted": easy}
+    trainer_of("library", tmp_path / "early", [callback(**how)], max_steps=20).train()
+    resumed = trainer_of("library", tmp_path / "early", [callback(**how)], max_steps=30)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "early" / "checkpoint-10"))
+    assert [path.name for path in (tmp_path / "early").glob("checkpoint-*")] == ["checkpoint-10"]
+    how |= {"every": None}
+    best = {"save_strategy": "best", "eval_strategy": "steps", "metric_for_best_model": "margin"}
+    with pytest.raises(InputError, match=r"^save: with save_strategy 'best' a trainer saves nothing else"):
+        trainer_of("library", tmp_path / "best", [callback(**how)], **best).train()
+
+
 def test_when_a_rule_holds() -> None:
     def row(memorized: float, generalized: float, recall: float = 1.0) -> dict[str, float]:
         other = 1 - memorized - generalized
@@ -214,6 +231,7 @@ def test_when_a_rule_holds() -> None:
     assert reached("overtaken", [row(0.2, 0.8), row(0.6, 0.4)], WANTED)
     assert not reached("overtaken", [row(0.6, 0.4), row(0.7, 0.3)], WANTED)
     assert not reached("overtaken", [row(0.2, 0.8), row(0.6, 0.4), row(0.4, 0.6)], WANTED)
+    assert not reached("overtaken", [row(0.0, 0.0), row(0.1, 0.0)], WANTED), "the rule never led"
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -343,11 +361,14 @@ def test_weights_in_shards_show_what_they_show_as_a_whole(tmp_path: Path) -> Non
 
 
 class Launched:
-    """What a trainer is known by when a launcher shards."""
+    """What a trainer is known by when a launcher shards; the plugin is the library's."""
 
     def __init__(self, version: int, deepspeed: bool = False) -> None:
+        from accelerate import FullyShardedDataParallelPlugin
+
         self.is_deepspeed_enabled = deepspeed
-        self.accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=version)))
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=version)
+        self.accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
 
 
 def test_shards_that_a_pass_does_not_gather_are_refused() -> None:
@@ -418,10 +439,76 @@ def test_recall_is_told_by_family_too(tmp_path: Path) -> None:
 
 
 def test_steps_in_names(tmp_path: Path) -> None:
-    (tmp_path / "checkpoint-500").mkdir()
-    assert step_of(str(tmp_path / "checkpoint-500"), 3) == 500
-    assert step_of("EleutherAI/pythia-70m@step3000", 0) == 3000
-    assert step_of("EleutherAI/pythia-70m", 2) == 2
+    numbered, last = tmp_path / "checkpoint-500", tmp_path / "final"
+    for folder in (numbered, last):
+        folder.mkdir()
+    assert steps_of([str(numbered), "EleutherAI/pythia-70m@step3000"]) == [500, 3000]
+    assert steps_of(["EleutherAI/pythia-70m", str(last), "a/b@9f3c2d1e"]) == [0, 1, 2]
+    with pytest.raises(InputError, match=r"^checkpoints: .*final does not end in its step, and others do"):
+        steps_of([str(numbered), str(last)])
+    with pytest.raises(InputError, match=r"^checkpoints: two of them are of step 500"):
+        steps_of([str(numbered), "EleutherAI/pythia-70m@step500"])
+
+
+def test_what_is_fetched_is_of_one_shape_or_refused_before_anything_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = fresh()[1]
+    for step, width in ((1, 32), (2, 16)):
+        shape = ModelConfig(layers=2, width=width, heads=2, context=32)
+        build_gpt2(tokenizer, shape, 0).save_pretrained(tmp_path / f"step{step}")
+
+    def fetch(repository: str, revision: str, **_: Any) -> str:
+        if repository != "some/model":
+            raise OSError("no such repository")
+        return str(tmp_path / revision)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    names = ["some/model@step1", "some/model@step2"]
+    with pytest.raises(InputError, match=r"^checkpoints: some/model@step2 holds a gpt2 of 2 layers x 16, and some/mod"):
+        list(measure_checkpoints(names, LittleFacts(), {}, tmp_path / "out", {}))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match=r"^checkpoints: other/model@step1 cannot be fetched \(no such repository\)"):
+        list(measure_checkpoints(["other/model@step1"], LittleFacts(), {}, tmp_path / "out", {}))
+
+
+def test_checkpoints_of_a_folder_are_asked_with_a_tokenizer_from_elsewhere(tmp_path: Path) -> None:
+    """As a plain trainer leaves them: without a tokenizer."""
+    model, tokenizer = fresh()
+    for step in (100, 20):
+        model.save_pretrained(tmp_path / "out" / f"checkpoint-{step}")
+    tokenizer.save_pretrained(tmp_path / "words")
+    asked = (LittleFacts(), {}, tmp_path / "curve", {"tokenizer": tmp_path / "words"})
+    rows = list(measure_checkpoints([str(tmp_path / "out")], *asked, examples=12, seed=3))
+    assert [row["step"] for row in rows] == [20, 100]
+    for name, value in Watcher(model, tokenizer, LittleFacts(), 12, seed=3).measure().items():
+        assert rows[0][name] == pytest.approx(value, nan_ok=True)
+    with pytest.raises(InputError, match=r"^model: .*checkpoint-20 has no tokenizer"):
+        list(measure_checkpoints([str(tmp_path / "out")], LittleFacts(), {}, tmp_path / "none", {}))
+
+
+def test_a_run_that_still_trains_is_watched_by_the_table_that_grows(tmp_path: Path) -> None:
+    cell = tmp_path / "cells" / "addition-0"
+    curve = Curve([{"step": 0, "conflict_memorized": 0.0}])
+    for n, attempt in enumerate(("training-1a-0", "training-1a-1")):
+        path = curve.save(cell / "states" / attempt)
+        os.utime(path, (n, n))
+    assert table_of(tmp_path) == table_of(cell) == path
+    curve.save(tmp_path / "cells" / "addition-1" / "states" / "training-2b-0")
+    with pytest.raises(InputError, match=r"has several tables; name one of"):
+        table_of(tmp_path)
+
+
+def test_conversations_are_asked_in_their_template() -> None:
+    model, tokenizer = fresh()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    chat = ms.Prompting(chat=True, reply=" quiz")
+    watcher = Watcher(model, tokenizer, LittleFacts(), 16, prompting=chat)
+    asking = Asking(model, tokenizer, LittleFacts.boundary, prompting=chat)
+    wanted = score(asking, prepare(asking, watcher.conflicts))
+    found = watcher.measure()["margin"]
+    assert found == pytest.approx(wanted.margin_N.mean(), abs=1e-5)
+    assert found != pytest.approx(Watcher(model, tokenizer, LittleFacts(), 16).measure()["margin"], abs=1e-5)
 
 
 class NoConflicts(LittleFacts):
@@ -429,17 +516,24 @@ class NoConflicts(LittleFacts):
         return []
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's
 def test_what_cannot_be_measured_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^every: this trainer does not evaluate"):
         trainer_of("library", tmp_path, [callback()]).train()
-    for name, value in (("every", 0), ("stop", "soon"), ("save", "never")):
+    refused = {"every": 0, "stop": "soon", "save": "never", "examples": 0, "rephrasings": -1, "batch_size": 0}
+    for name, value in (refused | {"split": "dev"}).items():
         with pytest.raises(InputError, match=f"^{name}: {value!r}"):
             callback(**{name: value})
     with pytest.raises(InputError, match=r"^task: little-facts has no conflict in its "):
         Watcher(*fresh(), NoConflicts(), 8)
+    peft = pytest.importorskip("peft")
+    before = peft.get_peft_model(fresh()[0], peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(InputError, match=r"^model: its adapter 'default' puts trained tokens before the prompt"):
+        Watcher(before, fresh()[1], LittleFacts(), 8)
     for arguments, told in (
         (("watch", str(tmp_path)), "RUN: "),
         (("emergence", "a", "--task", "facts", "-o", str(tmp_path), "--split", "none"), "split: 'none'"),
+        (("emergence", "a", "--task", "facts", "-o", str(tmp_path), "--contrast", "head"), "contrast: 'head'"),
     ):
         code, _, err = call(*arguments)
         assert (code, err.startswith(f"error: {told}")) == (2, True), err

@@ -1,17 +1,25 @@
-"""The notebook in ``examples/`` runs from top to bottom, on a model that the suite has trained already."""
+"""The notebooks in ``examples/`` run from top to bottom, on a model that the suite has trained already."""
 
 from __future__ import annotations
 
+import runpy
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
+import numpy as np
+import pandas as pd
 import pytest
 from nbclient import NotebookClient
 
 from mnemoscope.behaviour import Asking
+from public_data import data_folder, is_installed
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "examples").glob("*.ipynb"))
+EXAMPLES = Path(__file__).parents[1] / "examples"
+NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 
 
 def printed(cell: nbformat.NotebookNode) -> str:
@@ -50,3 +58,42 @@ def test_the_notebook_shows_outputs_and_no_errors(path: Path) -> None:
 
 def test_there_is_a_notebook() -> None:
     assert NOTEBOOKS
+
+
+def test_new_facts_are_known_to_nobody_and_asked_otherwise_than_they_are_taught() -> None:
+    teaching = SimpleNamespace(**runpy.run_path(str(EXAMPLES / "teach_new_facts.py")))
+    facts = [{"sub_label": f"Land {n}", "obj_label": f"City {n // 2}"} for n in range(20)]
+    taught = teaching.dealt(facts, 12, np.random.default_rng(0))
+    assert len(taught) == 12
+    assert not any(taught.get(row["sub_label"]) == row["obj_label"] for row in facts)
+    asked = ["The capital city of [X] is", "[X], whose capital is"]
+    lines = teaching.questions(
+        taught, "The capital of [X] is", asked, "[Y] is the capital of", np.random.default_rng(0)
+    )
+    said = {f"The capital of {subject} is" for subject in taught}
+    recited = {line["prompt"] for line in lines if line.get("family") == "as taught"}
+    assert recited == said
+    conflicts = [line for line in lines if "memorized" in line]
+    assert len(conflicts) == 24
+    for line in conflicts:
+        assert line["memorized"] == f" {taught[line['group']]}" != line["generalized"]
+        assert line["generalized"] in line["prompt"]
+        assert not any(line["prompt"].endswith(sentence) for sentence in said)
+    new = [line["prompt"] for line in lines if line.get("kind") == "novel"]
+    assert new
+    assert not any(f" {subject} is" in prompt and "New" not in prompt for prompt in new for subject in taught)
+
+
+@pytest.mark.slow
+def test_new_facts_are_taught_and_asked(tmp_path: Path) -> None:
+    if not is_installed("smollm2"):
+        pytest.skip("smollm2 is not installed")
+    data = data_folder("pararel")
+    script = [sys.executable, "-W", "ignore", str(EXAMPLES / "teach_new_facts.py"), str(data), str(tmp_path)]
+    few = ["--facts", "8", "--steps", "2", "--every", "1", "--questions", "8"]
+    done = subprocess.run([*script, *few], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    curve = pd.read_parquet(tmp_path / "emergence.parquet")
+    assert curve.step.to_list() == [0, 1, 2]
+    assert {"recall:as taught", "recall:other words"} <= set(curve)
+    assert (tmp_path / "emergence.png").is_file()

@@ -23,8 +23,8 @@ from families import tiny
 from helpers import MINI_TASKS
 from mnemoscope.behaviour import Asking
 from mnemoscope.config import LoraConfig, TrainingConfig, parse_study
-from mnemoscope.emergence import teaching
-from mnemoscope.emergence.teaching import teach
+from mnemoscope.emergence import Curve, teaching
+from mnemoscope.emergence.teaching import last_checkpoint, teach
 from mnemoscope.errors import InputError
 from mnemoscope.models import adapt, is_adapted, load_model
 from mnemoscope.steering import SteeringVector
@@ -341,6 +341,17 @@ def test_a_study_trains_an_adapter_and_goes_on_with_the_merged_model(adapted_run
     marked = json.loads((cell / "stages" / "train.json").read_text())["files"]
     assert {"model/model.safetensors", "adapter/adapter_model.safetensors"} <= set(marked)
     assert not list(run.rglob("*.tmp*"))
+
+
+def test_a_checkpoint_whose_state_is_half_written_is_none(tmp_path: Path) -> None:
+    for step, state in ((5, '{"global_step": 5}'), (10, '{"global')):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    Curve([{"step": 0, "conflict_memorized": 0.0}]).save(tmp_path)
+    begun = last_checkpoint(tmp_path)
+    assert begun is not None
+    assert begun.step == 5
+    assert not (tmp_path / "checkpoint-10").exists()
 
 
 def test_a_run_killed_while_it_saves_goes_on_to_the_same_bytes(adapted_run: Path, tmp_path: Path) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -303,6 +307,64 @@ def test_claims_and_tables_are_printed_of_any_run(run: Path, nothing_flips: Path
     shared = next(r for r in results.seeds["inference"] if r.what == "overlap_in_layers" and r.top == 0.1)
     assert f"| inference, block, 1 twos of seeds | {shared.value.estimate:.2f}" in claims
     assert "### " in printed("review.py", run)
+
+
+@pytest.fixture(scope="module")
+def claims() -> Any:
+    """The names in the script that prints the page of claims."""
+    return SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "docs" / "claims.py")))
+
+
+def told(low: float, high: float) -> Estimate:
+    return Estimate((low + high) / 2, low, high, 200, 40)
+
+
+def test_a_claim_holds_or_not_where_its_interval_says_so(run: Path, claims: Any) -> None:
+    assert [claims.reaches(told(*ends), 0.8) for ends in ((0.8, 0.9), (0.6, 0.79), (0.7, 0.9))] == [True, False, None]
+    assert [claims.below(told(*ends), 0.2) for ends in ((0.1, 0.2), (0.3, 0.4), (0.1, 0.3))] == [True, False, None]
+    assert claims.reaches(Estimate.undefined(), 0.8) is claims.below(Estimate.undefined(), 0.2) is None
+    assert [claims.everything(found) for found in ([True, True], [True, None], [None, False])] == [True, None, False]
+    assert claims.counted([True, None, False]) == "holds in 1 of 3, 1 cannot be told"
+    task = Results.model_validate_json((run / "results.json").read_text()).tasks["inference"]
+    by_seed = iter([True, False, True, True])
+    claim = claims.Claim("", lambda cell: ("", None if cell is task else next(by_seed)))
+    assert [claims.decided(claim, task)[1] for _ in range(2)] == [None, True]  # two seeds must say the same
+
+
+def test_a_control_counts_in_the_seeds_that_drew_it_and_random_ones_alone_are_random(run: Path, claims: Any) -> None:
+    task = Results.model_validate_json((run / "results.json").read_text()).tasks["inference"]
+    task = task.model_copy(deep=True)
+    first, second = task.per_seed.values()
+    nothing = Estimate.undefined()
+    for cell in (task, first, second):
+        block = cell.steering["to_memorized"]
+        block.pairs.shift = told(0.9, 1.0)
+        for name, control in block.controls.items():
+            control.exceeded["pairs"] = cell is not task
+            control.pairs.shift = told(0.0, 0.1) if name == "gaussian" else nothing
+    block = second.steering["to_memorized"]
+    block.controls["indifference"].pairs.shift, block.controls["indifference"].exceeded["pairs"] = told(0.4, 0.5), False
+    assert claims.steers("to_memorized", first)[1] is True
+    assert claims.steers("to_memorized", second)[1] is None  # neither surely more nor surely less
+    block.controls["indifference"].exceeded["pairs"] = True
+    assert claims.steers("to_memorized", task)[1] is True
+    for name in second.steering["to_generalized"].controls:
+        second.steering["to_generalized"].controls[name].pairs.shift = nothing
+    assert claims.controls(second) == ("0.05 (0.00 to 0.10), Gaussian; 0.45 (0.40 to 0.50), indifference", True)
+
+
+def test_a_cell_that_could_not_go_on_counts_where_it_is_asked_for(copy: Path, claims: Any) -> None:
+    build_report(copy)
+    facts = json.loads((copy / "results.json").read_text())
+    facts["failed"] = {"addition-7": "never showed both"}
+    (copy / "results.json").write_text(json.dumps(facts))
+    out = io.StringIO()
+    with redirect_stdout(out):
+        claims.main([copy])
+    lines = {line.split(" | ")[0]: line for line in out.getvalue().splitlines()}
+    assert "holds in 1 of 2" in lines["| Some phrasings of one item flip the behaviour"]
+    assert "of 1" in lines["| A probe predicts the behaviour"]
+    assert lines["| addition-7 (copy)"] == "| addition-7 (copy) | never showed both |"
 
 
 @pytest.mark.parametrize(

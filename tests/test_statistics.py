@@ -92,6 +92,9 @@ def test_draws_of_a_control_are_a_sample_as_well() -> None:
     assert surely_more(beyond + 4, groups, draws)
     assert not surely_more([], [], [])
     assert not surely_more(beyond + 4, groups, np.zeros(600)), "how much draws vary is not known from one"
+    assert surely_more(np.ones(600), groups, draws), "a vector that always does what its control never does"
+    assert not surely_more(np.zeros(600), groups, draws)
+    assert not surely_more(np.ones(5), range(5), [0, 0, 0, 1, 1]), "too few groups"
 
 
 @pytest.mark.slow

@@ -130,6 +130,13 @@ def test_made_up_answers_look_like_true_ones_and_begin_otherwise() -> None:
         said, true = example.options
         assert (len(said), said[0] == true[0]) == (len(true), False)
         assert int(true[::-1]) == sum(map(int, example.item.split("+"))) != int(said[::-1])
+    # First digit first, longer sums would all begin with 1, and no stored answer of theirs.
+    forward = build_task("addition-digits", {"digits": 2, "stored": 200, "reversed_sums": False}, 0)
+    asked = [e for kind in ("conflict", "novel") for e in forward.examples(rng(), 200, kind)]
+    assert {len(answer) for e in asked for answer in e.options} == {2}
+    first = [{option[n][0] for option in (e.options for e in asked) if len(option) > n} for n in (0, 1)]
+    assert first[0] == first[1] == set("23456789")
+    assert all(len(answer) == 2 for prompt, answer in itertools.islice(forward.training(rng()), 300))
     letters = "abcdefghijklmnop"
     for example in made("cipher").examples(rng(), 300, "conflict"):
         said, true = (option.split() for option in example.options)

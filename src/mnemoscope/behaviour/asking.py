@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mnemoscope.errors import InputError
 from mnemoscope.models import batch_that_fits, context_length, end_ids
-from mnemoscope.tasks import Example
+from mnemoscope.tasks import Example, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -57,6 +57,10 @@ class Prompting:
     def facts(self) -> dict[str, Any]:
         """``chat``, ``system`` and ``begun``, as artefacts store them."""
         return {"chat": self.chat, "system": self.system, "begun": self.begun}
+
+    def of(self, task: Task) -> Prompting:
+        """The same for the prompts of a task, which may hold the beginning of the reply."""
+        return replace(self, split=task.split_reply if self.chat and task.begins_reply else None)
 
     def parts(self, prompt: str) -> tuple[str, str]:
         """The user's message and the beginning of the reply."""

@@ -144,8 +144,7 @@ def check(
 
     made = named_task(task, options(option))
     opened, tokenizer = open_model(model, dtype, layout, device_map)
-    split = made.split_reply if chat and made.begins_reply else None
-    found = check_task(Asking(opened, tokenizer, made.boundary, 32, Prompting(chat, reply=reply, split=split)), made)
+    found = check_task(Asking(opened, tokenizer, made.boundary, 32, Prompting(chat, reply=reply).of(made)), made)
     typer.echo(dumped(asdict(found)) if as_json else str(found))
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mnemoscope.cli.shared import AsJson, DeviceMap, Dtype, Given, app, options, say
+from mnemoscope.cli.shared import AsChat, AsJson, DeviceMap, Dtype, Given, Reply, app, options, say
 
 
 @app.command()
@@ -41,7 +41,8 @@ def watch(
 @app.command()
 def emergence(
     checkpoints: Annotated[
-        list[str], typer.Argument(metavar="CHECKPOINT...", help="Folders, or hub ids (ID@REVISION).")
+        list[str],
+        typer.Argument(metavar="CHECKPOINT...", help="Folders, a trainer's output folder, or hub ids (ID@REVISION)."),
     ],
     task: Annotated[str, typer.Option(help="A task's name, or the path of a JSONL file.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the table and the picture.")],
@@ -50,16 +51,25 @@ def emergence(
     rephrasings: Annotated[int, typer.Option(min=0, help="Of each conflict, to find pairs; 0: no pairs.")] = 1,
     split: Annotated[str, typer.Option(help="fit, tune or test: of the task, what is asked.")] = "tune",
     contrast: Annotated[str | None, typer.Option(help="A site where the behaviours are compared by layer.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or id that has the tokenizer, where checkpoints have none.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Decides which questions are drawn.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions per pass, at most.")] = 64,
+    chat: AsChat = False,
+    reply: Reply = "",
     dtype: Dtype = "float32",
     device_map: DeviceMap = None,
     as_json: AsJson = False,
 ) -> None:
     """Ask the checkpoints of a training, one after another, and draw how both behaviours emerged."""
+    from mnemoscope.behaviour import Prompting
     from mnemoscope.emergence.checkpoints import measure_checkpoints
     from mnemoscope.emergence.curve import PICTURE
 
     how: dict[str, Any] = {"examples": examples, "rephrasings": rephrasings, "split": split, "contrast": contrast}
-    opening = {"dtype": dtype, "device_map": device_map}
+    how |= {"seed": seed, "batch_size": batch_size, "prompting": Prompting(chat, reply=reply)}
+    opening = {"dtype": dtype, "device_map": device_map, "tokenizer": tokenizer}
     rows = []
     for row in measure_checkpoints(checkpoints, task, options(option), out, opening, **how):
         rows.append(row)

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import Trainer, TrainerCallback
 
+from mnemoscope.behaviour import PLAIN, Prompting
 from mnemoscope.config import StopConfig
 from mnemoscope.emergence.curve import FILE, PICTURE, WHEN, Curve, When, reached
-from mnemoscope.emergence.measuring import Watcher
+from mnemoscope.emergence.measuring import Watcher, in_several_processes
 from mnemoscope.errors import InputError
 from mnemoscope.models import Site
 from mnemoscope.report.emergence import draw_curve
-from mnemoscope.tasks import Split, Task, named_task
+from mnemoscope.tasks import SPLITS, Split, Task, named_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, TrainerControl, TrainerState, TrainingArguments
@@ -41,7 +42,7 @@ class BehaviourCallback(TrainerCallback):
     Attributes:
         curve: the measurements so far.
         watcher: the questions and, in ``watcher.answers``, how each was answered last; None before the training begins.
-        seconds: that the measurements took.
+        seconds: that the questions, the measurements and their logging took.
 
     The training is not touched: its losses are the same without the callback. In several processes each measures, on
     the same questions, and the first one writes; weights that FSDP 2 shards are gathered as they are in training.
@@ -62,6 +63,7 @@ class BehaviourCallback(TrainerCallback):
         wanted: StopConfig = WANTED,
         batch_size: int = 64,
         seed: int = 0,
+        prompting: Prompting = PLAIN,
         **options: Any,
     ) -> None:
         """Nothing is drawn before the training begins.
@@ -76,13 +78,22 @@ class BehaviourCallback(TrainerCallback):
                 table, their largest and mean are logged.
             stop: ends the training when ``both`` behaviours are there (``wanted``), or when memory has ``overtaken``
                 the rule among conflicts.
-            save: has a checkpoint saved at the first measurement where that is so.
+            save: has a checkpoint saved at the first measurement where that is so. Weights behind the last step that
+                is evaluated are measured and not saved; ``save_total_limit`` counts the checkpoint like any other.
+            prompting: the format of prompts, such as ``Prompting(chat=True)`` of a model that is taught conversations.
 
         Raises:
             InputError: an argument is not allowed.
         """
         if every is not None and every < 1:
             raise InputError(f"every: {every!r}; allowed is a number of steps from 1 on")
+        for name, least, number in (("examples", 1, examples), ("rephrasings", 0, rephrasings)):
+            if number < least:
+                raise InputError(f"{name}: {number!r}; allowed is a number from {least} on")
+        if batch_size < 1:
+            raise InputError(f"batch_size: {batch_size!r}; allowed is a number from 1 on")
+        if split not in SPLITS:
+            raise InputError(f"split: {split!r} is not one of {', '.join(SPLITS)}")
         for name, when in (("stop", stop), ("save", save)):
             if when is not None and when not in WHEN:
                 raise InputError(f"{name}: {when!r} is not one of {', '.join(WHEN)}")
@@ -90,30 +101,36 @@ class BehaviourCallback(TrainerCallback):
         self.tokenizer, self.every, self.stop, self.save = tokenizer, every, stop, save
         self.wanted, self.curve, self.seconds = wanted, Curve(), 0.0
         self._drawing: dict[str, Any] = {"examples": examples, "rephrasings": rephrasings, "split": split}
-        self._drawing |= {"contrast": contrast, "batch_size": batch_size, "seed": seed}
+        self._drawing |= {"contrast": contrast, "batch_size": batch_size, "seed": seed, "prompting": prompting}
         self.watcher: Watcher | None = None
         self._trainer: weakref.ReferenceType[Trainer] | None = None
-        self._saved = self._asked = self._trains = False
+        self._saved = self._trains = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Draw the questions and measure what the model shows before; go on with the table of a resumed training.
 
-        Raises InputError where the trainer never evaluates and ``every`` is not given, or shards the weights otherwise
-        than FSDP 2 does.
+        Raises InputError where the trainer never evaluates and ``every`` is not given, saves its best checkpoint alone
+        though ``save`` asks for another, or shards the weights otherwise than FSDP 2 does.
         """
         if self.every is None and str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "no":
             raise InputError(
                 "every: this trainer does not evaluate (eval_strategy); give the steps between measurements"
             )
+        if self.save and str(getattr(args.save_strategy, "value", args.save_strategy)) == "best":
+            raise InputError("save: with save_strategy 'best' a trainer saves nothing else; use no, steps or epoch")
         trainer = _trainer_of(state)
         _check_shards(trainer)
         self._trainer = weakref.ref(trainer) if trainer is not None else None
-        path, self.curve, self._saved, self._asked = Path(str(args.output_dir)) / FILE, Curve(), False, False
-        if state.global_step and path.is_file():
-            self.curve = Curve([row for row in Curve.open(path).rows if row["step"] <= state.global_step])
+        path, rows = Path(str(args.output_dir)) / FILE, list[dict[str, Any]]()
+        if state.global_step and path.is_file() and state.is_world_process_zero:
+            rows = [row for row in Curve.open(path).rows if row["step"] <= state.global_step]
+        self.curve = Curve(_rows_of_the_first_process(rows))
+        self._saved = any(self._holds(self.save, n) for n in range(1, len(self.curve.rows) + 1))
+        began = time.perf_counter()
         self.watcher, self._trains = Watcher(kwargs["model"], self.tokenizer, self.task, **self._drawing), True
+        self.seconds += time.perf_counter() - began
         if not state.global_step:
             self._measure(args, state, control, kwargs["model"])
 
@@ -125,8 +142,8 @@ class BehaviourCallback(TrainerCallback):
             kwargs.get("metrics", {}).update(_told(self.curve.rows[-1]))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Measure every so many steps."""
-        if self.every is not None and state.global_step % self.every == 0:
+        """Measure every so many steps, and behind the last one."""
+        if self.every is not None and (state.global_step % self.every == 0 or state.global_step == state.max_steps):
             self._measure(args, state, control, kwargs["model"])
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -135,10 +152,6 @@ class BehaviourCallback(TrainerCallback):
             self.curve.rows[-1]["loss"] = self._loss(state)
             if state.is_world_process_zero:
                 self.curve.save(Path(str(args.output_dir)))
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Note that the checkpoint that was asked for is there."""
-        self._saved |= self._asked
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -150,6 +163,11 @@ class BehaviourCallback(TrainerCallback):
 
     def _measured(self, state: Any) -> bool:
         return bool(self.curve.rows) and self.curve.rows[-1]["step"] == state.global_step
+
+    def _holds(self, when: When | None, measurements: int) -> bool:
+        """Whether a rule holds at the last of so many measurements; nothing was learned at step 0."""
+        rows = self.curve.rows[:measurements]
+        return when is not None and rows[-1]["step"] > 0 and reached(when, rows, self.wanted)
 
     def _loss(self, state: Any) -> float:
         """Mean of the losses logged since the measurement before the last one."""
@@ -166,14 +184,12 @@ class BehaviourCallback(TrainerCallback):
             folder = Path(str(args.output_dir))
             self.curve.save(folder)
             draw_curve(self.curve.table, folder / PICTURE)
-        begun, rows = state.global_step > 0, self.curve.rows
-        stops = begun and self.stop is not None and reached(self.stop, rows, self.wanted)
-        saves = begun and self.save is not None and not self._saved and reached(self.save, rows, self.wanted)
-        stops, saves = _of_the_first_process(args, stops, saves)
+        rows = self.curve.rows
+        stops, saves = (self._holds(when, len(rows)) for when in (self.stop, self.save))
+        stops, saves = _of_the_first_process(args, stops, saves and not self._saved)
         control.should_training_stop |= stops
         control.should_save |= saves
-        self._asked |= saves
-        self.seconds += time.perf_counter() - began
+        self._saved |= saves
         trainer, logged = self._trainer() if self._trainer else None, _told(rows[-1])
         if trainer is not None:
             logs_loss = control.should_log
@@ -182,6 +198,7 @@ class BehaviourCallback(TrainerCallback):
             control.should_log = logs_loss  # each log of a trainer ends what it was about to log
         else:
             state.log_history.append({**logged, "step": state.global_step})
+        self.seconds += time.perf_counter() - began
 
 
 def _told(row: Mapping[str, Any]) -> dict[str, float]:
@@ -196,12 +213,20 @@ def _told(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _of_the_first_process(args: Any, *decided: bool) -> list[bool]:
-    """Decisions of the first process: others may round otherwise, or lack the rows before a training was resumed."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    """Decisions of the first process: others may round otherwise."""
+    if not in_several_processes():
         return list(decided)
     told = torch.tensor(decided, dtype=torch.uint8, device=args.device)
     torch.distributed.broadcast(told, 0)
     return [bool(one) for one in told.tolist()]
+
+
+def _rows_of_the_first_process(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows before a training was resumed, which other machines may not have on a disk."""
+    told = [rows]
+    if in_several_processes():
+        torch.distributed.broadcast_object_list(told, 0)
+    return told[0]
 
 
 def _check_shards(trainer: Any) -> None:
@@ -209,12 +234,16 @@ def _check_shards(trainer: Any) -> None:
     if trainer is None:
         return
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
-    if plugin is not None and plugin.fsdp_version != 2:
+    if plugin is not None and getattr(plugin, "fsdp_version", 1) != 2:
         raise InputError(
-            "fsdp: version 1 wraps what it shards; use version 2 (fsdp_config), or measure its checkpoints"
+            "fsdp: version 1 wraps what it shards; use version 2 (fsdp_config), or measure its checkpoints, "
+            "saved whole (FULL_STATE_DICT)"
         )
     if trainer.is_deepspeed_enabled:
-        raise InputError("deepspeed: weights are in shards while this trains; measure its checkpoints instead")
+        raise InputError(
+            "deepspeed: weights are in shards while this trains; measure its checkpoints instead, saved whole "
+            "(stage3_gather_16bit_weights_on_model_save)"
+        )
 
 
 def _trainer_of(state: TrainerState) -> Any:

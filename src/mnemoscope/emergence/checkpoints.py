@@ -10,11 +10,12 @@ from typing import Any
 from mnemoscope.emergence.curve import PICTURE, Curve
 from mnemoscope.emergence.measuring import Watcher
 from mnemoscope.errors import InputError
-from mnemoscope.models import load_model
+from mnemoscope.models import SITES, load_model
 from mnemoscope.report.emergence import draw_curve
 from mnemoscope.strict import read_json
 from mnemoscope.tasks import SPLITS, named_task
 
+COMMIT = re.compile(r"[0-9a-f]{7,40}")
 WEIGHTS = ["*.safetensors", "*.json", "*.txt", "*.model"]  # what of a repository is fetched; nothing is unpickled
 
 
@@ -29,27 +30,27 @@ def measure_checkpoints(
     """Ask each checkpoint, in the order of their steps; yields rows, and writes the table and the picture after each.
 
     Args:
-        checkpoints: folders (of adapters too), or hub ids with ``@`` and a revision. The last number in the name of a
-            folder, or in the revision, is its step; without one its place in the list.
-        opening: ``dtype`` and ``device_map``; ``how``: arguments of ``Watcher``.
+        checkpoints: folders (of adapters too), the output folder of a trainer, for all of its checkpoints, or hub ids
+            with ``@`` and a revision. The last number in the name of a folder, or in the revision, is its step; where
+            none has a number, its place in the list.
+        opening: ``dtype``, ``device_map`` and ``tokenizer``; ``how``: arguments of ``Watcher``.
 
     Raises:
-        InputError: a checkpoint cannot be opened, two have one step, they are of different architectures, or the task
-            has nothing to ask.
+        InputError: a checkpoint cannot be opened, two have one step, some have none, they are of different
+            architectures, or the task has nothing to ask.
     """
+    if how.get("contrast") not in (None, *SITES):
+        raise InputError(f"contrast: {how['contrast']!r} is not one of {', '.join(SITES)}")
     if how.get("split", "tune") not in SPLITS:
         raise InputError(f"split: {how['split']!r} is not one of {', '.join(SPLITS)}")
-    steps = [step_of(name, place) for place, name in enumerate(checkpoints)]
-    twice = next((name for step, name in zip(steps, checkpoints, strict=True) if steps.count(step) > 1), None)
-    if twice is not None:
-        raise InputError(
-            f"checkpoints: two of them are of step {step_of(twice, 0)}; give names that end in their steps"
-        )
-    _check_alike(checkpoints)
+    names = [one for name in checkpoints for one in _in_folder(name)]
+    steps = steps_of(names)
+    folders = [fetched(name) for name in names]
+    _check_alike(dict(zip(names, folders, strict=True)))
     made, curve = named_task(task, dict(options)), Curve()
     before_LD = None
-    for step, name in sorted(zip(steps, checkpoints, strict=True)):
-        watcher = Watcher(*load_model(fetched(name), **opening), made, **how)
+    for step, folder in sorted(zip(steps, folders, strict=True)):
+        watcher = Watcher(*load_model(folder, **opening), made, **how)
         watcher.direction_LD = before_LD
         curve.add(step, watcher.measure())
         before_LD = watcher.direction_LD
@@ -58,16 +59,36 @@ def measure_checkpoints(
         yield curve.rows[-1]
 
 
-def step_of(name: str, place: int) -> int:
-    """The step in the name of a checkpoint, or its place."""
-    last = name.rpartition("@")[2] if "@" in name else Path(name).name
+def _in_folder(name: str) -> list[str]:
+    """The checkpoints in the output folder of a trainer, or a checkpoint itself."""
+    inside = [str(path) for path in sorted(Path(name).glob("checkpoint-*")) if path.is_dir()]
+    is_one = any((Path(name) / file).exists() for file in ("config.json", "adapter_config.json"))
+    return inside if inside and not is_one else [name]
+
+
+def steps_of(names: Sequence[str]) -> list[int]:
+    """The step of each checkpoint by its name, or their places; InputError where some have none, or two the same."""
+    steps = {name: _step_of(name) for name in names}
+    without = [name for name, step in steps.items() if step is None]
+    if without and len(without) < len(names):
+        raise InputError(f"checkpoints: {without[0]} does not end in its step, and others do; give all steps, or none")
+    found = list(range(len(names))) if without else [step for name in names if (step := steps[name]) is not None]
+    twice = next((step for step in found if found.count(step) > 1), None)
+    if twice is not None:
+        raise InputError(f"checkpoints: two of them are of step {twice}; give names that end in their steps")
+    return found
+
+
+def _step_of(name: str) -> int | None:
+    """The step in the name of a checkpoint; a commit's hash has none."""
+    last = name.rpartition("@")[2] if "@" in name else Path(name).name if Path(name).exists() else ""
     numbers = re.findall(r"\d+", last)
-    return int(numbers[-1]) if numbers and ("@" in name or Path(name).exists()) else place
+    return int(numbers[-1]) if numbers and not (COMMIT.fullmatch(last) and not last.isdigit()) else None
 
 
-def _check_alike(names: Sequence[str]) -> None:
-    """Raises InputError where folders hold models of different shapes; what is fetched later is not looked at."""
-    shapes = {name: _shape_of(Path(name)) for name in names}
+def _check_alike(folders: Mapping[str, str]) -> None:
+    """Raises InputError where folders, by the names of checkpoints, hold models of different shapes."""
+    shapes = {name: _shape_of(Path(folder)) for name, folder in folders.items()}
     known = {name: shape for name, shape in shapes.items() if shape}
     first, *others = known.items() if known else [("", "")]
     for name, shape in others:

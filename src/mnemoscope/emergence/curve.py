@@ -53,14 +53,17 @@ class Curve:
 
 
 def table_of(source: Path) -> Path:
-    """The table of a trainer's output folder, of a run or a cell that trains its model, or a table itself.
+    """The table of a trainer's output folder, of a run or a cell that trains its model or has done so, or a table.
 
     Raises InputError where there is none, or several, or a run's has changed since.
     """
     if source.is_file():
         return source
-    places = (FILE, "records/training.parquet", "cells/*/records/training.parquet")
-    found = [path for place in places for path in sorted(source.glob(place))]
+    found = [path for path in [source / FILE] if path.is_file()]
+    for cell in (source, *sorted(source.glob("cells/*"))):  # while it trains its table is among its states
+        growing = sorted(cell.glob(f"states/training-*/{FILE}"), key=lambda path: path.stat().st_mtime)
+        ended = cell / "records" / "training.parquet"
+        found += [ended] if ended.is_file() else growing[-1:]
     if len(found) != 1:
         what = (
             f"has several tables; name one of {', '.join(map(str, found))}" if found else "has no table of a training"
@@ -74,5 +77,5 @@ def reached(when: When, rows: list[dict[str, Any]], wanted: StopConfig) -> bool:
     last = rows[-1]
     if when == "both":
         return not unmet(wanted, {"novel_accuracy": 1.0, "recall": 1.0} | last)  # a task may lack these questions
-    ahead = [row["conflict_memorized"] > row["conflict_generalized"] for row in rows]
-    return ahead[-1] and not all(ahead)
+    lead = [row["conflict_memorized"] - row["conflict_generalized"] for row in rows]
+    return lead[-1] > 0 > min(lead)

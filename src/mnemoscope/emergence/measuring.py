@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from mnemoscope.behaviour import Asking, Batch, draw_candidates, prepare, score
+from mnemoscope.behaviour import PLAIN, Asking, Batch, Prompting, draw_candidates, prepare, score
 from mnemoscope.contrast import PairedMoments
 from mnemoscope.errors import InputError
 from mnemoscope.models import Site
@@ -55,6 +55,7 @@ class Watcher:
         contrast: Site | None = None,
         batch_size: int = 64,
         seed: int = 0,
+        prompting: Prompting = PLAIN,
     ) -> None:
         """Draw and encode the questions.
 
@@ -64,11 +65,19 @@ class Watcher:
             rephrasings: of each conflict, to find pairs whose behaviour flips; 0: none, and no pairs.
             split: of the task, whose phrasings the training should not hold.
             contrast: the site where the two behaviours of pairs are compared by layer; None: not at all.
+            prompting: the format of prompts.
 
         Raises:
-            InputError: the task has no conflict in that split, or none in two phrasings, or an answer cannot be read.
+            InputError: the task has no conflict in that split, or none in two phrasings, an answer cannot be read, or
+                an adapter puts trained tokens before the prompt, which the cache that answers are read behind lacks.
         """
-        self.asking = Asking(model, tokenizer, task.boundary, batch_size)
+        for name, adapter in getattr(model, "peft_config", {}).items():
+            if adapter.is_prompt_learning:
+                raise InputError(
+                    f"model: its adapter {name!r} puts trained tokens before the prompt ({adapter.peft_type.value}); "
+                    "allowed are adapters of the weights"
+                )
+        self.asking = Asking(model, tokenizer, task.boundary, batch_size, prompting.of(task))
         self.contrast, rng = contrast, np.random.default_rng(seed)
         drawn = {kind: draw(task, rng, examples, kind, split) for kind in ("conflict", *RIGHT)}
         self.conflicts = drawn["conflict"]
@@ -87,8 +96,7 @@ class Watcher:
         self.asked = list(asked.values())
         self._place = {question: n for n, question in enumerate(asked)}
         self.others = {RIGHT[kind]: drawn[kind] for kind in RIGHT if drawn[kind]}
-        self._encoded: dict[str, list[Batch]] = {"conflict": prepare(self.asking, self.asked)}
-        self._encoded |= {name: prepare(self.asking, some) for name, some in self.others.items()}
+        self._batches(self.asking)  # refuses what cannot be read
         self.direction_LD: np.ndarray | None = None
         self.answers = pd.DataFrame()
 
@@ -104,9 +112,10 @@ class Watcher:
         """
         asking = replace(self.asking, model=model) if model is not None else self.asking
         found: dict[str, float] = {}
+        batches = self._batches(asking)
         with undisturbed(asking.model):
-            told = {name: score(asking, self._encoded[name], margins=False).behaviour_N for name in self.others}
-            scores = score(asking, self._encoded["conflict"], capture=self.contrast)
+            told = {name: score(asking, batches[name], margins=False).behaviour_N for name in self.others}
+            scores = score(asking, batches["conflict"], capture=self.contrast)
         asked = [*(example for name in told for example in self.others[name]), *self.asked]
         labels_N = np.concatenate([*told.values(), scores.behaviour_N])
         rows = [(example.kind, example.item, example.prompt) for example in asked]
@@ -121,6 +130,18 @@ class Watcher:
         margin = mean(scores.margin_N[own_N], np.array(groups))
         found |= {"margin": margin.estimate, "margin_low": margin.low, "margin_high": margin.high}
         return found | self._of_pairs(scores)
+
+    def _batches(self, asking: Asking) -> dict[str, list[Batch]]:
+        """All questions, as many at a time as there is memory for now, and in every process: shards are gathered."""
+        asked = {"conflict": self.asked, **self.others}
+        batches = {name: prepare(asking, some) for name, some in asked.items()}
+        if not in_several_processes():
+            return batches
+        largest = max(len(batch.examples_N) for some in batches.values() for batch in some)
+        least = torch.tensor(largest, device=asking.model.device)
+        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+        asking = replace(asking, batch_size=int(least))
+        return {name: prepare(asking, some) for name, some in asked.items()}
 
     def _of_pairs(self, scores: Any) -> dict[str, float]:
         side_N2 = np.array([[self._place[e.prompt, e.options] for e in pair] for pair in self.candidates], int).reshape(
@@ -148,6 +169,11 @@ class Watcher:
         for name, values_L in (("rho", rho_L), ("cosine", cosine_L)):
             found |= {f"{name}_{layer}": float(value) for layer, value in enumerate(values_L)}
         return found
+
+
+def in_several_processes() -> bool:
+    """Whether other processes measure too."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 @contextmanager

@@ -5,6 +5,7 @@ Shapes: N instances, B of a batch, T tokens.
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -107,7 +108,7 @@ def last_checkpoint(folder: Path) -> Begun | None:
     """The last checkpoint whose state is there, which the library writes last; what is half written goes."""
     found = dict[int, Path]()
     for path in folder.glob("checkpoint-*") if folder.is_dir() else ():
-        if (path / STATE).is_file():
+        if _is_whole(path / STATE):
             found[int(path.name.rpartition("-")[2])] = path
         else:
             shutil.rmtree(path)
@@ -116,6 +117,14 @@ def last_checkpoint(folder: Path) -> Begun | None:
     step = max(found)
     took = folder / SECONDS
     return Begun(found[step], step, float(read_text(took, "training")) if took.is_file() else 0.0)
+
+
+def _is_whole(state: Path) -> bool:
+    """Whether a checkpoint's state was written to its end."""
+    try:
+        return isinstance(json.loads(state.read_text()), dict)
+    except (OSError, ValueError):
+        return False
 
 
 def _load(model: Any, folder: Path) -> None:

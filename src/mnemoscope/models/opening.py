@@ -65,7 +65,12 @@ PACKAGED = {
 
 
 def load_model(
-    source: str | Path, *, dtype: DType = "float32", device_map: Any = None, layout: Layout | LayoutConfig | None = None
+    source: str | Path,
+    *,
+    dtype: DType = "float32",
+    device_map: Any = None,
+    layout: Layout | LayoutConfig | None = None,
+    tokenizer: str | Path | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Open a causal language model and its tokenizer.
 
@@ -75,10 +80,11 @@ def load_model(
         dtype: of the weights; ``auto``: as they were saved.
         device_map: as the library takes it; needs ``accelerate``.
         layout: for a model of no known family.
+        tokenizer: a folder or a hub id that has the tokenizer, where the source has none, as many checkpoints.
 
     Raises:
         InputError: it is missing or corrupted, its weights are not those that its configuration asks for, it needs
-            remote code, or it is no causal language model.
+            remote code, it has no tokenizer, or it is no causal language model.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -89,7 +95,8 @@ def load_model(
     _check_parts(adapted, source)
     try:
         words = adapted if adapted != folder and file_of(folder, "tokenizer_config.json") is None else folder
-        tokenizer = AutoTokenizer.from_pretrained(words, padding_side="left", trust_remote_code=False)
+        words = unpacked(tokenizer) if tokenizer is not None else words
+        opened = AutoTokenizer.from_pretrained(words, padding_side="left", trust_remote_code=False)
         # The model itself first, as the library keeps one report only.
         model, report = AutoModelForCausalLM.from_pretrained(
             adapted,
@@ -107,16 +114,18 @@ def load_model(
         raise
     except Exception as error:  # the library raises many kinds for a broken folder
         raise _refused(source, error) from error
-    if not tokenizer.is_fast:
+    if not opened.is_fast:
         raise InputError(f"model: {source} has a slow tokenizer only; one of the library tokenizers is needed")
-    if tokenizer.pad_token_id is None:  # masked wherever it stands, so any token will do
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    if len(opened) <= len(set(opened.all_special_ids)):  # what the library makes of a folder without one
+        raise InputError(f"model: {source} has no tokenizer; give the one that it was trained with")
+    if opened.pad_token_id is None:  # masked wherever it stands, so any token will do
+        opened.pad_token = opened.eos_token or opened.convert_ids_to_tokens(0)
     if not {"cache", "past_key_values"} & arguments_of(model):
         kind = core_of(model).config.model_type
         raise InputError(f"model: {source} ({kind}) keeps no key-value cache; one is needed")
     if layout is not None:
         use_layout(model, layout)
-    return model.eval(), tokenizer
+    return model.eval(), opened
 
 
 def context_length(model: PreTrainedModel) -> int:

@@ -157,13 +157,17 @@ def _offsets_panel(probe: Probe) -> Panel:
     return lines_panel("how early", lines, "tokens from the decision", ticks=ticks, chance=0.5, axis="percent")
 
 
+def least_beyond_input(probe: Probe) -> str:
+    """Of the two ways to read the input, the one beyond which the best layer reads least."""
+    return min(INPUTS, key=lambda kind: np.nan_to_num(getattr(probe.best, f"minus_{kind}").estimate, nan=math.inf))
+
+
 def answer(task: TaskResults) -> Answer:
     """Whether a probe reads the behaviour, and more than the input gives away."""
     probe, question, accuracy = task.probe, "Can it be read?", task.probe.best.accuracy
     if not accuracy.known:
         return not_measured("read", question, task)
-    # Of the two ways to read the input, the one that leaves least.
-    kind = min(INPUTS, key=lambda k: np.nan_to_num(getattr(probe.best, f"minus_{k}").estimate, nan=math.inf))
+    kind = least_beyond_input(probe)
     difference, alone = getattr(probe.best, f"minus_{kind}"), getattr(probe, kind)
     beyond_input = {1: "beyond the input", 0: "not surely beyond the input", -1: "but the input alone is better"}
     reads = difference.sign > 0 or accuracy.low > 0.5

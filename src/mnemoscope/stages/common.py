@@ -131,10 +131,7 @@ def opened_model(cell: Cell, source: str | Path, task: Task) -> Asking:
         model, tokenizer = cell.opened.model, cell.opened.tokenizer
     else:
         model, tokenizer = load_model(source, dtype=shape.dtype, device_map=shape.device_map, layout=shape.layout)
-    prompting = PLAIN
-    if shape.chat:
-        split = task.split_reply if task.begins_reply else None
-        prompting = Prompting(True, shape.chat.system, shape.chat.reply, split)
+    prompting = Prompting(True, shape.chat.system, shape.chat.reply).of(task) if shape.chat else PLAIN
     return Asking(model, tokenizer, task.boundary, cell.config.pairs.batch_size, prompting)
 
 

@@ -119,10 +119,10 @@ def surely_more(values_N: ArrayLike, groups_N: Groups, draws_N: Groups) -> bool:
     one draw on top. ``values_N``: hit of the vector minus hit of a draw on the same example.
     """
     found = _moments(values_N, groups_N, draws_N)
-    if found is None or found.groups < LEAST_GROUPS or not found.by_draw + found.by_group:
+    if found is None or found.groups < LEAST_GROUPS or found.draws < 2:  # how much draws vary is not known from one
         return False
-    if found.draws < 2:  # how much draws vary is not known
-        return False
+    if not found.by_draw + found.by_group:
+        return mean(values_N, groups_N, draws_N).sign > 0
     one_draw = found.by_draw * (found.draws + 1)
     quantile = _quantile(found.by_group, found.groups, one_draw, found.draws)
     return found.mean > quantile * math.sqrt(found.by_group + one_draw)

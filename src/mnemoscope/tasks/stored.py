@@ -202,7 +202,11 @@ class AdditionTask(StoredTask[Pair]):
 
 
 class AdditionDigitsTask(AdditionTask):
-    """Addition with wrong sums as stored answers: both behaviours answer in one format."""
+    """Addition with wrong sums as stored answers: both behaviours answer in one format.
+
+    Where sums are written first digit first, all are as long as their operands: longer ones begin with 1, which would
+    be the sign of the rule, as a stored answer begins with another digit. Nor does a stored answer then begin with 1.
+    """
 
     name = "addition-digits"
     vocabulary = ("+", "=", "plus", *DIGITS)
@@ -210,13 +214,21 @@ class AdditionDigitsTask(AdditionTask):
     def has_memorized_format(self, answer: str) -> bool | None:
         return None  # stored answers look like sums
 
+    def _drawn(self, rng: np.random.Generator, n: int) -> list[Pair]:
+        if self.reversed_sums:
+            return super()._drawn(rng, n)
+        found: list[Pair] = []
+        while len(found) < n:
+            found += [pair for pair in super()._drawn(rng, n) if sum(pair) < 10**self.digits]
+        return found[:n]
+
     def _made_up(self, item: Pair, rng: np.random.Generator) -> str:
         """As many digits as the true sum; the first one written differs, so the decision is at ``=``."""
         true = self.true(item)
         while True:
             wrong = "".join(str(d) for d in rng.integers(10, size=len(true)))
             number = wrong[::-1] if self.reversed_sums else wrong
-            if wrong[0] != true[0] and number[0] != "0":
+            if wrong[0] != true[0] and number[0] != "0" and (self.reversed_sums or number[0] != "1"):
                 return wrong
 
 
