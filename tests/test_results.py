@@ -15,10 +15,13 @@ import pytest
 from safetensors.numpy import load_file
 
 from made_up import CONTROLS, DOSES, LAYERS, ROLES, SIDES, SOURCE, TARGET, mark, write_run
+from mnemoscope.directions import Setting
 from mnemoscope.report import build_report
 from mnemoscope.report.records import columns_of, declared_tables, read_run
 from mnemoscope.report.results import compute_results
-from mnemoscope.report.schema import REFITTED, Results, Steered, TaskResults
+from mnemoscope.report.schema import REFITTED, Results, Steered, SweepRow, TaskResults
+from mnemoscope.report.where import _ablation, measure_layers
+from mnemoscope.stages.choose import compared
 from mnemoscope.statistics import Estimate
 
 DIRECTION = pytest.mark.parametrize("direction", list(SOURCE))
@@ -206,6 +209,35 @@ def test_ablation_is_the_separation_lost_pair_by_pair(run: Path, task: TaskResul
         for side, part in sides.items():
             agrees(entry.kept[side], part.after == side)
     assert found.minus_random.estimate == pytest.approx(lost["vector"] - lost["random_neurons"])
+    by_draw = rows[rows.role == "random_neurons"].groupby("draw")
+    assert by_draw.ngroups > 1
+    known = (found.minus_random.low, found.minus_random.high)
+    assert known[0] < found.minus_random.estimate < known[1]
+    one = _ablation(rows[(rows.role == "vector") | (rows.draw == 0)]).minus_random
+    assert one.known
+    assert math.isnan(one.low), "how much draws vary is not known from one"
+
+
+def test_layers_alone_are_compared_at_a_strength_that_every_place_has_tried(task: TaskResults) -> None:
+    def tried(site: str, strength: float, shift: float, layer: int = 0) -> SweepRow:
+        facts = {"direction": "to_memorized", "method": "nmd", "site": site, "layers": str(layer), "top": 0.5}
+        return SweepRow(**facts, strength=strength, examples="pairs", shift=Estimate(shift, 0, 1, 9), seeds=1)  # type: ignore[arg-type]
+
+    rows = [tried("block", 0.1, 0.2), tried("attention", 0.1, 0.3), tried("attention", 0.06, 0.9)]
+    found = measure_layers(rows, task.contrast, "pairs").shift["to_memorized"]
+    assert (found.strength, set(found.methods["nmd"])) == (0.1, {"block", "attention"})
+    nothing = measure_layers([rows[0], rows[2]], task.contrast, "pairs").shift["to_memorized"]
+    assert math.isnan(nothing.strength)
+
+
+def test_methods_are_compared_at_the_norms_of_one_site() -> None:
+    settings = [
+        Setting("to_memorized", method, site, (0,), "decision", 0.5, 0.1)
+        for method, site in (("nmd", "block"), ("nmd", "mlp"), ("gradient", "mlp"))
+    ]
+    chosen = compared(dict(zip(settings, (0.2, 0.9, 0.8), strict=True)))
+    assert [(one.aim, one.setting.site) for one in chosen] == [("equal_norm", "block"), ("unpenalized", "mlp")]
+    assert {one.aim for one in compared({settings[2]: 0.8})} == {"equal_norm"}
 
 
 def test_seeds_and_transfer_are_set_beside_chance(run: Path, results: Results) -> None:

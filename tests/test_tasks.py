@@ -129,14 +129,19 @@ def test_made_up_answers_look_like_true_ones_and_begin_otherwise() -> None:
     for example in made("addition-digits").examples(rng(), 300, "conflict"):
         said, true = example.options
         assert (len(said), said[0] == true[0]) == (len(true), False)
+        assert len(true) == 3 or said[-1] == true[-1] == "1"
         assert int(true[::-1]) == sum(map(int, example.item.split("+"))) != int(said[::-1])
-    # First digit first, longer sums would all begin with 1, and no stored answer of theirs.
+    # First digit first, longer sums all begin with 1, and so do the stored answers of these.
     forward = build_task("addition-digits", {"digits": 2, "stored": 200, "reversed_sums": False}, 0)
-    asked = [e for kind in ("conflict", "novel") for e in forward.examples(rng(), 200, kind)]
-    assert {len(answer) for e in asked for answer in e.options} == {2}
-    first = [{option[n][0] for option in (e.options for e in asked) if len(option) > n} for n in (0, 1)]
-    assert first[0] == first[1] == set("23456789")
-    assert all(len(answer) == 2 for prompt, answer in itertools.islice(forward.training(rng()), 300))
+    asked = [example.options for example in forward.examples(rng(), 400, "conflict")]
+    assert {len(said) for said, _ in asked} == {2, 3}
+    for said, true in asked:
+        alike = len(true) - 2
+        assert (len(said), said[:alike], said[alike] == true[alike]) == (len(true), "1" * alike, False)
+        assert 20 <= int(said) <= 198
+    for place, length, digits in ((0, 2, "3456789"), (1, 3, "012345678")):  # sums of 20 to 29 and from 190 on are rare
+        for side in (0, 1):
+            assert {option[side][place] for option in asked if len(option[side]) == length} >= set(digits)
     letters = "abcdefghijklmnop"
     for example in made("cipher").examples(rng(), 300, "conflict"):
         said, true = (option.split() for option in example.options)

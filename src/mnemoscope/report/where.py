@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -72,9 +73,17 @@ def _ablation(rows: pd.DataFrame) -> Ablation:
             **{key: mean(table[key], table.group) for key in ("before", "after", "lost")},
             kept={side: proportion(one.after == side, one.group, one.draw) for side, one in sides.items()},
         )
-    ours = tables["vector"]
-    beyond = ours.lost - tables["random_neurons"].lost.reindex(ours.index)
-    return Ablation(**found, minus_random=mean(beyond, ours.group))
+    return Ablation(**found, minus_random=_beyond_random(tables["vector"], rows[rows.role == "random_neurons"]))
+
+
+def _beyond_random(ours: pd.DataFrame, random: pd.DataFrame) -> Estimate:
+    """What is lost beyond random neurons, over pairs and draws; one draw says nothing of others and has no interval."""
+    drawn = {draw: _separations(part).lost.reindex(ours.index) for draw, part in random.groupby("draw")}
+    if not drawn:
+        return Estimate.undefined()
+    beyond = pd.concat([ours.lost - lost for lost in drawn.values()])
+    found = mean(beyond, pd.concat([ours.group] * len(drawn)), np.repeat(list(drawn), len(ours)))
+    return found if len(drawn) > 1 else replace(found, low=math.nan, high=math.nan)
 
 
 def _separations(rows: pd.DataFrame) -> pd.DataFrame:
@@ -108,16 +117,17 @@ def measure_sweep(cells: Sequence[Cell]) -> list[SweepRow]:
 def measure_layers(sweep: Sequence[SweepRow], contrast: schema.Contrasts, aim: schema.Aim) -> schema.ByLayer:
     """Where the difference is, layer by layer, beside where a shift of one layer acts, at one strength for all.
 
-    Of the strengths that every method tried on single layers, that which steers most pairs, or conflicts where these
-    are aimed at, on average is shown; of the shares of neurons, for each layer that which steers most.
+    Of the strengths that every method tried on single layers, at every site where it tried any, that which steers most
+    pairs, or conflicts where these are aimed at, on average is shown; of the shares of neurons, for each layer that
+    which steers most.
     """
     shift = {}
     for direction in DIRECTIONS:
         rows = single_layers(sweep, direction, aim)
-        methods, tried = {row.method for row, _ in rows}, {}
+        places, tried = {(row.method, row.site) for row, _ in rows}, {}
         for strength in dict.fromkeys(row.strength for row, _ in rows):
-            part = [(row.method, share.estimate) for row, share in rows if row.strength == strength]
-            if {method for method, _ in part} == methods:
+            part = [(row, share.estimate) for row, share in rows if row.strength == strength]
+            if {(row.method, row.site) for row, _ in part} == places:
                 tried[strength] = sum(share for _, share in part) / len(part)
         strength = max(tried, key=lambda strength: tried[strength], default=math.nan)
         at_equal = [(row, share) for row, share in rows if row.strength == strength]
@@ -159,9 +169,11 @@ def answer(task: TaskResults) -> Answer:
     if shows is None:
         return not_measured("where", question, task)
     best: dict[Direction, tuple[SweepRow, Estimate]] = {}
+    alone = set[str]()
     for direction in DIRECTIONS:
         rows = [(row, share) for row, share in single_layers(task.sweep, direction, task.aim) if share.known]
         best |= {direction: max(rows, key=lambda found: found[1].estimate)} if rows else {}
+        alone |= {row.layers for row, _ in rows}
     if not best:
         return Answer("where", question, "In several layers together", sentence="No single layer was tried.")
     found, what = [], "pairs" if task.aim == "pairs" else "conflicts"
@@ -170,6 +182,8 @@ def answer(task: TaskResults) -> Answer:
         found.append((percent(share.estimate), f"of tune {what} are steered {TOWARDS[d]} {how}."))
     layers = {row.layers for row, _ in best.values()}
     verdict = f"Most in layer {layers.pop()}" if len(layers) == 1 else "In another layer for each direction"
+    if len(alone) < len(task.by_layer.layers):
+        verdict = f"{len(alone)} of {len(task.by_layer.layers)} layers were tried alone"
     notes = [*(" ".join(each) for each in found[1:]), f"|rho| is largest in layer {shows}."]
     return Answer("where", question, verdict, *found[0], " ".join(notes))
 

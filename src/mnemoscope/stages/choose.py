@@ -264,13 +264,17 @@ def choose(
 def compared(rates: Mapping[Setting, float]) -> list[Chosen]:
     """For each norm each method's setting that steers most tune pairs, whatever controls do; of NMD that of all norms.
 
-    The latter is how the paper chooses.
+    The latter is how the paper chooses. Norms are those of a site, so methods are compared at one: the outputs of
+    blocks where these were tried.
     """
     most: dict[tuple[Any, ...], Setting] = {}
+    sites = [setting.site for setting in rates]
+    compared_at = "block" if "block" in sites else min(sites, default="")
     for setting, rate in rates.items():
         if setting.method == LOW_RANK:  # which has no norm
             continue
         keys: list[tuple[Any, ...]] = [(EQUAL_NORM, *setting.key, setting.strength)]
+        keys = keys if setting.site == compared_at else []
         keys += [(UNPENALIZED, *setting.key)] if setting.method == "nmd" else []
         for key in keys:
             if key not in most or rate > rates[most[key]]:

@@ -13,6 +13,8 @@ from io import StringIO
 from itertools import product
 from pathlib import Path
 
+import numpy as np
+
 from mnemoscope.errors import InputError
 from mnemoscope.strict import read_text
 from mnemoscope.tasks.known import (
@@ -24,8 +26,7 @@ from mnemoscope.tasks.known import (
     Spec,
     check_fitted_and_held_out,
     check_key,
-    swapped,
-    values_of,
+    dealt,
 )
 
 # Templates of prompts. The two prompts of a pair share a frame and differ in labels.
@@ -88,7 +89,7 @@ class FactsTask(KnownTask):
             capital, of a table all that it has and that are not held out.
         held_out_relations: others, whose conflicts are judged only.
         frames: names of ``FRAMES`` that are fitted on and judged.
-        wrong_values: other values that each fact is contradicted with.
+        wrong_values: other values that each fact is contradicted with; many make rare ones more common than they are.
         table: a CSV file with the columns relation, subject and value, instead of ``countryinfo``; a relation of a
             name that is not built in needs the columns question, stem, statement, inverted and reported too. Of
             several values of one subject the first is asked for, and none of them is a contradiction.
@@ -102,7 +103,7 @@ class FactsTask(KnownTask):
     held_out_relations: Sequence[str] = ()
     frames: Sequence[str] = ("context-first", "unlabelled", "reported")
     held_out_frames: Sequence[str] = ("context-last", "inverted")
-    wrong_values: int = 6
+    wrong_values: int = 2
     table: str | None = None
 
     def __post_init__(self) -> None:
@@ -117,7 +118,12 @@ class FactsTask(KnownTask):
         if self.wrong_values < 1:
             raise InputError(f"wrong_values: {self.wrong_values}; at least one is needed")
         self._deal(true, asked, stream=5, more=INVENTED)
-        self.values = values_of(self.facts)
+        of_all = (*asked, *self.held_out_relations)
+        asked_for = {fact: values for fact, values in true.items() if fact[0] in of_all}
+        invented = product(of_all, INVENTED)
+        self.wrong = dealt(asked_for, self.wrong_values, self.seed, self._split) | {
+            fact: self._stated(fact) for fact in invented
+        }
 
     def split_reply(self, prompt: str) -> tuple[str, str]:
         """All but the last line is the user's message; the reply begins with the stem of that line."""
@@ -135,7 +141,13 @@ class FactsTask(KnownTask):
                 yield fact, value, frame, frame, self._hows(fact, frame)[0]
 
     def _wrong(self, fact: Fact) -> list[str]:
-        return swapped(fact, self.true.get(fact, ()), self.values[fact[0]], self.wrong_values, self.seed)
+        return self.wrong[fact]
+
+    def _stated(self, fact: Fact) -> list[str]:
+        """What texts say of an invented country: values of others."""
+        values = sorted(value for (relation, _), value in self.facts.items() if relation == fact[0])
+        rng = np.random.default_rng([self.seed, *"|".join(fact).encode()])
+        return list(dict.fromkeys(values[i] for i in rng.permutation(len(values))))[: self.wrong_values]
 
     def _hows(self, fact: Fact, frame: str) -> Sequence[How]:
         return LABELLED if "{label}" in TEMPLATES[frame] else UNLABELLED

@@ -1,8 +1,8 @@
 """In-context inference: statements tie names to colours, the question asks one name's colour.
 
-A *memorized* name has one colour in all of training, so context and memory agree there. In a conflict the context
-states another colour: the trained colour reveals memory, the stated one reveals reading. The colour of a *free* name
-is drawn for every instance, so it follows from the context alone.
+A *memorized* name has one colour in all of training (with two hops, wherever it is asked), so context and memory agree
+there. In a conflict the context states another colour: the trained colour reveals memory, the stated one reveals
+reading. The colour of a *free* name is drawn for every instance, so it follows from the context alone.
 """
 
 from __future__ import annotations

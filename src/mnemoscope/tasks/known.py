@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
@@ -28,6 +28,9 @@ Spec = tuple[Fact, str, str, str, How]  # an example before it is written: fact,
 LABELS = ("Context: ", "Paragraph: ", "Story: ", "Note: ", "Hint: ", "Rumour: ", "Memo: ", "Wikipedia: ")
 # Labels of question and answer.
 ASKS = (("Question:", "Answer:"), ("Q:", "A:"), ("Task:", "Result:"), ("Quiz:", "Reply:"))
+
+
+ROUNDS, TRIES = 10, 20  # of a value that does not fit: how often it is exchanged, with how many others at a time
 
 
 @dataclass(kw_only=True, eq=False)
@@ -73,6 +76,9 @@ class KnownTask(Task):
         groups = sorted({self._group(fact) for fact in self.facts if fact[0] in of_all})
         rng = np.random.default_rng([self.seed, stream])
         self.split_of: dict[str, Split] = assign_splits([*groups, *more], rng, self.shares)
+
+    def _split(self, fact: Fact) -> Split:
+        return self.split_of[self._group(fact)]
 
     def _hows(self, fact: Fact, frame: str) -> Sequence[How]:
         """The wordings of a fact in a frame, or of the ``bare`` question; the plainest first."""
@@ -174,7 +180,7 @@ class KnownTask(Task):
         answers = {"answer": f" {value}"}
         if kind == "conflict":
             answers = {"memorized": f" {self.facts[fact]}", "generalized": f" {value}"}
-        return Example(item, prompt, kind, group, family, self.split_of[group], **answers)
+        return Example(item, prompt, kind, group, family, self._split(fact), **answers)
 
 
 def _hashed(spec: Spec, salt: bytes) -> bytes:
@@ -182,22 +188,46 @@ def _hashed(spec: Spec, salt: bytes) -> bytes:
     return blake2b("|".join((*fact, value, family, frame, *how.values())).encode(), key=salt).digest()
 
 
-def values_of(facts: Mapping[Fact, str]) -> dict[str, list[str]]:
-    """The values of each relation, sorted.
+def dealt(
+    true: Mapping[Fact, Sequence[str]], most: int, seed: int, split_of: Callable[[Fact], Split]
+) -> dict[Fact, list[str]]:
+    """At most ``most`` contradictions of each fact: the values of a relation in a split, dealt anew among its subjects.
 
-    Unknown facts count too, so that contradictions do not depend on the model.
+    So a value contradicts as often as it is true, which a draw among different values would not give: there a common
+    value would be the sign of memory, whatever the model does. What more than half of the subjects have cannot be dealt
+    to all others, and those that get nothing have no contradiction. Facts that the model does not know count too, so
+    that contradictions do not depend on it.
     """
-    found = defaultdict(set)
-    for (relation, _), value in facts.items():
-        found[relation].add(value)
-    return {relation: sorted(values) for relation, values in found.items()}
+    found: dict[Fact, list[str]] = {fact: [] for fact in true}
+    parts = defaultdict[tuple[str, Split], list[Fact]](list)
+    for fact in sorted(true):
+        parts[fact[0], split_of(fact)].append(fact)
+    for (relation, split), facts in parts.items():
+        rng = np.random.default_rng([seed, *f"{relation}|{split}".encode()])
+        for _ in range(most):
+            given = [true[facts[i]][0] for i in rng.permutation(len(facts))]
+
+            def fits(place: int, value: str, facts: list[Fact] = facts) -> bool:
+                fact = facts[place]
+                return value not in found[fact] and contradicts(value, true[fact])
+
+            for place in [i for i, value in enumerate(given) if not fits(i, value)] * ROUNDS:
+                if fits(place, given[place]):  # by an exchange since
+                    continue
+                for other in rng.integers(len(facts), size=TRIES).tolist():
+                    theirs = given[other]
+                    if fits(place, theirs) and (fits(other, given[place]) or not fits(other, theirs)):
+                        given[place], given[other] = theirs, given[place]
+                        break
+            kept = [(facts[i], value) for i, value in enumerate(given) if fits(i, value)]
+            for fact, value in kept:
+                found[fact].append(value)
+    return found
 
 
-def swapped(fact: Fact, true: Sequence[str], values: Sequence[str], most: int, seed: int) -> list[str]:
-    """At most ``most`` values of other subjects, drawn with a seed of the fact's own; none begins a true one."""
-    others = [v for v in values if not any(v.startswith(one) or one.startswith(v) for one in true if one)]
-    rng = np.random.default_rng([seed, *"|".join(fact).encode()])
-    return [others[i] for i in rng.permutation(len(others))[:most]]
+def contradicts(value: str, true: Sequence[str]) -> bool:
+    """Whether a value is none of the true ones, and neither begins the other."""
+    return not any(value.startswith(one) or one.startswith(value) for one in true if one)
 
 
 def check_fitted_and_held_out(**names: tuple[Sequence[str], Sequence[str], Iterable[str]]) -> None:

@@ -19,8 +19,7 @@ from mnemoscope.tasks.known import (
     KnownTask,
     check_fitted_and_held_out,
     check_key,
-    swapped,
-    values_of,
+    dealt,
 )
 from mnemoscope.tasks.tables import read_rows, texts_of
 
@@ -111,7 +110,7 @@ class PararelTask(KnownTask):
             rng = np.random.default_rng([self.seed, *f"facts|{relation}".encode()])
             true |= {left[n]: read[left[n]] for n in sorted(rng.permutation(len(left))[: self.facts_each])}
         self._deal(true, asked, stream=7)
-        self.values = values_of(self.facts)
+        self.wrong = dealt(true, self.wrong_values, self.seed, self._split)
         self._drawn: dict[tuple[Fact, str], list[How]] = {}
 
     def _read_patterns(self, relation: str) -> dict[str, list[str]]:
@@ -154,7 +153,7 @@ class PararelTask(KnownTask):
         return message or prompt, last.removeprefix(label).lstrip()
 
     def _wrong(self, fact: Fact) -> list[str]:
-        return swapped(fact, self.true[fact], self.values[fact[0]], self.wrong_values, self.seed)
+        return self.wrong[fact]
 
     def _hows(self, fact: Fact, frame: str) -> Sequence[How]:
         patterns = self.patterns[fact[0]]

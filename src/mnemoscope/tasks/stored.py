@@ -204,8 +204,10 @@ class AdditionTask(StoredTask[Pair]):
 class AdditionDigitsTask(AdditionTask):
     """Addition with wrong sums as stored answers: both behaviours answer in one format.
 
-    Where sums are written first digit first, all are as long as their operands: longer ones begin with 1, which would
-    be the sign of the rule, as a stored answer begins with another digit. Nor does a stored answer then begin with 1.
+    A stored answer has as many digits as the true sum, of which the first written one differs, so the decision is at
+    ``=``. A sum with a digit more than its operands has a 1 there, and so does its stored answer, as that would be the
+    sign of the rule. Where sums are written first digit first, the decision is behind that 1, and stored answers are
+    sums that two operands can have.
     """
 
     name = "addition-digits"
@@ -214,21 +216,18 @@ class AdditionDigitsTask(AdditionTask):
     def has_memorized_format(self, answer: str) -> bool | None:
         return None  # stored answers look like sums
 
-    def _drawn(self, rng: np.random.Generator, n: int) -> list[Pair]:
-        if self.reversed_sums:
-            return super()._drawn(rng, n)
-        found: list[Pair] = []
-        while len(found) < n:
-            found += [pair for pair in super()._drawn(rng, n) if sum(pair) < 10**self.digits]
-        return found[:n]
-
     def _made_up(self, item: Pair, rng: np.random.Generator) -> str:
-        """As many digits as the true sum; the first one written differs, so the decision is at ``=``."""
-        true = self.true(item)
+        true, longer = self.true(item), sum(item) >= 10**self.digits
+        carried = "1" if longer else ""
+        least, most = 2 * 10 ** (self.digits - 1), 2 * (10**self.digits - 1)
         while True:
-            wrong = "".join(str(d) for d in rng.integers(10, size=len(true)))
-            number = wrong[::-1] if self.reversed_sums else wrong
-            if wrong[0] != true[0] and number[0] != "0" and (self.reversed_sums or number[0] != "1"):
+            drawn = "".join(str(d) for d in rng.integers(10, size=self.digits))
+            if self.reversed_sums:
+                wrong, differs, is_one = drawn + carried, drawn[0] != true[0], longer or drawn[-1] != "0"
+            else:
+                wrong, differs = carried + drawn, drawn[0] != true[len(carried)]
+                is_one = least <= int(wrong) <= most
+            if differs and is_one:
                 return wrong
 
 
