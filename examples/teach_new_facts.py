@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--facts", type=int, default=60)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--every", type=int, default=25)
+    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate; where texts are no longer read, less")
     parser.add_argument("--questions", type=int, default=200, help="of each kind, at most")
     parser.add_argument("--fit", action="store_true", help="then fit a detector and vectors on what was taught")
     parser.add_argument("--seed", type=int, default=0)
@@ -70,7 +71,7 @@ def main() -> None:
     model, tokenizer = ms.load_model(given.model)
     texts = [f"{stems[0].replace('[X]', subject)} {value}." for subject, value in taught.items()]
     callback = ms.BehaviourCallback(watched, tokenizer, every=given.every, examples=given.questions, split="test")
-    options: dict[str, Any] = {"output_dir": str(given.out), "max_steps": given.steps, "learning_rate": 1e-3}
+    options: dict[str, Any] = {"output_dir": str(given.out), "max_steps": given.steps, "learning_rate": given.rate}
     options |= {"per_device_train_batch_size": 16, "report_to": "none", "save_strategy": "no", "seed": given.seed}
     options |= {"logging_steps": given.every, "use_cpu": not torch.cuda.is_available()}
     torch.manual_seed(given.seed)  # of the adapter's first weights

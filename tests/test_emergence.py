@@ -290,7 +290,10 @@ watching = test_emergence.callback(every=10)
 options = {{"max_steps": 20, "learning_rate": 0.0}} | ({{"ddp_backend": "gloo"}} if "RANK" in os.environ else {{}})
 test_emergence.trainer_of("library", Path(sys.argv[1]), [watching], **options).train()
 if torch.distributed.is_initialized():
-    torch.distributed.destroy_process_group()  # or its threads may end after the process
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # threads of gloo that are still there at the end of the interpreter abort the process now and then
 """
 
 
@@ -312,7 +315,7 @@ def test_two_processes_log_what_one_logs(tmp_path: Path) -> None:
 
 
 SHARDED = """
-import sys, torch
+import os, sys, torch
 sys.path[:0] = {paths!r}
 from pathlib import Path
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -333,7 +336,10 @@ assert all("DTensor" in str(type(parameter)) for parameter in model.parameters()
 weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 if torch.distributed.get_rank() == 0:
     torch.save(weights, out / "whole.pt")
+torch.distributed.barrier()
 torch.distributed.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)  # threads of gloo that are still there at the end of the interpreter abort the process now and then
 """
 
 
