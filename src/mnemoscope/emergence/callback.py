@@ -87,11 +87,13 @@ class BehaviourCallback(TrainerCallback):
         """
         if every is not None and every < 1:
             raise InputError(f"every: {every!r}; allowed is a number of steps from 1 on")
-        for name, least, number in (("examples", 1, examples), ("rephrasings", 0, rephrasings)):
+        for name, least, number in (
+            ("examples", 1, examples),
+            ("rephrasings", 0, rephrasings),
+            ("batch_size", 1, batch_size),
+        ):
             if number < least:
                 raise InputError(f"{name}: {number!r}; allowed is a number from {least} on")
-        if batch_size < 1:
-            raise InputError(f"batch_size: {batch_size!r}; allowed is a number from 1 on")
         if split not in SPLITS:
             raise InputError(f"split: {split!r} is not one of {', '.join(SPLITS)}")
         for name, when in (("stop", stop), ("save", save)):

@@ -94,8 +94,8 @@ def load_model(
     _check_causal(adapted, source)
     _check_parts(adapted, source)
     try:
-        words = adapted if adapted != folder and file_of(folder, "tokenizer_config.json") is None else folder
-        words = unpacked(tokenizer) if tokenizer is not None else words
+        has_none = adapted != folder and file_of(folder, "tokenizer_config.json") is None
+        words = unpacked(tokenizer) if tokenizer is not None else adapted if has_none else folder
         opened = AutoTokenizer.from_pretrained(words, padding_side="left", trust_remote_code=False)
         # The model itself first, as the library keeps one report only.
         model, report = AutoModelForCausalLM.from_pretrained(

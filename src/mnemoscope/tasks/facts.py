@@ -140,9 +140,6 @@ class FactsTask(KnownTask):
             for value, frame in product(self._wrong(fact), self.frames):
                 yield fact, value, frame, frame, self._hows(fact, frame)[0]
 
-    def _wrong(self, fact: Fact) -> list[str]:
-        return self.wrong[fact]
-
     def _stated(self, fact: Fact) -> list[str]:
         """What texts say of an invented country: values of others."""
         values = sorted(value for (relation, _), value in self.facts.items() if relation == fact[0])

@@ -28,8 +28,6 @@ Spec = tuple[Fact, str, str, str, How]  # an example before it is written: fact,
 LABELS = ("Context: ", "Paragraph: ", "Story: ", "Note: ", "Hint: ", "Rumour: ", "Memo: ", "Wikipedia: ")
 # Labels of question and answer.
 ASKS = (("Question:", "Answer:"), ("Q:", "A:"), ("Task:", "Result:"), ("Quiz:", "Reply:"))
-
-
 ROUNDS, TRIES = 10, 20  # of a value that does not fit: how often it is exchanged, with how many others at a time
 
 
@@ -51,6 +49,7 @@ class KnownTask(Task):
         facts: the value that is asked for; only known facts after ``knowing``.
         asked, held_out_relations: relations whose conflicts are made, and others, judged only.
         split_of: the split of each group.
+        wrong: the contradictions of each fact, where a subclass sets them (``dealt``).
     """
 
     begins_reply = True
@@ -62,6 +61,7 @@ class KnownTask(Task):
     boundary: tuple[str, ...] | None = None
     shares: Sequence[float] = (0.5, 0.25, 0.25)
     seed: int = 0
+    wrong: Mapping[Fact, Sequence[str]] = field(default_factory=dict, init=False, repr=False)
 
     def _deal(
         self, true: Mapping[Fact, Sequence[str]], asked: Sequence[str], stream: int, more: Sequence[str] = ()
@@ -93,8 +93,8 @@ class KnownTask(Task):
         raise NotImplementedError
 
     def _wrong(self, fact: Fact) -> Sequence[str]:
-        """Values that contradict a fact."""
-        raise NotImplementedError
+        """Values that contradict a fact; by default those dealt to it."""
+        return self.wrong[fact]
 
     def _agreeing(self, fact: Fact) -> bool:
         """Whether a frame can state the true value of a fact."""
@@ -205,24 +205,32 @@ def dealt(
     for (relation, split), facts in parts.items():
         rng = np.random.default_rng([seed, *f"{relation}|{split}".encode()])
         for _ in range(most):
-            given = [true[facts[i]][0] for i in rng.permutation(len(facts))]
-
-            def fits(place: int, value: str, facts: list[Fact] = facts) -> bool:
-                fact = facts[place]
-                return value not in found[fact] and contradicts(value, true[fact])
-
-            for place in [i for i, value in enumerate(given) if not fits(i, value)] * ROUNDS:
-                if fits(place, given[place]):  # by an exchange since
-                    continue
-                for other in rng.integers(len(facts), size=TRIES).tolist():
-                    theirs = given[other]
-                    if fits(place, theirs) and (fits(other, given[place]) or not fits(other, theirs)):
-                        given[place], given[other] = theirs, given[place]
-                        break
-            kept = [(facts[i], value) for i, value in enumerate(given) if fits(i, value)]
-            for fact, value in kept:
-                found[fact].append(value)
+            _deal_once(found, facts, true, rng)
     return found
+
+
+def _deal_once(
+    found: dict[Fact, list[str]], facts: Sequence[Fact], true: Mapping[Fact, Sequence[str]], rng: np.random.Generator
+) -> None:
+    """Add one value to each fact where that is possible: a random order, in which what does not fit is exchanged."""
+
+    def fits(place: int, value: str) -> bool:
+        fact = facts[place]
+        return value not in found[fact] and contradicts(value, true[fact])
+
+    given = [true[facts[i]][0] for i in rng.permutation(len(facts))]
+    for place in [i for i, value in enumerate(given) if not fits(i, value)] * ROUNDS:
+        mine = given[place]
+        if fits(place, mine):  # by an exchange since
+            continue
+        for other in rng.integers(len(facts), size=TRIES).tolist():
+            theirs = given[other]
+            if fits(place, theirs) and (fits(other, mine) or not fits(other, theirs)):
+                given[place], given[other] = theirs, mine
+                break
+    kept = [(fact, value) for place, (fact, value) in enumerate(zip(facts, given, strict=True)) if fits(place, value)]
+    for fact, value in kept:
+        found[fact].append(value)
 
 
 def contradicts(value: str, true: Sequence[str]) -> bool:

@@ -152,9 +152,6 @@ class PararelTask(KnownTask):
         label = next((label for label in SLOTS["reply"] + SLOTS["truth"] if last.startswith(f"{label} ")), "")
         return message or prompt, last.removeprefix(label).lstrip()
 
-    def _wrong(self, fact: Fact) -> list[str]:
-        return self.wrong[fact]
-
     def _hows(self, fact: Fact, frame: str) -> Sequence[How]:
         patterns = self.patterns[fact[0]]
         if frame == "bare":

@@ -205,9 +205,8 @@ class AdditionDigitsTask(AdditionTask):
     """Addition with wrong sums as stored answers: both behaviours answer in one format.
 
     A stored answer has as many digits as the true sum, of which the first written one differs, so the decision is at
-    ``=``. A sum with a digit more than its operands has a 1 there, and so does its stored answer, as that would be the
-    sign of the rule. Where sums are written first digit first, the decision is behind that 1, and stored answers are
-    sums that two operands can have.
+    ``=``. It is a sum that two operands can have: where the true one has a digit more than its operands, which is a 1,
+    so has the stored one, as that would be the sign of the rule. Written first digit first, the decision is behind it.
     """
 
     name = "addition-digits"
@@ -217,17 +216,14 @@ class AdditionDigitsTask(AdditionTask):
         return None  # stored answers look like sums
 
     def _made_up(self, item: Pair, rng: np.random.Generator) -> str:
-        true, longer = self.true(item), sum(item) >= 10**self.digits
-        carried = "1" if longer else ""
+        way = -1 if self.reversed_sums else 1
+        true, carried = self.true(item), "1" if sum(item) >= 10**self.digits else ""
         least, most = 2 * 10 ** (self.digits - 1), 2 * (10**self.digits - 1)
+        decision = 0 if self.reversed_sums else len(carried)
         while True:
-            drawn = "".join(str(d) for d in rng.integers(10, size=self.digits))
-            if self.reversed_sums:
-                wrong, differs, is_one = drawn + carried, drawn[0] != true[0], longer or drawn[-1] != "0"
-            else:
-                wrong, differs = carried + drawn, drawn[0] != true[len(carried)]
-                is_one = least <= int(wrong) <= most
-            if differs and is_one:
+            number = carried + "".join(str(d) for d in rng.integers(10, size=self.digits))[::way]
+            wrong = number[::way]
+            if wrong[decision] != true[decision] and least <= int(number) <= most:
                 return wrong
 
 
