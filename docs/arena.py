@@ -1,18 +1,22 @@
-"""Print docs/ARENA.md, all methods on all sets: ``python docs/arena.py RUN... > docs/ARENA.md``."""
+"""Print docs/ARENA.md, all methods on all sets: ``python docs/arena.py RESULTS... > docs/ARENA.md``.
+
+RESULTS are the files ``arena/results.json`` of runs; those that are published lie in ``docs/results/arena``.
+"""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from mnemoscope.report.arena import KEPT, TOWARDS, Records, arena_name, results_of
+from mnemoscope.report.arena import KEPT, TOWARDS, arena_name
 from mnemoscope.report.arena_page import across_tables, facts_of, sentence, tables_of
 from mnemoscope.report.page import Table
 from mnemoscope.report.words import percent
-from mnemoscope.statistics import Estimate, mean
+from mnemoscope.statistics import Estimate
 
 OURS = ("gradient", "learned", "low-rank")
 KINDS = {
@@ -30,9 +34,9 @@ RIVALS = {"first": "the first that takes one pass", "prompt": "the best wording"
 
 HEAD = """# Arena
 
-Every method of the arena on one frozen test set, in both directions. This page is printed by `docs/arena.py` from run
-folders that `mnemoscope arena` made, with the options of `scripts/arenas.sh`; its figures are those of
-`RUN/arena.html`.
+Every method of the arena on one frozen test set, in both directions. `docs/arena.py` prints this page from the files
+`arena/results.json` of runs that `mnemoscope arena` made, with the options of `scripts/arenas.sh`; its figures are
+those of `RUN/arena.html`.
 
 - **Wanted answer**: that of the text (to follow the text), or that of memory. Shares are of all test conflicts whose
   items the model knows by heart; that list was frozen before anything was applied.
@@ -44,17 +48,15 @@ folders that `mnemoscope arena` made, with the options of `scripts/arenas.sh`; i
 
 def main() -> None:
     """Print the page."""
-    runs = [Path(given) for given in sys.argv[1:]]
-    if not runs:
-        sys.exit("usage: python docs/arena.py RUN...")
-    print("\n".join(page(runs)).rstrip())
+    if not sys.argv[1:]:
+        sys.exit("usage: python docs/arena.py RESULTS...")
+    found = [json.loads(Path(given).read_text()) for given in sys.argv[1:]]
+    print("\n".join(page(found)).rstrip())
 
 
-def page(runs: Sequence[Path]) -> Iterator[str]:
-    """The parts of the page."""
+def page(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The parts of the page, from the content of ``arena/results.json`` of every run."""
     yield HEAD
-    records = [Records.of(run / "arena") for run in runs]
-    found = [results_of(one) for one in records]
     if len(found) > 1:
         yield "## Side by side\n"
         for table in across_tables(found):
@@ -62,7 +64,7 @@ def page(runs: Sequence[Path]) -> Iterator[str]:
         yield "## By what is changed\n"
         yield markdown(kinds(found))
     yield "## Aims\n"
-    for table in aims(records, found):
+    for table in aims(found):
         yield markdown(table)
     for results in found:
         yield f"## {arena_name(results)}\n\n{facts_of(results)}\n"
@@ -103,14 +105,9 @@ def spread(shares: Iterable[float]) -> str:
     return f"{percent(median(found))} ({percent(found[0])} to {percent(found[-1])})" if found else "-"
 
 
-def aims(records: Sequence[Records], found: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
+def aims(found: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
     """In how many directions the best of our methods by the tune split meets each aim, and the comparisons."""
-    told = [
-        compared(record, results, toward)
-        for record, results in zip(records, found, strict=True)
-        for toward in TOWARDS
-        if set(OURS) & set(results["methods"])
-    ]
+    told = [compared(results, toward) for results in found for toward in TOWARDS if set(OURS) & set(results["methods"])]
     if told:
         counted = [[aim, f"{sum(met[aim] for _, met in told)} of {len(told)}"] for aim in told[0][1]]
         yield Table("Directions in which an aim is met", ["aim", "directions"], counted)
@@ -118,19 +115,19 @@ def aims(records: Sequence[Records], found: Sequence[Mapping[str, Any]]) -> Iter
         yield Table("Wanted answers, and differences in points", names, [row for row, _ in told])
 
 
-def compared(record: Records, results: Mapping[str, Any], toward: str) -> tuple[list[str], dict[str, bool]]:
+def compared(results: Mapping[str, Any], toward: str) -> tuple[list[str], dict[str, bool]]:
     """One direction: a row of the table, and whether each aim is met."""
     methods = {name: cell[toward] for name, cell in results["methods"].items()}
     mine = [name for name in OURS if name in methods]  # in this order, so that a tie on tune is the first's
     ours = max(mine, key=lambda name: worth(methods[name]))
-    one_pass = [name for name in methods if results["methods"][name]["passes"] == 1]
-    first = max(one_pass, key=lambda name: methods[name]["wanted"]["estimate"])
+    first = results["first"][toward]
     ahead = {name: Estimate(**test["difference"]) for name, test in methods[ours]["tests"].items()}
-    ahead["first"] = more(record, toward, ours, first)
+    if ours != first["method"]:
+        ahead["first"] = Estimate(**first["minus"][ours])
     gated = methods[ours]["gated"]
     mixed = {name: (cell["gated"] or cell["mix"])["estimate"] for name, cell in methods.items()}
     met = {
-        f"not surely below {RIVALS['first']}": ahead["first"].high >= 0,
+        f"not surely below {RIVALS['first']}": "first" not in ahead or ahead["first"].high >= 0,
         f"surely above {RIVALS['prompt']}": "prompt" in ahead and ahead["prompt"].low > 0,
         f"surely above {RIVALS['cad']}": "cad" in ahead and ahead["cad"].low > 0,
         "0.97 of agreeing texts and 0.95 of bare questions stay behind the gate": gated is not None
@@ -140,14 +137,8 @@ def compared(record: Records, results: Mapping[str, Any], toward: str) -> tuple[
     wanted = methods[ours]["wanted"]
     told = f"{ours} {percent(wanted['estimate'])} ({100 * wanted['low']:.0f} to {100 * wanted['high']:.0f})"
     differences = [difference(ahead[rival]) if rival in ahead else "-" for rival in RIVALS]
-    differences[0] = f"{first} {differences[0]}"
+    differences[0] = f"{first['method']} {differences[0] if ours != first['method'] else '(itself)'}"
     return [arena_name(results), toward, told, *differences], met
-
-
-def more(record: Records, toward: str, ours: str, other: str) -> Estimate:
-    """How much more of the conflicts one method gets its way than another; one number where it is itself."""
-    hits = [(record.labels(name, toward, "conflict") == toward).astype(float) for name in (ours, other)]
-    return mean(hits[0] - hits[1], record.groups("conflict"))
 
 
 def difference(found: Estimate) -> str:

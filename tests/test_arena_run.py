@@ -94,6 +94,17 @@ def test_results_follow_from_the_records(finished: Path) -> None:
                 difference = np.mean((labels == toward).astype(float) - theirs)
                 assert test["difference"]["estimate"] == pytest.approx(difference)
                 assert test["p_holm"] >= test["p"]
+            first = results["first"][toward]["method"]
+            assert first in CHEAP
+            assert first != "cad"
+            assert (
+                found["wanted"]["estimate"] <= results["methods"][first][toward]["wanted"]["estimate"] or name == "cad"
+            )
+            if name != first:
+                difference = np.mean(
+                    (labels == toward).astype(float) - (records.labels(first, toward, "conflict") == toward)
+                )
+                assert results["first"][toward]["minus"][name]["estimate"] == pytest.approx(difference)
     assert results["winner"]["generalized"] in CHEAP
     assert set(results["methods"]["nmd"]["generalized"]["tests"]) >= {"prompt", "cad"}
     assert results["methods"]["cad"]["passes"] == 2
@@ -122,8 +133,9 @@ def test_the_page_and_its_markdown_show_every_method(finished: Path, tmp_path: P
     assert page.count("<svg") == 4
     assert "http" not in page.replace("http://www.w3.org", "")
     assert "To follow memory: answers" in page
+    numbers = str(finished / "arena" / "results.json")
     done = subprocess.run(
-        [sys.executable, "docs/arena.py", str(finished), str(finished)], capture_output=True, text=True, check=True
+        [sys.executable, "docs/arena.py", numbers, numbers], capture_output=True, text=True, check=True
     )
     for name in (*CHEAP, "unsteered"):
         assert f'<th scope="row">{name}</th>' in page

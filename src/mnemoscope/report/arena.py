@@ -18,7 +18,7 @@ import pandas as pd
 
 from mnemoscope.digests import check_closed, digests_of, intact, write_marker
 from mnemoscope.errors import InputError
-from mnemoscope.files import plain, write_atomically
+from mnemoscope.files import write_atomically
 from mnemoscope.schemas import FrameFacts
 from mnemoscope.statistics import Estimate, holm, mean, proportion, sign_flips
 from mnemoscope.strict import read_bytes, read_json
@@ -112,7 +112,7 @@ def build_arena(run: Path, beside: Sequence[Path] = ()) -> Path:
     from mnemoscope.report.arena_page import render_arena
 
     results = results_of(Records.of(run / "arena"))
-    text = json.dumps(plain(results), indent=1, allow_nan=False) + "\n"
+    text = json.dumps(results, indent=1) + "\n"  # an undefined number is the literal NaN, as in that of a study
     write_marker(run / "arena", "report", [write_atomically(run / "arena" / "results.json", text.encode())])
     others = [results_of(Records.of(other / "arena")) for other in beside]
     return write_atomically(run / "arena.html", render_arena([results, *others]).encode())
@@ -153,7 +153,24 @@ def results_of(records: Records) -> dict[str, Any]:
     for toward in TOWARDS:
         for name, found in _tests(records, toward, made["winner"][toward]).items():
             made["methods"][name][toward]["tests"] = found
+    made["first"] = {toward: _first(records, made["methods"], toward) for toward in TOWARDS}
     return made
+
+
+def _first(records: Records, methods: Mapping[str, Any], toward: str) -> dict[str, Any] | None:
+    """The method of one pass that gets most wanted answers on test, and how much more the others get than it."""
+    one_pass = [name for name, about in methods.items() if about["passes"] == 1]
+    if not one_pass:
+        return None
+    first = max(one_pass, key=lambda name: methods[name][toward]["wanted"]["estimate"])
+    hits, groups = _hits(records, toward), records.groups("conflict")
+    minus = {name: _plain(mean(mine_N - hits[first], groups)) for name, mine_N in hits.items() if name != first}
+    return {"method": first, "minus": minus}
+
+
+def _hits(records: Records, toward: str) -> dict[str, np.ndarray]:
+    """Of every method, 1 where a test conflict gets the wanted answer and 0 elsewhere, float64 ``(N,)``."""
+    return {name: (records.labels(name, toward, "conflict") == toward).astype(float) for name in records.methods}
 
 
 def _direction(records: Records, name: str, toward: str) -> dict[str, Any]:
@@ -248,7 +265,7 @@ def _tests(records: Records, toward: str, winner: str | None) -> dict[str, dict[
     """
     groups, rows = records.groups("conflict"), list[tuple[str, str, Estimate]]()
     p_of = dict[frozenset[str], float]()
-    hits = {name: (records.labels(name, toward, "conflict") == toward).astype(float) for name in records.methods}
+    hits = _hits(records, toward)
     baselines = dict.fromkeys(one for one in (*BASELINES, winner) if one in hits)
     for name, mine_N in hits.items():
         for baseline in baselines:
