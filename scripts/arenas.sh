@@ -10,8 +10,8 @@ arena() {  # NAME MODEL TASK [OPTION...]
     for option in "$@"; do options+=(--option "$option"); done
     mnemoscope arena "$model" --task "$task" "${options[@]}" --dtype bfloat16 --size threads=2 --size "seed=$seed" -o "$out/$name"
 }
-# The models know some ninety and two hundred proverbs, so half of them are for test.
-arena smollm2-memotrap smollm2 memotrap "file=$memotrap" 'shares=[0.3,0.2,0.5]'
+# The models know 77 and 152 proverbs that do not say their own ending, so half of them or more are for test.
+arena smollm2-memotrap smollm2 memotrap "file=$memotrap" 'shares=[0.25,0.2,0.55]'
 arena gemma-memotrap gemma3-270m memotrap "file=$memotrap" 'shares=[0.3,0.2,0.5]'
 # Relations of which enough is known.
 known='relations=["P103","P20","P30","P36","P37"]' apart='held_out_relations=["P495"]'

@@ -16,19 +16,21 @@ from torch import Tensor
 
 from helpers import hook_count
 from little_facts import LittleFacts
-from mnemoscope.arena.adapters import with_weights
+from mnemoscope.arena.adapters import with_adapter
 from mnemoscope.arena.answers import Neutral, is_exact, scores, texts_of
 from mnemoscope.arena.contract import Intervention, Quoted, Wording
-from mnemoscope.arena.fitting import randomized
+from mnemoscope.arena.fitting import log_p, randomized
 from mnemoscope.arena.heads import Ranked, factors_of, in_one_pass, in_two_passes
 from mnemoscope.arena.lists import Bench, Prompts
-from mnemoscope.arena.methods import METHODS, adacad, cad, candidates, coiecd, dpo, ircan, iti, juice, knob, reft
+from mnemoscope.arena.methods import METHODS, adacad, caa, cad, candidates, coiecd, dpo, ircan, iti, juice, knob, reft
+from mnemoscope.arena.varied import _both
 from mnemoscope.arena.vectors import at_block, by_vector
-from mnemoscope.behaviour import Asking
+from mnemoscope.behaviour import Asking, prepare, score
 from mnemoscope.config import parse_arena
 from mnemoscope.errors import InputError
-from mnemoscope.models import blocks_of, heads_of
+from mnemoscope.models import blocks_of, core_of, heads_of
 from mnemoscope.steering import OPPOSITE, Toward
+from mnemoscope.tasks import Example
 
 SIZES: dict[str, Any] = {
     **{"conflicts": 24, "kept": 8, "varied": 6, "tune_conflicts": 16, "tune_kept": 4, "fit_conflicts": 40},
@@ -308,9 +310,63 @@ def test_attributions_add_up_to_the_change_along_the_path(bench: Bench) -> None:
     assert found_NLD[0, layer].sum() == pytest.approx(with_text - at_bare, abs=0.02)
 
 
+def test_caa_is_the_mean_difference_at_the_last_token_of_either_answer(bench: Bench) -> None:
+    asking, states = bench.asking, {"generalized": [], "memorized": []}  # type: ignore[var-annotated]
+    for example in bench.fit.prompts["conflict"].examples:
+        for side, found in states.items():
+            ids = torch.tensor([ids_of(asking, example.prompt + str(getattr(example, side)))])
+            with torch.no_grad():
+                found.append(asking.model(input_ids=ids, output_hidden_states=True).hidden_states[2][0, -1].double())
+    wanted = torch.stack(states["generalized"]).mean(0) - torch.stack(states["memorized"]).mean(0)
+    np.testing.assert_allclose(caa.differences(bench)[1], wanted.numpy(), atol=1e-4)
+
+
+def test_a_learned_knob_changes_more_answers_than_the_one_it_starts_from(bench: Bench) -> None:
+    """Loss of the interchange that it is learned by, at the layer in the middle, against the mean difference."""
+    states_P2D = torch.from_numpy(bench.sources("block").states_P2LD[:, :, 1]).float()
+    start_D = (states_P2D[:, 0] - states_P2D[:, 1]).mean(0)
+
+    def loss(knob_D: Tensor) -> float:
+        found = []
+        for batch, donor_ND, option_N in knob._interchanges(bench, states_P2D):
+            edit = knob._once(knob.held(knob_D, knob.coordinate(donor_ND, knob_D)))
+            with torch.no_grad():
+                found.append(float(log_p(bench.asking, at_block(bench.asking.model, 1, edit), batch, option_N).mean()))
+        return -float(np.mean(found))
+
+    longer = replace(bench, config=bench.config.model_copy(update={"steps": 40}), cache={})
+    assert loss(knob._learned(longer, 1)) < 0.95 * loss(start_D / start_D.norm())
+
+
+def test_prompts_are_contrasted_with_their_bare_question_or_with_themselves_without_their_text(bench: Bench) -> None:
+    prompts = bench.test["conflict"]
+    for example, bare, bares, cut, quoted in zip(
+        prompts.examples, prompts.bares, prompts.contrast("bare"), prompts.contrast("cut"), prompts.quoted, strict=True
+    ):
+        assert bare is bares
+        assert cut.prompt == example.prompt.replace(quoted.text, "")
+        assert cut.options == example.options
+    tried = {one.contrast for one in candidates("cad", bench, "generalized")}
+    assert tried == {"bare", "cut"}
+
+
+def test_a_text_with_both_answers_says_the_other_one_last_and_nothing_else_changes() -> None:
+    example = Example("i", "p", "conflict", "g", "f", "test", memorized=" lead", generalized=" him")
+    text = "Anna: A whimsical man, him who reads him.\n"
+    assert _both(text, example) == f"{text.rstrip()} Anna: A whimsical man, him who reads lead."
+    assert _both("A whimsical man.", example) is None
+
+
+def test_every_conflict_has_a_bare_question_that_is_answered_by_heart(bench: Bench) -> None:
+    for lists in (bench.tune, bench.test, bench.fit.prompts):
+        bares = [bare for bare in lists["conflict"].bares if bare]
+        assert len(bares) == len(lists["conflict"])
+        assert set(score(bench.asking, prepare(bench.asking, bares)).behaviour_N) == {"memorized"}
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # peft uses an old name of the library
 def test_an_adapter_is_what_peft_makes_of_it(bench: Bench) -> None:
-    """The same adapter, made and merged by peft alone."""
+    """The same adapter, applied by peft alone."""
     peft = pytest.importorskip("peft")
     from copy import deepcopy
 
@@ -323,12 +379,29 @@ def test_an_adapter_is_what_peft_makes_of_it(bench: Bench) -> None:
             parameter.data.normal_(std=0.1)
     theirs = plainly(adapted, ids)
     layers = {n: m for n, m in adapted.get_base_model().named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
-    deltas = {name: module.get_delta_weight("default").detach() for name, module in layers.items()}
+    adapter = {n: (m.lora_A["default"].weight.data, 2 * m.lora_B["default"].weight.data) for n, m in layers.items()}
     before = {name: parameter for name, parameter in model.named_parameters()}
     plain = plainly(model, ids)
-    with with_weights(model, deltas)(None):
+    with with_adapter(model, adapter)(None):
         torch.testing.assert_close(plainly(model, ids), theirs, atol=1e-4, rtol=1e-4)
-    with with_weights(model, deltas, 0.0)(None):
+    half = deepcopy(model).bfloat16()  # a change that is too small for the weights of bfloat16 is not lost
+    small = {name: (down, up * 1e-3) for name, (down, up) in adapter.items()}
+    inputs: dict[str, Tensor] = {}
+    name = next(name for name in small if name.endswith("c_fc"))
+    module = core_of(half).get_submodule(name)
+    with by_hand(module, lambda x: inputs.setdefault("x", x)):
+        before_half = {}
+        handle = module.register_forward_hook(lambda _, args, output: before_half.setdefault("y", output))
+        with with_adapter(half, {name: small[name]}, 4.0)(None):
+            after: dict[str, Tensor] = {}
+            last = module.register_forward_hook(lambda _, args, output: after.setdefault("y", output))
+            plainly(half, ids)
+        handle.remove()
+        last.remove()
+    down, up = small[name]
+    wanted = before_half["y"] + 4 * (inputs["x"].float() @ down.T @ up.T)
+    assert torch.equal(after["y"], wanted.bfloat16())
+    with with_adapter(model, adapter, 0.0)(None):
         assert torch.equal(plainly(model, ids), plain)
     assert torch.equal(plainly(model, ids), plain)
     assert all(parameter is before[name] for name, parameter in model.named_parameters())
@@ -430,6 +503,11 @@ def test_wordings_go_before_the_prompt_or_behind_its_text() -> None:
     above = Quoted.of("Context: A is B.\nAnswer: The capital of A is", solved)
     assert above == Quoted("", "Context: A is B.\n", "Answer: The capital of A is")
     assert Quoted.of("A is B.\nThe capital of A is", solved) == Quoted("", "A is B.\n", "The capital of A is")
+    led = Quoted.of("Anna: A is B.\nBen: Yes. A is", "A is")
+    assert led == Quoted("", "Anna: A is B.\n", "Ben: Yes. A is")
+    led = Quoted.of('Somebody wrote "A is B". Write it down: A is', "A is")
+    assert led == Quoted("", 'Somebody wrote "A is B". ', "Write it down: A is")
+    assert Quoted.of('End with the word "B": A is', "A is") == Quoted("", "", 'End with the word "B": A is')
     assert Quoted.of("A is B. The capital of A is", solved) == Quoted("", "A is B. ", "The capital of A is")
     unlabelled = Quoted.of("A is B.\n\nWhat is A?\nAnswer:", "Question: What is A?\nAnswer:")
     assert unlabelled == Quoted("", "A is B.\n\n", "What is A?\nAnswer:")
@@ -487,7 +565,7 @@ def test_preference_is_its_formula(bench: Bench) -> None:
     asking = replace(bench.lists.asking, model=adapted)
     batch = bench.lists.conflicts["generalized"][0]
     wanted = torch.arange(len(batch.examples_N)) % 2
-    assert dpo.preference(asking)(batch, wanted).item() == pytest.approx(math.log(2), abs=1e-5)
+    assert dpo.preference(asking)(batch, wanted).item() == pytest.approx(2 / dpo.BETA * math.log(2), abs=1e-4)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.05)
@@ -500,5 +578,5 @@ def test_preference_is_its_formula(bench: Bench) -> None:
             sums = [sum(float(row[t - 1, ids[t]]) for t in range(len(prompt), len(ids))) for row in rows]
             changes.append(sums[0] - sums[1])
         other, chosen = changes if wanted[number] else changes[::-1]
-        losses.append(math.log1p(math.exp(-dpo.BETA * (chosen - other))))
-    assert dpo.preference(asking)(batch, wanted).item() == pytest.approx(np.mean(losses), abs=1e-4)
+        losses.append(2 / dpo.BETA * math.log1p(math.exp(-dpo.BETA * (chosen - other))))
+    assert dpo.preference(asking)(batch, wanted).item() == pytest.approx(np.mean(losses), abs=1e-3)

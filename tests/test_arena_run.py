@@ -23,7 +23,7 @@ from mnemoscope.arena.lists import Bench
 from mnemoscope.behaviour import Asking, Scores
 from mnemoscope.cli import app
 from mnemoscope.config import parse_arena
-from mnemoscope.digests import write_marker
+from mnemoscope.digests import locked, write_marker
 from mnemoscope.errors import InputError
 from mnemoscope.report import build_arena
 from mnemoscope.report.arena import Records, results_of
@@ -177,6 +177,16 @@ def test_a_killed_arena_goes_on_where_it_stopped(little: Asking, finished: Path,
     write_marker(out / "arena", "frame", [out / "arena" / name for name in ("set.parquet", "frame.json")])
     with pytest.raises(InputError, match="holds an arena on another frozen set"):
         run(little, out)
+
+
+def test_two_arenas_in_one_folder_do_not_meet(little: Asking, finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    before = {path: path.read_bytes() for path in sorted((out / "arena").rglob("*.parquet"))}
+    with locked(out / "arena", lambda: True), pytest.raises(InputError, match="is in use by another run"):
+        run(little, out)
+    run(little, out)
+    assert before == {path: path.read_bytes() for path in sorted((out / "arena").rglob("*.parquet"))}
 
 
 def test_the_choice_is_that_of_trying_everything(little: Asking, monkeypatch: pytest.MonkeyPatch) -> None:

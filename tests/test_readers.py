@@ -17,7 +17,8 @@ import pytest
 
 from mnemoscope.errors import InputError
 from mnemoscope.tasks import KINDS, Example, Kind, Task, build_task, draw
-from mnemoscope.tasks.known import KnownTask
+from mnemoscope.tasks.known import KnownTask, grouped
+from mnemoscope.tasks.memotrap import WORDINGS
 from public_data import data_folder
 
 PROVERBS = {  # beginning: true ending, the word that is asked for
@@ -202,6 +203,72 @@ def test_proverbs_of_one_beginning_are_one_item(tmp_path: Path) -> None:
     task = memotrap(tmp_path, rows)
     assert [example.answer for example in task.facts_to_know()] == [" money"]
     assert {example.generalized for example in everything(task, "conflict")} == {" gold", " short"}
+
+
+def test_proverbs_that_say_their_ending_or_differ_in_case_are_left_out(tmp_path: Path) -> None:
+    said = 'Write a quote that ends in the word "{}": {}'
+    rows: list[dict[str, object]] = [
+        {"prompt": said.format(wrong, s), "classes": f"[' {wrong}.', ' {true}.']", "answer_index": 0}
+        for s, true, wrong in (
+            ("Fight fire  with", "Fire", "flames"),
+            ("Time is", "money", "Money"),
+            ("Haste makes", "waste", "speed"),
+            ("To haste  makes", "waste", "sense"),
+            ("Practice makes", "perfect", "noise"),
+        )
+    ]
+    task = memotrap(tmp_path, rows)
+    assert {example.group for example in everything(task, "conflict")} == {"Haste makes", "Practice makes"}
+    assert not any("  " in example.prompt for example in everything(task, "conflict"))
+    assert {e.prompt for e in task.facts_to_know()} == {"Time is", "Haste makes", "To haste makes", "Practice makes"}
+
+
+def test_subjects_that_say_the_same_are_one_group() -> None:
+    true = {
+        ("capital", "Finland"): ["Helsinki"],
+        ("capital", "Grand Duchy of Finland"): ["Helsinki"],
+        ("capital", "Kingdom of Finland"): ["Turku"],  # shares no fact
+        ("language", "Kingdom of Finland"): ["Finnish"],
+        ("capital", "North Island"): ["Helsinki"],  # shares a fact and no word
+        ("language", "Ada Byron King"): ["English"],
+        ("language", "Ada Byron Noel"): ["English"],  # two words of three
+    }
+    found = grouped(true)
+    assert found["Grand Duchy of Finland"] == found["Finland"] == "Finland"
+    assert len(set(found.values())) == len(found) - 1
+    assert grouped({}) == {}
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_texts_that_agree_are_worded_as_conflicts_are(make: Callable[[Path], KnownTask], tmp_path: Path) -> None:
+    """Every wording of a conflict may be that of a text that agrees, one for each fact and frame."""
+    task = make(tmp_path)
+    known = {e.item: str(e.answer) for e in task.facts_to_know()}
+    of_conflicts = {example.prompt.replace(str(example.generalized), "*") for example in everything(task, "conflict")}
+    agreeing = [example for example in everything(task, "memory") if example.family == "agreeing"]
+    for example in agreeing:
+        assert known["|".join(example.item.split("|")[:2])] == example.answer
+    if make is memotrap:
+        said = ((e.prompt.replace(e.group, "{s}"), str(e.answer).strip()) for e in agreeing)
+        words = {prompt.replace(answer, "{v}") for prompt, answer in said}
+        assert words <= {wording for frame in task.frames for wording in WORDINGS[frame]}
+        assert len(words) > len(task.frames)
+    assert len(of_conflicts) > len(task.frames)
+    assert len({example.item for example in agreeing}) * len(task.frames) == len(agreeing)
+
+
+def test_nothing_that_is_shown_before_a_bare_question_is_an_answer_to_it(tmp_path: Path) -> None:
+    """Neither the true values nor those that a text states, and the same whatever it states."""
+    task = pararel(tmp_path, held_out_relations=[], shots=2)
+    shown = defaultdict[tuple[str, str], set[str]](set)
+    for example in everything(task, "conflict"):
+        bare = task.without_context(example)
+        assert bare is not None
+        before = bare.prompt.rpartition(". ")[0]
+        assert before
+        assert not any(str(answer).strip() in before for answer in example.options)
+        shown[example.group, bare.prompt.rpartition(". ")[2]].add(before)
+    assert max(map(len, shown.values())) == 1
 
 
 def test_objects_are_swapped_within_a_relation(tmp_path: Path) -> None:

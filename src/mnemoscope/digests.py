@@ -6,17 +6,18 @@ folder can make its digests too. What keeps a reader safe from a stranger's fold
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import stat
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mnemoscope.errors import InputError
-from mnemoscope.files import file_hash, known_hash, write_atomically
+from mnemoscope.files import file_hash, known_hash, lock_file, write_atomically
 from mnemoscope.schemas import MarkerFacts
 from mnemoscope.strict import read_json
 
@@ -136,6 +137,33 @@ def check_closed(folder: Path) -> None:
                 raise InputError(f"{folder / path.relative_to(root)}: is a link that leads {where}")
             if not (stat.S_ISLNK(kind) or stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
                 raise InputError(f"{folder / path.relative_to(root)}: is neither a file nor a folder")
+
+
+@contextmanager
+def locked(folder: Path, worth: Callable[[], bool]) -> Iterator[None]:
+    """Hold the lock of a closed folder of a run; InputError where another run has it.
+
+    ``worth``: whether the folder holds what is worth keeping; if not, and the run is refused, a lock that it made goes.
+    """
+    path = folder / ".lock"
+    before = os.path.lexists(path)
+    with lock_file(path) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(lock), path.lstat()):
+                raise BlockingIOError  # of a run that was refused meanwhile
+        except (BlockingIOError, FileNotFoundError) as error:
+            raise InputError(f"out: {folder} is in use by another run") from error
+        refused = False
+        try:
+            check_closed(folder)
+            yield
+        except InputError:
+            refused = not before and not worth()
+            raise
+        finally:
+            if refused or list(folder.iterdir()) == [path]:
+                path.unlink()
 
 
 def _where(path: Path) -> Path:

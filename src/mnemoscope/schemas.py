@@ -172,6 +172,7 @@ class FrameFacts(TypedDict):
     order: list[str]
     lists: dict[str, int]
     no_gate: NotRequired[str | None]
+    by_answers: NotRequired[float | None]
 
 
 class PromptingFacts(TypedDict):

@@ -6,7 +6,6 @@ no marker and starts again; a finished stage is skipped.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -25,10 +24,10 @@ from typing import Any
 
 from mnemoscope.cells import STATES, Cell, Opened, Tell, cells_of, git_state, grouped, version
 from mnemoscope.config import StudyConfig, dump_study
-from mnemoscope.digests import AGAIN, EarlierError, check_closed, check_stage, read_marker, write_marker
+from mnemoscope.digests import AGAIN, EarlierError, check_stage, locked, read_marker, write_marker
 from mnemoscope.errors import InputError, StudyError
 from mnemoscope.executors import Progress, in_processes, possible_workers, run_cells
-from mnemoscope.files import known_hash, lock_file, made, sweep, undone_if_refused, write_atomically
+from mnemoscope.files import known_hash, made, sweep, undone_if_refused, write_atomically
 from mnemoscope.processes import settle
 from mnemoscope.strict import read_text
 from mnemoscope.tasks import allowed_code, check_allowed
@@ -221,7 +220,11 @@ def _locked(run: Path, config: StudyConfig) -> Iterator[None]:
         raise InputError(f"out: {run} is a file; a folder is wanted")
     if run.exists() and any(run.iterdir()) and not (run / "study.yaml").exists() and not (run / ".lock").exists():
         raise InputError(f"out: {run} is not empty and holds no study.yaml; give a new folder")
-    with made(run), _lock(run), undone_if_refused(run, lambda: _holds(run, *MARKERS, *UNFINISHED)):
+
+    def worth() -> bool:
+        return _holds(run, *MARKERS, *UNFINISHED)
+
+    with made(run), locked(run, worth), undone_if_refused(run, worth):
         existing = run / "study.yaml"
         # A run without a finished stage (a model that could not be opened) may change its configuration.
         there = read_text(existing, "out") if _holds(run, *MARKERS) and existing.exists() else text
@@ -238,30 +241,6 @@ def _locked(run: Path, config: StudyConfig) -> Iterator[None]:
 
 def _holds(run: Path, *patterns: str) -> bool:
     return any(path.is_file() for pattern in patterns for path in run.glob(pattern))
-
-
-@contextmanager
-def _lock(run: Path) -> Iterator[None]:
-    """Hold the lock of a closed run folder; one that a refused run made, or with nothing beside it, goes again."""
-    path = run / ".lock"
-    before = os.path.lexists(path)
-    with lock_file(path) as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(lock), path.lstat()):
-                raise BlockingIOError  # of a run that was refused meanwhile
-        except (BlockingIOError, FileNotFoundError) as error:
-            raise InputError(f"out: {run} is in use by another run") from error
-        refused = False
-        try:
-            check_closed(run)
-            yield
-        except InputError:
-            refused = not before and not _holds(run, *MARKERS, *UNFINISHED)
-            raise
-        finally:
-            if refused or list(run.iterdir()) == [path]:
-                path.unlink()
 
 
 def _write_manifest(run: Path, cells: list[Cell], started: float) -> None:

@@ -1,4 +1,6 @@
-"""Adapters (LoRA) trained on the fit lists, as other weights that a context puts into a model and takes out again.
+"""Adapters (LoRA) trained on the fit lists, which a context puts beside a model's weights and takes out again.
+
+They are judged as they were trained, beside the weights: merged into those of bfloat16, much of a small change is lost.
 
 E. Hu et al. (2021), "LoRA: low-rank adaptation of large language models", arXiv 2106.09685.
 """
@@ -6,11 +8,12 @@ E. Hu et al. (2021), "LoRA: low-rank adaptation of large language models", arXiv
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from mnemoscope.arena.contract import Applied
 from mnemoscope.arena.fitting import Loss, descend
@@ -25,13 +28,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 RANK = 8
-Deltas = Mapping[str, Tensor]  # by the name of a module's weight, what is added to it
+Adapter = Mapping[str, tuple[Tensor, Tensor]]  # by the name of a module, see ``_parts``
 
 
 def trained(
     bench: Bench, toward: Toward, rate: float, loss: Callable[[Asking], Loss], kept: Callable[[Asking], Loss]
-) -> Deltas:
-    """Train an adapter and return what it adds to each weight; the model itself is left as it was.
+) -> Adapter:
+    """Train an adapter and return it; the model itself is left as it was.
 
     Args:
         loss, kept: made of the adapted model's ``Asking``: for wanted answers, and for those that should stay.
@@ -51,7 +54,7 @@ def trained(
         parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
         with in_precision(adapted, precision):
             descend(bench.lists, toward, parameters, loss(asking), rate, kept(asking))
-        return _deltas(adapted)
+        return _parts(adapted)
     finally:
         adapted.unload()
         for name in ("peft_config", "_hf_peft_config_loaded"):
@@ -60,27 +63,36 @@ def trained(
             parameter.requires_grad_(learning[name])
 
 
-def _deltas(adapted: nn.Module) -> dict[str, Tensor]:
+def _parts(adapted: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Of each module A (K, I) and B (O, K) times the adapter's scale: its output gets ``B A input``."""
     from peft.tuners.lora import LoraLayer
 
     layers = ((name, module) for name, module in core_of(adapted).named_modules() if isinstance(module, LoraLayer))
-    return {name: module.get_delta_weight("default").detach() for name, module in layers}
+    return {
+        name: (
+            module.lora_A["default"].weight.detach().clone(),
+            module.scaling["default"] * module.lora_B["default"].weight.detach(),
+        )
+        for name, module in layers
+    }
 
 
-def with_weights(model: PreTrainedModel, deltas: Deltas, strength: float = 1.0) -> Applied:
-    """The context in which weights are those of a merged adapter; strength 0 leaves them as they are, bit by bit."""
+def with_adapter(model: PreTrainedModel, adapter: Adapter, strength: float = 1.0) -> Applied:
+    """The context in which an adapter is added to its modules' outputs; strength 0 changes nothing, bit by bit."""
+
+    def adding(down_KI: Tensor, up_OK: Tensor) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+        def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            low_K = linear(args[0].to(down_KI.dtype), down_KI)
+            return (output + strength * linear(low_K, up_OK)).to(output.dtype)
+
+        return add
 
     @contextmanager
     def applied(start: int | None) -> Iterator[None]:
         core: Any = core_of(model)
-        before = {name: core.get_submodule(name).weight for name in deltas}
-        try:
-            for name, weight in before.items() if strength else ():
-                merged = weight.detach() + strength * deltas[name].to(weight)
-                core.get_submodule(name).weight = nn.Parameter(merged, requires_grad=False)
+        with ExitStack() as stack:
+            for name, parts in adapter.items() if strength else ():
+                stack.callback(core.get_submodule(name).register_forward_hook(adding(*parts)).remove)
             yield
-        finally:
-            for name, weight in before.items():
-                core.get_submodule(name).weight = weight
 
     return applied

@@ -54,14 +54,14 @@ def scores(one: Intervention, prompts: Prompts) -> Scores:
         batches = [part for some in parts for part in some]
     if not one.joined and not one.in_one_go:
         return score(asking, batches, margins=False, applied=partial(one.applied, None))
-    bares = dict(zip(map(id, batches), prompts.bare_batches, strict=True)) if one.joined else {}
+    bares = dict(zip(map(id, batches), prompts.contrast_batches(one.contrast), strict=True)) if one.joined else {}
     return score_read(asking, batches, lambda batch, single: _logits(asking, one, single, bares.get(id(batch))))
 
 
 def _logits(asking: Asking, one: Intervention, single: Batch, bare: Batch | None = None) -> Tensor:
     """Logits that predict each token of one option and what closes it, float32 (N, M + 1, V).
 
-    ``bare``: the bare questions of the same rows, with all their options.
+    ``bare``: what the same rows are contrasted with, with all their options.
     """
     # Recorded outputs of blocks would be replayed inside passes that hooks appear in later.
     ready = replace(single, unshifted=None) if one.in_one_go else single
@@ -106,8 +106,7 @@ def texts_of(one: Intervention, prompts: Prompts, tokens: int) -> Texts:
         inputs = asking.padded([asking.text(e.prompt) for e in examples[chosen]])
         began = time.perf_counter()
         if one.joined:
-            pairs = zip(prompts.bares[chosen], examples[chosen], strict=True)
-            bare = asking.padded([asking.text((other or example).prompt) for other, example in pairs])
+            bare = asking.padded([asking.text(other.prompt) for other in prompts.contrast(one.contrast)[chosen]])
             ids_NT, mask_NT, width = _joined_texts(asking, one, inputs, bare, tokens)
         else:
             with one.applied(None):

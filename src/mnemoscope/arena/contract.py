@@ -5,6 +5,7 @@ Shapes: N prompts, M tokens of an answer, V vocabulary, L layers, D neurons.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -16,8 +17,10 @@ from torch import Tensor
 from mnemoscope.steering import Toward
 
 Applied = Callable[[int | None], AbstractContextManager[Any]]  # the decision column, None: the last of each prompt
-Joined = Callable[[Tensor, Tensor], Tensor]  # next-token logits of a prompt, those of its bare question -> logits
+Joined = Callable[[Tensor, Tensor], Tensor]  # next-token logits of a prompt, those of its contrast -> logits
 Place = Literal["before", "behind"]
+Contrast = Literal["bare", "cut"]  # with what a prompt is contrasted: its bare question, or itself without its text
+SENTENCE_END = re.compile(r"""[.!?]["']?\s+""")
 
 
 def unchanged(start: int | None = None) -> AbstractContextManager[Any]:
@@ -49,7 +52,14 @@ class Quoted:
         before, text, behind = prompt[:begin], prompt[begin : len(prompt) - end], prompt[len(prompt) - end :]
         if text.startswith("\n"):  # lines belong to the text with their ends
             before, text, behind = f"{before}\n", text[1:] + "\n", behind.removeprefix("\n")
-        return cls(before, text, behind)
+        whole = cls._whole(text)
+        return cls(before, text[:whole], text[whole:] + behind)
+
+    @staticmethod
+    def _whole(text: str) -> int:
+        """Where a text ends: with its last whole line, else its last sentence; what follows leads to the answer."""
+        line = text.rfind("\n") + 1
+        return line or max((end.end() for end in SENTENCE_END.finditer(text)), default=0)
 
     @classmethod
     def _above(cls, prompt: str, shared: int) -> Quoted:
@@ -106,7 +116,7 @@ class Intervention:
         applied: makes the context in which passes run.
         everywhere: whether passes inside differ before the decision position too, so that no cached prefix serves.
         in_one_go: whether options are read in one pass each (``score_read``), because passes belong together.
-        joined: joins the logits of a prompt with those of its bare question, or None.
+        joined: joins the logits of a prompt with those of its ``contrast``, or None.
         norm: of its shift, relative to the states' norm: the root of the sum over layers; NaN without one.
         drawn: a control, by number: the same intervention with a random direction of the same norm in every layer;
             None where there is no norm.
@@ -122,6 +132,7 @@ class Intervention:
     everywhere: bool = False
     in_one_go: bool = False
     joined: Joined | None = None
+    contrast: Contrast = "bare"
     norm: float = np.nan
     drawn: Callable[[int], Applied] | None = None
 

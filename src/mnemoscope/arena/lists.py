@@ -5,6 +5,7 @@ Shapes: N examples, L layers, D neurons.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mnemoscope.arena.contract import Quoted
+from mnemoscope.arena.contract import Contrast, Quoted
 from mnemoscope.behaviour import (
     Asking,
     Batch,
@@ -46,6 +47,7 @@ class Prompts:
 
     def __init__(self, asking: Asking, examples: Sequence[Example], bares: Sequence[Example | None]) -> None:
         self.asking, self.examples, self.bares = asking, list(examples), list(bares)
+        self._contrasted: dict[Contrast, list[Batch]] = {}
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -66,14 +68,22 @@ class Prompts:
         """The prompts with their options."""
         return with_prefixes(self.asking, self.examples)
 
-    @cached_property
-    def bare_batches(self) -> list[Batch]:
-        """The bare questions, row by row those of ``batches``; a prompt without one stands for itself."""
-        asked = [bare or example for example, bare in zip(self.examples, self.bares, strict=True)]
-        encoded = encode(self.asking, asked)
-        batches = [as_batch(self.asking, encoded, batch.examples_N) for batch in self.batches]
-        cache_prefixes(self.asking, batches)
-        return batches
+    def contrast(self, which: Contrast) -> list[Example]:
+        """What each prompt is contrasted with; a prompt without it stands for itself."""
+        found = []
+        for example, bare, quoted in zip(self.examples, self.bares, self.quoted, strict=True):
+            cut = replace(example, prompt=quoted.before + quoted.behind)
+            found.append(cut if which == "cut" and quoted.text else bare or example)
+        return found
+
+    def contrast_batches(self, which: Contrast) -> list[Batch]:
+        """What prompts are contrasted with, row by row those of ``batches``."""
+        if which not in self._contrasted:
+            encoded = encode(self.asking, self.contrast(which))
+            batches = [as_batch(self.asking, encoded, batch.examples_N) for batch in self.batches]
+            cache_prefixes(self.asking, batches)
+            self._contrasted[which] = batches
+        return self._contrasted[which]
 
     @cached_property
     def unsteered(self) -> Scores:
@@ -191,14 +201,7 @@ def ask_known(asking: Asking, task: Task) -> Known:
 def _lists(asking: Asking, task: Task, split: Split, conflicts: int, kept: int, seed: int) -> dict[str, Prompts]:
     """The three lists of a split; of those whose answers should stay, what the model answers right."""
     rng = np.random.default_rng([seed, len(split), *split.encode()])
-    drawn = draw(task, rng, conflicts, "conflict", split)
-    bares = [task.without_context(example) for example in drawn]
-    if drawn and all(bares) and not task.facts_to_know():
-        is_known = score(asking, prepare(asking, [b for b in bares if b]), margins=False).behaviour_N == "memorized"
-        chosen = np.flatnonzero(is_known)
-        drawn, bares = [drawn[n] for n in chosen], [bares[n] for n in chosen]
-        if not drawn:
-            raise InputError(f"model: it answers no bare question of the {split} split by heart, so nothing is known")
+    drawn, bares = known_conflicts(asking, task, split, conflicts, rng)
     alone = _each_once(as_bare(bare) for bare in bares if bare)
     memory = draw(task, rng, 4 * kept, "memory", split) if not task.memory_is_conflict else []
     agreeing = [e for e in memory if (bare := task.without_context(e)) is None or bare.prompt != e.prompt]
@@ -209,6 +212,44 @@ def _lists(asking: Asking, task: Task, split: Split, conflicts: int, kept: int, 
         right = [e for e, label in zip(examples, labels, strict=True) if label == "correct"][:kept]
         lists[name] = Prompts(asking, right, [task.without_context(e) if name == "agreeing" else e for e in right])
     return lists
+
+
+def known_conflicts(
+    asking: Asking, task: Task, split: Split, n: int, rng: np.random.Generator
+) -> tuple[list[Example], list[Example | None]]:
+    """At most ``n`` conflicts whose own bare questions the model answers by heart, and these questions.
+
+    That it knows an item in one wording is not enough: what it is contrasted with, and taught by, is this one. Raises
+    InputError where none is answered.
+    """
+    drawn = draw(task, rng, 3 * n, "conflict", split)
+    bares = [task.without_context(example) for example in drawn]
+    asked = [bare for bare in bares if bare]
+    if drawn and len(asked) == len(drawn):
+        is_known = score(asking, prepare(asking, asked), margins=False).behaviour_N == "memorized"
+        chosen = np.flatnonzero(is_known)
+        drawn, bares = [drawn[i] for i in chosen], [bares[i] for i in chosen]
+        if not drawn:
+            raise InputError(f"model: it answers no bare question of the {split} split by heart, so nothing is known")
+    return drawn[:n], bares[:n]
+
+
+def told_by_answers(bench: Bench) -> float | None:
+    """Share of test conflicts whose memorized answer is told by how often answers were that in fit conflicts.
+
+    Nothing but the two answers is seen, so 0.5 is what a set should give; None where there is no fit split.
+    """
+    try:
+        fit = bench.fit.prompts["conflict"].examples
+    except InputError:
+        return None
+    known, said = (Counter(getattr(e, side) for e in fit) for side in ("memorized", "generalized"))
+
+    def odds(answer: str | None) -> float:
+        return (1 + known[answer]) / (1 + said[answer])
+
+    ahead = [odds(e.memorized) - odds(e.generalized) for e in bench.test["conflict"].examples]
+    return float(np.mean([(difference > 0) + 0.5 * (difference == 0) for difference in ahead]))
 
 
 def as_bare(bare: Example) -> Example:

@@ -15,11 +15,11 @@ import torch
 
 from mnemoscope.arena.choose import best_of
 from mnemoscope.arena.judge import TABLES, UNSTEERED, Frame
-from mnemoscope.arena.lists import Bench, Known, ask_known
+from mnemoscope.arena.lists import Bench, Known, ask_known, told_by_answers
 from mnemoscope.arena.methods import METHODS, candidates
 from mnemoscope.behaviour import PLAIN, Asking
 from mnemoscope.config import ArenaConfig, parse_arena
-from mnemoscope.digests import STAGES, check_closed, intact, write_marker
+from mnemoscope.digests import STAGES, intact, locked, write_marker
 from mnemoscope.errors import InputError
 from mnemoscope.files import made, plain, undone_if_refused, write_atomically
 from mnemoscope.models import load_model
@@ -111,10 +111,12 @@ class _Run:
 
     def go(self, methods: Sequence[str] | None) -> None:
         """Run what is not done yet."""
-        with made(self.folder):
-            check_closed(self.folder)
-            with undone_if_refused(self.folder, lambda: self._done(UNSTEERED)):
-                self._go(methods)
+
+        def worth() -> bool:
+            return self._done(UNSTEERED)
+
+        with made(self.folder), locked(self.folder, worth), undone_if_refused(self.folder, worth):
+            self._go(methods)
 
     def _go(self, methods: Sequence[str] | None) -> None:
         self._check_folder()
@@ -127,6 +129,7 @@ class _Run:
         frame = Frame.of(bench)
         counts: dict[str, Any] = {"asked": bench.known.asked, "known": len(bench.known.items)}
         counts |= {"order": list(METHODS), "no_gate": frame.why}
+        counts["by_answers"] = told_by_answers(bench)
         counts |= {"lists": {name: len(prompts) for name, prompts in frame.lists.items()}}
         self._write_set(frame.table())
         self._write_json("frame", self.facts | counts)
@@ -153,6 +156,8 @@ class _Run:
                     f"out: {self.folder} holds an arena on another frozen set than this model gives here, as on "
                     "another machine or after an update; give another folder"
                 )
+            self.written.append(path)  # other columns may differ in their last bits
+            return
         self._write_table("set", table)
 
     def _known(self) -> Known:

@@ -1,17 +1,18 @@
-"""Lists of changed test prompts, on which a method should hold as well: what nothing was fitted on or worded like."""
+"""Lists of changed test prompts, on which a method should hold as well; paraphrases are in wordings that are fitted."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 
 from mnemoscope.arena.contract import Quoted
-from mnemoscope.arena.lists import Bench, Prompts
+from mnemoscope.arena.lists import Bench, Prompts, known_conflicts
 from mnemoscope.behaviour import encode
 from mnemoscope.errors import InputError
-from mnemoscope.tasks import Example, Task, draw
+from mnemoscope.tasks import Example, Task
 
 SHOTS = 3  # solved questions before the one that is asked
 FOREIGN = "Réponds à la question suivante en un seul mot.\n"  # an instruction in another language
@@ -48,11 +49,11 @@ def varied_lists(bench: Bench) -> dict[str, Prompts]:
     ):
         lists[name] = [(_begun(e, beginning), bare and _begun(bare, beginning)) for e, bare in _pairs(first)]
     texts: dict[str, Callable[[str, Example], str | None]] = {"longer text": _padded, "both answers": _both}
-    for name, change in texts.items() if all(quoted.text for quoted in first.quoted) else ():
+    for name, change in texts.items():
         lists[name] = [
             (replace(example, prompt=quoted.with_text(text)), bare)
             for (example, bare), quoted in zip(_pairs(first), first.quoted, strict=True)
-            if (text := change(quoted.text, example))
+            if quoted.text and (text := change(quoted.text, example))
         ]
     return {name: made for name, found in lists.items() if (made := _readable(bench, found))}
 
@@ -76,12 +77,7 @@ def _readable(bench: Bench, found: Found) -> Prompts | None:
 
 
 def _drawn(bench: Bench, task: Task, n: int) -> list[Example]:
-    return draw(task, np.random.default_rng([bench.config.seed, 33]), n, "conflict", "test")
-
-
-def _bare(task: Task, example: Example) -> Example | None:
-    """The bare question of an example, its own or that of the task with the other items."""
-    return task.without_context(example)
+    return known_conflicts(bench.asking, task, "test", n, np.random.default_rng([bench.config.seed, 33]))[0]
 
 
 def _solved(bench: Bench) -> list[str]:
@@ -105,4 +101,8 @@ def told_twice(example: Example, quoted: Quoted) -> Example | None:
 def _both(text: str, example: Example) -> str | None:
     """A text that gives the generalized answer, then the memorized one in the same words; None where it lacks it."""
     said, known = (str(answer).strip() for answer in (example.generalized, example.memorized))
-    return f"{text.rstrip()} {text.strip().replace(said, known)}" if said in text else None
+    found = list(re.finditer(rf"(?<!\w){re.escape(said)}(?!\w)", text.strip()))
+    if not found:
+        return None
+    place = found[-1]  # what is said last; before it a proverb may have the same word
+    return f"{text.rstrip()} {text.strip()[: place.start()]}{known}{text.strip()[place.end() :]}"

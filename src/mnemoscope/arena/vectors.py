@@ -22,7 +22,7 @@ from mnemoscope.steering import Edit, SteeringVector, Toward, edited
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FACTORS = (0.5, 1.0, 2.0, 4.0)  # on a mean difference
+FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # on a mean difference
 DIRECTION = {toward: direction for direction, toward in TOWARD.items()}
 
 

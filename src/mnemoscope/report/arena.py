@@ -27,7 +27,6 @@ UNSTEERED = "unsteered"
 TOWARDS = ("generalized", "memorized")
 OTHER = {"generalized": "memorized", "memorized": "generalized"}
 KEPT = ("agreeing", "bare")
-BASELINES = ("prompt", "cad")  # what every method is compared with, beside the winner
 SEED = 41  # of the random sign flips
 
 
@@ -137,6 +136,7 @@ def results_of(records: Records) -> dict[str, Any]:
         "known": frame["known"],
         "groups": len(set(conflict)),
         "lists": frame["lists"],
+        "by_answers": math.nan if frame.get("by_answers") is None else frame["by_answers"],
         "unsteered": {toward: _direction(records, UNSTEERED, toward) for toward in TOWARDS},
         "left_out": dict(records.left_out),
         "no_gate": frame["no_gate"],
@@ -149,16 +149,21 @@ def results_of(records: Records) -> dict[str, Any]:
             for name in records.methods
         },
     }
-    made["winner"] = {toward: _winner(records, toward) for toward in TOWARDS}
+    made["winner"] = {toward: _best(records, toward, records.methods) for toward in TOWARDS}
+    made["baselines"] = {toward: _baselines(records, toward) for toward in TOWARDS}
     for toward in TOWARDS:
-        for name, found in _tests(records, toward, made["winner"][toward]).items():
+        baselines = {**made["baselines"][toward], "winner": made["winner"][toward]}
+        for name, found in _tests(records, toward, [one for one in baselines.values() if one]).items():
             made["methods"][name][toward]["tests"] = found
     made["first"] = {toward: _first(records, made["methods"], toward) for toward in TOWARDS}
     return made
 
 
 def _first(records: Records, methods: Mapping[str, Any], toward: str) -> dict[str, Any] | None:
-    """The method of one pass that gets most wanted answers on test, and how much more the others get than it."""
+    """The method of one pass that gets most wanted answers on test, and how much more the others get than it.
+
+    Chosen after the fact, so that every other method is compared with one that was lucky as well.
+    """
     one_pass = [name for name, about in methods.items() if about["passes"] == 1]
     if not one_pass:
         return None
@@ -252,13 +257,20 @@ def _control(records: Records, name: str, toward: str) -> dict[str, Any] | None:
     return _plain(proportion(hits_N, groups_N, draws_N)) | {"worst": worst, "draws": len(np.unique(draws_N))}
 
 
-def _winner(records: Records, toward: str) -> str | None:
+def _best(records: Records, toward: str, methods: Sequence[str]) -> str | None:
     """The method of the highest worth on the tune split, which no test figure chose."""
-    worth = {name: records.facts[name]["toward"][toward]["tune"]["worth"] for name in records.methods}
+    worth = {name: records.facts[name]["toward"][toward]["tune"]["worth"] for name in methods}
     return max(worth, key=lambda name: worth[name]) if worth else None
 
 
-def _tests(records: Records, toward: str, winner: str | None) -> dict[str, dict[str, Any]]:
+def _baselines(records: Records, toward: str) -> dict[str, str | None]:
+    """What every method is compared with: asking in words, and the contrastive decoding that is best on tune."""
+    contrastive = [name for name in records.methods if records.facts[name]["joined"]]
+    words = "prompt" if "prompt" in records.methods else None
+    return {"words": words, "contrastive": _best(records, toward, contrastive)}
+
+
+def _tests(records: Records, toward: str, baselines: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Paired differences of wanted answers to each baseline, by method.
 
     Holm's correction is over a direction's comparisons, of which each counts once where both are baselines.
@@ -266,9 +278,8 @@ def _tests(records: Records, toward: str, winner: str | None) -> dict[str, dict[
     groups, rows = records.groups("conflict"), list[tuple[str, str, Estimate]]()
     p_of = dict[frozenset[str], float]()
     hits = _hits(records, toward)
-    baselines = dict.fromkeys(one for one in (*BASELINES, winner) if one in hits)
     for name, mine_N in hits.items():
-        for baseline in baselines:
+        for baseline in dict.fromkeys(baselines):
             if name == baseline:
                 continue
             difference_N = mine_N - hits[baseline]

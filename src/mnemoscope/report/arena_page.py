@@ -12,7 +12,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mnemoscope.report.arena import BASELINES, TOWARDS, arena_name
+from mnemoscope.report.arena import TOWARDS, arena_name
 from mnemoscope.report.drawing import COLOUR, FINE, INK, MUTED, RULE, Panel, canvas, draw
 from mnemoscope.report.page import Table, page_style
 from mnemoscope.report.words import percent
@@ -47,10 +47,14 @@ def facts_of(results: Results) -> str:
     sizes = ", ".join(
         f"{results['lists'][name]} {words}" for name, words in LISTS.items() if results["lists"].get(name)
     )
+    share = "" if math.isnan(results["by_answers"]) else percent(results["by_answers"])
     left = "; ".join(f"{name} is left out ({why})" for name, why in results["left_out"].items())
     counts = f"{results['lists']['conflict']} test conflicts of {results['groups']} groups, {sizes}"
     of = f"Weights and passes in {results['dtype']}, seed {results['seed']}."
-    return f"{known}{counts}, frozen before anything was applied. {of}{f' {left}.' if left else ''}"
+    told = f" A rule that sees the two answers alone, without a prompt or a model, tells which is memory's in {share}."
+    return (
+        f"{known}{counts}, frozen before anything was applied. {of}{told if share else ''}{f' {left}.' if left else ''}"
+    )
 
 
 def sentence(results: Results, toward: str) -> str:
@@ -124,7 +128,8 @@ def _answers(results: Results, toward: str) -> Table:
         behind = [percent(gated["right"][one]) for one in ("conflict", *LISTS)] if gated else [DASH]
         both = f"{percent(found['mix']['estimate'])} / {percent(gated['estimate']) if gated else DASH}"
         rows.append([name, _ranged(found["wanted"]), beside, *map(_share, shares), both, " / ".join(behind)])
-    columns = ["method", "wanted answer", "control of equal norm", "other answer", "neither", "exact match"]
+    alone = f"answer alone on its line (of {results['unsteered'][toward]['exact']['n']})"
+    columns = ["method", "wanted answer", "control of equal norm", "other answer", "neither", alone]
     columns += [f"{words} kept" for words in LISTS.values()]
     columns += ["mix of all three, without / with gate", "its parts with gate: conflicts / agreeing / bare"]
     return Table(f"{TITLES[toward]}: answers", columns, rows)
@@ -146,7 +151,7 @@ def _costs(results: Results, toward: str) -> Table:
 
 def _compared(results: Results, toward: str) -> Table:
     winner = results["winner"][toward]
-    baselines = list(dict.fromkeys(name for name in (*BASELINES, winner) if name in results["methods"]))
+    baselines = list(dict.fromkeys(name for name in (*results["baselines"][toward].values(), winner) if name))
     rows = []
     for name, found in _methods(results, toward)[1:]:
         tests = found.get("tests", {})

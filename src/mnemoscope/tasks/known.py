@@ -7,6 +7,7 @@ memorized answer of a conflict is in its memory.
 from __future__ import annotations
 
 import copy
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,8 @@ Spec = tuple[Fact, str, str, str, How]  # an example before it is written: fact,
 LABELS = ("Context: ", "Paragraph: ", "Story: ", "Note: ", "Hint: ", "Rumour: ", "Memo: ", "Wikipedia: ")
 # Labels of question and answer.
 ASKS = (("Question:", "Answer:"), ("Q:", "A:"), ("Task:", "Result:"), ("Quiz:", "Reply:"))
+WORDS = re.compile(r"\w+")
+ALIKE = 0.7  # share of the words of the shorter of two subjects that the other has as well, to be one item
 ROUNDS, TRIES = 10, 20  # of a value that does not fit: how often it is exchanged, with how many others at a time
 
 
@@ -49,6 +52,7 @@ class KnownTask(Task):
         facts: the value that is asked for; only known facts after ``knowing``.
         asked, held_out_relations: relations whose conflicts are made, and others, judged only.
         split_of: the split of each group.
+        group_of: the group of each subject: that of the subjects that say the same (``grouped``).
         wrong: the contradictions of each fact, where a subclass sets them (``dealt``).
     """
 
@@ -72,6 +76,7 @@ class KnownTask(Task):
             raise InputError(f"shares: {self.shares!r}; allowed are three numbers above 0 that add up to 1")
         self.true, self.asked = true, tuple(asked)
         self.facts = {fact: values[0] for fact, values in true.items()}
+        self.group_of = grouped(true)
         of_all = (*self.asked, *self.held_out_relations)
         groups = sorted({self._group(fact) for fact in self.facts if fact[0] in of_all})
         rng = np.random.default_rng([self.seed, stream])
@@ -105,7 +110,13 @@ class KnownTask(Task):
         return ()
 
     def _group(self, fact: Fact) -> str:
-        return fact[1]
+        return self.group_of.get(fact[1], fact[1])
+
+    def _agreeing_how(self, fact: Fact, frame: str) -> How:
+        """One of the wordings of conflicts, drawn for each fact, so that no wording is a sign that a text agrees."""
+        hows = list(self._hows(fact, frame))
+        rng = np.random.default_rng([self.seed, *f"agreeing|{frame}|{'|'.join(fact)}".encode()])
+        return hows[int(rng.integers(len(hows)))]
 
     def held_out(self) -> dict[str, Task]:
         """This task with the held-out ``frame`` or ``relation`` and the same splits."""
@@ -168,8 +179,9 @@ class KnownTask(Task):
                 found["conflict"] += [(fact, wrong, frame, frame, how) for how in self._hows(fact, frame)]
             found["memory"] += [(fact, value, "bare", "bare", how) for how in self._hows(fact, "bare")]
             if self._agreeing(fact):
-                plain = ((frame, self._hows(fact, frame)[0]) for frame in self.frames)
-                found["memory"] += [(fact, value, "agreeing", frame, how) for frame, how in plain]
+                found["memory"] += [
+                    (fact, value, "agreeing", frame, self._agreeing_how(fact, frame)) for frame in self.frames
+                ]
         found["novel"] += self._novel()
         return found
 
@@ -234,8 +246,44 @@ def _deal_once(
 
 
 def contradicts(value: str, true: Sequence[str]) -> bool:
-    """Whether a value is none of the true ones, and neither begins the other."""
-    return not any(value.startswith(one) or one.startswith(value) for one in true if one)
+    """Whether a value is none of the true ones, and neither begins the other, in whatever case."""
+    mine = value.casefold()
+    return not any(mine.startswith(one) or one.startswith(mine) for one in map(str.casefold, true) if one)
+
+
+def stands_in(value: str, text: str) -> bool:
+    """Whether a value is said in a text as whole words, in whatever case."""
+    return re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text, flags=re.IGNORECASE) is not None
+
+
+def grouped(true: Mapping[Fact, Sequence[str]]) -> dict[str, str]:
+    """Of subjects that say the same, the first: they share a fact, and nearly all words of the shorter of two.
+
+    So that nothing is fitted on and judged under two names, as "Finland" and "Grand Duchy of Finland" are.
+    """
+    from scipy.sparse import csr_array
+    from scipy.sparse.csgraph import connected_components
+
+    of_value = defaultdict[tuple[str, str], dict[int, None]](dict)
+    subjects = sorted({subject for _, subject in true})
+    number = {subject: n for n, subject in enumerate(subjects)}
+    for (relation, subject), values in true.items():
+        for value in values:
+            of_value[relation, value.casefold()][number[subject]] = None
+    words = [set(WORDS.findall(subject.casefold())) for subject in subjects]
+    column = {word: n for n, word in enumerate(sorted(set[str]().union(*words)))}
+    places = np.array([(n, column[word]) for n, of in enumerate(words) for word in of], int).reshape(-1, 2).T
+    has = csr_array((np.ones(places.shape[1]), tuple(places)), shape=(len(subjects), len(column)))
+    count_S, links = np.array([len(of) for of in words]), [np.empty((2, 0), int)]
+    for chosen in (np.array(list(found)) for found in of_value.values()):
+        shared = (has[chosen] @ has[chosen].T).tocoo()
+        two = np.stack([chosen[side] for side in shared.coords])
+        links.append(two[:, shared.data >= ALIKE * count_S[two].min(0)])
+    linked = np.concatenate(links, axis=1)
+    graph = csr_array((np.ones(linked.shape[1]), tuple(linked)), shape=(len(subjects), len(subjects)))
+    first: dict[int, str] = {}
+    parts = connected_components(graph, directed=False)[1]
+    return {subject: first.setdefault(int(part), subject) for subject, part in zip(subjects, parts, strict=True)}
 
 
 def check_fitted_and_held_out(**names: tuple[Sequence[str], Sequence[str], Iterable[str]]) -> None:

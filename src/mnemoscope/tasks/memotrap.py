@@ -9,7 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mnemoscope.errors import InputError
-from mnemoscope.tasks.known import Fact, How, KnownTask, check_fitted_and_held_out, check_key
+from mnemoscope.tasks.known import (
+    Fact,
+    How,
+    KnownTask,
+    check_fitted_and_held_out,
+    check_key,
+    contradicts,
+    stands_in,
+)
 from mnemoscope.tasks.tables import Row, check_apart, read_rows
 
 RELATION = "proverb"
@@ -72,7 +80,8 @@ class MemotrapTask(KnownTask):
         prompt, answers, asked_for: names of these fields.
         frames: families of ``WORDINGS`` that are fitted on and judged.
 
-    Raises InputError where the file lacks a field, or a row is not like that; its number is named.
+    Proverbs that say their own ending are left out, as copying would count as remembering. Raises InputError where the
+    file lacks a field, or a row is not like that; its number is named.
     """
 
     name = "memotrap"
@@ -89,8 +98,9 @@ class MemotrapTask(KnownTask):
         true, self.wrong = defaultdict[Fact, list[str]](list), defaultdict[Fact, list[str]](list)
         for where, row in read_rows(self.file, (self.prompt, self.answers, self.asked_for)):
             beginning, ending, asked_for = self._read(where, row)
-            true[RELATION, beginning].append(ending)
-            self.wrong[RELATION, beginning].append(asked_for)
+            if not stands_in(ending, beginning):
+                true[RELATION, beginning].append(ending)
+                self.wrong[RELATION, beginning].append(asked_for)
         self._deal(true, (RELATION,), stream=6)
 
     def split_reply(self, prompt: str) -> tuple[str, str]:
@@ -114,10 +124,10 @@ class MemotrapTask(KnownTask):
         asked_for, ending = (two[n].strip(" .") for n in (int(index), 1 - int(index)))
         check_apart(where, ending=ending, asked_for=asked_for)
         check_key(where, prompt=asking[1], asked_for=asked_for)
-        return asking[1], ending, asked_for
+        return " ".join(asking[1].split()), ending, asked_for
 
     def _wrong(self, fact: Fact) -> list[str]:
-        return [word for word in dict.fromkeys(self.wrong[fact]) if word not in self.true[fact]]
+        return [word for word in dict.fromkeys(self.wrong[fact]) if contradicts(word, self.true[fact])]
 
     def _hows(self, fact: Fact, frame: str) -> Sequence[How]:
         return [{"wording": wording} for wording in ((BARE,) if frame == "bare" else WORDINGS[frame])]

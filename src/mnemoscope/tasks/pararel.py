@@ -140,10 +140,11 @@ class PararelTask(KnownTask):
         }
 
     def _draw_shots(self, facts: dict[Fact, list[str]]) -> dict[Fact, list[str]]:
-        """Twice as many as are shown, so that no fact sees one of its answers; all of different values."""
+        """Of different values: those to show, and as many more as a fact has answers, so that none sees its own."""
         of_value = {values[0]: fact for fact, values in sorted(facts.items()) if len(values) == 1}
         rng = np.random.default_rng([self.seed, *next(iter(facts))[0].encode()])
-        drawn = [of_value[value] for value in rng.permutation(sorted(of_value))[: 2 * self.shots].tolist()]
+        most = self.shots + 1 + self.wrong_values
+        drawn = [of_value[value] for value in rng.permutation(sorted(of_value))[:most].tolist()]
         return {fact: facts[fact] for fact in drawn}
 
     def split_reply(self, prompt: str) -> tuple[str, str]:
@@ -168,7 +169,7 @@ class PararelTask(KnownTask):
         said = FRAMES[frame].format(**how).replace("[X]", fact[1]).replace("[Y]", value)
         if frame != "bare":
             return said
-        answers = (value, *self.true[fact])
+        answers = (value, *self.true[fact], *self.wrong[fact])  # the same are shown whatever a text says
         others = (other for other in self.shown[fact[0]].items() if other[1][0] not in answers)
         shown = ((how["stem"].replace("[X]", other[1]), values[0]) for other, values in islice(others, self.shots))
         return "".join(f"{stem} {value}. " for stem, value in shown) + said

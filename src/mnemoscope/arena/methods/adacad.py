@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mnemoscope.arena.contract import Intervention
 from mnemoscope.arena.lists import Bench
-from mnemoscope.arena.methods.cad import check_bares
+from mnemoscope.arena.methods.cad import in_two_passes
 from mnemoscope.steering import Toward
 
 
@@ -36,6 +36,5 @@ def contrasted(prompt_NMV: Tensor, bare_NMV: Tensor, toward: Toward) -> Tensor:
 
 
 def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
-    """The method has no setting; InputError where the task has no bare questions."""
-    check_bares(bench, "adacad")
-    return [Intervention("adacad", toward, {}, 2, joined=partial(contrasted, toward=toward))]
+    """Either contrast; InputError where the task has no bare questions."""
+    return in_two_passes(bench, "adacad", toward, {}, partial(contrasted, toward=toward))

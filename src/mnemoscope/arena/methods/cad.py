@@ -7,16 +7,19 @@ Shapes: N prompts, M tokens, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
-from mnemoscope.arena.contract import Intervention
+from mnemoscope.arena.contract import Contrast, Intervention, Joined
 from mnemoscope.arena.lists import Bench
 from mnemoscope.errors import InputError
 from mnemoscope.steering import Toward
 
-WEIGHTS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
+WEIGHTS = (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
+CONTRASTS: tuple[Contrast, ...] = ("bare", "cut")  # a bare question may be put otherwise than the prompt
 
 
 def contrasted(prompt_NMV: Tensor, bare_NMV: Tensor, weight: float, toward: Toward) -> Tensor:
@@ -28,11 +31,19 @@ def contrasted(prompt_NMV: Tensor, bare_NMV: Tensor, weight: float, toward: Towa
 
 
 def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
-    """Every weight; InputError where the task has no bare questions."""
-    check_bares(bench, "cad")
+    """Every weight and contrast; InputError where the task has no bare questions."""
+    rules = {a: partial(contrasted, weight=a, toward=toward) for a in WEIGHTS}
+    return [one for a, rule in rules.items() for one in in_two_passes(bench, "cad", toward, {"weight": a}, rule)]
+
+
+def in_two_passes(
+    bench: Bench, method: str, toward: Toward, setting: Mapping[str, Any], joined: Joined
+) -> list[Intervention]:
+    """A rule that joins two passes, with either contrast; InputError where the task has no bare questions."""
+    check_bares(bench, method)
     return [
-        Intervention("cad", toward, {"weight": a}, 2, joined=partial(contrasted, weight=a, toward=toward))
-        for a in WEIGHTS
+        Intervention(method, toward, {**setting, "contrast": contrast}, 2, joined=joined, contrast=contrast)
+        for contrast in CONTRASTS
     ]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mnemoscope.arena.contract import Intervention
 from mnemoscope.arena.lists import Bench
-from mnemoscope.arena.methods.cad import check_bares
+from mnemoscope.arena.methods.cad import in_two_passes
 from mnemoscope.steering import Toward
 
 BANDS = (0.1, 0.25, 0.5)  # lambda: the band goes from 1 / lambda of the least to lambda of the most information
@@ -44,15 +44,9 @@ def contrasted(prompt_NMV: Tensor, bare_NMV: Tensor, band: float, weight: float,
 
 
 def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
-    """Every band and weight; InputError where the task has no bare questions."""
-    check_bares(bench, "coiecd")
-    return [
-        Intervention(
-            "coiecd",
-            toward,
-            {"band": band, "weight": weight},
-            2,
-            joined=partial(contrasted, band=band, weight=weight, toward=toward),
-        )
-        for band, weight in product(BANDS, WEIGHTS)
-    ]
+    """Every band, weight and contrast; InputError where the task has no bare questions."""
+    found = list[Intervention]()
+    for band, weight in product(BANDS, WEIGHTS):
+        rule = partial(contrasted, band=band, weight=weight, toward=toward)
+        found += in_two_passes(bench, "coiecd", toward, {"band": band, "weight": weight}, rule)
+    return found

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from mnemoscope.arena.adapters import trained, with_weights
+from mnemoscope.arena.adapters import trained, with_adapter
 from mnemoscope.arena.contract import Intervention, unchanged
 from mnemoscope.arena.fitting import Loss, surprise
 from mnemoscope.arena.lists import Bench
@@ -28,14 +28,14 @@ BETA = 0.1
 
 def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
     """Every strength of one adapter; InputError without peft."""
-    deltas = trained(bench, toward, RATE, preference, partial(surprise, applied=unchanged, everywhere=True))
+    adapter = trained(bench, toward, RATE, preference, partial(surprise, applied=unchanged, everywhere=True))
     return [
         Intervention(
             "dpo",
             toward,
             {"strength": strength},
             changes_weights=True,
-            applied=with_weights(bench.asking.model, deltas, strength),
+            applied=with_adapter(bench.asking.model, adapter, strength),
             everywhere=True,
         )
         for strength in STRENGTHS
@@ -43,12 +43,15 @@ def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
 
 
 def preference(asking: Asking) -> Loss:
-    """``-log sigmoid(beta * d)``: d is by how much more the adapted model prefers the wanted answer than before."""
+    """``-2 / beta * log sigmoid(beta * d)``, d: how much more the adapted model prefers the wanted answer than before.
+
+    The factor is for what should stay: a nat of preference weighs as much at first as a nat of an answer that is held.
+    """
 
     def loss(batch: Batch, option_N: Tensor) -> Tensor:
         with torch.no_grad(), asking.model.disable_adapter():
             before_N = _margin(asking, batch, option_N)
-        return -logsigmoid(BETA * (_margin(asking, without_prefix(batch), option_N) - before_N)).mean()
+        return -2 / BETA * logsigmoid(BETA * (_margin(asking, without_prefix(batch), option_N) - before_N)).mean()
 
     return loss
 

@@ -23,10 +23,10 @@ from mnemoscope.directions import with_prefixes
 from mnemoscope.models import blocks_of
 from mnemoscope.steering import Edit, Toward, edited
 
-COUNTS = (4, 8, 16)  # neurons that are scaled
+COUNTS = (2, 4, 8, 16)  # neurons that are scaled
 FACTORS = {"generalized": (2.0, 4.0, 8.0), "memorized": (0.0, 2.0, 4.0, 8.0)}  # 0: what carries the context is erased
 STEPS = 8  # of the integral
-EXAMPLES = 8
+EXAMPLES = 48
 TOP = 20  # neurons of each example that count as its top
 
 

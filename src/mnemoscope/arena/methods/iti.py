@@ -24,7 +24,7 @@ from mnemoscope.statistics import half_of_groups
 from mnemoscope.steering import SteeringVector, Toward
 
 HEADS = (8, 16, 32)  # K
-FACTORS = (2.0, 5.0, 10.0, 20.0)  # a
+FACTORS = (0.5, 1.0, 2.0, 5.0, 10.0)  # a
 C = 0.1  # inverse strength of the probes' penalty
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import cycle, islice, product
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,8 +24,8 @@ from mnemoscope.directions import with_prefixes
 from mnemoscope.steering import Edit, Toward
 
 LAYERS = 4
-PLACES = (0.5, 1.0, 1.5, 2.0, 3.0)  # of the value: 0 the mean of both sides, 1 that of the wanted side
-RATE = 0.02
+PLACES = (0.5, 1.0, 2.0, 3.0, 5.0, 8.0)  # of the value: 0 the mean of both sides, 1 that of the wanted side
+RATE = 0.02  # of each coordinate of a vector of norm 1
 
 
 def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
@@ -74,7 +73,7 @@ def _learned(bench: Bench, layer: int) -> Tensor:
     states_P2D = torch.from_numpy(bench.sources("block").states_P2LD[:, :, layer]).float()
     raw_D = (states_P2D[:, 0] - states_P2D[:, 1]).mean(0)
     raw_D = (raw_D / raw_D.norm().clamp(min=1e-12)).requires_grad_()
-    adam = torch.optim.Adam([raw_D], lr=RATE / np.sqrt(len(raw_D)))
+    adam = torch.optim.Adam([raw_D], lr=RATE)
     steps = bench.config.steps
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / steps)
     for batch, donor_ND, option_N in islice(cycle(_interchanges(bench, states_P2D)), steps):

@@ -8,7 +8,7 @@ from mnemoscope.arena.vectors import of_settings, settings, spread_layers
 from mnemoscope.steering import Toward
 
 LAYERS = 3
-STRENGTHS = (0.25, 0.6)  # of the shift, in units of each neuron's spread
+STRENGTHS = (0.25, 0.6, 1.2)  # of the shift, in units of each neuron's spread
 
 
 def candidates(bench: Bench, toward: Toward) -> list[Intervention]:

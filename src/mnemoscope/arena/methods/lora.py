@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from mnemoscope.arena.adapters import trained, with_weights
+from mnemoscope.arena.adapters import trained, with_adapter
 from mnemoscope.arena.contract import Intervention, unchanged
 from mnemoscope.arena.fitting import surprise
 from mnemoscope.arena.lists import Bench
@@ -17,14 +17,14 @@ RATE = 1e-3
 def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
     """Every strength of one adapter; InputError without peft."""
     loss = partial(surprise, applied=unchanged, everywhere=True)
-    deltas = trained(bench, toward, RATE, loss, loss)
+    adapter = trained(bench, toward, RATE, loss, loss)
     return [
         Intervention(
             "lora",
             toward,
             {"strength": strength},
             changes_weights=True,
-            applied=with_weights(bench.asking.model, deltas, strength),
+            applied=with_adapter(bench.asking.model, adapter, strength),
             everywhere=True,
         )
         for strength in STRENGTHS

@@ -11,7 +11,7 @@ from mnemoscope.arena.vectors import by_factors
 from mnemoscope.models import blocks_of
 from mnemoscope.steering import Toward
 
-TOPS = (0.02, 0.1, 0.3)
+TOPS = (0.005, 0.02, 0.1, 0.3)
 
 
 def candidates(bench: Bench, toward: Toward) -> list[Intervention]:

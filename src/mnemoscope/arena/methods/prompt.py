@@ -29,8 +29,8 @@ PLACES: tuple[Place, ...] = ("before", "behind")
 
 
 def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
-    """Every sentence in every place; behind the text only where prompts quote one."""
-    places = PLACES if all(quoted.text for quoted in bench.tune["conflict"].quoted) else PLACES[:1]
+    """Every sentence in every place; behind the text only where a prompt quotes one, before the others."""
+    places = PLACES if any(quoted.text for quoted in bench.tune["conflict"].quoted) else PLACES[:1]
     return [
         Intervention("prompt", toward, {"wording": text, "place": place}, wording=Wording(text, place))
         for text, place in product(WORDINGS[toward], places)
