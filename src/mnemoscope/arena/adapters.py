@@ -7,10 +7,9 @@ E. Hu et al. (2021), "LoRA: low-rank adaptation of large language models", arXiv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -22,7 +21,7 @@ from mnemoscope.behaviour import Asking
 from mnemoscope.config import LoraConfig
 from mnemoscope.errors import InputError
 from mnemoscope.models import adapt, check_peft, core_of, in_precision, is_adapted, quick_precision
-from mnemoscope.steering import Toward
+from mnemoscope.steering import Toward, adding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,19 +79,7 @@ def _parts(adapted: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
 def with_adapter(model: PreTrainedModel, adapter: Adapter, strength: float = 1.0) -> Applied:
     """The context in which an adapter is added to its modules' outputs; strength 0 changes nothing, bit by bit."""
 
-    def adding(down_KI: Tensor, up_OK: Tensor) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-        def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            low_K = linear(args[0].to(down_KI.dtype), down_KI)
-            return (output + strength * linear(low_K, up_OK)).to(output.dtype)
+    def through(down_KI: Tensor, up_OK: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda inputs: strength * linear(linear(inputs.to(down_KI.dtype), down_KI), up_OK)
 
-        return add
-
-    @contextmanager
-    def applied(start: int | None) -> Iterator[None]:
-        core: Any = core_of(model)
-        with ExitStack() as stack:
-            for name, parts in adapter.items() if strength else ():
-                stack.callback(core.get_submodule(name).register_forward_hook(adding(*parts)).remove)
-            yield
-
-    return applied
+    return lambda start: adding(model, {name: through(*parts) for name, parts in adapter.items() if strength})

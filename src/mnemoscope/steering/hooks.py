@@ -146,6 +146,22 @@ def patched(model: PreTrainedModel, layer: int, states_ND: Tensor, site: Site) -
 
 
 @contextmanager
+def adding(model: PreTrainedModel, added: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Add functions of modules' inputs to their outputs, by the name of the module, as an adapter that is not merged.
+
+    A sum is made in the precision of what is added and then rounded to that of the output.
+    """
+
+    def hook(function: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+        return lambda module, args, output: (output + function(args[0])).to(output.dtype)
+
+    with ExitStack() as stack:
+        for name, function in added.items():
+            stack.callback(core_of(model).get_submodule(name).register_forward_hook(hook(function)).remove)
+        yield
+
+
+@contextmanager
 def _edited(model: PreTrainedModel, site: Site, tracker: _PositionTracker, edits: Mapping[int, Edit]) -> Iterator[None]:
     """Edit the states of some layers inside the context: the only hook of the package that writes."""
     core, config = core_of(model), getattr(model, "generation_config", None)
