@@ -24,7 +24,7 @@ from mnemoscope.directions import with_prefixes
 from mnemoscope.errors import InputError
 from mnemoscope.face import Fitted
 from mnemoscope.models import Site, cache_of, load_model, pass_inputs, site_width
-from mnemoscope.steering import SteeringVector
+from mnemoscope.steering import Card, SteeringVector
 
 LAYERS, NEURONS = 3, 32  # those of the tiny models
 
@@ -142,6 +142,17 @@ def test_saved_and_loaded_it_reads_the_same(detector: Detector, tmp_path: Path) 
     fit_detectors(*parts)[0].save(path)
     with pytest.raises(InputError, match=r"it reads \(3, 12\) layers and neurons, this model has \(3, 32\)"):
         Detector.load(path, model, words, force=True)
+
+
+def test_a_card_keeps_what_is_undefined(detector: Detector, tmp_path: Path) -> None:
+    """Of few test groups there is no interval; JSON has null for it."""
+    path = tmp_path / "detector.safetensors"
+    auroc = {"estimate": 0.7, "low": math.nan, "high": math.nan, "n": 9.0, "input_only": 0.6}
+    replace(detector, card=Card("mine", shift=auroc, auroc=auroc, cost={"memory": math.nan})).save(path)
+    assert json.loads(path.with_suffix(".json").read_text())["card"]["auroc"]["low"] is None
+    found = Detector.load(path)
+    assert found.as_good_as_the_input == (0.7, 0.6)
+    assert "test AUROC 0.700 [nan, nan], n = 9" in str(found.card)
 
 
 # --- gates ----------------------------------------------------------------------------------------------------------

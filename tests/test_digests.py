@@ -11,7 +11,16 @@ import pytest
 
 from mnemoscope.cells import cells_of
 from mnemoscope.config import parse_study
-from mnemoscope.digests import EarlierError, digests_of, facts_digest, inside, intact, read_marker, write_marker
+from mnemoscope.digests import (
+    EarlierError,
+    digests_of,
+    facts_digest,
+    inside,
+    intact,
+    read_marker,
+    rewriting,
+    write_marker,
+)
 from mnemoscope.errors import InputError
 from mnemoscope.recipe import fitting_study
 from mnemoscope.stages.common import cell_task, keep_data, with_kept_data
@@ -63,6 +72,21 @@ def test_a_marker_of_an_earlier_version_is_not_taken_for_damage(cell: Path) -> N
     path.write_text(json.dumps(found))
     with pytest.raises(EarlierError, match="earlier version"):
         read_marker(path)
+
+
+def test_a_rewriting_that_fails_leaves_finished_what_was(cell: Path) -> None:
+    one = cell / "records" / "one.json"
+
+    def fails() -> None:
+        with rewriting(cell, [one]):
+            assert not (cell / "stages" / "one.json").exists()
+            one.write_text('{"a": 1}')
+            raise OSError("disk is full")
+
+    with pytest.raises(OSError, match="disk is full"):
+        fails()
+    assert intact(one) == one
+    assert read_marker(cell / "stages" / "one.json")["hash"] == "0"
 
 
 def test_a_file_that_changed_is_missing_or_unknown_is_named(cell: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
@@ -19,6 +20,7 @@ from threadpoolctl import threadpool_info
 import mnemoscope as ms
 from families import tiny, tokenizer
 from helpers import MINI_TASKS, hook_count, sign
+from little_facts import LittleFacts
 from mnemoscope.behaviour import Asking, phrase_of, states_at_the_end
 from mnemoscope.errors import InputError
 from mnemoscope.export import SITES_FOR
@@ -241,6 +243,26 @@ def test_an_adapted_model_is_fitted_on_a_task_object_of_conflicts_alone(user: Us
     if fitted.detector is None:
         with pytest.raises(InputError, match=r"^detector: .* has none \((fit|tune): \d prompts"):
             fitted.detect(["12+34="])
+
+
+def test_a_fit_of_chats_whose_replies_begin_is_opened(little: Asking, tmp_path: Path) -> None:
+    """The beginning of a reply is the task's; of a prompt of their own users give it, or are asked for it."""
+
+    class Chats(LittleFacts):
+        begins_reply = True
+
+        def split_reply(self, prompt: str) -> tuple[str, str]:
+            return prompt, ""
+
+    words = copy.deepcopy(little.tokenizer)
+    words.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    out = tmp_path / "run"
+    fitted = ms.fit(little.model, words, Chats(known=False), out=str(out), prompting=ms.Prompting(True), **QUICK)
+    assert fitted.prompting.begun
+    with pytest.raises(InputError, match="reply: replies were begun where this was fitted"):
+        fitted.inputs(["question land1 ?"])
+    again = ms.Fitted.open(out, little.model, words, prompting=ms.Prompting(True, reply="town1"))
+    assert again.inputs(["question land1 ?"]).input_ids.shape[1] > 3
 
 
 def test_what_a_fit_cannot_take_is_one_line(user: User, tmp_path: Path) -> None:

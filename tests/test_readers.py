@@ -330,6 +330,29 @@ def test_passages_agree_where_the_true_answer_stands_in_them(tmp_path: Path) -> 
         assert "Wrong" not in example.prompt
 
 
+def test_questions_about_one_passage_are_one_group(tmp_path: Path) -> None:
+    rows = [row | {"text": f"Passage {n // 2}. Writer {n} Wrong wrote it."} for n, row in enumerate(ROWS)]
+    for n, row in enumerate(rows):
+        row["text"] = f"Passage {n // 2}: Writer {n // 2 * 2} Wrong and Writer {n // 2 * 2 + 1} Wrong wrote."
+    task = qa(tmp_path, rows)
+    groups = [task.group_of[str(row["q"])] for row in rows]
+    assert groups[::2] == groups[1::2]
+    assert len(set(groups)) == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("q,text,said,true\nWho?,In Rome, he wrote,Rome,Oslo\n", "row 1: 5 fields for 4 names; a text with a comma"),
+        ("q,text,said,true,text\nWho?,a,b,c,d\n", "line 1: 'text' names two columns"),
+    ],
+)
+def test_a_csv_whose_fields_do_not_fit_its_names_is_refused(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "some.csv").write_text(text)
+    with pytest.raises(InputError, match=told):
+        build_task("qa", {"file": str(tmp_path / "some.csv")} | FIELDS, 0)
+
+
 def test_several_true_answers_and_passages(tmp_path: Path) -> None:
     """The first true answer is asked for; a passage that gives another true one is no conflict."""
     own = {"q": "Who?", "text": "It was B. T., they say.", "said": "B. T.", "true": ["Bob Tree", "B. T."]}

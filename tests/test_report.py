@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -24,14 +25,15 @@ from made_up import SOURCE, mark, write_json, write_run
 from mnemoscope.executors import in_processes
 from mnemoscope.report import build_report, read, steer, summary_of
 from mnemoscope.report.behaviour import difference
+from mnemoscope.report.cost import measure_collateral, measure_lost
 from mnemoscope.report.drawing import canvas, draw
 from mnemoscope.report.page import tint
 from mnemoscope.report.records import read_run
 from mnemoscope.report.results import compute_results
 from mnemoscope.report.schema import Results, TaskResults
-from mnemoscope.report.summary import breaks
+from mnemoscope.report.summary import VECTOR, WORDS, advice, breaks
 from mnemoscope.report.words import interval, percent, points, ranged
-from mnemoscope.statistics import Estimate
+from mnemoscope.statistics import Estimate, proportion
 
 PAGES = ("results.json", "report.html")
 
@@ -368,18 +370,58 @@ def test_a_cell_that_could_not_go_on_counts_where_it_is_asked_for(copy: Path, cl
 
 
 @pytest.mark.parametrize(
-    ("other", "kept", "told"),
+    ("other", "lost", "told"),
     [
-        (0.15, -0.1, ""),
+        (0.15, 0.1, ""),
         (0.27, 0.02, "on test the vector leaves 27\xa0% answered neither way; "),
-        (math.nan, -0.2, "on test the vector leaves 20\xa0% of what it should keep lost; "),
+        (math.nan, 0.2, "on test the vector leaves 20\xa0% of what it should keep lost; "),
         (0.4, math.nan, "on test the vector leaves 40\xa0% answered neither way; "),
     ],
 )
-def test_the_summary_begins_with_what_a_vector_breaks(other: float, kept: float, told: str) -> None:
-    shares = Estimate(other, 0.0, 1.0, 20), Estimate(kept, -1.0, 1.0, 20)
+def test_the_summary_begins_with_what_a_vector_breaks(other: float, lost: float, told: str) -> None:
+    shares = Estimate(other, 0.0, 1.0, 20), Estimate(lost, 0.0, 1.0, 20)
     assert breaks(shares[0], {"memory": shares[1]}, "to_generalized") == told
     # The largest loss of what counts in a direction; where facts to recall are the conflicts, new questions are left.
     nothing = Estimate.undefined()
     assert breaks(shares[0], {"memory": nothing, "novel": shares[1]}, "to_generalized") == told
     assert "lost" not in breaks(shares[0], {"memory": nothing, "novel": shares[1]}, "to_memorized")
+
+
+def test_what_is_lost_is_a_share_of_what_was_right_before(copy: Path) -> None:
+    """Gains elsewhere make up for nothing."""
+    cells = read_run(copy).by_label()["addition"]
+    before = ["correct"] * 4 + ["wrong"] * 4
+    after = ["correct", "correct", "correct", "wrong", "correct", "wrong", "wrong", "wrong"]
+    rows = pd.DataFrame({"before": before, "after": after, "group": list("abcdefgh")})
+    lists = {"memory": rows, "conflict_rest": rows.replace("correct", "memorized")}
+    assert measure_lost(cells[0], "to_memorized", lists)["memory"].estimate == 0.25
+    assert measure_lost(cells[0], "to_memorized", lists)["conflict_rest"].estimate == 0.25
+    assert measure_collateral(cells[0], "to_memorized", lists)["memory"].estimate == 0
+
+
+def share(value: float, groups: int = 40) -> Estimate:
+    """A share of as many examples as groups."""
+    return proportion(np.arange(groups) < round(value * groups), list(map(str, range(groups))))
+
+
+UNKNOWN = Estimate(0.5, math.nan, math.nan, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("vector", "words", "beyond", "told"),
+    [
+        (share(0.9), share(0.5), True, "the vector ("),
+        (share(0.5), share(0.9), True, "asking in words ("),
+        (share(0.65, 80), share(0.78, 20), True, "the vector or asking in words, no sure difference ("),
+        (share(0.9), None, True, "the vector (this vector 90\xa0%; asking in words not measured)"),
+        (share(0.1), share(0.0), False, "asking in words, as this vector does not surely more than its strongest"),
+        (share(0.0), None, False, "nothing tried, as this vector does not surely more than its strongest control"),
+        (UNKNOWN, share(0.0), True, "cannot tell: 8\xa0test groups"),
+        (share(0.9, 4), share(0.0), True, "cannot tell: 4\xa0test groups"),
+        (Estimate.undefined(), share(0.0), True, "not measured"),
+    ],
+)
+def test_the_summary_advises_what_the_numbers_support(
+    vector: Estimate, words: Estimate | None, beyond: bool, told: str
+) -> None:
+    assert advice({VECTOR: vector} | ({WORDS: words} if words else {}), beyond).startswith(told)

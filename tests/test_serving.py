@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"steer": "sideways"}, "steer: 'sideways' is not one of generalized, memorized"),
     ({"steer": ["generalized"]}, "steer: "),
     ({"steer": True}, "steer: True is not one of"),
-    ({"steer": "generalized", "alpha": -1}, "alpha: -1 is not a finite number, 0 or more"),
+    ({"steer": "generalized", "alpha": -1}, "alpha: -1 is not a number in 0 .. 100"),
     ({"steer": "generalized", "alpha": "1"}, "alpha: '1' is not"),
     ({"steer": "generalized", "alpha": math.nan}, "alpha: nan is not"),
     ({"steer": "generalized", "alpha": True}, "alpha: True is not"),
@@ -36,6 +37,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"alpha": 2.0}, "alpha: 2.0 is given without steer"),
     ({"gate": 0.5, "read": True}, "gate: 0.5 is given without steer"),
     ({"read": "perhaps"}, "read: 'perhaps' is not one of true, false"),
+    ({"steer": "generalized", "alpha": 1e39}, "alpha: 1e+39 is not a number in 0 .. 100"),
+    ({"toward": "context"}, "toward: is no setting; did you mean steer?"),
+    ({"steering": "context"}, "steering: is no setting; did you mean steer?"),
+    ({"steer": "context", "strength": 3}, "strength: is no setting; did you mean steer?"),
     ({"stear": "generalized"}, "stear: is no setting; did you mean steer?"),
     ({"Steer": "generalized"}, "Steer: is no setting; did you mean steer?"),
     ({ADMITTED: {"key": None}}, f"{ADMITTED}: is set by the server alone"),
@@ -44,9 +49,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("given", "told"), WRONG, ids=str)
 def test_what_is_asked_wrongly_is_refused_in_one_line(given: dict[str, Any], told: str) -> None:
-    with pytest.raises(
-        InputError, match=r"^" + told.replace("(", r"\(").replace("[", r"\[").replace("?", r"\?")
-    ) as error:
+    with pytest.raises(InputError, match=r"^" + re.escape(told)) as error:
         parse(given)
     assert "\n" not in str(error.value)
 

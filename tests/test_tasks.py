@@ -341,6 +341,15 @@ def test_jsonl_deals_groups(tmp_path: Path) -> None:
     assert {split: len({e.group for e in es}) for split, es in found.items()} == {"fit": 4, "tune": 2, "test": 2}
 
 
+def test_a_split_that_a_line_of_a_group_gives_is_that_of_the_others(tmp_path: Path) -> None:
+    lines = [
+        {"item": "i", "prompt": f"p{n}", "group": "g"} | BOTH | ({"split": "test"} if n == 2 else {}) for n in range(4)
+    ]
+    (tmp_path / "some.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    task = build_task("jsonl", {"file": str(tmp_path / "some.jsonl")}, 0)
+    assert {example.split for example in task.examples(np.random.default_rng(0), 9, "conflict")} == {"test"}
+
+
 def test_jsonl_rephrases_conflicts_within_a_family_and_knows_what_was_asked(tmp_path: Path) -> None:
     names = ["told 0", "told 1", "told 2", "asked 0", "asked 1", "alone 0"]
     rows = [{"item": "i", "prompt": name, "family": name.split()[0]} | BOTH for name in names]
@@ -370,6 +379,8 @@ def test_jsonl_rephrases_conflicts_within_a_family_and_knows_what_was_asked(tmp_
         ({"generalized": " a"}, "line 2: memorized, generalized: both are ' a'"),
         ({"memorized": 3}, "line 2: memorized is 3; text is wanted"),
         ({"split": "train"}, "line 2: split: 'train' is not one of fit, tune, test"),
+        ({"memorized": " a\n"}, "line 2: memorized is ' a\\n'; an answer ends with a word, and 'boundary' says what"),
+        ({"item": "j", "group": "h"}, "line 2: the prompt is that of line 1, whose group is 'g', and here it is 'h'"),
         ({"generalized": " c"}, "item 'i' has the answers (' a', ' b') in line 1 and (' a', ' c') here"),
         ({"item": "j", "split": "test", "group": "g"}, "line 2: split is 'test', but group 'g' is in 'fit' as well"),
     ],

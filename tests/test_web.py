@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import shutil
 import time
@@ -17,6 +18,7 @@ from urllib.parse import quote
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from fastapi.testclient import TestClient
 
 from mnemoscope.behaviour import prepare, score
@@ -25,7 +27,7 @@ from mnemoscope.contrast import Contrast
 from mnemoscope.digests import read_marker, write_marker
 from mnemoscope.errors import InputError
 from mnemoscope.stages import Records, cell_model
-from mnemoscope.steering import SteeringVector, Toward
+from mnemoscope.steering import LowRank, SteeringVector, Toward
 from mnemoscope.web.cell import OpenedCell
 from mnemoscope.web.shapes import Asked, Question, Steering
 from playground import CELL, client_of, error_of, in_thread_of_cell
@@ -71,6 +73,45 @@ def test_a_vector_steers_here_what_it_steered_in_the_study(cell: OpenedCell, lib
         asked = [Question.of(example) for example in library[1].targets("test", f"to_{toward}", len(after))]
         steering = Steering(toward=toward, method=method)
         assert [cell.answer(question, steering).behaviour for question in asked] == after
+
+
+def test_a_low_rank_shift_of_every_token_reaches_the_prompt(
+    cell: OpenedCell, library: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against plain passes over prompt and answer under the same vector."""
+    asking, records, _ = library
+    generator, width = torch.Generator().manual_seed(3), asking.model.config.hidden_size
+    parts = LowRank(*(torch.randn(*shape, generator=generator) for shape in ((2, width), (2,), (2, width))))
+    vector = SteeringVector("generalized", {}, low_rank={0: parts * 0.3}, positions="all")
+    monkeypatch.setattr(cell.vectors, "part", lambda steering: vector)
+    for example in records.targets("test", "to_generalized", 4):
+        found = cell.answer(Question.of(example), Steering(toward="generalized", method="nmd"))
+        prompt = asking.tokenizer(asking.text(example.prompt)).input_ids
+        whole = asking.tokenizer(asking.whole(example, str(example.memorized))).input_ids
+        with torch.no_grad(), vector.apply(asking.model, start=len(prompt) - 1):
+            logp_TV = asking.model(input_ids=torch.tensor([whole])).logits[0].double().log_softmax(-1)
+        wanted = sum(float(logp_TV[t - 1, whole[t]]) for t in range(len(prompt), len(whole)))
+        assert found.p_memorized == pytest.approx(math.exp(wanted), rel=1e-4)
+
+
+def test_a_page_that_leads_on_is_not_shown(client: TestClient, playground_runs: Path) -> None:
+    """Also where a browser reads it as something else than it is told."""
+    path = playground_runs / "first" / "report.html"
+    before, redirect = path.read_bytes(), "<meta http-equiv='refresh' content='0; url=//other.example'>"
+    marker = playground_runs / "first" / "stages" / "report.json"
+    kept = marker.read_bytes()
+    try:
+        for page in (redirect.encode(), redirect.encode("utf-16"), b"\xef\xbb\xbf<p>", b"<p>\0"):
+            path.write_bytes(page)
+            marker.unlink()
+            write_marker(playground_runs / "first", "report", [path, path.with_name("results.json")])
+            found = client.get("/runs/first/report")
+            assert found.status_code == 422
+            assert "that mnemoscope did not write" in found.text
+    finally:
+        path.write_bytes(before)
+        marker.write_bytes(kept)
+    assert client.get("/runs/first/report").status_code == 200
 
 
 def test_a_vector_of_another_model_is_refused(playground_runs: Path, tmp_path: Path) -> None:

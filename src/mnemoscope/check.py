@@ -16,7 +16,7 @@ import numpy as np
 from mnemoscope.behaviour import Asking, decode, draw_candidates, prepare, score
 from mnemoscope.errors import InputError
 from mnemoscope.fitting import full_draw, seconds_of, tokens_in
-from mnemoscope.recipe import MEASURED
+from mnemoscope.recipe import MEASURED, STEERING
 from mnemoscope.statistics import LEAST_GROUPS
 from mnemoscope.tasks import SPLITS, Example, Task, draw
 
@@ -24,6 +24,7 @@ SAMPLE = 160  # conflicts of a split, at most
 FACTS = 400  # bare questions, at most
 SHOWN = 3  # other answers of a family
 GROUPS_NEEDED = 30  # with which a share is known to about 15 points to either side
+JUDGED = STEERING["judged_examples"]  # conflicts of a behaviour that a fit judges, at most
 FULL = {split: MEASURED["pairs"][f"{split}_examples"] for split in SPLITS}  # conflicts that a fit draws, at most
 
 
@@ -49,7 +50,7 @@ class Checked:
         kept: by family, how many memory examples are right, of how many.
         splits: pairs by split.
         minutes: estimated time of a fit on this machine.
-        half_width: about half the width of the test interval of a share of one half.
+        half_width: about half the width of the test interval of a share of one half, of the rarer behaviour.
         missing: what to add, a line each.
     """
 
@@ -87,6 +88,7 @@ def check_task(asking: Asking, task: Task, seed: int = 0) -> Checked:
     begun, tokens = time.perf_counter(), 0
     rng = np.random.default_rng(seed)
     facts = task.facts_to_know()
+    more = max(1.0, len(facts) / FACTS)  # times the facts that are asked, and so about the conflicts
     facts = [facts[i] for i in rng.permutation(len(facts))[:FACTS]]
     if facts:
         known = {e.item for e, label in zip(facts, _labels(asking, facts), strict=True) if label == "correct"}
@@ -110,11 +112,25 @@ def check_task(asking: Asking, task: Task, seed: int = 0) -> Checked:
     right = {f: (int((_labels(asking, some) == "correct").sum()), len(some)) for f, some in by_family.items()}
     each = (time.perf_counter() - begun) / max(1, tokens)
     seconds = seconds_of(each, tokens_in(asking, full_draw(task, seed)))
-    groups = len({example.group for example in draw(task, rng, FULL["test"], "conflict", "test")})
-    width = math.nan if groups < LEAST_GROUPS else 2.0 / math.sqrt(4 * groups)
+    whole = draw(task, rng, FULL["test"], "conflict", "test")
+    fitted = min(FULL["test"], round(more * len(whole)))
+    groups = {side: _groups_judged(fitted, conflicts, test_labels, side) for side in ("memorized", "generalized")}
+    fewest = min(groups.values())
+    width = math.nan if fewest < LEAST_GROUPS else 1.0 / math.sqrt(fewest)
     missing = _missing(splits, groups, families, bool(kept))
     counts = (len(known), len(facts)) if facts else (0, 0)
     return Checked(families, others, *counts, right, splits, seconds / 60, width, missing)
+
+
+def _groups_judged(drawn: int, sample: Sequence[Example], labels: np.ndarray, behaviour: str) -> int:
+    """About how many groups a fit judges that show a behaviour, as it draws so many test conflicts.
+
+    Groups of the sample that is labelled grow as conflicts do; of a behaviour only some conflicts are judged.
+    """
+    shown = [example for example, label in zip(sample, labels, strict=True) if label == behaviour]
+    judged = min(JUDGED, round(len(shown) * drawn / max(1, len(sample))))
+    among = len({example.group for example in shown[:judged]})
+    return round(min(judged, among * max(1.0, judged / max(1, len(shown)))))
 
 
 def _labels(asking: Asking, examples: Sequence[Example]) -> np.ndarray:
@@ -150,11 +166,14 @@ def _families(
     return counts, others
 
 
-def _missing(splits: dict[str, OfSplit], groups: int, families: dict[str, dict[str, int]], kept: bool) -> list[str]:
+def _missing(
+    splits: dict[str, OfSplit], groups: dict[str, int], families: dict[str, dict[str, int]], kept: bool
+) -> list[str]:
     """What to add, a line each."""
     lines = []
-    if groups < GROUPS_NEEDED:
-        lines.append(f"test groups: {groups}; about {GROUPS_NEEDED} are needed for a verdict")
+    for side, count in groups.items():
+        if count < GROUPS_NEEDED:
+            lines.append(f"test groups answered {side}: about {count}; {GROUPS_NEEDED} are needed for a verdict")
     for split, found in splits.items():
         if not found.candidates:
             lines.append(f"phrasings in the {split} split: every item has one; give each several lines")

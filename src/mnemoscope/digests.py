@@ -67,9 +67,11 @@ def rewriting(folder: Path, files: Collection[Path]) -> Iterator[None]:
     touched = {path: facts for path, facts in markers.items() if names & set(facts["files"])}
     for path in touched:
         path.unlink()
-    yield
-    for path, facts in touched.items():
-        write_marker(folder, path.stem, [folder / name for name in facts.pop("files")], facts)
+    try:
+        yield
+    finally:  # each file is written as a whole or not at all, so what is there is to be trusted
+        for path, facts in touched.items():
+            write_marker(folder, path.stem, [folder / name for name in facts.pop("files")], facts)
 
 
 def check_stage(folder: Path, name: str) -> None:

@@ -71,7 +71,7 @@ def fit(
     if not is_open and tokenizer is not None:
         raise InputError(f"tokenizer: a model that is given by name ({model}) brings its own; leave it out")
     opened = fit_run(model, tokenizer, task, Path(out), prompting, dict(options or {}), **choices)
-    return Fitted.open(out, *opened, prompting=prompting)
+    return Fitted.open(out, *opened, prompting=prompting if prompting.begun else None)  # else: that of the fit
 
 
 @dataclass(frozen=True)
@@ -181,6 +181,8 @@ class Fitted:
 
     def gate(self, inputs: Any, threshold: float = 0.5, toward: Toward = "generalized") -> Tensor:
         """Factors of a gate for each prompt of a batch, 0.0 or 1.0, float32 (N,): ``steer(toward, alpha=factors)``.
+
+        ``toward`` is that of the vector: the gate acts where the other behaviour is likely.
 
         ``inputs`` is any left-padded batch. Reads up to the detector's layer, which may lie above the first shift.
         """

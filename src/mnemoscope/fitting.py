@@ -15,10 +15,9 @@ import numpy as np
 
 from mnemoscope.behaviour import Asking, Prompting, draw_candidates, prepare, score
 from mnemoscope.cells import Opened
-from mnemoscope.config import StudyConfig, dump_study
+from mnemoscope.config import LayoutConfig, StudyConfig, dump_study
 from mnemoscope.errors import InputError
 from mnemoscope.models import load_model, use_layout
-from mnemoscope.models.layout import Layout
 from mnemoscope.recipe import LEVELS, MEASURED, Level, fitting_study
 from mnemoscope.steering import Binding
 from mnemoscope.strict import read_text
@@ -89,19 +88,18 @@ def fit_run(
         raise InputError(f"budget: {budget!r}; allowed is a number of minutes above 0")
     shape = {name: value for name in of_model if (value := choices.pop(name, None)) is not None}
     choices["threads"] = choices.get("threads") or os.cpu_count() or 1
-    layout = Layout(**shape["layout"]) if "layout" in shape else None
     chat = {"chat": {"system": prompting.system, "reply": prompting.reply}} if prompting.chat else {}
     if isinstance(model, str | Path):
         described: dict[str, Any] = {"folder": str(model), **shape, **chat}
         checked = fitting_study(described, task, options, **choices)
         _task_of(checked, task)  # before a large model is opened for nothing
-        model, tokenizer = load_model(model, **shape | {"layout": layout})
+        model, tokenizer = load_model(model, **shape | {"layout": _layout_of(checked)})
     else:
         assert tokenizer is not None
-        if layout:
-            use_layout(model, layout)
         described = {"opened": Binding.of(model, tokenizer).weights, **shape, **chat}
     config = fitting_study(described, task, options, **choices)
+    if layout := _layout_of(config):
+        use_layout(model, layout)
     if budget is not None:
         asking = Asking(model, tokenizer, batch_size=MEASURED["pairs"]["batch_size"], prompting=prompting)
         levels = [fitting_study(described, task, options, **choices, level=n) for n in range(len(LEVELS))]
@@ -114,6 +112,11 @@ def fit_run(
     return model, tokenizer
 
 
+def _layout_of(config: StudyConfig) -> LayoutConfig | None:
+    """Where the model of a fit has its parts, if that was said."""
+    return next(iter(config.cells.values())).model.layout
+
+
 def _within(
     seconds: float,
     began: float,
@@ -124,7 +127,8 @@ def _within(
     out: Path,
 ) -> StudyConfig:
     """The study that leaves out least and ends within ``seconds`` of ``began``, or that which a run folder holds."""
-    before = read_text(out / "study.yaml", "out") if (out / "study.yaml").is_file() else None
+    begun = any(out.glob("cells/*/stages/*.json"))  # else a fit was stopped before it kept anything
+    before = read_text(out / "study.yaml", "out") if begun and (out / "study.yaml").is_file() else None
     for config in levels:
         if dump_study(config) == before:
             return config

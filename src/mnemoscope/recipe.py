@@ -24,7 +24,7 @@ TRIED: dict[str, dict[str, list[Any]]] = {"block": {"tops": [0.5], "strengths": 
 ONE_LAYER = len(METHODS) * sum(math.prod(map(len, grid.values())) for grid in TRIED.values())
 SETTINGS = 6 * ONE_LAYER
 CLAIMED = 2  # draws of each control of what is aimed at: of one alone nobody knows how much it varies
-STEERING = {
+STEERING: dict[str, Any] = {
     "unit": "spread",
     "halving": 2,
     **{"fit_pairs": 200, "fit_others": 128, "learned_steps": 24, "kept_weight": 1.0},

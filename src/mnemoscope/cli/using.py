@@ -132,12 +132,14 @@ def export(
     """Write a vector for other programs; one with positions "all" only. Nothing that exists is overwritten."""
     from mnemoscope.errors import InputError
     from mnemoscope.export import bake, check_portable, to_gguf
-    from mnemoscope.face import vector_file
+    from mnemoscope.face import known_behaviour, vector_file
     from mnemoscope.models import core_of
     from mnemoscope.steering import SteeringVector
 
     file = vector_file(file, toward) if file.is_dir() else file
     vector = alpha * SteeringVector.load(file)
+    if toward is not None and known_behaviour(toward) != vector.toward:
+        raise InputError(f"toward: {toward!r}; the vector in {file} steers to {vector.toward}")
     check_portable(vector, to)  # before a large model is opened for nothing
     if out.exists() and (to == "gguf" or not out.is_dir() or any(out.iterdir())):
         raise InputError(f"out: {out} exists; nothing is overwritten")

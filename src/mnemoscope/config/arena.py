@@ -11,7 +11,7 @@ class ArenaConfig(Frozen):
     """Sizes of an arena; the same for all methods."""
 
     seed: int = Field(0, ge=0, description="draws every list, every control and every first weight")
-    threads: int = Field(1, ge=1, le=256, description="threads of all passes; results depend on it in the last bits")
+    threads: int = Field(1, ge=1, le=4096, description="threads of all passes; results depend on it in the last bits")
     conflicts: int = Field(156, ge=6, description="test conflicts, at most")
     kept: int = Field(48, ge=1, description="test prompts that agree with memory, and as many bare questions, at most")
     varied: int = Field(24, ge=0, description="test conflicts of each list of changed prompts; 0: none of these lists")

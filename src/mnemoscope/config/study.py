@@ -254,7 +254,7 @@ class StudyConfig(Frozen):
     study: Name = Field(description="name of the study and of its run folder")
     seeds: int = Field(1, ge=1, le=1000, description="how many, from first_seed on, each a cell of its own")
     first_seed: int = Field(0, ge=0, le=900, description="the first, as for seeds on which no setting was developed")
-    threads: int = Field(1, ge=1, le=256, description="threads of a cell; results depend on it in the last bits")
+    threads: int = Field(1, ge=1, le=4096, description="threads of a cell; results depend on it in the last bits")
     cells: dict[Name, CellConfig] = Field(min_length=1, description="by the name shown in results and report")
     left_out: str = Field("", description="what a fit does without, to keep to its budget")
 

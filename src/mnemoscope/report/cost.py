@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,20 +15,41 @@ from mnemoscope.report.page import TOO_FEW, Answer, Chapter, Exhibit, Table, Vie
 from mnemoscope.report.records import Cell
 from mnemoscope.report.schema import AIMS, DIRECTIONS, Aim, Direction, Steered, TaskResults
 from mnemoscope.report.words import CAPITAL, KEPT, LISTS, counted, points, points_interval
-from mnemoscope.statistics import Estimate, mean
+from mnemoscope.statistics import Estimate, mean, proportion
 
 
 def measure_collateral(cell: Cell, direction: Direction, lists: dict[str, pd.DataFrame]) -> dict[str, Estimate]:
     """Changes, after minus before, in ``memory``, ``novel`` and ``conflict_rest``; negative is damage."""
-    changes = {}
+
+    def change(rows: pd.DataFrame, right: str) -> Estimate:
+        return mean((rows.after == right).astype(np.float64) - (rows.before == right).astype(np.float64), rows.group)
+
+    return _by_list(cell, direction, lists, change)
+
+
+def measure_lost(cell: Cell, direction: Direction, lists: dict[str, pd.DataFrame]) -> dict[str, Estimate]:
+    """Of the examples of each list that were answered right before, the share that is not any more."""
+
+    def lost(rows: pd.DataFrame, right: str) -> Estimate:
+        rows = rows[rows.before == right]
+        return proportion(rows.after != right, rows.group)
+
+    return _by_list(cell, direction, lists, lost)
+
+
+def _by_list(
+    cell: Cell,
+    direction: Direction,
+    lists: dict[str, pd.DataFrame],
+    measure: Callable[[pd.DataFrame, str], Estimate],
+) -> dict[str, Estimate]:
+    found = {}
     for name, rows in lists.items():
-        right = DIRECTIONS[direction][0] if name == "conflict_rest" else "correct"
-        change = (rows.after == right).astype(np.float64) - (rows.before == right).astype(np.float64)
-        changes[name] = mean(change, rows.group)
+        found[name] = measure(rows, DIRECTIONS[direction][0] if name == "conflict_rest" else "correct")
     if cell.info["memory_is_conflict"] and direction == "to_generalized":
         # The memory examples are the conflicts themselves: steering them is the aim, not the damage.
-        changes["memory"] = Estimate.undefined()
-    return changes
+        found["memory"] = Estimate.undefined()
+    return found
 
 
 def measure_neutral(cell: Cell) -> dict[str, dict[str, dict[str, Estimate]]] | None:

@@ -101,6 +101,9 @@ class Steered(Result):
     minus_control: dict[str, dict[Aim, Estimate]] = Field(description="paired difference of the shift to each control")
     collateral: dict[str, Estimate] = Field(description="change in accuracy on `memory`, `novel`, `conflict_rest`")
     collateral_conflict: dict[str, Estimate] = Field(description="the same under `chosen_conflict`")
+    lost_right: dict[Aim, dict[str, Estimate]] | None = Field(
+        None, description="by aim and list: of the examples answered right before, the share that is not any more"
+    )
     recall_by_family: dict[str, dict[When, Estimate]] | None = Field(None, description="`memory`, by phrasing")
     gated: Gated | None = Field(None, description="only with a detector")
     best_conflict: Steered | None = Field(None, description="in `steering`: where another method is best for conflicts")
@@ -112,6 +115,10 @@ class Steered(Result):
     def lost(self, aim: Aim) -> dict[str, Estimate]:
         """Collateral under the setting for an aim."""
         return self.collateral if aim == "pairs" else self.collateral_conflict
+
+    def broken(self, aim: Aim) -> dict[str, Estimate]:
+        """Of what was answered right before, the share that is not any more; nothing where a run does not say."""
+        return (self.lost_right or {}).get(aim, {})
 
     def strongest(self, aim: Aim = "pairs") -> str | None:
         """The control with the highest mean shift on a list; None where none was run."""

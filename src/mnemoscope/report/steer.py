@@ -16,7 +16,7 @@ import pandas as pd
 
 from mnemoscope.errors import InputError
 from mnemoscope.report import drawing, schema, words
-from mnemoscope.report.cost import measure_collateral
+from mnemoscope.report.cost import measure_collateral, measure_lost
 from mnemoscope.report.detector import measure_gated, recall_by_family
 from mnemoscope.report.drawing import DASHED, INK, OTHER, TONE, Dot, Line, Panel, dots_panel
 from mnemoscope.report.intervals import shares
@@ -130,6 +130,7 @@ def measure_direction(examples: Examples, method: str, direction: Direction, cho
         minus_control={name: {aim: mean(*rows) for aim, rows in by_aim.items()} for name, by_aim in more.items()},
         collateral=measure_collateral(cell, direction, kept["pairs"]),
         collateral_conflict=measure_collateral(cell, direction, kept["conflict"]),
+        lost_right={aim: measure_lost(cell, direction, kept[aim]) for aim in AIMS},
         recall_by_family=recall_by_family(cell, vector("pairs", "memory")),
         gated=measure_gated(cell, direction, {name: vector("pairs", name) for name in examples.lists}),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mnemoscope.digests import intact
 from mnemoscope.report import words
-from mnemoscope.report.schema import Aim, Chosen, Direction, TaskResults
+from mnemoscope.report.schema import REFITTED, Aim, Chosen, Direction, TaskResults
 from mnemoscope.report.steer import other_ways
 from mnemoscope.report.words import TOWARDS, count, counted, percent, ranged
 from mnemoscope.statistics import LEAST_GROUPS, Estimate
 from mnemoscope.strict import read_json
 
-VECTOR = "this vector"
+VECTOR, WORDS = "this vector", "asking in words"
+LEARNED = ("learned", "low-rank")
 BEYOND = "on tune this vector exceeds a limit (of its controls, of what it loses or leaves neither way); "
 MOST_OTHER, MOST_LOST = 0.15, 0.1  # of test examples; settings are chosen within narrower limits on tune
 GROUPS_NEEDED = 30  # with which an interval of a share is about 15 points to either side
@@ -34,6 +36,7 @@ class DirectionSummary(BaseModel):
     other: Estimate  # share that gives neither answer
     strongest_control: str | None  # its name; None where none was run
     control: Estimate | None  # the share that it steers
+    noise_only: bool = False  # whether no control was learned, though the vector was
     collateral: dict[str, Estimate]  # change in accuracy by list
 
     @classmethod
@@ -43,9 +46,11 @@ class DirectionSummary(BaseModel):
         name, found = block.strongest(aim), getattr(block, aim)
         ways = {VECTOR: found.shift, **other_ways(task, direction)}
         chosen = block.chosen if aim == "pairs" else block.chosen_conflict
-        broken = breaks(found.other, block.lost(aim), direction)
+        broken = breaks(found.other, block.broken(aim), direction)
+        beyond = name is None or block.minus_control[name][aim].sign > 0
+        learned = any(n in REFITTED and getattr(c, aim).shift.known for n, c in block.controls.items())
         return cls(
-            advice=("" if chosen.within_limits else BEYOND) + broken + advice(ways),
+            advice=("" if chosen.within_limits else BEYOND) + broken + advice(ways, beyond),
             ways=ways,
             aim=aim,
             chosen=chosen,
@@ -53,6 +58,7 @@ class DirectionSummary(BaseModel):
             other=found.other,
             strongest_control=name,
             control=getattr(block.controls[name], aim).shift if name else None,
+            noise_only=chosen.method in LEARNED and not learned,
             collateral=block.lost(aim),
         )
 
@@ -61,6 +67,7 @@ class DirectionSummary(BaseModel):
         control, chosen, name = "none", self.chosen, TOWARDS[direction]
         if self.strongest_control and self.control:
             control = f"{ranged(self.control)}, {words.CONTROLS[self.strongest_control]}"
+            control += "; noise only, as no control was learned" if self.noise_only else ""
         setting = f"{chosen.method} at {chosen.site}, {words.layers(chosen.layers)}, strength {chosen.strength:g}"
         tested = count(self.shift.n, "test pair" if self.aim == "pairs" else "test conflict")
         return {
@@ -72,30 +79,48 @@ class DirectionSummary(BaseModel):
         }
 
 
-def breaks(other: Estimate, collateral: dict[str, Estimate], direction: Direction) -> str:
-    """What the vector breaks on the test split, where that is more than is wanted; else nothing."""
-    kept = (collateral[name] for name in counted(direction) if name in collateral)
-    lost = max((-change.estimate for change in kept if change.known), default=0.0)
+def breaks(other: Estimate, broken: dict[str, Estimate], direction: Direction) -> str:
+    """What the vector breaks on the test split, where that is more than is wanted; else nothing.
+
+    ``broken``: of what was answered right before, the share that is not any more.
+    """
+    kept = (broken[name] for name in counted(direction) if name in broken)
+    lost = max((share.estimate for share in kept if share.known), default=0.0)
     found = [f"{percent(other.estimate)} answered neither way"] if other.known and other.estimate > MOST_OTHER else []
     found += [f"{percent(lost)} of what it should keep lost"] if lost > MOST_LOST else []
     return f"on test the vector leaves {' and '.join(found)}; " if found else ""
 
 
-def advice(ways: dict[str, Estimate]) -> str:
-    """What steers most: the vector, words or contrastive decoding; or that there are too few groups to tell."""
+def advice(ways: dict[str, Estimate], beyond: bool) -> str:
+    """What steers most: the vector, words or contrastive decoding; or that there are too few groups to tell.
+
+    ``beyond``: whether the vector surely does more than its strongest control; if not, it is not what to use.
+    """
     vector, others = ways[VECTOR], {way: share for way, share in ways.items() if way != VECTOR and share.known}
     if not vector.known:
         return "not measured"
-    if vector.groups and vector.groups < LEAST_GROUPS:
+    if vector.groups and (vector.groups < LEAST_GROUPS or math.isnan(vector.low)):
         return f"cannot tell: {count(vector.groups, 'test group')}; about {GROUPS_NEEDED} are needed"
     listed = [f"{way} {percent(share.estimate)}" for way, share in others.items()]
+    unknown = [] if WORDS in ways else [f"{WORDS} not measured"]
+    told = "; ".join([f"{VECTOR} {percent(vector.estimate)}", *listed, *unknown])
     best = max(others, key=lambda way: others[way].estimate, default=None)
-    told = "; ".join([f"{VECTOR} {percent(vector.estimate)}", *listed])
-    if best is None or vector.low > others[best].estimate:
+    if best and _surely_above(others[best], vector):
+        return f"{best} ({told})"
+    if not beyond:
+        return f"{best or 'nothing tried'}, as this vector does not surely more than its strongest control ({told})"
+    if best is None or _surely_above(vector, others[best]):
         return f"the vector ({told})"
-    if others[best].estimate <= vector.high:
-        return f"the vector or {best}, no sure difference ({told})"
-    return f"{best} ({told})"
+    return f"the vector or {best}, no sure difference ({told})"
+
+
+def _surely_above(one: Estimate, other: Estimate) -> bool:
+    """Whether a share is above another by more than both intervals leave open, taken as independent.
+
+    Square and add: Newcombe (1998), "Interval estimation for the difference between independent proportions",
+    Statistics in Medicine 17:873-890. Paired shares differ more surely than that.
+    """
+    return one.estimate - other.estimate > math.hypot(one.estimate - one.low, other.high - other.estimate)
 
 
 class TaskSummary(BaseModel):

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 FIELDS = ("steer", "alpha", "gate", "read")
 ADMITTED = "mnemoscope"  # the key of ``extra_args`` under which an admitted request is carried inside the engine
+OTHER_WORDS = ("toward", "towards", "direction", "strength")  # by which somebody may ask for steering
+MOST_ALPHA = 100.0  # beyond it a shift may be no number in half precision, nor may what other requests read then
 # What vLLM itself and its models take there; names that are near to ours, and are none of these, are refused.
 OF_VLLM = (
     "kv_transfer_params",
@@ -78,27 +80,35 @@ class Admitted:
 def parse(extra_args: Mapping[str, Any] | None) -> Asked | None:
     """What a request asks for; None where it asks for nothing.
 
-    Raises InputError where a value is not allowed, a field is missing, or a name is near to one of ours.
+    Raises InputError where a value is not allowed, a field is missing, or a name is near to one of ours or another word
+    for steering.
     """
     given = extra_args or {}
     if ADMITTED in given:
         raise InputError(f"{ADMITTED}: is set by the server alone; allowed are {', '.join(FIELDS)}")
     for name in given:
         near = get_close_matches(str(name).lower(), FIELDS, 1, cutoff=0.8)
-        if name not in FIELDS and name not in OF_VLLM and near:
-            raise InputError(f"{name}: is no setting; did you mean {near[0]}?")
+        meant = near[0] if near else "steer" if other_word(name) else None
+        if name not in FIELDS and name not in OF_VLLM and meant:
+            raise InputError(f"{name}: is no setting; did you mean {meant}?")
     if not any(name in given for name in FIELDS):
         return None
     toward = None if given.get("steer") is None else _behaviour(given["steer"])
     for name in ("alpha", "gate"):
         if given.get(name) is not None and toward is None:
             raise InputError(f"{name}: {given[name]!r} is given without steer; say which way")
-    alpha = 1.0 if given.get("alpha") is None else _number("alpha", given["alpha"], math.inf)
+    alpha = 1.0 if given.get("alpha") is None else _number("alpha", given["alpha"], MOST_ALPHA)
     gate = None if given.get("gate") is None else _number("gate", given["gate"], 1.0)
     read = given.get("read")
     if not (read is None or (isinstance(read, bool | int | float) and read in (0, 1))):  # HTTP makes true a 1
         raise InputError(f"read: {read!r} is not one of true, false")
     return Asked(toward, alpha, gate, bool(read))
+
+
+def other_word(name: Any) -> bool:
+    """Whether a setting's name is another word for ``steer``."""
+    said = str(name).lower()
+    return said != "steer" and ("steer" in said or said in OTHER_WORDS)
 
 
 def served_by(asked: Asked, offered: Offered) -> tuple[SteeringVector | None, str | None, str | None]:
@@ -162,6 +172,5 @@ def _behaviour(value: Any) -> Toward:
 def _number(name: str, value: Any, most: float) -> float:
     wrong = isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
     if wrong or not 0 <= value <= most:
-        allowed = "a finite number, 0 or more" if math.isinf(most) else f"a number in 0 .. {most:g}"
-        raise InputError(f"{name}: {value!r} is not {allowed}")
+        raise InputError(f"{name}: {value!r} is not a number in 0 .. {most:g}")
     return float(value)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 from mnemoscope.detect import Detector
-from mnemoscope.digests import intact, is_there, rewriting
+from mnemoscope.digests import intact, is_there, locked, rewriting
 from mnemoscope.errors import InputError
 from mnemoscope.face import artefacts_of, cell_of
 from mnemoscope.serving.served import Proof
@@ -42,7 +42,10 @@ def certify(source: Path, binding: Binding, engine: str, precision: str, proofs:
         for path in (cell / "detector.safetensors", cell / "detector_below.safetensors"):
             found |= {path: Detector.load(intact(path))} if is_there(path) else {}
     written = [path.with_suffix(".json") for path in found]
-    with nullcontext() if source.is_file() else rewriting(cell, [*found, *written]):
+    with ExitStack() as stack:
+        if not source.is_file():
+            stack.enter_context(locked(cell.parents[1], lambda: True))
+            stack.enter_context(rewriting(cell, [*found, *written]))
         for path, artefact in found.items():
             card = artefact.card or Card(artefact.task)
             replace(artefact, card=replace(card, proven=card.proven | {engine: shown})).save(path)

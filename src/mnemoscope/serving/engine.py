@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import lru_cache, wraps
 from typing import Any
 
@@ -132,8 +133,7 @@ def _configured(make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         for site in sites if parallel > 1 else ():
             if site in ("neuron", "head"):
                 raise InputError(f"site: {site!r} is split in tensor parallelism; allowed are block, attention, mlp")
-        facts = {name: getattr(binding, name) for name in ("model_type", "weights", "tokenizer", "half")}
-        config.additional_config = {**extra, ADMITTED: {"run": str(source), "binding": facts}}
+        config.additional_config = {**extra, ADMITTED: {"run": str(source), "binding": asdict(binding)}}
     return config
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from mnemoscope.errors import InputError
 from mnemoscope.serving import engine
-from mnemoscope.serving.asking import ADMITTED, FIELDS, parse, served_by
+from mnemoscope.serving.asking import ADMITTED, FIELDS, other_word, parse, served_by
 
 SSE = "data: "
 CARRYING = ("/v1/completions", "/v1/chat/completions", "/v1/chat/completions/batch")  # settings there, reports back
@@ -58,12 +58,15 @@ def refuse_ignored(body: Any, path: str, names: Collection[str]) -> None:
     for holder, found in _held("", body):
         name = next((name for name in names if name in found), None)
         if not holder and not name:
-            near = (str(given) for given in found if get_close_matches(str(given).lower(), ("steer",), 1, cutoff=0.8))
-            name = next(near, None)
+            name = next((str(given) for given in found if other_word(given) or _near(given)), None)
         if name and not (carrying and holder == "vllm_xargs"):
             inside = f"in {holder} " if holder else ""
             routes = " and ".join(CARRYING[:2])
             raise InputError(f"{name}: is ignored {inside}here; give it inside of vllm_xargs, which {routes} take")
+
+
+def _near(given: Any) -> bool:
+    return bool(get_close_matches(str(given).lower(), ("steer",), 1, cutoff=0.8))
 
 
 def _held(holder: str, body: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -112,6 +112,13 @@ class Card:
     versions: dict[str, str] = field(default_factory=dict)
     proven: dict[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Undefined numbers are NaN, though JSON has them as null."""
+        for name in ("shift", "control", "cost", "divergence", "auroc"):
+            if found := getattr(self, name):
+                known = {key: math.nan if value is None else value for key, value in found.items()}
+                object.__setattr__(self, name, known)
+
     def __str__(self) -> str:
         beside = (self.auroc or {}).get("input_only")
         doses = ", ".join(f"{kl:.4f} at {dose}" for dose, kl in self.divergence.items())

@@ -160,13 +160,15 @@ class SteeringVector(Artefact):
                 by bit.
 
         Raises:
-            InputError: a layer or the width does not exist in this model, alpha is not finite, the gate reads above the
-                first shift, or, in a pass, a prompt is padded on the right or is not formatted by the chat template
-                that the vector was fitted with.
+            InputError: a layer or the width does not exist in this model, alpha is not finite, start is below 0, the
+                gate reads above the first shift, or, in a pass, a prompt is padded on the right or is not formatted by
+                the chat template that the vector was fitted with.
         """
         factor = torch.as_tensor(alpha, dtype=torch.float32).cpu()
         if factor.ndim > 1 or not bool(factor.isfinite().all()):
             raise InputError(f"alpha: {alpha} is neither a finite number nor one for each prompt")
+        if start is not None and start < 0:
+            raise InputError(f"start: {start}; allowed is a column of the batch, from 0 on")
         self.check_shape(model)
         if not factor.any() or not self.layers:
             yield
@@ -174,7 +176,8 @@ class SteeringVector(Artefact):
         if gate and not gate.is_below(self.site, self.layers[0]):
             raise InputError(
                 f"gate: the detector reads {gate.site} {gate.layer}, which this vector shifts from {self.site} "
-                f"{self.layers[0]} on; compute the factors beforehand: alpha = fitted.gate(inputs, threshold)"
+                f"{self.layers[0]} on; compute the factors beforehand: alpha = "
+                f"fitted.gate(inputs, threshold, {self.toward!r})"
             )
         scaled = {layer: factor[..., None] * shift_D for layer, shift_D in self.shifts.items()}
         edits = {layer: (edit, factor) for layer, edit in self.low_rank.items()}

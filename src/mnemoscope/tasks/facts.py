@@ -6,17 +6,14 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from io import StringIO
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 
 from mnemoscope.errors import InputError
-from mnemoscope.strict import read_text
 from mnemoscope.tasks.known import (
     ASKS,
     LABELS,
@@ -28,6 +25,7 @@ from mnemoscope.tasks.known import (
     check_key,
     dealt,
 )
+from mnemoscope.tasks.tables import csv_rows
 
 # Templates of prompts. The two prompts of a pair share a frame and differ in labels.
 FRAMES = {
@@ -180,10 +178,7 @@ def _countries() -> dict[Fact, list[str]]:
 
 def _read_table(path: Path) -> tuple[dict[str, dict[str, str]], dict[Fact, list[str]]]:
     """Relations and facts of a CSV file; InputError names the line at fault."""
-    try:
-        rows = list(csv.DictReader(StringIO(read_text(path, "table", encoding="utf-8-sig"), newline="")))
-    except csv.Error as error:
-        raise InputError(f"table: {path} cannot be read ({error})") from error
+    rows = csv_rows(path, "table")
     relations, facts = dict(RELATIONS), dict[Fact, list[str]]()
     for number, row in enumerate(rows, 2):
         where = f"table: {path}, line {number}"

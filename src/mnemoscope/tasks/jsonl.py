@@ -79,19 +79,26 @@ def _read(path: Path, seed: int) -> list[tuple[Example, str | None]]:
     """Each line's example, and its prompt without the context."""
     lines = read_text(path).split("\n")
     parsed = {n: _parsed(f"{path}, line {n}", line) for n, line in enumerate(lines, 1) if line.strip()}
-    undealt = sorted({row["group"] for row in parsed.values() if "split" not in row})
+    given = {row["group"]: row["split"] for row in parsed.values() if "split" in row}
+    undealt = sorted({row["group"] for row in parsed.values()} - set(given))
     split_of: dict[str, Split] = assign_splits(undealt, np.random.default_rng([seed, 3]))
-    found, first = [], dict[str, tuple[int, Example]]()
+    found, first, asked = [], dict[str, tuple[int, Example]](), dict[str, tuple[int, str]]()
     for number, row in parsed.items():
         where, bare, group = f"{path}, line {number}", row.pop("bare", None), row["group"]
         try:
-            example = Example(**{"split": split_of.get(group)} | row)
+            example = Example(**{**row, "split": row.get("split") or given.get(group) or split_of[group]})
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
         if split_of.setdefault(group, example.split) != example.split:
             raise InputError(
                 f"{where}: split is {example.split!r}, but group {group!r} is in {split_of[group]!r} as well; "
                 "all examples of a group belong to one split"
+            )
+        line, other = asked.setdefault(example.prompt, (number, group))
+        if other != group:
+            raise InputError(
+                f"{where}: the prompt is that of line {line}, whose group is {other!r}, and here it is {group!r}; what "
+                "is asked twice belongs to one group, or it is fitted on and judged"
             )
         if example.kind == "conflict":
             before, known = first.setdefault(example.item, (number, example))
@@ -115,6 +122,10 @@ def _parsed(where: str, line: str) -> dict[str, Any]:
             raise InputError(f"{where}: field {field!r} is unknown; known are {', '.join(FIELDS)}")
         if not isinstance(value, str):
             raise InputError(f"{where}: {field} is {value!r}; text is wanted")
+        if field in ("memorized", "generalized", "answer") and value != value.rstrip():
+            raise InputError(
+                f"{where}: {field} is {value!r}; an answer ends with a word, and 'boundary' says what closes it"
+            )
     for field in ("item", "prompt"):
         if not row.get(field):
             raise InputError(f"{where}: field {field!r} is missing")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
@@ -68,19 +68,28 @@ class KnownTask(Task):
     wrong: Mapping[Fact, Sequence[str]] = field(default_factory=dict, init=False, repr=False)
 
     def _deal(
-        self, true: Mapping[Fact, Sequence[str]], asked: Sequence[str], stream: int, more: Sequence[str] = ()
+        self,
+        true: Mapping[Fact, Sequence[str]],
+        asked: Sequence[str],
+        stream: int,
+        more: Collection[str] = (),
+        same: Iterable[tuple[str, str]] = (),
     ) -> None:
-        """Set what every such task has; ``stream`` seeds the splits, ``more`` are groups without facts."""
+        """Set what every such task has.
+
+        ``stream`` seeds the splits; ``more`` are subjects without facts, ``same`` pairs of them that are one group.
+        """
         self.boundary = checked_boundary(self.boundary)
         if len(self.shares) != 3 or min(self.shares) <= 0 or abs(sum(self.shares) - 1) > 1e-6:
             raise InputError(f"shares: {self.shares!r}; allowed are three numbers above 0 that add up to 1")
         self.true, self.asked = true, tuple(asked)
         self.facts = {fact: values[0] for fact, values in true.items()}
-        self.group_of = grouped(true)
+        self.group_of = grouped(true, more, same)
         of_all = (*self.asked, *self.held_out_relations)
         groups = sorted({self._group(fact) for fact in self.facts if fact[0] in of_all})
         rng = np.random.default_rng([self.seed, stream])
-        self.split_of: dict[str, Split] = assign_splits([*groups, *more], rng, self.shares)
+        groups += [group for group in dict.fromkeys(self.group_of[one] for one in more) if group not in groups]
+        self.split_of: dict[str, Split] = assign_splits(groups, rng, self.shares)
 
     def _split(self, fact: Fact) -> Split:
         return self.split_of[self._group(fact)]
@@ -256,16 +265,19 @@ def stands_in(value: str, text: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text, flags=re.IGNORECASE) is not None
 
 
-def grouped(true: Mapping[Fact, Sequence[str]]) -> dict[str, str]:
+def grouped(
+    true: Mapping[Fact, Sequence[str]], more: Collection[str] = (), same: Iterable[tuple[str, str]] = ()
+) -> dict[str, str]:
     """Of subjects that say the same, the first: they share a fact, and nearly all words of the shorter of two.
 
-    So that nothing is fitted on and judged under two names, as "Finland" and "Grand Duchy of Finland" are.
+    So that nothing is fitted on and judged under two names, as "Finland" and "Grand Duchy of Finland" are. ``more`` are
+    subjects without facts, ``same`` pairs that are one whatever they share.
     """
     from scipy.sparse import csr_array
     from scipy.sparse.csgraph import connected_components
 
     of_value = defaultdict[tuple[str, str], dict[int, None]](dict)
-    subjects = sorted({subject for _, subject in true})
+    subjects = sorted({*(subject for _, subject in true), *more})
     number = {subject: n for n, subject in enumerate(subjects)}
     for (relation, subject), values in true.items():
         for value in values:
@@ -274,7 +286,10 @@ def grouped(true: Mapping[Fact, Sequence[str]]) -> dict[str, str]:
     column = {word: n for n, word in enumerate(sorted(set[str]().union(*words)))}
     places = np.array([(n, column[word]) for n, of in enumerate(words) for word in of], int).reshape(-1, 2).T
     has = csr_array((np.ones(places.shape[1]), tuple(places)), shape=(len(subjects), len(column)))
-    count_S, links = np.array([len(of) for of in words]), [np.empty((2, 0), int)]
+    count_S, links = (
+        np.array([len(of) for of in words]),
+        [np.array([(number[a], number[b]) for a, b in same], int).reshape(-1, 2).T],
+    )
     for chosen in (np.array(list(found)) for found in of_value.values()):
         shared = (has[chosen] @ has[chosen].T).tocoo()
         two = np.stack([chosen[side] for side in shared.coords])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from mnemoscope.tasks.known import ASKS, LABELS, Fact, How, KnownTask, Spec, check_fitted_and_held_out, check_key
 from mnemoscope.tasks.tables import Row, check_apart, read_rows, texts_of
@@ -67,7 +68,15 @@ class QATask(KnownTask):
             if memorized:
                 true.setdefault(fact, memorized)
         self._add_agreeing(true)
-        self._deal(true, (RELATION,), stream=8, more=sorted({fact[1] for fact in self.given if fact not in true}))
+        novel = sorted({fact[1] for fact in self.given if fact not in true})
+        self._deal(true, (RELATION,), stream=8, more=novel, same=self._about_one_passage())
+
+    def _about_one_passage(self) -> list[tuple[str, str]]:
+        """Questions that a passage connects with the one before it; they are one group, as their passage is."""
+        of_passage = defaultdict[str, list[str]](list)
+        for (fact, _), passage in self.passages.items():
+            of_passage[passage].append(fact[1])
+        return [two for questions in of_passage.values() for two in pairwise(questions)]
 
     def split_reply(self, prompt: str) -> tuple[str, str]:
         """All but the last line is the user's message; its label begins the reply."""

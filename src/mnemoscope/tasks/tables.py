@@ -51,15 +51,33 @@ def _rows_of_file(path: Path) -> Iterator[tuple[str, Any]]:
             rows = parquet.read_table(BytesIO(read_bytes(path))).to_pylist()
             yield from ((f"row {n}", row) for n, row in enumerate(rows, 1))
         elif path.suffix == ".csv":
-            table = csv.DictReader(StringIO(read_text(path, encoding="utf-8-sig"), newline=""))
-            yield from ((f"row {n}", row) for n, row in enumerate(table, 1))
+            yield from ((f"row {n}", row) for n, row in enumerate(csv_rows(path, "file"), 1))
         else:
             lines = enumerate(read_text(path).split("\n"), 1)
             yield from ((f"line {n}", parse_json(line, f"file: {path}, line {n}")) for n, line in lines if line.strip())
     except InputError:
         raise
-    except (OSError, ValueError, csv.Error) as error:  # Arrow's errors are ValueErrors
+    except (OSError, ValueError, NotImplementedError) as error:  # Arrow's errors are of these kinds
         raise InputError(f"file: {path} cannot be read ({str(error).splitlines()[0]})") from error
+
+
+def csv_rows(path: Path, what: str) -> Iterator[dict[str, Any]]:
+    """Rows of a CSV file; InputError where a name stands twice in its header, or a row has more fields than names."""
+    try:
+        table = csv.DictReader(StringIO(read_text(path, what, encoding="utf-8-sig"), newline=""))
+        names = list(table.fieldnames or ())
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise InputError(f"{what}: {path}, line 1: {twice!r} names two columns; a name stands for one")
+        for number, row in enumerate(table, 1):
+            if None in row:
+                raise InputError(
+                    f"{what}: {path}, row {number}: {len(names) + len(row[None])} fields for {len(names)} names; a "
+                    "text with a comma stands in double quotes"
+                )
+            yield row
+    except csv.Error as error:
+        raise InputError(f"{what}: {path} cannot be read ({error})") from error
 
 
 def _rows_of_data_set(source: str, part: str) -> Iterator[tuple[str, Any]]:

@@ -154,13 +154,25 @@ def runs(request: Request, first: Name = None, second: Name = None) -> HTMLRespo
     return _page("runs.html", runs=listed, first=first, second=second, compared=compared)
 
 
+def _leads_on(page: bytes) -> bool:
+    """Whether a page may lead to another by itself, from which no policy keeps it.
+
+    A browser reads what begins with a mark of UTF-16 as that, whatever it is told.
+    """
+    try:
+        text = page.decode("utf-8")
+    except UnicodeDecodeError:
+        return True
+    return text.startswith("\ufeff") or "\0" in text or "http-equiv" in text.lower()
+
+
 @router.get("/runs/{run}/report")
 def report(request: Request, run: str) -> FileResponse:
     """The report of a run, unchanged."""
     path = request.app.state.runs.folder(run) / "report.html"
     if not path.is_file():
         raise InputError(f"run: {run} has no report yet")
-    if b"http-equiv" in intact(path).read_bytes().lower():  # no policy keeps a page from leading to another by itself
+    if _leads_on(intact(path).read_bytes()):
         raise InputError(f"run: {run} has a report that mnemoscope did not write; rebuild it: mnemoscope report")
     return FileResponse(path, media_type="text/html", headers={"Content-Security-Policy": INLINE})
 

@@ -174,7 +174,7 @@ class OpenedCell:
         if example is None:
             return self._continue(question.prompt, applied)
         batches = self._prefix(example)
-        if vector and vector.shifts and vector.positions == "all":
+        if vector and vector.layers and vector.positions == "all":
             batches = [without_prefix(batch) for batch in batches]
         return self._choose(example, batches, applied)
 
