@@ -276,7 +276,7 @@ def _result(ray: Any, cell: Cell, task: Any) -> Ended:
         error = done.exception()
         if error is None:
             future.set_result(done.result())
-        elif isinstance(error, ray.exceptions.RayTaskError):
+        elif isinstance(error, ray.exceptions.RayTaskError) and not isinstance(error.cause, ray.exceptions.RayError):
             future.set_exception(error.cause)
         else:
             future.set_result(f"{cell.name}: its worker was lost again and again ({type(error).__name__})")
