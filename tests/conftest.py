@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from mnemoscope.models import build_gpt2, load_model, word_tokenizer
 from mnemoscope.study import run_study
 from mnemoscope.tasks import build_task
 from mnemoscope.training import train
+
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")  # a name that is no file is not looked for on a hub, minutes long
 
 SLOW_FIXTURES = {"mini_run", "two_seeds", "browser", "user", "adapted_run"}  # a finished study or a browser
 

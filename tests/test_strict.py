@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import math
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import yaml
+from pyarrow import parquet
 
+from mnemoscope.emergence.curve import Curve
 from mnemoscope.errors import InputError
-from mnemoscope.strict import checked, dump_yaml, parse_json, parse_yaml
+from mnemoscope.strict import bounded_table, checked, dump_yaml, parse_json, parse_yaml
+from mnemoscope.tasks.tables import read_rows
 
 
 @pytest.mark.parametrize(
@@ -120,3 +126,14 @@ def test_a_field_of_another_type_is_named(value: Any, message: str) -> None:
     assert str(error.value).startswith(message)
     good = {"seed": 1, "inner": [{"name": "a", "rate": None}], "by_name": {"x": True}, "of a later version": 1}
     assert checked(good, Outer, "here") is good
+
+
+def test_a_small_file_that_stands_for_a_billion_cells_is_not_read(tmp_path: Path) -> None:
+    path, batch = tmp_path / "bomb.parquet", pa.table({"q": pa.array(np.zeros(2**20, np.int8))})
+    with parquet.ParquetWriter(path, batch.schema, use_dictionary=True, compression="zstd") as writer:
+        for _ in range(257):
+            writer.write_table(batch)
+    assert path.stat().st_size < 2**21
+    for read in (lambda: bounded_table(path), lambda: read_rows(str(path), ["q"]), lambda: Curve.open(path)):
+        with pytest.raises(InputError, match="rows of 1 columns; at most 268435456 cells are read"):
+            read()

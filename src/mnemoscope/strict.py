@@ -1,4 +1,4 @@
-"""The one way to read text, YAML and JSON: limits, no repeated keys, one meaning for each value, checked types.
+"""The one way to read text, YAML and JSON: limits (of tables too), no repeated keys, one meaning for each value, types.
 
 Whatever is wrong with a file is one InputError that names it.
 """
@@ -12,6 +12,7 @@ import stat
 import types
 from collections.abc import Mapping, Sequence
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypeVar, Union, get_args, get_origin, get_type_hints, is_typeddict
 
@@ -23,6 +24,7 @@ Kind = TypeVar("Kind")
 MOST_TEXT = 2**30  # bytes of a file of rows
 MOST_JSON = 2**28  # of a file of facts; results of a study with many cells are a few MiB
 MOST_YAML = 2**20
+MOST_CELLS = 2**28  # of a table, rows times columns: a few bytes may stand for any number of equal ones
 MOST_NODES = 50_000  # of a YAML text, aliases expanded: the largest study has a thousand
 DEEPEST = 64  # nesting of YAML
 
@@ -62,6 +64,17 @@ def read_bytes(path: Path, what: str = "file", most: int = MOST_TEXT) -> bytes:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{what}: {str(path)!r} is no path ({error})") from error
+
+
+def bounded_table(path: Path, content: bytes | None = None) -> Any:
+    """What to read a Parquet file from, itself or its bytes; InputError where it claims too many rows to be held."""
+    from pyarrow import parquet
+
+    found = parquet.read_metadata(path if content is None else BytesIO(content))
+    if found.num_rows * found.num_columns > MOST_CELLS:
+        size = f"{found.num_rows} rows of {found.num_columns} columns"
+        raise InputError(f"file: {path} has {size}; at most {MOST_CELLS} cells are read")
+    return path if content is None else BytesIO(content)
 
 
 def read_json(path: Path, kind: type[Kind]) -> Kind:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import statistics
 from dataclasses import asdict
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -88,13 +87,14 @@ def prompts_of_run(source: Path, most: int) -> list[str]:
 
     from mnemoscope.digests import intact
     from mnemoscope.doctor import PROMPTS
-    from mnemoscope.strict import read_bytes
+    from mnemoscope.strict import bounded_table, read_bytes
 
     for name, column in (("detection", "prompt"), ("pairs", "prompt_a")):
         places = (f"records/{name}.parquet", f"cells/*/records/{name}.parquet")
         paths = [path for place in places for path in sorted(source.glob(place))]
         if len(paths) == 1:
-            table = pd.read_parquet(BytesIO(read_bytes(intact(paths[0]))), columns=[column])
+            path = intact(paths[0])
+            table = pd.read_parquet(bounded_table(path, read_bytes(path)), columns=[column])
             texts = list(dict.fromkeys(table[column]))
             if len(texts) > 1:
                 return [texts[n * len(texts) // most] for n in range(min(most, len(texts)))]

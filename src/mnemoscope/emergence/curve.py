@@ -13,6 +13,7 @@ from mnemoscope.config import StopConfig
 from mnemoscope.digests import intact
 from mnemoscope.errors import InputError
 from mnemoscope.files import write_atomically
+from mnemoscope.strict import bounded_table
 from mnemoscope.training import unmet
 
 FILE, PICTURE = "emergence.parquet", "emergence.png"
@@ -44,7 +45,9 @@ class Curve:
     def open(cls, path: Path) -> Curve:
         """Read a table; InputError where it is missing or is none."""
         try:
-            table = pd.read_parquet(path)
+            table = pd.read_parquet(bounded_table(path))
+        except InputError:
+            raise
         except Exception as error:  # pyarrow has many kinds
             raise InputError(f"curve: {path} cannot be read ({str(error).splitlines()[0]})") from error
         if "step" not in table or "conflict_memorized" not in table:

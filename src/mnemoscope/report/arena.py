@@ -9,7 +9,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from mnemoscope.errors import InputError
 from mnemoscope.files import write_atomically
 from mnemoscope.schemas import FrameFacts
 from mnemoscope.statistics import Estimate, holm, mean, proportion, sign_flips
-from mnemoscope.strict import read_bytes, read_json
+from mnemoscope.strict import bounded_table, read_bytes, read_json
 
 UNSTEERED = "unsteered"
 TOWARDS = ("generalized", "memorized")
@@ -97,7 +96,7 @@ class Records:
 
 
 def _table(path: Path) -> pd.DataFrame:
-    return pd.read_parquet(BytesIO(read_bytes(path)))
+    return pd.read_parquet(bounded_table(path, read_bytes(path)))
 
 
 def build_arena(run: Path, beside: Sequence[Path] = ()) -> Path:

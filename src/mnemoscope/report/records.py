@@ -17,7 +17,7 @@ from mnemoscope.contrast import Contrast
 from mnemoscope.digests import check_closed, intact, is_there
 from mnemoscope.errors import InputError
 from mnemoscope.schemas import CellFacts, ManifestFacts, ProbeFacts, StudyFacts, TimeFacts, WhyFacts, read_chosen
-from mnemoscope.strict import MOST_YAML, checked, parse_yaml, read_json, read_text
+from mnemoscope.strict import MOST_YAML, bounded_table, checked, parse_yaml, read_json, read_text
 
 # Text columns of the large tables, which repeat few words: read as categories, they take a byte a row.
 LARGE = ("steering", "effects", "transfer_steering")
@@ -168,4 +168,4 @@ def _table(folder: Path, name: str, optional: bool = False) -> Any:
             raise InputError(f"{path}: column {column!r} is missing")
     wanted = [column for column in wanted if column in present]
     words = WORDS if name in LARGE else None
-    return _read(path, lambda p: pd.read_parquet(p, columns=wanted, read_dictionary=words))
+    return _read(path, lambda p: pd.read_parquet(bounded_table(p), columns=wanted, read_dictionary=words))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
-from io import BytesIO, StringIO
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from mnemoscope.errors import InputError
-from mnemoscope.strict import parse_json, read_bytes, read_text
+from mnemoscope.strict import bounded_table, parse_json, read_bytes, read_text
 
 Row = Mapping[str, Any]
 ENDINGS = (".jsonl", ".csv", ".parquet")
@@ -48,7 +48,7 @@ def _rows_of_file(path: Path) -> Iterator[tuple[str, Any]]:
         if path.suffix == ".parquet":
             from pyarrow import parquet
 
-            rows = parquet.read_table(BytesIO(read_bytes(path))).to_pylist()
+            rows = parquet.read_table(bounded_table(path, read_bytes(path))).to_pylist()
             yield from ((f"row {n}", row) for n, row in enumerate(rows, 1))
         elif path.suffix == ".csv":
             yield from ((f"row {n}", row) for n, row in enumerate(csv_rows(path, "file"), 1))
