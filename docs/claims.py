@@ -49,7 +49,9 @@ def claims() -> dict[str, Claim]:
         "The difference grows with depth": Claim(
             "yes; here: mean |NMD|, last third of the layers over first", grows, each=True
         ),
-        "Single neurons tell the behaviours apart": Claim("no test; here: share significant, family-wise", neurons),
+        "Single neurons tell the behaviours apart": Claim(
+            "no test; here: share significant, family-wise", neurons, each=True
+        ),
         "A probe predicts the behaviour": Claim("yes; here: better than the input alone, read either way", predicts),
         "Deeper layers predict better": Claim("yes; here: last layer over first", deeper),
         "More data predict better": Claim("yes; here: all fit pairs over each draw of the fewest", data, each=True),

@@ -29,10 +29,11 @@ from mnemoscope.report.cost import measure_collateral, measure_lost
 from mnemoscope.report.drawing import canvas, draw
 from mnemoscope.report.page import tint
 from mnemoscope.report.records import read_run
-from mnemoscope.report.results import compute_results
-from mnemoscope.report.schema import Results, TaskResults
+from mnemoscope.report.results import compute_results, merged
+from mnemoscope.report.schema import AtNorm, Results, Strongest, TaskResults
+from mnemoscope.report.steer import norms_table
 from mnemoscope.report.summary import VECTOR, WORDS, advice, breaks
-from mnemoscope.report.words import interval, percent, points, ranged
+from mnemoscope.report.words import control_names, interval, percent, points, ranged
 from mnemoscope.statistics import Estimate, proportion
 
 PAGES = ("results.json", "report.html")
@@ -272,9 +273,11 @@ def test_the_verdict_of_steering_and_its_number_are_of_the_same_direction(
     for direction, shift, difference_ in zip(SOURCE, shifts, beyond, strict=True):
         block = task.steering[direction]
         block.pairs.shift, block.collateral = estimate(shift, shift - 0.05, shift + 0.05), losses
-        block.controls = {"gaussian": block.controls["gaussian"]}
-        block.controls["gaussian"].pairs.shift = estimate(shift - difference_, 0, 1)
-        block.minus_control = {"gaussian": {"pairs": estimate(difference_, difference_ - 0.15, difference_ + 0.15)}}
+        beyond_it = estimate(difference_, difference_ - 0.15, difference_ + 0.15)
+        of_control, sure = estimate(shift - difference_, 0, 1), beyond_it.sign > 0
+        block.beside = {
+            "pairs": Strongest(shift=of_control, difference=beyond_it, names={"gaussian": 1}, exceeded=sure)
+        }
     answer = steer.answer(task)
     assert (answer.verdict, answer.number) == (verdict, f"{number}\u00a0%")
     # Towards remembering, new questions do not count; each loss has its direction.
@@ -367,6 +370,34 @@ def test_a_cell_that_could_not_go_on_counts_where_it_is_asked_for(copy: Path, cl
     assert "holds in 1 of 2" in lines["| Some phrasings of one item flip the behaviour"]
     assert "of 1" in lines["| A probe predicts the behaviour"]
     assert lines["| addition-7 (copy)"] == "| addition-7 (copy) | never showed both |"
+
+
+def test_over_seeds_each_has_its_own_strongest_control_and_settings_are_not_averaged(task: TaskResults) -> None:
+    def beside(name: str, control: float, exceeded: bool = True) -> Strongest:
+        shift, difference = estimate(control, 0, 1), estimate(0.9 - control, 0, 1)
+        return Strongest(shift=shift, difference=difference, names={name: 1}, exceeded=exceeded)
+
+    both = merged([beside("indifference", 0.1), beside("shuffled_labels", 0.2), beside("indifference", 0.3)])
+    assert both.names == {"indifference": 2, "shuffled_labels": 1}
+    assert both.shift.estimate == pytest.approx(0.2)
+    assert both.difference.estimate == pytest.approx(0.7)
+    assert both.exceeded
+    assert control_names(both) == "indifference in 2, shuffled labels in 1"
+    assert not merged([beside("gaussian", 0.1), beside("gaussian", 0.1, exceeded=False)]).exceeded
+    chosen = task.steering["to_generalized"].chosen
+    outside = chosen.model_copy(update={"within_limits": False})
+    assert not merged([chosen, outside]).within_limits
+    free = AtNorm(
+        site="block", layers="2", top=0.5, strength=0.3, shift=UNDEFINED, control=UNDEFINED, strongest="gaussian",
+        difference=UNDEFINED,
+    )  # fmt: skip
+    over_two = merged([free, free.model_copy(update={"strength": 0.1, "top": 1.0})])
+    assert (over_two.strength, over_two.top, over_two.strengths) == (0.3, 0.5, [0.1, 0.3])
+    task.unpenalized["to_generalized"] = over_two
+    (found,) = norms_table(task)
+    assert found.columns[-2:] == ["at a norm of its own", "which is"]
+    assert {len(row) for row in found.rows} == {len(found.columns)}
+    assert [row[-1] for row in found.rows if "whatever" in row[0] and "working" in row[0]] == ["0.1, 0.3"]
 
 
 @pytest.mark.parametrize(

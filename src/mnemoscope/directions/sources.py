@@ -88,7 +88,10 @@ class Labels:
         """float64 (n,): 1 where a label stays, -1 where it swaps, half of each; ``stream`` numbers its lists."""
         if self.shuffle is None or self.permuted:
             return np.ones(n)
-        return np.random.default_rng([self.shuffle, *stream]).permutation(np.where(np.arange(n) % 2 == 0, 1.0, -1.0))
+        rng = np.random.default_rng([self.shuffle, *stream])
+        signs_N = rng.permutation(np.where(np.arange(n) % 2 == 0, 1.0, -1.0))
+        # Of an odd list one more stays or swaps, by chance: else the labels as answered would shine through.
+        return -signs_N if n % 2 and rng.random() < 0.5 else signs_N
 
 
 ANSWERED = Labels()

@@ -77,7 +77,10 @@ def answer(task: TaskResults) -> Answer:
         notes.append(f"Most in layer {contrast.layers[best]}: {percent(contrast.significant_fraction[best])}.")
         if task.probe.input_only.low > 0.5:
             notes.append(f"The wordings differ too: the input alone gives {percent(task.probe.input_only.estimate)}.")
-    verdict = "Neurons differ" if share.estimate > 0 else "No neuron surely differs"
+    each = [one.contrast.significant.estimate for one in task.per_seed.values()]  # a p-value holds in its own seed
+    verdict = "Neurons differ" if each and min(each) > 0 else "No neuron surely differs"
+    if max(each, default=0.0) > 0 and min(each) == 0:
+        verdict = "Neurons differ in some seeds"
     verdict = TOO_FEW if contrast.groups < LEAST_GROUPS else verdict
     sentence = f"of {share.n // len(task.seeds):,} neurons differ when all are tested together."
     return Answer("differ", question, verdict, percent(share.estimate), sentence, " ".join(notes), share)

@@ -15,7 +15,7 @@ from mnemoscope.errors import InputError
 from mnemoscope.processes import Map, in_order
 from mnemoscope.report import behaviour, cost, detector, differ, holds, read, steer, where
 from mnemoscope.report.records import Cell, Run
-from mnemoscope.report.schema import AIMS, CellResults, Chosen, Control, Result, Results, TaskResults
+from mnemoscope.report.schema import AIMS, AtNorm, CellResults, Chosen, Control, Result, Results, Shares, TaskResults
 from mnemoscope.statistics import Estimate, over_seeds
 
 
@@ -87,22 +87,36 @@ def over_all(cells: Sequence[Cell], found: list[CellResults]) -> TaskResults:
     return task
 
 
+def _not_averaged(values: Sequence[Result]) -> dict[str, Any]:
+    """Fields of which a mean over seeds would be nothing that was tried or drawn."""
+    first = values[0]
+    if isinstance(first, AtNorm):
+        strengths = sorted({one.strength for one in values if isinstance(one, AtNorm)})
+        return {"top": first.top, "strength": first.strength, "strengths": strengths}
+    if isinstance(first, Control):
+        worst = {aim: [one.worst[aim] for one in values if isinstance(one, Control)] for aim in AIMS}
+        return {"worst": {aim: max(draws, key=_shift_of) for aim, draws in worst.items()}}
+    return {}
+
+
+def _shift_of(draw: Shares) -> float:
+    return float(np.nan_to_num(draw.shift.estimate, nan=-1))
+
+
 def merged(values: Sequence[Any]) -> Any:
     """One value for all seeds that have it, by its type: of settings the first, of lists of numbers the union."""
     first = values[0]
     if isinstance(first, Estimate):
         return over_seeds(values)
-    if isinstance(first, str | Chosen):
+    if isinstance(first, str):
         return first
+    if isinstance(first, Chosen):
+        return first.model_copy(update={"within_limits": all(one.within_limits for one in values)})
     if isinstance(first, Result):
         fields = {name: [getattr(part, name) for part in values] for name in type(first).model_fields}
         known = {name: [value for value in found if value is not None] for name, found in fields.items()}
         found: dict[str, Any] = {name: merged(of_seeds) if of_seeds else None for name, of_seeds in known.items()}
-        if isinstance(first, Control):
-            for aim in AIMS:
-                draws = (worst[aim] for worst in known["worst"])
-                found["worst"][aim] = max(draws, key=lambda draw: np.nan_to_num(draw.shift.estimate, nan=-1))
-        return type(first).model_construct(**found)
+        return type(first).model_construct(**found | _not_averaged(values))
     if isinstance(first, dict):
         keys = dict.fromkeys(key for value in values for key in value)
         return {key: merged([value[key] for value in values if key in value]) for key in keys}

@@ -86,6 +86,17 @@ class Gated(Result):
     recall_by_family: dict[str, dict[When, Estimate]] | None = Field(None, description="as without the gate")
 
 
+class Strongest(Result):
+    """Beside a vector the control that steers most, in each seed its own."""
+
+    shift: Estimate = Field(description="share steered")
+    difference: Estimate = Field(description="paired difference of the vector to it")
+    names: dict[str, int] = Field(description="in how many seeds it is which control")
+    exceeded: bool = Field(
+        description="whether the vector does surely more than every control, even as another draw of it; in every seed"
+    )
+
+
 class Steered(Result):
     """One method in one direction; `pairs` and `collateral` under `chosen`, `conflict` under `chosen_conflict`."""
 
@@ -99,6 +110,7 @@ class Steered(Result):
     conflict_at_chosen: Shares = Field(description="conflicts under the setting for pairs")
     controls: dict[str, Control] = Field(description="all by name; undefined where there was none")
     minus_control: dict[str, dict[Aim, Estimate]] = Field(description="paired difference of the shift to each control")
+    beside: dict[Aim, Strongest] = Field({}, description="by list the control that steers most, where one was drawn")
     collateral: dict[str, Estimate] = Field(description="change in accuracy on `memory`, `novel`, `conflict_rest`")
     collateral_conflict: dict[str, Estimate] = Field(description="the same under `chosen_conflict`")
     lost_right: dict[Aim, dict[str, Estimate]] | None = Field(
@@ -120,11 +132,6 @@ class Steered(Result):
         """Of what was answered right before, the share that is not any more; nothing where a run does not say."""
         return (self.lost_right or {}).get(aim, {})
 
-    def strongest(self, aim: Aim = "pairs") -> str | None:
-        """The control with the highest mean shift on a list; None where none was run."""
-        shifts = {name: getattr(control, aim).shift for name, control in self.controls.items()}
-        return max((n for n in shifts if shifts[n].known), key=lambda n: shifts[n].estimate, default=None)
-
 
 class AtNorm(Result):
     """A setting that was chosen by the share of tune pairs it steers alone, on test pairs, beside its own controls."""
@@ -133,6 +140,7 @@ class AtNorm(Result):
     layers: str = Field(description="such as `0-3` or `2`")
     top: float = Field(description="share of the neurons")
     strength: float = Field(description="total relative norm")
+    strengths: list[float] = Field([], description="of all seeds, each once")
     shift: Estimate = Field(description="share steered")
     control: Estimate = Field(description="the same of the control that steers most")
     strongest: str = Field(description="that control; the first seed's")

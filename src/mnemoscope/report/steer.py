@@ -115,6 +115,8 @@ def measure_direction(examples: Examples, method: str, direction: Direction, cho
         name: {aim: beyond(cell, vector(aim, aim), part, direction) for aim, part in parts.items()}
         for name, parts in controls.items()
     }
+    of_controls = {name: _control(parts, more[name], direction) for name, parts in controls.items()}
+    minus = {name: {aim: mean(*rows) for aim, rows in by_aim.items()} for name, by_aim in more.items()}
     held_out = [name for name in examples.lists if name.startswith("pairs_") and name != "pairs_unreachable"]
     kept = {aim: {name: vector(aim, name) for name in ("memory", "novel", "conflict_rest")} for aim in AIMS}
     return Steered(
@@ -126,14 +128,27 @@ def measure_direction(examples: Examples, method: str, direction: Direction, cho
         pairs_unreachable=measured("pairs", "pairs_unreachable"),
         held_out={name.removeprefix("pairs_"): measured("pairs", name) for name in held_out},
         conflict_at_chosen=measured("pairs", "conflict"),
-        controls={name: _control(parts, more[name], direction) for name, parts in controls.items()},
-        minus_control={name: {aim: mean(*rows) for aim, rows in by_aim.items()} for name, by_aim in more.items()},
+        controls=of_controls,
+        minus_control=minus,
+        beside={aim: found for aim in AIMS if (found := _strongest(of_controls, minus, aim))},
         collateral=measure_collateral(cell, direction, kept["pairs"]),
         collateral_conflict=measure_collateral(cell, direction, kept["conflict"]),
         lost_right={aim: measure_lost(cell, direction, kept[aim]) for aim in AIMS},
         recall_by_family=recall_by_family(cell, vector("pairs", "memory")),
         gated=measure_gated(cell, direction, {name: vector("pairs", name) for name in examples.lists}),
     )
+
+
+def _strongest(
+    controls: dict[str, schema.Control], minus: dict[str, dict[Aim, Estimate]], aim: Aim
+) -> schema.Strongest | None:
+    """The control that steers most of those that were drawn; None without any."""
+    drawn = {name: shift for name, one in controls.items() if (shift := getattr(one, aim).shift).known}
+    if not drawn:
+        return None
+    name = max(drawn, key=lambda name: drawn[name].estimate)
+    exceeded = all(controls[one].exceeded[aim] for one in drawn)
+    return schema.Strongest(shift=drawn[name], difference=minus[name][aim], names={name: 1}, exceeded=exceeded)
 
 
 def _control(parts: dict[Aim, pd.DataFrame], more: dict[Aim, Beyond], direction: Direction) -> schema.Control:
@@ -210,8 +225,7 @@ def answer(task: TaskResults) -> Answer:
     measured = sorted(shifts, key=lambda d: shifts[d].estimate)
     if not measured:
         return not_measured("steer", question, task)
-    controls = {d: steering[d].strongest(aim) for d in measured}
-    works = [d for d, name in controls.items() if name and surely_steers(task, d, name)]
+    works = [d for d in measured if surely_steers(task, d)]
     verdict = "Steering does not surely work"
     if works:
         where = "in both directions" if len(works) == 2 else TOWARDS[works[0]]
@@ -226,19 +240,22 @@ def answer(task: TaskResults) -> Answer:
     notes += [f"{CAPITAL[d]}: {ranged(shifts[d])}, {beside[d]}." for d in others]
     losses = [f"{words.largest_loss(steering[d].lost(aim), d)} {TOWARDS[d]}" for d in measured]
     notes.append(f"Largest loss: {words.listed(losses)}.")
-    control = controls[shown]
-    mark = (math.nan, "")
-    if control:
-        mark = (getattr(steering[shown].controls[control], aim).shift.estimate, "strongest control")
+    control = steering[shown].beside.get(aim)
+    mark = (control.shift.estimate, "strongest control") if control else (math.nan, "")
     share = shifts[shown]
     return Answer("steer", question, verdict, percent(share.estimate), sentence, " ".join(notes), share, mark)
 
 
-def surely_steers(task: TaskResults, direction: Direction, control: str) -> bool:
-    """Whether a vector does surely more than a control; in a single seed, than any other draw of it."""
-    block, aim = task.steering[direction].for_aim(task.aim), task.aim
-    more = block.minus_control[control][aim].sign > 0
-    return more and (len(task.seeds) > 1 or block.controls[control].exceeded[aim])
+def surely_steers(task: TaskResults, direction: Direction) -> bool:
+    """Whether a vector does surely more than its controls.
+
+    That is, than any other draw of each, in every seed, as an interval over a few seeds says little; or over the seeds
+    than the one that steers most in each.
+    """
+    beside = task.steering[direction].for_aim(task.aim).beside.get(task.aim)
+    if beside is None:
+        return False
+    return beside.exceeded or (len(task.seeds) > 1 and beside.difference.sign > 0)
 
 
 def _switch_panel(task: TaskResults, direction: Direction) -> Panel:
@@ -320,16 +337,20 @@ def norms_table(task: TaskResults) -> list[Table]:
     for direction, found in task.equal_norm.items():
         methods = dict.fromkeys(method for by_method in found.values() for method in by_method)
         rows += [
-            [f"{method}, {TOWARDS[direction]}", *(cell(found.get(norm, {}).get(method)) for norm in norms)]
+            [f"{method}, {TOWARDS[direction]}", *(cell(found.get(norm, {}).get(method)) for norm in norms), "", ""]
             for method in methods
         ]
         free = task.unpenalized.get(direction)
-        if free:
-            at = ["" for norm in norms]
-            at[norms.index(f"{free.strength:g}")] = cell(free)
-            rows.append([f"{PAPERS}, {TOWARDS[direction]}, whatever its controls do", *at])
+        if free:  # its norm may be one of another site, and another in each seed
+            own = ", ".join(f"{strength:g}" for strength in free.strengths or [free.strength])
+            rows.append(
+                [f"{PAPERS}, {TOWARDS[direction]}, whatever its controls do", *[""] * len(norms), cell(free), own]
+            )
+    if not any(row[-1] for row in rows):
+        rows = [row[:-2] for row in rows]
+    columns = ["", *(f"norm {norm}" for norm in norms), "at a norm of its own", "which is"]
     title = "Test pairs steered at equal norms, strongest control: difference"
-    return [Table(title, ["", *(f"norm {norm}" for norm in norms)], rows)] if rows else []
+    return [Table(title, columns[: len(rows[0])], rows)] if rows else []
 
 
 def _dose_panels(task: TaskResults, direction: Direction) -> list[Panel]:
@@ -363,8 +384,8 @@ def _simpler_panel(task: TaskResults, direction: Direction) -> Panel:
     Of pairs also a uniform push and a whole state put in, which are measured on these.
     """
     block, aim = task.steering[direction].for_aim(task.aim), task.aim
-    found, control = {"the vector": getattr(block, aim).shift}, block.strongest(aim)
-    found |= {words.CONTROLS[control]: getattr(block.controls[control], aim).shift} if control else {}
+    found, control = {"the vector": getattr(block, aim).shift}, block.beside.get(aim)
+    found |= {words.control_names(control): control.shift} if control else {}
     found |= other_ways(task, direction)
     if aim != "pairs":
         return dots_panel(f"{direction}, test conflicts", drawing.against("the vector", found, TONE[direction]))

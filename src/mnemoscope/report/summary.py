@@ -34,7 +34,7 @@ class DirectionSummary(BaseModel):
     chosen: Chosen
     shift: Estimate  # share steered
     other: Estimate  # share that gives neither answer
-    strongest_control: str | None  # its name; None where none was run
+    strongest_control: str | None  # its name, in words; None where none was run
     control: Estimate | None  # the share that it steers
     noise_only: bool = False  # whether no control was learned, though the vector was
     collateral: dict[str, Estimate]  # change in accuracy by list
@@ -43,11 +43,11 @@ class DirectionSummary(BaseModel):
     def of(cls, task: TaskResults, direction: Direction) -> DirectionSummary:
         """The first numbers of a direction."""
         aim, block = task.aim, task.steering[direction].for_aim(task.aim)
-        name, found = block.strongest(aim), getattr(block, aim)
+        control, found = block.beside.get(aim), getattr(block, aim)
         ways = {VECTOR: found.shift, **other_ways(task, direction)}
         chosen = block.chosen if aim == "pairs" else block.chosen_conflict
         broken = breaks(found.other, block.broken(aim), direction)
-        beyond = name is None or block.minus_control[name][aim].sign > 0
+        beyond = control is None or control.difference.sign > 0
         learned = any(n in REFITTED and getattr(c, aim).shift.known for n, c in block.controls.items())
         return cls(
             advice=("" if chosen.within_limits else BEYOND) + broken + advice(ways, beyond),
@@ -56,8 +56,8 @@ class DirectionSummary(BaseModel):
             chosen=chosen,
             shift=found.shift,
             other=found.other,
-            strongest_control=name,
-            control=getattr(block.controls[name], aim).shift if name else None,
+            strongest_control=words.control_names(control) if control else None,
+            control=control.shift if control else None,
             noise_only=chosen.method in LEARNED and not learned,
             collateral=block.lost(aim),
         )
@@ -66,7 +66,7 @@ class DirectionSummary(BaseModel):
         """What to use; what the vector does, beside which control, at what cost, and its setting."""
         control, chosen, name = "none", self.chosen, TOWARDS[direction]
         if self.strongest_control and self.control:
-            control = f"{ranged(self.control)}, {words.CONTROLS[self.strongest_control]}"
+            control = f"{ranged(self.control)}, {self.strongest_control}"
             control += "; noise only, as no control was learned" if self.noise_only else ""
         setting = f"{chosen.method} at {chosen.site}, {words.layers(chosen.layers)}, strength {chosen.strength:g}"
         tested = count(self.shift.n, "test pair" if self.aim == "pairs" else "test conflict")

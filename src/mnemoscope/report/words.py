@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from mnemoscope.report.schema import Aim, Direction, Steered
+from mnemoscope.report.schema import Aim, Direction, Steered, Strongest
 from mnemoscope.statistics import Estimate
 
 NBSP = "\u00a0"
@@ -119,7 +119,12 @@ def largest_loss(collateral: dict[str, Estimate], direction: Direction) -> str:
 
 def strongest_control(block: Steered, aim: Aim = "pairs") -> str:
     """``12 % (shuffled labels)``; ``none`` where no control was run."""
-    name = block.strongest(aim)
-    if name is None:
-        return "none"
-    return f"{percent(getattr(block.controls[name], aim).shift.estimate)} ({CONTROLS.get(name, name)})"
+    found = block.beside.get(aim)
+    return f"{percent(found.shift.estimate)} ({control_names(found)})" if found else "none"
+
+
+def control_names(found: Strongest) -> str:
+    """Which control it is; over seeds that differ, each of them with the number of seeds."""
+    if len(found.names) == 1:
+        return "".join(CONTROLS.get(name, name) for name in found.names)
+    return ", ".join(f"{CONTROLS.get(name, name)} in {seeds}" for name, seeds in found.names.items())
