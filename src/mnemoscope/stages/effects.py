@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -107,7 +108,8 @@ class _Sides:
 def _doses(cell: Cell, sides: _Sides, directions: Directions, setting: Setting) -> Iterator[pd.DataFrame]:
     """A chosen vector from minus to plus twice its strength, and Gaussian shifts of the same norm."""
     config, side, vector = cell.config.effects, SOURCE[setting.direction], directions.vector(setting)
-    draws = list(control_draws("gaussian", directions, setting, config.draws, [cell.seed, 7]))
+    stream = zlib.crc32(f"{setting.direction}/{setting.method}".encode())  # draws of its own
+    draws = list(control_draws("gaussian", directions, setting, config.draws, [cell.seed, 7, stream]))
     shifts = [("vector", 0, vector), *(("gaussian", n, drawn) for n, drawn in draws)]
     for dose, (role, draw, shift) in product(config.doses, shifts):
         known = not dose and shift.positions == "decision"  # with "all", prompts are read without prefixes
