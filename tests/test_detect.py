@@ -110,6 +110,22 @@ def test_it_separates_conflicts_from_other_questions_and_marks_what_is_unlike_bo
     assert detector.read(away_NLD).unlike.mean() > 0.98
 
 
+def test_few_other_prompts_beside_many_conflicts_are_told_as_well() -> None:
+    """Twenty of one kind beside four hundred of the other, a spread and a half apart in one neuron."""
+
+    def observed(seed: int, others: int) -> Observed:
+        rng = np.random.default_rng(seed)
+        states_NLD, labels = rng.normal(size=(400 + others, 1, 8)), np.array(["memorized", "generalized"] * 200)
+        states_NLD[::2, 0, 1] += 2.0
+        states_NLD[400:, 0, 0] += 3.0
+        return Observed(states_NLD, np.r_[labels, ["neither"] * others].astype(object))
+
+    found, _ = fit_detectors(observed(0, 20), observed(1, 20))
+    told_N = found.read(observed(2, 400).states_NLD).p_conflict < 0.5
+    assert told_N[400:].mean() > 0.85
+    assert told_N[:400].mean() < 0.15
+
+
 def test_a_gate_acts_on_the_other_behaviour_in_a_conflict_that_is_known() -> None:
     p_NL = np.array([[0.9], [0.9], [0.9], [0.2], [0.6]])
     reading = Reading(0, p_NL, np.array([0.9, 0.1, math.nan, 0.9, 0.9]), np.array([0.5, 0.5, 0.5, 0.5, 1.5]))

@@ -244,15 +244,27 @@ def calibrated(scores_N: np.ndarray, labels_N: np.ndarray) -> tuple[float, float
 
 
 def _conflict_probe(fit: Observed, tune: Observed, layer: int) -> tuple[np.ndarray, float]:
-    """Weights and bias of P(conflict) at a layer; NaN without prompts of both kinds."""
+    """Weights and bias of P(conflict) at a layer; NaN without prompts of both kinds.
+
+    Prompts of either kind count alike, however many there are: who meets a prompt does not know how many were fitted
+    on, and of nine conflicts beside one other prompt a probe that always says conflict would be the best.
+    """
     from mnemoscope.probes import fit_layer_probes
 
     fit_N, tune_N = ((seen.followed_N != "neither").astype(np.int64) for seen in (fit, tune))
     if any(min(found.sum(), (1 - found).sum()) < LEAST for found in (fit_N, tune_N)):
         return np.full(fit.states_NLD.shape[2], math.nan), math.nan
-    probe = fit_layer_probes(fit.states_NLD[:, [layer]], fit_N, tune.states_NLD[:, [layer]], tune_N)[0]
-    slope, offset = calibrated(probe.decision_function(tune.states_NLD[:, layer]), tune_N)
+    mine_N, theirs_N = _evenly(fit_N), _evenly(tune_N)
+    states = fit.states_NLD[mine_N][:, [layer]], tune.states_NLD[theirs_N][:, [layer]]
+    probe = fit_layer_probes(states[0], fit_N[mine_N], states[1], tune_N[theirs_N])[0]
+    slope, offset = calibrated(probe.decision_function(states[1][:, 0]), tune_N[theirs_N])
     return slope * probe.weights_D_, slope * probe.bias_ + offset
+
+
+def _evenly(labels_N: np.ndarray) -> np.ndarray:
+    """Numbers of all rows, those of the rarer label again and again until there are as many."""
+    sides = [np.flatnonzero(labels_N == label) for label in (0, 1)]
+    return np.concatenate([np.resize(side_N, max(map(len, sides))) for side_N in sides])
 
 
 def _likeness(fit_ND: np.ndarray, tune_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
