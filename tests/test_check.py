@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from helpers import MINI_TASKS, label
+from mnemoscope import check
 from mnemoscope.behaviour import Asking
 from mnemoscope.check import check_task
-from mnemoscope.tasks import build_task, draw
+from mnemoscope.tasks import Example, build_task, draw
 
 
 def test_counts_are_those_of_plain_labels(mini: Callable[[str], Asking]) -> None:
@@ -52,7 +53,24 @@ def test_what_is_missing_is_said(mini: Callable[[str], Asking], tmp_path: Path) 
 
 
 @pytest.mark.parametrize("split", ["fit", "tune", "test"])
-def test_groups_of_pairs_are_among_those_of_the_sample(mini: Callable[[str], Asking], split: str) -> None:
-    found = check_task(mini("addition"), build_task("addition", MINI_TASKS["addition"], 0)).splits[split]
-    assert found.pair_groups <= found.groups <= found.conflicts
-    assert found.pair_groups <= found.pairs
+def test_groups_of_pairs_are_among_those_of_the_sample(
+    mini: Callable[[str], Asking], split: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asking, task, asked = mini("addition"), build_task("addition", MINI_TASKS["addition"], 0), list[Example]()
+    labelled = check._labels
+
+    def seen(asking: Asking, examples: Sequence[Example]) -> np.ndarray:
+        asked.extend(examples)
+        return labelled(asking, examples)
+
+    monkeypatch.setattr(check, "_labels", seen)
+    found = check_task(asking, task).splits[split]
+    assert 0 < found.pair_groups <= found.groups <= found.conflicts
+    of_item = defaultdict[str, set[str]](set)
+    mine = [e for e in dict.fromkeys(asked) if e.kind == "conflict" and e.split == split]
+    for example, shown in zip(mine, labelled(asking, mine), strict=True):
+        of_item[example.item].add(shown)
+    flips = {item for item, labels in of_item.items() if {"memorized", "generalized"} <= labels}
+    assert flips
+    assert found.pairs >= len(flips & {e.item for e in mine}) / 2, "most items that flip were paired"
+    assert found.pair_groups <= len(flips)

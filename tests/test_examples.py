@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import subprocess
 import sys
@@ -43,7 +44,9 @@ def test_the_notebook_runs(
     ran = NotebookClient(nbformat.read(path, as_version=4), timeout=300, kernel_name="python3").execute(cwd=tmp_path)
     for before, after in zip(shown.cells, ran.cells, strict=True):
         assert bool(printed(before)) == bool(printed(after)), after.source
-    assert "P(memorized) = " in "".join(map(printed, ran.cells))
+    told = re.findall(r"P\(memorized\) = ([\d.]+)", "".join(map(printed, ran.cells)))
+    assert told
+    assert all(0 <= float(one) <= 1 for one in told)
     assert (tmp_path / "run" / "report.html").is_file()
 
 

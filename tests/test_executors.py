@@ -49,6 +49,7 @@ def cluster(head: Any) -> Iterator[Any]:
         head.remove_node(node)
 
 
+@pytest.mark.faults
 def test_a_node_that_dies_costs_no_cell_and_no_finished_stage(
     cluster: Any, mini_study_file: Path, two_seeds: Path, tmp_path: Path
 ) -> None:

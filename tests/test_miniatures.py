@@ -36,7 +36,9 @@ def miniature(name: str, folders: dict[str, str]) -> dict[str, Any]:
         if task not in folders or "cell" in cell.get("model", {}) or (name, label) in ALIKE:
             continue
         grids = {
-            site: grid | {"layers": ["all", "each"], "strengths": grid["strengths"][:2]}
+            site: grid
+            | {"layers": ["all", "0"], "tops": grid["tops"][:1]}
+            | {"strengths": grid["strengths"][: 2 if site == "block" else 1]}
             for site, grid in steering["grids"].items()
         }
         cells[label] = cell | {

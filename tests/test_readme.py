@@ -91,6 +91,7 @@ def test_the_python_runs(
     """README, then the page on steering, on a miniature model and a file of its task instead of SmolLM2's."""
     mini("addition")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # two threads beside other tests would take many times as long
     options = [f"--option={name}={value}" for name, value in MINI_TASKS["addition"].items()]
     with pytest.raises(SystemExit, match="0"):
         typer.main.get_command(app).main(["data", "addition", "-n", "300", *options, "-o", "mine.jsonl"])

@@ -49,10 +49,12 @@ def test_examples_are_drawn_one_by_one_as_in_a_list(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(type(task), "examples", lambda *args: [asked.append(args[2]), examples(*args)][1])
     monkeypatch.setattr(tasks_base, "MOST_AT_ONCE", 50)
     stream = draws(task, np.random.default_rng(0), 200, "conflict", "fit")
-    assert next(stream).split == "fit"
+    first = next(stream)
     assert asked == [50], "no more is drawn than is needed"
-    assert len({(e.item, e.prompt) for e in stream}) == 199
+    streamed = [first, *stream]
     assert set(asked) == {50}
+    assert streamed == draw(task, np.random.default_rng(0), 200, "conflict", "fit")
+    assert len({(e.item, e.prompt) for e in streamed}) == 200
 
 
 def test_one_example_of_a_split_is_found_whatever_the_seed() -> None:

@@ -81,12 +81,12 @@ def test_no_group_of_a_fitted_tuned_or_calibrated_list_is_judged(copied: Path, m
         assert not judged & (fitted | tuned), name
 
 
-def test_a_second_call_does_nothing_again(mini_run: Path, mini_study_file: Path) -> None:
-    before = {p: p.stat().st_mtime_ns for p in (mini_run / "cells").rglob("*") if p.is_file()}
+def test_a_second_call_does_nothing_again(copied: Path, mini_study_file: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in (copied / "cells").rglob("*") if p.is_file()}
     told: list[tuple[object, ...]] = []
-    run_study(load_study(str(mini_study_file)), mini_run, lambda *news: told.append(news))
+    run_study(load_study(str(mini_study_file)), copied, lambda *news: told.append(news))
     assert {news[-1] for news in told} == {"done before"}
-    assert before == {p: p.stat().st_mtime_ns for p in (mini_run / "cells").rglob("*") if p.is_file()}
+    assert before == {p: p.stat().st_mtime_ns for p in (copied / "cells").rglob("*") if p.is_file()}
 
 
 @pytest.mark.parametrize("stage", ["train", "pairs", "steering"])
@@ -101,7 +101,7 @@ def test_a_run_killed_in_any_stage_goes_on_to_the_same_results(
     assert run is not None, "the stage was over before the signal came, five times"
     markers = run / "cells" / "addition-0" / "stages"
     stamps = {name: (markers / f"{name}.json").stat().st_mtime_ns for name in earlier}
-    subprocess.run([*COMMAND, str(mini_study_file), "--out", str(run)], check=True, capture_output=True)
+    run_study(load_study(str(mini_study_file)), run, workers=1)
     assert stamps == {name: (markers / f"{name}.json").stat().st_mtime_ns for name in earlier}
     assert results(run) == results(mini_run)
     for name in ("behaviour", "pairs", "probes", "steering"):
@@ -113,7 +113,9 @@ def _killed_in(stage: str, earlier: list[str], mini_study_file: Path, run: Path)
     """A run that was killed in the stage; None if the stage was over before."""
     markers = run / "cells" / "addition-0" / "stages"
     process = subprocess.Popen(
-        [*COMMAND, str(mini_study_file), "--out", str(run)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        [*COMMAND, str(mini_study_file), "--out", str(run), "--workers", "1"],
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 240
     while not ((run / "study.yaml").exists() and all((markers / f"{name}.json").exists() for name in earlier)):
@@ -257,9 +259,9 @@ def test_a_cell_that_cannot_go_on_gives_no_report(
 def test_a_full_disk_leaves_nothing_half_written(
     mini_study_file: Path, copied: Path, mini_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk fills up when the steering records are renamed into place."""
-    (copied / "cells" / "addition-0" / "stages" / "steering.json").unlink()
-    target = copied / "cells" / "addition-0" / "records" / "steering.parquet"
+    """The disk fills up when the records of effects are renamed into place."""
+    (copied / "cells" / "addition-0" / "stages" / "effects.json").unlink()
+    target = copied / "cells" / "addition-0" / "records" / "effects.parquet"
     target.unlink()
     rename = os.replace
 
@@ -270,10 +272,10 @@ def test_a_full_disk_leaves_nothing_half_written(
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space left"):
-        run_study(load_study(str(mini_study_file)), copied)
+        run_study(load_study(str(mini_study_file)), copied, workers=1)
     assert not list(copied.rglob("*.tmp*"))
     monkeypatch.undo()
-    run_study(load_study(str(mini_study_file)), copied)
+    run_study(load_study(str(mini_study_file)), copied, workers=1)
     assert results(copied) == results(mini_run)
 
 

@@ -67,9 +67,8 @@ def test_no_evaluated_prompt_is_in_training_save_what_is_stored(name: str) -> No
     evaluated |= {task.rephrase(e, rng(5)).prompt for e in task.examples(rng(4), 400, "conflict")}
     # Stored items are stored in the plain family only: that is what storing means.
     evaluated -= set().union(*map(stored_prompts, [task, *task.parts.values()]))
-    leaked = [
-        text for text in trained if any(text.startswith(p) for p in evaluated & {text[: len(p)] for p in evaluated})
-    ]
+    lengths = {len(prompt) for prompt in evaluated}
+    leaked = [text for text in trained if any(text[:length] in evaluated for length in lengths)]
     assert not leaked[:3]
 
 
