@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import mnemoscope as ms
-from little_facts import VOCABULARY, LittleFacts, little_model
+from little_facts import VOCABULARY, LittleFacts
 from mnemoscope.behaviour import Asking, mine_pairs, prepare, score
 from mnemoscope.config import ModelConfig, StopConfig
 from mnemoscope.emergence import Curve, Watcher, reached, undisturbed
@@ -421,8 +421,8 @@ class SeveralFamilies(LittleFacts):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_recall_is_told_by_family_too(tmp_path: Path) -> None:
-    asking, task = little_model(), SeveralFamilies()
+def test_recall_is_told_by_family_too(little: Asking, tmp_path: Path) -> None:
+    asking, task = little, SeveralFamilies()
     watcher = Watcher(asking.model, asking.tokenizer, task, 40)
     row = watcher.measure()
     memory = watcher.answers[watcher.answers.kind == "memory"]
