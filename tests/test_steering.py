@@ -8,13 +8,16 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import MethodType
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from families import tiny
 from helpers import hook_count, mini_examples, shifted_by_hand
-from mnemoscope.behaviour import Asking
+from mnemoscope.behaviour import Asking, capturing
 from mnemoscope.digests import facts_digest
 from mnemoscope.errors import InputError
 from mnemoscope.export import check_portable
@@ -77,6 +80,50 @@ def test_alpha_zero_and_nothing_are_bit_identical_to_no_hook(
             assert torch.equal(logits(asking), plain)
             assert generated(asking) == text
     assert torch.equal(logits(asking), plain)
+
+
+@pytest.mark.parametrize("last", ["first", "second"])
+def test_contexts_may_end_in_any_order(last: str) -> None:
+    """As those of two generators do; the model is then what it was."""
+    model = tiny("llama")
+    before, own = dict(model.__dict__), dict(model.generation_config.__dict__)
+    ids = torch.tensor([[3, 4, 5]])
+    plain = model(ids).logits
+    vector = SteeringVector("generalized", {1: torch.ones(32)})
+    contexts = {"first": vector.apply(model), "second": vector.apply(model)}
+    for context in contexts.values():
+        context.__enter__()
+    for name in sorted(contexts, key=lambda name: name == last):
+        contexts[name].__exit__(None, None, None)
+        if name != last:
+            assert not torch.equal(model(ids).logits, plain), "the other one still acts"
+    assert hook_count(model) == 0
+    assert dict(model.__dict__) == before
+    assert dict(model.generation_config.__dict__) == own
+    assert torch.equal(model(ids).logits, plain)
+
+
+def test_a_layer_that_runs_twice_in_a_pass_is_refused() -> None:
+    """A looped model would be shifted once a loop."""
+    model = tiny("llama")
+    layers, forward = model.model.layers, type(model.model).forward
+
+    def looped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = forward(self, *args, **kwargs)
+        layers[1](found.last_hidden_state, position_embeddings=self.rotary_emb(found.last_hidden_state, POSITIONS))
+        return found
+
+    model.model.forward = MethodType(looped, model.model)
+    with (
+        SteeringVector("generalized", {1: torch.ones(32)}).apply(model),
+        pytest.raises(InputError, match="1 steered layers ran 2 times in this pass"),
+    ):
+        model(torch.tensor([[3, 4, 5]]))
+    with pytest.raises(InputError, match="captured layers ran 4 times"), capturing(model, "block"):
+        model(torch.tensor([[3, 4, 5]]))
+
+
+POSITIONS = torch.arange(3)[None]
 
 
 def test_no_hook_is_left_after_an_error_and_nesting_adds_up(asking: Asking) -> None:

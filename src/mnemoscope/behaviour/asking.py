@@ -78,11 +78,12 @@ class Prompting:
         """Token ids that begin every formatted prompt; [] without a chat."""
         if not self.chat:
             return []
-        rendered = [self._rendered(tokenizer, message) for message in "1x"]
-        first, second = tokenizer(rendered, add_special_tokens=False).input_ids
-        unknown = tokenizer.unk_token_id  # may stand for both messages
-        apart = (n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b or a == unknown)
-        return first[: next(apart, min(len(first), len(second)))]
+        # White space that begins a message may merge with what stands before it.
+        rendered = [self._rendered(tokenizer, message) for message in ("1", "x", " x", "\n\nx")]
+        rows = tokenizer(rendered, add_special_tokens=False).input_ids
+        unknown = tokenizer.unk_token_id  # may stand for all messages
+        apart = (n for n, (one, *others) in enumerate(zip(*rows, strict=False)) if {*others} != {one} or one == unknown)
+        return rows[0][: next(apart, min(map(len, rows)))]
 
     def _rendered(self, tokenizer: PreTrainedTokenizerFast, message: str) -> str:
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]

@@ -327,7 +327,8 @@ def decode(asking: Asking, examples: Sequence[Example], applied: Applied = nullc
     for start in range(0, len(examples), asking.batch_size):
         inputs = asking.padded([asking.text(e.prompt) for e in examples[start : start + asking.batch_size]])
         with applied():
-            output = _generate(asking.model, inputs, longest + 1, closing, asking.pad_id)
+            room = context_length(asking.model) - inputs.input_ids.shape[1]
+            output = _generate(asking.model, inputs, min(longest + 1, room), closing, asking.pad_id)
         answers = output[:, inputs.input_ids.shape[1] :].tolist()
         ends = [next((i for i, token in enumerate(answer) if token in closing), len(answer)) for answer in answers]
         texts += tokenizer.batch_decode([answer[:end] for answer, end in zip(answers, ends, strict=True)])

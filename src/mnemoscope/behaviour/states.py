@@ -86,6 +86,8 @@ def capturing(
     def ends(module: torch.nn.Module, args: Any, output: Any) -> None:
         if left > 0:
             raise InputError(f"model: {left} of {len(wanted)} captured layers did not run in this pass")
+        if left < 0:
+            raise InputError(f"model: {len(wanted)} captured layers ran {len(wanted) - left} times in this pass")
 
     def see(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         nonlocal rows, left

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
+from mnemoscope.errors import InputError
 from mnemoscope.models.layout import core_of
 
 
@@ -100,8 +101,12 @@ def make_room(cache: Any, columns: int) -> bool:
 def select_rows(cache: Any, rows_R: Tensor | None) -> Any:
     """A cache of some rows (None: all) that passes can extend; the original stays as it is.
 
-    With all rows the two may share storage, so only the latest copy may be extended (see ``RoomyLayer``).
+    With all rows the two may share storage, so only the latest copy may be extended (see ``RoomyLayer``). InputError
+    where a layer holds a recurrent state, which passes change in place.
     """
+    for layer in cache.layers:
+        if hasattr(layer, "recurrent_states") or hasattr(layer, "conv_states"):
+            raise InputError(f"model: its cache has a {type(layer).__name__}; only caches of attention can be shared")
     copied = copy.copy(cache)
     copied.layers = [copy.copy(layer) for layer in cache.layers]
     if rows_R is not None:

@@ -37,6 +37,9 @@ Positions = Literal["decision", "all"]
 # Options of ``generate`` that read a prompt in parts, or with guesses behind it: no pass ends at the decision position.
 _NEED_START = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")
 _ROWS = ("num_beams", "num_return_sequences")  # options that make several rows of a prompt
+_MISSING = object()
+# Of attributes that contexts have set, by object and name: the value before all, then those of the contexts.
+_held: dict[tuple[int, str], list[tuple[object, Any]]] = {}
 Edit = Callable[[Tensor], Tensor]  # states (N, T, D) from the decision position on -> other states
 
 
@@ -191,16 +194,22 @@ def _edited(model: PreTrainedModel, site: Site, tracker: _PositionTracker, edits
 
 @contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Set an attribute of an object inside the context."""
-    own, before = name in owner.__dict__, owner.__dict__.get(name)
+    """Set an attribute of an object inside the context; contexts of one object may end in any order."""
+    key, mine = (id(owner), name), (object(), value)
+    held = _held.setdefault(key, [(None, owner.__dict__.get(name, _MISSING))])
+    held.append(mine)
     setattr(owner, name, value)
     try:
         yield
     finally:
-        if own:
-            setattr(owner, name, before)
-        else:
+        held.remove(mine)
+        left = held[-1][1]
+        if len(held) == 1:
+            del _held[key]
+        if left is _MISSING:
             delattr(owner, name)
+        else:
+            setattr(owner, name, left)
 
 
 def _watched(core: Any, tracker: _PositionTracker) -> Callable[..., Any]:
@@ -290,9 +299,11 @@ class _PositionTracker:
             raise InputError(f"start: {decision} is not among the columns {past} .. {end - 1} of this pass")
 
     def ends(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook of the base model: refuses a pass that left out an edited layer."""
+        """Forward hook of the base model: refuses a pass that left out an edited layer, or ran one again."""
         if self.left > 0:
             raise InputError(f"model: {self.left} of {self.edits} steered layers did not run in this pass")
+        if self.left < 0:
+            raise InputError(f"model: {self.edits} steered layers ran {self.edits - self.left} times in this pass")
 
     def read(self, module: nn.Module, inputs: Any, output: Any = None) -> None:
         """Hook of the gate's site: decides in passes that hold the decision position."""
