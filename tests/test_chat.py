@@ -54,6 +54,15 @@ def test_a_prompt_is_formatted_by_the_template_and_the_reply_begun(talking: PreT
     assert asking.whole(conflict("w3"), " w7").endswith("w53w7")
 
 
+def test_the_opening_leaves_out_what_changes_from_day_to_day_or_with_the_message(
+    talking: PreTrainedTokenizerFast,
+) -> None:
+    assert Prompting(True).opening(talking) == talking("w51", add_special_tokens=False).input_ids
+    talking.chat_template = "w50 {{ 'w1' if strftime_now('%Y')[0] == '2' else 'w2' }} " + TEMPLATE
+    assert talking.apply_chat_template([{"role": "user", "content": "w3"}], tokenize=False).startswith("w50 w1 w51 w3")
+    assert Prompting(True).opening(talking) == talking("w50", add_special_tokens=False).input_ids
+
+
 def test_what_is_read_is_what_was_rendered(talking: PreTrainedTokenizerFast) -> None:
     """Everything that asks gives for a chat what it gives for the rendered text as it is."""
     chatty = Asking(tiny("llama"), talking, ("w1", "w2"), 2, Prompting(True, split=halves))

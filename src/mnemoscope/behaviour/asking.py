@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
+UNDATED = "{% macro strftime_now(form) %}?{% endmacro %}"  # before a chat template
+
+
 @dataclass(frozen=True, slots=True)
 class Prompting:
     """The format of all prompts of a fit, a vector or a detector.
@@ -80,18 +83,20 @@ class Prompting:
             return []
         # White space that begins a message may merge with what stands before it.
         rendered = [self._rendered(tokenizer, message) for message in ("1", "x", " x", "\n\nx")]
+        undated = UNDATED + tokenizer.get_chat_template()  # another day is another date
+        rendered.append(self._rendered(tokenizer, "x", chat_template=undated))
         rows = tokenizer(rendered, add_special_tokens=False).input_ids
         unknown = tokenizer.unk_token_id  # may stand for all messages
         apart = (n for n, (one, *others) in enumerate(zip(*rows, strict=False)) if {*others} != {one} or one == unknown)
         return rows[0][: next(apart, min(map(len, rows)))]
 
-    def _rendered(self, tokenizer: PreTrainedTokenizerFast, message: str) -> str:
+    def _rendered(self, tokenizer: PreTrainedTokenizerFast, message: str, **more: Any) -> str:
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         messages.append({"role": "user", "content": message})
         try:
             # Reasoning models answer at once; other templates ignore the option.
             return tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False, **more
             )
         except Exception as error:  # a template may raise anything, for example that it takes no system message
             reason = (str(error).splitlines() or [type(error).__name__])[0]
