@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import cache_utils
 
 from families import tiny
 from helpers import hook_count, mini_examples, shifted_by_hand
@@ -21,7 +22,7 @@ from mnemoscope.behaviour import Asking, capturing
 from mnemoscope.digests import facts_digest
 from mnemoscope.errors import InputError
 from mnemoscope.export import check_portable
-from mnemoscope.models import SITES, blocks_of
+from mnemoscope.models import SITES, blocks_of, select_rows
 from mnemoscope.steering import Binding, Card, LowRank, SteeringVector
 
 
@@ -347,3 +348,18 @@ def test_impossible_vectors_are_refused(asking: Asking) -> None:
         SteeringVector("generalized", {0: torch.tensor([float("inf")])})
     with pytest.raises(InputError, match="toward"):
         SteeringVector("both", {})  # type: ignore[arg-type]
+
+
+def test_a_start_before_the_batch_is_refused() -> None:
+    """It would count from the end, and shift what nobody meant."""
+    vector = SteeringVector("generalized", {1: torch.ones(32)})
+    with pytest.raises(InputError, match=r"^start: -1; allowed is a column of the batch, from 0 on$"):
+        vector.apply(tiny("llama"), start=-1).__enter__()
+
+
+@pytest.mark.skipif(not hasattr(cache_utils, "LinearAttentionLayer"), reason="this version of the library has none")
+def test_a_cache_with_a_recurrent_state_is_not_shared() -> None:
+    cache = cache_utils.DynamicCache()
+    cache.layers = [cache_utils.LinearAttentionLayer()]
+    with pytest.raises(InputError, match="has a LinearAttentionLayer; only caches of attention can be shared"):
+        select_rows(cache, None)
