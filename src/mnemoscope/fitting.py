@@ -91,15 +91,15 @@ def fit_run(
     chat = {"chat": {"system": prompting.system, "reply": prompting.reply}} if prompting.chat else {}
     if isinstance(model, str | Path):
         described: dict[str, Any] = {"folder": str(model), **shape, **chat}
-        checked = fitting_study(described, task, options, **choices)
-        _task_of(checked, task)  # before a large model is opened for nothing
-        model, tokenizer = load_model(model, **shape | {"layout": _layout_of(checked)})
+        config = fitting_study(described, task, options, **choices)
+        _task_of(config, task)  # before a large model is opened for nothing
+        model, tokenizer = load_model(model, **shape | {"layout": _layout_of(config)})
     else:
         assert tokenizer is not None
         described = {"opened": Binding.of(model, tokenizer).weights, **shape, **chat}
-    config = fitting_study(described, task, options, **choices)
-    if layout := _layout_of(config):
-        use_layout(model, layout)
+        config = fitting_study(described, task, options, **choices)
+        if layout := _layout_of(config):
+            use_layout(model, layout)
     if budget is not None:
         asking = Asking(model, tokenizer, batch_size=MEASURED["pairs"]["batch_size"], prompting=prompting)
         levels = [fitting_study(described, task, options, **choices, level=n) for n in range(len(LEVELS))]

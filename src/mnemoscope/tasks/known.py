@@ -123,7 +123,7 @@ class KnownTask(Task):
 
     def _agreeing_how(self, fact: Fact, frame: str) -> How:
         """One of the wordings of conflicts, drawn for each fact, so that no wording is a sign that a text agrees."""
-        hows = list(self._hows(fact, frame))
+        hows = self._hows(fact, frame)
         rng = np.random.default_rng([self.seed, *f"agreeing|{frame}|{'|'.join(fact)}".encode()])
         return hows[int(rng.integers(len(hows)))]
 
