@@ -243,6 +243,7 @@ def test_the_command_line_writes_both_kinds(made: Path) -> None:
         (("v.safetensors", "--to", "onnx"), "to: 'onnx' is not one of checkpoint, gguf"),
         (("decision.safetensors", "--to", "gguf"), "positions: 'decision' cannot be exported"),
         (("v.safetensors", "--to", "checkpoint"), "model: a checkpoint is made of a model"),
+        (("v.safetensors", "--to", "gguf", "--toward", "memory"), "toward: 'memory'; the vector in v.safetensors"),
         (("absent.safetensors", "--to", "gguf"), "absent.safetensors cannot be read"),
         (("unbound.safetensors", "--to", "gguf"), "model: the vector does not say which model it was made on"),
         (("unbound.safetensors", "--to", "gguf", "--model", "model"), "binding: the vector does not say which model"),

@@ -22,12 +22,14 @@ from families import tiny, tokenizer
 from helpers import MINI_TASKS, hook_count, sign
 from little_facts import LittleFacts
 from mnemoscope.behaviour import Asking, phrase_of, states_at_the_end
+from mnemoscope.config import dump_study
 from mnemoscope.errors import InputError
 from mnemoscope.export import SITES_FOR
 from mnemoscope.face import vector_file
 from mnemoscope.models import load_model
 from mnemoscope.recipe import LEVELS, ONE_LAYER, SETTINGS, STEERING, fitting_study
 from mnemoscope.stages.choose import settings_of
+from mnemoscope.steering import Binding
 from mnemoscope.tasks.jsonl import JsonlTask
 from test_cli import call
 
@@ -385,6 +387,24 @@ def test_a_budget_leaves_out_what_costs_most_for_what_it_gives(user: User, tmp_p
             ms.fit(user.model, user.words, str(user.data), out=tmp_path / "run", budget=wrong, **QUICK)
     assert user.told[0] == "left out to keep to 60 minutes: nothing"
     assert "to keep to the budget" not in str(user.fitted.summary())
+
+
+def test_a_stopped_fit_goes_on_with_the_parts_it_had_whatever_the_machine_does_now(user: User, tmp_path: Path) -> None:
+    class StoppedError(Exception):
+        pass
+
+    def stop(cell: str, stage: str, done: int, total: int, note: str) -> None:
+        raise StoppedError(note)
+
+    described = {"opened": Binding.of(user.model, user.words).weights}
+    before = fitting_study(described, str(user.data), {}, **QUICK, level=3)
+    (tmp_path / "study.yaml").write_text(dump_study(before))
+    for begun, parts in ((False, "nothing"), (True, before.left_out)):
+        if begun:
+            (tmp_path / "cells" / "sums-0" / "stages").mkdir(parents=True)
+            (tmp_path / "cells" / "sums-0" / "stages" / "behaviour.json").write_text("{}")
+        with pytest.raises(StoppedError, match=f"^left out to keep to 60 minutes: {parts}$"):
+            ms.fit(user.model, user.words, str(user.data), out=tmp_path, budget=60, progress=stop, **QUICK)
 
 
 def told_by(told: list[str]) -> Callable[..., None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,14 @@ import torch
 import mnemoscope as ms
 from little_facts import SUBJECTS, VALUES, VOCABULARY
 from mnemoscope.config import ModelConfig
+from mnemoscope.digests import locked
+from mnemoscope.errors import InputError
 from mnemoscope.models import build_gpt2, load_model, word_tokenizer
+from mnemoscope.serving.certificate import certify
 from mnemoscope.serving.client import Server
 from mnemoscope.serving.proof import prove
 from mnemoscope.serving.served import Proof
+from mnemoscope.steering import Binding
 from served import random_run
 from stand_in import Fault, serving
 from test_cli import call
@@ -147,6 +152,20 @@ def test_what_a_server_was_proven_with_says_so_in_its_cards(folders: tuple[Path,
             assert after.vectors[toward].tensors().keys() == vector.tensors().keys()
             for name, tensor in vector.tensors().items():
                 assert torch.equal(after.vectors[toward].tensors()[name], tensor)
+
+
+def test_cards_of_a_run_in_use_stay_as_they_are(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    run = Path(shutil.copytree(folders[1], tmp_path / "run"))
+    before = {path: path.read_bytes() for path in run.rglob("*.json")}
+    binding, shown = Binding.of(*load_model(folders[0])), Proof("steered = transformers'", 0.0, 1.0, 4, 0, 0, 9.0)
+    with locked(run, lambda: True), pytest.raises(InputError, match=r"run is in use by another run$"):
+        certify(run, binding, "vLLM 0.0", "float32", [shown])
+    failed = replace(shown, wrong=1)
+    for proofs_of, message in (([], "nothing was shown"), ([shown, failed], "steered = transformers' was not shown")):
+        with pytest.raises(InputError, match=f"^certify: {message}; a certificate"):
+            certify(run, binding, "vLLM 0.0", "float32", proofs_of)
+    assert {path: path.read_bytes() for path in run.rglob("*.json")} == before
+    assert len(certify(run, binding, "vLLM 0.0", "float32", [shown])) == 4
 
 
 def test_what_cannot_be_proven_is_one_line(folders: tuple[Path, Path], tmp_path: Path) -> None:

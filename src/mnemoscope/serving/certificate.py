@@ -26,9 +26,9 @@ def certify(source: Path, binding: Binding, engine: str, precision: str, proofs:
 
     Returns the files that were written. InputError where a proof did not pass.
     """
-    failed = next((proof.name for proof in proofs if not proof.passed), None)
-    if failed or not proofs:
-        raise InputError(f"certify: {failed or 'nothing'} was not shown; a certificate says that all checks passed")
+    failed = next((f"{proof.name} was not" for proof in proofs if not proof.passed), None if proofs else "nothing was")
+    if failed:
+        raise InputError(f"certify: {failed} shown; a certificate says that all checks passed")
     compared = max(proof.difference for proof in proofs)
     shown = f"{precision}, {len(proofs)} checks of {sum(proof.answers for proof in proofs)} answers, "
     shown += f"differences up to {compared:.1e}, {time.strftime('%Y-%m-%d', time.gmtime())}"
