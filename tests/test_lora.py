@@ -354,6 +354,7 @@ def test_a_checkpoint_whose_state_is_half_written_is_none(tmp_path: Path) -> Non
     assert not (tmp_path / "checkpoint-10").exists()
 
 
+@pytest.mark.faults
 def test_a_run_killed_while_it_saves_goes_on_to_the_same_bytes(adapted_run: Path, tmp_path: Path) -> None:
     """Killed between the adapter and the model, the next process has another order of sets."""
     run = Path(shutil.copytree(adapted_run / "run", tmp_path / "run"))

@@ -85,6 +85,7 @@ def dies(number: int) -> int:
     os._exit(number)
 
 
+@pytest.mark.faults
 def test_an_error_of_an_item_is_raised_and_a_killed_process_is_reported() -> None:
     with pytest.raises(StudyError, match="1 cannot be done"), in_processes(2) as parallel:
         list(parallel(fails, [1, 2]))
@@ -103,6 +104,7 @@ def dies_at_first(folder: Path, number: int) -> int:
     return number
 
 
+@pytest.mark.faults
 def test_a_killed_process_costs_the_other_items_nothing(tmp_path: Path) -> None:
     with in_processes(2) as parallel:
         assert list(parallel(partial(dies_at_first, tmp_path), range(5))) == [0, 1, 2, 3, 4]
@@ -118,6 +120,7 @@ def killed_cell(folder: Path, cell: Cell, progress: Progress) -> None:
     dies_at_first(folder, int(cell.name))
 
 
+@pytest.mark.faults
 def test_a_cell_whose_process_is_killed_runs_again_and_is_given_up_in_one_line(tmp_path: Path) -> None:
     config = load_study("quickstart").cells["addition"]
     cells = [Cell(str(number), "addition", number, config, 1, tmp_path) for number in (3, 4, 5, 6)]
@@ -233,6 +236,7 @@ def test_a_costly_cell_has_fewer_seeds_and_its_borrowers_no_more_than_it(tmp_pat
         parse_study(raw)
 
 
+@pytest.mark.faults
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to see who is left")
 def test_a_killed_run_leaves_no_process_behind(mini_study_file: Path, tmp_path: Path) -> None:
     mark = f"MNEMOSCOPE_TEST={tmp_path}"
