@@ -131,7 +131,10 @@ def _unpickled(function: bytes) -> Callable[[Any], Any]:
 
 
 def _call(function: bytes, item: Any) -> Any:
-    return _unpickled(function)(item)
+    from mnemoscope.models import quick_products
+
+    with quick_products():
+        return _unpickled(function)(item)
 
 
 def _call_on_node(function: bytes, folder: str, threads: int, item: Any) -> Any:

@@ -1,0 +1,97 @@
+"""Matrix products of linear layers by the quicker of the two libraries that torch has for them on a processor.
+
+Shapes: R rows, D neurons in, E neurons out.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
+
+LEAST = 2**19  # multiplications, below which calling the other library costs what it saves
+
+
+@contextmanager
+def quick_products() -> Iterator[None]:
+    """Inside the context linear layers with frozen float32 weights are multiplied by oneDNN where that is quicker.
+
+    torch takes MKL, which uses half of what processors with AVX-512 can do unless Intel made them
+    (`benchmarks/products.py`). Results differ from those of MKL as any two orders of summation do. Passes in other
+    precisions, layers that are trained and other devices are left alone.
+    """
+    if not _is_quicker():
+        yield
+        return
+    with _ByOneDNN():
+        yield
+
+
+@cache
+def _is_quicker() -> bool:
+    """Whether oneDNN uses instructions that MKL does not."""
+    has_it = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if not (has_it and torch.backends.mkl.is_available() and sys.platform == "linux"):
+        return False
+    try:
+        described = Path("/proc/cpuinfo").read_text(errors="replace")
+    except OSError:
+        return False
+    return "AVX512" in torch.backends.cpu.get_cpu_capability() and "AuthenticAMD" in described
+
+
+class _ByOneDNN(TorchFunctionMode):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is nn.functional.linear and not kwargs and _is_for_onednn(*args):
+            states, weight_ED, bias_E = (*args, None)[:3]
+            if torch.is_grad_enabled() and states.requires_grad:
+                return _Product.apply(states, weight_ED, bias_E)
+            return _product(states, weight_ED, bias_E)
+        return func(*args, **(kwargs or {}))
+
+
+def _is_for_onednn(states: Any, weight_ED: Any, bias_E: Any = None) -> bool:
+    return (
+        type(states) is Tensor
+        and type(weight_ED) in (Tensor, nn.Parameter)
+        and states.dtype == weight_ED.dtype == torch.float32
+        and states.device.type == weight_ED.device.type == "cpu"
+        and states.numel() * weight_ED.shape[0] >= LEAST
+        and not (weight_ED.requires_grad or (bias_E is not None and bias_E.requires_grad))
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _product(states: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor:
+    """Of states (..., D), the product (..., E)."""
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(states, weight_ED, bias_E, "none", [], "")
+    return found
+
+
+class _Product(torch.autograd.Function):
+    """The same with the gradient of the states."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight_ED)
+        return _product(states, weight_ED, bias_E)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (weight_ED,) = ctx.saved_tensors
+        return _product(gradient.contiguous(), weight_ED.t()), None, None

@@ -1,0 +1,98 @@
+"""Linear layers by another library: the same products and gradients, and only where nothing else is meant."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from families import tiny
+from mnemoscope.models import core_of, products, quick_products
+from mnemoscope.steering import SteeringVector
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch was built without oneDNN"
+)
+
+
+@pytest.fixture(autouse=True)
+def used(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of the products that oneDNN made, on any processor and of any size."""
+    shapes: list[tuple[int, ...]] = []
+    plain = products._product
+
+    def product(states: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor:
+        shapes.append((*states.shape, len(weight_ED)))
+        return plain(states, weight_ED, bias_E)
+
+    monkeypatch.setattr(products, "_product", product)
+    monkeypatch.setattr(products, "_is_quicker", lambda: True)
+    monkeypatch.setattr(products, "LEAST", 0)
+    return shapes
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("whole", [True, False], ids=["in one piece", "a part of a tensor"])
+def test_products_and_gradients_are_those_of_float64(biased: bool, whole: bool, used: list[tuple[int, ...]]) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(48, 80, bias=biased).requires_grad_(False)
+    states = torch.randn(3, 7, 48)[:, 0 if whole else 2 :].requires_grad_()
+    towards = torch.randn(*states.shape[:2], 80)
+    with quick_products():
+        found = layer(states)
+        (gradient,) = torch.autograd.grad(found, states, towards)
+        with torch.no_grad():
+            assert torch.equal(layer(states), found)
+            assert layer(states[:0]).shape == (0, states.shape[1], 80)
+    assert len(used) == 4
+    double, exact = states.detach().double().requires_grad_(), layer.double()
+    wanted = exact(double)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        gradient.double(), torch.autograd.grad(wanted, double, towards.double())[0], rtol=1e-5, atol=1e-6
+    )
+
+
+def test_what_is_trained_or_of_another_precision_is_left_to_torch(used: list[tuple[int, ...]]) -> None:
+    layer, states = nn.Linear(16, 16), torch.randn(4, 16)
+    plain = layer(states)
+    with quick_products():
+        assert torch.equal(layer(states), plain)
+        layer(states).sum().backward()
+        assert layer.weight.grad is not None
+        layer.requires_grad_(False)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(states).dtype == torch.bfloat16
+        layer.double()(states.double())
+        layer.bfloat16()(states.bfloat16())
+    assert used == []
+
+
+def test_a_gradient_of_a_gradient_is_refused() -> None:
+    layer, states = nn.Linear(8, 8).requires_grad_(False), torch.randn(2, 8, requires_grad=True)
+    with quick_products():
+        (first,) = torch.autograd.grad((layer(states) ** 2).sum(), states, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma"])
+def test_a_model_answers_as_before_and_alpha_0_changes_no_bit(family: str, used: list[tuple[int, ...]]) -> None:
+    model = tiny(family).requires_grad_(False)
+    ids = torch.arange(24).reshape(2, 12) % 40
+    width = core_of(model).config.hidden_size
+    vector = SteeringVector("generalized", {1: torch.randn(width)}, positions="all")
+
+    def logits() -> Tensor:
+        with torch.no_grad():
+            found: Tensor = model(ids).logits
+        return found
+
+    before = logits()
+    with quick_products():
+        inside = logits()
+        with vector.apply(model, alpha=0.0):
+            assert torch.equal(logits(), inside)
+    assert used
+    torch.testing.assert_close(inside, before, rtol=1e-4, atol=1e-5)
+    assert torch.equal(logits(), before)
