@@ -60,6 +60,10 @@ def test_what_is_trained_or_of_another_precision_is_left_to_torch(used: list[tup
         assert torch.equal(layer(states), plain)
         layer(states).sum().backward()
         assert layer.weight.grad is not None
+        assert used == []
+        with torch.no_grad():
+            assert layer(states).shape == plain.shape
+        assert used.pop() == (4, 16, 16)
         layer.requires_grad_(False)
         with torch.autocast("cpu", torch.bfloat16):
             assert layer(states).dtype == torch.bfloat16

@@ -17,7 +17,7 @@ from mnemoscope.behaviour import Asking, Prompting, draw_candidates, prepare, sc
 from mnemoscope.cells import Opened
 from mnemoscope.config import LayoutConfig, StudyConfig, dump_study
 from mnemoscope.errors import InputError
-from mnemoscope.models import load_model, use_layout
+from mnemoscope.models import load_model, quick_products, use_layout
 from mnemoscope.recipe import LEVELS, MEASURED, Level, fitting_study
 from mnemoscope.steering import Binding
 from mnemoscope.strict import read_text
@@ -103,7 +103,7 @@ def fit_run(
     if budget is not None:
         asking = Asking(model, tokenizer, batch_size=MEASURED["pairs"]["batch_size"], prompting=prompting)
         levels = [fitting_study(described, task, options, **choices, level=n) for n in range(len(LEVELS))]
-        with _left_as_it_was(model):
+        with _left_as_it_was(model), quick_products():
             config = _within(60 * budget, began, asking, task, options, levels, out)
         progress("fit", "budget", 1, 1, f"left out to keep to {budget:g} minutes: {config.left_out or 'nothing'}")
     opened = Opened(model, tokenizer, task if isinstance(task, Task) else None)

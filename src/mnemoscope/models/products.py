@@ -22,7 +22,7 @@ LEAST = 2**19  # multiplications, below which calling the other library costs wh
 
 @contextmanager
 def quick_products() -> Iterator[None]:
-    """Inside the context linear layers with frozen float32 weights are multiplied by oneDNN where that is quicker.
+    """Inside the context linear layers of float32 that are not trained are multiplied by oneDNN where that is quicker.
 
     torch takes MKL, which uses half of what processors with AVX-512 can do unless Intel made them
     (`benchmarks/products.py`). Results differ from those of MKL as any two orders of summation do. Passes in other
@@ -71,7 +71,7 @@ def _is_for_onednn(states: Any, weight_ED: Any, bias_E: Any = None) -> bool:
         and states.dtype == weight_ED.dtype == torch.float32
         and states.device.type == weight_ED.device.type == "cpu"
         and states.numel() * weight_ED.shape[0] >= LEAST
-        and not (weight_ED.requires_grad or (bias_E is not None and bias_E.requires_grad))
+        and not (torch.is_grad_enabled() and (weight_ED.requires_grad or (bias_E is not None and bias_E.requires_grad)))
         and not torch.is_autocast_enabled("cpu")
     )
 
