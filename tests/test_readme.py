@@ -121,6 +121,13 @@ def test_the_page_of_records_is_that_of_the_code() -> None:
     assert "| `minus_control` | {str:" in printed
 
 
+def test_the_page_of_the_arena_is_that_of_the_published_results() -> None:
+    results = sorted((ROOT / "docs" / "results" / "arena").glob("*.json"))
+    printed = [sys.executable, ROOT / "docs" / "arena.py", *results]
+    page = subprocess.run(printed, capture_output=True, text=True, check=True).stdout
+    assert page == (ROOT / "docs" / "ARENA.md").read_text(), "python docs/arena.py docs/results/arena/*.json"
+
+
 def test_the_tables_of_the_review_are_those_of_the_report(mini_run: Path) -> None:
     """Every story is there, and a shift in its table is the one of results.json."""
     command = [sys.executable, ROOT / "docs" / "review.py", mini_run]
