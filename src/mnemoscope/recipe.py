@@ -73,14 +73,14 @@ FEWER = FEW | {
 HALF, QUARTER = (FEWER | {"steering": {"low_rank": {"steps": steps, "refits": 0}}} for steps in (16, 8))
 NOT_LEARNED = ("standardized-nmd", "gradient", "low-rank")
 LEVELS = (
-    Level("nothing", 1.45, 94_800),
-    Level("dose curves, ablations and divergence on neutral text", 1.37, 88_800, FEW),
-    Level("learned shifts", 1.3, 84_000, FEW, NOT_LEARNED),
-    Level("half of the examples", 1.2, 78_400, FEWER, NOT_LEARNED),
-    Level("half of the layers", 1.2, 72_000, FEWER, NOT_LEARNED, 0.5),
-    Level("half of the steps of low-rank shifts", 1.2, 61_000, HALF, NOT_LEARNED, 0.5),
-    Level("another quarter of these steps", 1.2, 49_000, QUARTER, NOT_LEARNED, 0.5),
-    Level("low-rank shifts", 1.0, 40_500, FEWER, ("standardized-nmd", "gradient"), 0.5),
+    Level("nothing", 2.0, 94_800),
+    Level("dose curves, ablations and divergence on neutral text", 1.9, 88_800, FEW),
+    Level("learned shifts", 1.8, 84_000, FEW, NOT_LEARNED),
+    Level("half of the examples", 1.65, 78_400, FEWER, NOT_LEARNED),
+    Level("half of the layers", 1.65, 72_000, FEWER, NOT_LEARNED, 0.5),
+    Level("half of the steps of low-rank shifts", 1.65, 61_000, HALF, NOT_LEARNED, 0.5),
+    Level("another quarter of these steps", 1.65, 49_000, QUARTER, NOT_LEARNED, 0.5),
+    Level("low-rank shifts", 1.4, 40_500, FEWER, ("standardized-nmd", "gradient"), 0.5),
 )
 
 
