@@ -1,6 +1,6 @@
 """Matrix products of linear layers by the quicker of the two libraries that torch has for them on a processor.
 
-Shapes: R rows, D neurons in, E neurons out.
+Shapes: D neurons in, E neurons out.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-LEAST = 2**19  # multiplications, below which calling the other library costs what it saves
+LEAST = 2**19  # multiplications, below which a call of the other library may cost what it saves
 
 
 @contextmanager
 def quick_products() -> Iterator[None]:
     """Inside the context linear layers of float32 that are not trained are multiplied by oneDNN where that is quicker.
 
-    torch takes MKL, which uses half of what processors with AVX-512 can do unless Intel made them
-    (`benchmarks/products.py`). Results differ from those of MKL as any two orders of summation do. Passes in other
-    precisions, layers that are trained and other devices are left alone.
+    torch takes MKL, which leaves AVX-512 of AMD processors unused (`benchmarks/products.py`). Results differ from those
+    of MKL as any two orders of summation do. Passes in other precisions, layers that are trained and other devices are
+    left alone.
     """
     if not _is_quicker():
         yield

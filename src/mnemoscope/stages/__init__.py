@@ -7,7 +7,7 @@ from mnemoscope.cells import Cell, Tell
 from mnemoscope.models import quick_products
 from mnemoscope.stages.cards import cards_stage
 from mnemoscope.stages.common import cell_model, check_cell, with_kept_data
-from mnemoscope.stages.compare import compare_stage as compare
+from mnemoscope.stages.compare import compare_stage
 from mnemoscope.stages.detect import detection_stage
 from mnemoscope.stages.effects import effects_stage
 from mnemoscope.stages.lists import Records
@@ -34,4 +34,3 @@ WRITES: dict[str, tuple[str, ...]] = {
     "samples": ("records/samples.parquet",),
 }
 STAGES = {stage.__name__.removesuffix("_stage"): quick_products()(stage) for stage in IN_ORDER}
-compare_stage = quick_products()(compare)

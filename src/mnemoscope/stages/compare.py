@@ -18,6 +18,7 @@ from mnemoscope.behaviour import Asking, read_states
 from mnemoscope.cells import Cell, Tell, grouped
 from mnemoscope.contrast import Contrast
 from mnemoscope.directions import SOURCE, gaussian, steered, with_prefixes
+from mnemoscope.models import quick_products
 from mnemoscope.processes import Map
 from mnemoscope.schemas import CellFacts, ProbeFacts, read_chosen
 from mnemoscope.stages.common import cell_model, kept_states, write_table
@@ -34,6 +35,7 @@ TRANSFERRED_PAIRS = 300
 GAUSSIAN_DRAWS = 5
 
 
+@quick_products()
 def compare_stage(cells: Sequence[Cell], run: Path, parallel: Map, tell: Tell) -> list[Path]:
     """Compare seeds and, where labels share a model, tasks."""
     tell(0, 2, "seeds")
