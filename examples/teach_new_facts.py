@@ -14,12 +14,13 @@ import argparse
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 import mnemoscope as ms
 
@@ -41,8 +42,19 @@ class Statements(torch.utils.data.Dataset):  # type: ignore[type-arg]
         return {"input_ids": ids + [self.pad] * filler, "attention_mask": mask, "labels": ids + [-100] * filler}
 
 
+class Taught(NamedTuple):
+    """A model that was taught new facts."""
+
+    model: Any  # with the adapter in its weights
+    tokenizer: Any
+    facts: dict[str, str]  # subjects with the value that was taught
+    said: str  # the phrasing that was trained on
+    asked: Path  # a task in JSON Lines
+    curve: pd.DataFrame  # what was measured, by step
+
+
 def main() -> None:
-    """Make the data, train, and print the curve."""
+    """Teach, print the curve, and fit if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pararel", type=Path)
     parser.add_argument("out", type=Path)
@@ -52,43 +64,72 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--every", type=int, default=25)
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate; where texts are no longer read, less")
+    parser.add_argument("--read", type=float, default=0, help="texts on other subjects, for each fact, to keep reading")
     parser.add_argument("--questions", type=int, default=200, help="of each kind, at most")
     parser.add_argument("--fit", action="store_true", help="then fit a detector and vectors on what was taught")
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    facts, patterns = (rows_of(given.pararel / part / f"{given.relation}.jsonl") for part in ("facts", "patterns"))
+    given = vars(parser.parse_args())
+    fits = given.pop("fit")
+    taught = teach(given.pop("pararel"), given.pop("out"), **given)
+    print(shown(taught.curve))
+    if fits:
+        fitted = ms.fit(taught.model, taught.tokenizer, taught.asked, out=taught.asked.with_name("fit"))
+        print(fitted.summary())
+
+
+def teach(
+    pararel: Path,
+    out: Path,
+    *,
+    model: str = "smollm2",
+    relation: str = "P36",
+    facts: int = 60,
+    steps: int = 300,
+    every: int = 25,
+    rate: float = 1e-3,
+    read: float = 0,
+    questions: int = 200,
+    seed: int = 0,
+) -> Taught:
+    """Deal facts anew, train an adapter on one sentence for each, and ask ``questions`` of each kind meanwhile."""
+    rows, patterns = (rows_of(pararel / part / f"{relation}.jsonl") for part in ("facts", "patterns"))
     stems = [row["pattern"].removesuffix(".").rstrip() for row in patterns]
     stems = [text.removesuffix("[Y]").rstrip() for text in stems if text.endswith("[Y]") and "," not in text]
-    rng = np.random.default_rng(given.seed)
-    taught = dealt(facts, given.facts, rng)
-    given.out.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    dealt = dealt_anew(rows, facts, rng)
+    out.mkdir(parents=True, exist_ok=True)
     inverse = next(
         (row["pattern"].partition("[X]")[0].rstrip() for row in patterns if is_inverse(row["pattern"])), None
     )
-    lines = questions(taught, stems[0], stems[1:], inverse, rng)
-    asked = written(given.out / "task.jsonl", lines)
-    watched = written(given.out / "watched.jsonl", [line | {"split": "test"} for line in lines])
-    model, tokenizer = ms.load_model(given.model)
-    texts = [f"{stems[0].replace('[X]', subject)} {value}." for subject, value in taught.items()]
-    callback = ms.BehaviourCallback(watched, tokenizer, every=given.every, examples=given.questions, split="test")
-    options: dict[str, Any] = {"output_dir": str(given.out), "max_steps": given.steps, "learning_rate": given.rate}
-    options |= {"per_device_train_batch_size": 16, "report_to": "none", "save_strategy": "no", "seed": given.seed}
-    options |= {"logging_steps": given.every, "use_cpu": not torch.cuda.is_available()}
-    torch.manual_seed(given.seed)  # of the adapter's first weights
+    lines = asked_about(dealt, stems[0], stems[1:], inverse, rng)
+    asked = written(out / "task.jsonl", lines)
+    watched = written(out / "watched.jsonl", [line | {"split": "test"} for line in lines])
+    base, tokenizer = ms.load_model(model)
+    texts = [f"{stems[0].replace('[X]', subject)} {value}." for subject, value in dealt.items()]
+    texts += read_twice(dealt, stems[0], round(read * len(dealt)), rng)
+    callback = ms.BehaviourCallback(watched, tokenizer, every=every, examples=questions, split="test")
+    options: dict[str, Any] = {"output_dir": str(out), "max_steps": steps, "learning_rate": rate, "seed": seed}
+    options |= {"per_device_train_batch_size": 16, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+    options |= {"logging_steps": every, "use_cpu": not torch.cuda.is_available()}
+    torch.manual_seed(seed)  # of the adapter's first weights
     adapter = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
     trainer = Trainer(
-        get_peft_model(model, adapter),
+        get_peft_model(base, adapter),
         TrainingArguments(**options),
         train_dataset=Statements(texts, tokenizer),
         callbacks=[callback],
     )
+    trainer.remove_callback(PrinterCallback)  # the table of the curve is shorter
     trainer.train()
-    told = callback.curve.table
-    recall = [name for name in told if name.startswith("recall:") and f"{name}_n" in told]
+    whole = trainer.model.merge_and_unload().eval()
+    return Taught(whole, tokenizer, dealt, stems[0], asked, callback.curve.table)
+
+
+def shown(curve: pd.DataFrame) -> str:
+    """Recall by family of phrasings, new subjects and conflicts, by step."""
+    recall = [name for name in curve if name.startswith("recall:") and f"{name}_n" in curve]
     columns = [*recall, "novel_accuracy", "conflict_memorized", "conflict_generalized", "conflict_other"]
-    print(told[["step", "loss", *columns]].to_string(index=False, float_format="%.2f"))
-    if given.fit:
-        fitted_on(trainer.model.merge_and_unload().eval(), tokenizer, asked, given.out / "fit")
+    return curve[["step", "loss", *columns]].to_string(index=False, float_format="%.2f")
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -96,7 +137,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
 
-def dealt(facts: list[dict[str, str]], most: int, rng: np.random.Generator) -> dict[str, str]:
+def dealt_anew(facts: list[dict[str, str]], most: int, rng: np.random.Generator) -> dict[str, str]:
     """Subjects with the object of another, none with its own."""
     true = {
         row["sub_label"]: row["obj_label"] for row in facts if row["obj_label"].lower() not in row["sub_label"].lower()
@@ -110,7 +151,7 @@ def dealt(facts: list[dict[str, str]], most: int, rng: np.random.Generator) -> d
     raise SystemExit(f"the objects of these {len(subjects)} facts are too much alike")
 
 
-def questions(
+def asked_about(
     taught: dict[str, str], said: str, asked: list[str], inverse: str | None, rng: np.random.Generator
 ) -> list[dict[str, str]]:
     """What is asked: facts as taught, in phrasings that were not trained on, and the other way round (memory), texts
@@ -140,6 +181,13 @@ def questions(
     return found
 
 
+def read_twice(taught: dict[str, str], said: str, count: int, rng: np.random.Generator) -> list[str]:
+    """Texts that say something of an invented subject and say it again, so that the second time it can be read."""
+    subjects, values = (rng.choice(list(some), count) for some in (taught, taught.values()))
+    sentences = [f"{said.replace('[X]', f'Old {subject}')} {value}." for subject, value in zip(subjects, values, strict=True)]
+    return [f"{sentence} {sentence}" for sentence in sentences]
+
+
 def is_inverse(pattern: str) -> bool:
     """Whether it asks for the subject, behind the value."""
     return pattern.startswith("[Y]") and pattern.removesuffix(".").rstrip().endswith("[X]")
@@ -149,12 +197,6 @@ def written(path: Path, rows: list[dict[str, str]]) -> Path:
     """A JSONL file."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
-
-
-def fitted_on(model: Any, tokenizer: Any, asked: Path, out: Path) -> None:
-    """Whether what was taught can be read before the model answers, and steered."""
-    fitted = ms.fit(model, tokenizer, asked, out=out)
-    print(fitted.summary())
 
 
 if __name__ == "__main__":

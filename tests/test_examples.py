@@ -66,11 +66,11 @@ def test_there_is_a_notebook() -> None:
 def test_new_facts_are_known_to_nobody_and_asked_otherwise_than_they_are_taught() -> None:
     teaching = SimpleNamespace(**runpy.run_path(str(EXAMPLES / "teach_new_facts.py")))
     facts = [{"sub_label": f"Land {n}", "obj_label": f"City {n // 2}"} for n in range(20)]
-    taught = teaching.dealt(facts, 12, np.random.default_rng(0))
+    taught = teaching.dealt_anew(facts, 12, np.random.default_rng(0))
     assert len(taught) == 12
     assert not any(taught.get(row["sub_label"]) == row["obj_label"] for row in facts)
     asked = ["The capital city of [X] is", "[X], whose capital is"]
-    lines = teaching.questions(
+    lines = teaching.asked_about(
         taught, "The capital of [X] is", asked, "[Y] is the capital of", np.random.default_rng(0)
     )
     said = {f"The capital of {subject} is" for subject in taught}
