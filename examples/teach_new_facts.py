@@ -49,6 +49,7 @@ class Taught(NamedTuple):
     tokenizer: Any
     facts: dict[str, str]  # subjects with the value that was taught
     said: str  # the phrasing that was trained on
+    otherwise: list[str]  # phrasings that were not
     asked: Path  # a task in JSON Lines
     curve: pd.DataFrame  # what was measured, by step
 
@@ -122,7 +123,7 @@ def teach(
     trainer.remove_callback(PrinterCallback)  # the table of the curve is shorter
     trainer.train()
     whole = trainer.model.merge_and_unload().eval()
-    return Taught(whole, tokenizer, dealt, stems[0], asked, callback.curve.table)
+    return Taught(whole, tokenizer, dealt, stems[0], stems[1:], asked, callback.curve.table)
 
 
 def shown(curve: pd.DataFrame) -> str:
@@ -184,7 +185,9 @@ def asked_about(
 def read_twice(taught: dict[str, str], said: str, count: int, rng: np.random.Generator) -> list[str]:
     """Texts that say something of an invented subject and say it again, so that the second time it can be read."""
     subjects, values = (rng.choice(list(some), count) for some in (taught, taught.values()))
-    sentences = [f"{said.replace('[X]', f'Old {subject}')} {value}." for subject, value in zip(subjects, values, strict=True)]
+    sentences = [
+        f"{said.replace('[X]', f'Old {subject}')} {value}." for subject, value in zip(subjects, values, strict=True)
+    ]
     return [f"{sentence} {sentence}" for sentence in sentences]
 
 
