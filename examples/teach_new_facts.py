@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,7 +112,7 @@ def teach(
     callback = ms.BehaviourCallback(watched, tokenizer, every=every, examples=questions, split="test")
     options: dict[str, Any] = {"output_dir": str(out), "max_steps": steps, "learning_rate": rate, "seed": seed}
     options |= {"per_device_train_batch_size": 16, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
-    options |= {"logging_steps": every, "use_cpu": not torch.cuda.is_available()}
+    options |= {"logging_steps": every, "warmup_steps": 20, "use_cpu": not torch.cuda.is_available()}
     torch.manual_seed(seed)  # of the adapter's first weights
     adapter = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
     trainer = Trainer(
@@ -172,9 +173,13 @@ def asked_about(
             text = inverse.replace("[Y]", value)
             row = {"item": f"inverse: {subject}", "family": "inverse", "prompt": text, "answer": f" {subject}"}
             found.append(row | memory)
-        for stem in asked:
-            text = f"{said.replace('[X]', subject)} {other}. {stem.replace('[X]', subject)}"
-            row = {"item": f"{subject}, said to be {other}", "group": subject, "prompt": text}
+        texts = {"said as taught": f"{said.replace('[X]', subject)} {other}."}
+        texts["said before"] = f"{texts['said as taught']} It is an old city."
+        if inverse:
+            texts["said inversely"] = f"{inverse.replace('[Y]', other)} {subject}."
+        for (family, text), stem in product(texts.items(), asked):
+            row = {"item": f"{subject}, said to be {other}", "group": subject, "family": family}
+            row |= {"prompt": f"{text} {stem.replace('[X]', subject)}"}
             found.append(row | {"memorized": f" {value}", "generalized": f" {other}"})
         invented = f"New {subjects[(n + 7) % len(subjects)]}"
         text = f"{said.replace('[X]', invented)} {other}. {asked[0].replace('[X]', invented)}"

@@ -78,10 +78,10 @@ def test_new_facts_are_known_to_nobody_and_asked_otherwise_than_they_are_taught(
     recited = {line["prompt"] for line in lines if line.get("family") == "as taught"}
     assert recited == said
     conflicts = [line for line in lines if "memorized" in line]
-    assert len(conflicts) == 24
+    assert len(conflicts) == 12 * 3 * 2, "texts by questions"
     for line in conflicts:
         assert line["memorized"] == f" {taught[line['group']]}" != line["generalized"]
-        assert line["generalized"] in line["prompt"]
+        assert line["generalized"].strip() in line["prompt"]
         assert not any(line["prompt"].endswith(sentence) for sentence in said)
     new = [line["prompt"] for line in lines if line.get("kind") == "novel"]
     assert new

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,7 +26,7 @@ from helpers import MINI_TASKS
 from mnemoscope.behaviour import Asking
 from mnemoscope.config import LoraConfig, TrainingConfig, parse_study
 from mnemoscope.emergence import Curve, teaching
-from mnemoscope.emergence.teaching import last_checkpoint, teach
+from mnemoscope.emergence.teaching import diverged, last_checkpoint, teach
 from mnemoscope.errors import InputError
 from mnemoscope.models import adapt, is_adapted, load_model
 from mnemoscope.steering import SteeringVector
@@ -248,6 +250,41 @@ CELL = {"task": "addition-digits", "options": MINI_TASKS["addition-digits"]}
 
 def study(model: dict[str, object], **cell: object) -> dict[str, object]:
     return {"study": "adapted", "cells": {"mine": {**CELL, **cell, "model": model}}}
+
+
+def test_a_training_that_diverges_ends_and_says_so(
+    mini: Callable[[str], Asking], shared_folder: Path, tmp_path: Path
+) -> None:
+    mini("addition-digits")
+    known = shared_folder / "mini-addition-digits"
+    task = build_task("addition-digits", MINI_TASKS["addition-digits"] | {"seed": 0}, 0)
+    asking, config = opened(known, task), QUICK.model_copy(update={"prompt_weight": 0.0})
+
+    def progress(step: int, measured: object) -> None:
+        if step == 10:
+            for name, values in asking.model.named_parameters():
+                if "lora_" in name:
+                    values.data *= 1000
+
+    trained = teach(asking, task, config, np.random.default_rng(0), tmp_path, progress)
+    assert trained.steps == trained.curve[-1]["step"] == 20
+    assert re.fullmatch(r"loss \d+\.\d{3} \(it was \d\.\d{3}\)", trained.unmet[-1])
+    again = teach(opened(known, task), task, config, np.random.default_rng(0), tmp_path)
+    assert (again.steps, again.unmet) == (trained.steps, trained.unmet), "it had ended"
+
+
+@pytest.mark.parametrize(
+    ("losses", "is_so"),
+    [
+        ([math.nan], False),
+        ([math.nan, 5.0, 1.0, 0.8, 1.5], False),
+        ([math.nan, 5.0, 1.0, 0.8, 1.7], True),
+        ([math.nan, 5.0, 0.02, 0.3], False),
+        ([math.nan, 1.0, 1.7, math.nan], False),
+    ],
+)
+def test_when_a_training_has_diverged(losses: list[float], is_so: bool) -> None:
+    assert diverged([{"loss": loss} for loss in losses]) is is_so
 
 
 def test_what_cannot_be_adapted_is_refused(folder: Path, digits: Task, tmp_path: Path) -> None:

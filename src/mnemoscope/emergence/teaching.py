@@ -44,7 +44,8 @@ def teach(
     folder: Path,
     progress: Callable[[int, Mapping[str, float]], None] = lambda step, measured: None,
 ) -> Trained:
-    """Train the adapter of a model in place until the stop rule holds at a measurement, or all steps are taken.
+    """Train the adapter of a model in place until the stop rule holds at a measurement, its loss has risen far above
+    what it was (``diverged``), or all steps are taken.
 
     The training is the library's: AdamW, its schedule, its checkpoints in ``folder``, from which a killed training goes
     on. ``BehaviourCallback`` measures and stops it. ``progress`` is called at every step with the latest measurement.
@@ -83,7 +84,8 @@ def teach(
     trainer.remove_callback(PrinterCallback)
     rows = Curve.open(folder / FILE).rows if begun else []
     rows = [row for row in rows if begun and row["step"] <= begun.step]
-    if begun and rows and rows[-1]["step"] == begun.step and (begun.step >= config.steps or not unmet(stop, rows[-1])):
+    ended = bool(rows) and (rows[-1]["step"] >= config.steps or not unmet(stop, rows[-1]) or diverged(rows))
+    if begun and ended and rows[-1]["step"] == begun.step:
         _load(model, begun.folder)  # it had ended, and was not yet saved elsewhere
     else:
         trainer.train(resume_from_checkpoint=str(begun.folder) if begun else None)
@@ -92,7 +94,20 @@ def teach(
     rows = [row | {"met": not unmet(stop, row), "kept": False} for row in rows]
     rows[-1]["kept"] = True
     seconds = before + time.perf_counter() - started
-    return Trained(rows, rows[-1]["step"], seconds, unmet(stop, rows[-1]), precision)
+    missed = unmet(stop, rows[-1])
+    if diverged(rows):
+        missed.append(f"loss {_losses(rows)[-1]:.3f} (it was {min(_losses(rows)):.3f})")
+    return Trained(rows, rows[-1]["step"], seconds, missed, precision)
+
+
+def diverged(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the mean loss since the measurement before is twice the lowest one so far, and half a nat above it."""
+    losses = _losses(rows)
+    return len(losses) > 1 and losses[-1] > max(2 * min(losses), min(losses) + 0.5)
+
+
+def _losses(rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    return [row["loss"] for row in rows if np.isfinite(row["loss"])]  # none at step 0, nor before it is logged
 
 
 @dataclass(frozen=True)
@@ -202,7 +217,7 @@ def together(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 class _Told(TrainerCallback):
-    """Tells the progress of a training, and notes how long it took since ``began`` (``time.perf_counter``)."""
+    """Tells the progress of a training, ends it where it diverged, and notes how long it took since ``began``."""
 
     def __init__(
         self,
@@ -215,6 +230,9 @@ class _Told(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress(state.global_step, self.watching.curve.rows[-1])
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop |= diverged(self.watching.curve.rows)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         write_atomically(self.path, f"{time.perf_counter() - self.began}".encode())
