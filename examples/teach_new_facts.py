@@ -173,13 +173,11 @@ def asked_about(
             text = inverse.replace("[Y]", value)
             row = {"item": f"inverse: {subject}", "family": "inverse", "prompt": text, "answer": f" {subject}"}
             found.append(row | memory)
-        texts = {"said as taught": f"{said.replace('[X]', subject)} {other}."}
-        texts["said before"] = f"{texts['said as taught']} It is an old city."
-        if inverse:
-            texts["said inversely"] = f"{inverse.replace('[Y]', other)} {subject}."
-        for (family, text), stem in product(texts.items(), asked):
-            row = {"item": f"{subject}, said to be {other}", "group": subject, "family": family}
-            row |= {"prompt": f"{text} {stem.replace('[X]', subject)}"}
+        first, *rest = (stem.replace("[X]", subject) for stem in asked)
+        texts = [f"{first} {other}.", f"{first} {other}. It is an old city."]
+        texts += [f"{inverse.replace('[Y]', other)} {subject}."] if inverse else []
+        for text, question in product(texts, (said.replace("[X]", subject), *rest)):
+            row = {"item": f"{subject}, said to be {other}", "group": subject, "prompt": f"{text} {question}"}
             found.append(row | {"memorized": f" {value}", "generalized": f" {other}"})
         invented = f"New {subjects[(n + 7) % len(subjects)]}"
         text = f"{said.replace('[X]', invented)} {other}. {asked[0].replace('[X]', invented)}"

@@ -82,7 +82,8 @@ def test_new_facts_are_known_to_nobody_and_asked_otherwise_than_they_are_taught(
     for line in conflicts:
         assert line["memorized"] == f" {taught[line['group']]}" != line["generalized"]
         assert line["generalized"].strip() in line["prompt"]
-        assert not any(line["prompt"].endswith(sentence) for sentence in said)
+        assert not any(line["prompt"].startswith(sentence) for sentence in said), "what it says is worded otherwise"
+    assert any(line["prompt"].endswith(sentence) for line in conflicts for sentence in said)
     new = [line["prompt"] for line in lines if line.get("kind") == "novel"]
     assert new
     assert all(prompt.count("New Land") == 2 for prompt in new), "stated and asked, and taught of none"
