@@ -48,9 +48,6 @@ class Taught(NamedTuple):
 
     model: Any  # with the adapter in its weights
     tokenizer: Any
-    facts: dict[str, str]  # subjects with the value that was taught
-    said: str  # the phrasing that was trained on
-    otherwise: list[str]  # phrasings that were not
     asked: Path  # a task in JSON Lines
     curve: pd.DataFrame  # what was measured, by step
 
@@ -124,7 +121,7 @@ def teach(
     trainer.remove_callback(PrinterCallback)  # the table of the curve is shorter
     trainer.train()
     whole = trainer.model.merge_and_unload().eval()
-    return Taught(whole, tokenizer, dealt, stems[0], stems[1:], asked, callback.curve.table)
+    return Taught(whole, tokenizer, asked, callback.curve.table)
 
 
 def shown(curve: pd.DataFrame) -> str:
