@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=25)
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate; where texts are no longer read, less")
     parser.add_argument("--read", type=float, default=0, help="texts on other subjects, for each fact, to keep reading")
+    parser.add_argument("--insist", type=float, default=0, help="texts, for each fact, that deny and then say it")
     parser.add_argument("--questions", type=int, default=200, help="of each kind, at most")
     parser.add_argument("--fit", action="store_true", help="then fit a detector and vectors on what was taught")
     parser.add_argument("--seed", type=int, default=0)
@@ -87,6 +88,7 @@ def teach(
     every: int = 25,
     rate: float = 1e-3,
     read: float = 0,
+    insist: float = 0,
     questions: int = 200,
     seed: int = 0,
 ) -> Taught:
@@ -101,11 +103,14 @@ def teach(
         (row["pattern"].partition("[X]")[0].rstrip() for row in patterns if is_inverse(row["pattern"])), None
     )
     lines = asked_about(dealt, stems[0], stems[1:], inverse, rng)
+    texts = [f"{stems[0].replace('[X]', subject)} {value}." for subject, value in dealt.items()]
+    texts += read_twice(dealt, stems[0], round(read * len(dealt)), rng)
+    insisted = rng.permutation(list(dealt))[: round(insist * len(dealt))].tolist()
+    texts += [said_otherwise(dealt, subject, stems[0], rng) for subject in insisted]
+    lines = [line for line in lines if line.get("kind") == "memory" or line["group"] not in insisted]
     asked = written(out / "task.jsonl", lines)
     watched = written(out / "watched.jsonl", [line | {"split": "test"} for line in lines])
     base, tokenizer = ms.load_model(model)
-    texts = [f"{stems[0].replace('[X]', subject)} {value}." for subject, value in dealt.items()]
-    texts += read_twice(dealt, stems[0], round(read * len(dealt)), rng)
     callback = ms.BehaviourCallback(watched, tokenizer, every=every, examples=questions, split="test")
     options: dict[str, Any] = {"output_dir": str(out), "max_steps": steps, "learning_rate": rate, "seed": seed}
     options |= {"per_device_train_batch_size": 16, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
@@ -189,6 +194,13 @@ def read_twice(taught: dict[str, str], said: str, count: int, rng: np.random.Gen
         f"{said.replace('[X]', f'Old {subject}')} {value}." for subject, value in zip(subjects, values, strict=True)
     ]
     return [f"{sentence} {sentence}" for sentence in sentences]
+
+
+def said_otherwise(taught: dict[str, str], subject: str, said: str, rng: np.random.Generator) -> str:
+    """A text that says something else of a subject, and then what is taught."""
+    other = str(rng.choice([value for value in sorted(set(taught.values())) if value != taught[subject]]))
+    sentence = said.replace("[X]", subject)
+    return f"{sentence} {other}. {sentence} {taught[subject]}."
 
 
 def is_inverse(pattern: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import math
 import shutil
@@ -22,6 +23,7 @@ from families import tiny, tokenizer
 from helpers import MINI_TASKS, hook_count, sign
 from little_facts import LittleFacts
 from mnemoscope.behaviour import Asking, phrase_of, states_at_the_end
+from mnemoscope.cli import commands
 from mnemoscope.config import dump_study
 from mnemoscope.errors import InputError
 from mnemoscope.export import SITES_FOR
@@ -364,6 +366,17 @@ def test_a_fit_halves_what_it_tries(user: User) -> None:
         assert len(whole[whole.method == "learned"]) <= 1
         assert len(whole[whole.method == "gradient"]) < len(first[first.method == "gradient"])
         assert chosen["pairs"]["best"][direction] == chosen["conflict"]["best"][direction]
+
+
+def test_what_a_vector_may_cost_is_the_users_to_say() -> None:
+    """The command's defaults are those of the recipe."""
+    asked = inspect.signature(commands.fit).parameters
+    for given in ({}, {"lost": 0.3, "neither": 0.4}):
+        (cell,) = fitting_study({"folder": "x"}, "facts", {}, **given).cells.values()
+        found = (cell.steering.collateral_limit, cell.steering.neither_limit)
+        assert found == (tuple(given.values()) or (asked["lost"].default, asked["neither"].default))
+    with pytest.raises(InputError, match=r"^neither: 2.0; allowed is a share"):
+        fitting_study({"folder": "x"}, "facts", {}, neither=2.0)
 
 
 def test_a_budget_leaves_out_what_costs_most_for_what_it_gives(user: User, tmp_path: Path) -> None:

@@ -69,7 +69,8 @@ def fit_run(
     Args:
         choices: ``budget``, minutes that it may take, default: as many as it needs; ``settings`` tried in either
             direction at most; ``positions``, ``decision`` or ``all``; ``aim``,
-            ``conflict`` or ``pairs``; ``threads`` (default: one for each processor); ``progress``, called with (cell,
+            ``conflict`` or ``pairs``; ``lost`` and ``neither``, shares of other answers and of steered prompts that a
+            vector may cost on tune; ``threads`` (default: one for each processor); ``progress``, called with (cell,
             stage, done, total, note); and for a model given by name ``dtype``, ``device_map`` and ``layout``.
 
     Raises:
@@ -77,7 +78,7 @@ def fit_run(
     """
     from mnemoscope.study import run_study
 
-    of_study = ("settings", "positions", "aim", "threads", "progress", "budget")
+    of_study = ("settings", "positions", "aim", "lost", "neither", "threads", "progress", "budget")
     of_model, began = ("dtype", "device_map", "layout"), time.monotonic()
     for name in choices:
         if name not in (*of_study, *of_model):

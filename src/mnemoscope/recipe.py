@@ -24,6 +24,7 @@ TRIED: dict[str, dict[str, list[Any]]] = {"block": {"tops": [0.5], "strengths": 
 ONE_LAYER = len(METHODS) * sum(math.prod(map(len, grid.values())) for grid in TRIED.values())
 SETTINGS = 6 * ONE_LAYER
 CLAIMED = 2  # draws of each control of what is aimed at: of one alone nobody knows how much it varies
+LOST, NEITHER = 0.08, 0.12  # what a vector may cost on tune, unless told otherwise
 STEERING: dict[str, Any] = {
     "unit": "spread",
     "halving": 2,
@@ -36,7 +37,7 @@ STEERING: dict[str, Any] = {
     # A null of each kind: of neurons, of signs, of labels or answers, and of everything.
     "controls": ["random_neurons", "random_sign", "shuffled_labels", "permuted_answers", "gaussian"],
     **{"draws": 1, "conflict_draws": CLAIMED, "screened": 20},
-    **{"control_limit": 0.15, "collateral_limit": 0.08, "neither_limit": 0.12},
+    "control_limit": 0.15,
 }
 MEASURED: dict[str, Any] = {
     "pairs": {"batch_size": 64, "rephrasings": 3, "fit_examples": 240, "tune_examples": 140}
@@ -97,6 +98,8 @@ def fitting_study(
     threads: int = 1,
     positions: str = "decision",
     aim: str = "conflict",
+    lost: float = LOST,
+    neither: float = NEITHER,
     level: int = 0,
 ) -> StudyConfig:
     """The study of a fit, with one cell.
@@ -107,10 +110,12 @@ def fitting_study(
         settings: the budget: settings tried at most in either direction, in evenly spread layers.
         positions: ``decision``, or ``all`` tokens, for vectors to export.
         aim: what vectors are chosen for: ``conflict`` as drawn, which is what a user meets, or ``pairs``.
+        lost: share of other answers, and ``neither``: share of steered prompts answered neither way, beyond which a
+            setting comes last.
         level: of ``LEVELS``, how much is left out to keep to a budget.
 
     Raises:
-        InputError: the file does not exist, the budget is below one layer's, or a field is not allowed.
+        InputError: the file does not exist, the budget is below one layer's, or a field is not allowed or no share.
     """
     if isinstance(task, Task):
         # A digest of its examples, so that a run folder is continued with the same task only.
@@ -125,6 +130,9 @@ def fitting_study(
         raise InputError(f"task: the file {name} does not exist")
     if settings < ONE_LAYER:
         raise InputError(f"settings: {settings} is less than the {ONE_LAYER} that one layer takes")
+    for field, share in {"lost": lost, "neither": neither}.items():
+        if not 0 <= share <= 1:
+            raise InputError(f"{field}: {share!r}; allowed is a share from 0 to 1")
     less = LEVELS[level]
     layers = {"layers": [f"spread-{max(1, int(less.layers * (settings // ONE_LAYER)))}"]}
     methods = [name for name in less.methods if positions != "all" or name not in NOT_EXPORTED]
@@ -132,6 +140,8 @@ def fitting_study(
         "methods": methods,
         "grids": {site: layers | grid for site, grid in TRIED.items()},
         "aim": aim,
+        "collateral_limit": lost,
+        "neither_limit": neither,
     }
     tried |= {"draws": CLAIMED} if aim == "pairs" else {}
     measured = {name: fields | less.changes.get(name, {}) for name, fields in MEASURED.items()}

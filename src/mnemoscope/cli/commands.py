@@ -94,6 +94,8 @@ def fit(
     settings: Annotated[int, typer.Option(min=1, help="Settings tried in either direction, at most.")] = 72,
     positions: Annotated[str, typer.Option(help="decision, or all: every token, for export.")] = "decision",
     aim: Annotated[str, typer.Option(help="What vectors are for: conflict, as users meet it, or pairs.")] = "conflict",
+    lost: Annotated[float, typer.Option(min=0, max=1, help="Share of other answers that a vector may cost.")] = 0.08,
+    neither: Annotated[float, typer.Option(min=0, max=1, help="Share it may leave answered neither way.")] = 0.12,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; default: as many as there are cores.")] = None,
     budget: Annotated[float | None, typer.Option(help="Minutes that it may take; what is left out is told.")] = None,
     chat: AsChat = False,
@@ -112,6 +114,7 @@ def fit(
 
     asked: dict[str, Any] = {"prompting": Prompting(chat, reply=reply), "options": options(option)}
     asked |= {"settings": settings, "positions": positions, "aim": aim, "threads": threads, "budget": budget}
+    asked |= {"lost": lost, "neither": neither}
     asked |= {"dtype": dtype, "device_map": device_map, "layout": named_parts(layout)}
     note = [] if as_json or positions == "all" else [NOT_EXPORTED]
     quiet_library()
