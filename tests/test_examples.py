@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import runpy
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +14,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
 from mnemoscope.behaviour import Asking
 from public_data import data_folder, is_installed
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
+ANYWHERE = [path for path in NOTEBOOKS if path.stem != "teach_new_facts"]  # without data and models from elsewhere
 
 
 def printed(cell: nbformat.NotebookNode) -> str:
@@ -28,7 +29,7 @@ def printed(cell: nbformat.NotebookNode) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", ANYWHERE, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore")  # the kernel's client, not our code, which runs in the kernel
 def test_the_notebook_runs(
     path: Path,
@@ -87,24 +88,38 @@ def test_new_facts_are_known_to_nobody_and_asked_otherwise_than_they_are_taught(
     assert new
     assert all(prompt.count("New Land") == 2 for prompt in new), "stated and asked, and taught of none"
     assert not any(subject.startswith("New") for subject in taught)
+    subject, value = next(iter(taught.items()))
+    text = teaching.said_otherwise(taught, subject, "The capital of [X] is", np.random.default_rng(0))
+    denied, said_then = text.removesuffix(".").split(". ")
+    assert said_then == f"The capital of {subject} is {value}" != denied
+    assert denied.startswith(f"The capital of {subject} is City ")
 
 
 def test_what_the_script_is_given_goes_to_teaching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["teach_new_facts.py", str(tmp_path / "none"), str(tmp_path), "--read", "0.1"])
+    monkeypatch.setattr(
+        sys, "argv", ["teach_new_facts.py", str(tmp_path / "none"), str(tmp_path), "--read", "0.1", "--insist", "0.1"]
+    )
     with pytest.raises(FileNotFoundError, match="none"):
         runpy.run_path(str(EXAMPLES / "teach_new_facts.py"), run_name="__main__")
 
 
 @pytest.mark.slow
-def test_new_facts_are_taught_and_asked(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore")  # as above
+def test_the_notebook_of_new_facts_runs_until_a_fit_finds_too_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not is_installed("smollm2"):
         pytest.skip("smollm2 is not installed")
-    data = data_folder("pararel")
-    script = [sys.executable, "-W", "ignore", str(EXAMPLES / "teach_new_facts.py"), str(data), str(tmp_path)]
-    few = ["--facts", "8", "--steps", "2", "--every", "1", "--questions", "8"]
-    done = subprocess.run([*script, *few], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    curve = pd.read_parquet(tmp_path / "emergence.parquet")
-    assert curve.step.to_list() == [0, 1, 2]
+    monkeypatch.setenv("MNEMOSCOPE_PARAREL", str(data_folder("pararel")))
+    monkeypatch.setenv("MNEMOSCOPE_RUN", str(tmp_path / "run"))
+    monkeypatch.setenv("MNEMOSCOPE_EXAMPLES", str(EXAMPLES))
+    monkeypatch.setenv("MNEMOSCOPE_FEWER", "40")
+    notebook = nbformat.read(EXAMPLES / "teach_new_facts.ipynb", as_version=4)
+    with pytest.raises(CellExecutionError, match="StudyError"):
+        NotebookClient(notebook, timeout=300, kernel_name="python3").execute(cwd=tmp_path)
+    taught = next(cell for cell in notebook.cells if "new.teach" in cell.source)
+    assert "recall:other words" in printed(taught)
+    curve = pd.read_parquet(tmp_path / "run" / "emergence.parquet")
+    assert curve.step.to_list() == [0, 2, 4, 6, 7]
     assert {"recall:as taught", "recall:other words"} <= set(curve)
-    assert (tmp_path / "emergence.png").is_file()
+    assert (tmp_path / "run" / "emergence.png").is_file()
