@@ -67,13 +67,15 @@ def main() -> None:
     parser.add_argument("--insist", type=float, default=0, help="texts, for each fact, that deny and then say it")
     parser.add_argument("--questions", type=int, default=200, help="of each kind, at most")
     parser.add_argument("--fit", action="store_true", help="then fit a detector and vectors on what was taught")
+    parser.add_argument("--lost", type=float, default=0.08, help="share of other answers that a vector may cost")
+    parser.add_argument("--neither", type=float, default=0.12, help="share it may leave answered neither way")
     parser.add_argument("--seed", type=int, default=0)
     given = vars(parser.parse_args())
-    fits = given.pop("fit")
+    fits, limits = given.pop("fit"), {name: given.pop(name) for name in ("lost", "neither")}
     taught = teach(given.pop("pararel"), given.pop("out"), **given)
     print(shown(taught.curve))
     if fits:
-        fitted = ms.fit(taught.model, taught.tokenizer, taught.asked, out=taught.asked.with_name("fit"))
+        fitted = ms.fit(taught.model, taught.tokenizer, taught.asked, out=taught.asked.with_name("fit"), **limits)
         print(fitted.summary())
 
 
