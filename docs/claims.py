@@ -47,7 +47,7 @@ def claims() -> dict[str, Claim]:
         "One model shows both behaviours": Claim("yes; here: each at least 0.2 of the conflicts", both, shown=True),
         "Some phrasings of one item flip the behaviour": Claim("0.11 and 0.085 of them", flips, shown=True),
         "The difference grows with depth": Claim(
-            "yes; here: mean |NMD|, last third of the layers over first", grows, each=True
+            "yes; here: mean absolute NMD, last third of the layers over first", grows, each=True
         ),
         "Single neurons tell the behaviours apart": Claim(
             "no test; here: share significant, family-wise", neurons, each=True
@@ -210,7 +210,7 @@ def seeds_alike(results: Results) -> Iterator[tuple[str, str]]:
         for row in rows:
             if row.what == "overlap_in_layers" and row.top == TOP:
                 yield (
-                    f"{label}, {row.site}, {row.twos} twos of seeds",
+                    f"{label}, {row.site}, seeds two by two: {row.twos}",
                     f"{value(row.value)}, chance {row.chance.estimate:.2f}",
                 )
 
