@@ -19,9 +19,6 @@ import mnemoscope
 from helpers import MINI_TASKS
 from mnemoscope.behaviour import Asking
 from mnemoscope.cli import app
-from mnemoscope.report import STORIES
-from mnemoscope.report.words import ranged
-from mnemoscope.statistics import Estimate
 from mnemoscope.tasks.jsonl import JsonlTask
 
 ROOT = Path(__file__).parents[1]
@@ -126,16 +123,6 @@ def test_the_page_of_the_arena_is_that_of_the_published_results() -> None:
     printed = [sys.executable, ROOT / "docs" / "arena.py", *results]
     page = subprocess.run(printed, capture_output=True, text=True, check=True).stdout
     assert page == (ROOT / "docs" / "ARENA.md").read_text(), "python docs/arena.py docs/results/arena/*.json"
-
-
-def test_the_tables_of_the_review_are_those_of_the_report(mini_run: Path) -> None:
-    """Every story is there, and a shift in its table is the one of results.json."""
-    command = [sys.executable, ROOT / "docs" / "review.py", mini_run]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert len(re.findall("^### ", printed, flags=re.MULTILINE)) == len(STORIES)
-    task = json.loads((mini_run / "results.json").read_text())["tasks"]["addition"]
-    shift = Estimate(**task["steering"]["to_memorized"]["pairs"]["shift"])
-    assert f"| Towards remembering, pairs: vector | {ranged(shift)} |".replace("\u00a0", " ") in printed
 
 
 def test_prose_has_lines_that_can_be_read() -> None:

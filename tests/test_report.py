@@ -301,8 +301,8 @@ def test_the_page_fits_the_screen(run: Path, browser: Any, width: int) -> None:
 
 
 def test_claims_and_tables_are_printed_of_any_run(run: Path, nothing_flips: Path) -> None:
-    def printed(script: str, *runs: Path) -> str:
-        command = [sys.executable, str(Path(__file__).parents[1] / "docs" / script), *map(str, runs)]
+    def printed(script: str, *arguments: Path | str) -> str:
+        command = [sys.executable, str(Path(__file__).parents[1] / "docs" / script), *map(str, arguments)]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     claims = printed("claims.py", run, nothing_flips)
@@ -310,8 +310,15 @@ def test_claims_and_tables_are_printed_of_any_run(run: Path, nothing_flips: Path
     assert "| inference (nothing) | 1 | -" in claims
     results = Results.model_validate_json((run / "results.json").read_text())
     shared = next(r for r in results.seeds["inference"] if r.what == "overlap_in_layers" and r.top == 0.1)
-    assert f"| inference, block, 1 twos of seeds | {shared.value.estimate:.2f}" in claims
-    assert "### " in printed("review.py", run)
+    assert f"| inference, block, seeds two by two: 1 | {shared.value.estimate:.2f}" in claims
+    best = results.tasks["inference"].steering["to_generalized"]
+    shift = f"{best.pairs.shift.estimate:.3f} ({best.pairs.shift.low:.2f} to "
+    review = printed("review.py", run, nothing_flips)
+    assert f"| inference | **{shift}" in review
+    assert all(f"## {point}" in review for point in ("1 and 3", *map(str, (2, *range(4, 12)))))
+    control = max(one.pairs.shift.estimate for one in best.controls.values() if one.pairs.shift.known)
+    row = rf"\| `inference` \| 2 \| {re.escape(shift)}[^|]*, {control:.3f}, "
+    assert re.search(row, printed("review.py", "--brief", run))
 
 
 @pytest.fixture(scope="module")
