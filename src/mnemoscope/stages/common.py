@@ -91,11 +91,11 @@ def _data(options: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, Path]
         if isinstance(value, dict):
             yield from _data(value, folder / re.sub(r"[^A-Za-z0-9_-]", "-", name))
         elif _is_path(name, value):
-            yield value, (folder / name).with_suffix(Path(value).suffix if name == "file" else "")
+            yield value, (folder / name).with_suffix("" if name == "folder" else Path(value).suffix)
 
 
 def _is_path(name: str, value: Any) -> bool:
-    return name in ("file", "folder") and isinstance(value, str)
+    return name in ("file", "folder", "table") and isinstance(value, str)
 
 
 class PerProcess:
