@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 import yaml
@@ -101,6 +102,23 @@ def test_the_python_runs(
     printed = capsys.readouterr().out
     assert re.search(r"^generalized \['.+'\]$", printed, flags=re.MULTILINE)
     assert Path("runs/mine/report.html").is_file()
+
+
+def test_the_task_of_ones_own_draws_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The class on the page of studies: its draws are repeatable and split by group, its rephrasings keep the item."""
+    (code, *_) = blocks("python", (ROOT / "docs" / "studies.md").read_text())
+    (tmp_path / "my_tasks.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    mnemoscope.allow_code("my_tasks:Opposites")
+    task = mnemoscope.build_task("my_tasks:Opposites", {}, 0)
+    drawn = [task.examples(np.random.default_rng(3), 40, "conflict") for _ in range(2)]
+    assert drawn[0] == drawn[1]
+    assert len({(example.group, example.split) for example in drawn[0]}) == len({example.group for example in drawn[0]})
+    again = [task.rephrase(example, np.random.default_rng(n)) for n, example in enumerate(drawn[0])]
+    assert all(
+        (a.item, a.memorized, a.split) == (b.item, b.memorized, b.split) for a, b in zip(drawn[0], again, strict=True)
+    )
+    assert any(a.prompt != b.prompt for a, b in zip(drawn[0], again, strict=True))
 
 
 def test_the_page_of_fields_is_that_of_the_code() -> None:
