@@ -1,6 +1,6 @@
 """Print docs/REVIEW.md, what runs answer of the eleven gaps: ``python docs/review.py RUN... > docs/REVIEW.md``.
 
-The first run is that of small models, the others are those of point 11. ``--brief`` prints the README's table instead.
+The first run is that of small models, the others are those of point 11. The README has the table "In short".
 """
 
 from __future__ import annotations
@@ -26,16 +26,14 @@ DOSES = ("-1", "0", "0.5", "1", "2")
 Tasks = dict[str, TaskResults]
 
 
-def main(runs: list[Path], brief: bool) -> None:
-    """Print the page, or the README's table."""
+def main(runs: list[Path]) -> None:
+    """Print the page."""
     found = [Results.model_validate(json.loads((run / "results.json").read_text())) for run in runs]
-    if brief:
-        print(markdown(readme(found)))
-        return
     print(HEAD.read_text())
     first, *others = found
     tasks = analysed(first)
     points = {
+        "In short": [short(found)],
         "1 and 3: what the models do, and how many pairs there are": [behaviours(first), *failures(first)],
         "2: what steers, beside controls of equal norm": [
             *(steering(tasks, direction) for direction in DIRECTIONS),
@@ -283,18 +281,21 @@ def held_out(label: str, task: TaskResults) -> Iterator[list[str]]:
             yield [f"{label}, another {name}", *map(ranged, shifts)]
 
 
-def readme(found: list[Results]) -> Table:
+def short(found: list[Results]) -> Table:
     """Each task's shift, strongest control and largest loss, both ways."""
     rows = []
-    for label, task in ((label, task) for results in found for label, task in analysed(results).items()):
-        row = [f"`{label}`", str(len(task.seeds))]
+    for study, label, task in ((r.study, label, task) for r in found for label, task in analysed(r).items()):
+        row = [f"`{label}`" if study == found[0].study else f"`{label}` of `{study}`", str(len(task.seeds))]
         for direction in DIRECTIONS:
             block = task.steering[direction]
             control = strongest(block, set(CONTROLS)).partition(",")[0]
             lost = min((change.estimate for change in block.collateral.values() if change.known), default=np.nan)
             row.append(f"{ranged(block.pairs.shift)}, {control}, {lost:+.3f}")
         rows.append(row)
-    return Table("", ["task", "seeds", *(f"{towards}: shift, control, cost" for towards in TOWARD.values())], rows)
+    columns = ["task", "seeds", *(f"{towards}: shift, control, cost" for towards in TOWARD.values())]
+    return Table(
+        "Test pairs, means over seeds: share steered, strongest control, largest loss of accuracy", columns, rows
+    )
 
 
 def three(found: Estimate) -> str:
@@ -314,11 +315,10 @@ def markdown(table: Table) -> str:
     """A table of the page as Markdown."""
     rows = [table.columns, ["---"] * len(table.columns), *table.rows]
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return "\n".join([f"{table.caption}:\n"] * bool(table.caption) + lines).replace("\u00a0", " ")
+    return "\n".join([f"{table.caption}:\n", *lines]).replace("\u00a0", " ")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument("--brief", action="store_true", help="the README's table")
-    main(**vars(parser.parse_args()))
+    main(parser.parse_args().runs)
