@@ -14,7 +14,7 @@ import numpy as np
 
 from mnemoscope.config import load_study
 from mnemoscope.contrast import Contrast
-from mnemoscope.report.read import least_beyond_input
+from mnemoscope.report.read import INPUTS
 from mnemoscope.report.schema import REFITTED, CellResults, Direction, Estimate, Results, TaskResults
 from mnemoscope.report.words import CONTROLS, RIVALS
 from mnemoscope.statistics import overlap, overlap_by_chance
@@ -45,23 +45,36 @@ def claims() -> dict[str, Claim]:
     steered = "here: 0.8, and surely more than every control that was drawn"
     return {
         "One model shows both behaviours": Claim("yes; here: each at least 0.2 of the conflicts", both, shown=True),
-        "Some phrasings of one item flip the behaviour": Claim("0.11 and 0.085 of them", flips, shown=True),
+        "Some phrasings of one item flip the behaviour": Claim(
+            "0.11 and 0.085 of them; here: any in every seed", flips, shown=True
+        ),
         "The difference grows with depth": Claim(
-            "yes; here: mean absolute NMD, last third of the layers over first", grows, each=True
+            "yes; here: mean absolute NMD, last third of the layers over first",
+            partial(grows, "mean_abs_nmd"),
+            each=True,
         ),
-        "Single neurons tell the behaviours apart": Claim(
-            "no test; here: share significant, family-wise", neurons, each=True
+        "It grows in units of the states' norm, too": Claim(
+            "not told; here: the same over the mean norm of a layer's states", partial(grows, "in_norms"), each=True
         ),
-        "A probe predicts the behaviour": Claim("yes; here: better than the input alone, read either way", predicts),
+        "Single neurons differ significantly": Claim(
+            "no test; here: share significant, family-wise, and the largest absolute rho", neurons, each=True
+        ),
+        "A probe predicts the behaviour": Claim("yes; here: better than the input, read either way", predicts),
         "Deeper layers predict better": Claim("yes; here: last layer over first", deeper),
-        "More data predict better": Claim("yes; here: all fit pairs over each draw of the fewest", data, each=True),
+        "More data predict better": Claim(
+            "yes; here: with all fit pairs surely better than in each draw of the fewest, and than chance",
+            data,
+            each=True,
+        ),
         "NMD steers to generalized": Claim(
             "0.837; here: 0.8, whatever its controls do", partial(paper, "to_generalized")
         ),
         "NMD steers to memorized": Claim("0.899; here: 0.8, whatever its controls do", partial(paper, "to_memorized")),
         "The best method steers to generalized": Claim(steered, partial(steers, "to_generalized")),
         "The best method steers to memorized": Claim(steered, partial(steers, "to_memorized")),
-        "Random shifts do next to nothing": Claim("yes; here: the strongest of them, at most 0.2", controls),
+        "Random shifts do next to nothing": Claim(
+            "yes; here: beside the best method, whose setting is chosen with them, each at most 0.2", controls
+        ),
     }
 
 
@@ -72,25 +85,30 @@ def both(cell: CellResults) -> Said:
 
 
 def flips(cell: CellResults) -> Said:
-    return f"{value(cell.pairs.yield_)} of {cell.pairs.candidates:,}", cell.pairs.pairs > 0
+    each = cell.per_seed.values() if isinstance(cell, TaskResults) else [cell]
+    return f"{value(cell.pairs.yield_)} of {cell.pairs.candidates:,}", all(one.pairs.pairs > 0 for one in each)
 
 
-def grows(cell: CellResults) -> Said:
-    found = np.array(cell.contrast.mean_abs_nmd)
+def grows(measure: str, cell: CellResults) -> Said:
+    found = np.array(getattr(cell.contrast, measure))
+    if not len(found):
+        return "-", None  # records of before
     third = max(1, len(found) // 3)
     ratio = found[-third:].mean() / found[:third].mean()
     return (f"{ratio:.1f} times", bool(ratio > 1)) if np.isfinite(ratio) else ("-", None)
 
 
 def neurons(cell: CellResults) -> Said:
-    found = cell.contrast.significant
-    return value(found), found.estimate > 0 if found.known else None
+    found, rho_L = cell.contrast.significant, np.array(cell.contrast.max_abs_rho)
+    largest = f", largest rho {np.nanmax(rho_L):.2f}" if np.isfinite(rho_L).any() else ""
+    return value(found) + largest, found.estimate > 0 if found.known else None
 
 
 def predicts(cell: CellResults) -> Said:
-    best, rival = cell.probe.best, least_beyond_input(cell.probe)
-    told = f"{value(best.accuracy)}, from {RIVALS[rival]} {value(getattr(cell.probe, rival))}"
-    return told, {1: True, -1: False}.get(getattr(best, f"minus_{rival}").sign)
+    best = cell.probe.best
+    told = ", ".join(f"from {RIVALS[rival]} {value(getattr(cell.probe, rival))}" for rival in INPUTS)
+    signs = [getattr(best, f"minus_{rival}").sign for rival in INPUTS]
+    return f"{value(best.accuracy)}, {told}", everything({1: True, -1: False}.get(sign) for sign in signs)
 
 
 def deeper(cell: CellResults) -> Said:
@@ -101,15 +119,20 @@ def deeper(cell: CellResults) -> Said:
 
 
 def data(cell: CellResults) -> Said:
-    """The ends of the fewest are their draws', so that 'does not' means: no better than some draw of them."""
+    """Beyond each draw of the fewest by more than the probe's own uncertainty, which their ranges do not have."""
     pairs, accuracy = cell.learning.pairs, cell.learning.accuracy
     if "all" not in accuracy:
         return "-", None
     fewest = min(pairs, key=lambda key: pairs[key])
     least, most = accuracy[fewest], accuracy["all"]
     told = f"{most.estimate:.2f} of {pairs['all']:.0f} over {least.estimate:.2f} of {pairs[fewest]:.0f}"
-    drawn = pairs["all"] >= 2 * pairs[fewest] and most.known and not np.isnan(least.high)
-    return told, most.estimate > least.high if drawn else None
+    best = cell.probe.best.accuracy
+    drawn = pairs["all"] >= 2 * pairs[fewest] and most.known and best.known and not np.isnan(least.high)
+    if not drawn:
+        return told, None
+    unsure = best.estimate - best.low
+    more = most.estimate - unsure > max(least.high, 0.5)
+    return told, True if more else False if most.estimate + unsure < least.low else None
 
 
 def paper(direction: Direction, cell: CellResults) -> Said:
@@ -153,8 +176,8 @@ def controls(cell: CellResults) -> Said:
     for names in (found.keys() - set(REFITTED), found.keys() & set(REFITTED)):
         strongest += [max(sorted(names), key=lambda name: found[name].estimate)] if names else []
     told = "; ".join(f"{value(found[name])}, {CONTROLS[name]}" for name in strongest)
-    random = [name for name in strongest if name not in REFITTED]
-    return told or "none drawn", below(found[random[0]], 0.2) if random else None
+    random = [shift for name, shift in found.items() if name not in REFITTED]
+    return told or "none drawn", everything(below(shift, 0.2) for shift in random) if random else None
 
 
 def reaches(found: Estimate, bar: float) -> Verdict:
@@ -182,8 +205,10 @@ def decided(claim: Claim, task: TaskResults) -> Said:
     """A claim's figures and verdict: over seeds from three on, else what each seed says, where they say the same."""
     told, verdict = claim.answer(task)
     if claim.each or len(task.per_seed) < 3:
-        each = {claim.answer(seed)[1] for seed in task.per_seed.values()}
+        said = [claim.answer(seed) for seed in task.per_seed.values()]
+        each = {verdict for _, verdict in said}
         verdict = each.pop() if len(each) == 1 else None
+        told = "; ".join(figure for figure, _ in said) if len(said) == 2 else told  # two seeds have no interval
     return told, verdict
 
 
@@ -209,38 +234,34 @@ def seeds_alike(results: Results) -> Iterator[tuple[str, str]]:
     for label, rows in results.seeds.items():
         for row in rows:
             if row.what == "overlap_in_layers" and row.top == TOP:
-                yield (
-                    f"{label}, {row.site}, seeds two by two: {row.twos}",
-                    f"{value(row.value)}, chance {row.chance.estimate:.2f}",
-                )
+                ends = "" if np.isnan(row.value.low) else f" ({row.value.low:.2f} to {row.value.high:.2f})"
+                told = f"{row.value.estimate:.2f}{ends}, chance {row.chance.estimate:.2f}"
+                yield f"{label}, {row.site}, seeds two by two: {row.twos}", told
 
 
-def contrasts(run: Path) -> dict[tuple[str, int], Contrast]:
-    """Every cell's contrast by its label and seed."""
+def contrasts(run: Path, labels: Iterable[str]) -> dict[tuple[str, int], Contrast]:
+    """Contrasts of labels by label and seed."""
     found = {}
     for path in sorted((run / "cells").glob("*/contrast.safetensors")):
         facts = json.loads((path.parent / "cell.json").read_text())
-        found[facts["label"], facts["seed"]] = Contrast.load(path)
+        if facts["label"] in labels:
+            found[facts["label"], facts["seed"]] = Contrast.load(path)
     return found
 
 
-def tasks_alike(run: Path) -> Iterator[tuple[str, str]]:
-    """The same of two tasks, whose models have one shape. Adapters of one seed begin with the same weights."""
-    for ((label, seed), a), ((other, other_seed), b) in combinations(contrasts(run).items(), 2):
-        if label == other or a.rho_LD.shape != b.rho_LD.shape:
+def tasks_alike(run: Path, results: Results) -> Iterator[tuple[str, str]]:
+    """The same of two tasks with one model, or with adapters that begin with one seed's weights; means over seeds."""
+    cells, found = load_study(str(run / "study.yaml")).cells, contrasts(run, results.tasks)
+    model = {label: cells[label].model.cell or cells[label].model.folder or label for label in results.tasks}
+    for label, other in combinations(results.tasks, 2):
+        seeds = [seed for seed in results.tasks[label].seeds if {(label, seed), (other, seed)} <= found.keys()]
+        if model[label] != model[other] or not seeds:
             continue
-        tops = a.top_neurons(TOP), b.top_neurons(TOP)
-        chance = overlap_by_chance(*tops).estimate
-        seeds = f"seed {seed}" if seed == other_seed else f"seeds {seed} and {other_seed}"
-        yield f"{label} and {other}, {seeds}", f"{overlap(*tops):.2f}, chance in layers {chance:.2f}"
-
-
-def in_norms(run: Path) -> Iterator[tuple[str, str]]:
-    """How the difference grows in units of the states' norm, which grows with depth itself."""
-    for (label, seed), found in contrasts(run).items():
-        nmd_L = np.abs(found.nmd_LD).mean(1) / found.state_norm_L
-        third = max(1, len(nmd_L) // 3)
-        yield f"{label}, seed {seed}", f"{nmd_L[-third:].mean() / nmd_L[:third].mean():.1f} times"
+        tops = [[found[name, seed].top_neurons(TOP) for name in (label, other)] for seed in seeds]
+        shared, chance = ([measure(*each) for each in tops] for measure in (overlap, overlap_by_chance))
+        by_chance = np.mean([one.estimate for one in chance])
+        told = f"{np.mean(shared):.2f}, chance in layers {by_chance:.2f}"
+        yield f"{label} and {other}, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}", told
 
 
 def kind_of(run: Path, label: str) -> str:
@@ -249,41 +270,61 @@ def kind_of(run: Path, label: str) -> str:
     return kind_of(run, model.cell) if model.cell else PRETRAINED if model.folder else SMALL
 
 
+def claimed(run: Path, results: Results) -> dict[str, TaskResults]:
+    """Tasks of which something is claimed: models that share first weights are there to compare their neurons."""
+    cells = load_study(str(run / "study.yaml")).cells
+    return {label: task for label, task in results.tasks.items() if cells[label].model.initialization is None}
+
+
+def not_shown(results: Results) -> set[str]:
+    """Labels with a seed that never showed both behaviours, or no pair."""
+    whys = ("does not show both behaviours", "no pairs found")
+    return {name.rpartition("-")[0] for name, why in results.failed.items() if any(words in why for words in whys)}
+
+
 def main(runs: Sequence[Path]) -> None:
     """Print the tables: all claims in short, each of them by task, and how alike seeds and tasks are."""
-    tasks, kinds, failed = dict[str, TaskResults](), dict[str, str](), list[tuple[str, str, str]]()
-    same, norms = list[tuple[str, str]](), list[tuple[str, str]]()
+    if len({run.name for run in runs}) < len(runs):
+        raise SystemExit("RUN: two folders have one name; name them apart")
+    tasks, kinds, failed = dict[str, TaskResults](), dict[str, str](), list[tuple[str, str]]()
+    same, lacking = list[tuple[str, str]](), set[str]()
     for run in runs:
         results = Results.model_validate(json.loads((run / "results.json").read_text()))
-        for label, task in results.tasks.items():
-            tasks[f"{label} ({run.name})"], kinds[f"{label} ({run.name})"] = task, kind_of(run, label)
-        for name, why in results.failed.items():
-            failed.append((f"{name} ({run.name})", kind_of(run, name.rpartition("-")[0]), why))
-        same += [*seeds_alike(results), *tasks_alike(run)]
-        norms += in_norms(run)
+        of_run = claimed(run, results)
+        tasks |= {f"{label} ({run.name})": task for label, task in of_run.items()}
+        kinds |= {f"{label} ({run.name})": kind_of(run, label) for label in {*of_run, *not_shown(results)}}
+        lacking |= {f"{label} ({run.name})" for label in not_shown(results)}
+        failed += [(f"{name} ({run.name})", why) for name, why in results.failed.items()]
+        alike = [*seeds_alike(results), *tasks_alike(run, results)]
+        same += [(f"{what} ({run.name})", shared) for what, shared in alike]
     answers = {name: {label: decided(claim, task) for label, task in tasks.items()} for name, claim in claims().items()}
+    for name, claim in claims().items():
+        if claim.shown:
+            untold = {label: "no figure" for label in lacking} | {
+                label: said[0] for label, said in answers[name].items()
+            }
+            answers[name] |= {label: (f"{untold[label]}; not in every seed", False) for label in lacking}
 
     def row(name: str, claim: Claim) -> Iterator[str]:
         yield from (name, claim.given)
         for kind in (SMALL, PRETRAINED):
-            verdicts = [said[1] for label, said in answers[name].items() if kinds[label] == kind]
-            yield counted(verdicts + [False for _, where, _ in failed if claim.shown and where == kind])
+            yield counted([said[1] for label, said in answers[name].items() if kinds[label] == kind])
 
     print(HEAD + "\n## In short\n")
     table(("claim", "the paper", SMALL, PRETRAINED), [row(*item) for item in claims().items()])
     print("\n## Cells that could not go on\n")
-    table(("cell", "why"), [(label, why) for label, _, why in failed] or [("none", "")])
+    table(("cell", "why"), failed or [("none", "")])
     for name, said in answers.items():
         print(f"\n## {name}\n")
-        rows = [(label, len(tasks[label].seeds), figure, VERDICTS[holds]) for label, (figure, holds) in said.items()]
+        rows = [
+            (label, len(tasks[label].seeds) if label in tasks else 0, figure, VERDICTS[holds])
+            for label, (figure, holds) in said.items()
+        ]
         table(("task", "seeds", "figure", ""), rows)
-        if name == "The difference grows with depth":
-            print("\nIn units of the states' own norm:\n")
-            table(("cell", "last third over first"), norms)
     print("\n## Where neurons tell most\n\nBy the paper in addition in the last layer, in inference in another.\n")
     columns = ("task", "layer of the largest mean NMD", "of the largest rho", "last layer")
     table(columns, [(label, *layers_of(task)) for label, task in tasks.items()])
-    print(f"\n## The strongest {TOP:.0%} of neurons in common\n")
+    print(f"\n## The strongest {TOP:.0%} of neurons in common\n\nMeans over what is compared, with their range.\n")
     table(("what is compared", "shared"), same)
 
 

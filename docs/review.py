@@ -7,33 +7,39 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from mnemoscope.config import load_study
 from mnemoscope.report.holds import overlaps, transfer
 from mnemoscope.report.page import Table
 from mnemoscope.report.read import UNCERTAINTIES
 from mnemoscope.report.records import Run, read_run
-from mnemoscope.report.schema import DIRECTIONS, REFITTED, Direction, Estimate, Results, Steered, TaskResults
-from mnemoscope.report.words import CONTROLS, LISTS, RIVALS, listed
+from mnemoscope.report.schema import DIRECTIONS, REFITTED, Aim, Direction, Estimate, Results, Steered, TaskResults
+from mnemoscope.report.words import CONTROLS, LISTS, RIVALS, control_names, listed
+from mnemoscope.statistics import over_seeds
 
 HEAD = Path(__file__).with_name("review.head.md")
 NOT = "-"
 TOWARD = {direction: direction.replace("_", " ") for direction in DIRECTIONS}
+SITES = ("block", "attention", "mlp", "neuron")
 DOSES = ("-1", "0", "0.5", "1", "2")
 Tasks = dict[str, TaskResults]
 
 
-def main(runs: list[Path]) -> None:
+def main(folders: list[Path]) -> None:
     """Print the page."""
-    found = [Results.model_validate(json.loads((run / "results.json").read_text())) for run in runs]
+    found = [Results.model_validate(json.loads((run / "results.json").read_text())) for run in folders]
     print(HEAD.read_text())
     first, *others = found
-    tasks = analysed(first)
+    if len({results.study for results in found}) < len(found):
+        raise SystemExit("RUN: two runs are of one study")
+    tasks, *others_tasks = [analysed(*each) for each in zip(found, folders, strict=True)]
     points = {
-        "In short": [short(found)],
+        "In short": [short({r.study: of for r, of in zip(found, [tasks, *others_tasks], strict=True)})],
         "1 and 3: what the models do, and how many pairs there are": [behaviours(first), *failures(first)],
         "2: what steers, beside controls of equal norm": [
             *(steering(tasks, direction) for direction in DIRECTIONS),
@@ -42,21 +48,24 @@ def main(runs: list[Path]) -> None:
             *(at_one_norm(tasks, direction) for direction in DIRECTIONS),
         ],
         "4: could the input alone predict it?": [probes(tasks)],
-        "5: which layers, which neurons?": [layers(tasks), held_at_mean(tasks)],
+        "5: which layers, which neurons?": [differences(tasks), layers(tasks), held_at_mean(tasks)],
         "6: from seed to seed, from task to task": [alike(first), *filter(None, [transfer(first.transfer)])],
         "7: what was chosen": [chosen(tasks)],
         "8: by degrees?": [doses(tasks)],
         "9: what steering costs": [costs(tasks)],
-        "10: the same input twice": [draws(read_run(runs[0]))],
-        "11: pretrained models": [table for results in others for table in pretrained(results)],
+        "10: the same input twice": [draws(read_run(folders[0]))],
     }
+    for results, of in zip(others, others_tasks, strict=True):
+        points[f"11: pretrained models, `{results.study}`"] = [*pretrained(results, of)]
     for title, tables in points.items():
         print("\n\n".join([f"## {title}", *(map(markdown, tables) if tables else [NOT])]), end="\n\n")
 
 
-def analysed(results: Results) -> Tasks:
-    """Tasks of which something was steered."""
-    return {label: task for label, task in results.tasks.items() if task.steering}
+def analysed(results: Results, folder: Path) -> Tasks:
+    """Tasks of which something was steered; models that share first weights are there to compare their neurons only."""
+    cells = load_study(str(folder / "study.yaml")).cells
+    steered = {label: task for label, task in results.tasks.items() if task.steering}
+    return {label: task for label, task in steered.items() if cells[label].model.initialization is None}
 
 
 def behaviours(results: Results) -> Table:
@@ -69,7 +78,7 @@ def behaviours(results: Results) -> Table:
         row = [label, ", ".join(map(str, task.seeds)), shares, three(said.conflict["confabulated"])]
         yielded = f"{pairs.pairs:,}, {pairs.groups:,}, {three(pairs.yield_)}"
         rows.append([*row, f"{three(said.novel_accuracy)}, {three(said.recall)}", yielded])
-    return Table("Test split, unsteered", [*columns, "test pairs, groups, yield"], rows)
+    return Table("Test split, unsteered", [*columns, "test pairs and groups of all seeds, yield"], rows)
 
 
 def failures(results: Results) -> list[Table]:
@@ -83,37 +92,62 @@ def steering(tasks: Tasks, direction: Direction) -> Table:
     columns = ["task", "shift", "by", "strongest control", "strongest random one", "other / confabulated"]
     rows = []
     for label, task in tasks.items():
-        block, seeds = task.steering[direction], [seed.steering[direction] for seed in task.per_seed.values()]
+        block, seeds = task.steering[direction], of_seeds(task, direction)
         each = f"; {', '.join(three(seed.pairs.shift) for seed in seeds)}" if len(seeds) > 1 else ""
-        row = [label, f"**{ranged(block.pairs.shift)}**{each}"]
-        row.append(listed(list(dict.fromkeys(seed.chosen.method for seed in seeds))))
-        row += [strongest(block, names) for names in (set(CONTROLS), set(CONTROLS) - set(REFITTED))]
-        row.append(f"{three(block.pairs.other)} / {three(block.confabulated)}")
+        beyond = "" if block.chosen.within_limits else " (beyond its limits on tune)"
+        row = [label, f"**{ranged(block.pairs.shift)}** of {block.pairs.shift.n:,}{each}{beyond}", by(seeds)]
+        row += [strongest(block), strongest_random(seeds), f"{three(block.pairs.other)} / {three(block.confabulated)}"]
         drawn = block.for_aim("conflict")
-        control = three(drawn.beside["conflict"].shift) if "conflict" in drawn.beside else NOT
-        rows.append([*row, f"{ranged(drawn.conflict.shift)}; {control}", three(block.pairs_unreachable.shift)])
-    columns += ["conflicts as drawn; their control", "pairs that do not keep the key"]
-    return Table(f"Steered {TOWARD[direction]}, test pairs, the best method by the tune split", columns, rows)
+        methods = by([seed.for_aim("conflict") for seed in seeds])
+        row.append(f"{ranged(drawn.conflict.shift)} by {methods}; {strongest(drawn, 'conflict')}")
+        kept = block.pairs_unreachable
+        rows.append([*row, f"{three(kept.shift)} / {three(kept.other)}" if kept.shift.known else NOT])
+    columns += ["conflicts as drawn; their control", "phrasings without the key: shift / other"]
+    kind = "test pairs" if direction == "to_generalized" else "test pairs that keep the stored key"
+    return Table(f"Steered {TOWARD[direction]}, {kind}, the best method by the tune split", columns, rows)
 
 
-def strongest(block: Steered, names: set[str]) -> str:
-    """The control of these that steers most, its draws pooled, mean over seeds."""
-    drawn = {name: one.pairs.shift for name, one in block.controls.items() if name in names and one.pairs.shift.known}
-    if not drawn:
-        return NOT
-    name = max(drawn, key=lambda name: drawn[name].estimate)
-    return f"{three(drawn[name])}, {CONTROLS[name]}"
+def of_seeds(task: TaskResults, direction: Direction) -> list[Steered]:
+    """The best method of each seed."""
+    return [seed.steering[direction] for seed in task.per_seed.values()]
+
+
+def by(blocks: list[Steered]) -> str:
+    """The methods of several seeds."""
+    counts = Counter(block.chosen.method for block in blocks)
+    return next(iter(counts)) if len(counts) == 1 else listed([f"{name} in {n}" for name, n in counts.items()])
+
+
+def strongest(block: Steered, aim: Aim = "pairs") -> str:
+    """Each seed's control that steers most, its draws pooled; their mean over seeds."""
+    beside = block.beside.get(aim)
+    return f"{three(beside.shift)}, {control_names(beside)}" if beside else NOT
+
+
+def strongest_random(seeds: list[Steered]) -> str:
+    """The same among those that are not fitted again."""
+    found = [[one.pairs.shift for name, one in seed.controls.items() if name not in REFITTED] for seed in seeds]
+    most = [
+        max((shift for shift in drawn if shift.known), key=lambda shift: shift.estimate, default=None)
+        for drawn in found
+    ]
+    return three(over_seeds([shift for shift in most if shift])) if any(most) else NOT
 
 
 def controls(tasks: Tasks, direction: Direction) -> Table:
     """Every control's share, the vector less the strongest, and less what its mean push on the margin would do."""
     rows = []
     for label, task in tasks.items():
-        block, push = task.steering[direction], task.logit.get(direction)
-        row = [label, *(three(block.controls[name].pairs.shift) for name in CONTROLS)]
+        block, seeds, push = task.steering[direction], of_seeds(task, direction), task.logit.get(direction)
+        row = [label]
+        for name in CONTROLS:
+            drawn = sum(seed.controls[name].pairs.shift.known for seed in seeds)
+            few = f" ({drawn} of {len(seeds)} seeds)" if 0 < drawn < len(seeds) else ""
+            row.append(three(block.controls[name].pairs.shift) + few)
         row.append(ranged(block.beside["pairs"].difference, sign=True) if "pairs" in block.beside else NOT)
         rows.append([*row, ranged(push.vector_minus_logit, sign=True) if push else NOT])
-    columns = ["task", *CONTROLS.values(), "vector minus each seed's strongest", "minus its mean push on the margin"]
+    columns = ["task", *CONTROLS.values(), "vector minus each seed's strongest"]
+    columns.append("pairs whose margin flips: vector minus one push on all margins, its mean")
     return Table(f"Controls {TOWARD[direction]}, share of test pairs", columns, rows)
 
 
@@ -131,15 +165,11 @@ def methods(tasks: Tasks, direction: Direction) -> Table:
 
 
 def at_one_norm(tasks: Tasks, direction: Direction) -> Table:
-    """All methods at the strength at which any of them steers most, each where it does most on tune."""
+    """All methods at each strength that all were tried at, each where it does most on tune."""
     names = list(dict.fromkeys(name for task in tasks.values() for name in task.steering_by_method))
     rows = []
     for label, task in tasks.items():
-        by_strength = task.equal_norm.get(direction, {})
-        if by_strength:
-            most = {key: max(one.shift.estimate for one in of.values()) for key, of in by_strength.items()}
-            strength = max(most, key=lambda key: np.nan_to_num(most[key]))
-            of = by_strength[strength]
+        for strength, of in task.equal_norm.get(direction, {}).items():
             row = [f"{three(of[name].shift)}, {three(of[name].control)}" if name in of else NOT for name in names]
             rows.append([label, strength, *row])
     caption = f"Methods {TOWARD[direction]}, all of one norm: share of test pairs, strongest control"
@@ -157,27 +187,39 @@ def probes(tasks: Tasks) -> Table:
         row.append(three(probe.shuffled))
         row += [ranged(getattr(probe.best, f"minus_{name}"), sign=True) for name in ("input_only", "input_repeats")]
         rows.append(row)
-    columns = ["task", "probe of the best layer", *(RIVALS[name] for name in rivals), "shuffled labels"]
+    columns = ["task", "probe of the best layer", *(RIVALS[name] for name in rivals), "shuffled labels, all layers"]
     return Table("Accuracy on test pairs", [*columns, "minus the input", "minus the input with repeats"], rows)
 
 
-def layers(tasks: Tasks) -> Table:
-    """Where the difference is, where one layer's shift acts on tune, and what the other side's state does there."""
+def differences(tasks: Tasks) -> Table:
+    """Where the difference is, on the fit pairs."""
     rows = []
     for label, task in tasks.items():
-        found = task.by_layer
-        row = [label, " ".join(f"{x:.4f}" for x in found.mean_abs_nmd), " ".join(f"{x:.2f}" for x in found.max_abs_rho)]
-        for direction in DIRECTIONS:
-            sites = {name: of["block"] for name, of in found.shift[direction].methods.items() if "block" in of}
-            name = max(sites, key=lambda name: np.nanmax([0.0, *(each.estimate for each in sites[name])]), default="")
-            row.append(f"{' '.join(f'{each.estimate:.2f}' for each in sites[name])}, {name}" if name else NOT)
-            patched = task.patch.get(direction, {}).get("block", [])
-            row.append(" ".join(f"{each.shift.estimate:.2f}" for each in patched) or NOT)
-        rows.append(row)
-    columns = ["task", "mean absolute NMD", "largest absolute rho"]
-    for towards in TOWARD.values():
-        columns += [f"{towards}: one layer shifted (tune)", f"{towards}: patched in"]
+        found = task.contrast
+        of = [(found.mean_abs_nmd, 4), (found.in_norms, 4), (found.max_abs_rho, 2)]
+        rows.append([label, *(" ".join(f"{value:.{places}f}" for value in values) or NOT for values, places in of)])
+    columns = ["task", "mean absolute NMD", "the same over the mean norm of the states", "largest absolute rho"]
     return Table("By layer, from the first to the last", columns, rows)
+
+
+def layers(tasks: Tasks) -> Table:
+    """Where one layer's shift acts on tune, and what the other side's state does there on test."""
+    rows = []
+    for label, task in tasks.items():
+        for direction, towards in TOWARD.items():
+            alone = task.by_layer.shift[direction]
+            for site in SITES:
+                sites = {name: of[site] for name, of in alone.methods.items() if site in of}
+                most = {
+                    name: max((one.estimate for one in each if one.known), default=-1) for name, each in sites.items()
+                }
+                name = max(most, key=lambda name: most[name], default="")
+                shifted = f"{' '.join(map(two, sites[name]))}, {name} at {alone.strength:g}" if name else NOT
+                patched = " ".join(two(each.shift) for each in task.patch.get(direction, {}).get(site, []))
+                if name or patched:
+                    rows.append([label, towards, site, shifted, patched or NOT])
+    columns = ["task", "direction", "site", "one layer shifted, the method that does most (tune)", "patched in (test)"]
+    return Table("By layer, from the first to the last: share of pairs", columns, rows)
 
 
 def held_at_mean(tasks: Tasks) -> Table:
@@ -185,13 +227,20 @@ def held_at_mean(tasks: Tasks) -> Table:
     rows = []
     for label, task in tasks.items():
         for direction, towards in TOWARD.items():
-            shares = task.ablation.get(task.steering[direction].chosen.method, {}).get(direction, {})
-            for share, one in shares.items():
+            of = [
+                seed.ablation.get(seed.steering[direction].chosen.method, {}).get(direction, {})
+                for seed in task.per_seed.values()
+            ]
+            for share in dict.fromkeys(share for shares in of for share in shares):
+                found = [shares[share] for shares in of if share in shares]
+                before = over_seeds([one.vector.before for one in found])
                 lost = [
-                    f"{each.lost.estimate:.2f} of {each.before.estimate:.2f}"
-                    for each in (one.vector, one.random_neurons)
+                    over_seeds([one.vector.lost for one in found]),
+                    over_seeds([one.random_neurons.lost for one in found]),
                 ]
-                rows.append([label, towards, share, *lost, ranged(one.minus_random, sign=True)])
+                told = [f"{one.estimate:.2f} of {before.estimate:.2f}" for one in lost]
+                difference = ranged(over_seeds([one.minus_random for one in found]), sign=True)
+                rows.append([label, towards, share, *told, difference])
     columns = ["task", "direction", "share of neurons", "the vector's", "random", "difference"]
     return Table("Neurons held at their mean: separation of a pair's sides lost, nats", columns, rows)
 
@@ -203,33 +252,44 @@ def alike(results: Results) -> Table:
         for between, top, share, chance in overlaps(task, results.seeds.get(label, [])):
             by_chance = f"{three(chance)}, up to {chance.high:.3f}"
             rows.append([label, between, f"{top:g}", ranged(share), by_chance])
-    return Table("The same neurons again", ["task", "between", "share of neurons", "in common", "by chance"], rows)
+    columns = ["task", "between", "share of neurons", "in common (range)", "by chance within layers"]
+    return Table("The same neurons again", columns, rows)
 
 
 def chosen(tasks: Tasks) -> Table:
-    """The first seed's setting, each seed's method, and whether the limits were kept on tune."""
+    """Each seed's setting, and whether the limits were kept on tune."""
     rows = []
     for label, task in tasks.items():
         for direction, towards in TOWARD.items():
-            best = [seed.steering[direction].chosen for seed in task.per_seed.values()]
-            each = [f"{one.method}, {one.site} {one.layers[0]}-{one.layers[-1]}, {one.strength:g}" for one in best]
-            rows.append(
-                [label, towards, "; ".join(each), ", ".join("yes" if one.within_limits else "no" for one in best)]
-            )
-    columns = ["task", "direction", "method, place, strength by seed", "within the limits on tune"]
+            best = [seed.chosen for seed in of_seeds(task, direction)]
+            each = [f"{one.method}, {one.site} {runs(one.layers)}, {one.top:g}, {one.strength:g}" for one in best]
+            alphas = [f"{one.alpha:.2g}" for one in best if not np.isnan(one.alpha)]
+            kept = ", ".join("yes" if one.within_limits else "no" for one in best)
+            rows.append([label, towards, "; ".join(each), ", ".join(alphas) or NOT, kept])
+    columns = ["task", "direction", "method, place, share of neurons, strength; by seed", "alpha, where it is NMD"]
+    columns.append("within the limits on tune (to memorized, new questions do not count)")
     return Table("Chosen on tune by shift minus what its worst control costs", columns, rows)
 
 
 def doses(tasks: Tasks) -> Table:
-    """Shift and margin at multiples of the chosen strength."""
+    """Shift and margin at multiples of the chosen strength, each seed's best method."""
     rows = []
     for label, task in tasks.items():
         for direction, towards in TOWARD.items():
-            at = task.dose.get(task.steering[direction].chosen.method, {}).get(direction, {}).get("vector", {})
-            row = [f"{three(at[dose].shift)}, {at[dose].margin.estimate:+.1f}" if dose in at else NOT for dose in DOSES]
-            rows.append([label, towards, *row])
-    columns = ["task", "direction", *(f"{dose} times" for dose in DOSES)]
-    return Table("The first seed's best method: share of test pairs, mean margin in nats", columns, rows)
+            of = [
+                seed.dose.get(seed.steering[direction].chosen.method, {}).get(direction, {}).get("vector", {})
+                for seed in task.per_seed.values()
+            ]
+            row, n = [], 0
+            for dose in DOSES:
+                found = [at[dose] for at in of if dose in at]
+                shift, margin = over_seeds([one.shift for one in found]), over_seeds([one.margin for one in found])
+                row.append(f"{three(shift)}, {margin.estimate:+.1f}" if shift.known else NOT)
+                n = max(n, shift.n)
+            rows.append([label, towards, f"{n:,}", *row])
+    columns = ["task", "direction", "pairs", *(f"{dose} times" for dose in DOSES)]
+    caption = "Each seed's best method: share of test pairs, mean margin (generalized minus memorized) in nats"
+    return Table(caption, columns, rows)
 
 
 def costs(tasks: Tasks) -> Table:
@@ -238,30 +298,30 @@ def costs(tasks: Tasks) -> Table:
     for label, task in tasks.items():
         for direction, towards in TOWARD.items():
             block = task.steering[direction]
-            row = [changes(block.collateral), changes(block.for_aim("conflict").collateral_conflict)]
-            rows.append([label, towards, *row])
+            of_pairs, of_conflicts = changes(block.collateral), changes(block.for_aim("conflict").collateral_conflict)
+            rows.append([label, towards, of_pairs, "the same" if of_conflicts == of_pairs else of_conflicts])
     return Table("Change in accuracy", ["task", "direction", "chosen for pairs", "chosen for conflicts as drawn"], rows)
 
 
 def changes(collateral: dict[str, Estimate]) -> str:
-    """Each list's change."""
+    """Each list's change; memory examples that are the conflicts themselves are no cost."""
     known = [f"{LISTS[name]} {change.estimate:+.3f}" for name, change in collateral.items() if change.known]
     return ", ".join(known) or NOT
 
 
 def draws(run: Run) -> Table:
-    """How often a draw between the two answers would differ from the greedy one: 1 / (1 + exp |margin|)."""
+    """How often a draw between the two answers would differ from the greedy one of them: 1 / (1 + exp |margin|)."""
     rows = []
     for label, cells in run.by_label().items():
         of = [cell.behaviour[cell.behaviour.kind == "conflict"] for cell in cells]
-        differ = float(np.mean([np.mean(1 / (1 + np.exp(np.abs(each.margin)))) for each in of]))
+        one_of_two = [each[each.behaviour != "other"] for each in of]
+        differ = float(np.mean([np.mean(1 / (1 + np.exp(np.abs(each.margin)))) for each in one_of_two]))
         rows.append([label, f"{differ:.3f}", f"{sum(int(each.tie.sum()) for each in of)} of {sum(map(len, of)):,}"])
-    return Table("Test conflicts", ["task", "a draw would differ", "ties"], rows)
+    return Table("Test conflicts", ["task", "a draw would differ", "ties, all seeds"], rows)
 
 
-def pretrained(results: Results) -> Iterator[Table]:
+def pretrained(results: Results, tasks: Tasks) -> Iterator[Table]:
     """The same of a pretrained model, in short."""
-    tasks = analysed(results)
     yield behaviours(results)
     yield from failures(results)
     yield from (steering(tasks, direction) for direction in DIRECTIONS)
@@ -281,16 +341,17 @@ def held_out(label: str, task: TaskResults) -> Iterator[list[str]]:
             yield [f"{label}, another {name}", *map(ranged, shifts)]
 
 
-def short(found: list[Results]) -> Table:
-    """Each task's shift, strongest control and largest loss, both ways."""
-    rows = []
-    for study, label, task in ((r.study, label, task) for r in found for label, task in analysed(r).items()):
-        row = [f"`{label}`" if study == found[0].study else f"`{label}` of `{study}`", str(len(task.seeds))]
+def short(found: dict[str, Tasks]) -> Table:
+    """Each task's shift, strongest control and largest loss, both ways; of all studies."""
+    rows, first = [], next(iter(found))
+    for study, label, task in ((study, *item) for study, tasks in found.items() for item in tasks.items()):
+        row = [f"`{label}`" if study == first else f"`{label}` of `{study}`", str(len(task.seeds))]
         for direction in DIRECTIONS:
             block = task.steering[direction]
-            control = strongest(block, set(CONTROLS)).partition(",")[0]
-            lost = min((change.estimate for change in block.collateral.values() if change.known), default=np.nan)
-            row.append(f"{ranged(block.pairs.shift)}, {control}, {lost:+.3f}")
+            beside, known = block.beside.get("pairs"), {key: one for key, one in block.collateral.items() if one.known}
+            worst = min(known, key=lambda key: known[key].estimate, default=None)
+            cost = f"{known[worst].estimate:+.3f} ({LISTS[worst]})" if worst else NOT
+            row.append(f"{ranged(block.pairs.shift)}, {three(beside.shift) if beside else NOT}, {cost}")
         rows.append(row)
     columns = ["task", "seeds", *(f"{towards}: shift, control, cost" for towards in TOWARD.values())]
     return Table(
@@ -309,6 +370,19 @@ def ranged(found: Estimate, sign: bool = False) -> str:
         return three(found)
     low, high = (found.low, found.high) if sign else (max(0.0, found.low), min(1.0, found.high))
     return f"{found.estimate:{'+' if sign else ''}.3f} ({low:.2f} to {high:.2f})"
+
+
+def two(found: Estimate) -> str:
+    """A share to two places."""
+    return f"{found.estimate:.2f}" if found.known else NOT
+
+
+def runs(layers: list[int]) -> str:
+    """Layers in a row as ``0-3``."""
+    in_a_row = layers == list(range(layers[0], layers[-1] + 1))
+    return (
+        str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}" if in_a_row else " ".join(map(str, layers))
+    )
 
 
 def markdown(table: Table) -> str:

@@ -310,12 +310,12 @@ def test_claims_and_tables_are_printed_of_any_run(run: Path, nothing_flips: Path
     assert "| inference (nothing) | 1 | -" in claims
     results = Results.model_validate_json((run / "results.json").read_text())
     shared = next(r for r in results.seeds["inference"] if r.what == "overlap_in_layers" and r.top == 0.1)
-    assert f"| inference, block, seeds two by two: 1 | {shared.value.estimate:.2f}" in claims
+    assert f"| inference, block, seeds two by two: 1 (run) | {shared.value.estimate:.2f}" in claims
     best = results.tasks["inference"].steering["to_generalized"]
     shift = f"{best.pairs.shift.estimate:.3f} ({best.pairs.shift.low:.2f} to "
-    review = printed("review.py", run, nothing_flips)
+    review = printed("review.py", run)
     assert f"| inference | **{shift}" in review
-    assert all(f"## {point}" in review for point in ("1 and 3", *map(str, (2, *range(4, 12)))))
+    assert all(f"## {point}" in review for point in ("1 and 3", *map(str, (2, *range(4, 11)))))
     control = max(one.pairs.shift.estimate for one in best.controls.values() if one.pairs.shift.known)
     assert re.search(rf"\| `inference` \| 2 \| {re.escape(shift)}[^|]*, {control:.3f}, ", review)
 
@@ -365,17 +365,25 @@ def test_a_control_counts_in_the_seeds_that_drew_it_and_random_ones_alone_are_ra
 
 
 def test_a_cell_that_could_not_go_on_counts_where_it_is_asked_for(copy: Path, claims: Any) -> None:
+    """Only one that never showed both behaviours: of its task the claims about that are false, others are untouched."""
     build_report(copy)
     facts = json.loads((copy / "results.json").read_text())
-    facts["failed"] = {"addition-7": "never showed both"}
-    (copy / "results.json").write_text(json.dumps(facts))
-    out = io.StringIO()
-    with redirect_stdout(out):
-        claims.main([copy])
-    lines = {line.split(" | ")[0]: line for line in out.getvalue().splitlines()}
-    assert "holds in 1 of 2" in lines["| Some phrasings of one item flip the behaviour"]
-    assert "of 1" in lines["| A probe predicts the behaviour"]
-    assert lines["| addition-7 (copy)"] == "| addition-7 (copy) | never showed both |"
+
+    def lines(failed: dict[str, str]) -> dict[str, str]:
+        (copy / "results.json").write_text(json.dumps(facts | {"failed": failed}))
+        out = io.StringIO()
+        with redirect_stdout(out):
+            claims.main([copy])
+        return {line.split(" | ")[0]: line for line in out.getvalue().splitlines()}
+
+    (label,) = facts["tasks"]
+    unmet = f"{label}-7: after 9 steps the model does not show both behaviours: recall 0.1"
+    found = lines({f"{label}-7": unmet, f"{label}-8": "its process was lost"})
+    assert "holds in 0 of 1" in found["| Some phrasings of one item flip the behaviour"]
+    assert "of 1" in found["| A probe predicts the behaviour"]
+    assert found[f"| {label}-7 (copy)"] == f"| {label}-7 (copy) | {unmet} |"
+    untouched = lines({f"{label}-8": "its process was lost"})
+    assert "holds in 1 of 1" in untouched["| Some phrasings of one item flip the behaviour"]
 
 
 def test_over_seeds_each_has_its_own_strongest_control_and_settings_are_not_averaged(task: TaskResults) -> None:
@@ -390,6 +398,12 @@ def test_over_seeds_each_has_its_own_strongest_control_and_settings_are_not_aver
     assert both.exceeded
     assert control_names(both) == "indifference in 2, shuffled labels in 1"
     assert not merged([beside("gaussian", 0.1), beside("gaussian", 0.1, exceeded=False)]).exceeded
+    halves = task.consistency["halves"]
+    (top, found), *_ = halves.overlap.items()
+    wider = {top: {"share": Estimate(1.0, 0.9, 1.0, 3), "chance": Estimate(0.4, 0.2, 0.6, 3)}}
+    two = merged([halves, halves.model_copy(update={"overlap": wider})]).overlap[top]
+    assert two["share"].high == 1.0  # the range of both, not Student's t over two numbers
+    assert two["chance"].high == pytest.approx((found["chance"].high + 0.6) / 2)
     chosen = task.steering["to_generalized"].chosen
     outside = chosen.model_copy(update={"within_limits": False})
     assert not merged([chosen, outside]).within_limits

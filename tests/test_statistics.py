@@ -19,9 +19,11 @@ from mnemoscope.statistics import (
     Estimate,
     Floats,
     auroc,
+    averaged,
     cosine,
     half_of_groups,
     mean,
+    over_draws,
     over_seeds,
     overlap,
     overlap_by_chance,
@@ -169,6 +171,18 @@ def test_over_seeds_with_few_or_undefined_seeds() -> None:
     result = over_seeds([Estimate(1, 0.8, 1, 10), Estimate(1, 0.6, 1, 5), Estimate(1, math.nan, math.nan, 1)])
     assert result == Estimate(1, 0.6, 1, 16)
     assert math.isnan(over_seeds([Estimate(1, math.nan, math.nan, 1)] * 2).low)
+
+
+def test_ranges_and_chance_of_several_seeds_keep_what_their_ends_are() -> None:
+    """A range stays the range of all draws; the ends of a permutation are averaged, and never leave 0 and 1."""
+    first, second = Estimate(0.2, 0.1, 0.4, 10), Estimate(0.6, 0.3, 0.7, 10)
+    assert over_draws([first, second]) == Estimate(pytest.approx(0.4), 0.1, 0.7, 20)
+    assert over_draws([first, Estimate.undefined()]) == first
+    assert over_draws([first, Estimate(0.4, math.nan, math.nan, 1)]) == Estimate(pytest.approx(0.3), 0.1, 0.4, 11)
+    by_chance = averaged([first, second])
+    assert by_chance == Estimate(pytest.approx(0.4), pytest.approx(0.2), pytest.approx(0.55), 20)
+    assert by_chance.high < over_seeds([first, second]).high  # Student's t over two seeds says nothing of chance
+    assert math.isnan(averaged([]).estimate)
 
 
 def test_auroc_is_scikit_learns_and_its_interval_by_group() -> None:

@@ -30,10 +30,12 @@ def measure_contrast(contrast: Contrast) -> Contrasts:
     p_LD = contrast.p_family_wise_LD
     significant_LD = np.where(np.isnan(p_LD), np.nan, p_LD <= SIGNIFICANT)
     n = int((~np.isnan(p_LD)).sum())
+    mean_L = [_of_known(np.mean, row) for row in np.abs(contrast.nmd_LD)]
     return Contrasts(
         site=contrast.site,
         layers=list(range(len(p_LD))),
-        mean_abs_nmd=[_of_known(np.mean, row) for row in np.abs(contrast.nmd_LD)],
+        mean_abs_nmd=mean_L,
+        in_norms=[mean / norm for mean, norm in zip(mean_L, contrast.state_norm_L.tolist(), strict=True)],
         max_abs_rho=[_of_known(np.max, row) for row in np.abs(contrast.rho_LD)],
         significant_fraction=[_of_known(np.mean, row) for row in significant_LD],
         significant=Estimate(_of_known(np.mean, significant_LD), math.nan, math.nan, n),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -15,8 +15,20 @@ from mnemoscope.errors import InputError
 from mnemoscope.processes import Map, in_order
 from mnemoscope.report import behaviour, cost, detector, differ, holds, read, steer, where
 from mnemoscope.report.records import Cell, Run
-from mnemoscope.report.schema import AIMS, AtNorm, CellResults, Chosen, Control, Result, Results, Shares, TaskResults
-from mnemoscope.statistics import Estimate, over_seeds
+from mnemoscope.report.schema import (
+    AIMS,
+    AtNorm,
+    CellResults,
+    Chosen,
+    Control,
+    Halves,
+    Learning,
+    Result,
+    Results,
+    Shares,
+    TaskResults,
+)
+from mnemoscope.statistics import Estimate, averaged, over_draws, over_seeds
 
 
 def compute_results(run: Run, parallel: Map = in_order) -> Results:
@@ -103,11 +115,14 @@ def _shift_of(draw: Shares) -> float:
     return float(np.nan_to_num(draw.shift.estimate, nan=-1))
 
 
-def merged(values: Sequence[Any]) -> Any:
-    """One value for all seeds that have it, by its type: of settings the first, of lists of numbers the union."""
+def merged(values: Sequence[Any], together: Callable[[Sequence[Estimate]], Estimate] = over_seeds) -> Any:
+    """One value for all seeds that have it, by its type: of settings the first, of lists of numbers the union.
+
+    What is a range of draws in a seed stays one, and what chance gives keeps the ends of its distribution.
+    """
     first = values[0]
     if isinstance(first, Estimate):
-        return over_seeds(values)
+        return together(values)
     if isinstance(first, str):
         return first
     if isinstance(first, Chosen):
@@ -115,15 +130,17 @@ def merged(values: Sequence[Any]) -> Any:
     if isinstance(first, Result):
         fields = {name: [getattr(part, name) for part in values] for name in type(first).model_fields}
         known = {name: [value for value in found if value is not None] for name, found in fields.items()}
-        found: dict[str, Any] = {name: merged(of_seeds) if of_seeds else None for name, of_seeds in known.items()}
+        kind = over_draws if isinstance(first, (Halves, Learning)) else together
+        found: dict[str, Any] = {name: merged(of_seeds, kind) if of_seeds else None for name, of_seeds in known.items()}
         return type(first).model_construct(**found | _not_averaged(values))
     if isinstance(first, dict):
         keys = dict.fromkeys(key for value in values for key in value)
-        return {key: merged([value[key] for value in values if key in value]) for key in keys}
+        of = {key: [value[key] for value in values if key in value] for key in keys}
+        return {key: merged(of[key], averaged if str(key).startswith("chance") else together) for key in keys}
     if isinstance(first, list):
         if all(isinstance(number, int) for value in values for number in value):
             return sorted({number for value in values for number in value})
-        return [merged(parts) for parts in zip(*values, strict=True)]
+        return [merged(parts, together) for parts in zip(*values, strict=True)]
     if isinstance(first, bool):
         return all(values)
     if isinstance(first, int):

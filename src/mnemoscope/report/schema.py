@@ -177,6 +177,7 @@ class Contrasts(Result):
     site: str
     layers: list[int]
     mean_abs_nmd: list[float] = Field(description="mean |NMD| of the layer's neurons")
+    in_norms: list[float] = Field([], description="the same over the mean norm of the layer's states")
     max_abs_rho: list[float] = Field(description="largest |rho|")
     significant_fraction: list[float] = Field(description="share of the neurons with a family-wise p of at most 0.05")
     significant: Estimate = Field(description="the same share of all neurons")
@@ -235,7 +236,7 @@ class Probe(Result):
 
 
 class Learning(Result):
-    """What fewer fit pairs give: mean and range over draws, no confidence interval. Keys: number of pairs, or `all`."""
+    """What fewer fit pairs give: mean and range over draws (of all seeds). Keys: number of pairs, or `all`."""
 
     picked: list[int] = Field(description="the layer")
     pairs: dict[str, float]
@@ -245,7 +246,10 @@ class Learning(Result):
 
 
 class Halves(Result):
-    """Two halves of the fit pairs: mean and range over halvings, no confidence interval."""
+    """Two halves of the fit pairs: mean and range over halvings (of all seeds), no confidence interval.
+
+    ``chance`` and its ends are those of a permutation, their means over halvings and seeds.
+    """
 
     halvings: int
     rho_rank_correlation: list[Estimate] = Field(description="per layer")

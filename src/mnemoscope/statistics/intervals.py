@@ -188,6 +188,26 @@ def over_seeds(estimates: Sequence[Estimate]) -> Estimate:
     return Estimate(middle, middle - half, middle + half, n, groups)
 
 
+def over_draws(estimates: Sequence[Estimate]) -> Estimate:
+    """Of seeds' ``mean_with_range`` the mean of their means, with the range of all; `n` is the sum."""
+    kept = [estimate for estimate in estimates if estimate.known]
+    if not kept:
+        return Estimate.undefined()
+    ends = np.array([(one.low, one.high) for one in kept])
+    low, high = float(np.fmin.reduce(ends[:, 0])), float(np.fmax.reduce(ends[:, 1]))  # fmin and fmax pass over NaN
+    middle = float(np.mean([one.estimate for one in kept]))
+    return Estimate(middle, low, high, sum(one.n for one in kept), sum(one.groups for one in kept))
+
+
+def averaged(estimates: Sequence[Estimate]) -> Estimate:
+    """Of seeds' distributions by chance the mean, and the mean of each end; `n` is the sum."""
+    kept = [estimate for estimate in estimates if estimate.known]
+    if not kept:
+        return Estimate.undefined()
+    middle, low, high = np.mean([(one.estimate, one.low, one.high) for one in kept], axis=0)
+    return Estimate(float(middle), float(low), float(high), sum(one.n for one in kept), sum(one.groups for one in kept))
+
+
 def mean_with_range(values: ArrayLike) -> Estimate:
     """Mean of draws that are not NaN, with their range as ends, which is no confidence interval as draws share data.
 
