@@ -94,7 +94,7 @@ def steering(tasks: Tasks, direction: Direction) -> Table:
     for label, task in tasks.items():
         block, seeds = task.steering[direction], of_seeds(task, direction)
         each = f"; {', '.join(three(seed.pairs.shift) for seed in seeds)}" if len(seeds) > 1 else ""
-        beyond = "" if block.chosen.within_limits else " (beyond its limits on tune)"
+        beyond = "" if block.chosen.within_limits else " (beyond its limits on tune in some seed)"
         row = [label, f"**{ranged(block.pairs.shift)}** of {block.pairs.shift.n:,}{each}{beyond}", by(seeds)]
         row += [strongest(block), strongest_random(seeds), f"{three(block.pairs.other)} / {three(block.confabulated)}"]
         drawn = block.for_aim("conflict")

@@ -57,7 +57,7 @@ def test_data_is_seeded_jsonl_that_reads_back(tmp_path: Path) -> None:
 
 
 def test_built_in_studies_resolve() -> None:
-    assert set(built_in_studies()) == {"lora", "quickstart", "paper", "portable", "smollm2"}
+    assert set(built_in_studies()) == {"gemma", "lora", "quickstart", "paper", "portable", "smollm2"}
     for name in built_in_studies():
         assert load_study(name).study == name
 
@@ -89,7 +89,7 @@ LEAVING = {"up": "../../escaped", "absolute": "/tmp/escaped", "inner": "a/b", "d
     [
         (["run", "unclosed.yaml"], "line 1: not YAML"),
         (["run", "words.yaml"], "not a mapping"),
-        (["run", "quickstrat"], "study: 'quickstrat' is neither a file nor one of lora, paper, portable, quickstart"),
+        (["run", "quickstrat"], "study: 'quickstrat' is neither a file nor one of gemma, lora, paper, portable, quickstart"),
         (["run", "mini.yaml", "--seeds", "0"], "seeds: Input should be greater than or equal to 1 (got 0)"),
         (["run", "mini.yaml", "--set", "seeds"], "--set: 'seeds' is not of the form a.b=c"),
         (["run", "mini.yaml", "--set", "seeds.a=1"], "leads through 'seeds'"),

@@ -31,7 +31,7 @@ from mnemoscope.report.page import tint
 from mnemoscope.report.records import read_run
 from mnemoscope.report.results import compute_results, merged
 from mnemoscope.report.schema import AtNorm, Results, Strongest, TaskResults
-from mnemoscope.report.steer import norms_table
+from mnemoscope.report.steer import norms_table, simpler_panel
 from mnemoscope.report.summary import VECTOR, WORDS, advice, breaks
 from mnemoscope.report.words import control_names, interval, percent, points, ranged
 from mnemoscope.statistics import Estimate, proportion
@@ -397,6 +397,11 @@ def test_over_seeds_each_has_its_own_strongest_control_and_settings_are_not_aver
     assert both.difference.estimate == pytest.approx(0.7)
     assert both.exceeded
     assert control_names(both) == "indifference in 2, shuffled labels in 1"
+    several = dict.fromkeys(("random_neurons", "permuted_answers", "indifference", "low_correlation", "random_sign"), 1)
+    task.steering["to_generalized"].beside["pairs"] = both.model_copy(update={"names": several})
+    simpler_panel(task, "to_generalized")().savefig(
+        io.BytesIO(), format="svg"
+    )  # a label with five names left no room for the axes: a warning
     assert not merged([beside("gaussian", 0.1), beside("gaussian", 0.1, exceeded=False)]).exceeded
     halves = task.consistency["halves"]
     (top, found), *_ = halves.overlap.items()

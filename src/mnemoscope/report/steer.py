@@ -211,7 +211,7 @@ def chapter(view: View) -> Chapter:
         Exhibit("switch", [_switch_panel(task, direction) for direction in steering]),
         Exhibit(*shown, table=methods_table(task)),
         Exhibit("dose", [panel for d in steering for panel in _dose_panels(task, d)]),
-        Exhibit("simpler", [_simpler_panel(task, direction) for direction in steering], pushes),
+        Exhibit("simpler", [simpler_panel(task, direction) for direction in steering], pushes),
         Exhibit(*folded, folded=True),
     ]
     return Chapter(answer(task), exhibits, [table(task), *norms_table(task)])
@@ -378,14 +378,15 @@ def other_ways(task: TaskResults, direction: Direction) -> dict[str, Estimate]:
     return {name: each.shift for name, each in found.items() if each.shift.known}
 
 
-def _simpler_panel(task: TaskResults, direction: Direction) -> Panel:
+def simpler_panel(task: TaskResults, direction: Direction) -> Panel:
     """The vector beside its strongest control, words and other decoding, on what is aimed at.
 
     Of pairs also a uniform push and a whole state put in, which are measured on these.
     """
     block, aim = task.steering[direction].for_aim(task.aim), task.aim
     found, control = {"the vector": getattr(block, aim).shift}, block.beside.get(aim)
-    found |= {words.control_names(control): control.shift} if control else {}
+    if control:
+        found[words.control_names(control) if len(control.names) == 1 else "strongest control"] = control.shift
     found |= other_ways(task, direction)
     if aim != "pairs":
         return dots_panel(f"{direction}, test conflicts", drawing.against("the vector", found, TONE[direction]))
