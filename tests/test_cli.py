@@ -89,7 +89,10 @@ LEAVING = {"up": "../../escaped", "absolute": "/tmp/escaped", "inner": "a/b", "d
     [
         (["run", "unclosed.yaml"], "line 1: not YAML"),
         (["run", "words.yaml"], "not a mapping"),
-        (["run", "quickstrat"], "study: 'quickstrat' is neither a file nor one of gemma, lora, paper, portable, quickstart"),
+        (
+            ["run", "quickstrat"],
+            "study: 'quickstrat' is neither a file nor one of gemma, lora, paper, portable, quickstart",
+        ),
         (["run", "mini.yaml", "--seeds", "0"], "seeds: Input should be greater than or equal to 1 (got 0)"),
         (["run", "mini.yaml", "--set", "seeds"], "--set: 'seeds' is not of the form a.b=c"),
         (["run", "mini.yaml", "--set", "seeds.a=1"], "leads through 'seeds'"),
