@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from mnemoscope.report.read import UNCERTAINTIES
 from mnemoscope.report.records import Run, read_run
 from mnemoscope.report.schema import DIRECTIONS, REFITTED, Aim, Direction, Estimate, Results, Steered, TaskResults
 from mnemoscope.report.words import CONTROLS, LISTS, RIVALS, control_names, listed
+from mnemoscope.report.words import layers as layer_names
 from mnemoscope.statistics import over_seeds
 
 HEAD = Path(__file__).with_name("review.head.md")
@@ -110,6 +112,14 @@ def steering(tasks: Tasks, direction: Direction) -> Table:
 def of_seeds(task: TaskResults, direction: Direction) -> list[Steered]:
     """The best method of each seed."""
     return [seed.steering[direction] for seed in task.per_seed.values()]
+
+
+def of_best(task: TaskResults, direction: Direction, what: Literal["ablation", "dose"]) -> list[dict[str, Any]]:
+    """What was measured of each seed's best method."""
+    return [
+        getattr(seed, what).get(seed.steering[direction].chosen.method, {}).get(direction, {})
+        for seed in task.per_seed.values()
+    ]
 
 
 def by(blocks: list[Steered]) -> str:
@@ -227,10 +237,7 @@ def held_at_mean(tasks: Tasks) -> Table:
     rows = []
     for label, task in tasks.items():
         for direction, towards in TOWARD.items():
-            of = [
-                seed.ablation.get(seed.steering[direction].chosen.method, {}).get(direction, {})
-                for seed in task.per_seed.values()
-            ]
+            of = of_best(task, direction, "ablation")
             for share in dict.fromkeys(share for shares in of for share in shares):
                 found = [shares[share] for shares in of if share in shares]
                 before = over_seeds([one.vector.before for one in found])
@@ -262,7 +269,9 @@ def chosen(tasks: Tasks) -> Table:
     for label, task in tasks.items():
         for direction, towards in TOWARD.items():
             best = [seed.chosen for seed in of_seeds(task, direction)]
-            each = [f"{one.method}, {one.site} {runs(one.layers)}, {one.top:g}, {one.strength:g}" for one in best]
+            each = [
+                f"{one.method}, {one.site}, {layer_names(one.layers)}, {one.top:g}, {one.strength:g}" for one in best
+            ]
             alphas = [f"{one.alpha:.2g}" for one in best if not np.isnan(one.alpha)]
             kept = ", ".join("yes" if one.within_limits else "no" for one in best)
             rows.append([label, towards, "; ".join(each), ", ".join(alphas) or NOT, kept])
@@ -276,10 +285,7 @@ def doses(tasks: Tasks) -> Table:
     rows = []
     for label, task in tasks.items():
         for direction, towards in TOWARD.items():
-            of = [
-                seed.dose.get(seed.steering[direction].chosen.method, {}).get(direction, {}).get("vector", {})
-                for seed in task.per_seed.values()
-            ]
+            of = [found.get("vector", {}) for found in of_best(task, direction, "dose")]
             row, n = [], 0
             for dose in DOSES:
                 found = [at[dose] for at in of if dose in at]
@@ -375,14 +381,6 @@ def ranged(found: Estimate, sign: bool = False) -> str:
 def two(found: Estimate) -> str:
     """A share to two places."""
     return f"{found.estimate:.2f}" if found.known else NOT
-
-
-def runs(layers: list[int]) -> str:
-    """Layers in a row as ``0-3``."""
-    in_a_row = layers == list(range(layers[0], layers[-1] + 1))
-    return (
-        str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}" if in_a_row else " ".join(map(str, layers))
-    )
 
 
 def markdown(table: Table) -> str:
