@@ -126,7 +126,7 @@ def test_methods_are_pure_and_what_is_kept_of_them_changes_nothing(asking: Askin
                 chosen = setting(method, direction, top=0.5)
                 (kept_LD,) = directions.shifts(chosen, [labels])
                 if method == "learned":
-                    (alone_LD,) = learned_together(sources, chosen, [labels])
+                    (alone_LD,) = learned_together(sources, [(chosen, labels)])
                 else:
                     alone_LD = METHODS[method](sources, labels) * (1 if direction == "to_generalized" else -1)
                 np.testing.assert_array_equal(kept_LD, alone_LD)
@@ -299,13 +299,14 @@ def test_what_is_learned_together_is_what_is_learned_alone(
     sources = sources_at(replace(asking, batch_size=16), site, steps=6)
     facts = {"site": site, "layers": (1,), "strength": 0.3, "positions": positions}
     chosen, several = setting("learned", "to_memorized", **facts), [Labels(seed, permuted) for seed in range(3)]
-    together = learned_together(sources, chosen, several)
-    for labels, found_LD in zip(several, together, strict=True):
-        (alone_LD,) = learned_together(sources, chosen, [labels])
+    fits = [(replace(chosen, strength=strength), labels) for labels in several for strength in (0.3, 0.1)]
+    together = learned_together(sources, fits)
+    for fit, found_LD in zip(fits, together, strict=True):
+        (alone_LD,) = learned_together(sources, [fit])
         assert np.linalg.norm(alone_LD[1]) > 0
         assert not alone_LD[0].any()
         np.testing.assert_allclose(found_LD, alone_LD, atol=1e-4 * np.abs(alone_LD).max())
-    assert not np.allclose(together[0], together[1], rtol=0.1)
+    assert not np.allclose(together[0], together[2], rtol=0.1)
 
 
 def test_what_is_learned_in_bfloat16_points_where_float32_points(
@@ -315,7 +316,7 @@ def test_what_is_learned_in_bfloat16_points_where_float32_points(
     for precision in ("float32", "bfloat16"):
         monkeypatch.setattr(learned, "quick_precision", lambda model, chosen=precision: chosen)
         sources = sources_at(asking, "block", steps=10)
-        found[precision] = learned_together(sources, setting("learned", strength=0.3), [ANSWERED])[0].ravel()
+        found[precision] = learned_together(sources, [(setting("learned", strength=0.3), ANSWERED)])[0].ravel()
     exact, rounded = found["float32"], found["bfloat16"]
     assert not np.array_equal(exact, rounded)
     assert exact @ rounded / np.linalg.norm(exact) / np.linalg.norm(rounded) > 0.999
@@ -331,9 +332,9 @@ def test_a_refitted_draw_does_not_depend_on_how_many_are_drawn(asking: Asking, n
     # Nor on where it was fitted.
     fixed = chosen.same_direction()[0]
     fitted = {
-        (fixed, labels): shift_LD
-        for four in shuffles(6, 0, name == PERMUTED)
-        for labels, shift_LD in zip(four, learned_together(sources, fixed, four), strict=True)
+        fit: shift_LD
+        for fits in ([(fixed, labels) for labels in four] for four in shuffles(6, 0, name == PERMUTED))
+        for fit, shift_LD in zip(fits, learned_together(sources, fits), strict=True)
     }
     elsewhere = dict(control_draws(name, Directions(sources, fitted), chosen, 6, (0,)))
     both = ([vector.dense(2, 64) for vector in found.values()] for found in (elsewhere, many))

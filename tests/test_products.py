@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from families import tiny
 from mnemoscope.models import core_of, products, quick_products
@@ -31,11 +34,26 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return shapes
 
 
-@pytest.mark.parametrize("biased", [True, False])
+class Turned(Conv1D):
+    """GPT-2's layer, which takes no part of a tensor itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = super().forward(x.contiguous())
+        return found
+
+
+LAYERS = {
+    "biased": lambda: nn.Linear(48, 80),
+    "without a bias": lambda: nn.Linear(48, 80, bias=False),
+    "weight turned": lambda: Turned(80, 48),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("whole", [True, False], ids=["in one piece", "a part of a tensor"])
-def test_products_and_gradients_are_those_of_float64(biased: bool, whole: bool, used: list[tuple[int, ...]]) -> None:
+def test_products_and_gradients_are_those_of_float64(kind: str, whole: bool, used: list[tuple[int, ...]]) -> None:
     torch.manual_seed(0)
-    layer = nn.Linear(48, 80, bias=biased).requires_grad_(False)
+    layer = LAYERS[kind]().requires_grad_(False)
     states = torch.randn(3, 7, 48)[:, 0 if whole else 2 :].requires_grad_()
     towards = torch.randn(*states.shape[:2], 80)
     with quick_products():
@@ -53,8 +71,11 @@ def test_products_and_gradients_are_those_of_float64(biased: bool, whole: bool, 
     )
 
 
-def test_what_is_trained_or_of_another_precision_is_left_to_torch(used: list[tuple[int, ...]]) -> None:
-    layer, states = nn.Linear(16, 16), torch.randn(4, 16)
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_what_is_trained_or_of_another_precision_is_left_to_torch(
+    kind: Callable[[int, int], nn.Module], used: list[tuple[int, ...]]
+) -> None:
+    layer, states = kind(16, 16), torch.randn(4, 16)
     plain = layer(states)
     with quick_products():
         assert torch.equal(layer(states), plain)
@@ -72,6 +93,16 @@ def test_what_is_trained_or_of_another_precision_is_left_to_torch(used: list[tup
     assert used == []
 
 
+def test_a_sum_of_matrices_is_no_layer(used: list[tuple[int, ...]]) -> None:
+    left, right = torch.randn(4, 16), torch.randn(16, 5)
+    with quick_products():
+        for added in (torch.randn(4, 5), torch.tensor(1.0), torch.randn(1, 5)):
+            torch.testing.assert_close(torch.addmm(added, left, right), added + left @ right)
+        torch.testing.assert_close(torch.addmm(torch.ones(5), left, right, alpha=2), 1 + 2 * (left @ right))
+        torch.testing.assert_close(torch.addmm(input=torch.ones(5), mat1=left, mat2=right), 1 + left @ right)
+    assert used == []
+
+
 def test_a_gradient_of_a_gradient_is_refused() -> None:
     layer, states = nn.Linear(8, 8).requires_grad_(False), torch.randn(2, 8, requires_grad=True)
     with quick_products():
@@ -80,7 +111,7 @@ def test_a_gradient_of_a_gradient_is_refused() -> None:
         first.sum().backward()
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "gemma"])
 def test_a_model_answers_as_before_and_alpha_0_changes_no_bit(family: str, used: list[tuple[int, ...]]) -> None:
     model = tiny(family).requires_grad_(False)
     ids = torch.arange(24).reshape(2, 12) % 40

@@ -20,12 +20,13 @@ from mnemoscope.directions.choose import (
     shared_neurons,
     shuffles,
 )
-from mnemoscope.directions.learned import learned_together, wanted_batches
+from mnemoscope.directions.learned import TOGETHER, learned_together, wanted_batches
 from mnemoscope.directions.sources import (
     ANSWERED,
     LOW_RANK,
     SOURCE,
     TOWARD,
+    Fit,
     FitLists,
     Labels,
     Setting,
@@ -36,4 +37,4 @@ from mnemoscope.directions.sources import (
     read_sources,
     with_prefixes,
 )
-from mnemoscope.directions.vectors import METHODS, Directions, Fit, share_of, steered
+from mnemoscope.directions.vectors import METHODS, Directions, share_of, steered

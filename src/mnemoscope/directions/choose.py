@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from mnemoscope.behaviour import Batch
+from mnemoscope.directions.learned import TOGETHER
 from mnemoscope.directions.sources import LOW_RANK, Labels, Setting
 from mnemoscope.directions.vectors import Directions, share_of, steered
 from mnemoscope.models import Site
@@ -73,7 +74,6 @@ PERMUTED = "permuted_answers"  # a learned shift towards answers of other items:
 DRAWN = {control.__name__: control for control in (random_neurons, low_correlation, random_sign, gaussian)}
 CONTROLS = ("random_neurons", "low_correlation", "random_sign", SHUFFLED, INDIFFERENCE, PERMUTED, "gaussian")
 LEARNED = ("learned", LOW_RANK)  # methods that learn from wanted answers
-TOGETHER = 4  # shuffles that are fitted in one go
 
 
 def refitted(method: str) -> tuple[str, ...]:

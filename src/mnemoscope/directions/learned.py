@@ -14,57 +14,60 @@ import torch
 from torch import Tensor
 
 from mnemoscope.behaviour import Batch, only_log_probability, with_options, with_suffixes, without_prefix
-from mnemoscope.directions.sources import FitLists, Labels, Setting, Sources, in_turn
+from mnemoscope.directions.sources import Fit, FitLists, Labels, Sources, in_turn
 from mnemoscope.models import in_precision, quick_precision
 from mnemoscope.steering import OPPOSITE, Positions, Toward, shifted
 
 MOMENTUM = 0.5
+TOGETHER = 4  # shifts that are learned in one go
 MOST_WEIGHTS = 2**24  # of a model that is read in bfloat16, as all are cast anew in each pass
 
 
-def learned_together(sources: Sources, setting: Setting, several: Sequence[Labels]) -> list[np.ndarray]:
-    """Shifts optimized on the fit split for the log probability of the wanted answer, within the setting's strength.
+def learned_together(sources: Sources, fits: Sequence[Fit]) -> list[np.ndarray]:
+    """Shifts optimized on the fit split for the log probability of the wanted answer, each within its strength.
 
-    One under each labels, float64 (L, D), zero in layers that are not the setting's.
+    One for each of ``fits``, which differ in strength and in labels alone; float64 (L, D), zero in layers that are not
+    the settings'.
 
     Steepest ascent with momentum: each gradient is scaled to norm 1, so that neurons without influence take nothing of
     the budget, as they would with Adam. Steps fall from the whole budget to 0; after each the shift is scaled back into
     it. Passes of small models are in bfloat16 where that is quicker; the shift is applied and judged in float32.
     """
-    model, shift_KLD = sources.lists.asking.model, np.zeros((len(several), *sources.shape_LD))
+    model, shift_KLD = sources.lists.asking.model, np.zeros((len(fits), *sources.shape_LD))
     small = sum(weight.numel() for weight in model.parameters()) <= MOST_WEIGHTS
     with in_precision(model, quick_precision(model) if small else "float32"):
-        for layer, unit_KD in _ascended(sources, setting, several).items():
+        for layer, unit_KD in _ascended(sources, fits).items():
             shift_KLD[:, layer] = unit_KD.detach().double().numpy() * sources.scale_LD[layer] * sources.unit_L[layer]
     return list(shift_KLD)
 
 
-def _ascended(sources: Sources, setting: Setting, several: Sequence[Labels]) -> dict[int, Tensor]:
+def _ascended(sources: Sources, fits: Sequence[Fit]) -> dict[int, Tensor]:
     """By layer, the shifts where the ascent ends, float32 (K, D), in units of strength."""
-    lists = sources.lists
-    units = {layer: torch.zeros(len(several), sources.shape_LD[1], requires_grad=True) for layer in setting.layers}
+    lists, (setting, _) = sources.lists, fits[0]
+    strength_K1 = torch.tensor([[one.strength] for one, _ in fits])
+    units = {layer: torch.zeros(len(fits), sources.shape_LD[1], requires_grad=True) for layer in setting.layers}
     unit_LD = torch.from_numpy(sources.scale_LD * sources.unit_L[:, None]).float()
-    ascent = torch.optim.SGD(units.values(), lr=setting.strength * (1 - MOMENTUM), momentum=MOMENTUM)
+    ascent = torch.optim.SGD(units.values(), lr=1 - MOMENTUM, momentum=MOMENTUM)
     schedule = torch.optim.lr_scheduler.LambdaLR(ascent, lambda step: 1 - step / lists.steps)
     held = lists.kept[setting.toward]
     kept = cycle(held) if held and lists.kept_weight else None
-    wanted = cycle(zip(*(wanted_batches(lists, setting.toward, labels) for labels in several), strict=True))
+    wanted = cycle(zip(*(wanted_batches(lists, setting.toward, labels) for _, labels in fits), strict=True))
     for number, batches in enumerate(islice(wanted, lists.steps)):
         shifts = {layer: unit_KD * unit_LD[layer] for layer, unit_KD in units.items()}
         loss = -_log_p(sources, batches, shifts, setting.positions)
         if kept and number % 2:  # every second step is enough to hold what should stay
             batch = next(kept)
-            same = [Asked(batch, torch.zeros_like(batch.option_R))] * len(several)
+            same = [Asked(batch, torch.zeros_like(batch.option_R))] * len(fits)
             loss = loss - lists.kept_weight * _log_p(sources, same, shifts, setting.positions)
         # Not backward(): that would also fill the gradients of the model's own parameters.
         gradients = torch.autograd.grad(loss, list(units.values()))
         norm_K1 = _norm(gradients)
         for unit_KD, gradient_KD in zip(units.values(), gradients, strict=True):
-            unit_KD.grad = torch.where(norm_K1 > 0, gradient_KD / norm_K1, gradient_KD)
+            unit_KD.grad = strength_K1 * torch.where(norm_K1 > 0, gradient_KD / norm_K1, gradient_KD)
         ascent.step()
         schedule.step()
         with torch.no_grad():
-            scale_K1 = (setting.strength / _norm(list(units.values()))).clamp(max=1.0)
+            scale_K1 = (strength_K1 / _norm(list(units.values()))).clamp(max=1.0)
             for unit_KD in units.values():
                 unit_KD *= scale_K1
     return units

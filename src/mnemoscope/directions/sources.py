@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import zip_longest
+from itertools import product, zip_longest
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -95,6 +95,7 @@ class Labels:
 
 
 ANSWERED = Labels()
+Fit = tuple[Setting, Labels]  # what a direction depends on; the setting as ``Setting.same_direction`` gives it
 
 
 @dataclass(frozen=True)
@@ -131,20 +132,26 @@ class FitLists:
         Half of the items get an answer of either behaviour: where the two have formats of their own, answers of one
         format would teach the behaviour. All phrasings of an item get the same one. None where an item is left without.
         """
-        answers = dict[str, list[list[int]]]()  # by item, of either behaviour
+        answers, names = self._answers, sorted(self._answers)
+        order = [names[i] for i in np.random.default_rng([seed, 1]).permutation(len(names))]
+        found = {}
+        for place, item in enumerate(order):
+            ways = product((place % 2, 1 - place % 2), range(1, len(order)))
+            either = (answers[order[(place + step) % len(order)]][option] for option, step in ways)
+            found[item] = next((tokens for tokens in either if tokens not in answers[item]), [])
+        return found if all(found.values()) else None
+
+    @cached_property
+    def _answers(self) -> dict[str, list[list[int]]]:
+        """By item, the tokens of either behaviour's answer."""
+        answers = dict[str, list[list[int]]]()
         for toward, of_both in self.items.items():
             for batches, items in zip((self.pairs[toward], self.conflicts[toward]), of_both, strict=True):
                 for batch in batches:
                     rows = (batch.suffix_RM.tolist(), batch.length_R.tolist(), batch.example_R, batch.option_R)
                     for suffix, length, example, option in zip(*rows, strict=True):
                         answers.setdefault(items[batch.examples_N[example]], [[], []])[option] = suffix[:length]
-        order = [sorted(answers)[i] for i in np.random.default_rng([seed, 1]).permutation(len(answers))]
-        found = {}
-        for place, item in enumerate(order):
-            others = [*order[place + 1 :], *order[:place]]
-            either = (answers[other][option] for option in (place % 2, 1 - place % 2) for other in others)
-            found[item] = next((tokens for tokens in either if tokens not in answers[item]), [])
-        return found if all(found.values()) else None
+        return answers
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,13 +19,11 @@ from sklearn.covariance import ledoit_wolf
 from mnemoscope.behaviour import Asking, Batch, Scores, by_length, score, without_prefix
 from mnemoscope.directions.learned import learned_together
 from mnemoscope.directions.low_rank import low_rank_learned, unpacked
-from mnemoscope.directions.sources import ANSWERED, LOW_RANK, Labels, Setting, Sources
+from mnemoscope.directions.sources import ANSWERED, LOW_RANK, Fit, Labels, Setting, Sources
 from mnemoscope.models import Precision, in_precision, quick_precision
 from mnemoscope.probes import LayerProbe
 from mnemoscope.statistics import top_by_magnitude
 from mnemoscope.steering import SteeringVector
-
-Fit = tuple[Setting, Labels]  # what a direction depends on; the setting as ``Setting.same_direction`` gives it
 
 
 def nmd(sources: Sources, labels: Labels) -> np.ndarray:
@@ -121,15 +119,21 @@ class Directions:
         Of low-rank shifts they are packed (see ``low_rank.packed``).
         """
         fixed, sign = setting.same_direction()
-        if not all((fixed, labels) in self._shifts for labels in several):
-            if fixed.method == LOW_RANK:
-                found = [low_rank_learned(self.sources, fixed, labels) for labels in several]
-            elif fixed.method == "learned":
-                found = learned_together(self.sources, fixed, several)
+        found = self.fitted([(fixed, labels) for labels in several])
+        return [sign * found[fixed, labels] for labels in several]
+
+    def fitted(self, fits: Sequence[Fit]) -> dict[Fit, np.ndarray]:
+        """The directions of fits of one method and place, float64 (L, D); learned ones are fitted together."""
+        if not all(fit in self._shifts for fit in fits):
+            method = fits[0][0].method
+            if method == "learned":
+                found = learned_together(self.sources, fits)
+            elif method == LOW_RANK:
+                found = [low_rank_learned(self.sources, *fit) for fit in fits]
             else:
-                found = [METHODS[fixed.method](self.sources, labels) for labels in several]
-            self._shifts.update({(fixed, labels): shift_LD for labels, shift_LD in zip(several, found, strict=True)})
-        return [sign * self._shifts[fixed, labels] for labels in several]
+                found = [METHODS[method](self.sources, labels) for _, labels in fits]
+            self._shifts.update(zip(fits, found, strict=True))
+        return {fit: self._shifts[fit] for fit in fits}
 
     def vectors(self, setting: Setting, several: Sequence[Labels]) -> list[SteeringVector]:
         """A setting's steering vector under each labels.

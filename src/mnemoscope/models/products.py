@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 LEAST = 2**19  # multiplications, below which a call of the other library may cost what it saves
+PLAIN = (Tensor, nn.Parameter)
 
 
 @contextmanager
@@ -56,18 +57,26 @@ class _ByOneDNN(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is nn.functional.linear and not kwargs and _is_for_onednn(*args):
-            states, weight_ED, bias_E = (*args, None)[:3]
-            if torch.is_grad_enabled() and states.requires_grad:
-                return _Product.apply(states, weight_ED, bias_E)
-            return _product(states, weight_ED, bias_E)
-        return func(*args, **(kwargs or {}))
+        if kwargs or func not in (nn.functional.linear, torch.addmm):
+            return func(*args, **(kwargs or {}))
+        states, weight_ED, bias_E = (*args, None)[:3] if func is nn.functional.linear else _turned(*args)
+        if not _is_for_onednn(states, weight_ED, bias_E):
+            return func(*args)
+        if torch.is_grad_enabled() and states.requires_grad:
+            return _Product.apply(states, weight_ED, bias_E)
+        return _product(states, weight_ED, bias_E)
+
+
+def _turned(bias_E: Any, states_ND: Any, weight_DE: Any) -> tuple[Any, Any, Any]:
+    """What `addmm` is given by layers whose weight lies the other way round (GPT-2's `Conv1D`), as `linear` has it."""
+    is_layer = all(type(part) in PLAIN for part in (bias_E, states_ND, weight_DE)) and bias_E.dim() == 1
+    return states_ND, weight_DE.t() if is_layer else None, bias_E
 
 
 def _is_for_onednn(states: Any, weight_ED: Any, bias_E: Any = None) -> bool:
     return (
         type(states) is Tensor
-        and type(weight_ED) in (Tensor, nn.Parameter)
+        and type(weight_ED) in PLAIN
         and states.dtype == weight_ED.dtype == torch.float32
         and states.device.type == weight_ED.device.type == "cpu"
         and states.numel() * weight_ED.shape[0] >= LEAST

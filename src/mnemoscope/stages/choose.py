@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import chain, product
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from mnemoscope.directions import (
     LOW_RANK,
     RATING_DRAWS,
     SOURCE,
+    TOGETHER,
     TOWARD,
     Directions,
     Fit,
@@ -236,11 +238,14 @@ def choose(
     """
     settings, rows, rates = list(chain.from_iterable(tried.values())), list[Row](), dict[Setting, float]()
     others = dict[Setting, float]()
+    parts = list(_to_learn(settings, opened.shifts))
+    for done, found in enumerate(opened.map(fit_directions, [(part,) for part in parts], [[] for _ in parts]), 1):
+        opened.shifts.update(found)
+        tell(list(AIMS).index(aim) + 0.5, PARTS, f"learning for {AIMS[aim]}: part {done} of {len(parts)}")
     swept = opened.map(_sweep, [(aim, setting) for setting in settings], [[setting] for setting in settings])
-    for setting, (rates[setting], found, learned) in zip(settings, swept, strict=True):
+    for setting, (rates[setting], found) in zip(settings, swept, strict=True):
         rows += found
         others[setting] = found[0]["other"]
-        opened.shifts.update(learned)
         note = f"{setting.direction}: trying {setting.method} for {AIMS[aim]} on tune"
         tell(list(AIMS).index(aim) + 0.5 + len(rates) / (4 * len(settings)), PARTS, note)
     tell(list(AIMS).index(aim) + 0.75, PARTS, f"choosing for {AIMS[aim]} on tune")
@@ -259,6 +264,24 @@ def choose(
     best = {d: max((c for c in finals if c.setting.direction == d), key=lambda c: c.rank) for d in TOWARD}
     chosen = [Chosen(aim, c.setting, c.within, c is best[direction]) for (direction, _), c in kept.items()]
     return chosen, rates, rows
+
+
+def _to_learn(settings: Iterable[Setting], known: Container[Fit]) -> Iterator[list[Fit]]:
+    """What learned settings lack, in the parts that are learned together: a few strengths of one place."""
+    places = dict[Setting, dict[Fit, None]]()
+    for fit in ((one.same_direction()[0], ANSWERED) for one in settings if one.method in LEARNED):
+        if fit not in known:
+            places.setdefault(replace(fit[0], strength=1.0), {})[fit] = None
+    for here in map(list, places.values()):
+        yield from (here[first : first + TOGETHER] for first in range(0, len(here), TOGETHER))
+
+
+def fit_directions(opened: SteeredCell, fits: Sequence[Fit]) -> dict[Fit, np.ndarray]:
+    """Learned directions of one place; none where answers are to be permuted and cannot be."""
+    directions = opened.directions[fits[0][0].site]
+    if fits[0][1].permuted and not directions.sources.lists.can_permute():
+        return {}
+    return directions.fitted(fits)
 
 
 def compared(rates: Mapping[Setting, float]) -> list[Chosen]:
@@ -282,8 +305,8 @@ def compared(rates: Mapping[Setting, float]) -> list[Chosen]:
     return [Chosen(key[0], setting, within=False, best=False) for key, setting in most.items()]
 
 
-def _sweep(opened: SteeredCell, aim: str, setting: Setting) -> tuple[float, list[Row], dict[Fit, np.ndarray]]:
-    """Shift rate of a setting on tune, rows of the sweep, and learned directions."""
+def _sweep(opened: SteeredCell, aim: str, setting: Setting) -> tuple[float, list[Row]]:
+    """Shift rate of a setting on tune, and rows of the sweep."""
     lists, of_pairs = (opened.tune[name][setting.direction] for name in (aim, "pairs"))
     vector = opened.directions[setting.site].vector(setting)
     scores = steered(opened.asking, lists.targets, vector, roughly=True)
@@ -293,9 +316,7 @@ def _sweep(opened: SteeredCell, aim: str, setting: Setting) -> tuple[float, list
             rows.append(
                 _row(name, setting, steered(opened.asking, batches, vector, margins=False, roughly=True), label)
             )
-    fit = setting.same_direction()[0], ANSWERED
-    learned = {fit: opened.shifts[fit]} if setting.method in LEARNED else {}
-    return share_of(scores, setting.toward), rows, learned
+    return share_of(scores, setting.toward), rows
 
 
 def _pick(opened: SteeredCell, pick: Callable[..., Any], aim: str, direction: str, candidates: list[Any]) -> Any:

@@ -42,6 +42,7 @@ from mnemoscope.stages.choose import (
     choose,
     columns,
     compared,
+    fit_directions,
     halved,
     settings_of,
 )
@@ -92,13 +93,13 @@ def _judge_all(opened: SteeredCell, chosen: Sequence[Chosen], tell: Tell) -> lis
     tell(len(AIMS), PARTS, "learning from shuffled labels")
     of_learned = [one for one in chosen if one.setting.method in LEARNED]
     drawn = (
-        (one.setting.same_direction()[0], part)
+        tuple((one.setting.same_direction()[0], labels) for labels in part)
         for one, (permuted, name) in product(of_learned, enumerate((INDIFFERENCE, PERMUTED)))
         if name in config.controls
         for part in _refits(one.setting, config, draws(one), opened.cell.seed + JUDGED, bool(permuted))
     )
     fits = list(dict.fromkeys(drawn))
-    for found in opened.map(_fit, fits, [[] for _ in fits]):
+    for found in opened.map(_fit_again, [(part,) for part in fits], [[] for _ in fits]):
         opened.shifts.update(found)
 
     def judges(one: Chosen, name: str) -> bool:
@@ -138,13 +139,10 @@ def _refits(
     return [(labels,) for labels in chain.from_iterable(shuffles(draws, seed, permuted))][:draws]
 
 
-def _fit(opened: SteeredCell, setting: Setting, several: Sequence[Labels]) -> dict[Fit, np.ndarray]:
-    """Learned shifts under several labels."""
+def _fit_again(opened: SteeredCell, fits: Sequence[Fit]) -> dict[Fit, np.ndarray]:
+    """Learned directions under several labels, when choosing is over."""
     opened.forget_tune()
-    if several[0].permuted and not opened.directions[setting.site].sources.lists.can_permute():
-        return {}
-    found = opened.directions[setting.site].shifts(setting, several)
-    return {(setting, labels): shift_LD for labels, shift_LD in zip(several, found, strict=True)}
+    return fit_directions(opened, fits)
 
 
 def _judge(opened: SteeredCell, one: Chosen, name: str, draws: int) -> list[pd.DataFrame]:
