@@ -44,7 +44,7 @@ def learned_together(sources: Sources, fits: Sequence[Fit]) -> list[np.ndarray]:
 def _ascended(sources: Sources, fits: Sequence[Fit]) -> dict[int, Tensor]:
     """By layer, the shifts where the ascent ends, float32 (K, D), in units of strength."""
     lists, (setting, _) = sources.lists, fits[0]
-    strength_K1 = torch.tensor([[one.strength] for one, _ in fits])
+    strength_K1 = torch.tensor([[one.strength] for one, _ in fits], dtype=torch.float32)
     units = {layer: torch.zeros(len(fits), sources.shape_LD[1], requires_grad=True) for layer in setting.layers}
     unit_LD = torch.from_numpy(sources.scale_LD * sources.unit_L[:, None]).float()
     ascent = torch.optim.SGD(units.values(), lr=1 - MOMENTUM, momentum=MOMENTUM)
