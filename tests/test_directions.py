@@ -18,6 +18,7 @@ from mnemoscope.directions import (
     PERMUTED,
     SHUFFLED,
     Directions,
+    Fit,
     FitLists,
     Labels,
     Limits,
@@ -37,6 +38,7 @@ from mnemoscope.directions import (
     share_of,
     shuffles,
     steered,
+    vectors,
     with_prefixes,
 )
 from mnemoscope.directions.choose import AGAIN, DRAWN, STANDING_IN
@@ -307,6 +309,28 @@ def test_what_is_learned_together_is_what_is_learned_alone(
         assert not alone_LD[0].any()
         np.testing.assert_allclose(found_LD, alone_LD, atol=1e-4 * np.abs(alone_LD).max())
     assert not np.allclose(together[0], together[2], rtol=0.1)
+
+
+def test_strengths_of_a_place_are_learned_in_one_go_whichever_is_asked_for(
+    asking: Asking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strengths, fitted = (0.1, 0.2, 0.3, 0.4, 0.5), list[int]()
+
+    def counted(sources: Sources, fits: Sequence[Fit]) -> list[np.ndarray]:
+        fitted.append(len(fits))
+        return learned_together(sources, fits)
+
+    monkeypatch.setattr(vectors, "learned_together", counted)
+    found = []
+    for order in (strengths, strengths[::-1]):
+        directions = Directions(replace(sources_at(asking, "block", steps=3), strengths=strengths))
+        shifts = {strength: directions.shifts(setting("learned", strength=strength))[0] for strength in order}
+        found.append([shifts[strength] for strength in strengths])
+    assert fitted == [4, 1, 1, 4]
+    np.testing.assert_array_equal(*map(np.stack, found))
+    directions.shifts(setting("learned", strength=0.6))
+    directions.shifts(setting("learned", strength=0.1), [Labels(1)])
+    assert fitted[4:] == [1, 1]
 
 
 def test_what_is_learned_in_bfloat16_points_where_float32_points(

@@ -24,7 +24,7 @@ from mnemoscope.config import load_study, parse_study
 from mnemoscope.errors import InputError, StudyError
 from mnemoscope.executors import AHEAD, Progress, in_processes, run_cells
 from mnemoscope.processes import LostError, pool_of
-from mnemoscope.stages.train import pairs_stage
+from mnemoscope.stages import STAGES
 
 pytestmark = pytest.mark.slow  # new processes import the libraries anew
 
@@ -164,7 +164,7 @@ def test_mining_gives_the_same_bytes_in_parallel(mini_run: Path, tmp_path: Path)
     for workers in (1, 2):
         with in_processes(workers, cell.threads) as parallel:
             mined = replace(cell, folder=tmp_path / f"{workers}", map=parallel)
-            found.append([path.read_bytes() for path in pairs_stage(mined, lambda *_: None)])
+            found.append([path.read_bytes() for path in STAGES["pairs"](mined, lambda *_: None)])
     assert found[0] == found[1]
     assert len(pd.read_parquet(tmp_path / "2" / "records" / "pairs.parquet")) > 5 * 32
 

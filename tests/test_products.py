@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from families import tiny
 from mnemoscope.models import core_of, products, quick_products
+from mnemoscope.models.products import LEAST
 from mnemoscope.steering import SteeringVector
 
 pytestmark = pytest.mark.skipif(
@@ -91,6 +92,17 @@ def test_what_is_trained_or_of_another_precision_is_left_to_torch(
         layer.double()(states.double())
         layer.bfloat16()(states.bfloat16())
     assert used == []
+
+
+@pytest.mark.parametrize(("width", "calls"), [(64, 0), (128, 2)])
+def test_the_library_does_not_depend_on_the_number_of_rows(
+    width: int, calls: int, used: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "LEAST", LEAST)
+    layer, states = Conv1D(width, width).requires_grad_(False), torch.randn(300, width)
+    with quick_products():
+        torch.testing.assert_close(layer(states[:2]), layer(states)[:2])
+    assert len(used) == calls
 
 
 def test_a_sum_of_matrices_is_no_layer(used: list[tuple[int, ...]]) -> None:

@@ -20,7 +20,7 @@ from mnemoscope.directions.choose import (
     shared_neurons,
     shuffles,
 )
-from mnemoscope.directions.learned import TOGETHER, learned_together, wanted_batches
+from mnemoscope.directions.learned import learned_together, wanted_batches
 from mnemoscope.directions.sources import (
     ANSWERED,
     LOW_RANK,
@@ -33,6 +33,7 @@ from mnemoscope.directions.sources import (
     Sources,
     Unit,
     in_turn,
+    learned_beside,
     margin_gradients,
     read_sources,
     with_prefixes,

@@ -19,8 +19,7 @@ import numpy as np
 import torch
 
 from mnemoscope.behaviour import Batch
-from mnemoscope.directions.learned import TOGETHER
-from mnemoscope.directions.sources import LOW_RANK, Labels, Setting
+from mnemoscope.directions.sources import LOW_RANK, TOGETHER, Labels, Setting
 from mnemoscope.directions.vectors import Directions, share_of, steered
 from mnemoscope.models import Site
 from mnemoscope.steering import SteeringVector, scaled_to

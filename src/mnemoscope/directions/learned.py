@@ -19,7 +19,6 @@ from mnemoscope.models import in_precision, quick_precision
 from mnemoscope.steering import OPPOSITE, Positions, Toward, shifted
 
 MOMENTUM = 0.5
-TOGETHER = 4  # shifts that are learned in one go
 MOST_WEIGHTS = 2**24  # of a model that is read in bfloat16, as all are cast anew in each pass
 
 

@@ -96,6 +96,19 @@ class Labels:
 
 ANSWERED = Labels()
 Fit = tuple[Setting, Labels]  # what a direction depends on; the setting as ``Setting.same_direction`` gives it
+TOGETHER = 4  # shifts that are learned in one go
+
+
+def learned_beside(fit: Fit, strengths: Sequence[float]) -> list[Fit]:
+    """The fits that a learned one is always part of, as it rounds as its batch does: a few strengths of its place.
+
+    Itself alone under shuffled labels, or at none of these strengths.
+    """
+    setting, labels = fit
+    if setting.method != "learned" or labels != ANSWERED or setting.strength not in strengths:
+        return [fit]
+    first = strengths.index(setting.strength) // TOGETHER * TOGETHER
+    return [(replace(setting, strength=strength), labels) for strength in strengths[first : first + TOGETHER]]
 
 
 @dataclass(frozen=True)
@@ -160,13 +173,15 @@ class Sources:
 
     ``find_lists`` reads the lists for gradients and learned vectors when they are needed. ``unit``: what strength is
     counted in. ``norm``: of each layer's states. ``spread``: of each neuron's standard deviation, as a root mean square
-    over a layer's neurons; massive activations neither carry a shift then nor set its size.
+    over a layer's neurons; massive activations neither carry a shift then nor set its size. ``strengths``: that are
+    tried, see ``learned_beside``.
     """
 
     site: Site
     states_P2LD: np.ndarray
     find_lists: Callable[[], FitLists]
     unit: Unit = "norm"
+    strengths: Sequence[float] = ()
 
     @cached_property
     def lists(self) -> FitLists:
@@ -243,11 +258,12 @@ def read_sources(
     find_lists: Callable[[], FitLists],
     kept: KeptStates | None = None,
     unit: Unit = "norm",
+    strengths: Sequence[float] = (),
 ) -> Sources:
     """Sources of fit pairs, (answered generalized, answered memorized) each; ``kept`` states are not read again."""
     examples = [example for pair in pairs for example in pair]
     states_NLD = read_states(asking, examples, site, kept=kept).at_decision_NLD
-    return Sources(site, states_NLD.reshape(len(pairs), 2, *states_NLD.shape[1:]), find_lists, unit)
+    return Sources(site, states_NLD.reshape(len(pairs), 2, *states_NLD.shape[1:]), find_lists, unit, strengths)
 
 
 def margin_gradients(asking: Asking, batch: Batch, site: Site, shape_LD: tuple[int, int]) -> np.ndarray:

@@ -19,7 +19,7 @@ from sklearn.covariance import ledoit_wolf
 from mnemoscope.behaviour import Asking, Batch, Scores, by_length, score, without_prefix
 from mnemoscope.directions.learned import learned_together
 from mnemoscope.directions.low_rank import low_rank_learned, unpacked
-from mnemoscope.directions.sources import ANSWERED, LOW_RANK, Fit, Labels, Setting, Sources
+from mnemoscope.directions.sources import ANSWERED, LOW_RANK, Fit, Labels, Setting, Sources, learned_beside
 from mnemoscope.models import Precision, in_precision, quick_precision
 from mnemoscope.probes import LayerProbe
 from mnemoscope.statistics import top_by_magnitude
@@ -123,9 +123,13 @@ class Directions:
         return [sign * found[fixed, labels] for labels in several]
 
     def fitted(self, fits: Sequence[Fit]) -> dict[Fit, np.ndarray]:
-        """The directions of fits of one method and place, float64 (L, D); learned ones are fitted together."""
+        """The directions of fits of one method and place, float64 (L, D); learned ones are fitted together.
+
+        Those of one learned shift may come with others of its place (see ``learned_beside``).
+        """
         if not all(fit in self._shifts for fit in fits):
             method = fits[0][0].method
+            fits = learned_beside(fits[0], self.sources.strengths) if len(fits) == 1 else fits
             if method == "learned":
                 found = learned_together(self.sources, fits)
             elif method == LOW_RANK:

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-LEAST = 2**19  # multiplications, below which a call of the other library may cost what it saves
+# Weights, below which a call of the other library may cost what it saves. Not a matter of the number of rows: a pass
+# over few prompts has to give the bits that one over many gives.
+LEAST = 2**14
 PLAIN = (Tensor, nn.Parameter)
 
 
@@ -79,7 +81,7 @@ def _is_for_onednn(states: Any, weight_ED: Any, bias_E: Any = None) -> bool:
         and type(weight_ED) in PLAIN
         and states.dtype == weight_ED.dtype == torch.float32
         and states.device.type == weight_ED.device.type == "cpu"
-        and states.numel() * weight_ED.shape[0] >= LEAST
+        and weight_ED.numel() >= LEAST
         and not (torch.is_grad_enabled() and (weight_ED.requires_grad or (bias_E is not None and bias_E.requires_grad)))
         and not torch.is_autocast_enabled("cpu")
     )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import chain, product
 from typing import Any, NamedTuple
@@ -20,7 +19,6 @@ from mnemoscope.directions import (
     LOW_RANK,
     RATING_DRAWS,
     SOURCE,
-    TOGETHER,
     TOWARD,
     Directions,
     Fit,
@@ -28,6 +26,7 @@ from mnemoscope.directions import (
     Setting,
     TuneLists,
     final,
+    learned_beside,
     most_lost,
     ranked,
     share_of,
@@ -238,8 +237,8 @@ def choose(
     """
     settings, rows, rates = list(chain.from_iterable(tried.values())), list[Row](), dict[Setting, float]()
     others = dict[Setting, float]()
-    parts = list(_to_learn(settings, opened.shifts))
-    for done, found in enumerate(opened.map(fit_directions, [(part,) for part in parts], [[] for _ in parts]), 1):
+    parts = [([fit],) for fit in _to_learn(opened.cell.config.steering, settings, opened.shifts)]
+    for done, found in enumerate(opened.map(fit_directions, parts, [[] for _ in parts]), 1):
         opened.shifts.update(found)
         tell(list(AIMS).index(aim) + 0.5, PARTS, f"learning for {AIMS[aim]}: part {done} of {len(parts)}")
     swept = opened.map(_sweep, [(aim, setting) for setting in settings], [[setting] for setting in settings])
@@ -266,14 +265,11 @@ def choose(
     return chosen, rates, rows
 
 
-def _to_learn(settings: Iterable[Setting], known: Container[Fit]) -> Iterator[list[Fit]]:
-    """What learned settings lack, in the parts that are learned together: a few strengths of one place."""
-    places = dict[Setting, dict[Fit, None]]()
-    for fit in ((one.same_direction()[0], ANSWERED) for one in settings if one.method in LEARNED):
-        if fit not in known:
-            places.setdefault(replace(fit[0], strength=1.0), {})[fit] = None
-    for here in map(list, places.values()):
-        yield from (here[first : first + TOGETHER] for first in range(0, len(here), TOGETHER))
+def _to_learn(config: SteeringConfig, settings: Iterable[Setting], known: Container[Fit]) -> list[Fit]:
+    """What learned settings lack, one fit of those that are learned in one go."""
+    fits = ((one.same_direction()[0], ANSWERED) for one in settings if one.method in LEARNED)
+    first = {tuple(learned_beside(fit, config.learned_together(fit[0].site))): fit for fit in fits if fit not in known}
+    return list(first.values())
 
 
 def fit_directions(opened: SteeredCell, fits: Sequence[Fit]) -> dict[Fit, np.ndarray]:

@@ -72,7 +72,10 @@ def sources_of(cell: Cell, asking: Asking, records: Records, sites: Iterable[Sit
     pairs, kept = records.both_sides("fit", cell.config.steering.fit_pairs), kept_states(cell)
     unit = cell.config.steering.unit
     find_lists = cache(lambda: _fit_lists(cell, asking, records))  # one for all sites
-    return {site: read_sources(site, pairs, asking, find_lists, kept, unit) for site in dict.fromkeys(sites)}
+    return {
+        site: read_sources(site, pairs, asking, find_lists, kept, unit, cell.config.steering.learned_together(site))
+        for site in dict.fromkeys(sites)
+    }
 
 
 def _fit_lists(cell: Cell, asking: Asking, records: Records) -> FitLists:
