@@ -331,6 +331,7 @@ def pretrained(results: Results, tasks: Tasks) -> Iterator[Table]:
     yield behaviours(results)
     yield from failures(results)
     yield from (steering(tasks, direction) for direction in DIRECTIONS)
+    yield from (controls(tasks, direction) for direction in DIRECTIONS)
     held = [row for label, task in tasks.items() for row in held_out(label, task)]
     if held:
         yield Table("Test pairs of what was held out", ["task", *TOWARD.values()], held)
