@@ -117,6 +117,19 @@ def test_what_was_kept_is_not_read_again_and_is_what_a_fresh_reading_gives(
         np.testing.assert_allclose(found.uncertainty_N2, fresh.uncertainty_N2[rows], atol=1e-5)
 
 
+def test_processes_keep_states_of_one_cell_at_a_time(tmp_path: Path) -> None:
+    examples = list({e.prompt: e for e in mini_examples("addition", 12)}.values())[:6]
+    states_NLD, uncertainty_N2 = np.random.default_rng(0).normal(size=(6, 2, 4)).astype(np.float32), np.zeros((6, 2))
+    (tmp_path / ".block-0.12345.tmp.safetensors").write_bytes(b"half of a file")
+    both = [KeptStates(tmp_path), KeptStates(tmp_path)]
+    for kept, half in zip(both, (slice(0, 3), slice(3, 6)), strict=True):
+        kept.add("block", examples[half], states_NLD[half], uncertainty_N2[half])
+    for kept, known in ((both[0], range(3)), (both[1], range(3, 6)), (KeptStates(tmp_path), range(6))):
+        found = kept.get("block", examples)
+        assert list(found) == [*known]
+        assert all(np.array_equal(state_LD, states_NLD[n]) for n, (state_LD, _) in found.items())
+
+
 def test_answers_that_begin_alike_have_a_decision_position_of_their_own(
     mini: Callable[[str], Asking], tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -199,7 +200,7 @@ class KeptStates:
     _index: dict[tuple[str, bytes], tuple[Path, int]] = field(default_factory=dict)  # by site and example, a file's row
 
     def __post_init__(self) -> None:
-        for path in sorted(self.folder.glob("*.safetensors")):
+        for path in self._files():
             self._enter(path)
 
     def add(self, site: Site, examples: Sequence[Example], states_NLD: np.ndarray, uncertainty_N2: np.ndarray) -> None:
@@ -208,14 +209,14 @@ class KeptStates:
 
         keys = [_key(example) for example in examples]
         fresh = [n for n, key in enumerate(keys) if (site, key) not in self._index]
-        files = list(self.folder.glob(f"{site}-*.safetensors"))
-        room = self.most_bytes - sum(path.stat().st_size for path in files)
+        room = self.most_bytes - sum(path.stat().st_size for path in self._files(site))
         if not fresh or len(fresh) * states_NLD[0].nbytes > room:
             return
         kept = {"states": states_NLD[fresh].astype(np.float32), "uncertainty": uncertainty_N2[fresh].astype(np.float64)}
         content = save(kept | {"keys": np.array([[*keys[n]] for n in fresh], np.uint8)})
         if len(content) <= room:
-            self._enter(write_atomically(self.folder / f"{site}-{len(files):05d}.safetensors", content))
+            # Processes that keep states of one cell at a time must not replace each other's file.
+            self._enter(write_atomically(self.folder / f"{site}-{uuid4().hex}.safetensors", content))
 
     def get(self, site: Site, examples: Sequence[Example]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
         """State (L, D) and uncertainty (2,) of each example that is kept, by its index."""
@@ -228,6 +229,10 @@ class KeptStates:
                 rows[path].append((n, row))
         files = ((load_file(path), places) for path, places in rows.items())
         return {n: (file["states"][row], file["uncertainty"][row]) for file, places in files for n, row in places}
+
+    def _files(self, site: str = "*") -> list[Path]:
+        """Finished files, not those that another process is writing, whose names begin with a dot."""
+        return sorted(path for path in self.folder.glob(f"{site}-*.safetensors") if path.name[0] != ".")
 
     def _enter(self, path: Path) -> None:
         from safetensors import safe_open
