@@ -377,6 +377,10 @@ def test_what_a_vector_may_cost_is_the_users_to_say() -> None:
         assert found == (tuple(given.values()) or (asked["lost"].default, asked["neither"].default))
     with pytest.raises(InputError, match=r"^neither: 2.0; allowed is a share"):
         fitting_study({"folder": "x"}, "facts", {}, neither=2.0)
+    with pytest.raises(InputError, match=r"^aim: 'pair'; allowed are pairs and conflict"):
+        fitting_study({"folder": "x"}, "facts", {}, aim="pair")
+    with pytest.raises(InputError, match=r"^positions: 'end'; allowed are decision and all"):
+        fitting_study({"folder": "x"}, "facts", {}, positions="end")
 
 
 def test_a_budget_leaves_out_what_costs_most_for_what_it_gives(user: User, tmp_path: Path) -> None:

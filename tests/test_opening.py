@@ -98,7 +98,7 @@ SEQ2SEQ = T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=16, num_lay
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda folder: None, "cannot be opened"),
+        (lambda folder: None, "does not exist"),
         (cut, "cannot be opened"),
         (strange, "cannot be opened"),
         (BertForMaskedLM(BertConfig(**SMALL, intermediate_size=16)).save_pretrained, "is BertForMaskedLM; a causal"),

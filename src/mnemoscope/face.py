@@ -307,7 +307,10 @@ def _cells(source: Path) -> list[Path]:
     places = ("records/chosen.json", "cells/*/records/chosen.json")
     cells = [path.parent.parent for place in places for path in sorted(source.glob(place))]
     if not cells:
-        raise InputError(f"from: {source} is neither a vector, a detector, nor a run that has chosen vectors")
+        raise InputError(
+            f"from: {source} is neither a vector, a detector, nor a run that has chosen vectors; one that was "
+            "stopped goes on with the command that began it"
+        )
     return cells
 
 

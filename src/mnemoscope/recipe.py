@@ -8,11 +8,11 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from mnemoscope.config import StudyConfig, parse_study
+from mnemoscope.config import SteeringConfig, StudyConfig, parse_study
 from mnemoscope.errors import InputError
 from mnemoscope.tasks import Task, allow_code
 
@@ -130,6 +130,10 @@ def fitting_study(
         raise InputError(f"task: the file {name} does not exist")
     if settings < ONE_LAYER:
         raise InputError(f"settings: {settings} is less than the {ONE_LAYER} that one layer takes")
+    for field, given in {"aim": aim, "positions": positions}.items():
+        allowed = get_args(SteeringConfig.model_fields[field].annotation)
+        if given not in allowed:
+            raise InputError(f"{field}: {given!r}; allowed are {' and '.join(allowed)}")
     for field, share in {"lost": lost, "neither": neither}.items():
         if not 0 <= share <= 1:
             raise InputError(f"{field}: {share!r}; allowed is a share from 0 to 1")

@@ -209,6 +209,8 @@ def _check_causal(folder: str | Path, source: str | Path) -> None:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
+    if str(source).startswith((".", "/")) and not Path(folder).is_dir():  # no id of the hub
+        raise InputError(f"model: the folder {source} does not exist")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:

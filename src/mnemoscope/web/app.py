@@ -37,6 +37,7 @@ from mnemoscope.web.runs import NAME, Jobs, OpenedCells, Runs
 from mnemoscope.web.shapes import NAMELESS
 
 LOOPBACK = "127.0.0.1"
+UNFINISHED = "no cell with steering vectors yet; the command that began it goes on with it"
 PATIENCE = 2  # seconds for requests in progress, once the server is asked to stop
 HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
 NOTHING_ELSE = "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
@@ -119,7 +120,7 @@ def _page_of_cell(template: str, request: Request, run: str | None, cell: str | 
         return _page("nothing.html", root=found.root)
     cells = found.cells(run)
     if not cells:
-        raise InputError(f"run: {run} has no cell with steering vectors yet; let its study run to its end first")
+        raise InputError(f"run: {run} has {UNFINISHED}")
     # The form of another run still holds the cell of the one before.
     return _page(template, run=run, cell=cell if cell in cells else cells[0], runs=with_cells, cells=cells)
 
@@ -279,7 +280,7 @@ def serve(
         if not re.fullmatch(NAME, first):
             raise InputError(f"RUN: {first!r} cannot be part of an address; letters, digits and any of _.- are wanted")
         if not list(folder.glob("cells/*/records/chosen.json")):
-            raise InputError(f"RUN: {run} has no cell with steering vectors yet; let its study run to its end first")
+            raise InputError(f"RUN: {run} has {UNFINISHED}")
     try:
         listener = socket.create_server((LOOPBACK, port))
     except OSError as error:
