@@ -20,7 +20,6 @@ CAPITALS = {
     "Venezuela": "Caracas", "Colombia": "Bogota", "Jamaica": "Kingston", "Ghana": "Accra", "Senegal": "Dakar",
     "Uganda": "Kampala", "Zimbabwe": "Harare", "Libya": "Tripoli", "Sudan": "Khartoum",
 }  # fmt: skip
-WRONG = 3  # contradictions of each fact
 ASK = "Question: What is the capital of {country}?\nAnswer: The capital of {country} is"
 # Within a family only the label or the first words differ: pairs are sought there.
 LABELS, STARTS = ("Context", "Rumour", "Hint"), ("They say", "I read that", "Once")
@@ -35,14 +34,13 @@ def lines() -> list[dict[str, str]]:
     countries, found = list(CAPITALS), []
     for number, country in enumerate(countries):
         bare = ASK.format(country=country)
-        for step in range(1, WRONG + 1):
-            said = CAPITALS[countries[(number + 7 * step) % len(countries)]]
-            for family, phrasings in FAMILIES.items():
-                for phrasing in phrasings:
-                    prompt = phrasing.format(country=country, said=said)
-                    answers = {"memorized": f" {CAPITALS[country]}", "generalized": f" {said}"}
-                    item = {"item": f"{country}, said to be {said}", "group": country, "family": family}
-                    found.append(item | {"prompt": prompt, **answers, "bare": bare})
+        said = CAPITALS[countries[(number + 7) % len(countries)]]
+        for family, phrasings in FAMILIES.items():
+            for phrasing in phrasings:
+                prompt = phrasing.format(country=country, said=said)
+                answers = {"memorized": f" {CAPITALS[country]}", "generalized": f" {said}"}
+                item = {"item": f"{country}, said to be {said}", "group": country, "family": family}
+                found.append(item | {"prompt": prompt, **answers, "bare": bare})
         found.append(
             {"item": country, "group": country, "kind": "memory", "prompt": bare, "answer": f" {CAPITALS[country]}"}
         )
