@@ -165,7 +165,7 @@ class SteeringConfig(Frozen):
         for grid in self.grids.values():
             grid.layer_sets(count)
 
-    def learned_together(self, site: str) -> tuple[float, ...]:
+    def strengths_together(self, site: str) -> tuple[float, ...]:
         """Strengths at which shifts of one place are learned in one go: all, unless halving leaves one of them."""
         grids = () if self.halving else self.grids.items()
         return next((tuple(grid.strengths) for name, grid in grids if name == site), ())

@@ -268,7 +268,9 @@ def choose(
 def _to_learn(config: SteeringConfig, settings: Iterable[Setting], known: Container[Fit]) -> list[Fit]:
     """What learned settings lack, one fit of those that are learned in one go."""
     fits = ((one.same_direction()[0], ANSWERED) for one in settings if one.method in LEARNED)
-    first = {tuple(learned_beside(fit, config.learned_together(fit[0].site))): fit for fit in fits if fit not in known}
+    first = {
+        tuple(learned_beside(fit, config.strengths_together(fit[0].site))): fit for fit in fits if fit not in known
+    }
     return list(first.values())
 
 

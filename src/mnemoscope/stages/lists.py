@@ -73,7 +73,7 @@ def sources_of(cell: Cell, asking: Asking, records: Records, sites: Iterable[Sit
     unit = cell.config.steering.unit
     find_lists = cache(lambda: _fit_lists(cell, asking, records))  # one for all sites
     return {
-        site: read_sources(site, pairs, asking, find_lists, kept, unit, cell.config.steering.learned_together(site))
+        site: read_sources(site, pairs, asking, find_lists, kept, unit, cell.config.steering.strengths_together(site))
         for site in dict.fromkeys(sites)
     }
 
