@@ -45,10 +45,11 @@ class Checked:
     """What a model does with a task.
 
     Attributes:
-        families: by family, how many sampled conflicts were answered ``memorized``, ``generalized`` and ``other``.
+        families: by family, how many sampled conflicts of the test split were answered ``memorized``, ``generalized``
+            and ``other``.
         others: by family, some of the other answers.
         known, asked: facts that the model knows bare, of those asked; 0 of 0 where the task has none.
-        kept: by family, how many memory examples are right, of how many.
+        kept: by family, how many memory examples of the test split are right, of how many.
         splits: pairs by split.
         minutes: estimated time of a fit on this machine.
         half_width: about half the width of the test interval of a share of one half, of the rarer behaviour.
@@ -70,8 +71,8 @@ class Checked:
         for family, counts in self.families.items():
             shown = f" (such as {', '.join(map(repr, self.others[family]))})" if self.others.get(family) else ""
             told = ", ".join(f"{count} {behaviour}" for behaviour, count in counts.items())
-            lines.append(f"{family}: {told}{shown}")
-        lines += [f"{family}: {right} of {n} answered right" for family, (right, n) in self.kept.items()]
+            lines.append(f"{family}, test split: {told}{shown}")
+        lines += [f"{family}, test split: {right} of {n} answered right" for family, (right, n) in self.kept.items()]
         for split, found in self.splits.items():
             told = f"{found.pairs} pairs of {found.pair_groups} groups among {found.candidates} candidates"
             lines.append(f"{split}: {found.conflicts} conflicts of {found.groups} groups sampled, {told}")
@@ -175,7 +176,7 @@ def _missing(
     lines = []
     for side, count in groups.items():
         if count < GROUPS_NEEDED:
-            lines.append(f"test groups answered {side}: about {count}; {GROUPS_NEEDED} are needed for a verdict")
+            lines.append(f"test groups answered {side}: about {count}; {GROUPS_NEEDED} tell a share to about 15 points")
     for split, found in splits.items():
         if not found.candidates:
             lines.append(f"phrasings in the {split} split: every item has one; give each several lines")

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 # Weights, below which a call of the other library may cost what it saves. Not a matter of the number of rows: a pass
 # over few prompts has to give the bits that one over many gives.
 LEAST = 2**14
-PLAIN = (Tensor, nn.Parameter)
+UNWRAPPED = (Tensor, nn.Parameter)
 
 
 @contextmanager
@@ -71,14 +71,14 @@ class _ByOneDNN(TorchFunctionMode):
 
 def _turned(bias_E: Any, states_ND: Any, weight_DE: Any) -> tuple[Any, Any, Any]:
     """What `addmm` is given by layers whose weight lies the other way round (GPT-2's `Conv1D`), as `linear` has it."""
-    is_layer = all(type(part) in PLAIN for part in (bias_E, states_ND, weight_DE)) and bias_E.dim() == 1
+    is_layer = all(type(part) in UNWRAPPED for part in (bias_E, states_ND, weight_DE)) and bias_E.dim() == 1
     return states_ND, weight_DE.t() if is_layer else None, bias_E
 
 
 def _is_for_onednn(states: Any, weight_ED: Any, bias_E: Any = None) -> bool:
     return (
         type(states) is Tensor
-        and type(weight_ED) in PLAIN
+        and type(weight_ED) in UNWRAPPED
         and states.dtype == weight_ED.dtype == torch.float32
         and states.device.type == weight_ED.device.type == "cpu"
         and weight_ED.numel() >= LEAST
