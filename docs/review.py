@@ -1,6 +1,7 @@
 """Print docs/REVIEW.md, what runs answer of the eleven gaps: ``python docs/review.py RUN... > docs/REVIEW.md``.
 
-The first run is that of small models, the others are those of point 11. The README has the table "In short".
+The first run is that of small models, the others are those of point 11. The README has the table "In short". With
+``--again RUN...`` the page ends with the same studies as later code ran them.
 """
 
 from __future__ import annotations
@@ -32,16 +33,17 @@ DOSES = ("-1", "0", "0.5", "1", "2")
 Tasks = dict[str, TaskResults]
 
 
-def main(folders: list[Path]) -> None:
+def main(folders: list[Path], later: list[Path]) -> None:
     """Print the page."""
-    found = [Results.model_validate(json.loads((run / "results.json").read_text())) for run in folders]
+    found, repeated = [[read(run) for run in runs] for runs in (folders, later)]
     print(HEAD.read_text())
     first, *others = found
     if len({results.study for results in found}) < len(found):
         raise SystemExit("RUN: two runs are of one study")
     tasks, *others_tasks = [analysed(*each) for each in zip(found, folders, strict=True)]
+    by_study = {results.study: of for results, of in zip(found, [tasks, *others_tasks], strict=True)}
     points = {
-        "In short": [short({r.study: of for r, of in zip(found, [tasks, *others_tasks], strict=True)})],
+        "In short": [short(by_study)],
         "1 and 3: what the models do, and how many pairs there are": [behaviours(first), *failures(first)],
         "2: what steers, beside controls of equal norm": [
             *(steering(tasks, direction) for direction in DIRECTIONS),
@@ -59,8 +61,18 @@ def main(folders: list[Path]) -> None:
     }
     for results, of in zip(others, others_tasks, strict=True):
         points[f"11: pretrained models, `{results.study}`"] = [*pretrained(results, of)]
+    for results, folder in zip(repeated, later, strict=True):
+        if results.study not in by_study:
+            raise SystemExit(f"--again: {folder} is of {results.study}, which is not among the runs")
+        of = analysed(results, folder)
+        points[f"The same seeds again, `{results.study}`"] = [again(by_study[results.study], of)]
     for title, tables in points.items():
         print("\n\n".join([f"## {title}", *(map(markdown, tables) if tables else [NOT])]), end="\n\n")
+
+
+def read(run: Path) -> Results:
+    """What a run found."""
+    return Results.model_validate(json.loads((run / "results.json").read_text()))
 
 
 def analysed(results: Results, folder: Path) -> Tasks:
@@ -348,6 +360,23 @@ def held_out(label: str, task: TaskResults) -> Iterator[list[str]]:
             yield [f"{label}, another {name}", *map(ranged, shifts)]
 
 
+def again(first: Tasks, later: Tasks) -> Table:
+    """Two runs of the same seeds beside each other: the shift of each seed, the strongest control, what was chosen."""
+    rows = []
+    for label in (label for label in first if label in later):
+        for direction, towards in TOWARD.items():
+            row, settings = [label, towards], []
+            for task in (first[label], later[label]):
+                block, seeds = task.steering[direction], of_seeds(task, direction)
+                each = ", ".join(three(seed.pairs.shift) for seed in seeds)
+                row.append(f"{three(block.pairs.shift)} ({each}); {strongest(block)}")
+                settings.append([(c.method, c.site, c.layers, c.top, c.strength) for c in (s.chosen for s in seeds)])
+            same = sum(a == b for a, b in zip(*settings, strict=True))
+            rows.append([*row, f"{same} of {len(settings[0])}"])
+    columns = ["task", "direction", "first: shift (by seed); strongest control", "again", "seeds with the same setting"]
+    return Table("Test pairs, the best method by the tune split", columns, rows)
+
+
 def short(found: dict[str, Tasks]) -> Table:
     """Each task's shift, strongest control and largest loss, both ways; of all studies."""
     rows, first = [], next(iter(found))
@@ -394,4 +423,6 @@ def markdown(table: Table) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path)
-    main(parser.parse_args().runs)
+    parser.add_argument("--again", nargs="+", type=Path, default=[], help="runs of the same studies by later code")
+    asked = parser.parse_args()
+    main(asked.runs, asked.again)
