@@ -1,12 +1,27 @@
-"""Hook of the documentation site: the API page lists every public name of the package, the face first."""
+"""Hooks of the documentation site: the API page lists every public name of the package, and notebooks are pages."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+from mkdocs.structure.files import File, Files
+from nbconvert import MarkdownExporter
 
 import mnemoscope
 
 FIRST = ("face", "models")
+
+
+def on_files(files: Files, config: Any, **_: Any) -> Files:
+    """Add the notebooks of ``examples/`` with the outputs that are saved in them, and the programs they name."""
+    examples = Path(config.config_file_path).parent / "examples"
+    for path in sorted(examples.glob("*.ipynb")):
+        text, _ = MarkdownExporter().from_filename(str(path))
+        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=text))
+    for path in sorted(examples.glob("*.py")):
+        files.append(File.generated(config, f"notebooks/{path.name}", abs_src_path=str(path)))
+    return files
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
