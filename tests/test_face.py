@@ -424,6 +424,11 @@ def test_a_stopped_fit_goes_on_with_the_parts_it_had_whatever_the_machine_does_n
             ms.fit(user.model, user.words, str(user.data), out=tmp_path, budget=60, progress=stop, **QUICK)
 
 
+def test_a_fit_shows_how_far_it_is(user: User, capsys: pytest.CaptureFixture[str]) -> None:
+    ms.fit(user.model, user.words, str(user.data), out=str(user.out), progress=True, **QUICK)
+    assert "sums-0  steering   100 %  done before" in capsys.readouterr().err.splitlines()
+
+
 def told_by(told: list[str]) -> Callable[..., None]:
     return lambda cell, stage, done, total, note: told.append(note)
 

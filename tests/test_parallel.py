@@ -22,9 +22,10 @@ import pytest
 from mnemoscope.cells import Cell, cells_of
 from mnemoscope.config import load_study, parse_study
 from mnemoscope.errors import InputError, StudyError
-from mnemoscope.executors import AHEAD, Progress, in_processes, run_cells
+from mnemoscope.executors import AHEAD, in_processes, run_cells
 from mnemoscope.processes import LostError, pool_of
 from mnemoscope.stages import STAGES
+from mnemoscope.telling import Progress
 
 pytestmark = pytest.mark.slow  # new processes import the libraries anew
 

@@ -24,9 +24,8 @@ from typing import Any
 from mnemoscope.cells import Cell
 from mnemoscope.errors import InputError, StudyError
 from mnemoscope.processes import LostError, Map, pool_of, settle
+from mnemoscope.telling import Progress
 
-# (cell, stage, done, total, note): what a running cell reports.
-Progress = Callable[[str, str, float, float, str], None]
 Run = Callable[[Cell, Progress], None]
 Ended = Future[str | None]  # why a cell could not go on, or None
 Submit = Callable[[Cell, int], Ended]  # the number: cells at work at that time, this one included

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from mnemoscope.recipe import LEVELS, MEASURED, Level, fitting_study
 from mnemoscope.steering import Binding
 from mnemoscope.strict import read_text
 from mnemoscope.tasks import SPLITS, Example, Task, build_task, draw
+from mnemoscope.telling import Progress, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -70,8 +71,9 @@ def fit_run(
         choices: ``budget``, minutes that it may take, default: as many as it needs; ``settings`` tried in either
             direction at most; ``positions``, ``decision`` or ``all``; ``aim``,
             ``conflict`` or ``pairs``; ``lost`` and ``neither``, shares of other answers and of steered prompts that a
-            vector may cost on tune; ``threads`` (default: one for each processor); ``progress``, called with (cell,
-            stage, done, total, note); and for a model given by name ``dtype``, ``device_map`` and ``layout``.
+            vector may cost on tune; ``threads`` (default: one for each processor); ``progress``, True to show how far
+            it is, or what is called with (cell, stage, done, total, note); and for a model given by name ``dtype``,
+            ``device_map`` and ``layout``.
 
     Raises:
         InputError, StudyError: see ``mnemoscope.fit``.
@@ -83,7 +85,7 @@ def fit_run(
     for name in choices:
         if name not in (*of_study, *of_model):
             raise InputError(f"{name}: fit has no such argument; it has {', '.join((*of_study, *of_model))}")
-    progress: Callable[..., None] = choices.pop("progress", None) or (lambda *_: None)
+    progress: Progress | bool | None = choices.pop("progress", None)
     budget = choices.pop("budget", None)
     if budget is not None and not 0 < budget < math.inf:
         raise InputError(f"budget: {budget!r}; allowed is a number of minutes above 0")
@@ -106,10 +108,11 @@ def fit_run(
         levels = [fitting_study(described, task, options, **choices, level=n) for n in range(len(LEVELS))]
         with _left_as_it_was(model), quick_products():
             config = _within(60 * budget, began, asking, task, options, levels, out)
-        progress("fit", "budget", 1, 1, f"left out to keep to {budget:g} minutes: {config.left_out or 'nothing'}")
     opened = Opened(model, tokenizer, task if isinstance(task, Task) else None)
-    with _left_as_it_was(model):
-        run_study(config, out, progress, workers=1, opened=opened)
+    with _left_as_it_was(model), shown(progress, SHARES) as tell:
+        if budget is not None:
+            tell("fit", "budget", 1, 1, f"left out to keep to {budget:g} minutes: {config.left_out or 'nothing'}")
+        run_study(config, out, tell, workers=1, opened=opened)
     return model, tokenizer
 
 

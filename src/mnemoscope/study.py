@@ -26,11 +26,12 @@ from mnemoscope.cells import STATES, Cell, Opened, Tell, cells_of, git_state, gr
 from mnemoscope.config import StudyConfig, dump_study
 from mnemoscope.digests import AGAIN, EarlierError, check_stage, locked, read_marker, write_marker
 from mnemoscope.errors import InputError, StudyError
-from mnemoscope.executors import Progress, in_processes, possible_workers, run_cells
+from mnemoscope.executors import in_processes, possible_workers, run_cells
 from mnemoscope.files import known_hash, made, sweep, undone_if_refused, write_atomically
 from mnemoscope.processes import settle
 from mnemoscope.strict import read_text
 from mnemoscope.tasks import allowed_code, check_allowed
+from mnemoscope.telling import Progress
 
 MARKERS = ("cells/*/stages/*.json",)  # of finished stages
 UNFINISHED = ("cells/*/states/training.safetensors",)  # of a training that goes on

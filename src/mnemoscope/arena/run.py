@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +28,11 @@ from mnemoscope.schemas import FrameFacts, KnownFacts
 from mnemoscope.steering import OPPOSITE, Binding
 from mnemoscope.strict import checked, read_json
 from mnemoscope.tasks import Task, named_task
+from mnemoscope.telling import Progress, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-Tell = Callable[[str, str, float, float, str], None]
 SCHEMA = 2  # 1: before two-pass methods had to close their answers
 ASKED = ("list", "example", "item", "prompt", "memorized", "generalized", "answer")
 FROZEN = (*ASKED, *(f"acts_{toward}" for toward in OPPOSITE))  # columns of the set that a continued arena must find
@@ -60,7 +60,7 @@ def arena(
             name, its reason is raised.
         options: of a task that is given by name.
         choices: ``sizes``, fields of ``ArenaConfig``; ``prompting``, the format of prompts; ``name`` of the model on
-            the page; ``progress``, called with (cell, stage, done, total, note).
+            the page; ``progress``, True to show how far it is, or what is called with (cell, stage, done, total, note).
 
     Raises:
         InputError: an argument cannot be used, nothing is known by heart, or there are too few groups.
@@ -80,12 +80,12 @@ def arena(
     if tokenizer is None:
         raise InputError("tokenizer: None; an open model needs its tokenizer (or give the model by name)")
     asking = Asking(model, tokenizer, made.boundary, prompting=choices.get("prompting") or PLAIN)
-    tell = choices.get("progress") or (lambda *_: None)
     folder, threads, training = Path(out) / "arena", torch.get_num_threads(), model.training
     torch.set_num_threads(config.threads)
     model.eval()
     try:
-        _Run(asking, made, config, folder, name, tell).go(methods)
+        with shown(choices.get("progress")) as tell:
+            _Run(asking, made, config, folder, name, tell).go(methods)
     finally:
         torch.set_num_threads(threads)
         model.train(training)
@@ -105,7 +105,9 @@ def _cells(table: pd.DataFrame, name: str) -> list[str]:
 class _Run:
     """The run of an arena in its folder."""
 
-    def __init__(self, asking: Asking, task: Task, config: ArenaConfig, folder: Path, model: str, tell: Tell) -> None:
+    def __init__(
+        self, asking: Asking, task: Task, config: ArenaConfig, folder: Path, model: str, tell: Progress
+    ) -> None:
         self.asking, self.task, self.config, self.folder, self.tell = asking, task, config, folder, tell
         self.facts, self.written = self._facts(model), list[Path]()
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Annotated, Any
@@ -13,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from mnemoscope.cli.ending import STOPPED, end, told
+from mnemoscope.telling import Progress, shown
 
 _opening = partial(typer.Option, rich_help_panel="How the model is opened")
 _formatting = partial(typer.Option, rich_help_panel="How prompts are formatted")
@@ -100,11 +100,8 @@ def say(facts: dict[str, Any], as_json: bool, field: str) -> None:
     typer.echo(dumped(facts) if as_json else facts[field])
 
 
-Tell = Callable[[str, str, float, float, str], None]
-
-
 @contextmanager
-def progress(quiet: bool, notes: Sequence[str] = (), shares: Mapping[str, float] | None = None) -> Iterator[Tell]:
+def progress(quiet: bool, notes: Sequence[str] = (), shares: Mapping[str, float] | None = None) -> Iterator[Progress]:
     """Show notes once work begins, as all arguments are checked then, and its progress unless ``quiet``.
 
     ``shares``: of the whole time, by stage, of a run with one cell: then it is told how much is left.
@@ -116,65 +113,8 @@ def progress(quiet: bool, notes: Sequence[str] = (), shares: Mapping[str, float]
             typer.echo(waiting.pop(0), err=True)
         tell(*what)
 
-    with _progress(quiet, _Left(shares or {})) as tell:
+    with shown(not quiet, shares) as tell:
         yield begun
-
-
-@contextmanager
-def _progress(quiet: bool, left: _Left) -> Iterator[Tell]:
-    """A progress bar per cell on a terminal, lines elsewhere, nothing when quiet."""
-    if quiet or not sys.stderr.isatty():
-        yield (lambda *_: None) if quiet else _Lines(left)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[note]}"))
-    with Progress(*columns, console=Console(stderr=True)) as shown:
-        bars: dict[str, Any] = {}
-
-        def show(cell: str, stage: str, done: float, total: float, note: str) -> None:
-            if cell not in bars:
-                bars[cell] = shown.add_task(cell, total=1.0, note="")
-            note += left(stage, done / max(total, 1e-9), note)
-            shown.update(bars[cell], description=f"{cell} {stage}", completed=done / max(total, 1e-9), note=note)
-
-        yield show
-
-
-class _Left:
-    """Tells how much is left of a run, once a tenth of it has passed, from the shares that its stages usually take."""
-
-    def __init__(self, shares: Mapping[str, float]) -> None:
-        self.shares, self.began, self.skipped = shares, time.monotonic(), 0.0
-
-    def __call__(self, stage: str, part: float, note: str) -> str:
-        if stage not in self.shares:
-            return ""
-        stages = list(self.shares)
-        done = sum(self.shares[name] for name in stages[: stages.index(stage)]) + self.shares[stage] * min(part, 1.0)
-        if note == "done before":
-            self.began, self.skipped = time.monotonic(), done
-        mine = done - self.skipped
-        if mine < 0.1 or done > 0.98:
-            return ""
-        left = (time.monotonic() - self.began) * (1 - done) / mine
-        return f"; about {left / 60:.0f} min left" if left > 90 else f"; about {left:.0f} s left"
-
-
-class _Lines:
-    """Prints one line on stderr for each tenth of a stage."""
-
-    def __init__(self, left: _Left) -> None:
-        self.seen: dict[tuple[str, str], int] = {}
-        self.left = left
-
-    def __call__(self, cell: str, stage: str, done: float, total: float, note: str) -> None:
-        tenth = int(10 * done / max(total, 1))
-        if self.seen.get((cell, stage)) != tenth:  # a further attempt starts again at 0
-            self.seen[cell, stage] = tenth
-            note += self.left(stage, done / max(total, 1), note)
-            typer.echo(f"{cell}  {stage:<10} {min(10 * tenth, 100):3d} %  {note}", err=True)
 
 
 def weights_note(model: str) -> str | None:
