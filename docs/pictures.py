@@ -82,6 +82,8 @@ def _steered(tab: Any) -> None:
         expect(tab.locator(".waiting")).to_have_count(0)
         if tab.locator("#plain.is-memorized").count() and tab.locator("#steered.is-generalized").count():
             break
+    else:
+        raise SystemExit("RUN: none of its questions is remembered, and worked out when it is steered")
     tab.locator("#finer summary").click()
 
 

@@ -30,8 +30,8 @@ def shown(progress: Progress | bool | None, shares: Mapping[str, float] | None =
     from rich import progress as bar
     from rich.console import Console
 
-    note = bar.TextColumn("{task.fields[note]}")
-    columns = (bar.TextColumn("{task.description}"), bar.BarColumn(), bar.TimeElapsedColumn(), note)
+    told = bar.TextColumn("{task.fields[note]}")
+    columns = (bar.TextColumn("{task.description}"), bar.BarColumn(), bar.TimeElapsedColumn(), told)
     with bar.Progress(*columns, console=Console(stderr=True)) as screen:
         bars: dict[str, Any] = {}
 
