@@ -64,6 +64,8 @@ def main(folders: list[Path], later: list[Path]) -> None:
     for results, folder in zip(repeated, later, strict=True):
         if results.study not in by_study:
             raise SystemExit(f"--again: {folder} is of {results.study}, which is not among the runs")
+        if f"The same seeds again, `{results.study}`" in points:
+            raise SystemExit(f"--again: {folder} is the second of {results.study}; give one run of a study")
         of = analysed(results, folder)
         points[f"The same seeds again, `{results.study}`"] = [again(by_study[results.study], of)]
     for title, tables in points.items():

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 
@@ -37,6 +38,11 @@ def test_help_imports_nothing_heavy() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert call("--version") == (0, f"mnemoscope {version('mnemoscope')}\n", "")
+    assert call()[0] == 2
 
 
 def test_tasks_are_listed() -> None:

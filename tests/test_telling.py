@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import Any
 
 import pytest
 from rich.progress import Progress as Bars
 
+from mnemoscope.errors import InputError
 from mnemoscope.telling import shown
 
 
@@ -25,6 +27,12 @@ def test_nothing_is_shown_where_it_is_not_asked_for(nothing: bool | None, capsys
     with shown(nothing) as tell:
         tell("mine-0", "steering", 1, 2, "trying")
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("wrong", ["yes", 1, []])
+def test_what_cannot_tell_is_refused(wrong: Any) -> None:
+    with pytest.raises(InputError, match=r"progress: .*; give True"), shown(wrong):
+        pass
 
 
 def test_a_callable_is_called_as_it_is() -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from mnemoscope.errors import InputError
+
 Progress = Callable[[str, str, float, float, str], None]  # (cell, stage, done, total, note)
 
 
@@ -19,8 +21,13 @@ def shown(progress: Progress | bool | None, shares: Mapping[str, float] | None =
         progress: a callable, which is given back; True: a bar for each cell on a terminal, lines on stderr elsewhere;
             False or None: nothing is shown.
         shares: of the whole time, by stage, of a run with one cell: then it is told how much is left.
+
+    Raises:
+        InputError: ``progress`` is none of these.
     """
-    if not isinstance(progress, bool | None):
+    if not (callable(progress) or isinstance(progress, bool | None)):
+        raise InputError(f"progress: {progress!r}; give True, False, None, or what is called with how far it is")
+    if callable(progress):
         yield progress
         return
     left = _Left(shares or {})

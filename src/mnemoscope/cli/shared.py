@@ -70,11 +70,25 @@ def _wrong_usage(error: Any) -> str:
 app = typer.Typer(
     cls=_Commands,
     name="mnemoscope",
-    help="Is a language model remembering or thinking? Measure it, see which neurons separate the two, and steer it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"mnemoscope {version('mnemoscope')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _whole(
+    _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it and exit.")] = False,
+) -> None:
+    """Is a language model remembering or thinking? Measure it, see which neurons separate the two, and steer it."""
 
 
 def named_parts(layout: str | None) -> dict[str, str] | None:
