@@ -36,6 +36,7 @@ from mnemoscope.config import load_study
 from mnemoscope.contrast import PairedMoments
 from mnemoscope.directions import steered
 from mnemoscope.models import backbone_of, blocks_of, load_model
+from mnemoscope.processes import settle
 from mnemoscope.stages.common import cell_task
 from mnemoscope.steering import SteeringVector
 from mnemoscope.tasks import Example, build_task, draw
@@ -77,7 +78,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--write", type=Path, help="file for the tables")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    settle(arguments.threads)  # as in a study; what the C library keeps of freed memory is the same for all ways
     torch.set_grad_enabled(False)
     for name in arguments.work:
         title = f"{name}, {arguments.cell.rsplit('-', 1)[0]}" if name == "label" else name

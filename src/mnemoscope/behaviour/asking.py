@@ -326,10 +326,10 @@ def encode(asking: Asking, examples: Sequence[Example]) -> list[Encoded]:
     """
     texts = [[asking.text(e.prompt), *(asking.whole(e, option) for option in e.options)] for e in examples]
     tokens = iter(asking.tokens(list(chain(*texts))) if texts else [])
-    encoded = []
+    encoded, limit = [], context_length(asking.model)
     for example in examples:
         prompt, *options = islice(tokens, 1 + len(example.options))
-        fault = _fault(asking, example, prompt, options)
+        fault = _fault(asking, example, prompt, options, limit)
         answers = [option[len(prompt) :] for option in options]
         # How many leading tokens two answers have in common.
         apart = (i for i, (a, b) in enumerate(zip(*answers, strict=False)) if a != b) if len(answers) > 1 else iter([0])
@@ -345,9 +345,9 @@ def encode(asking: Asking, examples: Sequence[Example]) -> list[Encoded]:
     return encoded
 
 
-def _fault(asking: Asking, example: Example, prompt: list[int], options: list[list[int]]) -> str:
-    """Why an example cannot be asked, or ""."""
-    unknown, limit = _unknown(asking.tokenizer), context_length(asking.model)
+def _fault(asking: Asking, example: Example, prompt: list[int], options: list[list[int]], limit: int) -> str:
+    """Why an example cannot be asked of a model that reads ``limit`` tokens, or ""."""
+    unknown = _unknown(asking.tokenizer)
     if not prompt:
         return f"prompt: {example.prompt!r} has no token"
     for option, text in zip(options, example.options, strict=True):
@@ -386,11 +386,12 @@ def prepare(asking: Asking, examples: Sequence[Example], *, whole: bool = False)
 
 def parts_of(lengths: Sequence[int], most: int, each: int = EACH_BATCH) -> list[slice]:
     """Parts of at most ``most`` of ascending lengths that cost least: padded tokens, and ``each`` for a part."""
-    best, begins = [0], [0]
+    best, begins = np.zeros(len(lengths) + 1, np.int64), [0]
     for end, longest in enumerate(lengths, 1):
-        cost, begin = min((best[begin] + (end - begin) * longest, begin) for begin in range(max(0, end - most), end))
-        best.append(cost + each)
-        begins.append(begin)
+        first = max(0, end - most)
+        costs = best[first:end] + np.arange(end - first, 0, -1) * longest
+        begins.append(first + int(costs.argmin()))
+        best[end] = costs.min() + each
     ends = [len(lengths)] if lengths else []
     while ends and begins[ends[-1]]:
         ends.append(begins[ends[-1]])
