@@ -49,6 +49,7 @@ def test_what_is_missing_is_said(mini: Callable[[str], Asking], tmp_path: Path) 
     assert "test groups" in told
     assert "phrasings in the fit split" in told
     assert "agreeing or bare lines" in told
+    assert str(found).startswith("not yet to be fitted, it seems: no pairs in the split fit, tune, test")
     assert np.isnan(found.half_width) or found.half_width > 0.2
 
 

@@ -332,6 +332,12 @@ def jsonl_task(path: Path, rows: list[dict[str, str]]) -> Task:
 BOTH = {"memorized": " a", "generalized": " b"}
 
 
+def test_jsonl_of_an_editor_that_marks_its_encoding_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "marked.jsonl"
+    path.write_text('{"item": "a", "prompt": "sky is", "memorized": " blue", "generalized": " red"}\n', "utf-8-sig")
+    assert JsonlTask(file=str(path)).examples(np.random.default_rng(0), 1, "conflict")[0].prompt == "sky is"
+
+
 def test_jsonl_deals_groups(tmp_path: Path) -> None:
     words = itertools.product(range(40), ("what", "which"))
     rows = [{"item": f"i{n}", "prompt": f"{word} {n} ?", "group": f"g{n % 8}"} | BOTH for n, word in words]

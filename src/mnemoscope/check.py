@@ -67,7 +67,9 @@ class Checked:
     missing: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [f"known bare: {self.known} of {self.asked}"] if self.asked else []
+        unpaired = [split for split, found in self.splits.items() if not found.pairs]
+        lines = [f"not yet to be fitted, it seems: no pairs in the split {', '.join(unpaired)}"] if unpaired else []
+        lines += [f"known bare: {self.known} of {self.asked}"] if self.asked else []
         for family, counts in self.families.items():
             shown = f" (such as {', '.join(map(repr, self.others[family]))})" if self.others.get(family) else ""
             told = ", ".join(f"{count} {behaviour}" for behaviour, count in counts.items())

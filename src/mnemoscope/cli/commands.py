@@ -91,7 +91,7 @@ def fit(
     task: Annotated[str, typer.Option(help="A task, see `mnemoscope tasks`, or a JSONL file of your own.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Run folder: pairs, vectors, detector, report.")],
     option: Given = None,
-    settings: Annotated[int, typer.Option(min=1, help="Settings tried in either direction, at most.")] = 72,
+    settings: Annotated[int, typer.Option(help="Settings tried in either direction, at most; 12 or more.")] = 72,
     positions: Annotated[str, typer.Option(help="decision, or all: every token, for export.")] = "decision",
     aim: Annotated[str, typer.Option(help="What vectors are for: conflict, as users meet it, or pairs.")] = "conflict",
     lost: Annotated[float, typer.Option(min=0, max=1, help="Share of other answers that a vector may cost.")] = 0.08,

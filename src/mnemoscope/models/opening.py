@@ -240,7 +240,8 @@ def _check_loaded(model: PreTrainedModel, report: Mapping[str, Any], source: str
 
 def _refused(source: str | Path, error: Exception) -> InputError:
     reason = str(error).strip().splitlines() or [type(error).__name__]
-    return InputError(f"model: {source} cannot be opened as a causal language model ({reason[0]})")
+    names = "" if Path(source).exists() else f"; models as packages are {' and '.join(PACKAGED)}"
+    return InputError(f"model: {source} cannot be opened as a causal language model ({reason[0]}){names}")
 
 
 def unpacked(source: str | Path) -> str | Path:

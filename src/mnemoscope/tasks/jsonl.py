@@ -77,7 +77,7 @@ def write_jsonl(examples: list[Example]) -> str:
 
 def _read(path: Path, seed: int) -> list[tuple[Example, str | None]]:
     """Each line's example, and its prompt without the context."""
-    lines = read_text(path).split("\n")
+    lines = read_text(path, encoding="utf-8-sig").split("\n")
     parsed = {n: _parsed(f"{path}, line {n}", line) for n, line in enumerate(lines, 1) if line.strip()}
     given = {row["group"]: row["split"] for row in parsed.values() if "split" in row}
     undealt = sorted({row["group"] for row in parsed.values()} - set(given))
@@ -128,6 +128,6 @@ def _parsed(where: str, line: str) -> dict[str, Any]:
             )
     for field in ("item", "prompt"):
         if not row.get(field):
-            raise InputError(f"{where}: field {field!r} is missing")
+            raise InputError(f"{where}: field {field!r} is missing or empty")
     kind = "conflict" if {"memorized", "generalized"} & set(row) else "memory"
     return {"group": row["item"], "kind": kind} | row
