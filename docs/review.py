@@ -64,10 +64,11 @@ def main(folders: list[Path], later: list[Path]) -> None:
     for results, folder in zip(repeated, later, strict=True):
         if results.study not in by_study:
             raise SystemExit(f"--again: {folder} is of {results.study}, which is not among the runs")
-        if f"The same seeds again, `{results.study}`" in points:
+        title = f"The same seeds again, `{results.study}`"
+        if title in points:
             raise SystemExit(f"--again: {folder} is the second of {results.study}; give one run of a study")
         of = analysed(results, folder)
-        points[f"The same seeds again, `{results.study}`"] = [again(by_study[results.study], of)]
+        points[title] = [again(by_study[results.study], of)]
     for title, tables in points.items():
         print("\n\n".join([f"## {title}", *(map(markdown, tables) if tables else [NOT])]), end="\n\n")
 

@@ -1,6 +1,6 @@
 """The plugin inside real vLLM, over HTTP, against transformers; skipped where vLLM is not installed.
 
-python -m pytest tests/test_vllm.py                               a tiny model, two servers, under three minutes
+python -m pytest tests/test_vllm.py                               a tiny model, three servers and one for each fault
 MNEMOSCOPE_SERVED=smollm2 python -m pytest tests/test_vllm.py     300 requests and 84 follow-ups of each of five servers
 """
 

@@ -103,14 +103,15 @@ def fit_run(
         config = fitting_study(described, task, options, **choices)
         if layout := _layout_of(config):
             use_layout(model, layout)
+    if budget is not None:
+        asking = Asking(model, tokenizer, batch_size=MEASURED["pairs"]["batch_size"], prompting=prompting)
+        levels = [fitting_study(described, task, options, **choices, level=n) for n in range(len(LEVELS))]
+        with _left_as_it_was(model), quick_products(), shown(progress) as tell:
+            tell("fit", "budget", 0, 1, "timing the model")
+            config = _within(60 * budget, began, asking, task, options, levels, out)
     opened = Opened(model, tokenizer, task if isinstance(task, Task) else None)
     with _left_as_it_was(model), shown(progress, SHARES) as tell:
         if budget is not None:
-            tell("fit", "budget", 0, 1, "timing the model")
-            asking = Asking(model, tokenizer, batch_size=MEASURED["pairs"]["batch_size"], prompting=prompting)
-            levels = [fitting_study(described, task, options, **choices, level=n) for n in range(len(LEVELS))]
-            with quick_products():
-                config = _within(60 * budget, began, asking, task, options, levels, out)
             tell("fit", "budget", 1, 1, f"left out to keep to {budget:g} minutes: {config.left_out or 'nothing'}")
         run_study(config, out, tell, workers=1, opened=opened)
     return model, tokenizer

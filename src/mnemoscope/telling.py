@@ -25,11 +25,11 @@ def shown(progress: Progress | bool | None, shares: Mapping[str, float] | None =
     Raises:
         InputError: ``progress`` is none of these.
     """
-    if not (callable(progress) or isinstance(progress, bool | None)):
-        raise InputError(f"progress: {progress!r}; give True, False, None, or what is called with how far it is")
     if callable(progress):
         yield progress
         return
+    if not isinstance(progress, bool | None):
+        raise InputError(f"progress: {progress!r}; give True, False, None, or what is called with how far it is")
     left = _Left(shares or {})
     if not (progress and sys.stderr.isatty()):
         yield _Lines(left) if progress else lambda *_: None

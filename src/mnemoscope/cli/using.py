@@ -36,7 +36,7 @@ def steer(
         float | None,
         typer.Option(
             help="Steer only where the other behaviour is at least so probable (0 to 1), memory and prompt seem to "
-            "disagree, and the prompt is like those that the detector was fitted on.",
+            "disagree, and the prompt is like those that the detector was fitted on."
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens behind each prompt, at most.")] = 20,
