@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -105,14 +106,22 @@ def test_the_library_does_not_depend_on_the_number_of_rows(
     assert len(used) == calls
 
 
-def test_a_sum_of_matrices_is_no_layer(used: list[tuple[int, ...]]) -> None:
-    left, right = torch.randn(4, 16), torch.randn(16, 5)
-    with quick_products():
-        for added in (torch.randn(4, 5), torch.tensor(1.0), torch.randn(1, 5)):
-            torch.testing.assert_close(torch.addmm(added, left, right), added + left @ right)
-        torch.testing.assert_close(torch.addmm(torch.ones(5), left, right, alpha=2), 1 + 2 * (left @ right))
-        torch.testing.assert_close(torch.addmm(input=torch.ones(5), mat1=left, mat2=right), 1 + left @ right)
-    assert used == []
+def test_what_is_no_layer_and_what_other_threads_do_is_left_to_torch(used: list[tuple[int, ...]]) -> None:
+    layers = [nn.Linear(16, 5).requires_grad_(False), Conv1D(5, 16).requires_grad_(False)]
+    states, forwards = torch.randn(4, 16), [nn.Linear.forward, Conv1D.forward]
+    plain = [layer(states) for layer in layers]
+    with quick_products(), ThreadPoolExecutor(1) as elsewhere:
+        torch.testing.assert_close(torch.addmm(torch.ones(5), states, layers[1].weight), 1 + states @ layers[1].weight)
+        for layer, found in zip(layers, plain, strict=True):
+            assert torch.equal(elsewhere.submit(layer, states).result(), found)
+            assert torch.equal(nn.functional.linear(states, layers[0].weight, layers[0].bias), plain[0])
+        assert used == []
+        with quick_products():
+            layers[0](states)
+        layers[1](states)
+    assert used == [(4, 16, 5)] * 2
+    assert [nn.Linear.forward, Conv1D.forward] == forwards
+    assert all(torch.equal(layer(states), found) for layer, found in zip(layers, plain, strict=True))
 
 
 def test_a_gradient_of_a_gradient_is_refused() -> None:

@@ -6,16 +6,17 @@ Shapes: D neurons in, E neurons out.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from threading import RLock, local
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.overrides import TorchFunctionMode
+from transformers.pytorch_utils import Conv1D
 
 # Weights, below which a call of the other library may cost what it saves. Not a matter of the number of rows: a pass
 # over few prompts has to give the bits that one over many gives.
@@ -28,14 +29,19 @@ def quick_products() -> Iterator[None]:
     """Inside the context linear layers of float32 that are not trained are multiplied by oneDNN where that is quicker.
 
     torch takes MKL, which leaves AVX-512 of AMD processors unused (`benchmarks/products.py`). Results differ from those
-    of MKL as any two orders of summation do. Passes in other precisions, layers that are trained and other devices are
-    left alone.
+    of MKL as any two orders of summation do. Passes in other precisions, layers that are trained, other devices and
+    other threads are left alone.
     """
     if not _is_quicker():
         yield
         return
-    with _ByOneDNN():
+    before, _here.wanted = _is_wanted(), True
+    _replace(1)
+    try:
         yield
+    finally:
+        _here.wanted = before
+        _replace(-1)
 
 
 @cache
@@ -51,40 +57,55 @@ def _is_quicker() -> bool:
     return "AVX512" in torch.backends.cpu.get_cpu_capability() and "AuthenticAMD" in described
 
 
-class _ByOneDNN(TorchFunctionMode):
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if kwargs or func not in (nn.functional.linear, torch.addmm):
-            return func(*args, **(kwargs or {}))
-        states, weight_ED, bias_E = (*args, None)[:3] if func is nn.functional.linear else _turned(*args)
-        if not _is_for_onednn(states, weight_ED, bias_E):
-            return func(*args)
-        if torch.is_grad_enabled() and states.requires_grad:
-            return _Product.apply(states, weight_ED, bias_E)
-        return _product(states, weight_ED, bias_E)
+# What layers compute is replaced in their classes: to look at every call of torch costs a tenth of a short pass.
+_here, _lock, _contexts = local(), RLock(), 0
+PLAIN: dict[type[nn.Module], Callable[..., Tensor]] = {nn.Linear: nn.Linear.forward, Conv1D: Conv1D.forward}
 
 
-def _turned(bias_E: Any, states_ND: Any, weight_DE: Any) -> tuple[Any, Any, Any]:
-    """What `addmm` is given by layers whose weight lies the other way round (GPT-2's `Conv1D`), as `linear` has it."""
-    is_layer = all(type(part) in UNWRAPPED for part in (bias_E, states_ND, weight_DE)) and bias_E.dim() == 1
-    return states_ND, weight_DE.t() if is_layer else None, bias_E
+def _is_wanted() -> bool:
+    """Whether this thread is inside the context."""
+    return getattr(_here, "wanted", False)
 
 
-def _is_for_onednn(states: Any, weight_ED: Any, bias_E: Any = None) -> bool:
+def _replace(contexts: int) -> None:
+    """Count contexts of all threads that begin or end; the layers are the library's own again after the last."""
+    global _contexts
+    with _lock:
+        _contexts += contexts
+        for kind, forward in (PLAIN if not _contexts else {nn.Linear: _linear, Conv1D: _turned}).items():
+            kind.forward = forward
+
+
+def _linear(self: nn.Linear, input: Tensor) -> Tensor:
+    if not _is_for_onednn(input, self.weight, self.bias):
+        return PLAIN[nn.Linear](self, input)
+    return _multiplied(input, self.weight, self.bias)
+
+
+def _turned(self: Conv1D, x: Tensor) -> Tensor:
+    """GPT-2's layer, whose weight lies the other way round."""
+    if not _is_for_onednn(x, self.weight, self.bias):
+        return PLAIN[Conv1D](self, x)
+    return _multiplied(x.view(-1, x.shape[-1]), self.weight.t(), self.bias).view(*x.shape[:-1], self.nf)
+
+
+def _is_for_onednn(states: Any, weight: Any, bias_E: Any) -> bool:
     return (
-        type(states) is Tensor
-        and type(weight_ED) in UNWRAPPED
-        and states.dtype == weight_ED.dtype == torch.float32
-        and states.device.type == weight_ED.device.type == "cpu"
-        and weight_ED.numel() >= LEAST
-        and not (torch.is_grad_enabled() and (weight_ED.requires_grad or (bias_E is not None and bias_E.requires_grad)))
+        _is_wanted()
+        and type(states) is Tensor
+        and type(weight) in UNWRAPPED
+        and states.dtype == weight.dtype == torch.float32
+        and states.device.type == weight.device.type == "cpu"
+        and weight.numel() >= LEAST
+        and not (torch.is_grad_enabled() and (weight.requires_grad or (bias_E is not None and bias_E.requires_grad)))
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+def _multiplied(states: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
+    if torch.is_grad_enabled() and states.requires_grad:
+        return _Product.apply(states, weight_ED, bias_E)
+    return _product(states, weight_ED, bias_E)
 
 
 def _product(states: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor:
