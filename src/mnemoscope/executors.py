@@ -89,10 +89,14 @@ def _lost(future: Ended) -> LostError | None:
 
 @contextmanager
 def in_processes(workers: int, threads: int | None = None) -> Iterator[Map]:
-    """A ``map`` over processes of this machine, started for two items or more; ``threads`` of torch in each, if any."""
+    """A ``map`` over processes of this machine, started for two items or more.
+
+    ``threads`` of torch in each; None where they need no torch, which takes seconds to import.
+    """
     with ExitStack() as stack:
         start = cache(lambda: stack.enter_context(pool_of(workers, threads)))
-        yield partial(_mapped, workers, lambda function: lambda item: start().submit(_call, function, item).result)
+        call = _call if threads is None else _call_quickly
+        yield partial(_mapped, workers, lambda function: lambda item: start().submit(call, function, item).result)
 
 
 def _mapped(
@@ -130,16 +134,20 @@ def _unpickled(function: bytes) -> Callable[[Any], Any]:
 
 
 def _call(function: bytes, item: Any) -> Any:
+    return _unpickled(function)(item)
+
+
+def _call_quickly(function: bytes, item: Any) -> Any:
     from mnemoscope.models import quick_products
 
     with quick_products():
-        return _unpickled(function)(item)
+        return _call(function, item)
 
 
 def _call_on_node(function: bytes, folder: str, threads: int, item: Any) -> Any:
     os.chdir(folder)
     settle(threads)
-    return _call(function, item)
+    return _call_quickly(function, item)
 
 
 def _run(run: Run, cell: Cell, progress: Progress, workers: int) -> str | None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,7 +26,12 @@ def cache_argument(model: nn.Module) -> str:
 
 def arguments_of(model: nn.Module) -> frozenset[str]:
     """Names of the arguments that a model's forward takes."""
-    return frozenset(inspect.signature(type(core_of(model)).forward).parameters)
+    return _arguments(type(core_of(model)).forward)
+
+
+@lru_cache(maxsize=16)  # every pass asks
+def _arguments(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
 
 
 def cache_of(output: Any) -> Any:

@@ -9,6 +9,7 @@ from mnemoscope.statistics.intervals import (
     Floats,
     auroc,
     averaged,
+    group_index,
     mean,
     mean_with_range,
     over_draws,
