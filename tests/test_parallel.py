@@ -6,7 +6,6 @@ import contextlib
 import copy
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -19,30 +18,15 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from light_work import Counting, dies, dies_at_first, fails, killed_cell, notes_when
 from mnemoscope.cells import Cell, cells_of
 from mnemoscope.config import load_study, parse_study
 from mnemoscope.errors import InputError, StudyError
 from mnemoscope.executors import AHEAD, in_processes, run_cells
 from mnemoscope.processes import LostError, pool_of
 from mnemoscope.stages import STAGES
-from mnemoscope.telling import Progress
 
-pytestmark = pytest.mark.slow  # new processes import the libraries anew
-
-
-class Counting:
-    """Squares numbers; opens something slow once and says in which process, and how often it was called there."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def __reduce__(self) -> tuple[type[Counting], tuple[()]]:
-        return Counting, ()
-
-    def __call__(self, number: int) -> tuple[int, int, int]:
-        self.calls += 1
-        time.sleep(0.02)
-        return number**2, os.getpid(), self.calls
+pytestmark = pytest.mark.slow  # new processes
 
 
 def test_results_come_in_order_from_several_processes_that_keep_what_they_opened() -> None:
@@ -78,14 +62,6 @@ def test_a_single_item_starts_no_process() -> None:
         assert [process for _, process, _ in parallel(Counting(), iter([3]))] == [os.getpid()]
 
 
-def fails(number: int) -> int:
-    raise StudyError(f"{number} cannot be done")
-
-
-def dies(number: int) -> int:
-    os._exit(number)
-
-
 @pytest.mark.faults
 def test_an_error_of_an_item_is_raised_and_a_killed_process_is_reported() -> None:
     with pytest.raises(StudyError, match="1 cannot be done"), in_processes(2) as parallel:
@@ -93,16 +69,6 @@ def test_an_error_of_an_item_is_raised_and_a_killed_process_is_reported() -> Non
     killed = "its process was killed 3 times, most likely for lack of memory"
     with pytest.raises(LostError, match=killed), in_processes(2) as parallel:
         list(parallel(dies, [1, 2]))
-
-
-def dies_at_first(folder: Path, number: int) -> int:
-    """The process of 3 is killed at the first call, that of 5 at each; others say how often they were called."""
-    calls = folder / f"{number}-{time.monotonic_ns()}"
-    calls.touch()
-    if number == 5 or (number == 3 and len(list(folder.glob("3-*"))) == 1):
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(0.05)
-    return number
 
 
 @pytest.mark.faults
@@ -115,10 +81,6 @@ def test_a_killed_process_costs_the_other_items_nothing(tmp_path: Path) -> None:
         with pytest.raises(LostError):
             futures[0].result()
     assert len(list(tmp_path.glob("5-*"))) == 3
-
-
-def killed_cell(folder: Path, cell: Cell, progress: Progress) -> None:
-    dies_at_first(folder, int(cell.name))
 
 
 @pytest.mark.faults
@@ -186,23 +148,6 @@ LENDING: dict[str, Any] = {
         "donor": {"task": "addition", "model": {"layers": 1, "width": 16}},
     },
 }
-
-
-def notes_when(cell: Cell, progress: Progress, meeting: bool) -> None:
-    """Stands in for a cell's stages: notes when it began and ended; the second donor cannot go on.
-
-    Args:
-        meeting: the last donor stays at work until the first borrower has been, or for a minute.
-    """
-    began = time.monotonic()
-    other = cell.folder.parent / "borrower-0" / "times.json"
-    while meeting and cell.name == "donor-2" and not other.exists() and time.monotonic() < began + 60:
-        time.sleep(0.05)
-    cell.folder.mkdir(parents=True)
-    progress(cell.name, "train", 1, 1, "")
-    (cell.folder / "times.json").write_text(json.dumps([began, time.monotonic()]))
-    if cell.name == "donor-1":
-        raise StudyError("donor-1: never mixed")
 
 
 @pytest.mark.parametrize("workers", [1, 2])
