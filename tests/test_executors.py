@@ -89,7 +89,7 @@ def test_a_cell_takes_the_processors_that_are_left(
     cluster: Any, mini_study_file: Path, mini_run: Path, tmp_path: Path
 ) -> None:
     """Parts of its steering run side by side and give the same bytes."""
-    cluster.add_node(num_cpus=3)
+    cluster.add_node(num_cpus=2)
     run = tmp_path / "run"
     shutil.copytree(mini_run, run)
     cell = run / "cells" / "addition-0"
