@@ -132,14 +132,6 @@ def test_mining_gives_the_same_bytes_in_parallel(mini_run: Path, tmp_path: Path)
     assert len(pd.read_parquet(tmp_path / "2" / "records" / "pairs.parquet")) > 5 * 32
 
 
-def test_cells_and_parts_in_parallel_give_what_one_process_gives(two_seeds: Path, mini_run: Path) -> None:
-    """Two cells in two processes, and one cell that has two for its parts where there are as many processors."""
-    assert json.loads((two_seeds / "results.json").read_text())["tasks"]["addition"]["seeds"] == [0, 1]
-    for name in ("records/pairs.parquet", "records/steering.parquet", "records/sweep.parquet", "contrast.safetensors"):
-        file = Path("cells") / "addition-0" / name
-        assert (two_seeds / file).read_bytes() == (mini_run / file).read_bytes()
-
-
 LENDING: dict[str, Any] = {
     "study": "lending",
     "seeds": 3,

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +25,16 @@ from mnemoscope.cells import cells_of
 from mnemoscope.config import dump_study, load_study, parse_study
 from mnemoscope.errors import InputError, StudyError
 from mnemoscope.models import load_model
+from mnemoscope.processes import settle
 from mnemoscope.stages import STAGES, cell_model, detect, lists, probe
 from mnemoscope.steering import SteeringVector
 from mnemoscope.study import inputs_hash, run_study
 from mnemoscope.tasks import Example, allow_code
 
 COMMAND = [sys.executable, "-m", "mnemoscope", "run"]
+# Of draws and examples, for studies in which nobody looks at how many there are.
+FEW = "draws: 2, norm_draws: 1, conflict_draws: 1, tune_refits: 1, tune_draws_again: 1, tune_pairs: 20, "
+FEW += "tune_others: 20, fit_pairs: 40, fit_others: 20, judged_examples: 40"
 
 
 def results(run: Path) -> str:
@@ -195,8 +200,10 @@ def test_another_task_class_runs_the_stages_again(tmp_path: Path, monkeypatch: p
     assert inputs_hash(cell) != before
 
 
-def test_a_stage_leaves_nothing_of_an_earlier_attempt(copied: Path, mini_study_file: Path) -> None:
-    """A detector, or a method's vectors, that a stage no longer makes."""
+def test_a_stage_that_runs_again_gives_the_same_bytes_and_leaves_nothing_of_before(
+    copied: Path, mini_run: Path, mini_study_file: Path
+) -> None:
+    """In one process, where two had its parts; a detector, or a method's vectors, that it no longer makes are gone."""
     cell = copied / "cells" / "addition-0"
     for stage, name in (
         ("detection", "detector_old.safetensors"),
@@ -214,6 +221,8 @@ def test_a_stage_leaves_nothing_of_an_earlier_attempt(copied: Path, mini_study_f
     assert "behaviour done before" in ran
     assert not any(f"{stage} done before" in ran for stage in ("probes", "effects", "samples")), "they read the pairs"
     assert not list(cell.rglob("*old*"))
+    for name in ("records/pairs.parquet", "records/steering.parquet", "records/sweep.parquet", "contrast.safetensors"):
+        assert (cell / name).read_bytes() == (mini_run / "cells" / "addition-0" / name).read_bytes(), name
     marker = json.loads((cell / "stages" / "steering.json").read_text())
     assert json.loads((copied / "manifest.json").read_text())["commits"] == [str(marker["commit"])]
     assert set(marker) == {"hash", "seconds", "commit", "dirty", "files", "digest"}
@@ -296,7 +305,7 @@ cells:
     model: {{folder: {tmp_path / "model"}}}
     pairs: {{permutations: 99, rephrasings: 3}}
     probes: {{offsets: [0], learning_draws: 1, halvings: 2}}
-    steering: {{draws: 2, tune_pairs: 20, methods: [nmd], grids: {{block: {{tops: [0.5], strengths: [0.3]}}}}}}
+    steering: {{methods: [nmd], grids: {{block: {{tops: [0.5], strengths: [0.3]}}}}, {FEW}}}
     effects: {{pairs: 20, doses: [0, 1], ablated: [0.1], draws: 1}}
 """
     with pytest.raises(InputError, match="task: 'holding_out:HoldingOut' is no built-in task"):
@@ -331,14 +340,7 @@ cells:
     model: {{folder: {folder}}}
     pairs: &pairs {{behaviour_examples: 60, fit_examples: 150, tune_examples: 60, test_examples: 60, permutations: 99}}
     probes: &probes {{offsets: [0], learning_draws: 1, halvings: 2}}
-    steering: &steering
-      methods: [nmd]
-      grids: {{block: {{tops: [0.5], strengths: [0.3]}}}}
-      draws: 2
-      tune_pairs: 20
-      tune_others: 20
-      fit_pairs: 40
-      fit_others: 20
+    steering: &steering {{methods: [nmd], grids: {{block: {{tops: [0.5], strengths: [0.3]}}}}, {few}}}
     effects: &effects {{pairs: 20, doses: [0, 1], ablated: [0.1], draws: 1}}
   borrower:
     task: addition-digits
@@ -357,7 +359,9 @@ def test_seeds_and_labels_that_share_a_model_are_compared(mini: Callable[[str], 
     asking = mini("addition-digits")
     asking.model.save_pretrained(tmp_path / "model")
     asking.tokenizer.save_pretrained(tmp_path / "model")
-    text = TWO_LABELS.format(folder=tmp_path / "model").replace("{cell: donor}", f"{{folder: {tmp_path / 'model'}}}")
+    text = TWO_LABELS.format(few=FEW, folder=tmp_path / "model").replace(
+        "{cell: donor}", f"{{folder: {tmp_path / 'model'}}}"
+    )
     raw = yaml.safe_load(text)
     training = {"steps": 5, "evaluate_every": 5, "evaluation_examples": 8}
     raw["cells"]["lost"] = {"task": "addition", "model": {"layers": 1, "width": 16}, "training": training}
@@ -365,6 +369,13 @@ def test_seeds_and_labels_that_share_a_model_are_compared(mini: Callable[[str], 
     lost = r"lost-0: after 5 steps .*\(1 more cells failed\); .*report.html is of the other cells"
     with pytest.raises(StudyError, match=lost):
         run_study(parse_study(raw), tmp_path / "run", workers=2)
+    donor = next(cell for cell in cells_of(parse_study(raw), tmp_path / "run") if cell.name == "donor-0")
+    here = replace(donor, folder=shutil.copytree(donor.folder, tmp_path / "here"))
+    settle(here.threads)
+    records = [path for stage in ("pairs", "steering") for path in STAGES[stage](here, lambda *_: None)]
+    for path in records:
+        other = donor.folder / path.relative_to(here.folder)
+        assert path.read_bytes() == other.read_bytes(), "one of two cells in two processes, and here"
     seeds = pd.read_parquet(tmp_path / "run" / "records" / "seeds.parquet")
     assert set(seeds.label) == {"donor", "borrower"}
     assert set(seeds.what) == {"overlap", "overlap_in_layers", "rank_correlation", "aligned_cosine"}
@@ -389,7 +400,7 @@ def test_seeds_and_labels_that_share_a_model_are_compared(mini: Callable[[str], 
 
 def test_a_cell_borrows_the_model_of_another_and_all_that_fail_are_told(tmp_path: Path) -> None:
     """Nothing flips after 5 steps, so both borrowers fail: after the donor was trained, and neither stops the other."""
-    raw = yaml.safe_load(TWO_LABELS.format(folder="none"))
+    raw = yaml.safe_load(TWO_LABELS.format(few=FEW, folder="none"))
     stop = {"novel_accuracy": 0, "recall": 0, "conflict_each": 0, "conflict_other": 1}
     training = {"steps": 5, "evaluate_every": 5, "evaluation_examples": 8, "stop": stop}
     raw["cells"]["donor"] |= {"model": {"layers": 1, "width": 16}, "training": training, "analysed": False}
