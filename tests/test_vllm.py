@@ -53,7 +53,8 @@ FAULTS = {
     "alpha ignored": "steered = transformers'",
     "wrong layer": "steered = transformers'",
     "no cache separation": "follow-up after steering = fresh",
-    "rows mixed up": "unsteered among steered = untouched",
+    # Which requests share a pass is the server's choice: on a busy machine no unsteered one may have such a neighbour.
+    "rows mixed up": "steered = transformers'",
 }
 if MODEL:
     SERVERS |= {"in chunks": CHUNKED, "preempted": SMALL, "no prefix caching": ("--no-enable-prefix-caching",)}
