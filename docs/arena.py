@@ -47,13 +47,15 @@ those of `RUN/arena.html`.
   items the model knows by heart; that list was frozen before anything was applied.
 - **Lost**: mean share of texts that agree and of bare questions that no longer get their answer.
 - **Chosen on tune**: the setting with the largest share of wanted answers less lost ones; the rule is the same for all.
+  **Best on tune** is the method for which that is largest; of equal ones the first in the list of methods is named.
 - **Control**: random directions of the same norm, mean of the draws and the worst of them.
 - **Surely above**: the interval lies above 0, and p is below 0.05, corrected over the comparisons of one direction.
 - **The first that takes one pass** is the one with the most wanted answers on test, chosen after the fact.
 - **Contrastive decoding** is that of the three which is best on tune.
 - **A seed deals the same items anew**: nobody had looked at its test split, but under other seeds, with which methods
   were developed, most of its proverbs and facts had been fitted on or judged.
-- `reft` is as published: one of three layers, from the decision on. Ours shifts every token at five blocks.
+- `reft` is LoReFT at one of three layers, from the decision on; its authors also choose tokens of the prompt, and several
+  layers. Of ours `low-rank` shifts every token at five blocks, `gradient` and `learned` one layer from the decision on.
 """
 
 
