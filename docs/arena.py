@@ -54,8 +54,9 @@ those of `RUN/arena.html`.
 - **Contrastive decoding** is that of the three which is best on tune.
 - **A seed deals the same items anew**: nobody had looked at its test split, but under other seeds, with which methods
   were developed, most of its proverbs and facts had been fitted on or judged.
-- `reft` is LoReFT at one of three layers, from the decision on; its authors also choose tokens of the prompt, and several
-  layers. Of ours `low-rank` shifts every token at five blocks, `gradient` and `learned` one layer from the decision on.
+- `reft` is LoReFT at one of three layers, from the decision on; its authors also choose tokens of the prompt, and
+  several layers. Of ours `low-rank` shifts every token at five blocks, `gradient` and `learned` one layer from the
+  decision on.
 """
 
 
