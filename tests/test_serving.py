@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import math
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,7 @@ from little_facts import VOCABULARY
 from mnemoscope.config import ModelConfig
 from mnemoscope.errors import InputError
 from mnemoscope.models import build_gpt2, word_tokenizer
-from mnemoscope.serving import engine
+from mnemoscope.serving import engine, plugin
 from mnemoscope.serving.asking import ADMITTED, Admitted, Asked, admit, key_of_block, parse
 from mnemoscope.serving.http import Guard
 from mnemoscope.serving.offered import Offered
@@ -225,3 +228,38 @@ def test_rows_are_those_of_a_loop_over_tokens() -> None:
                     decided[n] = begins[n] + token
         assert list(zip(found.shifted_R.tolist(), found.owner_R.tolist(), strict=True)) == wanted
         assert found.decision_N.tolist() == decided.tolist()
+
+
+UNTRIED = "vllm: version 0.99.0 was not tried; allowed are 0.32"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--additional-config", '{"mnemoscope": "runs/mine"}'],
+        ['--additional-config={"seed": 1, "mnemoscope": "runs/mine"}'],
+        ["--additional_config.mnemoscope", "runs/mine"],
+    ],
+)
+def test_an_untried_version_with_a_run_does_not_start(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__="0.99.0"))
+    monkeypatch.delenv("MNEMOSCOPE_RUN", raising=False)
+    monkeypatch.setattr(sys, "argv", ["api_server", "--model", "a/model", *words, "--dtype", "float32"])
+    with pytest.raises(InputError, match=rf"{re.escape(UNTRIED)} \(--additional-config\)"):
+        plugin.register()
+    monkeypatch.setenv("MNEMOSCOPE_RUN", "runs/mine")
+    with pytest.raises(InputError, match=rf"{re.escape(UNTRIED)} \(MNEMOSCOPE_RUN\)"):
+        plugin.register()
+
+
+def test_an_untried_version_without_a_run_starts_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__="0.99.0"))
+    monkeypatch.delenv("MNEMOSCOPE_RUN", raising=False)
+    monkeypatch.setattr(
+        sys, "argv", ["api_server", "--model", "mnemoscope/model", "--additional-config", '{"other": 1}']
+    )
+    with caplog.at_level(logging.WARNING, logger="vllm.mnemoscope"):
+        plugin.register()
+    assert f"{UNTRIED}, so nothing is steered or read, whatever is asked" in caplog.text

@@ -24,7 +24,7 @@ from mnemoscope.tasks import SPLITS, Example, Task, draw
 SAMPLE = 160  # conflicts of a split, at most
 FACTS = 400  # bare questions, at most
 SHOWN = 3  # other answers of a family
-GROUPS_NEEDED = 30  # with which a share is known to about 15 points to either side
+GROUPS_NEEDED = 30  # with which a share is known to about 18 points to either side
 JUDGED = STEERING["judged_examples"]  # conflicts of a behaviour that a fit judges, at most
 FULL = {split: MEASURED["pairs"][f"{split}_examples"] for split in SPLITS}  # conflicts that a fit draws, at most
 
@@ -178,7 +178,7 @@ def _missing(
     lines = []
     for side, count in groups.items():
         if count < GROUPS_NEEDED:
-            lines.append(f"test groups answered {side}: about {count}; {GROUPS_NEEDED} tell a share to about 15 points")
+            lines.append(f"test groups answered {side}: about {count}; {GROUPS_NEEDED} tell a share to about 18 points")
     for split, found in splits.items():
         if not found.candidates:
             lines.append(f"phrasings in the {split} split: every item has one; give each several lines")

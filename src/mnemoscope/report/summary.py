@@ -21,7 +21,7 @@ VECTOR, WORDS = "this vector", "asking in words"
 LEARNED = ("learned", "low-rank")
 BEYOND = "on tune this vector exceeds a limit (of its controls, of what it loses or leaves neither way); "
 MOST_OTHER, MOST_LOST = 0.15, 0.1  # of test examples; settings are chosen within narrower limits on tune
-GROUPS_NEEDED = 30  # with which an interval of a share is about 15 points to either side
+GROUPS_NEEDED = 30  # with which an interval of a share is about 18 points to either side
 OPTIONAL = ("weights", "detect_auroc")  # of a brief: left out where there is none
 
 

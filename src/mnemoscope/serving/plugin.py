@@ -6,16 +6,21 @@ module imports nothing that could be missing.
 
 from __future__ import annotations
 
+import logging
 import os
+import re
+import sys
 
 TRIED = ("0.32",)  # versions of vLLM whose inner parts are as ``engine`` and ``http`` expect
+NAMED = re.compile(r'--additional[-_]config(\.mnemoscope\b|[= ]+\{[^}]*"mnemoscope")')  # a run, on a command line
 _installed = False
 
 
 def register() -> None:
     """Put steering and reading in place; they are off until a run is named.
 
-    Raises InputError where a run is named and this version of vLLM was not tried.
+    Raises InputError where this version of vLLM was not tried and a run is named in the environment or on the command
+    line. Where it is named elsewhere (Python, a file of settings) only a warning can be given.
     """
     global _installed
     if _installed:
@@ -25,9 +30,12 @@ def register() -> None:
     from mnemoscope.errors import InputError
 
     if not vllm.__version__.startswith(tuple(f"{version}." for version in TRIED)):
+        said = f"vllm: version {vllm.__version__} was not tried; allowed are {', '.join(TRIED)}"
         if os.environ.get("MNEMOSCOPE_RUN"):
-            tried = ", ".join(TRIED)
-            raise InputError(f"vllm: version {vllm.__version__} was not tried; allowed are {tried} (MNEMOSCOPE_RUN)")
+            raise InputError(f"{said} (MNEMOSCOPE_RUN)")
+        if NAMED.search(" ".join(sys.argv)):
+            raise InputError(f"{said} (--additional-config)")
+        logging.getLogger("vllm.mnemoscope").warning("%s, so nothing is steered or read, whatever is asked", said)
         return
     from mnemoscope.serving import engine
 
