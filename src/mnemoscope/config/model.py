@@ -87,12 +87,24 @@ class ModelConfig(Frozen):
 
 
 class StopConfig(Frozen):
-    """When both behaviours are there, on the tune split."""
+    """When both behaviours are there, on the tune split; a training from scratch asks for it beyond its 95 % intervals."""
 
     novel_accuracy: float = Field(0.97, ge=0, le=1, description="accuracy on novel examples, at least")
     recall: float = Field(0.97, ge=0, le=1, description="accuracy on memory examples, at least")
     conflict_each: float = Field(0.25, ge=0, le=0.5, description="share of conflicts answered each way, at least")
     conflict_other: float = Field(0.10, ge=0, le=1, description="share of conflicts answered neither way, at most")
+
+
+class HoldConfig(Frozen):
+    """Hold the mixture of both behaviours while a model trains: an option of the task follows the measured shares."""
+
+    dial: str = Field("memorized_share", description="the option that is moved: a share, larger ones teach memory")
+    gain: float = Field(
+        0.3, gt=0, le=10, description="step of its log odds, of the conflicts answered generalized less memorized"
+    )
+    novel_accuracy: float = Field(
+        0.9, ge=0, le=1, description="accuracy on novel examples from which on it moves; the rule is learned first"
+    )
 
 
 class TrainingConfig(Frozen):
@@ -116,4 +128,8 @@ class TrainingConfig(Frozen):
     prompt_weight: float = Field(1.0, ge=0, le=1, description="weight of a prompt token in the loss")
     evaluate_every: int = Field(50, ge=1, description="steps between two measurements of the behaviours")
     evaluation_examples: int = Field(200, ge=8, description="examples of each kind that are measured")
+    evaluation_most: int = Field(
+        1600, ge=8, description="of each kind, where the stop rule holds, but not beyond the interval of so many"
+    )
     stop: StopConfig = StopConfig()
+    hold: HoldConfig | None = Field(None, description="holds the mixture of a training from scratch; {}: defaults")

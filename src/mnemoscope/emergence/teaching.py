@@ -29,7 +29,7 @@ from mnemoscope.files import write_atomically
 from mnemoscope.models import Precision, core_of, in_precision, quick_precision
 from mnemoscope.strict import read_text
 from mnemoscope.tasks import Task
-from mnemoscope.training import Trained, batches, prepare_evaluation, unmet
+from mnemoscope.training import MEASURED, Trained, batches, tune_examples, unmet
 
 MOST_LOGITS = 2**27  # of a pass, 512 MiB; the gradient and the log-probabilities take as much each
 IGNORED = -100  # what the library's loss leaves out
@@ -57,7 +57,8 @@ def teach(
         raise InputError(f"model.lora: {task.name} consists of {', '.join(task.parts)}; teach one of them")
     seed, started = int(rng.integers(2**31)), time.perf_counter()
     stop = config.stop
-    prepare_evaluation(asking, task, 1, np.random.default_rng(seed))  # refuses a task that lacks a kind of example
+    for kind in MEASURED:  # refuses a task that lacks one
+        tune_examples(task, np.random.default_rng(seed), 1, kind)
     watching = BehaviourCallback(
         task,
         asking.tokenizer,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mnemoscope.errors import InputError
 from mnemoscope.models.caches import arguments_of, cache_argument
 from mnemoscope.models.layout import backbone_of, blocks_of, core_of
+from mnemoscope.models.products import is_amd
 from mnemoscope.models.trainable import is_adapted
 
 if TYPE_CHECKING:
@@ -171,14 +172,16 @@ def replaced_forward(
 
 
 def quick_precision(model: PreTrainedModel) -> Precision:
-    """The default precision of training passes: bfloat16 where the device has instructions for it, else float32.
+    """The default precision of training passes: bfloat16 where the device multiplies it faster, else float32.
 
-    Adapters take float32: passes in another precision would hold a copy of all weights.
+    Processors with tiles do; of those that have no more than AVX-512's instructions for it, AMD's do, where float32 is
+    multiplied without AVX-512, and Intel's take twice as long (docs/LOG.md). Looked up, not measured: it changes the
+    weights that are learned. Adapters take float32: passes in another precision would hold a copy of all weights.
     """
     if model.device.type == "cuda":
         is_native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        known = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        known = ["_is_amx_tile_supported", *(["_is_avx512_bf16_supported"] if is_amd() else [])]
         is_native = model.device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in known)
     return "bfloat16" if is_native and model.dtype == torch.float32 and not is_adapted(model) else "float32"
 

@@ -48,13 +48,17 @@ def quick_products() -> Iterator[None]:
 def _is_quicker() -> bool:
     """Whether oneDNN uses instructions that MKL does not."""
     has_it = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    if not (has_it and torch.backends.mkl.is_available() and sys.platform == "linux"):
-        return False
+    has_both = has_it and torch.backends.mkl.is_available()
+    return has_both and "AVX512" in torch.backends.cpu.get_cpu_capability() and is_amd()
+
+
+@cache
+def is_amd() -> bool:
+    """Whether this is a processor of AMD's, on Linux: of its AVX-512, MKL uses nothing for float32."""
     try:
-        described = Path("/proc/cpuinfo").read_text(errors="replace")
+        return sys.platform == "linux" and "AuthenticAMD" in Path("/proc/cpuinfo").read_text(errors="replace")
     except OSError:
         return False
-    return "AVX512" in torch.backends.cpu.get_cpu_capability() and "AuthenticAMD" in described
 
 
 # What layers compute is replaced in their classes: to look at every call of torch costs a tenth of a short pass.

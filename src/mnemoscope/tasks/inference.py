@@ -53,6 +53,7 @@ class InferenceTask(Task):
     """
 
     name = "inference"
+    dials = ("memorized_share",)
     boundary = (".", " .")  # a tokenizer that keeps spaces has a token of its own for the second
 
     memorized_names: int = 200

@@ -38,6 +38,7 @@ class StoredTask(Task, Generic[Item]):
     ``memory`` examples ask them in the family ``plain`` only.
     """
 
+    dials = ("memorized_share",)
     memory_is_conflict = True  # `memory` asks the stored items, which steering is meant to change
     families: Mapping[str, str]  # prompts, all of one length and with the same token at the decision position
     moved: tuple[str, ...]  # families that move the stored key

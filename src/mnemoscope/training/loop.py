@@ -5,11 +5,13 @@ Shapes: N instances, B of a batch, R of one pass, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import copy
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +21,8 @@ from mnemoscope.behaviour import Asking, Batch, prepare, score
 from mnemoscope.config import StopConfig, TrainingConfig
 from mnemoscope.errors import InputError
 from mnemoscope.models import context_length, in_precision, quick_precision
-from mnemoscope.tasks import Instance, Kind, Task, answer_of, draw
+from mnemoscope.statistics import proportion
+from mnemoscope.tasks import Example, Instance, Kind, Task, answer_of, draw
 from mnemoscope.training.checkpoints import (
     Checkpoint,
     optimizer_tensors,
@@ -29,30 +32,42 @@ from mnemoscope.training.checkpoints import (
 )
 from mnemoscope.training.optimizers import optimizers_for, rate_factor
 
-AHEAD = 32  # batches that are tokenized in one call
+AHEAD = 8  # batches that are tokenized in one call
 MUCH_PADDING = 0.15  # share of a batch's tokens that two passes must save
-_MEASURED: tuple[Kind, ...] = ("novel", "memory", "conflict")  # in the order in which their examples are drawn
+MEASURED: tuple[Kind, ...] = ("novel", "memory", "conflict")  # in the order in which their examples are drawn
 HOPELESS = 0.7  # novel accuracy at `give_up_at` steps below which no rule will be learned
-Evaluation = tuple[Asking, dict[Kind, list[Batch]]]  # the encoded tune examples of a task by kind, and how to ask them
+LEAST_SHARE, MOST_SHARE = 0.02, 0.98  # between which a dial is moved
+# What is measured, of which kind of example and answered how: True where the rule asks for at least so much.
+MEASURES: dict[str, tuple[Kind, str, bool]] = {
+    "novel_accuracy": ("novel", "correct", True),
+    "recall": ("memory", "correct", True),
+    "conflict_memorized": ("conflict", "memorized", True),
+    "conflict_generalized": ("conflict", "generalized", True),
+    "conflict_other": ("conflict", "other", False),
+}
 
 
-def unmet(stop: StopConfig, measured: dict[str, float]) -> list[str]:
-    """Unmet conditions of the stop rule, as text; empty where the rule holds."""
-    wanted = [
-        ("novel_accuracy", ">=", stop.novel_accuracy),
-        ("recall", ">=", stop.recall),
-        ("conflict_memorized", ">=", stop.conflict_each),
-        ("conflict_generalized", ">=", stop.conflict_each),
-        ("conflict_other", "<=", stop.conflict_other),
-    ]
+def bounds_of(stop: StopConfig) -> dict[str, float]:
+    """The bound of each measure: the least, of `conflict_other` the most."""
+    each = {"conflict_memorized": stop.conflict_each, "conflict_generalized": stop.conflict_each}
+    return {name: each[name] if name in each else getattr(stop, name) for name in MEASURES}
+
+
+def unmet(stop: StopConfig, measured: Mapping[str, float], surely: Mapping[str, float] | None = None) -> list[str]:
+    """Unmet conditions of the stop rule, as text; empty where the rule holds.
+
+    ``surely``: the end of each measure's interval that the rule looks at; without it the measures themselves count.
+    """
     missed = []
-    for name, sign, bound in wanted:
-        value = measured[name]
-        if not (value >= bound if sign == ">=" else value <= bound):
+    for name, bound in bounds_of(stop).items():
+        at_least, value = MEASURES[name][2], measured[name]
+        reached = value if surely is None else surely[name]
+        if not (reached >= bound if at_least else reached <= bound):
             # In a task of several parts, the measure is that of the worst part.
             parts = [key.removesuffix(f".{name}") for key in measured if key.endswith(f".{name}")]
             place = next((f" in {part}" for part in parts if measured[f"{part}.{name}"] == value), "")
-            missed.append(f"{name} {value:.3f}{place} (wanted {sign} {bound})")
+            sure = "" if surely is None else f", surely {reached:.3f}"
+            missed.append(f"{name} {value:.3f}{sure}{place} (wanted {'>=' if at_least else '<='} {bound})")
     return missed
 
 
@@ -75,48 +90,61 @@ def train(
     progress: Callable[[int, dict[str, float]], None] = lambda step, measured: None,
     kept: Checkpoint | None = None,
 ) -> Trained:
-    """Train a model in place until the stop rule holds.
+    """Train a model in place until the stop rule holds beyond its intervals.
 
     Once the rule holds, training continues for ``settle_steps`` while the learning rate decays to 0. The model keeps
     the weights of the last measurement in which the rule held, or the last weights. ``progress`` is called at every
     step with the latest measurement. Where ``kept`` holds an unfinished training it goes on, to the same bytes; the
     model is given as it was at the beginning.
 
-    Raises InputError where the task lacks a kind of example that the stop rule needs, an instance is too long, or the
-    tokenizer merges its answer with its prompt.
+    Raises InputError where the task lacks a kind of example that the stop rule needs or has too few of it, or the dial
+    of ``hold``, an instance is too long, or the tokenizer merges its answer with its prompt.
     """
     started = time.perf_counter()
     torch.manual_seed(int(rng.integers(2**31)))  # dropout draws from the global generator
-    evaluation = prepare_evaluation(asking, task, config.evaluation_examples, rng)
-    state, measured = _State(asking.model, config), dict[str, float]()
+    evaluation = Evaluation(asking, task, config, rng)
+    state, measured = _State(asking.model, config, dial_of(task, config)), dict[str, float]()
     before, last = state.restore(kept) if kept else 0.0, False
-    for ids_BT, weights_BT in batches(asking, task, config, rng, state.steps):
+    for ids_BT, weights_BT in batches(asking, task, config, rng, state.steps, state.dial_at):
         state.step(ids_BT, weights_BT)
         if state.steps % config.evaluate_every == 0 or state.is_last():
             asking.model.eval()  # random numbers of dropout would depend on how the passes are batched
-            measured = measure(evaluation)
-            state.note(measured)
+            measured = state.note(evaluation.measure())
             last = state.is_last()
             if kept and not last:
                 state.keep(kept, before + time.perf_counter() - started)
         progress(state.steps, measured)
         if last:
             break
-    missed = unmet(config.stop, state.finish())
+    missed = state.finish()
     return Trained(state.curve, state.steps, before + time.perf_counter() - started, missed, state.precision)
 
 
-class _State:
-    """State of a training run: optimizers, curve, and the last weights with which the stop rule held."""
+def dial_of(task: Task, config: TrainingConfig) -> float | None:
+    """The first value of the option that holds the mixture; InputError where the task has no such dial."""
+    if config.hold is None:
+        return None
+    if config.hold.dial not in task.dials:
+        allowed = ", ".join(task.dials) or "none, so leave training.hold out"
+        raise InputError(f"training.hold.dial: {config.hold.dial!r}; task {task.name!r} has {allowed}")
+    return float(getattr(task, config.hold.dial))
 
-    def __init__(self, model: nn.Module, config: TrainingConfig) -> None:
-        self.model, self.config = model, config
+
+class _State:
+    """State of a training run: optimizers, curve, and the last weights with which the stop rule held.
+
+    ``dial``: first value of the option that holds the mixture of behaviours; None where nothing holds it.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainingConfig, dial: float | None = None) -> None:
+        self.model, self.config, self.dial = model, config, dial
         self.precision = quick_precision(model) if config.precision == "auto" else config.precision
         self.optimizers = optimizers_for(model, config)
         self.steps = 0
         self.first_met: int | None = None
         self.curve: list[dict[str, Any]] = []
         self._losses: list[float] = []
+        self._missed: list[str] = []  # conditions that the kept weights do not meet
         self._mixed: dict[str, Tensor] | None = None
         self._schedules = [torch.optim.lr_scheduler.LambdaLR(o, self._rate) for o in self.optimizers]
 
@@ -144,27 +172,45 @@ class _State:
         novel = (value for name, value in self.curve[-1].items() if name.endswith("novel_accuracy"))
         return max(novel) < HOPELESS
 
-    def note(self, measured: dict[str, float]) -> None:
-        """Add a row to the curve; keep a copy of the weights where the rule holds."""
-        met = not unmet(self.config.stop, measured)
-        row = {"step": self.steps, "loss": float(np.mean(self._losses)), **measured, "met": met, "kept": False}
-        self.curve.append(row)
+    def note(self, measured: Measured) -> dict[str, float]:
+        """Add a row to the curve, keep a copy of the weights where the rule holds, and move the dial; the shares."""
+        met = not unmet(self.config.stop, *measured)
+        row = {"step": self.steps, "loss": float(np.mean(self._losses)), **measured.shares, "met": met, "kept": False}
+        self.curve.append(row | ({"dial": self._moved(measured.shares)} if self.dial is not None else {}))
+        self._missed = unmet(self.config.stop, *measured) if met or not self._mixed else self._missed
         self._losses.clear()
         if met:
             self._mixed = {name: weight.detach().clone() for name, weight in self.model.named_parameters()}
             if self.first_met is None:
                 self.first_met = self.steps
                 _set_dropout(self.model, self.config.settle_dropout)
+        return measured.shares
 
-    def finish(self) -> dict[str, Any]:
-        """Restore the kept weights, and return their row: the last in which the rule held, else the last."""
+    def dial_at(self, step: int) -> float | None:
+        """Value of the dial for instances that are drawn behind so many steps."""
+        return next((row["dial"] for row in reversed(self.curve) if row["step"] <= step), self.dial)
+
+    def _moved(self, shares: Mapping[str, float]) -> float:
+        """The dial after a measurement: down on the scale of log odds where memory is ahead, up where the rule is."""
+        hold, before = self.config.hold, self.dial_at(self.steps)
+        assert hold is not None, "there is a dial"
+        assert before is not None, "it had a value"
+        if shares["novel_accuracy"] < hold.novel_accuracy:
+            return before
+        ahead = shares["conflict_memorized"] - shares["conflict_generalized"]
+        held = float(np.clip(before, LEAST_SHARE, MOST_SHARE))
+        odds = math.log(held / (1 - held)) - hold.gain * ahead
+        return float(np.clip(1 / (1 + math.exp(-odds)), LEAST_SHARE, MOST_SHARE))
+
+    def finish(self) -> list[str]:
+        """Restore the kept weights, those of the last row in which the rule held, else the last; what they miss."""
         if self._mixed is not None:
             self.model.load_state_dict(self._mixed, strict=False)  # tied weights are in it once
         _set_dropout(self.model, 0.0)
         self.model.eval()
         kept = next((row for row in reversed(self.curve) if row["met"]), self.curve[-1])
         kept["kept"] = True
-        return kept
+        return self._missed
 
     def keep(self, kept: Checkpoint, seconds: float) -> None:
         """Save all that a killed training needs to go on after a measurement."""
@@ -220,40 +266,105 @@ def how_to_mix(trained: Trained, size: str = "model.layers") -> str:
     return f"after {trained.steps} steps the model does not show both behaviours: {reasons}. Try: {tries}"
 
 
-def prepare_evaluation(asking: Asking, task: Task, n: int, rng: np.random.Generator) -> dict[str, Evaluation]:
-    """Encode ``n`` tune examples of each kind, for each part of the task; a task without parts is its only part.
+class Measured(NamedTuple):
+    """What a model shows on the tune split.
 
-    Raises InputError where the task, or a part of it, has no example of a kind.
+    ``shares``: by measure, named as in the emergence curve; of several parts that of the worst part, so that the stop
+    rule holds only where it holds in every part, and then each part's as ``part.measure``. ``surely``: of each measure
+    the end of its 95 % interval that the rule looks at, the worst part's.
     """
-    found: dict[str, Evaluation] = {}
-    for name, part in (task.parts or {task.name: task}).items():
-        drawn = {kind: draw(part, rng, n, kind, "tune") for kind in _MEASURED}
-        for kind, examples in drawn.items():
-            if not examples:
-                raise InputError(f"task: {part.name} has no {kind} example in the tune split; the stop rule needs some")
-        asking = replace(asking, boundary=part.boundary)
-        found[name] = asking, {kind: prepare(asking, examples) for kind, examples in drawn.items()}
-    return found
+
+    shares: dict[str, float]
+    surely: dict[str, float]
 
 
-def measure(evaluations: dict[str, Evaluation]) -> dict[str, float]:
-    """Accuracies and behaviour shares on the tune split, named as in the emergence curve.
+class Evaluation:
+    """Tune examples of each kind, for each part of a task (a task without parts is its only part), and their labels.
 
-    Of several parts, each measure is that of the worst part, so that the stop rule holds only where it holds in every
-    part; the measures of each part follow as ``part.measure``.
+    A first look is at ``evaluation_examples`` of each kind. Where the stop rule holds there, but not beyond the
+    intervals of so many, twice as many are looked at, and so on up to ``evaluation_most`` or to all there are. Examples
+    are taken to be independent: the rule asks about this model's answers to such examples, not about other names.
+
+    Raises InputError where the task, or a part of it, has no example of a kind, or not enough for the rule to hold
+    beyond its interval even if all of them were answered as it asks.
     """
-    by_part: dict[str, dict[str, float]] = {}
-    for part, (asking, by_kind) in evaluations.items():
-        labels = {kind: score(asking, prepared, margins=False).behaviour_N for kind, prepared in by_kind.items()}
-        shares = {f"conflict_{name}": labels["conflict"] == name for name in ("memorized", "generalized", "other")}
-        right = {"novel_accuracy": labels["novel"] == "correct", "recall": labels["memory"] == "correct"}
-        by_part[part] = {name: float(np.mean(is_so_N)) for name, is_so_N in (right | shares).items()}
-    several = list(by_part.values())
-    worst = {
-        name: (max if name == "conflict_other" else min)(measured[name] for measured in several) for name in several[0]
-    }
-    parts = {f"{part}.{name}": value for part, measured in by_part.items() for name, value in measured.items()}
-    return worst if len(several) == 1 else worst | parts
+
+    def __init__(self, asking: Asking, task: Task, config: TrainingConfig, rng: np.random.Generator) -> None:
+        self.stop, first, most = config.stop, config.evaluation_examples, config.evaluation_most
+        self.askings: dict[str, Asking] = {}
+        self._examples: dict[tuple[str, Kind], list[Example]] = {}
+        self._batches: dict[tuple[str, Kind, int], list[Batch]] = {}
+        self._looks = [first]  # examples of each kind that are looked at
+        while self._looks[-1] < most:
+            self._looks.append(min(2 * self._looks[-1], most))
+        for name, part in (task.parts or {task.name: task}).items():
+            self.askings[name] = replace(asking, boundary=part.boundary)
+            for kind in MEASURED:
+                self._examples[name, kind] = drawn = tune_examples(part, rng, self._looks[-1], kind)
+                if why := undecidable(self.stop, len(drawn), kind):
+                    raise InputError(why)
+
+    def measure(self) -> Measured:
+        """Label as many examples as it takes to tell whether the stop rule holds."""
+        labels: dict[tuple[str, Kind], np.ndarray] = {key: np.array([], object) for key in self._examples}
+        for look, most in enumerate(self._looks):
+            labels = {key: np.append(seen, self._labels(*key, look)) for key, seen in labels.items()}
+            measured = self._measured(labels)
+            if unmet(self.stop, measured.shares) or not unmet(self.stop, *measured):
+                break
+        return measured
+
+    def _labels(self, part: str, kind: Kind, look: int) -> np.ndarray:
+        """Labels of the examples that a look adds to the ones before."""
+        asking, begin = self.askings[part], self._looks[look - 1] if look else 0
+        if (part, kind, look) not in self._batches:
+            added = self._examples[part, kind][begin : self._looks[look]]
+            self._batches[part, kind, look] = prepare(asking, added)
+        return score(asking, self._batches[part, kind, look], margins=False).behaviour_N
+
+    def _measured(self, labels: Mapping[tuple[str, Kind], np.ndarray]) -> Measured:
+        shares: dict[str, dict[str, float]] = {}
+        surely: dict[str, list[float]] = {name: [] for name in MEASURES}
+        for part in self.askings:
+            for name, (kind, wanted, at_least) in MEASURES.items():
+                hits_N = labels[part, kind] == wanted
+                shares.setdefault(part, {})[name] = float(hits_N.mean())
+                surely[name].append(_sure_end(hits_N, at_least))
+        worst = {name: min if at_least else max for name, (_, _, at_least) in MEASURES.items()}
+        each = {f"{part}.{name}": value for part, by_name in shares.items() for name, value in by_name.items()}
+        together = {name: pick(by_name[name] for by_name in shares.values()) for name, pick in worst.items()}
+        ends = {name: pick(surely[name]) for name, pick in worst.items()}
+        return Measured(together if len(shares) == 1 else together | each, ends)
+
+
+def tune_examples(task: Task, rng: np.random.Generator, n: int, kind: Kind) -> list[Example]:
+    """``n`` tune examples of a kind, fewer where there are no more; InputError where there is none."""
+    drawn = draw(task, rng, n, kind, "tune")
+    if not drawn:
+        raise InputError(f"task: {task.name} has no {kind} example in the tune split; the stop rule needs some")
+    return drawn
+
+
+def undecidable(stop: StopConfig, n: int, kind: Kind | None = None) -> str:
+    """Why ``n`` examples of a kind cannot show that the rule holds, whatever their answers; empty where they can."""
+    for name, bound in bounds_of(stop).items():
+        of, _, at_least = MEASURES[name]
+        right = n // 2 if at_least and of == "conflict" else n if at_least else 0  # at best
+        reached = _sure_end(np.arange(n) < right, at_least)
+        if kind in (None, of) and not (reached >= bound if at_least else reached <= bound):
+            field = name if name in StopConfig.model_fields else "conflict_each"
+            return (
+                f"training.stop.{field}: {bound} cannot be shown by {n} tune examples, whatever the answers; allowed is "
+                f"{'at most' if at_least else 'at least'} {reached:.3f}, or more examples (training.evaluation_most)"
+            )
+    return ""
+
+
+def _sure_end(hits_N: np.ndarray, at_least: bool) -> float:
+    """The lower or upper end of the interval of a share; 0 or 1 where there is none."""
+    found = proportion(hits_N, np.arange(len(hits_N)))
+    end = found.low if at_least else found.high
+    return float(not at_least) if math.isnan(end) else end
 
 
 def _backward(model: Any, ids_BT: Tensor, weights_BT: Tensor) -> float:
@@ -278,15 +389,25 @@ def weighted_loss(model: Any, ids_RT: Tensor, weights_RT: Tensor, total: Tensor)
 
 
 def batches(
-    asking: Asking, task: Task, config: TrainingConfig, rng: np.random.Generator, after: int = 0
+    asking: Asking,
+    task: Task,
+    config: TrainingConfig,
+    rng: np.random.Generator,
+    after: int = 0,
+    dial_at: Callable[[int], float | None] = lambda step: None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Token ids (B, T) int64, right-padded, and each token's weight in the loss (B, T) float32; an endless stream.
 
-    ``after``: batches that are drawn, but not given.
+    ``after``: batches that are drawn, but not given. ``dial_at``: the value of the dial of ``config.hold`` for
+    instances that are drawn behind so many batches; a stream that goes on draws what it would have drawn.
     """
-    instances = task.training(rng)
+    task = copy.copy(task)  # whose dial is moved
+    instances, drawn = task.training(rng), 0
     while True:
+        if config.hold is not None and (value := dial_at(drawn)) is not None:
+            setattr(task, config.hold.dial, value)
         chunk = list(islice(instances, AHEAD * config.batch_size))
+        drawn += AHEAD
         if after >= AHEAD:
             after -= AHEAD
             continue
