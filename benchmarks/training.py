@@ -36,7 +36,7 @@ from mnemoscope.models import build_gpt2, in_precision, quick_precision, word_to
 from mnemoscope.models.passes import Precision
 from mnemoscope.processes import quiet_library, settle
 from mnemoscope.tasks import Task, answer_of, build_task
-from mnemoscope.training import batches, measure, optimizers_for, prepare_evaluation, train, unmet
+from mnemoscope.training import Evaluation, batches, optimizers_for, train, unmet
 from mnemoscope.training.loop import row_lengths, weighted_loss
 from mnemoscope.training.optimizers import rate_factor
 
@@ -116,7 +116,8 @@ def _begin(contestant: Contestant, cell: CellConfig, seed: int, threads: int, tu
     tokenizer = word_tokenizer(task.vocabulary or (), cell.model.context)
     asking = Asking(build_gpt2(tokenizer, cell.model, seed), tokenizer, task.boundary)
     turns.begin()
-    contestant(Begun(asking, task, cell.training, seed), turns)
+    training = cell.training.model_copy(update={"hold": None})  # which the library's loop cannot
+    contestant(Begun(asking, task, training, seed), turns)
 
 
 def _is_over(most: float, name: str, turns: Mapping[str, list[Turn]]) -> bool:
@@ -171,14 +172,14 @@ class _Turned(TrainerCallback):
 
     def __init__(self, begun: Begun, rng: np.random.Generator, turns: Turns) -> None:
         self.begun, self.turns = begun, turns
-        self.evaluation = prepare_evaluation(begun.asking, begun.task, begun.config.evaluation_examples, rng)
+        self.evaluation = Evaluation(begun.asking, begun.task, begun.config, rng)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         config, model = self.begun.config, self.begun.asking.model
         self.turns.stepped(state.global_step)
         if state.global_step % config.evaluate_every == 0:
             model.eval()
-            self.turns.measured(state.global_step, unmet(config.stop, measure(self.evaluation)))
+            self.turns.measured(state.global_step, unmet(config.stop, self.evaluation.measure().shares))
 
 
 class _Rows(torch.utils.data.IterableDataset[dict[str, Any]]):

@@ -17,26 +17,26 @@ from torch import Tensor, nn
 
 from helpers import MINI_TASKS, check_that_a_killed_training_goes_on
 from mnemoscope.behaviour import Asking
-from mnemoscope.config import ModelConfig, StopConfig, TrainingConfig
+from mnemoscope.config import HoldConfig, ModelConfig, StopConfig, TrainingConfig
 from mnemoscope.errors import InputError
 from mnemoscope.models import blocks_of, build_gpt2, word_tokenizer
 from mnemoscope.tasks import Example, Instance, Kind, Task, answer_of, build_task
 from mnemoscope.training import (
     Checkpoint,
+    Evaluation,
     Float32Muon,
     Trained,
     batches,
     how_to_mix,
-    measure,
     optimizers_for,
-    prepare_evaluation,
     train,
     unmet,
 )
-from mnemoscope.training.loop import _backward, _State, by_length
+from mnemoscope.training.loop import Measured, _backward, _State, by_length
 from mnemoscope.training.optimizers import orthogonalized
 
-QUICK = TrainingConfig(steps=30, batch_size=16, evaluate_every=10, evaluation_examples=24)
+NEVER = StopConfig(novel_accuracy=0.8, recall=0.8, conflict_each=0.2, conflict_other=0.2)  # held in thirty steps
+QUICK = TrainingConfig(steps=30, batch_size=16, evaluate_every=10, evaluation_examples=24, stop=NEVER)
 NOTHING = StopConfig(novel_accuracy=0, recall=0, conflict_each=0, conflict_other=1)
 
 
@@ -82,6 +82,96 @@ def test_an_attempt_without_a_rule_is_given_up(task: Task) -> None:
     given_up = train(untrained(task), task, config, np.random.default_rng(0))
     assert (given_up.steps, [row["step"] for row in given_up.curve]) == (15, [10, 15])
     assert given_up.unmet
+
+
+class Answering:
+    """An evaluation whose model answers as told: by kind, the labels of its examples in order."""
+
+    def __init__(self, task: Task, config: TrainingConfig, answers: dict[Kind, list[str]]) -> None:
+        self.evaluation = Evaluation(untrained(task), task, config, np.random.default_rng(0))
+        self.evaluation._labels = self._labels  # type: ignore[method-assign]
+        self.answers, self.looked = answers, 0
+
+    def _labels(self, part: str, kind: Kind, look: int) -> np.ndarray:
+        begin = self.evaluation._looks[look - 1] if look else 0
+        self.looked = self.evaluation._looks[look]
+        return np.array((self.answers[kind] * 400)[begin : self.looked])
+
+
+MIXED: list[str] = ["memorized", "generalized"] * 10
+RIGHT = ["correct"] * 20
+
+
+@pytest.mark.parametrize(
+    ("wrong", "looked", "met"),
+    [(0, 100, True), (1, 400, True), (2, 1600, False), (3, 100, False)],
+    ids=["at first sight", "by four looks", "not by all", "missed at first sight"],
+)
+def test_the_rule_looks_at_as_many_examples_as_it_takes(wrong: int, looked: int, met: bool) -> None:
+    """Of twenty answers some are wrong: 0, 5, 10 or 15 %, for a bound of 91 %."""
+    task = build_task("inference", MINI_TASKS["inference"], 0)
+    stop = StopConfig(novel_accuracy=0.91, recall=0.9, conflict_each=0.25, conflict_other=0.1)
+    config = QUICK.model_copy(update={"stop": stop, "evaluation_examples": 100})
+    novel = ["wrong"] * wrong + RIGHT[wrong:]
+    told = Answering(task, config, {"novel": novel, "memory": RIGHT, "conflict": MIXED})
+    measured = told.evaluation.measure()
+    assert measured.shares["novel_accuracy"] == 1 - wrong / 20
+    assert (told.looked, not unmet(stop, *measured)) == (looked if wrong != 2 else 100, met)
+    if met:
+        assert measured.surely["novel_accuracy"] >= 0.91
+
+
+@pytest.mark.parametrize(
+    ("field", "bound", "allowed"),
+    [
+        ("novel_accuracy", 0.99, "at most 0.858"),
+        ("conflict_each", 0.4, "at most 0.3"),
+        ("conflict_other", 0.01, "at l"),
+    ],
+)
+def test_a_rule_that_its_examples_cannot_decide_is_refused(field: str, bound: float, allowed: str, task: Task) -> None:
+    stop = NOTHING.model_copy(update={field: bound})
+    config = QUICK.model_copy(update={"stop": stop, "evaluation_most": 24})
+    with pytest.raises(InputError, match=rf"training\.stop\.{field}: {bound} cannot be shown by 24 .*{allowed}"):
+        train(untrained(task), task, config, np.random.default_rng(0))
+
+
+def test_a_dial_follows_the_mixture_and_a_task_without_it_is_refused(task: Task) -> None:
+    hold = HoldConfig(target=0.4, proportional=1.0, integral=0.5, novel_accuracy=0.9)
+    config = QUICK.model_copy(update={"hold": hold})
+    state = _State(untrained(task).model, config, 0.3)
+    state._losses = [0.0]
+    ends, rows = dict.fromkeys(GOOD, 0.0), [(0.5, 0.9, 0.1), (0.95, 0.8, 0.2), (0.95, 0.2, 0.8), (0.95, 0.0, 0.0)]
+    for step, (novel, memorized, generalized) in enumerate(rows, 1):
+        state.steps, shares = 10 * step, {"novel_accuracy": novel, "conflict_memorized": memorized}
+        state._losses = [0.0]
+        state.note(Measured({**GOOD, **shares, "conflict_generalized": generalized}, ends))
+    odds = [math.log(row["dial"] / (1 - row["dial"])) for row in state.curve]
+    first = math.log(0.3 / 0.7)
+    expected = [first, first - 0.4 - 0.5 * 0.4, first + 0.2 - 0.5 * (0.4 - 0.2), first - 0.5 * (0.4 - 0.2)]
+    assert odds == pytest.approx(expected)
+    assert [state.dial_at(step) for step in (0, 9, 25)] == [0.3, 0.3, state.curve[1]["dial"]]
+    wrong = config.model_copy(update={"hold": HoldConfig(dial="digits")})
+    with pytest.raises(InputError, match=r"training\.hold\.dial: 'digits'; task 'addition' has memorized_share"):
+        train(untrained(task), task, wrong, np.random.default_rng(0))
+
+
+def test_instances_follow_the_dial_also_where_a_stream_goes_on(task: Task) -> None:
+    asking, config = untrained(task), QUICK.model_copy(update={"hold": HoldConfig()})
+    of_step = {0: 0.02, 16: 0.98}
+
+    def dial_at(step: int) -> float:
+        return of_step[max(known for known in of_step if known <= step)]
+
+    whole = list(islice(batches(asking, task, config, np.random.default_rng(0), 0, dial_at), 96))
+    later = list(islice(batches(asking, task, config, np.random.default_rng(0), 50, dial_at), 46))
+    assert all(torch.equal(one, other) for a, b in zip(whole[50:], later, strict=True) for one, other in zip(a, b))
+    code = asking.tokenizer("<mem-").input_ids[0]
+    shares = [
+        float(np.mean([(ids == code).any(1).float().mean() for ids, _ in part])) for part in (whole[:16], whole[80:])
+    ]
+    assert shares[0] < 0.2 < 0.8 < shares[1]
+    assert task.memorized_share == 0.4  # type: ignore[attr-defined]
 
 
 GOOD = {"novel_accuracy": 0.97, "recall": 0.97}
@@ -155,7 +245,7 @@ MINI_CIPHER = {"letters": 10, "length": 2, "stored": 8}
 MINI_JOINT = {"parts": {"inference": MINI_TASKS["inference"], "cipher": MINI_CIPHER}}
 
 
-@pytest.mark.parametrize("stop", [StopConfig(), NOTHING], ids=["never met", "settling"])
+@pytest.mark.parametrize("stop", [NEVER, NOTHING], ids=["never met", "settling"])
 def test_a_killed_training_goes_on_to_the_same_bytes(stop: StopConfig, task: Task, tmp_path: Path) -> None:
     """Stopped before the first measurement, and several times behind it, with dropout; each time in a new model."""
     config = QUICK.model_copy(update={"steps": 90, "settle_steps": 80, "settle_dropout": 0.2, "stop": stop})
@@ -213,20 +303,20 @@ def test_passes_in_bfloat16_give_the_gradient_of_float32_but_for_rounding(task: 
 def test_the_rule_must_hold_in_every_part_of_a_joint_task() -> None:
     task = build_task("joint", MINI_JOINT, 0)
     asking = untrained(task)
-    evaluations = prepare_evaluation(asking, task, 16, np.random.default_rng(0))
+    config = QUICK.model_copy(update={"stop": NOTHING})
+    evaluation = Evaluation(asking, task, config, np.random.default_rng(0))
     # What closes an answer is each part's own.
-    assert {name: asking.boundary for name, (asking, _) in evaluations.items()} == {
+    assert {name: asking.boundary for name, asking in evaluation.askings.items()} == {
         "inference": (".", " ."),
         "cipher": ("",),
     }
     assert set(asking.boundary_ids()) == {asking.tokenizer(".").input_ids[0], asking.tokenizer.eos_token_id}
-    measured = measure(evaluations)
-    alone = {name: measure({name: evaluation}) for name, evaluation in evaluations.items()}
-    for name, values in alone.items():
-        assert {key: measured[f"{name}.{key}"] for key in values} == values
-    assert measured["conflict_other"] == max(values["conflict_other"] for values in alone.values())
-    assert measured["recall"] == min(values["recall"] for values in alone.values())
-    (row,) = train(asking, task, QUICK.model_copy(update={"stop": NOTHING}), np.random.default_rng(0)).curve
+    measured, surely = evaluation.measure()
+    for name, at_least in {"recall": True, "conflict_other": False}.items():
+        values = [measured[f"{part}.{name}"] for part in evaluation.askings]
+        assert measured[name] == (min if at_least else max)(values)
+        assert surely[name] <= measured[name] if at_least else surely[name] >= measured[name]
+    (row,) = train(asking, task, config, np.random.default_rng(0)).curve
     assert set(measured) <= set(row)
 
 
@@ -281,7 +371,7 @@ def _training_rng(asking: Asking, task: Task, config: TrainingConfig) -> np.rand
     """The generator as it stands after the evaluation examples are drawn."""
     rng = np.random.default_rng(0)
     rng.integers(2**31)  # the seed of dropout
-    prepare_evaluation(asking, task, config.evaluation_examples, rng)
+    Evaluation(asking, task, config, rng)
     return rng
 
 

@@ -1,7 +1,7 @@
 """The configuration of a study: frozen data that validate and do nothing else."""
 
 from mnemoscope.config.arena import ArenaConfig
-from mnemoscope.config.model import LayoutConfig, LoraConfig, ModelConfig, StopConfig, TrainingConfig
+from mnemoscope.config.model import HoldConfig, LayoutConfig, LoraConfig, ModelConfig, StopConfig, TrainingConfig
 from mnemoscope.config.reading import (
     built_in_studies,
     dump_study,

@@ -87,7 +87,7 @@ class ModelConfig(Frozen):
 
 
 class StopConfig(Frozen):
-    """When both behaviours are there, on the tune split; a training from scratch asks for it beyond its 95 % intervals."""
+    """When both behaviours are there, on the tune split; trainings from scratch ask for it beyond 95 % intervals."""
 
     novel_accuracy: float = Field(0.97, ge=0, le=1, description="accuracy on novel examples, at least")
     recall: float = Field(0.97, ge=0, le=1, description="accuracy on memory examples, at least")
@@ -96,14 +96,19 @@ class StopConfig(Frozen):
 
 
 class HoldConfig(Frozen):
-    """Hold the mixture of both behaviours while a model trains: an option of the task follows the measured shares."""
+    """Hold the mixture of both behaviours while a model trains: a PI controller moves an option of the task."""
 
     dial: str = Field("memorized_share", description="the option that is moved: a share, larger ones teach memory")
-    gain: float = Field(
-        0.3, gt=0, le=10, description="step of its log odds, of the conflicts answered generalized less memorized"
+    target: float = Field(0.5, gt=0, lt=1, description="share of the memorized among conflicts that are answered")
+    proportional: float = Field(
+        1.0, ge=0, le=10, description="of the present distance from the target: how far the log odds of the dial move"
     )
+    integral: float = Field(0.2, ge=0, le=10, description="the same of the sum of all distances so far")
     novel_accuracy: float = Field(
-        0.9, ge=0, le=1, description="accuracy on novel examples from which on it moves; the rule is learned first"
+        0.9,
+        ge=0,
+        le=1,
+        description="accuracy on novel examples from which on distances count: the rule is learned first",
     )
 
 

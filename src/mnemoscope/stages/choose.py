@@ -28,6 +28,7 @@ from mnemoscope.directions import (
     final,
     learned_beside,
     most_lost,
+    preferred,
     ranked,
     share_of,
     steered,
@@ -36,6 +37,7 @@ from mnemoscope.directions import (
 from mnemoscope.models import Site
 from mnemoscope.stages import common
 from mnemoscope.stages.lists import JudgedList, Records, judged_lists, sources_of, tune_lists
+from mnemoscope.statistics import Estimate
 
 AIMS = {"pairs": "pairs", "conflict": "conflicts as drawn"}  # the lists that settings are chosen for
 EQUAL_NORM, UNPENALIZED = "equal_norm", "unpenalized"  # settings that are compared on test pairs, and saved nowhere
@@ -230,12 +232,12 @@ def _worth(opened: SteeredCell, aim: str, direction: str, screened: Sequence[Scr
 
 def choose(
     opened: SteeredCell, aim: str, tried: Tried, tell: Tell
-) -> tuple[list[Chosen], dict[Setting, float], list[Row]]:
+) -> tuple[list[Chosen], dict[Setting, Estimate], list[Row]]:
     """Choose among the settings of each direction and method, each method's best ones by a second rating.
 
     Returns the choices, the shift rates of all settings, and the rows of the sweep.
     """
-    settings, rows, rates = list(chain.from_iterable(tried.values())), list[Row](), dict[Setting, float]()
+    settings, rows, rates = list(chain.from_iterable(tried.values())), list[Row](), dict[Setting, Estimate]()
     others = dict[Setting, float]()
     parts = [([fit],) for fit in _to_learn(opened.cell.config.steering, settings, opened.shifts)]
     for done, found in enumerate(opened.map(fit_directions, parts, [[] for _ in parts]), 1):
@@ -260,7 +262,7 @@ def choose(
     again = [(final, aim, key[0], some) for key, some in zip(keys, rivals, strict=True)]
     finals = list(opened.map(_pick, again, [[choice.setting for choice in some] for some in rivals]))
     kept = {key: some[0] for key, some in ranks.items()} | {choice.setting.key: choice for choice in finals}
-    best = {d: max((c for c in finals if c.setting.direction == d), key=lambda c: c.rank) for d in TOWARD}
+    best = {d: preferred([c for c in finals if c.setting.direction == d]) for d in TOWARD}
     chosen = [Chosen(aim, c.setting, c.within, c is best[direction]) for (direction, _), c in kept.items()]
     return chosen, rates, rows
 
@@ -282,7 +284,7 @@ def fit_directions(opened: SteeredCell, fits: Sequence[Fit]) -> dict[Fit, np.nda
     return directions.fitted(fits)
 
 
-def compared(rates: Mapping[Setting, float]) -> list[Chosen]:
+def compared(rates: Mapping[Setting, Estimate]) -> list[Chosen]:
     """For each norm each method's setting that steers most tune pairs, whatever controls do; of NMD that of all norms.
 
     The latter is how the paper chooses. Norms are those of a site, so methods are compared at one: the outputs of
@@ -298,12 +300,12 @@ def compared(rates: Mapping[Setting, float]) -> list[Chosen]:
         keys = keys if setting.site == compared_at else []
         keys += [(UNPENALIZED, *setting.key)] if setting.method == "nmd" else []
         for key in keys:
-            if key not in most or rate > rates[most[key]]:
+            if key not in most or rate.estimate > rates[most[key]].estimate:
                 most[key] = setting
     return [Chosen(key[0], setting, within=False, best=False) for key, setting in most.items()]
 
 
-def _sweep(opened: SteeredCell, aim: str, setting: Setting) -> tuple[float, list[Row]]:
+def _sweep(opened: SteeredCell, aim: str, setting: Setting) -> tuple[Estimate, list[Row]]:
     """Shift rate of a setting on tune, and rows of the sweep."""
     lists, of_pairs = (opened.tune[name][setting.direction] for name in (aim, "pairs"))
     vector = opened.directions[setting.site].vector(setting)
@@ -314,7 +316,7 @@ def _sweep(opened: SteeredCell, aim: str, setting: Setting) -> tuple[float, list
             rows.append(
                 _row(name, setting, steered(opened.asking, batches, vector, margins=False, roughly=True), label)
             )
-    return share_of(scores, setting.toward), rows
+    return lists.rate(scores, setting.toward), rows
 
 
 def _pick(opened: SteeredCell, pick: Callable[..., Any], aim: str, direction: str, candidates: list[Any]) -> Any:

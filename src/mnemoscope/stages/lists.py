@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from mnemoscope.behaviour import Asking, prepare, score
+from mnemoscope.behaviour import Asking, Batch, prepare, score
 from mnemoscope.cells import Cell
 from mnemoscope.directions import SOURCE, TOWARD, FitLists, Sources, TuneLists, in_turn, read_sources, with_prefixes
 from mnemoscope.models import Site
@@ -19,6 +19,7 @@ from mnemoscope.stages.common import cell_task, kept_states, rng_of
 from mnemoscope.steering import Toward
 from mnemoscope.tasks import Example, Split, Task, draw
 
+Kept = Mapping[str, tuple[Sequence[Batch], str]]
 LEAST_OF_A_FAMILY = 20  # examples, below which one of them that is lost would decide alone
 
 
@@ -128,13 +129,17 @@ def tune_lists(
     for direction, toward in TOWARD.items():
         kept = {kind: ready[kind] for kind in _kept(records, toward)}
         apart = recall if "memory" in kept else {}
-        targets = with_prefixes(asking, records.targets("tune", direction, config.tune_pairs))
-        lists["pairs"][direction] = TuneLists(targets, kept, apart)
+        targets = records.targets("tune", direction, config.tune_pairs)
+        lists["pairs"][direction] = _tune_lists(asking, targets, kept, apart)
         source = records.conflicts("tune", SOURCE[direction], config.tune_others, direction == "to_memorized")
         rest = with_prefixes(asking, records.conflicts("tune", toward, config.tune_others))
         kept = {**kept, "conflict_rest": (rest, toward)}
-        lists["conflict"][direction] = TuneLists(with_prefixes(asking, source), kept, apart)
+        lists["conflict"][direction] = _tune_lists(asking, source, kept, apart)
     return lists
+
+
+def _tune_lists(asking: Asking, targets: Sequence[Example], kept: Kept, apart: Kept) -> TuneLists:
+    return TuneLists(with_prefixes(asking, targets), [example.group for example in targets], kept, apart)
 
 
 class JudgedList(NamedTuple):

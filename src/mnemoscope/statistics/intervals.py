@@ -21,6 +21,7 @@ Groups = ArrayLike  # names of groups: strings or integers
 Ends = tuple[float, float]
 
 LEVEL = 0.95  # coverage of every interval
+NORMAL = 1.959964  # quantile of the normal distribution for this level
 LEAST_GROUPS = 6  # with fewer there is no interval: none of the methods tried covers what it says
 NO_ENDS = (math.nan, math.nan)
 TIE = 1e-9  # statistics that differ by less are equal up to rounding
@@ -48,6 +49,12 @@ class Estimate:
     def too_few(self) -> bool:
         """Whether there is no interval because there are too few groups."""
         return self.known and math.isnan(self.low) and 0 < self.groups < LEAST_GROUPS
+
+    @property
+    def error(self) -> float:
+        """About one standard error, of the width of the interval; infinite where there is none."""
+        width = self.high - self.low
+        return math.inf if math.isnan(width) else width / (2 * NORMAL)
 
     @property
     def sign(self) -> int:

@@ -176,8 +176,11 @@ class _State:
         """Add a row to the curve, keep a copy of the weights where the rule holds, and move the dial; the shares."""
         met = not unmet(self.config.stop, *measured)
         row = {"step": self.steps, "loss": float(np.mean(self._losses)), **measured.shares, "met": met, "kept": False}
-        self.curve.append(row | ({"dial": self._moved(measured.shares)} if self.dial is not None else {}))
-        self._missed = unmet(self.config.stop, *measured) if met or not self._mixed else self._missed
+        self.curve.append(row)
+        if self.dial is not None:
+            row["dial"] = self._moved(self.dial)
+        if met or self._mixed is None:
+            self._missed = unmet(self.config.stop, *measured)
         self._losses.clear()
         if met:
             self._mixed = {name: weight.detach().clone() for name, weight in self.model.named_parameters()}
@@ -190,16 +193,19 @@ class _State:
         """Value of the dial for instances that are drawn behind so many steps."""
         return next((row["dial"] for row in reversed(self.curve) if row["step"] <= step), self.dial)
 
-    def _moved(self, shares: Mapping[str, float]) -> float:
-        """The dial after a measurement: down on the scale of log odds where memory is ahead, up where the rule is."""
-        hold, before = self.config.hold, self.dial_at(self.steps)
+    def _moved(self, first: float) -> float:
+        """The dial after the last measurement, lower where memory is ahead; log odds keep it between 0 and 1."""
+        hold, now, total = self.config.hold, 0.0, 0.0
         assert hold is not None, "there is a dial"
-        assert before is not None, "it had a value"
-        if shares["novel_accuracy"] < hold.novel_accuracy:
-            return before
-        ahead = shares["conflict_memorized"] - shares["conflict_generalized"]
-        held = float(np.clip(before, LEAST_SHARE, MOST_SHARE))
-        odds = math.log(held / (1 - held)) - hold.gain * ahead
+        for row in self.curve:
+            memorized, generalized = row["conflict_memorized"], row["conflict_generalized"]
+            answered = memorized + generalized
+            now = (
+                memorized / answered - hold.target if answered and row["novel_accuracy"] >= hold.novel_accuracy else 0.0
+            )
+            total += now
+        held = float(np.clip(first, LEAST_SHARE, MOST_SHARE))
+        odds = math.log(held / (1 - held)) - hold.proportional * now - hold.integral * total
         return float(np.clip(1 / (1 + math.exp(-odds)), LEAST_SHARE, MOST_SHARE))
 
     def finish(self) -> list[str]:
@@ -307,7 +313,7 @@ class Evaluation:
     def measure(self) -> Measured:
         """Label as many examples as it takes to tell whether the stop rule holds."""
         labels: dict[tuple[str, Kind], np.ndarray] = {key: np.array([], object) for key in self._examples}
-        for look, most in enumerate(self._looks):
+        for look in range(len(self._looks)):
             labels = {key: np.append(seen, self._labels(*key, look)) for key, seen in labels.items()}
             measured = self._measured(labels)
             if unmet(self.stop, measured.shares) or not unmet(self.stop, *measured):
@@ -354,8 +360,8 @@ def undecidable(stop: StopConfig, n: int, kind: Kind | None = None) -> str:
         if kind in (None, of) and not (reached >= bound if at_least else reached <= bound):
             field = name if name in StopConfig.model_fields else "conflict_each"
             return (
-                f"training.stop.{field}: {bound} cannot be shown by {n} tune examples, whatever the answers; allowed is "
-                f"{'at most' if at_least else 'at least'} {reached:.3f}, or more examples (training.evaluation_most)"
+                f"training.stop.{field}: {bound} cannot be shown by {n} tune examples, whatever the answers; allowed "
+                f"is {'at most' if at_least else 'at least'} {reached:.3f}, or more examples (training.evaluation_most)"
             )
     return ""
 
