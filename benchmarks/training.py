@@ -164,7 +164,7 @@ def ours(begun: Begun, turns: Turns) -> None:
         if step % config.evaluate_every == 0:
             turns.measured(step, unmet(config.stop, measured))
 
-    train(begun.asking, begun.task, config, np.random.default_rng(begun.seed), progress)
+    train(begun.asking, begun.task, config, np.random.defaultnp.random.default_rng(begun.seed), progress)
 
 
 class _Turned(TrainerCallback):
@@ -190,13 +190,6 @@ class _Rows(torch.utils.data.IterableDataset[dict[str, Any]]):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return self.rows
-
-
-def _rng(seed: int) -> np.random.Generator:
-    """A generator in the state in which our loop draws its tune examples, and then its instances."""
-    rng = np.random.default_rng(seed)
-    rng.integers(2**31)
-    return rng
 
 
 def _arguments(begun: Begun, folder: str, **more: Any) -> TrainingArguments:
@@ -247,7 +240,7 @@ class _OurRecipe(Trainer):
 
 def with_our_recipe(begun: Begun, turns: Turns) -> None:
     """Train by the library's Trainer with the recipe of the study."""
-    config, asking, rng = begun.config, begun.asking, _rng(begun.seed)
+    config, asking, rng = begun.config, begun.asking, np.random.default_rng(begun.seed)
     turned = _Turned(begun, rng, turns)
     optimizer = _Together(optimizers_for(asking.model, config))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate_factor, config=config))
@@ -276,7 +269,7 @@ def with_our_recipe(begun: Begun, turns: Turns) -> None:
 
 def with_adamw(begun: Begun, turns: Turns, rate: float, bf16: bool) -> None:
     """Train by the library's Trainer with AdamW, its own loss and collator."""
-    tokenizer, rng = begun.asking.tokenizer, _rng(begun.seed)
+    tokenizer, rng = begun.asking.tokenizer, np.random.default_rng(begun.seed)
     turned, instances = _Turned(begun, rng, turns), begun.task.training(rng)
     to_the_right = copy.deepcopy(tokenizer)
     to_the_right.padding_side = "right"  # positions are counted from the first column

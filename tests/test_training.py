@@ -165,7 +165,9 @@ def test_instances_follow_the_dial_also_where_a_stream_goes_on(task: Task) -> No
 
     whole = list(islice(batches(asking, task, config, np.random.default_rng(0), 0, dial_at), 96))
     later = list(islice(batches(asking, task, config, np.random.default_rng(0), 50, dial_at), 46))
-    assert all(torch.equal(one, other) for a, b in zip(whole[50:], later, strict=True) for one, other in zip(a, b))
+    assert all(
+        torch.equal(one, other) for a, b in zip(whole[50:], later, strict=True) for one, other in zip(a, b, strict=True)
+    )
     code = asking.tokenizer("<mem-").input_ids[0]
     shares = [
         float(np.mean([(ids == code).any(1).float().mean() for ids, _ in part])) for part in (whole[:16], whole[80:])
@@ -227,28 +229,35 @@ def test_a_task_without_a_kind_that_the_rule_needs_is_refused(task: Task) -> Non
         train(untrained(task), Forgetful(), QUICK, np.random.default_rng(0))
 
 
-def test_settling_lowers_the_rate_drops_out_and_keeps_weights_with_which_the_rule_held(task: Task) -> None:
-    asking = untrained(task)
-    config = QUICK.model_copy(update={"stop": NOTHING, "settle_steps": 20, "settle_dropout": 0.5})
-    trained = train(asking, task, config, np.random.default_rng(0))
-    assert trained.steps == 30
-    assert [row["kept"] for row in trained.curve] == [False, False, True]
-    assert all(m.p == 0 for m in asking.model.modules() if isinstance(m, torch.nn.Dropout))
-    # At the last step the rate is 1/20 of its peak, so the weights hardly move any more.
-    plain = untrained(task)
-    train(plain, task, config.model_copy(update={"settle_steps": 0}), np.random.default_rng(0))
-    moved = [not torch.equal(a, b) for a, b in zip(asking.model.parameters(), plain.model.parameters(), strict=True)]
-    assert all(moved)
+def test_averaged_weights_are_measured_and_kept(task: Task) -> None:
+    """Against averages taken beside the same steps."""
+    config = QUICK.model_copy(update={"averaged": 4})
+    asking, other = untrained(task), untrained(task)
+    state, expected = _State(other.model, config), [weight.detach().clone() for weight in other.model.parameters()]
+    stream = batches(other, task, config, _training_rng(other, task, config))
+    for step, batch in enumerate(islice(stream, config.steps), 1):
+        state.step(*batch)
+        share = 1 / min(step, 4)
+        expected = [
+            old + share * (new.detach() - old) for old, new in zip(expected, other.model.parameters(), strict=True)
+        ]
+    train(asking, task, config, np.random.default_rng(0))
+    for found, wanted in zip(asking.model.parameters(), expected, strict=True):
+        torch.testing.assert_close(found.detach(), wanted, atol=1e-6, rtol=1e-5)
+    latest = [weight.detach().clone() for weight in other.model.parameters()]
+    with state.averaged():
+        assert not all(torch.equal(a, b) for a, b in zip(other.model.parameters(), latest, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(other.model.parameters(), latest, strict=True))
 
 
 MINI_CIPHER = {"letters": 10, "length": 2, "stored": 8}
 MINI_JOINT = {"parts": {"inference": MINI_TASKS["inference"], "cipher": MINI_CIPHER}}
 
 
-@pytest.mark.parametrize("stop", [NEVER, NOTHING], ids=["never met", "settling"])
-def test_a_killed_training_goes_on_to_the_same_bytes(stop: StopConfig, task: Task, tmp_path: Path) -> None:
-    """Stopped before the first measurement, and several times behind it, with dropout; each time in a new model."""
-    config = QUICK.model_copy(update={"steps": 90, "settle_steps": 80, "settle_dropout": 0.2, "stop": stop})
+@pytest.mark.parametrize("hold", [None, HoldConfig(novel_accuracy=0.0)], ids=["left alone", "held"])
+def test_a_killed_training_goes_on_to_the_same_bytes(hold: HoldConfig | None, task: Task, tmp_path: Path) -> None:
+    """Stopped before the first measurement, and several times behind it; each time in a new model."""
+    config = QUICK.model_copy(update={"steps": 90, "hold": hold})
     kept = Checkpoint(tmp_path / "training.safetensors", "this", share=math.inf)
     check_that_a_killed_training_goes_on(lambda: untrained(task), task, config, kept)
     assert Checkpoint(kept.path, "another").load() is None
@@ -370,7 +379,6 @@ def test_the_first_loss_is_plain_causal_language_modelling() -> None:
 def _training_rng(asking: Asking, task: Task, config: TrainingConfig) -> np.random.Generator:
     """The generator as it stands after the evaluation examples are drawn."""
     rng = np.random.default_rng(0)
-    rng.integers(2**31)  # the seed of dropout
     Evaluation(asking, task, config, rng)
     return rng
 

@@ -127,8 +127,9 @@ class TrainingConfig(Frozen):
     )
     learning_rate: float = Field(3e-3, gt=0, le=1, description="its peak")
     weight_decay: float = Field(0.1, ge=0, le=10, description="of the matrices inside the blocks, or of the adapter")
-    settle_steps: int = Field(0, ge=0, description="steps after the stop rule first holds, to a learning rate of 0")
-    settle_dropout: float = Field(0.0, ge=0, lt=1, description="dropout in these steps, outside attention patterns")
+    averaged: int = Field(
+        40, ge=1, description="steps over which weights are averaged (exponentially): these are measured and kept"
+    )
     warmup_steps: int = Field(50, ge=0, description="steps over which the learning rate rises")
     prompt_weight: float = Field(1.0, ge=0, le=1, description="weight of a prompt token in the loss")
     evaluate_every: int = Field(50, ge=1, description="steps between two measurements of the behaviours")

@@ -234,7 +234,7 @@ class CellConfig(Frozen):
         training, default = self.training, TrainingConfig()
         if self.model.lora is None:
             return self
-        for name in ("settle_steps", "settle_dropout", "give_up_at"):
+        for name in ("averaged", "hold", "give_up_at"):
             if getattr(training, name) != getattr(default, name):
                 raise ValueError(f"training.{name} is of trainings from scratch; leave it out with model.lora")
         if training.prompt_weight not in (0, 1):

@@ -1,4 +1,4 @@
-"""A training that was killed goes on where it stopped: weights, optimizers, random state and position in one file.
+"""A training that was killed goes on where it stopped: weights, optimizers and position in one file.
 
 The file is safetensors; nothing is unpickled. It is written at measurements, and as seldom as keeps the cost below
 ``SHARE`` of the training, so a kill costs at most a few measurements.
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mnemoscope.errors import InputError
 from mnemoscope.files import write_atomically
@@ -93,17 +93,3 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, name: str, tensors: dict
             place, _, key = rest.partition("/")
             state.setdefault(int(place), {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def random_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state of the generators that dropout draws from, by device."""
-    device = next(model.parameters()).device
-    states = {"random/cpu": torch.get_rng_state()}
-    return states | ({"random/cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-def restore_random_state(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """The inverse of ``random_state``."""
-    torch.set_rng_state(tensors["random/cpu"])
-    if "random/cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random/cuda"], next(model.parameters()).device)

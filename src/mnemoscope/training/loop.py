@@ -9,6 +9,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
@@ -26,9 +27,7 @@ from mnemoscope.tasks import Example, Instance, Kind, Task, answer_of, draw
 from mnemoscope.training.checkpoints import (
     Checkpoint,
     optimizer_tensors,
-    random_state,
     restore_optimizer,
-    restore_random_state,
 )
 from mnemoscope.training.optimizers import optimizers_for, rate_factor
 
@@ -90,34 +89,33 @@ def train(
     progress: Callable[[int, dict[str, float]], None] = lambda step, measured: None,
     kept: Checkpoint | None = None,
 ) -> Trained:
-    """Train a model in place until the stop rule holds beyond its intervals.
+    """Train a model in place until the stop rule holds beyond its intervals, or all steps are taken.
 
-    Once the rule holds, training continues for ``settle_steps`` while the learning rate decays to 0. The model keeps
-    the weights of the last measurement in which the rule held, or the last weights. ``progress`` is called at every
-    step with the latest measurement. Where ``kept`` holds an unfinished training it goes on, to the same bytes; the
-    model is given as it was at the beginning.
+    Weights are averaged over the last steps, exponentially (Polyak and Juditsky, 1992): what is measured, and what the
+    model has in the end, are these averages, which hold a mixture that single steps pass by. ``progress`` is called at
+    every step with the latest measurement. Where ``kept`` holds an unfinished training it goes on, to the same bytes;
+    the model is given as it was at the beginning.
 
     Raises InputError where the task lacks a kind of example that the stop rule needs or has too few of it, or the dial
     of ``hold``, an instance is too long, or the tokenizer merges its answer with its prompt.
     """
     started = time.perf_counter()
-    torch.manual_seed(int(rng.integers(2**31)))  # dropout draws from the global generator
     evaluation = Evaluation(asking, task, config, rng)
     state, measured = _State(asking.model, config, dial_of(task, config)), dict[str, float]()
-    before, last = state.restore(kept) if kept else 0.0, False
+    before = state.restore(kept) if kept else 0.0
     for ids_BT, weights_BT in batches(asking, task, config, rng, state.steps, state.dial_at):
         state.step(ids_BT, weights_BT)
-        if state.steps % config.evaluate_every == 0 or state.is_last():
-            asking.model.eval()  # random numbers of dropout would depend on how the passes are batched
-            measured = state.note(evaluation.measure())
-            last = state.is_last()
-            if kept and not last:
+        if state.steps % config.evaluate_every == 0 or state.steps >= config.steps or state.steps == config.give_up_at:
+            with state.averaged():
+                measured = state.note(evaluation.measure())
+            if kept and not state.is_last():
                 state.keep(kept, before + time.perf_counter() - started)
         progress(state.steps, measured)
-        if last:
+        if state.is_last():
             break
-    missed = state.finish()
-    return Trained(state.curve, state.steps, before + time.perf_counter() - started, missed, state.precision)
+    state.finish()
+    state.curve[-1]["kept"] = True
+    return Trained(state.curve, state.steps, before + time.perf_counter() - started, state.missed, state.precision)
 
 
 def dial_of(task: Task, config: TrainingConfig) -> float | None:
@@ -131,7 +129,7 @@ def dial_of(task: Task, config: TrainingConfig) -> float | None:
 
 
 class _State:
-    """State of a training run: optimizers, curve, and the last weights with which the stop rule held.
+    """State of a training run: optimizers, averaged weights, and the curve with what its last row misses.
 
     ``dial``: first value of the option that holds the mixture of behaviours; None where nothing holds it.
     """
@@ -141,11 +139,10 @@ class _State:
         self.precision = quick_precision(model) if config.precision == "auto" else config.precision
         self.optimizers = optimizers_for(model, config)
         self.steps = 0
-        self.first_met: int | None = None
         self.curve: list[dict[str, Any]] = []
+        self.missed: list[str] = []
         self._losses: list[float] = []
-        self._missed: list[str] = []  # conditions that the kept weights do not meet
-        self._mixed: dict[str, Tensor] | None = None
+        self._averages = {name: weight.detach().clone() for name, weight in model.named_parameters()}
         self._schedules = [torch.optim.lr_scheduler.LambdaLR(o, self._rate) for o in self.optimizers]
 
     def step(self, ids_BT: Tensor, weights_BT: Tensor) -> None:
@@ -159,34 +156,45 @@ class _State:
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
         self.steps += 1
+        for name, weight in self.model.named_parameters():
+            self._averages[name].lerp_(weight.detach(), 1 / min(self.steps, self.config.averaged))
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside the context the model has the averaged weights, and does not train."""
+        latest = {name: weight.detach().clone() for name, weight in self.model.named_parameters()}
+        self.finish()
+        yield
+        self.model.load_state_dict(latest, strict=False)  # tied weights are in it once
+
+    def finish(self) -> None:
+        """Give the model the averaged weights."""
+        self.model.load_state_dict(self._averages, strict=False)
+        self.model.eval()
 
     def is_last(self) -> bool:
-        """Whether all steps are taken: before the rule held, or of settling."""
-        if self.first_met is not None:
-            return self.steps >= self.first_met + self.config.settle_steps
-        if self.steps >= self.config.steps:
-            return True
-        if self.config.give_up_at is None or self.steps < self.config.give_up_at or not self.curve:
+        """Whether the training ends with the last measurement: the rule holds, no step is left, or no hope."""
+        if not self.curve or self.curve[-1]["step"] < self.steps:
             return False
         # Where every part memorized before it generalized, no loss is left to learn the rule from.
-        novel = (value for name, value in self.curve[-1].items() if name.endswith("novel_accuracy"))
-        return max(novel) < HOPELESS
+        novel = max(value for name, value in self.curve[-1].items() if name.endswith("novel_accuracy"))
+        hopeless = self.config.give_up_at is not None and self.steps >= self.config.give_up_at and novel < HOPELESS
+        return not self.missed or self.steps >= self.config.steps or hopeless
 
     def note(self, measured: Measured) -> dict[str, float]:
-        """Add a row to the curve, keep a copy of the weights where the rule holds, and move the dial; the shares."""
-        met = not unmet(self.config.stop, *measured)
-        row = {"step": self.steps, "loss": float(np.mean(self._losses)), **measured.shares, "met": met, "kept": False}
+        """Add a row to the curve, and move the dial; returns the shares."""
+        self.missed = unmet(self.config.stop, *measured)
+        row = {
+            "step": self.steps,
+            "loss": float(np.mean(self._losses)),
+            **measured.shares,
+            "met": not self.missed,
+            "kept": False,
+        }
         self.curve.append(row)
         if self.dial is not None:
             row["dial"] = self._moved(self.dial)
-        if met or self._mixed is None:
-            self._missed = unmet(self.config.stop, *measured)
         self._losses.clear()
-        if met:
-            self._mixed = {name: weight.detach().clone() for name, weight in self.model.named_parameters()}
-            if self.first_met is None:
-                self.first_met = self.steps
-                _set_dropout(self.model, self.config.settle_dropout)
         return measured.shares
 
     def dial_at(self, step: int) -> float | None:
@@ -208,24 +216,13 @@ class _State:
         odds = math.log(held / (1 - held)) - hold.proportional * now - hold.integral * total
         return float(np.clip(1 / (1 + math.exp(-odds)), LEAST_SHARE, MOST_SHARE))
 
-    def finish(self) -> list[str]:
-        """Restore the kept weights, those of the last row in which the rule held, else the last; what they miss."""
-        if self._mixed is not None:
-            self.model.load_state_dict(self._mixed, strict=False)  # tied weights are in it once
-        _set_dropout(self.model, 0.0)
-        self.model.eval()
-        kept = next((row for row in reversed(self.curve) if row["met"]), self.curve[-1])
-        kept["kept"] = True
-        return self._missed
-
     def keep(self, kept: Checkpoint, seconds: float) -> None:
         """Save all that a killed training needs to go on after a measurement."""
         tensors = {f"model/{name}": weight.detach() for name, weight in self.model.named_parameters()}
-        tensors |= {f"mixed/{name}": weight for name, weight in (self._mixed or {}).items()} | random_state(self.model)
+        tensors |= {f"average/{name}": weight for name, weight in self._averages.items()}
         for number, optimizer in enumerate(self.optimizers):
             tensors |= optimizer_tensors(optimizer, f"optimizer{number}")
-        facts = {"steps": self.steps, "first_met": self.first_met, "curve": self.curve, "seconds": seconds}
-        kept.save(tensors, facts)
+        kept.save(tensors, {"steps": self.steps, "curve": self.curve, "missed": self.missed, "seconds": seconds})
 
     def restore(self, kept: Checkpoint) -> float:
         """Go on from a saved state, if there is one; returns the seconds that it took."""
@@ -235,28 +232,17 @@ class _State:
         tensors, facts = found
         for name, weight in self.model.named_parameters():
             weight.data.copy_(tensors[f"model/{name}"])
-        mixed = {name.removeprefix("mixed/"): part for name, part in tensors.items() if name.startswith("mixed/")}
-        self._mixed = {name: part.to(self.model.device) for name, part in mixed.items()} or None  # type: ignore[arg-type]
-        self.steps, self.first_met, self.curve = facts["steps"], facts["first_met"], facts["curve"]
-        if self.first_met is not None:
-            _set_dropout(self.model, self.config.settle_dropout)
+            self._averages[name].copy_(tensors[f"average/{name}"])
+        self.steps, self.curve, self.missed = facts["steps"], facts["curve"], facts["missed"]
         for number, (optimizer, schedule) in enumerate(zip(self.optimizers, self._schedules, strict=True)):
             restore_optimizer(optimizer, f"optimizer{number}", tensors)
             schedule.last_epoch = self.steps
             for group, first in zip(optimizer.param_groups, schedule.base_lrs, strict=True):
                 group["lr"] = first * self._rate(self.steps)
-        restore_random_state(self.model, tensors)
         return float(facts["seconds"])
 
     def _rate(self, step: int) -> float:
-        return rate_factor(step, self.config, self.first_met)
-
-
-def _set_dropout(model: nn.Module, share: float) -> None:
-    """Set the rate of dropout layers, except attention's (which would disable the fused kernel)."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and not name.endswith("attn_dropout"):
-            module.p = share
+        return rate_factor(step, self.config)
 
 
 def how_to_mix(trained: Trained, size: str = "model.layers") -> str:

@@ -31,16 +31,11 @@ def optimizers_for(model: nn.Module, config: TrainingConfig) -> list[torch.optim
     ]
 
 
-def rate_factor(step: int, config: TrainingConfig, first_met: int | None = None) -> float:
-    """Factor on the learning rate: warm-up, constant, linear decay at the end; linear decay to 0 while settling.
-
-    ``first_met`` is the step in which the stop rule first held, and settling began.
-    """
+def rate_factor(step: int, config: TrainingConfig) -> float:
+    """Factor on the learning rate: warm-up, constant, linear decay at the end."""
     factor = min(1.0, (step + 1) / max(1, config.warmup_steps))
     if config.decay_steps:
         factor *= max(0.02, min(1.0, (config.steps - step) / config.decay_steps))
-    if first_met is not None and config.settle_steps:
-        factor *= max(0.0, 1.0 - (step - first_met) / config.settle_steps)
     return factor
 
 
