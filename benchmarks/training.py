@@ -116,7 +116,7 @@ def _begin(contestant: Contestant, cell: CellConfig, seed: int, threads: int, tu
     tokenizer = word_tokenizer(task.vocabulary or (), cell.model.context)
     asking = Asking(build_gpt2(tokenizer, cell.model, seed), tokenizer, task.boundary)
     turns.begin()
-    training = cell.training.model_copy(update={"hold": None})  # which the library's loop cannot
+    training = cell.training.model_copy(update={"hold": None, "averaged": 1})  # which the Trainer lacks
     contestant(Begun(asking, task, training, seed), turns)
 
 
@@ -164,7 +164,7 @@ def ours(begun: Begun, turns: Turns) -> None:
         if step % config.evaluate_every == 0:
             turns.measured(step, unmet(config.stop, measured))
 
-    train(begun.asking, begun.task, config, np.random.defaultnp.random.default_rng(begun.seed), progress)
+    train(begun.asking, begun.task, config, np.random.default_rng(begun.seed), progress)
 
 
 class _Turned(TrainerCallback):

@@ -407,7 +407,14 @@ def test_the_loop_of_the_library_with_our_recipe_takes_our_steps(
     monkeypatch.syspath_prepend(folder)
     benchmark = SimpleNamespace(**runpy.run_path(str(folder / "training.py")))
     task = build_task(name, MINI_TASKS[name], 0)
-    changes = {"steps": 6, "evaluate_every": 3, "warmup_steps": 2, "decay_steps": 3, "prompt_weight": 0.1}
+    changes = {
+        "averaged": 1,
+        "steps": 6,
+        "evaluate_every": 3,
+        "warmup_steps": 2,
+        "decay_steps": 3,
+        "prompt_weight": 0.1,
+    }
     config = QUICK.model_copy(update=changes | {"precision": precision})
     trained = []
     for contestant in (benchmark.ours, benchmark.with_our_recipe):

@@ -58,6 +58,9 @@ class ModelConfig(Frozen):
     layout: LayoutConfig | None = Field(None, description="where the parts of a trained model of no known family are")
     chat: ChatConfig | None = Field(None, description="for a chat model: {} formats prompts by its chat template")
     initialization: int | None = Field(None, ge=0, description="seed of the first weights; default: the cell's")
+    jitter: float = Field(
+        0.0, ge=0, le=0.01, description="relative size of noise on first weights, to see what another rounding changes"
+    )
     layers: int = Field(4, ge=1, le=64, description="blocks")
     width: int = Field(128, ge=8, le=4096, description="neurons of a state")
     heads: int = Field(4, ge=1, le=64, description="attention heads; a divisor of the width")

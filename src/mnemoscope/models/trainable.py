@@ -46,7 +46,11 @@ def build_gpt2(tokenizer: PreTrainedTokenizerFast, shape: ModelConfig, seed: int
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return GPT2LMHeadModel(config).eval()
+        model = GPT2LMHeadModel(config).eval()
+        with torch.no_grad():
+            for weight in model.parameters() if shape.jitter else ():
+                weight.mul_(1 + shape.jitter * torch.randn_like(weight))
+        return model
 
 
 def word_tokenizer(vocabulary: Sequence[str], context: int) -> PreTrainedTokenizerFast:

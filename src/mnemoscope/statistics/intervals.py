@@ -180,10 +180,11 @@ def auroc(scores_N: ArrayLike, labels_N: ArrayLike, groups_N: Groups) -> Estimat
 def over_seeds(estimates: Sequence[Estimate]) -> Estimate:
     """Mean over seeds with Student's t interval, not clipped; `n` and `groups` are sums over the seeds.
 
-    NaN seeds are dropped; a single one is returned unchanged. If all agree exactly t would give width 0, and the
-    interval spans the seeds' own intervals instead.
+    NaN seeds are dropped, and beside others those with too few groups, which cannot tell; a single one is returned
+    unchanged. If all agree exactly t would give width 0, and the interval spans the seeds' own intervals instead.
     """
-    kept = [estimate for estimate in estimates if estimate.known]
+    known = [estimate for estimate in estimates if estimate.known]
+    kept = [estimate for estimate in known if not estimate.too_few] or known
     if len(kept) < 2:
         return kept[0] if kept else Estimate.undefined()
     values_S = np.array([estimate.estimate for estimate in kept])
