@@ -101,7 +101,7 @@ class StopConfig(Frozen):
 class HoldConfig(Frozen):
     """Hold the mixture of both behaviours while a model trains: a PI controller moves an option of the task."""
 
-    dial: str = Field("memorized_share", description="the option that is moved: a share, larger ones teach memory")
+    dial: str = Field("memorized_share", description="the option that is moved, a share")
     target: float = Field(0.5, gt=0, lt=1, description="share of the memorized among conflicts that are answered")
     proportional: float = Field(
         1.0, ge=0, le=10, description="of the present distance from the target: how far the log odds of the dial move"

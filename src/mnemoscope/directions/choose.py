@@ -280,11 +280,11 @@ class Choice:
         return SAFER.index(setting.method), setting.strength, len(setting.layers), setting.top
 
 
-def preferred(choices: Sequence[Choice]) -> Choice:
-    """The safest of the choices that tune cannot tell from the best one; of these, equals by rank."""
-    best = max(choices, key=lambda choice: choice.rank)
-    near = [choice for choice in choices if choice.rank >= best.as_good]
-    return min(near, key=lambda choice: (choice.risk, -choice.net))
+def in_order(choices: Sequence[Choice]) -> list[Choice]:
+    """By rank, best first; but before all the safest of those that tune cannot tell from the best one."""
+    ranks = sorted(choices, key=lambda choice: (choice.rank, [-part for part in choice.risk]), reverse=True)
+    first = min((choice for choice in ranks if choice.rank >= ranks[0].as_good), key=lambda choice: choice.risk)
+    return [first, *(choice for choice in ranks if choice is not first)]
 
 
 def ranked(
@@ -295,7 +295,7 @@ def ranked(
     seed: Sequence[int] = (0,),
     others: Mapping[Setting, float] = MappingProxyType({}),
 ) -> list[Choice]:
-    """Choices, the preferred one first, then by rank, without settings that had lost before all controls were drawn.
+    """Choices ``in_order``, without settings that had lost before all their controls were drawn.
 
     ``rated``: settings of one direction, at least one, with their shift rates on ``lists.targets``. ``seed``: of the
     controls' draws. ``others``: shares of these that give neither answer; 0 where none is given.
@@ -323,8 +323,7 @@ def ranked(
             heapq.heappush(waiting, (kept, -limits.net(rate.estimate, worst), number, known + 1, worst))
         else:
             found.append(limits.choice(setting, rate, worst, bool(kept)))
-    first = preferred(found)
-    return [first, *sorted((c for c in found if c is not first), key=lambda choice: choice.rank, reverse=True)]
+    return in_order(found)
 
 
 def final(
@@ -334,7 +333,7 @@ def final(
     limits: Limits,
     seed: Sequence[int] = (0,),
 ) -> Choice:
-    """The candidate preferred by a second rating, with more and other draws of every control.
+    """The candidate that comes first by a second rating, with more and other draws of every control.
 
     The best of many first ratings is too high by chance; the next candidate is rated again while its first rating
     exceeds what is as good as the best second one. ``candidates`` are those of ``ranked``, at least one.
@@ -343,13 +342,13 @@ def final(
     again = [seed[0] + AGAIN, *seed[1:]]
     more = replace(limits, draws=limits.again, refits=limits.again if limits.refits else 0)
     found: list[Choice] = []
-    for candidate in candidates[:FINALISTS]:
+    for candidate in in_order(candidates)[:FINALISTS]:
         if found and max(found, key=lambda choice: choice.rank).as_good >= candidate.rank:
             break
         setting = candidate.setting
         rates = control_rates(lists, directions[setting.site], setting, more, again, limits.names)
         found.append(more.choice(setting, candidate.rate, max(rates, default=0.0), candidate.kept))
-    return preferred(found)
+    return in_order(found)[0]
 
 
 def control_rates(

@@ -26,9 +26,9 @@ from mnemoscope.directions import (
     Setting,
     TuneLists,
     final,
+    in_order,
     learned_beside,
     most_lost,
-    preferred,
     ranked,
     share_of,
     steered,
@@ -262,7 +262,7 @@ def choose(
     again = [(final, aim, key[0], some) for key, some in zip(keys, rivals, strict=True)]
     finals = list(opened.map(_pick, again, [[choice.setting for choice in some] for some in rivals]))
     kept = {key: some[0] for key, some in ranks.items()} | {choice.setting.key: choice for choice in finals}
-    best = {d: preferred([c for c in finals if c.setting.direction == d]) for d in TOWARD}
+    best = {d: in_order([c for c in finals if c.setting.direction == d])[0] for d in TOWARD}
     chosen = [Chosen(aim, c.setting, c.within, c is best[direction]) for (direction, _), c in kept.items()]
     return chosen, rates, rows
 

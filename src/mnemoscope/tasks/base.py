@@ -115,7 +115,8 @@ class Task:
         memory_is_conflict: whether ``memory`` examples are the plain phrasings of conflicts.
         begins_reply: whether ``split_reply`` returns beginnings of replies.
         instructions: sentences that ask for a behaviour, the system message of chat models; none by default.
-        dials: options that may change while training instances are drawn: shares, larger ones teach memory.
+        dials: options that may change while training instances are drawn, shares: 1 where larger ones teach memory, -1
+            where they teach the rule.
         parts: tasks by name, of a task that consists of several; each must show both behaviours before training stops.
     """
 
@@ -125,7 +126,7 @@ class Task:
     memory_is_conflict: bool = False
     begins_reply: bool = False
     instructions: Mapping[str, str] = MappingProxyType({})
-    dials: Sequence[str] = ()
+    dials: Mapping[str, int] = MappingProxyType({})
     parts: Mapping[str, Task] = MappingProxyType({})
 
     def training(self, rng: np.random.Generator) -> Iterator[Instance]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
@@ -53,7 +54,7 @@ class InferenceTask(Task):
     """
 
     name = "inference"
-    dials = ("memorized_share",)
+    dials = MappingProxyType({"memorized_share": 1})
     boundary = (".", " .")  # a tokenizer that keeps spaces has a token of its own for the second
 
     memorized_names: int = 200

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -38,7 +39,7 @@ class StoredTask(Task, Generic[Item]):
     ``memory`` examples ask them in the family ``plain`` only.
     """
 
-    dials = ("memorized_share",)
+    dials: Mapping[str, int] = MappingProxyType({"memorized_share": 1})
     memory_is_conflict = True  # `memory` asks the stored items, which steering is meant to change
     families: Mapping[str, str]  # prompts, all of one length and with the same token at the decision position
     moved: tuple[str, ...]  # families that move the stored key
@@ -157,6 +158,7 @@ class AdditionTask(StoredTask[Pair]):
 
     name = "addition"
     vocabulary = ("+", "=", "plus", "<mem-", ">", *HEX)
+    dials = MappingProxyType({"memorized_share": 1, "worded_share": -1})
     families, moved, computed = SUMS, ("swapped", "swapped-worded"), "worded"
 
     digits: int = 3

@@ -101,7 +101,7 @@ def train(
     """
     started = time.perf_counter()
     evaluation = Evaluation(asking, task, config, rng)
-    state, measured = _State(asking.model, config, dial_of(task, config)), dict[str, float]()
+    state, measured = _State(asking.model, config, *dial_of(task, config)), dict[str, float]()
     before = state.restore(kept) if kept else 0.0
     for ids_BT, weights_BT in batches(asking, task, config, rng, state.steps, state.dial_at):
         state.step(ids_BT, weights_BT)
@@ -118,24 +118,25 @@ def train(
     return Trained(state.curve, state.steps, before + time.perf_counter() - started, state.missed, state.precision)
 
 
-def dial_of(task: Task, config: TrainingConfig) -> float | None:
-    """The first value of the option that holds the mixture; InputError where the task has no such dial."""
+def dial_of(task: Task, config: TrainingConfig) -> tuple[float | None, int]:
+    """First value of the option that holds the mixture, and which way it teaches memory; InputError without such."""
     if config.hold is None:
-        return None
+        return None, 1
     if config.hold.dial not in task.dials:
         allowed = ", ".join(task.dials) or "none, so leave training.hold out"
         raise InputError(f"training.hold.dial: {config.hold.dial!r}; task {task.name!r} has {allowed}")
-    return float(getattr(task, config.hold.dial))
+    return float(getattr(task, config.hold.dial)), task.dials[config.hold.dial]
 
 
 class _State:
     """State of a training run: optimizers, averaged weights, and the curve with what its last row misses.
 
-    ``dial``: first value of the option that holds the mixture of behaviours; None where nothing holds it.
+    ``dial``: first value of the option that holds the mixture of behaviours; None where nothing holds it. ``way``: 1
+    where a larger one teaches memory, else -1.
     """
 
-    def __init__(self, model: nn.Module, config: TrainingConfig, dial: float | None = None) -> None:
-        self.model, self.config, self.dial = model, config, dial
+    def __init__(self, model: nn.Module, config: TrainingConfig, dial: float | None = None, way: int = 1) -> None:
+        self.model, self.config, self.dial, self.way = model, config, dial, way
         self.precision = quick_precision(model) if config.precision == "auto" else config.precision
         self.optimizers = optimizers_for(model, config)
         self.steps = 0
@@ -202,7 +203,7 @@ class _State:
         return next((row["dial"] for row in reversed(self.curve) if row["step"] <= step), self.dial)
 
     def _moved(self, first: float) -> float:
-        """The dial after the last measurement, lower where memory is ahead; log odds keep it between 0 and 1."""
+        """The dial after the last measurement, against what is ahead; log odds keep it between 0 and 1."""
         hold, now, total = self.config.hold, 0.0, 0.0
         assert hold is not None, "there is a dial"
         for row in self.curve:
@@ -213,7 +214,7 @@ class _State:
             )
             total += now
         held = float(np.clip(first, LEAST_SHARE, MOST_SHARE))
-        odds = math.log(held / (1 - held)) - hold.proportional * now - hold.integral * total
+        odds = math.log(held / (1 - held)) - self.way * (hold.proportional * now + hold.integral * total)
         return float(np.clip(1 / (1 + math.exp(-odds)), LEAST_SHARE, MOST_SHARE))
 
     def keep(self, kept: Checkpoint, seconds: float) -> None:
