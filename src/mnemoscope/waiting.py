@@ -2,6 +2,7 @@
 
 OpenMP's default suits a machine where nothing else runs. Beside one busy process a pass of two threads on two cores can
 take several times as long as one of one thread; threads that soon sleep take about as long (benchmarks/neighbour.py).
+The runtimes of Intel and LLVM yield while they spin, and are left alone.
 """
 
 from __future__ import annotations
