@@ -41,6 +41,7 @@ def main() -> None:
     plain = {name: value for name, value in os.environ.items() if name not in SETTING}
     with ExitStack() as stack:
         neighbour = started(stack, ["-c", BUSY], plain | {"OPENBLAS_NUM_THREADS": "1"})
+        neighbour.send_signal(signal.SIGSTOP)
         asked = {}
         for policy in (PLAIN, *arguments.policies):
             given = dict([policy.split("=")]) if policy != PLAIN else {}
