@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import mnemoscope  # noqa: F401  before torch, which helpers import
 from helpers import MINI_STUDY, MINI_TASKS, MINI_TRAINING
 from little_facts import LittleFacts, little_model
 from mnemoscope.behaviour import Asking

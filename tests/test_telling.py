@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from typing import Any
@@ -50,6 +51,25 @@ def test_what_is_left_is_told_from_the_shares_of_stages(
     with shown(True, {"pairs": 0.5, "steering": 0.5}) as tell:
         tell("mine-0", "pairs", 1, 1, "")  # a half in 50 s
     assert capsys.readouterr().err == "mine-0  pairs      100 %  ; about 50 s left\n"
+
+
+@pytest.mark.parametrize(("slow", "since"), [(1, 0), (5, 20), (4, 60), (0.2, 20)])
+def test_what_is_left_follows_the_pace_of_the_present_stage(
+    slow: float, since: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of 100 minutes by its shares, of which those after ``since`` take ``slow`` times as long."""
+    now, passed = [0.0], [60 * (min(n, since) + slow * max(0, n - since)) for n in range(101)]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    checked = 0
+    with shown(True, {"pairs": 0.2, "steering": 0.8}) as tell:
+        for n, now[0] in enumerate(passed):
+            tell("mine-0", *(("pairs", n, 20) if n <= 20 else ("steering", n - 20, 80)), "")
+            said = re.search(r"about (\d+) (s|min) left", capsys.readouterr().err)
+            if said and n >= (since + 100) / 2:
+                left = int(said[1]) * (60 if said[2] == "min" else 1)
+                assert left == pytest.approx(passed[-1] - now[0], rel=0.2, abs=30), "rounded to minutes"
+                checked += 1
+    assert checked >= 2
 
 
 def test_on_a_terminal_every_cell_has_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:

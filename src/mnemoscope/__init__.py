@@ -1,6 +1,7 @@
 """Measure whether a language model answers from memory or by a rule, find the neurons that separate the two, and steer.
 
-Public names are imported on first use, so that importing the package costs nothing::
+Public names are imported on first use, so that importing the package costs nothing. Import it before torch
+(``waiting``)::
 
     import mnemoscope as ms
 
@@ -12,6 +13,10 @@ from __future__ import annotations
 
 import importlib
 from typing import Any
+
+from mnemoscope.waiting import bound_waiting
+
+bound_waiting()  # before anything here imports torch: in commands, workers and Ray's tasks as in Python
 
 _NAMES = {
     "behaviour": "Asking Prompting draw_candidates mine_pairs prepare read_states score",

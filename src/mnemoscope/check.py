@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from mnemoscope.behaviour import Asking, decode, draw_candidates, prepare, score
 from mnemoscope.errors import InputError
@@ -51,7 +52,7 @@ class Checked:
         known, asked: facts that the model knows bare, of those asked; 0 of 0 where the task has none.
         kept: by family, how many memory examples of the test split are right, of how many.
         splits: pairs by split.
-        minutes: estimated time of a fit on this machine.
+        minutes: estimated time of a fit with ``threads``, while the machine is as busy as during the check.
         half_width: about half the width of the test interval of a share of one half, of the rarer behaviour.
         missing: what to add, a line each.
     """
@@ -63,6 +64,7 @@ class Checked:
     kept: dict[str, tuple[int, int]]
     splits: dict[str, OfSplit]
     minutes: float
+    threads: int
     half_width: float
     missing: list[str] = field(default_factory=list)
 
@@ -79,7 +81,8 @@ class Checked:
             told = f"{found.pairs} pairs of {found.pair_groups} groups among {found.candidates} candidates"
             lines.append(f"{split}: {found.conflicts} conflicts of {found.groups} groups sampled, {told}")
         width = "none" if math.isnan(self.half_width) else f"about {100 * self.half_width:.0f} points to either side"
-        lines += [f"a fit takes about {self.minutes:.0f} minutes; test intervals: {width}"]
+        now = f"{self.threads} thread{'s' * (self.threads > 1)}, the machine as busy as now"
+        lines += [f"a fit takes about {self.minutes:.0f} minutes ({now}); test intervals: {width}"]
         return "\n".join([*lines, *(f"missing: {line}" for line in self.missing)])
 
 
@@ -124,7 +127,7 @@ def check_task(asking: Asking, task: Task, seed: int = 0) -> Checked:
     width = math.nan if fewest < LEAST_GROUPS else 1.0 / math.sqrt(fewest)
     missing = _missing(splits, groups, families, bool(kept))
     counts = (len(known), len(facts)) if facts else (0, 0)
-    return Checked(families, others, *counts, right, splits, seconds / 60, width, missing)
+    return Checked(families, others, *counts, right, splits, seconds / 60, torch.get_num_threads(), width, missing)
 
 
 def _groups_judged(drawn: int, sample: Sequence[Example], labels: np.ndarray, behaviour: str) -> int:

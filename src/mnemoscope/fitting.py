@@ -23,6 +23,7 @@ from mnemoscope.steering import Binding
 from mnemoscope.strict import read_text
 from mnemoscope.tasks import SPLITS, Example, Task, build_task, draw
 from mnemoscope.telling import Progress, shown
+from mnemoscope.waiting import warn_of_waiting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -78,6 +79,8 @@ def fit_run(
     Raises:
         InputError, StudyError: see ``mnemoscope.fit``.
     """
+    import torch
+
     from mnemoscope.study import run_study
 
     of_study = ("settings", "positions", "aim", "lost", "neither", "threads", "progress", "budget")
@@ -103,11 +106,14 @@ def fit_run(
         config = fitting_study(described, task, options, **choices)
         if layout := _layout_of(config):
             use_layout(model, layout)
+    if model.device.type == "cpu":
+        warn_of_waiting(choices["threads"])
     if budget is not None:
         asking = Asking(model, tokenizer, batch_size=MEASURED["pairs"]["batch_size"], prompting=prompting)
         levels = [fitting_study(described, task, options, **choices, level=n) for n in range(len(LEVELS))]
         with _left_as_it_was(model), quick_products(), shown(progress) as tell:
             tell("fit", "budget", 0, 1, "timing the model")
+            torch.set_num_threads(choices["threads"])  # as the study will
             config = _within(60 * budget, began, asking, task, options, levels, out)
     opened = Opened(model, tokenizer, task if isinstance(task, Task) else None)
     with _left_as_it_was(model), shown(progress, SHARES) as tell:

@@ -11,6 +11,7 @@ from typing import Any
 from mnemoscope.errors import InputError
 
 Progress = Callable[[str, str, float, float, str], None]  # (cell, stage, done, total, note)
+STEADY = 0.03  # of a run
 
 
 @contextmanager
@@ -52,22 +53,34 @@ def shown(progress: Progress | bool | None, shares: Mapping[str, float] | None =
 
 
 class _Left:
-    """Tells how much is left of a run, once a tenth of it has passed, from the shares that its stages usually take."""
+    """Estimates how much is left of a run, once a tenth of it has passed, from the shares that its stages usually take.
+
+    What is left of the present stage is taken at its recent pace, in the last half of the time so far; later stages at
+    the pace of the whole run so far, of which ``STEADY`` is mixed into the recent one, or its first steps would rule.
+    """
 
     def __init__(self, shares: Mapping[str, float]) -> None:
         self.shares, self.began, self.skipped = shares, time.monotonic(), 0.0
+        self.stage, self.seen = "", list[tuple[float, float]]()  # (seconds, done) of calls in the present stage
 
     def __call__(self, stage: str, part: float, note: str) -> str:
         if stage not in self.shares:
             return ""
-        stages = list(self.shares)
-        done = sum(self.shares[name] for name in stages[: stages.index(stage)]) + self.shares[stage] * min(part, 1.0)
+        stages, now = list(self.shares), time.monotonic()
+        before = sum(self.shares[name] for name in stages[: stages.index(stage)])
+        done = before + self.shares[stage] * min(part, 1.0)
         if note == "done before":
-            self.began, self.skipped = time.monotonic(), done
+            self.began, self.skipped = now, done
+        if stage != self.stage or done < self.seen[-1][1]:  # a further attempt starts again
+            self.stage, self.seen = stage, []
+        self.seen.append((now, done))
         mine = done - self.skipped
         if mine < 0.1 or done > 0.98:
             return ""
-        left = (time.monotonic() - self.began) * (1 - done) / mine
+        pace, half = (now - self.began) / mine, (now + self.began) / 2  # seconds for the whole, at the pace so far
+        then, from_there = max((call for call in self.seen if call[0] <= half), default=self.seen[0])
+        recent = (now - then + STEADY * pace) / (done - from_there + STEADY)
+        left = recent * (before + self.shares[stage] - done) + pace * (1 - before - self.shares[stage])
         return f"; about {left / 60:.0f} min left" if left > 90 else f"; about {left:.0f} s left"
 
 
@@ -79,8 +92,7 @@ class _Lines:
         self.left = left
 
     def __call__(self, cell: str, stage: str, done: float, total: float, note: str) -> None:
-        tenth = int(10 * done / max(total, 1))
+        left, tenth = self.left(stage, done / max(total, 1), note), int(10 * done / max(total, 1))
         if self.seen.get((cell, stage)) != tenth:  # a further attempt starts again at 0
             self.seen[cell, stage] = tenth
-            note += self.left(stage, done / max(total, 1), note)
-            print(f"{cell}  {stage:<10} {min(10 * tenth, 100):3d} %  {note}", file=sys.stderr, flush=True)
+            print(f"{cell}  {stage:<10} {min(10 * tenth, 100):3d} %  {note}{left}", file=sys.stderr, flush=True)
