@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from typer.testing import CliRunner
 from helpers import MINI_STUDY
 from mnemoscope.cli import app
 from mnemoscope.cli.ending import told
-from mnemoscope.config import built_in_studies, load_study, opened_before
+from mnemoscope.config import built_in_studies, load_study
 from mnemoscope.tasks.jsonl import JsonlTask
 
 RUNNER = CliRunner()
@@ -68,19 +67,6 @@ def test_built_in_studies_resolve() -> None:
         assert load_study(name).study == name
 
 
-def test_seeds_that_were_opened_under_other_settings_are_named() -> None:
-    assert opened_before(load_study("quickstart")) == []
-    (line,) = opened_before(load_study("quickstart", ["cells.addition.steering.tune_pairs=30"]))
-    assert line.startswith("seeds 0 to 0 of quickstart: their test split was opened on 20")
-    early = opened_before(load_study("paper", ["first_seed=8"]))
-    assert [line.split(" of ")[0] for line in early] == ["seeds 8 to 9", "seeds 10 to 12"]
-    register = yaml.safe_load((files("mnemoscope") / "seeds.yaml").read_text())
-    page = (Path(__file__).parents[1] / "docs" / "SEEDS.md").read_text()
-    for row in register:
-        assert row["study"] in built_in_studies()
-        assert f"| {row['opened']} | {row['commit']} | {row['what']} |" in page
-
-
 def changed(*settings: str) -> list[str]:
     """A run of the miniature study with other settings in its cell."""
     return ["run", "mini.yaml", "--out", "run", *(f"--set=cells.addition.{setting}" for setting in settings)]
@@ -106,6 +92,9 @@ LEAVING = {"up": "../../escaped", "absolute": "/tmp/escaped", "inner": "a/b", "d
         (changed("task=adition"), "task: 'adition' is unknown"),
         (changed("options.stored=2"), "stored: 2"),
         (changed("options.colour=2"), "task.options.colour: task 'addition' has no such option"),
+        (changed("training.attempts=0"), "training.attempts: Input should be greater than or equal to 1 (got 0)"),
+        (changed("training.hold={dial: digits}"), "training.hold.dial: 'digits'; task 'addition' has memorized_share,"),
+        (changed("training.stop.recall=0.99"), "training.stop.recall: 0.99 cannot be shown by 24 tune examples"),
         (changed("training.stepps=5"), "cells.addition.training.stepps: Extra inputs are not permitted"),
         (changed("pairs.site=head"), "cells.addition.pairs.site: Input should be 'block', 'attention', 'mlp' or"),
         (changed("steering.grids.block.tops=[0.5, 1.5]"), "tops.1: Input should be less than or equal to 1 (got 1.5)"),
@@ -120,7 +109,7 @@ LEAVING = {"up": "../../escaped", "absolute": "/tmp/escaped", "inner": "a/b", "d
         (changed("model.heads=5"), "width 64 is not a multiple of heads 5"),
         (
             changed("model.context=12", "neutral.cuts=0"),
-            "prompt: 16 tokens with its answer; the model reads at",
+            "model.context: 12 tokens; a training instance has 17",
         ),
         (changed("model.context=28"), "neutral.length 28 does not fit into model.context; at most 27"),
         (changed("model.folder=nowhere/at/all"), "model: nowhere/at/all cannot be opened"),
@@ -165,7 +154,9 @@ def test_what_a_refused_run_found_is_as_it_was(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize("seconds", [0.1, 0.4, 1.5, 4.0])
 def test_ctrl_c_is_one_line_whatever_it_stops(seconds: float, tmp_path: Path) -> None:
     """The package is being imported, then libraries, then a model trains."""
-    (tmp_path / "mini.yaml").write_text(MINI_STUDY.replace("novel_accuracy: 0.6", "novel_accuracy: 1.0"))
+    (tmp_path / "mini.yaml").write_text(
+        MINI_STUDY.replace("novel_accuracy: 0.6", "novel_accuracy: 0.95").replace("steps: 600", "steps: 60000")
+    )
     code = "print(1, flush=True); from mnemoscope.cli import main; main()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, "run", str(tmp_path / "mini.yaml"), "--out", str(tmp_path / "run"), "--json"],

@@ -49,14 +49,14 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run a study, or go on with one, and build its report."""
-    from mnemoscope.config import load_study, opened_before
+    from mnemoscope.config import load_study
     from mnemoscope.study import run_study
     from mnemoscope.tasks import allow_code as allow
 
     allow(*allow_code or ())
     config = load_study(study, overrides, seeds)
-    folder, notes = out or Path("runs") / config.study, [f"warning: {line}" for line in opened_before(config)]
-    with progress(as_json, notes) as tell:
+    folder = out or Path("runs") / config.study
+    with progress(as_json) as tell:
         report_path = run_study(config, folder, tell, workers, executor, address)
     facts = {"run": str(folder), "results": str(folder / "results.json"), "report": str(report_path)}
     say(facts, as_json, "report")

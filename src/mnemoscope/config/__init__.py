@@ -6,10 +6,8 @@ from mnemoscope.config.reading import (
     built_in_studies,
     dump_study,
     load_study,
-    opened_before,
     parse_arena,
     parse_model,
     parse_study,
-    settings_of,
 )
 from mnemoscope.config.study import NAME, CellConfig, MethodName, ProbesConfig, SteeringConfig, StudyConfig

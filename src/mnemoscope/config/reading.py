@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import ValidationError
 from pydantic_core import PydanticSerializationError, to_json
 
@@ -75,31 +73,6 @@ def _validated(kind: type[Config], raw: dict[str, Any], root: str) -> Config:
         got = repr(first["input"])
         value = "" if first["type"] == "missing" else f" (got {got if len(got) <= 80 else got[:77] + '...'})"
         raise InputError(f"{where}: {first['msg'].removeprefix('Value error, ')}{value}") from error
-
-
-def settings_of(config: StudyConfig) -> str:
-    """Digest of all settings of a study, seeds and threads apart."""
-    cells = yaml.safe_dump(config.model_dump(mode="json", include={"cells"}), sort_keys=True)
-    return hashlib.sha256(cells.encode()).hexdigest()[:12]
-
-
-def opened_before(config: StudyConfig) -> list[str]:
-    """Warnings, a line each, for seeds whose test split was opened under other settings (``seeds.yaml``).
-
-    A figure that was seen before a setting changed may have helped to choose the setting.
-    """
-    register = parse_yaml((resources.files("mnemoscope") / "seeds.yaml").read_text(), "seeds.yaml")
-    now, last, mine = settings_of(config), config.first_seed + config.seeds - 1, dict[tuple[int, int], list[dict]]()
-    for row in register:
-        first, end = max(row["first"], config.first_seed), min(row["last"], last)
-        if row["study"] == config.study and first <= end:
-            mine.setdefault((first, end), []).append(row)
-    return [
-        f"seeds {first} to {end} of {config.study}: their test split was opened on {rows[-1]['opened']} (commit "
-        f"{rows[-1]['commit']}) under other settings; their figures no longer count as unseen (docs/SEEDS.md)"
-        for (first, end), rows in mine.items()
-        if now not in [row["settings"] for row in rows]
-    ]
 
 
 def dump_study(config: StudyConfig) -> str:
