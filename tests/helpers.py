@@ -61,7 +61,7 @@ cells:
       evaluation_most: 200
       stop: {novel_accuracy: 0.6, recall: 0.6, conflict_each: 0.12, conflict_other: 0.4}
     pairs: {behaviour_examples: 100, fit_examples: 200, tune_examples: 100, test_examples: 100, permutations: 99}
-    probes: {offsets: [0, 2]}
+    probes: {offsets: [0, 2], learning: [10, 25]}
     steering:
       grids:
         block: {layers: [all, each], tops: [0.1, 0.5], strengths: [0.1, 0.3]}

@@ -161,7 +161,7 @@ def test_adaptive_contrast_is_its_formula_token_by_token() -> None:
         one, two = p[n, m], q[n, m]
         middle = (one + two) / 2
         weight = sum(float((x * np.log(x / middle)).sum()) for x in (one, two)) / 2
-        assert weights[n, m] == pytest.approx(weight, abs=1e-6)
+        assert weights[n, m] == pytest.approx(weight, abs=1e-5)
         wanted = (1 + weight) * np.log(one) - weight * np.log(two)
         np.testing.assert_allclose(found[n, m], wanted - np.log(np.exp(wanted).sum()), atol=1e-5)
     assert float(adacad.divergence(prompt, prompt).abs().max()) < 1e-6
@@ -430,7 +430,7 @@ def test_a_low_rank_edit_is_its_formula() -> None:
     generator = torch.Generator().manual_seed(0)
     h, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((2, 3, 8), (4, 8), (4,)))
     rotation = reft.orthonormal(torch.randn(4, 8, generator=generator))
-    torch.testing.assert_close(rotation @ rotation.T, torch.eye(4), atol=1e-6, rtol=0)
+    torch.testing.assert_close(rotation @ rotation.T, torch.eye(4), atol=1e-5, rtol=0)
     found = reft.low_rank(rotation, weight, bias)(h)
     for n, t in np.ndindex(2, 3):
         wanted = h[n, t] + rotation.T @ (weight @ h[n, t] + bias - rotation @ h[n, t])
@@ -541,7 +541,7 @@ def test_divergence_on_neutral_text_is_that_of_plain_passes(
             plain = plainly(bench.asking.model, ids)[-1].log_softmax(-1)
             with one.applied(None):
                 steered = plainly(bench.asking.model, ids)[-1].log_softmax(-1)
-            assert kl == pytest.approx(float((plain.exp() * (plain - steered)).sum()), abs=1e-5), one.method
+            assert kl == pytest.approx(float((plain.exp() * (plain - steered)).sum()), abs=1e-4), one.method
     nothing = np.concatenate([first for first, _ in neutral.divergence(Intervention("", "generalized"))])
     assert np.abs(nothing).max() < 1e-6
     assert not list(neutral.divergence(fitted["cad", "generalized"]))

@@ -160,7 +160,7 @@ def test_what_was_fitted_opens_again_and_detects_as_its_records_say(user: User) 
         )
     said = user.json("detect", *user.prompts, "--from", str(user.out))
     found = [row["p_memorized"] for row in said["prompts"]]
-    np.testing.assert_allclose(found, user.fitted.detect(user.prompts).p_memorized, rtol=1e-9)
+    np.testing.assert_allclose(found, user.fitted.detect(user.prompts).p_memorized, rtol=1e-5)
     assert said["layer"] == again.detect(user.prompts).layer
     assert len(again.detect([]).p_memorized) == 0
 
