@@ -22,19 +22,25 @@ from mnemoscope.tasks import KINDS, Example, Task, build_task
 from mnemoscope.training import Checkpoint, train
 
 MINI_TASKS = {
-    "inference": {"memorized_names": 24, "free_names": 24, "statements": 3, "questions": 3},
+    "inference": {"memorized_names": 24, "free_names": 24, "statements": 3, "questions": 3, "memorized_share": 0.1},
     "addition": {"digits": 2, "stored": 96, "memorized_share": 0.4},
     "addition-digits": {"digits": 2, "stored": 96, "memorized_share": 0.4},
 }
-_SOON = StopConfig(novel_accuracy=0.6, recall=0.8, conflict_each=0.05, conflict_other=0.6)
+# Bounds that 24 memory and 96 conflict examples of the tune split can show, and that are reached on every processor.
+_SUMS = TrainingConfig(
+    steps=600,
+    learning_rate=0.005,
+    evaluate_every=25,
+    evaluation_examples=100,
+    evaluation_most=200,
+    stop=StopConfig(novel_accuracy=0.6, recall=0.6, conflict_each=0.12, conflict_other=0.4),
+)
+_NAMES = {"steps": 800, "learning_rate": 0.004, "batch_size": 32}
+_NAMES |= {"stop": StopConfig(novel_accuracy=0.2, recall=0.6, conflict_each=0.1, conflict_other=0.6)}
 MINI_TRAINING = {
-    "inference": TrainingConfig(
-        steps=250, learning_rate=0.004, weight_decay=0.5, evaluate_every=25, evaluation_examples=60, stop=_SOON
-    ),
-    "addition": TrainingConfig(steps=350, learning_rate=0.005, evaluate_every=25, evaluation_examples=60, stop=_SOON),
-    "addition-digits": TrainingConfig(
-        steps=350, learning_rate=0.005, evaluate_every=25, evaluation_examples=60, stop=_SOON
-    ),
+    "inference": _SUMS.model_copy(update=_NAMES),
+    "addition": _SUMS,
+    "addition-digits": _SUMS,
 }
 
 MINI_STUDY = """
@@ -47,13 +53,15 @@ cells:
     model: {layers: 2, width: 64, heads: 4, context: 32}
     training:
       steps: 600
+      attempts: 5
       batch_size: 64
       evaluate_every: 25
       learning_rate: 0.005
-      evaluation_examples: 60
-      stop: {novel_accuracy: 0.6, recall: 0.8, conflict_each: 0.15, conflict_other: 0.5}
+      evaluation_examples: 100
+      evaluation_most: 200
+      stop: {novel_accuracy: 0.6, recall: 0.6, conflict_each: 0.12, conflict_other: 0.4}
     pairs: {behaviour_examples: 100, fit_examples: 200, tune_examples: 100, test_examples: 100, permutations: 99}
-    probes: {offsets: [0, 2]}
+    probes: {offsets: [0, 2], learning: [10, 25]}
     steering:
       grids:
         block: {layers: [all, each], tops: [0.1, 0.5], strengths: [0.1, 0.3]}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from mnemoscope.arena.methods.prompt import WORDINGS
 from mnemoscope.arena.varied import BEFORE, BEHIND, FOREIGN
-from mnemoscope.behaviour import Asking
+from mnemoscope.behaviour import Asking, prepare, score
 from mnemoscope.config import ModelConfig
 from mnemoscope.models import build_gpt2, word_tokenizer
 from mnemoscope.tasks import Example, Instance, Kind, Task
@@ -105,12 +104,24 @@ def _prompt(label: str, subject: str, said: str, ask: str) -> str:
     return f"{label} : {subject} has {said} . {ask} {subject} ?"
 
 
-@cache
 def little_model() -> Asking:
-    """The model, trained for some seconds once a process; its answers are the same in each."""
-    task, rng = LittleFacts(), np.random.default_rng(0)
+    """The model, trained for some seconds, until an attempt knows all facts and heeds most labels."""
+    return next(asking for asking in map(_trained, range(5)) if _is_as_described(asking))
+
+
+def _is_as_described(asking: Asking) -> bool:
+    task = LittleFacts()
+    known, asked = task.facts_to_know(), task.examples(np.random.default_rng(0), 200, "conflict")
+    labels = score(asking, prepare(asking, [*known, *asked]), margins=False).behaviour_N.tolist()
+    wanted = ["generalized" if example.prompt.split()[0] in TRUSTED else "memorized" for example in asked]
+    heeded = sum(mine == label for mine, label in zip(labels[len(known) :], wanted, strict=True))
+    return set(labels[: len(known)]) == {"correct"} and heeded > 0.8 * len(asked)
+
+
+def _trained(seed: int) -> Asking:
+    task, rng = LittleFacts(), np.random.default_rng(seed)
     tokenizer = word_tokenizer(VOCABULARY, 128)
-    model = build_gpt2(tokenizer, ModelConfig(layers=3, width=64, heads=4, context=128), 0)
+    model = build_gpt2(tokenizer, ModelConfig(layers=3, width=64, heads=4, context=128), seed)
     adam = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.01)
     stream = task.training(rng)
     for step in range(500):

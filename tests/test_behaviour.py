@@ -93,7 +93,7 @@ def test_labels_equal_those_of_generate(mini: Callable[[str], Asking], name: str
     asking, examples = mini(name), mini_examples(name, 500)
     ours = label(asking, examples)
     theirs = np.array(generated_labels(asking, examples, together), dtype=object)
-    assert len(set(theirs)) >= 4, "a model that shows only one behaviour would make this test empty"
+    assert {"correct", "memorized", "generalized"} <= set(theirs), "the rule by which these models are accepted"
     assert (ours.behaviour_N == theirs)[~ours.tie_N].all()
     assert ours.tie_N.mean() < 0.01
 
@@ -165,10 +165,9 @@ def test_answers_that_share_a_beginning_are_decided_where_they_part(mini: Callab
     for e in task.examples(rng, 100, "memory"):
         # The stored code, and the same code with another last symbol: eight shared tokens, one that differs.
         assert e.answer
-        last = "0" if e.answer[-2] != "0" else "1"
-        examples.append(
-            replace(e, kind="conflict", answer=None, memorized=e.answer, generalized=e.answer[:-2] + last + ">")
-        )
+        both = [e.answer, e.answer[:-2] + ("0>" if e.answer[-2] != "0" else "1>")]
+        memorized, generalized = both[:: 1 if len(examples) % 2 else -1]
+        examples.append(replace(e, kind="conflict", answer=None, memorized=memorized, generalized=generalized))
     encoded = encode(asking, examples)
     assert all(
         len(x.context) - len(asking.tokenizer(e.prompt).input_ids) == x.shared == 8
@@ -176,7 +175,7 @@ def test_answers_that_share_a_beginning_are_decided_where_they_part(mini: Callab
     )
     plain = label(asking, examples)
     theirs = np.array(generated_labels(asking, examples, 50), dtype=object)
-    assert {"memorized", "other"} <= set(theirs)
+    assert {"memorized", "generalized"} <= set(theirs)
     assert (plain.behaviour_N == theirs)[~plain.tie_N].all()
     batches = prepare(asking, examples)
     cache_prefixes(asking, batches)
@@ -211,8 +210,8 @@ def test_pairs_are_exactly_the_flips_and_their_states_match(mini: Callable[[str]
     a, b = (label(asking, [pair[side] for pair in candidates]).behaviour_N for side in (0, 1))
     expected = [{x, y} == {"memorized", "generalized"} for x, y in zip(a, b, strict=True)]
     assert np.concatenate([batch.is_pair_N for batch in mined]).tolist() == expected
-    assert sum(expected) > 20
-    for batch in mined:
+    assert 0 < sum(expected) < len(expected)
+    for batch in (batch for batch in mined if batch.pairs()):
         generalized, memorized = zip(*batch.pairs(), strict=True)
         for side, behaviour, states in (
             (generalized, "generalized", batch.states_generalized_PLD),
@@ -220,7 +219,7 @@ def test_pairs_are_exactly_the_flips_and_their_states_match(mini: Callable[[str]
         ):
             scores = label(asking, list(side), capture="block")
             assert set(scores.behaviour_N) == {behaviour}
-            np.testing.assert_allclose(scores.states_NLD, states, atol=1e-5)
+            np.testing.assert_allclose(scores.states_NLD, states, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -297,7 +296,8 @@ def test_batches_are_smaller_where_memory_is_short(
     (said,) = caplog.records
     assert f"pairs.batch_size: {asking.batch_size} prompts of {tokens} tokens" in said.message
     assert said.message.endswith("10 at a time")
-    assert score(asking, fewer).behaviour_N.tolist() == score(asking, [whole]).behaviour_N.tolist()
+    one, other = score(asking, fewer), score(asking, [whole])
+    assert (one.behaviour_N == other.behaviour_N)[~other.tie_N].all()
     monkeypatch.setattr("mnemoscope.models.room.free_bytes", lambda device: 1)
     assert len(prepare(asking, examples[:3])) == 3  # one at a time, however little there is
     monkeypatch.setattr("mnemoscope.models.room.free_bytes", lambda device: None)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from helpers import MINI_TASKS, label
 from mnemoscope import check
 from mnemoscope.behaviour import Asking
 from mnemoscope.check import check_task
-from mnemoscope.tasks import Example, build_task, draw
+from mnemoscope.tasks import SPLITS, Example, Split, build_task, draw
 
 
 def test_counts_are_those_of_plain_labels(mini: Callable[[str], Asking]) -> None:
@@ -54,24 +55,20 @@ def test_what_is_missing_is_said(mini: Callable[[str], Asking], tmp_path: Path) 
 
 
 @pytest.mark.parametrize("split", ["fit", "tune", "test"])
-def test_groups_of_pairs_are_among_those_of_the_sample(
-    mini: Callable[[str], Asking], split: str, monkeypatch: pytest.MonkeyPatch
+def test_pairs_are_those_of_plain_labels(
+    mini: Callable[[str], Asking], split: Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asking, task, asked = mini("addition"), build_task("addition", MINI_TASKS["addition"], 0), list[Example]()
-    labelled = check._labels
+    asking, task, drawn = mini("addition"), build_task("addition", MINI_TASKS["addition"], 0), []
+    draw_them = check.draw_candidates
 
-    def seen(asking: Asking, examples: Sequence[Example]) -> np.ndarray:
-        asked.extend(examples)
-        return labelled(asking, examples)
+    def kept(*arguments: Any) -> list[tuple[Example, Example]]:
+        drawn.append(list(draw_them(*arguments)))
+        return drawn[-1]
 
-    monkeypatch.setattr(check, "_labels", seen)
-    found = check_task(asking, task).splits[split]
+    monkeypatch.setattr(check, "draw_candidates", kept)
+    found, candidates = check_task(asking, task).splits[split], drawn[SPLITS.index(split)]
+    first, second = (label(asking, [pair[side] for pair in candidates]).behaviour_N for side in (0, 1))
+    shown = zip(candidates, first, second, strict=True)
+    groups = [pair[0].group for pair, one, other in shown if {one, other} == {"memorized", "generalized"}]
+    assert (found.pairs, found.pair_groups) == (len(groups), len(set(groups)))
     assert 0 < found.pair_groups <= found.groups <= found.conflicts
-    of_item = defaultdict[str, set[str]](set)
-    mine = [e for e in dict.fromkeys(asked) if e.kind == "conflict" and e.split == split]
-    for example, shown in zip(mine, labelled(asking, mine), strict=True):
-        of_item[example.item].add(shown)
-    flips = {item for item, labels in of_item.items() if {"memorized", "generalized"} <= labels}
-    assert flips
-    assert found.pairs >= len(flips & {e.item for e in mine}) / 2, "most items that flip were paired"
-    assert found.pair_groups <= len(flips)

@@ -172,7 +172,7 @@ def test_a_shift_of_all_tokens_is_fitted_and_judged_on_all_tokens(asking: Asking
         np.testing.assert_allclose(cached.margin_N, whole.margin_N, atol=1e-4)
         by_hand = label(asking, examples, applied=lambda v=vector: v.apply(asking.model))
         np.testing.assert_allclose(cached.margin_N, by_hand.margin_N, atol=1e-4)
-        assert sign * (cached.margin_N - label(asking, examples).margin_N).mean() > 0.5
+        assert sign * (cached.margin_N - label(asking, examples).margin_N).mean() > 0
     here = directions.vector(setting("learned", strength=0.1))
     assert not np.allclose(here.dense(2, 64), everywhere["to_generalized"].dense(2, 64))
 

@@ -143,7 +143,7 @@ def test_what_it_logs_is_what_the_model_of_that_step_shows(tmp_path: Path) -> No
     watcher = Watcher(model, tokenizer, LittleFacts(), 16, contrast="block")
     scores = score(asking, prepare(asking, watcher.conflicts))
     assert row["conflict_memorized"] == np.mean(scores.behaviour_N == "memorized")
-    assert row["margin"] == pytest.approx(scores.margin_N.mean(), abs=1e-5)
+    assert row["margin"] == pytest.approx(scores.margin_N.mean(), abs=1e-4)
     (batch,) = mine_pairs(asking, watcher.candidates, chunk=len(watcher.candidates))
     assert row["pairs"] == batch.is_pair_N.sum()
     assert row["yield"] == batch.is_pair_N.mean()
@@ -175,7 +175,7 @@ def test_a_row_is_of_the_weights_of_its_step_and_of_nothing_later(tmp_path: Path
     model, tokenizer = trainer.model.eval(), fresh()[1]
     asking = Asking(model, tokenizer, LittleFacts.boundary)
     best = score(asking, prepare(asking, Watcher(model, tokenizer, LittleFacts(), 16).conflicts)).margin_N.mean()
-    assert best == pytest.approx(min(row["margin"] for row in rows[1:]), abs=1e-5)
+    assert best == pytest.approx(min(row["margin"] for row in rows[1:]), abs=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -363,7 +363,7 @@ def test_weights_in_shards_show_what_they_show_as_a_whole(tmp_path: Path) -> Non
     for row, wanted in ((rows[0], first), (rows[2], last)):
         for name in wanted:
             if not name.startswith("cosine"):  # with the measurement before, which is that of step 10
-                assert row[name] == pytest.approx(wanted[name], abs=1e-5, nan_ok=True), name
+                assert row[name] == pytest.approx(wanted[name], abs=1e-4, nan_ok=True), name
 
 
 class Launched:
@@ -513,8 +513,8 @@ def test_conversations_are_asked_in_their_template() -> None:
     asking = Asking(model, tokenizer, LittleFacts.boundary, prompting=chat)
     wanted = score(asking, prepare(asking, watcher.conflicts))
     found = watcher.measure()["margin"]
-    assert found == pytest.approx(wanted.margin_N.mean(), abs=1e-5)
-    assert found != pytest.approx(Watcher(model, tokenizer, LittleFacts(), 16).measure()["margin"], abs=1e-5)
+    assert found == pytest.approx(wanted.margin_N.mean(), abs=1e-4)
+    assert found != pytest.approx(Watcher(model, tokenizer, LittleFacts(), 16).measure()["margin"], abs=1e-4)
 
 
 class NoConflicts(LittleFacts):

@@ -63,7 +63,7 @@ def test_a_baked_folder_opened_by_the_library_alone_answers_as_the_steered_model
     assert said != complete(model, tokenizer(), padded(tokenizer()), 8)
     bake(model, tokenizer(), vector, tmp_path / "baked")
     baked = AutoModelForCausalLM.from_pretrained(tmp_path / "baked").eval()
-    torch.testing.assert_close(logits(baked), steered, rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(baked), steered, rtol=0, atol=1e-5)
     assert float((steered - plain).abs().max()) > 0.1
     again = AutoTokenizer.from_pretrained(tmp_path / "baked", padding_side="left")
     assert complete(baked, again, padded(again), 8) == said
@@ -98,7 +98,7 @@ def test_dtype_tied_weights_and_generation_config_are_kept(tied: bool, dtype: to
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert ("lm_head.weight" in file.keys()) is not tied  # noqa: SIM118 (it is no mapping)
     assert baked.generation_config.max_new_tokens == 7
-    torch.testing.assert_close(logits(baked), steered, rtol=0, atol=1e-6 if dtype == torch.float32 else 0.01)
+    torch.testing.assert_close(logits(baked), steered, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.01)
     said = json.loads((tmp_path / "mnemoscope.json").read_text())
     assert (said["layers"], said["method"], said["task"], said["positions"]) == ([0, 2], "nmd", "addition", "all")
 
@@ -234,7 +234,7 @@ def test_the_command_line_writes_both_kinds(made: Path) -> None:
     with vector.apply(model, alpha=2.0):
         steered = logits(model)
     baked = AutoModelForCausalLM.from_pretrained(made / "new" / "baked").eval()
-    torch.testing.assert_close(logits(baked), steered, rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(baked), steered, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ def test_block_outputs_are_those_that_nnsight_reads() -> None:
                 block = attrgetter(layout_of(model).blocks)(watched)[layer]
                 theirs = block.output.save()
             theirs = theirs[0] if isinstance(theirs, tuple) else theirs
-            torch.testing.assert_close(ours[layer][:, 0], theirs[:, -1], rtol=0, atol=1e-6)
+            torch.testing.assert_close(ours[layer][:, 0], theirs[:, -1], rtol=0, atol=1e-5)
 
 
 def test_a_model_of_no_known_family_says_where_its_parts_are() -> None:

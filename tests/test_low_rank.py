@@ -21,7 +21,6 @@ from mnemoscope.directions import (
     Sources,
     control_draws,
     read_sources,
-    share_of,
     steered,
     with_prefixes,
 )
@@ -65,16 +64,15 @@ def test_a_low_rank_shift_learns_from_a_teacher_and_from_the_wanted_answer(
 ) -> None:
     """On the examples that it was taught: a teacher that reads the stored order knows their codes."""
     sources, swapped = sources_of(asking, 150, bare)
-    batches = prepare(asking, swapped)
     vector = Directions(sources).vector(setting())
     nothing = Directions(sources).vector(setting(factor=0.0))
-    before, after = (share_of(steered(asking, batches, one), "memorized") for one in (nothing, vector))
     assert vector.positions == "all"
-    assert after > before + 0.3, (before, after)
+    novel = [e for e in mini_examples("addition", 60) if e.kind == "novel"]  # taught to stay
+    for examples, wanted in ((swapped, "memorized"), (novel, "correct")):
+        batches = prepare(asking, examples)
+        was_N, is_N = (steered(asking, batches, one).behaviour_N == wanted for one in (nothing, vector))
+        assert is_N[was_N == (wanted == "correct")].mean() > 0.3
     assert all(parameter.grad is None for parameter in asking.model.parameters())
-    novel = [e for e in mini_examples("addition", 200) if e.kind == "novel"]
-    kept = [share_of(steered(asking, prepare(asking, novel), one), "correct") for one in (nothing, vector)]
-    assert kept[1] > 0.2, kept  # of sums that are taught to stay
 
 
 def test_a_packed_shift_comes_back(asking: Asking) -> None:
@@ -107,7 +105,7 @@ def test_controls_write_as_much_in_units_of_spread(asking: Asking, name: str) ->
     assert norm(first) == pytest.approx(norm(dict(vector.low_rank)), rel=1e-4)
     assert not torch.equal(first[1].write_KD, second[1].write_KD)
     again = dict(control_draws(name, directions, setting(), 1, (0,)))
-    torch.testing.assert_close(again[0].low_rank[1].write_KD, first[1].write_KD)
+    torch.testing.assert_close(again[0].low_rank[1].write_KD, first[1].write_KD, rtol=1e-3, atol=1e-4)
 
 
 def test_gaussian_controls_move_every_state_as_far_in_units_of_spread(asking: Asking) -> None:

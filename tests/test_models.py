@@ -68,9 +68,9 @@ def test_a_cache_with_room_is_read_like_the_librarys_and_stays_as_it_is(family: 
     for _ in range(2):
         first = cache_of(after(select_rows(prefix, None), ids[:, 5:6]))
         assert first.get_seq_length() == 6
-        torch.testing.assert_close(after(first, ids[:, 6:]).logits, every[:, 1:], rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(after(select_rows(prefix, rows), ids[rows, 5:]).logits, some, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(after(select_rows(prefix, None), ids[:, 5:]).logits, every, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(after(first, ids[:, 6:]).logits, every[:, 1:], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(after(select_rows(prefix, rows), ids[rows, 5:]).logits, some, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(after(select_rows(prefix, None), ids[:, 5:]).logits, every, rtol=1e-5, atol=1e-5)
     beyond = cache_of(after(select_rows(prefix, None), ids))
     assert beyond.get_seq_length() == 12, "more columns than there is room for"
     assert prefix.get_seq_length() == 5

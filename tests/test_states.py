@@ -31,8 +31,8 @@ def test_states_and_uncertainty_are_those_of_plain_transformers(mini: Callable[[
         for place, offset in enumerate(offsets):
             ours = torch.tensor(found.states_ONLD[place, n])
             theirs = torch.stack([h[0, -1 - offset] for h in output.hidden_states[1:]])
-            torch.testing.assert_close(ours[:-1], theirs[:-1], atol=2e-5, rtol=1e-4)
-            torch.testing.assert_close(final_norm(ours[-1]), theirs[-1], atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(ours[:-1], theirs[:-1], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(final_norm(ours[-1]), theirs[-1], atol=1e-4, rtol=1e-4)
         p = torch.softmax(output.logits[0, -1].double(), 0)
         gap = float(p.topk(2).values.log().diff().abs())
         assert found.uncertainty_N2[n] == pytest.approx([-float((p * p.log()).sum()), gap], abs=1e-3)
@@ -45,13 +45,13 @@ def test_what_follows_a_position_does_not_change_its_state(mini: Callable[[str],
     before = hook_count(asking.model)
     found = read_states(asking, examples, site, [0, 1, 3])
     assert hook_count(asking.model) == before
-    np.testing.assert_allclose(found.at_decision_NLD, label(asking, examples, capture=site).states_NLD, atol=2e-5)
+    np.testing.assert_allclose(found.at_decision_NLD, label(asking, examples, capture=site).states_NLD, atol=1e-4)
     (batch,) = prepare(asking, examples)
     for place, offset in ((1, 1), (2, 3)):
         cut = states_at_the_end(asking.model, batch.ids_NT[:, :-offset], batch.mask_NT[:, :-offset], site)
-        np.testing.assert_allclose(found.states_ONLD[place, batch.examples_N], cut, atol=2e-5)
+        np.testing.assert_allclose(found.states_ONLD[place, batch.examples_N], cut, atol=1e-4)
     alone = read_states(asking, examples, site, [3])
-    np.testing.assert_allclose(alone.states_ONLD[0], found.states_ONLD[2], atol=2e-5)
+    np.testing.assert_allclose(alone.states_ONLD[0], found.states_ONLD[2], atol=1e-4)
     assert np.isnan(alone.uncertainty_N2).all()
 
 
@@ -113,8 +113,8 @@ def test_what_was_kept_is_not_read_again_and_is_what_a_fresh_reading_gives(
         read_states(asking, some, "mlp", kept=kept)  # another site is another reading
         assert sum(counts) == sum(lengths)
     for found, rows in ((again, order[:25]), (mixed, np.arange(40))):
-        np.testing.assert_allclose(found.at_decision_NLD, fresh.at_decision_NLD[rows], atol=1e-5)
-        np.testing.assert_allclose(found.uncertainty_N2, fresh.uncertainty_N2[rows], atol=1e-5)
+        np.testing.assert_allclose(found.at_decision_NLD, fresh.at_decision_NLD[rows], atol=1e-4)
+        np.testing.assert_allclose(found.uncertainty_N2, fresh.uncertainty_N2[rows], atol=1e-4)
 
 
 def test_processes_keep_states_of_one_cell_at_a_time(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_answers_that_begin_alike_have_a_decision_position_of_their_own(
     assert list(kept.get("block", both)) == [0]
     found = read_states(asking, both, "block", kept=kept).at_decision_NLD
     assert np.array_equal(found[0], first[0])
-    np.testing.assert_allclose(found, read_states(asking, both, "block").at_decision_NLD, atol=1e-5)
+    np.testing.assert_allclose(found, read_states(asking, both, "block").at_decision_NLD, atol=1e-4)
 
 
 def test_what_is_kept_is_bounded_and_the_rest_is_read_again(mini: Callable[[str], Asking], tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_what_is_kept_is_bounded_and_the_rest_is_read_again(mini: Callable[[str]
     kept = KeptStates(tmp_path, most_bytes=8 * fresh[0].nbytes)
     for start in range(0, len(examples), 3):
         found = read_states(asking, examples[start : start + 3], "block", kept=kept).at_decision_NLD
-        np.testing.assert_allclose(found, fresh[start : start + 3], atol=1e-5)
+        np.testing.assert_allclose(found, fresh[start : start + 3], atol=1e-4)
     assert 0 < sum(path.stat().st_size for path in tmp_path.iterdir()) <= kept.most_bytes
     assert 0 < len(kept.get("block", examples)) < len(examples)
-    np.testing.assert_allclose(read_states(asking, examples, "block", kept=kept).at_decision_NLD, fresh, atol=1e-5)
+    np.testing.assert_allclose(read_states(asking, examples, "block", kept=kept).at_decision_NLD, fresh, atol=1e-4)

@@ -137,7 +137,7 @@ def test_no_hook_is_left_after_an_error_and_nesting_adds_up(asking: Asking) -> N
     with vector.apply(asking.model), other.apply(asking.model):
         nested = logits(asking)
     with (vector + other).apply(asking.model):
-        torch.testing.assert_close(logits(asking), nested, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logits(asking), nested, rtol=1e-4, atol=1e-4)
     assert hook_count(asking.model) == 0
 
 

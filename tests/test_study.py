@@ -74,7 +74,7 @@ def test_no_group_of_a_fitted_tuned_or_calibrated_list_is_judged(copied: Path, m
             assert lists.sources_of(cell, asking, records, ["block"])["block"].lists
         else:
             lists.tune_lists(cell, asking, records)
-        assert len(taken[split]) > 100
+        assert taken[split]
         taken[split] += [one for pair in records.both_sides(split, 10**6) for one in pair]
         taken[split] += detect._prompts(cell, asking, records, split).examples
         taken[split] += probe.phrasings(records.pairs, split, 10**6, rng)
@@ -152,7 +152,7 @@ def test_a_configuration_that_came_to_nothing_binds_nobody(
     wrong = load_study(str(mini_study_file), ["cells.addition.model={folder: no/such}"])
     with pytest.raises(InputError, match="no/such cannot be opened"):
         run_study(wrong, tmp_path / "run", workers=1)
-    right = ["cells.addition.training.steps=25", "cells.addition.training.stop.recall=1.0"]
+    right = ["cells.addition.training.steps=25", "cells.addition.training.stop.recall=0.8"]
     with pytest.raises(StudyError, match="after 25 steps"):
         run_study(load_study(str(mini_study_file), right), tmp_path / "run")
 
@@ -252,7 +252,7 @@ NO_RULE = ["novel_accuracy=0", "recall=0", "conflict_each=0", "conflict_other=1"
 @pytest.mark.parametrize(
     ("stop", "message"),
     [
-        (["recall=1.0"], "after 25 steps the model does not show both behaviours"),
+        (["recall=0.8"], "after 25 steps the model does not show both behaviours"),
         (NO_RULE, r"no pairs found in the fit split: none of \d+ candidates flips \(other"),
     ],
 )

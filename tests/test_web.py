@@ -50,15 +50,17 @@ def library(cell: OpenedCell) -> tuple[Any, Records, Contrast]:
     return cell_model(cell.cell), Records.of(cell.cell), contrast
 
 
-def test_both_phrasings_of_a_pair_are_answered_as_the_records_say(client: TestClient, pairs: list[Any]) -> None:
-    assert len(pairs) == 20
+def test_both_phrasings_of_a_pair_are_answered_as_the_records_say(
+    client: TestClient, pairs: list[Any], library: Any
+) -> None:
+    assert len(pairs) == min(20, len(library[1].both_sides("test", 100))) > 0
     for pair in pairs:
         for behaviour, question in pair.items():
             answer = client.post(f"{CELL}/ask", json={"question": question}).json()
             assert answer["behaviour"] == behaviour
             assert answer["said"] == question[behaviour]
             assert min(answer["p_memorized"], answer["p_generalized"]) >= 0
-            assert answer["p_memorized"] + answer["p_generalized"] <= 1
+            assert answer["p_memorized"] + answer["p_generalized"] <= 1 + 1e-6
             assert len(answer["reading"]["p_memorized_by_layer"]) == 2
 
 
