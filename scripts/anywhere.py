@@ -29,6 +29,7 @@ def main() -> int:
     parser.add_argument("names", nargs="+", metavar="STUDY RUN | FOLDER")
     parser.add_argument("--precision", help="of the passes of trainings from scratch")
     parser.add_argument("--jitter", help="relative noise on first weights")
+    parser.add_argument("--models", type=Path, help="a run whose models are analysed, instead of training others")
     parser.add_argument("--set", action="append", default=[], dest="changes")
     arguments = parser.parse_args()
     if arguments.what == "table":
@@ -39,9 +40,16 @@ def main() -> int:
     trained = [
         label for label, cell in load_study(study).cells.items() if cell.model.is_trained and not cell.model.lora
     ]
-    changes = [
-        f"cells.{label}.{field}={value}" for label in trained for field, value in fields.items() if value is not None
-    ]
+    if arguments.models:
+        folders = {label: next(arguments.models.glob(f"cells/{label}-*/model")).resolve() for label in trained}
+        changes = [f"cells.{label}.model={{folder: {folder}}}" for label, folder in folders.items()]
+    else:
+        changes = [
+            f"cells.{label}.{field}={value}"
+            for label in trained
+            for field, value in fields.items()
+            if value is not None
+        ]
     given = [part for change in [*arguments.changes, *changes] for part in ("--set", change)]
     return subprocess.call([sys.executable, "-m", "mnemoscope", "run", study, "--out", run, *given])
 
@@ -71,7 +79,7 @@ def _trained(cell: Path) -> list[str]:
 
     records = cell / "records"
     if not (records / "training.parquet").exists():
-        return ["no", "-", "-", "-"]
+        return ["given" if (cell / "cell.json").exists() else "no", "-", "-", "-"]
     last = pd.read_parquet(records / "training.parquet").iloc[-1]
     time = json.loads((records / "training_time.json").read_text())
     facts = json.loads((cell / "cell.json").read_text()) if (cell / "cell.json").exists() else {}

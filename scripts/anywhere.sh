@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Other processors, on one machine: the fast tests and a study under settings that round otherwise, and one table of both.
-#     bash scripts/anywhere.sh [OUT [STUDY [TESTS]]]    TESTS: a target of the Makefile, or none
+#     bash scripts/anywhere.sh [OUT [STUDY [TESTS [TRAINED]]]]
+# TESTS: a target of the Makefile, or none. TRAINED: a run of the study whose models are analysed, instead of training others.
 # Needs what `make test` sets up. A run that is there already is not run again; the last line says whether all passed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=${1:-runs/anywhere} study=${2:-quickstart} tests=${3:-test-fast} failed=0
+out=${1:-runs/anywhere} study=${2:-quickstart} tests=${3:-test-fast} models=${4:-} failed=0
 settings=(
     "plain"
     "avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2"
@@ -24,6 +25,7 @@ for setting in "${settings[@]}"; do
             *) variables+=("$part") ;;
         esac
     done
+    if [ -n "$models" ]; then changes+=(--models "$models"); fi
     run="$out/$name"
     if [ ! -f "$run/report.html" ]; then
         env "${variables[@]}" .venv/bin/python scripts/anywhere.py run "$study" "$run" "${changes[@]}" >"$run.log" 2>&1

@@ -24,7 +24,7 @@ from mnemoscope.steering import SteeringVector
 from playground import CELL, client_of
 
 pytestmark = pytest.mark.slow
-WHOLE, SAMPLE = 320, 32
+WHOLE, SAMPLE = 320, 16
 FLIPS = WHOLE if os.environ.get("MNEMOSCOPE_ATTACK") == "whole" else SAMPLE
 PROMPTS = ["12+34=", "63+45="]
 # Every file of the run belongs to one kind; flips are dealt to the kinds in turn.

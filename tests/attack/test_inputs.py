@@ -23,7 +23,7 @@ import pytest
 from attack_inputs import Attack
 
 WHOLE = os.environ.get("MNEMOSCOPE_ATTACK") == "whole"
-EVERY = 1 if WHOLE else 29  # of the inputs
+EVERY = 1 if WHOLE else 53  # of the inputs
 ALONE = 4 if WHOLE else 8  # of those that open no model, every so many have a process of their own
 LIMIT = 10  # seconds of a processor: the machine may be busy with other things
 PATIENCE = 180  # seconds, the imports of a process included
