@@ -20,7 +20,7 @@ from mnemoscope.arena.adapters import with_adapter
 from mnemoscope.arena.answers import Neutral, is_exact, scores, texts_of
 from mnemoscope.arena.contract import Intervention, Quoted, Wording
 from mnemoscope.arena.fitting import log_p, randomized
-from mnemoscope.arena.heads import Ranked, factors_of, in_two_passes
+from mnemoscope.arena.heads import Ranked, factors_of, in_one_pass, in_two_passes
 from mnemoscope.arena.lists import Bench, Prompts
 from mnemoscope.arena.methods import METHODS, adacad, caa, cad, candidates, coiecd, dpo, ircan, iti, juice, knob, reft
 from mnemoscope.arena.varied import _both
