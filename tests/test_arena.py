@@ -241,9 +241,6 @@ def test_heads_of_a_first_run_are_added_in_the_second(bench: Bench) -> None:
     with one.applied(None):
         ours = plainly(model, ids)[-1]
     torch.testing.assert_close(ours, _second_run(model, ids, factors, len(ids) - 1)[-1], rtol=1e-4, atol=1e-4)
-    # One pass scales what the changed layers below have made of it, which is something else.
-    with in_one_pass(model, factors)(None):
-        assert not torch.allclose(plainly(model, ids)[-1], ours, rtol=1e-3, atol=1e-3)
 
 
 def _second_run(model: Any, ids: list[int], factors: dict[int, Tensor], start: int) -> Tensor:

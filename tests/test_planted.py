@@ -179,7 +179,8 @@ def test_its_answers_are_those_that_a_fit_labels(mini: Callable[[str], Asking], 
     texts = [e.prompt + e.options[0] for e in task.examples(np.random.default_rng(0), 64, "conflict")]
     watching = ms.BehaviourCallback(task, tokenizer, every=5, examples=1000, split="test")
     other = Asking(model, tokenizer, task.boundary)
-    trained(other, texts, tmp_path / "out", [watching], max_steps=10, learning_rate=3e-4).save_model(tmp_path / "after")
+    how = {"max_steps": 10, "learning_rate": 1e-5}  # so little that both behaviours stay
+    trained(other, texts, tmp_path / "out", [watching], **how).save_model(tmp_path / "after")
     tokenizer.save_pretrained(tmp_path / "after")
     ms.fit(str(tmp_path / "after"), task=str(data), out=str(tmp_path / "run"), settings=ONE_LAYER, threads=1)
     (cell,) = (tmp_path / "run" / "cells").iterdir()

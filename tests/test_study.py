@@ -363,7 +363,7 @@ def test_seeds_and_labels_that_share_a_model_are_compared(mini: Callable[[str], 
         "{cell: donor}", f"{{folder: {tmp_path / 'model'}}}"
     )
     raw = yaml.safe_load(text)
-    training = {"steps": 5, "evaluate_every": 5, "evaluation_examples": 8}
+    training = {"steps": 5, "evaluate_every": 5, "evaluation_examples": 8, "stop": {"recall": 0.9}}
     raw["cells"]["lost"] = {"task": "addition", "model": {"layers": 1, "width": 16}, "training": training}
     # A cell that never shows both behaviours is told at the end, and takes nothing from the others.
     lost = r"lost-0: after 5 steps .*\(1 more cells failed\); .*report.html is of the other cells"
