@@ -235,9 +235,10 @@ def test_methods_are_compared_at_the_norms_of_one_site() -> None:
         Setting("to_memorized", method, site, (0,), "decision", 0.5, 0.1)
         for method, site in (("nmd", "block"), ("nmd", "mlp"), ("gradient", "mlp"))
     ]
-    chosen = compared(dict(zip(settings, (0.2, 0.9, 0.8), strict=True)))
+    rates = [Estimate(rate, 0, 1, 9) for rate in (0.2, 0.9, 0.8)]
+    chosen = compared(dict(zip(settings, rates, strict=True)))
     assert [(one.aim, one.setting.site) for one in chosen] == [("equal_norm", "block"), ("unpenalized", "mlp")]
-    assert {one.aim for one in compared({settings[2]: 0.8})} == {"equal_norm"}
+    assert {one.aim for one in compared({settings[2]: rates[2]})} == {"equal_norm"}
 
 
 def test_seeds_and_transfer_are_set_beside_chance(run: Path, results: Results) -> None:

@@ -283,7 +283,8 @@ class Choice:
 def in_order(choices: Sequence[Choice]) -> list[Choice]:
     """By rank, best first; but before all the safest of those that tune cannot tell from the best one."""
     ranks = sorted(choices, key=lambda choice: (choice.rank, [-part for part in choice.risk]), reverse=True)
-    first = min((choice for choice in ranks if choice.rank >= ranks[0].as_good), key=lambda choice: choice.risk)
+    near = [choice for choice in ranks if choice.rank >= ranks[0].as_good] or ranks  # of no examples no rank is known
+    first = min(near, key=lambda choice: choice.risk)
     return [first, *(choice for choice in ranks if choice is not first)]
 
 
