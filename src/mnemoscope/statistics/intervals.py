@@ -57,6 +57,11 @@ class Estimate:
         return math.inf if math.isnan(width) else width / (2 * NORMAL)
 
     @property
+    def less_error(self) -> float:
+        """The estimate less a standard error, at least 0; the estimate itself where that error is not known."""
+        return max(0.0, self.estimate - (self.error if math.isfinite(self.error) else 0.0))
+
+    @property
     def sign(self) -> int:
         """1 or -1 where the interval lies wholly above or below 0, else 0 (also where there is none)."""
         return 1 if self.low > 0 else -1 if self.high < 0 else 0

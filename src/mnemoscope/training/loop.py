@@ -338,13 +338,13 @@ def tune_examples(task: Task, rng: np.random.Generator, n: int, kind: Kind) -> l
     return drawn
 
 
-def undecidable(stop: StopConfig, n: int, kind: Kind | None = None) -> str:
+def undecidable(stop: StopConfig, n: int, kind: Kind) -> str:
     """Why ``n`` examples of a kind cannot show that the rule holds, whatever their answers; empty where they can."""
     for name, bound in bounds_of(stop).items():
         of, _, at_least = MEASURES[name]
         right = n // 2 if at_least and of == "conflict" else n if at_least else 0  # at best
         reached = _sure_end(np.arange(n) < right, at_least)
-        if kind in (None, of) and not (reached >= bound if at_least else reached <= bound):
+        if kind == of and not (reached >= bound if at_least else reached <= bound):
             field = name if name in StopConfig.model_fields else "conflict_each"
             return (
                 f"training.stop.{field}: {bound} cannot be shown by {n} tune examples, whatever the answers; allowed "
