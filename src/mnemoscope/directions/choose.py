@@ -5,8 +5,8 @@ beyond it. A hard limit would prefer a setting without effect to one whose contr
 would prefer a weak vector to one that steers nearly all.
 
 Among settings that tune cannot tell apart, within one standard error by groups, rounding would decide. There the method
-is taken that held better elsewhere (``SAFER``), then the weakest shift. For the same reason a control or a loss counts
-as far as it is beyond its limit by a standard error.
+is taken that held better elsewhere (``SAFER``), then the weakest shift. For the same reason a loss, or a share of
+neither answer, puts a setting last only where it is surely beyond its limit: of a few tune examples one would decide.
 
 Shapes: L layers, D neurons.
 """
@@ -24,7 +24,7 @@ import torch
 
 from mnemoscope.behaviour import Batch, Scores
 from mnemoscope.directions.sources import LOW_RANK, TOGETHER, Labels, Setting
-from mnemoscope.directions.vectors import Directions, steered
+from mnemoscope.directions.vectors import Directions, share_of, steered
 from mnemoscope.models import Site
 from mnemoscope.statistics import Estimate, proportion
 from mnemoscope.steering import SteeringVector, scaled_to
@@ -294,12 +294,12 @@ def ranked(
     rated: Sequence[tuple[Setting, Estimate]],
     limits: Limits,
     seed: Sequence[int] = (0,),
-    others: Mapping[Setting, float] = MappingProxyType({}),
+    others: Mapping[Setting, Estimate] = MappingProxyType({}),
 ) -> list[Choice]:
     """Choices ``in_order``, without settings that had lost before all their controls were drawn.
 
     ``rated``: settings of one direction, at least one, with their shift rates on ``lists.targets``. ``seed``: of the
-    controls' draws. ``others``: shares of these that give neither answer; 0 where none is given.
+    controls' draws. ``others``: shares of these that give neither answer; none where none is given.
     """
     ordered = sorted(rated, key=lambda pair: (pair[0].strength, -pair[1].estimate, pair[0].top))
     # Ordered by the figures measured so far: shift rate, then collateral, then random controls.
@@ -313,9 +313,8 @@ def ranked(
             break
         site = directions[setting.site]
         if known == 0:
-            kept = -int(
-                others.get(setting, 0.0) <= limits.neither and most_lost(lists, site, setting) <= limits.collateral
-            )
+            neither = setting not in others or others[setting].at_least <= limits.neither
+            kept = -int(neither and most_lost(lists, site, setting) <= limits.collateral)
         else:
             # Indifference steers more than permuted answers do, and one refit is enough for a ranking.
             names = (STANDING_IN, [name for name in refitted(setting.method) if name in limits.names][:1])[known - 1]
@@ -360,23 +359,21 @@ def control_rates(
     seed: Sequence[int],
     names: Sequence[str] = CONTROLS,
 ) -> list[float]:
-    """The shift rate of each control that exists, less a standard error by groups and draws; at least 0."""
+    """The mean shift rate of each control that exists."""
     asking, rates = directions.sources.lists.asking, list[float]()
     for name, draws in ((name, limits.draws if name in DRAWN else limits.refits) for name in names):
         drawn = control_draws(name, directions, setting, draws, seed)
-        hits_KN = [
-            steered(asking, lists.targets, vector, margins=False, roughly=True).behaviour_N == setting.toward
+        found = [
+            share_of(steered(asking, lists.targets, vector, margins=False, roughly=True), setting.toward)
             for _, vector in drawn
         ]
-        if hits_KN:
-            draws_KN = np.repeat(np.arange(len(hits_KN)), len(lists.groups_N))
-            found = proportion(np.concatenate(hits_KN), [*lists.groups_N] * len(hits_KN), draws_KN)
-            rates.append(found.less_error)
+        if found:
+            rates.append(float(np.mean(found)))
     return rates
 
 
 def most_lost(lists: TuneLists, directions: Directions, setting: Setting) -> float:
-    """The largest share of a kept list that loses its answer, less a standard error; 0 without such lists."""
+    """The largest share of a kept list that surely loses its answer; 0 without such lists."""
     asking, vector = directions.sources.lists.asking, directions.vector(setting)
     found = [
         proportion(
@@ -385,4 +382,4 @@ def most_lost(lists: TuneLists, directions: Directions, setting: Setting) -> flo
         )
         for batches, label in (*lists.kept.values(), *lists.apart.values())
     ]
-    return max([lost.less_error for lost in found if lost.known], default=0.0)
+    return max([lost.at_least for lost in found if lost.known], default=0.0)

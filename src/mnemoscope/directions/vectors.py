@@ -37,16 +37,23 @@ def standardized_nmd(sources: Sources, labels: Labels) -> np.ndarray:
 
 
 def gradient(sources: Sources, labels: Labels) -> np.ndarray:
-    """The steepest ascent of the decision margin for a given strength.
+    """The direction in which the decision margin rises for a given strength, a mean over examples.
 
-    With shifts in units ``s`` of strength, ``u = s g`` is the steepest direction, and ``s u`` the shift.
+    With shifts in units ``s`` of strength, ``u = s g`` is an example's steepest direction, and ``s u`` the shift. Each
+    example counts as much as another in a layer, at the layer's mean norm: the steepest few would decide otherwise, and
+    a shuffle of labels would point along them.
     """
-    total_LD, count = np.zeros(sources.shape_LD), 0
+    scale_LD = sources.scale_LD * sources.unit_L[:, None]
+    total_LD, norms_L, count = np.zeros(sources.shape_LD), np.zeros(len(scale_LD)), 0
     for stream, batches in enumerate(sources.margin_gradients):
         for number, gradients_NLD in enumerate(batches):
-            total_LD += np.tensordot(labels.signs(len(gradients_NLD), stream, number), gradients_NLD, 1)
-            count += len(gradients_NLD)
-    return (sources.scale_LD * sources.unit_L[:, None]) ** 2 * total_LD / count
+            steepest_NLD = gradients_NLD * scale_LD
+            norm_NL1 = np.linalg.norm(steepest_NLD, axis=2, keepdims=True)
+            steepest_NLD /= np.where(norm_NL1 > 0, norm_NL1, 1.0)
+            total_LD += np.tensordot(labels.signs(len(steepest_NLD), stream, number), steepest_NLD, 1)
+            norms_L += norm_NL1.sum(axis=(0, 2))
+            count += len(steepest_NLD)
+    return scale_LD * total_LD * norms_L[:, None] / count**2
 
 
 def logistic(sources: Sources, labels: Labels) -> np.ndarray:

@@ -238,15 +238,14 @@ def choose(
     Returns the choices, the shift rates of all settings, and the rows of the sweep.
     """
     settings, rows, rates = list(chain.from_iterable(tried.values())), list[Row](), dict[Setting, Estimate]()
-    others = dict[Setting, float]()
+    others = dict[Setting, Estimate]()
     parts = [([fit],) for fit in _to_learn(opened.cell.config.steering, settings, opened.shifts)]
     for done, found in enumerate(opened.map(fit_directions, parts, [[] for _ in parts]), 1):
         opened.shifts.update(found)
         tell(list(AIMS).index(aim) + 0.5, PARTS, f"learning for {AIMS[aim]}: part {done} of {len(parts)}")
     swept = opened.map(_sweep, [(aim, setting) for setting in settings], [[setting] for setting in settings])
-    for setting, (rates[setting], found) in zip(settings, swept, strict=True):
+    for setting, (rates[setting], others[setting], found) in zip(settings, swept, strict=True):
         rows += found
-        others[setting] = found[0]["other"]
         note = f"{setting.direction}: trying {setting.method} for {AIMS[aim]} on tune"
         tell(list(AIMS).index(aim) + 0.5 + len(rates) / (4 * len(settings)), PARTS, note)
     tell(list(AIMS).index(aim) + 0.75, PARTS, f"choosing for {AIMS[aim]} on tune")
@@ -305,8 +304,8 @@ def compared(rates: Mapping[Setting, Estimate]) -> list[Chosen]:
     return [Chosen(key[0], setting, within=False, best=False) for key, setting in most.items()]
 
 
-def _sweep(opened: SteeredCell, aim: str, setting: Setting) -> tuple[Estimate, list[Row]]:
-    """Shift rate of a setting on tune, and rows of the sweep."""
+def _sweep(opened: SteeredCell, aim: str, setting: Setting) -> tuple[Estimate, Estimate, list[Row]]:
+    """Shares of tune that a setting steers, and that give neither answer then, and rows of the sweep."""
     lists, of_pairs = (opened.tune[name][setting.direction] for name in (aim, "pairs"))
     vector = opened.directions[setting.site].vector(setting)
     scores = steered(opened.asking, lists.targets, vector, roughly=True)
@@ -316,7 +315,7 @@ def _sweep(opened: SteeredCell, aim: str, setting: Setting) -> tuple[Estimate, l
             rows.append(
                 _row(name, setting, steered(opened.asking, batches, vector, margins=False, roughly=True), label)
             )
-    return lists.rate(scores, setting.toward), rows
+    return lists.rate(scores, setting.toward), lists.rate(scores, "other"), rows
 
 
 def _pick(opened: SteeredCell, pick: Callable[..., Any], aim: str, direction: str, candidates: list[Any]) -> Any:

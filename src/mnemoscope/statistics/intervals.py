@@ -57,9 +57,9 @@ class Estimate:
         return math.inf if math.isnan(width) else width / (2 * NORMAL)
 
     @property
-    def less_error(self) -> float:
-        """The estimate less a standard error, at least 0; the estimate itself where that error is not known."""
-        return max(0.0, self.estimate - (self.error if math.isfinite(self.error) else 0.0))
+    def at_least(self) -> float:
+        """The lower end of the interval; the estimate itself where there is none."""
+        return self.low if math.isfinite(self.low) else self.estimate
 
     @property
     def sign(self) -> int:
