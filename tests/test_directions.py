@@ -422,15 +422,14 @@ def test_a_near_tie_is_decided_by_a_stated_order() -> None:
     assert in_order([unknown, chosen("learned", 0.1)])[0].setting.method == "learned", "too few groups tell nothing"
 
 
-def test_a_control_counts_less_its_error(asking: Asking, directions: Directions) -> None:
-    examples, limits = conflicts(60), Limits(1.0, 1.0, draws=2, refits=2)
+@pytest.mark.parametrize(("answered_neither", "kept"), [(2, True), (8, False)])
+def test_a_limit_counts_where_it_is_surely_broken(
+    asking: Asking, directions: Directions, answered_neither: int, kept: bool
+) -> None:
+    examples = conflicts(40)
     lists = TuneLists(with_prefixes(asking, examples), [example.group for example in examples], {})
-    strong = setting("gradient", top=0.5, strength=2.0)
-    (found,) = control_rates(lists, directions, strong, limits, (0,), ["gaussian"])
-    hits = [
-        steered(asking, lists.targets, vector).behaviour_N == "generalized"
-        for _, vector in control_draws("gaussian", directions, strong, 2, (0,))
-    ]
-    assert 0 <= found <= float(np.mean(hits))
-    expected = proportion(np.concatenate(hits), [e.group for e in examples] * 2, np.repeat([0, 1], len(examples)))
-    assert found == pytest.approx(max(0.0, expected.estimate - expected.error))
+    tried, hits = setting("gradient", top=0.5, strength=0.2), np.arange(8) < answered_neither
+    rates, others = [(tried, proportion(~hits, np.arange(8)))], {tried: proportion(hits, np.arange(8))}
+    assert others[tried].estimate > 0.12
+    (found,) = ranked(lists, {"block": directions}, rates, Limits(1.0, 1.0, 2, 2, neither=0.12), others=others)
+    assert found.kept == kept

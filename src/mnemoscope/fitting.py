@@ -73,8 +73,9 @@ def fit_run(
             direction at most; ``positions``, ``decision`` or ``all``; ``aim``,
             ``conflict`` or ``pairs``; ``lost`` and ``neither``, shares of other answers and of steered prompts that a
             vector may cost on tune; ``threads`` (default: one for each processor); ``progress``, True to show how far
-            it is, or what is called with (cell, stage, done, total, note); and for a model given by name ``dtype``,
-            ``device_map`` and ``layout``.
+            it is, or what is called with (cell, stage, done, total, note); and for a model and a task given by name
+            ``dtype``, ``device_map`` and ``layout``, and ``workers``: processes with so many threads and a copy of the
+            model each (default: 1; a script that asks for more must be one that ``multiprocessing`` can import).
 
     Raises:
         InputError, StudyError: see ``mnemoscope.fit``.
@@ -83,15 +84,17 @@ def fit_run(
 
     from mnemoscope.study import run_study
 
-    of_study = ("settings", "positions", "aim", "lost", "neither", "threads", "progress", "budget")
+    of_study = ("settings", "positions", "aim", "lost", "neither", "threads", "workers", "progress", "budget")
     of_model, began = ("dtype", "device_map", "layout"), time.monotonic()
     for name in choices:
         if name not in (*of_study, *of_model):
             raise InputError(f"{name}: fit has no such argument; it has {', '.join((*of_study, *of_model))}")
     progress: Progress | bool | None = choices.pop("progress", None)
-    budget = choices.pop("budget", None)
+    budget, workers = choices.pop("budget", None), choices.pop("workers", 1)
     if budget is not None and not 0 < budget < math.inf:
         raise InputError(f"budget: {budget!r}; allowed is a number of minutes above 0")
+    if workers != 1 and not (isinstance(model, str | Path) and isinstance(task, str | Path) and workers > 1):
+        raise InputError(f"workers: {workers!r}; allowed is 1, or more where model and task are given by name")
     shape = {name: value for name in of_model if (value := choices.pop(name, None)) is not None}
     choices["threads"] = choices.get("threads") or os.cpu_count() or 1
     chat = {"chat": {"system": prompting.system, "reply": prompting.reply}} if prompting.chat else {}
@@ -113,13 +116,13 @@ def fit_run(
         levels = [fitting_study(described, task, options, **choices, level=n) for n in range(len(LEVELS))]
         with _left_as_it_was(model), quick_products(), shown(progress) as tell:
             tell("fit", "budget", 0, 1, "timing the model")
-            torch.set_num_threads(choices["threads"])  # as the study will
+            torch.set_num_threads(workers * choices["threads"])  # as the study will, one way or the other
             config = _within(60 * budget, began, asking, task, options, levels, out)
     opened = Opened(model, tokenizer, task if isinstance(task, Task) else None)
     with _left_as_it_was(model), shown(progress, SHARES) as tell:
         if budget is not None:
             tell("fit", "budget", 1, 1, f"left out to keep to {budget:g} minutes: {config.left_out or 'nothing'}")
-        run_study(config, out, tell, workers=1, opened=opened)
+        run_study(config, out, tell, workers=workers, opened=opened)
     return model, tokenizer
 
 

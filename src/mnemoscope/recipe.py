@@ -17,8 +17,9 @@ from mnemoscope.errors import InputError
 from mnemoscope.tasks import Task, allow_code
 
 # Tried in each layer; standardized NMD, as huge activations of a few neurons would dominate the plain one.
-METHODS = ("standardized-nmd", "gradient", "learned")
-NOT_EXPORTED = ("low-rank",)  # it depends on the state, so it is not tried where vectors are to be exported
+METHODS = ("standardized-nmd", "gradient")
+# What is learned beside them, by position: a low-rank shift depends on the state, so it cannot be exported.
+LEARNED = {"decision": "low-rank", "all": "learned"}
 # In units of each neuron's spread: from shifts that do nothing to those that break a model, whichever it is.
 TRIED: dict[str, dict[str, list[Any]]] = {"block": {"tops": [0.5], "strengths": [0.1, 0.2, 0.4, 0.8]}}
 ONE_LAYER = len(METHODS) * sum(math.prod(map(len, grid.values())) for grid in TRIED.values())
@@ -28,7 +29,7 @@ LOST, NEITHER = 0.08, 0.12  # what a vector may cost on tune, unless told otherw
 STEERING: dict[str, Any] = {
     "unit": "spread",
     "halving": 2,
-    **{"fit_pairs": 200, "fit_others": 128, "learned_steps": 24, "kept_weight": 1.0},
+    **{"fit_pairs": 200, "fit_others": 128, "learned_steps": 24, "fit_batch": 8, "kept_weight": 1.0},
     **{"tune_pairs": 48, "tune_others": 48, "tune_draws_again": 2, "judged_examples": 80},
     "tune_refits": 0,  # refitted controls are judged on test; while settings are compared they would cost the most
     "norm_draws": 0,
@@ -36,17 +37,17 @@ STEERING: dict[str, Any] = {
     "controls_of": "best",
     # A null of each kind: of neurons, of signs, of labels or answers, and of everything.
     "controls": ["random_neurons", "random_sign", "shuffled_labels", "permuted_answers", "gaussian"],
-    **{"draws": 1, "conflict_draws": CLAIMED, "screened": 20},
+    **{"draws": 1, "conflict_draws": CLAIMED, "screened": 12},
     "control_limit": 0.15,
 }
 MEASURED: dict[str, Any] = {
     "pairs": {"batch_size": 64, "rephrasings": 3, "fit_examples": 240, "tune_examples": 140}
     | {"test_examples": 220, "held_out_examples": 60, "behaviour_examples": 200, "at_once": 2048},
     "probes": {"offsets": [0], "pairs": 250, "learning_draws": 2, "halvings": 6},
-    "effects": {"pairs": 32, "draws": 1, "doses": [0.0, 0.5, 1.0, 2.0], "ablated": [0.1]}
+    "effects": {"pairs": 16, "draws": 1, "doses": [0.5, 1.0, 2.0], "ablated": [0.1]}
     | {"methods": "best", "patched": False},
     "detection": {"fitted": True, "examples": 400, "others": 100},
-    "neutral": {"cuts": 16, "texts": 8, "length": 32, "doses": [0.5, 1.0]},
+    "neutral": {"cuts": 8, "texts": 4, "length": 32, "doses": [0.5, 1.0]},
 }
 
 
@@ -62,8 +63,8 @@ class Level(NamedTuple):
     passes: float
     tokens: int
     changes: Mapping[str, Any] = MappingProxyType({})
-    methods: tuple[str, ...] = METHODS + NOT_EXPORTED
     layers: float = 1.0  # of them, the share that is tried
+    learns: bool = True
 
 
 FEW: dict[str, dict[str, Any]] = {"effects": {"doses": [0.0, 1.0], "ablated": []}, "neutral": {"cuts": 0}}
@@ -71,17 +72,18 @@ FEWER = FEW | {
     "pairs": {"rephrasings": 2, "fit_examples": 160, "tune_examples": 100, "test_examples": 160}
     | {"behaviour_examples": 160, "held_out_examples": 40}
 }
-HALF, QUARTER = (FEWER | {"steering": {"low_rank": {"steps": steps, "refits": 0}}} for steps in (16, 8))
-NOT_LEARNED = ("standardized-nmd", "gradient", "low-rank")
+HALF, QUARTER = (
+    FEWER | {"steering": {"learned_steps": 3 * steps // 4, "low_rank": {"steps": steps, "refits": 0}}}
+    for steps in (16, 8)
+)
 LEVELS = (
     Level("nothing", 2.0, 94_800),
     Level("dose curves, ablations and divergence on neutral text", 1.9, 88_800, FEW),
-    Level("learned shifts", 1.8, 84_000, FEW, NOT_LEARNED),
-    Level("half of the examples", 1.65, 78_400, FEWER, NOT_LEARNED),
-    Level("half of the layers", 1.65, 72_000, FEWER, NOT_LEARNED, 0.5),
-    Level("half of the steps of low-rank shifts", 1.65, 61_000, HALF, NOT_LEARNED, 0.5),
-    Level("another quarter of these steps", 1.65, 49_000, QUARTER, NOT_LEARNED, 0.5),
-    Level("low-rank shifts", 1.4, 40_500, FEWER, ("standardized-nmd", "gradient"), 0.5),
+    Level("half of the examples", 1.65, 78_400, FEWER),
+    Level("half of the layers", 1.65, 72_000, FEWER, 0.5),
+    Level("half of the steps of what is learned", 1.65, 61_000, HALF, 0.5),
+    Level("another quarter of these steps", 1.65, 49_000, QUARTER, 0.5),
+    Level("what is learned", 1.4, 40_500, FEWER, 0.5, learns=False),
 )
 
 
@@ -139,7 +141,7 @@ def fitting_study(
             raise InputError(f"{field}: {share!r}; allowed is a share from 0 to 1")
     less = LEVELS[level]
     layers = {"layers": [f"spread-{max(1, int(less.layers * (settings // ONE_LAYER)))}"]}
-    methods = [name for name in less.methods if positions != "all" or name not in NOT_EXPORTED]
+    methods = [*METHODS, LEARNED[positions]] if less.learns else [*METHODS]
     tried: dict[str, Any] = {
         "methods": methods,
         "grids": {site: layers | grid for site, grid in TRIED.items()},

@@ -91,12 +91,12 @@ def fit(
     task: Annotated[str, typer.Option(help="A task, see `mnemoscope tasks`, or a JSONL file of your own.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Run folder: pairs, vectors, detector, report.")],
     option: Given = None,
-    settings: Annotated[int, typer.Option(help="Settings tried in either direction, at most; 12 or more.")] = 72,
+    settings: Annotated[int, typer.Option(help="Settings tried in either direction, at most; 8 or more.")] = 48,
     positions: Annotated[str, typer.Option(help="decision, or all: every token, for export.")] = "decision",
     aim: Annotated[str, typer.Option(help="What vectors are for: conflict, as users meet it, or pairs.")] = "conflict",
     lost: Annotated[float, typer.Option(min=0, max=1, help="Share of other answers that a vector may cost.")] = 0.08,
     neither: Annotated[float, typer.Option(min=0, max=1, help="Share it may leave answered neither way.")] = 0.12,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads; default: as many as there are cores.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Processors to use; default: all there are.")] = None,
     budget: Annotated[float | None, typer.Option(help="Minutes that it may take; what is left out is told.")] = None,
     chat: AsChat = False,
     reply: Reply = "",
@@ -110,14 +110,19 @@ def fit(
     from mnemoscope.face import fit as fit_model
     from mnemoscope.files import dumped
     from mnemoscope.fitting import SHARES
+    from mnemoscope.models import models_that_fit
     from mnemoscope.processes import quiet_library
 
     asked: dict[str, Any] = {"prompting": Prompting(chat, reply=reply), "options": options(option)}
-    asked |= {"settings": settings, "positions": positions, "aim": aim, "threads": threads, "budget": budget}
+    asked |= {"settings": settings, "positions": positions, "aim": aim, "budget": budget}
     asked |= {"lost": lost, "neither": neither}
     asked |= {"dtype": dtype, "device_map": device_map, "layout": named_parts(layout)}
     note = [] if as_json or positions == "all" else [NOT_EXPORTED]
     quiet_library()
+    processors = threads or os.cpu_count() or 1
+    # Processes of one thread each do not wait for one another, and round as one alone would.
+    alone = device_map is None and models_that_fit(model, processors) == processors
+    asked |= {"workers": processors, "threads": 1} if alone else {"threads": processors}
     with progress(as_json, note, SHARES) as tell:
         fitted = fit_model(model, task=task, out=out, progress=tell, **asked)
     summary, report_path = fitted.summary(), str(out / "report.html")

@@ -105,7 +105,7 @@ class PerProcess:
         self.cell = cell
 
     def __reduce__(self) -> tuple[type[PerProcess], tuple[Cell]]:
-        return type(self), (replace(self.cell, map=in_order),)
+        return type(self), (replace(self.cell, map=in_order, opened=None),)
 
     @cached_property
     def asking(self) -> Asking:
