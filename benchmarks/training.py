@@ -37,7 +37,7 @@ from mnemoscope.models.passes import Precision
 from mnemoscope.processes import quiet_library, settle
 from mnemoscope.tasks import Task, answer_of, build_task
 from mnemoscope.training import Evaluation, batches, optimizers_for, train, unmet
-from mnemoscope.training.loop import row_lengths, weighted_loss
+from mnemoscope.training.instances import row_lengths, weighted_loss
 from mnemoscope.training.optimizers import rate_factor
 
 OURS, RECIPE, PLAIN = "Mnemoscope", "Trainer, our recipe", "Trainer, plain"

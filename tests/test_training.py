@@ -32,8 +32,10 @@ from mnemoscope.training import (
     train,
     unmet,
 )
-from mnemoscope.training.loop import Measured, _backward, _State, by_length
+from mnemoscope.training.instances import backward, by_length
+from mnemoscope.training.loop import _State
 from mnemoscope.training.optimizers import orthogonalized
+from mnemoscope.training.rule import Measured
 
 NEVER = StopConfig(novel_accuracy=0.8, recall=0.8, conflict_each=0.2, conflict_other=0.2)  # held in thirty steps
 QUICK = TrainingConfig(steps=30, batch_size=16, evaluate_every=10, evaluation_examples=24, stop=NEVER)
@@ -278,7 +280,7 @@ def test_short_and_long_instances_of_a_batch_give_the_gradient_of_the_whole() ->
     expected = -(logp_BT * weights_BT[:, 1:]).sum() / weights_BT[:, 1:].sum()
     gradients = torch.autograd.grad(expected, list(asking.model.parameters()))
     assert len(by_length(ids_BT, weights_BT)) == 2
-    assert _backward(asking.model, ids_BT, weights_BT) == pytest.approx(expected.item(), rel=1e-5)
+    assert backward(asking.model, ids_BT, weights_BT) == pytest.approx(expected.item(), rel=1e-5)
     for weight, gradient in zip(asking.model.parameters(), gradients, strict=True):
         assert weight.grad is not None
         torch.testing.assert_close(weight.grad, gradient, atol=1e-5, rtol=1e-4)
