@@ -139,7 +139,7 @@ def test_a_rule_that_its_examples_cannot_decide_is_refused(field: str, bound: fl
 
 
 def test_a_dial_follows_the_mixture_and_a_task_without_it_is_refused(task: Task) -> None:
-    hold = HoldConfig(target=0.4, proportional=1.0, integral=0.5, novel_accuracy=0.9)
+    hold = HoldConfig(target=0.4, proportional=1.0, integral=0.5, learned=0.9)
     config = QUICK.model_copy(update={"hold": hold})
     state = _State(untrained(task).model, config, 0.3)
     state._losses = [0.0]
@@ -257,7 +257,7 @@ MINI_CIPHER = {"letters": 10, "length": 2, "stored": 8}
 MINI_JOINT = {"parts": {"inference": MINI_TASKS["inference"], "cipher": MINI_CIPHER}}
 
 
-@pytest.mark.parametrize("hold", [None, HoldConfig(novel_accuracy=0.0)], ids=["left alone", "held"])
+@pytest.mark.parametrize("hold", [None, HoldConfig(learned=0.0)], ids=["left alone", "held"])
 def test_a_killed_training_goes_on_to_the_same_bytes(hold: HoldConfig | None, task: Task, tmp_path: Path) -> None:
     """Stopped before the first measurement, and several times behind it; each time in a new model."""
     config = QUICK.model_copy(update={"steps": 90, "hold": hold})

@@ -1,6 +1,6 @@
 """The plugin inside real vLLM, over HTTP, against transformers; skipped where vLLM is not installed.
 
-python -m pytest tests/test_vllm.py                               a tiny model, three servers and one for each fault
+python -m pytest tests/test_vllm.py                               a tiny model, three servers and two with faults
 MNEMOSCOPE_SERVED=smollm2 python -m pytest tests/test_vllm.py     300 requests and 84 follow-ups of each of five servers
 """
 
@@ -139,19 +139,25 @@ def test_what_follows_a_conversation_is_as_on_a_fresh_server(
         checked(client, wanted, f"{what}, {name}")
 
 
-@pytest.mark.parametrize("fault", ["", *FAULTS])
+@pytest.mark.parametrize("at_start", ["", "wrong layer"])  # where a vector acts is read when a server starts
 def test_the_doctor_passes_an_honest_server_and_finds_a_planted_fault(
-    material: Material, tmp_path: Path, fault: str
+    material: Material, tmp_path: Path, at_start: str
 ) -> None:
-    with serving(material, tmp_path / "server.log", *CHUNKED, fault=fault) as client:
+    present = tmp_path / "fault"
+    present.write_text(at_start)
+    texts = [material.fitted.tokenizer.decode(prompt) for prompt in material.prompts[:8]]
+    with serving(material, tmp_path / "server.log", *CHUNKED, fault=present) as client:
         server = Server(str(client.base_url))
         assert server.engine.startswith("vLLM 0.")
-        texts = [material.fitted.tokenizer.decode(prompt) for prompt in material.prompts[:8]]
-        found = {proof.name.partition(" (")[0]: proof for proof in prove(server.ask, material.fitted, texts, CONTEXT)}
-    print(*found.values(), sep="\n")
-    failed = {name for name, proof in found.items() if not proof.passed}
-    assert found["unsteered = transformers'"].passed
-    assert FAULTS[fault] in failed if fault else not failed, failed
+        for fault in [at_start] if at_start else ["", *(name for name in FAULTS if name != "wrong layer")]:
+            present.write_text(fault)
+            assert client.post("/reset_prefix_cache").status_code == 200
+            proofs = prove(server.ask, material.fitted, texts, CONTEXT)
+            found = {proof.name.partition(" (")[0]: proof for proof in proofs}
+            print(fault or "honest", *found.values(), sep="\n")
+            failed = {name for name, proof in found.items() if not proof.passed}
+            assert found["unsteered = transformers'"].passed
+            assert FAULTS[fault] in failed if fault else not failed, (fault, failed)
 
 
 @pytest.mark.filterwarnings("ignore")  # of vLLM's own imports

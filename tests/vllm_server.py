@@ -180,8 +180,13 @@ def ways(threshold: float) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def serving(material: Material, log: Path, *flags: str, plugin: bool = True, fault: str = "") -> Iterator[httpx.Client]:
-    """A client of a new server; RuntimeError with the end of its log where it does not start."""
+def serving(
+    material: Material, log: Path, *flags: str, plugin: bool = True, fault: Path | None = None
+) -> Iterator[httpx.Client]:
+    """A client of a new server; RuntimeError with the end of its log where it does not start.
+
+    ``fault``: the file that names the fault of our plugin that is there at the time, see ``vllm_faulty``.
+    """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(material.folder)]
@@ -191,7 +196,7 @@ def serving(material: Material, log: Path, *flags: str, plugin: bool = True, fau
     environment = {**os.environ, **ENVIRONMENT}
     environment["MNEMOSCOPE_RUN"] = str(material.run)
     if fault:
-        environment |= {**vllm_faulty.installed(log.parent), "PLANTED_FAULT": fault}
+        environment |= vllm_faulty.installed(log.parent, fault)
     if not plugin:
         environment |= {"VLLM_PLUGINS": ""}
         del environment["MNEMOSCOPE_RUN"]

@@ -107,11 +107,11 @@ class HoldConfig(Frozen):
         1.0, ge=0, le=10, description="of the present distance from the target: how far the log odds of the dial move"
     )
     integral: float = Field(0.2, ge=0, le=10, description="the same of the sum of all distances so far")
-    novel_accuracy: float = Field(
+    learned: float = Field(
         0.9,
         ge=0,
         le=1,
-        description="accuracy on novel examples from which on distances count: the rule is learned first",
+        description="novel accuracy and recall from which on distances count: a share of two needs both",
     )
 
 

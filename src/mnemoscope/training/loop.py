@@ -172,10 +172,8 @@ class _State:
         assert hold is not None, "there is a dial"
         for row in self.curve:
             memorized, generalized = row["conflict_memorized"], row["conflict_generalized"]
-            answered = memorized + generalized
-            now = (
-                memorized / answered - hold.target if answered and row["novel_accuracy"] >= hold.novel_accuracy else 0.0
-            )
+            answered, learned = memorized + generalized, min(row["novel_accuracy"], row["recall"])
+            now = memorized / answered - hold.target if answered and learned >= hold.learned else 0.0
             total += now
         held = float(np.clip(first, LEAST_SHARE, MOST_SHARE))
         odds = math.log(held / (1 - held)) - self.way * (hold.proportional * now + hold.integral * total)
