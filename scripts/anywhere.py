@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mnemoscope.config import load_study
+from mnemoscope.config import dump_study, load_study
 
 HEAD = (
     "| setting | cell | arrived | attempts, steps | training s | conflicts memorized / generalized | to generalized: "
@@ -36,21 +36,20 @@ def main() -> int:
         print("\n".join(table(Path(arguments.names[0]))))
         return 0
     study, run = arguments.names
-    fields = {"training.precision": arguments.precision, "model.jitter": arguments.jitter}
-    trained = [
-        label for label, cell in load_study(study).cells.items() if cell.model.is_trained and not cell.model.lora
-    ]
+    config = load_study(study)
+    trained = [label for label, cell in config.cells.items() if cell.model.is_trained and not cell.model.lora]
+    changes = list(arguments.changes)
     if arguments.models:
-        folders = {label: next(arguments.models.glob(f"cells/{label}-*/model")).resolve() for label in trained}
-        changes = [f"cells.{label}.model={{folder: {folder}}}" for label, folder in folders.items()]
-    else:
-        changes = [
-            f"cells.{label}.{field}={value}"
-            for label in trained
-            for field, value in fields.items()
-            if value is not None
+        folders = {label: next(arguments.models.glob(f"cells/{label}-*/model"), None) for label in trained}
+        cells = {label: config.cells[label] for label, folder in folders.items() if folder}
+        study = f"{run}.yaml"
+        Path(study).write_text(dump_study(config.model_copy(update={"cells": cells, "seeds": 1, "first_seed": 0})))
+        changes += [
+            f"cells.{label}.model={{folder: {folder.resolve()}}}" for label, folder in folders.items() if folder
         ]
-    given = [part for change in [*arguments.changes, *changes] for part in ("--set", change)]
+    for field, value in {"training.precision": arguments.precision, "model.jitter": arguments.jitter}.items():
+        changes += [f"cells.{label}.{field}={value}" for label in trained if value is not None]
+    given = [part for change in changes for part in ("--set", change)]
     return subprocess.call([sys.executable, "-m", "mnemoscope", "run", study, "--out", run, *given])
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Other processors, on one machine: the fast tests and a study under settings that round otherwise, and one table of both.
 #     bash scripts/anywhere.sh [OUT [STUDY [TESTS [TRAINED]]]]
-# TESTS: a target of the Makefile, or none. TRAINED: a run of the study whose models are analysed, instead of training others.
+# TESTS: a target of the Makefile, or none. TRAINED: a run with models of the study, which are analysed; none are trained then.
 # Needs what `make test` sets up. A run that is there already is not run again; the last line says whether all passed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -14,7 +14,16 @@ settings=(
     "two-threads OMP_NUM_THREADS=2 threads=2"
     "jitter jitter=1e-7"
 )
-if grep -q amx_bf16 /proc/cpuinfo; then settings+=("amx ONEDNN_MAX_CPU_ISA=AVX512_CORE_AMX precision=bfloat16"); fi
+if [ -n "$models" ]; then # the passes of an analysis are in float32, and nothing is trained
+    settings=(
+        "${settings[@]:0:3}"
+        "aten-avx2 ATEN_CPU_CAPABILITY=avx2"
+        "aten-default ATEN_CPU_CAPABILITY=default"
+        "mkl-avx2 MKL_ENABLE_INSTRUCTIONS=AVX2"
+        "mkl-sse4 MKL_ENABLE_INSTRUCTIONS=SSE4_2"
+        "two-threads OMP_NUM_THREADS=2 threads=2"
+    )
+elif grep -q amx_bf16 /proc/cpuinfo; then settings+=("amx ONEDNN_MAX_CPU_ISA=AVX512_CORE_AMX precision=bfloat16"); fi
 mkdir -p "$out"
 for setting in "${settings[@]}"; do
     name=${setting%% *} variables=() changes=()
