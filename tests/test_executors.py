@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import sys
 import time
@@ -16,6 +17,7 @@ import pytest
 
 from mnemoscope.config import load_study
 from mnemoscope.errors import InputError
+from mnemoscope.executors import _to_cluster
 from mnemoscope.study import run_study
 from test_study import check_results
 
@@ -33,6 +35,7 @@ def head() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_worker_niceness", "0")  # or the other tests would leave them nothing
+        patch.delenv("GOMP_SPINCOUNT", raising=False)  # which this process has: workers are to set it themselves
         patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
         made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         yield made
@@ -88,7 +91,7 @@ def test_a_node_that_dies_costs_no_cell_and_no_finished_stage(
 def test_a_cell_takes_the_processors_that_are_left(
     cluster: Any, mini_study_file: Path, mini_run: Path, tmp_path: Path
 ) -> None:
-    """Parts of its steering run side by side and give the same bytes."""
+    """Parts of its steering run side by side and give the same bytes; threads that wait there sleep soon."""
     cluster.add_node(num_cpus=2)
     run = tmp_path / "run"
     shutil.copytree(mini_run, run)
@@ -99,6 +102,8 @@ def test_a_cell_takes_the_processors_that_are_left(
         (cell / "records" / name).unlink()
     run_study(load_study(str(mini_study_file)), run, executor="ray", address=cluster.address)
     assert {name: (cell / "records" / name).read_bytes() for name in names} == before
+    ray.init(address=cluster.address, log_to_driver=False)
+    assert _to_cluster(1, 0, pickle.dumps(os.getenv))("GOMP_SPINCOUNT")() == "1000"
 
 
 @pytest.mark.parametrize(

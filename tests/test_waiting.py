@@ -21,18 +21,13 @@ from mnemoscope.waiting import bound_waiting, warn_of_waiting
 
 COMMAND = "import sys; sys.argv[1:] = ['doctor', 'no/such/model']; from mnemoscope.cli import main; main()"
 LATE = """
-import os, pickle, torch
-from mnemoscope.executors import _to_cluster, in_processes
+import os, torch
+from mnemoscope.executors import in_processes
 assert "GOMP_SPINCOUNT" not in os.environ
 """
 WORKER = """
 with in_processes(2, 1) as parallel:
     print(list(parallel(os.getenv, ["GOMP_SPINCOUNT"] * 2)))
-"""
-TASK = """
-import ray
-ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-print([_to_cluster(1, 0, pickle.dumps(os.getenv))("GOMP_SPINCOUNT")()])
 """
 
 
@@ -63,13 +58,6 @@ def test_workers_have_it_though_the_user_imported_torch_first() -> None:
     assert "['1000', '1000']" in said
     assert "1000" in spins(said)
     assert len(spins(said)) == 2, "the first process spins as torch does by itself"
-
-
-@linux
-@pytest.mark.slow
-def test_tasks_of_ray_have_it() -> None:
-    pytest.importorskip("ray")
-    assert "['1000']" in settings_of(LATE + TASK, RAY_USAGE_STATS_ENABLED="0")
 
 
 @linux

@@ -17,7 +17,7 @@ from mnemoscope.behaviour import Asking, Prompting, draw_candidates, prepare, sc
 from mnemoscope.cells import Opened
 from mnemoscope.config import LayoutConfig, StudyConfig, dump_study
 from mnemoscope.errors import InputError
-from mnemoscope.models import load_model, quick_products, use_layout
+from mnemoscope.models import load_model, models_that_fit, quick_products, use_layout
 from mnemoscope.recipe import LEVELS, MEASURED, Level, fitting_study
 from mnemoscope.steering import Binding
 from mnemoscope.strict import read_text
@@ -75,7 +75,8 @@ def fit_run(
             vector may cost on tune; ``threads`` (default: one for each processor); ``progress``, True to show how far
             it is, or what is called with (cell, stage, done, total, note); and for a model and a task given by name
             ``dtype``, ``device_map`` and ``layout``, and ``workers``: processes with so many threads and a copy of the
-            model each (default: 1; a script that asks for more must be one that ``multiprocessing`` can import).
+            model each, where memory has room for them (default: 1, which has all threads; a script that asks for more
+            must be one that ``multiprocessing`` can import).
 
     Raises:
         InputError, StudyError: see ``mnemoscope.fit``.
@@ -102,7 +103,11 @@ def fit_run(
         described: dict[str, Any] = {"folder": str(model), **shape, **chat}
         config = fitting_study(described, task, options, **choices)
         _task_of(config, task)  # before a large model is opened for nothing
+        name = model
         model, tokenizer = load_model(model, **shape | {"layout": _layout_of(config)})
+        if workers > 1 and (shape.get("device_map") or models_that_fit(name, workers) < workers):
+            workers, choices["threads"] = 1, workers * choices["threads"]
+            config = fitting_study(described, task, options, **choices)
     else:
         assert tokenizer is not None
         described = {"opened": Binding.of(model, tokenizer).weights, **shape, **chat}

@@ -110,7 +110,6 @@ def fit(
     from mnemoscope.face import fit as fit_model
     from mnemoscope.files import dumped
     from mnemoscope.fitting import SHARES
-    from mnemoscope.models import models_that_fit
     from mnemoscope.processes import quiet_library
 
     asked: dict[str, Any] = {"prompting": Prompting(chat, reply=reply), "options": options(option)}
@@ -119,10 +118,8 @@ def fit(
     asked |= {"dtype": dtype, "device_map": device_map, "layout": named_parts(layout)}
     note = [] if as_json or positions == "all" else [NOT_EXPORTED]
     quiet_library()
-    processors = threads or os.cpu_count() or 1
     # Processes of one thread each do not wait for one another, and round as one alone would.
-    alone = device_map is None and models_that_fit(model, processors) == processors
-    asked |= {"workers": processors, "threads": 1} if alone else {"threads": processors}
+    asked |= {"workers": threads or os.cpu_count() or 1, "threads": 1}
     with progress(as_json, note, SHARES) as tell:
         fitted = fit_model(model, task=task, out=out, progress=tell, **asked)
     summary, report_path = fitted.summary(), str(out / "report.html")
