@@ -103,9 +103,9 @@ def fit_run(
         described: dict[str, Any] = {"folder": str(model), **shape, **chat}
         config = fitting_study(described, task, options, **choices)
         _task_of(config, task)  # before a large model is opened for nothing
-        name = model
+        given = model
         model, tokenizer = load_model(model, **shape | {"layout": _layout_of(config)})
-        if workers > 1 and (shape.get("device_map") or models_that_fit(name, workers) < workers):
+        if workers > 1 and (shape.get("device_map") or models_that_fit(given, workers) < workers):
             workers, choices["threads"] = 1, workers * choices["threads"]
             config = fitting_study(described, task, options, **choices)
     else:

@@ -168,12 +168,14 @@ class _State:
 
     def _moved(self, first: float) -> float:
         """The dial after the last measurement, against what is ahead; log odds keep it between 0 and 1."""
-        hold, now, total = self.config.hold, 0.0, 0.0
+        hold, now, total, learned = self.config.hold, 0.0, 0.0, False
         assert hold is not None, "there is a dial"
         for row in self.curve:
             memorized, generalized = row["conflict_memorized"], row["conflict_generalized"]
-            answered, learned = memorized + generalized, min(row["novel_accuracy"], row["recall"])
-            now = memorized / answered - hold.target if answered and learned >= hold.learned else 0.0
+            answered = memorized + generalized
+            # What is lost again is for the dial to bring back.
+            learned = learned or min(row["novel_accuracy"], row["recall"]) >= hold.learned
+            now = memorized / answered - hold.target if answered and learned else 0.0
             total += now
         held = float(np.clip(first, LEAST_SHARE, MOST_SHARE))
         odds = math.log(held / (1 - held)) - self.way * (hold.proportional * now + hold.integral * total)
