@@ -174,7 +174,7 @@ class _State:
             memorized, generalized = row["conflict_memorized"], row["conflict_generalized"]
             answered = memorized + generalized
             # What is lost again is for the dial to bring back.
-            learned = learned or min(row["novel_accuracy"], row["recall"]) >= hold.learned
+            learned = learned or row["novel_accuracy"] >= hold.learned
             now = memorized / answered - hold.target if answered and learned else 0.0
             total += now
         held = float(np.clip(first, LEAST_SHARE, MOST_SHARE))
