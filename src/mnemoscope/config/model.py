@@ -111,7 +111,7 @@ class HoldConfig(Frozen):
         0.9,
         ge=0,
         le=1,
-        description="novel accuracy and recall that both have to reach before distances count",
+        description="novel accuracy from which on distances count, once it was reached: the rule comes first",
     )
 
 
