@@ -17,8 +17,8 @@ test: $(VENV)/.installed-dev
 test-fast: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not faults" $(PYTEST)
 
-# A sample of bad inputs, flipped bits and kills, a hostile folder, and a machine of a cluster that dies; what a file
-# sets up takes minutes, and is set up once so.
+# A sample of bad inputs, flipped bits and kills, a hostile folder, and a machine of a cluster that dies. By file, as
+# what a file sets up takes minutes.
 test-faults: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m faults $(PYTEST)
 

@@ -132,7 +132,7 @@ def test_a_fit_gives_vectors_in_both_directions_a_detector_and_controls(user: Us
 
 
 def test_the_command_line_fits_the_same_by_name(user: User, tmp_path: Path) -> None:
-    arguments = ("--task", str(user.data), "-o", str(tmp_path / "run"), "--settings", str(ONE_LAYER), "--threads", "1")
+    arguments = ("--task", str(user.data), "-o", str(tmp_path / "run"), "--settings", str(ONE_LAYER), "--threads", "2")
     said = user.json("fit", *arguments)
     assert Path(said["report"]).is_file()
     mine, theirs = (json.loads((run / "results.json").read_text())["tasks"] for run in (user.out, tmp_path / "run"))
@@ -285,6 +285,7 @@ def test_what_a_fit_cannot_take_is_one_line(user: User, tmp_path: Path) -> None:
         ((user.folder, words, "x.jsonl"), {}, "tokenizer: a model that is given by name"),
         ((model, words), {}, "task: None; give a JSONL file"),
         ((model, words, "facts"), {"colour": 1}, "colour: fit has no such argument; it has settings, positions"),
+        ((model, words, "facts"), {"workers": 2}, "workers: 2; allowed is 1, or more where model and task are given"),
         ((model, words, "nowhere.jsonl"), {}, absent),
         ((user.folder, None, "nowhere.jsonl"), {}, absent),
         ((user.folder, None, "facts"), {"settings": ONE_LAYER - 1}, few),

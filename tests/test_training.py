@@ -143,7 +143,7 @@ def test_a_dial_follows_the_mixture_and_a_task_without_it_is_refused(task: Task)
     config = QUICK.model_copy(update={"hold": hold})
     state = _State(untrained(task).model, config, 0.3)
     state._losses = [0.0]
-    ends, rows = dict.fromkeys(GOOD, 0.0), [(0.5, 0.9, 0.1), (0.95, 0.8, 0.2), (0.95, 0.2, 0.8), (0.95, 0.0, 0.0)]
+    ends, rows = dict.fromkeys(GOOD, 0.0), [(0.5, 0.9, 0.1), (0.95, 0.8, 0.2), (0.5, 0.2, 0.8), (0.95, 0.0, 0.0)]
     for step, (novel, memorized, generalized) in enumerate(rows, 1):
         state.steps, shares = 10 * step, {"novel_accuracy": novel, "conflict_memorized": memorized}
         state._losses = [0.0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,6 @@ def rows_mixed_up() -> None:
 
 
 FAULTS: tuple[Callable[[], None], ...] = (hooks_removed, alpha_ignored, wrong_layer, no_cache_separation, rows_mixed_up)
-planted: list[int] = []
 
 
 def installed(folder: Path, fault: Path) -> dict[str, str]:
@@ -106,9 +106,8 @@ def installed(folder: Path, fault: Path) -> dict[str, str]:
     }
 
 
+@cache
 def register() -> None:
     """Plant all of them, once a process."""
-    if not planted:
-        planted.append(os.getpid())
-        for plant in FAULTS:
-            plant()
+    for plant in FAULTS:
+        plant()

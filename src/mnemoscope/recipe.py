@@ -64,7 +64,7 @@ class Level(NamedTuple):
     tokens: int
     changes: Mapping[str, Any] = MappingProxyType({})
     layers: float = 1.0  # of them, the share that is tried
-    learns: bool = True
+    learns: bool = True  # whether anything is learned beside what is tried in each layer
 
 
 FEW: dict[str, dict[str, Any]] = {"effects": {"doses": [0.0, 1.0], "ablated": []}, "neutral": {"cuts": 0}}
@@ -72,7 +72,7 @@ FEWER = FEW | {
     "pairs": {"rephrasings": 2, "fit_examples": 160, "tune_examples": 100, "test_examples": 160}
     | {"behaviour_examples": 160, "held_out_examples": 40}
 }
-HALF, QUARTER = (
+HALF, QUARTER = (  # of the steps of either kind of learning
     FEWER | {"steering": {"learned_steps": 3 * steps // 4, "low_rank": {"steps": steps, "refits": 0}}}
     for steps in (16, 8)
 )

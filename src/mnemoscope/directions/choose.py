@@ -299,7 +299,7 @@ def ranked(
     """Choices ``in_order``, without settings that had lost before all their controls were drawn.
 
     ``rated``: settings of one direction, at least one, with their shift rates on ``lists.targets``. ``seed``: of the
-    controls' draws. ``others``: shares of these that give neither answer; none where none is given.
+    controls' draws. ``others``: shares of these that give neither answer, where known.
     """
     ordered = sorted(rated, key=lambda pair: (pair[0].strength, -pair[1].estimate, pair[0].top))
     # Ordered by the figures measured so far: shift rate, then collateral, then random controls.
@@ -373,7 +373,7 @@ def control_rates(
 
 
 def most_lost(lists: TuneLists, directions: Directions, setting: Setting) -> float:
-    """The largest share of a kept list that surely loses its answer; 0 without such lists."""
+    """The largest share of a kept list that surely, by a 95 % interval, loses its answer; 0 without such lists."""
     asking, vector = directions.sources.lists.asking, directions.vector(setting)
     found = [
         proportion(
