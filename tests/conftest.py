@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import subprocess
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 
 import mnemoscope  # noqa: F401  before torch, which helpers import
-from helpers import MINI_STUDY, MINI_TASKS, MINI_TRAINING
+from helpers import MINI_STUDY, MINI_TASKS, MINI_TRAINING, one_at_a_time
 from little_facts import LittleFacts, little_model
 from mnemoscope.behaviour import Asking, draw_candidates, mine_pairs
 from mnemoscope.config import ModelConfig, load_study
@@ -51,8 +50,7 @@ def mini(shared_folder: Path) -> Callable[[str], Asking]:
     def get(name: str) -> Asking:
         if name not in opened:
             folder = shared_folder / f"mini-{name}"
-            with (shared_folder / f"mini-{name}.lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with one_at_a_time(shared_folder / f"mini-{name}.lock"):
                 if not (folder / "done").exists():
                     _train_mini(name, folder)
             task = build_task(name, MINI_TASKS[name], seed=0)
@@ -66,8 +64,7 @@ def mini(shared_folder: Path) -> Callable[[str], Asking]:
 def little(shared_folder: Path) -> Asking:
     """The model of ``little_facts``, trained once, by the worker that comes first."""
     folder, boundary = shared_folder / "little", LittleFacts().boundary
-    with (shared_folder / "little.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with one_at_a_time(shared_folder / "little.lock"):
         if not (folder / "done").exists():
             made = little_model()
             made.model.save_pretrained(folder)
@@ -80,8 +77,7 @@ def little(shared_folder: Path) -> Asking:
 def mini_study_file(shared_folder: Path) -> Path:
     """The miniature study as a file."""
     path = shared_folder / "mini.yaml"
-    with (shared_folder / "mini-yaml.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # or the other worker would read half of it
+    with one_at_a_time(shared_folder / "mini-yaml.lock"):  # or the other worker would read half of it
         if not path.exists():
             path.write_text(MINI_STUDY)
     return path
@@ -91,8 +87,7 @@ def mini_study_file(shared_folder: Path) -> Path:
 def mini_run(shared_folder: Path, mini_study_file: Path) -> Path:
     """A finished run of the miniature study, made by the command line; whoever changes it works on a copy."""
     run = shared_folder / "mini-run"
-    with (shared_folder / "mini-run.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with one_at_a_time(shared_folder / "mini-run.lock"):
         if not (run / "report.html").exists():
             command = [
                 sys.executable,
@@ -115,8 +110,7 @@ def mini_run(shared_folder: Path, mini_study_file: Path) -> Path:
 def two_seeds(shared_folder: Path, mini_study_file: Path) -> Path:
     """A finished run of two seeds of the miniature study, side by side in two processes."""
     run = shared_folder / "mini-two-seeds"
-    with (shared_folder / "mini-two-seeds.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with one_at_a_time(shared_folder / "mini-two-seeds.lock"):
         if not (run / "report.html").exists():
             run_study(load_study(str(mini_study_file), seeds=2), run, workers=2)
     return run

@@ -421,6 +421,8 @@ def test_a_cell_borrows_the_model_of_another_and_all_that_fail_are_told(tmp_path
     assert not (cells / "donor-1" / "stages" / "pairs.json").exists()
     assert (cells / "borrower-1" / "records" / "behaviour.parquet").exists()
     assert not (cells / "borrower-1" / "model").exists()
+    alone = parse_study(raw | {"cells": {"donor": raw["cells"]["donor"]}})
+    assert run_study(alone, tmp_path / "alone", workers=1) == tmp_path / "alone"  # there is nothing to report
 
 
 def test_a_resolved_study_reads_back_as_itself(mini_study_file: Path, tmp_path: Path) -> None:

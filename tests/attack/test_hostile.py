@@ -19,6 +19,7 @@ import uvicorn
 import yaml
 from safetensors.torch import load_file
 
+from helpers import one_at_a_time
 from mnemoscope.digests import check_closed, write_marker
 from mnemoscope.errors import InputError
 from mnemoscope.files import lock_file, write_atomically
@@ -174,9 +175,17 @@ POISONS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
 
 
 @pytest.fixture(scope="module")
-def verdicts(mini_run: Path, outside: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """By poison, what every command said of such a run, and what its witnesses saw; one child process for all."""
-    folder = tmp_path_factory.mktemp("runs")
+def verdicts(mini_run: Path, outside: Path, shared_folder: Path) -> dict[str, Any]:
+    """By poison, what every command said of such a run, and what its witnesses saw; one worker asks for all."""
+    told = shared_folder / "verdicts.json"
+    with one_at_a_time(shared_folder / "verdicts.lock"):
+        if not told.exists():
+            told.write_text(json.dumps(_judged(mini_run, outside, shared_folder / "strange")))
+    return dict(json.loads(told.read_text()))
+
+
+def _judged(mini_run: Path, outside: Path, folder: Path) -> dict[str, Any]:
+    """What all commands say of all poisoned runs, from one child process."""
     runs = {name: strange(mini_run, folder / f"case-{number}" / "run") for number, name in enumerate(POISONS)}
     for name, run in runs.items():
         POISONS[name][0](run, outside)
