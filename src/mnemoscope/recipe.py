@@ -67,7 +67,7 @@ class Level(NamedTuple):
     learns: bool = True  # whether anything is learned beside what is tried in each layer
 
 
-FEW: dict[str, dict[str, Any]] = {"effects": {"doses": [0.0, 1.0], "ablated": []}, "neutral": {"cuts": 0}}
+FEW: dict[str, dict[str, Any]] = {"effects": {"doses": [1.0], "ablated": []}, "neutral": {"cuts": 0}}
 FEWER = FEW | {
     "pairs": {"rephrasings": 2, "fit_examples": 160, "tune_examples": 100, "test_examples": 160}
     | {"behaviour_examples": 160, "held_out_examples": 40}
