@@ -34,11 +34,11 @@ from mnemoscope.behaviour import Asking, cache_prefixes, decode, prepare, score,
 from mnemoscope.cells import cells_of
 from mnemoscope.config import load_study
 from mnemoscope.contrast import PairedMoments
-from mnemoscope.directions import steered
+from mnemoscope.interventions.directions import steered
 from mnemoscope.models import backbone_of, blocks_of, load_model
 from mnemoscope.processes import settle
 from mnemoscope.stages.common import cell_task
-from mnemoscope.steering import SteeringVector
+from mnemoscope.interventions import SteeringVector
 from mnemoscope.tasks import Example, build_task, draw
 
 OURS = "Mnemoscope"

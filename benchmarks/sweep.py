@@ -20,7 +20,7 @@ from rounds import ratios, seconds_of
 from mnemoscope.behaviour import Asking, Batch, Scores, cache_prefixes, prepare, score
 from mnemoscope.config import ModelConfig
 from mnemoscope.models import build_gpt2, load_model, position_ids, states_of, word_tokenizer
-from mnemoscope.steering import SteeringVector
+from mnemoscope.interventions import SteeringVector
 from mnemoscope.tasks import Example, build_task
 
 CELLS = 60

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from mnemoscope.arena.methods.prompt import WORDINGS
-from mnemoscope.arena.varied import BEFORE, BEHIND, FOREIGN
 from mnemoscope.behaviour import Asking, prepare, score
+from mnemoscope.bench.varied import BEFORE, BEHIND, FOREIGN
 from mnemoscope.config import ModelConfig
+from mnemoscope.interventions.methods.prompt import WORDINGS
 from mnemoscope.models import build_gpt2, word_tokenizer
 from mnemoscope.tasks import Example, Instance, Kind, Task
 from mnemoscope.tasks.base import assign_splits

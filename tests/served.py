@@ -12,7 +12,7 @@ import torch
 import mnemoscope as ms
 from mnemoscope.detect import Detector
 from mnemoscope.digests import write_marker
-from mnemoscope.steering import Binding, LowRank
+from mnemoscope.interventions import Binding, LowRank
 
 
 def random_run(
@@ -42,13 +42,13 @@ def random_run(
         for place in (layer, layer + 1):
             shift_D = torch.randn(width, generator=generator)
             shifts[place] = shift_D * strength * states[place + 1].norm(dim=-1).mean() / shift_D.norm()
-        edits = {}
+        edits: dict[int, Any] = dict(shifts)
         if low_rank:
-            shift_D = shifts.pop(layer + 1)
+            shift_D = shifts[layer + 1]
             read_KD = torch.randn(2, width, generator=generator)
             read_KD /= read_KD.norm(dim=-1, keepdim=True) * states[layer + 2].norm(dim=-1).mean()
             edits[layer + 1] = LowRank(read_KD, torch.ones(2), torch.stack([shift_D, -0.5 * shift_D]))
-        vector = ms.SteeringVector(toward, shifts, positions=positions, method="nmd", binding=binding, low_rank=edits)
+        vector = ms.SteeringVector(toward, edits, positions=positions, method="nmd", binding=binding)
         vector.save(_made(cell / "vectors") / f"to_{toward}-nmd.safetensors")
         best[f"to_{toward}"] = "nmd"
     rng = np.random.default_rng(0)

@@ -18,10 +18,10 @@ import torch
 
 from mnemoscope.behaviour import states_at_the_end
 from mnemoscope.errors import InputError
+from mnemoscope.interventions import Binding
 from mnemoscope.models import cache_of, context_length, load_model, pass_inputs
 from mnemoscope.serving.asking import FIELDS, Admitted, Asked, admit, parse
 from mnemoscope.serving.offered import Offered
-from mnemoscope.steering import Binding
 
 Fault = Literal[
     "none",
@@ -122,7 +122,7 @@ class StandIn:
         cache, past = self.cached(ids, salt, key, start)
         vector = self.offered.vectors.get(asked.steer) if alpha else None
         if vector and self.fault == "wrong layer":
-            vector = replace(vector, shifts={layer + 1: shift for layer, shift in vector.shifts.items()})
+            vector = replace(vector, edits={layer + 1: shift for layer, shift in vector.shifts.items()})
         text, log_p, prompt = list(ids), [], len(ids)
         first = None if vector and vector.positions == "all" else prompt - 1
         with vector.apply(model, alpha, first) if vector else nullcontext():

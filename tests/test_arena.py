@@ -16,20 +16,25 @@ from torch import Tensor
 
 from helpers import hook_count
 from little_facts import LittleFacts
-from mnemoscope.arena.adapters import with_adapter
-from mnemoscope.arena.answers import Neutral, is_exact, scores, texts_of
-from mnemoscope.arena.contract import Intervention, Quoted, Wording
-from mnemoscope.arena.fitting import log_p, randomized
-from mnemoscope.arena.heads import Ranked, factors_of, in_one_pass, in_two_passes
-from mnemoscope.arena.lists import Bench, Prompts
-from mnemoscope.arena.methods import METHODS, adacad, caa, cad, candidates, coiecd, dpo, ircan, iti, juice, knob, reft
-from mnemoscope.arena.varied import _both
-from mnemoscope.arena.vectors import at_block, by_vector
 from mnemoscope.behaviour import Asking, prepare, score
+from mnemoscope.bench.answers import NOTHING, Neutral, is_exact, scores, texts_of
+from mnemoscope.bench.lists import Bench, Prompts
+from mnemoscope.bench.varied import _both
 from mnemoscope.config import parse_arena
 from mnemoscope.errors import InputError
+from mnemoscope.interventions import OPPOSITE, Intervention, Quoted, SteeringVector, Toward, edited
+from mnemoscope.interventions.adapter import Adapter
+from mnemoscope.interventions.controls import has_equal_norm, of_equal_norm
+from mnemoscope.interventions.descent import log_p
+from mnemoscope.interventions.methods import candidates, method_names
+from mnemoscope.interventions.methods.cad import ContextAware
+from mnemoscope.interventions.shifts import norm_of
+from mnemoscope.interventions.words import Place, Words
 from mnemoscope.models import blocks_of, core_of, heads_of
-from mnemoscope.steering import OPPOSITE, Toward
+from mnemoscope.rivals import adacad, caa, dpo, ircan, iti, knob, reft
+from mnemoscope.rivals.coiecd import Constrained
+from mnemoscope.rivals.heads import Ranked, factors_of
+from mnemoscope.rivals.juice import TwoRuns
 from mnemoscope.tasks import Example
 
 SIZES: dict[str, Any] = {
@@ -48,7 +53,7 @@ def bench(little: Asking) -> Bench:
 @pytest.fixture(scope="module")
 def fitted(bench: Bench) -> dict[tuple[str, Toward], Intervention]:
     """A setting of every method in both directions, the one in the middle of its candidates."""
-    found = {(name, side): candidates(name, bench, side) for name in METHODS for side in OPPOSITE}
+    found = {(name, side): candidates(name, bench, side) for name in method_names() for side in OPPOSITE}
     return {key: several[len(several) // 2] for key, several in found.items()}
 
 
@@ -95,7 +100,7 @@ def ids_of(asking: Asking, prompt: str) -> list[int]:
 
 
 @pytest.mark.parametrize("toward", OPPOSITE)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", method_names())
 def test_labels_are_those_of_greedy_decoding(
     bench: Bench, fitted: dict[tuple[str, Toward], Intervention], method: str, toward: Toward
 ) -> None:
@@ -122,7 +127,7 @@ def test_joined_passes_decode_as_a_plain_loop_of_two_passes_does(
 ) -> None:
     one, asking, prompts = fitted[method, toward], bench.asking, bench.test["conflict"]
     assert one.passes == 2
-    assert one.joined is not None
+    assert one.contrast
 
     def answer(n: int) -> list[int]:
         prompt, bare = (ids_of(asking, e.prompt) for e in (prompts.examples[n], prompts.bares[n]))  # type: ignore[union-attr]
@@ -130,7 +135,7 @@ def test_joined_passes_decode_as_a_plain_loop_of_two_passes_does(
         def next_logits(ids: list[int]) -> Tensor:
             behind = ids[len(prompt) :]
             both = (plainly(asking.model, ids)[-1], plainly(asking.model, bare + behind)[-1])
-            return one.joined(*(logits_V[None, None] for logits_V in both))[0, 0]  # type: ignore[misc]
+            return one.join(*(logits_V[None, None] for logits_V in both))[0, 0]
 
         return greedy(asking, prompt, next_logits)
 
@@ -148,15 +153,16 @@ def test_contrast_is_its_formula() -> None:
     p, q, prompt, bare = two_distributions()
     for toward, (first, other) in (("generalized", (p, q)), ("memorized", (q, p))):
         wanted = 1.75 * np.log(first) - 0.75 * np.log(other)
-        found = cad.contrasted(prompt, bare, 0.75, toward).log_softmax(-1).double().numpy()  # type: ignore[arg-type]
+        found = ContextAware(toward=toward, weight=0.75).join(prompt, bare).log_softmax(-1).double().numpy()  # type: ignore[arg-type]
         np.testing.assert_allclose(found, wanted - np.log(np.exp(wanted).sum(-1, keepdims=True)), atol=1e-5)
-    assert torch.equal(cad.contrasted(prompt, bare, 0.0, "generalized"), prompt)
+    half = ContextAware(toward="generalized", weight=0.75).scaled(0.5).join(prompt, bare)
+    torch.testing.assert_close(half, ContextAware(toward="generalized", weight=0.375).join(prompt, bare))
 
 
 def test_adaptive_contrast_is_its_formula_token_by_token() -> None:
     p, q, prompt, bare = two_distributions()
     weights = adacad.divergence(prompt, bare).numpy()
-    found = adacad.contrasted(prompt, bare, "generalized").log_softmax(-1).double().numpy()
+    found = adacad.Adaptive(toward="generalized").join(prompt, bare).log_softmax(-1).double().numpy()
     for n, m in np.ndindex(3, 2):
         one, two = p[n, m], q[n, m]
         middle = (one + two) / 2
@@ -172,7 +178,7 @@ def test_adaptive_contrast_is_its_formula_token_by_token() -> None:
 def test_the_entropy_band_is_its_formula_token_by_token() -> None:
     p, q, prompt, bare = two_distributions()
     band, weight = 0.25, 0.5
-    found = coiecd.contrasted(prompt, bare, band, weight, "generalized").double().numpy()
+    found = Constrained(toward="generalized", band=band, weight=weight).join(prompt, bare).double().numpy()
     outside = 0
     for n, m in np.ndindex(3, 2):
         one, two = p[n, m], q[n, m]
@@ -203,7 +209,7 @@ def test_shifted_heads_are_hooks_on_the_output_projection(bench: Bench) -> None:
         unit /= np.linalg.norm(unit)
         shifts[place] = one.setting["factor"] * (sides.reshape(-1, width) @ unit).std() * unit
     ids = ids_of(bench.asking, prompts.examples[0].prompt)
-    with one.applied(None):
+    with one.apply(model):
         ours = plainly(model, ids)[-1]
     # By hand: each layer's shift is added to what its output projection reads, at the last column.
     shift_LD = torch.from_numpy(shifts.reshape(len(rank), -1)).float()
@@ -234,11 +240,11 @@ def test_heads_of_a_first_run_are_added_in_the_second(bench: Bench) -> None:
         prompt = ids_of(asking, prompts.examples[n].prompt)
         return greedy(asking, prompt, lambda ids: _second_run(model, ids, factors, len(prompt) - 1)[-1])
 
-    one = Intervention("juice", "memorized", passes=2, applied=in_two_passes(model, factors), in_one_go=True)
+    one = TwoRuns(toward="memorized", factors=factors)
     few = prompts.of(np.arange(6))
     assert scores(one, few).behaviour_N.tolist() == labels_by(asking, few, answer)
     ids = ids_of(asking, few.examples[0].prompt)
-    with one.applied(None):
+    with one.apply(model):
         ours = plainly(model, ids)[-1]
     torch.testing.assert_close(ours, _second_run(model, ids, factors, len(ids) - 1)[-1], rtol=1e-4, atol=1e-4)
 
@@ -270,7 +276,8 @@ def _second_run(model: Any, ids: list[int], factors: dict[int, Tensor], start: i
 def test_scaled_neurons_are_scaled_columns_of_the_down_projection(bench: Bench) -> None:
     model, ids = bench.asking.model, ids_of(bench.asking, bench.test["conflict"].examples[0].prompt)
     neurons = ircan.common_neurons(bench, "generalized")[:4]
-    with ircan.scaled(bench, neurons, 3.0)(None):
+    width = blocks_of(model)[0].mlp.c_proj.weight.shape[0]
+    with ircan.scaled(neurons, 3.0, width, "generalized", {}).apply(model):
         ours = plainly(model, ids)
     projections = {layer: blocks_of(model)[layer].mlp.c_proj for layer, _ in neurons}
     before = {layer: module.weight.detach().clone() for layer, module in projections.items()}
@@ -281,7 +288,7 @@ def test_scaled_neurons_are_scaled_columns_of_the_down_projection(bench: Bench) 
         module.weight.data.copy_(before[layer])
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     plain = plainly(model, ids)
-    with ircan.scaled(bench, neurons, 1.0)(None):
+    with ircan.scaled(neurons, 1.0, width, "generalized", {}).apply(model):
         assert torch.equal(plainly(model, ids), plain)
 
 
@@ -328,13 +335,14 @@ def test_a_learned_knob_changes_more_answers_than_the_one_it_starts_from(bench: 
     def loss(knob_D: Tensor) -> float:
         found = []
         for batch, donor_ND, option_N in knob._interchanges(bench, states_P2D):
-            edit = knob._once(knob.held(knob_D, knob.coordinate(donor_ND, knob_D)))
+            edits = {1: knob.exchanged(knob_D, knob.coordinate(donor_ND, knob_D))}
+            applied = partial(edited, bench.asking.model, edits, "block", "decision")
             with torch.no_grad():
-                found.append(float(log_p(bench.asking, at_block(bench.asking.model, 1, edit), batch, option_N).mean()))
+                found.append(float(log_p(bench.asking, applied, batch, option_N).mean()))
         return -float(np.mean(found))
 
-    longer = replace(bench, config=bench.config.model_copy(update={"steps": 40}), cache={})
-    assert loss(knob._learned(longer, 1)) < loss(start_D / start_D.norm())
+    longer = replace(bench, config=bench.config.model_copy(update={"steps": 40}))
+    assert loss(knob.learned(longer, 1)) < loss(start_D / start_D.norm())
 
 
 def test_prompts_are_contrasted_with_their_bare_question_or_with_themselves_without_their_text(bench: Bench) -> None:
@@ -381,7 +389,8 @@ def test_an_adapter_is_what_peft_makes_of_it(bench: Bench) -> None:
     adapter = {n: (m.lora_A["default"].weight.data, 2 * m.lora_B["default"].weight.data) for n, m in layers.items()}
     before = {name: parameter for name, parameter in model.named_parameters()}
     plain = plainly(model, ids)
-    with with_adapter(model, adapter)(None):
+    one = Adapter(toward="generalized", parts=adapter)
+    with one.apply(model):
         torch.testing.assert_close(plainly(model, ids), theirs, atol=1e-4, rtol=1e-4)
     half = deepcopy(model).bfloat16()  # a change that is too small for the weights of bfloat16 is not lost
     small = {name: (down, up * 1e-3) for name, (down, up) in adapter.items()}
@@ -391,7 +400,7 @@ def test_an_adapter_is_what_peft_makes_of_it(bench: Bench) -> None:
     with by_hand(module, lambda x: inputs.setdefault("x", x)):
         before_half = {}
         handle = module.register_forward_hook(lambda _, args, output: before_half.setdefault("y", output))
-        with with_adapter(half, {name: small[name]}, 4.0)(None):
+        with Adapter(toward="generalized", parts={name: small[name]}, strength=4.0).apply(half):
             after: dict[str, Tensor] = {}
             last = module.register_forward_hook(lambda _, args, output: after.setdefault("y", output))
             plainly(half, ids)
@@ -401,7 +410,7 @@ def test_an_adapter_is_what_peft_makes_of_it(bench: Bench) -> None:
     wanted = before_half["y"] + 4 * (inputs["x"].float() @ down.T @ up.T)
     assert not torch.equal(after["y"], before_half["y"])
     assert (after["y"] == wanted.bfloat16()).float().mean() > 0.99  # some lie between two numbers of bfloat16
-    with with_adapter(model, adapter, 0.0)(None):
+    with one.scaled(0.0).apply(model):
         assert torch.equal(plainly(model, ids), plain)
     assert torch.equal(plainly(model, ids), plain)
     assert all(parameter is before[name] for name, parameter in model.named_parameters())
@@ -428,13 +437,14 @@ def test_a_low_rank_edit_is_its_formula() -> None:
     h, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((2, 3, 8), (4, 8), (4,)))
     rotation = reft.orthonormal(torch.randn(4, 8, generator=generator))
     torch.testing.assert_close(rotation @ rotation.T, torch.eye(4), atol=1e-5, rtol=0)
-    found = reft.low_rank(rotation, weight, bias)(h)
+    edit = reft.low_rank(rotation, weight, bias)
+    found = h + edit.added(h)
     for n, t in np.ndindex(2, 3):
         wanted = h[n, t] + rotation.T @ (weight @ h[n, t] + bias - rotation @ h[n, t])
         torch.testing.assert_close(found[n, t], wanted, atol=1e-5, rtol=1e-5)
     # Inside the subspace the state is W h + b, outside of it nothing moves.
     torch.testing.assert_close(found @ rotation.T, h @ weight.T + bias, atol=1e-5, rtol=1e-5)
-    assert torch.equal(reft.low_rank(rotation, weight, bias, 0.0)(h), h)
+    assert torch.equal(h + (edit * 0.0).added(h), h)
 
 
 def test_a_knob_set_to_its_own_value_changes_nothing(bench: Bench) -> None:
@@ -443,61 +453,59 @@ def test_a_knob_set_to_its_own_value_changes_nothing(bench: Bench) -> None:
     assert float(knob_D.norm()) == pytest.approx(1.0, abs=1e-5)
     states_NTD = torch.randn(2, 3, len(knob_D), generator=torch.Generator().manual_seed(0))
     own_N = knob.coordinate(states_NTD, knob_D)[:, 0]
-    assert torch.equal(knob.held(knob_D, own_N)(states_NTD[:, :1]), states_NTD[:, :1])
-    set_to = knob.held(knob_D, 2.5)(states_NTD)
+    assert torch.equal(knob.exchanged(knob_D, own_N)(states_NTD), states_NTD)
+    set_to = states_NTD + knob.held(knob_D, 2.5).added(states_NTD)
     torch.testing.assert_close(set_to @ knob_D, torch.full((2, 3), 2.5), atol=1e-4, rtol=0)
     plain = plainly(model, ids)
-    with at_block(model, 1, knob.held(knob_D, 5.0))(None):
+    with SteeringVector("generalized", {1: knob.held(knob_D, 5.0)}).apply(model):
         assert not torch.allclose(plainly(model, ids), plain)
 
 
+@pytest.mark.parametrize("method", method_names())
 def test_strength_zero_is_the_model_itself_bit_by_bit(
-    bench: Bench, fitted: dict[tuple[str, Toward], Intervention]
+    bench: Bench, fitted: dict[tuple[str, Toward], Intervention], method: str
 ) -> None:
     model, ids = bench.asking.model, ids_of(bench.asking, bench.test["conflict"].examples[0].prompt)
-    plain = plainly(model, ids)
-    ranks = juice.heads_for(bench, "generalized")
-    vector = bench.cache.setdefault("zero", iti.head_vector(np.zeros((3, 4, 16)), "generalized"))
-    nothing = {
-        "iti": by_vector(model, "iti", vector, 0.0, {}, 0).applied,
-        "june": in_one_pass(model, factors_of(model, ranks, 5, 0.0, 0.0)),
-        "juice": in_two_passes(model, factors_of(model, ranks, 5, 0.0, 0.0)),
-        "ircan": ircan.scaled(bench, ircan.common_neurons(bench, "generalized")[:4], 1.0),
-        "reft": at_block(model, 1, reft.low_rank(*reft.learned(bench, "generalized", 1, 1), 0.0)),
-    }
-    for name, applied in nothing.items():
-        with applied(None):
-            assert torch.equal(plainly(model, ids), plain), name
+    plain, prompts = plainly(model, ids), bench.test["conflict"].of(np.arange(4))
+    nothing = fitted[method, "generalized"].scaled(0.0)
+    with nothing.apply(model):
+        assert torch.equal(plainly(model, ids), plain)
+    found, own = scores(nothing, prompts), scores(NOTHING, prompts)
+    assert found.behaviour_N.tolist() == own.behaviour_N.tolist()
+    assert texts_of(nothing, prompts, LONGEST).texts == texts_of(NOTHING, prompts, LONGEST).texts
 
 
-def test_controls_move_each_state_as_far_somewhere_else(
+def test_controls_move_states_as_far_somewhere_else(
     bench: Bench, fitted: dict[tuple[str, Toward], Intervention]
 ) -> None:
-    edit = reft.low_rank(*reft.learned(bench, "generalized", 1, 1))
-    states = torch.from_numpy(bench.sources("block").states_P2LD[:4, 0, 1])[:, None]
-    other = randomized(edit, (1, 2))
-    far, as_far = ((one(states) - states).norm(dim=-1) for one in (edit, other))
-    torch.testing.assert_close(far, as_far, atol=1e-4, rtol=1e-4)
-    assert torch.equal(other(states), randomized(edit, (1, 2))(states))
-    assert not torch.allclose(other(states), edit(states), atol=1e-3)
-    for method in ("caa", "nmd", "gradient", "learned", "iti", "knob", "reft"):
+    for method in ("caa", "nmd", "gradient", "learned", "iti", "knob", "reft", "low-rank"):
         one = fitted[method, "generalized"]
-        assert one.norm > 0
-        assert one.drawn is not None
-        first, second = (scores(one.control(number), bench.test["conflict"]) for number in (0, 0))
-        assert first.behaviour_N.tolist() == second.behaviour_N.tolist()
-    assert math.isnan(fitted["cad", "generalized"].norm)
+        assert isinstance(one, SteeringVector)
+        assert has_equal_norm(one)
+        sources = bench.sources(one.site)
+        control, again, other = (of_equal_norm(one, sources, 0, number) for number in (0, 0, 1))
+        assert all(torch.equal(part, again.tensors()[name]) for name, part in control.tensors().items())
+        assert not all(torch.equal(part, other.tensors()[name]) for name, part in control.tensors().items())
+        assert norm_of(one, sources) > 0
+        if one.is_constant:
+            assert norm_of(control, sources) == pytest.approx(norm_of(one, sources), rel=1e-4)
+    assert not has_equal_norm(fitted["cad", "generalized"])
+    assert not has_equal_norm(fitted["june", "generalized"])
+
+
+def worded(place: Place) -> Words:
+    return Words(toward="generalized", text="Read.", place=place)
 
 
 def test_wordings_go_before_the_prompt_or_behind_its_text() -> None:
     quoted = Quoted.of("Context: A is B.\nQuestion: A?\nAnswer:", "Question: A?\nAnswer:")
     assert quoted == Quoted("", "Context: A is B.\n", "Question: A?\nAnswer:")
-    assert Wording("Read.", "behind").added(quoted) == "Context: A is B.\nRead.\nQuestion: A?\nAnswer:"
-    assert Wording("Read.").added(quoted) == "Read.\nContext: A is B.\nQuestion: A?\nAnswer:"
+    assert worded("behind").prompt(quoted) == "Context: A is B.\nRead.\nQuestion: A?\nAnswer:"
+    assert worded("before").prompt(quoted) == "Read.\nContext: A is B.\nQuestion: A?\nAnswer:"
     between = Quoted.of("Question: A?\nContext: A is B.\nAnswer:", "Question: A?\nAnswer:")
     assert between == Quoted("Question: A?\n", "Context: A is B.\n", "Answer:")
     inline = Quoted.of("A is B. Q: A?", "Q: A?")
-    assert Wording("Read.", "behind").added(inline) == "A is B. Read. Q: A?"
+    assert worded("behind").prompt(inline) == "A is B. Read. Q: A?"
     assert inline.with_text("C is D.") == "C is D. Q: A?"
     solved = "C is D. E is F. The capital of A is"
     above = Quoted.of("Context: A is B.\nAnswer: The capital of A is", solved)
@@ -516,7 +524,7 @@ def test_wordings_go_before_the_prompt_or_behind_its_text() -> None:
     for bare in (None, "A is B. Q: A?", "something else", "Who? A?"):
         whole = Quoted.of("A is B. Q: A?", bare)
         assert whole == Quoted("", "", "A is B. Q: A?")
-        assert Wording("Read.", "behind").added(whole) == "Read.\nA is B. Q: A?"
+        assert worded("behind").prompt(whole) == "Read.\nA is B. Q: A?"
 
 
 def test_exact_match_is_of_the_first_line_in_its_normal_form() -> None:
@@ -536,10 +544,10 @@ def test_divergence_on_neutral_text_is_that_of_plain_passes(
         for place, kl in zip(places.tolist(), found.tolist(), strict=True):
             ids = neutral.encoded[place].context
             plain = plainly(bench.asking.model, ids)[-1].log_softmax(-1)
-            with one.applied(None):
+            with one.apply(bench.asking.model):
                 steered = plainly(bench.asking.model, ids)[-1].log_softmax(-1)
             assert kl == pytest.approx(float((plain.exp() * (plain - steered)).sum()), abs=1e-4), one.method
-    nothing = np.concatenate([first for first, _ in neutral.divergence(Intervention("", "generalized"))])
+    nothing = np.concatenate([first for first, _ in neutral.divergence(NOTHING)])
     assert np.abs(nothing).max() < 1e-6
     assert not list(neutral.divergence(fitted["cad", "generalized"]))
 
@@ -549,7 +557,7 @@ def test_what_a_method_cannot_take_is_one_line(bench: Bench) -> None:
     for method in ("cad", "adacad", "coiecd", "ircan"):
         with pytest.raises(InputError, match="has no bare question"):
             candidates(method, without, "generalized")
-    with pytest.raises(InputError, match="methods: 'other' is not one of prompt, cad"):
+    with pytest.raises(InputError, match="methods: 'other' is not one of cad, gradient"):
         candidates("other", bench, "generalized")
     assert replace(bench).has_bares
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from families import FAMILIES, prompts, tiny, tokenizer
-from mnemoscope.arena.heads import in_one_pass, in_two_passes
 from mnemoscope.behaviour import Asking, capturing
 from mnemoscope.errors import InputError
+from mnemoscope.interventions import Scale, SteeringVector
 from mnemoscope.models import blocks_of, heads_of, pass_inputs
+from mnemoscope.rivals.juice import TwoRuns
 
 # Where each family has the output projection of its attention, by its own source.
 PATHS = {
@@ -63,9 +64,10 @@ def test_two_passes_are_the_same_with_and_without_a_cache(family: str) -> None:
     factors = {layer: 100 * torch.randn(heads * width) for layer in (0, 2)}  # weights of such models are small
     inputs = asking.padded(prompts())
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    texts = []
+    texts, two = [], TwoRuns(toward="memorized", factors=factors)
+    one = SteeringVector("memorized", {layer: Scale(factor) for layer, factor in factors.items()}, "head")
     for cached in (True, False):
-        with torch.no_grad(), in_two_passes(model, factors)(None):
+        with torch.no_grad(), two.apply(model):
             texts.append(model.generate(**inputs, use_cache=cached, **options).tolist())
     assert texts[0] == texts[1]
     # By hand: both passes over the whole text each time, the first one plain.
@@ -76,10 +78,10 @@ def test_two_passes_are_the_same_with_and_without_a_cache(family: str) -> None:
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
     assert ids.tolist() == texts[0]
     # One pass scales what the changed layers below have made of it, which is something else.
-    with torch.no_grad(), in_one_pass(model, factors)(start):
+    with torch.no_grad(), one.apply(model, start=start):
         found = model(input_ids=ids, attention_mask=mask).logits[:, -1]
     assert not torch.allclose(found, _second_pass(family, model, ids, mask, (factors, start))[:, -1], atol=1e-3)
-    with torch.no_grad(), in_one_pass(model, {})(None), in_two_passes(model, {})(None):
+    with torch.no_grad(), one.scaled(0.0).apply(model), two.scaled(0.0).apply(model):
         plain = model.generate(**inputs, **options).tolist()
     assert plain == model.generate(**inputs, **options).tolist()
     with torch.no_grad():

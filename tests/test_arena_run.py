@@ -17,15 +17,15 @@ from typer.testing import CliRunner
 
 import mnemoscope as ms
 from little_facts import LittleFacts
-from mnemoscope.arena import choose
-from mnemoscope.arena.choose import best_of
-from mnemoscope.arena.contract import Intervention
-from mnemoscope.arena.lists import Bench
 from mnemoscope.behaviour import Asking, Scores
+from mnemoscope.bench import choose
+from mnemoscope.bench.choose import best_of
+from mnemoscope.bench.lists import Bench
 from mnemoscope.cli import app
 from mnemoscope.config import parse_arena
 from mnemoscope.digests import locked, write_marker
 from mnemoscope.errors import InputError
+from mnemoscope.interventions import Intervention
 from mnemoscope.report import build_arena
 from mnemoscope.report.arena import Records, results_of
 from mnemoscope.report.words import percent
@@ -215,7 +215,7 @@ def test_the_choice_is_that_of_trying_everything(little: Asking, monkeypatch: py
 
     monkeypatch.setattr(choose, "scores", scores)
     tune = {name: named(name) for name in ("conflict", "agreeing", "bare")}
-    best, compared = best_of([Intervention(name, "generalized") for name in shares], tune)
+    best, compared = best_of([Intervention(method=name, toward="generalized") for name in shares], tune)
     assert best.one.method == "b"
     assert best.worth == pytest.approx(0.7)
     assert [tuned.one.method for tuned in compared] == ["a", "b"]
@@ -227,7 +227,7 @@ def test_what_cannot_be_fitted_is_left_out_and_named(little: Asking, tmp_path: P
     sizes = SIZES | {"varied": 0, "written": 0, "cuts": 0}
     with pytest.raises(InputError, match="cad: task 'little-facts' has no bare question"):
         run(little, tmp_path / "asked", task=task, methods=("cad",), sizes=sizes)
-    import mnemoscope.arena.run as runs
+    import mnemoscope.bench.run as runs
 
     before = runs.METHODS
     try:

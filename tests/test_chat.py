@@ -19,7 +19,7 @@ from mnemoscope.behaviour import PLAIN, Asking, Prompting, decode, encode, prepa
 from mnemoscope.config import parse_model
 from mnemoscope.errors import InputError
 from mnemoscope.face import Fitted
-from mnemoscope.steering import SteeringVector
+from mnemoscope.interventions import SteeringVector
 from mnemoscope.tasks import Example
 
 TEMPLATE = (

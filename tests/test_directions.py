@@ -12,42 +12,35 @@ import torch
 
 from helpers import label, mini_examples
 from mnemoscope.behaviour import Asking, log_probabilities, only_log_probability, prepare, with_options, with_suffixes
-from mnemoscope.directions import (
-    ANSWERED,
-    CONTROLS,
-    METHODS,
-    PERMUTED,
-    SHUFFLED,
+from mnemoscope.bench.ranking import (
+    AGAIN,
+    STANDING_IN,
     Choice,
-    Directions,
-    Fit,
-    FitLists,
-    Labels,
     Limits,
-    Setting,
-    Sources,
     TuneLists,
-    control_draws,
     control_rates,
     final,
     in_order,
-    learned,
-    learned_together,
-    margin_gradients,
     most_lost,
     ranked,
+)
+from mnemoscope.interventions import SteeringVector
+from mnemoscope.interventions.ascent import learned_together, wanted_batches
+from mnemoscope.interventions.controls import CONTROLS, DRAWN, PERMUTED, SHUFFLED, control_draws, refitted, shuffles
+from mnemoscope.interventions.directions import METHODS, Directions, learned, steered, vectors
+from mnemoscope.interventions.sources import (
+    ANSWERED,
+    Fit,
+    FitLists,
+    Labels,
+    Setting,
+    Sources,
+    margin_gradients,
     read_sources,
-    refitted,
-    shuffles,
-    steered,
-    vectors,
     with_prefixes,
 )
-from mnemoscope.directions.choose import AGAIN, DRAWN, STANDING_IN
-from mnemoscope.directions.learned import wanted_batches
 from mnemoscope.models import SITES
 from mnemoscope.statistics import Estimate, proportion
-from mnemoscope.steering import SteeringVector
 from mnemoscope.tasks import Example
 
 ALL = (0, 1)

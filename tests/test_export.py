@@ -21,8 +21,8 @@ from mnemoscope import export
 from mnemoscope.behaviour import complete
 from mnemoscope.errors import InputError
 from mnemoscope.export import bake, to_gguf
+from mnemoscope.interventions import SteeringVector
 from mnemoscope.models import Site, layout_of, load_model, pass_inputs, use_layout
-from mnemoscope.steering import SteeringVector
 from test_cli import call as run
 
 NO_BIAS, NORM = "no option of its configuration gives it one", "has a norm"

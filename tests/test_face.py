@@ -28,10 +28,10 @@ from mnemoscope.config import dump_study
 from mnemoscope.errors import InputError
 from mnemoscope.export import SITES_FOR
 from mnemoscope.face import vector_file
+from mnemoscope.interventions import Binding
 from mnemoscope.models import load_model
 from mnemoscope.recipe import LEVELS, ONE_LAYER, SETTINGS, STEERING, fitting_study
 from mnemoscope.stages.choose import settings_of
-from mnemoscope.steering import Binding
 from mnemoscope.tasks.jsonl import JsonlTask
 from test_cli import call
 

@@ -11,7 +11,7 @@ import torch
 
 from mnemoscope.errors import InputError
 from mnemoscope.export import fetch, push
-from mnemoscope.steering import Card, SteeringVector
+from mnemoscope.interventions import Card, SteeringVector
 
 VECTOR = SteeringVector("generalized", {1: torch.ones(32)})
 

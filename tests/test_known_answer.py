@@ -31,23 +31,20 @@ from known_switch import (
 )
 from mnemoscope.behaviour import Asking, Batch, PairBatch, Scores, draw_candidates, mine_pairs, score
 from mnemoscope.contrast import Contrast, ContrastAccumulator
-from mnemoscope.directions import (
+from mnemoscope.interventions import Toward, ablated, patched
+from mnemoscope.interventions.controls import control_draws
+from mnemoscope.interventions.directions import METHODS, Directions, share_of, steered
+from mnemoscope.interventions.sources import (
     ANSWERED,
-    METHODS,
     SOURCE,
     TOWARD,
-    Directions,
     FitLists,
     Labels,
     Setting,
-    control_draws,
     read_sources,
-    share_of,
-    steered,
     with_prefixes,
 )
 from mnemoscope.models import SITES, Site
-from mnemoscope.steering import Toward, ablated, patched
 from mnemoscope.tasks import SPLITS, Split, draw
 
 SIDES: tuple[Toward, ...] = ("generalized", "memorized")  # of a pair, in this order

@@ -16,8 +16,8 @@ import torch
 
 from families import tiny
 from mnemoscope.export import to_gguf
+from mnemoscope.interventions import SteeringVector
 from mnemoscope.models import blocks_of
-from mnemoscope.steering import SteeringVector
 
 pytest.importorskip("cffi")
 bindings = pytest.importorskip("llama_cpp_py_sync._cffi_bindings")

@@ -28,8 +28,8 @@ from mnemoscope.config import LoraConfig, TrainingConfig, parse_study
 from mnemoscope.emergence import Curve, teaching
 from mnemoscope.emergence.teaching import diverged, last_checkpoint, teach
 from mnemoscope.errors import InputError
+from mnemoscope.interventions import SteeringVector
 from mnemoscope.models import adapt, is_adapted, load_model
-from mnemoscope.steering import SteeringVector
 from mnemoscope.study import run_study
 from mnemoscope.tasks import KINDS, Task, answer_of, build_task
 from mnemoscope.training import batches

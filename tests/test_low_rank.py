@@ -11,21 +11,20 @@ import torch
 
 from helpers import mini_examples
 from mnemoscope.behaviour import Asking, prepare
-from mnemoscope.directions import (
+from mnemoscope.interventions import LowRank
+from mnemoscope.interventions.controls import control_draws
+from mnemoscope.interventions.directions import Directions, steered
+from mnemoscope.interventions.low_rank import packed, unpacked
+from mnemoscope.interventions.sources import (
     ANSWERED,
     LOW_RANK,
-    Directions,
     FitLists,
     Labels,
     Setting,
     Sources,
-    control_draws,
     read_sources,
-    steered,
     with_prefixes,
 )
-from mnemoscope.directions.low_rank import packed, unpacked
-from mnemoscope.steering import LowRank
 from mnemoscope.tasks import Example
 
 

@@ -17,9 +17,9 @@ from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditional
 from families import tiny, tokenizer
 from mnemoscope.digests import write_marker
 from mnemoscope.errors import InputError
+from mnemoscope.interventions import SteeringVector
 from mnemoscope.models import PACKAGED, load_model
 from mnemoscope.models.opening import Packaged
-from mnemoscope.steering import SteeringVector
 from test_cli import call
 
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from families import tiny
+from mnemoscope.interventions import SteeringVector
 from mnemoscope.models import core_of, products, quick_products
 from mnemoscope.models.products import LEAST
-from mnemoscope.steering import SteeringVector
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch was built without oneDNN"

@@ -16,12 +16,12 @@ from little_facts import SUBJECTS, VALUES, VOCABULARY
 from mnemoscope.config import ModelConfig
 from mnemoscope.digests import locked
 from mnemoscope.errors import InputError
+from mnemoscope.interventions import Binding
 from mnemoscope.models import build_gpt2, load_model, word_tokenizer
 from mnemoscope.serving.certificate import certify
 from mnemoscope.serving.client import Server
 from mnemoscope.serving.proof import prove
 from mnemoscope.serving.served import Proof
-from mnemoscope.steering import Binding
 from served import random_run
 from stand_in import Fault, serving
 from test_cli import call

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from made_up import CONTROLS, DOSES, LAYERS, ROLES, SIDES, SOURCE, TARGET, mark, write_run
-from mnemoscope.directions import Setting
+from mnemoscope.interventions.sources import Setting
 from mnemoscope.report import build_report
 from mnemoscope.report.records import columns_of, declared_tables, read_run
 from mnemoscope.report.results import compute_results

@@ -19,13 +19,13 @@ import mnemoscope as ms
 from little_facts import VOCABULARY
 from mnemoscope.config import ModelConfig
 from mnemoscope.errors import InputError
+from mnemoscope.interventions import Binding
 from mnemoscope.models import build_gpt2, word_tokenizer
 from mnemoscope.serving import engine, plugin
 from mnemoscope.serving.asking import ADMITTED, Admitted, Asked, admit, key_of_block, parse
 from mnemoscope.serving.http import Guard
 from mnemoscope.serving.offered import Offered
 from mnemoscope.serving.rows import rows_of
-from mnemoscope.steering import Binding
 from served import random_run
 
 WRONG: list[tuple[dict[str, Any], str]] = [

@@ -22,8 +22,8 @@ from mnemoscope.behaviour import Asking, capturing
 from mnemoscope.digests import facts_digest
 from mnemoscope.errors import InputError
 from mnemoscope.export import check_portable
+from mnemoscope.interventions import Binding, Card, LowRank, Shift, SteeringVector
 from mnemoscope.models import SITES, blocks_of, select_rows
-from mnemoscope.steering import Binding, Card, LowRank, SteeringVector
 
 
 def random_vector(site: str = "block", scale: float = 2.0, seed: int = 0, **facts: object) -> SteeringVector:
@@ -42,8 +42,8 @@ def low_rank_vector(site: str = "block", seed: int = 0, **facts: object) -> Stee
         read_KD, write_KD = (torch.randn(3, width, generator=generator) for _ in range(2))
         return LowRank(read_KD / width, torch.randn(3, generator=generator), write_KD)
 
-    constant = {0: torch.randn(width, generator=generator)}
-    return SteeringVector("generalized", constant, site=site, low_rank={0: edit(), 1: edit()}, **facts)  # type: ignore[arg-type]
+    constant = Shift(torch.randn(width, generator=generator))
+    return SteeringVector("generalized", {0: (constant, edit()), 1: edit()}, site=site, **facts)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -209,8 +209,8 @@ def test_low_rank_shifts_add_scale_and_come_back(asking: Asking, tmp_path: Path)
     back = SteeringVector.load(path, asking.model, asking.tokenizer)
     assert back.layers == [0, 1]
     for layer, edit in one.low_rank.items():
-        assert all(torch.equal(a, b) for a, b in zip(edit, back.low_rank[layer], strict=True))
-    wide = replace(one, low_rank={1: LowRank(torch.ones(1, 3), torch.ones(1), torch.ones(1, 3))})
+        assert all(torch.equal(a, b) for a, b in zip(edit.tensors, back.low_rank[layer].tensors, strict=True))
+    wide = replace(one, edits={1: LowRank(torch.ones(1, 3), torch.ones(1), torch.ones(1, 3))})
     with pytest.raises(InputError, match="3 neurons in layer 1"):
         wide.check_shape(asking.model)
     with pytest.raises(InputError, match="depends on the state"):
@@ -226,7 +226,7 @@ def test_a_saved_vector_comes_back_and_is_bound_to_its_model(
     path = str(tmp_path / "vector.safetensors")
     assert [str(file) for file in vector.save(path)] == [path, str(tmp_path / "vector.json")]
     back = SteeringVector.load(path, asking.model, asking.tokenizer)
-    assert replace(back, shifts={}) == replace(vector, shifts={})
+    assert replace(back, edits={}) == replace(vector, edits={})
     assert all(torch.equal(back.shifts[layer], vector.shifts[layer]) for layer in vector.layers)
     assert str(back.card) == (
         "fitted on addition, seed 0: 0 pairs of 0 groups\ntest shift 0.500 [0.400, 0.600], n = 10\n"
@@ -242,7 +242,7 @@ def test_a_saved_vector_comes_back_and_is_bound_to_its_model(
     random_vector().save(path)
     with pytest.raises(InputError, match=r"^binding: the vector does not say which model it was made on"):
         SteeringVector.load(path, asking.model, asking.tokenizer)
-    replace(vector, shifts={0: torch.ones(3)}).save(path)
+    replace(vector, edits={0: torch.ones(3)}).save(path)
     with pytest.raises(InputError, match="3 neurons in layer 0"):
         SteeringVector.load(path, asking.model, asking.tokenizer, force=True)
 

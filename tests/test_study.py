@@ -25,10 +25,10 @@ from mnemoscope.behaviour import Asking
 from mnemoscope.cells import cells_of
 from mnemoscope.config import dump_study, load_study, parse_study
 from mnemoscope.errors import InputError, StudyError
+from mnemoscope.interventions import SteeringVector
 from mnemoscope.models import load_model
 from mnemoscope.processes import settle
 from mnemoscope.stages import STAGES, cell_model, detect, lists, probe
-from mnemoscope.steering import SteeringVector
 from mnemoscope.study import inputs_hash, run_study
 from mnemoscope.tasks import Example, allow_code
 

@@ -24,8 +24,8 @@ from mnemoscope.behaviour import (
     score_read,
     with_options,
 )
+from mnemoscope.interventions import SteeringVector, shifted
 from mnemoscope.models import blocks_of
-from mnemoscope.steering import SteeringVector, shifted
 from mnemoscope.tasks import Example
 
 

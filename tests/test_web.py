@@ -26,8 +26,8 @@ from mnemoscope.config import dump_study, load_study
 from mnemoscope.contrast import Contrast
 from mnemoscope.digests import read_marker, write_marker
 from mnemoscope.errors import InputError
+from mnemoscope.interventions import LowRank, SteeringVector, Toward
 from mnemoscope.stages import Records, cell_model
-from mnemoscope.steering import LowRank, SteeringVector, Toward
 from mnemoscope.web.cell import OpenedCell
 from mnemoscope.web.shapes import Asked, Question, Steering
 from playground import CELL, client_of, error_of, in_thread_of_cell
@@ -84,7 +84,7 @@ def test_a_low_rank_shift_of_every_token_reaches_the_prompt(
     asking, records, _ = library
     generator, width = torch.Generator().manual_seed(3), asking.model.config.hidden_size
     parts = LowRank(*(torch.randn(*shape, generator=generator) for shape in ((2, width), (2,), (2, width))))
-    vector = SteeringVector("generalized", {}, low_rank={0: parts * 0.03}, positions="all")
+    vector = SteeringVector("generalized", {0: parts * 0.03}, positions="all")
     monkeypatch.setattr(cell.vectors, "part", lambda steering: vector)
     for example in records.targets("test", "to_generalized", 4):
         found = cell.answer(Question.of(example), Steering(toward="generalized", method="nmd"))

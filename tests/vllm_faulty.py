@@ -54,7 +54,7 @@ def wrong_layer() -> None:
         if not is_there("wrong layer"):
             return offered
         vectors = {
-            toward: replace(vector, shifts={layer + 1: shift for layer, shift in vector.shifts.items()})
+            toward: replace(vector, edits={layer + 1: shift for layer, shift in vector.shifts.items()})
             for toward, vector in offered.vectors.items()
         }
         return replace(offered, vectors=vectors)

@@ -20,6 +20,7 @@ bound_waiting()  # before anything here imports torch: in commands, workers and 
 
 _NAMES = {
     "behaviour": "Asking Prompting draw_candidates mine_pairs prepare read_states score",
+    "bench.run": "arena",
     "config": "load_study",
     "contrast": "Contrast ContrastAccumulator",
     "detect": "Detector",
@@ -27,21 +28,18 @@ _NAMES = {
     "errors": "InputError StudyError",
     "export": "bake to_gguf",
     "face": "Fitted fit",
+    "interventions": "SteeringVector",
     "models": "load_model",
     "report": "build_report",
-    "steering": "SteeringVector",
     "study": "run_study",
     "tasks": "Example Task allow_code build_task",
 }
-_MODULES = {"arena": "arena.run"}  # modules that can be called, and where their function is
 _PUBLIC = {name: module for module, names in _NAMES.items() for name in names.split()}
 
-__all__ = sorted([*_PUBLIC, *_MODULES])
+__all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(f"mnemoscope.{name}")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'mnemoscope' has no attribute {name!r}")
     return getattr(importlib.import_module(f"mnemoscope.{_PUBLIC[name]}"), name)

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from mnemoscope.errors import InputError
+from mnemoscope.interventions import Artefact, Gate, Toward
 from mnemoscope.models import Site, blocks_of, site_width
 from mnemoscope.schemas import DetectorFacts
-from mnemoscope.steering import Artefact, Gate, Toward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

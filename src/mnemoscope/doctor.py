@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mnemoscope.behaviour import Asking, Encoded, as_batch, cache_prefixes, capturing, left_padded, log_probabilities
 from mnemoscope.errors import InputError
+from mnemoscope.interventions import SteeringVector, shifted
 from mnemoscope.models import (
     PLAINLY,
     SITES,
@@ -29,7 +30,6 @@ from mnemoscope.models import (
     site_module,
     states_of,
 )
-from mnemoscope.steering import SteeringVector, shifted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -250,7 +250,7 @@ def _prefixes(patient: _Patient) -> Check:
     whole, kept = (as_batch(asking, encoded, np.arange(len(encoded))) for _ in range(2))
     cache_prefixes(asking, [kept])
     last = max((vector := patient.random_vector("block")).shifts)
-    with replace(vector, shifts={last: vector.shifts[last]}).apply(patient.model):
+    with replace(vector, edits={last: vector.shifts[last]}).apply(patient.model):
         found, *again = (log_probabilities(asking, batch) for batch in (whole, kept, kept))
     difference = max(float((other - found).abs().max()) for other in again)
     allowed = TOLERANCE.get(patient.model.dtype, 1e-4) * max(1.0, float(found.abs().max()) / 10)

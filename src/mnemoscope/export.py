@@ -20,8 +20,8 @@ from torch import Tensor
 
 from mnemoscope.errors import InputError
 from mnemoscope.files import new_folder, write_atomically
+from mnemoscope.interventions import Card, SteeringVector, read_artefact, readable
 from mnemoscope.models import Site, core_of, layout_of, load_model, pass_inputs
-from mnemoscope.steering import Card, SteeringVector, read_artefact, readable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -44,7 +44,7 @@ def check_portable(vector: SteeringVector, to: str) -> None:
         raise InputError(f"positions: {vector.positions!r} cannot be exported, only 'all': a {to} acts on every token")
     if vector.site not in SITES_FOR[to]:
         raise InputError(f"site: {vector.site!r} cannot be exported as a {to}, only {' or '.join(SITES_FOR[to])}")
-    if vector.low_rank:
+    if not vector.is_constant:
         raise InputError(f"method: {vector.method!r} depends on the state; a {to} holds constant shifts only")
     if not vector.shifts:
         raise InputError("shifts: the vector shifts nothing")

@@ -20,8 +20,8 @@ from mnemoscope.behaviour import PLAIN, Asking, Prompting, check_known, complete
 from mnemoscope.detect import Detector, Reading
 from mnemoscope.digests import check_closed, intact, is_there
 from mnemoscope.errors import InputError
+from mnemoscope.interventions import OPPOSITE, Binding, SteeringVector, Toward, best_paths, readable
 from mnemoscope.schemas import CellFacts, WhyFacts
-from mnemoscope.steering import OPPOSITE, Binding, SteeringVector, Toward, best_paths, readable
 from mnemoscope.strict import read_json, read_text
 
 if TYPE_CHECKING:

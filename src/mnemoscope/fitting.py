@@ -17,9 +17,9 @@ from mnemoscope.behaviour import Asking, Prompting, draw_candidates, prepare, sc
 from mnemoscope.cells import Opened
 from mnemoscope.config import LayoutConfig, StudyConfig, dump_study
 from mnemoscope.errors import InputError
+from mnemoscope.interventions import Binding
 from mnemoscope.models import load_model, models_that_fit, quick_products, use_layout
 from mnemoscope.recipe import LEVELS, MEASURED, Level, fitting_study
-from mnemoscope.steering import Binding
 from mnemoscope.strict import read_text
 from mnemoscope.tasks import SPLITS, Example, Task, build_task, draw
 from mnemoscope.telling import Progress, shown

@@ -223,14 +223,22 @@ class ArtefactFacts(TypedDict):
     card: CardFacts | None
 
 
-class VectorFacts(ArtefactFacts):
-    """The JSON of a vector."""
+class InterventionFacts(ArtefactFacts):
+    """The JSON of an intervention of any kind."""
 
     toward: Literal["generalized", "memorized"]
-    site: Site
+    method: str
+    kind: NotRequired[str]  # none: a vector, by an earlier version
+    setting: NotRequired[dict[str, Any]]
+
+
+class VectorFacts(InterventionFacts):
+    """The JSON of a vector."""
+
+    site: Literal["block", "attention", "mlp", "neuron", "head"]
+    edits: NotRequired[list[str]]  # none: shifts and low-rank shifts, by an earlier version
     positions: Where
     layers: list[int]
-    method: str
     top: float
     strength: float
     unit: NotRequired[Literal["norm", "spread"]]

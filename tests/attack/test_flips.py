@@ -18,9 +18,9 @@ import pytest
 from mnemoscope.detect import Detector
 from mnemoscope.errors import InputError, StudyError
 from mnemoscope.face import Fitted
+from mnemoscope.interventions import SteeringVector
 from mnemoscope.models import load_model
 from mnemoscope.report import build_report
-from mnemoscope.steering import SteeringVector
 from playground import CELL, client_of
 
 pytestmark = pytest.mark.slow

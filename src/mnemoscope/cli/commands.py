@@ -171,8 +171,8 @@ def arena(
     as_json: AsJson = False,
 ) -> None:
     """Compare every way to make a model follow its text, or its memory, on one frozen set of conflicts."""
-    from mnemoscope.arena.run import arena as run_arena
     from mnemoscope.behaviour import Prompting
+    from mnemoscope.bench.run import arena as run_arena
 
     asked: dict[str, Any] = {"methods": method, "options": options(option), "sizes": options(size)}
     opened, tokenizer = open_model(model, dtype, layout, device_map)

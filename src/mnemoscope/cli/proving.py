@@ -29,10 +29,10 @@ def prove_server(
     from mnemoscope.errors import InputError
     from mnemoscope.face import Fitted
     from mnemoscope.files import dumped
+    from mnemoscope.interventions import Binding
     from mnemoscope.serving.certificate import certify
     from mnemoscope.serving.client import Server
     from mnemoscope.serving.proof import LONG, MOST_PROMPTS, cost, prove
-    from mnemoscope.steering import Binding
 
     if source is None:
         raise InputError("from: missing; name the run that the server has: --from RUN")

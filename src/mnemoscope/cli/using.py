@@ -133,8 +133,8 @@ def export(
     from mnemoscope.errors import InputError
     from mnemoscope.export import bake, check_portable, to_gguf
     from mnemoscope.face import known_behaviour, vector_file
+    from mnemoscope.interventions import SteeringVector
     from mnemoscope.models import core_of
-    from mnemoscope.steering import SteeringVector
 
     file = vector_file(file, toward) if file.is_dir() else file
     vector = alpha * SteeringVector.load(file)

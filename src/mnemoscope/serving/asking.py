@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mnemoscope.errors import InputError
 from mnemoscope.face import known_behaviour
-from mnemoscope.steering import SteeringVector, Toward
+from mnemoscope.interventions import SteeringVector, Toward
 
 if TYPE_CHECKING:
     from mnemoscope.serving.offered import Offered

@@ -12,8 +12,8 @@ from mnemoscope.detect import Detector
 from mnemoscope.digests import intact, is_there, locked, rewriting
 from mnemoscope.errors import InputError
 from mnemoscope.face import artefacts_of, cell_of
+from mnemoscope.interventions import Artefact, Binding, Card, SteeringVector, best_paths
 from mnemoscope.serving.served import Proof
-from mnemoscope.steering import Artefact, Binding, Card, SteeringVector, best_paths
 
 
 def certify(source: Path, binding: Binding, engine: str, precision: str, proofs: Sequence[Proof]) -> list[Path]:

@@ -9,10 +9,10 @@ from functools import lru_cache, wraps
 from typing import Any
 
 from mnemoscope.errors import InputError
+from mnemoscope.interventions import Binding
 from mnemoscope.serving.asking import ADMITTED, FIELDS, Asked, admit, key_of_block, parse
 from mnemoscope.serving.offered import Offered, binding_of
 from mnemoscope.serving.worker import Steerer
-from mnemoscope.steering import Binding
 
 ENVIRONMENT = "MNEMOSCOPE_RUN"
 # Kinds of models whose blocks return their state, or two parts of which it is the sum. Others keep a residual that is

@@ -20,8 +20,8 @@ from torch import Tensor
 from mnemoscope.behaviour import left_padded, states_at_the_end
 from mnemoscope.detect import Detector, Reading
 from mnemoscope.face import Fitted
+from mnemoscope.interventions import SteeringVector
 from mnemoscope.models import cache_of, pass_inputs, with_last_logits
-from mnemoscope.steering import SteeringVector
 
 BATCH = 8  # requests in a pass
 LONG = 128  # tokens of a prompt from which on it is not padded to others that are shorter

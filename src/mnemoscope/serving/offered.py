@@ -11,8 +11,8 @@ from pathlib import Path
 from mnemoscope.detect import Detector
 from mnemoscope.errors import InputError
 from mnemoscope.face import artefacts_of
+from mnemoscope.interventions import Artefact, Binding, Gate, SteeringVector, Toward
 from mnemoscope.models import load_model
-from mnemoscope.steering import Artefact, Binding, Gate, SteeringVector, Toward
 
 
 @dataclass(frozen=True)

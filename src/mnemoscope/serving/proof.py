@@ -15,10 +15,10 @@ import numpy as np
 
 from mnemoscope.detect import Reading
 from mnemoscope.face import Fitted
+from mnemoscope.interventions import Toward
 from mnemoscope.models import context_length
 from mnemoscope.serving.expected import Answer, Request, expected_of, leaked, readings
 from mnemoscope.serving.served import ANSWERED, Ask, Proof, Served, fresh_salt, largest
-from mnemoscope.steering import Toward
 
 MOST_PROMPTS = 8
 LONG = 640  # tokens of a long prompt: four of them at once are more than vLLM reads in a pass by default (2,048)

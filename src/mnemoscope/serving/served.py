@@ -15,8 +15,8 @@ import torch
 from mnemoscope.detect import Detector
 from mnemoscope.errors import InputError
 from mnemoscope.face import Fitted
+from mnemoscope.interventions import Toward
 from mnemoscope.serving.expected import Answer, Request, expected_of
-from mnemoscope.steering import Toward
 
 Ask = Callable[[Sequence[Request]], list[Answer]]  # asks all at the same time; answers in order
 

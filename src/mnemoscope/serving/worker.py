@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from mnemoscope.detect import Reading
+from mnemoscope.interventions import Toward
 from mnemoscope.models import site_module
 from mnemoscope.serving.asking import ADMITTED, Admitted
 from mnemoscope.serving.rows import Rows, rows_of
-from mnemoscope.steering import LowRank, Toward
 
 if TYPE_CHECKING:
     from mnemoscope.serving.offered import Offered
@@ -75,10 +75,8 @@ class Steerer:
         for toward, vector in offered.vectors.items():
             vector.check_shape(model)
             for layer in vector.layers:
-                parts = [_constant(vector.shifts[layer].to(device))] if layer in vector.shifts else []
-                parts += [_of_state(vector.low_rank[layer], device)] if layer in vector.low_rank else []
                 place = site_module(model, layer, vector.site)
-                shifts.setdefault(place, []).extend((toward, part) for part in parts)
+                shifts.setdefault(place, []).extend((toward, one.to(device).added) for one in vector.edits[layer])
         self.places = len({*reads, *shifts})
         for place in {*reads, *shifts}:
             module, is_input = place
@@ -197,15 +195,6 @@ class Steerer:
         for toward, (rows_R, owner_R, factors_R1) in now.shifted.items() if closed else ():
             open_R = torch.from_numpy(~np.isin(owner_R, list(closed))).to(self.device)
             now.shifted[toward] = rows_R[open_R], owner_R[open_R.cpu().numpy()], factors_R1[open_R]
-
-
-def _constant(shift_D: Tensor) -> Added:
-    return lambda states_RD: shift_D
-
-
-def _of_state(edit: LowRank, device: torch.device) -> Added:
-    here = LowRank(*(part.to(device) for part in edit))
-    return here.added
 
 
 def _sum(value: Any, rows_R: Tensor) -> Tensor:

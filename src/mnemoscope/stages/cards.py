@@ -12,9 +12,9 @@ import pandas as pd
 
 from mnemoscope.cells import Cell, Tell, version
 from mnemoscope.detect import Detector
+from mnemoscope.interventions import Artefact, Card, SteeringVector, Toward
 from mnemoscope.schemas import CellFacts
 from mnemoscope.statistics import auroc, proportion
-from mnemoscope.steering import Artefact, Card, SteeringVector, Toward
 from mnemoscope.strict import read_json
 
 LIBRARIES = ("torch", "transformers")

@@ -11,27 +11,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mnemoscope.behaviour import Batch, Scores
+from mnemoscope.bench.ranking import RATING_DRAWS, Limits, TuneLists, final, in_order, most_lost, ranked
 from mnemoscope.cells import Cell, Tell
 from mnemoscope.config import MethodName, SteeringConfig
-from mnemoscope.directions import (
+from mnemoscope.interventions.controls import LEARNED
+from mnemoscope.interventions.directions import Directions, share_of, steered
+from mnemoscope.interventions.sources import (
     ANSWERED,
-    LEARNED,
     LOW_RANK,
-    RATING_DRAWS,
     SOURCE,
     TOWARD,
-    Directions,
     Fit,
-    Limits,
     Setting,
-    TuneLists,
-    final,
-    in_order,
     learned_beside,
-    most_lost,
-    ranked,
-    share_of,
-    steered,
     with_prefixes,
 )
 from mnemoscope.models import Site

@@ -21,14 +21,14 @@ from safetensors.numpy import load_file, save
 
 from mnemoscope.behaviour import PLAIN, Asking, KeptStates, Prompting
 from mnemoscope.cells import STATES, Cell, git_state
-from mnemoscope.directions import ANSWERED, Labels, Setting
 from mnemoscope.errors import InputError
 from mnemoscope.files import replacing, write_atomically
+from mnemoscope.interventions import Artefact, Binding, SteeringVector, best_paths
+from mnemoscope.interventions.sources import ANSWERED, Labels, Setting
 from mnemoscope.models import check_peft, layers_of, load_model
 from mnemoscope.processes import in_order
 from mnemoscope.schemas import CellFacts, KnownFacts
 from mnemoscope.schemas import read_chosen as chosen_facts
-from mnemoscope.steering import Artefact, Binding, SteeringVector, best_paths
 from mnemoscope.strict import read_json
 from mnemoscope.tasks import Task, allow_code, build_task
 

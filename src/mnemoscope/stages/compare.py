@@ -17,7 +17,10 @@ from scipy.linalg import orthogonal_procrustes
 from mnemoscope.behaviour import Asking, read_states
 from mnemoscope.cells import Cell, Tell, grouped
 from mnemoscope.contrast import Contrast
-from mnemoscope.directions import SOURCE, gaussian, steered, with_prefixes
+from mnemoscope.interventions import SteeringVector
+from mnemoscope.interventions.controls import gaussian
+from mnemoscope.interventions.directions import steered
+from mnemoscope.interventions.sources import SOURCE, with_prefixes
 from mnemoscope.models import quick_products
 from mnemoscope.processes import Map
 from mnemoscope.schemas import CellFacts, ProbeFacts, read_chosen
@@ -25,7 +28,6 @@ from mnemoscope.stages.common import cell_model, kept_states, write_table
 from mnemoscope.stages.lists import Records
 from mnemoscope.stages.probe import CHANCE, TOPS, overlap_row
 from mnemoscope.statistics import cosine, rank_correlation
-from mnemoscope.steering import SteeringVector
 from mnemoscope.strict import read_json
 from mnemoscope.tasks import Example
 

@@ -19,8 +19,8 @@ import pandas as pd
 from mnemoscope.behaviour import Asking, read_states
 from mnemoscope.cells import Cell, Tell
 from mnemoscope.detect import Detector, Observed, Reading, fit_detectors
-from mnemoscope.directions import TOWARD
 from mnemoscope.errors import InputError
+from mnemoscope.interventions.sources import TOWARD
 from mnemoscope.stages import common
 from mnemoscope.stages.lists import Records, judged_lists
 from mnemoscope.stages.probe import input_scores, uncertainty_scores

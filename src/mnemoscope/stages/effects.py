@@ -16,12 +16,14 @@ import torch
 
 from mnemoscope.behaviour import Asking, Batch, Scores, read_states, score, score_contrasted
 from mnemoscope.cells import Cell, Tell
-from mnemoscope.directions import SOURCE, TOWARD, Directions, Setting, control_draws, steered, with_prefixes
 from mnemoscope.errors import InputError
+from mnemoscope.interventions import ablated, patched
+from mnemoscope.interventions.controls import control_draws
+from mnemoscope.interventions.directions import Directions, steered
+from mnemoscope.interventions.sources import SOURCE, TOWARD, Setting, with_prefixes
 from mnemoscope.models import SITES, Site, blocks_of
 from mnemoscope.stages.common import cell_model, kept_shifts, kept_states, read_best, read_chosen, write_table
 from mnemoscope.stages.lists import Records, judged_lists, sources_of
-from mnemoscope.steering import ablated, patched
 from mnemoscope.tasks import Example
 
 CONTRASTS = {"to_generalized": (0.5, 1.0), "to_memorized": (-0.5, -1.0)}  # of context-aware decoding; -1: no context

@@ -12,11 +12,12 @@ import numpy as np
 import pandas as pd
 
 from mnemoscope.behaviour import Asking, Batch, prepare, score
+from mnemoscope.bench.ranking import TuneLists
 from mnemoscope.cells import Cell
-from mnemoscope.directions import SOURCE, TOWARD, FitLists, Sources, TuneLists, in_turn, read_sources, with_prefixes
+from mnemoscope.interventions import Toward
+from mnemoscope.interventions.sources import SOURCE, TOWARD, FitLists, Sources, in_turn, read_sources, with_prefixes
 from mnemoscope.models import Site
 from mnemoscope.stages.common import cell_task, kept_states, rng_of
-from mnemoscope.steering import Toward
 from mnemoscope.tasks import Example, Split, Task, draw
 
 Kept = Mapping[str, tuple[Sequence[Batch], str]]

@@ -16,21 +16,17 @@ import pandas as pd
 from mnemoscope.behaviour import Scores, encode, mark_confabulations
 from mnemoscope.cells import Cell, Tell
 from mnemoscope.config import SteeringConfig
-from mnemoscope.directions import (
+from mnemoscope.interventions.controls import (
     INDIFFERENCE,
     LEARNED,
-    LOW_RANK,
     PERMUTED,
-    TOWARD,
-    Fit,
-    Labels,
-    Setting,
     control_draws,
     refitted,
     shared_neurons,
     shuffles,
-    steered,
 )
+from mnemoscope.interventions.directions import steered
+from mnemoscope.interventions.sources import LOW_RANK, TOWARD, Fit, Labels, Setting
 from mnemoscope.models import blocks_of
 from mnemoscope.stages import common
 from mnemoscope.stages.choose import (

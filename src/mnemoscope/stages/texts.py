@@ -22,12 +22,12 @@ from mnemoscope.behaviour import Asking, continued, cost_of, states_at_the_end, 
 from mnemoscope.cells import Cell, Tell
 from mnemoscope.config import CellConfig
 from mnemoscope.detect import Detector
-from mnemoscope.directions import TOWARD
 from mnemoscope.errors import StudyError
+from mnemoscope.interventions import SteeringVector
+from mnemoscope.interventions.sources import TOWARD
 from mnemoscope.models import backbone_of, cache_of, context_length, forked, pass_inputs
 from mnemoscope.stages.common import GATE, cell_model, read_best, rng_of, write_table
 from mnemoscope.stages.lists import Records
-from mnemoscope.steering import SteeringVector
 from mnemoscope.tasks import Example
 
 EARLIEST = 8  # tokens before a cut, at least, the first included

@@ -19,6 +19,7 @@ from mnemoscope.cells import STATES, Cell, Tell
 from mnemoscope.contrast import ContrastAccumulator
 from mnemoscope.errors import InputError, StudyError
 from mnemoscope.files import new_folder, write_atomically
+from mnemoscope.interventions import Binding
 from mnemoscope.models import (
     PACKAGED,
     QUANTIZED,
@@ -30,7 +31,6 @@ from mnemoscope.models import (
     word_tokenizer,
 )
 from mnemoscope.stages import common
-from mnemoscope.steering import Binding
 from mnemoscope.tasks import KINDS, SPLITS, Example, Split, Task, draw, draws
 from mnemoscope.training import Checkpoint, Trained, how_to_mix, train
 

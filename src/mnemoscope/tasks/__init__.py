@@ -1,6 +1,19 @@
 """Tasks: data on which the answer reveals whether a model memorized or generalized."""
 
-from mnemoscope.tasks.base import KINDS, SPLITS, Example, Instance, Kind, Side, Split, Task, answer_of, draw, draws
+from mnemoscope.tasks.base import (
+    KINDS,
+    SPLITS,
+    Example,
+    Instance,
+    Kind,
+    Side,
+    Split,
+    Task,
+    answer_of,
+    as_bare,
+    draw,
+    draws,
+)
 from mnemoscope.tasks.registry import (
     TASKS,
     allow_code,

@@ -103,6 +103,11 @@ _COLUMNS: dict[Side, dict[str, str]] = {
 }
 
 
+def as_bare(bare: Example) -> Example:
+    """A conflict's bare question, with the one answer that memory has."""
+    return replace(bare, kind="memory", family="bare", answer=bare.memorized, memorized=None, generalized=None)
+
+
 class Task:
     """Base class of tasks: ``examples`` and ``rephrase`` are required, everything else has a default.
 

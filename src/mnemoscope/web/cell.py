@@ -31,11 +31,11 @@ from mnemoscope.config import load_study
 from mnemoscope.contrast import Contrast
 from mnemoscope.detect import Detector
 from mnemoscope.digests import check_closed, check_stage, intact, is_there
-from mnemoscope.directions import with_prefixes
 from mnemoscope.errors import InputError
+from mnemoscope.interventions import Binding, readable
+from mnemoscope.interventions.sources import with_prefixes
 from mnemoscope.models import blocks_of
 from mnemoscope.stages import Records, cell_model, with_kept_data
-from mnemoscope.steering import Binding, readable
 from mnemoscope.tasks import Example, allowed_code
 from mnemoscope.web.parts import Neurons, Vectors
 from mnemoscope.web.shapes import Answer, Asked, CellFacts, DetectorReading, Pair, Question, Steering

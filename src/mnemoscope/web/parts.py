@@ -14,12 +14,13 @@ from mnemoscope.behaviour import Asking, Batch, cache_prefixes, kept_bytes, prep
 from mnemoscope.cells import Cell
 from mnemoscope.contrast import Contrast
 from mnemoscope.digests import inside, intact
-from mnemoscope.directions import TOWARD, steered
 from mnemoscope.errors import InputError
+from mnemoscope.interventions import OPPOSITE, Binding, SteeringVector, Toward
+from mnemoscope.interventions.directions import steered
+from mnemoscope.interventions.sources import TOWARD
 from mnemoscope.report import draw_neuron
 from mnemoscope.schemas import read_chosen
 from mnemoscope.statistics import top_by_magnitude
-from mnemoscope.steering import OPPOSITE, Binding, SteeringVector, Toward
 from mnemoscope.tasks import Example
 from mnemoscope.web.shapes import Method, NeuronMap, Steering, VectorFacts, Watched
 
@@ -72,7 +73,7 @@ class Vectors:
             raise InputError(f"method: {steering.method!r} is not one of {', '.join(self._chosen['methods'])}")
         if steering.layers is None and steering.neurons is None:
             return vector
-        if vector.low_rank:
+        if not vector.is_constant:
             raise InputError(f"layers, neurons: {steering.method} acts by the state, and as a whole only")
         whole_LD, rank_LD = self._whole(vector)
         allowed = [layer for layer, rank_D in enumerate(rank_LD) if rank_D.any()]

@@ -1,0 +1,214 @@
+"""What a model answers under an intervention: labels, texts, and its divergence on neutral text.
+
+Shapes: N prompts, M tokens of an answer, T tokens (columns), V vocabulary.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mnemoscope.behaviour import (
+    Asking,
+    Batch,
+    Encoded,
+    Scores,
+    as_batch,
+    by_length,
+    cache_prefixes,
+    continued,
+    cost_of,
+    prepare,
+    read_only_options,
+    score,
+    score_read,
+    with_options,
+    without_prefix,
+    written,
+)
+from mnemoscope.bench.lists import Bench, Prompts
+from mnemoscope.interventions import Intervention, Quoted
+from mnemoscope.models import cache_of, context_length, end_ids, pass_inputs, with_last_logits
+from mnemoscope.tasks import Example
+
+NOTHING = Intervention(toward="generalized")
+EARLIEST = 8  # tokens before a cut in neutral text, at least
+
+
+def scores(one: Intervention, prompts: Prompts) -> Scores:
+    """Label prompts under an intervention: what greedy decoding with it in place would answer."""
+    asking, batches, asked = prompts.asking, prompts.batches, worded(one, prompts)
+    if asked is not prompts.examples:
+        batches = prepare(asking, asked)
+    elif one.everywhere:
+        batches = [part for batch in map(without_prefix, batches) for part in by_length(batch)]
+    if not one.contrast and not one.in_one_go:
+        return score(asking, batches, margins=False, applied=partial(one.apply, asking.model))
+    bares = dict(zip(map(id, batches), prompts.contrast_batches(one.contrast), strict=True)) if one.contrast else {}
+    return score_read(asking, batches, lambda batch, single: _logits(asking, one, single, bares.get(id(batch))))
+
+
+def _logits(asking: Asking, one: Intervention, single: Batch, bare: Batch | None = None) -> Tensor:
+    """Logits that predict each token of one option and what closes it, float32 (N, M + 1, V).
+
+    ``bare``: what the same rows are contrasted with, with all their options.
+    """
+    # Recorded outputs of blocks would be replayed inside passes that hooks appear in later.
+    ready = replace(single, unshifted=None) if one.in_one_go else single
+    with one.apply(asking.model, start=single.ids_NT.shape[1] - 1):
+        mine_NMV = read_only_options(asking.model, ready, closed=True)
+    if bare is None:
+        return mine_NMV
+    same = with_options(bare, single.option_R[None])
+    return one.join(mine_NMV, read_only_options(asking.model, same, closed=True))
+
+
+def worded(one: Intervention, prompts: Prompts) -> list[Example]:
+    """The examples with the prompts that an intervention asks; the list itself where these are the same."""
+    both = zip(prompts.examples, map(one.prompt, prompts.quoted), strict=True)
+    asked = [example if prompt == example.prompt else replace(example, prompt=prompt) for example, prompt in both]
+    return asked if any(a is not b for a, b in zip(asked, prompts.examples, strict=True)) else prompts.examples
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Generated texts of N prompts, the seconds that each took in its batch, and what they cost the model itself.
+
+    ``nats_N``: mean cost a token under the model without an intervention, behind the prompt as it was asked.
+    ``repeated_N``: share of a text's pairs of neighbouring tokens that it had before.
+    """
+
+    texts: Sequence[str]
+    seconds: float
+    nats_N: np.ndarray
+    repeated_N: np.ndarray
+
+
+@torch.no_grad()
+def texts_of(one: Intervention, prompts: Prompts, tokens: int) -> Texts:
+    """Generate greedily behind prompts under an intervention."""
+    asking = prompts.asking
+    tokenizer, texts, nats, repeated, seconds = asking.tokenizer, list[str](), list[float](), list[float](), 0.0
+    examples = worded(one, prompts)
+    for start in range(0, len(examples), asking.batch_size):
+        chosen = slice(start, start + asking.batch_size)
+        inputs = asking.padded([asking.text(e.prompt) for e in examples[chosen]])
+        began = time.perf_counter()
+        if one.contrast:
+            bare = asking.padded([asking.text(other.prompt) for other in prompts.contrast(one.contrast)[chosen]])
+            ids_NT, mask_NT, width = _joined_texts(asking, one, inputs, bare, tokens)
+        else:
+            with one.apply(asking.model):
+                ids_NT, mask_NT, width = continued(asking.model, tokenizer, inputs, tokens)
+        seconds += time.perf_counter() - began
+        nats += cost_of(asking.model, ids_NT, mask_NT, width).tolist()
+        texts += tokenizer.batch_decode(ids_NT[:, width:], skip_special_tokens=True)
+        for ids, mask in zip(ids_NT[:, width:].tolist(), mask_NT[:, width:].tolist(), strict=True):
+            repeated.append(_repeated(ids[: sum(mask)]))
+    return Texts(texts, seconds / max(1, len(examples)), np.array(nats), np.array(repeated))
+
+
+def _joined_texts(asking: Asking, one: Intervention, inputs: Any, bare: Any, tokens: int) -> tuple[Tensor, Tensor, int]:
+    """Greedy decoding of two passes a token; see ``continued``."""
+    model, ends = asking.model, torch.tensor(end_ids(asking.model, asking.tokenizer), device=asking.model.device)
+    masks, caches, steps = (
+        [inputs.attention_mask, bare.attention_mask],
+        [None, None],
+        [inputs.input_ids, bare.input_ids],
+    )
+    found, open_N = list[Tensor](), torch.ones(len(inputs.input_ids), dtype=torch.bool, device=model.device)
+    kept = list[Tensor]()
+    for _ in range(min(tokens, context_length(model) - inputs.input_ids.shape[1])):
+        logits = []
+        for side in (0, 1):
+            output = with_last_logits(model, pass_inputs(model, steps[side], masks[side], caches[side]))
+            caches[side] = cache_of(output)
+            logits.append(output.logits[:, -1:].float())
+        next_N = one.join(*logits)[:, -1].argmax(-1)
+        found.append(next_N)
+        kept.append(open_N)
+        open_N = open_N & ~torch.isin(next_N, ends)
+        if not bool(open_N.any()):
+            break
+        steps = [next_N[:, None], next_N[:, None]]
+        masks = [torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1) for mask in masks]
+    ids_NT = torch.cat([inputs.input_ids, torch.stack(found, dim=1)], dim=1)
+    mask_NT = torch.cat([inputs.attention_mask, torch.stack(kept, dim=1).long()], dim=1)
+    return ids_NT, mask_NT, inputs.input_ids.shape[1]
+
+
+def _repeated(ids: Sequence[int]) -> float:
+    """Share of the pairs of neighbours that came before."""
+    pairs = list(pairwise(ids))
+    return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
+
+
+def is_exact(text: str, answer: str) -> bool:
+    """Whether the first line of a text is an answer, but for case, punctuation, articles and spaces.
+
+    The normal form is that of SQuAD (Rajpurkar et al. 2016), as papers on knowledge conflicts count exact match.
+    """
+    first = next(iter(text.strip().splitlines()), "")
+    return _normal(first) == _normal(answer)
+
+
+def _normal(text: str) -> str:
+    bare = "".join(" " if sign in string.punctuation else sign for sign in text.lower())
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
+
+
+class Neutral:
+    """Cuts in text that the model wrote itself, and its distributions behind them."""
+
+    def __init__(self, bench: Bench) -> None:
+        asking, config = bench.asking, bench.config
+        self.asking, following = asking, config.following
+        rng = np.random.default_rng([config.seed, 34])
+        length = min(64, context_length(asking.model) - 1 - following - 32)
+        self.batches, self.plain, self.encoded = list[Batch](), list[Tensor](), list[Encoded]()
+        if not config.cuts or length < EARLIEST + following:
+            return
+        texts = written(asking, min(16, config.cuts), length, int(rng.integers(2**31)))
+        for number in range(config.cuts):
+            row, place = texts[number % len(texts)].tolist(), int(rng.integers(EARLIEST, length - following + 1))
+            self.encoded.append(Encoded(row[:place], 0, (row[place : place + following],)))
+        self.batches = self._batched(self.encoded)
+        cache_prefixes(asking, self.batches)
+        self.plain = [self._logp(NOTHING, batch) for batch in self.batches]
+
+    def _batched(self, encoded: Sequence[Encoded]) -> list[Batch]:
+        order, size = np.argsort([len(e.context) for e in encoded], kind="stable"), self.asking.batch_size
+        return [as_batch(self.asking, encoded, order[start : start + size]) for start in range(0, len(order), size)]
+
+    @torch.no_grad()
+    def _logp(self, one: Intervention, batch: Batch) -> Tensor:
+        """Log probabilities at the cut and behind it, float32 (N, M, V)."""
+        ready = without_prefix(batch) if one.everywhere else batch
+        return _logits(self.asking, one, ready)[:, :-1].log_softmax(-1)
+
+    def divergence(self, one: Intervention) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """KL divergence of the intervention's from the model's own distribution, in nats: at the cut, mean of the rest.
+
+        Nothing where two passes are joined: neutral text has no bare question.
+        """
+        if one.contrast:
+            return
+        batches = self.batches
+        if batches and (sentence := one.prompt(Quoted("", "", ""))):
+            ids = self.asking.tokenizer(sentence, add_special_tokens=False).input_ids
+            encoded = [replace(e, context=[e.context[0], *ids, *e.context[1:]]) for e in self.encoded]
+            batches = [as_batch(self.asking, encoded, batch.examples_N) for batch in batches]
+        for batch, plain_NMV in zip(batches, self.plain, strict=True):
+            with_NMV = self._logp(one, batch)
+            kl_NM = (plain_NMV.exp() * (plain_NMV - with_NMV)).sum(-1).double().cpu().numpy()
+            yield kl_NM[:, 0], kl_NM[:, 1:].mean(axis=1)

@@ -1,0 +1,49 @@
+"""A gate over any intervention: it acts only where a detector, before the answer, says that the other way is likely.
+
+The detector reads the unsteered state at the decision position, so a gated intervention answers as the intervention
+where the gate acts, and as the model itself elsewhere: nothing is asked again.
+
+Shapes: N prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from mnemoscope.behaviour import draw_candidates, mine_pairs, read_states
+from mnemoscope.bench.lists import KEPT, Bench, Prompts
+from mnemoscope.detect import Detector, Observed, Reading, fit_detectors
+from mnemoscope.errors import InputError
+
+THRESHOLD = 0.5  # of the probability of the behaviour to steer away from
+
+
+def fitted_detector(bench: Bench) -> Detector:
+    """The detector of the fit split, calibrated on tune; InputError where a behaviour has too few prompts."""
+    mined = bench.fit.mined
+    assert mined.scores.states_NLD is not None, "mining keeps states"
+    fit = _observed(bench.fit.prompts, mined.scores.states_NLD, mined.scores.behaviour_N)
+    config, rng = bench.config, np.random.default_rng([bench.config.seed, 38])
+    candidates = draw_candidates(bench.task, bench.tune["conflict"].examples, rng, config.rephrasings)
+    tune = next(mine_pairs(bench.asking, candidates, chunk=config.tune_conflicts * config.rephrasings), None)
+    if tune is None:
+        raise InputError("tune: its conflicts have no other phrasing")
+    assert tune.scores.states_NLD is not None, "mining keeps states"
+    return fit_detectors(fit, _observed(bench.tune, tune.scores.states_NLD, tune.scores.behaviour_N))[0]
+
+
+def _observed(lists: Mapping[str, Prompts], states_NLD: np.ndarray, labels_N: np.ndarray) -> Observed:
+    """Conflicts that were answered either way, and prompts that agree with memory or have no text."""
+    either_N = np.isin(labels_N.astype(str), ("memorized", "generalized"))
+    parts, labels = [states_NLD[either_N]], [labels_N[either_N].astype(object)]
+    for prompts in (lists[name] for name in KEPT if len(lists[name])):
+        parts.append(read_states(prompts.asking, prompts.examples, "block").at_decision_NLD)
+        labels.append(np.full(len(prompts), "neither", dtype=object))
+    return Observed(np.concatenate(parts), np.concatenate(labels))
+
+
+def readings(detector: Detector, prompts: Prompts) -> Reading:
+    """The detector's estimates of prompts."""
+    return detector.read(read_states(prompts.asking, prompts.examples, detector.site).at_decision_NLD)

@@ -1,0 +1,109 @@
+"""Judge an intervention on the frozen lists: tables of labels, texts and divergence, one row for each prompt.
+
+Shapes: N prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mnemoscope.behaviour import Scores
+from mnemoscope.bench.answers import NOTHING, Neutral, is_exact, scores, texts_of
+from mnemoscope.bench.gate import THRESHOLD, fitted_detector, readings
+from mnemoscope.bench.lists import LISTS, Bench, Prompts
+from mnemoscope.bench.varied import varied_lists
+from mnemoscope.detect import Detector
+from mnemoscope.errors import InputError
+from mnemoscope.interventions import OPPOSITE, Intervention, SteeringVector
+from mnemoscope.interventions.controls import has_equal_norm, of_equal_norm
+
+TABLES = ("answers", "texts", "neutral")
+UNSTEERED = "unsteered"
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What all interventions are judged on.
+
+    Attributes:
+        lists: the frozen lists, then those of changed prompts.
+        detector: of the gate; None where there is none, for the reason ``why``.
+    """
+
+    bench: Bench
+    lists: Mapping[str, Prompts]
+    neutral: Neutral
+    detector: Detector | None
+    why: str
+
+    @classmethod
+    def of(cls, bench: Bench) -> Frame:
+        """Draw it."""
+        try:
+            detector, why = fitted_detector(bench), ""
+        except InputError as error:  # too few prompts of a behaviour, which is no reason to lose all else
+            detector, why = None, str(error)
+        return cls(bench, {**bench.test, **varied_lists(bench)}, Neutral(bench), detector, why)
+
+    def table(self) -> pd.DataFrame:
+        """Every prompt of every list with its unsteered label; of the frozen ones also where a gate acts."""
+        parts = []
+        for name, prompts in self.lists.items():
+            rows = pd.DataFrame([example.to_row() for example in prompts.examples])
+            found = prompts.unsteered
+            columns: dict[str, Any] = {"unsteered": found.behaviour_N, "margin": found.margin_N, "tie": found.tie_N}
+            columns |= dict.fromkeys(("p_memorized", *(f"acts_{toward}" for toward in OPPOSITE)), np.nan)
+            if self.detector and name in LISTS and len(prompts):
+                reading = readings(self.detector, prompts)
+                columns |= {"p_memorized": reading.p_memorized}
+                columns |= {f"acts_{one}": reading.acts(one, THRESHOLD).astype(float) for one in OPPOSITE}
+            parts.append(rows.assign(list=name, example=np.arange(len(rows)), **columns))
+        return pd.concat([part for part in parts if len(part)], ignore_index=True)
+
+    def judged(self, one: Intervention | None, toward: str) -> dict[str, pd.DataFrame]:
+        """Tables by name of an intervention, or of none, towards a behaviour."""
+        config = self.bench.config
+        parts = [
+            self._answers(name, scores(one, prompts) if one else prompts.unsteered, toward)
+            for name, prompts in self.lists.items()
+        ]
+        conflict = self.lists["conflict"]
+        for number in range(config.controls if has_equal_norm(one) else 0):
+            assert isinstance(one, SteeringVector)
+            control = of_equal_norm(one, self.bench.sources(one.site), config.seed, number)
+            parts.append(self._answers("conflict", scores(control, conflict), toward, number))
+        plain = one or NOTHING
+        return {
+            "answers": pd.concat(parts, ignore_index=True),
+            "texts": self._texts(plain, toward),
+            "neutral": self._neutral(plain, toward),
+        }
+
+    def _answers(self, name: str, found: Scores, toward: str, draw: int = -1) -> pd.DataFrame:
+        """``draw``: of the control of equal norm; -1: the intervention itself."""
+        columns: dict[str, Any] = {"toward": toward, "list": name, "draw": draw}
+        columns |= {"example": np.arange(len(found.behaviour_N)), "behaviour": found.behaviour_N, "tie": found.tie_N}
+        return pd.DataFrame(columns)
+
+    def _texts(self, one: Intervention, toward: str) -> pd.DataFrame:
+        config, conflict = self.bench.config, self.lists["conflict"]
+        first = conflict.of(np.arange(min(config.written, len(conflict))))
+        made = texts_of(one, first, config.tokens)
+        exact = {
+            side: [is_exact(text, str(getattr(e, side))) for text, e in zip(made.texts, first.examples, strict=True)]
+            for side in ("memorized", "generalized")
+        }
+        columns: dict[str, Any] = {"toward": toward, "example": np.arange(len(first)), "text": made.texts}
+        columns |= {f"exact_{side}": found for side, found in exact.items()}
+        columns |= {"nats": made.nats_N, "repeated": made.repeated_N, "seconds": made.seconds}
+        return pd.DataFrame(columns)
+
+    def _neutral(self, one: Intervention, toward: str) -> pd.DataFrame:
+        parts = [pd.DataFrame({"kl_first": first, "kl_next": rest}) for first, rest in self.neutral.divergence(one)]
+        empty = pd.DataFrame({"kl_first": [], "kl_next": []}, dtype=float)
+        return pd.concat(parts or [empty], ignore_index=True).assign(toward=toward)

@@ -1,0 +1,263 @@
+"""An arena: every method on one frozen set, method by method, so that a killed run goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from mnemoscope.behaviour import PLAIN, Asking
+from mnemoscope.bench.choose import best_of
+from mnemoscope.bench.judge import TABLES, UNSTEERED, Frame
+from mnemoscope.bench.lists import Bench, Known, ask_known, told_by_answers
+from mnemoscope.config import ArenaConfig, parse_arena
+from mnemoscope.digests import STAGES, intact, locked, write_marker
+from mnemoscope.errors import InputError
+from mnemoscope.files import made, plain, undone_if_refused, write_atomically
+from mnemoscope.interventions import OPPOSITE, Binding, Intervention, SteeringVector
+from mnemoscope.interventions.controls import has_equal_norm
+from mnemoscope.interventions.methods import candidates, method_names
+from mnemoscope.interventions.shifts import norm_of
+from mnemoscope.models import load_model
+from mnemoscope.report import build_arena
+from mnemoscope.schemas import FrameFacts, KnownFacts
+from mnemoscope.strict import checked, read_json
+from mnemoscope.tasks import Task, named_task
+from mnemoscope.telling import Progress, shown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+SCHEMA = 2  # 1: before two-pass methods had to close their answers
+ASKED = ("list", "example", "item", "prompt", "memorized", "generalized", "answer")
+FROZEN = (*ASKED, *(f"acts_{toward}" for toward in OPPOSITE))  # columns of the set that a continued arena must find
+CHOICES = ("sizes", "prompting", "name", "progress")
+
+
+def arena(
+    model: PreTrainedModel | str | Path,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    task: str | Task | Any = None,
+    out: str | Path = "runs/arena",
+    *,
+    methods: Sequence[str] | None = None,
+    options: Mapping[str, Any] | None = None,
+    **choices: Any,
+) -> Path:
+    """Run every method on one frozen set of conflicts, in both directions, and build the page; returns its path.
+
+    Args:
+        model: an open causal language model, which stays unchanged, or a name or path for ``load_model``.
+        tokenizer: of an open model.
+        task: a JSONL file, a task's name, ``package.module:Class``, or a ``Task``.
+        out: the run folder; the arena is in ``out/arena``, and an interrupted one continues there.
+        methods: names of methods (``interventions.methods``); default: all. What cannot be fitted is left out and named;
+            if it was asked for by name, its reason is raised.
+        options: of a task that is given by name.
+        choices: ``sizes``, fields of ``ArenaConfig``; ``prompting``, the format of prompts; ``name`` of the model on
+            the page; ``progress``, True to show how far it is, or what is called with (cell, stage, done, total, note).
+
+    Raises:
+        InputError: an argument cannot be used, nothing is known by heart, or there are too few groups.
+    """
+    for choice in choices:
+        if choice not in CHOICES:
+            raise InputError(f"{choice}: arena has no such argument; it has {', '.join(CHOICES)}")
+    for method in methods or ():
+        if method not in method_names():
+            raise InputError(f"methods: {method!r} is not one of {', '.join(method_names())}")
+    config = parse_arena(dict(choices.get("sizes") or {}))
+    made = task if isinstance(task, Task) else _task(task, dict(options or {}), config.seed)
+    is_open = not isinstance(model, str | Path)
+    name = choices.get("name") or (type(model).__name__ if is_open else Path(str(model)).name)
+    if isinstance(model, str | Path):
+        model, tokenizer = load_model(model)
+    if tokenizer is None:
+        raise InputError("tokenizer: None; an open model needs its tokenizer (or give the model by name)")
+    asking = Asking(model, tokenizer, made.boundary, prompting=choices.get("prompting") or PLAIN)
+    folder, threads, training = Path(out) / "arena", torch.get_num_threads(), model.training
+    torch.set_num_threads(config.threads)
+    model.eval()
+    try:
+        with shown(choices.get("progress")) as tell:
+            _Run(asking, made, config, folder, name, tell).go(methods)
+    finally:
+        torch.set_num_threads(threads)
+        model.train(training)
+    return build_arena(Path(out))
+
+
+def _task(task: Any, options: dict[str, Any], seed: int) -> Task:
+    if task is None:
+        raise InputError("task: None; give a JSONL file, the name of a task, package.module:Class, or a Task")
+    return named_task(task, options, seed)
+
+
+def _cells(table: pd.DataFrame, name: str) -> list[str]:
+    return ["" if pd.isna(value) else str(value) for value in table[name]]
+
+
+def _norm(one: Intervention, bench: Bench) -> float:
+    """Of a vector, how far it moves states; NaN for what has no norm."""
+    if not has_equal_norm(one):
+        return math.nan
+    assert isinstance(one, SteeringVector)
+    return norm_of(one, bench.sources(one.site))
+
+
+class _Run:
+    """The run of an arena in its folder."""
+
+    def __init__(
+        self, asking: Asking, task: Task, config: ArenaConfig, folder: Path, model: str, tell: Progress
+    ) -> None:
+        self.asking, self.task, self.config, self.folder, self.tell = asking, task, config, folder, tell
+        self.facts, self.written = self._facts(model), list[Path]()
+
+    def go(self, methods: Sequence[str] | None) -> None:
+        """Run what is not done yet."""
+
+        def worth() -> bool:
+            return self._done(UNSTEERED)
+
+        with made(self.folder), locked(self.folder, worth), undone_if_refused(self.folder, worth):
+            self._go(methods)
+
+    def _go(self, methods: Sequence[str] | None) -> None:
+        self._check_folder()
+        chosen = list(methods or method_names())
+        waiting = [name for name in (UNSTEERED, *chosen) if not self._done(name)]
+        if not waiting:
+            return
+        self.tell("arena", "frame", 0, 1, "freezing the test set")
+        bench = Bench.of(self.asking, self.task, self.config, self._known())
+        frame = Frame.of(bench)
+        counts: dict[str, Any] = {"asked": bench.known.asked, "known": len(bench.known.items)}
+        counts |= {"order": method_names(), "no_gate": frame.why}
+        counts["by_answers"] = told_by_answers(bench)
+        counts |= {"lists": {name: len(prompts) for name, prompts in frame.lists.items()}}
+        self._write_set(frame.table())
+        self._write_json("frame", self.facts | counts)
+        self._mark("frame")
+        for number, name in enumerate(waiting):
+            self.tell("arena", name, number, len(waiting), "")
+            try:
+                facts = self._unsteered(frame) if name == UNSTEERED else self._method(name, frame)
+            except InputError as error:
+                if methods:
+                    raise
+                facts = {"left_out": str(error)}
+            self._write_json(name, facts)
+            self._mark(name)  # last: what says that the method is done
+        self.tell("arena", "page", 1, 1, "")
+
+    def _write_set(self, table: pd.DataFrame) -> None:
+        """Write the frozen set; InputError where methods were judged on another one, as after a change of rounding."""
+        path = self.folder / "set.parquet"
+        if (self.folder / STAGES / "frame.json").is_file():
+            before = pd.read_parquet(intact(path))
+            if not all(_cells(before, name) == _cells(table, name) for name in FROZEN):
+                raise InputError(
+                    f"out: {self.folder} holds an arena on another frozen set than this model gives here, as on "
+                    "another machine or after an update; give another folder"
+                )
+            self.written.append(path)  # other columns may differ in their last bits
+            return
+        self._write_table("set", table)
+
+    def _known(self) -> Known:
+        """What the model knows, asked once for all continuations."""
+        of = {name: self.facts[name] for name in ("weights", "examples", "prompting")}
+        path = self.folder / "known.json"
+        before = read_json(intact(path), dict[str, Any]) if (self.folder / STAGES / "known.json").is_file() else {}
+        if all(before.get(name) == value for name, value in of.items()):
+            checked(before, KnownFacts, str(path))
+            return Known(before["asked"], before["known"])
+        known = ask_known(self.asking, self.task)
+        if known.asked:
+            self.task.knowing(set(known.items))  # an empty one is refused here, before anything is written
+        self._write_json("known", of | {"asked": known.asked, "known": list(known.items)})
+        self._mark("known")
+        return known
+
+    def _unsteered(self, frame: Frame) -> dict[str, Any]:
+        tables = frame.judged(None, UNSTEERED)
+        for name in TABLES:
+            self._write_table(f"{UNSTEERED}-{name}", tables[name])
+        return {"passes": 1, "changes_weights": False}
+
+    def _method(self, name: str, frame: Frame) -> dict[str, Any]:
+        """Fit, choose and judge a method in both directions; write its tables and return what was chosen."""
+        found, tables = dict[str, Any](), {kind: list[pd.DataFrame]() for kind in TABLES}
+        for toward in OPPOSITE:
+            started = time.perf_counter()
+            tried = candidates(name, frame.bench, toward)
+            fitted = time.perf_counter()
+            best, compared = best_of(tried, frame.bench.tune)
+            chosen, one = time.perf_counter(), best.one
+            for kind, table in frame.judged(one, toward).items():
+                tables[kind].append(table)
+            seconds = {"fit": fitted - started, "choose": chosen - fitted, "judge": time.perf_counter() - chosen}
+            found[toward] = {
+                "setting": dict(one.setting),
+                "tune": {"wanted": best.wanted, "lost": best.lost, "worth": best.worth, "compared": len(compared)},
+                **{"tried": len(tried), "norm": _norm(one, frame.bench), "seconds": seconds},
+            }
+            facts = {"passes": one.passes, "changes_weights": one.changes_weights, "joined": one.contrast is not None}
+        for kind, parts in tables.items():
+            self._write_table(f"{name}-{kind}", pd.concat(parts, ignore_index=True))
+        return facts | {"toward": found}
+
+    def _facts(self, model: str) -> dict[str, Any]:
+        """What a continued arena must have in common with the one before."""
+        drawn = [
+            example
+            for kind in ("conflict", "memory")
+            for example in self.task.examples(np.random.default_rng(self.config.seed), 200, kind)
+        ]
+        digest = hashlib.sha256("".join(f"{e.item}|{e.prompt}|{e.options}" for e in drawn).encode()).hexdigest()
+        binding = Binding.of(self.asking.model, self.asking.tokenizer)
+        return {
+            "schema": SCHEMA,
+            "model": model,
+            "weights": binding.weights,
+            "dtype": str(self.asking.model.dtype).removeprefix("torch."),
+            "task": self.task.name,
+            "examples": digest,
+            "sizes": self.config.model_dump(),
+            "prompting": self.asking.prompting.facts,
+        }
+
+    def _check_folder(self) -> None:
+        if not (self.folder / STAGES / "frame.json").is_file():
+            return
+        before = read_json(intact(self.folder / "frame.json"), FrameFacts)
+        for field, value in self.facts.items():
+            if before.get(field) != value:
+                raise InputError(
+                    f"out: {self.folder} holds an arena whose {field} is {before.get(field)!r}; this one has {value!r}"
+                )
+
+    def _done(self, name: str) -> bool:
+        return all((folder / f"{name}.json").is_file() for folder in (self.folder, self.folder / STAGES))
+
+    def _mark(self, name: str) -> None:
+        """Write the marker of what was written since the last one."""
+        write_marker(self.folder, name, self.written)
+        self.written = []
+
+    def _write_json(self, name: str, facts: Mapping[str, Any]) -> None:
+        text = json.dumps(plain(dict(facts)), indent=1, allow_nan=False) + "\n"
+        self.written.append(write_atomically(self.folder / f"{name}.json", text.encode()))
+
+    def _write_table(self, name: str, table: pd.DataFrame) -> None:
+        path = self.folder / f"{name}.parquet"
+        self.written.append(write_atomically(path, lambda temporary: table.to_parquet(temporary, index=False)))

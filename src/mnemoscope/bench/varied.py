@@ -1,0 +1,100 @@
+"""Lists of changed test prompts, on which a method should hold as well; paraphrases are in wordings that are fitted."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from mnemoscope.behaviour import encode
+from mnemoscope.bench.lists import Bench, Prompts, known_conflicts
+from mnemoscope.errors import InputError
+from mnemoscope.tasks import Example, Task
+
+SHOTS = 3  # solved questions before the one that is asked
+FOREIGN = "Réponds à la question suivante en un seul mot.\n"  # an instruction in another language
+# Around the quoted text of a longer prompt: it speaks of nothing that is asked.
+BEFORE = (
+    "The reading room opens at nine and closes at six. Visitors leave their bags at the desk and may borrow a pencil. "
+    "In winter the heating is turned on an hour earlier. "
+)
+BEHIND = (
+    "The garden behind the building is open to everybody. There are benches under the trees, and a small fountain that "
+    "is switched off at night. Dogs must be kept on a lead. "
+)
+
+
+Found = list[tuple[Example, Example | None]]  # examples with their bare questions
+
+
+def varied_lists(bench: Bench) -> dict[str, Prompts]:
+    """By name, the lists of changed prompts that this task allows: the same number of test conflicts each."""
+    n = bench.config.varied
+    if not n:
+        return {}
+    first, task = bench.test["conflict"].of(np.arange(min(n, len(bench.test["conflict"])))), bench.task
+    lists: dict[str, Found] = {
+        f"held-out {name}": [(example, task.without_context(example)) for example in _drawn(bench, other, n)]
+        for name, other in task.held_out().items()
+    }
+    rng = np.random.default_rng([bench.config.seed, 32])
+    rephrased = [task.rephrase(example, rng) for example in first.examples]
+    lists["paraphrase"] = [(example, task.without_context(example)) for example in rephrased]
+    for name, beginning in (
+        ("few-shot", "".join(f"{one}\n\n" for one in _solved(bench))),
+        ("instruction in French", FOREIGN),
+    ):
+        lists[name] = [(_begun(e, beginning), bare and _begun(bare, beginning)) for e, bare in _pairs(first)]
+    texts: dict[str, Callable[[str, Example], str | None]] = {"longer text": _padded, "both answers": _both}
+    for name, change in texts.items():
+        lists[name] = [
+            (replace(example, prompt=quoted.with_text(text)), bare)
+            for (example, bare), quoted in zip(_pairs(first), first.quoted, strict=True)
+            if quoted.text and (text := change(quoted.text, example))
+        ]
+    return {name: made for name, found in lists.items() if (made := _readable(bench, found))}
+
+
+def _pairs(prompts: Prompts) -> Found:
+    return list(zip(prompts.examples, prompts.bares, strict=True))
+
+
+def _begun(example: Example, beginning: str) -> Example:
+    """The example with something before its prompt."""
+    return replace(example, prompt=beginning + example.prompt)
+
+
+def _readable(bench: Bench, found: Found) -> Prompts | None:
+    """The list, or None where it is empty or a prompt does not fit into the model's context."""
+    try:
+        encode(bench.asking, [example for pair in found for example in pair if example])
+    except InputError:
+        return None
+    return Prompts(bench.asking, [example for example, _ in found], [bare for _, bare in found]) if found else None
+
+
+def _drawn(bench: Bench, task: Task, n: int) -> list[Example]:
+    return known_conflicts(bench.asking, task, "test", n, np.random.default_rng([bench.config.seed, 33]))[0]
+
+
+def _solved(bench: Bench) -> list[str]:
+    """Bare questions of the tune split with their answers, of different groups."""
+    by_group = {e.group: e for e in bench.tune["bare"].examples}
+    return [f"{e.prompt}{e.answer}" for e in list(by_group.values())[:SHOTS]]
+
+
+def _padded(text: str, example: Example) -> str:
+    """A text with others before and behind it, a paragraph each."""
+    return f"{BEFORE.strip()}\n{text.rstrip()}\n{BEHIND.strip()}"
+
+
+def _both(text: str, example: Example) -> str | None:
+    """A text that gives the generalized answer, then the memorized one in the same words; None where it lacks it."""
+    said, known = (str(answer).strip() for answer in (example.generalized, example.memorized))
+    found = list(re.finditer(rf"(?<!\w){re.escape(said)}(?!\w)", text.strip()))
+    if not found:
+        return None
+    place = found[-1]  # what is said last; before it a proverb may have the same word
+    return f"{text.rstrip()} {text.strip()[: place.start()]}{known}{text.strip()[place.end() :]}"

@@ -1,0 +1,146 @@
+"""Adapters (LoRA) that a context puts beside a model's weights and takes out again.
+
+They are judged as they were trained, beside the weights: merged into those of bfloat16, much of a small change is lost.
+
+E. Hu et al. (2021), "LoRA: low-rank adaptation of large language models", arXiv 2106.09685.
+
+Shapes: N prompts, I inputs and O outputs of a module, K rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from mnemoscope.behaviour import Asking
+from mnemoscope.config import LoraConfig
+from mnemoscope.errors import InputError
+from mnemoscope.interventions.contract import Intervention, Toward
+from mnemoscope.interventions.descent import Loss, descend
+from mnemoscope.interventions.hooks import Gate, adding
+from mnemoscope.models import adapt, check_peft, core_of, in_precision, is_adapted, quick_precision
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from mnemoscope.bench.lists import Bench
+
+RANK = 8
+STRENGTHS = (0.25, 0.5, 1.0)  # of an adapter once it is trained
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Adapter(Intervention):
+    """What is added to the outputs of modules, as an adapter that is not merged.
+
+    Attributes:
+        parts: by the name of a module A (K, I) and B (O, K) times the adapter's scale: its output gets ``B A input``.
+        strength: factor on all of them.
+    """
+
+    parts: Mapping[str, tuple[Tensor, Tensor]]
+    strength: float = 1.0
+
+    KIND: ClassVar[str] = "adapter"
+    STORED: ClassVar[tuple[str, ...]] = ("parts",)
+    changes_weights: ClassVar[bool] = True
+
+    @property
+    def everywhere(self) -> bool:
+        """True: it acts on every token."""
+        return True
+
+    def apply(
+        self,
+        model: PreTrainedModel,
+        alpha: float | Sequence[float] | Tensor = 1.0,
+        start: int | None = None,
+        gate: Gate | None = None,
+    ) -> AbstractContextManager[None]:
+        """The context in which it is added; strength or alpha 0 changes nothing, bit by bit."""
+        factor = torch.as_tensor(alpha, dtype=torch.float32)
+        if factor.ndim or gate is not None:
+            raise InputError("alpha: an adapter acts on a batch as a whole; give one factor, and no gate")
+        strength = self.strength * float(factor)
+
+        def through(down_KI: Tensor, up_OK: Tensor) -> Callable[[Tensor], Tensor]:
+            return lambda inputs: strength * linear(linear(inputs.to(down_KI.dtype), down_KI), up_OK)
+
+        return adding(model, {name: through(*parts) for name, parts in self.parts.items() if strength})
+
+    def scaled(self, alpha: float) -> Adapter:
+        """The same with another strength."""
+        return replace(self, strength=self.strength * alpha)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Two tensors a module."""
+        both = ((name, part) for name, part in self.parts.items())
+        return {f"{name}.{side}": tensor for name, part in both for side, tensor in zip("AB", part, strict=True)}
+
+    @classmethod
+    def with_tensors(cls, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> Self:
+        """Build one from stored tensors; KeyError where one of two is missing."""
+        facts.pop("kind")
+        names = sorted(name.removesuffix(".A") for name in tensors if name.endswith(".A"))
+        return cls(parts={name: (tensors[f"{name}.A"], tensors[f"{name}.B"]) for name in names}, **facts)
+
+
+def of_each_strength(adapter: Adapter) -> list[Intervention]:
+    """An adapter at each of ``STRENGTHS``."""
+    return [replace(adapter, strength=strength, setting={"strength": strength}) for strength in STRENGTHS]
+
+
+def trained(
+    bench: Bench,
+    method: str,
+    toward: Toward,
+    rate: float,
+    loss: Callable[[Asking], Loss],
+    kept: Callable[[Asking], Loss],
+) -> Adapter:
+    """Train an adapter and return it; the model itself is left as it was.
+
+    Args:
+        loss, kept: made of the adapted model's ``Asking``: for wanted answers, and for those that should stay.
+
+    Raises:
+        InputError: peft is missing, or the model holds an adapter already.
+    """
+    check_peft("lora, dpo")
+    model = bench.asking.model
+    if is_adapted(model) or hasattr(model, "peft_config"):
+        raise InputError("lora, dpo: the model holds an adapter already; give it without one, or merged")
+    learning = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    precision = quick_precision(model)
+    adapted = adapt(model, LoraConfig(rank=RANK), bench.config.seed)
+    try:
+        asking = replace(bench.lists.asking, model=adapted)
+        parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+        with in_precision(adapted, precision):
+            descend(bench.lists, toward, parameters, loss(asking), rate, kept(asking))
+        return Adapter(toward=toward, method=method, parts=_parts(adapted))
+    finally:
+        adapted.unload()
+        for name in ("peft_config", "_hf_peft_config_loaded"):
+            model.__dict__.pop(name, None)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(learning[name])
+
+
+def _parts(adapted: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    from peft.tuners.lora import LoraLayer
+
+    layers = ((name, module) for name, module in core_of(adapted).named_modules() if isinstance(module, LoraLayer))
+    return {
+        name: (
+            module.lora_A["default"].weight.detach().clone(),
+            module.scaling["default"] * module.lora_B["default"].weight.detach(),
+        )
+        for name, module in layers
+    }

@@ -1,0 +1,301 @@
+"""What directions are made from: the setting, fit pairs with their states at one site and labels, lists to fit on.
+
+Shapes: P pairs, N examples, L layers, D neurons. Side 0 of a pair answered generalized, side 1 memorized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import product, zip_longest
+from typing import Literal, TypeVar
+
+import numpy as np
+import torch
+
+from mnemoscope.behaviour import Asking, Batch, KeptStates, cache_prefixes, log_probabilities, prepare, read_states
+from mnemoscope.contrast import PairedMoments
+from mnemoscope.interventions.contract import Toward
+from mnemoscope.interventions.hooks import Positions, shifted
+from mnemoscope.interventions.vector import scaled_to
+from mnemoscope.models import Site
+from mnemoscope.tasks import Example
+
+Entry = TypeVar("Entry")
+Unit = Literal["norm", "spread"]
+MASSIVE = 10.0  # times the median root mean square of a layer's neurons, from which on one is never shifted in spreads
+LOW_RANK = "low-rank"
+TOWARD: dict[str, Toward] = {"to_generalized": "generalized", "to_memorized": "memorized"}
+SOURCE: dict[str, Toward] = {"to_generalized": "memorized", "to_memorized": "generalized"}
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One cell of a sweep.
+
+    Attributes:
+        direction: a key of ``TOWARD``.
+        method: a key of ``METHODS``, ``learned`` or ``low-rank``.
+        layers: the layers that are shifted, 0-based.
+        top: share of these layers' neurons that are shifted, in (0, 1].
+        strength: total relative norm: the root of the summed squares of each layer's shift over its unit
+            (``Sources.unit``). Of a low-rank shift, which has no norm of its own: a factor on what was learned.
+        positions: ``decision``, or ``all`` tokens; norms and differences are those at the decision position either way.
+    """
+
+    direction: str
+    method: str
+    site: Site
+    layers: tuple[int, ...]
+    top: float
+    strength: float
+    positions: Positions = "decision"
+
+    @property
+    def toward(self) -> Toward:
+        """The behaviour to steer to."""
+        return TOWARD[self.direction]
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Direction and method."""
+        return self.direction, self.method
+
+    def same_direction(self) -> tuple[Setting, int]:
+        """The setting with all fixed that the direction does not depend on, and its sign (1 or -1) there.
+
+        A learned one depends on all but ``top``, a low-rank one neither on ``strength``; the others are one for the
+        site, whose negative steers the other way.
+        """
+        if self.method == LOW_RANK:
+            return replace(self, top=1.0, strength=1.0), 1
+        if self.method == "learned":
+            return replace(self, top=1.0), 1
+        fixed = Setting("to_generalized", self.method, self.site, (), top=1.0, strength=1.0)
+        return fixed, 1 if self.direction == fixed.direction else -1
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """Labels of the fit pairs: as answered, or shuffled with a seed, where both labels of a pair swap or stay.
+
+    ``permuted``: labels stay, and the answers are those of other items (``FitLists.permuted``).
+    """
+
+    shuffle: int | None = None
+    permuted: bool = False
+
+    def signs(self, n: int, *stream: int) -> np.ndarray:
+        """float64 (n,): 1 where a label stays, -1 where it swaps, half of each; ``stream`` numbers its lists."""
+        if self.shuffle is None or self.permuted:
+            return np.ones(n)
+        rng = np.random.default_rng([self.shuffle, *stream])
+        signs_N = rng.permutation(np.where(np.arange(n) % 2 == 0, 1.0, -1.0))
+        # Of an odd list one more stays or swaps, by chance: else the labels as answered would shine through.
+        return -signs_N if n % 2 and rng.random() < 0.5 else signs_N
+
+
+ANSWERED = Labels()
+Fit = tuple[Setting, Labels]  # what a direction depends on; the setting as ``Setting.same_direction`` gives it
+TOGETHER = 4  # shifts that are learned in one go
+
+
+def learned_beside(fit: Fit, strengths: Sequence[float]) -> list[Fit]:
+    """The fits that a learned one is always part of, as it rounds as its batch does: a few strengths of its place.
+
+    Itself alone under shuffled labels, or at none of these strengths.
+    """
+    setting, labels = fit
+    if setting.method != "learned" or labels != ANSWERED or setting.strength not in strengths:
+        return [fit]
+    first = strengths.index(setting.strength) // TOGETHER * TOGETHER
+    return [(replace(setting, strength=strength), labels) for strength in strengths[first : first + TOGETHER]]
+
+
+@dataclass(frozen=True)
+class FitLists:
+    """Examples of the fit split, prepared with their prefixes, by behaviour steered to; shared by all sites.
+
+    Attributes:
+        pairs, conflicts: phrasings of pairs, and other conflicts, that answer the other way.
+        kept: memory and novel examples whose answers should stay; ``kept_weight``: in the objective of learned vectors.
+        steps: of the ascent of learned vectors.
+        items: names of the items of ``pairs`` and of ``conflicts``, in the order in which they were prepared.
+        bare: the questions of ``pairs`` and of ``conflicts`` towards memory without their contexts, in the order in
+            which they were prepared; None where a task has none.
+        low_rank_steps: of low-rank shifts.
+    """
+
+    asking: Asking
+    pairs: Mapping[Toward, Sequence[Batch]]
+    conflicts: Mapping[Toward, Sequence[Batch]]
+    kept: Mapping[Toward, Sequence[Batch]]
+    kept_weight: float = 1.0
+    steps: int = 20
+    items: Mapping[Toward, tuple[Sequence[str], Sequence[str]]] = field(default_factory=dict)
+    bare: tuple[Sequence[Example], Sequence[Example]] | None = None
+    low_rank_steps: int = 60
+
+    def can_permute(self) -> bool:
+        """Whether every item can be given an answer of another that is neither of its own."""
+        return self.permuted(0) is not None
+
+    def permuted(self, seed: int) -> dict[str, list[int]] | None:
+        """By item, the tokens of another item's answer that neither of its own two goes on with.
+
+        Half of the items get an answer of either behaviour: where the two have formats of their own, answers of one
+        format would teach the behaviour. All phrasings of an item get the same one. None where an item is left without.
+        """
+        answers, names = self._answers, sorted(self._answers)
+        order = [names[i] for i in np.random.default_rng([seed, 1]).permutation(len(names))]
+        found = {}
+        for place, item in enumerate(order):
+            ways = product((place % 2, 1 - place % 2), range(1, len(order)))
+            either = (answers[order[(place + step) % len(order)]][option] for option, step in ways)
+            found[item] = next((tokens for tokens in either if tokens not in answers[item]), [])
+        return found if all(found.values()) else None
+
+    @cached_property
+    def _answers(self) -> dict[str, list[list[int]]]:
+        """By item, the tokens of either behaviour's answer."""
+        answers = dict[str, list[list[int]]]()
+        for toward, of_both in self.items.items():
+            for batches, items in zip((self.pairs[toward], self.conflicts[toward]), of_both, strict=True):
+                for batch in batches:
+                    rows = (batch.suffix_RM.tolist(), batch.length_R.tolist(), batch.example_R, batch.option_R)
+                    for suffix, length, example, option in zip(*rows, strict=True):
+                        answers.setdefault(items[batch.examples_N[example]], [[], []])[option] = suffix[:length]
+        return answers
+
+
+@dataclass(frozen=True, eq=False)
+class Sources:
+    """Input of the methods: ``states_P2LD``, float32, of the fit pairs at the decision position.
+
+    ``find_lists`` reads the lists for gradients and learned vectors when they are needed. ``unit``: what strength is
+    counted in. ``norm``: of each layer's states. ``spread``: of each neuron's standard deviation, as a root mean square
+    over a layer's neurons; massive activations neither carry a shift then nor set its size. ``strengths``: that are
+    tried, see ``learned_beside``.
+    """
+
+    site: Site
+    states_P2LD: np.ndarray
+    find_lists: Callable[[], FitLists]
+    unit: Unit = "norm"
+    strengths: Sequence[float] = ()
+
+    @cached_property
+    def lists(self) -> FitLists:
+        """Lists for gradients and learned vectors."""
+        return self.find_lists()
+
+    @property
+    def shape_LD(self) -> tuple[int, int]:
+        """Layers and neurons of the site."""
+        return self.states_P2LD.shape[2], self.states_P2LD.shape[3]
+
+    def moments(self, labels: Labels = ANSWERED) -> PairedMoments:
+        """Moments of the pairs, which give NMD and rho."""
+        return PairedMoments.of(self.states_P2LD, labels.signs(len(self.states_P2LD)))
+
+    def differences_PLD(self, labels: Labels = ANSWERED) -> np.ndarray:
+        """State of the side labelled generalized minus that of the other, float64."""
+        differences_PLD = self.states_P2LD[:, 0].astype(np.float64) - self.states_P2LD[:, 1]
+        return differences_PLD * labels.signs(len(differences_PLD))[:, None, None]
+
+    @cached_property
+    def norm_L(self) -> np.ndarray:
+        """float64, root mean square norm of each layer's states: the unit of strength."""
+        return self.moments().state_norm_L
+
+    @cached_property
+    def mean_LD(self) -> np.ndarray:
+        """float64, mean state of each neuron."""
+        return self.states_P2LD.mean(axis=(0, 1), dtype=np.float64)
+
+    @cached_property
+    def spread_LD(self) -> np.ndarray:
+        """float64, standard deviation of each neuron over the states: a unit in which no coordinate is massive."""
+        spread_LD = self.states_P2LD.std(axis=(0, 1), dtype=np.float64)
+        return np.where(spread_LD > 0, spread_LD, 1.0)
+
+    @cached_property
+    def scale_LD(self) -> np.ndarray:
+        """float64, in which a shift of each neuron is counted: 1, or its spread; 0 for one that is never shifted."""
+        if self.unit == "norm":
+            return np.ones(self.shape_LD)
+        size_LD = np.sqrt(np.square(self.states_P2LD, dtype=np.float64).mean(axis=(0, 1)))
+        return np.where(size_LD > MASSIVE * np.median(size_LD, axis=1, keepdims=True), 0.0, self.spread_LD)
+
+    @cached_property
+    def unit_L(self) -> np.ndarray:
+        """float64, the norm of a shift of strength 1 in each layer, in units of ``scale_LD``."""
+        return self.norm_L if self.unit == "norm" else np.sqrt((self.scale_LD > 0).sum(axis=1))
+
+    def scaled(self, shift_LD: np.ndarray) -> np.ndarray:
+        """A shift in units of ``scale_LD``; 0 for neurons that are never shifted."""
+        return np.divide(shift_LD, self.scale_LD, out=np.zeros(self.shape_LD), where=self.scale_LD > 0)
+
+    def relative(self, shift_LD: np.ndarray) -> np.ndarray:
+        """A shift in units of strength: over the layers the norm of this is its strength."""
+        unit_LD = self.scale_LD * self.unit_L[:, None]
+        return np.divide(shift_LD, unit_LD, out=np.zeros(self.shape_LD), where=unit_LD > 0)
+
+    def evenly(self, shift_LD: np.ndarray) -> np.ndarray:
+        """A direction at strength 1 in every layer that has one."""
+        return scaled_to(self.scaled(shift_LD), self.unit_L) * self.scale_LD
+
+    @cached_property
+    def margin_gradients(self) -> list[list[np.ndarray]]:
+        """``margin_gradients`` of each batch of pairs, of those answered memorized, then of those generalized."""
+        lists = (self.lists.pairs["generalized"], self.lists.pairs["memorized"])
+        return [[margin_gradients(self.lists.asking, b, self.site, self.shape_LD) for b in found] for found in lists]
+
+
+def read_sources(
+    site: Site,
+    pairs: Sequence[tuple[Example, Example]],
+    asking: Asking,
+    find_lists: Callable[[], FitLists],
+    kept: KeptStates | None = None,
+    unit: Unit = "norm",
+    strengths: Sequence[float] = (),
+) -> Sources:
+    """Sources of fit pairs, (answered generalized, answered memorized) each; ``kept`` states are not read again."""
+    examples = [example for pair in pairs for example in pair]
+    states_NLD = read_states(asking, examples, site, kept=kept).at_decision_NLD
+    return Sources(site, states_NLD.reshape(len(pairs), 2, *states_NLD.shape[1:]), find_lists, unit, strengths)
+
+
+def margin_gradients(asking: Asking, batch: Batch, site: Site, shape_LD: tuple[int, int]) -> np.ndarray:
+    """d(decision margin) / d(state from the decision position on) of each conflict, float32 (N, L, D).
+
+    In nats per unit of the state; the model's own parameters get no gradient.
+    """
+    layers, neurons = shape_LD
+    shifts = {layer: torch.zeros(len(batch.examples_N), neurons, requires_grad=True) for layer in range(layers)}
+    with shifted(asking.model, shifts, site, "decision"):
+        logp_N2 = log_probabilities(asking, batch)
+    gradients = torch.autograd.grad((logp_N2[:, 1] - logp_N2[:, 0]).sum(), list(shifts.values()))
+    return torch.stack([gradient_ND.float().cpu() for gradient_ND in gradients], dim=1).numpy()
+
+
+def with_prefixes(asking: Asking, examples: Sequence[Example]) -> list[Batch]:
+    """Prepared examples with cached states of their prompts up to the decision position."""
+    batches = prepare(asking, examples, whole=True)
+    cache_prefixes(asking, batches)
+    return batches
+
+
+def in_turn(lists: Iterable[Sequence[Entry]]) -> list[Entry]:
+    """The first entry of every list, then the second of every list, and so on."""
+    return [entry for row in zip_longest(*lists) for entry in row if entry is not None]
+
+
+def spread_groups(examples: Iterable[Example]) -> list[Example]:
+    """Examples as evenly by group as possible."""
+    by_group: dict[str, list[Example]] = {}
+    for example in examples:
+        by_group.setdefault(example.group, []).append(example)
+    return in_turn(by_group.values())

@@ -1,0 +1,49 @@
+"""Context-aware decoding whose weight is how far the two distributions differ, anew at each token.
+
+Wang et al. (2024), "AdaCAD: adaptively decoding to balance conflicts between contextual and parametric knowledge",
+arXiv 2409.07394.
+
+Shapes: N prompts, M tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from mnemoscope.interventions import Intervention, Toward
+from mnemoscope.interventions.decoding import Decoding, with_contrasts
+
+if TYPE_CHECKING:
+    from mnemoscope.bench.lists import Bench
+
+ABOUT = "context-aware decoding, weighted by how far the two distributions differ (arXiv 2409.07394)"
+
+
+def divergence(first_NMV: Tensor, other_NMV: Tensor) -> Tensor:
+    """Jensen-Shannon divergence of two distributions by their logits, in nats, at most log 2; (N, M)."""
+    first_NMV, other_NMV = first_NMV.log_softmax(-1), other_NMV.log_softmax(-1)
+    middle_NMV = torch.logaddexp(first_NMV, other_NMV) - math.log(2)
+    first_NM, other_NM = ((one.exp() * (one - middle_NMV)).sum(-1) for one in (first_NMV, other_NMV))
+    return ((first_NM + other_NM) / 2).clamp(min=0.0)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Adaptive(Decoding):
+    """``(1 + weight) * logits - weight * other logits`` with the divergence of the two as the weight of each token."""
+
+    KIND: ClassVar[str] = "adacad"
+
+    def joined(self, first_NMV: Tensor, other_NMV: Tensor) -> Tensor:
+        """The weighted difference."""
+        weight_NM1 = divergence(first_NMV, other_NMV)[..., None]
+        return (1 + weight_NM1) * first_NMV - weight_NM1 * other_NMV
+
+
+def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
+    """Either contrast; InputError where the task has no bare questions."""
+    return with_contrasts(bench, Adaptive, toward, [{}])

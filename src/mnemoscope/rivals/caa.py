@@ -1,0 +1,59 @@
+"""Contrastive activation addition: the mean difference of states at the answer, at one layer, times a factor.
+
+Panickssery et al. (2023), "Steering Llama 2 via contrastive activation addition", arXiv 2312.06681. Each prompt is read
+twice, with either answer behind it, and the states at the last token of the answer are compared. The difference is
+added at every token from the decision on.
+
+Shapes: N prompts, T tokens, L layers, D neurons.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from mnemoscope.behaviour import capturing, read_only_options, with_options, without_prefix
+from mnemoscope.interventions import Intervention, SteeringVector, Toward
+from mnemoscope.interventions.shifts import FACTORS, once, spread_layers
+
+if TYPE_CHECKING:
+    from mnemoscope.bench.lists import Bench
+
+ABOUT = "mean difference of pairs at one layer (arXiv 2312.06681)"
+LAYERS = 8
+
+
+def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
+    """Every layer and factor; InputError with too few pairs."""
+    sign, found = 1.0 if toward == "generalized" else -1.0, list[Intervention]()
+    difference_LD = differences(bench)
+    for layer in spread_layers(bench, LAYERS):
+        for factor in FACTORS:
+            shift_D = sign * factor * difference_LD[layer]
+            shift, setting = torch.from_numpy(shift_D.astype(np.float32)), {"layer": layer, "factor": factor}
+            found.append(SteeringVector(toward, {layer: shift}, method="caa", setting=setting))
+    return found
+
+
+@once
+def differences(bench: Bench) -> np.ndarray:
+    """Mean state behind the generalized less that behind the memorized answer of fit conflicts, float64 (L, D)."""
+    return _at_answers(bench, 1) - _at_answers(bench, 0)
+
+
+@torch.no_grad()
+def _at_answers(bench: Bench, option: int) -> np.ndarray:
+    """Mean state at the last token of one option, behind each fit conflict, float64 (L, D)."""
+    model, sums, count = bench.asking.model, np.zeros(()), 0
+    for batch in map(without_prefix, bench.fit.prompts["conflict"].batches):
+        n = len(batch.examples_N)
+        one = with_options(batch, torch.full((1, n), option, device=batch.ids_NT.device))
+        with capturing(model, "block", offsets=None) as states:
+            read_only_options(model, one, closed=True)
+        last_N = batch.ids_NT.shape[1] - 1 + one.length_R.cpu()
+        rows_N = torch.arange(n)
+        sums = sums + np.stack([state_NTD.cpu()[rows_N, last_N].double().sum(0).numpy() for state_NTD in states])
+        count += n
+    return sums / count

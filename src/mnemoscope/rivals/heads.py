@@ -1,0 +1,139 @@
+"""Attention heads that help or hurt, and factors for them.
+
+Li et al. (2025), "Taming knowledge conflicts in language models", arXiv 2503.10996 (ICML 2025).
+
+Shapes: N prompts, R rows, L layers, H heads, W numbers of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mnemoscope.behaviour import only_log_probability, with_options
+from mnemoscope.interventions import Quoted, Toward, edited
+from mnemoscope.interventions.hooks import Changed
+from mnemoscope.interventions.shifts import once
+from mnemoscope.interventions.sources import spread_groups, with_prefixes
+from mnemoscope.models import blocks_of, heads_of
+from mnemoscope.tasks import Example, as_bare
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from mnemoscope.bench.lists import Bench
+
+COUNTS = (5, 10)  # heads of either kind
+UP = (0.0, 0.5, 1.0, 3.0, 5.0)
+DOWN = (0.0, 1.0, 3.0)
+SETTINGS = [(count, up, down) for count, up, down in product(COUNTS, UP, DOWN) if up or down]
+TRIED = (1.0, 3.0, 5.0, 10.0, 30.0, -1.0, -2.0, -5.0)  # what a head's output is multiplied with, beside itself
+EXAMPLES = 4  # of each set, as in the paper
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Heads that help in every set of examples, best first, and heads that hurt in every set, worst first."""
+
+    help: Sequence[tuple[int, int]]
+    hurt: Sequence[tuple[int, int]]
+
+
+@once
+def ranked(bench: Bench, toward: Toward) -> Ranked:
+    """Rank heads by how the wanted answer's probability moves when their outputs are scaled up and down.
+
+    A head's effect in a set is the mean change under factors above 0 less that under factors below 0. It helps where
+    it is above 0 in all sets, and is ranked by its smallest one.
+    """
+    sets = _sets(bench, toward)
+    effects_NLH = _effects(bench, [example for examples in sets for example in examples])
+    ends = np.cumsum([len(examples) for examples in sets])[:-1]
+    effects_SLH = np.stack([part_NLH.mean(0) for part_NLH in np.split(effects_NLH, ends)])
+    least_LH, most_LH = effects_SLH.min(0), effects_SLH.max(0)
+    heads = least_LH.shape[1]
+
+    def order(rank_LH: np.ndarray) -> list[tuple[int, int]]:
+        places = np.argsort(-rank_LH.ravel(), kind="stable")
+        return [divmod(int(place), heads) for place in places if rank_LH.ravel()[place] > 0]
+
+    return Ranked(order(least_LH), order(-most_LH))
+
+
+def told_twice(example: Example, quoted: Quoted) -> Example | None:
+    """The example with its text told twice, so that it coheres; None where its prompt quotes none."""
+    if not quoted.text:
+        return None
+    return replace(example, prompt=quoted.with_text(f"{quoted.text.rstrip()} Everybody agrees: {quoted.text.strip()}"))
+
+
+def _sets(bench: Bench, toward: Toward) -> list[list[Example]]:
+    """Examples without a conflict, with a plain one, and with one that the text says twice; each wants one answer."""
+    drawn = bench.fit.prompts["conflict"]
+    conflicts = spread_groups(drawn.examples)[:EXAMPLES]
+    quoted = {example.prompt: one for example, one in zip(drawn.examples, drawn.quoted, strict=True)}
+    bares = [bench.task.without_context(e) for e in conflicts]
+    plain = [_wants(e, toward) for e in conflicts]
+    # Memory's answer is right without a text; what a text says needs one, which agrees.
+    agreeing = spread_groups(bench.fit.prompts["agreeing"].examples)[:EXAMPLES]
+    none = [as_bare(bare) for bare in bares if bare] if toward == "memorized" else agreeing
+    twice = [told_twice(example, quoted[e.prompt]) for e, example in zip(conflicts, plain, strict=True)]
+    return [examples for examples in (none, plain, [example for example in twice if example]) if examples]
+
+
+def _wants(example: Example, toward: Toward) -> Example:
+    """A conflict with the wanted answer only."""
+    return replace(example, kind="memory", answer=getattr(example, toward), memorized=None, generalized=None)
+
+
+@torch.no_grad()
+def _effects(bench: Bench, examples: Sequence[Example]) -> np.ndarray:
+    """Mean change of p(first token of the answer) under factors above 0 less that under others; float64 (N, L, H)."""
+    asking, model = bench.asking, bench.asking.model
+    heads, width = heads_of(model, 0)
+    up_K = torch.tensor([factor > 0 for factor in TRIED])
+    effects_NLH = np.zeros((len(examples), len(blocks_of(model)), heads))
+    for whole in with_prefixes(asking, examples):
+        batch = replace(whole, suffix_RM=whole.suffix_RM[:, :1], length_R=torch.ones_like(whole.length_R))
+        n = len(batch.examples_N)
+        before_N = only_log_probability(asking, with_options(batch, _first(n, 1))).exp()
+        rows = with_options(batch, _first(n, len(TRIED)))  # factor k of every example, then the next factor
+        factor_R = torch.tensor(TRIED).repeat_interleave(n)
+        for layer in range(len(blocks_of(model))):
+            for head in range(heads):
+                scale_RW = torch.zeros(len(factor_R), heads, width)
+                scale_RW[:, head] = factor_R[:, None]
+                edit = _adding_rows(scale_RW.flatten(1))
+                with edited(model, {layer: edit}, "head", start=batch.ids_NT.shape[1] - 1):
+                    after_KN = only_log_probability(asking, rows).exp().view(len(TRIED), n)
+                change_KN = (after_KN - before_N).double().cpu()
+                change_N = change_KN[up_K].mean(0) - change_KN[~up_K].mean(0)
+                effects_NLH[batch.examples_N, layer, head] = change_N.numpy()
+    return effects_NLH
+
+
+def _first(n: int, copies: int) -> Tensor:
+    return torch.zeros(copies, n, dtype=torch.long)
+
+
+def _adding_rows(scale_RD: Tensor) -> Changed:
+    return lambda states_RTD: states_RTD + scale_RD[:, None].to(states_RTD) * states_RTD
+
+
+Factors = Mapping[int, Tensor]  # by layer, (H * W,): what multiplies the outputs that are added
+
+
+def factors_of(model: PreTrainedModel, ranks: Ranked, count: int, up: float, down: float) -> dict[int, Tensor]:
+    """Factors of the first ``count`` heads that help and of those that hurt; empty where both factors are 0."""
+    heads, width = heads_of(model, 0)
+    found: dict[int, Tensor] = {}
+    for some, factor in ((ranks.help, up), (ranks.hurt, -down)):
+        for layer, head in some[:count] if factor else ():
+            found.setdefault(layer, torch.zeros(heads, width))[head] = factor
+    return {layer: factor_HW.flatten() for layer, factor_HW in found.items()}
