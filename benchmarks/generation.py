@@ -22,8 +22,8 @@ from rounds import ratios, seconds_of
 from mnemoscope.detect import Detector, Gate
 from mnemoscope.errors import InputError
 from mnemoscope.export import bake
-from mnemoscope.models import blocks_of, load_model, width_of
 from mnemoscope.interventions import SteeringVector
+from mnemoscope.models import blocks_of, load_model, width_of
 
 PLAIN = "plain"
 WORDS = "The capital of a country is where its government sits, and most people have heard of it since they were "

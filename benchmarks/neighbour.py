@@ -94,13 +94,13 @@ def answer(name: str) -> None:
     """Make the passes that are asked for; torch is imported first, so that the package leaves its waiting alone."""
     import torch
 
-    from mnemoscope.models import load_model, quick_products
+    from mnemoscope.models import load_model
     from mnemoscope.processes import quiet_library
 
     quiet_library()
     model, _ = load_model(name)
     batches = {size: torch.randint(100, shape) for size, shape in SIZES.items()}
-    with torch.no_grad(), quick_products():
+    with torch.no_grad():
         for line in sys.stdin:
             threads, size = line.split()
             torch.set_num_threads(int(threads))

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mnemoscope.interventions.directions import steered
 from rounds import Way, ratios, seconds_of
 from tables import origin, put
 from torch import Tensor
@@ -34,11 +35,10 @@ from mnemoscope.behaviour import Asking, cache_prefixes, decode, prepare, score,
 from mnemoscope.cells import cells_of
 from mnemoscope.config import load_study
 from mnemoscope.contrast import PairedMoments
-from mnemoscope.interventions.directions import steered
+from mnemoscope.interventions import SteeringVector
 from mnemoscope.models import backbone_of, blocks_of, load_model
 from mnemoscope.processes import settle
 from mnemoscope.stages.common import cell_task
-from mnemoscope.interventions import SteeringVector
 from mnemoscope.tasks import Example, build_task, draw
 
 OURS = "Mnemoscope"

@@ -7,7 +7,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,13 @@ import numpy as np
 import torch
 
 from mnemoscope.behaviour import Asking, Scores, prepare, score
+from mnemoscope.bench.lists import Bench
 from mnemoscope.config import StopConfig, TrainingConfig
 from mnemoscope.digests import read_marker, write_marker
+from mnemoscope.interventions import SteeringVector, Toward
+from mnemoscope.interventions.methods import learned, method_module
+from mnemoscope.interventions.shifts import Setting, made
+from mnemoscope.interventions.sources import ANSWERED, FitLists, Labels
 from mnemoscope.models import blocks_of
 from mnemoscope.tasks import KINDS, Example, Task, build_task
 from mnemoscope.training import Checkpoint, train
@@ -74,7 +79,7 @@ cells:
       draws: 3
       conflict_draws: 3
       tune_refits: 1
-      tune_draws_again: 2
+      tune_draws: 2
       judged_examples: 100
       tune_pairs: 50
       tune_others: 40
@@ -170,3 +175,37 @@ def check_that_a_killed_training_goes_on(
     assert (found.curve, found.steps, found.unmet) == (expected.curve, expected.steps, expected.unmet)
     for name, weight in whole.model.state_dict().items():
         assert torch.equal(weight, asking.model.state_dict()[name]), name
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class GivenBench(Bench):
+    """A bench of given pairs and lists."""
+
+    given: FitLists
+    both: list[tuple[Example, Example]]
+
+    @property
+    def pairs(self) -> list[tuple[Example, Example]]:
+        return self.both
+
+    @property
+    def lists(self) -> FitLists:
+        return self.given
+
+
+def vector_of(
+    bench: Bench,
+    method: str,
+    toward: Toward = "generalized",
+    labels: Labels = ANSWERED,
+    **other: Any,
+) -> SteeringVector:
+    """The vector of a method in a setting."""
+    facts: Any = {"unit": "norm", "site": "block", "layers": (0, 1), "top": 1.0, "strength": 0.2} | other
+    if method == "learned":
+        setting = Setting(**facts)
+        fits = ((setting.strength, labels),)
+        (shift_LD,) = learned._learned(bench, toward, setting.unit, setting.site, setting.layers, fits)
+        return made(bench, method, toward, setting, shift_LD)
+    found: SteeringVector = method_module(method).METHOD.vector(bench, toward, labels=labels, **facts)
+    return found

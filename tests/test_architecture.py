@@ -68,7 +68,7 @@ def test_the_report_and_the_statistics_never_import_torch() -> None:
 
 def test_only_three_files_hang_hooks_into_models() -> None:
     hooking = {p.relative_to(PACKAGE).as_posix() for _, p in files_by_module() if "register_forward" in p.read_text()}
-    assert hooking == {"behaviour/states.py", "steering/hooks.py", "serving/worker.py"}
+    assert hooking == {"behaviour/states.py", "interventions/hooks.py", "serving/worker.py"}
 
 
 def test_the_table_has_no_circle() -> None:

@@ -3,48 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from helpers import label, mini_examples
+from helpers import GivenBench, label, mini_examples, vector_of
 from mnemoscope.behaviour import Asking, log_probabilities, only_log_probability, prepare, with_options, with_suffixes
-from mnemoscope.bench.ranking import (
-    AGAIN,
-    STANDING_IN,
-    Choice,
-    Limits,
-    TuneLists,
-    control_rates,
-    final,
-    in_order,
-    most_lost,
-    ranked,
-)
-from mnemoscope.interventions import SteeringVector
+from mnemoscope.bench.answers import steered
+from mnemoscope.bench.choose import COST, STANDING_IN, Rated, Rule, Tuned, choose, in_order, rate
+from mnemoscope.bench.lists import Lists, Prompts
+from mnemoscope.config import GridConfig
+from mnemoscope.interventions import Positions, SteeringVector, ascent
 from mnemoscope.interventions.ascent import learned_together, wanted_batches
-from mnemoscope.interventions.controls import CONTROLS, DRAWN, PERMUTED, SHUFFLED, control_draws, refitted, shuffles
-from mnemoscope.interventions.directions import METHODS, Directions, learned, steered, vectors
+from mnemoscope.interventions.controls import CONTROLS, DRAWN, SHUFFLED, control_draws
+from mnemoscope.interventions.methods import learned, nmd
+from mnemoscope.interventions.shifts import rho
 from mnemoscope.interventions.sources import (
     ANSWERED,
-    Fit,
+    TAUGHT,
     FitLists,
     Labels,
-    Setting,
     Sources,
+    Tried,
     margin_gradients,
-    read_sources,
     with_prefixes,
 )
 from mnemoscope.models import SITES
 from mnemoscope.statistics import Estimate, proportion
-from mnemoscope.tasks import Example
+from mnemoscope.tasks import Example, build_task
 
 ALL = (0, 1)
-EVERY = (*METHODS, "learned")
+FIXED = ("nmd", "standardized-nmd", "gradient", "logistic", "whitened", "pca")
+EVERY = (*FIXED, "learned")
 
 
 @pytest.fixture
@@ -57,12 +52,12 @@ def conflicts(n: int) -> list[Example]:
 
 
 @pytest.fixture
-def directions(asking: Asking) -> Directions:
-    return Directions(sources_at(asking, "block"))
+def bench(asking: Asking) -> GivenBench:
+    return bench_of(asking)
 
 
-def sources_at(asking: Asking, site: str, steps: int = 20) -> Sources:
-    """Sources of conflicts, whichever way they are answered; pairs are two different conflicts."""
+def bench_of(asking: Asking, steps: int = 20, positions: str = "decision") -> GivenBench:
+    """Conflicts, whichever way they are answered; pairs are two different conflicts."""
     examples = conflicts(60)
     lists = {"generalized": with_prefixes(asking, examples[:40]), "memorized": with_prefixes(asking, examples[20:])}
     kept = {t: with_prefixes(asking, [e for e in mini_examples("addition", 60) if e.kind == "novel"]) for t in lists}
@@ -70,12 +65,12 @@ def sources_at(asking: Asking, site: str, steps: int = 20) -> Sources:
     names = {"generalized": [e.item for e in examples[:40]], "memorized": [e.item for e in examples[20:]]}
     items = {toward: (mine, mine) for toward, mine in names.items()}
     found = FitLists(asking, lists, lists, kept, steps=steps, items=items)  # type: ignore[arg-type]
-    return read_sources(site, pairs, asking, lambda: found)  # type: ignore[arg-type]
+    tried = Tried(positions=positions)  # type: ignore[arg-type]
+    return GivenBench(asking, build_task("addition", {}, 0), 0, tried, given=found, both=pairs)
 
 
-def setting(method: str, direction: str = "to_generalized", top: float = 1.0, **other: object) -> Setting:
-    facts = {"site": "block", "layers": ALL, "strength": 0.2} | other
-    return Setting(direction, method, top=top, **facts)  # type: ignore[arg-type]
+def sources_at(asking: Asking, site: str, steps: int = 20) -> Sources:
+    return bench_of(asking, steps).sources(site)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -101,42 +96,31 @@ def test_the_margin_gradient_equals_finite_differences(asking: Asking, site: str
 @pytest.mark.parametrize("top", [0.25, 1.0])
 @pytest.mark.parametrize("layers", [(0, 1), (1,)])
 def test_every_method_keeps_its_norm_layers_and_neurons(
-    directions: Directions, method: str, top: float, layers: tuple[int, ...]
+    bench: GivenBench, method: str, top: float, layers: tuple[int, ...]
 ) -> None:
-    vector = directions.vector(setting(method, top=top, layers=layers))
+    vector = vector_of(bench, method, top=top, layers=layers)
     shift_LD = vector.dense(2, 64)
     assert set(vector.layers) <= set(layers)
     assert 0 < (shift_LD != 0).sum() <= np.ceil(top * 64 * len(layers))
-    assert np.linalg.norm(shift_LD / directions.sources.norm_L[:, None]) == pytest.approx(0.2, rel=1e-5)
+    assert np.linalg.norm(shift_LD / bench.sources("block").norm_L[:, None]) == pytest.approx(0.2, rel=1e-5)
     if method != "learned":
-        back = directions.vector(setting(method, "to_memorized", top=top, layers=layers))
+        back = vector_of(bench, method, "memorized", top=top, layers=layers)
         assert (vector + back).layers == []
 
 
 @pytest.mark.parametrize("method", EVERY)
 def test_methods_are_pure_and_what_is_kept_of_them_changes_nothing(asking: Asking, method: str) -> None:
     """In any order, and beside shuffles, a method gives the same numbers as when it is called alone."""
-    sources = sources_at(asking, "block", steps=3)
-    directions = Directions(sources)
-    for _ in range(2):
-        for direction in ("to_memorized", "to_generalized"):
-            for labels in (Labels(5), ANSWERED):
-                chosen = setting(method, direction, top=0.5)
-                (kept_LD,) = directions.shifts(chosen, [labels])
-                if method == "learned":
-                    (alone_LD,) = learned_together(sources, [(chosen, labels)])
-                else:
-                    alone_LD = METHODS[method](sources, labels) * (1 if direction == "to_generalized" else -1)
-                np.testing.assert_array_equal(kept_LD, alone_LD)
-    fitted = {(chosen.same_direction()[0], ANSWERED): np.ones((2, 64))}
-    (elsewhere_LD,) = Directions(sources, fitted).shifts(chosen, [ANSWERED])
-    assert (elsewhere_LD == 1).all()  # what was fitted before is not fitted again
+    bench, towards = bench_of(asking, 3), ("memorized", "generalized")
+    for _, toward, labels in product(range(2), towards, (Labels(5), ANSWERED)):
+        kept, alone = (vector_of(one, method, toward, labels, top=0.5) for one in (bench, bench_of(asking, 3)))  # type: ignore[arg-type]
+        np.testing.assert_array_equal(kept.dense(2, 64), alone.dense(2, 64))
 
 
-def test_nmd_is_the_papers_shift(directions: Directions) -> None:
+def test_nmd_is_the_papers_shift(bench: GivenBench) -> None:
     """alpha * sign(rho) * |NMD| on the neurons with the highest |rho|, against a loop over neurons."""
-    chosen = setting("nmd", top=0.25)
-    generalized_PLD, memorized_PLD = (directions.sources.states_P2LD[:, side].astype(np.float64) for side in (0, 1))
+    states = bench.sources("block").states_P2LD.astype(np.float64)
+    generalized_PLD, memorized_PLD = states[:, 0], states[:, 1]
     labels_N = np.repeat([1.0, -1.0], len(generalized_PLD))
     expected_LD, rho_LD = np.zeros((2, 64)), np.zeros((2, 64))
     for layer, neuron in np.ndindex(2, 64):
@@ -145,18 +129,15 @@ def test_nmd_is_the_papers_shift(directions: Directions) -> None:
         difference = generalized_PLD[:, layer, neuron].mean() - memorized_PLD[:, layer, neuron].mean()
         expected_LD[layer, neuron] = np.sign(rho_LD[layer, neuron]) * abs(difference)
     expected_LD[np.abs(rho_LD) < np.sort(np.abs(rho_LD), axis=None)[-32]] = 0
-    found_LD = directions.dense(chosen)
-    np.testing.assert_allclose(found_LD, directions.alpha(chosen) * expected_LD, rtol=1e-4, atol=1e-9)
-    assert np.isnan(directions.alpha(setting("gradient")))
+    found = vector_of(bench, "nmd", top=0.25)
+    np.testing.assert_allclose(found.dense(2, 64), nmd.alpha(bench, found) * expected_LD, rtol=1e-4, atol=1e-9)
 
 
-def test_a_shift_of_all_tokens_is_fitted_and_judged_on_all_tokens(asking: Asking, directions: Directions) -> None:
-    everywhere = {
-        d: directions.vector(setting("learned", d, strength=0.1, positions="all"))
-        for d in ("to_generalized", "to_memorized")
-    }
+def test_a_shift_of_all_tokens_is_fitted_and_judged_on_all_tokens(asking: Asking, bench: GivenBench) -> None:
+    on_all = bench_of(asking, positions="all")
     examples = conflicts(60)
-    for vector, sign in zip(everywhere.values(), (1, -1), strict=True):
+    for toward, sign in (("generalized", 1), ("memorized", -1)):
+        vector = vector_of(on_all, "learned", toward, strength=0.1)  # type: ignore[arg-type]
         assert vector.positions == "all"
         # Prefixes that were cached without the shift must not be read on from.
         cached, whole = (
@@ -166,24 +147,24 @@ def test_a_shift_of_all_tokens_is_fitted_and_judged_on_all_tokens(asking: Asking
         by_hand = label(asking, examples, applied=lambda v=vector: v.apply(asking.model))
         np.testing.assert_allclose(cached.margin_N, by_hand.margin_N, atol=1e-4)
         assert sign * (cached.margin_N - label(asking, examples).margin_N).mean() > 0
-    here = directions.vector(setting("learned", strength=0.1))
-    assert not np.allclose(here.dense(2, 64), everywhere["to_generalized"].dense(2, 64))
+    here, everywhere = (vector_of(one, "learned", strength=0.1) for one in (bench, on_all))
+    assert not np.allclose(here.dense(2, 64), everywhere.dense(2, 64))
 
 
 @pytest.mark.parametrize("method", EVERY)
 def test_in_spreads_massive_neurons_carry_nothing_and_set_no_size(asking: Asking, method: str) -> None:
-    sources = replace(sources_at(asking, "block"), unit="spread")
-    sources.states_P2LD[:, :, 1, 5] *= 400.0  # as large models have them
-    directions = Directions(sources)
-    shift_LD = directions.dense(setting(method)).astype(np.float64)
+    bench = bench_of(asking)
+    bench.sources("block").states_P2LD[:, :, 1, 5] *= 400.0  # as large models have them
+    sources, vector = bench.sources("block", "spread"), vector_of(bench, method, unit="spread")
+    shift_LD = vector.dense(2, 64).astype(np.float64)
     assert shift_LD[1, 5] == 0
     spread_LD = sources.states_P2LD.std(axis=(0, 1), dtype=np.float64)
     others_LD = np.delete(shift_LD, 5, axis=1) / np.delete(spread_LD, 5, axis=1)
     squares_L = (shift_LD[0] / spread_LD[0]) ** 2 @ np.ones(64) / 64, (others_LD[1] ** 2).sum() / 63
     assert np.sqrt(sum(squares_L)) == pytest.approx(0.2, rel=1e-4)
-    assert directions.vector(setting(method)).unit == "spread"
+    assert vector.unit == "spread"
     for name in ("random_sign", "gaussian"):
-        ((_, drawn),) = control_draws(name, directions, setting(method), 1, (0,))
+        ((_, drawn),) = control_draws(name, bench, vector, 1, (0,))
         drawn_LD = drawn.dense(2, 64).astype(np.float64)
         assert drawn_LD[1, 5] == 0
         norms = [np.linalg.norm(sources.scaled(one_LD), axis=1) for one_LD in (shift_LD, drawn_LD)]
@@ -191,12 +172,11 @@ def test_in_spreads_massive_neurons_carry_nothing_and_set_no_size(asking: Asking
 
 
 @pytest.mark.parametrize("name", CONTROLS)
-def test_controls_keep_each_layers_norm(directions: Directions, name: str) -> None:
-    method = "learned" if name in refitted("learned") else "nmd"
-    chosen = setting(method, top=0.3)
-    original = directions.dense(chosen)
-    drawn = [vector.dense(2, 64) for _, vector in control_draws(name, directions, chosen, 2, (0,))]
-    first, second = drawn
+def test_controls_keep_each_layers_norm(bench: GivenBench, name: str) -> None:
+    method = "learned" if name in TAUGHT else "nmd"
+    vector = vector_of(bench, method, top=0.3)
+    original = vector.dense(2, 64)
+    first, second = (drawn.dense(2, 64) for _, drawn in control_draws(name, bench, vector, 2, (0,)))
     assert not np.array_equal(first, second)
     np.testing.assert_allclose(np.linalg.norm(first, axis=1), np.linalg.norm(original, axis=1), rtol=1e-5)
     if name in ("random_neurons", "low_correlation"):
@@ -204,21 +184,21 @@ def test_controls_keep_each_layers_norm(directions: Directions, name: str) -> No
     if name == "random_sign":
         np.testing.assert_allclose(np.abs(first), np.abs(original), rtol=1e-6)
     if name == "low_correlation":
-        for layer in ALL:
+        for layer, rank_D in enumerate(np.abs(rho(bench, "block"))):
             used = first[layer] != 0
-            assert np.abs(directions.rho()[layer][used]).max() <= np.abs(directions.rho()[layer][~used]).min()
-    again = dict(control_draws(name, directions, chosen, 2, (0,)))
+            assert rank_D[used].max() <= rank_D[~used].min()
+    again = dict(control_draws(name, bench, vector, 2, (0,)))
     np.testing.assert_array_equal(again[1].dense(2, 64), second)
-    everything = list(control_draws(name, directions, setting(method), 2, (0,)))
+    everything = list(control_draws(name, bench, vector_of(bench, method), 2, (0,)))
     if name not in DRAWN:
-        other = "nmd" if method == "learned" else "learned"
-        assert list(control_draws(name, directions, setting(other), 2, (0,))) == []
+        other = vector_of(bench, "nmd" if method == "learned" else "learned")
+        assert list(control_draws(name, bench, other, 2, (0,))) == []
     assert len(everything) == (0 if name in ("random_neurons", "low_correlation") else 2)
 
 
-def test_half_of_the_labels_swap(directions: Directions) -> None:
+def test_half_of_the_labels_swap(bench: GivenBench) -> None:
     """So that the mean difference itself is not left over with a random sign."""
-    sources, shuffled = directions.sources, Labels(3)
+    sources, shuffled = bench.sources("block"), Labels(3)
     assert shuffled.signs(30).sum() == 0
     assert (ANSWERED.signs(30) == 1).all()
     assert not np.array_equal(shuffled.signs(30), Labels(4).signs(30))
@@ -292,41 +272,31 @@ def test_what_a_permuted_answer_is_worth_is_its_own_log_probability(asking: Aski
 @pytest.mark.parametrize("positions", ["decision", "all"])
 @pytest.mark.parametrize("site", SITES)
 def test_what_is_learned_together_is_what_is_learned_alone(
-    asking: Asking, site: str, positions: str, permuted: bool
+    asking: Asking, site: str, positions: Positions, permuted: bool
 ) -> None:
     sources = sources_at(replace(asking, batch_size=16), site, steps=6)
-    facts = {"site": site, "layers": (1,), "strength": 0.3, "positions": positions}
-    chosen, several = setting("learned", "to_memorized", **facts), [Labels(seed, permuted) for seed in range(3)]
-    fits = [(replace(chosen, strength=strength), labels) for labels in several for strength in (0.3, 0.1)]
-    together = learned_together(sources, fits)
+    fits = [(strength, Labels(seed, permuted)) for seed in range(3) for strength in (0.3, 0.1)]
+    together = learned_together(sources, "memorized", (1,), positions, fits)
     for fit, found_LD in zip(fits, together, strict=True):
-        (alone_LD,) = learned_together(sources, [fit])
+        (alone_LD,) = learned_together(sources, "memorized", (1,), positions, [fit])
         assert np.linalg.norm(alone_LD[1]) > 0
         assert not alone_LD[0].any()
         np.testing.assert_allclose(found_LD, alone_LD, atol=1e-4 * np.abs(alone_LD).max())
     assert not np.allclose(together[0], together[2], rtol=0.1)
 
 
-def test_strengths_of_a_place_are_learned_in_one_go_whichever_is_asked_for(
-    asking: Asking, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    strengths, fitted = (0.1, 0.2, 0.3, 0.4, 0.5), list[int]()
+def test_strengths_of_a_place_are_learned_in_one_go(asking: Asking, monkeypatch: pytest.MonkeyPatch) -> None:
+    learnt, bench = list[int](), bench_of(asking, 2)
+    grids = {"block": GridConfig(layers=("each",), tops=(0.5, 1.0), strengths=(0.1, 0.2, 0.3, 0.4, 0.5))}
 
-    def counted(sources: Sources, fits: Sequence[Fit]) -> list[np.ndarray]:
-        fitted.append(len(fits))
-        return learned_together(sources, fits)
+    def counted(*given: Any) -> list[np.ndarray]:
+        learnt.append(len(given[-1]))
+        return learned_together(*given)
 
-    monkeypatch.setattr(vectors, "learned_together", counted)
-    found = []
-    for order in (strengths, strengths[::-1]):
-        directions = Directions(replace(sources_at(asking, "block", steps=3), strengths=strengths))
-        shifts = {strength: directions.shifts(setting("learned", strength=strength))[0] for strength in order}
-        found.append([shifts[strength] for strength in strengths])
-    assert fitted == [4, 1, 1, 4]
-    np.testing.assert_array_equal(*map(np.stack, found))
-    directions.shifts(setting("learned", strength=0.6))
-    directions.shifts(setting("learned", strength=0.1), [Labels(1)])
-    assert fitted[4:] == [1, 1]
+    monkeypatch.setattr(learned, "learned_together", counted)
+    found = learned.candidates(replace(bench, tried=Tried(grids, "norm")), "generalized")  # type: ignore[arg-type]
+    assert learnt == [4, 1, 4, 1]
+    assert len(found) == 2 * 2 * 5
 
 
 def test_what_is_learned_in_bfloat16_points_where_float32_points(
@@ -334,95 +304,93 @@ def test_what_is_learned_in_bfloat16_points_where_float32_points(
 ) -> None:
     found = {}
     for precision in ("float32", "bfloat16"):
-        monkeypatch.setattr(learned, "quick_precision", lambda model, chosen=precision: chosen)
+        monkeypatch.setattr(ascent, "quick_precision", lambda model, chosen=precision: chosen)
         sources = sources_at(asking, "block", steps=10)
-        found[precision] = learned_together(sources, [(setting("learned", strength=0.3), ANSWERED)])[0].ravel()
+        found[precision] = learned_together(sources, "generalized", ALL, "decision", [(0.3, ANSWERED)])[0].ravel()
     exact, rounded = found["float32"], found["bfloat16"]
     assert not np.array_equal(exact, rounded)
     assert exact @ rounded / np.linalg.norm(exact) / np.linalg.norm(rounded) > 0.999
 
 
-@pytest.mark.parametrize("name", refitted("learned"))
+@pytest.mark.parametrize("name", TAUGHT)
 def test_a_refitted_draw_does_not_depend_on_how_many_are_drawn(asking: Asking, name: str) -> None:
-    sources, chosen = sources_at(asking, "block", steps=5), setting("learned")
-    few, many = (dict(control_draws(name, Directions(sources), chosen, draws, (0,))) for draws in (1, 6))
+    bench = bench_of(asking, 5)
+    vector = vector_of(bench, "learned")
+    few, many = (dict(control_draws(name, bench, vector, draws, (0,))) for draws in (1, 6))
     assert len(few) == 1
     assert len(many) == 6
     np.testing.assert_array_equal(few[0].dense(2, 64), many[0].dense(2, 64))
-    # Nor on where it was fitted.
-    fixed = chosen.same_direction()[0]
-    fitted = {
-        fit: shift_LD
-        for fits in ([(fixed, labels) for labels in four] for four in shuffles(6, 0, name == PERMUTED))
-        for fit, shift_LD in zip(fits, learned_together(sources, fits), strict=True)
-    }
-    elsewhere = dict(control_draws(name, Directions(sources, fitted), chosen, 6, (0,)))
-    both = ([vector.dense(2, 64) for vector in found.values()] for found in (elsewhere, many))
-    np.testing.assert_array_equal(*map(np.stack, both))
 
 
-def test_the_setting_is_chosen_that_exceeds_its_control(asking: Asking, directions: Directions) -> None:
-    """Against every setting held against its controls one by one; controls cost half, beyond the limit what is said."""
-    examples = conflicts(60)
-    kept = {"novel": (directions.sources.lists.kept["generalized"], "correct")}
-    lists = TuneLists(with_prefixes(asking, examples), [example.group for example in examples], kept)
-    settings = [setting("gradient", top=0.5, strength=strength) for strength in (0.01, 0.2, 2.0)]
-    rated = [(s, lists.rate(steered(asking, lists.targets, directions.vector(s)), "generalized")) for s in settings]
-
-    def nets(limits: Limits, seed: int, names: Sequence[str]) -> dict[Setting, float]:
-        found = {s: control_rates(lists, directions, s, limits, (seed,), names) for s in settings}
-        over = {s: max(0.0, max(rates) - limits.control) for s, rates in found.items()}
-        return {
-            s: rate.estimate - 0.5 * min(max(found[s]), limits.control) - limits.excess_cost * over[s]
-            for s, rate in rated
-        }
-
-    for control, excess_cost in ((1.0, 2.0), (0.0, 2.0), (0.0, 0.5), (0.02, 6.0)):
-        limits = Limits(control, 1.0, draws=3, excess_cost=excess_cost)
-        first = nets(limits, 0, (*STANDING_IN, SHUFFLED))
-        again = nets(replace(limits, draws=limits.again, refits=limits.again), AGAIN, CONTROLS)
-        choices = ranked(lists, {"block": directions}, rated, limits)
-        assert [c.net for c in choices] == pytest.approx([first[c.setting] for c in choices])
-        leading = max(choices, key=lambda choice: choice.net)
-        assert leading.net == pytest.approx(max(first.values())), "what was left out had lost"
-        near = [s for s, net in first.items() if net >= leading.net - leading.rate.error]
-        assert choices[0].setting == min(near, key=lambda s: s.strength), "of a near tie the weakest shift"
-        best = final(lists, {"block": directions}, choices, limits)
-        assert best.net == pytest.approx(again[best.setting]), "rated once more with other draws"
-    harm = {s: most_lost(lists, directions, s) for s in settings}
-    hurting = ranked(lists, {"block": directions}, rated, Limits(1.0, min(harm.values()), draws=3))
-    assert harm[hurting[0].setting] == min(harm.values())
-    assert hurting[0].kept
+def lists_of(asking: Asking, targets: list[Example]) -> Lists:
+    right = [e for e in mini_examples("addition", 60) if e.kind == "novel"]
+    labels = label(asking, right).behaviour_N
+    right = [e for e, found in zip(right, labels, strict=True) if found == "correct"]
+    kept = Prompts(asking, right, [None] * len(right))
+    return Lists(Prompts(asking, targets, [None] * len(targets)), {"novel": (kept, "correct")})
 
 
-def chosen(method: str, net: float, *, kept: bool = True, strength: float = 0.3, error: float = 0.05) -> Choice:
+def test_the_setting_is_chosen_that_gains_most_beyond_its_losses_and_controls(
+    asking: Asking, bench: GivenBench
+) -> None:
+    """Against every setting held against its losses and controls one by one."""
+    lists = lists_of(asking, conflicts(60))
+    vectors = [vector_of(bench, "gradient", top=0.5, strength=strength) for strength in (0.01, 0.2, 2.0)]
+    rated = [rate(one, lists.targets, place) for place, one in enumerate(vectors)]
+
+    def worth_of(one: Rated, rule: Rule) -> float:
+        assert isinstance(one.one, SteeringVector)
+        worst = 0.0
+        for name in (*STANDING_IN, SHUFFLED):
+            draws = rule.refits if name == SHUFFLED else rule.draws
+            drawn = control_draws(name, bench, one.one, draws, (0,)) if draws else ()
+            hits = [(steered(asking, lists.targets.batches, v).behaviour_N == "generalized").mean() for _, v in drawn]
+            worst = max([worst, *([float(np.mean(hits))] if hits else [])])
+        prompts, _ = lists.kept["novel"]
+        lost = (steered(asking, prompts.batches, one.one).behaviour_N != "correct").mean()
+        return one.wanted.estimate - lost - COST * min(worst, rule.control) - rule.excess * max(0, worst - rule.control)
+
+    for control, excess in ((1.0, 2.0), (0.0, 2.0), (0.0, 0.5), (0.02, 6.0)):
+        rule = Rule(control=control, excess=excess, draws=3, refits=2)
+        expected = [worth_of(one, rule) for one in rated]
+        found = choose(bench, lists, rated, rule)
+        assert [tuned.worth for tuned in found] == pytest.approx([expected[tuned.rated.place] for tuned in found])
+        leading = max(found, key=lambda tuned: tuned.worth)
+        assert leading.worth == pytest.approx(max(expected)), "what was left out had lost"
+        near = [n for n, worth in enumerate(expected) if worth >= leading.worth - leading.rated.wanted.error]
+        assert found[0].rated.place == min(near), "of a near tie the weakest shift"
+        assert choose(bench, lists, rated, replace(rule, errors=0.0))[0].rated.place == int(np.argmax(expected))
+
+
+def tuned(method: str, worth: float, *, kept: bool = True, strength: float = 0.3, error: float = 0.05) -> Tuned:
     """A choice whose rate has this standard error."""
-    rate = Estimate(0.5, 0.5 - 1.959964 * error, 0.5 + 1.959964 * error, 100, 50)
-    return Choice(setting(method, strength=strength), rate, net, kept, kept)
+    wanted = Estimate(0.5, 0.5 - 1.959964 * error, 0.5 + 1.959964 * error, 100, 50)
+    one = SteeringVector("generalized", {}, strength=strength, method=method)
+    return Tuned(Rated(one, wanted, Estimate.undefined()), 0.0, kept, 0.0, worth, kept)
 
 
 def test_a_near_tie_is_decided_by_a_stated_order() -> None:
     """What tune cannot tell apart may be ordered otherwise by rounding: then the choice must not move."""
-    learned, nmd, weak = chosen("learned", 0.80), chosen("nmd", 0.84), chosen("learned", 0.79, strength=0.1)
-    assert in_order([nmd, learned]) == in_order([learned, nmd]) == [learned, nmd]
-    assert in_order([learned, nmd, weak])[0] == weak, "of one method the weakest shift"
-    assert in_order([chosen("learned", 0.78), nmd])[0] == nmd, "more than a standard error behind"
+    learnt, mean, weak = tuned("learned", 0.80), tuned("nmd", 0.84), tuned("learned", 0.79, strength=0.1)
+    assert in_order([mean, learnt]) == in_order([learnt, mean]) == [learnt, mean]
+    assert in_order([learnt, mean, weak])[0] == weak, "of one method the weakest shift"
+    assert in_order([tuned("learned", 0.78), mean])[0] == mean, "more than a standard error behind"
     for moved in (-0.003, 0.003):
-        assert in_order([chosen("learned", 0.82 + moved), chosen("nmd", 0.82)])[0].setting.method == "learned"
-    harmful = chosen("learned", 0.84, kept=False)
-    assert in_order([harmful, nmd]) == [nmd, harmful]
-    unknown = Choice(nmd.setting, replace(nmd.rate, low=math.nan, high=math.nan, groups=3), 0.84, True, True)
-    assert in_order([unknown, chosen("learned", 0.1)])[0].setting.method == "learned", "too few groups tell nothing"
+        assert in_order([tuned("learned", 0.82 + moved), tuned("nmd", 0.82)])[0].one.method == "learned"
+    harmful = tuned("learned", 0.84, kept=False)
+    assert in_order([harmful, mean]) == [mean, harmful]
+    unknown = replace(mean.rated.wanted, low=math.nan, high=math.nan, groups=3)
+    untold = replace(mean, rated=replace(mean.rated, wanted=unknown))
+    assert in_order([untold, tuned("learned", 0.1)])[0].one.method == "learned", "too few groups tell nothing"
 
 
 @pytest.mark.parametrize(("answered_neither", "kept"), [(2, True), (8, False)])
 def test_a_limit_counts_where_it_is_surely_broken(
-    asking: Asking, directions: Directions, answered_neither: int, kept: bool
+    asking: Asking, bench: GivenBench, answered_neither: int, kept: bool
 ) -> None:
-    examples = conflicts(40)
-    lists = TuneLists(with_prefixes(asking, examples), [example.group for example in examples], {})
-    tried, hits = setting("gradient", top=0.5, strength=0.2), np.arange(8) < answered_neither
-    rates, others = [(tried, proportion(~hits, np.arange(8)))], {tried: proportion(hits, np.arange(8))}
-    assert others[tried].estimate > 0.12
-    (found,) = ranked(lists, {"block": directions}, rates, Limits(1.0, 1.0, 2, 2, neither=0.12), others=others)
+    lists, hits = lists_of(asking, conflicts(40)), np.arange(8) < answered_neither
+    one = vector_of(bench, "gradient", top=0.5)
+    neither = proportion(hits, np.arange(8))
+    assert neither.estimate > 0.12
+    (found,) = choose(bench, lists, [Rated(one, proportion(~hits, np.arange(8)), neither)], Rule(neither=0.12))
     assert found.kept == kept

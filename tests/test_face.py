@@ -31,7 +31,6 @@ from mnemoscope.face import vector_file
 from mnemoscope.interventions import Binding
 from mnemoscope.models import load_model
 from mnemoscope.recipe import LEVELS, ONE_LAYER, SETTINGS, STEERING, fitting_study
-from mnemoscope.stages.choose import settings_of
 from mnemoscope.tasks.jsonl import JsonlTask
 from test_cli import call
 
@@ -186,7 +185,7 @@ def test_steering_is_that_of_the_vector_and_alpha_zero_of_nothing(user: User) ->
     assert phrases == list(map(phrase_of, steered))
     assert any(row["plain"] != row["steered"] for row in answers)
     best = json.loads((user.cell / "records" / "chosen.json").read_text())["conflict"]["best"]["to_generalized"]
-    file = user.cell / "vectors" / f"to_generalized-{best}-conflict.safetensors"
+    file = user.cell / "vectors" / f"to_generalized-{best}.safetensors"
     for source in (user.out, user.cell, file):
         asked = (*prompts, "--toward", "generalized", "--alpha", "20", "--max-new-tokens", "8", "--go-on")
         assert user.json("steer", *asked, "--from", str(source))["answers"] == answers
@@ -458,7 +457,7 @@ def test_the_budget_is_dealt_to_layers_all_over_the_model() -> None:
     (cell,) = fitting_study({"folder": "x"}, "facts", {}).cells.values()
     methods = [method for method in cell.steering.methods if method != "low-rank"]  # which has few settings of its own
     assert [*methods, "learned"] == [*everywhere.steering.methods]
-    assert sum(len(settings_of(cell.steering, "to_generalized", method, 30)) for method in methods) == SETTINGS == 48
     (learned,) = cell.steering.grids.values()
+    assert len(methods) * len(learned.layer_sets(30)) * len(learned.tops) * len(learned.strengths) == SETTINGS == 48
     assert learned.layer_sets(30) == [(4,), (9,), (13,), (17,), (21,), (26,)]
     assert learned.layer_sets(2) == [(0,), (1,)]

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers import GivenBench, vector_of
 from known_switch import (
     CODE,
     FILLER,
@@ -30,20 +31,12 @@ from known_switch import (
     known_model,
 )
 from mnemoscope.behaviour import Asking, Batch, PairBatch, Scores, draw_candidates, mine_pairs, score
+from mnemoscope.bench.answers import steered
 from mnemoscope.contrast import Contrast, ContrastAccumulator
-from mnemoscope.interventions import Toward, ablated, patched
+from mnemoscope.interventions import OPPOSITE, SteeringVector, Toward, ablated, patched
 from mnemoscope.interventions.controls import control_draws
-from mnemoscope.interventions.directions import METHODS, Directions, share_of, steered
-from mnemoscope.interventions.sources import (
-    ANSWERED,
-    SOURCE,
-    TOWARD,
-    FitLists,
-    Labels,
-    Setting,
-    read_sources,
-    with_prefixes,
-)
+from mnemoscope.interventions.shifts import rho
+from mnemoscope.interventions.sources import ANSWERED, FitLists, Labels, with_prefixes
 from mnemoscope.models import SITES, Site
 from mnemoscope.tasks import SPLITS, Split, draw
 
@@ -51,7 +44,8 @@ SIDES: tuple[Toward, ...] = ("generalized", "memorized")  # of a pair, in this o
 PAIRS = 200  # fitted on
 USUAL, LOUD, QUIET = 1.0, 5.0, 0.05  # fillers
 WHERE_IT_ACTS = ("gradient", "learned")  # methods that ask what acts; the others ask what differs
-WHAT_DIFFERS = tuple(method for method in METHODS if method not in WHERE_IT_ACTS)
+WHAT_DIFFERS = ("nmd", "standardized-nmd", "logistic", "whitened", "pca")
+METHODS = (*WHAT_DIFFERS, *WHERE_IT_ACTS)
 # What tells the behaviours apart at each site: neurons by layer. Elsewhere nothing does.
 TELLS: dict[Site, dict[int, np.ndarray]] = {
     "block": {GATHERS: SWITCH, READS: np.concatenate([SWITCH, VERDICT])},
@@ -105,43 +99,53 @@ def sides(split: Split, decider: Decider, filler: float) -> dict[Toward, list[Ba
 
 
 @cache
-def directions_at(site: Site, filler: float = USUAL) -> Directions:
-    decider = KNOWN[site].decider
+def bench_at(decider: Decider, filler: float = USUAL) -> GivenBench:
     fit = sides("fit", decider, filler)
     targets: dict[Toward, list[Batch]] = {"generalized": fit["memorized"], "memorized": fit["generalized"]}
     nothing: dict[Toward, list[Batch]] = {"generalized": [], "memorized": []}
     lists = FitLists(model_of(decider, filler), targets, nothing, nothing)
-    return Directions(read_sources(site, mined("fit", 500).pairs()[:PAIRS], lists.asking, lambda: lists))
+    return GivenBench(lists.asking, KnownSwitch(), 0, given=lists, both=mined("fit", 500).pairs()[:PAIRS])
 
 
 def fit_groups() -> list[str]:
     return [pair[0].group for pair in mined("fit", 500).pairs()[:PAIRS]]
 
 
-def setting(
-    directions: Directions, method: str, direction: str = "to_generalized", layer: int | None = None
-) -> Setting:
+def states_at(site: Site) -> np.ndarray:
+    return bench_at(KNOWN[site].decider).sources(site).states_P2LD
+
+
+def vector(
+    site: Site,
+    method: str,
+    toward: Toward = "generalized",
+    layer: int | None = None,
+    labels: Labels = ANSWERED,
+    filler: float = USUAL,
+) -> SteeringVector:
     """As many neurons as the switch has, moved so far that they outvote the largest majority."""
-    sources = directions.sources
-    known = KNOWN[sources.site]
-    layer = known.layer if layer is None else layer
+    known = KNOWN[site]
+    bench, layer = bench_at(known.decider, filler), known.layer if layer is None else layer
+    sources = bench.sources(site)
     strength = (VOTES + 2) * known.vote / sources.norm_L[layer]
-    return Setting(direction, method, sources.site, (layer,), len(known.neurons) / sources.shape_LD[1], strength)
+    top = len(known.neurons) / sources.shape_LD[1]
+    return vector_of(bench, method, toward, labels, site=site, layers=(layer,), top=top, strength=strength)
 
 
-def found(directions: Directions, chosen: Setting, labels: Labels = ANSWERED) -> list[int]:
-    (layer,) = chosen.layers
-    return np.flatnonzero(directions.vector(chosen, labels).shifts[layer].numpy()).tolist()
+def found(one: SteeringVector) -> list[int]:
+    (shift_D,) = one.shifts.values()
+    return np.flatnonzero(shift_D.numpy()).tolist()
 
 
-def shift_rate(
-    directions: Directions, chosen: Setting, shift_LD: np.ndarray | None = None, filler: float = USUAL
-) -> float:
-    """Share of the test phrasings that a setting's vector steers, or another shift in its place."""
-    vector, sources = directions.vector(chosen), directions.sources
-    vector = vector if shift_LD is None else vector.with_dense(shift_LD)
-    batches = sides("test", KNOWN[sources.site].decider, filler)[SOURCE[chosen.direction]]
-    return share_of(steered(sources.lists.asking, batches, vector), chosen.toward)
+def shift_rate(one: SteeringVector, filler: float = USUAL) -> float:
+    """Share of the test phrasings that a vector steers."""
+    decider = KNOWN[one.site].decider
+    batches = sides("test", decider, filler)[OPPOSITE[one.toward]]
+    return share_of(steered(model_of(decider, filler), batches, one), one.toward)
+
+
+def share_of(scores: Scores, behaviour: str) -> float:
+    return float(np.mean(scores.behaviour_N == behaviour))
 
 
 def scores_of(decider: Decider, side: Toward, filler: float = USUAL, **options: Any) -> Scores:
@@ -205,7 +209,7 @@ def test_every_200_pairs_rank_the_named_neurons_first_and_find_no_others_signifi
 @pytest.mark.parametrize("site", SITES)
 def test_the_contrast_knows_layer_and_neurons_at_every_site(site: Site) -> None:
     told_LD = told_at(site)
-    contrast = contrast_of(site, directions_at(site).sources.states_P2LD, fit_groups())
+    contrast = contrast_of(site, states_at(site), fit_groups())
     np.testing.assert_array_equal(contrast.p_family_wise_LD == 1 / 1000, told_LD)
     np.testing.assert_array_equal(contrast.top_neurons(told_LD.mean()), told_LD)
     if site == "block":
@@ -213,41 +217,39 @@ def test_the_contrast_knows_layer_and_neurons_at_every_site(site: Site) -> None:
 
 
 @pytest.mark.parametrize("site", SITES)
-@pytest.mark.parametrize("method", [*METHODS, "learned"])
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_finds_the_switch_and_steers_by_it(site: Site, method: str) -> None:
-    directions, known = directions_at(site), KNOWN[site]
-    for direction in TOWARD:
-        chosen = setting(directions, method, direction)
-        assert found(directions, chosen) == sorted(known.neurons)
-        assert shift_rate(directions, chosen) >= 0.95
-        shift_LD = directions.dense(chosen)
+    known = KNOWN[site]
+    bench = bench_at(known.decider)
+    for toward in OPPOSITE:
+        one = vector(site, method, toward)
+        assert found(one) == sorted(known.neurons)
+        assert shift_rate(one) >= 0.95
+        shift_LD = one.dense(*bench.sources(site).shape_LD)
         elsewhere_LD = np.zeros_like(shift_LD)
         elsewhere_LD[:, idle(site)] = shift_LD[:, known.neurons]
-        assert shift_rate(directions, chosen, elsewhere_LD) == 0.0
-        draws = control_draws("gaussian", directions, chosen, 10, (0,))
-        rates = [shift_rate(directions, chosen, drawn.dense(*shift_LD.shape)) for _, drawn in draws]
+        assert shift_rate(one.with_dense(elsewhere_LD)) == 0.0
+        rates = [shift_rate(drawn) for _, drawn in control_draws("gaussian", bench, one, 10, (0,))]
     assert np.mean(rates) <= 0.15
 
 
-@pytest.mark.parametrize("method", [*METHODS, "learned"])
+@pytest.mark.parametrize("method", METHODS)
 def test_before_the_votes_are_gathered_nothing_differs_but_something_acts(method: str) -> None:
     """A state of layer 0 holds nothing of the behaviour; what is added to it still reaches the head by the residual."""
-    directions = directions_at("block")
-    for direction in TOWARD:
-        chosen = setting(directions, method, direction, layer=0)
+    for toward in OPPOSITE:
+        one = vector("block", method, toward, layer=0)
         acts = method in WHERE_IT_ACTS
-        assert (found(directions, chosen) == sorted(SWITCH)) == acts
-        assert shift_rate(directions, chosen) == (1.0 if acts else 0.0)
+        assert (found(one) == sorted(SWITCH) if one.layers else False) == acts
+        assert shift_rate(one) == (1.0 if acts else 0.0)
 
 
 @pytest.mark.parametrize(("filler", "misled"), [(LOUD, {"pca"}), (QUIET, {"logistic", "whitened"})])
 def test_which_methods_are_misled_by_the_size_of_other_neurons(filler: float, misled: set[str]) -> None:
     """A principal component follows variance; weights of unscaled neurons are the larger the less these vary."""
-    directions = directions_at("block", filler)
-    for method in (*METHODS, "learned"):
-        chosen = setting(directions, method)
-        assert (found(directions, chosen) == sorted(SWITCH)) == (method not in misled)
-        assert shift_rate(directions, chosen, filler=filler) == (0.0 if method in misled else 1.0)
+    for method in METHODS:
+        one = vector("block", method, filler=filler)
+        assert (found(one) == sorted(SWITCH)) == (method not in misled)
+        assert shift_rate(one, filler) == (0.0 if method in misled else 1.0)
 
 
 def ablated_scores(site: Site, decider: Decider, layer: int, neurons: np.ndarray) -> list[Scores]:
@@ -276,7 +278,7 @@ def test_without_the_switch_there_is_no_choice_and_without_others_all_of_it(site
 
 def test_what_tells_the_behaviours_apart_best_need_not_decide_anything() -> None:
     """The verdict correlates most of all; where the head reads the votes themselves, ablation shows that it is idle."""
-    rho_LD = directions_at("block").rho()
+    rho_LD = rho(bench_at("switch"), "block")
     best = np.argsort(-np.nan_to_num(np.abs(rho_LD[READS])))[:2]
     assert sorted(best) == sorted(VERDICT)
     for side, scores in zip(SIDES, ablated_scores("block", "switch", READS, VERDICT), strict=True):
@@ -305,15 +307,15 @@ def test_shuffled_labels_find_nothing() -> None:
 
     The switch still comes up somewhat more often than by chance: the pairs were chosen for being on its two sides.
     """
-    directions, alarms, named = directions_at("block"), 0, dict.fromkeys(WHAT_DIFFERS, 0)
-    read_P2LD = directions.sources.states_P2LD
+    alarms, named = 0, dict.fromkeys(WHAT_DIFFERS, 0)
+    read_P2LD = states_at("block")
     for seed in range(20):
         labels = Labels(seed)
         swapped_P = labels.signs(PAIRS)[:, None, None, None] < 0
         states_P2LD = np.where(swapped_P, read_P2LD[:, ::-1], read_P2LD)
         alarms += (contrast_of("block", states_P2LD, fit_groups()).p_family_wise_LD < 0.05).any()
         for method in WHAT_DIFFERS:
-            named[method] += len({*found(directions, setting(directions, method), labels)} & {*SWITCH})
+            named[method] += len({*found(vector("block", method, labels=labels))} & {*SWITCH})
     assert alarms <= 4
     everywhere = 20 * len(SWITCH)
     assert named.pop("pca") == everywhere

@@ -18,7 +18,7 @@ from mnemoscope.config import built_in_studies, parse_study
 from mnemoscope.study import run_study
 
 FEW = {"behaviour_examples": 60, "fit_examples": 1000, "tune_examples": 300, "test_examples": 400, "permutations": 99}
-SHORT = {"draws": 2, "norm_draws": 1, "conflict_draws": 1, "tune_refits": 1, "tune_draws_again": 1, "learned_steps": 3}
+SHORT = {"draws": 2, "norm_draws": 1, "conflict_draws": 1, "tune_refits": 1, "tune_draws": 1, "learned_steps": 3}
 SHORT |= {"tune_pairs": 20, "tune_others": 20, "fit_pairs": 40, "fit_others": 20, "judged_examples": 30}
 SHORT |= {"low_rank": {"layers": 2, "steps": 3, "refits": 1}}
 ALIKE = {("paper", "addition"), ("lora", "smollm2-addition"), ("lora", "gemma-inference")}
@@ -68,7 +68,7 @@ def test_every_study_runs_in_miniature(name: str, mini: Callable[[str], Asking],
     assert set(found) == set(config.cells)
     for label, cell in config.cells.items():
         assert set(found[label]["steering_by_method"]) == set(cell.steering.methods)
-        if cell.steering.halving:  # of pairs and at equal norms the best alone are judged
+        if cell.steering.screened:  # of pairs and at equal norms the best alone are judged
             continue
         rows = pd.read_parquet(tmp_path / "run" / "cells" / f"{label}-0" / "records" / "steering.parquet")
         assert set(rows[rows.aim == "equal_norm"].method) == set(cell.steering.methods)

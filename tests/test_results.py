@@ -15,13 +15,14 @@ import pytest
 from safetensors.numpy import load_file
 
 from made_up import CONTROLS, DOSES, LAYERS, ROLES, SIDES, SOURCE, TARGET, mark, write_run
-from mnemoscope.interventions.sources import Setting
+from mnemoscope.bench.choose import Rated
+from mnemoscope.interventions import SteeringVector
 from mnemoscope.report import build_report
 from mnemoscope.report.records import columns_of, declared_tables, read_run
 from mnemoscope.report.results import compute_results
 from mnemoscope.report.schema import REFITTED, Results, Steered, SweepRow, TaskResults
 from mnemoscope.report.where import _ablation, measure_layers
-from mnemoscope.stages.choose import compared
+from mnemoscope.stages.steer import _compared
 from mnemoscope.statistics import Estimate
 
 DIRECTION = pytest.mark.parametrize("direction", list(SOURCE))
@@ -231,14 +232,15 @@ def test_layers_alone_are_compared_at_a_strength_that_every_place_has_tried(task
 
 
 def test_methods_are_compared_at_the_norms_of_one_site() -> None:
-    settings = [
-        Setting("to_memorized", method, site, (0,), "decision", 0.5, 0.1)
+    ones = [
+        SteeringVector("memorized", {}, site, method=method, strength=0.1)
         for method, site in (("nmd", "block"), ("nmd", "mlp"), ("gradient", "mlp"))
     ]
     rates = [Estimate(rate, 0, 1, 9) for rate in (0.2, 0.9, 0.8)]
-    chosen = compared(dict(zip(settings, rates, strict=True)))
-    assert [(one.aim, one.setting.site) for one in chosen] == [("equal_norm", "block"), ("unpenalized", "mlp")]
-    assert {one.aim for one in compared({settings[2]: rates[2]})} == {"equal_norm"}
+    rated = [Rated(one, rate, Estimate.undefined()) for one, rate in zip(ones, rates, strict=True)]
+    chosen = _compared(rated)
+    assert [(one.aim, one.one.site) for one in chosen] == [("equal_norm", "block"), ("unpenalized", "mlp")]  # type: ignore[attr-defined]
+    assert {one.aim for one in _compared(rated[2:])} == {"equal_norm"}
 
 
 def test_seeds_and_transfer_are_set_beside_chance(run: Path, results: Results) -> None:

@@ -25,16 +25,17 @@ from mnemoscope.behaviour import Asking
 from mnemoscope.cells import cells_of
 from mnemoscope.config import dump_study, load_study, parse_study
 from mnemoscope.errors import InputError, StudyError
-from mnemoscope.interventions import SteeringVector
+from mnemoscope.interventions import OPPOSITE, SteeringVector
 from mnemoscope.models import load_model
 from mnemoscope.processes import settle
-from mnemoscope.stages import STAGES, cell_model, detect, lists, probe
+from mnemoscope.stages import STAGES, cell_model, detect, probe
+from mnemoscope.stages.lists import RecordedBench
 from mnemoscope.study import inputs_hash, run_study
 from mnemoscope.tasks import Example, allow_code
 
 COMMAND = [sys.executable, "-m", "mnemoscope", "run"]
 # Of draws and examples, for studies in which nobody looks at how many there are.
-FEW = "draws: 2, norm_draws: 1, conflict_draws: 1, tune_refits: 1, tune_draws_again: 1, tune_pairs: 20, "
+FEW = "draws: 2, norm_draws: 1, conflict_draws: 1, tune_refits: 1, tune_draws: 1, tune_pairs: 20, "
 FEW += "tune_others: 20, fit_pairs: 40, fit_others: 20, judged_examples: 40"
 
 
@@ -72,22 +73,23 @@ def test_a_run_folder_holds_what_the_contract_says(mini_run: Path) -> None:
     assert not list(mini_run.rglob("*.tmp*"))
 
 
-def test_no_group_of_a_fitted_tuned_or_calibrated_list_is_judged(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_group_of_a_fitted_tuned_or_calibrated_list_is_judged(copied: Path) -> None:
     """Every list as a stage takes it, against the groups of every record that is judged."""
     (cell,) = cells_of(load_study(str(copied / "study.yaml")), copied)
-    asking, records, rng = cell_model(cell), lists.Records.of(cell), np.random.default_rng(0)
-    taken: dict[str, list[Example]] = {"fit": [], "tune": []}
-    prepared = lists.with_prefixes
-    for split in ("fit", "tune"):  # what directions are made from, and what settings are chosen on
-        monkeypatch.setattr(lists, "with_prefixes", lambda a, e, s=split: [taken[s].extend(e), prepared(a, e)][1])
-        if split == "fit":
-            assert lists.sources_of(cell, asking, records, ["block"])["block"].lists
-        else:
-            lists.tune_lists(cell, asking, records)
-        assert taken[split]
+    asking, rng = cell_model(cell), np.random.default_rng(0)
+    bench = RecordedBench.of(cell, asking)
+    records, chosen_on = bench.records, [bench.choosing(toward) for toward in OPPOSITE]
+    taken: dict[str, list[Example]] = {
+        "fit": [*bench.fit_conflicts.examples, *bench.fit_agreeing.examples],
+        "tune": [*bench.tune_conflicts.examples, *(e for one in chosen_on for e in one.targets.examples)],
+    }
+    taken["tune"] += [e for one in chosen_on for prompts, _ in one.kept.values() for e in prompts.examples]
+    items = {name for of_both in bench.lists.items.values() for names in of_both for name in names}
+    for split in ("fit", "tune"):  # what is fitted on, and what settings are chosen on
         taken[split] += [one for pair in records.both_sides(split, 10**6) for one in pair]
         taken[split] += detect._prompts(cell, asking, records, split).examples
         taken[split] += probe.phrasings(records.pairs, split, 10**6, rng)
+    assert items <= {example.item for example in taken["fit"]}
     fitted, tuned = ({example.group for example in taken[split]} for split in ("fit", "tune"))
     assert not fitted & tuned
     for name in ("behaviour", "probes", "steering", "effects", "detection"):

@@ -17,7 +17,6 @@ import torch
 from mnemoscope.behaviour import Asking, decode, draw_candidates, prepare, score
 from mnemoscope.errors import InputError
 from mnemoscope.fitting import full_draw, seconds_of, tokens_in
-from mnemoscope.models import quick_products
 from mnemoscope.recipe import MEASURED, STEERING
 from mnemoscope.statistics import LEAST_GROUPS
 from mnemoscope.tasks import SPLITS, Example, Task, draw
@@ -86,7 +85,6 @@ class Checked:
         return "\n".join([*lines, *(f"missing: {line}" for line in self.missing)])
 
 
-@quick_products()  # as a fit does, whose time is told
 def check_task(asking: Asking, task: Task, seed: int = 0) -> Checked:
     """Label a sample of a task.
 

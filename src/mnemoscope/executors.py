@@ -95,8 +95,7 @@ def in_processes(workers: int, threads: int | None = None) -> Iterator[Map]:
     """
     with ExitStack() as stack:
         start = cache(lambda: stack.enter_context(pool_of(workers, threads)))
-        call = _call if threads is None else _call_quickly
-        yield partial(_mapped, workers, lambda function: lambda item: start().submit(call, function, item).result)
+        yield partial(_mapped, workers, lambda function: lambda item: start().submit(_call, function, item).result)
 
 
 def _mapped(
@@ -137,17 +136,10 @@ def _call(function: bytes, item: Any) -> Any:
     return _unpickled(function)(item)
 
 
-def _call_quickly(function: bytes, item: Any) -> Any:
-    from mnemoscope.models import quick_products
-
-    with quick_products():
-        return _call(function, item)
-
-
 def _call_on_node(function: bytes, folder: str, threads: int, item: Any) -> Any:
     os.chdir(folder)
     settle(threads)
-    return _call_quickly(function, item)
+    return _call(function, item)
 
 
 def _run(run: Run, cell: Cell, progress: Progress, workers: int) -> str | None:

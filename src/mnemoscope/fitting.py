@@ -18,7 +18,7 @@ from mnemoscope.cells import Opened
 from mnemoscope.config import LayoutConfig, StudyConfig, dump_study
 from mnemoscope.errors import InputError
 from mnemoscope.interventions import Binding
-from mnemoscope.models import load_model, models_that_fit, quick_products, use_layout
+from mnemoscope.models import load_model, models_that_fit, use_layout
 from mnemoscope.recipe import LEVELS, MEASURED, Level, fitting_study
 from mnemoscope.strict import read_text
 from mnemoscope.tasks import SPLITS, Example, Task, build_task, draw
@@ -119,7 +119,7 @@ def fit_run(
     if budget is not None:
         asking = Asking(model, tokenizer, batch_size=MEASURED["pairs"]["batch_size"], prompting=prompting)
         levels = [fitting_study(described, task, options, **choices, level=n) for n in range(len(LEVELS))]
-        with _left_as_it_was(model), quick_products(), shown(progress) as tell:
+        with _left_as_it_was(model), shown(progress) as tell:
             tell("fit", "budget", 0, 1, "timing the model")
             torch.set_num_threads(workers * choices["threads"])  # as the study will, one way or the other
             config = _within(60 * budget, began, asking, task, options, levels, out)

@@ -28,9 +28,8 @@ CLAIMED = 2  # draws of each control of what is aimed at: of one alone nobody kn
 LOST, NEITHER = 0.08, 0.12  # what a vector may cost on tune, unless told otherwise
 STEERING: dict[str, Any] = {
     "unit": "spread",
-    "halving": 2,
     **{"fit_pairs": 200, "fit_others": 128, "learned_steps": 24, "fit_batch": 8, "kept_weight": 1.0},
-    **{"tune_pairs": 48, "tune_others": 48, "tune_draws_again": 2, "judged_examples": 80},
+    **{"tune_pairs": 48, "tune_others": 48, "tune_draws": CLAIMED, "judged_examples": 80},
     "tune_refits": 0,  # refitted controls are judged on test; while settings are compared they would cost the most
     "norm_draws": 0,
     "low_rank": {"steps": 32, "refits": 0},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
@@ -11,7 +12,6 @@ from mnemoscope.strict import read_json
 Site = Literal["block", "attention", "mlp", "neuron"]
 Where = Literal["decision", "all"]
 Aim = Literal["pairs", "conflict"]
-Method = Literal["nmd", "standardized-nmd", "gradient", "logistic", "whitened", "pca", "learned", "low-rank"]
 Direction = Literal["to_generalized", "to_memorized"]
 Number = float | None  # None: not defined
 
@@ -57,8 +57,8 @@ class CellFacts(TypedDict):
 class SettingFacts(TypedDict):
     """A setting that was chosen."""
 
-    method: Method
-    site: Site
+    method: str
+    site: str
     layers: list[int]
     top: float
     strength: float
@@ -71,8 +71,8 @@ class SettingFacts(TypedDict):
 class BestFacts(TypedDict):
     """By direction, the best method."""
 
-    to_generalized: Method
-    to_memorized: Method
+    to_generalized: str
+    to_memorized: str
 
 
 class BothFacts(TypedDict):
@@ -164,7 +164,7 @@ class FrameFacts(TypedDict):
     weights: str
     task: str
     examples: str
-    sizes: dict[str, int]
+    sizes: dict[str, float]
     prompting: dict[str, bool | str | None]
     asked: int
     known: int
@@ -263,6 +263,6 @@ def read_chosen(path: Path) -> ChosenFacts:
             if method not in of_aim["methods"]:
                 raise InputError(f"{path}: {aim}.best.{direction} is {method!r}, which is not among its methods")
         for method in of_aim["methods"]:
-            if method not in Method.__args__:  # type: ignore[attr-defined]  # it is part of a file's name
+            if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,49}", method):  # it is part of a file's name
                 raise InputError(f"{path}: {aim}.methods has {method!r}, which is no method")
     return found

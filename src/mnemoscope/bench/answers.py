@@ -36,26 +36,47 @@ from mnemoscope.behaviour import (
     without_prefix,
     written,
 )
-from mnemoscope.bench.lists import Bench, Prompts
-from mnemoscope.interventions import Intervention, Quoted
-from mnemoscope.models import cache_of, context_length, end_ids, pass_inputs, with_last_logits
+from mnemoscope.bench.lists import DrawnBench, Prompts
+from mnemoscope.interventions import Intervention, Quoted, SteeringVector
+from mnemoscope.models import (
+    Precision,
+    cache_of,
+    context_length,
+    end_ids,
+    in_precision,
+    pass_inputs,
+    quick_precision,
+    with_last_logits,
+)
 from mnemoscope.tasks import Example
 
 NOTHING = Intervention(toward="generalized")
 EARLIEST = 8  # tokens before a cut in neutral text, at least
 
 
-def scores(one: Intervention, prompts: Prompts) -> Scores:
-    """Label prompts under an intervention: what greedy decoding with it in place would answer."""
+def scores(one: Intervention, prompts: Prompts, margins: bool = False, roughly: bool = False) -> Scores:
+    """Label prompts under an intervention: what greedy decoding with it in place would answer.
+
+    ``roughly``: passes over whole prompts in bfloat16 where that is quicker, for choices between settings.
+    """
     asking, batches, asked = prompts.asking, prompts.batches, worded(one, prompts)
     if asked is not prompts.examples:
         batches = prepare(asking, asked)
     elif one.everywhere:
         batches = [part for batch in map(without_prefix, batches) for part in by_length(batch)]
     if not one.contrast and not one.in_one_go:
-        return score(asking, batches, margins=False, applied=partial(one.apply, asking.model))
+        precision: Precision = quick_precision(asking.model) if roughly and one.everywhere else "float32"
+        with in_precision(asking.model, precision):
+            return score(asking, batches, margins=margins, applied=partial(one.apply, asking.model))
     bares = dict(zip(map(id, batches), prompts.contrast_batches(one.contrast), strict=True)) if one.contrast else {}
     return score_read(asking, batches, lambda batch, single: _logits(asking, one, single, bares.get(id(batch))))
+
+
+def steered(asking: Asking, batches: Sequence[Batch], vector: SteeringVector, margins: bool = True) -> Scores:
+    """Label prepared examples under a vector, from cached prefixes unless it acts on all tokens."""
+    if vector.everywhere:
+        batches = [part for batch in map(without_prefix, batches) for part in by_length(batch)]
+    return score(asking, batches, margins=margins, applied=partial(vector.apply, asking.model))
 
 
 def _logits(asking: Asking, one: Intervention, single: Batch, bare: Batch | None = None) -> Tensor:
@@ -75,9 +96,10 @@ def _logits(asking: Asking, one: Intervention, single: Batch, bare: Batch | None
 
 def worded(one: Intervention, prompts: Prompts) -> list[Example]:
     """The examples with the prompts that an intervention asks; the list itself where these are the same."""
+    if type(one).prompt is Intervention.prompt:
+        return prompts.examples
     both = zip(prompts.examples, map(one.prompt, prompts.quoted), strict=True)
-    asked = [example if prompt == example.prompt else replace(example, prompt=prompt) for example, prompt in both]
-    return asked if any(a is not b for a, b in zip(asked, prompts.examples, strict=True)) else prompts.examples
+    return [replace(example, prompt=prompt) for example, prompt in both]
 
 
 @dataclass(frozen=True)
@@ -170,7 +192,7 @@ def _normal(text: str) -> str:
 class Neutral:
     """Cuts in text that the model wrote itself, and its distributions behind them."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: DrawnBench) -> None:
         asking, config = bench.asking, bench.config
         self.asking, following = asking, config.following
         rng = np.random.default_rng([config.seed, 34])

@@ -13,14 +13,14 @@ from collections.abc import Mapping
 import numpy as np
 
 from mnemoscope.behaviour import draw_candidates, mine_pairs, read_states
-from mnemoscope.bench.lists import KEPT, Bench, Prompts
+from mnemoscope.bench.lists import KEPT, DrawnBench, Prompts
 from mnemoscope.detect import Detector, Observed, Reading, fit_detectors
 from mnemoscope.errors import InputError
 
 THRESHOLD = 0.5  # of the probability of the behaviour to steer away from
 
 
-def fitted_detector(bench: Bench) -> Detector:
+def fitted_detector(bench: DrawnBench) -> Detector:
     """The detector of the fit split, calibrated on tune; InputError where a behaviour has too few prompts."""
     mined = bench.fit.mined
     assert mined.scores.states_NLD is not None, "mining keeps states"

@@ -15,7 +15,7 @@ import pandas as pd
 from mnemoscope.behaviour import Scores
 from mnemoscope.bench.answers import NOTHING, Neutral, is_exact, scores, texts_of
 from mnemoscope.bench.gate import THRESHOLD, fitted_detector, readings
-from mnemoscope.bench.lists import LISTS, Bench, Prompts
+from mnemoscope.bench.lists import LISTS, DrawnBench, Prompts
 from mnemoscope.bench.varied import varied_lists
 from mnemoscope.detect import Detector
 from mnemoscope.errors import InputError
@@ -35,14 +35,14 @@ class Frame:
         detector: of the gate; None where there is none, for the reason ``why``.
     """
 
-    bench: Bench
+    bench: DrawnBench
     lists: Mapping[str, Prompts]
     neutral: Neutral
     detector: Detector | None
     why: str
 
     @classmethod
-    def of(cls, bench: Bench) -> Frame:
+    def of(cls, bench: DrawnBench) -> Frame:
         """Draw it."""
         try:
             detector, why = fitted_detector(bench), ""

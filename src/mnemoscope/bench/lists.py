@@ -27,11 +27,12 @@ from mnemoscope.behaviour import (
 )
 from mnemoscope.config import ArenaConfig
 from mnemoscope.errors import InputError
-from mnemoscope.interventions import OPPOSITE, Contrast, Quoted
+from mnemoscope.interventions import OPPOSITE, Contrast, Quoted, Toward
 from mnemoscope.interventions.sources import (
     TOWARD,
     FitLists,
     Sources,
+    Tried,
     Unit,
     in_turn,
     read_sources,
@@ -113,6 +114,78 @@ class Known:
     items: Sequence[str]
 
 
+@dataclass(frozen=True)
+class Lists:
+    """What settings of one direction are chosen on.
+
+    Attributes:
+        targets: prompts that are to be steered.
+        kept: by name, prompts whose answers should stay, all with the same label unsteered.
+    """
+
+    targets: Prompts
+    kept: Mapping[str, tuple[Prompts, str]]
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """What methods are fitted on: a model, a task, and the lists of the fit and tune splits.
+
+    Attributes:
+        seed: of whatever methods draw.
+        tried: what they try, where it is not their own choice.
+    """
+
+    asking: Asking
+    task: Task
+    seed: int
+    tried: Tried = field(default_factory=Tried)
+    _sources: dict[tuple[Site, Unit], Sources] = field(default_factory=dict, repr=False)
+
+    @property
+    def pairs(self) -> list[tuple[Example, Example]]:
+        """(answered generalized, answered memorized) of the fit split; InputError where there are too few."""
+        raise NotImplementedError
+
+    @property
+    def lists(self) -> FitLists:
+        """The fit lists of methods that learn by gradients, with prefixes."""
+        raise NotImplementedError
+
+    @property
+    def fit_conflicts(self) -> Prompts:
+        """Conflicts of the fit split, as drawn."""
+        raise NotImplementedError
+
+    @property
+    def fit_agreeing(self) -> Prompts:
+        """Prompts of the fit split whose text agrees with memory, of those that are answered right."""
+        raise NotImplementedError
+
+    @property
+    def tune_conflicts(self) -> Prompts:
+        """Conflicts of the tune split, as drawn."""
+        raise NotImplementedError
+
+    @property
+    def has_bares(self) -> bool:
+        """Whether every conflict has a bare question."""
+        return all(bare is not None for bare in self.tune_conflicts.bares)
+
+    def place(self, toward: Toward) -> tuple[Site, tuple[int, ...], float] | None:
+        """Where and how strongly a shift is learned, by what was tried without learning; None: at all places."""
+        return None
+
+    def sources(self, site: Site, unit: Unit = "norm") -> Sources:
+        """States of the fit pairs at a site, with the lists that are learned on; ``unit`` of the strengths."""
+        if (site, "norm") not in self._sources:
+            self._sources[site, "norm"] = self._read(site)
+        return self._sources.setdefault((site, unit), replace(self._sources[site, "norm"], unit=unit))
+
+    def _read(self, site: Site) -> Sources:
+        return read_sources(site, self.pairs, self.asking, lambda: self.lists)
+
+
 @dataclass(frozen=True, eq=False)
 class Fit:
     """What is fitted on.
@@ -126,25 +199,22 @@ class Fit:
     prompts: Mapping[str, Prompts]
 
 
-@dataclass(frozen=True, eq=False)
-class Bench:
-    """One frame for all methods: a model, a task of known items, and the lists of each split.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class DrawnBench(Bench):
+    """The bench of an arena: lists of known items, drawn and frozen.
 
     Attributes:
         known: what the model answers by heart.
         tune, test: by name, the lists of ``LISTS``; those of the test split are frozen before anything is applied.
     """
 
-    asking: Asking
-    task: Task
     config: ArenaConfig
     known: Known
     tune: Mapping[str, Prompts]
     test: Mapping[str, Prompts]
-    _sources: dict[tuple[Site, Unit], Sources] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, asking: Asking, task: Task, config: ArenaConfig, known: Known | None = None) -> Bench:
+    def of(cls, asking: Asking, task: Task, config: ArenaConfig, known: Known | None = None) -> DrawnBench:
         """Draw the lists and freeze them; InputError where too little is left. ``known``: default: it is asked."""
         asking = replace(asking, from_prompt=True, batch_size=config.batch_size)
         known = known or ask_known(asking, task)
@@ -158,12 +228,32 @@ class Bench:
                     f"task: the {split} split has conflicts of {groups} groups whose items the model knows; at least "
                     f"{LEAST_GROUPS} are needed"
                 )
-        return cls(asking, task, config, known, found["tune"], found["test"])
+        return cls(asking, task, config.seed, config=config, known=known, tune=found["tune"], test=found["test"])
+
+    @property
+    def tune_conflicts(self) -> Prompts:
+        """The tune conflicts."""
+        return self.tune["conflict"]
+
+    @property
+    def fit_conflicts(self) -> Prompts:
+        """The fit conflicts."""
+        return self.fit.prompts["conflict"]
+
+    @property
+    def fit_agreeing(self) -> Prompts:
+        """The fit prompts that agree with memory."""
+        return self.fit.prompts["agreeing"]
 
     @property
     def has_bares(self) -> bool:
         """Whether every test conflict has a bare question."""
         return all(bare is not None for bare in self.test["conflict"].bares)
+
+    def choosing(self) -> Lists:
+        """What settings are chosen on, the same in both directions."""
+        kept = {name: (self.tune[name], "correct") for name in KEPT if len(self.tune[name])}
+        return Lists(self.tune["conflict"], kept)
 
     @cached_property
     def fit(self) -> Fit:
@@ -184,17 +274,11 @@ class Bench:
 
     @cached_property
     def pairs(self) -> list[tuple[Example, Example]]:
-        """(answered generalized, answered memorized) of the fit split; InputError where less than two groups flip."""
+        """Pairs of the fit split; InputError where less than two groups flip."""
         pairs = spread(self.fit.mined.pairs())[: self.config.pairs]
         if len({one.group for one, _ in pairs}) < 2:
             raise InputError(f"task: {len(pairs)} of its fit candidates flip; pairs of 2 groups are needed")
         return pairs
-
-    def sources(self, site: Site, unit: Unit = "norm") -> Sources:
-        """States of the fit pairs at a site, with the lists that are learned on; ``unit`` of the strengths."""
-        if (site, "norm") not in self._sources:
-            self._sources[site, "norm"] = read_sources(site, self.pairs, self.asking, lambda: self.lists)
-        return self._sources.setdefault((site, unit), replace(self._sources[site, "norm"], unit=unit))
 
 
 def ask_known(asking: Asking, task: Task) -> Known:
@@ -240,7 +324,7 @@ def known_conflicts(
     return drawn[:n], bares[:n]
 
 
-def told_by_answers(bench: Bench) -> float | None:
+def told_by_answers(bench: DrawnBench) -> float | None:
     """Share of test conflicts whose memorized answer is told by how often answers were that in fit conflicts.
 
     Nothing but the two answers is seen, so 0.5 is what a set should give; None where there is no fit split.
@@ -258,7 +342,7 @@ def told_by_answers(bench: Bench) -> float | None:
     return float(np.mean([(difference > 0) + 0.5 * (difference == 0) for difference in ahead]))
 
 
-def _fit_lists(bench: Bench, mined: PairBatch, prompts: Mapping[str, Prompts]) -> FitLists:
+def _fit_lists(bench: DrawnBench, mined: PairBatch, prompts: Mapping[str, Prompts]) -> FitLists:
     config = bench.config
     asking = replace(bench.asking, batch_size=config.batch)  # one batch a step
     found = spread(mined.pairs())[: config.pairs]

@@ -15,9 +15,9 @@ import pandas as pd
 import torch
 
 from mnemoscope.behaviour import PLAIN, Asking
-from mnemoscope.bench.choose import best_of
+from mnemoscope.bench.choose import Rule, choose, rate
 from mnemoscope.bench.judge import TABLES, UNSTEERED, Frame
-from mnemoscope.bench.lists import Bench, Known, ask_known, told_by_answers
+from mnemoscope.bench.lists import DrawnBench, Known, ask_known, told_by_answers
 from mnemoscope.config import ArenaConfig, parse_arena
 from mnemoscope.digests import STAGES, intact, locked, write_marker
 from mnemoscope.errors import InputError
@@ -59,8 +59,8 @@ def arena(
         tokenizer: of an open model.
         task: a JSONL file, a task's name, ``package.module:Class``, or a ``Task``.
         out: the run folder; the arena is in ``out/arena``, and an interrupted one continues there.
-        methods: names of methods (``interventions.methods``); default: all. What cannot be fitted is left out and named;
-            if it was asked for by name, its reason is raised.
+        methods: names of methods (``interventions.methods``); default: all. What cannot be fitted is left out and
+            named; if it was asked for by name, its reason is raised.
         options: of a task that is given by name.
         choices: ``sizes``, fields of ``ArenaConfig``; ``prompting``, the format of prompts; ``name`` of the model on
             the page; ``progress``, True to show how far it is, or what is called with (cell, stage, done, total, note).
@@ -105,7 +105,7 @@ def _cells(table: pd.DataFrame, name: str) -> list[str]:
     return ["" if pd.isna(value) else str(value) for value in table[name]]
 
 
-def _norm(one: Intervention, bench: Bench) -> float:
+def _norm(one: Intervention, bench: DrawnBench) -> float:
     """Of a vector, how far it moves states; NaN for what has no norm."""
     if not has_equal_norm(one):
         return math.nan
@@ -138,7 +138,7 @@ class _Run:
         if not waiting:
             return
         self.tell("arena", "frame", 0, 1, "freezing the test set")
-        bench = Bench.of(self.asking, self.task, self.config, self._known())
+        bench = DrawnBench.of(self.asking, self.task, self.config, self._known())
         frame = Frame.of(bench)
         counts: dict[str, Any] = {"asked": bench.known.asked, "known": len(bench.known.items)}
         counts |= {"order": method_names(), "no_gate": frame.why}
@@ -201,14 +201,22 @@ class _Run:
             started = time.perf_counter()
             tried = candidates(name, frame.bench, toward)
             fitted = time.perf_counter()
-            best, compared = best_of(tried, frame.bench.tune)
+            lists = frame.bench.choosing()
+            rated = [rate(one, lists.targets, place) for place, one in enumerate(tried)]
+            compared = choose(frame.bench, lists, rated, Rule(errors=self.config.errors))
+            best = compared[0]
             chosen, one = time.perf_counter(), best.one
             for kind, table in frame.judged(one, toward).items():
                 tables[kind].append(table)
             seconds = {"fit": fitted - started, "choose": chosen - fitted, "judge": time.perf_counter() - chosen}
             found[toward] = {
                 "setting": dict(one.setting),
-                "tune": {"wanted": best.wanted, "lost": best.lost, "worth": best.worth, "compared": len(compared)},
+                "tune": {
+                    "wanted": best.rated.wanted.estimate,
+                    "lost": best.lost,
+                    "worth": best.worth,
+                    "compared": len(compared),
+                },
                 **{"tried": len(tried), "norm": _norm(one, frame.bench), "seconds": seconds},
             }
             facts = {"passes": one.passes, "changes_weights": one.changes_weights, "joined": one.contrast is not None}

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from mnemoscope.behaviour import encode
-from mnemoscope.bench.lists import Bench, Prompts, known_conflicts
+from mnemoscope.bench.lists import DrawnBench, Prompts, known_conflicts
 from mnemoscope.errors import InputError
 from mnemoscope.tasks import Example, Task
 
@@ -29,7 +29,7 @@ BEHIND = (
 Found = list[tuple[Example, Example | None]]  # examples with their bare questions
 
 
-def varied_lists(bench: Bench) -> dict[str, Prompts]:
+def varied_lists(bench: DrawnBench) -> dict[str, Prompts]:
     """By name, the lists of changed prompts that this task allows: the same number of test conflicts each."""
     n = bench.config.varied
     if not n:
@@ -66,7 +66,7 @@ def _begun(example: Example, beginning: str) -> Example:
     return replace(example, prompt=beginning + example.prompt)
 
 
-def _readable(bench: Bench, found: Found) -> Prompts | None:
+def _readable(bench: DrawnBench, found: Found) -> Prompts | None:
     """The list, or None where it is empty or a prompt does not fit into the model's context."""
     try:
         encode(bench.asking, [example for pair in found for example in pair if example])
@@ -75,11 +75,11 @@ def _readable(bench: Bench, found: Found) -> Prompts | None:
     return Prompts(bench.asking, [example for example, _ in found], [bare for _, bare in found]) if found else None
 
 
-def _drawn(bench: Bench, task: Task, n: int) -> list[Example]:
+def _drawn(bench: DrawnBench, task: Task, n: int) -> list[Example]:
     return known_conflicts(bench.asking, task, "test", n, np.random.default_rng([bench.config.seed, 33]))[0]
 
 
-def _solved(bench: Bench) -> list[str]:
+def _solved(bench: DrawnBench) -> list[str]:
     """Bare questions of the tune split with their answers, of different groups."""
     by_group = {e.group: e for e in bench.tune["bare"].examples}
     return [f"{e.prompt}{e.answer}" for e in list(by_group.values())[:SHOTS]]

@@ -10,4 +10,13 @@ from mnemoscope.config.reading import (
     parse_model,
     parse_study,
 )
-from mnemoscope.config.study import NAME, CellConfig, MethodName, ProbesConfig, SteeringConfig, StudyConfig
+from mnemoscope.config.study import (
+    NAME,
+    CellConfig,
+    GridConfig,
+    LowRankConfig,
+    MethodName,
+    ProbesConfig,
+    SteeringConfig,
+    StudyConfig,
+)

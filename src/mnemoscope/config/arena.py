@@ -25,6 +25,9 @@ class ArenaConfig(Frozen):
     pairs: int = Field(160, ge=2, description="pairs of the fit split, at most")
     steps: int = Field(40, ge=1, description="of whatever is learned by gradients")
     batch: int = Field(16, ge=1, description="prompts of each of these steps")
+    errors: float = Field(
+        1.0, ge=0, description="settings within so many standard errors of the best on tune are as good"
+    )
     controls: int = Field(4, ge=0, description="draws of the control of equal norm")
     written: int = Field(24, ge=0, description="test conflicts whose answers are generated and go on; 0: none")
     tokens: int = Field(24, ge=1, description="that are generated behind each")

@@ -8,11 +8,11 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from mnemoscope.config.model import Frozen, ModelConfig, TrainingConfig
 from mnemoscope.errors import InputError
-from mnemoscope.schemas import Method as MethodName
 from mnemoscope.schemas import Site as SiteName
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"  # of studies, cells and runs: the name of one folder, never a path
 Name = Annotated[str, Field(pattern=NAME)]
+MethodName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,49}$")]  # a part of a file's name
 ControlName = Literal[
     "random_neurons",
     "low_correlation",
@@ -113,7 +113,7 @@ class SteeringConfig(Frozen):
     """Which vectors are tried on the tune split and judged on the test split."""
 
     methods: tuple[MethodName, ...] = Field(
-        ("nmd", "gradient", "learned"), min_length=1, description="tried, all alike"
+        ("nmd", "gradient", "learned"), min_length=1, description="tried, all alike: names of `mnemoscope methods`"
     )
     grids: dict[SiteName, GridConfig] = Field(
         {"block": GridConfig()}, min_length=1, description="by site, what is tried of every method"
@@ -136,7 +136,7 @@ class SteeringConfig(Frozen):
     learned_steps: int = Field(20, ge=1, le=10_000, description="of the ascent; more make `indifference` cleaner")
     fit_batch: int = Field(16, ge=1, description="fit examples a step of that ascent, and a pass of gradients")
     tune_refits: int = Field(4, ge=0, description="draws of a refitted control of each setting on tune; 0: left out")
-    tune_draws_again: int = Field(12, ge=1, description="of each control of a chosen setting, before methods compete")
+    tune_draws: int = Field(6, ge=1, description="draws of other controls of each setting on tune")
     tune_pairs: int = Field(300, ge=1, description="tune pairs that every setting is tried on")
     tune_others: int = Field(200, ge=1, description="tune examples of each other list")
     judged_examples: int = Field(500, ge=1, description="phrasings of test pairs, and examples of each other list")
@@ -144,14 +144,12 @@ class SteeringConfig(Frozen):
     neither_limit: float = Field(
         1.0, ge=0, le=1, description="the same for settings under which more of the steered give neither answer"
     )
-    halving: int = Field(
+    screened: int = Field(
         0,
         ge=0,
-        description="layers that are left after methods without learning were tried on a few examples for `aim`, which "
-        "alone is chosen for then, and of pairs only the best vectors are judged; 0: every setting is tried on all "
-        "examples, for both aims",
+        description="tune examples of each list that every setting of methods without learning is tried on first, of "
+        "which a quarter goes on, and a shift is learned at the best place alone; 0: every setting is tried on all",
     )
-    screened: int = Field(32, ge=1, description="tune examples of each list on which these few settings are found")
     excess_cost: float = Field(2.0, ge=0.5, le=100, description="points of shift that a point beyond that limit costs")
     collateral_limit: float = Field(0.03, ge=0, le=1, description="settings that cost more of other lists come last")
     draws: int = Field(20, ge=1, description="draws of each control")
@@ -164,11 +162,6 @@ class SteeringConfig(Frozen):
         """Raises InputError where a layer that is to be tried does not exist in a model of ``count`` layers."""
         for grid in self.grids.values():
             grid.layer_sets(count)
-
-    def strengths_together(self, site: str) -> tuple[float, ...]:
-        """Strengths at which shifts of one place are learned in one go: all, unless halving leaves one of them."""
-        grids = () if self.halving else self.grids.items()
-        return next((tuple(grid.strengths) for name, grid in grids if name == site), ())
 
 
 class EffectsConfig(Frozen):

@@ -118,7 +118,7 @@ def trained(
         raise InputError("lora, dpo: the model holds an adapter already; give it without one, or merged")
     learning = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     precision = quick_precision(model)
-    adapted = adapt(model, LoraConfig(rank=RANK), bench.config.seed)
+    adapted = adapt(model, LoraConfig(rank=RANK), bench.seed)
     try:
         asking = replace(bench.lists.asking, model=adapted)
         parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mnemoscope.behaviour import PLAIN, Prompting
-from mnemoscope.digests import facts_digest, inside, intact
+from mnemoscope.digests import facts_digest, inside, intact, is_there
 from mnemoscope.errors import InputError
 from mnemoscope.files import plain, write_atomically
 from mnemoscope.models import core_of, merged_weights
@@ -270,9 +270,13 @@ def best_paths(cell: Path) -> dict[str, Path]:
     path = cell / "records" / "chosen.json"
     chosen: Any = read_chosen(intact(path))
     aim = chosen.get("aim", "pairs")  # runs of version 0.1 have no other
-    tail = "" if aim == "pairs" else f"-{aim}"
-    names = {d: f"{d}-{method}{tail}.safetensors" for d, method in chosen[aim]["best"].items()}
-    return {d: intact(inside(cell / "vectors", name)) for d, name in names.items()}
+    found = {}
+    for direction, method in chosen[aim]["best"].items():
+        # Runs of version 0.2 have a vector for either aim.
+        names = (f"{direction}-{method}-{aim}.safetensors", f"{direction}-{method}.safetensors")
+        there = [name for name in names if is_there(inside(cell / "vectors", name))]
+        found[direction] = intact(inside(cell / "vectors", (there or names[1:])[0]))
+    return found
 
 
 def stored_prompting(facts: Mapping[str, Any]) -> Prompting:

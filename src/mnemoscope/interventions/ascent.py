@@ -16,18 +16,22 @@ from torch import Tensor
 from mnemoscope.behaviour import Batch, only_log_probability, with_options, with_suffixes, without_prefix
 from mnemoscope.interventions.contract import OPPOSITE, Toward
 from mnemoscope.interventions.hooks import Positions, shifted
-from mnemoscope.interventions.sources import Fit, FitLists, Labels, Sources, in_turn
+from mnemoscope.interventions.sources import FitLists, Labels, Sources, in_turn
 from mnemoscope.models import in_precision, quick_precision
 
 MOMENTUM = 0.5
 MOST_WEIGHTS = 2**24  # of a model that is read in bfloat16, as all are cast anew in each pass
 
 
-def learned_together(sources: Sources, fits: Sequence[Fit]) -> list[np.ndarray]:
+Taught = tuple[float, Labels]  # a strength, and the labels that are learned from
+
+
+def learned_together(
+    sources: Sources, toward: Toward, layers: Sequence[int], positions: Positions, fits: Sequence[Taught]
+) -> list[np.ndarray]:
     """Shifts optimized on the fit split for the log probability of the wanted answer, each within its strength.
 
-    One for each of ``fits``, which differ in strength and in labels alone; float64 (L, D), zero in layers that are not
-    the settings'.
+    One for each of ``fits``; float64 (L, D), zero in other layers.
 
     Steepest ascent with momentum: each gradient is scaled to norm 1, so that neurons without influence take nothing of
     the budget, as they would with Adam. Steps fall from the whole budget to 0; after each the shift is scaled back into
@@ -36,29 +40,31 @@ def learned_together(sources: Sources, fits: Sequence[Fit]) -> list[np.ndarray]:
     model, shift_KLD = sources.lists.asking.model, np.zeros((len(fits), *sources.shape_LD))
     small = sum(weight.numel() for weight in model.parameters()) <= MOST_WEIGHTS
     with in_precision(model, quick_precision(model) if small else "float32"):
-        for layer, unit_KD in _ascended(sources, fits).items():
+        for layer, unit_KD in _ascended(sources, toward, layers, positions, fits).items():
             shift_KLD[:, layer] = unit_KD.detach().double().numpy() * sources.scale_LD[layer] * sources.unit_L[layer]
     return list(shift_KLD)
 
 
-def _ascended(sources: Sources, fits: Sequence[Fit]) -> dict[int, Tensor]:
+def _ascended(
+    sources: Sources, toward: Toward, layers: Sequence[int], positions: Positions, fits: Sequence[Taught]
+) -> dict[int, Tensor]:
     """By layer, the shifts where the ascent ends, float32 (K, D), in units of strength."""
-    lists, (setting, _) = sources.lists, fits[0]
-    strength_K1 = torch.tensor([[one.strength] for one, _ in fits], dtype=torch.float32)
-    units = {layer: torch.zeros(len(fits), sources.shape_LD[1], requires_grad=True) for layer in setting.layers}
+    lists = sources.lists
+    strength_K1 = torch.tensor([[strength] for strength, _ in fits], dtype=torch.float32)
+    units = {layer: torch.zeros(len(fits), sources.shape_LD[1], requires_grad=True) for layer in layers}
     unit_LD = torch.from_numpy(sources.scale_LD * sources.unit_L[:, None]).float()
     ascent = torch.optim.SGD(units.values(), lr=1 - MOMENTUM, momentum=MOMENTUM)
     schedule = torch.optim.lr_scheduler.LambdaLR(ascent, lambda step: 1 - step / lists.steps)
-    held = lists.kept[setting.toward]
+    held = lists.kept[toward]
     kept = cycle(held) if held and lists.kept_weight else None
-    wanted = cycle(zip(*(wanted_batches(lists, setting.toward, labels) for _, labels in fits), strict=True))
+    wanted = cycle(zip(*(wanted_batches(lists, toward, labels) for _, labels in fits), strict=True))
     for number, batches in enumerate(islice(wanted, lists.steps)):
         shifts = {layer: unit_KD * unit_LD[layer] for layer, unit_KD in units.items()}
-        loss = -_log_p(sources, batches, shifts, setting.positions)
+        loss = -_log_p(sources, batches, shifts, positions)
         if kept and number % 2:  # every second step is enough to hold what should stay
             batch = next(kept)
             same = [Asked(batch, torch.zeros_like(batch.option_R))] * len(fits)
-            loss = loss - lists.kept_weight * _log_p(sources, same, shifts, setting.positions)
+            loss = loss - lists.kept_weight * _log_p(sources, same, shifts, positions)
         # Not backward(): that would also fill the gradients of the model's own parameters.
         gradients = torch.autograd.grad(loss, list(units.values()))
         norm_K1 = _norm(gradients)

@@ -8,14 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING, TypeGuard
 
 import numpy as np
 import torch
 
-from mnemoscope.interventions.directions import Directions
 from mnemoscope.interventions.edits import LowRank, Shift
-from mnemoscope.interventions.sources import LOW_RANK, TOGETHER, Labels, Setting, Sources
+from mnemoscope.interventions.methods import nulls, refitted
+from mnemoscope.interventions.shifts import rho
+from mnemoscope.interventions.sources import INDIFFERENCE, PERMUTED, TOGETHER, Labels, Sources
 from mnemoscope.interventions.vector import SteeringVector, scaled_to
+
+if TYPE_CHECKING:
+    from mnemoscope.bench.lists import Bench
 
 
 def random_neurons(shift_LD: np.ndarray, rng: np.random.Generator, rho_LD: np.ndarray) -> np.ndarray:
@@ -55,62 +60,53 @@ def gaussian(shift_LD: np.ndarray, rng: np.random.Generator, rho_LD: np.ndarray 
 
 
 SHUFFLED = "shuffled_labels"  # the same method on the same pairs with shuffled labels
-INDIFFERENCE = "indifference"  # the same of a learned shift: it learns to be undecided, which is no draw of noise
-PERMUTED = "permuted_answers"  # a learned shift towards answers of other items: its null
 DRAWN = {control.__name__: control for control in (random_neurons, low_correlation, random_sign, gaussian)}
 CONTROLS = ("random_neurons", "low_correlation", "random_sign", SHUFFLED, INDIFFERENCE, PERMUTED, "gaussian")
-LEARNED = ("learned", LOW_RANK)  # methods that learn from wanted answers
 
 
-def refitted(method: str) -> tuple[str, ...]:
-    """Controls of a method that are fitted as its vector is, on other labels or answers."""
-    return (INDIFFERENCE, PERMUTED) if method in LEARNED else (SHUFFLED,)
+def has_equal_norm(one: object) -> TypeGuard[SteeringVector]:
+    """Whether an intervention has a norm: a vector of constant and low-rank shifts alone."""
+    return isinstance(one, SteeringVector) and all(
+        isinstance(edit, Shift | LowRank) for edits in one.edits.values() for edit in edits
+    )
 
 
 def control_draws(
-    name: str, directions: Directions, setting: Setting, draws: int, seed: Sequence[int]
+    name: str, bench: Bench, one: SteeringVector, draws: int, seed: Sequence[int]
 ) -> Iterator[tuple[int, SteeringVector]]:
-    """``draws`` numbered draws of a control, each seeded by its number; none where it does not exist.
+    """``draws`` numbered draws of a control of a vector, each seeded by its number; none where it does not exist.
 
     Shuffles depend on the first number of ``seed`` alone, so that one shuffle serves all settings. Values are moved
-    between neurons, and norms are equal, in the unit of strength. Of a low-rank shift random signs and Gaussian
-    directions are given to what it writes.
+    between neurons, and norms are equal, in the unit of strength. Of a vector that acts by the state random signs and
+    Gaussian directions are given to what it writes.
     """
-    vector, rho_LD, sources = directions.vector(setting), directions.rho(), directions.sources
-    spread_LD = sources.spread_LD
-    shift_LD = sources.scaled(vector.dense(*spread_LD.shape).astype(np.float64))
-    if name in refitted(setting.method):
-        if name == PERMUTED and not directions.sources.lists.can_permute():
+    sources = bench.sources(one.site, one.unit)
+    shift_LD = sources.scaled(one.dense(*sources.shape_LD).astype(np.float64))
+    if name in nulls(one.method):
+        if name == PERMUTED and not sources.lists.can_permute():
             return
-        norm_L = np.linalg.norm(shift_LD, axis=1)
         for first, four in enumerate(shuffles(draws, seed[0], name == PERMUTED)):
-            four = four[: draws - first * TOGETHER] if setting.method == LOW_RANK else four
-            vectors = directions.vectors(setting, four)
-            for number, found in enumerate(vectors[: draws - first * TOGETHER], first * TOGETHER):
-                if setting.method == LOW_RANK:
-                    yield number, _at_spread(found, vector, spread_LD)
-                else:
-                    found_LD = sources.scaled(found.dense(*shift_LD.shape))
-                    yield number, vector.with_dense(_at_norm(found_LD, norm_L, sources.unit_L) * sources.scale_LD)
-        return
-    if name not in DRAWN:
+            four = four[: draws - first * TOGETHER] if not one.is_constant else four
+            found = refitted(bench, one, four)
+            for number, other in enumerate(found[: draws - first * TOGETHER], first * TOGETHER):
+                yield number, _at_norm_of(one, other, sources)
         return
     # With more than half of the neurons or a whole layer shifted there are not as many others, and those with the
     # lowest |rho| are mostly the same ones with other signs.
     chosen_L, width = (shift_LD != 0).sum(axis=1), shift_LD.shape[1]
     others = 2 * chosen_L.sum() <= (chosen_L > 0).sum() * width + 1 and not (chosen_L == width).any()
-    if setting.method == LOW_RANK:
-        others = False
-    if others or name not in ("random_neurons", "low_correlation"):
-        for number in range(draws):
-            rng = np.random.default_rng([*seed, number])
-            if setting.method == LOW_RANK:
-                yield number, _written(vector, name, rng, spread_LD)
-            else:
-                drawn_LD, carries_LD = DRAWN[name](shift_LD, rng, rho_LD), sources.scale_LD > 0
-                if not carries_LD.all():  # what fell on neurons that are never shifted is made up by the others
-                    drawn_LD = scaled_to(drawn_LD * carries_LD, np.linalg.norm(shift_LD, axis=1))
-                yield number, vector.with_dense(drawn_LD * sources.scale_LD)
+    if name not in DRAWN or (name in ("random_neurons", "low_correlation") and not (others and one.is_constant)):
+        return
+    for number in range(draws):
+        rng = np.random.default_rng([*seed, number])
+        if not one.is_constant:
+            yield number, _written(one, name, rng, sources.spread_LD)
+            continue
+        drawn_LD = DRAWN[name](shift_LD, rng, rho(bench, one.site))
+        carries_LD = sources.scale_LD > 0
+        if not carries_LD.all():  # what fell on neurons that are never shifted is made up by the others
+            drawn_LD = scaled_to(drawn_LD * carries_LD, np.linalg.norm(shift_LD, axis=1))
+        yield number, one.with_dense(drawn_LD * sources.scale_LD)
 
 
 def _written(vector: SteeringVector, name: str, rng: np.random.Generator, spread_LD: np.ndarray) -> SteeringVector:
@@ -147,6 +143,14 @@ def _at_spread(found: SteeringVector, vector: SteeringVector, spread_LD: np.ndar
     return found * (norm(vector) / norm(found)) if norm(found) else found
 
 
+def _at_norm_of(one: SteeringVector, other: SteeringVector, sources: Sources) -> SteeringVector:
+    """A refitted vector at the norm of a vector."""
+    if not one.is_constant:
+        return _at_spread(other, one, sources.spread_LD)
+    shift_LD, other_LD = (sources.scaled(two.dense(*sources.shape_LD).astype(np.float64)) for two in (one, other))
+    return one.with_dense(_at_norm(other_LD, np.linalg.norm(shift_LD, axis=1), sources.unit_L) * sources.scale_LD)
+
+
 def _at_norm(shuffled_LD: np.ndarray, norm_L: np.ndarray, unit_L: np.ndarray) -> np.ndarray:
     """A shuffle at the norm of the vector in each layer; where it lacks one, the others make up the strength."""
 
@@ -177,13 +181,6 @@ def _placed(shift_LD: np.ndarray, rng: np.random.Generator, neurons_of: Callable
             neurons = neurons_of(layer)[: len(values)]
             placed_LD[layer, neurons] = rng.permutation(values) * rng.choice([-1.0, 1.0], size=len(values))
     return placed_LD
-
-
-def has_equal_norm(one: object) -> bool:
-    """Whether an intervention has a norm: a vector of constant and low-rank shifts alone."""
-    return isinstance(one, SteeringVector) and all(
-        isinstance(edit, Shift | LowRank) for edits in one.edits.values() for edit in edits
-    )
 
 
 def of_equal_norm(vector: SteeringVector, sources: Sources, seed: int, number: int) -> SteeringVector:

@@ -72,8 +72,8 @@ def shifted(
 ) -> AbstractContextManager[None]:
     """Add edits to the states of some layers; gradients flow back into them.
 
-    ``edits``: a tensor is a shift, (D,) or one for each prompt (N, D). ``factor``: on all of them, or one for each prompt
-    (N,). ``opening``: token ids that every prompt must begin with. See ``SteeringVector.apply`` for the others.
+    ``edits``: a tensor is a shift, (D,) or one for each prompt (N, D). ``factor``: on all of them, or one for each
+    prompt (N,). ``opening``: token ids that every prompt must begin with. See ``SteeringVector.apply`` for the others.
     """
     tracker = _PositionTracker(start, everywhere=positions == "all", gate=gate, opening=tuple(opening))
     by_layer = {layer: as_edits(given) for layer, given in edits.items()}

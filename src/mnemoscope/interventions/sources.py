@@ -1,4 +1,4 @@
-"""What directions are made from: the setting, fit pairs with their states at one site and labels, lists to fit on.
+"""What methods fit on: pairs with their states at one site and labels, lists to learn from, what is tried.
 
 Shapes: P pairs, N examples, L layers, D neurons. Side 0 of a pair answered generalized, side 1 memorized.
 """
@@ -6,7 +6,7 @@ Shapes: P pairs, N examples, L layers, D neurons. Side 0 of a pair answered gene
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product, zip_longest
 from typing import Literal, TypeVar
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from mnemoscope.behaviour import Asking, Batch, KeptStates, cache_prefixes, log_probabilities, prepare, read_states
+from mnemoscope.config import GridConfig, LowRankConfig
 from mnemoscope.contrast import PairedMoments
 from mnemoscope.interventions.contract import Toward
 from mnemoscope.interventions.hooks import Positions, shifted
@@ -25,55 +26,8 @@ from mnemoscope.tasks import Example
 Entry = TypeVar("Entry")
 Unit = Literal["norm", "spread"]
 MASSIVE = 10.0  # times the median root mean square of a layer's neurons, from which on one is never shifted in spreads
-LOW_RANK = "low-rank"
 TOWARD: dict[str, Toward] = {"to_generalized": "generalized", "to_memorized": "memorized"}
 SOURCE: dict[str, Toward] = {"to_generalized": "memorized", "to_memorized": "generalized"}
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """One cell of a sweep.
-
-    Attributes:
-        direction: a key of ``TOWARD``.
-        method: a key of ``METHODS``, ``learned`` or ``low-rank``.
-        layers: the layers that are shifted, 0-based.
-        top: share of these layers' neurons that are shifted, in (0, 1].
-        strength: total relative norm: the root of the summed squares of each layer's shift over its unit
-            (``Sources.unit``). Of a low-rank shift, which has no norm of its own: a factor on what was learned.
-        positions: ``decision``, or ``all`` tokens; norms and differences are those at the decision position either way.
-    """
-
-    direction: str
-    method: str
-    site: Site
-    layers: tuple[int, ...]
-    top: float
-    strength: float
-    positions: Positions = "decision"
-
-    @property
-    def toward(self) -> Toward:
-        """The behaviour to steer to."""
-        return TOWARD[self.direction]
-
-    @property
-    def key(self) -> tuple[str, str]:
-        """Direction and method."""
-        return self.direction, self.method
-
-    def same_direction(self) -> tuple[Setting, int]:
-        """The setting with all fixed that the direction does not depend on, and its sign (1 or -1) there.
-
-        A learned one depends on all but ``top``, a low-rank one neither on ``strength``; the others are one for the
-        site, whose negative steers the other way.
-        """
-        if self.method == LOW_RANK:
-            return replace(self, top=1.0, strength=1.0), 1
-        if self.method == "learned":
-            return replace(self, top=1.0), 1
-        fixed = Setting("to_generalized", self.method, self.site, (), top=1.0, strength=1.0)
-        return fixed, 1 if self.direction == fixed.direction else -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,20 +51,27 @@ class Labels:
 
 
 ANSWERED = Labels()
-Fit = tuple[Setting, Labels]  # what a direction depends on; the setting as ``Setting.same_direction`` gives it
 TOGETHER = 4  # shifts that are learned in one go
+INDIFFERENCE = "indifference"  # of a learned shift: shuffled labels teach it to be undecided, which is no draw of noise
+PERMUTED = "permuted_answers"  # a learned shift towards answers of other items: its null
+TAUGHT = (INDIFFERENCE, PERMUTED)  # nulls of what learns from wanted answers; of others it is shuffled labels
 
 
-def learned_beside(fit: Fit, strengths: Sequence[float]) -> list[Fit]:
-    """The fits that a learned one is always part of, as it rounds as its batch does: a few strengths of its place.
+@dataclass(frozen=True)
+class Tried:
+    """What methods try, where it is not their own choice.
 
-    Itself alone under shuffled labels, or at none of these strengths.
+    Attributes:
+        grids: by site, of every shift; None: each method's own.
+        unit: of the strengths of these grids.
+        positions: shifted tokens.
+        low_rank: blocks and factors of low-rank shifts; None: their own.
     """
-    setting, labels = fit
-    if setting.method != "learned" or labels != ANSWERED or setting.strength not in strengths:
-        return [fit]
-    first = strengths.index(setting.strength) // TOGETHER * TOGETHER
-    return [(replace(setting, strength=strength), labels) for strength in strengths[first : first + TOGETHER]]
+
+    grids: Mapping[Site, GridConfig] | None = None
+    unit: Unit = "spread"
+    positions: Positions = "decision"
+    low_rank: LowRankConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -175,15 +136,13 @@ class Sources:
 
     ``find_lists`` reads the lists for gradients and learned vectors when they are needed. ``unit``: what strength is
     counted in. ``norm``: of each layer's states. ``spread``: of each neuron's standard deviation, as a root mean square
-    over a layer's neurons; massive activations neither carry a shift then nor set its size. ``strengths``: that are
-    tried, see ``learned_beside``.
+    over a layer's neurons; massive activations neither carry a shift then nor set its size.
     """
 
     site: Site
     states_P2LD: np.ndarray
     find_lists: Callable[[], FitLists]
     unit: Unit = "norm"
-    strengths: Sequence[float] = ()
 
     @cached_property
     def lists(self) -> FitLists:
@@ -259,13 +218,11 @@ def read_sources(
     asking: Asking,
     find_lists: Callable[[], FitLists],
     kept: KeptStates | None = None,
-    unit: Unit = "norm",
-    strengths: Sequence[float] = (),
 ) -> Sources:
     """Sources of fit pairs, (answered generalized, answered memorized) each; ``kept`` states are not read again."""
     examples = [example for pair in pairs for example in pair]
     states_NLD = read_states(asking, examples, site, kept=kept).at_decision_NLD
-    return Sources(site, states_NLD.reshape(len(pairs), 2, *states_NLD.shape[1:]), find_lists, unit, strengths)
+    return Sources(site, states_NLD.reshape(len(pairs), 2, *states_NLD.shape[1:]), find_lists)
 
 
 def margin_gradients(asking: Asking, batch: Batch, site: Site, shape_LD: tuple[int, int]) -> np.ndarray:

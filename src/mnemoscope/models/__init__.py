@@ -47,6 +47,5 @@ from mnemoscope.models.passes import (
     untouched_blocks,
     with_last_logits,
 )
-from mnemoscope.models.products import quick_products
 from mnemoscope.models.room import batch_that_fits, bytes_of_prompt, models_that_fit
 from mnemoscope.models.trainable import adapt, build_gpt2, check_peft, is_adapted, merged_weights, word_tokenizer

@@ -5,9 +5,12 @@ Shapes: N examples, T tokens (columns) of a left-padded batch, H heads, K number
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -16,7 +19,6 @@ from torch import Tensor, nn
 from mnemoscope.errors import InputError
 from mnemoscope.models.caches import arguments_of, cache_argument
 from mnemoscope.models.layout import backbone_of, blocks_of, core_of
-from mnemoscope.models.products import is_amd
 from mnemoscope.models.trainable import is_adapted
 
 if TYPE_CHECKING:
@@ -169,6 +171,15 @@ def replaced_forward(
             module.__dict__.pop("forward", None)
             if forward is not None:
                 module.__dict__["forward"] = forward
+
+
+@cache
+def is_amd() -> bool:
+    """Whether this is a processor of AMD's, on Linux: of its AVX-512, MKL uses nothing for float32."""
+    try:
+        return sys.platform == "linux" and "AuthenticAMD" in Path("/proc/cpuinfo").read_text(errors="replace")
+    except OSError:
+        return False
 
 
 def quick_precision(model: PreTrainedModel) -> Precision:

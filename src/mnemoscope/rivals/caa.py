@@ -16,7 +16,8 @@ import torch
 
 from mnemoscope.behaviour import capturing, read_only_options, with_options, without_prefix
 from mnemoscope.interventions import Intervention, SteeringVector, Toward
-from mnemoscope.interventions.shifts import FACTORS, once, spread_layers
+from mnemoscope.interventions.methods.nmd import FACTORS
+from mnemoscope.interventions.shifts import once, spread_layers
 
 if TYPE_CHECKING:
     from mnemoscope.bench.lists import Bench
@@ -47,7 +48,7 @@ def differences(bench: Bench) -> np.ndarray:
 def _at_answers(bench: Bench, option: int) -> np.ndarray:
     """Mean state at the last token of one option, behind each fit conflict, float64 (L, D)."""
     model, sums, count = bench.asking.model, np.zeros(()), 0
-    for batch in map(without_prefix, bench.fit.prompts["conflict"].batches):
+    for batch in map(without_prefix, bench.fit_conflicts.batches):
         n = len(batch.examples_N)
         one = with_options(batch, torch.full((1, n), option, device=batch.ids_NT.device))
         with capturing(model, "block", offsets=None) as states:

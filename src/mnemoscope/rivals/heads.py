@@ -75,13 +75,13 @@ def told_twice(example: Example, quoted: Quoted) -> Example | None:
 
 def _sets(bench: Bench, toward: Toward) -> list[list[Example]]:
     """Examples without a conflict, with a plain one, and with one that the text says twice; each wants one answer."""
-    drawn = bench.fit.prompts["conflict"]
+    drawn = bench.fit_conflicts
     conflicts = spread_groups(drawn.examples)[:EXAMPLES]
     quoted = {example.prompt: one for example, one in zip(drawn.examples, drawn.quoted, strict=True)}
     bares = [bench.task.without_context(e) for e in conflicts]
     plain = [_wants(e, toward) for e in conflicts]
     # Memory's answer is right without a text; what a text says needs one, which agrees.
-    agreeing = spread_groups(bench.fit.prompts["agreeing"].examples)[:EXAMPLES]
+    agreeing = spread_groups(bench.fit_agreeing.examples)[:EXAMPLES]
     none = [as_bare(bare) for bare in bares if bare] if toward == "memorized" else agreeing
     twice = [told_twice(example, quoted[e.prompt]) for e, example in zip(conflicts, plain, strict=True)]
     return [examples for examples in (none, plain, [example for example in twice if example]) if examples]

@@ -78,7 +78,7 @@ def attributions(bench: Bench, toward: Toward) -> np.ndarray:
     The activations at the decision position go from those of the bare question to those with the text; towards memory
     the other way, as the two change roles. Each layer's path is taken alone.
     """
-    asking, prompts = bench.asking, bench.fit.prompts["conflict"]
+    asking, prompts = bench.asking, bench.fit_conflicts
     bare_of = {e.prompt: bare for e, bare in zip(prompts.examples, prompts.bares, strict=True) if bare}
     examples = spread_groups([e for e in prompts.examples if e.prompt in bare_of])[:EXAMPLES]
     with_text_NLD = read_states(asking, examples, "neuron").at_decision_NLD

@@ -36,7 +36,7 @@ def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
     heads, width = heads_of(model, 0)
     sources = bench.sources("head")
     states_P2LHW = sources.states_P2LD.reshape(len(sources.states_P2LD), 2, -1, heads, width)
-    rank_LH = accuracies(states_P2LHW, [one.group for one, _ in bench.pairs], bench.config.seed)
+    rank_LH = accuracies(states_P2LHW, [one.group for one, _ in bench.pairs], bench.seed)
     sign = 1.0 if toward == "generalized" else -1.0
     unit_LHW = sign * spread_direction(states_P2LHW)
     found = list[Intervention]()

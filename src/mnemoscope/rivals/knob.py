@@ -79,7 +79,7 @@ def learned(bench: Bench, layer: int) -> Tensor:
     raw_D = (states_P2D[:, 0] - states_P2D[:, 1]).mean(0)
     raw_D = (raw_D / raw_D.norm().clamp(min=1e-12)).requires_grad_()
     adam = torch.optim.Adam([raw_D], lr=RATE)
-    steps = bench.config.steps
+    steps = bench.lists.steps
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / steps)
     for batch, donor_ND, option_N in islice(cycle(_interchanges(bench, states_P2D)), steps):
         unit_D = raw_D / raw_D.norm()

@@ -51,7 +51,7 @@ def learned(bench: Bench, toward: Toward, layer: int, rank: int) -> tuple[Tensor
     """
     lists, norm = bench.lists, float(bench.sources("block").norm_L[layer])
     width = bench.sources("block").shape_LD[1]
-    generator = torch.Generator().manual_seed(37 + 1000 * layer + rank + 10**6 * bench.config.seed)
+    generator = torch.Generator().manual_seed(37 + 1000 * layer + rank + 10**6 * bench.seed)
     first_KD = torch.linalg.qr(torch.randn(width, rank, generator=generator))[0].T.contiguous()
     raw_KD, change_KD, bias_K = first_KD.clone(), torch.zeros(rank, width), torch.zeros(rank)
     for part in (raw_KD, change_KD, bias_K):

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mnemoscope.cells import Cell, Tell
-from mnemoscope.models import quick_products
 from mnemoscope.stages.cards import cards_stage
 from mnemoscope.stages.common import cell_model, check_cell, with_kept_data
 from mnemoscope.stages.compare import compare_stage
@@ -33,4 +32,4 @@ WRITES: dict[str, tuple[str, ...]] = {
     "neutral": ("records/neutral.parquet",),
     "samples": ("records/samples.parquet",),
 }
-STAGES = {stage.__name__.removesuffix("_stage"): quick_products()(stage) for stage in IN_ORDER}
+STAGES = {stage.__name__.removesuffix("_stage"): stage for stage in IN_ORDER}

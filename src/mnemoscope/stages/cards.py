@@ -12,7 +12,7 @@ import pandas as pd
 
 from mnemoscope.cells import Cell, Tell, version
 from mnemoscope.detect import Detector
-from mnemoscope.interventions import Artefact, Card, SteeringVector, Toward
+from mnemoscope.interventions import Artefact, Card, Intervention, Toward, load_intervention
 from mnemoscope.schemas import CellFacts
 from mnemoscope.statistics import auroc, proportion
 from mnemoscope.strict import read_json
@@ -36,9 +36,10 @@ def cards_stage(cell: Cell, tell: Tell) -> list[Path]:
     common["versions"] = {"mnemoscope": version()} | {name: metadata.version(name) for name in LIBRARIES}
     paths = {name: cell.records / f"{name}.parquet" for name in ("steering", "neutral", "detection")}
     tables = {name: pd.read_parquet(path) for name, path in paths.items() if path.exists()}
-    vectors = {path: SteeringVector.load(path) for path in sorted((cell.folder / "vectors").glob("[!.]*.safetensors"))}
+    paths_of = sorted((cell.folder / "vectors").glob("[!.]*.safetensors"))
+    vectors = {path: load_intervention(path) for path in paths_of}
     found: list[tuple[Path, Artefact, dict[str, Any]]] = [
-        (path, vector, _of_vector(cell, path.stem, vector, tables["steering"], tables.get("neutral")))
+        (path, vector, _of_vector(cell, vector, tables["steering"], tables.get("neutral")))
         for path, vector in vectors.items()
     ]
     for name, score in (("detector", "p_memorized"), ("detector_below", "below")):
@@ -53,10 +54,10 @@ def cards_stage(cell: Cell, tell: Tell) -> list[Path]:
 
 
 def _of_vector(
-    cell: Cell, name: str, vector: SteeringVector, steering: pd.DataFrame, neutral: pd.DataFrame | None
+    cell: Cell, vector: Intervention, steering: pd.DataFrame, neutral: pd.DataFrame | None
 ) -> dict[str, Any]:
-    """Figures of a vector, whose file is named DIRECTION-METHOD or DIRECTION-METHOD-conflict."""
-    aim = "conflict" if name.endswith("-conflict") else "pairs"
+    """Figures of an intervention on the list that the study aims at."""
+    aim = cell.config.steering.aim
     of_vector = {"direction": f"to_{vector.toward}", "method": vector.method}
     mine = _where(steering, aim=aim, **of_vector)
     judged = mine[mine["examples"] == aim]
@@ -74,7 +75,7 @@ def _of_vector(
     wanted = np.where(kept["examples"] == "conflict_rest", vector.toward, "correct")
     right = (kept["after"] == wanted).astype(float) - (kept["before"] == wanted).astype(float)
     facts["cost"] = {str(kind): float(change) for kind, change in right.groupby(kept["examples"]).mean().items()}
-    if neutral is not None and aim == cell.config.steering.aim:
+    if neutral is not None:
         by_dose = _where(neutral, **of_vector).groupby("dose")["kl_next"].mean()
         facts["divergence"] = {f"{dose:g}": float(kl) for dose, kl in by_dose.items()}
     return facts

@@ -8,7 +8,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,15 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from safetensors.numpy import load_file, save
 
 from mnemoscope.behaviour import PLAIN, Asking, KeptStates, Prompting
 from mnemoscope.cells import STATES, Cell, git_state
 from mnemoscope.errors import InputError
 from mnemoscope.files import replacing, write_atomically
-from mnemoscope.interventions import Artefact, Binding, SteeringVector, best_paths
-from mnemoscope.interventions.sources import ANSWERED, Labels, Setting
+from mnemoscope.interventions import Artefact, Binding, Intervention, best_paths, load_intervention
 from mnemoscope.models import check_peft, layers_of, load_model
 from mnemoscope.processes import in_order
 from mnemoscope.schemas import CellFacts, KnownFacts
-from mnemoscope.schemas import read_chosen as chosen_facts
 from mnemoscope.strict import read_json
 from mnemoscope.tasks import Task, allow_code, build_task
 
@@ -143,19 +140,6 @@ def kept_states(cell: Cell, anew: bool = False) -> KeptStates:
     return KeptStates(folder)
 
 
-def keep_shifts(cell: Cell, shifts: Mapping[Setting, np.ndarray]) -> None:
-    """Keep directions, float64 (L, D), for later stages, by setting."""
-    tensors = {json.dumps(asdict(setting)): shift_LD for setting, shift_LD in shifts.items()}
-    write_atomically(cell.folder / STATES / "shifts" / "kept.safetensors", save(tensors))
-
-
-def kept_shifts(cell: Cell) -> dict[tuple[Setting, Labels], np.ndarray]:
-    """The cache of ``Directions`` that ``keep_shifts`` left; {} where there is none."""
-    path = cell.folder / STATES / "shifts" / "kept.safetensors"
-    stored = load_file(path) if path.is_file() else {}
-    return {(_setting(json.loads(name)), ANSWERED): shift_LD for name, shift_LD in stored.items()}
-
-
 def save_without_card(cell: Cell, artefact: Artefact, path: Path) -> Path:
     """Save an artefact, whose JSON the cards stage writes again, so it has to run again; the file of the tensors."""
     (cell.folder / "stages" / "cards.json").unlink(missing_ok=True)
@@ -171,24 +155,14 @@ def artefact_facts(cell: Cell, asking: Asking) -> dict[str, Any]:
     return facts | {"commit": git_state()["commit"] or ""}
 
 
-def read_chosen(cell: Cell, aim: str) -> dict[tuple[str, str], Setting]:
-    """The settings that the steering stage chose for an aim, by direction and method."""
-    methods = chosen_facts(cell.records / "chosen.json")[aim]["methods"]  # type: ignore[literal-required]
-    names = ("method", "site", "layers", "top", "strength", "positions")
-    return {
-        (direction, method): _setting({"direction": direction} | {name: facts[name] for name in names})
-        for method, by_direction in methods.items()
-        for direction, facts in by_direction.items()
-    }
+def read_best(cell: Cell) -> list[Intervention]:
+    """The interventions that were best on the tune split for the study's aim, one a direction."""
+    return [load_intervention(path) for path in best_paths(cell.folder).values()]
 
 
-def _setting(facts: Mapping[str, Any]) -> Setting:
-    return Setting(**{**facts, "layers": tuple(facts["layers"])})
-
-
-def read_best(cell: Cell) -> dict[str, SteeringVector]:
-    """The vectors that were best on the tune split for the study's aim, by direction."""
-    return {d: SteeringVector.load(path) for d, path in best_paths(cell.folder).items()}
+def read_all(cell: Cell) -> list[Intervention]:
+    """Those that were chosen of every method, in both directions."""
+    return [load_intervention(path) for path in sorted((cell.folder / "vectors").glob("[!.]*.safetensors"))]
 
 
 def write_table(path: Path, table: pd.DataFrame) -> Path:

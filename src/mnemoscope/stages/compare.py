@@ -15,13 +15,12 @@ import pandas as pd
 from scipy.linalg import orthogonal_procrustes
 
 from mnemoscope.behaviour import Asking, read_states
+from mnemoscope.bench.answers import steered
 from mnemoscope.cells import Cell, Tell, grouped
 from mnemoscope.contrast import Contrast
-from mnemoscope.interventions import SteeringVector
+from mnemoscope.interventions import SteeringVector, load_intervention
 from mnemoscope.interventions.controls import gaussian
-from mnemoscope.interventions.directions import steered
 from mnemoscope.interventions.sources import SOURCE, with_prefixes
-from mnemoscope.models import quick_products
 from mnemoscope.processes import Map
 from mnemoscope.schemas import CellFacts, ProbeFacts, read_chosen
 from mnemoscope.stages.common import cell_model, kept_states, write_table
@@ -37,7 +36,6 @@ TRANSFERRED_PAIRS = 300
 GAUSSIAN_DRAWS = 5
 
 
-@quick_products()
 def compare_stage(cells: Sequence[Cell], run: Path, parallel: Map, tell: Tell) -> list[Path]:
     """Compare seeds and, where labels share a model, tasks."""
     tell(0, 2, "seeds")
@@ -150,10 +148,12 @@ def _vectors(source: Cell, direction: str, asking: Asking) -> Iterator[tuple[str
         path = source.folder / "vectors" / f"{direction}-{method}.safetensors"
         if not path.exists():
             continue
-        vector = SteeringVector.load(path, asking.model, asking.tokenizer)
+        vector = load_intervention(path, asking.model, asking.tokenizer)
+        if not isinstance(vector, SteeringVector):
+            continue
         name = "best" if method == best else method
         yield name, "vector", 0, vector
-        if vector.low_rank:  # which has no norm of its own
+        if not vector.is_constant:  # which has no norm of its own
             continue
         width = len(next(iter(vector.shifts.values())))
         shift_LD = vector.dense(max(vector.layers) + 1, width)

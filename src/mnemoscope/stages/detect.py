@@ -20,6 +20,7 @@ from mnemoscope.behaviour import Asking, read_states
 from mnemoscope.cells import Cell, Tell
 from mnemoscope.detect import Detector, Observed, Reading, fit_detectors
 from mnemoscope.errors import InputError
+from mnemoscope.interventions import SteeringVector
 from mnemoscope.interventions.sources import TOWARD
 from mnemoscope.stages import common
 from mnemoscope.stages.lists import Records, judged_lists
@@ -41,8 +42,8 @@ def detection_stage(cell: Cell, tell: Tell) -> list[Path]:
         tell(done, 4, f"reading {split} prompts")
         parts[split] = _prompts(cell, asking, records, split)
     # The last block whose output precedes all shifts of the best vectors; -1: none.
-    shifting = [vector for vector in common.read_best(cell).values() if vector.layers]
-    below = min(vector.layers[0] - (vector.site != "block") for vector in shifting)
+    shifting = [one for one in common.read_best(cell) if isinstance(one, SteeringVector) and one.layers]
+    below = min((vector.layers[0] - (vector.site != "block") for vector in shifting), default=-1)
     try:
         found = fit_detectors(parts["fit"].observed(), parts["tune"].observed(), cell.config.pairs.site, below)
     except InputError as error:  # too few prompts of a behaviour, which is no reason to lose all else

@@ -15,15 +15,16 @@ import pandas as pd
 import torch
 
 from mnemoscope.behaviour import Asking, Batch, Scores, read_states, score, score_contrasted
+from mnemoscope.bench.answers import steered
 from mnemoscope.cells import Cell, Tell
 from mnemoscope.errors import InputError
-from mnemoscope.interventions import ablated, patched
+from mnemoscope.interventions import OPPOSITE, SteeringVector, ablated, patched
 from mnemoscope.interventions.controls import control_draws
-from mnemoscope.interventions.directions import Directions, steered
-from mnemoscope.interventions.sources import SOURCE, TOWARD, Setting, with_prefixes
+from mnemoscope.interventions.shifts import rho, top_neurons
+from mnemoscope.interventions.sources import SOURCE, TOWARD, with_prefixes
 from mnemoscope.models import SITES, Site, blocks_of
-from mnemoscope.stages.common import cell_model, kept_shifts, kept_states, read_best, read_chosen, write_table
-from mnemoscope.stages.lists import Records, judged_lists, sources_of
+from mnemoscope.stages.common import cell_model, kept_states, read_all, read_best, write_table
+from mnemoscope.stages.lists import RecordedBench, Records, judged_lists
 from mnemoscope.tasks import Example
 
 CONTRASTS = {"to_generalized": (0.5, 1.0), "to_memorized": (-0.5, -1.0)}  # of context-aware decoding; -1: no context
@@ -31,22 +32,18 @@ CONTRASTS = {"to_generalized": (0.5, 1.0), "to_memorized": (-0.5, -1.0)}  # of c
 
 def effects_stage(cell: Cell, tell: Tell) -> list[Path]:
     """Measure dose-response, necessity, upper bounds by patching, and prompts that ask for the behaviour."""
-    asking, records = cell_model(cell), Records.of(cell)
-    sides = _Sides.of(cell, asking, records)
-    aimed = sides if cell.config.steering.aim == "pairs" else _Sides.aimed(cell, asking, records)
-    settings = list(read_chosen(cell, "pairs").values())
-    if cell.config.effects.methods == "best":
-        best = {(direction, vector.method) for direction, vector in read_best(cell).items()}
-        settings = [setting for setting in settings if setting.key in best]
-    sources = sources_of(cell, asking, records, (setting.site for setting in settings))
-    shifts = kept_shifts(cell)
-    directions = {site: Directions(found, shifts) for site, found in sources.items()}
+    asking = cell_model(cell)
+    bench = RecordedBench.of(cell, asking)
+    sides = _Sides.of(cell, asking, bench.records)
+    aimed = sides if cell.config.steering.aim == "pairs" else _Sides.aimed(cell, asking, bench.records)
+    chosen = read_best(cell) if cell.config.effects.methods == "best" else read_all(cell)
+    vectors = [one for one in chosen if isinstance(one, SteeringVector) and one.layers]
     rows: list[pd.DataFrame] = []
     parts: dict[str, Iterable[Iterator[pd.DataFrame]]] = {
-        "doses": (_doses(cell, sides, directions[setting.site], setting) for setting in settings),
-        "ablations": (_ablations(cell, sides, directions[setting.site], setting) for setting in settings),
+        "doses": (_doses(cell, sides, bench, one) for one in vectors),
+        "ablations": (_ablations(cell, sides, bench, one) for one in vectors),
         "patches": [_patches(cell, sides)] if cell.config.effects.patched else [],
-        "prompts": (part(records, aimed) for part in (_prompts, _contrasts)),
+        "prompts": (part(bench.records, aimed) for part in (_prompts, _contrasts)),
     }
     for done, (name, found) in enumerate(parts.items()):
         tell(done, len(parts), name)
@@ -96,9 +93,10 @@ class _Sides:
         assert found_NLD is not None
         return found_NLD
 
-    def table(self, side: str, scores: Scores, setting: Setting | None = None, **facts: Any) -> pd.DataFrame:
+    def table(self, side: str, scores: Scores, one: SteeringVector | None = None, **facts: Any) -> pd.DataFrame:
         """One row per pair of one side's scores; of shifts to memory only for pairs that keep the key in place."""
-        columns: dict[str, Any] = {name: getattr(setting, name, "") for name in ("direction", "method", "site")}
+        columns: dict[str, Any] = {"direction": f"to_{one.toward}" if one else ""}
+        columns |= {name: getattr(one, name, "") for name in ("method", "site")}
         columns |= {"layers": "", "role": "", "dose": np.nan, "draw": 0, **facts, "side": side}
         columns |= {"example": np.arange(len(self.examples[side])), "group": [e.group for e in self.examples[side]]}
         columns |= {"after": scores.behaviour_N, "margin_before": self.unsteered[side].margin_N}
@@ -107,34 +105,48 @@ class _Sides:
         return table if whole else table[self.reachable_N]
 
 
-def _doses(cell: Cell, sides: _Sides, directions: Directions, setting: Setting) -> Iterator[pd.DataFrame]:
+def _doses(cell: Cell, sides: _Sides, bench: RecordedBench, one: SteeringVector) -> Iterator[pd.DataFrame]:
     """A chosen vector from minus to plus twice its strength, and Gaussian shifts of the same norm."""
-    config, side, vector = cell.config.effects, SOURCE[setting.direction], directions.vector(setting)
-    stream = zlib.crc32(f"{setting.direction}/{setting.method}".encode())  # draws of its own
-    draws = list(control_draws("gaussian", directions, setting, config.draws, [cell.seed, 7, stream]))
-    shifts = [("vector", 0, vector), *(("gaussian", n, drawn) for n, drawn in draws)]
+    config, side = cell.config.effects, OPPOSITE[one.toward]
+    stream = zlib.crc32(f"to_{one.toward}/{one.method}".encode())  # draws of its own
+    draws = list(control_draws("gaussian", bench, one, config.draws, [cell.seed, 7, stream]))
+    shifts = [("vector", 0, one), *(("gaussian", n, drawn) for n, drawn in draws)]
     for dose, (role, draw, shift) in product(config.doses, shifts):
         known = not dose and shift.positions == "decision"  # with "all", prompts are read without prefixes
         scores = sides.unsteered[side] if known else steered(sides.asking, sides.batches[side], shift * dose)
-        yield sides.table(side, scores, setting, what="dose", dose=dose, role=role, draw=draw)
+        yield sides.table(side, scores, one, what="dose", dose=dose, role=role, draw=draw)
 
 
-def _ablations(cell: Cell, sides: _Sides, directions: Directions, setting: Setting) -> Iterator[pd.DataFrame]:
-    """Ablate, to their mean, the neurons that a method ranks highest, and as many at random in each layer."""
-    mean_LD = directions.sources.states_P2LD.mean((0, 1))
+def _ablations(cell: Cell, sides: _Sides, bench: RecordedBench, one: SteeringVector) -> Iterator[pd.DataFrame]:
+    """Ablate, to their mean, the neurons that a vector moves most, and as many at random in each layer."""
+    sources = bench.sources(one.site, one.unit)
+    mean_LD = sources.states_P2LD.mean((0, 1))
     for top in cell.config.effects.ablated:
-        kept_LD = directions.top_neurons(setting, top)
+        kept_LD = strongest(bench, one, top)
         rng = np.random.default_rng([cell.seed, 8, int(1000 * top)])
         drawn = [rng.permuted(kept_LD, axis=1) for _ in range(cell.config.effects.draws)]
         for draw, chosen_LD in enumerate((kept_LD, *drawn)):
             layers = np.flatnonzero(chosen_LD.any(axis=1)).tolist()
             means = {layer: torch.from_numpy(mean_LD[layer]).float() for layer in layers}
             neurons = {layer: torch.from_numpy(chosen_LD[layer]) for layer in layers}
-            applied = partial(ablated, sides.asking.model, means, neurons, setting.site)
+            applied = partial(ablated, sides.asking.model, means, neurons, one.site)
             facts = {"what": "ablation", "role": "random_neurons" if draw else "vector", "draw": max(0, draw - 1)}
             for side, batches in sides.batches.items():
                 scores = score(sides.asking, batches, applied=applied)
-                yield sides.table(side, scores, setting, **facts, dose=top)
+                yield sides.table(side, scores, one, **facts, dose=top)
+
+
+def strongest(bench: RecordedBench, one: SteeringVector, top: float) -> np.ndarray:
+    """The share ``top`` of the neurons in a vector's layers that it moves most; bool (L, D).
+
+    Of NMD those of the largest |rho|, as they were chosen; of what acts by the state those that are written most.
+    """
+    sources = bench.sources(one.site, one.unit)
+    moved_LD = sources.relative(one.dense(*sources.shape_LD).astype(np.float64))
+    for layer, edit in one.low_rank.items():
+        moved_LD[layer] += np.linalg.norm(edit.write_KD.double().numpy(), axis=0)
+    rank_LD = rho(bench, one.site) if one.method.endswith("nmd") else moved_LD
+    return top_neurons(rank_LD, list(one.setting.get("layers", one.layers)), top)
 
 
 def _patches(cell: Cell, sides: _Sides) -> Iterator[pd.DataFrame]:

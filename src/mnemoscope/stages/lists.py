@@ -4,23 +4,31 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from mnemoscope.behaviour import Asking, Batch, prepare, score
-from mnemoscope.bench.ranking import TuneLists
+from mnemoscope.behaviour import Asking, prepare, score
+from mnemoscope.bench.lists import Bench, Lists, Prompts
 from mnemoscope.cells import Cell
 from mnemoscope.interventions import Toward
-from mnemoscope.interventions.sources import SOURCE, TOWARD, FitLists, Sources, in_turn, read_sources, with_prefixes
+from mnemoscope.interventions.sources import (
+    SOURCE,
+    TOWARD,
+    FitLists,
+    Sources,
+    Tried,
+    in_turn,
+    read_sources,
+    with_prefixes,
+)
 from mnemoscope.models import Site
 from mnemoscope.stages.common import cell_task, kept_states, rng_of
 from mnemoscope.tasks import Example, Split, Task, draw
 
-Kept = Mapping[str, tuple[Sequence[Batch], str]]
 LEAST_OF_A_FAMILY = 20  # examples, below which one of them that is lost would decide alone
 
 
@@ -64,42 +72,135 @@ class Records:
         examples = (Example.from_row(row, "a") for row in _rows(part))
         return _each_once((e for e in examples if not reachable or self.task.keeps_key(e)), limit)
 
+    def drawn(self, split: Split, limit: int) -> list[Example]:
+        """Conflicts as drawn, whatever they show."""
+        part = self.pairs[self.pairs["split"] == split]
+        return _each_once((Example.from_row(row, "a") for row in _rows(part)), limit)
+
     def _pairs(self, split: Split, limit: int | None) -> Iterator[Mapping[str, Any]]:
         chosen = self.pairs[self.pairs["is_pair"] & (self.pairs["split"] == split)]
         return _rows(chosen.head(len(chosen) if limit is None else limit))
 
 
-def sources_of(cell: Cell, asking: Asking, records: Records, sites: Iterable[Site]) -> dict[Site, Sources]:
-    """Sources of directions, by site."""
-    pairs, kept = records.both_sides("fit", cell.config.steering.fit_pairs), kept_states(cell)
-    unit = cell.config.steering.unit
-    find_lists = cache(lambda: _fit_lists(cell, asking, records))  # one for all sites
-    return {
-        site: read_sources(site, pairs, asking, find_lists, kept, unit, cell.config.steering.strengths_together(site))
-        for site in dict.fromkeys(sites)
-    }
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RecordedBench(Bench):
+    """The bench of a cell: lists from the records that earlier stages wrote."""
+
+    cell: Cell
+    records: Records
+    prepared: dict[tuple[Toward, bool], Lists] = field(default_factory=dict)  # whose cached prefixes need memory
+    places: dict[Toward, tuple[Site, tuple[int, ...], float]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, cell: Cell, asking: Asking) -> RecordedBench:
+        """Open the records of a cell."""
+        config, records = cell.config.steering, Records.of(cell)
+        grids: Any = config.grids
+        tried = Tried(grids, config.unit, config.positions, config.low_rank)
+        return cls(asking, records.task, cell.seed, tried, cell=cell, records=records)
+
+    @cached_property
+    def pairs(self) -> list[tuple[Example, Example]]:
+        """Fit pairs."""
+        return self.records.both_sides("fit", self.cell.config.steering.fit_pairs)
+
+    def place(self, toward: Toward) -> tuple[Site, tuple[int, ...], float] | None:
+        """Where and how strongly a shift is learned, once other methods were looked at (``screened``)."""
+        return self.places.get(toward)
+
+    def _read(self, site: Site) -> Sources:
+        return read_sources(site, self.pairs, self.asking, lambda: self.lists, kept_states(self.cell))
+
+    @cached_property
+    def fit_conflicts(self) -> Prompts:
+        """Conflicts of the fit split."""
+        return self.prompts(self.records.drawn("fit", self.cell.config.steering.fit_others))
+
+    @cached_property
+    def fit_agreeing(self) -> Prompts:
+        """Memory examples of the fit split that are answered right."""
+        right = self._answered_right("fit", self.cell.config.steering.fit_others, ("memory",))
+        return self.prompts(right["memory"])
+
+    @cached_property
+    def tune_conflicts(self) -> Prompts:
+        """Conflicts of the tune split."""
+        return self.prompts(self.records.drawn("tune", self.cell.config.steering.tune_others))
+
+    @cached_property
+    def lists(self) -> FitLists:
+        """Fit lists, prepared with prefixes."""
+        config, records = self.cell.config.steering, self.records
+        asking = replace(self.asking, batch_size=config.fit_batch)  # a learned vector takes one batch a step
+        # Memory examples that are conflicts give away the memorized answer, which shuffled labels must not know.
+        known = () if records.task.memory_is_conflict else ("memory",)
+        kinds = [kind for kind in (*known, "novel") if kind in config.kept_kinds]
+        right = self._answered_right("fit", config.fit_others, kinds)
+        ready = {kind: with_prefixes(asking, examples) for kind, examples in right.items()}
+        pairs, conflicts, kept, items, bare = {}, {}, {}, {}, None
+        for direction, toward in TOWARD.items():
+            found = records.targets("fit", direction, config.fit_pairs)
+            others = records.conflicts("fit", SOURCE[direction], config.fit_others, direction == "to_memorized")
+            pairs[toward], conflicts[toward] = with_prefixes(asking, found), with_prefixes(asking, others)
+            items[toward] = [example.item for example in found], [example.item for example in others]
+            if toward == "memorized":
+                bare = _bare(records.task, found, others)
+            kept[toward] = in_turn(ready[kind] for kind in _kept(records, toward) if kind in ready)
+        steps = config.learned_steps, config.low_rank.steps
+        return FitLists(asking, pairs, conflicts, kept, config.kept_weight, steps[0], items, bare, steps[1])
+
+    def choosing(self, toward: Toward, few: bool = False) -> Lists:
+        """What settings of a direction are chosen on: tune examples of the study's aim; ``few``: of each list some."""
+        if (toward, few) not in self.prepared:
+            self.prepared[toward, few] = self._choosing(toward, few)
+        return self.prepared[toward, few]
+
+    def _choosing(self, toward: Toward, few: bool) -> Lists:
+        config, records, direction = self.cell.config.steering, self.records, f"to_{toward}"
+        if config.aim == "pairs":
+            targets = records.targets("tune", direction, config.tune_pairs)
+        else:
+            reachable = direction == "to_memorized"
+            targets = records.conflicts("tune", SOURCE[direction], config.tune_others, reachable)
+        kept = {
+            name: (prompts, "correct") for name, prompts in self._tune_right.items() if _stays(name, records, toward)
+        }
+        if config.aim == "conflict":
+            kept["conflict_rest"] = self.prompts(records.conflicts("tune", toward, config.tune_others)), toward
+        size = config.screened if few else None
+        found = {name: (_first(prompts, size), label) for name, (prompts, label) in kept.items() if len(prompts)}
+        return Lists(_first(self.prompts(targets), size), found)
+
+    @cached_property
+    def _tune_right(self) -> dict[str, Prompts]:
+        """Tune examples that are answered right: new questions, and facts to recall, by phrasing where these are many.
+
+        A fact that is asked for without context and one that the prompt repeats are lost in different ways.
+        """
+        found = self._answered_right("tune", self.cell.config.steering.tune_others, ("memory", "novel"))
+        families = Counter(example.family for example in found["memory"])
+        if len(families) > 1 and min(families.values()) >= LEAST_OF_A_FAMILY:
+            memory = found.pop("memory")
+            found |= {f"memory, {name}": [e for e in memory if e.family == name] for name in sorted(families)}
+        return {name: self.prompts(examples) for name, examples in found.items()}
+
+    def prompts(self, examples: Sequence[Example]) -> Prompts:
+        """A list of examples with their bare questions."""
+        return Prompts(self.asking, examples, [self.task.without_context(example) for example in examples])
+
+    def _answered_right(self, split: Split, limit: int, kinds: Sequence[str]) -> dict[str, list[Example]]:
+        """Memory and novel examples of a split that the model answers right, of the kinds that are needed."""
+        rng, found = rng_of(self.cell, f"steering/{split}"), {}
+        for kind in ("memory", "novel"):
+            examples = draw(self.task, rng, limit, kind, split)  # of all kinds: no list depends on which are needed
+            if kind in kinds:
+                labels = score(self.asking, prepare(self.asking, examples), margins=False).behaviour_N
+                found[kind] = [e for e, label in zip(examples, labels, strict=True) if label == "correct"]
+        return found
 
 
-def _fit_lists(cell: Cell, asking: Asking, records: Records) -> FitLists:
-    """Fit lists of directions, prepared with prefixes."""
-    config = cell.config.steering
-    asking = replace(asking, batch_size=config.fit_batch)  # a learned vector takes one batch a step
-    # Memory examples that are conflicts give away the memorized answer, which shuffled labels must not know.
-    known = () if records.task.memory_is_conflict else ("memory",)
-    kinds = [kind for kind in (*known, "novel") if kind in config.kept_kinds]
-    right = _answered_right(cell, asking, records, "fit", config.fit_others, kinds)
-    ready = {kind: with_prefixes(asking, examples) for kind, examples in right.items()}
-    pairs, conflicts, kept, items, bare = {}, {}, {}, {}, None
-    for direction, toward in TOWARD.items():
-        found = records.targets("fit", direction, config.fit_pairs)
-        others = records.conflicts("fit", SOURCE[direction], config.fit_others, direction == "to_memorized")
-        pairs[toward], conflicts[toward] = with_prefixes(asking, found), with_prefixes(asking, others)
-        items[toward] = [example.item for example in found], [example.item for example in others]
-        if toward == "memorized":
-            bare = _bare(records.task, found, others)
-        kept[toward] = in_turn(ready[kind] for kind in _kept(records, toward) if kind in ready)
-    steps = config.learned_steps, config.low_rank.steps
-    return FitLists(asking, pairs, conflicts, kept, config.kept_weight, steps[0], items, bare, steps[1])
+def _first(prompts: Prompts, n: int | None) -> Prompts:
+    return prompts if n is None else prompts.of(range(min(n, len(prompts))))
 
 
 def _bare(task: Task, *lists: Sequence[Example]) -> tuple[list[Example], list[Example]] | None:
@@ -107,40 +208,6 @@ def _bare(task: Task, *lists: Sequence[Example]) -> tuple[list[Example], list[Ex
     first, second = ([task.without_context(example) for example in examples] for examples in lists)
     known = [e for e in first if e], [e for e in second if e]
     return known if list(map(len, known)) == list(map(len, lists)) else None
-
-
-def tune_lists(
-    cell: Cell, asking: Asking, records: Records, most: int | None = None
-) -> dict[str, dict[str, TuneLists]]:
-    """Tune lists by aim (``pairs``, ``conflict``) and direction, prepared with prefixes; ``most`` examples of each."""
-    config = cell.config.steering
-    if most is not None:
-        few = {"tune_pairs": min(most, config.tune_pairs), "tune_others": min(most, config.tune_others)}
-        config = config.model_copy(update=few)
-    right = _answered_right(cell, asking, records, "tune", config.tune_others, ("memory", "novel"))
-    ready = {kind: (with_prefixes(asking, examples), "correct") for kind, examples in right.items()}
-    # A fact that is asked for without context and one that the prompt repeats are lost in different ways.
-    families = Counter(example.family for example in right["memory"])
-    recall = {
-        name: (with_prefixes(asking, [e for e in right["memory"] if e.family == name]), "correct")
-        for name, count in sorted(families.items())
-        if len(families) > 1 and count >= LEAST_OF_A_FAMILY
-    }
-    lists: dict[str, dict[str, TuneLists]] = {"pairs": {}, "conflict": {}}
-    for direction, toward in TOWARD.items():
-        kept = {kind: ready[kind] for kind in _kept(records, toward)}
-        apart = recall if "memory" in kept else {}
-        targets = records.targets("tune", direction, config.tune_pairs)
-        lists["pairs"][direction] = _tune_lists(asking, targets, kept, apart)
-        source = records.conflicts("tune", SOURCE[direction], config.tune_others, direction == "to_memorized")
-        rest = with_prefixes(asking, records.conflicts("tune", toward, config.tune_others))
-        kept = {**kept, "conflict_rest": (rest, toward)}
-        lists["conflict"][direction] = _tune_lists(asking, source, kept, apart)
-    return lists
-
-
-def _tune_lists(asking: Asking, targets: Sequence[Example], kept: Kept, apart: Kept) -> TuneLists:
-    return TuneLists(with_prefixes(asking, targets), [example.group for example in targets], kept, apart)
 
 
 class JudgedList(NamedTuple):
@@ -182,17 +249,9 @@ def _kept(records: Records, toward: Toward) -> list[str]:
     return [*memory, "novel"] if toward == "generalized" else memory
 
 
-def _answered_right(
-    cell: Cell, asking: Asking, records: Records, split: Split, limit: int, kinds: Sequence[str]
-) -> dict[str, list[Example]]:
-    """Memory and novel examples of a split that the model answers right, of the kinds that are needed."""
-    rng, found = rng_of(cell, f"steering/{split}"), {}
-    for kind in ("memory", "novel"):
-        examples = draw(records.task, rng, limit, kind, split)  # of all kinds: no list depends on which are needed
-        if kind in kinds:
-            labels = score(asking, prepare(asking, examples), margins=False).behaviour_N
-            found[kind] = [e for e, label in zip(examples, labels, strict=True) if label == "correct"]
-    return found
+def _stays(name: str, records: Records, toward: Toward) -> bool:
+    """Whether the answers of a list of ``_tune_right`` should stay."""
+    return name.split(",")[0] in _kept(records, toward)
 
 
 def _each_once(examples: Iterable[Example], limit: int) -> list[Example]:

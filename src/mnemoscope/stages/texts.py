@@ -23,7 +23,7 @@ from mnemoscope.cells import Cell, Tell
 from mnemoscope.config import CellConfig
 from mnemoscope.detect import Detector
 from mnemoscope.errors import StudyError
-from mnemoscope.interventions import SteeringVector
+from mnemoscope.interventions import Intervention, SteeringVector
 from mnemoscope.interventions.sources import TOWARD
 from mnemoscope.models import backbone_of, cache_of, context_length, forked, pass_inputs
 from mnemoscope.stages.common import GATE, cell_model, read_best, rng_of, write_table
@@ -48,7 +48,8 @@ def neutral_stage(cell: Cell, tell: Tell) -> list[Path]:
     last = 1 + length - config.following
     cuts = np.stack([rng.integers(0, config.texts, config.cuts), rng.integers(EARLIEST, last + 1, config.cuts)], axis=1)
     cuts = cuts[np.argsort(cuts[:, 1], kind="stable")]  # neighbours are of similar length
-    vectors, path = read_best(cell), cell.folder / "detector.safetensors"
+    path = cell.folder / "detector.safetensors"
+    vectors = {f"to_{one.toward}": one for one in read_best(cell) if isinstance(one, SteeringVector)}
     detector = Detector.load(path) if path.exists() else None
     rows: list[pd.DataFrame] = []
     for start in range(0, len(cuts), config.batch_size):
@@ -108,7 +109,8 @@ def samples_stage(cell: Cell, tell: Tell) -> list[Path]:
         return []
     asking, records = cell_model(cell), Records.of(cell)
     tables = []
-    for done, (direction, vector) in enumerate(read_best(cell).items()):
+    for done, vector in enumerate(read_best(cell)):
+        direction = f"to_{vector.toward}"
         tell(done, len(TOWARD), f"{direction}: writing on")
         by_group: dict[str, Example] = {}
         for example in records.targets("test", direction, len(records.pairs)):
@@ -126,7 +128,7 @@ def samples_stage(cell: Cell, tell: Tell) -> list[Path]:
 
 @torch.no_grad()
 def _continuations(
-    asking: Asking, prompts: list[str], tokens: int, vector: SteeringVector | None
+    asking: Asking, prompts: list[str], tokens: int, vector: Intervention | None
 ) -> tuple[list[str], np.ndarray]:
     """Continuation of each prompt, and its mean cost per token under the unsteered model, in nats; (N,)."""
     model, tokenizer = asking.model, asking.tokenizer

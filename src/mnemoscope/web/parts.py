@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from mnemoscope.behaviour import Asking, Batch, cache_prefixes, kept_bytes, prepare, score
+from mnemoscope.bench.answers import steered
 from mnemoscope.cells import Cell
 from mnemoscope.contrast import Contrast
 from mnemoscope.digests import inside, intact
 from mnemoscope.errors import InputError
 from mnemoscope.interventions import OPPOSITE, Binding, SteeringVector, Toward
-from mnemoscope.interventions.directions import steered
 from mnemoscope.interventions.sources import TOWARD
 from mnemoscope.report import draw_neuron
 from mnemoscope.schemas import read_chosen

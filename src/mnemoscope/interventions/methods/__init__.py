@@ -10,13 +10,15 @@ from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from importlib.resources import files
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mnemoscope.errors import InputError
 
 if TYPE_CHECKING:
     from mnemoscope.bench.lists import Bench
     from mnemoscope.interventions.contract import Intervention, Toward
+    from mnemoscope.interventions.sources import Labels
+    from mnemoscope.interventions.vector import SteeringVector
 
 PLACES = ("mnemoscope.interventions.methods", "mnemoscope.rivals")
 
@@ -34,13 +36,30 @@ def _modules() -> dict[str, str]:
 
 
 def method_names() -> list[str]:
-    """Names of all methods, those of users last of all first."""
+    """Names of all methods."""
     return list(_modules())
 
 
 def about(method: str) -> str:
     """What a method is, in a line."""
-    return str(import_module(_modules()[method]).ABOUT)
+    return str(method_module(method).ABOUT)
+
+
+def is_one_direction(method: str) -> bool:
+    """Whether both directions of a method come from one fit."""
+    return hasattr(method_module(method), "METHOD")
+
+
+def nulls(method: str) -> tuple[str, ...]:
+    """Names of a method's controls that are fitted as it is, on other labels or answers; none for what is not ours."""
+    module = method_module(method) if method in _modules() else None
+    return getattr(module, "NULLS", ("shuffled_labels",) if hasattr(module, "again") else ())
+
+
+def refitted(bench: Bench, one: SteeringVector, several: Sequence[Labels]) -> list[SteeringVector]:
+    """A vector fitted again, by its method and in its setting, on other labels or answers."""
+    found: list[SteeringVector] = method_module(one.method).again(bench, one, several)
+    return found
 
 
 def candidates(method: str, bench: Bench, toward: Toward) -> Sequence[Intervention]:
@@ -49,7 +68,12 @@ def candidates(method: str, bench: Bench, toward: Toward) -> Sequence[Interventi
     Raises:
         InputError: this model or task cannot take it; the reason is named.
     """
+    found: Sequence[Intervention] = method_module(method).candidates(bench, toward)
+    return found
+
+
+def method_module(method: str) -> Any:
+    """The module of a method; InputError where there is none of this name."""
     if method not in _modules():
         raise InputError(f"methods: {method!r} is not one of {', '.join(_modules())}")
-    found: Sequence[Intervention] = import_module(_modules()[method]).candidates(bench, toward)
-    return found
+    return import_module(_modules()[method])

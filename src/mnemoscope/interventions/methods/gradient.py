@@ -1,22 +1,34 @@
-"""The steepest ascent of the decision margin at one layer (``directions.gradient``)."""
+"""The steepest ascent of the decision margin."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import numpy as np
 
-from mnemoscope.interventions.contract import Intervention, Toward
-from mnemoscope.interventions.shifts import of_settings, settings, spread_layers
-
-if TYPE_CHECKING:
-    from mnemoscope.bench.lists import Bench
+from mnemoscope.interventions.shifts import OneDirection
+from mnemoscope.interventions.sources import Labels, Sources
 
 ABOUT = "steepest ascent of the decision margin, one layer"
-LAYERS = 8
-TOPS = (0.5,)
-STRENGTHS = (0.1, 0.2, 0.4, 0.8)  # of the shift, in units of each neuron's spread
 
 
-def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
-    """Every layer, share and strength; InputError with too few pairs."""
-    layers = [(layer,) for layer in spread_layers(bench, LAYERS)]
-    return of_settings(bench, "gradient", settings("gradient", toward, layers, TOPS, STRENGTHS))
+def gradient(sources: Sources, labels: Labels) -> np.ndarray:
+    """The direction in which the decision margin rises for a given strength, a mean over examples.
+
+    With shifts in units ``s`` of strength, ``u = s g`` is an example's steepest direction, and ``s u`` the shift. Each
+    example counts as much as another in a layer, at the layer's mean norm: the steepest few would decide otherwise, and
+    a shuffle of labels would point along them.
+    """
+    scale_LD = sources.scale_LD * sources.unit_L[:, None]
+    total_LD, norms_L, count = np.zeros(sources.shape_LD), np.zeros(len(scale_LD)), 0
+    for stream, batches in enumerate(sources.margin_gradients):
+        for number, gradients_NLD in enumerate(batches):
+            steepest_NLD = gradients_NLD * scale_LD
+            norm_NL1 = np.linalg.norm(steepest_NLD, axis=2, keepdims=True)
+            steepest_NLD /= np.where(norm_NL1 > 0, norm_NL1, 1.0)
+            total_LD += np.tensordot(labels.signs(len(steepest_NLD), stream, number), steepest_NLD, 1)
+            norms_L += norm_NL1.sum(axis=(0, 2))
+            count += len(steepest_NLD)
+    return scale_LD * total_LD * norms_L[:, None] / count**2
+
+
+METHOD = OneDirection("gradient", gradient)
+candidates, again = METHOD.candidates, METHOD.again

@@ -34,7 +34,7 @@ PLACES: tuple[Place, ...] = ("before", "behind")
 
 def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
     """Every sentence in every place; behind the text only where a prompt quotes one, before the others."""
-    places = PLACES if any(quoted.text for quoted in bench.tune["conflict"].quoted) else PLACES[:1]
+    places = PLACES if any(quoted.text for quoted in bench.tune_conflicts.quoted) else PLACES[:1]
     return [
         Words(toward=toward, method="prompt", setting={"wording": text, "place": place}, text=text, place=place)
         for text, place in product(WORDINGS[toward], places)
