@@ -14,10 +14,14 @@ import numpy as np
 import pytest
 
 import mnemoscope  # noqa: F401  before torch, which helpers import
+from arena_lists import SIZES
 from helpers import MINI_STUDY, MINI_TASKS, MINI_TRAINING, one_at_a_time
 from little_facts import LittleFacts, little_model
 from mnemoscope.behaviour import Asking, draw_candidates, mine_pairs
-from mnemoscope.config import ModelConfig, load_study
+from mnemoscope.bench.lists import DrawnBench
+from mnemoscope.config import ModelConfig, load_study, parse_arena
+from mnemoscope.interventions import OPPOSITE, Intervention, Toward
+from mnemoscope.interventions.methods import candidates, method_names
 from mnemoscope.models import build_gpt2, load_model, word_tokenizer
 from mnemoscope.study import run_study
 from mnemoscope.tasks import build_task
@@ -71,6 +75,19 @@ def little(shared_folder: Path) -> Asking:
             made.tokenizer.save_pretrained(folder)
             (folder / "done").touch()
     return Asking(*load_model(folder), boundary, batch_size=64)
+
+
+@pytest.fixture(scope="session")
+def bench(little: Asking) -> DrawnBench:
+    """A small arena on the model of ``little_facts``."""
+    return DrawnBench.of(little, LittleFacts(), parse_arena(SIZES))
+
+
+@pytest.fixture(scope="session")
+def fitted(bench: DrawnBench) -> dict[tuple[str, Toward], Intervention]:
+    """A setting of every method in both directions, the one in the middle of its candidates."""
+    found = {(name, side): candidates(name, bench, side) for name in method_names() for side in OPPOSITE}
+    return {key: several[len(several) // 2] for key, several in found.items()}
 
 
 @pytest.fixture(scope="session")

@@ -14,19 +14,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers import hook_count
+from arena_lists import greedy, ids_of, labels_by, plainly
 from little_facts import LittleFacts
-from mnemoscope.behaviour import Asking, prepare, score
-from mnemoscope.bench.answers import NOTHING, Neutral, is_exact, scores, texts_of
-from mnemoscope.bench.lists import Bench, Prompts
+from mnemoscope.behaviour import prepare, score
+from mnemoscope.bench.answers import NOTHING, Neutral, is_exact, scores
+from mnemoscope.bench.lists import DrawnBench
 from mnemoscope.bench.varied import _both
-from mnemoscope.config import parse_arena
 from mnemoscope.errors import InputError
 from mnemoscope.interventions import OPPOSITE, Intervention, Quoted, SteeringVector, Toward, edited
 from mnemoscope.interventions.adapter import Adapter
 from mnemoscope.interventions.controls import has_equal_norm, of_equal_norm
 from mnemoscope.interventions.descent import log_p
-from mnemoscope.interventions.methods import candidates, method_names
+from mnemoscope.interventions.methods import candidates
 from mnemoscope.interventions.methods.cad import ContextAware
 from mnemoscope.interventions.shifts import norm_of
 from mnemoscope.interventions.words import Place, Words
@@ -36,31 +35,6 @@ from mnemoscope.rivals.coiecd import Constrained
 from mnemoscope.rivals.heads import Ranked, factors_of
 from mnemoscope.rivals.juice import TwoRuns
 from mnemoscope.tasks import Example
-
-SIZES: dict[str, Any] = {
-    **{"conflicts": 24, "kept": 8, "varied": 6, "tune_conflicts": 16, "tune_kept": 4, "fit_conflicts": 40},
-    **{"fit_kept": 8, "pairs": 40, "steps": 4, "batch": 8, "controls": 2, "written": 8, "tokens": 5},
-    **{"cuts": 4, "following": 4, "batch_size": 16},
-}
-LONGEST = 5  # tokens of a greedy answer that are compared
-
-
-@pytest.fixture(scope="module")
-def bench(little: Asking) -> Bench:
-    return Bench.of(little, LittleFacts(), parse_arena(SIZES))
-
-
-@pytest.fixture(scope="module")
-def fitted(bench: Bench) -> dict[tuple[str, Toward], Intervention]:
-    """A setting of every method in both directions, the one in the middle of its candidates."""
-    found = {(name, side): candidates(name, bench, side) for name in method_names() for side in OPPOSITE}
-    return {key: several[len(several) // 2] for key, several in found.items()}
-
-
-def plainly(model: Any, ids: list[int]) -> Tensor:
-    """Logits of every position, float32 (T, V), from one pass of plain transformers."""
-    with torch.no_grad():
-        return model(input_ids=torch.tensor([ids])).logits[0].float()
 
 
 @contextmanager
@@ -73,57 +47,10 @@ def by_hand(module: Any, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
         handle.remove()
 
 
-def greedy(asking: Asking, ids: list[int], logits_of: Callable[[list[int]], Tensor]) -> list[int]:
-    """Greedy decoding without a cache, by a function of all tokens so far -> logits of the next."""
-    ends, found = asking.boundary_ids(), list(ids)
-    for _ in range(LONGEST):
-        found.append(int(logits_of(found).argmax()))
-        if found[-1] in ends:
-            break
-    return found[len(ids) :]
-
-
-def labels_by(asking: Asking, prompts: Prompts, answer: Callable[[int], list[int]]) -> list[str]:
-    """Labels of answers, by comparing tokens."""
-    ends, found = asking.boundary_ids(), []
-    for n, example in enumerate(prompts.examples):
-        tokens = answer(n)
-        said = asking.tokenizer.decode(tokens[:-1]).split() if tokens[-1] in ends else None
-        names = ("memorized", "generalized") if example.kind == "conflict" else ("correct",)
-        fits = [name for name, option in zip(names, example.options, strict=True) if said == option.split()]
-        found.append(fits[0] if fits else "other" if example.kind == "conflict" else "wrong")
-    return found
-
-
-def ids_of(asking: Asking, prompt: str) -> list[int]:
-    return list(asking.tokenizer(prompt).input_ids)
-
-
-@pytest.mark.parametrize("toward", OPPOSITE)
-@pytest.mark.parametrize("method", method_names())
-def test_labels_are_those_of_greedy_decoding(
-    bench: Bench, fitted: dict[tuple[str, Toward], Intervention], method: str, toward: Toward
-) -> None:
-    one, asking = fitted[method, toward], bench.asking
-    for name in ("conflict", "bare"):
-        prompts = bench.test[name].of(np.arange(min(8, len(bench.test[name]))))
-        found = scores(one, prompts)
-        texts = texts_of(one, prompts, LONGEST)
-        ids = [ids_of(asking, text) for text in texts.texts]
-        ends = [next((i for i, token in enumerate(row) if token in asking.boundary_ids()), None) for row in ids]
-        # A text is shown without its end token, which closes an answer as well.
-        answers = [
-            row[: end + 1] if end is not None else [*row, asking.boundary_ids()[0]]
-            for row, end in zip(ids, ends, strict=True)
-        ]
-        assert found.behaviour_N.tolist() == labels_by(asking, prompts, lambda n, a=answers: a[n])
-    assert hook_count(asking.model) == 0
-
-
 @pytest.mark.parametrize("toward", OPPOSITE)
 @pytest.mark.parametrize("method", ["cad", "adacad", "coiecd"])
 def test_joined_passes_decode_as_a_plain_loop_of_two_passes_does(
-    bench: Bench, fitted: dict[tuple[str, Toward], Intervention], method: str, toward: Toward
+    bench: DrawnBench, fitted: dict[tuple[str, Toward], Intervention], method: str, toward: Toward
 ) -> None:
     one, asking, prompts = fitted[method, toward], bench.asking, bench.test["conflict"]
     assert one.passes == 2
@@ -193,7 +120,7 @@ def test_the_entropy_band_is_its_formula_token_by_token() -> None:
     assert 0 < outside < found.size
 
 
-def test_shifted_heads_are_hooks_on_the_output_projection(bench: Bench) -> None:
+def test_shifted_heads_are_hooks_on_the_output_projection(bench: DrawnBench) -> None:
     model, prompts = bench.asking.model, bench.test["conflict"]
     one = iti.candidates(bench, "generalized")[-1]
     sources = bench.sources("head")
@@ -230,7 +157,7 @@ def _added_at_the_end(shift_D: Tensor, module: Any, args: tuple[Tensor, ...]) ->
     return (states, *args[1:])
 
 
-def test_heads_of_a_first_run_are_added_in_the_second(bench: Bench) -> None:
+def test_heads_of_a_first_run_are_added_in_the_second(bench: DrawnBench) -> None:
     """By hand: what output projections read in a plain run is added, scaled, from the prompt's last token on."""
     model, asking, prompts = bench.asking.model, bench.asking, bench.test["conflict"]
     factors = factors_of(model, Ranked([(0, 1), (1, 2)], [(2, 0), (1, 0)]), 2, 3.0, 1.0)
@@ -273,7 +200,7 @@ def _second_run(model: Any, ids: list[int], factors: dict[int, Tensor], start: i
     return logits
 
 
-def test_scaled_neurons_are_scaled_columns_of_the_down_projection(bench: Bench) -> None:
+def test_scaled_neurons_are_scaled_columns_of_the_down_projection(bench: DrawnBench) -> None:
     model, ids = bench.asking.model, ids_of(bench.asking, bench.test["conflict"].examples[0].prompt)
     neurons = ircan.common_neurons(bench, "generalized")[:4]
     width = blocks_of(model)[0].mlp.c_proj.weight.shape[0]
@@ -292,10 +219,10 @@ def test_scaled_neurons_are_scaled_columns_of_the_down_projection(bench: Bench) 
         assert torch.equal(plainly(model, ids), plain)
 
 
-def test_attributions_add_up_to_the_change_along_the_path(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attributions_add_up_to_the_change_along_the_path(bench: DrawnBench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Completeness: the integrals of a layer add up to p(wanted) at its one end minus that at its other end."""
     monkeypatch.setattr(ircan, "STEPS", 64)  # however steeply p rises somewhere along the path
-    asking, prompts = bench.asking, bench.fit.prompts["conflict"]
+    asking, prompts = bench.asking, bench.fit_conflicts
     found_NLD = ircan.attributions(bench, "generalized")
     example = ircan.spread_groups(prompts.examples)[0]
     bare = prompts.bares[prompts.examples.index(example)]
@@ -316,9 +243,9 @@ def test_attributions_add_up_to_the_change_along_the_path(bench: Bench, monkeypa
     assert found_NLD[0, layer].sum() == pytest.approx(with_text - at_bare, abs=0.02)
 
 
-def test_caa_is_the_mean_difference_at_the_last_token_of_either_answer(bench: Bench) -> None:
+def test_caa_is_the_mean_difference_at_the_last_token_of_either_answer(bench: DrawnBench) -> None:
     asking, states = bench.asking, {"generalized": [], "memorized": []}  # type: ignore[var-annotated]
-    for example in bench.fit.prompts["conflict"].examples:
+    for example in bench.fit_conflicts.examples:
         for side, found in states.items():
             ids = torch.tensor([ids_of(asking, example.prompt + str(getattr(example, side)))])
             with torch.no_grad():
@@ -327,7 +254,7 @@ def test_caa_is_the_mean_difference_at_the_last_token_of_either_answer(bench: Be
     np.testing.assert_allclose(caa.differences(bench)[1], wanted.numpy(), atol=1e-4)
 
 
-def test_a_learned_knob_changes_more_answers_than_the_one_it_starts_from(bench: Bench) -> None:
+def test_a_learned_knob_changes_more_answers_than_the_one_it_starts_from(bench: DrawnBench) -> None:
     """Loss of the interchange that it is learned by, at the layer in the middle, against the mean difference."""
     states_P2D = torch.from_numpy(bench.sources("block").states_P2LD[:, :, 1]).float()
     start_D = (states_P2D[:, 0] - states_P2D[:, 1]).mean(0)
@@ -345,7 +272,9 @@ def test_a_learned_knob_changes_more_answers_than_the_one_it_starts_from(bench: 
     assert loss(knob.learned(longer, 1)) < loss(start_D / start_D.norm())
 
 
-def test_prompts_are_contrasted_with_their_bare_question_or_with_themselves_without_their_text(bench: Bench) -> None:
+def test_prompts_are_contrasted_with_their_bare_question_or_with_themselves_without_their_text(
+    bench: DrawnBench,
+) -> None:
     prompts = bench.test["conflict"]
     for example, bare, bares, cut, quoted in zip(
         prompts.examples, prompts.bares, prompts.contrast("bare"), prompts.contrast("cut"), prompts.quoted, strict=True
@@ -364,7 +293,7 @@ def test_a_text_with_both_answers_says_the_other_one_last_and_nothing_else_chang
     assert _both("A whimsical man.", example) is None
 
 
-def test_every_conflict_has_a_bare_question_that_is_answered_by_heart(bench: Bench) -> None:
+def test_every_conflict_has_a_bare_question_that_is_answered_by_heart(bench: DrawnBench) -> None:
     for lists in (bench.tune, bench.test, bench.fit.prompts):
         bares = [bare for bare in lists["conflict"].bares if bare]
         assert len(bares) == len(lists["conflict"])
@@ -372,7 +301,7 @@ def test_every_conflict_has_a_bare_question_that_is_answered_by_heart(bench: Ben
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # peft uses an old name of the library
-def test_an_adapter_is_what_peft_makes_of_it(bench: Bench) -> None:
+def test_an_adapter_is_what_peft_makes_of_it(bench: DrawnBench) -> None:
     """The same adapter, applied by peft alone."""
     peft = pytest.importorskip("peft")
     from copy import deepcopy
@@ -417,7 +346,7 @@ def test_an_adapter_is_what_peft_makes_of_it(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("method", ["lora", "dpo"])
-def test_training_an_adapter_leaves_the_model_as_it_was(bench: Bench, method: str) -> None:
+def test_training_an_adapter_leaves_the_model_as_it_was(bench: DrawnBench, method: str) -> None:
     model = bench.asking.model
     before = {
         name: (parameter.detach().clone(), parameter.requires_grad) for name, parameter in model.named_parameters()
@@ -447,7 +376,7 @@ def test_a_low_rank_edit_is_its_formula() -> None:
     assert torch.equal(h + (edit * 0.0).added(h), h)
 
 
-def test_a_knob_set_to_its_own_value_changes_nothing(bench: Bench) -> None:
+def test_a_knob_set_to_its_own_value_changes_nothing(bench: DrawnBench) -> None:
     model, ids = bench.asking.model, ids_of(bench.asking, bench.test["conflict"].examples[0].prompt)
     knob_D = knob.learned(bench, 1)
     assert float(knob_D.norm()) == pytest.approx(1.0, abs=1e-5)
@@ -461,22 +390,8 @@ def test_a_knob_set_to_its_own_value_changes_nothing(bench: Bench) -> None:
         assert not torch.allclose(plainly(model, ids), plain)
 
 
-@pytest.mark.parametrize("method", method_names())
-def test_strength_zero_is_the_model_itself_bit_by_bit(
-    bench: Bench, fitted: dict[tuple[str, Toward], Intervention], method: str
-) -> None:
-    model, ids = bench.asking.model, ids_of(bench.asking, bench.test["conflict"].examples[0].prompt)
-    plain, prompts = plainly(model, ids), bench.test["conflict"].of(np.arange(4))
-    nothing = fitted[method, "generalized"].scaled(0.0)
-    with nothing.apply(model):
-        assert torch.equal(plainly(model, ids), plain)
-    found, own = scores(nothing, prompts), scores(NOTHING, prompts)
-    assert found.behaviour_N.tolist() == own.behaviour_N.tolist()
-    assert texts_of(nothing, prompts, LONGEST).texts == texts_of(NOTHING, prompts, LONGEST).texts
-
-
 def test_controls_move_states_as_far_somewhere_else(
-    bench: Bench, fitted: dict[tuple[str, Toward], Intervention]
+    bench: DrawnBench, fitted: dict[tuple[str, Toward], Intervention]
 ) -> None:
     for method in ("caa", "nmd", "gradient", "learned", "iti", "knob", "reft", "low-rank"):
         one = fitted[method, "generalized"]
@@ -535,7 +450,7 @@ def test_exact_match_is_of_the_first_line_in_its_normal_form() -> None:
 
 
 def test_divergence_on_neutral_text_is_that_of_plain_passes(
-    bench: Bench, fitted: dict[tuple[str, Toward], Intervention]
+    bench: DrawnBench, fitted: dict[tuple[str, Toward], Intervention]
 ) -> None:
     neutral = Neutral(bench)
     places = np.concatenate([batch.examples_N for batch in neutral.batches])
@@ -552,8 +467,8 @@ def test_divergence_on_neutral_text_is_that_of_plain_passes(
     assert not list(neutral.divergence(fitted["cad", "generalized"]))
 
 
-def test_what_a_method_cannot_take_is_one_line(bench: Bench) -> None:
-    without = Bench.of(bench.asking, LittleFacts(bares=False), bench.config)
+def test_what_a_method_cannot_take_is_one_line(bench: DrawnBench) -> None:
+    without = DrawnBench.of(bench.asking, LittleFacts(bares=False), bench.config)
     for method in ("cad", "adacad", "coiecd", "ircan"):
         with pytest.raises(InputError, match="has no bare question"):
             candidates(method, without, "generalized")
@@ -562,7 +477,7 @@ def test_what_a_method_cannot_take_is_one_line(bench: Bench) -> None:
     assert replace(bench).has_bares
 
 
-def test_preference_is_its_formula(bench: Bench) -> None:
+def test_preference_is_its_formula(bench: DrawnBench) -> None:
     """An adapter that starts as the model itself: nothing is preferred more than before, whichever answer is wanted."""
     from copy import deepcopy
 
@@ -579,7 +494,7 @@ def test_preference_is_its_formula(bench: Bench) -> None:
             parameter.data.normal_(std=0.05)
     losses = []
     for number, n in enumerate(batch.examples_N.tolist()):
-        example, changes = bench.fit.prompts["conflict"].examples[n], []
+        example, changes = bench.fit_conflicts.examples[n], []
         for answer in (example.memorized, example.generalized):
             ids, prompt = ids_of(asking, example.prompt + str(answer)), ids_of(asking, example.prompt)
             rows = [plainly(one, ids).log_softmax(-1) for one in (adapted, bench.asking.model)]

@@ -16,11 +16,11 @@ import pytest
 from typer.testing import CliRunner
 
 import mnemoscope as ms
+from arena_lists import SIZES
 from little_facts import LittleFacts
 from mnemoscope.behaviour import Asking, Scores
 from mnemoscope.bench import choose
-from mnemoscope.bench.choose import best_of
-from mnemoscope.bench.lists import Bench
+from mnemoscope.bench.lists import DrawnBench, Lists
 from mnemoscope.cli import app
 from mnemoscope.config import parse_arena
 from mnemoscope.digests import locked, write_marker
@@ -29,7 +29,6 @@ from mnemoscope.interventions import Intervention
 from mnemoscope.report import build_arena
 from mnemoscope.report.arena import Records, results_of
 from mnemoscope.report.words import percent
-from test_arena import SIZES
 
 CHEAP = ("prompt", "cad", "caa", "nmd", "low-rank")
 
@@ -67,7 +66,7 @@ def test_the_test_set_is_frozen_before_anything_is_applied(little: Asking, finis
 
 
 def test_no_group_is_fitted_on_and_judged(little: Asking) -> None:
-    bench = Bench.of(little, LittleFacts(), parse_arena(SIZES))
+    bench = DrawnBench.of(little, LittleFacts(), parse_arena(SIZES))
     groups = {
         "fit": {e.group for prompts in bench.fit.prompts.values() for e in prompts.examples},
         "tune": {e.group for prompts in bench.tune.values() for e in prompts.examples},
@@ -192,20 +191,20 @@ def test_two_arenas_in_one_folder_do_not_meet(little: Asking, finished: Path, tm
     assert before == {path: path.read_bytes() for path in sorted((out / "arena").rglob("*.parquet"))}
 
 
-def test_the_choice_is_that_of_trying_everything(little: Asking, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_choice_is_that_of_trying_everything(bench: DrawnBench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Worth is wanted less lost; a candidate is not asked what it loses once it cannot win any more."""
     shares = {"a": (0.9, 0.5), "b": (0.7, 1.0), "c": (0.5, 1.0), "d": (0.7, 0.9)}
     asked: list[tuple[str, str]] = []
 
     class Named(list):  # type: ignore[type-arg]
-        name = ""
+        name, groups = "", tuple(map(str, range(10)))
 
     def named(name: str) -> Any:
         made = Named(range(10))
         made.name = name
         return made
 
-    def scores(one: Intervention, prompts: Any) -> Scores:
+    def scores(one: Intervention, prompts: Any, **_: Any) -> Scores:
         asked.append((one.method, prompts.name))
         wanted, kept = shares[one.method]
         found = Scores.empty(10)
@@ -214,11 +213,13 @@ def test_the_choice_is_that_of_trying_everything(little: Asking, monkeypatch: py
         return found
 
     monkeypatch.setattr(choose, "scores", scores)
-    tune = {name: named(name) for name in ("conflict", "agreeing", "bare")}
-    best, compared = best_of([Intervention(method=name, toward="generalized") for name in shares], tune)
-    assert best.one.method == "b"
-    assert best.worth == pytest.approx(0.7)
-    assert [tuned.one.method for tuned in compared] == ["a", "b"]
+    lists = Lists(named("conflict"), {name: (named(name), "correct") for name in ("agreeing", "bare")})
+    tried = [Intervention(method=name, toward="generalized") for name in shares]
+    rated = [choose.rate(one, lists.targets, place) for place, one in enumerate(tried)]
+    found = choose.choose(bench, lists, rated, choose.Rule(errors=0.0))
+    assert found[0].one.method == "b"
+    assert found[0].worth == pytest.approx(0.7)
+    assert [tuned.one.method for tuned in found] == ["b", "a"]
     assert ("c", "bare") not in asked
 
 

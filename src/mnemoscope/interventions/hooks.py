@@ -37,6 +37,10 @@ Positions = Literal["decision", "all"]
 # Options of ``generate`` that read a prompt in parts, or with guesses behind it: no pass ends at the decision position.
 _NEED_START = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")
 _ROWS = ("num_beams", "num_return_sequences")  # options that make several rows of a prompt
+NOTHING_RAN = (
+    "model: no pass of it ran inside the context, so nothing was steered; a copy that was compiled before does not see "
+    "what is applied later (compile inside the context, or call the model itself)"
+)
 _MISSING = object()
 # Of attributes that contexts have set, by object and name: the value before all, then those of the contexts.
 _held: dict[tuple[int, str], list[tuple[object, Any]]] = {}
@@ -133,10 +137,14 @@ def adding(model: PreTrainedModel, added: Mapping[str, Callable[[Tensor], Tensor
     def hook(function: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, Any, Tensor], Tensor]:
         return lambda module, args, output: (output + function(args[0])).to(output.dtype)
 
+    ran = list[bool]()
     with ExitStack() as stack:
+        stack.callback(backbone_of(model).register_forward_pre_hook(lambda *_: ran.append(True)).remove)
         for name, function in added.items():
             stack.callback(core_of(model).get_submodule(name).register_forward_hook(hook(function)).remove)
         yield
+        if added and not ran:
+            raise InputError(NOTHING_RAN)
 
 
 @contextmanager
@@ -167,6 +175,8 @@ def _edited(
         for layer, edit in edits.items():
             hook(layer, site, partial(tracker.change, edit))
         yield
+        if not tracker.ran:
+            raise InputError(NOTHING_RAN)
 
 
 @contextmanager
@@ -221,6 +231,7 @@ class _PositionTracker:
         decision_column: of this pass, where it holds the decision position.
         prompts: number of factors, where each prompt has one; a batch has ``rows_of_prompt`` rows for each.
         edits: number of edited layers, of which ``left`` did not run in this pass yet.
+        ran: whether any pass did.
     """
 
     fixed: int | None
@@ -237,6 +248,7 @@ class _PositionTracker:
     rows_of_prompt: int = 1
     edits: int = 0
     left: int = 0
+    ran: bool = False
 
     @property
     def finds_start(self) -> bool:
@@ -245,7 +257,7 @@ class _PositionTracker:
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the base model: finds the columns of this pass."""
-        self.left = self.edits
+        self.left, self.ran = self.edits, True
         self.rows, cached = rows_of(args, kwargs), cached_columns(kwargs)
         past = cached or 0
         text_NT = args[0] if args else kwargs.get("input_ids")

@@ -1,0 +1,135 @@
+"""The contract of interventions, for every method there is, and for those that a test plants."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from arena_lists import LONGEST, ids_of, labels_by, plainly
+from helpers import hook_count
+from mnemoscope.behaviour import score, without_prefix
+from mnemoscope.bench.answers import NOTHING, scores, texts_of
+from mnemoscope.bench.lists import DrawnBench, Prompts
+from mnemoscope.errors import InputError
+from mnemoscope.interventions import OPPOSITE, Intervention, SteeringVector, Toward, load_intervention
+from mnemoscope.interventions.methods import method_names
+from mnemoscope.models import backbone_of
+
+Fitted = dict[tuple[str, Toward], Intervention]
+EVERY = method_names()
+
+
+def few(bench: DrawnBench, name: str = "conflict", n: int = 8) -> Prompts:
+    return bench.test[name].of(range(min(n, len(bench.test[name]))))
+
+
+@pytest.mark.parametrize("toward", OPPOSITE)
+@pytest.mark.parametrize("method", EVERY)
+def test_labels_are_those_of_greedy_decoding(bench: DrawnBench, fitted: Fitted, method: str, toward: Toward) -> None:
+    one, asking = fitted[method, toward], bench.asking
+    for name in ("conflict", "bare"):
+        prompts = few(bench, name)
+        found = scores(one, prompts)
+        texts = texts_of(one, prompts, LONGEST)
+        ids = [ids_of(asking, text) for text in texts.texts]
+        ends = [next((i for i, token in enumerate(row) if token in asking.boundary_ids()), None) for row in ids]
+        # A text is shown without its end token, which closes an answer as well.
+        answers = [
+            row[: end + 1] if end is not None else [*row, asking.boundary_ids()[0]]
+            for row, end in zip(ids, ends, strict=True)
+        ]
+        assert found.behaviour_N.tolist() == labels_by(asking, prompts, lambda n, a=answers: a[n])
+    assert hook_count(asking.model) == 0
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_strength_zero_is_the_model_itself_bit_by_bit(bench: DrawnBench, fitted: Fitted, method: str) -> None:
+    model, prompts = bench.asking.model, few(bench)
+    ids = ids_of(bench.asking, prompts.examples[0].prompt)
+    plain, nothing = plainly(model, ids), fitted[method, "generalized"].scaled(0.0)
+    with nothing.apply(model):
+        assert torch.equal(plainly(model, ids), plain)
+    assert scores(nothing, prompts).behaviour_N.tolist() == scores(NOTHING, prompts).behaviour_N.tolist()
+    assert texts_of(nothing, prompts, LONGEST).texts == texts_of(NOTHING, prompts, LONGEST).texts
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_a_batch_is_its_prompts_one_by_one_cached_or_not(bench: DrawnBench, fitted: Fitted, method: str) -> None:
+    one, prompts = fitted[method, "memorized"], few(bench)
+    together = scores(one, prompts).behaviour_N.tolist()
+    alone = [scores(one, prompts.of([n])).behaviour_N[0] for n in range(len(prompts))]
+    assert together == alone
+    if not one.contrast and not one.in_one_go and not one.everywhere:
+        uncached = [without_prefix(batch) for batch in prompts.batches]
+        found = score(bench.asking, uncached, margins=False, applied=lambda: one.apply(bench.asking.model))
+        assert found.behaviour_N.tolist() == together
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_what_is_saved_comes_back_as_it_was(bench: DrawnBench, fitted: Fitted, method: str, tmp_path: Path) -> None:
+    asking, prompts = bench.asking, few(bench)
+    one = fitted[method, "memorized"].bound_to(asking.model, asking.tokenizer)
+    path = tmp_path / "one.safetensors"
+    one.save(path)
+    back = load_intervention(path, asking.model, asking.tokenizer)
+    assert type(back) is type(one)
+    assert back.facts() == one.facts()
+    assert all(torch.equal(part, back.tensors()[name]) for name, part in one.tensors().items())
+    assert scores(back, prompts).behaviour_N.tolist() == scores(one, prompts).behaviour_N.tolist()
+    text = path.with_suffix(".json").read_text()
+    path.with_suffix(".json").write_text(text.replace(f'"{one.method}"', '"another"', 1))
+    with pytest.raises(InputError, match="digest"):
+        load_intervention(path)
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_the_passes_that_it_claims_are_those_that_are_counted(
+    bench: DrawnBench, fitted: Fitted, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the model, for each token that is generated."""
+    one, prompts = fitted[method, "generalized"], few(bench, n=3)
+    passes = list[int]()
+    handle = backbone_of(bench.asking.model).register_forward_hook(lambda *_: passes.append(1))
+    counted = {}
+    for tokens in (1, 3):
+        passes.clear()
+        longest = max(len(ids_of(bench.asking, text)) for text in texts_of(one, prompts, tokens).texts)
+        counted[tokens] = len(passes) - 1  # the last reads what was written, without the intervention
+    handle.remove()
+    more = counted[3] - counted[1]
+    assert counted[1] == one.passes
+    assert more % one.passes == 0
+    assert 0 <= more <= 2 * one.passes
+    assert longest <= 3
+
+
+@pytest.mark.parametrize("method", [name for name in EVERY if name not in ("prompt", "cad", "adacad", "coiecd")])
+def test_a_context_in_which_no_pass_ran_says_so(bench: DrawnBench, fitted: Fitted, method: str) -> None:
+    model = bench.asking.model
+    with pytest.raises(InputError, match="no pass of it ran"), fitted[method, "generalized"].apply(model):
+        pass
+    assert hook_count(model) == 0
+
+
+def test_a_copy_that_was_compiled_before_is_not_answered_unsteered(bench: DrawnBench, fitted: Fitted) -> None:
+    model, ids = bench.asking.model, torch.tensor([ids_of(bench.asking, bench.test["conflict"].examples[0].prompt)])
+    compiled: Any = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        compiled(input_ids=ids)
+        with pytest.raises(InputError, match="no pass of it ran"), fitted["gradient", "generalized"].apply(model):
+            compiled(input_ids=ids)
+
+
+@pytest.mark.parametrize("method", [name for name in EVERY])
+def test_it_is_refused_where_a_model_cannot_take_it(fitted: Fitted, bench: DrawnBench, method: str) -> None:
+    one = fitted[method, "generalized"]
+    if isinstance(one, SteeringVector):
+        far = replace(one, edits={99: next(iter(one.edits.values()))})
+        with pytest.raises(InputError, match="layers: 99 is not in"):
+            far.check_shape(bench.asking.model)
+    else:
+        one.check_shape(bench.asking.model)
