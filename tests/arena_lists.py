@@ -16,6 +16,7 @@ SIZES: dict[str, Any] = {
     **{"fit_kept": 8, "pairs": 40, "steps": 4, "batch": 8, "controls": 2, "written": 8, "tokens": 5},
     **{"cuts": 4, "following": 4, "batch_size": 16},
 }
+PLANTED = ("planted.last_pair", "planted.clamp", "planted.sharper")  # methods of a user's own
 LONGEST = 5  # tokens of a greedy answer that are compared
 
 

@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 
 import mnemoscope  # noqa: F401  before torch, which helpers import
-from arena_lists import SIZES
+from arena_lists import PLANTED, SIZES
 from helpers import MINI_STUDY, MINI_TASKS, MINI_TRAINING, one_at_a_time
 from little_facts import LittleFacts, little_model
 from mnemoscope.behaviour import Asking, draw_candidates, mine_pairs
 from mnemoscope.bench.lists import DrawnBench
 from mnemoscope.config import ModelConfig, load_study, parse_arena
 from mnemoscope.interventions import OPPOSITE, Intervention, Toward
-from mnemoscope.interventions.methods import candidates, method_names
+from mnemoscope.interventions.methods import candidates, method_names, name_of
 from mnemoscope.models import build_gpt2, load_model, word_tokenizer
 from mnemoscope.study import run_study
-from mnemoscope.tasks import build_task
+from mnemoscope.tasks import allow_code, build_task
 from mnemoscope.training import train
 
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")  # a name that is no file is not looked for on a hub, minutes long
@@ -86,7 +86,9 @@ def bench(little: Asking) -> DrawnBench:
 @pytest.fixture(scope="session")
 def fitted(bench: DrawnBench) -> dict[tuple[str, Toward], Intervention]:
     """A setting of every method in both directions, the one in the middle of its candidates."""
-    found = {(name, side): candidates(name, bench, side) for name in method_names() for side in OPPOSITE}
+    allow_code(*PLANTED)
+    every = (*method_names(), *PLANTED)
+    found = {(name_of(name), side): candidates(name, bench, side) for name in every for side in OPPOSITE}
     return {key: several[len(several) // 2] for key, several in found.items()}
 
 

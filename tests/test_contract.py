@@ -9,18 +9,19 @@ from typing import Any
 import pytest
 import torch
 
-from arena_lists import LONGEST, ids_of, labels_by, plainly
+from arena_lists import LONGEST, PLANTED, SIZES, ids_of, labels_by, plainly
 from helpers import hook_count
-from mnemoscope.behaviour import score, without_prefix
+from little_facts import LittleFacts
+from mnemoscope.behaviour import Asking, score, without_prefix
 from mnemoscope.bench.answers import NOTHING, scores, texts_of
 from mnemoscope.bench.lists import DrawnBench, Prompts
 from mnemoscope.errors import InputError
-from mnemoscope.interventions import OPPOSITE, Intervention, SteeringVector, Toward, load_intervention
-from mnemoscope.interventions.methods import method_names
+from mnemoscope.interventions import OPPOSITE, Gate, Intervention, SteeringVector, Toward, load_intervention
+from mnemoscope.interventions.methods import method_names, name_of
 from mnemoscope.models import backbone_of
 
 Fitted = dict[tuple[str, Toward], Intervention]
-EVERY = method_names()
+EVERY = [*method_names(), *map(name_of, PLANTED)]
 
 
 def few(bench: DrawnBench, name: str = "conflict", n: int = 8) -> Prompts:
@@ -107,7 +108,9 @@ def test_the_passes_that_it_claims_are_those_that_are_counted(
     assert longest <= 3
 
 
-@pytest.mark.parametrize("method", [name for name in EVERY if name not in ("prompt", "cad", "adacad", "coiecd")])
+@pytest.mark.parametrize(
+    "method", [name for name in EVERY if name not in ("prompt", "cad", "adacad", "coiecd", "sharper")]
+)
 def test_a_context_in_which_no_pass_ran_says_so(bench: DrawnBench, fitted: Fitted, method: str) -> None:
     model = bench.asking.model
     with pytest.raises(InputError, match="no pass of it ran"), fitted[method, "generalized"].apply(model):
@@ -124,7 +127,7 @@ def test_a_copy_that_was_compiled_before_is_not_answered_unsteered(bench: DrawnB
             compiled(input_ids=ids)
 
 
-@pytest.mark.parametrize("method", [name for name in EVERY])
+@pytest.mark.parametrize("method", EVERY)
 def test_it_is_refused_where_a_model_cannot_take_it(fitted: Fitted, bench: DrawnBench, method: str) -> None:
     one = fitted[method, "generalized"]
     if isinstance(one, SteeringVector):
@@ -133,3 +136,43 @@ def test_it_is_refused_where_a_model_cannot_take_it(fitted: Fitted, bench: Drawn
             far.check_shape(bench.asking.model)
     else:
         one.check_shape(bench.asking.model)
+
+
+def test_planted_methods_run_through_an_arena_a_study_and_the_command_line(
+    little: Asking, shared_folder: Path, mini_study_file: Path, tmp_path: Path
+) -> None:
+    """One new file each, nothing else changed: fit, choice, judge, report, save, load, gate."""
+    sizes = SIZES | {"varied": 0, "written": 4, "cuts": 2, "controls": 1}
+    page = ms.arena(little.model, little.tokenizer, LittleFacts(), tmp_path / "arena", methods=PLANTED, sizes=sizes)
+    assert all(name_of(path) in page.read_text() for path in PLANTED)
+    results = json.loads((tmp_path / "arena" / "arena" / "results.json").read_text())
+    assert set(results["methods"]) == set(map(name_of, PLANTED))
+    raw = yaml.safe_load(mini_study_file.read_text())
+    raw["cells"]["addition"]["steering"]["methods"] = ["planted.last_pair", "planted.clamp"]
+    study, run = tmp_path / "study.yaml", tmp_path / "run"
+    study.write_text(yaml.safe_dump(raw))
+    command = [sys.executable, "-m", "mnemoscope", "run", str(study), "--out", str(run)]
+    here = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    refused = subprocess.run(command, capture_output=True, text=True, check=False, env=here)
+    assert refused.returncode == 2
+    assert "importing it would run its code" in refused.stderr
+    command += ["--allow-code", "planted.last_pair", "--allow-code", "planted.clamp"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=here)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((run / "results.json").read_text())["tasks"]["addition"]["steering_by_method"]
+    assert set(found) == {"last-pair", "clamp"}
+    cell = run / "cells" / "addition-0"
+    model, tokenizer = ms.load_model(cell / "model")
+    one = ms.SteeringVector.load(cell / "vectors" / "to_generalized-clamp.safetensors", model, tokenizer)
+    prompts = Asking(model, tokenizer).padded(["12+34=", "56+21="])
+    never = Gate("block", 0, lambda states_ND: torch.zeros(len(states_ND), dtype=torch.bool))
+    always = Gate("block", 0, lambda states_ND: torch.ones(len(states_ND), dtype=torch.bool))
+    with torch.no_grad():
+        plain = model(**prompts).logits
+        with one.apply(model):
+            steered = model(**prompts).logits
+        with one.apply(model, gate=never):
+            assert torch.equal(model(**prompts).logits, plain)
+        with one.apply(model, gate=always):
+            assert torch.equal(model(**prompts).logits, steered)
+    assert not torch.equal(steered, plain)

@@ -24,13 +24,13 @@ from mnemoscope.errors import InputError
 from mnemoscope.files import made, plain, undone_if_refused, write_atomically
 from mnemoscope.interventions import OPPOSITE, Binding, Intervention, SteeringVector
 from mnemoscope.interventions.controls import has_equal_norm
-from mnemoscope.interventions.methods import candidates, method_names
+from mnemoscope.interventions.methods import candidates, method_module, method_names, name_of
 from mnemoscope.interventions.shifts import norm_of
 from mnemoscope.models import load_model
 from mnemoscope.report import build_arena
 from mnemoscope.schemas import FrameFacts, KnownFacts
 from mnemoscope.strict import checked, read_json
-from mnemoscope.tasks import Task, named_task
+from mnemoscope.tasks import Task, allow_code, named_task
 from mnemoscope.telling import Progress, shown
 
 if TYPE_CHECKING:
@@ -71,9 +71,10 @@ def arena(
     for choice in choices:
         if choice not in CHOICES:
             raise InputError(f"{choice}: arena has no such argument; it has {', '.join(CHOICES)}")
+    allow_code(*(method for method in methods or () if "." in method))  # it is the user who names them
     for method in methods or ():
-        if method not in method_names():
-            raise InputError(f"methods: {method!r} is not one of {', '.join(method_names())}")
+        method_module(method)
+    methods = [name_of(method) for method in methods] if methods else None
     config = parse_arena(dict(choices.get("sizes") or {}))
     made = task if isinstance(task, Task) else _task(task, dict(options or {}), config.seed)
     is_open = not isinstance(model, str | Path)
@@ -141,7 +142,7 @@ class _Run:
         bench = DrawnBench.of(self.asking, self.task, self.config, self._known())
         frame = Frame.of(bench)
         counts: dict[str, Any] = {"asked": bench.known.asked, "known": len(bench.known.items)}
-        counts |= {"order": method_names(), "no_gate": frame.why}
+        counts |= {"order": list(dict.fromkeys([*method_names(), *chosen])), "no_gate": frame.why}
         counts["by_answers"] = told_by_answers(bench)
         counts |= {"lists": {name: len(prompts) for name, prompts in frame.lists.items()}}
         self._write_set(frame.table())

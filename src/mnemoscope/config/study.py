@@ -12,7 +12,7 @@ from mnemoscope.schemas import Site as SiteName
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"  # of studies, cells and runs: the name of one folder, never a path
 Name = Annotated[str, Field(pattern=NAME)]
-MethodName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,49}$")]  # a part of a file's name
+MethodName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]  # a name, or the path of a module
 ControlName = Literal[
     "random_neurons",
     "low_correlation",

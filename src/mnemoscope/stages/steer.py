@@ -20,7 +20,7 @@ from mnemoscope.cells import Cell, Tell
 from mnemoscope.errors import StudyError
 from mnemoscope.interventions import Intervention, SteeringVector, Toward
 from mnemoscope.interventions.controls import DRAWN, control_draws, has_equal_norm, shared_neurons
-from mnemoscope.interventions.methods import candidates, is_one_direction
+from mnemoscope.interventions.methods import candidates, is_one_direction, name_of
 from mnemoscope.interventions.methods.nmd import alpha
 from mnemoscope.interventions.sources import SOURCE, TOWARD
 from mnemoscope.models import Site
@@ -137,7 +137,7 @@ def _tried(opened: SteeredCell, tell: Tell) -> tuple[Settings, list[Row]]:
     alone = [(m, [toward], places) for m in config.methods if m not in both for toward in TOWARD.values()]
     for some in opened.map(_candidates, alone):
         found |= some
-    order = list(config.methods)
+    order = [name_of(method) for method in config.methods]
     if lacking := [key for key, some in found.items() if not some]:
         raise StudyError(f"{opened.cell.name}: {lacking[0][0]} has no setting to {lacking[0][1]} here")
     return dict(sorted(found.items(), key=lambda entry: order.index(entry[0][0]))), rows
@@ -153,7 +153,7 @@ def _left(some: list[Intervention], worth: Sequence[float]) -> list[Intervention
 def _candidates(opened: SteeredCell, method: str, towards: Sequence[Toward], places: Mapping[Toward, Any]) -> Settings:
     """The settings of a method, fitted."""
     opened.bench.places.update(places)
-    return {(method, toward): list(candidates(method, opened.bench, toward)) for toward in towards}
+    return {(name_of(method), toward): list(candidates(method, opened.bench, toward)) for toward in towards}
 
 
 def _screened(opened: SteeredCell, one: Intervention) -> tuple[float, Row]:
@@ -224,7 +224,7 @@ def _ranked(opened: SteeredCell, toward: Toward, some: Sequence[Rated], with_con
 
 
 def _compared(rated: Sequence[Rated]) -> list[Chosen]:
-    """For each norm each method's setting that steers most tune targets, whatever controls do; of NMD that of all norms.
+    """For each norm each method's setting that steers most tune targets, whatever controls do; of NMD that of all.
 
     The latter is how the paper chooses. Norms are those of a site, so methods are compared at one: the outputs of
     blocks where these were tried.

@@ -167,7 +167,7 @@ _allowed: set[str] = set()  # import paths whose code this process may run
 
 
 def allow_code(*paths: str) -> None:
-    """Allow this process to import tasks of a user's own by these paths, ``package.module:Class`` each.
+    """Allow this process to import tasks and methods of a user's own: ``package.module:Class``, ``package.module``.
 
     Importing runs their code, so a path has to come from the user, in Python or at the command line; nothing that is
     read from a file allows one.

@@ -13,6 +13,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from mnemoscope.errors import InputError
+from mnemoscope.tasks import allowed_code
 
 if TYPE_CHECKING:
     from mnemoscope.bench.lists import Bench
@@ -52,7 +53,10 @@ def is_one_direction(method: str) -> bool:
 
 def nulls(method: str) -> tuple[str, ...]:
     """Names of a method's controls that are fitted as it is, on other labels or answers; none for what is not ours."""
-    module = method_module(method) if method in _modules() else None
+    try:
+        module = method_module(method)
+    except InputError:  # a vector of somebody's own
+        return ()
     return getattr(module, "NULLS", ("shuffled_labels",) if hasattr(module, "again") else ())
 
 
@@ -69,11 +73,34 @@ def candidates(method: str, bench: Bench, toward: Toward) -> Sequence[Interventi
         InputError: this model or task cannot take it; the reason is named.
     """
     found: Sequence[Intervention] = method_module(method).candidates(bench, toward)
+    for one in found:
+        if (one.method, one.toward) != (name_of(method), toward):
+            wrong = f"{one.method!r} to {one.toward}; {name_of(method)!r} to {toward} is wanted"
+            raise InputError(f"methods: {method} breaks the contract: a candidate is {wrong}")
     return found
 
 
+def name_of(method: str) -> str:
+    """The name of a method: its own, or the last part of the path of a user's own module."""
+    return method.rpartition(".")[2].replace("_", "-")
+
+
 def method_module(method: str) -> Any:
-    """The module of a method; InputError where there is none of this name."""
-    if method not in _modules():
-        raise InputError(f"methods: {method!r} is not one of {', '.join(_modules())}")
-    return import_module(_modules()[method])
+    """The module of a method, built in or a user's own that ``allow_code`` has allowed.
+
+    Raises InputError where there is none of this name, it is not allowed, or it is no method.
+    """
+    name = name_of(method)
+    path = _modules().get(name) or {name_of(one): one for one in allowed_code() if ":" not in one}.get(name)
+    if path is None:
+        known = f"methods: {method!r} is not one of {', '.join(_modules())}"
+        how = f"if you trust it, --allow-code {method} at the command line, mnemoscope.allow_code in Python"
+        raise InputError(f"{known}, and importing it would run its code; {how}" if "." in method else known)
+    try:
+        module = import_module(path)
+    except ImportError as error:
+        raise InputError(f"methods: {path!r} cannot be imported ({error})") from error
+    for needed in ("ABOUT", "candidates"):
+        if not hasattr(module, needed):
+            raise InputError(f"methods: module {path!r} lacks {needed}")
+    return module
