@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
+import mnemoscope as ms
 from arena_lists import LONGEST, PLANTED, SIZES, ids_of, labels_by, plainly
 from helpers import hook_count
 from little_facts import LittleFacts
@@ -21,6 +27,7 @@ from mnemoscope.interventions.methods import method_names, name_of
 from mnemoscope.models import backbone_of
 
 Fitted = dict[tuple[str, Toward], Intervention]
+ASKING = ("prompt", "cad", "adacad", "coiecd", "sharper")  # these change no pass
 EVERY = [*method_names(), *map(name_of, PLANTED)]
 
 
