@@ -28,6 +28,7 @@ from mnemoscope.digests import AGAIN, EarlierError, check_stage, locked, read_ma
 from mnemoscope.errors import InputError, StudyError
 from mnemoscope.executors import in_processes, possible_workers, run_cells
 from mnemoscope.files import known_hash, made, sweep, undone_if_refused, write_atomically
+from mnemoscope.interventions.methods import check_method
 from mnemoscope.processes import settle
 from mnemoscope.strict import read_text
 from mnemoscope.tasks import allowed_code, check_allowed
@@ -74,6 +75,8 @@ def run_study(
     for cell in cells:  # what is wrong is reported now, not after hours of work
         if opened is None or opened.task is None:
             check_allowed(cell.config.task)
+        for method in cell.config.steering.methods:
+            check_method(method)
         shape = cell.config.model
         folder = config.cells[shape.cell].model.folder if shape.cell else shape.folder
         if folder and not (cell.folder / "stages" / "steering.json").exists():

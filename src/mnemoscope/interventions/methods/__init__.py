@@ -85,17 +85,23 @@ def name_of(method: str) -> str:
     return method.rpartition(".")[2].replace("_", "-")
 
 
-def method_module(method: str) -> Any:
-    """The module of a method, built in or a user's own that ``allow_code`` has allowed.
-
-    Raises InputError where there is none of this name, it is not allowed, or it is no method.
-    """
+def check_method(method: str) -> str:
+    """The path of a method's module; InputError where there is none of this name, or it is not allowed."""
     name = name_of(method)
     path = _modules().get(name) or {name_of(one): one for one in allowed_code() if ":" not in one}.get(name)
     if path is None:
         known = f"methods: {method!r} is not one of {', '.join(_modules())}"
         how = f"if you trust it, --allow-code {method} at the command line, mnemoscope.allow_code in Python"
         raise InputError(f"{known}, and importing it would run its code; {how}" if "." in method else known)
+    return path
+
+
+def method_module(method: str) -> Any:
+    """The module of a method, built in or a user's own that ``allow_code`` has allowed.
+
+    Raises InputError where there is none of this name, it is not allowed, or it is no method.
+    """
+    path = check_method(method)
     try:
         module = import_module(path)
     except ImportError as error:
