@@ -28,7 +28,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Append a mkdocstrings block for each public name to the page ``api.md``."""
     if page.file.src_uri != "api.md":
         return markdown
-    public = mnemoscope._PUBLIC | mnemoscope._MODULES
+    public = mnemoscope._PUBLIC
     blocks = [f"::: mnemoscope.{module}.{name}" for name, module in sorted(public.items(), key=_order)]
     return "\n\n".join([markdown, *blocks])
 

@@ -16,6 +16,7 @@ import yaml
 
 import mnemoscope as ms
 from arena_lists import LONGEST, PLANTED, SIZES, ids_of, labels_by, plainly
+from families import tiny
 from helpers import hook_count
 from little_facts import LittleFacts
 from mnemoscope.behaviour import Asking, score, without_prefix
@@ -125,12 +126,13 @@ def test_a_context_in_which_no_pass_ran_says_so(bench: DrawnBench, fitted: Fitte
     assert hook_count(model) == 0
 
 
-def test_a_copy_that_was_compiled_before_is_not_answered_unsteered(bench: DrawnBench, fitted: Fitted) -> None:
-    model, ids = bench.asking.model, torch.tensor([ids_of(bench.asking, bench.test["conflict"].examples[0].prompt)])
+def test_a_copy_that_was_compiled_before_is_not_answered_unsteered() -> None:
+    model, ids = tiny("gpt2"), torch.tensor([[3, 4, 5]])
+    vector = SteeringVector("generalized", {0: torch.ones(32)})
     compiled: Any = torch.compile(model, backend="eager")
     with torch.no_grad():
         compiled(input_ids=ids)
-        with pytest.raises(InputError, match="no pass of it ran"), fitted["gradient", "generalized"].apply(model):
+        with pytest.raises(InputError, match="no pass of it ran"), vector.apply(model):
             compiled(input_ids=ids)
 
 

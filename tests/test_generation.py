@@ -63,6 +63,7 @@ def test_nothing_is_compiled_while_a_vector_hangs_in_the_model() -> None:
     model = tiny("llama")
     with random_vector(model).apply(model):
         assert model.generation_config.disable_compile
+        model(torch.tensor([[3, 4]]))  # or the context would say that nothing was steered
     assert not model.generation_config.disable_compile
 
 

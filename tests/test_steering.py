@@ -94,6 +94,7 @@ def test_contexts_may_end_in_any_order(last: str) -> None:
     contexts = {"first": vector.apply(model), "second": vector.apply(model)}
     for context in contexts.values():
         context.__enter__()
+    model(ids)
     for name in sorted(contexts, key=lambda name: name == last):
         contexts[name].__exit__(None, None, None)
         if name != last:

@@ -335,7 +335,9 @@ cells:
     assert apart
     assert all(int(item.split("+")[0]) % 2 == 0 for item in apart)
     found = json.loads((tmp_path / "run" / "results.json").read_text())["tasks"]["held"]["steering"]
-    rows = pd.read_parquet(records / "steering.parquet").query("examples == 'pairs_even' and role == 'vector'")
+    rows = pd.read_parquet(records / "steering.parquet").query(
+        "aim == 'pairs' and examples == 'pairs_even' and role == 'vector'"
+    )
     turned = rows[rows.direction == "to_generalized"]
     shift = found["to_generalized"]["held_out"]["even"]["shift"]
     assert shift["n"] == len(turned) > 0
