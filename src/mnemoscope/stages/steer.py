@@ -14,7 +14,7 @@ import pandas as pd
 
 from mnemoscope.behaviour import Scores, encode, mark_confabulations
 from mnemoscope.bench.answers import scores
-from mnemoscope.bench.choose import Rated, Rule, Tuned, choose, in_order
+from mnemoscope.bench.choose import Rated, Rule, Tuned, choose, confirmed, in_order
 from mnemoscope.bench.lists import Prompts
 from mnemoscope.cells import Cell, Tell
 from mnemoscope.errors import StudyError
@@ -199,7 +199,7 @@ def _chosen(opened: SteeredCell, rated: Mapping[Key, list[Rated]]) -> list[Chose
             best = found[0]
             finals[toward] = [best, *(one for method, one in by_method.items() if method != best.one.method)]
         else:
-            finals[toward] = in_order(firsts)
+            (finals[toward],) = opened.map(_confirmed, [(toward, in_order(firsts))])
     return [
         Chosen(config.aim, tuned.one, tuned.within, tuned is finals[toward][0])
         for toward in TOWARD.values()
@@ -209,8 +209,19 @@ def _chosen(opened: SteeredCell, rated: Mapping[Key, list[Rated]]) -> list[Chose
 
 def _ranked(opened: SteeredCell, toward: Toward, some: Sequence[Rated], with_controls: bool) -> list[Tuned]:
     """Settings in order, by the rule of the study."""
-    config, bench = opened.cell.config.steering, opened.bench
-    rule = Rule(
+    bench = opened.bench
+    return choose(bench, bench.choosing(toward), some, _rule(opened, with_controls), [opened.cell.seed, 1])
+
+
+def _confirmed(opened: SteeredCell, toward: Toward, found: Sequence[Tuned]) -> list[Tuned]:
+    """The best settings of all methods in order, with controls that were drawn again."""
+    bench = opened.bench
+    return confirmed(bench, bench.choosing(toward), found, _rule(opened, True), [opened.cell.seed, 1])
+
+
+def _rule(opened: SteeredCell, with_controls: bool) -> Rule:
+    config = opened.cell.config.steering
+    return Rule(
         lost=config.collateral_limit,
         neither=config.neither_limit,
         control=config.control_limit,
@@ -220,7 +231,6 @@ def _ranked(opened: SteeredCell, toward: Toward, some: Sequence[Rated], with_con
         names=config.controls,
         roughly=True,
     )
-    return choose(bench, bench.choosing(toward), some, rule, [opened.cell.seed, 1])
 
 
 def _compared(rated: Sequence[Rated]) -> list[Chosen]:
