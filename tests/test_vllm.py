@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -89,13 +90,14 @@ def talks(material: Material) -> list[tuple[Wanted, list[Wanted]]]:
     return found
 
 
-@pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in SERVERS])
+@pytest.fixture(scope="class")
 def server(
     request: pytest.FixtureRequest, material: Material, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, httpx.Client]]:
     log = tmp_path_factory.mktemp("log") / "server.log"
-    with serving(material, log, *SERVERS[request.param]) as client:
-        yield request.param, client
+    name = request.cls.NAME
+    with serving(material, log, *SERVERS[name]) as client:
+        yield name, client
 
 
 def checked(client: httpx.Client, wanted: list[Wanted], what: str) -> None:
@@ -105,38 +107,6 @@ def checked(client: httpx.Client, wanted: list[Wanted], what: str) -> None:
     assert found.log_p < 1e-4
     assert found.p_memorized < 1e-4
     assert found.counts["tie"] <= len(wanted) / 20
-
-
-def test_each_answer_is_that_of_transformers(server: tuple[str, httpx.Client], requests: list[Wanted]) -> None:
-    name, client = server
-    plain = {tuple(one.prompt): one.tokens for one in requests if not one.settings.get("steer")}
-    moved = [
-        one.tokens != plain[tuple(one.prompt)]
-        for one in requests
-        if one.report and one.report["acted"] and tuple(one.prompt) in plain
-    ]
-    assert sum(moved) > 0.7 * len(moved) > 3  # so that an unsteered answer is seen
-    checked(client, [requests[n * 7 % len(requests)] for n in range(REQUESTS)], f"{REQUESTS} requests, {name}")
-    if "preempted" in name:
-        assert counter(client, "num_preemptions") > 0
-    if name == "as it comes":
-        assert counter(client, "prefix_cache_hits") > 0
-
-
-def test_what_follows_a_conversation_is_as_on_a_fresh_server(
-    server: tuple[str, httpx.Client], talks: list[tuple[Wanted, list[Wanted]]]
-) -> None:
-    name, client = server
-    first, after = [talk for talk, _ in talks], [follow for _, follow in talks]
-    rounds = {
-        "conversations": first,
-        **{f"follow-ups, {way}": [one[k] for one in after] for k, way in enumerate(("unsteered", "other", "same"))},
-        "conversations again": first,
-        "follow-ups, unsteered again": [one[0] for one in after],
-        "follow-ups, mixed": [one[n % 3] for n, one in enumerate(after)],
-    }
-    for what, wanted in rounds.items():
-        checked(client, wanted, f"{what}, {name}")
 
 
 @pytest.mark.parametrize("at_start", ["", "wrong layer"])  # where a vector acts is read when a server starts
@@ -241,40 +211,84 @@ def body_of(route: str, more: dict[str, Any]) -> dict[str, Any]:
     return {"model": "served", most: 4, "temperature": 0, **asked, **more}
 
 
-def test_what_is_asked_wrongly_is_refused_and_its_field_named(server: tuple[str, httpx.Client]) -> None:
-    _, client = server
-    for route, more, field in WRONG:
-        answer = client.post(f"/v1/{route}", json=body_of(route, more))
-        assert answer.status_code == 400, (route, more, answer.text)
-        error = answer.json()["error"]
-        assert field in error["message"], (route, more, error)
-        assert "\n" not in error["message"] or "validation" in error["message"]
+Served = tuple[str, httpx.Client]  # the server's name, and who asks it
 
 
-def test_each_choice_has_its_report(server: tuple[str, httpx.Client]) -> None:
-    _, client = server
-    asked = {"vllm_xargs": {**STEER, "read": 1}, "temperature": 1}  # vLLM takes several greedy answers for a mistake
-    found = {}
-    for route, more in (
-        ("chat/completions", {"n": 2}),
-        ("chat/completions/batch", {}),
-        ("completions", {"prompt": ["question land3 ?", "land5 has town1 . question land5 ?"], "n": 2}),
-    ):
-        answer = client.post(f"/v1/{route}", json=body_of(route, {**asked, **more}))
-        assert answer.status_code == 200, answer.text
-        found[route] = [choice["mnemoscope"]["p_memorized"] for choice in answer.json()["choices"]]
-    assert {route: len(reports) for route, reports in found.items()} == {
-        "chat/completions": 2,
-        "chat/completions/batch": 2,
-        "completions": 4,
-    }
-    one, other, *rest = found["completions"]
-    assert one == pytest.approx(other, abs=1e-5)
-    assert rest[0] == pytest.approx(rest[1], abs=1e-5)
-    assert abs(one - rest[0]) > 1e-4
+class OnServer:
+    """What is asked of each server; a class of its own each, so that one worker starts it once."""
+
+    NAME = ""
+
+    def test_each_answer_is_that_of_transformers(self, server: Served, requests: list[Wanted]) -> None:
+        name, client = server
+        plain = {tuple(one.prompt): one.tokens for one in requests if not one.settings.get("steer")}
+        moved = [
+            one.tokens != plain[tuple(one.prompt)]
+            for one in requests
+            if one.report and one.report["acted"] and tuple(one.prompt) in plain
+        ]
+        assert sum(moved) > 0.7 * len(moved) > 3  # so that an unsteered answer is seen
+        checked(client, [requests[n * 7 % len(requests)] for n in range(REQUESTS)], f"{REQUESTS} requests, {name}")
+        if "preempted" in name:
+            assert counter(client, "num_preemptions") > 0
+        if name == "as it comes":
+            assert counter(client, "prefix_cache_hits") > 0
+
+    def test_what_follows_a_conversation_is_as_on_a_fresh_server(
+        self, server: Served, talks: list[tuple[Wanted, list[Wanted]]]
+    ) -> None:
+        name, client = server
+        first, after = [talk for talk, _ in talks], [follow for _, follow in talks]
+        rounds = {
+            "conversations": first,
+            **{f"follow-ups, {way}": [one[k] for one in after] for k, way in enumerate(("unsteered", "other", "same"))},
+            "conversations again": first,
+            "follow-ups, unsteered again": [one[0] for one in after],
+            "follow-ups, mixed": [one[n % 3] for n, one in enumerate(after)],
+        }
+        for what, wanted in rounds.items():
+            checked(client, wanted, f"{what}, {name}")
+
+    def test_what_is_asked_wrongly_is_refused_and_its_field_named(self, server: Served) -> None:
+        _, client = server
+        for route, more, field in WRONG:
+            answer = client.post(f"/v1/{route}", json=body_of(route, more))
+            assert answer.status_code == 400, (route, more, answer.text)
+            error = answer.json()["error"]
+            assert field in error["message"], (route, more, error)
+            assert "\n" not in error["message"] or "validation" in error["message"]
+
+    def test_each_choice_has_its_report(self, server: Served) -> None:
+        _, client = server
+        asked = {
+            "vllm_xargs": {**STEER, "read": 1},
+            "temperature": 1,
+        }  # vLLM takes several greedy answers for a mistake
+        found = {}
+        for route, more in (
+            ("chat/completions", {"n": 2}),
+            ("chat/completions/batch", {}),
+            ("completions", {"prompt": ["question land3 ?", "land5 has town1 . question land5 ?"], "n": 2}),
+        ):
+            answer = client.post(f"/v1/{route}", json=body_of(route, {**asked, **more}))
+            assert answer.status_code == 200, answer.text
+            found[route] = [choice["mnemoscope"]["p_memorized"] for choice in answer.json()["choices"]]
+        assert {route: len(reports) for route, reports in found.items()} == {
+            "chat/completions": 2,
+            "chat/completions/batch": 2,
+            "completions": 4,
+        }
+        one, other, *rest = found["completions"]
+        assert one == pytest.approx(other, abs=1e-5)
+        assert rest[0] == pytest.approx(rest[1], abs=1e-5)
+        assert abs(one - rest[0]) > 1e-4
+
+    def test_who_asks_for_nothing_gets_no_report(self, server: Served) -> None:
+        _, client = server
+        answer = client.post("/v1/chat/completions", json=body_of("chat/completions", {})).json()
+        assert "mnemoscope" not in answer["choices"][0]
 
 
-def test_who_asks_for_nothing_gets_no_report(server: tuple[str, httpx.Client]) -> None:
-    _, client = server
-    answer = client.post("/v1/chat/completions", json=body_of("chat/completions", {})).json()
-    assert "mnemoscope" not in answer["choices"][0]
+for _name in SERVERS:
+    _class = f"Test{''.join(word.capitalize() for word in re.findall(r'[a-z]+', _name))}"
+    globals()[_class] = type(_class, (OnServer,), {"NAME": _name})
