@@ -165,7 +165,7 @@ POISONS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "a linked table": (link(f"{CELL}/records/behaviour.parquet", "secret.jsonl"), "is a link that leads out"),
     "a linked model": (link(f"{CELL}/model", "model"), "is a link that leads out"),
     "a linked page": (link("report.html", "secret.jsonl"), "is a link that leads out"),
-    "a method that is a path": (leading_method, "is wanted"),
+    "a method that is a path": (leading_method, "is not among its methods"),
     "weights elsewhere": (leading_index, "which is outside of it"),
     "an adapter of a model elsewhere": (leading_adapter, "holds an adapter"),
     "remote code": (remote_code, "cannot be opened"),

@@ -196,7 +196,7 @@ def _controls(
 ) -> list[float]:
     """The mean share that each control steers, of those that exist."""
     found = list[float]()
-    for name in names if has_equal_norm(one) else ():
+    for name in names if has_equal_norm(one) and len(targets) else ():  # of no targets nothing is known
         draws = rule.draws if name in DRAWN else rule.refits
         assert has_equal_norm(one)
         shares = [
