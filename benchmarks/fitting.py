@@ -24,9 +24,9 @@ import torch
 from tables import origin, put
 
 import mnemoscope as ms
-from mnemoscope import stages
 from mnemoscope.behaviour import Asking, prepare, score, states
 from mnemoscope.models import backbone_of
+from mnemoscope.study import stages
 from mnemoscope.tasks import Example, Task
 
 PHRASINGS = 3  # of each of two families

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from rounds import ratios, seconds_of
 
-from mnemoscope.detect import Detector, Gate
-from mnemoscope.errors import InputError
-from mnemoscope.export import bake
 from mnemoscope.interventions import SteeringVector
+from mnemoscope.interventions.detect import Detector, Gate
 from mnemoscope.models import blocks_of, load_model, width_of
+from mnemoscope.runs.errors import InputError
+from mnemoscope.serving.export import bake
 
 PLAIN = "plain"
 WORDS = "The capital of a country is where its government sits, and most people have heard of it since they were "

@@ -19,10 +19,10 @@ from pathlib import Path
 
 from tables import origin, put
 
-from mnemoscope.cells import Cell, cells_of
 from mnemoscope.config import load_study, parse_model
-from mnemoscope.processes import settle
-from mnemoscope.stages.train import pairs_stage
+from mnemoscope.runs.processes import settle
+from mnemoscope.study.cells import Cell, cells_of
+from mnemoscope.study.stages.train import pairs_stage
 
 OTHERS = 2000  # tune and test examples, the same for all
 

@@ -95,7 +95,7 @@ def answer(name: str) -> None:
     import torch
 
     from mnemoscope.models import load_model
-    from mnemoscope.processes import quiet_library
+    from mnemoscope.runs.processes import quiet_library
 
     quiet_library()
     model, _ = load_model(name)

@@ -32,13 +32,13 @@ from tables import origin, put
 from torch import Tensor
 
 from mnemoscope.behaviour import Asking, cache_prefixes, decode, prepare, score, states_at_the_end
-from mnemoscope.cells import cells_of
 from mnemoscope.config import load_study
-from mnemoscope.contrast import PairedMoments
 from mnemoscope.interventions import SteeringVector
 from mnemoscope.models import backbone_of, blocks_of, load_model
-from mnemoscope.processes import settle
-from mnemoscope.stages.common import cell_task
+from mnemoscope.runs.processes import settle
+from mnemoscope.statistics.contrast import PairedMoments
+from mnemoscope.study.cells import cells_of
+from mnemoscope.study.stages.common import cell_task
 from mnemoscope.tasks import Example, build_task, draw
 
 OURS = "Mnemoscope"

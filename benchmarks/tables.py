@@ -9,7 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-from mnemoscope.cells import git_state
+from mnemoscope.study.cells import git_state
 
 PACKAGES = ("torch", "transformers", "accelerate", "numpy", "nnsight", "pyvene", "transformer-lens")
 HEAD = """# Benchmarks against other tools

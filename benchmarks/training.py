@@ -34,15 +34,16 @@ from mnemoscope.behaviour import Asking
 from mnemoscope.config import CellConfig, TrainingConfig, load_study
 from mnemoscope.models import build_gpt2, in_precision, quick_precision, word_tokenizer
 from mnemoscope.models.passes import Precision
-from mnemoscope.processes import quiet_library, settle
+from mnemoscope.paper.loop import train
+from mnemoscope.paper.optimizers import optimizers_for, rate_factor
+from mnemoscope.runs.processes import quiet_library, settle
 from mnemoscope.tasks import Task, answer_of, build_task
-from mnemoscope.training import Evaluation, batches, optimizers_for, train, unmet
-from mnemoscope.training.instances import row_lengths, weighted_loss
-from mnemoscope.training.optimizers import rate_factor
+from mnemoscope.watch.instances import batches, row_lengths, weighted_loss
+from mnemoscope.watch.rule import Evaluation, unmet
 
 OURS, RECIPE, PLAIN = "Mnemoscope", "Trainer, our recipe", "Trainer, plain"
 CONTESTANTS = f"""\
-- **{OURS}**: `mnemoscope.training.train` with the recipe of the study.
+- **{OURS}**: `mnemoscope.paper.loop.train` with the recipe of the study.
 - **{RECIPE}**: `transformers.Trainer` with that recipe, by our own functions: optimizers (Muon and AdamW), learning
   rates, weights of tokens in the loss, precision of the passes, encoded instances. Only the loop differs: the library's
   data loader, bookkeeping and callbacks, and one padded pass where ours cuts a batch into short and long rows.

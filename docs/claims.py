@@ -13,11 +13,11 @@ from typing import NamedTuple
 import numpy as np
 
 from mnemoscope.config import load_study
-from mnemoscope.contrast import Contrast
 from mnemoscope.report.read import INPUTS
 from mnemoscope.report.schema import REFITTED, CellResults, Direction, Estimate, Results, TaskResults
 from mnemoscope.report.words import CONTROLS, RIVALS
 from mnemoscope.statistics import overlap, overlap_by_chance
+from mnemoscope.statistics.contrast import Contrast
 
 HEAD = Path(__file__).with_name("claims.head.md").read_text()
 Verdict = bool | None  # whether a claim holds; None: it cannot be told

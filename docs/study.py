@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from mnemoscope.config import StudyConfig, built_in_studies
-from mnemoscope.tasks.registry import TASKS
+from mnemoscope.tasks.registry import TASKS, task_class
 
 HEAD = """# Fields of a study
 
@@ -42,7 +42,7 @@ def page() -> Iterator[str]:
             yield f"| `{name}` | {default_of(field)} | {meaning_of(name, field)} |"
         yield ""
     yield "# Options of the tasks\n\n`options` of a cell, `--option NAME=VALUE` of `mnemoscope data` and `fit`.\n"
-    for name, maker in TASKS.items():
+    for name, maker in {name: task_class(name) for name in TASKS}.items():
         yield f"## `{name}`\n\n{task_of(maker)}\n"
 
 

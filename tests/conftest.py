@@ -23,9 +23,9 @@ from mnemoscope.config import ModelConfig, load_study, parse_arena
 from mnemoscope.interventions import OPPOSITE, Intervention, Toward
 from mnemoscope.interventions.methods import candidates, method_names, name_of
 from mnemoscope.models import build_gpt2, load_model, word_tokenizer
-from mnemoscope.study import run_study
+from mnemoscope.paper.loop import train
+from mnemoscope.study.run import run_study
 from mnemoscope.tasks import allow_code, build_task
-from mnemoscope.training import train
 
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")  # a name that is no file is not looked for on a hub, minutes long
 

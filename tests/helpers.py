@@ -18,14 +18,15 @@ import torch
 from mnemoscope.behaviour import Asking, Scores, prepare, score
 from mnemoscope.bench.lists import Bench
 from mnemoscope.config import StopConfig, TrainingConfig
-from mnemoscope.digests import read_marker, write_marker
 from mnemoscope.interventions import SteeringVector, Toward
 from mnemoscope.interventions.methods import learned, method_module
 from mnemoscope.interventions.shifts import Setting, made
 from mnemoscope.interventions.sources import ANSWERED, FitLists, Labels
 from mnemoscope.models import blocks_of
+from mnemoscope.paper.checkpoints import Checkpoint
+from mnemoscope.paper.loop import train
+from mnemoscope.runs.digests import read_marker, write_marker
 from mnemoscope.tasks import KINDS, Example, Task, build_task
-from mnemoscope.training import Checkpoint, train
 
 MINI_TASKS = {
     "inference": {"memorized_names": 24, "free_names": 24, "statements": 3, "questions": 3, "memorized_share": 0.1},

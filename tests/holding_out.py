@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 
+from mnemoscope.paper.stored import AdditionDigitsTask, Pair
 from mnemoscope.tasks import Example, Task
-from mnemoscope.tasks.stored import AdditionDigitsTask, Pair
 
 
 class HoldingOut(AdditionDigitsTask):

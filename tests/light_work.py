@@ -8,9 +8,9 @@ import signal
 import time
 from pathlib import Path
 
-from mnemoscope.cells import Cell
-from mnemoscope.errors import StudyError
-from mnemoscope.telling import Progress
+from mnemoscope.runs.errors import StudyError
+from mnemoscope.runs.telling import Progress
+from mnemoscope.study.cells import Cell
 
 
 class Counting:

@@ -84,7 +84,7 @@ class LittleFacts(Task):
         ]
 
     def knowing(self, items: set[str]) -> LittleFacts:
-        from mnemoscope.errors import InputError
+        from mnemoscope.runs.errors import InputError
 
         if not items:
             raise InputError("model: it knows none of the task's facts by heart, so nothing can be contradicted")

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from mnemoscope.contrast import Contrast
-from mnemoscope.digests import write_marker
+from mnemoscope.runs.digests import write_marker
+from mnemoscope.statistics.contrast import Contrast
 from mnemoscope.tasks import Example, build_task, draw
 
 LAYERS, WIDTH = 4, 48

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 import mnemoscope as ms
-from mnemoscope.detect import Detector
-from mnemoscope.digests import write_marker
 from mnemoscope.interventions import Binding, LowRank
+from mnemoscope.interventions.detect import Detector
+from mnemoscope.runs.digests import write_marker
 
 
 def random_run(

@@ -17,9 +17,9 @@ from typing import Any, Literal
 import torch
 
 from mnemoscope.behaviour import states_at_the_end
-from mnemoscope.errors import InputError
 from mnemoscope.interventions import Binding
 from mnemoscope.models import cache_of, context_length, load_model, pass_inputs
+from mnemoscope.runs.errors import InputError
 from mnemoscope.serving.asking import FIELDS, Admitted, Asked, admit, parse
 from mnemoscope.serving.offered import Offered
 

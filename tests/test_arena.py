@@ -20,7 +20,6 @@ from mnemoscope.behaviour import prepare, score
 from mnemoscope.bench.answers import NOTHING, Neutral, is_exact, scores
 from mnemoscope.bench.lists import DrawnBench
 from mnemoscope.bench.varied import _both
-from mnemoscope.errors import InputError
 from mnemoscope.interventions import OPPOSITE, Intervention, Quoted, SteeringVector, Toward, edited
 from mnemoscope.interventions.adapter import Adapter
 from mnemoscope.interventions.controls import has_equal_norm, of_equal_norm
@@ -34,6 +33,7 @@ from mnemoscope.rivals import adacad, caa, dpo, ircan, iti, knob, reft
 from mnemoscope.rivals.coiecd import Constrained
 from mnemoscope.rivals.heads import Ranked, factors_of
 from mnemoscope.rivals.juice import TwoRuns
+from mnemoscope.runs.errors import InputError
 from mnemoscope.tasks import Example
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from families import FAMILIES, prompts, tiny, tokenizer
 from mnemoscope.behaviour import Asking, capturing
-from mnemoscope.errors import InputError
 from mnemoscope.interventions import Scale, SteeringVector
 from mnemoscope.models import blocks_of, heads_of, pass_inputs
 from mnemoscope.rivals.juice import TwoRuns
+from mnemoscope.runs.errors import InputError
 
 # Where each family has the output projection of its attention, by its own source.
 PATHS = {

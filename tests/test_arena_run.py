@@ -24,12 +24,12 @@ from mnemoscope.bench import run as runs
 from mnemoscope.bench.lists import DrawnBench, Lists
 from mnemoscope.cli import app
 from mnemoscope.config import parse_arena
-from mnemoscope.digests import locked, write_marker
-from mnemoscope.errors import InputError
 from mnemoscope.interventions import Intervention
 from mnemoscope.report import build_arena
 from mnemoscope.report.arena import Records, results_of
 from mnemoscope.report.words import percent
+from mnemoscope.runs.digests import locked, write_marker
+from mnemoscope.runs.errors import InputError
 
 CHEAP = ("prompt", "cad", "caa", "nmd", "low-rank")
 

@@ -30,10 +30,10 @@ from mnemoscope.behaviour import (
     score_contrasted,
 )
 from mnemoscope.behaviour.asking import EACH_BATCH, parts_of
-from mnemoscope.errors import InputError
 from mnemoscope.models import bytes_of_prompt, logits_at, with_last_logits, word_tokenizer
+from mnemoscope.paper.stored import CODE
+from mnemoscope.runs.errors import InputError
 from mnemoscope.tasks import Example, build_task
-from mnemoscope.tasks.stored import CODE
 
 TASK_NAMES = ["inference", "addition", "addition-digits"]
 

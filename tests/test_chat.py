@@ -17,9 +17,9 @@ from families import tiny
 from families import tokenizer as words_only
 from mnemoscope.behaviour import PLAIN, Asking, Prompting, decode, encode, prepare, score, score_contrasted
 from mnemoscope.config import parse_model
-from mnemoscope.errors import InputError
-from mnemoscope.face import Fitted
+from mnemoscope.face.fitted import Fitted
 from mnemoscope.interventions import SteeringVector
+from mnemoscope.runs.errors import InputError
 from mnemoscope.tasks import Example
 
 TEMPLATE = (

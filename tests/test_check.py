@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from helpers import MINI_TASKS, label
-from mnemoscope import check
 from mnemoscope.behaviour import Asking
-from mnemoscope.check import check_task
+from mnemoscope.face import check
+from mnemoscope.face.check import check_task
 from mnemoscope.tasks import SPLITS, Example, Split, build_task, draw
 
 

@@ -22,10 +22,10 @@ from little_facts import LittleFacts
 from mnemoscope.behaviour import Asking, score, without_prefix
 from mnemoscope.bench.answers import NOTHING, scores, texts_of
 from mnemoscope.bench.lists import DrawnBench, Prompts
-from mnemoscope.errors import InputError
 from mnemoscope.interventions import OPPOSITE, Gate, Intervention, SteeringVector, Toward, load_intervention
 from mnemoscope.interventions.methods import method_names, name_of
 from mnemoscope.models import backbone_of
+from mnemoscope.runs.errors import InputError
 
 Fitted = dict[tuple[str, Toward], Intervention]
 ASKING = ("prompt", "cad", "adacad", "coiecd", "sharper")  # these change no pass

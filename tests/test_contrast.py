@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from scipy import stats
 
-from mnemoscope.contrast import ARRAYS, Contrast, ContrastAccumulator
 from mnemoscope.statistics import Floats
+from mnemoscope.statistics.contrast import ARRAYS, Contrast, ContrastAccumulator
 
 FIELDS = ("nmd_LD", "rho_LD", "effect_size_LD", "p_family_wise_LD", "p_false_discovery_LD", "state_norm_L")
 

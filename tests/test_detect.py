@@ -19,12 +19,12 @@ from scipy.special import expit
 from families import prompts, tiny, tokenizer
 from helpers import hook_count, mini_examples
 from mnemoscope.behaviour import Asking, prepare, score, states_at_the_end, written
-from mnemoscope.detect import Detector, Observed, Reading, fit_detectors
-from mnemoscope.errors import InputError
-from mnemoscope.face import Fitted
+from mnemoscope.face.fitted import Fitted
 from mnemoscope.interventions import Card, SteeringVector
+from mnemoscope.interventions.detect import Detector, Observed, Reading, fit_detectors
 from mnemoscope.interventions.sources import with_prefixes
 from mnemoscope.models import Site, cache_of, load_model, pass_inputs, site_width
+from mnemoscope.runs.errors import InputError
 
 LAYERS, NEURONS = 3, 32  # those of the tiny models
 

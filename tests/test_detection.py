@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mnemoscope.errors import InputError
 from mnemoscope.report.read import measure_probes
-from mnemoscope.stages import probe as stage
+from mnemoscope.runs.errors import InputError
+from mnemoscope.study.stages import probe as stage
 from test_probing import planted_cell
 
 

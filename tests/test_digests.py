@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from mnemoscope.cells import cells_of
 from mnemoscope.config import parse_study
-from mnemoscope.digests import (
+from mnemoscope.face.recipe import fitting_study
+from mnemoscope.runs.digests import (
     EarlierError,
     digests_of,
     facts_digest,
@@ -21,9 +21,9 @@ from mnemoscope.digests import (
     rewriting,
     write_marker,
 )
-from mnemoscope.errors import InputError
-from mnemoscope.recipe import fitting_study
-from mnemoscope.stages.common import cell_task, keep_data, with_kept_data
+from mnemoscope.runs.errors import InputError
+from mnemoscope.study.cells import cells_of
+from mnemoscope.study.stages.common import cell_task, keep_data, with_kept_data
 
 
 @pytest.fixture

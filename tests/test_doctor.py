@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from families import FAMILIES, MORE, prompts, tiny, tokenizer
 from helpers import hook_count
 from mnemoscope.doctor import Check, examine
-from mnemoscope.errors import InputError
 from mnemoscope.models import Layout, blocks_of, layout_of, site_module, use_layout
+from mnemoscope.runs.errors import InputError
 
 
 def checks(model: PreTrainedModel) -> dict[str, Check]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mnemoscope.files import new_folder, undone_if_refused, write_atomically
+from mnemoscope.runs.files import new_folder, undone_if_refused, write_atomically
 
 FLUSH = os.fsync
 

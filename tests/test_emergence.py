@@ -23,13 +23,13 @@ import mnemoscope as ms
 from little_facts import VOCABULARY, LittleFacts
 from mnemoscope.behaviour import Asking, mine_pairs, prepare, score
 from mnemoscope.config import ModelConfig, StopConfig
-from mnemoscope.emergence import Curve, Watcher, reached, undisturbed
-from mnemoscope.emergence.callback import WANTED, _check_shards
-from mnemoscope.emergence.checkpoints import measure_checkpoints, steps_of
-from mnemoscope.emergence.curve import table_of
-from mnemoscope.errors import InputError
 from mnemoscope.models import build_gpt2, word_tokenizer
 from mnemoscope.report.emergence import draw_curve
+from mnemoscope.runs.errors import InputError
+from mnemoscope.watch import Curve, Watcher, reached, undisturbed
+from mnemoscope.watch.callback import WANTED, _check_shards
+from mnemoscope.watch.checkpoints import measure_checkpoints, steps_of
+from mnemoscope.watch.curve import table_of
 from test_cli import call
 
 STEPS = 50

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from mnemoscope.config import load_study
-from mnemoscope.errors import InputError
-from mnemoscope.executors import _to_cluster
-from mnemoscope.study import run_study
+from mnemoscope.runs.errors import InputError
+from mnemoscope.study.executors import _to_cluster
+from mnemoscope.study.run import run_study
 from test_study import check_results
 
 ray = pytest.importorskip("ray")

@@ -17,12 +17,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from families import FAMILIES, prompts, tiny, tokenizer
-from mnemoscope import export
 from mnemoscope.behaviour import complete
-from mnemoscope.errors import InputError
-from mnemoscope.export import bake, to_gguf
 from mnemoscope.interventions import SteeringVector
 from mnemoscope.models import Site, layout_of, load_model, pass_inputs, use_layout
+from mnemoscope.runs.errors import InputError
+from mnemoscope.serving import export
+from mnemoscope.serving.export import bake, to_gguf
 from test_cli import call as run
 
 NO_BIAS, NORM = "no option of its configuration gives it one", "has a norm"

@@ -25,12 +25,12 @@ from little_facts import LittleFacts
 from mnemoscope.behaviour import Asking, phrase_of, states_at_the_end
 from mnemoscope.cli import commands
 from mnemoscope.config import dump_study
-from mnemoscope.errors import InputError
-from mnemoscope.export import SITES_FOR
-from mnemoscope.face import vector_file
+from mnemoscope.face.fitted import vector_file
+from mnemoscope.face.recipe import LEVELS, ONE_LAYER, SETTINGS, STEERING, fitting_study
 from mnemoscope.interventions import Binding
 from mnemoscope.models import load_model
-from mnemoscope.recipe import LEVELS, ONE_LAYER, SETTINGS, STEERING, fitting_study
+from mnemoscope.runs.errors import InputError
+from mnemoscope.serving.export import SITES_FOR
 from mnemoscope.tasks.jsonl import JsonlTask
 from test_cli import call
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mnemoscope.errors import InputError
+from mnemoscope.runs.errors import InputError
 from mnemoscope.tasks import KINDS, Example, Kind, Task, build_task
 from mnemoscope.tasks.facts import FactsTask
 from mnemoscope.tasks.known import dealt

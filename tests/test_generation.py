@@ -14,10 +14,10 @@ from transformers import DynamicCache, PreTrainedModel
 from families import prompts, tiny, tokenizer
 from mnemoscope.behaviour import capturing
 from mnemoscope.doctor import examine
-from mnemoscope.errors import InputError
 from mnemoscope.interventions import SteeringVector
 from mnemoscope.models import SITES, Layout, Site, blocks_of, layout_of, site_width, use_layout
 from mnemoscope.models.caches import cache_argument
+from mnemoscope.runs.errors import InputError
 
 SOME = ("gpt2", "llama", "gemma2", "opt")
 

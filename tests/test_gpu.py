@@ -16,9 +16,9 @@ from families import prompts, tiny, tokenizer
 from helpers import MINI_TASKS, label, mini_examples
 from mnemoscope.behaviour import Asking, capturing, decode
 from mnemoscope.doctor import examine
+from mnemoscope.face.recipe import ONE_LAYER
 from mnemoscope.interventions import SteeringVector
 from mnemoscope.models import load_model
-from mnemoscope.recipe import ONE_LAYER
 from mnemoscope.tasks import build_task
 from mnemoscope.tasks.jsonl import write_jsonl
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mnemoscope.errors import InputError
-from mnemoscope.export import fetch, push
 from mnemoscope.interventions import Card, SteeringVector
+from mnemoscope.runs.errors import InputError
+from mnemoscope.serving.export import fetch, push
 
 VECTOR = SteeringVector("generalized", {1: torch.ones(32)})
 

@@ -32,12 +32,12 @@ from known_switch import (
 )
 from mnemoscope.behaviour import Asking, Batch, PairBatch, Scores, draw_candidates, mine_pairs, score
 from mnemoscope.bench.answers import steered
-from mnemoscope.contrast import Contrast, ContrastAccumulator
 from mnemoscope.interventions import OPPOSITE, SteeringVector, Toward, ablated, patched
 from mnemoscope.interventions.controls import control_draws
 from mnemoscope.interventions.shifts import rho
 from mnemoscope.interventions.sources import ANSWERED, FitLists, Labels, with_prefixes
 from mnemoscope.models import SITES, Site
+from mnemoscope.statistics.contrast import Contrast, ContrastAccumulator
 from mnemoscope.tasks import SPLITS, Split, draw
 
 SIDES: tuple[Toward, ...] = ("generalized", "memorized")  # of a pair, in this order

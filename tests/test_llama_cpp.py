@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from families import tiny
-from mnemoscope.export import to_gguf
 from mnemoscope.interventions import SteeringVector
 from mnemoscope.models import blocks_of
+from mnemoscope.serving.export import to_gguf
 
 pytest.importorskip("cffi")
 bindings = pytest.importorskip("llama_cpp_py_sync._cffi_bindings")

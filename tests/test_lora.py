@@ -25,14 +25,14 @@ from families import tiny
 from helpers import MINI_TASKS
 from mnemoscope.behaviour import Asking
 from mnemoscope.config import LoraConfig, TrainingConfig, parse_study
-from mnemoscope.emergence import Curve, teaching
-from mnemoscope.emergence.teaching import diverged, last_checkpoint, teach
-from mnemoscope.errors import InputError
 from mnemoscope.interventions import SteeringVector
 from mnemoscope.models import adapt, is_adapted, load_model
-from mnemoscope.study import run_study
+from mnemoscope.runs.errors import InputError
+from mnemoscope.study.run import run_study
 from mnemoscope.tasks import KINDS, Task, answer_of, build_task
-from mnemoscope.training import batches
+from mnemoscope.watch import Curve, teaching
+from mnemoscope.watch.instances import batches
+from mnemoscope.watch.teaching import diverged, last_checkpoint, teach
 from test_cli import call
 
 TASK_OPTIONS = {**MINI_TASKS, "cipher": {"letters": 10, "length": 2, "stored": 8}}

@@ -15,7 +15,7 @@ import yaml
 from helpers import MINI_TASKS
 from mnemoscope.behaviour import Asking
 from mnemoscope.config import built_in_studies, parse_study
-from mnemoscope.study import run_study
+from mnemoscope.study.run import run_study
 
 FEW = {"behaviour_examples": 60, "fit_examples": 1000, "tune_examples": 300, "test_examples": 400, "permutations": 99}
 SHORT = {"draws": 2, "norm_draws": 1, "conflict_draws": 1, "tune_refits": 1, "tune_draws": 1, "learned_steps": 3}

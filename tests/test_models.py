@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from families import tiny
 from helpers import mini_examples
 from mnemoscope.behaviour import Asking
-from mnemoscope.errors import InputError
 from mnemoscope.models import (
     blocks_of,
     cache_of,
@@ -22,6 +21,7 @@ from mnemoscope.models import (
     site_module,
 )
 from mnemoscope.models.caches import cache_argument
+from mnemoscope.runs.errors import InputError
 
 
 def test_what_was_trained_opens_with_plain_transformers(mini: Callable[[str], Asking], tmp_path: Path) -> None:

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 from families import tiny, tokenizer
-from mnemoscope.digests import write_marker
-from mnemoscope.errors import InputError
 from mnemoscope.interventions import SteeringVector
 from mnemoscope.models import PACKAGED, load_model
 from mnemoscope.models.opening import Packaged
+from mnemoscope.runs.digests import write_marker
+from mnemoscope.runs.errors import InputError
 from test_cli import call
 
 

@@ -19,12 +19,12 @@ import pandas as pd
 import pytest
 
 from light_work import Counting, dies, dies_at_first, fails, killed_cell, notes_when
-from mnemoscope.cells import Cell, cells_of
 from mnemoscope.config import load_study, parse_study
-from mnemoscope.errors import InputError, StudyError
-from mnemoscope.executors import AHEAD, in_processes, run_cells
-from mnemoscope.processes import LostError, pool_of
-from mnemoscope.stages import STAGES
+from mnemoscope.runs.errors import InputError, StudyError
+from mnemoscope.runs.processes import LostError, pool_of
+from mnemoscope.study.cells import Cell, cells_of
+from mnemoscope.study.executors import AHEAD, in_processes, run_cells
+from mnemoscope.study.stages import STAGES
 
 pytestmark = pytest.mark.slow  # new processes
 
@@ -110,7 +110,7 @@ def test_an_error_ends_processes_that_are_at_work() -> None:
 def test_a_script_without_a_guard_is_not_run_again_by_its_processes(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
-        "from math import sqrt\nfrom mnemoscope.executors import in_processes\nprint('begun')\n"
+        "from math import sqrt\nfrom mnemoscope.study.executors import in_processes\nprint('begun')\n"
         "with in_processes(2) as parallel:\n    print(list(parallel(sqrt, [4.0, 9.0])))\n"
     )
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)

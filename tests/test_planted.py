@@ -21,13 +21,13 @@ from helpers import MINI_TASKS
 from known_switch import GATHERS, GENERALIZED, LAYERS, MEMORIZED, SWITCH, KnownSwitch, known_model
 from mnemoscope.behaviour import Asking
 from mnemoscope.config import ModelConfig
-from mnemoscope.emergence.checkpoints import measure_checkpoints
-from mnemoscope.errors import InputError
+from mnemoscope.face.recipe import ONE_LAYER
 from mnemoscope.models import build_gpt2, load_model, word_tokenizer
-from mnemoscope.recipe import ONE_LAYER
+from mnemoscope.paper.stored import AdditionDigitsTask
+from mnemoscope.runs.errors import InputError
 from mnemoscope.tasks import answer_of, build_task
 from mnemoscope.tasks.jsonl import JsonlTask
-from mnemoscope.tasks.stored import AdditionDigitsTask
+from mnemoscope.watch.checkpoints import measure_checkpoints
 from test_cli import call
 
 EVERY = 10

@@ -19,7 +19,7 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from playwright.sync_api import expect
 
-from mnemoscope.errors import InputError
+from mnemoscope.runs.errors import InputError
 from mnemoscope.web.app import LARGEST_BODY, build_app, serve
 from playground import CELL, TOKEN, client_of, error_of
 

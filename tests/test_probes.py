@@ -8,7 +8,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from mnemoscope.probes import (
+from mnemoscope.statistics import Floats
+from mnemoscope.statistics.probes import (
     OF_STATES,
     LayerProbe,
     fit_input_probe,
@@ -18,7 +19,6 @@ from mnemoscope.probes import (
     share_right,
     shuffled,
 )
-from mnemoscope.statistics import Floats
 
 Labels = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 

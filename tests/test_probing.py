@@ -17,13 +17,13 @@ from transformers import GPT2LMHeadModel
 
 from helpers import mini_examples
 from mnemoscope.behaviour import Asking, encode, read_states
-from mnemoscope.cells import Cell, cells_of
 from mnemoscope.config import ProbesConfig, load_study
-from mnemoscope.probes import fit_input_probe, input_features
-from mnemoscope.stages import probe as stage
-from mnemoscope.stages.common import cell_model
-from mnemoscope.stages.probe import SHUFFLES, phrasings, probes_stage, readable_offsets
-from mnemoscope.stages.train import pairs_stage
+from mnemoscope.statistics.probes import fit_input_probe, input_features
+from mnemoscope.study.cells import Cell, cells_of
+from mnemoscope.study.stages import probe as stage
+from mnemoscope.study.stages.common import cell_model
+from mnemoscope.study.stages.probe import SHUFFLES, phrasings, probes_stage, readable_offsets
+from mnemoscope.study.stages.train import pairs_stage
 
 TABLES = ("probes", "learning", "halves")
 

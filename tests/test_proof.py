@@ -14,10 +14,10 @@ import torch
 import mnemoscope as ms
 from little_facts import SUBJECTS, VALUES, VOCABULARY
 from mnemoscope.config import ModelConfig
-from mnemoscope.digests import locked
-from mnemoscope.errors import InputError
 from mnemoscope.interventions import Binding
 from mnemoscope.models import build_gpt2, load_model, word_tokenizer
+from mnemoscope.runs.digests import locked
+from mnemoscope.runs.errors import InputError
 from mnemoscope.serving.certificate import certify
 from mnemoscope.serving.client import Server
 from mnemoscope.serving.proof import prove

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mnemoscope.errors import InputError
+from mnemoscope.runs.errors import InputError
 from mnemoscope.tasks import KINDS, Example, Kind, Task, build_task, draw
 from mnemoscope.tasks.known import KnownTask, grouped
 from mnemoscope.tasks.memotrap import WORDINGS

@@ -22,7 +22,6 @@ import pandas as pd
 import pytest
 
 from made_up import SOURCE, mark, write_json, write_run
-from mnemoscope.executors import in_processes
 from mnemoscope.report import build_report, read, steer, summary_of
 from mnemoscope.report.behaviour import difference
 from mnemoscope.report.cost import measure_collateral, measure_lost
@@ -35,6 +34,7 @@ from mnemoscope.report.steer import norms_table, simpler_panel
 from mnemoscope.report.summary import VECTOR, WORDS, advice, breaks
 from mnemoscope.report.words import control_names, interval, percent, points, ranged
 from mnemoscope.statistics import Estimate, proportion
+from mnemoscope.study.executors import in_processes
 
 PAGES = ("results.json", "report.html")
 

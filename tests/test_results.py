@@ -22,8 +22,8 @@ from mnemoscope.report.records import columns_of, declared_tables, read_run
 from mnemoscope.report.results import compute_results
 from mnemoscope.report.schema import REFITTED, Results, Steered, SweepRow, TaskResults
 from mnemoscope.report.where import _ablation, measure_layers
-from mnemoscope.stages.steer import _compared
 from mnemoscope.statistics import Estimate
+from mnemoscope.study.stages.steer import _compared
 
 DIRECTION = pytest.mark.parametrize("direction", list(SOURCE))
 

@@ -18,9 +18,9 @@ import pytest
 import mnemoscope as ms
 from little_facts import VOCABULARY
 from mnemoscope.config import ModelConfig
-from mnemoscope.errors import InputError
 from mnemoscope.interventions import Binding
 from mnemoscope.models import build_gpt2, word_tokenizer
+from mnemoscope.runs.errors import InputError
 from mnemoscope.serving import engine, plugin
 from mnemoscope.serving.asking import ADMITTED, Admitted, Asked, admit, key_of_block, parse
 from mnemoscope.serving.http import Guard

@@ -14,7 +14,6 @@ import pytest
 from scipy import spatial, stats
 from sklearn.metrics import roc_auc_score
 
-from mnemoscope.contrast import SignFlips
 from mnemoscope.statistics import (
     Estimate,
     Floats,
@@ -31,6 +30,7 @@ from mnemoscope.statistics import (
     rank_correlation,
     surely_more,
 )
+from mnemoscope.statistics.contrast import SignFlips
 
 coverage = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "coverage.py")))
 

@@ -19,11 +19,11 @@ from transformers import cache_utils
 from families import tiny
 from helpers import hook_count, mini_examples, shifted_by_hand
 from mnemoscope.behaviour import Asking, capturing
-from mnemoscope.digests import facts_digest
-from mnemoscope.errors import InputError
-from mnemoscope.export import check_portable
 from mnemoscope.interventions import Binding, Card, LowRank, Shift, SteeringVector
 from mnemoscope.models import SITES, blocks_of, select_rows
+from mnemoscope.runs.digests import facts_digest
+from mnemoscope.runs.errors import InputError
+from mnemoscope.serving.export import check_portable
 
 
 def random_vector(site: str = "block", scale: float = 2.0, seed: int = 0, **facts: object) -> SteeringVector:

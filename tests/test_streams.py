@@ -11,9 +11,9 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from mnemoscope import files
-from mnemoscope.files import Seen
-from mnemoscope.stages.common import table_writer
+from mnemoscope.runs import files
+from mnemoscope.runs.files import Seen
+from mnemoscope.study.stages.common import table_writer
 from mnemoscope.tasks import base as tasks_base
 from mnemoscope.tasks import build_task, draw, draws
 

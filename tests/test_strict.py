@@ -13,10 +13,10 @@ import pytest
 import yaml
 from pyarrow import parquet
 
-from mnemoscope.emergence.curve import Curve
-from mnemoscope.errors import InputError
-from mnemoscope.strict import bounded_table, checked, dump_yaml, parse_json, parse_yaml
+from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.strict import bounded_table, checked, dump_yaml, parse_json, parse_yaml
 from mnemoscope.tasks.tables import read_rows
+from mnemoscope.watch.curve import Curve
 
 
 @pytest.mark.parametrize(

@@ -22,15 +22,15 @@ import yaml
 from safetensors import safe_open
 
 from mnemoscope.behaviour import Asking
-from mnemoscope.cells import cells_of
 from mnemoscope.config import dump_study, load_study, parse_study
-from mnemoscope.errors import InputError, StudyError
 from mnemoscope.interventions import OPPOSITE, SteeringVector
 from mnemoscope.models import load_model
-from mnemoscope.processes import settle
-from mnemoscope.stages import STAGES, cell_model, detect, probe
-from mnemoscope.stages.lists import RecordedBench
-from mnemoscope.study import inputs_hash, run_study
+from mnemoscope.runs.errors import InputError, StudyError
+from mnemoscope.runs.processes import settle
+from mnemoscope.study.cells import cells_of
+from mnemoscope.study.run import inputs_hash, run_study
+from mnemoscope.study.stages import STAGES, cell_model, detect, probe
+from mnemoscope.study.stages.lists import RecordedBench
 from mnemoscope.tasks import Example, allow_code
 
 COMMAND = [sys.executable, "-m", "mnemoscope", "run"]

@@ -15,13 +15,13 @@ import pandas as pd
 import pytest
 
 from holding_out import HoldingOut
-from mnemoscope.errors import InputError
+from mnemoscope.paper.inference import COLOURS, InferenceTask
+from mnemoscope.paper.joint import JointTask
+from mnemoscope.paper.stored import CIPHERS, SUMS, StoredTask
+from mnemoscope.runs.errors import InputError
 from mnemoscope.tasks import KINDS, SPLITS, Example, Instance, Side, Task, allow_code, answer_of, build_task, draw
 from mnemoscope.tasks.facts import FactsTask
-from mnemoscope.tasks.inference import COLOURS, InferenceTask
 from mnemoscope.tasks.jsonl import JsonlTask, write_jsonl
-from mnemoscope.tasks.registry import JointTask
-from mnemoscope.tasks.stored import CIPHERS, SUMS, StoredTask
 
 DESIGNED = ("inference", "two-hop", "addition", "addition-digits", "cipher", "joint")
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from rich.progress import Progress as Bars
 
-from mnemoscope.errors import InputError
-from mnemoscope.telling import shown
+from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.telling import shown
 
 
 def test_off_a_terminal_each_tenth_of_a_stage_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,24 +18,14 @@ from torch import Tensor, nn
 from helpers import MINI_TASKS, check_that_a_killed_training_goes_on
 from mnemoscope.behaviour import Asking
 from mnemoscope.config import HoldConfig, ModelConfig, StopConfig, TrainingConfig
-from mnemoscope.errors import InputError
 from mnemoscope.models import blocks_of, build_gpt2, word_tokenizer
+from mnemoscope.paper.checkpoints import Checkpoint
+from mnemoscope.paper.loop import _State, train
+from mnemoscope.paper.optimizers import Float32Muon, optimizers_for, orthogonalized
+from mnemoscope.runs.errors import InputError
 from mnemoscope.tasks import Example, Instance, Kind, Task, answer_of, build_task
-from mnemoscope.training import (
-    Checkpoint,
-    Evaluation,
-    Float32Muon,
-    Trained,
-    batches,
-    how_to_mix,
-    optimizers_for,
-    train,
-    unmet,
-)
-from mnemoscope.training.instances import backward, by_length
-from mnemoscope.training.loop import _State
-from mnemoscope.training.optimizers import orthogonalized
-from mnemoscope.training.rule import Measured
+from mnemoscope.watch.instances import backward, batches, by_length
+from mnemoscope.watch.rule import Evaluation, Measured, Trained, how_to_mix, unmet
 
 NEVER = StopConfig(novel_accuracy=0.8, recall=0.8, conflict_each=0.2, conflict_other=0.2)  # held in thirty steps
 QUICK = TrainingConfig(steps=30, batch_size=16, evaluate_every=10, evaluation_examples=24, stop=NEVER)

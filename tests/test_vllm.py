@@ -20,7 +20,7 @@ import torch
 
 from families import WORDS
 from families import tiny as tiny_of
-from mnemoscope.face import Fitted
+from mnemoscope.face.fitted import Fitted
 from mnemoscope.models import load_model, word_tokenizer
 from mnemoscope.serving.client import Server
 from mnemoscope.serving.engine import TRIED

@@ -15,14 +15,14 @@ import torch
 
 import mnemoscope as ms
 from helpers import MINI_TASKS
-from mnemoscope import waiting
 from mnemoscope.behaviour import Asking
-from mnemoscope.waiting import bound_waiting, warn_of_waiting
+from mnemoscope.runs import waiting
+from mnemoscope.runs.waiting import bound_waiting, warn_of_waiting
 
 COMMAND = "import sys; sys.argv[1:] = ['doctor', 'no/such/model']; from mnemoscope.cli import main; main()"
 LATE = """
 import os, torch
-from mnemoscope.executors import in_processes
+from mnemoscope.study.executors import in_processes
 assert "GOMP_SPINCOUNT" not in os.environ
 """
 WORKER = """

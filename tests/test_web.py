@@ -23,11 +23,11 @@ from fastapi.testclient import TestClient
 
 from mnemoscope.behaviour import prepare, score
 from mnemoscope.config import dump_study, load_study
-from mnemoscope.contrast import Contrast
-from mnemoscope.digests import read_marker, write_marker
-from mnemoscope.errors import InputError
 from mnemoscope.interventions import LowRank, SteeringVector, Toward
-from mnemoscope.stages import Records, cell_model
+from mnemoscope.runs.digests import read_marker, write_marker
+from mnemoscope.runs.errors import InputError
+from mnemoscope.statistics.contrast import Contrast
+from mnemoscope.study.stages import Records, cell_model
 from mnemoscope.web.cell import OpenedCell
 from mnemoscope.web.shapes import Asked, Question, Steering
 from playground import CELL, client_of, error_of, in_thread_of_cell

@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from helpers import label
 from mnemoscope.behaviour import Asking, encode
-from mnemoscope.errors import InputError
 from mnemoscope.models import load_model, word_tokenizer
+from mnemoscope.runs.errors import InputError
 from mnemoscope.tasks import Example, build_task
 from public_data import data_folder, is_installed
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from mnemoscope.waiting import bound_waiting
+from mnemoscope.runs.waiting import bound_waiting
 
 bound_waiting()  # before anything here imports torch: in commands, workers and Ray's tasks as in Python
 
@@ -22,16 +22,16 @@ _NAMES = {
     "behaviour": "Asking Prompting draw_candidates mine_pairs prepare read_states score",
     "bench.run": "arena",
     "config": "load_study",
-    "contrast": "Contrast ContrastAccumulator",
-    "detect": "Detector",
-    "emergence.callback": "BehaviourCallback",
-    "errors": "InputError StudyError",
-    "export": "bake to_gguf",
-    "face": "Fitted fit",
+    "statistics.contrast": "Contrast ContrastAccumulator",
+    "interventions.detect": "Detector",
+    "watch.callback": "BehaviourCallback",
+    "runs.errors": "InputError StudyError",
+    "serving.export": "bake to_gguf",
+    "face.fitted": "Fitted fit",
     "interventions": "SteeringVector",
     "models": "load_model",
     "report": "build_report",
-    "study": "run_study",
+    "study.run": "run_study",
     "tasks": "Example Task allow_code build_task",
 }
 _PUBLIC = {name: module for module, names in _NAMES.items() for name in names.split()}

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from mnemoscope.behaviour import Asking, Encoded, as_batch, cache_prefixes, capturing, left_padded, log_probabilities
-from mnemoscope.errors import InputError
 from mnemoscope.interventions import SteeringVector, shifted
 from mnemoscope.models import (
     PLAINLY,
@@ -30,6 +29,7 @@ from mnemoscope.models import (
     site_module,
     states_of,
 )
+from mnemoscope.runs.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast

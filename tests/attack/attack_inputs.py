@@ -14,6 +14,7 @@ import yaml
 from helpers import MINI_STUDY
 from mnemoscope.config import dump_study, parse_study
 from mnemoscope.tasks import TASKS
+from mnemoscope.tasks.registry import task_class
 
 Content = str | bytes | Callable[[Path], object] | None  # None: deleted; a function makes it in place of what is there
 
@@ -196,7 +197,7 @@ def fields() -> Iterator[Attack]:
 
 def tasks() -> Iterator[Attack]:
     """Options of tasks of other types, and files of rows."""
-    for name, maker in TASKS.items():
+    for name, maker in {name: task_class(name) for name in TASKS}.items():
         hints = {key: hint for key, hint in maker.__init__.__annotations__.items() if key != "return"}  # type: ignore[misc]
         for option, hint in hints.items():
             kind = next((k for k in (bool, int, float, str) if str(hint).startswith(k.__name__)), list)

@@ -11,7 +11,7 @@ from typing import Any
 from attack_inputs import JSON, KINDS, MODEL, Attack, Content
 
 import helpers
-from mnemoscope.digests import facts_digest
+from mnemoscope.runs.digests import facts_digest
 
 CELL = "run/cells/addition-0"
 RECORDS = {

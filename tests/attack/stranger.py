@@ -79,7 +79,7 @@ def played(run: Path) -> str:
 import torch  # noqa: E402, F401  what the package imports itself is no part of what a folder makes it do
 from fastapi.testclient import TestClient  # noqa: E402, F401
 
-import mnemoscope.face  # noqa: E402
+import mnemoscope.face.fitted  # noqa: E402
 import mnemoscope.web.app  # noqa: E402, F401
 
 sys.addaudithook(witness)

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mnemoscope.detect import Detector
-from mnemoscope.errors import InputError, StudyError
-from mnemoscope.face import Fitted
+from mnemoscope.face.fitted import Fitted
 from mnemoscope.interventions import SteeringVector
+from mnemoscope.interventions.detect import Detector
 from mnemoscope.models import load_model
 from mnemoscope.report import build_report
+from mnemoscope.runs.errors import InputError, StudyError
 from playground import CELL, client_of
 
 pytestmark = pytest.mark.slow

@@ -20,9 +20,9 @@ import yaml
 from safetensors.torch import load_file
 
 from helpers import one_at_a_time
-from mnemoscope.digests import check_closed, write_marker
-from mnemoscope.errors import InputError
-from mnemoscope.files import lock_file, write_atomically
+from mnemoscope.runs.digests import check_closed, write_marker
+from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.files import lock_file, write_atomically
 from mnemoscope.web.app import build_app
 from playground import TOKEN
 

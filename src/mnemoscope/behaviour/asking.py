@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mnemoscope.errors import InputError
 from mnemoscope.models import batch_that_fits, context_length, end_ids
+from mnemoscope.runs.errors import InputError
 from mnemoscope.tasks import Example, Task
 
 if TYPE_CHECKING:

@@ -32,8 +32,8 @@ from mnemoscope.behaviour.reading import (
     with_options,
 )
 from mnemoscope.behaviour.states import capturing, stacked_states, uncertainty_of
-from mnemoscope.errors import InputError
 from mnemoscope.models import PLAINLY, Site, context_length, end_ids
+from mnemoscope.runs.errors import InputError
 from mnemoscope.tasks import Example
 
 if TYPE_CHECKING:

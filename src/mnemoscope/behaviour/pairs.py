@@ -14,8 +14,8 @@ import numpy as np
 from mnemoscope.behaviour.asking import Asking, prepare
 from mnemoscope.behaviour.labels import Scores, score
 from mnemoscope.behaviour.states import KeptStates
-from mnemoscope.files import Seen
 from mnemoscope.models import Site
+from mnemoscope.runs.files import Seen
 from mnemoscope.tasks import Example, Task
 
 

@@ -20,8 +20,6 @@ import torch
 from torch import Tensor
 
 from mnemoscope.behaviour.asking import Asking, prepare
-from mnemoscope.errors import InputError
-from mnemoscope.files import write_atomically
 from mnemoscope.models import (
     Site,
     backbone_of,
@@ -33,6 +31,8 @@ from mnemoscope.models import (
     states_of,
     with_last_logits,
 )
+from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.files import write_atomically
 from mnemoscope.tasks import Example
 
 if TYPE_CHECKING:

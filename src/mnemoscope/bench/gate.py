@@ -14,8 +14,8 @@ import numpy as np
 
 from mnemoscope.behaviour import draw_candidates, mine_pairs, read_states
 from mnemoscope.bench.lists import KEPT, DrawnBench, Prompts
-from mnemoscope.detect import Detector, Observed, Reading, fit_detectors
-from mnemoscope.errors import InputError
+from mnemoscope.interventions.detect import Detector, Observed, Reading, fit_detectors
+from mnemoscope.runs.errors import InputError
 
 THRESHOLD = 0.5  # of the probability of the behaviour to steer away from
 

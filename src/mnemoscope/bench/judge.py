@@ -17,10 +17,10 @@ from mnemoscope.bench.answers import NOTHING, Neutral, is_exact, scores, texts_o
 from mnemoscope.bench.gate import THRESHOLD, fitted_detector, readings
 from mnemoscope.bench.lists import LISTS, DrawnBench, Prompts
 from mnemoscope.bench.varied import varied_lists
-from mnemoscope.detect import Detector
-from mnemoscope.errors import InputError
 from mnemoscope.interventions import OPPOSITE, Intervention, SteeringVector
 from mnemoscope.interventions.controls import has_equal_norm, of_equal_norm
+from mnemoscope.interventions.detect import Detector
+from mnemoscope.runs.errors import InputError
 
 TABLES = ("answers", "texts", "neutral")
 UNSTEERED = "unsteered"

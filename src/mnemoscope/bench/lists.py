@@ -26,7 +26,6 @@ from mnemoscope.behaviour import (
     score,
 )
 from mnemoscope.config import ArenaConfig
-from mnemoscope.errors import InputError
 from mnemoscope.interventions import OPPOSITE, Contrast, Quoted, Toward
 from mnemoscope.interventions.sources import (
     TOWARD,
@@ -40,6 +39,7 @@ from mnemoscope.interventions.sources import (
     with_prefixes,
 )
 from mnemoscope.models import Site
+from mnemoscope.runs.errors import InputError
 from mnemoscope.statistics import LEAST_GROUPS
 from mnemoscope.tasks import Example, Split, Task, as_bare, draw
 

@@ -19,19 +19,19 @@ from mnemoscope.bench.choose import Rule, choose, rate
 from mnemoscope.bench.judge import TABLES, UNSTEERED, Frame
 from mnemoscope.bench.lists import DrawnBench, Known, ask_known, told_by_answers
 from mnemoscope.config import ArenaConfig, parse_arena
-from mnemoscope.digests import STAGES, intact, locked, write_marker
-from mnemoscope.errors import InputError
-from mnemoscope.files import made, plain, undone_if_refused, write_atomically
 from mnemoscope.interventions import OPPOSITE, Binding, Intervention, SteeringVector
 from mnemoscope.interventions.controls import has_equal_norm
 from mnemoscope.interventions.methods import candidates, method_module, method_names, name_of
 from mnemoscope.interventions.shifts import norm_of
 from mnemoscope.models import load_model
 from mnemoscope.report import build_arena
-from mnemoscope.schemas import FrameFacts, KnownFacts
-from mnemoscope.strict import checked, read_json
+from mnemoscope.runs.digests import STAGES, intact, locked, write_marker
+from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.files import made, plain, undone_if_refused, write_atomically
+from mnemoscope.runs.schemas import FrameFacts, KnownFacts
+from mnemoscope.runs.strict import checked, read_json
+from mnemoscope.runs.telling import Progress, shown
 from mnemoscope.tasks import Task, allow_code, named_task
-from mnemoscope.telling import Progress, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast

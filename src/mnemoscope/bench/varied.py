@@ -10,7 +10,7 @@ import numpy as np
 
 from mnemoscope.behaviour import encode
 from mnemoscope.bench.lists import DrawnBench, Prompts, known_conflicts
-from mnemoscope.errors import InputError
+from mnemoscope.runs.errors import InputError
 from mnemoscope.tasks import Example, Task
 
 SHOTS = 3  # solved questions before the one that is asked

@@ -50,7 +50,7 @@ def run(
 ) -> None:
     """Run a study, or go on with one, and build its report."""
     from mnemoscope.config import load_study
-    from mnemoscope.study import run_study
+    from mnemoscope.study.run import run_study
     from mnemoscope.tasks import allow_code as allow
 
     allow(*allow_code or ())
@@ -69,9 +69,9 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Rebuild the results and the page of a run, a study's or an arena's, from its records."""
-    from mnemoscope.errors import InputError
-    from mnemoscope.executors import in_processes
     from mnemoscope.report import build_arena, build_report
+    from mnemoscope.runs.errors import InputError
+    from mnemoscope.study.executors import in_processes
 
     if (run / "arena" / "frame.json").is_file() and not (run / "study.yaml").is_file():
         page, found = build_arena(run, beside or ()), run / "arena" / "results.json"
@@ -107,10 +107,10 @@ def fit(
 ) -> None:
     """Find pairs, fit vectors and a detector for a model of yours on your data, and judge them; one run folder."""
     from mnemoscope.behaviour import Prompting
-    from mnemoscope.face import fit as fit_model
-    from mnemoscope.files import dumped
-    from mnemoscope.fitting import SHARES
-    from mnemoscope.processes import quiet_library
+    from mnemoscope.face.fitted import fit as fit_model
+    from mnemoscope.face.fitting import SHARES
+    from mnemoscope.runs.files import dumped
+    from mnemoscope.runs.processes import quiet_library
 
     asked: dict[str, Any] = {"prompting": Prompting(chat, reply=reply), "options": options(option)}
     asked |= {"settings": settings, "positions": positions, "aim": aim, "budget": budget}
@@ -143,8 +143,8 @@ def check(
 ) -> None:
     """See what a model does with your data before a fit: answers, pairs, what is known, time, what to add."""
     from mnemoscope.behaviour import Asking, Prompting
-    from mnemoscope.check import check_task
-    from mnemoscope.files import dumped
+    from mnemoscope.face.check import check_task
+    from mnemoscope.runs.files import dumped
     from mnemoscope.tasks import named_task
 
     made = named_task(task, options(option))
@@ -206,7 +206,7 @@ def data(
     """Write examples of a task as JSONL; each conflict is followed by a rephrasing of it."""
     import numpy as np
 
-    from mnemoscope.files import write_atomically
+    from mnemoscope.runs.files import write_atomically
     from mnemoscope.tasks import KINDS, allow_code, build_task
     from mnemoscope.tasks.jsonl import write_jsonl
 
@@ -245,7 +245,7 @@ def doctor(
     With --server, that a server steers and reads as transformers does here, whatever it answers beside; it may be in
     use. Give the precision that it runs in (--dtype).
     """
-    from mnemoscope.errors import InputError
+    from mnemoscope.runs.errors import InputError
 
     if server is not None:
         from mnemoscope.cli.proving import prove_server
@@ -268,7 +268,7 @@ def doctor(
 def _is_well(model: str, prompts: list[str] | None, opened: tuple[Any, Any], as_json: bool) -> bool:
     """Print the checks of a model; whether all have passed."""
     from mnemoscope.doctor import PROMPTS, examine
-    from mnemoscope.files import dumped
+    from mnemoscope.runs.files import dumped
 
     checks = list(examine(*opened, prompts or PROMPTS))
     well = all(check.passed for check in checks)

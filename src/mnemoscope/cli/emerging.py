@@ -22,9 +22,9 @@ def watch(
     ] = None,
 ) -> None:
     """Draw how both behaviours emerge while a model trains; with --every, until it is stopped."""
-    from mnemoscope.emergence import Curve
-    from mnemoscope.emergence.curve import PICTURE, table_of
     from mnemoscope.report.emergence import draw_curve
+    from mnemoscope.watch import Curve
+    from mnemoscope.watch.curve import PICTURE, table_of
 
     path = table_of(source)
     seen = -1
@@ -64,8 +64,8 @@ def emergence(
 ) -> None:
     """Ask the checkpoints of a training, one after another, and draw how both behaviours emerged."""
     from mnemoscope.behaviour import Prompting
-    from mnemoscope.emergence.checkpoints import measure_checkpoints
-    from mnemoscope.emergence.curve import PICTURE
+    from mnemoscope.watch.checkpoints import measure_checkpoints
+    from mnemoscope.watch.curve import PICTURE
 
     how: dict[str, Any] = {"examples": examples, "rephrasings": rephrasings, "split": split, "contrast": contrast}
     how |= {"seed": seed, "batch_size": batch_size, "prompting": Prompting(chat, reply=reply)}

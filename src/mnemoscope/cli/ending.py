@@ -59,7 +59,7 @@ def show(line: str) -> None:
 
 def told(error: BaseException) -> tuple[str | None, int]:
     """The line and the exit code of an error; no line for what only we can mend."""
-    from mnemoscope.errors import InputError, StudyError
+    from mnemoscope.runs.errors import InputError, StudyError
 
     if isinstance(error, InputError | StudyError):
         return str(error), 2 if isinstance(error, InputError) else 1

@@ -26,10 +26,10 @@ def prove_server(
     as_json: bool,
 ) -> bool:
     """Print a table, or JSON, of the checks of a server; whether all have passed. ``certified``: cards say so then."""
-    from mnemoscope.errors import InputError
-    from mnemoscope.face import Fitted
-    from mnemoscope.files import dumped
+    from mnemoscope.face.fitted import Fitted
     from mnemoscope.interventions import Binding
+    from mnemoscope.runs.errors import InputError
+    from mnemoscope.runs.files import dumped
     from mnemoscope.serving.certificate import certify
     from mnemoscope.serving.client import Server
     from mnemoscope.serving.proof import LONG, MOST_PROMPTS, cost, prove
@@ -72,7 +72,7 @@ def prove_server(
 
 def model_of_run(source: Path) -> Path:
     """The folder of the model that a run, or a cell of one, has trained; InputError where it is another's."""
-    from mnemoscope.errors import InputError
+    from mnemoscope.runs.errors import InputError
 
     found = [path for place in ("model", "cells/*/model") for path in sorted(source.glob(place)) if path.is_dir()]
     if len(found) != 1:
@@ -85,9 +85,9 @@ def prompts_of_run(source: Path, most: int) -> list[str]:
     """Test prompts of the only cell of a run, so that gates may open on some; without any, the doctor's own."""
     import pandas as pd
 
-    from mnemoscope.digests import intact
     from mnemoscope.doctor import PROMPTS
-    from mnemoscope.strict import bounded_table, read_bytes
+    from mnemoscope.runs.digests import intact
+    from mnemoscope.runs.strict import bounded_table, read_bytes
 
     for name, column in (("detection", "prompt"), ("pairs", "prompt_a")):
         places = (f"records/{name}.parquet", f"cells/*/records/{name}.parquet")

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from mnemoscope.cli.ending import STOPPED, end, told
-from mnemoscope.telling import Progress, shown
+from mnemoscope.runs.telling import Progress, shown
 
 _opening = partial(typer.Option, rich_help_panel="How the model is opened")
 _formatting = partial(typer.Option, rich_help_panel="How prompts are formatted")
@@ -98,8 +98,8 @@ def named_parts(layout: str | None) -> dict[str, str] | None:
 
 def options(given: list[str] | None) -> dict[str, Any]:
     """Options of a task, from ``name=value``; values are YAML."""
-    from mnemoscope.errors import InputError
-    from mnemoscope.strict import parse_yaml
+    from mnemoscope.runs.errors import InputError
+    from mnemoscope.runs.strict import parse_yaml
 
     pairs = [o.partition("=") for o in given or []]
     if any(not equals for _, equals, _ in pairs):
@@ -109,7 +109,7 @@ def options(given: list[str] | None) -> dict[str, Any]:
 
 def say(facts: dict[str, Any], as_json: bool, field: str) -> None:
     """Print facts as JSON, or one of them."""
-    from mnemoscope.files import dumped
+    from mnemoscope.runs.files import dumped
 
     typer.echo(dumped(facts) if as_json else facts[field])
 
@@ -142,7 +142,7 @@ def open_model(model: str, dtype: str, layout: str | None, device_map: str | Non
     """Model and tokenizer, by the options of the command line."""
     from mnemoscope.config import parse_model
     from mnemoscope.models import load_model
-    from mnemoscope.processes import quiet_library
+    from mnemoscope.runs.processes import quiet_library
 
     quiet_library()
     shape = parse_model({"folder": model, "dtype": dtype, "device_map": device_map, "layout": named_parts(layout)})

@@ -51,7 +51,7 @@ def steer(
 ) -> None:
     """Generate with and without a steering vector."""
     from mnemoscope.behaviour import Prompting
-    from mnemoscope.files import dumped
+    from mnemoscope.runs.files import dumped
 
     fitted = _fitted(source, force, Prompting(chat, reply=reply), model, dtype, layout, device_map)
     vector = fitted.vector(toward)
@@ -94,7 +94,7 @@ def detect(
     import numpy as np
 
     from mnemoscope.behaviour import Prompting
-    from mnemoscope.files import dumped
+    from mnemoscope.runs.files import dumped
 
     fitted = _fitted(source, force, Prompting(chat, reply=reply), model, dtype, layout, device_map)
     reading = fitted.detect(prompts)
@@ -130,11 +130,11 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a vector for other programs; one with positions "all" only. Nothing that exists is overwritten."""
-    from mnemoscope.errors import InputError
-    from mnemoscope.export import bake, check_portable, to_gguf
-    from mnemoscope.face import known_behaviour, vector_file
+    from mnemoscope.face.fitted import known_behaviour, vector_file
     from mnemoscope.interventions import SteeringVector
     from mnemoscope.models import core_of
+    from mnemoscope.runs.errors import InputError
+    from mnemoscope.serving.export import bake, check_portable, to_gguf
 
     file = vector_file(file, toward) if file.is_dir() else file
     vector = alpha * SteeringVector.load(file)
@@ -171,7 +171,7 @@ def serve(
     It listens on this machine only and prints an address with a token, new at every start. From another machine,
     forward the port (ssh -L 8000:127.0.0.1:8000 USER@MACHINE) and open the same address there.
     """
-    from mnemoscope.errors import InputError
+    from mnemoscope.runs.errors import InputError
     from mnemoscope.tasks import allow_code as allow
 
     # The pages say that nothing leaves this machine, so nothing is downloaded.
@@ -198,8 +198,8 @@ def _verdict(row: dict[str, Any], layer: int) -> str:
 
 def _fitted(source: Path, force: bool, prompting: Any, model: str, *opening: Any) -> Any:
     """Open vectors and detector with their model; a missing path is refused before a large model is opened."""
-    from mnemoscope.errors import InputError
-    from mnemoscope.face import Fitted
+    from mnemoscope.face.fitted import Fitted
+    from mnemoscope.runs.errors import InputError
 
     if not source.exists():
         raise InputError(f"from: {source} does not exist")

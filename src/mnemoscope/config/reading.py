@@ -12,15 +12,15 @@ from pydantic_core import PydanticSerializationError, to_json
 from mnemoscope.config.arena import ArenaConfig
 from mnemoscope.config.model import ModelConfig
 from mnemoscope.config.study import StudyConfig
-from mnemoscope.errors import InputError
-from mnemoscope.strict import MOST_YAML, dump_yaml, parse_yaml, read_text
+from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.strict import MOST_YAML, dump_yaml, parse_yaml, read_text
 
 Config = TypeVar("Config", StudyConfig, ModelConfig, ArenaConfig)
 
 
 def built_in_studies() -> list[str]:
     """Names of the studies that come with the package."""
-    folder = resources.files("mnemoscope") / "studies"
+    folder = resources.files("mnemoscope.config") / "studies"
     return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
 
 
@@ -31,7 +31,7 @@ def load_study(study: str, overrides: list[str] | None = None, seeds: int | None
         InputError: the study is unknown, is no YAML, or a field has a value that is not allowed.
     """
     if study in built_in_studies():
-        text = (resources.files("mnemoscope") / "studies" / f"{study}.yaml").read_text()
+        text = (resources.files("mnemoscope.config") / "studies" / f"{study}.yaml").read_text()
     elif Path(study).is_file():
         text = read_text(Path(study), "study", MOST_YAML)
     else:

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from mnemoscope.config.model import Frozen, ModelConfig, TrainingConfig
-from mnemoscope.errors import InputError
-from mnemoscope.schemas import Site as SiteName
+from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.schemas import Site as SiteName
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"  # of studies, cells and runs: the name of one folder, never a path
 Name = Annotated[str, Field(pattern=NAME)]

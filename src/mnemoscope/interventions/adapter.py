@@ -20,11 +20,11 @@ from torch.nn.functional import linear
 
 from mnemoscope.behaviour import Asking
 from mnemoscope.config import LoraConfig
-from mnemoscope.errors import InputError
 from mnemoscope.interventions.contract import Intervention, Toward
 from mnemoscope.interventions.descent import Loss, descend
 from mnemoscope.interventions.hooks import Gate, adding
 from mnemoscope.models import adapt, check_peft, core_of, in_precision, is_adapted, quick_precision
+from mnemoscope.runs.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from mnemoscope.behaviour import PLAIN, Prompting
-from mnemoscope.digests import facts_digest, inside, intact, is_there
-from mnemoscope.errors import InputError
-from mnemoscope.files import plain, write_atomically
 from mnemoscope.models import core_of, merged_weights
-from mnemoscope.schemas import ArtefactFacts, read_chosen
-from mnemoscope.strict import read_bytes, read_json
+from mnemoscope.runs.digests import facts_digest, inside, intact, is_there
+from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.files import plain, write_atomically
+from mnemoscope.runs.schemas import ArtefactFacts, read_chosen
+from mnemoscope.runs.strict import read_bytes, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
-from mnemoscope.errors import InputError
 from mnemoscope.interventions.artefact import Artefact, read_artefact
-from mnemoscope.schemas import InterventionFacts
+from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.schemas import InterventionFacts
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from mnemoscope.errors import InputError
 from mnemoscope.interventions.contract import Contrast, Intervention, Toward
+from mnemoscope.runs.errors import InputError
 
 if TYPE_CHECKING:
     from mnemoscope.bench.lists import Bench

@@ -11,7 +11,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from mnemoscope.errors import InputError
+from mnemoscope.runs.errors import InputError
 
 
 @dataclass(frozen=True, eq=False)

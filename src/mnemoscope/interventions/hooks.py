@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mnemoscope.errors import InputError
 from mnemoscope.interventions.edits import Edit, Shift, as_edits
 from mnemoscope.models import (
     Site,
@@ -29,6 +28,7 @@ from mnemoscope.models import (
     states_of,
     with_states,
 )
+from mnemoscope.runs.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -16,11 +16,11 @@ import torch
 
 from mnemoscope.behaviour import Asking, Batch, KeptStates, cache_prefixes, log_probabilities, prepare, read_states
 from mnemoscope.config import GridConfig, LowRankConfig
-from mnemoscope.contrast import PairedMoments
 from mnemoscope.interventions.contract import Toward
 from mnemoscope.interventions.hooks import Positions, shifted
 from mnemoscope.interventions.vector import scaled_to
 from mnemoscope.models import Site
+from mnemoscope.statistics.contrast import PairedMoments
 from mnemoscope.tasks import Example
 
 Entry = TypeVar("Entry")

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mnemoscope.errors import InputError
 from mnemoscope.interventions.contract import OPPOSITE, Intervention, Toward
 from mnemoscope.interventions.edits import Edit, LowRank, Shift, as_edits, kinds, summed
 from mnemoscope.interventions.hooks import Gate, Positions, shifted
 from mnemoscope.models import EVERY_SITE, Site, blocks_of, site_width
-from mnemoscope.schemas import VectorFacts
+from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.schemas import VectorFacts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
-from mnemoscope.errors import InputError
 from mnemoscope.models.layout import core_of
+from mnemoscope.runs.errors import InputError
 
 
 def cache_argument(model: nn.Module) -> str:

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from mnemoscope.errors import InputError
+from mnemoscope.runs.errors import InputError
 
 if TYPE_CHECKING:
     from mnemoscope.config import LayoutConfig

@@ -12,11 +12,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
-from mnemoscope.digests import STAGES, check_closed, check_stage, intact
-from mnemoscope.errors import InputError
 from mnemoscope.models.caches import arguments_of
 from mnemoscope.models.layout import Layout, core_of, use_layout
 from mnemoscope.models.trainable import check_peft
+from mnemoscope.runs.digests import STAGES, check_closed, check_stage, intact
+from mnemoscope.runs.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mnemoscope.errors import InputError
 from mnemoscope.models.caches import arguments_of, cache_argument
 from mnemoscope.models.layout import backbone_of, blocks_of, core_of
 from mnemoscope.models.trainable import is_adapted
+from mnemoscope.runs.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

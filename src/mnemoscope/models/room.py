@@ -13,7 +13,7 @@ from torch import nn
 
 from mnemoscope.models.layout import blocks_of, core_of
 from mnemoscope.models.opening import file_of, unpacked
-from mnemoscope.processes import beside
+from mnemoscope.runs.processes import beside
 
 SHARE = 0.5  # of the free memory that a pass may take: the estimate leaves out the allocator
 _logged: set[tuple[int, int]] = set()

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mnemoscope.digests import write_marker
-from mnemoscope.files import write_atomically
-from mnemoscope.processes import Map, in_order
 from mnemoscope.report import behaviour, cost, detector, differ, holds, read, steer, where
 from mnemoscope.report.arena import build_arena
 from mnemoscope.report.differ import draw_neuron
@@ -14,6 +11,9 @@ from mnemoscope.report.page import page_style, render
 from mnemoscope.report.records import read_run
 from mnemoscope.report.results import compute_results, to_json
 from mnemoscope.report.summary import Summary, compare_briefs, summary_of
+from mnemoscope.runs.digests import write_marker
+from mnemoscope.runs.files import write_atomically
+from mnemoscope.runs.processes import Map, in_order
 
 # The stories of a task, in the order of the page.
 STORIES = [story.chapter for story in (behaviour, differ, read, steer, where, cost, holds, detector)]

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mnemoscope.digests import check_closed, digests_of, intact, write_marker
-from mnemoscope.errors import InputError
-from mnemoscope.files import write_atomically
-from mnemoscope.schemas import FrameFacts
+from mnemoscope.runs.digests import check_closed, digests_of, intact, write_marker
+from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.files import write_atomically
+from mnemoscope.runs.schemas import FrameFacts
+from mnemoscope.runs.strict import bounded_table, read_bytes, read_json
 from mnemoscope.statistics import Estimate, holm, mean, proportion, sign_flips
-from mnemoscope.strict import bounded_table, read_bytes, read_json
 
 UNSTEERED = "unsteered"
 TOWARDS = ("generalized", "memorized")

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mnemoscope.errors import InputError
 from mnemoscope.report.drawing import INK, MEMORIZED, OTHER, TONE, Dot, Line, Panel, against, dots_panel, lines_panel
 from mnemoscope.report.page import TOO_FEW, Answer, Chapter, Exhibit, Table, View
 from mnemoscope.report.records import Cell
 from mnemoscope.report.schema import DIRECTIONS, Detection, Direction, Gated, Steered, TaskResults
 from mnemoscope.report.words import LISTS, NBSP, RIVALS, interval, listed, percent, ranged
+from mnemoscope.runs.errors import InputError
 from mnemoscope.statistics import Estimate, auroc, mean, proportion
 
 SCORES: dict[str, str] = {"p_memorized": "the detector", **RIVALS}

@@ -10,13 +10,13 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from mnemoscope.contrast import Contrast
 from mnemoscope.report import drawing
 from mnemoscope.report.drawing import INK, OTHER, Line, Panel
 from mnemoscope.report.page import TOO_FEW, Answer, Chapter, Exhibit, View, not_measured
 from mnemoscope.report.schema import Contrasts, TaskResults
 from mnemoscope.report.words import ANSWERED, NBSP, argmax, count, interval, percent
 from mnemoscope.statistics import LEAST_GROUPS, Estimate
+from mnemoscope.statistics.contrast import Contrast
 
 SIGNIFICANT = 0.05
 # Middle tones that read on light and on dark paper, for pixels, which CSS cannot reach.

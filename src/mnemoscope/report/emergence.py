@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from mnemoscope.files import write_atomically
 from mnemoscope.report import drawing
 from mnemoscope.report.drawing import DASHED, GENERALIZED, MEMORIZED, OTHER, Line, Panel
+from mnemoscope.runs.files import write_atomically
 
 CURVES = (
     ("novel_accuracy", "new right", GENERALIZED, DASHED),

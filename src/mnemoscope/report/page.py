@@ -14,13 +14,13 @@ import jinja2
 import numpy as np
 from markupsafe import Markup, escape
 
-from mnemoscope.processes import Map, in_order
 from mnemoscope.report.drawing import Panel, draw
 from mnemoscope.report.records import Cell, Run
 from mnemoscope.report.schema import Results, SeedsRow, TaskResults
 from mnemoscope.report.words import count, ranged
+from mnemoscope.runs.processes import Map, in_order
+from mnemoscope.runs.strict import parse_yaml
 from mnemoscope.statistics import Estimate
-from mnemoscope.strict import parse_yaml
 
 
 @dataclass(frozen=True)

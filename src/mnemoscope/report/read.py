@@ -11,12 +11,12 @@ import zlib
 import numpy as np
 import pandas as pd
 
-from mnemoscope.errors import InputError
 from mnemoscope.report.drawing import DASHED, OTHER, Line, Panel, against, dots_panel, lines_panel
 from mnemoscope.report.page import TOO_FEW, Answer, Chapter, Exhibit, View, not_measured
 from mnemoscope.report.records import Cell
 from mnemoscope.report.schema import BestLayer, Learning, Probe, TaskResults
 from mnemoscope.report.words import NBSP, RIVALS, argmax, beyond, interval, layers, percent
+from mnemoscope.runs.errors import InputError
 from mnemoscope.statistics import Estimate, auroc, mean, mean_with_range, proportion
 
 INPUTS = ("input_only", "input_repeats")

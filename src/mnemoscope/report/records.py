@@ -13,11 +13,11 @@ from typing import Any
 import pandas as pd
 from pyarrow import parquet
 
-from mnemoscope.contrast import Contrast
-from mnemoscope.digests import check_closed, intact, is_there
-from mnemoscope.errors import InputError
-from mnemoscope.schemas import CellFacts, ManifestFacts, ProbeFacts, StudyFacts, TimeFacts, WhyFacts, read_chosen
-from mnemoscope.strict import MOST_YAML, bounded_table, checked, parse_yaml, read_json, read_text
+from mnemoscope.runs.digests import check_closed, intact, is_there
+from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.schemas import CellFacts, ManifestFacts, ProbeFacts, StudyFacts, TimeFacts, WhyFacts, read_chosen
+from mnemoscope.runs.strict import MOST_YAML, bounded_table, checked, parse_yaml, read_json, read_text
+from mnemoscope.statistics.contrast import Contrast
 
 # Text columns of the large tables, which repeat few words: read as categories, they take a byte a row.
 LARGE = ("steering", "effects", "transfer_steering")

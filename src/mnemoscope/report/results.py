@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from mnemoscope.errors import InputError
-from mnemoscope.processes import Map, in_order
 from mnemoscope.report import behaviour, cost, detector, differ, holds, read, steer, where
 from mnemoscope.report.records import Cell, Run
 from mnemoscope.report.schema import (
@@ -28,6 +26,8 @@ from mnemoscope.report.schema import (
     Shares,
     TaskResults,
 )
+from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.processes import Map, in_order
 from mnemoscope.statistics import Estimate, averaged, over_draws, over_seeds
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mnemoscope.errors import InputError
 from mnemoscope.report import drawing, schema, words
 from mnemoscope.report.cost import measure_collateral, measure_lost
 from mnemoscope.report.detector import measure_gated, recall_by_family
@@ -24,6 +23,7 @@ from mnemoscope.report.page import TOO_FEW, Answer, Chapter, Exhibit, Table, Vie
 from mnemoscope.report.records import Cell
 from mnemoscope.report.schema import AIMS, CONTROLS, DIRECTIONS, Aim, Direction, Steered, TaskResults
 from mnemoscope.report.words import CAPITAL, LISTS, NBSP, TOWARDS, percent, ranged
+from mnemoscope.runs.errors import InputError
 from mnemoscope.statistics import Estimate, mean, proportion, surely_more
 
 KEYS = ["aim", "direction", "method", "role", "examples"]

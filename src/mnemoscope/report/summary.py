@@ -9,13 +9,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mnemoscope.digests import intact
 from mnemoscope.report import words
 from mnemoscope.report.schema import REFITTED, Aim, Chosen, Direction, TaskResults
 from mnemoscope.report.steer import other_ways
 from mnemoscope.report.words import TOWARDS, count, counted, percent, ranged
+from mnemoscope.runs.digests import intact
+from mnemoscope.runs.strict import read_json
 from mnemoscope.statistics import LEAST_GROUPS, Estimate
-from mnemoscope.strict import read_json
 
 VECTOR, WORDS = "this vector", "asking in words"
 LEARNED = ("learned", "low-rank")

@@ -18,8 +18,8 @@ import torch
 
 from mnemoscope.interventions import Intervention, SteeringVector, Toward
 from mnemoscope.models import heads_of
-from mnemoscope.probes import LayerProbe, share_right
 from mnemoscope.statistics import half_of_groups
+from mnemoscope.statistics.probes import LayerProbe, share_right
 
 if TYPE_CHECKING:
     from mnemoscope.bench.lists import Bench

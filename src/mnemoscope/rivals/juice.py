@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from mnemoscope.behaviour import capturing
-from mnemoscope.errors import InputError
 from mnemoscope.interventions import Gate, Intervention, Toward, edited
 from mnemoscope.interventions.hooks import Changed
 from mnemoscope.models import cache_argument, cache_of, core_of, forked, replaced_forward
 from mnemoscope.rivals.heads import SETTINGS, Factors, factors_of, ranked
+from mnemoscope.runs.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

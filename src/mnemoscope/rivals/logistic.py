@@ -6,7 +6,7 @@ import numpy as np
 
 from mnemoscope.interventions.shifts import OneDirection
 from mnemoscope.interventions.sources import Labels, Sources
-from mnemoscope.probes import LayerProbe
+from mnemoscope.statistics.probes import LayerProbe
 
 ABOUT = "weights of a probe, one layer"
 

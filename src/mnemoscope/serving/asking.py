@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
-from mnemoscope.errors import InputError
-from mnemoscope.face import known_behaviour
+from mnemoscope.face.fitted import known_behaviour
 from mnemoscope.interventions import SteeringVector, Toward
+from mnemoscope.runs.errors import InputError
 
 if TYPE_CHECKING:
     from mnemoscope.serving.offered import Offered

@@ -8,11 +8,11 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from mnemoscope.detect import Detector
-from mnemoscope.digests import intact, is_there, locked, rewriting
-from mnemoscope.errors import InputError
-from mnemoscope.face import artefacts_of, cell_of
+from mnemoscope.face.fitted import artefacts_of, cell_of
 from mnemoscope.interventions import Artefact, Binding, Card, SteeringVector, best_paths
+from mnemoscope.interventions.detect import Detector
+from mnemoscope.runs.digests import intact, is_there, locked, rewriting
+from mnemoscope.runs.errors import InputError
 from mnemoscope.serving.served import Proof
 
 

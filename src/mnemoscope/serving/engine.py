@@ -8,8 +8,8 @@ from dataclasses import asdict
 from functools import lru_cache, wraps
 from typing import Any
 
-from mnemoscope.errors import InputError
 from mnemoscope.interventions import Binding
+from mnemoscope.runs.errors import InputError
 from mnemoscope.serving.asking import ADMITTED, FIELDS, Asked, admit, key_of_block, parse
 from mnemoscope.serving.offered import Offered, binding_of
 from mnemoscope.serving.worker import Steerer

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from mnemoscope.behaviour import left_padded, states_at_the_end
-from mnemoscope.detect import Detector, Reading
-from mnemoscope.face import Fitted
+from mnemoscope.face.fitted import Fitted
 from mnemoscope.interventions import SteeringVector
+from mnemoscope.interventions.detect import Detector, Reading
 from mnemoscope.models import cache_of, pass_inputs, with_last_logits
 
 BATCH = 8  # requests in a pass

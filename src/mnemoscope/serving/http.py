@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mappi
 from difflib import get_close_matches
 from typing import Any
 
-from mnemoscope.errors import InputError
+from mnemoscope.runs.errors import InputError
 from mnemoscope.serving import engine
 from mnemoscope.serving.asking import ADMITTED, FIELDS, other_word, parse, served_by
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from mnemoscope.detect import Detector
-from mnemoscope.errors import InputError
-from mnemoscope.face import artefacts_of
+from mnemoscope.face.fitted import artefacts_of
 from mnemoscope.interventions import Artefact, Binding, Gate, SteeringVector, Toward
+from mnemoscope.interventions.detect import Detector
 from mnemoscope.models import load_model
+from mnemoscope.runs.errors import InputError
 
 
 @dataclass(frozen=True)

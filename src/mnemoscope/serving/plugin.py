@@ -27,7 +27,7 @@ def register() -> None:
         return
     import vllm
 
-    from mnemoscope.errors import InputError
+    from mnemoscope.runs.errors import InputError
 
     if not vllm.__version__.startswith(tuple(f"{version}." for version in TRIED)):
         said = f"vllm: version {vllm.__version__} was not tried; allowed are {', '.join(TRIED)}"

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from mnemoscope.detect import Reading
-from mnemoscope.face import Fitted
+from mnemoscope.face.fitted import Fitted
 from mnemoscope.interventions import Toward
+from mnemoscope.interventions.detect import Reading
 from mnemoscope.models import context_length
 from mnemoscope.serving.expected import Answer, Request, expected_of, leaked, readings
 from mnemoscope.serving.served import ANSWERED, Ask, Proof, Served, fresh_salt, largest

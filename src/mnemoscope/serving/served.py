@@ -12,10 +12,10 @@ from uuid import uuid4
 import numpy as np
 import torch
 
-from mnemoscope.detect import Detector
-from mnemoscope.errors import InputError
-from mnemoscope.face import Fitted
+from mnemoscope.face.fitted import Fitted
 from mnemoscope.interventions import Toward
+from mnemoscope.interventions.detect import Detector
+from mnemoscope.runs.errors import InputError
 from mnemoscope.serving.expected import Answer, Request, expected_of
 
 Ask = Callable[[Sequence[Request]], list[Answer]]  # asks all at the same time; answers in order

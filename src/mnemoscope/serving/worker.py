@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mnemoscope.detect import Reading
 from mnemoscope.interventions import Toward
+from mnemoscope.interventions.detect import Reading
 from mnemoscope.models import site_module
 from mnemoscope.serving.asking import ADMITTED, Admitted
 from mnemoscope.serving.rows import Rows, rows_of

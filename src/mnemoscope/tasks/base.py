@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mnemoscope.errors import InputError
-from mnemoscope.files import Seen
+from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.files import Seen
 
 Kind = Literal["conflict", "memory", "novel"]
 Split = Literal["fit", "tune", "test"]

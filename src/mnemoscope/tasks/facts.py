@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mnemoscope.errors import InputError
+from mnemoscope.runs.errors import InputError
 from mnemoscope.tasks.known import (
     ASKS,
     LABELS,

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from mnemoscope.errors import InputError
-from mnemoscope.strict import parse_json, read_text
+from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.strict import parse_json, read_text
 from mnemoscope.tasks.base import INSTRUCTIONS, Example, Kind, Split, Task, assign_splits, checked_boundary
 
 FIELDS = ("item", "prompt", "memorized", "generalized", "answer", "kind", "group", "family", "split", "bare")

@@ -18,7 +18,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from mnemoscope.errors import InputError
+from mnemoscope.runs.errors import InputError
 from mnemoscope.tasks.base import INSTRUCTIONS, KINDS, Example, Kind, Split, Task, assign_splits, checked_boundary
 
 Fact = tuple[str, str]  # a relation and its subject

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mnemoscope.errors import InputError
+from mnemoscope.runs.errors import InputError
 from mnemoscope.tasks.base import check_range
 from mnemoscope.tasks.known import (
     LABELS,

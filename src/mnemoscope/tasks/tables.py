@@ -9,8 +9,8 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from mnemoscope.errors import InputError
-from mnemoscope.strict import bounded_table, parse_json, read_bytes, read_text
+from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.strict import bounded_table, parse_json, read_bytes, read_text
 
 Row = Mapping[str, Any]
 ENDINGS = (".jsonl", ".csv", ".parquet")

@@ -27,10 +27,10 @@ from starlette.requests import HTTPConnection
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mnemoscope.cells import version
-from mnemoscope.digests import intact
-from mnemoscope.errors import InputError
 from mnemoscope.report import compare_briefs, page_style
+from mnemoscope.runs.digests import intact
+from mnemoscope.runs.errors import InputError
+from mnemoscope.study.cells import version
 from mnemoscope.web import api
 from mnemoscope.web.connections import MOST, WithDeadline
 from mnemoscope.web.runs import NAME, Jobs, OpenedCells, Runs

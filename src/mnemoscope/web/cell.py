@@ -26,16 +26,16 @@ from mnemoscope.behaviour import (
     states_at_the_end,
     without_prefix,
 )
-from mnemoscope.cells import Cell, cells_of
 from mnemoscope.config import load_study
-from mnemoscope.contrast import Contrast
-from mnemoscope.detect import Detector
-from mnemoscope.digests import check_closed, check_stage, intact, is_there
-from mnemoscope.errors import InputError
 from mnemoscope.interventions import Binding, readable
+from mnemoscope.interventions.detect import Detector
 from mnemoscope.interventions.sources import with_prefixes
 from mnemoscope.models import blocks_of
-from mnemoscope.stages import Records, cell_model, with_kept_data
+from mnemoscope.runs.digests import check_closed, check_stage, intact, is_there
+from mnemoscope.runs.errors import InputError
+from mnemoscope.statistics.contrast import Contrast
+from mnemoscope.study.cells import Cell, cells_of
+from mnemoscope.study.stages import Records, cell_model, with_kept_data
 from mnemoscope.tasks import Example, allowed_code
 from mnemoscope.web.parts import Neurons, Vectors
 from mnemoscope.web.shapes import Answer, Asked, CellFacts, DetectorReading, Pair, Question, Steering

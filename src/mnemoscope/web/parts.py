@@ -12,15 +12,15 @@ import numpy as np
 
 from mnemoscope.behaviour import Asking, Batch, cache_prefixes, kept_bytes, prepare, score
 from mnemoscope.bench.answers import steered
-from mnemoscope.cells import Cell
-from mnemoscope.contrast import Contrast
-from mnemoscope.digests import inside, intact
-from mnemoscope.errors import InputError
 from mnemoscope.interventions import OPPOSITE, Binding, SteeringVector, Toward
 from mnemoscope.interventions.sources import TOWARD
 from mnemoscope.report import draw_neuron
-from mnemoscope.schemas import read_chosen
+from mnemoscope.runs.digests import inside, intact
+from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.schemas import read_chosen
 from mnemoscope.statistics import top_by_magnitude
+from mnemoscope.statistics.contrast import Contrast
+from mnemoscope.study.cells import Cell
 from mnemoscope.tasks import Example
 from mnemoscope.web.shapes import Method, NeuronMap, Steering, VectorFacts, Watched
 

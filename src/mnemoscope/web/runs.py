@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 from fastapi import HTTPException
 
 from mnemoscope.config import NAME
-from mnemoscope.digests import intact
-from mnemoscope.errors import InputError
-from mnemoscope.files import plain
 from mnemoscope.report import Summary
-from mnemoscope.strict import read_json
+from mnemoscope.runs.digests import intact
+from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.files import plain
+from mnemoscope.runs.strict import read_json
 from mnemoscope.web.cell import OpenedCell
 from mnemoscope.web.shapes import Job, RunFacts, Watched
 

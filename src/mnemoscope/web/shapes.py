@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from mnemoscope.detect import Reading
-from mnemoscope.files import plain
+from mnemoscope.interventions.detect import Reading
+from mnemoscope.runs.files import plain
 from mnemoscope.tasks import Example
 
 NAMELESS = "asked"  # item of a question that somebody typed

@@ -1,0 +1,1 @@
+"""What only the paper needs: made-up tasks, training from scratch, comparisons of seeds and tasks."""

@@ -1,0 +1,147 @@
+"""Several tasks as one, for one model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, TypeVar
+
+import numpy as np
+
+from mnemoscope.paper.stored import CHUNK
+from mnemoscope.runs.errors import InputError
+from mnemoscope.tasks import Example, Instance, Kind, Task, build_task
+
+Answer = TypeVar("Answer")
+DEFAULT_PARTS: dict[str, dict[str, Any]] = {"inference": {}, "addition-digits": {}, "cipher": {}}
+
+
+@dataclass(eq=False)
+class JointTask(Task):
+    """Several tasks for one model, each with its own stored answers.
+
+    Items, groups and families are prefixed with their part: ``cipher/abcd+3``. Prompts and answers are those of the
+    part alone. Methods that take an example are those of its part; methods that take a text return what all parts agree
+    on, else the default.
+
+    Args:
+        parts: options of each task, by its name.
+        shares: parts of the training instances, by name; they add up to 1. Default: equal.
+        first: by name, how many instances of a part come before all parts are mixed.
+        seed: that of every part, so that each is the task it would be alone.
+
+    Raises InputError where a part is no task to train on, or ``shares`` or ``first`` do not fit the parts.
+    """
+
+    name = "joint"
+
+    parts: Any = None  # the tasks by name, once they are made
+    shares: Any = None
+    first: Any = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        given = DEFAULT_PARTS if self.parts is None else self.parts
+        if not isinstance(given, Mapping) or not all(isinstance(o, dict | None | Task) for o in given.values()):
+            raise InputError(f"parts: {given!r} is not a mapping of task names to their options")
+        if not given or "joint" in given:
+            raise InputError(f"parts: {', '.join(given) or 'none'}; at least one task is wanted, and not joint itself")
+        built = {n: o if isinstance(o, Task) else build_task(n, o or {}, self.seed) for n, o in given.items()}
+        for name, part in built.items():
+            if part.vocabulary is None:
+                raise InputError(f"parts: task {name!r} has no vocabulary to train on")
+        names = ", ".join(built)
+        shares = dict.fromkeys(built, 1 / len(built)) if self.shares is None else self.shares
+        fitting = isinstance(shares, Mapping) and set(shares) == set(built) and min(shares.values()) > 0
+        if not fitting or abs(sum(shares.values()) - 1) > 1e-6:
+            raise InputError(f"shares: {shares!r} are not one share above 0 for each of {names}, adding up to 1")
+        self.parts, self.shares, self.first = built, shares, dict(self.first or {})
+        if not set(self.first) <= set(built) or any(n < 0 for n in self.first.values()):
+            raise InputError(f"first: {self.first!r} is no number of instances, 0 or more, for some of {names}")
+        # An answer closes as its part closes it: no part trains another's ending.
+        ends = [part.boundary for part in built.values()]
+        self.boundary = None if None in ends else tuple(dict.fromkeys(text for end in ends for text in end or ()))
+        self.vocabulary = list(dict.fromkeys(word for part in built.values() for word in part.vocabulary or ()))
+        self.memory_is_conflict = any(part.memory_is_conflict for part in built.values())
+        self.begins_reply = all(part.begins_reply for part in built.values())
+
+    def training(self, rng: np.random.Generator) -> Iterator[Instance]:
+        """Instances of the parts, mixed in their shares; before that, what comes first."""
+        streams = {name: part.training(rng) for name, part in self.parts.items()}
+        for name, n in self.first.items():
+            yield from islice(streams[name], n)
+        names = list(streams)
+        while True:
+            for pick in rng.choice(len(names), size=CHUNK, p=[self.shares[name] for name in names]):
+                yield next(streams[names[pick]])
+
+    def examples(self, rng: np.random.Generator, n: int, kind: Kind) -> list[Example]:
+        """Equally many of each part, in random order; fewer of a part that has no more to give."""
+        each = -(-n // len(self.parts))
+        found = [_outside(name, e) for name, part in self.parts.items() for e in part.examples(rng, each, kind)]
+        return [found[i] for i in rng.permutation(len(found))[:n]]
+
+    def rephrase(self, example: Example, rng: np.random.Generator) -> Example:
+        return self._of_part(example, lambda part, inside: part.rephrase(inside, rng)) or example
+
+    def has_memorized_format(self, answer: str) -> bool | None:
+        return self._agreed(lambda part: part.has_memorized_format(answer))
+
+    def keeps_key(self, example: Example) -> bool:
+        name, inside = self.inside(example)
+        return self.parts[name].keeps_key(inside)
+
+    def instruction(self, toward: str) -> str | None:
+        return self._agreed(lambda part: part.instruction(toward))
+
+    def prompted(self, example: Example, toward: str) -> Example | None:
+        return self._of_part(example, lambda part, inside: part.prompted(inside, toward))
+
+    def split_reply(self, prompt: str) -> tuple[str, str]:
+        return self._agreed(lambda part: part.split_reply(prompt)) or (prompt, "")
+
+    def without_context(self, example: Example) -> Example | None:
+        return self._of_part(example, lambda part, inside: part.without_context(inside))
+
+    def facts_to_know(self) -> list[Example]:
+        return [_outside(name, e) for name, part in self.parts.items() for e in part.facts_to_know()]
+
+    def knowing(self, items: set[str]) -> Task:
+        known = copy.copy(self)
+        known.parts = {
+            name: part.knowing({item.removeprefix(f"{name}/") for item in items if item.startswith(f"{name}/")})
+            for name, part in self.parts.items()
+        }
+        return known
+
+    def held_out(self) -> dict[str, Task]:
+        """By name, the held-out tasks of all parts that have one of that name."""
+        found: dict[str, dict[str, Task]] = {}
+        for name, part in self.parts.items():
+            for held_out, task in part.held_out().items():
+                found.setdefault(held_out, {})[name] = task
+        return {held_out: JointTask(tasks) for held_out, tasks in found.items()}
+
+    def inside(self, example: Example) -> tuple[str, Example]:
+        """The name of the example's part, and the example as the part knows it."""
+        name = example.item.partition("/")[0]
+        return name, _renamed(example, lambda text: text.removeprefix(f"{name}/"))
+
+    def _of_part(self, example: Example, ask: Callable[[Task, Example], Example | None]) -> Example | None:
+        name, inside = self.inside(example)
+        other = ask(self.parts[name], inside)
+        return _outside(name, other) if other else None
+
+    def _agreed(self, ask: Callable[[Task], Answer]) -> Answer | None:
+        answers = [ask(part) for part in self.parts.values()]
+        return answers[0] if all(answer == answers[0] for answer in answers) else None
+
+
+def _outside(name: str, example: Example) -> Example:
+    return _renamed(example, lambda text: f"{name}/{text}")
+
+
+def _renamed(example: Example, rename: Callable[[str], str]) -> Example:
+    return replace(example, item=rename(example.item), group=rename(example.group), family=rename(example.family))

@@ -1,0 +1,227 @@
+"""Atomic files and folders, strict JSON, hashes of files and of texts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mnemoscope.runs.errors import InputError, StudyError
+
+TEMPORARY = re.compile(r"\..+\.\d+\.tmp(\.\w+)?")  # names that files and folders have while they are written
+
+
+def write_atomically(path: Path, content: bytes | Callable[[Path], Any]) -> Path:
+    """Write a file under a temporary name, and rename it; ``content`` are bytes or a function that writes to a path."""
+    with replacing(path) as temporary:
+        if callable(content):
+            content(temporary)
+        else:
+            temporary.write_bytes(content)
+    return path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Path of a temporary file, renamed to ``path`` when the context ends; deleted if it raises.
+
+    InputError where ``path`` is a link, a device or a folder: nothing but a file is replaced.
+    """
+    if not path.name:
+        raise InputError(f"out: {str(path)!r} is no name of a file")
+    check_replaceable(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    with made(path.parent):
+        temporary.unlink(missing_ok=True)  # of a killed process with the same id, or a link that somebody put there
+        try:
+            yield temporary
+            flush(temporary)
+            os.replace(temporary, path)
+            flush(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def check_replaceable(path: Path) -> None:
+    """Raises InputError where something is at ``path`` that is no file: links and devices are left as they are."""
+    with suppress(FileNotFoundError):
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise InputError(f"path: {path} is a link, a device or a folder; only a file is replaced")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Path of a temporary folder, renamed to ``path`` when the context ends; deleted if it raises.
+
+    InputError where ``path`` exists and is not an empty folder.
+    """
+    if path.is_symlink():
+        raise InputError(f"folder: {path} is a link; name the folder itself")
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise InputError(f"folder: {path} exists and is not empty; nothing is overwritten")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with made(path.parent):
+        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with the same id
+        temporary.mkdir()
+        try:
+            yield temporary
+            for inside in sorted(temporary.rglob("*"), reverse=True):
+                flush(inside)
+            flush(temporary)
+            os.replace(temporary, path)  # takes the place of an empty folder
+            flush(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what writers that were killed left in a folder under temporary names; none may be at work there."""
+    for stale in [path for path in folder.rglob(".*.tmp*") if TEMPORARY.fullmatch(path.name)]:
+        if stale.is_dir() and not stale.is_symlink():
+            shutil.rmtree(stale)
+        else:
+            stale.unlink(missing_ok=True)
+
+
+@contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """Make a folder with its parents; where the context raises, those of them that are still empty go again."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        flush(path.parent)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # not empty
+            for path in missing:
+                path.rmdir()
+        raise
+
+
+@contextmanager
+def undone_if_refused(folder: Path, worth: Callable[[], bool]) -> Iterator[None]:
+    """Where the context raises before anything in a folder is ``worth`` keeping, what it changed there goes.
+
+    Kept is what a StudyError leaves, which reports on what was done, and whatever a user stops.
+    """
+    if worth():
+        yield
+        return
+
+    def there() -> set[Path]:
+        return {*folder.glob("*"), *folder.glob("*/*")}
+
+    before = {path: path.read_bytes() if path.is_file() else b"" for path in there()}
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, StudyError) and not worth():
+            for path in sorted(there() - set(before), reverse=True):  # what is in a folder before it
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            for path, content in before.items():
+                if path.is_file() and path.read_bytes() != content:
+                    path.write_bytes(content)
+        raise
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk: a power cut may otherwise keep a new name only."""
+    place = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(place)
+    finally:
+        os.close(place)
+
+
+@contextmanager
+def lock_file(path: Path) -> Iterator[int]:
+    """Descriptor of a file to lock, made if missing; InputError where a link, a device or a folder is in its place."""
+    check_replaceable(path)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def known_hash(path: Path) -> str:
+    """``file_hash``, computed once a process for a file of one size, time and inode: weights are large."""
+    found = path.stat()
+    return _hash_of(path, found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+@lru_cache(maxsize=1024)
+def _hash_of(path: Path, *_: int) -> str:
+    return file_hash(path)
+
+
+FRESH = 2**15  # hashes held in a set before they join the sorted array, which takes eight bytes each
+
+
+class Seen:
+    """A set of texts by 64-bit hashes, to drop duplicates in a stream; of a million, two share one with p = 3e-8."""
+
+    def __init__(self) -> None:
+        self._sorted = np.empty(0, np.uint64)
+        self._fresh: set[int] = set()
+
+    def add(self, *parts: str) -> bool:
+        """Add a text, given in parts, and return whether it is new."""
+        digest = hashlib.blake2b(digest_size=8)
+        for part in parts:
+            digest.update(f"{len(part)}:{part}".encode())
+        number = int.from_bytes(digest.digest())
+        place = int(np.searchsorted(self._sorted, np.uint64(number)))
+        if number in self._fresh or (place < len(self._sorted) and int(self._sorted[place]) == number):
+            return False
+        self._fresh.add(number)
+        if len(self._fresh) >= FRESH:
+            self._settle()
+        return True
+
+    def update(self, other: Seen) -> None:
+        """Add all texts of another set."""
+        other._settle()
+        self._settle()
+        self._sorted = np.union1d(self._sorted, other._sorted)
+
+    def __len__(self) -> int:
+        """Number of different texts."""
+        return len(self._sorted) + len(self._fresh)
+
+    def _settle(self) -> None:
+        fresh = np.sort(np.fromiter(self._fresh, np.uint64, len(self._fresh)))
+        self._sorted = np.insert(self._sorted, np.searchsorted(self._sorted, fresh), fresh)
+        self._fresh.clear()
+
+
+def plain(value: Any) -> Any:
+    """Nested dicts, lists and tuples with None for every number that is not finite, which strict JSON does not have."""
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def dumped(value: Any) -> str:
+    """One line of JSON, undefined numbers as null."""
+    return json.dumps(plain(value), allow_nan=False)

@@ -1,0 +1,268 @@
+"""What each JSON file of a run holds: fields and their types, checked by ``strict.read_json`` at each reading."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal, NotRequired, TypedDict
+
+from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.strict import read_json
+
+Site = Literal["block", "attention", "mlp", "neuron"]
+Where = Literal["decision", "all"]
+Aim = Literal["pairs", "conflict"]
+Direction = Literal["to_generalized", "to_memorized"]
+Number = float | None  # None: not defined
+
+
+class StudyFacts(TypedDict):
+    """What a report reads of ``study.yaml``, which ``config`` describes; of any version."""
+
+    study: str
+    cells: dict[str, Any]
+
+
+class BindingFacts(TypedDict):
+    """Fingerprint of a model."""
+
+    model_type: str
+    weights: str
+    tokenizer: str
+    dtype: NotRequired[str]
+    rounded: NotRequired[str]
+    half: NotRequired[str]
+
+
+class CellFacts(TypedDict):
+    """``cell.json``."""
+
+    task: str
+    label: str
+    seed: int
+    memory_is_conflict: bool
+    trained: bool
+    site: NotRequired[Site]
+    options: NotRequired[dict[str, Any]]
+    analysed: NotRequired[bool]
+    shared_initialization: NotRequired[bool]
+    weights: NotRequired[str | None]
+    attempt: NotRequired[int]
+    precision: NotRequired[str]
+    layers: NotRequired[int]
+    width: NotRequired[int]
+    binding: NotRequired[BindingFacts | None]
+
+
+class SettingFacts(TypedDict):
+    """A setting that was chosen."""
+
+    method: str
+    site: str
+    layers: list[int]
+    top: float
+    strength: float
+    positions: Where
+    alpha: NotRequired[Number]
+    within_limits: NotRequired[bool]
+    begin_alike: NotRequired[Number]
+
+
+class BestFacts(TypedDict):
+    """By direction, the best method."""
+
+    to_generalized: str
+    to_memorized: str
+
+
+class BothFacts(TypedDict):
+    """By direction, the setting of a method."""
+
+    to_generalized: SettingFacts
+    to_memorized: SettingFacts
+
+
+class ChosenOf(TypedDict):
+    """What was chosen for one aim."""
+
+    best: BestFacts
+    methods: dict[str, BothFacts]
+
+
+class ChosenFacts(TypedDict):
+    """``records/chosen.json``."""
+
+    pairs: ChosenOf
+    conflict: ChosenOf
+    aim: NotRequired[Aim]  # runs of version 0.1 have none: pairs
+
+
+class ProbeOfLayer(TypedDict):
+    """The probe of a layer."""
+
+    layer: int
+    weights: list[float]
+    bias: float
+    tune_accuracy: float
+
+
+class ProbeFacts(TypedDict):
+    """``probe.json``."""
+
+    site: Site
+    best_layer: int
+    layers: list[ProbeOfLayer]
+
+
+class KnownFacts(TypedDict):
+    """``known.json``: of a cell, or of an arena, which also says of which model and examples."""
+
+    asked: int
+    known: list[str]
+
+
+class WhyFacts(TypedDict):
+    """``no_detector.json``."""
+
+    why: str
+
+
+class TimeFacts(TypedDict):
+    """``records/training_time.json``."""
+
+    seconds: float
+    steps: int
+
+
+class MarkerFacts(TypedDict):
+    """``stages/NAME.json``: what a finished stage depended on, and its files with their SHA-256."""
+
+    files: dict[str, str]
+    digest: NotRequired[str]
+    hash: NotRequired[str]
+    seconds: NotRequired[float]
+    commit: NotRequired[str | None]
+    dirty: NotRequired[bool | None]
+
+
+class ManifestFacts(TypedDict):
+    """``manifest.json``."""
+
+    mnemoscope: NotRequired[str]
+    versions: NotRequired[dict[str, str]]
+    python: NotRequired[str]
+    machine: NotRequired[dict[str, str | int | None]]
+    commit: NotRequired[str | None]
+    stages: NotRequired[dict[str, dict[str, MarkerFacts]]]
+
+
+class FrameFacts(TypedDict):
+    """``arena/frame.json``."""
+
+    schema: int
+    model: str
+    weights: str
+    task: str
+    examples: str
+    sizes: dict[str, float]
+    prompting: dict[str, bool | str | None]
+    asked: int
+    known: int
+    dtype: NotRequired[str]
+    order: list[str]
+    lists: dict[str, int]
+    no_gate: NotRequired[str | None]
+    by_answers: NotRequired[float | None]
+
+
+class PromptingFacts(TypedDict):
+    """The format of prompts of an artefact."""
+
+    chat: bool
+    system: str | None
+    begun: bool
+
+
+class ControlFacts(TypedDict):
+    """The strongest control of a card."""
+
+    name: str
+    estimate: Number
+
+
+class CardFacts(TypedDict):
+    """The card of an artefact."""
+
+    fitted_on: str
+    shift: NotRequired[dict[str, Number] | None]
+    control: NotRequired[ControlFacts | None]
+    cost: NotRequired[dict[str, Number]]
+    divergence: NotRequired[dict[str, Number]]
+    auroc: NotRequired[dict[str, Number] | None]
+    pairs: NotRequired[int]
+    groups: NotRequired[int]
+    versions: NotRequired[dict[str, str]]
+    proven: NotRequired[dict[str, str]]
+
+
+class DigestFacts(TypedDict):
+    """SHA-256 of both parts of an artefact."""
+
+    tensors: str
+    facts: str
+
+
+class ArtefactFacts(TypedDict):
+    """The JSON beside the tensors of a vector or detector."""
+
+    digest: DigestFacts | str  # a text: of the tensors alone, by an earlier version
+    task: str
+    commit: str
+    binding: BindingFacts | None
+    prompting: PromptingFacts
+    card: CardFacts | None
+
+
+class InterventionFacts(ArtefactFacts):
+    """The JSON of an intervention of any kind."""
+
+    toward: Literal["generalized", "memorized"]
+    method: str
+    kind: NotRequired[str]  # none: a vector, by an earlier version
+    setting: NotRequired[dict[str, Any]]
+
+
+class VectorFacts(InterventionFacts):
+    """The JSON of a vector."""
+
+    site: Literal["block", "attention", "mlp", "neuron", "head"]
+    edits: NotRequired[list[str]]  # none: shifts and low-rank shifts, by an earlier version
+    positions: Where
+    layers: list[int]
+    top: float
+    strength: float
+    unit: NotRequired[Literal["norm", "spread"]]
+    begin_alike: float
+    opening: list[int]
+
+
+class DetectorFacts(ArtefactFacts):
+    """The JSON of a detector."""
+
+    site: Site
+    layer: int
+    conflict_bias: Number
+
+
+def read_chosen(path: Path) -> ChosenFacts:
+    """Read ``chosen.json``; InputError where a field is wrong, or the best method is not among the others."""
+    found = read_json(path, ChosenFacts)
+    for aim in ("pairs", "conflict"):
+        of_aim: ChosenOf = found[aim]
+        for direction, method in of_aim["best"].items():
+            if method not in of_aim["methods"]:
+                raise InputError(f"{path}: {aim}.best.{direction} is {method!r}, which is not among its methods")
+        for method in of_aim["methods"]:
+            if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,49}", method):  # it is part of a file's name
+                raise InputError(f"{path}: {aim}.methods has {method!r}, which is no method")
+    return found

@@ -1,0 +1,134 @@
+"""Fit a detector, read test prompts with it, and record where a gate would act.
+
+A gate decides by the unsteered state at the decision position, so a gated vector equals the ungated one where the gate
+acts and does nothing elsewhere.
+
+Shapes: N prompts, L layers, D neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from mnemoscope.behaviour import Asking, read_states
+from mnemoscope.interventions import SteeringVector
+from mnemoscope.interventions.detect import Detector, Observed, Reading, fit_detectors
+from mnemoscope.interventions.sources import TOWARD
+from mnemoscope.runs.errors import InputError
+from mnemoscope.study.cells import Cell, Tell
+from mnemoscope.study.stages import common
+from mnemoscope.study.stages.lists import Records, judged_lists
+from mnemoscope.study.stages.probe import input_scores, uncertainty_scores
+from mnemoscope.tasks import SPLITS, Example, Kind, Side, Split, draw
+
+SIDES: tuple[Side, Side] = ("a", "b")
+NEITHER: tuple[Kind, ...] = ("memory", "novel")
+
+
+def detection_stage(cell: Cell, tell: Tell) -> list[Path]:
+    """Fit a detector on fit and tune prompts; read test prompts beside baselines; record what a gate decides."""
+    config = cell.config.detection
+    if not config.fitted:
+        return []
+    asking, records = common.cell_model(cell), Records.of(cell)
+    parts = {}
+    for done, split in enumerate(SPLITS):
+        tell(done, 4, f"reading {split} prompts")
+        parts[split] = _prompts(cell, asking, records, split)
+    # The last block whose output precedes all shifts of the best vectors; -1: none.
+    shifting = [one for one in common.read_best(cell) if isinstance(one, SteeringVector) and one.layers]
+    below = min((vector.layers[0] - (vector.site != "block") for vector in shifting), default=-1)
+    try:
+        found = fit_detectors(parts["fit"].observed(), parts["tune"].observed(), cell.config.pairs.site, below)
+    except InputError as error:  # too few prompts of a behaviour, which is no reason to lose all else
+        tell(1, 1, f"no detector: {error}")
+        return [common.write_json(cell.records / "no_detector.json", {"why": str(error)})]
+    detector, lower = (one and replace(one, **common.artefact_facts(cell, asking)) for one in found)
+    assert detector is not None
+    # Without their JSON, which the cards stage writes again.
+    files = [common.save_without_card(cell, detector, cell.folder / "detector.safetensors")]
+    files += [common.save_without_card(cell, lower, cell.folder / "detector_below.safetensors")] if lower else []
+    files.append(common.write_table(cell.records / "detection.parquet", _readings(asking, parts, detector, lower)))
+    tell(3, 4, "where a gate acts")
+    gates = pd.concat(_gates(cell, asking, records, detector), ignore_index=True)
+    return [*files, common.write_table(cell.records / "gate.parquet", gates)]
+
+
+class _Prompts(NamedTuple):
+    """Prompts of one split with the behaviour that followed and their states at the decision position."""
+
+    rows: pd.DataFrame
+    examples: Sequence[Example]
+    states_NLD: np.ndarray
+    uncertainty_N2: np.ndarray
+
+    def observed(self) -> Observed:
+        """What a detector is fitted on: without prompts that were answered neither way."""
+        kept_N = self.rows.followed.isin(("memorized", "generalized", "neither")).to_numpy()
+        return Observed(self.states_NLD[kept_N], self.rows.followed.to_numpy(dtype=object)[kept_N])
+
+
+def _prompts(cell: Cell, asking: Asking, records: Records, split: Split) -> _Prompts:
+    """Phrasings of candidates as they come, pairs or not, and questions without a conflict."""
+    config, rng = cell.config.detection, common.rng_of(cell, f"detection/{split}")
+    tables = {"conflict": records.pairs, **(records.held_out if split == "test" else {})}
+    found = [
+        (name, behaviour, example)
+        for name, table in tables.items()
+        for example, behaviour in _phrasings(table, split, config.examples, rng)
+    ]
+    for kind in NEITHER if not records.task.memory_is_conflict else NEITHER[1:]:
+        found += [(kind, "neither", e) for e in draw(records.task, rng, config.others, kind, split)]
+    rows = pd.DataFrame([row[:2] for row in found], columns=["examples", "followed"])
+    examples = [example for *_, example in found]
+    states = read_states(asking, examples, cell.config.pairs.site, kept=common.kept_states(cell))
+    return _Prompts(rows, examples, states.at_decision_NLD, states.uncertainty_N2)
+
+
+def _phrasings(
+    table: pd.DataFrame, split: Split, limit: int, rng: np.random.Generator
+) -> Iterator[tuple[Example, str]]:
+    """At most ``limit`` different prompts of candidates, drawn at random, with the behaviour of their answers."""
+    part = table[table["split"] == split]
+    first = np.flatnonzero(~pd.concat([part["prompt_a"], part["prompt_b"]]).duplicated())
+    for place in rng.permutation(first)[:limit]:
+        side, number = divmod(int(place), len(part))
+        row, letter = part.iloc[number].to_dict(), SIDES[side]
+        yield Example.from_row(row, letter), row[f"behaviour_{letter}"]
+
+
+def _readings(
+    asking: Asking, parts: Mapping[Split, _Prompts], detector: Detector, lower: Detector | None
+) -> pd.DataFrame:
+    """Readings of test prompts, beside scores from the input and from how sure the model is of its next token."""
+    test, sides = parts["test"], {"memorized": 1, "generalized": 0}
+    labels = {split: part.rows.followed.map(sides).fillna(-1).to_numpy(np.int64) for split, part in parts.items()}
+    columns: dict[str, Any] = {
+        f: [getattr(e, f) for e in test.examples] for f in ("prompt", "group", "family", "split")
+    }
+    reading = detector.read(test.states_NLD)
+    columns |= _values(reading) | input_scores(asking, {s: part.examples for s, part in parts.items()}, labels)
+    columns |= uncertainty_scores({split: part.uncertainty_N2 for split, part in parts.items()}, labels)
+    columns["readable_from"] = [np.nan if layer is None else float(layer) for layer in reading.readable_from]
+    columns["p_memorized_below"] = lower.read(test.states_NLD).p_memorized if lower else np.nan
+    return test.rows.assign(**columns)
+
+
+def _values(reading: Reading) -> dict[str, Any]:
+    return {name: getattr(reading, name) for name in ("p_memorized", "p_conflict", "distance", "unlike")}
+
+
+def _gates(cell: Cell, asking: Asking, records: Records, detector: Detector) -> Iterator[pd.DataFrame]:
+    """The detector's values, and whether a gate acts, for every list that steering was judged on, in its order."""
+    for direction, toward in TOWARD.items():
+        for name, entry in judged_lists(records, direction, cell.config.steering.judged_examples).items():
+            states = read_states(asking, entry.examples, cell.config.pairs.site, kept=common.kept_states(cell))
+            reading = detector.read(states.at_decision_NLD)
+            columns: dict[str, Any] = {"direction": direction, "examples": name, "example": range(len(entry.examples))}
+            yield pd.DataFrame(columns | _values(reading) | {"acts": reading.acts(toward, common.GATE)})

@@ -1,0 +1,284 @@
+"""The lists of examples that directions are made from, chosen on and judged on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from mnemoscope.behaviour import Asking, prepare, score
+from mnemoscope.bench.lists import Bench, Lists, Prompts
+from mnemoscope.interventions import Toward
+from mnemoscope.interventions.sources import (
+    SOURCE,
+    TOWARD,
+    FitLists,
+    Sources,
+    Tried,
+    in_turn,
+    read_sources,
+    with_prefixes,
+)
+from mnemoscope.models import Site
+from mnemoscope.study.cells import Cell
+from mnemoscope.study.stages.common import cell_task, kept_states, rng_of
+from mnemoscope.tasks import Example, Split, Task, draw
+
+LEAST_OF_A_FAMILY = 20  # examples, below which one of them that is lost would decide alone
+
+
+@dataclass(frozen=True)
+class Records:
+    """Tables of a cell that earlier stages wrote: every candidate of every split, and test examples of every kind.
+
+    ``held_out``: by name, test candidates of what nothing was fitted on.
+    """
+
+    task: Task
+    pairs: pd.DataFrame
+    behaviour: pd.DataFrame
+    held_out: Mapping[str, pd.DataFrame]
+
+    @classmethod
+    def of(cls, cell: Cell) -> Records:
+        """Read the records of a cell."""
+        pairs, behaviour = (pd.read_parquet(cell.records / f"{name}.parquet") for name in ("pairs", "behaviour"))
+        path = cell.records / "pairs_held_out.parquet"
+        held_out = dict(iter(pd.read_parquet(path).groupby("held_out"))) if path.exists() else {}
+        return cls(cell_task(cell), pairs, behaviour, {str(name): table for name, table in held_out.items()})
+
+    def both_sides(self, split: Split, limit: int) -> list[tuple[Example, Example]]:
+        """Pairs as (answered generalized, answered memorized)."""
+        return [(phrasing(row, "generalized"), phrasing(row, "memorized")) for row in self._pairs(split, limit)]
+
+    def targets(self, split: Split, direction: str, limit: int, reachable: bool = True) -> list[Example]:
+        """Of each pair, the phrasing that shows the behaviour to steer away from, each phrasing once.
+
+        Only a phrasing that keeps the stored key in place is ``reachable`` by steering to memory; the others are judged
+        apart. Every phrasing can be steered to the rule.
+        """
+        phrasings = (phrasing(row, SOURCE[direction]) for row in self._pairs(split, None))
+        wanted = (e for e in phrasings if (direction == "to_generalized" or self.task.keeps_key(e)) == reachable)
+        return _each_once(wanted, limit)
+
+    def conflicts(self, split: Split, behaviour: str, limit: int, reachable: bool = False) -> list[Example]:
+        """Examples as drawn, before any rephrasing, that show a behaviour; ``reachable``: that keep the key."""
+        part = self.pairs[(self.pairs["split"] == split) & (self.pairs["behaviour_a"] == behaviour)]
+        examples = (Example.from_row(row, "a") for row in _rows(part))
+        return _each_once((e for e in examples if not reachable or self.task.keeps_key(e)), limit)
+
+    def drawn(self, split: Split, limit: int) -> list[Example]:
+        """Conflicts as drawn, whatever they show."""
+        part = self.pairs[self.pairs["split"] == split]
+        return _each_once((Example.from_row(row, "a") for row in _rows(part)), limit)
+
+    def _pairs(self, split: Split, limit: int | None) -> Iterator[Mapping[str, Any]]:
+        chosen = self.pairs[self.pairs["is_pair"] & (self.pairs["split"] == split)]
+        return _rows(chosen.head(len(chosen) if limit is None else limit))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RecordedBench(Bench):
+    """The bench of a cell: lists from the records that earlier stages wrote."""
+
+    cell: Cell
+    records: Records
+    prepared: dict[tuple[Toward, bool], Lists] = field(default_factory=dict)  # whose cached prefixes need memory
+    places: dict[Toward, tuple[Site, tuple[int, ...], float]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, cell: Cell, asking: Asking) -> RecordedBench:
+        """Open the records of a cell."""
+        config, records = cell.config.steering, Records.of(cell)
+        grids: Any = config.grids
+        tried = Tried(grids, config.unit, config.positions, config.low_rank)
+        return cls(asking, records.task, cell.seed, tried, cell=cell, records=records)
+
+    @cached_property
+    def pairs(self) -> list[tuple[Example, Example]]:
+        """Fit pairs."""
+        return self.records.both_sides("fit", self.cell.config.steering.fit_pairs)
+
+    def place(self, toward: Toward) -> tuple[Site, tuple[int, ...], float] | None:
+        """Where and how strongly a shift is learned, once other methods were looked at (``screened``)."""
+        return self.places.get(toward)
+
+    def _read(self, site: Site) -> Sources:
+        return read_sources(site, self.pairs, self.asking, lambda: self.lists, kept_states(self.cell))
+
+    @cached_property
+    def fit_conflicts(self) -> Prompts:
+        """Conflicts of the fit split."""
+        return self.prompts(self.records.drawn("fit", self.cell.config.steering.fit_others))
+
+    @cached_property
+    def fit_agreeing(self) -> Prompts:
+        """Memory examples of the fit split that are answered right."""
+        right = self._answered_right("fit", self.cell.config.steering.fit_others, ("memory",))
+        return self.prompts(right["memory"])
+
+    @cached_property
+    def tune_conflicts(self) -> Prompts:
+        """Conflicts of the tune split."""
+        return self.prompts(self.records.drawn("tune", self.cell.config.steering.tune_others))
+
+    @cached_property
+    def lists(self) -> FitLists:
+        """Fit lists, prepared with prefixes."""
+        config, records = self.cell.config.steering, self.records
+        asking = replace(self.asking, batch_size=config.fit_batch)  # a learned vector takes one batch a step
+        # Memory examples that are conflicts give away the memorized answer, which shuffled labels must not know.
+        known = () if records.task.memory_is_conflict else ("memory",)
+        kinds = [kind for kind in (*known, "novel") if kind in config.kept_kinds]
+        right = self._answered_right("fit", config.fit_others, kinds)
+        ready = {kind: with_prefixes(asking, examples) for kind, examples in right.items()}
+        pairs, conflicts, kept, items, bare = {}, {}, {}, {}, None
+        for direction, toward in TOWARD.items():
+            found = records.targets("fit", direction, config.fit_pairs)
+            others = records.conflicts("fit", SOURCE[direction], config.fit_others, direction == "to_memorized")
+            pairs[toward], conflicts[toward] = with_prefixes(asking, found), with_prefixes(asking, others)
+            items[toward] = [example.item for example in found], [example.item for example in others]
+            if toward == "memorized":
+                bare = _bare(records.task, found, others)
+            kept[toward] = in_turn(ready[kind] for kind in _kept(records, toward) if kind in ready)
+        steps = config.learned_steps, config.low_rank.steps
+        return FitLists(asking, pairs, conflicts, kept, config.kept_weight, steps[0], items, bare, steps[1])
+
+    def choosing(self, toward: Toward, few: bool = False) -> Lists:
+        """What settings of a direction are chosen on: tune examples of the study's aim; ``few``: of each list some."""
+        if (toward, few) not in self.prepared:
+            self.prepared[toward, few] = self._choosing(toward, few)
+        return self.prepared[toward, few]
+
+    def _choosing(self, toward: Toward, few: bool) -> Lists:
+        config, records, direction = self.cell.config.steering, self.records, f"to_{toward}"
+        if config.aim == "pairs":
+            targets = records.targets("tune", direction, config.tune_pairs)
+        else:
+            reachable = direction == "to_memorized"
+            targets = records.conflicts("tune", SOURCE[direction], config.tune_others, reachable)
+        kept = {
+            name: (prompts, "correct") for name, prompts in self._tune_right.items() if _stays(name, records, toward)
+        }
+        if config.aim == "conflict":
+            kept["conflict_rest"] = self.prompts(records.conflicts("tune", toward, config.tune_others)), toward
+        size = config.screened if few else None
+        found = {name: (_first(prompts, size), label) for name, (prompts, label) in kept.items() if len(prompts)}
+        return Lists(_first(self.prompts(targets), size), found)
+
+    @cached_property
+    def _tune_right(self) -> dict[str, Prompts]:
+        """Tune examples that are answered right: new questions, and facts to recall, by phrasing where these are many.
+
+        A fact that is asked for without context and one that the prompt repeats are lost in different ways.
+        """
+        found = self._answered_right("tune", self.cell.config.steering.tune_others, ("memory", "novel"))
+        families = Counter(example.family for example in found["memory"])
+        if len(families) > 1 and min(families.values()) >= LEAST_OF_A_FAMILY:
+            memory = found.pop("memory")
+            found |= {f"memory, {name}": [e for e in memory if e.family == name] for name in sorted(families)}
+        return {name: self.prompts(examples) for name, examples in found.items()}
+
+    def prompts(self, examples: Sequence[Example]) -> Prompts:
+        """A list of examples with their bare questions."""
+        return Prompts(self.asking, examples, [self.task.without_context(example) for example in examples])
+
+    def _answered_right(self, split: Split, limit: int, kinds: Sequence[str]) -> dict[str, list[Example]]:
+        """Memory and novel examples of a split that the model answers right, of the kinds that are needed."""
+        rng, found = rng_of(self.cell, f"steering/{split}"), {}
+        for kind in ("memory", "novel"):
+            examples = draw(self.task, rng, limit, kind, split)  # of all kinds: no list depends on which are needed
+            if kind in kinds:
+                labels = score(self.asking, prepare(self.asking, examples), margins=False).behaviour_N
+                found[kind] = [e for e, label in zip(examples, labels, strict=True) if label == "correct"]
+        return found
+
+
+def _first(prompts: Prompts, n: int | None) -> Prompts:
+    return prompts if n is None else prompts.of(range(min(n, len(prompts))))
+
+
+def _bare(task: Task, *lists: Sequence[Example]) -> tuple[list[Example], list[Example]] | None:
+    """The same questions without their contexts; None where the task lacks one."""
+    first, second = ([task.without_context(example) for example in examples] for examples in lists)
+    known = [e for e in first if e], [e for e in second if e]
+    return known if list(map(len, known)) == list(map(len, lists)) else None
+
+
+class JudgedList(NamedTuple):
+    """Test examples with their unsteered labels and margins in nats, NaN for memory and novel examples."""
+
+    examples: Sequence[Example]
+    before: Sequence[str]
+    margin_N: np.ndarray
+
+
+def judged_lists(records: Records, direction: str, limit: int) -> dict[str, JudgedList]:
+    """The lists that steering is judged on; empty ones are left out."""
+    lists = {}
+    others = {f"pairs_{name}": replace(records, pairs=table) for name, table in records.held_out.items()}
+    for name, found in {"pairs": records, "pairs_unreachable": records, **others}.items():
+        examples = found.targets("test", direction, limit, reachable=name != "pairs_unreachable")
+        lists[name] = JudgedList(examples, [SOURCE[direction]] * len(examples), _margins(found.pairs, examples))
+    table = records.behaviour
+    conflict = table[table["kind"] == "conflict"]
+    parts = {
+        "conflict": conflict[conflict["behaviour"] == SOURCE[direction]],
+        "conflict_rest": conflict[conflict["behaviour"] == TOWARD[direction]],
+        "memory": table[table["kind"] == "memory"],
+        "novel": table[table["kind"] == "novel"],
+    }
+    if direction == "to_memorized":
+        drawn = map(Example.from_row, parts["conflict"].to_dict("records"))
+        parts["conflict"] = parts["conflict"][[records.task.keeps_key(example) for example in drawn]]
+    for name, part in parts.items():
+        first = part.head(limit)
+        examples = [Example.from_row(row) for row in first.to_dict("records")]
+        lists[name] = JudgedList(examples, first["behaviour"].tolist(), first["margin"].to_numpy())
+    return {name: entry for name, entry in lists.items() if entry.examples}
+
+
+def _kept(records: Records, toward: Toward) -> list[str]:
+    """Kinds whose answers should stay: a model steered to memory has nothing to remember of a novel example."""
+    memory = [] if records.task.memory_is_conflict and toward == "generalized" else ["memory"]
+    return [*memory, "novel"] if toward == "generalized" else memory
+
+
+def _stays(name: str, records: Records, toward: Toward) -> bool:
+    """Whether the answers of a list of ``_tune_right`` should stay."""
+    return name.split(",")[0] in _kept(records, toward)
+
+
+def _each_once(examples: Iterable[Example], limit: int) -> list[Example]:
+    """The first examples in order, without repetition."""
+    seen: dict[tuple[str, str], Example] = {}
+    for example in examples:
+        seen.setdefault((example.item, example.prompt), example)
+        if len(seen) == limit:
+            break
+    return list(seen.values())
+
+
+def _margins(pairs: pd.DataFrame, examples: Sequence[Example]) -> np.ndarray:
+    """Margins of phrasings that are among the candidates, either side, in nats; float64 (N,)."""
+    prompts = {example.prompt for example in examples}
+    known: dict[tuple[str, str], float] = {}
+    for side in "ab":
+        rows = pairs.loc[pairs[f"prompt_{side}"].isin(prompts), ["item", f"prompt_{side}", f"margin_{side}"]]
+        known |= {(item, prompt): margin for item, prompt, margin in rows.itertuples(index=False, name=None)}
+    return np.array([known[example.item, example.prompt] for example in examples], np.float64)
+
+
+def _rows(table: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """Rows of a table one by one, as few of a long one may be wanted."""
+    return (dict(zip(map(str, table), row, strict=True)) for row in table.itertuples(index=False, name=None))
+
+
+def phrasing(row: Mapping[Any, Any], behaviour: str) -> Example:
+    """The phrasing of a pair that shows a behaviour."""
+    return Example.from_row(row, "a" if row["behaviour_a"] == behaviour else "b")

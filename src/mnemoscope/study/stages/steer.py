@@ -1,0 +1,389 @@
+"""Choose interventions on the tune split and measure them, with their controls, on the test split."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from mnemoscope.behaviour import Scores, encode, mark_confabulations
+from mnemoscope.bench.answers import scores
+from mnemoscope.bench.choose import Rated, Rule, Tuned, choose, confirmed, in_order
+from mnemoscope.bench.lists import Prompts
+from mnemoscope.interventions import Intervention, SteeringVector, Toward
+from mnemoscope.interventions.controls import DRAWN, control_draws, has_equal_norm, shared_neurons
+from mnemoscope.interventions.methods import candidates, is_one_direction, name_of
+from mnemoscope.interventions.methods.nmd import alpha
+from mnemoscope.interventions.sources import SOURCE, TOWARD
+from mnemoscope.models import Site
+from mnemoscope.runs.errors import StudyError
+from mnemoscope.statistics import proportion
+from mnemoscope.study.cells import Cell, Tell
+from mnemoscope.study.stages import common
+from mnemoscope.study.stages.lists import JudgedList, RecordedBench, judged_lists
+
+AIMS = {"pairs": "pairs", "conflict": "conflicts as drawn"}
+EQUAL_NORM, UNPENALIZED = "equal_norm", "unpenalized"  # settings that are compared on test pairs, and saved nowhere
+JUDGED = 2_000_003  # added to the seed of controls on test
+PARTS = 4  # of the stage's progress
+MAPPED = ("nmd",)  # methods whose whole sweep is measured on kept lists too
+FINALISTS = 2  # settings of a method whose controls are drawn, where these are few
+LEFT = 4  # one in so many settings is left after a first look
+Row = dict[str, Any]
+Key = tuple[str, Toward]  # method and direction
+Settings = dict[Key, list[Intervention]]
+
+
+class Chosen(NamedTuple):
+    """An intervention that is judged; ``best``: no method gains more towards its behaviour."""
+
+    aim: str
+    one: Intervention
+    within: bool
+    best: bool
+
+
+class SteeredCell(common.PerProcess):
+    """A cell's bench and judged lists, beside its model."""
+
+    def __init__(self, cell: Cell) -> None:
+        super().__init__(cell)
+        self._prompts: tuple[tuple[str, str], Prompts] | None = None
+
+    def map(self, function: Callable[..., Any], items: Iterable[tuple[Any, ...]]) -> Iterable[Any]:
+        """``function(opened, *item)`` of each item, in parallel."""
+        return self.cell.map(self, [(function, item) for item in items])
+
+    def __call__(self, part: tuple[Callable[..., Any], tuple[Any, ...]]) -> Any:
+        function, item = part
+        return function(self, *item)
+
+    @cached_property
+    def bench(self) -> RecordedBench:
+        """What methods are fitted and chosen on."""
+        return RecordedBench.of(self.cell, self.asking)
+
+    @cached_property
+    def judged(self) -> dict[str, dict[str, JudgedList]]:
+        """By direction and name."""
+        limit = self.cell.config.steering.judged_examples
+        return {direction: judged_lists(self.bench.records, direction, limit) for direction in TOWARD}
+
+    def prompts(self, direction: str, name: str) -> Prompts:
+        """A judged list; one at a time and without tune lists, as prefix caches need memory."""
+        self.bench.prepared.clear()
+        if self._prompts is None or self._prompts[0] != (direction, name):
+            self._prompts = None
+            self._prompts = (direction, name), self.bench.prompts(self.judged[direction][name].examples)
+        return self._prompts[1]
+
+
+def steering_stage(cell: Cell, tell: Tell) -> list[Path]:
+    """Choose settings on the tune split for the study's aim; measure them on the test split."""
+    opened, config = SteeredCell(cell), cell.config.steering
+    tried, rows = _tried(opened, tell)
+    every = [(key, place, one) for key, some in tried.items() for place, one in enumerate(some)]
+    rated: dict[Key, list[Rated]] = {key: [] for key in tried}
+    for done, ((key, _, one), (found, more)) in enumerate(
+        zip(every, opened.map(_rated, [(one, place) for _, place, one in every]), strict=True), 1
+    ):
+        rated[key].append(found)
+        rows += more
+        tell(1 + done / len(every), PARTS, f"to_{one.toward}: trying {one.method} on tune")
+    tell(2, PARTS, "choosing on tune")
+    chosen = _chosen(opened, rated)
+    free = _compared([one for some in rated.values() for one in some]) if config.norm_draws else []
+    tables = _judge_all(opened, [*chosen, *free], tell)
+    rows = sorted(rows, key=lambda row: list(TOWARD).index(row["direction"]))
+    return [
+        common.write_table(cell.records / "steering.parquet", pd.concat(tables, ignore_index=True)),
+        common.write_table(cell.records / "sweep.parquet", pd.DataFrame(rows)),
+        *_write_chosen(opened, chosen),
+    ]
+
+
+def _tried(opened: SteeredCell, tell: Tell) -> tuple[Settings, list[Row]]:
+    """The settings of every method in both directions; where a few examples are looked at first, those that are left.
+
+    Of methods that are taught a shift of one place, it is learned at the best place of the others alone.
+    """
+    config, found, rows = opened.cell.config.steering, Settings(), list[Row]()
+    both = [method for method in config.methods if is_one_direction(method)]
+    parts: list[tuple[Any, ...]] = [(method, list(TOWARD.values()), {}) for method in both]
+    for some in opened.map(_candidates, parts):
+        found |= some
+    tell(0.4, PARTS, "directions")
+    places: dict[Toward, Any] = {}
+    if config.screened:
+        every = [(key, one) for key, some in found.items() for one in some]
+        worths = list(opened.map(_screened, [(one,) for _, one in every]))
+        rows += [row for _, row in worths]
+        worth = {key: [w for (k, _), (w, _) in zip(every, worths, strict=True) if k == key] for key in found}
+        for toward in TOWARD.values():
+            here = [
+                (w, one) for key in found if key[1] == toward for w, one in zip(worth[key], found[key], strict=True)
+            ]
+            best = max(here, key=lambda pair: pair[0], default=None)
+            if best and isinstance(best[1], SteeringVector):
+                places[toward] = best[1].site, tuple(best[1].setting["layers"]), best[1].strength
+        found = {key: _left(some, worth[key]) for key, some in found.items()}
+    tell(0.6, PARTS, "learning")
+    alone = [(m, [toward], places) for m in config.methods if m not in both for toward in TOWARD.values()]
+    for some in opened.map(_candidates, alone):
+        found |= some
+    order = [name_of(method) for method in config.methods]
+    if lacking := [key for key, some in found.items() if not some]:
+        raise StudyError(f"{opened.cell.name}: {lacking[0][0]} has no setting to {lacking[0][1]} here")
+    return dict(sorted(found.items(), key=lambda entry: order.index(entry[0][0]))), rows
+
+
+def _left(some: list[Intervention], worth: Sequence[float]) -> list[Intervention]:
+    """Of settings, in their order, those that do best at a first look."""
+    most = -(-len(some) // LEFT)
+    kept = sorted(np.argsort(-np.array(worth), kind="stable")[:most].tolist())
+    return [some[place] for place in kept]
+
+
+def _candidates(opened: SteeredCell, method: str, towards: Sequence[Toward], places: Mapping[Toward, Any]) -> Settings:
+    """The settings of a method, fitted."""
+    opened.bench.places.update(places)
+    return {(name_of(method), toward): list(candidates(method, opened.bench, toward)) for toward in towards}
+
+
+def _screened(opened: SteeredCell, one: Intervention) -> tuple[float, Row]:
+    """What a setting steers of a few tune examples, less the larger of what gives neither answer and what is lost."""
+    lists = opened.bench.choosing(one.toward, few=True)
+    found = scores(one, lists.targets, margins=True, roughly=True)
+    wanted, other = (float(np.mean(found.behaviour_N == label)) for label in (one.toward, "other"))
+    lost = [
+        float(np.mean(scores(one, prompts, roughly=True).behaviour_N != label)) if wanted > 0.1 else 0.0
+        for prompts, label in lists.kept.values()
+    ]
+    return wanted - max([other, *lost]), _row(opened.cell.config.steering.aim, one, found)
+
+
+def _rated(opened: SteeredCell, one: Intervention, place: int) -> tuple[Rated, list[Row]]:
+    """An intervention's shares of the tune targets, and rows of the sweep."""
+    config, lists = opened.cell.config.steering, opened.bench.choosing(one.toward)
+    found = scores(one, lists.targets, margins=True, roughly=True)
+    rows = [_row(config.aim, one, found)]
+    for name, (prompts, label) in lists.kept.items() if one.method in MAPPED and not config.screened else ():
+        rows.append(_row(name, one, scores(one, prompts, roughly=True), label))
+    wanted, neither = (proportion(found.behaviour_N == label, lists.targets.groups) for label in (one.toward, "other"))
+    return Rated(one, wanted, neither, place), rows
+
+
+def _chosen(opened: SteeredCell, rated: Mapping[Key, list[Rated]]) -> list[Chosen]:
+    """The best setting of each method in each direction; where controls are few, those of what could win alone."""
+    config = opened.cell.config.steering
+    ranks = dict(
+        zip(
+            rated,
+            opened.map(_ranked, [(key[1], some, not config.screened) for key, some in rated.items()]),
+            strict=True,
+        )
+    )
+    finals: dict[Toward, list[Tuned]] = {}
+    for toward in TOWARD.values():
+        firsts = [ranks[key][0] for key in ranks if key[1] == toward]
+        if config.screened:
+            again = [tuned.rated for key in ranks if key[1] == toward for tuned in ranks[key][:FINALISTS]]
+            (found,) = opened.map(_ranked, [(toward, again, True)])
+            by_method = {tuned.one.method: tuned for tuned in reversed([*found, *firsts])}  # the first of each counts
+            best = found[0]
+            finals[toward] = [best, *(one for method, one in by_method.items() if method != best.one.method)]
+        else:
+            (finals[toward],) = opened.map(_confirmed, [(toward, in_order(firsts))])
+    return [
+        Chosen(config.aim, tuned.one, tuned.within, tuned is finals[toward][0])
+        for toward in TOWARD.values()
+        for tuned in finals[toward]
+    ]
+
+
+def _ranked(opened: SteeredCell, toward: Toward, some: Sequence[Rated], with_controls: bool) -> list[Tuned]:
+    """Settings in order, by the rule of the study."""
+    bench = opened.bench
+    return choose(bench, bench.choosing(toward), some, _rule(opened, with_controls), [opened.cell.seed, 1])
+
+
+def _confirmed(opened: SteeredCell, toward: Toward, found: Sequence[Tuned]) -> list[Tuned]:
+    """The best settings of all methods in order, with controls that were drawn again."""
+    bench = opened.bench
+    return confirmed(bench, bench.choosing(toward), found, _rule(opened, True), [opened.cell.seed, 1])
+
+
+def _rule(opened: SteeredCell, with_controls: bool) -> Rule:
+    config = opened.cell.config.steering
+    return Rule(
+        lost=config.collateral_limit,
+        neither=config.neither_limit,
+        control=config.control_limit,
+        excess=config.excess_cost,
+        draws=config.tune_draws if with_controls else 0,
+        refits=config.tune_refits if with_controls else 0,
+        names=config.controls,
+        roughly=True,
+    )
+
+
+def _compared(rated: Sequence[Rated]) -> list[Chosen]:
+    """For each norm each method's setting that steers most tune targets, whatever controls do; of NMD that of all.
+
+    The latter is how the paper chooses. Norms are those of a site, so methods are compared at one: the outputs of
+    blocks where these were tried.
+    """
+    vectors = [
+        (one.one, one.wanted.estimate) for one in rated if isinstance(one.one, SteeringVector) and one.one.is_constant
+    ]
+    sites: list[Site] = [one.site for one, _ in vectors]
+    compared_at = "block" if "block" in sites else min(sites, default="")
+    most: dict[tuple[Any, ...], tuple[SteeringVector, float]] = {}
+    for one, wanted in vectors:
+        keys: list[tuple[Any, ...]] = [(EQUAL_NORM, one.toward, one.method, one.strength)]
+        keys = keys if one.site == compared_at else []
+        keys += [(UNPENALIZED, one.toward, one.method)] if one.method == "nmd" else []
+        for key in keys:
+            if key not in most or wanted > most[key][1]:
+                most[key] = one, wanted
+    return [Chosen(key[0], one, within=False, best=False) for key, (one, _) in most.items()]
+
+
+def _judge_all(opened: SteeredCell, chosen: Sequence[Chosen], tell: Tell) -> list[pd.DataFrame]:
+    """The tables of all chosen interventions and their controls on every test list, under either aim.
+
+    The same are judged for both aims, so that a list is judged once; controls are drawn on what is aimed at, and of the
+    best ones on the other aim's list.
+    """
+    config = opened.cell.config.steering
+
+    def draws(one: Chosen, name: str) -> int:
+        if one.aim not in AIMS:
+            return config.norm_draws
+        if name not in AIMS or not (one.best or (config.controls_of == "all" and name == config.aim)):
+            return 0
+        if config.screened and name != config.aim:
+            return 0
+        return config.draws if name == "pairs" else config.conflict_draws
+
+    def judges(one: Chosen, name: str) -> bool:
+        if one.aim not in AIMS:
+            return name == "pairs"
+        return one.best or not config.screened or config.aim == "pairs" or not name.startswith("pairs")
+
+    parts = [
+        (one, name, draws(one, name))
+        for direction, lists in opened.judged.items()
+        for name in lists
+        for one in chosen
+        if f"to_{one.one.toward}" == direction and judges(one, name)
+    ]
+    tables = list[pd.DataFrame]()
+    for done, ((one, name, _), found) in enumerate(zip(parts, opened.map(_judge, parts), strict=True), 1):
+        tell(2.5 + 1.5 * done / len(parts), PARTS, f"to_{one.one.toward}: {name} on test, vectors and controls")
+        if one.aim not in AIMS:
+            tables += found
+            continue
+        for aim in AIMS:  # a control belongs to the list that it was drawn on
+            tables += [table.assign(aim=aim) for table in found if table["role"].iloc[0] == "vector" or name == aim]
+    return tables
+
+
+def _judge(opened: SteeredCell, one: Chosen, name: str, draws: int) -> list[pd.DataFrame]:
+    """Tables of an intervention and of the draws of its controls on one test list."""
+    cell, asking, bench, direction = opened.cell, opened.asking, opened.bench, f"to_{one.one.toward}"
+    entry, prompts = opened.judged[direction][name], opened.prompts(direction, name)
+    found = scores(one.one, prompts, margins=True)
+    if entry.examples[0].kind == "conflict" and isinstance(one.one, SteeringVector):
+        applied = partial(one.one.apply, asking.model)
+        mark_confabulations(asking, entry.examples, found, bench.task.has_memorized_format, applied)
+    tables = [_table(one, ("vector", 0), name, entry, found)]
+    for control in cell.config.steering.controls if draws and has_equal_norm(one.one) else ():
+        assert has_equal_norm(one.one)
+        # Shuffles depend on the first number of the seed; none that ranked settings is used again.
+        stream = zlib.crc32(f"{one.aim}/{direction}/{one.one.method}/{control}".encode())
+        few = control not in DRAWN and not one.one.is_constant
+        n = min(draws, cell.config.steering.low_rank.refits) if few else draws
+        for number, drawn in control_draws(control, bench, one.one, n, [cell.seed + JUDGED, stream]):
+            tables.append(_table(one, (control, number), name, entry, scores(drawn, prompts)))
+    return tables
+
+
+def _write_chosen(opened: SteeredCell, chosen: Sequence[Chosen]) -> list[Path]:
+    """Write the chosen interventions, bound to their model, and ``chosen.json``."""
+    cell, asking, bench, files = opened.cell, opened.asking, opened.bench, list[Path]()
+    of_aim: dict[str, Any] = {"best": {}, "methods": {}}
+    encoded = encode(asking, [example for pair in bench.pairs for example in pair])
+    begin_alike = float(np.mean([one.shared > 0 for one in encoded]))
+    fields = common.artefact_facts(cell, asking)
+    of_vectors = fields | {"begin_alike": begin_alike, "opening": tuple(asking.prompting.opening(asking.tokenizer))}
+    for one in chosen:
+        direction, made = f"to_{one.one.toward}", one.one
+        bound = replace(made, **(of_vectors if isinstance(made, SteeringVector) else fields))
+        # Without its JSON, which the cards stage writes again.
+        path = cell.folder / "vectors" / f"{direction}-{made.method}.safetensors"
+        files.append(common.save_without_card(cell, bound, path))
+        facts = {"method": made.method, "within_limits": one.within, "begin_alike": begin_alike}
+        of_aim["methods"].setdefault(made.method, {})[direction] = facts | columns_of(made, bench)
+        if one.best:
+            of_aim["best"][direction] = made.method
+    found = {aim: of_aim for aim in AIMS} | {"aim": cell.config.steering.aim}
+    return [*files, common.write_json(cell.records / "chosen.json", found)]
+
+
+def columns_of(one: Intervention, bench: RecordedBench) -> Row:
+    """A chosen setting as ``chosen.json`` has it."""
+    if not isinstance(one, SteeringVector):
+        return {
+            "site": "block",
+            "layers": [],
+            "positions": "all",
+            "top": 1.0,
+            "strength": 1.0,
+            "alpha": np.nan,
+            "shared": np.nan,
+        }
+    facts: Row = {name: getattr(one, name) for name in ("site", "positions", "top", "strength")}
+    shape_LD = bench.sources(one.site).shape_LD
+    facts |= {
+        "alpha": alpha(bench, one) if one.method == "nmd" else np.nan,
+        "shared": shared_neurons(one.dense(*shape_LD)),
+    }
+    return facts | {"layers": list(one.setting.get("layers", one.layers))}
+
+
+def _table(one: Chosen, role: tuple[str, int], name: str, entry: JudgedList, found: Scores) -> pd.DataFrame:
+    """One row per steered test example."""
+    row: Row = {"aim": one.aim, **_columns(one.one), "role": role[0], "draw": role[1], "examples": name}
+    row |= {"example": np.arange(len(entry.examples)), "split": "test", "before": entry.before}
+    row |= {key: [getattr(example, key) for example in entry.examples] for key in ("group", "family")}
+    row |= {"after": found.behaviour_N, "margin_before": entry.margin_N, "margin": found.margin_N}
+    return pd.DataFrame(row | {"confabulated": found.confabulated_N})
+
+
+def _row(name: str, one: Intervention, found: Scores, label: str | None = None) -> Row:
+    """A row of the sweep: behaviours under a setting, or the share that keeps its ``label``."""
+    row = {"examples": name, "n": len(found.behaviour_N), **_columns(one)}
+    row |= dict.fromkeys(("shift", "stay", "other", "kept", "margin", "margin_sd"), np.nan)
+    if label is not None:
+        return row | {"kept": float(np.mean(found.behaviour_N == label))}
+    shares = {"shift": one.toward, "stay": SOURCE[f"to_{one.toward}"], "other": "other"}
+    row |= {"margin": float(found.margin_N.mean()), "margin_sd": float(found.margin_N.std())}
+    return row | {column: float(np.mean(found.behaviour_N == behaviour)) for column, behaviour in shares.items()}
+
+
+def _columns(one: Intervention) -> Row:
+    """A setting in the columns of the records; layers as ``0-3`` for a range, else between commas."""
+    row: Row = {"direction": f"to_{one.toward}", "method": one.method}
+    if not isinstance(one, SteeringVector):
+        return row | {"site": "", "layers": "", "top": 1.0, "strength": 1.0}
+    layers = list(one.setting.get("layers", one.layers)) or [0]
+    in_a_row = len(layers) > 1 and layers == list(range(layers[0], layers[-1] + 1))
+    shown = f"{layers[0]}-{layers[-1]}" if in_a_row else ",".join(map(str, layers))
+    return row | {"site": one.site, "layers": shown, "top": one.top, "strength": one.strength}

@@ -1,0 +1,128 @@
+"""The curve of a training that is over, from its checkpoints."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mnemoscope.models import SITES, load_model
+from mnemoscope.report.emergence import draw_curve
+from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.strict import read_json
+from mnemoscope.tasks import SPLITS, named_task
+from mnemoscope.watch.curve import PICTURE, Curve
+from mnemoscope.watch.measuring import Watcher
+
+COMMIT = re.compile(r"[0-9a-f]{7,40}")
+WEIGHTS = ["*.safetensors", "*.json", "*.txt", "*.model"]  # what of a repository is fetched; nothing is unpickled
+
+
+def measure_checkpoints(
+    checkpoints: Sequence[str],
+    task: str,
+    options: Mapping[str, Any],
+    out: Path,
+    opening: Mapping[str, Any],
+    **how: Any,
+) -> Iterator[dict[str, Any]]:
+    """Ask each checkpoint, in the order of their steps; yields rows, and writes the table and the picture after each.
+
+    Args:
+        checkpoints: folders (of adapters too), the output folder of a trainer, for all of its checkpoints, or hub ids
+            with ``@`` and a revision. The last number in the name of a folder, or in the revision, is its step; where
+            none has a number, its place in the list.
+        opening: ``dtype``, ``device_map`` and ``tokenizer``; ``how``: arguments of ``Watcher``.
+
+    Raises:
+        InputError: a checkpoint cannot be opened, two have one step, some have none, they are of different
+            architectures, or the task has nothing to ask.
+    """
+    if how.get("contrast") not in (None, *SITES):
+        raise InputError(f"contrast: {how['contrast']!r} is not one of {', '.join(SITES)}")
+    if how.get("split", "tune") not in SPLITS:
+        raise InputError(f"split: {how['split']!r} is not one of {', '.join(SPLITS)}")
+    names = [one for name in checkpoints for one in _in_folder(name)]
+    steps = steps_of(names)
+    folders = [fetched(name) for name in names]
+    _check_alike(dict(zip(names, folders, strict=True)))
+    made, curve = named_task(task, dict(options)), Curve()
+    before_LD = None
+    for step, folder in sorted(zip(steps, folders, strict=True)):
+        watcher = Watcher(*load_model(folder, **opening), made, **how)
+        watcher.direction_LD = before_LD
+        curve.add(step, watcher.measure())
+        before_LD = watcher.direction_LD
+        curve.save(out)
+        draw_curve(curve.table, out / PICTURE)
+        yield curve.rows[-1]
+
+
+def _in_folder(name: str) -> list[str]:
+    """The checkpoints in the output folder of a trainer, or a checkpoint itself."""
+    inside = [str(path) for path in sorted(Path(name).glob("checkpoint-*")) if path.is_dir()]
+    is_one = any((Path(name) / file).exists() for file in ("config.json", "adapter_config.json"))
+    return inside if inside and not is_one else [name]
+
+
+def steps_of(names: Sequence[str]) -> list[int]:
+    """The step of each checkpoint by its name, or their places; InputError where some have none, or two the same."""
+    steps = {name: _step_of(name) for name in names}
+    without = [name for name, step in steps.items() if step is None]
+    if without and len(without) < len(names):
+        raise InputError(f"checkpoints: {without[0]} does not end in its step, and others do; give all steps, or none")
+    found = list(range(len(names))) if without else [step for name in names if (step := steps[name]) is not None]
+    twice = next((step for step in found if found.count(step) > 1), None)
+    if twice is not None:
+        raise InputError(f"checkpoints: two of them are of step {twice}; give names that end in their steps")
+    return found
+
+
+def _step_of(name: str) -> int | None:
+    """The step in the name of a checkpoint; a commit's hash has none."""
+    last = name.rpartition("@")[2] if "@" in name else Path(name).name if Path(name).exists() else ""
+    numbers = re.findall(r"\d+", last)
+    return int(numbers[-1]) if numbers and not (COMMIT.fullmatch(last) and not last.isdigit()) else None
+
+
+def _check_alike(folders: Mapping[str, str]) -> None:
+    """Raises InputError where folders, by the names of checkpoints, hold models of different shapes."""
+    shapes = {name: _shape_of(Path(folder)) for name, folder in folders.items()}
+    known = {name: shape for name, shape in shapes.items() if shape}
+    first, *others = known.items() if known else [("", "")]
+    for name, shape in others:
+        if shape != first[1]:
+            raise InputError(
+                f"checkpoints: {name} holds {shape}, and {first[0]} {first[1]}; give those of one training"
+            )
+
+
+def _shape_of(folder: Path) -> str:
+    """The architecture in the configuration of a folder, in words; an adapter's is that of the model it names."""
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        facts = read_json(adapter, dict[str, Any])
+        return f"an adapter ({facts.get('peft_type')}) of {facts.get('base_model_name_or_path')}"
+    if not (folder / "config.json").is_file():
+        return ""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+        return f"a {config.model_type} of {config.num_hidden_layers} layers x {config.hidden_size}"
+    except (OSError, ValueError, KeyError, AttributeError):
+        return ""  # opening it says what is wrong
+
+
+def fetched(name: str) -> str:
+    """A folder with a checkpoint; that of a revision is fetched from the hub. InputError where that fails."""
+    repository, at, revision = name.partition("@")
+    if Path(name).exists() or not at:
+        return name
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(repository, revision=revision, allow_patterns=WEIGHTS)
+    except Exception as error:  # the hub's client has many kinds, and those of its HTTP library
+        raise InputError(f"checkpoints: {name} cannot be fetched ({str(error).splitlines()[0]})") from error
