@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import re
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "mnemoscope"
+FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def allowed_imports() -> dict[str, set[str]]:
@@ -22,26 +24,32 @@ def allowed_imports() -> dict[str, set[str]]:
     return {name: names if cell == "everything" else set(re.findall(r"`(\w+)`", cell)) for name, cell in rows}
 
 
-def imported_modules(path: Path) -> set[str]:
-    """First-level modules of the package that a file imports, at the top or inside functions."""
-    tree = ast.parse(path.read_text())
-    hidden = {
-        node
-        for guard in ast.walk(tree)
-        if isinstance(guard, ast.If) and "TYPE_CHECKING" in ast.dump(guard.test)
-        for node in ast.walk(guard)
-    }
-    found = set()
-    for node in ast.walk(tree):
-        if node in hidden:
+@functools.cache
+def tree_of(path: Path) -> ast.AST:
+    return ast.parse(path.read_text())
+
+
+def imports_of(path: Path, inside: bool = True) -> set[tuple[str, str]]:
+    """What a file imports, as (module, name): at the top, and inside functions. Imports for types alone are free."""
+    found: set[tuple[str, str]] = set()
+    left = [tree_of(path)]
+    while left:
+        node = left.pop()
+        hidden = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        if hidden or (isinstance(node, FUNCTION) and not inside):
             continue
-        assert not isinstance(node, ast.ImportFrom) or node.level == 0, f"{path}: a relative import has no name here"
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("mnemoscope"):
-            parts = node.module.split(".")
-            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        left += ast.iter_child_nodes(node)
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import has no name here"
+            found |= {(str(node.module), alias.name) for alias in node.names}
         if isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("mnemoscope.")}
-    return found
+            found |= {(alias.name, "") for alias in node.names}
+    return {(module, name) for module, name in found if module.split(".")[0] == PACKAGE.name}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """First-level modules of the package that a file imports."""
+    return {[*module.split("."), name][1] for module, name in imports_of(path)} - {""}
 
 
 def files_by_module() -> list[tuple[str, Path]]:
@@ -77,6 +85,94 @@ def test_the_table_has_no_circle() -> None:
         ground = {name for name, imports in left.items() if not imports & set(left)}
         assert ground, f"these import each other in a circle: {sorted(left)}"
         left = {name: imports for name, imports in left.items() if name not in ground}
+
+
+# What there may be at most. Bounds above what is wanted are today's numbers; what is wanted stands beside them.
+BOUNDS = {
+    "lines of src": 27_600,  # 19_500
+    "lines of paper": 2_000,
+    "lines of rivals": 1_200,
+    "lines of tests": 17_500,  # 11_000
+    "lines of a file": 414,  # 350
+    "lines of a test file": 556,  # 350
+    "lines of a function": 72,  # 60
+    "parameters": 14,  # 7, commands apart
+    "names at the top": 18,
+    "imports in a chain": 25,  # 18
+    "modules in circles": 4,  # 0, with imports inside functions
+}
+
+
+def lines_of(folder: Path) -> list[int]:
+    return [len(path.read_text().splitlines()) for path in folder.rglob("*.py")]
+
+
+def functions() -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return [node for path in PACKAGE.rglob("*.py") for node in ast.walk(tree_of(path)) if isinstance(node, FUNCTION)]
+
+
+def parameters_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """How many a caller may give; 0 of a command."""
+    if any(ast.unparse(decorator).endswith(".command()") for decorator in function.decorator_list):
+        return 0
+    given = function.args
+    names = [one.arg for one in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+    return len(names) - (names[:1] in (["self"], ["cls"]))
+
+
+def module_graph(inside: bool) -> dict[str, set[str]]:
+    """The modules that each one imports."""
+    paths = {".".join(p.relative_to(PACKAGE.parent).with_suffix("").parts): p for p in PACKAGE.rglob("*.py")}
+    modules = {name.removesuffix(".__init__"): path for name, path in paths.items()}
+    return {
+        name: {
+            f"{module}.{part}" if f"{module}.{part}" in modules else module for module, part in imports_of(path, inside)
+        }
+        - {name}
+        for name, path in modules.items()
+    }
+
+
+def longest_chain(graph: dict[str, set[str]]) -> int:
+    @functools.cache
+    def below(module: str) -> int:
+        return 1 + max(map(below, graph[module]), default=0)
+
+    return max(map(below, graph))
+
+
+def in_circles(graph: dict[str, set[str]]) -> set[str]:
+    def reached(module: str) -> set[str]:
+        found: set[str] = set()
+        left = set(graph[module])
+        while left:
+            found |= left
+            left = {further for one in left for further in graph[one]} - found
+        return found
+
+    return {module for module in graph if module in reached(module)}
+
+
+def test_the_house_stays_small() -> None:
+    found = {
+        "lines of src": sum(lines_of(PACKAGE)),
+        "lines of paper": sum(lines_of(PACKAGE / "paper")),
+        "lines of rivals": sum(lines_of(PACKAGE / "rivals")),
+        "lines of tests": sum(lines_of(ROOT / "tests")),
+        "lines of a file": max(lines_of(PACKAGE)),
+        "lines of a test file": max(lines_of(ROOT / "tests")),
+        "lines of a function": max(n.end_lineno - n.lineno + 1 for n in functions() if n.end_lineno),
+        "parameters": max(map(parameters_of, functions())),
+        "names at the top": len({name for name, _ in files_by_module()} - {"__main__"}),
+        "imports in a chain": longest_chain(module_graph(inside=False)),
+        "modules in circles": len(in_circles(module_graph(inside=True))),
+    }
+    assert {name: number for name, number in found.items() if number > BOUNDS[name]} == {}, f"of {found}"
+
+
+def test_chains_and_circles_are_found() -> None:
+    assert longest_chain({"a": {"b", "c"}, "b": {"c"}, "c": set(), "d": {"c"}}) == 3
+    assert in_circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == {"b", "c"}
 
 
 OPENING = """
