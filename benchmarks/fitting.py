@@ -1,6 +1,6 @@
 """How many tokens a fit reads, by stage, and whether a stage reads again what an earlier one has read.
 
-    python benchmarks/fitting.py [--items 150] [--write docs/BENCHMARKS.md]
+    python benchmarks/fitting.py [--items 150] [--write docs/results/benchmarks.json]
 
 A JSONL of countries' capitals and languages that SmolLM2 knows by heart, contradicted in six phrasings of two families,
 goes through ``mnemoscope.fit``. Tokens are those that pass the blocks, pads left out; the unit is the number of tokens

@@ -1,12 +1,12 @@
-"""Us and the peers on the same work in one run: interleaved rounds, medians, ratios; writes ``docs/BENCHMARKS.md``.
+"""Us and the peers on the same work in one run: interleaved rounds, medians, ratios.
 
     pip install '.[bench]'
-    OMP_NUM_THREADS=1 python benchmarks/peers.py RUN CELL [--work capture label ...] [--write docs/BENCHMARKS.md]
+    OMP_NUM_THREADS=1 python benchmarks/peers.py RUN CELL [--work capture label ...] [--write FILE]
 
 ``CELL`` is one of a finished run, for example ``inference-0`` of the quickstart (``sweep``: of that task). Each work
-has a section of its own in the file, which the next run of it replaces. A peer that is not installed, or that does not
-run with the other versions, is named with what it said. Before anything is timed, what a peer reads or answers is held
-against ours.
+has a section of its own in FILE (``docs/results/benchmarks.json``), which the next run of it replaces. A peer that is
+not installed, or that does not run with the other versions, is named with what it said. Before anything is timed, what
+a peer reads or answers is held against ours.
 
 Shapes: N prompts, T tokens, L layers, D neurons, P pairs.
 """

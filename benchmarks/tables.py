@@ -1,32 +1,37 @@
-"""Tables in ``docs/BENCHMARKS.md``: one section for each work, and which command, code and machine it is of."""
+"""Tables in ``docs/results/benchmarks.json``: a section for each work, and which command, code and machine it is of."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
-import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from mnemoscope.study.cells import git_state
 
 PACKAGES = ("torch", "transformers", "accelerate", "numpy", "nnsight", "pyvene", "transformer-lens")
-HEAD = """# Benchmarks against other tools
-
-Written by `benchmarks/peers.py`, `benchmarks/training.py` and `benchmarks/memory.py`. All rows of a table are measured
-in turn, round by round, so that a slow minute of the machine is slow for all of them. Ratios are taken within a round:
-median (range).
-
-"""
 
 
 def put(path: Path, title: str, part: list[str]) -> None:
-    """Replace the section of that title, or add it at the end."""
-    head, *sections = re.split(r"^(?=## )", path.read_text() if path.exists() else HEAD, flags=re.MULTILINE)
-    made, place = "\n".join(part) + "\n", f"## {title}\n"
-    found = [made if section.startswith(place) else section for section in sections]
-    path.write_text((head + "".join(found if made in found else [*found, made])).rstrip() + "\n")
+    """Replace the section of that title, or add it at the end: its Markdown, as paragraphs and tables."""
+    sections = json.loads(path.read_text()) if path.exists() else {}
+    sections[title] = [cells_of(block) if block.startswith("|") else block for block in blocks(part)]
+    lines = [f"{json.dumps(name)}: {json.dumps(parts, ensure_ascii=False)}" for name, parts in sections.items()]
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def blocks(part: list[str]) -> list[str]:
+    """Paragraphs and tables below the title."""
+    return [block.strip() for block in "\n".join(part[1:]).split("\n\n") if block.strip()]
+
+
+def cells_of(block: str) -> dict[str, Any]:
+    """The table of a block, as ``docs/printing.py`` reads it."""
+    columns, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in block.splitlines()]
+    return {"columns": columns, "rows": rows}
 
 
 def origin(rounds: int, threads: int) -> str:

@@ -1,6 +1,6 @@
-"""Print docs/ARENA.md, all methods on all sets: ``python docs/arena.py RESULTS... > docs/ARENA.md``.
+"""Print the page of the arena, all methods on all sets: ``python docs/arena.py RESULTS...``.
 
-RESULTS are the files ``arena/results.json`` of runs; those that are published lie in ``docs/results/arena``.
+RESULTS are the files ``arena/results.json`` of runs. The published ones are a list in ``docs/results/arena.json``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from printing import FOLDER, head, lines_of, table
 
 from mnemoscope.report.arena import KEPT, TOWARDS, arena_name
 from mnemoscope.report.arena_page import across_tables, facts_of, sentence, tables_of
@@ -37,56 +39,28 @@ RIVALS = {
 }
 SURE = 0.05  # of a corrected p-value, at most
 
-HEAD = """# Arena
 
-Every method of the arena on one frozen test set, in both directions. `docs/arena.py` prints this page from the files
-`arena/results.json` of runs that `mnemoscope arena` made, with the options of `scripts/arenas.sh`; its figures are
-those of `RUN/arena.html`.
-
-- **Wanted answer**: that of the text (to follow the text), or that of memory. Shares are of all test conflicts whose
-  items the model knows by heart; that list was frozen before anything was applied.
-- **Lost**: mean share of texts that agree and of bare questions that no longer get their answer.
-- **Chosen on tune**: the setting with the largest share of wanted answers less lost ones; the rule is the same for all.
-  **Best on tune** is the method for which that is largest; of equal ones the first in the list of methods is named.
-- **Control**: random directions of the same norm, mean of the draws and the worst of them.
-- **Surely above**: the interval lies above 0, and p is below 0.05, corrected over the comparisons of one direction.
-- **The first that takes one pass** is the one with the most wanted answers on test, chosen after the fact.
-- **Contrastive decoding** is that of the three which is best on tune.
-- **A seed deals the same items anew**: nobody had looked at its test split, but under other seeds, with which methods
-  were developed, most of its proverbs and facts had been fitted on or judged.
-- `reft` is LoReFT at one of three layers, from the decision on; its authors also choose tokens of the prompt, and
-  several layers. Of ours `low-rank` shifts every token at five blocks, `gradient` and `learned` one layer from the
-  decision on.
-"""
-
-
-def main() -> None:
-    """Print the page."""
-    if not sys.argv[1:]:
-        sys.exit("usage: python docs/arena.py RESULTS...")
-    found = [json.loads(Path(given).read_text()) for given in sys.argv[1:]]
-    print("\n".join(page(found)).rstrip())
+def published() -> str:
+    """The page of the published runs."""
+    return "\n".join(page(json.loads((FOLDER / "results" / "arena.json").read_text())))
 
 
 def page(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """The parts of the page, from the content of ``arena/results.json`` of every run."""
-    yield HEAD
+    yield head("arena")
     if len(found) > 1:
         yield "## Side by side\n"
-        for table in across_tables(found):
-            yield markdown(table)
+        yield from map(captioned, across_tables(found))
         yield "## By what is changed\n"
-        yield markdown(kinds(found))
+        yield captioned(kinds(found))
     yield "## Aims\n"
-    for table in aims(found):
-        yield markdown(table)
+    yield from map(captioned, aims(found))
     for results in found:
         yield f"## {arena_name(results)}\n\n{facts_of(results)}\n"
         for toward in TOWARDS:
             yield f"- {sentence(results, toward)}"
         yield ""
-        for table in tables_of(results):
-            yield markdown(table)
+        yield from map(captioned, tables_of(results))
 
 
 def kinds(found: Sequence[Mapping[str, Any]]) -> Table:
@@ -165,12 +139,13 @@ def difference(found: Estimate) -> str:
     return f"{100 * found.estimate:+.0f} ({100 * found.low:+.0f} to {100 * found.high:+.0f})"
 
 
-def markdown(table: Table) -> str:
+def captioned(made: Table) -> str:
     """A table with its caption."""
-    rows = [table.columns, ["---"] * len(table.columns), *table.rows]
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return "\n".join([f"**{table.caption}**\n", *lines, ""])
+    return f"**{made.caption}**\n\n{lines_of(table(made.columns, made.rows))}\n"
 
 
 if __name__ == "__main__":
-    main()
+    if not sys.argv[1:]:
+        sys.exit("usage: python docs/arena.py RESULTS...")
+    found = [json.loads(Path(given).read_text()) for given in sys.argv[1:]]
+    print("\n".join(page(found)))

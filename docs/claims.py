@@ -1,9 +1,12 @@
-"""Print docs/CLAIMS.md, the paper's claims beside what runs give: ``python docs/claims.py RUN... > docs/CLAIMS.md``."""
+"""Print the page of claims, the paper's beside what runs give: ``python docs/claims.py RUN... [--write FILE]``.
+
+What is published is kept in ``docs/results/claims.json``.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import combinations
@@ -11,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from printing import Sections, put, table
 
 from mnemoscope.config import load_study
 from mnemoscope.report.read import INPUTS
@@ -19,7 +23,6 @@ from mnemoscope.report.words import CONTROLS, RIVALS
 from mnemoscope.statistics import overlap, overlap_by_chance
 from mnemoscope.statistics.contrast import Contrast
 
-HEAD = Path(__file__).with_name("claims.head.md").read_text()
 Verdict = bool | None  # whether a claim holds; None: it cannot be told
 Said = tuple[str, Verdict]
 TOP = 0.1  # of the neurons, as in the second version
@@ -282,8 +285,8 @@ def not_shown(results: Results) -> set[str]:
     return {name.rpartition("-")[0] for name, why in results.failed.items() if any(words in why for words in whys)}
 
 
-def main(runs: Sequence[Path]) -> None:
-    """Print the tables: all claims in short, each of them by task, and how alike seeds and tasks are."""
+def sections(runs: Sequence[Path]) -> Sections:
+    """The tables: all claims in short, each of them by task, and how alike seeds and tasks are."""
     if len({run.name for run in runs}) < len(runs):
         raise SystemExit("RUN: two folders have one name; name them apart")
     tasks, kinds, failed = dict[str, TaskResults](), dict[str, str](), list[tuple[str, str]]()
@@ -310,29 +313,32 @@ def main(runs: Sequence[Path]) -> None:
         for kind in (SMALL, PRETRAINED):
             yield counted([said[1] for label, said in answers[name].items() if kinds[label] == kind])
 
-    print(HEAD + "\n## In short\n")
-    table(("claim", "the paper", SMALL, PRETRAINED), [row(*item) for item in claims().items()])
-    print("\n## Cells that could not go on\n")
-    table(("cell", "why"), failed or [("none", "")])
-    for name, said in answers.items():
-        print(f"\n## {name}\n")
-        rows = [
-            (label, len(tasks[label].seeds) if label in tasks else 0, figure, VERDICTS[holds])
-            for label, (figure, holds) in said.items()
+    by_claim = {
+        name: [
+            table(
+                ("task", "seeds", "figure", ""),
+                [
+                    (label, len(tasks[label].seeds) if label in tasks else 0, figure, VERDICTS[holds])
+                    for label, (figure, holds) in said.items()
+                ],
+            )
         ]
-        table(("task", "seeds", "figure", ""), rows)
-    print("\n## Where neurons tell most\n\nBy the paper in addition in the last layer, in inference in another.\n")
-    columns = ("task", "layer of the largest mean NMD", "of the largest rho", "last layer")
-    table(columns, [(label, *layers_of(task)) for label, task in tasks.items()])
-    print(f"\n## The strongest {TOP:.0%} of neurons in common\n\nMeans over what is compared, with their range.\n")
-    table(("what is compared", "shared"), same)
-
-
-def table(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
-    """Print a table."""
-    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
-    for row in rows:
-        print("| " + " | ".join(map(str, row)) + " |")
+        for name, said in answers.items()
+    }
+    places = ("task", "layer of the largest mean NMD", "of the largest rho", "last layer")
+    return {
+        "In short": [table(("claim", "the paper", SMALL, PRETRAINED), [row(*item) for item in claims().items()])],
+        "Cells that could not go on": [table(("cell", "why"), failed or [("none", "")])],
+        **by_claim,
+        "Where neurons tell most": [
+            "By the paper in addition in the last layer, in inference in another.",
+            table(places, [(label, *layers_of(task)) for label, task in tasks.items()]),
+        ],
+        f"The strongest {TOP:.0%} of neurons in common": [
+            "Means over what is compared, with their range.",
+            table(("what is compared", "shared"), same),
+        ],
+    }
 
 
 def counted(verdicts: Sequence[Verdict]) -> str:
@@ -344,4 +350,8 @@ def counted(verdicts: Sequence[Verdict]) -> str:
 
 
 if __name__ == "__main__":
-    main([Path(run) for run in sys.argv[1:]])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--write", type=Path, help="file for the tables, docs/results/claims.json")
+    asked = parser.parse_args()
+    put("claims", sections(asked.runs), asked.write)

@@ -1,4 +1,4 @@
-"""Hooks of the documentation site: the API page lists every public name of the package, and notebooks are pages."""
+"""Hooks of the documentation site: printed pages, notebooks as pages, and every public name on the page of the API."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 from nbconvert import MarkdownExporter
+from pages import PAGES
 
 import mnemoscope
 
@@ -14,7 +15,9 @@ FIRST = ("face", "models")
 
 
 def on_files(files: Files, config: Any, **_: Any) -> Files:
-    """Add the notebooks of ``examples/`` with the outputs that are saved in them, and the programs they name."""
+    """Add what is printed, the notebooks of ``examples/`` with their saved outputs, and the programs they name."""
+    for name, page in PAGES.items():
+        files.append(File.generated(config, f"{name}.md", content=page()))
     examples = Path(config.config_file_path).parent / "examples"
     for path in sorted(examples.glob("*.ipynb")):
         text, _ = MarkdownExporter().from_filename(str(path))

@@ -1,42 +1,43 @@
-"""Print docs/RECORDS.md, what a run folder holds: ``python docs/records.py > docs/RECORDS.md``."""
+"""The page of what a run folder holds: ``python docs/pages.py RECORDS``."""
 
 from __future__ import annotations
 
 import inspect
 import typing
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+from printing import head, lines_of, table
 from pydantic import BaseModel
 
 from mnemoscope.report.records import declared_tables
 from mnemoscope.report.schema import Result, Results
 from mnemoscope.statistics import Estimate
 
-HEAD = Path(__file__).with_name("records.head.md").read_text()
+
+def page() -> str:
+    """The page."""
+    return "\n".join(parts())
 
 
-def main() -> None:
-    """Print the page."""
-    print(HEAD)
-    for name, table in declared_tables().items():
-        when = f" ({table['if']})" if "if" in table else ""
-        print(f"## records/{name}.parquet: {table['about']}{when}\n\n| column | meaning |\n|---|---|")
-        for columns, meaning in table["columns"].items():
-            print(f"| {columns} | {escaped(str(meaning))} |")
-        print(f"\n{table['note']}\n" if "note" in table else "")
-    print("## results.json\n\nR is `{estimate, low, high, n}`: a number with its 95 % interval and what it counts.\n")
+def parts() -> Iterator[str]:
+    """Tables, then the keys of the results."""
+    yield head("records")
+    for name, declared in declared_tables().items():
+        when = f" ({declared['if']})" if "if" in declared else ""
+        yield f"## records/{name}.parquet: {declared['about']}{when}\n"
+        yield lines_of(table(("column", "meaning"), ((key, tidy(text)) for key, text in declared["columns"].items())))
+        yield f"\n{declared['note']}\n" if "note" in declared else ""
+    yield "## results.json\n\nR is `{estimate, low, high, n}`: a number with its 95 % interval and what it counts.\n"
     for model in dict.fromkeys(models_in(Results)):
-        print(f"### {model.__name__}\n\n{inspect.getdoc(model)}\n\n| key | holds | |\n|---|---|---|")
-        for key, kind, meaning in keys_of(model):
-            print(f"| `{key}` | {kind} | {escaped(meaning)} |")
-        print()
+        yield f"### {model.__name__}\n\n{inspect.getdoc(model)}\n"
+        yield lines_of(table(("key", "holds", ""), keys_of(model)))
+        yield ""
 
 
-def escaped(text: str) -> str:
+def tidy(text: object) -> str:
     """Text that fits a cell of a table."""
-    return text.replace("|", "\\|").replace("\n", " ").strip()
+    return str(text).replace("\n", " ").strip()
 
 
 def models_in(annotation: Any) -> Iterator[type[Result]]:
@@ -54,9 +55,9 @@ def models_in(annotation: Any) -> Iterator[type[Result]]:
 def keys_of(model: type[Result]) -> Iterator[tuple[str, str, str]]:
     """(key, what it holds, its meaning) of every field."""
     for name, field in model.model_fields.items():
-        yield field.alias or name, shown(field.annotation), field.description or ""
+        yield f"`{field.alias or name}`", shown(field.annotation), tidy(field.description or "")
     for name, computed in model.model_computed_fields.items():
-        yield name, shown(computed.return_type), computed.description or ""
+        yield f"`{name}`", shown(computed.return_type), tidy(computed.description or "")
 
 
 def shown(annotation: Any) -> str:
@@ -74,7 +75,3 @@ def shown(annotation: Any) -> str:
         optional = "; may lack" if type(None) in parts else ""
         return " or ".join(shown(part) for part in parts if part is not type(None)) + optional
     return str(annotation.__name__)
-
-
-if __name__ == "__main__":
-    main()

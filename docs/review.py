@@ -1,7 +1,8 @@
-"""Print docs/REVIEW.md, what runs answer of the eleven gaps: ``python docs/review.py RUN... > docs/REVIEW.md``.
+"""Print the review, what runs answer of the eleven gaps: ``python docs/review.py RUN... [--write FILE]``.
 
-The first run is that of small models, the others are those of point 11. The README has the table "In short". With
-``--again RUN...`` the page ends with the same studies as later code ran them.
+The first run is that of small models, the others are those of point 11. With ``--again RUN...`` the page ends with the
+same studies as later code ran them. What is published is kept in ``docs/results/review.json``; the README has its table
+"In short".
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import printing
+from printing import Sections, put, table
 
 from mnemoscope.config import load_study
 from mnemoscope.report.holds import overlaps, transfer
@@ -25,7 +28,6 @@ from mnemoscope.report.words import CONTROLS, LISTS, RIVALS, control_names, list
 from mnemoscope.report.words import layers as layer_names
 from mnemoscope.statistics import over_seeds
 
-HEAD = Path(__file__).with_name("review.head.md")
 NOT = "-"
 TOWARD = {direction: direction.replace("_", " ") for direction in DIRECTIONS}
 SITES = ("block", "attention", "mlp", "neuron")
@@ -33,10 +35,9 @@ DOSES = ("-1", "0", "0.5", "1", "2")
 Tasks = dict[str, TaskResults]
 
 
-def main(folders: list[Path], later: list[Path]) -> None:
-    """Print the page."""
+def sections(folders: list[Path], later: list[Path]) -> Sections:
+    """The tables, by point."""
     found, repeated = [[read(run) for run in runs] for runs in (folders, later)]
-    print(HEAD.read_text())
     first, *others = found
     if len({results.study for results in found}) < len(found):
         raise SystemExit("RUN: two runs are of one study")
@@ -69,8 +70,16 @@ def main(folders: list[Path], later: list[Path]) -> None:
             raise SystemExit(f"--again: {folder} is the second of {results.study}; give one run of a study")
         of = analysed(results, folder)
         points[title] = [again(by_study[results.study], of)]
-    for title, tables in points.items():
-        print("\n\n".join([f"## {title}", *(map(markdown, tables) if tables else [NOT])]), end="\n\n")
+    return {title: list(parts(tables)) for title, tables in points.items()}
+
+
+def parts(tables: list[Table]) -> Iterator[str | printing.Table]:
+    """Tables with their captions."""
+    for one in tables:
+        yield f"{one.caption}:"
+        yield table(one.columns, [[cell.replace("\u00a0", " ") for cell in row] for row in one.rows])
+    if not tables:
+        yield NOT
 
 
 def read(run: Path) -> Results:
@@ -416,16 +425,10 @@ def two(found: Estimate) -> str:
     return f"{found.estimate:.2f}" if found.known else NOT
 
 
-def markdown(table: Table) -> str:
-    """A table of the page as Markdown."""
-    rows = [table.columns, ["---"] * len(table.columns), *table.rows]
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return "\n".join([f"{table.caption}:\n", *lines]).replace("\u00a0", " ")
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--again", nargs="+", type=Path, default=[], help="runs of the same studies by later code")
+    parser.add_argument("--write", type=Path, help="file for the tables, docs/results/review.json")
     asked = parser.parse_args()
-    main(asked.runs, asked.again)
+    put("review", sections(asked.runs, asked.again), asked.write)

@@ -1,4 +1,4 @@
-"""Print docs/STUDY.md, every field of a study and every option of a task: ``python docs/study.py > docs/STUDY.md``."""
+"""The page of every field of a study and every option of a task: ``python docs/pages.py STUDY``."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ This page is printed by `docs/study.py` from the descriptions in the code.
 PLACES = {"cells": "NAME", "grids": "SITE"}
 
 
-def main() -> None:
-    """Print the page."""
-    print("\n".join(page()).rstrip())
+def page() -> str:
+    """The page."""
+    return "\n".join(parts())
 
 
-def page() -> Iterator[str]:
-    """The parts of the page: the study's sections, then the options of each task."""
+def parts() -> Iterator[str]:
+    """The study's sections, then the options of each task."""
     yield HEAD.format(studies=", ".join(f"`{name}`" for name in built_in_studies()))
     for path, model in sections("", StudyConfig):
         yield f"## {f'`{path}`' if path else 'The study'}\n\n{inspect.getdoc(model)}\n"
@@ -100,7 +100,3 @@ def described(doc: str) -> dict[str, str]:
     for names, text in re.findall(r"^    ([\w, ]+): (.*(?:\n        .*)*)", block, flags=re.MULTILINE):
         found |= {name: " ".join(text.split()) for name in names.split(", ")}
     return found
-
-
-if __name__ == "__main__":
-    main()

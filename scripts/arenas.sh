@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The six arenas of docs/ARENA.md, one after the other, with the options they need to have forty test groups.
+# The six arenas of docs/arena.py, one after the other, with the options they need to have forty test groups.
 #     bash scripts/arenas.sh SEED MEMOTRAP.csv PARAREL OUT
 # The data are as published: a CSV of MemoTrap, and a folder of ParaRel with facts/ and patterns/. A killed arena goes on.
 set -euo pipefail

@@ -1,4 +1,4 @@
-"""Every page that gives figures names a command that gives them."""
+"""Every page that gives figures names a command that gives them; printed pages hold what was published."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import typer
+from pages import PAGES as PRINTED
 
 from mnemoscope.cli import app
 
 ROOT = Path(__file__).parents[1]
-# The log names commits; the others hold no measurements: what was run when, columns, defaults.
-WITHOUT = {"LOG.md", "LOG-archive.md", "SEEDS.md", "RECORDS.md", "STUDY.md"}
+WITHOUT = {"LOG.md", "SEEDS.md"}  # the log names commits, the other page says what was run when
 PAGES = [ROOT / "README.md", *(p for p in sorted((ROOT / "docs").glob("*.md")) if p.name not in WITHOUT)]
 FIGURE = re.compile(
     r"(?<![\w./-])\d+\.\d+(?![\w.])"  # 0.93
@@ -60,6 +60,32 @@ def test_the_commands_exist() -> None:
                 assert rest[0] in targets, f"{page.name}: {line}"
             elif first != "python" or rest[0] != "-m":
                 assert (ROOT / (rest[0] if first == "python" else first)).exists(), f"{page.name}: {line}"
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("STUDY", ["| `learned_steps` | `20` |", "| `stored` | `480` |"]),
+        ("RECORDS", ["| `minus_control` | {str:", "## records/pairs.parquet: "]),
+        ("ARENA", ["| a low-rank edit, LoReFT | 96", "## Aims"]),
+        ("REVIEW", ["| addition | 0.958 (0.93 to 0.98) | 0.836 | 0.835 |", "## The same seeds again, `paper`"]),
+        ("CLAIMS", ["| addition (paper) | 5 | 0.96 (0.93 to 1.00) (logistic, learned, nmd) | holds |"]),
+        ("BENCHMARKS", ["| 1,000,000 | 930.2 | 1.109 | 1768.4 |"]),
+    ],
+)
+def test_a_page_is_printed_with_its_figures(name: str, lines: list[str]) -> None:
+    printed = PRINTED[name]()
+    assert printed.startswith("# ")
+    assert [line for line in lines if line not in printed] == []
+    widths = [line.replace("\\|", "").count("|") for line in printed.splitlines() if line.startswith("|")]
+    assert min(widths) >= 3
+
+
+def test_the_table_of_the_readme_is_that_of_the_review() -> None:
+    part = (ROOT / "README.md").read_text().split("## Does it work?")[1].split("## ")[0]
+    rows = [line for line in part.splitlines() if line.startswith("|")]
+    assert len(rows) >= 8
+    assert [row for row in rows[2:] if row not in PRINTED["REVIEW"]().splitlines()] == []
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def build_report(run: str | Path, parallel: Map = in_order) -> Path:
     """Compute ``results.json`` and ``report.html`` from the records of a run folder; equal records give equal bytes.
 
     Args:
-        run: the folder, as docs/RECORDS.md describes it.
+        run: the folder, as docs/records.head.md describes it.
         parallel: where cells are measured and pages drawn; the bytes are the same everywhere.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The page of arenas, side by side: wanted answers against their cost, and tables, which docs/ARENA.md prints too."""
+"""The page of arenas, side by side: wanted answers against their cost, and tables, which docs/arena.py prints too."""
 
 from __future__ import annotations
 

@@ -235,7 +235,7 @@ class Contrast:
         return top_by_magnitude(self.rho_LD, top)
 
     def save(self, path: str | Path) -> None:
-        """Write `contrast.safetensors` as `docs/RECORDS.md` describes it; equal contrasts give equal bytes."""
+        """Write `contrast.safetensors` as `docs/records.head.md` describes it; equal contrasts give equal bytes."""
         site, pairs, groups, *arrays = (getattr(self, field.name) for field in fields(self))
         tensors = dict(zip(ARRAYS, map(np.ascontiguousarray, arrays), strict=True))
         metadata = {"site": site, "pairs": str(pairs), "groups": str(groups)}
