@@ -177,9 +177,9 @@ def test_chains_and_circles_are_found() -> None:
 
 OPENING = """
 import json, sys
-for name in "pandas pyarrow scipy sklearn matplotlib pydantic typer jinja2 threadpoolctl rich".split():
+for name in "pandas pyarrow scipy sklearn matplotlib typer jinja2 threadpoolctl rich".split():
     sys.modules[name] = None  # as if it were not installed: what imports it fails, and transformers leaves it out
-import numpy, safetensors.torch, tokenizers, torch, transformers
+import filelock, numpy, pydantic, safetensors.torch, tokenizers, torch, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 run, cell, vector = sys.argv[1:]
 inputs = {"input_ids": torch.tensor([[3, 4, 5]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
@@ -204,7 +204,7 @@ fitted.answers(["12+34="], "generalized", gate=0.5, max_new_tokens=2)
 LOADED = "\nprint(json.dumps(sorted({name.split('.')[0] for name in sys.modules} - set(sys.stdlib_module_names))))\n"
 
 
-def test_what_uses_saved_artefacts_imports_five_libraries_and_what_these_import(mini_run: Path) -> None:
+def test_what_uses_saved_artefacts_imports_seven_libraries_and_what_these_import(mini_run: Path) -> None:
     """That part lives inside serving engines."""
     cell = mini_run / "cells" / "addition-0"
     vector = next(iter(sorted((cell / "vectors").glob("to_generalized-*.safetensors"))))

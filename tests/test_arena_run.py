@@ -28,8 +28,9 @@ from mnemoscope.interventions import Intervention
 from mnemoscope.report import build_arena
 from mnemoscope.report.arena import Records, results_of
 from mnemoscope.report.words import percent
-from mnemoscope.runs.digests import locked, write_marker
+from mnemoscope.runs.digests import write_marker
 from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.locks import locked
 
 CHEAP = ("prompt", "cad", "caa", "nmd", "low-rank")
 

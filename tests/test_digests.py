@@ -12,7 +12,6 @@ import pytest
 from mnemoscope.config import parse_study
 from mnemoscope.face.recipe import fitting_study
 from mnemoscope.runs.digests import (
-    EarlierError,
     digests_of,
     facts_digest,
     inside,
@@ -64,14 +63,6 @@ def test_a_damaged_marker_is_named(cell: Path, edit: Callable[[Path], object], m
     edit(cell / "stages" / "one.json")
     with pytest.raises(InputError, match=message):
         intact(cell / "records" / "one.json")
-
-
-def test_a_marker_of_an_earlier_version_is_not_taken_for_damage(cell: Path) -> None:
-    path = cell / "stages" / "one.json"
-    found = {"hash": "0", "seconds": 1.0, "commit": None, "dirty": None, "files": {}}
-    path.write_text(json.dumps(found))
-    with pytest.raises(EarlierError, match="earlier version"):
-        read_marker(path)
 
 
 def test_a_rewriting_that_fails_leaves_finished_what_was(cell: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from mnemoscope.runs.files import new_folder, undone_if_refused, write_atomically
+from mnemoscope.runs.files import new_folder, write_atomically
+from mnemoscope.runs.locks import locked
 
 FLUSH = os.fsync
 
@@ -94,7 +95,7 @@ def test_only_what_is_worth_keeping_is_left_of_what_is_refused(worth: bool, tmp_
     (tmp_path / "study.yaml").write_text("before")
 
     def refused() -> None:
-        with undone_if_refused(tmp_path, lambda: bool(begun) and worth):
+        with locked(tmp_path, lambda: bool(begun) and worth):
             (tmp_path / "cells" / "one").mkdir(parents=True)
             (tmp_path / "study.yaml").write_text("after")
             begun.append(True)

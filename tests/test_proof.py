@@ -16,8 +16,8 @@ from little_facts import SUBJECTS, VALUES, VOCABULARY
 from mnemoscope.config import ModelConfig
 from mnemoscope.interventions import Binding
 from mnemoscope.models import build_gpt2, load_model, word_tokenizer
-from mnemoscope.runs.digests import locked
 from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.locks import locked
 from mnemoscope.serving.certificate import certify
 from mnemoscope.serving.client import Server
 from mnemoscope.serving.proof import prove

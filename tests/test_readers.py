@@ -415,7 +415,7 @@ ASKED = 'Write a quote that ends in the word "early": Better late than'
             "file: 'questions.txt' is not a file that ends in .jsonl, .csv, .parquet; as a data",
         ),
         (qa, {"shares": [1, 1, 1]}, "shares: [1, 1, 1]; allowed are three numbers above 0 that add up to 1"),
-        (qa, {"boundary": "."}, "task.options.boundary is '.'; a list or null is wanted"),
+        (qa, {"boundary": "."}, "task.options.boundary: Input should be a valid array (got '.')"),
     ],
 )
 def test_bad_input_is_one_line(

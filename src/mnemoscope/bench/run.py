@@ -25,9 +25,10 @@ from mnemoscope.interventions.methods import candidates, method_module, method_n
 from mnemoscope.interventions.shifts import norm_of
 from mnemoscope.models import load_model
 from mnemoscope.report import build_arena
-from mnemoscope.runs.digests import STAGES, intact, locked, write_marker
+from mnemoscope.runs.digests import STAGES, intact, write_marker
 from mnemoscope.runs.errors import InputError
-from mnemoscope.runs.files import made, plain, undone_if_refused, write_atomically
+from mnemoscope.runs.files import plain, write_atomically
+from mnemoscope.runs.locks import locked
 from mnemoscope.runs.schemas import FrameFacts, KnownFacts
 from mnemoscope.runs.strict import checked, read_json
 from mnemoscope.runs.telling import Progress, shown
@@ -126,10 +127,7 @@ class _Run:
     def go(self, methods: Sequence[str] | None) -> None:
         """Run what is not done yet."""
 
-        def worth() -> bool:
-            return self._done(UNSTEERED)
-
-        with made(self.folder), locked(self.folder, worth), undone_if_refused(self.folder, worth):
+        with locked(self.folder, lambda: self._done(UNSTEERED)):
             self._go(methods)
 
     def _go(self, methods: Sequence[str] | None) -> None:

@@ -99,7 +99,7 @@ def named_parts(layout: str | None) -> dict[str, str] | None:
 def options(given: list[str] | None) -> dict[str, Any]:
     """Options of a task, from ``name=value``; values are YAML."""
     from mnemoscope.runs.errors import InputError
-    from mnemoscope.runs.strict import parse_yaml
+    from mnemoscope.runs.yaml import parse_yaml
 
     pairs = [o.partition("=") for o in given or []]
     if any(not equals for _, equals, _ in pairs):

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
-
-from pydantic import ValidationError
-from pydantic_core import PydanticSerializationError, to_json
 
 from mnemoscope.config.arena import ArenaConfig
 from mnemoscope.config.model import ModelConfig
 from mnemoscope.config.study import StudyConfig
 from mnemoscope.runs.errors import InputError
-from mnemoscope.runs.strict import MOST_YAML, dump_yaml, parse_yaml, read_text
+from mnemoscope.runs.strict import read_text, validated
+from mnemoscope.runs.yaml import MOST_YAML, dump_yaml, parse_yaml
 
 Config = TypeVar("Config", StudyConfig, ModelConfig, ArenaConfig)
+STUDIES = resources.files("mnemoscope.config") / "studies"
 
 
 def built_in_studies() -> list[str]:
     """Names of the studies that come with the package."""
-    folder = resources.files("mnemoscope.config") / "studies"
-    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+    return sorted(path.name.removesuffix(".yaml") for path in STUDIES.iterdir() if path.name.endswith(".yaml"))
 
 
 def load_study(study: str, overrides: list[str] | None = None, seeds: int | None = None) -> StudyConfig:
@@ -31,7 +30,7 @@ def load_study(study: str, overrides: list[str] | None = None, seeds: int | None
         InputError: the study is unknown, is no YAML, or a field has a value that is not allowed.
     """
     if study in built_in_studies():
-        text = (resources.files("mnemoscope.config") / "studies" / f"{study}.yaml").read_text()
+        text = (STUDIES / f"{study}.yaml").read_text()
     elif Path(study).is_file():
         text = read_text(Path(study), "study", MOST_YAML)
     else:
@@ -41,38 +40,18 @@ def load_study(study: str, overrides: list[str] | None = None, seeds: int | None
         raise InputError(f"study: {study} holds {type(raw).__name__}, not a mapping of fields")
     for override in overrides or []:
         _override(raw, override)
-    if seeds is not None:
-        raw["seeds"] = seeds
-    return parse_study(raw)
+    return parse_study(raw if seeds is None else raw | {"seeds": seeds})
 
 
-def parse_study(raw: dict[str, Any]) -> StudyConfig:
-    """Validate the fields of a study; InputError names the first at fault, its value and what is allowed."""
-    return _validated(StudyConfig, raw, "study")
+def _parsed(kind: type[Config], where: str, raw: dict[str, Any]) -> Config:
+    """Validate fields; InputError names the first at fault, its value and what is allowed."""
+    found: Config = validated(raw, kind, where)
+    return found
 
 
-def parse_model(raw: dict[str, Any]) -> ModelConfig:
-    """Validate the fields of a model, with the errors of ``parse_study``."""
-    return _validated(ModelConfig, raw, "model")
-
-
-def parse_arena(raw: dict[str, Any]) -> ArenaConfig:
-    """Validate the sizes of an arena, with the errors of ``parse_study``."""
-    return _validated(ArenaConfig, raw, "arena")
-
-
-def _validated(kind: type[Config], raw: dict[str, Any], root: str) -> Config:
-    try:
-        # As JSON, where each type has its own form: true is no number, a number is no text.
-        return kind.model_validate_json(to_json(raw), strict=True)
-    except (PydanticSerializationError, UnicodeError, RecursionError) as error:
-        raise InputError(f"{root}: {raw!r:.80} cannot be stored ({str(error).splitlines()[0]})") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or root
-        got = repr(first["input"])
-        value = "" if first["type"] == "missing" else f" (got {got if len(got) <= 80 else got[:77] + '...'})"
-        raise InputError(f"{where}: {first['msg'].removeprefix('Value error, ')}{value}") from error
+parse_study = partial(_parsed, StudyConfig, "study")
+parse_model = partial(_parsed, ModelConfig, "model")
+parse_arena = partial(_parsed, ArenaConfig, "arena")
 
 
 def dump_study(config: StudyConfig) -> str:

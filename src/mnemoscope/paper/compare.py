@@ -143,7 +143,7 @@ def _transferred_steering(
 
 
 def _vectors(source: Cell, direction: str, asking: Asking) -> Iterator[tuple[str, str, int, SteeringVector]]:
-    best = read_chosen(source.records / "chosen.json")["pairs"]["best"][direction]  # type: ignore[literal-required]
+    best = read_chosen(source.records / "chosen.json")["pairs"]["best"][direction]  # type: ignore[index]
     for method in dict.fromkeys((best, "nmd")):
         path = source.folder / "vectors" / f"{direction}-{method}.safetensors"
         if not path.exists():

@@ -19,7 +19,7 @@ from mnemoscope.report.records import Cell, Run
 from mnemoscope.report.schema import Results, SeedsRow, TaskResults
 from mnemoscope.report.words import count, ranged
 from mnemoscope.runs.processes import Map, in_order
-from mnemoscope.runs.strict import parse_yaml
+from mnemoscope.runs.yaml import parse_yaml
 from mnemoscope.statistics import Estimate
 
 

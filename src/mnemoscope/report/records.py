@@ -16,7 +16,8 @@ from pyarrow import parquet
 from mnemoscope.runs.digests import check_closed, intact, is_there
 from mnemoscope.runs.errors import InputError
 from mnemoscope.runs.schemas import CellFacts, ManifestFacts, ProbeFacts, StudyFacts, TimeFacts, WhyFacts, read_chosen
-from mnemoscope.runs.strict import MOST_YAML, bounded_table, checked, parse_yaml, read_json, read_text
+from mnemoscope.runs.strict import bounded_table, checked, read_json, read_text
+from mnemoscope.runs.yaml import MOST_YAML, parse_yaml
 from mnemoscope.statistics.contrast import Contrast
 
 # Text columns of the large tables, which repeat few words: read as categories, they take a byte a row.

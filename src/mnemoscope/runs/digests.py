@@ -6,29 +6,23 @@ folder can make its digests too. What keeps a reader safe from a stranger's fold
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mnemoscope.runs.errors import InputError
-from mnemoscope.runs.files import file_hash, known_hash, lock_file, write_atomically
+from mnemoscope.runs.files import file_hash, known_hash, write_atomically
 from mnemoscope.runs.schemas import MarkerFacts
 from mnemoscope.runs.strict import read_json
 
 STAGES = "stages"
 DEEPEST = 4  # folders between a file and the folder of its stages, at most
-OLD = {"hash", "seconds", "commit", "dirty", "files"}  # of markers before they had a digest of their own
 AGAIN = "run its study again, or take the folder from where it came once more"
-
-
-class EarlierError(InputError):
-    """What an earlier version has written has no digest, so nobody can say whether it is as it was."""
 
 
 def facts_digest(facts: Mapping[str, Any]) -> str:
@@ -44,17 +38,14 @@ def write_marker(folder: Path, name: str, files: Iterable[Path], facts: Mapping[
 
 
 def read_marker(path: Path) -> dict[str, Any]:
-    """Content of a marker; InputError where it is damaged, names files elsewhere, or an earlier version wrote it."""
+    """Content of a marker; InputError where it is damaged or names files elsewhere."""
     try:
         found: dict[str, Any] = {**read_json(path, MarkerFacts)}
     except InputError as error:
         raise InputError(f"artefact: {path} is damaged; {AGAIN}") from error
-    digest, named = found.pop("digest", None), [Path(name) for name in found["files"]]
-    if digest is None and set(found) == OLD:
-        raise EarlierError(f"artefact: {path} is of an earlier version, without a digest of its own; {AGAIN}")
-    if digest != facts_digest(found):
+    if found.pop("digest") != facts_digest(found):
         raise InputError(f"artefact: {path} is damaged (its digest differs); {AGAIN}")
-    if any(name.is_absolute() or ".." in name.parts for name in named):
+    if any(name.is_absolute() or ".." in name.parts for name in map(Path, found["files"])):
         raise InputError(f"artefact: {path} names a file outside its folder")
     return found
 
@@ -139,33 +130,6 @@ def check_closed(folder: Path) -> None:
                 raise InputError(f"{folder / path.relative_to(root)}: is a link that leads {where}")
             if not (stat.S_ISLNK(kind) or stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
                 raise InputError(f"{folder / path.relative_to(root)}: is neither a file nor a folder")
-
-
-@contextmanager
-def locked(folder: Path, worth: Callable[[], bool]) -> Iterator[None]:
-    """Hold the lock of a closed folder of a run; InputError where another run has it.
-
-    ``worth``: whether the folder holds what is worth keeping; if not, and the run is refused, a lock that it made goes.
-    """
-    path = folder / ".lock"
-    before = os.path.lexists(path)
-    with lock_file(path) as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(lock), path.lstat()):
-                raise BlockingIOError  # of a run that was refused meanwhile
-        except (BlockingIOError, FileNotFoundError) as error:
-            raise InputError(f"out: {folder} is in use by another run") from error
-        refused = False
-        try:
-            check_closed(folder)
-            yield
-        except InputError:
-            refused = not before and not worth()
-            raise
-        finally:
-            if refused or list(folder.iterdir()) == [path]:
-                path.unlink()
 
 
 def _where(path: Path) -> Path:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mnemoscope.runs.errors import InputError, StudyError
+from mnemoscope.runs.errors import InputError
 
 TEMPORARY = re.compile(r"\..+\.\d+\.tmp(\.\w+)?")  # names that files and folders have while they are written
 
@@ -110,32 +110,6 @@ def made(folder: Path) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def undone_if_refused(folder: Path, worth: Callable[[], bool]) -> Iterator[None]:
-    """Where the context raises before anything in a folder is ``worth`` keeping, what it changed there goes.
-
-    Kept is what a StudyError leaves, which reports on what was done, and whatever a user stops.
-    """
-    if worth():
-        yield
-        return
-
-    def there() -> set[Path]:
-        return {*folder.glob("*"), *folder.glob("*/*")}
-
-    before = {path: path.read_bytes() if path.is_file() else b"" for path in there()}
-    try:
-        yield
-    except Exception as error:
-        if not isinstance(error, StudyError) and not worth():
-            for path in sorted(there() - set(before), reverse=True):  # what is in a folder before it
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-            for path, content in before.items():
-                if path.is_file() and path.read_bytes() != content:
-                    path.write_bytes(content)
-        raise
-
-
 def flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk: a power cut may otherwise keep a new name only."""
     place = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -143,17 +117,6 @@ def flush(path: Path) -> None:
         os.fsync(place)
     finally:
         os.close(place)
-
-
-@contextmanager
-def lock_file(path: Path) -> Iterator[int]:
-    """Descriptor of a file to lock, made if missing; InputError where a link, a device or a folder is in its place."""
-    check_replaceable(path)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def file_hash(path: Path) -> str:

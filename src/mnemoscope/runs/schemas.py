@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from mnemoscope.runs.errors import InputError
 from mnemoscope.runs.strict import read_json
 
 Site = Literal["block", "attention", "mlp", "neuron"]
 Where = Literal["decision", "all"]
-Aim = Literal["pairs", "conflict"]
 Direction = Literal["to_generalized", "to_memorized"]
 Number = float | None  # None: not defined
 
@@ -68,25 +70,11 @@ class SettingFacts(TypedDict):
     begin_alike: NotRequired[Number]
 
 
-class BestFacts(TypedDict):
-    """By direction, the best method."""
-
-    to_generalized: str
-    to_memorized: str
-
-
-class BothFacts(TypedDict):
-    """By direction, the setting of a method."""
-
-    to_generalized: SettingFacts
-    to_memorized: SettingFacts
-
-
 class ChosenOf(TypedDict):
-    """What was chosen for one aim."""
+    """What was chosen for one aim: the best method of each direction, and the settings of each method."""
 
-    best: BestFacts
-    methods: dict[str, BothFacts]
+    best: Annotated[dict[Direction, str], Field(min_length=2)]
+    methods: dict[str, Annotated[dict[Direction, SettingFacts], Field(min_length=2)]]
 
 
 class ChosenFacts(TypedDict):
@@ -94,7 +82,7 @@ class ChosenFacts(TypedDict):
 
     pairs: ChosenOf
     conflict: ChosenOf
-    aim: NotRequired[Aim]  # runs of version 0.1 have none: pairs
+    aim: NotRequired[Literal["pairs", "conflict"]]  # runs of version 0.1 have none: pairs
 
 
 class ProbeOfLayer(TypedDict):
@@ -138,22 +126,22 @@ class MarkerFacts(TypedDict):
     """``stages/NAME.json``: what a finished stage depended on, and its files with their SHA-256."""
 
     files: dict[str, str]
-    digest: NotRequired[str]
+    digest: str
     hash: NotRequired[str]
     seconds: NotRequired[float]
     commit: NotRequired[str | None]
     dirty: NotRequired[bool | None]
 
 
-class ManifestFacts(TypedDict):
+class ManifestFacts(TypedDict, total=False):
     """``manifest.json``."""
 
-    mnemoscope: NotRequired[str]
-    versions: NotRequired[dict[str, str]]
-    python: NotRequired[str]
-    machine: NotRequired[dict[str, str | int | None]]
-    commit: NotRequired[str | None]
-    stages: NotRequired[dict[str, dict[str, MarkerFacts]]]
+    mnemoscope: str
+    versions: dict[str, str]
+    python: str
+    machine: dict[str, str | int | None]
+    commit: str | None
+    stages: dict[str, dict[str, dict[str, Any]]]
 
 
 class FrameFacts(TypedDict):
@@ -257,8 +245,7 @@ class DetectorFacts(ArtefactFacts):
 def read_chosen(path: Path) -> ChosenFacts:
     """Read ``chosen.json``; InputError where a field is wrong, or the best method is not among the others."""
     found = read_json(path, ChosenFacts)
-    for aim in ("pairs", "conflict"):
-        of_aim: ChosenOf = found[aim]
+    for aim, of_aim in (("pairs", found["pairs"]), ("conflict", found["conflict"])):
         for direction, method in of_aim["best"].items():
             if method not in of_aim["methods"]:
                 raise InputError(f"{path}: {aim}.best.{direction} is {method!r}, which is not among its methods")

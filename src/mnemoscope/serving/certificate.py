@@ -11,8 +11,9 @@ from pathlib import Path
 from mnemoscope.face.fitted import artefacts_of, cell_of
 from mnemoscope.interventions import Artefact, Binding, Card, SteeringVector, best_paths
 from mnemoscope.interventions.detect import Detector
-from mnemoscope.runs.digests import intact, is_there, locked, rewriting
+from mnemoscope.runs.digests import intact, is_there, rewriting
 from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.locks import locked
 from mnemoscope.serving.served import Proof
 
 

@@ -24,9 +24,10 @@ from typing import Any
 
 from mnemoscope.config import StudyConfig, dump_study
 from mnemoscope.interventions.methods import check_method
-from mnemoscope.runs.digests import AGAIN, EarlierError, check_stage, locked, read_marker, write_marker
+from mnemoscope.runs.digests import AGAIN, check_stage, read_marker, write_marker
 from mnemoscope.runs.errors import InputError, StudyError
-from mnemoscope.runs.files import known_hash, made, sweep, undone_if_refused, write_atomically
+from mnemoscope.runs.files import known_hash, sweep, write_atomically
+from mnemoscope.runs.locks import locked
 from mnemoscope.runs.named import named
 from mnemoscope.runs.processes import settle
 from mnemoscope.runs.strict import read_text
@@ -211,8 +212,6 @@ def is_done(folder: Path, stage: str, wanted: str) -> bool:
         if read_marker(path).get("hash") != wanted:
             return False
         check_stage(folder, stage)
-    except EarlierError:
-        return False
     except InputError as error:
         raise StudyError(f"{str(error).removesuffix(AGAIN)}delete {path} to run stage {stage!r} again") from error
     return True
@@ -227,10 +226,7 @@ def _locked(run: Path, config: StudyConfig) -> Iterator[None]:
     if run.exists() and any(run.iterdir()) and not (run / "study.yaml").exists() and not (run / ".lock").exists():
         raise InputError(f"out: {run} is not empty and holds no study.yaml; give a new folder")
 
-    def worth() -> bool:
-        return _holds(run, *MARKERS, *UNFINISHED)
-
-    with made(run), locked(run, worth), undone_if_refused(run, worth):
+    with locked(run, lambda: _holds(run, *MARKERS, *UNFINISHED)):
         existing = run / "study.yaml"
         # A run without a finished stage (a model that could not be opened) may change its configuration.
         there = read_text(existing, "out") if _holds(run, *MARKERS) and existing.exists() else text
