@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import time
-from pathlib import Path
 
 from mnemoscope.runs.errors import StudyError
 from mnemoscope.runs.telling import Progress
@@ -33,21 +32,19 @@ def fails(number: int) -> int:
 
 
 def dies(number: int) -> int:
-    os._exit(number)
-
-
-def dies_at_first(folder: Path, number: int) -> int:
-    """The process of 3 is killed at the first call, that of 5 at each; others say how often they were called."""
-    calls = folder / f"{number}-{time.monotonic_ns()}"
-    calls.touch()
-    if number == 5 or (number == 3 and len(list(folder.glob("3-*"))) == 1):
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGKILL)
     return number
 
 
-def killed_cell(folder: Path, cell: Cell, progress: Progress) -> None:
-    dies_at_first(folder, int(cell.name))
+def killed_cell(cell: Cell, progress: Progress) -> None:
+    """The first cell ends well, the second is killed once the first has ended."""
+    done = cell.folder / "done"
+    while cell.seed and not done.exists():
+        time.sleep(0.01)
+    if cell.seed:
+        time.sleep(0.5)  # the first has been told to its parent
+        dies(0)
+    done.touch()
 
 
 def notes_when(cell: Cell, progress: Progress, meeting: bool) -> None:
@@ -65,3 +62,13 @@ def notes_when(cell: Cell, progress: Progress, meeting: bool) -> None:
     (cell.folder / "times.json").write_text(json.dumps([began, time.monotonic()]))
     if cell.name == "donor-1":
         raise StudyError("donor-1: never mixed")
+
+
+def maps_on_a_node_that_dies(cell: Cell, progress: Progress) -> None:
+    """Notes each of its runs; waits in the first until its node is removed, and maps in the next."""
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    (cell.folder / f"run-{time.monotonic_ns()}").touch()
+    while len(list(cell.folder.glob("run-*"))) < 2 and not (cell.folder.parent / "over").exists():
+        time.sleep(0.05)
+    progress(cell.name, "train", 1, 1, "")
+    (cell.folder / "squares.json").write_text(json.dumps([square for square, *_ in cell.map(Counting(), [1, 2, 3])]))

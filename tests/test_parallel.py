@@ -10,39 +10,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 
-from light_work import Counting, dies, dies_at_first, fails, killed_cell, notes_when
+from light_work import Counting, dies, fails, killed_cell, notes_when
 from mnemoscope.config import load_study, parse_study
 from mnemoscope.runs.errors import InputError, StudyError
-from mnemoscope.runs.processes import LostError, pool_of
+from mnemoscope.runs.processes import AHEAD, LostError, in_processes, pool_of
 from mnemoscope.study.cells import Cell, cells_of
-from mnemoscope.study.executors import AHEAD, in_processes, run_cells
-from mnemoscope.study.stages import STAGES
+from mnemoscope.study.executors import run_cells
 
 pytestmark = pytest.mark.slow  # new processes
+KILLED = "a process was killed, most likely for lack of memory; use fewer processes"
 
 
-def test_results_come_in_order_from_several_processes_that_keep_what_they_opened() -> None:
-    with in_processes(2) as parallel:
-        found = list(parallel(Counting(), list(range(60))))
-        again = list(parallel(Counting(), [7, 8]))
-    assert [square for square, *_ in found] == [n**2 for n in range(60)]
-    processes = {process for _, process, _ in found}
-    assert len(processes) == 2
-    assert os.getpid() not in processes
-    most = {process: max(calls for _, p, calls in found if p == process) for process in processes}
-    assert sum(most.values()) == 60, "one object in each process was called for all items there"
-    assert {process for _, process, _ in again} <= processes, "the processes are kept"
-
-
-def test_a_stream_is_drawn_as_it_is_needed() -> None:
+def test_results_come_in_order_from_processes_that_keep_what_they_opened() -> None:
     drawn = 0
 
     def numbers() -> Iterator[int]:
@@ -52,45 +37,30 @@ def test_a_stream_is_drawn_as_it_is_needed() -> None:
             yield number
 
     with in_processes(2) as parallel:
+        assert [process for _, process, _ in parallel(Counting(), iter([3]))] == [os.getpid()], "one item needs none"
+        found = list(parallel(Counting(), list(range(60))))
         for (square, *_), number in zip(parallel(Counting(), numbers()), range(30), strict=False):
             assert square == number**2
-            assert drawn <= number + 1 + AHEAD * 2
+            assert drawn <= number + 1 + AHEAD * 2, "a stream is drawn as it is needed"
+    assert [square for square, *_ in found] == [n**2 for n in range(60)]
+    processes = {process for _, process, _ in found}
+    assert len(processes) == 2
+    assert os.getpid() not in processes
+    most = {process: max(calls for _, p, calls in found if p == process) for process in processes}
+    assert sum(most.values()) == 60, "one object in each process was called for all items there"
 
 
-def test_a_single_item_starts_no_process() -> None:
-    with in_processes(2) as parallel:
-        assert [process for _, process, _ in parallel(Counting(), iter([3]))] == [os.getpid()]
-
-
-@pytest.mark.faults
-def test_an_error_of_an_item_is_raised_and_a_killed_process_is_reported() -> None:
+def test_an_error_of_an_item_is_raised_and_a_killed_process_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="1 cannot be done"), in_processes(2) as parallel:
         list(parallel(fails, [1, 2]))
-    killed = "its process was killed 3 times, most likely for lack of memory"
-    with pytest.raises(LostError, match=killed), in_processes(2) as parallel:
+    with pytest.raises(LostError, match=KILLED), in_processes(2) as parallel:
         list(parallel(dies, [1, 2]))
-
-
-@pytest.mark.faults
-def test_a_killed_process_costs_the_other_items_nothing(tmp_path: Path) -> None:
-    with in_processes(2) as parallel:
-        assert list(parallel(partial(dies_at_first, tmp_path), range(5))) == [0, 1, 2, 3, 4]
-    with pool_of(4) as pool:
-        futures = [pool.submit(dies_at_first, tmp_path, number) for number in (5, 10, 11, 12, 13, 14)]
-        assert [future.result() for future in futures[1:]] == [10, 11, 12, 13, 14]
-        with pytest.raises(LostError):
-            futures[0].result()
-    assert len(list(tmp_path.glob("5-*"))) == 3
-
-
-@pytest.mark.faults
-def test_a_cell_whose_process_is_killed_runs_again_and_is_given_up_in_one_line(tmp_path: Path) -> None:
     config = load_study("quickstart").cells["addition"]
-    cells = [Cell(str(number), "addition", number, config, 1, tmp_path) for number in (3, 4, 5, 6)]
-    failed = run_cells(cells, partial(killed_cell, tmp_path), lambda *_: None, workers=2)
-    assert list(failed) == ["5"]
-    assert failed["5"].startswith("5: its process was killed 3 times, most likely for lack of memory")
-    assert "\n" not in failed["5"]
+    cells = [Cell(f"{n}", "addition", n, config, 1, tmp_path) for n in range(2)]
+    failed = run_cells(cells, killed_cell, lambda *_: None, workers=2)
+    assert list(failed) == ["1"]
+    assert failed["1"].startswith(f"1: {KILLED}")
+    assert "\n" not in failed["1"]
 
 
 def test_an_error_ends_processes_that_are_at_work() -> None:
@@ -107,29 +77,41 @@ def test_an_error_ends_processes_that_are_at_work() -> None:
     assert time.monotonic() - began < 60, "nobody waited for it"
 
 
-def test_a_script_without_a_guard_is_not_run_again_by_its_processes(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(
-        "from math import sqrt\nfrom mnemoscope.study.executors import in_processes\nprint('begun')\n"
-        "with in_processes(2) as parallel:\n    print(list(parallel(sqrt, [4.0, 9.0])))\n"
-    )
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
-    assert done.stdout.split("\n") == ["begun", "[2.0, 3.0]", ""]
+SCRIPT = """
+import sys, time
+from mnemoscope.runs.processes import in_processes
+print('begun')
+with in_processes(2) as parallel:
+    print(list(parallel(float, [4, 9])), flush=True)
+    list(parallel(time.sleep, [60, 60]))
+"""
 
 
-def test_mining_gives_the_same_bytes_in_parallel(mini_run: Path, tmp_path: Path) -> None:
-    """Many small batches, whose sums of float64 would differ in another order."""
-    (cell,) = cells_of(load_study(str(mini_run / "study.yaml")), mini_run)
-    pairs = cell.config.pairs.model_copy(update={"batch_size": 2, "rephrasings": 2})
-    model = cell.config.model.model_copy(update={"folder": str(cell.model_folder)})
-    cell = replace(cell, config=cell.config.model_copy(update={"pairs": pairs, "model": model}))
-    found = []
-    for workers in (1, 2):
-        with in_processes(workers, cell.threads) as parallel:
-            mined = replace(cell, folder=tmp_path / f"{workers}", map=parallel)
-            found.append([path.read_bytes() for path in STAGES["pairs"](mined, lambda *_: None)])
-    assert found[0] == found[1]
-    assert len(pd.read_parquet(tmp_path / "2" / "records" / "pairs.parquet")) > 5 * 32
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to see who is left")
+def test_processes_of_a_script_do_not_run_it_again_and_end_when_it_is_killed(tmp_path: Path) -> None:
+    mark = f"MNEMOSCOPE_TEST={tmp_path}"
+
+    def alive() -> set[str]:
+        found = set()
+        for entry in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if mark.encode() in entry.read_bytes():
+                    found.add(entry.parent.name)
+        return found
+
+    (tmp_path / "script.py").write_text(SCRIPT)
+    environment = {**os.environ, "MNEMOSCOPE_TEST": str(tmp_path)}
+    command = [sys.executable, str(tmp_path / "script.py")]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert [process.stdout.readline() for _ in range(2)] == ["begun\n", "[4.0, 9.0]\n"]
+        assert len(alive()) >= 4  # the script, a tracker, two workers
+        process.kill()
+        assert process.stdout.read() == ""
+    deadline = time.monotonic() + 60
+    while alive() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alive()
 
 
 LENDING: dict[str, Any] = {
@@ -172,36 +154,3 @@ def test_a_costly_cell_has_fewer_seeds_and_its_borrowers_no_more_than_it(tmp_pat
     raw["cells"]["borrower"]["model"] = {"cell": "nobody"}
     with pytest.raises(InputError, match=r"cells.borrower.model.cell: 'nobody' is not one of donor"):
         parse_study(raw)
-
-
-@pytest.mark.faults
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to see who is left")
-def test_a_killed_run_leaves_no_process_behind(mini_study_file: Path, tmp_path: Path) -> None:
-    mark = f"MNEMOSCOPE_TEST={tmp_path}"
-
-    def alive() -> set[str]:
-        found = set()
-        for entry in Path("/proc").glob("[0-9]*/environ"):
-            with contextlib.suppress(OSError):
-                if mark.encode() in entry.read_bytes():
-                    found.add(entry.parent.name)
-        return found
-
-    command = [sys.executable, "-m", "mnemoscope", "run", str(mini_study_file), "--seeds", "2", "--workers", "2"]
-    environment = {**os.environ, "MNEMOSCOPE_TEST": str(tmp_path)}
-    process = subprocess.Popen(
-        [*command, "--out", str(tmp_path / "run")],
-        env=environment,
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 60
-    while len(alive()) < 4 and time.monotonic() < deadline:  # the run, a tracker, two workers
-        time.sleep(0.1)
-    assert len(alive()) >= 4
-    process.kill()
-    process.wait()
-    deadline = time.monotonic() + 20
-    while alive() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not alive()

@@ -33,8 +33,8 @@ from mnemoscope.report.schema import AtNorm, Results, Strongest, TaskResults
 from mnemoscope.report.steer import norms_table, simpler_panel
 from mnemoscope.report.summary import VECTOR, WORDS, advice, breaks
 from mnemoscope.report.words import control_names, interval, percent, points, ranged
+from mnemoscope.runs.processes import in_processes
 from mnemoscope.statistics import Estimate, proportion
-from mnemoscope.study.executors import in_processes
 
 PAGES = ("results.json", "report.html")
 

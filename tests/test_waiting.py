@@ -22,7 +22,7 @@ from mnemoscope.runs.waiting import bound_waiting, warn_of_waiting
 COMMAND = "import sys; sys.argv[1:] = ['doctor', 'no/such/model']; from mnemoscope.cli import main; main()"
 LATE = """
 import os, torch
-from mnemoscope.study.executors import in_processes
+from mnemoscope.runs.processes import in_processes
 assert "GOMP_SPINCOUNT" not in os.environ
 """
 WORKER = """

@@ -71,7 +71,7 @@ def report(
     """Rebuild the results and the page of a run, a study's or an arena's, from its records."""
     from mnemoscope.report import build_arena, build_report
     from mnemoscope.runs.errors import InputError
-    from mnemoscope.study.executors import in_processes
+    from mnemoscope.runs.processes import in_processes
 
     if (run / "arena" / "frame.json").is_file() and not (run / "study.yaml").is_file():
         page, found = build_arena(run, beside or ()), run / "arena" / "results.json"

@@ -1,22 +1,22 @@
-"""Set-up of worker processes: equal arithmetic in each, shared memory, an end together with their parent."""
+"""Worker processes: equal arithmetic in each, a ``map`` over them, an end together with their parent."""
 
 from __future__ import annotations
 
 import ctypes
-import math
 import os
+import pickle
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from contextlib import ExitStack, contextmanager
+from functools import cache, lru_cache, partial
+from itertools import chain, islice
 from multiprocessing import get_context
 from signal import SIG_BLOCK, SIG_SETMASK, SIGINT, pthread_sigmask
-from threading import RLock, Thread
+from threading import Thread
 from types import ModuleType
 from typing import Any, Protocol, TypeVar
 
@@ -24,10 +24,12 @@ from mnemoscope.runs.errors import StudyError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Send = Callable[[Any], Callable[[], Any]]  # submits an item, and returns what waits for its result
+AHEAD = 4  # items of a stream held at a time, by process
 
 
 class Map(Protocol):
-    """The built-in ``map`` of one iterable, or a parallel one (``executors``) with results in the same order.
+    """The built-in ``map`` of one iterable, or a parallel one with results in the same order.
 
     In parallel, function, items and results are pickled; a function opens its model when it is first called.
     """
@@ -40,125 +42,81 @@ _beside = 1
 
 
 class LostError(StudyError):
-    """A call whose process the system killed again and again."""
+    """A process that the system killed."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "a process was killed, most likely for lack of memory; use fewer processes (--workers 1), smaller batches "
+            "or a smaller model, and run the same command again: what was finished is kept"
+        )
 
 
-LOST = 3  # kills of its process after which a call is given up
-KILLED = (
-    f"its process was killed {LOST} times, most likely for lack of memory; use fewer processes (--workers 1), smaller "
-    "batches or a smaller model, and run the same command again: what was finished is kept"
-)
+@contextmanager
+def in_processes(workers: int, threads: int | None = None) -> Iterator[Map]:
+    """A ``map`` over processes of this machine, started for two items or more, with the errors of ``pool_of``.
+
+    ``threads`` of torch in each; None where they need no torch, which takes seconds to import.
+    """
+    with ExitStack() as stack:
+        start = cache(lambda: stack.enter_context(pool_of(workers, threads)))
+        yield partial(mapped, workers, lambda function: lambda item: start().submit(call, function, item).result)
+
+
+def mapped(
+    places: int, sender: Callable[[bytes], Send], function: Callable[[Any], Any], items: Iterable[Any]
+) -> Iterator[Any]:
+    """``map`` in other processes; the function is sent pickled, and keeps there what it opens."""
+    # A stream may be longer than memory, a list is in it.
+    most = len(items) if isinstance(items, Sized) else AHEAD * places
+    left = iter(items)
+    first = list(islice(left, 2))
+    if places == 1 or len(first) < 2:
+        yield from map(function, chain(first, left))
+        return
+    send, waiting = sender(pickle.dumps(function)), deque[Callable[[], Any]]()
+    for item in chain(first, left):
+        waiting.append(send(item))
+        if len(waiting) >= most:
+            yield waiting.popleft()()
+    while waiting:
+        yield waiting.popleft()()
+
+
+def call(function: bytes, item: Any) -> Any:
+    """Call a pickled function, which is unpickled once in a row of calls."""
+    return _unpickled(function)(item)
+
+
+@lru_cache(maxsize=1)
+def _unpickled(function: bytes) -> Callable[[Any], Any]:
+    return pickle.loads(function)
 
 
 @contextmanager
 def pool_of(
-    workers: int, threads: int | None = None, begin: Callable[[], Callable[[], None] | None] = lambda: None
-) -> Iterator[Workers]:
+    workers: int, threads: int | None = None, begin: Callable[[], None] | None = None
+) -> Iterator[ProcessPoolExecutor]:
     """Processes, each started when work waits; an error inside the context ends all at once.
 
-    ``threads`` of torch in each (None leaves torch alone). ``begin`` is called for every set of processes; what it
-    returns is called first in each.
+    ``threads`` of torch in each (None leaves torch alone). ``begin`` is called first in each.
+
+    Raises:
+        LostError: the system killed one of them.
     """
-    pool = Workers(workers, threads, begin)
+    given = (os.getpid(), workers * beside(), threads, begin)
+    pool = _Pool(workers, get_context("spawn"), _begin_worker, given)
     try:
         yield pool
-    except BaseException:
-        pool.end(now=True)
-        raise
-    pool.end()
-
-
-@dataclass(eq=False)
-class _Call:
-    """A call, what its caller waits for, and how often its process was killed."""
-
-    run: Callable[[], Any]
-    future: Future[Any]
-    lost: int = 0
-
-
-class Workers:
-    """Processes that are started anew where the system kills one: unfinished calls run again, in fewer processes.
-
-    Once a process was lost no more calls are given out than there are processes, so that only those at work can be
-    to blame; after the second loss there is one process. A call that is lost ``LOST`` times gets a LostError.
-    """
-
-    def __init__(self, workers: int, threads: int | None, begin: Callable[[], Callable[[], None] | None]) -> None:
-        self._workers, self._threads, self._begin = workers, threads, begin
-        self._most = math.inf  # calls given out at a time
-        self._waiting, self._active = deque[_Call](), set[_Call]()
-        self._pool: _Pool | None = None
-        self._losses, self._lock = 0, RLock()
-
-    def submit(self, function: Callable[..., Result], /, *args: Any) -> Future[Result]:
-        """Call a function in one of the processes."""
-        call = _Call(partial(function, *args), Future())
-        call.future.set_running_or_notify_cancel()
-        with self._lock:
-            self._waiting.append(call)
-            self._give_out()
-        return call.future
-
-    def end(self, now: bool = False) -> None:
-        """End the processes once their calls are done, or ``now``."""
-        with self._lock:
-            pool, self._pool, self._most = self._pool, None, 0
-        if pool is None:
-            return
+    except BaseException as error:
         processes = list((pool._processes or {}).values())  # a pool that is shut down forgets them
-        pool.shutdown(wait=not now, cancel_futures=True)
-        if now:
-            for process in processes:
-                process.terminate()
-            pool.shutdown()
-
-    def _give_out(self) -> None:
-        while self._waiting and len(self._active) < self._most:
-            if self._pool is None:
-                given = (os.getpid(), self._workers * beside(), self._threads, self._begin())
-                self._pool = _Pool(self._workers, get_context("spawn"), _begin_worker, given)
-            call, pool = self._waiting.popleft(), self._pool
-            self._active.add(call)
-            try:
-                sent = pool.submit(call.run)
-            except BrokenProcessPool:
-                self._lose(pool, call)
-            else:
-                sent.add_done_callback(partial(self._ended, pool, call))
-
-    def _ended(self, pool: _Pool, call: _Call, sent: Future[Any]) -> None:
-        if sent.cancelled():
-            return
-        error = sent.exception()
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.terminate()
         if isinstance(error, BrokenProcessPool):
-            # Not in this thread, which may hold a lock of the broken pool.
-            Thread(target=self._take_back, args=(pool, call), daemon=True).start()
-            return
-        with self._lock:
-            self._active.discard(call)
-            self._give_out()
-        if error is None:
-            call.future.set_result(sent.result())
-        else:
-            call.future.set_exception(error)
-
-    def _take_back(self, pool: _Pool, call: _Call) -> None:
-        with self._lock:
-            self._lose(pool, call)
-            self._give_out()
-
-    def _lose(self, pool: _Pool, call: _Call) -> None:
-        if self._pool is pool:  # the first call of this pool to be told
-            self._losses += 1
-            self._pool, self._workers = None, 1 if self._losses > 1 else max(1, self._workers // 2)
-            self._most = min(self._most, self._workers)
-        self._active.discard(call)
-        call.lost += 1
-        if call.lost < LOST:
-            self._waiting.append(call)
-        else:
-            call.future.set_exception(LostError(KILLED))
+            raise LostError from error
+        raise
+    finally:
+        pool.shutdown()
 
 
 class _Pool(ProcessPoolExecutor):

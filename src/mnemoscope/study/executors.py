@@ -1,39 +1,34 @@
-"""Run the cells of a study and the parts of a cell in parallel, in processes of this machine or on a Ray cluster.
+"""Run the cells of a study in parallel, in processes of this machine or on a Ray cluster.
 
-Parts are mapped by a function with the interface of the built-in ``map`` (``processes.Map``), whose results keep the
-order of the items, so that they do not depend on the number of processes.
+Parts of a cell are mapped (``processes.Map``) with results in order, so that they do not depend on the number of
+processes.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
 import socket
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import cache, lru_cache, partial
-from itertools import chain, islice
+from functools import partial
 from multiprocessing import get_context
 from threading import Event, Thread
 from typing import Any
 
 from mnemoscope.runs.errors import InputError, StudyError
-from mnemoscope.runs.processes import LostError, Map, pool_of, settle
+from mnemoscope.runs.processes import LostError, Send, call, in_processes, mapped, pool_of, settle
 from mnemoscope.runs.telling import Progress
 from mnemoscope.study.cells import Cell
 
 Run = Callable[[Cell, Progress], None]
-Ended = Future[str | None]  # why a cell could not go on, or None
-Submit = Callable[[Cell, int], Ended]  # the number: cells at work at that time, this one included
-Send = Callable[[Any], Callable[[], Any]]  # submits an item, and returns what waits for its result
+Submit = Callable[[Cell, int], Future[None]]  # the number: cells at work at that time, this one included
 
 EXECUTORS = ("local", "ray")
-RETRIES = 3  # of a task whose worker is lost; finished stages of a cell are skipped
-AHEAD = 4  # items of a stream held at a time, by process
+RETRIES = 3  # of a task of Ray whose worker is lost; finished stages of a cell are skipped
 
 
 def run_cells(
@@ -63,7 +58,7 @@ def run_cells(
         submitting = _in_pool(workers, len(cells), run, progress)
     names, failed = {cell.name for cell in cells}, dict[str, str]()
     with submitting as submit:
-        ready, running = [cell for cell in cells if cell.lender not in names], dict[Ended, Cell]()
+        ready, running = [cell for cell in cells if cell.lender not in names], dict[Future[None], Cell]()
         while ready or running:
             beside = len(ready) + len(running)
             running |= {submit(cell, beside): cell for cell in ready}
@@ -71,9 +66,8 @@ def run_cells(
             ready = []
             for future in [future for future in running if future in done]:
                 cell = running.pop(future)
-                why = f"{cell.name}: {lost}" if (lost := _lost(future)) else future.result()
                 borrowers = [other for other in cells if other.lender == cell.name]
-                if why is None:
+                if (why := _why(cell, future)) is None:
                     ready += borrowers
                 else:
                     lender = f"{cell.name}, whose model it takes, could not go on"
@@ -82,74 +76,23 @@ def run_cells(
     return {cell.name: failed[cell.name] for cell in ordered if cell.name in failed}
 
 
-def _lost(future: Ended) -> LostError | None:
-    error = future.exception()
-    return error if isinstance(error, LostError) else None
-
-
-@contextmanager
-def in_processes(workers: int, threads: int | None = None) -> Iterator[Map]:
-    """A ``map`` over processes of this machine, started for two items or more.
-
-    ``threads`` of torch in each; None where they need no torch, which takes seconds to import.
-    """
-    with ExitStack() as stack:
-        start = cache(lambda: stack.enter_context(pool_of(workers, threads)))
-        yield partial(_mapped, workers, lambda function: lambda item: start().submit(_call, function, item).result)
-
-
-def _mapped(
-    places: int, sender: Callable[[bytes], Send], function: Callable[[Any], Any], items: Iterable[Any]
-) -> Iterator[Any]:
-    """``map`` in other processes; the function is sent once, pickled, and keeps there what it opens."""
-    # A stream may be longer than memory, a list is in it.
-    most = len(items) if isinstance(items, Sized) else AHEAD * places
-    left = iter(items)
-    first = list(islice(left, 2))
-    if places == 1 or len(first) < 2:
-        yield from map(function, chain(first, left))
-        return
-    send, waiting = sender(pickle.dumps(function)), deque[Callable[[], Any]]()
-    for item in chain(first, left):
-        waiting.append(send(item))
-        if len(waiting) >= most:
-            yield waiting.popleft()()
-    while waiting:
-        yield waiting.popleft()()
-
-
-def _to_cluster(threads: int, gpus: int, function: bytes) -> Send:
-    """Items become tasks of a Ray cluster, each run again where its worker is lost."""
-    import ray
-
-    task = ray.remote(_call_on_node).options(num_cpus=threads, num_gpus=gpus, max_retries=RETRIES)
-    known, folder = ray.put(function), os.getcwd()
-    return lambda item: partial(ray.get, task.remote(known, folder, threads, item))
-
-
-@lru_cache(maxsize=1)
-def _unpickled(function: bytes) -> Callable[[Any], Any]:
-    return pickle.loads(function)
-
-
-def _call(function: bytes, item: Any) -> Any:
-    return _unpickled(function)(item)
-
-
-def _call_on_node(function: bytes, folder: str, threads: int, item: Any) -> Any:
-    os.chdir(folder)
-    settle(threads)
-    return _call(function, item)
-
-
-def _run(run: Run, cell: Cell, progress: Progress, workers: int) -> str | None:
-    """Run a cell with processes for its parts; returns its error, or None."""
-    try:
-        with in_processes(possible_workers(cell, workers), cell.threads) as parallel:
-            run(replace(cell, map=parallel) if workers > 1 else cell, progress)
-    except StudyError as error:
-        return f"{cell.name}: {error}" if isinstance(error, LostError) else str(error)
+def _why(cell: Cell, ended: Future[None]) -> str | None:
+    """Why a cell could not go on, or None; raises what is not for the cell alone to say."""
+    error = ended.exception()
+    cause = getattr(error, "cause", None) or error  # Ray puts an error of its own around that of a task
+    if isinstance(cause, LostError | BrokenProcessPool) or type(cause).__module__.startswith("ray."):
+        return f"{cell.name}: {LostError()}"
+    if isinstance(cause, StudyError):
+        return str(cause)
+    if cause is not None:
+        raise cause
     return None
+
+
+def _run(run: Run, cell: Cell, progress: Progress, workers: int) -> None:
+    """Run a cell with processes for its parts."""
+    with in_processes(possible_workers(cell, workers), cell.threads) as parallel:
+        run(replace(cell, map=parallel) if workers > 1 else cell, progress)
 
 
 def possible_workers(cell: Cell, workers: int) -> int:
@@ -167,25 +110,16 @@ def _gpus(cell: Cell) -> int:
     return int(cell.config.model.device_map not in (None, "cpu"))
 
 
-def _in_this_process(workers: int, run: Run, progress: Progress, cell: Cell, beside: int) -> Ended:
+def _in_this_process(workers: int, run: Run, progress: Progress, cell: Cell, beside: int) -> Future[None]:
     """Cells one after the other, each with all processes for its parts."""
-    future: Ended = Future()
-    future.set_result(_run(run, cell, progress, workers))
+    future = Future[None]()
+    try:
+        _run(run, cell, progress, workers)
+    except Exception as error:
+        future.set_exception(error)
+    else:
+        future.set_result(None)
     return future
-
-
-@contextmanager
-def _in_pool(workers: int, cells: int, run: Run, progress: Progress) -> Iterator[Submit]:
-    """Cells in parallel processes; idle processes take parts of cells."""
-    with ExitStack() as listening:
-
-        def begin() -> Callable[[], None]:  # a killed process may have locked the queue of its pool
-            news = get_context("spawn").SimpleQueue()
-            listening.enter_context(_listening(news, progress))
-            return partial(_report_to, news)
-
-        with pool_of(min(workers, cells), begin=begin) as pool:
-            yield lambda cell, beside: pool.submit(_run_in_worker, run, cell, max(1, workers // beside))
 
 
 _news: Any = None  # queue of this worker process
@@ -196,14 +130,17 @@ def _report_to(news: Any) -> None:
     _news = news
 
 
-def _run_in_worker(run: Run, cell: Cell, workers: int) -> str | None:
-    return _run(run, cell, _seldom(_news.put), workers)
+@contextmanager
+def _in_pool(workers: int, cells: int, run: Run, progress: Progress) -> Iterator[Submit]:
+    """Cells in parallel processes; idle processes take parts of cells."""
+    news = get_context("spawn").SimpleQueue()
+    begin = partial(_report_to, news)
+    with _listening(news, progress), pool_of(min(workers, cells), begin=begin) as pool:
+        yield lambda cell, beside: pool.submit(_run_in_worker, run, cell, max(1, workers // beside))
 
 
-def _run_on_node(run: Run, cell: Cell, news: Any, folder: str) -> str | None:
-    os.chdir(folder)
-    # A task that waits for a message would release its processors.
-    return _run(run, cell, _seldom(news.put_nowait.remote), 1)
+def _run_in_worker(run: Run, cell: Cell, workers: int) -> None:
+    _run(run, cell, _seldom(_news.put), workers)
 
 
 def _seldom(put: Callable[[Any], Any]) -> Progress:
@@ -254,37 +191,47 @@ def _on_cluster(address: str | None, cells: Sequence[Cell], run: Run, progress: 
         # The queue is pinned to this node: lost with another one, it would end every cell.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         news = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-        task = ray.remote(_run_on_node)
 
-        def submit(cell: Cell, beside: int) -> Ended:
+        def submit(cell: Cell, beside: int) -> Future[None]:
             places = processors // (cell.threads * beside)
             if _gpus(cell):  # a cell that waits for its parts releases its processors, but not its GPU
                 places = min(places, graphics // beside - 1)
             if places > 1:
-                cell = replace(cell, map=partial(_mapped, places, partial(_to_cluster, cell.threads, _gpus(cell))))
-            options = {"num_cpus": cell.threads, "num_gpus": _gpus(cell), "max_retries": RETRIES, "name": cell.name}
-            return _result(ray, cell, task.options(**options).remote(run, cell, news.actor, os.getcwd()))
+                cell = replace(cell, map=partial(mapped, places, partial(_to_cluster, cell.threads, _gpus(cell))))
+            task = _task(_run_on_node, cell.threads, _gpus(cell))
+            future: Future[None] = task.remote(run, cell, news.actor, os.getcwd()).future()
+            return future
 
         with _listening(news, progress):
             yield submit
         news.shutdown()
 
 
-def _result(ray: Any, cell: Cell, task: Any) -> Ended:
-    """The result of a task, or its own error in place of Ray's."""
-    future: Ended = Future()
+def _task(function: Callable[..., Any], threads: int, gpus: int) -> Any:
+    """A task of Ray, run again where its worker is lost."""
+    import ray
 
-    def ended(done: Future[str | None]) -> None:
-        error = done.exception()
-        if error is None:
-            future.set_result(done.result())
-        elif isinstance(error, ray.exceptions.RayTaskError) and not isinstance(error.cause, ray.exceptions.RayError):
-            future.set_exception(error.cause)
-        else:
-            future.set_result(f"{cell.name}: its worker was lost again and again ({type(error).__name__})")
+    return ray.remote(function).options(num_cpus=threads, num_gpus=gpus, max_retries=RETRIES)
 
-    task.future().add_done_callback(ended)
-    return future
+
+def _run_on_node(run: Run, cell: Cell, news: Any, folder: str) -> None:
+    os.chdir(folder)
+    # A task that waits for a message would release its processors.
+    _run(run, cell, _seldom(news.put_nowait.remote), 1)
+
+
+def _to_cluster(threads: int, gpus: int, function: bytes) -> Send:
+    """Items become tasks of a Ray cluster."""
+    import ray
+
+    task, known, folder = _task(_call_on_node, threads, gpus), ray.put(function), os.getcwd()
+    return lambda item: partial(ray.get, task.remote(known, folder, threads, item))
+
+
+def _call_on_node(function: bytes, folder: str, threads: int, item: Any) -> Any:
+    os.chdir(folder)
+    settle(threads)
+    return call(function, item)
 
 
 @contextmanager

@@ -29,11 +29,11 @@ from mnemoscope.runs.errors import InputError, StudyError
 from mnemoscope.runs.files import known_hash, sweep, write_atomically
 from mnemoscope.runs.locks import locked
 from mnemoscope.runs.named import named
-from mnemoscope.runs.processes import settle
+from mnemoscope.runs.processes import in_processes, settle
 from mnemoscope.runs.strict import read_text
 from mnemoscope.runs.telling import Progress
 from mnemoscope.study.cells import STATES, Cell, Opened, Tell, cells_of, git_state, grouped, version
-from mnemoscope.study.executors import in_processes, possible_workers, run_cells
+from mnemoscope.study.executors import possible_workers, run_cells
 from mnemoscope.tasks import allowed_code, check_allowed
 
 MARKERS = ("cells/*/stages/*.json",)  # of finished stages
