@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ DEEPEST = 4  # folders between a file and the folder of its stages, at most
 AGAIN = "run its study again, or take the folder from where it came once more"
 
 
-def facts_digest(facts: Mapping[str, Any]) -> str:
+def facts_digest(facts: Mapping[str, Any] | Sequence[Any]) -> str:
     """SHA-256 of JSON facts, whatever the order of their keys and the spaces between them."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -50,19 +50,23 @@ def read_marker(path: Path) -> dict[str, Any]:
     return found
 
 
+def markers_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """Contents of the markers of a folder by stage, without hidden files of killed writers; InputError as above."""
+    return {path.stem: read_marker(path) for path in sorted((folder / STAGES).glob("[!.]*.json"))}
+
+
 @contextmanager
 def rewriting(folder: Path, files: Collection[Path]) -> Iterator[None]:
     """Files of finished stages are written anew inside the context, whose markers are missing meanwhile."""
     names = {str(file.relative_to(folder)) for file in files}
-    markers = {path: read_marker(path) for path in sorted((folder / STAGES).glob("[!.]*.json"))}
-    touched = {path: facts for path, facts in markers.items() if names & set(facts["files"])}
-    for path in touched:
-        path.unlink()
+    touched = {stage: facts for stage, facts in markers_of(folder).items() if names & set(facts["files"])}
+    for stage in touched:
+        (folder / STAGES / f"{stage}.json").unlink()
     try:
         yield
     finally:  # each file is written as a whole or not at all, so what is there is to be trusted
-        for path, facts in touched.items():
-            write_marker(folder, path.stem, [folder / name for name in facts.pop("files")], facts)
+        for stage, facts in touched.items():
+            write_marker(folder, stage, [folder / name for name in facts.pop("files")], facts)
 
 
 def check_stage(folder: Path, name: str) -> None:
@@ -94,10 +98,7 @@ def is_there(path: Path) -> bool:
 
 def digests_of(folder: Path) -> dict[str, str]:
     """Digests of the files that finished stages have written, by their path in the folder."""
-    found: dict[str, str] = {}
-    for path in sorted((folder / STAGES).glob("[!.]*.json")):
-        found |= read_marker(path)["files"]
-    return found
+    return {file: digest for facts in markers_of(folder).values() for file, digest in facts["files"].items()}
 
 
 def _known(path: Path) -> tuple[Path, str | None]:

@@ -41,23 +41,14 @@ def replacing(path: Path) -> Iterator[Path]:
     if not path.name:
         raise InputError(f"out: {str(path)!r} is no name of a file")
     check_replaceable(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    with made(path.parent):
-        temporary.unlink(missing_ok=True)  # of a killed process with the same id, or a link that somebody put there
-        try:
-            yield temporary
-            flush(temporary)
-            os.replace(temporary, path)
-            flush(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with _renamed(path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}"), path) as temporary:
+        yield temporary
 
 
 def check_replaceable(path: Path) -> None:
     """Raises InputError where something is at ``path`` that is no file: links and devices are left as they are."""
-    with suppress(FileNotFoundError):
-        if not stat.S_ISREG(path.lstat().st_mode):
-            raise InputError(f"path: {path} is a link, a device or a folder; only a file is replaced")
+    if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+        raise InputError(f"path: {path} is a link, a device or a folder; only a file is replaced")
 
 
 @contextmanager
@@ -70,28 +61,36 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise InputError(f"folder: {path} is a link; name the folder itself")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise InputError(f"folder: {path} exists and is not empty; nothing is overwritten")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with made(path.parent):
-        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with the same id
+    with _renamed(path.with_name(f".{path.name}.{os.getpid()}.tmp"), path) as temporary:
         temporary.mkdir()
+        yield temporary
+
+
+@contextmanager
+def _renamed(temporary: Path, path: Path) -> Iterator[Path]:
+    with made(path.parent):
+        _delete(temporary)  # of a killed process with the same id, or a link that somebody put there
         try:
             yield temporary
-            for inside in sorted(temporary.rglob("*"), reverse=True):
-                flush(inside)
-            flush(temporary)
+            for written in (*sorted(temporary.rglob("*"), reverse=True), temporary):
+                flush(written)
             os.replace(temporary, path)  # takes the place of an empty folder
             flush(path.parent)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _delete(temporary)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sweep(folder: Path) -> None:
     """Delete what writers that were killed left in a folder under temporary names; none may be at work there."""
     for stale in [path for path in folder.rglob(".*.tmp*") if TEMPORARY.fullmatch(path.name)]:
-        if stale.is_dir() and not stale.is_symlink():
-            shutil.rmtree(stale)
-        else:
-            stale.unlink(missing_ok=True)
+        _delete(stale)
 
 
 @contextmanager

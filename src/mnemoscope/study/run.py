@@ -6,7 +6,6 @@ no marker and starts again; a finished stage is skipped.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -20,15 +19,15 @@ from importlib import metadata
 from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from mnemoscope.config import StudyConfig, dump_study
 from mnemoscope.interventions.methods import check_method
-from mnemoscope.runs.digests import AGAIN, check_stage, read_marker, write_marker
+from mnemoscope.runs.digests import AGAIN, check_stage, facts_digest, markers_of, read_marker, write_marker
 from mnemoscope.runs.errors import InputError, StudyError
 from mnemoscope.runs.files import known_hash, sweep, write_atomically
 from mnemoscope.runs.locks import locked
-from mnemoscope.runs.named import named
 from mnemoscope.runs.processes import in_processes, settle
 from mnemoscope.runs.strict import read_text
 from mnemoscope.runs.telling import Progress
@@ -74,17 +73,8 @@ def run_study(
         raise InputError("workers: a cluster takes as many cells at a time as it has processors for; leave it out")
     run = run.absolute()  # other processes have another working folder
     cells = [replace(cell, opened=opened, code=allowed_code()) for cell in cells_of(config, run)]
-    for cell in cells:  # what is wrong is reported now, not after hours of work
-        if opened is None or opened.task is None:
-            check_allowed(cell.config.task)
-        for method in cell.config.steering.methods:
-            check_method(method)
-        shape = cell.config.model
-        folder = config.cells[shape.cell].model.folder if shape.cell else shape.folder
-        if folder and not (cell.folder / "stages" / "steering.json").exists():
-            from mnemoscope.study.stages import check_cell
-
-            check_cell(cell, folder)
+    for cell in cells:
+        _check(cell, config)
     workers = workers or max(1, (os.cpu_count() or 1) // config.threads)
     with _locked(run, config):
         sweep(run)
@@ -98,11 +88,25 @@ def run_study(
             _write_manifest(run, finished, started)
             with in_processes(here) as parallel:
                 report = build_report(run, parallel)
-        if failed:
-            first, *others = failed.values()
-            more = f" ({len(others)} more cells failed)" if others else ""
-            raise StudyError(f"{first}{more}" + (f"; {report} is of the other cells" if report else ""))
-        return report or run  # a study that only trains has nothing to report
+    if failed:
+        first, *others = failed.values()
+        more = f" ({len(others)} more cells failed)" if others else ""
+        raise StudyError(f"{first}{more}" + (f"; {report} is of the other cells" if report else ""))
+    return report or run  # a study that only trains has nothing to report
+
+
+def _check(cell: Cell, config: StudyConfig) -> None:
+    """Raises now what a cell's stages would refuse after hours of work."""
+    if cell.opened is None or cell.opened.task is None:
+        check_allowed(cell.config.task)
+    for method in cell.config.steering.methods:
+        check_method(method)
+    lender = cell.config.model.cell
+    folder = (config.cells[lender] if lender else cell.config).model.folder
+    if folder and not (cell.folder / "stages" / "steering.json").exists():
+        from mnemoscope.study.stages import check_cell
+
+        check_cell(cell, folder)
 
 
 def run_cell(cell: Cell, progress: Progress) -> None:
@@ -127,22 +131,17 @@ def compare_cells(cells: Sequence[Cell], run: Path, progress: Progress, workers:
     def compared(tell: Tell) -> list[Path]:
         if all(len(group) == 1 for by in ("label", "model") for group in grouped(analysed, by)):
             return []  # without importing a model library
-        compare_stage = named("mnemoscope.paper.compare:compare_stage")
+        compare_stage = resolve_name("mnemoscope.paper.compare:compare_stage")
         settle(analysed[0].threads)
         places = min(possible_workers(cell, workers) for cell in analysed)
         with in_processes(places, analysed[0].threads) as parallel:
             files: list[Path] = compare_stage(analysed, run, parallel, tell)
             return files
 
-    hashes = [marker["hash"] for cell in analysed for marker in _markers(cell).values()]
-    _run_stage("study", run, "compare", hashlib.sha256("".join(hashes).encode()).hexdigest(), compared, progress)
+    wanted = facts_digest([marker["hash"] for cell in analysed for marker in markers_of(cell.folder).values()])
+    _run_stage("study", run, "compare", wanted, compared, progress)
     for cell in cells:
         shutil.rmtree(cell.folder / STATES, ignore_errors=True)
-
-
-def _markers(cell: Cell) -> dict[str, Any]:
-    """What finished stages left, by name, without hidden files of killed writers."""
-    return {path.stem: read_marker(path) for path in sorted((cell.folder / "stages").glob("[!.]*.json"))}
 
 
 def _run_stage(
@@ -175,8 +174,8 @@ def _run_stage(
 
 def stage_hash(upstream: str, cell: Cell, stage: str) -> str:
     """Hash of everything a stage depends on: earlier stages, the configuration, the version of the package."""
-    facts = [upstream, cell.label, cell.seed, cell.threads, cell.config.model_dump(mode="json"), stage, version()]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    config = cell.config.model_dump(mode="json")
+    return facts_digest([upstream, cell.label, cell.seed, cell.threads, config, stage, version()])
 
 
 def inputs_hash(cell: Cell) -> str:
@@ -189,8 +188,7 @@ def inputs_hash(cell: Cell) -> str:
     source = find_spec(module) if is_class and cell.opened is None else None
     if source is not None and source.origin:
         named.append(Path(source.origin))
-    found = {str(path): known_hash(path) for path in named if path.is_file()}
-    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+    return facts_digest({str(path): known_hash(path) for path in named if path.is_file()})
 
 
 def _named_by(options: Mapping[str, Any]) -> Iterator[Path]:
@@ -206,10 +204,8 @@ def _named_by(options: Mapping[str, Any]) -> Iterator[Path]:
 def is_done(folder: Path, stage: str, wanted: str) -> bool:
     """Whether a stage has finished with the same dependencies; StudyError where one of its files has changed since."""
     path = folder / "stages" / f"{stage}.json"
-    if not path.exists():
-        return False
     try:
-        if read_marker(path).get("hash") != wanted:
+        if not path.exists() or read_marker(path).get("hash") != wanted:
             return False
         check_stage(folder, stage)
     except InputError as error:
@@ -220,14 +216,12 @@ def is_done(folder: Path, stage: str, wanted: str) -> bool:
 @contextmanager
 def _locked(run: Path, config: StudyConfig) -> Iterator[None]:
     """Lock the run folder for this process and this configuration."""
-    text = dump_study(config)
+    text, existing = dump_study(config), run / "study.yaml"
     if run.exists() and not run.is_dir():
         raise InputError(f"out: {run} is a file; a folder is wanted")
-    if run.exists() and any(run.iterdir()) and not (run / "study.yaml").exists() and not (run / ".lock").exists():
+    if run.exists() and any(run.iterdir()) and not existing.exists() and not (run / ".lock").exists():
         raise InputError(f"out: {run} is not empty and holds no study.yaml; give a new folder")
-
     with locked(run, lambda: _holds(run, *MARKERS, *UNFINISHED)):
-        existing = run / "study.yaml"
         # A run without a finished stage (a model that could not be opened) may change its configuration.
         there = read_text(existing, "out") if _holds(run, *MARKERS) and existing.exists() else text
         if there != text:
@@ -246,7 +240,7 @@ def _holds(run: Path, *patterns: str) -> bool:
 
 
 def _write_manifest(run: Path, cells: list[Cell], started: float) -> None:
-    stages = {cell.name: _markers(cell) for cell in cells}
+    stages = {cell.name: markers_of(cell.folder) for cell in cells}
     stages["study"] = {"compare": read_marker(run / "stages" / "compare.json")}
     adapted = any(cell.config.model.lora for cell in cells)
     manifest = {

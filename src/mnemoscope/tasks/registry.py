@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, get_type_hints
 
 from mnemoscope.runs.errors import InputError
-from mnemoscope.runs.named import named
 from mnemoscope.runs.strict import checked
 from mnemoscope.tasks.base import Task
 
@@ -101,14 +101,15 @@ def describe_tasks() -> dict[str, str]:
 
 def task_class(name: str) -> type[Task]:
     """The class of a built-in task."""
-    return named(TASKS[name])
+    found: type[Task] = resolve_name(TASKS[name])
+    return found
 
 
 def _imported(path: str) -> type[Task]:
     """The user's class; one with the methods of a task gets the defaults of ``Task``."""
     try:
-        made = named(path)
-    except (ImportError, AttributeError) as error:
+        made = resolve_name(path)
+    except (ImportError, AttributeError, ValueError) as error:
         raise InputError(f"task: {path!r} cannot be imported ({error})") from error
     if not inspect.isclass(made):
         raise InputError(f"task: {path!r} is no class; a subclass of mnemoscope.Task is wanted")

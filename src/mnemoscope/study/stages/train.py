@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pandas as pd
@@ -28,7 +29,6 @@ from mnemoscope.models import (
 )
 from mnemoscope.runs.errors import InputError, StudyError
 from mnemoscope.runs.files import new_folder, write_atomically
-from mnemoscope.runs.named import named
 from mnemoscope.statistics.contrast import ContrastAccumulator
 from mnemoscope.study.cells import STATES, Cell, Tell
 from mnemoscope.study.stages import common
@@ -73,7 +73,7 @@ def train_stage(cell: Cell, tell: Tell) -> list[Path]:
 
 def unfinished_training(cell: Cell) -> Any:
     """The file from which a killed training of the cell goes on; the next stage but one deletes it with the folder."""
-    return named("mnemoscope.paper.checkpoints:Checkpoint")(
+    return resolve_name("mnemoscope.paper.checkpoints:Checkpoint")(
         cell.folder / STATES / "training.safetensors", cell.depends_on
     )
 
@@ -109,7 +109,7 @@ def _trained(cell: Cell, task: Task, tell: Tell) -> tuple[Asking, Trained, int]:
             folder = cell.folder / STATES / f"training-{cell.depends_on[:16]}-{attempt}"
             trained = teach(asking, task, config, rng, folder, progress)
         else:
-            trained = named("mnemoscope.paper.loop:train")(asking, task, config, rng, progress, kept)
+            trained = resolve_name("mnemoscope.paper.loop:train")(asking, task, config, rng, progress, kept)
         if not trained.unmet:
             break
     return asking, trained, attempt
