@@ -179,7 +179,7 @@ OPENING = """
 import json, sys
 for name in "pandas pyarrow scipy sklearn matplotlib typer jinja2 threadpoolctl rich".split():
     sys.modules[name] = None  # as if it were not installed: what imports it fails, and transformers leaves it out
-import filelock, numpy, pydantic, safetensors.torch, tokenizers, torch, transformers
+import annotated_types, filelock, numpy, pydantic, safetensors.torch, tokenizers, torch, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 run, cell, vector = sys.argv[1:]
 inputs = {"input_ids": torch.tensor([[3, 4, 5]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
