@@ -11,7 +11,7 @@ from pages import PAGES
 
 import mnemoscope
 
-FIRST = ("face", "models")
+FIRST = ("face.fitted", "models")
 
 
 def on_files(files: Files, config: Any, **_: Any) -> Files:

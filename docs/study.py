@@ -21,7 +21,7 @@ A study is a YAML file: `mnemoscope run FILE.yaml`. What is left out has the def
 is refused with its name. `RUN/study.yaml` holds all of them as they were in that run: copy it, change `study` and what
 you like, and run it into another folder. `--set a.b=c` replaces one. With the package come {studies}.
 
-This page is printed by `docs/study.py` from the descriptions in the code.
+`docs/study.py` prints this page from the descriptions in the code.
 """
 # What stands in a path for a name of the user's.
 PLACES = {"cells": "NAME", "grids": "SITE"}

@@ -93,6 +93,7 @@ BOUNDS = {
     "lines of paper": 2_000,
     "lines of rivals": 1_200,
     "lines of tests": 17_500,  # 11_000
+    "lines of docs": 2_200,  # by hand
     "lines of a file": 414,  # 350
     "lines of a test file": 556,  # 350
     "lines of a function": 72,  # 60
@@ -103,8 +104,8 @@ BOUNDS = {
 }
 
 
-def lines_of(folder: Path) -> list[int]:
-    return [len(path.read_text().splitlines()) for path in folder.rglob("*.py")]
+def lines_of(folder: Path, names: str = "**/*.py") -> list[int]:
+    return [len(path.read_text().splitlines()) for path in folder.glob(names)]
 
 
 def functions() -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -159,6 +160,7 @@ def test_the_house_stays_small() -> None:
         "lines of paper": sum(lines_of(PACKAGE / "paper")),
         "lines of rivals": sum(lines_of(PACKAGE / "rivals")),
         "lines of tests": sum(lines_of(ROOT / "tests")),
+        "lines of docs": sum(lines_of(ROOT, "*.md") + lines_of(ROOT / "docs", "*.md")),
         "lines of a file": max(lines_of(PACKAGE)),
         "lines of a test file": max(lines_of(ROOT / "tests")),
         "lines of a function": max(n.end_lineno - n.lineno + 1 for n in functions() if n.end_lineno),
