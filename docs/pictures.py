@@ -1,8 +1,8 @@
 """Take screenshots of every page of the playground into ``docs/pictures``: wide and light, narrow and dark.
 
-    python docs/pictures.py RUN OTHER_RUN CELL
+    python docs/pictures.py RUN CELL
 
-Both runs lie in one folder. Needs Debian's Chromium, or the one that Playwright installs.
+Needs Debian's Chromium, or the one that Playwright installs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TOKEN = "shown-in-no-picture"
 
 def main() -> None:
     """Take all of them, and those of the report and of the page that asks for the token."""
-    run, other, cell = Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve(), sys.argv[3]
+    run, cell = Path(sys.argv[1]).resolve(), sys.argv[2]
     FOLDER.mkdir(exist_ok=True)
     with sync_playwright() as play, tempfile.TemporaryDirectory() as nothing:
         browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
@@ -39,7 +39,7 @@ def main() -> None:
         pages: dict[str, tuple[str, Callable[[Any], None]]] = {
             "playground": (f"{address}/?run={run.name}&cell={cell}", _steered),
             "neurons": (f"{address}/neurons?run={run.name}&cell={cell}", _shown),
-            "runs": (f"{address}/runs?first={run.name}&second={other.name}", lambda tab: None),
+            "runs": (f"{address}/runs", lambda tab: None),
             "report": (f"{address}/runs/{run.name}/report", lambda tab: None),
             "nothing": (f"{empty}/?token={TOKEN}", lambda tab: None),
             "error": (f"{address}/?run=missing", lambda tab: None),

@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from mnemoscope.web.app import build_app
-from mnemoscope.web.cell import OpenedCell
+from mnemoscope.web.app import build_app, server_of
 
 TOKEN = "token-of-the-tests"
+KNOWN = {"Authorization": f"Bearer {TOKEN}"}
 CELL = "/api/runs/first/cells/addition-0"
 
 
 def client_of(root: Path, host: str = "localhost") -> TestClient:
     """A program that knows the token; as a context it has one event loop for all requests, as a server has."""
-    known = {"Authorization": f"Bearer {TOKEN}"}
-    return TestClient(build_app(root, TOKEN), f"http://{host}", headers=known, raise_server_exceptions=False)
+    return TestClient(build_app(root, TOKEN), f"http://{host}", headers=KNOWN, raise_server_exceptions=False)
+
+
+@contextmanager
+def served(app: FastAPI) -> Iterator[str]:
+    """The address of an application that is served as the command serves it."""
+    server = server_of(app)
+    server.config.port = 0
+    thread = Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
 
 
 def error_of(response: Any, status: int = 422) -> tuple[str, str]:
     """Field and message of a request that is refused."""
     assert response.status_code == status, response.text
     return response.json()["error"]["field"], response.json()["error"]["message"]
-
-
-def in_thread_of_cell(client: TestClient, work: Callable[[OpenedCell], Any], run: str = "first") -> Any:
-    """A future of work that queues among the requests to a cell."""
-    opened = client.app.state.opened  # type: ignore[attr-defined]
-    assert client.portal is not None
-    return client.portal.start_task_soon(opened.ask, run, "addition-0", work)

@@ -7,18 +7,16 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
-pytest.importorskip("fastapi")
 from fastapi import HTTPException
 
 from mnemoscope.web import connections, runs
-from mnemoscope.web.app import build_app, server_of
-from playground import TOKEN, client_of
+from mnemoscope.web.app import build_app
+from playground import TOKEN, client_of, served
 
 HEAD = f"POST /api/runs/a/cells/b/ask HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n"
 
@@ -28,13 +26,8 @@ def port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """The port of a playground that waits half a second for a request and takes four connections."""
     monkeypatch.setattr(connections, "DEADLINE", 0.5)
     monkeypatch.setattr("mnemoscope.web.app.MOST", 4)
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = server_of(build_app(tmp_path, TOKEN))
-    thread = Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    yield listener.getsockname()[1]
-    server.should_exit = True
-    thread.join()
+    with served(build_app(tmp_path, TOKEN)) as address:
+        yield int(address.rpartition(":")[2])
 
 
 def answer_to(port: int, *parts: str, pause: float = 0.0) -> tuple[bytes, float]:
@@ -79,7 +72,8 @@ def test_more_connections_than_the_limit_are_told_so(port: int) -> None:
 def test_work_of_a_client_that_has_left_is_dropped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(runs, "LOOK", 0.01)
     monkeypatch.setattr(runs, "OpenedCell", lambda run, cell, model: "opened")
-    opened = runs.OpenedCells(SimpleNamespace(cell=lambda *_: tmp_path, folder=lambda _: tmp_path, model=None))  # type: ignore[arg-type]
+    folders: Any = SimpleNamespace(cell=lambda *_: tmp_path, folder=lambda _: tmp_path, model=None)
+    opened = runs.OpenedCells(folders)
     go_on, done = Event(), list[str]()
 
     async def has_left() -> bool:
@@ -103,14 +97,6 @@ def test_work_of_a_client_that_has_left_is_dropped(monkeypatch: pytest.MonkeyPat
     asyncio.run(asked())
     opened.close()
     assert done == ["stayed"]
-
-
-def test_links_of_other_sites_reach_pages_only(tmp_path: Path) -> None:
-    link = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
-    with client_of(tmp_path) as client:
-        assert client.get("/", headers=link).status_code == 200
-        for path in ("/api/runs", "/openapi.json", "/api/runs/first/cells/addition-0"):
-            assert client.get(path, headers=link).status_code == 403, path
 
 
 @pytest.mark.parametrize(

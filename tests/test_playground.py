@@ -2,40 +2,36 @@
 
 from __future__ import annotations
 
+import json
+import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import httpx
 import pytest
 import schemathesis
-import uvicorn
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from playwright.sync_api import expect
 
 from mnemoscope.runs.errors import InputError
 from mnemoscope.web.app import LARGEST_BODY, build_app, serve
-from playground import CELL, TOKEN, client_of, error_of
-
-KNOWN = {"Authorization": f"Bearer {TOKEN}"}
+from mnemoscope.web.parts import Neurons
+from mnemoscope.web.shapes import Look
+from playground import CELL, KNOWN, TOKEN, client_of, error_of, served
 
 
 @pytest.fixture(scope="module")
 def address(playground_runs: Path) -> Iterator[str]:
-    server = uvicorn.Server(uvicorn.Config(build_app(playground_runs, TOKEN, "first"), port=0, log_level="error"))
-    thread = Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    with served(build_app(playground_runs, TOKEN, "first")) as address:
+        yield address
 
 
 # --- who is answered ------------------------------------------------------------------------------------------------
@@ -82,9 +78,11 @@ def test_pages_of_other_sites_cannot_ask_through_the_browser(client: TestClient,
         assert error_of(client.post(start, headers=headers), 403)[0] == "origin"
     link = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
     assert client.get("/runs", headers=link).status_code == 200, "a link to a page may be followed"
+    for path in ("/api/runs", "/openapi.json", CELL):
+        assert error_of(client.get(path, headers=link), 403)[0] == "origin"
     assert error_of(client.post(start, headers=link), 403)[0] == "origin"
     own = {"origin": "http://localhost", "sec-fetch-site": "same-origin"}
-    assert client.post(start, headers=own).status_code == 202
+    assert client.post(start, headers=own).status_code == 200
 
 
 def test_a_request_body_is_limited(client: TestClient) -> None:
@@ -94,12 +92,31 @@ def test_a_request_body_is_limited(client: TestClient) -> None:
     assert error_of(client.post(f"{CELL}/ask", content=b"{", headers=headers))[0] == "body"
 
 
-def test_every_answer_forbids_sniffing_framing_and_referrers(client: TestClient) -> None:
+def test_every_answer_forbids_sniffing_framing_and_referrers(address: str) -> None:
     for path in ("/", "/api/runs", "/static/playground.js", "/runs/first/report", "/none"):
-        headers = client.get(path).headers
+        headers = httpx.get(address + path, headers=KNOWN, timeout=60).headers
         named = ("x-content-type-options", "x-frame-options", "referrer-policy")
         assert [headers[name] for name in named] == ["nosniff", "DENY", "no-referrer"]
         assert ("content-security-policy" in headers) is not path.startswith(("/api", "/static"))
+        if path.endswith("/report"):
+            assert re.search(r"; sandbox$", headers["content-security-policy"]), "and nothing is allowed in it"
+
+
+def test_a_look_at_a_neuron_lets_requests_go_and_ends_with_its_client(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = count()
+    monkeypatch.setattr(Neurons, "watch", lambda *_: (Look(share=next(steps) / 1e9) for _ in count()))  # no end
+    with httpx.stream("POST", f"{address}{CELL}/neurons/0/0", headers=KNOWN, timeout=60) as look:
+        assert look.headers["content-type"] == "application/x-ndjson"
+        assert json.loads(next(look.iter_lines())) == {"share": 0.0, "result": None}
+        assert httpx.get(f"{address}{CELL}", headers=KNOWN, timeout=60).status_code == 200
+    for _ in range(100):
+        before = next(steps)
+        time.sleep(0.1)
+        if next(steps) == before + 1:
+            return
+    raise AssertionError("it goes on without its client")
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -147,7 +164,7 @@ def statuses(operations: list[Any], mode: schemathesis.GenerationMode) -> list[i
     real = {"run": "first", "cell": "addition-0"} if mode is schemathesis.GenerationMode.POSITIVE else {}
     for operation in operations:
 
-        @settings(max_examples=30, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=15, deadline=None, database=None, suppress_health_check=list(HealthCheck))
         @given(case=operation.as_strategy(generation_mode=mode))
         def ask(case: Any) -> None:
             places = case.path_parameters or {}
@@ -165,11 +182,11 @@ def test_nothing_that_can_be_sent_breaks_the_server(address: str) -> None:
     specification = schemathesis.openapi.from_url(f"{address}/openapi.json", headers=KNOWN)
     assert specification.raw_schema["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"
     operations = [found.ok() for found in specification.get_all_operations()]
-    assert len(operations) == 12
+    assert len(operations) == 8
     right = statuses(operations, schemathesis.GenerationMode.POSITIVE)
     assert sum(status < 300 for status in right) > 30
     taking = [one for one in operations if one.path_parameters or one.query or one.body]
-    assert sum(status >= 400 for status in statuses(taking, schemathesis.GenerationMode.NEGATIVE)) > 100
+    assert sum(status >= 400 for status in statuses(taking, schemathesis.GenerationMode.NEGATIVE)) > 50
 
 
 # --- in a browser ---------------------------------------------------------------------------------------------------
@@ -236,13 +253,7 @@ def test_a_question_is_asked_rephrased_and_steered(tab: Any) -> None:
     expect(tab.locator("#slid")).to_contain_text("2.00 \u00d7 the run's vector towards remembering")
     expect(tab.locator(".waiting")).to_have_count(0)
     tab.locator("#finer summary").click()
-    tab.locator("#same summary").click()
-    expect(tab.locator("#python")).to_contain_text("to_memorized")
     assert serious(tab) == []
-    tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    tab.get_by_role("button", name="Copy the Python").click()
-    expect(tab.locator("[data-copies=python]")).to_have_text("Copied")
-    assert tab.evaluate("navigator.clipboard.readText()") == tab.locator("#python").text_content()
     tab.locator("#prompt").fill("What is that?")
     expect(tab.locator("#rephrase")).to_be_disabled()
     tab.locator("#ask").click()
@@ -306,34 +317,25 @@ def test_a_neuron_is_chosen_by_keys_pointer_and_number(tab: Any, address: str) -
     expect(tab.locator("#neuron-title")).to_have_text("Neuron 7 of layer 0")
     expect(tab.locator("#pointed")).to_contain_text("Layer 0, neuron 7:")
     expect(tab.locator("#found svg")).to_be_visible()
-    # A job that is still running whenever the page asks can be cancelled.
-    running, methods = {"job": "one", "state": "running", "share": 0.5, "result": None, "error": ""}, []
-    tab.route("**/api/jobs/one", lambda route: (methods.append(route.request.method), route.fulfill(json=running)))
-    tab.route("**/neurons/*/*", lambda route: route.fulfill(json=running))
+    # A look that does not come to an end can be left.
+    tab.route("**/neurons/*/*", lambda route: None)
     tab.get_by_role("button", name="Show it").click()
-    expect(tab.locator("#progress")).to_have_js_property("value", 0.5)
+    expect(tab.locator("#progress")).to_have_js_property("value", 0)
     assert serious(tab) == []
     tab.get_by_role("button", name="Cancel").click()
     expect(tab.locator("#neuron")).to_be_hidden()
-    assert "DELETE" in methods
+    expect(tab.locator("#problem")).to_be_hidden()
 
 
-def test_runs_are_compared(tab: Any, address: str) -> None:
+def test_runs_lead_to_their_reports(tab: Any, address: str) -> None:
     tab.goto(f"{address}/runs")
     width = tab.viewport_size["width"]
-    boxes = [radio.bounding_box() for radio in tab.locator("[name=second]").all()]
+    boxes = [link.bounding_box() for link in tab.get_by_role("link", name="playground").all()]
     assert all(box["x"] + box["width"] <= width for box in boxes)  # a phone shows them without scrolling sideways
-    tab.locator("[name=first][value=first]").check()
-    tab.locator("[name=second][value=second]").check()
-    tab.get_by_role("button", name="Compare").click()
-    assert tab.locator("h2.side-by-side").text_content() == "first and second"
     assert serious(tab) == []
-    assert all(c["x"] + c["width"] <= width for c in (v.bounding_box() for v in tab.locator("td:last-child").all()))
-    assert tab.get_by_role("row", name="neurons that differ").count() == 1
     tab.get_by_role("link", name="report").first.click()
     expect(tab.locator("h1")).to_be_visible()
     assert tab.url.endswith("/report")
-    assert serious(tab) == []
     tab.goto(f"{address}/?run=missing")
     assert "missing" in tab.locator(".problem").text_content()
     assert serious(tab) == []

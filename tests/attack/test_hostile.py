@@ -233,23 +233,12 @@ def test_nothing_of_a_hostile_folder_runs_in_a_browser(address: str, hostile: Pa
     asked: list[str] = []
     tab.on("request", lambda request: asked.append(request.url))
     tab.goto(f"{address}/?token={TOKEN}")
-    for path in (
-        "/?run=theirs",
-        "/neurons?run=theirs",
-        "/runs",
-        "/runs?first=theirs&second=sibling",
-        "/runs/theirs/report",
-    ):
+    for path in ("/?run=theirs", "/neurons?run=theirs", "/runs", "/runs/theirs/report"):
         tab.goto(address + path)
         tab.wait_for_timeout(1000)
         assert tab.evaluate("typeof window.broken") == "undefined", path
         assert tab.url == address + path, "no page leads away"
-    assert "has a report that mnemoscope did not write" in tab.content()
-    (hostile / "report.html").write_text(f"<p>{MARKUP}</p>")
-    marked(hostile)
-    tab.goto(f"{address}/runs/theirs/report")
-    assert tab.locator("script").count() == 1
-    assert tab.evaluate("typeof window.broken") == "undefined"
+    assert tab.locator("script").count() == 1, "that is the report"
     assert [url for url in asked if not url.startswith((address, "data:"))] == []
     tab.close()
 

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Any
+
+STOPPED = "stopped; run the same command again to go on"
 
 
 def main() -> None:
     """Entry point of the ``mnemoscope`` command."""
-    from mnemoscope.cli.ending import one_line
-
-    with one_line():
+    try:
         __getattr__("app")()
+    except (SystemExit, KeyboardInterrupt) as ended:
+        if isinstance(ended, SystemExit) and ended.code != 130:
+            raise
+        if isinstance(ended, KeyboardInterrupt):  # before typer began
+            print(f"error: {STOPPED}", file=sys.stderr, flush=True)
+        os._exit(130)  # threads and exit handlers of libraries would wait, or print
 
 
 def __getattr__(name: str) -> Any:
@@ -19,7 +27,5 @@ def __getattr__(name: str) -> Any:
     from mnemoscope.cli import commands, emerging, using
     from mnemoscope.cli.shared import app
 
-    assert commands, "they register themselves"
-    assert emerging, "they register themselves"
-    assert using, "they register themselves"
+    assert all((commands, emerging, using)), "they register themselves"
     return app

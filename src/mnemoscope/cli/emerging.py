@@ -8,7 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from mnemoscope.cli.shared import AsChat, AsJson, DeviceMap, Dtype, Given, Reply, app, options, say
+import mnemoscope as ms
+from mnemoscope.cli import given
+from mnemoscope.cli.shared import app, options, say
+
+SHOWN = {"worked out": "conflict_generalized", "remembered": "conflict_memorized", "other": "conflict_other"}
+SHOWN |= {"new right": "novel_accuracy", "recalled": "recall"}
 
 
 @app.command()
@@ -17,22 +22,19 @@ def watch(
         Path, typer.Argument(metavar="RUN", help="Output folder of a trainer, a run, a cell, or a table.")
     ],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The picture; default: beside the table.")] = None,
-    every: Annotated[
-        float | None, typer.Option(min=1.0, help="Draw anew each time it grows; looked at each SECONDS.")
-    ] = None,
+    every: Annotated[float | None, typer.Option(min=1.0, help="SECONDS between two looks at whether it grew.")] = None,
 ) -> None:
     """Draw how both behaviours emerge while a model trains; with --every, until it is stopped."""
     from mnemoscope.report.emergence import draw_curve
     from mnemoscope.watch import Curve
     from mnemoscope.watch.curve import PICTURE, table_of
 
-    path = table_of(source)
-    seen = -1
+    path, seen = table_of(source), -1
     while True:
         curve = Curve.open(path)
         if len(curve.rows) != seen:
             seen = len(curve.rows)
-            typer.echo(f"{_told(curve.rows[-1])}: {draw_curve(curve.table, out or path.with_name(PICTURE))}")
+            typer.echo(f"{_in_words(curve.rows[-1])}: {draw_curve(curve.table, out or path.with_name(PICTURE))}")
         if every is None:
             return
         time.sleep(every)
@@ -44,42 +46,36 @@ def emergence(
         list[str],
         typer.Argument(metavar="CHECKPOINT...", help="Folders, a trainer's output folder, or hub ids (ID@REVISION)."),
     ],
-    task: Annotated[str, typer.Option(help="A task's name, or the path of a JSONL file.")],
+    task: given.Task,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the table and the picture.")],
-    option: Given = None,
+    option: given.TaskOptions = None,
     examples: Annotated[int, typer.Option(min=1, help="Questions of each kind, at most.")] = 200,
     rephrasings: Annotated[int, typer.Option(min=0, help="Of each conflict, to find pairs; 0: no pairs.")] = 1,
     split: Annotated[str, typer.Option(help="fit, tune or test: of the task, what is asked.")] = "tune",
     contrast: Annotated[str | None, typer.Option(help="A site where the behaviours are compared by layer.")] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Folder or id that has the tokenizer, where checkpoints have none.")
-    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Folder or id with it, where checkpoints have none.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Decides which questions are drawn.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions per pass, at most.")] = 64,
-    chat: AsChat = False,
-    reply: Reply = "",
-    dtype: Dtype = "float32",
-    device_map: DeviceMap = None,
-    as_json: AsJson = False,
+    chat: given.AsChat = False,
+    reply: given.Reply = "",
+    dtype: given.Dtype = "float32",
+    device_map: given.DeviceMap = None,
+    as_json: given.AsJson = False,
 ) -> None:
     """Ask the checkpoints of a training, one after another, and draw how both behaviours emerged."""
-    from mnemoscope.behaviour import Prompting
     from mnemoscope.watch.checkpoints import measure_checkpoints
     from mnemoscope.watch.curve import PICTURE
 
     how: dict[str, Any] = {"examples": examples, "rephrasings": rephrasings, "split": split, "contrast": contrast}
-    how |= {"seed": seed, "batch_size": batch_size, "prompting": Prompting(chat, reply=reply)}
-    opening = {"dtype": dtype, "device_map": device_map, "tokenizer": tokenizer}
-    rows = []
+    how |= {"seed": seed, "batch_size": batch_size, "prompting": ms.Prompting(chat, reply=reply)}
+    opening, rows = {"dtype": dtype, "device_map": device_map, "tokenizer": tokenizer}, []
     for row in measure_checkpoints(checkpoints, task, options(option), out, opening, **how):
         rows.append(row)
         if not as_json:
-            typer.echo(_told(row))
-    say({"rows": rows, "picture": str(out / PICTURE)}, as_json, "picture")
+            typer.echo(_in_words(row))
+    say(as_json, out / PICTURE, rows=rows, picture=out / PICTURE)
 
 
-def _told(row: dict[str, Any]) -> str:
-    shares = {"worked out": "conflict_generalized", "remembered": "conflict_memorized", "other": "conflict_other"}
-    shares |= {"new right": "novel_accuracy", "recalled": "recall"}
-    found = ", ".join(f"{name} {row[key]:.2f}" for name, key in shares.items() if key in row)
-    return f"step {row['step']:,.0f}: {found}"
+def _in_words(row: dict[str, Any]) -> str:
+    shares = ", ".join(f"{name} {row[key]:.2f}" for name, key in SHOWN.items() if key in row)
+    return f"step {row['step']:,.0f}: {shares}"

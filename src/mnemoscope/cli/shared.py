@@ -1,36 +1,26 @@
-"""What the commands share: options in the groups of the help, results, progress, and errors of one line."""
+"""The application, and what its commands share. Whatever a user can mend becomes one line on stderr and an exit code.
+
+Exit codes: 2 for input, files and disks; 1 for a run that cannot go on; 130 where it was stopped (Ctrl-C).
+"""
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
-from mnemoscope.cli.ending import STOPPED, end, told
-from mnemoscope.runs.telling import Progress, shown
+import mnemoscope as ms
+from mnemoscope.cli import STOPPED
 
-_opening = partial(typer.Option, rich_help_panel="How the model is opened")
-_formatting = partial(typer.Option, rich_help_panel="How prompts are formatted")
-_A_MODEL = "Folder or hub id of a causal model, or smollm2, or gemma3-270m."
-Model = Annotated[str, typer.Argument(metavar="MODEL", help=_A_MODEL)]
-MaybeModel = Annotated[str | None, typer.Argument(metavar="[MODEL]", help=_A_MODEL)]
-Dtype = Annotated[str, _opening(help="float32, bfloat16, float16 or auto.")]
-DeviceMap = Annotated[str | None, _opening(help="Device: cuda or auto (needs accelerate); default: the CPU.")]
-Parts = Annotated[str | None, _opening(help="blocks=..,attention=..,mlp=..,down=..: paths of its parts.")]
-Force = Annotated[bool, _opening("--force", help="Accept what was fitted on another model of the same shape.")]
-AsChat = Annotated[bool, _formatting("--chat", help="By the chat template of the tokenizer.")]
-Reply = Annotated[str, _formatting(help="With --chat: how the reply begins; the model continues it.")]
-Given = Annotated[list[str] | None, typer.Option(help="NAME=VALUE: an option of the task, as hops=2.")]
-AllowCode = Annotated[
-    list[str] | None,
-    typer.Option(help="package.module:Class of a task of yours: its code is run. May be repeated; no file allows one."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
+FULL = "disk: no space is left; finished stages are kept, so make room and run the command again"
+MEMORY = "memory: there is not enough for this; use fewer workers, shorter prompts or a smaller model"
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+# Of click, which some versions of typer hold a copy of.
+_USAGE: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 
 class _Commands(TyperGroup):
@@ -42,29 +32,48 @@ class _Commands(TyperGroup):
             for argument in (args and args[0]) or extra.get("args") or sys.argv[1:]:
                 argument.encode()  # bytes that are no text would reach tokenizers and files as halves of characters
             code = super().main(*args, **extra | {"standalone_mode": False})
-        except _USAGE as error:
-            if type(error).__name__ == "NoArgsIsHelpError":
-                typer.echo(error.format_message())
-                sys.exit(2)
-            end(_wrong_usage(error), 2)
         except Exception as error:
+            if type(error).__name__ == "NoArgsIsHelpError":
+                typer.echo(error.format_message())  # type: ignore[attr-defined]
+                sys.exit(2)
             line, code = told(error)
             if line is None:
                 raise
             end(line, code)
-        if code == 130:  # a KeyboardInterrupt
+        if code == 130:  # what typer makes of a KeyboardInterrupt
             end(STOPPED, code)
         sys.exit(code if isinstance(code, int) else 0)
 
 
-# Of click, which some versions of typer hold a copy of.
-_USAGE: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+def end(line: str, code: int) -> NoReturn:
+    """Print one line on stderr and exit."""
+    text = " ".join(f"error: {line}".split()).encode(errors="backslashreplace").decode()
+    print(text, file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
-def _wrong_usage(error: Any) -> str:
-    context = getattr(error, "ctx", None)
-    where = f" (see {context.command_path} --help)" if context else ""
-    return error.format_message().rstrip(".") + where
+def told(error: BaseException) -> tuple[str | None, int]:
+    """The line and the exit code of an error; no line for what only we can mend."""
+    if isinstance(error, _USAGE):
+        context = getattr(error, "ctx", None)
+        where = f" (see {context.command_path} --help)" if context else ""
+        return error.format_message().rstrip(".") + where, 2
+    if isinstance(error, ms.InputError | ms.StudyError):
+        return str(error), 2 if isinstance(error, ms.InputError) else 1
+    # Libraries wrap the system's error in their own, with its text.
+    if getattr(error, "errno", None) in _NO_SPACE or any(os.strerror(number) in str(error) for number in _NO_SPACE):
+        return FULL, 2
+    if isinstance(error, OSError) and error.errno is not None and error.errno != errno.EPIPE:
+        where = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        return f"{'path: ' + where if where else 'system'}: {error.strerror}", 2
+    if isinstance(error, MemoryError):
+        return MEMORY, 1
+    if isinstance(error, RecursionError):
+        return "input: nested too deeply", 2
+    if isinstance(error, UnicodeError):
+        text = repr(getattr(error, "object", ""))
+        return f"text: {text if len(text) <= 80 else text[:77] + '...'} is no text in UTF-8", 2
+    return None, 1
 
 
 app = typer.Typer(
@@ -91,6 +100,14 @@ def _whole(
     """Is a language model remembering or thinking? Measure it, see which neurons separate the two, and steer it."""
 
 
+def say(as_json: bool, text: object, **facts: Any) -> None:
+    """Print facts as one line of JSON, or a text."""
+    from mnemoscope.runs.files import dumped
+
+    plain = {name: str(value) if isinstance(value, os.PathLike) else value for name, value in facts.items()}
+    typer.echo(dumped(plain) if as_json else text)
+
+
 def named_parts(layout: str | None) -> dict[str, str] | None:
     """The paths in ``--layout`` by name."""
     return dict(part.partition("=")[::2] for part in layout.split(",")) if layout else None
@@ -98,37 +115,12 @@ def named_parts(layout: str | None) -> dict[str, str] | None:
 
 def options(given: list[str] | None) -> dict[str, Any]:
     """Options of a task, from ``name=value``; values are YAML."""
-    from mnemoscope.runs.errors import InputError
     from mnemoscope.runs.yaml import parse_yaml
 
     pairs = [o.partition("=") for o in given or []]
     if any(not equals for _, equals, _ in pairs):
-        raise InputError(f"--option: {given!r} is not of the form name=value")
+        raise ms.InputError(f"--option: {given!r} is not of the form name=value")
     return {name: parse_yaml(value, f"--option {name}") for name, _, value in pairs}
-
-
-def say(facts: dict[str, Any], as_json: bool, field: str) -> None:
-    """Print facts as JSON, or one of them."""
-    from mnemoscope.runs.files import dumped
-
-    typer.echo(dumped(facts) if as_json else facts[field])
-
-
-@contextmanager
-def progress(quiet: bool, notes: Sequence[str] = (), shares: Mapping[str, float] | None = None) -> Iterator[Progress]:
-    """Show notes once work begins, as all arguments are checked then, and its progress unless ``quiet``.
-
-    ``shares``: of the whole time, by stage, of a run with one cell: then it is told how much is left.
-    """
-    waiting = list(notes)
-
-    def begun(*what: Any) -> None:
-        while waiting:
-            typer.echo(waiting.pop(0), err=True)
-        tell(*what)
-
-    with shown(not quiet, shares) as tell:
-        yield begun
 
 
 def weights_note(model: str) -> str | None:
@@ -141,11 +133,10 @@ def weights_note(model: str) -> str | None:
 def open_model(model: str, dtype: str, layout: str | None, device_map: str | None = None) -> tuple[Any, Any]:
     """Model and tokenizer, by the options of the command line."""
     from mnemoscope.config import parse_model
-    from mnemoscope.models import load_model
     from mnemoscope.runs.processes import quiet_library
 
     quiet_library()
     shape = parse_model({"folder": model, "dtype": dtype, "device_map": device_map, "layout": named_parts(layout)})
     if weights := weights_note(model):
         typer.echo(f"{model}: weights are {weights}", err=True)
-    return load_model(model, dtype=shape.dtype, device_map=shape.device_map, layout=shape.layout)
+    return ms.load_model(model, dtype=shape.dtype, device_map=shape.device_map, layout=shape.layout)

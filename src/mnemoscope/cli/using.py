@@ -8,112 +8,79 @@ from typing import Annotated, Any
 
 import typer
 
-from mnemoscope.cli.shared import (
-    AllowCode,
-    AsChat,
-    AsJson,
-    DeviceMap,
-    Dtype,
-    Force,
-    Model,
-    Parts,
-    Reply,
-    app,
-    open_model,
-    say,
-    weights_note,
-)
+import mnemoscope as ms
+from mnemoscope.cli import given
+from mnemoscope.cli.shared import app, open_model, say, weights_note
+
+GATE = "Steer only where the other behaviour is at least so probable (0 to 1), memory and prompt seem to disagree, and "
+GATE += "the prompt is like those that the detector was fitted on."
+READ = ("p_memorized", "p_conflict", "unlike", "distance", "readable_from", "p_memorized_by_layer")
 
 
 @app.command()
 def steer(
-    model: Model,
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="Prompts to answer.")],
-    source: Annotated[Path, typer.Option("--from", help="A run, a cell of one, or the file of a vector.")],
+    model: given.Model,
+    prompts: given.Prompts,
+    source: given.Source,
     toward: Annotated[str, typer.Option(help="generalized or memorized; of documents: context or memory.")],
     alpha: Annotated[float, typer.Option(min=0.0, help="Factor on the vector; 0 leaves the model as it is.")] = 1.0,
-    gate: Annotated[
-        float | None,
-        typer.Option(
-            help="Steer only where the other behaviour is at least so probable (0 to 1), memory and prompt seem to "
-            "disagree, and the prompt is like those that the detector was fitted on."
-        ),
-    ] = None,
+    gate: Annotated[float | None, typer.Option(help=GATE)] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens behind each prompt, at most.")] = 20,
     go_on: Annotated[bool, typer.Option("--go-on", help="Show what follows an answer too.")] = False,
-    chat: AsChat = False,
-    reply: Reply = "",
-    dtype: Dtype = "float32",
-    device_map: DeviceMap = None,
-    layout: Parts = None,
-    force: Force = False,
-    as_json: AsJson = False,
+    chat: given.AsChat = False,
+    reply: given.Reply = "",
+    dtype: given.Dtype = "float32",
+    device_map: given.DeviceMap = None,
+    layout: given.Parts = None,
+    force: given.Force = False,
+    as_json: given.AsJson = False,
 ) -> None:
     """Generate with and without a steering vector."""
-    from mnemoscope.behaviour import Prompting
-    from mnemoscope.runs.files import dumped
-
-    fitted = _fitted(source, force, Prompting(chat, reply=reply), model, dtype, layout, device_map)
+    fitted = _fitted(source, force, ms.Prompting(chat, reply=reply), model, dtype, layout, device_map)
     vector = fitted.vector(toward)
     if vector.begin_alike:
         alike = f"note: {vector.begin_alike:.0%} of the prompts of the vector's fit have two answers that begin alike"
         typer.echo(f"{alike}; it was judged behind that beginning, so put it at the end of such a prompt", err=True)
     rows = fitted.answers(prompts, toward, alpha, gate, max_new_tokens, go_on)
-    acted = None if gate is None else {"asked": len(rows), "acted": sum(row["acted"] for row in rows)}
-    if as_json:
-        facts = {"method": vector.method, "site": vector.site, "layers": vector.layers, "alpha": alpha}
-        about = {"model": model, "weights": weights_note(model), "toward": toward, "vector": facts, "gate": acted}
-        typer.echo(dumped(about | {"answers": rows}))
-        return
+    lines, acted = list[str](), [str(number) for number, row in enumerate(rows, 1) if row["acted"]]
     for row in rows:
         named = toward if row["acted"] else f"{toward} (the gate did not act)"
-        typer.echo("\n".join(f"> {line}" for line in row["prompt"].split("\n")))
-        width = max(map(len, ("unsteered", named)))
-        for name, text in (("unsteered", row["plain"]), (named, row["steered"])):
-            typer.echo(f"  {name + ':':<{width + 1}} {text.strip()}")
-    if acted:
-        places = [str(number) for number, row in enumerate(rows, 1) if row["acted"]]
-        which = f": {', '.join(places)}" if places and len(rows) > 1 else ""
-        typer.echo(f"the gate acted on {acted['acted']} of {acted['asked']} prompts{which}")
+        width = 1 + max(map(len, ("unsteered", named)))
+        lines += [f"> {line}" for line in row["prompt"].split("\n")]
+        lines += [f"  {'unsteered:':<{width}} {row['plain'].strip()}"]
+        lines += [f"  {named + ':':<{width}} {row['steered'].strip()}"]
+    if gate is not None:
+        which = f": {', '.join(acted)}" if acted and len(rows) > 1 else ""
+        lines.append(f"the gate acted on {len(acted)} of {len(rows)} prompts{which}")
+    facts: dict[str, Any] = {"model": model, "weights": weights_note(model), "toward": toward}
+    facts["vector"] = {"method": vector.method, "site": vector.site, "layers": vector.layers, "alpha": alpha}
+    facts["gate"] = None if gate is None else {"asked": len(rows), "acted": len(acted)}
+    say(as_json, "\n".join(lines), **facts, answers=rows)
 
 
 @app.command()
 def detect(
-    model: Model,
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="Prompts to read.")],
-    source: Annotated[Path, typer.Option("--from", help="A run, a cell of one, or the file of a detector.")],
-    chat: AsChat = False,
-    reply: Reply = "",
-    dtype: Dtype = "float32",
-    device_map: DeviceMap = None,
-    layout: Parts = None,
-    force: Force = False,
-    as_json: AsJson = False,
+    model: given.Model,
+    prompts: given.Prompts,
+    source: given.Source,
+    chat: given.AsChat = False,
+    reply: given.Reply = "",
+    dtype: given.Dtype = "float32",
+    device_map: given.DeviceMap = None,
+    layout: given.Parts = None,
+    force: given.Force = False,
+    as_json: given.AsJson = False,
 ) -> None:
     """Estimate, before it answers, how probably a model will follow its memory, and where that becomes readable."""
-    import numpy as np
-
-    from mnemoscope.behaviour import Prompting
-    from mnemoscope.runs.files import dumped
-
-    fitted = _fitted(source, force, Prompting(chat, reply=reply), model, dtype, layout, device_map)
+    fitted = _fitted(source, force, ms.Prompting(chat, reply=reply), model, dtype, layout, device_map)
     reading = fitted.detect(prompts)
-    names = ("p_memorized", "p_conflict", "unlike", "distance", "readable_from", "p_memorized_by_layer")
-    columns = [prompts, *(np.asarray(getattr(reading, name)).tolist() for name in names)]
-    rows = [dict(zip(("prompt", *names), row, strict=True)) for row in zip(*columns, strict=True)]
+    columns = [getattr(reading, name).tolist() for name in READ[:-1]] + [list(reading.p_memorized_by_layer.tolist())]
+    rows = [dict(zip(("prompt", *READ), row, strict=True)) for row in zip(prompts, *columns, strict=True)]
     if fitted.detector.as_good_as_the_input:  # then a layer that is sure may only have read the wording
         rows = [row | {"readable_from": None} for row in rows]
-    if as_json:
-        about = {
-            "model": model,
-            "weights": weights_note(model),
-            "layer": reading.layer,
-            "site": fitted.detector.site,
-        }
-        typer.echo(dumped(about | {"prompts": rows}))
-    else:
-        for row in rows:
-            typer.echo(f"{row['prompt']}\n  {_verdict(row, reading.layer)}")
+    facts = {"model": model, "weights": weights_note(model), "layer": reading.layer, "site": fitted.detector.site}
+    lines = (f"{row['prompt']}\n  {_verdict(row, reading.layer)}" for row in rows)
+    say(as_json, "\n".join(lines), **facts, prompts=rows)
 
 
 @app.command()
@@ -125,37 +92,34 @@ def export(
     model: Annotated[str | None, typer.Option(help="The model it was made on; needed for a checkpoint.")] = None,
     alpha: Annotated[float, typer.Option(min=0.0, help="Factor on the vector.")] = 1.0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto; what is written has it.")] = "float32",
-    layout: Parts = None,
-    force: Force = False,
-    as_json: AsJson = False,
+    layout: given.Parts = None,
+    force: given.Force = False,
+    as_json: given.AsJson = False,
 ) -> None:
     """Write a vector for other programs; one with positions "all" only. Nothing that exists is overwritten."""
     from mnemoscope.face.fitted import known_behaviour, vector_file
-    from mnemoscope.interventions import SteeringVector
     from mnemoscope.models import core_of
-    from mnemoscope.runs.errors import InputError
-    from mnemoscope.serving.export import bake, check_portable, to_gguf
+    from mnemoscope.serving.export import check_portable
 
     file = vector_file(file, toward) if file.is_dir() else file
-    vector = alpha * SteeringVector.load(file)
+    vector = alpha * ms.SteeringVector.load(file)
     if toward is not None and known_behaviour(toward) != vector.toward:
-        raise InputError(f"toward: {toward!r}; the vector in {file} steers to {vector.toward}")
+        raise ms.InputError(f"toward: {toward!r}; the vector in {file} steers to {vector.toward}")
     check_portable(vector, to)  # before a large model is opened for nothing
     if out.exists() and (to == "gguf" or not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"out: {out} exists; nothing is overwritten")
+        raise ms.InputError(f"out: {out} exists; nothing is overwritten")
     if to == "checkpoint" and model is None:
-        raise InputError("model: a checkpoint is made of a model; name the one that the vector was made on")
+        raise ms.InputError("model: a checkpoint is made of a model; name the one that the vector was made on")
     if to == "gguf" and model is None and vector.binding is None:
-        raise InputError("model: the vector does not say which model it was made on; name it")
+        raise ms.InputError("model: the vector does not say which model it was made on; name it")
     opened, tokenizer = open_model(model, dtype, layout) if model is not None else (None, None)
-    vector = alpha * SteeringVector.load(file, opened, tokenizer, force)
+    vector = alpha * ms.SteeringVector.load(file, opened, tokenizer, force)
     if to == "checkpoint":
-        bake(opened, tokenizer, vector, out)
+        ms.bake(opened, tokenizer, vector, out)
     else:
         bound = vector.binding.model_type if vector.binding else ""
-        to_gguf(vector, out, core_of(opened).config.model_type if opened is not None else bound)
-    facts = {"out": str(out), "to": to, "toward": vector.toward, "layers": vector.layers, "alpha": alpha}
-    say(facts, as_json, "out")
+        ms.to_gguf(vector, out, core_of(opened).config.model_type if opened is not None else bound)
+    say(as_json, out, out=out, to=to, toward=vector.toward, layers=vector.layers, alpha=alpha)
 
 
 @app.command()
@@ -164,23 +128,20 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     siblings: Annotated[bool, typer.Option("--siblings", help="Show the runs beside RUN too.")] = False,
     model: Annotated[str | None, typer.Option(help="Of a run that did not train one: its folder or hub id.")] = None,
-    allow_code: AllowCode = None,
+    allow_code: given.AllowCode = None,
 ) -> None:
     """Open the playground: ask a model in the browser, and steer its answers.
 
     It listens on this machine only and prints an address with a token, new at every start. From another machine,
     forward the port (ssh -L 8000:127.0.0.1:8000 USER@MACHINE) and open the same address there.
     """
-    from mnemoscope.runs.errors import InputError
-    from mnemoscope.tasks import allow_code as allow
-
     # The pages say that nothing leaves this machine, so nothing is downloaded.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         from mnemoscope.web.app import serve
     except ImportError as error:
-        raise InputError("serve: needs FastAPI and uvicorn: pip install 'mnemoscope[web]'") from error
-    allow(*allow_code or ())
+        raise ms.InputError("serve: needs FastAPI and uvicorn: pip install 'mnemoscope[web]'") from error
+    ms.allow_code(*allow_code or ())
     serve(run, port, lambda address: typer.echo(address, err=True), siblings, model)
 
 
@@ -198,9 +159,6 @@ def _verdict(row: dict[str, Any], layer: int) -> str:
 
 def _fitted(source: Path, force: bool, prompting: Any, model: str, *opening: Any) -> Any:
     """Open vectors and detector with their model; a missing path is refused before a large model is opened."""
-    from mnemoscope.face.fitted import Fitted
-    from mnemoscope.runs.errors import InputError
-
     if not source.exists():
-        raise InputError(f"from: {source} does not exist")
-    return Fitted.open(source, *open_model(model, *opening), prompting=prompting, force=force)
+        raise ms.InputError(f"from: {source} does not exist")
+    return ms.Fitted.open(source, *open_model(model, *opening), prompting=prompting, force=force)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path, Query, Request
+from fastapi.responses import StreamingResponse
 
-from mnemoscope.report import compare_briefs
+from mnemoscope.config import NAME
 from mnemoscope.web.cell import OpenedCell
-from mnemoscope.web.runs import NAME, Runs
-from mnemoscope.web.shapes import Answer, Asked, CellFacts, Job, NeuronMap, Pair, Question, Refusal, RunFacts
+from mnemoscope.web.shapes import Answer, Asked, CellFacts, Look, NeuronMap, Pair, Question, Refusal, RunFacts
 
 Name = Annotated[str, Path(pattern=NAME)]
-NameAsked = Annotated[str, Query(pattern=NAME)]
 Index = Annotated[int, Path(ge=0, le=2**24)]
-JobName = Annotated[str, Path(max_length=64)]
 CELL = "/runs/{run}/cells/{cell}"
-REFUSALS = (400, 401, 403, 404, 411, 413, 422, 429)
+REFUSALS = (400, 401, 403, 404, 411, 413, 422)
 router = APIRouter(prefix="/api", responses={code: {"model": Refusal} for code in REFUSALS})
 
 
@@ -29,10 +28,16 @@ def _at(request: Request, run: Name, cell: Annotated[str, Path(max_length=200)])
 At = Annotated[Any, Depends(_at)]
 
 
+class JsonLines(StreamingResponse):
+    """One JSON object a line, each sent when it is there."""
+
+    media_type = "application/x-ndjson"
+
+
 @router.get("/runs")
 def list_runs(request: Request) -> list[RunFacts]:
     """The runs in the folder, with their studies, cells and first numbers."""
-    runs: Runs = request.app.state.runs
+    runs = request.app.state.runs
     return [runs.facts(name) for name in runs.names()]
 
 
@@ -40,17 +45,6 @@ def list_runs(request: Request) -> list[RunFacts]:
 def show_run(request: Request, run: Name) -> RunFacts:
     """One run."""
     return request.app.state.runs.facts(run)
-
-
-@router.get("/compare")
-def compare(
-    request: Request, first: NameAsked, second: NameAsked
-) -> list[dict[Literal["task", "what", "first", "second"], str]]:
-    """Two runs side by side, in words: a row for each number that either has."""
-    runs: Runs = request.app.state.runs
-    for field, name in (("first", first), ("second", second)):
-        runs.folder(name, field)
-    return compare_briefs(runs.brief(first), runs.brief(second))  # type: ignore[return-value]
 
 
 @router.get(CELL)
@@ -77,33 +71,23 @@ async def ask(at: At, asked: Asked) -> Answer:
     return await at(lambda cell: cell.answer(asked.question, asked.steering))
 
 
-@router.post(CELL + "/snippets")
-async def show_snippets(at: At, asked: Asked) -> dict[str, str]:
-    """The lines of Python, and the command, that do what ``ask`` does."""
-    return await at(lambda cell: cell.snippets(asked))
-
-
 @router.get(CELL + "/neurons")
 async def map_neurons(at: At) -> NeuronMap:
     """How every neuron differs between the two behaviours, on the fit pairs."""
     return await at(lambda cell: cell.neurons.map())
 
 
-@router.post(CELL + "/neurons/{layer}/{neuron}", status_code=202)
-async def watch_neuron(request: Request, at: At, layer: Index, neuron: Index) -> Job:
-    """Look at one neuron; the job's result has its distributions, its ranks and its effect alone."""
+@router.post(CELL + "/neurons/{layer}/{neuron}", response_class=JsonLines, responses={200: {"model": Look}})
+async def watch_neuron(request: Request, at: At, layer: Index, neuron: Index) -> JsonLines:
+    """Look at one neuron: a line for each step, the last with its distributions, its ranks and its effect alone.
+
+    Other requests are answered between two steps; nothing more is done for a client that leaves.
+    """
     steps = await at(lambda cell: cell.neurons.watch(layer, neuron))
-    step = partial(at.func, *at.args)  # a job is not dropped when its first request has been answered
-    return request.app.state.jobs.start(lambda: step(lambda cell: next(steps)))
 
+    async def lines() -> AsyncIterator[str]:
+        async with request.app.state.looking:
+            while look := await at(lambda _: next(steps, None), left=None):
+                yield look.model_dump_json() + "\n"
 
-@router.get("/jobs/{job}")
-async def show_job(request: Request, job: JobName) -> Job:
-    """How far a job is, and its result once it is done."""
-    return request.app.state.jobs.get(job)
-
-
-@router.delete("/jobs/{job}")
-async def cancel_job(request: Request, job: JobName) -> Job:
-    """Cancel a job."""
-    return request.app.state.jobs.cancel(job)
+    return JsonLines(lines())

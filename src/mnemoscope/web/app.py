@@ -1,12 +1,12 @@
-"""The application: who is answered, the pages, the JSON API, one way to explain errors. It listens on loopback only."""
+"""The application: who is answered, the pages, one way to explain errors, and its server, which listens on loopback."""
 
 from __future__ import annotations
 
+import asyncio
 import re
 import secrets
 import socket
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlencode
@@ -15,35 +15,34 @@ import jinja2
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, Response
 from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
-from starlette.authentication import AuthCredentials, AuthenticationBackend, AuthenticationError, SimpleUser
-from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.middleware.authentication import AuthenticationMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import HTTPConnection
-from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from mnemoscope.report import compare_briefs, page_style
+from mnemoscope.config import NAME
+from mnemoscope.report import page_style
 from mnemoscope.runs.digests import intact
 from mnemoscope.runs.errors import InputError
 from mnemoscope.study.cells import version
 from mnemoscope.web import api
 from mnemoscope.web.connections import MOST, WithDeadline
-from mnemoscope.web.runs import NAME, Jobs, OpenedCells, Runs
+from mnemoscope.web.runs import OpenedCells, Runs
 from mnemoscope.web.shapes import NAMELESS
 
 LOOPBACK = "127.0.0.1"
 UNFINISHED = "no cell with steering vectors yet; the command that began it goes on with it"
 PATIENCE = 2  # seconds for requests in progress, once the server is asked to stop
-HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
+LOOKING = 2  # looks at neurons at a time, whose steps alternate with requests
+HEADERS = [("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"), ("X-Frame-Options", "DENY")]
 NOTHING_ELSE = "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
-# Of a page that came with a run: none of its scripts (those of a browser's own tools run), no forms, nothing loaded.
-INLINE = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'; base-uri 'none'; "
-INLINE += "sandbox allow-scripts"
+# Of a page that came with a run: no scripts, no forms, nothing loaded, and it leads nowhere by itself (``sandbox``).
+INLINE = (
+    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'; base-uri 'none'; sandbox"
+)
 OUTER = ("body", "path", "query", "question", "steering")  # as the library names fields, these are left out
 LARGEST_BODY = 64 * 1024  # bytes
 OPEN = ("/report.css", "/static/playground.css", "/static/icon.svg")  # the page that asks for the token needs them
@@ -62,18 +61,22 @@ _environment = jinja2.Environment(
 router = APIRouter(include_in_schema=False)
 
 
-class RefusedError(AuthenticationError, HTTPException):
-    """A request that is not answered, with its status and "field: message"."""
+class Admission:
+    """Answers requests of other sites' pages (403), without the token (401), or of a large body (411, 413) itself."""
 
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self._app, self._token = app, token
 
-class Admission(AuthenticationBackend):
-    """Refuses requests of other sites' pages, without the token, or with a large body."""
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or refuse it."""
+        answer = self._app
+        if scope["type"] in ("http", "websocket"):
+            conn = HTTPConnection(scope)
+            if refusal := self._refusal(conn):
+                answer = _refused(conn, HTTPException(*refusal))
+        await answer(scope, receive, send)
 
-    def __init__(self, token: str) -> None:
-        self._token = token
-
-    async def authenticate(self, conn: HTTPConnection) -> tuple[AuthCredentials, SimpleUser]:
-        """Refuse a request that comes from another site (403), lacks the token (401), or is too large (411, 413)."""
+    def _refusal(self, conn: HTTPConnection) -> tuple[int, str] | None:
         headers, path = conn.headers, conn.url.path
         origin = headers.get("origin")
         foreign = origin is not None and origin.partition("://")[2] != headers.get("host")
@@ -82,18 +85,18 @@ class Admission(AuthenticationBackend):
         # address; nobody types those of the API.
         follows = conn.scope.get("method") == "GET" and headers.get("sec-fetch-mode") == "navigate"
         if foreign and not (follows and not path.startswith(FOR_PROGRAMS)):
-            raise RefusedError(403, "origin: pages of other sites may not ask")
+            return 403, "origin: pages of other sites may not ask"
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
         given = [bearer if scheme.lower() == "bearer" else "", conn.cookies.get(_cookie_name(conn), "")]
         given += [conn.query_params.get("token", "")] if path == ENTRANCE else []
         if path not in OPEN and not any(secrets.compare_digest(g.encode(), self._token.encode()) for g in given):
-            raise RefusedError(401, "token: missing or wrong")
+            return 401, "token: missing or wrong"
         if "transfer-encoding" in headers:
-            raise RefusedError(411, "body: its length must be given")
+            return 411, "body: its length must be given"
         length = headers.get("content-length", "0")
         if not length.isdigit() or int(length) > LARGEST_BODY:
-            raise RefusedError(413, f"body: at most {LARGEST_BODY} bytes are read")
-        return AuthCredentials(), SimpleUser("")
+            return 413, f"body: at most {LARGEST_BODY} bytes are read"
+        return None
 
 
 def _cookie_name(conn: HTTPConnection) -> str:
@@ -145,26 +148,11 @@ def neurons(request: Request, run: Name = None, cell: Name = None) -> HTMLRespon
 
 
 @router.get("/runs")
-def runs(request: Request, first: Name = None, second: Name = None) -> HTMLResponse:
-    """Every run, and two of them side by side."""
+def runs(request: Request) -> HTMLResponse:
+    """Every run, with its report and its playground."""
     found: Runs = request.app.state.runs
-    if not found.names():
-        return _page("nothing.html", root=found.root)
-    compared = compare_briefs(found.brief(first), found.brief(second)) if first and second else None
     listed = [found.facts(name) for name in found.names()]
-    return _page("runs.html", runs=listed, first=first, second=second, compared=compared)
-
-
-def _leads_on(page: bytes) -> bool:
-    """Whether a page may lead to another by itself, from which no policy keeps it.
-
-    A browser reads what begins with a mark of UTF-16 as that, whatever it is told.
-    """
-    try:
-        text = page.decode("utf-8")
-    except UnicodeDecodeError:
-        return True
-    return text.startswith("\ufeff") or "\0" in text or "http-equiv" in text.lower()
+    return _page("runs.html", runs=listed) if listed else _page("nothing.html", root=found.root)
 
 
 @router.get("/runs/{run}/report")
@@ -173,9 +161,7 @@ def report(request: Request, run: str) -> FileResponse:
     path = request.app.state.runs.folder(run) / "report.html"
     if not path.is_file():
         raise InputError(f"run: {run} has no report yet")
-    if _leads_on(intact(path).read_bytes()):
-        raise InputError(f"run: {run} has a report that mnemoscope did not write; rebuild it: mnemoscope report")
-    return FileResponse(path, media_type="text/html", headers={"Content-Security-Policy": INLINE})
+    return FileResponse(intact(path), media_type="text/html", headers={"Content-Security-Policy": INLINE})
 
 
 @router.get("/report.css")
@@ -191,43 +177,23 @@ def build_app(
 
     Without ``siblings`` it shows no other; ``model``: that of runs which did not train one.
     """
-    app = FastAPI(title="Mnemoscope", version=version(), docs_url=None, redoc_url=None, lifespan=_until_stopped)
+    app = FastAPI(title="Mnemoscope", version=version(), docs_url=None, redoc_url=None)
     # A redirect to a path with or without its last "/" would also be one to "//another.site".
     app.router.redirect_slashes = False
     app.state.runs = Runs(root, None if siblings else first, model)
-    app.state.jobs, app.state.first, app.state.token = Jobs(), first, token
-    app.state.opened = OpenedCells(app.state.runs)
+    app.state.first, app.state.token = first, token
+    app.state.opened, app.state.looking = OpenedCells(app.state.runs), asyncio.Semaphore(LOOKING)
     # The token is checked by the middleware; this puts it into the description.
     bearer = HTTPBearer(auto_error=False, description="the token in the address that the server printed")
     app.include_router(api.router, dependencies=[Depends(bearer)])
     app.include_router(router)
     app.mount("/static", StaticFiles(directory=HERE / "static"), name="static")
     # The last one added sees a request first.
-    app.add_middleware(AuthenticationMiddleware, backend=Admission(token), on_error=_refused)
+    app.add_middleware(Admission, token=token)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", LOOPBACK], www_redirect=False)
-    app.add_middleware(_with_headers)
     for kind in (InputError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _refused)
     return app
-
-
-@asynccontextmanager
-async def _until_stopped(app: FastAPI) -> AsyncIterator[None]:
-    yield
-    app.state.jobs.stop()
-    app.state.opened.close()
-
-
-def _with_headers(app: ASGIApp) -> ASGIApp:
-    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(HEADERS)
-            await send(message)
-
-        await app(scope, receive, send_with_headers)
-
-    return answer
 
 
 def _refused(conn: HTTPConnection, error: Exception) -> Response:
@@ -251,8 +217,8 @@ def _refused(conn: HTTPConnection, error: Exception) -> Response:
 
 
 def server_of(app: FastAPI) -> uvicorn.Server:
-    """The server of an application, with limits on what clients may hold."""
-    options: dict[str, Any] = {"http": WithDeadline, "limit_concurrency": MOST}
+    """The server of an application, with limits on what clients may hold, and headers of every answer."""
+    options: dict[str, Any] = {"http": WithDeadline, "limit_concurrency": MOST, "headers": HEADERS}
     options |= {"log_level": "warning", "server_header": False, "timeout_graceful_shutdown": PATIENCE}
     return uvicorn.Server(uvicorn.Config(app, **options))
 
@@ -279,7 +245,7 @@ def serve(
         root, first = folder.parent, folder.name
         if not re.fullmatch(NAME, first):
             raise InputError(f"RUN: {first!r} cannot be part of an address; letters, digits and any of _.- are wanted")
-        if not list(folder.glob("cells/*/records/chosen.json")):
+        if not Runs(root).cells(first):
             raise InputError(f"RUN: {run} has {UNFINISHED}")
     try:
         listener = socket.create_server((LOOPBACK, port))
@@ -291,4 +257,4 @@ def serve(
     try:
         server_of(app).run(sockets=[listener])
     finally:
-        app.state.opened.close()  # a second request to stop ends it without the end of its lifespan
+        app.state.opened.close()

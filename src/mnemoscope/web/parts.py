@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,6 @@ import numpy as np
 from mnemoscope.behaviour import Asking, Batch, cache_prefixes, kept_bytes, prepare, score
 from mnemoscope.bench.answers import steered
 from mnemoscope.interventions import OPPOSITE, Binding, SteeringVector, Toward
-from mnemoscope.interventions.sources import TOWARD
 from mnemoscope.report import draw_neuron
 from mnemoscope.runs.digests import inside, intact
 from mnemoscope.runs.errors import InputError
@@ -22,13 +20,11 @@ from mnemoscope.statistics import top_by_magnitude
 from mnemoscope.statistics.contrast import Contrast
 from mnemoscope.study.cells import Cell
 from mnemoscope.tasks import Example
-from mnemoscope.web.shapes import Method, NeuronMap, Steering, VectorFacts, Watched
+from mnemoscope.web.shapes import Look, Method, NeuronMap, Steering, VectorFacts, Watched
 
 PREFIXES = 2**28  # bytes of prompt caches kept: people look at one neuron after the other
 SIGN: dict[Toward, float] = {"generalized": 1.0, "memorized": -1.0}  # of a mean difference that steers there
 TIMES = (1.0, 4.0, 16.0)  # multiples of its mean difference by which a neuron alone is shifted
-
-Part = tuple[list[Batch], np.ndarray]  # prepared phrasings and their states (P, L, D)
 
 
 class Vectors:
@@ -36,29 +32,23 @@ class Vectors:
 
     def __init__(self, cell: Cell, contrast: Contrast, asking: Asking, binding: Binding) -> None:
         """Read them; InputError where one is damaged, or was fitted on another model than the cell's."""
-        self._folder, self._contrast = cell.folder / "vectors", contrast
-        self._chosen: dict[str, Any] = {**read_chosen(intact(cell.records / "chosen.json"))["pairs"]}
-        self._vectors = {
-            (toward, method): SteeringVector.load(self.path(toward, method))
-            for toward in TOWARD.values()
-            for method in self._chosen["methods"]
-        }
-        for vector in self._vectors.values():
+        chosen: Any = read_chosen(intact(cell.records / "chosen.json"))["pairs"]
+        self._contrast, self._methods, self._best = contrast, list(chosen["methods"]), chosen["best"]
+        self._vectors: dict[tuple[Toward, str], SteeringVector] = {}
+        for toward, method in product(OPPOSITE, self._methods):
+            path = intact(inside(cell.folder / "vectors", f"to_{toward}-{method}.safetensors"))
+            self._vectors[toward, method] = vector = SteeringVector.load(path)
             vector.check(asking.model, asking.tokenizer, found=binding)
-
-    def path(self, toward: Toward, method: str) -> Path:
-        """File of the run's vector."""
-        return intact(inside(self._folder, f"to_{toward}-{method}.safetensors"))
 
     def methods(self) -> list[Method]:
         """Each method of the run with its two vectors."""
         return [
-            Method(method=method, **{toward: self._facts(toward, method) for toward in TOWARD.values()})
-            for method in self._chosen["methods"]
+            Method(method=method, **{toward: self._facts(toward, method) for toward in OPPOSITE})
+            for method in self._methods
         ]
 
     def _facts(self, toward: Toward, method: str) -> VectorFacts:
-        vector, best = self._vectors[toward, method], self._chosen["best"][f"to_{toward}"] == method
+        vector, best = self._vectors[toward, method], self._best[f"to_{toward}"] == method
         own = {name: getattr(vector, name) for name in ("site", "layers", "strength")}
         return VectorFacts(**own, neurons=_shifted(vector), free=self._is_free(vector), best=best)
 
@@ -70,13 +60,13 @@ class Vectors:
         """
         vector = self._vectors.get((steering.toward, steering.method))
         if vector is None:
-            raise InputError(f"method: {steering.method!r} is not one of {', '.join(self._chosen['methods'])}")
+            raise InputError(f"method: {steering.method!r} is not one of {', '.join(self._methods)}")
         if steering.layers is None and steering.neurons is None:
             return vector
         if not vector.is_constant:
             raise InputError(f"layers, neurons: {steering.method} acts by the state, and as a whole only")
         whole_LD, rank_LD = self._whole(vector)
-        allowed = [layer for layer, rank_D in enumerate(rank_LD) if rank_D.any()]
+        allowed = np.flatnonzero(rank_LD.any(axis=1)).tolist()
         layers = sorted(set(vector.layers if steering.layers is None else steering.layers))
         if not layers or not set(layers) <= set(allowed):
             raise InputError(f"layers: {layers} are not among {allowed}, which {steering.method} shifts")
@@ -116,9 +106,8 @@ class Neurons:
     """The neurons at the contrast's site, on pairs of phrasings as (answered generalized, answered memorized)."""
 
     def __init__(self, asking: Asking, contrast: Contrast, pairs: list[tuple[Example, Example]]) -> None:
-        self._asking, self._contrast = asking, contrast
-        self._examples = {behaviour: [pair[side] for pair in pairs] for side, behaviour in enumerate(TOWARD.values())}
-        self._read: dict[tuple[Toward, int], Part] = {}
+        self._asking, self._contrast, self._pairs = asking, contrast, pairs
+        self._read: dict[tuple[Toward, int], tuple[list[Batch], np.ndarray]] = {}
 
     def map(self) -> NeuronMap:
         """Difference, correlation and significance of every neuron, to five digits."""
@@ -129,53 +118,50 @@ class Neurons:
         }
         return NeuronMap(site=found.site, pairs=found.pairs, **rounded)
 
-    def watch(self, layer: int, neuron: int) -> Iterator[float | Watched]:
-        """Look at a neuron in short steps: yields the share that is done after each, and the result last.
-
-        Raises InputError where there is no such neuron, or no pair.
-        """
+    def watch(self, layer: int, neuron: int) -> Iterator[Look]:
+        """Look at a neuron in short steps, the last with the result; InputError without such a neuron, or any pair."""
         layers, neurons = self._contrast.nmd_LD.shape
         for field, value, most in (("layer", layer, layers), ("neuron", neuron, neurons)):
             if not 0 <= value < most:
                 raise InputError(f"{field}: {value} is not in 0 .. {most - 1}")
-        if not self._examples["memorized"]:
+        if not self._pairs:
             raise InputError("cell: it has no tune pair")
         return self._watch(layer, neuron)
 
-    def _watch(self, layer: int, neuron: int) -> Iterator[float | Watched]:
-        starts = range(0, len(self._examples["memorized"]), self._asking.batch_size)
-        parts = [(behaviour, start) for behaviour in TOWARD.values() for start in starts]
+    def _watch(self, layer: int, neuron: int) -> Iterator[Look]:
+        parts = list(product(OPPOSITE, range(0, len(self._pairs), self._asking.batch_size)))
         total = len(parts) * (1 + len(TIMES))
-        states_P: dict[Toward, list[float]] = {behaviour: [] for behaviour in TOWARD.values()}
+        states_P: defaultdict[Toward, list[float]] = defaultdict(list)
         for done, (behaviour, start) in enumerate(parts, 1):
             states_P[behaviour] += self._part(behaviour, start)[1][:, layer, neuron].tolist()
-            yield done / total
+            yield Look(share=done / total)
         moved: defaultdict[tuple[float, Toward], list[bool]] = defaultdict(list)
         for done, (times, (toward, start)) in enumerate(product(TIMES, parts), 1 + len(parts)):
             batches, _ = self._part(OPPOSITE[toward], start)
             vector = self._alone(layer, neuron, times, toward)
             moved[times, toward] += list(steered(self._asking, batches, vector, margins=False).behaviour_N == toward)
-            yield done / total
-        shares = {times: {toward: np.mean(moved[times, toward]) for toward in TOWARD.values()} for times in TIMES}
+            yield Look(share=done / total)
         nmd_LD, rho_LD = (np.abs(np.nan_to_num(a)) for a in (self._contrast.nmd_LD, self._contrast.rho_LD))
-        generalized_P, memorized_P = (np.array(states_P[behaviour]) for behaviour in ("generalized", "memorized"))
+        generalized_P, memorized_P = np.array(states_P["generalized"]), np.array(states_P["memorized"])
         label = f"Neuron {neuron} of layer {layer} where the model remembered and where it worked it out"
-        yield Watched(
+        found = Watched(
             layer=layer,
             neuron=neuron,
-            pairs=len(memorized_P),
+            pairs=len(self._pairs),
             mean_generalized=generalized_P.mean(),
             mean_memorized=memorized_P.mean(),
             rank_nmd=1 + int((nmd_LD > nmd_LD[layer, neuron]).sum()),
             rank_rho=1 + int((rho_LD > rho_LD[layer, neuron]).sum()),
-            alone=[{"times": times, **shares[times]} for times in TIMES],
+            alone=[{"times": n, **{toward: np.mean(moved[n, toward]) for toward in OPPOSITE}} for n in TIMES],
             drawing=draw_neuron(generalized_P, memorized_P, label),
         )
+        yield Look(share=1.0, result=found)
 
-    def _part(self, behaviour: Toward, start: int) -> Part:
-        """A batch of the phrasings that are answered so, read at the first look only."""
+    def _part(self, behaviour: Toward, start: int) -> tuple[list[Batch], np.ndarray]:
+        """A batch of the phrasings that are answered so, prepared, and its states; read at the first look only."""
         if (behaviour, start) not in self._read:
-            batches = prepare(self._asking, self._examples[behaviour][start : start + self._asking.batch_size])
+            pairs = self._pairs[start : start + self._asking.batch_size]
+            batches = prepare(self._asking, [pair[behaviour == "memorized"] for pair in pairs])
             kept = sum(kept_bytes(batch) for several, _ in self._read.values() for batch in several)
             if kept < PREFIXES:
                 cache_prefixes(self._asking, batches, PREFIXES - kept)

@@ -6,13 +6,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from mnemoscope.interventions import Toward
 from mnemoscope.interventions.detect import Reading
 from mnemoscope.runs.files import plain
 from mnemoscope.tasks import Example
 
 NAMELESS = "asked"  # item of a question that somebody typed
 STRONGEST = 8.0  # factor on a vector
-Toward = Literal["generalized", "memorized"]
 Number = Annotated[float | None, BeforeValidator(plain)]
 
 
@@ -150,14 +150,11 @@ class Watched(Shape):
     drawing: str
 
 
-class Job(BaseModel):
-    """Work that takes a while; ``share`` of it is done, from 0 to 1."""
+class Look(Shape):
+    """A step of a look at a neuron: the share that is done, from 0 to 1, and with the last step the result."""
 
-    job: str
-    state: Literal["running", "done", "failed", "cancelled"] = "running"
-    share: float = 0.0
+    share: float
     result: Watched | None = None
-    error: str = ""
 
 
 class RunFacts(Shape):
@@ -167,10 +164,10 @@ class RunFacts(Shape):
     """
 
     run: str
-    study: str | None
-    finished: bool
     cells: list[str]
-    tasks: dict[str, dict[str, Any]]
+    study: str | None = None
+    finished: bool = False
+    tasks: dict[str, dict[str, Any]] = {}
     damaged: str | None = None
 
 

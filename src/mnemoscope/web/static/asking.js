@@ -2,7 +2,7 @@
 
 export class Refused extends Error {}
 
-export async function call(path, body, options = {}) {
+async function send(path, body, options = {}) {
   const init = { ...options };
   if (body !== undefined) {
     init.method = "POST";
@@ -16,12 +16,24 @@ export async function call(path, body, options = {}) {
     if (error.name === "AbortError") throw error;
     throw new Refused("The server does not answer. Is it still running?");
   }
+  if (answer.ok) return answer;
   const found = await answer.json().catch(() => ({}));
-  if (!answer.ok) {
-    const { field, message } = found.error ?? { field: "server", message: `error ${answer.status}` };
-    throw new Refused(`${field}: ${message}`);
+  const { field, message } = found.error ?? { field: "server", message: `error ${answer.status}` };
+  throw new Refused(`${field}: ${message}`);
+}
+
+export const call = async (path, body, options) => (await send(path, body, options)).json();
+
+// The objects of an answer that has one a line, each when it is there.
+export async function* lines(path, body, options) {
+  const reader = (await send(path, body, options)).body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let rest = ""; ; ) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    const whole = (rest + value).split("\n");
+    rest = whole.pop();
+    yield* whole.map((line) => JSON.parse(line));
   }
-  return found;
 }
 
 export function showProblem(place, error) {

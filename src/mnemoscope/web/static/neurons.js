@@ -1,11 +1,11 @@
 // The map of neurons: layer by neuron, one pixel each; click one to see it on tune pairs.
-import { call, percent, showProblem } from "./asking.js";
+import { call, lines, percent, showProblem } from "./asking.js";
 
 const by = (id) => document.getElementById(id);
 const map = by("map");
 const path = `/api/runs/${map.dataset.run}/cells/${encodeURIComponent(map.dataset.cell)}`;
 const problem = by("problem"), canvas = by("canvas");
-let found, place = { layer: 0, neuron: 0 }, job = null;
+let found, place = { layer: 0, neuron: 0 }, looking = new AbortController();
 
 const measure = () => document.querySelector("[name=measure]:checked").value;
 
@@ -105,44 +105,27 @@ function under(event) {
   };
 }
 
-let looks = 0;
-
 async function look() {
   showProblem(problem, null);
-  const mine = ++looks, { layer, neuron } = place;
-  cancel();
+  looking.abort(); // nothing more is done for a look that nobody waits for
+  const mine = (looking = new AbortController()), { layer, neuron } = place;
   by("neuron").hidden = false;
   by("neuron-title").textContent = `Neuron ${neuron} of layer ${layer}`;
   by("working").hidden = false;
   by("found").hidden = true;
+  by("progress").value = 0;
   try {
-    let state = await call(`${path}/neurons/${layer}/${neuron}`, {});
-    const name = state.job;
-    if (mine !== looks) return await drop(name);
-    job = name;
-    while (state.state === "running") {
-      by("progress").value = state.share;
-      await new Promise((resolve) => setTimeout(resolve, 150));
-      state = await call(`/api/jobs/${name}`);
-      if (mine !== looks) return;
-    }
-    job = null;
+    let step;
+    for await (step of lines(`${path}/neurons/${layer}/${neuron}`, {}, { signal: mine.signal }))
+      by("progress").value = step.share;
+    if (!step?.result) throw new Error("The look at this neuron ended early.");
     by("working").hidden = true;
-    if (state.state === "failed") throw new Error(state.error);
-    if (state.state === "done") show(state.result);
-    else by("neuron").hidden = true;
+    show(step.result);
   } catch (error) {
-    if (mine !== looks) return;
+    if (mine !== looking || mine.signal.aborted) return;
     by("working").hidden = true;
     showProblem(problem, error);
   }
-}
-
-const drop = (name) => call(`/api/jobs/${name}`, undefined, { method: "DELETE" }).catch(() => null);
-
-function cancel() {
-  if (job) drop(job);
-  job = null;
 }
 
 function show(seen) {
@@ -194,12 +177,9 @@ by("pick").addEventListener("submit", (event) => {
   point({ layer: Number(by("layer").value), neuron: Number(by("number").value) });
   look();
 });
-// A page that is left needs no result, and its job would delay others.
-addEventListener("pagehide", () => job && fetch(`/api/jobs/${job}`, { method: "DELETE", keepalive: true }));
 for (const radio of document.querySelectorAll("[name=measure]")) radio.addEventListener("change", () => found && paint());
 by("cancel").addEventListener("click", () => {
-  looks++;
-  cancel();
+  looking.abort();
   by("neuron").hidden = true;
   canvas.focus();
 });

@@ -152,7 +152,6 @@ async function steer() {
       }
       showProblem(problem, null);
       say(answer);
-      await showSame();
     }
   } catch (error) {
     showProblem(problem, error);
@@ -189,17 +188,6 @@ function ranges(layers) {
   }
   const words = runs.map(([first, end]) => (first === end ? first : `${first} to ${end}`)).join(", ");
   return `${layers.length === 1 ? "layer" : "layers"} ${words}`;
-}
-
-async function showSame() {
-  if (!by("same").open) return;
-  const steering = steeringOnPage();
-  const found = await call(`${path}/snippets`, { question: questionOnPage(), steering: steering.alpha ? steering : null });
-  for (const name of ["python", "command"]) {
-    by(name).textContent = found[name] || (name === "python" ? "Move the slider first." : "");
-    document.querySelector(`[data-copies="${name}"]`).disabled = !found[name];
-  }
-  by("command").hidden = by("command-label").hidden = !found.command;
 }
 
 function offerLayers(chosen = null) {
@@ -297,19 +285,4 @@ by("layers").addEventListener("change", () => {
   steer();
 });
 by("neurons").addEventListener("change", steer);
-by("same").addEventListener("toggle", () => showSame().catch((error) => showProblem(problem, error)));
-for (const button of document.querySelectorAll("[data-copies]")) {
-  const usual = button.textContent, lines = by(button.dataset.copies);
-  button.addEventListener("click", async () => {
-    try {
-      await navigator.clipboard.writeText(lines.textContent);
-      button.textContent = "Copied";
-    } catch {
-      // Browsers keep the clipboard from pages that are neither of this machine nor encrypted.
-      getSelection().selectAllChildren(lines);
-      button.textContent = "Selected: copy it with your keyboard";
-    }
-    setTimeout(() => (button.textContent = usual), 2000);
-  });
-}
 start();
