@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -24,7 +25,7 @@ from mnemoscope.behaviour import (
 from mnemoscope.config import load_study
 from mnemoscope.interventions import Binding, readable
 from mnemoscope.interventions.detect import Detector
-from mnemoscope.interventions.sources import spread_groups, with_prefixes
+from mnemoscope.interventions.sources import in_turn, with_prefixes
 from mnemoscope.models import blocks_of
 from mnemoscope.runs.digests import check_closed, check_stage, intact, is_there
 from mnemoscope.runs.errors import InputError
@@ -108,9 +109,12 @@ class OpenedCell:
 
     def pairs(self, n: int) -> list[Pair]:
         """Up to ``n`` test pairs, one of every group before a second of any."""
-        other = {memorized: generalized for generalized, memorized in self._records.both_sides("test", 20 * n)}
-        chosen = spread_groups(other)[:n]
-        return [{"memorized": Question.of(one), "generalized": Question.of(other[one])} for one in chosen]
+        by_group = defaultdict[str, list[Pair]](list)
+        for generalized, memorized in self._records.both_sides("test", 20 * n):
+            by_group[memorized.group].append(
+                {"memorized": Question.of(memorized), "generalized": Question.of(generalized)}
+            )
+        return in_turn(by_group.values())[:n]
 
     def rephrase(self, question: Question, seed: int) -> Question:
         """Another phrasing of a question of the test pairs; InputError where it is not theirs, or none was drawn."""
