@@ -363,7 +363,7 @@ def sweep(arguments: argparse.Namespace) -> Work:
                     max_new_tokens=2,
                     eos_token_id=None,
                     do_sample=False,
-                    pad_token_id=asking.pad_id,
+                    pad_token_id=asking.tokenizer.pad_token_id,
                 )[:, width:]
             found.append(_of_two(asking, examples, said, closing))
         return np.concatenate(found[: len(vectors)])
@@ -445,7 +445,8 @@ def generate(arguments: argparse.Namespace) -> Work:
 
 def _greedily(asking: Asking) -> dict[str, Any]:
     """Always as many tokens, so that all do the same number of passes."""
-    return {"max_new_tokens": NEW_TOKENS, "eos_token_id": None, "do_sample": False, "pad_token_id": asking.pad_id}
+    ends = {"eos_token_id": None, "pad_token_id": asking.tokenizer.pad_token_id}
+    return {"max_new_tokens": NEW_TOKENS, "do_sample": False, **ends}
 
 
 def _nnsight_text(asking: Asking, vector: SteeringVector, inputs: dict[str, Tensor]) -> Way:

@@ -29,7 +29,7 @@ from mnemoscope.behaviour import (
     score,
     score_contrasted,
 )
-from mnemoscope.behaviour.asking import EACH_BATCH, parts_of
+from mnemoscope.behaviour.batches import EACH_BATCH, parts_of
 from mnemoscope.models import bytes_of_prompt, logits_at, with_last_logits, word_tokenizer
 from mnemoscope.paper.stored import CODE
 from mnemoscope.runs.errors import InputError

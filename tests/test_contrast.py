@@ -40,7 +40,7 @@ def test_every_statistic_agrees_with_scipy() -> None:
     generalized, memorized = states(30)
     accumulator = ContrastAccumulator.empty("block", 2, 4, permutations=200)
     accumulator.add(generalized, memorized, [f"g{i // 2}" for i in range(30)])
-    contrast, (family_wise, per_neuron) = accumulator.result(), accumulator.flips.p_values()
+    contrast, (family_wise, per_neuron) = accumulator.result(), accumulator.p_values()
     assert (contrast.p_family_wise_LD == family_wise).all()
     assert (family_wise >= per_neuron).all()
     q = stats.false_discovery_control(per_neuron.ravel()).reshape(2, 4)
@@ -58,7 +58,7 @@ def test_every_statistic_agrees_with_scipy() -> None:
     np.testing.assert_allclose(contrast.state_norm_L, np.sqrt((norms**2).mean(axis=0)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_contrasts_do_not_depend_on_sharding_or_order(data: st.DataObject) -> None:
     """Merged shards against the whole, and their moments against two passes in extended precision."""
@@ -91,7 +91,7 @@ def test_contrasts_do_not_depend_on_sharding_or_order(data: st.DataObject) -> No
         np.testing.assert_allclose(getattr(merged, name), getattr(whole, name), rtol=1e-7, atol=1e-9, err_msg=name)
 
 
-@pytest.mark.parametrize(("groups", "size"), [(80, 1), (20, 4), (8, 6)])
+@pytest.mark.parametrize(("groups", "size"), [(80, 1), (20, 4)])
 def test_shuffled_labels_rarely_have_a_significant_neuron(groups: int, size: int) -> None:
     """At most 18 of 200 shuffles report any neuron: the 99.5th percentile of a test that holds its level of 5 %."""
     draw, names, significant = np.random.default_rng(17), np.repeat(np.arange(groups), size), [0, 0]
@@ -103,7 +103,7 @@ def test_shuffled_labels_rarely_have_a_significant_neuron(groups: int, size: int
             accumulator.add(differences, nothing, [f"g{n if grouped else i}" for i, n in enumerate(names)])
             significant[grouped] += bool((accumulator.result().p_family_wise_LD <= 0.05).any())
     assert significant[True] <= 18
-    assert significant[True] >= 2 or groups == 8  # a test that never speaks holds its level as well
+    assert significant[True] >= 2  # a test that never speaks holds its level as well
     assert significant[False] > 60 or size == 1  # what ignoring the groups would claim
 
 
@@ -161,7 +161,7 @@ def test_what_cannot_be_averaged_or_merged_is_refused_and_leaves_nothing_behind(
         other.add(np.ones((1, layers, neurons)), np.zeros((1, layers, neurons)), ["a"])
         with pytest.raises(ValueError, match="allowed"):
             accumulator.merge(other)
-    assert (accumulator.moments.count, accumulator.flips.count, len(accumulator.groups)) == (0, 0, 0)
+    assert (accumulator.moments.count, accumulator.sums_BLD.any(), len(accumulator.groups)) == (0, False, 0)
     with pytest.raises(ValueError, match="permutations: 0; allowed is 1 or more"):
         ContrastAccumulator.empty("block", 2, 4, permutations=0)
 

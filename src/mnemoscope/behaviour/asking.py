@@ -1,6 +1,6 @@
-"""Examples as batches of tokens: prompts formatted and left-padded, one row per answer.
+"""A model and the form in which examples are asked of it: prompts and answers as tokens, and what closes an answer.
 
-Shapes: N examples, T tokens of a left-padded context, R rows (one per example and option), M tokens of an answer.
+Shapes: N examples, T tokens of a left-padded context.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ from functools import lru_cache
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from mnemoscope.models import batch_that_fits, context_length, end_ids
+from mnemoscope.models import context_length, end_ids
 from mnemoscope.runs.errors import InputError
-from mnemoscope.tasks import Example, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+    from mnemoscope.tasks import Example, Task
 
 UNDATED = "{% macro strftime_now(form) %}?{% endmacro %}"  # before a chat template
 
@@ -115,36 +114,6 @@ class Encoded:
     suffixes: tuple[list[int], ...]  # the rest of each option; their first tokens differ
 
 
-@dataclass(slots=True)
-class Batch:
-    """Examples of similar length, left-padded, with one row per option.
-
-    Attributes:
-        examples_N: their indices in the list that was prepared.
-        ids_NT, mask_NT, shared_N: contexts, and how many of their last tokens the options share.
-        example_R, option_R: which example (within the batch) and which option a row is.
-        suffix_RM, length_R: the options' tokens, right-padded with 0, and their number.
-        prefix: cache of every context token but the last, or None; with it come whether the model itself produces the
-            shared tokens (``prefix_fits_N``), and outputs of blocks below every shift (``reading.Unshifted``).
-    """
-
-    examples_N: np.ndarray
-    ids_NT: Tensor
-    mask_NT: Tensor
-    shared_N: Tensor
-    example_R: Tensor
-    option_R: Tensor
-    suffix_RM: Tensor
-    length_R: Tensor
-    prefix: Any = None
-    prefix_fits_N: Tensor | None = None
-    unshifted: Any = None
-
-
-EACH_BATCH = 400  # tokens that a further batch costs beside its own, as weights are read once for each (docs/LOG.md)
-FEWEST = 10**9  # that no padding outweighs
-
-
 @dataclass(frozen=True, slots=True)
 class Asking:
     """A model, its tokenizer and the format in which examples are asked of it.
@@ -195,61 +164,61 @@ class Asking:
         for text, row in zip(texts, rows, strict=True):
             if not 0 < len(row) <= limit:
                 raise InputError(f"prompt: {text[:60]!r} has {len(row)} tokens; allowed are 1 to {limit}")
-        ids_NT, mask_NT = left_padded(rows, self.pad_id)
+        ids_NT, mask_NT = left_padded(rows, pad_of(self.tokenizer))
         return BatchEncoding({"input_ids": ids_NT, "attention_mask": mask_NT}).to(self.model.device)
-
-    @property
-    def pad_id(self) -> int:
-        """The token under the mask: the padding token, or another where the tokenizer has none."""
-        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        return pad if pad is not None else end or 0
 
     def boundary_ids(self) -> list[int]:
         """Token ids that close an answer; InputError where none does.
 
         A boundary text with at most white space behind it, or, at a word end, every token that continues no word.
         """
-        return list(_closing_ids(*self._ending()))
+        return self.closing().nonzero()[:, 0].tolist()
 
     def closing(self) -> Tensor:
         """Whether each token closes an answer, bool, on the model's device; the last stands for all higher ids."""
-        return _closing_table(*self._ending(), self.model.device)
-
-    def _ending(self) -> tuple[PreTrainedTokenizerFast, tuple[str, ...] | None, tuple[int, ...], int]:
-        return self.tokenizer, self.boundary, tuple(end_ids(self.model, self.tokenizer)), len(self.tokenizer)
+        ends = tuple(end_ids(self.model, self.tokenizer))
+        return _closing(self.tokenizer, self.boundary, ends, len(self.tokenizer)).to(self.model.device)
 
 
-@lru_cache(maxsize=16)
-def _closing_table(
-    tokenizer: PreTrainedTokenizerFast,
-    boundary: tuple[str, ...] | None,
-    ends: tuple[int, ...],
-    size: int,
-    device: torch.device,
-) -> Tensor:
-    closing = torch.tensor(_closing_ids(tokenizer, boundary, ends, size))
-    table_V = torch.zeros(int(closing.max()) + 2, dtype=torch.bool)
-    table_V[closing] = True
-    return table_V.to(device)
+def pad_of(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The token under the mask: the padding token, or another where the tokenizer has none."""
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    return pad if pad is not None else end or 0
+
+
+def left_padded(rows: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Token ids as one batch, and its mask; int64 (N, T) each."""
+    width = max(map(len, rows), default=0)
+    ids_NT = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    mask_NT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids_NT, mask_NT
 
 
 @lru_cache(maxsize=16)  # decoding all tokens takes a moment, and every pass needs them
-def _closing_ids(
+def _closing(
     tokenizer: PreTrainedTokenizerFast, boundary: tuple[str, ...] | None, ends: tuple[int, ...], size: int
-) -> tuple[int, ...]:
-    """See ``Asking.boundary_ids``; ``size`` is that of the vocabulary, which may grow."""
+) -> Tensor:
+    """See ``Asking.closing``; ``size`` is that of the vocabulary, which may grow."""
     unknown, end = tokenizer.unk_token_id, tokenizer.eos_token_id
     ids: set[int] = set()
     if boundary is None:
         ids = {number for number, text in enumerate(_behind_a_word(tokenizer, size)) if not continues_word(text)}
-    for text in filter(None, boundary or ()):
-        ids |= _spelling(tokenizer, text, size)
+    elif any(boundary):
+        texts = tokenizer.batch_decode([[number] for number in range(size)])
+        for text in filter(None, boundary):
+            # Many tokenizers have "." and the line breaks behind it in one token.
+            ids |= {n for n, token in enumerate(texts) if token.startswith(text) and not token[len(text) :].strip()}
+            # Encoded alone it may be another token than behind a word ("." at the beginning of a Llama 2 text).
+            alone = tokenizer(text, add_special_tokens=False).input_ids
+            ids |= set(alone if len(alone) == 1 else [])
     ids -= {unknown}
     if boundary is None or "" in boundary:
         ids |= set(ends) - {unknown} | ({end} if unknown == end else set())
     if not ids:
         raise InputError(f"boundary: none of {boundary!r} is one token of the tokenizer")
-    return tuple(sorted(ids))
+    closing_V = torch.zeros(max(ids) + 2, dtype=torch.bool)
+    closing_V[sorted(ids)] = True
+    return closing_V
 
 
 def continues_word(text: str) -> bool:
@@ -271,18 +240,6 @@ def _behind_a_word(tokenizer: PreTrainedTokenizerFast, size: int) -> list[str]:
     return [text[len(alone[word]) :] for text in both]
 
 
-def _spelling(tokenizer: PreTrainedTokenizerFast, text: str, size: int) -> set[int]:
-    """Tokens that decode to a text and at most white space behind it, of a vocabulary of ``size``.
-
-    Encoded alone, a text may become another token than behind a word ("." at the beginning of a Llama 2 text), and many
-    tokenizers have "." and the line breaks behind it in one.
-    """
-    texts = tokenizer.batch_decode([[number] for number in range(size)])
-    found = {n for n, token in enumerate(texts) if token.startswith(text) and not token[len(text) :].strip()}
-    alone = tokenizer(text, add_special_tokens=False).input_ids
-    return found | set(alone if len(alone) == 1 else [])
-
-
 def check_known(asking: Asking, prompts: Sequence[str]) -> None:
     """Raises InputError where a prompt has a token that the tokenizer does not know; the prompt is named."""
     for prompt, row in zip(prompts, asking.tokens([asking.text(prompt) for prompt in prompts]), strict=True):
@@ -295,13 +252,6 @@ def _unknown(tokenizer: PreTrainedTokenizerFast) -> int | None:
     return None if tokenizer.unk_token_id == tokenizer.eos_token_id else tokenizer.unk_token_id
 
 
-@lru_cache(maxsize=16)
-def _keeps_spaces(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether spaces between words are in the tokens, so that an answer needs its own."""
-    texts = ("a b", "ab")
-    return all(tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text for text in texts)
-
-
 def _unknown_word(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
     """Error message that names the word of a text that has no token."""
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -310,12 +260,11 @@ def _unknown_word(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
     return f"the tokenizer has no token for {text[first:last]!r} in {text!r}"
 
 
-def left_padded(rows: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Token ids as one batch, and its mask; int64 (N, T) each."""
-    width = max(map(len, rows), default=0)
-    ids_NT = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
-    mask_NT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return ids_NT, mask_NT
+@lru_cache(maxsize=16)
+def _keeps_spaces(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether spaces between words are in the tokens, so that an answer needs its own."""
+    texts = ("a b", "ab")
+    return all(tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text for text in texts)
 
 
 def encode(asking: Asking, examples: Sequence[Example]) -> list[Encoded]:
@@ -340,8 +289,7 @@ def encode(asking: Asking, examples: Sequence[Example]) -> list[Encoded]:
         if fault:
             raise InputError(f"{fault} (item {example.item!r})")
         shared = 0 if asking.from_prompt else shared
-        suffixes = tuple(answer[shared:] for answer in answers)
-        encoded.append(Encoded(prompt + answers[0][:shared], shared, suffixes))
+        encoded.append(Encoded(prompt + answers[0][:shared], shared, tuple(answer[shared:] for answer in answers)))
     return encoded
 
 
@@ -364,47 +312,3 @@ def _fault(asking: Asking, example: Example, prompt: list[int], options: list[li
         if len(option) + 1 > limit:
             return f"prompt: {len(option)} tokens with its answer; the model reads at most {limit - 1}"
     return ""
-
-
-def prepare(asking: Asking, examples: Sequence[Example], *, whole: bool = False) -> list[Batch]:
-    """Encode examples and batch them by length, fewer at a time where memory is short.
-
-    ``whole``: as few batches as there can be, for lists whose prefixes are cached; else, on a processor, fewer examples
-    than ``batch_size`` where a batch would be padding for the most part.
-    """
-    encoded = encode(asking, examples)
-    if not encoded:
-        return []
-    order = np.argsort([len(e.context) for e in encoded], kind="stable")
-    longest = max(len(e.context) for e in encoded)
-    read_on = max(len(e.suffixes) * max(map(len, e.suffixes)) for e in encoded)
-    size = batch_that_fits(asking.model, asking.batch_size, longest, read_on)
-    whole = whole or asking.model.device.type != "cpu"  # elsewhere padding costs less than a further batch
-    parts = parts_of([len(encoded[i].context) for i in order], size, FEWEST if whole else EACH_BATCH)
-    return [as_batch(asking, encoded, order[part]) for part in parts]
-
-
-def parts_of(lengths: Sequence[int], most: int, each: int = EACH_BATCH) -> list[slice]:
-    """Parts of at most ``most`` of ascending lengths that cost least: padded tokens, and ``each`` for a part."""
-    best, begins = np.zeros(len(lengths) + 1, np.int64), [0]
-    for end, longest in enumerate(lengths, 1):
-        first = max(0, end - most)
-        costs = best[first:end] + np.arange(end - first, 0, -1) * longest
-        begins.append(first + int(costs.argmin()))
-        best[end] = costs.min() + each
-    ends = [len(lengths)] if lengths else []
-    while ends and begins[ends[-1]]:
-        ends.append(begins[ends[-1]])
-    return [slice(begins[end], end) for end in reversed(ends)]
-
-
-def as_batch(asking: Asking, encoded: Sequence[Encoded], chosen: np.ndarray) -> Batch:
-    """The chosen ones of encoded examples as one batch."""
-    picked, device = [encoded[i] for i in chosen], asking.model.device
-    contexts = left_padded([e.context for e in picked], asking.pad_id)
-    rows = [(n, o, suffix) for n, e in enumerate(picked) for o, suffix in enumerate(e.suffixes)]
-    example_R, option_R, suffixes = zip(*rows, strict=True)
-    longest = max(map(len, suffixes))
-    padded, lengths = [suffix + [0] * (longest - len(suffix)) for suffix in suffixes], [*map(len, suffixes)]
-    lists = ([e.shared for e in picked], example_R, option_R, padded, lengths)
-    return Batch(chosen, *(x.to(device) for x in (*contexts, *map(torch.tensor, lists))))

@@ -11,7 +11,8 @@ from itertools import islice
 
 import numpy as np
 
-from mnemoscope.behaviour.asking import Asking, prepare
+from mnemoscope.behaviour.asking import Asking
+from mnemoscope.behaviour.batches import prepare
 from mnemoscope.behaviour.labels import Scores, score
 from mnemoscope.behaviour.states import KeptStates
 from mnemoscope.models import Site

@@ -5,24 +5,22 @@ first shift. Both are kept with a batch, so that a setting of a sweep costs the 
 these only the blocks above the first shift.
 
 Shapes: N examples, T tokens of a left-padded context, R rows (one per example and option), S rows that are read on,
-M tokens of an answer, V vocabulary, L layers, D neurons, H heads of W neurons.
+M tokens of an answer, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import chain
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from mnemoscope.behaviour.asking import Asking, Batch, parts_of
+from mnemoscope.behaviour.asking import Asking
+from mnemoscope.behaviour.batches import Batch, Unshifted, kept_bytes, picked
 from mnemoscope.models import (
     backbone_of,
-    bytes_of,
     cache_of,
     logits_at,
     make_room,
@@ -43,15 +41,6 @@ if TYPE_CHECKING:
 # From this share of wanted rows on, reading all is cheaper than copying the keys and values of some.
 MOST_ROWS = 0.75
 MOST_BYTES = 2**30  # kept of a list: small next to a model for which that is few prompts
-
-
-@dataclass(frozen=True, slots=True)
-class Unshifted:
-    """Outputs of blocks from the decision position on, while nothing is shifted in them or below."""
-
-    context_L: list[Any]  # of each block at the decision position, states (N, 1, D)
-    answers_L: list[Any]  # of each block over the options' tokens, states (R, M, D)
-    columns_L: list[tuple[Tensor, Tensor]]  # each layer's key and value of the decision position, (N, H, 1, W) each
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +82,10 @@ def cache_prefixes(asking: Asking, batches: Sequence[Batch], most_bytes: int = M
     for batch in batches:
         if kept > most_bytes:
             return
-        ids_NT, mask_NT = batch.ids_NT[:, :-1], batch.mask_NT[:, :-1]
-        keep = int(batch.shared_N.max())
+        ids_NT, keep = batch.ids_NT[:, :-1], int(batch.shared_N.max())
         if ids_NT.shape[1] == 0:
             continue
-        inputs = pass_inputs(asking.model, ids_NT, mask_NT)
+        inputs = pass_inputs(asking.model, ids_NT, batch.mask_NT[:, :-1])
         # No head where no logits are needed.
         output = with_last_logits(asking.model, inputs, keep) if keep else backbone_of(asking.model)(**inputs)
         batch.prefix_fits_N = _shared_fits(batch, output.logits if keep else None)
@@ -106,99 +94,6 @@ def cache_prefixes(asking: Asking, batches: Sequence[Batch], most_bytes: int = M
         has_room = make_room(batch.prefix, 1 + batch.suffix_RM.shape[1])
         batch.unshifted = _read_unshifted(asking.model, batch) if has_room else None
         kept += kept_bytes(batch)
-
-
-def kept_bytes(batch: Batch) -> int:
-    """Bytes that a batch keeps: keys and values, and outputs of untouched blocks."""
-    known = batch.unshifted
-    states = [*map(states_of, (*known.context_L, *known.answers_L)), *chain(*known.columns_L)] if known else []
-    return (0 if batch.prefix is None else bytes_of(batch.prefix)) + sum(part.nbytes for part in states)
-
-
-def without_prefix(batch: Batch) -> Batch:
-    """The same contexts, to be read from their beginning: for shifts that act before the decision position."""
-    return replace(batch, prefix=None, prefix_fits_N=None, unshifted=None)
-
-
-def by_length(batch: Batch) -> list[Batch]:
-    """A batch without cached prefixes in parts of similar length, where that saves more padding than it costs."""
-    if batch.ids_NT.device.type != "cpu":
-        return [batch]
-    length_N = batch.mask_NT.sum(1).numpy()
-    order = np.argsort(length_N, kind="stable")
-    found = []
-    for part in parts_of(length_N[order].tolist(), len(order)):
-        rows_N = torch.as_tensor(order[part])
-        here_R = torch.nonzero(torch.isin(batch.example_R, rows_N))[:, 0]
-        place_N = torch.zeros(len(order), dtype=torch.int64).index_put((rows_N,), torch.arange(len(rows_N)))
-        here_R = here_R[torch.argsort(place_N[batch.example_R[here_R]], stable=True)]  # rows of an example in order
-        columns = slice(batch.ids_NT.shape[1] - int(length_N[order[part]].max()), None)
-        found.append(
-            Batch(
-                batch.examples_N[order[part]],
-                batch.ids_NT[rows_N, columns],
-                batch.mask_NT[rows_N, columns],
-                batch.shared_N[rows_N],
-                example_R=place_N[batch.example_R[here_R]],
-                option_R=batch.option_R[here_R],
-                suffix_RM=batch.suffix_RM[here_R],
-                length_R=batch.length_R[here_R],
-            )
-        )
-    return found
-
-
-def with_options(batch: Batch, option_KN: Tensor) -> Batch:
-    """The same contexts K times, each time with one option of every example, by its number.
-
-    Shares the prefixes if K is 1, so score only one at a time.
-    """
-    copies, n = option_KN.shape
-    again_M = torch.arange(n, device=option_KN.device).repeat(copies)
-    numbers_R = torch.arange(len(batch.example_R), device=option_KN.device)
-    rows_M = by_option(batch, numbers_R, 0)[again_M, option_KN.flatten()]
-    known = batch.unshifted and Unshifted(
-        [_picked(context, again_M) for context in batch.unshifted.context_L],
-        [_picked(answers, rows_M) for answers in batch.unshifted.answers_L],
-        [(_rows(key, again_M), _rows(value, again_M)) for key, value in batch.unshifted.columns_L],
-    )
-    return Batch(
-        np.tile(batch.examples_N, copies),
-        batch.ids_NT[again_M],
-        batch.mask_NT[again_M],
-        batch.shared_N[again_M],
-        example_R=torch.arange(copies * n, device=option_KN.device),
-        option_R=option_KN.flatten(),
-        suffix_RM=batch.suffix_RM[rows_M],
-        length_R=batch.length_R[rows_M],
-        prefix=None if batch.prefix is None else select_rows(batch.prefix, again_M if copies > 1 else None),
-        prefix_fits_N=None if batch.prefix_fits_N is None else batch.prefix_fits_N[again_M],
-        unshifted=known,
-    )
-
-
-def with_suffixes(batch: Batch, suffixes: Sequence[list[int]]) -> Batch:
-    """The same contexts, each with one answer: the given tokens. Blocks below a shift are run again."""
-    longest, device = max(map(len, suffixes)), batch.suffix_RM.device
-    padded = torch.tensor([suffix + [0] * (longest - len(suffix)) for suffix in suffixes], device=device)
-    lengths = torch.tensor([*map(len, suffixes)], device=device)
-    return replace(batch, suffix_RM=padded, length_R=lengths, unshifted=None)
-
-
-def by_option(batch: Batch, values_R: Tensor, missing: float | bool) -> Tensor:
-    """Values of rows by example and option; (N, 2)."""
-    empty_N2 = torch.full((len(batch.examples_N), 2), missing, dtype=values_R.dtype, device=values_R.device)
-    return empty_N2.index_put((batch.example_R, batch.option_R), values_R)
-
-
-def _rows(states: Tensor, rows_R: Tensor) -> Tensor:
-    """Rows of a layer's states, which may lie on another device than the batch."""
-    return states[rows_R.to(states.device)]
-
-
-def _picked(output: Any, rows_R: Tensor, columns: int | None = None) -> Any:
-    """Rows of a block's output, and its first columns."""
-    return with_states(output, _rows(states_of(output), rows_R)[:, :columns])
 
 
 def _read_unshifted(model: PreTrainedModel, batch: Batch) -> Unshifted:
@@ -214,16 +109,15 @@ def read_contexts(model: PreTrainedModel, batch: Batch) -> Contexts:
     """Read contexts up to and including their decision positions."""
     if batch.prefix is None:
         inputs = pass_inputs(model, batch.ids_NT, batch.mask_NT)
-        keep = int(batch.shared_N.max()) + 1
-        output = with_last_logits(model, inputs, keep)
+        output = with_last_logits(model, inputs, int(batch.shared_N.max()) + 1)
         return Contexts(output.logits[:, -1].float(), _shared_fits(batch, output.logits[:, :-1]), cache_of(output))
-    known = _known_blocks(model, batch)
-    with replayed_blocks(model, known, batch.unshifted.context_L[known - 1] if known else None):
+    assert batch.prefix_fits_N is not None
+    known, context, _ = _known_blocks(model, batch)
+    with replayed_blocks(model, known, context):
         output = with_last_logits(model, _decision_inputs(model, batch))
     cache = cache_of(output)
-    for number in range(known):
-        cache.layers[number].update(*batch.unshifted.columns_L[number])
-    assert batch.prefix_fits_N is not None
+    for layer, column in zip(cache.layers, batch.unshifted.columns_L[:known] if batch.unshifted else (), strict=False):
+        layer.update(*column)
     return Contexts(output.logits[:, -1].float(), batch.prefix_fits_N, cache, known)
 
 
@@ -240,14 +134,14 @@ def read_answers(
     if len(rows_S) == 0:
         return None
     length_S = batch.length_R[rows_S]
-    longest = int(length_S.max())
-    suffix_SM = batch.suffix_RM[rows_S, :longest]
+    suffix_SM = batch.suffix_RM[rows_S, : int(length_S.max())]
     behind_SM = suffix_SM if closed_R is not None else suffix_SM[:, :-1]
-    last = batch.unshifted.answers_L[contexts.known - 1] if contexts.known else None
-    returned = None if last is None else _picked(last, rows_S, behind_SM.shape[1])
     used_S = length_S - 1 if closed_R is None else length_S - 1 + closed_R[rows_S].long()
     step_M = torch.arange(behind_SM.shape[1], device=used_S.device)
     read_SM = (step_M < used_S[:, None]) & wanted_R[rows_S][:, None]
+    returned = None
+    if contexts.known and batch.unshifted:
+        returned = picked(batch.unshifted.answers_L[contexts.known - 1], rows_S, behind_SM.shape[1])
     with replayed_blocks(model, contexts.known, returned), rows_of_prompts(batch.example_R[rows_S]):
         inputs = _answer_inputs(model, contexts.cache, batch.mask_NT, behind_SM, example_S)
         logits_KV = logits_at(model, inputs, read_SM).float()
@@ -264,21 +158,23 @@ def read_only_options(model: PreTrainedModel, batch: Batch, closed: bool = False
     behind_NM = batch.suffix_RM[:, : int(batch.length_R.max()) - (not closed)]
     mask_NT = torch.cat([batch.mask_NT, torch.ones_like(behind_NM)], dim=1)
     if batch.prefix is None:
-        ids_NT = torch.cat([batch.ids_NT, behind_NM], dim=1)
-        inputs = pass_inputs(model, ids_NT, mask_NT)
+        inputs = pass_inputs(model, torch.cat([batch.ids_NT, behind_NM], dim=1), mask_NT)
         return with_last_logits(model, inputs, behind_NM.shape[1] + 1).logits.float()
-    known, returned = _known_blocks(model, batch), None
+    known, context, answers = _known_blocks(model, batch)
     if known:
-        context, answers = batch.unshifted.context_L[known - 1], batch.unshifted.answers_L[known - 1]
         both = [states_of(context), states_of(answers)[:, : behind_NM.shape[1]]]
-        returned = with_states(context, torch.cat(both, dim=1))
+        context = with_states(context, torch.cat(both, dim=1))
     ids_NM = torch.cat([batch.ids_NT[:, -1:], behind_NM], dim=1)
-    with replayed_blocks(model, known, returned):
+    with replayed_blocks(model, known, context):
         return model(**pass_inputs(model, ids_NM, mask_NT, select_rows(batch.prefix, None))).logits.float()
 
 
-def _known_blocks(model: PreTrainedModel, batch: Batch) -> int:
-    return min(untouched_blocks(model), len(batch.unshifted.context_L)) if batch.unshifted else 0
+def _known_blocks(model: PreTrainedModel, batch: Batch) -> tuple[int, Any, Any]:
+    """How many of the first blocks need not be run, and what the last of them returned for contexts and answers."""
+    known = min(untouched_blocks(model), len(batch.unshifted.context_L)) if batch.unshifted else 0
+    if not known or not batch.unshifted:
+        return 0, None, None
+    return known, batch.unshifted.context_L[known - 1], batch.unshifted.answers_L[known - 1]
 
 
 def _rows_to_read(batch: Batch, wanted_R: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mnemoscope.behaviour.asking import Asking, prepare
+from mnemoscope.behaviour.asking import Asking
+from mnemoscope.behaviour.batches import prepare
 from mnemoscope.models import (
     Site,
     backbone_of,
@@ -142,7 +143,6 @@ def uncertainty_of(logits_NV: Tensor) -> np.ndarray:
     return torch.stack(both, dim=1).cpu().numpy()
 
 
-@torch.no_grad()
 def read_states(
     asking: Asking,
     examples: Sequence[Example],
@@ -156,21 +156,21 @@ def read_states(
         offsets: tokens before the decision position, smaller than every context's length.
         kept: states at the decision position that need not be read again; others are added to it.
     """
-    if kept is None or tuple(offsets) != (0,) or not examples:
+    if kept is None or tuple(offsets) != (0,):
         return _read(asking, examples, site, offsets)
     known = kept.get(site, examples)
     missing = [n for n in range(len(examples)) if n not in known]
+    fresh = _read(asking, unknown := [examples[n] for n in missing], site, offsets)
     if missing:
-        unknown = [examples[n] for n in missing]
-        fresh = _read(asking, unknown, site, offsets)
         kept.add(site, unknown, fresh.at_decision_NLD, fresh.uncertainty_N2)
-        if not known:
-            return fresh
-        known |= dict(zip(missing, zip(fresh.at_decision_NLD, fresh.uncertainty_N2, strict=True), strict=True))
+    if not known:
+        return fresh
+    known |= dict(zip(missing, zip(fresh.at_decision_NLD, fresh.uncertainty_N2, strict=True), strict=True))
     states_NLD, uncertainty_N2 = map(np.stack, zip(*(known[n] for n in range(len(examples))), strict=True))
     return States(states_NLD[None], uncertainty_N2)
 
 
+@torch.no_grad()
 def _read(asking: Asking, examples: Sequence[Example], site: Site, offsets: Sequence[int]) -> States:
     states_ONLD, uncertainty_N2 = np.empty((len(offsets), 0)), np.full((len(examples), 2), np.nan)
     for batch in prepare(asking, examples):

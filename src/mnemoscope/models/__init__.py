@@ -29,7 +29,15 @@ from mnemoscope.models.layout import (
     width_of,
     with_states,
 )
-from mnemoscope.models.opening import PACKAGED, QUANTIZED, context_length, end_ids, layers_of, load_model
+from mnemoscope.models.opening import (
+    PACKAGED,
+    QUANTIZED,
+    context_length,
+    end_ids,
+    layers_of,
+    load_model,
+    models_that_fit,
+)
 from mnemoscope.models.passes import (
     PLAINLY,
     Precision,
@@ -47,5 +55,5 @@ from mnemoscope.models.passes import (
     untouched_blocks,
     with_last_logits,
 )
-from mnemoscope.models.room import batch_that_fits, bytes_of_prompt, models_that_fit
+from mnemoscope.models.room import batch_that_fits, bytes_of_prompt
 from mnemoscope.models.trainable import adapt, build_gpt2, check_peft, is_adapted, merged_weights, word_tokenizer

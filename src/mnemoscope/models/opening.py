@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -12,11 +13,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
 from mnemoscope.models.caches import arguments_of
 from mnemoscope.models.layout import Layout, core_of, use_layout
+from mnemoscope.models.room import free_bytes
 from mnemoscope.models.trainable import check_peft
 from mnemoscope.runs.digests import STAGES, check_closed, check_stage, intact
 from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.processes import beside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -25,6 +30,7 @@ if TYPE_CHECKING:
 
 QUANTIZED = "Q4-dequantized"  # shown with every number of a packaged model
 SHOWN = 3  # names of weights in an error
+INDEX = "model.safetensors.index.json"  # of weights in several files
 _REPORTED = {  # what the library says of the weights of a folder, in words
     "missing_keys": "lacks",
     "mismatched_keys": "has in another shape",
@@ -90,10 +96,9 @@ def load_model(
 
     folder = unpacked(source)
     _check_own(Path(folder))
-    adapted = _adapted(folder, source)
-    _check_causal(adapted, source)
-    _check_parts(adapted, source)
-    try:
+    with _refusing(source):
+        adapted = _adapted(folder, source)
+        _check_causal(adapted, source)
         has_none = adapted != folder and file_of(folder, "tokenizer_config.json") is None
         words = unpacked(tokenizer) if tokenizer is not None else adapted if has_none else folder
         opened = AutoTokenizer.from_pretrained(words, padding_side="left", trust_remote_code=False)
@@ -110,10 +115,6 @@ def load_model(
         _check_loaded(model, report, adapted)
         if adapted != folder:
             _check_loaded(model, model.load_adapter(str(folder)).to_dict(), source)
-    except InputError:
-        raise
-    except Exception as error:  # the library raises many kinds for a broken folder
-        raise _refused(source, error) from error
     if not opened.is_fast:
         raise InputError(f"model: {source} has a slow tokenizer only; one of the library tokenizers is needed")
     if len(opened) <= len(set(opened.all_special_ids)):  # what the library makes of a folder without one
@@ -128,6 +129,20 @@ def load_model(
     return model.eval(), opened
 
 
+@contextmanager
+def _refusing(source: str | Path) -> Iterator[None]:
+    """Whatever the library raises for a broken folder, as one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # it raises many kinds
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        names = "" if Path(source).exists() else f"; models as packages are {' and '.join(PACKAGED)}"
+        line = f"model: {source} cannot be opened as a causal language model ({reason[0]}){names}"
+        raise InputError(line) from error
+
+
 def context_length(model: PreTrainedModel) -> int:
     """Maximum number of tokens that a model can read."""
     return int(getattr(core_of(model).config.get_text_config(), "max_position_embeddings", 2**31))
@@ -137,14 +152,9 @@ def layers_of(source: str | Path) -> int:
     """Number of layers of a model, from its configuration alone; InputError where that cannot be read."""
     from transformers import AutoConfig
 
-    folder = unpacked(source)
-    try:
-        config = AutoConfig.from_pretrained(_adapted(folder, source), trust_remote_code=False)
+    with _refusing(source):
+        config = AutoConfig.from_pretrained(_adapted(unpacked(source), source), trust_remote_code=False)
         return int(config.get_text_config().num_hidden_layers)
-    except InputError:
-        raise
-    except Exception as error:  # as in load_model
-        raise _refused(source, error) from error
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> list[int]:
@@ -162,10 +172,7 @@ def _adapted(folder: str | Path, source: str | Path) -> str | Path:
     check_peft(f"model: {source} is an adapter, which")
     if file_of(folder, "adapter_model.safetensors") is None:
         raise InputError(f"model: {source} has no adapter_model.safetensors; other formats are not opened")
-    try:
-        return str(json.loads(Path(described).read_text())["base_model_name_or_path"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _refused(source, error) from error
+    return str(json.loads(Path(described).read_text())["base_model_name_or_path"])
 
 
 def file_of(folder: str | Path, name: str) -> str | None:
@@ -190,31 +197,14 @@ def _check_own(folder: Path) -> None:
         raise InputError(f"model: {folder} holds an adapter, where a study writes a whole model")
 
 
-def _check_parts(folder: str | Path, source: str | Path) -> None:
-    """Refuse weights in files outside of the folder."""
-    listed = file_of(folder, "model.safetensors.index.json")
-    if listed is None:
-        return
-    try:
-        names = {Path(name) for name in json.loads(Path(listed).read_text())["weight_map"].values()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _refused(source, error) from error
-    for name in sorted(names):
-        if name.is_absolute() or ".." in name.parts:
-            raise InputError(f"model: {source} has weights in {name}, which is outside of it")
-
-
 def _check_causal(folder: str | Path, source: str | Path) -> None:
-    """Refuse masked and encoder-decoder models, which would open with a warning only."""
+    """Refuse masked and encoder-decoder models, which would open with a warning only, and files outside the folder."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
     if str(source).startswith((".", "/")) and not Path(folder).is_dir():  # no id of the hub
         raise InputError(f"model: the folder {source} does not exist")
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:
-        raise _refused(source, error) from error
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if "/" in str(getattr(config, "_attn_implementation", None)):  # the library would fetch its code and run it
         raise InputError(f"model: {source} asks for an attention kernel from the hub; none is run")
     known = {name for names in CAUSAL.values() for name in ([names] if isinstance(names, str) else names)}
@@ -222,6 +212,10 @@ def _check_causal(folder: str | Path, source: str | Path) -> None:
     if getattr(config, "is_encoder_decoder", False) or (made_as and not known & set(made_as)):
         kind = ", ".join(made_as) or config.model_type
         raise InputError(f"model: {source} is {kind}; a causal language model (decoder only) is wanted")
+    listed = file_of(folder, INDEX)
+    for name in sorted(set(json.loads(Path(listed).read_text())["weight_map"].values())) if listed else ():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise InputError(f"model: {source} has weights in {name}, which is outside of it")
 
 
 def _check_loaded(model: PreTrainedModel, report: Mapping[str, Any], source: str | Path) -> None:
@@ -236,12 +230,6 @@ def _check_loaded(model: PreTrainedModel, report: Mapping[str, Any], source: str
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
             found = f"{what} {', '.join(names[:SHOWN])}{more}"
             raise InputError(f"model: {source} {found}; weights and configuration do not belong together")
-
-
-def _refused(source: str | Path, error: Exception) -> InputError:
-    reason = str(error).strip().splitlines() or [type(error).__name__]
-    names = "" if Path(source).exists() else f"; models as packages are {' and '.join(PACKAGED)}"
-    return InputError(f"model: {source} cannot be opened as a causal language model ({reason[0]}){names}")
 
 
 def unpacked(source: str | Path) -> str | Path:
@@ -260,13 +248,13 @@ def unpacked(source: str | Path) -> str | Path:
     if (folder / "config.json").is_file():
         return folder
     for package in packaged.packages:
-        if find_spec(_module_of(package)) is None:
+        if find_spec(package.replace("-", "_")) is None:
             raise InputError(f"model: {name!r} needs the package {package}: {packaged.install}")
     cache.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{folder.name}-", dir=cache) as beside:
         made = Path(beside) / "model"
         try:
-            _convert(_weights_file(packaged.packages[0], Path(beside)), made)
+            _convert(_weights_file(packaged.packages[0].replace("-", "_"), Path(beside)), made)
         except (ImportError, OSError, ValueError) as error:
             raise InputError(f"model: {name!r} cannot be converted ({error}); {packaged.install}") from error
         if not folder.exists():  # another process may have been quicker
@@ -274,22 +262,18 @@ def unpacked(source: str | Path) -> str | Path:
     return folder
 
 
-def _module_of(package: str) -> str:
-    return package.replace("-", "_")
-
-
-def _weights_file(package: str, beside: Path) -> Path:
+def _weights_file(module: str, beside: Path) -> Path:
     """The GGUF file in a package, or joined from its parts in a folder; ValueError without either."""
-    found = find_spec(_module_of(package))
+    found = find_spec(module)
     assert found is not None
     # Not imported where the file is there: such packages may need an engine of their own.
     packed = [path for where in found.submodule_search_locations or () for path in Path(where).glob("*.gguf")]
     if len(packed) == 1:
         return packed[0]
-    assemble = None if packed else getattr(import_module(_module_of(package)), "assemble", None)
+    assemble = None if packed else getattr(import_module(module), "assemble", None)
     if assemble is None:
-        raise ValueError(f"the package {package} holds {len(packed)} GGUF files; one is wanted")
-    return Path(assemble(beside / f"{package}.gguf"))
+        raise ValueError(f"the package {module} holds {len(packed)} GGUF files; one is wanted")
+    return Path(assemble(beside / f"{module}.gguf"))
 
 
 def _convert(packed: Path, folder: Path) -> None:
@@ -301,3 +285,16 @@ def _convert(packed: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(**where, quantization_config=GgufConfig(dequantize=True))
     model.float().save_pretrained(folder)
     AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+
+
+def models_that_fit(source: str | Path, wanted: int) -> int:
+    """Number of processes, at least one and at most ``wanted``, with a model (folder or hub id) each that fit."""
+    folder = unpacked(source)
+    listed = file_of(folder, INDEX)
+    whole = file_of(folder, "model.safetensors") if listed is None else None
+    saved = Path(whole).stat().st_size if whole else 0
+    if listed:
+        saved = int(json.loads(Path(listed).read_text()).get("metadata", {}).get("total_size", 0))
+    free = free_bytes(torch.device("cpu"))
+    # Weights of two bytes become four, and as much again passes through; the libraries themselves take half a GiB.
+    return wanted if free is None else max(1, min(wanted, int(free // beside() // (2**29 + 3 * saved))))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +11,6 @@ import torch
 from torch import nn
 
 from mnemoscope.models.layout import blocks_of, core_of
-from mnemoscope.models.opening import file_of, unpacked
 from mnemoscope.runs.processes import beside
 
 SHARE = 0.5  # of the free memory that a pass may take: the estimate leaves out the allocator
@@ -74,16 +72,3 @@ def batch_that_fits(model: nn.Module, wanted: int, tokens: int, read_on: int) ->
         message = f"pairs.batch_size: {takes}, and {free / 2**30:.1f} are free; {fitting} at a time"
         logging.getLogger("mnemoscope").warning(message)
     return fitting
-
-
-def models_that_fit(source: str | Path, wanted: int) -> int:
-    """Number of processes, at least one and at most ``wanted``, with a model (folder or hub id) each that fit."""
-    folder = unpacked(source)
-    listed = file_of(folder, "model.safetensors.index.json")
-    whole = file_of(folder, "model.safetensors") if listed is None else None
-    saved = Path(whole).stat().st_size if whole else 0
-    if listed:
-        saved = int(json.loads(Path(listed).read_text()).get("metadata", {}).get("total_size", 0))
-    free = free_bytes(torch.device("cpu"))
-    # Weights of two bytes become four, and as much again passes through; the libraries themselves take half a GiB.
-    return wanted if free is None else max(1, min(wanted, int(free // beside() // (2**29 + 3 * saved))))

@@ -3,6 +3,17 @@
 Undefined is NaN, never 0, and an interval of width 0 is never reported: it looks certain and is not.
 """
 
+from mnemoscope.statistics.comparing import (
+    cosine,
+    half_of_groups,
+    holm,
+    in_group_order,
+    overlap,
+    overlap_by_chance,
+    rank_correlation,
+    sign_flips,
+    top_by_magnitude,
+)
 from mnemoscope.statistics.intervals import (
     LEAST_GROUPS,
     Estimate,
@@ -17,13 +28,3 @@ from mnemoscope.statistics.intervals import (
     proportion,
     surely_more,
 )
-from mnemoscope.statistics.likeness import (
-    cosine,
-    half_of_groups,
-    in_group_order,
-    overlap,
-    overlap_by_chance,
-    rank_correlation,
-    top_by_magnitude,
-)
-from mnemoscope.statistics.paired import holm, sign_flips

@@ -73,8 +73,8 @@ class PairedMoments:
 
     def add(self, states_generalized_NLD: ArrayLike, states_memorized_NLD: ArrayLike) -> None:
         """Add N pairs, row n of both arrays being one pair; ValueError unless both are (N, L, D)."""
-        generalized_NLD = _as_batch("states_generalized", states_generalized_NLD, self.means_2LD[0])
-        memorized_NLD = _as_batch("states_memorized", states_memorized_NLD, self.means_2LD[1])
+        generalized_NLD = _as_batch("generalized", states_generalized_NLD, self.means_2LD[0])
+        memorized_NLD = _as_batch("memorized", states_memorized_NLD, self.means_2LD[1])
         same("states_memorized: number of pairs", len(generalized_NLD), len(memorized_NLD))
         if not len(generalized_NLD):
             return
@@ -130,84 +130,6 @@ class PairedMoments:
         """numerator / sd; NaN where the sd is no more than rounding."""
         floor_LD = CONSTANT * np.sqrt(self._mean_square_LD)
         return np.divide(numerator_LD, sd_LD, out=np.full_like(sd_LD, math.nan), where=sd_LD > floor_LD)
-
-
-@dataclass(slots=True, eq=False)
-class SignFlips:
-    """Paired sign-flip permutation test with the max statistic, streamed.
-
-    If a neuron does not differ between the behaviours, the differences of a group are as likely to have the other sign.
-    Whole groups flip, as the pairs of a group are not independent (exchangeability blocks: Winkler et al. 2014,
-    NeuroImage 92:381-397). The statistic of a neuron is |sum of signed differences| / sqrt(sum of squared differences),
-    whose denominator no flip changes. Sign b of a group is bit b of a hash of (seed, group), so that shards flip alike
-    and their sums add up. Memory is B * L * D * 8 bytes, whatever N is: 25 MB for 6 layers of 512 at B = 1000.
-
-    Attributes:
-        count: differences so far.
-        sum_LD, squares_LD: sum of the differences and of their squares.
-        sums_BLD: sum of the differences with the signs of permutation b.
-    """
-
-    seed: int
-    count: int
-    sum_LD: Floats
-    squares_LD: Floats
-    sums_BLD: Floats = field(repr=False)
-
-    @classmethod
-    def empty(cls, shape: tuple[int, ...], permutations: int = 1000, seed: int = 0) -> SignFlips:
-        """A test of no pairs, for differences (L, D); ValueError for less than one permutation."""
-        if permutations < 1:
-            raise ValueError(f"permutations: {permutations}; allowed is 1 or more")
-        return cls(seed, 0, np.zeros(shape), np.zeros(shape), np.zeros((permutations, *shape)))
-
-    def add(self, differences_NLD: ArrayLike, groups: Sequence[str]) -> None:
-        """Add N differences (generalized - memorized) with their groups; ValueError unless (N, L, D) and N."""
-        values_NLD = _as_batch("differences", differences_NLD, self.sum_LD)
-        same("groups: length", len(values_NLD), len(groups))
-        if not len(values_NLD):
-            return
-        names_G, index_N = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
-        members_GN = sparse.csr_array((np.ones(len(index_N)), (index_N, np.arange(len(index_N)))))
-        totals_GD = members_GN @ values_NLD.reshape(len(index_N), -1)
-        permutations = len(self.sums_BLD)
-        signs_BG = np.stack([_signs(self.seed, permutations, str(name)) for name in names_G], axis=1).astype(np.float64)
-        for rows in blocks(permutations, BLOCK_PERMUTATIONS):
-            self.sums_BLD[rows] += (signs_BG[rows] @ totals_GD).reshape(-1, *self.sum_LD.shape)
-        self.count += len(index_N)
-        self.sum_LD += values_NLD.sum(axis=0)
-        self.squares_LD += (values_NLD**2).sum(axis=0)
-
-    def merge(self, other: SignFlips) -> Self:
-        """Add another shard's sums in place and return self; ValueError unless seed, B and shape agree."""
-        same("seed", self.seed, other.seed)
-        same("shape", self.sums_BLD.shape, other.sums_BLD.shape)
-        self.count += other.count
-        self.sum_LD += other.sum_LD
-        self.squares_LD += other.squares_LD
-        self.sums_BLD += other.sums_BLD
-        return self
-
-    def p_values(self) -> tuple[Floats, Floats]:
-        """Two-sided p-values (p_family_wise_LD, p_per_neuron_LD): 1 where all differences are 0, NaN while count is 0.
-
-        Family-wise compares each neuron with the largest statistic of each permutation (Westfall & Young 1993,
-        "Resampling-based multiple testing"). Both are (1 + permutations at least as extreme) / (B + 1), which is never
-        0 (Phipson & Smyth 2010, SAGMB 9:39).
-        """
-        shape, permutations = self.sum_LD.shape, len(self.sums_BLD)
-        if not self.count:
-            return np.full(shape, math.nan), np.full(shape, math.nan)
-        # Where all differences are 0 the statistic is 0 for every flip: never the maximum, and always a tie, so p = 1.
-        scale_LD = np.sqrt(np.where(self.squares_LD > 0, self.squares_LD, 1.0))
-        threshold_LD = np.abs(self.sum_LD) / scale_LD - TIE
-        maxima_B, extreme_LD = np.empty(permutations), np.zeros(shape, dtype=np.int64)
-        for rows in blocks(permutations, BLOCK_PERMUTATIONS):
-            statistics_BLD = np.abs(self.sums_BLD[rows]) / scale_LD
-            maxima_B[rows] = statistics_BLD.reshape(len(statistics_BLD), -1).max(axis=1)
-            extreme_LD += (statistics_BLD >= threshold_LD).sum(axis=0)
-        beaten_LD = permutations - np.searchsorted(np.sort(maxima_B), threshold_LD)
-        return (1 + beaten_LD) / (permutations + 1), (1 + extreme_LD) / (permutations + 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,13 +189,28 @@ class Contrast:
         return cls(*facts, *arrays)
 
 
-@dataclass(eq=False)
+@dataclass(slots=True, eq=False)
 class ContrastAccumulator:
-    """Streams pairs into a `Contrast`; shards with one site, shape, permutations and seed merge in any order."""
+    """Streams pairs into a `Contrast`; shards with one site, shape, permutations and seed merge in any order.
+
+    Significance is a paired sign-flip permutation test with the max statistic. If a neuron does not differ between the
+    behaviours, the differences of a group are as likely to have the other sign. Whole groups flip, as the pairs of a
+    group are not independent (exchangeability blocks: Winkler et al. 2014, NeuroImage 92:381-397). The statistic of a
+    neuron is |sum of signed differences| / sqrt(sum of squared differences), whose denominator no flip changes. Sign b
+    of a group is bit b of a hash of (seed, group), so that shards flip alike and their sums add up. Memory is
+    B * L * D * 8 bytes, whatever N is: 25 MB for 6 layers of 512 at B = 1000.
+
+    Attributes:
+        sum_LD, squares_LD: sum of the differences (generalized - memorized) and of their squares.
+        sums_BLD: sum of the differences with the signs of permutation b.
+    """
 
     site: str
+    seed: int
     moments: PairedMoments
-    flips: SignFlips
+    sum_LD: Floats
+    squares_LD: Floats
+    sums_BLD: Floats = field(repr=False)
     groups: Seen = field(default_factory=Seen)
 
     @classmethod
@@ -281,8 +218,11 @@ class ContrastAccumulator:
         cls, site: str, layers: int, neurons: int, permutations: int = 1000, seed: int = 0
     ) -> ContrastAccumulator:
         """No pairs yet, of states (layers, neurons); ValueError for less than one permutation."""
+        if permutations < 1:
+            raise ValueError(f"permutations: {permutations}; allowed is 1 or more")
         shape = (layers, neurons)
-        return cls(site, PairedMoments.empty(shape), SignFlips.empty(shape, permutations, seed))
+        sums_BLD = np.zeros((permutations, *shape))
+        return cls(site, seed, PairedMoments.empty(shape), np.zeros(shape), np.zeros(shape), sums_BLD)
 
     def add(self, states_generalized_NLD: ArrayLike, states_memorized_NLD: ArrayLike, groups: Sequence[str]) -> None:
         """Add N pairs with their groups; row n of both arrays is one pair.
@@ -293,37 +233,73 @@ class ContrastAccumulator:
         generalized_NLD = np.asarray(states_generalized_NLD, dtype=np.float64)
         memorized_NLD = np.asarray(states_memorized_NLD, dtype=np.float64)
         same("groups: length", len(generalized_NLD), len(groups))
-        for name, states_NLD in (("generalized", generalized_NLD), ("memorized", memorized_NLD)):
+        for side, states_NLD in (("generalized", generalized_NLD), ("memorized", memorized_NLD)):
             if not np.isfinite(states_NLD).all():
-                raise ValueError(f"states_{name}: a value is infinite or NaN; allowed are finite states")
+                raise ValueError(f"states_{side}: a value is infinite or NaN; allowed are finite states")
         self.moments.add(generalized_NLD, memorized_NLD)
-        self.flips.add(generalized_NLD - memorized_NLD, groups)
-        for group in groups:
-            self.groups.add(group)
+        if not len(groups):
+            return
+        difference_NLD = generalized_NLD - memorized_NLD
+        names_G, index_N = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
+        members_GN = sparse.csr_array((np.ones(len(index_N)), (index_N, np.arange(len(index_N)))))
+        totals_GD = members_GN @ difference_NLD.reshape(len(index_N), -1)
+        permutations = len(self.sums_BLD)
+        signs_BG = np.stack([_signs(self.seed, permutations, str(name)) for name in names_G], axis=1).astype(np.float64)
+        for rows in blocks(permutations, BLOCK_PERMUTATIONS):
+            self.sums_BLD[rows] += (signs_BG[rows] @ totals_GD).reshape(-1, *self.sum_LD.shape)
+        self.sum_LD += difference_NLD.sum(axis=0)
+        self.squares_LD += (difference_NLD**2).sum(axis=0)
+        for name in names_G:
+            self.groups.add(str(name))
 
     def merge(self, other: ContrastAccumulator) -> Self:
-        """Add another shard in place and return self; ValueError unless site, shape, permutations, seed agree."""
-        same("site", self.site, other.site)
-        self.flips.merge(other.flips)  # first: it checks seed and permutations besides the shape
+        """Add another shard in place and return self; ValueError unless site, seed, permutations and shape agree."""
+        for name in ("site", "seed"):
+            same(name, getattr(self, name), getattr(other, name))
+        same("shape", self.sums_BLD.shape, other.sums_BLD.shape)
         self.moments.merge(other.moments)
+        self.sum_LD += other.sum_LD
+        self.squares_LD += other.squares_LD
+        self.sums_BLD += other.sums_BLD
         self.groups.update(other.groups)
         return self
 
+    def p_values(self) -> tuple[Floats, Floats]:
+        """Two-sided p-values (p_family_wise_LD, p_per_neuron_LD): 1 where all differences are 0, NaN without a pair.
+
+        Family-wise compares each neuron with the largest statistic of each permutation (Westfall & Young 1993,
+        "Resampling-based multiple testing"). Both are (1 + permutations at least as extreme) / (B + 1), which is never
+        0 (Phipson & Smyth 2010, SAGMB 9:39).
+        """
+        shape, permutations = self.sum_LD.shape, len(self.sums_BLD)
+        if not self.moments.count:
+            return np.full(shape, math.nan), np.full(shape, math.nan)
+        # Where all differences are 0 the statistic is 0 for every flip: never the maximum, and always a tie, so p = 1.
+        scale_LD = np.sqrt(np.where(self.squares_LD > 0, self.squares_LD, 1.0))
+        threshold_LD = np.abs(self.sum_LD) / scale_LD - TIE
+        maxima_B, extreme_LD = np.empty(permutations), np.zeros(shape, dtype=np.int64)
+        for rows in blocks(permutations, BLOCK_PERMUTATIONS):
+            statistics_BLD = np.abs(self.sums_BLD[rows]) / scale_LD
+            maxima_B[rows] = statistics_BLD.reshape(len(statistics_BLD), -1).max(axis=1)
+            extreme_LD += (statistics_BLD >= threshold_LD).sum(axis=0)
+        beaten_LD = permutations - np.searchsorted(np.sort(maxima_B), threshold_LD)
+        return (1 + beaten_LD) / (permutations + 1), (1 + extreme_LD) / (permutations + 1)
+
     def result(self) -> Contrast:
         """The contrast of the pairs so far; all NaN if there are none."""
-        p_family_wise_LD, p_per_neuron_LD = self.flips.p_values()
+        p_family_wise_LD, p_per_neuron_LD = self.p_values()
         if not self.moments.count:
-            nan_LD = np.full_like(p_family_wise_LD, math.nan)
+            nan_LD = p_family_wise_LD
             return Contrast(self.site, 0, 0, nan_LD, nan_LD, nan_LD, nan_LD, nan_LD, nan_LD[:, 0])
         arrays = self.moments.nmd_LD, self.moments.rho_LD, self.moments.effect_size_LD, p_family_wise_LD
         q_LD = stats.false_discovery_control(p_per_neuron_LD.ravel()).reshape(p_per_neuron_LD.shape)
         return Contrast(self.site, self.moments.count, len(self.groups), *arrays, q_LD, self.moments.state_norm_L)
 
 
-def _as_batch(name: str, values: ArrayLike, like_LD: Floats) -> Floats:
-    """Values as float64 (N, L, D); ValueError unless each has the shape of ``like_LD``."""
+def _as_batch(side: str, values: ArrayLike, like_LD: Floats) -> Floats:
+    """States as float64 (N, L, D); ValueError unless each has the shape of ``like_LD``."""
     values_NLD = np.asarray(values, dtype=np.float64)
-    same(f"{name}: shape", (len(values_NLD), *like_LD.shape), values_NLD.shape)
+    same(f"states_{side}: shape", (len(values_NLD), *like_LD.shape), values_NLD.shape)
     return values_NLD
 
 

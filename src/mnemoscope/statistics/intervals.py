@@ -193,12 +193,10 @@ def over_seeds(estimates: Sequence[Estimate]) -> Estimate:
     if len(kept) < 2:
         return kept[0] if kept else Estimate.undefined()
     values_S = np.array([estimate.estimate for estimate in kept])
-    middle, n, groups = float(values_S.mean()), sum(one.n for one in kept), sum(one.groups for one in kept)
     if np.ptp(values_S) == 0:
-        low = float(np.fmin.reduce([estimate.low for estimate in kept]))  # fmin and fmax pass over NaN
-        return Estimate(middle, low, float(np.fmax.reduce([estimate.high for estimate in kept])), n, groups)
-    half = _t(len(kept) - 1) * float(values_S.std(ddof=1)) / math.sqrt(len(kept))
-    return Estimate(middle, middle - half, middle + half, n, groups)
+        return over_draws(kept)
+    middle, half = float(values_S.mean()), _t(len(kept) - 1) * float(values_S.std(ddof=1)) / math.sqrt(len(kept))
+    return _pooled(kept, middle, middle - half, middle + half)
 
 
 def over_draws(estimates: Sequence[Estimate]) -> Estimate:
@@ -206,10 +204,10 @@ def over_draws(estimates: Sequence[Estimate]) -> Estimate:
     kept = [estimate for estimate in estimates if estimate.known]
     if not kept:
         return Estimate.undefined()
-    ends = np.array([(one.low, one.high) for one in kept])
-    low, high = float(np.fmin.reduce(ends[:, 0])), float(np.fmax.reduce(ends[:, 1]))  # fmin and fmax pass over NaN
-    middle = float(np.mean([one.estimate for one in kept]))
-    return Estimate(middle, low, high, sum(one.n for one in kept), sum(one.groups for one in kept))
+    low = np.fmin.reduce([one.low for one in kept])  # fmin and fmax pass over NaN
+    return _pooled(
+        kept, float(np.mean([one.estimate for one in kept])), low, np.fmax.reduce([one.high for one in kept])
+    )
 
 
 def averaged(estimates: Sequence[Estimate]) -> Estimate:
@@ -217,7 +215,11 @@ def averaged(estimates: Sequence[Estimate]) -> Estimate:
     kept = [estimate for estimate in estimates if estimate.known]
     if not kept:
         return Estimate.undefined()
-    middle, low, high = np.mean([(one.estimate, one.low, one.high) for one in kept], axis=0)
+    return _pooled(kept, *np.mean([(one.estimate, one.low, one.high) for one in kept], axis=0))
+
+
+def _pooled(kept: Sequence[Estimate], middle: float, low: float, high: float) -> Estimate:
+    """An estimate from all that several come from."""
     return Estimate(float(middle), float(low), float(high), sum(one.n for one in kept), sum(one.groups for one in kept))
 
 
