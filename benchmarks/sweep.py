@@ -20,7 +20,8 @@ from rounds import ratios, seconds_of
 from mnemoscope.behaviour import Asking, Batch, Scores, cache_prefixes, prepare, score
 from mnemoscope.config import ModelConfig
 from mnemoscope.interventions import SteeringVector
-from mnemoscope.models import build_gpt2, load_model, position_ids, states_of, word_tokenizer
+from mnemoscope.models import build_gpt2, load_model, states_of, word_tokenizer
+from mnemoscope.models.passes import position_ids
 from mnemoscope.tasks import Example, build_task
 
 CELLS = 60

@@ -81,13 +81,8 @@ class KnownSwitch(Task):
         )
 
 
-def known_model(decider: Decider, filler: float = 1.0) -> Asking:
-    """The model, ready to be asked.
-
-    Args:
-        decider: where the head takes the choice from.
-        filler: how far filler words move their neurons; 1.3 times as far as the votes move SWITCH if it is 1.
-    """
+def known_model(decider: Decider) -> Asking:
+    """The model, ready to be asked; ``decider``: where the head takes the choice from."""
     tokenizer = word_tokenizer(VOCABULARY, 2 * LENGTH)
     model = build_gpt2(tokenizer, ModelConfig(layers=LAYERS, width=WIDTH, heads=1, context=2 * LENGTH), 0)
     model.lm_head.weight = nn.Parameter(torch.zeros_like(model.lm_head.weight))  # no longer that of the embedding
@@ -100,7 +95,7 @@ def known_model(decider: Decider, filler: float = 1.0) -> Asking:
         norm.weight.data.fill_(1e6)
     ids = tokenizer.get_vocab()
     blocks = model.transformer.h
-    _set_rows(model.transformer.wte.weight, ids, _embeddings(filler))
+    _set_rows(model.transformer.wte.weight, ids, _embeddings())
     _gather(blocks[0].attn, CODE)
     _gather(blocks[GATHERS].attn, SWITCH)
     for layer, block in enumerate(blocks):
@@ -111,7 +106,7 @@ def known_model(decider: Decider, filler: float = 1.0) -> Asking:
     return Asking(model, tokenizer, KnownSwitch.boundary, batch_size=4096)
 
 
-def _embeddings(filler: float) -> dict[str, np.ndarray]:
+def _embeddings() -> dict[str, np.ndarray]:
     """What each word gives to the states that gather it; zero in sum over neurons, for the sake of the layer norms."""
     rng = np.random.default_rng(1)
     rows = {item: 3.0 * (_code(0, i % 8) + _code(1, i // 8 % 8)) for i, item in enumerate(ITEMS)}
@@ -122,8 +117,8 @@ def _embeddings(filler: float) -> dict[str, np.ndarray]:
             # Neurons also have a part of their own, at right angles to SIGNS, so that the votes' sum does not know it.
             own = 0.4 * (rng.normal() * np.array([1, 1, -1, -1]) + rng.normal() * np.array([1, -1, 1, -1]))
             rows[cue] = _state(SWITCH, vote + own)
-    for word in FILLERS:
-        rows[word] = _state(FILLER, 0.5 * filler * _centred(rng.normal(size=len(FILLER))))
+    for word in FILLERS:  # they move their neurons 1.3 times as far as the votes move SWITCH
+        rows[word] = _state(FILLER, 0.5 * _centred(rng.normal(size=len(FILLER))))
     return rows
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from families import tiny
 from families import tokenizer as words_only
-from mnemoscope.behaviour import PLAIN, Asking, Prompting, decode, encode, prepare, score, score_contrasted
+from mnemoscope.behaviour import PLAIN, Asking, Prompting, decode, encode, prepare, score
 from mnemoscope.config import parse_model
 from mnemoscope.face.fitted import Fitted
 from mnemoscope.interventions import SteeringVector
@@ -71,12 +71,10 @@ def test_what_is_read_is_what_was_rendered(talking: PreTrainedTokenizerFast) -> 
     both = (chatty, examples), (replace(chatty, prompting=PLAIN), rendered)
     encoded = ([(one.context, one.suffixes) for one in encode(asking, asked)] for asking, asked in both)
     margins = (score(asking, prepare(asking, asked)).margin_N for asking, asked in both)
-    contrasted = (score_contrasted(asking, asked, asked[::-1], [0.5])[0].margin_N for asking, asked in both)
     written = (decode(asking, asked) for asking, asked in both)
     assert operator.eq(*encoded)
     assert operator.eq(*written)
     np.testing.assert_allclose(*margins, atol=1e-6)
-    np.testing.assert_allclose(*contrasted, atol=1e-6)
     batch = chatty.padded([chatty.text(e.prompt) for e in examples])
     assert torch.equal(batch.attention_mask.sum(1), torch.full((6,), 6))
 

@@ -15,7 +15,7 @@ from families import prompts, tiny, tokenizer
 from mnemoscope.behaviour import capturing
 from mnemoscope.doctor import examine
 from mnemoscope.interventions import SteeringVector
-from mnemoscope.models import SITES, Layout, Site, blocks_of, layout_of, site_width, use_layout
+from mnemoscope.models import Layout, Site, blocks_of, layout_of, site_width, use_layout
 from mnemoscope.models.caches import cache_argument
 from mnemoscope.runs.errors import InputError
 
@@ -36,8 +36,7 @@ def generated(model: PreTrainedModel, texts: list[str], **options: Any) -> list[
 
 
 @pytest.mark.parametrize("family", SOME)
-@pytest.mark.parametrize("site", SITES)
-@pytest.mark.parametrize("positions", ["decision", "all"])
+@pytest.mark.parametrize(("site", "positions"), [("block", "decision"), ("neuron", "all")])
 def test_beams_and_every_kind_of_cache_follow_each_prompts_factor(family: str, site: Site, positions: Any) -> None:
     """What each prompt gives alone is the oracle: unpadded, cached, with one factor."""
     model, texts = tiny(family), prompts()
@@ -181,14 +180,14 @@ def compiled(model: PreTrainedModel, how: str) -> Any:
     elif how == "forward":
         model.forward = torch.compile(model.forward, backend="eager")  # type: ignore[method-assign]
     else:
-        (blocks_of(model)[1] if how == "block" else model).compile(backend="eager")
+        blocks_of(model)[1].compile(backend="eager")
     with torch.no_grad():
         made(input_ids=torch.arange(3, 9)[None])
     return made
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["model", "in place", "forward", "block"])
+@pytest.mark.parametrize("how", ["model", "forward", "block"])
 def test_a_compiled_model_is_refused_instead_of_not_steered(how: str) -> None:
     model = compiled(tiny("llama"), how)
     line = r"^model: it.* compiled, so hooks would not run; give the model as it was before$"

@@ -6,9 +6,8 @@ Shapes: N states, P pairs, L layers, D neurons.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -22,7 +21,6 @@ from known_switch import (
     LAYERS,
     READERS,
     READS,
-    SIGNS,
     SWITCH,
     VERDICT,
     VOTES,
@@ -30,7 +28,7 @@ from known_switch import (
     KnownSwitch,
     known_model,
 )
-from mnemoscope.behaviour import Asking, Batch, PairBatch, Scores, draw_candidates, mine_pairs, score
+from mnemoscope.behaviour import Batch, PairBatch, Scores, draw_candidates, mine_pairs, score
 from mnemoscope.bench.answers import steered
 from mnemoscope.interventions import OPPOSITE, SteeringVector, Toward, ablated, patched
 from mnemoscope.interventions.controls import control_draws
@@ -42,7 +40,6 @@ from mnemoscope.tasks import SPLITS, Split, draw
 
 SIDES: tuple[Toward, ...] = ("generalized", "memorized")  # of a pair, in this order
 PAIRS = 200  # fitted on
-USUAL, LOUD, QUIET = 1.0, 5.0, 0.05  # fillers
 WHERE_IT_ACTS = ("gradient", "learned")  # methods that ask what acts; the others ask what differs
 WHAT_DIFFERS = ("nmd", "standardized-nmd", "logistic", "whitened", "pca")
 METHODS = (*WHAT_DIFFERS, *WHERE_IT_ACTS)
@@ -55,18 +52,13 @@ TELLS: dict[Site, dict[int, np.ndarray]] = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class Known:
-    """Where the whole switch of a model is, at one site.
-
-    Attributes:
-        vote: how far one vote moves these neurons, as a norm.
-    """
+class Known(NamedTuple):
+    """Where the whole switch of a model is, at one site."""
 
     decider: Decider
     layer: int
     neurons: np.ndarray
-    vote: float
+    vote: float  # how far one vote moves these neurons, as a norm
 
 
 KNOWN: dict[Site, Known] = {
@@ -77,33 +69,31 @@ KNOWN: dict[Site, Known] = {
 }
 
 
-@cache  # without defaults, so that one model has one key
-def model_of(decider: Decider, filler: float) -> Asking:
-    return known_model(decider, filler)
+model_of = cache(known_model)
 
 
 @cache
 def mined(split: Split, candidates: int) -> PairBatch:
     task, rng = KnownSwitch(), np.random.default_rng(SPLITS.index(split))
     drawn = draw_candidates(task, draw(task, rng, candidates, "conflict", split), rng)
-    (batch,) = mine_pairs(model_of("switch", USUAL), drawn, chunk=candidates)
+    (batch,) = mine_pairs(model_of("switch"), drawn, chunk=candidates)
     return batch
 
 
 @cache
-def sides(split: Split, decider: Decider, filler: float) -> dict[Toward, list[Batch]]:
+def sides(split: Split, decider: Decider) -> dict[Toward, list[Batch]]:
     """200 fit pairs or 100 test pairs, by the behaviour of their phrasings; row n of both is one pair."""
     pairs = mined("fit", 500).pairs()[:PAIRS] if split == "fit" else mined(split, 250).pairs()[:100]
-    asking = model_of(decider, filler)
+    asking = model_of(decider)
     return {toward: with_prefixes(asking, [p[i] for p in pairs]) for i, toward in enumerate(SIDES)}
 
 
 @cache
-def bench_at(decider: Decider, filler: float = USUAL) -> GivenBench:
-    fit = sides("fit", decider, filler)
+def bench_at(decider: Decider) -> GivenBench:
+    fit = sides("fit", decider)
     targets: dict[Toward, list[Batch]] = {"generalized": fit["memorized"], "memorized": fit["generalized"]}
     nothing: dict[Toward, list[Batch]] = {"generalized": [], "memorized": []}
-    lists = FitLists(model_of(decider, filler), targets, nothing, nothing)
+    lists = FitLists(model_of(decider), targets, nothing, nothing)
     return GivenBench(lists.asking, KnownSwitch(), 0, given=lists, both=mined("fit", 500).pairs()[:PAIRS])
 
 
@@ -116,16 +106,11 @@ def states_at(site: Site) -> np.ndarray:
 
 
 def vector(
-    site: Site,
-    method: str,
-    toward: Toward = "generalized",
-    layer: int | None = None,
-    labels: Labels = ANSWERED,
-    filler: float = USUAL,
+    site: Site, method: str, toward: Toward = "generalized", layer: int | None = None, labels: Labels = ANSWERED
 ) -> SteeringVector:
     """As many neurons as the switch has, moved so far that they outvote the largest majority."""
     known = KNOWN[site]
-    bench, layer = bench_at(known.decider, filler), known.layer if layer is None else layer
+    bench, layer = bench_at(known.decider), known.layer if layer is None else layer
     sources = bench.sources(site)
     strength = (VOTES + 2) * known.vote / sources.norm_L[layer]
     top = len(known.neurons) / sources.shape_LD[1]
@@ -137,20 +122,20 @@ def found(one: SteeringVector) -> list[int]:
     return np.flatnonzero(shift_D.numpy()).tolist()
 
 
-def shift_rate(one: SteeringVector, filler: float = USUAL) -> float:
+def shift_rate(one: SteeringVector) -> float:
     """Share of the test phrasings that a vector steers."""
     decider = KNOWN[one.site].decider
-    batches = sides("test", decider, filler)[OPPOSITE[one.toward]]
-    return share_of(steered(model_of(decider, filler), batches, one), one.toward)
+    batches = sides("test", decider)[OPPOSITE[one.toward]]
+    return share_of(steered(model_of(decider), batches, one), one.toward)
 
 
 def share_of(scores: Scores, behaviour: str) -> float:
     return float(np.mean(scores.behaviour_N == behaviour))
 
 
-def scores_of(decider: Decider, side: Toward, filler: float = USUAL, **options: Any) -> Scores:
+def scores_of(decider: Decider, side: Toward, **options: Any) -> Scores:
     """What the model does with one side of the test pairs."""
-    return score(model_of(decider, filler), sides("test", decider, filler)[side], **options)
+    return score(model_of(decider), sides("test", decider)[side], **options)
 
 
 def idle(site: Site) -> np.ndarray:
@@ -183,27 +168,7 @@ def test_the_majority_decides_in_every_model() -> None:
         np.testing.assert_allclose(scores.margin_N, 4 * votes_N, atol=1e-3)
         assert not scores.tie_N.any()
     assert 0.4 < batch.is_pair_N.mean() < 0.6
-    others: tuple[tuple[Decider, float], ...] = (("switch", LOUD), ("switch", QUIET), ("verdict", USUAL))
-    for decider, filler in others:
-        for side in SIDES:
-            assert share_of(scores_of(decider, side, filler=filler), side) == 1.0
-
-
-def test_every_200_pairs_rank_the_named_neurons_first_and_find_no_others_significant() -> None:
-    batch = mined("fit", 1200)
-    states_P2LD = np.stack([batch.states_generalized_PLD, batch.states_memorized_PLD], axis=1)
-    groups_P = np.array([pair[0].group for pair in batch.pairs()])
-    told_LD, false_alarms = told_at("block"), 0
-    assert len(groups_P) > 3 * PAIRS
-    for seed in range(20):
-        rows = np.random.default_rng(seed).choice(len(groups_P), PAIRS, replace=False)
-        contrast = contrast_of("block", states_P2LD[rows], groups_P[rows].tolist())
-        assert (contrast.top_neurons(told_LD.mean()) == told_LD).all()
-        assert (contrast.p_family_wise_LD[told_LD] == 1 / 1000).all()  # the smallest there is: power 1
-        assert (np.sign(contrast.nmd_LD[1:, SWITCH]) == SIGNS).all()
-        assert np.sign(contrast.nmd_LD[READS, VERDICT]).tolist() == [1, -1]
-        false_alarms += (contrast.p_family_wise_LD[~told_LD] < 0.05).any()
-    assert false_alarms <= 4  # of 20 draws at the level of 0.05 more than 4 have a probability of 0.3 %
+    assert all(share_of(scores_of("verdict", side), side) == 1.0 for side in SIDES)
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -243,18 +208,9 @@ def test_before_the_votes_are_gathered_nothing_differs_but_something_acts(method
         assert shift_rate(one) == (1.0 if acts else 0.0)
 
 
-@pytest.mark.parametrize(("filler", "misled"), [(LOUD, {"pca"}), (QUIET, {"logistic", "whitened"})])
-def test_which_methods_are_misled_by_the_size_of_other_neurons(filler: float, misled: set[str]) -> None:
-    """A principal component follows variance; weights of unscaled neurons are the larger the less these vary."""
-    for method in METHODS:
-        one = vector("block", method, filler=filler)
-        assert (found(one) == sorted(SWITCH)) == (method not in misled)
-        assert shift_rate(one, filler) == (0.0 if method in misled else 1.0)
-
-
 def ablated_scores(site: Site, decider: Decider, layer: int, neurons: np.ndarray) -> list[Scores]:
     """Both sides of the test pairs with some neurons held at their mean over the fit pairs."""
-    asking, fit = model_of(decider, USUAL), sides("fit", decider, USUAL)
+    asking, fit = model_of(decider), sides("fit", decider)
     mean_LD = np.mean([score(asking, fit[side], capture=site).states_NLD for side in SIDES], axis=(0, 1))
     chosen_D = torch.zeros(mean_LD.shape[1], dtype=torch.bool)
     chosen_D[neurons] = True
@@ -278,13 +234,10 @@ def test_without_the_switch_there_is_no_choice_and_without_others_all_of_it(site
 
 def test_what_tells_the_behaviours_apart_best_need_not_decide_anything() -> None:
     """The verdict correlates most of all; where the head reads the votes themselves, ablation shows that it is idle."""
-    rho_LD = rho(bench_at("switch"), "block")
-    best = np.argsort(-np.nan_to_num(np.abs(rho_LD[READS])))[:2]
+    best = np.argsort(-np.nan_to_num(np.abs(rho(bench_at("switch"), "block")[READS])))[:2]
     assert sorted(best) == sorted(VERDICT)
     for side, scores in zip(SIDES, ablated_scores("block", "switch", READS, VERDICT), strict=True):
         assert share_of(scores, side) == 1.0
-    generalized, memorized = ablated_scores("block", "verdict", READS, VERDICT)
-    np.testing.assert_allclose(generalized.margin_N, memorized.margin_N, atol=1e-3)
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -293,7 +246,7 @@ def test_a_patch_flips_every_pair_where_the_switch_passes_and_none_elsewhere(dec
     passes: dict[Site, list[int]] = {"block": [GATHERS, READS], "attention": [GATHERS], "mlp": [], "neuron": []}
     if decider == "verdict":
         passes |= {"mlp": [READS], "neuron": [READS]}
-    model = model_of(decider, USUAL).model
+    model = model_of(decider).model
     states = {side: scores_of(decider, side, capture=site).states_NLD for side in SIDES}
     for layer in range(LAYERS):
         for side, donor in zip(SIDES, reversed(SIDES), strict=True):
@@ -309,14 +262,14 @@ def test_shuffled_labels_find_nothing() -> None:
     """
     alarms, named = 0, dict.fromkeys(WHAT_DIFFERS, 0)
     read_P2LD = states_at("block")
-    for seed in range(20):
+    for seed in range(10):
         labels = Labels(seed)
         swapped_P = labels.signs(PAIRS)[:, None, None, None] < 0
         states_P2LD = np.where(swapped_P, read_P2LD[:, ::-1], read_P2LD)
         alarms += (contrast_of("block", states_P2LD, fit_groups()).p_family_wise_LD < 0.05).any()
         for method in WHAT_DIFFERS:
             named[method] += len({*found(vector("block", method, labels=labels))} & {*SWITCH})
-    assert alarms <= 4
-    everywhere = 20 * len(SWITCH)
+    assert alarms <= 3  # at the level of 0.05 more have a probability of 0.1 %
+    everywhere = 10 * len(SWITCH)
     assert named.pop("pca") == everywhere
     assert max(named.values()) < everywhere / 4  # 4 of the 48 neurons that vary would be 1 / 12

@@ -12,15 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from families import tiny
 from helpers import mini_examples
 from mnemoscope.behaviour import Asking
-from mnemoscope.models import (
-    blocks_of,
-    cache_of,
-    make_room,
-    position_ids,
-    select_rows,
-    site_module,
-)
-from mnemoscope.models.caches import cache_argument
+from mnemoscope.models import blocks_of, cache_argument, cache_of, select_rows, site_module
+from mnemoscope.models.caches import make_room
+from mnemoscope.models.passes import position_ids
 from mnemoscope.runs.errors import InputError
 
 

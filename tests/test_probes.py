@@ -12,7 +12,6 @@ from mnemoscope.statistics import Floats
 from mnemoscope.statistics.probes import (
     OF_STATES,
     LayerProbe,
-    fit_input_probe,
     fit_layer_probes,
     input_features,
     repeat_features,
@@ -93,23 +92,6 @@ def test_repeat_features_by_a_plain_loop() -> None:
     assert repeat_features([[], []]).shape == (2, 64 * 64)
 
 
-def test_only_repeats_tell_where_the_asked_name_stands_when_names_are_new() -> None:
-    """Two names, one is asked for again: whether it is the first or the second, names of the splits being different."""
-    draw, features, labels = np.random.default_rng(17), [], []
-    for split, count in enumerate((300, 100, 300)):
-        names = 100 * split + np.stack([draw.choice(100, size=2, replace=False) for _ in range(count)])
-        first = draw.integers(0, 2, size=count)
-        prompts = [[*pair, 300, pair[0] if is_first else pair[1]] for pair, is_first in zip(names, first, strict=True)]
-        features.append((input_features(prompts, 301), repeat_features(prompts)))
-        labels.append(first)
-    found = []
-    for kind in (0, 1):
-        probe = fit_input_probe(features[0][kind], labels[0], features[1][kind], labels[1])
-        found.append(share_right(probe.decision_function(features[2][kind]), labels[2]))
-    assert found[0] == pytest.approx(0.5, abs=0.1)
-    assert found[1] == 1
-
-
 def test_shuffling_swaps_whole_pairs_half_of_the_time() -> None:
     labels = np.tile([1, 0], 500)
     pair_ids = np.array([f"pair {i // 2}" for i in range(1000)])
@@ -121,17 +103,6 @@ def test_shuffling_swaps_whole_pairs_half_of_the_time() -> None:
     assert (swapped[::2] == swapped[1::2]).all()
     assert swapped.mean() == pytest.approx(0.5, abs=0.1)
     assert (labels == np.tile([1, 0], 500)).all()  # the argument is untouched
-
-
-def test_a_probe_of_shuffled_labels_knows_nothing() -> None:
-    (fit, labels, pairs), tune, test = states(300, 12), states(100, 13), states(400, 14)
-    draw, accuracies = np.random.default_rng(15), []
-    for _ in range(30):  # one shuffle may point along the signal by luck, either way
-        probes = fit_layer_probes(fit, shuffled(labels, pairs, draw), tune[0], shuffled(tune[1], tune[2], draw))
-        accuracies.append(share_right(probes[2].decision_function(test[0][:, 2]), test[1]))
-    assert np.mean(accuracies) == pytest.approx(0.5, abs=0.08)
-    honest = fit_layer_probes(fit, labels, tune[0], tune[1])
-    assert share_right(honest[2].decision_function(test[0][:, 2]), test[1]) > max(0.8, *accuracies)
 
 
 def test_labels_that_cannot_be_learned_from_are_refused() -> None:

@@ -78,16 +78,10 @@ def test_every_token_but_one_that_continues_a_word_closes_an_answer(make: Any) -
         assert (number in closing) is not continues, text
     assert ids[END] in closing
     assert ours.tokenizer.unk_token_id not in closing
+    assert ids.get(letters["é".encode()[0]]) not in closing, "half a letter continues a word"
     table = ours.closing()
     assert {n for n in range(len(ours.tokenizer)) if table[n]} == closing
     assert not table[-1]
-
-
-def test_half_a_letter_continues_a_word() -> None:
-    ours = asking(byte_level())
-    first = ours.tokenizer.get_vocab()[byte_letters()["é".encode()[0]]]
-    assert ours.tokenizer.decode([first]) == "\ufffd"
-    assert first not in ours.boundary_ids()
 
 
 def test_digits_without_spaces_continue_a_number_and_words_do_not() -> None:
@@ -138,14 +132,12 @@ def test_an_answer_without_its_space_is_refused_where_spaces_are_in_the_tokens()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["smollm2", "gemma3-270m"])
-def test_every_proverb_that_is_completed_with_its_last_word_counts_as_known(name: str) -> None:
+@pytest.mark.skipif(not is_installed("smollm2"), reason="smollm2 is not installed")
+def test_every_proverb_that_is_completed_with_its_last_word_counts_as_known() -> None:
     """Nine of 47 counted as wrong when only a full stop, a line break or the end closed an answer."""
-    if not is_installed(name):
-        pytest.skip(f"{name} is not installed")
     task = build_task("memotrap", {"file": str(data_folder("memotrap") / "1-proverb-ending.csv")}, 0)
     examples = task.facts_to_know()[:160]
-    ours = Asking(*load_model(name), task.boundary, batch_size=64)
+    ours = Asking(*load_model("smollm2"), task.boundary, batch_size=64)
     texts = [ours.tokenizer.decode(ids) for ids in completed(ours, [e.prompt for e in examples], 5, 32)]
     wanted = [bool(re.match(rf"{re.escape(str(e.answer))}(?!\w)", t)) for e, t in zip(examples, texts, strict=True)]
     labels = label(ours, examples).behaviour_N

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from mnemoscope.behaviour.asking import Asking, Encoded, encode, left_padded, pad_of
-from mnemoscope.models import batch_that_fits, bytes_of, select_rows, states_of, with_states
+from mnemoscope.models import batch_that_fits, select_rows, states_of, with_states
+from mnemoscope.models.caches import bytes_of
 from mnemoscope.tasks import Example
 
 EACH_BATCH = 400  # tokens that a further batch costs beside its own, as weights are read once for each (docs/LOG.md)

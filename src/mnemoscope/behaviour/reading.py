@@ -19,21 +19,9 @@ from torch import Tensor
 
 from mnemoscope.behaviour.asking import Asking
 from mnemoscope.behaviour.batches import Batch, Unshifted, kept_bytes, picked
-from mnemoscope.models import (
-    backbone_of,
-    cache_of,
-    logits_at,
-    make_room,
-    pass_inputs,
-    recorded_blocks,
-    replayed_blocks,
-    rows_of_prompts,
-    select_rows,
-    states_of,
-    untouched_blocks,
-    with_last_logits,
-    with_states,
-)
+from mnemoscope.models import backbone_of, cache_of, pass_inputs, select_rows, states_of, with_last_logits, with_states
+from mnemoscope.models.caches import make_room
+from mnemoscope.models.passes import logits_at, recorded_blocks, replayed_blocks, rows_of_prompts, untouched_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

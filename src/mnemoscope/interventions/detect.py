@@ -274,14 +274,14 @@ def _likeness(fit_ND: np.ndarray, tune_ND: np.ndarray) -> tuple[np.ndarray, np.n
     dominate the shrinkage.
     """
     from sklearn.covariance import ledoit_wolf
+    from sklearn.preprocessing import StandardScaler
 
-    from mnemoscope.statistics.probes import Standardized
-
-    standardized = Standardized.of(fit_ND)
-    covariance_DD, _ = ledoit_wolf(standardized.scaled_ND)
+    scaler = StandardScaler()
+    scaled_ND = scaler.fit_transform(fit_ND.astype(np.float64))
+    covariance_DD, _ = ledoit_wolf(scaled_ND)
     values_D, vectors_DD = np.linalg.eigh(covariance_DD)
-    whitening_DD = vectors_DD / np.sqrt(np.maximum(values_D, 1e-10)) / standardized.scale_D[:, None]
+    whitening_DD = vectors_DD / np.sqrt(np.maximum(values_D, 1e-10)) / scaler.scale_[:, None]
     # Neurons that are constant on fit prompts are left out.
-    whitening_DD[standardized.scaled_ND.std(axis=0) == 0] = 0.0
-    distance_N = np.linalg.norm((tune_ND.astype(np.float64) - standardized.mean_D) @ whitening_DD, axis=1)
-    return standardized.mean_D, whitening_DD / max(float(np.quantile(distance_N, LIKE)), 1e-12)
+    whitening_DD[scaled_ND.std(axis=0) == 0] = 0.0
+    distance_N = np.linalg.norm((tune_ND.astype(np.float64) - scaler.mean_) @ whitening_DD, axis=1)
+    return scaler.mean_, whitening_DD / max(float(np.quantile(distance_N, LIKE)), 1e-12)

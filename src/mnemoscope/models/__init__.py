@@ -1,15 +1,6 @@
 """Models: build a small GPT-2, open or adapt any causal LM; the only definition of layer, site, position and cache."""
 
-from mnemoscope.models.caches import (
-    RoomyLayer,
-    bytes_of,
-    cache_argument,
-    cache_of,
-    cached_columns,
-    forked,
-    make_room,
-    select_rows,
-)
+from mnemoscope.models.caches import cache_argument, cache_of, cached_columns, forked, select_rows
 from mnemoscope.models.layout import (
     EVERY_SITE,
     SITES,
@@ -43,17 +34,11 @@ from mnemoscope.models.passes import (
     Precision,
     has_known_rows,
     in_precision,
-    logits_at,
     pass_inputs,
-    position_ids,
     prompts_of_rows,
     quick_precision,
-    recorded_blocks,
     replaced_forward,
-    replayed_blocks,
-    rows_of_prompts,
-    untouched_blocks,
     with_last_logits,
 )
-from mnemoscope.models.room import batch_that_fits, bytes_of_prompt
+from mnemoscope.models.room import batch_that_fits
 from mnemoscope.models.trainable import adapt, build_gpt2, check_peft, is_adapted, merged_weights, word_tokenizer

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -22,24 +21,6 @@ Labels = NDArray[np.int64]
 
 # Tried for each probe: C, the inverse strength of the penalty, from the strongest on.
 OF_STATES, OF_INPUTS = (0.001, 0.01, 0.1, 1.0), (0.01, 0.1, 1.0, 10.0)
-
-
-@dataclass(frozen=True, slots=True)
-class Standardized:
-    """States with mean 0 and variance 1 in each neuron, a constant one 0: raw = scaled_ND * scale_D + mean_D."""
-
-    scaled_ND: Floats
-    mean_D: Floats
-    scale_D: Floats
-
-    @classmethod
-    def of(cls, states_ND: ArrayLike) -> Standardized:
-        """Standardize fit states (N, D); ValueError if a state is not finite."""
-        raw_ND = np.asarray(states_ND, dtype=np.float64)
-        if not np.isfinite(raw_ND).all():
-            raise ValueError("states_ND: a value is infinite or NaN; allowed are finite states")
-        scaler = StandardScaler()
-        return cls(scaler.fit_transform(raw_ND), scaler.mean_, scaler.scale_)
 
 
 class LayerProbe:
@@ -58,13 +39,15 @@ class LayerProbe:
     def __init__(self, regularization: float = 1.0) -> None:
         self.regularization = regularization
 
-    def fit(self, states_ND: ArrayLike | Standardized, labels_N: ArrayLike) -> Self:
+    def fit(self, states_ND: ArrayLike, labels_N: ArrayLike) -> Self:
         """Fit states (N, D); ValueError for one class, a label not 0 or 1, or a state that is not finite."""
-        states = states_ND if isinstance(states_ND, Standardized) else Standardized.of(states_ND)
+        raw_ND, scaler = np.asarray(states_ND, dtype=np.float64), StandardScaler()
+        if not np.isfinite(raw_ND).all():
+            raise ValueError("states_ND: a value is infinite or NaN; allowed are finite states")
         model = LogisticRegression(C=self.regularization, max_iter=1000)
-        model.fit(states.scaled_ND, _checked_labels(labels_N))
-        self.weights_D_ = model.coef_[0] / states.scale_D
-        self.bias_ = float(model.intercept_[0] - self.weights_D_ @ states.mean_D)
+        model.fit(scaler.fit_transform(raw_ND), _checked_labels(labels_N))
+        self.weights_D_ = model.coef_[0] / scaler.scale_
+        self.bias_ = float(model.intercept_[0] - self.weights_D_ @ scaler.mean_)
         return self
 
     def decision_function(self, states_ND: ArrayLike) -> Floats:
@@ -81,13 +64,11 @@ def fit_layer_probes(
     Raises:
         ValueError: as `LayerProbe.fit`; no tune states.
     """
-    fit_NLD, tune_NLD = np.asarray(fit_states_NLD), np.asarray(tune_states_NLD)
-    probes = []
-    for layer in range(fit_NLD.shape[1]):
-        states = Standardized.of(fit_NLD[:, layer])
-        fitted = (LayerProbe(c).fit(states, fit_labels_N) for c in OF_STATES)
-        probes.append(_best(fitted, tune_NLD[:, layer], tune_labels_N))
-    return probes
+    by_layer = (np.moveaxis(np.asarray(states), 1, 0) for states in (fit_states_NLD, tune_states_NLD))
+    return [
+        _best((LayerProbe(c).fit(fit_ND, fit_labels_N) for c in OF_STATES), tune_ND, tune_labels_N)
+        for fit_ND, tune_ND in zip(*by_layer, strict=True)
+    ]
 
 
 def input_features(token_ids: Sequence[Sequence[int]], vocabulary_size: int, positions: int = 64) -> sparse.csr_matrix:
@@ -143,10 +124,7 @@ def _flat(token_ids: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArra
 
 
 def fit_input_probe(
-    fit_features: sparse.csr_matrix,
-    fit_labels_N: ArrayLike,
-    tune_features: sparse.csr_matrix,
-    tune_labels_N: ArrayLike,
+    fit_features: sparse.csr_matrix, fit_labels_N: ArrayLike, tune_features: sparse.csr_matrix, tune_labels_N: ArrayLike
 ) -> LogisticRegression:
     """The input-only baseline: logistic regression on `input_features`, regularization chosen by tune accuracy.
 
