@@ -18,7 +18,6 @@ from transformers import GPT2LMHeadModel
 from helpers import mini_examples
 from mnemoscope.behaviour import Asking, encode, read_states
 from mnemoscope.config import ProbesConfig, load_study
-from mnemoscope.statistics.probes import fit_input_probe, input_features
 from mnemoscope.study.cells import Cell, cells_of
 from mnemoscope.study.stages import probe as stage
 from mnemoscope.study.stages.common import cell_model
@@ -36,21 +35,6 @@ def pair_table(pairs: int) -> pd.DataFrame:
         rows[f"prompt_{letter}"] = [f"{n} {behaviours[n % 2]}" for n in range(pairs)]
         rows[f"family_{letter}"] = letter
     return pd.DataFrame(rows)
-
-
-def test_the_probe_of_the_input_loses_nothing_by_leaving_out_tokens_that_no_fit_prompt_has(
-    mini: Callable[[str], Asking],
-) -> None:
-    asking = mini("addition")
-    drawn = mini_examples("addition", 90)
-    parts = {"fit": drawn[:30], "tune": drawn[30:60], "test": drawn[60:]}
-    labels = {split: np.tile([0, 1], 15) for split in parts}
-    tokens = {split: asking.tokens([e.prompt for e in part]) for split, part in parts.items()}
-    every = {split: input_features(ids, len(asking.tokenizer)) for split, ids in tokens.items()}
-    whole = fit_input_probe(every["fit"], labels["fit"], every["tune"], labels["tune"])
-    found = stage.input_scores(asking, parts, labels)["input_only"]
-    np.testing.assert_allclose(found, whole.decision_function(every["test"]), rtol=0, atol=1e-6)
-    assert np.ptp(found) > 0
 
 
 def test_the_side_answered_generalized_comes_first_and_the_cap_is_drawn_at_random() -> None:

@@ -149,15 +149,11 @@ def site_module(model: nn.Module, layer: int, site: Site) -> tuple[nn.Module, bo
         raise InputError(f"layer: {layer} is not in {-len(blocks)} .. {len(blocks) - 1}")
     if site not in EVERY_SITE:
         raise InputError(f"site: {site!r} is not one of {', '.join(EVERY_SITE)}")
-    heads = next((path for path in _HEADS if _part(blocks[layer], path) is not None), "") if site == "head" else ""
-    path = {"block": "", "attention": layout.attention, "mlp": layout.mlp, "neuron": layout.down, "head": heads}[site]
-    if site == "head" and not path:
-        raise InputError(f"site: 'head' does not exist in layer {layer} of {type(core_of(model)).__name__}")
-    if site == "neuron" and not path:
-        raise InputError(f"site: 'neuron' does not exist in {type(core_of(model)).__name__}, whose MLPs are several")
-    module = _part(blocks[layer], path) if path else blocks[layer]
-    if module is None:
-        raise InputError(f"site: {site!r} does not exist in layer {layer} of {type(core_of(model)).__name__}, a hybrid")
+    paths = {"attention": [layout.attention], "mlp": [layout.mlp], "neuron": [layout.down], "head": _HEADS}
+    parts = [blocks[layer]] if site == "block" else [_part(blocks[layer], path) for path in paths[site]]
+    module = next((part for part in parts if part is not None), None)
+    if module is None:  # in hybrids; neurons where the MLPs of a layer are several
+        raise InputError(f"site: {site!r} does not exist in layer {layer} of {type(core_of(model)).__name__}")
     return module, site in ("neuron", "head")
 
 
