@@ -86,18 +86,18 @@ def generated_labels(asking: Asking, examples: list[Example], together: int) -> 
 
 @pytest.mark.parametrize("name", TASK_NAMES)
 def test_labels_equal_those_of_generate(mini: Callable[[str], Asking], name: str) -> None:
-    asking, examples = mini(name), mini_examples(name, 300)
+    asking, examples = mini(name), mini_examples(name, 200)
     ours = label(asking, examples)
-    for together in (1, 100):
-        theirs = np.array(generated_labels(asking, examples, together), dtype=object)
-        assert (ours.behaviour_N == theirs)[~ours.tie_N].all()
+    for together, asked in ((1, examples[:50]), (100, examples)):
+        theirs = np.array(generated_labels(asking, asked, together), dtype=object)
+        assert (ours.behaviour_N[: len(asked)] == theirs)[~ours.tie_N[: len(asked)]].all()
     assert {"correct", "memorized", "generalized"} <= set(theirs), "the rule by which these models are accepted"
     assert ours.tie_N.mean() < 0.01
 
 
 @pytest.mark.parametrize("name", TASK_NAMES)
 def test_no_label_depends_on_batch_size_order_margins_or_cache(mini: Callable[[str], Asking], name: str) -> None:
-    asking, examples = mini(name), mini_examples(name, 300)
+    asking, examples = mini(name), mini_examples(name, 200)
     first = label(asking, examples)
     order = np.random.default_rng(0).permutation(len(examples))
     single = label(replace(asking, batch_size=1), [examples[i] for i in order])
