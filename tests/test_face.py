@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,10 +23,8 @@ from helpers import MINI_TASKS, hook_count, sign
 from little_facts import LittleFacts
 from mnemoscope.behaviour import Asking, phrase_of, states_at_the_end
 from mnemoscope.cli import commands
-from mnemoscope.config import dump_study
 from mnemoscope.face.fitted import vector_file
-from mnemoscope.face.recipe import LEVELS, ONE_LAYER, SETTINGS, STEERING, fitting_study
-from mnemoscope.interventions import Binding
+from mnemoscope.face.recipe import ONE_LAYER, SETTINGS, STEERING, Choices, fitting_study
 from mnemoscope.models import load_model
 from mnemoscope.runs.errors import InputError
 from mnemoscope.serving.export import SITES_FOR
@@ -84,8 +81,7 @@ def user(mini: Callable[[str], Asking], shared_folder: Path, tmp_path_factory: p
     model.lm_head.requires_grad_(False)
     before = modes(model)
     told: list[str] = []
-    # A budget that is not used up leaves nothing out; the command line, without one, gives the same bytes.
-    fitted = ms.fit(model, words, str(data), out=str(out), budget=60, progress=told_by(told), **QUICK)
+    fitted = ms.fit(model, words, str(data), out=str(out), progress=told_by(told), **QUICK)
     assert modes(model) == before
     assert hook_count(model) == 0
     model.eval()
@@ -107,7 +103,7 @@ def test_a_fit_gives_vectors_in_both_directions_a_detector_and_controls(user: Us
     results = json.loads((user.out / "results.json").read_text())["tasks"]["sums"]
     tried = {(row["method"], row["layers"]) for row in results["sweep"] if row["direction"] == "to_generalized"}
     assert {method for method, _ in tried} == {"standardized-nmd", "gradient", "low-rank"}
-    assert {layers for method, layers in tried if method != "low-rank"} == {"1"}  # one of two, as the budget says
+    assert {layers for method, layers in tried if method != "low-rank"} == {"1"}  # one of two
     for direction, vector in (("to_generalized", "generalized"), ("to_memorized", "memorized")):
         block, card = aimed(results, direction), user.fitted.vectors[vector].card
         shift = block["conflict"]["shift"]
@@ -376,58 +372,15 @@ def test_what_a_vector_may_cost_is_the_users_to_say() -> None:
     """The command's defaults are those of the recipe."""
     asked = inspect.signature(commands.fit).parameters
     for given in ({}, {"lost": 0.3, "neither": 0.4}):
-        (cell,) = fitting_study({"folder": "x"}, "facts", {}, **given).cells.values()
+        (cell,) = fitting_study({"folder": "x"}, "facts", {}, Choices(**given)).cells.values()
         found = (cell.steering.collateral_limit, cell.steering.neither_limit)
         assert found == (tuple(given.values()) or (asked["lost"].default, asked["neither"].default))
     with pytest.raises(InputError, match=r"^neither: 2.0; allowed is a share"):
-        fitting_study({"folder": "x"}, "facts", {}, neither=2.0)
+        Choices(neither=2.0)
     with pytest.raises(InputError, match=r"^aim: 'pair'; allowed are pairs and conflict"):
-        fitting_study({"folder": "x"}, "facts", {}, aim="pair")
+        Choices(aim="pair")
     with pytest.raises(InputError, match=r"^positions: 'end'; allowed are decision and all"):
-        fitting_study({"folder": "x"}, "facts", {}, positions="end")
-
-
-def test_a_budget_leaves_out_what_costs_most_for_what_it_gives(user: User, tmp_path: Path) -> None:
-    levels = [fitting_study({"folder": "x"}, "facts", {}, level=level) for level in range(len(LEVELS))]
-    cells = [next(iter(config.cells.values())) for config in levels]
-    assert [config.left_out for config in levels][:2] == ["", LEVELS[1].without]
-    assert LEVELS[-1].without in levels[-1].left_out
-    assert [cell.neutral.cuts > 0 for cell in cells] == [True] + [False] * (len(cells) - 1)
-    assert ["low-rank" in cell.steering.methods for cell in cells] == [True] * (len(cells) - 1) + [False]
-    assert [cell.steering.low_rank.steps for cell in cells[-4:-1]] == [32, 16, 8]
-    for cell, config in zip(cells, levels, strict=True):
-        assert ("half of the layers" in config.left_out) == (
-            cell.steering.grids["block"].layers != cells[0].steering.grids["block"].layers
-        )
-    assert [cell.pairs.fit_examples for cell in cells] == sorted((c.pairs.fit_examples for c in cells), reverse=True)
-    refused = r"^budget: 0.0001 minutes; the least that can be fitted takes about \d+, the \d+\.\d included"
-    with pytest.raises(InputError, match=refused):
-        ms.fit(user.model, user.words, str(user.data), out=tmp_path / "run", budget=0.0001, **QUICK)
-    assert not (tmp_path / "run").exists()
-    for wrong in (0, -1, math.inf):
-        with pytest.raises(InputError, match=f"^budget: {wrong!r}; allowed is a number of minutes above 0$"):
-            ms.fit(user.model, user.words, str(user.data), out=tmp_path / "run", budget=wrong, **QUICK)
-    assert user.told[:2] == ["timing the model", "left out to keep to 60 minutes: nothing"]
-    assert "to keep to the budget" not in str(user.fitted.summary())
-
-
-def test_a_stopped_fit_goes_on_with_the_parts_it_had_whatever_the_machine_does_now(user: User, tmp_path: Path) -> None:
-    class StoppedError(Exception):
-        pass
-
-    def stop(cell: str, stage: str, done: int, total: int, note: str) -> None:
-        if note != "timing the model":
-            raise StoppedError(note)
-
-    described = {"opened": Binding.of(user.model, user.words).weights}
-    before = fitting_study(described, str(user.data), {}, **QUICK, level=3)
-    (tmp_path / "study.yaml").write_text(dump_study(before))
-    for begun, parts in ((False, "nothing"), (True, before.left_out)):
-        if begun:
-            (tmp_path / "cells" / "sums-0" / "stages").mkdir(parents=True)
-            (tmp_path / "cells" / "sums-0" / "stages" / "behaviour.json").write_text("{}")
-        with pytest.raises(StoppedError, match=f"^left out to keep to 60 minutes: {parts}$"):
-            ms.fit(user.model, user.words, str(user.data), out=tmp_path, budget=60, progress=stop, **QUICK)
+        Choices(positions="end")
 
 
 def test_a_fit_shows_how_far_it_is(user: User, capsys: pytest.CaptureFixture[str]) -> None:
@@ -450,8 +403,8 @@ def test_items_of_one_phrasing_are_refused_before_a_model_is_opened(tmp_path: Pa
         ms.fit("no-such-model", task=str(file), out=tmp_path / "run")
 
 
-def test_the_budget_is_dealt_to_layers_all_over_the_model() -> None:
-    (everywhere,) = fitting_study({"folder": "x"}, "facts", {}, positions="all").cells.values()
+def test_settings_are_dealt_to_layers_all_over_the_model() -> None:
+    (everywhere,) = fitting_study({"folder": "x"}, "facts", {}, Choices(positions="all")).cells.values()
     assert everywhere.steering.positions == "all"
     assert set(everywhere.steering.grids) <= set(SITES_FOR["gguf"]) & set(SITES_FOR["checkpoint"])
     (cell,) = fitting_study({"folder": "x"}, "facts", {}).cells.values()

@@ -73,7 +73,6 @@ def fit(
     lost: Annotated[float, typer.Option(min=0, max=1, help="Share of other answers that a vector may cost.")] = 0.08,
     neither: Annotated[float, typer.Option(min=0, max=1, help="Share it may leave answered neither way.")] = 0.12,
     threads: Annotated[int | None, typer.Option(min=1, help="Processors to use; default: all there are.")] = None,
-    budget: Annotated[float | None, typer.Option(help="Minutes that it may take; what is left out is named.")] = None,
     chat: given.AsChat = False,
     reply: given.Reply = "",
     dtype: given.Dtype = "float32",
@@ -84,7 +83,7 @@ def fit(
     """Find pairs, fit vectors and a detector for a model of yours on your data, and judge them; one run folder."""
     from mnemoscope.runs.processes import quiet_library
 
-    asked: dict[str, Any] = {"settings": settings, "positions": positions, "aim": aim, "budget": budget}
+    asked: dict[str, Any] = {"settings": settings, "positions": positions, "aim": aim}
     asked |= {"lost": lost, "neither": neither, "dtype": dtype, "device_map": device_map, "layout": named_parts(layout)}
     # Processes of one thread each do not wait for one another, and round as one alone would.
     asked |= {"workers": threads or os.cpu_count() or 1, "threads": 1, "progress": not as_json}

@@ -254,7 +254,6 @@ class StudyConfig(Frozen):
     first_seed: int = Field(0, ge=0, le=900, description="the first, as for seeds on which no setting was developed")
     threads: int = Field(1, ge=1, le=4096, description="threads of a cell; results depend on it in the last bits")
     cells: dict[Name, CellConfig] = Field(min_length=1, description="by the name shown in results and report")
-    left_out: str = Field("", description="what a fit does without, to keep to its budget")
 
     @model_validator(mode="after")
     def _layers_exist(self) -> StudyConfig:

@@ -54,7 +54,7 @@ def fit(
         out: the run folder; an interrupted fit continues there.
         prompting: the format of prompts.
         options: of a task that is given by name.
-        choices: ``budget``, ``settings``, ``positions``, ``aim``, ``lost``, ``neither``, ``threads``, ``progress`` and,
+        choices: ``settings``, ``positions``, ``aim``, ``lost``, ``neither``, ``threads``, ``progress`` and,
             for a name, ``dtype``, ``device_map`` and ``layout``; see ``mnemoscope.face.fitting.fit_run``.
 
     Raises:

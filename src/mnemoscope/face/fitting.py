@@ -1,10 +1,8 @@
-"""Running the study of a fit: pairs, vectors with their controls, and a detector for one model and data, in a time."""
+"""Running the study of a fit: pairs, vectors with their controls, and a detector for one model and data."""
 
 from __future__ import annotations
 
-import math
 import os
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mnemoscope.behaviour import Asking, Prompting, draw_candidates, prepare, score
-from mnemoscope.config import LayoutConfig, StudyConfig, dump_study
-from mnemoscope.face.recipe import LEVELS, MEASURED, Level, fitting_study
+from mnemoscope.behaviour import Asking, Prompting, draw_candidates
+from mnemoscope.config import StudyConfig
+from mnemoscope.face.recipe import MEASURED, Choices, fitting_study
 from mnemoscope.interventions import Binding
 from mnemoscope.models import load_model, models_that_fit, use_layout
 from mnemoscope.runs.errors import InputError
-from mnemoscope.runs.strict import read_text
-from mnemoscope.runs.telling import Progress, shown
+from mnemoscope.runs.telling import shown
 from mnemoscope.runs.waiting import warn_of_waiting
 from mnemoscope.study.cells import Opened
 from mnemoscope.tasks import SPLITS, Example, Task, build_task, draw
@@ -31,8 +28,9 @@ if TYPE_CHECKING:
 # Of the time of a fit, by stage: means of one run each on two models (docs/LOG.md).
 SHARES = {"train": 0.02, "behaviour": 0.025, "pairs": 0.1, "probes": 0.025, "steering": 0.66, "effects": 0.095}
 SHARES |= {"detection": 0.025, "neutral": 0.05, "cards": 0.0}
-TIMED = 128  # prompts that are read to see how fast a model is
-REPORTING = 10.0  # seconds of the start and the report
+# A fit takes as long as so many passes over every token of its data and one over so many more tokens, which are learned
+# from and judged however few there are; and seconds of the start and the report (docs/LOG.md).
+PASSES, LEARNED_FROM, REPORTING = 2.0, 94_800, 10.0
 
 
 def full_draw(task: Task, seed: int = 0) -> list[Example]:
@@ -47,9 +45,9 @@ def full_draw(task: Task, seed: int = 0) -> list[Example]:
     return list(found.values())
 
 
-def seconds_of(each: float, tokens: float, level: Level = LEVELS[0]) -> float:
+def seconds_of(each: float, tokens: float) -> float:
     """How long a fit takes that reads so many ``tokens``, where a pass takes ``each`` second for one of them."""
-    return each * (level.passes * tokens + level.tokens) + REPORTING
+    return each * (PASSES * tokens + LEARNED_FROM) + REPORTING
 
 
 def tokens_in(asking: Asking, examples: Sequence[Example]) -> int:
@@ -64,15 +62,12 @@ def fit_run(
     out: Path,
     prompting: Prompting,
     options: dict[str, Any],
-    **choices: Any,
+    **chosen: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Run the study of a fit; returns its model and tokenizer.
 
     Args:
-        choices: ``budget``, minutes that it may take, default: as many as it needs; ``settings`` tried in either
-            direction at most; ``positions``, ``decision`` or ``all``; ``aim``,
-            ``conflict`` or ``pairs``; ``lost`` and ``neither``, shares of other answers and of steered prompts that a
-            vector may cost on tune; ``threads`` (default: one for each processor); ``progress``, True to show how far
+        chosen: fields of ``Choices`` (``threads``: default one for each processor); ``progress``, True to show how far
             it is, or what is called with (cell, stage, done, total, note); and for a model and a task given by name
             ``dtype``, ``device_map`` and ``layout``, and ``workers``: processes with so many threads and a copy of the
             model each, where memory has room for them (default: 1, which has all threads; a script that asks for more
@@ -81,101 +76,40 @@ def fit_run(
     Raises:
         InputError, StudyError: see ``mnemoscope.fit``.
     """
-    import torch
-
     from mnemoscope.study.run import run_study
 
-    of_study = ("settings", "positions", "aim", "lost", "neither", "threads", "workers", "progress", "budget")
-    of_model, began = ("dtype", "device_map", "layout"), time.monotonic()
-    for name in choices:
-        if name not in (*of_study, *of_model):
-            raise InputError(f"{name}: fit has no such argument; it has {', '.join((*of_study, *of_model))}")
-    progress: Progress | bool | None = choices.pop("progress", None)
-    budget, workers = choices.pop("budget", None), choices.pop("workers", 1)
-    if budget is not None and not 0 < budget < math.inf:
-        raise InputError(f"budget: {budget!r}; allowed is a number of minutes above 0")
-    if workers != 1 and not (isinstance(model, str | Path) and isinstance(task, str | Path) and workers > 1):
+    of_study, of_model = tuple(Choices.__dataclass_fields__), ("dtype", "device_map", "layout")
+    allowed = (*of_study, "workers", "progress", *of_model)
+    for name in chosen:
+        if name not in allowed:
+            raise InputError(f"{name}: fit has no such argument; it has {', '.join(allowed)}")
+    workers, is_open = chosen.get("workers", 1), not isinstance(model, str | Path)
+    if workers != 1 and (is_open or isinstance(task, Task) or workers < 1):
         raise InputError(f"workers: {workers!r}; allowed is 1, or more where model and task are given by name")
-    shape = {name: value for name in of_model if (value := choices.pop(name, None)) is not None}
-    choices["threads"] = choices.get("threads") or os.cpu_count() or 1
-    chat = {"chat": {"system": prompting.system, "reply": prompting.reply}} if prompting.chat else {}
+    choices = Choices(**{name: chosen[name] for name in of_study if name in chosen})
+    choices = replace(choices, threads=chosen.get("threads") or os.cpu_count() or 1)
+    described: dict[str, Any] = {name: chosen[name] for name in of_model if chosen.get(name) is not None}
+    if prompting.chat:
+        described["chat"] = {"system": prompting.system, "reply": prompting.reply}
+    described |= {"opened": Binding.of(model, tokenizer).weights} if is_open else {"folder": str(model)}
+    config = fitting_study(described, task, options, choices)
+    layout = next(iter(config.cells.values())).model.layout
     if isinstance(model, str | Path):
-        described: dict[str, Any] = {"folder": str(model), **shape, **chat}
-        config = fitting_study(described, task, options, **choices)
         _task_of(config, task)  # before a large model is opened for nothing
-        given = model
-        model, tokenizer = load_model(model, **shape | {"layout": _layout_of(config)})
-        if workers > 1 and (shape.get("device_map") or models_that_fit(given, workers) < workers):
-            workers, choices["threads"] = 1, workers * choices["threads"]
-            config = fitting_study(described, task, options, **choices)
-    else:
-        assert tokenizer is not None
-        described = {"opened": Binding.of(model, tokenizer).weights, **shape, **chat}
-        config = fitting_study(described, task, options, **choices)
-        if layout := _layout_of(config):
-            use_layout(model, layout)
+        named, shape = model, {name: described[name] for name in of_model if name in described}
+        model, tokenizer = load_model(named, **shape | {"layout": layout})
+        if workers > 1 and ("device_map" in shape or models_that_fit(named, workers) < workers):
+            choices = replace(choices, threads=workers * choices.threads)
+            workers, config = 1, fitting_study(described, task, options, choices)
+    elif layout:
+        use_layout(model, layout)
+    assert tokenizer is not None, "an open model has one"
     if model.device.type == "cpu":
-        warn_of_waiting(choices["threads"])
-    if budget is not None:
-        asking = Asking(model, tokenizer, batch_size=MEASURED["pairs"]["batch_size"], prompting=prompting)
-        levels = [fitting_study(described, task, options, **choices, level=n) for n in range(len(LEVELS))]
-        with _left_as_it_was(model), shown(progress) as tell:
-            tell("fit", "budget", 0, 1, "timing the model")
-            torch.set_num_threads(workers * choices["threads"])  # as the study will, one way or the other
-            config = _within(60 * budget, began, asking, task, options, levels, out)
+        warn_of_waiting(choices.threads)
     opened = Opened(model, tokenizer, task if isinstance(task, Task) else None)
-    with _left_as_it_was(model), shown(progress, SHARES) as tell:
-        if budget is not None:
-            tell("fit", "budget", 1, 1, f"left out to keep to {budget:g} minutes: {config.left_out or 'nothing'}")
+    with _left_as_it_was(model), shown(chosen.get("progress"), SHARES) as tell:
         run_study(config, out, tell, workers=workers, opened=opened)
     return model, tokenizer
-
-
-def _layout_of(config: StudyConfig) -> LayoutConfig | None:
-    """Where the model of a fit has its parts, if that was said."""
-    return next(iter(config.cells.values())).model.layout
-
-
-def _within(
-    seconds: float,
-    began: float,
-    asking: Asking,
-    task: str | Path | Task,
-    options: dict[str, Any],
-    levels: Sequence[StudyConfig],
-    out: Path,
-) -> StudyConfig:
-    """The study that leaves out least and ends within ``seconds`` of ``began``, or that which a run folder holds."""
-    begun = any(out.glob("cells/*/stages/*.json"))  # else a fit was stopped before it kept anything
-    before = read_text(out / "study.yaml", "out") if begun and (out / "study.yaml").is_file() else None
-    for config in levels:
-        if dump_study(config) == before:
-            return config
-    made = _task_of(levels[0], task)
-    asking, rng = replace(asking, boundary=made.boundary), np.random.default_rng(0)
-    facts = made.facts_to_know()
-    sample = [facts[i] for i in rng.permutation(len(facts))[:TIMED]] or draw(made, rng, TIMED, "conflict", "fit")
-    took, labels = math.inf, np.array([])
-    for _ in range(3):  # the first pass of a length takes memory, and longer
-        clock = time.monotonic()
-        labels = score(asking, prepare(asking, sample, whole=True), margins=False).behaviour_N
-        took = min(took, time.monotonic() - clock)
-    known = {e.item for e, label in zip(sample, labels, strict=True) if label == "correct"} if facts else set()
-    if known:  # of those that were not asked, as many are taken to be known
-        unasked = sorted({fact.item for fact in facts} - {fact.item for fact in sample})
-        known |= {item for item in unasked if rng.random() < len(known) / len(sample)}
-        made = made.knowing(known)
-    each, tokens = took / max(1, tokens_in(asking, sample)), tokens_in(asking, full_draw(made))
-    left = seconds - (time.monotonic() - began)
-    for level, config in zip(LEVELS, levels, strict=True):
-        if seconds_of(each, tokens, level) <= left:
-            return config
-    spent = (time.monotonic() - began) / 60
-    least = math.ceil(spent + seconds_of(each, tokens, LEVELS[-1]) / 60)
-    raise InputError(
-        f"budget: {seconds / 60:g} minutes; the least that can be fitted takes about {least}, the {spent:.1f} included "
-        "that went to opening and timing the model"
-    )
 
 
 def _task_of(config: StudyConfig, task: str | Path | Task) -> Task:

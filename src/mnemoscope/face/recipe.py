@@ -1,14 +1,13 @@
-"""What a fit tries and measures: the study of ``fit``, and the steps in which a budget leaves parts of it out."""
+"""What a fit tries and measures: the study of ``fit``."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import re
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -25,7 +24,6 @@ TRIED: dict[str, dict[str, list[Any]]] = {"block": {"tops": [0.5], "strengths": 
 ONE_LAYER = len(METHODS) * sum(math.prod(map(len, grid.values())) for grid in TRIED.values())
 SETTINGS = 6 * ONE_LAYER
 CLAIMED = 2  # draws of each control of what is aimed at: of one alone nobody knows how much it varies
-LOST, NEITHER = 0.08, 0.12  # what a vector may cost on tune, unless told otherwise
 STEERING: dict[str, Any] = {
     "unit": "spread",
     **{"fit_pairs": 200, "fit_others": 128, "learned_steps": 24, "fit_batch": 8, "kept_weight": 1.0},
@@ -50,74 +48,52 @@ MEASURED: dict[str, Any] = {
 }
 
 
-class Level(NamedTuple):
-    """A step of leaving out: what goes, beside what went before, and how long the rest takes.
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What a user may choose of a fit.
 
-    As long as ``passes`` over every token of its data and one over ``tokens`` more, which are learned from and judged
-    however few there are. Set by hand to runs of two models at the first and the last level, and to seconds of their
-    stages between (docs/LOG.md).
+    Attributes:
+        settings: tried at most in either direction, in evenly spread layers.
+        threads: of torch, in each process.
+        positions: ``decision``, or ``all`` tokens, for vectors to export.
+        aim: what vectors are chosen for: ``conflict`` as drawn, which is what a user meets, or ``pairs``.
+        lost: share of other answers, and ``neither``: share of steered prompts answered neither way, beyond which a
+            setting comes last.
+
+    Raises InputError where there are fewer settings than one layer takes, or a field is not allowed or no share.
     """
 
-    without: str
-    passes: float
-    tokens: int
-    changes: Mapping[str, Any] = MappingProxyType({})
-    layers: float = 1.0  # of them, the share that is tried
-    learns: bool = True  # whether anything is learned beside what is tried in each layer
+    settings: int = SETTINGS
+    threads: int = 1
+    positions: str = "decision"
+    aim: str = "conflict"
+    lost: float = 0.08
+    neither: float = 0.12
 
-
-FEW: dict[str, dict[str, Any]] = {"effects": {"doses": [1.0], "ablated": []}, "neutral": {"cuts": 0}}
-FEWER = FEW | {
-    "pairs": {"rephrasings": 2, "fit_examples": 160, "tune_examples": 100, "test_examples": 160}
-    | {"behaviour_examples": 160, "held_out_examples": 40}
-}
-HALF, QUARTER = (  # of the steps of either kind of learning
-    FEWER | {"steering": {"learned_steps": 3 * steps // 4, "low_rank": {"steps": steps, "refits": 0}}}
-    for steps in (16, 8)
-)
-LEVELS = (
-    Level("nothing", 2.0, 94_800),
-    Level("dose curves, ablations and divergence on neutral text", 1.9, 88_800, FEW),
-    Level("half of the examples", 1.65, 78_400, FEWER),
-    Level("half of the layers", 1.65, 72_000, FEWER, 0.5),
-    Level("half of the steps of what is learned", 1.65, 61_000, HALF, 0.5),
-    Level("another quarter of these steps", 1.65, 49_000, QUARTER, 0.5),
-    Level("what is learned", 1.4, 40_500, FEWER, 0.5, learns=False),
-)
-
-
-def left_out(level: int) -> str:
-    """What a level leaves out, in words."""
-    return ", ".join(one.without for one in LEVELS[1 : level + 1]) or LEVELS[0].without
+    def __post_init__(self) -> None:
+        if self.settings < ONE_LAYER:
+            raise InputError(f"settings: {self.settings} is less than the {ONE_LAYER} that one layer takes")
+        for field in ("aim", "positions"):
+            allowed = get_args(SteeringConfig.model_fields[field].annotation)
+            if getattr(self, field) not in allowed:
+                raise InputError(f"{field}: {getattr(self, field)!r}; allowed are {' and '.join(allowed)}")
+        for field in ("lost", "neither"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise InputError(f"{field}: {getattr(self, field)!r}; allowed is a share from 0 to 1")
 
 
 def fitting_study(
-    model: dict[str, Any],
-    task: str | Path | Task,
-    options: dict[str, Any],
-    settings: int = SETTINGS,
-    threads: int = 1,
-    positions: str = "decision",
-    aim: str = "conflict",
-    lost: float = LOST,
-    neither: float = NEITHER,
-    level: int = 0,
+    model: dict[str, Any], task: str | Path | Task, options: dict[str, Any], choices: Choices | None = None
 ) -> StudyConfig:
     """The study of a fit, with one cell.
 
     Args:
         model: fields of ``ModelConfig``.
         task: a task's name, ``package.module:Class``, the path of a JSONL file, or a task; ``options``: of the task.
-        settings: the budget: settings tried at most in either direction, in evenly spread layers.
-        positions: ``decision``, or ``all`` tokens, for vectors to export.
-        aim: what vectors are chosen for: ``conflict`` as drawn, which is what a user meets, or ``pairs``.
-        lost: share of other answers, and ``neither``: share of steered prompts answered neither way, beyond which a
-            setting comes last.
-        level: of ``LEVELS``, how much is left out to keep to a budget.
 
-    Raises:
-        InputError: the file does not exist, the budget is below one layer's, or a field is not allowed or no share.
+    Raises InputError where the file does not exist.
     """
+    choices = choices or Choices()
     if isinstance(task, Task):
         # A digest of its examples, so that a run folder is continued with the same task only.
         drawn = [e for kind in ("conflict", "memory") for e in task.examples(np.random.default_rng(0), 200, kind)]
@@ -129,34 +105,22 @@ def fitting_study(
     is_file = name.endswith(".jsonl")
     if is_file and not Path(name).is_file():
         raise InputError(f"task: the file {name} does not exist")
-    if settings < ONE_LAYER:
-        raise InputError(f"settings: {settings} is less than the {ONE_LAYER} that one layer takes")
-    for field, given in {"aim": aim, "positions": positions}.items():
-        allowed = get_args(SteeringConfig.model_fields[field].annotation)
-        if given not in allowed:
-            raise InputError(f"{field}: {given!r}; allowed are {' and '.join(allowed)}")
-    for field, share in {"lost": lost, "neither": neither}.items():
-        if not 0 <= share <= 1:
-            raise InputError(f"{field}: {share!r}; allowed is a share from 0 to 1")
-    less = LEVELS[level]
-    layers = {"layers": [f"spread-{max(1, int(less.layers * (settings // ONE_LAYER)))}"]}
-    methods = [*METHODS, LEARNED[positions]] if less.learns else [*METHODS]
-    tried: dict[str, Any] = {
-        "methods": methods,
+    layers = {"layers": [f"spread-{choices.settings // ONE_LAYER}"]}
+    steering = STEERING | {
+        "methods": [*METHODS, LEARNED[choices.positions]],
         "grids": {site: layers | grid for site, grid in TRIED.items()},
-        "aim": aim,
-        "collateral_limit": lost,
-        "neither_limit": neither,
+        "aim": choices.aim,
+        "positions": choices.positions,
+        "collateral_limit": choices.lost,
+        "neither_limit": choices.neither,
     }
-    tried |= {"draws": CLAIMED} if aim == "pairs" else {}
-    measured = {name: fields | less.changes.get(name, {}) for name, fields in MEASURED.items()}
-    cell = measured | {
+    steering |= {"draws": CLAIMED} if choices.aim == "pairs" else {}
+    cell = MEASURED | {
         "task": "jsonl" if is_file else name,
         "options": {"file": str(Path(name).resolve()), **options} if is_file else options,
         "model": model,
-        "steering": STEERING | tried | {"positions": positions} | less.changes.get("steering", {}),
+        "steering": steering,
     }
     label = Path(name).stem if is_file else name.rpartition(":")[2]
     label = re.sub(r"[^A-Za-z0-9_.-]+", "-", label).lstrip("_.-")[:100] or "mine"
-    out = {"left_out": left_out(level)} if level else {}
-    return parse_study({"study": "fit", "threads": threads, "cells": {label: cell}, **out})
+    return parse_study({"study": "fit", "threads": choices.threads, "cells": {label: cell}})
