@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mnemoscope.behaviour import Asking
-from mnemoscope.bench.lists import Prompts
+from mnemoscope.bench.prompts import Prompts
 
 SIZES: dict[str, Any] = {
     **{"conflicts": 24, "kept": 8, "varied": 6, "tune_conflicts": 16, "tune_kept": 4, "fit_conflicts": 40},

@@ -294,7 +294,7 @@ def test_a_text_with_both_answers_says_the_other_one_last_and_nothing_else_chang
 
 
 def test_every_conflict_has_a_bare_question_that_is_answered_by_heart(bench: DrawnBench) -> None:
-    for lists in (bench.tune, bench.test, bench.fit.prompts):
+    for lists in (bench.tune, bench.test, bench.fit):
         bares = [bare for bare in lists["conflict"].bares if bare]
         assert len(bares) == len(lists["conflict"])
         assert set(score(bench.asking, prepare(bench.asking, bares)).behaviour_N) == {"memorized"}

@@ -70,7 +70,7 @@ def test_the_test_set_is_frozen_before_anything_is_applied(little: Asking, finis
 def test_no_group_is_fitted_on_and_judged(little: Asking) -> None:
     bench = DrawnBench.of(little, LittleFacts(), parse_arena(SIZES))
     groups = {
-        "fit": {e.group for prompts in bench.fit.prompts.values() for e in prompts.examples},
+        "fit": {e.group for prompts in bench.fit.values() for e in prompts.examples},
         "tune": {e.group for prompts in bench.tune.values() for e in prompts.examples},
         "test": {e.group for prompts in bench.test.values() for e in prompts.examples},
     }

@@ -21,7 +21,8 @@ from helpers import hook_count
 from little_facts import LittleFacts
 from mnemoscope.behaviour import Asking, score, without_prefix
 from mnemoscope.bench.answers import NOTHING, scores, texts_of
-from mnemoscope.bench.lists import DrawnBench, Prompts
+from mnemoscope.bench.lists import DrawnBench
+from mnemoscope.bench.prompts import Prompts
 from mnemoscope.interventions import OPPOSITE, Gate, Intervention, SteeringVector, Toward, load_intervention
 from mnemoscope.interventions.methods import method_names, name_of
 from mnemoscope.models import backbone_of

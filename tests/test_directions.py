@@ -16,7 +16,8 @@ from helpers import GivenBench, label, mini_examples, vector_of
 from mnemoscope.behaviour import Asking, log_probabilities, only_log_probability, prepare, with_options, with_suffixes
 from mnemoscope.bench.answers import steered
 from mnemoscope.bench.choose import COST, STANDING_IN, Rated, Rule, Tuned, choose, in_order, rate
-from mnemoscope.bench.lists import Lists, Prompts
+from mnemoscope.bench.lists import Lists
+from mnemoscope.bench.prompts import Prompts
 from mnemoscope.config import GridConfig
 from mnemoscope.interventions import Positions, SteeringVector, ascent
 from mnemoscope.interventions.ascent import learned_together, wanted_batches

@@ -8,13 +8,14 @@ from __future__ import annotations
 import re
 import string
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -32,12 +33,14 @@ from mnemoscope.behaviour import (
     read_only_options,
     score,
     score_read,
+    states_at_the_end,
     with_options,
     without_prefix,
     written,
 )
-from mnemoscope.bench.lists import DrawnBench, Prompts
+from mnemoscope.bench.prompts import Prompts
 from mnemoscope.interventions import Intervention, Quoted, SteeringVector
+from mnemoscope.interventions.detect import Detector, Reading
 from mnemoscope.models import (
     Precision,
     cache_of,
@@ -190,27 +193,33 @@ def _normal(text: str) -> str:
 
 
 class Neutral:
-    """Cuts in text that the model wrote itself, and its distributions behind them."""
+    """Cuts in text that the model wrote itself, and its distributions behind them.
 
-    def __init__(self, bench: DrawnBench) -> None:
-        asking, config = bench.asking, bench.config
-        self.asking, following = asking, config.following
-        rng = np.random.default_rng([config.seed, 34])
-        length = min(64, context_length(asking.model) - 1 - following - 32)
-        self.batches, self.plain, self.encoded = list[Batch](), list[Tensor](), list[Encoded]()
-        if not config.cuts or length < EARLIEST + following:
+    The text is sampled at temperature 1 without any prompt: there the divergence of one token after another adds up to
+    that of whole texts.
+    """
+
+    def __init__(
+        self, asking: Asking, cuts: int, texts: int, length: int, following: int, rng: np.random.Generator
+    ) -> None:
+        """Draw them; none where the model reads too few tokens for ``following`` ones behind a cut."""
+        self.asking = asking
+        self.encoded, self.batches, self.plain, places = list[Encoded](), list[Batch](), list[Tensor](), list[int]()
+        if not cuts or length < EARLIEST + following:
             return
-        texts = written(asking, min(16, config.cuts), length, int(rng.integers(2**31)))
-        for number in range(config.cuts):
-            row, place = texts[number % len(texts)].tolist(), int(rng.integers(EARLIEST, length - following + 1))
+        written_NT = written(asking, min(texts, cuts), length, int(rng.integers(2**31)))
+        for number in range(cuts):
+            row, place = (
+                written_NT[number % len(written_NT)].tolist(),
+                int(rng.integers(EARLIEST, length - following + 1)),
+            )
             self.encoded.append(Encoded(row[:place], 0, (row[place : place + following],)))
-        self.batches = self._batched(self.encoded)
+            places.append(place)
+        order, size = np.argsort(places, kind="stable"), asking.batch_size
+        self.batches = [as_batch(asking, self.encoded, order[start : start + size]) for start in range(0, cuts, size)]
         cache_prefixes(asking, self.batches)
         self.plain = [self._logp(NOTHING, batch) for batch in self.batches]
-
-    def _batched(self, encoded: Sequence[Encoded]) -> list[Batch]:
-        order, size = np.argsort([len(e.context) for e in encoded], kind="stable"), self.asking.batch_size
-        return [as_batch(self.asking, encoded, order[start : start + size]) for start in range(0, len(order), size)]
+        self.rows = pd.DataFrame({"text": order % len(written_NT), "place": np.array(places)[order]})
 
     @torch.no_grad()
     def _logp(self, one: Intervention, batch: Batch) -> Tensor:
@@ -218,19 +227,30 @@ class Neutral:
         ready = without_prefix(batch) if one.everywhere else batch
         return _logits(self.asking, one, ready)[:, :-1].log_softmax(-1)
 
-    def divergence(self, one: Intervention) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """KL divergence of the intervention's from the model's own distribution, in nats: at the cut, mean of the rest.
+    def read(self, detector: Detector) -> Reading:
+        """The detector's estimates at the cuts, in the order of ``measured``."""
+        model, found = self.asking.model, [np.empty((0, *detector.weights_LD.shape), np.float32)]
+        for batch in self.batches:
+            found.append(states_at_the_end(model, batch.ids_NT, batch.mask_NT, detector.site))
+        return detector.read(np.concatenate(found))
 
-        Nothing where two passes are joined: neutral text has no bare question.
+    def measured(self, one: Intervention) -> pd.DataFrame:
+        """A row a cut: ``text``, ``place``, divergence of the intervention from the model itself in nats, and whether
+        the likeliest next token stays (``same_top``).
+
+        KL at the cut (``kl_first``) and the mean of the tokens behind it (``kl_next``). No row where two passes are
+        joined, as neutral text has no bare question.
         """
-        if one.contrast:
-            return
-        batches = self.batches
+        batches, found = ([] if one.contrast else self.batches), list[pd.DataFrame]()
         if batches and (sentence := one.prompt(Quoted("", "", ""))):
             ids = self.asking.tokenizer(sentence, add_special_tokens=False).input_ids
             encoded = [replace(e, context=[e.context[0], *ids, *e.context[1:]]) for e in self.encoded]
             batches = [as_batch(self.asking, encoded, batch.examples_N) for batch in batches]
-        for batch, plain_NMV in zip(batches, self.plain, strict=True):
+        for batch, plain_NMV in zip(batches, self.plain[: len(batches)], strict=True):
             with_NMV = self._logp(one, batch)
             kl_NM = (plain_NMV.exp() * (plain_NMV - with_NMV)).sum(-1).double().cpu().numpy()
-            yield kl_NM[:, 0], kl_NM[:, 1:].mean(axis=1)
+            same_N = (plain_NMV[:, 0].argmax(-1) == with_NMV[:, 0].argmax(-1)).cpu().numpy()
+            found.append(pd.DataFrame({"kl_first": kl_NM[:, 0], "kl_next": kl_NM[:, 1:].mean(1), "same_top": same_N}))
+        if not found:
+            return pd.DataFrame({name: np.empty(0) for name in ("text", "place", "kl_first", "kl_next", "same_top")})
+        return self.rows.join(pd.concat(found, ignore_index=True))

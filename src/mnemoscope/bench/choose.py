@@ -18,8 +18,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from mnemoscope.behaviour import Scores
 from mnemoscope.bench.answers import scores
-from mnemoscope.bench.lists import Bench, Lists, Prompts
+from mnemoscope.bench.lists import Bench, Lists
+from mnemoscope.bench.prompts import Prompts
 from mnemoscope.interventions import Intervention
 from mnemoscope.interventions.controls import CONTROLS, DRAWN, control_draws, has_equal_norm
 from mnemoscope.interventions.methods import nulls
@@ -110,10 +112,14 @@ class Tuned:
         return order, float(getattr(one, "strength", 0.0)), len(getattr(one, "layers", ())), self.rated.place
 
 
-def rate(one: Intervention, targets: Prompts, place: int = 0, roughly: bool = False) -> Rated:
+def rate(one: Intervention, targets: Prompts, place: int = 0) -> Rated:
     """An intervention's shares on targets."""
-    found = scores(one, targets, roughly=roughly).behaviour_N
-    wanted, neither = (proportion(found == label, targets.groups) for label in (one.toward, "other"))
+    return rated_by(scores(one, targets), one, targets, place)
+
+
+def rated_by(found: Scores, one: Intervention, targets: Prompts, place: int = 0) -> Rated:
+    """The same of labels that are known."""
+    wanted, neither = (proportion(found.behaviour_N == label, targets.groups) for label in (one.toward, "other"))
     return Rated(one, wanted, neither, place)
 
 

@@ -12,30 +12,26 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from mnemoscope.behaviour import draw_candidates, mine_pairs, read_states
-from mnemoscope.bench.lists import KEPT, DrawnBench, Prompts
+from mnemoscope.behaviour import read_states
+from mnemoscope.bench.lists import KEPT, DrawnBench
+from mnemoscope.bench.prompts import Prompts
 from mnemoscope.interventions.detect import Detector, Observed, Reading, fit_detectors
-from mnemoscope.runs.errors import InputError
 
 THRESHOLD = 0.5  # of the probability of the behaviour to steer away from
 
 
 def fitted_detector(bench: DrawnBench) -> Detector:
     """The detector of the fit split, calibrated on tune; InputError where a behaviour has too few prompts."""
-    mined = bench.fit.mined
-    assert mined.scores.states_NLD is not None, "mining keeps states"
-    fit = _observed(bench.fit.prompts, mined.scores.states_NLD, mined.scores.behaviour_N)
-    config, rng = bench.config, np.random.default_rng([bench.config.seed, 38])
-    candidates = draw_candidates(bench.task, bench.tune["conflict"].examples, rng, config.rephrasings)
-    tune = next(mine_pairs(bench.asking, candidates, chunk=config.tune_conflicts * config.rephrasings), None)
-    if tune is None:
-        raise InputError("tune: its conflicts have no other phrasing")
-    assert tune.scores.states_NLD is not None, "mining keeps states"
-    return fit_detectors(fit, _observed(bench.tune, tune.scores.states_NLD, tune.scores.behaviour_N))[0]
+    fit, tune = (
+        _observed(lists, mined.scores.states_NLD, mined.scores.behaviour_N)
+        for lists, mined in ((bench.fit, bench.mined), (bench.tune, bench.mine("tune", 38)))
+    )
+    return fit_detectors(fit, tune)[0]
 
 
-def _observed(lists: Mapping[str, Prompts], states_NLD: np.ndarray, labels_N: np.ndarray) -> Observed:
+def _observed(lists: Mapping[str, Prompts], states_NLD: np.ndarray | None, labels_N: np.ndarray) -> Observed:
     """Conflicts that were answered either way, and prompts that agree with memory or have no text."""
+    assert states_NLD is not None, "mining keeps states"
     either_N = np.isin(labels_N.astype(str), ("memorized", "generalized"))
     parts, labels = [states_NLD[either_N]], [labels_N[either_N].astype(object)]
     for prompts in (lists[name] for name in KEPT if len(lists[name])):

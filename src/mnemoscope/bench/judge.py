@@ -15,11 +15,13 @@ import pandas as pd
 from mnemoscope.behaviour import Scores
 from mnemoscope.bench.answers import NOTHING, Neutral, is_exact, scores, texts_of
 from mnemoscope.bench.gate import THRESHOLD, fitted_detector, readings
-from mnemoscope.bench.lists import LISTS, DrawnBench, Prompts
+from mnemoscope.bench.lists import LISTS, DrawnBench
+from mnemoscope.bench.prompts import Prompts
 from mnemoscope.bench.varied import varied_lists
 from mnemoscope.interventions import OPPOSITE, Intervention, SteeringVector
 from mnemoscope.interventions.controls import has_equal_norm, of_equal_norm
 from mnemoscope.interventions.detect import Detector
+from mnemoscope.models import context_length
 from mnemoscope.runs.errors import InputError
 
 TABLES = ("answers", "texts", "neutral")
@@ -48,7 +50,11 @@ class Frame:
             detector, why = fitted_detector(bench), ""
         except InputError as error:  # too few prompts of a behaviour, which is no reason to lose all else
             detector, why = None, str(error)
-        return cls(bench, {**bench.test, **varied_lists(bench)}, Neutral(bench), detector, why)
+        config, context = bench.config, context_length(bench.asking.model)
+        length = min(64, context - 1 - config.following - 32)  # room for a sentence before it
+        rng = np.random.default_rng([config.seed, 34])
+        neutral = Neutral(bench.asking, config.cuts, 16, length, config.following, rng)
+        return cls(bench, {**bench.test, **varied_lists(bench)}, neutral, detector, why)
 
     def table(self) -> pd.DataFrame:
         """Every prompt of every list with its unsteered label; of the frozen ones also where a gate acts."""
@@ -81,7 +87,7 @@ class Frame:
         return {
             "answers": pd.concat(parts, ignore_index=True),
             "texts": self._texts(plain, toward),
-            "neutral": self._neutral(plain, toward),
+            "neutral": self.neutral.measured(plain)[["kl_first", "kl_next"]].assign(toward=toward),
         }
 
     def _answers(self, name: str, found: Scores, toward: str, draw: int = -1) -> pd.DataFrame:
@@ -102,8 +108,3 @@ class Frame:
         columns |= {f"exact_{side}": found for side, found in exact.items()}
         columns |= {"nats": made.nats_N, "repeated": made.repeated_N, "seconds": made.seconds}
         return pd.DataFrame(columns)
-
-    def _neutral(self, one: Intervention, toward: str) -> pd.DataFrame:
-        parts = [pd.DataFrame({"kl_first": first, "kl_next": rest}) for first, rest in self.neutral.divergence(one)]
-        empty = pd.DataFrame({"kl_first": [], "kl_next": []}, dtype=float)
-        return pd.concat(parts or [empty], ignore_index=True).assign(toward=toward)

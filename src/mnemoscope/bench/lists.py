@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,19 +17,15 @@ from mnemoscope.behaviour import (
     Asking,
     Batch,
     PairBatch,
-    Scores,
-    as_batch,
-    cache_prefixes,
     draw_candidates,
-    encode,
     mine_pairs,
     prepare,
     score,
 )
+from mnemoscope.bench.prompts import Prompts
 from mnemoscope.config import ArenaConfig
-from mnemoscope.interventions import OPPOSITE, Contrast, Quoted, Toward
+from mnemoscope.interventions import OPPOSITE, Toward
 from mnemoscope.interventions.sources import (
-    TOWARD,
     FitLists,
     Sources,
     Tried,
@@ -45,62 +42,8 @@ from mnemoscope.tasks import Example, Split, Task, as_bare, draw
 
 KEPT = ("agreeing", "bare")  # lists whose answers should stay
 LISTS = ("conflict", *KEPT)  # of every split
-
-
-class Prompts:
-    """A list of examples, prepared once for all interventions, with cached prefixes where they fit into memory.
-
-    ``bares``: the same questions without their texts, or None where the task does not know them.
-    """
-
-    def __init__(self, asking: Asking, examples: Sequence[Example], bares: Sequence[Example | None]) -> None:
-        self.asking, self.examples, self.bares = asking, list(examples), list(bares)
-        self._contrasted: dict[Contrast, list[Batch]] = {}
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    @property
-    def groups(self) -> list[str]:
-        """The group of each example."""
-        return [example.group for example in self.examples]
-
-    @cached_property
-    def quoted(self) -> list[Quoted]:
-        """The parts of each prompt."""
-        pairs = zip(self.examples, self.bares, strict=True)
-        return [Quoted.of(example.prompt, bare.prompt if bare else None) for example, bare in pairs]
-
-    @cached_property
-    def batches(self) -> list[Batch]:
-        """The prompts with their options."""
-        return with_prefixes(self.asking, self.examples)
-
-    def contrast(self, which: Contrast) -> list[Example]:
-        """What each prompt is contrasted with; a prompt without it stands for itself."""
-        found = []
-        for example, bare, quoted in zip(self.examples, self.bares, self.quoted, strict=True):
-            cut = replace(example, prompt=quoted.before + quoted.behind)
-            found.append(cut if which == "cut" and quoted.text else bare or example)
-        return found
-
-    def contrast_batches(self, which: Contrast) -> list[Batch]:
-        """What prompts are contrasted with, row by row those of ``batches``."""
-        if which not in self._contrasted:
-            encoded = encode(self.asking, self.contrast(which))
-            batches = [as_batch(self.asking, encoded, batch.examples_N) for batch in self.batches]
-            cache_prefixes(self.asking, batches)
-            self._contrasted[which] = batches
-        return self._contrasted[which]
-
-    @cached_property
-    def unsteered(self) -> Scores:
-        """Labels without any intervention."""
-        return score(self.asking, self.batches)
-
-    def of(self, chosen: Sequence[int] | np.ndarray) -> Prompts:
-        """Some of the prompts."""
-        return Prompts(self.asking, [self.examples[n] for n in chosen], [self.bares[n] for n in chosen])
+Examples = Sequence[Example]
+ByToward = Mapping[Toward, Examples]
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,17 +129,39 @@ class Bench:
         return read_sources(site, self.pairs, self.asking, lambda: self.lists)
 
 
-@dataclass(frozen=True, eq=False)
-class Fit:
-    """What is fitted on.
+def fit_lists(
+    asking: Asking,
+    task: Task,
+    targets: ByToward,
+    conflicts: ByToward,
+    kept: Mapping[Toward, Sequence[Examples]],
+    **facts: Any,
+) -> FitLists:
+    """Fit lists with prefixes; a list that is given for both directions is prepared once.
 
-    Attributes:
-        mined: labelled phrasings of the fit split, with states at the decision position.
-        prompts: by name, lists of ``LISTS``; of the latter two those that are answered right.
+    Args:
+        targets, conflicts: phrasings of pairs, and other conflicts, that answer the other way.
+        kept: lists whose answers should stay, which are learned from in turn.
+        facts: other fields of ``FitLists``.
     """
+    prepared: dict[int, list[Batch]] = {}
 
-    mined: PairBatch
-    prompts: Mapping[str, Prompts]
+    def ready(examples: Examples) -> list[Batch]:
+        if id(examples) not in prepared:
+            prepared[id(examples)] = with_prefixes(asking, examples)
+        return prepared[id(examples)]
+
+    asked = targets["memorized"], conflicts["memorized"]
+    first, second = ([bare for e in examples if (bare := task.without_context(e))] for examples in asked)
+    return FitLists(
+        asking,
+        {toward: ready(examples) for toward, examples in targets.items()},
+        {toward: ready(examples) for toward, examples in conflicts.items()},
+        {toward: in_turn(map(ready, lists)) for toward, lists in kept.items()},
+        items={toward: ([e.item for e in targets[toward]], [e.item for e in conflicts[toward]]) for toward in targets},
+        bare=(first, second) if (len(first), len(second)) == tuple(map(len, asked)) else None,
+        **facts,
+    )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -214,10 +179,10 @@ class DrawnBench(Bench):
     test: Mapping[str, Prompts]
 
     @classmethod
-    def of(cls, asking: Asking, task: Task, config: ArenaConfig, known: Known | None = None) -> DrawnBench:
-        """Draw the lists and freeze them; InputError where too little is left. ``known``: default: it is asked."""
+    def of(cls, asking: Asking, task: Task, config: ArenaConfig) -> DrawnBench:
+        """Ask what is known, draw the lists and freeze them; InputError where too little is left."""
         asking = replace(asking, from_prompt=True, batch_size=config.batch_size)
-        known = known or ask_known(asking, task)
+        known = ask_known(asking, task)
         task = task.knowing(set(known.items)) if known.asked else task
         draws = {"tune": (config.tune_conflicts, config.tune_kept), "test": (config.conflicts, config.kept)}
         found = {split: _lists(asking, task, split, *sizes, config.seed) for split, sizes in draws.items()}  # type: ignore[arg-type]
@@ -238,17 +203,17 @@ class DrawnBench(Bench):
     @property
     def fit_conflicts(self) -> Prompts:
         """The fit conflicts."""
-        return self.fit.prompts["conflict"]
+        return self.fit["conflict"]
 
     @property
     def fit_agreeing(self) -> Prompts:
         """The fit prompts that agree with memory."""
-        return self.fit.prompts["agreeing"]
+        return self.fit["agreeing"]
 
     @property
     def has_bares(self) -> bool:
         """Whether every test conflict has a bare question."""
-        return all(bare is not None for bare in self.test["conflict"].bares)
+        return None not in self.test["conflict"].bares
 
     def choosing(self) -> Lists:
         """What settings are chosen on, the same in both directions."""
@@ -256,26 +221,49 @@ class DrawnBench(Bench):
         return Lists(self.tune["conflict"], kept)
 
     @cached_property
-    def fit(self) -> Fit:
-        """What is fitted on; InputError where no pair is among it."""
-        config, rng = self.config, np.random.default_rng([self.config.seed, 31])
-        prompts = _lists(self.asking, self.task, "fit", config.fit_conflicts, config.fit_kept, config.seed)
-        candidates = draw_candidates(self.task, prompts["conflict"].examples, rng, config.rephrasings)
-        chunk = config.fit_conflicts * config.rephrasings
-        mined = next(mine_pairs(self.asking, candidates, chunk=chunk), None)
+    def fit(self) -> Mapping[str, Prompts]:
+        """The lists of ``LISTS`` of the fit split; of the latter two those that are answered right."""
+        config = self.config
+        return _lists(self.asking, self.task, "fit", config.fit_conflicts, config.fit_kept, config.seed)
+
+    @cached_property
+    def mined(self) -> PairBatch:
+        """Labelled phrasings of the fit split, with states at the decision position."""
+        return self.mine("fit", 31)
+
+    def mine(self, split: Literal["fit", "tune"], stream: int) -> PairBatch:
+        """Labelled phrasings of a split's conflicts; InputError where these have no other phrasing."""
+        config, conflicts = self.config, self.fit_conflicts if split == "fit" else self.tune_conflicts
+        most = config.fit_conflicts if split == "fit" else config.tune_conflicts
+        rng = np.random.default_rng([config.seed, stream])
+        candidates = draw_candidates(self.task, conflicts.examples, rng, config.rephrasings)
+        mined = next(mine_pairs(self.asking, candidates, chunk=most * config.rephrasings), None)
         if mined is None:
-            raise InputError("task: its fit conflicts have no other phrasing, so there are no pairs")
-        return Fit(mined, prompts)
+            raise InputError(f"task: its {split} conflicts have no other phrasing, so there are no pairs")
+        return mined
 
     @cached_property
     def lists(self) -> FitLists:
         """The fit lists of methods that learn by gradients, with prefixes."""
-        return _fit_lists(self, self.fit.mined, self.fit.prompts)
+        config = self.config
+        found = spread(self.mined.pairs())[: config.pairs]
+        sides = {"generalized": [one for one, _ in found], "memorized": [other for _, other in found]}
+        targets = {toward: each_once(sides[OPPOSITE[toward]]) for toward in OPPOSITE}
+        conflicts, kept = self.fit_conflicts.examples, [self.fit[name].examples for name in KEPT]
+        return fit_lists(
+            replace(self.asking, batch_size=config.batch),  # one batch a step
+            self.task,
+            targets,
+            dict.fromkeys(OPPOSITE, conflicts),
+            dict.fromkeys(OPPOSITE, kept),
+            steps=config.steps,
+            low_rank_steps=config.steps,
+        )
 
     @cached_property
     def pairs(self) -> list[tuple[Example, Example]]:
         """Pairs of the fit split; InputError where less than two groups flip."""
-        pairs = spread(self.fit.mined.pairs())[: self.config.pairs]
+        pairs = spread(self.mined.pairs())[: self.config.pairs]
         if len({one.group for one, _ in pairs}) < 2:
             raise InputError(f"task: {len(pairs)} of its fit candidates flip; pairs of 2 groups are needed")
         return pairs
@@ -292,7 +280,7 @@ def _lists(asking: Asking, task: Task, split: Split, conflicts: int, kept: int, 
     """The three lists of a split; of those whose answers should stay, what the model answers right."""
     rng = np.random.default_rng([seed, len(split), *split.encode()])
     drawn, bares = known_conflicts(asking, task, split, conflicts, rng)
-    alone = _each_once(as_bare(bare) for bare in bares if bare)
+    alone = each_once(as_bare(bare) for bare in bares if bare)
     memory = draw(task, rng, 4 * kept, "memory", split) if not task.memory_is_conflict else []
     agreeing = [e for e in memory if (bare := task.without_context(e)) is None or bare.prompt != e.prompt]
     lists = {"conflict": Prompts(asking, drawn, bares)}
@@ -330,7 +318,7 @@ def told_by_answers(bench: DrawnBench) -> float | None:
     Nothing but the two answers is seen, so 0.5 is what a set should give; None where there is no fit split.
     """
     try:
-        fit = bench.fit.prompts["conflict"].examples
+        fit = bench.fit_conflicts.examples
     except InputError:
         return None
     known, said = (Counter(getattr(e, side) for e in fit) for side in ("memorized", "generalized"))
@@ -342,26 +330,6 @@ def told_by_answers(bench: DrawnBench) -> float | None:
     return float(np.mean([(difference > 0) + 0.5 * (difference == 0) for difference in ahead]))
 
 
-def _fit_lists(bench: DrawnBench, mined: PairBatch, prompts: Mapping[str, Prompts]) -> FitLists:
-    config = bench.config
-    asking = replace(bench.asking, batch_size=config.batch)  # one batch a step
-    found = spread(mined.pairs())[: config.pairs]
-    sides = {"generalized": [one for one, _ in found], "memorized": [other for _, other in found]}
-    pairs, conflicts, items = {}, {}, {}
-    ready = with_prefixes(asking, prompts["conflict"].examples)
-    kept = [with_prefixes(asking, prompts[name].examples) for name in KEPT]
-    for toward in TOWARD.values():
-        targets = _each_once(sides[OPPOSITE[toward]])
-        pairs[toward], conflicts[toward] = with_prefixes(asking, targets), ready
-        items[toward] = [e.item for e in targets], [e.item for e in prompts["conflict"].examples]
-    everywhere = {toward: in_turn(kept) for toward in TOWARD.values()}
-    asked = [_each_once(sides[OPPOSITE["memorized"]]), prompts["conflict"].examples]
-    first, second = ([bench.task.without_context(example) for example in examples] for examples in asked)
-    known = [e for e in first if e], [e for e in second if e]
-    bare = known if list(map(len, known)) == list(map(len, asked)) else None
-    return FitLists(asking, pairs, conflicts, everywhere, 1.0, config.steps, items, bare, config.steps)
-
-
 def spread(pairs: Sequence[tuple[Example, Example]]) -> list[tuple[Example, Example]]:
     """Pairs as evenly by group as possible."""
     by_group: dict[str, list[tuple[Example, Example]]] = {}
@@ -370,6 +338,11 @@ def spread(pairs: Sequence[tuple[Example, Example]]) -> list[tuple[Example, Exam
     return in_turn(by_group.values())
 
 
-def _each_once(examples: Iterable[Example]) -> list[Example]:
-    """Examples whose prompts differ."""
-    return list({example.prompt: example for example in examples}.values())
+def each_once(examples: Iterable[Example], limit: int | None = None) -> list[Example]:
+    """The first examples whose items or prompts differ, at most ``limit``."""
+    seen: dict[tuple[str, str], Example] = {}
+    for example in examples:
+        seen.setdefault((example.item, example.prompt), example)
+        if len(seen) == limit:
+            break
+    return list(seen.values())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
@@ -17,7 +16,7 @@ import torch
 from mnemoscope.behaviour import PLAIN, Asking
 from mnemoscope.bench.choose import Rule, choose, rate
 from mnemoscope.bench.judge import TABLES, UNSTEERED, Frame
-from mnemoscope.bench.lists import DrawnBench, Known, ask_known, told_by_answers
+from mnemoscope.bench.lists import DrawnBench, told_by_answers
 from mnemoscope.config import ArenaConfig, parse_arena
 from mnemoscope.interventions import OPPOSITE, Binding, Intervention, SteeringVector
 from mnemoscope.interventions.controls import has_equal_norm
@@ -29,10 +28,10 @@ from mnemoscope.runs.digests import STAGES, intact, write_marker
 from mnemoscope.runs.errors import InputError
 from mnemoscope.runs.files import plain, write_atomically
 from mnemoscope.runs.locks import locked
-from mnemoscope.runs.schemas import FrameFacts, KnownFacts
-from mnemoscope.runs.strict import checked, read_json
+from mnemoscope.runs.schemas import FrameFacts
+from mnemoscope.runs.strict import read_json
 from mnemoscope.runs.telling import Progress, shown
-from mnemoscope.tasks import Task, allow_code, named_task
+from mnemoscope.tasks import Task, allow_code, examples_digest, named_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -128,16 +127,15 @@ class _Run:
         """Run what is not done yet."""
 
         with locked(self.folder, lambda: self._done(UNSTEERED)):
-            self._go(methods)
+            self._check_folder()
+            chosen = list(methods or method_names())
+            waiting = [name for name in (UNSTEERED, *chosen) if not self._done(name)]
+            if waiting:
+                self._run(chosen, waiting, methods is not None)
 
-    def _go(self, methods: Sequence[str] | None) -> None:
-        self._check_folder()
-        chosen = list(methods or method_names())
-        waiting = [name for name in (UNSTEERED, *chosen) if not self._done(name)]
-        if not waiting:
-            return
+    def _run(self, chosen: Sequence[str], waiting: Sequence[str], by_name: bool) -> None:
         self.tell("arena", "frame", 0, 1, "freezing the test set")
-        bench = DrawnBench.of(self.asking, self.task, self.config, self._known())
+        bench = DrawnBench.of(self.asking, self.task, self.config)
         frame = Frame.of(bench)
         counts: dict[str, Any] = {"asked": bench.known.asked, "known": len(bench.known.items)}
         counts |= {"order": list(dict.fromkeys([*method_names(), *chosen])), "no_gate": frame.why}
@@ -145,108 +143,78 @@ class _Run:
         counts |= {"lists": {name: len(prompts) for name, prompts in frame.lists.items()}}
         self._write_set(frame.table())
         self._write_json("frame", self.facts | counts)
-        self._mark("frame")
         for number, name in enumerate(waiting):
             self.tell("arena", name, number, len(waiting), "")
             try:
                 facts = self._unsteered(frame) if name == UNSTEERED else self._method(name, frame)
             except InputError as error:
-                if methods:
+                if by_name:
                     raise
                 facts = {"left_out": str(error)}
             self._write_json(name, facts)
-            self._mark(name)  # last: what says that the method is done
         self.tell("arena", "page", 1, 1, "")
 
     def _write_set(self, table: pd.DataFrame) -> None:
         """Write the frozen set; InputError where methods were judged on another one, as after a change of rounding."""
         path = self.folder / "set.parquet"
-        if (self.folder / STAGES / "frame.json").is_file():
-            before = pd.read_parquet(intact(path))
-            if not all(_cells(before, name) == _cells(table, name) for name in FROZEN):
-                raise InputError(
-                    f"out: {self.folder} holds an arena on another frozen set than this model gives here, as on "
-                    "another machine or after an update; give another folder"
-                )
-            self.written.append(path)  # other columns may differ in their last bits
-            return
-        self._write_table("set", table)
-
-    def _known(self) -> Known:
-        """What the model knows, asked once for all continuations."""
-        of = {name: self.facts[name] for name in ("weights", "examples", "prompting")}
-        path = self.folder / "known.json"
-        before = read_json(intact(path), dict[str, Any]) if (self.folder / STAGES / "known.json").is_file() else {}
-        if all(before.get(name) == value for name, value in of.items()):
-            checked(before, KnownFacts, str(path))
-            return Known(before["asked"], before["known"])
-        known = ask_known(self.asking, self.task)
-        if known.asked:
-            self.task.knowing(set(known.items))  # an empty one is refused here, before anything is written
-        self._write_json("known", of | {"asked": known.asked, "known": list(known.items)})
-        self._mark("known")
-        return known
+        if not self._done("frame"):
+            return self._write_table("set", table)
+        before = pd.read_parquet(intact(path))
+        if not all(_cells(before, name) == _cells(table, name) for name in FROZEN):
+            raise InputError(
+                f"out: {self.folder} holds an arena on another frozen set than this model gives here, as on another "
+                "machine or after an update; give another folder"
+            )
+        self.written.append(path)  # other columns may differ in their last bits
 
     def _unsteered(self, frame: Frame) -> dict[str, Any]:
-        tables = frame.judged(None, UNSTEERED)
-        for name in TABLES:
-            self._write_table(f"{UNSTEERED}-{name}", tables[name])
+        for kind, table in frame.judged(None, UNSTEERED).items():
+            self._write_table(f"{UNSTEERED}-{kind}", table)
         return {"passes": 1, "changes_weights": False}
 
     def _method(self, name: str, frame: Frame) -> dict[str, Any]:
         """Fit, choose and judge a method in both directions; write its tables and return what was chosen."""
-        found, tables = dict[str, Any](), {kind: list[pd.DataFrame]() for kind in TABLES}
+        bench, found, judged = frame.bench, dict[str, Any](), list[dict[str, pd.DataFrame]]()
         for toward in OPPOSITE:
-            started = time.perf_counter()
-            tried = candidates(name, frame.bench, toward)
-            fitted = time.perf_counter()
-            lists = frame.bench.choosing()
+            times = [time.perf_counter()]
+            tried = candidates(name, bench, toward)
+            times.append(time.perf_counter())
+            lists = bench.choosing()
             rated = [rate(one, lists.targets, place) for place, one in enumerate(tried)]
-            compared = choose(frame.bench, lists, rated, Rule(errors=self.config.errors))
+            compared = choose(bench, lists, rated, Rule(errors=self.config.errors))
             best = compared[0]
-            chosen, one = time.perf_counter(), best.one
-            for kind, table in frame.judged(one, toward).items():
-                tables[kind].append(table)
-            seconds = {"fit": fitted - started, "choose": chosen - fitted, "judge": time.perf_counter() - chosen}
+            times.append(time.perf_counter())
+            judged.append(frame.judged(best.one, toward))
+            times.append(time.perf_counter())
+            tune = {"wanted": best.rated.wanted.estimate, "lost": best.lost, "worth": best.worth}
             found[toward] = {
-                "setting": dict(one.setting),
-                "tune": {
-                    "wanted": best.rated.wanted.estimate,
-                    "lost": best.lost,
-                    "worth": best.worth,
-                    "compared": len(compared),
-                },
-                **{"tried": len(tried), "norm": _norm(one, frame.bench), "seconds": seconds},
+                "setting": dict(best.one.setting),
+                "tune": tune | {"compared": len(compared)},
+                "tried": len(tried),
+                "norm": _norm(best.one, bench),
+                "seconds": dict(zip(("fit", "choose", "judge"), np.diff(times).tolist(), strict=True)),
             }
-            facts = {"passes": one.passes, "changes_weights": one.changes_weights, "joined": one.contrast is not None}
-        for kind, parts in tables.items():
-            self._write_table(f"{name}-{kind}", pd.concat(parts, ignore_index=True))
+        for kind in TABLES:
+            self._write_table(f"{name}-{kind}", pd.concat([tables[kind] for tables in judged], ignore_index=True))
+        one = best.one
+        facts = {"passes": one.passes, "changes_weights": one.changes_weights, "joined": one.contrast is not None}
         return facts | {"toward": found}
 
     def _facts(self, model: str) -> dict[str, Any]:
         """What a continued arena must have in common with the one before."""
-        drawn = [
-            example
-            for kind in ("conflict", "memory")
-            for example in self.task.examples(np.random.default_rng(self.config.seed), 200, kind)
-        ]
-        digest = hashlib.sha256("".join(f"{e.item}|{e.prompt}|{e.options}" for e in drawn).encode()).hexdigest()
-        binding = Binding.of(self.asking.model, self.asking.tokenizer)
         return {
             "schema": SCHEMA,
             "model": model,
-            "weights": binding.weights,
+            "weights": Binding.of(self.asking.model, self.asking.tokenizer).weights,
             "dtype": str(self.asking.model.dtype).removeprefix("torch."),
             "task": self.task.name,
-            "examples": digest,
+            "examples": examples_digest(self.task, self.config.seed),
             "sizes": self.config.model_dump(),
             "prompting": self.asking.prompting.facts,
         }
 
     def _check_folder(self) -> None:
-        if not (self.folder / STAGES / "frame.json").is_file():
-            return
-        before = read_json(intact(self.folder / "frame.json"), FrameFacts)
+        before = read_json(intact(self.folder / "frame.json"), FrameFacts) if self._done("frame") else self.facts
         for field, value in self.facts.items():
             if before.get(field) != value:
                 raise InputError(
@@ -254,16 +222,14 @@ class _Run:
                 )
 
     def _done(self, name: str) -> bool:
-        return all((folder / f"{name}.json").is_file() for folder in (self.folder, self.folder / STAGES))
-
-    def _mark(self, name: str) -> None:
-        """Write the marker of what was written since the last one."""
-        write_marker(self.folder, name, self.written)
-        self.written = []
+        return (self.folder / STAGES / f"{name}.json").is_file()
 
     def _write_json(self, name: str, facts: Mapping[str, Any]) -> None:
+        """Write facts, then the marker of all that was written since the last one: what says that it is done."""
         text = json.dumps(plain(dict(facts)), indent=1, allow_nan=False) + "\n"
         self.written.append(write_atomically(self.folder / f"{name}.json", text.encode()))
+        write_marker(self.folder, name, self.written)
+        self.written = []
 
     def _write_table(self, name: str, table: pd.DataFrame) -> None:
         path = self.folder / f"{name}.parquet"

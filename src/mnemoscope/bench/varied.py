@@ -9,7 +9,8 @@ from dataclasses import replace
 import numpy as np
 
 from mnemoscope.behaviour import encode
-from mnemoscope.bench.lists import DrawnBench, Prompts, known_conflicts
+from mnemoscope.bench.lists import DrawnBench, known_conflicts
+from mnemoscope.bench.prompts import Prompts
 from mnemoscope.runs.errors import InputError
 from mnemoscope.tasks import Example, Task
 

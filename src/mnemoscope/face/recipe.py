@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
-
 from mnemoscope.config import SteeringConfig, StudyConfig, parse_study
 from mnemoscope.runs.errors import InputError
-from mnemoscope.tasks import Task, allow_code
+from mnemoscope.tasks import Task, allow_code, examples_digest
 
 # Tried in each layer; standardized NMD, as huge activations of a few neurons would dominate the plain one.
 METHODS = ("standardized-nmd", "gradient")
@@ -95,10 +92,8 @@ def fitting_study(
     """
     choices = choices or Choices()
     if isinstance(task, Task):
-        # A digest of its examples, so that a run folder is continued with the same task only.
-        drawn = [e for kind in ("conflict", "memory") for e in task.examples(np.random.default_rng(0), 200, kind)]
-        digest = hashlib.sha256("".join(f"{e.item}|{e.prompt}|{e.options}" for e in drawn).encode()).hexdigest()
-        name, options = f"{type(task).__module__}:{type(task).__name__}", {"digest": digest[:16]}
+        # So that a run folder is continued with the same task only.
+        name, options = f"{type(task).__module__}:{type(task).__name__}", {"digest": examples_digest(task)[:16]}
     else:
         name = str(task)
         allow_code(name)  # it is the user who names it

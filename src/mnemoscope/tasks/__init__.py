@@ -13,6 +13,7 @@ from mnemoscope.tasks.base import (
     as_bare,
     draw,
     draws,
+    examples_digest,
 )
 from mnemoscope.tasks.registry import (
     TASKS,

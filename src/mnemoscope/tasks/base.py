@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -238,3 +239,10 @@ def draws(task: Task, rng: np.random.Generator, n: int, kind: Kind, split: Split
 def answer_of(instance: Instance) -> tuple[str, str]:
     """Prompt and answer of a training instance; the answer is empty where none is marked."""
     return (instance, "") if isinstance(instance, str) else instance
+
+
+def examples_digest(task: Task, seed: int = 0) -> str:
+    """SHA-256 of the first examples of a task, by which it is known again."""
+    kinds: tuple[Kind, ...] = ("conflict", "memory")
+    drawn = [example for kind in kinds for example in task.examples(np.random.default_rng(seed), 200, kind)]
+    return hashlib.sha256("".join(f"{e.item}|{e.prompt}|{e.options}" for e in drawn).encode()).hexdigest()

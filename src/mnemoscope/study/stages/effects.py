@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import chain, product
 from pathlib import Path
@@ -14,126 +14,93 @@ import numpy as np
 import pandas as pd
 import torch
 
-from mnemoscope.behaviour import Asking, Batch, Scores, read_states, score, score_contrasted
-from mnemoscope.bench.answers import steered
+from mnemoscope.behaviour import Scores, read_states, score
+from mnemoscope.bench.answers import scores
+from mnemoscope.bench.prompts import Prompts
 from mnemoscope.interventions import OPPOSITE, SteeringVector, ablated, patched
 from mnemoscope.interventions.controls import control_draws
+from mnemoscope.interventions.methods.cad import ContextAware
 from mnemoscope.interventions.shifts import rho, top_neurons
-from mnemoscope.interventions.sources import SOURCE, TOWARD, with_prefixes
-from mnemoscope.models import SITES, Site, blocks_of
+from mnemoscope.interventions.sources import SOURCE, TOWARD
+from mnemoscope.models import SITES, blocks_of
 from mnemoscope.runs.errors import InputError
 from mnemoscope.study.cells import Cell, Tell
 from mnemoscope.study.stages.common import cell_model, kept_states, read_all, read_best, write_table
-from mnemoscope.study.stages.lists import RecordedBench, Records, judged_lists
-from mnemoscope.tasks import Example
+from mnemoscope.study.stages.lists import RecordedBench, judged_lists
 
 CONTRASTS = {"to_generalized": (0.5, 1.0), "to_memorized": (-0.5, -1.0)}  # of context-aware decoding; -1: no context
+Sides = Mapping[str, Prompts]  # by the behaviour that they show
 
 
 def effects_stage(cell: Cell, tell: Tell) -> list[Path]:
     """Measure dose-response, necessity, upper bounds by patching, and prompts that ask for the behaviour."""
-    asking = cell_model(cell)
-    bench = RecordedBench.of(cell, asking)
-    sides = _Sides.of(cell, asking, bench.records)
-    aimed = sides if cell.config.steering.aim == "pairs" else _Sides.aimed(cell, asking, bench.records)
-    chosen = read_best(cell) if cell.config.effects.methods == "best" else read_all(cell)
+    bench, config = RecordedBench.of(cell, cell_model(cell)), cell.config.effects
+    pairs = bench.records.both_sides("test", config.pairs)  # row n of both sides is one pair
+    sides: Sides = {side: bench.prompts([pair[n] for pair in pairs]) for n, side in enumerate(OPPOSITE)}
+    aimed: Sides = sides
+    if cell.config.steering.aim == "conflict":
+        lists = {direction: judged_lists(bench.records, direction, config.pairs) for direction in TOWARD}
+        found = {
+            SOURCE[direction]: of["conflict"].examples if "conflict" in of else [] for direction, of in lists.items()
+        }
+        aimed = {side: bench.prompts(examples) for side, examples in found.items()}
+    chosen = read_best(cell) if config.methods == "best" else read_all(cell)
     vectors = [one for one in chosen if isinstance(one, SteeringVector) and one.layers]
     rows: list[pd.DataFrame] = []
     parts: dict[str, Iterable[Iterator[pd.DataFrame]]] = {
-        "doses": (_doses(cell, sides, bench, one) for one in vectors),
-        "ablations": (_ablations(cell, sides, bench, one) for one in vectors),
-        "patches": [_patches(cell, sides)] if cell.config.effects.patched else [],
-        "prompts": (part(bench.records, aimed) for part in (_prompts, _contrasts)),
+        "doses": (_doses(bench, sides, one) for one in vectors),
+        "ablations": (_ablations(bench, sides, one) for one in vectors),
+        "patches": [_patches(bench, sides)] if config.patched else [],
+        "prompts": (part(bench, aimed) for part in (_asked, _contrasts)),
     }
-    for done, (name, found) in enumerate(parts.items()):
+    for done, (name, tables) in enumerate(parts.items()):
         tell(done, len(parts), name)
-        rows += chain.from_iterable(found)
+        rows += chain.from_iterable(tables)
     return [write_table(cell.records / "effects.parquet", pd.concat(rows, ignore_index=True))]
 
 
-@dataclass(frozen=True)
-class _Sides:
-    """Test pairs by behaviour shown, prepared with prefixes, with unsteered scores; row n of both sides is one pair.
-
-    ``reachable_N``: bool, whether the side answered generalized leaves the stored key where it was stored.
-    """
-
-    asking: Asking
-    examples: Mapping[str, Sequence[Example]]
-    batches: Mapping[str, Sequence[Batch]]
-    unsteered: Mapping[str, Scores]
-    reachable_N: np.ndarray
-
-    @classmethod
-    def of(cls, cell: Cell, asking: Asking, records: Records) -> _Sides:
-        pairs = records.both_sides("test", cell.config.effects.pairs)
-        examples = {"generalized": [a for a, _ in pairs], "memorized": [b for _, b in pairs]}
-        return cls._read(asking, records, examples)
-
-    @classmethod
-    def aimed(cls, cell: Cell, asking: Asking, records: Records) -> _Sides:
-        """Test conflicts as drawn, of either behaviour, which the vectors of that aim are for."""
-        limit = cell.config.effects.pairs
-        lists = (judged_lists(records, direction, limit) for direction in TOWARD)
-        found = {SOURCE[d]: of.get("conflict") for d, of in zip(TOWARD, lists, strict=True)}
-        return cls._read(asking, records, {side: list(one.examples) if one else [] for side, one in found.items()})
-
-    @classmethod
-    def _read(cls, asking: Asking, records: Records, examples: dict[str, list[Example]]) -> _Sides:
-        batches = {side: with_prefixes(asking, found) for side, found in examples.items()}
-        reachable_N = np.array([records.task.keeps_key(example) for example in examples["generalized"]], bool)
-        unsteered = {side: score(asking, found) for side, found in batches.items()}
-        return cls(asking, examples, batches, unsteered, reachable_N)
-
-    def states(self, cell: Cell, side: str, site: Site) -> np.ndarray:
-        """States of one side, float32 (N, L, D): those that mining kept, else read behind the cached prefixes."""
-        if site == cell.config.pairs.site:
-            return read_states(self.asking, self.examples[side], site, kept=kept_states(cell)).at_decision_NLD
-        found_NLD = score(self.asking, self.batches[side], margins=False, capture=site).states_NLD
-        assert found_NLD is not None
-        return found_NLD
-
-    def table(self, side: str, scores: Scores, one: SteeringVector | None = None, **facts: Any) -> pd.DataFrame:
-        """One row per pair of one side's scores; of shifts to memory only for pairs that keep the key in place."""
-        columns: dict[str, Any] = {"direction": f"to_{one.toward}" if one else ""}
-        columns |= {name: getattr(one, name, "") for name in ("method", "site")}
-        columns |= {"layers": "", "role": "", "dose": np.nan, "draw": 0, **facts, "side": side}
-        columns |= {"example": np.arange(len(self.examples[side])), "group": [e.group for e in self.examples[side]]}
-        columns |= {"after": scores.behaviour_N, "margin_before": self.unsteered[side].margin_N}
-        table = pd.DataFrame(columns | {"margin": scores.margin_N})
-        whole = columns["what"] == "ablation" or columns["direction"] != "to_memorized"
-        return table if whole else table[self.reachable_N]
+def _table(
+    bench: RecordedBench, sides: Sides, side: str, found: Scores, one: SteeringVector | None = None, **facts: Any
+) -> pd.DataFrame:
+    """One row per pair of one side's scores; of shifts to memory only for pairs that keep the key in place."""
+    examples = sides[side].examples
+    columns: dict[str, Any] = {"direction": f"to_{one.toward}" if one else ""}
+    columns |= {name: getattr(one, name, "") for name in ("method", "site")}
+    columns |= {"layers": "", "role": "", "dose": np.nan, "draw": 0, **facts, "side": side}
+    columns |= {"example": np.arange(len(examples)), "group": [e.group for e in examples]}
+    columns |= {"after": found.behaviour_N, "margin_before": sides[side].unsteered.margin_N, "margin": found.margin_N}
+    table = pd.DataFrame(columns)
+    if columns["what"] == "ablation" or columns["direction"] != "to_memorized":
+        return table
+    return table[np.array([bench.task.keeps_key(example) for example in examples], bool)]
 
 
-def _doses(cell: Cell, sides: _Sides, bench: RecordedBench, one: SteeringVector) -> Iterator[pd.DataFrame]:
+def _doses(bench: RecordedBench, sides: Sides, one: SteeringVector) -> Iterator[pd.DataFrame]:
     """A chosen vector from minus to plus twice its strength, and Gaussian shifts of the same norm."""
-    config, side = cell.config.effects, OPPOSITE[one.toward]
+    config, side = bench.cell.config.effects, OPPOSITE[one.toward]
     stream = zlib.crc32(f"to_{one.toward}/{one.method}".encode())  # draws of its own
-    draws = list(control_draws("gaussian", bench, one, config.draws, [cell.seed, 7, stream]))
+    draws = list(control_draws("gaussian", bench, one, config.draws, [bench.seed, 7, stream]))
     shifts = [("vector", 0, one), *(("gaussian", n, drawn) for n, drawn in draws)]
     for dose, (role, draw, shift) in product(config.doses, shifts):
         known = not dose and shift.positions == "decision"  # with "all", prompts are read without prefixes
-        scores = sides.unsteered[side] if known else steered(sides.asking, sides.batches[side], shift * dose)
-        yield sides.table(side, scores, one, what="dose", dose=dose, role=role, draw=draw)
+        found = sides[side].unsteered if known else scores(shift * dose, sides[side], margins=True)
+        yield _table(bench, sides, side, found, one, what="dose", dose=dose, role=role, draw=draw)
 
 
-def _ablations(cell: Cell, sides: _Sides, bench: RecordedBench, one: SteeringVector) -> Iterator[pd.DataFrame]:
+def _ablations(bench: RecordedBench, sides: Sides, one: SteeringVector) -> Iterator[pd.DataFrame]:
     """Ablate, to their mean, the neurons that a vector moves most, and as many at random in each layer."""
-    sources = bench.sources(one.site, one.unit)
-    mean_LD = sources.states_P2LD.mean((0, 1))
-    for top in cell.config.effects.ablated:
+    mean_LD, config = bench.sources(one.site, one.unit).states_P2LD.mean((0, 1)), bench.cell.config.effects
+    for top in config.ablated:
         kept_LD = strongest(bench, one, top)
-        rng = np.random.default_rng([cell.seed, 8, int(1000 * top)])
-        drawn = [rng.permuted(kept_LD, axis=1) for _ in range(cell.config.effects.draws)]
-        for draw, chosen_LD in enumerate((kept_LD, *drawn)):
+        rng = np.random.default_rng([bench.seed, 8, int(1000 * top)])
+        for draw, chosen_LD in enumerate((kept_LD, *(rng.permuted(kept_LD, axis=1) for _ in range(config.draws)))):
             layers = np.flatnonzero(chosen_LD.any(axis=1)).tolist()
-            means = {layer: torch.from_numpy(mean_LD[layer]).float() for layer in layers}
-            neurons = {layer: torch.from_numpy(chosen_LD[layer]) for layer in layers}
-            applied = partial(ablated, sides.asking.model, means, neurons, one.site)
+            means, neurons = ({n: torch.from_numpy(of_LD[n]) for n in layers} for of_LD in (mean_LD, chosen_LD))
+            applied = partial(ablated, bench.asking.model, means, neurons, one.site)
             facts = {"what": "ablation", "role": "random_neurons" if draw else "vector", "draw": max(0, draw - 1)}
-            for side, batches in sides.batches.items():
-                scores = score(sides.asking, batches, applied=applied)
-                yield sides.table(side, scores, one, **facts, dose=top)
+            for side, prompts in sides.items():
+                found = score(bench.asking, prompts.batches, applied=applied)
+                yield _table(bench, sides, side, found, one, **facts, dose=top)
 
 
 def strongest(bench: RecordedBench, one: SteeringVector, top: float) -> np.ndarray:
@@ -149,46 +116,46 @@ def strongest(bench: RecordedBench, one: SteeringVector, top: float) -> np.ndarr
     return top_neurons(rank_LD, list(one.setting.get("layers", one.layers)), top)
 
 
-def _patches(cell: Cell, sides: _Sides) -> Iterator[pd.DataFrame]:
+def _patches(bench: RecordedBench, sides: Sides) -> Iterator[pd.DataFrame]:
     """Patch each layer's state at the decision position from one side of a pair into the other."""
-    model = sides.asking.model
+    asking, kept = bench.asking, kept_states(bench.cell)
     for site in SITES:
-        states = {side: sides.states(cell, side, site) for side in sides.batches}
-        for direction, toward in TOWARD.items():
-            side, donor_NLD = SOURCE[direction], states[toward]
-            for layer in range(len(blocks_of(model))):
-                # Batches are scored in order, each once.
-                donors = (torch.from_numpy(donor_NLD[b.examples_N, layer]) for b in sides.batches[side])
-                patches = (patched(model, layer, donor_ND, site) for donor_ND in donors)
-                scores = score(sides.asking, sides.batches[side], applied=partial(next, patches))
-                facts: dict[str, Any] = {"what": "patch", "direction": direction, "site": site, "layers": str(layer)}
-                yield sides.table(side, scores, **facts)
+        states = {side: read_states(asking, of.examples, site, kept=kept).at_decision_NLD for side, of in sides.items()}
+        for (direction, toward), layer in product(TOWARD.items(), range(len(blocks_of(asking.model)))):
+            side, donor_ND = SOURCE[direction], states[toward][:, layer]
+            # Batches are scored in order, each once.
+            batches = sides[side].batches
+            patches = (patched(asking.model, layer, torch.from_numpy(donor_ND[b.examples_N]), site) for b in batches)
+            found = score(asking, batches, applied=partial(next, patches))
+            facts: dict[str, Any] = {"what": "patch", "direction": direction, "site": site, "layers": str(layer)}
+            yield _table(bench, sides, side, found, **facts)
 
 
-def _prompts(records: Records, sides: _Sides) -> Iterator[pd.DataFrame]:
+def _asked(bench: RecordedBench, sides: Sides) -> Iterator[pd.DataFrame]:
     """Prompts that ask for the behaviour, in a chat's system message or in the text, where the task has them."""
     for direction, toward in TOWARD.items():
-        side, asking = SOURCE[direction], sides.asking
-        wanted, instruction = list(sides.examples[side]), records.task.instruction(toward)
+        side, asking = SOURCE[direction], bench.asking
+        wanted, instruction = sides[side].examples, bench.task.instruction(toward)
         if asking.prompting.chat and instruction:
             asking = replace(asking, prompting=replace(asking.prompting, system=instruction))
         else:
-            wanted = [other for example in wanted if (other := records.task.prompted(example, toward))]
-        if len(wanted) < len(sides.examples[side]):
+            wanted = [other for example in wanted if (other := bench.task.prompted(example, toward))]
+        if len(wanted) < len(sides[side]):
             continue
         try:
-            batches = with_prefixes(asking, wanted)
+            found = Prompts(asking, wanted, [None] * len(wanted)).unsteered
         except InputError:  # a tokenizer without these words
             continue
-        yield sides.table(side, score(asking, batches), what="prompt", direction=direction)
+        yield _table(bench, sides, side, found, what="prompt", direction=direction)
 
 
-def _contrasts(records: Records, sides: _Sides) -> Iterator[pd.DataFrame]:
+def _contrasts(bench: RecordedBench, sides: Sides) -> Iterator[pd.DataFrame]:
     """Context-aware decoding, where the task has the prompts without context."""
+    asking = replace(bench.asking, from_prompt=True)  # two passes have no shared beginnings of answers
     for direction, weights in CONTRASTS.items():
-        examples = sides.examples[SOURCE[direction]]
-        others = [other for example in examples if (other := records.task.without_context(example))]
-        if len(others) < len(examples):
+        prompts = Prompts(asking, sides[SOURCE[direction]].examples, sides[SOURCE[direction]].bares)
+        if None in prompts.bares:
             return
-        for weight, scores in zip(weights, score_contrasted(sides.asking, examples, others, weights), strict=True):
-            yield sides.table(SOURCE[direction], scores, what="contrast", direction=direction, dose=weight)
+        for weight in weights:
+            found = scores(ContextAware(toward="generalized", weight=weight), prompts, margins=True)
+            yield _table(bench, sides, SOURCE[direction], found, what="contrast", direction=direction, dose=weight)

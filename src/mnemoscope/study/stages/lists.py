@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -12,17 +12,16 @@ import numpy as np
 import pandas as pd
 
 from mnemoscope.behaviour import Asking, prepare, score
-from mnemoscope.bench.lists import Bench, Lists, Prompts
-from mnemoscope.interventions import Toward
+from mnemoscope.bench.lists import Bench, Lists, each_once, fit_lists
+from mnemoscope.bench.prompts import Prompts
+from mnemoscope.interventions import OPPOSITE, Toward
 from mnemoscope.interventions.sources import (
     SOURCE,
     TOWARD,
     FitLists,
     Sources,
     Tried,
-    in_turn,
     read_sources,
-    with_prefixes,
 )
 from mnemoscope.models import Site
 from mnemoscope.study.cells import Cell
@@ -64,18 +63,18 @@ class Records:
         """
         phrasings = (phrasing(row, SOURCE[direction]) for row in self._pairs(split, None))
         wanted = (e for e in phrasings if (direction == "to_generalized" or self.task.keeps_key(e)) == reachable)
-        return _each_once(wanted, limit)
+        return each_once(wanted, limit)
 
     def conflicts(self, split: Split, behaviour: str, limit: int, reachable: bool = False) -> list[Example]:
         """Examples as drawn, before any rephrasing, that show a behaviour; ``reachable``: that keep the key."""
         part = self.pairs[(self.pairs["split"] == split) & (self.pairs["behaviour_a"] == behaviour)]
         examples = (Example.from_row(row, "a") for row in _rows(part))
-        return _each_once((e for e in examples if not reachable or self.task.keeps_key(e)), limit)
+        return each_once((e for e in examples if not reachable or self.task.keeps_key(e)), limit)
 
     def drawn(self, split: Split, limit: int) -> list[Example]:
         """Conflicts as drawn, whatever they show."""
         part = self.pairs[self.pairs["split"] == split]
-        return _each_once((Example.from_row(row, "a") for row in _rows(part)), limit)
+        return each_once((Example.from_row(row, "a") for row in _rows(part)), limit)
 
     def _pairs(self, split: Split, limit: int | None) -> Iterator[Mapping[str, Any]]:
         chosen = self.pairs[self.pairs["is_pair"] & (self.pairs["split"] == split)]
@@ -131,23 +130,23 @@ class RecordedBench(Bench):
     def lists(self) -> FitLists:
         """Fit lists, prepared with prefixes."""
         config, records = self.cell.config.steering, self.records
-        asking = replace(self.asking, batch_size=config.fit_batch)  # a learned vector takes one batch a step
         # Memory examples that are conflicts give away the memorized answer, which shuffled labels must not know.
         known = () if records.task.memory_is_conflict else ("memory",)
         kinds = [kind for kind in (*known, "novel") if kind in config.kept_kinds]
         right = self._answered_right("fit", config.fit_others, kinds)
-        ready = {kind: with_prefixes(asking, examples) for kind, examples in right.items()}
-        pairs, conflicts, kept, items, bare = {}, {}, {}, {}, None
-        for direction, toward in TOWARD.items():
-            found = records.targets("fit", direction, config.fit_pairs)
-            others = records.conflicts("fit", SOURCE[direction], config.fit_others, direction == "to_memorized")
-            pairs[toward], conflicts[toward] = with_prefixes(asking, found), with_prefixes(asking, others)
-            items[toward] = [example.item for example in found], [example.item for example in others]
-            if toward == "memorized":
-                bare = _bare(records.task, found, others)
-            kept[toward] = in_turn(ready[kind] for kind in _kept(records, toward) if kind in ready)
-        steps = config.learned_steps, config.low_rank.steps
-        return FitLists(asking, pairs, conflicts, kept, config.kept_weight, steps[0], items, bare, steps[1])
+        return fit_lists(
+            replace(self.asking, batch_size=config.fit_batch),  # a learned vector takes one batch a step
+            records.task,
+            {toward: records.targets("fit", direction, config.fit_pairs) for direction, toward in TOWARD.items()},
+            {
+                toward: records.conflicts("fit", SOURCE[direction], config.fit_others, direction == "to_memorized")
+                for direction, toward in TOWARD.items()
+            },
+            {toward: [right[kind] for kind in _kept(records, toward) if kind in right] for toward in OPPOSITE},
+            kept_weight=config.kept_weight,
+            steps=config.learned_steps,
+            low_rank_steps=config.low_rank.steps,
+        )
 
     def choosing(self, toward: Toward, few: bool = False) -> Lists:
         """What settings of a direction are chosen on: tune examples of the study's aim; ``few``: of each list some."""
@@ -203,13 +202,6 @@ def _first(prompts: Prompts, n: int | None) -> Prompts:
     return prompts if n is None else prompts.of(range(min(n, len(prompts))))
 
 
-def _bare(task: Task, *lists: Sequence[Example]) -> tuple[list[Example], list[Example]] | None:
-    """The same questions without their contexts; None where the task lacks one."""
-    first, second = ([task.without_context(example) for example in examples] for examples in lists)
-    known = [e for e in first if e], [e for e in second if e]
-    return known if list(map(len, known)) == list(map(len, lists)) else None
-
-
 class JudgedList(NamedTuple):
     """Test examples with their unsteered labels and margins in nats, NaN for memory and novel examples."""
 
@@ -252,16 +244,6 @@ def _kept(records: Records, toward: Toward) -> list[str]:
 def _stays(name: str, records: Records, toward: Toward) -> bool:
     """Whether the answers of a list of ``_tune_right`` should stay."""
     return name.split(",")[0] in _kept(records, toward)
-
-
-def _each_once(examples: Iterable[Example], limit: int) -> list[Example]:
-    """The first examples in order, without repetition."""
-    seen: dict[tuple[str, str], Example] = {}
-    for example in examples:
-        seen.setdefault((example.item, example.prompt), example)
-        if len(seen) == limit:
-            break
-    return list(seen.values())
 
 
 def _margins(pairs: pd.DataFrame, examples: Sequence[Example]) -> np.ndarray:

@@ -12,21 +12,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from mnemoscope.behaviour import Scores, encode, mark_confabulations
+from mnemoscope.behaviour import encode, mark_confabulations
 from mnemoscope.bench.answers import scores
-from mnemoscope.bench.choose import Rated, Rule, Tuned, choose, confirmed, in_order
-from mnemoscope.bench.lists import Prompts
+from mnemoscope.bench.choose import Rated, Rule, Tuned, choose, confirmed, in_order, rated_by
+from mnemoscope.bench.prompts import Prompts
 from mnemoscope.interventions import Intervention, SteeringVector, Toward
-from mnemoscope.interventions.controls import DRAWN, control_draws, has_equal_norm, shared_neurons
+from mnemoscope.interventions.controls import DRAWN, control_draws, has_equal_norm
 from mnemoscope.interventions.methods import candidates, is_one_direction, name_of
-from mnemoscope.interventions.methods.nmd import alpha
-from mnemoscope.interventions.sources import SOURCE, TOWARD
+from mnemoscope.interventions.sources import TOWARD
 from mnemoscope.models import Site
 from mnemoscope.runs.errors import StudyError
-from mnemoscope.statistics import proportion
 from mnemoscope.study.cells import Cell, Tell
 from mnemoscope.study.stages import common
 from mnemoscope.study.stages.lists import JudgedList, RecordedBench, judged_lists
+from mnemoscope.study.stages.rows import Row, columns_of, judged_table, sweep_row
 
 AIMS = {"pairs": "pairs", "conflict": "conflicts as drawn"}
 EQUAL_NORM, UNPENALIZED = "equal_norm", "unpenalized"  # settings that are compared on test pairs, and saved nowhere
@@ -35,7 +34,6 @@ PARTS = 4  # of the stage's progress
 MAPPED = ("nmd",)  # methods whose whole sweep is measured on kept lists too
 FINALISTS = 2  # settings of a method whose controls are drawn, where these are few
 LEFT = 4  # one in so many settings is left after a first look
-Row = dict[str, Any]
 Key = tuple[str, Toward]  # method and direction
 Settings = dict[Key, list[Intervention]]
 
@@ -165,18 +163,17 @@ def _screened(opened: SteeredCell, one: Intervention) -> tuple[float, Row]:
         float(np.mean(scores(one, prompts, roughly=True).behaviour_N != label)) if wanted > 0.1 else 0.0
         for prompts, label in lists.kept.values()
     ]
-    return wanted - max([other, *lost]), _row(opened.cell.config.steering.aim, one, found)
+    return wanted - max([other, *lost]), sweep_row(opened.cell.config.steering.aim, one, found)
 
 
 def _rated(opened: SteeredCell, one: Intervention, place: int) -> tuple[Rated, list[Row]]:
     """An intervention's shares of the tune targets, and rows of the sweep."""
     config, lists = opened.cell.config.steering, opened.bench.choosing(one.toward)
     found = scores(one, lists.targets, margins=True, roughly=True)
-    rows = [_row(config.aim, one, found)]
+    rows = [sweep_row(config.aim, one, found)]
     for name, (prompts, label) in lists.kept.items() if one.method in MAPPED and not config.screened else ():
-        rows.append(_row(name, one, scores(one, prompts, roughly=True), label))
-    wanted, neither = (proportion(found.behaviour_N == label, lists.targets.groups) for label in (one.toward, "other"))
-    return Rated(one, wanted, neither, place), rows
+        rows.append(sweep_row(name, one, scores(one, prompts, roughly=True), label))
+    return rated_by(found, one, lists.targets, place), rows
 
 
 def _chosen(opened: SteeredCell, rated: Mapping[Key, list[Rated]]) -> list[Chosen]:
@@ -303,7 +300,7 @@ def _judge(opened: SteeredCell, one: Chosen, name: str, draws: int) -> list[pd.D
     if entry.examples[0].kind == "conflict" and isinstance(one.one, SteeringVector):
         applied = partial(one.one.apply, asking.model)
         mark_confabulations(asking, entry.examples, found, bench.task.has_memorized_format, applied)
-    tables = [_table(one, ("vector", 0), name, entry, found)]
+    tables = [judged_table(one.one, one.aim, ("vector", 0), name, entry, found)]
     for control in cell.config.steering.controls if draws and has_equal_norm(one.one) else ():
         assert has_equal_norm(one.one)
         # Shuffles depend on the first number of the seed; none that ranked settings is used again.
@@ -311,7 +308,7 @@ def _judge(opened: SteeredCell, one: Chosen, name: str, draws: int) -> list[pd.D
         few = control not in DRAWN and not one.one.is_constant
         n = min(draws, cell.config.steering.low_rank.refits) if few else draws
         for number, drawn in control_draws(control, bench, one.one, n, [cell.seed + JUDGED, stream]):
-            tables.append(_table(one, (control, number), name, entry, scores(drawn, prompts)))
+            tables.append(judged_table(one.one, one.aim, (control, number), name, entry, scores(drawn, prompts)))
     return tables
 
 
@@ -335,55 +332,3 @@ def _write_chosen(opened: SteeredCell, chosen: Sequence[Chosen]) -> list[Path]:
             of_aim["best"][direction] = made.method
     found = {aim: of_aim for aim in AIMS} | {"aim": cell.config.steering.aim}
     return [*files, common.write_json(cell.records / "chosen.json", found)]
-
-
-def columns_of(one: Intervention, bench: RecordedBench) -> Row:
-    """A chosen setting as ``chosen.json`` has it."""
-    if not isinstance(one, SteeringVector):
-        return {
-            "site": "block",
-            "layers": [],
-            "positions": "all",
-            "top": 1.0,
-            "strength": 1.0,
-            "alpha": np.nan,
-            "shared": np.nan,
-        }
-    facts: Row = {name: getattr(one, name) for name in ("site", "positions", "top", "strength")}
-    shape_LD = bench.sources(one.site).shape_LD
-    facts |= {
-        "alpha": alpha(bench, one) if one.method == "nmd" else np.nan,
-        "shared": shared_neurons(one.dense(*shape_LD)),
-    }
-    return facts | {"layers": list(one.setting.get("layers", one.layers))}
-
-
-def _table(one: Chosen, role: tuple[str, int], name: str, entry: JudgedList, found: Scores) -> pd.DataFrame:
-    """One row per steered test example."""
-    row: Row = {"aim": one.aim, **_columns(one.one), "role": role[0], "draw": role[1], "examples": name}
-    row |= {"example": np.arange(len(entry.examples)), "split": "test", "before": entry.before}
-    row |= {key: [getattr(example, key) for example in entry.examples] for key in ("group", "family")}
-    row |= {"after": found.behaviour_N, "margin_before": entry.margin_N, "margin": found.margin_N}
-    return pd.DataFrame(row | {"confabulated": found.confabulated_N})
-
-
-def _row(name: str, one: Intervention, found: Scores, label: str | None = None) -> Row:
-    """A row of the sweep: behaviours under a setting, or the share that keeps its ``label``."""
-    row = {"examples": name, "n": len(found.behaviour_N), **_columns(one)}
-    row |= dict.fromkeys(("shift", "stay", "other", "kept", "margin", "margin_sd"), np.nan)
-    if label is not None:
-        return row | {"kept": float(np.mean(found.behaviour_N == label))}
-    shares = {"shift": one.toward, "stay": SOURCE[f"to_{one.toward}"], "other": "other"}
-    row |= {"margin": float(found.margin_N.mean()), "margin_sd": float(found.margin_N.std())}
-    return row | {column: float(np.mean(found.behaviour_N == behaviour)) for column, behaviour in shares.items()}
-
-
-def _columns(one: Intervention) -> Row:
-    """A setting in the columns of the records; layers as ``0-3`` for a range, else between commas."""
-    row: Row = {"direction": f"to_{one.toward}", "method": one.method}
-    if not isinstance(one, SteeringVector):
-        return row | {"site": "", "layers": "", "top": 1.0, "strength": 1.0}
-    layers = list(one.setting.get("layers", one.layers)) or [0]
-    in_a_row = len(layers) > 1 and layers == list(range(layers[0], layers[-1] + 1))
-    shown = f"{layers[0]}-{layers[-1]}" if in_a_row else ",".join(map(str, layers))
-    return row | {"site": one.site, "layers": shown, "top": one.top, "strength": one.strength}

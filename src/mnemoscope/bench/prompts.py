@@ -1,0 +1,70 @@
+"""A list of prompts, prepared once for all interventions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+
+import numpy as np
+
+from mnemoscope.behaviour import Asking, Batch, Scores, as_batch, cache_prefixes, encode, score
+from mnemoscope.interventions import Contrast, Quoted
+from mnemoscope.interventions.sources import with_prefixes
+from mnemoscope.tasks import Example
+
+
+class Prompts:
+    """A list of examples, prepared once for all interventions, with cached prefixes where they fit into memory.
+
+    ``bares``: the same questions without their texts, or None where the task does not know them.
+    """
+
+    def __init__(self, asking: Asking, examples: Sequence[Example], bares: Sequence[Example | None]) -> None:
+        self.asking, self.examples, self.bares = asking, list(examples), list(bares)
+        self._contrasted: dict[Contrast, list[Batch]] = {}
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @property
+    def groups(self) -> list[str]:
+        """The group of each example."""
+        return [example.group for example in self.examples]
+
+    @cached_property
+    def quoted(self) -> list[Quoted]:
+        """The parts of each prompt."""
+        pairs = zip(self.examples, self.bares, strict=True)
+        return [Quoted.of(example.prompt, bare.prompt if bare else None) for example, bare in pairs]
+
+    @cached_property
+    def batches(self) -> list[Batch]:
+        """The prompts with their options."""
+        return with_prefixes(self.asking, self.examples)
+
+    def contrast(self, which: Contrast) -> list[Example]:
+        """What each prompt is contrasted with; a prompt without it stands for itself."""
+        found = []
+        for example, bare, quoted in zip(self.examples, self.bares, self.quoted, strict=True):
+            cut = replace(example, prompt=quoted.before + quoted.behind)
+            found.append(cut if which == "cut" and quoted.text else bare or example)
+        return found
+
+    def contrast_batches(self, which: Contrast) -> list[Batch]:
+        """What prompts are contrasted with, row by row those of ``batches``."""
+        if which not in self._contrasted:
+            encoded = encode(self.asking, self.contrast(which))
+            batches = [as_batch(self.asking, encoded, batch.examples_N) for batch in self.batches]
+            cache_prefixes(self.asking, batches)
+            self._contrasted[which] = batches
+        return self._contrasted[which]
+
+    @cached_property
+    def unsteered(self) -> Scores:
+        """Labels without any intervention."""
+        return score(self.asking, self.batches)
+
+    def of(self, chosen: Sequence[int] | np.ndarray) -> Prompts:
+        """Some of the prompts."""
+        return Prompts(self.asking, [self.examples[n] for n in chosen], [self.bares[n] for n in chosen])
