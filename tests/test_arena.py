@@ -452,19 +452,20 @@ def test_exact_match_is_of_the_first_line_in_its_normal_form() -> None:
 def test_divergence_on_neutral_text_is_that_of_plain_passes(
     bench: DrawnBench, fitted: dict[tuple[str, Toward], Intervention]
 ) -> None:
-    neutral = Neutral(bench)
+    neutral = Neutral(bench.asking, 12, 16, 40, 4, np.random.default_rng(0))
     places = np.concatenate([batch.examples_N for batch in neutral.batches])
     for one in (fitted[method, "generalized"] for method in ("reft", "ircan", "juice", "lora", "caa")):
-        found = np.concatenate([first for first, _ in neutral.divergence(one)])
+        found = neutral.measured(one).kl_first
         for place, kl in zip(places.tolist(), found.tolist(), strict=True):
             ids = neutral.encoded[place].context
             plain = plainly(bench.asking.model, ids)[-1].log_softmax(-1)
             with one.apply(bench.asking.model):
                 steered = plainly(bench.asking.model, ids)[-1].log_softmax(-1)
-            assert kl == pytest.approx(float((plain.exp() * (plain - steered)).sum()), abs=1e-4), one.method
-    nothing = np.concatenate([first for first, _ in neutral.divergence(NOTHING)])
-    assert np.abs(nothing).max() < 1e-6
-    assert not list(neutral.divergence(fitted["cad", "generalized"]))
+            assert kl == pytest.approx(float((plain.exp() * (plain - steered)).sum()), abs=1e-5), one.method
+    nothing = neutral.measured(NOTHING)
+    assert nothing.kl_first.abs().max() < 1e-6
+    assert nothing.same_top.all()
+    assert neutral.measured(fitted["cad", "generalized"]).empty
 
 
 def test_what_a_method_cannot_take_is_one_line(bench: DrawnBench) -> None:

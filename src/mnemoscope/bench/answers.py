@@ -89,7 +89,7 @@ def _logits(asking: Asking, one: Intervention, single: Batch, bare: Batch | None
     """
     # Recorded outputs of blocks would be replayed inside passes that hooks appear in later.
     ready = replace(single, unshifted=None) if one.in_one_go else single
-    with one.apply(asking.model, start=single.ids_NT.shape[1] - 1):
+    with one.apply(asking.model, start=0 if one.everywhere else single.ids_NT.shape[1] - 1):
         mine_NMV = read_only_options(asking.model, ready, closed=True)
     if bare is None:
         return mine_NMV

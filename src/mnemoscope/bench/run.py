@@ -222,7 +222,7 @@ class _Run:
                 )
 
     def _done(self, name: str) -> bool:
-        return (self.folder / STAGES / f"{name}.json").is_file()
+        return all((folder / f"{name}.json").is_file() for folder in (self.folder, self.folder / STAGES))
 
     def _write_json(self, name: str, facts: Mapping[str, Any]) -> None:
         """Write facts, then the marker of all that was written since the last one: what says that it is done."""
