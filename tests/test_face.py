@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import json
 import shutil
@@ -20,10 +19,9 @@ from threadpoolctl import threadpool_info
 import mnemoscope as ms
 from families import tiny, tokenizer
 from helpers import MINI_TASKS, hook_count, sign
-from little_facts import LittleFacts
 from mnemoscope.behaviour import Asking, phrase_of, states_at_the_end
 from mnemoscope.cli import commands
-from mnemoscope.face.fitted import vector_file
+from mnemoscope.face.fitted import _agreed, vector_file
 from mnemoscope.face.recipe import ONE_LAYER, SETTINGS, STEERING, Choices, fitting_study
 from mnemoscope.models import load_model
 from mnemoscope.runs.errors import InputError
@@ -45,7 +43,7 @@ def modes(model: torch.nn.Module) -> list[object]:
 
 @dataclass
 class User:
-    """A model in training mode, data, and what was fitted on them."""
+    """A model, data, and what was fitted on them."""
 
     folder: str
     model: Any
@@ -53,7 +51,6 @@ class User:
     data: Path
     out: Path
     fitted: ms.Fitted
-    told: list[str]
 
     @property
     def cell(self) -> Path:
@@ -76,16 +73,9 @@ def user(mini: Callable[[str], Asking], shared_folder: Path, tmp_path_factory: p
     place, folder = tmp_path_factory.mktemp("user"), str(shared_folder / "mini-addition")
     data, out = place / "sums.jsonl", place / "run"
     assert call("data", "addition", "-n", "400", *OPTIONS, "-o", str(data))[0] == 0
-    model, words = ms.load_model(folder)
-    model.train()
-    model.lm_head.requires_grad_(False)
-    before = modes(model)
-    told: list[str] = []
-    fitted = ms.fit(model, words, str(data), out=str(out), progress=told_by(told), **QUICK)
-    assert modes(model) == before
-    assert hook_count(model) == 0
-    model.eval()
-    return User(folder, model, words, data, out, fitted, told)
+    fitted = ms.fit(folder, task=str(data), out=str(out), **QUICK)
+    assert hook_count(fitted.model) == 0
+    return User(folder, fitted.model, fitted.tokenizer, data, out, fitted)
 
 
 def aimed(task: dict[str, Any], direction: str) -> dict[str, Any]:
@@ -126,18 +116,16 @@ def test_a_fit_gives_vectors_in_both_directions_a_detector_and_controls(user: Us
         assert f"test AUROC {auroc['estimate']:.3f}" in str(detector.card)
 
 
-def test_the_command_line_fits_the_same_by_name(user: User, tmp_path: Path) -> None:
-    arguments = ("--task", str(user.data), "-o", str(tmp_path / "run"), "--settings", str(ONE_LAYER), "--threads", "2")
-    said = user.json("fit", *arguments)
+def test_the_command_line_fits_the_same(user: User) -> None:
+    """It finds the fit done that Python has made, and says what its report says."""
+    before = {path: path.stat().st_mtime_ns for path in user.cell.rglob("*.safetensors")}
+    quick = ("--settings", str(ONE_LAYER), "--threads", "1")
+    said = user.json("fit", "--task", str(user.data), "-o", str(user.out), *quick)
     assert Path(said["report"]).is_file()
-    mine, theirs = (json.loads((run / "results.json").read_text())["tasks"] for run in (user.out, tmp_path / "run"))
-    assert (
-        said["tasks"]["sums"]["to_generalized"]["shift"] == aimed(theirs["sums"], "to_generalized")["conflict"]["shift"]
-    )
-    for part in ("pairs", "contrast", "probe", "steering", "detection"):
-        assert mine["sums"][part] == theirs["sums"][part]
-    for path in sorted(user.cell.rglob("*.safetensors")):
-        assert path.read_bytes() == (tmp_path / "run" / path.relative_to(user.out)).read_bytes(), path.name
+    results = json.loads((user.out / "results.json").read_text())["tasks"]["sums"]
+    for direction in ("to_generalized", "to_memorized"):
+        assert said["tasks"]["sums"][direction]["shift"] == aimed(results, direction)["conflict"]["shift"]
+    assert before == {path: path.stat().st_mtime_ns for path in user.cell.rglob("*.safetensors")}
     assert str(user.fitted.summary()).startswith("sums")
 
 
@@ -238,10 +226,12 @@ def test_an_adapted_model_is_fitted_on_a_task_object_of_conflicts_alone(user: Us
                 weight.normal_(std=0.005, generator=torch.Generator().manual_seed(0))
     lines = [line for line in user.data.read_text().splitlines() if "memorized" in json.loads(line)][:300]
     (tmp_path / "sums.jsonl").write_text("\n".join(lines) + "\n")
+    model.train()
     before = modes(model)
     fitted = ms.fit(model, user.words, JsonlTask(file=str(tmp_path / "sums.jsonl")), tmp_path / "run", **QUICK)
     assert modes(model) == before
     assert set(fitted.vectors) == {"generalized", "memorized"}
+    model.eval()
     ms.Fitted.open(tmp_path / "run", model.merge_and_unload(), user.words)
     with pytest.raises(InputError, match=r"^weights: the vector was made on"):
         ms.Fitted.open(tmp_path / "run", user.model, user.words)
@@ -250,24 +240,19 @@ def test_an_adapted_model_is_fitted_on_a_task_object_of_conflicts_alone(user: Us
             fitted.detect(["12+34="])
 
 
-def test_a_fit_of_chats_whose_replies_begin_is_opened(little: Asking, tmp_path: Path) -> None:
+def test_prompts_are_formatted_as_they_were_in_the_fit() -> None:
     """The beginning of a reply is the task's; of a prompt of their own users give it, or are asked for it."""
-
-    class Chats(LittleFacts):
-        begins_reply = True
-
-        def split_reply(self, prompt: str) -> tuple[str, str]:
-            return prompt, ""
-
-    words = copy.deepcopy(little.tokenizer)
-    words.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    out = tmp_path / "run"
-    fitted = ms.fit(little.model, words, Chats(known=False), out=str(out), prompting=ms.Prompting(True), **QUICK)
-    assert fitted.prompting.begun
-    with pytest.raises(InputError, match="reply: replies were begun where this was fitted"):
-        fitted.inputs(["question land1 ?"])
-    again = ms.Fitted.open(out, little.model, words, prompting=ms.Prompting(True, reply="town1"))
-    assert again.inputs(["question land1 ?"]).input_ids.shape[1] > 3
+    plain, chat, begun = ms.Prompting(), ms.Prompting(True, "Be brief."), ms.Prompting(True, reply="It is")
+    assert _agreed(chat, None) is chat
+    assert _agreed(chat, ms.Prompting(True)).system == "Be brief."
+    assert _agreed(begun, ms.Prompting(True, reply="So")).reply == "So"
+    for stored, asked, message in (
+        (plain, chat, "chat: True; allowed is False"),
+        (chat, ms.Prompting(True, "Be long."), "system: 'Be long.'; this was fitted with 'Be brief.'"),
+        (begun, ms.Prompting(True), "reply: this was fitted where the beginning of the reply was given"),
+    ):
+        with pytest.raises(InputError, match=f"^{message}"):
+            _agreed(stored, asked)
 
 
 def test_what_a_fit_cannot_take_is_one_line(user: User, tmp_path: Path) -> None:
@@ -279,7 +264,7 @@ def test_what_a_fit_cannot_take_is_one_line(user: User, tmp_path: Path) -> None:
         ((model, None, "x.jsonl"), {}, "tokenizer: None; an open model needs its tokenizer"),
         ((user.folder, words, "x.jsonl"), {}, "tokenizer: a model that is given by name"),
         ((model, words), {}, "task: None; give a JSONL file"),
-        ((model, words, "facts"), {"colour": 1}, "colour: fit has no such argument; it has settings, positions"),
+        ((model, words, "facts"), {"colour": 1}, "colour: fit has no such argument; it has settings, threads"),
         ((model, words, "facts"), {"workers": 2}, "workers: 2; allowed is 1, or more where model and task are given"),
         ((model, words, "nowhere.jsonl"), {}, absent),
         ((user.folder, None, "nowhere.jsonl"), {}, absent),
@@ -381,15 +366,6 @@ def test_what_a_vector_may_cost_is_the_users_to_say() -> None:
         Choices(aim="pair")
     with pytest.raises(InputError, match=r"^positions: 'end'; allowed are decision and all"):
         Choices(positions="end")
-
-
-def test_a_fit_shows_how_far_it_is(user: User, capsys: pytest.CaptureFixture[str]) -> None:
-    ms.fit(user.model, user.words, str(user.data), out=str(user.out), progress=True, **QUICK)
-    assert "sums-0  steering   100 %  done before" in capsys.readouterr().err.splitlines()
-
-
-def told_by(told: list[str]) -> Callable[..., None]:
-    return lambda cell, stage, done, total, note: told.append(note)
 
 
 def test_items_of_one_phrasing_are_refused_before_a_model_is_opened(tmp_path: Path) -> None:
