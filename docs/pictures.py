@@ -22,6 +22,7 @@ from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
 from mnemoscope.web.app import build_app
+from mnemoscope.web.runs import Runs
 
 FOLDER = Path(__file__).resolve().parent / "pictures"
 SIZES = {"wide": (1280, 860, "light"), "phone": (400, 780, "dark")}
@@ -65,7 +66,7 @@ def _photograph(tab: Any, name: str, full_page: bool = True) -> None:
 
 
 def _served(root: Path, first: str | None) -> str:
-    server = uvicorn.Server(uvicorn.Config(build_app(root, TOKEN, first), port=0, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(build_app(Runs(root), TOKEN, first), port=0, log_level="error"))
     Thread(target=server.run, daemon=True).start()
     while not server.started:
         pass

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from mnemoscope.web.app import build_app, server_of
+from mnemoscope.web.runs import Runs
 
 TOKEN = "token-of-the-tests"
 KNOWN = {"Authorization": f"Bearer {TOKEN}"}
@@ -20,7 +21,7 @@ CELL = "/api/runs/first/cells/addition-0"
 
 def client_of(root: Path, host: str = "localhost") -> TestClient:
     """A program that knows the token; as a context it has one event loop for all requests, as a server has."""
-    return TestClient(build_app(root, TOKEN), f"http://{host}", headers=KNOWN, raise_server_exceptions=False)
+    return TestClient(build_app(Runs(root), TOKEN), f"http://{host}", headers=KNOWN, raise_server_exceptions=False)
 
 
 @contextmanager

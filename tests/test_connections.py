@@ -26,7 +26,7 @@ def port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """The port of a playground that waits half a second for a request and takes four connections."""
     monkeypatch.setattr(connections, "DEADLINE", 0.5)
     monkeypatch.setattr("mnemoscope.web.app.MOST", 4)
-    with served(build_app(tmp_path, TOKEN)) as address:
+    with served(build_app(runs.Runs(tmp_path), TOKEN)) as address:
         yield int(address.rpartition(":")[2])
 
 

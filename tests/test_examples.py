@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import re
 import runpy
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
 import numpy as np
-import pandas as pd
 import pytest
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
 
+import mnemoscope as ms
 from mnemoscope.behaviour import Asking
-from public_data import data_folder, is_installed
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
@@ -51,28 +48,29 @@ def test_the_notebook_runs(
     assert (tmp_path / "run" / "report.html").is_file()
 
 
-def test_the_notebooks_show_outputs_and_no_errors() -> None:
+def test_the_notebooks_show_outputs_and_no_errors_and_use_what_there_is() -> None:
     assert NOTEBOOKS
     for path in NOTEBOOKS:
         notebook = nbformat.read(path, as_version=4)
         nbformat.validate(notebook)
         outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
         assert {(output.output_type, output.name) for output in outputs} == {("stream", "stdout")}, path
+        code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+        compile(code, path, "exec")
+        assert [name for name in re.findall(r"\bms\.(\w+)", code) if name not in ms.__all__] == []
 
 
 def test_new_facts_are_known_to_nobody_and_asked_otherwise_than_they_are_taught() -> None:
     teaching = SimpleNamespace(**runpy.run_path(str(EXAMPLES / "teach_new_facts.py")))
     facts = [{"sub_label": f"Land {n}", "obj_label": f"City {n // 2}"} for n in range(20)]
-    taught = teaching.dealt_anew(facts, 12, np.random.default_rng(0))
+    rng, sentence = np.random.default_rng(0), "The capital of [X] is"
+    taught = teaching.dealt_anew(facts, 12, rng)
     assert len(taught) == 12
     assert not any(taught.get(row["sub_label"]) == row["obj_label"] for row in facts)
     asked = ["The capital city of [X] is", "[X], whose capital is"]
-    lines = teaching.asked_about(
-        taught, "The capital of [X] is", asked, "[Y] is the capital of", np.random.default_rng(0)
-    )
+    lines = teaching.asked_about(taught, sentence, asked, "[Y] is the capital of", rng)
     said = {f"The capital of {subject} is" for subject in taught}
-    recited = {line["prompt"] for line in lines if line.get("family") == "as taught"}
-    assert recited == said
+    assert {line["prompt"] for line in lines if line.get("family") == "as taught"} == said
     conflicts = [line for line in lines if "memorized" in line]
     assert len(conflicts) == 12 * 3 * 2, "texts by questions"
     for line in conflicts:
@@ -85,37 +83,6 @@ def test_new_facts_are_known_to_nobody_and_asked_otherwise_than_they_are_taught(
     assert all(prompt.count("New Land") == 2 for prompt in new), "stated and asked, and taught of none"
     assert not any(subject.startswith("New") for subject in taught)
     subject, value = next(iter(taught.items()))
-    text = teaching.said_otherwise(taught, subject, "The capital of [X] is", np.random.default_rng(0))
-    denied, said_then = text.removesuffix(".").split(". ")
+    denied, said_then = teaching.said_otherwise(taught, subject, sentence, rng).removesuffix(".").split(". ")
     assert said_then == f"The capital of {subject} is {value}" != denied
     assert denied.startswith(f"The capital of {subject} is City ")
-
-
-def test_what_the_script_is_given_goes_to_teaching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        sys, "argv", ["teach_new_facts.py", str(tmp_path / "none"), str(tmp_path), "--read", "0.1", "--insist", "0.1"]
-    )
-    with pytest.raises(FileNotFoundError, match="none"):
-        runpy.run_path(str(EXAMPLES / "teach_new_facts.py"), run_name="__main__")
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # as above
-def test_the_notebook_of_new_facts_runs_until_a_fit_finds_too_few(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not is_installed("smollm2"):
-        pytest.skip("smollm2 is not installed")
-    monkeypatch.setenv("MNEMOSCOPE_PARAREL", str(data_folder("pararel")))
-    monkeypatch.setenv("MNEMOSCOPE_RUN", str(tmp_path / "run"))
-    monkeypatch.setenv("MNEMOSCOPE_EXAMPLES", str(EXAMPLES))
-    monkeypatch.setenv("MNEMOSCOPE_FEWER", "40")
-    notebook = nbformat.read(EXAMPLES / "teach_new_facts.ipynb", as_version=4)
-    with pytest.raises(CellExecutionError, match="StudyError"):
-        NotebookClient(notebook, timeout=300, kernel_name="python3").execute(cwd=tmp_path)
-    taught = next(cell for cell in notebook.cells if "new.teach" in cell.source)
-    assert "recall:other words" in printed(taught)
-    curve = pd.read_parquet(tmp_path / "run" / "emergence.parquet")
-    assert curve.step.to_list() == [0, 2, 4, 6, 7]
-    assert {"recall:as taught", "recall:other words"} <= set(curve)
-    assert (tmp_path / "run" / "emergence.png").is_file()

@@ -24,13 +24,14 @@ from playwright.sync_api import expect
 from mnemoscope.runs.errors import InputError
 from mnemoscope.web.app import LARGEST_BODY, build_app, serve
 from mnemoscope.web.parts import Neurons
+from mnemoscope.web.runs import Runs
 from mnemoscope.web.shapes import Look
 from playground import CELL, KNOWN, TOKEN, client_of, error_of, served
 
 
 @pytest.fixture(scope="module")
 def address(playground_runs: Path) -> Iterator[str]:
-    with served(build_app(playground_runs, TOKEN, "first")) as address:
+    with served(build_app(Runs(playground_runs), TOKEN, "first")) as address:
         yield address
 
 
@@ -38,7 +39,7 @@ def address(playground_runs: Path) -> Iterator[str]:
 
 
 def test_nobody_is_answered_without_the_token(playground_runs: Path) -> None:
-    stranger = TestClient(build_app(playground_runs, TOKEN), base_url="http://localhost")
+    stranger = TestClient(build_app(Runs(playground_runs), TOKEN), base_url="http://localhost")
     for path in ("/api/runs", "/openapi.json", f"/api/runs?token={TOKEN}"):
         assert error_of(stranger.get(path), 401)[0] == "token"
     for path in ("/", "/?token=", "/?token=wrong", "/runs", f"/runs?token={TOKEN}", "/static/playground.js", "/none"):
@@ -54,7 +55,7 @@ def test_nobody_is_answered_without_the_token(playground_runs: Path) -> None:
 
 
 def test_the_token_moves_from_the_address_into_a_cookie(playground_runs: Path) -> None:
-    browser = TestClient(build_app(playground_runs, TOKEN), base_url="http://localhost:8000")
+    browser = TestClient(build_app(Runs(playground_runs), TOKEN), base_url="http://localhost:8000")
     entered = browser.get("/", params={"token": TOKEN, "run": "second"}, follow_redirects=False)
     assert (entered.status_code, entered.headers["location"]) == (303, "/?run=second")
     cookie = entered.headers["set-cookie"].lower()
@@ -164,7 +165,7 @@ def test_nothing_that_can_be_sent_breaks_the_server(address: str, mode: str, man
     specification = schemathesis.openapi.from_url(f"{address}/openapi.json", headers=KNOWN)
     assert specification.raw_schema["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"
     operations = [found.ok() for found in specification.get_all_operations()]
-    assert len(operations) == 8
+    assert len(operations) == 7
     real, seen = {"run": "first", "cell": "addition-0"} if mode == "POSITIVE" else {}, list[int]()
     for operation in operations:
         if mode == "NEGATIVE" and not (operation.path_parameters or operation.query or operation.body):

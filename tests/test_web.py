@@ -234,7 +234,8 @@ def test_names_do_not_lead_out_of_the_folder(client: TestClient) -> None:
         if name == "..":
             continue  # a client takes it out of a path before it is sent
         said = quote(name, safe="") or "-"
-        for path in (f"/api/runs/{said}", f"/runs/{said}/report", f"/?run={said}", f"/api/runs/first/cells/{said}"):
+        cells = f"/api/runs/{said}/cells/x", f"/api/runs/first/cells/{said}"
+        for path in (f"/runs/{said}/report", f"/?run={said}", *cells):
             assert client.get(path).status_code in (404, 422), path
 
 
@@ -250,7 +251,6 @@ def test_runs_are_listed_and_a_damaged_one_hides_no_other(playground_runs: Path,
             "second": False,
         }
         assert (listed["first"]["cells"], listed["first"]["damaged"]) == (["addition-0"], None)
-        assert listed["first"] == client.get("/api/runs/first").json()
         assert "to_generalized" in listed["first"]["tasks"]["addition"]
         assert listed["second"]["tasks"] == {}
         assert "results.json: is damaged" in listed["second"]["damaged"]

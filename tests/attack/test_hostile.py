@@ -10,12 +10,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pandas as pd
 import pytest
-import uvicorn
 import yaml
 from safetensors.torch import load_file
 
@@ -24,7 +22,8 @@ from mnemoscope.runs.digests import check_closed, write_marker
 from mnemoscope.runs.errors import InputError
 from mnemoscope.runs.files import write_atomically
 from mnemoscope.web.app import build_app
-from playground import TOKEN
+from mnemoscope.web.runs import Runs
+from playground import TOKEN, served
 
 SECRET = "what-no-page-may-show"
 MARKUP = "<img src=x onerror='window.broken=1'><script>window.broken=1</script>"
@@ -217,14 +216,8 @@ def test_a_report_of_hostile_records_is_written_anew_and_escaped(verdicts: dict[
 
 @pytest.fixture
 def address(hostile: Path) -> Iterator[str]:
-    server = uvicorn.Server(uvicorn.Config(build_app(hostile.parent, TOKEN, hostile.name), port=0, log_level="error"))
-    thread = Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join(timeout=30)
+    with served(build_app(Runs(hostile.parent), TOKEN, hostile.name)) as address:
+        yield address
 
 
 def test_nothing_of_a_hostile_folder_runs_in_a_browser(address: str, hostile: Path, browser: Any) -> None:
@@ -247,7 +240,7 @@ def test_the_playground_offers_the_named_run_only_unless_asked(hostile: Path) ->
     from fastapi.testclient import TestClient
 
     for siblings, names in ((False, ["theirs"]), (True, ["sibling", "theirs"])):
-        app = build_app(hostile.parent, TOKEN, "theirs", siblings)
+        app = build_app(Runs(hostile.parent, None if siblings else "theirs"), TOKEN, "theirs")
         client = TestClient(app, "http://localhost", headers={"Authorization": f"Bearer {TOKEN}"})
         assert [run["run"] for run in client.get("/api/runs").json()] == names
         assert client.get("/api/runs/sibling/cells/addition-0").status_code == (200 if siblings else 422)

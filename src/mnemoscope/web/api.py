@@ -41,12 +41,6 @@ def list_runs(request: Request) -> list[RunFacts]:
     return [runs.facts(name) for name in runs.names()]
 
 
-@router.get("/runs/{run}")
-def show_run(request: Request, run: Name) -> RunFacts:
-    """One run."""
-    return request.app.state.runs.facts(run)
-
-
 @router.get(CELL)
 async def show_cell(at: At) -> CellFacts:
     """An opened cell: its layers and vectors."""

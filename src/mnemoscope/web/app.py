@@ -170,19 +170,13 @@ def style() -> Response:
     return Response(page_style(), media_type="text/css")
 
 
-def build_app(
-    root: Path, token: str, first: str | None = None, siblings: bool = True, model: str | None = None
-) -> FastAPI:
-    """The playground over the run folders in ``root``, for those who know the token; it shows run ``first`` first.
-
-    Without ``siblings`` it shows no other; ``model``: that of runs which did not train one.
-    """
+def build_app(runs: Runs, token: str, first: str | None = None) -> FastAPI:
+    """The playground over runs, for those who know the token; it shows run ``first`` first."""
     app = FastAPI(title="Mnemoscope", version=version(), docs_url=None, redoc_url=None)
     # A redirect to a path with or without its last "/" would also be one to "//another.site".
     app.router.redirect_slashes = False
-    app.state.runs = Runs(root, None if siblings else first, model)
-    app.state.first, app.state.token = first, token
-    app.state.opened, app.state.looking = OpenedCells(app.state.runs), asyncio.Semaphore(LOOKING)
+    app.state.runs, app.state.token, app.state.first = runs, token, first
+    app.state.opened, app.state.looking = OpenedCells(runs), asyncio.Semaphore(LOOKING)
     # The token is checked by the middleware; this puts it into the description.
     bearer = HTTPBearer(auto_error=False, description="the token in the address that the server printed")
     app.include_router(api.router, dependencies=[Depends(bearer)])
@@ -252,7 +246,7 @@ def serve(
     except OSError as error:
         raise InputError(f"port: {port} cannot be listened on ({error.strerror}); give another one") from error
     token = secrets.token_urlsafe()
-    app = build_app(root, token, first, siblings or run is None, model)
+    app = build_app(Runs(root, None if siblings else first, model), token, first)
     announce(f"http://{LOOPBACK}:{listener.getsockname()[1]}/?token={token}")
     try:
         server_of(app).run(sockets=[listener])

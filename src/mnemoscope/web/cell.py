@@ -105,7 +105,7 @@ class OpenedCell:
     def facts(self) -> CellFacts:
         """Its layers, vectors and whether it has a detector."""
         layers = len(blocks_of(self._asking.model))
-        return CellFacts(layers=layers, detects=self._detector is not None, methods=self.vectors.methods())
+        return CellFacts(layers=layers, detects=self._detector is not None, methods=self.vectors.facts())
 
     def pairs(self, n: int) -> list[Pair]:
         """Up to ``n`` test pairs, one of every group before a second of any."""

@@ -20,7 +20,7 @@ from mnemoscope.statistics import top_by_magnitude
 from mnemoscope.statistics.contrast import Contrast
 from mnemoscope.study.cells import Cell
 from mnemoscope.tasks import Example
-from mnemoscope.web.shapes import Look, Method, NeuronMap, Steering, VectorFacts, Watched
+from mnemoscope.web.shapes import Look, NeuronMap, Steering, VectorFacts, Watched
 
 PREFIXES = 2**28  # bytes of prompt caches kept: people look at one neuron after the other
 SIGN: dict[Toward, float] = {"generalized": 1.0, "memorized": -1.0}  # of a mean difference that steers there
@@ -40,17 +40,14 @@ class Vectors:
             self._vectors[toward, method] = vector = SteeringVector.load(path)
             vector.check(asking.model, asking.tokenizer, found=binding)
 
-    def methods(self) -> list[Method]:
-        """Each method of the run with its two vectors."""
-        return [
-            Method(method=method, **{toward: self._facts(toward, method) for toward in OPPOSITE})
-            for method in self._methods
-        ]
-
-    def _facts(self, toward: Toward, method: str) -> VectorFacts:
-        vector, best = self._vectors[toward, method], self._best[f"to_{toward}"] == method
-        own = {name: getattr(vector, name) for name in ("site", "layers", "strength")}
-        return VectorFacts(**own, neurons=_shifted(vector), free=self._is_free(vector), best=best)
+    def facts(self) -> dict[str, dict[Toward, VectorFacts]]:
+        """The two vectors of each method of the run."""
+        found: dict[str, dict[Toward, VectorFacts]] = {method: {} for method in self._methods}
+        for (toward, method), vector in self._vectors.items():
+            own: dict[str, Any] = {name: getattr(vector, name) for name in ("site", "layers", "strength")}
+            own |= {"free": self._is_free(vector), "best": self._best[f"to_{toward}"] == method}
+            found[method][toward] = VectorFacts(**own, neurons=_shifted(vector))
+        return found
 
     def part(self, steering: Steering) -> SteeringVector:
         """The vector, or the part of it, that ``steering`` names, before its factor.

@@ -107,20 +107,12 @@ class VectorFacts(Shape):
     best: bool
 
 
-class Method(Shape):
-    """A method with its two vectors."""
-
-    method: str
-    generalized: VectorFacts
-    memorized: VectorFacts
-
-
 class CellFacts(Shape):
-    """An opened cell: how many layers its model has, whether it has a detector, and its vectors."""
+    """An opened cell: how many layers its model has, whether it has a detector, and the two vectors of each method."""
 
     layers: int
     detects: bool
-    methods: list[Method]
+    methods: dict[str, dict[Toward, VectorFacts]]
 
 
 class NeuronMap(Shape):

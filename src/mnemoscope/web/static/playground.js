@@ -43,7 +43,8 @@ function steeringOnPage() {
   };
 }
 
-const vectorNow = () => facts.methods.find((row) => row.method === by("method").value)[toward()];
+const vectorNow = () => facts.methods[by("method").value][toward()];
+const bestMethod = (way) => Object.keys(facts.methods).find((name) => facts.methods[name][way].best);
 
 function show(side, answer) {
   const card = by(side);
@@ -219,9 +220,8 @@ async function start() {
     by("no-detector").hidden = facts.detects;
     by("by-layer").hidden = by("layer-table").hidden = !facts.detects;
     by("layer-table").classList.toggle("many", facts.layers > 12);
-    for (const row of facts.methods) by("method").append(new Option(row.method, row.method));
-    const best = facts.methods.find((row) => row.generalized.best) ?? facts.methods[0];
-    by("method").value = best.method;
+    for (const name in facts.methods) by("method").append(new Option(name, name));
+    by("method").value = bestMethod("generalized");
     offerLayers();
     describe();
     pairs = await call(`${path}/questions?n=24`);
@@ -264,8 +264,8 @@ let direction = toward();
 by("slider").addEventListener("input", () => {
   if (toward() !== direction) {
     direction = toward();
-    const best = facts.methods.find((row) => row[direction].best), before = by("method").value;
-    if (best && !methodIsOwn) by("method").value = best.method;
+    const before = by("method").value;
+    if (!methodIsOwn) by("method").value = bestMethod(direction);
     // Layers that the user ticked stay ticked where this direction's vector has them too.
     const ticked = [...by("layers").querySelectorAll("input:checked")].map((box) => Number(box.value));
     const kept = ticksAreOwn && before === by("method").value ? new Set(ticked) : null;
