@@ -1,6 +1,6 @@
-"""Take screenshots of every page of the playground into ``docs/pictures``: wide and light, narrow and dark.
+"""Take screenshots of every page of the playground: wide and light, narrow and dark. ``docs/pictures`` has two of them.
 
-    python docs/pictures.py RUN CELL
+    python docs/pictures.py RUN CELL FOLDER
 
 Needs Debian's Chromium, or the one that Playwright installs.
 """
@@ -24,15 +24,14 @@ from playwright.sync_api import expect, sync_playwright
 from mnemoscope.web.app import build_app
 from mnemoscope.web.runs import Runs
 
-FOLDER = Path(__file__).resolve().parent / "pictures"
 SIZES = {"wide": (1280, 860, "light"), "phone": (400, 780, "dark")}
 TOKEN = "shown-in-no-picture"
 
 
 def main() -> None:
     """Take all of them, and those of the report and of the page that asks for the token."""
-    run, cell = Path(sys.argv[1]).resolve(), sys.argv[2]
-    FOLDER.mkdir(exist_ok=True)
+    run, cell, folder = Path(sys.argv[1]).resolve(), sys.argv[2], Path(sys.argv[3]).resolve()
+    folder.mkdir(exist_ok=True)
     with sync_playwright() as play, tempfile.TemporaryDirectory() as nothing:
         browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         os.chdir(nothing)
@@ -48,21 +47,21 @@ def main() -> None:
         for size, (width, height, scheme) in SIZES.items():
             tab = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
             tab.goto(address)
-            _photograph(tab, f"token-{size}.png")
+            _photograph(tab, folder / f"token-{size}.png")
             tab.goto(f"{address}/?token={TOKEN}")
             for name, (place, act) in pages.items():
                 tab.goto(place)
                 act(tab)
                 # A report is long; of the other pages all is shown.
-                _photograph(tab, f"{name}-{size}.png", full_page=name != "report")
+                _photograph(tab, folder / f"{name}-{size}.png", full_page=name != "report")
             tab.close()
         browser.close()
 
 
-def _photograph(tab: Any, name: str, full_page: bool = True) -> None:
+def _photograph(tab: Any, path: Path, full_page: bool = True) -> None:
     """A picture of 64 colours, which these pages do with: a third of the bytes."""
     picture = Image.open(BytesIO(tab.screenshot(full_page=full_page))).convert("RGB")
-    picture.quantize(64, dither=Image.Dither.NONE).save(FOLDER / name, optimize=True)
+    picture.quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def _served(root: Path, first: str | None) -> str:
