@@ -12,18 +12,17 @@ import numpy as np
 from mnemoscope.behaviour import Asking, Batch, cache_prefixes, kept_bytes, prepare, score
 from mnemoscope.bench.answers import steered
 from mnemoscope.interventions import OPPOSITE, Binding, SteeringVector, Toward
+from mnemoscope.interventions.shifts import SIGN, top_neurons
 from mnemoscope.report import draw_neuron
 from mnemoscope.runs.digests import inside, intact
 from mnemoscope.runs.errors import InputError
 from mnemoscope.runs.schemas import read_chosen
-from mnemoscope.statistics import top_by_magnitude
 from mnemoscope.statistics.contrast import Contrast
 from mnemoscope.study.cells import Cell
 from mnemoscope.tasks import Example
 from mnemoscope.web.shapes import Look, NeuronMap, Steering, VectorFacts, Watched
 
 PREFIXES = 2**28  # bytes of prompt caches kept: people look at one neuron after the other
-SIGN: dict[Toward, float] = {"generalized": 1.0, "memorized": -1.0}  # of a mean difference that steers there
 TIMES = (1.0, 4.0, 16.0)  # multiples of its mean difference by which a neuron alone is shifted
 
 
@@ -71,8 +70,7 @@ class Vectors:
         if steering.neurons is not None and steering.neurons > most:
             raise InputError(f"neurons: {steering.neurons} is not in 1 .. {most}, which it shifts in these layers")
         number = min(steering.neurons or _shifted(vector), most)
-        kept_LD = np.zeros(rank_LD.shape, bool)
-        kept_LD[layers] = top_by_magnitude(rank_LD[layers], number / rank_LD[layers].size)
+        kept_LD = top_neurons(rank_LD, layers, number / rank_LD[layers].size)
         return vector.with_dense(np.where(kept_LD, whole_LD, 0.0))
 
     def _is_free(self, vector: SteeringVector) -> bool:
