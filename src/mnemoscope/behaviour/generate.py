@@ -67,14 +67,19 @@ def continued(
     inputs: Any,
     max_new_tokens: int,
     ends: Collection[int] | None = None,
+    processors: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
 ) -> tuple[Tensor, Tensor, int]:
     """Generate greedily behind the prompts of a left-padded batch (``Asking.padded``).
 
-    ``ends``: tokens behind which a text ends; default: those of the model and its tokenizer.
+    Args:
+        ends: tokens behind which a text ends; default: those of the model and its tokenizer.
+        processors: change the logits of each token in turn, float32 (N, V).
 
     Returns ids (N, T), their mask (N, T), which is 0 behind the end of a text, and how many columns are the prompts.
     Raises InputError where the prompts leave no room for another token in the model's context.
     """
+    from transformers import LogitsProcessorList
+
     width, limit = inputs.input_ids.shape[1], context_length(model)
     if width >= limit:
         raise InputError(f"prompt: {width} tokens leave no room for an answer; the model reads at most {limit}")
@@ -84,6 +89,7 @@ def continued(
         attention_mask=inputs.attention_mask,
         max_new_tokens=min(max_new_tokens, limit - width),
         do_sample=False,
+        logits_processor=LogitsProcessorList(processors),
         **PLAINLY,
         eos_token_id=ends or None,
         pad_token_id=pad_of(tokenizer),

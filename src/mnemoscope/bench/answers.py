@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -44,14 +44,15 @@ from mnemoscope.interventions.detect import Detector, Reading
 from mnemoscope.models import (
     Precision,
     cache_of,
-    context_length,
-    end_ids,
     in_precision,
     pass_inputs,
     quick_precision,
     with_last_logits,
 )
 from mnemoscope.tasks import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NOTHING = Intervention(toward="generalized")
 EARLIEST = 8  # tokens before a cut in neutral text, at least
@@ -129,12 +130,10 @@ def texts_of(one: Intervention, prompts: Prompts, tokens: int) -> Texts:
         chosen = slice(start, start + asking.batch_size)
         inputs = asking.padded([asking.text(e.prompt) for e in examples[chosen]])
         began = time.perf_counter()
-        if one.contrast:
-            bare = asking.padded([asking.text(other.prompt) for other in prompts.contrast(one.contrast)[chosen]])
-            ids_NT, mask_NT, width = _joined_texts(asking, one, inputs, bare, tokens)
-        else:
-            with one.apply(asking.model):
-                ids_NT, mask_NT, width = continued(asking.model, tokenizer, inputs, tokens)
+        others = [asking.text(other.prompt) for other in prompts.contrast(one.contrast)[chosen]] if one.contrast else []
+        joined = [_Joined(one, asking.model, asking.padded(others))] if others else []
+        with one.apply(asking.model):
+            ids_NT, mask_NT, width = continued(asking.model, tokenizer, inputs, tokens, processors=joined)
         seconds += time.perf_counter() - began
         nats += cost_of(asking.model, ids_NT, mask_NT, width).tolist()
         texts += tokenizer.batch_decode(ids_NT[:, width:], skip_special_tokens=True)
@@ -143,33 +142,22 @@ def texts_of(one: Intervention, prompts: Prompts, tokens: int) -> Texts:
     return Texts(texts, seconds / max(1, len(examples)), np.array(nats), np.array(repeated))
 
 
-def _joined_texts(asking: Asking, one: Intervention, inputs: Any, bare: Any, tokens: int) -> tuple[Tensor, Tensor, int]:
-    """Greedy decoding of two passes a token; see ``continued``."""
-    model, ends = asking.model, torch.tensor(end_ids(asking.model, asking.tokenizer), device=asking.model.device)
-    masks, caches, steps = (
-        [inputs.attention_mask, bare.attention_mask],
-        [None, None],
-        [inputs.input_ids, bare.input_ids],
-    )
-    found, open_N = list[Tensor](), torch.ones(len(inputs.input_ids), dtype=torch.bool, device=model.device)
-    kept = list[Tensor]()
-    for _ in range(min(tokens, context_length(model) - inputs.input_ids.shape[1])):
-        logits = []
-        for side in (0, 1):
-            output = with_last_logits(model, pass_inputs(model, steps[side], masks[side], caches[side]))
-            caches[side] = cache_of(output)
-            logits.append(output.logits[:, -1:].float())
-        next_N = one.join(*logits)[:, -1].argmax(-1)
-        found.append(next_N)
-        kept.append(open_N)
-        open_N = open_N & ~torch.isin(next_N, ends)
-        if not bool(open_N.any()):
-            break
-        steps = [next_N[:, None], next_N[:, None]]
-        masks = [torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1) for mask in masks]
-    ids_NT = torch.cat([inputs.input_ids, torch.stack(found, dim=1)], dim=1)
-    mask_NT = torch.cat([inputs.attention_mask, torch.stack(kept, dim=1).long()], dim=1)
-    return ids_NT, mask_NT, inputs.input_ids.shape[1]
+class _Joined:
+    """A logits processor that joins each token's logits with those that the model gives behind the contrast."""
+
+    def __init__(self, one: Intervention, model: PreTrainedModel, contrast: Any) -> None:
+        self.one, self.model = one, model
+        self.cache: Any = None
+        self.ids_NT, self.mask_NT = contrast.input_ids, contrast.attention_mask
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Joined logits, float32 (N, V)."""
+        if self.cache is not None:
+            self.ids_NT = input_ids[:, -1:]
+            self.mask_NT = torch.cat([self.mask_NT, torch.ones_like(self.ids_NT)], dim=1)
+        output = with_last_logits(self.model, pass_inputs(self.model, self.ids_NT, self.mask_NT, self.cache))
+        self.cache = cache_of(output)
+        return self.one.join(scores[:, None].float(), output.logits[:, -1:].float())[:, 0]
 
 
 def _repeated(ids: Sequence[int]) -> float:
