@@ -72,9 +72,11 @@ def detect(
     as_json: given.AsJson = False,
 ) -> None:
     """Estimate, before it answers, how probably a model will follow its memory, and where that becomes readable."""
+    import numpy as np
+
     fitted = _fitted(source, force, ms.Prompting(chat, reply=reply), model, dtype, layout, device_map)
     reading = fitted.detect(prompts)
-    columns = [getattr(reading, name).tolist() for name in READ[:-1]] + [list(reading.p_memorized_by_layer.tolist())]
+    columns = (np.asarray(getattr(reading, name)).tolist() for name in READ)
     rows = [dict(zip(("prompt", *READ), row, strict=True)) for row in zip(prompts, *columns, strict=True)]
     if fitted.detector.as_good_as_the_input:  # then a layer that is sure may only have read the wording
         rows = [row | {"readable_from": None} for row in rows]
