@@ -6,7 +6,7 @@ import os
 import sys
 from typing import Any
 
-STOPPED = "stopped; run the same command again to go on"
+from mnemoscope.runs.errors import STOPPED
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 import mnemoscope as ms
-from mnemoscope.cli import STOPPED
+from mnemoscope.runs.errors import STOPPED
 
 FULL = "disk: no space is left; finished stages are kept, so make room and run the command again"
 MEMORY = "memory: there is not enough for this; use fewer workers, shorter prompts or a smaller model"

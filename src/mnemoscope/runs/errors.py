@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+STOPPED = "stopped; run the same command again to go on"  # what Ctrl-C is told
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used; the message names the field, the value and what is allowed."""
