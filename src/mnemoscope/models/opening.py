@@ -19,7 +19,6 @@ from mnemoscope.models.caches import arguments_of
 from mnemoscope.models.layout import Layout, core_of, use_layout
 from mnemoscope.models.room import free_bytes
 from mnemoscope.models.trainable import check_peft
-from mnemoscope.runs.digests import STAGES, check_closed, check_stage, intact
 from mnemoscope.runs.errors import InputError
 from mnemoscope.runs.processes import beside
 
@@ -187,6 +186,8 @@ def file_of(folder: str | Path, name: str) -> str | None:
 
 def _check_own(folder: Path) -> None:
     """Refuse a model of a run that is not as its study wrote it, or that needs another one outside the run."""
+    from mnemoscope.runs.digests import STAGES, check_closed, check_stage, intact
+
     if folder.name not in ("model", "adapter") or not (folder.parent / STAGES).is_dir():
         return
     check_closed(folder.parent)
