@@ -11,18 +11,19 @@ from mnemoscope.behaviour.batches import (
     with_suffixes,
     without_prefix,
 )
-from mnemoscope.behaviour.generate import Applied, complete, continued, cost_of, decode, phrase_of, written
+from mnemoscope.behaviour.generate import Applied, Beside, complete, continued, cost_of, decode, phrase_of, written
 from mnemoscope.behaviour.labels import (
+    PairBatch,
     Scores,
+    draw_candidates,
     first_and_rest,
     log_probabilities,
     mark_confabulations,
+    mine_pairs,
     next_logits,
     only_log_probability,
     score,
-    score_contrasted,
     score_read,
 )
-from mnemoscope.behaviour.pairs import PairBatch, draw_candidates, mine_pairs
 from mnemoscope.behaviour.reading import cache_prefixes, read_only_options
 from mnemoscope.behaviour.states import KeptStates, States, capturing, read_states, states_at_the_end
