@@ -11,7 +11,7 @@ from mnemoscope.behaviour.batches import (
     with_suffixes,
     without_prefix,
 )
-from mnemoscope.behaviour.generate import Applied, Beside, complete, continued, cost_of, decode, phrase_of, written
+from mnemoscope.behaviour.generate import Applied, complete, continued, cost_of, decode, phrase_of, written
 from mnemoscope.behaviour.labels import (
     PairBatch,
     Scores,
