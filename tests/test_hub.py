@@ -59,15 +59,13 @@ def test_what_is_pushed_comes_back_and_its_page_shows_the_card(tmp_path: Path, m
     (mine / "private.txt").touch()
     with pytest.raises(InputError, match=r"^path: .* does not exist"):
         push(tmp_path / "absent", "owner/name")
-    file, described = VECTOR.save(mine / "v.safetensors")
-    assert push(file, "owner/name") == "hub/owner/name"
-    assert sorted(path.name for path in store.iterdir()) == ["v.json", "v.safetensors"]
+    card = Card("sums, seed 0, smollm2", {"estimate": 0.5, "low": 0.4, "high": 0.6, "n": 20}, pairs=30, groups=10)
+    file, described = replace(VECTOR, card=card).save(mine / "v.safetensors")
+    assert push(str(file), "owner/name") == "hub/owner/name"
+    assert sorted(path.name for path in store.iterdir()) == ["README.md", "v.json", "v.safetensors"]
+    assert (store / "README.md").read_text() == f"# v\n\n```text\n{card}\n```\n"
     again = SteeringVector.load(fetch("owner/name", "v.safetensors"))
     assert torch.equal(again.shifts[1], VECTOR.shifts[1])
-    card = Card("sums, seed 0, smollm2", {"estimate": 0.5, "low": 0.4, "high": 0.6, "n": 20}, pairs=30, groups=10)
-    replace(VECTOR, card=card).save(file)
-    push(str(file), "owner/name")
-    assert (store / "README.md").read_text() == f"# v\n\n```text\n{card}\n```\n"
     with pytest.raises(InputError, match=r"^name: owner/name has no file w\.safetensors"):
         fetch("owner/name", "w.safetensors")
     push(mine, "owner/name")

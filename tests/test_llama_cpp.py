@@ -5,7 +5,7 @@ Needs ``pip install llama-cpp-py-sync cffi``, whose wheel holds the library.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ import torch
 
 from families import tiny
 from mnemoscope.interventions import SteeringVector
-from mnemoscope.models import blocks_of
 from mnemoscope.serving.export import to_gguf
 
 pytest.importorskip("cffi")
@@ -24,23 +23,11 @@ bindings = pytest.importorskip("llama_cpp_py_sync._cffi_bindings")
 
 LAYERS, LAYER = 6, 3
 PROMPTS = [[2, 5, 9, 11], [2, 40, 41, 7, 8, 33, 12], [2, 17]]
-# llama.cpp's names of the parts of a block.
-PARTS = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 
 
 def write_model(model: Any, path: Path) -> Path:
     """The model in whole precision, without a tokenizer: prompts are token ids."""
-    config, weights = model.config, model.state_dict()
+    config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -53,15 +40,13 @@ def write_model(model: Any, path: Path) -> Path:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("no_vocab")
-    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    for layer in range(config.num_hidden_layers):
-        names |= {f"model.layers.{layer}.{ours}": f"blk.{layer}.{theirs}" for ours, theirs in PARTS.items()}
-    for ours, theirs in names.items():
-        weight = weights[f"{ours}.weight"].float().numpy()
-        if theirs.endswith(("attn_q", "attn_k")):  # llama.cpp rotates neighbours, transformers halves
-            heads = config.num_attention_heads if theirs.endswith("q") else config.num_key_value_heads
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for ours, parameter in model.state_dict().items():
+        theirs, weight = names.get_name(ours, (".weight",)), parameter.float().numpy()
+        if theirs.endswith(("attn_q.weight", "attn_k.weight")):  # llama.cpp rotates neighbours, transformers halves
+            heads = config.num_attention_heads if "attn_q" in theirs else config.num_key_value_heads
             weight = weight.reshape(heads, 2, config.head_dim // 2, -1).swapaxes(1, 2).reshape(weight.shape)
-        writer.add_tensor(f"{theirs}.weight", np.ascontiguousarray(weight))
+        writer.add_tensor(theirs, np.ascontiguousarray(weight))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -107,48 +92,29 @@ class LlamaCpp:
         self.lib.llama_model_free(self.model)
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    changes = {"num_hidden_layers": LAYERS, "initializer_range": 0.2, "max_position_embeddings": 64}
-    return tiny("llama", tie_word_embeddings=False, **changes)
-
-
-@pytest.fixture
-def theirs(model: Any, tmp_path: Path) -> Iterator[LlamaCpp]:
-    made = LlamaCpp(write_model(model, tmp_path / "model.gguf"))
-    yield made
-    made.close()
-
-
 @torch.no_grad()
-def ours(model: Any, vector: SteeringVector | None) -> np.ndarray:
+def ours(model: Any, vector: SteeringVector | None = None) -> np.ndarray:
     """Logits (prompts, V) behind each prompt."""
-
-    def read() -> list[np.ndarray]:
-        return [model(torch.tensor([ids])).logits[0, -1].numpy() for ids in PROMPTS]
-
-    if vector is None:
-        return np.stack(read())
-    with vector.apply(model):
-        return np.stack(read())
+    with vector.apply(model) if vector else nullcontext():
+        return np.stack([model(torch.tensor([ids])).logits[0, -1].numpy() for ids in PROMPTS])
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
     return float((a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b))
 
 
-def test_a_vector_does_there_what_it_does_here(model: Any, theirs: LlamaCpp, tmp_path: Path) -> None:
+def test_a_vector_does_there_what_it_does_here(tmp_path: Path) -> None:
+    changes = {"num_hidden_layers": LAYERS, "initializer_range": 0.2, "max_position_embeddings": 64}
+    model = tiny("llama", tie_word_embeddings=False, **changes)
+    theirs = LlamaCpp(write_model(model, tmp_path / "model.gguf"))
     width, vocabulary = model.config.hidden_size, model.config.vocab_size
-    assert len(blocks_of(model)) == LAYERS
     shift_D = torch.randn(width, generator=torch.Generator().manual_seed(0))
-    by_layer = {
-        layer: SteeringVector("generalized", {layer: shift_D}, positions="all")
-        for layer in (LAYER - 1, LAYER, LAYER + 1)
-    }
-    plain, plain_there = ours(model, None), np.stack([theirs.logits(ids, vocabulary) for ids in PROMPTS])
+    by_layer = {n: SteeringVector("generalized", {n: shift_D}, positions="all") for n in (LAYER - 1, LAYER, LAYER + 1)}
+    plain, plain_there = ours(model), np.stack([theirs.logits(ids, vocabulary) for ids in PROMPTS])
     np.testing.assert_allclose(plain_there, plain, atol=1e-4 * np.abs(plain).max())
     theirs.steer(to_gguf(by_layer[LAYER], tmp_path / "vector.gguf", "llama"), width)
     change_there = np.stack([theirs.logits(ids, vocabulary) for ids in PROMPTS]) - plain_there
+    theirs.close()
     alike = {layer: cosine(change_there, ours(model, vector) - plain) for layer, vector in by_layer.items()}
     assert alike[LAYER] > 0.9999
     np.testing.assert_allclose(change_there, ours(model, by_layer[LAYER]) - plain, atol=1e-3 * np.abs(plain).max())

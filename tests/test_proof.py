@@ -1,30 +1,185 @@
-"""`mnemoscope doctor --server`: an honest server passes; each planted fault is found by the check that is for it."""
+"""`mnemoscope doctor --server`: an honest server passes; each planted fault is found by the check that is for it.
+
+The server is one over transformers that speaks as vLLM with our plugin does.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import socket
-from dataclasses import replace
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 
 import mnemoscope as ms
 from little_facts import SUBJECTS, VALUES, VOCABULARY
+from mnemoscope.behaviour import states_at_the_end
 from mnemoscope.config import ModelConfig
 from mnemoscope.interventions import Binding
-from mnemoscope.models import build_gpt2, load_model, word_tokenizer
+from mnemoscope.models import build_gpt2, cache_of, context_length, load_model, pass_inputs, word_tokenizer
 from mnemoscope.runs.errors import InputError
 from mnemoscope.runs.locks import locked
-from mnemoscope.serving.certificate import certify
-from mnemoscope.serving.client import Server
-from mnemoscope.serving.proof import prove
-from mnemoscope.serving.served import Proof
+from mnemoscope.serving.admission import ADMITTED, FIELDS, Admitted, Offered, admit, key_of_block, parse
+from mnemoscope.serving.proof import certify, prove
+from mnemoscope.serving.served import Answer, Proof, Request
+from mnemoscope.serving.worker import Followed, report_of
 from served import random_run
-from stand_in import Fault, serving
 from test_cli import call
+
+Fault = Literal[
+    *("none", "no plugin", "hooks removed", "alpha ignored", "wrong layer", "no cache separation", "rows mixed up"),
+    *("anything is taken", "another reading", "gate always open"),
+]
+
+
+@dataclass
+class StandIn:
+    """Answers token by token, from a cache of keys and values by the longest common beginning."""
+
+    folder: Path
+    run: Path
+    fault: Fault = "none"
+    kept: list[tuple[str, Any, int, list[int], Any]] = field(default_factory=list)
+    answered: int = 0
+
+    @cached_property
+    def opened(self) -> tuple[Any, Any]:
+        return load_model(self.folder)
+
+    @cached_property
+    def offered(self) -> Offered:
+        offered = Offered.open(self.run, Binding.of(*self.opened))
+        if self.fault != "wrong layer":
+            return offered
+        moved = {way: {n + 1: shift for n, shift in one.shifts.items()} for way, one in offered.vectors.items()}
+        return replace(offered, vectors={w: replace(one, edits=moved[w]) for w, one in offered.vectors.items()})
+
+    def ask(self, requests: Sequence[Request]) -> list[Answer]:
+        """Answer requests that came at the same time."""
+        found: list[Admitted | InputError | None] = [self.admit(request) for request in requests]
+        rows = found[1:] + found[:1] if self.fault == "rows mixed up" else found
+        self.answered += len(requests)
+        return [self.answer(*each) for each in zip(requests, found, rows, strict=True)]
+
+    def admit(self, request: Request) -> Admitted | InputError | None:
+        given = request.settings
+        if self.fault == "no plugin":
+            return None
+        try:
+            try:
+                asked = parse(given)
+            except InputError:
+                asked = parse({"read": 1} if self.fault == "anything is taken" else given)
+            return admit(asked, self.offered, request.ids, len(request.ids)) if asked else None
+        except InputError as error:
+            return error
+
+    @torch.no_grad()
+    def answer(self, request: Request, own: Any, row: Any) -> Answer:
+        """Generate with the settings of a row, report on the request's own."""
+        if isinstance(own, InputError):
+            return Answer(400, message=str(own))
+        report = self.report(request.ids, own) if own else None
+        acts = isinstance(row, Admitted) and row.steer is not None and self.report(request.ids, row)["acted"]
+        alpha = 0.0 if not acts or self.fault == "hooks removed" else row.alpha
+        alpha = 1.0 if alpha and self.fault == "alpha ignored" else alpha
+        model, prompt = self.opened[0], len(request.ids)
+        key = key_of_block({ADMITTED: asdict(own)}, 2**30) if own else None
+        start = own.start if key else prompt
+        cache, past = self.cached(list(request.ids), request.salt, key, start)
+        vector = self.offered.vectors[row.steer] if alpha else None
+        text, log_p = list(request.ids), []
+        first = None if vector and vector.everywhere else prompt - 1
+        with vector.apply(model, alpha, first) if vector else nullcontext():
+            while len(text) < prompt + request.tokens:
+                ones = torch.ones(1, len(text), dtype=torch.long)
+                output = model(**pass_inputs(model, torch.tensor([text[past:]]), ones, cache))
+                cache, past = cache_of(output), len(text)
+                best = output.logits[0, -1].log_softmax(-1).max(-1)
+                text.append(int(best.indices))
+                log_p.append(float(best.values))
+        self.kept.append((request.salt, key, start, text[:past], cache))
+        return Answer(200, tuple(text[prompt:]), tuple(log_p), report)
+
+    def cached(self, ids: list[int], salt: str, key: Any, start: int) -> tuple[Any, int]:
+        """A copy of the cache that begins as a prompt does, as far as it was computed under the same settings."""
+        best, found, more = 0, None, 0
+        for kept_salt, kept_key, kept_start, text, cache in self.kept:
+            limit = min(len(ids) - 1, len(text)) if kept_salt == salt else 0
+            if key != kept_key and self.fault != "no cache separation":
+                limit = min(limit, start, kept_start)
+            same = next((n for n in range(limit) if ids[n] != text[n]), limit)
+            if same > best:
+                best, found, more = same, cache, len(text) - same
+        found = copy.deepcopy(found)
+        if more:
+            found.crop(-more)
+        return found, best
+
+    def report(self, ids: Sequence[int], asked: Admitted) -> dict[str, Any]:
+        found = Followed(asked, asked.steer is not None)
+        if name := asked.read_by or asked.gate_by:
+            detector = self.offered.detectors[name]
+            ids_1T = torch.tensor([[*ids[:-2], ids[-1]] if self.fault == "another reading" else [*ids]])
+            states = states_at_the_end(self.opened[0], ids_1T, torch.ones_like(ids_1T), detector.site, [detector.layer])
+            found.readings[name] = detector.read_verdict(states[:, 0])
+            if asked.gate is not None and asked.steer and self.fault != "gate always open":
+                found.acts = bool(found.readings[name].acts(asked.steer, asked.gate)[0])
+        return report_of(found, self.offered)
+
+
+@contextmanager
+def serving(inside: StandIn) -> Iterator[str]:
+    """The address of a server that listens inside the context."""
+    one_at_a_time, room = threading.Lock(), context_length(inside.opened[0])
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            models = {"data": [{"id": "mini", "max_model_len": room}]}
+            self.tell(200, {"version": "0.0"} if self.path == "/version" else models)
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            settings = body.get("vllm_xargs") or {}
+            assert set(settings) <= {*FIELDS, "stear"}
+            with one_at_a_time:
+                request = Request(tuple(body["prompt"]), settings, body["max_tokens"], body["cache_salt"])
+                (found,) = inside.ask([request])
+            choice = {"token_ids": found.tokens, "logprobs": {"token_logprobs": found.log_p}}
+            choice |= {"mnemoscope": found.report} if found.report else {}
+            error = {"error": {"message": found.message, "code": found.status}}
+            self.tell(found.status, error if found.message else {"choices": [choice]})
+
+        def tell(self, status: int, content: dict[str, Any]) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(json.dumps(content).encode())
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    class Listener(ThreadingHTTPServer):
+        request_queue_size = 128  # connections that wait; those beyond are reset
+
+    with Listener(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
 
 PROMPTS = [
     f"{label} : {SUBJECTS[n]} has {VALUES[n]} . question {SUBJECTS[n]} ?" if n % 2 else f"quiz {SUBJECTS[n]} ?"
@@ -72,22 +227,20 @@ def fitted(folders: tuple[Path, Path]) -> ms.Fitted:
     return ms.Fitted.open(run, *load_model(folder))
 
 
-def proofs(fitted: ms.Fitted, folders: tuple[Path, Path], fault: Fault, last: str = "") -> dict[str, Proof]:
+def proofs(fitted: ms.Fitted, folders: tuple[Path, Path], fault: Fault = "none", last: str = "") -> dict[str, Proof]:
     """By name, up to the last one that is wanted."""
     found: dict[str, Proof] = {}
-    with serving(*folders, fault) as (url, _):
-        server = Server(url)
-        for proof in prove(server.ask, fitted, PROMPTS, server.room):
-            found[name := proof.name.partition(" (")[0]] = proof
-            if name == last:
-                break
+    for proof in prove(StandIn(*folders, fault).ask, fitted, PROMPTS):
+        found[name := proof.name.partition(" (")[0]] = proof
+        if name == last:
+            break
     return found
 
 
 def test_an_honest_server_passes_and_each_check_could_have_failed(
     fitted: ms.Fitted, folders: tuple[Path, Path]
 ) -> None:
-    found = proofs(fitted, folders, "none")
+    found = proofs(fitted, folders)
     assert tuple(found) == CHECKS
     assert [proof for proof in found.values() if not proof.passed] == []
     for name in ("steered = transformers'", "follow-up after steering = fresh", "read = detect"):
@@ -98,7 +251,7 @@ def test_vectors_that_shift_every_token_are_proven_too(folders: tuple[Path, Path
     folder = folders[0]
     everywhere = folder, random_run(tmp_path / "run", *load_model(folder), 1, strength=0.1, positions="all")
     fitted = ms.Fitted.open(everywhere[1], *load_model(folder))
-    found = proofs(fitted, everywhere, "none")
+    found = proofs(fitted, everywhere)
     assert [proof for proof in found.values() if not proof.passed] == []
     assert not any(name.startswith("gate") for name in found)  # it would have to be known before the prompt is read
     assert not proofs(fitted, everywhere, "wrong layer", "steered = transformers'")["steered = transformers'"].passed
@@ -117,41 +270,32 @@ def asked(url: str, folders: tuple[Path, Path], *more: str) -> tuple[int, str, s
     return call("doctor", "--server", url, "--from", str(run), "--model", str(folder), *prompts, *more)
 
 
-def test_the_command_prints_a_table_or_json_and_fails_where_a_check_does(folders: tuple[Path, Path]) -> None:
-    with serving(*folders) as (url, inside):
-        code, out, _ = asked(url, folders)
-        assert (code, out.count("ok  "), out.count("FAIL")) == (0, len(CHECKS), 0)
-        assert "a steered token takes" in out
-        assert inside.largest > 4
-        assert inside.answered < 300
-    with serving(*folders, "hooks removed") as (url, _):
-        code, out, _ = asked(url, folders, "--json")
+def test_the_command_fails_where_a_check_does_and_certifies_nothing_then(folders: tuple[Path, Path]) -> None:
+    before = {path: path.read_bytes() for path in folders[1].rglob("*.json")}
+    with serving(StandIn(*folders, "hooks removed")) as url:
+        code, out, _ = asked(url, folders, "--json", "--certify")
     found = json.loads(out)
-    assert (code, found["passed"], len(found["checks"])) == (1, False, len(CHECKS))
+    assert (code, found["passed"], len(found["checks"]), found["certified"]) == (1, False, len(CHECKS), [])
     assert {check["name"] for check in found["checks"] if not check["passed"]} >= {"steered = transformers'"}
+    assert {path: path.read_bytes() for path in folders[1].rglob("*.json")} == before
 
 
 def test_what_a_server_was_proven_with_says_so_in_its_cards(folders: tuple[Path, Path], tmp_path: Path) -> None:
     folder, run = folders[0], Path(shutil.copytree(folders[1], tmp_path / "run"))
-    with serving(folder, run, "hooks removed") as (url, _):
+    with serving(inside := StandIn(folder, run)) as url:
         code, out, _ = asked(url, (folder, run), "--certify")
-        assert (code, ".json" in out) == (1, False)
-    for source in (run, next(run.rglob("to_generalized-nmd.safetensors"))):
-        with serving(folder, source) as (url, _):
-            code, out, _ = asked(url, (folder, source), "--certify")
-        assert code == 0
-        written = [Path(line) for line in out.splitlines() if line.endswith(".json")]
-        assert len(written) == (4 if source == run else 1)
-        for path in written:
-            card = json.loads(path.read_text())["card"]
-            assert card["proven"].keys() == {"vLLM 0.0"}
-            assert card["proven"]["vLLM 0.0"].startswith(f"float32, {len(CHECKS) if source == run else 7} checks of ")
-        before, after = (ms.Fitted.open(one, *load_model(folder)) for one in (folders[1], run))
-        assert "proven on vLLM 0.0: float32" in str(after.vectors["generalized"].card)
-        for toward, vector in before.vectors.items():
-            assert after.vectors[toward].tensors().keys() == vector.tensors().keys()
-            for name, tensor in vector.tensors().items():
-                assert torch.equal(after.vectors[toward].tensors()[name], tensor)
+    assert (code, out.count("ok  "), out.count("FAIL")) == (0, len(CHECKS), 0)
+    assert "a steered token takes" in out
+    assert inside.answered < 300
+    written = [Path(line) for line in out.splitlines() if line.endswith(".json")]
+    assert len(written) == 4
+    for path in written:
+        proven = json.loads(path.read_text())["card"]["proven"]
+        assert proven["vLLM 0.0"].startswith(f"float32, {len(CHECKS)} checks of ")
+    before, after = (ms.Fitted.open(one, *load_model(folder)) for one in (folders[1], run))
+    assert "proven on vLLM 0.0: float32" in str(after.vectors["generalized"].card)
+    for toward, vector in before.vectors.items():
+        assert all(torch.equal(after.vectors[toward].tensors()[name], one) for name, one in vector.tensors().items())
 
 
 def test_cards_of_a_run_in_use_stay_as_they_are(folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -165,7 +309,9 @@ def test_cards_of_a_run_in_use_stay_as_they_are(folders: tuple[Path, Path], tmp_
         with pytest.raises(InputError, match=f"^certify: {message}; a certificate"):
             certify(run, binding, "vLLM 0.0", "float32", proofs_of)
     assert {path: path.read_bytes() for path in run.rglob("*.json")} == before
-    assert len(certify(run, binding, "vLLM 0.0", "float32", [shown])) == 4
+    file = next(run.rglob("to_generalized-nmd.safetensors"))
+    for source, count in ((run, 4), (file, 1)):
+        assert len(certify(source, binding, "vLLM 0.0", "float32", [shown])) == count
 
 
 def test_what_cannot_be_proven_is_one_line(folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -188,16 +334,13 @@ def test_what_cannot_be_proven_is_one_line(folders: tuple[Path, Path], tmp_path:
     assert refused("--from", str(run)).startswith("--from: is for a server")
     assert refused(str(folder), "--certify").startswith("--certify: is for a server")
     assert refused().startswith("MODEL: missing")
-    with serving(*folders) as (url, _):
+    one, *more = (("--prompt", prompt) for prompt in (PROMPTS[0], PROMPTS[1], " ".join(PROMPTS * 4)))
+    with serving(StandIn(*folders)) as url:
         assert refused("--server", url, "--from", str(run)).startswith(f"model: {run} holds no model; name")
         assert "is neither a vector" in refused("--server", url, "--from", str(tmp_path), "--model", str(folder))
-        one = [part for part in ("--prompt", PROMPTS[0])]
         assert refused("--server", url, *whole, *one).startswith("prompts: give at least two")
-        far = ["--prompt", PROMPTS[0], "--prompt", " ".join(PROMPTS * 4)]
-        assert refused("--server", url, *whole, *far).startswith("prompts: the longest has")
+        assert refused("--server", url, *whole, *one, *more[1]).startswith("prompts: the longest has")
         detector = next(run.rglob("detector.safetensors"))
         assert refused("--server", url, "--from", str(detector), "--model", str(folder)).startswith("from: ")
-    with serving(*folders, "no plugin") as (url, _):
-        assert refused("--server", url, *whole, *far[:2], *one, "--prompt", PROMPTS[1]).startswith(
-            "server: has no plugin"
-        )
+    with serving(StandIn(*folders, "no plugin")) as url:
+        assert refused("--server", url, *whole, *one, *more[0]).startswith("server: has no plugin")

@@ -8,6 +8,8 @@ import logging
 import math
 import re
 import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,11 +23,9 @@ from mnemoscope.config import ModelConfig
 from mnemoscope.interventions import Binding
 from mnemoscope.models import build_gpt2, word_tokenizer
 from mnemoscope.runs.errors import InputError
-from mnemoscope.serving import engine, plugin
-from mnemoscope.serving.asking import ADMITTED, Admitted, Asked, admit, key_of_block, parse
-from mnemoscope.serving.http import Guard
-from mnemoscope.serving.offered import Offered
-from mnemoscope.serving.rows import rows_of
+from mnemoscope.serving import http, plugin
+from mnemoscope.serving.admission import ADMITTED, Asked, Offered, admit, key_of_block, parse
+from mnemoscope.serving.worker import NEVER, rows_of
 from served import random_run
 
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -76,33 +76,74 @@ def offered(tmp_path_factory: pytest.TempPathFactory) -> Offered:
     return made(tmp_path_factory.mktemp("served"))
 
 
-def test_another_model_is_refused_at_start(offered: Offered) -> None:
-    other = Binding(offered.binding.model_type, "0" * 64, offered.binding.tokenizer, "0" * 64)
+def test_another_model_is_refused_at_start(offered: Offered, tmp_path: Path) -> None:
+    vector = offered.vectors["generalized"]
+    file, _ = vector.save(tmp_path / "v.safetensors")
+    alone = Offered.of({"generalized": vector}, None, None).digest
+    assert Offered.open(file, vector.binding).digest == alone != offered.digest
+    assert Offered.of({"generalized": 2 * vector}, None, None).digest != alone
     with pytest.raises(InputError, match=r"^weights: the vector was made on"):
-        Offered.open(offered.source, other)
+        Offered.open(file, replace(vector.binding, weights="0" * 64))
 
 
-def test_a_gate_above_the_shift_is_refused(offered: Offered) -> None:
-    without = Offered(offered.source, offered.binding, offered.vectors, {"detector": offered.detectors["detector"]})
-    with pytest.raises(InputError, match=r"^gate: the detector reads"):
-        admit(Asked("generalized", gate=0.5), without, [1, 2, 3], 3)
+def test_what_no_detector_below_the_shift_can_read_is_refused(offered: Offered) -> None:
+    above = Offered.of(offered.vectors, offered.detectors["detector"], None)
+    assert admit(Asked(read=True), above, [1], 1).read_by == "detector"
+    assert admit(Asked("memorized", 0.5, 0.3, True), offered, [1, 2], 2).gate_by == "lower"
+    for asked, there, message in (
+        (
+            Asked("generalized", gate=0.5),
+            above,
+            "gate: the detector reads block 2, this vector shifts block 1 and above",
+        ),
+        (
+            Asked("generalized", read=True),
+            above,
+            "read: the detector reads .*, or read first and steer in a second request$",
+        ),
+        (Asked(read=True), Offered.of(offered.vectors, None, None), "read: this server has no detector"),
+        (
+            Asked("generalized"),
+            Offered.of({}, None, None),
+            "steer: this server has no vector to generalized; it has none",
+        ),
+    ):
+        with pytest.raises(InputError, match=f"^{message}"):
+            admit(asked, there, [1, 2, 3], 3)
 
 
 def test_cached_blocks_are_kept_apart_from_the_first_shifted_position_on(offered: Offered) -> None:
     def key(asked: Asked, prompt: int, end: int) -> Any:
-        return key_of_block({ADMITTED: admit(asked, offered, list(range(prompt)), prompt).facts()}, end)
+        return key_of_block({ADMITTED: asdict(admit(asked, offered, list(range(prompt)), prompt))}, end)
 
     steered, other = Asked("generalized"), Asked("generalized", 1.5)
     assert key(steered, 38, 32) is None  # of the prompt before it: shared with everybody
     assert key(steered, 33, 32) is None
     assert key(steered, 32, 32) is not None  # position 31 is its last token
-    assert key(steered, 38, 64) == key(steered, 38, 96) == key(steered, 38, 64)
+    assert key(steered, 38, 64) == key(steered, 38, 96) == key(replace(steered, read=True), 38, 64)
     ways = [steered, other, Asked("memorized"), Asked("generalized", gate=0.5), Asked("generalized", gate=0.6)]
     assert len({key(way, 38, 64) for way in ways}) == len(ways)
     assert key(steered, 38, 64) != key(steered, 40, 64)  # the same tokens may begin to be shifted elsewhere
     assert key(Asked("generalized", 0.0), 38, 64) is None
     assert key(Asked(read=True), 38, 64) is None
     assert key_of_block(None, 64) is None
+
+
+def test_a_vector_of_all_positions_has_its_key_from_the_first_block_on(tmp_path: Path) -> None:
+    offered = made(tmp_path, "all")
+    admitted = admit(Asked("generalized"), offered, list(range(40)), 40)
+    assert (admitted.start, admitted.decision) == (0, 39)
+    assert key_of_block({ADMITTED: asdict(admitted)}, 16) is not None
+    with pytest.raises(InputError, match=r"^gate: the detector reads .*, this vector shifts every token"):
+        admit(Asked("generalized", gate=0.5), offered, [1], 1)
+
+
+def test_a_prompt_without_the_chat_template_is_refused(offered: Offered) -> None:
+    vector = ms.SteeringVector("generalized", dict(offered.vectors["generalized"].shifts), opening=(7, 8))
+    chatting = Offered({"generalized": vector}, {})
+    admit(Asked("generalized"), chatting, [7, 8, 9], 3)
+    with pytest.raises(InputError, match=r"^steer: the prompt is not formatted by the chat template"):
+        admit(Asked("generalized"), chatting, [7, 9, 9], 3)
 
 
 STEER = {"steer": "generalized"}
@@ -115,6 +156,8 @@ IGNORED: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"xargs": STEER}, "steer: is ignored in xargs here"),
     (CHAT, {"extra": {"vllm_xargs": {"read": 1}}}, "read: is ignored in extra.vllm_xargs here"),
     (CHAT, {"stear": "generalized", "stream": True}, "stear: is ignored here"),
+    (CHAT, {"vllm_xargs": {**STEER, "alpha": -1}}, "alpha: -1 is not a number"),
+    (CHAT, {"vllm_xargs": STEER, "use_beam_search": True}, "use_beam_search: vLLM does not pass"),
     ("/v1/completions", {"extra_args": {"read": 1}}, "read: is ignored in extra_args here"),
     ("/v1/responses", {"vllm_xargs": STEER}, "steer: is ignored in vllm_xargs here"),
     ("/v1/messages", {"vllm_xargs": {"read": 1}}, "read: is ignored in vllm_xargs here"),
@@ -122,8 +165,8 @@ IGNORED: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
-def posted(path: str, content: bytes) -> tuple[int, bytes, bytes]:
-    """Status, body of the answer, and what the application behind the guard has read."""
+def posted(path: str, content: bytes, answer: Callable[[], Any] | None = None) -> tuple[int, bytes, bytes]:
+    """Status, body of the answer (events, or the word ``steered``), and what the application has read."""
     chunks = [content[:7], content[7:]]
     waiting = [{"type": "http.request", "body": c, "more_body": c is chunks[0]} for c in chunks]
     sent: list[dict[str, Any]] = []
@@ -132,8 +175,10 @@ def posted(path: str, content: bytes) -> tuple[int, bytes, bytes]:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         while (message := await receive())["type"] == "http.request":
             read.append(message["body"])
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b"steered"})
+        bodies = await answer() if answer else [b"steered"]
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"7")]})
+        for body in bodies:
+            await send({"type": "http.response.body", "body": body})
 
     async def receive() -> dict[str, Any]:
         return waiting.pop(0) if waiting else {"type": "http.disconnect"}
@@ -141,26 +186,23 @@ def posted(path: str, content: bytes) -> tuple[int, bytes, bytes]:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    asyncio.run(Guard(app)({"type": "http", "method": "POST", "path": path, "headers": []}, receive, send))
-    return sent[0]["status"], sent[1]["body"], b"".join(read)
+    asyncio.run(http.Guard(app)({"type": "http", "method": "POST", "path": path, "headers": []}, receive, send))
+    assert dict(sent[0]["headers"])[b"content-length"] == str(len(sent[1]["body"])).encode()
+    return sent[0]["status"], b"".join(one["body"] for one in sent[1:]), b"".join(read)
 
 
 @pytest.mark.parametrize(("path", "body", "told"), IGNORED, ids=str)
-def test_what_a_route_would_ignore_is_refused(
+def test_what_a_route_would_ignore_or_is_wrong_is_refused(
     path: str, body: dict[str, Any], told: str, offered: Offered, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "_here", [offered])
-    status, answer, read = posted(path, json.dumps(body).encode())
-    assert (status, read) == (400, b"")
-    error = json.loads(answer)["error"]
-    assert error["message"].startswith(told)
-    assert error["param"] == told.partition(":")[0]
-
-
-def test_a_body_in_another_encoding_is_read_too(offered: Offered, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "_here", [offered])
-    for content in (json.dumps(STEER).encode("utf-16"), b'{"\\u0073teer": "generalized"}'):
-        assert posted(CHAT, content)[0] == 400
+    monkeypatch.setattr(http, "_here", [offered])
+    content = json.dumps(body)
+    for encoded in (content.encode(), content.encode("utf-16"), content.replace("s", "\\u0073").encode()):
+        status, answer, read = posted(path, encoded)
+        assert (status, read) == (400, b"")
+        error = json.loads(answer)["error"]
+        assert error["message"].startswith(told)
+        assert error["param"] == told.partition(":")[0]
 
 
 def test_what_a_route_takes_goes_through_unchanged(offered: Offered, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,42 +213,42 @@ def test_what_a_route_takes_goes_through_unchanged(offered: Offered, monkeypatch
         (CHAT, {"messages": [{"role": "user", "content": 'what is "steer"?'}], "response_format": schema}),
         ("/v1/responses", {"input": "read", "metadata": {"read": "yes"}}),
     ]
-    monkeypatch.setattr(engine, "_here", [offered])
+    monkeypatch.setattr(http, "_here", [offered])
     for path, body in right:
         content = json.dumps(body).encode()
         assert posted(path, content) == (200, b"steered", content)
     assert posted(CHAT, b'{"steer": ') == (200, b"steered", b'{"steer": ')  # no JSON: vLLM refuses it
 
 
+@pytest.mark.parametrize("form", ["{}", "data: {}\n\n"])
+def test_each_choice_that_ends_has_the_report_on_its_prompt(
+    offered: Offered, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    """Of two prompts with two choices each, which end in another order than they came."""
+    monkeypatch.setattr(http, "_here", [offered])
+
+    async def generate(engine: Any, prompt: int, params: Any) -> Any:
+        yield SimpleNamespace(mnemoscope=None)
+        yield SimpleNamespace(mnemoscope={"p_memorized": prompt})
+
+    async def answer() -> list[bytes]:
+        results = [http._generated(generate, None, n, SimpleNamespace(n=2)) for n in range(2)]
+        assert [len([output async for output in one]) for one in reversed(results)] == [2, 2]
+        choices = [{"index": n, "text": "é", "finish_reason": "stop" if n != 2 else None} for n in (3, 0, 2)]
+        return [form.format(json.dumps({"choices": choices})).encode()]
+
+    _, body, _ = posted(CHAT, json.dumps({"vllm_xargs": STEER}).encode(), answer)
+    found = json.loads(body.decode().removeprefix("data: "))["choices"]
+    assert [choice.get("mnemoscope") for choice in found] == [{"p_memorized": 1}, {"p_memorized": 0}, None]
+    assert body.decode().endswith(form.partition("}")[2])
+
+
 def test_a_server_without_vectors_refuses_to_steer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "_here", [None])
+    monkeypatch.setattr(http, "_here", [None])
     status, answer, _ = posted("/v1/messages", json.dumps({"vllm_xargs": STEER}).encode())
     assert status == 400
     assert b"this server has no vectors; start it with MNEMOSCOPE_RUN" in answer
     assert posted(CHAT, b'{"read": true}')[0] == 200  # of some other plugin
-
-
-def test_what_is_admitted_survives_its_way_through_the_engine(offered: Offered) -> None:
-    admitted = admit(Asked("memorized", 0.5, 0.3, True), offered, [1, 2, 3], 3)
-    assert Admitted.of(admitted.facts()) == admitted
-    assert (admitted.start, admitted.decision) == (2, 2)
-
-
-def test_a_vector_of_all_positions_has_its_key_from_the_first_block_on(tmp_path: Path) -> None:
-    offered = made(tmp_path, "all")
-    admitted = admit(Asked("generalized"), offered, list(range(40)), 40)
-    assert (admitted.start, admitted.decision) == (0, 39)
-    assert key_of_block({ADMITTED: admitted.facts()}, 16) is not None
-    with pytest.raises(InputError, match=r"^gate: this vector shifts every token"):
-        admit(Asked("generalized", gate=0.5), offered, [1], 1)
-
-
-def test_a_prompt_without_the_chat_template_is_refused(offered: Offered) -> None:
-    vector = ms.SteeringVector("generalized", dict(offered.vectors["generalized"].shifts), opening=(7, 8))
-    chatting = Offered(offered.source, offered.binding, {"generalized": vector}, {})
-    admit(Asked("generalized"), chatting, [7, 8, 9], 3)
-    with pytest.raises(InputError, match=r"^steer: the prompt is not formatted by the chat template"):
-        admit(Asked("generalized"), chatting, [7, 9, 9], 3)
 
 
 def test_rows_are_those_of_a_loop_over_tokens() -> None:
@@ -216,50 +258,48 @@ def test_rows_are_those_of_a_loop_over_tokens() -> None:
         counts, computed = rng.integers(1, 9, size), rng.integers(0, 20, size)
         begins = np.r_[0, np.cumsum(counts)[:-1]]
         decisions = rng.integers(0, 30, size)
-        starts = [None if rng.random() < 0.3 else int(rng.choice([0, end])) for end in decisions]
-        found = rows_of(begins.tolist(), counts.tolist(), computed.tolist(), starts, decisions.tolist())
+        starts = [NEVER if rng.random() < 0.3 else int(rng.choice([0, end])) for end in decisions]
+        shifted_R, owner_R, decision_N = rows_of(counts, computed, starts, decisions)
         wanted, decided = [], np.full(size, -1)
         for n in range(size):
             for token in range(counts[n]):
                 position, start = computed[n] + token, starts[n]
-                if start is not None and position >= start:
+                if position >= start:
                     wanted.append((begins[n] + token, n))
                 if position == decisions[n]:
                     decided[n] = begins[n] + token
-        assert list(zip(found.shifted_R.tolist(), found.owner_R.tolist(), strict=True)) == wanted
-        assert found.decision_N.tolist() == decided.tolist()
+        assert list(zip(shifted_R.tolist(), owner_R.tolist(), strict=True)) == wanted
+        assert decision_N.tolist() == decided.tolist()
 
 
 UNTRIED = "vllm: version 0.99.0 was not tried; allowed are 0.32"
+RUN = '{"seed": 1, "mnemoscope": "runs/mine"}'
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("variable", "words", "where"),
     [
-        ["--additional-config", '{"mnemoscope": "runs/mine"}'],
-        ['--additional-config={"seed": 1, "mnemoscope": "runs/mine"}'],
-        ["--additional_config.mnemoscope", "runs/mine"],
+        (None, ["--additional-config", RUN], "--additional-config"),
+        (None, [f"--additional-config={RUN}"], "--additional-config"),
+        (None, ["--additional_config.mnemoscope", "runs/mine"], "--additional-config"),
+        ("runs/mine", [], "MNEMOSCOPE_RUN"),
+        (None, ["--additional-config", '{"other": 1}'], ""),
     ],
 )
-def test_an_untried_version_with_a_run_does_not_start(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__="0.99.0"))
-    monkeypatch.delenv("MNEMOSCOPE_RUN", raising=False)
-    monkeypatch.setattr(sys, "argv", ["api_server", "--model", "a/model", *words, "--dtype", "float32"])
-    with pytest.raises(InputError, match=rf"{re.escape(UNTRIED)} \(--additional-config\)"):
-        plugin.register()
-    monkeypatch.setenv("MNEMOSCOPE_RUN", "runs/mine")
-    with pytest.raises(InputError, match=rf"{re.escape(UNTRIED)} \(MNEMOSCOPE_RUN\)"):
-        plugin.register()
-
-
-def test_an_untried_version_without_a_run_starts_with_a_warning(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_an_untried_version_starts_only_without_a_run_and_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    variable: str | None,
+    words: list[str],
+    where: str,
 ) -> None:
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__="0.99.0"))
-    monkeypatch.delenv("MNEMOSCOPE_RUN", raising=False)
-    monkeypatch.setattr(
-        sys, "argv", ["api_server", "--model", "mnemoscope/model", "--additional-config", '{"other": 1}']
-    )
-    with caplog.at_level(logging.WARNING, logger="vllm.mnemoscope"):
-        plugin.register()
-    assert f"{UNTRIED}, so nothing is steered or read, whatever is asked" in caplog.text
+    monkeypatch.setenv("MNEMOSCOPE_RUN", variable or "")
+    monkeypatch.setattr(sys, "argv", ["api_server", "--model", "mnemoscope/model", *words, "--dtype", "float32"])
+    if where:
+        with pytest.raises(InputError, match=rf"{re.escape(UNTRIED)} \({where}\)"):
+            plugin.register()
+    else:
+        with caplog.at_level(logging.WARNING, logger="vllm.mnemoscope"):
+            plugin.register()
+        assert f"{UNTRIED}, so nothing is steered or read, whatever is asked" in caplog.text

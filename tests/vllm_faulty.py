@@ -15,77 +15,47 @@ from typing import Any
 import numpy as np
 
 from mnemoscope.serving import engine, worker
-from mnemoscope.serving.offered import Offered
-from mnemoscope.serving.rows import rows_of
+from mnemoscope.serving.admission import Offered
+from mnemoscope.serving.http import wrapped
 
 
-def is_there(fault: str) -> bool:
-    """Whether a fault is the present one."""
-    return Path(os.environ["PLANTED_FAULT"]).read_text() == fault
+def hooks_removed(act: Any, self: Any, reads: Any, shifts: Any, value: Any) -> Any:
+    return act(self, reads, [], value)
 
 
-def hooks_removed() -> None:
-    act = worker.Steerer._act
-
-    def reads_alone(self: Any, reads: list[str], shifts: Any, value: Any) -> Any:
-        return act(self, reads, [] if is_there("hooks removed") else shifts, value)
-
-    worker.Steerer._act = reads_alone  # type: ignore[method-assign]
+def alpha_ignored(begin: Any, self: Any, *rest: Any) -> None:
+    begin(self, *rest)
+    for parts in (self.now.shifted if self.now else {}).values():
+        parts[2].fill_(1.0)
 
 
-def alpha_ignored() -> None:
-    begin = worker.Steerer.begin
-
-    def with_ones(self: Any, *rest: Any) -> None:
-        begin(self, *rest)
-        if not is_there("alpha ignored"):
-            return
-        for toward, (rows_R, owner_R, factors_R1) in (self.now.shifted if self.now else {}).items():
-            self.now.shifted[toward] = rows_R, owner_R, factors_R1 * 0 + 1
-
-    worker.Steerer.begin = with_ones  # type: ignore[method-assign]
+def wrong_layer(opened: Any, source: Any, binding: Any) -> Offered:
+    offered = opened(source, binding)
+    moved = {way: {n + 1: shift for n, shift in one.shifts.items()} for way, one in offered.vectors.items()}
+    return replace(offered, vectors={way: replace(one, edits=moved[way]) for way, one in offered.vectors.items()})
 
 
-def wrong_layer() -> None:
-    opened = Offered.open
-
-    def later(source: Any, binding: Any) -> Offered:
-        offered = opened(source, binding)
-        if not is_there("wrong layer"):
-            return offered
-        vectors = {
-            toward: replace(vector, edits={layer + 1: shift for layer, shift in vector.shifts.items()})
-            for toward, vector in offered.vectors.items()
-        }
-        return replace(offered, vectors=vectors)
-
-    Offered.open = later  # type: ignore[method-assign]
+def no_cache_separation(key_of_block: Any, *about: Any) -> None:
+    return None
 
 
-def no_cache_separation() -> None:
-    key_of = engine.key_of_block
-
-    def key_of_block(*about: Any) -> Any:
-        return None if is_there("no cache separation") else key_of(*about)
-
-    engine.key_of_block = key_of_block  # type: ignore[assignment]
-
-
-def rows_mixed_up() -> None:
-    def mixed(begins: Any, counts: Any, *rest: Any) -> Any:
-        """Each request's shift acts on the rows of the next one."""
-        rows = rows_of(begins, counts, *rest)
-        if not is_there("rows mixed up"):
-            return rows
-        first_N, count_N = np.array(begins), np.array(counts)
-        next_R = (rows.owner_R + 1) % len(first_N)
-        place_R = np.minimum(rows.shifted_R - first_N[rows.owner_R], count_N[next_R] - 1)
-        return replace(rows, shifted_R=first_N[next_R] + place_R)
-
-    worker.rows_of = mixed  # type: ignore[assignment]
+def rows_mixed_up(rows_of: Any, counts: Any, *rest: Any) -> Any:
+    """Each request's shift acts on the rows of the next one."""
+    shifted_R, owner_R, decision_N = rows_of(counts, *rest)
+    first_N, next_R = np.cumsum(counts) - counts, (owner_R + 1) % len(counts)
+    place_R = np.minimum(shifted_R - first_N[owner_R], np.array(counts)[next_R] - 1)
+    return first_N[next_R] + place_R, owner_R, decision_N
 
 
-FAULTS: tuple[Callable[[], None], ...] = (hooks_removed, alpha_ignored, wrong_layer, no_cache_separation, rows_mixed_up)
+# Each with the check that must find it, and what it replaces.
+FAULTS: dict[str, tuple[Callable[..., Any], str, Any, str]] = {
+    "hooks removed": (hooks_removed, "steered = transformers'", worker.Steerer, "_act"),
+    "alpha ignored": (alpha_ignored, "steered = transformers'", worker.Steerer, "begin"),
+    "wrong layer": (wrong_layer, "steered = transformers'", Offered, "open"),
+    "no cache separation": (no_cache_separation, "follow-up after steering = fresh", engine, "key_of_block"),
+    # Which requests share a pass is the server's choice: on a busy machine no unsteered one may have such a neighbour.
+    "rows mixed up": (rows_mixed_up, "steered = transformers'", worker, "rows_of"),
+}
 
 
 def installed(folder: Path, fault: Path) -> dict[str, str]:
@@ -109,5 +79,10 @@ def installed(folder: Path, fault: Path) -> dict[str, str]:
 @cache
 def register() -> None:
     """Plant all of them, once a process."""
-    for plant in FAULTS:
-        plant()
+    for name, (acts, _, owner, replaced) in FAULTS.items():
+
+        def around(original: Any, *args: Any, name: str = name, acts: Any = acts) -> Any:
+            present = Path(os.environ["PLANTED_FAULT"]).read_text() == name
+            return acts(original, *args) if present else original(*args)
+
+        wrapped(owner, replaced, around)

@@ -1,6 +1,6 @@
 """The self-check: a model must give the same numbers in every way in which Mnemoscope reads and steers it.
 
-Shapes: N prompts, T tokens of a left-padded batch, V vocabulary, D neurons.
+Shapes: N prompts, T tokens of a left-padded batch, V vocabulary, L layers, D neurons.
 """
 
 from __future__ import annotations
@@ -10,13 +10,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mnemoscope.behaviour import Asking, Encoded, as_batch, cache_prefixes, capturing, left_padded, log_probabilities
+from mnemoscope.behaviour import (
+    Asking,
+    Encoded,
+    as_batch,
+    cache_prefixes,
+    capturing,
+    left_padded,
+    log_probabilities,
+    states_at_the_end,
+)
 from mnemoscope.interventions import SteeringVector, shifted
 from mnemoscope.models import (
     PLAINLY,
@@ -68,6 +77,7 @@ class Check:
         return self.least <= self.difference <= self.allowed and not self.flips
 
 
+@torch.no_grad()
 def examine(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str] = PROMPTS
 ) -> Iterator[Check]:
@@ -98,6 +108,69 @@ def examine(
     yield patient.compare("afterwards = before", plain, patient.read(), exact=True)
 
 
+@dataclass(frozen=True)
+class _Patient:
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    prompts: list[list[int]]
+
+    def read(self, applied: Applied = nullcontext, single: bool = False, cached: bool = False) -> list[Tensor]:
+        """Logits from the decision position on, float32 (1 + DECODED, V) for every prompt, repeated behind itself."""
+        found: list[Tensor] = []
+        rows = [prompt + (prompt * DECODED)[:DECODED] for prompt in self.prompts]
+        for ids_NT, mask_NT in [self.padded([row]) for row in rows] if single else [self.padded(rows)]:
+            prompt, cache, start = ids_NT.shape[1] - DECODED, None, 0
+            read: list[Tensor] = []
+            with applied():
+                # First the prompt alone, where a vector finds the decision position; then what follows it.
+                for end in range(prompt, prompt + DECODED + 1, 1 if cached else DECODED):
+                    inputs = pass_inputs(self.model, ids_NT[:, start:end], mask_NT[:, :end], cache)
+                    output = self.model(**inputs | {"use_cache": cached})
+                    logits_NMV = output.logits[:, max(prompt - 1 - start, 0) :]
+                    read = [*read, logits_NMV] if cached else [logits_NMV]
+                    cache, start = (cache_of(output), end) if cached else (None, 0)
+            found += [logits_MV.float().cpu() for logits_MV in torch.cat(read, dim=1)]
+        return found
+
+    def padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        ids_NT, mask_NT = left_padded(rows, self.tokenizer.pad_token_id or 0)
+        return ids_NT.to(self.model.device), mask_NT.to(self.model.device)
+
+    def states(self, site: Site) -> Tensor:
+        """States of all prompts at the decision position, float32 (L, N, D)."""
+        return torch.from_numpy(states_at_the_end(self.model, *self.padded(self.prompts), site)).transpose(0, 1)
+
+    def random_vector(self, site: Site) -> SteeringVector:
+        """A random shift of every layer, relative to the norm of its states."""
+        generator, states_LND = torch.Generator().manual_seed(0), self.states(site)
+        shifts = {}
+        for layer, states_ND in enumerate(states_LND):
+            shift_D = torch.randn(states_ND.shape[-1], generator=generator)
+            norm = float(states_ND.norm(dim=-1).mean())
+            shifts[layer] = shift_D * STRENGTH * norm / float(shift_D.norm()) / math.sqrt(len(states_LND))
+        return SteeringVector("generalized", shifts, site=site)
+
+    def check(self, name: str, difference: Any, size: Any = 1.0) -> Check:
+        """A check of numbers of some size."""
+        return Check(name, float(difference), TOLERANCE.get(self.model.dtype, 1e-4) * max(1.0, float(size)))
+
+    def compare(self, name: str, first: list[Tensor], second: list[Tensor], exact: bool = False) -> Check:
+        """Compare two readings of all prompts."""
+        found = self.check(name, _difference(first, second), max(logits_MV.abs().max() for logits_MV in first) / 10)
+        allowed, flips = 0.0 if exact else found.allowed, 0
+        for a_MV, b_MV in zip(first, second, strict=True):
+            top_M2 = a_MV.topk(2).values
+            clear_M = top_M2[:, 0] - top_M2[:, 1] > 2 * allowed
+            flips += int((clear_M & (a_MV.argmax(-1) != b_MV.argmax(-1))).sum())
+        return replace(found, allowed=allowed, flips=flips)
+
+
+def _difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
+    """The largest absolute difference; NaN where any is NaN, which Python's own ``max`` would skip."""
+    largest = [(a_MV - b_MV).abs().max() for a_MV, b_MV in zip(first, second, strict=True)]
+    return float(torch.stack(largest).max()) if largest else 0.0
+
+
 def _steered(patient: _Patient, site: Site, plain: list[Tensor]) -> Iterator[Check]:
     """Checks of a shift at a site."""
     vector = patient.random_vector(site)
@@ -115,133 +188,54 @@ def _steered(patient: _Patient, site: Site, plain: list[Tensor]) -> Iterator[Che
     yield patient.compare(f"{site}: a factor for each prompt = each alone", wanted, mixed)
 
 
-@dataclass(frozen=True)
-class _Patient:
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerFast
-    prompts: list[list[int]]
-
-    @torch.no_grad()
-    def read(self, applied: Applied = nullcontext, single: bool = False, cached: bool = False) -> list[Tensor]:
-        """Logits from the decision position on, float32 (1 + DECODED, V) for every prompt, repeated behind itself."""
-        found: list[Tensor] = []
-        for chosen in [[prompt] for prompt in self.prompts] if single else [self.prompts]:
-            ids_NT, mask_NT = self.padded(chosen)
-            behind_NM = torch.tensor([(prompt * DECODED)[:DECODED] for prompt in chosen], device=self.model.device)
-            all_NT, prompt = torch.cat([ids_NT, behind_NM], dim=1), ids_NT.shape[1]
-            all_mask_NT = torch.cat([mask_NT, torch.ones_like(behind_NM)], dim=1)
-            read: list[Tensor] = []
-            cache, start = None, 0
-            with applied():
-                # First the prompt alone, where a vector finds the decision position; then what follows it.
-                for end in range(prompt, prompt + DECODED + 1) if cached else (prompt, prompt + DECODED):
-                    inputs = pass_inputs(self.model, all_NT[:, start:end], all_mask_NT[:, :end], cache)
-                    output = self.model(**inputs | {"use_cache": cached})
-                    logits_NMV = output.logits[:, max(prompt - 1 - start, 0) :]
-                    read = [*read, logits_NMV] if cached else [logits_NMV]
-                    if cached:
-                        cache, start = cache_of(output), end
-            found += [logits_MV.float().cpu() for logits_MV in torch.cat(read, dim=1)]
-        return found
-
-    def padded(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
-        ids_NT, mask_NT = left_padded(prompts, self.tokenizer.pad_token_id or 0)
-        return ids_NT.to(self.model.device), mask_NT.to(self.model.device)
-
-    @torch.no_grad()
-    def states(self, site: Site) -> list[Tensor]:
-        """States of all prompts at the decision position, (N, 1, D) for every layer."""
-        ids_NT, mask_NT = self.padded(self.prompts)
-        with capturing(self.model, site) as states:
-            self.model(**pass_inputs(self.model, ids_NT, mask_NT))
-        return states
-
-    @torch.no_grad()
-    def random_vector(self, site: Site) -> SteeringVector:
-        """A random shift of every layer, relative to the norm of its states."""
-        generator, states = torch.Generator().manual_seed(0), self.states(site)
-        shifts = {}
-        for layer, states_NOD in enumerate(states):
-            shift_D = torch.randn(states_NOD.shape[-1], generator=generator)
-            norm = float(states_NOD.float().norm(dim=-1).mean())
-            shifts[layer] = shift_D * STRENGTH * norm / float(shift_D.norm()) / math.sqrt(len(states))
-        return SteeringVector("generalized", shifts, site=site)
-
-    def compare(self, name: str, first: list[Tensor], second: list[Tensor], exact: bool = False) -> Check:
-        """Compare two readings of all prompts."""
-        size = max(float(logits_MV.abs().max()) for logits_MV in first)
-        allowed = 0.0 if exact else TOLERANCE.get(self.model.dtype, 1e-4) * max(1.0, size / 10)
-        flips = 0
-        for a_MV, b_MV in zip(first, second, strict=True):
-            top_M2 = a_MV.topk(2).values
-            clear_M = top_M2[:, 0] - top_M2[:, 1] > 2 * allowed
-            flips += int((clear_M & (a_MV.argmax(-1) != b_MV.argmax(-1))).sum())
-        return Check(name, _difference(first, second), allowed, flips)
-
-
-def _difference(first: list[Tensor], second: list[Tensor]) -> float:
-    """The largest absolute difference; NaN where any is NaN, which Python's own ``max`` would skip."""
-    largest = [(a_MV - b_MV).abs().max() for a_MV, b_MV in zip(first, second, strict=True)]
-    return float(torch.stack(largest).max()) if largest else 0.0
-
-
-@torch.no_grad()
 def _same_states(patient: _Patient) -> Check:
     """Compare block outputs with the library's next hidden states, of which the last one is after the final norm."""
-    ids_NT, mask_NT = patient.padded(patient.prompts)
     with capturing(patient.model, "block") as states:
-        output = patient.model(**pass_inputs(patient.model, ids_NT, mask_NT), output_hidden_states=True)
+        inputs = pass_inputs(patient.model, *patient.padded(patient.prompts))
+        output = patient.model(**inputs, output_hidden_states=True)
     ours = [state_NOD[:, 0].float().cpu() for state_NOD in states[:-1]]
     theirs = [states_of(state_NTD)[:, -1].float().cpu() for state_NTD in output.hidden_states[1 : len(states)]]
     return Check("block output = the library's hidden state", _difference(ours, theirs), 0.0)
 
 
-@torch.no_grad()
 def _sums(patient: _Patient) -> Check:
     """Block output against block input + attention + MLP; some families scale what is added, all layers alike."""
     block, attention, mlp = (patient.states(site) for site in ("block", "attention", "mlp"))
-    added_L, parts_L = [], []
-    for layer in range(1, len(block)):
-        added_L.append((block[layer].float() - block[layer - 1].float()).cpu().flatten())
-        parts_L.append(torch.stack([part[layer].float().cpu().flatten() for part in (attention, mlp)], dim=1))
-    added, parts = torch.cat(added_L), torch.cat(parts_L)
-    scales = torch.linalg.lstsq(parts.double(), added.double()[:, None]).solution.float()
-    allowed = TOLERANCE.get(patient.model.dtype, 1e-4) * max(1.0, float(added.abs().max()))
-    return Check(
-        "block output = input + attention + MLP", float((parts @ scales - added[:, None]).abs().max()), allowed
+    added = (block[1:] - block[:-1]).reshape(-1, 1)
+    parts = torch.stack([part[1:].flatten() for part in (attention, mlp)], dim=1)
+    scales = torch.linalg.lstsq(parts.double(), added.double()).solution.float()
+    return patient.check(
+        "block output = input + attention + MLP", (parts @ scales - added).abs().max(), added.abs().max()
     )
 
 
-@torch.no_grad()
 def _down_ends_mlp(patient: _Patient) -> Check:
     """The down projection of its captured input, and the norm of that where one follows, against the MLP's output."""
-    activations, wanted = (patient.states(site)[0] for site in ("neuron", "mlp"))
+    activations, wanted = (
+        patient.states(site)[0].to(patient.model.device, patient.model.dtype) for site in ("neuron", "mlp")
+    )
     down, mlp = (site_module(patient.model, 0, site)[0] for site in ("neuron", "mlp"))
     ends = [down(activations)]
     if "norm" in type(mlp).__name__.lower() and ends[0].shape == wanted.shape:
         ends.append(mlp(ends[0]))
-    difference = min((float((end - wanted).abs().max()) for end in ends if end.shape == wanted.shape), default=math.inf)
-    return Check("the down projection ends the MLP", difference, TOLERANCE.get(patient.model.dtype, 1e-4))
+    differences = (float((end - wanted).abs().max()) for end in ends if end.shape == wanted.shape)
+    return patient.check("the down projection ends the MLP", min(differences, default=math.inf))
 
 
-@torch.no_grad()
 def _labels(patient: _Patient) -> Check:
     """By how much a token of ``generate``, cached or not, was not the best in one pass over prompt and answer."""
     model, (ids_NT, mask_NT) = patient.model, patient.padded(patient.prompts)
-    worst, size = 0.0, 0.0
+    behind, sizes = [], []
     for cached in (True, False):
         options = {"max_new_tokens": DECODED, "do_sample": False, "use_cache": cached, "eos_token_id": None, **PLAINLY}
         text_NT = model.generate(input_ids=ids_NT, attention_mask=mask_NT, pad_token_id=0, **options)
-        behind_NM = text_NT[:, ids_NT.shape[1] :]
-        all_mask_NT = torch.cat([mask_NT, torch.ones_like(behind_NM)], dim=1)
-        logits_NMV = model(**pass_inputs(model, text_NT, all_mask_NT)).logits[:, ids_NT.shape[1] - 1 : -1].float()
-        behind = logits_NMV.max(-1).values - logits_NMV.gather(2, behind_NM[..., None])[..., 0]
-        worst, size = max(worst, float(behind.max())), max(size, float(logits_NMV.abs().max()))
-    allowed = TOLERANCE.get(model.dtype, 1e-4) * max(1.0, size / 10)
-    return Check("labels = generate, whole and cached", worst, allowed)
+        all_mask_NT = torch.nn.functional.pad(mask_NT, (0, DECODED), value=1)
+        logits_NMV = model(**pass_inputs(model, text_NT, all_mask_NT)).logits[:, -DECODED - 1 : -1].float()
+        behind.append(logits_NMV.max(-1).values - logits_NMV.gather(2, text_NT[:, -DECODED:, None])[..., 0])
+        sizes.append(logits_NMV.abs().max())
+    return patient.check("labels = generate, whole and cached", torch.stack(behind).max(), max(sizes) / 10)
 
 
-@torch.no_grad()
 def _prefixes(patient: _Patient) -> Check:
     """Answers under a shift of the last layer: log probabilities by cached prefixes and replayed blocks, and whole."""
     asking = Asking(patient.model, patient.tokenizer)
@@ -252,6 +246,5 @@ def _prefixes(patient: _Patient) -> Check:
     last = max((vector := patient.random_vector("block")).shifts)
     with replace(vector, edits={last: vector.shifts[last]}).apply(patient.model):
         found, *again = (log_probabilities(asking, batch) for batch in (whole, kept, kept))
-    difference = max(float((other - found).abs().max()) for other in again)
-    allowed = TOLERANCE.get(patient.model.dtype, 1e-4) * max(1.0, float(found.abs().max()) / 10)
-    return Check("cached prefixes and replayed blocks = whole passes", difference, allowed)
+    difference = _difference(again, [found, found])
+    return patient.check("cached prefixes and replayed blocks = whole passes", difference, found.abs().max() / 10)

@@ -200,8 +200,8 @@ def doctor(
     if server is not None:
         from mnemoscope.cli.proving import prove_server
 
-        opening = [dtype, layout, device_map]
-        well = prove_server(server, source, named or model, prompt, long, certify, opening, as_json)
+        opening = (named or model, dtype, layout, device_map)
+        well = prove_server(server, source, opening, prompt, long, certify, as_json)
     else:
         of_server = {"--from": source, "--model": named, "--long": long, "--certify": certify}
         for name, value in of_server.items():

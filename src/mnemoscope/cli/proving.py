@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from dataclasses import asdict
 from pathlib import Path
@@ -18,46 +17,43 @@ PLAIN = "note: unsteered answers differ already: does the server have this model
 def prove_server(
     url: str,
     source: Path | None,
-    model: str | None,
+    opening: tuple[str | None, Any, Any, Any],
     prompts: list[str] | None,
     long: int | None,
     certified: bool,
-    opening: list[Any],
     as_json: bool,
 ) -> bool:
-    """Print a table, or JSON, of the checks of a server; whether all have passed. ``certified``: cards say so then."""
+    """Print a table, or JSON, of the checks of a server; whether all have passed.
+
+    ``opening``: the model and how it is opened; ``certified``: cards say what was shown where all have passed.
+    """
     from mnemoscope.face.fitted import Fitted
     from mnemoscope.interventions import Binding
     from mnemoscope.runs.errors import InputError
     from mnemoscope.runs.files import dumped
-    from mnemoscope.serving.certificate import certify
     from mnemoscope.serving.client import Server
-    from mnemoscope.serving.proof import LONG, MOST_PROMPTS, cost, prove
+    from mnemoscope.serving.proof import LONG, certify, cost, prove
 
     if source is None:
         raise InputError("from: missing; name the run that the server has: --from RUN")
     if not source.exists():
         raise InputError(f"from: {source} does not exist")
-    server = Server(url)
-    named = model or str(model_of_run(source))
-    opened = open_model(named, *opening)
-    fitted = Fitted.open(source, *opened)
-    texts = prompts or prompts_of_run(source, MOST_PROMPTS)
-    found = []
+    server, named = Server(url), opening[0] or _model_of(source)
+    opened = open_model(named, *opening[1:])
+    fitted, texts, found = Fitted.open(source, *opened), prompts or _prompts_of(source), []
     for proof in prove(server.ask, fitted, texts, server.room, long or LONG):
         found.append(proof)
         if not as_json:
             typer.echo(proof)
     ratios = cost(server.ask, fitted, texts)
-    well, median = all(proof.passed for proof in found), statistics.median(ratios)
-    written: list[Path] = []
+    well, median, written = all(proof.passed for proof in found), statistics.median(ratios), list[Path]()
     if certified and well:
         precision = str(opened[0].dtype).removeprefix("torch.")
         written = certify(source, Binding.of(*opened), server.engine, precision, found)
     if as_json:
-        rows = [_finite(asdict(proof)) | {"passed": proof.passed} for proof in found]
         about: dict[str, Any] = {"server": server.url, "engine": server.engine, "model": named}
-        about |= {"weights": weights_note(named), "passed": well, "checks": rows}
+        about |= {"weights": weights_note(named), "passed": well}
+        about |= {"checks": [asdict(proof) | {"passed": proof.passed} for proof in found]}
         about |= {"steered_to_unsteered_seconds": {"median": median, "rounds": ratios}}
         typer.echo(dumped(about | {"certified": [str(path) for path in written]}))
         return well
@@ -70,37 +66,36 @@ def prove_server(
     return well
 
 
-def model_of_run(source: Path) -> Path:
+def _in_cells(source: Path, name: str) -> list[Path]:
+    """What has a name in a cell, or in the cells of a run."""
+    return [path for place in (name, f"cells/*/{name}") for path in sorted(source.glob(place))]
+
+
+def _model_of(source: Path) -> str:
     """The folder of the model that a run, or a cell of one, has trained; InputError where it is another's."""
     from mnemoscope.runs.errors import InputError
 
-    found = [path for place in ("model", "cells/*/model") for path in sorted(source.glob(place)) if path.is_dir()]
+    found = _in_cells(source, "model")
     if len(found) != 1:
         what = "holds no model" if not found else "holds several"
         raise InputError(f"model: {source} {what}; name the one that the server has: --model MODEL")
-    return found[0]
+    return str(found[0])
 
 
-def prompts_of_run(source: Path, most: int) -> list[str]:
+def _prompts_of(source: Path) -> list[str]:
     """Test prompts of the only cell of a run, so that gates may open on some; without any, the doctor's own."""
     import pandas as pd
 
     from mnemoscope.doctor import PROMPTS
     from mnemoscope.runs.digests import intact
     from mnemoscope.runs.strict import bounded_table, read_bytes
+    from mnemoscope.serving.proof import MOST_PROMPTS
 
     for name, column in (("detection", "prompt"), ("pairs", "prompt_a")):
-        places = (f"records/{name}.parquet", f"cells/*/records/{name}.parquet")
-        paths = [path for place in places for path in sorted(source.glob(place))]
+        paths = _in_cells(source, f"records/{name}.parquet")
         if len(paths) == 1:
-            path = intact(paths[0])
-            table = pd.read_parquet(bounded_table(path, read_bytes(path)), columns=[column])
-            texts = list(dict.fromkeys(table[column]))
+            table = bounded_table(intact(paths[0]), read_bytes(paths[0]))
+            texts = pd.read_parquet(table, columns=[column])[column].unique().tolist()
             if len(texts) > 1:
-                return [texts[n * len(texts) // most] for n in range(min(most, len(texts)))]
+                return texts[:: -(-len(texts) // MOST_PROMPTS)]
     return list(PROMPTS)
-
-
-def _finite(facts: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN."""
-    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in facts.items()}

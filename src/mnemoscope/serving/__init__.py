@@ -1,6 +1,7 @@
-"""Steering and reading inside vLLM: a plugin that is off until it is given a run.
+"""Vectors and detectors elsewhere than in transformers: inside vLLM, baked into checkpoints, in llama.cpp, on a hub.
 
-``plugin`` is what vLLM loads. ``asking`` reads what a request asks for, refuses it, and gives its cached blocks a key;
-``offered`` are the vectors and detectors that a server has; ``rows`` finds the rows of a pass that requests concern;
-``worker`` reads and shifts them; ``engine`` and ``http`` connect these with vLLM, which is imported in functions only.
+``plugin`` is what vLLM loads; it is off until it is given a run. ``admission``: what a server offers, what requests ask
+of it, and the key of their cached blocks; ``worker`` reads and shifts the rows of a pass; ``engine`` and ``http``
+connect these with vLLM, which is imported in functions only. ``proof`` asks a server through ``client`` and compares
+with transformers (``served``). ``export`` is for programs that take files.
 """

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import json
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,10 +105,15 @@ def _check_bakeable(core: Any) -> None:
             raise InputError(f"model: {why}")
 
 
+def _bias_of(core: Any, layer: int) -> str:
+    """The name of the bias that holds the shift of a layer."""
+    layout = layout_of(core)
+    return f"{layout.blocks}.{layer}.{layout.down}.bias"
+
+
 def _with_biases(core: Any, vector: SteeringVector) -> Any:
     """The same model with the shift in its biases; it shares all other weights with ``core``."""
-    layout = layout_of(core)
-    keys = {layer: f"{layout.blocks}.{layer}.{layout.down}.bias" for layer in vector.shifts}
+    keys = {layer: _bias_of(core, layer) for layer in vector.shifts}
     state = dict(core.state_dict())
     baked = _empty_with(core, set(keys.values()), set(state))
     for name, empty in baked.state_dict().items():
@@ -180,13 +186,9 @@ def _check_same(baked_MV: Tensor, plain_MV: Tensor, steered_MV: Tensor, core: An
 def _check_exact(folder: Path, core: Any, vector: SteeringVector) -> None:
     """Compare shift and bias in float32; half precision hides, for example, that a block scales its MLP."""
     exact, _ = load_model(folder, dtype="float32", layout=layout_of(core))
-    layout, state = layout_of(core), core.state_dict()
-    biases = {}
-    for layer in vector.shifts:
-        name = f"{layout.blocks}.{layer}.{layout.down}"
-        biases[layer] = exact.get_submodule(name).bias
-        before_D = state.get(f"{name}.bias")
-        biases[layer].zero_() if before_D is None else biases[layer].copy_(before_D)
+    state, biases = core.state_dict(), {layer: exact.get_parameter(_bias_of(core, layer)) for layer in vector.shifts}
+    for layer, bias_D in biases.items():
+        bias_D.copy_(state.get(_bias_of(core, layer), torch.zeros(1)))
     both = _logits(exact), _logits(exact, vector)
     for layer, shift_D in vector.shifts.items():
         biases[layer].add_(shift_D)
@@ -244,15 +246,13 @@ def push(path: Path | str, repo_id: str) -> str:
         facts = read_artefact("card", path)[0]["card"]
         with readable("card", described):
             card = Card(**facts) if facts else None
-    try:
+    with _hub(repo_id):
         HfApi().create_repo(repo_id, private=True, exist_ok=True)
         if card is not None:  # the page that the hub shows
             page = f"# {path.stem}\n\n```text\n{card}\n```\n".encode()
             HfApi().upload_file(repo_id=repo_id, path_in_repo="README.md", path_or_fileobj=page)
         source, only = (path, None) if folder else (path.parent, [path.name, described.name])
         return str(HfApi().upload_folder(repo_id=repo_id, folder_path=source, allow_patterns=only))
-    except Exception as error:  # the hub's client has many kinds, and those of its HTTP library
-        raise _hub_refused(repo_id, error) from error
 
 
 def fetch(repo_id: str, name: str) -> Path:
@@ -264,23 +264,23 @@ def fetch(repo_id: str, name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     wanted = [name, str(Path(name).with_suffix(".json"))]
-    try:
+    with _hub(repo_id):
         path = Path(snapshot_download(repo_id, allow_patterns=wanted)) / name
-    except Exception as error:  # as in push
-        raise _hub_refused(repo_id, error) from error
     if not path.is_file():
         raise InputError(f"name: {repo_id} has no file {name}")
     return path
 
 
-def _hub_refused(repo_id: str, error: Exception) -> InputError:
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+@contextmanager
+def _hub(repo_id: str) -> Iterator[None]:
+    """One InputError for the many kinds that the hub's client has, and those of its HTTP library."""
+    from huggingface_hub.errors import HFValidationError
 
-    first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    reasons = (
-        (GatedRepoError, f"{repo_id} is gated; ask for access on its page and log in (hf auth login)"),
-        (RepositoryNotFoundError, f"{repo_id} does not exist, or is not yours to see; log in (hf auth login)"),
-        (HFValidationError, f"{repo_id!r} is not of the form owner/name"),
-        (Exception, f"{repo_id} cannot be reached on the hub ({first_line})"),
-    )
-    return InputError("repo_id: " + next(reason for kind, reason in reasons if isinstance(error, kind)))
+    try:
+        yield
+    except HFValidationError as error:
+        raise InputError(f"repo_id: {repo_id!r} is not of the form owner/name") from error
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        login = "of one that is gated or not public ask for access and log in (hf auth login)"
+        raise InputError(f"repo_id: {repo_id} cannot be reached on the hub ({reason}); {login}") from error

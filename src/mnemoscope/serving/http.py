@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import aclosing
+from contextvars import ContextVar
 from difflib import get_close_matches
+from functools import wraps
 from typing import Any
 
 from mnemoscope.runs.errors import InputError
-from mnemoscope.serving import engine
-from mnemoscope.serving.asking import ADMITTED, FIELDS, other_word, parse, served_by
+from mnemoscope.serving.admission import ADMITTED, FIELDS, Offered, other_word, parse, refuse_unoffered
 
 SSE = "data: "
 CARRYING = ("/v1/completions", "/v1/chat/completions", "/v1/chat/completions/batch")  # settings there, reports back
@@ -19,54 +21,71 @@ DATA = (
     *("messages", "prompt", "input", "tools", "tool_choice", "response_format", "structured_outputs", "metadata"),
     *("chat_template_kwargs", "mm_processor_kwargs", "text", "system", "kv_transfer_params", "logit_bias"),
 )
-_installed = False
+_here: list[Offered | None] = []  # what the engine of this process has
+# Reports on the choices of a request, in order; None in what came through no guard.
+_reports: ContextVar[list[Any] | None] = ContextVar("reports", default=None)
 
 
-def install() -> None:
-    """Put everything in place, once a process."""
-    global _installed
-    if _installed:
-        return
-    _installed = True
-    from vllm.entrypoints.launchers.api_server import entry
-    from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
-    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-    from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+def wrapped(owner: Any, name: str, around: Callable[..., Any]) -> None:
+    """Replace ``owner.name`` by ``around(original, *args, **kwargs)``."""
+    original = getattr(owner, name)
 
-    engine.wrapped(entry, "build_app", _guarded)
-    for request in (ChatCompletionRequest, CompletionRequest):
-        engine.wrapped(request, "to_sampling_params", _checked)
-        engine.wrapped(request, "to_beam_search_params", _without_beams)
-    engine.wrapped(OpenAIServingChat, "chat_completion_full_generator", _whole_chat)
-    engine.wrapped(OpenAIServingChatBatch, "chat_completion_full_generator_batch", _whole_batch)
-    engine.wrapped(OpenAIServingChat, "chat_completion_stream_generator", _streamed_chat)
-    engine.wrapped(OpenAIServingCompletion, "request_output_to_completion_response", _whole_completion)
-    engine.wrapped(OpenAIServingCompletion, "completion_stream_generator", _streamed_completion)
+    @wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return around(original, *args, **kwargs)
+
+    setattr(owner, name, call)
 
 
-def refuse_ignored(body: Any, path: str, names: Collection[str]) -> None:
-    """Raises InputError for settings in the body of a request that its route would ignore, or answer without a report.
+def install(offered: Offered | None) -> None:
+    """Put everything in place for a server that offers something, or nothing."""
+    if not _here:
+        from vllm.entrypoints.launchers.api_server import entry
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+        from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+        from vllm.v1.engine.async_llm import AsyncLLM
 
-    Args:
-        body: as JSON.
-        path: of the route.
-        names: of settings.
+        wrapped(entry, "build_app", _guarded)
+        wrapped(AsyncLLM, "generate", _generated)
+        for request in (ChatCompletionRequest, CompletionRequest):
+            for name in ("to_sampling_params", "to_beam_search_params"):
+                wrapped(request, name, _unguarded)
+    _here[:] = [offered]
+
+
+def refusal(error: InputError) -> Exception:
+    """vLLM's own kind of error for a wrong request, which is a 400 over HTTP."""
+    from vllm.exceptions import VLLMValidationError
+
+    return VLLMValidationError(str(error), parameter=str(error).partition(":")[0])
+
+
+def check(path: str, body: Any) -> bool:
+    """Whether a request, as JSON, asks for something.
+
+    Raises InputError where its settings are wrong, this server cannot serve them, or where they stand its route would
+    ignore them, or answer without a report.
     """
-    carrying = path.endswith(CARRYING)
+    (offered,) = _here
     for holder, found in _held("", body):
-        name = next((name for name in names if name in found), None)
+        if offered is None:
+            refuse_unoffered(found)
+            continue
+        name = next((name for name in FIELDS if name in found), None)
         if not holder and not name:
-            name = next((str(given) for given in found if other_word(given) or _near(given)), None)
-        if name and not (carrying and holder == "vllm_xargs"):
+            near = (str(n) for n in found if other_word(n) or get_close_matches(str(n).lower(), ("steer",), 1, 0.8))
+            name = next(near, None)
+        if name and not (path.endswith(CARRYING) and holder == "vllm_xargs"):
             inside = f"in {holder} " if holder else ""
             routes = " and ".join(CARRYING[:2])
             raise InputError(f"{name}: is ignored {inside}here; give it inside of vllm_xargs, which {routes} take")
-
-
-def _near(given: Any) -> bool:
-    return bool(get_close_matches(str(given).lower(), ("steer",), 1, cutoff=0.8))
+    settings = body.get("vllm_xargs") if isinstance(body, Mapping) else None
+    asked = parse(settings) if offered and isinstance(settings, Mapping) else None
+    if offered and asked:
+        offered.serving(asked)
+        if body.get("use_beam_search"):
+            raise InputError("use_beam_search: vLLM does not pass vllm_xargs to it; leave one of them out")
+    return asked is not None
 
 
 def _held(holder: str, body: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -81,7 +100,7 @@ def _held(holder: str, body: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 class Guard:
-    """ASGI middleware: refuses settings on routes, and in places of a body, where vLLM drops them without a word."""
+    """ASGI middleware: refuses what vLLM would drop without a word, and puts reports into the choices of answers."""
 
     def __init__(self, app: Callable[..., Any]) -> None:
         self.app = app
@@ -91,34 +110,56 @@ class Guard:
         if scope["type"] != "http" or scope["method"] != "POST":
             return await self.app(scope, receive, send)
         messages: list[Any] = []
-        body = b""
         while not messages or messages[-1].get("more_body"):
             messages.append(await receive())
-            body += messages[-1].get("body", b"")
         try:
-            self.check(scope["path"], body)
+            body = json.loads(b"".join(message.get("body", b"") for message in messages))
+        except ValueError:  # UnicodeDecodeError among them; what is no JSON is left to vLLM
+            body = None
+        try:
+            asks = check(scope["path"], body)
         except InputError as error:
             return await _answer_400(error)(scope, receive, send)
-        waiting = iter(messages)
+        waiting, reports = iter(messages), list[Any]()
+        _reports.set(reports)
 
         async def again() -> Any:
             return next(waiting, None) or await receive()
 
-        return await self.app(scope, again, send)
+        return await self.app(scope, again, _reporting(send, reports) if asks else send)
 
-    @staticmethod
-    def check(path: str, body: bytes) -> None:
-        """Raises InputError as ``refuse_ignored``; what is no JSON is left to vLLM."""
-        names = FIELDS if engine.offered_here() else ("steer",)
-        try:
-            found = json.loads(body)
-        except ValueError:  # UnicodeDecodeError among them
+
+def _reporting(send: Callable[..., Any], reports: list[Any]) -> Callable[..., Any]:
+    """What sends an answer, whole or in events, with reports in it."""
+    begun: list[Any] = []  # held back until the length of the body is known
+
+    async def told(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            begun.append(message)
             return
-        if engine.offered_here():
-            refuse_ignored(found, path, names)
-        else:
-            for _, held in _held("", found):
-                engine.refuse_unoffered(held)
+        if any(reports):
+            message = {**message, "body": _with_reports(message.get("body", b""), reports)}
+        for one in begun:
+            length = str(len(message.get("body", b""))).encode()
+            headers = [(name, length if name == b"content-length" else value) for name, value in one["headers"]]
+            await send({**one, "headers": headers})
+        begun.clear()
+        await send(message)
+
+    return told
+
+
+def _with_reports(body: bytes, reports: list[Any]) -> bytes:
+    """An answer, or events of it: choices that end get their reports."""
+    lines = body.decode().split("\n")
+    for n, line in enumerate(lines):
+        begin = SSE if line.startswith(SSE) else ""
+        event = json.loads(line.removeprefix(SSE)) if line.startswith(begin + "{") else {}
+        ended = [choice for choice in event.get("choices", ()) if choice.get("finish_reason")]
+        for choice in ended:
+            choice[ADMITTED] = reports[choice["index"]]
+        lines[n] = begin + json.dumps(event, ensure_ascii=False) if ended else line
+    return "\n".join(lines).encode()
 
 
 def _answer_400(error: InputError) -> Any:
@@ -139,92 +180,32 @@ def _guarded(build: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return app
 
 
-def _checked(convert: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Settings of a request, refused before its stream begins."""
-    offered, given = engine.offered_here(), self.vllm_xargs
-    try:
-        if offered is None:
-            engine.refuse_unoffered(given or {})
-        else:
-            refuse_ignored(self.model_extra or {}, CARRYING[0], FIELDS)  # of routes, and batches, without a guard
-            if asked := parse(given):
-                served_by(asked, offered)
-    except InputError as error:
-        raise engine.refusal(error) from None
-    return convert(self, *args, **kwargs)
-
-
-def _without_beams(convert: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    """vLLM drops ``vllm_xargs`` in beam search, so such a request would be answered unsteered."""
-    if any(name in (self.vllm_xargs or {}) for name in FIELDS):
-        raise engine.refusal(InputError("use_beam_search: vLLM does not pass vllm_xargs to it; leave one of them out"))
-    return convert(self, *args, **kwargs)
-
-
-async def _whole_chat(make: Callable[..., Any], self: Any, request: Any, results: Any, *rest: Any, **named: Any) -> Any:
-    reports: dict[int, Any] = {}
-    response = await make(self, request, _watched(results, reports), *rest, **named)
-    for choice in getattr(response, "choices", ()):
-        _put(choice, reports.get(0))
-    return response
-
-
-async def _whole_batch(
-    make: Callable[..., Any], self: Any, request: Any, results: Any, *rest: Any, **named: Any
+def _generated(
+    generate: Callable[..., Any], self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    reports: list[dict[int, Any]] = [{} for _ in results]
-    watched = [_watched(one, report) for one, report in zip(results, reports, strict=True)]
-    response = await make(self, request, watched, *rest, **named)
-    for choice in getattr(response, "choices", ()):
-        _put(choice, reports[choice.index].get(0))
-    return response
+    """The outputs for a prompt, whose report is kept for its choices where it is of an HTTP request."""
+    reports, results = _reports.get(), generate(self, prompt, sampling_params, *args, **kwargs)
+    if reports is None:
+        return results
+    choices = sampling_params.n
+    mine = slice(len(reports), len(reports) + choices)
+    reports += [None] * choices
+
+    async def watched() -> AsyncIterator[Any]:
+        async with aclosing(results) as outputs:
+            async for output in outputs:
+                if report := getattr(output, ADMITTED, None):
+                    reports[mine] = [report] * choices
+                yield output
+
+    return watched()
 
 
-def _whole_completion(make: Callable[..., Any], self: Any, results: Any, *rest: Any, **named: Any) -> Any:
-    response = make(self, results, *rest, **named)
-    reports = [getattr(result, ADMITTED, None) for result in results for _ in result.outputs]
-    for choice, report in zip(response.choices, reports, strict=True):
-        _put(choice, report)
-    return response
-
-
-async def _streamed_chat(
-    make: Callable[..., Any], self: Any, request: Any, results: Any, *rest: Any, **named: Any
-) -> AsyncIterator[str]:
-    reports: dict[int, Any] = {}
-    async for line in make(self, request, _watched(results, reports), *rest, **named):
-        yield _with_reports(line, reports, 0)
-
-
-async def _streamed_completion(
-    make: Callable[..., Any], self: Any, request: Any, inputs: Any, results: Any, *rest: Any, **named: Any
-) -> AsyncIterator[str]:
-    reports: dict[int, Any] = {}
-    async for line in make(self, request, inputs, _watched(results, reports), *rest, **named):
-        yield _with_reports(line, reports, request.n or 1)
-
-
-async def _watched(results: AsyncIterator[Any], reports: dict[int, Any]) -> AsyncIterator[Any]:
-    """The same outputs; their reports by the number of the prompt."""
-    async for result in results:
-        number, output = result if isinstance(result, tuple) else (0, result)
-        if report := getattr(output, ADMITTED, None):
-            reports[number] = report
-        yield result
-
-
-def _with_reports(line: str, reports: dict[int, Any], choices: int) -> str:
-    """An event of a stream; choices that end in it get their reports. ``choices`` of each prompt; 0: of one."""
-    if not reports or not line.startswith(SSE + "{"):
-        return line
-    event = json.loads(line.removeprefix(SSE))
-    ended = [choice for choice in event.get("choices", ()) if choice.get("finish_reason")]
-    for choice in ended:
-        if report := reports.get(choice["index"] // choices if choices else 0):
-            choice[ADMITTED] = report
-    return f"{SSE}{json.dumps(event, ensure_ascii=False)}\n\n" if ended else line
-
-
-def _put(choice: Any, report: Any) -> None:
-    if report:
-        setattr(choice, ADMITTED, report)
+def _unguarded(convert: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Refuse the settings of a request that came through no guard: from a file of a batch no report comes back."""
+    if _reports.get() is None:
+        try:
+            check("", {**(self.model_extra or {}), "vllm_xargs": self.vllm_xargs})
+        except InputError as error:
+            raise refusal(error) from None
+    return convert(self, *args, **kwargs)

@@ -13,7 +13,6 @@ import sys
 
 TRIED = ("0.32",)  # versions of vLLM whose inner parts are as ``engine`` and ``http`` expect
 NAMED = re.compile(r'--additional[-_]config(\.mnemoscope\b|[= ]+\{[^}]*"mnemoscope")')  # a run, on a command line
-_installed = False
 
 
 def register() -> None:
@@ -22,22 +21,20 @@ def register() -> None:
     Raises InputError where this version of vLLM was not tried and a run is named in the environment or on the command
     line. Where it is named elsewhere (Python, a file of settings) only a warning can be given.
     """
-    global _installed
-    if _installed:
-        return
     import vllm
 
     from mnemoscope.runs.errors import InputError
 
-    if not vllm.__version__.startswith(tuple(f"{version}." for version in TRIED)):
-        said = f"vllm: version {vllm.__version__} was not tried; allowed are {', '.join(TRIED)}"
-        if os.environ.get("MNEMOSCOPE_RUN"):
-            raise InputError(f"{said} (MNEMOSCOPE_RUN)")
-        if NAMED.search(" ".join(sys.argv)):
-            raise InputError(f"{said} (--additional-config)")
-        logging.getLogger("vllm.mnemoscope").warning("%s, so nothing is steered or read, whatever is asked", said)
-        return
-    from mnemoscope.serving import engine
+    if vllm.__version__.startswith(tuple(f"{version}." for version in TRIED)):
+        from mnemoscope.serving import engine
 
-    engine.install()
-    _installed = True
+        engine.install()
+        return
+    said = f"vllm: version {vllm.__version__} was not tried; allowed are {', '.join(TRIED)}"
+    named = {
+        "MNEMOSCOPE_RUN": os.environ.get("MNEMOSCOPE_RUN"),
+        "--additional-config": NAMED.search(" ".join(sys.argv)),
+    }
+    for place in (place for place, found in named.items() if found):
+        raise InputError(f"{said} ({place})")
+    logging.getLogger("vllm.mnemoscope").warning("%s, so nothing is steered or read, whatever is asked", said)

@@ -5,25 +5,27 @@ Checks ask through a function, ``Ask``, so they are the same over HTTP and anywh
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mnemoscope.face.fitted import Fitted
-from mnemoscope.interventions import Toward
+from mnemoscope.face.fitted import Fitted, artefacts_of, cell_of
+from mnemoscope.interventions import Binding, Card, Toward, best_paths
 from mnemoscope.interventions.detect import Reading
-from mnemoscope.models import context_length
-from mnemoscope.serving.expected import Answer, Request, expected_of, leaked, readings
-from mnemoscope.serving.served import ANSWERED, Ask, Proof, Served, fresh_salt, largest
+from mnemoscope.runs.digests import intact, is_there, rewriting
+from mnemoscope.runs.errors import InputError
+from mnemoscope.runs.locks import locked
+from mnemoscope.serving.served import ANSWERED, Ask, Proof, Request, Served, fresh_salt, largest
 
 MOST_PROMPTS = 8
 LONG = 640  # tokens of a long prompt: four of them at once are more than vLLM reads in a pass by default (2,048)
-SEAM = 8  # tokens that a text may have more once it is written out and read again
 TALK = 136  # tokens of an answer that is talked on about: more than a block of any cache (16, on CPUs up to 128)
+TAIL = 8  # tokens that are said behind it, at most
 FOLLOWED = 6  # tokens of an answer to a follow-up
 ROUNDS = 5  # of either kind, to find what steering costs
 
@@ -42,7 +44,7 @@ def prove(
     Raises:
         InputError: the server has no plugin or other vectors; ``fitted`` has none; prompts are too few or too long.
     """
-    server = Served(ask, fitted, list(dict.fromkeys(prompts))[:MOST_PROMPTS], room or context_length(fitted.model))
+    server = Served(ask, fitted, list(dict.fromkeys(prompts))[:MOST_PROMPTS], room)
     server.check()
     yield from _mixed(server)
     yield from _long(server, long)
@@ -50,13 +52,13 @@ def prove(
     yield _refused(server)
     if fitted.detector:
         yield _read(server)
-    if any(server.gate_of(toward) for toward in fitted.vectors):
+    if any(server.offered.below(vector, "gate") for vector in fitted.vectors.values()):
         yield _gated(server)
 
 
 def cost(ask: Ask, fitted: Fitted, prompts: Sequence[str]) -> list[float]:
     """Seconds of steered requests relative to the same unsteered, one ratio a round; kinds alternate."""
-    server = Served(ask, fitted, list(prompts)[:MOST_PROMPTS], context_length(fitted.model))
+    server = Served(ask, fitted, list(prompts)[:MOST_PROMPTS])
     found: dict[bool, list[float]] = {False: [], True: []}
     for number in range(2 * ROUNDS + 2):
         steered = number % 2 == 1
@@ -68,17 +70,38 @@ def cost(ask: Ask, fitted: Fitted, prompts: Sequence[str]) -> list[float]:
     return [a / b for a, b in zip(found[True][1:], found[False][1:], strict=True)]  # the first of each warms up
 
 
-def _between(proof: Proof, pairs: Sequence[tuple[Answer, Answer]]) -> Proof:
-    """What two answers of the server to one request differ by, up to the first token that does, added to a proof.
+def certify(source: Path, binding: Binding, engine: str, precision: str, proofs: Sequence[Proof]) -> list[Path]:
+    """Write into cards on which engine they were proven, and what was shown; their tensors stay as they are.
 
-    Such a token is a tie, or one of both answers is wrong, which comparing it with transformers has found.
+    Args:
+        source: the run, the cell or the file that a server has; ``binding``: of its model.
+        engine: its name and version, ``precision`` that of its weights.
+        proofs: all of ``prove``.
+
+    Returns the files that were written. InputError where a proof did not pass.
     """
-    found = []
-    for one, two in pairs:
-        same = [a == b for a, b in zip(one.tokens, two.tokens, strict=False)]
-        length = same.index(False) if False in same else len(same)
-        found.append(np.array([0.0, *one.log_p[:length]]) - np.array([0.0, *two.log_p[:length]]))
-    return replace(proof, difference=largest([np.array([proof.difference]), *found]))
+    failed = next((f"{proof.name} was not" for proof in proofs if not proof.passed), None if proofs else "nothing was")
+    if failed:
+        raise InputError(f"certify: {failed} shown; a certificate says that all checks passed")
+    compared = max(proof.difference for proof in proofs)
+    shown = f"{precision}, {len(proofs)} checks of {sum(proof.answers for proof in proofs)} answers, "
+    shown += f"differences up to {compared:.1e}, {time.strftime('%Y-%m-%d', time.gmtime())}"
+    paths, cell = [source], None
+    if not source.is_file():
+        cell = cell_of(source, binding)
+        detectors = (cell / f"{name}.safetensors" for name in ("detector", "detector_below"))
+        paths = [*best_paths(cell).values(), *(intact(path) for path in detectors if is_there(path))]
+    found = {path: artefacts_of(path, binding) for path in paths}
+    written = [path.with_suffix(".json") for path in paths]
+    with ExitStack() as stack:
+        if cell:
+            stack.enter_context(locked(cell.parents[1], lambda: True))
+            stack.enter_context(rewriting(cell, [*paths, *written]))
+        for path, (vectors, detector, _) in found.items():
+            artefact: Any = detector or next(iter(vectors.values()))
+            card = artefact.card or Card(artefact.task)
+            replace(artefact, card=replace(card, proven=card.proven | {engine: shown})).save(path)
+    return written
 
 
 def _mixed(server: Served) -> Iterator[Proof]:
@@ -89,65 +112,60 @@ def _mixed(server: Served) -> Iterator[Proof]:
     settings.append({"steer": server.ways[0], "alpha": 0.0})
     requests = [server.request(ids, some) for ids in server.prompts for some in settings]
     plain = [request for request in requests if not request.settings]
-    alone = server.ask(plain)
-    yield server.compared("unsteered = transformers'", plain, alone)
-    answers = server.ask(requests)
-    some = [n for n, request in enumerate(requests) if request.settings]
-    yield server.compared("steered = transformers'", [requests[n] for n in some], [answers[n] for n in some])
-    among = [answer for answer, request in zip(answers, requests, strict=True) if not request.settings]
-    found = server.compared("unsteered among steered = untouched", plain, among)
-    yield _between(found, list(zip(alone, among, strict=True)))
+    yield server.compared("unsteered = transformers'", plain, server.ask(plain))
+    answers = list(zip(requests, server.ask(requests), strict=True))
+    steered, beside = ([one for one in answers if bool(one[0].settings) == wanted] for wanted in (True, False))
+    yield server.compared("steered = transformers'", *zip(*steered, strict=True))
+    yield server.compared("unsteered among steered = untouched", *zip(*beside, strict=True))
 
 
 def _long(server: Served, long: int) -> Iterator[Proof]:
     """Long prompts at once, which are read in several passes; then again, from the cache, and apart from it."""
-    most = min(long, server.room - ANSWERED)
-    requests = []
-    for n in range(min(4, len(server.texts))):
-        order = [*server.texts[n:], *server.texts[:n]]  # ends in another text each, and begins with another
-        filler, own = server.filled(" ".join(order), most - len(server.ids(order[-1])) - SEAM), order[-1]
-        ids = server.ids(f"{filler} {own}" if filler else own)
-        requests.append(server.request(ids, {"steer": server.ways[n % len(server.ways)]} if n % 2 else {}))
-    first = server.ask(requests)
+    prompts, requests = server.prompts, []
+    for n, own in enumerate(prompts[:4]):
+        room = min(long, server.room - ANSWERED) - len(own)
+        others = [token for ids in (*prompts[n + 1 :], *prompts[: n + 1]) for token in ids]  # another begins each
+        filler = (others * (1 + max(0, room) // len(others)))[:room] if room > len(prompts[0]) else []
+        settings = {"steer": server.ways[n % len(server.ways)]} if n % 2 else {}
+        requests.append(server.request((*filler, *own), settings))
     size = max(len(request.ids) for request in requests)
-    yield server.compared(f"chunked = whole (up to {size} tokens)", requests, first)
-    again = server.ask(requests)
-    fresh = server.ask([replace(request, salt=fresh_salt()) for request in requests])
-    found = server.compared("cached = uncached", [*requests, *requests], [*again, *fresh])
-    yield _between(found, [*zip(again, fresh, strict=True), *zip(again, first, strict=True)])
+    yield server.compared(f"chunked = whole (up to {size} tokens)", requests, server.ask(requests))
+    answers = [*server.ask(requests), *server.ask(_apart(requests))]
+    yield server.compared("cached = uncached", [*requests, *requests], answers)
+
+
+def _apart(requests: Sequence[Request]) -> list[Request]:
+    """The same requests, which share no cached block."""
+    return [replace(request, salt=fresh_salt()) for request in requests]
 
 
 def _follow_ups(server: Served) -> Proof:
     """Follow-ups of talks, with and without steering before and now, against the same without a cache."""
+    name = "follow-up after steering = fresh"
     ways: list[dict[str, Any]] = [*({"steer": way} for way in server.ways), {"steer": server.ways[0], "alpha": 1.5}, {}]
-    tails = [server.tail(text) for text in server.texts[:4]]
-    prompts = server.prompts[-4:]
-    used = max(map(len, prompts)) + max(map(len, tails)) + FOLLOWED
-    written = min(TALK, server.room - used)
+    words, prompts = server.fitted.tokenizer, server.prompts[-4:]
+    tails = [words(f" {text}", add_special_tokens=False).input_ids[:TAIL] for text in server.texts[:4]]
+    written = min(TALK, server.room - max(map(len, prompts)) - max(map(len, tails)) - FOLLOWED)
     talks = [server.request(ids, ways[n % len(ways)], written) for n, ids in enumerate(prompts)]
     answers = server.ask(talks)
     wrong = [answer for answer in answers if len(answer.tokens) != written]
     if wrong:
         told = f"a talk was answered with {wrong[0].status}: {wrong[0].message}"
-        return Proof("follow-up after steering = fresh", 0.0, server.bounds.log_p, len(talks), len(wrong), why=told)
+        return Proof(name, 0.0, server.bounds.log_p, len(talks), len(wrong), why=told)
     requests, behind = [], []
     for n, (talk, answer) in enumerate(zip(talks, answers, strict=True)):
         weaker = {**talk.settings, "alpha": 0.5 * talk.settings.get("alpha", 1.0)}
         for now in ({}, ways[(n + 1) % len(ways)], talk.settings, weaker) if talk.settings else ({}, ways[0]):
             requests.append(server.request((*talk.ids, *answer.tokens, *tails[n % len(tails)]), now, FOLLOWED))
             behind.append((talk, answer))
-    cached = server.ask(requests)
-    fresh = server.ask([replace(request, salt=fresh_salt()) for request in requests])
-    found = server.compared("follow-up after steering = fresh", [*requests, *requests], [*cached, *fresh])
-    plain = [
-        n
-        for n, (request, (talk, _)) in enumerate(zip(requests, behind, strict=True))
-        if talk.settings and not request.settings and len(fresh[n].tokens) == FOLLOWED
-    ]
-    without = expected_of(server.fitted, [requests[n] for n in plain], [fresh[n] for n in plain], [0.0] * len(plain))
-    leaks = [leaked(server.fitted, *behind[n], requests[n], fresh[n]) for n in plain]
-    visible = largest(leak - one.log_p_M for leak, one in zip(leaks, without, strict=True))
-    return replace(_between(found, list(zip(cached, fresh, strict=True))), visible=visible)
+    cached, fresh = server.ask(requests), server.ask(_apart(requests))
+    found = server.compared(name, [*requests, *requests], [*cached, *fresh])
+    talked = zip(behind, requests, fresh, strict=True)
+    plain = [one for one in talked if one[0][0].settings and not one[1].settings and len(one[2].tokens) == FOLLOWED]
+    without = server.expected([(request, answer, 0.0) for _, request, answer in plain])
+    leaks = [server.leaked(*talk, request, answer) for talk, request, answer in plain]
+    visible = largest(leak_M - log_p_M for leak_M, (log_p_M, _) in zip(leaks, without, strict=True))
+    return replace(found, visible=visible)
 
 
 def _refused(server: Served) -> Proof:
@@ -161,8 +179,11 @@ def _refused(server: Served) -> Proof:
         ("read", {"read": "perhaps"}),
         ("stear", {"stear": toward}),
     ]
-    wrong += [("steer", {"steer": way}) for way in ("generalized", "memorized") if way not in server.ways]
-    wrong += [("gate", {"steer": way, "gate": 0.5}) for way in server.ways if not server.gate_of(way)]
+    vectors = server.fitted.vectors
+    wrong += [("steer", {"steer": way}) for way in ("generalized", "memorized") if way not in vectors]
+    wrong += [
+        ("gate", {"steer": way, "gate": 0.5}) for way in vectors if not server.offered.below(vectors[way], "gate")
+    ]
     wrong += [] if server.fitted.detector else [("read", {"read": 1})]
     answers = server.ask([server.request(server.prompts[0], some, 1) for _, some in wrong])
     faults = [
@@ -174,32 +195,32 @@ def _refused(server: Served) -> Proof:
 
 
 def _read(server: Served) -> Proof:
-    """P(memorized) and P(conflict) of unsteered prompts, against ``Fitted.detect``."""
-    reading = server.fitted.detect(server.texts)
+    """P(memorized) and P(conflict) of unsteered prompts, as the detector reads them here."""
+    reading, names = server.readings("detector"), ("p_memorized", "p_conflict")
     answers = server.ask([server.request(ids, {"read": 1}, 1) for ids in server.prompts])
-    wanted = {"p_memorized": reading.p_memorized, "p_conflict": reading.p_conflict}
-    faults, found = [], []
-    for n, answer in enumerate(answers):
-        report = answer.report or {}
-        for name, values_N in wanted.items():
-            told = report.get(name)
-            if math.isnan(values_N[n]) != (told is None):
-                faults.append(f"{name} is {told} ({answer.status}: {answer.message or 'answered'})")
-            elif told is not None:
-                found.append(np.array([float(told) - values_N[n]]))
-        if report.get("unlike") != bool(reading.unlike[n]) and abs(reading.distance[n] - 1) > server.bounds.read:
+    reports = [answer.report or {} for answer in answers]
+    wanted_N2 = np.stack([getattr(reading, name) for name in names], axis=1)
+    told_N2 = np.array([[report.get(name) for name in names] for report in reports], float)  # none is NaN
+    faults = [
+        f"{told_D} is read ({answer.status}: {answer.message or 'answered'})"
+        for answer, told_D, wanted_D in zip(answers, told_N2, wanted_N2, strict=True)
+        if not np.array_equal(np.isnan(told_D), np.isnan(wanted_D))
+    ]
+    for report, unlike, distance in zip(reports, reading.unlike, reading.distance, strict=True):
+        if report.get("unlike") != bool(unlike) and abs(distance - 1) > server.bounds.read:
             faults.append(f"unlike is {report.get('unlike')}")
-    spread = largest(np.ptp(values_N)[None] for values_N in wanted.values() if not np.isnan(values_N).any())
-    why = faults[0] if faults else ""
-    return Proof("read = detect", largest(found), server.bounds.read, len(answers), len(faults), 0, spread, why)
+    difference = largest([np.nan_to_num(told_N2 - wanted_N2)])
+    spread = largest([np.nan_to_num(np.ptp(wanted_N2, axis=0))])
+    facts = len(answers), len(faults), 0, spread, next(iter(faults), "")
+    return Proof("read = detect", difference, server.bounds.read, *facts)
 
 
 def _gated(server: Served) -> Proof:
     """Gates that open on some prompts and not on others, as far as these prompts allow."""
     requests, acts = [], []
-    for toward in server.ways:
-        if detector := server.gate_of(toward):
-            reading = readings(server.fitted, detector, server.prompts)
+    for toward, vector in server.fitted.vectors.items():
+        if detector := server.offered.below(vector, "gate"):
+            reading = server.readings(detector)
             threshold = _threshold(reading, toward)
             requests += [server.request(ids, {"steer": toward, "gate": threshold}) for ids in server.prompts]
             acts += reading.acts(toward, threshold).tolist()

@@ -1,32 +1,38 @@
-"""A server whose answers are compared with those of transformers here, and what a comparison says. No vLLM."""
+"""A server, and what transformers gives here for what it has answered. Imports no vLLM.
+
+A server's own tokens are read in one pass: greedy is an answer whose every token is the best behind those before it.
+
+Shapes: N requests, T tokens of a left-padded batch, M tokens of an answer, V vocabulary.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from mnemoscope.behaviour import left_padded
 from mnemoscope.face.fitted import Fitted
 from mnemoscope.interventions import Toward
-from mnemoscope.interventions.detect import Detector
+from mnemoscope.interventions.detect import Reading
+from mnemoscope.models import cache_of, context_length, pass_inputs, with_last_logits
 from mnemoscope.runs.errors import InputError
-from mnemoscope.serving.expected import Answer, Request, expected_of
+from mnemoscope.serving.admission import Offered
 
-Ask = Callable[[Sequence[Request]], list[Answer]]  # asks all at the same time; answers in order
-
+BATCH = 8  # requests in a pass
 ANSWERED = 12  # tokens of an answer
-TAIL = 8  # tokens that are said behind the answer of a talk, at most
 LEAST_ROOM = 96  # tokens of prompt and answer
 
 
-@dataclass(frozen=True, slots=True)
-class Bounds:
+class Bounds(NamedTuple):
     """What counts as equal: log probabilities, a detector's probabilities, tokens that lead by no more than that."""
 
     log_p: float
@@ -40,6 +46,42 @@ BOUNDS = {
     torch.bfloat16: Bounds(0.25, 0.05, 0.5),
     torch.float16: Bounds(0.04, 0.01, 0.08),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a server is asked: to continue ``ids`` greedily by so many ``tokens``, whatever they are.
+
+    ``settings`` are those of ``vllm_xargs``. Only requests with the same ``salt`` may use one another's cached blocks.
+    """
+
+    ids: tuple[int, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    tokens: int = ANSWERED
+    salt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a server gave.
+
+    Attributes:
+        status: of HTTP; 200 is an answer, else ``message`` says why there is none.
+        tokens, log_p: of the answer, and their log probabilities.
+        report: what the plugin tells of the request; None where it tells nothing.
+    """
+
+    status: int
+    tokens: tuple[int, ...] = ()
+    log_p: tuple[float, ...] = ()
+    report: Mapping[str, Any] | None = None
+    message: str = ""
+
+
+Ask = Callable[[Sequence[Request]], list[Answer]]  # asks all at the same time; answers in order
+Steered = tuple[Request, Answer, float]  # the factor with which its vector acts; 0: not
+# Of the tokens of an answer, float32 (M,): log probabilities, and by how much another token was better.
+Expected = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,57 +126,32 @@ def fresh_salt() -> str:
     return uuid4().hex
 
 
-@dataclass(frozen=True)
 class Served:
     """What asks, and what it is compared with. Requests of a proof share cached blocks with no other requests."""
 
-    ask: Ask
-    fitted: Fitted
-    texts: Sequence[str]
-    room: int
-    salt: str = field(default_factory=fresh_salt)
+    def __init__(self, ask: Ask, fitted: Fitted, texts: Sequence[str], room: int | None = None) -> None:
+        if not fitted.vectors:
+            raise InputError(f"from: {fitted.source} has no vectors, so there is nothing to prove")
+        self.ask, self.fitted, self.texts, self.salt = ask, fitted, texts, fresh_salt()
+        self.room = room or context_length(fitted.model)
+        self.prompts = [tuple(fitted.inputs([text]).input_ids[0].tolist()) for text in texts]
+        self.offered = Offered.of(fitted.vectors, fitted.detector, fitted.lower_detector)
+        self.ways: list[Toward] = list(fitted.vectors)
+        self.bounds = BOUNDS.get(fitted.model.dtype, BOUNDS[torch.float32])
 
-    @cached_property
-    def prompts(self) -> list[tuple[int, ...]]:
-        return [self.ids(text) for text in self.texts]
-
-    @property
-    def ways(self) -> list[Toward]:
-        return list(self.fitted.vectors)
-
-    @property
-    def bounds(self) -> Bounds:
-        return BOUNDS.get(self.fitted.model.dtype, BOUNDS[torch.float32])
-
-    def ids(self, text: str) -> tuple[int, ...]:
-        return tuple(self.fitted.inputs([text]).input_ids[0].tolist())
-
-    def filled(self, text: str, most: int) -> str:
-        """A text again and again, until it has so many tokens at most."""
-        words = self.fitted.tokenizer
-        again = " ".join([text] * (1 + max(0, most) // max(1, len(words(text).input_ids))))
-        ids = words(again, add_special_tokens=False, truncation=True, max_length=max(1, most)).input_ids
-        return words.decode(ids, skip_special_tokens=True) if most > 0 else ""
-
-    def tail(self, text: str) -> tuple[int, ...]:
-        return tuple(self.fitted.tokenizer(f" {text}", add_special_tokens=False).input_ids[:TAIL])
-
-    def request(self, ids: tuple[int, ...], settings: Mapping[str, Any], tokens: int = ANSWERED) -> Request:
-        return Request(ids, settings, tokens, self.salt)
+    def request(self, ids: Sequence[int], settings: Mapping[str, Any], tokens: int = ANSWERED) -> Request:
+        """One of the proof's."""
+        return Request(tuple(ids), settings, tokens, self.salt)
 
     def check(self) -> None:
         """Raises InputError for what cannot be proven at all."""
-        if not self.ways:
-            raise InputError(f"from: {self.fitted.source} has no vectors, so there is nothing to prove")
         if len(self.texts) < 2:
             raise InputError("prompts: give at least two that differ; mixed up rows do not show in one")
         longest = max(map(len, self.prompts))
         if longest > self.room - LEAST_ROOM // 2 or self.room < LEAST_ROOM:
             told = f"the longest has {longest} tokens, the server takes {self.room} with the answer"
             raise InputError(f"prompts: {told}; allowed are {max(0, self.room - LEAST_ROOM // 2)}")
-        steered, wrong = self.ask(
-            [self.request(self.prompts[0], {"steer": way}, 1) for way in (self.ways[0], "sideways")]
-        )
+        steered, wrong = self.ask([self.request(self.prompts[0], {"steer": w}, 1) for w in (self.ways[0], "sideways")])
         if steered.status != 200:
             raise InputError(f"server: refuses to steer to {self.ways[0]} ({steered.status}: {steered.message})")
         if not steered.report and wrong.status == 200:
@@ -143,62 +160,96 @@ class Served:
                 "mnemoscope is installed, with MNEMOSCOPE_RUN=RUN"
             )
 
-    def gate_of(self, toward: Toward) -> Detector | None:
-        """The detector that can decide in the pass that a vector shifts."""
-        vector, detector = self.fitted.vectors[toward], self.fitted.lower_detector or self.fitted.detector
-        is_below = detector and detector.gate(toward, 0.5).is_below(vector.site, vector.layers[0])
-        return detector if is_below and vector.positions == "decision" else None
-
     def compared(
         self, name: str, requests: Sequence[Request], answers: Sequence[Answer], acts: Sequence[bool] | None = None
     ) -> Proof:
-        """Compare answers with those of transformers; ``acts``: decisions of gates."""
-        settings = [request.settings for request in requests]
-        acts = [True] * len(requests) if acts is None else acts
-        factors = [
-            float(some.get("alpha", 1.0)) if some.get("steer") and act else 0.0
-            for some, act in zip(settings, acts, strict=True)
-        ]
-        faults = [self._fault(*each) for each in zip(requests, answers, factors, strict=True)]
-        well = [n for n, fault in enumerate(faults) if not fault]
-        asked, got = [requests[n] for n in well], [answers[n] for n in well]
-        found = expected_of(self.fitted, asked, got, [factors[n] for n in well])
-        steered = [place for place, n in enumerate(well) if factors[n]]
-        without = expected_of(self.fitted, [asked[p] for p in steered], [got[p] for p in steered], [0.0] * len(steered))
-        moved: dict[str, list[np.ndarray]] = {}
-        for place, other in zip(steered, without, strict=True):
-            moved.setdefault(asked[place].settings["steer"], []).append(found[place].log_p_M - other.log_p_M)
-        visible = min(map(largest, moved.values()), default=math.nan)  # of the direction that moves least
-        worse = [bool((one.behind_M > self.bounds.tie).any()) for one in found]
-        ties = sum(int(((one.behind_M > 0) & (one.behind_M <= self.bounds.tie)).sum()) for one in found)
-        told = [fault for fault in faults if fault] + ["another token is better"] * sum(worse)
-        difference = largest(np.array(answer.log_p) - one.log_p_M for answer, one in zip(got, found, strict=True))
-        visible = 0.0 if any(factors) and not steered else visible
-        return Proof(
-            name, difference, self.bounds.log_p, len(requests), len(told), ties, visible, told[0] if told else ""
-        )
+        """Compare answers of equal length with those of transformers; ``acts``: decisions of gates."""
+        factors = [float(r.settings.get("alpha", 1.0)) if r.settings.get("steer") else 0.0 for r in requests]
+        factors = [factor * act for factor, act in zip(factors, acts or [True] * len(requests), strict=True)]
+        asked = list(zip(requests, answers, factors, strict=True))
+        told = [self._fault(*one) for one in asked]
+        well = [one for one, fault in zip(asked, told, strict=True) if not fault]
+        found = self.expected(well)
+        apart = [np.array(answer.log_p) - log_p_M for (_, answer, _), (log_p_M, _) in zip(well, found, strict=True)]
+        behind_M = np.concatenate([np.zeros(0), *(behind_M for _, behind_M in found)])
+        # Nothing is seen where no answer that should be steered can be compared.
+        steered = [(one, log_p_M) for one, (log_p_M, _) in zip(well, found, strict=True) if one[2]]
+        without = self.expected([(request, answer, 0.0) for (request, answer, _), _ in steered])
+        moved = defaultdict[str, list[np.ndarray]](list)
+        for ((request, _, _), log_p_M), (other_M, _) in zip(steered, without, strict=True):
+            moved[request.settings["steer"]].append(log_p_M - other_M)
+        visible = min(map(largest, moved.values()), default=0.0 if any(factors) else math.nan)
+        told = [fault for fault in told if fault]
+        told += ["another token is better" for _, behind in found if (behind > self.bounds.tie).any()]
+        ties = int(((behind_M > 0) & (behind_M <= self.bounds.tie)).sum())
+        facts = len(requests), len(told), ties, visible, next(iter(told), "")
+        return Proof(name, largest(apart), self.bounds.log_p, *facts)
 
     def _fault(self, request: Request, answer: Answer, factor: float) -> str:
         """What is wrong with an answer before its tokens are compared; empty where nothing is."""
         if answer.status != 200:
             return f"refused ({answer.status}: {answer.message})"
+        known = int(self.fitted.model.get_input_embeddings().weight.shape[0])
         whole = len(answer.tokens) == len(answer.log_p) == request.tokens
-        if not whole or not all(0 <= token < self._vocabulary for token in answer.tokens):
+        if not whole or not all(0 <= token < known for token in answer.tokens):
             return f"{len(answer.tokens)} tokens instead of {request.tokens}, or unknown ones"
         if not request.settings:
             return f"a report on a request that asked for nothing: {answer.report}" if answer.report else ""
-        report, toward = answer.report or {}, request.settings.get("steer")
-        acted: dict[str, Any] = {"acted": factor > 0}
-        if factor:
-            acted |= {"steer": toward, "alpha": factor}
-        wrong = [name for name, value in acted.items() if report.get(name) != value]
-        return f"reports {wrong[0]} {report.get(wrong[0])!r} instead of {acted[wrong[0]]!r}" if wrong else ""
+        report, wanted = answer.report or {}, dict[str, Any](acted=factor > 0)
+        wanted |= {"steer": request.settings.get("steer"), "alpha": factor} if factor else {}
+        wrong = [name for name, value in wanted.items() if report.get(name) != value]
+        return f"reports {wrong[0]} {report.get(wrong[0])!r} instead of {wanted[wrong[0]]!r}" if wrong else ""
 
-    @cached_property
-    def _vocabulary(self) -> int:
-        return int(self.fitted.model.get_input_embeddings().weight.shape[0])
+    @torch.no_grad()
+    def expected(self, asked: Sequence[Steered]) -> list[Expected]:
+        """What transformers gives for the tokens of answers of the same length, each of one token or more."""
+        model, groups, found = self.fitted.model, defaultdict[str, list[int]](list), dict[int, Expected]()
+        for n, (request, _, factor) in enumerate(asked):
+            groups[request.settings["steer"] if factor else ""].append(n)
+        parts = [(way, all_n[i : i + BATCH]) for way, all_n in groups.items() for i in range(0, len(all_n), BATCH)]
+        for toward, some in parts:
+            length = len(asked[some[0]][1].tokens)
+            ids_NT, mask_NT = self._padded([(*asked[n][0].ids, *asked[n][1].tokens) for n in some])
+            inputs = pass_inputs(model, ids_NT, mask_NT) | {"use_cache": False}
+            with self._steered(toward, [asked[n][2] for n in some], ids_NT.shape[1] - length - 1):
+                logits_NMV = with_last_logits(model, inputs, length + 1).logits[:, -length - 1 : -1]
+            found |= zip(some, _of_logits(logits_NMV, ids_NT[:, -length:]), strict=True)
+        return [found[n] for n in range(len(asked))]
+
+    @torch.no_grad()
+    def leaked(self, talk: Request, written: Answer, follow: Request, answer: Answer) -> np.ndarray:
+        """Log probabilities (M,) of the answer to an unsteered follow-up, had it read keys and values of a steered
+        talk, with whose prompt and answer it begins.
+        """
+        model, before, length = self.fitted.model, len(talk.ids) + len(written.tokens), len(answer.tokens)
+        ids_1T, mask_1T = self._padded([(*follow.ids, *answer.tokens)])
+        with self._steered(talk.settings["steer"], talk.settings.get("alpha", 1.0), len(talk.ids) - 1):
+            cache = cache_of(model(**pass_inputs(model, ids_1T[:, :before], mask_1T[:, :before])))
+        logits_1MV = model(**pass_inputs(model, ids_1T[:, before:], mask_1T, cache)).logits[:, -length - 1 : -1]
+        return _of_logits(logits_1MV, ids_1T[:, -length:])[0][0]
+
+    def readings(self, name: str) -> Reading:
+        """What a detector of the server reads at the end of all prompts."""
+        return replace(self.fitted, detector=self.offered.detectors[name]).detect(self.texts)
+
+    def _steered(self, toward: str, alpha: Any, last: int) -> AbstractContextManager[None]:
+        """The context of a vector, none for ``""``, whose prompts end in a column."""
+        if not toward:
+            return nullcontext()
+        vector = self.fitted.vector(toward)  # type: ignore[arg-type]
+        return vector.apply(self.fitted.model, alpha, None if vector.everywhere else last)
+
+    def _padded(self, rows: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+        ids_NT, mask_NT = left_padded([list(ids) for ids in rows], self.fitted.tokenizer.pad_token_id or 0)
+        return ids_NT.to(self.fitted.model.device), mask_NT.to(self.fitted.model.device)
 
 
-def largest(differences: Any) -> float:
-    """The largest absolute value, of arrays; NaN where any is NaN, 0 without any."""
-    return max((float(np.abs(one).max()) for one in differences), key=lambda x: (math.isnan(x), x), default=0.0)
+def _of_logits(logits_NMV: Tensor, tokens_NM: Tensor) -> list[Expected]:
+    log_p_NMV = logits_NMV.float().log_softmax(-1)
+    log_p_NM = log_p_NMV.gather(2, tokens_NM[..., None].to(log_p_NMV.device))[..., 0]
+    return list(zip(log_p_NM.cpu().numpy(), (log_p_NMV.max(-1).values - log_p_NM).cpu().numpy(), strict=True))
+
+
+def largest(differences: Iterable[np.ndarray]) -> float:
+    """The largest absolute value of arrays; NaN where any is NaN, 0 without any."""
+    return float(np.abs(np.concatenate([np.zeros(1), *map(np.ravel, differences)])).max())
