@@ -26,12 +26,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from mnemoscope.interventions.directions import steered
 from rounds import Way, ratios, seconds_of
 from tables import origin, put
 from torch import Tensor
 
 from mnemoscope.behaviour import Asking, cache_prefixes, decode, prepare, score, states_at_the_end
+from mnemoscope.bench.answers import steered
 from mnemoscope.config import load_study
 from mnemoscope.interventions import SteeringVector
 from mnemoscope.models import backbone_of, blocks_of, load_model
