@@ -59,18 +59,18 @@ class Example:
     answer: str | None = None
 
     def __post_init__(self) -> None:
-        wrong, is_conflict = "", self.kind == "conflict"
+        wrong, both = "", (self.memorized, self.generalized)
         if self.kind not in KINDS:
             wrong = f"kind: {self.kind!r} is not one of {', '.join(KINDS)}"
         elif self.split not in SPLITS:
             wrong = f"split: {self.split!r} is not one of {', '.join(SPLITS)}"
-        elif not is_conflict and not self.answer:
-            wrong = f"answer: a {self.kind} example needs one"
-        elif is_conflict and not (self.memorized and self.generalized):
+        elif self.kind != "conflict":
+            wrong = "" if self.answer else f"answer: a {self.kind} example needs one"
+        elif not all(both):
             wrong = "memorized, generalized: a conflict needs both"
-        elif is_conflict and self.memorized == self.generalized:
-            wrong = f"memorized, generalized: both are {self.memorized!r}; a conflict needs two answers that differ"
-        elif is_conflict and self.answer is not None:
+        elif both[0] == both[1]:
+            wrong = f"memorized, generalized: both are {both[0]!r}; a conflict needs two answers that differ"
+        elif self.answer is not None:
             wrong = "answer: a conflict has two revealing answers, not one"
         if wrong:
             raise InputError(f"{wrong} (item {self.item!r})")
@@ -192,15 +192,6 @@ def check_range(low: float, high: float, **options: float) -> None:
     for name, value in options.items():
         if not low <= value <= high:
             raise InputError(f"{name}: {value} is not between {low} and {high}")
-
-
-def checked_boundary(given: Any) -> tuple[str, ...] | None:
-    """The option ``boundary`` of a task; InputError where it is no list of texts."""
-    if given is None:
-        return None
-    if isinstance(given, str) or not isinstance(given, Sequence) or not all(isinstance(text, str) for text in given):
-        raise InputError(f'boundary: {given!r} is no list of texts, such as [".", ""]')
-    return tuple(given)
 
 
 def assign_splits(

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mnemoscope.runs.errors import InputError
-from mnemoscope.runs.strict import parse_json, read_text
-from mnemoscope.tasks.base import INSTRUCTIONS, Example, Kind, Split, Task, assign_splits, checked_boundary
+from mnemoscope.tasks.base import INSTRUCTIONS, Example, Kind, Split, Task, assign_splits
+from mnemoscope.tasks.tables import Row, read_rows
 
-FIELDS = ("item", "prompt", "memorized", "generalized", "answer", "kind", "group", "family", "split", "bare")
+ANSWERS = ("memorized", "generalized", "answer")
+FIELDS = ("item", "prompt", *ANSWERS, "kind", "group", "family", "split", "bare")
 
 
 @dataclass(kw_only=True, eq=False)
@@ -41,14 +41,26 @@ class JsonlTask(Task):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self.boundary = checked_boundary(self.boundary)
-        read = _read(Path(self.file), self.seed)
-        self.examples_read = [example for example, _ in read]
-        self._bare = {example.prompt: bare for example, bare in read if example.kind == "conflict"}
+        self.boundary = None if self.boundary is None else tuple(self.boundary)
+        self.examples_read: list[Example] = []
+        self._bare: dict[str, str] = {}
         self._phrasings: dict[str, list[Example]] = defaultdict(list)
-        for example in self.examples_read:
+        rows = {where: _parsed(where, row) for where, row in read_rows(self.file, ())}
+        given = {row["group"]: row["split"] for row in rows.values() if "split" in row}
+        undealt = sorted({row["group"] for row in rows.values()} - set(given))
+        split_of: dict[str, Split] = given | assign_splits(undealt, np.random.default_rng([self.seed, 3]))
+        first: dict[tuple[str, str], tuple[str, Any]] = {}
+        for where, row in rows.items():
+            bare = row.pop("bare", None)
+            try:
+                example = Example(**{"split": split_of[row["group"]], **row})
+            except InputError as error:
+                raise InputError(f"{where}: {error}") from error
+            _check_agrees(where, example, first)
+            self.examples_read.append(example)
             if example.kind == "conflict":
                 self._phrasings[example.item].append(example)
+                self._bare |= {example.prompt: bare} if bare else {}
         if not self._phrasings:
             raise InputError(f"file: {self.file} has no conflict, no line with 'memorized' and 'generalized'")
 
@@ -75,59 +87,34 @@ def write_jsonl(examples: list[Example]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _read(path: Path, seed: int) -> list[tuple[Example, str | None]]:
-    """Each line's example, and its prompt without the context."""
-    lines = read_text(path, encoding="utf-8-sig").split("\n")
-    parsed = {n: _parsed(f"{path}, line {n}", line) for n, line in enumerate(lines, 1) if line.strip()}
-    given = {row["group"]: row["split"] for row in parsed.values() if "split" in row}
-    undealt = sorted({row["group"] for row in parsed.values()} - set(given))
-    split_of: dict[str, Split] = assign_splits(undealt, np.random.default_rng([seed, 3]))
-    found, first, asked = [], dict[str, tuple[int, Example]](), dict[str, tuple[int, str]]()
-    for number, row in parsed.items():
-        where, bare, group = f"{path}, line {number}", row.pop("bare", None), row["group"]
-        try:
-            example = Example(**{**row, "split": row.get("split") or given.get(group) or split_of[group]})
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from error
-        if split_of.setdefault(group, example.split) != example.split:
-            raise InputError(
-                f"{where}: split is {example.split!r}, but group {group!r} is in {split_of[group]!r} as well; "
-                "all examples of a group belong to one split"
-            )
-        line, other = asked.setdefault(example.prompt, (number, group))
-        if other != group:
-            raise InputError(
-                f"{where}: the prompt is that of line {line}, whose group is {other!r}, and here it is {group!r}; what "
-                "is asked twice belongs to one group, or it is fitted on and judged"
-            )
-        if example.kind == "conflict":
-            before, known = first.setdefault(example.item, (number, example))
-            if known.options != example.options:
-                raise InputError(
-                    f"{where}: item {example.item!r} has the answers {known.options} in line {before} and "
-                    f"{example.options} here; give it an item of its own (a 'group' keeps items in one split)"
-                )
-        found.append((example, bare))
-    return found
-
-
-def _parsed(where: str, line: str) -> dict[str, Any]:
+def _parsed(where: str, row: Row) -> dict[str, Any]:
     """The fields of a line that have a value, all of them text, with the group and kind that it has by default."""
-    row = parse_json(line, where)
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: {type(row).__name__} where an object with 'item' and 'prompt' is wanted")
     row = {field: value for field, value in row.items() if value is not None}
     for field, value in row.items():
         if field not in FIELDS:
             raise InputError(f"{where}: field {field!r} is unknown; known are {', '.join(FIELDS)}")
         if not isinstance(value, str):
             raise InputError(f"{where}: {field} is {value!r}; text is wanted")
-        if field in ("memorized", "generalized", "answer") and value != value.rstrip():
-            raise InputError(
-                f"{where}: {field} is {value!r}; an answer ends with a word, and 'boundary' says what closes it"
-            )
+        if field in ANSWERS and value != value.rstrip():
+            why = "an answer ends with a word, and 'boundary' says what closes it"
+            raise InputError(f"{where}: {field} is {value!r}; {why}")
     for field in ("item", "prompt"):
         if not row.get(field):
             raise InputError(f"{where}: field {field!r} is missing or empty")
     kind = "conflict" if {"memorized", "generalized"} & set(row) else "memory"
     return {"group": row["item"], "kind": kind} | row
+
+
+def _check_agrees(where: str, example: Example, first: dict[tuple[str, str], tuple[str, Any]]) -> None:
+    """Raises InputError where a line contradicts one before it; ``first`` has what the first line of each name said."""
+    said: list[tuple[str, str, Any, str]] = [
+        ("group", example.group, f"split {example.split!r}", "all examples of a group belong to one split"),
+        ("prompt", example.prompt, f"group {example.group!r}", "what is asked twice belongs to one group"),
+    ]
+    if example.kind == "conflict":
+        why = "give it an item of its own (a 'group' keeps items in one split)"
+        said.append(("item", example.item, f"answers {example.options}", why))
+    for what, name, mine, why in said:
+        before, other = first.setdefault((what, name), (where, mine))
+        if other != mine:
+            raise InputError(f"{where}: {what} {name!r} has {mine} here and {other} in {before.split(', ')[-1]}; {why}")

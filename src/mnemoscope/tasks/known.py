@@ -9,26 +9,26 @@ from __future__ import annotations
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
+from importlib import resources
 from itertools import count, product
 from typing import Any, Self
 
 import numpy as np
 
 from mnemoscope.runs.errors import InputError
-from mnemoscope.tasks.base import INSTRUCTIONS, KINDS, Example, Kind, Split, Task, assign_splits, checked_boundary
+from mnemoscope.runs.strict import parse_yaml
+from mnemoscope.tasks.base import INSTRUCTIONS, KINDS, Example, Kind, Split, Task, assign_splits
 
 Fact = tuple[str, str]  # a relation and its subject
 How = Mapping[str, str]  # one wording: what a frame is filled with besides the fact
 Spec = tuple[Fact, str, str, str, How]  # an example before it is written: fact, value, family, frame, wording
 
-# Labels of a statement that flip three times as many answers as six neutral ones (docs/LOG.md).
-LABELS = ("Context: ", "Paragraph: ", "Story: ", "Note: ", "Hint: ", "Rumour: ", "Memo: ", "Wikipedia: ")
-# Labels of question and answer.
-ASKS = (("Question:", "Answer:"), ("Q:", "A:"), ("Task:", "Result:"), ("Quiz:", "Reply:"))
+WORDINGS: Mapping[str, Any] = parse_yaml((resources.files(__package__) / "wordings.yaml").read_text(), "wordings")
+LABELS, ASKS = WORDINGS["labels"], WORDINGS["asks"]
 WORDS = re.compile(r"\w+")
 ALIKE = 0.7  # share of the words of the shorter of two subjects that the other has as well, to be one item
 ROUNDS, TRIES = 10, 20  # of a value that does not fit: how often it is exchanged, with how many others at a time
@@ -38,7 +38,7 @@ ROUNDS, TRIES = 10, 20  # of a value that does not fit: how often it is exchange
 class KnownTask(Task):
     """Facts that a model knows, contradicted by what the prompt says, in several wordings of each frame.
 
-    A subclass sets ``true`` and ``asked`` before it calls ``_deal``, and writes prompts.
+    A subclass reads facts, calls ``_deal``, sets ``wrong``, and words prompts (``_hows``, ``_prompt``).
 
     Args:
         frames: kinds of phrasing that are fitted on and judged.
@@ -50,10 +50,11 @@ class KnownTask(Task):
     Attributes:
         true: every fact's values, of which the first is asked for and none is a contradiction.
         facts: the value that is asked for; only known facts after ``knowing``.
+        wrong: what texts say of each fact: its contradictions, and of a novel one anything.
+        novel: what no model can know, as facts without a value.
         asked, held_out_relations: relations whose conflicts are made, and others, judged only.
         split_of: the split of each group.
         group_of: the group of each subject: that of the subjects that say the same (``grouped``).
-        wrong: the contradictions of each fact, where a subclass sets them (``dealt``).
     """
 
     begins_reply = True
@@ -72,27 +73,20 @@ class KnownTask(Task):
         true: Mapping[Fact, Sequence[str]],
         asked: Sequence[str],
         stream: int,
-        more: Collection[str] = (),
+        novel: Sequence[Fact] = (),
         same: Iterable[tuple[str, str]] = (),
     ) -> None:
-        """Set what every such task has.
-
-        ``stream`` seeds the splits; ``more`` are subjects without facts, ``same`` pairs of them that are one group.
-        """
-        self.boundary = checked_boundary(self.boundary)
+        """Set what every such task has; ``stream`` seeds the splits, ``same`` are pairs of subjects of one group."""
         if len(self.shares) != 3 or min(self.shares) <= 0 or abs(sum(self.shares) - 1) > 1e-6:
             raise InputError(f"shares: {self.shares!r}; allowed are three numbers above 0 that add up to 1")
-        self.true, self.asked = true, tuple(asked)
+        self.boundary = None if self.boundary is None else tuple(self.boundary)
+        self.true, self.asked, self.novel = true, tuple(asked), novel
         self.facts = {fact: values[0] for fact, values in true.items()}
-        self.group_of = grouped(true, more, same)
+        self.group_of = grouped(true, [subject for _, subject in novel], same)
         of_all = (*self.asked, *self.held_out_relations)
         groups = sorted({self._group(fact) for fact in self.facts if fact[0] in of_all})
-        rng = np.random.default_rng([self.seed, stream])
-        groups += [group for group in dict.fromkeys(self.group_of[one] for one in more) if group not in groups]
-        self.split_of: dict[str, Split] = assign_splits(groups, rng, self.shares)
-
-    def _split(self, fact: Fact) -> Split:
-        return self.split_of[self._group(fact)]
+        groups += [group for group in dict.fromkeys(map(self._group, novel)) if group not in groups]
+        self.split_of: dict[str, Split] = assign_splits(groups, np.random.default_rng([self.seed, stream]), self.shares)
 
     def _hows(self, fact: Fact, frame: str) -> Sequence[How]:
         """The wordings of a fact in a frame, or of the ``bare`` question; the plainest first."""
@@ -102,30 +96,24 @@ class KnownTask(Task):
         """The prompt that states ``value``, or the ``bare`` question, which does not."""
         raise NotImplementedError
 
-    def _bare(self, fact: Fact, value: str, prompt: str) -> str:
-        """The bare question of the same wording as a prompt that states ``value``."""
-        raise NotImplementedError
+    def _bare(self, fact: Fact, prompt: str) -> str:
+        """The bare question of the same wording as a prompt: it ends in the same line."""
+        bares = [self._prompt(fact, "", "bare", how) for how in self._hows(fact, "bare")]
+        return next(bare for bare in bares if prompt.endswith(bare[max(bare.rfind("\n"), 0) :]))
 
-    def _wrong(self, fact: Fact) -> Sequence[str]:
-        """Values that contradict a fact; by default those dealt to it."""
-        return self.wrong[fact]
-
-    def _agreeing(self, fact: Fact) -> bool:
+    def _can_agree(self, fact: Fact) -> bool:
         """Whether a frame can state the true value of a fact."""
         return True
-
-    def _novel(self) -> Iterable[Spec]:
-        """What no model can know; nothing by default."""
-        return ()
 
     def _group(self, fact: Fact) -> str:
         return self.group_of.get(fact[1], fact[1])
 
-    def _agreeing_how(self, fact: Fact, frame: str) -> How:
-        """One of the wordings of conflicts, drawn for each fact, so that no wording is a sign that a text agrees."""
-        hows = self._hows(fact, frame)
-        rng = np.random.default_rng([self.seed, *f"agreeing|{frame}|{'|'.join(fact)}".encode()])
-        return hows[int(rng.integers(len(hows)))]
+    def _split(self, fact: Fact) -> Split:
+        return self.split_of[self._group(fact)]
+
+    def _drawn(self, *name: str) -> np.random.Generator:
+        """A generator of its own for what has this name."""
+        return np.random.default_rng([self.seed, *"|".join(name).encode()])
 
     def held_out(self) -> dict[str, Task]:
         """This task with the held-out ``frame`` or ``relation`` and the same splits."""
@@ -174,8 +162,8 @@ class KnownTask(Task):
 
     def without_context(self, example: Example) -> Example:
         """The same question without the context."""
-        relation, subject, *stated = example.item.split("|")
-        return replace(example, prompt=self._bare((relation, subject), "".join(stated[:1]), example.prompt))
+        relation, subject, *_ = example.item.split("|")
+        return replace(example, prompt=self._bare((relation, subject), example.prompt))
 
     @cached_property
     def _everything(self) -> Mapping[Kind, list[Spec]]:
@@ -184,14 +172,17 @@ class KnownTask(Task):
         for fact, value in self.facts.items():
             if fact[0] not in self.asked:
                 continue
-            for wrong, frame in product(self._wrong(fact), self.frames):
+            for wrong, frame in product(self.wrong[fact], self.frames):
                 found["conflict"] += [(fact, wrong, frame, frame, how) for how in self._hows(fact, frame)]
             found["memory"] += [(fact, value, "bare", "bare", how) for how in self._hows(fact, "bare")]
-            if self._agreeing(fact):
-                found["memory"] += [
-                    (fact, value, "agreeing", frame, self._agreeing_how(fact, frame)) for frame in self.frames
-                ]
-        found["novel"] += self._novel()
+            for frame in self.frames if self._can_agree(fact) else ():
+                # A wording of conflicts, drawn for each fact, so that none is a sign that a text agrees.
+                hows = self._hows(fact, frame)
+                drawn = int(self._drawn("agreeing", frame, *fact).integers(len(hows)))
+                found["memory"].append((fact, value, "agreeing", frame, hows[drawn]))
+        for fact in (fact for fact in self.novel if fact[0] in self.asked):
+            for said, frame in product(self.wrong[fact], self.frames):
+                found["novel"].append((fact, said, frame, frame, self._hows(fact, frame)[0]))
         return found
 
     def _example(self, kind: Kind, fact: Fact, value: str, family: str, frame: str, how: How) -> Example:
@@ -203,6 +194,18 @@ class KnownTask(Task):
             answers = {"memorized": f" {self.facts[fact]}", "generalized": f" {value}"}
         return Example(item, prompt, kind, group, family, self._split(fact), **answers)
 
+    def _dealt(self, true: Mapping[Fact, Sequence[str]], most: int) -> dict[Fact, list[str]]:
+        """At most ``most`` contradictions of each fact: values of its relation in its split, dealt anew (``dealt``)."""
+        parts = defaultdict[tuple[str, Split], list[Fact]](list)
+        for fact in sorted(true):
+            parts[fact[0], self._split(fact)].append(fact)
+        found: dict[Fact, list[str]] = {fact: [] for fact in true}
+        for name, facts in parts.items():
+            rng = self._drawn(*name)
+            for _ in range(most):
+                dealt(found, facts, true, rng)
+        return found
+
 
 def _hashed(spec: Spec, salt: bytes) -> bytes:
     fact, value, family, frame, how = spec
@@ -210,30 +213,15 @@ def _hashed(spec: Spec, salt: bytes) -> bytes:
 
 
 def dealt(
-    true: Mapping[Fact, Sequence[str]], most: int, seed: int, split_of: Callable[[Fact], Split]
-) -> dict[Fact, list[str]]:
-    """At most ``most`` contradictions of each fact: the values of a relation in a split, dealt anew among its subjects.
+    found: dict[Fact, list[str]], facts: Sequence[Fact], true: Mapping[Fact, Sequence[str]], rng: np.random.Generator
+) -> None:
+    """Add one contradiction to each fact in ``found``: the true values in a random order, exchanged where one is none.
 
     So a value contradicts as often as it is true, which a draw among different values would not give: there a common
     value would be the sign of memory, whatever the model does. What more than half of the subjects have cannot be dealt
     to all others, and those that get nothing have no contradiction. Facts that the model does not know count too, so
     that contradictions do not depend on it.
     """
-    found: dict[Fact, list[str]] = {fact: [] for fact in true}
-    parts = defaultdict[tuple[str, Split], list[Fact]](list)
-    for fact in sorted(true):
-        parts[fact[0], split_of(fact)].append(fact)
-    for (relation, split), facts in parts.items():
-        rng = np.random.default_rng([seed, *f"{relation}|{split}".encode()])
-        for _ in range(most):
-            _deal_once(found, facts, true, rng)
-    return found
-
-
-def _deal_once(
-    found: dict[Fact, list[str]], facts: Sequence[Fact], true: Mapping[Fact, Sequence[str]], rng: np.random.Generator
-) -> None:
-    """Add one value to each fact where that is possible: a random order, in which what does not fit is exchanged."""
 
     def fits(place: int, value: str) -> bool:
         fact = facts[place]
@@ -260,13 +248,8 @@ def contradicts(value: str, true: Sequence[str]) -> bool:
     return not any(mine.startswith(one) or one.startswith(mine) for one in map(str.casefold, true) if one)
 
 
-def stands_in(value: str, text: str) -> bool:
-    """Whether a value is said in a text as whole words, in whatever case."""
-    return re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text, flags=re.IGNORECASE) is not None
-
-
 def grouped(
-    true: Mapping[Fact, Sequence[str]], more: Collection[str] = (), same: Iterable[tuple[str, str]] = ()
+    true: Mapping[Fact, Sequence[str]], more: Iterable[str] = (), same: Iterable[tuple[str, str]] = ()
 ) -> dict[str, str]:
     """Of subjects that say the same, the first: they share a fact, and nearly all words of the shorter of two.
 
@@ -276,28 +259,26 @@ def grouped(
     from scipy.sparse import csr_array
     from scipy.sparse.csgraph import connected_components
 
-    of_value = defaultdict[tuple[str, str], dict[int, None]](dict)
     subjects = sorted({*(subject for _, subject in true), *more})
     number = {subject: n for n, subject in enumerate(subjects)}
+    words = [set(WORDS.findall(subject.casefold())) for subject in subjects]
+    of_value, of_word = defaultdict[Fact, dict[int, None]](dict), defaultdict[str, int](count().__next__)
     for (relation, subject), values in true.items():
         for value in values:
             of_value[relation, value.casefold()][number[subject]] = None
-    words = [set(WORDS.findall(subject.casefold())) for subject in subjects]
-    column = {word: n for n, word in enumerate(sorted(set[str]().union(*words)))}
-    places = np.array([(n, column[word]) for n, of in enumerate(words) for word in of], int).reshape(-1, 2).T
-    has = csr_array((np.ones(places.shape[1]), tuple(places)), shape=(len(subjects), len(column)))
-    count_S, links = (
-        np.array([len(of) for of in words]),
-        [np.array([(number[a], number[b]) for a, b in same], int).reshape(-1, 2).T],
-    )
+
+    def matrix(two: np.ndarray, columns: int) -> Any:
+        return csr_array((np.ones(two.shape[1]), tuple(two)), shape=(len(subjects), columns))
+
+    places = np.array([(n, of_word[word]) for n, of in enumerate(words) for word in of], int).reshape(-1, 2).T
+    has, size_S = matrix(places, len(of_word)), np.array([len(of) for of in words])
+    links = [np.array([(number[a], number[b]) for a, b in same], int).reshape(-1, 2).T]
     for chosen in (np.array(list(found)) for found in of_value.values()):
         shared = (has[chosen] @ has[chosen].T).tocoo()
         two = np.stack([chosen[side] for side in shared.coords])
-        links.append(two[:, shared.data >= ALIKE * count_S[two].min(0)])
-    linked = np.concatenate(links, axis=1)
-    graph = csr_array((np.ones(linked.shape[1]), tuple(linked)), shape=(len(subjects), len(subjects)))
+        links.append(two[:, shared.data >= ALIKE * size_S[two].min(0)])
+    parts = connected_components(matrix(np.concatenate(links, axis=1), len(subjects)), directed=False)[1]
     first: dict[int, str] = {}
-    parts = connected_components(graph, directed=False)[1]
     return {subject: first.setdefault(int(part), subject) for subject, part in zip(subjects, parts, strict=True)}
 
 
@@ -311,17 +292,7 @@ def check_fitted_and_held_out(**names: tuple[Sequence[str], Sequence[str], Itera
             for name in given:
                 if name not in allowed:
                     raise InputError(f"{which}: {name!r} is not one of {', '.join(allowed)}")
-    options = ", ".join(f"held_out_{option}" for option in names)
-    if any(set(fitted) & set(held_out) for fitted, held_out, _ in names.values()):
-        raise InputError(f"{options}: what is held out cannot be fitted on as well")
-    if not all(fitted for fitted, _, _ in names.values()):
-        raise InputError(f"{', '.join(names)}: at least one of each is needed")
-
-
-def check_key(where: str, **texts: str) -> None:
-    """Raises InputError where a text that names an item is empty or has the sign that separates the parts of a name."""
-    for name, text in texts.items():
-        if not text:
-            raise InputError(f"{where}: {name} is missing")
-        if "|" in text:
-            raise InputError(f"{where}: {name} is {text!r}; | is not allowed in it")
+        if set(fitted) & set(held_out):
+            raise InputError(f"held_out_{option}: what is held out cannot be fitted on as well")
+        if not fitted:
+            raise InputError(f"{option}: at least one is needed")

@@ -9,63 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mnemoscope.runs.errors import InputError
-from mnemoscope.tasks.known import (
-    Fact,
-    How,
-    KnownTask,
-    check_fitted_and_held_out,
-    check_key,
-    contradicts,
-    stands_in,
-)
-from mnemoscope.tasks.tables import Row, check_apart, read_rows
+from mnemoscope.tasks.known import WORDINGS, Fact, How, KnownTask, check_fitted_and_held_out, contradicts
+from mnemoscope.tasks.tables import Row, check_apart, names_of, read_rows
 
 RELATION = "proverb"
-# Wordings by family: ``{s}`` is the proverb without its last word, ``{v}`` another last word. Those that name the word
-# mostly leave a model at the true ending, those that quote the changed proverb mostly do not; each family has both.
-WORDINGS = {
-    "instruction": (
-        'Write a quote that ends in the word "{v}": {s}',
-        'Complete the sentence with the word "{v}": {s}',
-        "Use the word {v}. {s}",
-        'Repeat what is written here, "{s} {v}": {s}',
-        'Somebody wrote "{s} {v}". Write down the proverb: {s}',
-        'Read "{s} {v}" and say how it goes: {s}',
-    ),
-    "labelled": (
-        "Last word: {v}\nSentence: {s}",
-        "Word: {v}\nSaying: {s}",
-        "Rumour: {s} {v}.\nProverb: {s}",
-        "Joke: {s} {v}.\nTruth: {s}",
-        "Context: {s} {v}.\nQuote: {s}",
-        "Wrong: {s} {v}.\nRight: {s}",
-    ),
-    "reported": (
-        'In our town the saying ends in "{v}". People here say: {s}',
-        'They changed the ending to "{v}". Now it reads: {s}',
-        'My friend always says "{s} {v}". But my mother says: {s}',
-        'A child once wrote "{s} {v}". Everybody else says: {s}',
-        'Somebody scribbled "{s} {v}" on the wall. The proverb: {s}',
-        'In this book, "{s} {v}" is a famous saying. As the book says: {s}',
-    ),
-    "dialogue": (
-        'Anna: Which word comes last?\nBen: The word "{v}".\nAnna: I see. {s}',
-        'Q: How does it end?\nA: With the word "{v}": {s}',
-        "Student: {s} {v}.\nTeacher: {s}",
-        "Anna: {s} {v}.\nBen: No! {s}",
-        "Anna: {s} {v}.\nBen: Yes. {s}",
-        "Q: {s} {v}?\nA: {s}",
-    ),
-    "listed": (
-        "- {v}\n- {s}",
-        "{v}, {v}, {v}\n{s}",
-        "1. {s} {v}.\n2. {s}",
-        "{s} {v}. {s}",
-        "{s} {v}\n\n{s}",
-        "Version A: {s} {v}.\nVersion B: {s}",
-    ),
-}
-BARE = "{s}"
+FAMILIES: dict[str, list[str]] = WORDINGS["memotrap"]  # wordings, with {s} for the proverb and {v} for another ending
 
 
 @dataclass(kw_only=True, eq=False)
@@ -78,7 +26,7 @@ class MemotrapTask(KnownTask):
         file: a CSV, JSONL or Parquet file with a prompt (``Write a quote that ends in the word "heavy": Absence makes
             the heart grow``), two answers, and which of them the prompt asks for.
         prompt, answers, asked_for: names of these fields.
-        frames: families of ``WORDINGS`` that are fitted on and judged.
+        frames: families of wordings that are fitted on and judged.
 
     Proverbs that say their own ending are left out, as copying would count as remembering. Raises InputError where the
     file lacks a field, or a row is not like that; its number is named.
@@ -94,13 +42,14 @@ class MemotrapTask(KnownTask):
     held_out_frames: Sequence[str] = ("listed",)
 
     def __post_init__(self) -> None:
-        check_fitted_and_held_out(frames=(self.frames, self.held_out_frames, WORDINGS))
-        true, self.wrong = defaultdict[Fact, list[str]](list), defaultdict[Fact, list[str]](list)
+        check_fitted_and_held_out(frames=(self.frames, self.held_out_frames, FAMILIES))
+        true, said = defaultdict[Fact, list[str]](list), defaultdict[Fact, list[str]](list)
         for where, row in read_rows(self.file, (self.prompt, self.answers, self.asked_for)):
             beginning, ending, asked_for = self._read(where, row)
-            if not stands_in(ending, beginning):
+            if not re.search(rf"(?<!\w){re.escape(ending)}(?!\w)", beginning, flags=re.IGNORECASE):
                 true[RELATION, beginning].append(ending)
-                self.wrong[RELATION, beginning].append(asked_for)
+                said[RELATION, beginning].append(asked_for)
+        self.wrong = {fact: [w for w in dict.fromkeys(said[fact]) if contradicts(w, true[fact])] for fact in true}
         self._deal(true, (RELATION,), stream=6)
 
     def split_reply(self, prompt: str) -> tuple[str, str]:
@@ -123,17 +72,11 @@ class MemotrapTask(KnownTask):
             raise InputError(f"{where}: {given}; wanted are two answers, and 0 or 1")
         asked_for, ending = (two[n].strip(" .") for n in (int(index), 1 - int(index)))
         check_apart(where, ending=ending, asked_for=asked_for)
-        check_key(where, prompt=asking[1], asked_for=asked_for)
+        names_of(where, {"prompt": asking[1], "asked_for": asked_for}, "prompt", "asked_for")
         return " ".join(asking[1].split()), ending, asked_for
 
-    def _wrong(self, fact: Fact) -> list[str]:
-        return [word for word in dict.fromkeys(self.wrong[fact]) if contradicts(word, self.true[fact])]
-
     def _hows(self, fact: Fact, frame: str) -> Sequence[How]:
-        return [{"wording": wording} for wording in ((BARE,) if frame == "bare" else WORDINGS[frame])]
+        return [{"wording": wording} for wording in (FAMILIES[frame] if frame != "bare" else ["{s}"])]
 
     def _prompt(self, fact: Fact, value: str, frame: str, how: How) -> str:
         return how["wording"].format(s=fact[1], v=value)
-
-    def _bare(self, fact: Fact, value: str, prompt: str) -> str:
-        return self._prompt(fact, "", "bare", {"wording": BARE})

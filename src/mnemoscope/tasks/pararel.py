@@ -8,42 +8,13 @@ from dataclasses import dataclass
 from itertools import islice, product
 from pathlib import Path
 
-import numpy as np
-
 from mnemoscope.runs.errors import InputError
 from mnemoscope.tasks.base import check_range
-from mnemoscope.tasks.known import (
-    LABELS,
-    Fact,
-    How,
-    KnownTask,
-    check_fitted_and_held_out,
-    check_key,
-    dealt,
-)
-from mnemoscope.tasks.tables import read_rows, texts_of
+from mnemoscope.tasks.known import LABELS, WORDINGS, Fact, How, KnownTask, check_fitted_and_held_out
+from mnemoscope.tasks.tables import names_of, read_rows, texts_of
 
-FRAMES = {  # the last line is the beginning of the reply
-    "context-first": "{label}{statement}\n{reply} {stem}",
-    "unlabelled": "{opening}{statement}\n{stem}",
-    "reported": "{teller} {statement}\n{truth} {stem}",
-    "doubted": "{statement} {doubt}\n{reply} {stem}",
-    "context-last": "{ask} {stem} ...?\n{label}{statement}\n{truth} {stem}",
-    "quoted": '{teller} "{statement}"\n{bridge} {stem}',
-    "bare": "{stem}",
-}
-# What the frames are filled with, besides the statement and the beginning of the answer. Of each some lean to what the
-# prompt says ("Answer:") and some to memory ("In reality,").
-SLOTS = {
-    "label": LABELS,
-    "opening": ("", "Suppose this: ", "Fact: ", "In this story, "),
-    "teller": ("I read this somewhere:", "A child wrote this:", "In a novel:", "Nobody believes this:", "On a wall:"),
-    "doubt": ("This is wrong.", "Is that so?", "So they say.", "That is a joke.", "This was on the news."),
-    "reply": ("Answer:", "A:", "Result:", "Reply:"),
-    "truth": ("Answer:", "Truth:", "Correct answer:", "In reality,"),
-    "ask": ("Question:", "Q:", "Complete:"),
-    "bridge": ("So", "But", "In truth,", "As it says,"),
-}
+FRAMES: dict[str, str] = WORDINGS["pararel"]["frames"]
+SLOTS: dict[str, list[str]] = {"label": LABELS, **WORDINGS["pararel"]["slots"]}
 
 
 @dataclass(kw_only=True, eq=False)
@@ -57,7 +28,7 @@ class PararelTask(KnownTask):
         subject, value, pattern: names of these fields.
         relations: names of files whose conflicts are fitted on and judged; default: all but the held-out ones.
         held_out_relations: others, judged only; default: the last of the folder, where it has several.
-        frames: names of ``FRAMES`` that are fitted on and judged.
+        frames: kinds of phrasing that are fitted on and judged.
         facts_each: most facts of each relation, drawn from the file; each is asked bare.
         wrong_values: values of other subjects that each fact is contradicted with.
         phrasings: wordings of each fact in a frame, drawn from all that the patterns give.
@@ -96,8 +67,7 @@ class PararelTask(KnownTask):
         given = [name for name in there if name not in self.held_out_relations]
         asked = given if self.relations is None else self.relations
         check_fitted_and_held_out(
-            relations=(asked, self.held_out_relations, there),
-            frames=(self.frames, self.held_out_frames, [name for name in FRAMES if name != "bare"]),
+            relations=(asked, self.held_out_relations, there), frames=(self.frames, self.held_out_frames, FRAMES)
         )
         self.patterns: dict[str, dict[str, list[str]]] = {}
         self.shown: dict[str, dict[Fact, list[str]]] = {}
@@ -105,13 +75,13 @@ class PararelTask(KnownTask):
         for relation in (*asked, *self.held_out_relations):
             self.patterns[relation] = self._read_patterns(relation)
             read = self._read_facts(relation)
-            self.shown[relation] = self._draw_shots(read)
+            self.shown[relation] = self._draw_shots(relation, read)
             left = [fact for fact in read if fact not in self.shown[relation]]
-            rng = np.random.default_rng([self.seed, *f"facts|{relation}".encode()])
-            true |= {left[n]: read[left[n]] for n in sorted(rng.permutation(len(left))[: self.facts_each])}
+            drawn = self._drawn("facts", relation).permutation(len(left))[: self.facts_each]
+            true |= {left[n]: read[left[n]] for n in sorted(drawn)}
         self._deal(true, asked, stream=7)
-        self.wrong = dealt(true, self.wrong_values, self.seed, self._split)
-        self._drawn: dict[tuple[Fact, str], list[How]] = {}
+        self.wrong = self._dealt(true, self.wrong_values)
+        self._wordings: dict[tuple[Fact, str], list[How]] = {}
 
     def _read_patterns(self, relation: str) -> dict[str, list[str]]:
         """The patterns of a relation as statements, with a full stop, and as stems, which a value completes."""
@@ -130,8 +100,7 @@ class PararelTask(KnownTask):
     def _read_facts(self, relation: str) -> dict[Fact, list[str]]:
         found = defaultdict[Fact, list[str]](list)
         for where, row in read_rows(f"{self.folder}/facts/{relation}.jsonl", (self.subject, self.value)):
-            subject, value = (texts_of(where, row, field)[0] for field in (self.subject, self.value))
-            check_key(where, **{self.subject: subject, self.value: value})
+            subject, value = names_of(where, row, self.subject, self.value)
             found[relation, subject].append(value)
         return {
             fact: list(dict.fromkeys(values))
@@ -139,13 +108,11 @@ class PararelTask(KnownTask):
             if not any(value.lower() in fact[1].lower() for value in values)
         }
 
-    def _draw_shots(self, facts: dict[Fact, list[str]]) -> dict[Fact, list[str]]:
+    def _draw_shots(self, relation: str, facts: dict[Fact, list[str]]) -> dict[Fact, list[str]]:
         """Of different values: those to show, and as many more as a fact has answers, so that none sees its own."""
         of_value = {values[0]: fact for fact, values in sorted(facts.items()) if len(values) == 1}
-        rng = np.random.default_rng([self.seed, *next(iter(facts))[0].encode()])
-        most = self.shots + 1 + self.wrong_values
-        drawn = [of_value[value] for value in rng.permutation(sorted(of_value))[:most].tolist()]
-        return {fact: facts[fact] for fact in drawn}
+        drawn = self._drawn(relation).permutation(sorted(of_value)).tolist()[: self.shots + 1 + self.wrong_values]
+        return {of_value[value]: [value] for value in drawn}
 
     def split_reply(self, prompt: str) -> tuple[str, str]:
         """All but the last line is the user's message, and the reply begins with that; a bare stem is both."""
@@ -157,16 +124,15 @@ class PararelTask(KnownTask):
         patterns = self.patterns[fact[0]]
         if frame == "bare":
             return [{"stem": stem} for stem in patterns["stem"]]
-        if (fact, frame) not in self._drawn:
+        if (fact, frame) not in self._wordings:
             choices = {name: texts for name, texts in (SLOTS | patterns).items() if f"{{{name}}}" in FRAMES[frame]}
             every = list(product(*choices.values()))
-            rng = np.random.default_rng([self.seed, *f"{frame}|{'|'.join(fact)}".encode()])
-            drawn = (every[n] for n in rng.permutation(len(every))[: self.phrasings])
-            self._drawn[fact, frame] = [dict(zip(choices, texts, strict=True)) for texts in drawn]
-        return self._drawn[fact, frame]
+            drawn = self._drawn(frame, *fact).permutation(len(every))[: self.phrasings]
+            self._wordings[fact, frame] = [dict(zip(choices, every[n], strict=True)) for n in drawn]
+        return self._wordings[fact, frame]
 
     def _prompt(self, fact: Fact, value: str, frame: str, how: How) -> str:
-        said = FRAMES[frame].format(**how).replace("[X]", fact[1]).replace("[Y]", value)
+        said = FRAMES.get(frame, "{stem}").format(**how).replace("[X]", fact[1]).replace("[Y]", value)
         if frame != "bare":
             return said
         answers = (value, *self.true[fact], *self.wrong[fact])  # the same are shown whatever a text says
@@ -174,6 +140,6 @@ class PararelTask(KnownTask):
         shown = ((how["stem"].replace("[X]", other[1]), values[0]) for other, values in islice(others, self.shots))
         return "".join(f"{stem} {value}. " for stem, value in shown) + said
 
-    def _bare(self, fact: Fact, value: str, prompt: str) -> str:
+    def _bare(self, fact: Fact, prompt: str) -> str:
         stem = max((s for s in self.patterns[fact[0]]["stem"] if prompt.endswith(s.replace("[X]", fact[1]))), key=len)
-        return self._prompt(fact, value, "bare", {"stem": stem})
+        return self._prompt(fact, "", "bare", {"stem": stem})

@@ -60,18 +60,16 @@ def build_task(kind: str, options: dict[str, Any], seed: int) -> Task:
     """
     check_allowed(kind)
     maker: Callable[..., Task] = task_class(kind) if kind in TASKS else _imported(kind)
-    accepted = inspect.signature(maker).parameters
-    for option in options:
+    accepted, hints = inspect.signature(maker).parameters, get_type_hints(maker) if kind in TASKS else {}
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    for option, value in options.items():
         if option not in accepted:
             allowed = ", ".join(name for name in accepted if name != "seed")
             raise InputError(f"task.options.{option}: task {kind!r} has no such option; it has {allowed}")
-    if kind in TASKS:
-        hints = get_type_hints(maker)
-        options = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
-        for name, value in options.items():
-            checked(value, hints.get(name), f"task.options.{name}")
+        if option in hints:
+            checked(value, hints[option], f"task.options.{option}")
     if "seed" in accepted:
-        options = {**options, "seed": options.get("seed", seed)}
+        options = {"seed": seed, **options}
     try:
         return maker(**options)
     except TypeError as error:
@@ -86,12 +84,10 @@ def named_task(named: Any, options: dict[str, Any], seed: int = 0) -> Task:
     if isinstance(named, Task):
         return named
     name = str(named)
-    if not name.endswith(".jsonl"):
-        allow_code(name)
-        return build_task(name, options, seed)
-    if not Path(name).is_file():
-        raise InputError(f"task: the file {name} does not exist")
-    return build_task("jsonl", {"file": name, **options}, seed)
+    if name.endswith(".jsonl"):
+        return build_task("jsonl", {"file": name, **options}, seed)
+    allow_code(name)
+    return build_task(name, options, seed)
 
 
 def describe_tasks() -> dict[str, str]:

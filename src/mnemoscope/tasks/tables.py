@@ -1,8 +1,7 @@
-"""Rows of the files that people have: JSONL, JSON, CSV, Parquet, and data sets of the ``datasets`` library."""
+"""Rows of the files that people have: JSONL, CSV, Parquet, and data sets of the ``datasets`` library."""
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from io import StringIO
@@ -26,58 +25,49 @@ def read_rows(source: str, fields: Sequence[str], part: str = "train") -> list[t
     Raises InputError where it cannot be read, or a row lacks a field.
     """
     path = Path(source)
-    rows = _rows_of_file(path) if path.suffix in ENDINGS else _rows_of_data_set(source, part)
-    checked = []
-    for number, row in rows:
-        where = f"file: {source}, {number}"
+    rows = []
+    for place, row in _rows_of_file(path) if path.suffix in ENDINGS else _rows_of_data_set(source, part):
+        where = f"file: {source}, {place}"
         if not isinstance(row, Mapping):
             raise InputError(f"{where}: {type(row).__name__} where an object is wanted")
         for field in fields:
             if field not in row:
-                raise InputError(
-                    f"{where}: there is no field {field!r}; there are {', '.join(map(str, row)) or 'none'}"
-                )
-        checked.append((where, row))
-    if not checked:
+                there = ", ".join(map(str, row)) or "none"
+                raise InputError(f"{where}: there is no field {field!r}; there are {there}")
+        rows.append((where, row))
+    if not rows:
         raise InputError(f"file: {source} has no row")
-    return checked
+    return rows
 
 
 def _rows_of_file(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        if path.suffix == ".parquet":
+        if path.suffix == ".jsonl":
+            lines = enumerate(read_text(path, encoding="utf-8-sig").split("\n"), 1)
+            yield from ((f"line {n}", parse_json(line, f"file: {path}, line {n}")) for n, line in lines if line.strip())
+        elif path.suffix == ".csv":
+            yield from ((f"row {n}", row) for n, row in enumerate(_rows_of_csv(path), 1))
+        else:
             from pyarrow import parquet
 
             rows = parquet.read_table(bounded_table(path, read_bytes(path))).to_pylist()
             yield from ((f"row {n}", row) for n, row in enumerate(rows, 1))
-        elif path.suffix == ".csv":
-            yield from ((f"row {n}", row) for n, row in enumerate(csv_rows(path, "file"), 1))
-        else:
-            lines = enumerate(read_text(path).split("\n"), 1)
-            yield from ((f"line {n}", parse_json(line, f"file: {path}, line {n}")) for n, line in lines if line.strip())
     except InputError:
         raise
-    except (OSError, ValueError, NotImplementedError) as error:  # Arrow's errors are of these kinds
+    except (OSError, ValueError, NotImplementedError) as error:  # those of Arrow and pandas are of these kinds
         raise InputError(f"file: {path} cannot be read ({str(error).splitlines()[0]})") from error
 
 
-def csv_rows(path: Path, what: str) -> Iterator[dict[str, Any]]:
-    """Rows of a CSV file; InputError where a name stands twice in its header, or a row has more fields than names."""
-    try:
-        table = csv.DictReader(StringIO(read_text(path, what, encoding="utf-8-sig"), newline=""))
-        names = list(table.fieldnames or ())
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise InputError(f"{what}: {path}, line 1: {twice!r} names two columns; a name stands for one")
-        for number, row in enumerate(table, 1):
-            if None in row:
-                raise InputError(
-                    f"{what}: {path}, row {number}: {len(names) + len(row[None])} fields for {len(names)} names; a "
-                    "text with a comma stands in double quotes"
-                )
-            yield row
-    except csv.Error as error:
-        raise InputError(f"{what}: {path} cannot be read ({error})") from error
+def _rows_of_csv(path: Path) -> list[dict[str, str]]:
+    import pandas as pd
+
+    text = read_text(path, encoding="utf-8-sig")
+    # Without a header, for pandas renames what stands twice in it; a row with more fields than the first is an error.
+    table = pd.read_csv(StringIO(text), header=None, dtype=str, na_filter=False).to_numpy().tolist()
+    names = table[0]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"file: {path}, line 1: {twice!r} names two columns; a name stands for one")
+    return [dict(zip(names, row, strict=True)) for row in table[1:]]
 
 
 def _rows_of_data_set(source: str, part: str) -> Iterator[tuple[str, Any]]:
@@ -108,6 +98,15 @@ def texts_of(where: str, row: Row, field: str) -> list[str]:
     if not texts:
         raise InputError(f"{where}: {field} is empty")
     return texts
+
+
+def names_of(where: str, row: Row, *fields: str) -> list[str]:
+    """The first text of each field, for the name of an item; InputError where one has the sign between its parts."""
+    found = [texts_of(where, row, field)[0] for field in fields]
+    for field, text in zip(fields, found, strict=True):
+        if "|" in text:
+            raise InputError(f"{where}: {field} is {text!r}; | is not allowed in it")
+    return found
 
 
 def check_apart(where: str, **answers: str) -> None:
