@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 
-from mnemoscope.paper.stored import AdditionDigitsTask, Pair
+from mnemoscope.paper.stored import AdditionDigitsTask, Item
 from mnemoscope.tasks import Example, Task
 
 
@@ -22,7 +22,7 @@ class HoldingOut(AdditionDigitsTask):
     def knowing(self, items: set[str]) -> HoldingOut:
         return self._of([(a, b) for a, b in self.answers if f"{a}+{b}" in items and a % 2])
 
-    def _of(self, pairs: list[Pair]) -> HoldingOut:
+    def _of(self, pairs: list[Item]) -> HoldingOut:
         other = copy.copy(self)
         other.items = pairs
         return other

@@ -37,7 +37,7 @@ from test_cli import call
 
 TASK_OPTIONS = {**MINI_TASKS, "cipher": {"letters": 10, "length": 2, "stored": 8}}
 QUICK = TrainingConfig(
-    steps=30, batch_size=16, evaluate_every=10, evaluation_examples=8, learning_rate=0.01, warmup_steps=5
+    steps=9, batch_size=8, evaluate_every=3, evaluation_examples=8, learning_rate=0.01, warmup_steps=2
 )
 LORA = LoraConfig(rank=8)
 END = "<|endoftext|>"
@@ -74,19 +74,25 @@ def digits() -> Task:
     return made("addition-digits")
 
 
-@pytest.fixture(scope="module", params=["gpt2", "llama"])
-def folder(request: pytest.FixtureRequest, digits: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of a user's: random weights, and a tokenizer that knows nothing of our tasks' vocabularies."""
-    path = tmp_path_factory.mktemp(request.param)
-    tokenizer = bpe(texts_of(digits))
-    new(request.param, tokenizer).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+@pytest.fixture(scope="module")
+def folders(digits: Task, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Models of a user's: random weights, and a tokenizer that knows nothing of our tasks' vocabularies."""
+    paths, tokenizer = {}, bpe(texts_of(digits))
+    for family in ("gpt2", "llama"):
+        paths[family] = tmp_path_factory.mktemp(family)
+        new(family, tokenizer).save_pretrained(paths[family])
+        tokenizer.save_pretrained(paths[family])
+    return paths
 
 
-def opened(folder: Path, task: Task, lora: LoraConfig | None = LORA) -> Asking:
+@pytest.fixture
+def folder(folders: dict[str, Path]) -> Path:
+    return folders["llama"]
+
+
+def opened(folder: Path, task: Task, lora: LoraConfig = LORA) -> Asking:
     model, tokenizer = load_model(folder)
-    return Asking(adapt(model, lora, 0) if lora else model, tokenizer, task.boundary)
+    return Asking(adapt(model, lora, 0), tokenizer, task.boundary)
 
 
 def rng() -> np.random.Generator:
@@ -99,7 +105,11 @@ def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {name.removeprefix("base_model.model.").replace(".base_layer", ""): w for name, w in named.items()}
 
 
-def test_training_lowers_the_loss_and_changes_only_the_adapter(folder: Path, digits: Task, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_training_lowers_the_loss_and_changes_only_the_adapter(
+    family: str, folders: dict[str, Path], digits: Task, tmp_path: Path
+) -> None:
+    folder = folders[family]
     asking, before = opened(folder, digits), weights(load_model(folder)[0])
     ids = torch.tensor([asking.tokenizer("12+34=56+78=90").input_ids])
     with torch.no_grad():
@@ -126,19 +136,17 @@ def test_training_lowers_the_loss_and_changes_only_the_adapter(folder: Path, dig
     assert not torch.allclose(adapted, plain, atol=1e-3)
 
 
-def taught(folder: Path, task: Task, out: Path, dropout: float = 0.3, die_at: int | None = None) -> dict[str, bytes]:
+def taught(folder: Path, task: Task, out: Path, die_at: int | None = None) -> dict[str, bytes]:
     """The files of an adapter; the training dies at a step, and the process with it, as far as it is concerned."""
 
     def progress(step: int, measured: object) -> None:
         if step == die_at:
             raise KeyboardInterrupt
 
-    asking = opened(folder, task, LoraConfig(rank=2, dropout=dropout))
+    asking = opened(folder, task, LoraConfig(rank=2, dropout=0.3))
     trained = teach(asking, task, QUICK, np.random.default_rng(0), out, progress)
-    assert [row["step"] for row in trained.curve] == [0, 10, 20, 30]
-    kept = [m.p for name, m in asking.model.named_modules() if name.endswith("lora_dropout.default")]
-    assert kept
-    assert set(kept) == {dropout}
+    assert [row["step"] for row in trained.curve] == [0, 3, 6, 9]
+    assert {m.p for name, m in asking.model.named_modules() if name.endswith("lora_dropout.default")} == {0.3}
     assert not asking.model.training
     asking.model.save_pretrained(out / "saved", save_embedding_layers=False)
     return {path.name: path.read_bytes() for path in (out / "saved").iterdir()}
@@ -148,17 +156,27 @@ def test_a_killed_training_of_an_adapter_goes_on_to_the_same_bytes(folder: Path,
     whole = taught(folder, digits, tmp_path / "whole")
     assert "adapter_model.safetensors" in whole
     with pytest.raises(KeyboardInterrupt):
-        taught(folder, digits, tmp_path / "killed", die_at=14)
-    assert (tmp_path / "killed" / "checkpoint-10").is_dir()
-    half = tmp_path / "killed" / "checkpoint-20"
+        taught(folder, digits, tmp_path / "killed", die_at=5)
+    assert (tmp_path / "killed" / "checkpoint-3").is_dir()
+    half = tmp_path / "killed" / "checkpoint-6"
     half.mkdir()
-    (half / "adapter_model.safetensors").write_bytes(b"half")
+    (half / "trainer_state.json").write_text('{"global')
     assert taught(folder, digits, tmp_path / "killed") == whole
-    took = [float((tmp_path / name / "seconds").read_text()) for name in ("whole", "killed")]
-    assert taught(folder, digits, tmp_path / "killed", die_at=31) == whole  # it has ended: nothing is trained again
-    assert [float((tmp_path / name / "seconds").read_text()) for name in ("whole", "killed")] == took
+    took = [(tmp_path / name / "seconds").read_text() for name in ("whole", "killed")]
+    assert taught(folder, digits, tmp_path / "killed", die_at=10) == whole  # it has ended: nothing is trained again
+    assert [(tmp_path / name / "seconds").read_text() for name in ("whole", "killed")] == took
     tables = [pd.read_parquet(tmp_path / name / "emergence.parquet") for name in ("whole", "killed")]
     pd.testing.assert_frame_equal(*tables, check_exact=True)
+
+
+def test_a_checkpoint_whose_state_is_half_written_is_none(tmp_path: Path) -> None:
+    for step, state in ((5, '{"global_step": 5}'), (10, '{"global')):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert last_checkpoint(tmp_path) is None  # without a table it is of something else
+    Curve([{"step": 0, "conflict_memorized": 0.0}]).save(tmp_path)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
+    assert not (tmp_path / "checkpoint-10").exists()
 
 
 def test_it_is_the_library_that_trains(folder: Path, digits: Task, tmp_path: Path) -> None:
@@ -190,10 +208,10 @@ def test_it_is_the_library_that_trains(folder: Path, digits: Task, tmp_path: Pat
 def test_a_batch_is_read_in_parts_where_logits_are_many(
     folder: Path, digits: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    config = QUICK.model_copy(update={"batch_size": 16})
     asking = opened(folder, digits)
-    data = teaching._Instances(asking, digits, QUICK, 0)
-    longest = next(batches(asking, digits, QUICK, np.random.default_rng(0)))[0].shape[1]
-    row = longest * len(asking.tokenizer)
+    data = teaching._Instances(asking, digits, config, 0)
+    row = next(batches(asking, digits, config, np.random.default_rng(0)))[0].shape[1] * len(asking.tokenizer)
     for rows, parts in ((16, 1), (15, 2), (8, 2), (7, 4), (1, 16), (0, 16)):
         monkeypatch.setattr(teaching, "MOST_LOGITS", rows * row)
         assert data.parts() == parts
@@ -206,7 +224,7 @@ def test_texts_of_a_task_are_learned_and_closed_in_the_tokens_of_a_bpe(name: str
     asking = Asking(new("llama", tokenizer), tokenizer, task.boundary)
     ids_BT, weights_BT = next(batches(asking, task, QUICK.model_copy(update={"prompt_weight": 0}), rng()))
     closing = set(asking.boundary_ids())
-    for ids, weights_T, instance in zip(ids_BT, weights_BT, islice(task.training(rng()), 16), strict=True):
+    for ids, weights_T, instance in zip(ids_BT, weights_BT, islice(task.training(rng()), 8), strict=True):
         prompt, answer = answer_of(instance)
         end = int(torch.nonzero(weights_T).max())
         assert tokenizer.decode(ids[:end]) == prompt + answer
@@ -223,54 +241,39 @@ def test_texts_of_a_task_are_learned_and_closed_in_the_tokens_of_a_bpe(name: str
                 whole = tokenizer(example.prompt + option + (after or END)).input_ids
                 assert whole[: len(told)] == told
                 assert whole[len(told)] in closing
-    assert any(len(token) > 1 and token.isdigit() for token in tokenizer.get_vocab()) or name != "addition-digits"
 
 
-def test_a_tokenizer_that_merges_across_the_seam_is_refused_with_the_example(tmp_path: Path) -> None:
-    task = made("addition")
-    tokenizer = bpe(texts_of(task), split=False)
-    asking = Asking(new("llama", tokenizer), tokenizer, task.boundary)
-    refused = r"merges the answer '<mem-.*>' with the end of the prompt '\d\d\+\d\d='"
-    with pytest.raises(InputError, match=refused):
-        teach(asking, task, QUICK, np.random.default_rng(0), tmp_path)
-    with pytest.raises(InputError, match=refused):
-        next(batches(asking, task, QUICK, np.random.default_rng(0)))
+def test_what_cannot_be_taught_is_refused(folder: Path, digits: Task, tmp_path: Path) -> None:
+    """A tokenizer that merges across the seam, with the example; a task without a kind that the rule needs."""
+    sums, lacking = made("addition"), made("addition-digits")
+    tokenizer = bpe(texts_of(sums), split=False)
+    lacking.examples = lambda rng, n, kind: [] if kind == "novel" else digits.examples(rng, n, kind)  # type: ignore[method-assign]
+    for asking, task, refused in (
+        (
+            Asking(new("llama", tokenizer), tokenizer, sums.boundary),
+            sums,
+            r"merges the answer '<mem-.*>' with the end of the prompt '\d\d\+\d\d='",
+        ),
+        (opened(folder, lacking), lacking, r"^task: addition-digits has no novel example in the tune split"),
+    ):
+        with pytest.raises(InputError, match=refused):
+            teach(asking, task, QUICK, np.random.default_rng(0), tmp_path)
+        assert not list(tmp_path.iterdir())
 
 
-def test_a_task_without_a_kind_that_the_rule_needs_is_refused(folder: Path, tmp_path: Path) -> None:
-    task = made("addition-digits")
-    everything = task.examples
-    task.examples = lambda rng, n, kind: [] if kind == "novel" else everything(rng, n, kind)  # type: ignore[method-assign]
-    with pytest.raises(InputError, match=r"^task: addition-digits has no novel example in the tune split"):
-        teach(opened(folder, task), task, QUICK, np.random.default_rng(0), tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-CELL = {"task": "addition-digits", "options": MINI_TASKS["addition-digits"]}
-
-
-def study(model: dict[str, object], **cell: object) -> dict[str, object]:
-    return {"study": "adapted", "cells": {"mine": {**CELL, **cell, "model": model}}}
-
-
-def test_a_training_that_diverges_ends_and_says_so(
-    mini: Callable[[str], Asking], shared_folder: Path, tmp_path: Path
-) -> None:
-    mini("addition-digits")
-    known = shared_folder / "mini-addition-digits"
-    task = build_task("addition-digits", MINI_TASKS["addition-digits"] | {"seed": 0}, 0)
-    asking, config = opened(known, task), QUICK.model_copy(update={"prompt_weight": 0.0})
+def test_a_training_that_diverges_ends_and_says_so(folder: Path, digits: Task, tmp_path: Path) -> None:
+    asking, config = opened(folder, digits), QUICK.model_copy(update={"prompt_weight": 0.0})
 
     def progress(step: int, measured: object) -> None:
-        if step == 10:
+        if step == 3:
             for name, values in asking.model.named_parameters():
                 if "lora_" in name:
                     values.data *= 1000
 
-    trained = teach(asking, task, config, np.random.default_rng(0), tmp_path, progress)
-    assert trained.steps == trained.curve[-1]["step"] == 20
-    assert re.fullmatch(r"loss \d+\.\d{3} \(it was \d\.\d{3}\)", trained.unmet[-1])
-    again = teach(opened(known, task), task, config, np.random.default_rng(0), tmp_path)
+    trained = teach(asking, digits, config, np.random.default_rng(0), tmp_path, progress)
+    assert trained.steps == trained.curve[-1]["step"] == 6
+    assert re.fullmatch(r"loss \d+\.\d{3} \(it was \d+\.\d{3}\)", trained.unmet[-1])
+    again = teach(opened(folder, digits), digits, config, np.random.default_rng(0), tmp_path)
     assert (again.steps, again.unmet) == (trained.steps, trained.unmet), "it had ended"
 
 
@@ -290,13 +293,17 @@ def test_when_a_training_has_diverged(losses: list[float], is_so: bool) -> None:
 
 def test_what_cannot_be_adapted_is_refused(folder: Path, digits: Task, tmp_path: Path) -> None:
     model, _ = load_model(folder)
-    tied = [("lm_head",)] if model.config.tie_word_embeddings else []
-    for targets in (("query",), ("all-linear", "query"), ("wte",), ("embed_tokens",), *tied):
+    for targets in (("query",), ("all-linear", "query"), ("embed_tokens",)):
         with pytest.raises(InputError, match=r"target_modules: '[\w-]+' is no linear layer of its own in .*allowed"):
             adapt(model, LoraConfig(target_modules=targets), 0)
     opened(folder, digits).model.save_pretrained(tmp_path, save_embedding_layers=False)
     with pytest.raises(InputError, match=r"model\.folder: it holds an adapter already"):
         adapt(load_model(tmp_path)[0], LORA, 0)
+
+
+def study(model: dict[str, object], **cell: object) -> dict[str, object]:
+    given = {"task": "addition-digits", "options": MINI_TASKS["addition-digits"], **cell, "model": model}
+    return {"study": "adapted", "cells": {"mine": given}}
 
 
 def test_what_cannot_be_trained_is_one_line(digits: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,33 +329,21 @@ def test_what_cannot_be_trained_is_one_line(digits: Task, tmp_path: Path, monkey
 
 @pytest.fixture(scope="module")
 def adapted_run(mini: Callable[[str], Asking], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run in which a model that can add is taught other stored pairs than those it knows."""
-    place = tmp_path_factory.mktemp("adapted")
-    base = mini("addition-digits")
+    """A finished run in which a model that shows both behaviours is taught for a few steps more."""
+    place, base = tmp_path_factory.mktemp("adapted"), mini("addition-digits")
     base.model.save_pretrained(place / "base")
     base.tokenizer.save_pretrained(place / "base")
+    anything = {"novel_accuracy": 0.0, "recall": 0.0, "conflict_each": 0.0, "conflict_other": 1.0}
     raw = study(
         {"folder": str(place / "base"), "lora": {}},
-        options={**MINI_TASKS["addition-digits"], "seed": 1},
-        training={
-            "steps": 600,
-            "attempts": 5,
-            "evaluate_every": 25,
-            "evaluation_examples": 60,
-            "learning_rate": 0.005,
-            "warmup_steps": 10,
-            "stop": {"novel_accuracy": 0.4, "recall": 0.8, "conflict_each": 0.1, "conflict_other": 0.5},
-        },
-        pairs={"behaviour_examples": 60, "fit_examples": 150, "tune_examples": 60, "test_examples": 60}
+        options={**MINI_TASKS["addition-digits"], "seed": 0},
+        training={"steps": 6, "evaluate_every": 3, "evaluation_examples": 20, "learning_rate": 1e-4, "warmup_steps": 0}
+        | {"stop": anything},
+        pairs={"behaviour_examples": 60, "fit_examples": 300, "tune_examples": 150, "test_examples": 150}
         | {"permutations": 99},
         probes={"offsets": [0], "learning_draws": 1, "halvings": 2},
-        steering={
-            "methods": ["nmd"],
-            "grids": {"block": {"tops": [0.5], "strengths": [0.3]}},
-            "draws": 2,
-            "tune_pairs": 20,
-        }
-        | {"tune_others": 20, "fit_pairs": 40, "fit_others": 20},
+        steering={"methods": ["nmd"], "grids": {"block": {"tops": [0.5], "strengths": [0.3]}}, "draws": 2}
+        | {"tune_pairs": 20, "tune_others": 20, "fit_pairs": 40, "fit_others": 20},
         effects={"pairs": 20, "doses": [0, 1], "ablated": [0.1], "draws": 1},
     )
     (place / "study.yaml").write_text(yaml.safe_dump(raw))
@@ -364,9 +359,9 @@ def test_a_study_trains_an_adapter_and_goes_on_with_the_merged_model(adapted_run
     facts = json.loads((cell / "cell.json").read_text())
     assert (facts["trained"], facts["layers"], facts["width"], facts["shared_initialization"]) == (True, 2, 64, True)
     curve = pd.read_parquet(cell / "records" / "training.parquet")
-    assert curve.recall.iloc[0] < 0.5 < 0.8 <= curve[curve.kept].recall.item()  # these pairs are new to the model
+    assert (curve.step.to_list(), curve.kept.to_list()) == ([0, 3], [False, True])
     task = json.loads((run / "results.json").read_text())["tasks"]["mine"]
-    assert task["training"]["steps"] == [curve.step.iloc[-1]]
+    assert task["training"]["steps"] == [3]
     assert task["pairs"]["pairs"] > 0
     assert "peft" in json.loads((run / "manifest.json").read_text())["versions"]
     model, tokenizer = load_model(cell / "model")
@@ -380,17 +375,6 @@ def test_a_study_trains_an_adapter_and_goes_on_with_the_merged_model(adapted_run
     marked = json.loads((cell / "stages" / "train.json").read_text())["files"]
     assert {"model/model.safetensors", "adapter/adapter_model.safetensors"} <= set(marked)
     assert not list(run.rglob("*.tmp*"))
-
-
-def test_a_checkpoint_whose_state_is_half_written_is_none(tmp_path: Path) -> None:
-    for step, state in ((5, '{"global_step": 5}'), (10, '{"global')):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    Curve([{"step": 0, "conflict_memorized": 0.0}]).save(tmp_path)
-    begun = last_checkpoint(tmp_path)
-    assert begun is not None
-    assert begun.step == 5
-    assert not (tmp_path / "checkpoint-10").exists()
 
 
 @pytest.mark.faults

@@ -1,11 +1,12 @@
-"""Readers of public data: what is known, what contradicts it, what is held out, and what is refused."""
+"""Tasks on what a model knows: what is known, what contradicts it, what is held out, and what is refused."""
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -17,8 +18,9 @@ import pytest
 
 from mnemoscope.runs.errors import InputError
 from mnemoscope.tasks import KINDS, Example, Kind, Task, build_task, draw
-from mnemoscope.tasks.known import KnownTask, grouped
-from mnemoscope.tasks.memotrap import WORDINGS
+from mnemoscope.tasks.facts import FactsTask
+from mnemoscope.tasks.known import KnownTask, dealt, grouped
+from mnemoscope.tasks.memotrap import FAMILIES
 from public_data import data_folder
 
 PROVERBS = {  # beginning: true ending, the word that is asked for
@@ -47,17 +49,20 @@ ROWS = [
     for n in range(8)
 ]
 FIELDS = {"question": "q", "context": "text", "context_answer": "said", "memory_answer": "true"}
+SAID = 'Write a quote that ends in the word "{}": {}'
+
+
+def proverb(beginning: str, true: str, wrong: str, place: int = 0) -> dict[str, object]:
+    answers = [f" {one}." for one in ((wrong, true), (true, wrong))[place]]
+    return {"prompt": SAID.format(wrong, beginning), "classes": str(answers), "answer_index": place}
+
+
+def facts(folder: Path, **options: Any) -> KnownTask:
+    return build_task("facts", {"held_out_relations": ["language"]} | options, 0)  # type: ignore[return-value]
 
 
 def memotrap(folder: Path, rows: list[dict[str, object]] | None = None, **options: Any) -> KnownTask:
-    rows = rows or [
-        {
-            "prompt": f'Write a quote that ends in the word "{wrong}": {beginning}',
-            "classes": str([f" {one}." for one in ((true, wrong), (wrong, true))[n % 2]]),
-            "answer_index": (n + 1) % 2,
-        }
-        for n, (beginning, (true, wrong)) in enumerate(PROVERBS.items())
-    ]
+    rows = rows or [proverb(said, *two, n % 2) for n, (said, two) in enumerate(PROVERBS.items())]
     with (folder / "proverbs.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -90,63 +95,58 @@ def everything(task: Task, kind: Kind) -> list[Example]:
     return task.examples(np.random.default_rng(0), 10**6, kind)
 
 
-MAKERS: list[Callable[[Path], KnownTask]] = [memotrap, pararel, qa]
+Make = Callable[..., KnownTask]
+each_task = pytest.mark.parametrize("make", [facts, memotrap, pararel, qa])
 
 
-@pytest.mark.parametrize("make", MAKERS)
-def test_each_item_has_three_wordings_in_each_of_four_families(
-    make: Callable[[Path], KnownTask], tmp_path: Path
-) -> None:
-    task = make(tmp_path)
-    prompts = defaultdict[str, set[str]](set)
-    for example in everything(task, "conflict"):
+@each_task
+def test_conflicts_state_the_generalized_answer_and_never_the_memorized_one(make: Make, tmp_path: Path) -> None:
+    task, prompts = make(tmp_path), defaultdict[str, set[str]](set)
+    conflicts = everything(task, "conflict")
+    for example in conflicts:
         prompts[example.item].add(example.prompt)
-    assert min(map(len, prompts.values())) >= 3
+    assert min(map(len, prompts.values())) >= 3, "wordings of each item in each family"
     assert {item.split("|")[-1] for item in prompts} == set(task.frames)
-    assert len(task.frames) >= 4
-    assert not set(task.frames) & set(task.held_out_frames)
-
-
-@pytest.mark.parametrize("make", MAKERS)
-def test_conflicts_state_the_generalized_answer_and_never_the_memorized_one(
-    make: Callable[[Path], KnownTask], tmp_path: Path
-) -> None:
-    task = make(tmp_path)
-    for example in everything(task, "conflict"):
-        known, said = example.options
-        assert said.strip() in example.prompt
-        assert known.strip() not in example.prompt.replace(example.group, "")
-        assert said[0] == known[0] == " "
+    for example in conflicts[:500]:
+        known, said = (option.strip() for option in example.options)
+        assert said in example.prompt
+        assert known not in example.prompt.replace(example.group, "")
+        assert not said.startswith(known)
+        assert not known.startswith(said)
         bare = task.without_context(example)
         assert bare is not None
-        assert said.strip() not in bare.prompt.replace(example.group, "")
+        assert said not in bare.prompt.replace(example.group, "")
         assert bare.options == example.options
         assert example.prompt.endswith(bare.prompt.rpartition("\n")[2].split(". ")[-1])
         other = task.rephrase(example, np.random.default_rng(0))
         assert other.prompt != example.prompt
-        assert (other.item, other.family, other.options) == (example.item, example.family, example.options)
+        assert other.phrased(example.prompt, example.family) == example
+        assert task.prompted(example, "memorized").prompt.endswith(example.prompt)  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("make", MAKERS)
-def test_groups_are_in_one_split_and_what_is_held_out_shares_them(
-    make: Callable[[Path], KnownTask], tmp_path: Path
-) -> None:
-    task, split = make(tmp_path), {}
-    parts = [task, *task.held_out().values()]
-    assert len(parts) > 1
+@each_task
+def test_groups_are_in_one_split_and_what_is_held_out_shares_them(make: Make, tmp_path: Path) -> None:
+    task, split = make(tmp_path), dict[str, str]()
+    parts = {"": task, **task.held_out()}
+    assert set(parts) == {"", "frame", *(["relation"] if task.held_out_relations else [])}
     mine = {example.prompt for example in everything(task, "conflict")}
-    for part in parts:
+    for name, part in parts.items():
         for kind in KINDS:
             for example in everything(part, kind):
                 assert split.setdefault(example.group, example.split) == example.split
-        assert part is task or not mine & {example.prompt for example in everything(part, "conflict")}
+        conflicts = everything(part, "conflict")
+        assert conflicts
+        assert not name or not mine & {example.prompt for example in conflicts}
+        relations, frames = ({example.item.split("|")[place] for example in conflicts} for place in (0, -1))
+        assert relations == set(task.held_out_relations if name == "relation" else task.asked)
+        assert frames == set(task.held_out_frames if name == "frame" else task.frames)
     assert set(split.values()) == {"fit", "tune", "test"}
 
 
-@pytest.mark.parametrize("make", MAKERS)
-def test_only_known_items_are_asked(make: Callable[[Path], KnownTask], tmp_path: Path) -> None:
+@each_task
+def test_only_known_items_are_asked(make: Make, tmp_path: Path) -> None:
     task = make(tmp_path)
-    asked = task.facts_to_know()
+    asked, before = task.facts_to_know(), len(everything(task, "conflict"))
     assert len({example.item for example in asked}) == len(asked)
     chosen = {example.item for example in asked[::3]}
     known = task.knowing(chosen)
@@ -156,71 +156,119 @@ def test_only_known_items_are_asked(make: Callable[[Path], KnownTask], tmp_path:
         assert items
     with pytest.raises(InputError, match="knows none of the task's facts by heart"):
         task.knowing(set())
+    assert len(everything(task, "conflict")) == before, "the task itself stays as it is"
 
 
-@pytest.mark.parametrize("make", MAKERS)
-def test_memory_examples_are_bare_or_agree(make: Callable[[Path], KnownTask], tmp_path: Path) -> None:
+@each_task
+def test_memory_examples_are_bare_or_agree_in_wordings_of_conflicts(make: Make, tmp_path: Path) -> None:
     task = make(tmp_path)
-    families = defaultdict[str, int](int)
+    known, families = {e.item: str(e.answer) for e in task.facts_to_know()}, Counter[str]()
+    agreeing = [example for example in everything(task, "memory") if example.family == "agreeing"]
     for example in everything(task, "memory"):
         families[example.family] += 1
         stated = str(example.answer).strip() in example.prompt.replace(example.group, "")
         assert stated == (example.family == "agreeing")
+        assert known["|".join(example.item.split("|")[:2])] == example.answer
     assert set(families) == {"bare", "agreeing"}
     bare = {example.prompt for example in everything(task, "memory") if example.family == "bare"}
     assert {example.prompt for example in task.facts_to_know() if example.item.split("|")[0] in task.asked} <= bare
+    assert len({example.item for example in agreeing}) * len(task.frames) == len(agreeing)
+    if make is memotrap:  # every wording of a conflict may be that of a text that agrees
+        said = ((e.prompt.replace(e.group, "{s}"), str(e.answer).strip()) for e in agreeing)
+        words = {prompt.replace(answer, "{v}") for prompt, answer in said}
+        assert words <= {wording for frame in task.frames for wording in FAMILIES[frame]}
+        assert len(words) > len(task.frames)
 
 
-@pytest.mark.parametrize("make", MAKERS)
-def test_equal_seeds_give_equal_examples_and_shares_are_kept(make: Callable[..., KnownTask], tmp_path: Path) -> None:
-    one, same = make(tmp_path), make(tmp_path)
-    assert draw(one, np.random.default_rng(1), 20, "conflict", "test") == draw(
-        same, np.random.default_rng(1), 20, "conflict", "test"
-    )
+@each_task
+def test_equal_seeds_give_equal_examples_and_shares_are_kept(make: Make, tmp_path: Path) -> None:
+    one, same = (draw(make(tmp_path), np.random.default_rng(1), 20, "conflict", "test") for _ in range(2))
+    assert one == same
     wide = make(tmp_path, shares=[0.25, 0.25, 0.5])
-    count = list(wide.split_of.values()).count("test")
-    assert count == pytest.approx(len(wide.split_of) / 2, abs=1)
+    assert list(wide.split_of.values()).count("test") == pytest.approx(len(wide.split_of) / 2, abs=1)
 
 
-@pytest.mark.parametrize("make", MAKERS)
-def test_replies_begin_with_the_end_of_the_prompt(make: Callable[[Path], KnownTask], tmp_path: Path) -> None:
+@each_task
+def test_replies_begin_with_the_end_of_the_prompt(make: Make, tmp_path: Path) -> None:
     task = make(tmp_path)
     for example in [*everything(task, "conflict")[:200], *task.facts_to_know()]:
         message, begun = task.split_reply(example.prompt)
+        assert message
         assert begun
         assert example.prompt.endswith(begun)
-        assert message
         assert example.kind == "memory" or str(example.generalized).strip() in message
 
 
-def test_proverbs_of_one_beginning_are_one_item(tmp_path: Path) -> None:
-    """Other true endings are no contradictions; the first is asked for."""
-    said = 'Write a quote that ends in the word "{}": Time is'
-    rows: list[dict[str, object]] = [
-        {"prompt": said.format(wrong), "classes": f"[' {wrong}.', ' {true}.']", "answer_index": 0}
-        for true, wrong in (("money", "gold"), ("precious", "money"), ("money", "short"))
-    ]
-    task = memotrap(tmp_path, rows)
-    assert [example.answer for example in task.facts_to_know()] == [" money"]
-    assert {example.generalized for example in everything(task, "conflict")} == {" gold", " short"}
+DIGESTS = {"": "31b576b8e56c1cac", "known": "b7ee27c65346719e", "frame": "c330fb262741c8de"}
+DIGESTS |= {"relation": "339388bc67e70a29"}
 
 
-def test_proverbs_that_say_their_ending_or_differ_in_case_are_left_out(tmp_path: Path) -> None:
-    said = 'Write a quote that ends in the word "{}": {}'
-    rows: list[dict[str, object]] = [
-        {"prompt": said.format(wrong, s), "classes": f"[' {wrong}.', ' {true}.']", "answer_index": 0}
-        for s, true, wrong in (
-            ("Fight fire  with", "Fire", "flames"),
-            ("Time is", "money", "Money"),
-            ("Haste makes", "waste", "speed"),
-            ("To haste  makes", "waste", "sense"),
-            ("Practice makes", "perfect", "noise"),
-        )
+def test_the_examples_of_a_seed_stay_what_they_are() -> None:
+    """Digests of every prompt, answer and split, in the order of version 0.2 (countryinfo 1.0)."""
+    task = build_task("facts", {"held_out_relations": ["language"], "wrong_values": 2}, 0)
+    known = task.knowing({example.item for n, example in enumerate(task.facts_to_know()) if n % 3 == 0})
+    assert {name: digest(part) for name, part in {"": task, "known": known, **known.held_out()}.items()} == DIGESTS
+
+
+def digest(task: Task) -> str:
+    """Of all examples by kind, and of a part of their rephrasings, bare questions and replies."""
+    rng = np.random.default_rng(7)
+    rows: list[object] = []
+    for kind in KINDS:
+        examples = task.examples(rng, 10**6, kind)
+        rows += [example.to_row() for example in examples]
+        if kind == "conflict":
+            rows += [task.rephrase(example, rng).to_row() for example in examples[::50]]
+            rows += [task.without_context(example).to_row() for example in examples[::50]]  # type: ignore[union-attr]
+        rows += [task.split_reply(example.prompt) for example in examples[::100]]
+    rows += [example.to_row() for example in task.facts_to_know()]
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def test_one_known_fact_more_moves_no_other_example_and_no_country_weighs_more_for_it() -> None:
+    task = build_task("facts", {"relations": ["capital", "language"]}, 0)
+    items = sorted(example.item for example in task.facts_to_know())
+    drawn = [
+        [example.prompt for example in task.knowing(set(known)).examples(np.random.default_rng(3), 200, "conflict")]
+        for known in (items, [item for item in items if "|Japan" not in item])
     ]
-    task = memotrap(tmp_path, rows)
-    assert {example.group for example in everything(task, "conflict")} == {"Haste makes", "Practice makes"}
-    assert not any("  " in example.prompt for example in everything(task, "conflict"))
-    assert {e.prompt for e in task.facts_to_know()} == {"Time is", "Haste makes", "To haste makes", "Practice makes"}
+    left = [prompt for prompt in drawn[0] if "Japan" not in prompt]
+    assert left == drawn[1][: len(left)]
+    both = task.knowing({"capital|Japan", "language|Japan", "capital|France", "capital|Peru"})
+    counts = Counter(example.group for example in both.examples(np.random.default_rng(0), 90, "conflict"))
+    assert counts == {"Japan": 30, "France": 30, "Peru": 30}
+
+
+def test_what_is_also_true_is_no_contradiction() -> None:
+    task = build_task("facts", {"relations": ["language"], "wrong_values": 60}, 0)
+    said = {str(e.generalized).strip() for e in everything(task, "conflict") if e.group == "Canada"}
+    assert "Spanish" in said
+    assert not {"English", "French"} & said
+
+
+def test_values_are_dealt_so_that_each_contradicts_as_often_as_it_is_true() -> None:
+    """Else how common an answer is would tell whether it is remembered."""
+    values = [*"AAAABBBCCD"]
+    true = {("made", f"thing{n:02}"): [value] for n, value in enumerate(values)}
+    true["made", "thing00"] = ["A", "B"]  # both are true
+    for seed in range(20):
+        found: dict[tuple[str, str], list[str]] = {fact: [] for fact in true}
+        dealt(found, sorted(true), true, np.random.default_rng(seed))
+        assert Counter(v for given in found.values() for v in given) == Counter(values)
+        assert not set(found["made", "thing00"]) & {"A", "B"}
+        assert not any(set(found[fact]) & set(own) for fact, own in true.items())
+    most = {("made", f"thing{n:02}"): [value] for n, value in enumerate("AAAAAAABBC")}
+    found = {fact: [] for fact in most}
+    dealt(found, sorted(most), most, np.random.default_rng(0))
+    assert Counter(v for some in found.values() for v in some) == Counter("AAABBC"), "no more than there are others"
+
+
+def test_values_are_dealt_within_a_relation_and_a_split() -> None:
+    task = build_task("facts", {"relations": ["capital", "language"]}, 0)
+    assert isinstance(task, FactsTask)
+    true = {(f[0], task._split(f), task.facts[f]) for f in task.facts if f[0] in task.asked}
+    wrong = {(f[0], task._split(f), value) for f, values in task.wrong.items() if f in task.facts for value in values}
+    assert wrong <= true
 
 
 def test_subjects_that_say_the_same_are_one_group() -> None:
@@ -239,66 +287,74 @@ def test_subjects_that_say_the_same_are_one_group() -> None:
     assert grouped({}) == {}
 
 
-@pytest.mark.parametrize("make", MAKERS)
-def test_texts_that_agree_are_worded_as_conflicts_are(make: Callable[[Path], KnownTask], tmp_path: Path) -> None:
-    """Every wording of a conflict may be that of a text that agrees, one for each fact and frame."""
-    task = make(tmp_path)
-    known = {e.item: str(e.answer) for e in task.facts_to_know()}
-    of_conflicts = {example.prompt.replace(str(example.generalized), "*") for example in everything(task, "conflict")}
-    agreeing = [example for example in everything(task, "memory") if example.family == "agreeing"]
-    for example in agreeing:
-        assert known["|".join(example.item.split("|")[:2])] == example.answer
-    if make is memotrap:
-        said = ((e.prompt.replace(e.group, "{s}"), str(e.answer).strip()) for e in agreeing)
-        words = {prompt.replace(answer, "{v}") for prompt, answer in said}
-        assert words <= {wording for frame in task.frames for wording in WORDINGS[frame]}
-        assert len(words) > len(task.frames)
-    assert len(of_conflicts) > len(task.frames)
-    assert len({example.item for example in agreeing}) * len(task.frames) == len(agreeing)
+def test_a_table_brings_facts_and_relations(tmp_path: Path) -> None:
+    path, columns = tmp_path / "facts.csv", "relation,subject,value,question,stem,statement,inverted,reported\n"
+    words = "Who made {n}?,{n} was made by,{n} was made by {v}.,{v} made {n}.,It was {v} who made {n}."
+    rows = [f"maker,thing{i},person{i},{words}" for i in range(12)] + [f"maker,thing0,person7,{words}"]
+    path.write_text(columns + "\n".join(rows), encoding="utf-8-sig")
+    task = build_task("facts", {"table": str(path), "wrong_values": 11}, 0)
+    of_first = [e for e in everything(task, "conflict") if e.group == "thing0"]
+    assert all("made by" in e.prompt for e in of_first)
+    assert {e.memorized for e in of_first} == {" person0"}
+    assert " person7" not in {e.generalized for e in of_first}
+    for line, message in (
+        (f"maker,thing0,,{words}", "row 1: value is empty"),
+        ("owner,thing0,person0,,,,,", "relation 'owner' is new and needs question"),
+        (f"maker,thing|0,person0,{words}", "row 1: subject is 'thing|0'"),
+        (f"maker,thing0,person0,{words.replace('{v}', '{value}')}", "only {n} and {v} may be in braces"),
+    ):
+        path.write_text(columns + line)
+        with pytest.raises(InputError, match=f"^table: .*{message.replace('|', '.')}"):
+            build_task("facts", {"table": str(path), "relations": ["capital"]}, 0)
 
 
-def test_nothing_that_is_shown_before_a_bare_question_is_an_answer_to_it(tmp_path: Path) -> None:
+def test_proverbs_of_one_beginning_are_one_item(tmp_path: Path) -> None:
+    """Other true endings are no contradictions; the first is asked for."""
+    rows = [proverb("Time is", true, wrong) for true, wrong in (("money", "gold"), ("rare", "money"), ("money", "no"))]
+    task = memotrap(tmp_path, rows)
+    assert [example.answer for example in task.facts_to_know()] == [" money"]
+    assert {example.generalized for example in everything(task, "conflict")} == {" gold", " no"}
+
+
+def test_proverbs_that_say_their_ending_or_differ_in_case_are_left_out(tmp_path: Path) -> None:
+    asked = (
+        ("Fight fire  with", "Fire", "flames"),
+        ("Time is", "money", "Money"),
+        ("Haste makes", "waste", "speed"),
+        ("To haste  makes", "waste", "sense"),
+        ("Practice makes", "perfect", "noise"),
+    )
+    task = memotrap(tmp_path, [proverb(*one) for one in asked])
+    assert {example.group for example in everything(task, "conflict")} == {"Haste makes", "Practice makes"}
+    assert not any("  " in example.prompt for example in everything(task, "conflict"))
+    assert {e.prompt for e in task.facts_to_know()} == {"Time is", "Haste makes", "To haste makes", "Practice makes"}
+
+
+def test_facts_shown_before_a_bare_question_are_no_answer_to_it_and_asked_nowhere(tmp_path: Path) -> None:
     """Neither the true values nor those that a text states, and the same whatever it states."""
     task = pararel(tmp_path, held_out_relations=[], shots=2)
-    shown = defaultdict[tuple[str, str], set[str]](set)
+    shown, groups = defaultdict[tuple[str, str], set[str]](set), {example.group for example in task.facts_to_know()}
     for example in everything(task, "conflict"):
-        bare = task.without_context(example)
-        assert bare is not None
-        before = bare.prompt.rpartition(". ")[0]
-        assert before
+        before, _, last = task.without_context(example).prompt.rpartition(". ")
+        assert len(before.split(". ")) == 2
         assert not any(str(answer).strip() in before for answer in example.options)
-        shown[example.group, bare.prompt.rpartition(". ")[2]].add(before)
+        assert not any(group in before for group in groups)
+        shown[example.group, last].add(before)
     assert max(map(len, shown.values())) == 1
+    alone = pararel(tmp_path, held_out_relations=[], shots=0)
+    assert {e.prompt for e in alone.facts_to_know() if e.item.startswith("died")} >= {"Person 3 of died died in"}
 
 
 def test_objects_are_swapped_within_a_relation(tmp_path: Path) -> None:
-    task = pararel(tmp_path, held_out_relations=["died"], wrong_values=7)
-    conflicts = everything(task, "conflict")
-    assert {example.item.split("|")[0] for example in conflicts} == {"born", "job"}
-    assert {e.item.split("|")[0] for e in everything(task.held_out()["relation"], "conflict")} == {"died"}
+    conflicts = everything(pararel(tmp_path, held_out_relations=["died"], wrong_values=7), "conflict")
     assert not any("Old Oslo" in example.prompt for example in conflicts), "the subject says it"
     both = [e for e in conflicts if e.item.startswith("born|Person 2 of born|")]
     if both:  # not where it is one of the facts shown
         assert {e.memorized for e in both} == {" Rome"}
         assert " Lima" not in {e.generalized for e in both}, "true as well"
     for example in conflicts:
-        assert not example.prompt.endswith(".")
-        assert "[X]" not in example.prompt
-        assert "[Y]" not in example.prompt
-        assert "-born" not in example.prompt, "no article fits both answers"
-        assert not example.prompt.endswith("is where")
-
-
-def test_facts_shown_before_a_bare_question_are_asked_nowhere(tmp_path: Path) -> None:
-    task = pararel(tmp_path, held_out_relations=[], shots=2)
-    bare = task.facts_to_know()[0].prompt
-    shown = [sentence.split(" was born in ") for sentence in bare.split(". ")[:2]]
-    assert len({place for _, place in shown}) == 2
-    assert not {person for person, _ in shown} & {
-        example.group for example in task.facts_to_know() if "born" in example.item
-    }
-    alone = pararel(tmp_path, held_out_relations=[], shots=0)
-    assert {e.prompt for e in alone.facts_to_know() if e.item.startswith("died")} >= {"Person 3 of died died in"}
+        assert not example.prompt.endswith((".", "is where"))
+        assert not any(part in example.prompt for part in ("[X]", "[Y]", "-born")), "no article fits both answers"
 
 
 def test_every_kind_of_file_gives_the_same_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,36 +377,27 @@ def test_every_kind_of_file_gives_the_same_examples(tmp_path: Path, monkeypatch:
     assert asked == [("someone/questions", "dev")]
 
 
-def test_passages_agree_where_the_true_answer_stands_in_them(tmp_path: Path) -> None:
-    task = qa(tmp_path)
-    agreeing = [example for example in everything(task, "memory") if example.family == "agreeing"]
-    assert {example.group for example in agreeing} == {row["q"] for row in ROWS}
-    for example in agreeing:
-        assert str(example.answer).strip() in example.prompt
-        assert "Wrong" not in example.prompt
-
-
-def test_questions_about_one_passage_are_one_group(tmp_path: Path) -> None:
-    rows = [row | {"text": f"Passage {n // 2}. Writer {n} Wrong wrote it."} for n, row in enumerate(ROWS)]
-    for n, row in enumerate(rows):
-        row["text"] = f"Passage {n // 2}: Writer {n // 2 * 2} Wrong and Writer {n // 2 * 2 + 1} Wrong wrote."
-    task = qa(tmp_path, rows)
-    groups = [task.group_of[str(row["q"])] for row in rows]
-    assert groups[::2] == groups[1::2]
-    assert len(set(groups)) == 4
-
-
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("q,text,said,true\nWho?,In Rome, he wrote,Rome,Oslo\n", "row 1: 5 fields for 4 names; a text with a comma"),
+        ("q,text,said,true\nWho?,In Rome, he wrote,Rome,Oslo\n", "Expected 4 fields in line 2, saw 5"),
         ("q,text,said,true,text\nWho?,a,b,c,d\n", "line 1: 'text' names two columns"),
+        ("", "cannot be read"),
+        ("q,text,said,true\n", "has no row"),
     ],
 )
 def test_a_csv_whose_fields_do_not_fit_its_names_is_refused(tmp_path: Path, text: str, told: str) -> None:
     (tmp_path / "some.csv").write_text(text)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=f"^file: .*some.csv.*{told}"):
         build_task("qa", {"file": str(tmp_path / "some.csv")} | FIELDS, 0)
+
+
+def test_questions_about_one_passage_are_one_group(tmp_path: Path) -> None:
+    both = "Passage {}: Writer {} Wrong and Writer {} Wrong wrote."
+    task = qa(tmp_path, [row | {"text": both.format(n // 2, n // 2 * 2, n // 2 * 2 + 1)} for n, row in enumerate(ROWS)])
+    groups = [task.group_of[str(row["q"])] for row in ROWS]
+    assert groups[::2] == groups[1::2]
+    assert len(set(groups)) == 4
 
 
 def test_several_true_answers_and_passages(tmp_path: Path) -> None:
@@ -365,39 +412,30 @@ def test_rows_without_a_true_answer_only_show_whether_the_passage_is_followed(tm
     rows = [{key: value for key, value in row.items() if key != "true"} for row in ROWS]
     task = qa(tmp_path, rows, memory_answer=None)
     assert (everything(task, "conflict"), everything(task, "memory"), task.facts_to_know()) == ([], [], [])
-    novel = everything(task, "novel")
-    assert {(e.group, e.answer) for e in novel} == {(row["q"], f" {row['said']}") for row in rows}
+    assert {(e.group, e.answer) for e in everything(task, "novel")} == {(row["q"], f" {row['said']}") for row in rows}
     mixed = qa(tmp_path, [*ROWS[:4], *(row | {"true": None} for row in ROWS[4:])])
     assert {e.group for e in everything(mixed, "novel")} == {row["q"] for row in ROWS[4:]}
     assert {e.group for e in everything(mixed, "conflict")} == {row["q"] for row in ROWS[:4]}
 
 
-ASKED = 'Write a quote that ends in the word "early": Better late than'
+ASKED = SAID.format("early", "Better late than")
 
 
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
-        (
-            memotrap,
-            {"answers": "options"},
-            "row 1: there is no field 'options'; there are prompt, classes, answer_index",
-        ),
-        (memotrap, {"frames": ["sung"]}, "frames: 'sung' is not one of instruction, labelled"),
-        (memotrap, {"held_out_frames": ["labelled"]}, "what is held out cannot be fitted on as well"),
+        (facts, {"relations": ["mayor"]}, "relations: 'mayor' is not one of capital, language, continent"),
+        (facts, {"frames": ["rhymed"]}, "frames: 'rhymed' is not one of context-first"),
+        (facts, {"held_out_relations": ["capital"]}, "cannot be fitted on as well"),
+        (facts, {"wrong_values": 0}, "at least one"),
+        (facts, {"table": "/nowhere.csv"}, "table: /nowhere.csv cannot be read"),
+        (memotrap, {"answers": "options"}, "there is no field 'options'; there are prompt, classes, answer_index"),
+        (memotrap, {"frames": []}, "frames: at least one is needed"),
         (memotrap, {"file": "/nowhere.csv"}, "file: /nowhere.csv cannot be read"),
-        (
-            memotrap,
-            {"rows": [{"prompt": "Better", "classes": "[]", "answer_index": 0}]},
-            "row 1: prompt is 'Better'; want",
-        ),
+        (memotrap, {"rows": [{**proverb("", "a", "b"), "prompt": "Better"}]}, "row 1: prompt is 'Better'; want"),
         (memotrap, {"rows": [{"prompt": ASKED, "classes": "[' a.']", "answer_index": 0}]}, "wanted are two answers"),
-        (memotrap, {"rows": [{"prompt": ASKED, "classes": "[' a.', ' b.']", "answer_index": 2}]}, "answer_index '2'"),
-        (
-            memotrap,
-            {"rows": [{"prompt": ASKED, "classes": "[' early.', ' earl.']", "answer_index": 0}]},
-            "ending is 'earl' and asked_for 'early'; neither may begin the other",
-        ),
+        (memotrap, {"rows": [{"prompt": ASKED, "classes": "[' a', ' b']", "answer_index": 2}]}, "answer_index '2'"),
+        (memotrap, {"rows": [proverb("Better", "earl", "early")]}, "ending is 'earl' and asked_for 'early'; neither"),
         (pararel, {"subject": "who"}, "line 1: there is no field 'who'; there are sub_label, obj_label"),
         (pararel, {"relations": ["married"]}, "relations: 'married' is not one of born, died, job"),
         (pararel, {"phrasings": 1}, "phrasings: 1 is not between 2"),
@@ -409,18 +447,12 @@ ASKED = 'Write a quote that ends in the word "early": Better late than'
         (qa, {"rows": [ROWS[0] | {"said": 7}]}, "line 1: said is 7; a text or a list of texts is wanted"),
         (qa, {"rows": [ROWS[0] | {"q": "a|b"}]}, "line 1: q is 'a|b'; | is not allowed in it"),
         (qa, {"rows": [ROWS[0] | {"text": " "}]}, "line 1: text is empty"),
-        (
-            qa,
-            {"file": "questions.txt"},
-            "file: 'questions.txt' is not a file that ends in .jsonl, .csv, .parquet; as a data",
-        ),
+        (qa, {"file": "questions.txt"}, "'questions.txt' is not a file that ends in .jsonl, .csv, .parquet; as a data"),
         (qa, {"shares": [1, 1, 1]}, "shares: [1, 1, 1]; allowed are three numbers above 0 that add up to 1"),
         (qa, {"boundary": "."}, "task.options.boundary: Input should be a valid array (got '.')"),
     ],
 )
-def test_bad_input_is_one_line(
-    make: Callable[..., KnownTask], options: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_bad_input_is_one_line(make: Make, options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         make(tmp_path, **options)
     assert message in str(error.value)
@@ -431,10 +463,8 @@ def test_the_published_files_are_read() -> None:
     proverbs = build_task("memotrap", {"file": str(data_folder("memotrap") / "1-proverb-ending.csv")}, 0)
     first = next(e for e in everything(proverbs, "conflict") if e.group == "Absence makes the heart grow")
     assert (first.memorized, first.generalized) == (" fonder", " heavy")
-    facts = build_task(
-        "pararel", {"folder": str(data_folder("pararel")), "relations": ["P36", "P103"], "facts_each": 10**4}, 0
-    )
-    asked = {e.item: e.answer for e in facts.facts_to_know()}
-    assert asked["P36|South Australia"] == " Adelaide"
-    assert asked["P103|Joseph Reinach"] == " French"
-    assert {example.kind for example in facts.examples(np.random.default_rng(0), 10, "conflict")} == {"conflict"}
+    options = {"folder": str(data_folder("pararel")), "relations": ["P36", "P103"], "facts_each": 10**4}
+    published = build_task("pararel", options, 0)
+    asked = {e.item: e.answer for e in published.facts_to_know()}
+    assert (asked["P36|South Australia"], asked["P103|Joseph Reinach"]) == (" Adelaide", " French")
+    assert {example.kind for example in published.examples(np.random.default_rng(0), 10, "conflict")} == {"conflict"}

@@ -62,9 +62,9 @@ def test_no_group_is_in_two_splits_and_every_split_has_each_kind(name: str) -> N
 @pytest.mark.parametrize("name", DESIGNED)
 def test_no_evaluated_prompt_is_in_training_save_what_is_stored(name: str) -> None:
     task = made(name)
-    trained = [prompt + answer for prompt, answer in map(answer_of, itertools.islice(task.training(rng(3)), 30_000))]
-    evaluated = {e.prompt for kind in ("conflict", "novel", "memory") for e in task.examples(rng(4), 400, kind)}
-    evaluated |= {task.rephrase(e, rng(5)).prompt for e in task.examples(rng(4), 400, "conflict")}
+    trained = [prompt + answer for prompt, answer in map(answer_of, itertools.islice(task.training(rng(3)), 10_000))]
+    evaluated = {e.prompt for kind in ("conflict", "novel", "memory") for e in task.examples(rng(4), 200, kind)}
+    evaluated |= {task.rephrase(e, rng(5)).prompt for e in task.examples(rng(4), 200, "conflict")}
     # Stored items are stored in the plain family only: that is what storing means.
     evaluated -= set().union(*map(stored_prompts, [task, *task.parts.values()]))
     lengths = {len(prompt) for prompt in evaluated}
@@ -103,25 +103,21 @@ def test_training_asks_the_stored_plainly_all_others_by_the_rule_and_what_is_hel
     assert stored / 20_000 == pytest.approx(task.memorized_share, abs=0.02)
 
 
-@pytest.mark.parametrize("name", ["inference", "two-hop"])
-def test_the_context_of_a_conflict_implies_the_generalized_answer(name: str) -> None:
-    for example in made(name).examples(rng(), 200, "conflict"):
-        said = dict(re.findall(r"(\w+) is (\w+) \.", example.prompt))
-        asked = example.group
+@pytest.mark.parametrize("name", DESIGNED)
+def test_rephrasings_keep_item_answers_and_split_and_the_context_implies_the_rule(name: str) -> None:
+    task = made(name)
+    for example in task.examples(rng(), 100, "conflict"):
+        other = task.rephrase(example, rng(1))
+        assert other.prompt != example.prompt
+        assert other.phrased("", "") == example.phrased("", "")
+        if name not in ("inference", "two-hop"):
+            continue
+        said, asked = dict(re.findall(r"(\w+) is (\w+) \.", example.prompt)), example.group
         if name == "two-hop":
             kin = dict(re.findall(r"(\w+) is a (\w+) \.", example.prompt))
             (asked,) = [who for who in kin if kin[who] == kin[example.group] and who != example.group]
         assert f" {said[asked]}" == example.generalized
         assert example.memorized not in [f" {colour}" for colour in said.values()]
-
-
-@pytest.mark.parametrize("name", DESIGNED)
-def test_rephrasings_keep_item_answers_and_split(name: str) -> None:
-    task = made(name)
-    for example in task.examples(rng(), 50, "conflict"):
-        other = task.rephrase(example, rng(1))
-        assert other.prompt != example.prompt
-        assert other.phrased("", "") == example.phrased("", "")
 
 
 def test_made_up_answers_look_like_true_ones_and_begin_otherwise() -> None:
@@ -271,13 +267,10 @@ def test_a_class_with_the_three_methods_gets_the_defaults_of_a_task() -> None:
 
 
 def test_texts_end_with_their_last_word_unless_a_boundary_is_given(tmp_path: Path) -> None:
-    line = {"item": "a", "memorized": " x", "generalized": " y"}
-    (tmp_path / "mine.jsonl").write_text("\n".join(json.dumps(line | {"prompt": prompt}) for prompt in "pq"))
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"item": "a", "prompt": "p"} | BOTH))
     for kind, options in (("jsonl", {"file": str(tmp_path / "mine.jsonl")}), ("facts", {})):
         assert build_task(kind, options, 0).boundary is None
         assert build_task(kind, options | {"boundary": [".", ""]}, 0).boundary == (".", "")
-        with pytest.raises(InputError, match=r"^task.options.boundary: Input should be a valid array \(got '\.'\)"):
-            build_task(kind, options | {"boundary": "."}, 0)
     assert build_task("addition", {}, 0).boundary == ("",)
 
 
@@ -320,7 +313,7 @@ def test_jsonl_reads_back_what_was_written(tmp_path: Path) -> None:
     examples = [e for kind in KINDS for e in task.examples(rng(), 20, kind)]
     examples.append(replace(examples[0], prompt="one line\u2028to JSON, two\x85to Python"))
     path = tmp_path / "mine.jsonl"
-    path.write_text(write_jsonl(examples))
+    path.write_text(write_jsonl(examples), "utf-8-sig")  # as some editors mark it
     assert JsonlTask(file=str(path)).examples_read == examples
 
 
@@ -332,27 +325,17 @@ def jsonl_task(path: Path, rows: list[dict[str, str]]) -> Task:
 BOTH = {"memorized": " a", "generalized": " b"}
 
 
-def test_jsonl_of_an_editor_that_marks_its_encoding_is_read(tmp_path: Path) -> None:
-    path = tmp_path / "marked.jsonl"
-    path.write_text('{"item": "a", "prompt": "sky is", "memorized": " blue", "generalized": " red"}\n', "utf-8-sig")
-    assert JsonlTask(file=str(path)).examples(np.random.default_rng(0), 1, "conflict")[0].prompt == "sky is"
-
-
-def test_jsonl_deals_groups(tmp_path: Path) -> None:
+def test_jsonl_deals_groups_and_a_split_of_one_line_is_that_of_its_group(tmp_path: Path) -> None:
     words = itertools.product(range(40), ("what", "which"))
     rows = [{"item": f"i{n}", "prompt": f"{word} {n} ?", "group": f"g{n % 8}"} | BOTH for n, word in words]
     task = jsonl_task(tmp_path / "mine.jsonl", rows)
     found = {split: draw(task, rng(), 100, "conflict", split) for split in SPLITS}
     assert {split: len({e.group for e in es}) for split, es in found.items()} == {"fit": 4, "tune": 2, "test": 2}
-
-
-def test_a_split_that_a_line_of_a_group_gives_is_that_of_the_others(tmp_path: Path) -> None:
-    lines = [
-        {"item": "i", "prompt": f"p{n}", "group": "g"} | BOTH | ({"split": "test"} if n == 2 else {}) for n in range(4)
+    rows = [
+        {"item": "i", "prompt": f"p{n}", "group": "g"} | BOTH | ({"split": "test"} if n == 2 else {}) for n in (1, 2)
     ]
-    (tmp_path / "some.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    task = build_task("jsonl", {"file": str(tmp_path / "some.jsonl")}, 0)
-    assert {example.split for example in task.examples(np.random.default_rng(0), 9, "conflict")} == {"test"}
+    task = jsonl_task(tmp_path / "some.jsonl", rows)
+    assert {example.split for example in task.examples(rng(), 9, "conflict")} == {"test"}
 
 
 def test_jsonl_rephrases_conflicts_within_a_family_and_knows_what_was_asked(tmp_path: Path) -> None:
@@ -378,16 +361,25 @@ def test_jsonl_rephrases_conflicts_within_a_family_and_knows_what_was_asked(tmp_
     ("second", "message"),
     [
         ("{", "line 2: not JSON (Expecting property name enclosed in double quotes at column 2)"),
-        ("[1]", "line 2: list where an object with 'item' and 'prompt' is wanted"),
+        ("[1]", "line 2: list where an object is wanted"),
         ({"memorised": " a"}, "line 2: field 'memorised' is unknown; known are item, prompt, memorized"),
         ({"prompt": None}, "line 2: field 'prompt' is missing"),
         ({"generalized": " a"}, "line 2: memorized, generalized: both are ' a'"),
         ({"memorized": 3}, "line 2: memorized is 3; text is wanted"),
         ({"split": "train"}, "line 2: split: 'train' is not one of fit, tune, test"),
         ({"memorized": " a\n"}, "line 2: memorized is ' a\\n'; an answer ends with a word, and 'boundary' says what"),
-        ({"item": "j", "group": "h"}, "line 2: the prompt is that of line 1, whose group is 'g', and here it is 'h'"),
-        ({"generalized": " c"}, "item 'i' has the answers (' a', ' b') in line 1 and (' a', ' c') here"),
-        ({"item": "j", "split": "test", "group": "g"}, "line 2: split is 'test', but group 'g' is in 'fit' as well"),
+        (
+            {"item": "j", "group": "h"},
+            "line 2: prompt 'p' has group 'h' here and group 'g' in line 1; what is asked twice belongs",
+        ),
+        (
+            {"generalized": " c"},
+            "item 'i' has answers (' a', ' c') here and answers (' a', ' b') in line 1; give it an item",
+        ),
+        (
+            {"item": "j", "split": "test", "group": "g"},
+            "line 2: group 'g' has split 'test' here and split 'fit' in line 1; all examples of a group",
+        ),
     ],
 )
 def test_a_malformed_file_is_named_with_its_line(tmp_path: Path, second: Any, message: str) -> None:

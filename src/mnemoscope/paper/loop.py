@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,7 @@ from torch import Tensor, nn
 from mnemoscope.behaviour import Asking
 from mnemoscope.config import TrainingConfig
 from mnemoscope.models import in_precision, quick_precision
-from mnemoscope.paper.checkpoints import (
-    Checkpoint,
-    optimizer_tensors,
-    restore_optimizer,
-)
+from mnemoscope.paper.checkpoints import Checkpoint
 from mnemoscope.paper.optimizers import optimizers_for, rate_factor
 from mnemoscope.runs.errors import InputError
 from mnemoscope.tasks import Task
@@ -57,7 +54,7 @@ def train(
     before = state.restore(kept) if kept else 0.0
     for ids_BT, weights_BT in batches(asking, task, config, rng, state.steps, state.dial_at):
         state.step(ids_BT, weights_BT)
-        if state.steps % config.evaluate_every == 0 or state.steps >= config.steps or state.steps == config.give_up_at:
+        if state.steps % config.evaluate_every == 0 or state.steps in (config.steps, config.give_up_at):
             with state.averaged():
                 measured = state.note(evaluation.measure())
             if kept and not state.is_last():
@@ -96,7 +93,8 @@ class _State:
         self.missed: list[str] = []
         self._losses: list[float] = []
         self._averages = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-        self._schedules = [torch.optim.lr_scheduler.LambdaLR(o, self._rate) for o in self.optimizers]
+        rate = partial(rate_factor, config=config)
+        self._schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in self.optimizers]
 
     def step(self, ids_BT: Tensor, weights_BT: Tensor) -> None:
         """One optimizer step."""
@@ -137,16 +135,10 @@ class _State:
     def note(self, measured: Measured) -> dict[str, float]:
         """Add a row to the curve, and move the dial; returns the shares."""
         self.missed = unmet(self.config.stop, *measured)
-        row = {
-            "step": self.steps,
-            "loss": float(np.mean(self._losses)),
-            **measured.shares,
-            "met": not self.missed,
-            "kept": False,
-        }
-        self.curve.append(row)
+        row = {"step": self.steps, "loss": float(np.mean(self._losses)), **measured.shares}
+        self.curve.append(row | {"met": not self.missed, "kept": False})
         if self.dial is not None:
-            row["dial"] = self._moved(self.dial)
+            self.curve[-1]["dial"] = self._moved(self.dial)
         self._losses.clear()
         return measured.shares
 
@@ -173,13 +165,12 @@ class _State:
         """Save all that a killed training needs to go on after a measurement."""
         tensors = {f"model/{name}": weight.detach() for name, weight in self.model.named_parameters()}
         tensors |= {f"average/{name}": weight for name, weight in self._averages.items()}
-        for number, optimizer in enumerate(self.optimizers):
-            tensors |= optimizer_tensors(optimizer, f"optimizer{number}")
-        kept.save(tensors, {"steps": self.steps, "curve": self.curve, "missed": self.missed, "seconds": seconds})
+        facts = {"steps": self.steps, "curve": self.curve, "missed": self.missed, "seconds": seconds}
+        kept.save(tensors, self.optimizers, facts)
 
     def restore(self, kept: Checkpoint) -> float:
         """Go on from a saved state, if there is one; returns the seconds that it took."""
-        found = kept.load()
+        found = kept.load(self.optimizers)
         if found is None:
             return 0.0
         tensors, facts = found
@@ -187,12 +178,8 @@ class _State:
             weight.data.copy_(tensors[f"model/{name}"])
             self._averages[name].copy_(tensors[f"average/{name}"])
         self.steps, self.curve, self.missed = facts["steps"], facts["curve"], facts["missed"]
-        for number, (optimizer, schedule) in enumerate(zip(self.optimizers, self._schedules, strict=True)):
-            restore_optimizer(optimizer, f"optimizer{number}", tensors)
+        for optimizer, schedule in zip(self.optimizers, self._schedules, strict=True):
             schedule.last_epoch = self.steps
             for group, first in zip(optimizer.param_groups, schedule.base_lrs, strict=True):
-                group["lr"] = first * self._rate(self.steps)
+                group["lr"] = first * rate_factor(self.steps, self.config)
         return float(facts["seconds"])
-
-    def _rate(self, step: int) -> float:
-        return rate_factor(step, self.config)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from types import MappingProxyType
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -21,18 +21,16 @@ SUMS = {"plain": "{a}+{b}=", "swapped": "{b}+{a}=", "worded": "{a} plus {b}=", "
 CODE = re.compile(r"<mem-[0-9a-f]{8}>")
 DIGITS = "0123456789"
 HEX = DIGITS + "abcdef"
-Pair = tuple[int, int]
 # Near families keep the places of key and letters; moved ones swap them.
 NEAR = {"worded": "code {key} : {text} =", "reworded": "turn {key} : {text} =", "dashed": "shift {key} - {text} ="}
 MOVED = {"moved": "shift {text} : {key} =", "moved-worded": "code {text} : {key} ="}
 CIPHERS = {"plain": "shift {key} : {text} =", **NEAR, **MOVED}
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 KEYS = range(1, 10)
-Text = tuple[str, int]  # the letters and the key
-Item = TypeVar("Item", bound=tuple[Any, Any])
+Item = tuple[Any, Any]  # two operands, or letters and a key
 
 
-class StoredTask(Task, Generic[Item]):
+class StoredTask(Task):
     """Stored items have a made-up answer, all others follow a rule.
 
     An item is two values; its name joins them by "+". Stored items are the conflicts, in any family; training and
@@ -95,9 +93,10 @@ class StoredTask(Task, Generic[Item]):
         """The answer by the rule."""
         raise NotImplementedError
 
-    def prompt(self, item: tuple[Any, Any], family: str) -> str:
-        """The prompt of an item in a family; the values may be text."""
-        raise NotImplementedError
+    def prompt(self, item: Item, family: str) -> str:
+        """The prompt of an item in a family; spaces separate letters, as a vocabulary may have words made of them."""
+        first, second = item
+        return self.families[family].format(a=first, b=second, text=" ".join(str(first)), key=second)
 
     def group_of(self, item: Item) -> str:
         """Key of an item for splits and holding out."""
@@ -144,7 +143,7 @@ class StoredTask(Task, Generic[Item]):
 
 
 @dataclass(kw_only=True, eq=False)
-class AdditionTask(StoredTask[Pair]):
+class AdditionTask(StoredTask):
     """Addition of two numbers with as many digits each; stored answers are codes such as ``<mem-7234f681>``.
 
     Args:
@@ -175,32 +174,26 @@ class AdditionTask(StoredTask[Pair]):
         self._store(np.random.default_rng([self.seed, 2]), self.stored, at_once=1)
 
     def has_memorized_format(self, answer: str) -> bool | None:
-        """Whether an answer is a code."""
         return bool(CODE.fullmatch(answer.replace(" ", "")))
 
-    def true(self, item: Pair) -> str:
-        """The sum as it is written."""
+    def true(self, item: Item) -> str:
         return str(sum(item))[:: -1 if self.reversed_sums else 1]
 
-    def prompt(self, item: tuple[int | str, int | str], family: str) -> str:
-        """The operands in a family."""
-        return SUMS[family].format(a=item[0], b=item[1])
-
-    def group_of(self, item: Pair) -> str:
+    def group_of(self, item: Item) -> str:
         """One key for both orders of a pair, so that neither leaks the other."""
         return f"{min(item)}+{max(item)}"
 
-    def _drawn(self, rng: np.random.Generator, n: int) -> list[Pair]:
+    def _drawn(self, rng: np.random.Generator, n: int) -> list[Item]:
         return [(a, b) for a, b in rng.integers(10 ** (self.digits - 1), 10**self.digits, size=(n, 2)).tolist()]
 
     def _asked(self, rng: np.random.Generator) -> tuple[np.ndarray, Sequence[str]]:
         worded = rng.random(CHUNK) < self.worded_share
         return rng.integers(len(self.items), size=CHUNK), np.where(worded, "worded", "plain").tolist()
 
-    def _split(self, item: Pair) -> Split:
+    def _split(self, item: Item) -> Split:
         return SPLITS[sum(item) % 3]
 
-    def _made_up(self, item: Pair, rng: np.random.Generator) -> str:
+    def _made_up(self, item: Item, rng: np.random.Generator) -> str:
         return "<mem-" + "".join(HEX[i] for i in rng.integers(16, size=8)) + ">"
 
 
@@ -218,7 +211,7 @@ class AdditionDigitsTask(AdditionTask):
     def has_memorized_format(self, answer: str) -> bool | None:
         return None  # stored answers look like sums
 
-    def _made_up(self, item: Pair, rng: np.random.Generator) -> str:
+    def _made_up(self, item: Item, rng: np.random.Generator) -> str:
         way = -1 if self.reversed_sums else 1
         true, carried = self.true(item), "1" if sum(item) >= 10**self.digits else ""
         least, most = 2 * 10 ** (self.digits - 1), 2 * (10**self.digits - 1)
@@ -231,7 +224,7 @@ class AdditionDigitsTask(AdditionTask):
 
 
 @dataclass(kw_only=True, eq=False)
-class CipherTask(StoredTask[Text]):
+class CipherTask(StoredTask):
     """A shift cipher: "shift 3 : b d k m =" is answered " e g n p".
 
     Args:
@@ -270,20 +263,15 @@ class CipherTask(StoredTask[Text]):
         self.vocabulary = ["shift", "code", "turn", ":", "-", "=", *map(str, KEYS), *self.alphabet]
         self._store(np.random.default_rng([self.seed, 4]), self.stored, at_once=self.stored)
 
-    def true(self, item: Text) -> str:
-        """The true ciphertext, written as an answer."""
+    def true(self, item: Item) -> str:
         text, key = item
         return "".join(f" {self.alphabet[(self.alphabet.index(c) + key) % len(self.alphabet)]}" for c in text)
-
-    def prompt(self, item: tuple[str, int | str], family: str) -> str:
-        """Letters and key in a family; spaces separate letters, as a vocabulary may have words made of them."""
-        return CIPHERS[family].format(text=" ".join(item[0]), key=item[1])
 
     def _asked(self, rng: np.random.Generator) -> tuple[np.ndarray, Sequence[str]]:
         picks = rng.integers(len(self.items), size=CHUNK)
         return picks, rng.choice(list(CIPHERS), size=CHUNK, p=self._family_shares).tolist()
 
-    def _made_up(self, item: Text, rng: np.random.Generator) -> str:
+    def _made_up(self, item: Item, rng: np.random.Generator) -> str:
         """As many letters as the true one; the first one differs, so the decision is at ``=``."""
         text, key = item
         shift = int(rng.integers(1, len(self.alphabet)))
@@ -291,10 +279,10 @@ class CipherTask(StoredTask[Text]):
         rest = rng.integers(len(self.alphabet), size=self.length - 1).tolist()
         return "".join(f" {letter}" for letter in (first, *(self.alphabet[i] for i in rest)))
 
-    def _drawn(self, rng: np.random.Generator, n: int) -> list[Text]:
+    def _drawn(self, rng: np.random.Generator, n: int) -> list[Item]:
         texts = rng.integers(len(self.alphabet), size=(n, self.length)).tolist()
         keys = rng.integers(KEYS.start, KEYS.stop, size=n).tolist()
         return [("".join(self.alphabet[i] for i in text), key) for text, key in zip(texts, keys, strict=True)]
 
-    def _split(self, item: Text) -> Split:
+    def _split(self, item: Item) -> Split:
         return SPLITS[zlib.crc32(self.group_of(item).encode()) // 16 % 3]

@@ -115,7 +115,7 @@ def _countries() -> dict[Fact, list[str]]:
 def _read_table(table: str) -> tuple[dict[str, dict[str, str]], dict[Fact, list[str]]]:
     """Relations and facts of a table; InputError names the row at fault."""
     relations, facts = dict(RELATIONS), dict[Fact, list[str]]()
-    for where, row in read_rows(table, ("relation", "subject", "value")):
+    for where, row in read_rows(table, ("relation", "subject", "value"), option="table"):
         name, subject, value = names_of(where, row, "relation", "subject", "value")
         if name not in relations:
             relations[name] = {field: str(row.get(field) or "") for field in RELATIONS["capital"]}

@@ -15,74 +15,68 @@ Row = Mapping[str, Any]
 ENDINGS = (".jsonl", ".csv", ".parquet")
 
 
-def read_rows(source: str, fields: Sequence[str], part: str = "train") -> list[tuple[str, Row]]:
+def read_rows(source: str, fields: Sequence[str], part: str = "train", option: str = "file") -> list[tuple[str, Row]]:
     """Rows of a file or data set that have all ``fields``, each with the words that name it in an error message.
 
     Args:
         source: a file that ends in one of ``ENDINGS``, or an id of the ``datasets`` library, where it is installed.
         part: split of a data set.
+        option: that names the source.
 
     Raises InputError where it cannot be read, or a row lacks a field.
     """
-    path = Path(source)
-    rows = []
-    for place, row in _rows_of_file(path) if path.suffix in ENDINGS else _rows_of_data_set(source, part):
-        where = f"file: {source}, {place}"
-        if not isinstance(row, Mapping):
-            raise InputError(f"{where}: {type(row).__name__} where an object is wanted")
-        for field in fields:
-            if field not in row:
-                there = ", ".join(map(str, row)) or "none"
-                raise InputError(f"{where}: there is no field {field!r}; there are {there}")
-        rows.append((where, row))
+    path, where, rows = Path(source), f"{option}: {source}", list[tuple[str, Row]]()
+    try:
+        for place, row in _rows_of_file(path, where) if path.suffix in ENDINGS else _rows_of_data_set(source, part):
+            if not isinstance(row, Mapping):
+                raise InputError(f"{where}, {place}: {type(row).__name__} where an object is wanted")
+            for field in fields:
+                if field not in row:
+                    there = ", ".join(map(str, row)) or "none"
+                    raise InputError(f"{where}, {place}: there is no field {field!r}; there are {there}")
+            rows.append((f"{where}, {place}", row))
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError, NotImplementedError) as error:  # of pandas, Arrow and datasets
+        raise InputError(f"{where} cannot be read ({str(error).splitlines()[0]})") from error
     if not rows:
-        raise InputError(f"file: {source} has no row")
+        raise InputError(f"{where} has no row")
     return rows
 
 
-def _rows_of_file(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        if path.suffix == ".jsonl":
-            lines = enumerate(read_text(path, encoding="utf-8-sig").split("\n"), 1)
-            yield from ((f"line {n}", parse_json(line, f"file: {path}, line {n}")) for n, line in lines if line.strip())
-        elif path.suffix == ".csv":
-            yield from ((f"row {n}", row) for n, row in enumerate(_rows_of_csv(path), 1))
-        else:
-            from pyarrow import parquet
+def _rows_of_file(path: Path, where: str) -> Iterator[tuple[str, Any]]:
+    if path.suffix == ".jsonl":
+        lines = enumerate(read_text(path, where.partition(":")[0], encoding="utf-8-sig").split("\n"), 1)
+        yield from ((f"line {n}", parse_json(line, f"{where}, line {n}")) for n, line in lines if line.strip())
+        return
+    if path.suffix == ".csv":
+        import pandas as pd
 
-            rows = parquet.read_table(bounded_table(path, read_bytes(path))).to_pylist()
-            yield from ((f"row {n}", row) for n, row in enumerate(rows, 1))
-    except InputError:
-        raise
-    except (OSError, ValueError, NotImplementedError) as error:  # those of Arrow and pandas are of these kinds
-        raise InputError(f"file: {path} cannot be read ({str(error).splitlines()[0]})") from error
+        text = read_text(path, where.partition(":")[0], encoding="utf-8-sig")
+        # Without a header, for pandas renames what is twice in it; a row with more fields than the first is an error.
+        names, *found = pd.read_csv(StringIO(text), header=None, dtype=str, na_filter=False).to_numpy().tolist()
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise InputError(f"{where}, line 1: {twice!r} names two columns; a name stands for one")
+        rows = [dict(zip(names, row, strict=True)) for row in found]
+    else:
+        from pyarrow import parquet
 
-
-def _rows_of_csv(path: Path) -> list[dict[str, str]]:
-    import pandas as pd
-
-    text = read_text(path, encoding="utf-8-sig")
-    # Without a header, for pandas renames what stands twice in it; a row with more fields than the first is an error.
-    table = pd.read_csv(StringIO(text), header=None, dtype=str, na_filter=False).to_numpy().tolist()
-    names = table[0]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise InputError(f"file: {path}, line 1: {twice!r} names two columns; a name stands for one")
-    return [dict(zip(names, row, strict=True)) for row in table[1:]]
+        rows = parquet.read_table(bounded_table(path, read_bytes(path))).to_pylist()
+    yield from ((f"row {n}", row) for n, row in enumerate(rows, 1))
 
 
 def _rows_of_data_set(source: str, part: str) -> Iterator[tuple[str, Any]]:
-    allowed = f"a file that ends in {', '.join(ENDINGS)}"
+    allowed = f"file: {source!r} is not a file that ends in {', '.join(ENDINGS)}"
     if Path(source).exists():
-        raise InputError(f"file: {source} is not {allowed}")
+        raise InputError(allowed)
     if find_spec("datasets") is None:
-        raise InputError(f"file: {source!r} is not {allowed}; as a data set it needs datasets: pip install datasets")
+        raise InputError(f"{allowed}; as a data set it needs datasets: pip install datasets")
     from datasets import load_dataset
 
     try:
         yield from ((f"row {n}", row) for n, row in enumerate(load_dataset(source, split=part), 1))
     except (OSError, ValueError, RuntimeError) as error:
-        why = str(error).splitlines()[0]
-        raise InputError(f"file: {source!r} is not {allowed}; as a data set it cannot be read ({why})") from error
+        raise InputError(f"{allowed}; as a data set it cannot be read ({str(error).splitlines()[0]})") from error
 
 
 def texts_of(where: str, row: Row, field: str) -> list[str]:

@@ -7,26 +7,26 @@ import sys
 import time
 import weakref
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from transformers import Trainer, TrainerCallback
 
-from mnemoscope.behaviour import PLAIN, Prompting
 from mnemoscope.config import StopConfig
-from mnemoscope.models import Site
 from mnemoscope.report.emergence import draw_curve
 from mnemoscope.runs.errors import InputError
-from mnemoscope.tasks import SPLITS, Split, Task, named_task
+from mnemoscope.tasks import Task, named_task
 from mnemoscope.watch.curve import FILE, PICTURE, WHEN, Curve, When, reached
-from mnemoscope.watch.measuring import Watcher, in_several_processes
+from mnemoscope.watch.measuring import Asked, Watcher, in_several_processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, TrainerControl, TrainerState, TrainingArguments
 
 LOGGED = ("recall", "novel_accuracy", "conflict_memorized", "conflict_generalized", "conflict_other", "yield", "margin")
 WANTED = StopConfig(novel_accuracy=0.9, recall=0.9)
+T = TypeVar("T")
 
 
 class BehaviourCallback(TrainerCallback):
@@ -54,56 +54,35 @@ class BehaviourCallback(TrainerCallback):
         tokenizer: PreTrainedTokenizerFast,
         *,
         every: int | None = None,
-        examples: int = 32,
-        rephrasings: int = 1,
-        split: Split = "tune",
-        contrast: Site | None = None,
         stop: When | None = None,
         save: When | None = None,
         wanted: StopConfig = WANTED,
-        batch_size: int = 64,
-        seed: int = 0,
-        prompting: Prompting = PLAIN,
         **options: Any,
     ) -> None:
         """Nothing is drawn before the training begins.
 
         Args:
-            task: one, its name, or the path of a JSONL file; ``options`` are the task's.
+            task: one, its name, or the path of a JSONL file.
             every: steps between measurements; None: when the trainer evaluates.
-            examples: of each kind, at most.
-            rephrasings: of each conflict, to find pairs.
-            split: of the task, whose phrasings the training should not hold.
-            contrast: a site where the behaviours of pairs are compared by layer; ``rho_L`` and ``cosine_L`` are in the
-                table, their largest and mean are logged.
             stop: ends the training when ``both`` behaviours are there (``wanted``), or when memory has ``overtaken``
                 the rule among conflicts.
             save: has a checkpoint saved at the first measurement where that is so. Weights behind the last step that
                 is evaluated are measured and not saved; ``save_total_limit`` counts the checkpoint like any other.
-            prompting: the format of prompts, such as ``Prompting(chat=True)`` of a model that is taught conversations.
+            options: what is asked, ``examples``, ``rephrasings``, ``split``, ``contrast``, ``batch_size``, ``seed`` and
+                ``prompting`` of ``mnemoscope.watch.Asked``, and options of the task.
 
         Raises:
             InputError: an argument is not allowed.
         """
         if every is not None and every < 1:
             raise InputError(f"every: {every!r}; allowed is a number of steps from 1 on")
-        for name, least, number in (
-            ("examples", 1, examples),
-            ("rephrasings", 0, rephrasings),
-            ("batch_size", 1, batch_size),
-        ):
-            if number < least:
-                raise InputError(f"{name}: {number!r}; allowed is a number from {least} on")
-        if split not in SPLITS:
-            raise InputError(f"split: {split!r} is not one of {', '.join(SPLITS)}")
         for name, when in (("stop", stop), ("save", save)):
             if when is not None and when not in WHEN:
                 raise InputError(f"{name}: {when!r} is not one of {', '.join(WHEN)}")
-        self.task = named_task(task, options, seed)
+        self.asked = Asked(**{field.name: options.pop(field.name) for field in fields(Asked) if field.name in options})
+        self.task = named_task(task, options, self.asked.seed)
         self.tokenizer, self.every, self.stop, self.save = tokenizer, every, stop, save
         self.wanted, self.curve, self.seconds = wanted, Curve(), 0.0
-        self._drawing: dict[str, Any] = {"examples": examples, "rephrasings": rephrasings, "split": split}
-        self._drawing |= {"contrast": contrast, "batch_size": batch_size, "seed": seed, "prompting": prompting}
         self.watcher: Watcher | None = None
         self._trainer: weakref.ReferenceType[Trainer] | None = None
         self._saved = self._trains = False
@@ -116,22 +95,23 @@ class BehaviourCallback(TrainerCallback):
         Raises InputError where the trainer never evaluates and ``every`` is not given, saves its best checkpoint alone
         though ``save`` asks for another, or shards the weights otherwise than FSDP 2 does.
         """
-        if self.every is None and str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "no":
+        evaluates, saves = (str(getattr(s, "value", s)) for s in (args.eval_strategy, args.save_strategy))
+        if self.every is None and evaluates == "no":
             raise InputError(
                 "every: this trainer does not evaluate (eval_strategy); give the steps between measurements"
             )
-        if self.save and str(getattr(args.save_strategy, "value", args.save_strategy)) == "best":
+        if self.save and saves == "best":
             raise InputError("save: with save_strategy 'best' a trainer saves nothing else; use no, steps or epoch")
         trainer = _trainer_of(state)
-        _check_shards(trainer)
+        check_shards(trainer)
         self._trainer = weakref.ref(trainer) if trainer is not None else None
         path, rows = Path(str(args.output_dir)) / FILE, list[dict[str, Any]]()
         if state.global_step and path.is_file() and state.is_world_process_zero:
             rows = [row for row in Curve.open(path).rows if row["step"] <= state.global_step]
-        self.curve = Curve(_rows_of_the_first_process(rows))
+        self.curve = Curve(_of_the_first_process(rows))
         self._saved = any(self._holds(self.save, n) for n in range(1, len(self.curve.rows) + 1))
         began = time.perf_counter()
-        self.watcher, self._trains = Watcher(kwargs["model"], self.tokenizer, self.task, **self._drawing), True
+        self.watcher, self._trains = Watcher(kwargs["model"], self.tokenizer, self.task, self.asked), True
         self.seconds += time.perf_counter() - began
         if not state.global_step:
             self._measure(args, state, control, kwargs["model"])
@@ -186,13 +166,13 @@ class BehaviourCallback(TrainerCallback):
             folder = Path(str(args.output_dir))
             self.curve.save(folder)
             draw_curve(self.curve.table, folder / PICTURE)
-        rows = self.curve.rows
-        stops, saves = (self._holds(when, len(rows)) for when in (self.stop, self.save))
-        stops, saves = _of_the_first_process(args, stops, saves and not self._saved)
+        stops, saves = _of_the_first_process(
+            [self._holds(when, len(self.curve.rows)) for when in (self.stop, self.save)]
+        )
         control.should_training_stop |= stops
-        control.should_save |= saves
+        control.should_save |= saves and not self._saved
         self._saved |= saves
-        trainer, logged = self._trainer() if self._trainer else None, _told(rows[-1])
+        trainer, logged = self._trainer() if self._trainer else None, _told(self.curve.rows[-1])
         if trainer is not None:
             logs_loss = control.should_log
             # Not the log of a subclass: TRL's takes what it gathered for its own next entry.
@@ -214,25 +194,16 @@ def _told(row: Mapping[str, Any]) -> dict[str, float]:
     return told
 
 
-def _of_the_first_process(args: Any, *decided: bool) -> list[bool]:
-    """Decisions of the first process: others may round otherwise."""
-    if not in_several_processes():
-        return list(decided)
-    told = torch.tensor(decided, dtype=torch.uint8, device=args.device)
-    torch.distributed.broadcast(told, 0)
-    return [bool(one) for one in told.tolist()]
-
-
-def _rows_of_the_first_process(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows before a training was resumed, which other machines may not have on a disk."""
-    told = [rows]
+def _of_the_first_process(told: T) -> T:
+    """What the first process says: others may round otherwise, or lack its disk."""
+    several = [told]
     if in_several_processes():
-        torch.distributed.broadcast_object_list(told, 0)
-    return told[0]
+        torch.distributed.broadcast_object_list(several, 0)
+    return several[0]
 
 
-def _check_shards(trainer: Any) -> None:
-    """Refuse weights in shards that no forward pass of the model itself gathers; FSDP 2 gathers them by its hooks."""
+def check_shards(trainer: Any) -> None:
+    """Raises InputError where weights are in shards that no pass of the model itself gathers, as FSDP 2's hooks do."""
     if trainer is None:
         return
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)

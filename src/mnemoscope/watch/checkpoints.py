@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mnemoscope.models import SITES, load_model
+from mnemoscope.models import load_model
 from mnemoscope.report.emergence import draw_curve
 from mnemoscope.runs.errors import InputError
 from mnemoscope.runs.strict import read_json
-from mnemoscope.tasks import SPLITS, named_task
+from mnemoscope.tasks import named_task
 from mnemoscope.watch.curve import PICTURE, Curve
-from mnemoscope.watch.measuring import Watcher
+from mnemoscope.watch.measuring import Asked, Watcher
 
 COMMIT = re.compile(r"[0-9a-f]{7,40}")
 WEIGHTS = ["*.safetensors", "*.json", "*.txt", "*.model"]  # what of a repository is fetched; nothing is unpickled
@@ -21,7 +21,7 @@ WEIGHTS = ["*.safetensors", "*.json", "*.txt", "*.model"]  # what of a repositor
 
 def measure_checkpoints(
     checkpoints: Sequence[str],
-    task: str,
+    task: Any,
     options: Mapping[str, Any],
     out: Path,
     opening: Mapping[str, Any],
@@ -33,24 +33,20 @@ def measure_checkpoints(
         checkpoints: folders (of adapters too), the output folder of a trainer, for all of its checkpoints, or hub ids
             with ``@`` and a revision. The last number in the name of a folder, or in the revision, is its step; where
             none has a number, its place in the list.
-        opening: ``dtype``, ``device_map`` and ``tokenizer``; ``how``: arguments of ``Watcher``.
+        opening: ``dtype``, ``device_map`` and ``tokenizer``; ``how``: fields of ``Asked``.
 
     Raises:
         InputError: a checkpoint cannot be opened, two have one step, some have none, they are of different
             architectures, or the task has nothing to ask.
     """
-    if how.get("contrast") not in (None, *SITES):
-        raise InputError(f"contrast: {how['contrast']!r} is not one of {', '.join(SITES)}")
-    if how.get("split", "tune") not in SPLITS:
-        raise InputError(f"split: {how['split']!r} is not one of {', '.join(SPLITS)}")
+    asked = Asked(**how)
     names = [one for name in checkpoints for one in _in_folder(name)]
     steps = steps_of(names)
     folders = [fetched(name) for name in names]
-    _check_alike(dict(zip(names, folders, strict=True)))
-    made, curve = named_task(task, dict(options)), Curve()
-    before_LD = None
+    _check_alike(names, folders)
+    made, curve, before_LD = named_task(task, dict(options)), Curve(), None
     for step, folder in sorted(zip(steps, folders, strict=True)):
-        watcher = Watcher(*load_model(folder, **opening), made, **how)
+        watcher = Watcher(*load_model(folder, **opening), made, asked)
         watcher.direction_LD = before_LD
         curve.add(step, watcher.measure())
         before_LD = watcher.direction_LD
@@ -68,11 +64,11 @@ def _in_folder(name: str) -> list[str]:
 
 def steps_of(names: Sequence[str]) -> list[int]:
     """The step of each checkpoint by its name, or their places; InputError where some have none, or two the same."""
-    steps = {name: _step_of(name) for name in names}
-    without = [name for name, step in steps.items() if step is None]
-    if without and len(without) < len(names):
-        raise InputError(f"checkpoints: {without[0]} does not end in its step, and others do; give all steps, or none")
-    found = list(range(len(names))) if without else [step for name in names if (step := steps[name]) is not None]
+    steps = [_step_of(name) for name in names]
+    if None in steps and any(step is not None for step in steps):
+        name = names[steps.index(None)]
+        raise InputError(f"checkpoints: {name} does not end in its step, and others do; give all steps, or none")
+    found = [n if step is None else step for n, step in enumerate(steps)]
     twice = next((step for step in found if found.count(step) > 1), None)
     if twice is not None:
         raise InputError(f"checkpoints: two of them are of step {twice}; give names that end in their steps")
@@ -83,19 +79,16 @@ def _step_of(name: str) -> int | None:
     """The step in the name of a checkpoint; a commit's hash has none."""
     last = name.rpartition("@")[2] if "@" in name else Path(name).name if Path(name).exists() else ""
     numbers = re.findall(r"\d+", last)
-    return int(numbers[-1]) if numbers and not (COMMIT.fullmatch(last) and not last.isdigit()) else None
+    return int(numbers[-1]) if numbers and (last.isdigit() or not COMMIT.fullmatch(last)) else None
 
 
-def _check_alike(folders: Mapping[str, str]) -> None:
-    """Raises InputError where folders, by the names of checkpoints, hold models of different shapes."""
-    shapes = {name: _shape_of(Path(folder)) for name, folder in folders.items()}
-    known = {name: shape for name, shape in shapes.items() if shape}
-    first, *others = known.items() if known else [("", "")]
-    for name, shape in others:
-        if shape != first[1]:
-            raise InputError(
-                f"checkpoints: {name} holds {shape}, and {first[0]} {first[1]}; give those of one training"
-            )
+def _check_alike(names: Sequence[str], folders: Sequence[str]) -> None:
+    """Raises InputError where folders hold models of different shapes."""
+    known = [(name, shape) for name, folder in zip(names, folders, strict=True) if (shape := _shape_of(Path(folder)))]
+    for name, shape in known:
+        if shape != known[0][1]:
+            first = f"{known[0][0]} {known[0][1]}"
+            raise InputError(f"checkpoints: {name} holds {shape}, and {first}; give those of one training")
 
 
 def _shape_of(folder: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pandas as pd
 
@@ -18,7 +18,7 @@ from mnemoscope.watch.rule import unmet
 
 FILE, PICTURE = "emergence.parquet", "emergence.png"
 When = Literal["both", "overtaken"]
-WHEN: tuple[When, ...] = ("both", "overtaken")
+WHEN: tuple[When, ...] = get_args(When)
 
 
 @dataclass
@@ -68,17 +68,14 @@ def table_of(source: Path) -> Path:
         ended = cell / "records" / "training.parquet"
         found += [ended] if ended.is_file() else growing[-1:]
     if len(found) != 1:
-        what = (
-            f"has several tables; name one of {', '.join(map(str, found))}" if found else "has no table of a training"
-        )
-        raise InputError(f"RUN: {source} {what}")
+        several = f"has several tables; name one of {', '.join(map(str, found))}"
+        raise InputError(f"RUN: {source} {several if found else 'has no table of a training'}")
     return found[0] if found[0].name == FILE else intact(found[0])
 
 
 def reached(when: When, rows: list[dict[str, Any]], wanted: StopConfig) -> bool:
     """Whether both behaviours are there, or memory has overtaken the rule, at the last of some measurements."""
-    last = rows[-1]
     if when == "both":
-        return not unmet(wanted, {"novel_accuracy": 1.0, "recall": 1.0} | last)  # a task may lack these questions
+        return not unmet(wanted, {"novel_accuracy": 1.0, "recall": 1.0} | rows[-1])  # a task may lack these questions
     lead = [row["conflict_memorized"] - row["conflict_generalized"] for row in rows]
     return lead[-1] > 0 > min(lead)

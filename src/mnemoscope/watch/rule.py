@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mnemoscope.behaviour import Asking, Batch, prepare, score
+from mnemoscope.behaviour import Asking
 from mnemoscope.config import StopConfig, TrainingConfig
 from mnemoscope.runs.errors import InputError
 from mnemoscope.statistics import proportion
-from mnemoscope.tasks import Example, Kind, Task, draw
+from mnemoscope.tasks import Example, Kind, Task
+from mnemoscope.watch.measuring import Asked, Watcher
 
 MEASURED: tuple[Kind, ...] = ("novel", "memory", "conflict")  # in the order in which their examples are drawn
 # What is measured, of which kind of example and answered how: True where the rule asks for at least so much.
@@ -31,8 +33,7 @@ MEASURES: dict[str, tuple[Kind, str, bool]] = {
 
 def bounds_of(stop: StopConfig) -> dict[str, float]:
     """The bound of each measure: the least, of `conflict_other` the most."""
-    each = {"conflict_memorized": stop.conflict_each, "conflict_generalized": stop.conflict_each}
-    return {name: each[name] if name in each else getattr(stop, name) for name in MEASURES}
+    return {name: getattr(stop, name, stop.conflict_each) for name in MEASURES}
 
 
 def unmet(stop: StopConfig, measured: Mapping[str, float], surely: Mapping[str, float] | None = None) -> list[str]:
@@ -44,7 +45,7 @@ def unmet(stop: StopConfig, measured: Mapping[str, float], surely: Mapping[str, 
     for name, bound in bounds_of(stop).items():
         at_least, value = MEASURES[name][2], measured[name]
         reached = value if surely is None else surely[name]
-        if not (reached >= bound if at_least else reached <= bound):
+        if not _holds(reached, bound, at_least):
             # In a task of several parts, the measure is that of the worst part.
             parts = [key.removesuffix(f".{name}") for key in measured if key.endswith(f".{name}")]
             place = next((f" in {part}" for part in parts if measured[f"{part}.{name}"] == value), "")
@@ -77,7 +78,7 @@ class Trained:
 
 
 class Evaluation:
-    """Tune examples of each kind, for each part of a task (a task without parts is its only part), and their labels.
+    """A watcher of each part of a task (a task without parts is its only part), asked for as long as the rule needs.
 
     A first look is at ``evaluation_examples`` of each kind. Where the stop rule holds there, but not beyond the
     intervals of so many, twice as many are looked at, and so on up to ``evaluation_most`` or to all there are. Examples
@@ -88,74 +89,62 @@ class Evaluation:
     """
 
     def __init__(self, asking: Asking, task: Task, config: TrainingConfig, rng: np.random.Generator) -> None:
-        self.stop, first, most = config.stop, config.evaluation_examples, config.evaluation_most
-        self.askings: dict[str, Asking] = {}
-        self._examples: dict[tuple[str, Kind], list[Example]] = {}
-        self._batches: dict[tuple[str, Kind, int], list[Batch]] = {}
-        self._looks = [first]  # examples of each kind that are looked at
-        while self._looks[-1] < most:
-            self._looks.append(min(2 * self._looks[-1], most))
+        self.stop, self.looks = config.stop, [config.evaluation_examples]  # how many of each kind are looked at
+        while self.looks[-1] < config.evaluation_most:
+            self.looks.append(min(2 * self.looks[-1], config.evaluation_most))
+        asked = Asked(examples=self.looks[-1], rephrasings=0, batch_size=asking.batch_size, kinds=MEASURED)
+        self.watchers: dict[str, Watcher] = {}
         for name, part in (task.parts or {task.name: task}).items():
-            self.askings[name] = replace(asking, boundary=part.boundary)
-            for kind in MEASURED:
-                self._examples[name, kind] = drawn = tune_examples(part, rng, self._looks[-1], kind)
-                if why := undecidable(self.stop, len(drawn), kind):
-                    raise InputError(why)
+            self.watchers[name] = watcher = Watcher(asking.model, asking.tokenizer, part, asked, rng)
+            check_kinds(part, watcher.drawn)
+            for kind, drawn in watcher.drawn.items():
+                check_decidable(self.stop, len(drawn), kind)
 
     def measure(self) -> Measured:
         """Label as many examples as it takes to tell whether the stop rule holds."""
-        labels: dict[tuple[str, Kind], np.ndarray] = {key: np.array([], object) for key in self._examples}
-        for look in range(len(self._looks)):
-            labels = {key: np.append(seen, self._labels(*key, look)) for key, seen in labels.items()}
+        labels = {(part, kind): np.array([], object) for part in self.watchers for kind in MEASURED}
+        for begin, end in pairwise([0, *self.looks]):
+            for (part, kind), seen in labels.items():
+                labels[part, kind] = np.append(seen, self.watchers[part].labels(kind, begin, end))
             measured = self._measured(labels)
             if unmet(self.stop, measured.shares) or not unmet(self.stop, *measured):
                 break
         return measured
 
-    def _labels(self, part: str, kind: Kind, look: int) -> np.ndarray:
-        """Labels of the examples that a look adds to the ones before."""
-        asking, begin = self.askings[part], self._looks[look - 1] if look else 0
-        if (part, kind, look) not in self._batches:
-            added = self._examples[part, kind][begin : self._looks[look]]
-            self._batches[part, kind, look] = prepare(asking, added)
-        return score(asking, self._batches[part, kind, look], margins=False).behaviour_N
-
     def _measured(self, labels: Mapping[tuple[str, Kind], np.ndarray]) -> Measured:
-        shares: dict[str, dict[str, float]] = {}
-        surely: dict[str, list[float]] = {name: [] for name in MEASURES}
-        for part in self.askings:
-            for name, (kind, wanted, at_least) in MEASURES.items():
-                hits_N = labels[part, kind] == wanted
-                shares.setdefault(part, {})[name] = float(hits_N.mean())
-                surely[name].append(_sure_end(hits_N, at_least))
-        worst = {name: min if at_least else max for name, (_, _, at_least) in MEASURES.items()}
-        each = {f"{part}.{name}": value for part, by_name in shares.items() for name, value in by_name.items()}
-        together = {name: pick(by_name[name] for by_name in shares.values()) for name, pick in worst.items()}
-        ends = {name: pick(surely[name]) for name, pick in worst.items()}
-        return Measured(together if len(shares) == 1 else together | each, ends)
+        together, each, ends = dict[str, float](), dict[str, float](), dict[str, float]()
+        for name, (kind, wanted, at_least) in MEASURES.items():
+            hits = {part: labels[part, kind] == wanted for part in self.watchers}
+            shares, worst = {part: float(hits_N.mean()) for part, hits_N in hits.items()}, min if at_least else max
+            together[name] = worst(shares.values())
+            ends[name] = worst(_sure_end(hits_N, at_least) for hits_N in hits.values())
+            each |= {f"{part}.{name}": share for part, share in shares.items()}
+        return Measured(together | each if len(self.watchers) > 1 else together, ends)
 
 
-def tune_examples(task: Task, rng: np.random.Generator, n: int, kind: Kind) -> list[Example]:
-    """``n`` tune examples of a kind, fewer where there are no more; InputError where there is none."""
-    drawn = draw(task, rng, n, kind, "tune")
-    if not drawn:
-        raise InputError(f"task: {task.name} has no {kind} example in the tune split; the stop rule needs some")
-    return drawn
+def check_kinds(task: Task, drawn: Mapping[Kind, list[Example]]) -> None:
+    """Raises InputError where nothing was drawn of a kind that the stop rule asks for."""
+    for kind in MEASURED:
+        if not drawn[kind]:
+            raise InputError(f"task: {task.name} has no {kind} example in the tune split; the stop rule needs some")
 
 
-def undecidable(stop: StopConfig, n: int, kind: Kind) -> str:
-    """Why ``n`` examples of a kind cannot show that the rule holds, whatever their answers; empty where they can."""
+def check_decidable(stop: StopConfig, n: int, kind: Kind) -> None:
+    """Raises InputError where ``n`` examples of a kind cannot show that the rule holds, whatever their answers."""
     for name, bound in bounds_of(stop).items():
         of, _, at_least = MEASURES[name]
         right = n // 2 if at_least and of == "conflict" else n if at_least else 0  # at best
         reached = _sure_end(np.arange(n) < right, at_least)
-        if kind == of and not (reached >= bound if at_least else reached <= bound):
+        if kind == of and not _holds(reached, bound, at_least):
             field = name if name in StopConfig.model_fields else "conflict_each"
-            return (
+            raise InputError(
                 f"training.stop.{field}: {bound} cannot be shown by {n} tune examples, whatever the answers; allowed "
                 f"is {'at most' if at_least else 'at least'} {reached:.3f}, or more examples (training.evaluation_most)"
             )
-    return ""
+
+
+def _holds(reached: float, bound: float, at_least: bool) -> bool:
+    return reached >= bound if at_least else reached <= bound
 
 
 def _sure_end(hits_N: np.ndarray, at_least: bool) -> float:

@@ -5,12 +5,10 @@ Shapes: N instances, B of a batch, T tokens.
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +16,23 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from mnemoscope.behaviour import Asking
 from mnemoscope.config import TrainingConfig
 from mnemoscope.models import Precision, core_of, in_precision, quick_precision
 from mnemoscope.runs.errors import InputError
 from mnemoscope.runs.files import write_atomically
-from mnemoscope.runs.strict import read_text
-from mnemoscope.tasks import Task
+from mnemoscope.runs.strict import read_json, read_text
+from mnemoscope.tasks import Task, draw
 from mnemoscope.watch.callback import BehaviourCallback
 from mnemoscope.watch.curve import FILE, Curve
 from mnemoscope.watch.instances import batches
-from mnemoscope.watch.rule import MEASURED, Trained, tune_examples, unmet
+from mnemoscope.watch.rule import MEASURED, Trained, check_kinds, unmet
 
 MOST_LOGITS = 2**27  # of a pass, 512 MiB; the gradient and the log-probabilities take as much each
 IGNORED = -100  # what the library's loss leaves out
-STATE, SECONDS = "trainer_state.json", "seconds"
+SECONDS = "seconds"  # file with how long a training took until its last checkpoint
 
 
 def teach(
@@ -56,11 +54,12 @@ def teach(
     """
     if task.parts:
         raise InputError(f"model.lora: {task.name} consists of {', '.join(task.parts)}; teach one of them")
-    seed, started = int(rng.integers(2**31)), time.perf_counter()
-    stop = config.stop
-    for kind in MEASURED:  # refuses a task that lacks one
-        tune_examples(task, np.random.default_rng(seed), 1, kind)
-    watching = BehaviourCallback(
+    seed, started, model = int(rng.integers(2**31)), time.perf_counter(), asking.model
+    check_kinds(task, {kind: draw(task, np.random.default_rng(seed), 1, kind, "tune") for kind in MEASURED})
+    begun, data = last_checkpoint(folder), _Instances(asking, task, config, seed)
+    taken = folder / SECONDS
+    before = float(read_text(taken, "training")) if begun and taken.is_file() else 0.0
+    watching = _Watching(
         task,
         asking.tokenizer,
         every=config.evaluate_every,
@@ -69,37 +68,26 @@ def teach(
         batch_size=asking.batch_size,
         seed=seed,
         stop="both",
-        wanted=stop,
+        wanted=config.stop,
     )
-    begun = last_checkpoint(folder)
-    before = begun.seconds if begun else 0.0
-    data, model = _Instances(asking, task, config, seed), asking.model
-    precision = quick_precision(core_of(model)) if config.precision == "auto" else config.precision
-    trainer = _Trainer(
-        model,
-        arguments(model, config, seed, folder, data.parts()),
-        train_dataset=data,
-        data_collator=together,
-        callbacks=[watching, _Told(watching, progress, folder / SECONDS, started - before)],
-    )
-    trainer.precision = precision
+    watching.progress, watching.took = progress, lambda: before + time.perf_counter() - started
+    settings = arguments(model, config, seed, folder, data.parts())
+    trainer = _Trainer(model, settings, train_dataset=data, data_collator=together, callbacks=[watching])
+    trainer.precision = quick_precision(core_of(model)) if config.precision == "auto" else config.precision
     trainer.remove_callback(PrinterCallback)
-    rows = Curve.open(folder / FILE).rows if begun else []
-    rows = [row for row in rows if begun and row["step"] <= begun.step]
-    ended = bool(rows) and (rows[-1]["step"] >= config.steps or not unmet(stop, rows[-1]) or diverged(rows))
-    if begun and ended and rows[-1]["step"] == begun.step:
-        _load(model, begun.folder)  # it had ended, and was not yet saved elsewhere
+    rows = [row for row in Curve.open(folder / FILE).rows if row["step"] <= step_of(begun)] if begun else []
+    ended = bool(rows) and (rows[-1]["step"] >= config.steps or not unmet(config.stop, rows[-1]) or diverged(rows))
+    if begun and ended and rows[-1]["step"] == step_of(begun):
+        _load(model, begun)  # it had ended, and was not yet saved elsewhere
     else:
-        trainer.train(resume_from_checkpoint=str(begun.folder) if begun else None)
+        trainer.train(resume_from_checkpoint=str(begun) if begun else None)
         rows = watching.curve.rows
     model.eval()
-    rows = [row | {"met": not unmet(stop, row), "kept": False} for row in rows]
-    rows[-1]["kept"] = True
-    seconds = before + time.perf_counter() - started
-    missed = unmet(stop, rows[-1])
+    rows = [row | {"met": not unmet(config.stop, row), "kept": row is rows[-1]} for row in rows]
+    missed = unmet(config.stop, rows[-1])
     if diverged(rows):
         missed.append(f"loss {_losses(rows)[-1]:.3f} (it was {min(_losses(rows)):.3f})")
-    return Trained(rows, rows[-1]["step"], seconds, missed, precision)
+    return Trained(rows, rows[-1]["step"], watching.took(), missed, trainer.precision)
 
 
 def diverged(rows: Sequence[Mapping[str, Any]]) -> bool:
@@ -112,36 +100,21 @@ def _losses(rows: Sequence[Mapping[str, Any]]) -> list[float]:
     return [row["loss"] for row in rows if np.isfinite(row["loss"])]  # none at step 0, nor before it is logged
 
 
-@dataclass(frozen=True)
-class Begun:
-    """The last whole checkpoint of a training, its step, and the seconds that it took until then."""
-
-    folder: Path
-    step: int
-    seconds: float
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
-def last_checkpoint(folder: Path) -> Begun | None:
+def last_checkpoint(folder: Path) -> Path | None:
     """The last checkpoint whose state is there, which the library writes last; what is half written goes."""
-    found = dict[int, Path]()
-    for path in folder.glob("checkpoint-*") if folder.is_dir() else ():
-        if _is_whole(path / STATE):
-            found[int(path.name.rpartition("-")[2])] = path
-        else:
-            shutil.rmtree(path)
-    if not found or not (folder / FILE).is_file():
-        return None
-    step = max(found)
-    took = folder / SECONDS
-    return Begun(found[step], step, float(read_text(took, "training")) if took.is_file() else 0.0)
-
-
-def _is_whole(state: Path) -> bool:
-    """Whether a checkpoint's state was written to its end."""
-    try:
-        return isinstance(json.loads(state.read_text()), dict)
-    except (OSError, ValueError):
-        return False
+    found = sorted(folder.glob("checkpoint-*"), key=step_of)
+    while found:
+        try:
+            read_json(found[-1] / "trainer_state.json", dict[str, Any])
+            return found[-1] if (folder / FILE).is_file() else None
+        except InputError:
+            shutil.rmtree(found.pop())
+    return None
 
 
 def _load(model: Any, folder: Path) -> None:
@@ -187,14 +160,35 @@ class _Trainer(Trainer):
         return in_precision(self.model, self.precision)
 
 
+class _Watching(BehaviourCallback):
+    """Also tells the progress of a training, ends it where it diverged, and notes how long it ``took``."""
+
+    progress: Callable[[int, Mapping[str, float]], None]
+    took: Callable[[], float]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_step_end(args, state, control, **kwargs)
+        self.progress(state.global_step, self.curve.rows[-1])
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_log(args, state, control, **kwargs)
+        control.should_training_stop |= diverged(self.curve.rows)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        write_atomically(Path(args.output_dir) / SECONDS, f"{self.took()}".encode())
+
+
 class _Instances(IterableDataset[dict[str, Tensor]]):
     """Training instances of a task, each with its token ids and labels (T,) int64; an endless stream."""
 
-    def __init__(self, asking: Asking, task: Task, config: TrainingConfig, seed: int) -> None:
-        self.asking, self.task, self.config, self.seed = asking, task, config, seed
+    def __init__(self, *drawn_from: Any) -> None:
+        self.asking, self.task, self.config, self.seed = drawn_from
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return batches(self.asking, self.task, self.config, np.random.default_rng(self.seed))
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for ids_BT, weights_BT in batches(self.asking, self.task, self.config, np.random.default_rng(self.seed)):
+        for ids_BT, weights_BT in self.batches():
             for ids_T, weights_T in zip(ids_BT, weights_BT, strict=True):
                 end = int(torch.nonzero(weights_T)[-1]) + 1
                 labels_T = torch.where(weights_T > 0, ids_T, IGNORED)
@@ -202,11 +196,9 @@ class _Instances(IterableDataset[dict[str, Tensor]]):
 
     def parts(self) -> int:
         """In how many parts a batch must be read for ``MOST_LOGITS``."""
-        ids_BT, _ = next(batches(self.asking, self.task, self.config, np.random.default_rng(self.seed)))
-        logits = ids_BT.numel() * int(core_of(self.asking.model).config.get_text_config().vocab_size)
+        logits = next(self.batches())[0].numel() * int(core_of(self.asking.model).config.get_text_config().vocab_size)
         rows = self.config.batch_size
-        equal = [parts for parts in range(1, rows + 1) if rows % parts == 0]
-        return next((parts for parts in equal if logits <= parts * MOST_LOGITS), rows)
+        return next((n for n in range(1, rows) if rows % n == 0 and logits <= n * MOST_LOGITS), rows)
 
 
 def together(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -216,25 +208,3 @@ def together(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     labels_BT = pad([row["labels"] for row in rows], batch_first=True, padding_value=IGNORED)
     mask_BT = pad([torch.ones_like(row["input_ids"]) for row in rows], batch_first=True)
     return {"input_ids": ids_BT, "labels": labels_BT, "attention_mask": mask_BT}
-
-
-class _Told(TrainerCallback):
-    """Tells the progress of a training, ends it where it diverged, and notes how long it took since ``began``."""
-
-    def __init__(
-        self,
-        watching: BehaviourCallback,
-        progress: Callable[[int, Mapping[str, float]], None],
-        path: Path,
-        began: float,
-    ) -> None:
-        self.watching, self.progress, self.path, self.began = watching, progress, path, began
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.progress(state.global_step, self.watching.curve.rows[-1])
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop |= diverged(self.watching.curve.rows)
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        write_atomically(self.path, f"{time.perf_counter() - self.began}".encode())

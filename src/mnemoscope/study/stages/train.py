@@ -29,6 +29,7 @@ from mnemoscope.models import (
 )
 from mnemoscope.runs.errors import InputError, StudyError
 from mnemoscope.runs.files import new_folder, write_atomically
+
 from mnemoscope.statistics.contrast import ContrastAccumulator
 from mnemoscope.study.cells import STATES, Cell, Tell
 from mnemoscope.study.stages import common
@@ -47,20 +48,18 @@ COLUMNS = {
 def train_stage(cell: Cell, tell: Tell) -> list[Path]:
     """Train a model from scratch or an adapter (``model.lora``) until both behaviours appear, or open a trained one."""
     (cell.records / "known.json").unlink(missing_ok=True)
-    task = common.cell_task(cell)
+    task, shape = common.cell_task(cell), cell.config.model
     facts: dict[str, Any] = {"task": task.name, "label": cell.label, "seed": cell.seed, "site": cell.config.pairs.site}
     facts |= {"memory_is_conflict": task.memory_is_conflict, "options": cell.config.options}
-    facts |= {"analysed": cell.config.analysed, "shared_initialization": cell.config.model.shares_first_weights}
-    if cell.config.model.folder in PACKAGED:
-        facts["weights"] = QUANTIZED
-    if cell.config.model.is_trained:
+    facts |= {"analysed": cell.config.analysed, "shared_initialization": shape.shares_first_weights}
+    facts |= {"weights": QUANTIZED} if shape.folder in PACKAGED else {}
+    if shape.is_trained:
         asking, trained, attempt = _trained(cell, task, tell)
         files = [common.write_table(cell.records / "training.parquet", pd.DataFrame(trained.curve))]
         times = {"seconds": round(trained.seconds, 2), "steps": trained.steps}
         files.append(common.write_json(cell.records / "training_time.json", times))
         if trained.unmet:
-            size = "model.lora.rank" if is_adapted(asking.model) else "model.layers"
-            raise StudyError(f"{cell.name}: {how_to_mix(trained, size)}")
+            raise StudyError(f"{cell.name}: {how_to_mix(trained, 'model.lora.rank' if shape.lora else 'model.layers')}")
         facts |= {"trained": True, "attempt": attempt, "precision": trained.precision}
     else:
         asking = common.cell_model(cell)
@@ -69,13 +68,6 @@ def train_stage(cell: Cell, tell: Tell) -> list[Path]:
     facts |= {"layers": len(blocks_of(model)), "width": width_of(model), "binding": asdict(binding)}
     files += _save_model(cell, asking) if facts["trained"] else []
     return [*files, *common.keep_data(cell), common.write_json(cell.folder / "cell.json", facts)]
-
-
-def unfinished_training(cell: Cell) -> Any:
-    """The file from which a killed training of the cell goes on; the next stage but one deletes it with the folder."""
-    return resolve_name("mnemoscope.paper.checkpoints:Checkpoint")(
-        cell.folder / STATES / "training.safetensors", cell.depends_on
-    )
 
 
 def _known(cell: Cell, task: Task, asking: Asking) -> list[Path]:
@@ -91,7 +83,8 @@ def _known(cell: Cell, task: Task, asking: Asking) -> list[Path]:
 
 def _trained(cell: Cell, task: Task, tell: Tell) -> tuple[Asking, Trained, int]:
     """Train until both behaviours appear on the tune split, with new weights in each attempt; the last one from 0."""
-    config, kept = cell.config.training, unfinished_training(cell)
+    config, states = cell.config.training, cell.folder / STATES
+    kept = resolve_name("mnemoscope.paper.checkpoints:Checkpoint")(states / "training.safetensors", cell.depends_on)
     for attempt in range(kept.attempt_begun(), config.attempts):
         asking = _untrained(cell, task, attempt)
         rng = common.rng_of(cell, f"train/{attempt}" if attempt else "train")
@@ -103,10 +96,10 @@ def _trained(cell: Cell, task: Task, tell: Tell) -> tuple[Asking, Trained, int]:
             tell(min(step, config.steps), config.steps, again + note)
 
         kept.attempt = attempt
-        if is_adapted(asking.model):
+        if cell.config.model.lora:
             from mnemoscope.watch.teaching import teach  # imports the library's Trainer
 
-            folder = cell.folder / STATES / f"training-{cell.depends_on[:16]}-{attempt}"
+            folder = states / f"training-{cell.depends_on[:16]}-{attempt}"
             trained = teach(asking, task, config, rng, folder, progress)
         else:
             trained = resolve_name("mnemoscope.paper.loop:train")(asking, task, config, rng, progress, kept)
@@ -187,14 +180,19 @@ def pairs_stage(cell: Cell, tell: Tell) -> list[Path]:
     are labelled in parallel and taken in order, so that all sums are the same for any number of processes.
     """
     task, miner, config = common.cell_task(cell), _Miner(cell), cell.config.pairs
-    contrast: ContrastAccumulator | None = None
-    counts: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
-    pairs: Counter[str] = Counter()
     wanted = {split: getattr(config, f"{split}_examples") for split in SPLITS}
     kept, before = common.kept_states(cell, anew=True), 0
-    with common.table_writer(cell.records / "pairs.parquet", COLUMNS) as add:
+    files, contrast = [cell.records / "pairs.parquet"], None
+
+    def mined(of: Task, name: str, n: int, split: Split) -> Iterator[PairBatch]:
+        for batch in cell.map(miner, _batches(cell, of, name, n, split)):
+            batch.keep(kept, config.site, of_all=cell.config.detection.fitted)
+            yield batch
+
+    with common.table_writer(files[0], COLUMNS) as add:
         for split in SPLITS:
-            for batch in cell.map(miner, _batches(cell, task, split, wanted[split], split)):
+            counts, pairs = Counter[str](), 0
+            for batch in mined(task, split, wanted[split], split):
                 if split == "fit" and batch.is_pair_N.any():
                     layers, neurons = batch.states_generalized_PLD.shape[1:]
                     contrast = contrast or ContrastAccumulator.empty(
@@ -202,31 +200,24 @@ def pairs_stage(cell: Cell, tell: Tell) -> list[Path]:
                     )
                     groups = [pair[0].group for pair in batch.pairs()]
                     contrast.add(batch.states_generalized_PLD, batch.states_memorized_PLD, groups)
-                batch.keep(kept, config.site, of_all=cell.config.detection.fitted)
                 add(_pairs_table(batch))
-                counts[split].update([*batch.scores_a.behaviour_N, *batch.scores_b.behaviour_N])
-                pairs[split] += int(batch.is_pair_N.sum())
-                done = counts[split].total() // 2
-                note = f"mining {split} pairs: {pairs[split]:,} in {done:,} candidates"
+                counts.update([*batch.scores_a.behaviour_N, *batch.scores_b.behaviour_N])
+                pairs, done = pairs + int(batch.is_pair_N.sum()), counts.total() // 2
+                note = f"mining {split} pairs: {pairs:,} in {done:,} candidates"
                 tell(before + min(done / config.rephrasings, wanted[split]), sum(wanted.values()), note)
             before += wanted[split]
-    for split in SPLITS:
-        if not pairs[split]:
-            why = _why_no_pairs(cell, counts[split], split)
-            raise StudyError(f"{cell.name}: no pairs found in the {split} split: {why}")
-    files = [cell.records / "pairs.parquet"]
+            if not pairs:
+                why = _why_no_pairs(cell, counts, split)
+                raise StudyError(f"{cell.name}: no pairs found in the {split} split: {why}")
     if held_out := task.held_out():
         files.append(cell.records / "pairs_held_out.parquet")
         with common.table_writer(files[-1], {**COLUMNS, "held_out": pa.string()}) as add:
             for name, other in held_out.items():
                 tell(1, 1, f"mining test pairs of another {name}")
-                n = config.held_out_examples or config.test_examples
-                for batch in cell.map(miner, _batches(cell, other, name, n, "test")):
-                    batch.keep(kept, config.site, of_all=cell.config.detection.fitted)
+                for batch in mined(other, name, config.held_out_examples or config.test_examples, "test"):
                     add(_pairs_table(batch).assign(held_out=name))
-    if contrast is not None:
-        files.append(write_atomically(cell.folder / "contrast.safetensors", contrast.result().save))
-    return files
+    assert contrast is not None, "there are pairs of fit"
+    return [*files, write_atomically(cell.folder / "contrast.safetensors", contrast.result().save)]
 
 
 class _Miner(common.PerProcess):
