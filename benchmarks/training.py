@@ -34,12 +34,12 @@ from mnemoscope.behaviour import Asking
 from mnemoscope.config import CellConfig, TrainingConfig, load_study
 from mnemoscope.models import build_gpt2, in_precision, quick_precision, word_tokenizer
 from mnemoscope.models.passes import Precision
-from mnemoscope.paper.loop import train
+from mnemoscope.paper.loop import Evaluation, train
 from mnemoscope.paper.optimizers import optimizers_for, rate_factor
 from mnemoscope.runs.processes import quiet_library, settle
 from mnemoscope.tasks import Task, answer_of, build_task
 from mnemoscope.watch.instances import batches, row_lengths, weighted_loss
-from mnemoscope.watch.rule import Evaluation, unmet
+from mnemoscope.watch.rule import unmet
 
 OURS, RECIPE, PLAIN = "Mnemoscope", "Trainer, our recipe", "Trainer, plain"
 CONTESTANTS = f"""\

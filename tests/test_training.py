@@ -19,12 +19,12 @@ from mnemoscope.behaviour import Asking
 from mnemoscope.config import HoldConfig, ModelConfig, StopConfig, TrainingConfig
 from mnemoscope.models import blocks_of, build_gpt2, word_tokenizer
 from mnemoscope.paper.checkpoints import Checkpoint
-from mnemoscope.paper.loop import _State, train
+from mnemoscope.paper.loop import Evaluation, Measured, _State, train
 from mnemoscope.paper.optimizers import Float32Muon, optimizers_for, orthogonalized
 from mnemoscope.runs.errors import InputError
 from mnemoscope.tasks import Kind, Task, answer_of, build_task
 from mnemoscope.watch.instances import backward, batches, by_length
-from mnemoscope.watch.rule import Evaluation, Measured, Trained, how_to_mix, unmet
+from mnemoscope.watch.rule import Trained, how_to_mix, unmet
 
 NEVER = StopConfig(novel_accuracy=0.8, recall=0.8, conflict_each=0.2, conflict_other=0.2)  # held in thirty steps
 QUICK = TrainingConfig(steps=30, batch_size=16, evaluate_every=10, evaluation_examples=24, stop=NEVER)

@@ -1,30 +1,33 @@
 """The training loop: a model is taught until it shows both behaviours, and their mixture is held.
 
-Shapes: B instances of a batch, T tokens.
+Shapes: N examples, B instances of a batch, T tokens.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mnemoscope.behaviour import Asking
-from mnemoscope.config import TrainingConfig
+from mnemoscope.config import StopConfig, TrainingConfig
 from mnemoscope.models import in_precision, quick_precision
 from mnemoscope.paper.checkpoints import Checkpoint
 from mnemoscope.paper.optimizers import optimizers_for, rate_factor
 from mnemoscope.runs.errors import InputError
-from mnemoscope.tasks import Task
+from mnemoscope.statistics import proportion
+from mnemoscope.tasks import Kind, Task
 from mnemoscope.watch.instances import backward, batches
-from mnemoscope.watch.rule import Evaluation, Measured, Trained, unmet
+from mnemoscope.watch.measuring import Asked, Watcher
+from mnemoscope.watch.rule import MEASURED, MEASURES, Trained, bounds_of, check_kinds, holds, unmet
 
 HOPELESS = 0.7  # novel accuracy at `give_up_at` steps below which no rule will be learned
 LEAST_SHARE, MOST_SHARE = 0.02, 0.98  # between which a dial is moved
@@ -75,6 +78,84 @@ def dial_of(task: Task, config: TrainingConfig) -> tuple[float | None, int]:
         allowed = ", ".join(task.dials) or "none, so leave training.hold out"
         raise InputError(f"training.hold.dial: {config.hold.dial!r}; task {task.name!r} has {allowed}")
     return float(getattr(task, config.hold.dial)), task.dials[config.hold.dial]
+
+
+class Measured(NamedTuple):
+    """What a model shows on the tune split.
+
+    ``shares``: by measure, named as in the emergence curve; of several parts that of the worst part, so that the stop
+    rule holds only where it holds in every part, and then each part's as ``part.measure``. ``surely``: of each measure
+    the end of its 95 % interval that the rule looks at, the worst part's.
+    """
+
+    shares: dict[str, float]
+    surely: dict[str, float]
+
+
+class Evaluation:
+    """A watcher of each part of a task (a task without parts is its only part), asked for as long as the rule needs.
+
+    A first look is at ``evaluation_examples`` of each kind. Where the stop rule holds there, but not beyond the
+    intervals of so many, twice as many are looked at, and so on up to ``evaluation_most`` or to all there are. Examples
+    are taken to be independent: the rule asks about this model's answers to such examples, not about other names.
+
+    Raises InputError where the task, or a part of it, has no example of a kind, or not enough for the rule to hold
+    beyond its interval even if all of them were answered as it asks.
+    """
+
+    def __init__(self, asking: Asking, task: Task, config: TrainingConfig, rng: np.random.Generator) -> None:
+        self.stop, self.looks = config.stop, [config.evaluation_examples]  # how many of each kind are looked at
+        while self.looks[-1] < config.evaluation_most:
+            self.looks.append(min(2 * self.looks[-1], config.evaluation_most))
+        asked = Asked(examples=self.looks[-1], rephrasings=0, batch_size=asking.batch_size, kinds=MEASURED)
+        self.watchers: dict[str, Watcher] = {}
+        for name, part in (task.parts or {task.name: task}).items():
+            self.watchers[name] = watcher = Watcher(asking.model, asking.tokenizer, part, asked, rng)
+            check_kinds(part, watcher.drawn)
+            for kind, drawn in watcher.drawn.items():
+                check_decidable(self.stop, len(drawn), kind)
+
+    def measure(self) -> Measured:
+        """Label as many examples as it takes to tell whether the stop rule holds."""
+        labels = {(part, kind): np.array([], object) for part in self.watchers for kind in MEASURED}
+        for begin, end in pairwise([0, *self.looks]):
+            for (part, kind), seen in labels.items():
+                labels[part, kind] = np.append(seen, self.watchers[part].labels(kind, begin, end))
+            measured = self._measured(labels)
+            if unmet(self.stop, measured.shares) or not unmet(self.stop, *measured):
+                break
+        return measured
+
+    def _measured(self, labels: Mapping[tuple[str, Kind], np.ndarray]) -> Measured:
+        together, each, ends = dict[str, float](), dict[str, float](), dict[str, float]()
+        for name, (kind, wanted, at_least) in MEASURES.items():
+            hits = {part: labels[part, kind] == wanted for part in self.watchers}
+            shares, worst = {part: float(hits_N.mean()) for part, hits_N in hits.items()}, min if at_least else max
+            together[name] = worst(shares.values())
+            ends[name] = worst(_sure_end(hits_N, at_least) for hits_N in hits.values())
+            each |= {f"{part}.{name}": share for part, share in shares.items()}
+        return Measured(together | each if len(self.watchers) > 1 else together, ends)
+
+
+def check_decidable(stop: StopConfig, n: int, kind: Kind) -> None:
+    """Raises InputError where ``n`` examples of a kind cannot show that the rule holds, whatever their answers."""
+    for name, bound in bounds_of(stop).items():
+        of, _, at_least = MEASURES[name]
+        right = n // 2 if at_least and of == "conflict" else n if at_least else 0  # at best
+        reached = _sure_end(np.arange(n) < right, at_least)
+        if kind == of and not holds(reached, bound, at_least):
+            field = name if name in StopConfig.model_fields else "conflict_each"
+            raise InputError(
+                f"training.stop.{field}: {bound} cannot be shown by {n} tune examples, whatever the answers; allowed "
+                f"is {'at most' if at_least else 'at least'} {reached:.3f}, or more examples (training.evaluation_most)"
+            )
+
+
+def _sure_end(hits_N: np.ndarray, at_least: bool) -> float:
+    """The lower or upper end of the interval of a share; 0 or 1 where there is none."""
+    found = proportion(hits_N, np.arange(len(hits_N)))
+    end = found.low if at_least else found.high
+    return float(not at_least) if math.isnan(end) else end
 
 
 class _State:
