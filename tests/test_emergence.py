@@ -167,48 +167,40 @@ def test_it_stops_and_saves_when_a_rule_holds_and_goes_on_with_its_table(tmp_pat
     assert [path.name for path in (tmp_path / "late").glob("checkpoint-*")] == ["checkpoint-5"], "of the last step too"
 
 
-def test_when_a_rule_holds() -> None:
-    def row(memorized: float, generalized: float, recall: float = 1.0) -> dict[str, float]:
-        shares = {"conflict_memorized": memorized, "conflict_generalized": generalized, "recall": recall}
-        return shares | {"conflict_other": 1 - memorized - generalized}
-
-    for rows, holds in (
-        ([row(0.4, 0.6)], True),
-        ([row(0.4, 0.6, recall=0.5)], False),
-        ([row(0.1, 0.9)], False),
-        ([row(0.4, 0.4)], False),
-    ):
-        assert reached("both", rows, WANTED) == holds
-    for rows, holds in (
-        ([row(0.2, 0.8), row(0.6, 0.4)], True),
-        ([row(0.6, 0.4), row(0.7, 0.3)], False),
-        ([row(0.2, 0.8), row(0.6, 0.4), row(0.4, 0.6)], False),
-        ([row(0.0, 0.0), row(0.1, 0.0)], False),  # the rule never led
-    ):
-        assert reached("overtaken", rows, WANTED) == holds
+@pytest.mark.parametrize(
+    ("when", "shares", "recall", "holds"),
+    [
+        ("both", [(0.4, 0.6)], 1.0, True),
+        ("both", [(0.4, 0.6)], 0.5, False),
+        ("both", [(0.1, 0.9)], 1.0, False),
+        ("both", [(0.4, 0.4)], 1.0, False),
+        ("overtaken", [(0.2, 0.8), (0.6, 0.4)], 1.0, True),
+        ("overtaken", [(0.6, 0.4), (0.7, 0.3)], 1.0, False),
+        ("overtaken", [(0.2, 0.8), (0.6, 0.4), (0.4, 0.6)], 1.0, False),
+        ("overtaken", [(0.0, 0.0), (0.1, 0.0)], 1.0, False),  # the rule never led
+    ],
+)
+def test_when_a_rule_holds(when: Any, shares: list[tuple[float, float]], recall: float, holds: bool) -> None:
+    names = ("conflict_memorized", "conflict_generalized", "conflict_other")
+    rows = [dict(zip(names, (*both, 1 - sum(both)), strict=True)) | {"recall": recall} for both in shares]
+    assert reached(when, rows, WANTED) == holds
 
 
 def test_nothing_random_moves_and_every_mode_comes_back() -> None:
     model, _ = fresh()
-    watcher = watcher_of(model)
-    model.train()
+    watcher = watcher_of(model.train())
     model.transformer.h[0].eval()
     modes = [module.training for module in model.modules()]
-
-    def drawn() -> tuple[float, ...]:
-        return torch.rand(1).item(), random.random(), float(np.random.rand())
-
-    def seeded() -> None:
+    drawn = []
+    for measures in (True, False):
         torch.manual_seed(1), random.seed(1), np.random.seed(1)
-
-    seeded()
-    watcher.measure()
-    with undisturbed(model):
-        drawn()
+        if measures:
+            watcher.measure()
+            with undisturbed(model):
+                torch.rand(3), random.random(), np.random.rand()
+        drawn.append((torch.rand(1).item(), random.random(), np.random.rand()))
+    assert drawn[0] == drawn[1]
     assert [module.training for module in model.modules()] == modes
-    after = drawn()
-    seeded()
-    assert drawn() == after
 
 
 def test_a_direction_is_compared_with_that_of_the_measurement_before(little: Asking, tmp_path: Path) -> None:
@@ -408,14 +400,13 @@ def test_a_run_that_still_trains_is_watched_by_the_table_that_grows(tmp_path: Pa
 
 
 def test_conversations_are_asked_in_their_template() -> None:
-    model, tokenizer = fresh()
+    (model, tokenizer), chat = fresh(), ms.Prompting(chat=True, reply=" quiz")
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
-    chat = ms.Prompting(chat=True, reply=" quiz")
     watcher = Watcher(model, tokenizer, LittleFacts(), Asked(examples=16, prompting=chat))
     asking = Asking(model, tokenizer, LittleFacts.boundary, prompting=chat)
-    found = watcher.measure()["margin"]
-    assert found == pytest.approx(score(asking, prepare(asking, watcher.drawn["conflict"])).margin_N.mean(), abs=1e-4)
-    assert found != pytest.approx(watcher_of(model).measure()["margin"], abs=1e-4)
+    wanted = score(asking, prepare(asking, watcher.drawn["conflict"])).margin_N.mean()
+    assert watcher.measure()["margin"] == pytest.approx(wanted, abs=1e-4)
+    assert watcher_of(model).measure()["margin"] != pytest.approx(wanted, abs=1e-4)
 
 
 class NoConflicts(LittleFacts):

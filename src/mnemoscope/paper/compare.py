@@ -120,8 +120,9 @@ def _states(cell: Cell, asking: Asking, examples: Sequence[Example], site: Any) 
 def _transferred(onto: tuple[Cell, Sequence[Cell]]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Answers under the vectors, and scores of the probes, of all cells that share a target's model."""
     asking, records = cell_model(onto[0]), Records.of(onto[0])
-    steering = pd.concat(_transferred_steering(*onto, asking, records), ignore_index=True)
-    return steering, pd.concat(_transferred_probes(*onto, asking, records), ignore_index=True)
+    both = _transferred_steering(*onto, asking, records), _transferred_probes(*onto, asking, records)
+    steering, probes = (pd.concat(tables, ignore_index=True) for tables in both)
+    return steering, probes
 
 
 def _transferred_steering(
@@ -130,10 +131,8 @@ def _transferred_steering(
     """Answers to a cell's test pairs under every cell's NMD and best vectors, and Gaussian shifts of the same norm."""
     for direction in SOURCE:
         examples = records.targets("test", direction, TRANSFERRED_PAIRS)
-        if not examples:
-            continue
-        batches = with_prefixes(asking, examples)
-        for source in group:
+        batches = with_prefixes(asking, examples) if examples else []
+        for source in group if examples else ():
             for method, role, draw, vector in _vectors(source, direction, asking):
                 columns = {"source": source.label, "target": target.label, "seed": source.seed}
                 columns |= {"direction": direction, "method": method, "role": role, "draw": draw}
@@ -146,20 +145,16 @@ def _vectors(source: Cell, direction: str, asking: Asking) -> Iterator[tuple[str
     best = read_chosen(source.records / "chosen.json")["pairs"]["best"][direction]  # type: ignore[index]
     for method in dict.fromkeys((best, "nmd")):
         path = source.folder / "vectors" / f"{direction}-{method}.safetensors"
-        if not path.exists():
-            continue
-        vector = load_intervention(path, asking.model, asking.tokenizer)
+        vector = load_intervention(path, asking.model, asking.tokenizer) if path.exists() else None
         if not isinstance(vector, SteeringVector):
             continue
         name = "best" if method == best else method
         yield name, "vector", 0, vector
-        if not vector.is_constant:  # which has no norm of its own
-            continue
-        width = len(next(iter(vector.shifts.values())))
-        shift_LD = vector.dense(max(vector.layers) + 1, width)
-        for draw in range(GAUSSIAN_DRAWS):
-            rng = np.random.default_rng([source.seed, draw])
-            yield name, "gaussian", draw, vector.with_dense(gaussian(shift_LD, rng))
+        if vector.is_constant:  # others have no norm of their own
+            shift_LD = vector.dense(max(vector.layers) + 1, len(next(iter(vector.shifts.values()))))
+            for draw in range(GAUSSIAN_DRAWS):
+                rng = np.random.default_rng([source.seed, draw])
+                yield name, "gaussian", draw, vector.with_dense(gaussian(shift_LD, rng))
 
 
 def _transferred_probes(

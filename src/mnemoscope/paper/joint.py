@@ -15,6 +15,7 @@ from mnemoscope.runs.errors import InputError
 from mnemoscope.tasks import Example, Instance, Kind, Task, build_task
 
 Answer = TypeVar("Answer")
+NAMED = ("item", "group", "family")  # what is prefixed
 DEFAULT_PARTS: dict[str, dict[str, Any]] = {"inference": {}, "addition-digits": {}, "cipher": {}}
 
 
@@ -49,17 +50,16 @@ class JointTask(Task):
         if not given or "joint" in given:
             raise InputError(f"parts: {', '.join(given) or 'none'}; at least one task is wanted, and not joint itself")
         built = {n: o if isinstance(o, Task) else build_task(n, o or {}, self.seed) for n, o in given.items()}
-        for name, part in built.items():
-            if part.vocabulary is None:
-                raise InputError(f"parts: task {name!r} has no vocabulary to train on")
-        names = ", ".join(built)
-        shares = dict.fromkeys(built, 1 / len(built)) if self.shares is None else self.shares
+        if without := [name for name, part in built.items() if part.vocabulary is None]:
+            raise InputError(f"parts: task {without[0]!r} has no vocabulary to train on")
+        names, shares, first = ", ".join(built), self.shares, dict(self.first or {})
+        shares = dict.fromkeys(built, 1 / len(built)) if shares is None else shares
         fitting = isinstance(shares, Mapping) and set(shares) == set(built) and min(shares.values()) > 0
         if not fitting or abs(sum(shares.values()) - 1) > 1e-6:
             raise InputError(f"shares: {shares!r} are not one share above 0 for each of {names}, adding up to 1")
-        self.parts, self.shares, self.first = built, shares, dict(self.first or {})
-        if not set(self.first) <= set(built) or any(n < 0 for n in self.first.values()):
-            raise InputError(f"first: {self.first!r} is no number of instances, 0 or more, for some of {names}")
+        if not set(first) <= set(built) or any(n < 0 for n in first.values()):
+            raise InputError(f"first: {first!r} is no number of instances, 0 or more, for some of {names}")
+        self.parts, self.shares, self.first = built, shares, first
         # An answer closes as its part closes it: no part trains another's ending.
         ends = [part.boundary for part in built.values()]
         self.boundary = None if None in ends else tuple(dict.fromkeys(text for end in ends for text in end or ()))
@@ -127,7 +127,8 @@ class JointTask(Task):
     def inside(self, example: Example) -> tuple[str, Example]:
         """The name of the example's part, and the example as the part knows it."""
         name = example.item.partition("/")[0]
-        return name, _renamed(example, lambda text: text.removeprefix(f"{name}/"))
+        names = {field: getattr(example, field).removeprefix(f"{name}/") for field in NAMED}
+        return name, replace(example, **names)
 
     def _of_part(self, example: Example, ask: Callable[[Task, Example], Example | None]) -> Example | None:
         name, inside = self.inside(example)
@@ -140,8 +141,4 @@ class JointTask(Task):
 
 
 def _outside(name: str, example: Example) -> Example:
-    return _renamed(example, lambda text: f"{name}/{text}")
-
-
-def _renamed(example: Example, rename: Callable[[str], str]) -> Example:
-    return replace(example, item=rename(example.item), group=rename(example.group), family=rename(example.family))
+    return replace(example, **{field: f"{name}/{getattr(example, field)}" for field in NAMED})

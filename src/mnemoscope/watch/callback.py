@@ -32,12 +32,10 @@ T = TypeVar("T")
 class BehaviourCallback(TrainerCallback):
     """Measures before a training, and when it evaluates, whether the model memorizes or generalizes, and logs it.
 
-    It asks conflicts, memory and novel questions of the task by teacher forcing, finds phrasings whose behaviour flips,
-    and logs through ``Trainer.log``, so that whatever reports has it: ``eval_recall``, ``eval_novel_accuracy``,
-    ``eval_conflict_memorized``, ``eval_conflict_generalized``, ``eval_conflict_other``, ``eval_yield``,
-    ``eval_margin``. Without ``every`` they are in the metrics of each evaluation too, so
-    ``metric_for_best_model="recall"`` works; early stopping on them comes behind this callback in the list. A table,
-    ``emergence.parquet``, with intervals and counts, and a picture, ``emergence.png``, grow in ``output_dir``.
+    It asks questions of the task by teacher forcing, and logs ``eval_`` with the names in ``LOGGED`` through
+    ``Trainer.log``, so that whatever reports has them. Without ``every`` they are in the metrics of each evaluation
+    too, so ``metric_for_best_model="recall"`` works; early stopping on them comes behind this callback in the list. A
+    table, ``emergence.parquet``, with intervals and counts, and a picture, ``emergence.png``, grow in ``output_dir``.
 
     Attributes:
         curve: the measurements so far.
@@ -97,9 +95,8 @@ class BehaviourCallback(TrainerCallback):
         """
         evaluates, saves = (str(getattr(s, "value", s)) for s in (args.eval_strategy, args.save_strategy))
         if self.every is None and evaluates == "no":
-            raise InputError(
-                "every: this trainer does not evaluate (eval_strategy); give the steps between measurements"
-            )
+            why = "this trainer does not evaluate (eval_strategy); give the steps between measurements"
+            raise InputError(f"every: {why}")
         if self.save and saves == "best":
             raise InputError("save: with save_strategy 'best' a trainer saves nothing else; use no, steps or epoch")
         trainer = _trainer_of(state)
