@@ -20,7 +20,7 @@ from typing import Any, Self
 import numpy as np
 
 from mnemoscope.runs.errors import InputError
-from mnemoscope.runs.strict import parse_yaml
+from mnemoscope.runs.yaml import parse_yaml
 from mnemoscope.tasks.base import INSTRUCTIONS, KINDS, Example, Kind, Split, Task, assign_splits
 
 Fact = tuple[str, str]  # a relation and its subject

@@ -29,7 +29,6 @@ from mnemoscope.models import (
 )
 from mnemoscope.runs.errors import InputError, StudyError
 from mnemoscope.runs.files import new_folder, write_atomically
-
 from mnemoscope.statistics.contrast import ContrastAccumulator
 from mnemoscope.study.cells import STATES, Cell, Tell
 from mnemoscope.study.stages import common
