@@ -30,9 +30,9 @@ from mnemoscope.models import adapt, is_adapted, load_model
 from mnemoscope.runs.errors import InputError
 from mnemoscope.study.run import run_study
 from mnemoscope.tasks import KINDS, Task, answer_of, build_task
-from mnemoscope.watch import Curve, teaching
+from mnemoscope.watch import teaching
 from mnemoscope.watch.instances import batches
-from mnemoscope.watch.teaching import diverged, last_checkpoint, teach
+from mnemoscope.watch.teaching import diverged, teach
 from test_cli import call
 
 TASK_OPTIONS = {**MINI_TASKS, "cipher": {"letters": 10, "length": 2, "stored": 8}}
@@ -167,16 +167,6 @@ def test_a_killed_training_of_an_adapter_goes_on_to_the_same_bytes(folder: Path,
     assert [(tmp_path / name / "seconds").read_text() for name in ("whole", "killed")] == took
     tables = [pd.read_parquet(tmp_path / name / "emergence.parquet") for name in ("whole", "killed")]
     pd.testing.assert_frame_equal(*tables, check_exact=True)
-
-
-def test_a_checkpoint_whose_state_is_half_written_is_none(tmp_path: Path) -> None:
-    for step, state in ((5, '{"global_step": 5}'), (10, '{"global')):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    assert last_checkpoint(tmp_path) is None  # without a table it is of something else
-    Curve([{"step": 0, "conflict_memorized": 0.0}]).save(tmp_path)
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
-    assert not (tmp_path / "checkpoint-10").exists()
 
 
 def test_it_is_the_library_that_trains(folder: Path, digits: Task, tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ from mnemoscope.paper.stored import CIPHERS, SUMS, StoredTask
 from mnemoscope.runs.errors import InputError
 from mnemoscope.tasks import KINDS, SPLITS, Example, Instance, Side, Task, allow_code, answer_of, build_task, draw
 from mnemoscope.tasks.facts import FactsTask
-from mnemoscope.tasks.jsonl import JsonlTask, write_jsonl
 
 DESIGNED = ("inference", "two-hop", "addition", "addition-digits", "cipher", "joint")
 
@@ -29,6 +28,9 @@ DESIGNED = ("inference", "two-hop", "addition", "addition-digits", "cipher", "jo
 def made(name: str, seed: int = 0) -> Task:
     two = {"hops": 2, "statements": 2, "questions": 2}
     return build_task("inference", two, seed) if name == "two-hop" else build_task(name, {}, seed)
+
+
+BOTH = {"memorized": " a", "generalized": " b"}
 
 
 def stored_prompts(task: Task) -> set[str]:
@@ -306,95 +308,6 @@ def test_an_example_reads_back_from_its_row(side: Side) -> None:
     table = pd.DataFrame([e.to_row(side) for e in examples])  # what is not there is None in one, NaN in the other
     assert [Example.from_row(row, side) for row in table.to_dict("records")] == examples
     assert {f"prompt_{side}", f"family_{side}"} <= set(table) if side else list(table)[:3] == ["item", "prompt", "kind"]
-
-
-def test_jsonl_reads_back_what_was_written(tmp_path: Path) -> None:
-    task = made("inference")
-    examples = [e for kind in KINDS for e in task.examples(rng(), 20, kind)]
-    examples.append(replace(examples[0], prompt="one line\u2028to JSON, two\x85to Python"))
-    path = tmp_path / "mine.jsonl"
-    path.write_text(write_jsonl(examples), "utf-8-sig")  # as some editors mark it
-    assert JsonlTask(file=str(path)).examples_read == examples
-
-
-def jsonl_task(path: Path, rows: list[dict[str, str]]) -> Task:
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return build_task("jsonl", {"file": str(path)}, 0)
-
-
-BOTH = {"memorized": " a", "generalized": " b"}
-
-
-def test_jsonl_deals_groups_and_a_split_of_one_line_is_that_of_its_group(tmp_path: Path) -> None:
-    words = itertools.product(range(40), ("what", "which"))
-    rows = [{"item": f"i{n}", "prompt": f"{word} {n} ?", "group": f"g{n % 8}"} | BOTH for n, word in words]
-    task = jsonl_task(tmp_path / "mine.jsonl", rows)
-    found = {split: draw(task, rng(), 100, "conflict", split) for split in SPLITS}
-    assert {split: len({e.group for e in es}) for split, es in found.items()} == {"fit": 4, "tune": 2, "test": 2}
-    rows = [
-        {"item": "i", "prompt": f"p{n}", "group": "g"} | BOTH | ({"split": "test"} if n == 2 else {}) for n in (1, 2)
-    ]
-    task = jsonl_task(tmp_path / "some.jsonl", rows)
-    assert {example.split for example in task.examples(rng(), 9, "conflict")} == {"test"}
-
-
-def test_jsonl_rephrases_conflicts_within_a_family_and_knows_what_was_asked(tmp_path: Path) -> None:
-    names = ["told 0", "told 1", "told 2", "asked 0", "asked 1", "alone 0"]
-    rows = [{"item": "i", "prompt": name, "family": name.split()[0]} | BOTH for name in names]
-    rows[0]["bare"] = "only this"
-    # A question without a conflict may be about the same item; it is no phrasing of it.
-    rows += [{"item": "i", "prompt": f"bare {n}", "answer": " a"} for n in range(9)]
-    task = jsonl_task(tmp_path / "mine.jsonl", rows)
-    by_prompt = {e.prompt: e for e in task.examples(rng(), 100, "conflict")}
-    assert sorted(by_prompt) == sorted(names)
-    for prompt, example in by_prompt.items():
-        others = {task.rephrase(example, rng(seed)).prompt for seed in range(40)}
-        alike = {p for p, e in by_prompt.items() if e.family == example.family} - {prompt}
-        assert others == (alike or set(names) - {prompt})
-    first, second = by_prompt["told 0"], by_prompt["told 1"]
-    assert task.without_context(first) == replace(first, prompt="only this")
-    assert task.without_context(second) is None
-    assert task.prompted(first, "memorized").prompt.endswith("\ntold 0")  # type: ignore[union-attr]
-
-
-@pytest.mark.parametrize(
-    ("second", "message"),
-    [
-        ("{", "line 2: not JSON (Expecting property name enclosed in double quotes at column 2)"),
-        ("[1]", "line 2: list where an object is wanted"),
-        ({"memorised": " a"}, "line 2: field 'memorised' is unknown; known are item, prompt, memorized"),
-        ({"prompt": None}, "line 2: field 'prompt' is missing"),
-        ({"generalized": " a"}, "line 2: memorized, generalized: both are ' a'"),
-        ({"memorized": 3}, "line 2: memorized is 3; text is wanted"),
-        ({"split": "train"}, "line 2: split: 'train' is not one of fit, tune, test"),
-        ({"memorized": " a\n"}, "line 2: memorized is ' a\\n'; an answer ends with a word, and 'boundary' says what"),
-        (
-            {"item": "j", "group": "h"},
-            "line 2: prompt 'p' has group 'h' here and group 'g' in line 1; what is asked twice belongs",
-        ),
-        (
-            {"generalized": " c"},
-            "item 'i' has answers (' a', ' c') here and answers (' a', ' b') in line 1; give it an item",
-        ),
-        (
-            {"item": "j", "split": "test", "group": "g"},
-            "line 2: group 'g' has split 'test' here and split 'fit' in line 1; all examples of a group",
-        ),
-    ],
-)
-def test_a_malformed_file_is_named_with_its_line(tmp_path: Path, second: Any, message: str) -> None:
-    good = {"item": "i", "prompt": "p", "group": "g", "split": "fit"} | BOTH
-    line = second if isinstance(second, str) else json.dumps(good | second)
-    (tmp_path / "bad.jsonl").write_text(f"{json.dumps(good)}\n{line}")
-    with pytest.raises(InputError, match=re.escape(message)):
-        build_task("jsonl", {"file": str(tmp_path / "bad.jsonl")}, 0)
-
-
-def test_a_file_without_conflicts_or_without_being_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="has no conflict"):
-        jsonl_task(tmp_path / "none.jsonl", [{"item": "i", "prompt": "p", "answer": " a"}])
-    with pytest.raises(InputError, match="cannot be read"):
-        build_task("jsonl", {"file": str(tmp_path / "absent.jsonl")}, 0)
 
 
 def test_the_context_is_asked_for_by_repeating_it() -> None:

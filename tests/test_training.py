@@ -7,12 +7,12 @@ import runpy
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from helpers import MINI_TASKS, check_that_a_killed_training_goes_on
 from mnemoscope.behaviour import Asking
@@ -264,28 +264,21 @@ def test_short_and_long_instances_of_a_batch_give_the_gradient_of_the_whole() ->
         torch.testing.assert_close(weight.grad, gradient, atol=1e-5, rtol=1e-4)
 
 
-def gradient_of_a_step(precision: Literal["float32", "bfloat16"], task: Task) -> tuple[Tensor, set[torch.dtype]]:
-    """The gradient of a first step, flat, and what the matrices of the blocks gave."""
-    asking = untrained(task)
-    ids_BT, weights_BT = next(batches(asking, task, QUICK, np.random.default_rng(3)))
-    state = _State(asking.model, QUICK.model_copy(update={"precision": precision}))
-    state.optimizers, state._schedules, seen = [], [], set()
-    handles = [
-        block.mlp.c_fc.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
-        for block in blocks_of(asking.model)
-    ]
-    state.step(ids_BT, weights_BT)
-    for handle in handles:
-        handle.remove()
-    assert asking.model.config._attn_implementation == "sdpa"
-    assert {p.dtype for p in asking.model.parameters()} == {torch.float32}
-    return torch.cat([p.grad.flatten() for p in asking.model.parameters() if p.grad is not None]), seen
-
-
 def test_passes_in_bfloat16_give_the_gradient_of_float32_but_for_rounding(task: Task) -> None:
-    exact, of_exact = gradient_of_a_step("float32", task)
-    rounded, of_rounded = gradient_of_a_step("bfloat16", task)
-    assert (of_exact, of_rounded) == ({torch.float32}, {torch.bfloat16})
+    """Of a first step, and by what the matrices of the blocks gave."""
+    gradients, seen = [], []
+    for precision in ("float32", "bfloat16"):
+        asking, given = untrained(task), set[torch.dtype]()
+        for block in blocks_of(asking.model):
+            block.mlp.c_fc.register_forward_hook(lambda module, inputs, output, given=given: given.add(output.dtype))
+        state = _State(asking.model, QUICK.model_copy(update={"precision": precision}))
+        state.optimizers, state._schedules = [], []
+        state.step(*next(batches(asking, task, QUICK, np.random.default_rng(3))))
+        gradients.append(torch.cat([p.grad.flatten() for p in asking.model.parameters() if p.grad is not None]))
+        seen.append(given)
+        assert {p.dtype for p in asking.model.parameters()} == {torch.float32}
+    assert seen == [{torch.float32}, {torch.bfloat16}]
+    exact, rounded = gradients
     assert 0 < float((rounded - exact).norm() / exact.norm()) < 0.02
     assert exact.dtype == rounded.dtype == torch.float32
 
@@ -350,20 +343,6 @@ def _training_rng(asking: Asking, task: Task, config: TrainingConfig) -> np.rand
     return rng
 
 
-class Looks:
-    """Turns of a training that has no other beside it (``benchmarks/turns.py``)."""
-
-    def __init__(self) -> None:
-        self.steps: list[int] = []
-        self.looks: list[tuple[int, list[str]]] = []
-
-    def stepped(self, step: int) -> None:
-        self.steps.append(step)
-
-    def measured(self, step: int, missed: list[str]) -> None:
-        self.looks.append((step, missed))
-
-
 def test_the_loop_of_the_library_with_our_recipe_takes_our_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against ``transformers.Trainer``, as the benchmark calls it: one recipe, two loops, the same weights."""
     pytest.importorskip("accelerate")
@@ -375,10 +354,11 @@ def test_the_loop_of_the_library_with_our_recipe_takes_our_steps(monkeypatch: py
     config = QUICK.model_copy(update=changes | {"prompt_weight": 0.1, "precision": "bfloat16"})
     trained = []
     for contestant in (benchmark.ours, benchmark.with_our_recipe):
-        asking, looks = untrained(task), Looks()
-        contestant(benchmark.Begun(asking, task, config, 0), looks)
+        asking, steps, seen = untrained(task), list[int](), list[tuple[int, list[str]]]()
+        turns = SimpleNamespace(stepped=steps.append, measured=lambda *look, seen=seen: seen.append(look))
+        contestant(benchmark.Begun(asking, task, config, 0), turns)  # without turns of others
         weights = torch.cat([weight.detach().flatten() for weight in asking.model.parameters()])
-        trained.append((weights, looks.steps, looks.looks))
+        trained.append((weights, steps, seen))
     (ours, *looks), (theirs, *their_looks) = trained
     begun = torch.cat([weight.detach().flatten() for weight in untrained(task).model.parameters()])
     assert looks == their_looks
