@@ -5,6 +5,7 @@ Shapes: N instances, B of a batch, T tokens.
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from mnemoscope.config import TrainingConfig
 from mnemoscope.models import Precision, core_of, in_precision, quick_precision
 from mnemoscope.runs.errors import InputError
 from mnemoscope.runs.files import write_atomically
-from mnemoscope.runs.strict import read_json, read_text
+from mnemoscope.runs.strict import read_text
 from mnemoscope.tasks import Task, draw
 from mnemoscope.watch.callback import BehaviourCallback
 from mnemoscope.watch.curve import FILE, Curve
@@ -110,9 +111,9 @@ def last_checkpoint(folder: Path) -> Path | None:
     found = sorted(folder.glob("checkpoint-*"), key=step_of)
     while found:
         try:
-            read_json(found[-1] / "trainer_state.json", dict[str, Any])
+            json.loads((found[-1] / "trainer_state.json").read_text())
             return found[-1] if (folder / FILE).is_file() else None
-        except InputError:
+        except (OSError, ValueError):
             shutil.rmtree(found.pop())
     return None
 
