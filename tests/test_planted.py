@@ -103,7 +103,7 @@ def test_a_planted_switch_is_seen_when_it_is_there_and_where(tmp_path: Path) -> 
     assert all(last[f"rho_{layer}"] > 0.6 for layer in range(GATHERS, LAYERS))
     # Its shares are those of what the library generates.
     model, tokenizer = watching.watcher.asking.model, watching.watcher.asking.tokenizer
-    conflicts = watching.watcher.conflicts
+    conflicts = watching.watcher.drawn["conflict"]
     inputs = tokenizer([example.prompt for example in conflicts], return_tensors="pt", padding=True)
     made = model.generate(**inputs, max_new_tokens=1, do_sample=False)[:, -1]
     said = [f" {word}" for word in tokenizer.convert_ids_to_tokens(made.tolist())]

@@ -141,4 +141,5 @@ class JointTask(Task):
 
 
 def _outside(name: str, example: Example) -> Example:
-    return replace(example, **{field: f"{name}/{getattr(example, field)}" for field in NAMED})
+    names: dict[str, Any] = {field: f"{name}/{getattr(example, field)}" for field in NAMED}
+    return replace(example, **names)
