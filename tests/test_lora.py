@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -90,10 +91,6 @@ def folder(folders: dict[str, Path]) -> Path:
 def opened(folder: Path, task: Task, lora: LoraConfig = LORA) -> Asking:
     model, tokenizer = load_model(folder)
     return Asking(adapt(model, lora, 0), tokenizer, task.boundary)
-
-
-def rng() -> np.random.Generator:
-    return np.random.default_rng(3)
 
 
 def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -209,7 +206,8 @@ def test_texts_of_a_task_are_learned_and_closed_in_the_tokens_of_a_bpe(name: str
     task = made(name)
     tokenizer = bpe(texts_of(task))
     asking = Asking(new("llama", tokenizer), tokenizer, task.boundary)
-    ids_BT, weights_BT = next(batches(asking, task, QUICK.model_copy(update={"prompt_weight": 0}), rng()))
+    config, rng = QUICK.model_copy(update={"prompt_weight": 0}), partial(np.random.default_rng, 3)
+    ids_BT, weights_BT = next(batches(asking, task, config, rng()))
     closing = set(asking.boundary_ids())
     for ids, weights_T, instance in zip(ids_BT, weights_BT, islice(task.training(rng()), 8), strict=True):
         prompt, answer = answer_of(instance)
@@ -264,18 +262,10 @@ def test_a_training_that_diverges_ends_and_says_so(folder: Path, digits: Task, t
     assert (again.steps, again.unmet) == (trained.steps, trained.unmet), "it had ended"
 
 
-@pytest.mark.parametrize(
-    ("losses", "is_so"),
-    [
-        ([math.nan], False),
-        ([math.nan, 5.0, 1.0, 0.8, 1.5], False),
-        ([math.nan, 5.0, 1.0, 0.8, 1.7], True),
-        ([math.nan, 5.0, 0.02, 0.3], False),
-        ([math.nan, 1.0, 1.7, math.nan], False),
-    ],
-)
-def test_when_a_training_has_diverged(losses: list[float], is_so: bool) -> None:
-    assert diverged([{"loss": loss} for loss in losses]) is is_so
+def test_when_a_training_has_diverged() -> None:
+    for losses in ([], [5.0, 1.0, 0.8, 1.5], [5.0, 0.02, 0.3], [1.0, 1.7, math.nan]):
+        assert not diverged([{"loss": loss} for loss in (math.nan, *losses)])
+    assert diverged([{"loss": loss} for loss in (math.nan, 5.0, 1.0, 0.8, 1.7)])
 
 
 def test_what_cannot_be_adapted_is_refused(folder: Path, digits: Task, tmp_path: Path) -> None:
@@ -297,7 +287,6 @@ def test_what_cannot_be_trained_is_one_line(digits: Task, tmp_path: Path, monkey
     """A task that only asks, a tokenizer without an end of text, no peft."""
     tokenizer, model, data, run = bpe(texts_of(digits)), tmp_path / "model", tmp_path / "mine.jsonl", tmp_path / "run"
     new("llama", tokenizer).save_pretrained(model)
-    tokenizer.save_pretrained(model)
     data.write_text(json.dumps({"item": "a", "prompt": "1+1=", "memorized": "3", "generalized": "2"}))
     asking = study({"folder": str(model), "lora": {}}, task="jsonl", options={"file": str(data)})
     with pytest.raises(InputError, match=r"'jsonl' has nothing to train on; .* without lora"):

@@ -37,13 +37,9 @@ PATTERNS = {
     "died": ["[X] died in [Y].", "[X] passed away in [Y]."],
     "job": ["[X] is an [Y] by profession.", "[X] works as [Y].", "the job of [X] is [Y]"],
 }
+PASSAGE = "Book {0} was written by Writer {0} Wrong in a small town. Writer {0} Wrong was young then."
 ROWS = [
-    {
-        "q": f"Who wrote book {n}?",
-        "text": f"Book {n} was written by Writer {n} Wrong in a small town. Writer {n} Wrong was young then.",
-        "said": f"Writer {n} Wrong",
-        "true": f"Author {n}",
-    }
+    {"q": f"Who wrote book {n}?", "text": PASSAGE.format(n), "said": f"Writer {n} Wrong", "true": f"Author {n}"}
     for n in range(8)
 ]
 FIELDS = {"question": "q", "context": "text", "context_answer": "said", "memory_answer": "true"}
@@ -72,11 +68,9 @@ def pararel(folder: Path, patterns: dict[str, list[str]] = PATTERNS, **options: 
     for place in ("facts", "patterns"):
         (folder / place).mkdir(exist_ok=True)
     for relation, texts in patterns.items():
-        lines = [{"sub_label": f"Person {n} of {relation}", "obj_label": CITIES[n % 8]} for n in range(24)]
-        lines += [
-            {"sub_label": "Person 2 of born", "obj_label": "Lima"},
-            {"sub_label": "Old Oslo", "obj_label": "oslo"},
-        ]
+        two = [(f"Person {n} of {relation}", CITIES[n % 8]) for n in range(24)]
+        two += [("Person 2 of born", "Lima"), ("Old Oslo", "oslo")]
+        lines = [{"sub_label": subject, "obj_label": value} for subject, value in two]
         (folder / "facts" / f"{relation}.jsonl").write_text("\n".join(map(json.dumps, lines)))
         lines = [{"pattern": text} for text in texts]
         (folder / "patterns" / f"{relation}.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -266,19 +260,16 @@ def test_every_kind_of_file_gives_the_same_examples(tmp_path: Path, monkeypatch:
     assert asked == [("someone/questions", "dev")]
 
 
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
+def test_a_csv_whose_fields_do_not_fit_its_names_is_refused(tmp_path: Path) -> None:
+    for text, told in (
         ("q,text,said,true\nWho?,In Rome, he wrote,Rome,Oslo\n", "Expected 4 fields in line 2, saw 5"),
         ("q,text,said,true,text\nWho?,a,b,c,d\n", "line 1: 'text' names two columns"),
         ("", "cannot be read"),
         ("q,text,said,true\n", "has no row"),
-    ],
-)
-def test_a_csv_whose_fields_do_not_fit_its_names_is_refused(tmp_path: Path, text: str, told: str) -> None:
-    (tmp_path / "some.csv").write_text(text)
-    with pytest.raises(InputError, match=f"^file: .*some.csv.*{told}"):
-        build_task("qa", {"file": str(tmp_path / "some.csv")} | FIELDS, 0)
+    ):
+        (tmp_path / "some.csv").write_text(text)
+        with pytest.raises(InputError, match=f"^file: .*some.csv.*{told}"):
+            build_task("qa", {"file": str(tmp_path / "some.csv")} | FIELDS, 0)
 
 
 def test_questions_about_one_passage_are_one_group(tmp_path: Path) -> None:
