@@ -87,11 +87,10 @@ class InferenceTask(Task):
         while True:
             asked = rng.random(CHUNK) < self.memorized_share
             for names, colours, state in self._contexts(rng, asked):
-                if any(self._held_out(name, state) for name in names[: self.questions]):
+                if any(is_held_out(self._key(name, state), self.seed) for name in names[: self.questions]):
                     continue
                 order = rng.permutation(len(state))
-                asking = rng.permutation(self.questions)
-                questions = [self._answered(names[i], colours[i]) for i in asking]
+                questions = [self._answered(names[i], colours[i]) for i in rng.permutation(self.questions)]
                 absent = int(rng.integers(self.memorized_names))
                 if rng.random() < self.absent_share and absent not in names:
                     place = int(rng.integers(len(questions) + 1))
@@ -106,13 +105,13 @@ class InferenceTask(Task):
         found: list[Example] = []
         while len(found) < n:
             for names, colours, state in self._contexts(rng, np.full(CHUNK, kind != "novel"), kind):
-                if kind != "novel" or self._held_out(names[0], state):
+                if kind != "novel" or is_held_out(self._key(names[0], state), self.seed):
                     found.append(self._example(kind, names[0], colours[0], state, rng))
         return found[:n]
 
     def rephrase(self, example: Example, rng: np.random.Generator) -> Example:
         """The same statements in another order, drawn uniformly from all the others."""
-        *statements, question = [part.strip() for part in example.prompt.split(" . ")]
+        *statements, question = example.prompt.split(" . ")
         shuffled = order = np.arange(len(statements))
         while (shuffled == order).all():
             shuffled = rng.permutation(len(statements))
@@ -122,9 +121,8 @@ class InferenceTask(Task):
         """For the context: the statement about the asked name repeated last. For memory: no such prompt."""
         if toward != "generalized":
             return None
-        *statements, question = [part.strip() for part in example.prompt.split(" . ")]
-        name = question.split()[-2]
-        stated = [statement for statement in statements if statement.split()[0] == name]
+        *statements, question = example.prompt.split(" . ")
+        stated = [statement for statement in statements if statement.split()[0] == question.split()[-2]]
         return example.phrased(" . ".join([*statements, *stated, question]), "repeated")
 
     def _example(self, kind: Kind, name: int, colour: int, state: list[str], rng: np.random.Generator) -> Example:
@@ -183,6 +181,3 @@ class InferenceTask(Task):
 
     def _key(self, name: int, state: list[str]) -> str:
         return f"{self.names[name]}: {'; '.join(sorted(state))}"
-
-    def _held_out(self, name: int, state: list[str]) -> bool:
-        return is_held_out(self._key(name, state), self.seed)

@@ -103,7 +103,6 @@ class StoredTask(Task):
         return f"{item[0]}+{item[1]}"
 
     def is_novel(self, item: Item) -> bool:
-        """Whether the item is held out of training."""
         return is_held_out(self.group_of(item), self.seed)
 
     def _store(self, rng: np.random.Generator, n: int, at_once: int) -> None:
