@@ -27,7 +27,9 @@ from mnemoscope.watch.instances import backward, batches, by_length
 from mnemoscope.watch.rule import Trained, how_to_mix, unmet
 
 NEVER = StopConfig(novel_accuracy=0.8, recall=0.8, conflict_each=0.2, conflict_other=0.2)  # held in thirty steps
-QUICK = TrainingConfig(steps=30, batch_size=16, evaluate_every=10, evaluation_examples=24, stop=NEVER)
+QUICK = TrainingConfig(
+    steps=30, batch_size=16, evaluate_every=10, evaluation_examples=24, evaluation_most=48, stop=NEVER
+)
 NOTHING = StopConfig(novel_accuracy=0, recall=0, conflict_each=0, conflict_other=1)
 
 
@@ -90,7 +92,7 @@ def test_the_rule_looks_at_as_many_examples_as_it_takes(
     """Of twenty answers some are wrong: 0, 5 or 10 %, for a bound of 91 %."""
     task = build_task("inference", MINI_TASKS["inference"], 0)
     stop = StopConfig(novel_accuracy=0.91, recall=0.9, conflict_each=0.25, conflict_other=0.1)
-    config = QUICK.model_copy(update={"stop": stop, "evaluation_examples": 100})
+    config = QUICK.model_copy(update={"stop": stop, "evaluation_examples": 100, "evaluation_most": 1600})
     novel = ["wrong"] * wrong + RIGHT[wrong:]
     evaluation, asked = Evaluation(untrained(task), task, config, np.random.default_rng(0)), set[int]()
     answers: dict[Kind, list[str]] = {"novel": novel, "memory": RIGHT, "conflict": MIXED}
