@@ -43,10 +43,9 @@ def train(
 ) -> Trained:
     """Train a model in place until the stop rule holds beyond its intervals, or all steps are taken.
 
-    Weights are averaged over the last steps, exponentially (Polyak and Juditsky, 1992): what is measured, and what the
-    model has in the end, are these averages, which hold a mixture that single steps pass by. ``progress`` is called at
-    every step with the latest measurement. Where ``kept`` holds an unfinished training it goes on, to the same bytes;
-    the model is given as it was at the beginning.
+    What is measured, and what the model has in the end, are averages of the weights of the last steps (Polyak and
+    Juditsky, 1992). ``progress`` is called at every step with the latest measurement. Where ``kept`` holds an
+    unfinished training it goes on, to the same bytes; the model is given as it was at the beginning.
 
     Raises InputError where the task lacks a kind of example that the stop rule needs or has too few of it, or the dial
     of ``hold``, an instance is too long, or the tokenizer merges its answer with its prompt.
@@ -81,11 +80,9 @@ def dial_of(task: Task, config: TrainingConfig) -> tuple[float | None, int]:
 
 
 class Measured(NamedTuple):
-    """What a model shows on the tune split.
+    """Shares by measure on the tune split, and the end of each one's 95 % interval that the stop rule looks at.
 
-    ``shares``: by measure, named as in the emergence curve; of several parts that of the worst part, so that the stop
-    rule holds only where it holds in every part, and then each part's as ``part.measure``. ``surely``: of each measure
-    the end of its 95 % interval that the rule looks at, the worst part's.
+    Of several parts that of the worst part; ``shares`` has each part's as well, as ``part.measure``.
     """
 
     shares: dict[str, float]
@@ -96,8 +93,8 @@ class Evaluation:
     """A watcher of each part of a task (a task without parts is its only part), asked for as long as the rule needs.
 
     A first look is at ``evaluation_examples`` of each kind. Where the stop rule holds there, but not beyond the
-    intervals of so many, twice as many are looked at, and so on up to ``evaluation_most`` or to all there are. Examples
-    are taken to be independent: the rule asks about this model's answers to such examples, not about other names.
+    intervals of so many, twice as many are looked at, up to ``evaluation_most`` or to all there are. Intervals take
+    examples to be independent: the rule asks about this model's answers to such examples, not about other names.
 
     Raises InputError where the task, or a part of it, has no example of a kind, or not enough for the rule to hold
     beyond its interval even if all of them were answered as it asks.

@@ -60,7 +60,6 @@ class StoredTask(Task):
                     yield self.prompt(item, family), self.true(item)
 
     def examples(self, rng: np.random.Generator, n: int, kind: Kind) -> list[Example]:
-        """``novel``: held-out items. ``memory``: stored items as stored. ``conflict``: the same in any family."""
         if kind == "novel":
             found: list[Item] = []
             while len(found) < n:
@@ -71,12 +70,10 @@ class StoredTask(Task):
         return [self.stored_example(item, family, kind) for item, family in picked]
 
     def rephrase(self, example: Example, rng: np.random.Generator) -> Example:
-        """The same item in another family, drawn uniformly."""
         others = [family for family in self.families if family != example.family]
         return self._in_family(example, others[rng.integers(len(others))])
 
     def prompted(self, example: Example, toward: str) -> Example:
-        """For memory the stored phrasing, for the rule one that is never stored."""
         return self._in_family(example, self.computed if toward == "generalized" else "plain")
 
     def keeps_key(self, example: Example) -> bool:
@@ -199,9 +196,8 @@ class AdditionTask(StoredTask):
 class AdditionDigitsTask(AdditionTask):
     """Addition with wrong sums as stored answers: both behaviours answer in one format.
 
-    A stored answer has as many digits as the true sum, of which the first written one differs, so the decision is at
-    ``=``. It is a sum that two operands can have: where the true one has a digit more than its operands, which is a 1,
-    so has the stored one, as that would be the sign of the rule. Written first digit first, the decision is behind it.
+    A stored answer has as many digits as the true sum, of which the first written one differs, and is a sum that two
+    operands can have: where the true one has a digit more than its operands, which is a 1, so has the stored one.
     """
 
     name = "addition-digits"

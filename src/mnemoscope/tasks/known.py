@@ -1,7 +1,6 @@
 """The base of tasks on what a pretrained model knows by heart, and prompts that say otherwise.
 
-Every such task is known facts x frames x wordings. What the model knows is asked first (``facts_to_know``), so that the
-memorized answer of a conflict is in its memory.
+Every such task is facts x frames x wordings. What a model knows of the facts is asked first (``facts_to_know``).
 """
 
 from __future__ import annotations
@@ -142,10 +141,9 @@ class KnownTask(Task):
         return other
 
     def examples(self, rng: np.random.Generator, n: int, kind: Kind) -> list[Example]:
-        """At most ``n``, as evenly by group as possible.
+        """At most ``n``, as evenly by group as possible; ``memory``: bare questions, and contexts that agree.
 
-        ``memory``: bare questions, and contexts that agree; ``novel``: what no model can know. The order is that of
-        hashes, so that one fact more or less that the model knows leaves the order of all others as it was.
+        The order is that of hashes, so that one fact more that a model knows leaves the order of all others as it was.
         """
         salt, rounds = rng.bytes(16), defaultdict[str, Iterator[int]](count)
         shuffled = sorted(self._everything[kind], key=lambda spec: _hashed(spec, salt))
@@ -195,7 +193,7 @@ class KnownTask(Task):
         return Example(item, prompt, kind, group, family, self._split(fact), **answers)
 
     def _dealt(self, true: Mapping[Fact, Sequence[str]], most: int) -> dict[Fact, list[str]]:
-        """At most ``most`` contradictions of each fact: values of its relation in its split, dealt anew (``dealt``)."""
+        """At most ``most`` contradictions of each fact: values of its relation in its split, known or not."""
         parts = defaultdict[tuple[str, Split], list[Fact]](list)
         for fact in sorted(true):
             parts[fact[0], self._split(fact)].append(fact)
@@ -217,10 +215,8 @@ def dealt(
 ) -> None:
     """Add one contradiction to each fact in ``found``: the true values in a random order, exchanged where one is none.
 
-    So a value contradicts as often as it is true, which a draw among different values would not give: there a common
-    value would be the sign of memory, whatever the model does. What more than half of the subjects have cannot be dealt
-    to all others, and those that get nothing have no contradiction. Facts that the model does not know count too, so
-    that contradictions do not depend on it.
+    So a value contradicts as often as it is true; else a common value would be the sign of memory. What more than half
+    of the subjects have cannot be dealt to all others, and those that get nothing have no contradiction.
     """
 
     def fits(place: int, value: str) -> bool:
@@ -251,10 +247,10 @@ def contradicts(value: str, true: Sequence[str]) -> bool:
 def grouped(
     true: Mapping[Fact, Sequence[str]], more: Iterable[str] = (), same: Iterable[tuple[str, str]] = ()
 ) -> dict[str, str]:
-    """Of subjects that say the same, the first: they share a fact, and nearly all words of the shorter of two.
+    """Of subjects that say the same ("Finland", "Grand Duchy of Finland"), the first, by subject.
 
-    So that nothing is fitted on and judged under two names, as "Finland" and "Grand Duchy of Finland" are. ``more`` are
-    subjects without facts, ``same`` pairs that are one whatever they share.
+    They share a fact, and nearly all words of the shorter of two. ``more``: subjects without facts; ``same``: pairs
+    that are one whatever they share.
     """
     from scipy.sparse import csr_array
     from scipy.sparse.csgraph import connected_components
@@ -283,10 +279,7 @@ def grouped(
 
 
 def check_fitted_and_held_out(**names: tuple[Sequence[str], Sequence[str], Iterable[str]]) -> None:
-    """Raises InputError where a name is unknown, or both fitted and held out.
-
-    Each option has its fitted names, held-out names, and all that are allowed.
-    """
+    """Raises InputError where of an option's (fitted, held-out, allowed) names one is not allowed, or is both."""
     for option, (fitted, held_out, allowed) in names.items():
         for which, given in ((option, fitted), (f"held_out_{option}", held_out)):
             for name in given:

@@ -42,8 +42,8 @@ class BehaviourCallback(TrainerCallback):
         watcher: the questions and, in ``watcher.answers``, how each was answered last; None before the training begins.
         seconds: that the questions, the measurements and their logging took.
 
-    The training is not touched: its losses are the same without the callback. In several processes each measures, on
-    the same questions, and the first one writes; weights that FSDP 2 shards are gathered as they are in training.
+    Losses are the same without the callback. In several processes each measures, on the same questions, and the first
+    one writes; weights that FSDP 2 shards are gathered as they are in training.
     """
 
     def __init__(
@@ -64,8 +64,7 @@ class BehaviourCallback(TrainerCallback):
             every: steps between measurements; None: when the trainer evaluates.
             stop: ends the training when ``both`` behaviours are there (``wanted``), or when memory has ``overtaken``
                 the rule among conflicts.
-            save: has a checkpoint saved at the first measurement where that is so. Weights behind the last step that
-                is evaluated are measured and not saved; ``save_total_limit`` counts the checkpoint like any other.
+            save: has a checkpoint saved at the first measurement where that is so, but behind the last step.
             options: what is asked, ``examples``, ``rephrasings``, ``split``, ``contrast``, ``batch_size``, ``seed`` and
                 ``prompting`` of ``mnemoscope.watch.Asked``, and options of the task.
 
@@ -90,8 +89,7 @@ class BehaviourCallback(TrainerCallback):
     ) -> None:
         """Draw the questions and measure what the model shows before; go on with the table of a resumed training.
 
-        Raises InputError where the trainer never evaluates and ``every`` is not given, saves its best checkpoint alone
-        though ``save`` asks for another, or shards the weights otherwise than FSDP 2 does.
+        Raises InputError where the trainer never evaluates, saves the best alone, or shards unlike FSDP 2.
         """
         evaluates, saves = (str(getattr(s, "value", s)) for s in (args.eval_strategy, args.save_strategy))
         if self.every is None and evaluates == "no":

@@ -30,9 +30,8 @@ def measure_checkpoints(
     """Ask each checkpoint, in the order of their steps; yields rows, and writes the table and the picture after each.
 
     Args:
-        checkpoints: folders (of adapters too), the output folder of a trainer, for all of its checkpoints, or hub ids
-            with ``@`` and a revision. The last number in the name of a folder, or in the revision, is its step; where
-            none has a number, its place in the list.
+        checkpoints: folders (of adapters too), the output folder of a trainer, or hub ids with ``@`` and a revision.
+            The last number in the name is the step; where none has a number, the place in the list.
         opening: ``dtype``, ``device_map`` and ``tokenizer``; ``how``: fields of ``Asked``.
 
     Raises:

@@ -66,17 +66,13 @@ class Asked:
 
 
 class Watcher:
-    """The same questions of a task, asked again and again of a model that changes.
-
-    Everything is drawn once: conflicts with their rephrasings, memory and novel questions of one split. No answer is
-    generated: each revealing answer is read (teacher forcing).
+    """The same questions of a task, drawn once and asked again and again of a model that changes, by teacher forcing.
 
     Attributes:
         drawn: the questions of each kind, without rephrasings.
         direction_LD: the contrast of the last measurement, to which the next one is compared; None before it.
-        answers: of the last measurement, a row a question: ``kind``, ``item``, ``prompt`` and ``behaviour``, which is
-            ``memorized``, ``generalized`` or ``other`` of conflicts and their rephrasings, else ``correct`` or
-            ``wrong``.
+        answers: of the last measurement, a row a question: ``kind``, ``item``, ``prompt`` and ``behaviour``:
+            ``memorized``, ``generalized`` or ``other`` of conflicts, rephrased ones too, else ``correct`` or ``wrong``.
     """
 
     def __init__(

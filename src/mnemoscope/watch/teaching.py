@@ -44,11 +44,10 @@ def teach(
     folder: Path,
     progress: Callable[[int, Mapping[str, float]], None] = lambda step, measured: None,
 ) -> Trained:
-    """Train the adapter of a model in place until the stop rule holds at a measurement, its loss has risen far above
-    what it was (``diverged``), or all steps are taken.
+    """Train the adapter of a model in place until the stop rule holds, the loss has ``diverged``, or steps are taken.
 
     The training is the library's: AdamW, its schedule, its checkpoints in ``folder``, from which a killed training goes
-    on. ``BehaviourCallback`` measures and stops it. ``progress`` is called at every step with the latest measurement.
+    on. ``progress`` is called at every step with the latest measurement.
 
     Raises InputError where the task lacks a kind of example that the stop rule needs, consists of parts, an instance is
     too long, or the tokenizer merges its answer with its prompt.
