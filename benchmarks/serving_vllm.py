@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +20,7 @@ import httpx
 import numpy as np
 from rounds import ratios, seconds_of
 
-from vllm_server import Material, serving
+from test_vllm import Material, serving
 
 PLAIN, UNSTEERED = "vLLM without the plugin", "with it, nobody steered"
 
@@ -36,11 +37,14 @@ def main() -> None:
     with TemporaryDirectory() as folder, ExitStack() as opened:
         out = Path(folder)
         material = Material.make(out, arguments.model)
-        prompts = [material.prompts[n % len(material.prompts)] for n in range(arguments.requests)]
+        fitted = material.fitted()
+        rows = [fitted.inputs([text]).input_ids[0].tolist() for text in material.texts]
+        prompts = [rows[n % len(rows)] for n in range(arguments.requests)]
+        gate = float(np.median(replace(fitted, detector=fitted.lower_detector).detect(material.texts).p_memorized))
         body = {"model": "served", "prompt": prompts, "max_tokens": arguments.tokens, "ignore_eos": True}
         settings = {
             "everybody steered": {"steer": "generalized"},
-            "gated and read": {"steer": "generalized", "gate": material.threshold(), "read": 1},
+            "gated and read": {"steer": "generalized", "gate": gate, "read": 1},
         }
         ways: dict[str, Callable[[], None]] = {}
         for n in range(arguments.servers):

@@ -110,7 +110,9 @@ def large() -> tuple[Any, Any]:
 
 
 @contextmanager
-def serving(material: Material, log: Path, *flags: str, fault: Path | None = None) -> Iterator[httpx.Client]:
+def serving(
+    material: Material, log: Path, *flags: str, fault: Path | None = None, plugin: bool = True
+) -> Iterator[httpx.Client]:
     """A client of a new server; RuntimeError with the end of its log where it does not start.
 
     ``fault``: the file that names the fault of our plugin that is there at the time, see ``vllm_faulty``.
@@ -121,7 +123,8 @@ def serving(material: Material, log: Path, *flags: str, fault: Path | None = Non
     command += ["--served-model-name", "served", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
     command += ["--dtype", "float32", "--max-model-len", str(CONTEXT), "--max-num-seqs", "16"]
     command += ["--block-size", str(BLOCK), *flags]
-    environment = {**os.environ, **ENVIRONMENT, "MNEMOSCOPE_RUN": str(material.run)}
+    environment = {**os.environ, **ENVIRONMENT}
+    environment |= {"MNEMOSCOPE_RUN": str(material.run)} if plugin else {"VLLM_PLUGINS": ""}
     environment |= vllm_faulty.installed(log.parent, fault) if fault else {}
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)
