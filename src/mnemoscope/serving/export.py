@@ -129,10 +129,9 @@ def _with_biases(core: Any, vector: SteeringVector) -> Any:
 
 def _shifted_bias(bias_D: Tensor, shift_D: Tensor, layer: int) -> Tensor:
     """Bias and shift in the bias's dtype, rounded once; refused where rounding leaves little of the shift."""
-    wide = torch.promote_types(bias_D.dtype, torch.float32)
-    wanted_D = shift_D.to(bias_D.device, wide)
-    summed_D = (bias_D.to(wide) + wanted_D).to(bias_D.dtype)
-    lost = float((summed_D.to(wide) - bias_D.to(wide) - wanted_D).norm() / wanted_D.norm())
+    wide_D, wanted_D = bias_D.to(torch.promote_types(bias_D.dtype, torch.float32)), shift_D.to(bias_D.device)
+    summed_D = (wide_D + wanted_D).to(bias_D.dtype)
+    lost = float((summed_D.to(wide_D.dtype) - wide_D - wanted_D).norm() / wanted_D.norm())
     if lost > 0.1:
         what = f"shifts: {lost:.0%} of the one of layer {layer} is lost in rounding of its bias to {bias_D.dtype}"
         raise InputError(f"{what}; a stronger vector or float32 is wanted")
@@ -170,16 +169,14 @@ def _logits(core: Any, vector: SteeringVector | None = None) -> Tensor:
 
 def _check_same(baked_MV: Tensor, plain_MV: Tensor, steered_MV: Tensor, core: Any) -> None:
     """Refuse a baked model that differs from the steered one, or where rounding hides whether it does."""
-    difference = float((baked_MV - steered_MV).abs().max())
-    effect = float((steered_MV - plain_MV).abs().max())
+    difference, effect = (float((one_MV - steered_MV).abs().max()) for one_MV in (baked_MV, plain_MV))
     allowed = _ROUNDING.get(core.dtype, 1e-4) * max(1.0, float(steered_MV.abs().max()))
     if core.dtype not in _HALF:  # half precision is too coarse for small effects; _check_exact looks closer
         allowed = min(allowed, effect / 100)
     if not difference <= allowed:
         sizes = f"{difference:.2g} away from the steered ones (allowed {allowed:.2g}, the shift's effect {effect:.2g})"
-        found = f"model: with the shift in its biases {type(core).__name__} gives logits {sizes}"
         why = "its blocks do not add the MLP straight to the residual stream, or the shift is too small to tell"
-        raise InputError(f"{found}: {why}")
+        raise InputError(f"model: with the shift in its biases {type(core).__name__} gives logits {sizes}: {why}")
 
 
 @torch.no_grad()
@@ -198,10 +195,9 @@ def _check_exact(folder: Path, core: Any, vector: SteeringVector) -> None:
 def to_gguf(vector: SteeringVector, path: Path | str, model_type: str) -> Path:
     """Write a control vector for llama.cpp (``--control-vector FILE``).
 
-    llama.cpp's ``common_control_vector_load`` (common/common.cpp) takes every 1-D float32 tensor ``direction.k``,
-    k = 1 and up, and ``llama_adapter_cvec`` (src/llama-adapter.cpp) adds it to the output of the 0-based block k at
-    every token; block 0 never has one. It reads no other field; ``controlvector.layer_count`` is the number of tensors,
-    as in its own cvector-generator and repeng.
+    Its ``common_control_vector_load`` takes every 1-D float32 tensor ``direction.k``, k = 1 and up, and
+    ``llama_adapter_cvec`` adds it to the output of the 0-based block k at every token; block 0 never has one. It reads
+    no other field; ``controlvector.layer_count`` is the number of tensors, as in its own cvector-generator.
 
     Args:
         path: is replaced if it exists.
