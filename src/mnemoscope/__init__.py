@@ -11,38 +11,30 @@ Public names are imported on first use, so that importing the package costs noth
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from typing import TYPE_CHECKING
 
+from mnemoscope.runs.lazily import handed_on
 from mnemoscope.runs.waiting import bound_waiting
+
+if TYPE_CHECKING:
+    from mnemoscope.behaviour import Asking, Prompting, draw_candidates, mine_pairs, prepare, read_states, score
+    from mnemoscope.bench.run import arena
+    from mnemoscope.config import load_study
+    from mnemoscope.face.fitted import Fitted, fit
+    from mnemoscope.interventions import SteeringVector
+    from mnemoscope.interventions.detect import Detector
+    from mnemoscope.models import load_model
+    from mnemoscope.report import build_report
+    from mnemoscope.runs.errors import InputError, StudyError
+    from mnemoscope.serving.export import bake, to_gguf
+    from mnemoscope.statistics.contrast import Contrast, ContrastAccumulator
+    from mnemoscope.study.run import run_study
+    from mnemoscope.tasks import Example, Task, allow_code, build_task
+    from mnemoscope.watch.callback import BehaviourCallback
 
 bound_waiting()  # before anything here imports torch: in commands, workers and Ray's tasks as in Python
 
-_NAMES = {
-    "behaviour": "Asking Prompting draw_candidates mine_pairs prepare read_states score",
-    "bench.run": "arena",
-    "config": "load_study",
-    "statistics.contrast": "Contrast ContrastAccumulator",
-    "interventions.detect": "Detector",
-    "watch.callback": "BehaviourCallback",
-    "runs.errors": "InputError StudyError",
-    "serving.export": "bake to_gguf",
-    "face.fitted": "Fitted fit",
-    "interventions": "SteeringVector",
-    "models": "load_model",
-    "report": "build_report",
-    "study.run": "run_study",
-    "tasks": "Example Task allow_code build_task",
-}
-_PUBLIC = {name: module for module, names in _NAMES.items() for name in names.split()}
-
-__all__ = sorted(_PUBLIC)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'mnemoscope' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"mnemoscope.{_PUBLIC[name]}"), name)
+__getattr__, __all__ = handed_on(__name__, __file__)
 
 
 def __dir__() -> list[str]:
