@@ -56,11 +56,7 @@ def top_by_magnitude(values_LD: ArrayLike, top: float) -> NDArray[np.bool_]:
 
 
 def overlap(first: ArrayLike, second: ArrayLike) -> float:
-    """Share of a set's members (True) that another contains; NaN for empty sets.
-
-    Raises:
-        ValueError: the shapes or the numbers of members differ.
-    """
+    """Share of a set's members (True) that another contains; NaN for empty sets, ValueError for sets of two sizes."""
     a, b = _two_sets(first, second)
     return float((a & b).sum() / a.sum()) if a.any() else math.nan
 
@@ -70,10 +66,7 @@ def overlap_by_chance(first_LD: ArrayLike, second_LD: ArrayLike) -> Estimate:
 
     Exact, without drawing permutations: what a row shares is hypergeometric, and rows are independent. One row of all
     entries, `first_LD.reshape(1, -1)`, gives the weaker null that ignores rows; its mean is the share of members. NaN
-    ends where only one overlap is possible.
-
-    Raises:
-        ValueError: as `overlap`, or the arrays do not have two axes.
+    ends where only one overlap is possible. ValueError as `overlap`, or where the arrays do not have two axes.
     """
     a, b = _two_sets(first_LD, second_LD)
     if a.ndim != 2:
@@ -118,13 +111,8 @@ def sign_flips(values_N: ArrayLike, groups_N: Groups, rng: np.random.Generator, 
 
     All differences of a group flip together (Canay, Romano & Shaikh 2017, "Randomization tests under an approximate
     symmetry assumption", Econometrica 85:1013-1030). Exact for up to ``EXACT`` groups, else from random flips, of which
-    the observed one counts as one more, so that p is never 0. A NaN does not count.
-
-    Returns:
-        NaN with less than ``LEAST_GROUPS`` groups; 1 where no group differs.
-
-    Raises:
-        ValueError: lengths differ.
+    the observed one counts as one more, so that p is never 0. A NaN does not count. NaN with less than ``LEAST_GROUPS``
+    groups; 1 where no group differs; ValueError where lengths differ.
     """
     given_N = np.asarray(values_N, dtype=np.float64)
     index_N, known_N = group_index(groups_N, len(given_N)), ~np.isnan(given_N)

@@ -227,8 +227,7 @@ class ContrastAccumulator:
     def add(self, states_generalized_NLD: ArrayLike, states_memorized_NLD: ArrayLike, groups: Sequence[str]) -> None:
         """Add N pairs with their groups; row n of both arrays is one pair.
 
-        Raises:
-            ValueError: shapes not (N, L, D), not N groups, or a state that is not finite. Nothing is added then.
+        ValueError for shapes not (N, L, D), not N groups, or a state that is not finite. Nothing is added then.
         """
         generalized_NLD = np.asarray(states_generalized_NLD, dtype=np.float64)
         memorized_NLD = np.asarray(states_memorized_NLD, dtype=np.float64)

@@ -98,12 +98,8 @@ def proportion(hits_N: ArrayLike, groups_N: Groups, draws_N: Groups | None = Non
     clustered surveys", Journal of Survey Statistics and Methodology 3:484-503. If all hits are 0 or all are 1, the
     exact interval of Clopper & Pearson (1934, Biometrika 26:404-413) for as many examples as there are *groups*.
 
-    Args:
-        hits_N: bool, or float in [0, 1]; a NaN does not count.
-        draws_N: the draw of a control that each hit belongs to; examples are repeated in every draw.
-
-    Raises:
-        ValueError: lengths differ.
+    ``hits_N``: bool, or float in [0, 1]; a NaN does not count. ``draws_N``: the draw of a control that each hit belongs
+    to; examples are repeated in every draw. ValueError where lengths differ.
     """
     return _estimate(hits_N, groups_N, draws_N, share=True)
 
@@ -114,12 +110,8 @@ def mean(values_N: ArrayLike, groups_N: Groups, draws_N: Groups | None = None) -
     The variance is the jackknife's, leaving out one group at a time (MacKinnon, Nielsen & Webb 2023, "Fast and reliable
     jackknife and bootstrap methods for cluster-robust inference", Journal of Applied Econometrics 38:671-694). Of
     several draws, which are a sample as well, the variance by draw is added, with Satterthwaite's degrees of freedom.
-    Where all values are 0, 1 or -1 the interval is that of `proportion`, to both sides of 0.
-
-    Args and Raises: as `proportion`.
-
-    Returns:
-        NaN ends with less than `LEAST_GROUPS` groups, and where all groups have the same mean.
+    Where all values are 0, 1 or -1 the interval is that of `proportion`, to both sides of 0. NaN ends with less than
+    `LEAST_GROUPS` groups, and where all groups have the same mean; arguments and errors as of `proportion`.
     """
     return _estimate(values_N, groups_N, draws_N, share=False)
 
@@ -147,10 +139,8 @@ def auroc(scores_N: ArrayLike, labels_N: ArrayLike, groups_N: Groups) -> Estimat
     negatives of a group vary together. Log odds keep the interval inside 0 to 1. Where the scores separate the classes
     perfectly (area 1 or 0): with P groups of positives, Q of negatives and G in all, k = min(P, Q, G // 2) of each can
     be matched with no group used twice, and the interval is Clopper & Pearson's of k comparisons. Undefined without
-    both classes; ``groups`` is 2 k, the groups of those comparisons.
-
-    Raises:
-        ValueError: lengths differ, or, with two classes, a score is NaN or a label is neither 0 nor 1.
+    both classes; ``groups`` is 2 k, the groups of those comparisons. ValueError where lengths differ or, with two
+    classes, a score is NaN or a label is neither 0 nor 1.
     """
     scores_N, truth_N = np.asarray(scores_N, dtype=np.float64), np.asarray(labels_N, dtype=np.float64)
     n, index_N = len(scores_N), group_index(groups_N, len(scores_N))

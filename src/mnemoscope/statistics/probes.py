@@ -61,8 +61,7 @@ def fit_layer_probes(
 ) -> list[LayerProbe]:
     """One probe per layer, each with the regularization of the best tune accuracy (of equal ones, the strongest).
 
-    Raises:
-        ValueError: as `LayerProbe.fit`; no tune states.
+    ValueError as `LayerProbe.fit`, and without tune states.
     """
     by_layer = (np.moveaxis(np.asarray(states), 1, 0) for states in (fit_states_NLD, tune_states_NLD))
     return [
@@ -75,16 +74,7 @@ def input_features(token_ids: Sequence[Sequence[int]], vocabulary_size: int, pos
     """Token counts of each prompt, then one-hot (position from the end, token) of its last ``positions`` tokens.
 
     Positions count from the end, where the decision is, so that they mean the same in prompts of different lengths.
-
-    Args:
-        token_ids: N prompts, of any lengths.
-        vocabulary_size: V; ids are below it.
-
-    Returns:
-        float64, shape (N, V + positions * V).
-
-    Raises:
-        ValueError: a token id outside [0, V).
+    float64 (N, V + positions * V) of N prompts of any lengths; ValueError for a token id outside [0, V).
     """
     tokens, rows, from_end = _flat(token_ids)
     if len(tokens) and (tokens.min() < 0 or tokens.max() >= vocabulary_size):
@@ -98,11 +88,8 @@ def input_features(token_ids: Sequence[Sequence[int]], vocabulary_size: int, pos
 def repeat_features(token_ids: Sequence[Sequence[int]], positions: int = 64) -> sparse.csr_matrix:
     """One-hot (position from the end, distance to the last same token), float64 (N, positions * positions).
 
-    Whether the asked name is in the context takes the comparison of two tokens, which no bag of tokens holds.
-
-    Args:
-        token_ids: N prompts, of any lengths.
-        positions: of the last tokens; a distance counts as at most this.
+    Whether the asked name is in the context takes the comparison of two tokens, which no bag of tokens holds. Of the
+    last ``positions`` tokens; a distance counts as at most this.
     """
     tokens, rows, from_end = _flat(token_ids)
     order = np.lexsort((np.arange(len(tokens)), tokens, rows))
@@ -128,8 +115,7 @@ def fit_input_probe(
 ) -> LogisticRegression:
     """The input-only baseline: logistic regression on `input_features`, regularization chosen by tune accuracy.
 
-    Raises:
-        ValueError: only one class, another label than 0 and 1, or no tune examples.
+    ValueError for one class, another label than 0 and 1, or no tune examples.
     """
     labels = _checked_labels(fit_labels_N)
     models = (LogisticRegression(C=c, solver="liblinear", random_state=0) for c in OF_INPUTS)
@@ -145,8 +131,7 @@ def share_right(scores_N: ArrayLike, labels_N: ArrayLike) -> float:
 def shuffled(labels_N: ArrayLike, pair_ids_N: Sequence[Any] | NDArray[Any], rng: np.random.Generator) -> Labels:
     """Labels for the shuffled baseline: both labels of a pair swap together, or stay, at random.
 
-    Raises:
-        ValueError: another label than 0 and 1, lengths differ, or a pair without as many 1 as 0.
+    ValueError for another label than 0 and 1, lengths that differ, or a pair without as many 1 as 0.
     """
     labels = _checked_labels(labels_N)
     if len(pair_ids_N) != len(labels):
