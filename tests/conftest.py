@@ -12,24 +12,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 import mnemoscope  # noqa: F401  before torch, which helpers import
 from arena_lists import PLANTED, SIZES
-from helpers import MINI_STUDY, MINI_TASKS, MINI_TRAINING, one_at_a_time
+from helpers import MINI_STUDY, MINI_TASKS, MINI_TRAINING
 from little_facts import LittleFacts, little_model
 from mnemoscope.behaviour import Asking, draw_candidates, mine_pairs
 from mnemoscope.bench.lists import DrawnBench
-from mnemoscope.config import ModelConfig, load_study, parse_arena
+from mnemoscope.config import ModelConfig, parse_arena
 from mnemoscope.interventions import OPPOSITE, Intervention, Toward
 from mnemoscope.interventions.methods import candidates, method_names, name_of
 from mnemoscope.models import build_gpt2, load_model, word_tokenizer
 from mnemoscope.paper.loop import train
-from mnemoscope.study.run import run_study
 from mnemoscope.tasks import allow_code, build_task
 
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")  # a name that is no file is not looked for on a hub, minutes long
 
-SLOW_FIXTURES = {"mini_run", "two_seeds", "browser", "user", "adapted_run"}  # a finished study or a browser
+SLOW_FIXTURES = {"mini_run", "browser", "user", "adapted_run"}  # a finished study or a browser
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -54,7 +54,7 @@ def mini(shared_folder: Path) -> Callable[[str], Asking]:
     def get(name: str) -> Asking:
         if name not in opened:
             folder = shared_folder / f"mini-{name}"
-            with one_at_a_time(shared_folder / f"mini-{name}.lock"):
+            with FileLock(shared_folder / f"mini-{name}.lock"):
                 if not (folder / "done").exists():
                     _train_mini(name, folder)
             task = build_task(name, MINI_TASKS[name], seed=0)
@@ -68,7 +68,7 @@ def mini(shared_folder: Path) -> Callable[[str], Asking]:
 def little(shared_folder: Path) -> Asking:
     """The model of ``little_facts``, trained once, by the worker that comes first."""
     folder, boundary = shared_folder / "little", LittleFacts().boundary
-    with one_at_a_time(shared_folder / "little.lock"):
+    with FileLock(shared_folder / "little.lock"):
         if not (folder / "done").exists():
             made = little_model()
             made.model.save_pretrained(folder)
@@ -96,7 +96,7 @@ def fitted(bench: DrawnBench) -> dict[tuple[str, Toward], Intervention]:
 def mini_study_file(shared_folder: Path) -> Path:
     """The miniature study as a file."""
     path = shared_folder / "mini.yaml"
-    with one_at_a_time(shared_folder / "mini-yaml.lock"):  # or the other worker would read half of it
+    with FileLock(shared_folder / "mini-yaml.lock"):  # or the other worker would read half of it
         if not path.exists():
             path.write_text(MINI_STUDY)
     return path
@@ -106,32 +106,13 @@ def mini_study_file(shared_folder: Path) -> Path:
 def mini_run(shared_folder: Path, mini_study_file: Path) -> Path:
     """A finished run of the miniature study, made by the command line; whoever changes it works on a copy."""
     run = shared_folder / "mini-run"
-    with one_at_a_time(shared_folder / "mini-run.lock"):
+    with FileLock(shared_folder / "mini-run.lock"):
         if not (run / "report.html").exists():
-            command = [
-                sys.executable,
-                "-m",
-                "mnemoscope",
-                "run",
-                str(mini_study_file),
-                "--out",
-                str(run),
-                "--workers",
-                "2",
-            ]
+            command = [sys.executable, "-m", "mnemoscope", "run", str(mini_study_file), "--out", str(run)]
+            command += ["--workers", "2"]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr
             assert done.stdout.strip() == str(run / "report.html")
-    return run
-
-
-@pytest.fixture(scope="session")
-def two_seeds(shared_folder: Path, mini_study_file: Path) -> Path:
-    """A finished run of two seeds of the miniature study, side by side in two processes."""
-    run = shared_folder / "mini-two-seeds"
-    with one_at_a_time(shared_folder / "mini-two-seeds.lock"):
-        if not (run / "report.html").exists():
-            run_study(load_study(str(mini_study_file), seeds=2), run, workers=2)
     return run
 
 

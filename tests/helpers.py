@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
@@ -120,14 +119,6 @@ def hook_count(model: object) -> int:
     """How many hooks hang in a model, but for those that transformers leaves once `output_hidden_states` was asked."""
     hooks = [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]  # type: ignore[attr-defined]
     return sum(hook.__module__ != "transformers.utils.output_capturing" for hook in hooks)
-
-
-@contextmanager
-def one_at_a_time(lock: Path) -> Iterator[None]:
-    """Only one worker of a test run at a time is here: what all share is made by the one that comes first."""
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextmanager

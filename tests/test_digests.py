@@ -105,33 +105,23 @@ def test_a_name_that_is_a_path_is_refused(cell: Path, name: str) -> None:
 
 
 def test_a_run_keeps_the_data_of_its_task_and_opens_without_the_file(tmp_path: Path) -> None:
+    """Whoever opens a run of a stranger opens its own copy, not a file elsewhere that its study names."""
     row = {"item": "a", "group": "g", "memorized": " x", "generalized": " y", "prompt": "p"}
+    mine, table = tmp_path / "my data (1).jsonl", tmp_path / "mine.csv"
     lines = [json.dumps(row | {"item": f"{n}", "group": f"{n}", "prompt": f"p {n}"}) for n in range(8)]
-    mine = tmp_path / "my data (1).jsonl"
     mine.write_text("\n".join(lines))
-    config = fitting_study({"folder": "smollm2"}, mine, {})
-    assert list(config.cells) == ["my-data-1-"]
-    (cell,) = cells_of(parse_study(config.model_dump()), tmp_path / "run")
+    table.write_text("relation,subject,value\n" + "\n".join(f"capital,Country{n},City{n}" for n in range(9)))
+    config = fitting_study({"folder": "smollm2"}, mine, {}).model_dump()
+    assert list(config["cells"]) == ["my-data-1-"]
+    config["cells"]["facts"] = {"task": "facts", "options": {"table": str(table)}, "model": {"folder": "m"}}
+    cell, other = cells_of(parse_study(config), tmp_path / "run")
     before = cell_task(cell)
-    (copy,) = keep_data(cell)
-    assert copy == cell.folder / "data" / "file.jsonl"
+    assert keep_data(cell) == [cell.folder / "data" / "file.jsonl"]
+    (copy,) = keep_data(other)
     mine.unlink()
     with pytest.raises(InputError, match="cannot be read"):
         cell_task(cell)
     again = cell_task(with_kept_data(cell))
     assert again.examples_read == before.examples_read  # type: ignore[attr-defined]
-
-
-def test_a_run_keeps_a_table_of_facts(tmp_path: Path) -> None:
-    """A run of a stranger opens its own copy, not a file elsewhere that its study names."""
-    table = tmp_path / "mine.csv"
-    rows = [f"capital,Country{n},City{n}" for n in range(9)]
-    table.write_text("relation,subject,value\n" + "\n".join(rows))
-    config = parse_study(
-        {"study": "s", "cells": {"one": {"task": "facts", "options": {"table": str(table)}, "model": {"folder": "m"}}}}
-    )
-    (cell,) = cells_of(config, tmp_path / "run")
-    (copy,) = keep_data(cell)
-    assert copy == cell.folder / "data" / "table.csv"
-    assert with_kept_data(cell).config.options["table"] == str(copy)
+    assert with_kept_data(other).config.options["table"] == str(copy) == str(other.folder / "data" / "table.csv")
     assert copy.read_bytes() == table.read_bytes()

@@ -91,17 +91,19 @@ def test_folders_that_were_made_for_nothing_go_again(error: BaseException, tmp_p
 
 @pytest.mark.parametrize("worth", [True, False])
 def test_only_what_is_worth_keeping_is_left_of_what_is_refused(worth: bool, tmp_path: Path) -> None:
-    begun: list[bool] = []
     (tmp_path / "study.yaml").write_text("before")
+    begun: list[bool] = []
 
     def refused() -> None:
-        with locked(tmp_path, lambda: bool(begun) and worth):
-            (tmp_path / "cells" / "one").mkdir(parents=True)
-            (tmp_path / "study.yaml").write_text("after")
-            begun.append(True)
-            raise ValueError("refused")
+        (tmp_path / "cells" / "one").mkdir(parents=True)
+        (tmp_path / "study.yaml").write_text("after")
+        begun.append(True)
+        raise ValueError("refused")
 
-    with pytest.raises(ValueError, match="refused"):
+    with pytest.raises(ValueError, match="refused"), locked(tmp_path, lambda: bool(begun) and worth):
         refused()
     assert (tmp_path / "cells").exists() == worth
     assert (tmp_path / "study.yaml").read_text() == ("after" if worth else "before")
+    with pytest.raises(KeyboardInterrupt), locked(tmp_path / "stopped", lambda: False):
+        raise KeyboardInterrupt
+    assert not (tmp_path / "stopped").exists(), "nothing was done"

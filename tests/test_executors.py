@@ -1,8 +1,7 @@
-"""A study on a Ray cluster of two nodes ends as it does in one process, also when a node is killed in the middle."""
+"""A study on a Ray cluster ends as it does in processes, also when a node is killed in the middle."""
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import shutil
@@ -15,11 +14,12 @@ from typing import Any
 
 import pytest
 
-from mnemoscope.config import load_study
+from light_work import maps_on_a_node_that_dies
+from mnemoscope.config import load_study, parse_study
 from mnemoscope.runs.errors import InputError
-from mnemoscope.study.executors import _to_cluster
+from mnemoscope.study.cells import cells_of
+from mnemoscope.study.executors import _to_cluster, run_cells
 from mnemoscope.study.run import run_study
-from test_study import check_results
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.filterwarnings(
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 @pytest.fixture(scope="module")
-def head() -> Iterator[Any]:
+def cluster() -> Iterator[Any]:
     """The head of a cluster, which runs nothing itself."""
     from ray.cluster_utils import Cluster
 
@@ -43,67 +43,51 @@ def head() -> Iterator[Any]:
         made.shutdown()
 
 
-@pytest.fixture
-def cluster(head: Any) -> Iterator[Any]:
-    """The head, to which a test adds nodes; those that it leaves are removed."""
-    yield head
+def test_a_stage_on_a_cluster_ends_in_the_same_bytes(
+    cluster: Any, mini_study_file: Path, mini_run: Path, tmp_path: Path
+) -> None:
+    """What is finished is not run again; threads that wait on a node sleep soon."""
+    node = cluster.add_node(num_cpus=2)
+    run = shutil.copytree(mini_run, tmp_path / "run")
+    cell, told = run / "cells" / "addition-0", list[tuple[Any, ...]]()
+    table, before = cell / "records" / "samples.parquet", (cell / "records" / "samples.parquet").read_bytes()
+    (cell / "stages" / "samples.json").unlink()
+    table.unlink()
+    run_study(load_study(str(mini_study_file)), run, lambda *n: told.append(n), executor="ray", address=cluster.address)
+    assert table.read_bytes() == before
+    assert ("addition-0", "steering", 1, 1, "done before") in told
+    ray.init(address=cluster.address, log_to_driver=False)
+    assert _to_cluster(1, 0, pickle.dumps(os.getenv))("GOMP_SPINCOUNT")() == "1000"
     ray.shutdown()
-    for node in [node for node in head.list_all_nodes() if node is not head.head_node]:
-        head.remove_node(node)
+    cluster.remove_node(node)
 
 
 @pytest.mark.faults
-def test_a_node_that_dies_costs_no_cell_and_no_finished_stage(
-    cluster: Any, mini_study_file: Path, two_seeds: Path, tmp_path: Path
-) -> None:
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-    run, errors = tmp_path / "ray", []
-    config = load_study(str(mini_study_file), seeds=2)
+def test_a_node_that_dies_costs_no_cell(cluster: Any, tmp_path: Path) -> None:
+    nodes, failed, told = [cluster.add_node(num_cpus=2) for _ in range(2)], list[Any](), set[str]()
+    cells = cells_of(parse_study({"study": "two", "seeds": 2, "cells": {"one": {"task": "addition"}}}), tmp_path)
 
-    def study() -> None:
+    def work() -> None:
         try:
-            run_study(config, run, executor="ray", address=cluster.address)
+            tell, where = (lambda *news: told.add(news[0])), cluster.address
+            failed.append(run_cells(cells, maps_on_a_node_that_dies, tell, executor="ray", address=where))
         except BaseException as error:
-            errors.append(error)
+            failed.append(error)
 
-    thread = Thread(target=study, daemon=True)
+    thread = Thread(target=work, daemon=True)
     thread.start()
-    stages = [run / "cells" / f"addition-{seed}" / "stages" for seed in range(2)]
-    deadline = time.monotonic() + 400
-    while not all((folder / "train.json").exists() for folder in stages):
-        assert thread.is_alive(), errors
+    deadline = time.monotonic() + 300
+    while not all(list(cell.folder.glob("run-*")) for cell in cells):
+        assert thread.is_alive(), failed
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    stamps = [(folder / "train.json").stat().st_mtime_ns for folder in stages]
-    assert not any((folder / "samples.json").exists() for folder in stages), "each node has a cell to lose"
     cluster.remove_node(nodes[0], allow_graceful=False)
-    thread.join(400)
-    assert not thread.is_alive()
-    assert not errors
-    assert stamps == [(folder / "train.json").stat().st_mtime_ns for folder in stages], "finished is not redone"
-    check_results(run, two_seeds)
-    for seed in range(2):
-        file = Path("cells") / f"addition-{seed}" / "records" / "steering.parquet"
-        assert (run / file).read_bytes() == (two_seeds / file).read_bytes()
-    assert json.loads((run / "failed.json").read_text()) == {}
-
-
-def test_a_cell_takes_the_processors_that_are_left(
-    cluster: Any, mini_study_file: Path, mini_run: Path, tmp_path: Path
-) -> None:
-    """Parts of its steering run side by side and give the same bytes; threads that wait there sleep soon."""
-    cluster.add_node(num_cpus=2)
-    run = tmp_path / "run"
-    shutil.copytree(mini_run, run)
-    cell = run / "cells" / "addition-0"
-    names = ("chosen.json", "steering.parquet", "sweep.parquet")
-    before = {name: (cell / "records" / name).read_bytes() for name in names}
-    for name in (*names, "../stages/steering.json", "../stages/pairs.json"):  # mining keeps states for what follows
-        (cell / "records" / name).unlink()
-    run_study(load_study(str(mini_study_file)), run, executor="ray", address=cluster.address)
-    assert {name: (cell / "records" / name).read_bytes() for name in names} == before
-    ray.init(address=cluster.address, log_to_driver=False)
-    assert _to_cluster(1, 0, pickle.dumps(os.getenv))("GOMP_SPINCOUNT")() == "1000"
+    (tmp_path / "cells" / "over").touch()
+    thread.join(300)
+    assert failed == [{}]
+    assert sorted(len(list(cell.folder.glob("run-*"))) for cell in cells) == [1, 2], "each node had a cell to lose"
+    assert {(cell.folder / "squares.json").read_text() for cell in cells} == {"[1, 4, 9]"}
+    assert told == {cell.name for cell in cells}
 
 
 @pytest.mark.parametrize(
@@ -114,8 +98,6 @@ def test_a_cell_takes_the_processors_that_are_left(
         ("ray", "127.0.0.1:1", "address: no Ray cluster answers at 127.0.0.1:1"),
     ],
 )
-def test_bad_executors_are_refused(
-    mini_study_file: Path, tmp_path: Path, executor: str, address: str | None, message: str
-) -> None:
+def test_bad_executors_are_refused(executor: str, address: str | None, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        run_study(load_study(str(mini_study_file)), tmp_path / "run", executor=executor, address=address)
+        run_cells([], lambda *_: None, lambda *_: None, 1, executor, address)

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -53,8 +54,9 @@ def test_results_come_in_order_from_processes_that_keep_what_they_opened() -> No
 def test_an_error_of_an_item_is_raised_and_a_killed_process_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="1 cannot be done"), in_processes(2) as parallel:
         list(parallel(fails, [1, 2]))
-    with pytest.raises(LostError, match=KILLED), in_processes(2) as parallel:
+    with pytest.raises(LostError, match=KILLED) as lost, in_processes(2) as parallel:
         list(parallel(dies, [1, 2]))
+    assert str(pickle.loads(pickle.dumps(lost.value))) == str(lost.value), "also where it is told to another process"
     config = load_study("quickstart").cells["addition"]
     cells = [Cell(f"{n}", "addition", n, config, 1, tmp_path) for n in range(2)]
     failed = run_cells(cells, killed_cell, lambda *_: None, workers=2)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, Literal, NotRequired
 
 import numpy as np
-import pyarrow as pa
+import pandas as pd
 import pytest
 import yaml
-from pyarrow import parquet
 from typing_extensions import TypedDict
 
+from mnemoscope.runs import strict
 from mnemoscope.runs.errors import InputError
 from mnemoscope.runs.strict import bounded_table, checked, parse_json
 from mnemoscope.runs.yaml import dump_yaml, parse_yaml
@@ -72,8 +72,7 @@ MERGES = "a0: &a0 {k: v}\n" + "".join(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]
     [
         ("a: 1\na: 2", 'here, line 2: not YAML (found duplicate key "a"'),
         ("a: &a [*a]", "here, line 1: not YAML (an alias inside what it stands for"),
-        ("[" * 65 + "]" * 65, "here, line 1: not YAML (nested more than 64 deep)"),
-        ("[" * 3000, "nested too deeply"),
+        ("[" * 65 + "]" * 65, "here: not YAML that can be read (nested more than 64 deep)"),
         (BOMB, "here, line 15: not YAML (more than 50000 values, with aliases written out)"),
         (MERGES, "not YAML (more than 50000 values, with aliases written out)"),
         ("!!int x", "not YAML that can be read (invalid literal"),
@@ -139,12 +138,13 @@ def test_a_field_of_another_type_is_named(value: Any, message: str) -> None:
     assert checked(good, Outer, "here") is good
 
 
-def test_a_small_file_that_stands_for_a_billion_cells_is_not_read(tmp_path: Path) -> None:
-    path, batch = tmp_path / "bomb.parquet", pa.table({"q": pa.array(np.zeros(2**20, np.int8))})
-    with parquet.ParquetWriter(path, batch.schema, use_dictionary=True, compression="zstd") as writer:
-        for _ in range(257):
-            writer.write_table(batch)
-    assert path.stat().st_size < 2**21
+def test_a_small_file_that_stands_for_a_billion_cells_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "bomb.parquet"
+    pd.DataFrame({"q": np.zeros(2**20, np.int8)}).to_parquet(path)
+    assert path.stat().st_size < 2**20 / 100
+    monkeypatch.setattr(strict, "MOST_CELLS", 2**20 - 1)
     for read in (lambda: bounded_table(path), lambda: read_rows(str(path), ["q"]), lambda: Curve.open(path)):
-        with pytest.raises(InputError, match="rows of 1 columns; at most 268435456 cells are read"):
+        with pytest.raises(InputError, match="rows of 1 columns; at most 1048575 cells are read"):
             read()

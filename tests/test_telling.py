@@ -15,42 +15,21 @@ from mnemoscope.runs.telling import shown
 
 
 def test_off_a_terminal_each_tenth_of_a_stage_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    with shown(True) as tell:
-        for n in range(31):
-            tell("mine-0", "steering", n, 30, "trying")
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 11
+    seen: list[tuple[object, ...]] = []
+    for asked in (False, None, lambda *what: seen.append(what), True):
+        with shown(asked) as tell:
+            for n in range(31):
+                tell("mine-0", "steering", n, 30, "trying")
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == (11 if asked is True else 0)
     assert lines[3] == "mine-0  steering    30 %  trying"
-
-
-@pytest.mark.parametrize("nothing", [False, None])
-def test_nothing_is_shown_where_it_is_not_asked_for(nothing: bool | None, capsys: pytest.CaptureFixture[str]) -> None:
-    with shown(nothing) as tell:
-        tell("mine-0", "steering", 1, 2, "trying")
-    assert capsys.readouterr() == ("", "")
+    assert seen == [("mine-0", "steering", n, 30, "trying") for n in range(31)]
 
 
 @pytest.mark.parametrize("wrong", ["yes", 1, []])
 def test_what_cannot_tell_is_refused(wrong: Any) -> None:
     with pytest.raises(InputError, match=r"progress: .*; give True"), shown(wrong):
         pass
-
-
-def test_a_callable_is_called_as_it_is() -> None:
-    seen: list[tuple[object, ...]] = []
-    with shown(lambda *what: seen.append(what)) as tell:
-        tell("mine-0", "steering", 1.5, 2, "trying")
-    assert seen == [("mine-0", "steering", 1.5, 2, "trying")]
-
-
-def test_what_is_left_is_told_from_the_shares_of_stages(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = iter([0.0, 50.0])
-    monkeypatch.setattr(time, "monotonic", lambda: next(now))
-    with shown(True, {"pairs": 0.5, "steering": 0.5}) as tell:
-        tell("mine-0", "pairs", 1, 1, "")  # a half in 50 s
-    assert capsys.readouterr().err == "mine-0  pairs      100 %  ; about 50 s left\n"
 
 
 @pytest.mark.parametrize(("slow", "since"), [(1, 0), (5, 20), (4, 60), (0.2, 20)])

@@ -176,7 +176,7 @@ FACTS: dict[str, dict[str, Any]] = {  # by file, values that fields cannot have;
     f"{CELL}/records/chosen.json": {"pairs": ..., "conflict": [], "aim": "x"},
     f"{CELL}/probe.json": {"site": "x", "best_layer": ..., "layers": {"a": 1}},
     f"{CELL}/records/training_time.json": {"seconds": True, "steps": ...},
-    "run/manifest.json": {"versions": [1], "machine": "x", "stages": True},
+    "run/manifest.json": {"versions": [1], "machine": "x"},
     "run/failed.json": {"x": 1},
 }
 OF_ARTEFACT = {"digest": None, "task": ..., "commit": [], "binding": "x", "prompting": None, "card": True, "site": "x"}

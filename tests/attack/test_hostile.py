@@ -1,14 +1,19 @@
-"""A run folder from a stranger, with digests that are right: nothing is executed, read outside, or shown as markup."""
+"""A run folder from a stranger, with digests that are right: nothing is executed, read outside, or shown as markup.
+
+Witnesses are audit events of Python and, for libraries that open files themselves, the system's watch on a folder.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import pickle
 import shutil
-import subprocess
+import struct
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +21,62 @@ import pandas as pd
 import pytest
 import yaml
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
-from helpers import one_at_a_time
+from mnemoscope.cli import app
 from mnemoscope.runs.digests import check_closed, write_marker
 from mnemoscope.runs.errors import InputError
 from mnemoscope.runs.files import write_atomically
 from mnemoscope.web.app import build_app
 from mnemoscope.web.runs import Runs
-from playground import TOKEN, served
+from playground import TOKEN, client_of, served
 
 SECRET = "what-no-page-may-show"
 MARKUP = "<img src=x onerror='window.broken=1'><script>window.broken=1</script>"
 CELL = Path("cells") / "addition-0"
+pytestmark = pytest.mark.faults
+IN_ACCESS, IN_OPEN, IN_ISDIR = 0x1, 0x20, 0x40000000
+STARTS = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "socket.connect")
+_seen: list[str] | None = None  # what must not be, while it is watched for
+_outside = ""
+
+
+def witness(event: str, arguments: tuple[Any, ...]) -> None:
+    """Notes programs that start, code of a stranger that is imported or executed, files outside that are opened."""
+    if _seen is None:
+        return
+    text = str(arguments[:2])  # of an import its name and file, without the path where modules are looked for
+    strange = "stranger_code" in text and event in ("import", "exec", "pickle.find_class")
+    if event in STARTS or strange or (event in ("open", "os.listdir", "os.scandir") and _outside in text):
+        _seen.append(f"{event} {text[:200]}")
+
+
+sys.addaudithook(witness)
+
+
+@contextmanager
+def watched(outside: Path) -> Iterator[list[str]]:
+    """What is seen of what must not be, inside the context."""
+    global _seen, _outside
+    libc = ctypes.CDLL(None)
+    descriptor = libc.inotify_init1(os.O_NONBLOCK)
+    for path in (outside, *(p for p in outside.rglob("*") if p.is_dir())):
+        assert libc.inotify_add_watch(descriptor, str(path).encode(), IN_ACCESS | IN_OPEN) >= 0
+    found = list[str]()
+    _seen, _outside = found, str(outside)
+    try:
+        yield found
+    finally:
+        _seen = None
+        content = b""
+        with suppress(BlockingIOError):  # nothing was read
+            content = os.read(descriptor, 2**16)
+        os.close(descriptor)
+        while content:
+            _, mask, _, length = struct.unpack_from("iIII", content)
+            if not mask & IN_ISDIR:  # anybody may list folders meanwhile
+                found.append(f"outside was read: {content[16 : 16 + length]!r}")
+            content = content[16 + length :]
 
 
 class Bomb:
@@ -70,19 +119,19 @@ def marked(run: Path) -> None:
     """Give a folder the digests that its files have now, as a stranger would."""
     cell, stages = run / CELL, ("train", "behaviour", "pairs", "steering")
     files = [p for p in cell.rglob("*") if p.is_file() and p.parent.name != "stages"]
-    for path in (run / "stages").glob("*.json"):
-        path.unlink()
-    for path in (cell / "stages").glob("*.json"):
+    for path in (*(run / "stages").glob("*.json"), *(cell / "stages").glob("*.json")):
         path.unlink()
     for name in stages:
         write_marker(cell, name, files if name == "train" else [])
     write_marker(run, "study", [p for p in run.glob("*.*") if p.is_file() and p.name[0] != "."])
 
 
-def study(change: Callable[[dict[str, Any], Path], object]) -> Callable[[Path, Path], None]:
+def study(**changes: Any) -> Callable[[Path, Path], None]:
+    """Other fields of the cell in ``study.yaml``, where OUTSIDE stands for the folder outside."""
+
     def poison(run: Path, outside: Path) -> None:
         found = yaml.safe_load((run / "study.yaml").read_text())
-        change(found["cells"]["addition"], outside)
+        found["cells"]["addition"] |= json.loads(json.dumps(changes).replace("OUTSIDE", str(outside)))
         (run / "study.yaml").write_text(yaml.safe_dump(found))
 
     return poison
@@ -145,25 +194,17 @@ def markup(run: Path, outside: Path) -> None:
     (run / "study.yaml").write_text((run / "study.yaml").read_text() + f"# {MARKUP}\n")
 
 
+STRANGE, LINK = "is no built-in task", "is a link that leads out"
 POISONS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
-    "a task that is a function": (
-        study(lambda c, _: c.update(task="os:system", options={"command": "true"})),
-        "is no built-in task",
-    ),
-    "a task of its own": (study(lambda c, _: c.update(task="stranger_code:Task", options={})), "is no built-in task"),
-    "a part of its own": (
-        study(lambda c, _: c.update(task="joint", options={"parts": {"stranger_code:Task": {}}})),
-        "is no built-in task",
-    ),
-    "a model elsewhere": (study(lambda c, o: c["model"].update(folder=str(o / "model"))), "--model"),
-    "data elsewhere": (
-        study(lambda c, o: c.update(task="jsonl", options={"file": str(o / "secret.jsonl")})),
-        "cannot be read",
-    ),
-    "a cell elsewhere": (study(lambda c, o: c["model"].update(cell=f"../../{o.name}")), "model.cell"),
-    "a linked table": (link(f"{CELL}/records/behaviour.parquet", "secret.jsonl"), "is a link that leads out"),
-    "a linked model": (link(f"{CELL}/model", "model"), "is a link that leads out"),
-    "a linked page": (link("report.html", "secret.jsonl"), "is a link that leads out"),
+    "a task that is a function": (study(task="os:system", options={"command": "true"}), STRANGE),
+    "a task of its own": (study(task="stranger_code:Task", options={}), STRANGE),
+    "a part of its own": (study(task="joint", options={"parts": {"stranger_code:Task": {}}}), STRANGE),
+    "a model elsewhere": (study(model={"folder": "OUTSIDE/model"}), "--model"),
+    "data elsewhere": (study(task="jsonl", options={"file": "OUTSIDE/secret.jsonl"}), "cannot be read"),
+    "a cell elsewhere": (study(model={"cell": "../../outside"}), "model.cell"),
+    "a linked table": (link(f"{CELL}/records/behaviour.parquet", "secret.jsonl"), LINK),
+    "a linked model": (link(f"{CELL}/model", "model"), LINK),
+    "a linked page": (link("report.html", "secret.jsonl"), LINK),
     "a method that is a path": (leading_method, "is not among its methods"),
     "weights elsewhere": (leading_index, "which is outside of it"),
     "an adapter of a model elsewhere": (leading_adapter, "holds an adapter"),
@@ -173,45 +214,52 @@ POISONS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def verdicts(mini_run: Path, outside: Path, shared_folder: Path) -> dict[str, Any]:
-    """By poison, what every command said of such a run, and what its witnesses saw; one worker asks for all."""
-    told = shared_folder / "verdicts.json"
-    with one_at_a_time(shared_folder / "verdicts.lock"):
-        if not told.exists():
-            told.write_text(json.dumps(_judged(mini_run, outside, shared_folder / "strange")))
-    return dict(json.loads(told.read_text()))
-
-
-def _judged(mini_run: Path, outside: Path, folder: Path) -> dict[str, Any]:
-    """What all commands say of all poisoned runs, from one child process."""
-    runs = {name: strange(mini_run, folder / f"case-{number}" / "run") for number, name in enumerate(POISONS)}
-    for name, run in runs.items():
-        POISONS[name][0](run, outside)
-        marked(run)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, *map(str, runs.values())])}
-    environment |= {"HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(Path(__file__).with_name("stranger.py")), str(outside), *map(str, runs.values())]
-    done = subprocess.run(command, env=environment, cwd=run, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    page = (runs["markup"] / "report.html").read_text()
-    return {name: found[run.parent.name] for name, run in runs.items()} | {"page": page}
+def told(run: Path) -> dict[str, str]:
+    """What every command says of a run, and what the playground answers."""
+    model, out = str(run / CELL / "model"), str(run.parent / "out.gguf")
+    commands = {
+        "report": ["report", str(run)],
+        "detect": ["detect", model, "--from", str(run), "12+34="],
+        "steer": ["steer", model, "--from", str(run), "--toward", "generalized", "12+34="],
+        "export": ["export", str(run), "--toward", "generalized", "--to", "gguf", "-o", out],
+    }
+    said = {}
+    for name, command in commands.items():
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code in (0, 1, 2), (name, done.exception)
+        assert done.exception is None or isinstance(done.exception, SystemExit), "an error that is not explained"
+        said[name] = done.output
+    cell = f"/api/runs/{run.name}/cells/addition-0"
+    asked = {"question": {"prompt": "12+34="}, "steering": {"toward": "generalized", "method": "nmd"}}
+    with client_of(run.parent) as client:
+        found = [client.get(path) for path in ("/", "/runs", f"/runs/{run.name}/report", "/api/runs", cell)]
+        found += [client.get(f"{cell}/{path}") for path in ("questions", "neurons")]
+        found.append(client.post(f"{cell}/ask", json=asked))
+    said["playground"] = json.dumps([(answer.status_code, answer.text) for answer in found])
+    return said
 
 
 @pytest.mark.parametrize("name", POISONS)
-def test_a_hostile_folder_executes_nothing_and_reads_nothing_outside(verdicts: dict[str, Any], name: str) -> None:
-    said = json.dumps(verdicts[name]["said"])
-    assert verdicts[name]["seen"] == []
-    assert SECRET not in said
-    assert POISONS[name][1] in said
-    assert "Traceback" not in said
-    assert "server: " not in verdicts[name]["said"]["playground"], "no error that is not explained"
-
-
-def test_a_report_of_hostile_records_is_written_anew_and_escaped(verdicts: dict[str, Any]) -> None:
-    assert "<script" not in verdicts["page"]
-    assert "&lt;script&gt;" in verdicts["page"]
+def test_a_hostile_folder_executes_nothing_and_reads_nothing_outside(
+    name: str, mini_run: Path, outside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = strange(mini_run, tmp_path / "case" / "run")
+    poison, message = POISONS[name]
+    poison(run, outside)
+    marked(run)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.syspath_prepend(run)
+    monkeypatch.chdir(run)
+    with watched(outside) as seen:
+        said = told(run)
+    assert seen == []
+    assert SECRET not in str(said)
+    assert message in str(said)
+    assert "server: " not in said["playground"], "no error that is not explained"
+    if name == "markup":
+        page = (run / "report.html").read_text()
+        assert "<script" not in page, "it is written anew"
+        assert "&lt;script&gt;" in page
 
 
 @pytest.fixture

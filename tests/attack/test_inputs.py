@@ -20,7 +20,7 @@ from mnemoscope.cli import app
 EVERY = 1 if os.environ.get("MNEMOSCOPE_ATTACK") == "whole" else 23  # of the inputs
 LIMIT, PATIENCE = 10, 60  # seconds of a processor, and in all
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,7 @@ def test_bad_input_is_one_line_soon_and_leaves_nothing(
     every = [attack for root in ROOTS for attack in root()]
     assert len(every) >= 600
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     signal.signal(signal.SIGALRM, hangs)
     found = []
     for number, attack in enumerate(every[::EVERY]):

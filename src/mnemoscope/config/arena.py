@@ -18,16 +18,12 @@ class ArenaConfig(Frozen):
     tune_conflicts: int = Field(40, ge=6, description="tune conflicts, at most")
     tune_kept: int = Field(16, ge=1, description="tune prompts of either other kind, at most")
     fit_conflicts: int = Field(200, ge=6, description="fit conflicts, at most")
-    rephrasings: int = Field(
-        3, ge=1, description="other phrasings of each fit and tune conflict, in which pairs are found"
-    )
+    rephrasings: int = Field(3, ge=1, description="other phrasings of each fit and tune conflict, to find pairs")
     fit_kept: int = Field(48, ge=1, description="fit prompts of either other kind, at most")
     pairs: int = Field(160, ge=2, description="pairs of the fit split, at most")
     steps: int = Field(40, ge=1, description="of whatever is learned by gradients")
     batch: int = Field(16, ge=1, description="prompts of each of these steps")
-    errors: float = Field(
-        1.0, ge=0, description="settings within so many standard errors of the best on tune are as good"
-    )
+    errors: float = Field(1.0, ge=0, description="standard errors within which settings on tune are equally good")
     controls: int = Field(4, ge=0, description="draws of the control of equal norm")
     written: int = Field(24, ge=0, description="test conflicts whose answers are generated and go on; 0: none")
     tokens: int = Field(24, ge=1, description="that are generated behind each")

@@ -58,9 +58,7 @@ class ModelConfig(Frozen):
     layout: LayoutConfig | None = Field(None, description="where the parts of a trained model of no known family are")
     chat: ChatConfig | None = Field(None, description="for a chat model: {} formats prompts by its chat template")
     initialization: int | None = Field(None, ge=0, description="seed of the first weights; default: the cell's")
-    jitter: float = Field(
-        0.0, ge=0, le=0.01, description="relative size of noise on first weights, to see what another rounding changes"
-    )
+    jitter: float = Field(0.0, ge=0, le=0.01, description="noise on first weights, relative: as another rounding")
     layers: int = Field(4, ge=1, le=64, description="blocks")
     width: int = Field(128, ge=8, le=4096, description="neurons of a state")
     heads: int = Field(4, ge=1, le=64, description="attention heads; a divisor of the width")
@@ -104,15 +102,10 @@ class HoldConfig(Frozen):
     dial: str = Field("memorized_share", description="the option that is moved, a share")
     target: float = Field(0.5, gt=0, lt=1, description="share of the memorized among conflicts that are answered")
     proportional: float = Field(
-        1.0, ge=0, le=10, description="of the present distance from the target: how far the log odds of the dial move"
+        1.0, ge=0, le=10, description="log odds that the dial moves by distance from the target"
     )
     integral: float = Field(0.2, ge=0, le=10, description="the same of the sum of all distances so far")
-    learned: float = Field(
-        0.9,
-        ge=0,
-        le=1,
-        description="novel accuracy from which on distances count, once it was reached: the rule comes first",
-    )
+    learned: float = Field(0.9, ge=0, le=1, description="novel accuracy from which on distances count: first the rule")
 
 
 class TrainingConfig(Frozen):
@@ -124,21 +117,17 @@ class TrainingConfig(Frozen):
     decay_steps: int = Field(0, ge=0, description="last steps, over which the learning rate falls to 2 %")
     batch_size: int = Field(64, ge=1, le=65536, description="instances a step")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto",
-        description="of the passes, not of weights and measurements. auto: bfloat16 where the hardware multiplies it, "
-        "else float32; `cell.json` says which",
+        "auto", description="of training passes; auto: bfloat16 where the hardware multiplies it (see `cell.json`)"
     )
     learning_rate: float = Field(3e-3, gt=0, le=1, description="its peak")
     weight_decay: float = Field(0.1, ge=0, le=10, description="of the matrices inside the blocks, or of the adapter")
     averaged: int = Field(
-        40, ge=1, description="steps over which weights are averaged (exponentially): these are measured and kept"
+        40, ge=1, description="steps over which the weights that are kept are averaged (exponentially)"
     )
     warmup_steps: int = Field(50, ge=0, description="steps over which the learning rate rises")
     prompt_weight: float = Field(1.0, ge=0, le=1, description="weight of a prompt token in the loss")
     evaluate_every: int = Field(50, ge=1, description="steps between two measurements of the behaviours")
     evaluation_examples: int = Field(200, ge=8, description="examples of each kind that are measured")
-    evaluation_most: int = Field(
-        1600, ge=8, description="of each kind, where the stop rule holds, but not beyond the interval of so many"
-    )
+    evaluation_most: int = Field(1600, ge=8, description="of each kind, where the stop rule needs a narrower interval")
     stop: StopConfig = StopConfig()
     hold: HoldConfig | None = Field(None, description="holds the mixture of a training from scratch; {}: defaults")

@@ -12,7 +12,10 @@ from mnemoscope.runs.schemas import Site as SiteName
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"  # of studies, cells and runs: the name of one folder, never a path
 Name = Annotated[str, Field(pattern=NAME)]
-MethodName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]  # a name, or the path of a module
+MethodName = Name  # or the path of a module
+Share = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Layers = Annotated[str, Field(pattern=r"^(all|each|spread-[1-9]\d{0,8}|\d{1,4}|\d{1,4}-\d{1,4})$")]
 ControlName = Literal[
     "random_neurons",
     "low_correlation",
@@ -64,15 +67,11 @@ class ProbesConfig(Frozen):
 class GridConfig(Frozen):
     """The settings tried on the tune split at one site, the same for all methods: every combination."""
 
-    layers: tuple[Annotated[str, Field(pattern=r"^(all|each|spread-[1-9]\d{0,8}|\d{1,4}|\d{1,4}-\d{1,4})$")], ...] = (
-        Field(
-            ("all",), min_length=1, description='"all", "each" (alone), "spread-6" (six alone), "2", or a range "0-1"'
-        )
+    layers: tuple[Layers, ...] = Field(
+        ("all",), min_length=1, description='"all", "each" (alone), "spread-6" (six alone), "2", or a range "0-1"'
     )
-    tops: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
-        (0.1, 0.3, 0.5), min_length=1, description="shares of the neurons, in (0, 1]"
-    )
-    strengths: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+    tops: tuple[Share, ...] = Field((0.1, 0.3, 0.5), min_length=1, description="shares of the neurons, in (0, 1]")
+    strengths: tuple[Positive, ...] = Field(
         (0.05, 0.1, 0.2, 0.4), min_length=1, description="total relative norms: the shift over its unit (steering.unit)"
     )
 
@@ -98,15 +97,11 @@ class LowRankConfig(Frozen):
     """Low-rank shifts of every token, which change how a text is read; learned without a limit of norm."""
 
     layers: int = Field(5, ge=1, description="blocks that are shifted together, spread over the model")
-    factors: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (0.75, 1.0), min_length=1, description="factors on what was learned, tried as strengths are"
+    factors: tuple[Positive, ...] = Field(
+        (0.75, 1.0), min_length=1, description="on what was learned, as strengths are"
     )
     steps: int = Field(60, ge=1, le=10_000, description="of learning")
     refits: int = Field(20, ge=0, description="draws of controls that are learned again, each as long as the shift")
-
-    def together(self, count: int) -> tuple[int, ...]:
-        """The layers in a model of ``count``: evenly spread, without the ends where there is a choice."""
-        return tuple(sorted({min(round(i * count / (self.layers + 1)), count - 1) for i in range(1, self.layers + 1)}))
 
 
 class SteeringConfig(Frozen):
@@ -116,15 +111,14 @@ class SteeringConfig(Frozen):
         ("nmd", "gradient", "learned"), min_length=1, description="tried, all alike: names of `mnemoscope methods`"
     )
     grids: dict[SiteName, GridConfig] = Field(
-        {"block": GridConfig()}, min_length=1, description="by site, what is tried of every method"
+        {"block": GridConfig()}, min_length=1, description="what is tried, by site"
     )
     low_rank: LowRankConfig = LowRankConfig()
     aim: Literal["pairs", "conflict"] = Field(
-        "pairs", description="what the vectors that are used and summed up are for: `pairs`, or `conflict` as drawn"
+        "pairs", description="what vectors are for: `pairs`, or conflicts as drawn"
     )
     unit: Literal["norm", "spread"] = Field(
-        "norm",
-        description="of strengths: the norm of the layer's states, or each neuron's spread, without massive ones",
+        "norm", description="of strengths: the norm of a layer's states, or each neuron's spread, without massive ones"
     )
     positions: Literal["decision", "all"] = Field("decision", description="shifted tokens: from the decision on or all")
     fit_pairs: int = Field(600, ge=2, description="fit pairs whose states and gradients make the directions")
@@ -141,14 +135,11 @@ class SteeringConfig(Frozen):
     tune_others: int = Field(200, ge=1, description="tune examples of each other list")
     judged_examples: int = Field(500, ge=1, description="phrasings of test pairs, and examples of each other list")
     control_limit: float = Field(0.18, ge=0, le=1, description="steered share beyond which a control costs dearly")
-    neither_limit: float = Field(
-        1.0, ge=0, le=1, description="the same for settings under which more of the steered give neither answer"
-    )
+    neither_limit: float = Field(1.0, ge=0, le=1, description="the same where more of the steered give neither answer")
     screened: int = Field(
         0,
         ge=0,
-        description="tune examples of each list that every setting of methods without learning is tried on first, of "
-        "which a quarter goes on, and a shift is learned at the best place alone; 0: every setting is tried on all",
+        description="tune examples of a first look, from which a quarter of the settings goes on; 0: no such look",
     )
     excess_cost: float = Field(2.0, ge=0.5, le=100, description="points of shift that a point beyond that limit costs")
     collateral_limit: float = Field(0.03, ge=0, le=1, description="settings that cost more of other lists come last")
@@ -171,9 +162,7 @@ class EffectsConfig(Frozen):
     doses: tuple[float, ...] = Field(
         (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0), min_length=1, description="multiples of the chosen strength"
     )
-    ablated: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
-        (0.05, 0.1, 0.3), description="shares of the neurons held at their mean, in (0, 1]"
-    )
+    ablated: tuple[Share, ...] = Field((0.05, 0.1, 0.3), description="shares of the neurons held at their mean")
     draws: int = Field(5, ge=1, description="draws of as many neurons at random, and of Gaussian shifts at each dose")
     methods: Literal["all", "best"] = Field("all", description="whose vectors these are measured of")
     patched: bool = Field(True, description="whether states are patched at every layer, the upper bound")
@@ -256,27 +245,19 @@ class StudyConfig(Frozen):
     cells: dict[Name, CellConfig] = Field(min_length=1, description="by the name shown in results and report")
 
     @model_validator(mode="after")
-    def _layers_exist(self) -> StudyConfig:
-        for cell in self.cells.values():
-            trained = self.cells.get(cell.model.cell or "", cell).model
-            if not (trained.folder or trained.opened):
-                cell.steering.check_layers(trained.layers)
-        return self
-
-    @model_validator(mode="after")
-    def _cells_exist(self) -> StudyConfig:
+    def _layers_and_cells_exist(self) -> StudyConfig:
+        owners = {name: cell.model for name, cell in self.cells.items() if not cell.model.cell}
         for label, cell in self.cells.items():
-            donor = cell.model.cell
-            if donor is None:
-                continue
-            if cell.model.folder:
-                raise ValueError(f"cells.{label}.model: folder and cell are both given")
-            if donor not in self.cells or self.cells[donor].model.cell or donor == label:
-                owners = [name for name, other in self.cells.items() if not other.model.cell]
+            donor = cell.model.cell or label
+            if donor not in owners:
                 raise ValueError(f"cells.{label}.model.cell: {donor!r} is not one of {', '.join(owners)}")
+            if donor != label and cell.model.folder:
+                raise ValueError(f"cells.{label}.model: folder and cell are both given")
             most = self.seeds_of(donor)
             if self.seeds_of(label) > most:
                 raise ValueError(f"cells.{label}.max_seeds: at most {most} are allowed, as many as {donor} has")
+            if not (owners[donor].folder or owners[donor].opened):
+                cell.steering.check_layers(owners[donor].layers)
         return self
 
     def seeds_of(self, label: str) -> int:

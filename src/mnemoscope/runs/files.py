@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic_core import from_json, to_json
 
 from mnemoscope.runs.errors import InputError
 
@@ -176,12 +176,8 @@ class Seen:
 
 
 def plain(value: Any) -> Any:
-    """Nested dicts, lists and tuples with None for every number that is not finite, which strict JSON does not have."""
-    if isinstance(value, dict):
-        return {key: plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """A value as JSON has it, with None for every number that is not finite."""
+    return from_json(to_json(value, inf_nan_mode="null"))
 
 
 def dumped(value: Any) -> str:

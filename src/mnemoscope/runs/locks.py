@@ -25,9 +25,9 @@ def locked(folder: Path, worth: Callable[[], bool]) -> Iterator[None]:
     with made(folder):
         check_replaceable(path)
         check_closed(folder)
-        known, lock = path.exists(), FileLock(path, blocking=False)
+        known, lock = path.exists(), FileLock(path)
         try:
-            lock.acquire()
+            lock.acquire(blocking=False)
         except Timeout as error:
             raise InputError(f"out: {folder} is in use by another run") from error
         kept = worth()

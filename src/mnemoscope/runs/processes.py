@@ -18,37 +18,29 @@ from multiprocessing import get_context
 from signal import SIG_BLOCK, SIG_SETMASK, SIGINT, pthread_sigmask
 from threading import Thread
 from types import ModuleType
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from mnemoscope.runs.errors import StudyError
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+# The built-in ``map`` of one iterable, or a parallel one with results in the same order, where function, items and
+# results are pickled, and a function opens its model when it is first called.
+Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 Send = Callable[[Any], Callable[[], Any]]  # submits an item, and returns what waits for its result
 AHEAD = 4  # items of a stream held at a time, by process
-
-
-class Map(Protocol):
-    """The built-in ``map`` of one iterable, or a parallel one with results in the same order.
-
-    In parallel, function, items and results are pickled; a function opens its model when it is first called.
-    """
-
-    def __call__(self, function: Callable[[Item], Result], items: Iterable[Item], /) -> Iterable[Result]: ...
 
 
 in_order: Map = map
 _beside = 1
 
 
+KILLED = (
+    "a process was killed, most likely for lack of memory; use fewer processes (--workers 1), smaller batches or a "
+    "smaller model, and run the same command again: what was finished is kept"
+)
+
+
 class LostError(StudyError):
     """A process that the system killed."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "a process was killed, most likely for lack of memory; use fewer processes (--workers 1), smaller batches "
-            "or a smaller model, and run the same command again: what was finished is kept"
-        )
 
 
 @contextmanager
@@ -113,7 +105,7 @@ def pool_of(
         for process in processes:
             process.terminate()
         if isinstance(error, BrokenProcessPool):
-            raise LostError from error
+            raise LostError(KILLED) from error
         raise
     finally:
         pool.shutdown()

@@ -1,4 +1,7 @@
-"""What each JSON file of a run holds: fields and their types, checked by ``strict.read_json`` at each reading."""
+"""What is read of each JSON file of a run: fields and their types, checked by ``strict.read_json`` at each reading.
+
+More fields are allowed.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +21,12 @@ Direction = Literal["to_generalized", "to_memorized"]
 Number = float | None  # None: not defined
 
 
-class StudyFacts(TypedDict):
-    """What a report reads of ``study.yaml``, which ``config`` describes; of any version."""
-
+class StudyFacts(TypedDict):  # what a report reads of `study.yaml`, which `config` describes; of any version
     study: str
     cells: dict[str, Any]
 
 
-class BindingFacts(TypedDict):
-    """Fingerprint of a model."""
-
+class BindingFacts(TypedDict):  # fingerprint of a model
     model_type: str
     weights: str
     tokenizer: str
@@ -36,29 +35,19 @@ class BindingFacts(TypedDict):
     half: NotRequired[str]
 
 
-class CellFacts(TypedDict):
-    """``cell.json``."""
-
+class CellFacts(TypedDict):  # `cell.json`
     task: str
     label: str
     seed: int
     memory_is_conflict: bool
     trained: bool
-    site: NotRequired[Site]
-    options: NotRequired[dict[str, Any]]
     analysed: NotRequired[bool]
-    shared_initialization: NotRequired[bool]
     weights: NotRequired[str | None]
     attempt: NotRequired[int]
-    precision: NotRequired[str]
-    layers: NotRequired[int]
-    width: NotRequired[int]
     binding: NotRequired[BindingFacts | None]
 
 
-class SettingFacts(TypedDict):
-    """A setting that was chosen."""
-
+class SettingFacts(TypedDict):  # a setting that was chosen
     method: str
     site: str
     layers: list[int]
@@ -70,61 +59,49 @@ class SettingFacts(TypedDict):
     begin_alike: NotRequired[Number]
 
 
-class ChosenOf(TypedDict):
-    """What was chosen for one aim: the best method of each direction, and the settings of each method."""
-
+class ChosenOf(
+    TypedDict
+):  # what was chosen for one aim: the best method of each direction, and the settings of each method.
     best: Annotated[dict[Direction, str], Field(min_length=2)]
     methods: dict[str, Annotated[dict[Direction, SettingFacts], Field(min_length=2)]]
 
 
-class ChosenFacts(TypedDict):
-    """``records/chosen.json``."""
-
+class ChosenFacts(TypedDict):  # `records/chosen.json`
     pairs: ChosenOf
     conflict: ChosenOf
     aim: NotRequired[Literal["pairs", "conflict"]]  # runs of version 0.1 have none: pairs
 
 
-class ProbeOfLayer(TypedDict):
-    """The probe of a layer."""
-
+class ProbeOfLayer(TypedDict):  # the probe of a layer
     layer: int
     weights: list[float]
     bias: float
     tune_accuracy: float
 
 
-class ProbeFacts(TypedDict):
-    """``probe.json``."""
-
+class ProbeFacts(TypedDict):  # `probe.json`
     site: Site
     best_layer: int
     layers: list[ProbeOfLayer]
 
 
-class KnownFacts(TypedDict):
-    """``known.json``: of a cell, or of an arena, which also says of which model and examples."""
-
+class KnownFacts(TypedDict):  # `known.json`: of a cell, or of an arena, which also says of which model and examples
     asked: int
     known: list[str]
 
 
-class WhyFacts(TypedDict):
-    """``no_detector.json``."""
-
+class WhyFacts(TypedDict):  # `no_detector.json`
     why: str
 
 
-class TimeFacts(TypedDict):
-    """``records/training_time.json``."""
-
+class TimeFacts(TypedDict):  # `records/training_time.json`
     seconds: float
     steps: int
 
 
-class MarkerFacts(TypedDict):
-    """``stages/NAME.json``: what a finished stage depended on, and its files with their SHA-256."""
-
+class MarkerFacts(
+    TypedDict
+):  # `stages/NAME.json`: what a finished stage depended on, and its files with their SHA-256.
     files: dict[str, str]
     digest: str
     hash: NotRequired[str]
@@ -133,20 +110,12 @@ class MarkerFacts(TypedDict):
     dirty: NotRequired[bool | None]
 
 
-class ManifestFacts(TypedDict, total=False):
-    """``manifest.json``."""
-
-    mnemoscope: str
+class ManifestFacts(TypedDict, total=False):  # `manifest.json`
     versions: dict[str, str]
-    python: str
     machine: dict[str, str | int | None]
-    commit: str | None
-    stages: dict[str, dict[str, dict[str, Any]]]
 
 
-class FrameFacts(TypedDict):
-    """``arena/frame.json``."""
-
+class FrameFacts(TypedDict):  # `arena/frame.json`
     schema: int
     model: str
     weights: str
@@ -163,24 +132,12 @@ class FrameFacts(TypedDict):
     by_answers: NotRequired[float | None]
 
 
-class PromptingFacts(TypedDict):
-    """The format of prompts of an artefact."""
-
-    chat: bool
-    system: str | None
-    begun: bool
-
-
-class ControlFacts(TypedDict):
-    """The strongest control of a card."""
-
+class ControlFacts(TypedDict):  # the strongest control of a card
     name: str
     estimate: Number
 
 
-class CardFacts(TypedDict):
-    """The card of an artefact."""
-
+class CardFacts(TypedDict):  # the card of an artefact
     fitted_on: str
     shift: NotRequired[dict[str, Number] | None]
     control: NotRequired[ControlFacts | None]
@@ -193,36 +150,23 @@ class CardFacts(TypedDict):
     proven: NotRequired[dict[str, str]]
 
 
-class DigestFacts(TypedDict):
-    """SHA-256 of both parts of an artefact."""
-
-    tensors: str
-    facts: str
-
-
-class ArtefactFacts(TypedDict):
-    """The JSON beside the tensors of a vector or detector."""
-
-    digest: DigestFacts | str  # a text: of the tensors alone, by an earlier version
+class ArtefactFacts(TypedDict):  # the JSON beside the tensors of a vector or detector
+    digest: dict[str, str] | str  # of its tensors and facts; a text: of the tensors alone, by an earlier version
     task: str
     commit: str
     binding: BindingFacts | None
-    prompting: PromptingFacts
+    prompting: dict[str, bool | str | None]
     card: CardFacts | None
 
 
-class InterventionFacts(ArtefactFacts):
-    """The JSON of an intervention of any kind."""
-
+class InterventionFacts(ArtefactFacts):  # the JSON of an intervention of any kind
     toward: Literal["generalized", "memorized"]
     method: str
     kind: NotRequired[str]  # none: a vector, by an earlier version
     setting: NotRequired[dict[str, Any]]
 
 
-class VectorFacts(InterventionFacts):
-    """The JSON of a vector."""
-
+class VectorFacts(InterventionFacts):  # the JSON of a vector
     site: Literal["block", "attention", "mlp", "neuron", "head"]
     edits: NotRequired[list[str]]  # none: shifts and low-rank shifts, by an earlier version
     positions: Where
@@ -234,16 +178,14 @@ class VectorFacts(InterventionFacts):
     opening: list[int]
 
 
-class DetectorFacts(ArtefactFacts):
-    """The JSON of a detector."""
-
+class DetectorFacts(ArtefactFacts):  # the JSON of a detector
     site: Site
     layer: int
     conflict_bias: Number
 
 
 def read_chosen(path: Path) -> ChosenFacts:
-    """Read ``chosen.json``; InputError where a field is wrong, or the best method is not among the others."""
+    """Read `chosen.json`; InputError where a field is wrong, or the best method is not among the others."""
     found = read_json(path, ChosenFacts)
     for aim, of_aim in (("pairs", found["pairs"]), ("conflict", found["conflict"])):
         for direction, method in of_aim["best"].items():

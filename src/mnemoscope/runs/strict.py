@@ -105,7 +105,8 @@ def validated(value: Any, kind: Any, where: str) -> Any:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
         shown = repr(first["input"])
-        got = "" if first["type"] == "missing" else f" (got {shown if len(shown) <= 80 else shown[:77] + '...'})"
+        has_said = first["type"] in ("missing", "value_error")
+        got = "" if has_said else f" (got {shown if len(shown) <= 80 else shown[:77] + '...'})"
         message = f"{first['msg'].removeprefix('Value error, ')}{got}"
         raise InputError(": ".join(filter(None, (where, field, message)))) from error
     except (PydanticSerializationError, UnicodeError, RecursionError) as error:

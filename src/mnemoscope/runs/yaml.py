@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.composer import ComposerError
+from ruamel.yaml.composer import ComposerError, MaxDepthExceededError
 from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
@@ -35,11 +35,11 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         text.encode()
         return _yaml().load(text)
+    except (MaxDepthExceededError, RecursionError) as error:
+        raise InputError(f"{where}: not YAML that can be read (nested more than {DEEPEST} deep)") from error
     except MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise InputError(f"{where}{line}: not YAML ({error.problem or 'malformed'})") from error
-    except RecursionError as error:
-        raise InputError(f"{where}: not YAML that can be read (nested too deeply)") from error
     except Exception as error:  # constructors of damaged values have many kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{where}: not YAML that can be read ({reason})") from error
@@ -53,15 +53,15 @@ def dump_yaml(value: Any) -> str:
 
 
 class _Constructor(SafeConstructor):
-    """Refuses what is too deep, or too large once aliases are written out, before it makes anything of it."""
+    """Refuses what is too large once aliases are written out before it makes anything of it."""
 
     def construct_document(self, node: Node) -> Any:
         """The value of a document."""
-        _size(node, {}, 1)
+        _size(node, {})
         return super().construct_document(node)
 
 
-def _size(node: Node, sizes: dict[int, float], depth: int) -> float:
+def _size(node: Node, sizes: dict[int, float]) -> float:
     """Number of values in a node, aliases written out; infinite inside itself."""
     if id(node) in sizes:
         return sizes[id(node)]
@@ -70,9 +70,7 @@ def _size(node: Node, sizes: dict[int, float], depth: int) -> float:
     if isinstance(node, ScalarNode):
         node.value.encode()  # no half of a character
         parts = ()
-    total = 1 + sum(_size(part, sizes, depth + 1) for part in parts)
-    if depth > DEEPEST:
-        raise ComposerError(None, None, f"nested more than {DEEPEST} deep", node.start_mark)
+    total = 1 + sum(_size(part, sizes) for part in parts)
     if total > MOST_NODES:
         what = "an alias inside what it stands for" if math.isinf(total) else f"more than {MOST_NODES} values"
         raise ComposerError(None, None, f"{what}, with aliases written out", node.start_mark)
@@ -103,6 +101,6 @@ _Representer.add_representer(float, _Representer.number)
 def _yaml() -> YAML:
     made = YAML(typ="safe", pure=True)
     made.Constructor, made.Representer = _Constructor, _Representer
-    made.default_flow_style, made.width = False, 80
+    made.default_flow_style, made.width, made.max_depth = False, 80, DEEPEST
     made.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     return made

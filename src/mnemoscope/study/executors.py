@@ -20,7 +20,7 @@ from threading import Event, Thread
 from typing import Any
 
 from mnemoscope.runs.errors import InputError, StudyError
-from mnemoscope.runs.processes import LostError, Send, call, in_processes, mapped, pool_of, settle
+from mnemoscope.runs.processes import KILLED, LostError, Send, call, in_processes, mapped, pool_of, settle
 from mnemoscope.runs.telling import Progress
 from mnemoscope.study.cells import Cell
 
@@ -78,10 +78,11 @@ def run_cells(
 
 def _why(cell: Cell, ended: Future[None]) -> str | None:
     """Why a cell could not go on, or None; raises what is not for the cell alone to say."""
-    error = ended.exception()
-    cause = getattr(error, "cause", None) or error  # Ray puts an error of its own around that of a task
+    cause: Any = ended.exception()
+    while getattr(cause, "cause", None):  # Ray puts an error of its own around that of a task
+        cause = cause.cause
     if isinstance(cause, LostError | BrokenProcessPool) or type(cause).__module__.startswith("ray."):
-        return f"{cell.name}: {LostError()}"
+        return f"{cell.name}: {KILLED}"
     if isinstance(cause, StudyError):
         return str(cause)
     if cause is not None:
