@@ -14,9 +14,10 @@ from typing import Any
 
 from printing import FOLDER, head, lines_of, table
 
-from mnemoscope.report.arena import KEPT, TOWARDS, arena_name
-from mnemoscope.report.arena_page import across_tables, facts_of, sentence, tables_of
 from mnemoscope.report.page import Table
+from mnemoscope.report.rows import Part, parts_of
+from mnemoscope.report.stories.arena import KEPT, TOWARDS
+from mnemoscope.report.stories.arena_page import across_tables, arena_name, facts_of, sentence, tables_of
 from mnemoscope.report.words import percent
 from mnemoscope.statistics import Estimate
 
@@ -45,8 +46,9 @@ def published() -> str:
     return "\n".join(page(json.loads((FOLDER / "results" / "arena.json").read_text())))
 
 
-def page(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def page(written: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """The parts of the page, from the content of ``arena/results.json`` of every run."""
+    found = [parts_of(results) for results in written]
     yield head("arena")
     if len(found) > 1:
         yield "## Side by side\n"
@@ -63,7 +65,7 @@ def page(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield from map(captioned, tables_of(results))
 
 
-def kinds(found: Sequence[Mapping[str, Any]]) -> Table:
+def kinds(found: Sequence[Part]) -> Table:
     """Of each kind the method that is best on tune: wanted and lost answers, median (range) of the arenas."""
     rows = []
     for kind, names in KINDS.items():
@@ -74,7 +76,7 @@ def kinds(found: Sequence[Mapping[str, Any]]) -> Table:
                 of_kind = [results["methods"][name][toward] for name in names if name in results["methods"]]
                 if of_kind:
                     cells.append(max(of_kind, key=worth))
-            row += [spread(cell["wanted"]["estimate"] for cell in cells), spread(cell["lost"] for cell in cells)]
+            row += [spread(cell.wanted.estimate for cell in cells), spread(cell["lost"] for cell in cells)]
         rows.append(row)
     columns = [f"{toward}: {what}" for toward in TOWARDS for what in ("wanted", "lost")]
     return Table(
@@ -82,7 +84,7 @@ def kinds(found: Sequence[Mapping[str, Any]]) -> Table:
     )
 
 
-def worth(cell: Mapping[str, Any]) -> float:
+def worth(cell: Part) -> float:
     """What methods are chosen by on tune."""
     return cell["tune"]["wanted"] - cell["tune"]["lost"]
 
@@ -93,7 +95,7 @@ def spread(shares: Iterable[float]) -> str:
     return f"{percent(median(found))} ({percent(found[0])} to {percent(found[-1])})" if found else "-"
 
 
-def aims(found: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
+def aims(found: Sequence[Part]) -> Iterator[Table]:
     """In how many directions the best of our methods by the tune split meets each aim, and the comparisons."""
     told = [compared(results, toward) for results in found for toward in TOWARDS if set(OURS) & set(results["methods"])]
     if told:
@@ -103,20 +105,20 @@ def aims(found: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
         yield Table("Wanted answers, and differences in points", names, [row for row, _ in told])
 
 
-def compared(results: Mapping[str, Any], toward: str) -> tuple[list[str], dict[str, bool]]:
+def compared(results: Part, toward: str) -> tuple[list[str], dict[str, bool]]:
     """One direction: a row of the table, and whether each aim is met."""
     methods = {name: cell[toward] for name, cell in results["methods"].items()}
     mine = [name for name in OURS if name in methods]  # in this order, so that a tie on tune is the first's
     ours = max(mine, key=lambda name: worth(methods[name]))
     first = results["first"][toward]
     baselines, tests = results["baselines"][toward], methods[ours]["tests"]
-    ahead = {role: Estimate(**tests[name]["difference"]) for role, name in baselines.items() if name in tests}
+    ahead = {role: tests[name].difference for role, name in baselines.items() if name in tests}
     sure = {role: ahead[role].low > 0 and tests[baselines[role]]["p_holm"] < SURE for role in ahead}
     if ours != first["method"]:
-        ahead["first"] = Estimate(**first["minus"][ours])
+        ahead["first"] = first.minus[ours]
     gated = methods[ours]["gated"]
-    mixed = {name: (cell["gated"] or cell["mix"])["estimate"] for name, cell in methods.items()}
-    mixed["unsteered"] = results["unsteered"][toward]["mix"]["estimate"]
+    mixed = {name: (cell.gated or cell.mix).estimate for name, cell in methods.items()}
+    mixed["unsteered"] = results.unsteered[toward].mix.estimate
     met = {
         f"not surely below {RIVALS['first']}": "first" not in ahead or ahead["first"].high >= 0,
         f"surely above {RIVALS['words']}": sure.get("words", False),
@@ -126,7 +128,7 @@ def compared(results: Mapping[str, Any], toward: str) -> tuple[list[str], dict[s
         "first on the mix, behind the gate": gated is not None and mixed[ours] >= max(mixed.values()),
     }
     wanted = methods[ours]["wanted"]
-    told = f"{ours} {percent(wanted['estimate'])} ({100 * wanted['low']:.0f} to {100 * wanted['high']:.0f})"
+    told = f"{ours} {percent(wanted.estimate)} ({100 * wanted.low:.0f} to {100 * wanted.high:.0f})"
     differences = [difference(ahead[rival]) if rival in ahead else "-" for rival in RIVALS]
     if "contrastive" in ahead:
         differences[2] = f"{baselines['contrastive']} {differences[2]}"

@@ -17,10 +17,10 @@ import numpy as np
 from printing import Sections, put, table
 
 from mnemoscope.config import load_study
-from mnemoscope.report.read import INPUTS
-from mnemoscope.report.schema import REFITTED, CellResults, Direction, Estimate, Results, TaskResults
-from mnemoscope.report.words import CONTROLS, RIVALS
-from mnemoscope.statistics import overlap, overlap_by_chance
+from mnemoscope.report.rows import Part, parts_of
+from mnemoscope.report.stories.read import INPUTS
+from mnemoscope.report.words import CONTROLS, REFITTED, RIVALS, Direction
+from mnemoscope.statistics import Estimate, overlap, overlap_by_chance
 from mnemoscope.statistics.contrast import Contrast
 
 Verdict = bool | None  # whether a claim holds; None: it cannot be told
@@ -38,7 +38,7 @@ class Claim(NamedTuple):
     """
 
     given: str
-    answer: Callable[[CellResults], Said]
+    answer: Callable[[Part], Said]
     each: bool = False
     shown: bool = False
 
@@ -81,19 +81,19 @@ def claims() -> dict[str, Claim]:
     }
 
 
-def both(cell: CellResults) -> Said:
+def both(cell: Part) -> Said:
     shares = [cell.behaviour.conflict[name] for name in ("memorized", "generalized")]
     told = f"{value(shares[0])} / {value(shares[1])}, recall {value(cell.behaviour.recall)}"
     return f"{told}, novel {value(cell.behaviour.novel_accuracy)}", everything(reaches(share, 0.2) for share in shares)
 
 
-def flips(cell: CellResults) -> Said:
-    each = cell.per_seed.values() if isinstance(cell, TaskResults) else [cell]
-    return f"{value(cell.pairs.yield_)} of {cell.pairs.candidates:,}", all(one.pairs.pairs > 0 for one in each)
+def flips(cell: Part) -> Said:
+    each = cell.per_seed.values() if "per_seed" in cell else [cell]
+    return f"{value(cell.pairs['yield'])} of {cell.pairs.candidates:,}", all(one.pairs.pairs > 0 for one in each)
 
 
-def grows(measure: str, cell: CellResults) -> Said:
-    found = np.array(getattr(cell.contrast, measure))
+def grows(measure: str, cell: Part) -> Said:
+    found = np.array(cell.contrast[measure])
     if not len(found):
         return "-", None  # records of before
     third = max(1, len(found) // 3)
@@ -101,27 +101,27 @@ def grows(measure: str, cell: CellResults) -> Said:
     return (f"{ratio:.1f} times", bool(ratio > 1)) if np.isfinite(ratio) else ("-", None)
 
 
-def neurons(cell: CellResults) -> Said:
+def neurons(cell: Part) -> Said:
     found, rho_L = cell.contrast.significant, np.array(cell.contrast.max_abs_rho)
     largest = f", largest rho {np.nanmax(rho_L):.2f}" if np.isfinite(rho_L).any() else ""
     return value(found) + largest, found.estimate > 0 if found.known else None
 
 
-def predicts(cell: CellResults) -> Said:
+def predicts(cell: Part) -> Said:
     best = cell.probe.best
-    told = ", ".join(f"from {RIVALS[rival]} {value(getattr(cell.probe, rival))}" for rival in INPUTS)
-    signs = [getattr(best, f"minus_{rival}").sign for rival in INPUTS]
+    told = ", ".join(f"from {RIVALS[rival]} {value(cell.probe[rival])}" for rival in INPUTS)
+    signs = [best[f"minus_{rival}"].sign for rival in INPUTS]
     return f"{value(best.accuracy)}, {told}", everything({1: True, -1: False}.get(sign) for sign in signs)
 
 
-def deeper(cell: CellResults) -> Said:
+def deeper(cell: Part) -> Said:
     if not cell.probe.best.accuracy.known:
         return "-", None
     first, last = cell.probe.accuracy[0], cell.probe.accuracy[-1]
     return f"{last.estimate:.2f} over {first.estimate:.2f}", told_apart(last, first)
 
 
-def data(cell: CellResults) -> Said:
+def data(cell: Part) -> Said:
     """Beyond each draw of the fewest by more than the probe's own uncertainty, which their ranges do not have."""
     pairs, accuracy = cell.learning.pairs, cell.learning.accuracy
     if "all" not in accuracy:
@@ -138,7 +138,7 @@ def data(cell: CellResults) -> Said:
     return told, True if more else False if most.estimate + unsure < least.low else None
 
 
-def paper(direction: Direction, cell: CellResults) -> Said:
+def paper(direction: Direction, cell: Part) -> Said:
     """The paper's way: NMD at the setting that steers most on tune; else at the setting chosen with its controls.
 
     The latter leaves out what its controls or what it breaks forbid, so that to fall short there tells nothing.
@@ -152,12 +152,12 @@ def paper(direction: Direction, cell: CellResults) -> Said:
     return f"{value(chosen.pairs.shift)}, chosen by its controls too", reaches(chosen.pairs.shift, 0.8) or None
 
 
-def steers(direction: Direction, cell: CellResults) -> Said:
+def steers(direction: Direction, cell: Part) -> Said:
     """The best method by the tune split, on test pairs; a control counts in the seeds that drew it."""
     shift = cell.steering[direction].pairs.shift
     if not shift.known:
         return "not tried", None
-    blocks = [one.steering[direction] for one in (cell.per_seed.values() if isinstance(cell, TaskResults) else [cell])]
+    blocks = [one.steering[direction] for one in (cell.per_seed.values() if "per_seed" in cell else [cell])]
     drawn = [(block, name) for block in blocks for name, one in block.controls.items() if one.pairs.shift.known]
     told = f"{value(shift)} ({', '.join(dict.fromkeys(block.chosen.method for block in blocks))})"
     if not drawn:
@@ -167,7 +167,7 @@ def steers(direction: Direction, cell: CellResults) -> Said:
     return told, everything([reaches(shift, 0.8), True if more else False if less else None])
 
 
-def controls(cell: CellResults) -> Said:
+def controls(cell: Part) -> Said:
     """The random ones decide; those that are fitted again, on labels that say nothing, are shown."""
     found: dict[str, Estimate] = {}
     for block in cell.steering.values():
@@ -204,7 +204,7 @@ def everything(verdicts: Iterable[Verdict]) -> Verdict:
     return False if False in found else None if None in found else True
 
 
-def decided(claim: Claim, task: TaskResults) -> Said:
+def decided(claim: Claim, task: Part) -> Said:
     """A claim's figures and verdict: over seeds from three on, else what each seed says, where they say the same."""
     told, verdict = claim.answer(task)
     if claim.each or len(task.per_seed) < 3:
@@ -223,7 +223,7 @@ def value(found: Estimate) -> str:
     return f"{found.estimate:.2f}" + ("" if np.isnan(found.low) else f" ({low:.2f} to {high:.2f})")
 
 
-def layers_of(task: TaskResults) -> tuple[object, ...]:
+def layers_of(task: Part) -> tuple[object, ...]:
     """The layers whose neurons tell most, and the last one."""
     rho_L, nmd_L = np.array(task.contrast.max_abs_rho), np.array(task.contrast.mean_abs_nmd)
     if not np.isfinite(rho_L).any():
@@ -232,7 +232,7 @@ def layers_of(task: TaskResults) -> tuple[object, ...]:
     return int(np.nanargmax(nmd_L)), f"{place} ({rho_L[place]:.2f})", len(rho_L) - 1
 
 
-def seeds_alike(results: Results) -> Iterator[tuple[str, str]]:
+def seeds_alike(results: Part) -> Iterator[tuple[str, str]]:
     """The share of the strongest neurons that two seeds of one task have in common, and what chance gives."""
     for label, rows in results.seeds.items():
         for row in rows:
@@ -252,7 +252,7 @@ def contrasts(run: Path, labels: Iterable[str]) -> dict[tuple[str, int], Contras
     return found
 
 
-def tasks_alike(run: Path, results: Results) -> Iterator[tuple[str, str]]:
+def tasks_alike(run: Path, results: Part) -> Iterator[tuple[str, str]]:
     """The same of two tasks with one model, or with adapters that begin with one seed's weights; means over seeds."""
     cells, found = load_study(str(run / "study.yaml")).cells, contrasts(run, results.tasks)
     model = {label: cells[label].model.cell or cells[label].model.folder or label for label in results.tasks}
@@ -273,13 +273,13 @@ def kind_of(run: Path, label: str) -> str:
     return kind_of(run, model.cell) if model.cell else PRETRAINED if model.folder else SMALL
 
 
-def claimed(run: Path, results: Results) -> dict[str, TaskResults]:
+def claimed(run: Path, results: Part) -> dict[str, Part]:
     """Tasks of which something is claimed: models that share first weights are there to compare their neurons."""
     cells = load_study(str(run / "study.yaml")).cells
     return {label: task for label, task in results.tasks.items() if cells[label].model.initialization is None}
 
 
-def not_shown(results: Results) -> set[str]:
+def not_shown(results: Part) -> set[str]:
     """Labels with a seed that never showed both behaviours, or no pair."""
     whys = ("does not show both behaviours", "no pairs found")
     return {name.rpartition("-")[0] for name, why in results.failed.items() if any(words in why for words in whys)}
@@ -289,10 +289,10 @@ def sections(runs: Sequence[Path]) -> Sections:
     """The tables: all claims in short, each of them by task, and how alike seeds and tasks are."""
     if len({run.name for run in runs}) < len(runs):
         raise SystemExit("RUN: two folders have one name; name them apart")
-    tasks, kinds, failed = dict[str, TaskResults](), dict[str, str](), list[tuple[str, str]]()
+    tasks, kinds, failed = dict[str, Part](), dict[str, str](), list[tuple[str, str]]()
     same, lacking = list[tuple[str, str]](), set[str]()
     for run in runs:
-        results = Results.model_validate(json.loads((run / "results.json").read_text()))
+        results = parts_of(json.loads((run / "results.json").read_text()))
         of_run = claimed(run, results)
         tasks |= {f"{label} ({run.name})": task for label, task in of_run.items()}
         kinds |= {f"{label} ({run.name})": kind_of(run, label) for label in {*of_run, *not_shown(results)}}

@@ -19,20 +19,31 @@ import printing
 from printing import Sections, put, table
 
 from mnemoscope.config import load_study
-from mnemoscope.report.holds import overlaps, transfer
 from mnemoscope.report.page import Table
-from mnemoscope.report.read import UNCERTAINTIES
 from mnemoscope.report.records import Run, read_run
-from mnemoscope.report.schema import DIRECTIONS, REFITTED, Aim, Direction, Estimate, Results, Steered, TaskResults
-from mnemoscope.report.words import CONTROLS, LISTS, RIVALS, control_names, listed
+from mnemoscope.report.rows import Part, parts_of
+from mnemoscope.report.stories.holds import overlaps, transfer
+from mnemoscope.report.stories.read import UNCERTAINTIES
+from mnemoscope.report.words import (
+    CONTROLS,
+    DIRECTIONS,
+    LISTS,
+    REFITTED,
+    RIVALS,
+    Aim,
+    Direction,
+    control_names,
+    for_aim,
+    listed,
+)
 from mnemoscope.report.words import layers as layer_names
-from mnemoscope.statistics import over_seeds
+from mnemoscope.statistics import Estimate, over_seeds
 
 NOT = "-"
 TOWARD = {direction: direction.replace("_", " ") for direction in DIRECTIONS}
 SITES = ("block", "attention", "mlp", "neuron")
 DOSES = ("-1", "0", "0.5", "1", "2")
-Tasks = dict[str, TaskResults]
+Tasks = dict[str, Part]
 
 
 def sections(folders: list[Path], later: list[Path]) -> Sections:
@@ -82,19 +93,20 @@ def parts(tables: list[Table]) -> Iterator[str | printing.Table]:
         yield NOT
 
 
-def read(run: Path) -> Results:
+def read(run: Path) -> Part:
     """What a run found."""
-    return Results.model_validate(json.loads((run / "results.json").read_text()))
+    results: Part = parts_of(json.loads((run / "results.json").read_text()))
+    return results
 
 
-def analysed(results: Results, folder: Path) -> Tasks:
+def analysed(results: Part, folder: Path) -> Tasks:
     """Tasks of which something was steered; models that share first weights are there to compare their neurons only."""
     cells = load_study(str(folder / "study.yaml")).cells
     steered = {label: task for label, task in results.tasks.items() if task.steering}
     return {label: task for label, task in steered.items() if cells[label].model.initialization is None}
 
 
-def behaviours(results: Results) -> Table:
+def behaviours(results: Part) -> Table:
     """What a model answers before anything is done to it, and how many pairs flip."""
     columns = ["task", "seeds", "memorized / generalized / other", "confabulated", "novel, recall"]
     rows = []
@@ -102,12 +114,12 @@ def behaviours(results: Results) -> Table:
         said, pairs = task.behaviour, task.pairs
         shares = " / ".join(three(said.conflict[name]) for name in ("memorized", "generalized", "other"))
         row = [label, ", ".join(map(str, task.seeds)), shares, three(said.conflict["confabulated"])]
-        yielded = f"{pairs.pairs:,}, {pairs.groups:,}, {three(pairs.yield_)}"
+        yielded = f"{pairs.pairs:,}, {pairs.groups:,}, {three(pairs['yield'])}"
         rows.append([*row, f"{three(said.novel_accuracy)}, {three(said.recall)}", yielded])
     return Table("Test split, unsteered", [*columns, "test pairs and groups of all seeds, yield"], rows)
 
 
-def failures(results: Results) -> list[Table]:
+def failures(results: Part) -> list[Table]:
     """Cells that could not go on."""
     rows = [[label, why] for label, why in results.failed.items()]
     return [Table("Cells that could not go on", ["cell", "why"], rows)] if rows else []
@@ -123,42 +135,41 @@ def steering(tasks: Tasks, direction: Direction) -> Table:
         beyond = "" if block.chosen.within_limits else " (beyond its limits on tune in some seed)"
         row = [label, f"**{ranged(block.pairs.shift)}** of {block.pairs.shift.n:,}{each}{beyond}", by(seeds)]
         row += [strongest(block), strongest_random(seeds), f"{three(block.pairs.other)} / {three(block.confabulated)}"]
-        drawn = block.for_aim("conflict")
-        methods = by([seed.for_aim("conflict") for seed in seeds])
+        drawn = for_aim(block, "conflict")
+        methods = by([for_aim(seed, "conflict") for seed in seeds])
         row.append(f"{ranged(drawn.conflict.shift)} by {methods}; {strongest(drawn, 'conflict')}")
         kept = block.pairs_unreachable
         rows.append([*row, f"{three(kept.shift)} / {three(kept.other)}" if kept.shift.known else NOT])
     columns += ["conflicts as drawn; their control", "phrasings without the key: shift / other"]
     kind = "test pairs" if direction == "to_generalized" else "test pairs that keep the stored key"
-    return Table(f"Steered {TOWARD[direction]}, {kind}, the best method by the tune split", columns, rows)
+    return Table(f"Part {TOWARD[direction]}, {kind}, the best method by the tune split", columns, rows)
 
 
-def of_seeds(task: TaskResults, direction: Direction) -> list[Steered]:
+def of_seeds(task: Part, direction: Direction) -> list[Part]:
     """The best method of each seed."""
     return [seed.steering[direction] for seed in task.per_seed.values()]
 
 
-def of_best(task: TaskResults, direction: Direction, what: Literal["ablation", "dose"]) -> list[dict[str, Any]]:
+def of_best(task: Part, direction: Direction, what: Literal["ablation", "dose"]) -> list[dict[str, Any]]:
     """What was measured of each seed's best method."""
     return [
-        getattr(seed, what).get(seed.steering[direction].chosen.method, {}).get(direction, {})
-        for seed in task.per_seed.values()
+        seed[what].get(seed.steering[direction].chosen.method, {}).get(direction, {}) for seed in task.per_seed.values()
     ]
 
 
-def by(blocks: list[Steered]) -> str:
+def by(blocks: list[Part]) -> str:
     """The methods of several seeds."""
     counts = Counter(block.chosen.method for block in blocks)
     return next(iter(counts)) if len(counts) == 1 else listed([f"{name} in {n}" for name, n in counts.items()])
 
 
-def strongest(block: Steered, aim: Aim = "pairs") -> str:
+def strongest(block: Part, aim: Aim = "pairs") -> str:
     """Each seed's control that steers most, its draws pooled; their mean over seeds."""
     beside = block.beside.get(aim)
     return f"{three(beside.shift)}, {control_names(beside)}" if beside else NOT
 
 
-def strongest_random(seeds: list[Steered]) -> str:
+def strongest_random(seeds: list[Part]) -> str:
     """The same among those that are not fitted again."""
     found = [[one.pairs.shift for name, one in seed.controls.items() if name not in REFITTED] for seed in seeds]
     most = [
@@ -219,7 +230,7 @@ def probes(tasks: Tasks) -> Table:
         row = [label, ranged(probe.best.accuracy), three(probe.input_only), three(probe.input_repeats)]
         row += [three(probe.baselines[name]) for name in UNCERTAINTIES]
         row.append(three(probe.shuffled))
-        row += [ranged(getattr(probe.best, f"minus_{name}"), sign=True) for name in ("input_only", "input_repeats")]
+        row += [ranged(probe.best[f"minus_{name}"], sign=True) for name in ("input_only", "input_repeats")]
         rows.append(row)
     columns = ["task", "probe of the best layer", *(RIVALS[name] for name in rivals), "shuffled labels, all layers"]
     return Table("Accuracy on test pairs", [*columns, "minus the input", "minus the input with repeats"], rows)
@@ -276,7 +287,7 @@ def held_at_mean(tasks: Tasks) -> Table:
     return Table("Neurons held at their mean: separation of a pair's sides lost, nats", columns, rows)
 
 
-def alike(results: Results) -> Table:
+def alike(results: Part) -> Table:
     """The strongest neurons in common, between halves of the pairs and between seeds, beside chance within layers."""
     rows = []
     for label, task in results.tasks.items():
@@ -328,7 +339,7 @@ def costs(tasks: Tasks) -> Table:
     for label, task in tasks.items():
         for direction, towards in TOWARD.items():
             block = task.steering[direction]
-            of_pairs, of_conflicts = changes(block.collateral), changes(block.for_aim("conflict").collateral_conflict)
+            of_pairs, of_conflicts = changes(block.collateral), changes(for_aim(block, "conflict").collateral_conflict)
             rows.append([label, towards, of_pairs, "the same" if of_conflicts == of_pairs else of_conflicts])
     return Table("Change in accuracy", ["task", "direction", "chosen for pairs", "chosen for conflicts as drawn"], rows)
 
@@ -350,7 +361,7 @@ def draws(run: Run) -> Table:
     return Table("Test conflicts", ["task", "a draw would differ", "ties, all seeds"], rows)
 
 
-def pretrained(results: Results, tasks: Tasks) -> Iterator[Table]:
+def pretrained(results: Part, tasks: Tasks) -> Iterator[Table]:
     """The same of a pretrained model, in short."""
     yield behaviours(results)
     yield from failures(results)
@@ -364,7 +375,7 @@ def pretrained(results: Results, tasks: Tasks) -> Iterator[Table]:
     yield costs(tasks)
 
 
-def held_out(label: str, task: TaskResults) -> Iterator[list[str]]:
+def held_out(label: str, task: Part) -> Iterator[list[str]]:
     """What a task holds out, such as a frame or a relation, by its name."""
     for name in dict.fromkeys(name for block in task.steering.values() for name in block.held_out):
         shifts = [task.steering[direction].held_out[name].shift for direction in DIRECTIONS]

@@ -18,6 +18,7 @@ import mnemoscope  # noqa: F401  before torch, which helpers import
 from arena_lists import PLANTED, SIZES
 from helpers import MINI_STUDY, MINI_TASKS, MINI_TRAINING
 from little_facts import LittleFacts, little_model
+from made_up import write_run
 from mnemoscope.behaviour import Asking, draw_candidates, mine_pairs
 from mnemoscope.bench.lists import DrawnBench
 from mnemoscope.config import ModelConfig, parse_arena
@@ -25,6 +26,7 @@ from mnemoscope.interventions import OPPOSITE, Intervention, Toward
 from mnemoscope.interventions.methods import candidates, method_names, name_of
 from mnemoscope.models import build_gpt2, load_model, word_tokenizer
 from mnemoscope.paper.loop import train
+from mnemoscope.report import build_report
 from mnemoscope.tasks import allow_code, build_task
 
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")  # a name that is no file is not looked for on a hub, minutes long
@@ -75,6 +77,15 @@ def little(shared_folder: Path) -> Asking:
             made.tokenizer.save_pretrained(folder)
             (folder / "done").touch()
     return Asking(*load_model(folder), boundary, batch_size=64)
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of made-up records, reported: two seeds of one task, and one of another. To be read only."""
+    tasks = {"inference": {"seeds": 2, "size": 80}, "addition": {"effect": 2.5, "size": 80}}
+    folder = write_run(tmp_path_factory.mktemp("report") / "run", tasks)
+    assert build_report(str(folder)) == folder / "report.html"
+    return folder
 
 
 @pytest.fixture(scope="session")

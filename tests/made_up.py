@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from mnemoscope.report.rows import Part, parts_of
 from mnemoscope.runs.digests import write_marker
 from mnemoscope.statistics.contrast import Contrast
 from mnemoscope.tasks import Example, build_task, draw
@@ -53,6 +54,12 @@ def mark(run: Path) -> None:
     write_marker(run, "all", written)
     for cell in run.glob("cells/*"):
         write_marker(cell, "all", [p for p in cell.rglob("*") if p.is_file() and p.parent.name != "stages"])
+
+
+def results_of(run: Path) -> Part:
+    """What ``results.json`` of a run holds."""
+    found: Part = parts_of(json.loads((run / "results.json").read_text()))
+    return found
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -141,6 +148,7 @@ def probe_rows(rng: np.random.Generator, pairs: pd.DataFrame, effect: float) -> 
     for kind, layer, offset, pull in kinds:
         score = rng.normal(size=len(label)) + pull * (2 * label - 1)
         columns = {"kind": kind, "layer": layer, "offset": offset, "group": groups, "label": label, "score": score}
+        columns["draw"] = math.nan
         parts.append(pd.DataFrame(columns))
     return pd.concat(parts, ignore_index=True)
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import arena
 import numpy as np
 import pandas as pd
 import pytest
@@ -26,7 +25,8 @@ from mnemoscope.cli import app
 from mnemoscope.config import parse_arena
 from mnemoscope.interventions import Intervention
 from mnemoscope.report import build_arena
-from mnemoscope.report.arena import Records, results_of
+from mnemoscope.report.rows import parts_of, to_json
+from mnemoscope.report.stories.arena import Records, results_of
 from mnemoscope.report.words import percent
 from mnemoscope.runs.digests import write_marker
 from mnemoscope.runs.errors import InputError
@@ -80,38 +80,33 @@ def test_no_group_is_fitted_on_and_judged(little: Asking) -> None:
     assert {pair.group for pair, _ in bench.pairs} <= groups["fit"]
 
 
-def test_results_follow_from_the_records(finished: Path) -> None:
+@pytest.mark.parametrize("toward", ["generalized", "memorized"])
+def test_results_follow_from_the_records(finished: Path, toward: str) -> None:
     records = Records.of(finished / "arena")
     results = results_of(records)
+    written = (finished / "arena" / "results.json").read_text()
+    assert to_json(parts_of(json.loads(written))) == written == to_json(results)
+    right = {name: records.labels(name, toward, "conflict") == toward for name in CHEAP}
+    one_pass = {name: np.mean(hits) for name, hits in right.items() if results.methods[name].passes == 1}
+    first = results.first[toward]
+    assert one_pass[first.method] == max(one_pass.values())
+    assert "cad" not in one_pass
+    assert results.winner[toward] in CHEAP
     for name in CHEAP:
-        for toward in ("generalized", "memorized"):
-            found, labels = results["methods"][name][toward], records.labels(name, toward, "conflict")
-            assert found["wanted"]["estimate"] == pytest.approx(np.mean(labels == toward))
-            shares = [found[share]["estimate"] for share in ("wanted", "opposite", "neither")]
-            assert sum(shares) == pytest.approx(1)
-            assert found["mix"]["n"] == 3 * min(results["lists"][one] for one in ("conflict", "agreeing", "bare"))
-            assert found["control"] is None if name in ("prompt", "cad") else found["control"]["draws"] == 2
-            for baseline, test in found["tests"].items():
-                theirs = records.labels(baseline, toward, "conflict") == toward
-                difference = np.mean((labels == toward).astype(float) - theirs)
-                assert test["difference"]["estimate"] == pytest.approx(difference)
-                assert test["p_holm"] >= test["p"]
-            first = results["first"][toward]["method"]
-            assert first in CHEAP
-            assert first != "cad"
-            assert (
-                found["wanted"]["estimate"] <= results["methods"][first][toward]["wanted"]["estimate"] or name == "cad"
-            )
-            if name != first:
-                difference = np.mean(
-                    (labels == toward).astype(float) - (records.labels(first, toward, "conflict") == toward)
-                )
-                assert results["first"][toward]["minus"][name]["estimate"] == pytest.approx(difference)
-    assert results["winner"]["generalized"] in CHEAP
-    assert set(results["methods"]["nmd"]["generalized"]["tests"]) >= {"prompt", "cad"}
-    assert results["methods"]["cad"]["passes"] == 2
-    assert np.isnan(results["methods"]["cad"]["memorized"]["divergence"]["first"])
-    assert results["methods"]["nmd"]["memorized"]["divergence"]["first"] > 0
+        found = results.methods[name][toward]
+        assert found.wanted.estimate == pytest.approx(np.mean(right[name]))
+        assert found.wanted.estimate + found.opposite.estimate + found.neither.estimate == pytest.approx(1)
+        assert found.mix.n == 3 * min(results.lists[one] for one in ("conflict", "agreeing", "bare"))
+        assert found.control is None if name in ("prompt", "cad") else found.control.draws == 2
+        assert set(found.tests) >= {"prompt", "cad"} - {name}
+        for baseline, test in found.tests.items():
+            difference = np.mean(right[name].astype(float) - right[baseline])
+            assert test.difference.estimate == pytest.approx(difference)
+            assert test.p_holm >= test.p
+        if name != first.method:
+            assert first.minus[name].estimate == pytest.approx(np.mean(right[name].astype(float) - right[first.method]))
+    assert np.isnan(results.methods.cad[toward].divergence.first)
+    assert results.methods.nmd[toward].divergence.first > 0
 
 
 def test_a_gate_leaves_answers_as_they_were_where_it_does_not_act(finished: Path) -> None:
@@ -127,34 +122,31 @@ def test_a_gate_leaves_answers_as_they_were_where_it_does_not_act(finished: Path
             mine, own = (records.labels(who, "generalized", listed) for who in (name, "unsteered"))
             side = "generalized" if listed == "conflict" else "correct"
             right += [(mine if act else own)[n] == side for n, act in enumerate(acts[:8])]
-        gated = results["methods"][name]["generalized"]["gated"]
-        assert gated["estimate"] == pytest.approx(np.mean(right))
-        assert 0 < gated["acts"]["conflict"] < 1
+        gated = results.methods[name].generalized.gated
+        assert gated.estimate == pytest.approx(np.mean(right))
+        assert 0 < gated.acts.conflict < 1
 
 
-def test_the_page_and_its_markdown_show_every_method(finished: Path, tmp_path: Path) -> None:
+def test_the_page_and_its_markdown_show_every_method(finished: Path) -> None:
     page = build_arena(finished, beside=[finished]).read_text()
     assert page.count("<svg") == 4
     assert "http" not in page.replace("http://www.w3.org", "")
     assert "To follow memory: answers" in page
-    numbers = str(finished / "arena" / "results.json")
-    done = subprocess.run(
-        [sys.executable, "docs/arena.py", numbers, numbers], capture_output=True, text=True, check=True
-    )
+    results = results_of(Records.of(finished / "arena"))
+    printed = "\n".join(arena.page([results, results]))
     for name in (*CHEAP, "unsteered"):
         assert f'<th scope="row">{name}</th>' in page
-        assert f"| {name} | " in done.stdout
-    aims = done.stdout.split("## Aims")[1].split("## ")[0]
-    results = results_of(Records.of(finished / "arena"))
+        assert f"| {name} | " in printed
+    aims = printed.split("## Aims")[1].split("## ")[0]
     for toward in ("generalized", "memorized"):
-        (ours,) = [name for name in ("gradient", "learned", "low-rank") if name in CHEAP]  # so it is the best of ours
-        difference = results["methods"][ours][toward]["tests"]["prompt"]["difference"]
+        (ours,) = [name for name in arena.OURS if name in CHEAP]  # so it is the best of ours
+        difference = results.methods[ours][toward].tests.prompt.difference
         assert aims.count(f"| {toward} | {ours} ") == 2
-        assert f"{100 * difference['estimate']:+.0f} ({100 * difference['low']:+.0f} to " in aims
+        assert f"{100 * difference.estimate:+.0f} ({100 * difference.low:+.0f} to " in aims
     assert "| not surely below the first that takes one pass | " in aims
-    kinds = done.stdout.split("## By what is changed")[1].split("## ")[0]
-    words = results["methods"]["prompt"]["generalized"]["wanted"]["estimate"]
-    assert f"| a sentence in the prompt | {percent(words)} ({percent(words)} to {percent(words)}) |" in kinds
+    kinds = printed.split("## By what is changed")[1].split("## ")[0]
+    words = percent(results.methods.prompt.generalized.wanted.estimate)
+    assert f"| a sentence in the prompt | {words} ({words} to {words}) |" in kinds
     build_arena(finished)
 
 

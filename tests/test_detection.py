@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mnemoscope.report.read import measure_probes
+from mnemoscope.report.rows import Part, rows_of, view
+from mnemoscope.report.stories import read
 from mnemoscope.runs.errors import InputError
 from mnemoscope.study.stages import probe as stage
 from test_probing import planted_cell
@@ -26,6 +27,7 @@ def made_up(seed: int, pulls: dict[Any, float], layers: int = 2) -> Any:
         kind, layer, offset = ("state", *key) if isinstance(key, tuple) else (key, -1, 0)
         scores = draw.normal(size=240) + pull * (2 * labels - 1)
         columns = {"kind": kind, "layer": layer, "offset": offset, "group": groups, "label": labels, "score": scores}
+        columns["draw"] = math.nan
         parts.append(pd.DataFrame(columns))
     cell, states_NLD, fit_groups = planted_cell()
     rows = [(25, draw_, 9, "accuracy", 1, 0.6 + 0.01 * draw_ + seed / 100, 240) for draw_ in range(5)]
@@ -39,6 +41,12 @@ def made_up(seed: int, pulls: dict[Any, float], layers: int = 2) -> Any:
     return SimpleNamespace(name=f"made-up-{seed}", folder=Path("made-up"), contrast=contrast, **records)
 
 
+def measured(cell: Any) -> Part:
+    """What the report says of a cell's probes."""
+    probe = view(rows_of(read.measure(cell))).probe
+    return Part({**probe, **read.verdicts(probe)})
+
+
 PULLS = {
     **{(0, 0): 0.1, (1, 0): 1.2, (0, 1): 0.0, (1, 1): 0.7, (0, 4): 0.0, (1, 4): 0.0},
     **{"input_only": 0.3, "input_repeats": 1.2, "entropy": 0.2, "top_gap": 0.05, "shuffled": 0.0},
@@ -47,7 +55,7 @@ PULLS = {
 
 def test_probes_are_measured_by_offset_and_beside_every_baseline() -> None:
     made = made_up(0, PULLS)
-    found = measure_probes(made)
+    found = measured(made)
     assert found.offsets == [0, 1, 4]
     assert list(found.accuracy_by_offset) == list(found.auroc_by_offset) == ["0", "1", "4"]
     assert found.accuracy == found.accuracy_by_offset["0"]
@@ -75,4 +83,12 @@ def test_states_that_are_not_those_of_the_input_are_refused() -> None:
     for where, name in ((made.probes.kind == "entropy", "'entropy'"), (made.probes.offset == 4, "layer 0, offset 4")):
         broken = SimpleNamespace(**{**vars(made), "probes": made.probes.drop(index=made.probes.index[where][0])})
         with pytest.raises(InputError, match=rf"the states of {name} are not those of 'input_only'"):
-            measure_probes(broken)
+            measured(broken)
+
+
+def test_the_best_layer_is_not_chosen_on_what_it_is_scored_on() -> None:
+    """With layers that are coins, the best of many is above one half, and the cross-fitted score is not."""
+    coins = {(layer, 0): 0.0 for layer in range(12)} | dict.fromkeys(("input_only", "input_repeats"), 0.0)
+    found = measured(made_up(3, coins | dict.fromkeys(("entropy", "top_gap", "shuffled"), 0.0), layers=12))
+    assert found.best.accuracy.estimate < max(entry.estimate for entry in found.accuracy)
+    assert found.best.accuracy.low < 0.5 < found.best.accuracy.high

@@ -6,46 +6,37 @@ import io
 import json
 import math
 import re
-import runpy
 import shutil
 import subprocess
 import sys
-from contextlib import redirect_stdout
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import claims
 import numpy as np
 import pandas as pd
+import printing
 import pytest
+import review
 
-from made_up import SOURCE, mark, write_json, write_run
-from mnemoscope.report import build_report, read, steer, summary_of
-from mnemoscope.report.behaviour import difference
-from mnemoscope.report.cost import measure_collateral, measure_lost
+from made_up import SOURCE, mark, results_of, write_json, write_run
+from mnemoscope.report import build_report, summary_of
 from mnemoscope.report.drawing import canvas, draw
 from mnemoscope.report.page import tint
 from mnemoscope.report.records import read_run
-from mnemoscope.report.results import compute_results, merged
-from mnemoscope.report.schema import AtNorm, Results, Strongest, TaskResults
-from mnemoscope.report.steer import norms_table, simpler_panel
+from mnemoscope.report.results import compute_results
+from mnemoscope.report.rows import Part, over_all, rows_of, view
+from mnemoscope.report.stories import holds, read, steer_page
+from mnemoscope.report.stories.behaviour import difference
+from mnemoscope.report.stories.cost import measure_kept
 from mnemoscope.report.summary import VECTOR, WORDS, advice, breaks
 from mnemoscope.report.words import control_names, interval, percent, points, ranged
 from mnemoscope.runs.processes import in_processes
 from mnemoscope.statistics import Estimate, proportion
 
 PAGES = ("results.json", "report.html")
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two seeds of one task, and one of another; reported."""
-    tasks = {"inference": {"seeds": 2, "size": 80}, "addition": {"effect": 2.5, "size": 80}}
-    folder = write_run(tmp_path_factory.mktemp("report") / "run", tasks)
-    assert build_report(str(folder)) == folder / "report.html"
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -232,9 +223,9 @@ def test_numbers_in_words() -> None:
 
 
 @pytest.fixture
-def task(run: Path) -> TaskResults:
+def task(run: Path) -> Part:
     """The results of the task whose numbers are then replaced."""
-    return Results.model_validate(json.loads((run / "results.json").read_text())).tasks["addition"]
+    return results_of(run).tasks["addition"]
 
 
 @pytest.mark.parametrize(
@@ -247,7 +238,7 @@ def task(run: Path) -> TaskResults:
     ],
 )
 def test_reading_is_held_against_the_stronger_view_of_the_input(
-    task: TaskResults, accuracy: float, only: float, repeats: float, verdict: str
+    task: Part, accuracy: float, only: float, repeats: float, verdict: str
 ) -> None:
     best, found = task.probe.best, [estimate(x, x - 0.04, x + 0.04) for x in (accuracy, only, repeats)]
     best.accuracy, best.minus_input_only, best.minus_input_repeats = found
@@ -266,7 +257,7 @@ def test_reading_is_held_against_the_stronger_view_of_the_input(
     ],
 )
 def test_the_verdict_of_steering_and_its_number_are_of_the_same_direction(
-    task: TaskResults, shifts: tuple, beyond: tuple, verdict: str, number: str
+    task: Part, shifts: tuple, beyond: tuple, verdict: str, number: str
 ) -> None:
     losses = {"memory": estimate(-0.02, -0.04, 0), "novel": estimate(-0.5, -0.6, -0.4), "conflict_rest": UNDEFINED}
     for direction, shift, difference_ in zip(SOURCE, shifts, beyond, strict=True):
@@ -274,10 +265,8 @@ def test_the_verdict_of_steering_and_its_number_are_of_the_same_direction(
         block.pairs.shift, block.collateral = estimate(shift, shift - 0.05, shift + 0.05), losses
         beyond_it = estimate(difference_, difference_ - 0.15, difference_ + 0.15)
         of_control, sure = estimate(shift - difference_, 0, 1), beyond_it.sign > 0
-        block.beside = {
-            "pairs": Strongest(shift=of_control, difference=beyond_it, names={"gaussian": 1}, exceeded=sure)
-        }
-    answer = steer.answer(task)
+        block.beside.pairs = Part(shift=of_control, difference=beyond_it, names={"gaussian": 1}, exceeded=sure)
+    answer = steer_page.answer(task)
     assert (answer.verdict, answer.number) == (verdict, f"{number}\u00a0%")
     # Towards remembering, new questions do not count; each loss has its direction.
     assert "-50\u00a0points of new questions towards working it out" in answer.note
@@ -300,125 +289,108 @@ def test_the_page_fits_the_screen(run: Path, browser: Any, width: int) -> None:
 
 
 def test_claims_and_tables_are_printed_of_any_run(run: Path, nothing_flips: Path) -> None:
-    def printed(script: str, *arguments: Path | str) -> str:
-        command = [sys.executable, str(Path(__file__).parents[1] / "docs" / script), *map(str, arguments)]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-    claims = printed("claims.py", run, nothing_flips)
-    assert "| addition (run) | 1 |" in claims
-    assert "| inference (nothing) | 1 | -" in claims
-    results = Results.model_validate_json((run / "results.json").read_text())
-    shared = next(r for r in results.seeds["inference"] if r.what == "overlap_in_layers" and r.top == 0.1)
-    assert f"| inference, block, seeds two by two: 1 (run) | {shared.value.estimate:.2f}" in claims
-    best = results.tasks["inference"].steering["to_generalized"]
+    told = printing.page("claims", claims.sections([run, nothing_flips]))
+    assert "| addition (run) | 1 |" in told
+    assert "| inference (nothing) | 1 | -" in told
+    results = results_of(run)
+    shared = next(r for r in results.seeds.inference if r.what == "overlap_in_layers" and r.top == 0.1)
+    assert f"| inference, block, seeds two by two: 1 (run) | {shared.value.estimate:.2f}" in told
+    best = results.tasks.inference.steering.to_generalized
     shift = f"{best.pairs.shift.estimate:.3f} ({best.pairs.shift.low:.2f} to "
-    review = printed("review.py", run)
-    assert f"| inference | **{shift}" in review
-    assert all(f"## {point}" in review for point in ("1 and 3", *map(str, (2, *range(4, 11)))))
+    told = printing.page("review", review.sections([run], []))
+    assert f"| inference | **{shift}" in told
+    assert all(f"## {point}" in told for point in ("1 and 3", *map(str, (2, *range(4, 11)))))
     control = max(one.pairs.shift.estimate for one in best.controls.values() if one.pairs.shift.known)
-    assert re.search(rf"\| `inference` \| 2 \| {re.escape(shift)}[^|]*, {control:.3f}, ", review)
+    assert re.search(rf"\| `inference` \| 2 \| {re.escape(shift)}[^|]*, {control:.3f}, ", told)
 
 
-@pytest.fixture(scope="module")
-def claims() -> Any:
-    """The names in the script that prints the page of claims."""
-    return SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "docs" / "claims.py")))
-
-
-def told(low: float, high: float) -> Estimate:
+def within(low: float, high: float) -> Estimate:
     return Estimate((low + high) / 2, low, high, 200, 40)
 
 
-def test_a_claim_holds_or_not_where_its_interval_says_so(run: Path, claims: Any) -> None:
-    assert [claims.reaches(told(*ends), 0.8) for ends in ((0.8, 0.9), (0.6, 0.79), (0.7, 0.9))] == [True, False, None]
-    assert [claims.below(told(*ends), 0.2) for ends in ((0.1, 0.2), (0.3, 0.4), (0.1, 0.3))] == [True, False, None]
-    assert claims.reaches(Estimate.undefined(), 0.8) is claims.below(Estimate.undefined(), 0.2) is None
+def test_a_claim_holds_or_not_where_its_interval_says_so(run: Path) -> None:
+    ends = ((0.8, 0.9), (0.6, 0.79), (0.7, 0.9))
+    assert [claims.reaches(within(*each), 0.8) for each in ends] == [True, False, None]
+    assert [claims.below(within(low - 0.7, high - 0.6), 0.2) for low, high in ends] == [None, True, None]
+    assert claims.reaches(UNDEFINED, 0.8) is claims.below(UNDEFINED, 0.2) is None
     assert [claims.everything(found) for found in ([True, True], [True, None], [None, False])] == [True, None, False]
-    assert claims.counted([True, None, False]) == "holds in 1 of 3, 1 cannot be told"
-    task = Results.model_validate_json((run / "results.json").read_text()).tasks["inference"]
+    task = results_of(run).tasks.inference
     by_seed = iter([True, False, True, True])
     claim = claims.Claim("", lambda cell: ("", None if cell is task else next(by_seed)))
     assert [claims.decided(claim, task)[1] for _ in range(2)] == [None, True]  # two seeds must say the same
 
 
-def test_a_control_counts_in_the_seeds_that_drew_it_and_random_ones_alone_are_random(run: Path, claims: Any) -> None:
-    task = Results.model_validate_json((run / "results.json").read_text()).tasks["inference"]
-    task = task.model_copy(deep=True)
+def test_a_control_counts_in_the_seeds_that_drew_it_and_random_ones_alone_are_random(run: Path) -> None:
+    task = results_of(run).tasks.inference
     first, second = task.per_seed.values()
-    nothing = Estimate.undefined()
     for cell in (task, first, second):
-        block = cell.steering["to_memorized"]
-        block.pairs.shift = told(0.9, 1.0)
+        block = cell.steering.to_memorized
+        block.pairs.shift = within(0.9, 1.0)
         for name, control in block.controls.items():
-            control.exceeded["pairs"] = cell is not task
-            control.pairs.shift = told(0.0, 0.1) if name == "gaussian" else nothing
-    block = second.steering["to_memorized"]
-    block.controls["indifference"].pairs.shift, block.controls["indifference"].exceeded["pairs"] = told(0.4, 0.5), False
+            control.exceeded.pairs = cell is not task
+            control.pairs.shift = within(0.0, 0.1) if name == "gaussian" else UNDEFINED
+    refitted = second.steering.to_memorized.controls.indifference
+    refitted.pairs.shift, refitted.exceeded.pairs = within(0.4, 0.5), False
     assert claims.steers("to_memorized", first)[1] is True
     assert claims.steers("to_memorized", second)[1] is None  # neither surely more nor surely less
-    block.controls["indifference"].exceeded["pairs"] = True
+    refitted.exceeded.pairs = True
     assert claims.steers("to_memorized", task)[1] is True
-    for name in second.steering["to_generalized"].controls:
-        second.steering["to_generalized"].controls[name].pairs.shift = nothing
+    for control in second.steering.to_generalized.controls.values():
+        control.pairs.shift = UNDEFINED
     assert claims.controls(second) == ("0.05 (0.00 to 0.10), Gaussian; 0.45 (0.40 to 0.50), indifference", True)
 
 
-def test_a_cell_that_could_not_go_on_counts_where_it_is_asked_for(copy: Path, claims: Any) -> None:
+def test_a_cell_that_could_not_go_on_counts_where_it_is_asked_for(copy: Path) -> None:
     """Only one that never showed both behaviours: of its task the claims about that are false, others are untouched."""
-    build_report(copy)
-    facts = json.loads((copy / "results.json").read_text())
-
-    def lines(failed: dict[str, str]) -> dict[str, str]:
+    facts = json.loads((copy / "results.json").read_text()) | {"seeds": {}, "transfer": {}}
+    facts["tasks"] = {"addition": facts["tasks"]["addition"]}
+    unmet = "addition-7: after 9 steps the model does not show both behaviours: recall 0.1"
+    for failed, told in ({"addition-7": unmet, "addition-8": "its process was lost"}, "0 of 1"), ({}, "1 of 1"):
         (copy / "results.json").write_text(json.dumps(facts | {"failed": failed}))
-        out = io.StringIO()
-        with redirect_stdout(out):
-            claims.main([copy])
-        return {line.split(" | ")[0]: line for line in out.getvalue().splitlines()}
-
-    (label,) = facts["tasks"]
-    unmet = f"{label}-7: after 9 steps the model does not show both behaviours: recall 0.1"
-    found = lines({f"{label}-7": unmet, f"{label}-8": "its process was lost"})
-    assert "holds in 0 of 1" in found["| Some phrasings of one item flip the behaviour"]
-    assert "of 1" in found["| A probe predicts the behaviour"]
-    assert found[f"| {label}-7 (copy)"] == f"| {label}-7 (copy) | {unmet} |"
-    untouched = lines({f"{label}-8": "its process was lost"})
-    assert "holds in 1 of 1" in untouched["| Some phrasings of one item flip the behaviour"]
+        found = claims.sections([copy])
+        short = {row[0]: row for row in found["In short"][0]["rows"]}
+        assert short["Some phrasings of one item flip the behaviour"][2] == f"holds in {told}"
+        assert "of 1" in short["A probe predicts the behaviour"][2]
+        assert (["addition-7 (copy)", unmet] in found["Cells that could not go on"][0]["rows"]) == bool(failed)
 
 
-def test_over_seeds_each_has_its_own_strongest_control_and_settings_are_not_averaged(task: TaskResults) -> None:
-    def beside(name: str, control: float, exceeded: bool = True) -> Strongest:
+def over_seeds(*seeds: Any) -> Part:
+    """What a story measured in each seed, over all."""
+    return view(over_all([list(rows_of(found, seed=seed)) for seed, found in enumerate(seeds)]))
+
+
+def test_over_seeds_each_has_its_own_strongest_control_and_settings_are_not_averaged(task: Part) -> None:
+    def beside(name: str, control: float, exceeded: bool = True) -> dict[str, Any]:
         shift, difference = estimate(control, 0, 1), estimate(0.9 - control, 0, 1)
-        return Strongest(shift=shift, difference=difference, names={name: 1}, exceeded=exceeded)
+        return {"shift": shift, "difference": difference, "names": {name: 1}, "exceeded": exceeded}
 
-    both = merged([beside("indifference", 0.1), beside("shuffled_labels", 0.2), beside("indifference", 0.3)])
+    both = over_seeds(beside("indifference", 0.1), beside("shuffled_labels", 0.2), beside("indifference", 0.3))
     assert both.names == {"indifference": 2, "shuffled_labels": 1}
-    assert both.shift.estimate == pytest.approx(0.2)
-    assert both.difference.estimate == pytest.approx(0.7)
-    assert both.exceeded
+    assert (both.shift.estimate, both.difference.estimate) == (pytest.approx(0.2), pytest.approx(0.7))
+    assert both.exceeded is True
     assert control_names(both) == "indifference in 2, shuffled labels in 1"
-    several = dict.fromkeys(("random_neurons", "permuted_answers", "indifference", "low_correlation", "random_sign"), 1)
-    task.steering["to_generalized"].beside["pairs"] = both.model_copy(update={"names": several})
-    simpler_panel(task, "to_generalized")().savefig(
-        io.BytesIO(), format="svg"
-    )  # a label with five names left no room for the axes: a warning
-    assert not merged([beside("gaussian", 0.1), beside("gaussian", 0.1, exceeded=False)]).exceeded
-    halves = task.consistency["halves"]
-    (top, found), *_ = halves.overlap.items()
-    wider = {top: {"share": Estimate(1.0, 0.9, 1.0, 3), "chance": Estimate(0.4, 0.2, 0.6, 3)}}
-    two = merged([halves, halves.model_copy(update={"overlap": wider})]).overlap[top]
-    assert two["share"].high == 1.0  # the range of both, not Student's t over two numbers
-    assert two["chance"].high == pytest.approx((found["chance"].high + 0.6) / 2)
-    chosen = task.steering["to_generalized"].chosen
-    outside = chosen.model_copy(update={"within_limits": False})
-    assert not merged([chosen, outside]).within_limits
-    free = AtNorm(
-        site="block", layers="2", top=0.5, strength=0.3, shift=UNDEFINED, control=UNDEFINED, strongest="gaussian",
-        difference=UNDEFINED,
-    )  # fmt: skip
-    over_two = merged([free, free.model_copy(update={"strength": 0.1, "top": 1.0})])
-    assert (over_two.strength, over_two.top, over_two.strengths) == (0.3, 0.5, [0.1, 0.3])
-    task.unpenalized["to_generalized"] = over_two
-    (found,) = norms_table(task)
+    assert over_seeds(beside("gaussian", 0.1), beside("gaussian", 0.1, exceeded=False)).exceeded is False
+    names = dict.fromkeys(("random_neurons", "permuted_answers", "indifference", "low_correlation", "random_sign"), 1)
+    task.steering.to_generalized.beside.pairs.names = names
+    # A label with five names left no room for the axes: a warning.
+    steer_page.simpler_panel(task, "to_generalized")().savefig(io.BytesIO(), format="svg")
+
+
+def test_ranges_of_draws_stay_ranges_and_chance_is_averaged(run: Path) -> None:
+    cells = read_run(run).by_label()["inference"]
+    each = [view(rows_of(holds.measure(cell))) for cell in cells]
+    both = over_seeds(*(holds.measure(cell) for cell in cells)).consistency.halves.overlap
+    for top, found in both.items():
+        shares, chances = ([one.consistency.halves.overlap[top][key] for one in each] for key in ("share", "chance"))
+        assert found.share.high == max(one.high for one in shares)  # not Student's t over two numbers
+        assert found.chance.high == pytest.approx(sum(one.high for one in chances) / 2)
+
+
+def test_a_setting_of_its_own_norm_is_the_first_seeds_beside_all_norms(task: Part) -> None:
+    free = task.unpenalized.to_generalized
+    assert (free.strength, free.strengths) == (0.4, [0.4])
+    free.strengths = [0.1, 0.3]
+    (found,) = steer_page.norms_table(task)
     assert found.columns[-2:] == ["at a norm of its own", "which is"]
     assert {len(row) for row in found.rows} == {len(found.columns)}
     assert [row[-1] for row in found.rows if "whatever" in row[0] and "working" in row[0]] == ["0.1, 0.3"]
@@ -449,9 +421,8 @@ def test_what_is_lost_is_a_share_of_what_was_right_before(copy: Path) -> None:
     after = ["correct", "correct", "correct", "wrong", "correct", "wrong", "wrong", "wrong"]
     rows = pd.DataFrame({"before": before, "after": after, "group": list("abcdefgh")})
     lists = {"memory": rows, "conflict_rest": rows.replace("correct", "memorized")}
-    assert measure_lost(cells[0], "to_memorized", lists)["memory"].estimate == 0.25
-    assert measure_lost(cells[0], "to_memorized", lists)["conflict_rest"].estimate == 0.25
-    assert measure_collateral(cells[0], "to_memorized", lists)["memory"].estimate == 0
+    change, lost = measure_kept(cells[0], "to_memorized", lists)
+    assert (lost["memory"].estimate, lost["conflict_rest"].estimate, change["memory"].estimate) == (0.25, 0.25, 0)
 
 
 def share(value: float, groups: int = 40) -> Estimate:

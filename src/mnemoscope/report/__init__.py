@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mnemoscope.report import behaviour, cost, detector, differ, holds, read, steer, where
-from mnemoscope.report.arena import build_arena
-from mnemoscope.report.differ import draw_neuron
 from mnemoscope.report.page import page_style, render
 from mnemoscope.report.records import read_run
-from mnemoscope.report.results import compute_results, to_json
-from mnemoscope.report.summary import Summary, compare_briefs, summary_of
+from mnemoscope.report.results import compute_results
+from mnemoscope.report.rows import to_json
+from mnemoscope.report.stories import behaviour, cost, detector, differ, holds, read, steer_page, where
+from mnemoscope.report.stories.arena_page import build_arena
+from mnemoscope.report.stories.differ import draw_neuron
+from mnemoscope.report.summary import Summary, summary_of
 from mnemoscope.runs.digests import write_marker
 from mnemoscope.runs.files import write_atomically
 from mnemoscope.runs.processes import Map, in_order
 
-# The stories of a task, in the order of the page.
-STORIES = [story.chapter for story in (behaviour, differ, read, steer, where, cost, holds, detector)]
+# In the order of the page.
+CHAPTERS = [story.chapter for story in (behaviour, differ, read, steer_page, where, cost, holds, detector)]
 
 
 def build_report(run: str | Path, parallel: Map = in_order) -> Path:
@@ -36,7 +37,7 @@ def build_report(run: str | Path, parallel: Map = in_order) -> Path:
     run = Path(run)
     records = read_run(run)
     results = compute_results(records, parallel)
-    page = render(records, results, STORIES, holds.transfer(results.transfer), parallel)
+    page = render(records, results, CHAPTERS, holds.transfer(results.transfer), parallel)
     found = write_atomically(run / "results.json", to_json(results).encode())
     path = write_atomically(run / "report.html", page.encode())
     write_marker(run, "report", [found, path])

@@ -20,8 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from mnemoscope.report.schema import DIRECTIONS
-from mnemoscope.report.words import TOWARDS, UNMEASURED
+from mnemoscope.report.words import DIRECTIONS, TOWARDS, UNMEASURED
 from mnemoscope.statistics import Estimate
 
 # Stand-ins that no other drawing uses; each becomes a CSS variable in the SVG.

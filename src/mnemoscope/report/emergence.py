@@ -2,39 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from mnemoscope.report import drawing
-from mnemoscope.report.drawing import DASHED, GENERALIZED, MEMORIZED, OTHER, Line, Panel
+from mnemoscope.report.drawing import DASHED, GENERALIZED, MEMORIZED, OTHER, Line, Panel, lines_panel, png
 from mnemoscope.runs.files import write_atomically
 
-CURVES = (
-    ("novel_accuracy", "new right", GENERALIZED, DASHED),
-    ("recall", "facts recalled", MEMORIZED, DASHED),
-    ("conflict_generalized", "worked out", GENERALIZED, "-"),
-    ("conflict_memorized", "remembered", MEMORIZED, "-"),
-    ("conflict_other", "other", OTHER, "-"),
-)
-
-
+CURVES = {
+    "novel_accuracy": ("new right", GENERALIZED, DASHED),
+    "recall": ("facts recalled", MEMORIZED, DASHED),
+    "conflict_generalized": ("worked out", GENERALIZED, "-"),
+    "conflict_memorized": ("remembered", MEMORIZED, "-"),
+    "conflict_other": ("other", OTHER, "-"),
+}
 FAMILIES = tuple((colour, dash) for dash in ("-", DASHED) for colour in (MEMORIZED, GENERALIZED, OTHER))
+
+
+def _panel(table: pd.DataFrame, title: str, looks: dict[str, Any], ticks: Iterable[float], **axes: Any) -> Panel:
+    """Columns of a curve by optimizer step; ``looks``: of each its name, colour and dash, as far as given."""
+    steps = table.step.astype(float).to_list()
+    lines = [Line(look[0], steps, table[key].astype(float).to_list(), *look[1:]) for key, look in looks.items()]
+    named = {step: f"{step:,.0f}" for step in ticks} | axes.pop("kept", {})
+    return lines_panel(title, lines, "optimizer steps", ticks=named, **axes)
 
 
 def behaviour_panel(table: pd.DataFrame) -> Panel:
     """Accuracies and shares of conflicts by optimizer step; the step whose weights were kept is named."""
-    steps = table.step.astype(float).to_list()
-    lines = [
-        Line(name, steps, table[key].astype(float).to_list(), colour, dash)
-        for key, name, colour, dash in CURVES
-        if key in table
-    ]
-    kept = (
-        {float(step): f"{step:,.0f}\nkept" for step in table.step[table.kept.astype(bool)]} if "kept" in table else {}
-    )
-    ticks = {0.0: "0", steps[-1]: f"{steps[-1]:,.0f}", **kept}
-    return drawing.lines_panel("while it trains", lines, "optimizer steps", ticks=ticks, axis="share")
+    looks = {key: look for key, look in CURVES.items() if key in table}
+    steps = table.step[table.kept.astype(bool)] if "kept" in table else ()
+    kept = {float(step): f"{step:,.0f}\nkept" for step in steps}
+    return _panel(table, "while it trains", looks, (0.0, float(table.step.iloc[-1])), kept=kept, axis="share")
 
 
 def draw_curve(table: pd.DataFrame, path: Path) -> Path:
@@ -43,28 +43,21 @@ def draw_curve(table: pd.DataFrame, path: Path) -> Path:
     Args:
         table: ``emergence.parquet``, or a study's ``training.parquet``.
     """
-    steps = table.step.astype(float).to_list()
-    ticks = {steps[0]: f"{steps[0]:,.0f}", steps[-1]: f"{steps[-1]:,.0f}"}
+    ends, columns = [float(table.step.iloc[place]) for place in (0, -1)], [str(name) for name in table]
     panels = [behaviour_panel(table)]
-    by_family = [str(name) for name in table if ":" in str(name) and f"{name}_n" in table]
+    by_family = [name for name in columns if ":" in name and f"{name}_n" in columns]
     if by_family:
         colours = [*FAMILIES] * len(by_family)
-        lines = [
-            Line(name.partition(":")[2], steps, table[name].astype(float).to_list(), colour, dash)
-            for name, (colour, dash) in zip(by_family, colours, strict=False)
-        ]
-        panels.append(drawing.lines_panel("right, by family", lines, "optimizer steps", ticks=ticks, axis="share"))
+        looks = {name: (name.partition(":")[2], *look) for name, look in zip(by_family, colours, strict=False)}
+        panels.append(_panel(table, "right, by family", looks, ends, axis="share"))
     if "margin" in table:
-        line = Line("margin", steps, table.margin.astype(float).to_list())
         panels.append(
-            drawing.lines_panel("how far apart both answers are", [line], "optimizer steps", "nats", ticks, 0.0)
+            _panel(table, "how far apart both answers are", {"margin": ["margin"]}, ends, ylabel="nats", chance=0)
         )
-    of_layers = [str(name) for name in table if str(name).startswith("rho_")]
+    of_layers = [name for name in columns if name.startswith("rho_")]
     if of_layers:
-        first, middle, last = of_layers[0], of_layers[len(of_layers) // 2], of_layers[-1]
-        lines = [
-            Line(f"layer {name.removeprefix('rho_')}", steps, table[name].astype(float).to_list(), colour)
-            for name, colour in zip(dict.fromkeys((first, middle, last)), (OTHER, MEMORIZED, GENERALIZED), strict=False)
-        ]
-        panels.append(drawing.lines_panel("largest correlation of a neuron", lines, "optimizer steps", "", ticks))
-    return write_atomically(path, drawing.png(panels))
+        shown = dict.fromkeys((of_layers[0], of_layers[len(of_layers) // 2], of_layers[-1]))
+        tones = zip(shown, (OTHER, MEMORIZED, GENERALIZED), strict=False)
+        layers = {name: (f"layer {name.removeprefix('rho_')}", tone) for name, tone in tones}
+        panels.append(_panel(table, "largest correlation of a neuron", layers, ends))
+    return write_atomically(path, png(panels))

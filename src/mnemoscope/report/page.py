@@ -1,4 +1,4 @@
-"""What the page is made of: chapters, each with its answer, its exhibits and its tables."""
+"""What pages are made of: chapters, each with its answer, its exhibits and its tables."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from mnemoscope.report.drawing import Panel, draw
-from mnemoscope.report.records import Cell, Run
-from mnemoscope.report.schema import Results, SeedsRow, TaskResults
+from mnemoscope.report.records import Cell, Run, declared
+from mnemoscope.report.rows import Part
 from mnemoscope.report.words import count, ranged
 from mnemoscope.runs.processes import Map, in_order
-from mnemoscope.runs.yaml import parse_yaml
 from mnemoscope.statistics import Estimate
 
 
@@ -27,9 +26,9 @@ from mnemoscope.statistics import Estimate
 class View:
     """What a story is of: one task, its cells, and how alike its seeds are."""
 
-    task: TaskResults
+    task: Part
     cells: Sequence[Cell]
-    seeds: list[SeedsRow]
+    seeds: list[Part]
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Exhibit:
-    """One figure; left out where there is nothing to draw. Its title and caption are those of ``words.yaml``."""
+    """One figure; left out where there is nothing to draw. Its title and caption are those of the story's YAML."""
 
     anchor: str  # the name of its caption, and the end of the figure's identifier
     panels: Sequence[Panel]
@@ -81,11 +80,15 @@ class Chapter:
 
 
 TOO_FEW = "Too few groups to tell"  # instead of a verdict
+TINTS = (("memorized", r"remember(?:ed|ing|s)?|from memory"), ("generalized", r"work(?:ed|ing|s)?(?: it)? out"))
+# (text, what it is): "" plain, "moved" differs between two phrasings, "clue" spells out the answer to be worked out.
+Pieces = list[tuple[str, str]]
+Stories = Sequence[Callable[[View], Chapter | None]]
 
 
-def not_measured(anchor: str, question: str, task: TaskResults) -> Answer:
+def not_measured(anchor: str, question: str, task: Part) -> Answer:
     """The answer where there is none, with the reason: what pairs were lacking."""
-    pairs = task.pairs
+    pairs, why = task.pairs, "The records hold no rows for it."
     if not pairs.by_split["all"].pairs:
         candidates = count(pairs.by_split["all"].candidates, "candidate")
         why = f"None of {candidates} flipped, so there are no pairs to compare."
@@ -93,49 +96,54 @@ def not_measured(anchor: str, question: str, task: TaskResults) -> Answer:
         why = "No candidate of the fit split flipped, so there was nothing to learn from."
     elif not pairs.pairs:
         why = f"None of the {count(pairs.candidates, 'test candidate')} flipped, so there is nothing to score on."
-    else:
-        why = "The records hold no rows for it."
     return Answer(anchor, question, "Not measured", sentence=why)
 
 
-TINTS = (("memorized", r"remember(?:ed|ing|s)?|from memory"), ("generalized", r"work(?:ed|ing|s)?(?: it)? out"))
-Stories = Sequence[Callable[[View], Chapter | None]]
-
-
-def render(run: Run, results: Results, stories: Stories, across: Table | None, parallel: Map = in_order) -> str:
+def render(run: Run, results: Part, stories: Stories, across: Table | None, parallel: Map = in_order) -> str:
     """The text of ``report.html``: of each task the chapters of all stories, in parallel, then a table of all tasks."""
-    strict = jinja2.StrictUndefined
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, autoescape=True, undefined=strict)
-    environment.filters |= {"tint": tint, "ranged": ranged}
-    environment.filters["place"] = lambda share: round(100 * float(np.clip(share, 0, 1)), 2)  # cut to the scale
     asked = [
         (label, View(results.tasks[label], cells, results.seeds.get(label, [])), stories)
         for label, cells in run.by_label().items()
     ]
-    return environment.from_string(_text("template.html")).render(
+    return filled(
+        "template.html",
         results=results,
         tasks=list(parallel(_task_page, asked)),
         across=across,
-        css=Markup(page_style()),
         configuration=run.study_text,
         manifest=run.manifest,
-        captions=_fixed()["captions"],
-        glossary=_fixed()["words"].items(),
+        captions=_captions(),
+        glossary=declared("words.yaml")["words"].items(),
     )
+
+
+def filled(template: str, **values: Any) -> str:
+    """The text of a page from its template, whose style is that of the report."""
+    strict = jinja2.StrictUndefined
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, autoescape=True, undefined=strict)
+    environment.filters |= {"tint": tint, "ranged": ranged}
+    environment.filters["place"] = lambda share: round(100 * float(np.clip(share, 0, 1)), 2)  # cut to the scale
+    return environment.from_string(_text(template)).render(css=Markup(page_style()), **values)
 
 
 def _text(name: str) -> str:
     return (files("mnemoscope.report") / name).read_text(encoding="utf-8")
 
 
-@cache
-def _fixed() -> dict[str, Any]:
-    return dict(parse_yaml(_text("words.yaml"), "words.yaml"))
-
-
 def page_style() -> str:
     """The style sheet of the report, whose colours and type other pages share."""
     return _text("style.css")
+
+
+@cache
+def explained() -> dict[str, dict[str, Any]]:
+    """By story what its YAML says: ``captions`` of its figures, what is in its ``results``, and their ``parts``."""
+    names = sorted(path.name for path in (files("mnemoscope.report") / "stories").iterdir())
+    return {name[:-5]: declared(f"stories/{name}") for name in names if name.endswith(".yaml")}
+
+
+def _captions() -> dict[str, dict[str, str]]:
+    return {anchor: caption for story in explained().values() for anchor, caption in story["captions"].items()}
 
 
 def tint(text: str) -> Markup:
@@ -146,10 +154,16 @@ def tint(text: str) -> Markup:
     return Markup(safe)
 
 
+def marked(text: str, kinds: dict[str, str]) -> Pieces:
+    """The text with every place marked that spells out one of the answers, by its kind."""
+    word = re.compile("(" + "|".join(rf"(?<!\w){re.escape(answer)}(?!\w)" for answer in kinds) + ")")
+    return [(part, kinds.get(part, "") if number % 2 else "") for number, part in enumerate(word.split(text)) if part]
+
+
 def _task_page(asked: tuple[str, View, Stories]) -> dict[str, Any]:
     """All that the page shows of one task: compute its sentences and draw its figures."""
     label, view, stories = asked
-    kind, known = str(view.cells[0].info["task"]), _fixed()["tasks"]
+    kind, known = str(view.cells[0].info["task"]), declared("words.yaml")["tasks"]
     title = known.get(kind, {}).get("title", label)
     title = title if label in (kind, title) else f"{title}: {label}"
     name = re.sub(r"[^\w-]+", "-", label)  # which only names places in the page
@@ -164,7 +178,7 @@ def _task_page(asked: tuple[str, View, Stories]) -> dict[str, Any]:
 
 
 def _drawn(name: str, exhibit: Exhibit) -> Exhibit:
-    caption = _fixed()["captions"][exhibit.anchor]
+    caption = _captions()[exhibit.anchor]
     label = f"{caption['title']}. {next(filter(None, exhibit.sentences), caption['note'])}"
     # Panels are functions, which do not travel between processes.
     return replace(exhibit, panels=(), drawn=draw(f"{name}-{exhibit.anchor}", label, exhibit.panels))

@@ -22,7 +22,6 @@ from mnemoscope.statistics.contrast import Contrast
 
 # Text columns of the large tables, which repeat few words: read as categories, they take a byte a row.
 LARGE = ("steering", "effects", "transfer_steering")
-NEWER = (("detection", "p_memorized_below"), ("probes", "draw"))  # columns that runs of version 0.1 do not have
 WORDS = ["aim", "direction", "method", "role", "examples", "group", "family", "split", "before", "after"]
 WORDS += ["what", "site", "side"]
 TABLES = ("behaviour", "pairs", "probes", "learning", "halves", "sweep", "effects")  # of every cell, beside steering
@@ -32,8 +31,13 @@ OPTIONAL_TABLES = ("detection", "gate", "neutral", "samples")
 @cache
 def declared_tables() -> dict[str, dict[str, Any]]:
     """By table: ``about``, ``columns`` ({names: meaning}), and where there is something to add ``if`` and ``note``."""
-    text = (files("mnemoscope.report") / "records.yaml").read_text(encoding="utf-8")
-    return dict(parse_yaml(text, "records.yaml"))
+    return dict(declared("records.yaml"))
+
+
+@cache
+def declared(name: str) -> Any:
+    """The content of a YAML file of this package."""
+    return parse_yaml((files("mnemoscope.report") / name).read_text(encoding="utf-8"), name)
 
 
 def columns_of(table: str) -> list[str]:
@@ -104,7 +108,7 @@ def read_run(folder: Path) -> Run:
         InputError: a file is missing, cannot be read, or lacks a column or field; one line that names the file.
     """
     check_closed(folder)
-    study_text = _read(folder / "study.yaml", lambda path: read_text(path, most=MOST_YAML))
+    study_text = read_intact(folder / "study.yaml", lambda path: read_text(path, most=MOST_YAML))
     study = parse_yaml(study_text, str(folder / "study.yaml"))
     checked(study, StudyFacts, str(folder / "study.yaml"))
     failed = _json(folder / "failed.json", dict[str, str], optional=True)
@@ -121,8 +125,9 @@ def read_run(folder: Path) -> Run:
 def read_cell(folder: Path) -> Cell:
     """Read the records of one cell; see ``read_run`` for what it raises."""
     info, records = _json(folder / "cell.json", CellFacts), folder / "records"
-    chosen = _read(records / "chosen.json", read_chosen)
-    tables: dict[str, Any] = {name: _table(records, name) for name in TABLES}
+    chosen = read_intact(records / "chosen.json", read_chosen)
+    needed = (*TABLES, "training") if info["trained"] else TABLES
+    tables: dict[str, Any] = {name: _table(records, name) for name in needed}
     tables |= {name: _table(records, name, optional=True) for name in OPTIONAL_TABLES}
     return Cell(
         folder=folder,
@@ -131,15 +136,14 @@ def read_cell(folder: Path) -> Cell:
         seed=info["seed"],
         info=info,
         training_time=_json(records / "training_time.json", TimeFacts) if info["trained"] else {},
-        training=_table(records, "training") if info["trained"] else None,
         chosen=chosen,
-        contrast=_read(folder / "contrast.safetensors", Contrast.load),
+        contrast=read_intact(folder / "contrast.safetensors", Contrast.load),
         no_detector=_json(records / "no_detector.json", WhyFacts, optional=True).get("why", ""),
         **tables,
     )
 
 
-def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
+def read_intact(path: Path, reader: Callable[[Path], Any]) -> Any:
     """What ``reader`` makes of a file that is as its stage wrote it; what goes wrong is one line with its name."""
     intact(path)
     try:
@@ -153,9 +157,7 @@ def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
 
 def _json(path: Path, kind: Any, optional: bool = False) -> Any:
     """The object in a file, of a type; an empty one for an optional file that is not there."""
-    if optional and not is_there(path):
-        return {}
-    return _read(path, lambda p: read_json(p, kind))
+    return {} if optional and not is_there(path) else read_intact(path, lambda p: read_json(p, kind))
 
 
 def _table(folder: Path, name: str, optional: bool = False) -> Any:
@@ -163,10 +165,9 @@ def _table(folder: Path, name: str, optional: bool = False) -> Any:
     path, wanted = folder / f"{name}.parquet", columns_of(name)
     if optional and not is_there(path):
         return None
-    present = _read(path, lambda p: parquet.read_schema(p).names)
+    present = read_intact(path, lambda p: parquet.read_schema(p).names)
     for column in wanted:
-        if column not in present and (name, column) not in NEWER:
+        if column not in present:
             raise InputError(f"{path}: column {column!r} is missing")
-    wanted = [column for column in wanted if column in present]
     words = WORDS if name in LARGE else None
-    return _read(path, lambda p: pd.read_parquet(bounded_table(p), columns=wanted, read_dictionary=words))
+    return read_intact(path, lambda p: pd.read_parquet(bounded_table(p), columns=wanted, read_dictionary=words))

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
 from mnemoscope.report import words
-from mnemoscope.report.schema import REFITTED, Aim, Chosen, Direction, TaskResults
-from mnemoscope.report.steer import other_ways
-from mnemoscope.report.words import TOWARDS, count, counted, percent, ranged
+from mnemoscope.report.rows import Part, parts_of
+from mnemoscope.report.stories.steer_page import other_ways
+from mnemoscope.report.words import DIRECTIONS, REFITTED, TOWARDS, Direction, count, counted, percent, ranged
 from mnemoscope.runs.digests import intact
 from mnemoscope.runs.strict import read_json
 from mnemoscope.statistics import LEAST_GROUPS, Estimate
@@ -22,61 +21,88 @@ LEARNED = ("learned", "low-rank")
 BEYOND = "on tune this vector exceeds a limit (of its controls, of what it loses or leaves neither way); "
 MOST_OTHER, MOST_LOST = 0.15, 0.1  # of test examples; settings are chosen within narrower limits on tune
 GROUPS_NEEDED = 30  # with which an interval of a share is about 18 points to either side
-OPTIONAL = ("weights", "detect_auroc")  # of a brief: left out where there is none
 
 
-class DirectionSummary(BaseModel):
+def _of_direction(task: Part, direction: Direction) -> Part:
     """The best vector of one direction on the aim's test examples, and what a user should take."""
+    aim, block = task.aim, words.for_aim(task.steering[direction], task.aim)
+    control, found = block.beside.get(aim), block[aim]
+    ways = {VECTOR: found.shift, **other_ways(task, direction)}
+    chosen = block.chosen if aim == "pairs" else block.chosen_conflict
+    broken = breaks(found.other, block.get("lost_right", {}).get(aim, {}), direction)
+    beyond = control is None or control.difference.sign > 0
+    learned = any(n in REFITTED and c[aim].shift.known for n, c in block.controls.items())
+    return Part(
+        advice=("" if chosen.within_limits else BEYOND) + broken + advice(ways, beyond),
+        ways=ways,  # share that ends in the wanted behaviour: the vector, and what needs none
+        aim=aim,
+        chosen=chosen,
+        shift=found.shift,
+        other=found.other,  # share that gives neither answer
+        strongest_control=words.control_names(control) if control else None,
+        control=control.shift if control else None,
+        noise_only=chosen.method in LEARNED and not learned,  # no control was learned, though the vector was
+        collateral=words.changes(block, aim),
+    )
 
-    advice: str
-    ways: dict[str, Estimate]  # share that ends in the wanted behaviour: the vector, and what needs none
-    aim: Aim
-    chosen: Chosen
-    shift: Estimate  # share steered
-    other: Estimate  # share that gives neither answer
-    strongest_control: str | None  # its name, in words; None where none was run
-    control: Estimate | None  # the share that it steers
-    noise_only: bool = False  # whether no control was learned, though the vector was
-    collateral: dict[str, Estimate]  # change in accuracy by list
 
-    @classmethod
-    def of(cls, task: TaskResults, direction: Direction) -> DirectionSummary:
-        """The first numbers of a direction."""
-        aim, block = task.aim, task.steering[direction].for_aim(task.aim)
-        control, found = block.beside.get(aim), getattr(block, aim)
-        ways = {VECTOR: found.shift, **other_ways(task, direction)}
-        chosen = block.chosen if aim == "pairs" else block.chosen_conflict
-        broken = breaks(found.other, block.broken(aim), direction)
-        beyond = control is None or control.difference.sign > 0
-        learned = any(n in REFITTED and getattr(c, aim).shift.known for n, c in block.controls.items())
-        return cls(
-            advice=("" if chosen.within_limits else BEYOND) + broken + advice(ways, beyond),
-            ways=ways,
-            aim=aim,
-            chosen=chosen,
-            shift=found.shift,
-            other=found.other,
-            strongest_control=words.control_names(control) if control else None,
-            control=control.shift if control else None,
-            noise_only=chosen.method in LEARNED and not learned,
-            collateral=block.lost(aim),
-        )
+def _of_task(task: Part) -> Part:
+    """The first numbers of a task, as ``Summary.brief`` gives them."""
+    everything, detection = task.pairs.by_split["all"], task.get("detection")
+    areas = detection.auroc if detection else {}
+    return Part(
+        **({"weights": task.weights} if "weights" in task else {}),
+        differ=task.contrast.significant,
+        read=task.probe.best.accuracy,
+        pairs=everything.pairs,
+        groups=everything.groups,
+        test_pairs=task.pairs.pairs,
+        **{"yield": task.pairs["yield"]},
+        **{direction: _of_direction(task, direction) for direction in DIRECTIONS},
+        **({"detect_auroc": areas["p_memorized"]} if areas else {}),
+        input_auroc=areas.get("input_only"),
+        gate_auroc=detection.get("gate") if detection else None,
+        answered_other=detection.get("other") if detection else None,
+    )
 
-    def rows(self, direction: Direction) -> dict[str, str]:
-        """What to use; what the vector does, beside which control, at what cost, and its setting."""
-        control, chosen, name = "none", self.chosen, TOWARDS[direction]
-        if self.strongest_control and self.control:
-            control = f"{ranged(self.control)}, {self.strongest_control}"
-            control += "; noise only, as no control was learned" if self.noise_only else ""
-        setting = f"{chosen.method} at {chosen.site}, {words.layers(chosen.layers)}, strength {chosen.strength:g}"
-        tested = count(self.shift.n, "test pair" if self.aim == "pairs" else "test conflict")
-        return {
-            f"{name}, what to use": self.advice,
-            name: f"{ranged(self.shift)} of {tested} steered, {percent(self.other.estimate)} neither",
-            f"{name}, strongest control": control,
-            f"{name}, largest loss": words.largest_loss(self.collateral, direction),
-            f"{name}, setting": setting + ("" if chosen.within_limits else ", beyond the limits"),
-        }
+
+def in_words(brief: Part) -> dict[str, str]:
+    """The first numbers of a task in words: do they differ, can it be read, can it be steered and at what cost."""
+    alike = max(brief[direction].chosen.get("begin_alike", 0.0) for direction in DIRECTIONS)
+    other = brief.answered_other
+    areas = {name: brief.get(f"{name}_auroc") for name in ("detect", "input", "gate")}
+    right = {name: ranged(area) if area else "" for name, area in areas.items()}
+    rows = {
+        "pairs": f"{brief.pairs:,} of {count(brief.groups, 'group')}, yield {ranged(brief['yield'])}",
+        "neurons that differ": ranged(brief.differ),
+        "test states read right by a probe": ranged(brief.read),
+        **_direction_in_words(brief.to_generalized, "to_generalized"),
+        **_direction_in_words(brief.to_memorized, "to_memorized"),
+        "weights": brief.get("weights"),
+        "P(memorized) ranks right": right["detect"],
+        "the input alone ranks right": right["input"],
+        "conflicts left out of that, answered neither way": percent(other.estimate) if other else "",
+        "the same below the vectors, for gates in one pass": right["gate"],
+        "prompts whose answers begin alike (judged behind that)": percent(alike) if alike else "",
+    }
+    return {what: text for what, text in rows.items() if text}
+
+
+def _direction_in_words(found: Part, direction: Direction) -> dict[str, str]:
+    """What to use; what the vector does, beside which control, at what cost, and its setting."""
+    control, chosen, name = "none", found.chosen, TOWARDS[direction]
+    if found.strongest_control and found.control:
+        control = f"{ranged(found.control)}, {found.strongest_control}"
+        control += "; noise only, as no control was learned" if found.noise_only else ""
+    setting = f"{chosen.method} at {chosen.site}, {words.layers(chosen.layers)}, strength {chosen.strength:g}"
+    tested = count(found.shift.n, "test pair" if found.aim == "pairs" else "test conflict")
+    return {
+        f"{name}, what to use": found.advice,
+        name: f"{ranged(found.shift)} of {tested} steered, {percent(found.other.estimate)} neither",
+        f"{name}, strongest control": control,
+        f"{name}, largest loss": words.largest_loss(found.collateral, direction),
+        f"{name}, setting": setting + ("" if chosen.within_limits else ", beyond the limits"),
+    }
 
 
 def breaks(other: Estimate, broken: dict[str, Estimate], direction: Direction) -> str:
@@ -123,104 +149,41 @@ def _surely_above(one: Estimate, other: Estimate) -> bool:
     return one.estimate - other.estimate > math.hypot(one.estimate - one.low, other.high - other.estimate)
 
 
-class TaskSummary(BaseModel):
-    """The first numbers of a task."""
-
-    model_config = ConfigDict(populate_by_name=True)
-
-    weights: str | None = None
-    differ: Estimate  # share of neurons
-    read: Estimate  # accuracy of the probe
-    pairs: int  # of all splits, as the groups
-    groups: int
-    test_pairs: int
-    yield_: Estimate = Field(alias="yield")  # pairs / candidates of the test split
-    to_generalized: DirectionSummary
-    to_memorized: DirectionSummary
-    detect_auroc: Estimate | None = None
-    input_auroc: Estimate | None = None
-    gate_auroc: Estimate | None = None
-    answered_other: Estimate | None = None
-
-    @classmethod
-    def of(cls, task: TaskResults) -> TaskSummary:
-        """The first numbers of a task."""
-        everything, detection = task.pairs.by_split["all"], task.detection
-        return cls(
-            weights=task.weights,
-            differ=task.contrast.significant,
-            read=task.probe.best.accuracy,
-            pairs=everything.pairs,
-            groups=everything.groups,
-            test_pairs=task.pairs.pairs,
-            yield_=task.pairs.yield_,
-            detect_auroc=detection.auroc["p_memorized"] if detection else None,
-            gate_auroc=detection.gate if detection else None,
-            answered_other=detection.other if detection else None,
-            input_auroc=detection.auroc["input_only"] if detection else None,
-            **{direction: DirectionSummary.of(task, direction) for direction in task.steering},
-        )
-
-    def _other(self) -> str | None:
-        return percent(self.answered_other.estimate) if self.answered_other else None
-
-    def rows(self) -> dict[str, str]:
-        """The answers in words: do they differ, can it be read, can it be steered and at what cost."""
-        alike = max(block.chosen.begin_alike or 0.0 for block in (self.to_generalized, self.to_memorized))
-        rows = {
-            "pairs": f"{self.pairs:,} of {count(self.groups, 'group')}, yield {ranged(self.yield_)}",
-            "neurons that differ": ranged(self.differ),
-            "test states read right by a probe": ranged(self.read),
-            **self.to_generalized.rows("to_generalized"),
-            **self.to_memorized.rows("to_memorized"),
-            "weights": self.weights,
-            "P(memorized) ranks right": ranged(self.detect_auroc) if self.detect_auroc else None,
-            "the input alone ranks right": ranged(self.input_auroc) if self.input_auroc else None,
-            "conflicts left out of that, answered neither way": self._other(),
-            "the same below the vectors, for gates in one pass": ranged(self.gate_auroc) if self.gate_auroc else None,
-            "prompts whose answers begin alike (judged behind that)": percent(alike) if alike else None,
-        }
-        return {what: text for what, text in rows.items() if text}
-
-
-class Summary(BaseModel):
+@dataclass(frozen=True)
+class Summary:
     """The first numbers of a run by task; ``print`` it."""
 
-    tasks: dict[str, TaskSummary]
-    left_out: str = ""  # what a fit did without to keep to its budget
+    tasks: dict[str, Part]
 
     @classmethod
     def of(cls, results: dict[str, Any]) -> Summary:
         """From the content of ``results.json``; tasks that another version has written are left out."""
         found = {}
         for name, task in results.get("tasks", {}).items():
-            with suppress(ValidationError, TypeError):
-                found[name] = TaskSummary.of(TaskResults.model_validate({**task, "per_seed": {}}))
-        return cls(tasks=found, left_out=results.get("left_out", ""))
+            with suppress(AttributeError, KeyError, TypeError, ValueError):
+                brief = _of_task(parts_of({**task, "per_seed": {}}))
+                in_words(brief)
+                found[name] = brief
+        return cls(found)
 
     def __str__(self) -> str:
-        lines = []
-        for name, task in self.tasks.items():
-            lines += [name, *(f"  {what}: {text}" for what, text in task.rows().items())]
-        lines += [f"left out to keep to the budget: {self.left_out}"] if self.left_out else []
-        return "\n".join(lines)
+        shown = {
+            name: [f"  {what}: {text}" for what, text in in_words(task).items()] for name, task in self.tasks.items()
+        }
+        return "\n".join(line for name, lines in shown.items() for line in (name, *lines))
 
     def brief(self) -> dict[str, Any]:
         """By task as plain data, as ``mnemoscope fit --json`` prints them."""
-        dumped = {name: task.model_dump(by_alias=True) for name, task in self.tasks.items()}
-        return {k: {key: v for key, v in d.items() if v is not None or key not in OPTIONAL} for k, d in dumped.items()}
+        found: dict[str, Any] = _plain(self.tasks)
+        return found
+
+
+def _plain(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _plain(part) for key, part in tree.items()}
+    return asdict(tree) if isinstance(tree, Estimate) else tree
 
 
 def summary_of(run: str | Path) -> Summary:
     """The summary of a run folder, from its ``results.json``."""
     return Summary.of(read_json(intact(Path(run) / "results.json"), dict[str, Any]))
-
-
-def compare_briefs(first: dict[str, Any], second: dict[str, Any]) -> list[dict[str, Any]]:
-    """Two runs side by side: a row for each number that either has, with ``first`` and ``second`` in words."""
-    rows = []
-    for task in {**first, **second}:
-        ours, theirs = (TaskSummary(**found[task]).rows() if task in found else {} for found in (first, second))
-        for what in {**ours, **theirs}:
-            rows.append({"task": task, "what": what, "first": ours.get(what, "-"), "second": theirs.get(what, "-")})
-    return rows

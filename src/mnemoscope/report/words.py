@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 
-from mnemoscope.report.schema import Aim, Direction, Steered, Strongest
 from mnemoscope.statistics import Estimate
 
+Direction = Literal["to_generalized", "to_memorized"]
+Aim = Literal["pairs", "conflict"]
+# direction of steering -> (the behaviour it aims at, the behaviour it starts from)
+DIRECTIONS: dict[Direction, tuple[str, str]] = {
+    "to_generalized": ("generalized", "memorized"),
+    "to_memorized": ("memorized", "generalized"),
+}
+AIMS: tuple[Aim, ...] = ("pairs", "conflict")  # what a setting is chosen for, and the list that it is to steer
 NBSP = "\u00a0"
 UNMEASURED = "not measured"
 TOWARDS: dict[str, str] = {"to_generalized": "towards working it out", "to_memorized": "towards remembering"}
@@ -20,9 +28,10 @@ LISTS |= {"conflict_rest": "conflicts already there"}
 KEPT = ("novel", "memory", "conflict_rest")  # what steering should leave alone
 RIVALS = {"input_only": "the input alone", "input_repeats": "input with repeats"}  # what sees no state
 RIVALS |= {"entropy": "entropy", "top_gap": "gap of top two"}
-CONTROLS = {"random_neurons": "random neurons", "gaussian": "Gaussian", "low_correlation": "low-|rho| neurons"}
-CONTROLS |= {"random_sign": "random signs", "shuffled_labels": "shuffled labels"}
-CONTROLS |= {"indifference": "indifference", "permuted_answers": "permuted answers"}
+CONTROLS = {"random_neurons": "random neurons", "low_correlation": "low-|rho| neurons", "random_sign": "random signs"}
+CONTROLS |= {"shuffled_labels": "shuffled labels", "indifference": "indifference"}
+CONTROLS |= {"permuted_answers": "permuted answers", "gaussian": "Gaussian"}
+REFITTED = ("shuffled_labels", "indifference", "permuted_answers")  # a method has the first, or the other two
 
 
 def percent(share: float) -> str:
@@ -117,14 +126,25 @@ def largest_loss(collateral: dict[str, Estimate], direction: Direction) -> str:
     return f"{points(loss, sign=True)} of {of}" if loss < 0 else "none"
 
 
-def strongest_control(block: Steered, aim: Aim = "pairs") -> str:
+def for_aim(block: Any, aim: Aim) -> Any:
+    """The block of a direction whose method is best for an aim."""
+    return block.best_conflict if aim == "conflict" and "best_conflict" in block else block
+
+
+def changes(block: Any, aim: Aim) -> dict[str, Estimate]:
+    """Collateral under the setting for an aim."""
+    found: dict[str, Estimate] = block.collateral if aim == "pairs" else block.collateral_conflict
+    return found
+
+
+def strongest_control(block: Any, aim: Aim = "pairs") -> str:
     """``12 % (shuffled labels)``; ``none`` where no control was run."""
     found = block.beside.get(aim)
     return f"{percent(found.shift.estimate)} ({control_names(found)})" if found else "none"
 
 
-def control_names(found: Strongest) -> str:
-    """Which control it is; over seeds that differ, each of them with the number of seeds."""
+def control_names(found: Any) -> str:
+    """Which control steers most; over seeds that differ, each of them with the number of seeds."""
     if len(found.names) == 1:
         return "".join(CONTROLS.get(name, name) for name in found.names)
     return ", ".join(f"{CONTROLS.get(name, name)} in {seeds}" for name, seeds in found.names.items())

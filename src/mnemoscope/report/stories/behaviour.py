@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any
 
@@ -16,44 +16,40 @@ from matplotlib.ticker import MaxNLocator
 from mnemoscope.report import drawing
 from mnemoscope.report.drawing import COLOUR, GENERALIZED, INK, MEMORIZED, PAPER, Dot, Panel
 from mnemoscope.report.emergence import behaviour_panel
-from mnemoscope.report.page import Answer, Chapter, Exhibit, View
+from mnemoscope.report.page import Answer, Chapter, Exhibit, Pieces, View, marked
 from mnemoscope.report.records import Cell
-from mnemoscope.report.schema import Behaviour, Pairs, Yield
+from mnemoscope.report.rows import Over, Part
 from mnemoscope.report.words import ANSWERED, count, listed, percent
-from mnemoscope.statistics import Estimate, proportion
+from mnemoscope.statistics import proportion
 
 SHOWN = 0.05  # of the conflicts: less of a behaviour is next to none
-# (text, what it is): "" plain, "moved" differs between two phrasings, "clue" spells out the answer to be worked out.
-Pieces = list[tuple[str, str]]
 # Splitting keeps what is between sentences, so that the parts join to the whole text again.
 SENTENCE = re.compile(r"(\s*[.?!\n]+\s*)")
 WORD = re.compile(r"\d+|[^\W\d]+|\s+|.", re.DOTALL)
 
 
-def measure_behaviour(cell: Cell) -> Behaviour:
-    """How the model answers the test examples."""
+def measure(cell: Cell) -> dict[str, Any]:
+    """Training, how the model answers the test examples, and how many candidates flip under rephrasing."""
     test = cell.behaviour[cell.behaviour.split == "test"]
-    of_kind = {kind: test[test.kind == kind] for kind in ("conflict", "memory", "novel")}
+    conflict, memory, novel = (test[test.kind == kind] for kind in ("conflict", "memory", "novel"))
+    answered = {key: proportion(conflict.behaviour == key, conflict.group) for key in ANSWERED}
+    splits = {split: cell.pairs[cell.pairs.split == split] for split in ("fit", "tune", "test")} | {"all": cell.pairs}
+    return {
+        "training": {key: Over(list, cell.training_time.get(key, math.nan)) for key in ("seconds", "steps")},
+        "behaviour": {
+            "recall": proportion(memory.behaviour == "correct", memory.group),
+            "novel_accuracy": proportion(novel.behaviour == "correct", novel.group),
+            "conflict": answered | {"confabulated": proportion(conflict.confabulated, conflict.group)},
+            "ties": int(test.tie.astype(bool).sum()),
+        },
+        "pairs": _yield(splits["test"]) | {"by_split": {split: _yield(rows) for split, rows in splits.items()}},
+    }
 
-    def share(kind: str, hits: pd.Series, key: str) -> Estimate:
-        return proportion(hits, of_kind[kind].group)
 
-    conflict = of_kind["conflict"]
-    found = {key: share("conflict", conflict.behaviour == key, key) for key in ANSWERED}
-    found["confabulated"] = share("conflict", conflict.confabulated, "confabulated")
-    recall, novel = (share(kind, of_kind[kind].behaviour == "correct", kind) for kind in ("memory", "novel"))
-    return Behaviour(recall=recall, novel_accuracy=novel, conflict=found, ties=int(test.tie.astype(bool).sum()))
-
-
-def measure_pairs(cell: Cell) -> Pairs:
-    """How many candidates flip under rephrasing: the test split first, then every split."""
-    parts = {split: cell.pairs[cell.pairs.split == split] for split in ("fit", "tune", "test")} | {"all": cell.pairs}
-    counts = {}
-    for split, rows in parts.items():
-        is_pair, share = rows.is_pair.astype(bool), proportion(rows.is_pair, rows.group)
-        numbers = {"candidates": len(rows), "pairs": int(is_pair.sum()), "groups": int(rows.group[is_pair].nunique())}
-        counts[split] = Yield(**numbers, yield_=share)
-    return Pairs(**dict(counts["test"]), by_split=counts)
+def _yield(rows: pd.DataFrame) -> dict[str, Any]:
+    pairs = rows[rows.is_pair.astype(bool)]
+    found = {"candidates": len(rows), "pairs": len(pairs), "yield": proportion(rows.is_pair, rows.group)}
+    return found | {"groups": int(pairs.group.nunique())}
 
 
 def chapter(view: View) -> Chapter:
@@ -68,7 +64,7 @@ def chapter(view: View) -> Chapter:
     return Chapter(_answer(found), [Exhibit("answers", panels)], example=example, pairs=pairs)
 
 
-def _answer(found: Behaviour) -> Answer:
+def _answer(found: Part) -> Answer:
     """Whether conflicts show both behaviours."""
     question, conflict = "What does the model do?", found.conflict
     shares = {ANSWERED[key]: conflict[key] for key in ("memorized", "generalized")}
@@ -109,18 +105,7 @@ def _margins_panel(cells: Sequence[Cell]) -> Panel:
     return plot
 
 
-@dataclass(frozen=True)
-class Shown:
-    """A prompt, its two revealing answers, the behaviour that the model showed, and how the answer is to be read."""
-
-    pieces: Pieces
-    memorized: str
-    generalized: str
-    behaviour: str
-    note: str
-
-
-def one_conflict(cell: Cell) -> Shown | None:
+def one_conflict(cell: Cell) -> dict[str, Any] | None:
     """A test conflict of a middling margin, so that it is neither the easiest nor an accident.
 
     One whose answer reads the same backwards is passed over: it could not show how sums are written.
@@ -136,21 +121,16 @@ def one_conflict(cell: Cell) -> Shown | None:
     return _shown(row, [(row.prompt, "")], row.behaviour)
 
 
-def _shown(row: pd.Series, pieces: Pieces, behaviour: str) -> Shown:
-    """A prompt with every place marked that spells out the answer to be worked out."""
-    generalized = row.generalized.strip()
-    marks = ((what, marked(text, {generalized: "clue"})) for text, what in pieces)
+def _shown(row: pd.Series, pieces: Pieces, behaviour: str) -> dict[str, Any]:
+    """A prompt, marked where it spells out the answer to be worked out; both answers, and which one was given."""
+    answers = {key: row[key].strip() for key in ("memorized", "generalized")}
+    marks = ((what, marked(text, {answers["generalized"]: "clue"})) for text, what in pieces)
     shown = [(part, f"{what} {kind}".strip()) for what, parts in marks for part, kind in parts]
-    return Shown(shown, row.memorized.strip(), generalized, behaviour, reversed_sum(row["item"], generalized))
+    note = reversed_sum(row["item"], answers["generalized"])
+    return {"pieces": shown, **answers, "behaviour": behaviour, "note": note}
 
 
-def marked(text: str, kinds: dict[str, str]) -> Pieces:
-    """The text with every place marked that spells out one of the answers, by its kind."""
-    word = re.compile("(" + "|".join(rf"(?<!\w){re.escape(answer)}(?!\w)" for answer in kinds) + ")")
-    return [(part, kinds.get(part, "") if number % 2 else "") for number, part in enumerate(word.split(text)) if part]
-
-
-def some_pairs(cell: Cell) -> list[list[Shown]]:
+def some_pairs(cell: Cell) -> list[list[dict[str, Any]]]:
     """Three test pairs of different groups: (the phrasing that is remembered, the one that is worked out)."""
     rows = cell.pairs
     rows = rows[(rows.split == "test") & rows.is_pair.astype(bool)].drop_duplicates("group").head(3)
@@ -158,7 +138,7 @@ def some_pairs(cell: Cell) -> list[list[Shown]]:
     for _, row in rows.iterrows():
         a, b = difference(row.prompt_a, row.prompt_b)
         shown = [_shown(row, pieces, behaviour) for pieces, behaviour in ((a, row.behaviour_a), (b, row.behaviour_b))]
-        found.append(sorted(shown, key=lambda side: side.behaviour, reverse=True))  # "memorized" comes first
+        found.append(sorted(shown, key=lambda side: side["behaviour"], reverse=True))  # "memorized" comes first
     return found
 
 

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from mnemoscope.report import drawing
 from mnemoscope.report.drawing import INK, OTHER, Line, Panel
 from mnemoscope.report.page import TOO_FEW, Answer, Chapter, Exhibit, View, not_measured
-from mnemoscope.report.schema import Contrasts, TaskResults
+from mnemoscope.report.records import Cell
+from mnemoscope.report.rows import Part
 from mnemoscope.report.words import ANSWERED, NBSP, argmax, count, interval, percent
 from mnemoscope.statistics import LEAST_GROUPS, Estimate
 from mnemoscope.statistics.contrast import Contrast
@@ -25,23 +26,25 @@ QUANTILES = ((1.0, "strongest", INK), (0.99, "99 %", OTHER), (0.9, "90 %", OTHER
 BINS = 24
 
 
-def measure_contrast(contrast: Contrast) -> Contrasts:
+def measure(cell: Cell) -> dict[str, Any]:
     """Per layer: mean |NMD|, the largest |rho| and the share of neurons that differ, family-wise."""
-    p_LD = contrast.p_family_wise_LD
+    contrast, p_LD = cell.contrast, cell.contrast.p_family_wise_LD
     significant_LD = np.where(np.isnan(p_LD), np.nan, p_LD <= SIGNIFICANT)
-    n = int((~np.isnan(p_LD)).sum())
     mean_L = [_of_known(np.mean, row) for row in np.abs(contrast.nmd_LD)]
-    return Contrasts(
-        site=contrast.site,
-        layers=list(range(len(p_LD))),
-        mean_abs_nmd=mean_L,
-        in_norms=[mean / norm for mean, norm in zip(mean_L, contrast.state_norm_L.tolist(), strict=True)],
-        max_abs_rho=[_of_known(np.max, row) for row in np.abs(contrast.rho_LD)],
-        significant_fraction=[_of_known(np.mean, row) for row in significant_LD],
-        significant=Estimate(_of_known(np.mean, significant_LD), math.nan, math.nan, n),
-        pairs=contrast.pairs,
-        groups=contrast.groups,
-    )
+    share = Estimate(_of_known(np.mean, significant_LD), math.nan, math.nan, int((~np.isnan(p_LD)).sum()))
+    return {
+        "contrast": {
+            "site": contrast.site,
+            "layers": list(range(len(p_LD))),
+            "mean_abs_nmd": mean_L,
+            "in_norms": [mean / norm for mean, norm in zip(mean_L, contrast.state_norm_L.tolist(), strict=True)],
+            "max_abs_rho": [_of_known(np.max, row) for row in np.abs(contrast.rho_LD)],
+            "significant_fraction": [_of_known(np.mean, row) for row in significant_LD],
+            "significant": share,
+            "pairs": contrast.pairs,
+            "groups": contrast.groups,
+        }
+    }
 
 
 def _of_known(function: Any, values: np.ndarray) -> float:
@@ -64,7 +67,7 @@ def chapter(view: View) -> Chapter:
     return Chapter(answer(view.task), [Exhibit("neurons", panels)])
 
 
-def answer(task: TaskResults) -> Answer:
+def answer(task: Part) -> Answer:
     """Whether any neuron differs for certain, all tested together."""
     contrast, question = task.contrast, "Do they differ?"
     share, best = contrast.significant, argmax(contrast.significant_fraction)

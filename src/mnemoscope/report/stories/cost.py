@@ -2,60 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from mnemoscope.report import words
-from mnemoscope.report.behaviour import marked
 from mnemoscope.report.drawing import DASHED, INK, OTHER, TONE, Dot, Line, Panel, dots_panel, lines_panel
-from mnemoscope.report.page import TOO_FEW, Answer, Chapter, Exhibit, Table, View, not_measured
+from mnemoscope.report.page import TOO_FEW, Answer, Chapter, Exhibit, Table, View, marked, not_measured
 from mnemoscope.report.records import Cell
-from mnemoscope.report.schema import AIMS, DIRECTIONS, Aim, Direction, Steered, TaskResults
-from mnemoscope.report.words import CAPITAL, KEPT, LISTS, counted, points, points_interval
+from mnemoscope.report.rows import Part
+from mnemoscope.report.words import (
+    AIMS,
+    CAPITAL,
+    DIRECTIONS,
+    KEPT,
+    LISTS,
+    Aim,
+    Direction,
+    changes,
+    counted,
+    for_aim,
+    points,
+    points_interval,
+)
 from mnemoscope.statistics import Estimate, mean, proportion
 
 
-def measure_collateral(cell: Cell, direction: Direction, lists: dict[str, pd.DataFrame]) -> dict[str, Estimate]:
-    """Changes, after minus before, in ``memory``, ``novel`` and ``conflict_rest``; negative is damage."""
+def measure_kept(
+    cell: Cell, direction: Direction, lists: dict[str, pd.DataFrame]
+) -> tuple[dict[str, Estimate], dict[str, Estimate]]:
+    """By list of what should stay: the change in accuracy, negative is damage, and what is lost.
 
-    def change(rows: pd.DataFrame, right: str) -> Estimate:
-        return mean((rows.after == right).astype(np.float64) - (rows.before == right).astype(np.float64), rows.group)
-
-    return _by_list(cell, direction, lists, change)
-
-
-def measure_lost(cell: Cell, direction: Direction, lists: dict[str, pd.DataFrame]) -> dict[str, Estimate]:
-    """Of the examples of each list that were answered right before, the share that is not any more."""
-
-    def lost(rows: pd.DataFrame, right: str) -> Estimate:
-        rows = rows[rows.before == right]
-        return proportion(rows.after != right, rows.group)
-
-    return _by_list(cell, direction, lists, lost)
-
-
-def _by_list(
-    cell: Cell,
-    direction: Direction,
-    lists: dict[str, pd.DataFrame],
-    measure: Callable[[pd.DataFrame, str], Estimate],
-) -> dict[str, Estimate]:
-    found = {}
+    Lost is of the examples that were answered right before the share that is not any more.
+    """
+    change, lost = dict[str, Estimate](), dict[str, Estimate]()
     for name, rows in lists.items():
-        found[name] = measure(rows, DIRECTIONS[direction][0] if name == "conflict_rest" else "correct")
+        right = DIRECTIONS[direction][0] if name == "conflict_rest" else "correct"
+        before, after = rows.before == right, rows.after == right
+        change[name] = mean(after.astype(np.float64) - before.astype(np.float64), rows.group)
+        lost[name] = proportion(~after[before], rows.group[before])
     if cell.info["memory_is_conflict"] and direction == "to_generalized":
         # The memory examples are the conflicts themselves: steering them is the aim, not the damage.
-        found["memory"] = Estimate.undefined()
-    return found
+        change["memory"] = lost["memory"] = Estimate.undefined()
+    return change, lost
 
 
-def measure_neutral(cell: Cell) -> dict[str, dict[str, dict[str, Estimate]]] | None:
+def measure(cell: Cell) -> dict[str, Any]:
     """Divergence on neutral text by direction and dose, in nats a token; None where it was not measured."""
     if cell.neutral is None:
-        return None
+        return {"neutral": None}
     found: dict[str, dict[str, dict[str, Estimate]]] = {}
     for (direction, dose), rows in cell.neutral.groupby(["direction", "dose"]):
         acts_N = rows.acts.astype(float)
@@ -63,29 +60,29 @@ def measure_neutral(cell: Cell) -> dict[str, dict[str, dict[str, Estimate]]] | N
         measures |= {"first_gated": rows.kl_first * acts_N, "next_gated": rows.kl_next * acts_N}
         entry = {key: mean(values, rows.text) for key, values in measures.items()}
         found.setdefault(str(direction), {})[f"{dose:g}"] = entry
-    return found
+    return {"neutral": found}
 
 
 def chapter(view: View) -> Chapter:
     """What else changes, on questions, on neutral text, and in what it writes."""
     task, shown = view.task, _written(view.cells)
-    neutral = Exhibit("neutral", [_neutral_panel(doses, d) for d, doses in (task.neutral or {}).items()])
+    neutral = Exhibit("neutral", [_neutral_panel(doses, d) for d, doses in task.get("neutral", {}).items()])
     if not any(change.known for block in task.steering.values() for change in block.collateral.values()):
         return Chapter(answer(task), [neutral], **shown)
-    notes = [damage(block.for_aim(task.aim), direction, task.aim) for direction, block in task.steering.items()]
+    notes = [damage(for_aim(block, task.aim), direction, task.aim) for direction, block in task.steering.items()]
     if task.memory_is_conflict:
         notes.append("Towards working it out, facts to recall are left out: here they are the conflicts themselves.")
     panels = [_collateral_panel(block, direction) for direction, block in task.steering.items()]
     return Chapter(answer(task), [Exhibit("collateral", panels, notes), neutral], [table(task)], **shown)
 
 
-def answer(task: TaskResults) -> Answer:
+def answer(task: Part) -> Answer:
     """The largest loss among what should stay, and whether any loss is sure."""
     question = "What does it cost?"
     losses: dict[tuple[Direction, str], Estimate] = {}
-    lost = {direction: block.for_aim(task.aim).lost(task.aim) for direction, block in task.steering.items()}
-    for direction, changes in lost.items():
-        losses |= {(direction, k): c for k, c in changes.items() if c.known and k in counted(direction)}
+    lost = {direction: changes(for_aim(block, task.aim), task.aim) for direction, block in task.steering.items()}
+    for direction, by_list in lost.items():
+        losses |= {(direction, k): c for k, c in by_list.items() if c.known and k in counted(direction)}
     if not losses:
         return not_measured("cost", question, task)
     sure = {place: change for place, change in losses.items() if change.sign < 0}
@@ -99,9 +96,9 @@ def answer(task: TaskResults) -> Answer:
     return Answer("cost", question, verdict, points(worst.estimate, sign=True), sentence, note)
 
 
-def damage(block: Steered, direction: Direction, aim: Aim) -> str:
+def damage(block: Part, direction: Direction, aim: Aim) -> str:
     """What steering surely damages; what does not count as damage is named apart."""
-    found = dict.fromkeys(KEPT, Estimate.undefined()) | block.lost(aim)
+    found = dict.fromkeys(KEPT, Estimate.undefined()) | changes(block, aim)
     damaged = [f"{LISTS[key]} lose {_loss(found[key])}" for key in counted(direction) if found[key].sign < 0]
     text = words.listed(damaged) if damaged else "no sure damage"
     if not any(found[key].known for key in counted(direction)):
@@ -111,7 +108,7 @@ def damage(block: Steered, direction: Direction, aim: Aim) -> str:
         text += f" New questions, which have nothing to remember, lose {_loss(found['novel'])}."
     families = [
         f"{family} {words.percent(share['before'].estimate)} before, {words.percent(share['after'].estimate)} after"
-        for family, share in (block.recall_by_family or {}).items()
+        for family, share in block.get("recall_by_family", {}).items()
     ]
     return f"{text} Facts to recall, right by phrasing: {words.listed(families)}." if families else text
 
@@ -120,21 +117,21 @@ def _loss(change: Estimate) -> str:
     return f"{points(-change.estimate)} ({points_interval(change)})"
 
 
-def _collateral_panel(block: Steered, direction: Direction) -> Panel:
+def _collateral_panel(block: Part, direction: Direction) -> Panel:
     dots = [
-        Dot(name, changes[key], INK if key in counted(direction) else OTHER, hollow)
+        Dot(name, of[key], INK if key in counted(direction) else OTHER, hollow)
         for key in words.KEPT
-        for name, changes, hollow in ((LISTS[key], block.collateral, False), ("", block.collateral_conflict, True))
+        for name, of, hollow in ((LISTS[key], block.collateral, False), ("", block.collateral_conflict, True))
     ]
     return dots_panel(direction, dots, reference=0)
 
 
-def table(task: TaskResults) -> Table:
+def table(task: Part) -> Table:
     """What changes that should not, under both settings."""
     rows = []
     for direction, block in task.steering.items():
-        for aim, changes in zip(AIMS, (block.collateral, block.collateral_conflict), strict=True):
-            for name, change in changes.items():
+        for aim in AIMS:
+            for name, change in changes(block, aim).items():
                 what = f"{CAPITAL[direction]}, set for {LISTS[aim]}: {LISTS[name]}"
                 interval = points_interval(change) if change.known else ""
                 rows.append([what, points(change.estimate, sign=True), interval, f"{change.n:,}"])

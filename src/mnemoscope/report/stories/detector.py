@@ -10,8 +10,8 @@ import pandas as pd
 from mnemoscope.report.drawing import INK, MEMORIZED, OTHER, TONE, Dot, Line, Panel, against, dots_panel, lines_panel
 from mnemoscope.report.page import TOO_FEW, Answer, Chapter, Exhibit, Table, View
 from mnemoscope.report.records import Cell
-from mnemoscope.report.schema import DIRECTIONS, Detection, Direction, Gated, Steered, TaskResults
-from mnemoscope.report.words import LISTS, NBSP, RIVALS, interval, listed, percent, ranged
+from mnemoscope.report.rows import Part
+from mnemoscope.report.words import DIRECTIONS, LISTS, NBSP, RIVALS, Direction, interval, listed, percent, ranged
 from mnemoscope.runs.errors import InputError
 from mnemoscope.statistics import Estimate, auroc, mean, proportion
 
@@ -21,10 +21,10 @@ BINS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 ANSWERED_RIGHT = ("memory", "novel")  # lists that a gated vector should leave alone
 
 
-def measure_detector(cell: Cell) -> Detection | None:
-    """None where no detector was fitted."""
+def measure(cell: Cell) -> dict[str, Any]:
+    """How the detector ranks test prompts; why there is none where none was fitted."""
     if cell.detection is None:
-        return None
+        return {"no_detector": cell.no_detector or None}
     table = cell.detection
     known = table[table.followed.isin(("memorized", "generalized"))]
     conflict, others = known[known.examples == "conflict"], sorted(set(table.examples) - {"conflict", *ANSWERED_RIGHT})
@@ -36,20 +36,21 @@ def measure_detector(cell: Cell) -> Detection | None:
     asked = table.examples == "conflict"
     memorized = (conflict.followed == "memorized").astype(int)
     areas, gate = _rankings(conflict), None
-    if "p_memorized_below" in conflict and conflict.p_memorized_below.notna().any():
+    if conflict.p_memorized_below.notna().any():
         gate = auroc(conflict.p_memorized_below, memorized, conflict.group)
-    return Detection(
-        auroc=areas,
-        other=proportion(table.followed[asked] == "other", table.group[asked]),
-        gate=gate,
-        given_up=areas["p_memorized"].estimate - gate.estimate if gate else None,
-        by_family=by_family,
-        held_out={other: _rankings(known[known.examples == other]) for other in others},
-        reliability=_reliability(conflict),
-        brier=mean((conflict.p_memorized - memorized) ** 2, conflict.group),
-        unlike={str(k): proportion(rows.unlike, rows.group) for k, rows in table.groupby("examples")},
-        readable_from=float(conflict.readable_from.median()),
-    )
+    found = {
+        "auroc": areas,
+        "other": proportion(table.followed[asked] == "other", table.group[asked]),
+        "by_family": by_family,
+        "held_out": {other: _rankings(known[known.examples == other]) for other in others},
+        "reliability": _reliability(conflict),
+        "brier": mean((conflict.p_memorized - memorized) ** 2, conflict.group),
+        "unlike": {str(k): proportion(rows.unlike, rows.group) for k, rows in table.groupby("examples")},
+        "readable_from": float(conflict.readable_from.median()),
+        "gate": gate,
+        "given_up": areas["p_memorized"].estimate - gate.estimate if gate else None,
+    }
+    return {"detection": found}
 
 
 def _rankings(rows: pd.DataFrame, least: int = 1) -> dict[str, Any]:
@@ -70,12 +71,12 @@ def _reliability(rows: pd.DataFrame) -> list[dict[str, Estimate]]:
     return bins
 
 
-def measure_gated(cell: Cell, direction: Direction, lists: dict[str, pd.DataFrame]) -> Gated | None:
+def measure_gated(cell: Cell, direction: Direction, lists: dict[str, pd.DataFrame]) -> dict[str, Any] | None:
     """What a vector does behind the gate, from its rows by list; None where no detector was fitted."""
     if cell.gate is None:
         return None
     target, source = DIRECTIONS[direction]
-    found = Gated(acted={}, shift={}, collateral={})
+    found: dict[str, Any] = {"acted": {}, "shift": {}, "collateral": {}, "recall_by_family": None}
     for name, rows in lists.items():
         acts = cell.gate[(cell.gate.direction == direction) & (cell.gate.examples == name)].set_index("example").acts
         if not acts.index.is_unique or not set(rows.example) <= set(acts.index):
@@ -83,14 +84,14 @@ def measure_gated(cell: Cell, direction: Direction, lists: dict[str, pd.DataFram
             raise InputError(f"{path}: examples of {name!r} are not those of steering")
         acts_N = acts.loc[rows.example].to_numpy(bool)
         after_N = np.where(acts_N, rows.after, rows.before)
-        found.acted[name] = proportion(acts_N, rows.group)
+        found["acted"][name] = proportion(acts_N, rows.group)
         if name == "memory":
-            found.recall_by_family = recall_by_family(cell, rows.assign(after=after_N))
+            found["recall_by_family"] = recall_by_family(cell, rows.assign(after=after_N))
         if name in ANSWERED_RIGHT:
             change_N = (after_N == "correct").astype(float) - (rows.before == "correct").to_numpy(float)
-            found.collateral[name] = mean(change_N, rows.group)
+            found["collateral"][name] = mean(change_N, rows.group)
         elif (rows.before == source).all():
-            found.shift[name] = proportion(after_N == target, rows.group)
+            found["shift"][name] = proportion(after_N == target, rows.group)
     return found
 
 
@@ -106,9 +107,9 @@ def recall_by_family(cell: Cell, rows: pd.DataFrame) -> dict[str, Any] | None:
 
 def chapter(view: View) -> Chapter | None:
     """Rankings and reliability, then vectors behind the gate; None where no detector was asked for."""
-    task, found = view.task, view.task.detection
+    task, found = view.task, view.task.get("detection")
     if found is None:
-        return Chapter(answer(task)) if task.no_detector else None
+        return Chapter(answer(task)) if "no_detector" in task else None
     strange = [f"{percent(s.estimate)} of {LISTS.get(k, k)}" for k, s in found.unlike.items() if s.known]
     texts = [f"Unlike what it was fitted on: {listed(strange)}."] if strange else []
     dots = against(SCORES["p_memorized"], {name: found.auroc[score] for score, name in SCORES.items()})
@@ -118,13 +119,13 @@ def chapter(view: View) -> Chapter | None:
     ticks = {x: f"{100 * x:.0f} %" for x in BINS}
     panels = [dots_panel("ranked right, all conflicts", dots, reference=50)]
     panels.append(lines_panel("of those, remembered", lines, "P(memorized)", ticks=ticks, axis="share"))
-    gated = [_gated_panel(block, direction) for direction, block in task.steering.items() if block.gated]
+    gated = [_gated_panel(block, direction) for direction, block in task.steering.items() if "gated" in block]
     return Chapter(answer(task), [Exhibit("ranking", panels, texts, table(found)), Exhibit("gated", gated)])
 
 
-def answer(task: TaskResults) -> Answer:
+def answer(task: Part) -> Answer:
     """Whether the detector ranks prompts right before they are answered."""
-    question, found = "Can it be foreseen?", task.detection
+    question, found = "Can it be foreseen?", task.get("detection")
     if found is None:
         return Answer("detector", question, "No detector", sentence=f"None could be fitted: {task.no_detector}.")
     ours = found.auroc["p_memorized"]
@@ -140,13 +141,13 @@ def answer(task: TaskResults) -> Answer:
     verdict = TOO_FEW if ours.too_few else verdict
     sentence = "of the cases, a prompt that will be remembered gets a higher P(memorized) than one worked out."
     beside = listed([f"{name} ranks {percent(rival.estimate)}" for name, rival in rivals.items() if rival.known])
-    left_out = f" Left out: {percent(found.other.estimate)} that give neither answer." if found.other else ""
-    note = f"95{NBSP}% interval: {interval(ours)}.{left_out} {beside}. Mean squared error: {found.brier.estimate:.3f}."
+    left_out = f"Left out: {percent(found.other.estimate)} that give neither answer."
+    note = f"95{NBSP}% interval: {interval(ours)}. {left_out} {beside}. Mean squared error: {found.brier.estimate:.3f}."
     mark = (inputs.estimate, RIVALS[best])
     return Answer("detector", question, verdict, percent(ours.estimate), sentence, note, ours, mark)
 
 
-def table(found: Detection) -> Table:
+def table(found: Part) -> Table:
     """Within each phrasing, how the detector ranks prompts, beside what needs no state."""
     parts: dict[str, dict[str, Any]] = {"all conflicts": found.auroc, **found.by_family}
     parts |= {f"held out: {name}": entry for name, entry in found.held_out.items()}
@@ -158,8 +159,7 @@ def table(found: Detection) -> Table:
     return Table("Share of (remembered, worked out) prompts that a score ranks right", columns, rows)
 
 
-def _gated_panel(block: Steered, direction: Direction) -> Panel:
-    assert block.gated
+def _gated_panel(block: Part, direction: Direction) -> Panel:
     plain = {"pairs": block.pairs.shift, "conflict": block.conflict_at_chosen.shift}
     dots = []
     for name in (name for name in plain if name in block.gated.shift):

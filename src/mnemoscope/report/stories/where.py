@@ -10,13 +10,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mnemoscope.report import schema
 from mnemoscope.report.drawing import DASHED, INK, MUTED, OTHER, TONE, Line, Panel, lines_panel
-from mnemoscope.report.intervals import shares
 from mnemoscope.report.page import Answer, Chapter, Exhibit, View, not_measured
 from mnemoscope.report.records import Cell
-from mnemoscope.report.schema import DIRECTIONS, Ablation, Direction, Shares, SweepRow, TaskResults
-from mnemoscope.report.words import CAPITAL, TOWARDS, argmax, percent
+from mnemoscope.report.rows import Part, parts_of, scalar, shares
+from mnemoscope.report.words import AIMS, CAPITAL, DIRECTIONS, TOWARDS, Aim, Direction, argmax, percent
 from mnemoscope.statistics import Estimate, mean, over_seeds, proportion
 
 PAPERS = "nmd"  # the paper's own method
@@ -24,56 +22,50 @@ SETTING = ["direction", "method", "site", "layers", "top", "strength"]
 STEERED, KEPT = ("shift", "stay", "other", "margin", "margin_sd"), ("kept",)
 
 
-def measure_effects(cell: Cell) -> dict[str, Any]:
+def measure(cell: Cell) -> dict[str, Any]:
     """Doses, words, other decoding, ablation and patching; empty where the records have none of it."""
 
-    def measured(rows: pd.DataFrame) -> Shares:
+    def measured(rows: pd.DataFrame) -> dict[str, Estimate]:
         return shares(rows, rows.direction.iloc[0])
 
-    def dose(rows: pd.DataFrame) -> schema.Dose:
-        return schema.Dose(margin=mean(rows.margin, rows.group, rows.draw), **dict(measured(rows)))
+    def dose(rows: pd.DataFrame) -> dict[str, Estimate]:
+        return {**measured(rows), "margin": mean(rows.margin, rows.group, rows.draw)}
 
-    def nested(what: str, keys: list[str], measure: Callable[[pd.DataFrame], Any]) -> dict[str, Any]:
-        """``measure`` of every combination of the keys, as dictionaries within dictionaries."""
+    def nested(what: str, keys: list[str], of: Callable[[pd.DataFrame], Any]) -> dict[str, Any]:
+        """What ``of`` gives for every combination of the keys, as dictionaries within dictionaries."""
         tree: dict[str, Any] = {}
         rows = cell.effects[cell.effects.what == what]
         for values, part in rows.groupby(keys, observed=True, sort=True) if len(rows) else ():
-            place, names = tree, [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
-            for name in names[:-1]:
+            *way, last = (f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+            place = tree
+            for name in way:
                 place = place.setdefault(name, {})
-            place[names[-1]] = measure(part)
+            place[last] = of(part)
         return tree
 
-    layers, patched = range(len(cell.contrast.nmd_LD)), cell.effects[cell.effects.what == "patch"]
-    patch = {
-        direction: {
-            str(site): [shares(part[part.layers == str(layer)], direction) for layer in layers]
-            for site in dict.fromkeys(patched.site)
-            for part in [patched[(patched.direction == direction) & (patched.site == site)]]
-        }
-        for direction in DIRECTIONS
-    }
+    def by_layer(rows: pd.DataFrame) -> list[dict[str, Estimate]]:
+        layers = range(len(cell.contrast.nmd_LD))
+        return [shares(rows[rows.layers == str(layer)], rows.direction.iloc[0]) for layer in layers]
+
     return {
         "dose": nested("dose", ["method", "direction", "role", "dose"], dose),
+        "ablation": nested("ablation", ["method", "direction", "dose"], ablation),
+        "patch": {direction: {} for direction in DIRECTIONS} | nested("patch", ["direction", "site"], by_layer),
         "prompt": nested("prompt", ["direction"], measured),
         "context_aware": nested("contrast", ["direction", "dose"], measured),
-        "ablation": nested("ablation", ["method", "direction", "dose"], _ablation),
-        "patch": patch,
     }
 
 
-def _ablation(rows: pd.DataFrame) -> Ablation:
+def ablation(rows: pd.DataFrame) -> dict[str, Any]:
     """What is left of a pair's two sides while neurons are held at their mean, and beside it as many at random."""
-    tables, found = {}, {}
-    for role in ("vector", "random_neurons"):
-        part = rows[rows.role == role]
-        tables[role] = table = _separations(part)
-        sides = {side: part[part.side == side] for side in ("generalized", "memorized")}
-        found[role] = schema.Ablated(
-            **{key: mean(table[key], table.group) for key in ("before", "after", "lost")},
-            kept={side: proportion(one.after == side, one.group, one.draw) for side, one in sides.items()},
-        )
-    return Ablation(**found, minus_random=_beyond_random(tables["vector"], rows[rows.role == "random_neurons"]))
+    of_role = {role: rows[rows.role == role] for role in ("vector", "random_neurons")}
+    tables = {role: _separations(part) for role, part in of_role.items()}
+    found: dict[str, Any] = {}
+    for role, table in tables.items():
+        sides = {side: of_role[role][of_role[role].side == side] for side in ("generalized", "memorized")}
+        found[role] = {key: mean(table[key], table.group) for key in ("before", "after", "lost")}
+        found[role]["kept"] = {side: proportion(one.after == side, one.group, one.draw) for side, one in sides.items()}
+    return found | {"minus_random": _beyond_random(tables["vector"], of_role["random_neurons"])}
 
 
 def _beyond_random(ours: pd.DataFrame, random: pd.DataFrame) -> Estimate:
@@ -100,21 +92,21 @@ def _separations(rows: pd.DataFrame) -> pd.DataFrame:
     return table.assign(lost=table.before - table.after)
 
 
-def measure_sweep(cells: Sequence[Cell]) -> list[SweepRow]:
-    """A row per setting and list of examples; ``seeds`` counts those that tried it."""
+def measure_sweep(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """A row per setting and list of examples, over the ``seeds`` that tried it; no interval within a seed."""
     # A place that both aims try has one row for each; they are the same.
-    tables = [cell.sweep.drop_duplicates([*SETTING, "examples"]) for cell in cells]
+    tables, keys = [cell.sweep.drop_duplicates([*SETTING, "examples"]) for cell in cells], [*SETTING, "examples"]
     rows = []
-    for values, part in pd.concat(tables).groupby([*SETTING, "examples"], sort=True, observed=True):
-        row: dict[str, Any] = dict(zip([*SETTING, "examples"], values, strict=True))
-        for key in STEERED if row["examples"] in schema.AIMS else KEPT:
+    for values, part in pd.concat(tables).groupby(keys, sort=True, observed=True):
+        row: dict[str, Any] = {key: scalar(value) for key, value in zip(keys, values, strict=True)}
+        for key in STEERED if row["examples"] in AIMS else KEPT:
             each = zip(part[key], part.n, strict=True)
             row[key] = over_seeds([Estimate(float(x), math.nan, math.nan, int(n)) for x, n in each])
-        rows.append(SweepRow(**row, seeds=len(part)))
+        rows.append({**row, "seeds": len(part)})
     return rows
 
 
-def measure_layers(sweep: Sequence[SweepRow], contrast: schema.Contrasts, aim: schema.Aim) -> schema.ByLayer:
+def measure_layers(sweep: Sequence[dict[str, Any]], contrast: Part, aim: Aim) -> dict[str, Any]:
     """Where the difference is, layer by layer, beside where a shift of one layer acts, at one strength for all.
 
     Of the strengths that every method tried on single layers, at every site where it tried any, that which steers most
@@ -124,28 +116,26 @@ def measure_layers(sweep: Sequence[SweepRow], contrast: schema.Contrasts, aim: s
     shift = {}
     for direction in DIRECTIONS:
         rows = single_layers(sweep, direction, aim)
-        places, tried = {(row.method, row.site) for row, _ in rows}, {}
-        for strength in dict.fromkeys(row.strength for row, _ in rows):
-            part = [(row, share.estimate) for row, share in rows if row.strength == strength]
-            if {(row.method, row.site) for row, _ in part} == places:
-                tried[strength] = sum(share for _, share in part) / len(part)
+        places, tried = {(row.method, row.site) for row in rows}, {}
+        for strength in dict.fromkeys(row.strength for row in rows):
+            part = [row for row in rows if row.strength == strength]
+            if {(row.method, row.site) for row in part} == places:
+                tried[strength] = sum(row.shift.estimate for row in part) / len(part)
         strength = max(tried, key=lambda strength: tried[strength], default=math.nan)
-        at_equal = [(row, share) for row, share in rows if row.strength == strength]
-        by_method: dict[str, dict[str, list[Estimate]]] = {}
-        for method, site in dict.fromkeys((row.method, row.site) for row, _ in at_equal):
-            found = [(row.layers, share) for row, share in at_equal if (row.method, row.site) == (method, site)]
-            by_layer = ([share for layers, share in found if int(layers) == layer] for layer in contrast.layers)
-            best = [max(shares, key=lambda s: s.estimate, default=Estimate.undefined()) for shares in by_layer]
-            by_method.setdefault(method, {})[site] = best
-        shift[direction] = schema.OneLayer(strength=strength, methods=by_method)
-    shown = {key: getattr(contrast, key) for key in ("layers", "mean_abs_nmd", "max_abs_rho")}
-    return schema.ByLayer(**shown, shift=shift)
+        methods: dict[str, dict[str, list[Estimate]]] = {}
+        for method, site in dict.fromkeys((row.method, row.site) for row in rows if row.strength == strength):
+            of = [row for row in rows if (row.method, row.site, row.strength) == (method, site, strength)]
+            by_layer = ([row.shift for row in of if int(row.layers) == layer] for layer in contrast.layers)
+            best = [max(found, key=lambda s: s.estimate, default=Estimate.undefined()) for found in by_layer]
+            methods.setdefault(method, {})[site] = best
+        shift[direction] = {"strength": strength, "methods": methods}
+    return {key: contrast[key] for key in ("layers", "mean_abs_nmd", "max_abs_rho")} | {"shift": shift}
 
 
-def single_layers(sweep: Sequence[SweepRow], direction: Direction, aim: schema.Aim) -> list[tuple[SweepRow, Estimate]]:
-    """What single layers do to the tune list of an aim: the settings, and the shares that they shift."""
-    rows = [row for row in sweep if (row.direction, row.examples) == (direction, aim) and row.layers.isdigit()]
-    return [(row, row.shift) for row in rows if row.shift]
+def single_layers(sweep: Sequence[dict[str, Any]], direction: Direction, aim: Aim) -> list[Part]:
+    """What single layers do to the tune list of an aim: the settings, and the ``shift`` of each."""
+    rows: list[Part] = parts_of(list(sweep))
+    return [row for row in rows if (row.direction, row.examples) == (direction, aim) and row.layers.isdigit()]
 
 
 def chapter(view: View) -> Chapter:
@@ -163,24 +153,24 @@ def chapter(view: View) -> Chapter:
     return Chapter(answer(task), [Exhibit("depth", panels), Exhibit("ablation", ablated, texts)])
 
 
-def answer(task: TaskResults) -> Answer:
+def answer(task: Part) -> Answer:
     """The layer that steers most pairs by itself, of all that were tried alone, beside where |rho| is largest."""
     question, shows = "Where does it act?", argmax(task.by_layer.max_abs_rho)
     if shows is None:
         return not_measured("where", question, task)
-    best: dict[Direction, tuple[SweepRow, Estimate]] = {}
+    best: dict[Direction, Part] = {}
     alone = set[str]()
     for direction in DIRECTIONS:
-        rows = [(row, share) for row, share in single_layers(task.sweep, direction, task.aim) if share.known]
-        best |= {direction: max(rows, key=lambda found: found[1].estimate)} if rows else {}
-        alone |= {row.layers for row, _ in rows}
+        rows = [row for row in single_layers(task.sweep, direction, task.aim) if row.shift.known]
+        best |= {direction: max(rows, key=lambda row: row.shift.estimate)} if rows else {}
+        alone |= {row.layers for row in rows}
     if not best:
         return Answer("where", question, "In several layers together", sentence="No single layer was tried.")
     found, what = [], "pairs" if task.aim == "pairs" else "conflicts"
-    for d, (row, share) in best.items():
+    for d, row in best.items():
         how = f"by layer {row.layers} alone ({row.method}, strength {row.strength:g})"
-        found.append((percent(share.estimate), f"of tune {what} are steered {TOWARDS[d]} {how}."))
-    layers = {row.layers for row, _ in best.values()}
+        found.append((percent(row.shift.estimate), f"of tune {what} are steered {TOWARDS[d]} {how}."))
+    layers = {row.layers for row in best.values()}
     verdict = f"Most in layer {layers.pop()}" if len(layers) == 1 else "In another layer for each direction"
     if len(alone) < len(task.by_layer.layers):
         verdict = f"{len(alone)} of {len(task.by_layer.layers)} layers were tried alone"
@@ -188,7 +178,7 @@ def answer(task: TaskResults) -> Answer:
     return Answer("where", question, verdict, *found[0], " ".join(notes))
 
 
-def _acts_panel(task: TaskResults, direction: Direction) -> Panel:
+def _acts_panel(task: Part, direction: Direction) -> Panel:
     """Each method at the site at which one layer alone steers most; the others are in ``results.json``."""
     layers, lines = task.by_layer.layers, []
     for method, sites in task.by_layer.shift[direction].methods.items():
@@ -201,7 +191,7 @@ def _acts_panel(task: TaskResults, direction: Direction) -> Panel:
     return lines_panel(direction, lines, "acts: layer", axis="share")
 
 
-def _needed(found: dict[str, Ablation], direction: Direction) -> str:
+def _needed(found: dict[str, Part], direction: Direction) -> str:
     """Whether the neurons are needed more than random ones, at the largest share that was held."""
     known = [top for top in sorted(found, key=float) if found[top].minus_random.known]
     if not known:
@@ -215,11 +205,11 @@ def _needed(found: dict[str, Ablation], direction: Direction) -> str:
     )
 
 
-def _ablation_panel(found: dict[str, Ablation], direction: Direction) -> Panel:
+def _ablation_panel(found: dict[str, Part], direction: Direction) -> Panel:
     x = sorted(found, key=float)
     before, places = found[x[0]].vector.before, [0.0, *(100 * float(top) for top in x)]
     lines = [
-        Line(name, places, [before, *(getattr(found[top], role).after for top in x)], tone)
+        Line(name, places, [before, *(found[top][role].after for top in x)], tone)
         for name, role, tone in (("its neurons", "vector", TONE[direction]), ("random", "random_neurons", OTHER))
     ]
     ticks = {place: f"{place:g} %" for place in places}

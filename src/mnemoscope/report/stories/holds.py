@@ -11,35 +11,37 @@ from mnemoscope.report import drawing
 from mnemoscope.report.drawing import DASHED, INK, MUTED, OTHER, TONE, Dot, Line, Panel, dots_panel
 from mnemoscope.report.page import TOO_FEW, Answer, Chapter, Exhibit, Table, View, not_measured
 from mnemoscope.report.records import Cell, Run
-from mnemoscope.report.schema import DIRECTIONS, Halves, SeedsRow, TaskResults, Transfer
-from mnemoscope.report.words import NBSP, TOWARDS, listed, percent, ranged
+from mnemoscope.report.rows import Part, drawn, scalar
+from mnemoscope.report.words import DIRECTIONS, NBSP, TOWARDS, Direction, listed, percent, ranged
 from mnemoscope.statistics import LEAST_GROUPS, Estimate, mean_with_range, over_seeds, proportion
 
 MEASURE = ["site", "shared_initialization", "what", "layer", "top"]
 ALL = -1  # the layer of what belongs to all together
 
 
-def measure_halves(cell: Cell) -> Halves:
+def measure(cell: Cell) -> dict[str, Any]:
     """How alike the contrasts of two halves of the fit pairs are; the mean over halvings, with their range."""
-    layers, of = range(len(cell.contrast.nmd_LD)), dict(iter(cell.halves.groupby("what")))
-    cosine, rank, overlap, in_layers = (
-        of.get(what, cell.halves[:0]) for what in ("nmd_cosine", "rho_rank_correlation", "overlap", "overlap_in_layers")
-    )
-    found = {
-        f"{top:g}": {
+    layers, rows = range(len(cell.contrast.nmd_LD)), cell.halves
+
+    def value(what: str, layer: int) -> Estimate:
+        return mean_with_range(rows.value[(rows.what == what) & (rows.layer == layer)])
+
+    overlap = {}
+    for top in sorted(rows.top[rows.what == "overlap"].unique().tolist()):
+        part, within = (rows[(rows.what == what) & (rows.top == top)] for what in ("overlap", "overlap_in_layers"))
+        overlap[f"{top:g}"] = {
             "share": mean_with_range(part.value),
             "chance": _chance(part, int(part.n.max())),
-            "chance_in_layers": _chance(within := in_layers[in_layers.top == top], int(within.n.max())),
+            "chance_in_layers": _chance(within, int(within.n.max())),
         }
-        for top, part in overlap.groupby("top")
+    found = {
+        "halvings": int(rows.halving.nunique()),
+        "rho_rank_correlation": [value("rho_rank_correlation", layer) for layer in layers],
+        "nmd_cosine": [value("nmd_cosine", layer) for layer in layers],
+        "nmd_cosine_all": value("nmd_cosine", ALL),
+        "overlap": overlap,
     }
-    return Halves(
-        halvings=int(cell.halves.halving.nunique()),
-        rho_rank_correlation=[mean_with_range(rank.value[rank.layer == layer]) for layer in layers],
-        nmd_cosine=[mean_with_range(cosine.value[cosine.layer == layer]) for layer in layers],
-        nmd_cosine_all=mean_with_range(cosine.value[cosine.layer == ALL]),
-        overlap=found,
-    )
+    return {"consistency": {"halves": drawn(found)}}
 
 
 def _chance(rows: pd.DataFrame, n: int) -> Estimate:
@@ -48,43 +50,40 @@ def _chance(rows: pd.DataFrame, n: int) -> Estimate:
     return Estimate(chance, low, high, n)
 
 
-def measure_seeds(run: Run) -> dict[str, list[SeedsRow]]:
+def measure_seeds(run: Run) -> dict[str, list[dict[str, Any]]]:
     """By label: how alike each two seeds are, beside what it would be by chance; the mean and the range of all twos."""
-    if run.seeds is None:
-        return {}
-    found: dict[str, list[SeedsRow]] = {}
-    for label, rows in run.seeds.groupby("label", sort=True):
-        for values, part in rows.groupby(MEASURE, dropna=False, sort=True):
-            facts: dict[str, Any] = dict(zip(MEASURE, values, strict=True))
+    found: dict[str, list[dict[str, Any]]] = {}
+    if run.seeds is not None:
+        for (label, *values), part in run.seeds.groupby(["label", *MEASURE], dropna=False, sort=True):
+            facts = {key: scalar(value) for key, value in zip(MEASURE, values, strict=True)}
             numbers = {"value": mean_with_range(part.value), "chance": _chance(part, len(part)), "twos": len(part)}
-            found.setdefault(str(label), []).append(SeedsRow(**facts, **numbers))
+            found.setdefault(str(label), []).append(facts | numbers)
     return found
 
 
-def measure_transfer(run: Run, layers: dict[tuple[str, int], int]) -> dict[str, dict[str, Transfer]]:
+def measure_transfer(run: Run, layers: dict[tuple[str, int], int]) -> dict[str, dict[str, Any]]:
     """By source and target: shift of the source's vectors on the target's pairs, and accuracy of its probes there, by
     label and seed at the layer that reads the tune split best (``layers``).
     """
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    tree: dict[str, dict[str, Any]] = {}
     if run.transfer_steering is not None:
         for (source, target), rows in run.transfer_steering.groupby(["source", "target"], observed=True, sort=True):
-            found[str(source), str(target)] = {
-                direction: {
-                    str(method): {
-                        name: _by_seed(part[part.role == role], part.after == DIRECTIONS[direction][0], draws=True)
-                        for name, role in (("shift", "vector"), ("gaussian", "gaussian"))
-                    }
-                    for method, part in rows[rows.direction == direction].groupby("method", observed=True, sort=True)
-                }
-                for direction in DIRECTIONS
-            }
+            tree.setdefault(str(source), {})[str(target)] = {d: _carried(rows, d) for d in DIRECTIONS}
     if run.transfer_probes is not None:
         for (source, target), rows in run.transfer_probes.groupby(["source", "target"], sort=True):
-            found.setdefault((str(source), str(target)), {}).update(_probes(rows, layers))
-    tree: dict[str, dict[str, Transfer]] = {}
-    for (source, target), numbers in found.items():
-        tree.setdefault(source, {})[target] = Transfer(**numbers)
+            tree.setdefault(str(source), {}).setdefault(str(target), {}).update(_probes(rows, layers))
     return tree
+
+
+def _carried(rows: pd.DataFrame, direction: Direction) -> dict[str, Any]:
+    """By method what its vector shifts, and what Gaussian shifts do."""
+    found = {}
+    for method, of in rows[rows.direction == direction].groupby("method", observed=True, sort=True):
+        parts = {name: of[of.role == role] for name, role in (("shift", "vector"), ("gaussian", "gaussian"))}
+        found[str(method)] = {
+            name: _by_seed(part, part.after == DIRECTIONS[direction][0], draws=True) for name, part in parts.items()
+        }
+    return found
 
 
 def _probes(rows: pd.DataFrame, layers: dict[tuple[str, int], int]) -> dict[str, Any]:
@@ -130,7 +129,7 @@ def chapter(view: View) -> Chapter:
     return Chapter(answer(task, seeds), exhibits)
 
 
-def answer(task: TaskResults, seeds: list[SeedsRow]) -> Answer:
+def answer(task: Part, seeds: list[Part]) -> Answer:
     """Whether the same neurons are found again: between seeds where there are several, else between halves."""
     question, found, texts, again = "Does it hold up?", overlaps(task, seeds), [], []
     for between, words in (("seeds", "two seeds"), ("halves", "two halves of the fit pairs")):
@@ -149,13 +148,13 @@ def answer(task: TaskResults, seeds: list[SeedsRow]) -> Answer:
     return Answer("holds", question, verdict, *texts[0], " ".join(notes))
 
 
-def seed_rows(seeds: list[SeedsRow], what: str) -> list[SeedsRow]:
+def seed_rows(seeds: list[Part], what: str) -> list[Part]:
     """Rows of one measure between seeds; where some seeds began alike and some did not, those that began alike."""
     rows = [row for row in seeds if row.what == what]
     return [row for row in rows if row.shared_initialization] or rows
 
 
-def overlaps(task: TaskResults, seeds: list[SeedsRow]) -> list[Found]:
+def overlaps(task: Part, seeds: list[Part]) -> list[Found]:
     """Overlap of the strongest neurons, between halves of the pairs and between seeds, as far as known.
 
     Beside what it would be by chance within layers: where two sets prefer the same layers, they share neurons by that.
@@ -164,12 +163,11 @@ def overlaps(task: TaskResults, seeds: list[SeedsRow]) -> list[Found]:
     found: list[Found] = [
         ("halves", float(top), each["share"], each["chance_in_layers"]) for top, each in halves.items()
     ]
-    within = seed_rows(seeds, "overlap_in_layers") or seed_rows(seeds, "overlap")  # records of version 0.1
-    found += [("seeds", row.top, row.value, row.chance) for row in within]
+    found += [("seeds", row.top, row.value, row.chance) for row in seed_rows(seeds, "overlap_in_layers")]
     return sorted((entry for entry in found if entry[2].known), key=lambda entry: (entry[1], entry[0]))
 
 
-def _likeness_panel(task: TaskResults, seeds: list[SeedsRow]) -> Panel:
+def _likeness_panel(task: Part, seeds: list[Part]) -> Panel:
     """Rank correlation of rho by layer, and what two seeds share beside chance."""
     lines = [Line("halves", task.contrast.layers, task.consistency["halves"].rho_rank_correlation)]
     for name, what, dash in (("seeds", "rank_correlation", DASHED), ("aligned", "aligned_cosine", drawing.DOTTED)):
@@ -181,14 +179,14 @@ def _likeness_panel(task: TaskResults, seeds: list[SeedsRow]) -> Panel:
     return drawing.lines_panel("likeness by layer", lines, chance=0)
 
 
-def transfer(matrix: dict[str, dict[str, Transfer]]) -> Table | None:
+def transfer(matrix: dict[str, dict[str, Part]]) -> Table | None:
     """What vectors and probes of each task do on pairs of each; None without a second task."""
     rows = []
     for source, target, found in ((s, t, found) for s, targets in matrix.items() for t, found in targets.items()):
         row = [f"{source} on {target}"]
-        for by_method in (found.to_generalized, found.to_memorized):
+        for by_method in (found.get(direction) for direction in DIRECTIONS):
             carried = by_method["best" if "best" in by_method else min(by_method)] if by_method else {}
             row.append(" / ".join(ranged(share) for share in carried.values()))
-        rows.append([*row, ranged(found.probe) if found.probe else ""])
+        rows.append([*row, ranged(found["probe"]) if "probe" in found else ""])
     columns = ["", *(f"steered {towards} / Gaussian" for towards in TOWARDS.values()), "probe right"]
     return Table("Learned on one task, tried on another of the same model", columns, rows) if rows else None

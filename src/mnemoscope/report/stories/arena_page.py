@@ -1,0 +1,251 @@
+"""The story of an arena, its page: wanted answers against their cost, and tables, which docs/arena.py prints too."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from mnemoscope.report.drawing import COLOUR, FINE, INK, MUTED, RULE, Panel, canvas, draw
+from mnemoscope.report.page import Table, filled
+from mnemoscope.report.rows import Part, to_json
+from mnemoscope.report.stories.arena import TOWARDS, UNSTEERED, Records, results_of
+from mnemoscope.report.words import percent
+from mnemoscope.runs.digests import write_marker
+from mnemoscope.runs.files import write_atomically
+from mnemoscope.statistics import Estimate
+
+TITLES = {"generalized": "To follow the text", "memorized": "To follow memory"}
+LISTS = {"agreeing": "texts that agree", "bare": "bare questions"}
+DASH = "-"
+
+
+def build_arena(run: Path, beside: Sequence[Path] = ()) -> Path:
+    """Write ``arena/results.json`` and ``arena.html`` of a run from its records; returns the path of the page.
+
+    ``beside``: other runs, whose arenas are on the same page.
+
+    Raises:
+        InputError: a run holds no arena, or its records are damaged.
+    """
+    results = results_of(Records.of(run / "arena"))
+    written = write_atomically(run / "arena" / "results.json", to_json(results).encode())
+    write_marker(run / "arena", "report", [written])
+    found = [results, *(results_of(Records.of(other / "arena")) for other in beside)]
+    shown = [
+        {
+            "name": arena_name(one),
+            "facts": facts_of(one),
+            "drawn": [Markup(svg) for svg in _drawn(one, f"arena-{number}")],
+            "sentences": [sentence(one, toward) for toward in TOWARDS],
+            "tables": tables_of(one),
+        }
+        for number, one in enumerate(found)
+    ]
+    page = filled("arena.html", arenas=shown, across=across_tables(found) if beside else [])
+    return write_atomically(run / "arena.html", page.encode())
+
+
+def arena_name(results: Part) -> str:
+    """Model and task of an arena."""
+    return f"{results.model}, {results.task}"
+
+
+def facts_of(results: Part) -> str:
+    """What an arena is of, in a few sentences."""
+    lists = results.lists
+    known = f"{results.known} of {results.asked} items known bare; " if results.asked else ""
+    sizes = ", ".join(f"{lists[name]} {words}" for name, words in LISTS.items() if lists.get(name))
+    counts = f"{known}{lists.conflict} test conflicts of {results.groups} groups, {sizes}"
+    sentences = [
+        f"{counts}, frozen before anything was applied.",
+        f"Weights and passes in {results.dtype}, seed {results.seed}.",
+    ]
+    if not math.isnan(results.by_answers):
+        rule = "A rule that sees the two answers alone, without a prompt or a model, tells which is memory's in"
+        sentences.append(f"{rule} {percent(results.by_answers)}.")
+    left = "; ".join(f"{name} is left out ({why})" for name, why in results.left_out.items())
+    return " ".join([*sentences, *([f"{left}."] if left else [])])
+
+
+def sentence(results: Part, toward: str) -> str:
+    """What stands out in one direction; the winner is chosen on the tune split."""
+    winner = results.winner[toward]
+    if winner is None:
+        return f"{TITLES[toward]}: no method was run."
+    own, best = results.unsteered[toward], results.methods[winner][toward]
+    beaten = [
+        f"{name} ({_points(test.difference)}, p = {_p(test.p_holm)})"
+        for name, test in best.get("tests", {}).items()
+        if not math.isnan(test.p_holm)
+    ]
+    beside = f" Against {' and '.join(beaten)}." if beaten else ""
+    return (
+        f"{TITLES[toward]}: {percent(own.wanted.estimate)} without help. Best on tune is {winner}: "
+        f"{percent(best.wanted.estimate)}, and {percent(best.lost)} of other answers lost.{beside}"
+    )
+
+
+def tables_of(results: Part) -> list[Table]:
+    """The tables of one arena: answers, costs, tests and changed prompts, in both directions."""
+    of_each = (_answers, _costs, _compared, _varied)
+    return [table(results, toward) for toward in TOWARDS for table in of_each]
+
+
+def across_tables(found: Sequence[Part]) -> list[Table]:
+    """Wanted and lost of every method, arenas side by side."""
+    tables = []
+    for toward in TOWARDS:
+        each = [dict(_methods(results, toward)) for results in found]
+        names = dict.fromkeys((UNSTEERED, *(name for results in found for name in results.methods)))
+        rows = [[name, *(_wanted_lost(methods.get(name)) for methods in each)] for name in names]
+        caption = f"{TITLES[toward]}: wanted answers / other answers lost"
+        tables.append(Table(caption, ["method", *(arena_name(results) for results in found)], rows))
+    return tables
+
+
+def _wanted_lost(found: Part | None) -> str:
+    return f"{percent(found.wanted.estimate)} / {percent(found.lost)}" if found else DASH
+
+
+def _methods(results: Part, toward: str) -> list[tuple[str, Part]]:
+    """The model itself, then methods by their share of wanted answers."""
+    found = [(name, of[toward]) for name, of in results.methods.items()]
+    return [(UNSTEERED, results.unsteered[toward]), *sorted(found, key=lambda entry: -entry[1].wanted.estimate)]
+
+
+def _cost(results: Part, name: str) -> tuple[int, bool]:
+    """Passes of a method, and whether it changes weights."""
+    about = results.methods.get(name, {})
+    return about.get("passes", 1), about.get("changes_weights", False)
+
+
+def _answers(results: Part, toward: str) -> Table:
+    rows = []
+    for name, found in _methods(results, toward):
+        control, gated = found.get("control"), found.gated
+        beside = f"{percent(control.estimate)}, worst {percent(control.worst)}" if control else DASH
+        shares = [found[share].estimate for share in ("opposite", "neither", "exact", *LISTS)]
+        behind = [percent(gated.right[one]) for one in ("conflict", *LISTS)] if gated else [DASH]
+        both = f"{percent(found.mix.estimate)} / {percent(gated.estimate) if gated else DASH}"
+        rows.append([name, _ranged(found.wanted), beside, *map(_share, shares), both, " / ".join(behind)])
+    alone = f"answer alone on its line (of {results.unsteered[toward].exact.n})"
+    columns = ["method", "wanted answer", "control of equal norm", "other answer", "neither", alone]
+    columns += [f"{words} kept" for words in LISTS.values()]
+    columns += ["mix of all three, without / with gate", "its parts with gate: conflicts / agreeing / bare"]
+    return Table(f"{TITLES[toward]}: answers", columns, rows)
+
+
+def _costs(results: Part, toward: str) -> Table:
+    rows = []
+    for name, found in _methods(results, toward):
+        (passes, other_weights), kl = _cost(results, name), found.divergence
+        numbers = [found.seconds / results.unsteered[toward].seconds, kl.first, kl.next, found.nats, found.repeated]
+        numbers.append(found.get("norm", math.nan))
+        words = f"{passes}{', other weights' if other_weights else ''}"
+        rows.append([name, words, *map(_number, numbers), _setting(found.get("chosen", {}))])
+    columns = ["method", "passes", "seconds, unsteered = 1", "divergence at a cut", "and behind it"]
+    columns += ["nats a token written", "repeated", "relative norm", "chosen"]
+    return Table(f"{TITLES[toward]}: costs", columns, rows)
+
+
+def _compared(results: Part, toward: str) -> Table:
+    winner = results.winner[toward]
+    baselines = list(dict.fromkeys(name for name in (*results.baselines[toward].values(), winner) if name))
+    rows = [
+        [name, *(_tested(found.get("tests", {}).get(baseline)) for baseline in baselines)]
+        for name, found in _methods(results, toward)[1:]
+    ]
+    caption = f"{TITLES[toward]}: paired differences of wanted answers, p-values corrected by Holm"
+    heads = [f"minus {name}{' (best on tune)' if name == winner else ''}" for name in baselines]
+    return Table(caption, ["method", *heads], rows)
+
+
+def _varied(results: Part, toward: str) -> Table:
+    methods = _methods(results, toward)
+    rows = [[name, *(_share(share.estimate) for share in found.varied.values())] for name, found in methods]
+    return Table(f"{TITLES[toward]}: wanted answers to changed prompts", ["method", *methods[0][1].varied], rows)
+
+
+def _tested(test: Part | None) -> str:
+    return f"{_points(test.difference)} (p = {_p(test.p_holm)})" if test else DASH
+
+
+def _points(change: Estimate) -> str:
+    return f"{100 * change.estimate:+.0f} points"
+
+
+def _p(value: float) -> str:
+    return DASH if math.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _share(value: float) -> str:
+    return DASH if math.isnan(value) else percent(value)
+
+
+def _ranged(share: Estimate) -> str:
+    ends = "" if math.isnan(share.low) else f" ({100 * share.low:.0f} to {100 * share.high:.0f})"
+    return percent(share.estimate) + ends
+
+
+def _number(value: float) -> str:
+    return DASH if math.isnan(value) else f"{value:.2f}" if abs(value) < 10 else f"{value:.0f}"
+
+
+def _setting(chosen: Mapping[str, Any]) -> str:
+    """A setting in a few words; many layers as a range."""
+    words = []
+    for name, value in chosen.items():
+        if isinstance(value, list):
+            value = f"{value[0]} to {value[-1]}" if len(value) > 1 else value[0]
+        words.append(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}")
+    return ", ".join(words) or DASH
+
+
+def _drawn(results: Part, name: str) -> Sequence[str]:
+    label = f"Wanted answers against other answers lost, {arena_name(results)}"
+    return draw(name, label, [_panel(results, toward) for toward in TOWARDS])
+
+
+def _panel(results: Part, toward: str) -> Panel:
+    """Wanted answers against answers lost: a disc for one pass, a square for two, a triangle for other weights."""
+
+    def plot() -> Figure:
+        figure, ax = canvas(330)
+        ax.set_title(TITLES[toward], color=COLOUR[toward])
+        places = []
+        for name, found in _methods(results, toward):
+            passes, other_weights = _cost(results, name)
+            marker = "^" if other_weights else "s" if passes > 1 else "o"
+            x, y = 100 * found.lost, 100 * found.wanted.estimate
+            ax.plot(x, y, marker, color=INK if name == UNSTEERED else COLOUR[toward], markersize=7, alpha=0.85)
+            places.append((x, y, name))
+        _named(ax, places)
+        for marker, words in (("o", "one pass"), ("s", "two passes"), ("^", "other weights")):
+            ax.plot([], [], marker, color=MUTED, markersize=6, label=words)
+        figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=10, labelcolor=MUTED)
+        ax.axhline(100 * results.unsteered[toward].wanted.estimate, color=MUTED, linewidth=1, linestyle=FINE, zorder=0)
+        right = max([place[0] for place in places if not math.isnan(place[0])], default=0.0)
+        ax.set(
+            xlabel="other answers lost, %", ylabel="wanted answers, %", ylim=(-3, 103), xlim=(-2, max(20.0, right + 14))
+        )
+        ax.spines["left"].set_color(RULE)
+        return figure
+
+    return plot
+
+
+def _named(ax: Axes, places: Sequence[tuple[float, float, str]]) -> None:
+    """Names right of their marks, moved down where they would overlap."""
+    taken: list[tuple[float, float]] = []
+    for x, y, name in sorted((place for place in places if not math.isnan(place[0])), key=lambda place: -place[1]):
+        height = y
+        while any(abs(height - other) < 4.5 and abs(x - beside) < 22 for beside, other in taken):
+            height -= 1.5
+        taken.append((x, height))
+        ax.annotate(name, (x, height), (7, 0), textcoords="offset points", va="center", color=MUTED, fontsize=10)
