@@ -11,7 +11,7 @@ from pages import PAGES
 
 import mnemoscope
 
-FIRST = ("face.fitted", "models")
+FIRST = ("fit", "Fitted", "load_model")
 
 
 def on_files(files: Files, config: Any, **_: Any) -> Files:
@@ -31,11 +31,5 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Append a mkdocstrings block for each public name to the page ``api.md``."""
     if page.file.src_uri != "api.md":
         return markdown
-    public = mnemoscope._PUBLIC
-    blocks = [f"::: mnemoscope.{module}.{name}" for name, module in sorted(public.items(), key=_order)]
-    return "\n\n".join([markdown, *blocks])
-
-
-def _order(item: tuple[str, str]) -> tuple[int, str]:
-    name, module = item
-    return (FIRST.index(module) if module in FIRST else len(FIRST), name)
+    names = sorted(mnemoscope.__all__, key=lambda name: (name not in FIRST, name))
+    return "\n\n".join([markdown, *(f"::: mnemoscope.{name}" for name in names)])
