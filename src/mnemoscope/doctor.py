@@ -26,7 +26,7 @@ from mnemoscope.behaviour import (
     log_probabilities,
     states_at_the_end,
 )
-from mnemoscope.interventions import SteeringVector, shifted
+from mnemoscope.interventions import SteeringVector, edited
 from mnemoscope.models import (
     PLAINLY,
     SITES,
@@ -176,7 +176,7 @@ def _steered(patient: _Patient, site: Site, plain: list[Tensor]) -> Iterator[Che
     vector = patient.random_vector(site)
     apply = partial(vector.apply, patient.model)
     nothing = {layer: torch.zeros_like(shift) for layer, shift in vector.shifts.items()}
-    untouched = patient.read(partial(shifted, patient.model, nothing, site, "decision"))  # with its hooks in place
+    untouched = patient.read(partial(edited, patient.model, nothing, site))  # with its hooks in place
     yield patient.compare(f"{site}: alpha 0 = untouched", plain, untouched, exact=True)
     steered = patient.read(apply)
     yield Check(f"{site}: a shift arrives", _difference(plain, steered), math.inf, least=TOLERANCE[torch.float32])

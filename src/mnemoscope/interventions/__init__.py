@@ -6,9 +6,10 @@ from mnemoscope.runs.lazily import handed_on
 
 if TYPE_CHECKING:
     from mnemoscope.interventions.artefact import Artefact, Binding, Card, best_paths, read_artefact, readable
-    from mnemoscope.interventions.contract import OPPOSITE, Contrast, Intervention, Quoted, Toward, load_intervention
-    from mnemoscope.interventions.edits import Edit, LowRank, Scale, Shift
-    from mnemoscope.interventions.hooks import Gate, Positions, ablated, adding, edited, patched, shifted
-    from mnemoscope.interventions.vector import SteeringVector, scaled_to
+    from mnemoscope.interventions.contract import OPPOSITE, Contrast, Intervention, Toward, load_intervention
+    from mnemoscope.interventions.edits import Edit, Held, LowRank, Scale, Shift
+    from mnemoscope.interventions.hooks import Gate, Positions, edited
+    from mnemoscope.interventions.vector import SteeringVector
+    from mnemoscope.interventions.words import Quoted
 
 __getattr__, __all__ = handed_on(__name__, __file__)

@@ -14,24 +14,21 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from mnemoscope.behaviour import Asking
 from mnemoscope.config import LoraConfig
-from mnemoscope.interventions.contract import Intervention, Toward
-from mnemoscope.interventions.descent import Loss, descend
-from mnemoscope.interventions.hooks import Gate, adding
-from mnemoscope.models import adapt, check_peft, core_of, in_precision, is_adapted, quick_precision
+from mnemoscope.interventions.contract import Bench, Intervention, Toward
+from mnemoscope.interventions.hooks import Gate, adding, factors_of
+from mnemoscope.interventions.learning import Asked, Lesson, descend, log_p, wanted_batches
+from mnemoscope.models import adapt, check_peft, core_of, in_precision, is_adapted, prompts_of_rows, quick_precision
 from mnemoscope.runs.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from mnemoscope.bench.lists import Bench
-
-RANK = 8
+RANK, RATE = 8, 1e-3
 STRENGTHS = (0.25, 0.5, 1.0)  # of an adapter once it is trained
 
 
@@ -39,9 +36,7 @@ STRENGTHS = (0.25, 0.5, 1.0)  # of an adapter once it is trained
 class Adapter(Intervention):
     """What is added to the outputs of modules, as an adapter that is not merged.
 
-    Attributes:
-        parts: by the name of a module A (K, I) and B (O, K) times the adapter's scale: its output gets ``B A input``.
-        strength: factor on all of them.
+    ``parts``: by the name of a module A (K, I) and B (O, K) times the adapter's scale: its output gets ``B A input``.
     """
 
     parts: Mapping[str, tuple[Tensor, Tensor]]
@@ -64,15 +59,22 @@ class Adapter(Intervention):
         gate: Gate | None = None,
     ) -> AbstractContextManager[None]:
         """The context in which it is added; strength or alpha 0 changes nothing, bit by bit."""
-        factor = torch.as_tensor(alpha, dtype=torch.float32)
-        if factor.ndim or gate is not None:
-            raise InputError("alpha: an adapter acts on a batch as a whole; give one factor, and no gate")
-        strength = self.strength * float(factor)
+        if gate is not None:
+            raise InputError("gate: an adapter acts before the prompt is read; give one alpha for each prompt, 0 or 1")
+        factor = self.strength * factors_of(alpha)
 
         def through(down_KI: Tensor, up_OK: Tensor) -> Callable[[Tensor], Tensor]:
-            return lambda inputs: strength * linear(linear(inputs.to(down_KI.dtype), down_KI), up_OK)
+            def added(inputs: Tensor) -> Tensor:
+                found = linear(linear(inputs.to(down_KI.dtype), down_KI), up_OK)
+                if factor.ndim == 0:
+                    return float(factor) * found
+                rows_R = factor[prompts_of_rows(len(found), len(factor))].to(found.device)
+                return rows_R.view(-1, *[1] * (found.ndim - 1)) * found
 
-        return adding(model, {name: through(*parts) for name, parts in self.parts.items() if strength})
+            return added
+
+        parts = {name: through(*both) for name, both in self.parts.items() if factor.any()}
+        return adding(model, parts, len(factor) if factor.ndim else None)
 
     def scaled(self, alpha: float) -> Adapter:
         """The same with another strength."""
@@ -86,51 +88,48 @@ class Adapter(Intervention):
     @classmethod
     def with_tensors(cls, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> Self:
         """Build one from stored tensors; KeyError where one of two is missing."""
-        facts.pop("kind")
+        cls.check_kind(facts)
         names = sorted(name.removesuffix(".A") for name in tensors if name.endswith(".A"))
         return cls(parts={name: (tensors[f"{name}.A"], tensors[f"{name}.B"]) for name in names}, **facts)
 
 
-def of_each_strength(adapter: Adapter) -> list[Intervention]:
-    """An adapter at each of ``STRENGTHS``."""
-    return [replace(adapter, strength=strength, setting={"strength": strength}) for strength in STRENGTHS]
+def adapters(
+    bench: Bench, method: str, toward: Toward, loss: Callable[[Asking, Asked], Tensor] | None = None
+) -> list[Intervention]:
+    """Train an adapter and return it at each of ``STRENGTHS``; the model itself is left as it was.
 
-
-def trained(
-    bench: Bench,
-    method: str,
-    toward: Toward,
-    rate: float,
-    loss: Callable[[Asking], Loss],
-    kept: Callable[[Asking], Loss],
-) -> Adapter:
-    """Train an adapter and return it; the model itself is left as it was.
-
-    Args:
-        loss, kept: made of the adapted model's ``Asking``: for wanted answers, and for those that should stay.
-
-    Raises:
-        InputError: peft is missing, or the model holds an adapter already.
+    ``loss``: of the adapted model and a batch of wanted answers; default: their negative log probability, as of those
+    that should stay. Raises InputError where peft is missing, or the model holds an adapter already.
     """
     check_peft("lora, dpo")
-    model = bench.asking.model
+    model, lists = bench.asking.model, bench.lists
     if is_adapted(model) or hasattr(model, "peft_config"):
         raise InputError("lora, dpo: the model holds an adapter already; give it without one, or merged")
     learning = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     precision = quick_precision(model)
     adapted = adapt(model, LoraConfig(rank=RANK), bench.seed)
     try:
-        asking = replace(bench.lists.asking, model=adapted)
+        asking = replace(lists.asking, model=adapted)
         parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+
+        def lesson(asked: Asked, stays: bool = False) -> Lesson:
+            return lambda _: loss(asking, asked) if loss and not stays else -log_p(asking, [asked]).mean()
+
+        kept = [lesson(Asked.first(batch), True) for batch in lists.kept[toward]]
         with in_precision(adapted, precision):
-            descend(bench.lists, toward, parameters, loss(asking), rate, kept(asking))
-        return Adapter(toward=toward, method=method, parts=_parts(adapted))
+            wanted = [lesson(asked) for asked in wanted_batches(lists, toward)]
+            descend(parameters, RATE, lambda: None, (wanted, kept), lists.steps)
+        parts = _parts(adapted)
     finally:
         adapted.unload()
         for name in ("peft_config", "_hf_peft_config_loaded"):
             model.__dict__.pop(name, None)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(learning[name])
+    return [
+        Adapter(toward=toward, method=method, parts=parts, strength=strength, setting={"strength": strength})
+        for strength in STRENGTHS
+    ]
 
 
 def _parts(adapted: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:

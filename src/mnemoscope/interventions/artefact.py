@@ -33,42 +33,33 @@ TOKENIZING = ("model", "added_tokens", "normalizer", "pre_tokenizer")
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """Fingerprint of the model that an artefact was fitted on; any other is refused.
+    """Fingerprint of the model that an artefact was fitted on; any other is refused."""
 
-    Attributes:
-        model_type: the configuration's ``model_type``.
-        weights: SHA-256 of the exact bytes of all parameters, by name, with an adapter (LoRA) merged into them.
-        tokenizer: SHA-256 of the fast tokenizer's parts in ``TOKENIZING``.
-        dtype: of the parameters. A model that is opened in another one is compared by what both round to.
-        rounded: as ``weights``, rounded to bfloat16; ``half``: the same, but rounded to float16 before.
-    """
-
-    model_type: str
-    weights: str
-    tokenizer: str
-    dtype: str = ""
-    rounded: str = ""
-    half: str = ""
+    model_type: str  # of the configuration
+    weights: str  # SHA-256 of the exact bytes of all parameters, by name, with an adapter (LoRA) merged into them
+    tokenizer: str  # SHA-256 of the fast tokenizer's parts in ``TOKENIZING``
+    dtype: str = ""  # of the parameters; a model that is opened in another one is compared by what both round to
+    rounded: str = ""  # as ``weights``, rounded to bfloat16
+    half: str = ""  # the same, but rounded to float16 before
 
     @classmethod
     def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Binding:
         """Fingerprint a model and its tokenizer, reading every weight; InputError where one is not in memory."""
-        exact, rounded, half = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
-        kinds = set()
+        digests, kinds = [hashlib.sha256() for _ in range(3)], set()
         for name, weight in sorted(merged_weights(model), key=itemgetter(0)):
             if weight.is_meta:
                 raise InputError(f"device_map: {name} is not in memory; use devices that hold the whole model")
             whole = weight.detach()
             kinds.add(str(whole.dtype).removeprefix("torch."))
             forms = whole, whole.to(torch.bfloat16), whole.to(torch.float16).to(torch.bfloat16)
-            for digest, form in zip((exact, rounded, half), forms, strict=True):
+            for digest, form in zip(digests, forms, strict=True):
                 digest.update(f"{name} {tuple(form.shape)}".encode())
                 digest.update(form.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         parts = json.loads(tokenizer.backend_tokenizer.to_str())
         words = json.dumps({part: parts.get(part) for part in TOKENIZING}, sort_keys=True)
         tokens = hashlib.sha256(words.encode()).hexdigest()
-        digests = (digest.hexdigest() for digest in (rounded, half))
-        return cls(core_of(model).config.model_type, exact.hexdigest(), tokens, ",".join(sorted(kinds)), *digests)
+        exact, *rounded = (digest.hexdigest() for digest in digests)
+        return cls(core_of(model).config.model_type, exact, tokens, ",".join(sorted(kinds)), *rounded)
 
     def has_weights_of(self, other: Binding) -> bool:
         """Whether the weights are the same, byte by byte, or where the precision is another, once they are rounded."""
@@ -79,9 +70,8 @@ class Binding:
     def check(self, found: Binding, what: str) -> None:
         """Raises InputError where another model was ``found``; the field that differs is named."""
         for name in ("model_type", "weights", "tokenizer"):
-            same = self.has_weights_of(found) if name == "weights" else getattr(self, name) == getattr(found, name)
-            if not same:
-                mine, value = getattr(self, name), getattr(found, name)
+            mine, value = getattr(self, name), getattr(found, name)
+            if not (self.has_weights_of(found) if name == "weights" else mine == value):
                 raise InputError(f"{name}: the {what} was made on {mine}, this model has {value}; force overrides")
 
 
@@ -89,28 +79,19 @@ class Binding:
 class Card:
     """Figures of the test split and their origin; None or empty where not measured.
 
-    Attributes:
-        fitted_on: study, task and model.
-        shift: share of test prompts that change to the target behaviour: ``estimate``, ``low``, ``high`` (95 %), ``n``.
-        control: the strongest control of the same norm: ``name`` and ``estimate``, mean over its draws.
-        cost: change in accuracy of each list that steering should not affect.
-        divergence: mean KL in nats a token on neutral text, by multiple of the vector.
-        auroc: of a detector: ``estimate``, ``low``, ``high``, ``n``, and ``input_only`` beside it.
-        pairs, groups: of the fit split.
-        versions: of the libraries that made it.
-        proven: by engine, what ``mnemoscope doctor --server`` has shown there.
+    A rate has ``estimate``, ``low``, ``high`` (95 %) and ``n``.
     """
 
-    fitted_on: str
-    shift: dict[str, float] | None = None
-    control: dict[str, Any] | None = None
-    cost: dict[str, float] = field(default_factory=dict)
-    divergence: dict[str, float] = field(default_factory=dict)
-    auroc: dict[str, float] | None = None
-    pairs: int = 0
+    fitted_on: str  # study, task and model
+    shift: dict[str, float] | None = None  # share of test prompts that change to the target behaviour
+    control: dict[str, Any] | None = None  # the strongest one of the same norm: ``name``, ``estimate`` (mean of draws)
+    cost: dict[str, float] = field(default_factory=dict)  # change in accuracy of each list that should not be affected
+    divergence: dict[str, float] = field(default_factory=dict)  # KL in nats a token on neutral text, by dose
+    auroc: dict[str, float] | None = None  # of a detector, with ``input_only`` beside it
+    pairs: int = 0  # of the fit split, as ``groups``
     groups: int = 0
-    versions: dict[str, str] = field(default_factory=dict)
-    proven: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)  # of the libraries that made it
+    proven: dict[str, str] = field(default_factory=dict)  # by engine, what ``mnemoscope doctor --server`` has shown
 
     def __post_init__(self) -> None:
         """Undefined numbers are NaN, though JSON has them as null."""
@@ -120,13 +101,12 @@ class Card:
                 object.__setattr__(self, name, known)
 
     def __str__(self) -> str:
-        beside = (self.auroc or {}).get("input_only")
+        beside, strongest = (self.auroc or {}).get("input_only"), self.control or {}
         doses = ", ".join(f"{kl:.4f} at {dose}" for dose, kl in self.divergence.items())
         lines = [
             f"fitted on {self.fitted_on}: {self.pairs} pairs of {self.groups} groups",
             self.shift and f"test shift {_interval(self.shift)}",
-            self.control
-            and f"strongest control of the same norm: {self.control['name']} {self.control['estimate']:.3f}",
+            strongest and f"strongest control of the same norm: {strongest['name']} {strongest['estimate']:.3f}",
             self.auroc and f"test AUROC {_interval(self.auroc)}" + (f"; input only {beside:.3f}" if beside else ""),
             self.cost and "cost, change in accuracy: " + ", ".join(f"{k} {v:+.3f}" for k, v in self.cost.items()),
             doses and f"divergence on neutral text, nats a token: {doses} times the vector",
@@ -143,21 +123,13 @@ def _interval(rate: dict[str, float]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Artefact:
-    """Base class of what is stored in two files: ``.safetensors``, the fields in ``STORED``, and ``.json``, the others.
+    """Base class of what two files store: ``.safetensors`` the fields in ``STORED``, ``.json`` the others."""
 
-    Attributes:
-        task: label of the task it was fitted on.
-        binding: the model it was fitted on, or None.
-        prompting: the format of prompts there.
-        commit: version of the code that made it.
-        card: its figures on the test split, or None.
-    """
-
-    task: str = ""
-    binding: Binding | None = None
-    prompting: Prompting = PLAIN
-    commit: str = ""
-    card: Card | None = None
+    task: str = ""  # label of the task it was fitted on
+    binding: Binding | None = None  # the model it was fitted on
+    prompting: Prompting = PLAIN  # the format of prompts there
+    commit: str = ""  # version of the code that made it
+    card: Card | None = None  # its figures on the test split
 
     WHAT: ClassVar[str] = "artefact"
     STORED: ClassVar[tuple[str, ...]] = ()
@@ -217,12 +189,11 @@ class Artefact:
         """
         from safetensors.torch import load
 
-        path = Path(path)
-        facts, content = read_artefact(cls.WHAT, path, cls.FACTS, force)
+        facts, content = read_artefact(cls.WHAT, path := Path(path), cls.FACTS, force)
         with readable(cls.WHAT, path):
             for name, kind in (("binding", Binding), ("card", Card)):
                 facts[name] = kind(**facts[name]) if facts[name] else None
-            facts["prompting"] = stored_prompting(facts["prompting"])
+            facts["prompting"] = _stored_prompting(facts["prompting"])
             made = cls.with_tensors(load(content), facts)
         made.check(model, tokenizer, force)
         return made
@@ -279,10 +250,9 @@ def best_paths(cell: Path) -> dict[str, Path]:
     return found
 
 
-def stored_prompting(facts: Mapping[str, Any]) -> Prompting:
+def _stored_prompting(facts: Mapping[str, Any]) -> Prompting:
     """The prompting that an artefact stores; the beginning of replies is not stored, so the user must give it."""
-    asked = Prompting(facts["chat"], facts["system"])
-    return replace(asked, split=_unknown_reply) if facts["begun"] else asked
+    return Prompting(facts["chat"], facts["system"], split=_unknown_reply if facts["begun"] else None)
 
 
 def _unknown_reply(prompt: str) -> tuple[str, str]:

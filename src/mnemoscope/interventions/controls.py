@@ -8,19 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TypeGuard
 
 import numpy as np
 import torch
 
+from mnemoscope.interventions.contract import Bench
 from mnemoscope.interventions.edits import LowRank, Shift
 from mnemoscope.interventions.methods import nulls, refitted
 from mnemoscope.interventions.shifts import rho
-from mnemoscope.interventions.sources import INDIFFERENCE, PERMUTED, TOGETHER, Labels, Sources
-from mnemoscope.interventions.vector import SteeringVector, scaled_to
-
-if TYPE_CHECKING:
-    from mnemoscope.bench.lists import Bench
+from mnemoscope.interventions.sources import INDIFFERENCE, PERMUTED, TOGETHER, Labels, Sources, scaled_to
+from mnemoscope.interventions.vector import SteeringVector
 
 
 def random_neurons(shift_LD: np.ndarray, rng: np.random.Generator, rho_LD: np.ndarray) -> np.ndarray:
@@ -59,6 +57,17 @@ def gaussian(shift_LD: np.ndarray, rng: np.random.Generator, rho_LD: np.ndarray 
     return scaled_to(rng.standard_normal(shift_LD.shape), np.linalg.norm(shift_LD, axis=1))
 
 
+def _placed(shift_LD: np.ndarray, rng: np.random.Generator, neurons_of: Callable[[int], np.ndarray]) -> np.ndarray:
+    """Each layer's absolute shifts, in random order and with random signs, on the first neurons given for it."""
+    placed_LD = np.zeros_like(shift_LD)
+    for layer, row_D in enumerate(shift_LD):
+        values = np.abs(row_D[row_D != 0])
+        if len(values):
+            neurons = neurons_of(layer)[: len(values)]
+            placed_LD[layer, neurons] = rng.permutation(values) * rng.choice([-1.0, 1.0], size=len(values))
+    return placed_LD
+
+
 SHUFFLED = "shuffled_labels"  # the same method on the same pairs with shuffled labels
 DRAWN = {control.__name__: control for control in (random_neurons, low_correlation, random_sign, gaussian)}
 CONTROLS = ("random_neurons", "low_correlation", "random_sign", SHUFFLED, INDIFFERENCE, PERMUTED, "gaussian")
@@ -81,16 +90,11 @@ def control_draws(
     Gaussian directions are given to what it writes.
     """
     sources = bench.sources(one.site, one.unit)
-    shift_LD = sources.scaled(one.dense(*sources.shape_LD).astype(np.float64))
     if name in nulls(one.method):
-        if name == PERMUTED and not sources.lists.can_permute():
-            return
-        for first, four in enumerate(shuffles(draws, seed[0], name == PERMUTED)):
-            four = four[: draws - first * TOGETHER] if not one.is_constant else four
-            found = refitted(bench, one, four)
-            for number, other in enumerate(found[: draws - first * TOGETHER], first * TOGETHER):
-                yield number, _at_norm_of(one, other, sources)
+        if name != PERMUTED or sources.lists.can_permute():
+            yield from _refits(bench, one, sources, shuffles(draws, seed[0], name == PERMUTED), draws)
         return
+    shift_LD = _relative(one, sources)
     # With more than half of the neurons or a whole layer shifted there are not as many others, and those with the
     # lowest |rho| are mostly the same ones with other signs.
     chosen_L, width = (shift_LD != 0).sum(axis=1), shift_LD.shape[1]
@@ -103,10 +107,23 @@ def control_draws(
             yield number, _written(one, name, rng, sources.spread_LD)
             continue
         drawn_LD = DRAWN[name](shift_LD, rng, rho(bench, one.site))
-        carries_LD = sources.scale_LD > 0
+        carries_LD = sources.unit_LD > 0
         if not carries_LD.all():  # what fell on neurons that are never shifted is made up by the others
             drawn_LD = scaled_to(drawn_LD * carries_LD, np.linalg.norm(shift_LD, axis=1))
-        yield number, one.with_dense(drawn_LD * sources.scale_LD)
+        yield number, one.with_dense(drawn_LD * sources.unit_LD)
+
+
+def of_equal_norm(vector: SteeringVector, sources: Sources, seed: int, number: int) -> SteeringVector:
+    """A Gaussian control with this number, of the same norm in every layer; each method and direction has its own."""
+    rng = np.random.default_rng([seed, *f"{vector.method}|{vector.toward}".encode(), 35, number])
+    if not vector.is_constant:
+        return _written(vector, "gaussian", rng, sources.spread_LD)
+    return vector.with_dense(gaussian(vector.dense(*sources.shape_LD).astype(np.float64), rng))
+
+
+def _relative(one: SteeringVector, sources: Sources) -> np.ndarray:
+    """The constant shifts of a vector in units of strength, float64 (L, D)."""
+    return sources.relative(one.dense(*sources.shape_LD).astype(np.float64))
 
 
 def _written(vector: SteeringVector, name: str, rng: np.random.Generator, spread_LD: np.ndarray) -> SteeringVector:
@@ -116,53 +133,21 @@ def _written(vector: SteeringVector, name: str, rng: np.random.Generator, spread
     in these units as by the vector.
     """
     found = {}
-    for layer, edit in vector.of_kind(LowRank).items():
+    for layer, edit in vector.low_rank.items():
         write_KD, spread_D = edit.write_KD.double().numpy(), spread_LD[layer]
         if name == "random_sign":
             drawn_KD = write_KD * rng.choice([-1.0, 1.0], size=write_KD.shape[1])
         else:
-            drawn_KD = turned(write_KD / spread_D, rng) * spread_D
+            drawn_KD = _turned(write_KD / spread_D, rng) * spread_D
         found[layer] = replace(edit, write_KD=torch.from_numpy(drawn_KD).float())
     return replace(vector, edits=found)
 
 
-def turned(rows_KD: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _turned(rows_KD: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Rows in a random subspace, with the norms and angles that they had; K at most D."""
     frame_DK, corner_KK = np.linalg.qr(rows_KD.T)
     drawn_DK, signs_KK = np.linalg.qr(rng.standard_normal(frame_DK.shape))
     return (drawn_DK * np.sign(np.diag(signs_KK)) @ corner_KK).T
-
-
-def _at_spread(found: SteeringVector, vector: SteeringVector, spread_LD: np.ndarray) -> SteeringVector:
-    """A low-rank shift that writes as much as the vector does, in units of spread over all layers."""
-
-    def norm(one: SteeringVector) -> float:
-        written = ((edit.write_KD.double().numpy() / spread_LD[layer]) for layer, edit in one.low_rank.items())
-        return math.sqrt(sum(float((rows_KD**2).sum()) for rows_KD in written))
-
-    return found * (norm(vector) / norm(found)) if norm(found) else found
-
-
-def _at_norm_of(one: SteeringVector, other: SteeringVector, sources: Sources) -> SteeringVector:
-    """A refitted vector at the norm of a vector."""
-    if not one.is_constant:
-        return _at_spread(other, one, sources.spread_LD)
-    shift_LD, other_LD = (sources.scaled(two.dense(*sources.shape_LD).astype(np.float64)) for two in (one, other))
-    return one.with_dense(_at_norm(other_LD, np.linalg.norm(shift_LD, axis=1), sources.unit_L) * sources.scale_LD)
-
-
-def _at_norm(shuffled_LD: np.ndarray, norm_L: np.ndarray, unit_L: np.ndarray) -> np.ndarray:
-    """A shuffle at the norm of the vector in each layer; where it lacks one, the others make up the strength."""
-
-    def relative(shift_LD: np.ndarray) -> float:
-        return float(np.linalg.norm(np.linalg.norm(shift_LD, axis=1) / np.where(unit_L > 0, unit_L, 1.0)))
-
-    placed_LD = scaled_to(shuffled_LD, norm_L)
-    wanted = float(np.linalg.norm(norm_L / np.where(unit_L > 0, unit_L, 1.0)))
-    if not relative(placed_LD):  # no layer in common: its own layers, at the same relative norm
-        placed_LD = shuffled_LD
-    found = relative(placed_LD)
-    return placed_LD * (wanted / found) if found else placed_LD
 
 
 def shuffles(draws: int, seed: int, permuted: bool = False) -> list[tuple[Labels, ...]]:
@@ -172,21 +157,32 @@ def shuffles(draws: int, seed: int, permuted: bool = False) -> list[tuple[Labels
     return [tuple(drawn[first : first + TOGETHER]) for first in numbers[::TOGETHER]]
 
 
-def _placed(shift_LD: np.ndarray, rng: np.random.Generator, neurons_of: Callable[[int], np.ndarray]) -> np.ndarray:
-    """Each layer's absolute shifts, in random order and with random signs, on the first neurons given for it."""
-    placed_LD = np.zeros_like(shift_LD)
-    for layer, row_D in enumerate(shift_LD):
-        values = np.abs(row_D[row_D != 0])
-        if len(values):
-            neurons = neurons_of(layer)[: len(values)]
-            placed_LD[layer, neurons] = rng.permutation(values) * rng.choice([-1.0, 1.0], size=len(values))
-    return placed_LD
+def _refits(
+    bench: Bench, one: SteeringVector, sources: Sources, fours: Sequence[tuple[Labels, ...]], draws: int
+) -> Iterator[tuple[int, SteeringVector]]:
+    """A vector fitted again on other labels, at its norm."""
+    for first, four in enumerate(fours):
+        left = draws - first * TOGETHER
+        found = refitted(bench, one, four if one.is_constant else four[:left])  # those are learned one by one
+        for number, other in enumerate(found[:left], first * TOGETHER):
+            if one.is_constant:
+                placed_LD = _at_norm(_relative(other, sources), _relative(one, sources))
+                yield number, one.with_dense(placed_LD * sources.unit_LD)
+            else:
+                wanted, norm = (_norm_written(two, sources.spread_LD) for two in (one, other))
+                yield number, other * (wanted / norm) if norm else other
 
 
-def of_equal_norm(vector: SteeringVector, sources: Sources, seed: int, number: int) -> SteeringVector:
-    """A Gaussian control with this number, of the same norm in every layer; each method and direction has its own."""
-    rng = np.random.default_rng([seed, *f"{vector.method}|{vector.toward}".encode(), 35, number])
-    if not vector.is_constant:
-        return _written(vector, "gaussian", rng, sources.spread_LD)
-    layers, width = sources.shape_LD
-    return vector.with_dense(gaussian(vector.dense(layers, width).astype(np.float64), rng))
+def _at_norm(shuffled_LD: np.ndarray, shift_LD: np.ndarray) -> np.ndarray:
+    """A shuffle at the norm of the vector in each layer; where it lacks one, the others make up the strength."""
+    placed_LD = scaled_to(shuffled_LD, np.linalg.norm(shift_LD, axis=1))
+    if not placed_LD.any():  # no layer in common: its own layers
+        placed_LD = shuffled_LD
+    norm = np.linalg.norm(placed_LD)
+    return placed_LD * (np.linalg.norm(shift_LD) / norm) if norm else placed_LD
+
+
+def _norm_written(one: SteeringVector, spread_LD: np.ndarray) -> float:
+    """How much low-rank shifts write, in units of spread over all layers."""
+    written = (edit.write_KD.double().numpy() / spread_LD[layer] for layer, edit in one.low_rank.items())
+    return math.sqrt(sum(float((rows_KD**2).sum()) for rows_KD in written))

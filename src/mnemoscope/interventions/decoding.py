@@ -1,4 +1,4 @@
-"""Contrastive decoding: the logits of a prompt and those of its contrast, joined at each token.
+"""Contrastive decoding: the logits of a prompt and those of its contrast, joined at each token by a method's rule.
 
 Shapes: N prompts, M tokens, V vocabulary.
 """
@@ -7,54 +7,51 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from mnemoscope.interventions.contract import Contrast, Intervention, Toward
+from mnemoscope.interventions.contract import Bench, Contrast, Intervention, Toward
+from mnemoscope.interventions.methods import method_module
 from mnemoscope.runs.errors import InputError
-
-if TYPE_CHECKING:
-    from mnemoscope.bench.lists import Bench
 
 CONTRASTS: tuple[Contrast, ...] = ("bare", "cut")  # a bare question may be put otherwise than the prompt
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Decoding(Intervention):
-    """Base class of rules: a subclass has its parameters as fields, and joins distributions in ``joined``.
+    """Logits that ``joined(first_NMV, other_NMV, **weights)`` of the method's module makes of two passes.
 
-    ``alpha``: how far logits go from the prompt's own to the joined ones.
+    ``first`` is the side to be followed; weights are all of ``setting`` but its contrast. ``alpha``: how far logits go
+    from the prompt's own to the joined ones.
     """
 
     alpha: float = 1.0
     contrast: Contrast | None = "bare"
 
+    KIND: ClassVar[str] = "decoding"
     passes: ClassVar[int] = 2
 
     def join(self, mine_NMV: Tensor, other_NMV: Tensor) -> Tensor:
         """Joined logits; towards memory the two change roles."""
         both = (mine_NMV, other_NMV) if self.toward == "generalized" else (other_NMV, mine_NMV)
-        joined_NMV = self.joined(*both)
+        weights = {name: value for name, value in self.setting.items() if name != "contrast"}
+        joined_NMV: Tensor = method_module(self.method).joined(*both, **weights)
         return joined_NMV if self.alpha == 1.0 else mine_NMV + self.alpha * (joined_NMV - mine_NMV)
 
     def scaled(self, alpha: float) -> Intervention:
         """The same with another ``alpha``; 0 reads no second pass."""
         return replace(self, alpha=self.alpha * alpha) if alpha else super().scaled(0.0)
 
-    def joined(self, first_NMV: Tensor, other_NMV: Tensor) -> Tensor:
-        """Logits from those of the side to be followed and those of the other."""
-        raise NotImplementedError
-
 
 def with_contrasts(
-    bench: Bench, rule: type[Decoding], toward: Toward, settings: Iterable[Mapping[str, Any]]
+    bench: Bench, method: str, toward: Toward, settings: Iterable[Mapping[str, Any]] = ({},)
 ) -> list[Intervention]:
-    """A rule with each setting and either contrast; InputError where a conflict has no bare question."""
-    check_bares(bench, rule.KIND)
-    both = (({**setting}, contrast) for setting in settings for contrast in CONTRASTS)
+    """A method's rule with each setting and either contrast; InputError where a conflict has no bare question."""
+    check_bares(bench, method)
+    both = [(setting, contrast) for setting in settings for contrast in CONTRASTS]
     return [
-        rule(toward=toward, method=rule.KIND, setting=setting | {"contrast": contrast}, contrast=contrast, **setting)
+        Decoding(toward=toward, method=method, setting={**setting, "contrast": contrast}, contrast=contrast)
         for setting, contrast in both
     ]
 

@@ -107,12 +107,12 @@ class Detector(Artefact):
         shapes |= {"mean_D": (neurons,), "whitening_DD": (neurons, neurons)}
         for name, shape in shapes.items():
             stored = getattr(self, name)
-            if stored.shape != shape or not stored.size:
-                raise InputError(f"detector: {name} has shape {stored.shape}; {shape} is wanted")
             # Without prompts of both kinds there is no P(conflict): all of it is NaN.
             undefined = name == "conflict_D" and math.isnan(self.conflict_bias)
-            if not (np.isnan(stored).all() if undefined else np.isfinite(stored).all()):
-                raise InputError(f"detector: {name} has a value that is not finite, or conflict_bias is missing")
+            known = np.isnan(stored).all() if undefined else np.isfinite(stored).all()
+            if stored.shape != shape or not stored.size or not known:
+                found = f"{name} has shape {stored.shape} or a value that is not finite"
+                raise InputError(f"detector: {found}; shape {shape} is wanted")
         if not 0 <= self.layer < layers:
             raise InputError(f"detector: layer {self.layer} is not in 0 .. {layers - 1}")
 
@@ -170,15 +170,10 @@ def _sigmoid(logit: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Observed:
-    """Prompts and their labels; prompts that were answered neither way are dropped before.
+    """Prompts and their labels; prompts that were answered neither way are dropped before."""
 
-    Attributes:
-        states_NLD: at the decision position.
-        followed_N: ``memorized`` or ``generalized`` for conflicts; ``neither`` for prompts without a conflict.
-    """
-
-    states_NLD: np.ndarray
-    followed_N: np.ndarray
+    states_NLD: np.ndarray  # at the decision position
+    followed_N: np.ndarray  # ``memorized`` or ``generalized`` for conflicts; ``neither`` without a conflict
 
     def conflicts(self) -> tuple[np.ndarray, np.ndarray]:
         """States (N, L, D) of the conflicts, and whether each was answered generalized, int64 (N,)."""
@@ -191,35 +186,20 @@ def fit_detectors(
 ) -> tuple[Detector, Detector | None]:
     """Fit the detector of the best layer, and the one of the best layer up to ``below``, for gates in the same pass.
 
-    Probes are fitted on the fit split; regularization, calibration and layer are chosen on the tune split. Calibration:
-    logistic regression of the behaviour on the score (``calibrated``). The layer has the smallest log loss of
-    calibrated probabilities. Without ``below``, or with a negative one, there is no second detector.
-
-    Raises:
-        InputError: a split has too few prompts of a behaviour.
+    Probes are fitted on the fit split; regularization, calibration and layer are chosen on the tune split, the layer by
+    the log loss of calibrated probabilities. Without ``below``, or with a negative one, there is no second detector.
+    Raises InputError where a split has too few prompts of a behaviour.
     """
-    from scipy.special import expit
-    from sklearn.metrics import log_loss
-
-    from mnemoscope.statistics.probes import fit_layer_probes
-
     (fit_NLD, fit_N), (tune_NLD, tune_N) = fit.conflicts(), tune.conflicts()
     for split, labels_N in (("fit", fit_N), ("tune", tune_N)):
         for name, count in (("generalized", int(labels_N.sum())), ("memorized", int((1 - labels_N).sum()))):
             if count < LEAST:
                 raise InputError(f"{split}: {count} prompts were answered {name}; at least {LEAST} are needed")
-    weights, biases, losses = [], [], []
-    for layer, probe in enumerate(fit_layer_probes(fit_NLD, fit_N, tune_NLD, tune_N)):
-        scores_N = probe.decision_function(tune_NLD[:, layer])
-        slope, offset = calibrated(scores_N, 1 - tune_N)
-        weights.append(slope * probe.weights_D_)
-        biases.append(slope * probe.bias_ + offset)
-        losses.append(log_loss(1 - tune_N, expit(slope * scores_N + offset), labels=[0, 1]))
+    weights_LD, bias_L, losses = _probes((fit_NLD, fit_N), (tune_NLD, tune_N), 1 - tune_N)
 
     def of(layer: int) -> Detector:
-        conflict_D, conflict_bias = _conflict_probe(fit, tune, layer)
         likeness = _likeness(fit.states_NLD[:, layer], tune.states_NLD[:, layer])
-        return Detector(site, layer, np.stack(weights), np.array(biases), conflict_D, conflict_bias, *likeness)
+        return Detector(site, layer, weights_LD, bias_L, *_conflict_probe(fit, tune, layer), *likeness)
 
     best = of(int(np.argmin(losses)))
     if below is None or below < 0:
@@ -228,7 +208,29 @@ def fit_detectors(
     return best, best if lower == best.layer else of(lower)
 
 
-def calibrated(scores_N: np.ndarray, labels_N: np.ndarray) -> tuple[float, float]:
+def _probes(
+    fit: tuple[np.ndarray, np.ndarray], tune: tuple[np.ndarray, np.ndarray], labels_N: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, list[float]]:
+    """Weights and biases of each layer whose sigmoid is P(label 1) of tune states, and its log loss there.
+
+    ``fit``, ``tune``: states (N, L, D) with the labels that probes are fitted and chosen by.
+    """
+    from scipy.special import expit
+    from sklearn.metrics import log_loss
+
+    from mnemoscope.statistics.probes import fit_layer_probes
+
+    weights, biases, losses = [], [], []
+    for layer, probe in enumerate(fit_layer_probes(*fit, *tune)):
+        scores_N = probe.decision_function(tune[0][:, layer])
+        slope, offset = _calibrated(scores_N, labels_N)
+        weights.append(slope * probe.weights_D_)
+        biases.append(slope * probe.bias_ + offset)
+        losses.append(log_loss(labels_N, expit(slope * scores_N + offset), labels=[0, 1]))
+    return np.stack(weights), np.array(biases), losses
+
+
+def _calibrated(scores_N: np.ndarray, labels_N: np.ndarray) -> tuple[float, float]:
     """Slope and offset with which ``sigmoid(slope * score + offset)`` is the probability of label 1.
 
     With Platt's targets, (P + 1) / (P + 2) for P examples of label 1 and 1 / (Q + 2) for Q of label 0: of few examples,
@@ -246,25 +248,19 @@ def calibrated(scores_N: np.ndarray, labels_N: np.ndarray) -> tuple[float, float
 def _conflict_probe(fit: Observed, tune: Observed, layer: int) -> tuple[np.ndarray, float]:
     """Weights and bias of P(conflict) at a layer; NaN without prompts of both kinds.
 
-    Prompts of either kind count alike, however many there are: who meets a prompt does not know how many were fitted
-    on, and of nine conflicts beside one other prompt a probe that always says conflict would be the best.
+    Prompts of either kind count alike, those of the rarer one again and again: who meets a prompt does not know how
+    many were fitted on, and of nine conflicts beside one other prompt a probe that always says conflict would be best.
     """
-    from mnemoscope.statistics.probes import fit_layer_probes
-
-    fit_N, tune_N = ((seen.followed_N != "neither").astype(np.int64) for seen in (fit, tune))
-    if any(min(found.sum(), (1 - found).sum()) < LEAST for found in (fit_N, tune_N)):
-        return np.full(fit.states_NLD.shape[2], math.nan), math.nan
-    mine_N, theirs_N = _evenly(fit_N), _evenly(tune_N)
-    states = fit.states_NLD[mine_N][:, [layer]], tune.states_NLD[theirs_N][:, [layer]]
-    probe = fit_layer_probes(states[0], fit_N[mine_N], states[1], tune_N[theirs_N])[0]
-    slope, offset = calibrated(probe.decision_function(states[1][:, 0]), tune_N[theirs_N])
-    return slope * probe.weights_D_, slope * probe.bias_ + offset
-
-
-def _evenly(labels_N: np.ndarray) -> np.ndarray:
-    """Numbers of all rows, those of the rarer label again and again until there are as many."""
-    sides = [np.flatnonzero(labels_N == label) for label in (0, 1)]
-    return np.concatenate([np.resize(side_N, max(map(len, sides))) for side_N in sides])
+    parts = []
+    for seen in (fit, tune):
+        label_N = (seen.followed_N != "neither").astype(np.int64)
+        sides = [np.flatnonzero(label_N == label) for label in (0, 1)]
+        if min(map(len, sides)) < LEAST:
+            return np.full(fit.states_NLD.shape[2], math.nan), math.nan
+        rows_N = np.concatenate([np.resize(side_N, max(map(len, sides))) for side_N in sides])
+        parts.append((seen.states_NLD[rows_N][:, [layer]], label_N[rows_N]))
+    weights_LD, bias_L, _ = _probes(parts[0], parts[1], parts[1][1])
+    return weights_LD[0], float(bias_L[0])
 
 
 def _likeness(fit_ND: np.ndarray, tune_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -281,7 +277,6 @@ def _likeness(fit_ND: np.ndarray, tune_ND: np.ndarray) -> tuple[np.ndarray, np.n
     covariance_DD, _ = ledoit_wolf(scaled_ND)
     values_D, vectors_DD = np.linalg.eigh(covariance_DD)
     whitening_DD = vectors_DD / np.sqrt(np.maximum(values_D, 1e-10)) / scaler.scale_[:, None]
-    # Neurons that are constant on fit prompts are left out.
-    whitening_DD[scaled_ND.std(axis=0) == 0] = 0.0
+    whitening_DD[scaled_ND.std(axis=0) == 0] = 0.0  # neurons that are constant on fit prompts are left out
     distance_N = np.linalg.norm((tune_ND.astype(np.float64) - scaler.mean_) @ whitening_DD, axis=1)
     return scaler.mean_, whitening_DD / max(float(np.quantile(distance_N, LIKE)), 1e-12)

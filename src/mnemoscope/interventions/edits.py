@@ -1,6 +1,6 @@
-"""What is added to the states of a layer: tensors, and a function of the states.
+"""What is done to the states of a layer: tensors, and a function of the states.
 
-Shapes: N examples, T tokens, D neurons, K rank.
+Shapes: N prompts, T tokens, D neurons, K rank.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from mnemoscope.models import prompts_of_rows
 from mnemoscope.runs.errors import InputError
 
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """Base class: all fields are float32 tensors, and a factor scales what is added.
+    """Base class: all fields are float32 tensors, and a factor scales the last one; where it is 0 nothing is added.
 
-    ``KIND`` names the class in files, ``PARTS`` its fields. A class of a user's own is found by its name once it was
-    imported; a file can ask for none that was not.
+    A tensor (N, ., .) has a row for each prompt. ``KIND`` names the class in files, ``PARTS`` its fields. A class of a
+    user's own is found by its name once it was imported; a file can ask for none that was not.
     """
 
     KIND: ClassVar[str]
@@ -29,17 +30,29 @@ class Edit:
         """What is added to states, float32 (N, T, D)."""
         raise NotImplementedError
 
-    def __mul__(self, factor: float) -> Self:
-        raise NotImplementedError
+    def changed(self, states_NTD: Tensor) -> Tensor:
+        """The states behind it, of their own dtype."""
+        return states_NTD + self.added(states_NTD).to(states_NTD.dtype)
 
-    def beside(self, other: Self) -> tuple[Self, ...]:
-        """The sum of two of a kind, as one where that is possible."""
-        return self, other
+    def __mul__(self, factor: float | Tensor) -> Self:
+        *others, last = self.tensors
+        return self._of(*others, last * factor)
+
+    def _of(self, *tensors: Tensor) -> Self:
+        return replace(self, **dict(zip((one.name for one in fields(self)), tensors, strict=True)))
+
+    def __add__(self, other: Self) -> Self:
+        """The sum of two of a kind; InputError where they differ in more than the last tensor."""
+        *mine, last = self.tensors
+        *theirs, more = other.tensors
+        if not all(map(torch.equal, mine, theirs)):
+            raise InputError(f"edits: two of kind {self.KIND} in a layer cannot be added")
+        return self._of(*mine, last + more)
 
     @property
     def is_nothing(self) -> bool:
         """Whether nothing is added, whatever the states are."""
-        return False
+        return not bool(self.tensors[-1].any())
 
     @property
     def width(self) -> int:
@@ -51,19 +64,37 @@ class Edit:
         """The fields in order."""
         return tuple(getattr(self, one.name) for one in fields(self))
 
+    @property
+    def prompts(self) -> int | None:
+        """For how many prompts it has rows; None: it is the same for all."""
+        return next((len(tensor) for tensor in self.tensors if tensor.ndim > 2), None)
+
     def to(self, device: torch.device) -> Self:
         """The same on another device."""
-        return replace(self, **{one.name: getattr(self, one.name).to(device) for one in fields(self)})
+        return self._of(*(tensor.to(device) for tensor in self.tensors))
+
+    def of_rows(self, rows: int) -> Self:
+        """The same for the rows of a pass, some of which may be of one prompt."""
+        if self.prompts is None:
+            return self
+        index_R = prompts_of_rows(rows, self.prompts).to(self.tensors[-1].device)
+        return self._of(*(tensor[index_R] if tensor.ndim > 2 else tensor for tensor in self.tensors))
 
     def check(self, layer: int) -> None:
-        """Raises InputError where a tensor is not finite, or has another shape than it should."""
-        if not all(bool(tensor.isfinite().all()) for tensor in self.tensors):
-            raise InputError(f"{self.KIND}: layer {layer} has a value that is not finite")
+        """Raises InputError where a tensor is not finite, or its shape is not that of one for all prompts."""
+        try:
+            self.added(torch.zeros(1, 1, self.width)).expand(1, 1, self.width)
+            fits = all(bool(tensor.isfinite().all()) for tensor in self.tensors)
+        except (RuntimeError, IndexError):
+            fits = False
+        if not fits:
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in self.tensors)
+            raise InputError(f"{self.KIND}: layer {layer} has shape {shapes} or a value that is not finite")
 
 
 @dataclass(frozen=True, eq=False)
 class Shift(Edit):
-    """The same for all states: (D,), or (N, D) while it is learned."""
+    """The same for all states, (D,)."""
 
     shift_D: Tensor
     KIND: ClassVar[str] = "shift"
@@ -72,24 +103,6 @@ class Shift(Edit):
     def added(self, states_NTD: Tensor) -> Tensor:
         """The shift."""
         return self.shift_D
-
-    def __mul__(self, factor: float) -> Shift:
-        return Shift(self.shift_D * factor)
-
-    def beside(self, other: Shift) -> tuple[Shift, ...]:
-        """One shift."""
-        return (Shift(self.shift_D + other.shift_D),)
-
-    @property
-    def is_nothing(self) -> bool:
-        """Whether it is 0."""
-        return not bool(self.shift_D.any())
-
-    def check(self, layer: int) -> None:
-        """Raises InputError for another shape than (D,), or a value that is not finite."""
-        if self.shift_D.ndim != 1 or not bool(self.shift_D.isfinite().all()):
-            shape = tuple(self.shift_D.shape)
-            raise InputError(f"shifts: layer {layer} has shape {shape} or a value that is not finite")
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,17 +117,23 @@ class Scale(Edit):
         """The states times the factors."""
         return self.factor_D.to(states_NTD) * states_NTD
 
-    def __mul__(self, factor: float) -> Scale:
-        return Scale(self.factor_D * factor)
 
-    def beside(self, other: Scale) -> tuple[Scale, ...]:
-        """One scale."""
-        return (Scale(self.factor_D + other.factor_D),)
+@dataclass(frozen=True, eq=False)
+class Held(Edit):
+    """Neurons held at values, (D,), as ablations and patches do: ``share``, (D,), is how far they go there, 1: all."""
 
-    @property
-    def is_nothing(self) -> bool:
-        """Whether all factors are 0."""
-        return not bool(self.factor_D.any())
+    value_D: Tensor
+    share_D: Tensor
+    KIND: ClassVar[str] = "held"
+    PARTS: ClassVar[tuple[str, ...]] = ("value", "share")
+
+    def added(self, states_NTD: Tensor) -> Tensor:
+        """What lacks to the values."""
+        return self.share_D * (self.value_D - states_NTD)
+
+    def changed(self, states_NTD: Tensor) -> Tensor:
+        """The values themselves, without rounding, where they are reached."""
+        return torch.where(self.share_D == 1, self.value_D.to(states_NTD.dtype), super().changed(states_NTD))
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,26 +154,11 @@ class LowRank(Edit):
         with torch.autocast(states_NTD.device.type, enabled=False):  # the bias cancels large parts of what is read
             return (states_NTD.float() @ self.read_KD.T + self.bias_K) @ self.write_KD
 
-    def __mul__(self, factor: float) -> LowRank:
-        return replace(self, write_KD=self.write_KD * factor)
-
-    def beside(self, other: LowRank) -> tuple[LowRank, ...]:
-        """One shift of both; of the same readings only the writings are added, so that opposites are nothing."""
-        if torch.equal(self.read_KD, other.read_KD) and torch.equal(self.bias_K, other.bias_K):
-            return (replace(self, write_KD=self.write_KD + other.write_KD),)
-        return (LowRank(*(torch.cat(both) for both in zip(self.tensors, other.tensors, strict=True))),)
-
-    @property
-    def is_nothing(self) -> bool:
-        """Whether it writes nothing."""
-        return not bool(self.write_KD.any())
-
-    def check(self, layer: int) -> None:
-        """Raises InputError for other shapes than (K, D), (K,) and (K, D), or a value that is not finite."""
-        fits = self.read_KD.ndim == 2 and self.read_KD.shape == self.write_KD.shape
-        fits = fits and self.bias_K.shape == self.read_KD.shape[:1]
-        if not fits or not all(bool(part.isfinite().all()) for part in self.tensors):
-            raise InputError(f"low_rank: layer {layer} has other shapes than (K, D), or a value that is not finite")
+    def __add__(self, other: LowRank) -> LowRank:
+        """One shift of both, also where they read something else."""
+        if all(map(torch.equal, self.tensors[:-1], other.tensors[:-1])):
+            return super().__add__(other)
+        return LowRank(*map(torch.cat, zip(self.tensors, other.tensors, strict=True)))
 
 
 def kinds() -> dict[str, type[Edit]]:
@@ -163,16 +167,15 @@ def kinds() -> dict[str, type[Edit]]:
 
 
 def as_edits(given: Tensor | Edit | tuple[Edit, ...]) -> tuple[Edit, ...]:
-    """The edits of a layer: a tensor (D,) is a shift."""
+    """The edits of a layer: a tensor (D,), or (N, D) with one for each prompt, is a shift."""
     if isinstance(given, Tensor):
-        return (Shift(given.float()),)
+        return (Shift(given.float() if given.ndim < 2 else given.float()[:, None]),)
     return (given,) if isinstance(given, Edit) else tuple(given)
 
 
 def summed(first: tuple[Edit, ...], second: tuple[Edit, ...]) -> tuple[Edit, ...]:
-    """Both at once, those of a kind as one where that is possible."""
-    found: dict[type[Edit], tuple[Edit, ...]] = {type(one): (one,) for one in first}
+    """Both at once, those of a kind as one."""
+    found: dict[type[Edit], Edit] = {type(one): one for one in first}
     for one in second:
-        there = found.get(type(one))
-        found[type(one)] = there[-1].beside(one) if there else (one,)
-    return tuple(one for some in found.values() for one in some)
+        found[type(one)] = found[type(one)] + one if type(one) in found else one
+    return tuple(found.values())

@@ -6,7 +6,7 @@ Shapes: N examples, T tokens (columns) of a pass, L layers, D neurons, R rows of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mnemoscope.interventions.edits import Edit, Shift, as_edits
+from mnemoscope.interventions.edits import Edit, as_edits
 from mnemoscope.models import (
     Site,
     backbone_of,
@@ -33,7 +33,7 @@ from mnemoscope.runs.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Positions = Literal["decision", "all"]
+Positions = Literal["decision", "all", "once"]
 # Options of ``generate`` that read a prompt in parts, or with guesses behind it: no pass ends at the decision position.
 _NEED_START = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")
 _ROWS = ("num_beams", "num_return_sequences")  # options that make several rows of a prompt
@@ -64,97 +64,27 @@ class Gate:
         return (self.layer, order.index(self.site)) <= (layer, order.index(site))
 
 
-def shifted(
-    model: PreTrainedModel,
-    edits: Mapping[int, Tensor | Edit | tuple[Edit, ...]],
-    site: Site,
-    positions: Positions,
-    start: int | None = None,
-    gate: Gate | None = None,
-    opening: Sequence[int] = (),
-    factor: Tensor | None = None,
-) -> AbstractContextManager[None]:
-    """Add edits to the states of some layers; gradients flow back into them.
-
-    ``edits``: a tensor is a shift, (D,) or one for each prompt (N, D). ``factor``: on all of them, or one for each
-    prompt (N,). ``opening``: token ids that every prompt must begin with. See ``SteeringVector.apply`` for the others.
-    """
-    tracker = _PositionTracker(start, everywhere=positions == "all", gate=gate, opening=tuple(opening))
-    by_layer = {layer: as_edits(given) for layer, given in edits.items()}
-    parts = {layer: [_adding(one, factor) for one in some] for layer, some in by_layer.items()}
-    shifts = (one.shift_D for some in by_layer.values() for one in some if isinstance(one, Shift))
-    rows = [len(shift) for shift in shifts if shift.ndim == 2]
-    rows += [len(factor)] if factor is not None and factor.ndim == 1 else []
-    tracker.prompts = next(iter(rows), None)
-    return _edited(model, site, tracker, {layer: _summed(some) for layer, some in parts.items()})
-
-
+@contextmanager
 def edited(
     model: PreTrainedModel,
-    edits: Mapping[int, Changed],
+    edits: Mapping[int, Tensor | Edit | tuple[Edit, ...] | Changed],
     site: Site,
     positions: Positions = "decision",
     start: int | None = None,
-) -> AbstractContextManager[None]:
-    """Replace states of some layers by functions of them, which may be learned: gradients flow back.
-
-    ``edits``: by layer, states (N, T, D) from the decision position on, or of all tokens, -> other states.
-    """
-    return _edited(model, site, _PositionTracker(start, everywhere=positions == "all"), edits)
-
-
-def ablated(
-    model: PreTrainedModel, means: Mapping[int, Tensor], chosen: Mapping[int, Tensor], site: Site
-) -> AbstractContextManager[None]:
-    """Mean-ablate neurons from the decision position on; by layer: ``means`` float32 (D,), ``chosen`` bool (D,)."""
-
-    def holding(mean_D: Tensor, chosen_D: Tensor) -> Changed:
-        return lambda states_NTD: torch.where(chosen_D.to(states_NTD.device), mean_D.to(states_NTD), states_NTD)
-
-    edits = {layer: holding(mean_D, chosen[layer]) for layer, mean_D in means.items()}
-    return _edited(model, site, _PositionTracker(None, everywhere=False), edits)
-
-
-def patched(model: PreTrainedModel, layer: int, states_ND: Tensor, site: Site) -> AbstractContextManager[None]:
-    """Patch a layer's states at the decision position, and only there, with those of another run, row by row."""
-    tracker = _PositionTracker(None, everywhere=False)
-
-    def patch(states_NTD: Tensor) -> Tensor:
-        if tracker.decision_column is None:
-            return states_NTD
-        return torch.cat([states_ND[:, None].to(states_NTD), states_NTD[:, 1:]], dim=1)
-
-    return _edited(model, site, tracker, {layer: patch})
-
-
-@contextmanager
-def adding(model: PreTrainedModel, added: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Add functions of modules' inputs to their outputs, by the name of the module, as an adapter that is not merged.
-
-    A sum is made in the precision of what is added and then rounded to that of the output.
-    """
-
-    def hook(function: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-        return lambda module, args, output: (output + function(args[0])).to(output.dtype)
-
-    ran = list[bool]()
-    with ExitStack() as stack:
-        stack.callback(backbone_of(model).register_forward_pre_hook(lambda *_: ran.append(True)).remove)
-        for name, function in added.items():
-            stack.callback(core_of(model).get_submodule(name).register_forward_hook(hook(function)).remove)
-        yield
-        if added and not ran:
-            raise InputError(NOTHING_RAN)
-
-
-@contextmanager
-def _edited(
-    model: PreTrainedModel, site: Site, tracker: _PositionTracker, edits: Mapping[int, Changed]
+    gate: Gate | None = None,
+    opening: Sequence[int] = (),
 ) -> Iterator[None]:
-    """Edit the states of some layers inside the context: the only hook of the package that writes."""
+    """Edit the states of some layers inside the context; gradients flow back into the edits. The only hook that writes.
+
+    ``edits``: by layer; several are added to the state before. ``positions``: ``once`` is the decision position alone.
+    ``opening``: token ids that every prompt must begin with. See ``SteeringVector.apply`` for the others.
+    """
+    changes = {layer: given if callable(given) else as_edits(given) for layer, given in edits.items()}
+    every = [one for some in changes.values() if isinstance(some, tuple) for one in some]
+    prompts = next((one.prompts for one in every if one.prompts is not None), None)
+    tracker = _PositionTracker(start, positions, gate, tuple(opening), prompts, len(edits))
     core, config = core_of(model), getattr(model, "generation_config", None)
     check_hookable(model)
-    tracker.edits = len(edits)
     with ExitStack() as stack:
 
         def hook(layer: int, at: Site, function: Callable[..., Any]) -> None:
@@ -170,13 +100,67 @@ def _edited(
         stack.callback(backbone_of(model).register_forward_hook(tracker.ends).remove)
         if (tracker.finds_start or tracker.prompts) and hasattr(core, "generate"):
             stack.enter_context(_replaced(core, "generate", _watched(core, tracker)))
-        if tracker.gate:  # before the edits, so that it reads states without a shift
-            hook(tracker.gate.layer, tracker.gate.site, tracker.read)
-        for layer, edit in edits.items():
-            hook(layer, site, partial(tracker.change, edit))
+        if gate:  # before the edits, so that it reads states without a shift
+            hook(gate.layer, gate.site, tracker.read)
+        for layer, change in changes.items():
+            hook(layer, site, partial(tracker.change, _changing(change) if isinstance(change, tuple) else change))
         yield
         if not tracker.ran:
             raise InputError(NOTHING_RAN)
+
+
+def _changing(edits: tuple[Edit, ...]) -> Changed:
+    """What edits make of states, each computed from the states before."""
+    there = cache(lambda device: [one.to(device) for one in edits])
+
+    def change(states_NTD: Tensor) -> Tensor:
+        here = [one.of_rows(len(states_NTD)) for one in there(states_NTD.device)]
+        if len(here) == 1:
+            return here[0].changed(states_NTD)
+        return sum((one.added(states_NTD).to(states_NTD.dtype) for one in here), states_NTD)
+
+    return change
+
+
+@contextmanager
+def adding(
+    model: PreTrainedModel, added: Mapping[str, Callable[[Tensor], Tensor]], prompts: int | None = None
+) -> Iterator[None]:
+    """Add functions of modules' inputs to their outputs, by the name of the module, as an adapter that is not merged.
+
+    A sum is made in the precision of what is added and then rounded to that of the output. ``prompts``: of every batch,
+    where the functions have a factor for each.
+    """
+
+    def hook(function: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+        return lambda module, args, output: (output + function(args[0])).to(output.dtype)
+
+    def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ran.append(True)
+        _check_rows(rows_of(args, kwargs), prompts)
+
+    ran = list[bool]()
+    with ExitStack() as stack:
+        stack.callback(backbone_of(model).register_forward_pre_hook(see, with_kwargs=True).remove)
+        for name, function in added.items():
+            stack.callback(core_of(model).get_submodule(name).register_forward_hook(hook(function)).remove)
+        yield
+        if added and not ran:
+            raise InputError(NOTHING_RAN)
+
+
+def factors_of(alpha: float | Sequence[float] | Tensor) -> Tensor:
+    """A factor, or one for each prompt (N,), as float32; InputError where one is not finite."""
+    factor = torch.as_tensor(alpha, dtype=torch.float32).cpu()
+    if factor.ndim > 1 or not bool(factor.isfinite().all()):
+        raise InputError(f"alpha: {alpha} is neither a finite number nor one for each prompt")
+    return factor
+
+
+def _check_rows(rows: int, prompts: int | None, each: int = 1) -> None:
+    """Raises InputError where the rows of a batch are not ``each`` of as many prompts as there are factors."""
+    if prompts is not None and rows != prompts * each and not has_known_rows(rows):
+        raise InputError(f"alpha: {prompts} factors for a batch of {rows} rows; allowed is one for each prompt")
 
 
 @contextmanager
@@ -220,35 +204,28 @@ def _watched(core: Any, tracker: _PositionTracker) -> Callable[..., Any]:
 
 @dataclass
 class _PositionTracker:
-    """Finds the columns of each pass that an edit concerns, and the prompts that a gate lets it act on.
+    """Finds the columns of each pass that an edit concerns, and the prompts that a gate lets it act on."""
 
-    Attributes:
-        fixed: column of the decision position, if known; else it is the last column of each prompt.
-        opening: token ids that every prompt must begin with.
-        acts_N: the gate's decision for the prompts that are being answered.
-        start: the first edited column, in columns of the left-padded batch; ``first_column``: of this pass.
-        rows: of the batch of this pass.
-        decision_column: of this pass, where it holds the decision position.
-        prompts: number of factors, where each prompt has one; a batch has ``rows_of_prompt`` rows for each.
-        edits: number of edited layers, of which ``left`` did not run in this pass yet.
-        ran: whether any pass did.
-    """
-
-    fixed: int | None
-    everywhere: bool
-    gate: Gate | None = None
-    opening: tuple[int, ...] = ()
-    acts_N: Tensor | None = None
-    start: int = 0
-    rows: int = 0
+    fixed: int | None  # column of the decision position, if known; else it is the last column of each prompt
+    positions: Positions
+    gate: Gate | None
+    opening: tuple[int, ...]  # token ids that every prompt must begin with
+    prompts: int | None  # number of factors, where each prompt has one; a batch has ``rows_of_prompt`` rows for each
+    edits: int  # number of edited layers, of which ``left`` did not run in this pass yet
+    acts_N: Tensor | None = None  # the gate's decision for the prompts that are being answered
+    start: int = 0  # the first edited column, in columns of the left-padded batch; ``first_column``: of this pass
+    rows: int = 0  # of the batch of this pass
     first_column: int = 0
-    decision_column: int | None = None
+    decision_column: int | None = None  # of this pass, where it holds the decision position
     prompt_NT: Tensor | None = None
-    prompts: int | None = None
     rows_of_prompt: int = 1
-    edits: int = 0
     left: int = 0
-    ran: bool = False
+    ran: bool = False  # whether any pass did
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether columns before the decision position are edited too."""
+        return self.positions == "all"
 
     @property
     def finds_start(self) -> bool:
@@ -272,11 +249,7 @@ class _PositionTracker:
         fresh = self.prompt_NT is None or another or not continues
         if fresh:
             self.prompt_NT, self.acts_N = ids_NT, None
-            rows = self.rows if self.prompts is None else self.prompts * self.rows_of_prompt
-            if self.rows != rows and not has_known_rows(self.rows):
-                raise InputError(
-                    f"alpha: {self.prompts} factors for a batch of {self.rows} rows; allowed is one for each prompt"
-                )
+            _check_rows(self.rows, self.prompts, self.rows_of_prompt)
             self._check(kwargs.get("attention_mask"), end, text_NT if past == 0 else None)
             self.start = (self.fixed or 0) if is_set else end - 1
         self.first_column = max(0, self.start - past)
@@ -305,11 +278,14 @@ class _PositionTracker:
         self.left -= 1
         found = inputs if output is None else output
         states_NTD, first, acts_N = states_of(found, self.rows), self.first_column, self.acts_N
-        if first >= states_NTD.shape[1] or (acts_N is not None and not acts_N.any()):
+        end, once = states_NTD.shape[1], self.positions == "once"
+        none = first >= end or (once and self.decision_column is None)
+        if none or (acts_N is not None and not acts_N.any()):
             return found
-        edited = edit(states_NTD[:, first:])
-        if first:
-            edited = torch.cat([states_NTD[:, :first], edited], dim=1)
+        end = first + 1 if once else end
+        edited = edit(states_NTD[:, first:end])
+        if edited.shape != states_NTD.shape:
+            edited = torch.cat([states_NTD[:, :first], edited, states_NTD[:, end:]], dim=1)
         if acts_N is not None:
             acts_R = acts_N[prompts_of_rows(len(states_NTD), len(acts_N)).to(acts_N.device)].to(states_NTD.device)
             edited = torch.where(acts_R[:, None, None], edited, states_NTD)
@@ -331,41 +307,3 @@ class _PositionTracker:
                     f"chat: prompt {row} of the batch is not formatted by the chat template, as those were that the "
                     "vector was fitted on; use Fitted.inputs, or apply_chat_template with the same system message"
                 )
-
-
-_Added = Callable[[Tensor], Tensor]  # states (N, T, D) -> what is added to them
-
-
-def _summed(parts: Sequence[_Added]) -> Changed:
-    """Add all parts to the states, each computed from the states before."""
-
-    def add(states_NTD: Tensor) -> Tensor:
-        return sum((part(states_NTD) for part in parts), states_NTD)
-
-    return add
-
-
-def _adding(edit: Edit, factor: Tensor | None) -> _Added:
-    """An edit times a factor or one for each prompt; each prompt's rows follow one another."""
-    if isinstance(edit, Shift):
-        shift = edit.shift_D if factor is None else factor[..., None] * edit.shift_D
-        placed = cache(shift.to)
-
-        def constant(states_NTD: Tensor) -> Tensor:
-            here = placed(states_NTD.device, states_NTD.dtype)
-            return here if here.ndim == 1 else _of_rows(here, states_NTD)[:, None]
-
-        return constant
-    there = cache(lambda device: (edit.to(device), torch.ones(()) if factor is None else factor.to(device)))
-
-    def added(states_NTD: Tensor) -> Tensor:
-        here, of_prompts = there(states_NTD.device)
-        rows = of_prompts if of_prompts.ndim == 0 else _of_rows(of_prompts, states_NTD)[:, None, None]
-        return (rows * here.added(states_NTD)).to(states_NTD.dtype)
-
-    return added
-
-
-def _of_rows(of_prompts: Tensor, states_NTD: Tensor) -> Tensor:
-    """Values of prompts for each row of a pass."""
-    return of_prompts[prompts_of_rows(len(states_NTD), len(of_prompts)).to(of_prompts.device)]

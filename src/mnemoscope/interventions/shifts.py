@@ -1,6 +1,8 @@
-"""Methods that find one direction for all settings of a site: their steering vectors, and their nulls.
+"""Methods that are one direction for all settings of a site: their steering vectors, and their nulls.
 
-Neurons are chosen and the shift is scaled afterwards, so that all methods are compared at equal norm.
+Such a module has ``direction(sources, labels)``, float64 (L, D) towards ``generalized``, and ``BY_RHO`` where neurons
+are chosen by |rho|, as in the paper, instead of by their shift in units of strength. Neurons are chosen and the shift
+is scaled afterwards, so that all methods are compared at equal norm. The negative steers the other way.
 
 Shapes: N states, L layers, D neurons.
 """
@@ -8,29 +10,27 @@ Shapes: N states, L layers, D neurons.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
 from functools import wraps
 from itertools import product
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
 from mnemoscope.config import GridConfig
-from mnemoscope.interventions.contract import Intervention, Toward
+from mnemoscope.interventions.contract import Bench, Intervention, Toward
+from mnemoscope.interventions.methods import method_module
 from mnemoscope.interventions.sources import ANSWERED, Labels, Sources, Unit
 from mnemoscope.interventions.vector import SteeringVector
 from mnemoscope.models import Site, blocks_of
 from mnemoscope.statistics import top_by_magnitude
 
-if TYPE_CHECKING:
-    from mnemoscope.bench.lists import Bench
-
 Made = TypeVar("Made")
-Direction = Callable[[Sources, Labels], np.ndarray]  # towards `generalized`, float64 (L, D)
 SIGN: dict[Toward, int] = {"generalized": 1, "memorized": -1}
+# Tried in spreads unless the bench says otherwise (``bench.tried``).
+GRIDS: dict[Site, GridConfig] = {"block": GridConfig(layers=("spread-8",), tops=(0.5,), strengths=(0.1, 0.2, 0.4, 0.8))}
 
 
 def once(make: Callable[..., Made]) -> Callable[..., Made]:
@@ -47,55 +47,6 @@ def once(make: Callable[..., Made]) -> Callable[..., Made]:
     return kept
 
 
-@dataclass(frozen=True)
-class OneDirection:
-    """A method whose direction steers one way, and its negative the other.
-
-    Attributes:
-        direction: a pure function of fit pairs and their labels.
-        by_rho: whether neurons are chosen by |rho|, as in the paper; else by their shift in units of strength.
-        grids, unit: what is tried unless the bench says otherwise (``bench.tried``).
-    """
-
-    name: str
-    direction: Direction
-    by_rho: bool = False
-    grids: Mapping[Site, GridConfig] = field(
-        default_factory=lambda: {
-            "block": GridConfig(layers=("spread-8",), tops=(0.5,), strengths=(0.1, 0.2, 0.4, 0.8))
-        },
-        compare=False,
-    )
-    unit: Unit = "spread"
-
-    def candidates(self, bench: Bench, toward: Toward) -> list[Intervention]:
-        """Every combination of each grid; InputError with too few pairs."""
-        unit, grids = (bench.tried.unit, bench.tried.grids) if bench.tried.grids else (self.unit, self.grids)
-        return [self.vector(bench, toward, unit, *setting) for setting in settings(bench, grids)]
-
-    def again(self, bench: Bench, one: SteeringVector, several: Sequence[Labels]) -> list[SteeringVector]:
-        """The same setting of the direction under other labels."""
-        layers = tuple(one.setting["layers"])
-        setting = (one.toward, one.unit, one.site, layers, one.top, one.strength)
-        return [self.vector(bench, *setting, labels) for labels in several]
-
-    def vector(
-        self,
-        bench: Bench,
-        toward: Toward,
-        unit: Unit,
-        site: Site,
-        layers: tuple[int, ...],
-        top: float,
-        strength: float,
-        labels: Labels = ANSWERED,
-    ) -> SteeringVector:
-        """The direction on the top share of the neurons of all layers at once, at a strength."""
-        shift_LD = SIGN[toward] * _direction(bench, self.direction, site, unit, labels)
-        rank_LD = rho(bench, site, labels) if self.by_rho else None
-        return made(bench, self.name, toward, Setting(unit, site, layers, top, strength), shift_LD, rank_LD)
-
-
 class Setting(NamedTuple):
     """Where a shift acts, on which share of the neurons, and how strongly in which unit."""
 
@@ -104,6 +55,35 @@ class Setting(NamedTuple):
     layers: tuple[int, ...]
     top: float
     strength: float
+
+    @classmethod
+    def of(cls, one: SteeringVector) -> Setting:
+        """That of a vector that was ``made``."""
+        return cls(one.unit, one.site, tuple(one.setting["layers"]), one.top, one.strength)
+
+
+def candidates(bench: Bench, method: str, toward: Toward) -> list[Intervention]:
+    """Every combination of each grid of a method's direction; InputError with too few pairs."""
+    tried, count = bench.tried, len(blocks_of(bench.asking.model))
+    unit, grids = (tried.unit, tried.grids) if tried.grids else ("spread", GRIDS)
+    return [
+        vector(bench, method, toward, Setting(unit, site, *place))
+        for site, grid in grids.items()
+        for place in product(grid.layer_sets(count), grid.tops, grid.strengths)
+    ]
+
+
+def again(bench: Bench, one: SteeringVector, several: Sequence[Labels]) -> list[SteeringVector]:
+    """The same setting of the direction under other labels."""
+    return [vector(bench, one.method, one.toward, Setting.of(one), labels) for labels in several]
+
+
+def vector(bench: Bench, method: str, toward: Toward, setting: Setting, labels: Labels = ANSWERED) -> SteeringVector:
+    """A method's direction on the top share of the neurons of all layers at once, at a strength."""
+    module = method_module(method)
+    shift_LD = SIGN[toward] * _direction(bench, module.direction, setting.site, setting.unit, labels)
+    rank_LD = rho(bench, setting.site, labels) if getattr(module, "BY_RHO", False) else None
+    return made(bench, method, toward, setting, shift_LD, rank_LD)
 
 
 def made(
@@ -116,11 +96,10 @@ def made(
     unit, site, layers, top, strength = setting
     sources = bench.sources(site, unit)
     relative_LD = sources.relative(shift_LD)
-    kept_LD = top_neurons(relative_LD if rank_LD is None else rank_LD, layers, top) & (sources.scale_LD > 0)
+    kept_LD = top_neurons(relative_LD if rank_LD is None else rank_LD, layers, top) & (sources.unit_LD > 0)
     norm = np.linalg.norm(relative_LD[kept_LD])
-    facts: dict[str, Any] = {"layers": list(layers), "top": top, "strength": strength}
-    placed: dict[str, Any] = {"site": site, "positions": bench.tried.positions, "top": top, "strength": strength}
-    blank = SteeringVector(toward, {}, **placed, unit=unit, method=method, setting=facts)
+    facts = {"layers": list(layers), "top": top, "strength": strength}
+    blank = SteeringVector(toward, {}, site, bench.tried.positions, top, strength, unit, method=method, setting=facts)
     return blank.with_dense(np.where(kept_LD, shift_LD, 0.0) * (strength / norm if norm > 0 else 0.0))
 
 
@@ -132,7 +111,9 @@ def top_neurons(rank_LD: np.ndarray, layers: Sequence[int], top: float) -> np.nd
 
 
 @once
-def _direction(bench: Bench, direction: Direction, site: Site, unit: Unit, labels: Labels) -> np.ndarray:
+def _direction(
+    bench: Bench, direction: Callable[[Sources, Labels], np.ndarray], site: Site, unit: Unit, labels: Labels
+) -> np.ndarray:
     return direction(bench.sources(site, unit), labels)
 
 
@@ -140,13 +121,6 @@ def _direction(bench: Bench, direction: Direction, site: Site, unit: Unit, label
 def rho(bench: Bench, site: Site, labels: Labels = ANSWERED) -> np.ndarray:
     """Correlation of each neuron with the label, float64 (L, D); NaN for a constant one."""
     return bench.sources(site).moments(labels).rho_LD
-
-
-def settings(bench: Bench, grids: Mapping[Site, GridConfig]) -> Iterator[tuple[Site, tuple[int, ...], float, float]]:
-    """Every combination of each grid: site, layers, share of the neurons and strength."""
-    count = len(blocks_of(bench.asking.model))
-    for site, grid in grids.items():
-        yield from product((site,), grid.layer_sets(count), grid.tops, grid.strengths)
 
 
 def spread_layers(bench: Bench, n: int) -> list[int]:
@@ -164,8 +138,3 @@ def norm_of(vector: SteeringVector, sources: Sources) -> float:
         moved_N = moved_ND.norm(dim=-1).double().numpy() / sources.norm_L[layer]
         squares += float((moved_N**2).mean())
     return math.sqrt(squares)
-
-
-def with_factor(one: SteeringVector, factor: float) -> SteeringVector:
-    """The same with the factor on the mean difference that it is, for readers."""
-    return replace(one, setting={**one.setting, "factor": factor})

@@ -17,8 +17,7 @@ import torch
 from mnemoscope.behaviour import Asking, Batch, KeptStates, cache_prefixes, log_probabilities, prepare, read_states
 from mnemoscope.config import GridConfig, LowRankConfig
 from mnemoscope.interventions.contract import Toward
-from mnemoscope.interventions.hooks import Positions, shifted
-from mnemoscope.interventions.vector import scaled_to
+from mnemoscope.interventions.hooks import Positions, edited
 from mnemoscope.models import Site
 from mnemoscope.statistics.contrast import PairedMoments
 from mnemoscope.tasks import Example
@@ -32,13 +31,10 @@ SOURCE: dict[str, Toward] = {"to_generalized": "memorized", "to_memorized": "gen
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """Labels of the fit pairs: as answered, or shuffled with a seed, where both labels of a pair swap or stay.
-
-    ``permuted``: labels stay, and the answers are those of other items (``FitLists.permuted``).
-    """
+    """Labels of the fit pairs: as answered, or shuffled with a seed, where both labels of a pair swap or stay."""
 
     shuffle: int | None = None
-    permuted: bool = False
+    permuted: bool = False  # labels stay, and the answers are those of other items (``FitLists.permuted``)
 
     def signs(self, n: int, *stream: int) -> np.ndarray:
         """float64 (n,): 1 where a label stays, -1 where it swaps, half of each; ``stream`` numbers its lists."""
@@ -59,43 +55,29 @@ TAUGHT = (INDIFFERENCE, PERMUTED)  # nulls of what learns from wanted answers; o
 
 @dataclass(frozen=True)
 class Tried:
-    """What methods try, where it is not their own choice.
+    """What methods try, where it is not their own choice."""
 
-    Attributes:
-        grids: by site, of every shift; None: each method's own.
-        unit: of the strengths of these grids.
-        positions: shifted tokens.
-        low_rank: blocks and factors of low-rank shifts; None: their own.
-    """
-
-    grids: Mapping[Site, GridConfig] | None = None
-    unit: Unit = "spread"
-    positions: Positions = "decision"
-    low_rank: LowRankConfig | None = None
+    grids: Mapping[Site, GridConfig] | None = None  # by site, of every shift; None: each method's own
+    unit: Unit = "spread"  # of the strengths of these grids
+    positions: Positions = "decision"  # shifted tokens
+    low_rank: LowRankConfig | None = None  # blocks and factors of low-rank shifts; None: their own
 
 
 @dataclass(frozen=True)
 class FitLists:
     """Examples of the fit split, prepared with their prefixes, by behaviour steered to; shared by all sites.
 
-    Attributes:
-        pairs, conflicts: phrasings of pairs, and other conflicts, that answer the other way.
-        kept: memory and novel examples whose answers should stay; ``kept_weight``: in the objective of learned vectors.
-        steps: of the ascent of learned vectors.
-        items: names of the items of ``pairs`` and of ``conflicts``, in the order in which they were prepared.
-        bare: the questions of ``pairs`` and of ``conflicts`` towards memory without their contexts, in the order in
-            which they were prepared; None where a task has none.
-        low_rank_steps: of low-rank shifts.
+    ``items`` and ``bare`` are in the order in which ``pairs`` and ``conflicts`` were prepared.
     """
 
     asking: Asking
-    pairs: Mapping[Toward, Sequence[Batch]]
-    conflicts: Mapping[Toward, Sequence[Batch]]
-    kept: Mapping[Toward, Sequence[Batch]]
-    kept_weight: float = 1.0
-    steps: int = 20
-    items: Mapping[Toward, tuple[Sequence[str], Sequence[str]]] = field(default_factory=dict)
-    bare: tuple[Sequence[Example], Sequence[Example]] | None = None
+    pairs: Mapping[Toward, Sequence[Batch]]  # phrasings of pairs that answer the other way
+    conflicts: Mapping[Toward, Sequence[Batch]]  # other conflicts that do
+    kept: Mapping[Toward, Sequence[Batch]]  # memory and novel examples whose answers should stay
+    kept_weight: float = 1.0  # of these in the objective of learned vectors
+    steps: int = 20  # of the ascent of learned vectors
+    items: Mapping[Toward, tuple[Sequence[str], Sequence[str]]] = field(default_factory=dict)  # names of both
+    bare: tuple[Sequence[Example], Sequence[Example]] | None = None  # bare questions of both towards memory; None: none
     low_rank_steps: int = 60
 
     def can_permute(self) -> bool:
@@ -165,45 +147,31 @@ class Sources:
 
     @cached_property
     def norm_L(self) -> np.ndarray:
-        """float64, root mean square norm of each layer's states: the unit of strength."""
+        """Root mean square norm of each layer's states, float64."""
         return self.moments().state_norm_L
 
     @cached_property
-    def mean_LD(self) -> np.ndarray:
-        """float64, mean state of each neuron."""
-        return self.states_P2LD.mean(axis=(0, 1), dtype=np.float64)
-
-    @cached_property
     def spread_LD(self) -> np.ndarray:
-        """float64, standard deviation of each neuron over the states: a unit in which no coordinate is massive."""
+        """Standard deviation of each neuron over the states, float64; 1 for a constant one."""
         spread_LD = self.states_P2LD.std(axis=(0, 1), dtype=np.float64)
         return np.where(spread_LD > 0, spread_LD, 1.0)
 
     @cached_property
-    def scale_LD(self) -> np.ndarray:
-        """float64, in which a shift of each neuron is counted: 1, or its spread; 0 for one that is never shifted."""
+    def unit_LD(self) -> np.ndarray:
+        """float64, how far a shift of strength 1 moves a neuron alone; 0 for one that is never shifted."""
         if self.unit == "norm":
-            return np.ones(self.shape_LD)
+            return np.repeat(self.norm_L[:, None], self.shape_LD[1], axis=1)
         size_LD = np.sqrt(np.square(self.states_P2LD, dtype=np.float64).mean(axis=(0, 1)))
-        return np.where(size_LD > MASSIVE * np.median(size_LD, axis=1, keepdims=True), 0.0, self.spread_LD)
-
-    @cached_property
-    def unit_L(self) -> np.ndarray:
-        """float64, the norm of a shift of strength 1 in each layer, in units of ``scale_LD``."""
-        return self.norm_L if self.unit == "norm" else np.sqrt((self.scale_LD > 0).sum(axis=1))
-
-    def scaled(self, shift_LD: np.ndarray) -> np.ndarray:
-        """A shift in units of ``scale_LD``; 0 for neurons that are never shifted."""
-        return np.divide(shift_LD, self.scale_LD, out=np.zeros(self.shape_LD), where=self.scale_LD > 0)
+        massive_LD = size_LD > MASSIVE * np.median(size_LD, axis=1, keepdims=True)
+        return np.where(massive_LD, 0.0, self.spread_LD) * np.sqrt((~massive_LD).sum(axis=1))[:, None]
 
     def relative(self, shift_LD: np.ndarray) -> np.ndarray:
         """A shift in units of strength: over the layers the norm of this is its strength."""
-        unit_LD = self.scale_LD * self.unit_L[:, None]
-        return np.divide(shift_LD, unit_LD, out=np.zeros(self.shape_LD), where=unit_LD > 0)
+        return np.divide(shift_LD, self.unit_LD, out=np.zeros(self.shape_LD), where=self.unit_LD > 0)
 
     def evenly(self, shift_LD: np.ndarray) -> np.ndarray:
         """A direction at strength 1 in every layer that has one."""
-        return scaled_to(self.scaled(shift_LD), self.unit_L) * self.scale_LD
+        return scaled_to(self.relative(shift_LD), np.ones(len(self.unit_LD))) * self.unit_LD
 
     @cached_property
     def margin_gradients(self) -> list[list[np.ndarray]]:
@@ -232,7 +200,7 @@ def margin_gradients(asking: Asking, batch: Batch, site: Site, shape_LD: tuple[i
     """
     layers, neurons = shape_LD
     shifts = {layer: torch.zeros(len(batch.examples_N), neurons, requires_grad=True) for layer in range(layers)}
-    with shifted(asking.model, shifts, site, "decision"):
+    with edited(asking.model, shifts, site):
         logp_N2 = log_probabilities(asking, batch)
     gradients = torch.autograd.grad((logp_N2[:, 1] - logp_N2[:, 0]).sum(), list(shifts.values()))
     return torch.stack([gradient_ND.float().cpu() for gradient_ND in gradients], dim=1).numpy()
@@ -256,3 +224,9 @@ def spread_groups(examples: Iterable[Example]) -> list[Example]:
     for example in examples:
         by_group.setdefault(example.group, []).append(example)
     return in_turn(by_group.values())
+
+
+def scaled_to(shift_LD: np.ndarray, norm_L: np.ndarray) -> np.ndarray:
+    """Scale each layer's shift to a norm; a layer without a shift keeps none."""
+    found_L = np.linalg.norm(shift_LD, axis=1)
+    return shift_LD * np.divide(norm_L, found_L, out=np.zeros_like(found_L), where=found_L > 0)[:, None]

@@ -6,9 +6,9 @@ Shapes: N examples, L layers, D neurons.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -16,15 +16,13 @@ from torch import Tensor
 
 from mnemoscope.interventions.contract import OPPOSITE, Intervention, Toward
 from mnemoscope.interventions.edits import Edit, LowRank, Shift, as_edits, kinds, summed
-from mnemoscope.interventions.hooks import Gate, Positions, shifted
+from mnemoscope.interventions.hooks import Gate, Positions, edited, factors_of
 from mnemoscope.models import EVERY_SITE, Site, blocks_of, site_width
 from mnemoscope.runs.errors import InputError
 from mnemoscope.runs.schemas import VectorFacts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Kind = TypeVar("Kind", bound=Edit)
 
 
 @dataclass(frozen=True, repr=False)
@@ -61,12 +59,10 @@ class SteeringVector(Intervention):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, value, allowed in (
-            ("site", self.site, EVERY_SITE),
-            ("positions", self.positions, ("decision", "all")),
-        ):
-            if value not in allowed:
-                raise InputError(f"{name}: {value!r} is not one of {', '.join(allowed)}")
+        allowed: dict[str, tuple[str, ...]] = {"site": EVERY_SITE, "positions": ("decision", "all")}
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise InputError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(values)}")
         found: dict[int, tuple[Edit, ...]] = {}
         for layer, given in sorted(self.edits.items()):
             for edit in (edits := as_edits(given)):
@@ -74,13 +70,6 @@ class SteeringVector(Intervention):
             if acting := tuple(edit for edit in edits if not edit.is_nothing):
                 found[layer] = acting
         object.__setattr__(self, "edits", found)
-
-    def __repr__(self) -> str:
-        where = f"{self.site} of layers {', '.join(map(str, self.layers)) or 'none'}"
-        return (
-            f"SteeringVector(to {self.toward}: {self.method} at {where}, strength {self.strength:g} "
-            f"{self.unit}, {self.positions})"
-        )
 
     @property
     def layers(self) -> list[int]:
@@ -95,21 +84,17 @@ class SteeringVector(Intervention):
     @property
     def shifts(self) -> dict[int, Tensor]:
         """The constant shifts, float32 (D,), by layer."""
-        return {layer: one.shift_D for layer, one in self.of_kind(Shift).items()}
+        return {layer: one.shift_D for layer, some in self.edits.items() for one in some if isinstance(one, Shift)}
+
+    @property
+    def low_rank(self) -> dict[int, LowRank]:
+        """The low-rank shifts, by layer."""
+        return {layer: one for layer, some in self.edits.items() for one in some if isinstance(one, LowRank)}
 
     @property
     def is_constant(self) -> bool:
         """Whether it adds the same to all states."""
         return all(isinstance(one, Shift) for edits in self.edits.values() for one in edits)
-
-    @property
-    def low_rank(self) -> dict[int, LowRank]:
-        """The low-rank shifts, by layer."""
-        return self.of_kind(LowRank)
-
-    def of_kind(self, kind: type[Kind]) -> dict[int, Kind]:
-        """The edits of a kind, by layer."""
-        return {layer: one for layer, edits in self.edits.items() for one in edits if isinstance(one, kind)}
 
     def dense(self, layers: int, neurons: int) -> np.ndarray:
         """All constant shifts as a float32 array (L, D), zero where there is none."""
@@ -118,29 +103,28 @@ class SteeringVector(Intervention):
             shift_LD[layer] = shift.numpy()
         return shift_LD
 
-    def with_dense(self, shift_LD: np.ndarray) -> SteeringVector:
+    def with_dense(self, shift_LD: np.ndarray) -> Self:
         """The same vector with these constant shifts, and no other edits."""
         return replace(self, edits=dict(enumerate(torch.from_numpy(shift_LD.astype(np.float32)))))
 
-    def scaled(self, alpha: float) -> SteeringVector:
-        """The vector times a factor."""
-        return self * alpha
-
-    def __mul__(self, factor: float) -> SteeringVector:
-        if factor < 0:
-            return -(self * -factor)
-        return replace(self, edits=self._times(factor), strength=self.strength * factor)
+    def __mul__(self, factor: float) -> Self:
+        toward = OPPOSITE[self.toward] if factor < 0 else self.toward
+        return replace(self, toward=toward, edits=self._times(factor), strength=self.strength * abs(factor))
 
     __rmul__ = __mul__
 
-    def __neg__(self) -> SteeringVector:
-        """The opposite edits; it steers to the other behaviour."""
-        return replace(self, toward=OPPOSITE[self.toward], edits=self._times(-1.0))
+    def scaled(self, alpha: float) -> Self:
+        """The vector times a factor."""
+        return self * alpha
 
-    def _times(self, factor: float) -> dict[int, tuple[Edit, ...]]:
+    def __neg__(self) -> Self:
+        """The opposite edits; it steers to the other behaviour."""
+        return self * -1.0
+
+    def _times(self, factor: float | Tensor) -> dict[int, tuple[Edit, ...]]:
         return {layer: tuple(one * factor for one in edits) for layer, edits in self.edits.items()}
 
-    def __add__(self, other: SteeringVector) -> SteeringVector:
+    def __add__(self, other: SteeringVector) -> Self:
         """Both at once, each by the state before, in this vector's direction.
 
         Raises InputError for another site, position, model or opening.
@@ -148,13 +132,11 @@ class SteeringVector(Intervention):
         for name in ("site", "positions", "binding", "opening"):
             if getattr(self, name) != getattr(other, name):
                 raise InputError(f"{name}: {getattr(self, name)!r} and {getattr(other, name)!r} cannot be added")
-        both = {
-            layer: summed(self.edits.get(layer, ()), other.edits.get(layer, ()))
-            for layer in {**self.edits, **other.edits}
-        }
+        layers = {**self.edits, **other.edits}
+        both = {layer: summed(self.edits.get(layer, ()), other.edits.get(layer, ())) for layer in layers}
         return replace(self, edits=both, method=f"{self.method}+{other.method}")
 
-    def __sub__(self, other: SteeringVector) -> SteeringVector:
+    def __sub__(self, other: SteeringVector) -> Self:
         return self + replace(-other, method=other.method)
 
     @contextmanager
@@ -183,9 +165,7 @@ class SteeringVector(Intervention):
                 gate reads above the first shift, or, in a pass, a prompt is padded on the right or is not formatted by
                 the chat template that the vector was fitted with.
         """
-        factor = torch.as_tensor(alpha, dtype=torch.float32).cpu()
-        if factor.ndim > 1 or not bool(factor.isfinite().all()):
-            raise InputError(f"alpha: {alpha} is neither a finite number nor one for each prompt")
+        factor = factors_of(alpha)
         if start is not None and start < 0:
             raise InputError(f"start: {start}; allowed is a column of the batch, from 0 on")
         self.check_shape(model)
@@ -198,8 +178,15 @@ class SteeringVector(Intervention):
                 f"{self.layers[0]} on; compute the factors beforehand: alpha = "
                 f"fitted.gate(inputs, threshold, {self.toward!r})"
             )
-        with shifted(model, self.edits, self.site, self.positions, start, gate, self.opening, factor):
+        edits = self._times(factor if factor.ndim == 0 else factor[:, None, None])
+        with self.edited(model, edits, start, gate):
             yield
+
+    def edited(
+        self, model: PreTrainedModel, edits: Mapping[int, tuple[Edit, ...]], start: int | None, gate: Gate | None
+    ) -> AbstractContextManager[None]:
+        """The context in which edits act; a kind of vector may have another."""
+        return edited(model, edits, self.site, self.positions, start, gate, self.opening)
 
     def check_shape(self, model: PreTrainedModel) -> None:
         """Raises InputError where a layer or its width does not exist in this model."""
@@ -228,7 +215,7 @@ class SteeringVector(Intervention):
     @classmethod
     def with_tensors(cls, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> Self:
         """Build a vector from stored fields; ValueError where tensors and facts disagree."""
-        facts.pop("kind", None)
+        cls.check_kind(facts)
         known, asked = kinds(), facts.pop("edits", None) or [Shift.KIND, LowRank.KIND]
         if unknown := set(asked) - set(known):
             raise ValueError(f"edits of kind {min(unknown)!r} are unknown")
@@ -242,13 +229,6 @@ class SteeringVector(Intervention):
             raise ValueError(f"tensor {min(left)!r} is unknown")
         if facts.pop("layers") != sorted(edits):
             raise ValueError("its layers are not those of the JSON beside it")
-        made = cls(edits=edits, **facts | {"opening": tuple(facts["opening"])})
-        if not made.layers:
+        if all(one.is_nothing for some in edits.values() for one in some):
             raise ValueError("all its shifts are 0")
-        return made
-
-
-def scaled_to(shift_LD: np.ndarray, norm_L: np.ndarray) -> np.ndarray:
-    """Scale each layer's shift to a norm; a layer without a shift keeps none."""
-    found_L = np.linalg.norm(shift_LD, axis=1)
-    return shift_LD * np.divide(norm_L, found_L, out=np.zeros_like(found_L), where=found_L > 0)[:, None]
+        return cls(edits=edits, **facts | {"opening": tuple(facts["opening"])})

@@ -9,17 +9,14 @@ Shapes: N prompts, M tokens, V vocabulary.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from mnemoscope.interventions import Intervention, Toward
-from mnemoscope.interventions.decoding import Decoding, with_contrasts
-
-if TYPE_CHECKING:
-    from mnemoscope.bench.lists import Bench
+from mnemoscope.interventions.contract import Bench
+from mnemoscope.interventions.decoding import with_contrasts
+from mnemoscope.interventions.methods import cad
 
 ABOUT = "context-aware decoding, weighted by how far the two distributions differ (arXiv 2409.07394)"
 
@@ -32,18 +29,11 @@ def divergence(first_NMV: Tensor, other_NMV: Tensor) -> Tensor:
     return ((first_NM + other_NM) / 2).clamp(min=0.0)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
-class Adaptive(Decoding):
-    """``(1 + weight) * logits - weight * other logits`` with the divergence of the two as the weight of each token."""
-
-    KIND: ClassVar[str] = "adacad"
-
-    def joined(self, first_NMV: Tensor, other_NMV: Tensor) -> Tensor:
-        """The weighted difference."""
-        weight_NM1 = divergence(first_NMV, other_NMV)[..., None]
-        return (1 + weight_NM1) * first_NMV - weight_NM1 * other_NMV
+def joined(first_NMV: Tensor, other_NMV: Tensor) -> Tensor:
+    """The weighted difference."""
+    return cad.joined(first_NMV, other_NMV, divergence(first_NMV, other_NMV)[..., None])
 
 
 def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
     """Either contrast; InputError where the task has no bare questions."""
-    return with_contrasts(bench, Adaptive, toward, [{}])
+    return with_contrasts(bench, "adacad", toward)

@@ -9,18 +9,16 @@ Shapes: N prompts, T tokens, L layers, D neurons.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from itertools import product
 
 import numpy as np
 import torch
 
 from mnemoscope.behaviour import capturing, read_only_options, with_options, without_prefix
 from mnemoscope.interventions import Intervention, SteeringVector, Toward
+from mnemoscope.interventions.contract import Bench
 from mnemoscope.interventions.methods.nmd import FACTORS
-from mnemoscope.interventions.shifts import once, spread_layers
-
-if TYPE_CHECKING:
-    from mnemoscope.bench.lists import Bench
+from mnemoscope.interventions.shifts import SIGN, once, spread_layers
 
 ABOUT = "mean difference of pairs at one layer (arXiv 2312.06681)"
 LAYERS = 8
@@ -28,14 +26,13 @@ LAYERS = 8
 
 def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
     """Every layer and factor; InputError with too few pairs."""
-    sign, found = 1.0 if toward == "generalized" else -1.0, list[Intervention]()
-    difference_LD = differences(bench)
-    for layer in spread_layers(bench, LAYERS):
-        for factor in FACTORS:
-            shift_D = sign * factor * difference_LD[layer]
-            shift, setting = torch.from_numpy(shift_D.astype(np.float32)), {"layer": layer, "factor": factor}
-            found.append(SteeringVector(toward, {layer: shift}, method="caa", setting=setting))
-    return found
+    shift_LD = torch.from_numpy(SIGN[toward] * differences(bench))
+    return [
+        SteeringVector(
+            toward, {layer: factor * shift_LD[layer]}, method="caa", setting={"layer": layer, "factor": factor}
+        )
+        for layer, factor in product(spread_layers(bench, LAYERS), FACTORS)
+    ]
 
 
 @once

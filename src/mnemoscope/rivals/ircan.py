@@ -11,21 +11,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mnemoscope.behaviour import Batch, only_log_probability, read_states, with_options
-from mnemoscope.interventions import Intervention, Scale, SteeringVector, Toward, edited
+from mnemoscope.behaviour import read_states
+from mnemoscope.interventions import Held, Intervention, Scale, SteeringVector, Toward, edited
+from mnemoscope.interventions.contract import Bench
 from mnemoscope.interventions.decoding import check_bares
+from mnemoscope.interventions.learning import Asked, log_p
 from mnemoscope.interventions.shifts import once
 from mnemoscope.interventions.sources import spread_groups, with_prefixes
 from mnemoscope.models import blocks_of, site_width
-
-if TYPE_CHECKING:
-    from mnemoscope.bench.lists import Bench
 
 ABOUT = "neurons of the highest attribution scaled (arXiv 2406.18406)"
 COUNTS = (2, 4, 8, 16)  # neurons that are scaled
@@ -38,13 +39,11 @@ TOP = 20  # neurons of each example that count as its top
 def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
     """Every number of neurons and factor; InputError where the task has no bare questions."""
     check_bares(bench, "ircan")
-    found = list[Intervention]()
-    for factor in FACTORS[toward]:
+    found, width = list[Intervention](), site_width(bench.asking.model, 0, "neuron")
+    for factor, count in product(FACTORS[toward], COUNTS):
         # Towards memory the text's own neurons are erased, or those of the bare question enlarged.
         order = common_neurons(bench, "generalized" if factor == 0 else toward)
-        for count in COUNTS:
-            setting = {"neurons": count, "factor": factor}
-            found.append(scaled(order[:count], factor, site_width(bench.asking.model, 0, "neuron"), toward, setting))
+        found.append(scaled(order[:count], factor, width, toward, {"neurons": count, "factor": factor}))
     return found
 
 
@@ -78,34 +77,25 @@ def attributions(bench: Bench, toward: Toward) -> np.ndarray:
     The activations at the decision position go from those of the bare question to those with the text; towards memory
     the other way, as the two change roles. Each layer's path is taken alone.
     """
-    asking, prompts = bench.asking, bench.fit_conflicts
+    asking, prompts, option = bench.asking, bench.fit_conflicts, int(toward == "generalized")
     bare_of = {e.prompt: bare for e, bare in zip(prompts.examples, prompts.bares, strict=True) if bare}
     examples = spread_groups([e for e in prompts.examples if e.prompt in bare_of])[:EXAMPLES]
-    with_text_NLD = read_states(asking, examples, "neuron").at_decision_NLD
-    bare_NLD = read_states(asking, [bare_of[e.prompt] for e in examples], "neuron").at_decision_NLD
-    ends = (bare_NLD, with_text_NLD) if toward == "generalized" else (with_text_NLD, bare_NLD)
-    found_NLD = np.zeros(with_text_NLD.shape)
+    sides = ([bare_of[e.prompt] for e in examples], examples)
+    ends = [read_states(asking, side, "neuron").at_decision_NLD for side in (sides if option else sides[::-1])]
+    found_NLD = np.zeros(ends[0].shape)
     for batch in with_prefixes(asking, examples):
         first_NLD, last_NLD = (torch.from_numpy(end[batch.examples_N]).to(asking.model.device) for end in ends)
-        option = 1 if toward == "generalized" else 0
+        n = len(batch.examples_N)
+        share_S11 = ((torch.arange(STEPS) + 0.5) / STEPS)[:, None, None].to(first_NLD)
+        asked = [Asked(batch, torch.full((n,), option))] * STEPS
         for layer in range(len(blocks_of(asking.model))):
-            gradient_ND = _along(bench, batch, layer, (first_NLD[:, layer], last_NLD[:, layer]), option)
             step_ND = (last_NLD - first_NLD)[:, layer]
-            found_NLD[batch.examples_N, layer] = (step_ND * gradient_ND).double().cpu().numpy()
+            # The path of every example, step by step.
+            path_RD = (first_NLD[:, layer] + share_S11 * step_ND).flatten(0, 1).requires_grad_()
+            held = Held(path_RD[:, None], torch.ones(1))
+            applied = partial(edited, asking.model, {layer: held}, "neuron", "once")
+            p = log_p(asking, asked, applied, everywhere=False).exp().sum()
+            (gradient_RD,) = torch.autograd.grad(p, path_RD)
+            attribution_ND = step_ND * gradient_RD.view(STEPS, n, -1).mean(0)
+            found_NLD[batch.examples_N, layer] = attribution_ND.double().cpu().numpy()
     return found_NLD
-
-
-def _along(bench: Bench, batch: Batch, layer: int, ends: tuple[Tensor, Tensor], option: int) -> Tensor:
-    """Mean gradient of p(wanted) over the steps of one layer's path, (N, D)."""
-    asking, n = bench.asking, len(batch.examples_N)
-    rows = with_options(batch, torch.full((STEPS, n), option))
-    share_S11 = ((torch.arange(STEPS) + 0.5) / STEPS)[:, None, None].to(ends[0].device)
-    path_RD = (ends[0] + share_S11 * (ends[1] - ends[0])).flatten(0, 1).requires_grad_()
-
-    def placed(states_RTD: Tensor) -> Tensor:
-        return torch.cat([path_RD[:, None].to(states_RTD.dtype), states_RTD[:, 1:]], dim=1)
-
-    with edited(asking.model, {layer: placed}, "neuron", start=batch.ids_NT.shape[1] - 1):
-        p = only_log_probability(asking, rows).exp().sum()
-    (gradient_RD,) = torch.autograd.grad(p, path_RD)
-    return gradient_RD.view(STEPS, n, -1).mean(0)

@@ -9,20 +9,17 @@ Shapes: P pairs, N states, L layers, H heads, W numbers of a head.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import product
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from mnemoscope.interventions import Intervention, SteeringVector, Toward
+from mnemoscope.interventions.contract import Bench
+from mnemoscope.interventions.shifts import SIGN
 from mnemoscope.models import heads_of
 from mnemoscope.statistics import half_of_groups
 from mnemoscope.statistics.probes import LayerProbe, share_right
-
-if TYPE_CHECKING:
-    from mnemoscope.bench.lists import Bench
 
 ABOUT = "heads that a probe reads best, shifted (arXiv 2306.03341)"
 HEADS = (8, 16, 32)  # K
@@ -32,20 +29,18 @@ C = 0.1  # inverse strength of the probes' penalty
 
 def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
     """Every number of heads and factor; InputError with too few pairs, or for a model whose heads are not found."""
-    model = bench.asking.model
-    heads, width = heads_of(model, 0)
-    sources = bench.sources("head")
-    states_P2LHW = sources.states_P2LD.reshape(len(sources.states_P2LD), 2, -1, heads, width)
+    heads, width = heads_of(bench.asking.model, 0)
+    states = bench.sources("head").states_P2LD
+    states_P2LHW = states.reshape(len(states), 2, -1, heads, width)
     rank_LH = accuracies(states_P2LHW, [one.group for one, _ in bench.pairs], bench.seed)
-    sign = 1.0 if toward == "generalized" else -1.0
-    unit_LHW = sign * spread_direction(states_P2LHW)
-    found = list[Intervention]()
+    unit_LHW = SIGN[toward] * spread_direction(states_P2LHW)
+    order, found = np.argsort(-rank_LH.ravel(), kind="stable"), list[Intervention]()
     counts = dict.fromkeys(min(count, rank_LH.size // 2) for count in HEADS)
     for count, factor in product(counts, FACTORS):
-        chosen_LH = np.zeros(rank_LH.size, bool)
-        chosen_LH[np.argsort(-rank_LH.ravel(), kind="stable")[:count]] = True
-        shift_LHW = np.where(chosen_LH.reshape(rank_LH.shape)[..., None], factor * unit_LHW, 0.0)
-        found.append(replace(head_vector(shift_LHW, toward), setting={"heads": count, "factor": factor}))
+        chosen_LH1 = np.isin(np.arange(rank_LH.size), order[:count]).reshape(*rank_LH.shape, 1)
+        shift_LD = np.where(chosen_LH1, factor * unit_LHW, 0.0).reshape(len(rank_LH), -1).astype(np.float32)
+        setting, edits = {"heads": count, "factor": factor}, dict(enumerate(torch.from_numpy(shift_LD)))
+        found.append(SteeringVector(toward, edits, site="head", method="iti", setting=setting))
     return found
 
 
@@ -72,9 +67,3 @@ def spread_direction(states_P2LHW: np.ndarray) -> np.ndarray:
     unit_LHW = np.divide(difference_LHW, norm_LH1, out=np.zeros_like(difference_LHW), where=norm_LH1 > 0)
     along_P2LH = (states_P2LHW * unit_LHW).sum(-1)
     return unit_LHW * along_P2LH.reshape(-1, *along_P2LH.shape[2:]).std(0)[..., None]
-
-
-def head_vector(shift_LHW: np.ndarray, toward: Toward) -> SteeringVector:
-    """The steering vector that shifts heads' outputs."""
-    rows = shift_LHW.reshape(len(shift_LHW), -1).astype(np.float32)
-    return SteeringVector(toward, dict(enumerate(torch.from_numpy(rows))), site="head", method="iti")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from mnemoscope.interventions.shifts import OneDirection
 from mnemoscope.interventions.sources import Labels, Sources
 from mnemoscope.statistics.probes import LayerProbe
 
 ABOUT = "weights of a probe, one layer"
 
 
-def logistic(sources: Sources, labels: Labels) -> np.ndarray:
+def direction(sources: Sources, labels: Labels) -> np.ndarray:
     """The weights, every layer with the same strength."""
     states_P2LD = sources.states_P2LD.astype(np.float64)
     signs_P = labels.signs(len(states_P2LD))
@@ -19,7 +18,3 @@ def logistic(sources: Sources, labels: Labels) -> np.ndarray:
     states_NLD = states_P2LD.reshape(-1, *sources.shape_LD)
     probes = [LayerProbe(0.01).fit(states_NLD[:, layer], labels_N) for layer in range(sources.shape_LD[0])]
     return sources.evenly(np.stack([probe.weights_D_ for probe in probes]))
-
-
-METHOD = OneDirection("logistic", logistic)
-candidates, again = METHOD.candidates, METHOD.again

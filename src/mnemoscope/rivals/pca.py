@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from mnemoscope.interventions.shifts import OneDirection
 from mnemoscope.interventions.sources import Labels, Sources
 
 ABOUT = "first principal component of pair differences, one layer (arXiv 2310.01405)"
 
 
-def principal_component(sources: Sources, labels: Labels) -> np.ndarray:
+def direction(sources: Sources, labels: Labels) -> np.ndarray:
     """The component about zero, oriented so that most differences point along it; labels decide this alone."""
     rows = []
     for differences_PD in sources.differences_PLD(labels).swapaxes(0, 1):
@@ -18,7 +17,3 @@ def principal_component(sources: Sources, labels: Labels) -> np.ndarray:
         along = (differences_PD @ component_D > 0).mean() - 0.5
         rows.append(component_D if along >= 0 else -component_D)
     return sources.evenly(np.stack(rows))
-
-
-METHOD = OneDirection("pca", principal_component)
-candidates, again = METHOD.candidates, METHOD.again

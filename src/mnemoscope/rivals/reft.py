@@ -8,18 +8,16 @@ Shapes: N prompts, T tokens, D neurons, K ranks.
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from mnemoscope.interventions import Intervention, LowRank, SteeringVector, Toward, shifted
-from mnemoscope.interventions.descent import descend, surprise
+from mnemoscope.interventions import Intervention, LowRank, SteeringVector, Toward, edited
+from mnemoscope.interventions.contract import Bench
+from mnemoscope.interventions.learning import Asked, descend, log_p, wanted_batches
 from mnemoscope.interventions.shifts import spread_layers
-
-if TYPE_CHECKING:
-    from mnemoscope.bench.lists import Bench
 
 ABOUT = "low-rank edit of the state (arXiv 2404.03592)"
 LAYERS = 3
@@ -32,20 +30,15 @@ def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
     """Every layer, rank and strength; InputError with too few pairs."""
     found = list[Intervention]()
     for layer, rank in product(spread_layers(bench, LAYERS), RANKS):
-        edit = low_rank(*learned(bench, toward, layer, rank))
+        edit = learned(bench, toward, layer, rank)
         for strength in STRENGTHS:
             setting = {"layer": layer, "rank": rank, "strength": strength}
             found.append(SteeringVector(toward, {layer: edit * strength}, method="reft", setting=setting))
     return found
 
 
-def low_rank(rotation_KD: Tensor, weight_KD: Tensor, bias_K: Tensor) -> LowRank:
-    """``R' (W h + b - R h)``, which is added to a state h."""
-    return LowRank(weight_KD - rotation_KD, bias_K, rotation_KD)
-
-
-def learned(bench: Bench, toward: Toward, layer: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """R (K, D), W (K, D) and b (K,), fitted for the wanted answer, from W = R and b = 0 on, where nothing changes.
+def learned(bench: Bench, toward: Toward, layer: int, rank: int) -> LowRank:
+    """The edit with R (K, D), W (K, D) and b (K,), fitted for the wanted answer, from W = R and b = 0 on.
 
     The bias is learned in units of the state's norm, so that one rate fits every model.
     """
@@ -53,20 +46,22 @@ def learned(bench: Bench, toward: Toward, layer: int, rank: int) -> tuple[Tensor
     width = bench.sources("block").shape_LD[1]
     generator = torch.Generator().manual_seed(37 + 1000 * layer + rank + 10**6 * bench.seed)
     first_KD = torch.linalg.qr(torch.randn(width, rank, generator=generator))[0].T.contiguous()
-    raw_KD, change_KD, bias_K = first_KD.clone(), torch.zeros(rank, width), torch.zeros(rank)
-    for part in (raw_KD, change_KD, bias_K):
+    parts = [first_KD.clone(), torch.zeros(rank, width), torch.zeros(rank)]
+    for part in parts:
         part.requires_grad_()
 
-    def parts() -> tuple[Tensor, Tensor, Tensor]:
-        rotation_KD = orthonormal(raw_KD)
-        return rotation_KD, rotation_KD + change_KD, norm * bias_K
+    def edit() -> LowRank:
+        raw_KD, change_KD, bias_K = parts
+        return LowRank(change_KD, norm * bias_K, orthonormal(raw_KD))
 
-    def applied(start: int | None) -> Any:
-        return shifted(bench.asking.model, {layer: low_rank(*parts())}, "block", "decision", start)
+    def loss(asked: Asked, now: LowRank) -> Tensor:
+        applied = partial(edited, lists.asking.model, {layer: now}, "block", "decision")
+        return -log_p(lists.asking, [asked], applied, everywhere=False).mean()
 
-    descend(lists, toward, [raw_KD, change_KD, bias_K], surprise(lists.asking, applied), RATE)
-    rotation_KD, weight_KD, shift_K = (part.detach() for part in parts())
-    return rotation_KD, weight_KD, shift_K
+    wanted = [partial(loss, asked) for asked in wanted_batches(lists, toward)]
+    kept = [partial(loss, Asked.first(batch)) for batch in lists.kept[toward]]
+    descend(parts, RATE, edit, (wanted, kept), lists.steps)
+    return LowRank(*(part.detach() for part in edit().tensors))
 
 
 def orthonormal(raw_KD: Tensor) -> Tensor:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import numpy as np
 from sklearn.covariance import ledoit_wolf
 
-from mnemoscope.interventions.shifts import OneDirection
 from mnemoscope.interventions.sources import Labels, Sources
 
 ABOUT = "linear discriminant of pair differences, one layer"
 
 
-def whitened(sources: Sources, labels: Labels) -> np.ndarray:
+def direction(sources: Sources, labels: Labels) -> np.ndarray:
     """The inverse of their shrunk covariance times NMD, layer by layer.
 
     Shrinkage: Ledoit and Wolf (2004), "A well-conditioned estimator".
@@ -21,7 +20,3 @@ def whitened(sources: Sources, labels: Labels) -> np.ndarray:
         covariance_DD, _ = ledoit_wolf(differences_PLD[:, layer])
         rows.append(np.linalg.lstsq(covariance_DD, nmd_D, rcond=1e-10)[0])
     return sources.evenly(np.stack(rows))
-
-
-METHOD = OneDirection("whitened", whitened)
-candidates, again = METHOD.candidates, METHOD.again

@@ -1,11 +1,7 @@
-"""The methods, one file each: ``candidates(bench, toward)`` fits one and returns its settings, to be chosen on tune.
-
-A module of this folder, or of ``rivals``, that says what it is (``ABOUT``) is a method.
-"""
+"""The methods, one file each, here and in ``rivals``; see ``contract`` for what is in it."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
@@ -16,8 +12,7 @@ from mnemoscope.runs.errors import InputError
 from mnemoscope.tasks import allowed_code
 
 if TYPE_CHECKING:
-    from mnemoscope.bench.lists import Bench
-    from mnemoscope.interventions.contract import Intervention, Toward
+    from mnemoscope.interventions.contract import Bench, Intervention, Toward
     from mnemoscope.interventions.sources import Labels
     from mnemoscope.interventions.vector import SteeringVector
 
@@ -27,18 +22,19 @@ PLACES = ("mnemoscope.interventions.methods", "mnemoscope.rivals")
 @cache
 def _modules() -> dict[str, str]:
     """By name of a method, its module; nothing is imported."""
-    found = {}
-    for place in PLACES:
-        for path in sorted(files(place).iterdir(), key=lambda path: path.name):
-            if path.name.endswith(".py") and re.search(r"^ABOUT\b", path.read_text(encoding="utf-8"), re.MULTILINE):
-                name = path.name.removesuffix(".py")
-                found[name.replace("_", "-")] = f"{place}.{name}"
-    return found
+    names = ((place, path.name) for place in PLACES for path in files(place).iterdir())
+    stems = sorted((place, name[:-3]) for place, name in names if name.endswith(".py") and name[0] != "_")
+    return {name_of(stem): f"{place}.{stem}" for place, stem in stems}
 
 
 def method_names() -> list[str]:
     """Names of all methods."""
     return list(_modules())
+
+
+def name_of(method: str) -> str:
+    """The name of a method: its own, or the last part of the path of a user's own module."""
+    return method.rpartition(".")[2].replace("_", "-")
 
 
 def about(method: str) -> str:
@@ -48,7 +44,7 @@ def about(method: str) -> str:
 
 def is_one_direction(method: str) -> bool:
     """Whether both directions of a method come from one fit."""
-    return hasattr(method_module(method), "METHOD")
+    return hasattr(method_module(method), "direction")
 
 
 def nulls(method: str) -> tuple[str, ...]:
@@ -57,12 +53,14 @@ def nulls(method: str) -> tuple[str, ...]:
         module = method_module(method)
     except InputError:  # a vector of somebody's own
         return ()
-    return getattr(module, "NULLS", ("shuffled_labels",) if hasattr(module, "again") else ())
+    return getattr(module, "NULLS", ("shuffled_labels",) if hasattr(module, "direction") else ())
 
 
 def refitted(bench: Bench, one: SteeringVector, several: Sequence[Labels]) -> list[SteeringVector]:
     """A vector fitted again, by its method and in its setting, on other labels or answers."""
-    found: list[SteeringVector] = method_module(one.method).again(bench, one, several)
+    from mnemoscope.interventions import shifts
+
+    found: list[SteeringVector] = getattr(method_module(one.method), "again", shifts.again)(bench, one, several)
     return found
 
 
@@ -72,17 +70,17 @@ def candidates(method: str, bench: Bench, toward: Toward) -> Sequence[Interventi
     Raises:
         InputError: this model or task cannot take it; the reason is named.
     """
-    found: Sequence[Intervention] = method_module(method).candidates(bench, toward)
+    from mnemoscope.interventions import shifts
+
+    module, name = method_module(method), name_of(method)
+    found: Sequence[Intervention] = (
+        module.candidates(bench, toward) if hasattr(module, "candidates") else shifts.candidates(bench, name, toward)
+    )
     for one in found:
-        if (one.method, one.toward) != (name_of(method), toward):
-            wrong = f"{one.method!r} to {one.toward}; {name_of(method)!r} to {toward} is wanted"
+        if (one.method, one.toward) != (name, toward):
+            wrong = f"{one.method!r} to {one.toward}; {name!r} to {toward} is wanted"
             raise InputError(f"methods: {method} breaks the contract: a candidate is {wrong}")
     return found
-
-
-def name_of(method: str) -> str:
-    """The name of a method: its own, or the last part of the path of a user's own module."""
-    return method.rpartition(".")[2].replace("_", "-")
 
 
 def check_method(method: str) -> str:
@@ -107,6 +105,6 @@ def method_module(method: str) -> Any:
     except ImportError as error:
         raise InputError(f"methods: {path!r} cannot be imported ({error})") from error
     for needed in ("ABOUT", "candidates"):
-        if not hasattr(module, needed):
+        if not hasattr(module, needed) and not (needed == "candidates" and hasattr(module, "direction")):
             raise InputError(f"methods: module {path!r} lacks {needed}")
     return module

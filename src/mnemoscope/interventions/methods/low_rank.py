@@ -8,38 +8,32 @@ Shapes: N examples, L layers, D neurons, K rank, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import cycle, islice
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mnemoscope.behaviour import Batch, first_and_rest, next_logits, only_log_probability, prepare, without_prefix
-from mnemoscope.interventions.ascent import Asked, asked_batch, wanted_batches
-from mnemoscope.interventions.contract import Intervention, Toward
+from mnemoscope.behaviour import Batch, first_and_rest, next_logits, prepare, without_prefix
+from mnemoscope.interventions.contract import Bench, Intervention, Toward
 from mnemoscope.interventions.edits import LowRank
-from mnemoscope.interventions.hooks import shifted
+from mnemoscope.interventions.hooks import edited
+from mnemoscope.interventions.learning import Asked, Lesson, asked_batch, gradients, log_p, wanted_batches
 from mnemoscope.interventions.shifts import once, spread_layers
-from mnemoscope.interventions.sources import ANSWERED, TAUGHT, Labels, Sources, in_turn
+from mnemoscope.interventions.sources import ANSWERED, TAUGHT, FitLists, Labels, Sources, in_turn
 from mnemoscope.interventions.vector import SteeringVector
 from mnemoscope.models import in_precision, quick_precision
 from mnemoscope.tasks import Example
-
-if TYPE_CHECKING:
-    from mnemoscope.bench.lists import Bench
 
 ABOUT = "low-rank shifts of every token at several blocks, taught by the model's own answers"
 NULLS = TAUGHT
 LAYERS, FACTORS = 5, (0.5, 0.75, 1.0)  # blocks, and factors on what was learned
 RANK = 4
-RATE, WARM_UP, LAST_RATE = 0.004, 5, 0.1  # of AdamW, for states in units of their spread; it falls to a tenth
+RATE, WARM_UP, LAST_RATE = 0.004, 5, 0.1  # of Adam, for states in units of their spread; it falls to a tenth
 Edits = dict[int, LowRank]
-Lesson = Callable[[Edits], Tensor]  # shifts by layer -> how far the model under them is from a target
 
 
 def candidates(bench: Bench, toward: Toward) -> list[Intervention]:
@@ -60,54 +54,50 @@ def again(bench: Bench, one: SteeringVector, several: Sequence[Labels]) -> list[
 
 @once
 def _vector(bench: Bench, toward: Toward, layers: tuple[int, ...], labels: Labels) -> SteeringVector:
-    edits = low_rank_learned(bench.sources("block"), toward, layers, labels)
+    sources = bench.sources("block")
+    model = sources.lists.asking.model
+    with in_precision(model, quick_precision(model)):
+        edits = _learned(sources, toward, layers, labels)
     return SteeringVector(toward, edits, positions="all", unit="spread", method="low-rank")
 
 
-def low_rank_learned(sources: Sources, toward: Toward, layers: Sequence[int], labels: Labels) -> Edits:
+def _learned(sources: Sources, toward: Toward, layers: Sequence[int], labels: Labels) -> Edits:
     """A low-rank shift of every token at some layers.
 
-    AdamW on the divergence from the teacher, or on the log probability of the wanted answer, and at every second step
+    Adam on the divergence from the teacher, or on the log probability of the wanted answer, and at every second step
     on the divergence of kept examples from what the model gives them unsteered, in nats. States are read about their
     mean, and shifts written, in units of each neuron's spread. Passes are in bfloat16 where that is quicker (three
     times on a processor that has it); the shift is applied and judged in float32.
     """
-    with in_precision(sources.lists.asking.model, quick_precision(sources.lists.asking.model)):
-        return _learned(sources, toward, layers, labels)
-
-
-def _learned(sources: Sources, toward: Toward, layers: Sequence[int], labels: Labels) -> Edits:
     lists = sources.lists
     drawn = np.random.default_rng(0).normal(size=(len(layers), RANK, sources.shape_LD[1]))
     reads_LKD = torch.tensor(drawn / np.sqrt(drawn.shape[2]), dtype=torch.float32)
     learned = [reads_LKD, torch.zeros_like(reads_LKD), torch.zeros_like(reads_LKD[:, 0])]
     for part in learned:
         part.requires_grad_()
-    adam = torch.optim.AdamW(learned, lr=RATE, weight_decay=0.0)
+    adam = torch.optim.Adam(learned, lr=RATE)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         adam, lambda step: min(1.0, (step + 1) / WARM_UP) * (1 - (1 - LAST_RATE) * step / lists.low_rank_steps)
     )
-    held = [_unsteered(sources, batch) for batch in lists.kept[toward]]
-    kept = cycle(held) if held and lists.kept_weight else None
-    for number, lesson in enumerate(islice(cycle(_lessons(sources, toward, labels)), lists.low_rank_steps)):
-        edits = _edits(sources, layers, *learned)
-        loss = lesson(edits)
-        if kept and number % 2:  # with twice the weight, which costs half as much
-            loss = loss + 2 * lists.kept_weight * next(kept)(edits)
-        # Not backward(): that would also fill the gradients of the model's own parameters.
-        for part, gradient in zip(learned, torch.autograd.grad(loss, learned), strict=True):
-            part.grad = gradient
+    # With twice the weight, as it is held at every second step, which costs half as much.
+    held = lists.kept[toward] if lists.kept_weight else ()
+    kept = [_unsteered(lists, batch, 2 * lists.kept_weight) for batch in held]
+    mean_LD = sources.states_P2LD.mean(axis=(0, 1), dtype=np.float64)
+    means_LD, spreads_LD = (torch.from_numpy(part_LD).float() for part_LD in (mean_LD, sources.spread_LD))
+    made = partial(_edits, {layer: (means_LD[layer], spreads_LD[layer]) for layer in layers}, *learned)
+    for _ in gradients(learned, made, (_lessons(lists, toward, labels), kept), lists.low_rank_steps):
         adam.step()
         schedule.step()
-    found = _edits(sources, layers, *learned)
-    return {layer: LowRank(*(part.detach() for part in edit.tensors)) for layer, edit in found.items()}
+    return {layer: LowRank(*(part.detach() for part in edit.tensors)) for layer, edit in made().items()}
 
 
-def _edits(sources: Sources, layers: Sequence[int], reads_LKD: Tensor, writes_LKD: Tensor, shifts_LD: Tensor) -> Edits:
-    """By layer, the shift in units of the state; the constant part is one more row, which reads nothing."""
+def _edits(scales: Mapping[int, Any], reads_LKD: Tensor, writes_LKD: Tensor, shifts_LD: Tensor) -> Edits:
+    """By layer, the shift in units of the state; the constant part is one more row, which reads nothing.
+
+    ``scales``: mean and spread of each layer's neurons, (D,) each.
+    """
     found = {}
-    for number, layer in enumerate(layers):
-        mean_D, spread_D = (torch.from_numpy(row_LD[layer]).float() for row_LD in (sources.mean_LD, sources.spread_LD))
+    for number, (layer, (mean_D, spread_D)) in enumerate(scales.items()):
         read_KD = reads_LKD[number] / spread_D
         read_KD, bias_K = torch.cat([read_KD, torch.zeros_like(read_KD[:1])]), -(read_KD @ mean_D)
         write_KD = torch.cat([writes_LKD[number], shifts_LD[number][None]]) * spread_D
@@ -115,60 +105,54 @@ def _edits(sources: Sources, layers: Sequence[int], reads_LKD: Tensor, writes_LK
     return found
 
 
-def _lessons(sources: Sources, toward: Toward, labels: Labels) -> list[Lesson]:
+def _lessons(lists: FitLists, toward: Toward, labels: Labels) -> list[Lesson]:
     """What is taught, batch by batch."""
-    lists = sources.lists
     if labels == ANSWERED and toward == "memorized" and lists.bare:
-        return _own_answers(sources, *lists.bare)
+        return _own_answers(lists, *lists.bare)
 
     def wanted(asked: Asked, edits: Edits) -> Tensor:
-        with _shifted(sources, edits):
-            return -only_log_probability(lists.asking, asked_batch([asked], "all")).mean()
+        return -log_p(lists.asking, [asked], partial(edited, lists.asking.model, edits, "block", "all")).mean()
 
     return [partial(wanted, asked) for asked in wanted_batches(lists, toward, labels)]
 
 
-def _own_answers(sources: Sources, pairs: Sequence[Example], conflicts: Sequence[Example]) -> list[Lesson]:
+def _own_answers(lists: FitLists, pairs: Sequence[Example], conflicts: Sequence[Example]) -> list[Lesson]:
     """To answer pairs and other conflicts in turn as the model answers their bare questions.
 
     The first token has the model's own distribution as its target; those behind it are of the memorized answer.
     """
-    lists = sources.lists
     bare = list({example.prompt: example for example in (*pairs, *conflicts)}.values())
     own: dict[str, Tensor] = {}
     for batch in prepare(lists.asking, bare):
-        rows_NV = _next_log_p(sources, batch).half()  # of a large vocabulary they take room
+        rows_NV = _next_log_p(lists, batch).half()  # of a large vocabulary they take room
         own |= {bare[i].prompt: row_V for i, row_V in zip(batch.examples_N, rows_NV, strict=True)}
 
     def answer(batch: Batch, asked: Sequence[Example], edits: Edits) -> Tensor:
         target_NV = torch.stack([own[asked[i].prompt].float() for i in batch.examples_N])
-        memorized = Asked(batch, torch.zeros(len(batch.examples_N), dtype=torch.long, device=batch.ids_NT.device))
-        with _shifted(sources, edits):
-            first_NV, rest_N = first_and_rest(lists.asking, asked_batch([memorized], "all"))
+        with edited(lists.asking.model, edits, "block", "all"):
+            first_NV, rest_N = first_and_rest(lists.asking, asked_batch([Asked.first(batch)], True))
         return _divergence(target_NV, first_NV) - rest_N.mean()
 
     both = ((lists.pairs["memorized"], pairs), (lists.conflicts["memorized"], conflicts))
     return in_turn([partial(answer, batch, asked) for batch in batches] for batches, asked in both)
 
 
-def _unsteered(sources: Sources, batch: Batch) -> Lesson:
+def _unsteered(lists: FitLists, batch: Batch, weight: float) -> Lesson:
     """To answer as the model does unsteered."""
-    before_NV = _next_log_p(sources, batch).half()
-    return lambda edits: _divergence(before_NV.float(), _next_log_p(sources, batch, edits))
+    before_NV = _next_log_p(lists, batch).half()
+
+    def lesson(edits: Edits) -> Tensor:
+        with edited(lists.asking.model, edits, "block", "all"):
+            found_NV = next_logits(lists.asking, without_prefix(batch)).log_softmax(-1)
+        return weight * _divergence(before_NV.float(), found_NV)
+
+    return lesson
 
 
-def _next_log_p(sources: Sources, batch: Batch, edits: Edits | None = None) -> Tensor:
-    """Log probabilities of the token behind each context, float32 (N, V); gradients flow back into the shifts."""
-    asking, whole = sources.lists.asking, without_prefix(batch)
-    if edits is None:
-        with torch.no_grad():
-            return next_logits(asking, whole).log_softmax(-1)
-    with _shifted(sources, edits):
-        return next_logits(asking, whole).log_softmax(-1)
-
-
-def _shifted(sources: Sources, edits: Edits) -> AbstractContextManager[None]:
-    return shifted(sources.lists.asking.model, edits, sources.site, "all")
+@torch.no_grad()
+def _next_log_p(lists: FitLists, batch: Batch) -> Tensor:
+    """Log probabilities of the token behind each context, float32 (N, V)."""
+    return next_logits(lists.asking, without_prefix(batch)).log_softmax(-1)
 
 
 def _divergence(target_NV: Tensor, found_NV: Tensor) -> Tensor:

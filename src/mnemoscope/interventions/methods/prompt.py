@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from itertools import product
-from typing import TYPE_CHECKING
 
-from mnemoscope.interventions.contract import Intervention, Toward
+from mnemoscope.interventions.contract import Bench, Intervention, Toward
 from mnemoscope.interventions.words import Place, Words
 from mnemoscope.tasks.base import INSTRUCTIONS
-
-if TYPE_CHECKING:
-    from mnemoscope.bench.lists import Bench
 
 ABOUT = "a sentence in the prompt, the best of five in two places"
 WORDINGS: dict[Toward, tuple[str, ...]] = {

@@ -17,9 +17,9 @@ import torch
 from mnemoscope.behaviour import Scores, read_states, score
 from mnemoscope.bench.answers import scores
 from mnemoscope.bench.prompts import Prompts
-from mnemoscope.interventions import OPPOSITE, SteeringVector, ablated, patched
+from mnemoscope.interventions import OPPOSITE, Held, SteeringVector, edited
 from mnemoscope.interventions.controls import control_draws
-from mnemoscope.interventions.methods.cad import ContextAware
+from mnemoscope.interventions.decoding import Decoding
 from mnemoscope.interventions.shifts import rho, top_neurons
 from mnemoscope.interventions.sources import SOURCE, TOWARD
 from mnemoscope.models import SITES, blocks_of
@@ -95,8 +95,9 @@ def _ablations(bench: RecordedBench, sides: Sides, one: SteeringVector) -> Itera
         rng = np.random.default_rng([bench.seed, 8, int(1000 * top)])
         for draw, chosen_LD in enumerate((kept_LD, *(rng.permuted(kept_LD, axis=1) for _ in range(config.draws)))):
             layers = np.flatnonzero(chosen_LD.any(axis=1)).tolist()
-            means, neurons = ({n: torch.from_numpy(of_LD[n]) for n in layers} for of_LD in (mean_LD, chosen_LD))
-            applied = partial(ablated, bench.asking.model, means, neurons, one.site)
+            means_LD, shares_LD = torch.from_numpy(mean_LD).float(), torch.from_numpy(chosen_LD).float()
+            held = {layer: Held(means_LD[layer], shares_LD[layer]) for layer in layers}
+            applied = partial(edited, bench.asking.model, held, one.site)
             facts = {"what": "ablation", "role": "random_neurons" if draw else "vector", "draw": max(0, draw - 1)}
             for side, prompts in sides.items():
                 found = score(bench.asking, prompts.batches, applied=applied)
@@ -122,10 +123,11 @@ def _patches(bench: RecordedBench, sides: Sides) -> Iterator[pd.DataFrame]:
     for site in SITES:
         states = {side: read_states(asking, of.examples, site, kept=kept).at_decision_NLD for side, of in sides.items()}
         for (direction, toward), layer in product(TOWARD.items(), range(len(blocks_of(asking.model)))):
-            side, donor_ND = SOURCE[direction], states[toward][:, layer]
+            side, donor_N1D = SOURCE[direction], torch.from_numpy(states[toward][:, [layer]])
             # Batches are scored in order, each once.
             batches = sides[side].batches
-            patches = (patched(asking.model, layer, torch.from_numpy(donor_ND[b.examples_N]), site) for b in batches)
+            held = ({layer: Held(donor_N1D[b.examples_N], torch.ones(1))} for b in batches)
+            patches = (edited(asking.model, one, site, "once") for one in held)
             found = score(asking, batches, applied=partial(next, patches))
             facts: dict[str, Any] = {"what": "patch", "direction": direction, "site": site, "layers": str(layer)}
             yield _table(bench, sides, side, found, **facts)
@@ -157,5 +159,7 @@ def _contrasts(bench: RecordedBench, sides: Sides) -> Iterator[pd.DataFrame]:
         if None in prompts.bares:
             return
         for weight in weights:
-            found = scores(ContextAware(toward="generalized", weight=weight), prompts, margins=True)
+            found = scores(
+                Decoding(toward="generalized", method="cad", setting={"weight": weight}), prompts, margins=True
+            )
             yield _table(bench, sides, SOURCE[direction], found, what="contrast", direction=direction, dose=weight)

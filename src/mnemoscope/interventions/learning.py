@@ -1,0 +1,127 @@
+"""What is learned by gradients, on the lists of a fit: batches to learn from, their log probability, one loop.
+
+Shapes: N examples, K ways that are learned together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import cycle, islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mnemoscope.behaviour import Asking, Batch, only_log_probability, with_options, with_suffixes, without_prefix
+from mnemoscope.interventions.contract import OPPOSITE, Toward
+from mnemoscope.interventions.sources import ANSWERED, FitLists, Labels, in_turn
+
+Applied = Callable[[int | None], AbstractContextManager[Any]]  # the decision column, None: the last of each prompt
+Lesson = Callable[[Any], Tensor]  # what is learned so far -> loss
+
+
+class Asked(NamedTuple):
+    """A batch to learn from, and the number of the option that is wanted of each example, (N,).
+
+    ``instead``: tokens that are wanted in place of that option.
+    """
+
+    batch: Batch
+    option_N: Tensor
+    instead: Sequence[list[int]] | None = None
+
+    @classmethod
+    def first(cls, batch: Batch) -> Asked:
+        """The batch with the first option of each example, the memorized answer or the only one."""
+        return cls(batch, torch.zeros(len(batch.examples_N), dtype=torch.long, device=batch.ids_NT.device))
+
+
+def wanted_batches(lists: FitLists, toward: Toward, labels: Labels = ANSWERED) -> Iterator[Asked]:
+    """Batches to learn from: phrasings of pairs and other conflicts alternate.
+
+    Under a shuffle, half of the examples of both sides want either answer, or all want answers of other items. Asked on
+    one side alone, both would still teach to leave this side.
+    """
+    ways = (toward,) if labels.shuffle is None else (toward, OPPOSITE[toward])
+    streams = [(which, way) for which in (0, 1) for way in ways]
+    option = 1 if toward == "generalized" else 0
+    placed = [
+        [(stream, number, batch) for number, batch in enumerate((lists.pairs, lists.conflicts)[which][way])]
+        for stream, (which, way) in enumerate(streams)
+    ]
+    longest = max(map(len, placed))
+    if labels.shuffle is not None:
+        placed = [list(islice(cycle(batches), longest)) for batches in placed]
+    others = lists.permuted(labels.shuffle or 0) if labels.permuted else None
+    for stream, number, batch in in_turn(placed):
+        which, way = streams[stream]
+        stays_N = torch.from_numpy(labels.signs(len(batch.examples_N), stream, number) > 0)
+        instead = [others[lists.items[way][which][i]] for i in batch.examples_N] if others else None
+        yield Asked(batch, torch.where(stays_N, option, 1 - option).to(batch.ids_NT.device), instead)
+
+
+def asked_batch(asked: Sequence[Asked], everywhere: bool) -> Batch:
+    """The contexts of a batch once for each of several ways to ask it, with the one answer that is wanted there."""
+    batch = without_prefix(asked[0].batch) if everywhere else asked[0].batch
+    device = batch.ids_NT.device
+    batch = with_options(batch, torch.stack([one.option_N.to(device) for one in asked]))
+    if asked[0].instead:
+        batch = with_suffixes(batch, [suffix for one in asked for suffix in one.instead or ()])
+    return batch
+
+
+def unchanged(start: int | None = None) -> AbstractContextManager[Any]:
+    """The context in which nothing is changed."""
+    return nullcontext()
+
+
+def log_p(asking: Asking, asked: Sequence[Asked], applied: Applied = unchanged, everywhere: bool = True) -> Tensor:
+    """Log probability of the wanted answers in nats, read in a context, float32 (K * N,).
+
+    ``everywhere``: it acts on all tokens, so no cached prefix serves.
+    """
+    batch = asked_batch(asked, everywhere)
+    with applied(None if everywhere else batch.ids_NT.shape[1] - 1):
+        return only_log_probability(asking, batch)
+
+
+def gradients(
+    parameters: Sequence[Tensor],
+    made: Callable[[], Any],
+    lessons: tuple[Sequence[Lesson], Sequence[Lesson]],
+    steps: int,
+) -> Iterator[None]:
+    """Give parameters the gradients of one lesson after another; the caller steps.
+
+    ``made``: of the parameters, what lessons are about. The second ``lessons`` are of what should stay, at every second
+    step, which is enough to hold it.
+    """
+    wanted, kept = lessons
+    held = cycle(kept)
+    for number, lesson in enumerate(islice(cycle(wanted), steps)):
+        now = made()
+        loss = lesson(now)
+        if kept and number % 2:
+            loss = loss + next(held)(now)
+        # Not backward(): that would also fill the gradients of the model's own parameters.
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            parameter.grad = gradient
+        yield
+
+
+def descend(
+    parameters: Sequence[Tensor],
+    rate: float,
+    made: Callable[[], Any],
+    lessons: tuple[Sequence[Lesson], Sequence[Lesson]],
+    steps: int,
+    most: float = 1.0,
+) -> None:
+    """Adam with a rate that falls to 0, on gradients of norm ``most`` at most."""
+    adam = torch.optim.Adam(parameters, lr=rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / steps)
+    for _ in gradients(parameters, made, lessons, steps):
+        nn.utils.clip_grad_norm_(list(parameters), most)
+        adam.step()
+        schedule.step()
